@@ -1,0 +1,42 @@
+# Everything is set up by the target that needs it; `make install` is the set-up alone.
+SHELL := bash
+.SHELLFLAGS := -eu -o pipefail -c
+.DELETE_ON_ERROR:
+
+PYTHON ?= python3
+SERVE ?= $(shell command -v nvidia-smi >/dev/null && echo serve || echo serve-cpu)
+BIN := .venv/bin
+READY := .venv/.ready
+
+.PHONY: install check test test-fast test-matrix demo serve clean
+
+install: $(READY)
+
+# The mark is made last, so an interrupted installation goes on where it stopped.
+$(READY): pyproject.toml deploy/install.sh
+	@PYTHON=$(PYTHON) SERVE=$(SERVE) bash deploy/install.sh
+	@touch $@
+
+check: $(READY)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+test-fast: $(READY)
+	$(BIN)/pytest -m "not slow"
+
+test: $(READY)
+	$(BIN)/pytest
+
+test-matrix: $(READY)
+	$(BIN)/pytest -m slow
+
+demo: $(READY)
+	$(BIN)/python examples/debian-triage/demo.py
+
+serve: $(READY)
+	$(BIN)/python examples/debian-triage/demo.py --serve
+
+clean:
+	rm -rf .demo .mypy_cache .pytest_cache .ruff_cache

@@ -1,0 +1,80 @@
+"""The HTTP surface: which paths exist, and nothing else answers.
+
+No documentation routes, no CORS, no redirects. Small routes are FastAPI's; completions are pure ASGI behind the same
+router, see serving.gateway.
+"""
+
+from collections.abc import Callable, Mapping
+from contextlib import AbstractAsyncContextManager
+from typing import Any
+
+from fastapi import FastAPI, Request
+from prometheus_client.exposition import choose_encoder
+from starlette.responses import JSONResponse, Response
+from starlette.routing import Route as Path
+
+from serving.boundary import Boundary
+from serving.gateway import Gateway
+from serving.hold import EngineUnavailableError
+from serving.openai_api.errors import install_handlers
+from serving.openai_api.requests import Route
+from serving.routing import Routes
+
+OWNER = "tuneserve"
+
+
+def build_app(
+    gateway: Gateway,
+    *,
+    status: Callable[[], Mapping[str, Any]],
+    lifespan: Callable[[FastAPI], AbstractAsyncContextManager[None]] | None = None,
+) -> FastAPI:
+    """The application for one gateway.
+
+    Args:
+        gateway: answers completions; its door, routes and traffic stand behind the other paths.
+        status: what /svc/status shows; JSON values.
+        lifespan: starts and stops what lives as long as the server.
+    """
+    app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None, redirect_slashes=False, lifespan=lifespan)
+    for route in Route:
+        app.router.routes.append(Path(route.value, gateway.endpoint(route), methods=["POST"]))
+    _add_models(app, gateway.routes)
+    _add_operations(app, gateway, status)
+    install_handlers(app)
+    app.add_middleware(Boundary, routes=gateway.routes)
+    return app
+
+
+def _add_models(app: FastAPI, routes: Routes) -> None:
+    def model(name: str) -> dict[str, Any]:
+        return {"id": name, "object": "model", "created": routes.since, "owned_by": OWNER}
+
+    @app.get("/v1/models")
+    async def list_models() -> JSONResponse:
+        return JSONResponse({"object": "list", "data": [model(name) for name in routes.names()]})
+
+    # A slash in a name arrives as %2F, which is decoded before the path is matched.
+    @app.get("/v1/models/{name:path}")
+    async def show_model(name: str) -> JSONResponse:
+        routes.resolve(name)
+        return JSONResponse(model(name))
+
+
+def _add_operations(app: FastAPI, gateway: Gateway, status: Callable[[], Mapping[str, Any]]) -> None:
+    @app.get("/health")
+    async def health() -> JSONResponse:
+        reason = gateway.door.unavailable_reason
+        if reason is None:
+            return JSONResponse({"status": "ready"})
+        headers = {"retry-after": str(EngineUnavailableError.retry_after_s)}
+        return JSONResponse({"status": "unavailable", "reason": reason}, 503, headers)
+
+    @app.get("/metrics")
+    async def metrics(request: Request) -> Response:
+        encode, content_type = choose_encoder(request.headers.get("accept", ""))
+        return Response(encode(gateway.traffic.registry), headers={"content-type": content_type})
+
+    @app.get("/svc/status")
+    async def show_status() -> JSONResponse:
+        return JSONResponse(dict(status()))

@@ -1,0 +1,147 @@
+"""`svc serve`, `svc promote`, `svc rollback`, `svc chat`."""
+
+import asyncio
+import logging
+import sys
+from typing import Any
+
+import click
+
+from serving.promotion import Promotion
+from svc.errors import NotFoundError, RefusedError
+from svc.invocation import json_option, settings_of
+from svc.registry.registry import Registry
+from svc.registry.version import Format, VersionId
+from svc.store.desired import Desired, Target
+from svc.store.swaps import SwapOutcome, SwapRecord
+
+_format_option = click.option(
+    "--format", "format_name", type=click.Choice([Format.GPTQ, Format.MERGED]), help="How the version is served."
+)
+
+
+@click.command()
+@click.argument("model", required=False)
+@_format_option
+@click.option("--host", help="Address to listen on.")
+@click.option("--port", type=int, help="Port to listen on.")
+@click.pass_context
+def serve(ctx: click.Context, model: str | None, format_name: str | None, host: str | None, port: int | None) -> None:
+    """Serve MODEL to OpenAI clients until SIGTERM or Ctrl-C.
+
+    MODEL is NAME or NAME@N; without it, the only name that there is. A version that is named here becomes the
+    production version; without one, the version that served last goes on.
+    """
+    door = {key: value for key, value in (("host", host), ("port", port)) if value is not None}
+    settings = settings_of(ctx, serve=door or None)
+    from serving import server
+    from serving.start import choose_desired
+    from svc.store.database import open_database
+    from svc.terminal import console, waiting
+
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    for noisy in ("httpx", "httpcore", "alembic", "uvicorn.error"):
+        logging.getLogger(noisy).setLevel(logging.WARNING)
+    registry, store = Registry.of(settings), open_database(settings.home)
+
+    async def run() -> None:
+        with server.claim(settings) as claim:
+            desired = choose_desired(registry, store, model, Format(format_name) if format_name else None)
+            console.print(f"{desired.target}: starting vLLM, about 40 s; log {settings.home / 'logs' / 'engine.log'}")
+            with waiting("engine") as on_phase:
+                await server.serve(
+                    settings,
+                    registry,
+                    store,
+                    desired,
+                    claim,
+                    on_phase=on_phase,
+                    on_ready=lambda: console.print(f"[green]serving {desired.target} on {claim.url}/v1[/green]"),
+                )
+
+    asyncio.run(run())
+    console.print("stopped")
+
+
+@click.command()
+@click.argument("version")
+@_format_option
+@json_option
+@click.pass_context
+def promote(ctx: click.Context, version: str, format_name: str | None, as_json: bool) -> None:
+    """Bring VERSION (NAME@N) into production, without losing a request."""
+    promotion = Promotion.of(settings_of(ctx))
+    wanted = VersionId.parse(version)
+    current = promotion.current(wanted.name)
+    format = Format(format_name) if format_name else current.target.format
+    promotion.registry.format(wanted, format)
+    _change(promotion, current, Target(wanted, format), as_json)
+
+
+@click.command()
+@click.argument("name")
+@json_option
+@click.pass_context
+def rollback(ctx: click.Context, name: str, as_json: bool) -> None:
+    """Bring back the version that NAME served before."""
+    promotion = Promotion.of(settings_of(ctx))
+    current = promotion.current(name)
+    if current.previous is None:
+        raise NotFoundError(f"{name} served no version before {current.target}", todo="promote one: svc promote NAME@N")
+    _change(promotion, current, current.previous, as_json)
+
+
+def _change(promotion: Promotion, current: Desired, target: Target, as_json: bool) -> None:
+    if target == current.target:
+        if as_json:
+            from svc.terminal import print_json
+
+            print_json({"target": str(target), "outcome": "unchanged"})
+        else:
+            click.echo(f"{target} serves already")
+        return
+    swap = promotion.change(current, target, on_step=lambda step: click.echo(f"  {step}", err=True))
+    if as_json:
+        from svc.terminal import print_json
+
+        print_json(_machine(swap))
+    if swap.outcome is not SwapOutcome.SUCCEEDED:
+        raise RefusedError(f"{target} was not promoted ({swap.outcome}), {current.target} serves\n  why: {swap.reason}")
+    if not as_json:
+        click.secho(f"{target} serves", fg="green")
+        click.echo(f"  swap {swap.seconds:.2f} s, {swap.running} requests were running, {swap.held} were held")
+
+
+def _machine(swap: SwapRecord) -> dict[str, Any]:
+    return {
+        "target": str(swap.target),
+        "outcome": swap.outcome,
+        "reason": swap.reason,
+        "seconds": swap.seconds,
+        "running": swap.running,
+        "held": swap.held,
+        "steps": swap.steps,
+    }
+
+
+@click.command()
+@click.argument("model")
+@click.option("--system", help="System prompt.")
+@click.pass_context
+def chat(ctx: click.Context, model: str, system: str | None) -> None:
+    """Talk to MODEL; an empty line or Ctrl-D ends it."""
+    from serving.conversation import Conversation
+    from svc.server_url import server_url
+
+    conversation = Conversation(server_url(settings_of(ctx)), model, system)
+    while True:
+        try:
+            text = click.prompt("you", prompt_suffix="> ", default="", show_default=False)
+        except click.exceptions.Abort:
+            break
+        if not text.strip():
+            break
+        for piece in conversation.ask(text):
+            sys.stdout.write(piece)
+            sys.stdout.flush()
+        click.echo()

@@ -1,0 +1,62 @@
+"""A conversation with a served model, for the terminal."""
+
+import json
+from collections.abc import Iterator
+
+import httpx
+
+from svc.errors import EngineError
+
+_TIMEOUT = httpx.Timeout(600.0, connect=5.0)
+
+
+class Conversation:
+    """Turns so far, and how to add one.
+
+    Args:
+        url: the server's root.
+        model: a name that the server knows.
+        system: the system turn, if any.
+    """
+
+    def __init__(self, url: str, model: str, system: str | None = None) -> None:
+        self._url = f"{url}/v1/chat/completions"
+        self._model = model
+        self._turns = [{"role": "system", "content": system}] if system else []
+
+    def ask(self, text: str) -> Iterator[str]:
+        """Adds a user's turn and yields the answer as it comes.
+
+        Raises:
+            EngineError: the server refused, or broke off.
+        """
+        self._turns.append({"role": "user", "content": text})
+        answer = ""
+        body = {"model": self._model, "messages": self._turns, "stream": True}
+        with httpx.stream("POST", self._url, json=body, timeout=_TIMEOUT) as response:
+            if response.is_error:
+                response.read()
+                raise EngineError(f"the server answered {response.status_code}: {_message(response.text)}")
+            for line in response.iter_lines():
+                piece = _piece(line)
+                answer += piece
+                yield piece
+        self._turns.append({"role": "assistant", "content": answer})
+
+
+def _piece(line: str) -> str:
+    content = line.removeprefix("data: ")
+    if content == line or content == "[DONE]":
+        return ""
+    event = json.loads(content)
+    if "error" in event:
+        raise EngineError(f"the answer broke off: {event['error'].get('message')}")
+    choices = event.get("choices") or [{}]
+    return choices[0].get("delta", {}).get("content") or ""
+
+
+def _message(text: str) -> str:
+    try:
+        return str(json.loads(text)["error"]["message"])
+    except (ValueError, KeyError, TypeError):
+        return text[:200]

@@ -1,0 +1,242 @@
+"""The data plane: one request from its first byte to the last byte of its answer.
+
+read -> admit -> resolve -> forward -> answer. Bytes pass through as they came, with two exceptions: the model's name on
+the way in, and on the way out of a stream the chunk with token counts, for clients that did not ask for it.
+
+The answer's head is sent with the first complete event, not before: until then a failure can have its own status.
+"""
+
+import asyncio
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import httpx
+from starlette.types import ASGIApp, Receive, Scope, Send
+
+from serving.disconnect import while_connected
+from serving.hold import Admission
+from serving.openai_api.errors import ApiError, ErrorCode, api_error
+from serving.openai_api.events import (
+    EventSplitter,
+    find_error,
+    find_usage,
+    is_done,
+    is_token,
+    is_usage_only,
+)
+from serving.openai_api.requests import ClientGoneError, CompletionRequest, Route, parse_request, read_body
+from serving.routing import Routes, Served
+from serving.traffic import CLIENT_GONE_STATUS, Traffic
+from serving.upstream import EngineDiedError, call, refusal
+from svc.settings import ServeSettings
+
+_EVENT_STREAM = "text/event-stream"
+
+
+class Gateway:
+    """Forwards completions to one engine.
+
+    Args:
+        engine: a client whose base URL is the engine, see serving.upstream.connect.
+        door: admits and holds requests.
+        routes: resolves model names.
+        traffic: counts.
+        settings: the limits.
+        clock: monotonic time, seconds.
+    """
+
+    def __init__(
+        self,
+        *,
+        engine: httpx.AsyncClient,
+        door: Admission,
+        routes: Routes,
+        traffic: Traffic,
+        settings: ServeSettings,
+        clock: Callable[[], float] = time.perf_counter,
+    ) -> None:
+        self.engine = engine
+        self.door = door
+        self.routes = routes
+        self.traffic = traffic
+        self.settings = settings
+        self.clock = clock
+        traffic.watch_door(lambda: door.running, lambda: door.held)
+
+    def endpoint(self, route: Route) -> ASGIApp:
+        """The ASGI application for one path."""
+        return _Endpoint(self, route)
+
+
+@dataclass(frozen=True, slots=True)
+class _Endpoint:
+    """An object rather than a function, which Starlette would wrap in its request machinery."""
+
+    gateway: Gateway
+    route: Route
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        exchange = Exchange(self.gateway, self.route, scope, send)
+        try:
+            await exchange.run(receive)
+        finally:
+            exchange.account()
+
+
+class Exchange:
+    """One request and its answer."""
+
+    def __init__(self, gateway: Gateway, route: Route, scope: Scope, send: Send) -> None:
+        self._gateway = gateway
+        self._route = route
+        self._scope = scope
+        self._asgi_send = send
+        self._clock = gateway.clock
+        self._started = self._clock()
+        self._served: Served | None = None
+        self._status: int | None = None
+
+    async def run(self, receive: Receive) -> None:
+        """Answers, with an error where it must be."""
+        settings = self._gateway.settings
+        try:
+            body = await read_body(
+                self._scope, receive, max_bytes=settings.max_body_bytes, timeout_s=settings.request_timeout_s
+            )
+            self._started = self._clock()
+            request = parse_request(body, self._route, engine_model=self._gateway.routes.name)
+            del body
+            await while_connected(receive, self._answer(request))
+        except ClientGoneError:
+            self._gateway.traffic.request_failed(ErrorCode.CLIENT_GONE)
+        except Exception as error:  # noqa: BLE001 - the boundary: api_error logs what is unexpected
+            await self._fail(api_error(error))
+
+    def account(self) -> None:
+        """Counts the request, once its end is known."""
+        status = CLIENT_GONE_STATUS if self._status is None else self._status
+        self._gateway.traffic.request_ended(self._served, self._route, status, self._clock() - self._started)
+
+    async def _answer(self, request: CompletionRequest) -> None:
+        gateway = self._gateway
+        async with gateway.door.admit():
+            self._served = gateway.routes.resolve(request.model)
+            self._scope["state"]["version"] = self._served.version
+            request_id: str = self._scope["state"]["request_id"]
+            async with call(gateway.engine, self._route.value, request.payload, request_id) as response:
+                if response.headers.get("content-type", "").startswith(_EVENT_STREAM):
+                    await _Stream(self, self._served, wants_usage=request.wants_usage).forward(response)
+                    return
+                body = await response.aread()
+        # The engine is done with it: a client that reads slowly keeps no place.
+        usage = find_usage(body)
+        if usage:
+            gateway.traffic.tokens(self._served, usage)
+        await self.start(200, "application/json", len(body))
+        await self.send(body, more=False)
+
+    async def _fail(self, error: ApiError) -> None:
+        """Answers with an error; within a stream with an event, and without the one that ends a good answer."""
+        self._gateway.traffic.request_failed(error.code)
+        if self._status is None:
+            self._status = error.status
+            await error.response()(self._scope, _no_receive, self._asgi_send)
+        else:
+            await self.send(b"data: " + error.body() + b"\n\n", more=False)
+
+    @property
+    def traffic(self) -> Traffic:
+        """Where the exchange is counted."""
+        return self._gateway.traffic
+
+    @property
+    def begun(self) -> bool:
+        """The head of the answer was sent."""
+        return self._status is not None
+
+    def elapsed(self) -> float:
+        """Seconds since the request was read."""
+        return self._clock() - self._started
+
+    async def start(self, status: int, content_type: str, length: int | None = None) -> None:
+        """Sends the head of the answer."""
+        headers = [(b"content-type", content_type.encode("latin-1"))]
+        if length is None:
+            headers.append((b"cache-control", b"no-cache"))
+        else:
+            headers.append((b"content-length", b"%d" % length))
+        self._status = status
+        await self._asgi_send({"type": "http.response.start", "status": status, "headers": headers})
+
+    async def send(self, data: bytes, *, more: bool) -> None:
+        """Sends a part of the answer.
+
+        Raises:
+            ClientGoneError: the client did not read for as long as an engine may be silent; it would hold its place in
+                the engine, and every swap, for ever.
+        """
+        try:
+            async with asyncio.timeout(self._gateway.settings.request_timeout_s):
+                await self._asgi_send({"type": "http.response.body", "body": data, "more_body": more})
+        except TimeoutError as error:
+            raise ClientGoneError from error
+
+
+class _Stream:
+    """Passes the events of one answer on, and times and counts its tokens."""
+
+    def __init__(self, exchange: Exchange, served: Served, *, wants_usage: bool) -> None:
+        self._exchange = exchange
+        self._served = served
+        self._wants_usage = wants_usage
+        self._between_tokens = exchange.traffic.between_tokens(served)
+        self._last_token: float | None = None
+        self._complete = False
+
+    async def forward(self, response: httpx.Response) -> None:
+        """Until the end of the answer.
+
+        Raises:
+            EngineError: an error of the engine within the stream, or an end before `[DONE]`.
+        """
+        splitter = EventSplitter()
+        async for chunk in response.aiter_raw():
+            passed = b"".join([event for event in splitter.feed(chunk) if self._passes(event)])
+            if not passed:
+                continue
+            if not self._exchange.begun:
+                await self._exchange.start(200, response.headers["content-type"])
+            await self._exchange.send(passed, more=True)
+        if not self._complete:
+            raise EngineDiedError("the engine went away; it is being restarted")
+        await self._exchange.send(b"", more=False)
+
+    def _passes(self, event: bytes) -> bool:
+        """Looks at an event; whether the client gets it."""
+        error = find_error(event)
+        if error is not None:
+            code = error.get("code") if isinstance(error, dict) else None
+            raise refusal(code if isinstance(code, int) else 500, error)
+        if is_done(event):
+            self._complete = True
+            return True
+        usage = find_usage(event)
+        if usage and is_usage_only(event):
+            self._exchange.traffic.tokens(self._served, usage)
+            return self._wants_usage
+        if is_token(event):
+            self._time_token()
+        return True
+
+    def _time_token(self) -> None:
+        now = self._exchange.elapsed()
+        if self._last_token is None:
+            self._exchange.traffic.first_token(self._served, now)
+        else:
+            self._between_tokens(now - self._last_token)
+        self._last_token = now
+
+
+async def _no_receive() -> dict[str, str]:
+    return {"type": "http.disconnect"}

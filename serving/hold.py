@@ -1,0 +1,223 @@
+"""The door between HTTP and the engine: counts what runs, and holds what comes while the engine changes version.
+
+A swap closes the door, waits until the running requests are done, changes the weights and opens again. Requests that
+come meanwhile wait, in arrival order, and none of them sees more than one version. The queue and the wait are bounded:
+whatever a client can grow has a limit. Knows nothing of HTTP, of versions, or of why the door is closed.
+
+One event loop, no locks: every change of state happens between two awaits.
+"""
+
+import asyncio
+from collections import deque
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from typing import ClassVar
+
+from svc.errors import SvcError
+
+OVERLOADED_RETRY_S = 1
+"""Running requests end all the time."""
+HELD_RETRY_S = 2
+"""A swap in place takes one to two seconds once the running requests are done."""
+ENGINE_RETRY_S = 20
+"""An engine start takes about 40 s; an OpenAI client that retries twice spans it."""
+
+
+class AdmissionError(SvcError):
+    """A request that the engine never saw: the client may send it again.
+
+    Attributes:
+        retry_after_s: what the client is told to wait, seconds; below 120, because OpenAI clients ignore more.
+    """
+
+    retry_after_s: int = HELD_RETRY_S
+
+
+class OverloadedError(AdmissionError):
+    """As many requests run as may run."""
+
+    retry_after_s = OVERLOADED_RETRY_S
+
+
+class HoldOverflowError(AdmissionError):
+    """The queue of held requests is full."""
+
+
+class HoldTimeoutError(AdmissionError):
+    """A held request waited as long as it may."""
+
+
+class EngineUnavailableError(AdmissionError):
+    """There is no engine to run the request: it is starting, or it failed."""
+
+    retry_after_s = ENGINE_RETRY_S
+
+
+class Admission:
+    """Who may run in the engine, who waits, and who is sent away.
+
+    Three facts decide: the door is closed (a swap), the engine is unavailable (starting, failed), or all places are
+    taken. A closed door outranks an unavailable engine, so that a swap which has to restart the engine keeps the
+    requests it holds. Starts unavailable.
+
+    Args:
+        max_running: requests in the engine at once.
+        max_held: requests that wait while the door is closed.
+        hold_timeout_s: longest wait of one request, seconds.
+    """
+
+    _STARTING: ClassVar[str] = "the engine is starting"
+
+    def __init__(self, *, max_running: int, max_held: int, hold_timeout_s: float) -> None:
+        self._max_running = max_running
+        self._max_held = max_held
+        self._hold_timeout_s = hold_timeout_s
+        self._running = 0
+        self._waiting: deque[asyncio.Future[None]] = deque()
+        self._closed = False
+        self._unavailable: str | None = self._STARTING
+        self._empty = asyncio.Event()
+        self._empty.set()
+
+    @property
+    def running(self) -> int:
+        """Requests in the engine."""
+        return self._running
+
+    @property
+    def held(self) -> int:
+        """Requests that wait."""
+        return len(self._waiting)
+
+    @property
+    def unavailable_reason(self) -> str | None:
+        """Why there is no engine; None when there is one."""
+        return self._unavailable
+
+    @asynccontextmanager
+    async def admit(self) -> AsyncIterator[None]:
+        """Waits for a place in the engine and holds it for the body.
+
+        Raises:
+            EngineUnavailableError, OverloadedError, HoldOverflowError: refused at once.
+            HoldTimeoutError: refused after `hold_timeout_s`.
+        """
+        if self._closed:
+            await self._wait()
+        else:
+            self._enter()
+        try:
+            yield
+        finally:
+            self._leave()
+
+    @asynccontextmanager
+    async def closed(self) -> AsyncIterator[None]:
+        """Holds new requests for the body; opens again whatever happens in it.
+
+        Raises:
+            RuntimeError: the door is closed already; swaps come one at a time.
+        """
+        if self._closed:
+            raise RuntimeError("the door is closed already")
+        self._closed = True
+        try:
+            yield
+        finally:
+            self._closed = False
+            self._admit_waiting()
+
+    async def drained(self, timeout_s: float) -> None:
+        """Returns when no request runs. Of use only while the door is closed.
+
+        Raises:
+            TimeoutError: requests still run after `timeout_s` seconds.
+        """
+        async with asyncio.timeout(timeout_s):
+            await self._empty.wait()
+
+    def unavailable(self, reason: str) -> None:
+        """There is no engine from now on: new requests are refused at once.
+
+        Args:
+            reason: shown to clients, as "the engine is starting"; no paths.
+        """
+        self._unavailable = reason
+        self._admit_waiting()
+
+    def available(self) -> None:
+        """The engine takes requests from now on."""
+        self._unavailable = None
+        self._admit_waiting()
+
+    def _enter(self) -> None:
+        if self._unavailable is not None:
+            raise _no_engine(self._unavailable)
+        if self._running >= self._max_running:
+            raise OverloadedError(
+                f"{self._running} requests are running, as many as may run at once", todo="send the request again later"
+            )
+        self._take_place()
+
+    def _take_place(self) -> None:
+        self._running += 1
+        self._empty.clear()
+
+    def _leave(self) -> None:
+        self._running -= 1
+        if not self._running:
+            self._empty.set()
+        self._admit_waiting()
+
+    async def _wait(self) -> None:
+        """Returns with a place taken."""
+        if len(self._waiting) >= self._max_held:
+            raise HoldOverflowError(
+                f"{len(self._waiting)} requests wait for a change of version, as many as may wait",
+                todo="send the request again in a moment",
+            )
+        loop = asyncio.get_running_loop()
+        place: asyncio.Future[None] = loop.create_future()
+        self._waiting.append(place)
+        # The timer settles the future itself: with asyncio.timeout a place given in the same tick would be lost.
+        timer = loop.call_later(self._hold_timeout_s, self._expire, place)
+        try:
+            await place
+        except asyncio.CancelledError:
+            if place.cancelled():
+                self._waiting.remove(place)
+            elif place.exception() is None:
+                self._leave()
+            raise
+        finally:
+            timer.cancel()
+
+    def _expire(self, place: asyncio.Future[None]) -> None:
+        if not place.done():
+            self._waiting.remove(place)
+            place.set_exception(
+                HoldTimeoutError(
+                    f"waited {self._hold_timeout_s:g} s for a change of version", todo="send the request again"
+                )
+            )
+
+    def _admit_waiting(self) -> None:
+        """Gives free places to the requests that came first; with no engine, sends all away.
+
+        A cancelled future stays in the queue until its own task removes it, in the same turn of the loop.
+        """
+        if self._closed:
+            return
+        for place in [place for place in self._waiting if not place.done()]:
+            if self._unavailable is not None:
+                place.set_exception(_no_engine(self._unavailable))
+            elif self._running < self._max_running:
+                self._take_place()
+                place.set_result(None)
+            else:
+                return
+            self._waiting.remove(place)
+
+
+def _no_engine(reason: str) -> EngineUnavailableError:
+    return EngineUnavailableError(reason, todo="send the request again later")

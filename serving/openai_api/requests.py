@@ -1,0 +1,214 @@
+"""Reads a completion request once: its size, its JSON, and the few fields that the gateway must understand.
+
+Everything else is the engine's to check. What was parsed is written out again and only that reaches the engine, so
+that no second reading of the client's bytes can differ from what was checked here.
+"""
+
+import asyncio
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import Any, NoReturn
+
+from starlette.types import Receive, Scope
+
+from svc.errors import SvcError
+
+JSON_TYPE = b"application/json"
+
+
+class Route(StrEnum):
+    """The paths that reach the engine; its own paths are the same."""
+
+    CHAT_COMPLETIONS = "/v1/chat/completions"
+    COMPLETIONS = "/v1/completions"
+
+
+class InvalidJsonError(SvcError):
+    """A body that is not a JSON object."""
+
+
+class InvalidRequestError(SvcError):
+    """A field with a value that is not served.
+
+    Args:
+        param: the field.
+    """
+
+    def __init__(self, wrong: str, *, param: str, expected: str = "", todo: str = "") -> None:
+        super().__init__(wrong, expected=expected, todo=todo)
+        self.param = param
+
+
+class BodyTooLargeError(SvcError):
+    """A body over the limit."""
+
+
+class BodyTimeoutError(SvcError):
+    """A body that did not arrive in time."""
+
+
+class MediaTypeError(SvcError):
+    """A body that does not say it is JSON."""
+
+
+class ClientGoneError(Exception):
+    """The client closed the connection; nobody is left to answer."""
+
+
+@dataclass(frozen=True, slots=True)
+class CompletionRequest:
+    """What the gateway knows of a request.
+
+    Attributes:
+        model: the client's model name, as sent.
+        payload: the JSON that goes to the engine.
+        stream: the client wants server-sent events.
+        wants_usage: the client wants the final chunk with token counts.
+    """
+
+    model: str
+    payload: bytes
+    stream: bool
+    wants_usage: bool
+
+
+async def read_body(scope: Scope, receive: Receive, *, max_bytes: int, timeout_s: float) -> bytes:
+    """The whole body; its size is checked before and while it is read.
+
+    Raises:
+        MediaTypeError: not `application/json`. A web page elsewhere can send any other type to a local port without
+            asking first, and that one not.
+        BodyTooLargeError, BodyTimeoutError: over `max_bytes`, or not here after `timeout_s` seconds.
+        ClientGoneError: the client left before the end.
+    """
+    headers = dict(scope["headers"])
+    if headers.get(b"content-type", b"").partition(b";")[0].strip().lower() != JSON_TYPE:
+        raise MediaTypeError("the content type is not JSON", expected="content-type: application/json")
+    # The server in front has checked that the header is a number.
+    if int(headers.get(b"content-length", b"0")) > max_bytes:
+        raise _too_large(max_bytes)
+    try:
+        async with asyncio.timeout(timeout_s):
+            return await _receive_all(receive, max_bytes)
+    except TimeoutError as error:
+        raise BodyTimeoutError(f"the request body did not arrive within {timeout_s:g} s") from error
+
+
+async def _receive_all(receive: Receive, max_bytes: int) -> bytes:
+    parts: list[bytes] = []
+    size = 0
+    while True:
+        message = await receive()
+        if message["type"] == "http.disconnect":
+            raise ClientGoneError
+        parts.append(message.get("body", b""))
+        size += len(parts[-1])
+        if size > max_bytes:
+            raise _too_large(max_bytes)
+        if not message.get("more_body", False):
+            return b"".join(parts)
+
+
+def _too_large(max_bytes: int) -> BodyTooLargeError:
+    return BodyTooLargeError("the request body is too large", expected=f"at most {max_bytes} bytes")
+
+
+def parse_request(body: bytes, route: Route, *, engine_model: str) -> CompletionRequest:
+    """Reads a body and prepares what goes to the engine.
+
+    Args:
+        engine_model: what the engine calls its model.
+
+    Raises:
+        InvalidJsonError: not a JSON object.
+        InvalidRequestError: `model`, `stream` or `stream_options` of a wrong type, or prompt log-probabilities asked.
+    """
+    fields = _json_object(body)
+    model = fields.get("model")
+    if not isinstance(model, str):
+        raise InvalidRequestError("'model' is missing or no string", param="model", expected="a model name")
+    _refuse_prompt_logprobs(fields, route)
+    stream = _flag(fields, "stream", "stream")
+    wants_usage = stream and _ask_for_usage(fields)
+    return CompletionRequest(model, _to_json({**fields, "model": engine_model}), stream, wants_usage)
+
+
+def _json_object(body: bytes) -> dict[str, Any]:
+    try:
+        fields = json.loads(body.decode("utf-8"), parse_constant=_refuse_constant)
+    except UnicodeDecodeError as error:
+        raise InvalidJsonError(f"the request body is not UTF-8 at byte {error.start}") from error
+    except json.JSONDecodeError as error:
+        raise InvalidJsonError(
+            f"the request body is not JSON: {error.msg} at line {error.lineno}, column {error.colno}"
+        ) from error
+    except ValueError as error:
+        raise InvalidJsonError("the request body is not usable JSON: a number with too many digits") from error
+    except RecursionError as error:
+        raise InvalidJsonError("the request body is not usable JSON: nested too deeply") from error
+    if not isinstance(fields, dict):
+        raise InvalidJsonError("the request body is JSON, but no object", expected="a JSON object")
+    return fields
+
+
+def _refuse_constant(name: str) -> NoReturn:
+    raise InvalidJsonError(f"the request body is not JSON: {name}", expected="JSON knows no NaN and no Infinity")
+
+
+def _to_json(fields: dict[str, Any]) -> bytes:
+    try:
+        # Escapes all but ASCII, so that a lone surrogate, which UTF-8 cannot hold, reaches the engine as it came.
+        return json.dumps(fields, allow_nan=False, separators=(",", ":")).encode("ascii")
+    except ValueError as error:
+        raise InvalidJsonError("the request body is not usable JSON: a number out of range") from error
+    except RecursionError as error:
+        raise InvalidJsonError("the request body is not usable JSON: nested too deeply") from error
+
+
+def _refuse_prompt_logprobs(fields: Mapping[str, Any], route: Route) -> None:
+    """vLLM scores the whole prompt for these, which can exhaust or end an engine that others share."""
+    why = "they can end the engine, which other clients share"
+    if fields.get("prompt_logprobs") is not None:
+        raise InvalidRequestError(
+            f"log-probabilities of the prompt are not served: {why}", param="prompt_logprobs", todo="leave it out"
+        )
+    if not fields.get("echo"):
+        return
+    if route is Route.CHAT_COMPLETIONS:
+        # There vLLM's `top_logprobs` is 0 by default, which is enough to score the prompt.
+        raise InvalidRequestError(
+            f"'echo' is not served for chat, because it asks for log-probabilities of the prompt: {why}",
+            param="echo",
+            todo="leave it out",
+        )
+    if fields.get("logprobs") is not None:
+        raise InvalidRequestError(
+            f"'echo' with 'logprobs' asks for log-probabilities of the prompt, which are not served: {why}",
+            param="echo",
+            todo="ask for one of the two",
+        )
+
+
+def _flag(fields: Mapping[str, Any], key: str, param: str) -> bool:
+    """A boolean that may be null or absent. Strict, because the engine would also take 1 or "yes" for true."""
+    value = fields.get(key)
+    if value is not None and not isinstance(value, bool):
+        raise InvalidRequestError(f"'{param}' is no boolean", param=param, expected="true or false")
+    return bool(value)
+
+
+def _ask_for_usage(fields: dict[str, Any]) -> bool:
+    """Makes the engine report token counts; returns whether the client wanted them as well."""
+    options = fields.get("stream_options")
+    if options is None:
+        options = {}
+    if not isinstance(options, dict):
+        raise InvalidRequestError("'stream_options' is no object", param="stream_options", expected="an object")
+    wanted = _flag(options, "include_usage", "stream_options.include_usage")
+    if not wanted:
+        # Without include_usage the engine ignores it; with ours it would fill every chunk.
+        options = {key: value for key, value in options.items() if key != "continuous_usage_stats"}
+    fields["stream_options"] = {**options, "include_usage": True}
+    return wanted

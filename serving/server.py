@@ -1,0 +1,241 @@
+"""`svc serve`: builds the server once, passes everything explicitly, and ends what it started.
+
+The port and the home are claimed before the engine starts, so that a second server is told at once, and not after
+forty seconds.
+"""
+
+import asyncio
+import errno
+import logging
+import os
+import signal
+import socket
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import uvicorn
+from prometheus_client import CollectorRegistry
+from sqlalchemy import Engine as Store
+
+from serving.app import build_app
+from serving.gateway import Gateway
+from serving.hold import Admission
+from serving.proof import Proof
+from serving.reconciler import Reconciler
+from serving.routing import Routes
+from serving.supervisor import Supervisor
+from serving.swap import InPlaceSwap
+from serving.traffic import Traffic
+from serving.upstream import connect
+from svc.engine.launch import SOCKET_FILE, EngineSpec
+from svc.engine.probe import engine_facts
+from svc.engine.process import EngineProcess
+from svc.engine.runtime import runtime_folder
+from svc.errors import BusyError, SettingsError
+from svc.lock import hold_lock
+from svc.registry.registry import Registry
+from svc.server_url import LOCK_FILE
+from svc.settings import Settings
+from svc.store.desired import Desired
+from svc.store.swaps import find_swap
+
+log = logging.getLogger(__name__)
+
+_GRACE_S = 30  # running answers may end after SIGTERM
+
+
+@dataclass(frozen=True, slots=True)
+class Claim:
+    """A home and a port that this process holds."""
+
+    door: socket.socket
+    url: str
+
+
+@contextmanager
+def claim(settings: Settings) -> Iterator[Claim]:
+    """Takes the port and the home, before anything is read or started.
+
+    Raises:
+        BusyError: another server uses this home or this port.
+        SettingsError: the address is none of this machine's.
+    """
+    host, port = settings.serve.host, settings.serve.port
+    with _bind(host, port) as door:
+        url = f"http://{host}:{door.getsockname()[1]}"
+        with hold_lock(settings.home / LOCK_FILE, f"the home {settings.home}", url=url):
+            yield Claim(door, url)
+
+
+def _bind(host: str, port: int) -> socket.socket:
+    door = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET, socket.SOCK_STREAM)
+    door.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        door.bind((host, port))
+    except OSError as error:
+        door.close()
+        if error.errno == errno.EADDRINUSE:
+            raise BusyError(
+                f"port {port} on {host} is in use", todo="end its owner, or choose another: --port"
+            ) from error
+        raise SettingsError(
+            f"cannot listen on {host}:{port}: {error.strerror}", todo="correct --host, --port"
+        ) from error
+    return door
+
+
+async def serve(
+    settings: Settings,
+    registry: Registry,
+    store: Store,
+    desired: Desired,
+    claim: Claim,
+    *,
+    on_phase: Callable[[str], None],
+    on_ready: Callable[[], None],
+) -> None:
+    """Serves until SIGTERM or SIGINT.
+
+    Args:
+        desired: what to load first.
+        on_phase: hears what the start is doing.
+        on_ready: called when requests are answered.
+
+    Raises:
+        SvcError: the version cannot be loaded.
+    """
+    server = _Server(settings, registry, store, desired, on_phase)
+    running = asyncio.create_task(server.run(claim.door, on_ready))
+    for number in (signal.SIGTERM, signal.SIGINT):
+        asyncio.get_running_loop().add_signal_handler(number, running.cancel)
+    with suppress(asyncio.CancelledError):
+        await running
+
+
+class _Uvicorn(uvicorn.Server):
+    """Leaves signals to `serve`: they must also end a start that is under way."""
+
+    @contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        """Captures none."""
+        yield
+
+
+class _Server:
+    """All parts of one server."""
+
+    def __init__(
+        self,
+        settings: Settings,
+        registry: Registry,
+        store: Store,
+        desired: Desired,
+        on_phase: Callable[[str], None],
+    ) -> None:
+        limits = settings.serve
+        runtime = runtime_folder(settings.home, "serve")
+        self._store = store
+        self._traffic = Traffic(CollectorRegistry())
+        self._door = Admission(
+            max_running=limits.max_running, max_held=limits.max_held, hold_timeout_s=limits.hold_timeout_s
+        )
+        self._routes = Routes(desired.name)
+        proof = Proof(registry, store, engine_facts(settings.engine))
+        launch = _launcher(settings, desired.name, runtime)
+        self._supervisor = Supervisor(launch, proof, self._door, self._traffic, on_phase)
+        swap = InPlaceSwap(
+            registry=registry,
+            proof=proof,
+            supervisor=self._supervisor,
+            door=self._door,
+            routes=self._routes,
+            drain_timeout_s=limits.drain_timeout_s,
+        )
+        self._reconciler = Reconciler(
+            desired,
+            registry=registry,
+            store=store,
+            supervisor=self._supervisor,
+            swap=swap,
+            routes=self._routes,
+            traffic=self._traffic,
+        )
+        self._gateway = Gateway(
+            engine=connect(runtime / SOCKET_FILE, silence_s=limits.request_timeout_s),
+            door=self._door,
+            routes=self._routes,
+            traffic=self._traffic,
+            settings=limits,
+        )
+
+    async def run(self, door: socket.socket, on_ready: Callable[[], None]) -> None:
+        """Answers from the first moment, with 503 until the engine has started; returns when it was told to stop."""
+        config = uvicorn.Config(
+            build_app(self._gateway, status=self.status),
+            log_config=None,
+            access_log=False,
+            server_header=False,
+            timeout_graceful_shutdown=_GRACE_S,
+        )
+        server = _Uvicorn(config)
+        http = asyncio.create_task(server.serve(sockets=[door]))
+        try:
+            await self._reconciler.start()
+            on_ready()
+            # Neither ends by itself but for a defect, which must end the server and not leave half of it.
+            control = asyncio.create_task(self._reconciler.run())
+            done, _ = await asyncio.wait({http, control}, return_when=asyncio.FIRST_COMPLETED)
+            control.cancel()
+            for task in done:
+                task.result()
+        finally:
+            server.should_exit = True
+            await asyncio.wait({http})
+            await self._supervisor.stop()
+            await self._gateway.engine.aclose()
+
+    def status(self) -> Mapping[str, Any]:
+        """What /svc/status shows."""
+        actual, previous = self._reconciler.actual.target, self._reconciler.actual.previous
+        swap = find_swap(self._store, actual.version.name)
+        return {
+            "model": actual.version.name,
+            "version": str(actual.version),
+            "format": actual.format.value,
+            "previous": str(previous) if previous else None,
+            "engine": {
+                "state": self._supervisor.state.value,
+                "restarts": self._supervisor.restarts,
+                "last_error": self._reconciler.last_error,
+            },
+            "requests": {"running": self._door.running, "held": self._door.held},
+            "last_swap": swap
+            and {
+                "to": str(swap.target),
+                "started_at": swap.started_at.isoformat(timespec="seconds"),
+                "outcome": swap.outcome and swap.outcome.value,
+                "reason": swap.reason,
+                "seconds": swap.seconds,
+                "running": swap.running,
+                "held": swap.held,
+            },
+            "pid": os.getpid(),
+        }
+
+
+def _launcher(settings: Settings, name: str, runtime: Path) -> Callable[[Path], EngineProcess]:
+    def launch(model: Path) -> EngineProcess:
+        spec = EngineSpec(
+            model=model,
+            served_name=name,
+            runtime=runtime,
+            log=settings.home / "logs" / "engine.log",
+            cache=settings.home / "cache" / "vllm",
+            settings=settings.engine,
+        )
+        return EngineProcess(spec)
+
+    return launch

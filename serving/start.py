@@ -1,0 +1,45 @@
+"""Which version a server starts with."""
+
+from sqlalchemy import Engine as Store
+
+from svc.errors import NotFoundError
+from svc.registry.registry import Registry
+from svc.registry.version import Format, VersionId
+from svc.store.desired import Desired, Target, change_desired, desired_names, read_desired
+
+_PREFERRED = (Format.GPTQ, Format.MERGED)
+
+
+def choose_desired(registry: Registry, store: Store, model: str | None, format: Format | None) -> Desired:
+    """The desired state to start from, written to the store where it is new.
+
+    Args:
+        model: NAME, NAME@N, NAME@alias, or None for the only name that there is.
+        format: None for what served last, else GPTQ where the version has it.
+
+    Raises:
+        NotFoundError: no such model, version or format, or several names and none given.
+    """
+    name = (model or _only_name(registry, store)).partition("@")[0]
+    seen = read_desired(store, name)
+    version = seen.target.version if seen and (not model or "@" not in model) else registry.resolve(model or name)
+    if format is None and seen and seen.target.version == version:
+        format = seen.target.format
+    target = Target(version, format or _best_format(registry, version))
+    registry.format(version, target.format)
+    if seen and seen.target == target:
+        return seen
+    return change_desired(store, seen, target, previous=seen.target if seen else None)
+
+
+def _only_name(registry: Registry, store: Store) -> str:
+    names = desired_names(store) or registry.names()
+    if len(names) != 1:
+        known = ", ".join(names) or "none: `svc train RECIPE` makes one"
+        raise NotFoundError("no model was named", expected=f"svc serve NAME, with one of: {known}")
+    return names[0]
+
+
+def _best_format(registry: Registry, version: VersionId) -> Format:
+    formats = registry.manifest(version).formats
+    return next(format for format in _PREFERRED if format in formats)

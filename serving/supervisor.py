@@ -1,0 +1,121 @@
+"""Keeps one engine alive: starts it with a version, proves it, notices its death.
+
+Decides nothing: what to load, and what to do after a death, is the reconciler's.
+"""
+
+import asyncio
+import logging
+from collections.abc import Callable
+from pathlib import Path
+
+from serving.hold import Admission
+from serving.proof import Proof
+from serving.traffic import Traffic
+from svc.engine.client import EngineClient
+from svc.engine.process import Engine
+from svc.engine.state import EngineState
+from svc.store.desired import Target
+
+log = logging.getLogger(__name__)
+
+_HEALTH_S = 2.0
+_UNHEALTHY_CHECKS = 15
+"""The front answers health checks even under load; half a minute without an answer is a death."""
+
+
+class Supervisor:
+    """One engine, and what is known of it.
+
+    Args:
+        launch: makes a new, unstarted engine for a model folder.
+        on_phase: hears what a start is doing.
+    """
+
+    def __init__(
+        self,
+        launch: Callable[[Path], Engine],
+        proof: Proof,
+        door: Admission,
+        traffic: Traffic,
+        on_phase: Callable[[str], None] = lambda phase: None,
+    ) -> None:
+        self._launch = launch
+        self._proof = proof
+        self._door = door
+        self._traffic = traffic
+        self._on_phase = on_phase
+        self._engine: Engine | None = None
+        self.restarts = 0
+        self.state = EngineState.STOPPED
+
+    @property
+    def client(self) -> EngineClient:
+        """The client of the engine that runs.
+
+        Raises:
+            RuntimeError: none runs.
+        """
+        if self._engine is None:
+            raise RuntimeError("no engine runs")
+        return self._engine.client
+
+    def enter(self, state: EngineState) -> None:
+        """Shows a state to metrics and status, and to the door where it decides who may enter."""
+        self.state = state
+        self._traffic.engine_state(state)
+        match state:
+            case EngineState.READY:
+                self._door.available()
+            case EngineState.STARTING:
+                self._door.unavailable("the engine is starting")
+            case EngineState.STOPPED | EngineState.FAILED:
+                self._door.unavailable(f"the engine has {state}")
+
+    async def start(self, target: Target) -> None:
+        """Starts an engine with a version, in place of the one before, and proves it.
+
+        Raises:
+            NotFoundError, IntegrityError: the version's files are not there or not right.
+            EngineError: it did not start, or runs other weights (ProbeError).
+        """
+        await self.stop(EngineState.STARTING)
+        try:
+            folder = await self._proof.files(target)
+            engine = self._launch(folder)
+            await engine.start(self._on_phase)
+            self._engine = engine
+            log.info("%s: %s", target, await self._proof.probes(engine.client, target))
+        except BaseException:
+            await self.stop(EngineState.FAILED)
+            raise
+        self.enter(EngineState.READY)
+
+    async def died(self) -> str:
+        """Returns why, when the engine has died."""
+        engine = self._engine
+        if engine is None:
+            return "it did not start"
+        ended = asyncio.create_task(engine.wait())
+        unanswered = 0
+        try:
+            while True:
+                done, _ = await asyncio.wait({ended}, timeout=_HEALTH_S)
+                if done:
+                    return f"it ended with code {ended.result()}"
+                unanswered = 0 if await engine.client.healthy() else unanswered + 1
+                if unanswered >= _UNHEALTHY_CHECKS:
+                    return f"no answer to {unanswered} health checks"
+        finally:
+            ended.cancel()
+
+    async def stop(self, state: EngineState = EngineState.STOPPED) -> None:
+        """Ends the engine, if there is one, and enters a state that admits nobody."""
+        self.enter(state)
+        if self._engine is not None:
+            engine, self._engine = self._engine, None
+            await engine.stop()
+
+    def count_restart(self) -> None:
+        """Counts a start after a death."""
+        self.restarts += 1
+        self._traffic.engine_restarted()

@@ -1,0 +1,80 @@
+"""The `svc` command: a table of commands, each imported only when it runs, so that help is there at once.
+
+The boundary for errors: an `SvcError` is printed as text and becomes its exit code; anything else is a defect and
+keeps its traceback.
+"""
+
+import importlib
+import sys
+from pathlib import Path
+
+import click
+
+from svc.errors import SvcError
+
+COMMANDS = {
+    # command: (import path, one line of help)
+    "data": ("svc.dataset.cli:data", "Check files of chat examples."),
+    "train": ("trainer.cli:train", "Train, evaluate, merge, quantize, qualify and register a version."),
+    "models": ("svc.registry.cli:models", "List versions and aliases."),
+    "show": ("svc.registry.cli:show", "Show one version."),
+    "serve": ("serving.cli:serve", "Serve a model to OpenAI clients."),
+    "promote": ("serving.cli:promote", "Bring another version into production."),
+    "rollback": ("serving.cli:rollback", "Go back to the version before."),
+    "status": ("monitoring.cli:status", "Show what runs, and how well."),
+    "chat": ("serving.cli:chat", "Talk to the served model in the terminal."),
+    "ui": ("svc.registry.cli:ui", "Look at runs, versions and aliases in MLflow's pages."),
+}
+
+
+class LazyGroup(click.Group):
+    """Imports a command's module when the command is asked for, and takes its help from the table."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        """All names, in the order of the table."""
+        return list(COMMANDS)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        """The command itself."""
+        if cmd_name not in COMMANDS:
+            return None
+        module, _, attribute = COMMANDS[cmd_name][0].partition(":")
+        command = getattr(importlib.import_module(module), attribute)
+        assert isinstance(command, click.Command)
+        return command
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """The list in the help."""
+        with formatter.section("Commands"):
+            formatter.write_dl([(name, text) for name, (_, text) in COMMANDS.items()])
+
+
+@click.group(cls=LazyGroup, context_settings={"help_option_names": ["-h", "--help"]})
+@click.option(
+    "--home", type=click.Path(path_type=Path), help="Folder for all state.  [default: $SVC_HOME, else ./.svc]"
+)
+@click.option("--config", type=click.Path(path_type=Path), help="Settings file.  [default: ./svc.yaml, if there]")
+@click.version_option(package_name="tuneserve")
+@click.pass_context
+def group(ctx: click.Context, home: Path | None, config: Path | None) -> None:
+    """Fine-tune a model on chat examples, serve it to OpenAI clients, promote and watch its versions."""
+    ctx.obj = {"home": home, "config": config}
+
+
+def main() -> None:
+    """Runs the command line."""
+    try:
+        sys.exit(group.main(standalone_mode=False) or 0)
+    except SvcError as error:
+        click.secho(f"error: {error}", fg="red", err=True)
+        sys.exit(error.exit_code)
+    except click.exceptions.Abort:
+        click.echo("interrupted", err=True)
+        sys.exit(130)
+    except click.ClickException as error:
+        error.show()
+        sys.exit(error.exit_code)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""Chat examples: their schema, reading, checks and fingerprint."""

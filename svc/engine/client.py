@@ -1,0 +1,117 @@
+"""What we ask an engine over HTTP: log-probabilities, tokens, health, and its development endpoints.
+
+Separate from the gateway's data plane, so that a reload never queues behind streams. Knows nothing of versions.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+import httpx
+
+from svc.dataset.example import Message
+from svc.errors import EngineError
+
+_TIMEOUT = httpx.Timeout(300.0, connect=5.0)  # a reload reads the whole file of weights
+
+
+class EngineClient:
+    """Asks one OpenAI-compatible endpoint that also has vLLM's `/tokenize` and `prompt_logprobs`.
+
+    Args:
+        http: client whose base URL or transport leads to the engine; closed with this object.
+        model: the name that the engine answers to.
+    """
+
+    def __init__(self, http: httpx.AsyncClient, model: str) -> None:
+        self.model = model
+        self._http = http
+
+    @classmethod
+    def over_socket(cls, socket: Path, model: str) -> "EngineClient":
+        """A client of the engine behind a unix socket."""
+        transport = httpx.AsyncHTTPTransport(uds=str(socket))
+        return cls(httpx.AsyncClient(transport=transport, base_url="http://engine", timeout=_TIMEOUT), model)
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        await self.close()
+
+    async def close(self) -> None:
+        """Closes the connections."""
+        await self._http.aclose()
+
+    async def healthy(self) -> bool:
+        """Whether the engine answers and its core lives."""
+        try:
+            return (await self._http.get("/health", timeout=5.0)).status_code == httpx.codes.OK
+        except httpx.HTTPError:
+            return False
+
+    async def chat(self, messages: Sequence[Message], *, max_tokens: int) -> str:
+        """Greedy answer to a prompt.
+
+        Raises:
+            EngineError: the engine did not answer or refused.
+        """
+        body = {
+            "model": self.model,
+            "messages": [message.as_dict() for message in messages],
+            "max_tokens": max_tokens,
+            "temperature": 0,
+        }
+        answer = await self._post("/v1/chat/completions", body)
+        return answer["choices"][0]["message"]["content"] or ""
+
+    async def generate(self, token_ids: Sequence[int], *, tokens: int) -> None:
+        """Generates exactly so many tokens and throws them away: for measuring speed."""
+        body = {"model": self.model, "prompt": list(token_ids), "max_tokens": tokens, "ignore_eos": True}
+        await self._post("/v1/completions", body)
+
+    async def prompt_tokens(self, messages: Sequence[Message]) -> list[int]:
+        """Token ids of a prompt by the engine's own chat template, ready for the answer."""
+        body = {"model": self.model, "messages": [message.as_dict() for message in messages]}
+        return list((await self._post("/tokenize", body))["tokens"])
+
+    async def tokens(self, text: str) -> list[int]:
+        """Token ids of plain text, without any special token added."""
+        body = {"model": self.model, "prompt": text, "add_special_tokens": False}
+        return list((await self._post("/tokenize", body))["tokens"])
+
+    async def logprobs(self, token_ids: Sequence[int], start: int) -> tuple[float, ...]:
+        """Natural-log probabilities of the tokens from `start` on, each given all before it.
+
+        Args:
+            token_ids: the whole sequence.
+            start: index of the first token that is scored, at least 1.
+        """
+        body = {"model": self.model, "prompt": list(token_ids), "max_tokens": 1, "temperature": 0, "prompt_logprobs": 0}
+        entries = (await self._post("/v1/completions", body))["choices"][0]["prompt_logprobs"]
+        scored = zip(token_ids[start:], entries[start:], strict=True)
+        return tuple(float(entry[str(token)]["logprob"]) for token, entry in scored)
+
+    async def reload_weights(self, folder: Path) -> None:
+        """Replaces the weights in place. A reload that fails ends the engine: check everything before.
+
+        Raises:
+            EngineError: the engine did not take them.
+        """
+        await self._post("/collective_rpc", {"method": "reload_weights", "kwargs": {"weights_path": str(folder)}})
+
+    async def reset_prefix_cache(self) -> None:
+        """Forgets keys and values that older weights computed."""
+        await self._post("/reset_prefix_cache", None)
+
+    async def _post(self, path: str, body: dict[str, Any] | None) -> Any:
+        try:
+            answer = await self._http.post(path, json=body)
+        except httpx.HTTPError as error:
+            raise EngineError(f"no answer from the engine to {path}: {error!r}", todo="see the engine's log") from error
+        if answer.is_error:
+            raise EngineError(f"the engine answered {path} with {answer.status_code}: {answer.text[:500]}")
+        return answer.json() if answer.content else None

@@ -1,0 +1,183 @@
+"""Probes: short token sequences whose log-probabilities tell one set of weights from another.
+
+Taken when a version is qualified, checked after every load. They say *which weights run*, not whether they are good.
+An engine of another kind (version of vLLM, device, instruction set, compiled or not) rounds otherwise: there, probes
+are taken again, and the tolerance is never loosened.
+"""
+
+import asyncio
+import math
+import platform
+from collections.abc import Sequence
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from svc.engine.client import EngineClient
+from svc.engine.launch import device_of, installed_vllm, is_eager
+from svc.errors import ProbeError
+from svc.settings import Device, EngineSettings
+
+MAX_PROBES = 8
+MAX_TOKENS = 64
+MIN_TOLERANCE = 1e-3
+"""Nats. Repeated probes on the CPU differ by 0.0000; another model's weights by about 10."""
+
+TokenId = Annotated[int, Field(ge=0)]
+Scored = tuple[Sequence[int], int]
+"""Token ids, and the index from which they are scored."""
+
+
+class EngineFacts(BaseModel):
+    """What decides how an engine rounds."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    vllm: str
+    device: Device
+    instruction_set: str
+    mode: Literal["eager", "compiled"]
+
+
+class Probe(BaseModel):
+    """One sequence and what the version gives for it.
+
+    Attributes:
+        token_ids: at most 64.
+        start: index of the first token of the answer.
+        logprobs: natural-log probability of each token from `start` on.
+        tolerance: largest absolute difference in any of them, nats.
+        engine: where they were measured.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    token_ids: tuple[TokenId, ...] = Field(min_length=2, max_length=MAX_TOKENS)
+    start: int = Field(ge=1)
+    logprobs: tuple[float, ...] = Field(min_length=1)
+    tolerance: float = Field(ge=MIN_TOLERANCE, allow_inf_nan=False)
+    engine: EngineFacts
+
+    @model_validator(mode="after")
+    def _one_logprob_for_each_token(self) -> "Probe":
+        if len(self.logprobs) != len(self.token_ids) - self.start:
+            raise ValueError(f"{len(self.logprobs)} logprobs for {len(self.token_ids) - self.start} tokens")
+        return self
+
+
+def engine_facts(settings: EngineSettings) -> EngineFacts:
+    """The facts of an engine that is started with these settings on this machine."""
+    device = device_of(settings)
+    return EngineFacts(
+        vllm=installed_vllm()[1],
+        device=device,
+        instruction_set=_cpu_instruction_set() if device is Device.CPU else _gpu_name(),
+        mode="eager" if is_eager(settings) else "compiled",
+    )
+
+
+def choose_sequences(pairs: Sequence[tuple[Sequence[int], Sequence[int]]], count: int) -> list[Scored]:
+    """Cuts prompts with their answers to probes of at most 64 tokens, evenly picked.
+
+    Args:
+        pairs: token ids of prompts and of their answers.
+        count: how many, at most 8.
+
+    Returns:
+        Pairs of a sequence and the index where its answer starts.
+    """
+    step = max(1, len(pairs) // count)
+    chosen: list[Scored] = []
+    for prompt, answer in pairs[::step][:count]:
+        kept_answer = tuple(answer)[: MAX_TOKENS // 2]
+        kept_prompt = tuple(prompt)[-(MAX_TOKENS - len(kept_answer)) :]
+        chosen.append((kept_prompt + kept_answer, len(kept_prompt)))
+    return chosen
+
+
+async def measure_probes(
+    client: EngineClient, sequences: Sequence[Scored], *, repeats: int
+) -> list[list[tuple[float, ...]]]:
+    """Measures all sequences again and again, alone and in a batch: what differs is the engine's own noise.
+
+    Args:
+        repeats: measurements of each kind, at least 1; 20 for a version's manifest.
+
+    Returns:
+        Log-probabilities by measurement and sequence.
+    """
+    measured = []
+    for _ in range(repeats):
+        measured.append(await _measure(client, sequences))
+        measured.append([await client.logprobs(token_ids, start) for token_ids, start in sequences])
+    return measured
+
+
+def make_probes(
+    sequences: Sequence[Scored], measured: Sequence[Sequence[tuple[float, ...]]], facts: EngineFacts
+) -> tuple[Probe, ...]:
+    """Probes whose tolerance is twice the largest difference between any measurement and the first, at least 0.001.
+
+    Args:
+        measured: as `measure_probes` gives it; measurements of several engines of one kind may be joined.
+    """
+    probes = []
+    for index, (token_ids, start) in enumerate(sequences):
+        reference = measured[0][index]
+        noise = max(_difference(reference, run[index]) for run in measured)
+        tolerance = max(MIN_TOLERANCE, 2 * noise)
+        probe = Probe(token_ids=tuple(token_ids), start=start, logprobs=reference, tolerance=tolerance, engine=facts)
+        probes.append(probe)
+    return tuple(probes)
+
+
+async def check_probes(client: EngineClient, probes: Sequence[Probe]) -> float:
+    """Asks the engine for all probes at once and compares.
+
+    Returns:
+        The largest difference, nats.
+
+    Raises:
+        ProbeError: a difference beyond its probe's tolerance, or nothing to compare.
+    """
+    if not probes:
+        raise ProbeError("the version has no probes for this format", todo="qualify the version again")
+    measured = await _measure(client, [(probe.token_ids, probe.start) for probe in probes])
+    differences = [_difference(probe.logprobs, found) for probe, found in zip(probes, measured, strict=True)]
+    for number, (probe, difference) in enumerate(zip(probes, differences, strict=True), start=1):
+        if not difference <= probe.tolerance:  # also true for NaN
+            raise ProbeError(
+                f"probe {number} of {len(probes)} differs by {difference:.4f} nats: these are not the version's weights",
+                expected=f"at most {probe.tolerance:.4f}",
+                todo="do not serve these files; train again or restore the version's folder from a backup",
+            )
+    return max(differences)
+
+
+async def _measure(client: EngineClient, sequences: Sequence[Scored]) -> list[tuple[float, ...]]:
+    return await asyncio.gather(*(client.logprobs(token_ids, start) for token_ids, start in sequences))
+
+
+def _difference(expected: Sequence[float], found: Sequence[float]) -> float:
+    if any(not math.isfinite(value) for value in found):
+        return math.inf
+    return max(abs(one - other) for one, other in zip(expected, found, strict=True))
+
+
+def _cpu_instruction_set() -> str:
+    """The widest vector instructions that decide which kernels run."""
+    try:
+        with open("/proc/cpuinfo", encoding="utf-8") as file:
+            flags = next((line.split() for line in file if line.startswith(("flags", "Features"))), [])
+    except OSError:
+        flags = []
+    known = ("amx_bf16", "avx512_bf16", "avx512f", "avx2", "sve", "asimd")
+    return f"{platform.machine()}-{next((flag for flag in known if flag in flags), 'baseline')}"
+
+
+def _gpu_name() -> str:
+    import subprocess
+
+    query = ["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"]
+    names = subprocess.run(query, capture_output=True, text=True, timeout=30, check=False).stdout.splitlines()
+    return names[0].strip() if names else "unknown GPU"

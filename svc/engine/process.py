@@ -1,0 +1,180 @@
+"""The life of one vLLM process on this machine: started, ready, ended, and never left behind.
+
+A process record beside the socket names the child, so that the next start in the same folder ends an engine whose
+parent was killed. Does not restart anything: that is the supervisor's decision.
+"""
+
+import asyncio
+import json
+import os
+import re
+import signal
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Protocol
+
+import psutil
+
+from svc.engine.client import EngineClient
+from svc.engine.launch import EngineSpec, command, environment
+from svc.errors import EngineError
+
+_POLL_S = 0.25
+_STOP_GRACE_S = 10.0
+_PHASES = {
+    # What vLLM's log says, and what a person wants to hear. In the order in which they come.
+    r"non-default args": "reading arguments",
+    r"Initializing a V1 LLM engine": "starting the engine core",
+    r"Loading model|Starting to load model": "loading weights",
+    r"Loading weights took": "making room for keys and values",
+    r"KV cache size": "warming up",
+    r"Starting vLLM server": "opening the door",
+}
+_PHASE_PATTERNS = [(re.compile(pattern), phase) for pattern, phase in _PHASES.items()]
+
+
+class Engine(Protocol):
+    """What the swap and the supervisor need of an engine; a process here, or something elsewhere."""
+
+    @property
+    def client(self) -> EngineClient:
+        """Its HTTP client."""
+
+    async def start(self, on_phase: Callable[[str], None] = ...) -> None:
+        """Returns when it answers."""
+
+    async def wait(self) -> int:
+        """Returns its exit code when it has ended."""
+
+    async def stop(self) -> None:
+        """Ends it, if it has not ended."""
+
+
+class EngineProcess:
+    """One vLLM server as a child process.
+
+    Args:
+        spec: what to start; its runtime folder must be private to this user.
+    """
+
+    def __init__(self, spec: EngineSpec) -> None:
+        self.spec = spec
+        self.client = EngineClient.over_socket(spec.socket, spec.served_name)
+        self._process: asyncio.subprocess.Process | None = None
+
+    async def start(self, on_phase: Callable[[str], None] = lambda phase: None) -> None:
+        """Starts the server and returns when it answers.
+
+        Args:
+            on_phase: hears what it is doing, in a few words.
+
+        Raises:
+            EngineError: it ended, or was not ready in `start_timeout_s`; names the log and its last error.
+        """
+        self._end_leftover()
+        self.spec.log.parent.mkdir(parents=True, exist_ok=True)
+        with self.spec.log.open("wb") as log:
+            self._process = await asyncio.create_subprocess_exec(
+                *command(self.spec),
+                env=environment(self.spec),
+                stdin=asyncio.subprocess.DEVNULL,
+                stdout=log,
+                stderr=asyncio.subprocess.STDOUT,
+                start_new_session=True,
+            )
+        self._write_record(self._process.pid)
+        try:
+            await self._ready(self._process, on_phase)
+        except BaseException:
+            await self.stop()
+            raise
+
+    async def wait(self) -> int:
+        """Returns the exit code when the server has ended; 0 when it was never started."""
+        return await self._process.wait() if self._process else 0
+
+    async def stop(self) -> None:
+        """Ends the server and all its processes: first asked, then killed."""
+        if self._process is not None:
+            await asyncio.shield(asyncio.to_thread(_end_group, self._process.pid))
+            await self._process.wait()
+        await self.client.close()
+        self._record.unlink(missing_ok=True)
+        self.spec.socket.unlink(missing_ok=True)
+
+    async def _ready(self, process: asyncio.subprocess.Process, on_phase: Callable[[str], None]) -> None:
+        deadline = time.monotonic() + self.spec.settings.start_timeout_s
+        told = "starting python"
+        on_phase(told)
+        while time.monotonic() < deadline:
+            if process.returncode is not None:
+                raise EngineError(
+                    f"vLLM ended with code {process.returncode} before it was ready: {self._last_error()}",
+                    todo=f"see {self.spec.log}",
+                )
+            if self.spec.socket.exists() and await self.client.healthy():
+                return
+            phase = await asyncio.to_thread(self._phase)
+            if phase != told:
+                on_phase(phase)
+                told = phase
+            await asyncio.sleep(_POLL_S)
+        raise EngineError(
+            f"vLLM was not ready after {self.spec.settings.start_timeout_s:.0f} s",
+            todo=f"see {self.spec.log}; raise engine.start_timeout_s for a large model",
+        )
+
+    def _phase(self) -> str:
+        text = self.spec.log.read_text("utf-8", errors="replace")
+        reached = [phase for pattern, phase in _PHASE_PATTERNS if pattern.search(text)]
+        return reached[-1] if reached else "starting python"
+
+    def _last_error(self) -> str:
+        lines = self.spec.log.read_text("utf-8", errors="replace").splitlines()
+        errors = [line for line in lines if re.search(r"\b\w*(Error|Exception)\b: ", line)]
+        return (errors or lines or ["no output"])[-1].strip()[-300:]
+
+    @property
+    def _record(self) -> Path:
+        return self.spec.runtime / "engine.json"
+
+    def _write_record(self, pid: int) -> None:
+        record = {"pid": pid, "created": psutil.Process(pid).create_time()}
+        self._record.write_text(json.dumps(record), "utf-8")
+
+    def _end_leftover(self) -> None:
+        """Ends the engine of a parent that was killed; the creation time guards against a reused process id."""
+        try:
+            record = json.loads(self._record.read_text("utf-8"))
+            if psutil.Process(record["pid"]).create_time() == record["created"]:
+                _end_group(record["pid"])
+        except (FileNotFoundError, json.JSONDecodeError, psutil.NoSuchProcess):
+            pass
+        self._record.unlink(missing_ok=True)
+        self.spec.socket.unlink(missing_ok=True)
+
+
+def _end_group(pid: int) -> None:
+    """Ends a session leader and every process of its session: SIGTERM, and SIGKILL after the grace."""
+    members = [process for process in psutil.process_iter() if _session(process.pid) == pid]
+    for process in members:
+        _signal(process, signal.SIGTERM)
+    _, alive = psutil.wait_procs(members, timeout=_STOP_GRACE_S)
+    for process in alive:
+        _signal(process, signal.SIGKILL)
+    psutil.wait_procs(alive, timeout=_STOP_GRACE_S)
+
+
+def _session(pid: int) -> int:
+    try:
+        return os.getsid(pid)
+    except (ProcessLookupError, PermissionError):
+        return -1
+
+
+def _signal(process: psutil.Process, number: signal.Signals) -> None:
+    try:
+        process.send_signal(number)
+    except psutil.NoSuchProcess:
+        pass

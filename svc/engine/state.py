@@ -1,0 +1,14 @@
+"""Where an engine is in its life."""
+
+from enum import StrEnum
+
+
+class EngineState(StrEnum):
+    """The states of one engine; a request is admitted in `ready` only."""
+
+    STARTING = "starting"
+    READY = "ready"
+    SWAPPING = "swapping"
+    DRAINING = "draining"
+    STOPPED = "stopped"
+    FAILED = "failed"

@@ -1,0 +1,108 @@
+"""The one evaluator: the trainer, the gates and the monitoring all judge by it, through the endpoint that serves.
+
+Greedy answers are compared with references; the reference's own log-probability shows what exact match is too coarse
+for. Knows nothing of who asks and of what is done with the report.
+"""
+
+import asyncio
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from pydantic import BaseModel, ConfigDict
+
+from svc.dataset.example import ChatExample
+from svc.engine.client import EngineClient
+from svc.evaluation.metrics import Estimate, is_json, matches, mean, proportion
+
+_CONCURRENCY = 16
+
+
+class EvaluationReport(BaseModel):
+    """How good the answers to a held-out set are.
+
+    Attributes:
+        examples: how many were asked.
+        exact_match: share of answers equal to the reference.
+        valid_json: share of answers that are JSON; None when the references are not.
+        nll: negative log-likelihood of the reference answer, nats a token, mean over examples.
+        hits: exact match of each example, for paired comparison.
+        seconds: time for all answers and scores.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    examples: int
+    exact_match: Estimate
+    valid_json: Estimate | None
+    nll: Estimate
+    hits: tuple[bool, ...]
+    seconds: float
+
+
+@dataclass(frozen=True, slots=True)
+class TokenizedExample:
+    """Token ids of a prompt, up to where the answer begins, and of the reference answer."""
+
+    prompt: tuple[int, ...]
+    answer: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class _Result:
+    answer: str
+    nll: float
+
+
+async def evaluate(
+    client: EngineClient,
+    examples: Sequence[ChatExample],
+    *,
+    max_tokens: int,
+    on_done: Callable[[], None] = lambda: None,
+) -> EvaluationReport:
+    """Asks all examples and scores the answers.
+
+    Args:
+        max_tokens: longest answer, tokens.
+        on_done: called after each example.
+
+    Raises:
+        EngineError: the engine failed a request; there is no report over a part of the examples.
+    """
+    places = asyncio.Semaphore(_CONCURRENCY)
+
+    async def ask(example: ChatExample) -> _Result:
+        async with places:
+            tokenized = await tokenize(client, example)
+            # The reference first: it fills the prefix cache with the prompt, which the answer then starts from.
+            logprobs = await client.logprobs(tokenized.prompt + tokenized.answer, len(tokenized.prompt))
+            answer = await client.chat(example.prompt, max_tokens=max_tokens)
+            on_done()
+            return _Result(answer, -sum(logprobs) / len(logprobs))
+
+    started = time.monotonic()
+    results = await asyncio.gather(*(ask(example) for example in examples))
+    return _report(examples, results, time.monotonic() - started)
+
+
+async def tokenize(client: EngineClient, example: ChatExample) -> TokenizedExample:
+    """Token ids of an example, by the engine's tokenizer and chat template."""
+    prompt = await client.prompt_tokens(example.prompt)
+    answer = await client.tokens(example.answer)
+    return TokenizedExample(tuple(prompt), tuple(answer))
+
+
+def _report(examples: Sequence[ChatExample], results: Sequence[_Result], seconds: float) -> EvaluationReport:
+    pairs = list(zip(examples, results, strict=True))
+    hits = tuple(matches(result.answer, example.answer) for example, result in pairs)
+    wants_json = all(is_json(example.answer) for example in examples)
+    valid = proportion(sum(is_json(result.answer) for result in results), len(results)) if wants_json else None
+    return EvaluationReport(
+        examples=len(results),
+        exact_match=proportion(sum(hits), len(hits)),
+        valid_json=valid,
+        nll=mean([result.nll for result in results]),
+        hits=hits,
+        seconds=seconds,
+    )

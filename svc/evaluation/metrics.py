@@ -1,0 +1,71 @@
+"""Figures with intervals. Standard library only; no figure is given without its uncertainty."""
+
+import json
+import math
+import random
+import statistics
+from collections.abc import Sequence
+
+from pydantic import BaseModel, ConfigDict
+
+_Z95 = statistics.NormalDist().inv_cdf(0.975)
+_RESAMPLES = 2000
+
+
+class Estimate(BaseModel):
+    """A value with its 95 % interval."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    value: float
+    low: float
+    high: float
+
+    def __str__(self) -> str:
+        return f"{self.value:.3f} [{self.low:.3f}, {self.high:.3f}]"
+
+
+def proportion(hits: int, total: int) -> Estimate:
+    """Share of hits with Wilson's score interval, which stays right near 0 and 1 (Wilson 1927).
+
+    Raises:
+        ValueError: nothing was counted.
+    """
+    if not 0 <= hits <= total or total == 0:
+        raise ValueError(f"{hits} hits of {total}")
+    share, square = hits / total, _Z95**2
+    centre = (share + square / (2 * total)) / (1 + square / total)
+    half = _Z95 * math.sqrt(share * (1 - share) / total + square / (4 * total**2)) / (1 + square / total)
+    return Estimate(value=share, low=max(0.0, min(centre - half, share)), high=min(1.0, max(centre + half, share)))
+
+
+def mean(values: Sequence[float]) -> Estimate:
+    """Mean with a percentile bootstrap interval (seeded: equal values, equal interval).
+
+    Raises:
+        ValueError: no values.
+    """
+    if not values:
+        raise ValueError("no values")
+    generator = random.Random(0)
+    means = sorted(statistics.fmean(generator.choices(values, k=len(values))) for _ in range(_RESAMPLES))
+    edge = round(_RESAMPLES * 0.025)
+    return Estimate(value=statistics.fmean(values), low=means[edge], high=means[-edge - 1])
+
+
+def paired_difference(first: Sequence[float], second: Sequence[float]) -> Estimate:
+    """Mean of second minus first, example by example, with its interval: what both find hard cancels out."""
+    return mean([after - before for before, after in zip(first, second, strict=True)])
+
+
+def matches(answer: str, reference: str) -> bool:
+    """Exact match but for white space around."""
+    return answer.strip() == reference.strip()
+
+
+def is_json(text: str) -> bool:
+    """Whether the text is one valid JSON object or array."""
+    try:
+        return isinstance(json.loads(text), dict | list)
+    except ValueError:
+        return False

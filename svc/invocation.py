@@ -1,0 +1,22 @@
+"""What every command starts from: the settings that its flags, the file and the environment make together."""
+
+from typing import Any
+
+import click
+
+from svc.settings import Settings, load_settings
+
+json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON for machines.")
+
+
+def settings_of(ctx: click.Context, **flags: Any) -> Settings:
+    """The settings of one invocation.
+
+    Args:
+        flags: a command's own flags, as `load_settings` takes them.
+
+    Raises:
+        SettingsError: an unknown key or a wrong value.
+    """
+    given = ctx.find_root().obj or {}
+    return load_settings(given.get("config"), home=given.get("home"), **flags)

@@ -1,0 +1,41 @@
+"""A version on one screen: what it is made of, how good it is, how large and how fast in each format."""
+
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+from svc.evaluation.evaluator import EvaluationReport
+from svc.registry.manifest import FormatRecord, Manifest
+
+
+def print_card(manifest: Manifest, folder: Path) -> None:
+    """Prints the card to stdout."""
+    console = Console(highlight=False)
+    base, data = manifest.base, manifest.data
+    console.print(f"[bold]{manifest.id}[/bold]  {folder}")
+    console.print(
+        f"base {base.origin} (licence: {base.licence or 'unknown'}), trained on {data.train_examples} examples"
+    )
+    console.print(f"judged by {manifest.base_evaluation.examples} of {data.heldout_examples} held-out examples\n")
+    console.print(figures(manifest))
+
+
+def figures(manifest: Manifest) -> Table:
+    """The table of base, merged and GPTQ: quality with 95 % intervals, size, load time, speed."""
+    table = Table("", "exact match", "valid JSON", "NLL / token", "size", "load", "tokens/s", box=None)
+    table.add_row("base", *_quality(manifest.base_evaluation), "", "", "")
+    for format, record in manifest.formats.items():
+        if record.evaluation:
+            table.add_row(format.value, *_quality(record.evaluation), *_files(record))
+    return table
+
+
+def _quality(report: EvaluationReport) -> tuple[str, str, str]:
+    return str(report.exact_match), str(report.valid_json or "-"), str(report.nll)
+
+
+def _files(record: FormatRecord) -> tuple[str, str, str]:
+    load = f"{record.load_seconds:.1f} s" if record.load_seconds is not None else "-"
+    speed = f"{record.tokens_per_second:.0f}" if record.tokens_per_second is not None else "-"
+    return f"{record.bytes / 1e6:.0f} MB", load, speed

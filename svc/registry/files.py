@@ -1,0 +1,93 @@
+"""Files of a version: their hashes, and what a safetensors header says without reading the weights."""
+
+import hashlib
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from svc.errors import IntegrityError
+
+
+class FileRecord(BaseModel):
+    """One file of a version, as its manifest knows it. `path` is relative to the version's folder."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    path: str
+    sha256: str = Field(pattern=r"^[0-9a-f]{64}$")
+    bytes: int = Field(ge=0)
+
+
+@dataclass(frozen=True, slots=True, order=True)
+class Tensor:
+    """What a header says of one tensor."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+
+
+def record_file(root: Path, path: Path) -> FileRecord:
+    """Hashes one file.
+
+    Args:
+        root: the version's folder, to which the path is made relative.
+    """
+    with path.open("rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    return FileRecord(path=path.relative_to(root).as_posix(), sha256=digest, bytes=path.stat().st_size)
+
+
+def record_files(root: Path, folder: Path) -> tuple[FileRecord, ...]:
+    """Hashes every file below a folder, in the order of their paths.
+
+    Args:
+        root: the version's folder, to which paths are relative.
+    """
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    return tuple(record_file(root, path) for path in files)
+
+
+def verify_files(root: Path, records: Iterable[FileRecord]) -> None:
+    """Compares files on disk with their records.
+
+    Raises:
+        IntegrityError: names the first file that is missing or not the same.
+    """
+    for record in records:
+        path = root / record.path
+        if not path.is_file():
+            raise IntegrityError(
+                f"{path} is missing", todo="restore the version's folder from a backup, or train again"
+            )
+        found = record_file(root, path)
+        if found != record:
+            raise IntegrityError(
+                f"{path} was changed after registration: sha256 {found.sha256[:12]}…, {found.bytes} bytes",
+                expected=f"sha256 {record.sha256[:12]}…, {record.bytes} bytes",
+                todo="restore the file from a backup, or train again; a version is never edited",
+            )
+
+
+def read_headers(folder: Path) -> tuple[Tensor, ...]:
+    """All tensors of a folder's safetensors files, by name.
+
+    Raises:
+        IntegrityError: no such file, or one that is cut off or damaged.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    tensors: list[Tensor] = []
+    for path in sorted(folder.glob("*.safetensors")):
+        try:
+            with safe_open(path, framework="numpy") as file:
+                for name in file.keys():  # noqa: SIM118 - the object is no mapping
+                    part = file.get_slice(name)
+                    tensors.append(Tensor(name, str(part.get_dtype()), tuple(part.get_shape())))
+        except (SafetensorError, OSError) as error:
+            raise IntegrityError(f"{path} is no whole safetensors file: {error}") from error
+    if not tensors:
+        raise IntegrityError(f"{folder} holds no safetensors file", expected="the weights of a model")
+    return tuple(sorted(tensors))

@@ -1,0 +1,93 @@
+"""Whether one version can be loaded in place of another: equal fingerprints, and only then.
+
+A reload replaces tensors and nothing else. So everything that vLLM reads once at its start must be the same:
+architecture, shapes, quantization, tokenizer, chat template, default sampling.
+"""
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+from svc.errors import IntegrityError
+from svc.registry.files import read_headers
+
+# Said by the library that wrote the file, not by the model.
+_VOLATILE = {"transformers_version", "use_cache", "quantization_config", "name_or_path"}
+
+# The fields of a quantization that decide which kernel runs on which layout, with their defaults. Everything else,
+# `meta` above all, is bookkeeping of the tool that quantized.
+_QUANTIZATION_DEFAULTS: dict[str, Any] = {
+    "quant_method": "gptq",
+    "bits": None,
+    "group_size": None,
+    "desc_act": False,
+    "sym": True,
+    "checkpoint_format": "gptq",
+    "pack_dtype": "int32",
+    "lm_head": False,
+    "dynamic": None,
+}
+_SPECIAL_TOKENS = ("bos_token", "eos_token", "pad_token", "unk_token", "add_bos_token", "add_eos_token")
+
+
+def compatibility_fingerprint(folder: Path) -> str:
+    """SHA-256 over all that a reload in place cannot change, as `sha256:<hex>`.
+
+    Args:
+        folder: a model folder: config.json, *.safetensors, tokenizer.json.
+
+    Raises:
+        IntegrityError: a file that is missing or damaged.
+    """
+    config = _read_json(folder / "config.json")
+    tokenizer = _read_json(folder / "tokenizer.json")
+    tokenizer_config = _read_json(folder / "tokenizer_config.json", default={})
+    parts = {
+        "config": _stable(config),
+        "quantization": normal_quantization(config.get("quantization_config")),
+        "tensors": [(tensor.name, tensor.dtype, tensor.shape) for tensor in read_headers(folder)],
+        # Truncation and padding are what the last caller set, not what the tokenizer is.
+        "tokenizer": {key: value for key, value in tokenizer.items() if key not in ("truncation", "padding")},
+        "special_tokens": {key: _content(tokenizer_config.get(key)) for key in _SPECIAL_TOKENS},
+        "chat_template": _chat_template(folder, tokenizer_config),
+        "generation": _stable(_read_json(folder / "generation_config.json", default={})),
+    }
+    text = json.dumps(parts, sort_keys=True, ensure_ascii=False)
+    return f"sha256:{hashlib.sha256(text.encode('utf-8')).hexdigest()}"
+
+
+def normal_quantization(config: dict[str, Any] | None) -> dict[str, Any] | None:
+    """The fields of a quantization that matter to the kernel, defaults filled in; None when there is none."""
+    if config is None:
+        return None
+    normal = {key: config.get(key, default) for key, default in _QUANTIZATION_DEFAULTS.items()}
+    normal["dynamic"] = normal["dynamic"] or None
+    return normal
+
+
+def _stable(config: dict[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in config.items() if key not in _VOLATILE and not key.startswith("_")}
+
+
+def _chat_template(folder: Path, tokenizer_config: dict[str, Any]) -> str | None:
+    path = folder / "chat_template.jinja"
+    template = path.read_text("utf-8") if path.is_file() else tokenizer_config.get("chat_template")
+    return template.strip() if isinstance(template, str) else None
+
+
+def _content(token: Any) -> Any:
+    """A special token is written as a string or as an object around it."""
+    return token.get("content") if isinstance(token, dict) else token
+
+
+def _read_json(path: Path, default: dict[str, Any] | None = None) -> dict[str, Any]:
+    if default is not None and not path.is_file():
+        return default
+    try:
+        content = json.loads(path.read_text("utf-8"))
+    except (OSError, ValueError) as error:
+        raise IntegrityError(f"cannot read {path}: {error}", expected="a JSON file of a whole model folder") from error
+    if not isinstance(content, dict):
+        raise IntegrityError(f"{path} holds a {type(content).__name__}", expected="a JSON object")
+    return content

@@ -1,0 +1,126 @@
+"""The manifest: what a version is, beside its weights, written once and last."""
+
+import json
+import os
+from datetime import datetime
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from svc.engine.probe import MAX_PROBES, Probe
+from svc.errors import IntegrityError
+from svc.evaluation.evaluator import EvaluationReport
+from svc.registry.files import FileRecord
+from svc.registry.version import NAME_PATTERN, Format, VersionId
+
+MANIFEST_FILE = "manifest.json"
+
+
+class _Record(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class BaseRecord(_Record):
+    """The model that was fine-tuned.
+
+    Attributes:
+        origin: what the recipe said.
+        revision: what pins its content.
+        licence: as its publisher states it; None when unknown.
+    """
+
+    origin: str
+    revision: str
+    licence: str | None
+
+
+class DataRecord(_Record):
+    """What was trained on and judged by."""
+
+    train_fingerprint: str
+    train_examples: int
+    heldout_fingerprint: str
+    heldout_examples: int
+
+
+class FormatRecord(_Record):
+    """The version in one format.
+
+    Attributes:
+        fingerprint: versions with the same one can replace each other in a running engine.
+        evaluation: on the engine; None for a format that was not served.
+        load_seconds: reload in place into a running engine.
+        tokens_per_second: decoded, over 8 streams.
+    """
+
+    files: tuple[FileRecord, ...]
+    fingerprint: str | None = None
+    evaluation: EvaluationReport | None = None
+    probes: tuple[Probe, ...] = Field((), max_length=MAX_PROBES)
+    load_seconds: float | None = None
+    tokens_per_second: float | None = None
+
+    @property
+    def bytes(self) -> int:
+        """Size on disk."""
+        return sum(file.bytes for file in self.files)
+
+
+class Manifest(_Record):
+    """All that is known of a version. Training figures are in MLflow under `tracking_run`."""
+
+    schema_version: Literal[1] = 1
+    name: str = Field(pattern=NAME_PATTERN)
+    number: int = Field(ge=1)
+    created_at: datetime
+    run: str
+    tracking_run: str
+    base: BaseRecord
+    recipe: dict[str, Any]
+    data: DataRecord
+    heldout: FileRecord
+    base_evaluation: EvaluationReport
+    formats: dict[Format, FormatRecord]
+    libraries: dict[str, str]
+
+    @property
+    def id(self) -> VersionId:
+        """The version's name."""
+        return VersionId(self.name, self.number)
+
+
+def read_manifest(folder: Path) -> Manifest:
+    """Reads a version's manifest.
+
+    Raises:
+        IntegrityError: it is missing, or is no manifest, or is another version's.
+    """
+    path = folder / MANIFEST_FILE
+    try:
+        manifest = Manifest.model_validate_json(path.read_bytes())
+    except (OSError, ValidationError) as error:
+        raise IntegrityError(f"cannot read {path}: {error}", todo="restore it from a backup, or train again") from error
+    if (manifest.name, str(manifest.number)) != (folder.parent.name, folder.name):
+        raise IntegrityError(f"{path} is the manifest of {manifest.id}", expected=f"{folder.parent.name}@{folder.name}")
+    return manifest
+
+
+def write_manifest(folder: Path, manifest: Manifest) -> None:
+    """Writes it whole or not at all: temporary file, fsync, rename."""
+    temporary = folder / f".{MANIFEST_FILE}.{os.getpid()}"
+    with temporary.open("w", encoding="utf-8") as file:
+        json.dump(manifest.model_dump(mode="json"), file, indent=1, ensure_ascii=False)
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(folder / MANIFEST_FILE)
+    sync_folder(folder)
+
+
+def sync_folder(folder: Path) -> None:
+    """Makes names in a folder survive a power cut."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

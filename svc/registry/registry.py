@@ -1,0 +1,172 @@
+"""The registry of model versions: publishing, finding, verifying. The only owner of `$SVC_HOME/models`.
+
+    models/NAME/N/manifest.json  adapter/  merged/  gptq/  heldout.jsonl
+
+A version appears all at once: it is built in a hidden folder beside, its manifest is written last, and one rename
+publishes it. A folder without a manifest is no version. A version is never changed: its files are read-only.
+"""
+
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+from svc.errors import NotFoundError
+from svc.registry.files import verify_files
+from svc.registry.manifest import MANIFEST_FILE, FormatRecord, Manifest, read_manifest, sync_folder, write_manifest
+from svc.registry.tracking import Tracking
+from svc.registry.version import Alias, Format, VersionId
+from svc.settings import Settings
+
+HELDOUT_FILE = "heldout.jsonl"
+
+
+class Registry:
+    """The versions of one home.
+
+    Args:
+        models: the folder that holds them.
+        tracking: MLflow, which allocates numbers and keeps aliases.
+    """
+
+    def __init__(self, models: Path, tracking: Tracking) -> None:
+        self.models = models
+        self.tracking = tracking
+
+    @classmethod
+    def of(cls, settings: Settings) -> "Registry":
+        """The registry that the settings name."""
+        settings.home.mkdir(parents=True, exist_ok=True)
+        uri = settings.tracking_uri or f"sqlite:///{settings.home / 'mlflow.db'}"
+        return cls(settings.home / "models", Tracking(uri))
+
+    def names(self) -> list[str]:
+        """All names that have a version."""
+        return sorted({version.name for version in self.versions()})
+
+    def versions(self, name: str | None = None) -> list[VersionId]:
+        """All versions, of all names or of one, by name and number."""
+        pattern = f"{name or '*'}/*/{MANIFEST_FILE}"
+        folders = [path.parent for path in self.models.glob(pattern)]
+        return sorted(VersionId(f.parent.name, int(f.name)) for f in folders if f.name.isdigit())
+
+    def folder(self, version: VersionId) -> Path:
+        """Where a version lies, or would lie."""
+        return self.models / version.name / str(version.number)
+
+    def artifact(self, version: VersionId, format: Format) -> Path:
+        """The model folder of a version in a format.
+
+        Raises:
+            NotFoundError: no such version, or not in that format.
+        """
+        self.format(version, format)
+        return self.folder(version) / format.value
+
+    def manifest(self, version: VersionId) -> Manifest:
+        """A version's manifest.
+
+        Raises:
+            NotFoundError: no such version; says which there are.
+            IntegrityError: a manifest that cannot be read.
+        """
+        if not (self.folder(version) / MANIFEST_FILE).is_file():
+            known = self.versions(version.name)
+            has = (
+                ", ".join(str(one) for one in known) or f"no version; names are {', '.join(self.names()) or 'none yet'}"
+            )
+            raise NotFoundError(
+                f"there is no version {version}", expected=f"{version.name} has {has}", todo="see `svc models`"
+            )
+        return read_manifest(self.folder(version))
+
+    def format(self, version: VersionId, format: Format) -> FormatRecord:
+        """A version's record of one format.
+
+        Raises:
+            NotFoundError: no such version, or not in that format.
+        """
+        formats = self.manifest(version).formats
+        if format not in formats:
+            raise NotFoundError(f"{version} has no format {format}", expected=f"one of {', '.join(formats)}")
+        return formats[format]
+
+    def resolve(self, text: str) -> VersionId:
+        """The version that `NAME@N`, `NAME@alias` or `NAME` (production, else the newest) means.
+
+        Raises:
+            NotFoundError: there is none.
+        """
+        name, _, suffix = text.partition("@")
+        if suffix in set(Alias):
+            found = self.tracking.alias(name, Alias(suffix))
+            if found is None:
+                raise NotFoundError(f"{name} has no alias {suffix!r}", todo="see `svc models`")
+            return found
+        if suffix:
+            version = VersionId.parse(text)
+            self.manifest(version)
+            return version
+        known = self.versions(name)
+        if not known:
+            raise NotFoundError(
+                f"there is no model {text!r}",
+                expected=f"one of {', '.join(self.names()) or 'none yet: `svc train` makes one'}",
+            )
+        return self.tracking.alias(name, Alias.PRODUCTION) or known[-1]
+
+    def verify(self, version: VersionId, format: Format) -> None:
+        """Compares the files of one format with the manifest.
+
+        Raises:
+            IntegrityError: a file that is missing or was changed.
+        """
+        verify_files(self.folder(version), self.format(version, format).files)
+
+    def publish(
+        self, name: str, run_id: str, content: dict[str, Path], manifest: Callable[[VersionId, Path], Manifest]
+    ) -> Manifest:
+        """Makes a version of finished files. Either all of it is there afterwards, or nothing.
+
+        Args:
+            name: the model's name.
+            run_id: the MLflow run that made it.
+            content: what goes into the version's folder: its name there, and the file or folder. Files are linked
+                where the file system can, so nothing is copied within one disk.
+            manifest: makes the manifest, given the number and the folder with the content in place.
+        """
+        parent = self.models / name
+        parent.mkdir(parents=True, exist_ok=True)
+        version = self.tracking.allocate(name, source=str(parent), run_id=run_id)
+        staging = parent / f".{version.number}"
+        try:
+            shutil.rmtree(staging, ignore_errors=True)
+            staging.mkdir()
+            for target, source in content.items():
+                _link(source, staging / target)
+            made = manifest(version, staging)
+            write_manifest(staging, made)
+            for path in staging.rglob("*"):
+                if path.is_file():
+                    path.chmod(0o444)
+            staging.rename(self.folder(version))
+            sync_folder(parent)
+        except BaseException:
+            shutil.rmtree(staging, ignore_errors=True)
+            self.tracking.discard(version)
+            raise
+        return made
+
+
+def _link(source: Path, target: Path) -> None:
+    if source.is_dir():
+        shutil.copytree(source, target, copy_function=_link_file)
+    else:
+        _link_file(str(source), str(target))
+
+
+def _link_file(source: str, target: str) -> None:
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.copy2(source, target)

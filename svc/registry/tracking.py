@@ -1,0 +1,102 @@
+"""MLflow: runs with their curves, registered versions and aliases, where people look at them.
+
+Version numbers are allocated here, because MLflow never gives one twice, not even after a deletion. The files of a
+version lie elsewhere (registry.py); MLflow knows where.
+"""
+
+import logging
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import cached_property
+from typing import TYPE_CHECKING
+
+from svc.errors import RegistryError
+from svc.registry.version import Alias, VersionId
+
+if TYPE_CHECKING:
+    from mlflow import MlflowClient
+
+
+class Tracking:
+    """One MLflow tracking store.
+
+    Args:
+        uri: `sqlite:////absolute/path` or the URL of a tracking server.
+    """
+
+    def __init__(self, uri: str) -> None:
+        self.uri = uri
+
+    @cached_property
+    def _client(self) -> "MlflowClient":
+        # Importing MLflow takes a second or two, and its first use of a new database prints every migration.
+        os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+        from mlflow import MlflowClient
+
+        for library in ("mlflow", "mlflow.store.db.utils", "alembic"):
+            logging.getLogger(library).setLevel(logging.WARNING)
+
+        return MlflowClient(tracking_uri=self.uri, registry_uri=self.uri)
+
+    def start_run(self, experiment: str, tags: dict[str, str]) -> str:
+        """Creates a run and returns its id; `attach` makes it the active one."""
+        found = self._client.get_experiment_by_name(experiment)
+        experiment_id = found.experiment_id if found else self._client.create_experiment(experiment)
+        return str(self._client.create_run(experiment_id, tags=tags).info.run_id)
+
+    @contextmanager
+    def attach(self, run_id: str) -> Iterator[None]:
+        """Makes a run the active one of this process, so that a trainer's own MLflow callback reports to it."""
+        import mlflow
+
+        _ = self._client
+        mlflow.set_tracking_uri(self.uri)
+        with mlflow.start_run(run_id=run_id, log_system_metrics=False):
+            yield
+
+    def log_metrics(self, run_id: str, metrics: dict[str, float]) -> None:
+        """Adds figures to a run."""
+        for key, value in metrics.items():
+            self._client.log_metric(run_id, key, value)
+
+    def allocate(self, name: str, source: str, run_id: str) -> VersionId:
+        """Registers the next version of a name and returns its number."""
+        from mlflow.exceptions import MlflowException
+
+        try:
+            self._client.get_registered_model(name)
+        except MlflowException:
+            self._client.create_registered_model(name)
+        version = self._client.create_model_version(name, source=source, run_id=run_id)
+        return VersionId(name, int(version.version))
+
+    def discard(self, version: VersionId) -> None:
+        """Takes back an allocation; the number stays used."""
+        self._client.delete_model_version(version.name, str(version.number))
+
+    def annotate(self, version: VersionId, description: str, tags: dict[str, str]) -> None:
+        """What MLflow's page shows of a version."""
+        self._client.update_model_version(version.name, str(version.number), description)
+        for key, value in tags.items():
+            self._client.set_model_version_tag(version.name, str(version.number), key, value)
+
+    def alias(self, name: str, alias: Alias) -> VersionId | None:
+        """The version that an alias means, or None."""
+        return self.aliases(name).get(alias)
+
+    def aliases(self, name: str) -> dict[Alias, VersionId]:
+        """All our aliases of a name; empty for a name that MLflow does not know."""
+        from mlflow.exceptions import MlflowException
+
+        try:
+            found = self._client.get_registered_model(name).aliases
+        except MlflowException as error:
+            if error.error_code == "RESOURCE_DOES_NOT_EXIST":
+                return {}
+            raise RegistryError(f"MLflow at {self.uri} does not answer: {error.message}") from error
+        return {Alias(key): VersionId(name, int(number)) for key, number in found.items() if key in set(Alias)}
+
+    def set_alias(self, version: VersionId, alias: Alias) -> None:
+        """Moves an alias."""
+        self._client.set_registered_model_alias(version.name, alias.value, str(version.number))

@@ -1,0 +1,49 @@
+"""How a model version is named: `NAME`, `NAME@N`, `NAME@alias`."""
+
+import re
+from dataclasses import dataclass
+from enum import StrEnum
+
+from svc.errors import NotFoundError
+
+NAME_PATTERN = r"^[a-z0-9][a-z0-9._-]{0,62}$"
+"""Safe as a folder, as a metric label and in a URL; 63 characters at most."""
+
+
+class Format(StrEnum):
+    """How a version is served."""
+
+    ADAPTER = "adapter"
+    MERGED = "merged"
+    GPTQ = "gptq"
+
+
+class Alias(StrEnum):
+    """A movable name for a version."""
+
+    PRODUCTION = "production"
+    CANDIDATE = "candidate"
+    SHADOW = "shadow"
+
+
+@dataclass(frozen=True, slots=True, order=True)
+class VersionId:
+    """`NAME@N`; numbers start at 1 and are never used twice."""
+
+    name: str
+    number: int
+
+    def __str__(self) -> str:
+        return f"{self.name}@{self.number}"
+
+    @classmethod
+    def parse(cls, text: str) -> "VersionId":
+        """Reads `NAME@N`.
+
+        Raises:
+            NotFoundError: the text is no such name.
+        """
+        name, at, number = text.rpartition("@")
+        if not at or not re.fullmatch(NAME_PATTERN, name) or not re.fullmatch(r"[1-9]\d{0,8}", number):
+            raise NotFoundError(f"{text!r} names no version", expected="NAME@N, as my-model@2", todo="see `svc models`")
+        return cls(name, int(number))

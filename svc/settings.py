@@ -1,0 +1,162 @@
+"""One settings object for all rooms: defaults < svc.yaml < `SVC_*` environment < flags.
+
+An unknown key is an error wherever it stands, because a misspelt setting that is ignored is found at 3 in the
+morning. What a recipe says (trainer/recipe.py) is not a setting: settings belong to a machine, recipes to a model.
+"""
+
+import os
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated, Any
+
+import yaml
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
+from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict
+
+from svc.errors import SettingsError
+
+ENV_PREFIX = "SVC_"
+DEFAULT_FILE = Path("svc.yaml")
+
+
+def _absolute(path: Path) -> Path:
+    return path.expanduser().absolute()
+
+
+AbsolutePath = Annotated[Path, AfterValidator(_absolute)]
+
+
+class Device(StrEnum):
+    """Where the engine runs."""
+
+    AUTO = "auto"
+    CPU = "cpu"
+    CUDA = "cuda"
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class EngineSettings(_Section):
+    """How vLLM is started. What is not named here goes through `args`."""
+
+    device: Device = Field(Device.AUTO, description="cpu, cuda, or auto: cuda where a GPU is visible")
+    max_model_len: int = Field(2048, ge=16, description="context length, tokens; never more than the model's own")
+    eager: bool | None = Field(None, description="skip compilation; default: true on the CPU, false on a GPU")
+    kv_cache_gib: int = Field(1, ge=1, description="key-value cache on the CPU, GiB")
+    max_concurrency: int = Field(64, ge=1, description="sequences decoded together")
+    start_timeout_s: float = Field(600.0, gt=0, description="longest start, seconds")
+    args: tuple[str, ...] = Field((), description="further arguments for vLLM's server, as they are")
+
+
+class ServeSettings(_Section):
+    """The gateway's door and its limits: all that a client could grow has one."""
+
+    host: str = Field("127.0.0.1", description="address to listen on")
+    port: int = Field(8000, ge=0, le=65535, description="port to listen on")
+    max_body_bytes: int = Field(4 * 2**20, ge=1024, description="largest request body, bytes")
+    max_running: int = Field(256, ge=1, description="requests in the engine at once; one more is answered 429")
+    max_held: int = Field(256, ge=0, description="requests that wait during a swap; one more is answered 503")
+    hold_timeout_s: float = Field(60.0, gt=0, description="longest wait of a held request, seconds")
+    drain_timeout_s: float = Field(60.0, gt=0, description="longest wait for running requests before a swap, seconds")
+    request_timeout_s: float = Field(600.0, gt=0, description="longest silence of the engine within a request, seconds")
+
+
+class Settings(BaseSettings):
+    """All settings. `home` holds every byte of state except the cache of base models."""
+
+    model_config = SettingsConfigDict(
+        env_prefix=ENV_PREFIX, env_nested_delimiter="__", extra="forbid", frozen=True, env_ignore_empty=True
+    )
+
+    home: AbsolutePath = Field(Path(".svc"), validate_default=True, description="folder for all state")
+    base_cache: AbsolutePath = Field(
+        Path("~/.cache/tuneserve/base"), validate_default=True, description="folder for downloaded base models"
+    )
+    tracking_uri: str = Field("", description="MLflow tracking server; default: SQLite under home")
+    engine: EngineSettings = EngineSettings()
+    serve: ServeSettings = ServeSettings()
+
+    @classmethod
+    def settings_customise_sources(
+        cls,
+        settings_cls: type[BaseSettings],
+        init_settings: PydanticBaseSettingsSource,
+        env_settings: PydanticBaseSettingsSource,
+        dotenv_settings: PydanticBaseSettingsSource,
+        file_secret_settings: PydanticBaseSettingsSource,
+    ) -> tuple[PydanticBaseSettingsSource, ...]:
+        """The environment goes before what is passed in, which is the file's content; flags are merged on top."""
+        return env_settings, init_settings
+
+
+def load_settings(config: Path | None = None, **flags: Any) -> Settings:
+    """Reads the settings.
+
+    Args:
+        config: a YAML file; default: `svc.yaml` in the working folder, if it is there.
+        flags: what the command line gave, as `section={key: value}` or `key=value`; `None` means not given.
+
+    Raises:
+        SettingsError: an unknown key, a wrong value, a file that cannot be read.
+    """
+    _check_environment()
+    try:
+        settings = Settings(**_read_file(config))
+        given = {key: value for key, value in flags.items() if value is not None}
+        return Settings.model_validate(_merge(settings.model_dump(), given)) if given else settings
+    except ValidationError as error:
+        first = error.errors()[0]
+        key = ".".join(str(part) for part in first["loc"])
+        raise SettingsError(
+            f"setting {key!r} is {first['input']!r}: {first['msg']}",
+            todo="see docs/configuration.md for every setting and its type",
+        ) from error
+
+
+def _read_file(config: Path | None) -> dict[str, Any]:
+    path = config or DEFAULT_FILE
+    if config is None and not path.is_file():
+        return {}
+    try:
+        content = yaml.safe_load(path.read_text("utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise SettingsError(f"cannot read settings from {path}: {error}", expected="a YAML file in UTF-8") from error
+    if content is None:
+        return {}
+    if not isinstance(content, dict):
+        raise SettingsError(f"{path} holds a {type(content).__name__}", expected="a YAML mapping of settings")
+    return content
+
+
+def _merge(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
+    merged = dict(below)
+    for key, value in above.items():
+        merged[key] = _merge(merged[key], value) if isinstance(value, dict) else value
+    return merged
+
+
+def setting_keys() -> list[str]:
+    """Every settable key, dotted."""
+    keys: list[str] = []
+    for name, field in Settings.model_fields.items():
+        section = field.annotation
+        if isinstance(section, type) and issubclass(section, BaseModel):
+            keys += [f"{name}.{inner}" for inner in section.model_fields]
+        else:
+            keys.append(name)
+    return keys
+
+
+def _check_environment() -> None:
+    """pydantic-settings ignores variables that it does not know; a misspelt one must not pass."""
+    known = {ENV_PREFIX + key.upper().replace(".", "__") for key in setting_keys()}
+    known |= {ENV_PREFIX + name.upper() for name in Settings.model_fields}
+    for name in os.environ:
+        if name.startswith(ENV_PREFIX) and name.upper() not in known:
+            raise SettingsError(
+                f"environment variable {name} names no setting",
+                expected=f"one of {', '.join(sorted(known))}",
+                todo=f"unset {name} or correct its name",
+            )

@@ -1,0 +1,1 @@
+"""The SQL store: what is wanted and what was done about it."""

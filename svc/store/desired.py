@@ -1,0 +1,98 @@
+"""Desired states: one row a name, changed by compare-and-set, so that of two promotions at once one is told to wait."""
+
+from dataclasses import dataclass
+from datetime import UTC, datetime
+
+from sqlalchemy import Engine, update
+from sqlalchemy.exc import IntegrityError as RowExistsError
+from sqlalchemy.orm import Session
+
+from svc.errors import BusyError
+from svc.registry.version import Format, VersionId
+from svc.store.tables import DesiredRow
+
+
+@dataclass(frozen=True, slots=True)
+class Target:
+    """A version in a format."""
+
+    version: VersionId
+    format: Format
+
+    def __str__(self) -> str:
+        return f"{self.version} ({self.format})"
+
+
+@dataclass(frozen=True, slots=True)
+class Desired:
+    """What a name shall serve.
+
+    Attributes:
+        previous: what it served before: where a rollback goes.
+        generation: grows with every change.
+    """
+
+    target: Target
+    previous: Target | None
+    generation: int
+
+    @property
+    def name(self) -> str:
+        """The model's name."""
+        return self.target.version.name
+
+
+def read_desired(store: Engine, name: str) -> Desired | None:
+    """The desired state of a name, or None when nothing was ever promoted."""
+    with Session(store) as session:
+        row = session.get(DesiredRow, name)
+        return _desired(row) if row else None
+
+
+def desired_names(store: Engine) -> list[str]:
+    """All names that have a desired state."""
+    with Session(store) as session:
+        return sorted(row.name for row in session.query(DesiredRow))
+
+
+def change_desired(store: Engine, seen: Desired | None, target: Target, previous: Target | None) -> Desired:
+    """Compare-and-set.
+
+    Args:
+        seen: the state that the decision was made on; None when there was none.
+
+    Raises:
+        BusyError: somebody else changed it since.
+    """
+    name, generation = target.version.name, (seen.generation if seen else 0) + 1
+    values = {
+        "generation": generation,
+        "number": target.version.number,
+        "format": target.format.value,
+        "previous_number": previous.version.number if previous else None,
+        "previous_format": previous.format.value if previous else None,
+        "changed_at": datetime.now(UTC),
+    }
+    with Session(store) as session, session.begin():
+        if seen is None:
+            session.add(DesiredRow(name=name, **values))
+            try:
+                session.flush()
+            except RowExistsError as error:
+                raise _changed(name) from error
+        else:
+            unchanged = update(DesiredRow).where(DesiredRow.name == name, DesiredRow.generation == seen.generation)
+            if session.execute(unchanged.values(**values)).rowcount != 1:  # type: ignore[attr-defined]
+                raise _changed(name)
+    return Desired(target, previous, generation)
+
+
+def _changed(name: str) -> BusyError:
+    return BusyError(f"somebody else changed what {name} serves just now", todo="see `svc status`, then try again")
+
+
+def _desired(row: DesiredRow) -> Desired:
+    previous = None
+    if row.previous_number is not None and row.previous_format is not None:
+        previous = Target(VersionId(row.name, row.previous_number), Format(row.previous_format))
+    return Desired(Target(VersionId(row.name, row.number), Format(row.format)), previous, row.generation)

@@ -1,0 +1,30 @@
+"""Probes that were taken again because the engine here is of another kind than the one that qualified the version."""
+
+from pydantic import TypeAdapter
+from sqlalchemy import Engine
+from sqlalchemy.orm import Session
+
+from svc.engine.probe import EngineFacts, Probe
+from svc.store.desired import Target
+from svc.store.tables import RetakenProbesRow
+
+_PROBES = TypeAdapter(tuple[Probe, ...])
+
+
+def find_retaken_probes(store: Engine, target: Target, facts: EngineFacts) -> tuple[Probe, ...] | None:
+    """The probes for this kind of engine, or None when none were taken yet."""
+    with Session(store) as session:
+        row = session.get(RetakenProbesRow, _key(target, facts))
+        return _PROBES.validate_json(row.probes) if row else None
+
+
+def keep_retaken_probes(store: Engine, target: Target, facts: EngineFacts, probes: tuple[Probe, ...]) -> None:
+    """Keeps probes for later loads."""
+    name, number, format, engine = _key(target, facts)
+    text = _PROBES.dump_json(probes).decode("utf-8")
+    with Session(store) as session, session.begin():
+        session.merge(RetakenProbesRow(name=name, number=number, format=format, engine=engine, probes=text))
+
+
+def _key(target: Target, facts: EngineFacts) -> tuple[str, int, str, str]:
+    return target.version.name, target.version.number, target.format.value, facts.model_dump_json()

@@ -1,0 +1,112 @@
+"""The journal of swaps: the server writes it, `svc promote` follows it, `svc status` shows the last one."""
+
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from enum import StrEnum
+
+from sqlalchemy import Engine, select
+from sqlalchemy.orm import Session
+
+from svc.registry.version import Format, VersionId
+from svc.store.desired import Desired, Target
+from svc.store.tables import SwapRow, SwapStepRow
+
+
+class SwapOutcome(StrEnum):
+    """How a swap ended."""
+
+    SUCCEEDED = "succeeded"
+    REFUSED = "refused"
+    """Found unfit before the engine was touched."""
+    RESTORED = "restored"
+    """Found unfit after the load; the version before is back, and was proven by its probes."""
+    FAILED = "failed"
+    """The version before could be brought back only by a new engine."""
+
+
+@dataclass(frozen=True, slots=True)
+class SwapRecord:
+    """One swap.
+
+    Attributes:
+        outcome: None while it is under way.
+        seconds: from the closing of the door to its opening; None when it was never closed.
+        running: requests in flight when the door closed; they ended on the version before.
+        held: requests that waited for the door to open.
+        steps: what was done so far.
+    """
+
+    id: int
+    target: Target
+    generation: int
+    started_at: datetime
+    outcome: SwapOutcome | None
+    reason: str | None
+    seconds: float | None
+    running: int | None
+    held: int | None
+    steps: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class SwapResult:
+    """What is written at the end of a swap; the fields are those of `SwapRecord`."""
+
+    outcome: SwapOutcome
+    reason: str | None = None
+    seconds: float | None = None
+    running: int | None = None
+    held: int | None = None
+
+
+def begin_swap(store: Engine, desired: Desired) -> int:
+    """Writes that a swap has begun; returns its id."""
+    row = SwapRow(
+        name=desired.name,
+        generation=desired.generation,
+        number=desired.target.version.number,
+        format=desired.target.format.value,
+        started_at=datetime.now(UTC),
+    )
+    with Session(store) as session, session.begin():
+        session.add(row)
+        session.flush()
+        return row.id
+
+
+def add_step(store: Engine, swap_id: int, text: str) -> None:
+    """Adds a step to a swap."""
+    with Session(store) as session, session.begin():
+        session.add(SwapStepRow(swap_id=swap_id, at=datetime.now(UTC), text=text))
+
+
+def end_swap(store: Engine, swap_id: int, result: SwapResult) -> None:
+    """Writes how a swap ended."""
+    with Session(store) as session, session.begin():
+        row = session.get_one(SwapRow, swap_id)
+        row.outcome, row.reason, row.seconds = result.outcome.value, result.reason, result.seconds
+        row.running, row.held = result.running, result.held
+
+
+def find_swap(store: Engine, name: str, generation: int | None = None) -> SwapRecord | None:
+    """The last swap of a name, or the last one for a generation of its desired state."""
+    query = select(SwapRow).where(SwapRow.name == name).order_by(SwapRow.id.desc()).limit(1)
+    if generation is not None:
+        query = query.where(SwapRow.generation == generation)
+    with Session(store) as session:
+        row = session.scalar(query)
+        if row is None:
+            return None
+        steps = session.scalars(select(SwapStepRow).where(SwapStepRow.swap_id == row.id).order_by(SwapStepRow.id))
+        return SwapRecord(
+            id=row.id,
+            target=Target(VersionId(row.name, row.number), Format(row.format)),
+            generation=row.generation,
+            started_at=row.started_at,
+            outcome=SwapOutcome(row.outcome) if row.outcome else None,
+            reason=row.reason,
+            seconds=row.seconds,
+            running=row.running,
+            held=row.held,
+            steps=tuple(step.text for step in steps),
+        )

@@ -1,0 +1,84 @@
+"""The tables. Changed only together with a migration (svc/store/migrations)."""
+
+from datetime import UTC, datetime
+
+from sqlalchemy import DateTime, ForeignKey, MetaData, TypeDecorator
+from sqlalchemy.engine import Dialect
+from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
+
+
+class UtcDateTime(TypeDecorator[datetime]):
+    """A point in time, always with its zone; SQLite itself forgets it."""
+
+    impl = DateTime(timezone=True)
+    cache_ok = True
+
+    def process_bind_param(self, value: datetime | None, dialect: Dialect) -> datetime | None:
+        """To the database: as UTC."""
+        return None if value is None else value.astimezone(UTC)
+
+    def process_result_value(self, value: datetime | None, dialect: Dialect) -> datetime | None:
+        """From the database: as UTC."""
+        return None if value is None else value.replace(tzinfo=UTC)
+
+
+class Table(DeclarativeBase):
+    """All tables of the store."""
+
+    metadata = MetaData(naming_convention={"pk": "pk_%(table_name)s", "fk": "fk_%(table_name)s_%(column_0_name)s"})
+    type_annotation_map = {datetime: UtcDateTime}  # noqa: RUF012 - SQLAlchemy reads it from the class
+
+
+class DesiredRow(Table):
+    """Which version a name shall serve. `generation` grows with every change, so that a stale writer notices."""
+
+    __tablename__ = "desired"
+
+    name: Mapped[str] = mapped_column(primary_key=True)
+    generation: Mapped[int]
+    number: Mapped[int]
+    format: Mapped[str]
+    previous_number: Mapped[int | None]
+    previous_format: Mapped[str | None]
+    changed_at: Mapped[datetime]
+
+
+class SwapRow(Table):
+    """One attempt to bring a desired version into the engine. Without an outcome it is under way, or was cut off."""
+
+    __tablename__ = "swaps"
+
+    id: Mapped[int] = mapped_column(primary_key=True)
+    name: Mapped[str]
+    generation: Mapped[int]
+    number: Mapped[int]
+    format: Mapped[str]
+    started_at: Mapped[datetime]
+    outcome: Mapped[str | None]
+    reason: Mapped[str | None]
+    seconds: Mapped[float | None]
+    running: Mapped[int | None]
+    held: Mapped[int | None]
+
+
+class SwapStepRow(Table):
+    """What a swap did, step by step, for whoever follows it."""
+
+    __tablename__ = "swap_steps"
+
+    id: Mapped[int] = mapped_column(primary_key=True)
+    swap_id: Mapped[int] = mapped_column(ForeignKey("swaps.id"), index=True)
+    at: Mapped[datetime]
+    text: Mapped[str]
+
+
+class RetakenProbesRow(Table):
+    """Probes of a version as another kind of engine than the one that qualified it gives them."""
+
+    __tablename__ = "retaken_probes"
+
+    name: Mapped[str] = mapped_column(primary_key=True)
+    number: Mapped[int] = mapped_column(primary_key=True)
+    format: Mapped[str] = mapped_column(primary_key=True)
+    engine: Mapped[str] = mapped_column(primary_key=True)
+    probes: Mapped[str]

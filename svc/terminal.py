@@ -1,0 +1,58 @@
+"""What people and machines see: text and progress on a terminal, JSON with `--json`. Results go to stdout, all else
+to stderr, so that a pipe gets results only."""
+
+import json
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+
+console = Console(stderr=True, highlight=False)
+_PLAIN_LINE_S = 20.0  # without a terminal, progress is a line now and then
+
+
+def print_json(value: Any) -> None:
+    """Writes one JSON value to stdout."""
+    sys.stdout.write(json.dumps(value, indent=1, ensure_ascii=False, default=str) + "\n")
+
+
+@contextmanager
+def counting(text: str, total: int) -> Iterator[Callable[[], None]]:
+    """A progress bar over a known number of steps; yields what advances it by one."""
+    if console.is_terminal:
+        columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
+        with Progress(*columns, TimeElapsedColumn(), console=console) as progress:
+            task = progress.add_task(text, total=total)
+            yield lambda: progress.advance(task)
+        return
+    started = told = time.monotonic()
+    done = 0
+
+    def advance() -> None:
+        nonlocal done, told
+        done += 1
+        if time.monotonic() - told >= _PLAIN_LINE_S:
+            told = time.monotonic()
+            console.print(f"  {text}: {done}/{total}")
+
+    yield advance
+    console.print(f"  {text}: {done}/{total} in {time.monotonic() - started:.0f} s")
+
+
+@contextmanager
+def waiting(text: str) -> Iterator[Callable[[str], None]]:
+    """A spinner with the time, for steps of unknown length; yields what changes the text."""
+    started = time.monotonic()
+    if console.is_terminal:
+        columns = (SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn())
+        with Progress(*columns, console=console) as progress:
+            task = progress.add_task(text)
+            yield lambda phase: progress.update(task, description=f"{text}: {phase}")
+        return
+    console.print(f"  {text} …")
+    yield lambda phase: None
+    console.print(f"  {text}: {time.monotonic() - started:.0f} s")

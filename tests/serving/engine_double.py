@@ -1,0 +1,294 @@
+"""A small double of the engine's HTTP surface, as vLLM shows it, for tests of what stands in front of it.
+
+Its answers are a function of the weights folder that it holds, token by token, so that an answer of two versions shows.
+Like vLLM it dies when a reload fails, answers from a stale prefix cache until that is reset, and does not reset it
+while requests run.
+"""
+
+import asyncio
+import hashlib
+import json
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+from enum import Enum, auto
+from pathlib import Path
+from typing import Any
+
+from starlette.requests import ClientDisconnect, Request
+from starlette.types import Receive, Scope, Send
+
+from tests.serving.socket_server import SocketServer, running
+
+DEAD_MESSAGE = "EngineCore encountered an issue. See stack trace (above) for the root cause."
+EVENT_STREAM = "text/event-stream; charset=utf-8"
+
+
+class Fault(Enum):
+    """What goes wrong with the next completions."""
+
+    NONE = auto()
+    DIE_BEFORE_ANSWER = auto()
+    DIE_IN_STREAM = auto()
+    """After the second token."""
+    END_WITHOUT_DONE = auto()
+    ERROR_IN_STREAM = auto()
+    ERROR_AT_ONCE_IN_STREAM = auto()
+    SILENCE = auto()
+    """Says nothing more after the second token of a stream; nothing at all otherwise."""
+
+
+@dataclass
+class EngineDouble:
+    """An ASGI application that answers as an engine would.
+
+    Attributes:
+        weights: folder that it "holds".
+        name: its one model.
+        tokens: length of an answer.
+        token_delay_s: seconds for each token.
+        max_model_len: longest prompt, words.
+        fault: what goes wrong.
+        refuse_with: (status, error) in place of every completion.
+        loadable: whether a reload of a folder works; it dies where not.
+        reload_delay_s: seconds for a reload.
+        probe_noise: nats added to all log-probabilities.
+        requests: bodies of the completions that came.
+        calls: paths of all requests, in order.
+        cancelled: completions whose client left.
+        running: completions in work.
+    """
+
+    weights: str = "/models/tuned/1"
+    name: str = "tuned"
+    tokens: int = 4
+    token_delay_s: float = 0.0
+    max_model_len: int = 1000
+    fault: Fault = Fault.NONE
+    refuse_with: tuple[int, dict[str, Any]] | None = None
+    loadable: Callable[[str], bool] = lambda folder: True
+    reload_delay_s: float = 0.0
+    probe_noise: float = 0.0
+    requests: list[dict[str, Any]] = field(default_factory=list)
+    request_ids: list[str] = field(default_factory=list)
+    calls: list[str] = field(default_factory=list)
+    cancelled: int = 0
+    running: int = 0
+    dead: bool = False
+    die: Callable[[], None] = lambda: None
+    """Ends it as SIGKILL would; `running_engine` sets it."""
+    _cached_weights: str = ""
+
+    def __post_init__(self) -> None:
+        self._cached_weights = self.weights
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        assert scope["type"] == "http"
+        request = Request(scope, receive, send)
+        path = request.url.path
+        self.calls.append(path)
+        match path:
+            case "/health" | "/reset_prefix_cache" | "/version" | "/v1/models":
+                await _json(send, 200, self._simple(path))
+            case "/collective_rpc":
+                await self._collective_rpc(send, await request.json())
+            case "/tokenize":
+                await self._tokenize(send, await request.json())
+            case "/v1/chat/completions" | "/v1/completions":
+                await self._completion(request, chat=path == "/v1/chat/completions")
+            case _:
+                await _error(send, 404, "Not Found", kind="NotFound")
+
+    def _simple(self, path: str) -> Any:
+        if path == "/reset_prefix_cache":
+            if self.running:
+                return {"success": False}
+            self._cached_weights = self.weights
+            return {"success": True}
+        models = {"object": "list", "data": [{"id": self.name, "object": "model"}]}
+        return {"/version": {"version": "0.32.0"}, "/v1/models": models}.get(path)
+
+    async def _collective_rpc(self, send: Send, body: dict[str, Any]) -> None:
+        assert body["method"] == "reload_weights", body
+        await asyncio.sleep(self.reload_delay_s)
+        folder = body["kwargs"]["weights_path"]
+        if not self.loadable(folder):
+            self.dead = True
+            await _error(send, 500, DEAD_MESSAGE, kind="InternalServerError")
+            self.die()
+            return
+        self.weights = folder
+        await _json(send, 200, {"results": [None]})
+
+    async def _tokenize(self, send: Send, body: dict[str, Any]) -> None:
+        text = body.get("prompt") or " ".join(message["content"] for message in body["messages"])
+        tokens = [_token_id(word) for word in text.split()]
+        await _json(send, 200, {"count": len(tokens), "max_model_len": self.max_model_len, "tokens": tokens})
+
+    async def _completion(self, request: Request, *, chat: bool) -> None:
+        send = request._send
+        body = await request.json()
+        self.requests.append(body)
+        self.request_ids.append(request.headers.get("x-request-id", ""))
+        if self.refuse_with:
+            status, error = self.refuse_with
+            await _json(send, status, {"error": error})
+        elif body["model"] != self.name:
+            await _error(send, 404, f"The model `{body['model']}` does not exist.", kind="NotFoundError")
+        elif (length := _prompt_length(body)) > self.max_model_len:
+            message = (
+                f"This model's maximum context length is {self.max_model_len} tokens. However, your prompt contains "
+                f"{length} input tokens. (parameter=input_tokens, value={length})"
+            )
+            await _error(send, 400, message, kind="BadRequestError", param="input_tokens")
+        else:
+            await self._run_until_disconnect(request, body, chat=chat)
+
+    async def _run_until_disconnect(self, request: Request, body: dict[str, Any], *, chat: bool) -> None:
+        self.running += 1
+        work = asyncio.create_task(self._answer(request._send, body, chat=chat))
+        leaving = asyncio.create_task(_gone(request.receive))
+        try:
+            await asyncio.wait((work, leaving), return_when=asyncio.FIRST_COMPLETED)
+            if not work.done():
+                self.cancelled += 1
+        finally:
+            work.cancel()
+            leaving.cancel()
+            await asyncio.wait((work, leaving))
+            self.running -= 1
+        if not work.cancelled():
+            work.result()
+
+    async def _answer(self, send: Send, body: dict[str, Any], *, chat: bool) -> None:
+        if self.fault is Fault.DIE_BEFORE_ANSWER:
+            self.die()
+            await asyncio.sleep(3600)
+        if body.get("stream"):
+            await self._stream(send, body, chat=chat)
+            return
+        if self.fault is Fault.SILENCE:
+            await asyncio.sleep(3600)
+        words = [word async for word in self._words(body)]
+        choice: dict[str, Any] = {"index": 0, "finish_reason": "length"}
+        if chat:
+            choice["message"] = {"role": "assistant", "content": "".join(words)}
+        else:
+            choice |= {"text": "".join(words), "logprobs": None}
+            if body.get("prompt_logprobs") is not None:
+                choice["prompt_logprobs"] = self._prompt_logprobs(body["prompt"])
+        await _json(send, 200, self._envelope(chat, stream=False) | {"choices": [choice], "usage": self._usage(body)})
+
+    async def _stream(self, send: Send, body: dict[str, Any], *, chat: bool) -> None:
+        headers = [(b"content-type", EVENT_STREAM.encode())]
+        await send({"type": "http.response.start", "status": 200, "headers": headers})
+        envelope = self._envelope(chat, stream=True)
+        if self.fault is Fault.ERROR_AT_ONCE_IN_STREAM:
+            await _event(send, {"error": {"message": DEAD_MESSAGE, "type": "InternalServerError", "code": 500}})
+        elif chat:
+            opening = {"index": 0, "delta": {"role": "assistant", "content": ""}}
+            await _event(send, envelope | {"choices": [opening]})
+        count = 0
+        async for word in self._words(body):
+            part = {"delta": {"content": word}} if chat else {"text": word}
+            await _event(send, envelope | {"choices": [{"index": 0, **part}]})
+            count += 1
+            if count == 2 and await self._fails_in_stream(send):
+                return
+        if (body.get("stream_options") or {}).get("include_usage"):
+            await _event(send, envelope | {"choices": [], "usage": self._usage(body)})
+        await send({"type": "http.response.body", "body": b"data: [DONE]\n\n", "more_body": True})
+        await send({"type": "http.response.body", "body": b"", "more_body": False})
+
+    async def _fails_in_stream(self, send: Send) -> bool:
+        match self.fault:
+            case Fault.DIE_IN_STREAM:
+                self.die()
+            case Fault.SILENCE:
+                await asyncio.sleep(3600)
+            case Fault.ERROR_IN_STREAM:
+                message = "no room in /root/secret/cache.bin"
+                await _event(send, {"error": {"message": message, "type": "InternalServerError", "code": 500}})
+                await send({"type": "http.response.body", "body": b"data: [DONE]\n\n", "more_body": False})
+            case Fault.END_WITHOUT_DONE:
+                await send({"type": "http.response.body", "body": b"", "more_body": False})
+            case _:
+                return False
+        return True
+
+    async def _words(self, body: dict[str, Any]) -> AsyncIterator[str]:
+        for index in range(min(body.get("max_tokens") or self.tokens, self.tokens)):
+            if self.token_delay_s:
+                await asyncio.sleep(self.token_delay_s)
+            # Asked for each token: weights that change under a running answer show in it.
+            stale = "" if self._cached_weights == self.weights else "stale-"
+            yield f"{stale}{Path(self.weights).name}.{index} "
+
+    def _usage(self, body: dict[str, Any]) -> dict[str, int]:
+        prompt, completion = _prompt_length(body), min(body.get("max_tokens") or self.tokens, self.tokens)
+        return {"prompt_tokens": prompt, "total_tokens": prompt + completion, "completion_tokens": completion}
+
+    def _envelope(self, chat: bool, *, stream: bool) -> dict[str, Any]:
+        kind = ("chat.completion.chunk" if stream else "chat.completion") if chat else "text_completion"
+        return {"id": "cmpl-1", "object": kind, "created": 1, "model": self.name}
+
+    def _prompt_logprobs(self, prompt: list[int]) -> list[dict[str, Any] | None]:
+        first: list[dict[str, Any] | None] = [None]
+        return first + [
+            {str(token): {"logprob": logprob_of(self.weights, token, position) + self.probe_noise, "rank": 1}}
+            for position, token in enumerate(prompt[1:], start=1)
+        ]
+
+
+def logprob_of(weights: str, token: int, position: int) -> float:
+    """The log-probability that the double gives, between -10 and 0."""
+    digest = hashlib.sha256(f"{weights}|{token}|{position}".encode()).digest()
+    return -10 * int.from_bytes(digest[:4], "big") / 2**32
+
+
+@asynccontextmanager
+async def running_engine(double: EngineDouble, socket: Path) -> AsyncIterator[SocketServer]:
+    """A double on a socket for the body of the `with`; it can be killed, and started again as another engine."""
+    async with running(double, socket) as server:
+
+        def die() -> None:
+            double.dead = True
+            server.kill()
+
+        double.die = die
+        yield server
+
+
+def _token_id(word: str) -> int:
+    return int.from_bytes(hashlib.sha256(word.encode()).digest()[:2], "big")
+
+
+def _prompt_length(body: dict[str, Any]) -> int:
+    if "messages" in body:
+        return sum(len(str(message.get("content") or "").split()) for message in body["messages"])
+    prompt = body.get("prompt") or ""
+    return len(prompt.split()) if isinstance(prompt, str) else len(prompt)
+
+
+async def _gone(receive: Receive) -> None:
+    try:
+        while (await receive())["type"] != "http.disconnect":
+            pass
+    except ClientDisconnect:
+        pass
+
+
+async def _json(send: Send, status: int, content: Any) -> None:
+    body = b"" if content is None else json.dumps(content).encode()
+    headers = [(b"content-type", b"application/json"), (b"content-length", b"%d" % len(body))]
+    await send({"type": "http.response.start", "status": status, "headers": headers})
+    await send({"type": "http.response.body", "body": body, "more_body": False})
+
+
+async def _error(send: Send, status: int, message: str, *, kind: str, param: str | None = None) -> None:
+    await _json(send, status, {"error": {"message": message, "type": kind, "param": param, "code": status}})
+
+
+async def _event(send: Send, chunk: dict[str, Any]) -> None:
+    data = b"data: " + json.dumps(chunk, separators=(",", ":")).encode() + b"\n\n"
+    await send({"type": "http.response.body", "body": data, "more_body": True})

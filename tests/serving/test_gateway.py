@@ -1,0 +1,345 @@
+"""The data plane, in front of a double of the engine on a real socket."""
+
+import asyncio
+import json
+from collections.abc import AsyncIterator, Callable
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+
+from tests.serving.engine_double import Fault, running_engine
+from tests.serving.service import CHAT, NAME, TWO, Service
+
+CHAT_PATH = "/v1/chat/completions"
+STREAM = {**CHAT, "stream": True}
+COMPLETION = {"model": NAME, "prompt": "one two three"}
+
+
+@pytest.fixture
+async def live(service: Service) -> AsyncIterator[httpx.AsyncClient]:
+    """Calls the service through a real server."""
+    async with service.socket_client() as client:
+        yield client
+
+
+async def until(condition: Callable[[], bool]) -> None:
+    async with asyncio.timeout(5):
+        while not condition():
+            await asyncio.sleep(0.002)
+
+
+def error_of(answer: httpx.Response) -> dict[str, Any]:
+    error = answer.json()["error"]
+    assert set(error) == {"message", "type", "param", "code"}
+    return dict(error)
+
+
+def chunks_of(text: str) -> list[Any]:
+    events = [event.removeprefix("data: ") for event in text.split("\n\n") if event]
+    return [event if event == "[DONE]" else json.loads(event) for event in events]
+
+
+def reason(service: Service, code: str) -> float:
+    return service.count("svc_request_errors_total", reason=code)
+
+
+class TestAnswers:
+    async def test_the_engines_bytes_pass_untouched(self, service: Service, client: httpx.AsyncClient) -> None:
+        answer = await client.post(CHAT_PATH, json=CHAT)
+        body = {**CHAT, "model": NAME}
+        async with httpx.AsyncClient(transport=httpx.ASGITransport(service.double), base_url="http://e") as engine:
+            assert answer.content == (await engine.post(CHAT_PATH, json=body)).content
+
+    async def test_the_engine_is_always_asked_by_its_own_name(
+        self, service: Service, client: httpx.AsyncClient
+    ) -> None:
+        for model in (NAME, f"{NAME}@1", f"{NAME}@production"):
+            assert (await client.post(CHAT_PATH, json={**CHAT, "model": model})).status_code == 200
+        assert {request["model"] for request in service.double.requests} == {NAME}
+
+    @pytest.mark.parametrize("path", [CHAT_PATH, "/v1/completions"])
+    async def test_both_routes_are_served(self, client: httpx.AsyncClient, path: str) -> None:
+        answer = await client.post(path, json=CHAT | COMPLETION)
+        assert answer.json()["usage"]["completion_tokens"] == 4
+
+    async def test_an_answer_says_which_version_gave_it(self, client: httpx.AsyncClient) -> None:
+        assert (await client.post(CHAT_PATH, json=CHAT)).headers["x-model-version"] == f"{NAME}@1"
+
+    async def test_a_held_request_for_the_name_gets_the_new_version(
+        self, service: Service, client: httpx.AsyncClient
+    ) -> None:
+        async with service.door.closed():
+            task = asyncio.create_task(client.post(CHAT_PATH, json=CHAT))
+            await until(lambda: service.door.held == 1)
+            service.double.weights = service.double._cached_weights = "/models/tuned/2"
+            service.routes.serve(TWO)
+        answer = await task
+        assert answer.headers["x-model-version"] == f"{NAME}@2"
+        assert answer.json()["choices"][0]["message"]["content"].startswith("2.0")
+
+    async def test_a_held_request_for_the_old_version_is_told_that_it_left(
+        self, service: Service, client: httpx.AsyncClient
+    ) -> None:
+        async with service.door.closed():
+            task = asyncio.create_task(client.post(CHAT_PATH, json={**CHAT, "model": f"{NAME}@1"}))
+            await until(lambda: service.door.held == 1)
+            service.routes.serve(TWO)
+        assert error_of(await task)["code"] == "model_not_found"
+
+    async def test_what_passes_is_counted(self, service: Service, client: httpx.AsyncClient) -> None:
+        await client.post(CHAT_PATH, json=CHAT)
+        await client.post(CHAT_PATH, json=STREAM)
+        version = {"model": NAME, "version": "1"}
+        assert service.count("svc_requests_total", **version, route=CHAT_PATH, status="200") == 2
+        assert service.count("svc_tokens_total", **version, direction="in") == 6
+        assert service.count("svc_tokens_total", **version, direction="out") == 8
+        assert service.count("svc_time_to_first_token_seconds_count", **version) == 1
+        assert service.count("svc_time_between_tokens_seconds_count", **version) == 3
+
+
+class TestStreams:
+    async def test_the_chunk_with_token_counts_is_dropped_for_who_did_not_ask(self, client: httpx.AsyncClient) -> None:
+        chunks = chunks_of((await client.post(CHAT_PATH, json=STREAM)).text)
+        assert chunks[-1] == "[DONE]"
+        assert all(chunk["choices"] for chunk in chunks[:-1])
+
+    async def test_it_stays_for_who_asked(self, client: httpx.AsyncClient) -> None:
+        answer = await client.post(CHAT_PATH, json={**STREAM, "stream_options": {"include_usage": True}})
+        *_, usage, done = chunks_of(answer.text)
+        assert (usage["choices"], usage["usage"]["completion_tokens"], done) == ([], 4, "[DONE]")
+
+    async def test_the_first_token_comes_before_the_last_is_made(
+        self, service: Service, live: httpx.AsyncClient
+    ) -> None:
+        service.double.tokens = 1000
+        service.double.token_delay_s = 0.01
+        async with live.stream("POST", CHAT_PATH, json=STREAM) as answer:
+            async for line in answer.aiter_lines():
+                if "1.0" in line:
+                    break
+            assert service.double.running == 1
+
+    async def test_a_stream_keeps_its_place_until_its_end(self, service: Service, live: httpx.AsyncClient) -> None:
+        service.double.token_delay_s = 0.01
+        async with live.stream("POST", CHAT_PATH, json=STREAM) as answer:
+            async with service.door.closed():
+                await service.door.drained(5)
+                assert service.double.running == 0
+            assert chunks_of((await answer.aread()).decode())[-1] == "[DONE]"
+
+
+class TestRefusals:
+    async def test_an_unknown_model(self, service: Service, client: httpx.AsyncClient) -> None:
+        answer = await client.post(CHAT_PATH, json={**CHAT, "model": "x" * 5000})
+        assert (answer.status_code, error_of(answer)["code"]) == (404, "model_not_found")
+        assert NAME in error_of(answer)["message"]
+        assert len(answer.content) < 500
+        assert service.count("svc_requests_total", model="unknown", version="", route=CHAT_PATH, status="404") == 1
+
+    async def test_clients_create_no_series(self, service: Service, client: httpx.AsyncClient) -> None:
+        await client.post(CHAT_PATH, json={**CHAT, "model": "first"})
+        before = (await client.get("/metrics")).text.count("\n")
+        for number in range(20):
+            await client.post(CHAT_PATH, json={**CHAT, "model": f"other-{number}"})
+            await client.post(f"/v1/{number}")
+        assert (await client.get("/metrics")).text.count("\n") == before
+
+    @pytest.mark.parametrize(
+        ("body", "code", "param"),
+        [
+            (b"{", "invalid_json", None),
+            (b"{}", "invalid_request", "model"),
+            (b'{"model": "tuned", "prompt_logprobs": 1}', "invalid_request", "prompt_logprobs"),
+        ],
+    )
+    async def test_a_body_that_is_not_served(
+        self, service: Service, client: httpx.AsyncClient, body: bytes, code: str, param: str | None
+    ) -> None:
+        answer = await client.post(CHAT_PATH, content=body, headers={"content-type": "application/json"})
+        assert (answer.status_code, error_of(answer)["code"], error_of(answer)["param"]) == (400, code, param)
+        assert service.double.calls == []
+        assert reason(service, code) == 1
+
+    async def test_a_large_body(self, socket_folder: Path) -> None:
+        async with Service(socket_folder, max_body_bytes=1024).run() as service, service.socket_client() as client:
+
+            async def parts() -> AsyncIterator[bytes]:
+                for _ in range(100):
+                    yield b" " * 1000
+
+            headers = {"content-type": "application/json"}
+            for content in (b" " * 2000, parts()):
+                answer = await client.post(CHAT_PATH, content=content, headers=headers)
+                assert (answer.status_code, error_of(answer)["code"]) == (413, "body_too_large")
+
+    async def test_more_than_may_run_and_more_than_may_wait(self, socket_folder: Path) -> None:
+        service = Service(socket_folder, max_running=1, max_held=1, hold_timeout_s=0.2)
+        async with service.run(), service.client() as client:
+            async with service.door.admit():
+                answer = await client.post(CHAT_PATH, json=CHAT)
+            assert (answer.status_code, error_of(answer)["code"]) == (429, "overloaded")
+            async with service.door.closed():
+                held = asyncio.create_task(client.post(CHAT_PATH, json=CHAT))
+                await until(lambda: service.door.held == 1)
+                over = await client.post(CHAT_PATH, json=CHAT)
+                late = await held
+            assert (over.status_code, error_of(over)["code"]) == (503, "held_overflow")
+            assert (late.status_code, error_of(late)["code"]) == (503, "held_timeout")
+            assert all("retry-after" in found.headers for found in (answer, over, late))
+            assert (reason(service, "held_overflow"), reason(service, "held_timeout")) == (1, 1)
+
+    async def test_no_engine(self, service: Service, client: httpx.AsyncClient) -> None:
+        service.door.unavailable("the engine is starting")
+        answer = await client.post(CHAT_PATH, json=CHAT)
+        assert (answer.status_code, error_of(answer)["code"]) == (503, "engine_unavailable")
+        assert "retry-after" in answer.headers
+
+
+class TestEngineErrors:
+    async def test_a_prompt_too_long_for_the_model(self, service: Service, client: httpx.AsyncClient) -> None:
+        service.double.max_model_len = 2
+        answer = await client.post(CHAT_PATH, json=CHAT)
+        assert (answer.status_code, error_of(answer)["code"]) == (400, "context_length_exceeded")
+        assert "parameter=" not in error_of(answer)["message"]
+
+    async def test_a_refused_field_keeps_its_name(self, service: Service, client: httpx.AsyncClient) -> None:
+        service.double.refuse_with = 400, {"message": "top_p must be in (0, 1]", "param": "top_p", "code": 400}
+        answer = await client.post(CHAT_PATH, json=CHAT)
+        assert error_of(answer) == {
+            "message": "top_p must be in (0, 1]",
+            "type": "invalid_request_error",
+            "param": "top_p",
+            "code": "invalid_request",
+        }
+
+    async def test_a_404_of_the_engine_is_no_404_of_ours(self, service: Service, client: httpx.AsyncClient) -> None:
+        service.double.name = "something else"
+        answer = await client.post(CHAT_PATH, json=CHAT)
+        assert (answer.status_code, error_of(answer)["code"]) == (502, "engine_error")
+        assert "does not exist" not in answer.text
+
+    async def test_a_500_shows_nothing_of_the_inside(self, service: Service, client: httpx.AsyncClient) -> None:
+        service.double.refuse_with = 500, {"message": "KeyError in /opt/vllm/x.py", "code": 500}
+        answer = await client.post(CHAT_PATH, json=CHAT)
+        assert (answer.status_code, error_of(answer)["code"]) == (502, "engine_error")
+        assert "vllm" not in answer.text
+
+
+class TestEngineDeaths:
+    @pytest.mark.parametrize("body", [CHAT, STREAM], ids=["whole", "stream"])
+    async def test_before_the_answer(self, service: Service, client: httpx.AsyncClient, body: dict[str, Any]) -> None:
+        service.double.fault = Fault.DIE_BEFORE_ANSWER
+        for _ in range(2):  # the second finds no engine at all
+            answer = await client.post(CHAT_PATH, json=body)
+            assert (answer.status_code, error_of(answer)["code"]) == (503, "engine_died")
+            assert "retry-after" in answer.headers
+        assert service.door.running == 0
+
+    async def test_an_error_that_comes_before_the_first_token_has_its_own_status(
+        self, service: Service, client: httpx.AsyncClient
+    ) -> None:
+        service.double.fault = Fault.ERROR_AT_ONCE_IN_STREAM
+        answer = await client.post(CHAT_PATH, json=STREAM)
+        assert (answer.status_code, error_of(answer)["code"]) == (503, "engine_died")
+
+    @pytest.mark.parametrize(
+        ("fault", "code"),
+        [
+            (Fault.DIE_IN_STREAM, "engine_died"),
+            (Fault.END_WITHOUT_DONE, "engine_died"),
+            (Fault.ERROR_IN_STREAM, "engine_error"),
+        ],
+    )
+    async def test_in_the_middle_of_a_stream(
+        self, service: Service, client: httpx.AsyncClient, fault: Fault, code: str
+    ) -> None:
+        service.double.fault = fault
+        answer = await client.post(CHAT_PATH, json=STREAM)
+        chunks = chunks_of(answer.text)
+        assert answer.status_code == 200
+        assert [chunk["choices"][0]["delta"]["content"] for chunk in chunks[:-1]] == ["", "1.0 ", "1.1 "]
+        assert chunks[-1]["error"]["code"] == code
+        assert "secret" not in answer.text
+        assert reason(service, code) == 1
+        assert service.door.running == 0
+
+    async def test_a_new_engine_on_the_same_socket_is_found_at_once(self, service: Service) -> None:
+        async with service.client() as client:
+            for _ in range(3):
+                assert (await client.post(CHAT_PATH, json=CHAT)).status_code == 200
+            assert service.engine
+            service.engine.kill()
+            assert (await client.post(CHAT_PATH, json=CHAT)).status_code == 503
+            async with running_engine(service.double, service.engine.socket):
+                assert (await client.post(CHAT_PATH, json=CHAT)).status_code == 200
+
+    @pytest.mark.parametrize("stream", [False, True])
+    async def test_a_silent_engine(self, socket_folder: Path, stream: bool) -> None:
+        async with Service(socket_folder, request_timeout_s=0.1).run() as service, service.client() as client:
+            service.double.fault = Fault.SILENCE
+            answer = await client.post(CHAT_PATH, json={**CHAT, "stream": stream})
+            if stream:
+                assert chunks_of(answer.text)[-1]["error"]["code"] == "engine_timeout"
+            else:
+                assert (answer.status_code, error_of(answer)["code"]) == (504, "engine_timeout")
+            await until(lambda: service.double.cancelled == 1)
+
+
+class TestClientsThatLeave:
+    @pytest.mark.parametrize("stream", [False, True])
+    async def test_the_engines_work_for_them_is_ended(
+        self, service: Service, live: httpx.AsyncClient, stream: bool
+    ) -> None:
+        service.double.token_delay_s = 0.02
+        service.double.tokens = 1000
+        task = asyncio.create_task(live.post(CHAT_PATH, json={**CHAT, "stream": stream}))
+        await until(lambda: service.double.running == 1)
+        task.cancel()
+        await until(lambda: service.double.cancelled == 1 and service.door.running == 0)
+        await until(lambda: reason(service, "client_gone") == 1)
+
+    async def test_they_leave_their_place_in_the_queue(self, service: Service, live: httpx.AsyncClient) -> None:
+        async with service.door.closed():
+            task = asyncio.create_task(live.post(CHAT_PATH, json=CHAT))
+            await until(lambda: service.door.held == 1)
+            task.cancel()
+            await until(lambda: service.door.held == 0)
+        assert service.double.requests == []
+        await until(
+            lambda: service.count("svc_requests_total", model="unknown", version="", route=CHAT_PATH, status="499") == 1
+        )
+
+    async def test_one_that_does_not_read_gives_up_its_place(self, socket_folder: Path) -> None:
+        async with Service(socket_folder, request_timeout_s=0.3).run() as service, service.socket_client() as client:
+            service.double.tokens = 200_000  # more than the buffers between here and there hold
+            async with client.stream("POST", CHAT_PATH, json=STREAM):
+                await until(lambda: service.door.running == 0)
+
+
+class TestLoad:
+    async def test_a_change_of_version_under_load_loses_and_mixes_nothing(
+        self, service: Service, client: httpx.AsyncClient
+    ) -> None:
+        service.double.token_delay_s = 0.001
+
+        async def ask(number: int) -> tuple[str, str]:
+            await asyncio.sleep(number * 0.002)
+            answer = await client.post(CHAT_PATH, json={**CHAT, "stream": number % 2 == 0})
+            assert answer.status_code == 200
+            return answer.headers["x-model-version"], answer.text
+
+        asking = [asyncio.create_task(ask(number)) for number in range(60)]
+        await asyncio.sleep(0.04)
+        async with service.door.closed():
+            await service.door.drained(5)
+            await asyncio.sleep(0.02)
+            service.double.weights = service.double._cached_weights = "/models/tuned/2"
+            service.routes.serve(TWO)
+        answers = await asyncio.gather(*asking)
+        for version, text in answers:
+            number = version.removeprefix(f"{NAME}@")
+            assert f"{number}.0 " in text
+            assert f"{3 - int(number)}." not in text
+        assert {version for version, _ in answers} == {f"{NAME}@1", f"{NAME}@2"}

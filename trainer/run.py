@@ -1,0 +1,145 @@
+"""One training run on disk: its folder, its stages, and how far it came.
+
+    $SVC_HOME/runs/NAME-KEY/   train.json  adapter/  merge.json  merged/  evaluate.json  ...
+
+A stage is done when its result file is there; it is written last and atomically, so a stage that was interrupted is
+done again from its start, and none that was finished is. The key is made of all that decides the result, so the same
+recipe on the same data is the same run.
+"""
+
+import hashlib
+import json
+import os
+import shutil
+from dataclasses import dataclass
+from enum import StrEnum
+from pathlib import Path
+from typing import TypeVar
+
+from pydantic import TypeAdapter
+
+from svc.dataset.example import ChatExample
+from svc.dataset.fingerprint import fingerprint
+from svc.dataset.reader import read_examples
+from svc.errors import DiskSpaceError
+from trainer.base_model import Base
+from trainer.recipe import Recipe
+
+Result = TypeVar("Result")
+
+
+class Stage(StrEnum):
+    """The stages, in their order."""
+
+    TRAIN = "train"
+    MERGE = "merge"
+    EVALUATE = "evaluate"
+    QUANTIZE = "quantize"
+    QUALIFY = "qualify"
+    REGISTER = "register"
+
+
+@dataclass(frozen=True, slots=True)
+class Examples:
+    """What is trained on and judged by, and their fingerprints."""
+
+    train: tuple[ChatExample, ...]
+    heldout: tuple[ChatExample, ...]
+    train_fingerprint: str
+    heldout_fingerprint: str
+
+
+def read_run_examples(recipe: Recipe) -> Examples:
+    """Reads a recipe's data.
+
+    Raises:
+        DataError: a file that cannot be trained on; names file and line.
+    """
+    train = tuple(read_examples(recipe.data.train, minimum=2))[: recipe.data.limit]
+    heldout = tuple(read_examples(recipe.data.heldout))
+    return Examples(train, heldout, fingerprint(train), fingerprint(heldout))
+
+
+class Run:
+    """A run's folder.
+
+    Args:
+        folder: made when the run starts.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    @classmethod
+    def of(cls, runs: Path, recipe: Recipe, base: Base, examples: Examples) -> "Run":
+        """The run that a recipe means, on this data and this base."""
+        decides = recipe.model_dump(mode="json", exclude={"data": {"train", "heldout"}, "base": True})
+        decides["fingerprints"] = [base.revision, examples.train_fingerprint, examples.heldout_fingerprint]
+        key = hashlib.sha256(json.dumps(decides, sort_keys=True).encode()).hexdigest()[:12]
+        return cls(runs / f"{recipe.name}-{key}")
+
+    @property
+    def adapter(self) -> Path:
+        """The trained adapter."""
+        return self.folder / "adapter"
+
+    @property
+    def merged(self) -> Path:
+        """The merged model."""
+        return self.folder / "merged"
+
+    @property
+    def gptq(self) -> Path:
+        """The quantized model."""
+        return self.folder / "gptq"
+
+    @property
+    def lock(self) -> Path:
+        """Held while somebody works on the run."""
+        return self.folder / "lock"
+
+    def done(self, stage: Stage) -> bool:
+        """Whether a stage was finished."""
+        return self._result(stage).is_file()
+
+    def save(self, stage: Stage, result: Result) -> Result:
+        """Marks a stage as finished.
+
+        Args:
+            result: a dataclass or a pydantic model.
+        """
+        temporary = self._result(stage).with_suffix(".tmp")
+        with temporary.open("wb") as file:
+            file.write(TypeAdapter(type(result)).dump_json(result, indent=1))
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(self._result(stage))
+        return result
+
+    def load(self, stage: Stage, kind: type[Result]) -> Result:
+        """The result of a finished stage."""
+        return TypeAdapter(kind).validate_json(self._result(stage).read_bytes())
+
+    def clean(self) -> None:
+        """Removes the weights, which the registry has now, and keeps the results."""
+        for folder in (self.adapter, self.merged, self.gptq):
+            shutil.rmtree(folder, ignore_errors=True)
+
+    def require_space(self, stage: Stage, need: int) -> None:
+        """Checks for room before a stage starts.
+
+        Args:
+            need: bytes that the stage writes.
+
+        Raises:
+            DiskSpaceError: says how much is missing, and where.
+        """
+        free = shutil.disk_usage(self.folder).free
+        if free < need:
+            raise DiskSpaceError(
+                f"stage {stage} needs {need / 1e6:.0f} MB in {self.folder}, {free / 1e6:.0f} MB are free",
+                todo=f"free {(need - free) / 1e6:.0f} MB or set SVC_HOME to another disk; what is done is kept",
+            )
+
+    def _result(self, stage: Stage) -> Path:
+        return self.folder / f"{stage}.json"
