@@ -2,10 +2,10 @@
 
 from typing import Any
 
-from rich.console import Console
 from rich.table import Table
 
 from monitoring.figures import QUANTILES, Figures, VersionFigures
+from svc.terminal import output
 
 
 def print_status(url: str, state: dict[str, Any], figures: Figures) -> None:
@@ -15,19 +15,18 @@ def print_status(url: str, state: dict[str, Any], figures: Figures) -> None:
         state: the server's own word, from /svc/status.
         figures: what its metrics say.
     """
-    console = Console(highlight=False)
     engine, requests = state["engine"], state["requests"]
     colour = "green" if engine["state"] == "ready" else "red"
-    console.print(f"{url}  [bold]{state['version']}[/bold] ({state['format']})  before: {state['previous'] or 'none'}")
-    console.print(f"engine [{colour}]{engine['state']}[/{colour}], {engine['restarts']} restarts; ", end="")
-    console.print(f"{requests['running']} requests running, {requests['held']} held")
+    output.print(f"{url}  [bold]{state['version']}[/bold] ({state['format']})  before: {state['previous'] or 'none'}")
+    output.print(f"engine [{colour}]{engine['state']}[/{colour}], {engine['restarts']} restarts; ", end="")
+    output.print(f"{requests['running']} requests running, {requests['held']} held")
     if engine["last_error"]:
-        console.print(f"last error: {engine['last_error']}", style="yellow", markup=False)
+        output.print(f"last error: {engine['last_error']}", style="yellow", markup=False)
     if state["last_swap"]:
-        console.print(_swap(state["last_swap"]), markup=False)
-    console.print(_table(figures))
+        output.print(_swap(state["last_swap"]), markup=False)
+    output.print(_table(figures))
     reasons = ", ".join(f"{reason} {count}" for reason, count in sorted(figures.errors.items()))
-    console.print(f"errors by reason: {reasons or 'none'}")
+    output.print(f"errors by reason: {reasons or 'none'}")
 
 
 def _swap(swap: dict[str, Any]) -> str:

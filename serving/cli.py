@@ -37,11 +37,10 @@ def serve(ctx: click.Context, model: str | None, format_name: str | None, host: 
     from serving import server
     from serving.start import choose_desired
     from svc.store.database import open_database
-    from svc.terminal import console, waiting
+    from svc.terminal import console, quiet_libraries, waiting
 
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
-    for noisy in ("httpx", "httpcore", "alembic", "uvicorn.error"):
-        logging.getLogger(noisy).setLevel(logging.WARNING)
+    quiet_libraries()
     registry, store = Registry.of(settings), open_database(settings.home)
 
     async def run() -> None:

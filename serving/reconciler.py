@@ -141,7 +141,7 @@ class Reconciler:
         try:
             return change_desired(self._store, failed, before.target, before.previous)
         except BusyError:
-            # Somebody promoted again meanwhile: what serves is unchanged, and the next turn of the loop sees the new wish.
+            # Somebody promoted again meanwhile: what serves is unchanged, and the loop's next turn sees the new wish.
             return before
 
     def _reporter(self, swap_id: int) -> Callable[[str], None]:

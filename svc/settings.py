@@ -11,7 +11,7 @@ from typing import Annotated, Any
 
 import yaml
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
-from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict
+from pydantic_settings import BaseSettings, EnvSettingsSource, PydanticBaseSettingsSource, SettingsConfigDict
 
 from svc.errors import SettingsError
 
@@ -87,8 +87,8 @@ class Settings(BaseSettings):
         dotenv_settings: PydanticBaseSettingsSource,
         file_secret_settings: PydanticBaseSettingsSource,
     ) -> tuple[PydanticBaseSettingsSource, ...]:
-        """The environment goes before what is passed in, which is the file's content; flags are merged on top."""
-        return env_settings, init_settings
+        """None but what is passed in: `load_settings` merges the sources, so that flags go before the environment."""
+        return (init_settings,)
 
 
 def load_settings(config: Path | None = None, **flags: Any) -> Settings:
@@ -103,9 +103,9 @@ def load_settings(config: Path | None = None, **flags: Any) -> Settings:
     """
     _check_environment()
     try:
-        settings = Settings(**_read_file(config))
+        environment = EnvSettingsSource(Settings)()
         given = {key: value for key, value in flags.items() if value is not None}
-        return Settings.model_validate(_merge(settings.model_dump(), given)) if given else settings
+        return Settings(**_merge(_merge(_read_file(config), environment), given))
     except ValidationError as error:
         first = error.errors()[0]
         key = ".".join(str(part) for part in first["loc"])
@@ -133,7 +133,8 @@ def _read_file(config: Path | None) -> dict[str, Any]:
 def _merge(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
     merged = dict(below)
     for key, value in above.items():
-        merged[key] = _merge(merged[key], value) if isinstance(value, dict) else value
+        both = isinstance(value, dict) and isinstance(merged.get(key), dict)
+        merged[key] = _merge(merged[key], value) if both else value
     return merged
 
 

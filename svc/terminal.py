@@ -2,6 +2,7 @@
 to stderr, so that a pipe gets results only."""
 
 import json
+import logging
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -12,7 +13,16 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
 console = Console(stderr=True, highlight=False)
+output = Console(highlight=False)
+if not output.is_terminal:
+    output.width = 120  # in a pipe or a log, a table is not broken at 80 columns
 _PLAIN_LINE_S = 20.0  # without a terminal, progress is a line now and then
+
+
+def quiet_libraries() -> None:
+    """Lets libraries log warnings only: some switch on logging for the whole process, HTTP clients log each request."""
+    for library in ("httpx", "httpcore", "alembic", "uvicorn.error", "tokenicer"):
+        logging.getLogger(library).setLevel(logging.WARNING)
 
 
 def print_json(value: Any) -> None:

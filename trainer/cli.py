@@ -15,9 +15,11 @@ from svc.invocation import json_option, settings_of
 @click.pass_context
 def train(ctx: click.Context, recipe: Path, overrides: tuple[str, ...], as_json: bool) -> None:
     """Make a version of RECIPE, from where an earlier try was interrupted."""
+    from svc.terminal import quiet_libraries
     from trainer.recipe import load_recipe
     from trainer.run import read_run_examples
 
+    quiet_libraries()
     settings = settings_of(ctx)
     loaded = load_recipe(recipe, overrides)
     examples = read_run_examples(loaded)

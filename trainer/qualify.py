@@ -16,7 +16,7 @@ from svc.engine.probe import EngineFacts, Probe, Scored, check_probes, choose_se
 from svc.engine.process import Engine
 from svc.evaluation.evaluator import EvaluationReport, TokenizedExample, evaluate, tokenize
 from svc.evaluation.throughput import tokens_per_second
-from svc.terminal import counting, waiting
+from svc.terminal import console, counting, waiting
 from trainer.recipe import Recipe
 
 Launch = Callable[[Path], Engine]
@@ -95,8 +95,7 @@ class Qualifier:
             difference = await check_probes(engine.client, probes)
         finally:
             await engine.stop()
-        with waiting(f"{text}: loaded in place and by a fresh engine differ by {difference:.4f} nats"):
-            pass
+        console.print(f"  {text}: loaded in place and by a fresh engine, logprobs differ by {difference:.4f}")
 
     async def _judge(self, client: EngineClient, text: str) -> EvaluationReport:
         with counting(f"evaluating {text}", len(self._heldout)) as advance:

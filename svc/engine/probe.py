@@ -147,7 +147,7 @@ async def check_probes(client: EngineClient, probes: Sequence[Probe]) -> float:
     for number, (probe, difference) in enumerate(zip(probes, differences, strict=True), start=1):
         if not difference <= probe.tolerance:  # also true for NaN
             raise ProbeError(
-                f"probe {number} of {len(probes)} differs by {difference:.4f} nats: these are not the version's weights",
+                f"probe {number} of {len(probes)} differs by {difference:.4f} nats: not the version's weights",
                 expected=f"at most {probe.tolerance:.4f}",
                 todo="do not serve these files; train again or restore the version's folder from a backup",
             )

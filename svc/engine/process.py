@@ -5,6 +5,7 @@ parent was killed. Does not restart anything: that is the supervisor's decision.
 """
 
 import asyncio
+import contextlib
 import json
 import os
 import re
@@ -97,8 +98,7 @@ class EngineProcess:
     async def stop(self) -> None:
         """Ends the server and all its processes: first asked, then killed."""
         if self._process is not None:
-            await asyncio.shield(asyncio.to_thread(_end_group, self._process.pid))
-            await self._process.wait()
+            await asyncio.shield(_end_child(self._process))
         await self.client.close()
         self._record.unlink(missing_ok=True)
         self.spec.socket.unlink(missing_ok=True)
@@ -148,19 +148,40 @@ class EngineProcess:
         try:
             record = json.loads(self._record.read_text("utf-8"))
             if psutil.Process(record["pid"]).create_time() == record["created"]:
-                _end_group(record["pid"])
+                _end_leftover_session(record["pid"])
         except (FileNotFoundError, json.JSONDecodeError, psutil.NoSuchProcess):
             pass
         self._record.unlink(missing_ok=True)
         self.spec.socket.unlink(missing_ok=True)
 
 
-def _end_group(pid: int) -> None:
-    """Ends a session leader and every process of its session: SIGTERM, and SIGKILL after the grace."""
-    members = [process for process in psutil.process_iter() if _session(process.pid) == pid]
-    for process in members:
+async def _end_child(leader: asyncio.subprocess.Process) -> None:
+    """Ends our child and its session. Only asyncio may wait for the child itself: it would miss the exit code."""
+    others = await asyncio.to_thread(_session_members, leader.pid)
+    if leader.returncode is None:
+        leader.terminate()
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(leader.wait(), _STOP_GRACE_S)
+    if leader.returncode is None:
+        leader.kill()
+        await leader.wait()
+    await asyncio.to_thread(_end_processes, others)
+
+
+def _end_leftover_session(pid: int) -> None:
+    _end_processes([psutil.Process(pid), *_session_members(pid)])
+
+
+def _session_members(pid: int) -> list[psutil.Process]:
+    """The processes of a session without its leader."""
+    return [process for process in psutil.process_iter() if process.pid != pid and _session(process.pid) == pid]
+
+
+def _end_processes(processes: list[psutil.Process]) -> None:
+    """SIGTERM, and SIGKILL after the grace."""
+    for process in processes:
         _signal(process, signal.SIGTERM)
-    _, alive = psutil.wait_procs(members, timeout=_STOP_GRACE_S)
+    _, alive = psutil.wait_procs(processes, timeout=_STOP_GRACE_S)
     for process in alive:
         _signal(process, signal.SIGKILL)
     psutil.wait_procs(alive, timeout=_STOP_GRACE_S)
@@ -174,7 +195,5 @@ def _session(pid: int) -> int:
 
 
 def _signal(process: psutil.Process, number: signal.Signals) -> None:
-    try:
+    with contextlib.suppress(psutil.NoSuchProcess):
         process.send_signal(number)
-    except psutil.NoSuchProcess:
-        pass

@@ -2,23 +2,22 @@
 
 from pathlib import Path
 
-from rich.console import Console
 from rich.table import Table
 
 from svc.evaluation.evaluator import EvaluationReport
 from svc.registry.manifest import FormatRecord, Manifest
+from svc.terminal import output
 
 
 def print_card(manifest: Manifest, folder: Path) -> None:
     """Prints the card to stdout."""
-    console = Console(highlight=False)
     base, data = manifest.base, manifest.data
-    console.print(f"[bold]{manifest.id}[/bold]  {folder}")
-    console.print(
+    output.print(f"[bold]{manifest.id}[/bold]  {folder}")
+    output.print(
         f"base {base.origin} (licence: {base.licence or 'unknown'}), trained on {data.train_examples} examples"
     )
-    console.print(f"judged by {manifest.base_evaluation.examples} of {data.heldout_examples} held-out examples\n")
-    console.print(figures(manifest))
+    output.print(f"judged by {manifest.base_evaluation.examples} of {data.heldout_examples} held-out examples\n")
+    output.print(figures(manifest))
 
 
 def figures(manifest: Manifest) -> Table:

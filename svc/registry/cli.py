@@ -29,13 +29,14 @@ def models(ctx: click.Context, as_json: bool) -> None:
     if not rows:
         click.echo("no versions yet: `svc train RECIPE` makes one")
         return
-    from rich.console import Console
     from rich.table import Table
+
+    from svc.terminal import output
 
     table = Table("version", "aliases", "created", "base", "formats", "exact match", box=None)
     for row in rows:
         table.add_row(*(str(value) for value in row.values()))
-    Console().print(table)
+    output.print(table)
 
 
 def _row(manifest: Manifest, aliases: list[str]) -> dict[str, str]:
@@ -82,4 +83,4 @@ def ui(ctx: click.Context, port: int) -> None:
             raise BusyError(f"port {port} is in use", todo="choose another: svc ui --port 5001")
     click.echo(f"http://127.0.0.1:{port}", err=True)
     arguments = ["--backend-store-uri", registry.tracking.uri, "--host", "127.0.0.1", "--port", str(port)]
-    os.execv(sys.executable, [sys.executable, "-m", "mlflow", "ui", *arguments])
+    os.execv(sys.executable, [sys.executable, "-m", "mlflow", "ui", *arguments])  # noqa: S606 - no shell is wanted
