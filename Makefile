@@ -33,10 +33,10 @@ test-matrix: $(READY)
 	$(BIN)/pytest -m slow
 
 demo: $(READY)
-	$(BIN)/python examples/debian-triage/demo.py
+	$(BIN)/python -m examples.demo
 
 serve: $(READY)
-	$(BIN)/python examples/debian-triage/demo.py --serve
+	$(BIN)/python -m examples.demo --serve
 
 clean:
 	rm -rf .demo .mypy_cache .pytest_cache .ruff_cache

@@ -138,6 +138,8 @@ class Registry:
         parent = self.models / name
         parent.mkdir(parents=True, exist_ok=True)
         version = self.tracking.allocate(name, source=str(parent), run_id=run_id)
+        while self.folder(version).exists():  # a folder that MLflow does not know; its number stays used
+            version = self.tracking.allocate(name, source=str(parent), run_id=run_id)
         staging = parent / f".{version.number}"
         try:
             shutil.rmtree(staging, ignore_errors=True)

@@ -1,0 +1,228 @@
+"""The main job from end to end, on real data with the real engine: what `make demo` runs.
+
+    check -> train @1 -> train @2 -> serve @1 -> ask -> promote @2 under load -> roll back -> two bad versions -> status
+
+State lies in .demo/. An interrupted demo goes on where it stopped; after one that was finished, the next starts anew.
+With `--serve`, the two versions are made if they are not there, and the server is left running.
+"""
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import openai
+import psutil
+from rich.console import Console
+from rich.rule import Rule
+
+from examples.load import Load
+from examples.service import serving, svc, svc_json
+from examples.tamper import alter_weights, replace_weights
+from svc.dataset.reader import read_examples
+from svc.errors import SvcError
+from svc.lock import lock_holder
+from svc.registry.card import figures
+from svc.registry.registry import Registry
+from svc.registry.version import VersionId
+from svc.server_url import LOCK_FILE
+from svc.settings import Settings
+
+ROOT = Path(__file__).parents[1]
+TASK = ROOT / "examples" / "debian-triage"
+HOME = ROOT / ".demo"
+FINISHED = HOME / "finished"
+NAME = "debian-triage"
+PORT = 8000
+STREAMS = 8
+LEAST_EXACT_MATCH = 0.65
+BAD_VERSIONS = {3: "weights altered after registration", 4: "another model's weights, hashes made right"}
+
+console = Console(highlight=False)
+if not console.is_terminal:
+    console.width = 120
+
+
+class DemoError(SvcError):
+    """Something that the demo promises did not come true."""
+
+
+@dataclass
+class Summary:
+    """What the demo saw, line by line."""
+
+    lines: list[tuple[str, str]] = field(default_factory=list)
+
+    def add(self, what: str, found: str) -> None:
+        """Keeps and shows one finding."""
+        self.lines.append((what, found))
+        console.print(f"  {what}: {found}", markup=False)
+
+
+def main() -> None:
+    """Runs the demo, or with `--serve` the server alone."""
+    started = time.monotonic()
+    stay = "--serve" in sys.argv[1:]
+    end_leftover_server()
+    if FINISHED.exists() and not stay:
+        shutil.rmtree(HOME)
+    summary = Summary()
+    check_data()
+    train_versions(summary)
+    if stay:
+        run("serve", NAME, "--port", str(PORT))
+        return
+    with serving(HOME, f"{NAME}@1", PORT) as url:
+        prompts = [[message.as_dict() for message in e.prompt] for e in read_examples(TASK / "heldout.jsonl")[:24]]
+        ask(url, prompts, summary)
+        promote_and_roll_back(url, prompts, summary)
+        refuse_bad_versions(url, prompts, summary)
+        heading("status")
+        run("status")
+    show_summary(summary, time.monotonic() - started)
+    FINISHED.touch()
+
+
+def end_leftover_server() -> None:
+    """Ends the server of an earlier demo that was killed, or of `make serve`: it holds the home and the port."""
+    holder = lock_holder(HOME / LOCK_FILE)
+    if holder:
+        console.print(f"ending the server that runs on {HOME}: process {holder['pid']}", markup=False)
+        os.kill(holder["pid"], signal.SIGTERM)
+        psutil.Process(holder["pid"]).wait(60)
+
+
+def check_data() -> None:
+    """Shows what is in the data, and that no held-out example is trained on."""
+    heading("1. the data")
+    run("data", "check", str(TASK / "train.jsonl"), "--heldout", str(TASK / "heldout.jsonl"))
+
+
+def train_versions(summary: Summary) -> None:
+    """Makes @1 and @2, and holds @1 against what it must reach."""
+    for number, recipe in ((1, "recipe.yaml"), (2, "recipe-v2.yaml")):
+        heading(f"{number + 1}. {NAME}@{number}: train, evaluate, merge, quantize, qualify, register")
+        started = time.monotonic()
+        run("train", str(TASK / recipe))
+        summary.add(f"{NAME}@{number}", f"made in {time.monotonic() - started:.0f} s")
+    evaluated = svc_json(HOME, "show", f"{NAME}@1")["formats"]
+    merged, gptq = (evaluated[name]["evaluation"]["exact_match"]["value"] for name in ("merged", "gptq"))
+    if min(merged, gptq) < LEAST_EXACT_MATCH:
+        raise DemoError(f"exact match is {merged} merged, {gptq} quantized", expected=f"at least {LEAST_EXACT_MATCH}")
+
+
+def ask(url: str, prompts: list[list[dict[str, str]]], summary: Summary) -> None:
+    """Asks with the official client, unmodified."""
+    heading("4. the openai client asks")
+    messages: Any = prompts[0]
+    with openai.OpenAI(base_url=f"{url}/v1", api_key="none") as client:
+        raw = client.chat.completions.with_raw_response.create(model=NAME, messages=messages, max_tokens=24)
+        answer = raw.parse().choices[0].message.content
+        streamed = client.chat.completions.with_raw_response.create(
+            model=NAME, messages=messages, max_tokens=24, stream=True
+        )
+        pieces = [chunk.choices[0].delta.content or "" for chunk in streamed.parse()]
+    console.print(f"  question: {messages[-1]['content'][:90]}…", markup=False)
+    summary.add("answer", f"{answer}  (x-model-version: {raw.headers['x-model-version']})")
+    summary.add("streamed", f"{''.join(pieces)}  in {len(pieces)} events ({streamed.headers['x-model-version']})")
+
+
+def promote_and_roll_back(url: str, prompts: list[list[dict[str, str]]], summary: Summary) -> None:
+    """Changes the version and changes it back, with streams running all the time."""
+    heading(f"5. promote {NAME}@2 and roll back, under {STREAMS} concurrent streams")
+    with Load(url, NAME, prompts, streams=STREAMS) as load:
+        load.wait_for(2 * STREAMS)
+        for command in (("promote", f"{NAME}@2"), ("rollback", NAME)):
+            swap = svc_json(HOME, *command)
+            summary.add(
+                " ".join(command),
+                f"door closed {swap['seconds']:.2f} s, {swap['running']} requests in flight, {swap['held']} held",
+            )
+            load.wait_for(2 * STREAMS)
+    report_load(load, summary, {f"{NAME}@1", f"{NAME}@2"})
+
+
+def refuse_bad_versions(url: str, prompts: list[list[dict[str, str]]], summary: Summary) -> None:
+    """Tries to promote two bad versions, with streams running all the time."""
+    heading("6. two bad versions")
+    folders = {number: HOME / "models" / NAME / str(number) for number in range(1, 5)}
+    for number in (3, 4):
+        shutil.rmtree(folders[number], ignore_errors=True)
+    alter_weights(folders[2], folders[3], "gptq")
+    replace_weights(folders[2], folders[4], "gptq", weights_of=folders[1])
+    with Load(url, NAME, prompts, streams=STREAMS) as load:
+        load.wait_for(STREAMS)
+        for number, kind in BAD_VERSIONS.items():
+            refused = svc(HOME, "promote", f"{NAME}@{number}", capture_output=True)
+            console.print(refused.stderr.rstrip(), markup=False)
+            if refused.returncode == 0:
+                raise DemoError(f"{NAME}@{number} ({kind}) was promoted", expected="a refusal")
+            why = next(line for line in refused.stderr.splitlines() if "why:" in line)
+            summary.add(f"@{number}, {kind}", f"refused, exit code {refused.returncode};{why.split('why:')[1][:100]}")
+            load.wait_for(STREAMS)
+    report_load(load, summary, {f"{NAME}@1"})
+    if svc_json(HOME, "status")["version"] != f"{NAME}@1":
+        raise DemoError("production changed", expected=f"{NAME}@1")
+
+
+def report_load(load: Load, summary: Summary, versions: set[str]) -> None:
+    """Holds a load against what is promised: no failure, and no version but these."""
+    seen = {answer.version for answer in load.answers if not answer.error}
+    slowest = max(answer.seconds for answer in load.answers)
+    summary.add(
+        "load", f"{len(load.answers)} requests, {len(load.failed)} failed, slowest {slowest:.1f} s, by {sorted(seen)}"
+    )
+    if load.failed or seen != versions:
+        raise DemoError(f"failures {load.failed[:3]}, versions {sorted(seen)}", expected=f"none, {sorted(versions)}")
+
+
+def show_summary(summary: Summary, seconds: float) -> None:
+    """The whole demo on one screen."""
+    heading("summary")
+    registry = Registry.of(Settings(home=HOME))
+    for number in (1, 2):
+        manifest = registry.manifest(VersionId(NAME, number))
+        asked = manifest.base_evaluation.examples
+        console.print(
+            f"\n{manifest.id}, from {manifest.base.origin}, judged by {asked} held-out examples", markup=False
+        )
+        console.print(figures(manifest))
+    console.print()
+    for what, found in summary.lines:
+        console.print(f"  {what}: {found}", markup=False)
+    console.print(f"\nall of it in {seconds / 60:.1f} minutes; nothing was left running; state in {HOME}", markup=False)
+    console.print(f"look around: SVC_HOME={HOME.name} .venv/bin/svc ui    serve it: make serve", markup=False)
+
+
+def run(*arguments: str) -> None:
+    """Runs a command in sight of the user.
+
+    Raises:
+        DemoError: it failed.
+    """
+    console.print(f"$ svc {' '.join(arguments)}", style="cyan", markup=False)
+    sys.stdout.flush()
+    done = svc(HOME, *arguments)
+    if done.returncode:
+        raise DemoError(f"svc {arguments[0]} ended with {done.returncode}", todo="see above; run `make demo` again")
+
+
+def heading(text: str) -> None:
+    """Separates the parts."""
+    console.print(Rule(text, align="left", characters="-"))
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except (SvcError, RuntimeError, TimeoutError, subprocess.SubprocessError) as error:
+        console.print(f"error: {error}", style="red", markup=False)
+        sys.exit(1)
+    except KeyboardInterrupt:
+        console.print("interrupted; `make demo` goes on from here")
+        sys.exit(130)

@@ -1,0 +1,82 @@
+"""`svc` as a user runs it: commands, and a server in the background that is ended with the context."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+from urllib.error import URLError
+
+_SVC = Path(sys.executable).with_name("svc")
+
+
+def svc(home: Path, *arguments: str, **options: Any) -> subprocess.CompletedProcess[str]:
+    """Runs one command on a home."""
+    return subprocess.run([_SVC, "--home", home, *arguments], text=True, check=False, **options)
+
+
+def svc_json(home: Path, *arguments: str) -> Any:
+    """Runs one command that must succeed, and returns what it prints with --json.
+
+    Raises:
+        RuntimeError: it failed; holds what it said.
+    """
+    done = svc(home, *arguments, "--json", capture_output=True)
+    if done.returncode:
+        raise RuntimeError(f"svc {' '.join(arguments)} ended with {done.returncode}: {done.stderr}")
+    return json.loads(done.stdout)
+
+
+@contextmanager
+def serving(home: Path, model: str, port: int, *, timeout_s: float = 300) -> Iterator[str]:
+    """Runs `svc serve` for the body; yields its URL when it answers.
+
+    Raises:
+        RuntimeError: it ended before it was ready; holds the end of its log.
+    """
+    log = home / "logs" / "serve.log"
+    log.parent.mkdir(parents=True, exist_ok=True)
+    with log.open("wb") as output:
+        command = [str(_SVC), "--home", str(home), "serve", model, "--port", str(port)]
+        server = subprocess.Popen(command, stdout=output, stderr=output, stdin=subprocess.DEVNULL)
+    try:
+        url = f"http://127.0.0.1:{port}"
+        wait_until_ready(url, server, log, timeout_s)
+        yield url
+    finally:
+        server.send_signal(signal.SIGTERM)
+        server.wait(60)
+
+
+def wait_until_ready(url: str, server: "subprocess.Popen[bytes] | None", log: Path, timeout_s: float) -> None:
+    """Returns when /health says ready.
+
+    Raises:
+        RuntimeError: the server ended, or was not ready in time.
+    """
+    deadline = time.monotonic() + timeout_s
+    while time.monotonic() < deadline:
+        if server and server.poll() is not None:
+            raise RuntimeError(f"svc serve ended with {server.returncode}:\n{log.read_text('utf-8')[-2000:]}")
+        try:
+            with urllib.request.urlopen(f"{url}/health", timeout=5):
+                return
+        except (URLError, OSError):
+            time.sleep(0.5)
+    raise RuntimeError(f"{url} was not ready after {timeout_s:.0f} s:\n{log.read_text('utf-8')[-2000:]}")
+
+
+def engine_pid(home: Path) -> int:
+    """The process id of vLLM behind a home's server, for killing it."""
+    from svc.engine.runtime import runtime_folder
+
+    record = json.loads((runtime_folder(home, "serve") / "engine.json").read_text("utf-8"))
+    pid = int(record["pid"])
+    os.kill(pid, 0)
+    return pid

@@ -1,0 +1,53 @@
+"""Makes bad versions, as accidents and attackers do, to show that they are refused. It goes around the registry, which
+has no way to do this."""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+from svc.registry.files import record_files
+from svc.registry.manifest import MANIFEST_FILE
+
+
+def alter_weights(source: Path, target: Path, format: str) -> None:
+    """Copies a version and changes a few bytes in the middle of its weights; the manifest stays as it was.
+
+    Args:
+        source: a version's folder, .../NAME/N.
+        target: where the bad version goes, .../NAME/M.
+    """
+    _copy(source, target)
+    weights = target / format / "model.safetensors"
+    with weights.open("r+b") as file:
+        file.seek(weights.stat().st_size // 2)
+        file.write(b"\x42" * 64)
+
+
+def replace_weights(source: Path, target: Path, format: str, weights_of: Path) -> None:
+    """Copies a version, puts another version's weights into it, and makes the manifest's hashes right again."""
+    _copy(source, target)
+    shutil.copyfile(weights_of / format / "model.safetensors", target / format / "model.safetensors")
+    manifest = _read(target)
+    files = record_files(target, target / format)
+    manifest["formats"][format]["files"] = [file.model_dump() for file in files]
+    _write(target, manifest)
+
+
+def _copy(source: Path, target: Path) -> None:
+    shutil.copytree(source, target)
+    for path in target.rglob("*"):
+        path.chmod(0o755 if path.is_dir() else 0o644)
+    manifest = _read(target)
+    manifest["number"] = int(target.name)
+    _write(target, manifest)
+
+
+def _read(folder: Path) -> dict[str, Any]:
+    content = json.loads((folder / MANIFEST_FILE).read_text("utf-8"))
+    assert isinstance(content, dict)
+    return content
+
+
+def _write(folder: Path, manifest: dict[str, Any]) -> None:
+    (folder / MANIFEST_FILE).write_text(json.dumps(manifest), "utf-8")

@@ -1,0 +1,248 @@
+"""The main job with every real part but a small model: train, qualify, serve, chat, promote under load, refuse bad
+versions, survive the engine's death. The tests of this file share one server and run in their order."""
+
+import json
+import os
+import signal
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import httpx
+import openai
+import psutil
+import pytest
+
+from examples.load import Load
+from examples.service import engine_pid, serving, svc, svc_json
+from examples.tamper import alter_weights, replace_weights
+from svc.dataset.reader import read_examples, write_examples
+from svc.settings import Settings
+from tests.e2e.tiny_model import build_tiny_model
+
+pytestmark = [pytest.mark.slow]
+
+DATA = Path(__file__).parents[2] / "examples" / "debian-triage"
+PORT = 8941
+RECIPE = """
+name: tiny
+base: ./base
+data: {train: train.jsonl, heldout: heldout.jsonl}
+train: {learning_rate: 0.02, batch_size: 8}
+quantize: {group_size: 32, samples: 8}
+evaluate: {max_tokens: 8}
+qualify: {repeats: 3}
+"""
+
+
+@dataclass(frozen=True)
+class Server:
+    """The server under test."""
+
+    home: Path
+    url: str
+    client: openai.OpenAI
+    prompts: list[list[dict[str, str]]]
+
+    def answer(self, prompt: int, **options: Any) -> str:
+        messages: Any = self.prompts[prompt]
+        answer = self.client.chat.completions.create(
+            model="tiny", messages=messages, max_tokens=24, temperature=0, **options
+        )
+        return answer.choices[0].message.content or ""
+
+    def answers(self) -> list[str]:
+        return [self.answer(index) for index in range(len(self.prompts))]
+
+    def status(self) -> Any:
+        return svc_json(self.home, "status")
+
+    def folder(self, number: int) -> Path:
+        return self.home / "models" / "tiny" / str(number)
+
+
+@pytest.fixture(scope="module")
+def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a tiny base model, real examples and a recipe."""
+    from trainer.base_model import resolve_base
+
+    folder = tmp_path_factory.mktemp("main-job")
+    tokenizer = resolve_base("smollm2-135m-instruct", Settings().base_cache).folder
+    build_tiny_model(folder / "base", tokenizer)
+    write_examples(folder / "train.jsonl", read_examples(DATA / "train.jsonl")[:48])
+    write_examples(folder / "heldout.jsonl", read_examples(DATA / "heldout.jsonl")[:8])
+    (folder / "recipe.yaml").write_text(RECIPE, "utf-8")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def home(workplace: Path) -> Path:
+    """A home with two versions, of which the first was interrupted on its way."""
+    home, recipe = workplace / "home", str(workplace / "recipe.yaml")
+    svc_json(home, "train", recipe)
+    svc_json(home, "train", recipe, "--set", "train.seed=1", "--set", "qualify.restart=false")
+    return home
+
+
+@pytest.fixture(scope="module")
+def server(home: Path) -> Iterator[Server]:
+    """The running server, with version 1 in production."""
+    prompts = [
+        [message.as_dict() for message in example.prompt] for example in read_examples(DATA / "heldout.jsonl")[:6]
+    ]
+    with (
+        serving(home, "tiny@1", PORT) as url,
+        openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0) as client,
+    ):
+        yield Server(home, url, client, prompts)
+
+
+def test_a_trained_version_is_registered_with_its_proofs(home: Path) -> None:
+    shown = svc_json(home, "show", "tiny@1")
+    assert set(shown["formats"]) == {"adapter", "merged", "gptq"}
+    for name in ("merged", "gptq"):
+        assert len(shown["formats"][name]["probes"]) == 8
+        assert shown["formats"][name]["evaluation"]["examples"] == 8
+    assert shown["formats"]["merged"]["evaluation"]["nll"]["value"] < shown["base_evaluation"]["nll"]["value"]
+
+
+def test_the_same_recipe_again_makes_no_second_version(home: Path, workplace: Path) -> None:
+    assert svc_json(home, "train", str(workplace / "recipe.yaml"))["version"] == "tiny@1"
+    assert len(svc_json(home, "models")) == 2
+
+
+def test_the_official_client_gets_an_answer_with_its_version(server: Server) -> None:
+    messages: Any = server.prompts[0]
+    raw = server.client.chat.completions.with_raw_response.create(model="tiny", messages=messages, max_tokens=5)
+    assert raw.headers["x-model-version"] == "tiny@1"
+    assert raw.headers["x-request-id"]
+    answer = raw.parse()
+    assert answer.usage
+    assert answer.usage.completion_tokens == 5
+
+
+def test_a_stream_gives_the_same_text_as_one_answer(server: Server) -> None:
+    messages: Any = server.prompts[1]
+    stream = server.client.chat.completions.create(
+        model="tiny@1", messages=messages, max_tokens=24, temperature=0, stream=True
+    )
+    assert "".join(chunk.choices[0].delta.content or "" for chunk in stream) == server.answer(1)
+
+
+def test_prompt_logprobs_are_refused(server: Server) -> None:
+    with pytest.raises(openai.BadRequestError) as caught:
+        server.answer(0, extra_body={"prompt_logprobs": 1})
+    assert caught.value.param == "prompt_logprobs"
+
+
+def test_a_prompt_beyond_the_context_is_a_bad_request(server: Server) -> None:
+    with pytest.raises(openai.BadRequestError) as caught:
+        server.client.chat.completions.create(model="tiny", messages=[{"role": "user", "content": "long " * 5000}])
+    assert caught.value.code == "context_length_exceeded"
+
+
+def test_an_unknown_model_is_not_found(server: Server) -> None:
+    with pytest.raises(openai.NotFoundError):
+        server.client.chat.completions.create(model="other", messages=[{"role": "user", "content": "hi"}])
+
+
+def test_promotion_and_rollback_under_load_lose_nothing_and_mix_nothing(server: Server) -> None:
+    expected = {"tiny@1": server.answers()}
+    with Load(server.url, "tiny", server.prompts) as load:
+        load.wait_for(16)
+        promoted = svc_json(server.home, "promote", "tiny@2")
+        load.wait_for(16)
+        rolled_back = svc_json(server.home, "rollback", "tiny")
+        load.wait_for(16)
+    assert server.answers() == expected["tiny@1"], "rolled back to other weights"
+    svc_json(server.home, "promote", "tiny@2")
+    expected["tiny@2"] = server.answers()
+    print(f"\npromote: {promoted['seconds']:.2f} s, {promoted['running']} running, {promoted['held']} held; "
+          f"rollback: {rolled_back['seconds']:.2f} s; {len(load.answers)} answers, {len(load.failed)} failed; "
+          f"slowest answer {max(answer.seconds for answer in load.answers):.2f} s")  # fmt: skip
+    assert load.failed == []
+    assert {answer.version for answer in load.answers} == {"tiny@1", "tiny@2"}
+    assert expected["tiny@1"] != expected["tiny@2"]
+    for answer in load.answers:
+        assert answer.text == expected[answer.version][answer.prompt]
+    assert promoted["running"] > 0
+    svc_json(server.home, "rollback", "tiny")
+
+
+def test_a_version_altered_after_registration_is_refused_by_hash(server: Server) -> None:
+    before = server.answers()
+    alter_weights(server.folder(2), server.folder(3), "gptq")
+    refused = svc(server.home, "promote", "tiny@3", capture_output=True)
+    assert refused.returncode == 14
+    assert "was changed after registration" in refused.stderr
+    assert server.answers() == before
+
+
+def test_another_models_weights_are_refused_by_probe_and_never_serve(server: Server) -> None:
+    before = server.answers()
+    replace_weights(server.folder(2), server.folder(4), "gptq", weights_of=server.folder(1))
+    with Load(server.url, "tiny", server.prompts) as load:
+        load.wait_for(8)
+        refused = svc(server.home, "promote", "tiny@4", capture_output=True)
+        load.wait_for(8)
+    assert refused.returncode == 14
+    assert "probe" in refused.stderr
+    assert load.failed == []
+    assert {answer.version for answer in load.answers} == {"tiny@1"}
+    assert all(answer.text == before[answer.prompt] for answer in load.answers)
+    assert server.status()["last_swap"]["outcome"] == "restored"
+    assert server.answers() == before
+
+
+def test_a_version_that_does_not_exist_is_refused(server: Server) -> None:
+    assert svc(server.home, "promote", "tiny@77", capture_output=True).returncode == 8
+
+
+def test_a_second_server_on_the_same_home_or_port_is_refused(server: Server, tmp_path: Path) -> None:
+    assert svc(server.home, "serve", "tiny", "--port", "0", capture_output=True).returncode == 7
+    assert svc(tmp_path, "serve", "tiny", "--port", str(PORT), capture_output=True).returncode == 7
+
+
+def test_status_and_metrics_tell_of_the_requests(server: Server) -> None:
+    status = server.status()
+    figures = status["versions"]["tiny@1"]
+    assert figures["requests"] > 16
+    assert 0 < figures["duration_s"]["0.5"] <= figures["duration_s"]["0.99"]
+    assert figures["first_token_s"]["0.5"] > 0
+    page = httpx.get(f"{server.url}/metrics").text
+    assert 'svc_engine_state{state="ready"} 1.0' in page
+    assert 'svc_swaps_total{outcome="restored"} 1.0' in page
+
+
+def test_an_engine_that_dies_comes_back_and_serving_goes_on(server: Server) -> None:
+    before = server.answers()
+    pid = engine_pid(server.home)
+    with Load(server.url, "tiny", server.prompts, max_tokens=400) as load:
+        load.wait_for(1)
+        time.sleep(0.5)
+        os.kill(pid, signal.SIGKILL)
+        load.wait_for(8)
+    assert load.failed
+    deadline = time.monotonic() + 180
+    while server.status()["engine"]["state"] != "ready" and time.monotonic() < deadline:
+        time.sleep(1)
+    status = server.status()
+    assert status["engine"]["restarts"] == 1
+    assert "died" in status["engine"]["last_error"]
+    assert server.answers() == before
+    assert not psutil.pid_exists(pid)
+
+
+def test_the_server_stops_its_engine_when_it_is_told_to_stop(server: Server) -> None:
+    """Runs last: it ends the server under test."""
+    pid = engine_pid(server.home)
+    holder = json.loads((server.home / "serve.lock").read_text("utf-8"))["pid"]
+    os.kill(holder, signal.SIGTERM)
+    psutil.wait_procs([psutil.Process(holder)] if psutil.pid_exists(holder) else [], timeout=30)
+    deadline = time.monotonic() + 30
+    while psutil.pid_exists(pid) and time.monotonic() < deadline:
+        time.sleep(0.2)
+    assert not psutil.pid_exists(pid)
+    assert svc(server.home, "status", capture_output=True).returncode == 13
