@@ -8,7 +8,7 @@ SERVE ?= $(shell command -v nvidia-smi >/dev/null && echo serve || echo serve-cp
 BIN := .venv/bin
 READY := .venv/.ready
 
-.PHONY: install check test test-fast test-matrix demo serve clean
+.PHONY: install check test test-fast test-matrix demo serve docs clean
 
 install: $(READY)
 
@@ -37,6 +37,10 @@ demo: $(READY)
 
 serve: $(READY)
 	$(BIN)/python -m examples.demo --serve
+
+# The pages that are made from the code.
+docs: $(READY)
+	$(BIN)/python -m docs.generate
 
 clean:
 	rm -rf .demo .mypy_cache .pytest_cache .ruff_cache

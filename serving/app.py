@@ -4,6 +4,7 @@ No documentation routes, no CORS, no redirects. Small routes are FastAPI's; comp
 router, see serving.gateway.
 """
 
+import asyncio
 from collections.abc import Callable, Mapping
 from contextlib import AbstractAsyncContextManager
 from typing import Any
@@ -33,7 +34,7 @@ def build_app(
 
     Args:
         gateway: answers completions; its door, routes and traffic stand behind the other paths.
-        status: what /svc/status shows; JSON values.
+        status: what /svc/status shows, JSON values; called in a thread.
         lifespan: starts and stops what lives as long as the server.
     """
     app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None, redirect_slashes=False, lifespan=lifespan)
@@ -77,4 +78,5 @@ def _add_operations(app: FastAPI, gateway: Gateway, status: Callable[[], Mapping
 
     @app.get("/svc/status")
     async def show_status() -> JSONResponse:
-        return JSONResponse(dict(status()))
+        # It reads the store, and no stream waits for that.
+        return JSONResponse(dict(await asyncio.to_thread(status)))

@@ -3,12 +3,13 @@
 import asyncio
 import logging
 import sys
+from contextlib import ExitStack
 from typing import Any
 
 import click
 
 from serving.promotion import Promotion
-from svc.errors import NotFoundError, RefusedError
+from svc.errors import BusyError, NotFoundError, RefusedError
 from svc.invocation import json_option, settings_of
 from svc.registry.registry import Registry
 from svc.registry.version import Format, VersionId
@@ -44,19 +45,16 @@ def serve(ctx: click.Context, model: str | None, format_name: str | None, host: 
     registry, store = Registry.of(settings), open_database(settings.home)
 
     async def run() -> None:
-        with server.claim(settings) as claim:
+        with server.claim(settings) as claim, ExitStack() as spinner:
             desired = choose_desired(registry, store, model, Format(format_name) if format_name else None)
             console.print(f"{desired.target}: starting vLLM, about 40 s; log {settings.home / 'logs' / 'engine.log'}")
-            with waiting("engine") as on_phase:
-                await server.serve(
-                    settings,
-                    registry,
-                    store,
-                    desired,
-                    claim,
-                    on_phase=on_phase,
-                    on_ready=lambda: console.print(f"[green]serving {desired.target} on {claim.url}/v1[/green]"),
-                )
+            on_phase = spinner.enter_context(waiting("engine"))
+
+            def on_ready() -> None:
+                spinner.close()
+                console.print(f"[green]serving {desired.target} on {claim.url}/v1[/green]")
+
+            await server.serve(settings, registry, store, desired, claim, on_phase=on_phase, on_ready=on_ready)
 
     asyncio.run(run())
     console.print("stopped")
@@ -92,6 +90,8 @@ def rollback(ctx: click.Context, name: str, as_json: bool) -> None:
 
 def _change(promotion: Promotion, current: Desired, target: Target, as_json: bool) -> None:
     if target == current.target:
+        if not promotion.serves(target):
+            raise BusyError(f"{target} is on its way already", todo="see `svc status`")
         if as_json:
             from svc.terminal import print_json
 
@@ -105,10 +105,20 @@ def _change(promotion: Promotion, current: Desired, target: Target, as_json: boo
 
         print_json(_machine(swap))
     if swap.outcome is not SwapOutcome.SUCCEEDED:
-        raise RefusedError(f"{target} was not promoted ({swap.outcome}), {current.target} serves\n  why: {swap.reason}")
+        raise RefusedError(
+            f"{target} was not promoted ({swap.outcome}), {_left(swap.outcome, current)}\n  why: {swap.reason}"
+        )
     if not as_json:
         click.secho(f"{target} serves", fg="green")
-        click.echo(f"  swap {swap.seconds:.2f} s, {swap.running} requests were running, {swap.held} were held")
+        if swap.seconds is not None:
+            click.echo(f"  swap {swap.seconds:.2f} s, {swap.running} requests were running, {swap.held} were held")
+
+
+def _left(outcome: SwapOutcome | None, current: Desired) -> str:
+    """What a promotion that was not completed leaves behind."""
+    if outcome is SwapOutcome.FAILED:
+        return f"and the engine had to be replaced; `svc status` shows whether {current.target} serves again"
+    return f"{current.target} serves"
 
 
 def _machine(swap: SwapRecord) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Iterator
+from typing import Any
 
 import httpx
 
@@ -28,20 +29,27 @@ class Conversation:
         """Adds a user's turn and yields the answer as it comes.
 
         Raises:
-            EngineError: the server refused, or broke off.
+            EngineError: the server refused, or broke off. The turn is taken back, and can be asked again.
         """
-        self._turns.append({"role": "user", "content": text})
+        turns = [*self._turns, {"role": "user", "content": text}]
         answer = ""
-        body = {"model": self._model, "messages": self._turns, "stream": True}
-        with httpx.stream("POST", self._url, json=body, timeout=_TIMEOUT) as response:
+        try:
+            for piece in self._stream({"model": self._model, "messages": turns, "stream": True}):
+                answer += piece
+                yield piece
+        except httpx.HTTPError as error:
+            raise EngineError(f"the server does not answer: {error!r}", todo="see `svc status`") from error
+        self._turns = [*turns, {"role": "assistant", "content": answer}]
+
+    def _stream(self, body: dict[str, Any]) -> Iterator[str]:
+        with httpx.stream("POST", self._url, json=body, timeout=_TIMEOUT, trust_env=False) as response:
             if response.is_error:
                 response.read()
                 raise EngineError(f"the server answered {response.status_code}: {_message(response.text)}")
             for line in response.iter_lines():
                 piece = _piece(line)
-                answer += piece
-                yield piece
-        self._turns.append({"role": "assistant", "content": answer})
+                if piece:
+                    yield piece
 
 
 def _piece(line: str) -> str:

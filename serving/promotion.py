@@ -3,10 +3,12 @@
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
+import httpx
 from sqlalchemy import Engine as Store
 
-from svc.errors import NotFoundError
+from svc.errors import BusyError, NotFoundError, ServerNotRunningError
 from svc.registry.registry import Registry
 from svc.server_url import server_url
 from svc.settings import Settings
@@ -15,15 +17,21 @@ from svc.store.desired import Desired, Target, change_desired, read_desired
 from svc.store.swaps import SwapRecord, find_swap
 
 _POLL_S = 0.1
+_TIMEOUT_S = 10.0
 
 
 @dataclass(frozen=True, slots=True)
 class Promotion:
-    """A change of what a running server serves."""
+    """A change of what a running server serves.
+
+    Attributes:
+        url: the server's root.
+    """
 
     settings: Settings
     registry: Registry
     store: Store
+    url: str
 
     @classmethod
     def of(cls, settings: Settings) -> "Promotion":
@@ -32,20 +40,30 @@ class Promotion:
         Raises:
             ServerNotRunningError: nobody would carry it out.
         """
-        server_url(settings)
-        return cls(settings, Registry.of(settings), open_database(settings.home))
+        url = server_url(settings)
+        return cls(settings, Registry.of(settings), open_database(settings.home), url)
 
     def current(self, name: str) -> Desired:
-        """What a name serves.
+        """What a name shall serve now.
 
         Raises:
-            NotFoundError: no such name is served.
+            NotFoundError: the server serves another name.
+            ServerNotRunningError: it does not answer.
         """
-        desired = read_desired(self.store, name)
+        serving = self._status()["model"]
+        desired = read_desired(self.store, name) if name == serving else None
         if desired is None:
-            known = ", ".join(self.registry.names()) or "none"
-            raise NotFoundError(f"{name!r} is not served", expected=f"a served name; the registry has {known}")
+            raise NotFoundError(f"{name!r} is not served", expected=f"{serving}, which the server on {self.url} serves")
         return desired
+
+    def serves(self, target: Target) -> bool:
+        """Whether the server has come to a target, rather than being on its way.
+
+        Raises:
+            ServerNotRunningError: it does not answer.
+        """
+        status = self._status()
+        return bool((status["version"], status["format"]) == (str(target.version), target.format.value))
 
     def change(self, seen: Desired, target: Target, on_step: Callable[[str], None]) -> SwapRecord:
         """Asks for a version, and returns when the server is done with it.
@@ -67,5 +85,34 @@ class Promotion:
                 told = len(swap.steps)
                 if swap.outcome:
                     return swap
-            server_url(self.settings)
+            else:
+                self._refuse_overtaken(wanted)
+            self._refuse_without_server(wanted)
             time.sleep(_POLL_S)
+
+    def _refuse_overtaken(self, wanted: Desired) -> None:
+        """The server takes up the newest wish only; one that came between is never begun."""
+        last = find_swap(self.store, wanted.name)
+        if last and last.generation > wanted.generation:
+            raise BusyError(
+                f"somebody else promoted {last.target} before the server took up {wanted.target}",
+                todo="see `svc status`, then try again",
+            )
+
+    def _refuse_without_server(self, wanted: Desired) -> None:
+        try:
+            server_url(self.settings)
+        except ServerNotRunningError as error:
+            raise ServerNotRunningError(
+                f"the server ended before {wanted.target} served",
+                todo=f"start it again, it takes {wanted.target} up: svc serve {wanted.name}",
+            ) from error
+
+    def _status(self) -> dict[str, Any]:
+        try:
+            answer = httpx.get(f"{self.url}/svc/status", timeout=_TIMEOUT_S, trust_env=False).raise_for_status()
+            return dict(answer.json())
+        except (httpx.HTTPError, ValueError) as error:
+            raise ServerNotRunningError(
+                f"the server on {self.url} does not answer: {error!r}", todo="see its log, then try again"
+            ) from error

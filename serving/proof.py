@@ -2,12 +2,14 @@
 
 import asyncio
 import logging
+from collections.abc import Sequence
 from pathlib import Path
 
 from sqlalchemy import Engine as Store
 
 from svc.engine.client import EngineClient
 from svc.engine.probe import EngineFacts, Probe, check_probes, make_probes, measure_probes
+from svc.errors import ProbeError
 from svc.registry.registry import Registry
 from svc.store.desired import Target
 from svc.store.retaken_probes import find_retaken_probes, keep_retaken_probes
@@ -15,6 +17,8 @@ from svc.store.retaken_probes import find_retaken_probes, keep_retaken_probes
 log = logging.getLogger(__name__)
 
 _RETAKE_REPEATS = 5
+_OTHER_WEIGHTS_NATS = 0.5
+"""Mean difference. Kernels differ in the second decimal, other weights by whole nats."""
 
 
 class Proof:
@@ -37,7 +41,7 @@ class Proof:
             IntegrityError: a file was changed.
         """
         await asyncio.to_thread(self._registry.verify, target.version, target.format)
-        return self._registry.artifact(target.version, target.format)
+        return await asyncio.to_thread(self._registry.artifact, target.version, target.format)
 
     async def probes(self, client: EngineClient, target: Target) -> str:
         """Checks the probes on the engine, all at once.
@@ -51,7 +55,7 @@ class Proof:
         Raises:
             ProbeError: the engine runs other weights.
         """
-        recorded = self._registry.format(target.version, target.format).probes
+        recorded = (await asyncio.to_thread(self._registry.format, target.version, target.format)).probes
         known = tuple(probe for probe in recorded if probe.engine == self._facts)
         if recorded and not known:
             retaken = await asyncio.to_thread(find_retaken_probes, self._store, target, self._facts)
@@ -64,7 +68,28 @@ class Proof:
     async def _retake(self, client: EngineClient, target: Target, recorded: tuple[Probe, ...]) -> str:
         sequences = [(probe.token_ids, probe.start) for probe in recorded]
         measured = await measure_probes(client, sequences, repeats=_RETAKE_REPEATS)
+        _refuse_other_weights(recorded, measured[0])
         probes = make_probes(sequences, measured, self._facts)
         await asyncio.to_thread(keep_retaken_probes, self._store, target, self._facts, probes)
         log.warning("%s was qualified on another kind of engine (%s): probes taken again", target, recorded[0].engine)
         return f"{len(probes)} probes taken again: this kind of engine sees the version for the first time"
+
+
+def _refuse_other_weights(recorded: Sequence[Probe], measured: Sequence[Sequence[float]]) -> None:
+    """Keeps a load that did nothing, or loaded something else, from becoming what the version is held against.
+
+    Raises:
+        ProbeError: the difference is more than another kind of engine explains.
+    """
+    pairs = [
+        (expected, found)
+        for probe, logprobs in zip(recorded, measured, strict=True)
+        for expected, found in zip(probe.logprobs, logprobs, strict=True)
+    ]
+    difference = sum(abs(expected - found) for expected, found in pairs) / len(pairs)
+    if not difference <= _OTHER_WEIGHTS_NATS:  # also what is not a number
+        raise ProbeError(
+            f"the probes differ by {difference:.2f} nats in the mean: not the version's weights",
+            expected=f"at most {_OTHER_WEIGHTS_NATS} between two kinds of engine",
+            todo="qualify the version on this kind of engine",
+        )

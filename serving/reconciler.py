@@ -1,29 +1,34 @@
 """Makes what serves equal to what is desired, and keeps it so: the only task that touches the engine.
 
 One loop: the engine died -> start it again, slower after each failure; the desired version changed -> swap, and where
-that fails put the desired state back, so that it always names what truly serves.
+that fails put the desired state back, so that it always names what truly serves. A store that does not answer stops
+neither: what serves goes on, and the wish is read later.
 """
 
 import asyncio
 import logging
-from collections.abc import Callable
+from functools import partial
 
 from sqlalchemy import Engine as Store
+from sqlalchemy.exc import SQLAlchemyError
 
+from serving.journal import Journal
+from serving.production_alias import ProductionAlias
 from serving.routing import Routes, Served
 from serving.supervisor import Supervisor
 from serving.swap import InPlaceSwap
 from serving.traffic import Traffic
 from svc.engine.state import EngineState
-from svc.errors import BusyError, SvcError
-from svc.registry.registry import Registry
-from svc.registry.version import Alias
-from svc.store.desired import Desired, change_desired, read_desired
-from svc.store.swaps import SwapOutcome, add_step, begin_swap, end_swap
+from svc.errors import BusyError, SvcError, SwapError
+from svc.store.desired import Desired, Target, change_desired, read_desired
+from svc.store.swaps import SwapOutcome, SwapResult, find_swap
 
 log = logging.getLogger(__name__)
 
 _POLL_S = 0.25
+_STORE_PAUSE_S = 2.0
+_ALIAS_WAIT_S = 5.0
+"""A promotion is told done when MLflow says so too, or after this."""
 _BACKOFF_S = (1.0, 2.0, 4.0, 8.0, 16.0, 32.0, 60.0)
 
 
@@ -32,27 +37,30 @@ class Reconciler:
 
     Args:
         desired: what shall serve when the server starts.
+        backoff_s: pauses before the first, second, ... start after a death; the last one goes on.
     """
 
     def __init__(
         self,
         desired: Desired,
         *,
-        registry: Registry,
         store: Store,
         supervisor: Supervisor,
         swap: InPlaceSwap,
         routes: Routes,
         traffic: Traffic,
+        alias: ProductionAlias,
         backoff_s: tuple[float, ...] = _BACKOFF_S,
     ) -> None:
         self._actual = desired
-        self._registry = registry
+        self._failed: Desired | None = None
         self._store = store
+        self._journal = Journal(store)
         self._supervisor = supervisor
         self._swap = swap
         self._routes = routes
         self._traffic = traffic
+        self._alias = alias
         self._backoff_s = backoff_s
         self.last_error: str | None = None
 
@@ -65,10 +73,25 @@ class Reconciler:
         """Starts the engine with the desired version.
 
         Raises:
-            SvcError: it cannot serve; at the first start a person is there to read it.
+            SvcError: it cannot serve; at the first start a person is there to read it. SwapError where another version
+                served before: that one is desired again, and the next start comes up with it.
         """
-        await self._supervisor.start(self._actual.target)
-        await self._serves()
+        production = await self._alias.read(self._actual.name)
+        try:
+            await self._supervisor.start(self._actual.target)
+        except SvcError as error:
+            await self._end_cut_off(SwapResult(SwapOutcome.FAILED, str(error)))
+            previous = self._actual.previous
+            if previous is None or production != previous.version or previous.version == self._actual.target.version:
+                raise
+            await asyncio.to_thread(change_desired, self._store, self._actual, previous, None)
+            raise SwapError(
+                f"{self._actual.target} cannot be served: {error.wrong}",
+                expected=error.expected,
+                todo=f"start again: {previous}, which served before, is what shall serve",
+            ) from error
+        self._serves()
+        await self._end_cut_off(SwapResult(SwapOutcome.SUCCEEDED))
 
     async def run(self) -> None:
         """Runs until it is cancelled; `start` comes before."""
@@ -76,77 +99,124 @@ class Reconciler:
             died = asyncio.create_task(self._supervisor.died())
             changed = asyncio.create_task(self._changed())
             try:
-                await asyncio.wait({died, changed}, return_when=asyncio.FIRST_COMPLETED)
-                if died.done():
-                    await self._revive(died.result())
-                elif changed.done():
-                    await self._promote(changed.result())
+                done, _ = await asyncio.wait({died, changed}, return_when=asyncio.FIRST_COMPLETED)
             finally:
                 died.cancel()
                 changed.cancel()
+            try:
+                if died in done:
+                    await self._revive(died.result())
+                else:
+                    await self._promote(changed.result())
+            except SQLAlchemyError as error:
+                self.last_error = f"the store does not answer: {error}"
+                log.exception("the store does not answer; what serves goes on")
+                await asyncio.sleep(_STORE_PAUSE_S)
 
     async def _changed(self) -> Desired:
         while True:
-            found = await asyncio.to_thread(read_desired, self._store, self._actual.name)
-            if found and found.generation != self._actual.generation:
-                return found
+            try:
+                found = await asyncio.to_thread(read_desired, self._store, self._actual.name)
+                if found is not None and found == self._failed:
+                    await self._put_back(found, self._actual)
+                elif found is not None and found.generation != self._actual.generation:
+                    return found
+            except SQLAlchemyError:
+                log.exception("the desired state cannot be read; what serves goes on")
+                await asyncio.sleep(_STORE_PAUSE_S)
             await asyncio.sleep(_POLL_S)
 
     async def _revive(self, why: str) -> None:
-        """Starts the engine again until it serves; waits longer after each failure."""
+        """Starts the engine again until it serves; waits longer after each failure. A new wish is taken up at once."""
         log.error("the engine died: %s", why)
         self.last_error = f"the engine died: {why}"
+        await self._supervisor.stop(EngineState.FAILED)
         attempt = 0
-        while True:
-            await self._supervisor.stop(EngineState.STARTING)
-            await asyncio.sleep(self._backoff_s[min(attempt, len(self._backoff_s) - 1)])
-            self._supervisor.count_restart()
+        while not self._supervisor.runs:
+            pause_s = self._backoff_s[min(attempt, len(self._backoff_s) - 1)]
+            attempt += 1
             try:
-                await self._supervisor.start(self._actual.target)
-            except SvcError as error:
-                log.exception("the engine did not come back")
-                self.last_error = str(error)
-                attempt += 1
+                desired = await asyncio.wait_for(self._changed(), pause_s)
+            except TimeoutError:
+                self._supervisor.count_restart()
+                error = await self._start(self._actual.target)
+                if error is None:
+                    self._serves()
+                else:
+                    self.last_error = error
             else:
-                await self._serves()
-                return
+                await self._promote(desired)
 
     async def _promote(self, desired: Desired) -> None:
         before = self._actual
-        if desired.target == before.target:
-            self._actual = desired
-            return
-        swap_id = await asyncio.to_thread(begin_swap, self._store, desired)
-        report = self._reporter(swap_id)
+        swap_id = await self._journal.begin(desired)
+        report = partial(self._journal.step, swap_id)
         report(f"{before.target} serves, {desired.target} is wanted")
-        result = await self._swap.run(before.target, desired.target, report)
+        if not self._supervisor.runs:
+            error = await self._start(desired.target)
+            result = SwapResult(SwapOutcome.FAILED if error else SwapOutcome.SUCCEEDED, error)
+        elif desired.target == before.target:
+            result = SwapResult(SwapOutcome.SUCCEEDED)
+        else:
+            result = await self._swap.run(before.target, desired.target, report)
+            self._traffic.swap_ended(result)
+        try:
+            await self._settle(desired, before, result)
+        finally:
+            self._journal.end(swap_id, result)
+
+    async def _settle(self, desired: Desired, before: Desired, result: SwapResult) -> None:
         if result.outcome is SwapOutcome.SUCCEEDED:
             self._actual = desired
-            await self._serves()
+            self._serves()
+            await self._correct_previous(before)
+            await self._alias.settled(_ALIAS_WAIT_S)
         else:
-            self._actual = await asyncio.to_thread(self._put_back, desired, before)
+            self._failed = desired
             self.last_error = result.reason
-        self._traffic.swap_ended(result)
-        await asyncio.to_thread(end_swap, self._store, swap_id, result)
+            await self._put_back(desired, before)
 
-    async def _serves(self) -> None:
+    async def _start(self, target: Target) -> str | None:
+        """Starts an engine where none runs; returns why it could not."""
+        try:
+            await self._supervisor.start(target)
+        except Exception as error:  # whatever keeps an engine from starting now may be gone later
+            log.exception("the engine did not start with %s", target)
+            return str(error) if isinstance(error, SvcError) else repr(error)
+        return None
+
+    def _serves(self) -> None:
         """Tells everybody what serves now."""
         target = self._actual.target
         served = Served(target.version, target.format)
         self._routes.serve(served)
         self._traffic.version_loaded(served)
-        await asyncio.to_thread(self._registry.tracking.set_alias, target.version, Alias.PRODUCTION)
+        self._alias.move(target.version)
 
-    def _put_back(self, failed: Desired, before: Desired) -> Desired:
+    async def _put_back(self, failed: Desired, before: Desired) -> None:
         try:
-            return change_desired(self._store, failed, before.target, before.previous)
+            self._actual = await asyncio.to_thread(change_desired, self._store, failed, before.target, before.previous)
         except BusyError:
-            # Somebody promoted again meanwhile: what serves is unchanged, and the loop's next turn sees the new wish.
-            return before
+            log.info("somebody promoted again meanwhile; the next turn takes it up")
 
-    def _reporter(self, swap_id: int) -> Callable[[str], None]:
-        def report(text: str) -> None:
-            log.info("swap %d: %s", swap_id, text)
-            add_step(self._store, swap_id, text)
+    async def _correct_previous(self, before: Desired) -> None:
+        """Who promotes while another promotion is under way can only guess what will have served before."""
+        previous = before.previous if self._actual.target == before.target else before.target
+        if self._actual.previous == previous:
+            return
+        try:
+            self._actual = await asyncio.to_thread(
+                change_desired, self._store, self._actual, self._actual.target, previous
+            )
+        except BusyError:
+            log.info("somebody promoted again meanwhile; the next turn takes it up")
 
-        return report
+    async def _end_cut_off(self, result: SwapResult) -> None:
+        """Ends the entry of a swap during which a server ended: this start has decided it."""
+        last = await asyncio.to_thread(find_swap, self._store, self._actual.name)
+        if last is None or last.outcome is not None:
+            return
+        if last.generation != self._actual.generation:
+            result = SwapResult(SwapOutcome.FAILED, "the server ended during the swap")
+        self._journal.step(last.id, f"the server started again with {self._actual.target}")
+        self._journal.end(last.id, result)

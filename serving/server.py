@@ -11,18 +11,19 @@ import os
 import signal
 import socket
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import uvicorn
-from prometheus_client import CollectorRegistry
+from prometheus_client import CollectorRegistry, disable_created_metrics
 from sqlalchemy import Engine as Store
 
 from serving.app import build_app
 from serving.gateway import Gateway
 from serving.hold import Admission
+from serving.production_alias import ProductionAlias
 from serving.proof import Proof
 from serving.reconciler import Reconciler
 from serving.routing import Routes
@@ -65,7 +66,7 @@ def claim(settings: Settings) -> Iterator[Claim]:
     """
     host, port = settings.serve.host, settings.serve.port
     with _bind(host, port) as door:
-        url = f"http://{host}:{door.getsockname()[1]}"
+        url = f"http://{f'[{host}]' if ':' in host else host}:{door.getsockname()[1]}"
         with hold_lock(settings.home / LOCK_FILE, f"the home {settings.home}", url=url):
             yield Claim(door, url)
 
@@ -75,6 +76,7 @@ def _bind(host: str, port: int) -> socket.socket:
     door.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
         door.bind((host, port))
+        door.listen()  # a port is only taken by who listens
     except OSError as error:
         door.close()
         if error.errno == errno.EADDRINUSE:
@@ -97,7 +99,7 @@ async def serve(
     on_phase: Callable[[str], None],
     on_ready: Callable[[], None],
 ) -> None:
-    """Serves until SIGTERM or SIGINT.
+    """Serves until SIGTERM, SIGINT or SIGHUP; a second one ends it without waiting for the answers that run.
 
     Args:
         desired: what to load first.
@@ -108,11 +110,10 @@ async def serve(
         SvcError: the version cannot be loaded.
     """
     server = _Server(settings, registry, store, desired, on_phase)
-    running = asyncio.create_task(server.run(claim.door, on_ready))
-    for number in (signal.SIGTERM, signal.SIGINT):
-        asyncio.get_running_loop().add_signal_handler(number, running.cancel)
-    with suppress(asyncio.CancelledError):
-        await running
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+        if signal.getsignal(number) is not signal.SIG_IGN:  # as nohup leaves SIGHUP
+            asyncio.get_running_loop().add_signal_handler(number, server.stop)
+    await server.run(claim.door, on_ready)
 
 
 class _Uvicorn(uvicorn.Server):
@@ -138,6 +139,9 @@ class _Server:
         limits = settings.serve
         runtime = runtime_folder(settings.home, "serve")
         self._store = store
+        self._stopping = asyncio.Event()
+        self._http: _Uvicorn | None = None
+        disable_created_metrics()  # type: ignore[no-untyped-call]
         self._traffic = Traffic(CollectorRegistry())
         self._door = Admission(
             max_running=limits.max_running, max_held=limits.max_held, hold_timeout_s=limits.hold_timeout_s
@@ -154,14 +158,15 @@ class _Server:
             routes=self._routes,
             drain_timeout_s=limits.drain_timeout_s,
         )
+        self._alias = ProductionAlias(registry.tracking)
         self._reconciler = Reconciler(
             desired,
-            registry=registry,
             store=store,
             supervisor=self._supervisor,
             swap=swap,
             routes=self._routes,
             traffic=self._traffic,
+            alias=self._alias,
         )
         self._gateway = Gateway(
             engine=connect(runtime / SOCKET_FILE, silence_s=limits.request_timeout_s),
@@ -171,31 +176,45 @@ class _Server:
             settings=limits,
         )
 
+    def stop(self) -> None:
+        """Ends `run`: running answers may end; called again, they are cut off."""
+        if self._stopping.is_set() and self._http is not None:
+            self._http.force_exit = True
+        self._stopping.set()
+
     async def run(self, door: socket.socket, on_ready: Callable[[], None]) -> None:
         """Answers from the first moment, with 503 until the engine has started; returns when it was told to stop."""
-        config = uvicorn.Config(
-            build_app(self._gateway, status=self.status),
-            log_config=None,
-            access_log=False,
-            server_header=False,
-            timeout_graceful_shutdown=_GRACE_S,
+        self._http = http = _Uvicorn(
+            uvicorn.Config(
+                build_app(self._gateway, status=self.status),
+                log_config=None,
+                access_log=False,
+                server_header=False,
+                timeout_graceful_shutdown=_GRACE_S,
+            )
         )
-        server = _Uvicorn(config)
-        http = asyncio.create_task(server.serve(sockets=[door]))
+        serving = asyncio.create_task(http.serve(sockets=[door]))
+        control = [asyncio.create_task(self._control(on_ready)), asyncio.create_task(self._alias.run())]
+        stopping = asyncio.create_task(self._stopping.wait())
         try:
-            await self._reconciler.start()
-            on_ready()
-            # Neither ends by itself but for a defect, which must end the server and not leave half of it.
-            control = asyncio.create_task(self._reconciler.run())
-            done, _ = await asyncio.wait({http, control}, return_when=asyncio.FIRST_COMPLETED)
-            control.cancel()
-            for task in done:
-                task.result()
+            # The others never end by themselves but for a defect, which must end the server and not leave half of it.
+            done, _ = await asyncio.wait({serving, stopping, *control}, return_when=asyncio.FIRST_COMPLETED)
         finally:
-            server.should_exit = True
-            await asyncio.wait({http})
+            # Control first: it would take the engine's end for a death.
+            for task in (stopping, *control):
+                task.cancel()
+            await asyncio.wait({stopping, *control})
+            http.should_exit = True
+            await asyncio.wait({serving})
             await self._supervisor.stop()
             await self._gateway.engine.aclose()
+        for task in done:
+            task.result()
+
+    async def _control(self, on_ready: Callable[[], None]) -> None:
+        await self._reconciler.start()
+        on_ready()
+        await self._reconciler.run()
 
     def status(self) -> Mapping[str, Any]:
         """What /svc/status shows."""

@@ -42,4 +42,10 @@ def _only_name(registry: Registry, store: Store) -> str:
 
 def _best_format(registry: Registry, version: VersionId) -> Format:
     formats = registry.manifest(version).formats
-    return next(format for format in _PREFERRED if format in formats)
+    for format in _PREFERRED:
+        if format in formats:
+            return format
+    raise NotFoundError(
+        f"{version} has no format that can be served",
+        expected=f"{' or '.join(_PREFERRED)}, it has {', '.join(formats)}",
+    )

@@ -5,6 +5,7 @@ Decides nothing: what to load, and what to do after a death, is the reconciler's
 
 import asyncio
 import logging
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -19,7 +20,7 @@ from svc.store.desired import Target
 log = logging.getLogger(__name__)
 
 _HEALTH_S = 2.0
-_UNHEALTHY_CHECKS = 15
+_UNHEALTHY_S = 30.0
 """The front answers health checks even under load; half a minute without an answer is a death."""
 
 
@@ -59,6 +60,11 @@ class Supervisor:
             raise RuntimeError("no engine runs")
         return self._engine.client
 
+    @property
+    def runs(self) -> bool:
+        """Whether there is an engine; it may have died a moment ago."""
+        return self._engine is not None
+
     def enter(self, state: EngineState) -> None:
         """Shows a state to metrics and status, and to the door where it decides who may enter."""
         self.state = state
@@ -81,9 +87,8 @@ class Supervisor:
         await self.stop(EngineState.STARTING)
         try:
             folder = await self._proof.files(target)
-            engine = self._launch(folder)
+            self._engine = engine = self._launch(folder)
             await engine.start(self._on_phase)
-            self._engine = engine
             log.info("%s: %s", target, await self._proof.probes(engine.client, target))
         except BaseException:
             await self.stop(EngineState.FAILED)
@@ -96,15 +101,16 @@ class Supervisor:
         if engine is None:
             return "it did not start"
         ended = asyncio.create_task(engine.wait())
-        unanswered = 0
+        answered = time.monotonic()
         try:
             while True:
                 done, _ = await asyncio.wait({ended}, timeout=_HEALTH_S)
                 if done:
                     return f"it ended with code {ended.result()}"
-                unanswered = 0 if await engine.client.healthy() else unanswered + 1
-                if unanswered >= _UNHEALTHY_CHECKS:
-                    return f"no answer to {unanswered} health checks"
+                if await engine.client.healthy():
+                    answered = time.monotonic()
+                elif (silent_s := time.monotonic() - answered) >= _UNHEALTHY_S:
+                    return f"no answer to health checks for {silent_s:.0f} s"
         finally:
             ended.cancel()
 
@@ -112,8 +118,9 @@ class Supervisor:
         """Ends the engine, if there is one, and enters a state that admits nobody."""
         self.enter(state)
         if self._engine is not None:
-            engine, self._engine = self._engine, None
-            await engine.stop()
+            # Forgotten only once it has ended: whoever is cancelled here leaves it to the next call.
+            await self._engine.stop()
+            self._engine = None
 
     def count_restart(self) -> None:
         """Counts a start after a death."""

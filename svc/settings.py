@@ -9,18 +9,22 @@ from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
 
-import yaml
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 from pydantic_settings import BaseSettings, EnvSettingsSource, PydanticBaseSettingsSource, SettingsConfigDict
+from pydantic_settings import SettingsError as SourceError
 
 from svc.errors import SettingsError
+from svc.yaml_text import parse_yaml
 
 ENV_PREFIX = "SVC_"
 DEFAULT_FILE = Path("svc.yaml")
 
 
 def _absolute(path: Path) -> Path:
-    return path.expanduser().absolute()
+    try:
+        return path.expanduser().absolute()
+    except RuntimeError as error:
+        raise ValueError(f"{path.parts[0]} is no user of this machine") from error
 
 
 AbsolutePath = Annotated[Path, AfterValidator(_absolute)]
@@ -103,9 +107,8 @@ def load_settings(config: Path | None = None, **flags: Any) -> Settings:
     """
     _check_environment()
     try:
-        environment = EnvSettingsSource(Settings)()
         given = {key: value for key, value in flags.items() if value is not None}
-        return Settings(**_merge(_merge(_read_file(config), environment), given))
+        return Settings(**_merge(_merge(_read_file(config), _read_environment()), given))
     except ValidationError as error:
         first = error.errors()[0]
         key = ".".join(str(part) for part in first["loc"])
@@ -120,14 +123,27 @@ def _read_file(config: Path | None) -> dict[str, Any]:
     if config is None and not path.is_file():
         return {}
     try:
-        content = yaml.safe_load(path.read_text("utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        content = parse_yaml(path.read_text("utf-8"))
+    except (OSError, ValueError) as error:
         raise SettingsError(f"cannot read settings from {path}: {error}", expected="a YAML file in UTF-8") from error
     if content is None:
         return {}
     if not isinstance(content, dict):
         raise SettingsError(f"{path} holds a {type(content).__name__}", expected="a YAML mapping of settings")
+    for key in content:
+        if not isinstance(key, str):
+            raise SettingsError(f"{path} has the key {key!r}", expected="names of settings")
     return content
+
+
+def _read_environment() -> dict[str, Any]:
+    try:
+        return EnvSettingsSource(Settings)()
+    except SourceError as error:
+        raise SettingsError(
+            f"environment: {error}: {error.__cause__}",
+            expected='JSON for a list or a section, as SVC_ENGINE__ARGS=\'["--seed", "1"]\'',
+        ) from error
 
 
 def _merge(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:

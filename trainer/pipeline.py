@@ -150,6 +150,7 @@ class Pipeline:
 
     def _register(self) -> Registered:
         heldout = self.run.folder / HELDOUT_FILE
+        heldout.unlink(missing_ok=True)  # of an interrupted try: one file with its version's, which nobody may write
         write_examples(heldout, self.examples.heldout)
         content = {
             Format.ADAPTER.value: self.run.adapter,

@@ -7,11 +7,11 @@ import re
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator
 
 from svc.errors import RecipeError
 from svc.registry.version import NAME_PATTERN
+from svc.yaml_text import parse_yaml
 
 
 class _Section(BaseModel):
@@ -21,7 +21,10 @@ class _Section(BaseModel):
 def _beside_recipe(path: Path | None, info: ValidationInfo) -> Path | None:
     """Paths in a recipe are relative to the recipe, so that it runs from any working folder."""
     folder = (info.context or {}).get("folder", Path())
-    return None if path is None else (folder / path.expanduser()).absolute()
+    try:
+        return None if path is None else (folder / path.expanduser()).absolute()
+    except RuntimeError as error:
+        raise ValueError(f"no user of this machine has the home folder of {path}") from error
 
 
 class Data(_Section):
@@ -107,10 +110,10 @@ def load_recipe(path: Path, overrides: tuple[str, ...] = ()) -> Recipe:
         RecipeError: no such file, not YAML, an unknown key, a wrong type; names the key and its value.
     """
     try:
-        content = yaml.safe_load(path.read_text("utf-8"))
+        content = parse_yaml(path.read_text("utf-8"))
     except OSError as error:
         raise RecipeError(f"cannot open recipe {path}: {error.strerror}", todo="check the path") from error
-    except (UnicodeDecodeError, yaml.YAMLError) as error:
+    except ValueError as error:
         raise RecipeError(f"{path} is not YAML: {error}", expected="a YAML mapping in UTF-8") from error
     if not isinstance(content, dict):
         raise RecipeError(f"{path} holds {content!r:.80}", expected="a YAML mapping: name, base, data, ...")
@@ -132,8 +135,8 @@ def _set(content: dict[str, Any], override: str) -> None:
         if not isinstance(content, dict):
             raise RecipeError(f"--set {override!r}: {section} is no section", expected="key=value, as train.epochs=2")
     try:
-        content[last] = yaml.safe_load(value)
-    except yaml.YAMLError as error:
+        content[last] = parse_yaml(value)
+    except ValueError as error:
         raise RecipeError(f"--set {override!r}: {value!r} is not a YAML value") from error
 
 

@@ -71,7 +71,7 @@ def parse_example(value: Any) -> ChatExample:
     if not isinstance(value, dict):
         raise DataError(f"the line is {_kind(value)}", expected='an object {"messages": [...]}')
     if "messages" not in value:
-        raise DataError(f"no 'messages', only {sorted(value)!r}", expected='an object {"messages": [...]}')
+        raise DataError(f"no 'messages', only {sorted(value)!r:.200}", expected='an object {"messages": [...]}')
     foreign = _KEYS_OF_OTHER_FORMATS & set(value)
     if foreign:
         raise DataError(f"'messages' beside {sorted(foreign)!r}", expected="one format in a line")
@@ -88,8 +88,10 @@ def _parse_message(index: int, turn: Any) -> Message:
     where = f"messages[{index}]"
     if not isinstance(turn, dict):
         raise DataError(f"{where} is {_kind(turn)}", expected='{"role": ..., "content": ...}')
-    if turn.get("role") not in set(Role):
-        raise DataError(f"{where}.role is {turn.get('role', 'missing')!r}", expected=f"one of {', '.join(Role)}")
+    role = turn.get("role")
+    if not isinstance(role, str) or role not in set(Role):
+        found = f"{role!r:.80}" if "role" in turn else "missing"
+        raise DataError(f"{where}.role is {found}", expected=f"one of {', '.join(Role)}")
     content = turn.get("content")
     if not isinstance(content, str):
         found = _kind(content) if "content" in turn else "missing"
@@ -102,7 +104,7 @@ def _parse_message(index: int, turn: Any) -> Message:
         raise DataError(
             f"{where}.content holds half of a surrogate pair", expected="text that UTF-8 can hold"
         ) from None
-    return Message(Role(turn["role"]), content)
+    return Message(Role(role), content)
 
 
 def _check_order(messages: tuple[Message, ...]) -> None:

@@ -100,6 +100,10 @@ def _decode(raw: bytes) -> Any:
         raise DataError(
             f"not JSON: {error.msg} at column {error.colno}", expected="one JSON object in a line"
         ) from error
+    except ValueError as error:  # Python reads no integer of more than 4300 digits
+        raise DataError(
+            "not usable JSON: a number with too many digits", expected="one JSON object in a line"
+        ) from error
     except RecursionError as error:
         raise DataError("not usable JSON: nested too deeply", expected="one JSON object in a line") from error
 

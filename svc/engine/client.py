@@ -3,7 +3,10 @@
 Separate from the gateway's data plane, so that a reload never queues behind streams. Knows nothing of versions.
 """
 
-from collections.abc import Sequence
+import asyncio
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -13,6 +16,7 @@ import httpx
 from svc.dataset.example import Message
 from svc.errors import EngineError
 
+_RESET_PAUSE_S = 0.05
 _TIMEOUT = httpx.Timeout(300.0, connect=5.0)  # a reload reads the whole file of weights
 
 
@@ -65,8 +69,8 @@ class EngineClient:
             "max_tokens": max_tokens,
             "temperature": 0,
         }
-        answer = await self._post("/v1/chat/completions", body)
-        return answer["choices"][0]["message"]["content"] or ""
+        with _reading("/v1/chat/completions"):
+            return str((await self._post("/v1/chat/completions", body))["choices"][0]["message"]["content"] or "")
 
     async def generate(self, token_ids: Sequence[int], *, tokens: int) -> None:
         """Generates exactly so many tokens and throws them away: for measuring speed."""
@@ -76,12 +80,12 @@ class EngineClient:
     async def prompt_tokens(self, messages: Sequence[Message]) -> list[int]:
         """Token ids of a prompt by the engine's own chat template, ready for the answer."""
         body = {"model": self.model, "messages": [message.as_dict() for message in messages]}
-        return list((await self._post("/tokenize", body))["tokens"])
+        return await self._tokenize(body)
 
     async def tokens(self, text: str) -> list[int]:
         """Token ids of plain text, without any special token added."""
         body = {"model": self.model, "prompt": text, "add_special_tokens": False}
-        return list((await self._post("/tokenize", body))["tokens"])
+        return await self._tokenize(body)
 
     async def logprobs(self, token_ids: Sequence[int], start: int) -> tuple[float, ...]:
         """Natural-log probabilities of the tokens from `start` on, each given all before it.
@@ -91,9 +95,10 @@ class EngineClient:
             start: index of the first token that is scored, at least 1.
         """
         body = {"model": self.model, "prompt": list(token_ids), "max_tokens": 1, "temperature": 0, "prompt_logprobs": 0}
-        entries = (await self._post("/v1/completions", body))["choices"][0]["prompt_logprobs"]
-        scored = zip(token_ids[start:], entries[start:], strict=True)
-        return tuple(float(entry[str(token)]["logprob"]) for token, entry in scored)
+        with _reading("/v1/completions"):
+            entries = (await self._post("/v1/completions", body))["choices"][0]["prompt_logprobs"]
+            scored = zip(token_ids[start:], entries[start:], strict=True)
+            return tuple(float(entry[str(token)]["logprob"]) for token, entry in scored)
 
     async def reload_weights(self, folder: Path) -> None:
         """Replaces the weights in place. A reload that fails ends the engine: check everything before.
@@ -103,9 +108,29 @@ class EngineClient:
         """
         await self._post("/collective_rpc", {"method": "reload_weights", "kwargs": {"weights_path": str(folder)}})
 
-    async def reset_prefix_cache(self) -> None:
-        """Forgets keys and values that older weights computed."""
-        await self._post("/reset_prefix_cache", None)
+    async def reset_prefix_cache(self, *, within_s: float = 10.0) -> None:
+        """Forgets keys and values that older weights computed.
+
+        The engine does not while a request holds some of them, and one that its client left ends a moment later.
+
+        Args:
+            within_s: how long to try, seconds.
+
+        Raises:
+            EngineError: requests still held keys and values, or the engine did not answer.
+        """
+        deadline = time.monotonic() + within_s
+        while await self._post("/reset_prefix_cache", None) == {"success": False}:
+            if time.monotonic() >= deadline:
+                raise EngineError(
+                    f"the prefix cache could not be reset within {within_s:g} s: requests still hold parts of it",
+                    todo="try again; see the engine's log for what still runs",
+                )
+            await asyncio.sleep(_RESET_PAUSE_S)
+
+    async def _tokenize(self, body: dict[str, Any]) -> list[int]:
+        with _reading("/tokenize"):
+            return [int(token) for token in (await self._post("/tokenize", body))["tokens"]]
 
     async def _post(self, path: str, body: dict[str, Any] | None) -> Any:
         try:
@@ -114,4 +139,18 @@ class EngineClient:
             raise EngineError(f"no answer from the engine to {path}: {error!r}", todo="see the engine's log") from error
         if answer.is_error:
             raise EngineError(f"the engine answered {path} with {answer.status_code}: {answer.text[:500]}")
-        return answer.json() if answer.content else None
+        with _reading(path):
+            return answer.json() if answer.content else None
+
+
+@contextmanager
+def _reading(path: str) -> Iterator[None]:
+    """An answer without what was asked for is the engine's fault, and not a defect here."""
+    try:
+        yield
+    except (LookupError, TypeError, ValueError) as error:
+        raise EngineError(
+            f"the engine's answer to {path} cannot be understood: {error!r}",
+            expected="what vLLM answers",
+            todo="see the engine's log, and whether its version is one that is supported",
+        ) from error

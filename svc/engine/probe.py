@@ -120,11 +120,20 @@ def make_probes(
 
     Args:
         measured: as `measure_probes` gives it; measurements of several engines of one kind may be joined.
+
+    Raises:
+        ProbeError: a measurement that is no finite number.
     """
     probes = []
     for index, (token_ids, start) in enumerate(sequences):
         reference = measured[0][index]
         noise = max(_difference(reference, run[index]) for run in measured)
+        if math.isinf(noise):
+            raise ProbeError(
+                f"sequence {index + 1} has a log-probability that is no finite number",
+                expected="finite numbers at every measurement",
+                todo="train again, with a lower learning rate: the weights are not usable",
+            )
         tolerance = max(MIN_TOLERANCE, 2 * noise)
         probe = Probe(token_ids=tuple(token_ids), start=start, logprobs=reference, tolerance=tolerance, engine=facts)
         probes.append(probe)

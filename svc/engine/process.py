@@ -84,8 +84,8 @@ class EngineProcess:
                 stderr=asyncio.subprocess.STDOUT,
                 start_new_session=True,
             )
-        self._write_record(self._process.pid)
         try:
+            self._write_record(self._process.pid)
             await self._ready(self._process, on_phase)
         except BaseException:
             await self.stop()
@@ -140,8 +140,9 @@ class EngineProcess:
         return self.spec.runtime / "engine.json"
 
     def _write_record(self, pid: int) -> None:
-        record = {"pid": pid, "created": psutil.Process(pid).create_time()}
-        self._record.write_text(json.dumps(record), "utf-8")
+        with contextlib.suppress(psutil.NoSuchProcess):  # it has ended already: nothing can be left behind
+            record = {"pid": pid, "created": psutil.Process(pid).create_time()}
+            self._record.write_text(json.dumps(record), "utf-8")
 
     def _end_leftover(self) -> None:
         """Ends the engine of a parent that was killed; the creation time guards against a reused process id."""

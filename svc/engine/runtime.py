@@ -4,6 +4,7 @@ import hashlib
 import os
 import stat
 import tempfile
+from contextlib import suppress
 from pathlib import Path
 
 from svc.errors import EngineError
@@ -24,8 +25,16 @@ def runtime_folder(home: Path, purpose: str) -> Path:
     parent = Path(os.environ.get("XDG_RUNTIME_DIR") or tempfile.gettempdir())
     digest = hashlib.sha256(f"{home.resolve()}\0{purpose}".encode()).hexdigest()[:12]
     folder = parent / f"tuneserve-{os.getuid()}-{digest}"
-    folder.mkdir(mode=0o700, exist_ok=True)
-    found = folder.lstat()
+    try:
+        with suppress(FileExistsError):
+            folder.mkdir(mode=0o700)
+        found = folder.lstat()
+    except OSError as error:
+        raise EngineError(
+            f"cannot make {folder}: {error.strerror}",
+            expected=f"a folder {parent} that this user can write",
+            todo="create it, or unset XDG_RUNTIME_DIR",
+        ) from error
     if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.getuid() or found.st_mode & 0o077:
         raise EngineError(
             f"{folder} is not a private folder of this user",

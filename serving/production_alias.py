@@ -1,0 +1,69 @@
+"""Keeps MLflow's `production` alias equal to what serves.
+
+Apart from the engine's loop, because MLflow may be slow or away, and neither may hold up an engine or a swap.
+"""
+
+import asyncio
+import logging
+
+from svc.registry.tracking import Tracking
+from svc.registry.version import Alias, VersionId
+
+log = logging.getLogger(__name__)
+
+_RETRY_S = 5.0
+
+
+class ProductionAlias:
+    """One name's alias.
+
+    Args:
+        retry_s: pause after MLflow did not take it, seconds.
+    """
+
+    def __init__(self, tracking: Tracking, *, retry_s: float = _RETRY_S) -> None:
+        self._tracking = tracking
+        self._retry_s = retry_s
+        self._wanted: VersionId | None = None
+        self._moved = asyncio.Event()
+        self._settled = asyncio.Event()
+
+    async def read(self, name: str) -> VersionId | None:
+        """What truly served last, as far as MLflow knows; None also where it does not answer."""
+        try:
+            return await asyncio.to_thread(self._tracking.alias, name, Alias.PRODUCTION)
+        except Exception:  # MLflow raises whatever its transport raises
+            log.warning("MLflow at %s does not answer", self._tracking.uri, exc_info=True)
+            return None
+
+    def move(self, version: VersionId) -> None:
+        """From now on it shall mean this version."""
+        self._wanted = version
+        self._settled.clear()
+        self._moved.set()
+
+    async def settled(self, timeout_s: float) -> bool:
+        """Waits until MLflow has it; False after `timeout_s`."""
+        try:
+            async with asyncio.timeout(timeout_s):
+                await self._settled.wait()
+        except TimeoutError:
+            return False
+        return True
+
+    async def run(self) -> None:
+        """Runs until it is cancelled. One write at a time, so that an older one never comes last."""
+        while True:
+            await self._moved.wait()
+            self._moved.clear()
+            version = self._wanted
+            assert version is not None  # noqa: S101 - `move` sets both
+            try:
+                await asyncio.to_thread(self._tracking.set_alias, version, Alias.PRODUCTION)
+            except Exception:  # as above
+                log.warning("MLflow did not take the production alias for %s; trying again", version, exc_info=True)
+                self._moved.set()
+                await asyncio.sleep(self._retry_s)
+            else:
+                if not self._moved.is_set():
+                    self._settled.set()

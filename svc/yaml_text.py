@@ -1,0 +1,19 @@
+"""Reads YAML that people write. PyYAML lets the errors of its own conversions through: here all are one."""
+
+from typing import Any
+
+import yaml
+
+_ERRORS = (yaml.YAMLError, ValueError, LookupError, AttributeError, TypeError, ArithmeticError, RecursionError)
+
+
+def parse_yaml(text: str) -> Any:
+    """The value of a YAML text.
+
+    Raises:
+        ValueError: the text is not YAML, or holds what cannot be, as the date 2024-13-45 or `!!bool maybe`.
+    """
+    try:
+        return yaml.safe_load(text)
+    except _ERRORS as error:
+        raise ValueError(str(error) if isinstance(error, yaml.YAMLError) else repr(error)) from error

@@ -1,0 +1,46 @@
+"""Every example can be trained as it stands: its recipe parses, its data are clean, and their origin is known."""
+
+import csv
+import json
+from pathlib import Path
+
+import pytest
+
+from svc.dataset.check import DataReport, check_file
+from svc.dataset.reader import read_examples
+from tests.docs.pages import ROOT, page_id
+from trainer.recipe import load_recipe
+
+RECIPES = sorted((ROOT / "examples").glob("*/*.yaml"))
+DATA = sorted({(r.data.train, r.data.heldout) for r in map(load_recipe, RECIPES)})
+TRIAGE = ROOT / "examples" / "debian-triage"
+
+
+def _problems(report: DataReport) -> list[str]:
+    return [f"line {problem.line}: {problem.message}" for problem in report.problems]
+
+
+def test_there_are_examples() -> None:
+    assert RECIPES
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=page_id)
+def test_the_recipe_parses_and_its_folder_has_a_readme(path: Path) -> None:
+    assert load_recipe(path).name
+    assert (path.parent / "README.md").is_file()
+
+
+@pytest.mark.parametrize(("train", "heldout"), DATA)
+def test_the_data_have_no_problems_and_no_leaks(train: Path, heldout: Path) -> None:
+    assert _problems(check_file(train, heldout)) == []
+    assert _problems(check_file(heldout)) == []
+
+
+@pytest.mark.parametrize("name", ["train.jsonl", "heldout.jsonl"])
+def test_every_line_of_debian_triage_has_its_package_and_section(name: str) -> None:
+    with (TRIAGE / "provenance.tsv").open(encoding="utf-8", newline="") as file:
+        origins = [row for row in csv.DictReader(file, delimiter="\t") if row["file"] == name]
+    answers = [json.loads(example.answer)["section"] for example in read_examples(TRIAGE / name)]
+    assert [int(row["line"]) for row in origins] == list(range(1, len(answers) + 1))
+    assert [row["section"] for row in origins] == answers
+    assert all(row["package"] and row["source"] for row in origins)

@@ -1,0 +1,49 @@
+"""The pages written by hand are complete: errors, states, dependencies, both ways."""
+
+import re
+import tomllib
+
+from serving.openai_api.errors import _FRAMEWORK_CODES, _SHAPES, ErrorCode
+from svc import errors
+from svc.engine.state import EngineState
+from svc.errors import SvcError
+from svc.store.swaps import SwapOutcome
+from tests.docs.pages import read, rows
+
+RUNBOOK = read("docs/runbook.md")
+NOT_ERRORS = {0, 130}  # done, interrupted
+
+
+def test_every_error_class_is_in_the_runbook_with_its_exit_code() -> None:
+    kinds = [kind for kind in vars(errors).values() if isinstance(kind, type) and issubclass(kind, SvcError)]
+    documented = {(int(code), name.strip("`")) for code, name, *_ in rows(RUNBOOK, "code | error") if name}
+    assert documented == {(kind.exit_code, kind.__name__) for kind in kinds}
+
+
+def test_the_exit_codes_of_no_error_are_in_the_runbook() -> None:
+    assert {int(code) for code, name, *_ in rows(RUNBOOK, "code | error") if not name} == NOT_ERRORS
+
+
+def test_every_engine_state_is_in_the_runbook() -> None:
+    assert {state.strip("`") for state, *_ in rows(RUNBOOK, "state")} == {state.value for state in EngineState}
+
+
+def test_every_swap_outcome_is_in_the_runbook() -> None:
+    assert {name.strip("`") for name, *_ in rows(RUNBOOK, "outcome")} == {outcome.value for outcome in SwapOutcome}
+
+
+def test_every_http_error_is_in_the_api_page_with_its_status() -> None:
+    documented = {(int(status), code.strip("`")) for status, code, *_ in rows(read("docs/api.md"), "status")}
+    sent = {*_SHAPES.values(), *_FRAMEWORK_CODES.items(), (500, ErrorCode.INTERNAL_ERROR)}
+    assert documented == {(status, code.value) for status, code in sent}
+    assert {code for _, code in documented} == {code.value for code in ErrorCode} - {ErrorCode.CLIENT_GONE.value}
+
+
+def test_every_dependency_has_its_reason() -> None:
+    project = tomllib.loads(read("pyproject.toml"))
+    groups = [project["project"]["dependencies"], *project["project"]["optional-dependencies"].values()]
+    groups += project["dependency-groups"].values()
+    names = {re.split(r"[<>=!~\[; ]", requirement)[0] for group in groups for requirement in group}
+    table = rows(read("docs/dependencies.md"), "package")
+    assert {name.strip("`") for name, _ in table} == names - {project["project"]["name"]}
+    assert all(reason for _, reason in table)

@@ -1,0 +1,125 @@
+"""A registry with versions small enough to be made in a millisecond, whose probes are those of the engine's double."""
+
+import json
+from datetime import UTC, datetime
+from pathlib import Path
+
+import numpy as np
+from safetensors.numpy import save_file
+
+from svc.engine.probe import EngineFacts, Probe
+from svc.evaluation.evaluator import EvaluationReport
+from svc.evaluation.metrics import Estimate
+from svc.registry.files import record_file, record_files
+from svc.registry.fingerprint import compatibility_fingerprint
+from svc.registry.manifest import BaseRecord, DataRecord, FormatRecord, Manifest, write_manifest
+from svc.registry.registry import HELDOUT_FILE, Registry
+from svc.registry.tracking import Tracking
+from svc.registry.version import Alias, Format, VersionId
+from svc.settings import Device
+from svc.store.desired import Target
+from tests.serving.engine_double import logprob_of
+
+NAME = "tuned"
+FACTS = EngineFacts(vllm="0.32.0", device=Device.CPU, instruction_set="x86_64-avx2", mode="eager")
+OTHER_FACTS = FACTS.model_copy(update={"vllm": "0.33.0"})
+_TOKENS = (5, 6, 7, 8)
+
+
+class AliasBook(Tracking):
+    """MLflow's aliases without MLflow.
+
+    Attributes:
+        book: what the aliases mean.
+        failures: so many of the next calls fail.
+    """
+
+    def __init__(self) -> None:
+        super().__init__("memory")
+        self.book: dict[Alias, VersionId] = {}
+        self.failures = 0
+
+    def aliases(self, name: str) -> dict[Alias, VersionId]:
+        """All aliases of a name."""
+        self._fail()
+        return {alias: version for alias, version in self.book.items() if version.name == name}
+
+    def set_alias(self, version: VersionId, alias: Alias) -> None:
+        """Moves an alias."""
+        self._fail()
+        self.book[alias] = version
+
+    def _fail(self) -> None:
+        if self.failures > 0:
+            self.failures -= 1
+            raise ConnectionError("MLflow is away")
+
+
+def target(number: int, format: Format = Format.MERGED) -> Target:
+    """A version of the one name."""
+    return Target(VersionId(NAME, number), format)
+
+
+def make_version(
+    registry: Registry,
+    number: int,
+    *,
+    formats: tuple[Format, ...] = (Format.MERGED,),
+    probes_of: str | None = None,
+    noise: float = 0.0,
+    facts: EngineFacts = FACTS,
+    width: int = 4,
+    fingerprint: bool = True,
+    name: str = NAME,
+) -> VersionId:
+    """Puts a version into the registry.
+
+    Args:
+        probes_of: folder whose log-probabilities its probes hold, where that is not its own.
+        noise: nats added to the recorded log-probabilities.
+        facts: the engine that qualified it.
+        width: of its one tensor; versions of different widths cannot replace each other in place.
+        fingerprint: whether the manifest has it.
+    """
+    version = VersionId(name, number)
+    folder = registry.folder(version)
+    folder.mkdir(parents=True)
+    (folder / HELDOUT_FILE).write_text("{}\n")
+    records = {}
+    for format in formats:
+        model = folder / format.value
+        model.mkdir()
+        (model / "config.json").write_text(json.dumps({"hidden_size": width, "format": format}))
+        (model / "tokenizer.json").write_text("{}")
+        save_file({"weight": np.full((width,), number, dtype=np.float32)}, model / "model.safetensors")
+        logprobs = tuple(
+            logprob_of(probes_of or str(model), token, at) + noise for at, token in enumerate(_TOKENS) if at
+        )
+        records[format] = FormatRecord(
+            files=record_files(folder, model),
+            fingerprint=compatibility_fingerprint(model) if fingerprint else None,
+            probes=(Probe(token_ids=_TOKENS, start=1, logprobs=logprobs, tolerance=1e-3, engine=facts),),
+        )
+    write_manifest(folder, _manifest(version, folder, records))
+    return version
+
+
+def _manifest(version: VersionId, folder: Path, formats: dict[Format, FormatRecord]) -> Manifest:
+    estimate = Estimate(value=0.5, low=0.4, high=0.6)
+    report = EvaluationReport(
+        examples=1, exact_match=estimate, valid_json=None, nll=estimate, hits=(True,), seconds=1.0
+    )
+    return Manifest(
+        name=version.name,
+        number=version.number,
+        created_at=datetime(2026, 1, 1, tzinfo=UTC),
+        run="run",
+        tracking_run="tracking-run",
+        base=BaseRecord(origin="base", revision="1", licence="Apache-2.0"),
+        recipe={},
+        data=DataRecord(train_fingerprint="a", train_examples=1, heldout_fingerprint="b", heldout_examples=1),
+        heldout=record_file(folder, folder / HELDOUT_FILE),
+        base_evaluation=report,
+        formats=formats,
+        libraries={},
+    )
