@@ -36,10 +36,11 @@ def _fetch(url: str) -> tuple[dict[str, Any], str]:
     import httpx
 
     try:
-        with httpx.Client(base_url=url, timeout=_TIMEOUT_S) as client:
+        # The server is on this machine: a proxy from the environment would look for it elsewhere.
+        with httpx.Client(base_url=url, timeout=_TIMEOUT_S, trust_env=False) as client:
             state, metrics = client.get("/svc/status"), client.get("/metrics")
             state.raise_for_status()
             metrics.raise_for_status()
-    except httpx.HTTPError as error:
+            return state.json(), metrics.text
+    except (httpx.HTTPError, httpx.InvalidURL, ValueError) as error:
         raise ServerNotRunningError(f"the server at {url} does not answer: {error}", todo="see its log") from error
-    return state.json(), metrics.text

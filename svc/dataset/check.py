@@ -6,6 +6,7 @@ answers that contradict each other, and examples that are also in the held-out s
 
 import statistics
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
 from pathlib import Path
@@ -91,6 +92,12 @@ def check_file(path: Path, heldout: Path | None = None) -> DataReport:
     if not report.examples:
         _add(report, max(report.lines, 1), Severity.ERROR, "empty", "no example in the whole file")
     return report
+
+
+def shared_prompts(examples: Sequence[ChatExample], others: Sequence[ChatExample]) -> list[int]:
+    """Indices of the examples whose prompt is also that of another one, spacing and case aside."""
+    prompts = {_normal_prompt(other) for other in others}
+    return [index for index, example in enumerate(examples) if _normal_prompt(example) in prompts]
 
 
 def _count(report: DataReport, example: ChatExample) -> None:

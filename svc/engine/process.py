@@ -23,6 +23,7 @@ from svc.errors import EngineError
 
 _POLL_S = 0.25
 _STOP_GRACE_S = 10.0
+_END_POLL_S = 0.05
 _PHASES = {
     # What vLLM's log says, and what a person wants to hear. In the order in which they come.
     r"non-default args": "reading arguments",
@@ -150,7 +151,7 @@ class EngineProcess:
             record = json.loads(self._record.read_text("utf-8"))
             if psutil.Process(record["pid"]).create_time() == record["created"]:
                 _end_leftover_session(record["pid"])
-        except (FileNotFoundError, json.JSONDecodeError, psutil.NoSuchProcess):
+        except (FileNotFoundError, ValueError, LookupError, TypeError, psutil.NoSuchProcess):
             pass
         self._record.unlink(missing_ok=True)
         self.spec.socket.unlink(missing_ok=True)
@@ -180,12 +181,21 @@ def _session_members(pid: int) -> list[psutil.Process]:
 
 def _end_processes(processes: list[psutil.Process]) -> None:
     """SIGTERM, and SIGKILL after the grace."""
-    for process in processes:
-        _signal(process, signal.SIGTERM)
-    _, alive = psutil.wait_procs(processes, timeout=_STOP_GRACE_S)
-    for process in alive:
-        _signal(process, signal.SIGKILL)
-    psutil.wait_procs(alive, timeout=_STOP_GRACE_S)
+    for number in (signal.SIGTERM, signal.SIGKILL):
+        for process in processes:
+            _signal(process, number)
+        deadline = time.monotonic() + _STOP_GRACE_S
+        while processes and time.monotonic() < deadline:
+            processes = [process for process in processes if _runs(process)]
+            time.sleep(_END_POLL_S)
+
+
+def _runs(process: psutil.Process) -> bool:
+    """A process that has ended stays in the table until its parent looks, and in a container nobody may ever look."""
+    try:
+        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
 
 
 def _session(pid: int) -> int:

@@ -45,7 +45,7 @@ def compatibility_fingerprint(folder: Path) -> str:
     tokenizer_config = _read_json(folder / "tokenizer_config.json", default={})
     parts = {
         "config": _stable(config),
-        "quantization": normal_quantization(config.get("quantization_config")),
+        "quantization": normal_quantization(_quantization(folder, config)),
         "tensors": [(tensor.name, tensor.dtype, tensor.shape) for tensor in read_headers(folder)],
         # Truncation and padding are what the last caller set, not what the tokenizer is.
         "tokenizer": {key: value for key, value in tokenizer.items() if key not in ("truncation", "padding")},
@@ -64,6 +64,15 @@ def normal_quantization(config: dict[str, Any] | None) -> dict[str, Any] | None:
     normal = {key: config.get(key, default) for key, default in _QUANTIZATION_DEFAULTS.items()}
     normal["dynamic"] = normal["dynamic"] or None
     return normal
+
+
+def _quantization(folder: Path, config: dict[str, Any]) -> dict[str, Any] | None:
+    found = config.get("quantization_config")
+    if found is not None and not isinstance(found, dict):
+        raise IntegrityError(
+            f"{folder / 'config.json'}: quantization_config is {found!r:.80}", expected="a JSON object"
+        )
+    return found
 
 
 def _stable(config: dict[str, Any]) -> dict[str, Any]:
@@ -86,7 +95,7 @@ def _read_json(path: Path, default: dict[str, Any] | None = None) -> dict[str, A
         return default
     try:
         content = json.loads(path.read_text("utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise IntegrityError(f"cannot read {path}: {error}", expected="a JSON file of a whole model folder") from error
     if not isinstance(content, dict):
         raise IntegrityError(f"{path} holds a {type(content).__name__}", expected="a JSON object")

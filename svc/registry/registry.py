@@ -101,7 +101,7 @@ class Registry:
         """
         name, _, suffix = text.partition("@")
         if suffix in set(Alias):
-            found = self.tracking.alias(name, Alias(suffix))
+            found = self.tracking.alias(name, Alias(suffix)) if self.versions(name) else None
             if found is None:
                 raise NotFoundError(f"{name} has no alias {suffix!r}", todo="see `svc models`")
             return found

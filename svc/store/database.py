@@ -35,10 +35,13 @@ def _migrate(engine: Engine) -> None:
     config = Config()
     config.set_main_option("script_location", str(_MIGRATIONS))
     head = ScriptDirectory.from_config(config).get_current_head()
-    with engine.begin() as connection:
+    with engine.connect() as connection:
         if MigrationContext.configure(connection).get_current_revision() == head:
             return
-        from alembic import command
+    from alembic import command
 
+    with engine.begin() as connection:
+        # One process migrates, all of it or nothing; another one waits, and finds nothing left to do.
+        connection.exec_driver_sql("BEGIN IMMEDIATE")
         config.attributes["connection"] = connection
         command.upgrade(config, "head")

@@ -1,6 +1,5 @@
 """What a reader can copy out of the pages works: commands, recipes, snippets, links."""
 
-import os
 import re
 import shlex
 from pathlib import Path
@@ -63,7 +62,7 @@ def test_the_recipe_in_the_readme_parses(tmp_path: Path) -> None:
     [recipe] = blocks(README, "yaml")
     path = tmp_path / "recipe.yaml"
     path.write_text(recipe, "utf-8")
-    assert load_recipe(path).name in README.partition("svc serve ")[2]
+    assert f"svc serve {load_recipe(path).name}" in README
 
 
 def test_the_snippet_in_the_readme_compiles() -> None:
@@ -99,7 +98,3 @@ def test_named_keys_and_variables_exist(page: Path) -> None:
     known = {ENV_PREFIX + key.upper().replace(".", "__") for key in setting_keys()}
     assert keys - {*setting_keys(), *recipe_keys()} == set()
     assert variables - known == set()
-
-
-def test_the_readme_names_nothing_of_this_machine() -> None:
-    assert os.fspath(ROOT) not in README

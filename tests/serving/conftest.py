@@ -3,11 +3,15 @@
 import tempfile
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
+from typing import Any
 
 import httpx
 import pytest
 
+from tests.serving.control import Control, Make
+from tests.serving.home import Home
 from tests.serving.service import Service
+from tests.serving.versions import make_version
 
 
 @pytest.fixture
@@ -29,3 +33,47 @@ async def client(service: Service) -> AsyncIterator[httpx.AsyncClient]:
     """Calls the service; answers come whole."""
     async with service.client() as client:
         yield client
+
+
+@pytest.fixture
+def memory_folder() -> Iterator[Path]:
+    """A folder that no disk makes wait: the store and the manifests sync every write."""
+    memory = Path("/dev/shm")
+    with tempfile.TemporaryDirectory(prefix="svc", dir=memory if memory.is_dir() else None) as folder:
+        yield Path(folder)
+
+
+@pytest.fixture
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Everything that polls does it often."""
+    monkeypatch.setattr("serving.reconciler._POLL_S", 0.005)
+    monkeypatch.setattr("serving.reconciler._STORE_PAUSE_S", 0.01)
+    monkeypatch.setattr("serving.supervisor._HEALTH_S", 0.05)
+    monkeypatch.setattr("serving.promotion._POLL_S", 0.01)
+
+
+@pytest.fixture
+def make(memory_folder: Path, socket_folder: Path, quick: None) -> Make:
+    """Makes a control plane over a registry with the versions 1, 2 and 3."""
+
+    def make(**settings: Any) -> Control:
+        control = Control(memory_folder, socket_folder, **settings)
+        for number in (1, 2, 3):
+            make_version(control.registry, number)
+        return control
+
+    return make
+
+
+@pytest.fixture
+async def control(make: Make) -> AsyncIterator[Control]:
+    """A control plane that serves version 1."""
+    async with make().run() as control:
+        yield control
+
+
+@pytest.fixture
+def home(memory_folder: Path, socket_folder: Path, quick: None, monkeypatch: pytest.MonkeyPatch) -> Home:
+    """A home with the versions 1, 2 and 3 that `svc serve` can run on."""
+    monkeypatch.setenv("XDG_RUNTIME_DIR", str(socket_folder))
+    return Home(memory_folder, monkeypatch)

@@ -70,6 +70,7 @@ def make_version(
     facts: EngineFacts = FACTS,
     width: int = 4,
     fingerprint: bool = True,
+    probes: bool = True,
     name: str = NAME,
 ) -> VersionId:
     """Puts a version into the registry.
@@ -80,6 +81,7 @@ def make_version(
         facts: the engine that qualified it.
         width: of its one tensor; versions of different widths cannot replace each other in place.
         fingerprint: whether the manifest has it.
+        probes: whether it has any.
     """
     version = VersionId(name, number)
     folder = registry.folder(version)
@@ -95,10 +97,11 @@ def make_version(
         logprobs = tuple(
             logprob_of(probes_of or str(model), token, at) + noise for at, token in enumerate(_TOKENS) if at
         )
+        probe = Probe(token_ids=_TOKENS, start=1, logprobs=logprobs, tolerance=1e-3, engine=facts)
         records[format] = FormatRecord(
             files=record_files(folder, model),
             fingerprint=compatibility_fingerprint(model) if fingerprint else None,
-            probes=(Probe(token_ids=_TOKENS, start=1, logprobs=logprobs, tolerance=1e-3, engine=facts),),
+            probes=(probe,) if probes else (),
         )
     write_manifest(folder, _manifest(version, folder, records))
     return version

@@ -32,7 +32,7 @@ def upgrade() -> None:
         sa.Column("started_at", UtcDateTime(), nullable=False),
         sa.Column("outcome", sa.String()),
         sa.Column("reason", sa.String()),
-        sa.Column("seconds", sa.Float()),
+        sa.Column("seconds", sa.Double()),
         sa.Column("running", sa.Integer()),
         sa.Column("held", sa.Integer()),
         sa.PrimaryKeyConstraint("id", name="pk_swaps"),

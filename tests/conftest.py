@@ -1,0 +1,36 @@
+"""What all tests share: hypothesis without a clock, no settings of the machine, and one MLflow store."""
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import hypothesis
+import pytest
+
+from svc.registry.tracking import Tracking
+from tests.command_line import Svc
+
+# A busy machine is no failure.
+hypothesis.settings.register_profile("tuneserve", deadline=None)
+hypothesis.settings.load_profile("tuneserve")
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _no_settings_in_the_environment() -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        for name in [name for name in os.environ if name.startswith("SVC_")]:
+            patch.delenv(name)
+        yield
+
+
+@pytest.fixture(scope="session")
+def tracking(tmp_path_factory: pytest.TempPathFactory) -> Tracking:
+    """A real MLflow on SQLite. Making one takes seconds, so tests share it and each uses names of its own."""
+    return Tracking(f"sqlite:///{tmp_path_factory.mktemp('mlflow') / 'mlflow.db'}")
+
+
+@pytest.fixture
+def svc(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Svc:
+    """`svc` in an empty working folder."""
+    monkeypatch.chdir(tmp_path)
+    return Svc(monkeypatch, capsys)

@@ -1,0 +1,180 @@
+"""`svc status` shows what the server says of itself, and says so when there is no server."""
+
+import http.server
+import json
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from svc.lock import hold_lock
+from svc.server_url import LOCK_FILE
+from tests.command_line import Svc
+
+STATE: dict[str, Any] = {
+    "model": "tiny",
+    "version": "tiny@2",
+    "format": "gptq",
+    "previous": "tiny@1 (gptq)",
+    "engine": {"state": "ready", "restarts": 1, "last_error": None},
+    "requests": {"running": 3, "held": 4},
+    "last_swap": {
+        "to": "tiny@2 (gptq)",
+        "started_at": "2026-01-02T03:04:05+00:00",
+        "outcome": "succeeded",
+        "reason": None,
+        "seconds": 1.234,
+        "running": 5,
+        "held": 6,
+    },
+    "pid": 1,
+}
+METRICS = """
+# TYPE svc_requests_total counter
+svc_requests_total{model="tiny",version="2",route="chat",status="200"} 41
+svc_requests_total{model="tiny",version="2",route="chat",status="503"} 1
+# TYPE svc_tokens_total counter
+svc_tokens_total{model="tiny",version="2",direction="in"} 1000
+svc_tokens_total{model="tiny",version="2",direction="out"} 200
+# TYPE svc_request_duration_quantile_seconds gauge
+svc_request_duration_quantile_seconds{model="tiny",version="2",quantile="0.5"} 0.25
+svc_request_duration_quantile_seconds{model="tiny",version="2",quantile="0.95"} 0.5
+# TYPE svc_request_errors_total counter
+svc_request_errors_total{reason="held_overflow"} 1
+svc_request_errors_total{reason="engine_died"} 0
+"""
+
+
+@contextmanager
+def serving(pages: dict[str, tuple[int, str]]) -> Iterator[str]:
+    """A server of fixed pages; yields its URL."""
+
+    class Pages(http.server.BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            status, text = pages[self.path]
+            self.send_response(status)
+            self.send_header("content-length", str(len(text.encode())))
+            self.end_headers()
+            self.wfile.write(text.encode())
+
+        def log_message(self, *arguments: object) -> None:
+            """Stays silent."""
+
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Pages) as server:
+        thread = threading.Thread(target=server.serve_forever, args=(0.01,))
+        thread.start()
+        try:
+            yield f"http://127.0.0.1:{server.server_port}"
+        finally:
+            server.shutdown()
+            thread.join()
+
+
+Status = Callable[..., Any]
+
+
+@pytest.fixture
+def status(svc: Svc, tmp_path: Path) -> Status:
+    """`svc status` beside a server with this state, or with these pages."""
+
+    def status(*options: str, pages: dict[str, tuple[int, str]] | None = None, **state: Any) -> Any:
+        good = {"/svc/status": (200, json.dumps(STATE | state)), "/metrics": (200, METRICS)}
+        with serving(good | (pages or {})) as url, hold_lock(tmp_path / "home" / LOCK_FILE, "the home", url=url):
+            return svc("--home", "home", "status", *options)
+
+    return status
+
+
+def test_a_person_sees_version_engine_traffic_and_errors(status: Status) -> None:
+    ended = status()
+    assert ended.code == 0
+    for text in (
+        "tiny@2 (gptq)  before: tiny@1 (gptq)",
+        "engine ready, 1 restarts; 3 requests running, 4 held",
+        "last swap: to tiny@2 (gptq), succeeded, 2026-01-02T03:04:05+00:00, 1.23 s, 5 running, 6 held",
+        "1000/200",
+        "0.250 / 0.500 / - s",
+        "errors by reason: held_overflow 1",
+    ):
+        assert text in ended.out
+
+
+def test_requests_and_errors_of_a_version_stand_in_its_row(status: Status) -> None:
+    row = next(line for line in status().out.splitlines() if line.strip().startswith("tiny@2 ") and "1000" in line)
+    assert row.split()[:4] == ["tiny@2", "42", "1", "1000/200"]
+
+
+def test_a_machine_gets_the_same_as_json(status: Status) -> None:
+    found = json.loads(status("--json").out)
+    assert found["version"] == "tiny@2"
+    assert found["engine"] == STATE["engine"]
+    assert found["versions"]["tiny@2"]["requests"] == 42
+    assert found["errors"] == {"held_overflow": 1}
+    assert found["url"].startswith("http://127.0.0.1:")
+
+
+def test_a_new_server_has_neither_swap_nor_error(status: Status) -> None:
+    ended = status(previous=None, last_swap=None, pages={"/metrics": (200, "")})
+    assert ended.code == 0
+    assert "before: none" in ended.out
+    assert "errors by reason: none" in ended.out
+    assert "last swap" not in ended.out
+
+
+def test_a_swap_under_way_is_told(status: Status) -> None:
+    swap = STATE["last_swap"] | {"outcome": None, "seconds": None, "running": None, "held": None}
+    assert "last swap: to tiny@2 (gptq), under way" in status(last_swap=swap).out
+
+
+def test_the_last_error_is_shown_as_it_is(status: Status) -> None:
+    engine = {"state": "failed", "restarts": 4, "last_error": "vLLM [ended] with code 1"}
+    out = status(engine=engine).out
+    assert "engine failed" in out
+    assert "last error: vLLM [ended] with code 1" in out
+
+
+def test_no_server_says_how_to_start_one(svc: Svc) -> None:
+    ended = svc("status")
+    assert ended.code == 13
+    assert "svc serve NAME" in ended.err
+
+
+def test_a_server_that_has_ended_is_no_server(svc: Svc, tmp_path: Path) -> None:
+    with hold_lock(tmp_path / "home" / LOCK_FILE, "the home", url="http://127.0.0.1:9"):
+        pass
+    assert "no server runs on" in svc("--home", "home", "status").err
+
+
+def test_a_server_that_is_still_starting_does_not_answer(svc: Svc, tmp_path: Path) -> None:
+    with hold_lock(tmp_path / "home" / LOCK_FILE, "the home", url="http://127.0.0.1:9"):
+        ended = svc("--home", "home", "status")
+    assert ended.code == 13
+    assert "http://127.0.0.1:9 does not answer" in ended.err
+
+
+@pytest.mark.parametrize(
+    "pages",
+    [
+        {"/svc/status": (500, "")},
+        {"/metrics": (404, "")},
+        {"/svc/status": (200, "<html>another server</html>")},
+    ],
+    ids=str,
+)
+def test_a_server_that_answers_otherwise_is_told_without_a_traceback(
+    status: Status, pages: dict[str, tuple[int, str]]
+) -> None:
+    ended = status(pages=pages)
+    assert ended.code == 13
+    assert "does not answer" in ended.err
+
+
+def test_a_proxy_in_the_environment_is_not_asked(status: Status, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("HTTP_PROXY", "http_proxy", "ALL_PROXY", "all_proxy"):
+        monkeypatch.setenv(name, "http://127.0.0.1:9")
+    for name in ("NO_PROXY", "no_proxy"):
+        monkeypatch.delenv(name, raising=False)
+    assert status().code == 0

@@ -1,0 +1,250 @@
+"""The whole server but its process: the control plane over doubles of the engine, and the gateway before them."""
+
+import asyncio
+import json
+from collections import Counter
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager, suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import httpx
+from prometheus_client import CollectorRegistry
+
+from serving.app import build_app
+from serving.gateway import Gateway
+from serving.hold import Admission
+from serving.production_alias import ProductionAlias
+from serving.proof import Proof
+from serving.reconciler import Reconciler
+from serving.routing import Routes
+from serving.supervisor import Supervisor
+from serving.swap import InPlaceSwap
+from serving.traffic import Traffic
+from serving.upstream import connect
+from svc.engine.probe import EngineFacts
+from svc.engine.state import EngineState
+from svc.registry.registry import Registry
+from svc.settings import ServeSettings
+from svc.store.database import open_database
+from svc.store.desired import Desired, Target, change_desired, read_desired
+from svc.store.swaps import SwapRecord, find_swap
+from tests.serving.engine_double import EngineDouble
+from tests.serving.engine_park import EnginePark
+from tests.serving.socket_server import running
+from tests.serving.versions import FACTS, NAME, AliasBook, target
+
+BODY: dict[str, Any] = {"model": NAME, "messages": [{"role": "user", "content": "one two three"}]}
+
+
+async def until(condition: Callable[[], object], timeout_s: float = 5.0) -> None:
+    """Waits until something is so."""
+    async with asyncio.timeout(timeout_s):
+        while not condition():
+            await asyncio.sleep(0.005)
+
+
+class Control:
+    """A server with version 1 desired.
+
+    Args:
+        home: of the registry and the store.
+        sockets: a folder with a short path.
+        settings: fields of ServeSettings that differ from the default.
+    """
+
+    def __init__(self, home: Path, sockets: Path, *, facts: EngineFacts = FACTS, **settings: Any) -> None:
+        self.home = home
+        self.sockets = sockets
+        self.facts = facts
+        self.settings = ServeSettings(**settings)
+        self.book = AliasBook()
+        self.registry = Registry(home / "models", self.book)
+        self.store = open_database(home)
+        self.park = EnginePark(sockets / "engine.sock", NAME)
+        self.assemble()
+
+    def assemble(self) -> None:
+        """Makes the parts; again after a stop, as a server that starts again."""
+        limits = self.settings
+        self.metrics = CollectorRegistry()
+        self.traffic = Traffic(self.metrics)
+        self.door = Admission(
+            max_running=limits.max_running, max_held=limits.max_held, hold_timeout_s=limits.hold_timeout_s
+        )
+        self.routes = Routes(NAME)
+        proof = Proof(self.registry, self.store, self.facts)
+        self.supervisor = Supervisor(self.park.launch, proof, self.door, self.traffic)
+        self.swap = InPlaceSwap(
+            registry=self.registry,
+            proof=proof,
+            supervisor=self.supervisor,
+            door=self.door,
+            routes=self.routes,
+            drain_timeout_s=limits.drain_timeout_s,
+        )
+        self.alias = ProductionAlias(self.book, retry_s=0.01)
+        desired = read_desired(self.store, NAME) or change_desired(self.store, None, target(1), None)
+        self.reconciler = Reconciler(
+            desired,
+            store=self.store,
+            supervisor=self.supervisor,
+            swap=self.swap,
+            routes=self.routes,
+            traffic=self.traffic,
+            alias=self.alias,
+            backoff_s=(0.02, 0.05),
+        )
+
+    @asynccontextmanager
+    async def run(self) -> AsyncIterator["Control"]:
+        """Serves for the body of the `with`; a defect that ends the loop fails the test."""
+        await self.reconciler.start()
+        tasks = [asyncio.create_task(self.reconciler.run()), asyncio.create_task(self.alias.run())]
+        try:
+            yield self
+            for task in tasks:
+                assert not task.done(), task
+        finally:
+            for task in tasks:
+                task.cancel()
+            await asyncio.wait(tasks)
+            await self.supervisor.stop()
+            assert self.park.alive == 0
+
+    @asynccontextmanager
+    async def client(self) -> AsyncIterator[httpx.AsyncClient]:
+        """Calls the gateway through a real server."""
+        engine = connect(self.park.socket, silence_s=self.settings.request_timeout_s)
+        gateway = Gateway(
+            engine=engine, door=self.door, routes=self.routes, traffic=self.traffic, settings=self.settings
+        )
+        socket = self.sockets / "gateway.sock"
+        transport = httpx.AsyncHTTPTransport(uds=str(socket), limits=httpx.Limits(max_connections=None))
+        async with (
+            engine,
+            running(build_app(gateway, status=dict), socket),
+            httpx.AsyncClient(transport=transport, base_url="http://gateway", timeout=20) as client,
+        ):
+            yield client
+
+    @property
+    def double(self) -> EngineDouble:
+        """The engine that was launched last."""
+        return self.park.double
+
+    @property
+    def state(self) -> EngineState:
+        """The engine's."""
+        return self.supervisor.state
+
+    def desired(self) -> Desired:
+        """What the store says."""
+        found = read_desired(self.store, NAME)
+        assert found is not None
+        return found
+
+    def wish(self, number: int) -> Desired:
+        """Asks for a version, as `svc promote` does."""
+        seen = self.desired()
+        return change_desired(self.store, seen, target(number), previous=seen.target)
+
+    async def outcome(self, desired: Desired) -> SwapRecord:
+        """The end of the swap for a wish."""
+        async with asyncio.timeout(5):
+            while True:
+                swap = find_swap(self.store, NAME, desired.generation)
+                if swap and swap.outcome:
+                    return swap
+                await asyncio.sleep(0.005)
+
+    async def promote(self, number: int) -> SwapRecord:
+        """Asks for a version and waits for the end."""
+        return await self.outcome(self.wish(number))
+
+    async def serves(self, wanted: Target, timeout_s: float = 5.0) -> None:
+        """Waits until a version serves."""
+        await until(lambda: self.state is EngineState.READY and self.reconciler.actual.target == wanted, timeout_s)
+
+    def sample(self, name: str, **labels: str) -> float:
+        """The value of a metric; 0 where it does not exist."""
+        return self.metrics.get_sample_value(name, labels) or 0.0
+
+
+Make = Callable[..., Control]
+"""Makes a Control; takes its settings."""
+
+
+@dataclass
+class Answer:
+    """What one client got: status, the version in the header, the versions in the text, and an error if any."""
+
+    status: int
+    version: str
+    words: set[str]
+    error: str | None = None
+
+
+@dataclass
+class Load:
+    """Clients that ask again and again.
+
+    Attributes:
+        answers: all that came.
+    """
+
+    client: httpx.AsyncClient
+    answers: list[Answer] = field(default_factory=list)
+
+    @asynccontextmanager
+    async def run(self, *, streams: int = 6, plain: int = 3) -> AsyncIterator["Load"]:
+        """Asks for the body of the `with`; at its end the running requests are awaited."""
+        going = asyncio.Event()
+
+        async def ask_on(stream: bool) -> None:
+            while not going.is_set():
+                self.answers.append(await ask(self.client, stream=stream))
+
+        tasks = [asyncio.create_task(ask_on(number < streams)) for number in range(streams + plain)]
+        try:
+            yield self
+        finally:
+            going.set()
+            await asyncio.gather(*tasks)
+
+    @property
+    def versions(self) -> Counter[str]:
+        """How many answers each version gave."""
+        return Counter(answer.version for answer in self.answers)
+
+    def check(self) -> None:
+        """No request failed, and every answer came whole from the version in its header."""
+        assert self.answers
+        for answer in self.answers:
+            assert answer.error is None and answer.status == 200, answer
+            assert {f"{NAME}@{word}" for word in answer.words} == {answer.version}, answer
+
+
+async def ask(client: httpx.AsyncClient, *, stream: bool) -> Answer:
+    """One request."""
+    async with client.stream("POST", "/v1/chat/completions", json=BODY | {"stream": stream}) as response:
+        version = response.headers.get("x-model-version", "")
+        content = (await response.aread()).decode()
+    if response.status_code != 200 or not stream:
+        body = json.loads(content)
+        error = body.get("error", {}).get("code")
+        text = "" if error else body["choices"][0]["message"]["content"]
+        return Answer(response.status_code, version, _versions(text), error)
+    text, error = "", None
+    for line in content.splitlines():
+        with suppress(ValueError):
+            event = json.loads(line.removeprefix("data: "))
+            error = event.get("error", {}).get("code", error)
+            for choice in event.get("choices", ()):
+                text += choice["delta"].get("content", "")
+    return Answer(response.status_code, version, _versions(text), error)
+
+
+def _versions(text: str) -> set[str]:
+    return {word.rpartition(".")[0] for word in text.split()}

@@ -1,0 +1,74 @@
+"""One home with a registry and a store, and `svc serve` on it, with doubles in place of vLLM."""
+
+import asyncio
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+
+import httpx
+import pytest
+
+from serving import server
+from serving.start import choose_desired
+from svc.engine.launch import EngineSpec
+from svc.engine.process import Engine
+from svc.registry.registry import Registry
+from svc.settings import Settings
+from svc.store.database import open_database
+from tests.serving.engine_park import EnginePark
+from tests.serving.versions import FACTS, NAME, AliasBook, make_version
+
+
+class Home:
+    """A home with the versions 1, 2 and 3.
+
+    Args:
+        folder: the home.
+    """
+
+    def __init__(self, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.settings = Settings.model_validate({"home": folder, "serve": {"port": 0}})
+        self.book = AliasBook()
+        self.registry = Registry(folder / "models", self.book)
+        for number in (1, 2, 3):
+            make_version(self.registry, number)
+        self.store = open_database(folder)
+        self.park = EnginePark(Path(), NAME)
+        self.ready = asyncio.Event()
+        monkeypatch.setattr(server, "EngineProcess", self._launch)
+        monkeypatch.setattr(server, "engine_facts", lambda settings: FACTS)
+        monkeypatch.setattr(Registry, "of", lambda settings: self.registry)
+
+    def _launch(self, spec: EngineSpec) -> Engine:
+        self.park.socket = spec.socket
+        return self.park.launch(spec.model)
+
+    async def serve(self, claim: server.Claim, model: str | None = None) -> None:
+        """What `svc serve` does with a claim."""
+        self.ready.clear()
+        desired = choose_desired(self.registry, self.store, model, None)
+        await server.serve(
+            self.settings,
+            self.registry,
+            self.store,
+            desired,
+            claim,
+            on_phase=lambda phase: None,
+            on_ready=self.ready.set,
+        )
+
+    @asynccontextmanager
+    async def serving(self, model: str | None = f"{NAME}@1") -> AsyncIterator[httpx.AsyncClient]:
+        """A server that is ready, for the body of the `with`."""
+        with server.claim(self.settings) as claim:
+            task = asyncio.create_task(self.serve(claim, model))
+            waiting = asyncio.create_task(self.ready.wait())
+            await asyncio.wait({task, waiting}, return_when=asyncio.FIRST_COMPLETED)
+            waiting.cancel()
+            try:
+                async with httpx.AsyncClient(base_url=claim.url, timeout=10) as client:
+                    yield client
+            finally:
+                task.cancel()
+                await asyncio.wait({task})
+        assert self.park.alive == 0

@@ -1,0 +1,166 @@
+"""`svc serve`, `svc promote`, `svc rollback`, `svc chat` as they are typed."""
+
+import asyncio
+import json
+import os
+import signal
+import threading
+import time
+from collections.abc import AsyncIterator
+
+import httpx
+import pytest
+from click.testing import CliRunner, Result
+
+from svc.cli import group
+from svc.errors import BusyError, NotFoundError, RefusedError, ServerNotRunningError, SvcError
+from svc.server_url import server_url
+from svc.store.desired import read_desired
+from tests.serving.control import until
+from tests.serving.home import Home
+from tests.serving.versions import NAME, make_version, target
+
+
+def type_now(home: Home, *arguments: str, answers: str | None = None) -> Result:
+    return CliRunner().invoke(group, ["--home", str(home.settings.home), *arguments], input=answers)
+
+
+async def type_in(home: Home, *arguments: str, answers: str | None = None) -> Result:
+    return await asyncio.to_thread(type_now, home, *arguments, answers=answers)
+
+
+def error_of(result: Result) -> SvcError:
+    assert isinstance(result.exception, SvcError), result
+    return result.exception
+
+
+@pytest.fixture
+async def serving(home: Home) -> AsyncIterator[Home]:
+    async with home.serving():
+        yield home
+
+
+async def test_promote_says_what_serves(serving: Home) -> None:
+    result = await type_in(serving, "promote", f"{NAME}@2")
+    assert result.exit_code == 0, result.output
+    assert "tuned@2 (merged) serves\n  swap " in result.output
+    assert "files match the manifest" in result.output
+
+
+async def test_promote_for_machines(serving: Home) -> None:
+    result = await type_in(serving, "promote", f"{NAME}@2", "--json")
+    told = json.loads(result.stdout)
+    assert (told["target"], told["outcome"], told["held"]) == (str(target(2)), "succeeded", 0)
+
+
+async def test_rollback_and_back(serving: Home) -> None:
+    await type_in(serving, "promote", f"{NAME}@2")
+    result = await type_in(serving, "rollback", NAME)
+    assert "tuned@1 (merged) serves" in result.output
+    result = await type_in(serving, "rollback", NAME)
+    assert "tuned@2 (merged) serves" in result.output
+
+
+async def test_nothing_before_is_nothing_to_roll_back_to(serving: Home) -> None:
+    error = error_of(await type_in(serving, "rollback", NAME))
+    assert isinstance(error, NotFoundError)
+    assert "no version before" in error.wrong
+
+
+@pytest.mark.parametrize("json_flag", [(), ("--json",)])
+async def test_a_version_that_serves_already_is_not_swapped(serving: Home, json_flag: tuple[str, ...]) -> None:
+    result = await type_in(serving, "promote", f"{NAME}@1", *json_flag)
+    assert result.exit_code == 0
+    assert "serves already" in result.output or json.loads(result.output)["outcome"] == "unchanged"
+    assert "/collective_rpc" not in serving.park.double.calls
+
+
+async def test_a_version_that_is_on_its_way_does_not_serve_already(serving: Home) -> None:
+    serving.park.double.reload_delay_s = 0.3
+    first = asyncio.create_task(type_in(serving, "promote", f"{NAME}@2"))
+    await until(lambda: "/collective_rpc" in serving.park.double.calls)
+    error = error_of(await type_in(serving, "promote", f"{NAME}@2"))
+    assert isinstance(error, BusyError)
+    assert "on its way" in error.wrong
+    assert (await first).exit_code == 0
+
+
+@pytest.mark.parametrize("version", [f"{NAME}@9", NAME, f"{NAME}@production", "other@1", f"{NAME}@0"])
+async def test_what_does_not_exist_is_not_promoted(serving: Home, version: str) -> None:
+    before = read_desired(serving.store, NAME)
+    assert isinstance(error_of(await type_in(serving, "promote", version)), NotFoundError)
+    assert read_desired(serving.store, NAME) == before
+
+
+async def test_a_format_that_does_not_exist_is_not_promoted(serving: Home) -> None:
+    error = error_of(await type_in(serving, "promote", f"{NAME}@2", "--format", "gptq"))
+    assert "has no format gptq" in error.wrong
+
+
+async def test_a_refusal_says_why_and_what_serves(serving: Home) -> None:
+    make_version(serving.registry, 4, probes_of="/elsewhere")
+    result = await type_in(serving, "promote", f"{NAME}@4", "--json")
+    error = error_of(result)
+    assert isinstance(error, RefusedError)
+    assert "tuned@1 (merged) serves" in error.wrong
+    assert "not the version's weights" in error.wrong
+    assert json.loads(result.stdout)["outcome"] == "restored"
+
+
+async def test_a_failure_does_not_claim_that_the_version_before_serves(serving: Home) -> None:
+    serving.park.double.loadable = lambda folder: False
+    error = error_of(await type_in(serving, "promote", f"{NAME}@2"))
+    assert "`svc status` shows whether tuned@1 (merged) serves again" in error.wrong
+
+
+@pytest.mark.parametrize("command", [("promote", f"{NAME}@2"), ("rollback", NAME), ("chat", NAME)])
+def test_without_a_server_there_is_nothing_to_talk_to(home: Home, command: tuple[str, str]) -> None:
+    assert isinstance(error_of(type_now(home, *command)), ServerNotRunningError)
+
+
+async def test_chat_answers_until_an_empty_line(serving: Home) -> None:
+    result = await type_in(serving, "chat", NAME, answers="hello\nand then?\n\n")
+    assert result.exit_code == 0, result.output
+    assert result.output.count("1.0 1.1 1.2 1.3") == 2
+
+
+async def test_chat_ends_at_the_end_of_its_input(serving: Home) -> None:
+    assert (await type_in(serving, "chat", NAME, answers="")).exit_code == 0
+
+
+def test_serve_runs_until_it_is_told_to_stop(home: Home) -> None:
+    answers = list[int]()
+
+    def visit() -> None:
+        deadline = time.monotonic() + 5
+        while time.monotonic() < deadline and not answers:
+            try:
+                health = httpx.get(f"{server_url(home.settings)}/health", timeout=2)
+            except (ServerNotRunningError, httpx.HTTPError):
+                time.sleep(0.02)
+                continue
+            if health.status_code == 200:
+                answers.append(health.status_code)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    visitor = threading.Thread(target=visit)
+    visitor.start()
+    result = type_now(home, "serve", f"{NAME}@2", "--port", "0")
+    visitor.join()
+    assert (result.exit_code, result.exception, answers) == (0, None, [200])
+    assert home.park.alive == 0
+    with pytest.raises(ServerNotRunningError):
+        server_url(home.settings)
+
+
+async def test_serve_beside_another_server_starts_no_engine(serving: Home) -> None:
+    error = error_of(await type_in(serving, "serve", f"{NAME}@2", "--port", "0"))
+    assert isinstance(error, BusyError)
+    assert len(serving.park.engines) == 1
+    desired = read_desired(serving.store, NAME)
+    assert desired is not None and desired.target == target(1)
+
+
+def test_serve_of_nothing_that_exists_starts_no_engine(home: Home) -> None:
+    assert isinstance(error_of(type_now(home, "serve", f"{NAME}@9", "--port", "0")), NotFoundError)
+    assert home.park.engines == []

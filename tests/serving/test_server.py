@@ -1,0 +1,287 @@
+"""`svc serve` as a process: what it claims, how it starts, and that it leaves nothing behind however it ends."""
+
+import asyncio
+import os
+import signal
+import socket
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+
+from serving import server
+from serving.reconciler import Reconciler
+from svc.errors import BusyError, EngineError, IntegrityError, SettingsError
+from svc.registry.version import Alias
+from svc.settings import Settings
+from svc.store.desired import Desired, change_desired, read_desired
+from svc.store.swaps import SwapOutcome, find_swap
+from tests.serving.control import ask, until
+from tests.serving.engine_double import EngineDouble
+from tests.serving.home import Home
+from tests.serving.versions import NAME, target
+
+
+@asynccontextmanager
+async def started(home: Home) -> AsyncIterator[tuple[asyncio.Task[None], httpx.AsyncClient]]:
+    """A server that starts, and its client; the body ends it."""
+    with server.claim(home.settings) as claim:
+        async with httpx.AsyncClient(base_url=claim.url, timeout=10) as client:
+            task = asyncio.create_task(home.serve(claim, f"{NAME}@1"))
+            yield task, client
+            assert task.done()
+
+
+def terminate() -> None:
+    os.kill(os.getpid(), signal.SIGTERM)
+
+
+async def end(task: asyncio.Task[None]) -> None:
+    """Waits for a server that was told to stop; it ends as a success."""
+    async with asyncio.timeout(3):
+        await asyncio.wait({task})
+    task.result()
+
+
+def slow(double: EngineDouble) -> None:
+    double.token_delay_s = 0.05
+
+
+async def test_a_server_serves(home: Home) -> None:
+    async with home.serving() as client:
+        answer = await ask(client, stream=True)
+        assert (answer.status, answer.version, answer.words) == (200, f"{NAME}@1", {"1"})
+        status = (await client.get("/svc/status")).json()
+    assert (status["model"], status["version"], status["format"]) == (NAME, f"{NAME}@1", "merged")
+    assert status["engine"] == {"state": "ready", "restarts": 0, "last_error": None}
+    assert status["last_swap"] is None
+
+
+async def test_a_swap_is_in_the_status(home: Home) -> None:
+    async with home.serving() as client:
+        seen = read_desired(home.store, NAME)
+        assert seen is not None
+        change_desired(home.store, seen, target(2), seen.target)
+        status = await _status_with_outcome(client)
+    assert (status["version"], status["previous"]) == (f"{NAME}@2", f"{target(1)}")
+    assert (status["last_swap"]["to"], status["last_swap"]["outcome"]) == (str(target(2)), "succeeded")
+
+
+async def _status_with_outcome(client: httpx.AsyncClient) -> dict[str, Any]:
+    async with asyncio.timeout(3):
+        while True:
+            status: dict[str, Any] = (await client.get("/svc/status")).json()
+            if status["last_swap"] and status["last_swap"]["outcome"]:
+                return status
+
+
+async def test_a_death_is_in_status_and_metrics(home: Home) -> None:
+    async with home.serving() as client:
+        home.park.failing_starts = 1000
+        home.park.engines[0].kill()
+        async with asyncio.timeout(3):
+            while (status := (await client.get("/svc/status")).json())["engine"]["state"] != "failed":
+                pass
+        metrics = (await client.get("/metrics")).text
+    assert "ended with code" in status["engine"]["last_error"]
+    assert 'svc_engine_state{state="failed"} 1.0' in metrics
+
+
+async def test_metrics_have_no_series_for_creation_times(home: Home) -> None:
+    async with home.serving() as client:
+        await ask(client, stream=False)
+        assert "_created" not in (await client.get("/metrics")).text
+
+
+async def test_a_server_that_starts_answers_that_it_does(home: Home) -> None:
+    home.park.start_delay_s = 10
+    async with started(home) as (task, client):
+        answer = await ask(client, stream=False)
+        assert (answer.status, answer.error) == (503, "engine_unavailable")
+        assert (await client.get("/svc/status")).json()["engine"]["state"] == "starting"
+        task.cancel()
+        await asyncio.wait({task})
+
+
+async def test_a_signal_ends_a_start(home: Home) -> None:
+    home.park.start_delay_s = 10
+    async with started(home) as (task, _):
+        await until(lambda: home.park.alive)
+        terminate()
+        await end(task)
+    assert home.park.alive == 0
+    assert len(home.park.engines) == 1
+
+
+async def test_a_signal_lets_running_answers_end(home: Home) -> None:
+    home.park.prepare = slow
+    async with started(home) as (task, client):
+        await home.ready.wait()
+        running = [asyncio.create_task(ask(client, stream=stream)) for stream in (True, False)]
+        await until(lambda: home.park.double.running == 2)
+        terminate()
+        answers = await asyncio.gather(*running)
+        await end(task)
+    assert [(answer.status, answer.error, answer.words) for answer in answers] == [(200, None, {"1"})] * 2
+    assert (home.park.alive, len(home.park.engines)) == (0, 1)
+
+
+async def test_a_second_signal_waits_for_no_answer(home: Home) -> None:
+    async with started(home) as (task, client):
+        await home.ready.wait()
+        home.park.double.token_delay_s = 10
+        running = asyncio.create_task(ask(client, stream=True))
+        await until(lambda: home.park.double.running)
+        terminate()
+        await asyncio.sleep(0.15)
+        assert home.park.alive == 1
+        terminate()
+        await end(task)
+        await asyncio.wait({running})
+        assert running.exception() or running.result().error
+    assert home.park.alive == 0
+
+
+@pytest.mark.parametrize("path", ["/collective_rpc", "/reset_prefix_cache"])
+async def test_a_signal_ends_a_swap_and_the_next_start_takes_it_up(home: Home, path: str) -> None:
+    async with started(home) as (task, client):
+        await home.ready.wait()
+        await until(lambda: home.book.book)
+        home.park.double.reload_delay_s = 10 if path == "/collective_rpc" else 0
+        home.park.double.stuck_resets = 0 if path == "/collective_rpc" else 1000
+        seen = read_desired(home.store, NAME)
+        assert seen is not None
+        wish = change_desired(home.store, seen, target(2), seen.target)
+        await until(lambda: path in home.park.double.calls)
+        held = asyncio.create_task(ask(client, stream=False))
+        await asyncio.sleep(0.05)
+        terminate()
+        answer = await held
+        assert (answer.status, answer.words) in [(503, set()), (200, {"1"})]
+        await end(task)
+    assert (home.park.alive, len(home.park.engines)) == (0, 1)
+    assert read_desired(home.store, NAME) == wish
+    async with home.serving(None) as client:
+        assert (await ask(client, stream=False)).words == {"2"}
+        await until(lambda: _outcome(home, wish) is SwapOutcome.SUCCEEDED)
+        await until(lambda: home.book.book[Alias.PRODUCTION] == target(2).version)
+
+
+def _outcome(home: Home, wish: Desired) -> SwapOutcome | None:
+    swap = find_swap(home.store, NAME, wish.generation)
+    return swap.outcome if swap else None
+
+
+async def test_a_signal_ends_a_server_whose_engine_does_not_come_back(home: Home) -> None:
+    async with started(home) as (task, client):
+        await home.ready.wait()
+        home.park.failing_starts = 1000
+        home.park.engines[0].kill()
+        async with asyncio.timeout(3):
+            while (await client.get("/svc/status")).json()["engine"]["state"] != "failed":
+                pass
+        terminate()
+        await end(task)
+    assert home.park.alive == 0
+
+
+async def test_nothing_runs_on_after_the_end(home: Home) -> None:
+    before = asyncio.all_tasks()
+    async with started(home) as (task, _):
+        await home.ready.wait()
+        terminate()
+        await end(task)
+    await asyncio.sleep(0)
+    assert asyncio.all_tasks() <= before | {asyncio.current_task()}
+
+
+async def test_a_start_that_fails_is_told_and_gives_the_port_back(home: Home) -> None:
+    (home.registry.folder(target(1).version) / "merged" / "config.json").write_text("{}")
+    with server.claim(home.settings) as claim, pytest.raises(IntegrityError):
+        await home.serve(claim, f"{NAME}@1")
+    async with home.serving(f"{NAME}@2") as client:
+        assert (await ask(client, stream=False)).words == {"2"}
+
+
+async def test_a_version_named_at_the_start_is_desired_from_then_on(home: Home) -> None:
+    async with home.serving():
+        pass
+    async with home.serving(f"{NAME}@3"):
+        pass
+    async with home.serving(None) as client:
+        assert (await ask(client, stream=False)).words == {"3"}
+    desired = read_desired(home.store, NAME)
+    assert desired is not None and desired.previous == target(1)
+
+
+async def test_a_server_that_cannot_listen_ends_while_the_engine_starts(
+    home: Home, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def refuse(*_: object, **__: object) -> None:
+        raise OSError("address already in use")
+
+    monkeypatch.setattr(server._Uvicorn, "serve", refuse)
+    home.park.start_delay_s = 10
+    with server.claim(home.settings) as claim, pytest.raises(OSError, match="already in use"):
+        async with asyncio.timeout(3):
+            await home.serve(claim, f"{NAME}@1")
+    assert home.park.alive == 0
+
+
+async def test_a_defect_in_the_control_loop_ends_the_server(home: Home, monkeypatch: pytest.MonkeyPatch) -> None:
+    async def fail(self: Reconciler) -> None:
+        raise ZeroDivisionError
+
+    monkeypatch.setattr(Reconciler, "run", fail)
+    with server.claim(home.settings) as claim, pytest.raises(ZeroDivisionError):
+        await home.serve(claim, f"{NAME}@1")
+    assert home.park.alive == 0
+
+
+async def test_a_second_server_on_a_home_is_told_at_once(home: Home) -> None:
+    async with home.serving():
+        with pytest.raises(BusyError, match="in use by process"), server.claim(home.settings):
+            pass
+        assert len(home.park.engines) == 1
+
+
+async def test_a_second_server_on_a_port_is_told_at_once(home: Home, tmp_path: Path) -> None:
+    """Also before the first one answers."""
+    with server.claim(home.settings) as first:
+        port = int(first.url.rpartition(":")[2])
+        other = Settings.model_validate({"home": tmp_path / "other", "serve": {"port": port}})
+        with pytest.raises(BusyError, match=f"port {port}"), server.claim(other):
+            pass
+
+
+def test_a_port_is_free_again_after_its_claim(home: Home) -> None:
+    with server.claim(home.settings) as first:
+        port = int(first.url.rpartition(":")[2])
+    again = Settings.model_validate({"home": home.settings.home, "serve": {"port": port}})
+    with server.claim(again) as second:
+        assert second.url == first.url
+
+
+def test_an_address_of_another_machine_is_a_wrong_setting(home: Home) -> None:
+    settings = Settings.model_validate({"home": home.settings.home, "serve": {"host": "192.0.2.1", "port": 0}})
+    with pytest.raises(SettingsError, match=r"192\.0\.2\.1"), server.claim(settings):
+        pass
+
+
+@pytest.mark.skipif(not socket.has_ipv6, reason="no IPv6 here")
+def test_an_ipv6_address_is_bracketed_in_the_url(home: Home) -> None:
+    settings = Settings.model_validate({"home": home.settings.home, "serve": {"host": "::1", "port": 0}})
+    try:
+        with server.claim(settings) as claim:
+            assert httpx.URL(claim.url).host == "::1"
+    except SettingsError:
+        pytest.skip("no IPv6 here")
+
+
+async def test_an_engine_that_cannot_start_is_told(home: Home) -> None:
+    home.park.failing_starts = 1
+    with server.claim(home.settings) as claim, pytest.raises(EngineError, match="no memory"):
+        await home.serve(claim, f"{NAME}@1")

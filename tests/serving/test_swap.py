@@ -1,0 +1,317 @@
+"""The swap in place when something goes wrong: who gets which answer, and what is left."""
+
+import asyncio
+from collections.abc import Callable
+
+import pytest
+
+from svc.engine.state import EngineState
+from svc.errors import EngineError
+from svc.registry.version import Format
+from svc.store.swaps import SwapOutcome
+from tests.serving.control import Control, Load, Make, ask, until
+from tests.serving.engine_double import EngineDouble
+from tests.serving.versions import NAME, make_version, target
+
+ONE = f"{NAME}@1"
+RELOAD, RESET, PROBE = "/collective_rpc", "/reset_prefix_cache", "/v1/completions"
+
+
+def slow(double: EngineDouble) -> None:
+    double.token_delay_s, double.reload_delay_s = 0.02, 0.05
+
+
+def dies_at(path: str, nth: int = 1) -> Callable[[EngineDouble], None]:
+    """An engine that is killed by the nth request for a path that comes while weights are exchanged."""
+
+    def prepare(double: EngineDouble) -> None:
+        slow(double)
+        count = 0
+
+        def on_call(called: str) -> None:
+            nonlocal count
+            count += called == path
+            if count == nth:
+                double.die()
+
+        double.on_call = on_call
+
+    return prepare
+
+
+def first_only(prepare: Callable[[EngineDouble], None]) -> Callable[[EngineDouble], None]:
+    """Only the first engine is prepared so; those that come after it are sound."""
+    prepared = list[EngineDouble]()
+
+    def prepare_first(double: EngineDouble) -> None:
+        (slow if prepared else prepare)(double)
+        prepared.append(double)
+
+    return prepare_first
+
+
+async def swap_under_load(control: Control, number: int) -> tuple[Load, SwapOutcome | None, str | None]:
+    """Promotes while clients ask."""
+    async with control.client() as client:
+        load = Load(client)
+        async with load.run():
+            await until(lambda: load.answers)
+            swap = await control.promote(number)
+            answered = len(load.answers)
+            await until(lambda: len(load.answers) > answered + 9)
+    return load, swap.outcome, swap.reason
+
+
+async def test_an_altered_file_never_closes_the_door(control: Control) -> None:
+    weights = control.registry.folder(target(2).version) / "merged" / "model.safetensors"
+    weights.write_bytes(weights.read_bytes() + b"?")
+    calls = len(control.double.calls)
+    swap = await control.swap.run(target(1), target(2), lambda step: None)
+    assert swap.outcome is SwapOutcome.REFUSED
+    assert (swap.seconds, swap.held) == (None, None)
+    assert not {RELOAD, RESET, PROBE} & set(control.double.calls[calls:])
+    assert control.state is EngineState.READY
+
+
+@pytest.mark.parametrize("fingerprint", [True, False])
+async def test_a_version_of_another_shape_never_closes_the_door(control: Control, fingerprint: bool) -> None:
+    make_version(control.registry, 4, width=8, fingerprint=fingerprint)
+    calls = len(control.double.calls)
+    swap = await control.swap.run(target(1), target(4), lambda step: None)
+    assert swap.outcome is SwapOutcome.REFUSED
+    assert swap.reason is not None and "does not fit in place" in swap.reason
+    assert not {RELOAD, RESET, PROBE} & set(control.double.calls[calls:])
+
+
+async def test_a_version_without_a_recorded_fingerprint_is_compared_by_its_files(control: Control) -> None:
+    make_version(control.registry, 4, fingerprint=False)
+    swap = await control.swap.run(target(1), target(4), lambda step: None)
+    assert swap.outcome is SwapOutcome.SUCCEEDED
+
+
+async def test_names_mean_the_new_version_when_the_door_opens(control: Control) -> None:
+    assert (await control.swap.run(target(1), target(2), lambda step: None)).outcome is SwapOutcome.SUCCEEDED
+    async with control.client() as client:
+        answer = await ask(client, stream=True)
+    assert (answer.version, answer.words) == (f"{NAME}@2", {"2"})
+
+
+async def test_a_format_that_does_not_exist_is_refused(control: Control) -> None:
+    swap = await control.swap.run(target(1), target(2, Format.GPTQ), lambda step: None)
+    assert swap.outcome is SwapOutcome.REFUSED
+    assert swap.reason is not None and "has no format gptq" in swap.reason
+
+
+async def test_a_file_that_cannot_be_read_is_refused(control: Control, monkeypatch: pytest.MonkeyPatch) -> None:
+    def verify(*_: object) -> None:
+        raise PermissionError(13, "Permission denied", "model.safetensors")
+
+    monkeypatch.setattr(control.registry, "verify", verify)
+    swap = await control.promote(2)
+    assert swap.outcome is SwapOutcome.REFUSED
+    assert swap.reason is not None and "Permission denied" in swap.reason
+
+
+async def test_weights_that_fail_their_probes_answer_nobody(make: Make) -> None:
+    control = make()
+    make_version(control.registry, 4, probes_of="/elsewhere")
+    control.park.prepare = slow
+    async with control.run():
+        load, outcome, reason = await swap_under_load(control, 4)
+        assert control.double.weights.endswith("/1/merged")
+        assert control.double.calls.count(RELOAD) == 2
+        assert control.double.calls[-1] != RELOAD
+        probes = [body for body in control.double.requests if "prompt_logprobs" in body]
+        assert len(probes) == 3  # at the start, of the bad version, and of the one before
+        assert control.desired().target == target(1)
+    load.check()
+    assert set(load.versions) == {ONE}
+    assert outcome is SwapOutcome.RESTORED
+    assert reason is not None and "not the version's weights" in reason
+    assert len(control.park.engines) == 1
+
+
+async def test_logprobs_that_are_no_numbers_are_no_proof(control: Control) -> None:
+    def spoil(path: str) -> None:
+        control.double.probe_noise = float("nan") if control.double.weights.endswith("/2/merged") else 0.0
+
+    control.double.on_call = spoil
+    swap = await control.promote(2)
+    assert swap.outcome is SwapOutcome.RESTORED
+
+
+async def test_an_answer_without_logprobs_is_no_proof(control: Control, monkeypatch: pytest.MonkeyPatch) -> None:
+    proof = control.double._prompt_logprobs
+
+    def prompt_logprobs(prompt: list[int]) -> list[dict[str, object] | None]:
+        return [] if control.double.weights.endswith("/2/merged") else proof(prompt)
+
+    monkeypatch.setattr(control.double, "_prompt_logprobs", prompt_logprobs)
+    swap = await control.promote(2)
+    assert swap.outcome is SwapOutcome.FAILED
+    assert control.state is EngineState.READY
+    assert control.routes.served is not None and control.routes.served.version == target(1).version
+
+
+async def test_a_reload_that_fails_brings_a_new_engine_with_the_version_before(make: Make) -> None:
+    control = make()
+
+    def prepare(double: EngineDouble) -> None:
+        slow(double)
+        double.loadable = lambda folder: not folder.endswith("/2/merged")
+
+    control.park.prepare = prepare
+    async with control.run():
+        load, outcome, _ = await swap_under_load(control, 2)
+        assert control.state is EngineState.READY
+    load.check()
+    assert set(load.versions) == {ONE}
+    assert outcome is SwapOutcome.FAILED
+    assert len(control.park.engines) == 2
+    assert control.supervisor.restarts == 1
+
+
+@pytest.mark.parametrize(("path", "nth"), [(RESET, 1), (RELOAD, 1), (RESET, 2), (PROBE, 2)])
+async def test_an_engine_that_dies_in_a_swap_costs_no_held_request(make: Make, path: str, nth: int) -> None:
+    """Before the reload, in it, after it, and in the probes; the first probe is that of the start."""
+    control = make()
+    control.park.prepare = first_only(dies_at(path, nth))
+    async with control.run(), control.client() as client:
+        wish = control.wish(2)
+        await until(lambda: control.door._closed)
+        held = await asyncio.gather(*(ask(client, stream=stream) for stream in (True, False, True, False)))
+        assert (await control.outcome(wish)).outcome is SwapOutcome.FAILED
+        await control.serves(target(1))
+        assert control.desired().target == target(1)
+    assert [(answer.status, answer.error, answer.version) for answer in held] == [(200, None, ONE)] * 4
+
+
+async def test_an_engine_that_dies_while_requests_end_is_replaced(make: Make) -> None:
+    control = make()
+    control.park.prepare = slow
+    async with control.run(), control.client() as client:
+        running = asyncio.create_task(ask(client, stream=True))
+        await until(lambda: control.double.running)
+        wish = control.wish(2)
+        await until(lambda: control.state is EngineState.DRAINING)
+        held = asyncio.create_task(ask(client, stream=False))
+        await until(lambda: control.door.held)
+        control.park.engines[0].kill()
+        assert (await running).error == "engine_died"
+        assert (await held).words == {"1"}
+        assert (await control.outcome(wish)).outcome is SwapOutcome.FAILED
+        await control.serves(target(1))
+
+
+async def test_an_engine_that_cannot_be_replaced_is_failed_and_comes_back_later(make: Make) -> None:
+    control = make()
+    async with control.run(), control.client() as client:
+        control.double.loadable = lambda folder: False
+        control.double.reload_delay_s = 0.05
+        control.park.failing_starts = 3
+        wish = control.wish(2)
+        await until(lambda: control.state is EngineState.SWAPPING)
+        held = await ask(client, stream=False)
+        assert (held.status, held.error) == (503, "engine_unavailable")
+        swap = await control.outcome(wish)
+        assert swap.outcome is SwapOutcome.FAILED
+        assert any("did not start" in step for step in swap.steps)
+        await control.serves(target(1))
+        assert (await ask(client, stream=False)).words == {"1"}
+
+
+async def test_requests_that_do_not_end_in_time_refuse_the_swap(make: Make) -> None:
+    control = make(drain_timeout_s=0.05)
+    async with control.run(), control.client() as client:
+        control.double.token_delay_s = 0.05
+        running = asyncio.create_task(ask(client, stream=True))
+        await until(lambda: control.double.running)
+        swap = await control.promote(2)
+        assert swap.outcome is SwapOutcome.REFUSED
+        assert swap.reason is not None and "requests still ran" in swap.reason
+        assert RELOAD not in control.double.calls
+        assert control.state is EngineState.READY
+        assert (await running).words == {"1"}
+        assert (await ask(client, stream=False)).words == {"1"}
+
+
+async def test_the_swap_waits_for_requests_that_their_clients_left(control: Control) -> None:
+    control.double.stuck_resets = 2
+    swap = await control.promote(2)
+    assert swap.outcome is SwapOutcome.SUCCEEDED
+    calls = control.double.calls
+    assert calls.count(RESET) == 4
+    assert calls.index(RELOAD) > calls.index(RESET) + 2
+
+
+async def test_a_request_that_never_leaves_the_engine_refuses_the_swap_before_the_reload(
+    control: Control, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    client = control.supervisor.client
+    reset = client.reset_prefix_cache
+    monkeypatch.setattr(client, "reset_prefix_cache", lambda: reset(within_s=0.1))
+    control.double.stuck_resets = 1000
+    swap = await control.promote(2)
+    assert swap.outcome is SwapOutcome.REFUSED
+    assert swap.reason is not None and "prefix cache" in swap.reason
+    assert RELOAD not in control.double.calls
+    assert control.state is EngineState.READY
+
+
+async def test_a_prefix_cache_that_is_not_reset_after_the_reload_fails_the_swap(
+    control: Control, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    client = control.supervisor.client
+    reset = client.reset_prefix_cache
+    monkeypatch.setattr(client, "reset_prefix_cache", lambda: reset(within_s=0.1))
+    first = control.double
+
+    def stick(path: str) -> None:
+        first.stuck_resets = 1000 if path == RELOAD else first.stuck_resets
+
+    first.on_call = stick
+    swap = await control.promote(2)
+    assert swap.outcome is SwapOutcome.FAILED
+    assert control.double is not first
+    assert control.state is EngineState.READY
+
+
+async def test_a_reset_that_is_refused_is_an_error_after_its_time(control: Control) -> None:
+    control.double.stuck_resets = 1000
+    with pytest.raises(EngineError, match=r"within 0\.1 s"):
+        await control.supervisor.client.reset_prefix_cache(within_s=0.1)
+
+
+async def test_an_engine_whose_reset_says_nothing_is_believed(
+    control: Control, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(control.double, "_simple", lambda path: None)
+    await control.supervisor.client.reset_prefix_cache(within_s=0.0)
+
+
+async def test_a_swap_that_is_cut_off_lets_nobody_reach_the_engine(make: Make) -> None:
+    control = make()
+    async with control.run(), control.client() as client:
+        control.double.reload_delay_s = 10
+        swapping = asyncio.create_task(control.swap.run(target(1), target(2), lambda step: None))
+        await until(lambda: control.state is EngineState.SWAPPING)
+        held = asyncio.create_task(ask(client, stream=False))
+        await until(lambda: control.door.held)
+        swapping.cancel()
+        answer = await held
+        assert (answer.status, answer.words) == (503, set())
+        assert (await ask(client, stream=False)).status == 503
+
+
+async def test_a_swap_that_is_cut_off_while_requests_end_changes_nothing(make: Make) -> None:
+    control = make()
+    async with control.run(), control.client() as client:
+        control.double.token_delay_s = 0.05
+        running = asyncio.create_task(ask(client, stream=True))
+        await until(lambda: control.double.running)
+        swapping = asyncio.create_task(control.swap.run(target(1), target(2), lambda step: None))
+        await until(lambda: control.state is EngineState.DRAINING)
+        held = asyncio.create_task(ask(client, stream=False))
+        await until(lambda: control.door.held)
+        swapping.cancel()
+        assert [(await task).words for task in (running, held)] == [{"1"}, {"1"}]

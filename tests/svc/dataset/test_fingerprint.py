@@ -1,0 +1,29 @@
+"""Equal examples have equal fingerprints, others do not."""
+
+import json
+from pathlib import Path
+
+from svc.dataset.fingerprint import fingerprint
+from svc.dataset.reader import read_examples
+from tests.svc.chats import chat
+
+
+def test_spacing_key_order_and_further_keys_do_not_count(tmp_path: Path) -> None:
+    value = chat().as_dict()
+    swapped = [{"content": turn["content"], "role": turn["role"]} for turn in value["messages"]]
+    (tmp_path / "a.jsonl").write_text(json.dumps(value))
+    (tmp_path / "b.jsonl").write_text("\n" + json.dumps({"id": 1, "messages": swapped}, separators=(" , ", " : ")))
+    one, other = (fingerprint(read_examples(tmp_path / name)) for name in ("a.jsonl", "b.jsonl"))
+    assert one == other
+
+
+def test_content_counts() -> None:
+    assert fingerprint([chat("a")]) != fingerprint([chat("b")])
+
+
+def test_order_counts() -> None:
+    assert fingerprint([chat("a"), chat("b")]) != fingerprint([chat("b"), chat("a")])
+
+
+def test_where_an_example_ends_counts() -> None:
+    assert fingerprint([chat("a"), chat("a")]) != fingerprint([chat("a")])

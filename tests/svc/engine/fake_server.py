@@ -1,0 +1,47 @@
+"""Stands in for vLLM's server as a child process: `fake_server.py MODE SOCKET`. Standard library only, so it is quick.
+
+Modes: ready, crash, hang (never listens), stubborn (ignores SIGTERM), family (has a child of its own).
+"""
+
+import http.server
+import signal
+import socketserver
+import subprocess
+import sys
+import time
+
+
+class Handler(http.server.BaseHTTPRequestHandler):
+    """Healthy, whatever is asked."""
+
+    def do_GET(self) -> None:
+        """Answers 200."""
+        self.send_response(200)
+        self.send_header("content-length", "0")
+        self.end_headers()
+
+    def address_string(self) -> str:
+        """A unix socket has no address."""
+        return "socket"
+
+
+def main(mode: str, socket: str) -> None:
+    """Says what vLLM would, and listens."""
+    print("non-default args: {}", flush=True)
+    if mode == "crash":
+        print("INFO loading\nValueError: bad weights\nshutting down", flush=True)
+        sys.exit(3)
+    if mode == "stubborn":
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    if mode == "family":
+        child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
+        print(f"child {child.pid}", flush=True)
+    if mode == "hang":
+        time.sleep(60)
+    print("Starting to load model", flush=True)
+    with socketserver.UnixStreamServer(socket, Handler) as server:
+        server.serve_forever()
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

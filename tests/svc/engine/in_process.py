@@ -1,0 +1,11 @@
+"""The real client in front of an application, without a socket between them."""
+
+import httpx
+from starlette.types import ASGIApp
+
+from svc.engine.client import EngineClient
+
+
+def client_of(app: ASGIApp, model: str = "tuned") -> EngineClient:
+    """A client whose requests the application answers."""
+    return EngineClient(httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://engine"), model)

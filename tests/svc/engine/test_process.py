@@ -1,0 +1,224 @@
+"""An engine process is ready when it answers, says why when it does not, and is never left behind."""
+
+import asyncio
+import json
+import re
+import signal
+import subprocess
+import sys
+from collections.abc import AsyncIterator, Callable, Iterator
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import psutil
+import pytest
+
+from svc.engine import process as process_module
+from svc.engine.launch import EngineSpec
+from svc.engine.process import EngineProcess
+from svc.errors import EngineError
+from svc.settings import Device, EngineSettings
+
+SERVER = Path(__file__).with_name("fake_server.py")
+PARENT = """
+import asyncio, sys
+from pathlib import Path
+from svc.engine import process
+from svc.engine.launch import EngineSpec
+from svc.settings import EngineSettings
+
+folder, server = Path(sys.argv[1]), sys.argv[2]
+process.command = lambda spec: [sys.executable, server, "family", str(spec.socket)]
+spec = EngineSpec(folder, "tuned", folder, folder / "engine.log", folder, EngineSettings(device="cpu"))
+
+async def main():
+    engine = process.EngineProcess(spec)
+    await engine.start()
+    print(engine._process.pid, flush=True)
+    await asyncio.sleep(60)
+
+asyncio.run(main())
+"""
+Start = Callable[..., EngineProcess]
+
+
+@pytest.fixture
+def folder() -> Iterator[Path]:
+    """Short, for the path of a socket."""
+    with TemporaryDirectory(prefix="svc") as name:
+        yield Path(name)
+
+
+@pytest.fixture
+async def engine_in(folder: Path, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Start]:
+    """Makes an engine in a mode of the fake server; all are ended after the test."""
+    made: list[EngineProcess] = []
+    monkeypatch.setattr(process_module, "_POLL_S", 0.02)
+
+    def make(mode: str, **settings: Any) -> EngineProcess:
+        command = [sys.executable, str(SERVER), mode]
+        monkeypatch.setattr(process_module, "command", lambda spec: [*command, str(spec.socket)])
+        spec = EngineSpec(
+            model=folder / "model",
+            served_name="tuned",
+            runtime=folder,
+            log=folder / "logs" / "engine.log",
+            cache=folder,
+            settings=EngineSettings(device=Device.CPU, **settings),
+        )
+        made.append(EngineProcess(spec))
+        return made[-1]
+
+    yield make
+    for engine in made:
+        await engine.stop()
+
+
+def pid_of(engine: EngineProcess) -> int:
+    assert engine._process is not None
+    return engine._process.pid
+
+
+def lives(pid: int) -> bool:
+    try:
+        return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
+
+
+def child_of(engine: EngineProcess) -> int:
+    found = re.search(r"child (\d+)", engine.spec.log.read_text())
+    assert found
+    return int(found[1])
+
+
+async def test_it_is_started_when_it_answers(engine_in: Start) -> None:
+    engine = engine_in("ready")
+    await engine.start()
+    assert await engine.client.healthy()
+
+
+async def test_a_person_hears_what_it_is_doing(engine_in: Start, monkeypatch: pytest.MonkeyPatch) -> None:
+    heard: list[str] = []
+    engine = engine_in("hang", start_timeout_s=0.5)
+    with pytest.raises(EngineError):
+        await engine.start(heard.append)
+    assert heard == ["starting python", "reading arguments"]
+
+
+async def test_stopping_ends_it_and_takes_its_socket_away(engine_in: Start) -> None:
+    engine = engine_in("ready")
+    await engine.start()
+    await engine.stop()
+    assert not lives(pid_of(engine))
+    assert not engine.spec.socket.exists()
+    assert await engine.wait() == -signal.SIGTERM
+
+
+async def test_stopping_ends_its_children_too(engine_in: Start) -> None:
+    engine = engine_in("family")
+    await engine.start()
+    child = child_of(engine)
+    assert lives(child)
+    await engine.stop()
+    assert not lives(child)
+
+
+async def test_children_of_an_engine_that_died_are_ended(engine_in: Start) -> None:
+    engine = engine_in("family")
+    await engine.start()
+    psutil.Process(pid_of(engine)).kill()
+    await engine.wait()
+    await engine.stop()
+    assert not lives(child_of(engine))
+
+
+async def test_one_that_ignores_the_request_is_killed(engine_in: Start, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(process_module, "_STOP_GRACE_S", 0.2)
+    engine = engine_in("stubborn")
+    await engine.start()
+    await engine.stop()
+    assert await engine.wait() == -signal.SIGKILL
+
+
+async def test_stopping_twice_is_no_fault(engine_in: Start) -> None:
+    engine = engine_in("ready")
+    await engine.start()
+    await engine.stop()
+    await engine.stop()
+
+
+async def test_one_that_was_never_started_can_be_stopped(engine_in: Start) -> None:
+    engine = engine_in("ready")
+    await engine.stop()
+    assert await engine.wait() == 0
+
+
+async def test_its_death_is_noticed(engine_in: Start) -> None:
+    engine = engine_in("ready")
+    await engine.start()
+    psutil.Process(pid_of(engine)).kill()
+    assert await asyncio.wait_for(engine.wait(), 5) == -signal.SIGKILL
+    assert not await engine.client.healthy()
+
+
+async def test_one_that_ends_at_once_says_its_last_error_and_its_log(engine_in: Start) -> None:
+    engine = engine_in("crash")
+    with pytest.raises(EngineError, match="ended with code 3 before it was ready: ValueError: bad weights") as caught:
+        await engine.start()
+    assert str(engine.spec.log) in caught.value.todo
+
+
+async def test_one_that_is_not_ready_in_time_is_ended(engine_in: Start) -> None:
+    engine = engine_in("hang", start_timeout_s=0.3)
+    with pytest.raises(EngineError, match="not ready after 0 s") as caught:
+        await engine.start()
+    assert "engine.start_timeout_s" in caught.value.todo
+    assert not lives(pid_of(engine))
+
+
+async def test_a_start_that_is_given_up_leaves_nothing_behind(engine_in: Start) -> None:
+    engine = engine_in("hang")
+    start = asyncio.create_task(engine.start())
+    while engine._process is None:
+        await asyncio.sleep(0.01)
+    start.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await start
+    assert not lives(pid_of(engine))
+
+
+async def test_the_engine_of_a_parent_that_was_killed_is_ended_at_the_next_start(
+    engine_in: Start, folder: Path
+) -> None:
+    arguments = [sys.executable, "-c", PARENT, str(folder), str(SERVER)]
+    parent = await asyncio.create_subprocess_exec(*arguments, stdout=subprocess.PIPE)
+    assert parent.stdout is not None
+    leftover = int(await parent.stdout.readline())
+    parent.kill()
+    await parent.wait()
+    assert lives(leftover)
+    engine = engine_in("ready")
+    await engine.start()
+    assert not lives(leftover)
+    assert await engine.client.healthy()
+
+
+async def test_another_process_with_a_number_used_again_is_left_alone(engine_in: Start, folder: Path) -> None:
+    stranger = await asyncio.create_subprocess_exec(sys.executable, "-c", "import time; time.sleep(60)")
+    (folder / "engine.json").write_text(json.dumps({"pid": stranger.pid, "created": 1.0}))
+    try:
+        await engine_in("ready").start()
+        assert lives(stranger.pid)
+    finally:
+        stranger.kill()
+        await stranger.wait()
+
+
+@pytest.mark.parametrize("record", ["", "{", "[]", "{}", '{"pid": "x", "created": 1}', '{"pid": -5, "created": 1}'])
+async def test_a_record_that_is_damaged_does_not_stop_a_start(engine_in: Start, folder: Path, record: str) -> None:
+    (folder / "engine.json").write_text(record)
+    engine = engine_in("ready")
+    await engine.start()
+    assert await engine.client.healthy()

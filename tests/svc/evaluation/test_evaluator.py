@@ -1,0 +1,104 @@
+"""The evaluator asks every example through the endpoint, and its report is the one of those answers."""
+
+import math
+
+import pytest
+
+from svc.dataset.example import ChatExample, Message, Role
+from svc.errors import EngineError
+from svc.evaluation.evaluator import evaluate, tokenize
+from tests.serving.engine_double import EngineDouble, logprob_of
+from tests.svc.chats import chat
+from tests.svc.engine.in_process import client_of
+
+ONE = "1.0 1.1 1.2 1.3"  # what the double answers with the weights of version 1
+
+
+async def test_answers_are_compared_with_their_references() -> None:
+    examples = [chat("a", ONE), chat("b", "other"), chat("c", ONE), chat("d", "other")]
+    async with client_of(EngineDouble()) as client:
+        report = await evaluate(client, examples, max_tokens=8)
+    assert report.hits == (True, False, True, False)
+    assert report.exact_match.value == 0.5
+    assert report.exact_match.low < 0.5 < report.exact_match.high
+    assert report.examples == 4
+
+
+async def test_the_longest_answer_is_respected() -> None:
+    async with client_of(EngineDouble()) as client:
+        report = await evaluate(client, [chat("a", ONE)], max_tokens=2)
+    assert report.hits == (False,)
+
+
+async def test_the_model_sees_all_turns_but_the_answer() -> None:
+    double = EngineDouble()
+    turns = (Message(Role.SYSTEM, "be short"), Message(Role.USER, "which"), Message(Role.ASSISTANT, "secret"))
+    async with client_of(double) as client:
+        await evaluate(client, [ChatExample(turns)], max_tokens=2)
+    asked = [body["messages"] for body in double.requests if "messages" in body]
+    assert asked == [[{"role": "system", "content": "be short"}, {"role": "user", "content": "which"}]]
+
+
+async def test_the_reference_is_scored_a_token() -> None:
+    double = EngineDouble()
+    async with client_of(double) as client:
+        example = chat("one two", "three four")
+        tokenized = await tokenize(client, example)
+        report = await evaluate(client, [example], max_tokens=2)
+    expected = [logprob_of(double.weights, token, 2 + index) for index, token in enumerate(tokenized.answer)]
+    assert report.nll.value == pytest.approx(-sum(expected) / 2)
+
+
+async def test_json_is_counted_where_all_references_are_json() -> None:
+    async with client_of(EngineDouble()) as client:
+        report = await evaluate(client, [chat("a", "{}"), chat("b", '{"x": 1}')], max_tokens=2)
+    assert report.valid_json is not None
+    assert report.valid_json.value == 0.0
+
+
+async def test_json_is_not_counted_where_a_reference_is_text() -> None:
+    async with client_of(EngineDouble()) as client:
+        report = await evaluate(client, [chat("a", "{}"), chat("b", "text")], max_tokens=2)
+    assert report.valid_json is None
+
+
+async def test_every_example_advances_the_progress() -> None:
+    done: list[None] = []
+    async with client_of(EngineDouble()) as client:
+        await evaluate(
+            client, [chat(str(number)) for number in range(5)], max_tokens=1, on_done=lambda: done.append(None)
+        )
+    assert len(done) == 5
+
+
+async def test_no_more_than_sixteen_examples_are_asked_at_once() -> None:
+    double = EngineDouble(token_delay_s=0.01)
+    most = 0
+
+    def watch() -> None:
+        nonlocal most
+        most = max(most, double.running)
+
+    async with client_of(double) as client:
+        await evaluate(client, [chat(str(number)) for number in range(40)], max_tokens=1, on_done=watch)
+    assert 2 <= most <= 16
+
+
+async def test_one_failed_request_is_no_report() -> None:
+    examples = [chat("a"), chat(" ".join("long" for _ in range(30)))]
+    async with client_of(EngineDouble(max_model_len=20)) as client:
+        with pytest.raises(EngineError, match="maximum context length"):
+            await evaluate(client, examples, max_tokens=1)
+
+
+@pytest.mark.parametrize("noise", [math.nan, -math.inf])
+async def test_weights_that_give_no_number_are_no_report(noise: float) -> None:
+    async with client_of(EngineDouble(probe_noise=noise)) as client:
+        with pytest.raises(EngineError, match="no finite number"):
+            await evaluate(client, [chat("a")], max_tokens=1)
+
+
+async def test_a_report_survives_its_journey_to_disk() -> None:
+    async with client_of(EngineDouble()) as client:
+        report = await evaluate(client, [chat("a", ONE)], max_tokens=4)
+    assert type(report).model_validate_json(report.model_dump_json()) == report

@@ -1,0 +1,120 @@
+"""Figures come with intervals that hold."""
+
+import json
+import math
+import random
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from svc.evaluation.metrics import Estimate, is_json, matches, mean, paired_difference, proportion
+from tests.svc.json_values import json_values
+
+counts = st.integers(1, 10_000).flatmap(lambda total: st.tuples(st.integers(0, total), st.just(total)))
+values = st.lists(st.floats(-1e6, 1e6), min_size=1, max_size=30)
+
+
+@given(counts)
+def test_a_share_lies_within_its_interval_and_that_within_0_and_1(count: tuple[int, int]) -> None:
+    estimate = proportion(*count)
+    assert 0 <= estimate.low <= estimate.value <= estimate.high <= 1
+    assert estimate.low < estimate.high
+
+
+@given(counts)
+def test_hits_and_misses_have_mirrored_intervals(count: tuple[int, int]) -> None:
+    hits, total = count
+    one, other = proportion(hits, total), proportion(total - hits, total)
+    assert math.isclose(one.low, 1 - other.high, abs_tol=1e-9)
+
+
+@pytest.mark.parametrize(
+    ("hits", "total", "low", "high"),
+    [
+        # Newcombe 1998, Statistics in Medicine 17:857, table I, method 3.
+        (81, 263, 0.2553, 0.3662),
+        (15, 148, 0.0624, 0.1605),
+        (0, 20, 0.0000, 0.1611),
+        (1, 29, 0.0061, 0.1718),
+    ],
+)
+def test_intervals_are_those_of_the_literature(hits: int, total: int, low: float, high: float) -> None:
+    estimate = proportion(hits, total)
+    assert (round(estimate.low, 4), round(estimate.high, 4)) == (low, high)
+
+
+@pytest.mark.parametrize(("hits", "total"), [(0, 0), (-1, 5), (6, 5), (1, -1)])
+def test_a_share_of_nothing_is_refused(hits: int, total: int) -> None:
+    with pytest.raises(ValueError, match="hits of"):
+        proportion(hits, total)
+
+
+@settings(max_examples=20)  # each draws 2000 samples
+@given(values)
+def test_a_mean_lies_between_the_extremes_and_in_its_interval(numbers: list[float]) -> None:
+    estimate = mean(numbers)
+    slack = 1e-6
+    assert min(numbers) - slack <= estimate.low <= estimate.high <= max(numbers) + slack
+    assert min(numbers) - slack <= estimate.value <= max(numbers) + slack
+
+
+def test_the_interval_of_a_mean_is_near_the_textbooks() -> None:
+    generator = random.Random(1)
+    numbers = [generator.gauss(10, 2) for _ in range(400)]
+    estimate = mean(numbers)
+    assert estimate.low == pytest.approx(estimate.value - 1.96 * 2 / 20, abs=0.05)
+    assert estimate.high == pytest.approx(estimate.value + 1.96 * 2 / 20, abs=0.05)
+
+
+def test_equal_values_give_an_equal_interval() -> None:
+    assert mean([1.0, 2.0, 5.0]) == mean([1.0, 2.0, 5.0])
+
+
+def test_a_mean_of_nothing_is_refused() -> None:
+    with pytest.raises(ValueError, match="no values"):
+        mean([])
+
+
+def test_what_both_find_hard_cancels_out() -> None:
+    first = [float(number) for number in range(50)]
+    difference = paired_difference(first, [value + 0.5 for value in first])
+    assert difference == Estimate(value=0.5, low=0.5, high=0.5)
+
+
+def test_a_difference_needs_pairs() -> None:
+    with pytest.raises(ValueError, match="argument"):
+        paired_difference([1.0], [1.0, 2.0])
+
+
+def test_an_estimate_is_read_with_its_interval() -> None:
+    assert str(Estimate(value=0.5, low=0.25, high=0.75)) == "0.500 [0.250, 0.750]"
+
+
+@pytest.mark.parametrize(
+    ("answer", "same"), [("net", True), (" net\n", True), ("Net", False), ("", False), ("net.", False)]
+)
+def test_an_answer_matches_but_for_space_around(answer: str, same: bool) -> None:
+    assert matches(answer, "net") is same
+
+
+@pytest.mark.parametrize(
+    "text", ["", "net", "5", '"net"', "null", "{", "[NaN]", '{"a": Infinity}', "[" * 5000, "{} {}", "[" + "9" * 5000]
+)
+def test_what_is_no_json_object_or_list_is_told(text: str) -> None:
+    assert not is_json(text)
+
+
+@given(st.lists(json_values) | st.dictionaries(st.text(), json_values))
+def test_json_is_told(value: Any) -> None:
+    try:
+        text = json.dumps(value, allow_nan=False)
+    except ValueError:
+        return
+    assert is_json(f" {text}\n")
+
+
+@given(st.text() | st.text(alphabet='[]{}",:0eE+-. nulltrueNaN'))
+def test_any_answer_is_json_or_not(text: str) -> None:
+    assert is_json(text) in (True, False)

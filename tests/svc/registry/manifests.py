@@ -1,0 +1,46 @@
+"""A manifest of whatever files a version has."""
+
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from svc.evaluation.evaluator import EvaluationReport
+from svc.evaluation.metrics import mean, proportion
+from svc.registry.files import record_file, record_files
+from svc.registry.manifest import BaseRecord, DataRecord, FormatRecord, Manifest
+from svc.registry.registry import HELDOUT_FILE
+from svc.registry.version import Format, VersionId
+
+
+def report(hits: int = 1, total: int = 2) -> EvaluationReport:
+    """An evaluation with so many hits, the first ones."""
+    return EvaluationReport(
+        examples=total,
+        exact_match=proportion(hits, total),
+        valid_json=None,
+        nll=mean([1.0] * total),
+        hits=tuple(index < hits for index in range(total)),
+        seconds=1.0,
+    )
+
+
+def make_manifest(version: VersionId, folder: Path, **changes: Any) -> Manifest:
+    """Records all formats that lie in the folder."""
+    present = [format for format in Format if (folder / format).is_dir()]
+    values: dict[str, Any] = {
+        "name": version.name,
+        "number": version.number,
+        "created_at": datetime(2026, 1, 2, tzinfo=UTC),
+        "run": "run-1",
+        "tracking_run": "abc",
+        "base": BaseRecord(origin="./base", revision="sha256:0", licence="Apache-2.0"),
+        "recipe": {"name": version.name},
+        "data": DataRecord(
+            train_fingerprint="sha256:1", train_examples=2, heldout_fingerprint="sha256:2", heldout_examples=2
+        ),
+        "heldout": record_file(folder, folder / HELDOUT_FILE),
+        "base_evaluation": report(),
+        "formats": {f: FormatRecord(files=record_files(folder, folder / f), evaluation=report()) for f in present},
+        "libraries": {"torch": "2.13"},
+    }
+    return Manifest(**(values | changes))

@@ -1,0 +1,84 @@
+"""Files are known by their content; whatever is changed about them is found, with its name."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from safetensors.numpy import save_file
+
+from svc.errors import IntegrityError
+from svc.registry.files import FileRecord, Tensor, read_headers, record_file, record_files, verify_files
+from tests.svc.registry.model_folder import write_model
+
+
+def test_a_record_is_path_hash_and_size(tmp_path: Path) -> None:
+    (tmp_path / "merged").mkdir()
+    (tmp_path / "merged" / "x").write_bytes(b"abc")
+    sha256 = "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"  # FIPS 180-2, appendix B.1
+    assert record_file(tmp_path, tmp_path / "merged" / "x") == FileRecord(path="merged/x", sha256=sha256, bytes=3)
+
+
+def test_all_files_below_a_folder_are_recorded_in_order(tmp_path: Path) -> None:
+    for path in ("m/b", "m/a", "m/deep/c", "other"):
+        (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / path).touch()
+    assert [record.path for record in record_files(tmp_path, tmp_path / "m")] == ["m/a", "m/b", "m/deep/c"]
+
+
+def test_files_that_are_as_they_were_pass(tmp_path: Path) -> None:
+    write_model(tmp_path / "merged")
+    verify_files(tmp_path, record_files(tmp_path, tmp_path / "merged"))
+
+
+def flip_a_byte(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1
+    path.write_bytes(content)
+
+
+@pytest.mark.parametrize(
+    ("change", "text"),
+    [
+        (flip_a_byte, "was changed after registration"),
+        (lambda path: path.write_bytes(path.read_bytes()[:-1]), "was changed after registration"),
+        (lambda path: path.write_bytes(path.read_bytes() + b"\0"), "was changed after registration"),
+        (lambda path: path.unlink(), "is missing"),
+        (lambda path: (path.unlink(), path.mkdir()), "is missing"),
+    ],
+    ids=["flipped", "shorter", "longer", "missing", "a folder"],
+)
+def test_a_changed_file_is_found_by_name(tmp_path: Path, change: Callable[[Path], object], text: str) -> None:
+    write_model(tmp_path / "merged")
+    records = record_files(tmp_path, tmp_path / "merged")
+    change(tmp_path / "merged" / "model.safetensors")
+    with pytest.raises(IntegrityError, match=text) as caught:
+        verify_files(tmp_path, records)
+    assert str(tmp_path / "merged" / "model.safetensors") in caught.value.wrong
+    assert caught.value.todo
+
+
+def test_headers_say_name_type_and_shape(tmp_path: Path) -> None:
+    save_file({"b": np.zeros((2, 3), np.float32)}, tmp_path / "1.safetensors")
+    save_file({"a": np.zeros(4, np.int32)}, tmp_path / "2.safetensors")
+    assert read_headers(tmp_path) == (Tensor("a", "I32", (4,)), Tensor("b", "F32", (2, 3)))
+
+
+def test_a_file_that_is_cut_off_is_found(tmp_path: Path) -> None:
+    path = write_model(tmp_path) / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:-10])
+    with pytest.raises(IntegrityError, match=r"model\.safetensors is no whole safetensors file"):
+        read_headers(tmp_path)
+
+
+@pytest.mark.parametrize("content", [b"", b"PK\x03\x04 a pickle", b"\xff" * 64])
+def test_what_is_no_safetensors_file_is_found(tmp_path: Path, content: bytes) -> None:
+    (tmp_path / "model.safetensors").write_bytes(content)
+    with pytest.raises(IntegrityError, match="no whole safetensors file"):
+        read_headers(tmp_path)
+
+
+def test_a_folder_without_weights_is_found(tmp_path: Path) -> None:
+    (tmp_path / "pytorch_model.bin").touch()
+    with pytest.raises(IntegrityError, match="holds no safetensors file"):
+        read_headers(tmp_path)

@@ -1,0 +1,143 @@
+"""Equal fingerprints where a reload in place is right, and only there."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from svc.errors import IntegrityError
+from svc.registry.fingerprint import compatibility_fingerprint, normal_quantization
+from tests.svc.json_values import json_values
+from tests.svc.registry.model_folder import GPTQ, TEMPLATE, write_model
+
+Change = dict[str, Any]
+
+
+@pytest.fixture
+def same(tmp_path: Path) -> Callable[[Change, Change], bool]:
+    """Whether two model folders fit in place of each other."""
+
+    def same(one: Change, other: Change) -> bool:
+        folders = [write_model(tmp_path / name, **change) for name, change in (("one", one), ("other", other))]
+        prints = [compatibility_fingerprint(folder) for folder in folders]
+        return prints[0] == prints[1]
+
+    return same
+
+
+Same = Callable[[Change, Change], bool]
+
+
+def test_two_trainings_of_one_model_fit(same: Same) -> None:
+    assert same({"seed": 1}, {"seed": 2})
+
+
+def test_two_quantizations_of_one_model_fit(same: Same) -> None:
+    meta = {"quantizer": ["gptqmodel:7.7.0"], "offload_to_disk_path": "/tmp/z9", "damp_percent": 0.1}
+    assert same({"quantization": GPTQ, "seed": 1}, {"quantization": GPTQ | {"meta": meta}, "seed": 2})
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"quantization": GPTQ | {"bits": 8}},
+        {"quantization": GPTQ | {"group_size": 32}},
+        {"quantization": GPTQ | {"desc_act": True}},
+        {"quantization": GPTQ | {"sym": False}},
+        {"quantization": GPTQ | {"checkpoint_format": "gptq_v2"}},
+        {"quantization": GPTQ | {"pack_dtype": "int64"}},
+        {"quantization": GPTQ | {"lm_head": True}},
+        {"quantization": GPTQ | {"quant_method": "awq"}},
+        {"quantization": GPTQ | {"dynamic": {"-:down_proj": {}}}},
+        {"quantization": None},
+        {"config": {"hidden_size": 8}},
+        {"config": {"architectures": ["QwenForCausalLM"]}},
+        {"config": {"rope_theta": 1e6}},
+        {"config": {"eos_token_id": 7}},
+        {"tokenizer": {"model": {"type": "BPE", "vocab": {"a": 1, "b": 0}}}},
+        {"tokenizer_config": {"eos_token": "a"}},
+        {"tokenizer_config": {"chat_template": TEMPLATE + "!"}},
+        {"tokenizer_config": {"chat_template": None}},
+        {"generation": {"temperature": 0.5}},
+        {"tensors": {"embed": np.zeros((2, 4), np.float32)}},
+        {"tensors": {"embed": np.zeros((2, 4), np.float32), "layer.0": np.zeros((4, 5), np.float32)}},
+        {"tensors": {"embed": np.zeros((2, 4), np.float32), "layer.0": np.zeros((4, 4), np.float16)}},
+        {"tensors": {"embed": np.zeros((2, 4), np.float32), "layer.1": np.zeros((4, 4), np.float32)}},
+    ],
+    ids=str,
+)
+def test_what_a_reload_cannot_change_does_not_fit(same: Same, change: Change) -> None:
+    assert not same({"quantization": GPTQ}, {"quantization": GPTQ, **change})
+
+
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [
+        ({}, {"config": {"transformers_version": "5.19.0", "use_cache": False, "_name_or_path": "/x"}}),
+        ({}, {"tokenizer": {"truncation": {"max_length": 5}, "padding": {"strategy": "BatchLongest"}}}),
+        ({}, {"tokenizer_config": {"eos_token": {"content": "b", "lstrip": False}}}),
+        ({}, {"tokenizer_config": {"model_max_length": 5}}),
+        ({}, {"tokenizer_config": {"chat_template": TEMPLATE + "\n"}}),
+        ({"generation": {}}, {"generation": {"transformers_version": "5.19.0"}}),
+        ({}, {"generation": {}}),
+        ({"quantization": GPTQ}, {"quantization": {"quant_method": "gptq", "bits": 4, "group_size": 64}}),
+        ({"quantization": GPTQ}, {"quantization": GPTQ | {"dynamic": {}}}),
+    ],
+    ids=str,
+)
+def test_what_a_tool_wrote_about_itself_does_not_count(same: Same, one: Change, other: Change) -> None:
+    assert same(one, other)
+
+
+def test_a_template_in_a_file_of_its_own_is_the_same_template(tmp_path: Path) -> None:
+    one = write_model(tmp_path / "one")
+    other = write_model(tmp_path / "other", tokenizer_config={"chat_template": None})
+    (other / "chat_template.jinja").write_text(TEMPLATE)
+    assert compatibility_fingerprint(one) == compatibility_fingerprint(other)
+
+
+def test_how_weights_are_split_into_files_does_not_count(tmp_path: Path) -> None:
+    one, other = write_model(tmp_path / "one"), write_model(tmp_path / "other")
+    (other / "model.safetensors").rename(other / "model-00001-of-00001.safetensors")
+    assert compatibility_fingerprint(one) == compatibility_fingerprint(other)
+
+
+@pytest.mark.parametrize("file", ["config.json", "tokenizer.json", "model.safetensors"])
+def test_a_missing_file_is_an_integrity_error(tmp_path: Path, file: str) -> None:
+    folder = write_model(tmp_path)
+    (folder / file).unlink()
+    with pytest.raises(IntegrityError):
+        compatibility_fingerprint(folder)
+
+
+@pytest.mark.parametrize("content", ["", "[]", "5", "{", '{"quantization_config": "gptq"}', "[" * 100_000])
+def test_a_damaged_config_is_an_integrity_error(tmp_path: Path, content: str) -> None:
+    folder = write_model(tmp_path)
+    (folder / "config.json").write_text(content)
+    with pytest.raises(IntegrityError):
+        compatibility_fingerprint(folder)
+
+
+def test_no_quantization_is_none() -> None:
+    assert normal_quantization(None) is None
+
+
+configs = st.dictionaries(
+    st.sampled_from([*GPTQ, "lm_head", "dynamic", "damp_percent", "true_sequential"]), json_values
+)
+
+
+@given(configs)
+def test_a_normal_quantization_is_its_own_normal(config: dict[str, Any]) -> None:
+    normal = normal_quantization(config)
+    assert json.dumps(normal_quantization(normal)) == json.dumps(normal)
+
+
+@given(configs, json_values)
+def test_meta_never_counts(config: dict[str, Any], meta: Any) -> None:
+    assert json.dumps(normal_quantization(config | {"meta": meta})) == json.dumps(normal_quantization(config))

@@ -1,0 +1,100 @@
+"""A manifest is whole, and its own version's, or it is none."""
+
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from svc.errors import IntegrityError
+from svc.registry.manifest import MANIFEST_FILE, Manifest, read_manifest, write_manifest
+from svc.registry.version import VersionId
+from tests.svc.registry.manifests import make_manifest
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """The folder of tiny@3, with its held-out set."""
+    folder = tmp_path / "tiny" / "3"
+    folder.mkdir(parents=True)
+    (folder / "heldout.jsonl").touch()
+    return folder
+
+
+@pytest.fixture
+def manifest(folder: Path) -> Manifest:
+    return make_manifest(VersionId("tiny", 3), folder)
+
+
+def test_what_is_written_is_read(folder: Path, manifest: Manifest) -> None:
+    write_manifest(folder, manifest)
+    assert read_manifest(folder) == manifest
+    assert manifest.id == VersionId("tiny", 3)
+
+
+def test_nothing_is_left_beside_it(folder: Path, manifest: Manifest) -> None:
+    write_manifest(folder, manifest)
+    assert {path.name for path in folder.iterdir()} == {MANIFEST_FILE, "heldout.jsonl"}
+
+
+def test_a_manifest_appears_whole_or_not_at_all(
+    folder: Path, manifest: Manifest, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def cut_off(descriptor: int) -> None:
+        raise OSError("no space left on device")
+
+    monkeypatch.setattr(os, "fsync", cut_off)
+    with pytest.raises(OSError, match="no space left"):
+        write_manifest(folder, manifest)
+    assert not (folder / MANIFEST_FILE).exists()
+
+
+@pytest.mark.parametrize(("name", "number"), [("tiny", "4"), ("other", "3")])
+def test_the_manifest_of_another_version_is_refused(
+    folder: Path, manifest: Manifest, tmp_path: Path, name: str, number: str
+) -> None:
+    write_manifest(folder, manifest)
+    elsewhere = tmp_path / name / number
+    elsewhere.mkdir(parents=True)
+    (elsewhere / MANIFEST_FILE).write_bytes((folder / MANIFEST_FILE).read_bytes())
+    with pytest.raises(IntegrityError, match="is the manifest of tiny@3") as caught:
+        read_manifest(elsewhere)
+    assert caught.value.expected == f"{name}@{number}"
+
+
+def test_no_manifest_is_an_integrity_error(folder: Path) -> None:
+    with pytest.raises(IntegrityError, match=r"cannot read .*manifest\.json"):
+        read_manifest(folder)
+
+
+Edit = Callable[[dict[str, Any]], object]
+
+
+@pytest.mark.parametrize(
+    "edit",
+    [
+        lambda content: content.pop("formats"),
+        lambda content: content.update(note="x"),
+        lambda content: content.update(schema_version=2),
+        lambda content: content.update(number=0),
+        lambda content: content.update(name="../tiny"),
+        lambda content: content["heldout"].update(sha256="0"),
+        lambda content: content.update(formats={"onnx": {"files": []}}),
+    ],
+)
+def test_a_manifest_that_was_edited_out_of_shape_is_refused(folder: Path, manifest: Manifest, edit: Edit) -> None:
+    content = manifest.model_dump(mode="json")
+    edit(content)
+    (folder / MANIFEST_FILE).write_text(json.dumps(content))
+    with pytest.raises(IntegrityError):
+        read_manifest(folder)
+
+
+@pytest.mark.parametrize("cut", [0, 1, 100, -1])
+def test_a_manifest_that_is_cut_off_is_refused(folder: Path, manifest: Manifest, cut: int) -> None:
+    write_manifest(folder, manifest)
+    (folder / MANIFEST_FILE).write_bytes((folder / MANIFEST_FILE).read_bytes()[:cut])
+    with pytest.raises(IntegrityError, match="cannot read"):
+        read_manifest(folder)

@@ -1,0 +1,231 @@
+"""A version is there as a whole or not at all, is never changed, and is found by each of its names."""
+
+import stat
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from svc.errors import IntegrityError, NotFoundError
+from svc.registry.manifest import MANIFEST_FILE, Manifest
+from svc.registry.registry import HELDOUT_FILE, Registry
+from svc.registry.tracking import Tracking
+from svc.registry.version import Alias, Format, VersionId
+from tests.svc.registry.manifests import make_manifest
+
+Publish = Callable[[], Manifest]
+KILLED = """
+import os, signal, sys
+from pathlib import Path
+from svc.registry.registry import Registry
+from svc.registry.tracking import Tracking
+from svc.registry.version import VersionId
+from tests.svc.registry.manifests import make_manifest
+
+models, name, moment, merged, heldout = sys.argv[1:]
+
+class Seventh(Tracking):
+    def allocate(self, name, source, run_id):
+        return VersionId(name, 7)
+
+def die(*arguments):
+    os.kill(os.getpid(), signal.SIGKILL)
+
+if moment == "at the manifest":
+    make_manifest = die
+else:
+    Path.rename = die
+content = {"merged": Path(merged), "heldout.jsonl": Path(heldout)}
+Registry(Path(models), Seventh("unused")).publish(name, "run", content, make_manifest)
+"""
+
+
+def test_a_published_version_has_all_that_went_in(registry: Registry, publish: Publish) -> None:
+    manifest = publish()
+    folder = registry.folder(manifest.id)
+    assert {path.name for path in folder.iterdir()} == {"merged", HELDOUT_FILE, MANIFEST_FILE}
+    assert registry.manifest(manifest.id) == manifest
+    registry.verify(manifest.id, Format.MERGED)
+
+
+def test_versions_are_counted_from_1(registry: Registry, publish: Publish, name: str) -> None:
+    assert [publish().number, publish().number] == [1, 2]
+    assert registry.versions(name) == [VersionId(name, 1), VersionId(name, 2)]
+    assert registry.names() == [name]
+
+
+def test_files_of_a_version_are_read_only(registry: Registry, publish: Publish) -> None:
+    folder = registry.folder(publish().id)
+    modes = {path.name: stat.S_IMODE(path.stat().st_mode) for path in folder.rglob("*") if path.is_file()}
+    assert set(modes.values()) == {0o444}
+    assert MANIFEST_FILE in modes
+
+
+def test_a_failure_in_the_middle_leaves_no_version(
+    registry: Registry, name: str, content: dict[str, Path], run: str
+) -> None:
+    def fail(version: VersionId, folder: Path) -> Manifest:
+        raise OSError("no space left on device")
+
+    with pytest.raises(OSError, match="no space left"):
+        registry.publish(name, run, content, fail)
+    assert registry.versions() == []
+    assert list((registry.models / name).iterdir()) == []
+
+
+def test_the_number_of_a_failure_is_not_used_again(
+    registry: Registry, name: str, content: dict[str, Path], run: str, publish: Publish
+) -> None:
+    def interrupt(version: VersionId, folder: Path) -> Manifest:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        registry.publish(name, run, content, interrupt)
+    assert publish().number == 2
+
+
+def test_a_missing_source_leaves_no_version(
+    registry: Registry, name: str, content: dict[str, Path], run: str, tmp_path: Path
+) -> None:
+    content["gptq"] = tmp_path / "nowhere"
+    with pytest.raises(FileNotFoundError):
+        registry.publish(name, run, content, make_manifest)
+    assert registry.versions() == []
+
+
+@pytest.mark.parametrize("moment", ["at the manifest", "at the last step"])
+def test_a_kill_in_the_middle_leaves_no_version_and_the_next_one_works(
+    registry: Registry, name: str, content: dict[str, Path], publish: Publish, moment: str
+) -> None:
+    arguments = [str(registry.models), name, moment, str(content["merged"]), str(content[HELDOUT_FILE])]
+    done = subprocess.run([sys.executable, "-c", KILLED, *arguments], cwd=Path(__file__).parents[3], check=False)
+    assert done.returncode == -9
+    assert registry.versions() == []
+    with pytest.raises(NotFoundError):
+        registry.resolve(name)
+    made = publish()
+    assert registry.versions() == [made.id]
+
+
+def test_a_number_whose_folder_is_there_already_is_passed_over(registry: Registry, publish: Publish, name: str) -> None:
+    registry.folder(VersionId(name, 1)).mkdir(parents=True)
+    assert publish().number == 2
+
+
+@pytest.mark.parametrize("stray", ["5", ".5", "0", "007", "²", "٣", "old", "5.bak"])
+def test_a_folder_that_is_no_version_is_not_shown(registry: Registry, publish: Publish, name: str, stray: str) -> None:
+    manifest = publish()
+    (registry.models / name / stray).mkdir()
+    if stray != "5":
+        (registry.models / name / stray / MANIFEST_FILE).touch()
+    assert registry.versions() == [manifest.id]
+    assert registry.resolve(name) == manifest.id
+
+
+def test_a_home_without_versions_has_none(registry: Registry) -> None:
+    assert registry.versions() == []
+    assert registry.names() == []
+
+
+def test_an_altered_file_is_found_by_name(registry: Registry, publish: Publish) -> None:
+    manifest = publish()
+    weights = registry.artifact(manifest.id, Format.MERGED) / "model.safetensors"
+    weights.chmod(0o644)
+    weights.write_bytes(weights.read_bytes()[:-1] + b"?")
+    with pytest.raises(IntegrityError, match="was changed after registration") as caught:
+        registry.verify(manifest.id, Format.MERGED)
+    assert str(weights) in caught.value.wrong
+
+
+def test_a_manifest_of_another_version_is_refused(registry: Registry, publish: Publish) -> None:
+    one, two = publish(), publish()
+    path = registry.folder(two.id) / MANIFEST_FILE
+    path.unlink()
+    path.write_bytes((registry.folder(one.id) / MANIFEST_FILE).read_bytes())
+    with pytest.raises(IntegrityError, match=f"is the manifest of {one.id}"):
+        registry.manifest(two.id)
+
+
+def test_a_name_alone_is_its_newest_version_until_one_is_in_production(
+    registry: Registry, publish: Publish, name: str, tracking: Tracking
+) -> None:
+    one, two = publish(), publish()
+    assert registry.resolve(name) == two.id
+    tracking.set_alias(one.id, Alias.PRODUCTION)
+    assert registry.resolve(name) == one.id
+
+
+def test_version_10_is_newer_than_version_9(registry: Registry, publish: Publish, name: str) -> None:
+    for number in range(1, 10):
+        registry.folder(VersionId(name, number)).mkdir(parents=True)
+    ten = publish()
+    (registry.folder(VersionId(name, 9)) / MANIFEST_FILE).touch()
+    assert registry.resolve(name) == ten.id == VersionId(name, 10)
+
+
+def test_a_number_is_that_version(registry: Registry, publish: Publish, name: str) -> None:
+    publish()
+    publish()
+    assert registry.resolve(f"{name}@1") == VersionId(name, 1)
+
+
+@pytest.mark.parametrize("alias", Alias)
+def test_an_alias_is_the_version_that_it_was_given(
+    registry: Registry, publish: Publish, name: str, tracking: Tracking, alias: Alias
+) -> None:
+    one = publish()
+    publish()
+    tracking.set_alias(one.id, alias)
+    assert registry.resolve(f"{name}@{alias}") == one.id
+
+
+@pytest.mark.parametrize(
+    ("suffix", "text"),
+    [
+        ("@3", "there is no version {name}@3"),
+        ("@candidate", "{name} has no alias 'candidate'"),
+        ("@newest", "'{name}@newest' names no version"),
+        ("-x", "there is no model '{name}-x'"),
+        ("@1@1", "'{name}@1@1' names no version"),
+    ],
+)
+def test_what_is_not_there_is_named_with_what_is(
+    registry: Registry, publish: Publish, name: str, suffix: str, text: str
+) -> None:
+    publish()
+    with pytest.raises(NotFoundError) as caught:
+        registry.resolve(name + suffix)
+    assert text.format(name=name) in caught.value.wrong
+    assert caught.value.expected or caught.value.todo
+
+
+@pytest.mark.parametrize("text", ["", "*", "**", "/etc", "..", "[", "a/../..", "@production", "*@production", "\0"])
+def test_no_text_reaches_beyond_the_names(registry: Registry, publish: Publish, text: str) -> None:
+    publish()
+    with pytest.raises(NotFoundError):
+        registry.resolve(text)
+
+
+def test_what_a_missing_version_has_instead_is_told(registry: Registry, publish: Publish, name: str) -> None:
+    publish()
+    with pytest.raises(NotFoundError) as caught:
+        registry.manifest(VersionId(name, 9))
+    assert f"{name}@1" in caught.value.expected
+
+
+def test_a_format_that_a_version_does_not_have_is_refused(registry: Registry, publish: Publish) -> None:
+    manifest = publish()
+    with pytest.raises(NotFoundError, match="has no format gptq") as caught:
+        registry.artifact(manifest.id, Format.GPTQ)
+    assert caught.value.expected == "one of merged"
+
+
+def test_a_version_survives_the_end_of_what_it_was_made_from(
+    registry: Registry, publish: Publish, content: dict[str, Path]
+) -> None:
+    manifest = publish()
+    for path in content["merged"].iterdir():
+        path.unlink()
+    registry.verify(manifest.id, Format.MERGED)

@@ -1,0 +1,79 @@
+"""MLflow gives numbers once, keeps aliases, and says so when it is not there."""
+
+import pytest
+from mlflow import MlflowClient
+
+from svc.errors import RegistryError
+from svc.registry.tracking import Tracking
+from svc.registry.version import Alias, VersionId
+
+
+@pytest.fixture
+def mlflow(tracking: Tracking) -> MlflowClient:
+    """What a person sees in MLflow's pages."""
+    return MlflowClient(tracking.uri, tracking.uri)
+
+
+def test_numbers_go_up_by_one(tracking: Tracking, name: str, run: str) -> None:
+    assert [tracking.allocate(name, "/models", run).number for _ in range(3)] == [1, 2, 3]
+
+
+def test_a_number_that_was_taken_back_is_not_given_again(tracking: Tracking, name: str, run: str) -> None:
+    first = tracking.allocate(name, "/models", run)
+    tracking.discard(first)
+    assert tracking.allocate(name, "/models", run) == VersionId(name, 2)
+
+
+def test_a_version_leads_to_its_run(tracking: Tracking, name: str, run: str, mlflow: MlflowClient) -> None:
+    version = tracking.allocate(name, "/models", run)
+    tracking.annotate(version, "tiny on 12 examples", {"exact_match_gptq": "0.5"})
+    found = mlflow.get_model_version(name, "1")
+    assert (found.run_id, found.description, found.tags) == (run, "tiny on 12 examples", {"exact_match_gptq": "0.5"})
+
+
+def test_a_name_that_mlflow_does_not_know_has_no_aliases(tracking: Tracking, name: str) -> None:
+    assert tracking.aliases(name) == {}
+    assert tracking.alias(name, Alias.PRODUCTION) is None
+
+
+def test_an_alias_moves(tracking: Tracking, name: str, run: str) -> None:
+    one, two = (tracking.allocate(name, "/models", run) for _ in range(2))
+    tracking.set_alias(one, Alias.PRODUCTION)
+    tracking.set_alias(two, Alias.PRODUCTION)
+    tracking.set_alias(one, Alias.SHADOW)
+    assert tracking.aliases(name) == {Alias.PRODUCTION: two, Alias.SHADOW: one}
+
+
+def test_aliases_of_others_are_left_out(tracking: Tracking, name: str, run: str, mlflow: MlflowClient) -> None:
+    tracking.allocate(name, "/models", run)
+    mlflow.set_registered_model_alias(name, "favourite", "1")
+    assert tracking.aliases(name) == {}
+
+
+def test_runs_of_one_name_are_in_one_experiment(tracking: Tracking, name: str, mlflow: MlflowClient) -> None:
+    runs = [mlflow.get_run(tracking.start_run(name, {"tuneserve.run": f"{name}-1"})) for _ in range(2)]
+    assert runs[0].info.experiment_id == runs[1].info.experiment_id
+    assert runs[0].data.tags["tuneserve.run"] == f"{name}-1"
+
+
+def test_figures_are_kept_with_the_run(tracking: Tracking, mlflow: MlflowClient) -> None:
+    run = tracking.start_run("tests", {})
+    tracking.log_metrics(run, {"exact_match": 0.75})
+    assert mlflow.get_run(run).data.metrics == {"exact_match": 0.75}
+
+
+def test_what_a_trainer_logs_goes_to_the_attached_run(tracking: Tracking, mlflow: MlflowClient) -> None:
+    import mlflow as fluent
+
+    run = tracking.start_run("tests", {})
+
+    with tracking.attach(run):
+        fluent.log_metric("loss", 0.5)
+    assert mlflow.get_run(run).data.metrics == {"loss": 0.5}
+    assert fluent.active_run() is None
+
+
+def test_an_mlflow_that_does_not_answer_is_a_registry_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+    with pytest.raises(RegistryError, match="does not answer"):
+        Tracking("http://127.0.0.1:9").aliases("tiny")

@@ -1,0 +1,83 @@
+"""The store is made at first use, comes to the newest schema, and survives what is done to it."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import sqlalchemy as sa
+from alembic.autogenerate import compare_metadata
+from alembic.migration import MigrationContext
+from alembic.operations import Operations
+from sqlalchemy import Engine
+from sqlalchemy.exc import IntegrityError
+
+from svc.registry.version import Format, VersionId
+from svc.store.database import open_database
+from svc.store.desired import Target, change_desired, read_desired
+from svc.store.tables import Table
+
+ONE = Target(VersionId("tiny", 1), Format.GPTQ)
+
+
+def test_migrations_give_the_tables_that_the_code_knows(store: Engine) -> None:
+    with store.connect() as connection:
+        context = MigrationContext.configure(connection, opts={"compare_type": True})
+        assert compare_metadata(context, Table.metadata) == []
+
+
+def test_what_was_written_is_there_when_it_is_opened_again(tmp_path: Path) -> None:
+    change_desired(open_database(tmp_path), None, ONE, None)
+    found = read_desired(open_database(tmp_path), "tiny")
+    assert found is not None
+    assert found.target == ONE
+
+
+def test_readers_do_not_wait_for_writers_and_commits_survive_a_power_cut(store: Engine) -> None:
+    with store.connect() as connection:
+        assert connection.scalar(sa.text("PRAGMA journal_mode")) == "wal"
+        assert connection.scalar(sa.text("PRAGMA synchronous")) == 2
+
+
+def test_a_step_without_its_swap_is_refused(store: Engine) -> None:
+    with pytest.raises(IntegrityError, match="FOREIGN KEY"), store.begin() as connection:
+        connection.execute(sa.text("INSERT INTO swap_steps (swap_id, at, text) VALUES (99, '2026-01-01', 'x')"))
+
+
+OPENER = """
+import sys
+from pathlib import Path
+from svc.store.database import open_database
+from svc.store.desired import read_desired
+print("ready", flush=True)
+sys.stdin.readline()
+print(read_desired(open_database(Path(sys.argv[1])), "tiny"))
+"""
+
+
+def test_two_processes_that_open_a_new_store_at_once_both_get_it(tmp_path: Path) -> None:
+    """`svc serve` and `svc promote` on a new home."""
+    arguments = [sys.executable, "-c", OPENER, str(tmp_path)]
+    processes = [
+        subprocess.Popen(arguments, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        for _ in range(3)
+    ]
+    for process in processes:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "ready\n"
+    for process in processes:
+        assert process.stdin is not None
+        process.stdin.write("\n")
+        process.stdin.flush()
+    assert [process.communicate()[0] for process in processes] == ["None\n"] * 3
+
+
+def test_a_migration_that_fails_leaves_nothing_half_done(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*arguments: object, **options: object) -> None:
+        raise OSError("no space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Operations, "create_index", fail)
+        with pytest.raises(OSError, match="no space left"):
+            open_database(tmp_path)
+    assert read_desired(open_database(tmp_path), "tiny") is None

@@ -1,0 +1,103 @@
+"""Of two changes that start from one state, one wins and the other is told."""
+
+import threading
+from dataclasses import replace
+
+import pytest
+from sqlalchemy import Engine
+
+from svc.errors import BusyError
+from svc.registry.version import Format, VersionId
+from svc.store.desired import Desired, Target, change_desired, desired_names, read_desired
+
+
+def target(number: int, format: Format = Format.GPTQ, name: str = "tiny") -> Target:
+    return Target(VersionId(name, number), format)
+
+
+def test_nothing_is_desired_at_first(store: Engine) -> None:
+    assert read_desired(store, "tiny") is None
+    assert desired_names(store) == []
+
+
+def test_the_first_state_is_generation_1(store: Engine) -> None:
+    made = change_desired(store, None, target(1), None)
+    assert made == read_desired(store, "tiny") == Desired(target(1), None, 1)
+
+
+def test_a_change_keeps_what_was_before(store: Engine) -> None:
+    first = change_desired(store, None, target(1, Format.MERGED), None)
+    change_desired(store, first, target(2), first.target)
+    assert read_desired(store, "tiny") == Desired(target(2), target(1, Format.MERGED), 2)
+
+
+def test_a_change_can_forget_what_was_before(store: Engine) -> None:
+    first = change_desired(store, None, target(1), target(3))
+    change_desired(store, first, target(2), None)
+    assert read_desired(store, "tiny") == Desired(target(2), None, 2)
+
+
+def test_names_do_not_touch_each_other(store: Engine) -> None:
+    change_desired(store, None, target(1), None)
+    change_desired(store, None, target(7, name="other"), None)
+    assert desired_names(store) == ["other", "tiny"]
+    found = read_desired(store, "tiny")
+    assert found is not None
+    assert found.target == target(1)
+
+
+def test_who_decided_on_an_older_state_is_refused(store: Engine) -> None:
+    seen = change_desired(store, None, target(1), None)
+    change_desired(store, seen, target(2), seen.target)
+    with pytest.raises(BusyError, match="somebody else changed what tiny serves"):
+        change_desired(store, seen, target(3), seen.target)
+    assert read_desired(store, "tiny") == Desired(target(2), target(1), 2)
+
+
+def test_who_saw_no_state_where_there_is_one_is_refused(store: Engine) -> None:
+    change_desired(store, None, target(1), None)
+    with pytest.raises(BusyError):
+        change_desired(store, None, target(2), None)
+    assert read_desired(store, "tiny") == Desired(target(1), None, 1)
+
+
+def test_who_saw_a_state_that_never_was_is_refused(store: Engine) -> None:
+    with pytest.raises(BusyError):
+        change_desired(store, Desired(target(1), None, 1), target(2), None)
+    assert read_desired(store, "tiny") is None
+
+
+def test_going_back_to_an_old_state_does_not_revive_old_decisions(store: Engine) -> None:
+    first = change_desired(store, None, target(1), None)
+    second = change_desired(store, first, target(2), first.target)
+    back = change_desired(store, second, target(1), None)
+    assert replace(back, generation=1) == first
+    with pytest.raises(BusyError):
+        change_desired(store, first, target(3), first.target)
+
+
+@pytest.mark.parametrize("exists", [False, True])
+def test_of_many_changes_at_once_exactly_one_wins(store: Engine, exists: bool) -> None:
+    seen = change_desired(store, None, target(1), None) if exists else None
+    outcomes: list[Desired | BusyError] = []
+    start = threading.Barrier(6)
+
+    def change(number: int) -> None:
+        start.wait(5)
+        try:
+            outcomes.append(change_desired(store, seen, target(number), None))
+        except BusyError as error:
+            outcomes.append(error)
+
+    threads = [threading.Thread(target=change, args=(number,)) for number in range(2, 8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    won = [outcome for outcome in outcomes if isinstance(outcome, Desired)]
+    assert len(outcomes) == 6
+    assert won == [read_desired(store, "tiny")]
+
+
+def test_a_target_reads_as_version_and_format() -> None:
+    assert str(target(3, Format.MERGED)) == "tiny@3 (merged)"

@@ -1,0 +1,46 @@
+"""Probes that were taken again belong to one version, in one format, on one kind of engine."""
+
+import pytest
+from sqlalchemy import Engine
+
+from svc.engine.probe import EngineFacts, Probe
+from svc.registry.version import Format, VersionId
+from svc.settings import Device
+from svc.store.desired import Target
+from svc.store.retaken_probes import find_retaken_probes, keep_retaken_probes
+
+FACTS = EngineFacts(vllm="0.32.0", device=Device.CPU, instruction_set="x86_64-avx2", mode="eager")
+TARGET = Target(VersionId("tiny", 2), Format.GPTQ)
+
+
+def probe(logprob: float) -> Probe:
+    return Probe(token_ids=(1, 2), start=1, logprobs=(logprob,), tolerance=0.001, engine=FACTS)
+
+
+def test_what_was_kept_is_found_to_the_last_digit(store: Engine) -> None:
+    probes = (probe(-0.1234567890123456), probe(-1e-300))
+    keep_retaken_probes(store, TARGET, FACTS, probes)
+    assert find_retaken_probes(store, TARGET, FACTS) == probes
+
+
+@pytest.mark.parametrize(
+    ("target", "facts"),
+    [
+        (Target(VersionId("tiny", 3), Format.GPTQ), FACTS),
+        (Target(VersionId("other", 2), Format.GPTQ), FACTS),
+        (Target(VersionId("tiny", 2), Format.MERGED), FACTS),
+        (TARGET, FACTS.model_copy(update={"vllm": "0.33.0"})),
+        (TARGET, FACTS.model_copy(update={"mode": "compiled"})),
+        (TARGET, FACTS.model_copy(update={"instruction_set": "x86_64-avx512f"})),
+        (TARGET, FACTS.model_copy(update={"device": Device.CUDA})),
+    ],
+)
+def test_nothing_else_may_be_checked_by_them(store: Engine, target: Target, facts: EngineFacts) -> None:
+    keep_retaken_probes(store, TARGET, FACTS, (probe(-1.0),))
+    assert find_retaken_probes(store, target, facts) is None
+
+
+def test_the_newer_ones_take_the_place_of_the_older(store: Engine) -> None:
+    keep_retaken_probes(store, TARGET, FACTS, (probe(-1.0),))
+    keep_retaken_probes(store, TARGET, FACTS, (probe(-2.0),))
+    assert find_retaken_probes(store, TARGET, FACTS) == (probe(-2.0),)

@@ -1,0 +1,72 @@
+"""The journal says what a swap did, step by step, and how it ended."""
+
+from datetime import UTC, datetime, timedelta
+
+import pytest
+from sqlalchemy import Engine
+
+from svc.registry.version import Format, VersionId
+from svc.store.desired import Desired, Target
+from svc.store.swaps import SwapOutcome, SwapResult, add_step, begin_swap, end_swap, find_swap
+
+
+def desired(number: int, generation: int, name: str = "tiny") -> Desired:
+    return Desired(Target(VersionId(name, number), Format.GPTQ), None, generation)
+
+
+def test_no_swap_was_ever(store: Engine) -> None:
+    assert find_swap(store, "tiny") is None
+
+
+def test_a_swap_under_way_has_its_steps_and_no_outcome(store: Engine) -> None:
+    swap = begin_swap(store, desired(2, 5))
+    add_step(store, swap, "files match")
+    add_step(store, swap, "holding new requests")
+    found = find_swap(store, "tiny")
+    assert found is not None
+    assert (found.id, found.generation, found.outcome, found.seconds) == (swap, 5, None, None)
+    assert found.target == desired(2, 5).target
+    assert found.steps == ("files match", "holding new requests")
+
+
+def test_the_start_is_a_point_in_time_with_its_zone(store: Engine) -> None:
+    begin_swap(store, desired(2, 5))
+    found = find_swap(store, "tiny")
+    assert found is not None
+    assert abs(datetime.now(UTC) - found.started_at) < timedelta(minutes=1)
+
+
+@pytest.mark.parametrize("outcome", SwapOutcome)
+def test_the_end_is_written_whole(store: Engine, outcome: SwapOutcome) -> None:
+    swap = begin_swap(store, desired(2, 5))
+    end_swap(store, swap, SwapResult(outcome, "why", 1.5, 3, 7))
+    found = find_swap(store, "tiny")
+    assert found is not None
+    assert (found.outcome, found.reason, found.seconds, found.running, found.held) == (outcome, "why", 1.5, 3, 7)
+
+
+def test_the_last_swap_of_a_name_is_found(store: Engine) -> None:
+    begin_swap(store, desired(2, 5))
+    last = begin_swap(store, desired(3, 6))
+    begin_swap(store, desired(9, 1, name="other"))
+    found = find_swap(store, "tiny")
+    assert found is not None
+    assert found.id == last
+
+
+def test_the_swap_of_a_generation_is_found(store: Engine) -> None:
+    first = begin_swap(store, desired(2, 5))
+    begin_swap(store, desired(3, 6))
+    found = find_swap(store, "tiny", generation=5)
+    assert found is not None
+    assert found.id == first
+    assert find_swap(store, "tiny", generation=7) is None
+
+
+def test_steps_stay_with_their_swap(store: Engine) -> None:
+    first, second = begin_swap(store, desired(2, 5)), begin_swap(store, desired(3, 6))
+    add_step(store, second, "of the second")
+    add_step(store, first, "of the first")
+    found = find_swap(store, "tiny")
+    assert found is not None
+    assert found.steps == ("of the second",)

@@ -1,0 +1,180 @@
+"""The command line: help at once, errors as text with their own exit code, and no library loaded that nobody needs."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import click
+import pytest
+
+from svc import cli
+from svc.dataset.reader import write_examples
+from svc.errors import SvcError
+from tests.command_line import Svc
+from tests.svc.chats import chat
+from tests.svc.test_errors import kinds
+
+HEAVY = ("torch", "transformers", "vllm")
+NOT_FOR_HELP = (*HEAVY, "mlflow", "fastapi", "sklearn", "scipy")
+
+
+def loaded_after(code: str) -> set[str]:
+    """The top-level packages that a fresh interpreter has after running code."""
+    report = "\nimport json, sys; print('\\n' + json.dumps(sorted({name.partition('.')[0] for name in sys.modules})))"
+    done = subprocess.run([sys.executable, "-c", code + report], capture_output=True, text=True, check=True)
+    return set(json.loads(done.stdout.splitlines()[-1]))
+
+
+def test_help_loads_no_heavy_library() -> None:
+    code = "import sys; sys.argv = ['svc', '--help']\nfrom svc.cli import main\ntry: main()\nexcept SystemExit: pass"
+    assert not loaded_after(code) & set(NOT_FOR_HELP)
+
+
+def test_no_room_but_the_trainer_needs_torch_at_import() -> None:
+    assert not loaded_after("import svc.cli, serving, monitoring, svc.registry.registry") & set(HEAVY)
+
+
+def test_no_command_loads_torch_before_it_runs() -> None:
+    code = "from svc.cli import COMMANDS, LazyGroup\nfor name in COMMANDS: LazyGroup().get_command(None, name)"
+    assert not loaded_after(code) & set(HEAVY)
+
+
+def test_help_lists_every_command(svc: Svc) -> None:
+    ended = svc("--help")
+    assert ended.code == 0
+    assert all(name in ended.out and text in ended.out for name, (_, text) in cli.COMMANDS.items())
+
+
+@pytest.mark.parametrize("command", list(cli.COMMANDS))
+def test_every_command_has_help(svc: Svc, command: str) -> None:
+    ended = svc(command, "-h")
+    assert ended.code == 0
+    assert f"svc {command}" in ended.out
+
+
+@pytest.mark.parametrize("kind", [SvcError, *kinds()])
+def test_an_error_is_text_and_its_exit_code(svc: Svc, monkeypatch: pytest.MonkeyPatch, kind: type[SvcError]) -> None:
+    @click.command()
+    def fail() -> None:
+        raise kind("the disk is on fire", expected="a cool disk", todo="call somebody")
+
+    monkeypatch.setattr(sys.modules[__name__], "failing", fail, raising=False)
+    monkeypatch.setitem(cli.COMMANDS, "fail", (f"{__name__}:failing", "Fails."))
+    ended = svc("fail")
+    assert ended.code == kind.exit_code
+    assert ended.err == "error: the disk is on fire\n  expected: a cool disk\n  do: call somebody\n"
+    assert ended.out == ""
+
+
+def test_a_defect_keeps_its_traceback(svc: Svc, monkeypatch: pytest.MonkeyPatch) -> None:
+    @click.command()
+    def fail() -> None:
+        raise ZeroDivisionError
+
+    monkeypatch.setattr(sys.modules[__name__], "failing", fail, raising=False)
+    monkeypatch.setitem(cli.COMMANDS, "fail", (f"{__name__}:failing", "Fails."))
+    monkeypatch.setattr(sys, "argv", ["svc", "fail"])
+    with pytest.raises(ZeroDivisionError):
+        cli.main()
+
+
+def test_an_interruption_is_130(svc: Svc, monkeypatch: pytest.MonkeyPatch) -> None:
+    @click.command()
+    def fail() -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(sys.modules[__name__], "failing", fail, raising=False)
+    monkeypatch.setitem(cli.COMMANDS, "fail", (f"{__name__}:failing", "Fails."))
+    ended = svc("fail")
+    assert ended.code == 130
+    assert "interrupted" in ended.err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "text"),
+    [
+        (["data", "check", "none.jsonl"], 3, "cannot open data file none.jsonl"),
+        (["train", "none.yaml"], 4, "cannot open recipe none.yaml"),
+        (["show", "nobody"], 8, "there is no model 'nobody'"),
+        (["show", "nobody@1"], 8, "there is no version nobody@1"),
+        (["show", "nobody@latest"], 8, "'nobody@latest' names no version"),
+        (["show", "/etc"], 8, "there is no model '/etc'"),
+        (["show", ""], 8, "there is no model ''"),
+        (["show", "*"], 8, "there is no model '*'"),
+        (["status"], 13, "no server runs on"),
+        (["--config", "none.yaml", "status"], 2, "cannot read settings from none.yaml"),
+        (["dance"], 2, "No such command 'dance'"),
+        (["show"], 2, "Missing argument"),
+        (["train", "--fast"], 2, "No such option"),
+    ],
+)
+def test_a_mistake_is_named_and_has_its_exit_code(svc: Svc, arguments: list[str], code: int, text: str) -> None:
+    ended = svc(*arguments)
+    assert ended.code == code
+    assert text in ended.err
+    assert "Traceback" not in ended.err + ended.out
+
+
+def test_an_unknown_variable_stops_every_command(svc: Svc, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SVC_HOEM", "x")
+    ended = svc("status")
+    assert ended.code == 2
+    assert "SVC_HOEM" in ended.err
+
+
+def test_the_home_flag_goes_before_the_environment(svc: Svc, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("SVC_HOME", "below")
+    assert f"no server runs on {tmp_path / 'above'}" in svc("--home", "above", "status").err
+
+
+def test_no_traceback_reaches_a_terminal(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "svc.cli", "data", "check", "none.jsonl"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, check=False)
+    assert done.returncode == 3
+    assert done.stderr.startswith("error: cannot open data file none.jsonl")
+
+
+def test_no_models_yet_says_how_to_make_one(svc: Svc) -> None:
+    assert "svc train RECIPE" in svc("models").out
+
+
+def test_no_models_yet_is_an_empty_list_for_machines(svc: Svc) -> None:
+    assert json.loads(svc("models", "--json").out) == []
+
+
+def data_check(svc: Svc, path: Path, *options: str | Path) -> tuple[int, Any]:
+    ended = svc("data", "check", path, "--json", *options)
+    return ended.code, json.loads(ended.out)
+
+
+def test_good_data_ends_with_0(svc: Svc, tmp_path: Path) -> None:
+    write_examples(tmp_path / "good.jsonl", [chat("a"), chat("b")])
+    code, reports = data_check(svc, tmp_path / "good.jsonl")
+    assert (code, reports[0]["examples"], reports[0]["errors"]) == (0, 2, 0)
+
+
+def test_bad_data_ends_with_1_and_names_the_line(svc: Svc, tmp_path: Path) -> None:
+    (tmp_path / "bad.jsonl").write_text(json.dumps(chat().as_dict()) + "\n{}\n")
+    code, reports = data_check(svc, tmp_path / "bad.jsonl")
+    assert (code, [problem["line"] for problem in reports[0]["problems"]]) == (1, [2])
+
+
+def test_warnings_alone_end_with_0(svc: Svc, tmp_path: Path) -> None:
+    write_examples(tmp_path / "twice.jsonl", [chat("a"), chat("a")])
+    assert data_check(svc, tmp_path / "twice.jsonl")[0] == 0
+
+
+def test_a_leak_ends_with_1(svc: Svc, tmp_path: Path) -> None:
+    write_examples(tmp_path / "train.jsonl", [chat("a"), chat("b")])
+    write_examples(tmp_path / "heldout.jsonl", [chat("b")])
+    assert data_check(svc, tmp_path / "train.jsonl", "--heldout", tmp_path / "heldout.jsonl")[0] == 1
+
+
+def test_a_person_reads_problems_by_line(svc: Svc, tmp_path: Path) -> None:
+    (tmp_path / "bad.jsonl").write_text(json.dumps(chat().as_dict()) + "\n{}\n")
+    ended = svc("data", "check", tmp_path / "bad.jsonl")
+    assert ended.code == 1
+    assert "1 examples in 2 lines" in ended.out
+    assert "line 2: error: no 'messages', only []" in ended.out

@@ -1,0 +1,40 @@
+"""Every error says what was wrong, what was expected and what to do, and has an exit code that scripts can trust."""
+
+from collections.abc import Iterator
+
+import pytest
+
+from svc import errors
+from svc.errors import DataError, ProbeError, SvcError
+
+
+def kinds(root: type[SvcError] = SvcError) -> Iterator[type[SvcError]]:
+    """All kinds of error below one that stand in svc/errors.py; rooms that are imported have more."""
+    for kind in root.__subclasses__():
+        if kind.__module__ == errors.__name__:
+            yield kind
+            yield from kinds(kind)
+
+
+def test_the_text_has_all_three_parts() -> None:
+    error = DataError("x.jsonl:3: not JSON", expected="one object in a line", todo="mend the line")
+    assert str(error) == "x.jsonl:3: not JSON\n  expected: one object in a line\n  do: mend the line"
+
+
+def test_parts_that_are_not_given_leave_no_line() -> None:
+    assert str(DataError("wrong")) == "wrong"
+
+
+def test_a_script_can_tell_the_errors_apart() -> None:
+    codes = {kind.__name__: kind.exit_code for kind in kinds() if kind is not ProbeError}
+    assert len(set(codes.values())) == len(codes)
+    assert SvcError.exit_code not in codes.values()
+
+
+def test_a_failed_probe_is_an_engine_error() -> None:
+    assert ProbeError.exit_code == errors.EngineError.exit_code
+
+
+@pytest.mark.parametrize("kind", [SvcError, *kinds()])
+def test_exit_codes_are_none_of_the_shells(kind: type[SvcError]) -> None:
+    assert 0 < kind.exit_code < 126

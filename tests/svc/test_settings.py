@@ -1,0 +1,192 @@
+"""Settings come from four places, the later before the earlier, and nothing that is misspelt passes."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from hypothesis import given
+from hypothesis import strategies as st
+
+from svc.errors import SettingsError
+from svc.settings import Device, Settings, load_settings, setting_keys
+from tests.svc.json_values import mappings_of
+
+Write = Callable[[str], Path]
+
+
+@pytest.fixture(autouse=True)
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty working folder."""
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@pytest.fixture
+def write(folder: Path) -> Write:
+    def write(text: str) -> Path:
+        path = folder / "svc.yaml"
+        path.write_text(text, "utf-8")
+        return path
+
+    return write
+
+
+def refusal(config: Path | None = None, **flags: Any) -> str:
+    with pytest.raises(SettingsError) as caught:
+        load_settings(config, **flags)
+    return str(caught.value)
+
+
+def test_defaults_need_nothing(folder: Path) -> None:
+    settings = load_settings()
+    assert settings.home == folder / ".svc"
+    assert settings.serve.host == "127.0.0.1"
+    assert settings.serve.port == 8000
+    assert settings.engine.device is Device.AUTO
+
+
+def test_the_file_goes_before_the_defaults(write: Write) -> None:
+    write("serve: {port: 1111}")
+    assert load_settings().serve.port == 1111
+
+
+def test_the_environment_goes_before_the_file(write: Write, monkeypatch: pytest.MonkeyPatch) -> None:
+    write("serve: {port: 1111}")
+    monkeypatch.setenv("SVC_SERVE__PORT", "2222")
+    assert load_settings().serve.port == 2222
+
+
+def test_flags_go_before_the_environment(write: Write, monkeypatch: pytest.MonkeyPatch) -> None:
+    write("serve: {port: 1111}")
+    monkeypatch.setenv("SVC_SERVE__PORT", "2222")
+    assert load_settings(serve={"port": 3333}).serve.port == 3333
+
+
+def test_sources_of_one_section_are_joined_key_by_key(write: Write, monkeypatch: pytest.MonkeyPatch) -> None:
+    write("serve: {max_running: 11, max_held: 11, host: 0.0.0.0}")
+    monkeypatch.setenv("SVC_SERVE__MAX_HELD", "22")
+    settings = load_settings(serve={"host": "::1"}).serve
+    assert (settings.max_running, settings.max_held, settings.host) == (11, 22, "::1")
+
+
+def test_a_flag_that_was_not_given_hides_nothing(write: Write) -> None:
+    write("home: elsewhere")
+    assert load_settings(home=None, serve=None).home.name == "elsewhere"
+
+
+def test_a_named_file_takes_the_place_of_svc_yaml(write: Write, folder: Path) -> None:
+    write("serve: {port: 1111}")
+    other = folder / "other.yaml"
+    other.write_text("serve: {max_held: 7}")
+    settings = load_settings(other).serve
+    assert (settings.port, settings.max_held) == (8000, 7)
+
+
+def test_an_empty_file_is_no_fault(write: Write) -> None:
+    assert load_settings(write("# nothing yet\n")).serve.port == 8000
+
+
+def test_a_whole_section_may_come_from_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SVC_ENGINE", '{"device": "cpu", "args": ["--seed", "1"]}')
+    engine = load_settings().engine
+    assert (engine.device, engine.args) == (Device.CPU, ("--seed", "1"))
+
+
+def test_an_empty_variable_is_not_given(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SVC_SERVE__PORT", "")
+    assert load_settings().serve.port == 8000
+
+
+@pytest.mark.parametrize("name", ["SVC_HOEM", "SVC_SERVE__PROT", "SVC_PORT", "SVC_SERVE_PORT", "SVC_HOME__X", "SVC_"])
+def test_an_unknown_variable_is_refused_by_name(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(name, "1")
+    text = refusal()
+    assert f"environment variable {name} names no setting" in text
+    assert "SVC_SERVE__PORT" in text
+    assert f"unset {name}" in text
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "text"),
+    [
+        ("SVC_SERVE__PORT", "eighty", "'serve.port' is 'eighty'"),
+        ("SVC_ENGINE__DEVICE", "tpu", "'engine.device' is 'tpu'"),
+        ("SVC_ENGINE", "not json", "expected: JSON"),
+        ("SVC_ENGINE", "5", "'engine' is 5"),
+        ("SVC_ENGINE__ARGS", "--seed 1", "expected: JSON"),
+    ],
+)
+def test_a_wrong_variable_is_refused(name: str, value: str, text: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(name, value)
+    assert text in refusal()
+
+
+@pytest.mark.parametrize(
+    ("content", "text"),
+    [
+        ("prot: 1", "setting 'prot' is 1: Extra inputs are not permitted"),
+        ("serve: {prot: 1}", "setting 'serve.prot' is 1"),
+        ("serve: {port: 70000}", "setting 'serve.port' is 70000"),
+        ("serve: {port: [1]}", "setting 'serve.port' is [1]"),
+        ("engine: yes please", "setting 'engine' is 'yes please'"),
+        ("home: ~nobody-of-this-name/x", "~nobody-of-this-name is no user"),
+        ("- a\n- b", "holds a list"),
+        ("5", "holds a int"),
+        ("1: 2", "has the key 1"),
+        ("serve: {port: 1", "cannot read settings"),
+        ("home: 2024-13-45", "cannot read settings"),
+        ("home: !!bool maybe", "cannot read settings"),
+        ("home: !!python/object:os.system x", "cannot read settings"),
+    ],
+)
+def test_a_wrong_file_is_refused_with_key_and_value(content: str, text: str, write: Write) -> None:
+    assert text in refusal(write(content))
+
+
+def test_a_named_file_that_is_not_there_is_refused(folder: Path) -> None:
+    assert f"cannot read settings from {folder / 'none.yaml'}" in refusal(folder / "none.yaml")
+
+
+def test_a_file_that_is_not_utf8_is_refused(folder: Path) -> None:
+    (folder / "svc.yaml").write_bytes(b"home: caf\xe9")
+    assert "cannot read settings" in refusal()
+
+
+def test_a_wrong_flag_is_refused() -> None:
+    assert "'serve.port' is -1" in refusal(serve={"port": -1})
+
+
+def test_settings_do_not_change() -> None:
+    with pytest.raises(ValueError, match="frozen"):
+        load_settings().serve.port = 1  # type: ignore[misc]
+
+
+def test_setting_keys_name_every_leaf() -> None:
+    dumped = Settings().model_dump()
+    leaves = {
+        f"{key}.{inner}" if inner else key
+        for key, value in dumped.items()
+        for inner in (value if isinstance(value, dict) else [""])
+    }
+    assert set(setting_keys()) == leaves
+
+
+@given(mappings_of(setting_keys()))
+def test_any_mapping_is_settings_or_a_settings_error(content: dict[str, Any]) -> None:
+    Path("svc.yaml").write_text(yaml.safe_dump(content), "utf-8")
+    try:
+        settings = load_settings()
+    except SettingsError:
+        return
+    assert settings.home.is_absolute()
+
+
+@given(st.text(max_size=60) | st.binary(max_size=60))
+def test_any_file_is_settings_or_a_settings_error(content: str | bytes) -> None:
+    Path("svc.yaml").write_bytes(content if isinstance(content, bytes) else content.encode("utf-8", "surrogatepass"))
+    try:
+        load_settings()
+    except SettingsError as error:
+        assert error.wrong  # noqa: PT017 - either outcome is right

@@ -1,0 +1,70 @@
+"""Engines for qualification, without a process: the engine's double behind the real client."""
+
+import asyncio
+from collections.abc import Callable
+from pathlib import Path
+
+from svc.engine.client import EngineClient
+from svc.errors import EngineError
+from tests.serving.engine_double import EngineDouble
+from tests.svc.engine.in_process import client_of
+
+
+class DoubleEngine:
+    """One engine that holds a folder."""
+
+    def __init__(self, double: EngineDouble) -> None:
+        self.double = double
+        self.loaded_at_start = Path(double.weights).name
+        self.client: EngineClient = client_of(double, double.name)
+        self.runs = False
+
+    async def start(self, on_phase: Callable[[str], None] = lambda phase: None) -> None:
+        """It is ready at once."""
+        self.runs = True
+
+    async def wait(self) -> int:
+        """It ends only when it is stopped."""
+        while self.runs:
+            await asyncio.sleep(0.01)
+        return 0
+
+    async def stop(self) -> None:
+        """Ends it."""
+        self.runs = False
+        await self.client.close()
+
+
+class Engines:
+    """Launches doubles, one after the other.
+
+    Attributes:
+        launched: all of them.
+        change: changes a double before it starts; is told how many were launched before.
+        refusals: so many launches fail.
+    """
+
+    def __init__(self) -> None:
+        self.launched: list[DoubleEngine] = []
+        self.change: Callable[[int, EngineDouble], None] = lambda number, double: None
+        self.refusals = 0
+
+    def __call__(self, folder: Path) -> DoubleEngine:
+        if self.refusals:
+            self.refusals -= 1
+            raise EngineError("vLLM ended with code 1 before it was ready")
+        assert not any(engine.runs for engine in self.launched), "two engines would need twice the memory"
+        double = EngineDouble(weights=str(folder), name="tiny")
+        self.change(len(self.launched), double)
+        self.launched.append(DoubleEngine(double))
+        return self.launched[-1]
+
+    @property
+    def started_with(self) -> list[str]:
+        """What each held at its start."""
+        return [engine.loaded_at_start for engine in self.launched]
+
+    @property
+    def running(self) -> int:
+        """How many were not stopped."""
+        return sum(engine.runs for engine in self.launched)

@@ -1,0 +1,167 @@
+"""A run's folder: which recipe it belongs to, and how far it came."""
+
+import os
+import shutil
+from collections import namedtuple
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from svc.dataset.example import ChatExample
+from svc.dataset.reader import write_examples
+from svc.errors import DataError, DiskSpaceError
+from tests.trainer.conftest import make_example, make_recipe
+from trainer.base_model import Base
+from trainer.recipe import Recipe
+from trainer.run import Examples, Run, Stage, read_run_examples
+
+BASE = Base(Path("/base"), "./base", "Apache-2.0", "sha256:0")
+EXAMPLES = Examples((make_example("a", "b"),), (make_example("c", "d"),), "sha256:1", "sha256:2")
+
+
+@dataclass(frozen=True)
+class Figures:
+    loss: float
+    steps: tuple[int, ...]
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Run:
+    return Run(tmp_path)
+
+
+def folder(recipe: Recipe, base: Base = BASE, examples: Examples = EXAMPLES) -> Path:
+    return Run.of(Path("/runs"), recipe, base, examples).folder
+
+
+def test_the_same_recipe_on_the_same_data_is_the_same_run() -> None:
+    assert folder(make_recipe()) == folder(make_recipe())
+    assert folder(make_recipe()).name.startswith("tiny-")
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"name": "other"},
+        {"train": {"seed": 1}},
+        {"train": {"learning_rate": 1e-4}},
+        {"lora": {"rank": 4}},
+        {"quantize": {"group_size": 32}},
+        {"evaluate": {"max_tokens": 8}},
+        {"qualify": {"probes": 2}},
+    ],
+    ids=str,
+)
+def test_another_recipe_is_another_run(change: dict[str, Any]) -> None:
+    assert folder(make_recipe(**change)) != folder(make_recipe())
+
+
+def test_another_base_is_another_run() -> None:
+    assert folder(make_recipe(), base=replace(BASE, revision="sha256:9")) != folder(make_recipe())
+
+
+@pytest.mark.parametrize(
+    "other", [replace(EXAMPLES, train_fingerprint="sha256:9"), replace(EXAMPLES, heldout_fingerprint="sha256:9")]
+)
+def test_other_data_is_another_run(other: Examples) -> None:
+    assert folder(make_recipe(), examples=other) != folder(make_recipe())
+
+
+def test_the_same_data_in_another_place_is_the_same_run() -> None:
+    moved = make_recipe(base="/mnt/base", data={"train": "/mnt/t.jsonl", "heldout": "/mnt/h.jsonl"})
+    assert folder(moved) == folder(make_recipe())
+
+
+def test_a_stage_is_done_when_its_result_is_saved(run: Run) -> None:
+    assert not run.done(Stage.TRAIN)
+    run.save(Stage.TRAIN, Figures(0.1, (1, 2)))
+    assert run.done(Stage.TRAIN)
+    assert not run.done(Stage.MERGE)
+    assert run.load(Stage.TRAIN, Figures) == Figures(0.1, (1, 2))
+
+
+def test_a_result_that_was_cut_off_is_no_result(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    def cut_off(descriptor: int) -> None:
+        raise OSError("no space left on device")
+
+    monkeypatch.setattr(os, "fsync", cut_off)
+    with pytest.raises(OSError, match="no space left"):
+        run.save(Stage.TRAIN, Figures(0.1, ()))
+    assert not run.done(Stage.TRAIN)
+
+
+def test_weights_go_and_results_stay(run: Run) -> None:
+    run.save(Stage.TRAIN, Figures(0.1, ()))
+    for folder in (run.adapter, run.merged, run.gptq):
+        folder.mkdir()
+        (folder / "model.safetensors").touch()
+    run.clean()
+    assert run.done(Stage.TRAIN)
+    assert not any(folder.exists() for folder in (run.adapter, run.merged, run.gptq))
+
+
+def free_bytes(monkeypatch: pytest.MonkeyPatch, free: int) -> None:
+    usage = namedtuple("usage", "total used free")
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(10**12, 0, free))
+
+
+def test_room_enough_passes(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    free_bytes(monkeypatch, 500_000_000)
+    run.require_space(Stage.MERGE, 500_000_000)
+
+
+def test_too_little_room_says_how_much_and_where(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    free_bytes(monkeypatch, 200_000_000)
+    with pytest.raises(DiskSpaceError) as caught:
+        run.require_space(Stage.MERGE, 500_000_000)
+    assert caught.value.wrong == f"stage merge needs 500 MB in {run.folder}, 200 MB are free"
+    assert "free 300 MB" in caught.value.todo
+
+
+def read(folder: Path, train: list[ChatExample], heldout: list[ChatExample], **data: int) -> Examples:
+    write_examples(folder / "t.jsonl", train)
+    write_examples(folder / "h.jsonl", heldout)
+    paths = {"train": folder / "t.jsonl", "heldout": folder / "h.jsonl"}
+    return read_run_examples(make_recipe(data={**paths, **data}))
+
+
+TRAIN = [make_example(f"question {number}", "yes") for number in range(6)]
+HELDOUT = [make_example("another", "no")]
+
+
+def test_examples_are_read_with_their_fingerprints(tmp_path: Path) -> None:
+    examples = read(tmp_path, TRAIN, HELDOUT)
+    assert examples.train == tuple(TRAIN)
+    assert examples.heldout == tuple(HELDOUT)
+    assert examples.train_fingerprint != examples.heldout_fingerprint
+
+
+def test_skip_and_limit_choose_a_part(tmp_path: Path) -> None:
+    assert read(tmp_path, TRAIN, HELDOUT, skip=1, limit=3).train == tuple(TRAIN[1:4])
+
+
+def test_a_part_has_a_fingerprint_of_its_own(tmp_path: Path) -> None:
+    whole, part = read(tmp_path, TRAIN, HELDOUT), read(tmp_path, TRAIN, HELDOUT, limit=3)
+    assert whole.train_fingerprint != part.train_fingerprint
+
+
+def test_skipping_all_but_one_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="leaves 1 of 6 examples"):
+        read(tmp_path, TRAIN, HELDOUT, skip=5)
+
+
+def test_a_single_example_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"t\.jsonl holds 1 example"):
+        read(tmp_path, TRAIN[:1], HELDOUT)
+
+
+def test_an_empty_heldout_set_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"h\.jsonl holds 0 examples"):
+        read(tmp_path, TRAIN, [])
+
+
+def test_training_on_the_heldout_set_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="1 training examples have the prompt of a held-out one, the first is number 3"):
+        read(tmp_path, TRAIN, [make_example("Question  2", "no")])
