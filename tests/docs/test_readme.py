@@ -51,7 +51,9 @@ def test_every_svc_command_parses(line: str) -> None:
         found = command.get_command(click.Context(command), words.pop(0))
         assert found is not None
         command = found
-    command.make_context(command.name, words)  # raises on an unknown option, a missing or a surplus argument
+    command.make_context(
+        command.name, words, **group.context_settings
+    )  # raises on an unknown option, a missing or a surplus argument
 
 
 def test_the_readme_has_the_table_of_commands() -> None:
