@@ -4,6 +4,8 @@ versions, survive the engine's death. The tests of this file share one server an
 import json
 import os
 import signal
+import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -79,11 +81,27 @@ def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def home(workplace: Path) -> Path:
-    """A home with two versions, of which the first was interrupted on its way."""
+    """A home with two versions; the training of the first was killed when its engine started, and then resumed."""
     home, recipe = workplace / "home", str(workplace / "recipe.yaml")
-    svc_json(home, "train", recipe)
+    _kill_training_in_evaluation(home, recipe)
+    resumed = svc(home, "train", recipe, capture_output=True)
+    assert resumed.returncode == 0, resumed.stderr
+    (home / "resumed.txt").write_text(resumed.stderr, "utf-8")
     svc_json(home, "train", recipe, "--set", "train.seed=1", "--set", "qualify.restart=false")
     return home
+
+
+def _kill_training_in_evaluation(home: Path, recipe: str) -> None:
+    """Ends `svc train` with SIGKILL while its first engine starts: nothing of it can clean up."""
+    command = [Path(sys.executable).with_name("svc"), "--home", home, "train", recipe]
+    training = subprocess.Popen([str(part) for part in command], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    deadline = time.monotonic() + 180
+    while not list(home.glob("runs/*/engine.log")):
+        assert training.poll() is None, "the training ended by itself"
+        assert time.monotonic() < deadline
+        time.sleep(0.2)
+    training.kill()
+    training.wait()
 
 
 @pytest.fixture(scope="module")
@@ -106,6 +124,13 @@ def test_a_trained_version_is_registered_with_its_proofs(home: Path) -> None:
         assert len(shown["formats"][name]["probes"]) == 8
         assert shown["formats"][name]["evaluation"]["examples"] == 8
     assert shown["formats"]["merged"]["evaluation"]["nll"]["value"] < shown["base_evaluation"]["nll"]["value"]
+
+
+def test_a_killed_training_goes_on_from_its_last_finished_stage(home: Path) -> None:
+    told = (home / "resumed.txt").read_text("utf-8")
+    assert "train: done before" in told
+    assert "merge: done before" in told
+    assert "evaluate: done before" not in told
 
 
 def test_the_same_recipe_again_makes_no_second_version(home: Path, workplace: Path) -> None:

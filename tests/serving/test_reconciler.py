@@ -17,7 +17,7 @@ from svc.registry.fingerprint import compatibility_fingerprint
 from svc.registry.registry import Registry
 from svc.registry.version import Alias, VersionId
 from svc.store.desired import Target, change_desired, read_desired
-from svc.store.swaps import SwapOutcome, begin_swap, end_swap, find_swap
+from svc.store.swaps import SwapOutcome, SwapResult, begin_swap, find_swap
 from tests.serving.control import Control, Load, Make, ask, until
 from tests.serving.engine_double import EngineDouble
 from tests.serving.versions import NAME, make_version, target
@@ -33,21 +33,24 @@ def slower(double: EngineDouble) -> None:
     double.token_delay_s, double.reload_delay_s = 0.06, 0.05
 
 
-async def test_a_promotion_under_load_fails_no_request_and_mixes_no_versions(make: Make) -> None:
+@pytest.mark.parametrize(("before", "after"), [(1, 2), (2, 1)], ids=["promotion", "rollback"])
+async def test_a_swap_under_load_fails_no_request_and_mixes_no_versions(make: Make, before: int, after: int) -> None:
     control = make()
     control.park.prepare = slower
     async with control.run(), control.client() as client:
+        if before != 1:
+            await control.promote(before)
         load = Load(client)
         async with load.run(streams=8, plain=4):
             await until(lambda: control.double.running == 12)
-            swap = await control.promote(2)
-            await until(lambda: load.versions[str(TWO)] > 12)
+            swap = await control.promote(after)
+            await until(lambda: load.versions[f"{NAME}@{after}"] > 12)
     load.check()
     assert swap.outcome is SwapOutcome.SUCCEEDED
     assert swap.running is not None and swap.running >= 6
     assert swap.held is not None and swap.held >= 6
-    assert set(load.versions) == {str(ONE), str(TWO)}
-    assert control.desired().target == target(2) and control.desired().previous == target(1)
+    assert set(load.versions) == {f"{NAME}@{before}", f"{NAME}@{after}"}
+    assert control.desired().target == target(after) and control.desired().previous == target(before)
 
 
 async def test_a_held_request_is_answered_by_the_new_version(make: Make) -> None:
@@ -111,13 +114,14 @@ async def test_a_refused_promotion_is_put_back_with_its_reason(control: Control)
 
 async def test_a_failure_is_told_after_the_wish_was_put_back(control: Control, monkeypatch: pytest.MonkeyPatch) -> None:
     make_version(control.registry, 4, width=8)
-    wished = list[Target]()
+    wished, journal = list[Target](), control.reconciler._journal
+    end = journal.end
 
-    def end(*arguments: Any) -> None:
+    def told(swap_id: int, result: SwapResult) -> None:
         wished.append(control.desired().target)
-        end_swap(*arguments)
+        end(swap_id, result)
 
-    monkeypatch.setattr("serving.journal.end_swap", end)
+    monkeypatch.setattr(journal, "end", told)
     await control.promote(4)
     assert wished == [target(1)]
 

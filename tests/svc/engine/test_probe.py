@@ -68,6 +68,12 @@ async def test_a_log_probability_that_is_no_number_fails(value: float) -> None:
         await check(EngineDouble(probe_noise=value), probes)
 
 
+async def test_a_probe_that_was_recorded_without_a_number_fails() -> None:
+    damaged = [probe.model_copy(update={"logprobs": (math.nan, -1.0)}) for probe in await probes_of(EngineDouble())]
+    with pytest.raises(ProbeError):
+        await check(EngineDouble(), damaged)
+
+
 async def test_no_probes_fail() -> None:
     with pytest.raises(ProbeError, match="has no probes"):
         await check(EngineDouble(), [])

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -199,10 +200,14 @@ async def test_the_engine_of_a_parent_that_was_killed_is_ended_at_the_next_start
     parent.kill()
     await parent.wait()
     assert lives(leftover)
-    engine = engine_in("ready")
-    await engine.start()
-    assert not lives(leftover)
-    assert await engine.client.healthy()
+    try:
+        engine = engine_in("ready")
+        await engine.start()
+        assert not lives(leftover)
+        assert await engine.client.healthy()
+    finally:
+        with suppress(psutil.NoSuchProcess):
+            psutil.Process(leftover).kill()
 
 
 async def test_another_process_with_a_number_used_again_is_left_alone(engine_in: Start, folder: Path) -> None:

@@ -86,6 +86,19 @@ def test_the_number_of_a_failure_is_not_used_again(
     assert publish().number == 2
 
 
+def test_mlflow_does_not_show_a_failure(
+    registry: Registry, name: str, content: dict[str, Path], run: str, tracking: Tracking
+) -> None:
+    from mlflow import MlflowClient
+
+    def fail(version: VersionId, folder: Path) -> Manifest:
+        raise OSError("no space left on device")
+
+    with pytest.raises(OSError, match="no space left"):
+        registry.publish(name, run, content, fail)
+    assert MlflowClient(tracking.uri, tracking.uri).search_model_versions(f"name='{name}'") == []
+
+
 def test_a_missing_source_leaves_no_version(
     registry: Registry, name: str, content: dict[str, Path], run: str, tmp_path: Path
 ) -> None:

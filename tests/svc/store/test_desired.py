@@ -40,10 +40,10 @@ def test_a_change_can_forget_what_was_before(store: Engine) -> None:
 def test_names_do_not_touch_each_other(store: Engine) -> None:
     change_desired(store, None, target(1), None)
     change_desired(store, None, target(7, name="other"), None)
+    change_desired(store, read_desired(store, "tiny"), target(2), None)
     assert desired_names(store) == ["other", "tiny"]
-    found = read_desired(store, "tiny")
-    assert found is not None
-    assert found.target == target(1)
+    assert read_desired(store, "tiny") == Desired(target(2), None, 2)
+    assert read_desired(store, "other") == Desired(target(7, name="other"), None, 1)
 
 
 def test_who_decided_on_an_older_state_is_refused(store: Engine) -> None:
