@@ -61,7 +61,7 @@ class Summary:
     def add(self, what: str, found: str) -> None:
         """Keeps and shows one finding."""
         self.lines.append((what, found))
-        console.print(f"  {what}: {found}", markup=False)
+        console.print(f"  {what}: {found}", markup=False, soft_wrap=True)
 
 
 def main() -> None:
@@ -92,7 +92,7 @@ def end_leftover_server() -> None:
     """Ends the server of an earlier demo that was killed, or of `make serve`: it holds the home and the port."""
     holder = lock_holder(HOME / LOCK_FILE)
     if holder:
-        console.print(f"ending the server that runs on {HOME}: process {holder['pid']}", markup=False)
+        console.print(f"ending the server that runs on {HOME}: process {holder['pid']}", markup=False, soft_wrap=True)
         os.kill(holder["pid"], signal.SIGTERM)
         psutil.Process(holder["pid"]).wait(60)
 
@@ -127,7 +127,7 @@ def ask(url: str, prompts: list[list[dict[str, str]]], summary: Summary) -> None
             model=NAME, messages=messages, max_tokens=24, stream=True
         )
         pieces = [chunk.choices[0].delta.content or "" for chunk in streamed.parse()]
-    console.print(f"  question: {messages[-1]['content'][:90]}…", markup=False)
+    console.print(f"  question: {messages[-1]['content'][:90]}…", markup=False, soft_wrap=True)
     summary.add("answer", f"{answer}  (x-model-version: {raw.headers['x-model-version']})")
     summary.add("streamed", f"{''.join(pieces)}  in {len(pieces)} events ({streamed.headers['x-model-version']})")
 
@@ -159,11 +159,14 @@ def refuse_bad_versions(url: str, prompts: list[list[dict[str, str]]], summary: 
         load.wait_for(STREAMS)
         for number, kind in BAD_VERSIONS.items():
             refused = svc(HOME, "promote", f"{NAME}@{number}", capture_output=True)
-            console.print(refused.stderr.rstrip(), markup=False)
+            console.print(refused.stderr.rstrip(), markup=False, soft_wrap=True)
             if refused.returncode == 0:
                 raise DemoError(f"{NAME}@{number} ({kind}) was promoted", expected="a refusal")
             why = next(line for line in refused.stderr.splitlines() if "why:" in line)
-            summary.add(f"@{number}, {kind}", f"refused, exit code {refused.returncode};{why.split('why:')[1][:100]}")
+            summary.add(
+                f"@{number}, {kind}",
+                f"refused, exit code {refused.returncode};{why.split('why:')[1].replace(f'{HOME}/', '')[:90]}",
+            )
             load.wait_for(STREAMS)
     report_load(load, summary, {f"{NAME}@1"})
     if svc_json(HOME, "status")["version"] != f"{NAME}@1":
@@ -194,9 +197,15 @@ def show_summary(summary: Summary, seconds: float) -> None:
         console.print(figures(manifest))
     console.print()
     for what, found in summary.lines:
-        console.print(f"  {what}: {found}", markup=False)
-    console.print(f"\nall of it in {seconds / 60:.1f} minutes; nothing was left running; state in {HOME}", markup=False)
-    console.print(f"look around: SVC_HOME={HOME.name} .venv/bin/svc ui    serve it: make serve", markup=False)
+        console.print(f"  {what}: {found}", markup=False, soft_wrap=True)
+    console.print(
+        f"\nall of it in {seconds / 60:.1f} minutes; nothing was left running; state in {HOME}",
+        markup=False,
+        soft_wrap=True,
+    )
+    console.print(
+        f"look around: SVC_HOME={HOME.name} .venv/bin/svc ui    serve it: make serve", markup=False, soft_wrap=True
+    )
 
 
 def run(*arguments: str) -> None:
@@ -205,7 +214,7 @@ def run(*arguments: str) -> None:
     Raises:
         DemoError: it failed.
     """
-    console.print(f"$ svc {' '.join(arguments)}", style="cyan", markup=False)
+    console.print(f"$ svc {' '.join(arguments)}", style="cyan", markup=False, soft_wrap=True)
     sys.stdout.flush()
     done = svc(HOME, *arguments)
     if done.returncode:
@@ -221,7 +230,7 @@ if __name__ == "__main__":
     try:
         main()
     except (SvcError, RuntimeError, TimeoutError, subprocess.SubprocessError) as error:
-        console.print(f"error: {error}", style="red", markup=False)
+        console.print(f"error: {error}", style="red", markup=False, soft_wrap=True)
         sys.exit(1)
     except KeyboardInterrupt:
         console.print("interrupted; `make demo` goes on from here")

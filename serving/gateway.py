@@ -96,6 +96,8 @@ class Exchange:
         self._started = self._clock()
         self._served: Served | None = None
         self._status: int | None = None
+        self.answered = False
+        """All of the answer was handed over: OpenAI's client closes the connection as soon as it reads `[DONE]`."""
 
     async def run(self, receive: Receive) -> None:
         """Answers, with an error where it must be."""
@@ -109,7 +111,8 @@ class Exchange:
             del body
             await while_connected(receive, self._answer(request))
         except ClientGoneError:
-            self._gateway.traffic.request_failed(ErrorCode.CLIENT_GONE)
+            if not self.answered:
+                self._gateway.traffic.request_failed(ErrorCode.CLIENT_GONE)
         except Exception as error:  # noqa: BLE001 - the boundary: api_error logs what is unexpected
             await self._fail(api_error(error))
 
@@ -219,7 +222,7 @@ class _Stream:
             code = error.get("code") if isinstance(error, dict) else None
             raise refusal(code if isinstance(code, int) else 500, error)
         if is_done(event):
-            self._complete = True
+            self._complete = self._exchange.answered = True
             return True
         usage = find_usage(event)
         if usage and is_usage_only(event):

@@ -300,6 +300,17 @@ class TestClientsThatLeave:
         await until(lambda: service.double.cancelled == 1 and service.door.running == 0)
         await until(lambda: reason(service, "client_gone") == 1)
 
+    async def test_one_that_leaves_at_the_end_of_its_answer_is_no_error(
+        self, service: Service, live: httpx.AsyncClient
+    ) -> None:
+        for _ in range(20):
+            async with live.stream("POST", CHAT_PATH, json=STREAM) as answer:
+                async for line in answer.aiter_lines():
+                    if line == "data: [DONE]":
+                        break  # as OpenAI's client does
+        await until(lambda: service.door.running == 0)
+        assert reason(service, "client_gone") == 0
+
     async def test_they_leave_their_place_in_the_queue(self, service: Service, live: httpx.AsyncClient) -> None:
         async with service.door.closed():
             task = asyncio.create_task(live.post(CHAT_PATH, json=CHAT))
