@@ -47,6 +47,7 @@ class EngineDouble:
         name: its one model.
         tokens: length of an answer.
         token_delay_s: seconds for each token.
+        linger_s: seconds between the last event of a stream and its end.
         max_model_len: longest prompt, words.
         fault: what goes wrong.
         refuse_with: (status, error) in place of every completion.
@@ -66,6 +67,7 @@ class EngineDouble:
     name: str = "tuned"
     tokens: int = 4
     token_delay_s: float = 0.0
+    linger_s: float = 0.0
     max_model_len: int = 1000
     fault: Fault = Fault.NONE
     refuse_with: tuple[int, dict[str, Any]] | None = None
@@ -206,6 +208,7 @@ class EngineDouble:
         if (body.get("stream_options") or {}).get("include_usage"):
             await _event(send, envelope | {"choices": [], "usage": self._usage(body)})
         await send({"type": "http.response.body", "body": b"data: [DONE]\n\n", "more_body": True})
+        await asyncio.sleep(self.linger_s)
         await send({"type": "http.response.body", "body": b"", "more_body": False})
 
     async def _fails_in_stream(self, send: Send) -> bool:
