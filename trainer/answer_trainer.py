@@ -4,6 +4,8 @@ On the CPU TRL scores every position and computes entropy over the vocabulary; o
 scores answer positions alone, and is used as it is. Loaded only inside functions: it imports torch and TRL.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -71,13 +73,30 @@ def answer_loss(model: PreTrainedModel | PeftModel, input_ids: Tensor, labels: T
     else:
         shared = 0
     targets = labels[:, shared + 1 :]
-    positions = (targets != IGNORED).any(dim=0).nonzero().squeeze(dim=1)
-    logits = model(
-        input_ids=input_ids[:, shared:], past_key_values=cache, use_cache=cache is not None, logits_to_keep=positions
-    ).logits
-    return cross_entropy(
-        logits.float().flatten(0, 1), targets[:, positions].flatten(), ignore_index=IGNORED, reduction="sum"
-    )
+    learnt = targets != IGNORED
+    with _head_at(model, learnt):
+        logits = model(input_ids=input_ids[:, shared:], past_key_values=cache, use_cache=cache is not None).logits
+    return cross_entropy(logits.float().flatten(0, 1), targets[learnt], reduction="sum")
+
+
+@contextmanager
+def _head_at(model: PreTrainedModel | PeftModel, positions: Tensor) -> Iterator[None]:
+    """Applies the head to these positions alone; logits are then [1, number of them, vocabulary].
+
+    `logits_to_keep` would score them for all rows of the batch, or ten times as many: rows end at different places.
+
+    Args:
+        positions: [batch, length - 1], true where the next token is learnt.
+    """
+
+    def select(head: torch.nn.Module, inputs: tuple[Tensor]) -> tuple[Tensor]:
+        return (inputs[0][:, :-1][positions].unsqueeze(dim=0),)
+
+    hook = model.get_output_embeddings().register_forward_pre_hook(select)
+    try:
+        yield
+    finally:
+        hook.remove()
 
 
 def _shared_prefix(input_ids: Tensor, labels: Tensor) -> int:
