@@ -7,6 +7,8 @@ PYTHON ?= python3
 SERVE ?= $(shell command -v nvidia-smi >/dev/null && echo serve || echo serve-cpu)
 BIN := .venv/bin
 READY := .venv/.ready
+# The tests check the alert rules with it; serving needs none.
+PROMETHEUS := .venv/prometheus/.ready
 
 .PHONY: install check test test-fast test-matrix demo serve docs clean
 
@@ -17,19 +19,23 @@ $(READY): pyproject.toml deploy/install.sh
 	@PYTHON=$(PYTHON) SERVE=$(SERVE) bash deploy/install.sh
 	@touch $@
 
+$(PROMETHEUS): deploy/prometheus/install.sh | $(READY)
+	@bash $<
+	@touch $@
+
 check: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
-test-fast: $(READY)
+test-fast: $(READY) $(PROMETHEUS)
 	$(BIN)/pytest -m "not slow"
 
-test: $(READY)
+test: $(READY) $(PROMETHEUS)
 	$(BIN)/pytest
 
-test-matrix: $(READY)
+test-matrix: $(READY) $(PROMETHEUS)
 	$(BIN)/pytest -m slow
 
 demo: $(READY)

@@ -1,6 +1,9 @@
-"""`svc status`: what runs, and how well, on one screen."""
+"""`svc status`: what runs, and how well, on one screen. `svc monitor`: the exporter."""
 
 import dataclasses
+import signal
+import threading
+import time
 from typing import Any
 
 import click
@@ -8,18 +11,29 @@ import click
 from svc.errors import ServerNotRunningError
 from svc.invocation import json_option, settings_of
 from svc.server_url import server_url
+from svc.settings import Settings
 
 _TIMEOUT_S = 10.0
 
 
 @click.command()
+@click.option("--watch", is_flag=True, help="Show it until Ctrl-C, always anew.")
+@click.option(
+    "--interval", type=click.FloatRange(0.2), default=2.0, show_default=True, help="Seconds between two looks."
+)
 @json_option
 @click.pass_context
-def status(ctx: click.Context, as_json: bool) -> None:
+def status(ctx: click.Context, watch: bool, interval: float, as_json: bool) -> None:
     """Show version, engine, requests, latency and errors of the running server."""
+    settings = settings_of(ctx)
+    if watch:
+        if as_json:
+            raise click.UsageError("--watch is for people; ask again and again for --json")
+        _watch(settings, interval)
+        return
     from monitoring.figures import read_figures
 
-    url = server_url(settings_of(ctx))
+    url = server_url(settings)
     state, exposition = _fetch(url)
     figures = read_figures(exposition)
     if as_json:
@@ -27,9 +41,61 @@ def status(ctx: click.Context, as_json: bool) -> None:
 
         print_json({"url": url, **state, **dataclasses.asdict(figures)})
         return
-    from monitoring.screen import print_status
+    from monitoring.screen import status_screen
+    from svc.terminal import output
 
-    print_status(url, state, figures)
+    output.print(status_screen(url, state, figures))
+
+
+def _watch(settings: Settings, interval_s: float) -> None:
+    """Until Ctrl-C; a server that goes away is waited for."""
+    from rich.live import Live
+
+    from monitoring.figures import read_figures
+    from monitoring.rates import Rates
+    from monitoring.screen import failure_screen, status_screen
+    from svc.terminal import output
+
+    rates = Rates()
+    with Live(console=output, auto_refresh=False, screen=output.is_terminal) as live:
+        while True:
+            try:
+                url = server_url(settings)
+                state, exposition = _fetch(url)
+            except ServerNotRunningError as error:
+                live.update(failure_screen(error), refresh=True)
+            else:
+                figures = read_figures(exposition)
+                live.update(status_screen(url, state, figures, rates.between(figures, time.monotonic())), refresh=True)
+            time.sleep(interval_s)
+
+
+@click.command()
+@click.option("--server", help="URL of the server to watch.  [default: the one that runs on this home]")
+@click.option("--host", help="Address to listen on.")
+@click.option("--port", type=int, help="Port to listen on.")
+@click.pass_context
+def monitor(ctx: click.Context, server: str | None, host: str | None, port: int | None) -> None:
+    """Export the metrics of server, versions and training to Prometheus until SIGTERM or Ctrl-C."""
+    given = {"server": server, "host": host, "port": port}
+    settings = settings_of(ctx, monitor={key: value for key, value in given.items() if value is not None} or None)
+    from monitoring.exporter import exporting
+    from svc.registry.registry import Registry
+    from svc.terminal import console
+
+    watched = settings.monitor.server.rstrip("/")
+    stop = threading.Event()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: stop.set())
+    with exporting(
+        Registry.of(settings),
+        lambda: watched or server_url(settings),
+        settings.monitor.host,
+        settings.monitor.port,
+    ) as exporter:
+        console.print(f"[green]metrics on {exporter.url}[/green]")
+        stop.wait()
+    console.print("stopped")
 
 
 def _fetch(url: str) -> tuple[dict[str, Any], str]:

@@ -1,48 +1,71 @@
 """The status of a server as a person reads it."""
 
+from collections.abc import Mapping
 from typing import Any
 
+from rich.console import Group, RenderableType
 from rich.table import Table
+from rich.text import Text
 
 from monitoring.figures import QUANTILES, Figures, VersionFigures
-from svc.terminal import output
+from monitoring.rates import Rate
+from svc.errors import SvcError
 
 
-def print_status(url: str, state: dict[str, Any], figures: Figures) -> None:
-    """Prints to stdout.
+def status_screen(
+    url: str, state: Mapping[str, Any], figures: Figures, rates: Mapping[str, Rate] | None = None
+) -> RenderableType:
+    """What `svc status` shows.
 
     Args:
         state: the server's own word, from /svc/status.
         figures: what its metrics say.
+        rates: what each version does a second; None where there was only one look.
     """
     engine, requests = state["engine"], state["requests"]
-    colour = "green" if engine["state"] == "ready" else "red"
-    output.print(f"{url}  [bold]{state['version']}[/bold] ({state['format']})  before: {state['previous'] or 'none'}")
-    output.print(f"engine [{colour}]{engine['state']}[/{colour}], {engine['restarts']} restarts; ", end="")
-    output.print(f"{requests['running']} requests running, {requests['held']} held")
+    before = state["previous"] or "none"
+    lines: list[RenderableType] = [
+        Text.assemble(f"{url}  ", (state["version"], "bold"), f" ({state['format']})  before: {before}"),
+        Text.assemble(
+            "engine ",
+            (engine["state"], "green" if engine["state"] == "ready" else "red"),
+            f", {engine['restarts']} restarts; {requests['running']} requests running, {requests['held']} held",
+        ),
+    ]
     if engine["last_error"]:
-        output.print(f"last error: {engine['last_error']}", style="yellow", markup=False)
+        lines.append(Text(f"last error: {engine['last_error']}", "yellow"))
     if state["last_swap"]:
-        output.print(_swap(state["last_swap"]), markup=False)
-    output.print(_table(figures))
+        lines.append(Text(_swap(state["last_swap"])))
     reasons = ", ".join(f"{reason} {count}" for reason, count in sorted(figures.errors.items()))
-    output.print(f"errors by reason: {reasons or 'none'}")
+    return Group(*lines, _table(figures, rates), Text(f"errors by reason: {reasons or 'none'}"))
 
 
-def _swap(swap: dict[str, Any]) -> str:
+def failure_screen(error: SvcError) -> RenderableType:
+    """In place of a status that cannot be had."""
+    return Text(str(error), "red")
+
+
+def _swap(swap: Mapping[str, Any]) -> str:
     text = f"last swap: to {swap['to']}, {swap['outcome'] or 'under way'}, {swap['started_at']}"
     if swap["seconds"] is not None:
         text += f", {swap['seconds']:.2f} s, {swap['running']} running, {swap['held']} held"
     return text
 
 
-def _table(figures: Figures) -> Table:
-    table = Table(
-        "version", "requests", "errors", "tokens in/out", "latency p50/p95/p99", "first token p50/p95/p99", box=None
-    )
+def _table(figures: Figures, rates: Mapping[str, Rate] | None) -> Table:
+    table = Table("version", "requests", "errors", "tokens in/out", box=None)
+    if rates is not None:
+        table.add_column("requests/s")
+        table.add_column("tokens/s")
+    table.add_column("latency p50/p95/p99")
+    table.add_column("first token p50/p95/p99")
     for version in figures.versions.values():
-        tokens = f"{version.tokens_in}/{version.tokens_out}"
-        table.add_row(version.version, str(version.requests), str(version.errors), tokens, *_latency(version))
+        cells = [version.version, str(version.requests), str(version.errors)]
+        cells.append(f"{version.tokens_in}/{version.tokens_out}")
+        if rates is not None:
+            rate = rates.get(version.version)
+            cells += [f"{rate.requests:.1f}", f"{rate.tokens_out:.0f}"] if rate else ["-", "-"]
+        table.add_row(*cells, *_latency(version))
     return table
 
 

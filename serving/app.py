@@ -15,6 +15,8 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import Route as Path
 
 from serving.boundary import Boundary
+from serving.engine_metrics import EngineMetrics
+from serving.feedback import FeedbackIntake
 from serving.gateway import Gateway
 from serving.hold import EngineUnavailableError
 from serving.openai_api.errors import install_handlers
@@ -22,11 +24,14 @@ from serving.openai_api.requests import Route
 from serving.routing import Routes
 
 OWNER = "tuneserve"
+_OPENMETRICS = "application/openmetrics-text"
 
 
 def build_app(
     gateway: Gateway,
     *,
+    feedback: FeedbackIntake,
+    engine_metrics: EngineMetrics,
     status: Callable[[], Mapping[str, Any]],
     lifespan: Callable[[FastAPI], AbstractAsyncContextManager[None]] | None = None,
 ) -> FastAPI:
@@ -34,14 +39,17 @@ def build_app(
 
     Args:
         gateway: answers completions; its door, routes and traffic stand behind the other paths.
+        feedback: answers /v1/feedback.
+        engine_metrics: refreshed for each /metrics; registered where `gateway.traffic` is.
         status: what /svc/status shows, JSON values; called in a thread.
         lifespan: starts and stops what lives as long as the server.
     """
     app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None, redirect_slashes=False, lifespan=lifespan)
     for route in Route:
         app.router.routes.append(Path(route.value, gateway.endpoint(route), methods=["POST"]))
+    app.router.routes.append(Path("/v1/feedback", feedback.answer, methods=["POST"]))
     _add_models(app, gateway.routes)
-    _add_operations(app, gateway, status)
+    _add_operations(app, gateway, engine_metrics, status)
     install_handlers(app)
     app.add_middleware(Boundary, routes=gateway.routes)
     return app
@@ -62,7 +70,9 @@ def _add_models(app: FastAPI, routes: Routes) -> None:
         return JSONResponse(model(name))
 
 
-def _add_operations(app: FastAPI, gateway: Gateway, status: Callable[[], Mapping[str, Any]]) -> None:
+def _add_operations(
+    app: FastAPI, gateway: Gateway, engine_metrics: EngineMetrics, status: Callable[[], Mapping[str, Any]]
+) -> None:
     @app.get("/health")
     async def health() -> JSONResponse:
         reason = gateway.door.unavailable_reason
@@ -73,8 +83,12 @@ def _add_operations(app: FastAPI, gateway: Gateway, status: Callable[[], Mapping
 
     @app.get("/metrics")
     async def metrics(request: Request) -> Response:
-        encode, content_type = choose_encoder(request.headers.get("accept", ""))
-        return Response(encode(gateway.traffic.registry), headers={"content-type": content_type})
+        # The encoder for OpenMetrics writes `vllm:` as `vllm_` to who does not say that it knows better.
+        accept = request.headers.get("accept", "").replace(_OPENMETRICS, f"{_OPENMETRICS};escaping=allow-utf-8")
+        encode, content_type = choose_encoder(accept)
+        await engine_metrics.refresh()
+        page = await asyncio.to_thread(encode, gateway.traffic.registry)
+        return Response(page, headers={"content-type": content_type})
 
     @app.get("/svc/status")
     async def show_status() -> JSONResponse:

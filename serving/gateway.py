@@ -10,26 +10,32 @@ import asyncio
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from datetime import UTC, datetime
 
 import httpx
 from starlette.types import ASGIApp, Receive, Scope, Send
 
+from serving.content import Content
 from serving.disconnect import while_connected
 from serving.hold import Admission
 from serving.openai_api.errors import ApiError, ErrorCode, api_error
 from serving.openai_api.events import (
     EventSplitter,
+    Usage,
     find_error,
+    find_finish_reason,
     find_usage,
     is_done,
     is_token,
     is_usage_only,
 )
 from serving.openai_api.requests import ClientGoneError, CompletionRequest, Route, parse_request, read_body
+from serving.records import RecordWriter
 from serving.routing import Routes, Served
-from serving.traffic import CLIENT_GONE_STATUS, Traffic
+from serving.traffic import CLIENT_GONE_STATUS, UNKNOWN_MODEL, Traffic
 from serving.upstream import EngineDiedError, call, refusal
 from svc.settings import ServeSettings
+from svc.store.requests import RequestRecord
 
 _EVENT_STREAM = "text/event-stream"
 
@@ -42,6 +48,7 @@ class Gateway:
         door: admits and holds requests.
         routes: resolves model names.
         traffic: counts.
+        records: keeps a row for each request.
         settings: the limits.
         clock: monotonic time, seconds.
     """
@@ -53,6 +60,7 @@ class Gateway:
         door: Admission,
         routes: Routes,
         traffic: Traffic,
+        records: RecordWriter,
         settings: ServeSettings,
         clock: Callable[[], float] = time.perf_counter,
     ) -> None:
@@ -60,6 +68,7 @@ class Gateway:
         self.door = door
         self.routes = routes
         self.traffic = traffic
+        self.records = records
         self.settings = settings
         self.clock = clock
         traffic.watch_door(lambda: door.running, lambda: door.held)
@@ -93,9 +102,16 @@ class Exchange:
         self._scope = scope
         self._asgi_send = send
         self._clock = gateway.clock
+        self._arrived = datetime.now(UTC)
         self._started = self._clock()
         self._served: Served | None = None
         self._status: int | None = None
+        self._reason: ErrorCode | None = None
+        self._usage: Usage | None = None
+        self._first_token_s: float | None = None
+        self.finish_reason: str | None = None
+        self.content: Content | None = None
+        """What passes, where it is to be kept."""
         self.answered = False
         """All of the answer was handed over: OpenAI's client closes the connection as soon as it reads `[DONE]`."""
 
@@ -109,49 +125,91 @@ class Exchange:
             self._started = self._clock()
             request = parse_request(body, self._route, engine_model=self._gateway.routes.name)
             del body
+            if self._gateway.records.wants_content():
+                self.content = Content(request.payload)
             await while_connected(receive, self._answer(request))
         except ClientGoneError:
             if not self.answered:
-                self._gateway.traffic.request_failed(ErrorCode.CLIENT_GONE)
+                self._failed(ErrorCode.CLIENT_GONE)
         except Exception as error:  # noqa: BLE001 - the boundary: api_error logs what is unexpected
             await self._fail(api_error(error))
 
     def account(self) -> None:
-        """Counts the request, once its end is known."""
+        """Counts the request and keeps its row, once its end is known."""
         status = CLIENT_GONE_STATUS if self._status is None else self._status
-        self._gateway.traffic.request_ended(self._served, self._route, status, self._clock() - self._started)
+        seconds, served, usage = self.elapsed(), self._served, self._usage
+        self._gateway.traffic.request_ended(served, self._route, status, seconds, self._request_id)
+        record = RequestRecord(
+            request_id=self._request_id,
+            started_at=self._arrived,
+            model=served.version.name if served else UNKNOWN_MODEL,
+            version=served.version if served else None,
+            format=served.format if served else None,
+            route=self._route.value,
+            status=status,
+            seconds=seconds,
+            reason=self._reason.value if self._reason else None,
+            finish_reason=self.finish_reason,
+            first_token_seconds=self._first_token_s,
+            tokens_in=usage.prompt if usage else None,
+            tokens_out=usage.completion if usage else None,
+        )
+        self._gateway.records.add(record, self.content if served else None)
 
     async def _answer(self, request: CompletionRequest) -> None:
         gateway = self._gateway
         async with gateway.door.admit():
             self._served = gateway.routes.resolve(request.model)
             self._scope["state"]["version"] = self._served.version
-            request_id: str = self._scope["state"]["request_id"]
-            async with call(gateway.engine, self._route.value, request.payload, request_id) as response:
+            async with call(gateway.engine, self._route.value, request.payload, self._request_id) as response:
                 if response.headers.get("content-type", "").startswith(_EVENT_STREAM):
                     await _Stream(self, self._served, wants_usage=request.wants_usage).forward(response)
                     return
                 body = await response.aread()
         # The engine is done with it: a client that reads slowly keeps no place.
+        self.finish_reason = find_finish_reason(body)
         usage = find_usage(body)
         if usage:
-            gateway.traffic.tokens(self._served, usage)
+            self.used(usage)
+        if self.content:
+            self.content.add(body)
         await self.start(200, "application/json", len(body))
         await self.send(body, more=False)
 
     async def _fail(self, error: ApiError) -> None:
         """Answers with an error; within a stream with an event, and without the one that ends a good answer."""
-        self._gateway.traffic.request_failed(error.code)
+        self._failed(error.code)
         if self._status is None:
             self._status = error.status
             await error.response()(self._scope, _no_receive, self._asgi_send)
         else:
             await self.send(b"data: " + error.body() + b"\n\n", more=False)
 
+    def _failed(self, code: ErrorCode) -> None:
+        self._reason = code
+        self._gateway.traffic.request_failed(code)
+
+    @property
+    def _request_id(self) -> str:
+        request_id: str = self._scope["state"]["request_id"]
+        return request_id
+
     @property
     def traffic(self) -> Traffic:
         """Where the exchange is counted."""
         return self._gateway.traffic
+
+    def used(self, usage: Usage) -> None:
+        """Counts the tokens of the answer."""
+        assert self._served is not None  # noqa: S101 - only a version uses tokens
+        self._usage = usage
+        self.traffic.tokens(self._served, usage)
+
+    def first_token(self, seconds: float) -> None:
+        """Times the first token of the answer."""
+        assert self._served is not None  # noqa: S101 - as above
+        self._first_token_s = seconds
+        self.traffic.first_token(self._served, seconds, self._request_id)
 
     @property
     def begun(self) -> bool:
@@ -191,7 +249,6 @@ class _Stream:
 
     def __init__(self, exchange: Exchange, served: Served, *, wants_usage: bool) -> None:
         self._exchange = exchange
-        self._served = served
         self._wants_usage = wants_usage
         self._between_tokens = exchange.traffic.between_tokens(served)
         self._last_token: float | None = None
@@ -224,10 +281,14 @@ class _Stream:
         if is_done(event):
             self._complete = self._exchange.answered = True
             return True
+        if self._exchange.content:
+            self._exchange.content.add(event)
         usage = find_usage(event)
         if usage and is_usage_only(event):
-            self._exchange.traffic.tokens(self._served, usage)
+            self._exchange.used(usage)
             return self._wants_usage
+        if self._exchange.finish_reason is None:
+            self._exchange.finish_reason = find_finish_reason(event)
         if is_token(event):
             self._time_token()
         return True
@@ -235,7 +296,7 @@ class _Stream:
     def _time_token(self) -> None:
         now = self._exchange.elapsed()
         if self._last_token is None:
-            self._exchange.traffic.first_token(self._served, now)
+            self._exchange.first_token(now)
         else:
             self._between_tokens(now - self._last_token)
         self._last_token = now

@@ -21,11 +21,15 @@ from prometheus_client import CollectorRegistry, disable_created_metrics
 from sqlalchemy import Engine as Store
 
 from serving.app import build_app
+from serving.engine_metrics import EngineMetrics
+from serving.feedback import FeedbackIntake
 from serving.gateway import Gateway
 from serving.hold import Admission
+from serving.machine_metrics import add_machine_metrics
 from serving.production_alias import ProductionAlias
 from serving.proof import Proof
 from serving.reconciler import Reconciler
+from serving.records import RecordWriter
 from serving.routing import Routes
 from serving.supervisor import Supervisor
 from serving.swap import InPlaceSwap
@@ -142,12 +146,21 @@ class _Server:
         self._stopping = asyncio.Event()
         self._http: _Uvicorn | None = None
         disable_created_metrics()  # type: ignore[no-untyped-call]
-        self._traffic = Traffic(CollectorRegistry())
+        metrics = CollectorRegistry()
+        self._traffic = Traffic(metrics, exemplars=limits.exemplars)
+        facts = engine_facts(settings.engine)
+        add_machine_metrics(metrics, settings.home, facts)
+        self._records = RecordWriter(
+            store,
+            settings.records,
+            on_stored=self._traffic.records_stored,
+            on_dropped=self._traffic.records_dropped,
+        )
         self._door = Admission(
             max_running=limits.max_running, max_held=limits.max_held, hold_timeout_s=limits.hold_timeout_s
         )
         self._routes = Routes(desired.name)
-        proof = Proof(registry, store, engine_facts(settings.engine))
+        proof = Proof(registry, store, facts)
         launch = _launcher(settings, desired.name, runtime)
         self._supervisor = Supervisor(launch, proof, self._door, self._traffic, on_phase)
         swap = InPlaceSwap(
@@ -173,8 +186,11 @@ class _Server:
             door=self._door,
             routes=self._routes,
             traffic=self._traffic,
+            records=self._records,
             settings=limits,
         )
+        self._engine_metrics = EngineMetrics(self._gateway.engine, self._routes)
+        metrics.register(self._engine_metrics)
 
     def stop(self) -> None:
         """Ends `run`: running answers may end; called again, they are cut off."""
@@ -184,9 +200,16 @@ class _Server:
 
     async def run(self, door: socket.socket, on_ready: Callable[[], None]) -> None:
         """Answers from the first moment, with 503 until the engine has started; returns when it was told to stop."""
+        self._records.start()
+        app = build_app(
+            self._gateway,
+            feedback=FeedbackIntake(self._store, self._records, self._traffic.feedback_given),
+            engine_metrics=self._engine_metrics,
+            status=self.status,
+        )
         self._http = http = _Uvicorn(
             uvicorn.Config(
-                build_app(self._gateway, status=self.status),
+                app,
                 lifespan="off",
                 log_config=None,
                 access_log=False,
@@ -209,6 +232,7 @@ class _Server:
             await asyncio.wait({serving})
             await self._supervisor.stop()
             await self._gateway.engine.aclose()
+            await asyncio.to_thread(self._records.close)
         for task in done:
             task.result()
 

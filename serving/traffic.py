@@ -14,14 +14,17 @@ from serving.openai_api.errors import ErrorCode
 from serving.openai_api.events import Usage
 from serving.openai_api.requests import Route
 from serving.quantiles import VersionQuantiles
+from serving.records import Dropped
 from serving.routing import Served
 from svc.engine.state import EngineState
+from svc.registry.version import VersionId
+from svc.store.feedback import Rating
 from svc.store.swaps import SwapOutcome, SwapResult
 
 CLIENT_GONE_STATUS = 499
 """nginx's code for a client that left before its answer began; it is counted and never sent."""
 UNKNOWN_MODEL = "unknown"
-_NOT_COMPLETIONS = {ErrorCode.NOT_FOUND, ErrorCode.METHOD_NOT_ALLOWED}
+_NOT_COMPLETIONS = {ErrorCode.NOT_FOUND, ErrorCode.METHOD_NOT_ALLOWED, ErrorCode.REQUEST_NOT_FOUND}
 
 # An answer takes from 50 ms (a few tokens on a GPU) to minutes (2,000 tokens on a CPU): each bucket is at most 2.5
 # times the one before. The last is the default limit on the engine's silence.
@@ -36,6 +39,7 @@ _BETWEEN_TOKENS_BUCKETS_S = (0.0025, 0.005, 0.01, 0.02, 0.035, 0.05, 0.075, 0.1,
 # where one is needed.
 _SWAP_BUCKETS_S = (0.5, 1, 1.5, 2, 3, 5, 10, 20, 30, 60, 120, 300, 600)
 _HELD_BUCKETS = (0, 1, 2, 4, 8, 16, 32, 64, 128, 256)
+_EXEMPLAR_CHARS = 100  # OpenMetrics allows 128 for names and values together
 
 
 class Traffic:
@@ -43,13 +47,22 @@ class Traffic:
 
     Args:
         registry: where the instruments are registered; one Traffic for each registry.
+        exemplars: latency histograms carry the id of a request for each bucket; shown in OpenMetrics only.
         clock: monotonic time, seconds, for the window of the quantiles.
     """
 
-    def __init__(self, registry: CollectorRegistry, *, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(
+        self,
+        registry: CollectorRegistry,
+        *,
+        exemplars: bool = False,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
         self.registry = registry
+        self._exemplars = exemplars
         self._add_request_instruments(registry)
         self._add_engine_instruments(registry)
+        self._add_record_instruments(registry)
         self.duration_quantiles = VersionQuantiles(
             "svc_request_duration_quantile_seconds", "Duration of answered requests, last 5 minutes", clock
         )
@@ -118,28 +131,42 @@ class Traffic:
             registry=registry,
         )
 
+    def _add_record_instruments(self, registry: CollectorRegistry) -> None:
+        self._records = Counter("svc_request_records_total", "Rows stored, one for each request", registry=registry)
+        self._records_dropped = Counter(
+            "svc_request_records_dropped_total", "Rows or contents not kept, by reason", ("reason",), registry=registry
+        )
+        for reason in Dropped:
+            self._records_dropped.labels(reason.value)
+        self._feedback = Counter(
+            "svc_feedback_total", "Answers that were rated", ("model", "version", "rating"), registry=registry
+        )
+
     def watch_door(self, running: Callable[[], int], held: Callable[[], int]) -> None:
         """Reads the two gauges from the door itself whenever they are asked for."""
         self._running.set_function(running)
         self._held.set_function(held)
 
-    def request_ended(self, served: Served | None, route: Route, status: int, seconds: float) -> None:
+    def request_ended(
+        self, served: Served | None, route: Route, status: int, seconds: float, request_id: str = ""
+    ) -> None:
         """Counts an answer, and times it when it was none of an error.
 
         Args:
             served: the version that the model name resolved to; None where it did not.
             status: as sent, or `CLIENT_GONE_STATUS`.
             seconds: from the request's last byte to the answer's last.
+            request_id: for the exemplar.
         """
         model, version = _labels(served)
         self._requests.labels(model, version, route.value, str(status)).inc()
         if served and status < 400:
-            self._duration.labels(model, version, route.value).observe(seconds)
+            self._duration.labels(model, version, route.value).observe(seconds, self._exemplar(request_id))
             self.duration_quantiles.observe(served.version, seconds)
 
-    def first_token(self, served: Served, seconds: float) -> None:
+    def first_token(self, served: Served, seconds: float, request_id: str = "") -> None:
         """Times the first token of a streamed answer."""
-        self._first_token.labels(*_labels(served)).observe(seconds)
+        self._first_token.labels(*_labels(served)).observe(seconds, self._exemplar(request_id))
         self.first_token_quantiles.observe(served.version, seconds)
 
     def between_tokens(self, served: Served) -> Callable[[float], None]:
@@ -154,6 +181,19 @@ class Traffic:
     def request_failed(self, code: ErrorCode) -> None:
         """Counts an error under its reason; also one that ends a stream whose status was 200."""
         self._errors.labels(code.value).inc()
+
+    def records_stored(self, count: int) -> None:
+        """Counts rows written to the store."""
+        self._records.inc(count)
+
+    def records_dropped(self, reason: Dropped, count: int) -> None:
+        """Counts what was not kept."""
+        self._records_dropped.labels(reason.value).inc(count)
+
+    def feedback_given(self, version: VersionId | None, rating: Rating) -> None:
+        """Counts a rated answer."""
+        name, number = (version.name, str(version.number)) if version else (UNKNOWN_MODEL, "")
+        self._feedback.labels(name, number, rating.value).inc()
 
     def engine_state(self, state: EngineState) -> None:
         """Shows the engine's state."""
@@ -176,6 +216,9 @@ class Traffic:
         """Shows the version that is loaded, and only that one."""
         self._version_info.clear()
         self._version_info.labels(*_labels(served), served.format.value).set(1)
+
+    def _exemplar(self, request_id: str) -> dict[str, str] | None:
+        return {"request_id": request_id} if self._exemplars and len(request_id) <= _EXEMPLAR_CHARS else None
 
 
 def _labels(served: Served | None) -> tuple[str, str]:

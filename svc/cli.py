@@ -5,6 +5,7 @@ keeps its traceback.
 """
 
 import importlib
+import signal
 import sys
 from pathlib import Path
 
@@ -15,13 +16,15 @@ from svc.errors import SvcError
 COMMANDS = {
     # command: (import path, one line of help)
     "data": ("svc.dataset.cli:data", "Check files of chat examples."),
-    "train": ("trainer.cli:train", "Train, evaluate, merge, quantize, qualify and register a version."),
+    "train": ("trainer.cli:train", "Train, evaluate, merge, quantize, register a version."),
     "models": ("svc.registry.cli:models", "List versions and aliases."),
     "show": ("svc.registry.cli:show", "Show one version."),
     "serve": ("serving.cli:serve", "Serve a model to OpenAI clients."),
     "promote": ("serving.cli:promote", "Bring another version into production."),
     "rollback": ("serving.cli:rollback", "Go back to the version before."),
     "status": ("monitoring.cli:status", "Show what runs, and how well."),
+    "monitor": ("monitoring.cli:monitor", "Export all metrics to Prometheus."),
+    "dashboards": ("monitoring.dashboards.cli:dashboards", "Write the Grafana dashboards."),
     "chat": ("serving.cli:chat", "Talk to the served model in the terminal."),
     "ui": ("svc.registry.cli:ui", "Look at runs, versions and aliases in MLflow's pages."),
 }
@@ -62,7 +65,8 @@ def group(ctx: click.Context, home: Path | None, config: Path | None) -> None:
 
 
 def main() -> None:
-    """Runs the command line."""
+    """Runs the command line. SIGTERM ends a command as Ctrl-C does: an engine that it started must not outlive it."""
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         sys.exit(group.main(standalone_mode=False) or 0)
     except SvcError as error:

@@ -5,6 +5,7 @@ morning. What a recipe says (trainer/recipe.py) is not a setting: settings belon
 """
 
 import os
+import re
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
@@ -65,6 +66,39 @@ class ServeSettings(_Section):
     hold_timeout_s: float = Field(60.0, gt=0, description="longest wait of a held request, seconds")
     drain_timeout_s: float = Field(60.0, gt=0, description="longest wait for running requests before a swap, seconds")
     request_timeout_s: float = Field(600.0, gt=0, description="longest silence of the engine within a request, seconds")
+    exemplars: bool = Field(False, description="latency histograms carry request ids, for scrapers of OpenMetrics")
+
+
+def _pattern(text: str) -> str:
+    try:
+        re.compile(text)
+    except re.error as error:
+        raise ValueError(f"is no regular expression: {error}") from error
+    return text
+
+
+Pattern = Annotated[str, AfterValidator(_pattern)]
+
+
+class RecordSettings(_Section):
+    """What is kept of each request: figures always; prompts and answers only for the share that is asked for."""
+
+    max_age_days: float = Field(30.0, gt=0, description="older requests are forgotten, with their feedback")
+    max_mib: int = Field(1024, ge=1, description="the oldest requests are forgotten beyond this size, MiB")
+    content_share: float = Field(0.0, ge=0, le=1, description="share of requests whose prompt and answer are kept")
+    max_content_kib: int = Field(64, ge=1, description="longer content is not kept, KiB for prompt and for answer")
+    redact: tuple[Pattern, ...] = Field(
+        (),
+        description="regular expressions of what is blanked in content, beside mail addresses, phone and card numbers",
+    )
+
+
+class MonitorSettings(_Section):
+    """The exporter as its own process: `svc monitor`."""
+
+    host: str = Field("127.0.0.1", description="address to listen on")
+    port: int = Field(9464, ge=0, le=65535, description="port to listen on")
+    server: str = Field("", description="URL of the server to watch; default: the one that runs on this home")
 
 
 class Settings(BaseSettings):
@@ -81,6 +115,8 @@ class Settings(BaseSettings):
     tracking_uri: str = Field("", description="MLflow tracking server; default: SQLite under home")
     engine: EngineSettings = EngineSettings()
     serve: ServeSettings = ServeSettings()
+    records: RecordSettings = RecordSettings()
+    monitor: MonitorSettings = MonitorSettings()
 
     @classmethod
     def settings_customise_sources(

@@ -43,6 +43,7 @@ class ErrorCode(StrEnum):
     BODY_TIMEOUT = "body_timeout"
     UNSUPPORTED_MEDIA_TYPE = "unsupported_media_type"
     MODEL_NOT_FOUND = "model_not_found"
+    REQUEST_NOT_FOUND = "request_not_found"
     NOT_FOUND = "not_found"
     METHOD_NOT_ALLOWED = "method_not_allowed"
     OVERLOADED = "overloaded"
@@ -90,6 +91,7 @@ _SHAPES: dict[type[SvcError], tuple[int, ErrorCode]] = {
     requests.BodyTooLargeError: (413, ErrorCode.BODY_TOO_LARGE),
     requests.BodyTimeoutError: (408, ErrorCode.BODY_TIMEOUT),
     requests.MediaTypeError: (415, ErrorCode.UNSUPPORTED_MEDIA_TYPE),
+    requests.RequestNotFoundError: (404, ErrorCode.REQUEST_NOT_FOUND),
     ModelNotFoundError: (404, ErrorCode.MODEL_NOT_FOUND),
     OverloadedError: (429, ErrorCode.OVERLOADED),
     HoldOverflowError: (503, ErrorCode.HELD_OVERFLOW),

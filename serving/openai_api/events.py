@@ -11,6 +11,7 @@ from typing import Any
 
 _BLANK_LINE = re.compile(rb"(?:\r\n|\n){2}")
 _USAGE = re.compile(rb'"usage"\s*:\s*(\{(?:[^{}]|\{[^{}]*\})*\})')
+_FINISH_REASON = re.compile(rb'"finish_reason"\s*:\s*"([a-z_]{1,40})"')
 DONE = b"[DONE]"
 
 
@@ -32,6 +33,12 @@ def find_usage(body: bytes) -> Usage | None:
         return Usage(int(usage["prompt_tokens"]), int(usage.get("completion_tokens") or 0))
     except (ValueError, KeyError, TypeError):
         return None
+
+
+def find_finish_reason(body: bytes) -> str | None:
+    """The first `finish_reason` that is set, in a JSON text or an event."""
+    found = _FINISH_REASON.search(body) if b'"finish_reason"' in body else None
+    return found[1].decode("ascii") if found else None
 
 
 class EventSplitter:

@@ -13,7 +13,7 @@ from typing import Any, NoReturn
 
 from starlette.types import Receive, Scope
 
-from svc.errors import SvcError
+from svc.errors import NotFoundError, SvcError
 
 JSON_TYPE = b"application/json"
 
@@ -51,6 +51,10 @@ class BodyTimeoutError(SvcError):
 
 class MediaTypeError(SvcError):
     """A body that does not say it is JSON."""
+
+
+class RequestNotFoundError(NotFoundError):
+    """A request id of which nothing is kept."""
 
 
 class ClientGoneError(Exception):

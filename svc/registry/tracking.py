@@ -8,6 +8,8 @@ import logging
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import UTC, datetime
 from functools import cached_property
 from typing import TYPE_CHECKING
 
@@ -16,6 +18,26 @@ from svc.registry.version import Alias, VersionId
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
+
+
+LOSS = "loss"
+"""What a trainer reports to MLflow as its loss."""
+
+
+@dataclass(frozen=True, slots=True)
+class RunFigures:
+    """How a run stands.
+
+    Attributes:
+        updated_at: when it last reported a loss.
+        open: nobody has said that it ended; a run that was killed stays open.
+        metrics: the newest value of each.
+    """
+
+    started_at: datetime
+    updated_at: datetime
+    open: bool
+    metrics: dict[str, float]
 
 
 class Tracking:
@@ -60,6 +82,49 @@ class Tracking:
         for key, value in metrics.items():
             self._client.log_metric(run_id, key, value)
 
+    def experiments(self) -> list[str]:
+        """Names of everything that was ever trained, but MLflow's own default.
+
+        Raises:
+            RegistryError: MLflow does not answer.
+        """
+        from mlflow.exceptions import MlflowException
+
+        try:
+            found = self._client.search_experiments()
+        except MlflowException as error:
+            raise RegistryError(f"MLflow at {self.uri} does not answer: {error.message}") from error
+        return sorted(one.name for one in found if one.name != "Default")
+
+    def newest_run(self, experiment: str) -> RunFigures | None:
+        """The run of an experiment that was started last; None where there is none.
+
+        Raises:
+            RegistryError: MLflow does not answer.
+        """
+        from mlflow.entities import RunStatus
+        from mlflow.exceptions import MlflowException
+
+        try:
+            found = self._client.get_experiment_by_name(experiment)
+            if found is None:
+                return None
+            runs = self._client.search_runs(
+                [found.experiment_id], order_by=["attributes.start_time DESC"], max_results=1
+            )
+            if not runs:
+                return None
+            (run,) = runs
+            curve = self._client.get_metric_history(run.info.run_id, LOSS) if LOSS in run.data.metrics else []
+        except MlflowException as error:
+            raise RegistryError(f"MLflow at {self.uri} does not answer: {error.message}") from error
+        return RunFigures(
+            started_at=_from_ms(run.info.start_time),
+            updated_at=_from_ms(max((point.timestamp for point in curve), default=run.info.start_time)),
+            open=run.info.status == RunStatus.to_string(RunStatus.RUNNING),
+            metrics=dict(run.data.metrics),
+        )
+
     def allocate(self, name: str, source: str, run_id: str) -> VersionId:
         """Registers the next version of a name and returns its number."""
         from mlflow.exceptions import MlflowException
@@ -100,3 +165,7 @@ class Tracking:
     def set_alias(self, version: VersionId, alias: Alias) -> None:
         """Moves an alias."""
         self._client.set_registered_model_alias(version.name, alias.value, str(version.number))
+
+
+def _from_ms(milliseconds: int) -> datetime:
+    return datetime.fromtimestamp(milliseconds / 1000, UTC)

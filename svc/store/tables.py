@@ -88,3 +88,40 @@ class RetakenProbesRow(Table):
     format: Mapped[str] = mapped_column(primary_key=True)
     engine: Mapped[str] = mapped_column(primary_key=True)
     probes: Mapped[str]
+
+
+class RequestRow(Table):
+    """One request that ended. `bytes` is roughly what the row takes, for retention by size."""
+
+    __tablename__ = "requests"
+
+    id: Mapped[int] = mapped_column(primary_key=True)
+    request_id: Mapped[str] = mapped_column(index=True)
+    started_at: Mapped[datetime] = mapped_column(index=True)
+    model: Mapped[str]
+    number: Mapped[int | None]
+    format: Mapped[str | None]
+    route: Mapped[str]
+    key_id: Mapped[str | None]
+    status: Mapped[int]
+    reason: Mapped[str | None]
+    finish_reason: Mapped[str | None]
+    seconds: Mapped[float]
+    first_token_seconds: Mapped[float | None]
+    tokens_in: Mapped[int | None]
+    tokens_out: Mapped[int | None]
+    prompt: Mapped[str | None]
+    answer: Mapped[str | None]
+    bytes: Mapped[int]
+
+
+class FeedbackRow(Table):
+    """What a person said of an answer. It leaves with its request."""
+
+    __tablename__ = "feedback"
+
+    request: Mapped[int] = mapped_column(ForeignKey("requests.id", ondelete="CASCADE"), primary_key=True)
+    given_at: Mapped[datetime]
+    rating: Mapped[str]
+    label: Mapped[str | None]
+    correction: Mapped[str | None]

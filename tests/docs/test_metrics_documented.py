@@ -1,19 +1,28 @@
 """docs/metrics.md and the code name the same metrics, labels and reasons, both ways."""
 
 import re
-from enum import StrEnum
 from pathlib import Path
 
+import httpx
 import pytest
 from prometheus_client import CollectorRegistry
 from prometheus_client.metrics import MetricWrapperBase
 from prometheus_client.metrics_core import Metric
 
+from monitoring.server_page import ServerPage
+from monitoring.training_metrics import TrainingMetrics
+from monitoring.version_metrics import BASE, VersionMetrics
+from serving.machine_metrics import add_machine_metrics
 from serving.openai_api.errors import ErrorCode
-from serving.quantiles import VersionQuantiles
+from serving.records import Dropped
 from serving.traffic import _NOT_COMPLETIONS, Traffic
+from svc.engine.probe import EngineFacts
 from svc.engine.state import EngineState
+from svc.errors import ServerNotRunningError
+from svc.registry.registry import Registry
 from svc.registry.version import Format
+from svc.settings import Device, Settings
+from svc.store.feedback import Rating
 from svc.store.swaps import SwapOutcome
 
 PAGE = (Path(__file__).parents[2] / "docs" / "metrics.md").read_text("utf-8")
@@ -21,22 +30,33 @@ ROW = re.compile(r"^\| `(svc_\w+)` \| (\w+) \|([\w, ]*)\|", re.MULTILINE)
 
 
 @pytest.fixture(scope="module")
-def families() -> dict[str, tuple[str, set[str]]]:
+def families(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[str, set[str]]]:
     """Type and labels of each metric in the code, by the name that a scrape shows."""
     registry = CollectorRegistry()
+    home = tmp_path_factory.mktemp("home")
     Traffic(registry)
+    facts = EngineFacts(vllm="1", device=Device.CPU, instruction_set="x", mode="eager")
+    add_machine_metrics(registry, home, facts)
+    versions = Registry.of(Settings(home=home))
+    registry.register(ServerPage(httpx.Client(), _no_server))
+    registry.register(VersionMetrics(versions))
+    registry.register(TrainingMetrics(versions))
     found = {}
     for collector in list(registry._collector_to_names):
         for family in collector.collect():
             name = family.name + ("_total" if family.type == "counter" else "")
-            found[name] = family.type, _labels(collector, family)
+            if name.startswith("svc_"):
+                found[name] = family.type, _labels(collector, family)
     return found
+
+
+def _no_server() -> str:
+    raise ServerNotRunningError("no server")
 
 
 def _labels(collector: object, family: Metric) -> set[str]:
     if isinstance(collector, MetricWrapperBase):
         return set(collector._labelnames)
-    assert isinstance(collector, VersionQuantiles)
     return set(family._labelnames)  # type: ignore[attr-defined]
 
 
@@ -51,7 +71,8 @@ def test_every_metric_is_documented_with_its_type_and_labels(families: dict[str,
 def test_every_label_is_explained(families: dict[str, tuple[str, set[str]]]) -> None:
     used = {label for _, labels in families.values() for label in labels}
     table = PAGE.partition("| label |")[2].partition("\n\n")[0]
-    assert set(re.findall(r"^\| `(\w+)` \|", table, re.MULTILINE)) == used
+    named = re.findall(r"^\| ((?:`\w+`(?:, )?)+) \|", table, re.MULTILINE)
+    assert {label for cell in named for label in re.findall(r"`(\w+)`", cell)} == used
 
 
 def test_every_reason_is_explained() -> None:
@@ -59,7 +80,20 @@ def test_every_reason_is_explained() -> None:
     assert set(re.findall(r"^\| `(\w+)` \|", table, re.MULTILINE)) == set(ErrorCode) - _NOT_COMPLETIONS
 
 
-@pytest.mark.parametrize(("label", "values"), [("outcome", SwapOutcome), ("state", EngineState), ("format", Format)])
-def test_every_value_of_a_closed_label_is_named(label: str, values: type[StrEnum]) -> None:
+CLOSED: dict[str, set[str]] = {
+    "outcome": set(SwapOutcome),
+    "state": set(EngineState),
+    "format": {*Format, BASE},
+    "rating": set(Rating),
+}
+
+
+@pytest.mark.parametrize("label", CLOSED)
+def test_every_value_of_a_closed_label_is_named(label: str) -> None:
     row = PAGE.partition(f"| `{label}` | ")[2].partition(" |\n")[0]
-    assert set(re.findall(r"`(\w+)`", row)) == {value.value for value in values}
+    assert set(re.findall(r"`(\w+)`", row)) == {str(value) for value in CLOSED[label]}
+
+
+def test_every_reason_of_a_dropped_record_is_named() -> None:
+    row = PAGE.partition("| `reason` | ")[2].partition(" |\n")[0]
+    assert {reason.value for reason in Dropped} <= set(re.findall(r"`(\w+)`", row))

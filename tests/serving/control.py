@@ -12,8 +12,6 @@ from typing import Any
 import httpx
 from prometheus_client import CollectorRegistry
 
-from serving.app import build_app
-from serving.gateway import Gateway
 from serving.hold import Admission
 from serving.production_alias import ProductionAlias
 from serving.proof import Proof
@@ -32,6 +30,7 @@ from svc.store.desired import Desired, Target, change_desired, read_desired
 from svc.store.swaps import SwapRecord, find_swap
 from tests.serving.engine_double import EngineDouble
 from tests.serving.engine_park import EnginePark
+from tests.serving.service import application
 from tests.serving.socket_server import running
 from tests.serving.versions import FACTS, NAME, AliasBook, target
 
@@ -117,14 +116,12 @@ class Control:
     async def client(self) -> AsyncIterator[httpx.AsyncClient]:
         """Calls the gateway through a real server."""
         engine = connect(self.park.socket, silence_s=self.settings.request_timeout_s)
-        gateway = Gateway(
-            engine=engine, door=self.door, routes=self.routes, traffic=self.traffic, settings=self.settings
-        )
+        app = application(engine, door=self.door, routes=self.routes, traffic=self.traffic, settings=self.settings)
         socket = self.sockets / "gateway.sock"
         transport = httpx.AsyncHTTPTransport(uds=str(socket), limits=httpx.Limits(max_connections=None))
         async with (
             engine,
-            running(build_app(gateway, status=dict), socket),
+            running(app, socket),
             httpx.AsyncClient(transport=transport, base_url="http://gateway", timeout=20) as client,
         ):
             yield client

@@ -1,6 +1,7 @@
 """The gateway in front of a double of the engine, put together as the server does it."""
 
-from collections.abc import AsyncIterator
+import asyncio
+from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
@@ -8,15 +9,20 @@ from typing import Any
 import httpx
 from fastapi import FastAPI
 from prometheus_client import CollectorRegistry
+from sqlalchemy import Engine as Store
+from sqlalchemy import create_engine
 
 from serving.app import build_app
+from serving.engine_metrics import EngineMetrics
+from serving.feedback import FeedbackIntake
 from serving.gateway import Gateway
 from serving.hold import Admission
+from serving.records import RecordWriter
 from serving.routing import Routes, Served
 from serving.traffic import Traffic
 from serving.upstream import connect
 from svc.registry.version import Format, VersionId
-from svc.settings import ServeSettings
+from svc.settings import RecordSettings, ServeSettings
 from tests.serving.engine_double import EngineDouble, running_engine
 from tests.serving.socket_server import SocketServer, running
 
@@ -26,16 +32,48 @@ TWO = Served(VersionId(NAME, 2), Format.GPTQ)
 CHAT: dict[str, Any] = {"model": NAME, "messages": [{"role": "user", "content": "one two three"}]}
 
 
+def application(
+    engine: httpx.AsyncClient,
+    *,
+    door: Admission,
+    routes: Routes,
+    traffic: Traffic,
+    settings: ServeSettings,
+    records: RecordWriter | None = None,
+    store: Store | None = None,
+    status: Callable[[], Mapping[str, Any]] = dict,
+) -> FastAPI:
+    """The application over these parts; records are taken and not written where none are given."""
+    store = store or create_engine("sqlite://")
+    records = records or RecordWriter(
+        store, RecordSettings(), on_stored=lambda count: None, on_dropped=lambda reason, count: None
+    )
+    gateway = Gateway(engine=engine, door=door, routes=routes, traffic=traffic, records=records, settings=settings)
+    engine_metrics = EngineMetrics(engine, routes)
+    traffic.registry.register(engine_metrics)
+    return build_app(
+        gateway,
+        feedback=FeedbackIntake(store, records, traffic.feedback_given),
+        engine_metrics=engine_metrics,
+        status=status,
+    )
+
+
 class Service:
     """Everything between a client and the engine.
 
     Args:
         folder: for sockets.
+        store: where records go; without one they are taken and not written.
+        keeping: what is kept of each request.
         settings: fields of ServeSettings that differ from the default.
     """
 
-    def __init__(self, folder: Path, **settings: Any) -> None:
+    def __init__(
+        self, folder: Path, *, store: Store | None = None, keeping: RecordSettings | None = None, **settings: Any
+    ) -> None:
         self.folder = folder
+        self.store = store
         self.settings = ServeSettings(**settings)
         self.double = EngineDouble(name=NAME)
         self.door = Admission(
@@ -45,7 +83,13 @@ class Service:
         )
         self.routes = Routes(NAME, clock=lambda: 1_700_000_000.0)
         self.registry = CollectorRegistry()
-        self.traffic = Traffic(self.registry)
+        self.traffic = Traffic(self.registry, exemplars=self.settings.exemplars)
+        self.records = RecordWriter(
+            store or create_engine("sqlite://"),
+            keeping or RecordSettings(),
+            on_stored=self.traffic.records_stored,
+            on_dropped=self.traffic.records_dropped,
+        )
         self.engine: SocketServer | None = None
         self.app: FastAPI | None = None
 
@@ -57,13 +101,23 @@ class Service:
             running_engine(self.double, socket) as self.engine,
             connect(socket, silence_s=self.settings.request_timeout_s) as engine,
         ):
-            gateway = Gateway(
-                engine=engine, door=self.door, routes=self.routes, traffic=self.traffic, settings=self.settings
+            self.app = application(
+                engine,
+                door=self.door,
+                routes=self.routes,
+                traffic=self.traffic,
+                records=self.records,
+                settings=self.settings,
+                store=self.store,
+                status=lambda: {"served": str(self.routes.served)},
             )
-            self.app = build_app(gateway, status=lambda: {"served": str(self.routes.served)})
             self.routes.serve(ONE)
             self.door.available()
+            if self.store is not None:
+                self.records.start()
             yield self
+            if self.store is not None:
+                await asyncio.to_thread(self.records.close)
 
     @asynccontextmanager
     async def client(self) -> AsyncIterator[httpx.AsyncClient]:

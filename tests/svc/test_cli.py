@@ -92,6 +92,35 @@ def test_an_interruption_is_130(svc: Svc, monkeypatch: pytest.MonkeyPatch) -> No
     assert "interrupted" in ended.err
 
 
+SLOW_COMMAND = """
+import asyncio, click, sys
+from svc import cli
+
+@click.command()
+def wait():
+    async def forever():
+        print("waiting", flush=True)
+        try:
+            await asyncio.sleep(60)
+        finally:
+            print("cleaned up", flush=True)
+    asyncio.run(forever())
+
+cli.group.get_command = lambda ctx, name: wait
+sys.argv = ["svc", "wait"]
+cli.main()
+"""
+
+
+def test_sigterm_lets_a_command_clean_up_as_an_interruption_does() -> None:
+    with subprocess.Popen([sys.executable, "-c", SLOW_COMMAND], stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "waiting\n"
+        process.terminate()
+        assert process.stdout.read() == "cleaned up\n"
+    assert process.returncode == 130
+
+
 @pytest.mark.parametrize(
     ("arguments", "code", "text"),
     [

@@ -1,0 +1,29 @@
+"""`svc dashboards`: the Grafana dashboards as files."""
+
+from pathlib import Path
+
+import click
+
+from svc.invocation import json_option
+
+
+@click.command()
+@click.option(
+    "--out",
+    type=click.Path(path_type=Path, file_okay=False),
+    default=Path("deploy/grafana/dashboards"),
+    show_default=True,
+    help="Folder to write to.",
+)
+@json_option
+def dashboards(out: Path, as_json: bool) -> None:
+    """Write the Grafana dashboards as JSON files, ready to import or to provision."""
+    from monitoring.dashboards.export import write
+    from svc.terminal import print_json
+
+    paths = [str(path) for path in write(out)]
+    if as_json:
+        print_json({"dashboards": paths})
+        return
+    for path in paths:
+        click.echo(path)

@@ -1,0 +1,188 @@
+"""Is the service well, right now: traffic, errors, latency, and the version that serves."""
+
+from typing import Final
+
+from grafana_foundation_sdk.models.dashboard import Dashboard
+
+from monitoring.dashboards.board import Choice, Uid, board
+from monitoring.dashboards.panels import Limits, PanelBuilder, chart, labels, number, timeline
+from monitoring.dashboards.promql import Query, increase, quantile_since_start, rate, share, total
+
+AVAILABILITY_OBJECTIVE: Final = 0.999
+"""Share of requests that do not fail by a fault of the server; the alerts hold it too (deploy/prometheus/rules)."""
+FIRST_TOKEN_OBJECTIVE: Final = 0.99
+"""Share of streamed answers whose first token comes within 2 s; the alerts hold it too."""
+SERVER_FAULTS: Final = "overloaded|held_.*|engine_.*|internal_error"
+"""Reasons of `svc_request_errors_total` that are the server's; the others are the client's."""
+
+_FAULTS: Final = f'svc_request_errors_total{{reason=~"{SERVER_FAULTS}"}}'
+_MODEL: Final = '{model=~"$model"}'
+_VERSION: Final = "{{model}}@{{version}}"
+_AVAILABILITY: Final = Limits(warning=AVAILABILITY_OBJECTIVE, bad=0.99)
+_FIRST_TOKEN: Final = Limits(warning=FIRST_TOKEN_OBJECTIVE, bad=0.9)
+_UP: Final = {0: "does not answer", 1: "up"}
+_READY: Final = Query('svc_engine_state{state="ready"}', "engine")
+
+
+def overview() -> Dashboard:
+    """The dashboard."""
+    return board(
+        Uid.OVERVIEW,
+        "Is the service well: traffic, errors, latency, the version that serves.",
+        [Choice("model", "Model", "svc_model_version_info", "model", every=True)],
+        {"Now": _now(), "Traffic": _traffic(), "Latency": _latency(), "Versions": _versions()},
+    )
+
+
+def _now() -> list[PanelBuilder]:
+    failed = _failed(increase(_FAULTS), increase("svc_requests_total"))
+    left = f"1 - {failed} / {1 - AVAILABILITY_OBJECTIVE:.4g}"
+    versions = Query(f"svc_model_version_info{_MODEL}", f"{_VERSION} ({{{{format}}}})")
+    build = Query("svc_build_info", "tuneserve {{release}}, {{engine}}, {{device}}")
+    return [
+        number("Server", "Whether the server answers.", "none", Query("svc_server_up", "server"), names=_UP),
+        number("Engine", "Whether the engine is ready to answer.", "none", _READY, names={0: "not ready", 1: "ready"}),
+        labels("Serving", "The version that is loaded.", versions),
+        labels("Build", "The release of the server, its engine and its device.", build),
+        number(
+            "Availability",
+            f"Requests without a fault of the server in the time shown; objective: {AVAILABILITY_OBJECTIVE:.1%}.",
+            "percentunit",
+            Query(f"1 - {failed}", "availability"),
+            limits=_AVAILABILITY,
+        ),
+        number(
+            "Error budget left",
+            "What is left of the failures that the objective allows in the time shown; below 0 it is missed.",
+            "percentunit",
+            Query(left, "left"),
+            limits=Limits(warning=0.25, bad=0),
+        ),
+    ]
+
+
+def _failed(faults: str, requests: str) -> str:
+    """Clamped: the first requests of a new series are in no rate, so that there may be fewer requests than faults."""
+    return f"clamp_max({share(faults, requests)}, 1)"
+
+
+def _traffic() -> list[PanelBuilder]:
+    failed = _failed(rate(_FAULTS), rate("svc_requests_total"))
+    requests, tokens = f"svc_requests_total{_MODEL}", f"svc_tokens_total{_MODEL}"
+    return [
+        chart(
+            "Requests",
+            "Requests that ended, a second, by version; `unknown` is a model that is not served.",
+            "reqps",
+            Query(rate(requests, "model", "version"), _VERSION),
+        ),
+        chart(
+            "Answers by status",
+            "Requests that ended, a second, by HTTP status; 499 is a client that left before its answer.",
+            "reqps",
+            Query(rate(requests, "status"), "{{status}}"),
+            stacked=True,
+        ),
+        chart(
+            "Errors by reason",
+            "Requests that failed, a second, broken streams among them; docs/metrics.md says what each reason means.",
+            "reqps",
+            Query(rate("svc_request_errors_total", "reason"), "{{reason}}"),
+            stacked=True,
+        ),
+        chart(
+            "Availability",
+            "Requests without a fault of the server; the green line is the objective.",
+            "percentunit",
+            Query(f"1 - {failed}", "availability"),
+            limits=_AVAILABILITY,
+        ),
+        chart(
+            "Tokens",
+            "Tokens of whole answers, a second: in is the prompt, out is the answer.",
+            "none",
+            Query(rate(tokens, "model", "version", "direction"), f"{_VERSION} {{{{direction}}}}"),
+        ),
+        chart(
+            "Requests running and held",
+            "Requests in the engine, and requests that wait for a change of version.",
+            "none",
+            Query("svc_requests_running", "running"),
+            Query("svc_requests_held", "held"),
+        ),
+    ]
+
+
+def _latency() -> list[PanelBuilder]:
+    first_tokens = f"svc_time_to_first_token_seconds_count{_MODEL}"
+    quick = 'svc_time_to_first_token_seconds_bucket{model=~"$model", le="2.0"}'
+    in_time = share(rate(quick, "model", "version"), rate(first_tokens, "model", "version"))
+    legend = f"{_VERSION} {{{{quantile}}}}"
+    return [
+        chart(
+            "Duration of answers",
+            "From the request's last byte to the answer's last byte, over the last 5 minutes.",
+            "s",
+            Query(f"svc_request_duration_quantile_seconds{_MODEL}", legend),
+            limits=Limits(warning=15, bad=60),
+        ),
+        chart(
+            "Time to first token",
+            "From the request's last byte to the first token of a streamed answer, over the last 5 minutes.",
+            "s",
+            Query(f"svc_time_to_first_token_quantile_seconds{_MODEL}", legend),
+            limits=Limits(warning=2, bad=10),
+        ),
+        chart(
+            "First tokens in time",
+            "Streamed answers whose first token came within 2 s; the green line is the objective.",
+            "percentunit",
+            Query(in_time, _VERSION),
+            limits=_FIRST_TOKEN,
+        ),
+    ]
+
+
+def _versions() -> list[PanelBuilder]:
+    shown = {0: "no", 1: "yes"}
+    held = quantile_since_start(0.95, "svc_swap_duration_seconds", "outcome")
+    feedback = total(f"svc_feedback_total{_MODEL}", "model", "version", "rating")
+    versions = Query(
+        total(f"svc_model_version_info{_MODEL}", "model", "version", "format"), f"{_VERSION} {{{{format}}}}"
+    )
+    return [
+        timeline("Version that serves", "The version that was loaded, over time.", versions, names=shown),
+        timeline(
+            "Engine state",
+            "The state that the engine was in, over time.",
+            Query("svc_engine_state", "{{state}}"),
+            names=shown,
+        ),
+        chart(
+            "Swaps and restarts",
+            "Changes of version by outcome, and starts of the engine after it died, since the server started.",
+            "none",
+            Query(total("svc_swaps_total", "outcome"), "swap {{outcome}}"),
+            Query("svc_engine_restarts_total", "engine restarted"),
+        ),
+        chart(
+            "Time of a swap",
+            "How long requests were held in 95 of 100 changes of version since the server started.",
+            "s",
+            Query(held, "{{outcome}}"),
+            limits=Limits(warning=10, bad=60),
+        ),
+        chart(
+            "Requests held by a swap",
+            "How many requests waited at the end of 95 of 100 changes of version since the server started.",
+            "none",
+            Query(quantile_since_start(0.95, "svc_swap_held_requests"), "held"),
+            limits=Limits(warning=64, bad=256),
+        ),
+        chart(
+            "Feedback",
+            "Answers that users rated, since the server started.",
+            "none",
+            Query(feedback, f"{_VERSION} {{{{rating}}}}"),
+        ),
+    ]

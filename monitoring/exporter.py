@@ -1,0 +1,92 @@
+"""`svc monitor`: one page with the server's metrics, and with what is known of versions and training runs.
+
+A process of its own, so that it goes on when the server does not, and can stand on another machine than the server.
+"""
+
+import threading
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+from wsgiref.simple_server import WSGIRequestHandler, make_server
+
+import httpx
+from prometheus_client import CollectorRegistry, make_wsgi_app
+from prometheus_client.exposition import ThreadingWSGIServer
+
+from monitoring.server_page import ServerPage
+from monitoring.training_metrics import TrainingMetrics
+from monitoring.version_metrics import VersionMetrics
+from svc.errors import BusyError
+from svc.registry.registry import Registry
+
+if TYPE_CHECKING:
+    from wsgiref.types import StartResponse, WSGIApplication, WSGIEnvironment
+
+_OPENMETRICS = "application/openmetrics-text"
+
+
+@dataclass(frozen=True, slots=True)
+class Exporter:
+    """A running exporter.
+
+    Attributes:
+        url: of its page.
+    """
+
+    url: str
+
+
+@contextmanager
+def exporting(registry: Registry, find_server: Callable[[], str], host: str, port: int) -> Iterator[Exporter]:
+    """Answers /metrics for the body of the `with`.
+
+    Args:
+        find_server: the server's URL now; raises ServerNotRunningError.
+        port: 0 for any free one.
+
+    Raises:
+        BusyError: the port is in use, or the address is none of this machine's.
+    """
+    # A proxy from the environment would look for a server on this machine elsewhere.
+    with httpx.Client(trust_env=False) as client:
+        metrics = CollectorRegistry()
+        for collector in (ServerPage(client, find_server), VersionMetrics(registry), TrainingMetrics(registry)):
+            metrics.register(collector)
+        try:
+            server = make_server(host, port, _page(metrics), ThreadingWSGIServer, _Handler)
+        except OSError as error:
+            raise BusyError(
+                f"cannot listen on {host}:{port}: {error.strerror or error}",
+                todo="end its owner, or choose another: --port",
+            ) from error
+        thread = threading.Thread(target=server.serve_forever, name="exporter")
+        with server:
+            thread.start()
+            try:
+                yield Exporter(f"http://{host}:{server.server_port}/metrics")
+            finally:
+                server.shutdown()
+                thread.join()
+
+
+class _Handler(WSGIRequestHandler):
+    """Logs no request."""
+
+    def log_message(self, format: str, *arguments: object) -> None:
+        """Stays silent."""
+
+
+def _page(metrics: CollectorRegistry) -> "WSGIApplication":
+    """prometheus_client's page, with the names of vLLM's metrics as they are.
+
+    Its encoder for OpenMetrics writes `vllm:` as `vllm_` to who does not say that it knows better.
+    """
+    page = make_wsgi_app(metrics)
+
+    def application(environ: "WSGIEnvironment", start_response: "StartResponse") -> Iterable[bytes]:
+        accept = environ.get("HTTP_ACCEPT", "").replace(_OPENMETRICS, f"{_OPENMETRICS};escaping=allow-utf-8")
+        answer: Iterable[bytes] = page(environ | {"HTTP_ACCEPT": accept}, start_response)
+        return answer
+
+    return application

@@ -1,0 +1,57 @@
+"""A server's own metrics page, passed on: the same families under the same names, and whether it answered."""
+
+import logging
+import time
+from collections.abc import Callable, Iterable
+
+import httpx
+from prometheus_client import Metric
+from prometheus_client.core import GaugeMetricFamily
+from prometheus_client.openmetrics.parser import text_string_to_metric_families
+from prometheus_client.registry import Collector
+
+from svc.errors import ServerNotRunningError
+
+log = logging.getLogger(__name__)
+
+_TIMEOUT_S = 8.0
+"""Below the ten seconds after which Prometheus gives up, so that it hears that the server is down."""
+_OPENMETRICS = {"accept": "application/openmetrics-text; version=1.0.0; escaping=allow-utf-8"}
+
+
+class ServerPage(Collector):
+    """Asks the server whenever it is asked itself.
+
+    Args:
+        client: for the request; its timeout is not used.
+        find: the server's URL now. Raises ServerNotRunningError where none runs.
+    """
+
+    def __init__(self, client: httpx.Client, find: Callable[[], str]) -> None:
+        self._client = client
+        self._find = find
+
+    def describe(self) -> Iterable[Metric]:
+        """Nothing: which families there are is the server's to say."""
+        return []
+
+    def collect(self) -> Iterable[Metric]:
+        """Its families, and two of our own."""
+        started = time.monotonic()
+        families = self._fetch()
+        seconds = time.monotonic() - started
+        yield GaugeMetricFamily("svc_server_up", "1 when the server answered", value=float(families is not None))
+        yield GaugeMetricFamily("svc_server_scrape_duration_seconds", "How long it took to answer", value=seconds)
+        yield from families or ()
+
+    def _fetch(self) -> list[Metric] | None:
+        try:
+            url = self._find()
+            # OpenMetrics, because exemplars are in no other text format.
+            answer = self._client.get(f"{url}/metrics", headers=_OPENMETRICS, timeout=_TIMEOUT_S)
+            answer.raise_for_status()
+            families: list[Metric] = list(text_string_to_metric_families(answer.text))  # type: ignore[no-untyped-call]
+            return families
+        except (ServerNotRunningError, httpx.HTTPError, httpx.InvalidURL, ValueError) as error:
+            log.warning("the server does not answer: %s", error)
+            return None

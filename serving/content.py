@@ -1,0 +1,84 @@
+"""The prompt and the answer of a request as texts to keep, read from the bytes that passed.
+
+Runs in the thread that writes records, long after the client was answered.
+"""
+
+import json
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+from serving.openai_api.events import data_of
+from serving.redaction import Redactor
+
+MAX_ANSWER_BYTES = 4 * 2**20
+"""As events, in which a token takes some 200 bytes: 20,000 tokens."""
+
+
+@dataclass(slots=True)
+class Content:
+    """What passed the gateway for one request.
+
+    Attributes:
+        payload: the JSON that went to the engine.
+        answer: a JSON body, or the events of a stream.
+        size: what it holds in memory, bytes.
+        too_long: the answer went past the limit, and is not held any more.
+    """
+
+    payload: bytes
+    answer: list[bytes] = field(default_factory=list)
+    size: int = 0
+    too_long: bool = False
+
+    def __post_init__(self) -> None:
+        self.size = len(self.payload)
+
+    def add(self, part: bytes) -> None:
+        """Takes a part of the answer."""
+        self.too_long = self.too_long or self.size + len(part) > len(self.payload) + MAX_ANSWER_BYTES
+        if self.too_long:
+            self.answer.clear()
+            return
+        self.answer.append(part)
+        self.size += len(part)
+
+
+def prompt_text(content: Content, redactor: Redactor) -> str:
+    """JSON of the messages, or of the prompt of a plain completion."""
+    fields = json.loads(content.payload)
+    prompt = fields.get("messages", fields.get("prompt"))
+    return _encodable(json.dumps(redactor.strings(prompt), ensure_ascii=False))
+
+
+def answer_text(content: Content, redactor: Redactor) -> str:
+    """The text of the first choice; empty where there is none, as in an answer of tool calls alone.
+
+    Redacted as a whole: a number may come in many events.
+    """
+    parts = [_choice_text(choice) for chunk in _chunks(content.answer) for choice in _first_choice(chunk)]
+    return _encodable(redactor.text("".join(parts)))
+
+
+def _chunks(answer: list[bytes]) -> Iterable[dict[str, Any]]:
+    for part in answer:
+        try:
+            chunk = json.loads(data_of(part) if part.startswith(b"data:") else part)
+        except ValueError:
+            continue  # a comment, or [DONE]
+        if isinstance(chunk, dict):
+            yield chunk
+
+
+def _first_choice(chunk: dict[str, Any]) -> list[dict[str, Any]]:
+    return [choice for choice in chunk.get("choices") or [] if choice.get("index", 0) == 0]
+
+
+def _choice_text(choice: dict[str, Any]) -> str:
+    inner = choice.get("delta") or choice.get("message") or {}
+    return inner.get("content") or choice.get("text") or ""
+
+
+def _encodable(text: str) -> str:
+    """Without lone surrogates, which JSON can hold and UTF-8 cannot."""
+    return text.encode("utf-8", "replace").decode("utf-8")

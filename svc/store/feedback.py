@@ -1,0 +1,76 @@
+"""What people say of answers: one word for each request, the last one counts."""
+
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from enum import StrEnum
+
+from sqlalchemy import Engine, select
+from sqlalchemy.orm import Session
+
+from svc.registry.version import VersionId
+from svc.store.tables import FeedbackRow, RequestRow
+
+
+class Rating(StrEnum):
+    """Thumb up, thumb down."""
+
+    GOOD = "good"
+    BAD = "bad"
+
+
+@dataclass(frozen=True, slots=True)
+class Feedback:
+    """A person's word on one answer.
+
+    Attributes:
+        label: what kind of answer it was, in the caller's own words.
+        correction: what the answer should have been; redacted.
+    """
+
+    rating: Rating
+    label: str | None = None
+    correction: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class KeptFeedback:
+    """Where a word went.
+
+    Attributes:
+        version: that gave the answer; None for a request that none answered.
+        replaced: an earlier word on the same answer, which is forgotten.
+    """
+
+    version: VersionId | None
+    replaced: Rating | None
+
+
+def keep_feedback(store: Engine, request_id: str, feedback: Feedback) -> KeptFeedback | None:
+    """Keeps it with its request, the newest of that id.
+
+    Returns:
+        None when no such request is kept.
+    """
+    newest = select(RequestRow).where(RequestRow.request_id == request_id).order_by(RequestRow.id.desc()).limit(1)
+    with Session(store) as session, session.begin():
+        request = session.scalar(newest)
+        if request is None:
+            return None
+        before = session.get(FeedbackRow, request.id)
+        replaced = Rating(before.rating) if before else None
+        request.bytes += _size(feedback.correction) - _size(before.correction if before else None)
+        session.merge(
+            FeedbackRow(
+                request=request.id,
+                given_at=datetime.now(UTC),
+                rating=feedback.rating.value,
+                label=feedback.label,
+                correction=feedback.correction,
+            )
+        )
+        version = VersionId(request.model, request.number) if request.number is not None else None
+        return KeptFeedback(version, replaced)
+
+
+def _size(text: str | None) -> int:
+    return len(text.encode("utf-8")) if text else 0

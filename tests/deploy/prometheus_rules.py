@@ -1,0 +1,44 @@
+"""The files under deploy/prometheus, as data. Knows PromQL only as far as finding names in it goes."""
+
+import re
+from typing import Any
+
+import yaml
+
+from tests.docs.pages import ROOT
+
+FOLDER = ROOT / "deploy" / "prometheus"
+_STRING = re.compile(r'"[^"]*"')
+
+
+def rules(kind: str) -> list[dict[str, Any]]:
+    """The rules of a kind, `alert` or `record`, as they stand in rules/*.yml."""
+    files = [yaml.safe_load(path.read_text("utf-8")) for path in sorted(FOLDER.glob("rules/*.yml"))]
+    return [rule for file in files for group in file["groups"] for rule in group["rules"] if kind in rule]
+
+
+def cases() -> list[dict[str, Any]]:
+    """The tests of tests/*.yml."""
+    files = [yaml.safe_load(path.read_text("utf-8")) for path in sorted(FOLDER.glob("tests/*.yml"))]
+    return [case for file in files for case in file["tests"]]
+
+
+def metrics(expression: str) -> set[str]:
+    """Names of our metrics and of recorded series in an expression, those matched by `__name__` among them."""
+    return set(re.findall(r"(?<![\w:])(?:svc_|job\w*:)[\w:]+", expression))
+
+
+def matchers(expression: str) -> list[tuple[str, str, str]]:
+    """Metric, label and value or pattern of each matcher on one of our metrics."""
+    selectors = re.findall(r"\b(svc_\w+)\{([^}]*)\}", expression)
+    return [
+        (metric, label, value)
+        for metric, inside in selectors
+        for label, value in re.findall(r'(\w+)\s*[=!]~?\s*"([^"]*)"', inside)
+    ]
+
+
+def grouped_by(expression: str) -> set[str]:
+    """The labels named in by, without, on, ignoring."""
+    lists = re.findall(r"\b(?:by|without|on|ignoring)\s*\(([^)]*)\)", _STRING.sub("", expression))
+    return {label.strip() for inside in lists for label in inside.split(",")}

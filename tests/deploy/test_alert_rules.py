@@ -1,0 +1,80 @@
+"""promtool accepts the rules, they fire when they must and only then, and the runbook has a section for each alert."""
+
+import re
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from tests.deploy.prometheus_rules import FOLDER, cases, metrics, rules
+from tests.docs.pages import ROOT, read
+
+PROMTOOL = ROOT / ".venv" / "prometheus" / "bin" / "promtool"
+ALERTS = {rule["alert"]: rule for rule in rules("alert")}
+HEADINGS = set(re.findall(r"^### (\w+)$", read("docs/runbook.md").partition("\n## Alerts\n")[2], re.MULTILINE))
+COMPARISON = re.compile(r"[=!<>]=|[<>]")
+# A vector, the operator, a number: `bool` can be inserted after the operator, and the expression stays one.
+PLAIN_COMPARISON = re.compile(r"[\w)}\]] ([=!<>]=|[<>]) \d+(\.\d+)?(?=\s|$)")
+
+
+@pytest.fixture(scope="module")
+def promtool() -> Path:
+    if not PROMTOOL.exists():
+        pytest.fail(f"{PROMTOOL} is missing: `make test-fast` installs it, and so does deploy/prometheus/install.sh")
+    return PROMTOOL
+
+
+def _run(promtool: Path, *arguments: str | Path) -> None:
+    done = subprocess.run([promtool, *arguments], cwd=FOLDER, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_prometheus_accepts_its_configuration(promtool: Path) -> None:
+    _run(promtool, "check", "config", "prometheus.yml")
+
+
+def test_prometheus_accepts_the_rules(promtool: Path) -> None:
+    _run(promtool, "check", "rules", "--lint-fatal", *FOLDER.glob("rules/*.yml"))
+
+
+@pytest.mark.parametrize("file", sorted(FOLDER.glob("tests/*.yml")), ids=lambda path: path.stem)
+def test_the_rules_record_and_fire_as_they_must(promtool: Path, file: Path) -> None:
+    _run(promtool, "test", "rules", file)
+
+
+def test_every_alert_has_a_case_in_which_it_fires_and_one_in_which_it_does_not() -> None:
+    checks = [check for case in cases() for check in case.get("alert_rule_test", [])]
+    firing = {check["alertname"] for check in checks if check.get("exp_alerts")}
+    quiet = {check["alertname"] for check in checks if not check.get("exp_alerts")}
+    assert firing == quiet == set(ALERTS)
+
+
+def test_the_values_of_every_recording_rule_are_checked() -> None:
+    checks = [check for case in cases() for check in case.get("promql_expr_test", []) if check["exp_samples"]]
+    checked = set().union(*(metrics(check["expr"]) for check in checks))
+    assert checked == {rule["record"] for rule in rules("record")}
+
+
+def test_the_runbook_and_the_rules_name_the_same_alerts() -> None:
+    assert set(ALERTS) == HEADINGS
+
+
+@pytest.mark.parametrize("alert", ALERTS)
+def test_an_alert_says_how_urgent_it_is_what_it_means_and_what_to_do(alert: str) -> None:
+    rule = ALERTS[alert]
+    assert rule["labels"]["severity"] in {"page", "ticket"}
+    assert set(rule["annotations"]) == {"summary", "description", "runbook_url"}
+    assert rule["annotations"]["runbook_url"] == f"docs/runbook.md#{alert.lower()}"
+
+
+@pytest.mark.parametrize("alert", ALERTS)
+def test_the_runbook_is_as_urgent_as_the_alert(alert: str) -> None:
+    text = read("docs/runbook.md").partition(f"\n### {alert}\n\n")[2]
+    assert text.lower().startswith(ALERTS[alert]["labels"]["severity"] + ".")
+
+
+@pytest.mark.parametrize("alert", ALERTS)
+def test_a_comparison_is_of_a_vector_with_a_number(alert: str) -> None:
+    # Without what is in braces: a matcher is no comparison.
+    expression = re.sub(r"\{[^}]*\}", "{}", ALERTS[alert]["expr"])
+    assert len(COMPARISON.findall(expression)) == len(PLAIN_COMPARISON.findall(expression))

@@ -1,0 +1,80 @@
+"""The rules read nothing that is not exported: Prometheus takes a misspelt name for a series that is not there yet."""
+
+import re
+from typing import Any
+
+import pytest
+from prometheus_client import CollectorRegistry, Histogram
+from prometheus_client.exposition import generate_latest
+from prometheus_client.openmetrics.exposition import generate_latest as generate_openmetrics
+
+from serving.traffic import _FIRST_TOKEN_BUCKETS_S
+from tests.deploy.prometheus_rules import grouped_by, matchers, metrics, rules
+from tests.docs.pages import read, rows
+
+PAGE = read("docs/metrics.md")
+EXPORTED = {
+    name: (kind, {label.strip() for label in labels.split(",") if label.strip()})
+    for name, kind, labels in re.findall(r"^\| `(svc_\w+)` \| (\w+) \|([\w, ]*)\|", PAGE, re.MULTILINE)
+}
+RECORDED = {rule["record"] for rule in rules("record")}
+SCRAPED = {"job", "instance"}  # what Prometheus itself adds
+RULES = [pytest.param(rule, id=rule.get("alert") or rule["record"]) for rule in rules("alert") + rules("record")]
+
+
+def _family(series: str) -> str:
+    """The metric that a series belongs to: a histogram's buckets are series of their own."""
+    base = re.sub(r"_(bucket|count|sum)$", "", series)
+    return base if EXPORTED.get(base, ("", set()))[0] == "histogram" else series
+
+
+def _labels(name: str) -> set[str]:
+    """The labels of an exported metric, or those that a recorded one's name begins with."""
+    if name in RECORDED:
+        return set(name.partition(":")[0].split("_"))
+    _, labels = EXPORTED[_family(name)]
+    return labels | SCRAPED | ({"le"} if name.endswith("_bucket") else set())
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_every_metric_that_a_rule_reads_is_exported_or_recorded(rule: dict[str, Any]) -> None:
+    assert {_family(name) for name in metrics(rule["expr"])} <= set(EXPORTED) | RECORDED
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_every_label_that_a_rule_reads_is_there(rule: dict[str, Any]) -> None:
+    known = {name: _labels(name) for name in metrics(rule["expr"])}
+    assert not [(name, label) for name, label, _ in matchers(rule["expr"]) if label not in known[name]]
+    assert grouped_by(rule["expr"]) <= SCRAPED.union(*known.values())
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_every_value_that_a_rule_selects_is_documented(rule: dict[str, Any]) -> None:
+    values = re.findall(r"`(\w+)`", PAGE)
+    selected = [text for _, label, text in matchers(rule["expr"]) if label not in SCRAPED | {"le"}]
+    patterns = [pattern for text in selected for pattern in text.split("|")]
+    assert not [pattern for pattern in patterns if not any(re.fullmatch(pattern, value) for value in values)]
+
+
+def test_a_fault_of_the_server_is_what_is_answered_with_429_or_5xx() -> None:
+    faults = {reason.strip("`") for reason, status, _ in rows(PAGE, "reason | status") if re.match(r"429|5", status)}
+    reasons = {reason.strip("`") for reason, *_ in rows(PAGE, "reason | status")}
+    selections = [
+        {reason for reason in reasons if re.fullmatch(pattern, reason)}
+        for rule in rules("record")
+        if rule["record"].startswith("job:svc_request_faults:")
+        for _, label, pattern in matchers(rule["expr"])
+        if label == "reason"
+    ]
+    assert selections
+    assert all(selected == faults for selected in selections)
+
+
+@pytest.mark.parametrize("generate", [generate_latest, generate_openmetrics])
+def test_the_latency_objective_is_a_bucket_written_as_the_server_writes_it(generate: Any) -> None:
+    registry = CollectorRegistry()
+    Histogram("seconds", "As the first token's", buckets=_FIRST_TOKEN_BUCKETS_S, registry=registry)
+    written = set(re.findall(r'le="([^"]+)"', generate(registry).decode()))
+    read_by_rules = {value for rule in rules("record") for _, label, value in matchers(rule["expr"]) if label == "le"}
+    assert read_by_rules
+    assert read_by_rules <= written

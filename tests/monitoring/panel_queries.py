@@ -1,0 +1,57 @@
+"""The queries of dashboards as Grafana would send them: what a test can ask a real Prometheus."""
+
+import json
+import re
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+_LABEL_VALUES = re.compile(r"label_values\((.+), (\w+)\)")
+_VARIABLE = re.compile(r"\$\w+")
+
+
+class PanelQuery(NamedTuple):
+    """One query.
+
+    Attributes:
+        panel: its title; `variable NAME` for a template variable, whose values are a label of what `expr` gives;
+            `annotation NAME` for an annotation.
+    """
+
+    dashboard: str
+    panel: str
+    expr: str
+
+
+def panel_queries(
+    folder: Path, values: Mapping[str, str], *, rate_interval: str = "1m", shown: str = "1h"
+) -> list[PanelQuery]:
+    """Every query of the dashboards in a folder, without variables.
+
+    Args:
+        values: template variable to its value; `model`, `version_a`, `version_b`.
+        rate_interval: for `$__rate_interval`; four scrapes or more.
+        shown: the time that the dashboard shows, for `$__range`.
+
+    Raises:
+        KeyError: a query has a variable without a value.
+    """
+    known = {**values, "__rate_interval": rate_interval, "__range": shown}
+    found = []
+    for path in sorted(folder.glob("*.json")):
+        for title, expr in _queries(json.loads(path.read_text("utf-8"))):
+            found.append(PanelQuery(path.stem, title, _VARIABLE.sub(lambda name: known[name[0][1:]], expr)))
+    return found
+
+
+def _queries(dashboard: dict[str, Any]) -> Iterator[tuple[str, str]]:
+    for panel in dashboard["panels"]:
+        for target in panel.get("targets", []):
+            yield panel["title"], target["expr"]
+    for variable in dashboard["templating"]["list"]:
+        if variable["type"] == "query":
+            match = _LABEL_VALUES.fullmatch(variable["query"])
+            assert match, variable["query"]
+            yield f"variable {variable['name']}", f"count by ({match[2]}) ({match[1]})"
+    for annotation in dashboard["annotations"]["list"]:
+        yield f"annotation {annotation['name']}", annotation["expr"]
