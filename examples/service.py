@@ -7,7 +7,7 @@ import subprocess
 import sys
 import time
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -34,8 +34,13 @@ def svc_json(home: Path, *arguments: str) -> Any:
 
 
 @contextmanager
-def serving(home: Path, model: str, port: int, *, timeout_s: float = 300) -> Iterator[str]:
+def serving(
+    home: Path, model: str, port: int, *, timeout_s: float = 300, environment: Mapping[str, str] | None = None
+) -> Iterator[str]:
     """Runs `svc serve` for the body; yields its URL when it answers.
+
+    Args:
+        environment: variables beside those of this process, as settings.
 
     Raises:
         RuntimeError: it ended before it was ready; holds the end of its log.
@@ -44,7 +49,9 @@ def serving(home: Path, model: str, port: int, *, timeout_s: float = 300) -> Ite
     log.parent.mkdir(parents=True, exist_ok=True)
     with log.open("wb") as output:
         command = [str(_SVC), "--home", str(home), "serve", model, "--port", str(port)]
-        server = subprocess.Popen(command, stdout=output, stderr=output, stdin=subprocess.DEVNULL)
+        server = subprocess.Popen(
+            command, stdout=output, stderr=output, stdin=subprocess.DEVNULL, env=os.environ | dict(environment or {})
+        )
     try:
         url = f"http://127.0.0.1:{port}"
         wait_until_ready(url, server, log, timeout_s)

@@ -4,7 +4,8 @@ import dataclasses
 import signal
 import threading
 import time
-from typing import Any
+from contextlib import nullcontext
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -12,6 +13,9 @@ from svc.errors import ServerNotRunningError
 from svc.invocation import json_option, settings_of
 from svc.server_url import server_url
 from svc.settings import Settings
+
+if TYPE_CHECKING:
+    from rich.console import RenderableType
 
 _TIMEOUT_S = 10.0
 
@@ -57,16 +61,23 @@ def _watch(settings: Settings, interval_s: float) -> None:
     from svc.terminal import output
 
     rates = Rates()
-    with Live(console=output, auto_refresh=False, screen=output.is_terminal) as live:
+
+    def look() -> "RenderableType":
+        try:
+            url = server_url(settings)
+            state, exposition = _fetch(url)
+        except ServerNotRunningError as error:
+            return failure_screen(error)
+        figures = read_figures(exposition)
+        return status_screen(url, state, figures, rates.between(figures, time.monotonic()))
+
+    # On a terminal each look takes the place of the one before; in a pipe they follow each other.
+    with Live(console=output, auto_refresh=False, screen=True) if output.is_terminal else nullcontext() as live:
         while True:
-            try:
-                url = server_url(settings)
-                state, exposition = _fetch(url)
-            except ServerNotRunningError as error:
-                live.update(failure_screen(error), refresh=True)
+            if live is None:
+                output.print(look())
             else:
-                figures = read_figures(exposition)
-                live.update(status_screen(url, state, figures, rates.between(figures, time.monotonic())), refresh=True)
+                live.update(look(), refresh=True)
             time.sleep(interval_s)
 
 

@@ -1,15 +1,19 @@
 """What is known of versions without serving them: when they were made, how large they are, how they were judged."""
 
+import logging
 from collections.abc import Iterable
 
 from prometheus_client import Metric
 from prometheus_client.core import GaugeMetricFamily
 from prometheus_client.registry import Collector
 
+from svc.errors import IntegrityError, NotFoundError
 from svc.evaluation.evaluator import EvaluationReport
 from svc.registry.manifest import Manifest
 from svc.registry.registry import Registry
 from svc.registry.version import VersionId
+
+log = logging.getLogger(__name__)
 
 SHOWN_VERSIONS = 20
 """The newest of each name: a registry grows for ever, a page must not."""
@@ -47,10 +51,16 @@ class VersionMetrics(Collector):
         shown = [
             version for name in self._registry.names() for version in self._registry.versions(name)[-SHOWN_VERSIONS:]
         ]
-        self._manifests = {
-            version: self._manifests.get(version) or self._registry.manifest(version) for version in shown
-        }
+        self._manifests = {version: found for version in shown if (found := self._manifest(version))}
         return list(self._manifests.values())
+
+    def _manifest(self, version: VersionId) -> Manifest | None:
+        """None for one that cannot be read, or was removed since: the others are shown all the same."""
+        try:
+            return self._manifests.get(version) or self._registry.manifest(version)
+        except (IntegrityError, NotFoundError):
+            log.warning("%s is not shown", version, exc_info=True)
+            return None
 
 
 def _families() -> tuple[GaugeMetricFamily, GaugeMetricFamily, GaugeMetricFamily]:
@@ -69,4 +79,6 @@ def _families() -> tuple[GaugeMetricFamily, GaugeMetricFamily, GaugeMetricFamily
 
 
 def _figures(report: EvaluationReport) -> dict[str, float]:
-    return {name: getattr(report, name).value for name in ("exact_match", "valid_json", "nll")}
+    """Without those that were not measured."""
+    figures = {"exact_match": report.exact_match, "valid_json": report.valid_json, "nll": report.nll}
+    return {name: estimate.value for name, estimate in figures.items() if estimate is not None}

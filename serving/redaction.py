@@ -15,7 +15,7 @@ _CARD = re.compile(r"(?<![\d-])\d(?:[ -]?\d){12,18}(?![\d-])")
 # Seven to fifteen digits (E.164). What keeps dates, versions, sizes and IP addresses out is how it begins: with + or
 # 0, or grouped as in North America.
 _PHONE = re.compile(
-    r"(?<![\w.])(?:(?:\+|00?)[ (]{0,2}[1-9](?:[ ()/.-]{0,2}\d){5,13}|\(?\d{3}\)?[ .-]{1,2}\d{3}[ .-]\d{4})(?!\w)"
+    r"(?<![\w.])(?:(?:\+|00?)[ (]{0,2}[1-9](?:[ ()/.-]{0,3}\d){5,13}|\(?\d{3}\)?[ .-]{1,2}\d{3}[ .-]\d{4})(?!\w)"
 )
 
 

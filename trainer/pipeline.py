@@ -32,7 +32,7 @@ from svc.terminal import console
 from trainer.base_model import Base
 from trainer.merge import MergeSummary, merge_adapter
 from trainer.qualify import Launch, Qualified, Qualifier
-from trainer.quantize import QuantizeSummary, quantize_gptq
+from trainer.quantize import QuantizeSummary, check_group_size, quantize_gptq
 from trainer.recipe import Recipe
 from trainer.run import Examples, Run, Stage
 from trainer.sft import TrainingSummary, train_adapter
@@ -120,6 +120,7 @@ class Pipeline:
         ]
 
     def _train(self) -> TrainingSummary:
+        check_group_size(self.base.folder, self.recipe.quantize.group_size)  # not an hour later
         tracking = self.registry.tracking
         with tracking.attach(self._tracking_run()):
             summary = train_adapter(
@@ -150,16 +151,7 @@ class Pipeline:
         return self.run.save(Stage.QUALIFY, qualified)
 
     def _register(self) -> Registered:
-        heldout = self.run.folder / HELDOUT_FILE
-        heldout.unlink(missing_ok=True)  # of an interrupted try: one file with its version's, which nobody may write
-        write_examples(heldout, self.examples.heldout)
-        content = {
-            Format.ADAPTER.value: self.run.adapter,
-            Format.MERGED.value: self.run.merged,
-            Format.GPTQ.value: self.run.gptq,
-            HELDOUT_FILE: heldout,
-        }
-        manifest = self.registry.publish(self.recipe.name, self._tracking_run(), content, self._manifest)
+        manifest = self._published() or self._publish()
         evaluation = manifest.formats[Format.GPTQ].evaluation
         if evaluation:
             self.registry.tracking.annotate(
@@ -170,6 +162,24 @@ class Pipeline:
         registered = self.run.save(Stage.REGISTER, Registered(name=manifest.name, number=manifest.number))
         self.run.clean()
         return registered
+
+    def _published(self) -> Manifest | None:
+        """What a try published that was cut off before it could say so."""
+        versions = self.registry.versions(self.recipe.name)
+        manifests = (self.registry.manifest(version) for version in reversed(versions))
+        return next((found for found in manifests if found.tracking_run == self._tracking_run()), None)
+
+    def _publish(self) -> Manifest:
+        heldout = self.run.folder / HELDOUT_FILE
+        heldout.unlink(missing_ok=True)  # of an interrupted try: one file with its version's, which nobody may write
+        write_examples(heldout, self.examples.heldout)
+        content = {
+            Format.ADAPTER.value: self.run.adapter,
+            Format.MERGED.value: self.run.merged,
+            Format.GPTQ.value: self.run.gptq,
+            HELDOUT_FILE: heldout,
+        }
+        return self.registry.publish(self.recipe.name, self._tracking_run(), content, self._manifest)
 
     def _manifest(self, version: VersionId, folder: Path) -> Manifest:
         evaluated = self.run.load(Stage.EVALUATE, Evaluated)

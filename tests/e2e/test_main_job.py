@@ -1,14 +1,11 @@
 """The main job with every real part but a small model: train, qualify, serve, chat, promote under load, refuse bad
-versions, survive the engine's death. The tests of this file share one server and run in their order."""
+versions, survive the engine's death. The tests of this folder share one server; these run in their order, and the last
+one ends it."""
 
 import json
 import os
 import signal
-import subprocess
-import sys
 import time
-from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,103 +15,11 @@ import psutil
 import pytest
 
 from examples.load import Load
-from examples.service import engine_pid, serving, svc, svc_json
+from examples.service import engine_pid, svc, svc_json
 from examples.tamper import alter_weights, replace_weights
-from svc.dataset.reader import read_examples, write_examples
-from svc.settings import Settings
-from tests.e2e.tiny_model import build_tiny_model
+from tests.e2e.server import PORT, Server
 
 pytestmark = [pytest.mark.slow]
-
-DATA = Path(__file__).parents[2] / "examples" / "debian-triage"
-PORT = 8941
-RECIPE = """
-name: tiny
-base: ./base
-data: {train: train.jsonl, heldout: heldout.jsonl}
-train: {learning_rate: 0.02, batch_size: 8}
-quantize: {group_size: 32, samples: 8}
-evaluate: {max_tokens: 8}
-qualify: {repeats: 3}
-"""
-
-
-@dataclass(frozen=True)
-class Server:
-    """The server under test."""
-
-    home: Path
-    url: str
-    client: openai.OpenAI
-    prompts: list[list[dict[str, str]]]
-
-    def answer(self, prompt: int, **options: Any) -> str:
-        messages: Any = self.prompts[prompt]
-        answer = self.client.chat.completions.create(
-            model="tiny", messages=messages, max_tokens=24, temperature=0, **options
-        )
-        return answer.choices[0].message.content or ""
-
-    def answers(self) -> list[str]:
-        return [self.answer(index) for index in range(len(self.prompts))]
-
-    def status(self) -> Any:
-        return svc_json(self.home, "status")
-
-    def folder(self, number: int) -> Path:
-        return self.home / "models" / "tiny" / str(number)
-
-
-@pytest.fixture(scope="module")
-def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with a tiny base model, real examples and a recipe."""
-    from trainer.base_model import resolve_base
-
-    folder = tmp_path_factory.mktemp("main-job")
-    tokenizer = resolve_base("smollm2-135m-instruct", Settings().base_cache).folder
-    build_tiny_model(folder / "base", tokenizer)
-    write_examples(folder / "train.jsonl", read_examples(DATA / "train.jsonl")[:48])
-    write_examples(folder / "heldout.jsonl", read_examples(DATA / "heldout.jsonl")[:8])
-    (folder / "recipe.yaml").write_text(RECIPE, "utf-8")
-    return folder
-
-
-@pytest.fixture(scope="module")
-def home(workplace: Path) -> Path:
-    """A home with two versions; the training of the first was killed when its engine started, and then resumed."""
-    home, recipe = workplace / "home", str(workplace / "recipe.yaml")
-    _kill_training_in_evaluation(home, recipe)
-    resumed = svc(home, "train", recipe, capture_output=True)
-    assert resumed.returncode == 0, resumed.stderr
-    (home / "resumed.txt").write_text(resumed.stderr, "utf-8")
-    svc_json(home, "train", recipe, "--set", "train.seed=1", "--set", "qualify.restart=false")
-    return home
-
-
-def _kill_training_in_evaluation(home: Path, recipe: str) -> None:
-    """Ends `svc train` with SIGKILL while its first engine starts: nothing of it can clean up."""
-    command = [Path(sys.executable).with_name("svc"), "--home", home, "train", recipe]
-    training = subprocess.Popen([str(part) for part in command], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    deadline = time.monotonic() + 180
-    while not list(home.glob("runs/*/engine.log")):
-        assert training.poll() is None, "the training ended by itself"
-        assert time.monotonic() < deadline
-        time.sleep(0.2)
-    training.kill()
-    training.wait()
-
-
-@pytest.fixture(scope="module")
-def server(home: Path) -> Iterator[Server]:
-    """The running server, with version 1 in production."""
-    prompts = [
-        [message.as_dict() for message in example.prompt] for example in read_examples(DATA / "heldout.jsonl")[:6]
-    ]
-    with (
-        serving(home, "tiny@1", PORT) as url,
-        openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0) as client,
-    ):
-        yield Server(home, url, client, prompts)
 
 
 def test_a_trained_version_is_registered_with_its_proofs(home: Path) -> None:

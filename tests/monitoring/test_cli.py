@@ -2,6 +2,8 @@
 
 import http.server
 import json
+import os
+import signal
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -178,3 +180,27 @@ def test_a_proxy_in_the_environment_is_not_asked(status: Status, monkeypatch: py
     for name in ("NO_PROXY", "no_proxy"):
         monkeypatch.delenv(name, raising=False)
     assert status().code == 0
+
+
+def test_watching_shows_it_again_and_again_with_rates(svc: Svc, tmp_path: Path) -> None:
+    """Until Ctrl-C; a server that goes away on the way is waited for."""
+    looks = iter([METRICS, METRICS.replace('200"} 41', '200"} 51'), None])
+
+    class Pages(dict[str, tuple[int, str]]):
+        def __getitem__(self, path: str) -> tuple[int, str]:
+            if path == "/svc/status":
+                return 200, json.dumps(STATE)
+            page = next(looks, "stop")
+            if page == "stop":
+                os.kill(os.getpid(), signal.SIGINT)
+            return (200, page) if page else (503, "")
+
+    with serving(Pages()) as url, hold_lock(tmp_path / "home" / LOCK_FILE, "the home", url=url):
+        ended = svc("--home", "home", "status", "--watch", "--interval", "0.2")
+    assert ended.code == 130
+    assert "requests/s" in ended.out
+    assert "does not answer" in ended.out
+
+
+def test_watching_is_for_people(svc: Svc) -> None:
+    assert svc("status", "--watch", "--json").code == 2

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from starlette.requests import ClientDisconnect, Request
+from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from tests.serving.socket_server import SocketServer, running
@@ -56,6 +57,7 @@ class EngineDouble:
         probe_noise: nats added to all log-probabilities.
         label: what the words of an answer call a folder of weights.
         stuck_resets: so many resets of the prefix cache fail, as while an aborted request holds blocks.
+        metrics: its metrics page.
         on_call: hears the path of each request before it is answered.
         requests: bodies of the completions that came.
         calls: paths of all requests, in order.
@@ -76,6 +78,7 @@ class EngineDouble:
     probe_noise: float = 0.0
     label: Callable[[str], str] = lambda folder: Path(folder).name
     stuck_resets: int = 0
+    metrics: str = ""
     on_call: Callable[[str], None] = lambda path: None
     requests: list[dict[str, Any]] = field(default_factory=list)
     request_ids: list[str] = field(default_factory=list)
@@ -99,6 +102,8 @@ class EngineDouble:
         match path:
             case "/health" | "/reset_prefix_cache" | "/version" | "/v1/models":
                 await _json(send, 200, self._simple(path))
+            case "/metrics":
+                await Response(self.metrics, media_type="text/plain")(scope, receive, send)
             case "/collective_rpc":
                 await self._collective_rpc(send, await request.json())
             case "/tokenize":
@@ -200,9 +205,10 @@ class EngineDouble:
             await _event(send, envelope | {"choices": [opening]})
         count = 0
         async for word in self._words(body):
-            part = {"delta": {"content": word}} if chat else {"text": word}
-            await _event(send, envelope | {"choices": [{"index": 0, **part}]})
             count += 1
+            part = {"delta": {"content": word}} if chat else {"text": word}
+            reason = "length" if count == self._usage(body)["completion_tokens"] else None
+            await _event(send, envelope | {"choices": [{"index": 0, **part, "finish_reason": reason}]})
             if count == 2 and await self._fails_in_stream(send):
                 return
         if (body.get("stream_options") or {}).get("include_usage"):

@@ -19,6 +19,7 @@ from svc.errors import (
     EngineError,
     IntegrityError,
     NotFoundError,
+    RecipeError,
     TrainingError,
 )
 from svc.lock import hold_lock
@@ -67,6 +68,12 @@ class Stages:
         write_model(out, seed=1)
         return MergeSummary(2, 0.5, 0.1)
 
+    def check_group_size(self, model: Path, group_size: int) -> list[str]:
+        """Finds that 128 does not fit."""
+        if group_size == 128:
+            raise RecipeError("quantize.group_size is 128")
+        return []
+
     def quantize_gptq(self, merged: Path, examples: Any, recipe: Any, out: Path) -> QuantizeSummary:
         """Writes a quantized model."""
         self._run(Stage.QUANTIZE, out)
@@ -84,7 +91,7 @@ class Stages:
 @pytest.fixture
 def stages(monkeypatch: pytest.MonkeyPatch) -> Stages:
     stages = Stages()
-    for name in ("train_adapter", "merge_adapter", "quantize_gptq"):
+    for name in ("check_group_size", "train_adapter", "merge_adapter", "quantize_gptq"):
         monkeypatch.setattr(pipeline_module, name, getattr(stages, name))
     return stages
 
@@ -268,7 +275,7 @@ def test_a_loss_that_the_recipe_allows_becomes_a_version(make: Make) -> None:
     assert pipeline.train_version().number == 1
 
 
-def test_a_registration_that_was_interrupted_leaves_published_versions_alone(
+def test_a_registration_that_was_interrupted_goes_on_with_the_version_that_it_published(
     make: Make, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pipeline = make()
@@ -283,8 +290,15 @@ def test_a_registration_that_was_interrupted_leaves_published_versions_alone(
     (published,) = pipeline.registry.versions()
     files = sorted(path for path in pipeline.registry.folder(published).rglob("*") if path.is_file())
     before = [(path, path.stat().st_mtime_ns) for path in files]
-    make().train_version()
+    assert make().train_version() == published
+    assert pipeline.registry.versions() == [published]
     assert [(path, path.stat().st_mtime_ns) for path in files] == before
+
+
+def test_a_group_size_that_does_not_fit_is_told_before_training(make: Make, stages: Stages) -> None:
+    with pytest.raises(RecipeError, match=r"quantize\.group_size is 128"):
+        make(quantize={"group_size": 128}).train_version()
+    assert stages.ran == []
 
 
 def test_mlflow_shows_what_a_version_is(pipeline: Pipeline) -> None:

@@ -1,0 +1,80 @@
+"""A trained home and one running server for all end-to-end tests: an engine takes half a minute to start."""
+
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import openai
+import pytest
+
+from examples.service import serving, svc, svc_json
+from svc.dataset.reader import read_examples, write_examples
+from svc.settings import Settings
+from tests.e2e.server import PORT, Server
+from tests.e2e.tiny_model import build_tiny_model
+
+DATA = Path(__file__).parents[2] / "examples" / "debian-triage"
+RECIPE = """
+name: tiny
+base: ./base
+data: {train: train.jsonl, heldout: heldout.jsonl}
+train: {learning_rate: 0.02, batch_size: 8}
+quantize: {group_size: 32, samples: 8}
+evaluate: {max_tokens: 8}
+qualify: {repeats: 3}
+"""
+
+
+@pytest.fixture(scope="session")
+def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a tiny base model, real examples and a recipe."""
+    from trainer.base_model import resolve_base
+
+    folder = tmp_path_factory.mktemp("main-job")
+    tokenizer = resolve_base("smollm2-135m-instruct", Settings().base_cache).folder
+    build_tiny_model(folder / "base", tokenizer)
+    write_examples(folder / "train.jsonl", read_examples(DATA / "train.jsonl")[:48])
+    write_examples(folder / "heldout.jsonl", read_examples(DATA / "heldout.jsonl")[:8])
+    (folder / "recipe.yaml").write_text(RECIPE, "utf-8")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def home(workplace: Path) -> Path:
+    """A home with two versions; the training of the first was killed when its engine started, and then resumed."""
+    home, recipe = workplace / "home", str(workplace / "recipe.yaml")
+    _kill_training_in_evaluation(home, recipe)
+    resumed = svc(home, "train", recipe, capture_output=True)
+    assert resumed.returncode == 0, resumed.stderr
+    (home / "resumed.txt").write_text(resumed.stderr, "utf-8")
+    svc_json(home, "train", recipe, "--set", "train.seed=1", "--set", "qualify.restart=false")
+    return home
+
+
+def _kill_training_in_evaluation(home: Path, recipe: str) -> None:
+    """Ends `svc train` with SIGKILL while its first engine starts: nothing of it can clean up."""
+    command = [Path(sys.executable).with_name("svc"), "--home", home, "train", recipe]
+    training = subprocess.Popen([str(part) for part in command], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    deadline = time.monotonic() + 180
+    while not list(home.glob("runs/*/engine.log")):
+        assert training.poll() is None, "the training ended by itself"
+        assert time.monotonic() < deadline
+        time.sleep(0.2)
+    training.kill()
+    training.wait()
+
+
+@pytest.fixture(scope="session")
+def server(home: Path) -> Iterator[Server]:
+    """The running server, with version 1 in production. It keeps all content, and marks latencies with request ids."""
+    prompts = [
+        [message.as_dict() for message in example.prompt] for example in read_examples(DATA / "heldout.jsonl")[:6]
+    ]
+    settings = {"SVC_RECORDS__CONTENT_SHARE": "1", "SVC_SERVE__EXEMPLARS": "true"}
+    with (
+        serving(home, "tiny@1", PORT, environment=settings) as url,
+        openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0) as client,
+    ):
+        yield Server(home, url, client, prompts)

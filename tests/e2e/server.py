@@ -1,0 +1,37 @@
+"""The server that the end-to-end tests share."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import openai
+
+from examples.service import svc_json
+
+PORT = 8941
+
+
+@dataclass(frozen=True)
+class Server:
+    """The server under test."""
+
+    home: Path
+    url: str
+    client: openai.OpenAI
+    prompts: list[list[dict[str, str]]]
+
+    def answer(self, prompt: int, **options: Any) -> str:
+        messages: Any = self.prompts[prompt]
+        answer = self.client.chat.completions.create(
+            model="tiny", messages=messages, max_tokens=24, temperature=0, **options
+        )
+        return answer.choices[0].message.content or ""
+
+    def answers(self) -> list[str]:
+        return [self.answer(index) for index in range(len(self.prompts))]
+
+    def status(self) -> Any:
+        return svc_json(self.home, "status")
+
+    def folder(self, number: int) -> Path:
+        return self.home / "models" / "tiny" / str(number)

@@ -1,0 +1,227 @@
+"""What dashboards and alerts ask for exists: a real Prometheus on a real server under load answers every query."""
+
+import math
+import re
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import httpx
+import openai
+import pytest
+import yaml
+from sqlalchemy import func, select
+from sqlalchemy.orm import Session
+
+from examples.load import Load
+from examples.service import svc_json
+from svc.store.database import open_database
+from svc.store.tables import FeedbackRow, RequestRow
+from tests.deploy.prometheus_rules import FOLDER, rules
+from tests.docs.pages import ROOT
+from tests.e2e.server import Server
+from tests.monitoring.panel_queries import PanelQuery, panel_queries
+
+pytestmark = [pytest.mark.slow]
+
+MONITOR_PORT, PROMETHEUS_PORT = 8942, 8943
+DASHBOARDS = ROOT / "deploy" / "grafana" / "dashboards"
+VARIABLES = {"model": "tiny", "version_a": "1", "version_b": "2", "datasource": "prometheus"}
+PANELS = panel_queries(DASHBOARDS, VARIABLES, rate_interval="1m", shown="5m")
+_COMPARISON = re.compile(r" (==|!=|>=|<=|>|<) (?=[\d.])")
+
+
+@dataclass(frozen=True)
+class Watched:
+    """A server under load, as Prometheus saw it.
+
+    Attributes:
+        load: what was asked, while version 2 was promoted and taken back.
+        rated: id of a request that was rated.
+    """
+
+    server: Server
+    prometheus: httpx.Client
+    load: Load
+    rated: str
+
+    def ask(self, query: str) -> list[dict[str, Any]]:
+        """The series that a query gives now.
+
+        Raises:
+            AssertionError: the query is not valid.
+        """
+        answer = self.prometheus.get("/api/v1/query", params={"query": query}).json()
+        assert answer["status"] == "success", f"{answer.get('error')}: {query}"
+        series: list[dict[str, Any]] = answer["data"]["result"]
+        return series
+
+    def value(self, query: str) -> float:
+        """The value of a query that gives one series."""
+        (series,) = self.ask(query)
+        return float(series["value"][1])
+
+
+@contextmanager
+def process(command: list[str | Path], log: Path) -> Iterator[None]:
+    """Runs a command for the body."""
+    with log.open("wb") as output:
+        running = subprocess.Popen([str(part) for part in command], stdout=output, stderr=output)
+    try:
+        yield
+    finally:
+        running.terminate()
+        running.wait(30)
+
+
+@pytest.fixture(scope="module")
+def watched(server: Server, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Watched]:
+    """`svc monitor` and Prometheus as deploy/ has them, but for ports and a scrape a second."""
+    folder = tmp_path_factory.mktemp("prometheus")
+    config = yaml.safe_load((FOLDER / "prometheus.yml").read_text("utf-8"))
+    config["global"] = {"scrape_interval": "1s", "evaluation_interval": "1s"}
+    config["rule_files"] = [str(FOLDER / "rules" / "*.yml")]
+    config["scrape_configs"][0]["static_configs"][0]["targets"] = [f"127.0.0.1:{MONITOR_PORT}"]
+    del config["alerting"]
+    (folder / "prometheus.yml").write_text(yaml.safe_dump(config), "utf-8")
+    svc = Path(sys.executable).with_name("svc")
+    monitor: list[str | Path] = [svc, "--home", server.home, "monitor", "--port", str(MONITOR_PORT)]
+    prometheus: list[str | Path] = [
+        ROOT / ".venv" / "prometheus" / "bin" / "prometheus",
+        f"--config.file={folder / 'prometheus.yml'}",
+        f"--storage.tsdb.path={folder / 'data'}",
+        f"--web.listen-address=127.0.0.1:{PROMETHEUS_PORT}",
+    ]
+    with (
+        process(monitor, folder / "monitor.log"),
+        process(prometheus, folder / "prometheus.log"),
+        httpx.Client(base_url=f"http://127.0.0.1:{PROMETHEUS_PORT}", trust_env=False) as client,
+    ):
+        _wait_for_target(client, folder)
+        yield _put_under_load(server, client)
+
+
+def _wait_for_target(client: httpx.Client, folder: Path) -> None:
+    """Until the first scrape of the monitor, which imports MLflow before it answers."""
+    deadline = time.monotonic() + 60
+    while time.monotonic() < deadline:
+        try:
+            answer = client.get("/api/v1/query", params={"query": "svc_server_up == 1"}).json()
+        except (httpx.HTTPError, ValueError):
+            answer = {}
+        if answer.get("data", {}).get("result"):
+            return
+        time.sleep(0.5)
+    raise AssertionError((folder / "monitor.log").read_text() + (folder / "prometheus.log").read_text()[-2000:])
+
+
+def _put_under_load(server: Server, client: httpx.Client) -> Watched:
+    with Load(server.url, "tiny", server.prompts) as load:
+        load.wait_for(16)
+        svc_json(server.home, "promote", "tiny@2")
+        load.wait_for(16)
+        svc_json(server.home, "rollback", "tiny")
+        load.wait_for(16)
+        with pytest.raises(openai.NotFoundError):
+            server.client.chat.completions.create(model="other", messages=[{"role": "user", "content": "hi"}])
+        messages: Any = server.prompts[0]
+        raw = server.client.chat.completions.with_raw_response.create(model="tiny", messages=messages, max_tokens=5)
+        rated = raw.headers["x-request-id"]
+        for rating in ("good", "bad"):
+            given = {"request_id": rated, "rating": rating, "correction": "mail a@b.de"}
+            httpx.post(f"{server.url}/v1/feedback", json=given).raise_for_status()
+        load.wait_for(16)
+    time.sleep(4)  # the last requests are scraped, and the rules have seen them
+    return Watched(server, client, load, rated)
+
+
+@pytest.mark.parametrize("query", PANELS, ids=lambda query: f"{query.dashboard}: {query.panel}")
+def test_every_panel_has_data(watched: Watched, query: PanelQuery) -> None:
+    found = watched.ask(query.expr)
+    if query.panel.startswith("annotation"):
+        return  # has data only at the moment of a change
+    assert found, query.expr
+    assert not all(math.isnan(float(series["value"][1])) for series in found), query.expr
+
+
+@pytest.mark.parametrize("rule", rules("record"), ids=lambda rule: rule["record"])
+def test_every_recording_rule_has_data(watched: Watched, rule: dict[str, Any]) -> None:
+    assert watched.ask(rule["expr"]), rule["expr"]
+    assert watched.ask(rule["record"]), "Prometheus has not recorded it"
+
+
+@pytest.mark.parametrize("rule", rules("alert"), ids=lambda rule: rule["alert"])
+def test_every_alert_looks_at_data(watched: Watched, rule: dict[str, Any]) -> None:
+    """With `bool`, a comparison that is false gives 0 and not nothing: what stays empty had nothing to compare."""
+    expression, comparisons = _COMPARISON.subn(r" \1 bool ", rule["expr"])
+    assert comparisons > 0
+    assert watched.ask(expression), expression
+
+
+def test_no_rule_failed(watched: Watched) -> None:
+    groups = watched.prometheus.get("/api/v1/rules").json()["data"]["groups"]
+    states = {rule["name"]: (rule["health"], rule.get("lastError")) for group in groups for rule in group["rules"]}
+    assert len(states) == len(rules("record")) + len(rules("alert"))
+    assert set(states.values()) == {("ok", None)}
+
+
+def test_prometheus_counts_what_the_clients_got(watched: Watched) -> None:
+    for version in ("1", "2"):
+        got = sum(answer.version == f"tiny@{version}" for answer in watched.load.answers)
+        counted = watched.value(f'sum(svc_requests_total{{model="tiny", version="{version}", status="200"}})')
+        extra = 1 if version == "1" else 0  # the request that was rated
+        assert counted == got + extra
+
+
+def test_every_request_has_a_row_that_agrees_with_the_counters(watched: Watched) -> None:
+    rows = select(RequestRow.number, RequestRow.status, func.count()).group_by(RequestRow.number, RequestRow.status)
+    with Session(open_database(watched.server.home)) as session:
+        kept = {(str(number or ""), str(status)): count for number, status, count in session.execute(rows)}
+    counted = {
+        (series["metric"]["version"], series["metric"]["status"]): float(series["value"][1])
+        for series in watched.ask("sum by (version, status) (svc_requests_total)")
+    }
+    assert kept == counted
+    assert watched.value("sum(svc_request_records_dropped_total)") == 0
+
+
+def test_content_and_feedback_are_kept_redacted(watched: Watched) -> None:
+    with Session(open_database(watched.server.home)) as session:
+        row = session.scalars(select(RequestRow).where(RequestRow.request_id == watched.rated)).one()
+        feedback = session.get_one(FeedbackRow, row.id)
+    assert row.prompt
+    assert row.answer
+    assert row.tokens_out == 5
+    assert (feedback.rating, feedback.correction) == ("bad", "mail [mail]")
+
+
+def test_an_exemplar_leads_to_a_request_that_is_kept(watched: Watched) -> None:
+    answer = watched.prometheus.get(
+        f"http://127.0.0.1:{MONITOR_PORT}/metrics", headers={"accept": "application/openmetrics-text;version=1.0.0"}
+    )
+    ids = set(re.findall(r'# \{request_id="([^"]+)"\}', answer.text))
+    with Session(open_database(watched.server.home)) as session:
+        known = set(session.scalars(select(RequestRow.request_id).where(RequestRow.request_id.in_(ids))))
+    assert ids
+    assert known == ids
+
+
+def test_the_quantiles_without_prometheus_agree_with_those_of_its_histograms(watched: Watched) -> None:
+    """The gauge is within 1 %; the histogram's answer lies in the bucket that holds the gauge's."""
+    bounds = sorted(
+        float(series["metric"]["le"])
+        for series in watched.ask('count by (le) (svc_request_duration_seconds_bucket{version="1"})')
+    )
+    for quantile in ("0.5", "0.95"):
+        gauge = watched.value(f'svc_request_duration_quantile_seconds{{version="1", quantile="{quantile}"}}')
+        histogram = watched.value(
+            f'histogram_quantile({quantile}, sum by (le) (svc_request_duration_seconds_bucket{{version="1"}}))'
+        )
+        below = max((bound for bound in bounds if bound < gauge / 1.01), default=0.0)
+        above = min(bound for bound in bounds if bound >= gauge * 0.99)
+        assert below <= histogram <= above

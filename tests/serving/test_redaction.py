@@ -1,0 +1,114 @@
+"""What must not be kept is blanked, what only looks like it is not, and no text makes it slow."""
+
+import time
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from serving.redaction import Redactor
+
+REDACTOR = Redactor()
+
+
+@pytest.mark.parametrize(
+    "mail", ["a@b.de", "jane.doe+x@mail.example.co.uk", "JANE_DOE@EXAMPLE.COM", "müller@müller.de", "x%y@a-b.org"]
+)
+def test_mail_addresses_are_blanked(mail: str) -> None:
+    assert REDACTOR.text(f"Write to {mail}, please.") == "Write to [mail], please."
+
+
+@pytest.mark.parametrize(
+    "phone",
+    [
+        "+49 30 901820",
+        "+49 (0)30 / 901820",
+        "+1 415 555 2671",
+        "+14155552671",
+        "0049 30 901820",
+        "030 901820",
+        "030/901820-12",
+        "0171 2345678",
+        "(415) 555-2671",
+        "415-555-2671",
+        "415.555.2671",
+        "01 42 68 53 00",
+    ],
+)
+def test_phone_numbers_are_blanked(phone: str) -> None:
+    assert REDACTOR.text(f"Call {phone}.") == "Call [phone]."
+
+
+@pytest.mark.parametrize("card", ["4111 1111 1111 1111", "4111111111111111", "5500-0000-0000-0004", "378282246310005"])
+def test_card_numbers_are_blanked(card: str) -> None:
+    assert REDACTOR.text(f"Card {card}!") == "Card [card]!"
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "on 2026-11-24 at 10:30:15",
+        "2026-11-24T10:30:15Z",
+        "version 1.24.3 of 192.168.10.12",
+        "costs 1,299.00 or 12999",
+        "pi is 3.14159265358979",
+        "about 0.1234567890",
+        "order 1234567",
+        "4111 1111 1111 1112",  # fails its check digit
+        "me @home, look@me",
+        "10000000 bytes",
+        "sha256 7f83b1657ff1fc53b92dc18148a1d65dfc2d4b1fa3d677284addd200126d9069",
+    ],
+)
+def test_what_is_no_private_number_stays(text: str) -> None:
+    assert REDACTOR.text(text) == text
+
+
+def test_own_patterns_are_blanked_first() -> None:
+    assert Redactor([r"TICKET-\d+", r"jane@\S+"]).text("TICKET-12 of jane@b.de") == "[redacted] of [redacted]"
+
+
+def test_strings_are_blanked_wherever_they_stand() -> None:
+    value = [{"role": "user", "content": [{"type": "text", "text": "a@b.de"}], "n": 4111111111111111, "x": None}]
+    blanked = [{"role": "user", "content": [{"type": "text", "text": "[mail]"}], "n": 4111111111111111, "x": None}]
+    assert REDACTOR.strings(value) == blanked
+
+
+@given(st.from_regex(r"[a-z0-9._%+-]{1,30}@([a-z0-9-]{1,20}\.){1,3}[a-z]{2,10}", fullmatch=True), st.text(max_size=20))
+def test_no_mail_address_survives(mail: str, after: str) -> None:
+    assert mail not in REDACTOR.text(f"{mail} {after}")
+
+
+@given(st.integers(10**11, 10**18 - 1), st.sampled_from(["", " ", "-"]))
+def test_no_number_with_a_right_check_digit_survives(stem: int, between: str) -> None:
+    card = next(f"{stem}{digit}" for digit in range(10) if _checks(f"{stem}{digit}"))
+    written = between.join(card[index : index + 4] for index in range(0, len(card), 4))
+    assert REDACTOR.text(f"({written})") == "([card])"
+
+
+def _checks(number: str) -> bool:
+    total = 0
+    for index, digit in enumerate(reversed(number)):
+        value = int(digit) * (2 if index % 2 else 1)
+        total += value - 9 if value > 9 else value
+    return total % 10 == 0
+
+
+@given(st.text())
+def test_blanking_twice_changes_nothing_more(text: str) -> None:
+    once = REDACTOR.text(text)
+    assert REDACTOR.text(once) == once
+
+
+@pytest.mark.parametrize("unit", ["a", "a.", "1", "1 ", "a@", "+1", "0", "(1", "- ", "a@b.", "00"])
+def test_no_text_makes_it_slow(unit: str) -> None:
+    """Ten times the text takes about ten times as long, not a hundred times."""
+
+    def seconds(length: int) -> float:
+        text = (unit * length)[:length]
+        started = time.perf_counter()
+        REDACTOR.text(text)
+        return time.perf_counter() - started
+
+    seconds(1000)
+    assert seconds(200_000) < 40 * seconds(20_000) + 0.05

@@ -1,0 +1,44 @@
+"""One word for each request, the last one counts."""
+
+from dataclasses import replace
+
+from sqlalchemy import Engine, select
+from sqlalchemy.orm import Session
+
+from svc.registry.version import VersionId
+from svc.store.feedback import Feedback, KeptFeedback, Rating, keep_feedback
+from svc.store.requests import add_requests
+from svc.store.tables import FeedbackRow
+from tests.svc.store.test_requests import RECORD
+
+
+def test_it_says_which_version_was_rated(store: Engine) -> None:
+    add_requests(store, [RECORD])
+    assert keep_feedback(store, "req-1", Feedback(Rating.GOOD)) == KeptFeedback(VersionId("tiny", 2), None)
+
+
+def test_a_request_that_no_version_answered_can_be_rated(store: Engine) -> None:
+    add_requests(store, [replace(RECORD, version=None)])
+    assert keep_feedback(store, "req-1", Feedback(Rating.BAD)) == KeptFeedback(None, None)
+
+
+def test_nothing_is_kept_for_a_request_that_is_not(store: Engine) -> None:
+    assert keep_feedback(store, "req-1", Feedback(Rating.GOOD)) is None
+
+
+def test_a_second_word_replaces_the_first_as_a_whole(store: Engine) -> None:
+    add_requests(store, [RECORD])
+    keep_feedback(store, "req-1", Feedback(Rating.GOOD, "hardware", "a correction"))
+    kept = keep_feedback(store, "req-1", Feedback(Rating.BAD))
+    assert kept is not None
+    assert kept.replaced is Rating.GOOD
+    with Session(store) as session:
+        row = session.scalars(select(FeedbackRow)).one()
+        assert (row.rating, row.label, row.correction) == ("bad", None, None)
+
+
+def test_of_two_requests_with_one_id_the_newer_is_meant(store: Engine) -> None:
+    add_requests(store, [RECORD, replace(RECORD, version=VersionId("tiny", 3))])
+    kept = keep_feedback(store, "req-1", Feedback(Rating.GOOD))
+    assert kept is not None
+    assert kept.version == VersionId("tiny", 3)

@@ -1,0 +1,123 @@
+"""Rows of requests are written whole, and forgotten by age and by size, with what people said of them."""
+
+from dataclasses import replace
+from datetime import UTC, datetime, timedelta
+
+import pytest
+from sqlalchemy import Engine, func, select
+from sqlalchemy.orm import Session
+
+from svc.registry.version import Format, VersionId
+from svc.store import requests
+from svc.store.feedback import Feedback, Rating, keep_feedback
+from svc.store.requests import RequestRecord, add_requests, prune_requests
+from svc.store.tables import FeedbackRow, RequestRow
+
+NOON = datetime(2026, 1, 2, 12, tzinfo=UTC)
+LONG_AGO = datetime(2000, 1, 1, tzinfo=UTC)
+PLENTY = 2**40
+RECORD = RequestRecord(
+    request_id="req-1",
+    started_at=NOON,
+    model="tiny",
+    version=VersionId("tiny", 2),
+    format=Format.GPTQ,
+    route="/v1/chat/completions",
+    status=200,
+    seconds=1.5,
+    finish_reason="stop",
+    first_token_seconds=0.25,
+    tokens_in=10,
+    tokens_out=5,
+)
+
+
+def fill(store: Engine, count: int, **fields: object) -> None:
+    """Rows a minute apart, the newest at noon."""
+    started = [NOON - timedelta(minutes=count - 1 - index) for index in range(count)]
+    ids = [f"req-{index}" for index in range(count)]
+    records = [replace(RECORD, request_id=id, started_at=at, **fields) for id, at in zip(ids, started, strict=True)]  # type: ignore[arg-type]
+    add_requests(store, records)
+
+
+def kept(store: Engine) -> list[str]:
+    with Session(store) as session:
+        return list(session.scalars(select(RequestRow.request_id).order_by(RequestRow.id)))
+
+
+def test_a_row_holds_what_the_record_says(store: Engine) -> None:
+    add_requests(store, [RECORD])
+    with Session(store) as session:
+        row = session.scalars(select(RequestRow)).one()
+        assert (row.request_id, row.started_at, row.model, row.number, row.format) == ("req-1", NOON, "tiny", 2, "gptq")
+        assert (row.seconds, row.first_token_seconds, row.tokens_in, row.tokens_out) == (1.5, 0.25, 10, 5)
+        assert (row.status, row.reason, row.finish_reason, row.key_id) == (200, None, "stop", None)
+        assert (row.prompt, row.answer) == (None, None)
+
+
+def test_a_request_that_no_version_answered_is_kept_too(store: Engine) -> None:
+    add_requests(store, [replace(RECORD, model="unknown", version=None, format=None, status=404, reason="x")])
+    with Session(store) as session:
+        row = session.scalars(select(RequestRow)).one()
+        assert (row.model, row.number, row.format) == ("unknown", None, None)
+
+
+def test_old_rows_are_forgotten(store: Engine) -> None:
+    fill(store, 10)
+    assert prune_requests(store, before=NOON - timedelta(minutes=3), max_bytes=PLENTY) == 6
+    assert kept(store) == ["req-6", "req-7", "req-8", "req-9"]
+
+
+def test_the_oldest_rows_are_forgotten_when_all_are_too_large(store: Engine) -> None:
+    fill(store, 10)
+    size = RECORD.bytes
+    prune_requests(store, before=LONG_AGO, max_bytes=5 * size)
+    assert kept(store) == ["req-6", "req-7", "req-8", "req-9"]  # nine tenths of five
+
+
+def test_nothing_is_forgotten_within_the_limits(store: Engine) -> None:
+    fill(store, 3)
+    assert prune_requests(store, before=LONG_AGO, max_bytes=3 * RECORD.bytes) == 0
+    assert len(kept(store)) == 3
+
+
+def test_content_counts_for_the_size(store: Engine) -> None:
+    fill(store, 4, prompt="é" * 5000, answer="b" * 5000)
+    prune_requests(store, before=LONG_AGO, max_bytes=40_000)
+    assert kept(store) == ["req-2", "req-3"]
+
+
+def test_corrections_count_for_the_size(store: Engine) -> None:
+    fill(store, 2)
+    keep_feedback(store, "req-1", Feedback(Rating.BAD, correction="c" * 10_000))
+    keep_feedback(store, "req-1", Feedback(Rating.BAD, correction="c" * 20_000))
+    with Session(store) as session:
+        assert session.scalar(select(func.sum(RequestRow.bytes))) == 2 * RECORD.bytes + 20_000
+
+
+def test_many_rows_go_in_several_transactions(store: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(requests, "_DELETED_TOGETHER", 3)
+    fill(store, 10)
+    assert prune_requests(store, before=NOON, max_bytes=PLENTY) == 9
+    assert kept(store) == ["req-9"]
+
+
+def test_feedback_leaves_with_its_request(store: Engine) -> None:
+    fill(store, 2)
+    for request_id in ("req-0", "req-1"):
+        keep_feedback(store, request_id, Feedback(Rating.GOOD))
+    prune_requests(store, before=NOON, max_bytes=PLENTY)
+    with Session(store) as session:
+        assert session.scalar(select(func.count()).select_from(FeedbackRow)) == 1
+
+
+def test_a_row_takes_about_what_is_reckoned_for_it(store: Engine) -> None:
+    """Retention by size is worth as much as this figure."""
+    with store.connect() as connection:
+        before = connection.exec_driver_sql("PRAGMA page_count").scalar_one()
+        size = connection.exec_driver_sql("PRAGMA page_size").scalar_one()
+    ids = [f"req-{index:032x}" for index in range(5000)]
+    add_requests(store, [replace(RECORD, request_id=id) for id in ids])
+    with store.connect() as connection:
+        pages = connection.exec_driver_sql("PRAGMA page_count").scalar_one() - before
+    assert pages * size / 5000 == pytest.approx(RECORD.bytes, rel=0.3)
