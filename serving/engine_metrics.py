@@ -50,7 +50,12 @@ class EngineMetrics(Collector):
         if served is None:
             return []
         added = {"model": served.version.name, "version": str(served.version.number)}
-        families = [family for family in text_string_to_metric_families(exposition) if family.name.startswith(_PREFIX)]
+        families = [
+            family
+            for family in text_string_to_metric_families(exposition)
+            # When a series began is a gauge of its own in this format, under a name that OpenMetrics reserves.
+            if family.name.startswith(_PREFIX) and not family.name.endswith("_created")
+        ]
         for family in families:
             family.samples = [sample._replace(labels=added | sample.labels) for sample in family.samples]
         return families

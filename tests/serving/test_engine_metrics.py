@@ -7,7 +7,7 @@ from prometheus_client.openmetrics.parser import text_string_to_metric_families
 
 from serving.engine_metrics import EngineMetrics
 from serving.routing import Routes
-from tests.serving.service import NAME, TWO, Service
+from tests.serving.service import CHAT, NAME, TWO, Service
 
 PAGE = """# HELP vllm:num_requests_running Number of requests.
 # TYPE vllm:num_requests_running gauge
@@ -15,6 +15,9 @@ vllm:num_requests_running{engine="0",model_name="tuned"} 3.0
 # HELP vllm:prompt_tokens_total Tokens.
 # TYPE vllm:prompt_tokens_total counter
 vllm:prompt_tokens_total{engine="0",model_name="tuned"} 42.0
+# HELP vllm:prompt_tokens_created Tokens.
+# TYPE vllm:prompt_tokens_created gauge
+vllm:prompt_tokens_created{engine="0",model_name="tuned"} 1790000000.0
 # HELP vllm:e2e_request_latency_seconds Latency.
 # TYPE vllm:e2e_request_latency_seconds histogram
 vllm:e2e_request_latency_seconds_bucket{engine="0",le="1.0",model_name="tuned"} 1.0
@@ -89,3 +92,10 @@ async def test_the_colon_in_the_names_survives(
     page = (await client.get("/metrics", headers=headers)).text
     assert "vllm:prompt_tokens_total{" in page
     assert "vllm_" not in page
+
+
+async def test_the_page_is_openmetrics_that_a_strict_parser_takes(service: Service, client: httpx.AsyncClient) -> None:
+    service.double.metrics = PAGE
+    await client.post("/v1/chat/completions", json=CHAT)
+    page = await client.get("/metrics", headers=OPENMETRICS)
+    assert {family.name for family in text_string_to_metric_families(page.text)} > {"vllm:prompt_tokens"}  # type: ignore[no-untyped-call]
