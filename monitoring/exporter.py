@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from wsgiref.types import StartResponse, WSGIApplication, WSGIEnvironment
 
 _OPENMETRICS = "application/openmetrics-text"
+_POLL_S = 0.05  # how soon it notices that it shall end
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,7 +61,7 @@ def exporting(registry: Registry, find_server: Callable[[], str], host: str, por
                 f"cannot listen on {host}:{port}: {error.strerror or error}",
                 todo="end its owner, or choose another: --port",
             ) from error
-        thread = threading.Thread(target=server.serve_forever, name="exporter")
+        thread = threading.Thread(target=server.serve_forever, args=(_POLL_S,), name="exporter")
         with server:
             thread.start()
             try:

@@ -1,6 +1,5 @@
 """`svc monitor`: the server's page passed on whole, what only the registry knows, and a server that is away."""
 
-import signal
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -192,8 +191,7 @@ def test_without_mlflow_there_are_no_training_figures_and_no_failure(registry: R
     assert "svc_training_loss{" not in answer.text
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_the_command_finds_the_server_of_its_home_and_ends_when_told(tmp_path: Path, number: signal.Signals) -> None:
+def test_the_command_finds_the_server_of_its_home_and_ends_when_told(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "svc.cli", "--home", str(tmp_path), "monitor", "--port", "0"]
     with (
         serving({"/metrics": (200, SERVER_PAGE)}) as url,
@@ -203,5 +201,5 @@ def test_the_command_finds_the_server_of_its_home_and_ends_when_told(tmp_path: P
         assert process.stderr is not None
         page = process.stderr.readline().split()[-1]
         assert "svc_server_up 1.0" in httpx.get(page, timeout=30).text
-        process.send_signal(number)
+        process.terminate()
         assert process.wait(10) == 0

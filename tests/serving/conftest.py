@@ -7,7 +7,9 @@ from typing import Any
 
 import httpx
 import pytest
+from sqlalchemy import Engine as Store
 
+from svc.store.database import open_database
 from tests.serving.control import Control, Make
 from tests.serving.home import Home
 from tests.serving.service import Service
@@ -41,6 +43,12 @@ def memory_folder() -> Iterator[Path]:
     memory = Path("/dev/shm")
     with tempfile.TemporaryDirectory(prefix="svc", dir=memory if memory.is_dir() else None) as folder:
         yield Path(folder)
+
+
+@pytest.fixture
+def store(memory_folder: Path) -> Store:
+    """An empty store."""
+    return open_database(memory_folder)
 
 
 @pytest.fixture

@@ -11,16 +11,10 @@ from sqlalchemy import Engine, select
 from sqlalchemy.orm import Session
 
 from serving.feedback import MAX_CORRECTION_CHARS, MAX_LABEL_CHARS
-from svc.store.database import open_database
 from svc.store.tables import FeedbackRow
 from tests.serving.service import CHAT, Service
 
 PATH = "/v1/feedback"
-
-
-@pytest.fixture
-def store(memory_folder: Path) -> Engine:
-    return open_database(memory_folder)
 
 
 @pytest.fixture

@@ -10,18 +10,12 @@ from sqlalchemy import Engine, select
 from sqlalchemy.orm import Session
 
 from svc.settings import RecordSettings
-from svc.store.database import open_database
 from svc.store.tables import RequestRow
 from tests.serving.engine_double import Fault
 from tests.serving.service import CHAT, NAME, Service
 
 CHAT_PATH = "/v1/chat/completions"
 STREAM = {**CHAT, "stream": True}
-
-
-@pytest.fixture
-def store(memory_folder: Path) -> Engine:
-    return open_database(memory_folder)
 
 
 @pytest.fixture

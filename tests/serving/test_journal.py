@@ -3,7 +3,6 @@
 import asyncio
 import threading
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,17 +11,11 @@ from sqlalchemy.exc import OperationalError
 
 from serving import journal as module
 from serving.journal import Journal
-from svc.store.database import open_database
 from svc.store.desired import Desired
 from svc.store.swaps import SwapOutcome, SwapRecord, SwapResult, begin_swap, end_swap, find_swap
 from tests.serving.versions import NAME, target
 
 DESIRED = Desired(target(2), target(1), 1)
-
-
-@pytest.fixture
-def store(memory_folder: Path) -> Engine:
-    return open_database(memory_folder)
 
 
 async def ended(store: Engine) -> SwapRecord:

@@ -6,7 +6,6 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
-from pathlib import Path
 
 import pytest
 from sqlalchemy import Engine, select
@@ -16,7 +15,6 @@ from serving import records
 from serving.content import Content
 from serving.records import Dropped, RecordWriter
 from svc.settings import RecordSettings
-from svc.store.database import open_database
 from svc.store.requests import add_requests
 from svc.store.tables import RequestRow
 from tests.svc.store.test_requests import RECORD as OLD_RECORD
@@ -50,11 +48,6 @@ class Pen:
     def rows(self) -> list[RequestRow]:
         with Session(self.store) as session:
             return list(session.scalars(select(RequestRow).order_by(RequestRow.id)))
-
-
-@pytest.fixture
-def store(memory_folder: Path) -> Engine:
-    return open_database(memory_folder)
 
 
 @pytest.fixture
