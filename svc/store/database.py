@@ -13,7 +13,9 @@ _BUSY_MS = 10_000  # two processes write: the server and the command line
 def open_database(home: Path) -> Engine:
     """Opens the store of a home, and creates or migrates it first."""
     home.mkdir(parents=True, exist_ok=True)
-    engine = create_engine(f"sqlite:///{home / 'svc.db'}")
+    path = home / "svc.db"
+    path.touch(mode=0o600)  # it may hold what users wrote; SQLite's other files get the same mode
+    engine = create_engine(f"sqlite:///{path}")
     event.listen(engine, "connect", _prepare_sqlite)
     _migrate(engine)
     return engine

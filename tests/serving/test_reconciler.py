@@ -2,7 +2,8 @@
 
 import asyncio
 import threading
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from svc.errors import EngineError, SwapError
 from svc.registry.fingerprint import compatibility_fingerprint
 from svc.registry.registry import Registry
 from svc.registry.version import Alias, VersionId
-from svc.store.desired import Target, change_desired, read_desired
+from svc.store.desired import Desired, Target, change_desired, read_desired
 from svc.store.swaps import SwapOutcome, SwapResult, begin_swap, find_swap
 from tests.serving.control import Control, Load, Make, ask, until
 from tests.serving.engine_double import EngineDouble
@@ -154,13 +155,20 @@ async def test_a_promotion_during_a_swap_is_taken_up_afterwards(make: Make) -> N
         assert control.desired().previous == target(2)
 
 
-async def test_a_rollback_never_goes_to_a_version_that_did_not_serve(make: Make) -> None:
+@asynccontextmanager
+async def failing_promotion(make: Make) -> AsyncIterator[tuple[Control, Desired]]:
+    """While a version is being loaded whose probes will fail; with the wish for it."""
     control = make()
     control.park.prepare = slow
     make_version(control.registry, 4, probes_of="/elsewhere")
     async with control.run():
-        first = control.wish(4)
+        wish = control.wish(4)
         await until(lambda: control.state is EngineState.SWAPPING)
+        yield control, wish
+
+
+async def test_a_rollback_never_goes_to_a_version_that_did_not_serve(make: Make) -> None:
+    async with failing_promotion(make) as (control, first):
         second = control.wish(3)
         assert (await control.outcome(first)).outcome is SwapOutcome.RESTORED
         assert (await control.outcome(second)).outcome is SwapOutcome.SUCCEEDED
@@ -169,12 +177,7 @@ async def test_a_rollback_never_goes_to_a_version_that_did_not_serve(make: Make)
 
 
 async def test_a_wish_that_a_failed_promotion_already_fulfils_is_answered(make: Make) -> None:
-    control = make()
-    control.park.prepare = slow
-    make_version(control.registry, 4, probes_of="/elsewhere")
-    async with control.run():
-        first = control.wish(4)
-        await until(lambda: control.state is EngineState.SWAPPING)
+    async with failing_promotion(make) as (control, first):
         back = control.wish(1)
         assert (await control.outcome(first)).outcome is SwapOutcome.RESTORED
         assert (await control.outcome(back)).outcome is SwapOutcome.SUCCEEDED

@@ -244,12 +244,17 @@ async def test_the_swap_waits_for_requests_that_their_clients_left(control: Cont
     assert calls.index(RELOAD) > calls.index(RESET) + 2
 
 
-async def test_a_request_that_never_leaves_the_engine_refuses_the_swap_before_the_reload(
-    control: Control, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.fixture
+def impatient(control: Control, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A tenth of a second is waited for the prefix cache to be reset."""
     client = control.supervisor.client
     reset = client.reset_prefix_cache
     monkeypatch.setattr(client, "reset_prefix_cache", lambda: reset(within_s=0.1))
+
+
+async def test_a_request_that_never_leaves_the_engine_refuses_the_swap_before_the_reload(
+    control: Control, impatient: None
+) -> None:
     control.double.stuck_resets = 1000
     swap = await control.promote(2)
     assert swap.outcome is SwapOutcome.REFUSED
@@ -259,11 +264,8 @@ async def test_a_request_that_never_leaves_the_engine_refuses_the_swap_before_th
 
 
 async def test_a_prefix_cache_that_is_not_reset_after_the_reload_fails_the_swap(
-    control: Control, monkeypatch: pytest.MonkeyPatch
+    control: Control, impatient: None
 ) -> None:
-    client = control.supervisor.client
-    reset = client.reset_prefix_cache
-    monkeypatch.setattr(client, "reset_prefix_cache", lambda: reset(within_s=0.1))
     first = control.double
 
     def stick(path: str) -> None:

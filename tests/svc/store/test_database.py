@@ -39,6 +39,13 @@ def test_readers_do_not_wait_for_writers_and_commits_survive_a_power_cut(store: 
         assert connection.scalar(sa.text("PRAGMA synchronous")) == 2
 
 
+def test_nobody_else_can_read_what_users_wrote(tmp_path: Path) -> None:
+    with open_database(tmp_path).connect():
+        modes = {path.name: path.stat().st_mode & 0o777 for path in tmp_path.glob("svc.db*")}
+    assert set(modes) == {"svc.db", "svc.db-wal", "svc.db-shm"}
+    assert set(modes.values()) == {0o600}
+
+
 def test_a_step_without_its_swap_is_refused(store: Engine) -> None:
     with pytest.raises(IntegrityError, match="FOREIGN KEY"), store.begin() as connection:
         connection.execute(sa.text("INSERT INTO swap_steps (swap_id, at, text) VALUES (99, '2026-01-01', 'x')"))
