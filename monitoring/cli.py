@@ -1,6 +1,7 @@
 """`svc status`: what runs, and how well, on one screen. `svc monitor`: the exporter."""
 
 import dataclasses
+import os
 import signal
 import threading
 import time
@@ -94,6 +95,8 @@ def monitor(ctx: click.Context, server: str | None, host: str | None, port: int 
     from svc.registry.registry import Registry
     from svc.terminal import console
 
+    # A tracking server that hangs must not cost the server's figures: Prometheus gives up after ten seconds.
+    os.environ |= {"MLFLOW_HTTP_REQUEST_TIMEOUT": "1", "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0"}
     watched = settings.monitor.server.rstrip("/")
     stop = threading.Event()
     for number in (signal.SIGTERM, signal.SIGINT):

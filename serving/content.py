@@ -45,9 +45,16 @@ class Content:
 
 
 def prompt_text(content: Content, redactor: Redactor) -> str:
-    """JSON of the messages, or of the prompt of a plain completion."""
+    """JSON of the messages, or of the prompt of a plain completion.
+
+    Raises:
+        ValueError: a prompt of token ids, which anybody with the tokenizer can read and no pattern matches.
+    """
     fields = json.loads(content.payload)
     prompt = fields.get("messages", fields.get("prompt"))
+    texts = prompt if isinstance(prompt, list) else [prompt]
+    if not all(isinstance(text, str | dict) for text in texts):
+        raise ValueError("the prompt is not text")
     return _encodable(json.dumps(redactor.strings(prompt), ensure_ascii=False))
 
 

@@ -4,6 +4,7 @@ The engine listens on a private socket, where no scraper reaches it. Its counter
 place: each version's series then begins at what the one before had reached, which `rate` and `increase` do not mind.
 """
 
+import asyncio
 import logging
 from collections.abc import Iterable
 
@@ -39,11 +40,14 @@ class EngineMetrics(Collector):
         try:
             answer = await self._engine.get("/metrics", timeout=_TIMEOUT_S)
             answer.raise_for_status()
+            # Some milliseconds, which no stream shall wait for.
+            self._families = await asyncio.to_thread(self._labelled, answer.text)
         except httpx.HTTPError as error:
             log.debug("the engine shows no metrics: %r", error)
             self._families = []
-        else:
-            self._families = self._labelled(answer.text)
+        except ValueError:
+            log.warning("the engine's metrics cannot be read", exc_info=True)
+            self._families = []
 
     def _labelled(self, exposition: str) -> list[Metric]:
         served = self._routes.served

@@ -6,6 +6,7 @@ not content is: who sends it wants it to be; it is redacted like content.
 
 import asyncio
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from sqlalchemy import Engine as Store
@@ -16,10 +17,12 @@ from serving.openai_api.requests import (
     ClientGoneError,
     InvalidJsonError,
     InvalidRequestError,
+    RecordsBusyError,
     RequestNotFoundError,
     read_body,
 )
 from serving.records import RecordWriter
+from serving.routing import SHOWN_CHARS
 from serving.traffic import CLIENT_GONE_STATUS
 from svc.registry.version import VersionId
 from svc.store.feedback import Feedback, KeptFeedback, Rating, keep_feedback
@@ -56,12 +59,15 @@ class FeedbackIntake:
         self._store = store
         self._records = records
         self._on_given = on_given
+        # Of its own: /metrics must not wait behind feedback that waits for the store.
+        self._threads = ThreadPoolExecutor(max_workers=2, thread_name_prefix="feedback")
 
     async def answer(self, request: Request) -> Response:
         """The endpoint.
 
         Raises:
             RequestNotFoundError: nothing is kept of such a request.
+            RecordsBusyError: that cannot be said now.
             InvalidJsonError, InvalidRequestError: the body is not what it must be.
         """
         try:
@@ -69,7 +75,7 @@ class FeedbackIntake:
         except ClientGoneError:
             return Response(status_code=CLIENT_GONE_STATUS)
         given = _parse(body)
-        kept = await asyncio.to_thread(self._keep, given)
+        kept = await asyncio.get_running_loop().run_in_executor(self._threads, self._keep, given)
         if kept.replaced is None:
             self._on_given(kept.version, given.rating)
         return JSONResponse(
@@ -90,7 +96,9 @@ class FeedbackIntake:
             redactor.text(given.correction) if given.correction else None,
         )
         kept = keep_feedback(self._store, given.request_id, feedback)
-        if kept is None and self._records.flush(_FLUSH_S):
+        if kept is None:
+            if not self._records.flush(_FLUSH_S):
+                raise RecordsBusyError("the request may not be stored yet", todo="send the feedback again")
             kept = keep_feedback(self._store, given.request_id, feedback)
         if kept is None:
             raise RequestNotFoundError(
@@ -106,7 +114,7 @@ def _parse(body: bytes) -> FeedbackRequest:
         first = error.errors()[0]
         if first["type"] == "json_invalid":
             raise InvalidJsonError(f"the request body is not JSON: {first['msg']}") from error
-        param = ".".join(str(part) for part in first["loc"])
+        param = ".".join(str(part) for part in first["loc"])[:SHOWN_CHARS]
         raise InvalidRequestError(
             f"'{param}' is not right: {first['msg']}" if param else first["msg"],
             param=param,

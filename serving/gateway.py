@@ -131,6 +131,9 @@ class Exchange:
         except ClientGoneError:
             if not self.answered:
                 self._failed(ErrorCode.CLIENT_GONE)
+        except asyncio.CancelledError:
+            self._failed(ErrorCode.ENGINE_DIED)  # the server ends, and with it the engine
+            raise
         except Exception as error:  # noqa: BLE001 - the boundary: api_error logs what is unexpected
             await self._fail(api_error(error))
 

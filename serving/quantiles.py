@@ -5,6 +5,7 @@ half minute, is a sliding window: samples leave with their slot. Histograms in P
 over any time and many servers, at the resolution of their buckets; these are for the eyes of one operator.
 """
 
+import threading
 import time
 from collections.abc import Callable, Iterable, Sequence
 
@@ -72,17 +73,20 @@ class VersionQuantiles(Collector):
         self._documentation = documentation
         self._clock = clock
         self._versions: dict[VersionId, RollingQuantiles] = {}
+        self._lock = threading.Lock()  # requests end in one thread, pages are written in others
 
     def observe(self, version: VersionId, seconds: float) -> None:
         """Adds a sample of a version."""
-        if version not in self._versions:
-            self._versions[version] = RollingQuantiles(self._clock)
-        self._versions[version].observe(seconds)
+        with self._lock:
+            if version not in self._versions:
+                self._versions[version] = RollingQuantiles(self._clock)
+            self._versions[version].observe(seconds)
 
     def quantiles(self) -> dict[VersionId, list[float]]:
         """The values at `QUANTILES` of every version with samples; forgets the others."""
-        values = {version: rolling.quantiles() for version, rolling in self._versions.items()}
-        self._versions = {version: rolling for version, rolling in self._versions.items() if values[version]}
+        with self._lock:
+            values = {version: rolling.quantiles() for version, rolling in self._versions.items()}
+            self._versions = {version: rolling for version, rolling in self._versions.items() if values[version]}
         return {version: found for version, found in values.items() if found}
 
     def describe(self) -> Iterable[Metric]:

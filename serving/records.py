@@ -11,12 +11,12 @@ import random
 import threading
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from enum import StrEnum
 
 from sqlalchemy import Engine as Store
-from sqlalchemy.exc import SQLAlchemyError
 
 from serving.content import Content, answer_text, prompt_text
 from serving.redaction import Redactor
@@ -36,6 +36,7 @@ _GATHER_S = 0.2
 """Rows of so long go into one transaction, so that a busy server syncs its disk a few times a second."""
 _PRUNE_EVERY_S = 60.0
 _ESCAPED = 6  # a character takes at most so many times its bytes in JSON that is all ASCII: \u00e9
+_CLOSE_S = 20.0  # longer than the store waits for another writer
 _END = object()
 
 
@@ -45,7 +46,9 @@ class Dropped(StrEnum):
     QUEUE_FULL = "queue_full"
     STORE_FAILED = "store_failed"
     CONTENT_LIMIT = "content_limit"
-    """The row is kept, its prompt and answer are not."""
+    """The row is kept, its prompt and answer are not: they are too long, or too many wait."""
+    CONTENT_UNREADABLE = "content_unreadable"
+    """As above: they are not text, and so cannot be redacted."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,10 +112,15 @@ class RecordWriter:
             return False
         return done.wait(max(0.0, deadline - time.monotonic()))
 
-    def close(self) -> None:
-        """Writes what is queued, and ends."""
-        self._queue.put(_END)
-        self._thread.join()
+    def close(self, timeout_s: float = _CLOSE_S) -> None:
+        """Writes what is queued, and ends; what is not written after `timeout_s` is lost and counted."""
+        deadline = time.monotonic() + timeout_s
+        with suppress(queue.Full):
+            self._queue.put(_END, timeout=timeout_s)
+        self._thread.join(max(0.0, deadline - time.monotonic()))
+        if self._thread.is_alive():
+            log.error("about %d records of requests were not written in time", self._queue.qsize())
+            self._on_dropped(Dropped.STORE_FAILED, self._queue.qsize())
 
     def _within_budget(self, content: Content | None) -> Content | None:
         if content is None:
@@ -181,17 +189,22 @@ class RecordWriter:
             self._on_dropped(Dropped.CONTENT_LIMIT, 1)
             return entry.record
         time.sleep(_BREATH_S)
-        prompt, answer = prompt_text(entry.content, self.redactor), answer_text(entry.content, self.redactor)
+        try:
+            prompt, answer = prompt_text(entry.content, self.redactor), answer_text(entry.content, self.redactor)
+        except (ValueError, RecursionError):  # of one request, which must not cost the others their rows
+            log.warning("the content of request %s cannot be kept", entry.record.request_id, exc_info=True)
+            self._on_dropped(Dropped.CONTENT_UNREADABLE, 1)
+            return entry.record
         if max(len(prompt.encode("utf-8")), len(answer.encode("utf-8"))) > limit:
             self._on_dropped(Dropped.CONTENT_LIMIT, 1)
             return entry.record
         return dataclasses.replace(entry.record, prompt=prompt, answer=answer)
 
     def _prune(self) -> None:
-        before = datetime.now(UTC) - timedelta(days=self._settings.max_age_days)
         try:
+            before = datetime.now(UTC) - timedelta(days=self._settings.max_age_days)
             gone = prune_requests(self._store, before=before, max_bytes=self._settings.max_mib * 2**20)
-        except SQLAlchemyError:
+        except Exception:  # the boundary of this thread, as above
             log.exception("old records of requests were not deleted")
         else:
             if gone:

@@ -230,9 +230,11 @@ class _Server:
             await asyncio.wait({stopping, *control})
             http.should_exit = True
             await asyncio.wait({serving})
-            await self._supervisor.stop()
-            await self._gateway.engine.aclose()
-            await asyncio.to_thread(self._records.close)
+            try:
+                await self._supervisor.stop()
+                await self._gateway.engine.aclose()
+            finally:
+                await asyncio.to_thread(self._records.close)
         for task in done:
             task.result()
 

@@ -24,7 +24,12 @@ from svc.store.swaps import SwapOutcome, SwapResult
 CLIENT_GONE_STATUS = 499
 """nginx's code for a client that left before its answer began; it is counted and never sent."""
 UNKNOWN_MODEL = "unknown"
-_NOT_COMPLETIONS = {ErrorCode.NOT_FOUND, ErrorCode.METHOD_NOT_ALLOWED, ErrorCode.REQUEST_NOT_FOUND}
+_NOT_COMPLETIONS = {
+    ErrorCode.NOT_FOUND,
+    ErrorCode.METHOD_NOT_ALLOWED,
+    ErrorCode.REQUEST_NOT_FOUND,
+    ErrorCode.RECORDS_BUSY,
+}
 
 # An answer takes from 50 ms (a few tokens on a GPU) to minutes (2,000 tokens on a CPU): each bucket is at most 2.5
 # times the one before. The last is the default limit on the engine's silence.

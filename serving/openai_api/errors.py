@@ -44,6 +44,7 @@ class ErrorCode(StrEnum):
     UNSUPPORTED_MEDIA_TYPE = "unsupported_media_type"
     MODEL_NOT_FOUND = "model_not_found"
     REQUEST_NOT_FOUND = "request_not_found"
+    RECORDS_BUSY = "records_busy"
     NOT_FOUND = "not_found"
     METHOD_NOT_ALLOWED = "method_not_allowed"
     OVERLOADED = "overloaded"
@@ -92,6 +93,7 @@ _SHAPES: dict[type[SvcError], tuple[int, ErrorCode]] = {
     requests.BodyTimeoutError: (408, ErrorCode.BODY_TIMEOUT),
     requests.MediaTypeError: (415, ErrorCode.UNSUPPORTED_MEDIA_TYPE),
     requests.RequestNotFoundError: (404, ErrorCode.REQUEST_NOT_FOUND),
+    requests.RecordsBusyError: (503, ErrorCode.RECORDS_BUSY),
     ModelNotFoundError: (404, ErrorCode.MODEL_NOT_FOUND),
     OverloadedError: (429, ErrorCode.OVERLOADED),
     HoldOverflowError: (503, ErrorCode.HELD_OVERFLOW),

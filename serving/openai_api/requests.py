@@ -57,6 +57,12 @@ class RequestNotFoundError(NotFoundError):
     """A request id of which nothing is kept."""
 
 
+class RecordsBusyError(SvcError):
+    """What is kept of requests is not up to date."""
+
+    retry_after_s = 2
+
+
 class ClientGoneError(Exception):
     """The client closed the connection; nobody is left to answer."""
 

@@ -15,7 +15,7 @@ def open_database(home: Path) -> Engine:
     home.mkdir(parents=True, exist_ok=True)
     path = home / "svc.db"
     path.touch(mode=0o600)  # it may hold what users wrote; SQLite's other files get the same mode
-    engine = create_engine(f"sqlite:///{path}")
+    engine = create_engine(f"sqlite:///{path}", hide_parameters=True)  # errors are logged; what users wrote is not
     event.listen(engine, "connect", _prepare_sqlite)
     _migrate(engine)
     return engine

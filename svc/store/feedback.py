@@ -53,6 +53,8 @@ def keep_feedback(store: Engine, request_id: str, feedback: Feedback) -> KeptFee
     """
     newest = select(RequestRow).where(RequestRow.request_id == request_id).order_by(RequestRow.id.desc()).limit(1)
     with Session(store) as session, session.begin():
+        # A second word at the same moment waits here, and finds the first.
+        session.connection().exec_driver_sql("BEGIN IMMEDIATE")
         request = session.scalar(newest)
         if request is None:
             return None

@@ -193,7 +193,7 @@ def test_watching_shows_it_again_and_again_with_rates(svc: Svc, tmp_path: Path) 
             page = next(looks, "stop")
             if page == "stop":
                 os.kill(os.getpid(), signal.SIGINT)
-            return (200, page) if page else (503, "")
+            return (200, page) if page not in (None, "stop") else (503, "")
 
     with serving(Pages()) as url, hold_lock(tmp_path / "home" / LOCK_FILE, "the home", url=url):
         ended = svc("--home", "home", "status", "--watch", "--interval", "0.2")

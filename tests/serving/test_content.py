@@ -35,6 +35,16 @@ def test_a_plain_prompt_is_json_too() -> None:
     assert prompt_text(Content(payload(prompt="once")), PLAIN) == '"once"'
 
 
+@pytest.mark.parametrize("prompt", [[52, 1287, 9], [[52], [9]], 7, None])
+def test_a_prompt_that_is_not_text_cannot_be_kept(prompt: object) -> None:
+    with pytest.raises(ValueError, match="not text"):
+        prompt_text(Content(payload(prompt=prompt)), PLAIN)
+
+
+def test_several_prompts_are_text() -> None:
+    assert prompt_text(Content(payload(prompt=["a", "b"])), PLAIN) == '["a", "b"]'
+
+
 def test_a_body_gives_the_text_of_its_first_choice() -> None:
     choices = [{"index": 1, "message": {"content": "second"}}, {"index": 0, "message": {"content": "first"}}]
     assert answer_text(answered(json.dumps({"choices": choices}).encode()), PLAIN) == "first"

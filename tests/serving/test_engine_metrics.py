@@ -67,7 +67,14 @@ async def test_the_engines_process_is_not_taken_for_ours(routes: Routes) -> None
 
 
 @pytest.mark.parametrize(
-    "answer", [httpx.ConnectError("gone"), httpx.ReadTimeout("hangs"), httpx.Response(404)], ids=repr
+    "answer",
+    [
+        httpx.ConnectError("gone"),
+        httpx.ReadTimeout("hangs"),
+        httpx.Response(404),
+        httpx.Response(200, text='vllm:cut_off{engine="0'),
+    ],
+    ids=repr,
 )
 async def test_an_engine_that_does_not_answer_has_no_metrics(
     routes: Routes, answer: httpx.Response | Exception

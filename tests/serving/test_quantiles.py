@@ -1,11 +1,13 @@
 """Quantiles within one per cent, over the last five minutes only."""
 
 import math
+from concurrent.futures import ThreadPoolExecutor
 
 from hypothesis import given
 from hypothesis import strategies as st
 
 from serving.quantiles import QUANTILES, SLOT_S, SLOTS, RollingQuantiles, VersionQuantiles
+from svc.registry.version import VersionId
 from tests.serving.service import ONE, TWO
 
 WINDOW_S = SLOTS * SLOT_S
@@ -73,3 +75,22 @@ def test_a_version_without_samples_in_the_window_has_no_series() -> None:
     (family,) = versions.collect()
     assert {sample.labels["version"] for sample in family.samples} == {"2"}
     assert {sample.labels["quantile"] for sample in family.samples} == {"0.5", "0.95", "0.99"}
+
+
+def test_samples_may_come_while_a_page_is_written() -> None:
+    """Pages are written in threads of their own."""
+    clock = Clock()
+    versions = VersionQuantiles("svc_example", "Example", clock)
+
+    def scrape() -> None:
+        for _ in range(300):
+            versions.quantiles()
+
+    with ThreadPoolExecutor(1) as threads:
+        scraping = threads.submit(scrape)
+        number = 0
+        while not scraping.done():
+            number += 1
+            clock.now += WINDOW_S / 7
+            versions.observe(VersionId("tuned", number % 50 + 1), 1.0)
+        scraping.result()

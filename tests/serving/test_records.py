@@ -105,6 +105,21 @@ def test_long_content_is_not_kept_but_its_row_is(pen: Pen, long: Content) -> Non
     assert pen.dropped == {Dropped.CONTENT_LIMIT: 1}
 
 
+NESTED = b'{"messages": [' + b'{"a":' * 900 + b"1" + b"}" * 900 + b"]}"
+
+
+@pytest.mark.parametrize("odd", [NESTED, b'{"prompt": [52, 1287, 9]}'], ids=["nested", "tokens"])
+def test_an_odd_request_costs_neither_its_row_nor_its_neighbours_content(store: Engine, odd: bytes) -> None:
+    pen = Pen(store, content_share=1.0)
+    pen.writer.start()
+    for payload in (CONTENT, odd, CONTENT):
+        pen.writer.add(RECORD, content(payload))
+    pen.writer.close()
+    assert [row.prompt is not None for row in pen.rows()] == [True, False, True]
+    assert pen.dropped == {Dropped.CONTENT_UNREADABLE: 1}
+    assert pen.writer._content_bytes == 0
+
+
 def test_content_that_waits_is_bounded_in_memory(store: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(records, "MAX_QUEUED_CONTENT_BYTES", 3 * content().size)
     pen = Pen(store, content_share=1.0)
@@ -146,6 +161,35 @@ def test_a_store_that_fails_loses_its_batch_and_the_next_is_written(
     assert pen.dropped == {Dropped.STORE_FAILED: 1}
     assert len(pen.rows()) == 1
     assert "no space left on device" in caplog.text
+
+
+def test_what_users_wrote_is_not_in_the_log_when_it_cannot_be_stored(
+    pen: Pen, caplog: pytest.LogCaptureFixture
+) -> None:
+    with pen.store.begin() as connection:
+        connection.exec_driver_sql("ALTER TABLE requests RENAME TO away")
+    pen.writer.add(RECORD, content(b'{"messages": ["SECRET"]}'))
+    pen.writer.flush(5)
+    assert pen.dropped == {Dropped.STORE_FAILED: 1}
+    assert "no such table" in caplog.text
+    assert "SECRET" not in caplog.text
+
+
+def test_closing_gives_up_on_a_store_that_hangs_and_counts_what_is_lost(
+    store: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    release = threading.Event()
+    monkeypatch.setattr(records, "add_requests", lambda store, batch: release.wait(10))
+    monkeypatch.setattr(records, "_BATCH", 1)
+    pen = Pen(store, max_queued=3)
+    pen.writer.start()
+    pen.writer.add(RECORD)
+    time.sleep(0.05)
+    for _ in range(3):
+        pen.writer.add(RECORD)
+    pen.writer.close(timeout_s=0.1)
+    assert pen.dropped[Dropped.STORE_FAILED] == 3
+    release.set()
 
 
 def test_no_share_means_no_content(store: Engine) -> None:

@@ -33,13 +33,26 @@ def test_mail_addresses_are_blanked(mail: str) -> None:
         "415-555-2671",
         "415.555.2671",
         "01 42 68 53 00",
+        "(415)555-2671",
+        "+44\u20117911\u2011123456",
+        "+33\u00a01\u00a042\u00a068\u00a053\u00a000",
     ],
 )
 def test_phone_numbers_are_blanked(phone: str) -> None:
     assert REDACTOR.text(f"Call {phone}.") == "Call [phone]."
 
 
-@pytest.mark.parametrize("card", ["4111 1111 1111 1111", "4111111111111111", "5500-0000-0000-0004", "378282246310005"])
+@pytest.mark.parametrize(
+    "card",
+    [
+        "4111 1111 1111 1111",
+        "4111111111111111",
+        "5500-0000-0000-0004",
+        "378282246310005",
+        "4111.1111.1111.1111",
+        "4111\u00a01111\u00a01111\u00a01111",
+    ],
+)
 def test_card_numbers_are_blanked(card: str) -> None:
     assert REDACTOR.text(f"Card {card}!") == "Card [card]!"
 
@@ -64,13 +77,20 @@ def test_what_is_no_private_number_stays(text: str) -> None:
     assert REDACTOR.text(text) == text
 
 
+@pytest.mark.parametrize("around", ["id-{}", "{}-", "{} 12", "{},{}"])
+def test_what_stands_close_by_does_not_hide_a_card(around: str) -> None:
+    assert REDACTOR.text(around.replace("{}", "4111111111111111")) == around.replace("{}", "[card]")
+
+
 def test_own_patterns_are_blanked_first() -> None:
     assert Redactor([r"TICKET-\d+", r"jane@\S+"]).text("TICKET-12 of jane@b.de") == "[redacted] of [redacted]"
 
 
 def test_strings_are_blanked_wherever_they_stand() -> None:
-    value = [{"role": "user", "content": [{"type": "text", "text": "a@b.de"}], "n": 4111111111111111, "x": None}]
-    blanked = [{"role": "user", "content": [{"type": "text", "text": "[mail]"}], "n": 4111111111111111, "x": None}]
+    value = [
+        {"role": "user", "content": [{"type": "text", "text": "a@b.de"}], "n": 4111111111111111, "x": [None, True, 7]}
+    ]
+    blanked = [{"role": "user", "content": [{"type": "text", "text": "[mail]"}], "n": "[card]", "x": [None, True, 7]}]
     assert REDACTOR.strings(value) == blanked
 
 

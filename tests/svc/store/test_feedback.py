@@ -1,5 +1,6 @@
 """One word for each request, the last one counts."""
 
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
 from sqlalchemy import Engine, select
@@ -35,6 +36,14 @@ def test_a_second_word_replaces_the_first_as_a_whole(store: Engine) -> None:
     with Session(store) as session:
         row = session.scalars(select(FeedbackRow)).one()
         assert (row.rating, row.label, row.correction) == ("bad", None, None)
+
+
+def test_two_words_at_once_are_both_taken(store: Engine) -> None:
+    """A double click."""
+    add_requests(store, [RECORD])
+    with ThreadPoolExecutor(8) as threads:
+        kept = list(threads.map(lambda _: keep_feedback(store, "req-1", Feedback(Rating.GOOD)), range(32)))
+    assert sum(found is not None and found.replaced is None for found in kept) == 1
 
 
 def test_of_two_requests_with_one_id_the_newer_is_meant(store: Engine) -> None:

@@ -68,6 +68,13 @@ def test_old_rows_are_forgotten(store: Engine) -> None:
     assert kept(store) == ["req-6", "req-7", "req-8", "req-9"]
 
 
+def test_one_row_with_a_wrong_clock_takes_no_other_with_it(store: Engine) -> None:
+    fill(store, 3)
+    add_requests(store, [replace(RECORD, request_id="at boot", started_at=datetime(1970, 1, 1, tzinfo=UTC))])
+    prune_requests(store, before=LONG_AGO, max_bytes=PLENTY)
+    assert kept(store) == ["req-0", "req-1", "req-2"]
+
+
 def test_the_oldest_rows_are_forgotten_when_all_are_too_large(store: Engine) -> None:
     fill(store, 10)
     size = RECORD.bytes
@@ -116,8 +123,8 @@ def test_a_row_takes_about_what_is_reckoned_for_it(store: Engine) -> None:
     with store.connect() as connection:
         before = connection.exec_driver_sql("PRAGMA page_count").scalar_one()
         size = connection.exec_driver_sql("PRAGMA page_size").scalar_one()
-    ids = [f"req-{index:032x}" for index in range(5000)]
-    add_requests(store, [replace(RECORD, request_id=id) for id in ids])
+    records = [replace(RECORD, request_id=f"req-{index:032x}") for index in range(5000)]
+    add_requests(store, records)
     with store.connect() as connection:
         pages = connection.exec_driver_sql("PRAGMA page_count").scalar_one() - before
-    assert pages * size / 5000 == pytest.approx(RECORD.bytes, rel=0.3)
+    assert pages * size / 5000 == pytest.approx(records[0].bytes, rel=0.3)
