@@ -30,7 +30,7 @@ check: $(READY)
 	$(BIN)/lint-imports
 
 test-fast: $(READY) $(PROMETHEUS)
-	$(BIN)/pytest -m "not slow"
+	$(BIN)/pytest -m "not slow" -n auto --dist loadfile
 
 test: $(READY) $(PROMETHEUS)
 	$(BIN)/pytest

@@ -99,8 +99,8 @@ from svc import cli
 @click.command()
 def wait():
     async def forever():
-        print("waiting", flush=True)
         try:
+            print("waiting", flush=True)
             await asyncio.sleep(60)
         finally:
             print("cleaned up", flush=True)
