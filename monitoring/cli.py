@@ -6,7 +6,7 @@ import signal
 import threading
 import time
 from contextlib import nullcontext
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import click
 
@@ -17,6 +17,8 @@ from svc.settings import Settings
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
+
+    from monitoring.figures import Look
 
 _TIMEOUT_S = 10.0
 
@@ -36,49 +38,42 @@ def status(ctx: click.Context, watch: bool, interval: float, as_json: bool) -> N
             raise click.UsageError("--watch is for people; ask again and again for --json")
         _watch(settings, interval)
         return
-    from monitoring.figures import read_figures
-
-    url = server_url(settings)
-    state, exposition = _fetch(url)
-    figures = read_figures(exposition)
+    look = _look(settings)
     if as_json:
         from svc.terminal import print_json
 
-        print_json({"url": url, **state, **dataclasses.asdict(figures)})
+        print_json({"url": look.url, **look.state, **dataclasses.asdict(look.figures)})
         return
     from monitoring.screen import status_screen
     from svc.terminal import output
 
-    output.print(status_screen(url, state, figures))
+    output.print(status_screen(look))
 
 
 def _watch(settings: Settings, interval_s: float) -> None:
     """Until Ctrl-C; a server that goes away is waited for."""
     from rich.live import Live
 
-    from monitoring.figures import read_figures
     from monitoring.rates import Rates
     from monitoring.screen import failure_screen, status_screen
     from svc.terminal import output
 
     rates = Rates()
 
-    def look() -> "RenderableType":
+    def screen() -> "RenderableType":
         try:
-            url = server_url(settings)
-            state, exposition = _fetch(url)
+            look = _look(settings)
         except ServerNotRunningError as error:
             return failure_screen(error)
-        figures = read_figures(exposition)
-        return status_screen(url, state, figures, rates.between(figures, time.monotonic()))
+        return status_screen(look, rates.between(look.figures, time.monotonic()))
 
-    # On a terminal each look takes the place of the one before; in a pipe they follow each other.
+    # On a terminal each screen takes the place of the one before; in a pipe they follow each other.
     with Live(console=output, auto_refresh=False, screen=True) if output.is_terminal else nullcontext() as live:
         while True:
             if live is None:
-                output.print(look())
+                output.print(screen())
             else:
-                live.update(look(), refresh=True)
+                live.update(screen(), refresh=True)
             time.sleep(interval_s)
 
 
@@ -106,21 +101,24 @@ def monitor(ctx: click.Context, server: str | None, host: str | None, port: int 
         lambda: watched or server_url(settings),
         settings.monitor.host,
         settings.monitor.port,
-    ) as exporter:
-        console.print(f"[green]metrics on {exporter.url}[/green]")
+    ) as url:
+        console.print(f"[green]metrics on {url}[/green]")
         stop.wait()
     console.print("stopped")
 
 
-def _fetch(url: str) -> tuple[dict[str, Any], str]:
+def _look(settings: Settings) -> "Look":
     import httpx
 
+    from monitoring.figures import Look, read_figures
+
+    url = server_url(settings)
     try:
         # The server is on this machine: a proxy from the environment would look for it elsewhere.
         with httpx.Client(base_url=url, timeout=_TIMEOUT_S, trust_env=False) as client:
             state, metrics = client.get("/svc/status"), client.get("/metrics")
             state.raise_for_status()
             metrics.raise_for_status()
-            return state.json(), metrics.text
+            return Look(url, state.json(), read_figures(metrics.text))
     except (httpx.HTTPError, httpx.InvalidURL, ValueError) as error:
         raise ServerNotRunningError(f"the server at {url} does not answer: {error}", todo="see its log") from error

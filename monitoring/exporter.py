@@ -6,9 +6,8 @@ A process of its own, so that it goes on when the server does not, and can stand
 import threading
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
-from wsgiref.simple_server import WSGIRequestHandler, make_server
+from wsgiref.simple_server import WSGIRequestHandler, WSGIServer, make_server
 
 import httpx
 from prometheus_client import CollectorRegistry, make_wsgi_app
@@ -17,7 +16,7 @@ from prometheus_client.exposition import ThreadingWSGIServer
 from monitoring.server_page import ServerPage
 from monitoring.training_metrics import TrainingMetrics
 from monitoring.version_metrics import VersionMetrics
-from svc.errors import BusyError
+from svc.listening import address_family, http_url, listen_error
 from svc.registry.registry import Registry
 
 if TYPE_CHECKING:
@@ -27,48 +26,45 @@ _OPENMETRICS = "application/openmetrics-text"
 _POLL_S = 0.05  # how soon it notices that it shall end
 
 
-@dataclass(frozen=True, slots=True)
-class Exporter:
-    """A running exporter.
-
-    Attributes:
-        url: of its page.
-    """
-
-    url: str
-
-
 @contextmanager
-def exporting(registry: Registry, find_server: Callable[[], str], host: str, port: int) -> Iterator[Exporter]:
-    """Answers /metrics for the body of the `with`.
+def exporting(registry: Registry, find_server: Callable[[], str], host: str, port: int) -> Iterator[str]:
+    """Answers /metrics for the body of the `with`; yields the page's URL.
 
     Args:
         find_server: the server's URL now; raises ServerNotRunningError.
         port: 0 for any free one.
 
     Raises:
-        BusyError: the port is in use, or the address is none of this machine's.
+        BusyError: the port is in use.
+        SettingsError: the address is none of this machine's.
     """
     # A proxy from the environment would look for a server on this machine elsewhere.
     with httpx.Client(trust_env=False) as client:
         metrics = CollectorRegistry()
         for collector in (ServerPage(client, find_server), VersionMetrics(registry), TrainingMetrics(registry)):
             metrics.register(collector)
-        try:
-            server = make_server(host, port, _page(metrics), ThreadingWSGIServer, _Handler)
-        except OSError as error:
-            raise BusyError(
-                f"cannot listen on {host}:{port}: {error.strerror or error}",
-                todo="end its owner, or choose another: --port",
-            ) from error
-        thread = threading.Thread(target=server.serve_forever, args=(_POLL_S,), name="exporter")
-        with server:
+        with _listen(host, port, _page(metrics)) as server:
+            thread = threading.Thread(target=server.serve_forever, args=(_POLL_S,), name="exporter")
             thread.start()
             try:
-                yield Exporter(f"http://{host}:{server.server_port}/metrics")
+                yield f"{http_url(host, server.server_port)}/metrics"
             finally:
                 server.shutdown()
                 thread.join()
+
+
+def _listen(host: str, port: int, page: "WSGIApplication") -> WSGIServer:
+    family = address_family(host)
+
+    class Server(ThreadingWSGIServer):
+        """IPv4 or IPv6, which a server can only be told by its class."""
+
+        address_family = family
+
+    try:
+        return make_server(host, port, page, Server, _Handler)
+    except OSError as error:
+        raise listen_error(host, port, error) from error
 
 
 class _Handler(WSGIRequestHandler):

@@ -3,8 +3,9 @@
 Knows the names of the metrics (docs/metrics.md) and nothing of how they are made.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 from prometheus_client.parser import text_string_to_metric_families
 from prometheus_client.samples import Sample
@@ -38,6 +39,20 @@ class Figures:
 
     versions: dict[str, VersionFigures]
     errors: dict[str, int]
+
+
+@dataclass(frozen=True, slots=True)
+class Look:
+    """One look at a server.
+
+    Attributes:
+        state: the server's own word, from /svc/status.
+        figures: what its metrics say.
+    """
+
+    url: str
+    state: Mapping[str, Any]
+    figures: Figures
 
 
 def read_figures(exposition: str) -> Figures:

@@ -7,25 +7,22 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from monitoring.figures import QUANTILES, Figures, VersionFigures
+from monitoring.figures import QUANTILES, Figures, Look, VersionFigures
 from monitoring.rates import Rate
 from svc.errors import SvcError
 
 
-def status_screen(
-    url: str, state: Mapping[str, Any], figures: Figures, rates: Mapping[str, Rate] | None = None
-) -> RenderableType:
+def status_screen(look: Look, rates: Mapping[str, Rate] | None = None) -> RenderableType:
     """What `svc status` shows.
 
     Args:
-        state: the server's own word, from /svc/status.
-        figures: what its metrics say.
         rates: what each version does a second; None where there was only one look.
     """
+    state, figures = look.state, look.figures
     engine, requests = state["engine"], state["requests"]
     before = state["previous"] or "none"
     lines: list[RenderableType] = [
-        Text.assemble(f"{url}  ", (state["version"], "bold"), f" ({state['format']})  before: {before}"),
+        Text.assemble(f"{look.url}  ", (state["version"], "bold"), f" ({state['format']})  before: {before}"),
         Text.assemble(
             "engine ",
             (engine["state"], "green" if engine["state"] == "ready" else "red"),

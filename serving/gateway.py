@@ -109,9 +109,8 @@ class Exchange:
         self._reason: ErrorCode | None = None
         self._usage: Usage | None = None
         self._first_token_s: float | None = None
-        self.finish_reason: str | None = None
-        self.content: Content | None = None
-        """What passes, where it is to be kept."""
+        self._finish_reason: str | None = None
+        self._content: Content | None = None  # what passes, where it is to be kept
         self.answered = False
         """All of the answer was handed over: OpenAI's client closes the connection as soon as it reads `[DONE]`."""
 
@@ -126,7 +125,7 @@ class Exchange:
             request = parse_request(body, self._route, engine_model=self._gateway.routes.name)
             del body
             if self._gateway.records.wants_content():
-                self.content = Content(request.payload)
+                self._content = Content(request.payload)
             await while_connected(receive, self._answer(request))
         except ClientGoneError:
             if not self.answered:
@@ -152,12 +151,12 @@ class Exchange:
             status=status,
             seconds=seconds,
             reason=self._reason.value if self._reason else None,
-            finish_reason=self.finish_reason,
+            finish_reason=self._finish_reason,
             first_token_seconds=self._first_token_s,
             tokens_in=usage.prompt if usage else None,
             tokens_out=usage.completion if usage else None,
         )
-        self._gateway.records.add(record, self.content if served else None)
+        self._gateway.records.add(record, self._content if served else None)
 
     async def _answer(self, request: CompletionRequest) -> None:
         gateway = self._gateway
@@ -170,12 +169,10 @@ class Exchange:
                     return
                 body = await response.aread()
         # The engine is done with it: a client that reads slowly keeps no place.
-        self.finish_reason = find_finish_reason(body)
+        self.look_at(body)
         usage = find_usage(body)
         if usage:
-            self.used(usage)
-        if self.content:
-            self.content.add(body)
+            self.used(self._served, usage)
         await self.start(200, "application/json", len(body))
         await self.send(body, more=False)
 
@@ -202,17 +199,22 @@ class Exchange:
         """Where the exchange is counted."""
         return self._gateway.traffic
 
-    def used(self, usage: Usage) -> None:
-        """Counts the tokens of the answer."""
-        assert self._served is not None  # noqa: S101 - only a version uses tokens
-        self._usage = usage
-        self.traffic.tokens(self._served, usage)
+    def look_at(self, part: bytes) -> None:
+        """Takes what its record needs from a part of the answer: a body, or an event."""
+        if self._content:
+            self._content.add(part)
+        if self._finish_reason is None:
+            self._finish_reason = find_finish_reason(part)
 
-    def first_token(self, seconds: float) -> None:
+    def used(self, served: Served, usage: Usage) -> None:
+        """Counts the tokens of the answer."""
+        self._usage = usage
+        self.traffic.tokens(served, usage)
+
+    def first_token(self, served: Served, seconds: float) -> None:
         """Times the first token of the answer."""
-        assert self._served is not None  # noqa: S101 - as above
         self._first_token_s = seconds
-        self.traffic.first_token(self._served, seconds, self._request_id)
+        self.traffic.first_token(served, seconds, self._request_id)
 
     @property
     def begun(self) -> bool:
@@ -252,6 +254,7 @@ class _Stream:
 
     def __init__(self, exchange: Exchange, served: Served, *, wants_usage: bool) -> None:
         self._exchange = exchange
+        self._served = served
         self._wants_usage = wants_usage
         self._between_tokens = exchange.traffic.between_tokens(served)
         self._last_token: float | None = None
@@ -284,14 +287,11 @@ class _Stream:
         if is_done(event):
             self._complete = self._exchange.answered = True
             return True
-        if self._exchange.content:
-            self._exchange.content.add(event)
+        self._exchange.look_at(event)
         usage = find_usage(event)
         if usage and is_usage_only(event):
-            self._exchange.used(usage)
+            self._exchange.used(self._served, usage)
             return self._wants_usage
-        if self._exchange.finish_reason is None:
-            self._exchange.finish_reason = find_finish_reason(event)
         if is_token(event):
             self._time_token()
         return True
@@ -299,7 +299,7 @@ class _Stream:
     def _time_token(self) -> None:
         now = self._exchange.elapsed()
         if self._last_token is None:
-            self._exchange.first_token(now)
+            self._exchange.first_token(self._served, now)
         else:
             self._between_tokens(now - self._last_token)
         self._last_token = now

@@ -37,7 +37,6 @@ _GATHER_S = 0.2
 _PRUNE_EVERY_S = 60.0
 _ESCAPED = 6  # a character takes at most so many times its bytes in JSON that is all ASCII: \u00e9
 _CLOSE_S = 20.0  # longer than the store waits for another writer
-_END = object()
 
 
 class Dropped(StrEnum):
@@ -79,7 +78,8 @@ class RecordWriter:
         self.redactor = Redactor(settings.redact)
         self._on_stored = on_stored
         self._on_dropped = on_dropped
-        self._queue: queue.Queue[_Entry | threading.Event | object] = queue.Queue(max_queued)
+        # An event is set when all before it is written; None is the end.
+        self._queue: queue.Queue[_Entry | threading.Event | None] = queue.Queue(max_queued)
         self._content_bytes = 0
         self._content_lock = threading.Lock()
         self._thread = threading.Thread(target=self._run, name="records", daemon=True)
@@ -116,7 +116,7 @@ class RecordWriter:
         """Writes what is queued, and ends; what is not written after `timeout_s` is lost and counted."""
         deadline = time.monotonic() + timeout_s
         with suppress(queue.Full):
-            self._queue.put(_END, timeout=timeout_s)
+            self._queue.put(None, timeout=timeout_s)
         self._thread.join(max(0.0, deadline - time.monotonic()))
         if self._thread.is_alive():
             log.error("about %d records of requests were not written in time", self._queue.qsize())
@@ -159,14 +159,14 @@ class RecordWriter:
                 item = self._queue.get(timeout=max(0.0, deadline - time.monotonic()))
             except queue.Empty:
                 break
-            if item is _END:
+            if item is None:
                 return entries, waiting, True
             if isinstance(item, threading.Event):
                 waiting.append(item)
-            elif isinstance(item, _Entry):
-                if not entries:
-                    deadline = time.monotonic() + _GATHER_S
-                entries.append(item)
+                continue
+            if not entries:
+                deadline = time.monotonic() + _GATHER_S
+            entries.append(item)
         return entries, waiting, False
 
     def _write(self, entries: list[_Entry]) -> None:

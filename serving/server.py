@@ -5,7 +5,6 @@ forty seconds.
 """
 
 import asyncio
-import errno
 import logging
 import os
 import signal
@@ -39,7 +38,7 @@ from svc.engine.launch import SOCKET_FILE, EngineSpec
 from svc.engine.probe import engine_facts
 from svc.engine.process import EngineProcess
 from svc.engine.runtime import runtime_folder
-from svc.errors import BusyError, SettingsError
+from svc.listening import address_family, http_url, listen_error
 from svc.lock import hold_lock
 from svc.registry.registry import Registry
 from svc.server_url import LOCK_FILE
@@ -70,26 +69,20 @@ def claim(settings: Settings) -> Iterator[Claim]:
     """
     host, port = settings.serve.host, settings.serve.port
     with _bind(host, port) as door:
-        url = f"http://{f'[{host}]' if ':' in host else host}:{door.getsockname()[1]}"
+        url = http_url(host, door.getsockname()[1])
         with hold_lock(settings.home / LOCK_FILE, f"the home {settings.home}", url=url):
             yield Claim(door, url)
 
 
 def _bind(host: str, port: int) -> socket.socket:
-    door = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET, socket.SOCK_STREAM)
+    door = socket.socket(address_family(host), socket.SOCK_STREAM)
     door.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
         door.bind((host, port))
         door.listen()  # a port is only taken by who listens
     except OSError as error:
         door.close()
-        if error.errno == errno.EADDRINUSE:
-            raise BusyError(
-                f"port {port} on {host} is in use", todo="end its owner, or choose another: --port"
-            ) from error
-        raise SettingsError(
-            f"cannot listen on {host}:{port}: {error.strerror}", todo="correct --host, --port"
-        ) from error
+        raise listen_error(host, port, error) from error
     return door
 
 

@@ -41,6 +41,13 @@ class Choice:
     sort: dashboard.VariableSort = dashboard.VariableSort.ALPHABETICAL_ASC
 
 
+MODEL: Final = '{model=~"$model"}'
+"""Matchers of the chosen model, or of all."""
+VERSION: Final = "{{model}}@{{version}}"
+"""A series' name: the version."""
+SERVED_MODEL: Final = Choice("model", "Model", "svc_model_version_info", "model", every=True)
+
+
 def board(
     uid: Uid, text: str, choices: Sequence[Choice], sections: Mapping[str, Sequence[PanelBuilder]]
 ) -> dashboard.Dashboard:

@@ -7,13 +7,11 @@ from typing import Final
 
 from grafana_foundation_sdk.models.dashboard import Dashboard
 
-from monitoring.dashboards.board import Choice, Uid, board
+from monitoring.dashboards.board import MODEL, SERVED_MODEL, VERSION, Uid, board
 from monitoring.dashboards.panels import Limits, PanelBuilder, chart, number
 from monitoring.dashboards.promql import Query, quantiles, rate, share, total
 
-_MODEL: Final = '{model=~"$model"}'
 _BY: Final = ("model", "version")
-_VERSION: Final = "{{model}}@{{version}}"
 _MEMORY: Final = Query("process_resident_memory_bytes", "resident")
 _STARTED: Final = Query("process_start_time_seconds * 1000", "started")
 
@@ -23,43 +21,43 @@ def engine() -> Dashboard:
     return board(
         Uid.ENGINE,
         "What the engine does with the machine: queue, cache, tokens, latency by phase, process, disk.",
-        [Choice("model", "Model", "svc_model_version_info", "model", every=True)],
+        [SERVED_MODEL],
         {"Load": _load(), "Latency by phase": _phases(), "Process": _process(), "Disk and records": _disk()},
     )
 
 
 def _load() -> list[PanelBuilder]:
     hits = share(
-        rate(f"vllm:prefix_cache_hits_total{_MODEL}", *_BY), rate(f"vllm:prefix_cache_queries_total{_MODEL}", *_BY)
+        rate(f"vllm:prefix_cache_hits_total{MODEL}", *_BY), rate(f"vllm:prefix_cache_queries_total{MODEL}", *_BY)
     )
-    finished = rate(f"vllm:request_success_total{_MODEL}", "finished_reason")
+    finished = rate(f"vllm:request_success_total{MODEL}", "finished_reason")
     return [
         chart(
             "Requests in the engine",
             "Requests that the engine works on, and those that wait for room in it.",
             "none",
-            Query(total(f"vllm:num_requests_running{_MODEL}", *_BY), f"{_VERSION} running"),
-            Query(total(f"vllm:num_requests_waiting{_MODEL}", *_BY), f"{_VERSION} waiting"),
+            Query(total(f"vllm:num_requests_running{MODEL}", *_BY), f"{VERSION} running"),
+            Query(total(f"vllm:num_requests_waiting{MODEL}", *_BY), f"{VERSION} waiting"),
         ),
         chart(
             "KV cache in use",
             "The part of the memory for running requests that is taken; at 100 % requests wait or start over.",
             "percentunit",
-            Query(f"max by (model, version) (vllm:kv_cache_usage_perc{_MODEL})", _VERSION),
+            Query(f"max by (model, version) (vllm:kv_cache_usage_perc{MODEL})", VERSION),
             limits=Limits(warning=0.8, bad=0.95),
         ),
         chart(
             "Prefix cache hits",
             "Prompt tokens that the engine knew already and did not compute again.",
             "percentunit",
-            Query(hits, _VERSION),
+            Query(hits, VERSION),
         ),
         chart(
             "Tokens",
             "Tokens a second: prompts that were read, answers that were written.",
             "none",
-            Query(rate(f"vllm:prompt_tokens_total{_MODEL}", *_BY), f"{_VERSION} prompt"),
-            Query(rate(f"vllm:generation_tokens_total{_MODEL}", *_BY), f"{_VERSION} answer"),
+            Query(rate(f"vllm:prompt_tokens_total{MODEL}", *_BY), f"{VERSION} prompt"),
+            Query(rate(f"vllm:generation_tokens_total{MODEL}", *_BY), f"{VERSION} answer"),
         ),
         chart(
             "Finished requests",
@@ -72,7 +70,7 @@ def _load() -> list[PanelBuilder]:
             "Preemptions",
             "Requests a second that lost their place in the KV cache and start over.",
             "none",
-            Query(rate(f"vllm:num_preemptions_total{_MODEL}", *_BY), _VERSION),
+            Query(rate(f"vllm:num_preemptions_total{MODEL}", *_BY), VERSION),
             limits=Limits(warning=0.1, bad=1),
         ),
     ]
@@ -93,7 +91,7 @@ def _phases() -> list[PanelBuilder]:
         ("Whole request", "From arrival in the engine to the last token.", "e2e_request_latency", Limits(15, 60)),
     ]
     return [
-        chart(title, text, "s", *quantiles(f"vllm:{name}_seconds{_MODEL}", _BY, _VERSION), limits=limits)
+        chart(title, text, "s", *quantiles(f"vllm:{name}_seconds{MODEL}", _BY, VERSION), limits=limits)
         for title, text, name, limits in phases
     ]
 

@@ -4,7 +4,7 @@ from typing import Final
 
 from grafana_foundation_sdk.models.dashboard import Dashboard
 
-from monitoring.dashboards.board import Choice, Uid, board
+from monitoring.dashboards.board import MODEL, SERVED_MODEL, VERSION, Uid, board
 from monitoring.dashboards.panels import Limits, PanelBuilder, chart, labels, number, timeline
 from monitoring.dashboards.promql import Query, increase, quantile_since_start, rate, share, total
 
@@ -16,8 +16,6 @@ SERVER_FAULTS: Final = "overloaded|held_.*|engine_.*|internal_error"
 """Reasons of `svc_request_errors_total` that are the server's; the others are the client's."""
 
 _FAULTS: Final = f'svc_request_errors_total{{reason=~"{SERVER_FAULTS}"}}'
-_MODEL: Final = '{model=~"$model"}'
-_VERSION: Final = "{{model}}@{{version}}"
 _AVAILABILITY: Final = Limits(warning=AVAILABILITY_OBJECTIVE, bad=0.99)
 _FIRST_TOKEN: Final = Limits(warning=FIRST_TOKEN_OBJECTIVE, bad=0.9)
 _UP: Final = {0: "does not answer", 1: "up"}
@@ -29,7 +27,7 @@ def overview() -> Dashboard:
     return board(
         Uid.OVERVIEW,
         "Is the service well: traffic, errors, latency, the version that serves.",
-        [Choice("model", "Model", "svc_model_version_info", "model", every=True)],
+        [SERVED_MODEL],
         {"Now": _now(), "Traffic": _traffic(), "Latency": _latency(), "Versions": _versions()},
     )
 
@@ -37,7 +35,7 @@ def overview() -> Dashboard:
 def _now() -> list[PanelBuilder]:
     failed = _failed(increase(_FAULTS), increase("svc_requests_total"))
     left = f"1 - {failed} / {1 - AVAILABILITY_OBJECTIVE:.4g}"
-    versions = Query(f"svc_model_version_info{_MODEL}", f"{_VERSION} ({{{{format}}}})")
+    versions = Query(f"svc_model_version_info{MODEL}", f"{VERSION} ({{{{format}}}})")
     build = Query("svc_build_info", "tuneserve {{release}}, {{engine}}, {{device}}")
     return [
         number("Server", "Whether the server answers.", "none", Query("svc_server_up", "server"), names=_UP),
@@ -68,19 +66,19 @@ def _failed(faults: str, requests: str) -> str:
 
 def _traffic() -> list[PanelBuilder]:
     failed = _failed(rate(_FAULTS), rate("svc_requests_total"))
-    requests, tokens = f"svc_requests_total{_MODEL}", f"svc_tokens_total{_MODEL}"
+    requests, tokens = f"svc_requests_total{MODEL}", f"svc_tokens_total{MODEL}"
     return [
         chart(
             "Requests",
             "Requests that ended, a second, by version; `unknown` is a model that is not served.",
             "reqps",
-            Query(rate(requests, "model", "version"), _VERSION),
+            Query(rate(requests, "model", "version"), VERSION),
         ),
         chart(
             "Answers by status",
-            "Requests that ended, a second, by HTTP status; 499 is a client that left before its answer.",
+            "Requests that ended, a second, by version and HTTP status; 499 is a client that left before its answer.",
             "reqps",
-            Query(rate(requests, "status"), "{{status}}"),
+            Query(rate(requests, "model", "version", "status"), f"{VERSION} {{{{status}}}}"),
             stacked=True,
         ),
         chart(
@@ -101,7 +99,7 @@ def _traffic() -> list[PanelBuilder]:
             "Tokens",
             "Tokens of whole answers, a second: in is the prompt, out is the answer.",
             "none",
-            Query(rate(tokens, "model", "version", "direction"), f"{_VERSION} {{{{direction}}}}"),
+            Query(rate(tokens, "model", "version", "direction"), f"{VERSION} {{{{direction}}}}"),
         ),
         chart(
             "Requests running and held",
@@ -114,30 +112,30 @@ def _traffic() -> list[PanelBuilder]:
 
 
 def _latency() -> list[PanelBuilder]:
-    first_tokens = f"svc_time_to_first_token_seconds_count{_MODEL}"
+    first_tokens = f"svc_time_to_first_token_seconds_count{MODEL}"
     quick = 'svc_time_to_first_token_seconds_bucket{model=~"$model", le="2.0"}'
     in_time = share(rate(quick, "model", "version"), rate(first_tokens, "model", "version"))
-    legend = f"{_VERSION} {{{{quantile}}}}"
+    legend = f"{VERSION} {{{{quantile}}}}"
     return [
         chart(
             "Duration of answers",
             "From the request's last byte to the answer's last byte, over the last 5 minutes.",
             "s",
-            Query(f"svc_request_duration_quantile_seconds{_MODEL}", legend),
+            Query(f"svc_request_duration_quantile_seconds{MODEL}", legend),
             limits=Limits(warning=15, bad=60),
         ),
         chart(
             "Time to first token",
             "From the request's last byte to the first token of a streamed answer, over the last 5 minutes.",
             "s",
-            Query(f"svc_time_to_first_token_quantile_seconds{_MODEL}", legend),
+            Query(f"svc_time_to_first_token_quantile_seconds{MODEL}", legend),
             limits=Limits(warning=2, bad=10),
         ),
         chart(
             "First tokens in time",
             "Streamed answers whose first token came within 2 s; the green line is the objective.",
             "percentunit",
-            Query(in_time, _VERSION),
+            Query(in_time, VERSION),
             limits=_FIRST_TOKEN,
         ),
     ]
@@ -146,10 +144,8 @@ def _latency() -> list[PanelBuilder]:
 def _versions() -> list[PanelBuilder]:
     shown = {0: "no", 1: "yes"}
     held = quantile_since_start(0.95, "svc_swap_duration_seconds", "outcome")
-    feedback = total(f"svc_feedback_total{_MODEL}", "model", "version", "rating")
-    versions = Query(
-        total(f"svc_model_version_info{_MODEL}", "model", "version", "format"), f"{_VERSION} {{{{format}}}}"
-    )
+    feedback = total(f"svc_feedback_total{MODEL}", "model", "version", "rating")
+    versions = Query(total(f"svc_model_version_info{MODEL}", "model", "version", "format"), f"{VERSION} {{{{format}}}}")
     return [
         timeline("Version that serves", "The version that was loaded, over time.", versions, names=shown),
         timeline(
@@ -183,6 +179,6 @@ def _versions() -> list[PanelBuilder]:
             "Feedback",
             "Answers that users rated, since the server started.",
             "none",
-            Query(feedback, f"{_VERSION} {{{{rating}}}}"),
+            Query(feedback, f"{VERSION} {{{{rating}}}}"),
         ),
     ]

@@ -1,8 +1,9 @@
 """Requests that ended, one row each, and how long they are kept. Knows nothing of HTTP."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from datetime import datetime
+from typing import Any
 
 from sqlalchemy import ColumnElement, Engine, delete, func, insert, select
 from sqlalchemy.orm import Session
@@ -57,32 +58,21 @@ class RequestRecord:
         return _ROW_BYTES + 2 * len(self.request_id) + content
 
 
+_AS_THEY_ARE = [field.name for field in fields(RequestRecord) if field.name not in ("version", "format")]
+
+
 def add_requests(store: Engine, records: Sequence[RequestRecord]) -> None:
     """Writes a batch, all or nothing."""
-    rows = [
-        {
-            "request_id": record.request_id,
-            "started_at": record.started_at,
-            "model": record.model,
-            "number": record.version.number if record.version else None,
-            "format": record.format.value if record.format else None,
-            "route": record.route,
-            "key_id": record.key_id,
-            "status": record.status,
-            "reason": record.reason,
-            "finish_reason": record.finish_reason,
-            "seconds": record.seconds,
-            "first_token_seconds": record.first_token_seconds,
-            "tokens_in": record.tokens_in,
-            "tokens_out": record.tokens_out,
-            "prompt": record.prompt,
-            "answer": record.answer,
-            "bytes": record.bytes,
-        }
-        for record in records
-    ]
     with store.begin() as connection:
-        connection.execute(insert(RequestRow), rows)
+        connection.execute(insert(RequestRow), [_columns(record) for record in records])
+
+
+def _columns(record: RequestRecord) -> dict[str, Any]:
+    return {name: getattr(record, name) for name in _AS_THEY_ARE} | {
+        "number": record.version.number if record.version else None,
+        "format": record.format.value if record.format else None,
+        "bytes": record.bytes,
+    }
 
 
 def prune_requests(store: Engine, *, before: datetime, max_bytes: int) -> int:

@@ -1,5 +1,6 @@
 """`svc monitor`: the server's page passed on whole, what only the registry knows, and a server that is away."""
 
+import socket
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -15,7 +16,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from monitoring.exporter import exporting
 from monitoring.training_metrics import TrainingMetrics
 from monitoring.version_metrics import SHOWN_VERSIONS, VersionMetrics
-from svc.errors import BusyError, RegistryError, ServerNotRunningError
+from svc.errors import BusyError, RegistryError, ServerNotRunningError, SettingsError
 from svc.lock import hold_lock
 from svc.registry.registry import Registry
 from svc.registry.tracking import RunFigures, Tracking
@@ -74,14 +75,14 @@ def registry(tmp_path: Path) -> Registry:
 def page_of(registry: Registry, page: tuple[int, str] | None) -> Iterator[str]:
     """The exporter's URL, beside a server with this metrics page, or beside none."""
     if page is None:
-        with exporting(registry, _nowhere, "127.0.0.1", 0) as exporter:
-            yield exporter.url
+        with exporting(registry, _nowhere, "127.0.0.1", 0) as exported:
+            yield exported
         return
     with (
         serving({"/metrics": page}) as url,
-        exporting(registry, lambda: url, "127.0.0.1", 0) as exporter,
+        exporting(registry, lambda: url, "127.0.0.1", 0) as exported,
     ):
-        yield exporter.url
+        yield exported
 
 
 def _nowhere() -> str:
@@ -129,10 +130,25 @@ def test_a_server_that_is_away_is_down_and_the_rest_goes_on(registry: Registry, 
 def test_a_port_in_use_is_told(registry: Registry) -> None:
     with (
         page_of(registry, None) as url,
-        pytest.raises(BusyError, match="cannot listen on"),
+        pytest.raises(BusyError, match="is in use"),
         exporting(registry, _nowhere, "127.0.0.1", httpx.URL(url).port or 0),
     ):
         pass
+
+
+def test_an_address_of_another_machine_is_told(registry: Registry) -> None:
+    with (
+        pytest.raises(SettingsError, match=r"cannot listen on 192\.0\.2\.1"),
+        exporting(registry, _nowhere, "192.0.2.1", 0),
+    ):
+        pass
+
+
+@pytest.mark.skipif(not socket.has_ipv6, reason="no IPv6 here")
+def test_it_listens_on_ipv6_too(registry: Registry) -> None:
+    with exporting(registry, _nowhere, "::1", 0) as url:
+        assert url.startswith("http://[::1]:")
+        assert "svc_server_up 0.0" in httpx.get(url).text
 
 
 def test_every_figure_of_an_evaluation_is_shown(registry: Registry) -> None:
@@ -191,12 +207,16 @@ def test_without_mlflow_there_are_no_training_figures_and_no_failure(registry: R
     assert "svc_training_loss{" not in answer.text
 
 
-def test_the_command_finds_the_server_of_its_home_and_ends_when_told(tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "svc.cli", "--home", str(tmp_path), "monitor", "--port", "0"]
+@pytest.mark.parametrize("elsewhere", [False, True], ids=["of its home", "elsewhere"])
+def test_the_command_watches_a_server_and_ends_when_told(tmp_path: Path, elsewhere: bool) -> None:
+    command = [sys.executable, "-m", "svc.cli", "--home", str(tmp_path / "home"), "monitor", "--port", "0"]
+    lock = tmp_path / ("other" if elsewhere else "home") / LOCK_FILE
     with (
         serving({"/metrics": (200, SERVER_PAGE)}) as url,
-        hold_lock(tmp_path / LOCK_FILE, "the home", url=url),
-        subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process,
+        hold_lock(lock, "the home", url=url),
+        subprocess.Popen(
+            [*command, *(["--server", url] if elsewhere else [])], stderr=subprocess.PIPE, text=True
+        ) as process,
     ):
         assert process.stderr is not None
         page = process.stderr.readline().split()[-1]

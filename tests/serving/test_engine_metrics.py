@@ -39,8 +39,12 @@ def routes() -> Routes:
     return routes
 
 
-def metrics(routes: Routes, answer: httpx.Response | Exception) -> tuple[EngineMetrics, CollectorRegistry]:
+def metrics(routes: Routes, *answers: httpx.Response | Exception) -> tuple[EngineMetrics, CollectorRegistry]:
+    """The engine's metrics, before an engine that gives these answers in turn."""
+    coming = iter(answers)
+
     def reply(request: httpx.Request) -> httpx.Response:
+        answer = next(coming)
         if isinstance(answer, Exception):
             raise answer
         return answer
@@ -76,11 +80,12 @@ async def test_the_engines_process_is_not_taken_for_ours(routes: Routes) -> None
     ],
     ids=repr,
 )
-async def test_an_engine_that_does_not_answer_has_no_metrics(
+async def test_an_engine_that_does_not_answer_has_no_metrics_any_more(
     routes: Routes, answer: httpx.Response | Exception
 ) -> None:
-    found, registry = metrics(routes, answer)
-    found._families = list(text_string_to_metric_families("# TYPE vllm:old gauge\nvllm:old 1\n# EOF\n"))  # type: ignore[no-untyped-call]
+    found, registry = metrics(routes, httpx.Response(200, text=PAGE), answer)
+    await found.refresh()
+    assert b"vllm:" in generate_latest(registry)
     await found.refresh()
     assert generate_latest(registry) == b""
 

@@ -1,6 +1,8 @@
 """What the gateway keeps of each request: every end of one leaves one row that says how it ended."""
 
-from collections.abc import AsyncIterator
+import asyncio
+import json
+from collections.abc import AsyncIterator, Awaitable, Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +15,7 @@ from svc.settings import RecordSettings
 from svc.store.tables import RequestRow
 from tests.serving.engine_double import Fault
 from tests.serving.service import CHAT, NAME, Service
+from tests.serving.test_gateway import until
 
 CHAT_PATH = "/v1/chat/completions"
 STREAM = {**CHAT, "stream": True}
@@ -83,6 +86,49 @@ async def test_a_stream_that_breaks(service: Service, client: httpx.AsyncClient)
     row = await row_after(service, client, STREAM)
     assert (row.status, row.number) == (200, 1)
     assert row.reason in ("engine_error", "engine_died")
+
+
+async def test_an_answer_that_is_cut_off_by_the_servers_end_is_no_good_answer(service: Service) -> None:
+    service.double.token_delay_s = 0.05
+    service.double.tokens = 1000
+    sent = list[Any]()
+
+    async def send(message: Any) -> None:
+        sent.append(message)
+
+    assert service.app is not None
+    answering = asyncio.create_task(service.app(_scope(), _receive_then_wait(json.dumps(STREAM).encode()), send))
+    await until(lambda: len(sent) > 2)
+    answering.cancel()
+    await asyncio.wait([answering])
+    assert service.records.flush(5)
+    assert service.store is not None
+    with Session(service.store) as session:
+        row = session.scalars(select(RequestRow)).one()
+    assert (row.status, row.reason) == (200, "engine_died")
+    assert service.count("svc_request_errors_total", reason="engine_died") == 1
+
+
+def _scope() -> dict[str, Any]:
+    return {
+        "type": "http",
+        "method": "POST",
+        "path": CHAT_PATH,
+        "raw_path": CHAT_PATH.encode(),
+        "query_string": b"",
+        "headers": [(b"content-type", b"application/json")],
+    }
+
+
+def _receive_then_wait(body: bytes) -> Callable[[], Awaitable[Any]]:
+    messages = [{"type": "http.request", "body": body, "more_body": False}]
+
+    async def receive() -> Any:
+        while not messages:
+            await asyncio.sleep(3600)
+        return messages.pop()
+
+    return receive
 
 
 async def test_a_refused_body(service: Service, client: httpx.AsyncClient) -> None:

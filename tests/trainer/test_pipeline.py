@@ -295,6 +295,15 @@ def test_a_registration_that_was_interrupted_goes_on_with_the_version_that_it_pu
     assert [(path, path.stat().st_mtime_ns) for path in files] == before
 
 
+def test_a_damaged_version_of_the_name_is_in_nobodys_way(make: Make) -> None:
+    pipeline = make()
+    first = pipeline.train_version()
+    manifest = pipeline.registry.folder(first) / "manifest.json"
+    manifest.chmod(0o644)
+    manifest.write_text("{", "utf-8")
+    assert make(train={"seed": 1}).train_version().number == first.number + 1
+
+
 def test_a_group_size_that_does_not_fit_is_told_before_training(make: Make, stages: Stages) -> None:
     with pytest.raises(RecipeError, match=r"quantize\.group_size is 128"):
         make(quantize={"group_size": 128}).train_version()

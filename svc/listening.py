@@ -1,0 +1,23 @@
+"""Addresses that a command of ours listens on: their URL, and why they cannot be had."""
+
+import errno
+import socket
+
+from svc.errors import BusyError, SettingsError, SvcError
+
+
+def address_family(host: str) -> socket.AddressFamily:
+    """IPv6 for an address that has a colon, else IPv4."""
+    return socket.AF_INET6 if ":" in host else socket.AF_INET
+
+
+def http_url(host: str, port: int) -> str:
+    """The URL of a server there."""
+    return f"http://{f'[{host}]' if ':' in host else host}:{port}"
+
+
+def listen_error(host: str, port: int, error: OSError) -> SvcError:
+    """What to tell of an address that could not be bound: BusyError for a port in use, else SettingsError."""
+    if error.errno == errno.EADDRINUSE:
+        return BusyError(f"port {port} on {host} is in use", todo="end its owner, or choose another: --port")
+    return SettingsError(f"cannot listen on {host}:{port}: {error.strerror}", todo="correct --host, --port")
