@@ -22,11 +22,12 @@ from svc.engine.runtime import runtime_folder
 from svc.errors import IntegrityError, TrainingError
 from svc.evaluation.evaluator import EvaluationReport
 from svc.evaluation.metrics import paired_difference
+from svc.evaluation.results import write_results
 from svc.lock import hold_lock
 from svc.registry.files import record_file, record_files
 from svc.registry.fingerprint import compatibility_fingerprint
 from svc.registry.manifest import BaseRecord, DataRecord, FormatRecord, Manifest
-from svc.registry.registry import HELDOUT_FILE, Registry
+from svc.registry.registry import HELDOUT_FILE, REFERENCE_FOLDER, Registry, results_file
 from svc.registry.version import Format, VersionId
 from svc.settings import Settings
 from svc.terminal import console
@@ -188,14 +189,27 @@ class Pipeline:
             Format.MERGED.value: self.run.merged,
             Format.GPTQ.value: self.run.gptq,
             HELDOUT_FILE: heldout,
+            REFERENCE_FOLDER: self._reference(),
         }
         return self.registry.publish(self.recipe.name, self._tracking_run(), content, self._manifest)
 
+    def _reference(self) -> Path:
+        """Puts together what later traffic and answers are compared with; anew, for the same reason as the above."""
+        folder = self.run.fresh(self.run.reference)
+        folder.mkdir()
+        for format, qualified in self._qualified().items():
+            if qualified.results:
+                write_results(folder / results_file(format), qualified.results)
+        return folder
+
+    def _qualified(self) -> dict[Format, Qualified]:
+        """The formats that can be served."""
+        merged = self.run.load(Stage.EVALUATE, Evaluated).merged
+        return {Format.MERGED: merged, Format.GPTQ: self.run.load(Stage.QUALIFY, Qualified)}
+
     def _manifest(self, version: VersionId, folder: Path) -> Manifest:
-        evaluated = self.run.load(Stage.EVALUATE, Evaluated)
-        qualified = {Format.MERGED: evaluated.merged, Format.GPTQ: self.run.load(Stage.QUALIFY, Qualified)}
         formats = {Format.ADAPTER: FormatRecord(files=record_files(folder, folder / Format.ADAPTER))}
-        for format, found in qualified.items():
+        for format, found in self._qualified().items():
             formats[format] = FormatRecord(
                 files=record_files(folder, folder / format),
                 fingerprint=compatibility_fingerprint(folder / format),
@@ -219,7 +233,8 @@ class Pipeline:
                 heldout_examples=len(self.examples.heldout),
             ),
             heldout=record_file(folder, folder / HELDOUT_FILE),
-            base_evaluation=evaluated.base,
+            reference=record_files(folder, folder / REFERENCE_FOLDER),
+            base_evaluation=self.run.load(Stage.EVALUATE, Evaluated).base,
             formats=formats,
             libraries=_library_versions(),
         )

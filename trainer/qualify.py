@@ -14,7 +14,8 @@ from svc.dataset.example import ChatExample
 from svc.engine.client import EngineClient
 from svc.engine.probe import EngineFacts, Probe, Scored, check_probes, choose_sequences, make_probes, measure_probes
 from svc.engine.process import Engine
-from svc.evaluation.evaluator import EvaluationReport, TokenizedExample, evaluate, tokenize
+from svc.evaluation.evaluator import Evaluation, EvaluationReport, TokenizedExample, evaluate, tokenize
+from svc.evaluation.results import ExampleResult
 from svc.evaluation.throughput import tokens_per_second
 from svc.terminal import console, counting, waiting
 from trainer.recipe import Recipe
@@ -23,11 +24,16 @@ Launch = Callable[[Path], Engine]
 
 
 class Qualified(BaseModel):
-    """A format that was proven on the engine; the fields are those of the manifest's FormatRecord."""
+    """A format that was proven on the engine; the fields are those of the manifest's FormatRecord.
+
+    Attributes:
+        results: the answers behind the evaluation; none in a run that an older release began.
+    """
 
     model_config = ConfigDict(frozen=True)
 
     evaluation: EvaluationReport
+    results: tuple[ExampleResult, ...] = ()
     probes: tuple[Probe, ...]
     load_seconds: float
     tokens_per_second: float
@@ -54,7 +60,7 @@ class Qualifier:
         """Judges the base, then the merged model: in one engine where they fit in place of each other."""
         engine = await self._start(base)
         try:
-            base_report = await self._judge(engine.client, "base")
+            base_report = (await self._judge(engine.client, "base")).report
             if not same_fingerprint:
                 await engine.stop()
                 engine = await self._start(merged)
@@ -77,7 +83,7 @@ class Qualifier:
         await client.reload_weights(folder)
         load_seconds = time.monotonic() - started
         await client.reset_prefix_cache()
-        report = await self._judge(client, text)
+        judged = await self._judge(client, text)
         with waiting(f"probes and speed of {text}"):
             tokenized = [await tokenize(client, example) for example in self._heldout[:: self._stride()]]
             speed = await tokens_per_second(client, [example.prompt for example in tokenized])
@@ -87,7 +93,13 @@ class Qualifier:
         if options.restart:
             await engine.stop()
             await self._check_on_fresh_engine(folder, probes, text)
-        return Qualified(evaluation=report, probes=probes, load_seconds=load_seconds, tokens_per_second=speed)
+        return Qualified(
+            evaluation=judged.report,
+            results=judged.results,
+            probes=probes,
+            load_seconds=load_seconds,
+            tokens_per_second=speed,
+        )
 
     async def _check_on_fresh_engine(self, folder: Path, probes: Sequence[Probe], text: str) -> None:
         engine = await self._start(folder)
@@ -97,7 +109,7 @@ class Qualifier:
             await engine.stop()
         console.print(f"  {text}: loaded in place and by a fresh engine, logprobs differ by {difference:.4f}")
 
-    async def _judge(self, client: EngineClient, text: str) -> EvaluationReport:
+    async def _judge(self, client: EngineClient, text: str) -> Evaluation:
         with counting(f"evaluating {text}", len(self._heldout)) as advance:
             return await evaluate(client, self._heldout, max_tokens=self._recipe.evaluate.max_tokens, on_done=advance)
 

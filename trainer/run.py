@@ -109,6 +109,11 @@ class Run:
         return self.folder / "gptq"
 
     @property
+    def reference(self) -> Path:
+        """What the version is compared with later."""
+        return self.folder / "reference"
+
+    @property
     def lock(self) -> Path:
         """Held while somebody works on the run."""
         return self.folder / "lock"

@@ -4,9 +4,11 @@ Separate from the gateway's data plane, so that a reload never queues behind str
 """
 
 import asyncio
+import statistics
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -18,6 +20,26 @@ from svc.errors import EngineError
 
 _RESET_PAUSE_S = 0.05
 _TIMEOUT = httpx.Timeout(300.0, connect=5.0)  # a reload reads the whole file of weights
+_ENDED = "stop"
+"""Finish reason of an answer that the model ended: with a token, because no stop strings are sent."""
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """What the engine answered to a prompt.
+
+    Attributes:
+        tokens: how many were generated, the one that ended the answer among them.
+        finish_reason: `stop`, or `length` where the answer was cut off.
+        logprob: mean natural-log probability of the text's tokens; None for an empty answer. The token that ended the
+            answer is left out, so that it is the figure that `logprobs` gives for the same text. Where a cut-off
+            answer is tokenized otherwise than it was generated, the two differ.
+    """
+
+    text: str
+    tokens: int
+    finish_reason: str
+    logprob: float | None
 
 
 class EngineClient:
@@ -57,7 +79,7 @@ class EngineClient:
         except httpx.HTTPError:
             return False
 
-    async def chat(self, messages: Sequence[Message], *, max_tokens: int) -> str:
+    async def chat(self, messages: Sequence[Message], *, max_tokens: int) -> Answer:
         """Greedy answer to a prompt.
 
         Raises:
@@ -68,9 +90,10 @@ class EngineClient:
             "messages": [message.as_dict() for message in messages],
             "max_tokens": max_tokens,
             "temperature": 0,
+            "logprobs": True,
         }
         with _reading("/v1/chat/completions"):
-            return str((await self._post("/v1/chat/completions", body))["choices"][0]["message"]["content"] or "")
+            return _answer(await self._post("/v1/chat/completions", body))
 
     async def generate(self, token_ids: Sequence[int], *, tokens: int) -> None:
         """Generates exactly so many tokens and throws them away: for measuring speed."""
@@ -141,6 +164,20 @@ class EngineClient:
             raise EngineError(f"the engine answered {path} with {answer.status_code}: {answer.text[:500]}")
         with _reading(path):
             return answer.json() if answer.content else None
+
+
+def _answer(completion: Any) -> Answer:
+    choice = completion["choices"][0]
+    tokens = (choice.get("logprobs") or {}).get("content") or []
+    logprobs = [float(token["logprob"]) for token in tokens]
+    reason = str(choice["finish_reason"])
+    of_text = logprobs[:-1] if reason == _ENDED else logprobs
+    return Answer(
+        text=str(choice["message"]["content"] or ""),
+        tokens=int(completion["usage"]["completion_tokens"]),
+        finish_reason=reason,
+        logprob=statistics.fmean(of_text) if of_text else None,
+    )
 
 
 @contextmanager

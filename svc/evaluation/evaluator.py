@@ -17,6 +17,7 @@ from svc.dataset.example import ChatExample
 from svc.engine.client import EngineClient
 from svc.errors import EngineError
 from svc.evaluation.metrics import Estimate, is_json, matches, mean, proportion
+from svc.evaluation.results import ExampleResult
 
 _CONCURRENCY = 16
 
@@ -52,9 +53,11 @@ class TokenizedExample:
 
 
 @dataclass(frozen=True, slots=True)
-class _Result:
-    answer: str
-    nll: float
+class Evaluation:
+    """The figures, and what they were made of: one result for each example, in their order."""
+
+    report: EvaluationReport
+    results: tuple[ExampleResult, ...]
 
 
 async def evaluate(
@@ -63,7 +66,7 @@ async def evaluate(
     *,
     max_tokens: int,
     on_done: Callable[[], None] = lambda: None,
-) -> EvaluationReport:
+) -> Evaluation:
     """Asks all examples and scores the answers.
 
     Args:
@@ -75,18 +78,38 @@ async def evaluate(
     """
     places = asyncio.Semaphore(_CONCURRENCY)
 
-    async def ask(example: ChatExample) -> _Result:
+    async def ask(example: ChatExample) -> ExampleResult:
         async with places:
-            tokenized = await tokenize(client, example)
-            # The reference first: it fills the prefix cache with the prompt, which the answer then starts from.
-            logprobs = await client.logprobs(tokenized.prompt + tokenized.answer, len(tokenized.prompt))
-            answer = await client.chat(example.prompt, max_tokens=max_tokens)
+            result = await ask_example(client, example, max_tokens=max_tokens)
             on_done()
-            return _Result(answer, _nll(logprobs))
+            return result
 
     started = time.monotonic()
-    results = await asyncio.gather(*(ask(example) for example in examples))
-    return _report(examples, results, time.monotonic() - started)
+    results = tuple(await asyncio.gather(*(ask(example) for example in examples)))
+    return Evaluation(_report(examples, results, time.monotonic() - started), results)
+
+
+async def ask_example(client: EngineClient, example: ChatExample, *, max_tokens: int) -> ExampleResult:
+    """Asks one example and scores the answer.
+
+    Args:
+        max_tokens: longest answer, tokens.
+
+    Raises:
+        EngineError: the engine failed a request.
+    """
+    tokenized = await tokenize(client, example)
+    # The reference first: it fills the prefix cache with the prompt, which the answer then starts from.
+    logprobs = await client.logprobs(tokenized.prompt + tokenized.answer, len(tokenized.prompt))
+    answer = await client.chat(example.prompt, max_tokens=max_tokens)
+    return ExampleResult(
+        answer=answer.text,
+        tokens=answer.tokens,
+        finish_reason=answer.finish_reason,
+        logprob=None if answer.logprob is None else _finite_mean([answer.logprob]),
+        nll=-_finite_mean(logprobs),
+        hit=matches(answer.text, example.answer),
+    )
 
 
 async def tokenize(client: EngineClient, example: ChatExample) -> TokenizedExample:
@@ -96,18 +119,17 @@ async def tokenize(client: EngineClient, example: ChatExample) -> TokenizedExamp
     return TokenizedExample(tuple(prompt), tuple(answer))
 
 
-def _nll(logprobs: Sequence[float]) -> float:
+def _finite_mean(logprobs: Sequence[float]) -> float:
     if not all(math.isfinite(value) for value in logprobs):
         raise EngineError(
             "the engine gave a log-probability that is no finite number",
             todo="the weights are not usable: train again, with a lower learning rate",
         )
-    return -statistics.fmean(logprobs)
+    return statistics.fmean(logprobs)
 
 
-def _report(examples: Sequence[ChatExample], results: Sequence[_Result], seconds: float) -> EvaluationReport:
-    pairs = list(zip(examples, results, strict=True))
-    hits = tuple(matches(result.answer, example.answer) for example, result in pairs)
+def _report(examples: Sequence[ChatExample], results: Sequence[ExampleResult], seconds: float) -> EvaluationReport:
+    hits = tuple(result.hit for result in results)
     wants_json = all(is_json(example.answer) for example in examples)
     valid = proportion(sum(is_json(result.answer) for result in results), len(results)) if wants_json else None
     return EvaluationReport(

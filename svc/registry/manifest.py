@@ -68,7 +68,11 @@ class FormatRecord(_Record):
 
 
 class Manifest(_Record):
-    """All that is known of a version. Training figures are in MLflow under `tracking_run`."""
+    """All that is known of a version. Training figures are in MLflow under `tracking_run`.
+
+    Attributes:
+        reference: the files that later traffic and answers are compared with; none for a version of an older release.
+    """
 
     schema_version: Literal[1] = 1
     name: str = Field(pattern=NAME_PATTERN)
@@ -80,6 +84,7 @@ class Manifest(_Record):
     recipe: dict[str, Any]
     data: DataRecord
     heldout: FileRecord
+    reference: tuple[FileRecord, ...] = ()
     base_evaluation: EvaluationReport
     formats: dict[Format, FormatRecord]
     libraries: dict[str, str]

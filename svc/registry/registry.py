@@ -1,6 +1,6 @@
 """The registry of model versions: publishing, finding, verifying. The only owner of `$SVC_HOME/models`.
 
-    models/NAME/N/manifest.json  adapter/  merged/  gptq/  heldout.jsonl
+    models/NAME/N/manifest.json  adapter/  merged/  gptq/  heldout.jsonl  reference/
 
 A version appears all at once: it is built in a hidden folder beside, its manifest is written last, and one rename
 publishes it. A folder without a manifest is no version. A version is never changed: its files are read-only.
@@ -12,7 +12,10 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 
+from svc.dataset.example import ChatExample
+from svc.dataset.reader import read_examples
 from svc.errors import NotFoundError
+from svc.evaluation.results import ExampleResult, read_results
 from svc.registry.files import verify_files
 from svc.registry.manifest import MANIFEST_FILE, FormatRecord, Manifest, read_manifest, sync_folder, write_manifest
 from svc.registry.tracking import Tracking
@@ -20,6 +23,13 @@ from svc.registry.version import NAME_PATTERN, NUMBER_PATTERN, Alias, Format, Ve
 from svc.settings import Settings
 
 HELDOUT_FILE = "heldout.jsonl"
+REFERENCE_FOLDER = "reference"
+"""What the registration leaves for later comparisons: `results_file` of each format, and what monitoring fits."""
+
+
+def results_file(format: Format) -> str:
+    """The file in `REFERENCE_FOLDER` that says what a format answered to each held-out example."""
+    return f"{format}.jsonl"
 
 
 class Registry:
@@ -124,6 +134,43 @@ class Registry:
             IntegrityError: a file that is missing or was changed.
         """
         verify_files(self.folder(version), self.format(version, format).files)
+
+    def heldout(self, version: VersionId) -> list[ChatExample]:
+        """The examples that a version was judged by; `evaluate.limit` may have left out the later ones.
+
+        Raises:
+            NotFoundError: no such version.
+            IntegrityError: the file is missing or was changed.
+        """
+        record = self.manifest(version).heldout
+        verify_files(self.folder(version), [record])
+        return read_examples(self.folder(version) / record.path)
+
+    def reference(self, version: VersionId, file: str) -> Path:
+        """A file of what later traffic and answers are compared with, checked.
+
+        Args:
+            file: its name in `REFERENCE_FOLDER`.
+
+        Raises:
+            NotFoundError: no such version, or it has no such file, as those of older releases.
+            IntegrityError: the file is missing or was changed.
+        """
+        path = f"{REFERENCE_FOLDER}/{file}"
+        records = [record for record in self.manifest(version).reference if record.path == path]
+        if not records:
+            raise NotFoundError(f"{version} has no {path}", todo="train it again: older releases did not keep it")
+        verify_files(self.folder(version), records)
+        return self.folder(version) / path
+
+    def results(self, version: VersionId, format: Format) -> tuple[ExampleResult, ...]:
+        """What a version answered to its held-out examples at registration: the first ones, in the file's order.
+
+        Raises:
+            NotFoundError: no such version, or its answers in this format were not kept.
+            IntegrityError: the file is missing or was changed.
+        """
+        return read_results(self.reference(version, results_file(format)))
 
     def publish(
         self, name: str, run_id: str, content: dict[str, Path], manifest: Callable[[VersionId, Path], Manifest]

@@ -23,6 +23,7 @@ from tests.serving.socket_server import SocketServer, running
 
 DEAD_MESSAGE = "EngineCore encountered an issue. See stack trace (above) for the root cause."
 EVENT_STREAM = "text/event-stream; charset=utf-8"
+END_TOKEN = "<|im_end|>"
 
 
 class Fault(Enum):
@@ -50,6 +51,7 @@ class EngineDouble:
         token_delay_s: seconds for each token.
         linger_s: seconds between the last event of a stream and its end.
         max_model_len: longest prompt, words.
+        finish_reason: of an answer that is not streamed; `stop` for one more token, which is not in its text.
         fault: what goes wrong.
         refuse_with: (status, error) in place of every completion.
         loadable: whether a reload of a folder works; it dies where not.
@@ -71,6 +73,7 @@ class EngineDouble:
     token_delay_s: float = 0.0
     linger_s: float = 0.0
     max_model_len: int = 1000
+    finish_reason: str = "length"
     fault: Fault = Fault.NONE
     refuse_with: tuple[int, dict[str, Any]] | None = None
     loadable: Callable[[str], bool] = lambda folder: True
@@ -185,14 +188,18 @@ class EngineDouble:
         if self.fault is Fault.SILENCE:
             await asyncio.sleep(3600)
         words = [word async for word in self._words(body)]
-        choice: dict[str, Any] = {"index": 0, "finish_reason": "length"}
+        choice: dict[str, Any] = {"index": 0, "finish_reason": self.finish_reason}
         if chat:
             choice["message"] = {"role": "assistant", "content": "".join(words)}
+            if body.get("logprobs"):
+                choice["logprobs"] = {"content": self._logprobs(words, _prompt_length(body))}
         else:
             choice |= {"text": "".join(words), "logprobs": None}
             if body.get("prompt_logprobs") is not None:
                 choice["prompt_logprobs"] = self._prompt_logprobs(body["prompt"])
-        await _json(send, 200, self._envelope(chat, stream=False) | {"choices": [choice], "usage": self._usage(body)})
+        usage = self._usage(body)
+        usage["completion_tokens"] += self.finish_reason == "stop"
+        await _json(send, 200, self._envelope(chat, stream=False) | {"choices": [choice], "usage": usage})
 
     async def _stream(self, send: Send, body: dict[str, Any], *, chat: bool) -> None:
         headers = [(b"content-type", EVENT_STREAM.encode())]
@@ -248,6 +255,14 @@ class EngineDouble:
     def _envelope(self, chat: bool, *, stream: bool) -> dict[str, Any]:
         kind = ("chat.completion.chunk" if stream else "chat.completion") if chat else "text_completion"
         return {"id": "cmpl-1", "object": kind, "created": 1, "model": self.name}
+
+    def _logprobs(self, words: list[str], start: int) -> list[dict[str, Any]]:
+        """Of the tokens of an answer: the same as those of its text, when that is scored as a prompt."""
+        ended = [END_TOKEN] if self.finish_reason == "stop" else []
+        return [
+            {"token": word, "logprob": logprob_of(self.weights, _token_id(word.strip()), at) + self.probe_noise}
+            for at, word in enumerate([*words, *ended], start=start)
+        ]
 
     def _prompt_logprobs(self, prompt: list[int]) -> list[dict[str, Any] | None]:
         first: list[dict[str, Any] | None] = [None]

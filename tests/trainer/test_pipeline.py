@@ -1,11 +1,13 @@
 """From a recipe to a version, with stages that take no time: order, resumption, and what a failure leaves behind."""
 
 import itertools
+import json
 import shutil
 from collections import namedtuple
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import pytest
@@ -35,7 +37,7 @@ from tests.trainer.engines import Engines
 from trainer import pipeline as pipeline_module
 from trainer.base_model import Base
 from trainer.merge import MergeSummary
-from trainer.pipeline import Pipeline, check_gptq_loss, find_base
+from trainer.pipeline import Evaluated, Pipeline, check_gptq_loss, find_base
 from trainer.quantize import QuantizeSummary
 from trainer.run import Examples, Run, Stage
 from trainer.sft import LossPoint, TrainingSummary
@@ -153,6 +155,71 @@ def test_the_manifest_has_the_proof_of_each_served_format(pipeline: Pipeline) ->
         assert record.evaluation is not None
         assert record.probes
         assert record.fingerprint == compatibility_fingerprint(pipeline.registry.artifact(version, format))
+
+
+def test_the_version_keeps_what_each_served_format_answered(pipeline: Pipeline) -> None:
+    version = pipeline.train_version()
+    for format in (Format.MERGED, Format.GPTQ):
+        results = pipeline.registry.results(version, format)
+        assert [result.answer.split()[0] for result in results] == [f"{format}.0"] * 2
+        evaluation = pipeline.registry.format(version, format).evaluation
+        assert evaluation is not None
+        assert fmean(result.nll for result in results) == pytest.approx(evaluation.nll.value)
+
+
+def test_of_a_limited_evaluation_the_first_answers_are_kept(make: Make) -> None:
+    pipeline = make(evaluate={"limit": 1})
+    version = pipeline.train_version()
+    assert len(pipeline.registry.results(version, Format.GPTQ)) == 1
+    assert len(pipeline.registry.heldout(version)) == 2
+
+
+def test_answers_survive_an_interruption(make: Make, stages: Stages) -> None:
+    stages.broken = {Stage.QUANTIZE}
+    with pytest.raises(KeyboardInterrupt):
+        make().train_version()
+    stages.broken = set()
+    pipeline = make()
+    answered = pipeline.run.load(Stage.EVALUATE, Evaluated).merged.results
+    assert len(answered) == 2
+    assert pipeline.registry.results(pipeline.train_version(), Format.MERGED) == answered
+
+
+def test_a_run_that_an_older_release_began_makes_a_version_without_its_answers(make: Make, stages: Stages) -> None:
+    stages.broken = {Stage.QUANTIZE}
+    with pytest.raises(KeyboardInterrupt):
+        make().train_version()
+    stages.broken = set()
+    pipeline = make()
+    result = pipeline.run.folder / f"{Stage.EVALUATE}.json"
+    content = json.loads(result.read_text("utf-8"))
+    del content["merged"]["results"]
+    result.write_text(json.dumps(content), "utf-8")
+    version = pipeline.train_version()
+    with pytest.raises(NotFoundError):
+        pipeline.registry.results(version, Format.MERGED)
+    assert len(pipeline.registry.results(version, Format.GPTQ)) == 2
+
+
+def test_an_interrupted_registration_leaves_nothing_in_what_a_version_is_compared_with(
+    make: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupt(self: Registry, *arguments: object) -> None:
+        raise KeyboardInterrupt
+
+    pipeline = make()
+    with monkeypatch.context() as patch:
+        patch.setattr(Registry, "publish", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            pipeline.train_version()
+    (pipeline.run.reference / "half-written").touch()
+    version = make().train_version()
+    recorded = [record.path for record in pipeline.registry.manifest(version).reference]
+    assert recorded == ["reference/gptq.jsonl", "reference/merged.jsonl"]
+    assert {path.name for path in (pipeline.registry.folder(version) / "reference").iterdir()} == {
+        "gptq.jsonl",
+        "merged.jsonl",
+    }
 
 
 def test_an_unserved_adapter_has_no_proof(pipeline: Pipeline) -> None:

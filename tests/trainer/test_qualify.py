@@ -56,6 +56,15 @@ async def test_each_is_judged_with_its_own_weights() -> None:
     assert merged.evaluation.hits == (False, True)
 
 
+async def test_the_answers_of_a_format_are_kept_one_by_one() -> None:
+    heldout = [make_example("a", answered_by("base")), make_example("b", answered_by("merged"))]
+    _, merged = await qualifier(Engines(), heldout).base_and_merged(BASE, MERGED, same_fingerprint=True)
+    gptq = await qualifier(Engines(), heldout).gptq(GPTQ)
+    for qualified, weights in ((merged, "merged"), (gptq, "gptq")):
+        assert [result.answer.strip() for result in qualified.results] == [answered_by(weights)] * 2
+        assert tuple(result.hit for result in qualified.results) == qualified.evaluation.hits
+
+
 async def test_probes_are_those_of_the_weights_and_of_this_kind_of_engine() -> None:
     qualified = await qualifier(Engines(), qualify={"repeats": 1, "probes": 3}).gptq(GPTQ)
     assert len(qualified.probes) == 3

@@ -2,12 +2,13 @@
 
 from collections.abc import Awaitable, Callable
 from pathlib import Path
+from statistics import fmean
 
 import httpx
 import pytest
 
 from svc.dataset.example import Message, Role
-from svc.engine.client import EngineClient
+from svc.engine.client import Answer, EngineClient
 from svc.errors import EngineError
 from tests.serving.engine_double import EngineDouble, logprob_of
 from tests.svc.engine.in_process import client_of
@@ -23,15 +24,39 @@ def answering(respond: Callable[[httpx.Request], httpx.Response]) -> EngineClien
 async def test_chat_is_greedy_and_bounded() -> None:
     double = EngineDouble()
     async with client_of(double) as client:
-        assert await client.chat(PROMPT, max_tokens=2) == "1.0 1.1 "
+        assert (await client.chat(PROMPT, max_tokens=2)).text == "1.0 1.1 "
     assert double.requests[0]["temperature"] == 0
     assert double.requests[0]["messages"] == [{"role": "user", "content": "one two three"}]
 
 
-async def test_an_empty_answer_is_empty_text() -> None:
-    answer = {"choices": [{"message": {"content": None}}]}
-    async with answering(lambda request: httpx.Response(200, json=answer)) as client:
-        assert await client.chat(PROMPT, max_tokens=2) == ""
+async def test_an_answer_has_its_length_and_its_end() -> None:
+    async with client_of(EngineDouble(finish_reason="stop")) as client:
+        ended = await client.chat(PROMPT, max_tokens=3)
+    async with client_of(EngineDouble()) as client:
+        cut_off = await client.chat(PROMPT, max_tokens=3)
+    assert (ended.text, ended.tokens, ended.finish_reason) == ("1.0 1.1 1.2 ", 4, "stop")
+    assert (cut_off.text, cut_off.tokens, cut_off.finish_reason) == ("1.0 1.1 1.2 ", 3, "length")
+
+
+@pytest.mark.parametrize("finish_reason", ["stop", "length"])
+async def test_the_logprob_of_an_answer_is_that_of_its_text_scored_again(finish_reason: str) -> None:
+    async with client_of(EngineDouble(finish_reason=finish_reason)) as client:
+        answer = await client.chat(PROMPT, max_tokens=3)
+        prompt, tokens = await client.prompt_tokens(PROMPT), await client.tokens(answer.text)
+        assert answer.logprob == pytest.approx(fmean(await client.logprobs(prompt + tokens, len(prompt))))
+
+
+END = {"token": "<|im_end|>", "logprob": -0.5}
+
+
+@pytest.mark.parametrize(
+    "logprobs", [{"content": [END]}, {"content": []}, {"content": None}, None], ids=["end", "none", "null", "absent"]
+)
+async def test_an_empty_answer_is_empty_text_without_a_logprob(logprobs: object) -> None:
+    choice = {"message": {"content": None}, "logprobs": logprobs, "finish_reason": "stop"}
+    body = {"choices": [choice], "usage": {"completion_tokens": 1}}
+    async with answering(lambda request: httpx.Response(200, json=body)) as client:
+        assert await client.chat(PROMPT, max_tokens=2) == Answer("", 1, "stop", None)
 
 
 async def test_logprobs_are_those_of_the_tokens_from_the_start_on() -> None:
@@ -147,6 +172,8 @@ async def ask_logprobs(client: EngineClient) -> object:
         b"[]",
         b"{}",
         b'{"choices": []}',
+        b'{"choices": [{"message": {"content": "x"}, "finish_reason": "stop"}]}',
+        b'{"choices": [{"message": {"content": "x"}, "finish_reason": "stop", "logprobs": {"content": [{}]}}]}',
         b'{"choices": [{"prompt_logprobs": null, "message": null}], "tokens": null}',
         b'{"choices": [{"prompt_logprobs": [null, {"2": {}}]}], "tokens": ["x"]}',
         b'{"choices": [{"prompt_logprobs": [null, {"9": {"logprob": -1}}, {"3": {"logprob": -1}}]}], "tokens": 5}',

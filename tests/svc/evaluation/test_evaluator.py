@@ -1,12 +1,14 @@
 """The evaluator asks every example through the endpoint, and its report is the one of those answers."""
 
 import math
+from statistics import fmean
 
 import pytest
 
 from svc.dataset.example import ChatExample, Message, Role
+from svc.engine.client import EngineClient
 from svc.errors import EngineError
-from svc.evaluation.evaluator import evaluate, tokenize
+from svc.evaluation.evaluator import ask_example, evaluate, tokenize
 from tests.serving.engine_double import EngineDouble, logprob_of
 from tests.svc.chats import chat
 from tests.svc.engine.in_process import client_of
@@ -17,16 +19,34 @@ ONE = "1.0 1.1 1.2 1.3"  # what the double answers with the weights of version 1
 async def test_answers_are_compared_with_their_references() -> None:
     examples = [chat("a", ONE), chat("b", "other"), chat("c", ONE), chat("d", "other")]
     async with client_of(EngineDouble()) as client:
-        report = await evaluate(client, examples, max_tokens=8)
+        report = (await evaluate(client, examples, max_tokens=8)).report
     assert report.hits == (True, False, True, False)
     assert report.exact_match.value == 0.5
     assert report.exact_match.low < 0.5 < report.exact_match.high
     assert report.examples == 4
 
 
+async def test_every_example_has_its_result_in_their_order() -> None:
+    examples = [chat("a", ONE), chat("b c", "other")]
+    async with client_of(EngineDouble(finish_reason="stop")) as client:
+        evaluation = await evaluate(client, examples, max_tokens=8)
+        alone = [await ask_example(client, example, max_tokens=8) for example in examples]
+    assert list(evaluation.results) == alone
+    assert [result.hit for result in alone] == list(evaluation.report.hits) == [True, False]
+    assert [(result.answer.strip(), result.tokens, result.finish_reason) for result in alone] == [(ONE, 5, "stop")] * 2
+    assert fmean(result.nll for result in alone) == pytest.approx(evaluation.report.nll.value)
+
+
+async def test_an_answer_is_as_likely_as_its_text_scored_as_a_reference() -> None:
+    async with client_of(EngineDouble()) as client:
+        result = await ask_example(client, chat("a", "other"), max_tokens=8)
+        scored = await ask_example(client, chat("a", result.answer), max_tokens=8)
+    assert result.logprob == pytest.approx(-scored.nll)
+
+
 async def test_the_longest_answer_is_respected() -> None:
     async with client_of(EngineDouble()) as client:
-        report = await evaluate(client, [chat("a", ONE)], max_tokens=2)
+        report = (await evaluate(client, [chat("a", ONE)], max_tokens=2)).report
     assert report.hits == (False,)
 
 
@@ -44,21 +64,21 @@ async def test_the_reference_is_scored_a_token() -> None:
     async with client_of(double) as client:
         example = chat("one two", "three four")
         tokenized = await tokenize(client, example)
-        report = await evaluate(client, [example], max_tokens=2)
+        report = (await evaluate(client, [example], max_tokens=2)).report
     expected = [logprob_of(double.weights, token, 2 + index) for index, token in enumerate(tokenized.answer)]
     assert report.nll.value == pytest.approx(-sum(expected) / 2)
 
 
 async def test_json_is_counted_where_all_references_are_json() -> None:
     async with client_of(EngineDouble()) as client:
-        report = await evaluate(client, [chat("a", "{}"), chat("b", '{"x": 1}')], max_tokens=2)
+        report = (await evaluate(client, [chat("a", "{}"), chat("b", '{"x": 1}')], max_tokens=2)).report
     assert report.valid_json is not None
     assert report.valid_json.value == 0.0
 
 
 async def test_json_is_not_counted_where_a_reference_is_text() -> None:
     async with client_of(EngineDouble()) as client:
-        report = await evaluate(client, [chat("a", "{}"), chat("b", "text")], max_tokens=2)
+        report = (await evaluate(client, [chat("a", "{}"), chat("b", "text")], max_tokens=2)).report
     assert report.valid_json is None
 
 
@@ -98,7 +118,17 @@ async def test_weights_that_give_no_number_are_no_report(noise: float) -> None:
             await evaluate(client, [chat("a")], max_tokens=1)
 
 
+async def test_an_answer_without_a_number_is_no_report(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def logprobs(self: EngineClient, token_ids: object, start: int) -> tuple[float, ...]:
+        return (-1.0,)
+
+    monkeypatch.setattr(EngineClient, "logprobs", logprobs)
+    async with client_of(EngineDouble(probe_noise=math.nan)) as client:
+        with pytest.raises(EngineError, match="no finite number"):
+            await evaluate(client, [chat("a")], max_tokens=1)
+
+
 async def test_a_report_survives_its_journey_to_disk() -> None:
     async with client_of(EngineDouble()) as client:
-        report = await evaluate(client, [chat("a", ONE)], max_tokens=4)
+        report = (await evaluate(client, [chat("a", ONE)], max_tokens=4)).report
     assert type(report).model_validate_json(report.model_dump_json()) == report

@@ -6,9 +6,10 @@ from typing import Any
 
 from svc.evaluation.evaluator import EvaluationReport
 from svc.evaluation.metrics import mean, proportion
+from svc.evaluation.results import ExampleResult
 from svc.registry.files import record_file, record_files
 from svc.registry.manifest import BaseRecord, DataRecord, FormatRecord, Manifest
-from svc.registry.registry import HELDOUT_FILE
+from svc.registry.registry import HELDOUT_FILE, REFERENCE_FOLDER
 from svc.registry.version import Format, VersionId
 
 
@@ -22,6 +23,11 @@ def report(hits: int = 1, total: int = 2) -> EvaluationReport:
         hits=tuple(index < hits for index in range(total)),
         seconds=1.0,
     )
+
+
+def result(answer: str = "a", *, hit: bool = True) -> ExampleResult:
+    """What a version answered to one example."""
+    return ExampleResult(answer=answer, tokens=2, finish_reason="stop", logprob=-0.5, nll=1.0, hit=hit)
 
 
 def make_manifest(version: VersionId, folder: Path, **changes: Any) -> Manifest:
@@ -39,6 +45,7 @@ def make_manifest(version: VersionId, folder: Path, **changes: Any) -> Manifest:
             train_fingerprint="sha256:1", train_examples=2, heldout_fingerprint="sha256:2", heldout_examples=2
         ),
         "heldout": record_file(folder, folder / HELDOUT_FILE),
+        "reference": record_files(folder, folder / REFERENCE_FOLDER),
         "base_evaluation": report(),
         "formats": {f: FormatRecord(files=record_files(folder, folder / f), evaluation=report()) for f in present},
         "libraries": {"torch": "2.13"},

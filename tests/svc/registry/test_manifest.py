@@ -69,6 +69,13 @@ def test_no_manifest_is_an_integrity_error(folder: Path) -> None:
         read_manifest(folder)
 
 
+def test_the_manifest_of_an_older_release_has_no_reference(folder: Path, manifest: Manifest) -> None:
+    content = manifest.model_dump(mode="json")
+    del content["reference"]
+    (folder / MANIFEST_FILE).write_text(json.dumps(content))
+    assert read_manifest(folder).reference == ()
+
+
 Edit = Callable[[dict[str, Any]], object]
 
 

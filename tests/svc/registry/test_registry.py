@@ -9,11 +9,13 @@ from pathlib import Path
 import pytest
 
 from svc.errors import IntegrityError, NotFoundError
+from svc.evaluation.results import write_results
 from svc.registry.manifest import MANIFEST_FILE, Manifest
-from svc.registry.registry import HELDOUT_FILE, Registry
+from svc.registry.registry import HELDOUT_FILE, REFERENCE_FOLDER, Registry, results_file
 from svc.registry.tracking import Tracking
 from svc.registry.version import Alias, Format, VersionId
-from tests.svc.registry.manifests import make_manifest
+from tests.svc.chats import chat
+from tests.svc.registry.manifests import make_manifest, result
 
 Publish = Callable[[], Manifest]
 KILLED = """
@@ -150,6 +152,49 @@ def test_an_altered_file_is_found_by_name(registry: Registry, publish: Publish) 
     with pytest.raises(IntegrityError, match="was changed after registration") as caught:
         registry.verify(manifest.id, Format.MERGED)
     assert str(weights) in caught.value.wrong
+
+
+@pytest.fixture
+def with_results(registry: Registry, name: str, content: dict[str, Path], run: str, tmp_path: Path) -> Manifest:
+    """A version that kept what it answered to the first of its two held-out examples."""
+    (tmp_path / REFERENCE_FOLDER).mkdir()
+    write_results(tmp_path / REFERENCE_FOLDER / results_file(Format.MERGED), [result("first")])
+    return registry.publish(name, run, content | {REFERENCE_FOLDER: tmp_path / REFERENCE_FOLDER}, make_manifest)
+
+
+def test_the_answers_of_a_version_are_found(registry: Registry, with_results: Manifest) -> None:
+    assert registry.results(with_results.id, Format.MERGED) == (result("first"),)
+    assert registry.heldout(with_results.id) == [chat("a"), chat("b")]
+
+
+def test_answers_that_were_not_kept_are_not_found(registry: Registry, with_results: Manifest, publish: Publish) -> None:
+    with pytest.raises(NotFoundError, match=r"has no reference/gptq\.jsonl"):
+        registry.results(with_results.id, Format.GPTQ)
+    with pytest.raises(NotFoundError, match=r"has no reference/merged\.jsonl"):
+        registry.results(publish().id, Format.MERGED)
+
+
+def test_altered_answers_are_refused(registry: Registry, with_results: Manifest) -> None:
+    path = registry.reference(with_results.id, results_file(Format.MERGED))
+    path.chmod(0o644)
+    write_results(path, [result("other")])
+    with pytest.raises(IntegrityError, match="was changed after registration"):
+        registry.results(with_results.id, Format.MERGED)
+
+
+def test_an_altered_held_out_set_is_refused(registry: Registry, publish: Publish) -> None:
+    manifest = publish()
+    path = registry.folder(manifest.id) / HELDOUT_FILE
+    path.chmod(0o644)
+    path.write_bytes(path.read_bytes() * 2)
+    with pytest.raises(IntegrityError, match="was changed after registration"):
+        registry.heldout(manifest.id)
+
+
+@pytest.mark.parametrize("file", ["../heldout.jsonl", "", ".", "../merged/config.json", "/etc/passwd"])
+def test_no_name_of_a_reference_leads_elsewhere(registry: Registry, with_results: Manifest, file: str) -> None:
+    with pytest.raises(NotFoundError):
+        registry.reference(with_results.id, file)
 
 
 def test_a_manifest_of_another_version_is_refused(registry: Registry, publish: Publish) -> None:

@@ -1,0 +1,61 @@
+"""What a model did with each held-out example: kept with a version, so that later answers can be compared one by one.
+
+One line of JSON for each example, in the order of the held-out file; fewer lines than that file has where only its
+first examples were asked. Knows nothing of where the file lies and of how it is protected.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from svc.errors import IntegrityError
+
+
+class ExampleResult(BaseModel):
+    """The answer to one example, and how good it is.
+
+    Attributes:
+        answer: greedy.
+        tokens: of the answer, the one that ended it among them.
+        finish_reason: the engine's.
+        logprob: mean natural-log probability of the answer's tokens; None for an empty answer.
+        nll: negative log-likelihood of the reference answer, nats a token.
+        hit: the answer is the reference, but for white space around.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+    answer: str
+    tokens: int = Field(ge=0)
+    finish_reason: str
+    logprob: float | None
+    nll: float
+    hit: bool
+
+
+def write_results(path: Path, results: Sequence[ExampleResult]) -> None:
+    """Writes one line for each result, in their order."""
+    path.write_text("".join(f"{result.model_dump_json()}\n" for result in results), "utf-8")
+
+
+def read_results(path: Path) -> tuple[ExampleResult, ...]:
+    """Reads them again.
+
+    Raises:
+        IntegrityError: there is no such file, or a line of it is no result.
+    """
+    try:
+        lines = path.read_bytes().splitlines()  # of bytes: U+2028 is good JSON and ends no line
+    except OSError as error:
+        raise IntegrityError(f"cannot read {path}: {error}", todo="restore it from a backup, or train again") from error
+    return tuple(_result(path, number, line) for number, line in enumerate(lines, start=1))
+
+
+def _result(path: Path, number: int, line: bytes) -> ExampleResult:
+    try:
+        return ExampleResult.model_validate_json(line)
+    except ValidationError as error:
+        raise IntegrityError(
+            f"{path}:{number} is no result of an example: {error}", todo="restore it from a backup, or train again"
+        ) from error

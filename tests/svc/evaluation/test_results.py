@@ -1,0 +1,70 @@
+"""What was answered at registration is read as it was written, or not at all."""
+
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from pydantic import ValidationError
+
+from svc.errors import IntegrityError
+from svc.evaluation.results import ExampleResult, read_results, write_results
+
+NUMBERS = st.floats(allow_nan=False, allow_infinity=False)
+TEXTS = st.text(st.characters(codec="utf-8"))
+RESULTS = st.builds(
+    ExampleResult,
+    answer=TEXTS,
+    tokens=st.integers(0, 2**31),
+    finish_reason=st.sampled_from(["stop", "length"]),
+    logprob=st.none() | NUMBERS,
+    nll=NUMBERS,
+    hit=st.booleans(),
+)
+RESULT = ExampleResult(answer="a\nb\u2028c\r\n", tokens=3, finish_reason="stop", logprob=-0.25, nll=1.5, hit=True)
+
+
+@given(st.lists(RESULTS, max_size=4))
+def test_what_is_written_is_read_to_the_last_digit(
+    tmp_path_factory: pytest.TempPathFactory, results: list[ExampleResult]
+) -> None:
+    path = tmp_path_factory.mktemp("results") / "merged.jsonl"
+    write_results(path, results)
+    assert read_results(path) == tuple(results)
+
+
+def test_each_example_has_one_line(tmp_path: Path) -> None:
+    write_results(tmp_path / "merged.jsonl", [RESULT, RESULT])
+    assert (tmp_path / "merged.jsonl").read_bytes().count(b"\n") == 2
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        b"",
+        b"{}",
+        b"[]",
+        b"null",
+        b'{"answer": "a"',
+        b"\xff",
+        RESULT.model_dump_json().encode().replace(b'"hit"', b'"Hit"'),
+        RESULT.model_dump_json().encode().replace(b"1.5", b"NaN"),
+        RESULT.model_dump_json().encode().replace(b"{", b'{"note": 1, '),
+    ],
+)
+def test_a_line_that_is_no_result_is_refused_by_its_number(tmp_path: Path, line: bytes) -> None:
+    path = tmp_path / "merged.jsonl"
+    path.write_bytes(RESULT.model_dump_json().encode() + b"\n" + line + b"\n")
+    with pytest.raises(IntegrityError, match=r"merged\.jsonl:2 is no result"):
+        read_results(path)
+
+
+def test_no_file_is_an_integrity_error(tmp_path: Path) -> None:
+    with pytest.raises(IntegrityError, match="cannot read"):
+        read_results(tmp_path / "merged.jsonl")
+
+
+@pytest.mark.parametrize("number", [float("nan"), float("inf")])
+def test_what_is_no_number_is_no_result(number: float) -> None:
+    with pytest.raises(ValidationError):
+        ExampleResult.model_validate(RESULT.model_dump() | {"nll": number})
