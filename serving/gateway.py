@@ -107,6 +107,7 @@ class Exchange:
         self._served: Served | None = None
         self._status: int | None = None
         self._reason: ErrorCode | None = None
+        self._request: CompletionRequest | None = None
         self._usage: Usage | None = None
         self._first_token_s: float | None = None
         self._finish_reason: str | None = None
@@ -122,7 +123,7 @@ class Exchange:
                 self._scope, receive, max_bytes=settings.max_body_bytes, timeout_s=settings.request_timeout_s
             )
             self._started = self._clock()
-            request = parse_request(body, self._route, engine_model=self._gateway.routes.name)
+            self._request = request = parse_request(body, self._route, engine_model=self._gateway.routes.name)
             del body
             if self._gateway.records.wants_content():
                 self._content = Content(request.payload)
@@ -139,7 +140,7 @@ class Exchange:
     def account(self) -> None:
         """Counts the request and keeps its row, once its end is known."""
         status = CLIENT_GONE_STATUS if self._status is None else self._status
-        seconds, served, usage = self.elapsed(), self._served, self._usage
+        seconds, served, usage, request = self.elapsed(), self._served, self._usage, self._request
         self._gateway.traffic.request_ended(served, self._route, status, seconds, self._request_id)
         record = RequestRecord(
             request_id=self._request_id,
@@ -155,6 +156,8 @@ class Exchange:
             first_token_seconds=self._first_token_s,
             tokens_in=usage.prompt if usage else None,
             tokens_out=usage.completion if usage else None,
+            temperature=request.temperature if request else None,
+            max_tokens=request.max_tokens if request else None,
         )
         self._gateway.records.add(record, self._content if served else None)
 

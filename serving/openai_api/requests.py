@@ -16,6 +16,7 @@ from starlette.types import Receive, Scope
 from svc.errors import NotFoundError, SvcError
 
 JSON_TYPE = b"application/json"
+_MOST_KEPT = 2**31 - 1
 
 
 class Route(StrEnum):
@@ -76,12 +77,16 @@ class CompletionRequest:
         payload: the JSON that goes to the engine.
         stream: the client wants server-sent events.
         wants_usage: the client wants the final chunk with token counts.
+        temperature: as sent; None where it was not, or is no number. The engine checks values, and has its defaults.
+        max_tokens: longest answer, likewise.
     """
 
     model: str
     payload: bytes
     stream: bool
     wants_usage: bool
+    temperature: float | None = None
+    max_tokens: int | None = None
 
 
 async def read_body(scope: Scope, receive: Receive, *, max_bytes: int, timeout_s: float) -> bytes:
@@ -142,7 +147,14 @@ def parse_request(body: bytes, route: Route, *, engine_model: str) -> Completion
     _refuse_prompt_logprobs(fields, route)
     stream = _flag(fields, "stream", "stream")
     wants_usage = stream and _ask_for_usage(fields)
-    return CompletionRequest(model, _to_json({**fields, "model": engine_model}), stream, wants_usage)
+    return CompletionRequest(
+        model=model,
+        payload=_to_json({**fields, "model": engine_model}),
+        stream=stream,
+        wants_usage=wants_usage,
+        temperature=_temperature(fields),
+        max_tokens=_max_tokens(fields),
+    )
 
 
 def _json_object(body: bytes) -> dict[str, Any]:
@@ -207,6 +219,23 @@ def _flag(fields: Mapping[str, Any], key: str, param: str) -> bool:
     if value is not None and not isinstance(value, bool):
         raise InvalidRequestError(f"'{param}' is no boolean", param=param, expected="true or false")
     return bool(value)
+
+
+def _temperature(fields: Mapping[str, Any]) -> float | None:
+    value = fields.get("temperature")
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return None
+    # What no engine takes and no column holds: an integer of 400 digits.
+    return float(value) if abs(value) <= _MOST_KEPT else None
+
+
+def _max_tokens(fields: Mapping[str, Any]) -> int | None:
+    """The newer name wins, as it does in the engine."""
+    newer = fields.get("max_completion_tokens")
+    value = fields.get("max_tokens") if newer is None else newer
+    if isinstance(value, bool) or not isinstance(value, int):
+        return None
+    return value if abs(value) <= _MOST_KEPT else None
 
 
 def _ask_for_usage(fields: dict[str, Any]) -> bool:

@@ -32,6 +32,8 @@ class RequestRecord:
         first_token_seconds: to the first streamed token.
         prompt: only where content is kept: JSON of the messages, or the prompt; redacted.
         answer: only where content is kept: text of the first choice; redacted.
+        temperature: as the client sent it; None where it did not, or sent no number.
+        max_tokens: the longest answer that the client asked for, likewise.
     """
 
     request_id: str
@@ -50,6 +52,8 @@ class RequestRecord:
     tokens_out: int | None = None
     prompt: str | None = None
     answer: str | None = None
+    temperature: float | None = None
+    max_tokens: int | None = None
 
     @property
     def bytes(self) -> int:

@@ -113,6 +113,9 @@ class RequestRow(Table):
     prompt: Mapped[str | None]
     answer: Mapped[str | None]
     bytes: Mapped[int]
+    temperature: Mapped[float | None]
+    max_tokens: Mapped[int | None]
+    logprob: Mapped[float | None]
 
 
 class FeedbackRow(Table):
@@ -125,3 +128,21 @@ class FeedbackRow(Table):
     rating: Mapped[str]
     label: Mapped[str | None]
     correction: Mapped[str | None]
+
+
+class HoldoutRunRow(Table):
+    """The held-out set of a version, asked again on the engine that serves it. `results` is JSON, without texts."""
+
+    __tablename__ = "holdout_runs"
+
+    id: Mapped[int] = mapped_column(primary_key=True)
+    name: Mapped[str]
+    number: Mapped[int]
+    format: Mapped[str]
+    engine: Mapped[str]
+    cause: Mapped[str]
+    started_at: Mapped[datetime]
+    ended_at: Mapped[datetime]
+    outcome: Mapped[str]
+    reason: Mapped[str | None]
+    results: Mapped[str]

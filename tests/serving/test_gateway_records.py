@@ -46,6 +46,22 @@ async def test_a_good_answer(service: Service, client: httpx.AsyncClient, body: 
     assert 0 < row.seconds < 5
 
 
+@pytest.mark.parametrize(
+    ("sent", "kept"),
+    [
+        ({"temperature": 0, "max_tokens": 3}, (0.0, 3)),
+        ({"temperature": 0.5, "max_tokens": 9, "max_completion_tokens": 2}, (0.5, 2)),
+        ({}, (None, None)),
+        ({"max_tokens": 10**30, "temperature": 10**400, "model": "other"}, (None, None)),
+    ],
+)
+async def test_how_it_was_sampled(
+    service: Service, client: httpx.AsyncClient, sent: Any, kept: tuple[float | None, int | None]
+) -> None:
+    row = await row_after(service, client, {**CHAT, **sent})
+    assert (row.temperature, row.max_tokens, row.logprob) == (*kept, None)
+
+
 async def test_only_a_stream_has_a_first_token(service: Service, client: httpx.AsyncClient) -> None:
     row = await row_after(service, client, STREAM)
     assert row.first_token_seconds is not None

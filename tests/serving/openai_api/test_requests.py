@@ -128,6 +128,27 @@ def test_a_lone_surrogate_passes() -> None:
     assert json.loads(parse(b'{"model": "tuned", "prompt": "\\ud800"}').payload)["prompt"] == "\ud800"
 
 
+@pytest.mark.parametrize(
+    ("fields", "kept"),
+    [
+        ({}, (None, None)),
+        ({"temperature": 0, "max_tokens": 16}, (0.0, 16)),
+        ({"temperature": 0.7, "max_completion_tokens": 8, "max_tokens": 16}, (0.7, 8)),
+        ({"temperature": None, "max_completion_tokens": None, "max_tokens": 16}, (None, 16)),
+        ({"temperature": "0", "max_tokens": 16.0}, (None, None)),
+        ({"temperature": False, "max_tokens": True}, (None, None)),
+        ({"temperature": [0], "max_completion_tokens": "8", "max_tokens": 16}, (None, None)),
+        ({"temperature": -1.5, "max_tokens": -1}, (-1.5, -1)),
+        ({"temperature": 10**400, "max_tokens": 2**63}, (None, None)),
+        ({"temperature": 1e300, "max_tokens": 2**31}, (None, None)),
+    ],
+)
+def test_the_sampling_is_read_as_it_was_sent(fields: dict[str, Any], kept: tuple[float | None, int | None]) -> None:
+    request = parse({"model": "tuned", **fields})
+    assert (request.temperature, request.max_tokens) == kept
+    assert json.loads(request.payload) == {"model": "tuned", **fields}
+
+
 @pytest.mark.parametrize("fields", [{}, {"model": None}, {"model": 1}, {"model": ["tuned"]}])
 def test_the_model_is_a_string(fields: dict[str, Any]) -> None:
     with pytest.raises(InvalidRequestError) as caught:

@@ -29,6 +29,8 @@ RECORD = RequestRecord(
     first_token_seconds=0.25,
     tokens_in=10,
     tokens_out=5,
+    temperature=0.7,
+    max_tokens=64,
 )
 
 
@@ -53,6 +55,7 @@ def test_a_row_holds_what_the_record_says(store: Engine) -> None:
         assert (row.seconds, row.first_token_seconds, row.tokens_in, row.tokens_out) == (1.5, 0.25, 10, 5)
         assert (row.status, row.reason, row.finish_reason, row.key_id) == (200, None, "stop", None)
         assert (row.prompt, row.answer) == (None, None)
+        assert (row.temperature, row.max_tokens, row.logprob) == (0.7, 64, None)
 
 
 def test_a_request_that_no_version_answered_is_kept_too(store: Engine) -> None:

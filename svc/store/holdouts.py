@@ -1,0 +1,133 @@
+"""Runs of the held-out set on the engine that serves: what a version gives today for what it was judged by.
+
+Figures of each example alone, in the order of the held-out file; its texts are in the registry. Judges nothing.
+"""
+
+import json
+from dataclasses import dataclass
+from datetime import datetime
+from enum import StrEnum
+
+from sqlalchemy import ColumnElement, Engine, and_, delete, func, select
+from sqlalchemy.orm import Session
+
+from svc.engine.probe import EngineFacts
+from svc.registry.version import Format, VersionId
+from svc.store.desired import Target
+from svc.store.tables import HoldoutRunRow
+
+KEPT_RUNS = 200
+"""Of each name: the newest ones; at the default pace they go back 50 days."""
+
+
+class HoldoutCause(StrEnum):
+    """Why the set was asked."""
+
+    START = "start"
+    """An engine was started."""
+    SWAP = "swap"
+    """Weights were loaded into a running engine."""
+    SCHEDULE = "schedule"
+    """It was time again."""
+
+
+class HoldoutOutcome(StrEnum):
+    """How a run ended. One that a swap or the engine's death cut off is not kept."""
+
+    COMPLETED = "completed"
+    FAILED = "failed"
+
+
+@dataclass(frozen=True, slots=True)
+class HoldoutRun:
+    """One run.
+
+    Attributes:
+        engine: the kind of engine that answered.
+        reason: why it failed; None for a completed one.
+        hits: whether each answer is its reference: the first so many examples of the file, as many as the version has
+            registered results. None for a failed run.
+        nll: negative log-likelihood of each reference answer, nats a token, likewise.
+        id: of its row; None before it has one. A later row has a greater one.
+    """
+
+    target: Target
+    engine: EngineFacts
+    cause: HoldoutCause
+    started_at: datetime
+    ended_at: datetime
+    outcome: HoldoutOutcome
+    reason: str | None = None
+    hits: tuple[bool, ...] = ()
+    nll: tuple[float, ...] = ()
+    id: int | None = None
+
+
+def add_holdout_run(store: Engine, run: HoldoutRun) -> None:
+    """Keeps a run, and forgets the oldest of its name beyond `KEPT_RUNS`."""
+    name = run.target.version.name
+    row = HoldoutRunRow(
+        name=name,
+        number=run.target.version.number,
+        format=run.target.format.value,
+        engine=run.engine.model_dump_json(),
+        cause=run.cause.value,
+        started_at=run.started_at,
+        ended_at=run.ended_at,
+        outcome=run.outcome.value,
+        reason=run.reason,
+        results=json.dumps({"hits": [int(hit) for hit in run.hits], "nll": run.nll}),
+    )
+    newest = select(HoldoutRunRow.id).where(HoldoutRunRow.name == name).order_by(HoldoutRunRow.id.desc())
+    with Session(store) as session, session.begin():
+        session.add(row)
+        session.flush()
+        kept = newest.limit(KEPT_RUNS)
+        session.execute(delete(HoldoutRunRow).where(HoldoutRunRow.name == name, HoldoutRunRow.id.not_in(kept)))
+
+
+def newest_holdout_run(store: Engine, target: Target, *, completed: bool = True) -> HoldoutRun | None:
+    """The newest run of a version in a format.
+
+    Args:
+        completed: whether failed ones are passed over.
+    """
+    query = select(HoldoutRunRow).where(_is(target)).order_by(HoldoutRunRow.id.desc()).limit(1)
+    if completed:
+        query = query.where(HoldoutRunRow.outcome == HoldoutOutcome.COMPLETED.value)
+    with Session(store) as session:
+        row = session.scalar(query)
+        return _run(row) if row else None
+
+
+def count_holdout_runs(store: Engine, target: Target) -> dict[HoldoutOutcome, int]:
+    """How many runs of a version in a format are kept, by outcome."""
+    query = select(HoldoutRunRow.outcome, func.count()).where(_is(target)).group_by(HoldoutRunRow.outcome)
+    counts = dict.fromkeys(HoldoutOutcome, 0)
+    with Session(store) as session:
+        counts.update({HoldoutOutcome(outcome): count for outcome, count in session.execute(query)})
+    return counts
+
+
+def _is(target: Target) -> ColumnElement[bool]:
+    return and_(
+        HoldoutRunRow.name == target.version.name,
+        HoldoutRunRow.number == target.version.number,
+        HoldoutRunRow.format == target.format.value,
+    )
+
+
+def _run(row: HoldoutRunRow) -> HoldoutRun:
+    results = json.loads(row.results)
+    return HoldoutRun(
+        target=Target(VersionId(row.name, row.number), Format(row.format)),
+        engine=EngineFacts.model_validate_json(row.engine),
+        cause=HoldoutCause(row.cause),
+        started_at=row.started_at,
+        ended_at=row.ended_at,
+        outcome=HoldoutOutcome(row.outcome),
+        reason=row.reason,
+        hits=tuple(bool(hit) for hit in results["hits"]),
+        nll=tuple(float(value) for value in results["nll"]),
+        id=row.id,
+    )

@@ -1,0 +1,100 @@
+"""Runs of the held-out set are found by what they were made of, and the oldest are forgotten."""
+
+from dataclasses import replace
+from datetime import UTC, datetime, timedelta
+
+import pytest
+from sqlalchemy import Engine, func, select
+from sqlalchemy.orm import Session
+
+from svc.engine.probe import EngineFacts
+from svc.registry.version import Format, VersionId
+from svc.settings import Device
+from svc.store import holdouts
+from svc.store.desired import Target
+from svc.store.holdouts import (
+    HoldoutCause,
+    HoldoutOutcome,
+    HoldoutRun,
+    add_holdout_run,
+    count_holdout_runs,
+    newest_holdout_run,
+)
+from svc.store.tables import HoldoutRunRow
+
+NOON = datetime(2026, 1, 2, 12, tzinfo=UTC)
+TARGET = Target(VersionId("tiny", 2), Format.GPTQ)
+COMPLETED = HoldoutRun(
+    target=TARGET,
+    engine=EngineFacts(vllm="0.32.0", device=Device.CPU, instruction_set="x86_64-avx2", mode="eager"),
+    cause=HoldoutCause.START,
+    started_at=NOON,
+    ended_at=NOON + timedelta(minutes=3),
+    outcome=HoldoutOutcome.COMPLETED,
+    hits=(True, False, True),
+    nll=(0.1234567890123456, 1e-300, 12.5),
+)
+FAILED = replace(COMPLETED, outcome=HoldoutOutcome.FAILED, reason="too long", hits=(), nll=())
+
+
+def test_no_run_was_ever(store: Engine) -> None:
+    assert newest_holdout_run(store, TARGET) is None
+    assert count_holdout_runs(store, TARGET) == {HoldoutOutcome.COMPLETED: 0, HoldoutOutcome.FAILED: 0}
+
+
+@pytest.mark.parametrize("cause", HoldoutCause)
+def test_a_run_is_found_as_it_was_to_the_last_digit(store: Engine, cause: HoldoutCause) -> None:
+    run = replace(COMPLETED, cause=cause)
+    add_holdout_run(store, run)
+    found = newest_holdout_run(store, TARGET)
+    assert found is not None
+    assert found.id is not None
+    assert replace(found, id=None) == run
+
+
+def test_failed_runs_are_passed_over_where_figures_are_wanted(store: Engine) -> None:
+    add_holdout_run(store, COMPLETED)
+    add_holdout_run(store, FAILED)
+    completed, last = newest_holdout_run(store, TARGET), newest_holdout_run(store, TARGET, completed=False)
+    assert completed is not None and last is not None
+    assert (completed.outcome, last.outcome, last.reason) == (
+        HoldoutOutcome.COMPLETED,
+        HoldoutOutcome.FAILED,
+        "too long",
+    )
+    assert completed.id is not None and last.id is not None and completed.id < last.id
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        Target(VersionId("tiny", 3), Format.GPTQ),
+        Target(VersionId("other", 2), Format.GPTQ),
+        Target(VersionId("tiny", 2), Format.MERGED),
+    ],
+)
+def test_runs_of_others_are_left_out(store: Engine, other: Target) -> None:
+    add_holdout_run(store, replace(COMPLETED, target=other))
+    assert newest_holdout_run(store, TARGET, completed=False) is None
+    assert sum(count_holdout_runs(store, TARGET).values()) == 0
+
+
+def test_runs_are_counted_by_outcome(store: Engine) -> None:
+    for run in (COMPLETED, COMPLETED, FAILED):
+        add_holdout_run(store, run)
+    assert count_holdout_runs(store, TARGET) == {HoldoutOutcome.COMPLETED: 2, HoldoutOutcome.FAILED: 1}
+
+
+def test_the_oldest_runs_of_a_name_are_forgotten(store: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(holdouts, "KEPT_RUNS", 3)
+    other = replace(COMPLETED, target=Target(VersionId("other", 1), Format.GPTQ))
+    add_holdout_run(store, other)
+    for hour in range(5):
+        version = VersionId("tiny", 1 + hour % 2)
+        add_holdout_run(
+            store, replace(COMPLETED, target=Target(version, Format.GPTQ), started_at=NOON + timedelta(hours=hour))
+        )
+    with Session(store) as session:
+        of_tiny = session.scalars(select(HoldoutRunRow.started_at).where(HoldoutRunRow.name == "tiny")).all()
+        assert of_tiny == [NOON + timedelta(hours=hour) for hour in (2, 3, 4)]
+        assert session.scalar(select(func.count()).select_from(HoldoutRunRow)) == 4
