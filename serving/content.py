@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from serving.openai_api.events import data_of
-from serving.redaction import Redactor
+from svc.redaction import Redactor
 
 MAX_ANSWER_BYTES = 4 * 2**20
 """As events, in which a token takes some 200 bytes: 20,000 tokens."""

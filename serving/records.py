@@ -19,7 +19,7 @@ from enum import StrEnum
 from sqlalchemy import Engine as Store
 
 from serving.content import Content, answer_text, prompt_text
-from serving.redaction import Redactor
+from svc.redaction import Redactor
 from svc.settings import RecordSettings
 from svc.store.requests import RequestRecord, add_requests, prune_requests
 

@@ -6,7 +6,7 @@ import pytest
 
 from serving import content
 from serving.content import Content, answer_text, prompt_text
-from serving.redaction import Redactor
+from svc.redaction import Redactor
 
 PLAIN = Redactor()
 

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from serving.redaction import Redactor
+from svc.redaction import PLACEHOLDERS, Redactor
 
 REDACTOR = Redactor()
 
@@ -132,3 +132,9 @@ def test_no_text_makes_it_slow(unit: str) -> None:
 
     seconds(1000)
     assert seconds(200_000) < 40 * seconds(20_000) + 0.05
+
+
+@pytest.mark.parametrize("secret", ["a@b.de", "4111 1111 1111 1111", "+49 30 901820", "order 77"])
+def test_a_text_that_was_blanked_shows_it(secret: str) -> None:
+    blanked = Redactor([r"order \d+"]).text(f"It is {secret}.")
+    assert [placeholder in blanked for placeholder in PLACEHOLDERS].count(True) == 1

@@ -21,6 +21,9 @@ _PHONE = re.compile(
     rf"|\(?\d{{3}}(?:\)[{_GAP}]?|[.{_GAP}])\d{{3}}[.{_GAP}]\d{{4}})(?!\w)"
 )
 _LEAST_CARD_DIGITS = 13
+_OWN_BLANK, _MAIL_BLANK, _CARD_BLANK, _PHONE_BLANK = "[redacted]", "[mail]", "[card]", "[phone]"
+PLACEHOLDERS = (_OWN_BLANK, _MAIL_BLANK, _CARD_BLANK, _PHONE_BLANK)
+"""What stands in place of what was blanked: a text with one of them is not the one that a model saw or wrote."""
 
 
 class Redactor:
@@ -36,10 +39,10 @@ class Redactor:
     def text(self, text: str) -> str:
         """A text without what must not be kept."""
         for pattern in self._own:
-            text = pattern.sub("[redacted]", text)
-        text = _MAIL.sub("[mail]", text)
+            text = pattern.sub(_OWN_BLANK, text)
+        text = _MAIL.sub(_MAIL_BLANK, text)
         text = _CARD.sub(_blank_card, text)
-        return _PHONE.sub("[phone]", text)
+        return _PHONE.sub(_PHONE_BLANK, text)
 
     def strings(self, value: Any) -> Any:
         """A JSON value with every string, key and whole number in it redacted."""
@@ -60,7 +63,7 @@ def _blank_card(match: re.Match[str]) -> str:
     text = match[0]
     for end in range(len(text), _LEAST_CARD_DIGITS - 1, -1):
         if text[end - 1].isdigit() and _luhn(text[:end]):
-            return "[card]" + text[end:]
+            return _CARD_BLANK + text[end:]
     return text
 
 
