@@ -2,7 +2,8 @@
 
 A swap closes the door, waits until the running requests are done, changes the weights and opens again. Requests that
 come meanwhile wait, in arrival order, and none of them sees more than one version. The queue and the wait are bounded:
-whatever a client can grow has a limit. Knows nothing of HTTP, of versions, or of why the door is closed.
+whatever a client can grow has a limit. The server's own questions have a place beside all this, behind every request.
+Knows nothing of HTTP, of versions, or of why the door is closed.
 
 One event loop, no locks: every change of state happens between two awaits.
 """
@@ -10,7 +11,7 @@ One event loop, no locks: every change of state happens between two awaits.
 import asyncio
 from collections import deque
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from typing import ClassVar
 
 from svc.errors import SvcError
@@ -53,6 +54,10 @@ class EngineUnavailableError(AdmissionError):
     retry_after_s = ENGINE_RETRY_S
 
 
+class AsideEndedError(Exception):
+    """The server's own question was cut off, for a swap or because the engine is gone; it may be asked again."""
+
+
 class Admission:
     """Who may run in the engine, who waits, and who is sent away.
 
@@ -76,8 +81,9 @@ class Admission:
         self._waiting: deque[asyncio.Future[None]] = deque()
         self._closed = False
         self._unavailable: str | None = self._STARTING
-        self._empty = asyncio.Event()
-        self._empty.set()
+        self._aside: asyncio.Timeout | None = None
+        self._empty, self._open, self._quiet = asyncio.Event(), asyncio.Event(), asyncio.Event()
+        self._show()
 
     @property
     def running(self) -> int:
@@ -112,6 +118,36 @@ class Admission:
             self._leave()
 
     @asynccontextmanager
+    async def aside(self, patience_s: float) -> AsyncIterator[None]:
+        """Waits for a moment without requests, and holds a place beside them for the body: a question of the server's.
+
+        It is none of `running`, and no request waits for it. It is given while the door is open and there is an engine;
+        when that ends, the body is cut off. A swap waits until it has gone, but not for its answer: a long one could
+        take longer than the swap may wait.
+
+        Args:
+            patience_s: after so long without such a moment it goes beside the requests that run.
+
+        Raises:
+            AsideEndedError: the body was cut off.
+            RuntimeError: somebody has the place; questions come one at a time.
+        """
+        await self._wait_for_quiet(patience_s)
+        if self._aside is not None:
+            raise RuntimeError("a question of the server's own runs already")
+        try:
+            async with asyncio.timeout(None) as self._aside:
+                self._show()
+                yield
+        except TimeoutError as error:
+            if self._aside is None or not self._aside.expired():
+                raise
+            raise AsideEndedError from error
+        finally:
+            self._aside = None
+            self._show()
+
+    @asynccontextmanager
     async def closed(self) -> AsyncIterator[None]:
         """Holds new requests for the body; opens again whatever happens in it.
 
@@ -121,14 +157,17 @@ class Admission:
         if self._closed:
             raise RuntimeError("the door is closed already")
         self._closed = True
+        self._end_aside()
+        self._show()
         try:
             yield
         finally:
             self._closed = False
             self._admit_waiting()
+            self._show()
 
     async def drained(self, timeout_s: float) -> None:
-        """Returns when no request runs. Of use only while the door is closed.
+        """Returns when nothing runs, the server's own question among it. Of use only while the door is closed.
 
         Raises:
             TimeoutError: requests still run after `timeout_s` seconds.
@@ -143,12 +182,15 @@ class Admission:
             reason: shown to clients, as "the engine is starting"; no paths.
         """
         self._unavailable = reason
+        self._end_aside()
         self._admit_waiting()
+        self._show()
 
     def available(self) -> None:
         """The engine takes requests from now on."""
         self._unavailable = None
         self._admit_waiting()
+        self._show()
 
     def _enter(self) -> None:
         if self._unavailable is not None:
@@ -161,13 +203,30 @@ class Admission:
 
     def _take_place(self) -> None:
         self._running += 1
-        self._empty.clear()
+        self._show()
 
     def _leave(self) -> None:
         self._running -= 1
-        if not self._running:
-            self._empty.set()
         self._admit_waiting()
+        self._show()
+
+    def _show(self) -> None:
+        """Shows what has changed to those who wait for it."""
+        is_open = not self._closed and self._unavailable is None
+        _set(self._empty, not self._running and self._aside is None)
+        _set(self._open, is_open)
+        _set(self._quiet, is_open and not self._running)
+
+    async def _wait_for_quiet(self, patience_s: float) -> None:
+        """Returns when the door is open and no request runs, or after `patience_s` when it is open."""
+        with suppress(TimeoutError):
+            async with asyncio.timeout(patience_s):
+                await _until(self._quiet)
+        await _until(self._open)
+
+    def _end_aside(self) -> None:
+        if self._aside is not None and not self._aside.expired():
+            self._aside.reschedule(asyncio.get_running_loop().time())
 
     async def _wait(self) -> None:
         """Returns with a place taken."""
@@ -217,6 +276,19 @@ class Admission:
             else:
                 return
             self._waiting.remove(place)
+
+
+def _set(event: asyncio.Event, value: bool) -> None:
+    if value:
+        event.set()
+    else:
+        event.clear()
+
+
+async def _until(event: asyncio.Event) -> None:
+    """Until the event is set, and still is when the waiter's turn comes."""
+    while not event.is_set():
+        await event.wait()
 
 
 def _no_engine(reason: str) -> EngineUnavailableError:

@@ -24,7 +24,9 @@ from serving.engine_metrics import EngineMetrics
 from serving.feedback import FeedbackIntake
 from serving.gateway import Gateway
 from serving.hold import Admission
+from serving.holdout import HoldoutRuns
 from serving.machine_metrics import add_machine_metrics
+from serving.own_questions import OwnQuestions, unfit_engine
 from serving.production_alias import ProductionAlias
 from serving.proof import Proof
 from serving.reconciler import Reconciler
@@ -182,6 +184,18 @@ class _Server:
             records=self._records,
             settings=limits,
         )
+        questions = OwnQuestions(
+            self._door, self._supervisor, settings.holdout, off=unfit_engine(facts, settings.engine.args)
+        )
+        self._holdout = HoldoutRuns(
+            questions,
+            supervisor=self._supervisor,
+            routes=self._routes,
+            registry=registry,
+            store=store,
+            facts=facts,
+            every_hours=settings.holdout.every_hours,
+        )
         self._engine_metrics = EngineMetrics(self._gateway.engine, self._routes)
         metrics.register(self._engine_metrics)
 
@@ -211,7 +225,9 @@ class _Server:
             )
         )
         serving = asyncio.create_task(http.serve(sockets=[door]))
-        control = [asyncio.create_task(self._control(on_ready)), asyncio.create_task(self._alias.run())]
+        control = [
+            asyncio.create_task(work) for work in (self._control(on_ready), self._alias.run(), self._holdout.run())
+        ]
         stopping = asyncio.create_task(self._stopping.wait())
         try:
             # The others never end by themselves but for a defect, which must end the server and not leave half of it.
@@ -251,6 +267,7 @@ class _Server:
                 "last_error": self._reconciler.last_error,
             },
             "requests": {"running": self._door.running, "held": self._door.held},
+            "holdout": self._holdout.status(actual),
             "last_swap": swap
             and {
                 "to": str(swap.target),

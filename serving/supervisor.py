@@ -7,6 +7,7 @@ import asyncio
 import logging
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 from serving.hold import Admission
@@ -22,6 +23,19 @@ log = logging.getLogger(__name__)
 _HEALTH_S = 2.0
 _UNHEALTHY_S = 30.0
 """The front answers health checks even under load; half a minute without an answer is a death."""
+
+
+@dataclass(frozen=True, slots=True)
+class Load:
+    """Weights that were loaded and proven, the same version's as before or another's.
+
+    Attributes:
+        number: from 1; 0 before the first.
+        fresh: a new engine loaded them; otherwise one that ran.
+    """
+
+    number: int
+    fresh: bool
 
 
 class Supervisor:
@@ -48,6 +62,7 @@ class Supervisor:
         self._engine: Engine | None = None
         self.restarts = 0
         self.state = EngineState.STOPPED
+        self.load = Load(0, fresh=True)
 
     @property
     def client(self) -> EngineClient:
@@ -67,6 +82,8 @@ class Supervisor:
 
     def enter(self, state: EngineState) -> None:
         """Shows a state to metrics and status, and to the door where it decides who may enter."""
+        if state is EngineState.READY and self.state is not EngineState.DRAINING:  # as where a swap was given up early
+            self.load = Load(self.load.number + 1, fresh=self.state is EngineState.STARTING)
         self.state = state
         self._traffic.engine_state(state)
         match state:

@@ -94,6 +94,21 @@ class RecordSettings(_Section):
     )
 
 
+class HoldoutSettings(_Section):
+    """The server's own questions to its engine, behind those of clients: what drift is measured by.
+
+    The held-out set of the version that serves is asked after each start and swap, and then again and again. Answers
+    whose content is kept are scored: how likely the version finds them.
+    """
+
+    every_hours: float = Field(6.0, ge=0, description="time from one run of the held-out set to the next; 0: no runs")
+    questions_per_minute: float = Field(60.0, gt=0, description="fastest pace, held-out examples and scores together")
+    patience_s: float = Field(
+        30.0, ge=0, description="a question waits so long for a moment without requests, then runs beside them, seconds"
+    )
+    scored_per_hour: int = Field(200, ge=0, description="live answers that are scored, the newest first; 0: none")
+
+
 class MonitorSettings(_Section):
     """The exporter as its own process: `svc monitor`."""
 
@@ -117,6 +132,7 @@ class Settings(BaseSettings):
     engine: EngineSettings = EngineSettings()
     serve: ServeSettings = ServeSettings()
     records: RecordSettings = RecordSettings()
+    holdout: HoldoutSettings = HoldoutSettings()
     monitor: MonitorSettings = MonitorSettings()
 
     @classmethod

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
+from uuid import uuid4
 
 import httpx
 
@@ -48,17 +49,23 @@ class EngineClient:
     Args:
         http: client whose base URL or transport leads to the engine; closed with this object.
         model: the name that the engine answers to.
+        id_prefix: what the ids of its requests begin with, in the engine's log; without one the engine makes them.
     """
 
-    def __init__(self, http: httpx.AsyncClient, model: str) -> None:
+    def __init__(self, http: httpx.AsyncClient, model: str, id_prefix: str = "") -> None:
         self.model = model
         self._http = http
+        self._id_prefix = id_prefix
 
     @classmethod
     def over_socket(cls, socket: Path, model: str) -> "EngineClient":
         """A client of the engine behind a unix socket."""
         transport = httpx.AsyncHTTPTransport(uds=str(socket))
         return cls(httpx.AsyncClient(transport=transport, base_url="http://engine", timeout=_TIMEOUT), model)
+
+    def with_ids(self, prefix: str) -> "EngineClient":
+        """The same client, and closed with it, whose requests can be told apart in the engine's log."""
+        return EngineClient(self._http, self.model, prefix)
 
     async def __aenter__(self) -> Self:
         return self
@@ -156,8 +163,9 @@ class EngineClient:
             return [int(token) for token in (await self._post("/tokenize", body))["tokens"]]
 
     async def _post(self, path: str, body: dict[str, Any] | None) -> Any:
+        headers = {"x-request-id": f"{self._id_prefix}{uuid4().hex}"} if self._id_prefix else None
         try:
-            answer = await self._http.post(path, json=body)
+            answer = await self._http.post(path, json=body, headers=headers)
         except httpx.HTTPError as error:
             raise EngineError(f"no answer from the engine to {path}: {error!r}", todo="see the engine's log") from error
         if answer.is_error:

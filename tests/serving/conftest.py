@@ -58,16 +58,19 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("serving.reconciler._STORE_PAUSE_S", 0.01)
     monkeypatch.setattr("serving.supervisor._HEALTH_S", 0.05)
     monkeypatch.setattr("serving.promotion._POLL_S", 0.01)
+    monkeypatch.setattr("serving.holdout._POLL_S", 0.005)
+    monkeypatch.setattr("serving.holdout._PAUSE_S", 0.01)
+    monkeypatch.setattr("serving.own_questions._POLL_S", 0.01)
 
 
 @pytest.fixture
 def make(memory_folder: Path, socket_folder: Path, quick: None) -> Make:
     """Makes a control plane over a registry with the versions 1, 2 and 3."""
 
-    def make(**settings: Any) -> Control:
+    def make(answered: int = 0, **settings: Any) -> Control:
         control = Control(memory_folder, socket_folder, **settings)
         for number in (1, 2, 3):
-            make_version(control.registry, number)
+            make_version(control.registry, number, answered=answered)
         return control
 
     return make

@@ -170,7 +170,7 @@ class Control:
 
 
 Make = Callable[..., Control]
-"""Makes a Control; takes its settings."""
+"""Makes a Control; takes its settings, and how many registered answers its versions have."""
 
 
 @dataclass

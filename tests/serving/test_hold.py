@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from serving.hold import (
     Admission,
     AdmissionError,
+    AsideEndedError,
     EngineUnavailableError,
     HoldOverflowError,
     HoldTimeoutError,
@@ -189,9 +190,147 @@ async def test_a_client_that_leaves_in_the_tick_it_is_admitted_leaves_no_trace()
     assert (door.running, door.held) == (0, 0)
 
 
+async def ask_aside(door: Admission, end: asyncio.Event, patience_s: float = 60.0) -> str:
+    """A question of the server's own; how it ended."""
+    try:
+        async with door.aside(patience_s):
+            await end.wait()
+    except AsideEndedError:
+        return "cut off"
+    return "answered"
+
+
+async def test_a_question_of_the_servers_own_is_no_request() -> None:
+    door = open_door(max_running=1)
+    async with door.aside(1):
+        assert door.running == 0
+        async with door.admit():
+            assert door.running == 1
+    assert door.running == 0
+
+
+async def test_it_waits_for_a_moment_without_requests() -> None:
+    door, last, end = open_door(), asyncio.Event(), asyncio.Event()
+    first = asyncio.create_task(run_until(door, end))
+    second = asyncio.create_task(run_until(door, last))
+    await settle()
+    question = asyncio.create_task(ask_aside(door, asyncio.Event()))
+    end.set()
+    await first
+    await settle()
+    assert door._aside is None
+    last.set()
+    await second
+    await settle()
+    assert door._aside is not None
+    question.cancel()
+    await asyncio.wait([question])
+
+
+async def test_it_goes_beside_requests_when_its_patience_ends() -> None:
+    door, end = open_door(), asyncio.Event()
+    async with door.admit():
+        question = asyncio.create_task(ask_aside(door, end, patience_s=0.01))
+        await settle()
+        assert door._aside is None
+        end.set()
+        assert await question == "answered"
+
+
+async def test_it_is_not_given_at_a_closed_door_however_long_it_waits() -> None:
+    door, end = open_door(), asyncio.Event()
+    end.set()
+    async with door.closed():
+        question = asyncio.create_task(ask_aside(door, end, patience_s=0.0))
+        await asyncio.sleep(0.02)
+        assert not question.done()
+    assert await question == "answered"
+
+
+async def test_it_is_not_given_without_an_engine() -> None:
+    door, end = Admission(max_running=1, max_held=1, hold_timeout_s=1), asyncio.Event()
+    end.set()
+    question = asyncio.create_task(ask_aside(door, end, patience_s=0.0))
+    await asyncio.sleep(0.02)
+    assert not question.done()
+    door.available()
+    assert await question == "answered"
+
+
+async def test_a_swap_cuts_it_off_and_waits_until_it_has_gone() -> None:
+    door, left = open_door(), asyncio.Event()
+
+    async def ask() -> None:
+        with suppress(AsideEndedError):
+            async with door.aside(60):
+                try:
+                    await asyncio.sleep(60)
+                finally:
+                    await left.wait()  # the connection to the engine takes a moment to close
+
+    question = asyncio.create_task(ask())
+    await settle()
+    async with door.closed():
+        drained = asyncio.create_task(door.drained(5))
+        await settle()
+        assert not drained.done()
+        left.set()
+        await drained
+    await question
+
+
+async def test_the_end_of_the_engine_cuts_it_off() -> None:
+    door = open_door()
+    question = asyncio.create_task(ask_aside(door, asyncio.Event()))
+    await settle()
+    door.unavailable("the engine failed")
+    door.unavailable("the engine is starting")
+    assert await question == "cut off"
+    async with door.closed():
+        await door.drained(0.1)
+
+
+async def test_an_end_in_the_moment_of_its_answer_leaves_nothing_behind() -> None:
+    """A cancellation that comes too late must not reach what the task does next."""
+    for turns in range(6):
+        door, end = open_door(), asyncio.Event()
+
+        async def ask_and_go_on(door: Admission = door, end: asyncio.Event = end) -> str:
+            how = await ask_aside(door, end)
+            await asyncio.sleep(0.001)
+            return how
+
+        question = asyncio.create_task(ask_and_go_on())
+        await settle()
+        end.set()
+        for _ in range(turns):
+            await asyncio.sleep(0)
+        async with door.closed():
+            await door.drained(0.1)
+        assert await question in ("answered", "cut off")
+
+
+async def test_a_timeout_of_its_own_is_no_end_of_the_engine() -> None:
+    door = open_door()
+    with pytest.raises(TimeoutError):
+        async with door.aside(1), asyncio.timeout(0.001):
+            await asyncio.sleep(1)
+    async with door.aside(1):
+        pass
+
+
+async def test_questions_come_one_at_a_time() -> None:
+    door = open_door()
+    async with door.aside(1):
+        with pytest.raises(RuntimeError, match="already"):
+            async with door.aside(1):
+                pass
+        assert door._aside is not None
+
+
 @dataclass
 class World:
-    """A door, its clients and its swaps, with the counts as they must be."""
+    """A door, its clients, its swaps and the server's own questions, with the counts as they must be."""
 
     door: Admission
     version: int = 1
@@ -201,6 +340,8 @@ class World:
     admitted_after_wait: list[int] = field(default_factory=list)
     mixed: bool = False
     swap: tuple[asyncio.Task[None], asyncio.Event] | None = None
+    question: tuple[asyncio.Task[None], asyncio.Event] | None = None
+    asking: bool = False
 
     async def client(self, number: int, end: asyncio.Event) -> None:
         waits = self.door._closed
@@ -214,6 +355,17 @@ class World:
                     await end.wait()
                 finally:
                     self.inside.discard(number)
+                    self.mixed |= self.version != seen
+
+    async def ask(self, end: asyncio.Event, patience_s: float) -> None:
+        with suppress(AsideEndedError):
+            async with self.door.aside(patience_s):
+                seen, self.asking = self.version, True
+                self.mixed |= self.door._closed or self.door.unavailable_reason is not None
+                try:
+                    await end.wait()
+                finally:
+                    self.asking = False
                     self.mixed |= self.version != seen
 
     async def change_version(self, end: asyncio.Event) -> None:
@@ -242,6 +394,13 @@ class World:
                 if choice % 2:  # a swap that is given up
                     task.cancel()
                 self.swap = None if self.door._closed else self.swap
+            case "ask" if self.question is None or self.question[0].done():
+                end = asyncio.Event()
+                self.question = asyncio.create_task(self.ask(end, 60.0 if choice % 2 else 0.0)), end
+            case "answer" if self.question:
+                self.question[1].set()
+                if choice % 3 == 0:  # the server ends
+                    self.question[0].cancel()
             case "die":
                 self.door.unavailable("gone")
             case "revive":
@@ -256,20 +415,29 @@ class World:
         assert 0 <= door.held <= door._max_held
         assert self.admitted_after_wait == sorted(self.admitted_after_wait)
         assert not self.mixed
+        assert (door._aside is not None) == self.asking
+        assert not (self.asking and door._closed)
 
     async def wind_up(self) -> None:
         if self.swap:
             self.swap[0].cancel()
+        if self.question:
+            self.question[1].set()
         for _, end in self.clients.values():
             end.set()
         self.door.available()
         if self.clients:
             await asyncio.wait([task for task, _ in self.clients.values()], timeout=5)
+        if self.question:
+            await asyncio.wait([self.question[0]], timeout=5)
+            assert self.question[0].done()
         await self.door.drained(1)
         assert (self.door.running, self.door.held) == (0, 0)
 
 
-ACTIONS = st.sampled_from(["arrive", "arrive", "arrive", "finish", "leave", "close", "open", "die", "revive", "revive"])
+ACTIONS = st.sampled_from(
+    ["arrive"] * 3 + ["finish", "leave", "close", "open", "die", "revive", "revive", "ask", "ask", "answer"]
+)
 BATCH = st.lists(st.tuples(ACTIONS, st.integers(0, 20)), min_size=1, max_size=4)
 
 

@@ -4,9 +4,10 @@ import asyncio
 
 import pytest
 
-from serving.supervisor import Supervisor
+from serving.supervisor import Load, Supervisor
 from svc.engine.state import EngineState
 from svc.errors import EngineError, IntegrityError, NotFoundError, ProbeError
+from svc.store.swaps import SwapOutcome
 from tests.serving.control import Control, Make, until
 from tests.serving.engine_park import KILLED
 from tests.serving.versions import make_version, target
@@ -145,3 +146,21 @@ async def test_the_state_is_in_the_metrics(make: Make) -> None:
     control.supervisor.enter(EngineState.DRAINING)
     shown = {state: control.sample("svc_engine_state", state=state) for state in EngineState}
     assert shown == {state: float(state is EngineState.DRAINING) for state in EngineState}
+
+
+async def test_every_load_that_was_proven_is_another_one(control: Control) -> None:
+    assert control.supervisor.load == Load(1, fresh=True)
+    await control.promote(2)
+    assert control.supervisor.load == Load(2, fresh=False)
+    make_version(control.registry, 4, probes_of="/elsewhere")
+    await control.promote(4)
+    assert control.supervisor.load == Load(3, fresh=False)
+    control.park.engines[0].kill()
+    await until(lambda: control.supervisor.load == Load(4, fresh=True))
+
+
+async def test_a_swap_that_touched_no_weights_is_no_load(make: Make) -> None:
+    async with make(drain_timeout_s=0.05).run() as control:
+        async with control.door.admit():
+            assert (await control.promote(2)).outcome is SwapOutcome.REFUSED
+        assert (control.state, control.supervisor.load) == (EngineState.READY, Load(1, fresh=True))

@@ -7,22 +7,29 @@ from pathlib import Path
 import numpy as np
 from safetensors.numpy import save_file
 
+from svc.dataset.reader import write_examples
 from svc.engine.probe import EngineFacts, Probe
 from svc.evaluation.evaluator import EvaluationReport
 from svc.evaluation.metrics import Estimate
+from svc.evaluation.results import ExampleResult, write_results
 from svc.registry.files import record_file, record_files
 from svc.registry.fingerprint import compatibility_fingerprint
 from svc.registry.manifest import BaseRecord, DataRecord, FormatRecord, Manifest, write_manifest
-from svc.registry.registry import HELDOUT_FILE, Registry
+from svc.registry.registry import HELDOUT_FILE, REFERENCE_FOLDER, Registry, results_file
 from svc.registry.tracking import Tracking
 from svc.registry.version import Alias, Format, VersionId
 from svc.settings import Device
 from svc.store.desired import Target
 from tests.serving.engine_double import logprob_of
+from tests.svc.chats import chat
 
 NAME = "tuned"
 FACTS = EngineFacts(vllm="0.32.0", device=Device.CPU, instruction_set="x86_64-avx2", mode="eager")
 OTHER_FACTS = FACTS.model_copy(update={"vllm": "0.33.0"})
+MAX_TOKENS = 3
+HELDOUT = tuple(chat(f"question {number}", f"{number}.0 {number}.1 {number}.2") for number in (1, 2, 3))
+"""Version N of the one name gives the reference answer to question N alone."""
+RESULT = ExampleResult(answer="a", tokens=2, finish_reason="stop", logprob=-0.5, nll=1.0, hit=False)
 _TOKENS = (5, 6, 7, 8)
 
 
@@ -71,6 +78,7 @@ def make_version(
     width: int = 4,
     fingerprint: bool = True,
     probes: bool = True,
+    answered: int = 0,
     name: str = NAME,
 ) -> VersionId:
     """Puts a version into the registry.
@@ -82,13 +90,17 @@ def make_version(
         width: of its one tensor; versions of different widths cannot replace each other in place.
         fingerprint: whether the manifest has it.
         probes: whether it has any.
+        answered: so many of its three held-out examples have registered answers; without any, it keeps none.
     """
     version = VersionId(name, number)
     folder = registry.folder(version)
     folder.mkdir(parents=True)
-    (folder / HELDOUT_FILE).write_text("{}\n")
+    write_examples(folder / HELDOUT_FILE, HELDOUT)
+    (folder / REFERENCE_FOLDER).mkdir()
     records = {}
     for format in formats:
+        if answered:
+            write_results(folder / REFERENCE_FOLDER / results_file(format), [RESULT] * answered)
         model = folder / format.value
         model.mkdir()
         (model / "config.json").write_text(json.dumps({"hidden_size": width, "format": format}))
@@ -119,9 +131,10 @@ def _manifest(version: VersionId, folder: Path, formats: dict[Format, FormatReco
         run="run",
         tracking_run="tracking-run",
         base=BaseRecord(origin="base", revision="1", licence="Apache-2.0"),
-        recipe={},
+        recipe={"evaluate": {"max_tokens": MAX_TOKENS}},
         data=DataRecord(train_fingerprint="a", train_examples=1, heldout_fingerprint="b", heldout_examples=1),
         heldout=record_file(folder, folder / HELDOUT_FILE),
+        reference=record_files(folder, folder / REFERENCE_FOLDER),
         base_evaluation=report,
         formats=formats,
         libraries={},

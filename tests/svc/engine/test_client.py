@@ -90,6 +90,18 @@ async def test_generate_runs_to_the_last_token() -> None:
     assert (double.requests[0]["max_tokens"], double.requests[0]["ignore_eos"]) == (3, True)
 
 
+async def test_ids_tell_one_askers_requests_from_anothers() -> None:
+    double = EngineDouble()
+    async with client_of(double) as client:
+        marked = client.with_ids("holdout-")
+        for one in (client, marked, marked):
+            await one.chat(PROMPT, max_tokens=1)
+    unmarked, *ids = double.request_ids
+    assert unmarked == ""
+    assert len(set(ids)) == 2
+    assert all(request_id.startswith("holdout-") for request_id in ids)
+
+
 async def test_a_reload_brings_the_weights_of_the_folder() -> None:
     double = EngineDouble()
     async with client_of(double) as client:

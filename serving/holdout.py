@@ -1,0 +1,216 @@
+"""The held-out set of the version that serves, asked again on the engine that serves it, for as long as it serves.
+
+After every load of weights, and then every few hours, each example that the registration kept an answer of is asked as
+it was then. What came is kept as a row; nothing here judges it.
+"""
+
+import asyncio
+import logging
+import math
+import time
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from enum import StrEnum
+from typing import Any
+
+from sqlalchemy import Engine as Store
+
+from serving.own_questions import OwnQuestions, SupersededError
+from serving.routing import Routes
+from serving.supervisor import Load, Supervisor
+from svc.dataset.example import ChatExample
+from svc.engine.client import EngineClient
+from svc.engine.probe import EngineFacts
+from svc.engine.state import EngineState
+from svc.errors import NotFoundError, SvcError
+from svc.evaluation.evaluator import ask_example
+from svc.evaluation.results import ExampleResult
+from svc.registry.registry import Registry
+from svc.store.desired import Target
+from svc.store.holdouts import HoldoutCause, HoldoutOutcome, HoldoutRun, add_holdout_run, newest_holdout_run
+
+log = logging.getLogger(__name__)
+
+_POLL_S = 1.0
+_PAUSE_S = 60.0
+"""After a defect."""
+
+
+class HoldoutState(StrEnum):
+    """What the runs are at."""
+
+    OFF = "off"
+    WAITING = "waiting"
+    RUNNING = "running"
+
+
+@dataclass(slots=True)
+class _Progress:
+    asked: int
+    total: int
+
+
+@dataclass(frozen=True, slots=True)
+class _Set:
+    """What is asked of a version: the examples that it has registered answers to, and the longest answer in tokens."""
+
+    examples: tuple[ChatExample, ...]
+    max_tokens: int
+
+
+class HoldoutRuns:
+    """Asks the held-out set while the server runs.
+
+    Args:
+        facts: the kind of engine that answers.
+        every_hours: from the start of one run to that of the next; 0 for none at all.
+    """
+
+    def __init__(
+        self,
+        questions: OwnQuestions,
+        *,
+        supervisor: Supervisor,
+        routes: Routes,
+        registry: Registry,
+        store: Store,
+        facts: EngineFacts,
+        every_hours: float,
+    ) -> None:
+        self._questions = questions
+        self._supervisor = supervisor
+        self._routes = routes
+        self._registry = registry
+        self._store = store
+        self._facts = facts
+        self._every_s = every_hours * 3600
+        self._done: Load | None = None
+        self._next_at = 0.0
+        self._progress: _Progress | None = None
+        self._nothing_to_ask: str | None = None
+
+    @property
+    def under_way(self) -> bool:
+        """A run has begun, or is due."""
+        return self._progress is not None or self._due() is not None
+
+    async def run(self) -> None:
+        """Runs until it is cancelled."""
+        if self._off:
+            log.warning("the held-out set is not asked again: %s", self._off)
+        while True:
+            try:
+                cause = self._due()
+                if cause:
+                    await self._ask_all(cause)
+            except SupersededError:
+                log.info("the run of the held-out set was dropped: the engine holds other weights now")
+            except Exception:  # the boundary: whatever it is, serving goes on, and so do later runs
+                log.exception("the held-out set could not be asked")
+                await asyncio.sleep(_PAUSE_S)
+            await asyncio.sleep(_POLL_S)
+
+    def status(self, target: Target) -> dict[str, Any]:
+        """What /svc/status shows.
+
+        Args:
+            target: what serves.
+        """
+        progress, last = self._progress, newest_holdout_run(self._store, target, completed=False)
+        off = self._off or self._nothing_to_ask
+        state = HoldoutState.OFF if off else HoldoutState.RUNNING if progress else HoldoutState.WAITING
+        return {
+            "state": state.value,
+            "reason": off,
+            "asked": progress.asked if progress else 0,
+            "total": progress.total if progress else 0,
+            "last_run": last
+            and {
+                "cause": last.cause.value,
+                "ended_at": last.ended_at.isoformat(timespec="seconds"),
+                "outcome": last.outcome.value,
+                "reason": last.reason,
+            },
+        }
+
+    @property
+    def _off(self) -> str | None:
+        return self._questions.off or ("holdout.every_hours is 0" if not self._every_s else None)
+
+    def _due(self) -> HoldoutCause | None:
+        """Why the set is to be asked now, if it is."""
+        load = self._supervisor.load
+        if self._off or self._supervisor.state is not EngineState.READY:
+            return None
+        if load != self._done:
+            return HoldoutCause.START if load.fresh else HoldoutCause.SWAP
+        return HoldoutCause.SCHEDULE if time.monotonic() >= self._next_at else None
+
+    async def _ask_all(self, cause: HoldoutCause) -> None:
+        """One run, kept with its outcome.
+
+        Raises:
+            SupersededError: it was cut off, and is to begin anew.
+        """
+        load, served = self._supervisor.load, self._routes.served
+        if served is None:
+            return
+        target, began, started_at = Target(served.version, served.format), time.monotonic(), datetime.now(UTC)
+        results, reason = await self._attempt(load, target, cause)
+        self._done, self._next_at = load, began + self._every_s
+        if self._nothing_to_ask:
+            self._next_at = math.inf
+            return
+        run = HoldoutRun(
+            target=target,
+            engine=self._facts,
+            cause=cause,
+            started_at=started_at,
+            ended_at=datetime.now(UTC),
+            outcome=HoldoutOutcome.FAILED if reason else HoldoutOutcome.COMPLETED,
+            reason=reason,
+            hits=tuple(result.hit for result in results),
+            nll=tuple(result.nll for result in results),
+        )
+        await asyncio.to_thread(add_holdout_run, self._store, run)
+
+    async def _attempt(
+        self, load: Load, target: Target, cause: HoldoutCause
+    ) -> tuple[tuple[ExampleResult, ...], str | None]:
+        """The results of all examples, or why there are none."""
+        self._nothing_to_ask = None
+        try:
+            asked = await asyncio.to_thread(self._find_set, target)
+            log.info("%s: asking %d held-out examples of %s", cause, len(asked.examples), target)
+            return await self._ask_each(load, asked), None
+        except SupersededError:
+            raise
+        except NotFoundError as error:
+            self._nothing_to_ask = error.wrong
+            log.warning("the held-out set of %s is not asked: %s", target, error.wrong)
+            return (), error.wrong
+        except Exception as error:  # whatever it is, it is this run's outcome
+            log.exception("the run of the held-out set of %s failed", target)
+            return (), error.wrong if isinstance(error, SvcError) else repr(error)
+
+    def _find_set(self, target: Target) -> _Set:
+        registered = len(self._registry.results(target.version, target.format))
+        examples = self._registry.heldout(target.version)[:registered]
+        recipe = self._registry.manifest(target.version).recipe
+        return _Set(tuple(examples), int(recipe["evaluate"]["max_tokens"]))
+
+    async def _ask_each(self, load: Load, asked: _Set) -> tuple[ExampleResult, ...]:
+        results: list[ExampleResult] = []
+        self._progress = _Progress(0, len(asked.examples))
+        try:
+            for example in asked.examples:
+                results.append(await self._questions.ask(load, _question(example, asked.max_tokens)))
+                self._progress.asked += 1
+        finally:
+            self._progress = None
+        return tuple(results)
+
+
+def _question(example: ChatExample, max_tokens: int) -> Callable[[EngineClient], Awaitable[ExampleResult]]:
+    return lambda client: ask_example(client, example, max_tokens=max_tokens)

@@ -1,0 +1,108 @@
+"""The server's own questions to its engine: one at a time, slowly, and behind the requests of clients.
+
+They go straight to the engine's socket and not through the gateway, so that nothing of them is in the rows and metrics
+of requests; vLLM's own metrics and log have them. What is asked, and what the answers are for, others know.
+"""
+
+import asyncio
+import logging
+import time
+from collections.abc import Awaitable, Callable, Sequence
+from typing import TypeVar
+
+from serving.hold import Admission, AsideEndedError
+from serving.supervisor import Load, Supervisor
+from svc.engine.client import EngineClient
+from svc.engine.probe import EngineFacts
+from svc.engine.state import EngineState
+from svc.errors import EngineError
+from svc.settings import Device, HoldoutSettings
+
+log = logging.getLogger(__name__)
+
+Result = TypeVar("Result")
+
+ID_PREFIX = "holdout-"
+_POLL_S = 1.0
+_MOST_DEATHS = 3
+"""An engine may die while a question runs for any reason. Three times are no accident that clients should pay for."""
+_WITH_ENGINE = {EngineState.READY, EngineState.DRAINING, EngineState.SWAPPING}
+
+
+class SupersededError(Exception):
+    """The engine was loaded again since the question was put, or takes none any more."""
+
+
+def unfit_engine(facts: EngineFacts, arguments: Sequence[str]) -> str | None:
+    """Why an engine of this kind cannot be asked for log-probabilities beside requests; None where it can."""
+    lora = any(argument.replace("_", "-").partition("=")[0] == "--enable-lora" for argument in arguments)
+    if facts.device is Device.CPU and lora:
+        return "with --enable-lora, log-probabilities of a prompt can end vLLM on a CPU"
+    return None
+
+
+class OwnQuestions:
+    """Where those who ask get their turn.
+
+    Args:
+        off: why nothing is asked here; None where it is.
+    """
+
+    def __init__(
+        self, door: Admission, supervisor: Supervisor, settings: HoldoutSettings, off: str | None = None
+    ) -> None:
+        self._door = door
+        self._supervisor = supervisor
+        self._settings = settings
+        self._turn = asyncio.Lock()
+        self._next_at = 0.0
+        self._deaths = 0
+        self.off = off
+
+    async def ask(self, load: Load, question: Callable[[EngineClient], Awaitable[Result]]) -> Result:
+        """Asks when it is its turn; again, where it was cut off and the engine still holds what it held.
+
+        Args:
+            load: what the engine must hold.
+            question: what to ask it.
+
+        Raises:
+            SupersededError: the engine was loaded again since, or killed too often by questions.
+            EngineError: the engine refused, or did not answer and lives.
+        """
+        async with self._turn:
+            while True:
+                await self._pace()
+                try:
+                    async with self._door.aside(self._settings.patience_s):
+                        if self._supervisor.load != load or self.off:
+                            raise SupersededError
+                        self._next_at = time.monotonic() + 60 / self._settings.questions_per_minute
+                        client = self._supervisor.client.with_ids(ID_PREFIX)
+                        return await question(client)
+                except AsideEndedError:
+                    if self._door.unavailable_reason is not None:  # and not for a swap
+                        self._count_death()
+                except EngineError:
+                    if await self._lives(client):
+                        raise
+                    self._count_death()
+                    await self._death_noticed(load, client)
+
+    async def _pace(self) -> None:
+        await asyncio.sleep(max(0.0, self._next_at - time.monotonic()))
+
+    async def _lives(self, client: EngineClient) -> bool:
+        return self._supervisor.state in _WITH_ENGINE and await client.healthy()
+
+    async def _death_noticed(self, load: Load, client: EngineClient) -> None:
+        """Until the supervisor knows what the question found first, or the engine was only slow."""
+        while self._supervisor.load == load and not await self._lives(client):
+            await asyncio.sleep(_POLL_S)
+
+    def _count_death(self) -> None:
+        self._deaths += 1
+        log.warning("the engine died during a question of the server's own, %d of %d", self._deaths, _MOST_DEATHS)
+        if self._deaths >= _MOST_DEATHS:
+            self.off = f"the engine died {self._deaths} times during such a question; see its log"
+            log.error("no more questions of the server's own: %s", self.off)
