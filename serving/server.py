@@ -32,6 +32,7 @@ from serving.proof import Proof
 from serving.reconciler import Reconciler
 from serving.records import RecordWriter
 from serving.routing import Routes
+from serving.scoring import LiveScores
 from serving.supervisor import Supervisor
 from serving.swap import InPlaceSwap
 from serving.traffic import Traffic
@@ -196,6 +197,15 @@ class _Server:
             facts=facts,
             every_hours=settings.holdout.every_hours,
         )
+        self._scores = LiveScores(
+            questions,
+            busy=lambda: self._holdout.under_way,
+            supervisor=self._supervisor,
+            routes=self._routes,
+            registry=registry,
+            store=store,
+            per_hour=settings.holdout.scored_per_hour,
+        )
         self._engine_metrics = EngineMetrics(self._gateway.engine, self._routes)
         metrics.register(self._engine_metrics)
 
@@ -225,9 +235,8 @@ class _Server:
             )
         )
         serving = asyncio.create_task(http.serve(sockets=[door]))
-        control = [
-            asyncio.create_task(work) for work in (self._control(on_ready), self._alias.run(), self._holdout.run())
-        ]
+        works = (self._control(on_ready), self._alias.run(), self._holdout.run(), self._scores.run())
+        control = [asyncio.create_task(work) for work in works]
         stopping = asyncio.create_task(self._stopping.wait())
         try:
             # The others never end by themselves but for a defect, which must end the server and not leave half of it.

@@ -6,7 +6,7 @@ Separate from the gateway's data plane, so that a reload never queues behind str
 import asyncio
 import statistics
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -107,10 +107,14 @@ class EngineClient:
         body = {"model": self.model, "prompt": list(token_ids), "max_tokens": tokens, "ignore_eos": True}
         await self._post("/v1/completions", body)
 
-    async def prompt_tokens(self, messages: Sequence[Message]) -> list[int]:
-        """Token ids of a prompt by the engine's own chat template, ready for the answer."""
-        body = {"model": self.model, "messages": [message.as_dict() for message in messages]}
-        return await self._tokenize(body)
+    async def prompt_tokens(self, messages: Sequence[Message | Mapping[str, Any]]) -> list[int]:
+        """Token ids of a prompt by the engine's own chat template, ready for the answer.
+
+        Args:
+            messages: also in OpenAI's form, in which they may be more than text.
+        """
+        turns = [message.as_dict() if isinstance(message, Message) else dict(message) for message in messages]
+        return await self._tokenize({"model": self.model, "messages": turns})
 
     async def tokens(self, text: str) -> list[int]:
         """Token ids of plain text, without any special token added."""

@@ -100,14 +100,14 @@ async def ask_example(client: EngineClient, example: ChatExample, *, max_tokens:
     """
     tokenized = await tokenize(client, example)
     # The reference first: it fills the prefix cache with the prompt, which the answer then starts from.
-    logprobs = await client.logprobs(tokenized.prompt + tokenized.answer, len(tokenized.prompt))
+    reference = await mean_logprob(client, tokenized.prompt, tokenized.answer)
     answer = await client.chat(example.prompt, max_tokens=max_tokens)
     return ExampleResult(
         answer=answer.text,
         tokens=answer.tokens,
         finish_reason=answer.finish_reason,
-        logprob=None if answer.logprob is None else _finite_mean([answer.logprob]),
-        nll=-_finite_mean(logprobs),
+        logprob=None if answer.logprob is None else _finite(answer.logprob),
+        nll=-reference,
         hit=matches(answer.text, example.answer),
     )
 
@@ -119,13 +119,25 @@ async def tokenize(client: EngineClient, example: ChatExample) -> TokenizedExamp
     return TokenizedExample(tuple(prompt), tuple(answer))
 
 
-def _finite_mean(logprobs: Sequence[float]) -> float:
-    if not all(math.isfinite(value) for value in logprobs):
+async def mean_logprob(client: EngineClient, prompt: Sequence[int], answer: Sequence[int]) -> float:
+    """Mean natural-log probability of an answer's tokens, given a prompt.
+
+    Args:
+        prompt, answer: token ids, one at least of each.
+
+    Raises:
+        EngineError: the engine refused, or gave no finite number.
+    """
+    return _finite(statistics.fmean(await client.logprobs([*prompt, *answer], len(prompt))))
+
+
+def _finite(logprob: float) -> float:
+    if not math.isfinite(logprob):
         raise EngineError(
             "the engine gave a log-probability that is no finite number",
             todo="the weights are not usable: train again, with a lower learning rate",
         )
-    return statistics.fmean(logprobs)
+    return logprob
 
 
 def _report(examples: Sequence[ChatExample], results: Sequence[ExampleResult], seconds: float) -> EvaluationReport:

@@ -72,7 +72,12 @@ def server(home: Path) -> Iterator[Server]:
     prompts = [
         [message.as_dict() for message in example.prompt] for example in read_examples(DATA / "heldout.jsonl")[:6]
     ]
-    settings = {"SVC_RECORDS__CONTENT_SHARE": "1", "SVC_SERVE__EXEMPLARS": "true"}
+    settings = {
+        "SVC_RECORDS__CONTENT_SHARE": "1",
+        "SVC_SERVE__EXEMPLARS": "true",
+        "SVC_HOLDOUT__QUESTIONS_PER_MINUTE": "600",
+        "SVC_HOLDOUT__SCORED_PER_HOUR": "36000",
+    }
     with (
         serving(home, "tiny@1", PORT, environment=settings) as url,
         openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0) as client,

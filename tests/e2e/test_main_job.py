@@ -2,24 +2,41 @@
 versions, survive the engine's death. The tests of this folder share one server; these run in their order, and the last
 one ends it."""
 
+import asyncio
 import json
 import os
 import signal
 import time
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import httpx
 import openai
 import psutil
 import pytest
+from sqlalchemy import select
+from sqlalchemy.orm import Session
 
 from examples.load import Load
 from examples.service import engine_pid, svc, svc_json
 from examples.tamper import alter_weights, replace_weights
+from svc.engine.client import EngineClient
+from svc.engine.launch import SOCKET_FILE
+from svc.engine.runtime import runtime_folder
+from svc.evaluation.evaluator import mean_logprob
+from svc.registry.registry import Registry
+from svc.registry.version import Format, VersionId
+from svc.settings import Settings
+from svc.store.database import open_database
+from svc.store.desired import Target
+from svc.store.holdouts import HoldoutCause, newest_holdout_run
+from svc.store.tables import RequestRow
 from tests.e2e.server import PORT, Server
 
 pytestmark = [pytest.mark.slow]
+
+Found = TypeVar("Found")
 
 
 def test_a_trained_version_is_registered_with_its_proofs(home: Path) -> None:
@@ -29,6 +46,15 @@ def test_a_trained_version_is_registered_with_its_proofs(home: Path) -> None:
         assert len(shown["formats"][name]["probes"]) == 8
         assert shown["formats"][name]["evaluation"]["examples"] == 8
     assert shown["formats"]["merged"]["evaluation"]["nll"]["value"] < shown["base_evaluation"]["nll"]["value"]
+
+
+def test_a_version_keeps_its_answers_and_how_likely_they_are(home: Path) -> None:
+    registry = Registry.of(Settings(home=home))
+    for format in (Format.MERGED, Format.GPTQ):
+        results = registry.results(VersionId("tiny", 1), format)
+        assert len(results) == len(registry.heldout(VersionId("tiny", 1)))
+        assert all(result.logprob is not None and result.logprob < 0 < result.nll for result in results)
+        assert all(0 < result.tokens <= 8 for result in results)
 
 
 def test_a_killed_training_goes_on_from_its_last_finished_stage(home: Path) -> None:
@@ -59,6 +85,49 @@ def test_a_stream_gives_the_same_text_as_one_answer(server: Server) -> None:
         model="tiny@1", messages=messages, max_tokens=24, temperature=0, stream=True
     )
     assert "".join(chunk.choices[0].delta.content or "" for chunk in stream) == server.answer(1)
+
+
+def test_the_held_out_set_is_asked_again_and_gives_what_it_gave_at_the_registration(server: Server) -> None:
+    target = Target(VersionId("tiny", 1), Format.GPTQ)
+    store, registry = open_database(server.home), Registry.of(Settings(home=server.home))
+    run = _wait_for(lambda: newest_holdout_run(store, target))
+    registered = registry.results(target.version, target.format)
+    assert run.cause is HoldoutCause.START
+    assert run.hits == tuple(result.hit for result in registered)
+    differences = [abs(nll - result.nll) for nll, result in zip(run.nll, registered, strict=True)]
+    print(f"\nheld-out set again: NLL differs by {max(differences):.4f} at most")
+    assert max(differences) < 0.05
+
+
+def test_a_live_answer_gets_the_score_that_the_engine_gives_its_text(server: Server) -> None:
+    """Which is not the registration's for this model: its random answers are tokenized otherwise than generated."""
+    registered = Registry.of(Settings(home=server.home)).results(VersionId("tiny", 1), Format.GPTQ)
+    messages: Any = server.prompts[0]
+    raw = server.client.chat.completions.with_raw_response.create(
+        model="tiny", messages=messages, max_tokens=8, temperature=0
+    )
+    text = raw.parse().choices[0].message.content or ""
+    assert text == registered[0].answer
+    mine = select(RequestRow.logprob).where(RequestRow.request_id == raw.headers["x-request-id"])
+
+    def score() -> float | None:
+        with Session(open_database(server.home)) as session:
+            return session.scalar(mine)
+
+    async def score_again() -> float:
+        async with EngineClient.over_socket(runtime_folder(server.home, "serve") / SOCKET_FILE, "tiny") as engine:
+            return await mean_logprob(engine, await engine.prompt_tokens(messages), await engine.tokens(text))
+
+    assert _wait_for(score) == pytest.approx(asyncio.run(score_again()), abs=0.01)
+
+
+def _wait_for(find: Callable[[], Found | None], timeout_s: float = 120) -> Found:
+    """What is found in the end."""
+    deadline = time.monotonic() + timeout_s
+    while (found := find()) is None:
+        assert time.monotonic() < deadline
+        time.sleep(0.2)
+    return found
 
 
 def test_prompt_logprobs_are_refused(server: Server) -> None:

@@ -61,6 +61,8 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("serving.holdout._POLL_S", 0.005)
     monkeypatch.setattr("serving.holdout._PAUSE_S", 0.01)
     monkeypatch.setattr("serving.own_questions._POLL_S", 0.01)
+    monkeypatch.setattr("serving.scoring._POLL_S", 0.005)
+    monkeypatch.setattr("serving.scoring._PAUSE_S", 0.01)
 
 
 @pytest.fixture

@@ -1,0 +1,111 @@
+"""Only greedy answers whose text is whole are scored, the newest first."""
+
+from collections.abc import Collection
+from dataclasses import replace
+from datetime import timedelta
+from typing import Any
+
+import pytest
+from sqlalchemy import Engine, event, select
+from sqlalchemy.orm import Session
+
+from svc.redaction import PLACEHOLDERS
+from svc.registry.version import Format, VersionId
+from svc.store.desired import Target
+from svc.store.requests import RequestRecord, add_requests, prune_requests
+from svc.store.scores import KeptAnswer, keep_logprob, newest_unscored
+from svc.store.tables import RequestRow
+from tests.svc.store.test_requests import NOON, RECORD
+
+CHAT = "/v1/chat/completions"
+TARGET = Target(VersionId("tiny", 2), Format.GPTQ)
+KEPT = replace(RECORD, temperature=0.0, prompt='[{"role": "user", "content": "hi"}]', answer="hello")
+
+
+def newest(store: Engine, passed: Collection[int] = (), target: Target = TARGET) -> KeptAnswer | None:
+    since = NOON - timedelta(hours=1)
+    return newest_unscored(store, target, route=CHAT, since=since, without=PLACEHOLDERS, passed=passed)
+
+
+def at(minutes: int, **fields: Any) -> RequestRecord:
+    return replace(KEPT, started_at=NOON + timedelta(minutes=minutes), **fields)
+
+
+def test_the_newest_comes_first_and_then_the_one_before(store: Engine) -> None:
+    add_requests(store, [at(1, answer="old"), at(3, answer="new"), at(2, answer="older")])
+    answers = []
+    while (row := newest(store)) is not None:
+        answers.append(row.answer)
+        keep_logprob(store, row.id, -0.5)
+    assert answers == ["new", "older", "old"]
+    with Session(store) as session:
+        assert session.scalars(select(RequestRow.logprob)).all() == [-0.5] * 3
+
+
+def test_what_was_tried_is_passed_over(store: Engine) -> None:
+    add_requests(store, [at(1, answer="old"), at(2, answer="new")])
+    first = newest(store)
+    assert first is not None
+    second = newest(store, passed=[first.id])
+    assert second is not None
+    assert (first.answer, second.answer) == ("new", "old")
+    assert newest(store, passed=[first.id, second.id]) is None
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"temperature": 0.1},
+        {"temperature": None},
+        {"status": 499},
+        {"finish_reason": "tool_calls"},
+        {"finish_reason": None},
+        {"prompt": None, "answer": None},
+        {"answer": ""},
+        {"answer": " \n\t "},
+        {"route": "/v1/completions"},
+        {"version": VersionId("tiny", 3)},
+        {"model": "other", "version": VersionId("other", 2)},
+        {"format": Format.MERGED},
+        {"started_at": NOON - timedelta(minutes=61)},
+        *({"answer": f"call {placeholder} now"} for placeholder in PLACEHOLDERS),
+        {"prompt": '[{"role": "user", "content": "I am [mail]"}]'},
+    ],
+)
+def test_what_cannot_be_compared_is_not_scored(store: Engine, fields: dict[str, Any]) -> None:
+    add_requests(store, [replace(KEPT, **fields)])
+    assert newest(store) is None
+
+
+@pytest.mark.parametrize("fields", [{"finish_reason": "length"}, {"answer": "[other] %_ mail"}, {"answer": "\n{}\n"}])
+def test_what_can_be_is(store: Engine, fields: dict[str, Any]) -> None:
+    add_requests(store, [replace(KEPT, **fields)])
+    assert newest(store) is not None
+
+
+def test_a_row_that_was_forgotten_meanwhile_takes_no_score(store: Engine) -> None:
+    add_requests(store, [KEPT])
+    row = newest(store)
+    assert row is not None
+    prune_requests(store, before=NOON + timedelta(days=1), max_bytes=2**40)
+    keep_logprob(store, row.id, -0.5)
+    assert newest(store) is None
+
+
+def test_only_the_last_hour_is_looked_at(store: Engine) -> None:
+    """A store without any row that can be scored holds a month of others."""
+    statements: list[Any] = []
+
+    def explain(connection: Any, cursor: Any, statement: str, parameters: Any, context: Any, many: bool) -> None:
+        if statement.startswith("SELECT"):
+            statements.append((statement, parameters))
+
+    event.listen(store, "before_cursor_execute", explain)
+    newest(store)
+    event.remove(store, "before_cursor_execute", explain)
+    ((statement, parameters),) = statements
+    with store.connect() as connection:
+        plan = connection.exec_driver_sql(f"EXPLAIN QUERY PLAN {statement}", parameters).all()
+    searches = [step.detail for step in plan if "requests" in step.detail]
+    assert searches == ["SEARCH requests USING INDEX ix_requests_started_at (started_at>?)"]
+    assert not [step.detail for step in plan if "ORDER BY" in step.detail]
