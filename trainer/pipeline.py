@@ -15,6 +15,7 @@ from pathlib import Path
 from pydantic import BaseModel, ConfigDict
 
 from svc.dataset.reader import write_examples
+from svc.dataset.text_space import TEXT_SPACE_FILE, fit_text_space, save_text_space
 from svc.engine.launch import EngineSpec
 from svc.engine.probe import engine_facts
 from svc.engine.process import EngineProcess
@@ -200,6 +201,9 @@ class Pipeline:
         for format, qualified in self._qualified().items():
             if qualified.results:
                 write_results(folder / results_file(format), qualified.results)
+        train = self.examples.train
+        space = fit_text_space([example.question for example in train], [example.answer for example in train])
+        save_text_space(folder / TEXT_SPACE_FILE, space)
         return folder
 
     def _qualified(self) -> dict[Format, Qualified]:

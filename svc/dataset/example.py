@@ -48,6 +48,11 @@ class ChatExample:
         return self.messages[:-1]
 
     @property
+    def question(self) -> str:
+        """The last user turn before the answer."""
+        return next(message.content for message in reversed(self.prompt) if message.role is Role.USER)
+
+    @property
     def answer(self) -> str:
         """The final assistant turn: the reference."""
         return self.messages[-1].content

@@ -14,6 +14,7 @@ import pytest
 
 from svc.dataset.example import ChatExample
 from svc.dataset.fingerprint import fingerprint
+from svc.dataset.text_space import TEXT_SPACE_FILE, load_text_space
 from svc.errors import (
     BaseModelError,
     BusyError,
@@ -215,11 +216,16 @@ def test_an_interrupted_registration_leaves_nothing_in_what_a_version_is_compare
     (pipeline.run.reference / "half-written").touch()
     version = make().train_version()
     recorded = [record.path for record in pipeline.registry.manifest(version).reference]
-    assert recorded == ["reference/gptq.jsonl", "reference/merged.jsonl"]
-    assert {path.name for path in (pipeline.registry.folder(version) / "reference").iterdir()} == {
-        "gptq.jsonl",
-        "merged.jsonl",
-    }
+    assert recorded == ["reference/gptq.jsonl", "reference/merged.jsonl", "reference/text_space.npz"]
+    kept = (pipeline.registry.folder(version) / "reference").iterdir()
+    assert {f"reference/{path.name}" for path in kept} == set(recorded)
+
+
+def test_the_text_space_knows_the_words_of_the_training_prompts(pipeline: Pipeline) -> None:
+    version = pipeline.train_version()
+    space = load_text_space(pipeline.registry.reference(version, TEXT_SPACE_FILE))
+    questions = [example.question for example in pipeline.examples.train]
+    assert space.unknown_words([*questions, "xylophone"]).tolist() == [0.0] * len(questions) + [1.0]
 
 
 def test_an_unserved_adapter_has_no_proof(pipeline: Pipeline) -> None:
