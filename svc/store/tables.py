@@ -146,3 +146,34 @@ class HoldoutRunRow(Table):
     outcome: Mapped[str]
     reason: Mapped[str | None]
     results: Mapped[str]
+
+
+class DriftStateRow(Table):
+    """Where the watch over one signal of a version's traffic stands; `state` and `report` are monitoring's JSON."""
+
+    __tablename__ = "drift_states"
+
+    name: Mapped[str] = mapped_column(primary_key=True)
+    number: Mapped[int] = mapped_column(primary_key=True)
+    format: Mapped[str] = mapped_column(primary_key=True)
+    signal: Mapped[str] = mapped_column(primary_key=True)
+    state: Mapped[str]
+    report: Mapped[str]
+    checked_at: Mapped[datetime]
+
+
+class DriftAlarmRow(Table):
+    """One alarm. Without an end it lasts. `examples` are ids of requests, a line each."""
+
+    __tablename__ = "drift_alarms"
+
+    id: Mapped[int] = mapped_column(primary_key=True)
+    name: Mapped[str]
+    number: Mapped[int]
+    format: Mapped[str]
+    signal: Mapped[str]
+    since: Mapped[datetime]
+    called_at: Mapped[datetime]
+    ended_at: Mapped[datetime | None]
+    moved: Mapped[str]
+    examples: Mapped[str]

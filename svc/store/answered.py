@@ -1,0 +1,131 @@
+"""What a version answered and what people said of it, as streams: the view of requests that monitoring compares."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import datetime
+
+from sqlalchemy import ColumnElement, Engine, and_, select
+from sqlalchemy.orm import Session
+
+from svc.store.desired import Target
+from svc.store.feedback import Rating
+from svc.store.tables import FeedbackRow, RequestRow
+
+_GOOD_STATUS = 200
+_ASKED_TOGETHER = 500  # ids in one query; SQLite has a limit
+
+
+@dataclass(frozen=True, slots=True)
+class AnsweredRequest:
+    """One request that a version answered; the fields are those of `RequestRecord`.
+
+    Attributes:
+        id: of its row; grows in the order in which requests ended.
+        logprob: mean of the answer's tokens, nats; None where it was not scored, or not yet.
+    """
+
+    id: int
+    request_id: str
+    started_at: datetime
+    prompt: str | None
+    answer: str | None
+    finish_reason: str | None
+    tokens_out: int | None
+    temperature: float | None
+    max_tokens: int | None
+    logprob: float | None
+
+
+@dataclass(frozen=True, slots=True)
+class RatedAnswer:
+    """A person's word on one answer.
+
+    Attributes:
+        id: of the request's row.
+    """
+
+    id: int
+    request_id: str
+    given_at: datetime
+    bad: bool
+    corrected: bool
+
+
+def answered_ids(store: Engine, target: Target, *, after: int, newest: int, with_content: bool) -> list[int]:
+    """Rows that were answered, in order.
+
+    Args:
+        after: rows up to this id are left out.
+        newest: so many at most.
+        with_content: only those whose prompt and answer are kept.
+    """
+    which = and_(_answered_by(target), RequestRow.status == _GOOD_STATUS, RequestRow.id > after)
+    if with_content:
+        which = and_(which, RequestRow.prompt.is_not(None), RequestRow.answer.is_not(None))
+    query = select(RequestRow.id).where(which).order_by(RequestRow.id.desc()).limit(newest)
+    with Session(store) as session:
+        return list(session.scalars(query))[::-1]
+
+
+def read_answered(store: Engine, ids: Sequence[int]) -> list[AnsweredRequest]:
+    """The rows with these ids, in order; those that were forgotten since are left out."""
+    rows: list[AnsweredRequest] = []
+    names = AnsweredRequest.__dataclass_fields__
+    with Session(store) as session:
+        for start in range(0, len(ids), _ASKED_TOGETHER):
+            query = select(RequestRow).where(RequestRow.id.in_(ids[start : start + _ASKED_TOGETHER]))
+            rows += [AnsweredRequest(**{name: getattr(row, name) for name in names}) for row in session.scalars(query)]
+    return sorted(rows, key=lambda row: row.id)
+
+
+def texts_of(store: Engine, request_ids: Sequence[str]) -> dict[str, tuple[str, str]]:
+    """The kept prompts and answers of requests, by what clients know them by."""
+    found: dict[str, tuple[str, str]] = {}
+    with Session(store) as session:
+        for start in range(0, len(request_ids), _ASKED_TOGETHER):
+            query = select(RequestRow).where(
+                RequestRow.request_id.in_(request_ids[start : start + _ASKED_TOGETHER]), RequestRow.prompt.is_not(None)
+            )
+            found.update({row.request_id: (row.prompt or "", row.answer or "") for row in session.scalars(query)})
+    return found
+
+
+def read_ratings(store: Engine, target: Target, *, newest: int) -> list[RatedAnswer]:
+    """The newest ratings of a version's answers, in the order in which they were given."""
+    return _ratings(store, _answered_by(target), newest)
+
+
+def read_earlier_ratings(store: Engine, target: Target, *, newest: int) -> list[RatedAnswer]:
+    """The newest ratings of what other versions of the name, or other formats, answered before this one first did."""
+    first = select(RequestRow.id).where(_answered_by(target)).order_by(RequestRow.id).limit(1)
+    with Session(store) as session:
+        began = session.scalar(first)
+    if began is None:
+        return []
+    return _ratings(store, and_(RequestRow.model == target.version.name, RequestRow.id < began), newest)
+
+
+def _ratings(store: Engine, which: ColumnElement[bool], newest: int) -> list[RatedAnswer]:
+    query = (
+        select(FeedbackRow, RequestRow.request_id)
+        .join(RequestRow, RequestRow.id == FeedbackRow.request)
+        .where(which)
+        .order_by(FeedbackRow.given_at.desc(), FeedbackRow.request.desc())
+        .limit(newest)
+    )
+    with Session(store) as session:
+        found = [
+            RatedAnswer(
+                row.request, request_id, row.given_at, row.rating == Rating.BAD.value, row.correction is not None
+            )
+            for row, request_id in session.execute(query)
+        ]
+    return found[::-1]
+
+
+def _answered_by(target: Target) -> ColumnElement[bool]:
+    return and_(
+        RequestRow.model == target.version.name,
+        RequestRow.number == target.version.number,
+        RequestRow.format == target.format.value,
+    )
