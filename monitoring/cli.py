@@ -5,12 +5,13 @@ import os
 import signal
 import threading
 import time
-from contextlib import nullcontext
-from typing import TYPE_CHECKING
+from collections.abc import Mapping
+from contextlib import ExitStack, nullcontext
+from typing import TYPE_CHECKING, Any
 
 import click
 
-from svc.errors import ServerNotRunningError
+from svc.errors import IntegrityError, NotFoundError, ServerNotRunningError
 from svc.invocation import json_option, settings_of
 from svc.server_url import server_url
 from svc.settings import Settings
@@ -42,7 +43,7 @@ def status(ctx: click.Context, watch: bool, interval: float, as_json: bool) -> N
     if as_json:
         from svc.terminal import print_json
 
-        print_json({"url": look.url, **look.state, **dataclasses.asdict(look.figures)})
+        print_json({"url": look.url, **look.state, **dataclasses.asdict(look.figures), "drift": look.drift})
         return
     from monitoring.screen import status_screen
     from svc.terminal import output
@@ -86,8 +87,10 @@ def monitor(ctx: click.Context, server: str | None, host: str | None, port: int 
     """Export the metrics of server, versions and training to Prometheus until SIGTERM or Ctrl-C."""
     given = {"server": server, "host": host, "port": port}
     settings = settings_of(ctx, monitor={key: value for key, value in given.items() if value is not None} or None)
+    from monitoring.drift.worker import DriftWorker
     from monitoring.exporter import exporting
     from svc.registry.registry import Registry
+    from svc.store.database import open_database
     from svc.terminal import console
 
     # A tracking server that hangs must not cost the server's figures: Prometheus gives up after ten seconds.
@@ -96,12 +99,19 @@ def monitor(ctx: click.Context, server: str | None, host: str | None, port: int 
     stop = threading.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: stop.set())
-    with exporting(
-        Registry.of(settings),
-        lambda: watched or server_url(settings),
-        settings.monitor.host,
-        settings.monitor.port,
-    ) as url:
+    with ExitStack() as running:
+        url = running.enter_context(
+            exporting(
+                Registry.of(settings),
+                open_database(settings.home),
+                lambda: watched or server_url(settings),
+                settings.monitor.host,
+                settings.monitor.port,
+                checking=settings.monitor.drift_every_s > 0,
+            )
+        )
+        if settings.monitor.drift_every_s:
+            running.enter_context(DriftWorker(settings).running())
         console.print(f"[green]metrics on {url}[/green]")
         stop.wait()
     console.print("stopped")
@@ -119,6 +129,23 @@ def _look(settings: Settings) -> "Look":
             state, metrics = client.get("/svc/status"), client.get("/metrics")
             state.raise_for_status()
             metrics.raise_for_status()
-            return Look(url, state.json(), read_figures(metrics.text))
+            return Look(url, state.json(), read_figures(metrics.text), _drift(settings, state.json()))
     except (httpx.HTTPError, httpx.InvalidURL, ValueError) as error:
         raise ServerNotRunningError(f"the server at {url} does not answer: {error}", todo="see its log") from error
+
+
+def _drift(settings: Settings, state: Mapping[str, Any]) -> dict[str, str]:
+    """How drift and held-out quality of the version that serves stood at the last check of this home."""
+    from monitoring.drift.production import read_drift
+    from svc.registry.registry import Registry
+    from svc.registry.version import Format, VersionId
+    from svc.store.database import open_database
+    from svc.store.desired import Target
+
+    try:
+        target = Target(VersionId.parse(state["version"]), Format(state["format"]))
+        reports, quality = read_drift(Registry.of(settings), open_database(settings.home), target)
+    except (NotFoundError, IntegrityError):
+        return {}
+    found = {report.signal.value: report.status.value for report in reports}
+    return {**found, "quality": quality.quality.value} if found or quality.asked_at else {}

@@ -1,4 +1,4 @@
-"""`svc monitor`: one page with the server's metrics, and with what is known of versions and training runs.
+"""`svc monitor`: one page with the server's metrics, and with what is known of versions, training runs and drift.
 
 A process of its own, so that it goes on when the server does not, and can stand on another machine than the server.
 """
@@ -12,7 +12,9 @@ from wsgiref.simple_server import WSGIRequestHandler, WSGIServer, make_server
 import httpx
 from prometheus_client import CollectorRegistry, make_wsgi_app
 from prometheus_client.exposition import ThreadingWSGIServer
+from sqlalchemy import Engine as Store
 
+from monitoring.drift_metrics import DriftMetrics
 from monitoring.server_page import ServerPage
 from monitoring.training_metrics import TrainingMetrics
 from monitoring.version_metrics import VersionMetrics
@@ -27,12 +29,21 @@ _POLL_S = 0.05  # how soon it notices that it shall end
 
 
 @contextmanager
-def exporting(registry: Registry, find_server: Callable[[], str], host: str, port: int) -> Iterator[str]:
+def exporting(
+    registry: Registry,
+    store: Store,
+    find_server: Callable[[], str],
+    host: str,
+    port: int,
+    *,
+    checking: bool = False,
+) -> Iterator[str]:
     """Answers /metrics for the body of the `with`; yields the page's URL.
 
     Args:
         find_server: the server's URL now; raises ServerNotRunningError.
         port: 0 for any free one.
+        checking: somebody checks for drift.
 
     Raises:
         BusyError: the port is in use.
@@ -41,7 +52,12 @@ def exporting(registry: Registry, find_server: Callable[[], str], host: str, por
     # A proxy from the environment would look for a server on this machine elsewhere.
     with httpx.Client(trust_env=False) as client:
         metrics = CollectorRegistry()
-        for collector in (ServerPage(client, find_server), VersionMetrics(registry), TrainingMetrics(registry)):
+        for collector in (
+            ServerPage(client, find_server),
+            VersionMetrics(registry),
+            TrainingMetrics(registry),
+            DriftMetrics(registry, store, checking=checking),
+        ):
             metrics.register(collector)
         with _listen(host, port, _page(metrics)) as server:
             thread = threading.Thread(target=server.serve_forever, args=(_POLL_S,), name="exporter")

@@ -11,6 +11,8 @@ from monitoring.figures import QUANTILES, Figures, Look, VersionFigures
 from monitoring.rates import Rate
 from svc.errors import SvcError
 
+_DRIFT_COLOURS = {"alarm": "red", "changed": "red", "steady": "green", "as_registered": "green"}
+
 
 def status_screen(look: Look, rates: Mapping[str, Rate] | None = None) -> RenderableType:
     """What `svc status` shows.
@@ -34,7 +36,16 @@ def status_screen(look: Look, rates: Mapping[str, Rate] | None = None) -> Render
     if state["last_swap"]:
         lines.append(Text(_swap(state["last_swap"])))
     reasons = ", ".join(f"{reason} {count}" for reason, count in sorted(figures.errors.items()))
-    return Group(*lines, _table(figures, rates), Text(f"errors by reason: {reasons or 'none'}"))
+    return Group(*lines, _table(figures, rates), Text(f"errors by reason: {reasons or 'none'}"), _drift(look.drift))
+
+
+def _drift(drift: Mapping[str, str]) -> Text:
+    if not drift:
+        return Text("drift: not checked; `svc monitor` does it", "dim")
+    text = Text("drift: ")
+    for name, status in drift.items():
+        text.append(f"{name} ").append(status.replace("_", " "), _DRIFT_COLOURS.get(status, "")).append("  ")
+    return text
 
 
 def failure_screen(error: SvcError) -> RenderableType:

@@ -9,6 +9,11 @@ from prometheus_client import CollectorRegistry
 from prometheus_client.metrics import MetricWrapperBase
 from prometheus_client.metrics_core import Metric
 
+from monitoring.drift.answer_features import AnswerFeature
+from monitoring.drift.budget import Signal
+from monitoring.drift.prompt_features import PromptFeature
+from monitoring.drift.signals import CLASSIFIER, RatingFeature
+from monitoring.drift_metrics import DriftMetrics
 from monitoring.server_page import ServerPage
 from monitoring.training_metrics import TrainingMetrics
 from monitoring.version_metrics import BASE, VersionMetrics
@@ -22,7 +27,9 @@ from svc.errors import ServerNotRunningError
 from svc.registry.registry import Registry
 from svc.registry.version import Format
 from svc.settings import Device, Settings
+from svc.store.database import open_database
 from svc.store.feedback import Rating
+from svc.store.holdouts import HoldoutOutcome
 from svc.store.swaps import SwapOutcome
 
 PAGE = (Path(__file__).parents[2] / "docs" / "metrics.md").read_text("utf-8")
@@ -41,6 +48,7 @@ def families(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[str, s
     registry.register(ServerPage(httpx.Client(), _no_server))
     registry.register(VersionMetrics(versions))
     registry.register(TrainingMetrics(versions))
+    registry.register(DriftMetrics(versions, open_database(home)))
     found = {}
     for collector in list(registry._collector_to_names):
         for family in collector.collect():
@@ -81,10 +89,11 @@ def test_every_reason_is_explained() -> None:
 
 
 CLOSED: dict[str, set[str]] = {
-    "outcome": set(SwapOutcome),
+    "outcome": {*SwapOutcome, *HoldoutOutcome},
     "state": set(EngineState),
     "format": {*Format, BASE},
     "rating": set(Rating),
+    "signal": set(Signal),
 }
 
 
@@ -97,3 +106,14 @@ def test_every_value_of_a_closed_label_is_named(label: str) -> None:
 def test_every_reason_of_a_dropped_record_is_named() -> None:
     row = PAGE.partition("| `reason` | ")[2].partition(" |\n")[0]
     assert {reason.value for reason in Dropped} <= set(re.findall(r"`(\w+)`", row))
+
+
+def test_every_feature_that_is_compared_is_explained() -> None:
+    features = {
+        (Signal.INPUT.value, CLASSIFIER),
+        *((Signal.INPUT.value, feature.value) for feature in PromptFeature),
+        *((Signal.OUTPUT.value, feature.value) for feature in AnswerFeature),
+        *((Signal.PEOPLE.value, feature.value) for feature in RatingFeature),
+    }
+    table = PAGE.partition("| signal | feature |")[2].partition("\n\n")[0]
+    assert set(re.findall(r"^\| `(\w+)` \| `(\w+)` \|", table, re.MULTILINE)) == features

@@ -12,6 +12,7 @@ import httpx
 import pytest
 from prometheus_client import CollectorRegistry
 from prometheus_client.parser import text_string_to_metric_families
+from sqlalchemy import Engine as Store
 
 from monitoring.exporter import exporting
 from monitoring.training_metrics import TrainingMetrics
@@ -22,6 +23,7 @@ from svc.registry.registry import Registry
 from svc.registry.tracking import RunFigures, Tracking
 from svc.registry.version import Format
 from svc.server_url import LOCK_FILE
+from svc.store.database import open_database
 from tests.monitoring.test_cli import serving
 from tests.serving.versions import make_version
 
@@ -75,14 +77,18 @@ def registry(tmp_path: Path) -> Registry:
 def page_of(registry: Registry, page: tuple[int, str] | None) -> Iterator[str]:
     """The exporter's URL, beside a server with this metrics page, or beside none."""
     if page is None:
-        with exporting(registry, _nowhere, "127.0.0.1", 0) as exported:
+        with exporting(registry, _store(registry), _nowhere, "127.0.0.1", 0) as exported:
             yield exported
         return
     with (
         serving({"/metrics": page}) as url,
-        exporting(registry, lambda: url, "127.0.0.1", 0) as exported,
+        exporting(registry, _store(registry), lambda: url, "127.0.0.1", 0) as exported,
     ):
         yield exported
+
+
+def _store(registry: Registry) -> Store:
+    return open_database(registry.models.parent)
 
 
 def _nowhere() -> str:
@@ -131,7 +137,7 @@ def test_a_port_in_use_is_told(registry: Registry) -> None:
     with (
         page_of(registry, None) as url,
         pytest.raises(BusyError, match="is in use"),
-        exporting(registry, _nowhere, "127.0.0.1", httpx.URL(url).port or 0),
+        exporting(registry, _store(registry), _nowhere, "127.0.0.1", httpx.URL(url).port or 0),
     ):
         pass
 
@@ -139,14 +145,14 @@ def test_a_port_in_use_is_told(registry: Registry) -> None:
 def test_an_address_of_another_machine_is_told(registry: Registry) -> None:
     with (
         pytest.raises(SettingsError, match=r"cannot listen on 192\.0\.2\.1"),
-        exporting(registry, _nowhere, "192.0.2.1", 0),
+        exporting(registry, _store(registry), _nowhere, "192.0.2.1", 0),
     ):
         pass
 
 
 @pytest.mark.skipif(not socket.has_ipv6, reason="no IPv6 here")
 def test_it_listens_on_ipv6_too(registry: Registry) -> None:
-    with exporting(registry, _nowhere, "::1", 0) as url:
+    with exporting(registry, _store(registry), _nowhere, "::1", 0) as url:
         assert url.startswith("http://[::1]:")
         assert "svc_server_up 0.0" in httpx.get(url).text
 

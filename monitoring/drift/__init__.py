@@ -1,0 +1,1 @@
+"""Whether live traffic still looks like a version's held-out set."""

@@ -1,0 +1,205 @@
+"""One check of a version's traffic: what is new goes through the detectors, and what they find is kept.
+
+Whoever makes it and how often changes nothing in what is found (monitoring.drift.budget). One process at a time makes
+it, held by a lock of the home.
+"""
+
+import logging
+from collections.abc import Callable
+from dataclasses import replace
+from datetime import UTC, datetime
+from typing import Final
+
+from pydantic import TypeAdapter
+from sqlalchemy import Engine as Store
+
+from monitoring.drift.budget import BURST, REQUESTS_PER_DAY, Signal
+from monitoring.drift.detector import Alarm, Detector
+from monitoring.drift.reference import Reference, read_reference
+from monitoring.drift.report import Moved, SignalReport, Status, compare, new_examples
+from monitoring.drift.streams import (
+    MEMORY,
+    AnswerStream,
+    Items,
+    PromptStream,
+    RatingStream,
+    Stream,
+    StreamState,
+    detector_of,
+)
+from svc.redaction import Redactor
+from svc.registry.registry import Registry
+from svc.settings import RecordSettings
+from svc.store.desired import Target
+from svc.store.drift import DriftAlarm, DriftState, keep_drift, read_drift_alarms, read_drift_states
+
+log = logging.getLogger(__name__)
+
+LOCK_FILE: Final = "drift.lock"
+STATE: Final = TypeAdapter(StreamState)
+REPORT: Final = TypeAdapter(SignalReport)
+MOVED: Final = TypeAdapter(tuple[Moved, ...])
+_DAY_S = 86_400
+
+
+class DriftCheck:
+    """Checks versions of one home; remembers the reference of one version a name.
+
+    Args:
+        settings: what is kept of requests, and how it is redacted.
+        clock: the time now.
+    """
+
+    def __init__(
+        self,
+        registry: Registry,
+        store: Store,
+        settings: RecordSettings,
+        *,
+        clock: Callable[[], datetime] = lambda: datetime.now(UTC),
+    ) -> None:
+        self._registry = registry
+        self._store = store
+        self._content_kept = settings.content_share > 0
+        self._redactor = Redactor(settings.redact)
+        self._clock = clock
+        self._references: dict[str, tuple[Target, Reference]] = {}
+
+    def run(self, target: Target) -> list[SignalReport]:
+        """Looks at all that is new of a version in a format, and keeps what it finds.
+
+        Raises:
+            NotFoundError: no such version.
+            IntegrityError: its files are not what its manifest says.
+        """
+        kept = read_drift_states(self._store, target)
+        held = self._read_reference(target)
+        states = {
+            signal: STATE.validate_json(kept[signal].state) if signal in kept else StreamState() for signal in Signal
+        }
+        streams: tuple[Stream, ...] = (
+            PromptStream(self._store, target, held, self._content_kept),
+            AnswerStream(self._store, target, held, self._content_kept),
+            RatingStream(self._store, target, states[Signal.PEOPLE]),
+        )
+        return [_Advance(self._store, target, stream, states[stream.signal], self._clock()).run() for stream in streams]
+
+    def _read_reference(self, target: Target) -> Reference:
+        name = target.version.name
+        if name not in self._references or self._references[name][0] != target:
+            self._references[name] = target, read_reference(self._registry, target, self._redactor)
+        return self._references[name][1]
+
+
+class _Advance:
+    """One stream, taken from its last state to now."""
+
+    def __init__(self, store: Store, target: Target, stream: Stream, state: StreamState, now: datetime) -> None:
+        self._store = store
+        self._target = target
+        self._stream = stream
+        self._state = _refilled(state, now)
+        self._now = now
+        self._alarms: list[DriftAlarm] = []
+
+    def run(self) -> SignalReport:
+        """Takes it, and keeps the result."""
+        report = self._report()
+        state = DriftState(
+            report.signal,
+            STATE.dump_json(self._state).decode("utf-8"),
+            REPORT.dump_json(report).decode("utf-8"),
+            self._now,
+        )
+        keep_drift(self._store, self._target, state, self._alarms)
+        return report
+
+    def _report(self) -> SignalReport:
+        signal, reference = self._stream.signal, self._stream.reference
+        if self._stream.off:
+            return SignalReport(signal, Status.OFF, self._stream.off)
+        if reference is None:
+            return SignalReport(signal, Status.WAITING, "there is nothing to compare with yet: too few ratings")
+        detector = detector_of(self._stream, self._target)
+        if not detector.windows:
+            return SignalReport(signal, Status.OFF, f"the held-out set is too small: {reference.size} examples")
+        items = self._take(detector)
+        watch = self._state.watch
+        size = min(detector.memory, watch.fresh or detector.memory, items.sample.size)
+        if not watch.alarm and watch.fresh < detector.windows[0].size:
+            why = f"the first comparison is made with {detector.windows[0].size}"
+            return SignalReport(signal, Status.WAITING, why, watch.position)
+        live = items.sample.part(items.sample.size - size, items.sample.size)
+        # Rows of the window may have been forgotten since.
+        lines = compare(self._stream.tests(), reference, live, (watch.position,)) if size else ()
+        status = Status.ALARM if watch.alarm else Status.STEADY
+        lasting = self._lasting() if watch.alarm else None
+        moved = tuple(finding.test for finding in watch.alarm.findings) if watch.alarm else ()
+        return SignalReport(signal, status, "", watch.position, size, lines, lasting.since if lasting else None, moved)
+
+    def _take(self, detector: Detector) -> Items:
+        state = self._state
+        items = self._stream.read(state, int(state.allowance))
+        watch, events = detector.advance(state.watch, items.sample, items.new)
+        first = watch.position - items.sample.size
+        for event in events:
+            place = event.position - first
+            if event.alarm:
+                self._alarms.append(self._called(event.alarm, items, place))
+            else:
+                self._ended(items.times[place - 1])
+        base = self._stream.base if isinstance(self._stream, RatingStream) else ()
+        self._state = replace(
+            state,
+            cursor=items.cursor,
+            memory=items.ids[-MEMORY:],
+            watch=watch,
+            allowance=state.allowance - items.new,
+            base=base,
+        )
+        return items
+
+    def _called(self, alarm: Alarm, items: Items, stop: int) -> DriftAlarm:
+        start = stop - alarm.size
+        live, tests, reference = items.sample.part(start, stop), self._stream.tests(), self._stream.reference
+        assert reference is not None  # noqa: S101 - without one there is no detector
+        lines = {line.name: line for line in compare(tests, reference, live, (alarm.position,))}
+        moved = tuple(
+            Moved(replace(lines[found.test], p=found.p), found.alpha)
+            for found in alarm.findings
+            if found.size == alarm.size
+        )
+        names = ", ".join(found.line.name for found in moved)
+        log.warning("%s: %s drift: %s", self._target, self._stream.signal, names)
+        return DriftAlarm(
+            signal=self._stream.signal,
+            since=items.times[start],
+            called_at=items.times[stop - 1],
+            ended_at=None,
+            moved=MOVED.dump_json(moved).decode("utf-8"),
+            examples=tuple(items.request_ids[start + place] for place in new_examples(tests, live)),
+        )
+
+    def _ended(self, time: datetime) -> None:
+        lasting = self._lasting()
+        if lasting is None:
+            return
+        if lasting in self._alarms:
+            self._alarms.remove(lasting)
+        self._alarms.append(replace(lasting, ended_at=time))
+        log.info("%s: %s drift has ended", self._target, self._stream.signal)
+
+    def _lasting(self) -> DriftAlarm | None:
+        """The alarm that has not ended: of this check, else of an earlier one."""
+        kept = read_drift_alarms(self._store, self._target)
+        mine = [*self._alarms[::-1], *(alarm for alarm in kept if alarm.signal == self._stream.signal)]
+        ended = {alarm.id for alarm in self._alarms if alarm.ended_at and alarm.id is not None}
+        return next((alarm for alarm in mine if alarm.ended_at is None and alarm.id not in ended), None)
+
+
+def _refilled(state: StreamState, now: datetime) -> StreamState:
+    """More may be looked at the longer ago the last check was."""
+    if state.refilled_at is None:
+        return replace(state, allowance=BURST, refilled_at=now)
+    earned = (now - state.refilled_at).total_seconds() / _DAY_S * REQUESTS_PER_DAY
+    return replace(state, allowance=min(BURST, state.allowance + max(0.0, earned)), refilled_at=now)

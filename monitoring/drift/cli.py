@@ -1,0 +1,72 @@
+"""`svc drift`: whether live traffic still looks like the held-out set, and if not, what moved."""
+
+from typing import TYPE_CHECKING
+
+import click
+
+from svc.errors import BusyError, NotFoundError
+from svc.invocation import json_option, settings_of
+
+if TYPE_CHECKING:
+    from sqlalchemy import Engine as Store
+
+    from svc.registry.registry import Registry
+    from svc.store.desired import Target
+
+
+@click.command()
+@click.argument("model")
+@json_option
+@click.pass_context
+def drift(ctx: click.Context, model: str, as_json: bool) -> None:
+    """Compare the live traffic of MODEL (NAME or NAME@N) with its held-out set.
+
+    NAME is the version in production. What came since the last check is looked at first; that, and how often it is
+    done, has no influence on when an alarm is called.
+    """
+    settings = settings_of(ctx)
+    from monitoring.drift.check import LOCK_FILE, DriftCheck
+    from monitoring.drift.production import read_drift
+    from monitoring.drift.reference import read_prompt
+    from monitoring.drift.screen import Example, drift_json, drift_screen
+    from svc.lock import hold_lock
+    from svc.registry.registry import Registry
+    from svc.store.answered import texts_of
+    from svc.store.database import open_database
+    from svc.store.drift import read_drift_alarms
+    from svc.terminal import console, output, print_json, waiting
+
+    registry, store = Registry.of(settings), open_database(settings.home)
+    target = _target(registry, store, model)
+    try:
+        with hold_lock(settings.home / LOCK_FILE, "the check for drift"), waiting("looking at new requests"):
+            DriftCheck(registry, store, settings.records).run(target)
+    except BusyError:
+        console.print("svc monitor is checking just now: this is what the last check saw")
+    reports, quality = read_drift(registry, store, target)
+    alarms = read_drift_alarms(store, target)
+    kept = texts_of(store, [id for alarm in alarms for id in alarm.examples])
+    texts = {id: Example(read_prompt(prompt).text, answer) for id, (prompt, answer) in kept.items()}
+    shown = (target, reports, quality, alarms, texts)
+    if as_json:
+        print_json(drift_json(*shown))
+    else:
+        output.print(drift_screen(*shown))
+
+
+def _target(registry: "Registry", store: "Store", model: str) -> "Target":
+    """The version and the format in which it serves, or served."""
+    from svc.registry.version import Format
+    from svc.store.desired import Target, read_desired
+
+    version = registry.resolve(model)
+    desired = read_desired(store, version.name)
+    if desired is not None:
+        for target in (desired.target, desired.previous):
+            if target is not None and ("@" not in model or target.version == version):
+                return target
+    formats = registry.manifest(version).formats
+    served = [format for format in (Format.GPTQ, Format.MERGED) if format in formats]
+    if not served:
+        raise NotFoundError(f"{version} has no format that can be served", todo="see `svc models`")
+    return Target(version, served[0])

@@ -1,0 +1,138 @@
+"""A version's reference: what its held-out prompts and its answers to them look like, as samples.
+
+Read from what the registry keeps. Held-out texts are redacted as live ones were when they were kept, so that a mail
+address is none in both.
+"""
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from monitoring.drift.answer_features import Answer, AnswerSampler, is_greedy
+from monitoring.drift.prompt_features import Prompt, PromptSampler
+from monitoring.drift.sample import Sample, evenly_picked
+from svc.dataset.example import ChatExample
+from svc.dataset.text_space import TEXT_SPACE_FILE, load_text_space
+from svc.errors import NotFoundError
+from svc.evaluation.results import ExampleResult
+from svc.redaction import Redactor
+from svc.registry.registry import Registry
+from svc.store.answered import AnsweredRequest
+from svc.store.desired import Target
+
+_MOST_COMPARED = 1_000
+"""Held-out examples; ten times the largest window. More make no test sharper, and each slower by their square."""
+_DEFAULT_CUT = 64
+"""Tokens: the recipe's own default, for a manifest without the key."""
+
+
+@dataclass(frozen=True)
+class Reference:
+    """What live traffic of a version in a format is compared with.
+
+    Attributes:
+        prompts: the held-out prompts; None where the version keeps no text space.
+        answers: what it answered to them; None where it keeps no answers.
+        missing: why one of them is None.
+        cut: where held-out answers were cut, tokens.
+    """
+
+    prompt_sampler: PromptSampler | None
+    answer_sampler: AnswerSampler
+    prompts: Sample | None
+    answers: Sample | None
+    missing: str
+    cut: int
+
+    def live_prompts(self, rows: Sequence[AnsweredRequest]) -> Sample:
+        """Live prompts, to be compared with the held-out ones.
+
+        Raises:
+            NotFoundError: there is nothing to compare them with.
+        """
+        if self.prompt_sampler is None:
+            raise NotFoundError(self.missing)
+        return self.prompt_sampler.sample([read_prompt(row.prompt or "") for row in rows])
+
+    def live_answers(self, rows: Sequence[AnsweredRequest]) -> Sample:
+        """Live answers, to be compared with the held-out ones."""
+        return self.answer_sampler.sample(
+            [
+                Answer(
+                    row.answer,
+                    row.tokens_out,
+                    row.finish_reason,
+                    row.logprob,
+                    is_greedy(row.temperature, row.max_tokens, self.cut),
+                )
+                for row in rows
+            ]
+        )
+
+
+def read_reference(registry: Registry, target: Target, redactor: Redactor) -> Reference:
+    """Reads it.
+
+    Raises:
+        NotFoundError: no such version.
+        IntegrityError: its files are not what its manifest says.
+    """
+    version = target.version
+    examples = registry.heldout(version)
+    cut = int(registry.manifest(version).recipe.get("evaluate", {}).get("max_tokens", _DEFAULT_CUT))
+    answer_sampler = AnswerSampler([example.answer for example in examples], cut)
+    missing = ""
+    prompt_sampler, prompts, answers = None, None, None
+    try:
+        prompt_sampler = PromptSampler(load_text_space(registry.reference(version, TEXT_SPACE_FILE)))
+        heldout = [_heldout_prompt(example, redactor) for example in examples]
+        places = _compared(heldout)
+        prompts = prompt_sampler.sample([heldout[place] for place in places])
+        results = registry.results(version, target.format)
+        answers = answer_sampler.sample(
+            [_heldout_answer(results[place], redactor) for place in places if place < len(results)]
+        )
+    except NotFoundError as error:
+        missing = error.wrong
+    return Reference(prompt_sampler, answer_sampler, prompts, answers, missing, cut)
+
+
+def _compared(prompts: Sequence[Prompt]) -> list[int]:
+    """Places of those that are compared: each prompt once, as of live ones, and not more than are of use."""
+    first = {prompt: place for place, prompt in reversed(list(enumerate(prompts)))}
+    return evenly_picked(sorted(first.values()), _MOST_COMPARED)
+
+
+def _heldout_answer(result: ExampleResult, redactor: Redactor) -> Answer:
+    return Answer(redactor.text(result.answer), result.tokens, result.finish_reason, result.logprob, greedy=True)
+
+
+def read_prompt(kept: str) -> Prompt:
+    """A prompt as its row keeps it: JSON of the messages, or of the text of a plain completion."""
+    content = json.loads(kept) if kept else ""
+    if not isinstance(content, list):
+        return Prompt(str(content))
+    messages = [message for message in content if isinstance(message, dict)]
+    if not messages:  # several plain prompts in one request
+        return Prompt("\n".join(str(text) for text in content))
+    return _prompt([(str(message.get("role")), _text(message.get("content"))) for message in messages])
+
+
+def _heldout_prompt(example: ChatExample, redactor: Redactor) -> Prompt:
+    return _prompt([(message.role.value, redactor.text(message.content)) for message in example.prompt])
+
+
+def _prompt(turns: Sequence[tuple[str, str]]) -> Prompt:
+    asked = [text for role, text in turns if role == "user"]
+    system = "\n".join(text for role, text in turns if role in ("system", "developer"))
+    spoken = sum(role in ("user", "assistant") for role, _ in turns)
+    return Prompt(asked[-1] if asked else "", spoken, system)
+
+
+def _text(content: Any) -> str:
+    """The text of a message's content, which may come in parts."""
+    if isinstance(content, list):
+        parts = [part.get("text") for part in content if isinstance(part, dict)]
+        return "\n".join(text for text in parts if isinstance(text, str))
+    return content if isinstance(content, str) else ""

@@ -1,0 +1,94 @@
+"""The tests that make up each signal."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import Final
+
+import numpy as np
+
+from monitoring.drift.domain_classifier import Floats, Similarity, permutation_test
+from monitoring.drift.feature_tests import compare_categories, compare_numbers, compare_shares
+from monitoring.drift.sample import YES, Sample
+
+CLASSIFIER: Final = "domain_classifier"
+_CLASSIFIER_SHARE = 0.7
+"""Of the input's budget: it sees what no single feature shows."""
+_WIDTHS = (1.0, 0.55)
+"""Of the two views of a prompt, topic and answer; chosen on training and held-out prompts."""
+
+
+class ClassifierTest:
+    """The domain classifier's test, see monitoring.drift.domain_classifier."""
+
+    name = CLASSIFIER
+
+    def __init__(self, reference: Sample, share: float) -> None:
+        self.share = share
+        self._reference = reference
+        self._similarity = Similarity(reference.views, _WIDTHS)
+        self._among_reference = self._similarity(reference.views, reference.views)
+
+    def similarities(self, live: Sample) -> Floats:
+        """Of all prompts with each other: the reference's, then the live ones."""
+        between = self._similarity(live.views, self._reference.views)
+        return np.block([[self._among_reference, between.T], [between, self._similarity(live.views, live.views)]])
+
+    def p_value(self, live: Sample, alpha: float, seed: Sequence[int]) -> float:
+        """By permutation."""
+        return permutation_test(self.similarities(live), live.size, alpha, seed)
+
+
+@dataclass(frozen=True)
+class FeatureTest:
+    """One readable feature's test.
+
+    Args:
+        name: of the feature.
+    """
+
+    name: str
+    reference: Sample
+    share: float
+
+    def p_value(self, live: Sample, alpha: float, seed: Sequence[int]) -> float:
+        """Exact; level and seed are not needed."""
+        if self.name in self.reference.numbers:
+            return compare_numbers(self.reference.numbers[self.name], live.numbers[self.name])
+        return compare_categories(self.reference.categories[self.name], live.categories[self.name])
+
+
+def input_tests(reference: Sample) -> list[ClassifierTest | FeatureTest]:
+    """The domain classifier, and each readable feature of a prompt."""
+    return [ClassifierTest(reference, _CLASSIFIER_SHARE), *feature_tests(reference, 1 - _CLASSIFIER_SHARE)]
+
+
+def feature_tests(reference: Sample, share: float) -> list[FeatureTest]:
+    """A test for each feature of a reference, with equal parts of a share."""
+    names = [*reference.numbers, *reference.categories]
+    return [FeatureTest(name, reference, share / len(names)) for name in names]
+
+
+class RatingFeature(StrEnum):
+    """Each is a line of the drift table."""
+
+    BAD = "bad_ratings"
+    CORRECTED = "corrections"
+
+
+@dataclass(frozen=True)
+class WorseTest:
+    """One share of ratings that must not grow: Fisher's exact test, one-sided. What gets better is no alarm."""
+
+    name: str
+    reference: Sample
+    share: float
+
+    def p_value(self, live: Sample, alpha: float, seed: Sequence[int]) -> float:
+        """Exact; level and seed are not needed."""
+        return compare_shares(self.reference.categories[self.name], live.categories[self.name], YES)
+
+
+def rating_tests(reference: Sample) -> list[WorseTest]:
+    """A test for the share of bad ratings, and one for that of corrections."""
+    return [WorseTest(name.value, reference, 1 / len(RatingFeature)) for name in RatingFeature]

@@ -1,0 +1,80 @@
+"""Checks for drift beside the exporter, in a process of their own: one takes seconds of a core.
+
+The process stays, because importing what it needs takes seconds too. It is begun anew where it dies, and ends with its
+parent.
+"""
+
+import logging
+import os
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from multiprocessing import get_context
+
+from monitoring.drift.production import ProductionChecks
+from svc.settings import Settings
+
+log = logging.getLogger(__name__)
+
+_NICENESS = 10
+"""Everybody else goes first."""
+_LOOK_EVERY_S = 1.0
+_PAUSE_S = 10.0
+"""Before a process that died is begun anew."""
+
+Prepare = Callable[[Settings], Callable[[], object]]
+
+
+class DriftWorker:
+    """Keeps the process alive.
+
+    Args:
+        prepare: called once in the process; gives the check, which is made every `monitor.drift_every_s`.
+    """
+
+    def __init__(self, settings: Settings, prepare: Prepare = ProductionChecks) -> None:
+        self._settings = settings
+        self._prepare = prepare
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="drift")
+
+    @contextmanager
+    def running(self) -> Iterator[None]:
+        """Checks for the body, and ends in the middle of a check if need be: what that had not kept, the next finds."""
+        self._thread.start()
+        try:
+            yield
+        finally:
+            self._stop.set()
+            self._thread.join()
+
+    def _run(self) -> None:
+        # Spawned, not forked: the exporter has threads.
+        context = get_context("spawn")
+        while not self._stop.is_set():
+            process = context.Process(target=_work, args=(self._prepare, self._settings, os.getpid()), daemon=True)
+            process.start()
+            while process.is_alive() and not self._stop.wait(_LOOK_EVERY_S):
+                pass
+            if self._stop.is_set():
+                process.terminate()
+                process.join()
+                return
+            log.error("the process that checks for drift ended with %s; it is begun anew", process.exitcode)
+            self._stop.wait(_PAUSE_S)
+
+
+def _work(prepare: Prepare, settings: Settings, parent: int) -> None:
+    """The process: checks until its parent is gone."""
+    os.nice(_NICENESS)
+    check = prepare(settings)
+    next_check = time.monotonic()
+    while os.getppid() == parent:
+        if time.monotonic() >= next_check:
+            try:
+                check()
+            except Exception:  # the boundary of this process: the next check may find what this one did not
+                log.exception("a check for drift failed")
+            next_check = time.monotonic() + settings.monitor.drift_every_s
+        time.sleep(_LOOK_EVERY_S)

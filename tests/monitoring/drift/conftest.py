@@ -1,0 +1,50 @@
+"""A home with one registered version, its traffic, and its check."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from sqlalchemy import Engine as Store
+
+from monitoring.drift.budget import Signal
+from monitoring.drift.check import DriftCheck
+from monitoring.drift.report import SignalReport
+from svc.registry.registry import Registry
+from svc.settings import RecordSettings
+from svc.store.database import open_database
+from tests.monitoring.drift.traffic import Traffic, open_registry, register, target
+
+Check = Callable[[], dict[Signal, SignalReport]]
+
+
+@pytest.fixture
+def home(tmp_path: Path) -> Path:
+    """The folder of all state."""
+    return tmp_path / "home"
+
+
+@pytest.fixture
+def store(home: Path) -> Store:
+    """Its store."""
+    return open_database(home)
+
+
+@pytest.fixture
+def registry(home: Path) -> Registry:
+    """Its registry, with version 1."""
+    registry = open_registry(home)
+    register(registry)
+    return registry
+
+
+@pytest.fixture
+def traffic(store: Store) -> Traffic:
+    """Adds rows."""
+    return Traffic(store)
+
+
+@pytest.fixture
+def check(registry: Registry, store: Store, traffic: Traffic) -> Check:
+    """Checks version 1, at the time of its last request; contents are kept."""
+    checks = DriftCheck(registry, store, RecordSettings(content_share=1), clock=lambda: traffic.now)
+    return lambda: {report.signal: report for report in checks.run(target())}

@@ -1,0 +1,257 @@
+"""A check finds what has moved in real prompts, says since when and by which requests, and finds it only once."""
+
+from collections.abc import Sequence
+from datetime import timedelta
+from pathlib import Path
+
+import pytest
+from sqlalchemy import Engine as Store
+
+from monitoring.drift.budget import BURST, REQUESTS_PER_DAY, Signal
+from monitoring.drift.check import MOVED, DriftCheck
+from monitoring.drift.report import Status
+from svc.registry.registry import Registry
+from svc.settings import RecordSettings
+from svc.store.database import open_database
+from svc.store.drift import DriftAlarm, read_drift_alarms, read_drift_states
+from tests.monitoring.drift.conftest import Check
+from tests.monitoring.drift.traffic import NOON, Traffic, prompts, register, system_prompt, target
+
+ALIKE = prompts("none")
+STRONG = prompts("strong")
+
+
+def alarms(store: Store, signal: Signal) -> list[DriftAlarm]:
+    return [alarm for alarm in read_drift_alarms(store, target()) if alarm.signal == signal]
+
+
+def moved(alarm: DriftAlarm) -> set[str]:
+    return {found.line.name for found in MOVED.validate_json(alarm.moved)}
+
+
+def test_traffic_like_the_heldout_set_is_steady(check: Check, traffic: Traffic, store: Store) -> None:
+    traffic.ask(ALIKE[:120])
+    reports = check()
+    assert [reports[signal].status for signal in (Signal.INPUT, Signal.OUTPUT)] == [Status.STEADY] * 2
+    assert read_drift_alarms(store, target()) == []
+
+
+def test_with_few_requests_it_waits(check: Check, traffic: Traffic) -> None:
+    traffic.ask(ALIKE[:9])
+    assert check()[Signal.INPUT].status is Status.WAITING
+
+
+def test_other_prompts_are_an_alarm_that_says_since_when_and_by_what(
+    check: Check, traffic: Traffic, store: Store
+) -> None:
+    traffic.ask(ALIKE[:100])
+    shifted = traffic.ask(STRONG[:20])
+    report = check()[Signal.INPUT]
+    (alarm,) = alarms(store, Signal.INPUT)
+    assert report.status is Status.ALARM
+    assert "characters" in moved(alarm)
+    assert abs(alarm.since - (NOON + timedelta(minutes=101))) <= timedelta(minutes=5)
+    assert alarm.called_at <= traffic.now
+    assert len(alarm.examples) == 5
+    assert set(alarm.examples) <= set(shifted)
+
+
+def test_an_alarm_is_called_once_and_ends_when_traffic_is_as_before(
+    check: Check, traffic: Traffic, store: Store
+) -> None:
+    traffic.ask(STRONG[:30])
+    check()
+    traffic.ask(STRONG[30:60])
+    check()
+    assert [alarm.ended_at for alarm in alarms(store, Signal.INPUT)] == [None]
+    traffic.ask(ALIKE[:130])
+    check()
+    (alarm,) = alarms(store, Signal.INPUT)
+    assert alarm.ended_at is not None
+    assert alarm.ended_at > NOON + timedelta(minutes=60)
+
+
+def test_who_checks_often_finds_the_same(
+    registry: Registry, store: Store, check: Check, traffic: Traffic, tmp_path: Path
+) -> None:
+    once_store = open_database(tmp_path / "other")
+    once = Traffic(once_store)
+    for start in range(0, 90, 7):
+        texts = [*ALIKE[:60], *STRONG[:30]][start : start + 7]
+        traffic.ask(texts)
+        once.ask(texts)
+        check()
+    DriftCheck(registry, once_store, RecordSettings(content_share=1), clock=lambda: once.now).run(target())
+    often, at_once = (
+        [(alarm.since, alarm.called_at, alarm.moved, alarm.examples) for alarm in read_drift_alarms(one, target())]
+        for one in (store, once_store)
+    )
+    assert often == at_once != []
+
+
+def test_a_prompt_that_comes_again_counts_once(check: Check, traffic: Traffic, store: Store) -> None:
+    traffic.ask(ALIKE[:50])
+    traffic.ask(["ping"] * 200)
+    assert check()[Signal.INPUT].items == 51
+    assert alarms(store, Signal.INPUT) == []
+
+
+def test_of_many_requests_some_are_looked_at(
+    registry: Registry, store: Store, traffic: Traffic, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("monitoring.drift.check.BURST", 20)
+    now = NOON
+    checks = DriftCheck(registry, store, RecordSettings(content_share=1), clock=lambda: now)
+
+    def seen(texts: Sequence[str]) -> int:
+        traffic.ask(texts)
+        return {report.signal: report.items for report in checks.run(target())}[Signal.INPUT]
+
+    assert seen(ALIKE[:60]) == 20
+    assert seen(ALIKE[60:90]) == 20
+    now += timedelta(days=10 / REQUESTS_PER_DAY)
+    assert seen(ALIKE[90:130]) == 30
+
+
+def test_answers_that_are_no_json_any_more_are_an_alarm_of_the_output(
+    check: Check, traffic: Traffic, store: Store
+) -> None:
+    traffic.ask(ALIKE[:60])
+    traffic.ask(ALIKE[60:90], ["I think it is science."] * 30)
+    reports = check()
+    (alarm,) = alarms(store, Signal.OUTPUT)
+    assert reports[Signal.INPUT].status is Status.STEADY
+    assert moved(alarm) >= {"valid_json"}
+
+
+def test_refusals_are_an_alarm_of_the_output(check: Check, traffic: Traffic, store: Store) -> None:
+    traffic.ask(ALIKE[:40], ["I'm sorry, but I can't help with that."] * 40)
+    check()
+    (alarm,) = alarms(store, Signal.OUTPUT)
+    assert "refusal" in moved(alarm) or "valid_json" in moved(alarm)
+
+
+@pytest.mark.parametrize(("temperature", "status"), [(0.0, Status.ALARM), (0.7, Status.STEADY), (None, Status.STEADY)])
+def test_lengths_are_compared_of_greedy_answers_only(
+    check: Check, traffic: Traffic, temperature: float | None, status: Status
+) -> None:
+    traffic.ask(ALIKE[:60], tokens=16, finish_reason="length", temperature=temperature)
+    assert check()[Signal.OUTPUT].status is status
+
+
+def test_an_answer_that_is_longer_than_heldout_ones_could_be_counts_as_cut(check: Check, traffic: Traffic) -> None:
+    traffic.ask(ALIKE[:30], tokens=900)
+    lines = {line.name: line for line in check()[Signal.OUTPUT].lines}
+    assert lines["answer_tokens"].live == "16"
+    assert lines["finish_reason"].live == "length 100%"
+
+
+def test_without_content_prompts_are_off_and_says_what_to_set(
+    registry: Registry, store: Store, traffic: Traffic
+) -> None:
+    traffic.ask(ALIKE[:60], content=False, tokens=16, finish_reason="length")
+    checks = DriftCheck(registry, store, RecordSettings(content_share=0), clock=lambda: traffic.now)
+    reports = {report.signal: report for report in checks.run(target())}
+    assert reports[Signal.INPUT].status is Status.OFF
+    assert "records.content_share" in reports[Signal.INPUT].why
+    assert reports[Signal.OUTPUT].status is Status.ALARM
+
+
+def test_a_version_of_an_older_release_is_off_and_says_why(registry: Registry, store: Store, traffic: Traffic) -> None:
+    register(registry, 2, space=False)
+    traffic.ask(ALIKE[:20], number=2)
+    checks = DriftCheck(registry, store, RecordSettings(content_share=1), clock=lambda: traffic.now)
+    reports = {report.signal: report for report in checks.run(target(2))}
+    assert [reports[signal].status for signal in (Signal.INPUT, Signal.OUTPUT)] == [Status.OFF] * 2
+    assert "triage@2 has no reference/" in reports[Signal.INPUT].why
+
+
+def test_a_small_heldout_set_is_told(registry: Registry, store: Store, traffic: Traffic) -> None:
+    register(registry, 2, examples=12)
+    checks = DriftCheck(registry, store, RecordSettings(content_share=1), clock=lambda: traffic.now)
+    reports = {report.signal: report for report in checks.run(target(2))}
+    assert reports[Signal.INPUT].why == "the held-out set is too small: 12 examples"
+
+
+def test_another_system_prompt_is_seen(check: Check, traffic: Traffic, store: Store) -> None:
+    traffic.ask(ALIKE[:30], system="You are a pirate.")
+    check()
+    (alarm,) = alarms(store, Signal.INPUT)
+    assert moved(alarm) == {"system_prompt"}
+
+
+def test_more_bad_ratings_than_of_the_version_before_are_an_alarm(check: Check, traffic: Traffic, store: Store) -> None:
+    traffic.rate(traffic.ask(ALIKE[:40], number=2), bad=2)
+    traffic.rate(traffic.ask(ALIKE[40:80]), bad=40)
+    report = check()[Signal.PEOPLE]
+    assert report.status is Status.ALARM
+    assert report.moved == ("bad_ratings",)
+    assert len(alarms(store, Signal.PEOPLE)) == 1
+
+
+def test_fewer_bad_ratings_are_no_alarm(check: Check, traffic: Traffic) -> None:
+    traffic.rate(traffic.ask(ALIKE[:40], number=2), bad=38)
+    traffic.rate(traffic.ask(ALIKE[40:80]), bad=0)
+    assert check()[Signal.PEOPLE].status is Status.STEADY
+
+
+def test_without_a_version_before_its_own_first_ratings_are_the_reference(check: Check, traffic: Traffic) -> None:
+    traffic.rate(traffic.ask(ALIKE[:49]), bad=3)
+    assert check()[Signal.PEOPLE].status is Status.WAITING
+    traffic.rate(traffic.ask(ALIKE[49:90]), bad=1)
+    assert check()[Signal.PEOPLE].items == 40
+    traffic.rate(traffic.ask(ALIKE[90:130]), bad=40)
+    report = check()[Signal.PEOPLE]
+    assert report.status is Status.ALARM
+    assert report.items == 80
+
+
+def test_a_mail_address_is_none_on_either_side(registry: Registry, store: Store, traffic: Traffic) -> None:
+    """Live texts are redacted when they are kept, so held-out ones are too before they are compared."""
+    settings = RecordSettings(content_share=1, redact=("package",))
+    checks = DriftCheck(registry, store, settings, clock=lambda: traffic.now)
+    system = system_prompt().replace("package", "[redacted]")
+    traffic.ask([text.replace("package", "[redacted]") for text in ALIKE[:110]], system=system)
+    reports = {report.signal: report for report in checks.run(target())}
+    assert reports[Signal.INPUT].status is Status.STEADY
+
+
+@pytest.mark.parametrize(
+    "kept", ['"plain text"', '["one", "two"]', "[]", '[{"role": "user", "content": [{"text": 3}]}]']
+)
+def test_prompts_of_any_form_are_taken(check: Check, traffic: Traffic, store: Store, kept: str) -> None:
+    traffic.ask(ALIKE[:3])
+    with store.begin() as connection:
+        connection.exec_driver_sql("update requests set prompt = ? where id = 2", (kept,))
+    assert check()[Signal.INPUT].items == 3
+
+
+def test_a_check_keeps_where_it_stands(check: Check, traffic: Traffic, store: Store) -> None:
+    traffic.ask(ALIKE[:30])
+    check()
+    assert check()[Signal.INPUT].items == 30
+    assert {state.checked_at for state in read_drift_states(store, target()).values()} == {traffic.now}
+
+
+def test_rows_that_were_forgotten_are_no_trouble(check: Check, traffic: Traffic, store: Store) -> None:
+    traffic.ask(ALIKE[:60])
+    check()
+    with store.begin() as connection:
+        connection.exec_driver_sql("delete from requests where id <= 50")
+    traffic.ask(ALIKE[60:80])
+    assert check()[Signal.INPUT].status is Status.STEADY
+
+
+@pytest.mark.slow
+def test_two_thousand_requests_take_less_than_ten_seconds_of_a_core(
+    check: Check, traffic: Traffic, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import time
+
+    from threadpoolctl import threadpool_limits
+
+    traffic.ask([f"{text} {turn}" for turn in range(2) for text in ALIKE])
+    started = time.process_time()
+    with threadpool_limits(1):
+        assert check()[Signal.INPUT].items == BURST
+    assert time.process_time() - started < 10

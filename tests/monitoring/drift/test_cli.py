@@ -1,0 +1,107 @@
+"""`svc drift NAME`: the table for people, the signal for machines."""
+
+import json
+from pathlib import Path
+
+import pytest
+from sqlalchemy import Engine as Store
+
+from monitoring.drift.check import LOCK_FILE
+from svc.lock import hold_lock
+from svc.registry.registry import Registry
+from svc.server_url import LOCK_FILE as SERVER_LOCK
+from svc.store.desired import change_desired
+from tests.command_line import Ended, Svc
+from tests.monitoring.drift.conftest import Check
+from tests.monitoring.drift.traffic import Traffic, prompts, target
+from tests.monitoring.test_cli import STATE, serving
+
+
+@pytest.fixture
+def production(registry: Registry, store: Store) -> None:
+    """Version 1 is what the name serves."""
+    change_desired(store, None, target(), None)
+
+
+@pytest.fixture
+def drift(svc: Svc, home: Path, production: None, monkeypatch: pytest.MonkeyPatch) -> "Drift":
+    """Runs the command on the home; contents are kept."""
+    monkeypatch.setenv("SVC_RECORDS__CONTENT_SHARE", "1")
+    return Drift(svc, home)
+
+
+class Drift:
+    """The command."""
+
+    def __init__(self, svc: Svc, home: Path) -> None:
+        self._svc = svc
+        self._home = home
+
+    def __call__(self, *arguments: str) -> Ended:
+        return self._svc("--home", self._home, "drift", *arguments)
+
+
+def test_an_alarm_is_shown_with_what_moved_and_new_prompts(drift: Drift, traffic: Traffic) -> None:
+    traffic.ask(prompts("none")[:50])
+    traffic.ask(prompts("strong")[:30])
+    shown = drift("triage@1").out
+    assert "input   alarm since 2026-11-01 12:" in shown
+    assert "characters" in shown
+    assert "moved" in shown
+    assert shown.count("  req-") == 5
+    assert sum(" ".join(text.split())[:60] in shown for text in prompts("strong")[:30]) == 5
+
+
+def test_machines_get_the_same_with_the_examples_whole(drift: Drift, traffic: Traffic) -> None:
+    traffic.ask(prompts("strong")[:30])
+    found = json.loads(drift("triage@1", "--json").out)
+    (alarm,) = [alarm for alarm in found["alarms"] if alarm["signal"] == "input"]
+    assert found["version"] == "triage@1"
+    assert found["quality"]["quality"] == "unknown"
+    assert {"signal", "since", "called_at", "ended_at", "moved", "examples"} == set(alarm)
+    assert {example["prompt"] for example in alarm["examples"]} <= set(prompts("strong"))
+    (report,) = [report for report in found["signals"] if report["signal"] == "input"]
+    assert report["status"] == "alarm"
+    assert any(line["moved"] for line in report["lines"])
+
+
+def test_nothing_is_moved_where_traffic_is_alike(drift: Drift, traffic: Traffic) -> None:
+    traffic.ask(prompts("none")[:120])
+    found = json.loads(drift("triage@1", "--json").out)
+    assert [line["name"] for report in found["signals"] for line in report["lines"] if line["moved"]] == []
+    assert found["alarms"] == []
+
+
+def test_a_check_that_is_under_way_is_not_waited_for(drift: Drift, traffic: Traffic, home: Path) -> None:
+    traffic.ask(prompts("none")[:12])
+    drift("triage@1")
+    traffic.ask(prompts("none")[12:24])
+    with hold_lock(home / LOCK_FILE, "the check"):
+        ended = drift("triage@1")
+    assert ended.code == 0
+    assert "what the last check saw" in ended.err
+    assert "(12 requests seen)" in ended.out
+
+
+def test_an_unknown_model_is_told(drift: Drift) -> None:
+    assert drift("other@1").code == 8
+
+
+def test_examples_whose_rows_are_gone_are_no_trouble(drift: Drift, traffic: Traffic, store: Store) -> None:
+    traffic.ask(prompts("strong")[:30])
+    drift("triage@1")
+    with store.begin() as connection:
+        connection.exec_driver_sql("delete from requests")
+    assert "(not kept)" in drift("triage@1").out
+
+
+def test_status_says_it_in_a_line(svc: Svc, home: Path, traffic: Traffic, check: Check) -> None:
+    traffic.ask(prompts("strong")[:30])
+    check()
+    state = STATE | {"version": "triage@1", "holdout": {"state": "off"}}
+    pages = {"/svc/status": (200, json.dumps(state)), "/metrics": (200, "")}
+    with serving(pages) as url, hold_lock(home / SERVER_LOCK, "the home", url=url):
+        shown = svc("--home", home, "status").out
+        found = json.loads(svc("--home", home, "status", "--json").out)
+    assert "drift: input alarm  output steady  people waiting  quality unknown" in shown
+    assert found["drift"] == {"input": "alarm", "output": "steady", "people": "waiting", "quality": "unknown"}

@@ -1,0 +1,79 @@
+"""Checks run in a process of their own, again and again, whatever becomes of one."""
+
+import os
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import psutil
+import pytest
+
+from monitoring.drift.worker import DriftWorker
+from svc.settings import MonitorSettings, Settings
+
+PATIENCE_S = 30.0
+
+
+def note(settings: Settings) -> Callable[[], None]:
+    """A check that writes down its process; fails at every second time."""
+    count = 0
+
+    def check() -> None:
+        nonlocal count
+        count += 1
+        with (settings.home / "checks").open("a") as file:
+            file.write(f"{os.getpid()}\n")
+        if count % 2:
+            raise ValueError("this check fails")
+
+    return check
+
+
+def die(settings: Settings) -> Callable[[], None]:
+    """A check that ends its process."""
+
+    def check() -> None:
+        with (settings.home / "checks").open("a") as file:
+            file.write(f"{os.getpid()}\n")
+        os._exit(3)
+
+    return check
+
+
+def noted(home: Path, count: int) -> list[int]:
+    """Processes of the first so many checks."""
+    deadline = time.monotonic() + PATIENCE_S
+    while time.monotonic() < deadline:
+        lines = (home / "checks").read_text().split() if (home / "checks").exists() else []
+        if len(lines) >= count:
+            return [int(line) for line in lines]
+        time.sleep(0.05)
+    raise AssertionError(f"no {count} checks in {PATIENCE_S} s")
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("monitoring.drift.worker._PAUSE_S", 0.0)
+
+
+def settings(home: Path) -> Settings:
+    return Settings(home=home, monitor=MonitorSettings(drift_every_s=0.01))
+
+
+def test_checks_go_on_in_one_process_after_one_failed(tmp_path: Path) -> None:
+    with DriftWorker(settings(tmp_path), note).running():
+        processes = noted(tmp_path, 2)
+    assert os.getpid() not in processes
+    assert len(set(processes)) == 1
+
+
+def test_a_process_that_dies_is_begun_anew(tmp_path: Path) -> None:
+    with DriftWorker(settings(tmp_path), die).running():
+        assert len(set(noted(tmp_path, 2))) == 2
+
+
+def test_the_process_ends_with_it(tmp_path: Path) -> None:
+    with DriftWorker(settings(tmp_path), note).running():
+        (process, *_) = noted(tmp_path, 1)
+        assert psutil.Process(process).nice() == 10
+    assert not psutil.pid_exists(process)

@@ -1,0 +1,157 @@
+"""A version with a real held-out set, and live traffic of it as rows in a store; no engine and no MLflow."""
+
+import json
+from collections.abc import Sequence
+from datetime import UTC, datetime, timedelta
+from functools import cache
+from pathlib import Path
+
+from sqlalchemy import Engine as Store
+
+from svc.dataset.reader import read_examples, write_examples
+from svc.dataset.text_space import TEXT_SPACE_FILE, TextSpace, fit_text_space, save_text_space
+from svc.evaluation.results import ExampleResult, write_results
+from svc.registry.manifest import write_manifest
+from svc.registry.registry import HELDOUT_FILE, REFERENCE_FOLDER, Registry, results_file
+from svc.registry.version import Format, VersionId
+from svc.store.desired import Target
+from svc.store.feedback import Feedback, Rating, keep_feedback
+from svc.store.requests import RequestRecord, add_requests
+from tests.docs.pages import ROOT
+from tests.serving.versions import AliasBook
+from tests.svc.registry.manifests import make_manifest
+
+TASK = ROOT / "examples" / "debian-triage"
+STREAMS = ROOT / "benchmarks" / "drift"
+NAME = "triage"
+GOOD_SHARE = 4
+"""Three of four held-out answers are right, as the example's."""
+NOON = datetime(2026, 11, 1, 12, tzinfo=UTC)
+MAX_TOKENS = 16
+
+
+def target(number: int = 1) -> Target:
+    """A version of the one name."""
+    return Target(VersionId(NAME, number), Format.GPTQ)
+
+
+@cache
+def prompts(grade: str) -> tuple[str, ...]:
+    """The prompts of a stream: `none` for those like the held-out ones, else a grade of shift."""
+    file = "in_distribution" if grade == "none" else "shifted"
+    rows = [json.loads(line) for line in (STREAMS / f"{file}.jsonl").read_text("utf-8").splitlines()]
+    return tuple(row["prompt"] for row in rows if row["grade"] == grade)
+
+
+@cache
+def text_space() -> TextSpace:
+    """Of the example's training prompts."""
+    examples = read_examples(TASK / "train.jsonl")
+    return fit_text_space([example.question for example in examples], [example.answer for example in examples])
+
+
+def register(registry: Registry, number: int = 1, *, space: bool = True, examples: int = 200) -> None:
+    """Makes a version with the example's held-out set."""
+    folder = registry.folder(VersionId(NAME, number))
+    (folder / REFERENCE_FOLDER).mkdir(parents=True)
+    heldout = read_examples(TASK / HELDOUT_FILE)[:examples]
+    write_examples(folder / HELDOUT_FILE, heldout)
+    if space:
+        save_text_space(folder / REFERENCE_FOLDER / TEXT_SPACE_FILE, text_space())
+        results = [result(example.answer, right=place % GOOD_SHARE > 0) for place, example in enumerate(heldout)]
+        write_results(folder / REFERENCE_FOLDER / results_file(Format.GPTQ), results)
+    (folder / Format.GPTQ.value).mkdir()
+    (folder / Format.GPTQ.value / "config.json").write_text("{}")
+    recipe = {"name": NAME, "evaluate": {"max_tokens": MAX_TOKENS}}
+    write_manifest(folder, make_manifest(VersionId(NAME, number), folder, recipe=recipe))
+
+
+def result(answer: str, *, right: bool) -> ExampleResult:
+    """What the version answered."""
+    text = answer if right else '{"section":"libs"}'
+    return ExampleResult(
+        answer=text, tokens=7, finish_reason="stop", logprob=-0.1 if right else -0.9, nll=0.2, hit=right
+    )
+
+
+def open_registry(home: Path) -> Registry:
+    """A registry without MLflow."""
+    return Registry(home / "models", AliasBook())
+
+
+class Traffic:
+    """Adds rows; every request is a minute after the one before.
+
+    Attributes:
+        asked: ids of requests, in order.
+    """
+
+    def __init__(self, store: Store) -> None:
+        self._store = store
+        self.asked: list[str] = []
+
+    @property
+    def now(self) -> datetime:
+        """When the last request began."""
+        return NOON + timedelta(minutes=len(self.asked))
+
+    def ask(
+        self,
+        texts: Sequence[str],
+        answers: Sequence[str] | None = None,
+        *,
+        number: int = 1,
+        content: bool = True,
+        system: str | None = None,
+        temperature: float | None = 0.0,
+        tokens: int = 7,
+        finish_reason: str = "stop",
+        logprobs: Sequence[float] | None = None,
+    ) -> list[str]:
+        """One request for each text; returns their ids."""
+        turn = system if system is not None else system_prompt()
+        records = []
+        for place, text in enumerate(texts):
+            self.asked.append(f"req-{len(self.asked)}")
+            messages = [{"role": "system", "content": turn}, {"role": "user", "content": text}]
+            records.append(
+                RequestRecord(
+                    request_id=self.asked[-1],
+                    started_at=self.now,
+                    model=NAME,
+                    version=VersionId(NAME, number),
+                    format=Format.GPTQ,
+                    route="/v1/chat/completions",
+                    status=200,
+                    seconds=0.1,
+                    finish_reason=finish_reason,
+                    tokens_out=tokens,
+                    temperature=temperature,
+                    prompt=json.dumps(messages) if content else None,
+                    answer=(answers[place] if answers else _ordinary(len(self.asked))) if content else None,
+                )
+            )
+        add_requests(self._store, records)
+        return [record.request_id for record in records]
+
+    def rate(self, request_ids: Sequence[str], *, bad: int) -> None:
+        """Rates answers, the first so many as bad."""
+        for place, request_id in enumerate(request_ids):
+            keep_feedback(self._store, request_id, Feedback(Rating.BAD if place < bad else Rating.GOOD))
+
+
+@cache
+def system_prompt() -> str:
+    """The one of all held-out prompts."""
+    return read_examples(TASK / HELDOUT_FILE)[0].messages[0].content
+
+
+@cache
+def _held_answers() -> tuple[str, ...]:
+    heldout = read_examples(TASK / HELDOUT_FILE)
+    return tuple(result(e.answer, right=place % GOOD_SHARE > 0).answer for place, e in enumerate(heldout))
+
+
+def _ordinary(place: int) -> str:
+    """An answer as the held-out ones are."""
+    return _held_answers()[place * 37 % len(_held_answers())]
