@@ -10,7 +10,7 @@ READY := .venv/.ready
 # The tests check the alert rules with it; serving needs none.
 PROMETHEUS := .venv/prometheus/.ready
 
-.PHONY: install check test test-fast test-matrix demo serve docs clean
+.PHONY: install check test test-fast test-matrix bench-drift demo serve docs clean
 
 install: $(READY)
 
@@ -37,6 +37,11 @@ test: $(READY) $(PROMETHEUS)
 
 test-matrix: $(READY) $(PROMETHEUS)
 	$(BIN)/pytest -m slow
+
+# False alarms and delays of drift detection, beside Kolmogorov-Smirnov and PSI; REPLAYS=20 for a quick look.
+REPLAYS ?= 200
+bench-drift: $(READY)
+	$(BIN)/python -m benchmarks.drift_detection --replays $(REPLAYS)
 
 demo: $(READY)
 	$(BIN)/python -m examples.demo
