@@ -20,6 +20,7 @@ class Uid(Enum):
 
     OVERVIEW = ("tuneserve-overview", "tuneserve: overview")
     VERSIONS = ("tuneserve-versions", "tuneserve: versions")
+    DRIFT = ("tuneserve-drift", "tuneserve: drift")
     ENGINE = ("tuneserve-engine", "tuneserve: engine")
     TRAINING = ("tuneserve-training", "tuneserve: training")
 

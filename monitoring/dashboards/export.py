@@ -5,6 +5,7 @@ from pathlib import Path
 
 from grafana_foundation_sdk.cog.encoder import JSONEncoder
 
+from monitoring.dashboards.drift import drift
 from monitoring.dashboards.engine import engine
 from monitoring.dashboards.overview import overview
 from monitoring.dashboards.training import training
@@ -13,7 +14,13 @@ from monitoring.dashboards.versions import versions
 
 def files() -> dict[str, str]:
     """Every dashboard's JSON, by file name."""
-    dashboards = {"overview": overview(), "versions": versions(), "engine": engine(), "training": training()}
+    dashboards = {
+        "overview": overview(),
+        "versions": versions(),
+        "drift": drift(),
+        "engine": engine(),
+        "training": training(),
+    }
     return {
         f"{name}.json": json.dumps(dashboard, cls=JSONEncoder, indent=2, sort_keys=True) + "\n"
         for name, dashboard in dashboards.items()

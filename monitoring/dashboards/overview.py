@@ -38,16 +38,24 @@ def _now() -> list[PanelBuilder]:
     versions = Query(f"svc_model_version_info{MODEL}", f"{VERSION} ({{{{format}}}})")
     build = Query("svc_build_info", "tuneserve {{release}}, {{engine}}, {{device}}")
     return [
-        number("Server", "Whether the server answers.", "none", Query("svc_server_up", "server"), names=_UP),
-        number("Engine", "Whether the engine is ready to answer.", "none", _READY, names={0: "not ready", 1: "ready"}),
-        labels("Serving", "The version that is loaded.", versions),
-        labels("Build", "The release of the server, its engine and its device.", build),
+        number("Server", "Whether the server answers.", "none", Query("svc_server_up", "server"), names=_UP, span=3),
+        number(
+            "Engine",
+            "Whether the engine is ready to answer.",
+            "none",
+            _READY,
+            names={0: "not ready", 1: "ready"},
+            span=3,
+        ),
+        labels("Serving", "The version that is loaded.", versions, span=3),
+        labels("Build", "The release of the server, its engine and its device.", build, span=3),
         number(
             "Availability",
             f"Requests without a fault of the server in the time shown; objective: {AVAILABILITY_OBJECTIVE:.1%}.",
             "percentunit",
             Query(f"1 - {failed}", "availability"),
             limits=_AVAILABILITY,
+            span=3,
         ),
         number(
             "Error budget left",
@@ -55,6 +63,23 @@ def _now() -> list[PanelBuilder]:
             "percentunit",
             Query(left, "left"),
             limits=Limits(warning=0.25, bad=0),
+            span=3,
+        ),
+        number(
+            "Drift alarms",
+            "How many of three signals say that live traffic is not what the version was judged by.",
+            "none",
+            Query(total(f"svc_drift_alarm{MODEL}", "model", "version"), VERSION),
+            limits=Limits(warning=1, bad=2),
+            span=3,
+        ),
+        number(
+            "Held-out quality",
+            "Whether the version gives for its held-out set what it gave at registration.",
+            "none",
+            Query(f"1 - svc_holdout_changed{MODEL}", VERSION),
+            names={0: "changed", 1: "as registered"},
+            span=3,
         ),
     ]
 

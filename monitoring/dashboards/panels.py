@@ -5,6 +5,7 @@ Knows Grafana's model and no metric.
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from enum import Enum
 from typing import Final
 
 from grafana_foundation_sdk.builders import bargauge, common, prometheus, stat, statetimeline, table, timeseries
@@ -19,6 +20,7 @@ from grafana_foundation_sdk.models.common import (
     GraphTresholdsStyleMode,
     LegendDisplayMode,
     LegendPlacement,
+    ScaleDistribution,
     StackingMode,
     VisibilityMode,
 )
@@ -46,6 +48,16 @@ class Limits:
     bad: float
 
 
+class Axis(Enum):
+    """What values are drawn along."""
+
+    FROM_ZERO = "from zero"
+    FREE = "free"
+    """For values on both sides of 0."""
+    LOGARITHMIC = "logarithmic"
+    """For values above 0 that are powers of ten apart."""
+
+
 def chart(
     title: str,
     text: str,
@@ -53,6 +65,7 @@ def chart(
     *queries: Query,
     limits: Limits | None = None,
     stacked: bool = False,
+    axis: Axis = Axis.FROM_ZERO,
     span: int = 8,
 ) -> PanelBuilder:
     """Lines over time; limits are drawn as lines.
@@ -81,8 +94,11 @@ def chart(
     )
     if stacked:
         panel.stacking(common.StackingConfig().mode(StackingMode.NORMAL))
+    if axis is Axis.LOGARITHMIC:
+        panel.scale_distribution(common.ScaleDistributionConfig().type(ScaleDistribution.LOG).log(10))
     # From 0 on, 99.9 % and 99 % look the same.
-    return panel if limits and limits.bad < limits.warning else panel.min(0)
+    less_is_worse = limits is not None and limits.bad < limits.warning
+    return panel.min(0) if axis is Axis.FROM_ZERO and not less_is_worse else panel
 
 
 def number(
@@ -135,8 +151,20 @@ def labels(title: str, text: str, query: Query, *, span: int = 4) -> PanelBuilde
     )
 
 
-def timeline(title: str, text: str, query: Query, *, names: Mapping[int, str], span: int = 8) -> PanelBuilder:
-    """A band for each series, coloured while its value is 1."""
+def timeline(
+    title: str,
+    text: str,
+    query: Query,
+    *,
+    names: Mapping[int, str],
+    off: str = "transparent",
+    span: int = 8,
+) -> PanelBuilder:
+    """A band for each series, coloured while its value is 1.
+
+    Args:
+        off: colour while it is 0.
+    """
     return (
         statetimeline.Panel()
         .title(title)
@@ -146,7 +174,7 @@ def timeline(title: str, text: str, query: Query, *, names: Mapping[int, str], s
         .height(_CHART_HEIGHT)
         .span(span)
         .show_value(VisibilityMode.NEVER)
-        .mappings(_names(names, off="transparent"))
+        .mappings(_names(names, off=off))
         .thresholds(_thresholds(None))
         .targets(_targets([query]))
     )

@@ -36,7 +36,8 @@ def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
     tokenizer = resolve_base("smollm2-135m-instruct", Settings().base_cache).folder
     build_tiny_model(folder / "base", tokenizer)
     write_examples(folder / "train.jsonl", read_examples(DATA / "train.jsonl")[:48])
-    write_examples(folder / "heldout.jsonl", read_examples(DATA / "heldout.jsonl")[:8])
+    # Enough for the smallest window of the watch for drift.
+    write_examples(folder / "heldout.jsonl", read_examples(DATA / "heldout.jsonl")[:24])
     (folder / "recipe.yaml").write_text(RECIPE, "utf-8")
     return folder
 

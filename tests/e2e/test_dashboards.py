@@ -1,11 +1,12 @@
 """What dashboards and alerts ask for exists: a real Prometheus on a real server under load answers every query."""
 
 import math
+import os
 import re
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +21,8 @@ from sqlalchemy.orm import Session
 
 from examples.load import Load
 from examples.service import svc_json
+from monitoring.drift.budget import Signal
+from svc.dataset.reader import read_examples
 from svc.store.database import open_database
 from svc.store.tables import FeedbackRow, RequestRow
 from tests.deploy.prometheus_rules import FOLDER, rules
@@ -31,6 +34,9 @@ pytestmark = [pytest.mark.slow]
 
 MONITOR_PORT, PROMETHEUS_PORT = 8942, 8943
 DASHBOARDS = ROOT / "deploy" / "grafana" / "dashboards"
+HELDOUT = ROOT / "examples" / "debian-triage" / "heldout.jsonl"
+RATED = 65
+"""Without a version before, the first 50 ratings are what later ones are compared with, in windows of ten and more."""
 VARIABLES = {"model": "tiny", "version_a": "1", "version_b": "2", "datasource": "prometheus"}
 PANELS = panel_queries(DASHBOARDS, VARIABLES, rate_interval="1m", shown="5m")
 _COMPARISON = re.compile(r" (==|!=|>=|<=|>|<) (?=[\d.])")
@@ -42,7 +48,7 @@ class Watched:
 
     Attributes:
         load: what was asked, while version 2 was promoted and taken back.
-        rated: id of a request that was rated.
+        rated: id of a request that was rated, beside those of `RATED`.
     """
 
     server: Server
@@ -68,10 +74,15 @@ class Watched:
 
 
 @contextmanager
-def process(command: list[str | Path], log: Path) -> Iterator[None]:
-    """Runs a command for the body."""
+def process(command: list[str | Path], log: Path, environment: Mapping[str, str] | None = None) -> Iterator[None]:
+    """Runs a command for the body.
+
+    Args:
+        environment: variables beside those of this process.
+    """
+    variables = os.environ | dict(environment or {})
     with log.open("wb") as output:
-        running = subprocess.Popen([str(part) for part in command], stdout=output, stderr=output)
+        running = subprocess.Popen([str(part) for part in command], stdout=output, stderr=output, env=variables)
     try:
         yield
     finally:
@@ -81,7 +92,7 @@ def process(command: list[str | Path], log: Path) -> Iterator[None]:
 
 @pytest.fixture(scope="module")
 def watched(server: Server, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Watched]:
-    """`svc monitor` and Prometheus as deploy/ has them, but for ports and a scrape a second."""
+    """`svc monitor` and Prometheus as deploy/ has them, but for ports, a scrape a second and a check in two."""
     folder = tmp_path_factory.mktemp("prometheus")
     config = yaml.safe_load((FOLDER / "prometheus.yml").read_text("utf-8"))
     config["global"] = {"scrape_interval": "1s", "evaluation_interval": "1s"}
@@ -91,6 +102,8 @@ def watched(server: Server, tmp_path_factory: pytest.TempPathFactory) -> Iterato
     (folder / "prometheus.yml").write_text(yaml.safe_dump(config), "utf-8")
     svc = Path(sys.executable).with_name("svc")
     monitor: list[str | Path] = [svc, "--home", server.home, "monitor", "--port", str(MONITOR_PORT)]
+    # The server's own setting, so that the monitor knows that prompts are kept.
+    checks = {"SVC_MONITOR__DRIFT_EVERY_S": "2", "SVC_RECORDS__CONTENT_SHARE": "1"}
     prometheus: list[str | Path] = [
         ROOT / ".venv" / "prometheus" / "bin" / "prometheus",
         f"--config.file={folder / 'prometheus.yml'}",
@@ -98,12 +111,15 @@ def watched(server: Server, tmp_path_factory: pytest.TempPathFactory) -> Iterato
         f"--web.listen-address=127.0.0.1:{PROMETHEUS_PORT}",
     ]
     with (
-        process(monitor, folder / "monitor.log"),
+        process(monitor, folder / "monitor.log", checks),
         process(prometheus, folder / "prometheus.log"),
         httpx.Client(base_url=f"http://127.0.0.1:{PROMETHEUS_PORT}", trust_env=False) as client,
     ):
         _wait_for_target(client, folder)
-        yield _put_under_load(server, client)
+        watched = _put_under_load(server, client)
+        _wait_for_drift(watched, folder)
+        time.sleep(4)  # the last requests are scraped, and the rules have seen them
+        yield watched
 
 
 def _wait_for_target(client: httpx.Client, folder: Path) -> None:
@@ -120,6 +136,17 @@ def _wait_for_target(client: httpx.Client, folder: Path) -> None:
     raise AssertionError((folder / "monitor.log").read_text() + (folder / "prometheus.log").read_text()[-2000:])
 
 
+def _wait_for_drift(watched: Watched, folder: Path) -> None:
+    """Until every signal of the version that serves was compared, and its held-out set was asked again."""
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline:
+        compared = {series["metric"]["signal"] for series in watched.ask('svc_drift_score{version="1"}')}
+        if compared == set(Signal) and watched.ask('svc_holdout_nll{version="1"}'):
+            return
+        time.sleep(0.5)
+    raise AssertionError(f"compared: {compared or 'nothing'}\n{(folder / 'monitor.log').read_text()[-2000:]}")
+
+
 def _put_under_load(server: Server, client: httpx.Client) -> Watched:
     with Load(server.url, "tiny", server.prompts) as load:
         load.wait_for(16)
@@ -129,15 +156,27 @@ def _put_under_load(server: Server, client: httpx.Client) -> Watched:
         load.wait_for(16)
         with pytest.raises(openai.NotFoundError):
             server.client.chat.completions.create(model="other", messages=[{"role": "user", "content": "hi"}])
-        messages: Any = server.prompts[0]
-        raw = server.client.chat.completions.with_raw_response.create(model="tiny", messages=messages, max_tokens=5)
-        rated = raw.headers["x-request-id"]
+        rated = _ask(server, server.prompts[0])
         for rating in ("good", "bad"):
-            given = {"request_id": rated, "rating": rating, "correction": "mail a@b.de"}
-            httpx.post(f"{server.url}/v1/feedback", json=given).raise_for_status()
+            _rate(server, rated, rating, correction="mail a@b.de")
         load.wait_for(16)
-    time.sleep(4)  # the last requests are scraped, and the rules have seen them
+    for index, example in enumerate(read_examples(HELDOUT)[:RATED]):
+        asked = _ask(server, [message.as_dict() for message in example.prompt])
+        _rate(server, asked, "bad" if index % 5 == 0 else "good")
     return Watched(server, client, load, rated)
+
+
+def _ask(server: Server, messages: Any) -> str:
+    """The id of a request."""
+    raw = server.client.chat.completions.with_raw_response.create(
+        model="tiny", messages=messages, max_tokens=5, temperature=0
+    )
+    return raw.headers["x-request-id"]
+
+
+def _rate(server: Server, request_id: str, rating: str, **more: str) -> None:
+    given = {"request_id": request_id, "rating": rating, **more}
+    httpx.post(f"{server.url}/v1/feedback", json=given).raise_for_status()
 
 
 @pytest.mark.parametrize("query", PANELS, ids=lambda query: f"{query.dashboard}: {query.panel}")
@@ -173,7 +212,7 @@ def test_prometheus_counts_what_the_clients_got(watched: Watched) -> None:
     for version in ("1", "2"):
         got = sum(answer.version == f"tiny@{version}" for answer in watched.load.answers)
         counted = watched.value(f'sum(svc_requests_total{{model="tiny", version="{version}", status="200"}})')
-        extra = 1 if version == "1" else 0  # the request that was rated
+        extra = 1 + RATED if version == "1" else 0  # the requests that were rated
         assert counted == got + extra
 
 

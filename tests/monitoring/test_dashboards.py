@@ -14,6 +14,7 @@ from monitoring.dashboards.export import files
 from monitoring.dashboards.overview import AVAILABILITY_OBJECTIVE, FIRST_TOKEN_OBJECTIVE, SERVER_FAULTS
 from monitoring.dashboards.promql import mean, quantile, rate, share
 from tests.command_line import Svc
+from tests.deploy.prometheus_rules import metrics, rules
 from tests.monitoring.panel_queries import PanelQuery, panel_queries
 
 ROOT = Path(__file__).parents[2]
@@ -127,9 +128,15 @@ def test_every_metric_of_the_engine_exists() -> None:
     assert _asked("vllm:") - _vllm_names() == set()
 
 
+def test_every_recorded_series_is_recorded() -> None:
+    asked = {name for query in QUERIES for name in metrics(query.expr) if name.startswith("job")}
+    assert asked
+    assert asked <= {rule["record"] for rule in rules("record")}
+
+
 def test_every_documented_metric_is_looked_at() -> None:
-    rules = "".join(path.read_text("utf-8") for path in RULES.glob("*.yml"))
-    in_rules = {SUFFIX.sub("", name) for name in METRIC.findall(rules)}
+    text = "".join(path.read_text("utf-8") for path in RULES.glob("*.yml"))
+    in_rules = {SUFFIX.sub("", name) for name in METRIC.findall(text)}
     assert DOCUMENTED - _asked("svc_") - in_rules == set(NOT_SHOWN)
 
 
@@ -147,6 +154,14 @@ def test_rates_are_made_of_the_scrapes_that_prometheus_makes() -> None:
     assert interval == prometheus["global"]["scrape_interval"]
 
 
+def test_a_change_below_zero_and_a_p_value_are_seen() -> None:
+    axes = {panel["title"]: panel["fieldConfig"]["defaults"] for panel in _panels("drift.json")}
+    assert [title for title in axes if title.startswith("Change of") and "min" in axes[title]] == []
+    surprises = [axis for title, axis in axes.items() if title.startswith("Surprise of")]
+    assert surprises
+    assert all(axis["custom"]["scaleDistribution"] == {"type": "log", "log": 10} for axis in surprises)
+
+
 def test_the_command_needs_no_heavy_library() -> None:
     code = "import sys, monitoring.dashboards.export; print(*sys.modules)"
     loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT).stdout
@@ -160,9 +175,9 @@ def test_the_help_does_not_load_the_dashboards() -> None:
 
 
 def test_every_query_is_promql(tmp_path: Path) -> None:
-    rules = [{"record": f"query:{index}", "expr": query.expr} for index, query in enumerate(QUERIES)]
+    recorded = [{"record": f"query:{index}", "expr": query.expr} for index, query in enumerate(QUERIES)]
     page = tmp_path / "rules.yml"
-    page.write_text(yaml.safe_dump({"groups": [{"name": "queries", "rules": rules}]}), "utf-8")
+    page.write_text(yaml.safe_dump({"groups": [{"name": "queries", "rules": recorded}]}), "utf-8")
     checked = subprocess.run([PROMTOOL, "check", "rules", page], capture_output=True, text=True, check=False)
     assert checked.returncode == 0, checked.stderr
 
