@@ -30,6 +30,7 @@ from monitoring.drift.streams import (
 from svc.redaction import Redactor
 from svc.registry.registry import Registry
 from svc.settings import RecordSettings
+from svc.store.answered import content_is_kept
 from svc.store.desired import Target
 from svc.store.drift import DriftAlarm, DriftState, keep_drift, read_drift_alarms, read_drift_states
 
@@ -60,7 +61,7 @@ class DriftCheck:
     ) -> None:
         self._registry = registry
         self._store = store
-        self._content_kept = settings.content_share > 0
+        self._content_share = settings.content_share
         self._redactor = Redactor(settings.redact)
         self._clock = clock
         self._references: dict[str, tuple[Target, Reference]] = {}
@@ -77,9 +78,11 @@ class DriftCheck:
         states = {
             signal: STATE.validate_json(kept[signal].state) if signal in kept else StreamState() for signal in Signal
         }
+        # The server may have been started with other settings than this process.
+        kept_content = self._content_share > 0 or content_is_kept(self._store, target)
         streams: tuple[Stream, ...] = (
-            PromptStream(self._store, target, held, self._content_kept),
-            AnswerStream(self._store, target, held, self._content_kept),
+            PromptStream(self._store, target, held, kept_content),
+            AnswerStream(self._store, target, held, kept_content),
             RatingStream(self._store, target, states[Signal.PEOPLE]),
         )
         return [_Advance(self._store, target, stream, states[stream.signal], self._clock()).run() for stream in streams]

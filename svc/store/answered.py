@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime
 
-from sqlalchemy import ColumnElement, Engine, and_, select
+from sqlalchemy import ColumnElement, Engine, and_, func, select
 from sqlalchemy.orm import Session
 
 from svc.store.desired import Target
@@ -65,6 +65,13 @@ def answered_ids(store: Engine, target: Target, *, after: int, newest: int, with
     query = select(RequestRow.id).where(which).order_by(RequestRow.id.desc()).limit(newest)
     with Session(store) as session:
         return list(session.scalars(query))[::-1]
+
+
+def content_is_kept(store: Engine, target: Target) -> bool:
+    """Whether any of the newest 1000 rows of a version has its prompt and answer."""
+    newest = select(RequestRow.prompt).where(_answered_by(target)).order_by(RequestRow.id.desc()).limit(1000).subquery()
+    with Session(store) as session:
+        return bool(session.scalar(select(func.count(newest.c.prompt))))
 
 
 def read_answered(store: Engine, ids: Sequence[int]) -> list[AnsweredRequest]:

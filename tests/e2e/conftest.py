@@ -12,7 +12,7 @@ import pytest
 from examples.service import serving, svc, svc_json
 from svc.dataset.reader import read_examples, write_examples
 from svc.settings import Settings
-from tests.e2e.server import PORT, Server
+from tests.e2e.server import HELDOUT_EXAMPLES, PORT, Server
 from tests.e2e.tiny_model import build_tiny_model
 
 DATA = Path(__file__).parents[2] / "examples" / "debian-triage"
@@ -37,7 +37,7 @@ def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
     build_tiny_model(folder / "base", tokenizer)
     write_examples(folder / "train.jsonl", read_examples(DATA / "train.jsonl")[:48])
     # Enough for the smallest window of the watch for drift.
-    write_examples(folder / "heldout.jsonl", read_examples(DATA / "heldout.jsonl")[:24])
+    write_examples(folder / "heldout.jsonl", read_examples(DATA / "heldout.jsonl")[:HELDOUT_EXAMPLES])
     (folder / "recipe.yaml").write_text(RECIPE, "utf-8")
     return folder
 

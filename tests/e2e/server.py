@@ -9,6 +9,8 @@ import openai
 from examples.service import svc_json
 
 PORT = 8941
+HELDOUT_EXAMPLES = 24
+"""Twice the smallest window of the drift tests, and a few."""
 
 
 @dataclass(frozen=True)

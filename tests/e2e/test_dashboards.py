@@ -102,8 +102,7 @@ def watched(server: Server, tmp_path_factory: pytest.TempPathFactory) -> Iterato
     (folder / "prometheus.yml").write_text(yaml.safe_dump(config), "utf-8")
     svc = Path(sys.executable).with_name("svc")
     monitor: list[str | Path] = [svc, "--home", server.home, "monitor", "--port", str(MONITOR_PORT)]
-    # The server's own setting, so that the monitor knows that prompts are kept.
-    checks = {"SVC_MONITOR__DRIFT_EVERY_S": "2", "SVC_RECORDS__CONTENT_SHARE": "1"}
+    checks = {"SVC_MONITOR__DRIFT_EVERY_S": "2"}
     prometheus: list[str | Path] = [
         ROOT / ".venv" / "prometheus" / "bin" / "prometheus",
         f"--config.file={folder / 'prometheus.yml'}",

@@ -32,7 +32,7 @@ from svc.store.database import open_database
 from svc.store.desired import Target
 from svc.store.holdouts import HoldoutCause, newest_holdout_run
 from svc.store.tables import RequestRow
-from tests.e2e.server import PORT, Server
+from tests.e2e.server import HELDOUT_EXAMPLES, PORT, Server
 
 pytestmark = [pytest.mark.slow]
 
@@ -44,7 +44,7 @@ def test_a_trained_version_is_registered_with_its_proofs(home: Path) -> None:
     assert set(shown["formats"]) == {"adapter", "merged", "gptq"}
     for name in ("merged", "gptq"):
         assert len(shown["formats"][name]["probes"]) == 8
-        assert shown["formats"][name]["evaluation"]["examples"] == 8
+        assert shown["formats"][name]["evaluation"]["examples"] == HELDOUT_EXAMPLES
     assert shown["formats"]["merged"]["evaluation"]["nll"]["value"] < shown["base_evaluation"]["nll"]["value"]
 
 
@@ -92,7 +92,7 @@ def test_the_held_out_set_is_asked_again_and_gives_what_it_gave_at_the_registrat
     store, registry = open_database(server.home), Registry.of(Settings(home=server.home))
     run = _wait_for(lambda: newest_holdout_run(store, target))
     registered = registry.results(target.version, target.format)
-    assert run.cause is HoldoutCause.START
+    assert run.cause in (HoldoutCause.START, HoldoutCause.SWAP)  # other tests may have swapped before
     assert run.hits == tuple(result.hit for result in registered)
     differences = [abs(nll - result.nll) for nll, result in zip(run.nll, registered, strict=True)]
     print(f"\nheld-out set again: NLL differs by {max(differences):.4f} at most")

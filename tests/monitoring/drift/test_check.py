@@ -157,6 +157,14 @@ def test_without_content_prompts_are_off_and_says_what_to_set(
     assert reports[Signal.OUTPUT].status is Status.ALARM
 
 
+def test_content_that_the_server_keeps_is_compared_whatever_this_process_is_told(
+    registry: Registry, store: Store, traffic: Traffic
+) -> None:
+    traffic.ask(ALIKE[:40])
+    checks = DriftCheck(registry, store, RecordSettings(content_share=0), clock=lambda: traffic.now)
+    assert checks.run(target())[0].status is Status.STEADY
+
+
 def test_a_version_of_an_older_release_is_off_and_says_why(registry: Registry, store: Store, traffic: Traffic) -> None:
     register(registry, 2, space=False)
     traffic.ask(ALIKE[:20], number=2)
