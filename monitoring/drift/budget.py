@@ -57,10 +57,10 @@ class Window:
 
 
 WINDOWS = (
-    Window(size=10, every=5, share=0.15),
+    Window(size=10, every=5, share=0.2),
     Window(size=30, every=5, share=0.35),
     Window(size=50, every=10, share=0.3),
-    Window(size=100, every=25, share=0.2),
+    Window(size=100, every=25, share=0.15),
 )
 """A gross shift is found in ten requests, a fine one in fifty. Beyond a hundred there are none: a window that is larger
 than half of the held-out set finds above all the accident of which examples were held out."""

@@ -9,11 +9,15 @@ import numpy as np
 
 from monitoring.drift.domain_classifier import Floats, Similarity, permutation_test
 from monitoring.drift.feature_tests import compare_categories, compare_numbers, compare_shares
+from monitoring.drift.prompt_features import PromptFeature
 from monitoring.drift.sample import YES, Sample
 
 CLASSIFIER: Final = "domain_classifier"
 _CLASSIFIER_SHARE = 0.7
 """Of the input's budget: it sees what no single feature shows."""
+_LENGTH_SHARE = 0.15
+"""The plainest sign of other prompts. With so much, eight of ten prompts that are shorter than all held-out ones are an
+alarm, as they would be if length were all that is looked at; with an equal part of the rest it took nine."""
 _WIDTHS = (1.0, 0.55)
 """Of the two views of a prompt, topic and answer; chosen on training and held-out prompts."""
 
@@ -59,14 +63,25 @@ class FeatureTest:
 
 
 def input_tests(reference: Sample) -> list[ClassifierTest | FeatureTest]:
-    """The domain classifier, and each readable feature of a prompt."""
-    return [ClassifierTest(reference, _CLASSIFIER_SHARE), *feature_tests(reference, 1 - _CLASSIFIER_SHARE)]
+    """The domain classifier, the length, and each other readable feature of a prompt."""
+    length = PromptFeature.CHARACTERS.value
+    others = [name for name in _features(reference) if name != length]
+    share = (1 - _CLASSIFIER_SHARE - _LENGTH_SHARE) / len(others)
+    return [
+        ClassifierTest(reference, _CLASSIFIER_SHARE),
+        FeatureTest(length, reference, _LENGTH_SHARE),
+        *(FeatureTest(name, reference, share) for name in others),
+    ]
 
 
-def feature_tests(reference: Sample, share: float) -> list[FeatureTest]:
-    """A test for each feature of a reference, with equal parts of a share."""
-    names = [*reference.numbers, *reference.categories]
-    return [FeatureTest(name, reference, share / len(names)) for name in names]
+def answer_tests(reference: Sample) -> list[FeatureTest]:
+    """Each readable feature of an answer, with equal parts."""
+    names = _features(reference)
+    return [FeatureTest(name, reference, 1 / len(names)) for name in names]
+
+
+def _features(sample: Sample) -> list[str]:
+    return [*sample.numbers, *sample.categories]
 
 
 class RatingFeature(StrEnum):

@@ -17,7 +17,7 @@ from monitoring.drift.budget import SIGNAL_SHARES, WINDOWS, Signal
 from monitoring.drift.detector import Detector, Test, Watch
 from monitoring.drift.reference import Reference
 from monitoring.drift.sample import NO, YES, Sample, evenly_picked
-from monitoring.drift.signals import RatingFeature, feature_tests, input_tests, rating_tests
+from monitoring.drift.signals import RatingFeature, answer_tests, input_tests, rating_tests
 from svc.store.answered import (
     AnsweredRequest,
     RatedAnswer,
@@ -166,7 +166,7 @@ class AnswerStream:
     def tests(self) -> Sequence[Test]:
         """Readable features."""
         assert self.reference is not None  # noqa: S101 - asked only where it is there
-        return feature_tests(self.reference, 1.0)
+        return answer_tests(self.reference)
 
     def read(self, state: StreamState, most: int) -> Items:
         """Rows whose content is kept; all rows where none is."""

@@ -59,7 +59,7 @@ def answered_ids(store: Engine, target: Target, *, after: int, newest: int, with
         newest: so many at most.
         with_content: only those whose prompt and answer are kept.
     """
-    which = and_(_answered_by(target), RequestRow.status == _GOOD_STATUS, RequestRow.id > after)
+    which = and_(answered_by(target), RequestRow.status == _GOOD_STATUS, RequestRow.id > after)
     if with_content:
         which = and_(which, RequestRow.prompt.is_not(None), RequestRow.answer.is_not(None))
     query = select(RequestRow.id).where(which).order_by(RequestRow.id.desc()).limit(newest)
@@ -69,7 +69,7 @@ def answered_ids(store: Engine, target: Target, *, after: int, newest: int, with
 
 def content_is_kept(store: Engine, target: Target) -> bool:
     """Whether any of the newest 1000 rows of a version has its prompt and answer."""
-    newest = select(RequestRow.prompt).where(_answered_by(target)).order_by(RequestRow.id.desc()).limit(1000).subquery()
+    newest = select(RequestRow.prompt).where(answered_by(target)).order_by(RequestRow.id.desc()).limit(1000).subquery()
     with Session(store) as session:
         return bool(session.scalar(select(func.count(newest.c.prompt))))
 
@@ -99,12 +99,12 @@ def texts_of(store: Engine, request_ids: Sequence[str]) -> dict[str, tuple[str, 
 
 def read_ratings(store: Engine, target: Target, *, newest: int) -> list[RatedAnswer]:
     """The newest ratings of a version's answers, in the order in which they were given."""
-    return _ratings(store, _answered_by(target), newest)
+    return _ratings(store, answered_by(target), newest)
 
 
 def read_earlier_ratings(store: Engine, target: Target, *, newest: int) -> list[RatedAnswer]:
     """The newest ratings of what other versions of the name, or other formats, answered before this one first did."""
-    first = select(RequestRow.id).where(_answered_by(target)).order_by(RequestRow.id).limit(1)
+    first = select(RequestRow.id).where(answered_by(target)).order_by(RequestRow.id).limit(1)
     with Session(store) as session:
         began = session.scalar(first)
     if began is None:
@@ -130,7 +130,8 @@ def _ratings(store: Engine, which: ColumnElement[bool], newest: int) -> list[Rat
     return found[::-1]
 
 
-def _answered_by(target: Target) -> ColumnElement[bool]:
+def answered_by(target: Target) -> ColumnElement[bool]:
+    """Rows of requests that a version in a format was to answer."""
     return and_(
         RequestRow.model == target.version.name,
         RequestRow.number == target.version.number,

@@ -9,7 +9,7 @@ import pytest
 from monitoring.drift.budget import FALSE_ALARMS_PER_REQUEST, SIGNAL_SHARES, WINDOWS, Signal, usable
 from monitoring.drift.detector import Detector, Watch
 from monitoring.drift.sample import Sample
-from monitoring.drift.signals import feature_tests, input_tests, rating_tests
+from monitoring.drift.signals import answer_tests, input_tests, rating_tests
 
 REQUESTS = 10_000
 PROMISED = 0.1
@@ -67,7 +67,7 @@ def test_the_tests_of_a_signal_share_its_budget(signal: Signal) -> None:
     ratings = Sample(2, {}, {"bad_ratings": np.array(["yes", "no"]), "corrections": np.array(["no", "no"])})
     shares = {
         Signal.INPUT: [test.share for test in input_tests(reference)],
-        Signal.OUTPUT: [test.share for test in feature_tests(reference, 1.0)],
+        Signal.OUTPUT: [test.share for test in answer_tests(reference)],
         Signal.PEOPLE: [test.share for test in rating_tests(ratings)],
     }
     assert sum(shares[signal]) == pytest.approx(1)
