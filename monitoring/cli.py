@@ -7,9 +7,12 @@ import threading
 import time
 from collections.abc import Mapping
 from contextlib import ExitStack, nullcontext
+from functools import cache
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
+from pydantic import ValidationError
 
 from svc.errors import IntegrityError, NotFoundError, ServerNotRunningError
 from svc.invocation import json_option, settings_of
@@ -18,6 +21,7 @@ from svc.settings import Settings
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
+    from sqlalchemy import Engine as Store
 
     from monitoring.figures import Look
 
@@ -129,9 +133,17 @@ def _look(settings: Settings) -> "Look":
             state, metrics = client.get("/svc/status"), client.get("/metrics")
             state.raise_for_status()
             metrics.raise_for_status()
-            return Look(url, state.json(), read_figures(metrics.text), _drift(settings, state.json()))
+            found, figures = state.json(), read_figures(metrics.text)
     except (httpx.HTTPError, httpx.InvalidURL, ValueError) as error:
         raise ServerNotRunningError(f"the server at {url} does not answer: {error}", todo="see its log") from error
+    return Look(url, found, figures, _drift(settings, found))
+
+
+@cache
+def _store(home: Path) -> "Store":
+    from svc.store.database import open_database
+
+    return open_database(home)
 
 
 def _drift(settings: Settings, state: Mapping[str, Any]) -> dict[str, str]:
@@ -139,13 +151,12 @@ def _drift(settings: Settings, state: Mapping[str, Any]) -> dict[str, str]:
     from monitoring.drift.production import read_drift
     from svc.registry.registry import Registry
     from svc.registry.version import Format, VersionId
-    from svc.store.database import open_database
     from svc.store.desired import Target
 
     try:
         target = Target(VersionId.parse(state["version"]), Format(state["format"]))
-        reports, quality = read_drift(Registry.of(settings), open_database(settings.home), target)
-    except (NotFoundError, IntegrityError):
+        reports, quality = read_drift(Registry.of(settings), _store(settings.home), target)
+    except (NotFoundError, IntegrityError, ValidationError):  # the last: what another release wrote
         return {}
     found = {report.signal.value: report.status.value for report in reports}
     return {**found, "quality": quality.quality.value} if found or quality.asked_at else {}

@@ -1,6 +1,6 @@
 """`svc monitor`: one page with the server's metrics, and with what is known of versions, training runs and drift.
 
-A process of its own, so that it goes on when the server does not, and can stand on another machine than the server.
+A process of its own, so that it goes on when the server does not. On another machine it has the server's page alone.
 """
 
 import threading

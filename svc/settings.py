@@ -116,7 +116,10 @@ class MonitorSettings(_Section):
     port: int = Field(9464, ge=0, le=65535, description="port to listen on")
     server: str = Field("", description="URL of the server to watch; default: the one that runs on this home")
     drift_every_s: float = Field(
-        60.0, ge=0, description="time from one check for drift to the next, seconds; 0: `svc monitor` makes none"
+        60.0,
+        ge=0,
+        le=300,
+        description="time from one check for drift to the next, seconds; 0: `svc monitor` makes none",
     )
 
 

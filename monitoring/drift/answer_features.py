@@ -15,6 +15,7 @@ import numpy as np
 from monitoring.drift.sample import NO, NOT_THERE, YES, Sample
 from svc.evaluation.metrics import is_json
 
+_ENDS = ("stop", "length")
 _MOST_LABELS = 30
 _FEWEST_OF_LABEL = 3
 """References a label, in the mean; fewer are texts, not labels."""
@@ -42,9 +43,9 @@ class AnswerFeature(StrEnum):
     REFUSAL = "refusal"
     """It begins as refusals in English do."""
     VALID_JSON = "valid_json"
-    """Only where all held-out references are JSON."""
+    """Only where all held-out references are JSON; of answers that ended where held-out ones could."""
     LABEL = "label"
-    """The answer, where the references are a few labels; any other answer is `other`."""
+    """The answer, where the references are a few labels, else `other`; of the same answers."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,13 +87,13 @@ class AnswerSampler:
         }
         categories = {
             AnswerFeature.FINISH_REASON: [self._finish_reason(answer) for answer in answers],
-            AnswerFeature.EMPTY: [_yes(answer.text, lambda text: not text.strip()) for answer in answers],
+            AnswerFeature.EMPTY: [self._empty(answer) for answer in answers],
             AnswerFeature.REFUSAL: [_yes(answer.text, is_refusal) for answer in answers],
         }
         if self._wants_json:
-            categories[AnswerFeature.VALID_JSON] = [_yes(answer.text, is_json) for answer in answers]
+            categories[AnswerFeature.VALID_JSON] = [_yes(self._whole(answer), is_json) for answer in answers]
         if self._labels:
-            categories[AnswerFeature.LABEL] = [self._label(answer.text) for answer in answers]
+            categories[AnswerFeature.LABEL] = [self._label(self._whole(answer)) for answer in answers]
         return Sample(
             len(answers),
             {name.value: np.asarray(values, dtype=np.float64) for name, values in numbers.items()},
@@ -109,6 +110,15 @@ class AnswerSampler:
         if not answer.greedy or answer.finish_reason is None:
             return NOT_THERE
         return "length" if (answer.tokens or 0) > self._max_tokens else answer.finish_reason
+
+    def _empty(self, answer: Answer) -> str:
+        """An answer of tool calls has no text either, and is none."""
+        return _yes(answer.text if answer.finish_reason in _ENDS else None, lambda text: not text.strip())
+
+    def _whole(self, answer: Answer) -> str | None:
+        """The text, where it ended by itself before held-out answers were cut: a part of JSON is none."""
+        ended = answer.finish_reason == "stop" and answer.tokens is not None and answer.tokens <= self._max_tokens
+        return answer.text if ended else None
 
     def _label(self, text: str | None) -> str:
         if text is None:

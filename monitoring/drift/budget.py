@@ -66,12 +66,13 @@ WINDOWS = (
 than half of the held-out set finds above all the accident of which examples were held out."""
 
 
-def usable(windows: Sequence[Window], reference: int) -> tuple[Window, ...]:
-    """The windows of at most half the reference, with all of the budget.
+def usable(windows: Sequence[Window], reference: int, part: float = 0.5) -> tuple[Window, ...]:
+    """The windows of at most a part of the reference, with all of the budget.
 
     Args:
         reference: items to compare with.
+        part: of the reference that a window may be as large as.
     """
-    small = [window for window in windows if 2 * window.size <= reference]
+    small = [window for window in windows if window.size <= part * reference]
     total = sum(window.share for window in small)
     return tuple(replace(window, share=window.share / total) for window in small)

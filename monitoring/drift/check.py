@@ -10,7 +10,7 @@ from dataclasses import replace
 from datetime import UTC, datetime
 from typing import Final
 
-from pydantic import TypeAdapter
+from pydantic import TypeAdapter, ValidationError
 from sqlalchemy import Engine as Store
 
 from monitoring.drift.budget import BURST, REQUESTS_PER_DAY, Signal
@@ -47,7 +47,7 @@ class DriftCheck:
     """Checks versions of one home; remembers the reference of one version a name.
 
     Args:
-        settings: what is kept of requests, and how it is redacted.
+        settings: how the server redacts what it keeps.
         clock: the time now.
     """
 
@@ -61,7 +61,6 @@ class DriftCheck:
     ) -> None:
         self._registry = registry
         self._store = store
-        self._content_share = settings.content_share
         self._redactor = Redactor(settings.redact)
         self._clock = clock
         self._references: dict[str, tuple[Target, Reference]] = {}
@@ -75,17 +74,15 @@ class DriftCheck:
         """
         kept = read_drift_states(self._store, target)
         held = self._read_reference(target)
-        states = {
-            signal: STATE.validate_json(kept[signal].state) if signal in kept else StreamState() for signal in Signal
-        }
-        # The server may have been started with other settings than this process.
-        kept_content = self._content_share > 0 or content_is_kept(self._store, target)
+        states = {signal: _read_state(kept.get(signal)) for signal in Signal}
+        now = self._clock()
+        content_kept = content_is_kept(self._store, target)
         streams: tuple[Stream, ...] = (
-            PromptStream(self._store, target, held, kept_content),
-            AnswerStream(self._store, target, held, kept_content),
-            RatingStream(self._store, target, states[Signal.PEOPLE]),
+            PromptStream(self._store, target, held, content_kept),
+            AnswerStream(self._store, target, held, content_kept),
+            RatingStream(self._store, target, states[Signal.PEOPLE], now),
         )
-        return [_Advance(self._store, target, stream, states[stream.signal], self._clock()).run() for stream in streams]
+        return [_Advance(self._store, target, stream, states[stream.signal], now).run() for stream in streams]
 
     def _read_reference(self, target: Target) -> Reference:
         name = target.version.name
@@ -120,6 +117,9 @@ class _Advance:
     def _report(self) -> SignalReport:
         signal, reference = self._stream.signal, self._stream.reference
         if self._stream.off:
+            if self._state.watch.alarm:
+                self._ended(self._now)
+                self._state = replace(self._state, watch=replace(self._state.watch, alarm=None, fresh=0))
             return SignalReport(signal, Status.OFF, self._stream.off)
         if reference is None:
             return SignalReport(signal, Status.WAITING, "there is nothing to compare with yet: too few ratings")
@@ -137,8 +137,17 @@ class _Advance:
         lines = compare(self._stream.tests(), reference, live, (watch.position,)) if size else ()
         status = Status.ALARM if watch.alarm else Status.STEADY
         lasting = self._lasting() if watch.alarm else None
-        moved = tuple(finding.test for finding in watch.alarm.findings) if watch.alarm else ()
-        return SignalReport(signal, status, "", watch.position, size, lines, lasting.since if lasting else None, moved)
+        moved = tuple(dict.fromkeys(finding.test for finding in watch.alarm.findings)) if watch.alarm else ()
+        return SignalReport(
+            signal,
+            status,
+            items=watch.position,
+            window=size,
+            lines=lines,
+            alarm_since=lasting.since if lasting else None,
+            moved=moved,
+            newest_at=items.times[-1] if items.times else None,
+        )
 
     def _take(self, detector: Detector) -> Items:
         state = self._state
@@ -180,7 +189,9 @@ class _Advance:
             called_at=items.times[stop - 1],
             ended_at=None,
             moved=MOVED.dump_json(moved).decode("utf-8"),
-            examples=tuple(items.request_ids[start + place] for place in new_examples(tests, live)),
+            examples=tuple(
+                items.request_ids[start + place] for place in new_examples(tests, alarm.findings, reference, live)
+            ),
         )
 
     def _ended(self, time: datetime) -> None:
@@ -198,6 +209,15 @@ class _Advance:
         mine = [*self._alarms[::-1], *(alarm for alarm in kept if alarm.signal == self._stream.signal)]
         ended = {alarm.id for alarm in self._alarms if alarm.ended_at and alarm.id is not None}
         return next((alarm for alarm in mine if alarm.ended_at is None and alarm.id not in ended), None)
+
+
+def _read_state(kept: DriftState | None) -> StreamState:
+    """Where the watch stood; at its beginning, where another release left what this one cannot read."""
+    try:
+        return STATE.validate_json(kept.state) if kept else StreamState()
+    except ValidationError:
+        log.warning("the watch for drift begins anew: its state cannot be read", exc_info=True)
+        return StreamState()
 
 
 def _refilled(state: StreamState, now: datetime) -> StreamState:

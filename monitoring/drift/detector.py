@@ -109,6 +109,7 @@ class Detector:
         tests: their shares add up to at most 1.
         reference: items to compare with; decides which windows can be used.
         share: of the whole budget, see monitoring.drift.budget.
+        part: of the reference that a window may be as large as.
         stream: numbers that make the shuffles of one stream differ from another's.
     """
 
@@ -119,12 +120,13 @@ class Detector:
         share: float,
         *,
         windows: Sequence[Window] = WINDOWS,
+        part: float = 0.5,
         stream: Sequence[int] = (),
     ) -> None:
         self._tests = tests
         self._rate = FALSE_ALARMS_PER_REQUEST * share
         self._stream = tuple(stream)
-        self.windows = usable(windows, reference)
+        self.windows = usable(windows, reference, part)
 
     @property
     def memory(self) -> int:

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-Floats = NDArray[np.float64]
+from monitoring.drift.sample import Floats
 
 _FIRST_SHUFFLES = 128
 _MOST_TOGETHER = 16_384

@@ -13,7 +13,6 @@ from svc.dataset.text_space import WORD, TextSpace
 
 _WORD = re.compile(WORD)
 _SYMBOL = re.compile(r"[^\w\s]")
-_NAME_CHARS = 20
 _LANGUAGE_CHARS = 2000
 """Enough to tell a language; it is the slowest feature."""
 
@@ -36,7 +35,7 @@ class PromptFeature(StrEnum):
     LANGUAGE = "language"
     """ISO 639 code."""
     SYSTEM_PROMPT = "system_prompt"
-    """How it begins, with a checksum; a prompt with a date in it is another one each day, on both sides alike."""
+    """Its checksum; a prompt with a date in it is another one each day, on both sides alike."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,4 +96,4 @@ def language(text: str) -> str:
 
 
 def _short_name(system: str) -> str:
-    return f"{' '.join(system.split())[:_NAME_CHARS]} #{crc32(system.encode('utf-8')):08x}" if system else "none"
+    return f"#{crc32(system.encode('utf-8')):08x}" if system else "none"

@@ -11,7 +11,7 @@ from typing import Any
 
 from monitoring.drift.answer_features import Answer, AnswerSampler, is_greedy
 from monitoring.drift.prompt_features import Prompt, PromptSampler
-from monitoring.drift.sample import Sample, evenly_picked
+from monitoring.drift.sample import Sample, evenly_picked, first_of_recent
 from svc.dataset.example import ChatExample
 from svc.dataset.text_space import TEXT_SPACE_FILE, load_text_space
 from svc.errors import NotFoundError
@@ -87,25 +87,23 @@ def read_reference(registry: Registry, target: Target, redactor: Redactor) -> Re
     try:
         prompt_sampler = PromptSampler(load_text_space(registry.reference(version, TEXT_SPACE_FILE)))
         heldout = [_heldout_prompt(example, redactor) for example in examples]
-        places = _compared(heldout)
+        places = evenly_picked(first_of_recent(heldout), _MOST_COMPARED)
         prompts = prompt_sampler.sample([heldout[place] for place in places])
         results = registry.results(version, target.format)
         answers = answer_sampler.sample(
-            [_heldout_answer(results[place], redactor) for place in places if place < len(results)]
+            [_heldout_answer(examples[place], results[place], redactor) for place in places if place < len(results)]
         )
     except NotFoundError as error:
         missing = error.wrong
     return Reference(prompt_sampler, answer_sampler, prompts, answers, missing, cut)
 
 
-def _compared(prompts: Sequence[Prompt]) -> list[int]:
-    """Places of those that are compared: each prompt once, as of live ones, and not more than are of use."""
-    first = {prompt: place for place, prompt in reversed(list(enumerate(prompts)))}
-    return evenly_picked(sorted(first.values()), _MOST_COMPARED)
-
-
-def _heldout_answer(result: ExampleResult, redactor: Redactor) -> Answer:
-    return Answer(redactor.text(result.answer), result.tokens, result.finish_reason, result.logprob, greedy=True)
+def _heldout_answer(example: ChatExample, result: ExampleResult, redactor: Redactor) -> Answer:
+    """As a live one would be kept: an answer of which something was blanked has no score."""
+    texts = [*(message.content for message in example.prompt), result.answer]
+    whole = all(redactor.text(text) == text for text in texts)
+    logprob = result.logprob if whole else None
+    return Answer(redactor.text(result.answer), result.tokens, result.finish_reason, logprob, greedy=True)
 
 
 def read_prompt(kept: str) -> Prompt:

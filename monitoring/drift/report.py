@@ -8,7 +8,7 @@ from enum import StrEnum
 import numpy as np
 
 from monitoring.drift.budget import Signal
-from monitoring.drift.detector import Test
+from monitoring.drift.detector import Finding, Test
 from monitoring.drift.domain_classifier import separation, typical
 from monitoring.drift.feature_tests import category_stability, number_stability
 from monitoring.drift.sample import NOT_THERE, Sample
@@ -60,6 +60,7 @@ class SignalReport:
         window: newest items that `lines` are about.
         alarm_since: of an alarm, when the window began in which it was seen.
         moved: names of the tests that called the alarm.
+        newest_at: when the newest item began, or was rated.
     """
 
     signal: Signal
@@ -70,6 +71,7 @@ class SignalReport:
     lines: tuple[Line, ...] = ()
     alarm_since: datetime | None = None
     moved: tuple[str, ...] = ()
+    newest_at: datetime | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,12 +91,28 @@ def compare(tests: Sequence[Test], reference: Sample, live: Sample, seed: Sequen
     return tuple(_line(test, reference, live, test.p_value(live, _SHOWN_P, seed)) for test in tests)
 
 
-def new_examples(tests: Sequence[Test], live: Sample) -> list[int]:
-    """Places of the most typical new items of a window: by the classifier, else the newest."""
+def new_examples(tests: Sequence[Test], findings: Sequence[Finding], reference: Sample, live: Sample) -> list[int]:
+    """Places of the items by which an alarm is seen best.
+
+    The classifier's most typical new ones where it called the alarm; else those that moved most in the feature that
+    did, the newest of them first.
+    """
+    called = {finding.test for finding in findings}
     for test in tests:
-        if isinstance(test, ClassifierTest):
+        if isinstance(test, ClassifierTest) and test.name in called:
             return typical(test.similarities(live), live.size, EXAMPLES)
-    return list(range(live.size))[: -EXAMPLES - 1 : -1]
+    name = min(findings, key=lambda finding: finding.p / finding.alpha).test
+    newest_first = np.arange(live.size)[::-1]
+    return [int(place) for place in sorted(newest_first, key=_distances(name, reference, live).__getitem__)[:EXAMPLES]]
+
+
+def _distances(name: str, reference: Sample, live: Sample) -> list[float]:
+    """How far items are from what a feature mostly was, the farthest first: less is farther."""
+    if name in live.numbers:
+        values = live.numbers[name]
+        return list(-np.nan_to_num(np.abs(values - np.nanmedian(reference.numbers[name])), nan=-1.0))
+    held, seen = _shares(reference.categories[name]), _shares(live.categories[name])
+    return [held.get(str(one), 0.0) - seen.get(str(one), 0.0) for one in live.categories[name]]
 
 
 def _line(test: Test, reference: Sample, live: Sample, p: float) -> Line:

@@ -1,6 +1,7 @@
 """Things that are compared, one a row: their features, and where they lie in text space."""
 
-from collections.abc import Mapping, Sequence
+from collections import deque
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -12,6 +13,8 @@ Names = NDArray[np.str_]
 NOT_THERE = ""
 """A category that an item does not have; a number that it does not have is NaN. Neither is compared."""
 
+RECENT = 100
+"""Items within which a prompt that comes again counts once."""
 YES, NO = "yes", "no"
 """Categories of a feature that is there or not."""
 
@@ -53,6 +56,23 @@ class Sample:
             {name: np.concatenate([values, other.categories[name]]) for name, values in self.categories.items()},
             tuple(np.concatenate(pair) for pair in zip(self.views, other.views, strict=True)),
         )
+
+
+def first_of_recent(keys: Sequence[Hashable], memory: Sequence[Hashable] = ()) -> list[int]:
+    """Places of what does not come again within the newest `RECENT` that were taken.
+
+    The same rule for held-out and for live prompts, or one would be drawn otherwise than the other.
+
+    Args:
+        memory: what was taken before.
+    """
+    recent = deque(memory, maxlen=RECENT)
+    places = []
+    for place, key in enumerate(keys):
+        if key not in recent:
+            recent.append(key)
+            places.append(place)
+    return places
 
 
 def evenly_picked(places: Sequence[int], most: int) -> list[int]:

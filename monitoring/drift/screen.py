@@ -114,7 +114,8 @@ def _status(report: SignalReport) -> Text:
     if report.why:
         text.append(f": {report.why}")
     if report.items:
-        text.append(f"  ({report.items} {unit} seen)", "dim")
+        newest = f", the newest {report.newest_at:{_TIME}}" if report.newest_at else ""
+        text.append(f"  ({report.items} {unit} seen{newest})", "dim")
     return text
 
 

@@ -4,8 +4,7 @@ A prompt that comes again within the newest hundred counts once: a health check 
 the tests take requests to be independent.
 """
 
-from collections import deque
-from collections.abc import Iterable, Sequence
+from collections.abc import Hashable, Iterable, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
 from typing import Protocol
@@ -15,24 +14,25 @@ from sqlalchemy import Engine as Store
 
 from monitoring.drift.budget import SIGNAL_SHARES, WINDOWS, Signal
 from monitoring.drift.detector import Detector, Test, Watch
-from monitoring.drift.reference import Reference
-from monitoring.drift.sample import NO, YES, Sample, evenly_picked
+from monitoring.drift.reference import Reference, read_prompt
+from monitoring.drift.sample import NO, RECENT, YES, Sample, evenly_picked, first_of_recent
 from monitoring.drift.signals import RatingFeature, answer_tests, input_tests, rating_tests
 from svc.store.answered import (
     AnsweredRequest,
     RatedAnswer,
     answered_ids,
+    newest_id,
     read_answered,
     read_earlier_ratings,
     read_ratings,
 )
 from svc.store.desired import Target
 
-MEMORY = max(window.size for window in WINDOWS)
+MEMORY = max(RECENT, *(window.size for window in WINDOWS))
 _MOST_WAITING = 20_000
 """Rows since the last check, of which some are picked; a check after days of silence looks at no more."""
-_FEWEST_EARLIER_RATINGS = 30
-_OWN_RATINGS = 50
+_FEWEST_RATINGS = 100
+"""To compare with: as many as the largest window has."""
 _MOST_RATINGS = 1_000
 
 
@@ -83,6 +83,7 @@ class Stream(Protocol):
         signal: which.
         off: why it cannot be watched; empty where it can.
         reference: what items are compared with; None while there is none.
+        part: of the reference that a window may be as large as.
     """
 
     @property
@@ -93,6 +94,9 @@ class Stream(Protocol):
 
     @property
     def reference(self) -> Sample | None: ...
+
+    @property
+    def part(self) -> float: ...
 
     def tests(self) -> Sequence[Test]:
         """Its tests; there is a reference."""
@@ -107,7 +111,7 @@ def detector_of(stream: Stream, target: Target) -> Detector:
     """The detector of a stream that has a reference."""
     size = stream.reference.size if stream.reference else 0
     seed = (target.version.number, list(Signal).index(stream.signal))
-    return Detector(stream.tests(), size, SIGNAL_SHARES[stream.signal], stream=seed)
+    return Detector(stream.tests(), size, SIGNAL_SHARES[stream.signal], part=stream.part, stream=seed)
 
 
 @dataclass(frozen=True)
@@ -117,15 +121,18 @@ class PromptStream:
     store: Store
     target: Target
     held: Reference
-    content_kept: bool
+    content_kept: bool | None
     signal = Signal.INPUT
+    part = 0.5
 
     @property
     def off(self) -> str:
         """Without content there is nothing to compare."""
         if self.reference is None:
             return self.held.missing
-        return "" if self.content_kept else "no prompts are kept: set records.content_share, and start the server again"
+        if self.content_kept is False:
+            return "no prompts are kept: set records.content_share, and start the server again"
+        return ""
 
     @property
     def reference(self) -> Sample | None:
@@ -150,8 +157,9 @@ class AnswerStream:
     store: Store
     target: Target
     held: Reference
-    content_kept: bool
+    content_kept: bool | None
     signal = Signal.OUTPUT
+    part = 0.5
 
     @property
     def off(self) -> str:
@@ -170,7 +178,7 @@ class AnswerStream:
 
     def read(self, state: StreamState, most: int) -> Items:
         """Rows whose content is kept; all rows where none is."""
-        rows, new, cursor = _read_rows(self.store, self.target, state, most, with_content=self.content_kept)
+        rows, new, cursor = _read_rows(self.store, self.target, state, most, with_content=bool(self.content_kept))
         return _items(rows, self.held.live_answers(rows), new, cursor)
 
 
@@ -178,21 +186,23 @@ class RatingStream:
     """Ratings, against those of the versions before, or where there are few of those, against its own first ones."""
 
     signal = Signal.PEOPLE
-
     off = ""
+    part = 1.0
+    """Ratings are few; and one share is known well enough from a reference of the window's size."""
 
-    def __init__(self, store: Store, target: Target, state: StreamState) -> None:
+    def __init__(self, store: Store, target: Target, state: StreamState, now: datetime) -> None:
         self._ratings = read_ratings(store, target, newest=_MOST_RATINGS)
-        self._newest = max((_micros(rating.given_at) for rating in self._ratings), default=0)
+        # Not beyond now: a clock that ran ahead for a while would make all later ratings old.
+        self._newest = min(_micros(now), max((_micros(rating.given_at) for rating in self._ratings), default=0))
         self.base = state.base
         if self.base:
             return
         earlier = read_earlier_ratings(store, target, newest=_MOST_RATINGS)
-        if len(earlier) >= _FEWEST_EARLIER_RATINGS:
+        if len(earlier) >= _FEWEST_RATINGS:
             self.base = _pairs(earlier)
-        elif len(self._ratings) >= _OWN_RATINGS:
+        elif len(self._ratings) >= _FEWEST_RATINGS:
             # From here on they are the reference, and no part of the stream.
-            self.base, self._ratings = _pairs(self._ratings[:_OWN_RATINGS]), self._ratings[_OWN_RATINGS:]
+            self.base, self._ratings = _pairs(self._ratings[:_FEWEST_RATINGS]), self._ratings[_FEWEST_RATINGS:]
 
     @property
     def reference(self) -> Sample | None:
@@ -224,16 +234,18 @@ def _read_rows(
     store: Store, target: Target, state: StreamState, most: int, *, with_content: bool
 ) -> tuple[list[AnsweredRequest], int, int]:
     """The rows of memory and the new ones, how many are new, and the next cursor."""
-    waiting = answered_ids(store, target, after=state.cursor, newest=_MOST_WAITING, with_content=with_content)
-    before = read_answered(store, state.memory)
-    recent = deque((row.prompt for row in before), maxlen=MEMORY)
-    new = []
-    for row in read_answered(store, evenly_picked(waiting, most)):
-        if row.prompt is not None and row.prompt in recent:
-            continue
-        recent.append(row.prompt)
-        new.append(row)
-    return [*before, *new], len(new), waiting[-1] if waiting else state.cursor
+    # Ids begin anew when all rows were forgotten; then those of memory are others now.
+    cursor, memory = (state.cursor, state.memory) if newest_id(store) >= state.cursor else (0, ())
+    waiting = answered_ids(store, target, after=cursor, newest=_MOST_WAITING, with_content=with_content)
+    before = read_answered(store, target, memory)
+    found = read_answered(store, target, evenly_picked(waiting, most))
+    new = [found[place] for place in first_of_recent([_key(row) for row in found], [_key(row) for row in before])]
+    return [*before, *new], len(new), waiting[-1] if waiting else cursor
+
+
+def _key(row: AnsweredRequest) -> Hashable:
+    """What makes two requests one; those whose prompts are not kept are all different."""
+    return row.id if row.prompt is None else read_prompt(row.prompt)
 
 
 def _items(rows: Sequence[AnsweredRequest], sample: Sample, new: int, cursor: int) -> Items:

@@ -6,6 +6,7 @@ parent.
 
 import logging
 import os
+import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -66,9 +67,18 @@ class DriftWorker:
 
 
 def _work(prepare: Prepare, settings: Settings, parent: int) -> None:
-    """The process: checks until its parent is gone."""
+    """The process: checks on one core until its parent is gone."""
+    from threadpoolctl import threadpool_limits
+
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C goes to the parent too, which ends this one
+    logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     os.nice(_NICENESS)
     check = prepare(settings)
+    with threadpool_limits(1):
+        _check_until_orphaned(check, settings.monitor.drift_every_s, parent)
+
+
+def _check_until_orphaned(check: Callable[[], object], every_s: float, parent: int) -> None:
     next_check = time.monotonic()
     while os.getppid() == parent:
         if time.monotonic() >= next_check:
@@ -76,5 +86,5 @@ def _work(prepare: Prepare, settings: Settings, parent: int) -> None:
                 check()
             except Exception:  # the boundary of this process: the next check may find what this one did not
                 log.exception("a check for drift failed")
-            next_check = time.monotonic() + settings.monitor.drift_every_s
+            next_check = time.monotonic() + every_s
         time.sleep(_LOOK_EVERY_S)

@@ -35,9 +35,12 @@ _TOPIC_AXES = 64
 """Of the axes, those that are compared as they are; the answer is predicted from all of them."""
 _ANSWER_AXES = 32
 _RIDGE = 0.3
-_MAX_EXAMPLES = 20_000
-"""More training examples make no better axes, and cost minutes."""
-_MAX_CHARS = 20_000
+_MAX_EXAMPLES = 5_000
+"""More training examples make no better axes, and cost memory."""
+_MAX_CHARS = 2_000
+"""Of a text, its beginning; n-grams of all of a long one cost 30 ms."""
+_TOGETHER = 100
+"""Texts whose n-grams are in memory at once, before they are added up."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,7 +88,8 @@ class TextSpace:
         for row in range(found.shape[0]):
             words = found.indices[found.indptr[row] : found.indptr[row + 1]]
             if len(words):
-                shares[row] = 1 - np.isin(words, self.words).mean()
+                places = np.minimum(np.searchsorted(self.words, words), len(self.words) - 1)
+                shares[row] = (self.words[places] != words).mean() if len(self.words) else 1.0
         return shares
 
 
@@ -93,13 +97,14 @@ def fit_text_space(prompts: Sequence[str], answers: Sequence[str]) -> TextSpace:
     """Makes the map.
 
     Args:
-        prompts: of the training examples, at least one; beyond 20,000, evenly picked.
+        prompts: of the training examples, at least one; beyond 5,000, evenly picked.
         answers: one for each prompt.
     """
     from sklearn.feature_extraction.text import TfidfTransformer
 
-    step = -(-len(prompts) // _MAX_EXAMPLES)
-    prompts, answers = prompts[::step], answers[::step]
+    if len(prompts) > _MAX_EXAMPLES:
+        places = np.linspace(0, len(prompts) - 1, _MAX_EXAMPLES).round().astype(int)
+        prompts, answers = [prompts[place] for place in places], [answers[place] for place in places]
     counts = _ngrams(prompts)
     idf = TfidfTransformer().fit(counts).idf_.astype(np.float32)
     weighted = _weighted(counts, idf)
@@ -160,19 +165,21 @@ def _main_axes(matrix: "csr_matrix", count: int) -> Floats:
 
 
 def _ngrams(texts: Sequence[str]) -> "csr_matrix":
-    from sklearn.feature_extraction.text import HashingVectorizer
-
-    return HashingVectorizer(
-        n_features=_BUCKETS, analyzer="char_wb", ngram_range=(2, 5), alternate_sign=False, norm=None
-    ).transform([text[:_MAX_CHARS] for text in texts])
+    return _hashed(texts, n_features=_BUCKETS, analyzer="char_wb", ngram_range=(2, 5))
 
 
 def _words(texts: Sequence[str]) -> "csr_matrix":
+    return _hashed(texts, n_features=_WORD_BUCKETS, token_pattern=WORD)
+
+
+def _hashed(texts: Sequence[str], **options: object) -> "csr_matrix":
+    """Counts of hashed parts, texts by buckets."""
+    from scipy.sparse import vstack
     from sklearn.feature_extraction.text import HashingVectorizer
 
-    return HashingVectorizer(
-        n_features=_WORD_BUCKETS, token_pattern=WORD, alternate_sign=False, norm=None, binary=True
-    ).transform([text[:_MAX_CHARS] for text in texts])
+    hasher = HashingVectorizer(alternate_sign=False, norm=None, **options)
+    cut = [text[:_MAX_CHARS] for text in texts]
+    return vstack([hasher.transform(cut[at : at + _TOGETHER]) for at in range(0, len(cut), _TOGETHER)]).tocsr()
 
 
 def _weighted(counts: "csr_matrix", idf: NDArray[np.float32]) -> "csr_matrix":

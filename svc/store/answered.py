@@ -67,20 +67,34 @@ def answered_ids(store: Engine, target: Target, *, after: int, newest: int, with
         return list(session.scalars(query))[::-1]
 
 
-def content_is_kept(store: Engine, target: Target) -> bool:
-    """Whether any of the newest 1000 rows of a version has its prompt and answer."""
-    newest = select(RequestRow.prompt).where(answered_by(target)).order_by(RequestRow.id.desc()).limit(1000).subquery()
+def content_is_kept(store: Engine, target: Target) -> bool | None:
+    """Whether any of the newest 1000 rows of a version has its prompt and answer; None where there is no row."""
+    newest = (
+        select(RequestRow.prompt.is_not(None).label("kept"))
+        .where(answered_by(target))
+        .order_by(RequestRow.id.desc())
+        .limit(1000)
+        .subquery()
+    )
     with Session(store) as session:
-        return bool(session.scalar(select(func.count(newest.c.prompt))))
+        kept = session.scalar(select(func.max(newest.c.kept)))
+        return None if kept is None else bool(kept)
 
 
-def read_answered(store: Engine, ids: Sequence[int]) -> list[AnsweredRequest]:
-    """The rows with these ids, in order; those that were forgotten since are left out."""
+def newest_id(store: Engine) -> int:
+    """The newest row's id; 0 where there is none. Ids begin anew when all rows were forgotten."""
+    with Session(store) as session:
+        return session.scalar(select(func.max(RequestRow.id))) or 0
+
+
+def read_answered(store: Engine, target: Target, ids: Sequence[int]) -> list[AnsweredRequest]:
+    """The rows of a version with these ids, in order; those that were forgotten since are left out."""
     rows: list[AnsweredRequest] = []
     names = AnsweredRequest.__dataclass_fields__
     with Session(store) as session:
         for start in range(0, len(ids), _ASKED_TOGETHER):
-            query = select(RequestRow).where(RequestRow.id.in_(ids[start : start + _ASKED_TOGETHER]))
+            part = ids[start : start + _ASKED_TOGETHER]
+            query = select(RequestRow).where(RequestRow.id.in_(part), answered_by(target))
             rows += [AnsweredRequest(**{name: getattr(row, name) for name in names}) for row in session.scalars(query)]
     return sorted(rows, key=lambda row: row.id)
 
@@ -109,7 +123,8 @@ def read_earlier_ratings(store: Engine, target: Target, *, newest: int) -> list[
         began = session.scalar(first)
     if began is None:
         return []
-    return _ratings(store, and_(RequestRow.model == target.version.name, RequestRow.id < began), newest)
+    earlier = and_(RequestRow.model == target.version.name, RequestRow.id < began)
+    return _ratings(store, and_(earlier, RequestRow.status == _GOOD_STATUS), newest)
 
 
 def _ratings(store: Engine, which: ColumnElement[bool], newest: int) -> list[RatedAnswer]:

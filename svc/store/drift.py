@@ -8,14 +8,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime
 
-from sqlalchemy import ColumnElement, Engine, and_, select
+from sqlalchemy import ColumnElement, Engine, and_, delete, select
 from sqlalchemy.orm import Session
 
 from svc.store.desired import Target
 from svc.store.tables import DriftAlarmRow, DriftStateRow
 
 KEPT_ALARMS = 100
-"""Shown of a version: the newest."""
+"""Of a version in a format: the newest, and those that last."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,11 +89,16 @@ def keep_drift(store: Engine, target: Target, state: DriftState, alarms: Sequenc
                     examples="\n".join(alarm.examples),
                 )
             )
+        if alarms:
+            session.flush()
+            newest = select(DriftAlarmRow.id).where(_of(DriftAlarmRow, target)).order_by(DriftAlarmRow.id.desc())
+            ended = and_(_of(DriftAlarmRow, target), DriftAlarmRow.ended_at.is_not(None))
+            session.execute(delete(DriftAlarmRow).where(ended, DriftAlarmRow.id.not_in(newest.limit(KEPT_ALARMS))))
 
 
 def read_drift_alarms(store: Engine, target: Target) -> list[DriftAlarm]:
-    """The newest alarms of a version in a format, the newest first."""
-    query = select(DriftAlarmRow).where(_of(DriftAlarmRow, target)).order_by(DriftAlarmRow.id.desc()).limit(KEPT_ALARMS)
+    """The alarms of a version in a format that are kept, the newest first."""
+    query = select(DriftAlarmRow).where(_of(DriftAlarmRow, target)).order_by(DriftAlarmRow.id.desc())
     with Session(store) as session:
         return [
             DriftAlarm(

@@ -10,7 +10,7 @@ from sqlalchemy import Engine as Store
 from monitoring.drift.production import ProductionChecks
 from monitoring.drift_metrics import DriftMetrics
 from svc.registry.registry import Registry
-from svc.settings import RecordSettings, Settings
+from svc.settings import Settings
 from svc.store.database import open_database
 from svc.store.desired import change_desired
 from svc.store.holdouts import HoldoutOutcome, add_holdout_run
@@ -42,7 +42,7 @@ def metrics(registry: Registry, store: Store) -> CollectorRegistry:
 
 @pytest.fixture
 def checks(tmp_path: Path, registry: Registry) -> ProductionChecks:
-    return ProductionChecks(Settings(home=tmp_path, records=RecordSettings(content_share=1)))
+    return ProductionChecks(Settings(home=tmp_path))
 
 
 def test_a_version_that_was_never_checked_is_seen_to_be(metrics: CollectorRegistry) -> None:

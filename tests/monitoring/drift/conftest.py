@@ -46,5 +46,5 @@ def traffic(store: Store) -> Traffic:
 @pytest.fixture
 def check(registry: Registry, store: Store, traffic: Traffic) -> Check:
     """Checks version 1, at the time of its last request; contents are kept."""
-    checks = DriftCheck(registry, store, RecordSettings(content_share=1), clock=lambda: traffic.now)
+    checks = DriftCheck(registry, store, RecordSettings(), clock=lambda: traffic.now)
     return lambda: {report.signal: report for report in checks.run(target())}

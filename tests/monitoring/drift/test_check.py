@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from datetime import timedelta
 from pathlib import Path
 
+import numpy as np
 import pytest
 from sqlalchemy import Engine as Store
 
@@ -81,7 +82,7 @@ def test_who_checks_often_finds_the_same(
         traffic.ask(texts)
         once.ask(texts)
         check()
-    DriftCheck(registry, once_store, RecordSettings(content_share=1), clock=lambda: once.now).run(target())
+    DriftCheck(registry, once_store, RecordSettings(), clock=lambda: once.now).run(target())
     often, at_once = (
         [(alarm.since, alarm.called_at, alarm.moved, alarm.examples) for alarm in read_drift_alarms(one, target())]
         for one in (store, once_store)
@@ -101,7 +102,7 @@ def test_of_many_requests_some_are_looked_at(
 ) -> None:
     monkeypatch.setattr("monitoring.drift.check.BURST", 20)
     now = NOON
-    checks = DriftCheck(registry, store, RecordSettings(content_share=1), clock=lambda: now)
+    checks = DriftCheck(registry, store, RecordSettings(), clock=lambda: now)
 
     def seen(texts: Sequence[str]) -> int:
         traffic.ask(texts)
@@ -146,29 +147,110 @@ def test_an_answer_that_is_longer_than_heldout_ones_could_be_counts_as_cut(check
     assert lines["finish_reason"].live == "length 100%"
 
 
-def test_without_content_prompts_are_off_and_says_what_to_set(
-    registry: Registry, store: Store, traffic: Traffic
-) -> None:
+def test_without_content_prompts_are_off_and_says_what_to_set(check: Check, traffic: Traffic) -> None:
     traffic.ask(ALIKE[:60], content=False, tokens=16, finish_reason="length")
-    checks = DriftCheck(registry, store, RecordSettings(content_share=0), clock=lambda: traffic.now)
-    reports = {report.signal: report for report in checks.run(target())}
+    reports = check()
     assert reports[Signal.INPUT].status is Status.OFF
     assert "records.content_share" in reports[Signal.INPUT].why
     assert reports[Signal.OUTPUT].status is Status.ALARM
 
 
-def test_content_that_the_server_keeps_is_compared_whatever_this_process_is_told(
-    registry: Registry, store: Store, traffic: Traffic
+def test_before_the_first_request_it_waits(check: Check) -> None:
+    assert check()[Signal.INPUT].status is Status.WAITING
+
+
+def test_an_alarm_ends_when_content_is_kept_no_more(
+    check: Check, traffic: Traffic, store: Store, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    traffic.ask(ALIKE[:40])
-    checks = DriftCheck(registry, store, RecordSettings(content_share=0), clock=lambda: traffic.now)
-    assert checks.run(target())[0].status is Status.STEADY
+    traffic.ask(STRONG[:30])
+    check()
+    traffic.ask(ALIKE[:50], content=False)
+    with store.begin() as connection:
+        connection.exec_driver_sql("update requests set prompt = null, answer = null")
+    assert check()[Signal.INPUT].status is Status.OFF
+    assert [alarm.ended_at for alarm in alarms(store, Signal.INPUT)] == [traffic.now]
+
+
+def test_after_all_rows_were_forgotten_new_ones_are_seen(check: Check, traffic: Traffic, store: Store) -> None:
+    """SQLite begins anew with its ids then."""
+    traffic.ask(ALIKE[:60])
+    check()
+    with store.begin() as connection:
+        connection.exec_driver_sql("delete from requests")
+    traffic.ask(STRONG[:30])
+    assert check()[Signal.INPUT].status is Status.ALARM
+
+
+def test_questions_that_come_again_and_again_are_no_drift(registry: Registry, store: Store, traffic: Traffic) -> None:
+    """Of held-out prompts that repeat, as many count as of live ones."""
+    frequent, rare = ALIKE[:12], ALIKE[12:]
+    generator = np.random.default_rng(5)
+
+    def mixed(count: int, start: int) -> list[str]:
+        chosen = generator.integers(0, len(frequent), count)
+        repeats = generator.random(count) < 0.6
+        return [frequent[chosen[i]] if repeats[i] else rare[start + i] for i in range(count)]
+
+    register(registry, 2, prompts=mixed(300, 0))
+    traffic.ask(mixed(500, 300), number=2)
+    checks = DriftCheck(registry, store, RecordSettings(), clock=lambda: traffic.now)
+    assert {report.signal: report for report in checks.run(target(2))}[Signal.INPUT].status is Status.STEADY
+
+
+def test_whole_json_is_no_drift_where_heldout_json_was_cut(registry: Registry, store: Store, traffic: Traffic) -> None:
+    register(registry, 2, cut=True)
+    whole = ['{"section": "net", "why": "it says so, at some length"}'] * 40
+    traffic.ask(ALIKE[:40], whole, number=2, tokens=40)
+    checks = DriftCheck(registry, store, RecordSettings(), clock=lambda: traffic.now)
+    assert {report.signal: report for report in checks.run(target(2))}[Signal.OUTPUT].status is Status.STEADY
+
+
+def test_answers_of_tool_calls_are_not_empty(check: Check, traffic: Traffic) -> None:
+    traffic.ask(ALIKE[:40], [""] * 40, finish_reason="tool_calls", temperature=0.7)
+    assert check()[Signal.OUTPUT].status is Status.STEADY
+
+
+def test_a_state_of_another_release_begins_anew(check: Check, traffic: Traffic, store: Store) -> None:
+    traffic.ask(ALIKE[:20])
+    check()
+    with store.begin() as connection:
+        connection.exec_driver_sql("update drift_states set state = '{\"watch\": 3}'")
+    assert check()[Signal.INPUT].items == 20
+
+
+def test_of_a_system_prompt_nothing_but_a_checksum_is_kept(check: Check, traffic: Traffic, store: Store) -> None:
+    traffic.ask(ALIKE[:30], system="SECRET-TOKEN is the password.")
+    check()
+    with store.begin() as connection:
+        for table in ("drift_states", "drift_alarms"):
+            rows = connection.exec_driver_sql(f"select * from {table}").all()
+            assert rows and "SECRET" not in str(rows)
+
+
+def test_the_examples_of_a_feature_are_those_in_which_it_moved(check: Check, traffic: Traffic, store: Store) -> None:
+    traffic.ask(ALIKE[:60])
+    bad = traffic.ask(ALIKE[60:75], ["no json"] * 15)
+    traffic.ask(ALIKE[75:76])
+    check()
+    (alarm,) = alarms(store, Signal.OUTPUT)
+    assert set(alarm.examples) <= set(bad)
+
+
+def test_a_version_forgets_alarms_that_ended_long_ago(
+    check: Check, traffic: Traffic, store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("svc.store.drift.KEPT_ALARMS", 2)
+    for start in range(0, 90, 30):
+        traffic.ask(STRONG[start : start + 20])
+        traffic.ask(ALIKE[start * 4 : start * 4 + 120])
+        check()
+    assert len(read_drift_alarms(store, target())) == 2
 
 
 def test_a_version_of_an_older_release_is_off_and_says_why(registry: Registry, store: Store, traffic: Traffic) -> None:
     register(registry, 2, space=False)
     traffic.ask(ALIKE[:20], number=2)
-    checks = DriftCheck(registry, store, RecordSettings(content_share=1), clock=lambda: traffic.now)
+    checks = DriftCheck(registry, store, RecordSettings(), clock=lambda: traffic.now)
     reports = {report.signal: report for report in checks.run(target(2))}
     assert [reports[signal].status for signal in (Signal.INPUT, Signal.OUTPUT)] == [Status.OFF] * 2
     assert "triage@2 has no reference/" in reports[Signal.INPUT].why
@@ -176,7 +258,7 @@ def test_a_version_of_an_older_release_is_off_and_says_why(registry: Registry, s
 
 def test_a_small_heldout_set_is_told(registry: Registry, store: Store, traffic: Traffic) -> None:
     register(registry, 2, examples=12)
-    checks = DriftCheck(registry, store, RecordSettings(content_share=1), clock=lambda: traffic.now)
+    checks = DriftCheck(registry, store, RecordSettings(), clock=lambda: traffic.now)
     reports = {report.signal: report for report in checks.run(target(2))}
     assert reports[Signal.INPUT].why == "the held-out set is too small: 12 examples"
 
@@ -189,8 +271,8 @@ def test_another_system_prompt_is_seen(check: Check, traffic: Traffic, store: St
 
 
 def test_more_bad_ratings_than_of_the_version_before_are_an_alarm(check: Check, traffic: Traffic, store: Store) -> None:
-    traffic.rate(traffic.ask(ALIKE[:40], number=2), bad=2)
-    traffic.rate(traffic.ask(ALIKE[40:80]), bad=40)
+    traffic.rate(traffic.ask(ALIKE[:100], number=2), bad=6)
+    traffic.rate(traffic.ask(ALIKE[100:140]), bad=24)
     report = check()[Signal.PEOPLE]
     assert report.status is Status.ALARM
     assert report.moved == ("bad_ratings",)
@@ -198,25 +280,44 @@ def test_more_bad_ratings_than_of_the_version_before_are_an_alarm(check: Check, 
 
 
 def test_fewer_bad_ratings_are_no_alarm(check: Check, traffic: Traffic) -> None:
-    traffic.rate(traffic.ask(ALIKE[:40], number=2), bad=38)
-    traffic.rate(traffic.ask(ALIKE[40:80]), bad=0)
+    traffic.rate(traffic.ask(ALIKE[:100], number=2), bad=95)
+    traffic.rate(traffic.ask(ALIKE[100:140]), bad=0)
     assert check()[Signal.PEOPLE].status is Status.STEADY
 
 
 def test_without_a_version_before_its_own_first_ratings_are_the_reference(check: Check, traffic: Traffic) -> None:
-    traffic.rate(traffic.ask(ALIKE[:49]), bad=3)
+    traffic.rate(traffic.ask(ALIKE[:99]), bad=6)
     assert check()[Signal.PEOPLE].status is Status.WAITING
-    traffic.rate(traffic.ask(ALIKE[49:90]), bad=1)
-    assert check()[Signal.PEOPLE].items == 40
-    traffic.rate(traffic.ask(ALIKE[90:130]), bad=40)
+    traffic.rate(traffic.ask(ALIKE[99:100]), bad=0)
+    assert check()[Signal.PEOPLE].items == 0
+    traffic.rate(traffic.ask(ALIKE[100:120]), bad=1)
+    assert check()[Signal.PEOPLE].items == 20
+    traffic.rate(traffic.ask(ALIKE[120:150]), bad=30)
     report = check()[Signal.PEOPLE]
     assert report.status is Status.ALARM
-    assert report.items == 80
+    assert report.items == 50
+
+
+def test_half_of_the_ratings_bad_where_few_were_is_seen_in_a_hundred(check: Check, traffic: Traffic) -> None:
+    traffic.rate(traffic.ask(ALIKE[:200], number=2), bad=12)
+    for start in range(200, 300, 10):
+        traffic.rate(traffic.ask(ALIKE[start : start + 10]), bad=5)
+    assert check()[Signal.PEOPLE].status is Status.ALARM
+
+
+def test_a_clock_that_ran_ahead_makes_no_later_rating_old(check: Check, traffic: Traffic, store: Store) -> None:
+    traffic.rate(traffic.ask(ALIKE[:100], number=2), bad=6)
+    traffic.rate(traffic.ask(ALIKE[100:120]), bad=1)
+    with store.begin() as connection:
+        connection.exec_driver_sql("update feedback set given_at = '2030-01-01 00:00:00' where request = 110")
+    assert check()[Signal.PEOPLE].items == 20
+    traffic.rate(traffic.ask(ALIKE[120:160]), bad=40)
+    assert check()[Signal.PEOPLE].items >= 59
 
 
 def test_a_mail_address_is_none_on_either_side(registry: Registry, store: Store, traffic: Traffic) -> None:
     """Live texts are redacted when they are kept, so held-out ones are too before they are compared."""
-    settings = RecordSettings(content_share=1, redact=("package",))
+    settings = RecordSettings(redact=("package",))
     checks = DriftCheck(registry, store, settings, clock=lambda: traffic.now)
     system = system_prompt().replace("package", "[redacted]")
     traffic.ask([text.replace("package", "[redacted]") for text in ALIKE[:110]], system=system)

@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 from scipy.stats import binom, hypergeom
 
 from monitoring.drift import domain_classifier
-from monitoring.drift.domain_classifier import Floats, Similarity, permutation_test, separation, typical
+from monitoring.drift.domain_classifier import Similarity, permutation_test, separation, typical
+from monitoring.drift.sample import Floats
 
 WIDTHS = (1.0, 0.55)
 SURE = 0.9999

@@ -91,12 +91,6 @@ def test_system_prompts_are_told_apart_even_where_they_begin_alike() -> None:
     assert len({category(Prompt("a", system=system), PromptFeature.SYSTEM_PROMPT) for system in systems}) == 4
 
 
-def test_a_system_prompt_is_known_by_how_it_begins() -> None:
-    assert category(Prompt("a", system="You\nsort parcels."), PromptFeature.SYSTEM_PROMPT).startswith(
-        "You sort parcels."
-    )
-
-
 def test_system_prompts_that_differ_in_each_request_are_no_drift() -> None:
     # Each has its date, among the held-out ones as in live traffic.
     heldout, live = (

@@ -7,7 +7,9 @@ from functools import cache
 from pathlib import Path
 
 from sqlalchemy import Engine as Store
+from sqlalchemy import select, update
 
+from svc.dataset.example import ChatExample, Message, Role
 from svc.dataset.reader import read_examples, write_examples
 from svc.dataset.text_space import TEXT_SPACE_FILE, TextSpace, fit_text_space, save_text_space
 from svc.evaluation.results import ExampleResult, write_results
@@ -17,6 +19,7 @@ from svc.registry.version import Format, VersionId
 from svc.store.desired import Target
 from svc.store.feedback import Feedback, Rating, keep_feedback
 from svc.store.requests import RequestRecord, add_requests
+from svc.store.tables import FeedbackRow, RequestRow
 from tests.docs.pages import ROOT
 from tests.serving.versions import AliasBook
 from tests.svc.registry.manifests import make_manifest
@@ -28,6 +31,7 @@ GOOD_SHARE = 4
 """Three of four held-out answers are right, as the example's."""
 NOON = datetime(2026, 11, 1, 12, tzinfo=UTC)
 MAX_TOKENS = 16
+CUT = {"answer": '{"section": "net", "why": "it', "tokens": MAX_TOKENS, "finish_reason": "length"}
 
 
 def target(number: int = 1) -> Target:
@@ -50,20 +54,42 @@ def text_space() -> TextSpace:
     return fit_text_space([example.question for example in examples], [example.answer for example in examples])
 
 
-def register(registry: Registry, number: int = 1, *, space: bool = True, examples: int = 200) -> None:
-    """Makes a version with the example's held-out set."""
+def register(
+    registry: Registry,
+    number: int = 1,
+    *,
+    space: bool = True,
+    examples: int = 200,
+    prompts: Sequence[str] = (),
+    cut: bool = False,
+) -> None:
+    """Makes a version with the example's held-out set.
+
+    Args:
+        prompts: in place of those of the example.
+        cut: answers were longer than they could be, and their JSON ends in the middle.
+    """
     folder = registry.folder(VersionId(NAME, number))
     (folder / REFERENCE_FOLDER).mkdir(parents=True)
     heldout = read_examples(TASK / HELDOUT_FILE)[:examples]
+    if prompts:
+        heldout = [_asking(heldout[place % len(heldout)], text) for place, text in enumerate(prompts)]
     write_examples(folder / HELDOUT_FILE, heldout)
     if space:
         save_text_space(folder / REFERENCE_FOLDER / TEXT_SPACE_FILE, text_space())
         results = [result(example.answer, right=place % GOOD_SHARE > 0) for place, example in enumerate(heldout)]
+        if cut:
+            results = [one.model_copy(update=CUT) for one in results]
         write_results(folder / REFERENCE_FOLDER / results_file(Format.GPTQ), results)
     (folder / Format.GPTQ.value).mkdir()
     (folder / Format.GPTQ.value / "config.json").write_text("{}")
     recipe = {"name": NAME, "evaluate": {"max_tokens": MAX_TOKENS}}
     write_manifest(folder, make_manifest(VersionId(NAME, number), folder, recipe=recipe))
+
+
+def _asking(example: ChatExample, text: str) -> ChatExample:
+    system, _, answer = example.messages
+    return ChatExample((system, Message(Role.USER, text), answer))
 
 
 def result(answer: str, *, right: bool) -> ExampleResult:
@@ -135,9 +161,12 @@ class Traffic:
         return [record.request_id for record in records]
 
     def rate(self, request_ids: Sequence[str], *, bad: int) -> None:
-        """Rates answers, the first so many as bad."""
+        """Rates answers now, the first so many as bad."""
         for place, request_id in enumerate(request_ids):
             keep_feedback(self._store, request_id, Feedback(Rating.BAD if place < bad else Rating.GOOD))
+        rated = select(RequestRow.id).where(RequestRow.request_id.in_(request_ids))
+        with self._store.begin() as connection:
+            connection.execute(update(FeedbackRow).where(FeedbackRow.request.in_(rated)).values(given_at=self.now))
 
 
 @cache
