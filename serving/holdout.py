@@ -1,7 +1,7 @@
 """The held-out set of the version that serves, asked again on the engine that serves it, for as long as it serves.
 
-After every load of weights, and then every few hours, each example that the registration kept an answer of is asked as
-it was then. What came is kept as a row; nothing here judges it.
+After every load of weights, and then every few hours, the examples that the registration kept an answer of are asked as
+they were then; of very many some. What came is kept as a row; nothing here judges it.
 """
 
 import asyncio
@@ -15,15 +15,17 @@ from enum import StrEnum
 from typing import Any
 
 from sqlalchemy import Engine as Store
+from sqlalchemy.exc import SQLAlchemyError
 
 from serving.own_questions import OwnQuestions, SupersededError
 from serving.routing import Routes
 from serving.supervisor import Load, Supervisor
+from serving.traffic import Traffic
 from svc.dataset.example import ChatExample
 from svc.engine.client import EngineClient
 from svc.engine.probe import EngineFacts
 from svc.engine.state import EngineState
-from svc.errors import NotFoundError, SvcError
+from svc.errors import EngineError, NotFoundError, SvcError
 from svc.evaluation.evaluator import ask_example
 from svc.evaluation.results import ExampleResult
 from svc.registry.registry import Registry
@@ -34,7 +36,9 @@ log = logging.getLogger(__name__)
 
 _POLL_S = 1.0
 _PAUSE_S = 60.0
-"""After a defect."""
+"""After a defect, and where the store takes no row."""
+MOST_EXAMPLES = 200
+"""In one run. Each may wait `holdout.patience_s`: at 30 s, 200 take less than two hours, and scores get their turn."""
 
 
 class HoldoutState(StrEnum):
@@ -53,9 +57,14 @@ class _Progress:
 
 @dataclass(frozen=True, slots=True)
 class _Set:
-    """What is asked of a version: the examples that it has registered answers to, and the longest answer in tokens."""
+    """What is asked of a version.
 
-    examples: tuple[ChatExample, ...]
+    Attributes:
+        examples: that it has registered answers to, by their place in the file.
+        max_tokens: longest answer.
+    """
+
+    examples: dict[int, ChatExample]
     max_tokens: int
 
 
@@ -75,6 +84,7 @@ class HoldoutRuns:
         routes: Routes,
         registry: Registry,
         store: Store,
+        traffic: Traffic,
         facts: EngineFacts,
         every_hours: float,
     ) -> None:
@@ -83,8 +93,10 @@ class HoldoutRuns:
         self._routes = routes
         self._registry = registry
         self._store = store
+        self._traffic = traffic
         self._facts = facts
         self._every_s = every_hours * 3600
+        self._never = questions.off or ("holdout.every_hours is 0" if not every_hours else None)
         self._done: Load | None = None
         self._next_at = 0.0
         self._progress: _Progress | None = None
@@ -97,8 +109,8 @@ class HoldoutRuns:
 
     async def run(self) -> None:
         """Runs until it is cancelled."""
-        if self._off:
-            log.warning("the held-out set is not asked again: %s", self._off)
+        if self._never:
+            log.warning("the held-out set is not asked again: %s", self._never)
         while True:
             try:
                 cause = self._due()
@@ -118,7 +130,7 @@ class HoldoutRuns:
             target: what serves.
         """
         progress, last = self._progress, newest_holdout_run(self._store, target, completed=False)
-        off = self._off or self._nothing_to_ask
+        off = self._never or self._nothing_to_ask or self._questions.off
         state = HoldoutState.OFF if off else HoldoutState.RUNNING if progress else HoldoutState.WAITING
         return {
             "state": state.value,
@@ -134,14 +146,10 @@ class HoldoutRuns:
             },
         }
 
-    @property
-    def _off(self) -> str | None:
-        return self._questions.off or ("holdout.every_hours is 0" if not self._every_s else None)
-
     def _due(self) -> HoldoutCause | None:
         """Why the set is to be asked now, if it is."""
         load = self._supervisor.load
-        if self._off or self._supervisor.state is not EngineState.READY:
+        if self._never or self._supervisor.state is not EngineState.READY:
             return None
         if load != self._done:
             return HoldoutCause.START if load.fresh else HoldoutCause.SWAP
@@ -157,10 +165,12 @@ class HoldoutRuns:
         if served is None:
             return
         target, began, started_at = Target(served.version, served.format), time.monotonic(), datetime.now(UTC)
+        self._traffic.holdout_due(served, self._every_s)
         results, reason = await self._attempt(load, target, cause)
         self._done, self._next_at = load, began + self._every_s
         if self._nothing_to_ask:
             self._next_at = math.inf
+            self._traffic.holdout_due(None, self._every_s)
             return
         run = HoldoutRun(
             target=target,
@@ -170,18 +180,30 @@ class HoldoutRuns:
             ended_at=datetime.now(UTC),
             outcome=HoldoutOutcome.FAILED if reason else HoldoutOutcome.COMPLETED,
             reason=reason,
-            hits=tuple(result.hit for result in results),
-            nll=tuple(result.nll for result in results),
+            places=tuple(results),
+            hits=tuple(result.hit for result in results.values()),
+            nll=tuple(result.nll for result in results.values()),
         )
-        await asyncio.to_thread(add_holdout_run, self._store, run)
+        await self._keep(run)
+
+    async def _keep(self, run: HoldoutRun) -> None:
+        """Again and again, until the store takes it: a moment in which it is busy must not lose what took an hour."""
+        while True:
+            try:
+                return await asyncio.to_thread(add_holdout_run, self._store, run)
+            except SQLAlchemyError:
+                log.exception("the run of the held-out set of %s is not kept yet", run.target)
+                await asyncio.sleep(_PAUSE_S)
 
     async def _attempt(
         self, load: Load, target: Target, cause: HoldoutCause
-    ) -> tuple[tuple[ExampleResult, ...], str | None]:
-        """The results of all examples, or why there are none."""
+    ) -> tuple[dict[int, ExampleResult], str | None]:
+        """The results by the examples' places, or why there are none."""
         self._nothing_to_ask = None
         try:
             asked = await asyncio.to_thread(self._find_set, target)
+            if self._questions.off:
+                raise EngineError(self._questions.off)
             log.info("%s: asking %d held-out examples of %s", cause, len(asked.examples), target)
             return await self._ask_each(load, asked), None
         except SupersededError:
@@ -189,27 +211,33 @@ class HoldoutRuns:
         except NotFoundError as error:
             self._nothing_to_ask = error.wrong
             log.warning("the held-out set of %s is not asked: %s", target, error.wrong)
-            return (), error.wrong
+            return {}, error.wrong
         except Exception as error:  # whatever it is, it is this run's outcome
             log.exception("the run of the held-out set of %s failed", target)
-            return (), error.wrong if isinstance(error, SvcError) else repr(error)
+            return {}, error.wrong if isinstance(error, SvcError) else repr(error)
 
     def _find_set(self, target: Target) -> _Set:
         registered = len(self._registry.results(target.version, target.format))
-        examples = self._registry.heldout(target.version)[:registered]
-        recipe = self._registry.manifest(target.version).recipe
-        return _Set(tuple(examples), int(recipe["evaluate"]["max_tokens"]))
+        examples = self._registry.heldout(target.version)
+        max_tokens = self._registry.manifest(target.version).max_answer_tokens
+        return _Set({place: examples[place] for place in _evenly(registered, MOST_EXAMPLES)}, max_tokens)
 
-    async def _ask_each(self, load: Load, asked: _Set) -> tuple[ExampleResult, ...]:
-        results: list[ExampleResult] = []
+    async def _ask_each(self, load: Load, asked: _Set) -> dict[int, ExampleResult]:
+        results: dict[int, ExampleResult] = {}
         self._progress = _Progress(0, len(asked.examples))
         try:
-            for example in asked.examples:
-                results.append(await self._questions.ask(load, _question(example, asked.max_tokens)))
+            for place, example in asked.examples.items():
+                results[place] = await self._questions.ask(load, _question(example, asked.max_tokens))
                 self._progress.asked += 1
         finally:
             self._progress = None
-        return tuple(results)
+        return results
+
+
+def _evenly(total: int, most: int) -> list[int]:
+    """The places of all, or of so many over the whole range."""
+    count = min(total, most)
+    return [(2 * at + 1) * total // (2 * count) for at in range(count)]
 
 
 def _question(example: ChatExample, max_tokens: int) -> Callable[[EngineClient], Awaitable[ExampleResult]]:

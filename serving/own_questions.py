@@ -7,6 +7,7 @@ of requests; vLLM's own metrics and log have them. What is asked, and what the a
 import asyncio
 import logging
 import time
+from collections import deque
 from collections.abc import Awaitable, Callable, Sequence
 from typing import TypeVar
 
@@ -25,7 +26,9 @@ Result = TypeVar("Result")
 ID_PREFIX = "holdout-"
 _POLL_S = 1.0
 _MOST_DEATHS = 3
-"""An engine may die while a question runs for any reason. Three times are no accident that clients should pay for."""
+_DEATHS_WITHIN_S = 24 * 3600.0
+"""An engine may die while a question runs for any reason. Three times in a day are no accident that clients should pay
+for: a question that kills is put to each new engine again, within minutes."""
 _WITH_ENGINE = {EngineState.READY, EngineState.DRAINING, EngineState.SWAPPING}
 
 
@@ -56,7 +59,7 @@ class OwnQuestions:
         self._settings = settings
         self._turn = asyncio.Lock()
         self._next_at = 0.0
-        self._deaths = 0
+        self._deaths: deque[float] = deque(maxlen=_MOST_DEATHS)
         self.off = off
 
     async def ask(self, load: Load, question: Callable[[EngineClient], Awaitable[Result]]) -> Result:
@@ -86,8 +89,8 @@ class OwnQuestions:
                 except EngineError:
                     if await self._lives(client):
                         raise
-                    self._count_death()
-                    await self._death_noticed(load, client)
+                    if await self._died(load, client):
+                        self._count_death()
 
     async def _pace(self) -> None:
         await asyncio.sleep(max(0.0, self._next_at - time.monotonic()))
@@ -95,14 +98,19 @@ class OwnQuestions:
     async def _lives(self, client: EngineClient) -> bool:
         return self._supervisor.state in _WITH_ENGINE and await client.healthy()
 
-    async def _death_noticed(self, load: Load, client: EngineClient) -> None:
-        """Until the supervisor knows what the question found first, or the engine was only slow."""
-        while self._supervisor.load == load and not await self._lives(client):
+    async def _died(self, load: Load, client: EngineClient) -> bool:
+        """Whether the supervisor, which is more patient, finds the engine dead too; it may only be slow."""
+        while self._supervisor.load == load and self._supervisor.state in _WITH_ENGINE:
+            if await client.healthy():
+                return False
             await asyncio.sleep(_POLL_S)
+        return self._supervisor.load == load or self._supervisor.load.fresh
 
     def _count_death(self) -> None:
-        self._deaths += 1
-        log.warning("the engine died during a question of the server's own, %d of %d", self._deaths, _MOST_DEATHS)
-        if self._deaths >= _MOST_DEATHS:
-            self.off = f"the engine died {self._deaths} times during such a question; see its log"
+        now = time.monotonic()
+        self._deaths.append(now)
+        recent = sum(now - at < _DEATHS_WITHIN_S for at in self._deaths)
+        log.warning("the engine died during a question of the server's own, %d of %d", recent, _MOST_DEATHS)
+        if recent >= _MOST_DEATHS:
+            self.off = f"the engine died {recent} times in a day during such a question; see its log"
             log.error("no more questions of the server's own: %s", self.off)

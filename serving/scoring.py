@@ -1,8 +1,9 @@
 """Scores live answers: how likely the version finds what it answered, as its registration knows it of the held-out set.
 
 Only greedy answers whose content is kept as it was: the text is scored again, as a prompt, and what was sampled or
-blanked would get another figure. One at a time, evenly over the hour, after the held-out set. What a request had beside
-its messages is not kept: an answer that tools or a reasoning parser took part in is scored without them.
+blanked would get another figure. Of a long answer the beginning, as much as a held-out one could have. One at a time,
+evenly over the hour, after the held-out set. What a request had beside its messages is not kept: an answer that tools
+or a reasoning parser took part in is scored without them.
 """
 
 import asyncio
@@ -32,7 +33,7 @@ log = logging.getLogger(__name__)
 
 _POLL_S = 5.0
 _PAUSE_S = 60.0
-"""After a defect."""
+"""After a defect, and where nothing was found: to find nothing, all requests of the hour are looked at."""
 _OLDEST = timedelta(hours=1)
 _MOST_PASSED = 500
 """Rows that were tried and have no score. The oldest of more may be tried again, which costs one question."""
@@ -67,15 +68,15 @@ class LiveScores:
         self._next_at = 0.0
         self._passed: deque[int] = deque(maxlen=_MOST_PASSED)
         self._load: Load | None = None
-        self._comparable = False
+        self._cut: int | None = None
 
     async def run(self) -> None:
         """Runs until it is cancelled."""
         while True:
             pause_s = _POLL_S
             try:
-                if self._may_ask() and await self._score_newest():
-                    pause_s = 0.0
+                if self._may_ask():
+                    pause_s = 0.0 if await self._score_newest() else _PAUSE_S
             except SupersededError:
                 log.debug("an answer was not scored: the engine holds other weights now")
             except Exception:  # the boundary: whatever it is, serving goes on, and so does this
@@ -92,7 +93,7 @@ class LiveScores:
         )
 
     async def _score_newest(self) -> bool:
-        """Tries to score one answer; whether there was one.
+        """Tries to score one answer; False where there was none.
 
         Raises:
             SupersededError: the engine was loaded again meanwhile.
@@ -102,14 +103,15 @@ class LiveScores:
             return False
         target = Target(served.version, served.format)
         if load != self._load:
-            self._load, self._comparable = load, await asyncio.to_thread(self._has_results, target)
-        row = await asyncio.to_thread(self._find, target) if self._comparable else None
+            self._load, self._cut = load, await asyncio.to_thread(self._find_cut, target)
+        cut = self._cut
+        row = await asyncio.to_thread(self._find, target) if cut else None
         if row is None:
             return False
         self._passed.append(row.id)  # before it is asked: it may be what ends the engine
         self._next_at = time.monotonic() + 3600 / self._per_hour
         try:
-            logprob = await self._questions.ask(load, lambda client: _score(client, row))
+            logprob = await self._questions.ask(load, lambda client: _score(client, row, cut))
         except EngineError as error:
             log.info("the answer in row %d is not scored: %s", row.id, error.wrong)
         else:
@@ -117,14 +119,14 @@ class LiveScores:
             self._passed.remove(row.id)
         return True
 
-    def _has_results(self, target: Target) -> bool:
-        """Without the registration's figures there is nothing to compare a score with."""
+    def _find_cut(self, target: Target) -> int | None:
+        """Where held-out answers were cut, tokens; None without their figures, with which a score is compared."""
         try:
             self._registry.reference(target.version, results_file(target.format))
         except (NotFoundError, IntegrityError) as error:
             log.warning("no live answers of %s are scored: %s", target, error.wrong)
-            return False
-        return True
+            return None
+        return self._registry.manifest(target.version).max_answer_tokens
 
     def _find(self, target: Target) -> KeptAnswer | None:
         return newest_unscored(
@@ -137,6 +139,6 @@ class LiveScores:
         )
 
 
-async def _score(client: EngineClient, row: KeptAnswer) -> float:
+async def _score(client: EngineClient, row: KeptAnswer, cut: int | None) -> float:
     prompt = await client.prompt_tokens(json.loads(row.prompt))
-    return await mean_logprob(client, prompt, await client.tokens(row.answer))
+    return await mean_logprob(client, prompt, (await client.tokens(row.answer))[:cut])

@@ -194,6 +194,7 @@ class _Server:
             routes=self._routes,
             registry=registry,
             store=store,
+            traffic=self._traffic,
             facts=facts,
             every_hours=settings.holdout.every_hours,
         )
@@ -204,7 +205,7 @@ class _Server:
             routes=self._routes,
             registry=registry,
             store=store,
-            per_hour=settings.holdout.scored_per_hour,
+            per_hour=settings.holdout.scored_per_hour if settings.records.content_share else 0,
         )
         self._engine_metrics = EngineMetrics(self._gateway.engine, self._routes)
         metrics.register(self._engine_metrics)

@@ -135,6 +135,12 @@ class Traffic:
             ("model", "version", "format"),
             registry=registry,
         )
+        self._holdout_interval = Gauge(
+            "svc_holdout_interval_seconds",
+            "From one run of the held-out set to the next, where it is to be asked",
+            ("model", "version"),
+            registry=registry,
+        )
 
     def _add_record_instruments(self, registry: CollectorRegistry) -> None:
         self._records = Counter("svc_request_records_total", "Rows stored, one for each request", registry=registry)
@@ -221,6 +227,12 @@ class Traffic:
         """Shows the version that is loaded, and only that one."""
         self._version_info.clear()
         self._version_info.labels(*_labels(served), served.format.value).set(1)
+
+    def holdout_due(self, served: Served | None, every_s: float) -> None:
+        """Shows the version whose held-out set is to be asked, and how often; None where there is none to ask."""
+        self._holdout_interval.clear()
+        if served:
+            self._holdout_interval.labels(*_labels(served)).set(every_s)
 
     def _exemplar(self, request_id: str) -> dict[str, str] | None:
         return {"request_id": request_id} if self._exemplars and len(request_id) <= _EXEMPLAR_CHARS else None

@@ -37,6 +37,7 @@ def drift() -> Dashboard:
 
 def _now() -> list[PanelBuilder]:
     completed, failed = _runs("completed"), _runs("failed")
+    interval = f"svc_holdout_interval_seconds{{{_MODEL}}}"
     return [
         number(
             "Live traffic",
@@ -45,7 +46,7 @@ def _now() -> list[PanelBuilder]:
             "none",
             Query(_steady(), _SIGNAL),
             names=_STEADY,
-            span=8,
+            span=9,
         ),
         number(
             "Held-out quality",
@@ -54,18 +55,28 @@ def _now() -> list[PanelBuilder]:
             "none",
             Query(f"1 - svc_holdout_changed{{{_MODEL}}}", VERSION),
             names={0: "changed", 1: "as registered"},
+            span=3,
         ),
         number(
             "Last check",
             "When live traffic was last compared.",
             "dateTimeFromNow",
             Query(f"svc_drift_checked_timestamp_seconds{{{_MODEL}}} * 1000", VERSION),
+            span=3,
         ),
         number(
             "Last run",
             "When the held-out set was last asked to its end.",
             "dateTimeFromNow",
             Query(f"{completed} * 1000 > 0", VERSION),
+            span=3,
+        ),
+        number(
+            "Next run",
+            "When the held-out set is to be asked again; far in the past, it is overdue.",
+            "dateTimeFromNow",
+            Query(f"(({completed} > 0) + ignoring (outcome) {interval}) * 1000", VERSION),
+            span=3,
         ),
         number(
             "Failed run",
@@ -73,6 +84,7 @@ def _now() -> list[PanelBuilder]:
             "none",
             Query(f"{completed} >= bool ignoring (outcome) {failed}", VERSION),
             names={0: "failed", 1: "none"},
+            span=3,
         ),
     ]
 

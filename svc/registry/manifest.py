@@ -15,6 +15,8 @@ from svc.registry.files import FileRecord
 from svc.registry.version import NAME_PATTERN, Format, VersionId
 
 MANIFEST_FILE = "manifest.json"
+_MAX_ANSWER_TOKENS = 64
+"""The recipe's own default, for one that does not say."""
 
 
 class _Record(BaseModel):
@@ -93,6 +95,11 @@ class Manifest(_Record):
     def id(self) -> VersionId:
         """The version's name."""
         return VersionId(self.name, self.number)
+
+    @property
+    def max_answer_tokens(self) -> int:
+        """Where answers to held-out examples were cut, tokens."""
+        return int(self.recipe.get("evaluate", {}).get("max_tokens", _MAX_ANSWER_TOKENS))
 
 
 def read_manifest(folder: Path) -> Manifest:

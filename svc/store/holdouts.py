@@ -1,6 +1,6 @@
 """Runs of the held-out set on the engine that serves: what a version gives today for what it was judged by.
 
-Figures of each example alone, in the order of the held-out file; its texts are in the registry. Judges nothing.
+Figures of each example alone; its texts are in the registry. Judges nothing.
 """
 
 import json
@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from datetime import datetime
 from enum import StrEnum
 
-from sqlalchemy import ColumnElement, Engine, and_, delete, func, select
+from sqlalchemy import ColumnElement, Engine, and_, delete, select
 from sqlalchemy.orm import Session
 
 from svc.engine.probe import EngineFacts
@@ -45,9 +45,10 @@ class HoldoutRun:
     Attributes:
         engine: the kind of engine that answered.
         reason: why it failed; None for a completed one.
-        hits: whether each answer is its reference: the first so many examples of the file, as many as the version has
-            registered results. None for a failed run.
-        nll: negative log-likelihood of each reference answer, nats a token, likewise.
+        places: of the examples that were asked, in the held-out file and so among the registered results. None for a
+            failed run.
+        hits: whether the answer to each is its reference.
+        nll: negative log-likelihood of each reference answer, nats a token.
         id: of its row; None before it has one. A later row has a greater one.
     """
 
@@ -58,6 +59,7 @@ class HoldoutRun:
     ended_at: datetime
     outcome: HoldoutOutcome
     reason: str | None = None
+    places: tuple[int, ...] = ()
     hits: tuple[bool, ...] = ()
     nll: tuple[float, ...] = ()
     id: int | None = None
@@ -76,7 +78,7 @@ def add_holdout_run(store: Engine, run: HoldoutRun) -> None:
         ended_at=run.ended_at,
         outcome=run.outcome.value,
         reason=run.reason,
-        results=json.dumps({"hits": [int(hit) for hit in run.hits], "nll": run.nll}),
+        results=json.dumps({"places": run.places, "hits": [int(hit) for hit in run.hits], "nll": run.nll}),
     )
     newest = select(HoldoutRunRow.id).where(HoldoutRunRow.name == name).order_by(HoldoutRunRow.id.desc())
     with Session(store) as session, session.begin():
@@ -100,13 +102,18 @@ def newest_holdout_run(store: Engine, target: Target, *, completed: bool = True)
         return _run(row) if row else None
 
 
-def count_holdout_runs(store: Engine, target: Target) -> dict[HoldoutOutcome, int]:
-    """How many runs of a version in a format are kept, by outcome."""
-    query = select(HoldoutRunRow.outcome, func.count()).where(_is(target)).group_by(HoldoutRunRow.outcome)
-    counts = dict.fromkeys(HoldoutOutcome, 0)
+def first_holdout_run(store: Engine, target: Target, engine: EngineFacts) -> HoldoutRun | None:
+    """The oldest completed run of a version in a format on one kind of engine, of those that are kept."""
+    query = (
+        select(HoldoutRunRow)
+        .where(_is(target), HoldoutRunRow.outcome == HoldoutOutcome.COMPLETED.value)
+        .where(HoldoutRunRow.engine == engine.model_dump_json())
+        .order_by(HoldoutRunRow.id)
+        .limit(1)
+    )
     with Session(store) as session:
-        counts.update({HoldoutOutcome(outcome): count for outcome, count in session.execute(query)})
-    return counts
+        row = session.scalar(query)
+        return _run(row) if row else None
 
 
 def _is(target: Target) -> ColumnElement[bool]:
@@ -127,6 +134,7 @@ def _run(row: HoldoutRunRow) -> HoldoutRun:
         ended_at=row.ended_at,
         outcome=HoldoutOutcome(row.outcome),
         reason=row.reason,
+        places=tuple(results.get("places", range(len(results["hits"])))),
         hits=tuple(bool(hit) for hit in results["hits"]),
         nll=tuple(float(value) for value in results["nll"]),
         id=row.id,

@@ -7,11 +7,15 @@ from datetime import datetime
 from sqlalchemy import ColumnElement, Engine, and_, func, select, update
 from sqlalchemy.orm import Session
 
+from svc.store.answered import answered_by
 from svc.store.desired import Target
 from svc.store.tables import RequestRow
 
 _ENDS = ("stop", "length")  # and not tool calls, of which no text is kept
 _BLANKS = " \t\r\n"
+MOST_TOKENS = 2_048
+"""Of prompt and answer together. vLLM does not budget the memory for the log-probabilities of a prompt, and their JSON
+takes a hundred bytes a token."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,7 +44,7 @@ def newest_unscored(
     """
     query = (
         select(RequestRow.id, RequestRow.prompt, RequestRow.answer)
-        .where(_answered_by(target), _can_be_scored(without))
+        .where(answered_by(target), _can_be_scored(without))
         .where(RequestRow.route == route, RequestRow.started_at >= since, RequestRow.id.not_in(passed))
         .order_by(RequestRow.started_at.desc())  # as the index that also finds the hour: else all rows are looked at
         .limit(1)
@@ -56,14 +60,6 @@ def keep_logprob(store: Engine, row: int, logprob: float) -> None:
         connection.execute(update(RequestRow).where(RequestRow.id == row).values(logprob=logprob))
 
 
-def _answered_by(target: Target) -> ColumnElement[bool]:
-    return and_(
-        RequestRow.model == target.version.name,
-        RequestRow.number == target.version.number,
-        RequestRow.format == target.format.value,
-    )
-
-
 def _can_be_scored(without: Sequence[str]) -> ColumnElement[bool]:
     contents = (RequestRow.prompt, RequestRow.answer)
     return and_(
@@ -71,6 +67,7 @@ def _can_be_scored(without: Sequence[str]) -> ColumnElement[bool]:
         RequestRow.temperature == 0,
         RequestRow.finish_reason.in_(_ENDS),
         RequestRow.logprob.is_(None),
+        RequestRow.tokens_in + RequestRow.tokens_out <= MOST_TOKENS,
         RequestRow.prompt.is_not(None),
         func.trim(RequestRow.answer, _BLANKS) != "",
         *(~content.contains(text, autoescape=True) for content in contents for text in without),

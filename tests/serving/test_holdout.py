@@ -4,6 +4,7 @@ import asyncio
 import logging
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -22,7 +23,6 @@ from svc.store.holdouts import (
     HoldoutOutcome,
     HoldoutRun,
     add_holdout_run,
-    count_holdout_runs,
     newest_holdout_run,
 )
 from svc.store.swaps import SwapOutcome
@@ -43,6 +43,7 @@ def runs_of(control: Control, off: str | None = None, **settings: Any) -> Holdou
         routes=control.routes,
         registry=control.registry,
         store=control.store,
+        traffic=control.traffic,
         facts=FACTS,
         every_hours=chosen.every_hours,
     )
@@ -68,6 +69,12 @@ async def asked(make: Make, answered: int = 3, **settings: Any) -> AsyncIterator
         yield control, runs
 
 
+def due(control: Control, number: int) -> float | None:
+    """How often a version shall be asked, seconds."""
+    labels = {"model": NAME, "version": str(number)}
+    return control.metrics.get_sample_value("svc_holdout_interval_seconds", labels)
+
+
 def rows(control: Control) -> list[HoldoutRunRow]:
     with Session(control.store) as session:
         return list(session.scalars(select(HoldoutRunRow).order_by(HoldoutRunRow.id)))
@@ -77,8 +84,8 @@ async def run_of(control: Control, of: Target, runs: int = 1, *, completed: bool
     """The newest run of a version, when there are so many."""
 
     def enough() -> bool:
-        counts = count_holdout_runs(control.store, of)
-        return (counts[HoldoutOutcome.COMPLETED] if completed else sum(counts.values())) >= runs
+        mine = [row.outcome for row in rows(control) if row.number == of.version.number]
+        return (mine.count(HoldoutOutcome.COMPLETED) if completed else len(mine)) >= runs
 
     await until(enough)
     found = newest_holdout_run(control.store, of, completed=completed)
@@ -95,7 +102,7 @@ async def test_after_a_start_all_examples_are_asked(make: Make) -> None:
             None,
             FACTS,
         )
-        assert run.hits == (True, False, False)
+        assert (run.places, run.hits) == ((0, 1, 2), (True, False, False))
         assert run.started_at <= run.ended_at
         assert len(rows(control)) == 1
 
@@ -124,6 +131,23 @@ async def test_they_are_asked_as_at_the_registration(make: Make) -> None:
 async def test_only_examples_with_registered_answers_are_asked(make: Make) -> None:
     async with asked(make, answered=2) as (control, _):
         assert (await run_of(control, target(1))).hits == (True, False)
+
+
+async def test_of_very_many_examples_some_are_asked(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(holdout, "MOST_EXAMPLES", 2)
+    async with asked(make) as (control, _):
+        run = await run_of(control, target(1))
+        chats = [body for body in control.double.requests if "messages" in body]
+    assert (run.places, run.hits, len(run.nll)) == ((0, 2), (True, False), 2)
+    assert [body["messages"] for body in chats] == [[m.as_dict() for m in HELDOUT[at].prompt] for at in (0, 2)]
+
+
+@pytest.mark.parametrize(("total", "most"), [(1000, 200), (201, 200), (399, 200), (200, 200), (5, 200), (1, 1)])
+def test_they_are_picked_over_the_whole_set(total: int, most: int) -> None:
+    places = holdout._evenly(total, most)
+    assert len(set(places)) == min(total, most)
+    gaps = [after - before for before, after in pairwise([-1, *places, total])]
+    assert min(gaps) >= 1 and max(gaps) <= -(-total // most)
 
 
 async def test_nothing_of_it_is_in_the_metrics_of_requests(make: Make) -> None:
@@ -247,7 +271,27 @@ async def test_a_defect_in_a_run_is_its_reason(make: Make, monkeypatch: pytest.M
     assert run.reason == "ZeroDivisionError('no')"
 
 
-async def test_a_store_that_fails_ends_nothing(
+async def test_a_store_that_fails_for_a_while_loses_no_run(
+    make: Make, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    failures = 2
+
+    def fail_twice(store: Any, run: HoldoutRun) -> None:
+        nonlocal failures
+        failures -= 1
+        if failures >= 0:
+            raise OperationalError("insert", {}, OSError("database is locked"))
+        add_holdout_run(store, run)
+
+    monkeypatch.setattr(holdout, "add_holdout_run", fail_twice)
+    async with asked(make) as (control, _):
+        assert (await run_of(control, target(1))).hits == (True, False, False)
+        assert len([body for body in control.double.requests if "messages" in body]) == len(HELDOUT)
+    assert caplog.text.count("is not kept yet") == 2
+    assert "database is locked" in caplog.text
+
+
+async def test_a_defect_ends_nothing(
     make: Make, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     failures = 1
@@ -256,14 +300,13 @@ async def test_a_store_that_fails_ends_nothing(
         nonlocal failures
         failures -= 1
         if failures >= 0:
-            raise OperationalError("insert", {}, OSError("database is locked"))
+            raise ZeroDivisionError("no")
         add_holdout_run(store, run)
 
     monkeypatch.setattr(holdout, "add_holdout_run", fail_once)
     async with asked(make, every_hours=0.05 / 3600) as (control, _):
         await run_of(control, target(1))
     assert "the held-out set could not be asked" in caplog.text
-    assert "database is locked" in caplog.text
 
 
 async def test_a_version_without_registered_answers_is_not_asked_and_that_is_said_once(
@@ -275,6 +318,7 @@ async def test_a_version_without_registered_answers_is_not_asked_and_that_is_sai
         assert "has no reference/merged.jsonl" in runs.status(target(1))["reason"]
         assert rows(control) == []
         assert not runs.under_way
+        assert due(control, 1) is None
         make_version(control.registry, 4, answered=1)
         await control.promote(4)
         await run_of(control, target(4))
@@ -296,9 +340,21 @@ async def test_where_it_is_off_nothing_is_asked_and_that_is_said_once(
         status = runs.status(target(2))
         assert (status["state"], status["reason"], status["last_run"]) == ("off", reason, None)
         assert rows(control) == []
+        assert due(control, 2) is None
         assert not [body for body in control.double.requests if "messages" in body]
     warnings = [record for record in caplog.records if record.levelno == logging.WARNING and reason in record.message]
     assert len(warnings) == 1
+
+
+async def test_whose_held_out_set_is_due_is_known_before_the_first_run_ends(make: Make) -> None:
+    control = make(answered=3)
+    control.park.prepare = lambda double: setattr(double, "token_delay_s", 0.05)
+    async with control.run(), running(runs_of(control, every_hours=2)) as runs:
+        await until(lambda: runs.status(target(1))["asked"] == 1)
+        assert (due(control, 1), due(control, 2)) == (2 * 3600, None)
+        await control.promote(2)
+        await until(lambda: runs.status(target(2))["asked"] == 1)
+        assert (due(control, 1), due(control, 2)) == (None, 2 * 3600)
 
 
 async def test_the_status_tells_how_far_it_is(make: Make) -> None:
@@ -336,7 +392,12 @@ async def test_a_run_whose_questions_kill_the_engine_is_given_up(make: Make) -> 
 
     control.park.prepare = lambda double: setattr(double, "on_call", kill_chats)
     async with control.run(), running(runs_of(control)) as runs:
-        await until(lambda: runs.status(target(1))["state"] == "off")
+        run = await run_of(control, target(1), completed=False)
+        assert (run.outcome, run.places, run.hits) == (HoldoutOutcome.FAILED, (), ())
+        assert run.reason is not None and "died 3 times" in run.reason
+        status = runs.status(target(1))
+        assert (status["state"], status["reason"], status["last_run"]["reason"]) == ("off", run.reason, run.reason)
+        assert due(control, 1) == 6 * 3600
         await control.serves(target(1))
         starts = len(control.park.engines)
         await asyncio.sleep(0.1)

@@ -115,24 +115,50 @@ async def test_a_question_of_a_dead_engine_is_superseded_by_the_next_one(control
     assert (await asking.ask(control.supervisor.load, put)).text == "1.0 1.1 "
 
 
-async def test_an_engine_that_was_only_slow_is_asked_again(control: Control) -> None:
-    tries = 0
+async def test_an_engine_that_was_only_slow_is_asked_again_and_has_not_died(control: Control) -> None:
+    asking = questions(control)
+    for _ in range(3):
+        tries, late = 0, 3
 
-    async def fail_once(client: EngineClient) -> Answer:
-        nonlocal tries
-        tries += 1
-        if tries == 1:
-            monkey.setattr(EngineClient, "healthy", unhealthy)
-            raise EngineError("no answer from the engine to /tokenize: timeout")
-        return await put(client)
+        async def fail_once(client: EngineClient) -> Answer:
+            nonlocal tries
+            tries += 1
+            if tries == 1:
+                monkey.setattr(EngineClient, "healthy", healthy)
+                raise EngineError("no answer from the engine to /tokenize: timeout")
+            return await put(client)
+
+        async def healthy(self: EngineClient) -> bool:
+            nonlocal late
+            late -= 1
+            return late < 0
+
+        with pytest.MonkeyPatch.context() as monkey:
+            answer = await asking.ask(control.supervisor.load, fail_once)
+        assert (answer.text, tries) == ("1.0 1.1 ", 2)
+    assert asking.off is None
+
+
+async def test_a_swap_while_the_engine_is_slow_is_no_death(
+    control: Control, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    checks = 0
+
+    async def fail(client: EngineClient) -> Answer:
+        monkeypatch.setattr(EngineClient, "healthy", unhealthy)
+        raise EngineError("no answer from the engine to /tokenize: timeout")
 
     async def unhealthy(self: EngineClient) -> bool:
-        monkey.undo()
+        nonlocal checks
+        checks += 1
         return False
 
-    with pytest.MonkeyPatch.context() as monkey:
-        answer = await questions(control).ask(control.supervisor.load, fail_once)
-    assert (answer.text, tries) == ("1.0 1.1 ", 2)
+    asking = asyncio.create_task(questions(control).ask(control.supervisor.load, fail))
+    await until(lambda: checks > 1)
+    assert (await control.promote(2)).outcome is SwapOutcome.SUCCEEDED
+    with pytest.raises(SupersededError):
+        await asking
+    assert "died" not in caplog.text
 
 
 async def test_after_three_deaths_none_is_put_any_more(make: Make, caplog: pytest.LogCaptureFixture) -> None:
@@ -147,8 +173,23 @@ async def test_after_three_deaths_none_is_put_any_more(make: Make, caplog: pytes
         with pytest.raises(SupersededError):
             await asking.ask(control.supervisor.load, put)
     assert asking.off is not None
-    assert "died 3 times" in asking.off
+    assert "died 3 times in a day" in asking.off
     assert caplog.text.count("no more questions") == 1
+
+
+async def test_deaths_of_other_days_are_forgotten(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("serving.own_questions._DEATHS_WITHIN_S", 0.3)
+    async with make().run() as control:
+        asking = questions(control)
+        for death in range(4):
+            await control.serves(target(1))
+            control.double.fault = Fault.DIE_BEFORE_ANSWER
+            with pytest.raises(SupersededError):
+                await asking.ask(control.supervisor.load, put)
+            if death == 1:
+                await asyncio.sleep(0.3)
+        await control.serves(target(1))
+        assert (await asking.ask(control.supervisor.load, put)).text == "1.0 1.1 "
 
 
 async def test_cancelled_questions_leave_nothing(control: Control) -> None:

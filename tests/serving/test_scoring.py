@@ -27,7 +27,7 @@ from svc.store.tables import RequestRow
 from tests.serving.control import Control, Make, until
 from tests.serving.engine_double import Fault
 from tests.serving.home import Home
-from tests.serving.versions import NAME, make_version, target
+from tests.serving.versions import MAX_TOKENS, NAME, make_version, target
 from tests.svc.store.test_requests import RECORD
 
 PROMPT = [{"role": "user", "content": "one two three"}]
@@ -92,6 +92,34 @@ async def test_the_score_is_the_mean_over_the_tokens_of_the_answer(control: Cont
     assert logprobs(control) == [pytest.approx(fmean(await client.logprobs(prompt + answer, len(prompt))))]
 
 
+async def test_of_a_long_answer_the_beginning_is_scored_as_of_a_held_out_one(control: Control) -> None:
+    words = [f"word{number}" for number in range(MAX_TOKENS + 2)]
+    add_requests(control.store, [kept(answer=" ".join(words))])
+    async with scoring_of(control):
+        await until(lambda: logprobs(control) != [None])
+    client = control.supervisor.client
+    prompt, answer = await client.prompt_tokens(PROMPT), await client.tokens(" ".join(words[:MAX_TOKENS]))
+    assert logprobs(control) == [pytest.approx(fmean(await client.logprobs(prompt + answer, len(prompt))))]
+
+
+async def test_while_there_is_nothing_to_score_the_store_is_seldom_asked(
+    control: Control, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    looks = 0
+
+    def look(*arguments: Any, **options: Any) -> Any:
+        nonlocal looks
+        looks += 1
+        return newest_unscored(*arguments, **options)
+
+    monkeypatch.setattr(scoring, "newest_unscored", look)
+    monkeypatch.setattr(scoring, "_PAUSE_S", 60.0)
+    async with scoring_of(control):
+        await until(lambda: looks)
+        await asyncio.sleep(0.05)
+    assert looks == 1
+
+
 async def test_every_answer_that_can_be_is_scored(control: Control) -> None:
     add_requests(
         control.store, [kept(), kept(temperature=1.0), kept(answer="mail [mail]"), kept(minutes_ago=61), kept()]
@@ -120,7 +148,8 @@ async def test_the_hour_has_room_for_so_many(control: Control) -> None:
 
 async def test_what_the_engine_refuses_is_passed_over_for_good(control: Control) -> None:
     control.double.max_model_len = 10
-    add_requests(control.store, [kept(answer="long " * 20), kept(minutes_ago=2)])
+    long = json.dumps([{"role": "user", "content": "long " * 20}])
+    add_requests(control.store, [kept(prompt=long), kept(minutes_ago=2)])
     async with scoring_of(control):
         await until(lambda: logprobs(control)[1] is not None)
         asked = len(control.double.requests)
@@ -228,3 +257,13 @@ async def test_a_server_scores_what_it_answered(home: Home) -> None:
         assert (await client.post("/v1/chat/completions", json=body)).status_code == httpx.codes.OK
         await until(lambda: score() is not None)
     assert -10 < (score() or 0) < 0
+
+
+async def test_a_server_that_keeps_no_content_does_not_look_for_it(home: Home, monkeypatch: pytest.MonkeyPatch) -> None:
+    looks: list[object] = []
+    monkeypatch.setattr(scoring, "newest_unscored", lambda *_, **__: looks.append(None))
+    make_version(home.registry, 4, answered=1)
+    home.settings = home.settings.model_copy(update={"holdout": HoldoutSettings.model_validate(FAST)})
+    async with home.serving(f"{NAME}@4"):
+        await asyncio.sleep(0.2)
+    assert looks == []

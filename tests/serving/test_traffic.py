@@ -80,6 +80,19 @@ def test_a_swap_that_was_refused_before_the_door_closed_is_not_timed(
     assert registry.get_sample_value("svc_swap_held_requests_count") == 0
 
 
+def test_the_held_out_set_is_due_of_one_version_at_most(registry: CollectorRegistry, traffic: Traffic) -> None:
+    def due(version: str) -> float | None:
+        return registry.get_sample_value("svc_holdout_interval_seconds", {"model": "tuned", "version": version})
+
+    assert (due("1"), due("2")) == (None, None)
+    traffic.holdout_due(ONE, 60.0)
+    assert (due("1"), due("2")) == (60.0, None)
+    traffic.holdout_due(TWO, 60.0)
+    assert (due("1"), due("2")) == (None, 60.0)
+    traffic.holdout_due(None, 60.0)
+    assert (due("1"), due("2")) == (None, None)
+
+
 def test_the_door_is_read_when_it_is_asked_for(registry: CollectorRegistry, traffic: Traffic) -> None:
     numbers = [1, 2]
     traffic.watch_door(lambda: numbers[0], lambda: numbers[1])

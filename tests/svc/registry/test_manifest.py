@@ -12,6 +12,7 @@ from svc.errors import IntegrityError
 from svc.registry.manifest import MANIFEST_FILE, Manifest, read_manifest, write_manifest
 from svc.registry.version import VersionId
 from tests.svc.registry.manifests import make_manifest
+from trainer.recipe import Evaluate
 
 
 @pytest.fixture
@@ -74,6 +75,18 @@ def test_the_manifest_of_an_older_release_has_no_reference(folder: Path, manifes
     del content["reference"]
     (folder / MANIFEST_FILE).write_text(json.dumps(content))
     assert read_manifest(folder).reference == ()
+
+
+DEFAULT_CUT = Evaluate().max_tokens
+
+
+@pytest.mark.parametrize(
+    ("recipe", "cut"), [({"evaluate": {"max_tokens": 5}}, 5), ({"evaluate": {}}, DEFAULT_CUT), ({}, DEFAULT_CUT)]
+)
+def test_where_held_out_answers_were_cut_is_the_recipe_or_its_default(
+    manifest: Manifest, recipe: dict[str, Any], cut: int
+) -> None:
+    assert manifest.model_copy(update={"recipe": recipe}).max_answer_tokens == cut
 
 
 Edit = Callable[[dict[str, Any]], object]

@@ -1,5 +1,6 @@
 """Runs of the held-out set are found by what they were made of, and the oldest are forgotten."""
 
+import json
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 
@@ -17,7 +18,6 @@ from svc.store.holdouts import (
     HoldoutOutcome,
     HoldoutRun,
     add_holdout_run,
-    count_holdout_runs,
     newest_holdout_run,
 )
 from svc.store.tables import HoldoutRunRow
@@ -31,15 +31,16 @@ COMPLETED = HoldoutRun(
     started_at=NOON,
     ended_at=NOON + timedelta(minutes=3),
     outcome=HoldoutOutcome.COMPLETED,
+    places=(0, 2, 5),
     hits=(True, False, True),
     nll=(0.1234567890123456, 1e-300, 12.5),
 )
-FAILED = replace(COMPLETED, outcome=HoldoutOutcome.FAILED, reason="too long", hits=(), nll=())
+FAILED = replace(COMPLETED, outcome=HoldoutOutcome.FAILED, reason="too long", places=(), hits=(), nll=())
 
 
 def test_no_run_was_ever(store: Engine) -> None:
     assert newest_holdout_run(store, TARGET) is None
-    assert count_holdout_runs(store, TARGET) == {HoldoutOutcome.COMPLETED: 0, HoldoutOutcome.FAILED: 0}
+    assert newest_holdout_run(store, TARGET, completed=False) is None
 
 
 @pytest.mark.parametrize("cause", HoldoutCause)
@@ -76,13 +77,18 @@ def test_failed_runs_are_passed_over_where_figures_are_wanted(store: Engine) -> 
 def test_runs_of_others_are_left_out(store: Engine, other: Target) -> None:
     add_holdout_run(store, replace(COMPLETED, target=other))
     assert newest_holdout_run(store, TARGET, completed=False) is None
-    assert sum(count_holdout_runs(store, TARGET).values()) == 0
 
 
-def test_runs_are_counted_by_outcome(store: Engine) -> None:
-    for run in (COMPLETED, COMPLETED, FAILED):
-        add_holdout_run(store, run)
-    assert count_holdout_runs(store, TARGET) == {HoldoutOutcome.COMPLETED: 2, HoldoutOutcome.FAILED: 1}
+def test_a_row_without_places_is_of_the_first_examples(store: Engine) -> None:
+    add_holdout_run(store, COMPLETED)
+    with Session(store) as session, session.begin():
+        row = session.scalars(select(HoldoutRunRow)).one()
+        results = json.loads(row.results)
+        del results["places"]
+        row.results = json.dumps(results)
+    found = newest_holdout_run(store, TARGET)
+    assert found is not None
+    assert found.places == (0, 1, 2)
 
 
 def test_the_oldest_runs_of_a_name_are_forgotten(store: Engine, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -13,7 +13,7 @@ from svc.redaction import PLACEHOLDERS
 from svc.registry.version import Format, VersionId
 from svc.store.desired import Target
 from svc.store.requests import RequestRecord, add_requests, prune_requests
-from svc.store.scores import KeptAnswer, keep_logprob, newest_unscored
+from svc.store.scores import MOST_TOKENS, KeptAnswer, keep_logprob, newest_unscored
 from svc.store.tables import RequestRow
 from tests.svc.store.test_requests import NOON, RECORD
 
@@ -70,6 +70,10 @@ def test_what_was_tried_is_passed_over(store: Engine) -> None:
         {"started_at": NOON - timedelta(minutes=61)},
         *({"answer": f"call {placeholder} now"} for placeholder in PLACEHOLDERS),
         {"prompt": '[{"role": "user", "content": "I am [mail]"}]'},
+        {"tokens_in": MOST_TOKENS, "tokens_out": 1},
+        {"tokens_in": 1, "tokens_out": MOST_TOKENS},
+        {"tokens_in": None},
+        {"tokens_out": None},
     ],
 )
 def test_what_cannot_be_compared_is_not_scored(store: Engine, fields: dict[str, Any]) -> None:
@@ -77,7 +81,15 @@ def test_what_cannot_be_compared_is_not_scored(store: Engine, fields: dict[str, 
     assert newest(store) is None
 
 
-@pytest.mark.parametrize("fields", [{"finish_reason": "length"}, {"answer": "[other] %_ mail"}, {"answer": "\n{}\n"}])
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"finish_reason": "length"},
+        {"answer": "[other] %_ mail"},
+        {"answer": "\n{}\n"},
+        {"tokens_in": MOST_TOKENS - 1, "tokens_out": 1},
+    ],
+)
 def test_what_can_be_is(store: Engine, fields: dict[str, Any]) -> None:
     add_requests(store, [replace(KEPT, **fields)])
     assert newest(store) is not None
