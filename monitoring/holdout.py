@@ -3,13 +3,16 @@
 The same weights on the same kind of engine give the same figures but for rounding. So a change here is no drift of
 traffic, it is a fault of serving: other weights, a broken kernel, a cache that answers for another version.
 
+Another kind of engine than that of the registration rounds otherwise. There the first run is what later ones are held
+against, and what it is worth is not judged here: the probes have been (serving/proof.py).
+
 A change of the log-likelihood is called when its mean is beyond what rounding explains, and large enough to matter; a
 change of exact match when McNemar's exact test finds it. Each at one false alarm in 10,000 runs; at the default pace
 that is one in more than three years for both.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import datetime
 from enum import StrEnum
@@ -18,10 +21,9 @@ import numpy as np
 from sqlalchemy import Engine as Store
 
 from svc.errors import NotFoundError
-from svc.evaluation.results import ExampleResult
 from svc.registry.registry import Registry
 from svc.store.desired import Target
-from svc.store.holdouts import HoldoutRun, newest_holdout_run
+from svc.store.holdouts import HoldoutRun, first_holdout_run, newest_holdout_run
 
 ALPHA = 1e-4
 LEAST_NLL_CHANGE = 0.05
@@ -29,6 +31,9 @@ LEAST_NLL_CHANGE = 0.05
 once, as at registration, differ by 0.01 in the mean: the engine rounds otherwise in a batch."""
 _ROUNDING_NATS = 0.05
 """Standard deviation of that difference, of one example; 0.03 was measured."""
+
+Figures = Mapping[int, tuple[float, bool]]
+"""Of examples, by their places in the held-out file: negative log-likelihood of the reference, nats a token; hit."""
 
 
 class Quality(StrEnum):
@@ -46,7 +51,8 @@ class QualityReport:
 
     Attributes:
         why: where quality is unknown.
-        nll, registered_nll: of the reference answers, nats a token, mean over the examples.
+        nll, registered_nll: of the reference answers, nats a token, mean over the examples; on another kind of engine
+            than the registration's, in place of registered figures those of the first run there.
         nll_p: of the mean change, were it rounding.
         exact_match, registered_exact_match: shares.
         exact_match_p: of McNemar's exact test.
@@ -73,40 +79,44 @@ def read_quality(registry: Registry, store: Store, target: Target) -> QualityRep
         IntegrityError: the registered results are not what the manifest says.
     """
     try:
-        registered = registry.results(target.version, target.format)
+        results = registry.results(target.version, target.format)
     except NotFoundError as error:
         return QualityReport(Quality.UNKNOWN, error.wrong)
     run = newest_holdout_run(store, target)
     if run is None:
         return QualityReport(Quality.UNKNOWN, "the held-out set was not asked again yet")
-    return judge(registered, run)
+    probes = registry.format(target.version, target.format).probes
+    if not probes or probes[0].engine == run.engine:
+        return judge({place: (result.nll, result.hit) for place, result in enumerate(results)}, run)
+    first = first_holdout_run(store, target, run.engine)
+    if first is None or first.id == run.id:
+        return QualityReport(Quality.UNKNOWN, "the first run on this kind of engine; later ones are held against it")
+    return judge(dict(zip(first.places, zip(first.nll, first.hits, strict=True), strict=True)), run)
 
 
-def judge(registered: Sequence[ExampleResult], run: HoldoutRun) -> QualityReport:
-    """Compares a completed run with registration, example by example.
+def judge(before: Figures, run: HoldoutRun) -> QualityReport:
+    """Compares a completed run with what the version gave before, example by example.
 
     Args:
-        registered: of at least as many examples as the run has, in the same order.
+        before: of registration, or of an earlier run; examples that it has not are left out.
     """
-    registered = registered[: len(run.nll)]
-    before = np.array([result.nll for result in registered])
-    hits = np.array([result.hit for result in registered])
-    change = np.array(run.nll) - before
-    lost, won = int((hits & ~np.array(run.hits)).sum()), int((~hits & np.array(run.hits)).sum())
+    now = zip(run.places, run.nll, run.hits, strict=True)
+    pairs = [(*before[place], nll, hit) for place, nll, hit in now if place in before]
+    nll_before, hits_before, nll_now, hits_now = (np.array(column) for column in zip(*pairs, strict=True))
+    change = nll_now - nll_before
+    lost, won = int((hits_before & ~hits_now).sum()), int((~hits_before & hits_now).sum())
     nll_p, exact_match_p = _rounding(change), _mcnemar(lost, won)
     nll_changed = nll_p <= ALPHA and abs(float(change.mean())) >= LEAST_NLL_CHANGE
-    changed = nll_changed or exact_match_p <= ALPHA
     return QualityReport(
-        Quality.CHANGED if changed else Quality.AS_REGISTERED,
-        "",
-        float(np.mean(run.nll)),
-        float(before.mean()),
-        nll_p,
-        float(np.mean(run.hits)),
-        float(hits.mean()),
-        exact_match_p,
-        len(run.nll),
-        run.ended_at,
+        Quality.CHANGED if nll_changed or exact_match_p <= ALPHA else Quality.AS_REGISTERED,
+        nll=float(nll_now.mean()),
+        registered_nll=float(nll_before.mean()),
+        nll_p=nll_p,
+        exact_match=float(hits_now.mean()),
+        registered_exact_match=float(hits_before.mean()),
+        exact_match_p=exact_match_p,
+        examples=len(pairs),
+        asked_at=run.ended_at,
     )
 
 

@@ -23,8 +23,6 @@ from svc.store.desired import Target
 
 _MOST_COMPARED = 1_000
 """Held-out examples; ten times the largest window. More make no test sharper, and each slower by their square."""
-_DEFAULT_CUT = 64
-"""Tokens: the recipe's own default, for a manifest without the key."""
 
 
 @dataclass(frozen=True)
@@ -80,7 +78,7 @@ def read_reference(registry: Registry, target: Target, redactor: Redactor) -> Re
     """
     version = target.version
     examples = registry.heldout(version)
-    cut = int(registry.manifest(version).recipe.get("evaluate", {}).get("max_tokens", _DEFAULT_CUT))
+    cut = registry.manifest(version).max_answer_tokens
     answer_sampler = AnswerSampler([example.answer for example in examples], cut)
     missing = ""
     prompt_sampler, prompts, answers = None, None, None

@@ -12,8 +12,10 @@ from sqlalchemy import select, update
 from svc.dataset.example import ChatExample, Message, Role
 from svc.dataset.reader import read_examples, write_examples
 from svc.dataset.text_space import TEXT_SPACE_FILE, TextSpace, fit_text_space, save_text_space
+from svc.engine.probe import Probe
 from svc.evaluation.results import ExampleResult, write_results
-from svc.registry.manifest import write_manifest
+from svc.registry.files import record_files
+from svc.registry.manifest import FormatRecord, write_manifest
 from svc.registry.registry import HELDOUT_FILE, REFERENCE_FOLDER, Registry, results_file
 from svc.registry.version import Format, VersionId
 from svc.store.desired import Target
@@ -21,7 +23,7 @@ from svc.store.feedback import Feedback, Rating, keep_feedback
 from svc.store.requests import RequestRecord, add_requests
 from svc.store.tables import FeedbackRow, RequestRow
 from tests.docs.pages import ROOT
-from tests.serving.versions import AliasBook
+from tests.serving.versions import FACTS, AliasBook
 from tests.svc.registry.manifests import make_manifest
 
 TASK = ROOT / "examples" / "debian-triage"
@@ -84,7 +86,9 @@ def register(
     (folder / Format.GPTQ.value).mkdir()
     (folder / Format.GPTQ.value / "config.json").write_text("{}")
     recipe = {"name": NAME, "evaluate": {"max_tokens": MAX_TOKENS}}
-    write_manifest(folder, make_manifest(VersionId(NAME, number), folder, recipe=recipe))
+    probe = Probe(token_ids=(1, 2), start=1, logprobs=(-0.5,), tolerance=1e-3, engine=FACTS)
+    formats = {Format.GPTQ: FormatRecord(files=record_files(folder, folder / Format.GPTQ), probes=(probe,))}
+    write_manifest(folder, make_manifest(VersionId(NAME, number), folder, recipe=recipe, formats=formats))
 
 
 def _asking(example: ChatExample, text: str) -> ChatExample:
