@@ -35,8 +35,8 @@ pytestmark = [pytest.mark.slow]
 MONITOR_PORT, PROMETHEUS_PORT = 8942, 8943
 DASHBOARDS = ROOT / "deploy" / "grafana" / "dashboards"
 HELDOUT = ROOT / "examples" / "debian-triage" / "heldout.jsonl"
-RATED = 65
-"""Without a version before, the first 50 ratings are what later ones are compared with, in windows of ten and more."""
+RATED = 115
+"""Without a version before, the first 100 ratings are what later ones are compared with, in windows of ten and more."""
 VARIABLES = {"model": "tiny", "version_a": "1", "version_b": "2", "datasource": "prometheus"}
 PANELS = panel_queries(DASHBOARDS, VARIABLES, rate_interval="1m", shown="5m")
 _COMPARISON = re.compile(r" (==|!=|>=|<=|>|<) (?=[\d.])")
