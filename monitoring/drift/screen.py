@@ -158,7 +158,8 @@ def _alarm(alarm: DriftAlarm, examples: Mapping[str, Example]) -> RenderableType
     for id in alarm.examples:
         example = examples.get(id, Example("(not kept)", "(not kept)"))
         text = example.answer if alarm.signal == Signal.OUTPUT else example.prompt
-        lines.append(Text.assemble((f"  {id}  ", "dim"), " ".join(text.split())[:_SHOWN_CHARS]))
+        shown = " ".join(text.split())[:_SHOWN_CHARS]
+        lines.append(Text.assemble((f"  {id}  ", "dim"), shown, no_wrap=True, overflow="ellipsis"))
     return Group(*lines)
 
 
