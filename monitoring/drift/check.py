@@ -14,18 +14,18 @@ from pydantic import TypeAdapter, ValidationError
 from sqlalchemy import Engine as Store
 
 from monitoring.drift.budget import BURST, REQUESTS_PER_DAY, Signal
-from monitoring.drift.detector import Alarm, Detector
+from monitoring.drift.detector import Alarm
 from monitoring.drift.reference import Reference, read_reference
-from monitoring.drift.report import Moved, SignalReport, Status, compare, new_examples
+from monitoring.drift.report import Moved, SignalReport, Status, new_examples
 from monitoring.drift.streams import (
     MEMORY,
     AnswerStream,
+    Comparison,
     Items,
     PromptStream,
     RatingStream,
     Stream,
     StreamState,
-    detector_of,
 )
 from svc.redaction import Redactor
 from svc.registry.registry import Registry
@@ -123,10 +123,11 @@ class _Advance:
             return SignalReport(signal, Status.OFF, self._stream.off)
         if reference is None:
             return SignalReport(signal, Status.WAITING, "there is nothing to compare with yet: too few ratings")
-        detector = detector_of(self._stream, self._target)
+        comparison = Comparison.of(self._stream, reference, self._target)
+        detector = comparison.detector
         if not detector.windows:
             return SignalReport(signal, Status.OFF, f"the held-out set is too small: {reference.size} examples")
-        items = self._take(detector)
+        items = self._take(comparison)
         watch = self._state.watch
         size = min(detector.memory, watch.fresh or detector.memory, items.sample.size)
         if not watch.alarm and watch.fresh < detector.windows[0].size:
@@ -134,7 +135,7 @@ class _Advance:
             return SignalReport(signal, Status.WAITING, why, watch.position)
         live = items.sample.part(items.sample.size - size, items.sample.size)
         # Rows of the window may have been forgotten since.
-        lines = compare(self._stream.tests(), reference, live, (watch.position,)) if size else ()
+        lines = comparison.lines(live, watch.position) if size else ()
         status = Status.ALARM if watch.alarm else Status.STEADY
         lasting = self._lasting() if watch.alarm else None
         moved = tuple(dict.fromkeys(finding.test for finding in watch.alarm.findings)) if watch.alarm else ()
@@ -149,15 +150,15 @@ class _Advance:
             newest_at=items.times[-1] if items.times else None,
         )
 
-    def _take(self, detector: Detector) -> Items:
+    def _take(self, comparison: Comparison) -> Items:
         state = self._state
         items = self._stream.read(state, int(state.allowance))
-        watch, events = detector.advance(state.watch, items.sample, items.new)
+        watch, events = comparison.detector.advance(state.watch, items.sample, items.new)
         first = watch.position - items.sample.size
         for event in events:
             place = event.position - first
             if event.alarm:
-                self._alarms.append(self._called(event.alarm, items, place))
+                self._alarms.append(self._called(event.alarm, comparison, items, place))
             else:
                 self._ended(items.times[place - 1])
         base = self._stream.base if isinstance(self._stream, RatingStream) else ()
@@ -171,17 +172,17 @@ class _Advance:
         )
         return items
 
-    def _called(self, alarm: Alarm, items: Items, stop: int) -> DriftAlarm:
+    def _called(self, alarm: Alarm, comparison: Comparison, items: Items, stop: int) -> DriftAlarm:
         start = stop - alarm.size
-        live, tests, reference = items.sample.part(start, stop), self._stream.tests(), self._stream.reference
-        assert reference is not None  # noqa: S101 - without one there is no detector
-        lines = {line.name: line for line in compare(tests, reference, live, (alarm.position,))}
+        live = items.sample.part(start, stop)
+        lines = {line.name: line for line in comparison.lines(live, alarm.position)}
         moved = tuple(
             Moved(replace(lines[found.test], p=found.p), found.alpha)
             for found in alarm.findings
             if found.size == alarm.size
         )
         names = ", ".join(found.line.name for found in moved)
+        places = new_examples(comparison.tests, alarm.findings, comparison.reference, live)
         log.warning("%s: %s drift: %s", self._target, self._stream.signal, names)
         return DriftAlarm(
             signal=self._stream.signal,
@@ -189,9 +190,7 @@ class _Advance:
             called_at=items.times[stop - 1],
             ended_at=None,
             moved=MOVED.dump_json(moved).decode("utf-8"),
-            examples=tuple(
-                items.request_ids[start + place] for place in new_examples(tests, alarm.findings, reference, live)
-            ),
+            examples=tuple(items.request_ids[start + place] for place in places),
         )
 
     def _ended(self, time: datetime) -> None:

@@ -15,6 +15,7 @@ from sqlalchemy import Engine as Store
 from monitoring.drift.budget import SIGNAL_SHARES, WINDOWS, Signal
 from monitoring.drift.detector import Detector, Test, Watch
 from monitoring.drift.reference import Reference, read_prompt
+from monitoring.drift.report import Line, compare
 from monitoring.drift.sample import NO, RECENT, YES, Sample, evenly_picked, first_of_recent
 from monitoring.drift.signals import RatingFeature, answer_tests, input_tests, rating_tests
 from svc.store.answered import (
@@ -98,8 +99,8 @@ class Stream(Protocol):
     @property
     def part(self) -> float: ...
 
-    def tests(self) -> Sequence[Test]:
-        """Its tests; there is a reference."""
+    def tests(self, reference: Sample) -> Sequence[Test]:
+        """Its tests against the reference."""
         ...
 
     def read(self, state: StreamState, most: int) -> Items:
@@ -107,11 +108,25 @@ class Stream(Protocol):
         ...
 
 
-def detector_of(stream: Stream, target: Target) -> Detector:
-    """The detector of a stream that has a reference."""
-    size = stream.reference.size if stream.reference else 0
-    seed = (target.version.number, list(Signal).index(stream.signal))
-    return Detector(stream.tests(), size, SIGNAL_SHARES[stream.signal], part=stream.part, stream=seed)
+@dataclass(frozen=True)
+class Comparison:
+    """A stream's reference, and the tests against it, made once for a check."""
+
+    reference: Sample
+    tests: Sequence[Test]
+    detector: Detector
+
+    @classmethod
+    def of(cls, stream: Stream, reference: Sample, target: Target) -> "Comparison":
+        """The comparison of a stream of one version with its reference."""
+        tests = stream.tests(reference)
+        seed = (target.version.number, list(Signal).index(stream.signal))
+        share = SIGNAL_SHARES[stream.signal]
+        return cls(reference, tests, Detector(tests, reference.size, share, part=stream.part, stream=seed))
+
+    def lines(self, live: Sample, position: int) -> tuple[Line, ...]:
+        """What a window looks like, for people."""
+        return compare(self.tests, self.reference, live, (position,))
 
 
 @dataclass(frozen=True)
@@ -139,10 +154,9 @@ class PromptStream:
         """The held-out prompts."""
         return self.held.prompts
 
-    def tests(self) -> Sequence[Test]:
+    def tests(self, reference: Sample) -> Sequence[Test]:
         """Classifier and readable features."""
-        assert self.reference is not None  # noqa: S101 - asked only where it is there
-        return input_tests(self.reference)
+        return input_tests(reference)
 
     def read(self, state: StreamState, most: int) -> Items:
         """Rows whose content is kept."""
@@ -171,10 +185,9 @@ class AnswerStream:
         """The answers to the held-out prompts."""
         return self.held.answers
 
-    def tests(self) -> Sequence[Test]:
+    def tests(self, reference: Sample) -> Sequence[Test]:
         """Readable features."""
-        assert self.reference is not None  # noqa: S101 - asked only where it is there
-        return answer_tests(self.reference)
+        return answer_tests(reference)
 
     def read(self, state: StreamState, most: int) -> Items:
         """Rows whose content is kept; all rows where none is."""
@@ -209,10 +222,9 @@ class RatingStream:
         """Earlier ratings."""
         return _rating_sample(self.base) if self.base else None
 
-    def tests(self) -> Sequence[Test]:
+    def tests(self, reference: Sample) -> Sequence[Test]:
         """Of both shares."""
-        assert self.reference is not None  # noqa: S101 - asked only where it is there
-        return rating_tests(self.reference)
+        return rating_tests(reference)
 
     def read(self, state: StreamState, most: int) -> Items:
         """Ratings given since."""
