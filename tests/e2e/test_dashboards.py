@@ -121,18 +121,31 @@ def watched(server: Server, tmp_path_factory: pytest.TempPathFactory) -> Iterato
         yield watched
 
 
-def _wait_for_target(client: httpx.Client, folder: Path) -> None:
-    """Until the first scrape of the monitor, which imports MLflow before it answers."""
-    deadline = time.monotonic() + 60
+def _wait_for_series(client: httpx.Client, query: str, timeout_s: float = 60) -> None:
+    """Until a query gives a series.
+
+    Raises:
+        TimeoutError: it gave none in time.
+    """
+    deadline = time.monotonic() + timeout_s
     while time.monotonic() < deadline:
         try:
-            answer = client.get("/api/v1/query", params={"query": "svc_server_up == 1"}).json()
+            answer = client.get("/api/v1/query", params={"query": query}).json()
         except (httpx.HTTPError, ValueError):
             answer = {}
         if answer.get("data", {}).get("result"):
             return
         time.sleep(0.5)
-    raise AssertionError((folder / "monitor.log").read_text() + (folder / "prometheus.log").read_text()[-2000:])
+    raise TimeoutError(f"nothing after {timeout_s} s: {query}")
+
+
+def _wait_for_target(client: httpx.Client, folder: Path) -> None:
+    """Until the first scrape of the monitor, which imports MLflow before it answers."""
+    try:
+        _wait_for_series(client, "svc_server_up == 1")
+    except TimeoutError:
+        logs = (folder / "monitor.log").read_text() + (folder / "prometheus.log").read_text()[-2000:]
+        raise AssertionError(logs) from None
 
 
 def _wait_for_drift(watched: Watched, folder: Path) -> None:
@@ -150,7 +163,8 @@ def _put_under_load(server: Server, client: httpx.Client) -> Watched:
     with Load(server.url, "tiny", server.prompts) as load:
         load.wait_for(16)
         svc_json(server.home, "promote", "tiny@2")
-        load.wait_for(16)
+        _wait_for_series(client, 'svc_requests_total{version="2"}')
+        load.wait_for(16)  # a counter that appears has not risen: the panels show what comes after its first scrape
         svc_json(server.home, "rollback", "tiny")
         load.wait_for(16)
         with pytest.raises(openai.NotFoundError):
