@@ -80,10 +80,9 @@ def wait_until_ready(url: str, server: "subprocess.Popen[bytes] | None", log: Pa
 
 
 def engine_pid(home: Path) -> int:
-    """The process id of vLLM behind a home's server, for killing it."""
+    """The process id of vLLM behind a home's server, of its first replica, for killing it."""
+    from svc.engine.leftover import find_engine
     from svc.engine.runtime import runtime_folder
 
-    record = json.loads((runtime_folder(home, "serve") / "engine.json").read_text("utf-8"))
-    pid = int(record["pid"])
-    os.kill(pid, 0)
-    return pid
+    found = [find_engine(folder) for folder in sorted(runtime_folder(home, "serve").iterdir())]
+    return next(engine.pid for engine in found if engine is not None)

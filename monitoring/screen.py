@@ -31,6 +31,8 @@ def status_screen(look: Look, rates: Mapping[str, Rate] | None = None) -> Render
             f", {engine['restarts']} restarts; {requests['running']} requests running, {requests['held']} held",
         ),
     ]
+    if len(state["engines"]) > 1:
+        lines += [Text(_engine(one)) for one in state["engines"]]
     if engine["last_error"]:
         lines.append(Text(f"last error: {engine['last_error']}", "yellow"))
     if state["last_swap"]:
@@ -53,10 +55,17 @@ def failure_screen(error: SvcError) -> RenderableType:
     return Text(str(error), "red")
 
 
+def _engine(engine: Mapping[str, Any]) -> str:
+    holds = f" with {engine['version']}" if engine["version"] else ""
+    return f"  replica {engine['replica']}: {engine['state']}{holds}, {engine['running']} running"
+
+
 def _swap(swap: Mapping[str, Any]) -> str:
     text = f"last swap: to {swap['to']}, {swap['outcome'] or 'under way'}, {swap['started_at']}"
+    if swap["kind"] is not None:
+        text += f", {swap['kind']} in {swap['took_s']:.1f} s, {swap['running']} running"
     if swap["seconds"] is not None:
-        text += f", {swap['seconds']:.2f} s, {swap['running']} running, {swap['held']} held"
+        text += f", {swap['held']} held for {swap['seconds']:.2f} s"
     return text
 
 

@@ -50,7 +50,7 @@ def serve(ctx: click.Context, model: str | None, format_name: str | None, host: 
     async def run() -> None:
         with server.claim(settings) as claim, ExitStack() as spinner:
             desired = choose_desired(registry, store, model, Format(format_name) if format_name else None)
-            console.print(f"{desired.target}: starting vLLM, about 40 s; log {settings.home / 'logs' / 'engine.log'}")
+            console.print(f"{desired.target}: starting vLLM, about 40 s; log {settings.home / 'logs' / 'engine-0.log'}")
             on_phase = spinner.enter_context(waiting("engine"))
 
             def on_ready() -> None:
@@ -113,8 +113,8 @@ def _change(promotion: Promotion, current: Desired, target: Target, as_json: boo
         )
     if not as_json:
         click.secho(f"{target} serves", fg="green")
-        if swap.seconds is not None:
-            click.echo(f"  swap {swap.seconds:.2f} s, {swap.running} requests were running, {swap.held} were held")
+        if swap.kind is not None and swap.took_s is not None:
+            click.echo(f"  {swap.kind} swap in {swap.took_s:.1f} s; {_waits(swap)}")
 
 
 def _left(outcome: SwapOutcome | None, current: Desired) -> str:
@@ -124,11 +124,19 @@ def _left(outcome: SwapOutcome | None, current: Desired) -> str:
     return f"{current.target} serves"
 
 
+def _waits(swap: SwapRecord) -> str:
+    if swap.seconds is None:
+        return f"no request had to wait, {swap.running} were running"
+    return f"requests were held for {swap.seconds:.2f} s, {swap.held} of them; {swap.running} were running"
+
+
 def _machine(swap: SwapRecord) -> dict[str, Any]:
     return {
         "target": str(swap.target),
         "outcome": swap.outcome,
         "reason": swap.reason,
+        "kind": swap.kind,
+        "took_s": swap.took_s,
         "seconds": swap.seconds,
         "running": swap.running,
         "held": swap.held,

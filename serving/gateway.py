@@ -9,6 +9,7 @@ The answer's head is sent with the first complete event, not before: until then 
 import asyncio
 import time
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from datetime import UTC, datetime
 
@@ -30,6 +31,7 @@ from serving.openai_api.events import (
     is_usage_only,
 )
 from serving.openai_api.requests import ClientGoneError, CompletionRequest, Route, parse_request, read_body
+from serving.pool import Lease
 from serving.records import RecordWriter
 from serving.routing import Routes, Served
 from serving.traffic import CLIENT_GONE_STATUS, UNKNOWN_MODEL, Traffic
@@ -41,12 +43,12 @@ _EVENT_STREAM = "text/event-stream"
 
 
 class Gateway:
-    """Forwards completions to one engine.
+    """Forwards completions to engines.
 
     Args:
-        engine: a client whose base URL is the engine, see serving.upstream.connect.
+        lease: an engine for a model's name, see serving.pool.
         door: admits and holds requests.
-        routes: resolves model names.
+        routes: knows what the engines call their model.
         traffic: counts.
         records: keeps a row for each request.
         settings: the limits.
@@ -56,7 +58,7 @@ class Gateway:
     def __init__(
         self,
         *,
-        engine: httpx.AsyncClient,
+        lease: Callable[[str], AbstractContextManager[Lease]],
         door: Admission,
         routes: Routes,
         traffic: Traffic,
@@ -64,7 +66,7 @@ class Gateway:
         settings: ServeSettings,
         clock: Callable[[], float] = time.perf_counter,
     ) -> None:
-        self.engine = engine
+        self.lease = lease
         self.door = door
         self.routes = routes
         self.traffic = traffic
@@ -164,20 +166,27 @@ class Exchange:
     async def _answer(self, request: CompletionRequest) -> None:
         gateway = self._gateway
         async with gateway.door.admit():
-            self._served = gateway.routes.resolve(request.model)
-            self._scope["state"]["version"] = self._served.version
-            async with call(gateway.engine, self._route.value, request.payload, self._request_id) as response:
-                if response.headers.get("content-type", "").startswith(_EVENT_STREAM):
-                    await _Stream(self, self._served, wants_usage=request.wants_usage).forward(response)
-                    return
-                body = await response.aread()
+            with gateway.lease(request.model) as engine:
+                self._served = engine.served
+                self._scope["state"]["version"] = engine.served.version
+                body = await self._forward(engine, request)
+        if body is None:
+            return
         # The engine is done with it: a client that reads slowly keeps no place.
         self.look_at(body)
         usage = find_usage(body)
         if usage:
-            self.used(self._served, usage)
+            self.used(engine.served, usage)
         await self.start(200, "application/json", len(body))
         await self.send(body, more=False)
+
+    async def _forward(self, engine: Lease, request: CompletionRequest) -> bytes | None:
+        """Asks the engine; the whole answer, or None where it was a stream, which has gone to the client then."""
+        async with call(engine.http, self._route.value, request.payload, self._request_id) as response:
+            if response.headers.get("content-type", "").startswith(_EVENT_STREAM):
+                await _Stream(self, engine.served, wants_usage=request.wants_usage).forward(response)
+                return None
+            return await response.aread()
 
     async def _fail(self, error: ApiError) -> None:
         """Answers with an error; within a stream with an event, and without the one that ends a good answer."""

@@ -1,9 +1,9 @@
-"""The door between HTTP and the engine: counts what runs, and holds what comes while the engine changes version.
+"""The door between HTTP and the engines: counts what runs, and holds what comes while no engine may take it.
 
-A swap closes the door, waits until the running requests are done, changes the weights and opens again. Requests that
-come meanwhile wait, in arrival order, and none of them sees more than one version. The queue and the wait are bounded:
-whatever a client can grow has a limit. The server's own questions have a place beside all this, behind every request.
-Knows nothing of HTTP, of versions, or of why the door is closed.
+A swap in place of the only engine closes the door, waits until the running requests are done, changes the weights and
+opens again. Requests that come meanwhile wait, in arrival order, and none of them sees more than one version. The queue
+and the wait are bounded: whatever a client can grow has a limit. The server's own questions have a place beside all
+this, behind every request. Knows nothing of HTTP, of versions, or of why the door is closed.
 
 One event loop, no locks: every change of state happens between two awaits.
 """
@@ -82,7 +82,7 @@ class Admission:
         self._closed = False
         self._unavailable: str | None = self._STARTING
         self._aside: asyncio.Timeout | None = None
-        self._empty, self._open, self._quiet = asyncio.Event(), asyncio.Event(), asyncio.Event()
+        self._open, self._quiet = asyncio.Event(), asyncio.Event()
         self._show()
 
     @property
@@ -122,8 +122,8 @@ class Admission:
         """Waits for a moment without requests, and holds a place beside them for the body: a question of the server's.
 
         It is none of `running`, and no request waits for it. It is given while the door is open and there is an engine;
-        when that ends, the body is cut off. A swap waits until it has gone, but not for its answer: a long one could
-        take longer than the swap may wait.
+        when that ends, the body is cut off: a swap does not wait for its answer, which could take longer than the swap
+        may.
 
         Args:
             patience_s: after so long without such a moment it goes beside the requests that run.
@@ -157,7 +157,7 @@ class Admission:
         if self._closed:
             raise RuntimeError("the door is closed already")
         self._closed = True
-        self._end_aside()
+        self.end_aside()
         self._show()
         try:
             yield
@@ -166,14 +166,10 @@ class Admission:
             self._admit_waiting()
             self._show()
 
-    async def drained(self, timeout_s: float) -> None:
-        """Returns when nothing runs, the server's own question among it. Of use only while the door is closed.
-
-        Raises:
-            TimeoutError: requests still run after `timeout_s` seconds.
-        """
-        async with asyncio.timeout(timeout_s):
-            await self._empty.wait()
+    def end_aside(self) -> None:
+        """Cuts the server's own question off, if one runs: its engine is about to be changed."""
+        if self._aside is not None and not self._aside.expired():
+            self._aside.reschedule(asyncio.get_running_loop().time())
 
     def unavailable(self, reason: str) -> None:
         """There is no engine from now on: new requests are refused at once.
@@ -182,7 +178,7 @@ class Admission:
             reason: shown to clients, as "the engine is starting"; no paths.
         """
         self._unavailable = reason
-        self._end_aside()
+        self.end_aside()
         self._admit_waiting()
         self._show()
 
@@ -213,7 +209,6 @@ class Admission:
     def _show(self) -> None:
         """Shows what has changed to those who wait for it."""
         is_open = not self._closed and self._unavailable is None
-        _set(self._empty, not self._running and self._aside is None)
         _set(self._open, is_open)
         _set(self._quiet, is_open and not self._running)
 
@@ -223,10 +218,6 @@ class Admission:
             async with asyncio.timeout(patience_s):
                 await _until(self._quiet)
         await _until(self._open)
-
-    def _end_aside(self) -> None:
-        if self._aside is not None and not self._aside.expired():
-            self._aside.reschedule(asyncio.get_running_loop().time())
 
     async def _wait(self) -> None:
         """Returns with a place taken."""

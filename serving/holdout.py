@@ -18,8 +18,9 @@ from sqlalchemy import Engine as Store
 from sqlalchemy.exc import SQLAlchemyError
 
 from serving.own_questions import OwnQuestions, SupersededError
+from serving.pool import EnginePool
 from serving.routing import Routes
-from serving.supervisor import Load, Supervisor
+from serving.supervisor import Load
 from serving.traffic import Traffic
 from svc.dataset.example import ChatExample
 from svc.engine.client import EngineClient
@@ -80,7 +81,7 @@ class HoldoutRuns:
         self,
         questions: OwnQuestions,
         *,
-        supervisor: Supervisor,
+        pool: EnginePool,
         routes: Routes,
         registry: Registry,
         store: Store,
@@ -89,7 +90,7 @@ class HoldoutRuns:
         every_hours: float,
     ) -> None:
         self._questions = questions
-        self._supervisor = supervisor
+        self._pool = pool
         self._routes = routes
         self._registry = registry
         self._store = store
@@ -148,8 +149,8 @@ class HoldoutRuns:
 
     def _due(self) -> HoldoutCause | None:
         """Why the set is to be asked now, if it is."""
-        load = self._supervisor.load
-        if self._never or self._supervisor.state is not EngineState.READY:
+        load = self._pool.load
+        if self._never or self._pool.state is not EngineState.READY:
             return None
         if load != self._done:
             return HoldoutCause.START if load.fresh else HoldoutCause.SWAP
@@ -161,7 +162,7 @@ class HoldoutRuns:
         Raises:
             SupersededError: it was cut off, and is to begin anew.
         """
-        load, served = self._supervisor.load, self._routes.served
+        load, served = self._pool.load, self._routes.served
         if served is None:
             return
         target, began, started_at = Target(served.version, served.format), time.monotonic(), datetime.now(UTC)

@@ -12,7 +12,8 @@ from collections.abc import Awaitable, Callable, Sequence
 from typing import TypeVar
 
 from serving.hold import Admission, AsideEndedError
-from serving.supervisor import Load, Supervisor
+from serving.pool import EnginePool
+from serving.supervisor import Load
 from svc.engine.client import EngineClient
 from svc.engine.probe import EngineFacts
 from svc.engine.state import EngineState
@@ -51,11 +52,9 @@ class OwnQuestions:
         off: why nothing is asked here; None where it is.
     """
 
-    def __init__(
-        self, door: Admission, supervisor: Supervisor, settings: HoldoutSettings, off: str | None = None
-    ) -> None:
+    def __init__(self, door: Admission, pool: EnginePool, settings: HoldoutSettings, off: str | None = None) -> None:
         self._door = door
-        self._supervisor = supervisor
+        self._pool = pool
         self._settings = settings
         self._turn = asyncio.Lock()
         self._next_at = 0.0
@@ -78,11 +77,13 @@ class OwnQuestions:
                 await self._pace()
                 try:
                     async with self._door.aside(self._settings.patience_s):
-                        if self._supervisor.load != load or self.off:
+                        lead = self._pool.lead
+                        if lead is None or lead.load != load or self.off:
                             raise SupersededError
                         self._next_at = time.monotonic() + 60 / self._settings.questions_per_minute
-                        client = self._supervisor.client.with_ids(ID_PREFIX)
-                        return await question(client)
+                        client = lead.client.with_ids(ID_PREFIX)
+                        with lead.occupied():
+                            return await question(client)
                 except AsideEndedError:
                     if self._door.unavailable_reason is not None:  # and not for a swap
                         self._count_death()
@@ -96,15 +97,15 @@ class OwnQuestions:
         await asyncio.sleep(max(0.0, self._next_at - time.monotonic()))
 
     async def _lives(self, client: EngineClient) -> bool:
-        return self._supervisor.state in _WITH_ENGINE and await client.healthy()
+        return self._pool.state in _WITH_ENGINE and await client.healthy()
 
     async def _died(self, load: Load, client: EngineClient) -> bool:
         """Whether the supervisor, which is more patient, finds the engine dead too; it may only be slow."""
-        while self._supervisor.load == load and self._supervisor.state in _WITH_ENGINE:
+        while self._pool.load == load and self._pool.state in _WITH_ENGINE:
             if await client.healthy():
                 return False
             await asyncio.sleep(_POLL_S)
-        return self._supervisor.load == load or self._supervisor.load.fresh
+        return self._pool.load == load or self._pool.load.fresh
 
     def _count_death(self) -> None:
         now = time.monotonic()

@@ -41,7 +41,15 @@ class Proof:
             IntegrityError: a file was changed.
         """
         await asyncio.to_thread(self._registry.verify, target.version, target.format)
-        return await asyncio.to_thread(self._registry.artifact, target.version, target.format)
+        return await asyncio.to_thread(self.folder, target)
+
+    def folder(self, target: Target) -> Path:
+        """A version's model folder, unchecked.
+
+        Raises:
+            NotFoundError: no such version or format.
+        """
+        return self._registry.artifact(target.version, target.format)
 
     async def probes(self, client: EngineClient, target: Target) -> str:
         """Checks the probes on the engine, all at once.

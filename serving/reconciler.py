@@ -1,6 +1,6 @@
-"""Makes what serves equal to what is desired, and keeps it so: the only task that touches the engine.
+"""Makes what serves equal to what is desired, and keeps it so: the only task that touches the engines.
 
-One loop: the engine died -> start it again, slower after each failure; the desired version changed -> swap, and where
+One loop: an engine is missing -> start it, slower after each failure; the desired version changed -> swap, and where
 that fails put the desired state back, so that it always names what truly serves. A store that does not answer stops
 neither: what serves goes on, and the wish is read later.
 """
@@ -13,10 +13,11 @@ from sqlalchemy import Engine as Store
 from sqlalchemy.exc import SQLAlchemyError
 
 from serving.journal import Journal
+from serving.pool import EnginePool
 from serving.production_alias import ProductionAlias
 from serving.routing import Routes, Served
 from serving.supervisor import Supervisor
-from serving.swap import InPlaceSwap
+from serving.swap import Swap
 from serving.traffic import Traffic
 from svc.engine.state import EngineState
 from svc.errors import BusyError, SvcError, SwapError
@@ -33,7 +34,7 @@ _BACKOFF_S = (1.0, 2.0, 4.0, 8.0, 16.0, 32.0, 60.0)
 
 
 class Reconciler:
-    """Owns the engine's fate.
+    """Owns the engines' fate.
 
     Args:
         desired: what shall serve when the server starts.
@@ -45,8 +46,8 @@ class Reconciler:
         desired: Desired,
         *,
         store: Store,
-        supervisor: Supervisor,
-        swap: InPlaceSwap,
+        pool: EnginePool,
+        swap: Swap,
         routes: Routes,
         traffic: Traffic,
         alias: ProductionAlias,
@@ -56,7 +57,7 @@ class Reconciler:
         self._failed: Desired | None = None
         self._store = store
         self._journal = Journal(store)
-        self._supervisor = supervisor
+        self._pool = pool
         self._swap = swap
         self._routes = routes
         self._traffic = traffic
@@ -70,15 +71,21 @@ class Reconciler:
         return self._actual
 
     async def start(self) -> None:
-        """Starts the engine with the desired version.
+        """Takes over the engines that an earlier server left, or starts one with the desired version; others follow.
+
+        Where only engines with the version before were left, as by a server that died during a swap, that version
+        serves at once, and `run` takes the wish up again.
 
         Raises:
             SvcError: it cannot serve; at the first start a person is there to read it. SwapError where another version
                 served before: that one is desired again, and the next start comes up with it.
         """
+        if await self._take_over():
+            return
+        await self._pool.end_leftovers()
         production = await self._alias.read(self._actual.name)
         try:
-            await self._supervisor.start(self._actual.target)
+            await self._pool.members[0].start(self._actual.target)
         except SvcError as error:
             await self._end_cut_off(SwapResult(SwapOutcome.FAILED, str(error)))
             previous = self._actual.previous
@@ -93,19 +100,39 @@ class Reconciler:
         self._serves()
         await self._end_cut_off(SwapResult(SwapOutcome.SUCCEEDED))
 
+    async def _take_over(self) -> bool:
+        desired = self._actual
+        if await self._found(desired.target):
+            self._serves()
+            await self._end_cut_off(SwapResult(SwapOutcome.SUCCEEDED))
+            return True
+        if desired.previous is None or not await self._found(desired.previous):
+            return False
+        await self._end_cut_off(SwapResult(SwapOutcome.FAILED, "the server ended during the swap"))
+        self._actual = Desired(desired.previous, None, desired.generation - 1)
+        self._serves()
+        return True
+
+    async def _found(self, target: Target) -> bool:
+        try:
+            return await self._pool.take_over(target)
+        except SvcError:
+            log.warning("no engine with %s can be taken over", target, exc_info=True)
+            return False
+
     async def run(self) -> None:
         """Runs until it is cancelled; `start` comes before."""
         while True:
-            died = asyncio.create_task(self._supervisor.died())
+            lost = asyncio.create_task(self._pool.lost())
             changed = asyncio.create_task(self._changed())
             try:
-                done, _ = await asyncio.wait({died, changed}, return_when=asyncio.FIRST_COMPLETED)
+                done, _ = await asyncio.wait({lost, changed}, return_when=asyncio.FIRST_COMPLETED)
             finally:
-                died.cancel()
+                lost.cancel()
                 changed.cancel()
             try:
-                if died in done:
-                    await self._revive(died.result())
+                if lost in done:
+                    await self._revive(lost.result())
                 else:
                     await self._promote(changed.result())
             except SQLAlchemyError as error:
@@ -126,20 +153,22 @@ class Reconciler:
                 await asyncio.sleep(_STORE_PAUSE_S)
             await asyncio.sleep(_POLL_S)
 
-    async def _revive(self, why: str) -> None:
-        """Starts the engine again until it serves; waits longer after each failure. A new wish is taken up at once."""
-        log.error("the engine died: %s", why)
-        self.last_error = f"the engine died: {why}"
-        await self._supervisor.stop(EngineState.FAILED)
+    async def _revive(self, engine: Supervisor) -> None:
+        """Starts an engine until it serves; waits longer after each failure. A new wish is taken up at once."""
+        if engine.state is EngineState.FAILED:
+            self.last_error = f"replica {engine.replica} died: {engine.why}"
+        died = engine.state is EngineState.FAILED
+        await engine.stop(engine.state)
         attempt = 0
-        while not self._supervisor.runs:
+        while engine in self._pool.members and not engine.runs:
             pause_s = self._backoff_s[min(attempt, len(self._backoff_s) - 1)]
             attempt += 1
             try:
                 desired = await asyncio.wait_for(self._changed(), pause_s)
             except TimeoutError:
-                self._supervisor.count_restart()
-                error = await self._start(self._actual.target)
+                if died:
+                    self._pool.count_restart()
+                error = await self._start(engine, self._actual.target)
                 if error is None:
                     self._serves()
                 else:
@@ -152,8 +181,8 @@ class Reconciler:
         swap_id = await self._journal.begin(desired)
         report = partial(self._journal.step, swap_id)
         report(f"{before.target} serves, {desired.target} is wanted")
-        if not self._supervisor.runs:
-            error = await self._start(desired.target)
+        if not self._pool.running:
+            error = await self._start(self._pool.members[0], desired.target)
             result = SwapResult(SwapOutcome.FAILED if error else SwapOutcome.SUCCEEDED, error)
         elif desired.target == before.target:
             result = SwapResult(SwapOutcome.SUCCEEDED)
@@ -176,10 +205,10 @@ class Reconciler:
             self.last_error = result.reason
             await self._put_back(desired, before)
 
-    async def _start(self, target: Target) -> str | None:
+    async def _start(self, engine: Supervisor, target: Target) -> str | None:
         """Starts an engine where none runs; returns why it could not."""
         try:
-            await self._supervisor.start(target)
+            await engine.start(target)
         except Exception as error:  # whatever keeps an engine from starting now may be gone later
             log.exception("the engine did not start with %s", target)
             return str(error) if isinstance(error, SvcError) else repr(error)

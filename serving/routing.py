@@ -1,7 +1,7 @@
 """What a client's model name means at this moment.
 
-Knows which version is loaded, and nothing of how it got there. A name is resolved after admission, so that a request
-which was held through a swap gets the new version.
+Knows which versions are loaded, and nothing of how they got there. A name is resolved after admission, so that a
+request which was held through a swap gets the new version.
 """
 
 import time
@@ -22,17 +22,17 @@ class ModelNotFoundError(NotFoundError):
 
 @dataclass(frozen=True, slots=True)
 class Served:
-    """A version as the engine holds it."""
+    """A version as an engine holds it."""
 
     version: VersionId
     format: Format
 
 
 class Routes:
-    """The names that clients may use: `NAME`, `NAME@N` of the loaded version, `NAME@production`.
+    """The names that clients may use: `NAME`, `NAME@production`, `NAME@N` of each loaded version.
 
     Args:
-        name: the served model name, without a version; also what the engine itself calls its model.
+        name: the served model name, without a version; also what the engines themselves call their model.
         clock: Unix time, seconds.
     """
 
@@ -40,31 +40,37 @@ class Routes:
         self.name = name
         self._clock = clock
         self._served: Served | None = None
+        self._loaded: set[Served] = set()
         self._since = 0
 
     @property
     def served(self) -> Served | None:
-        """What is loaded; None before the first version is."""
+        """The version in production; None before the first is."""
         return self._served
 
     @property
     def since(self) -> int:
-        """When it was loaded, Unix seconds."""
+        """When it came there, Unix seconds."""
         return self._since
 
     def serve(self, served: Served) -> None:
-        """From now on every name means this version. Called with the door closed or the engine unavailable."""
+        """From now on this version is the one in production."""
         self._served = served
         self._since = int(self._clock())
+
+    def load(self, loaded: set[Served]) -> None:
+        """From now on engines take requests for these versions: two during a swap of several engines."""
+        self._loaded = loaded
 
     def names(self) -> tuple[str, ...]:
         """The names that resolve now."""
         if self._served is None:
             return ()
-        return self.name, str(self._served.version), f"{self.name}@{Alias.PRODUCTION}"
+        versions = sorted({self._served.version, *(loaded.version for loaded in self._loaded)})
+        return self.name, *(str(version) for version in versions), f"{self.name}@{Alias.PRODUCTION}"
 
-    def resolve(self, model: str) -> Served:
-        """The version that a client's model name means.
+    def resolve(self, model: str) -> VersionId | None:
+        """The version that a client's model name means; None for whichever an engine holds that takes requests.
 
         Raises:
             ModelNotFoundError: no loaded version answers to it.
@@ -72,8 +78,11 @@ class Routes:
         """
         if self._served is None:
             raise EngineUnavailableError("no version is loaded yet", todo="send the request again later")
-        if model not in self.names():
-            raise ModelNotFoundError(
-                f"model {model[:SHOWN_CHARS]!r} is not served here", expected=f"one of {', '.join(self.names())}"
-            )
-        return self._served
+        if model in (self.name, f"{self.name}@{Alias.PRODUCTION}"):
+            return None
+        for loaded in self._loaded:
+            if model == str(loaded.version):
+                return loaded.version
+        raise ModelNotFoundError(
+            f"model {model[:SHOWN_CHARS]!r} is not served here", expected=f"one of {', '.join(self.names())}"
+        )

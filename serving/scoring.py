@@ -18,8 +18,9 @@ from sqlalchemy import Engine as Store
 
 from serving.openai_api.requests import Route
 from serving.own_questions import OwnQuestions, SupersededError
+from serving.pool import EnginePool
 from serving.routing import Routes
-from serving.supervisor import Load, Supervisor
+from serving.supervisor import Load
 from svc.engine.client import EngineClient
 from svc.engine.state import EngineState
 from svc.errors import EngineError, IntegrityError, NotFoundError
@@ -52,7 +53,7 @@ class LiveScores:
         questions: OwnQuestions,
         *,
         busy: Callable[[], bool],
-        supervisor: Supervisor,
+        pool: EnginePool,
         routes: Routes,
         registry: Registry,
         store: Store,
@@ -60,7 +61,7 @@ class LiveScores:
     ) -> None:
         self._questions = questions
         self._busy = busy
-        self._supervisor = supervisor
+        self._pool = pool
         self._routes = routes
         self._registry = registry
         self._store = store
@@ -88,7 +89,7 @@ class LiveScores:
         return (
             self._per_hour > 0
             and self._questions.off is None
-            and self._supervisor.state is EngineState.READY
+            and self._pool.state is EngineState.READY
             and not self._busy()
         )
 
@@ -98,7 +99,7 @@ class LiveScores:
         Raises:
             SupersededError: the engine was loaded again meanwhile.
         """
-        load, served = self._supervisor.load, self._routes.served
+        load, served = self._pool.load, self._routes.served
         if served is None:
             return False
         target = Target(served.version, served.format)

@@ -12,6 +12,7 @@ import socket
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,7 @@ from serving.hold import Admission
 from serving.holdout import HoldoutRuns
 from serving.machine_metrics import add_machine_metrics
 from serving.own_questions import OwnQuestions, unfit_engine
+from serving.pool import EnginePool
 from serving.production_alias import ProductionAlias
 from serving.proof import Proof
 from serving.reconciler import Reconciler
@@ -34,12 +36,14 @@ from serving.records import RecordWriter
 from serving.routing import Routes
 from serving.scoring import LiveScores
 from serving.supervisor import Supervisor
-from serving.swap import InPlaceSwap
+from serving.swap import Swap
 from serving.traffic import Traffic
 from serving.upstream import connect
 from svc.engine.launch import SOCKET_FILE, EngineSpec
+from svc.engine.leftover import end_engine
 from svc.engine.probe import engine_facts
 from svc.engine.process import EngineProcess
+from svc.engine.room import shortage
 from svc.engine.runtime import runtime_folder
 from svc.listening import address_family, http_url, listen_error
 from svc.lock import hold_lock
@@ -101,6 +105,8 @@ async def serve(
 ) -> None:
     """Serves until SIGTERM, SIGINT or SIGHUP; a second one ends it without waiting for the answers that run.
 
+    SIGUSR1 ends it too, and leaves the engines to the next server, which takes them over.
+
     Args:
         desired: what to load first.
         on_phase: hears what the start is doing.
@@ -113,6 +119,7 @@ async def serve(
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
         if signal.getsignal(number) is not signal.SIG_IGN:  # as nohup leaves SIGHUP
             asyncio.get_running_loop().add_signal_handler(number, server.stop)
+    asyncio.get_running_loop().add_signal_handler(signal.SIGUSR1, partial(server.stop, leave=True))
     await server.run(claim.door, on_ready)
 
 
@@ -140,6 +147,7 @@ class _Server:
         runtime = runtime_folder(settings.home, "serve")
         self._store = store
         self._stopping = asyncio.Event()
+        self._leave = False
         self._http: _Uvicorn | None = None
         disable_created_metrics()  # type: ignore[no-untyped-call]
         metrics = CollectorRegistry()
@@ -157,28 +165,45 @@ class _Server:
         )
         self._routes = Routes(desired.name)
         proof = Proof(registry, store, facts)
-        launch = _launcher(settings, desired.name, runtime)
-        self._supervisor = Supervisor(launch, proof, self._door, self._traffic, on_phase)
-        swap = InPlaceSwap(
-            registry=registry,
-            proof=proof,
-            supervisor=self._supervisor,
+        slots = _Slots(settings, desired.name, runtime)
+        self._pool = EnginePool(
+            lambda replica, on_change: Supervisor(
+                replica,
+                partial(slots.engine, replica),
+                connect(slots.folder(replica) / SOCKET_FILE, silence_s=limits.request_timeout_s),
+                proof,
+                on_change,
+                on_phase,
+            ),
+            leftovers=slots,
+            size=settings.engine.replicas,
             door=self._door,
             routes=self._routes,
+            traffic=self._traffic,
+            retire_timeout_s=limits.retire_timeout_s,
+        )
+        swap = Swap(
+            registry=registry,
+            proof=proof,
+            pool=self._pool,
+            door=self._door,
+            routes=self._routes,
+            choice=limits.swap,
+            shortage=lambda target: slots.shortage(proof.folder(target)),
             drain_timeout_s=limits.drain_timeout_s,
         )
         self._alias = ProductionAlias(registry.tracking)
         self._reconciler = Reconciler(
             desired,
             store=store,
-            supervisor=self._supervisor,
+            pool=self._pool,
             swap=swap,
             routes=self._routes,
             traffic=self._traffic,
             alias=self._alias,
         )
         self._gateway = Gateway(
-            engine=connect(runtime / SOCKET_FILE, silence_s=limits.request_timeout_s),
+            lease=self._pool.lease,
             door=self._door,
             routes=self._routes,
             traffic=self._traffic,
@@ -186,11 +211,11 @@ class _Server:
             settings=limits,
         )
         questions = OwnQuestions(
-            self._door, self._supervisor, settings.holdout, off=unfit_engine(facts, settings.engine.args)
+            self._door, self._pool, settings.holdout, off=unfit_engine(facts, settings.engine.args)
         )
         self._holdout = HoldoutRuns(
             questions,
-            supervisor=self._supervisor,
+            pool=self._pool,
             routes=self._routes,
             registry=registry,
             store=store,
@@ -201,17 +226,22 @@ class _Server:
         self._scores = LiveScores(
             questions,
             busy=lambda: self._holdout.under_way,
-            supervisor=self._supervisor,
+            pool=self._pool,
             routes=self._routes,
             registry=registry,
             store=store,
             per_hour=settings.holdout.scored_per_hour if settings.records.content_share else 0,
         )
-        self._engine_metrics = EngineMetrics(self._gateway.engine, self._routes)
+        self._engine_metrics = EngineMetrics(self._pool.sources)
         metrics.register(self._engine_metrics)
 
-    def stop(self) -> None:
-        """Ends `run`: running answers may end; called again, they are cut off."""
+    def stop(self, *, leave: bool = False) -> None:
+        """Ends `run`: running answers may end; called again, they are cut off.
+
+        Args:
+            leave: the engines run on, for the next server.
+        """
+        self._leave = leave
         if self._stopping.is_set() and self._http is not None:
             self._http.force_exit = True
         self._stopping.set()
@@ -250,8 +280,7 @@ class _Server:
             http.should_exit = True
             await asyncio.wait({serving})
             try:
-                await self._supervisor.stop()
-                await self._gateway.engine.aclose()
+                await self._pool.stop(leave=self._leave)
             finally:
                 await asyncio.to_thread(self._records.close)
         for task in done:
@@ -272,10 +301,19 @@ class _Server:
             "format": actual.format.value,
             "previous": str(previous) if previous else None,
             "engine": {
-                "state": self._supervisor.state.value,
-                "restarts": self._supervisor.restarts,
+                "state": self._pool.state.value,
+                "restarts": self._pool.restarts,
                 "last_error": self._reconciler.last_error,
             },
+            "engines": [
+                {
+                    "replica": engine.replica,
+                    "state": engine.state.value,
+                    "version": str(engine.target.version) if engine.target else None,
+                    "running": engine.running,
+                }
+                for engine in self._pool.all
+            ],
             "requests": {"running": self._door.running, "held": self._door.held},
             "holdout": self._holdout.status(actual),
             "last_swap": swap
@@ -284,6 +322,8 @@ class _Server:
                 "started_at": swap.started_at.isoformat(timespec="seconds"),
                 "outcome": swap.outcome and swap.outcome.value,
                 "reason": swap.reason,
+                "kind": swap.kind and swap.kind.value,
+                "took_s": swap.took_s,
                 "seconds": swap.seconds,
                 "running": swap.running,
                 "held": swap.held,
@@ -292,16 +332,37 @@ class _Server:
         }
 
 
-def _launcher(settings: Settings, name: str, runtime: Path) -> Callable[[Path], EngineProcess]:
-    def launch(model: Path) -> EngineProcess:
-        spec = EngineSpec(
-            model=model,
-            served_name=name,
-            runtime=runtime,
-            log=settings.home / "logs" / "engine.log",
-            cache=settings.home / "cache" / "vllm",
-            settings=settings.engine,
-        )
-        return EngineProcess(spec)
+@dataclass(frozen=True, slots=True)
+class _Slots:
+    """Where the engines of one home live: each has a folder with its number, for its socket, lock and record."""
 
-    return launch
+    settings: Settings
+    name: str
+    runtime: Path
+
+    def folder(self, number: int) -> Path:
+        folder = self.runtime / str(number)
+        folder.mkdir(mode=0o700, exist_ok=True)
+        return folder
+
+    def engine(self, number: int, model: Path) -> EngineProcess:
+        return EngineProcess(self._spec(number, model))
+
+    def shortage(self, model: Path) -> str | None:
+        return shortage(self._spec(0, model))
+
+    def numbers(self) -> list[int]:
+        return sorted(int(folder.name) for folder in self.runtime.iterdir() if folder.name.isdecimal())
+
+    def end(self, number: int) -> None:
+        end_engine(self.folder(number))
+
+    def _spec(self, number: int, model: Path) -> EngineSpec:
+        return EngineSpec(
+            model=model,
+            served_name=self.name,
+            runtime=self.folder(number),
+            log=self.settings.home / "logs" / f"engine-{number}.log",
+            cache=self.settings.home / "cache" / "vllm",
+            settings=self.settings.engine,
+        )

@@ -1,37 +1,75 @@
-"""The swap in place: another version in the engine that runs, with no request lost and none answered by two versions.
+"""Brings another version into the engines, with no request lost and none answered by two versions.
 
-Check the files -> close the door -> let running requests end -> reload -> forget the prefix cache -> check the
-probes -> open. Whatever fails after the reload ends with the version before, proven again, and the door opens only
-then; a door that opens for any other reason finds no engine behind it. One copy of the weights in memory; no process
-starts.
+One engine after the other, each in one of two ways. In place: no new requests for it -> let the running ones end ->
+reload -> forget the prefix cache -> check the probes. Where it is the only engine, the door holds what comes meanwhile.
+Blue-green: start a second engine with the version, check the probes, exchange the two, let the old one answer its last
+requests. Nobody waits, but there must be memory for both.
+
+Whatever fails ends with the version before on every engine, proven again; a door that opens for any other reason finds
+no engine behind it.
 """
 
 import asyncio
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
 
 from serving.hold import Admission
+from serving.pool import EnginePool
 from serving.proof import Proof
 from serving.routing import Routes, Served
 from serving.supervisor import Supervisor
 from svc.engine.state import EngineState
-from svc.errors import EngineError, ProbeError, SvcError, SwapError
+from svc.errors import EngineError, ProbeError, SvcError
 from svc.registry.fingerprint import compatibility_fingerprint
 from svc.registry.registry import Registry
+from svc.settings import SwapChoice
 from svc.store.desired import Target
-from svc.store.swaps import SwapOutcome, SwapResult
+from svc.store.swaps import SwapKind, SwapOutcome, SwapResult
 
 log = logging.getLogger(__name__)
 
 Report = Callable[[str], None]
 
 
-class InPlaceSwap:
-    """Changes the version in one engine.
+_ROOM_POLL_S = 1.0
+_DIFFERENT = "architecture, shapes, tokenizer, template or format differ"
+
+
+class RequestsRunError(EngineError):
+    """Requests still run after the drain timeout; the engine serves on."""
+
+
+@dataclass(slots=True)
+class _Change:
+    """One swap while it is under way.
+
+    Attributes:
+        why: it is of this kind.
+        held_s: how long the door was closed, all in all; None while it never was.
+        running: requests in the engines when it began.
+        held: most requests that waited.
+    """
+
+    current: Target
+    target: Target
+    kind: SwapKind
+    why: str
+    report: Report
+    running: int
+    held_s: float | None = None
+    held: int | None = None
+
+
+class Swap:
+    """Changes the version in the engines of a pool.
 
     Args:
-        drain_timeout_s: longest wait for the requests that run.
+        choice: whether a second engine is started where a reload in place would do.
+        shortage: why there is no room for a second engine with a version; None where there is.
+        drain_timeout_s: longest wait for the requests that run in an engine, in place.
     """
 
     def __init__(
@@ -39,52 +77,57 @@ class InPlaceSwap:
         *,
         registry: Registry,
         proof: Proof,
-        supervisor: Supervisor,
+        pool: EnginePool,
         door: Admission,
         routes: Routes,
+        choice: SwapChoice,
+        shortage: Callable[[Target], str | None],
         drain_timeout_s: float,
     ) -> None:
         self._registry = registry
         self._proof = proof
-        self._supervisor = supervisor
+        self._pool = pool
         self._door = door
         self._routes = routes
+        self._choice = choice
+        self._shortage = shortage
         self._drain_timeout_s = drain_timeout_s
 
     async def run(self, current: Target, target: Target, report: Report) -> SwapResult:
         """Swaps, or leaves `current` serving. Raises for nothing that has to do with the two versions.
 
         Args:
-            current: what the engine holds.
+            current: what the engines hold.
             report: hears each step.
         """
+        began = time.monotonic()
         try:
-            await self._check(current, target, report)
+            change = await self._plan(current, target, report)
         except (SvcError, OSError) as error:
             log.warning("%s refused", target, exc_info=error)
             return SwapResult(SwapOutcome.REFUSED, str(error))
-        started = time.monotonic()
-        async with self._door.closed():
-            running = self._door.running
-            report(f"holding new requests, {running} running")
-            try:
-                outcome, reason = await self._replace(current, target, report)
-            finally:
-                held, seconds = self._door.held, time.monotonic() - started
-        report(f"open again after {seconds:.2f} s, {held} requests were held")
-        return SwapResult(outcome, reason, seconds, running, held)
+        outcome, reason = await self._change_all(change)
+        took_s = time.monotonic() - began
+        if change.held_s is not None:
+            report(f"held requests for {change.held_s:.2f} s, {change.held} of them")
+        return SwapResult(outcome, reason, change.held_s, change.running, change.held, change.kind, took_s)
 
-    async def _check(self, current: Target, target: Target, report: Report) -> None:
-        """Everything that can be found wrong while the door is open. A reload that fails ends the engine."""
+    async def _plan(self, current: Target, target: Target, report: Report) -> _Change:
+        """Everything that can be found wrong before an engine is touched. A reload that fails ends the engine."""
         await self._proof.files(target)
         report("files match the manifest")
-        if not await asyncio.to_thread(self._fits, current, target):
-            raise SwapError(
-                f"{target} does not fit in place of {current}",
-                expected="the same architecture, shapes, quantization, tokenizer and chat template",
-                todo=f"stop the server, then `svc serve {target.version}`",
+        fits = await asyncio.to_thread(self._fits, current, target)
+        if not fits or self._choice is SwapChoice.BLUEGREEN:
+            kind, why = (
+                SwapKind.BLUEGREEN,
+                "as set" if fits else "architecture, shapes, tokenizer, template or format differ",
             )
-        report("fits in place: same architecture, quantization, tokenizer and template")
+        elif len(self._pool.running) > 1:
+            kind, why = SwapKind.ROLLING, "it fits in place, one engine after the other"
+        else:
+            kind, why = SwapKind.INPLACE, "same architecture, quantization, tokenizer and template"
+        report(f"{kind} swap: {why}")
+        return _Change(current, target, kind, why, report, self._door.running)
 
     def _fits(self, current: Target, target: Target) -> bool:
         """Compares the fingerprints that were taken when the versions were made; their files were compared since.
@@ -99,86 +142,175 @@ class InPlaceSwap:
         one, other = (compatibility_fingerprint(folder) for folder in folders)
         return one == other
 
-    async def _replace(self, current: Target, target: Target, report: Report) -> tuple[SwapOutcome, str | None]:
-        self._supervisor.enter(EngineState.DRAINING)
-        try:
-            await self._drain()
-        except EngineError as error:
-            if await self._supervisor.client.healthy():
-                self._supervisor.enter(EngineState.READY)
-                return SwapOutcome.REFUSED, str(error)
-            return await self._replace_engine(current, report), str(error)
-        report("running requests ended")
-        self._supervisor.enter(EngineState.SWAPPING)
-        try:
-            return await self._exchange(current, target, report)
-        except BaseException:
-            # Cancelled, or a defect. Nobody knows which weights the engine holds, so nobody may reach it.
-            self._supervisor.enter(EngineState.FAILED)
-            raise
+    async def _change_all(self, change: _Change) -> tuple[SwapOutcome, str | None]:
+        changed: list[Supervisor] = []
+        for engine in self._pool.running:
+            if changed and engine.state is not EngineState.READY:
+                continue  # it died meanwhile: it is started again with what serves then
+            outcome, reason, engine = await self._change_one(change, engine)
+            if outcome is not SwapOutcome.SUCCEEDED:
+                if changed:
+                    change.report(f"back to {change.current} on the engines that were changed")
+                    outcome = max(outcome, await self._back(change, changed), key=_severity)
+                return outcome, reason
+            changed.append(engine)
+            if len(self._pool.members) > 1:
+                change.report(f"{len(changed)} of {len(self._pool.members)} engines hold {change.target}")
+        self._routes.serve(Served(change.target.version, change.target.format))
+        return SwapOutcome.SUCCEEDED, None
 
-    async def _drain(self) -> None:
+    async def _back(self, change: _Change, changed: list[Supervisor]) -> SwapOutcome:
+        """Brings the version before back to engines that were changed already, in the way in which they were."""
+        worst = SwapOutcome.RESTORED
+        back = _Change(change.target, change.current, change.kind, "", change.report, change.running)
+        for engine in changed:
+            outcome, _, engine = await self._change_one(back, engine)
+            if outcome is not SwapOutcome.SUCCEEDED:
+                worst = await self._replace_engine(change, engine)
+        return worst
+
+    async def _change_one(self, change: _Change, engine: Supervisor) -> tuple[SwapOutcome, str | None, Supervisor]:
+        """One engine, in place or by another that takes its place; and the one that has the place then."""
+        if change.kind is SwapKind.BLUEGREEN:
+            return await self._blue_green(change, engine)
+        try:
+            return *await self._in_place(change, engine), engine
+        except RequestsRunError as error:
+            change.report(f"{error.wrong}: they need not end where a second engine starts")
+            change.why = f"{error.wrong}; serve.drain_timeout_s may be longer"
+            return await self._blue_green(change, engine)
+
+    async def _blue_green(self, change: _Change, old: Supervisor) -> tuple[SwapOutcome, str | None, Supervisor]:
+        shortage = await self._find_shortage(change.target)
+        if shortage:
+            change.report(f"no room for a second engine: {shortage}")
+            return SwapOutcome.REFUSED, f"no room for a second engine: {shortage} ({change.why})", old
+        change.kind = SwapKind.BLUEGREEN
+        change.report(f"starting a second engine with {change.target}")
+        new = self._pool.add()
+        try:
+            await new.start(change.target)
+        except Exception as error:  # whatever it was, the engine that serves was not touched
+            log.warning("no second engine with %s", change.target, exc_info=error)
+            change.report(f"failed: {_line(error)}")
+            await self._pool.drop(new)
+            return SwapOutcome.REFUSED, str(error) or repr(error), old
+        self._serve_if_only(change)
+        self._pool.exchange(old, new)
+        change.report(f"requests go to it; {old.running} still run in the one before")
+        return SwapOutcome.SUCCEEDED, None, new
+
+    async def _find_shortage(self, target: Target) -> str | None:
+        """Why there is no room, after engines that were replaced had some time to go."""
+        deadline = time.monotonic() + self._drain_timeout_s
+        while True:
+            shortage = await asyncio.to_thread(self._shortage, target)
+            if not shortage or not self._pool.retiring or time.monotonic() >= deadline:
+                return shortage
+            await asyncio.sleep(_ROOM_POLL_S)
+
+    def _serve_if_only(self, change: _Change) -> None:
+        if len(self._pool.ready) <= 1:
+            self._routes.serve(Served(change.target.version, change.target.format))
+
+    async def _in_place(self, change: _Change, engine: Supervisor) -> tuple[SwapOutcome, str | None]:
+        async with self._without(change, engine):
+            engine.enter(EngineState.DRAINING)
+            try:
+                await self._drain(engine)
+            except EngineError as error:
+                if not await engine.client.healthy():
+                    return await self._replace_engine(change, engine), str(error)
+                engine.enter(EngineState.READY)
+                raise RequestsRunError(error.wrong) from error
+            except BaseException:
+                engine.enter(EngineState.READY)
+                raise
+            change.report("running requests ended")
+            engine.enter(EngineState.SWAPPING)
+            try:
+                return await self._exchange(change, engine)
+            except BaseException:
+                # Cancelled, or a defect. Nobody knows which weights the engine holds, so nobody may reach it.
+                engine.enter(EngineState.FAILED)
+                raise
+
+    @asynccontextmanager
+    async def _without(self, change: _Change, engine: Supervisor) -> AsyncIterator[None]:
+        """Others take the requests meanwhile, or, where there are none, the door holds them."""
+        if any(other is not engine for other in self._pool.ready):
+            yield
+            return
+        closed = time.monotonic()
+        async with self._door.closed():
+            change.report(f"holding new requests, {self._door.running} running")
+            try:
+                yield
+            finally:
+                change.held_s = (change.held_s or 0.0) + time.monotonic() - closed
+                change.held = max(change.held or 0, self._door.held)
+
+    async def _drain(self, engine: Supervisor) -> None:
         """Returns when no request runs: none that a client waits for, and none that one left behind in the engine.
 
         Raises:
             EngineError: some still ran after the timeout, or the engine is gone.
         """
         try:
-            await self._door.drained(self._drain_timeout_s)
+            await engine.drained(self._drain_timeout_s)
+            await engine.client.reset_prefix_cache()
         except TimeoutError:
-            raise EngineError(
-                f"{self._door.running} requests still ran after {self._drain_timeout_s:.0f} s",
-                todo="try again, or raise serve.drain_timeout_s",
-            ) from None
-        await self._supervisor.client.reset_prefix_cache()
+            raise EngineError(f"{engine.running} requests still ran after {self._drain_timeout_s:.0f} s") from None
 
-    async def _exchange(self, current: Target, target: Target, report: Report) -> tuple[SwapOutcome, str | None]:
+    async def _exchange(self, change: _Change, engine: Supervisor) -> tuple[SwapOutcome, str | None]:
         try:
-            await self._load(target, report)
+            await self._load(engine, change.target, change.report)
         except Exception as error:  # whatever it was, weights that are not proven must not serve
-            log.warning("%s failed after its load", target, exc_info=error)
-            report(f"failed: {_line(error)}")
-            return await self._restore(current, error, report), str(error) or repr(error)
-        self._routes.serve(Served(target.version, target.format))
-        self._supervisor.enter(EngineState.READY)
+            log.warning("%s failed after its load", change.target, exc_info=error)
+            change.report(f"failed: {_line(error)}")
+            return await self._restore(change, engine, error), str(error) or repr(error)
+        self._serve_if_only(change)
+        engine.enter(EngineState.READY)
         return SwapOutcome.SUCCEEDED, None
 
-    async def _load(self, target: Target, report: Report) -> None:
+    async def _load(self, engine: Supervisor, target: Target, report: Report) -> None:
         started = time.monotonic()
-        client = self._supervisor.client
-        await client.reload_weights(await asyncio.to_thread(self._registry.artifact, target.version, target.format))
-        await client.reset_prefix_cache()
+        await engine.exchange(await asyncio.to_thread(self._proof.folder, target))
         report(f"weights of {target} loaded in {time.monotonic() - started:.2f} s, prefix cache reset")
-        report(await self._proof.probes(client, target))
+        report(await engine.prove(target))
 
-    async def _restore(self, current: Target, error: Exception, report: Report) -> SwapOutcome:
+    async def _restore(self, change: _Change, engine: Supervisor, error: Exception) -> SwapOutcome:
         """The version before: in the same engine where that still answered, else in a new one.
 
         Anything but a failed probe, above all a reload that failed, is taken for the engine's death.
         """
         if not isinstance(error, ProbeError):
-            return await self._replace_engine(current, report)
+            return await self._replace_engine(change, engine)
         try:
-            await self._proof.files(current)
-            await self._load(current, report)
+            await self._proof.files(change.current)
+            await self._load(engine, change.current, change.report)
         except Exception as second:  # as above
-            log.warning("the engine cannot go back to %s", current, exc_info=second)
-            return await self._replace_engine(current, report)
-        self._supervisor.enter(EngineState.READY)
+            log.warning("the engine cannot go back to %s", change.current, exc_info=second)
+            return await self._replace_engine(change, engine)
+        engine.enter(EngineState.READY)
         return SwapOutcome.RESTORED
 
-    async def _replace_engine(self, current: Target, report: Report) -> SwapOutcome:
+    async def _replace_engine(self, change: _Change, engine: Supervisor) -> SwapOutcome:
         """A new engine with the version before. If it does not start, the reconciler goes on trying."""
-        report("the engine cannot go on: replacing it")
-        self._supervisor.count_restart()
+        change.report("the engine cannot go on: replacing it")
+        self._pool.count_restart()
         try:
-            await self._supervisor.start(current)
+            await engine.start(change.current)
         except Exception as error:
             log.exception("the new engine did not start")
-            report(f"the new engine did not start: {_line(error)}")
+            change.report(f"the new engine did not start: {_line(error)}")
         else:
-            report(f"a new engine runs {current}")
+            change.report(f"a new engine runs {change.current}")
         return SwapOutcome.FAILED
+
+
+def _severity(outcome: SwapOutcome) -> int:
+    return list(SwapOutcome).index(outcome)
 
 
 def _line(error: Exception) -> str:

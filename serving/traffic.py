@@ -6,7 +6,7 @@ Knows nothing of the engine's own metrics.
 """
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
@@ -114,7 +114,7 @@ class Traffic:
             self._errors.labels(code.value)
 
     def _add_engine_instruments(self, registry: CollectorRegistry) -> None:
-        self._engine_state = Gauge("svc_engine_state", "1 for the engine's state", ("state",), registry=registry)
+        self._engine_state = Gauge("svc_engine_state", "Engines in a state", ("state",), registry=registry)
         self._restarts = Counter("svc_engine_restarts_total", "Engine starts after the engine died", registry=registry)
         self._swap_duration = Histogram(
             "svc_swap_duration_seconds",
@@ -206,10 +206,10 @@ class Traffic:
         name, number = (version.name, str(version.number)) if version else (UNKNOWN_MODEL, "")
         self._feedback.labels(name, number, rating.value).inc()
 
-    def engine_state(self, state: EngineState) -> None:
-        """Shows the engine's state."""
-        for other in EngineState:
-            self._engine_state.labels(other.value).set(other is state)
+    def engine_states(self, states: Sequence[EngineState]) -> None:
+        """Shows how many engines are in each state."""
+        for state in EngineState:
+            self._engine_state.labels(state.value).set(states.count(state))
 
     def engine_restarted(self) -> None:
         """Counts a start after a death."""

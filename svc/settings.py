@@ -39,6 +39,13 @@ class Device(StrEnum):
     CUDA = "cuda"
 
 
+class SwapChoice(StrEnum):
+    """How another version comes into the engines."""
+
+    AUTO = "auto"
+    BLUEGREEN = "bluegreen"
+
+
 class _Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -51,6 +58,7 @@ class EngineSettings(_Section):
     eager: bool | None = Field(None, description="skip compilation; default: true on the CPU, false on a GPU")
     kv_cache_gib: int = Field(1, ge=1, description="key-value cache on the CPU, GiB")
     max_concurrency: int = Field(64, ge=1, description="sequences decoded together")
+    replicas: int = Field(1, ge=1, le=64, description="engines that serve one model")
     start_timeout_s: float = Field(600.0, gt=0, description="longest start, seconds")
     args: tuple[str, ...] = Field((), description="further arguments for vLLM's server, as they are")
 
@@ -64,7 +72,15 @@ class ServeSettings(_Section):
     max_running: int = Field(256, ge=1, description="requests in the engine at once; one more is answered 429")
     max_held: int = Field(256, ge=0, description="requests that wait during a swap; one more is answered 503")
     hold_timeout_s: float = Field(60.0, gt=0, description="longest wait of a held request, seconds")
-    drain_timeout_s: float = Field(60.0, gt=0, description="longest wait for running requests before a swap, seconds")
+    drain_timeout_s: float = Field(
+        30.0, gt=0, description="longest wait for running requests before a reload, seconds; then blue-green"
+    )
+    swap: SwapChoice = Field(
+        SwapChoice.AUTO, description="auto: in place where the version fits; bluegreen: always by a second engine"
+    )
+    retire_timeout_s: float = Field(
+        3600.0, gt=0, description="a replaced engine is kept so long for the requests that run in it, seconds"
+    )
     request_timeout_s: float = Field(600.0, gt=0, description="longest silence of the engine within a request, seconds")
     exemplars: bool = Field(False, description="latency histograms carry request ids, for scrapers of OpenMetrics")
 

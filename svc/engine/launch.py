@@ -4,6 +4,7 @@ The seam for other launchers: whoever can run `command(spec)` with `environment(
 surface, has an engine.
 """
 
+import hashlib
 import json
 import os
 import sys
@@ -114,3 +115,13 @@ def environment(spec: EngineSpec) -> dict[str, str]:
         # "Eager" leaves vLLM's log-probability kernel compiled: 15 s at the first probe after every start.
         variables["TORCHDYNAMO_DISABLE"] = "1"
     return os.environ | variables
+
+
+def launch_digest(spec: EngineSpec) -> str:
+    """What two engines of one folder have in common that were started alike, with whichever weights; as hex SHA-256.
+
+    What an engine holds is told by its record, and by probes; how much memory was free at its start does not matter.
+    """
+    settings = spec.settings.model_dump(mode="json", exclude={"start_timeout_s", "replicas"})
+    parts = [*(str(part) for part in installed_vllm()), spec.served_name, settings]
+    return hashlib.sha256(json.dumps(parts).encode("utf-8")).hexdigest()

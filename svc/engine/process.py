@@ -1,29 +1,26 @@
-"""The life of one vLLM process on this machine: started, ready, ended, and never left behind.
+"""The life of one vLLM process on this machine: started or taken over, ready, ended, and never forgotten.
 
-A process record beside the socket names the child, so that the next start in the same folder ends an engine whose
-parent was killed. Does not restart anything: that is the supervisor's decision.
+An engine outlives a server that is killed. The next one finds it in its folder, and takes it over or ends it. Does not
+restart anything: that is the supervisor's decision.
 """
 
 import asyncio
 import contextlib
-import json
-import os
 import re
-import signal
+import subprocess
 import time
 from collections.abc import Callable
-from pathlib import Path
+from dataclasses import replace
 from typing import Protocol
 
 import psutil
 
 from svc.engine.client import EngineClient
-from svc.engine.launch import EngineSpec, command, environment
+from svc.engine.launch import EngineSpec, command, environment, launch_digest
+from svc.engine.leftover import EngineRecord, end_engine, find_engine, locked, read_record, runs, write_record
 from svc.errors import EngineError
 
 _POLL_S = 0.25
-_STOP_GRACE_S = 10.0
-_END_POLL_S = 0.05
 _PHASES = {
     # What vLLM's log says, and what a person wants to hear. In the order in which they come.
     r"non-default args": "reading arguments",
@@ -37,7 +34,7 @@ _PHASE_PATTERNS = [(re.compile(pattern), phase) for pattern, phase in _PHASES.it
 
 
 class Engine(Protocol):
-    """What the swap and the supervisor need of an engine; a process here, or something elsewhere."""
+    """What a user of an engine needs of it; a process here, or something elsewhere."""
 
     @property
     def client(self) -> EngineClient:
@@ -46,15 +43,31 @@ class Engine(Protocol):
     async def start(self, on_phase: Callable[[str], None] = ...) -> None:
         """Returns when it answers."""
 
-    async def wait(self) -> int:
-        """Returns its exit code when it has ended."""
+    async def wait(self) -> int | None:
+        """Returns its exit code when it has ended; None where it cannot be known."""
 
     async def stop(self) -> None:
         """Ends it, if it has not ended."""
 
 
+class LastingEngine(Engine, Protocol):
+    """One that outlives its server, and is taken over by the next."""
+
+    def left_holding(self) -> str | None:
+        """What an engine holds that was started alike by an earlier server and runs still; None where none does."""
+
+    async def take_over(self) -> None:
+        """Takes that engine in place of a start."""
+
+    def note(self, holds: str | None) -> None:
+        """Writes down what it holds, for a server that comes later; None while nobody knows."""
+
+    async def leave(self) -> None:
+        """Lets it run, for a later server."""
+
+
 class EngineProcess:
-    """One vLLM server as a child process.
+    """One vLLM server as a process of its own, which outlives us where we die.
 
     Args:
         spec: what to start; its runtime folder must be private to this user.
@@ -63,10 +76,11 @@ class EngineProcess:
     def __init__(self, spec: EngineSpec) -> None:
         self.spec = spec
         self.client = EngineClient.over_socket(spec.socket, spec.served_name)
-        self._process: asyncio.subprocess.Process | None = None
+        self._child: subprocess.Popen[bytes] | None = None
+        self._process: psutil.Process | None = None
 
     async def start(self, on_phase: Callable[[str], None] = lambda phase: None) -> None:
-        """Starts the server and returns when it answers.
+        """Starts the server and returns when it answers. What an earlier one left in the folder is ended.
 
         Args:
             on_phase: hears what it is doing, in a few words.
@@ -74,44 +88,92 @@ class EngineProcess:
         Raises:
             EngineError: it ended, or was not ready in `start_timeout_s`; names the log and its last error.
         """
-        self._end_leftover()
+        await asyncio.to_thread(end_engine, self.spec.runtime)
+        self.spec.socket.unlink(missing_ok=True)
         self.spec.log.parent.mkdir(parents=True, exist_ok=True)
-        with self.spec.log.open("wb") as log:
-            self._process = await asyncio.create_subprocess_exec(
-                *command(self.spec),
-                env=environment(self.spec),
-                stdin=asyncio.subprocess.DEVNULL,
-                stdout=log,
-                stderr=asyncio.subprocess.STDOUT,
-                start_new_session=True,
-            )
+        self._spawn()
         try:
-            self._write_record(self._process.pid)
-            await self._ready(self._process, on_phase)
+            await self._ready(on_phase)
         except BaseException:
             await self.stop()
             raise
 
-    async def wait(self) -> int:
-        """Returns the exit code when the server has ended; 0 when it was never started."""
-        return await self._process.wait() if self._process else 0
+    def _spawn(self) -> None:
+        # asyncio's own subprocesses are killed when their loop ends, and these need not be.
+        with self.spec.log.open("wb") as log, locked(self.spec.runtime) as lock:
+            self._child = subprocess.Popen(
+                command(self.spec),
+                env=environment(self.spec),
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+                pass_fds=[lock.fileno()],
+            )
+        with contextlib.suppress(psutil.NoSuchProcess):  # it has ended already: nothing can be left behind
+            self._process = process = psutil.Process(self._child.pid)
+            record = EngineRecord(process.pid, process.create_time(), launch_digest(self.spec))
+            write_record(self.spec.runtime, record)
+
+    def left_holding(self) -> str | None:
+        """What an engine holds that was started alike by an earlier server and runs still; None where none does."""
+        record = read_record(self.spec.runtime)
+        if record is None or record.launch != launch_digest(self.spec) or not self.spec.socket.exists():
+            return None
+        return record.holds if find_engine(self.spec.runtime) else None
+
+    async def take_over(self) -> None:
+        """Takes the engine that an earlier server left in the folder, in place of a start.
+
+        Raises:
+            EngineError: it does not answer.
+        """
+        self._process = find_engine(self.spec.runtime)
+        if self._process is None or not await self.client.healthy():
+            raise EngineError(f"the engine in {self.spec.runtime} does not answer", todo="start a new one")
+
+    def note(self, holds: str | None) -> None:
+        """Writes down what it holds, for a server that comes later; None while nobody knows."""
+        record = read_record(self.spec.runtime)
+        if record is not None:
+            write_record(self.spec.runtime, replace(record, holds=holds))
+
+    async def wait(self) -> int | None:
+        """Returns the exit code when the server has ended: 0 when it was never started, None of one taken over."""
+        while self._process is not None and runs(self._process):
+            await asyncio.sleep(_POLL_S)
+        if self._child is None:
+            return None if self._process else 0
+        return self._child.wait()
 
     async def stop(self) -> None:
         """Ends the server and all its processes: first asked, then killed."""
-        if self._process is not None:
-            await asyncio.shield(_end_child(self._process))
+        if self._child or self._process or read_record(self.spec.runtime):
+            await asyncio.shield(asyncio.to_thread(self._end))
         await self.client.close()
-        self._record.unlink(missing_ok=True)
         self.spec.socket.unlink(missing_ok=True)
 
-    async def _ready(self, process: asyncio.subprocess.Process, on_phase: Callable[[str], None]) -> None:
+    def _end(self) -> None:
+        end_engine(self.spec.runtime)
+        if self._child:
+            self._child.wait()
+
+    async def leave(self) -> None:
+        """Lets it run, for a later server; this object is of no more use."""
+        if self._child:
+            self._child.returncode = 0  # tells Python that nobody waits for it
+        self._child = self._process = None
+        await self.client.close()
+
+    async def _ready(self, on_phase: Callable[[str], None]) -> None:
+        assert self._child is not None  # noqa: S101 - it was spawned just now
         deadline = time.monotonic() + self.spec.settings.start_timeout_s
         told = "starting python"
         on_phase(told)
         while time.monotonic() < deadline:
-            if process.returncode is not None:
+            if self._child.poll() is not None:
                 raise EngineError(
-                    f"vLLM ended with code {process.returncode} before it was ready: {self._last_error()}",
+                    f"vLLM ended with code {self._child.returncode} before it was ready: {self._last_error()}",
                     todo=f"see {self.spec.log}",
                 )
             if self.spec.socket.exists() and await self.client.healthy():
@@ -135,76 +197,3 @@ class EngineProcess:
         lines = self.spec.log.read_text("utf-8", errors="replace").splitlines()
         errors = [line for line in lines if re.search(r"\b\w*(Error|Exception)\b: ", line)]
         return (errors or lines or ["no output"])[-1].strip()[-300:]
-
-    @property
-    def _record(self) -> Path:
-        return self.spec.runtime / "engine.json"
-
-    def _write_record(self, pid: int) -> None:
-        with contextlib.suppress(psutil.NoSuchProcess):  # it has ended already: nothing can be left behind
-            record = {"pid": pid, "created": psutil.Process(pid).create_time()}
-            self._record.write_text(json.dumps(record), "utf-8")
-
-    def _end_leftover(self) -> None:
-        """Ends the engine of a parent that was killed; the creation time guards against a reused process id."""
-        try:
-            record = json.loads(self._record.read_text("utf-8"))
-            if psutil.Process(record["pid"]).create_time() == record["created"]:
-                _end_leftover_session(record["pid"])
-        except (FileNotFoundError, ValueError, LookupError, TypeError, psutil.NoSuchProcess):
-            pass
-        self._record.unlink(missing_ok=True)
-        self.spec.socket.unlink(missing_ok=True)
-
-
-async def _end_child(leader: asyncio.subprocess.Process) -> None:
-    """Ends our child and its session. Only asyncio may wait for the child itself: it would miss the exit code."""
-    others = await asyncio.to_thread(_session_members, leader.pid)
-    if leader.returncode is None:
-        leader.terminate()
-        with contextlib.suppress(TimeoutError):
-            await asyncio.wait_for(leader.wait(), _STOP_GRACE_S)
-    if leader.returncode is None:
-        leader.kill()
-        await leader.wait()
-    await asyncio.to_thread(_end_processes, others)
-
-
-def _end_leftover_session(pid: int) -> None:
-    _end_processes([psutil.Process(pid), *_session_members(pid)])
-
-
-def _session_members(pid: int) -> list[psutil.Process]:
-    """The processes of a session without its leader."""
-    return [process for process in psutil.process_iter() if process.pid != pid and _session(process.pid) == pid]
-
-
-def _end_processes(processes: list[psutil.Process]) -> None:
-    """SIGTERM, and SIGKILL after the grace."""
-    for number in (signal.SIGTERM, signal.SIGKILL):
-        for process in processes:
-            _signal(process, number)
-        deadline = time.monotonic() + _STOP_GRACE_S
-        while processes and time.monotonic() < deadline:
-            processes = [process for process in processes if _runs(process)]
-            time.sleep(_END_POLL_S)
-
-
-def _runs(process: psutil.Process) -> bool:
-    """A process that has ended stays in the table until its parent looks, and in a container nobody may ever look."""
-    try:
-        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
-    except psutil.NoSuchProcess:
-        return False
-
-
-def _session(pid: int) -> int:
-    try:
-        return os.getsid(pid)
-    except (ProcessLookupError, PermissionError):
-        return -1
-
-
-def _signal(process: psutil.Process, number: signal.Signals) -> None:
-    with contextlib.suppress(psutil.NoSuchProcess):
-        process.send_signal(number)

@@ -10,5 +10,7 @@ class EngineState(StrEnum):
     READY = "ready"
     SWAPPING = "swapping"
     DRAINING = "draining"
+    RETIRING = "retiring"
+    """Another engine took its place; it answers its last requests."""
     STOPPED = "stopped"
     FAILED = "failed"

@@ -24,15 +24,28 @@ class SwapOutcome(StrEnum):
     """The version before could be brought back only by a new engine."""
 
 
+class SwapKind(StrEnum):
+    """How the version comes into the engines."""
+
+    INPLACE = "inplace"
+    """Other weights in the only engine; requests wait meanwhile."""
+    BLUEGREEN = "bluegreen"
+    """A second engine takes the place of the first."""
+    ROLLING = "rolling"
+    """In place, one engine after the other; the others answer meanwhile."""
+
+
 @dataclass(frozen=True, slots=True)
 class SwapRecord:
     """One swap.
 
     Attributes:
         outcome: None while it is under way.
-        seconds: from the closing of the door to its opening; None when it was never closed.
-        running: requests in flight when the door closed; they ended on the version before.
-        held: requests that waited for the door to open.
+        seconds: how long requests were held; None where none had to wait.
+        running: requests in the engines when it began.
+        held: most requests that waited at once; None where none had to.
+        kind: None where it was refused before that was known.
+        took_s: from the first check to the end, seconds.
         steps: what was done so far.
     """
 
@@ -45,6 +58,8 @@ class SwapRecord:
     seconds: float | None
     running: int | None
     held: int | None
+    kind: SwapKind | None
+    took_s: float | None
     steps: tuple[str, ...]
 
 
@@ -57,6 +72,8 @@ class SwapResult:
     seconds: float | None = None
     running: int | None = None
     held: int | None = None
+    kind: SwapKind | None = None
+    took_s: float | None = None
 
 
 def begin_swap(store: Engine, desired: Desired) -> int:
@@ -86,6 +103,7 @@ def end_swap(store: Engine, swap_id: int, result: SwapResult) -> None:
         row = session.get_one(SwapRow, swap_id)
         row.outcome, row.reason, row.seconds = result.outcome.value, result.reason, result.seconds
         row.running, row.held = result.running, result.held
+        row.kind, row.took_s = result.kind and result.kind.value, result.took_s
 
 
 def find_swap(store: Engine, name: str, generation: int | None = None) -> SwapRecord | None:
@@ -108,5 +126,7 @@ def find_swap(store: Engine, name: str, generation: int | None = None) -> SwapRe
             seconds=row.seconds,
             running=row.running,
             held=row.held,
+            kind=SwapKind(row.kind) if row.kind else None,
+            took_s=row.took_s,
             steps=tuple(step.text for step in steps),
         )

@@ -65,6 +65,8 @@ class SwapRow(Table):
     seconds: Mapped[float | None]
     running: Mapped[int | None]
     held: Mapped[int | None]
+    kind: Mapped[str | None]
+    took_s: Mapped[float | None]
 
 
 class SwapStepRow(Table):

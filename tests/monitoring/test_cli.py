@@ -23,11 +23,14 @@ STATE: dict[str, Any] = {
     "previous": "tiny@1 (gptq)",
     "engine": {"state": "ready", "restarts": 1, "last_error": None},
     "requests": {"running": 3, "held": 4},
+    "engines": [{"replica": 0, "state": "ready", "version": "tiny@2", "running": 5}],
     "last_swap": {
         "to": "tiny@2 (gptq)",
         "started_at": "2026-01-02T03:04:05+00:00",
         "outcome": "succeeded",
         "reason": None,
+        "kind": "inplace",
+        "took_s": 2.5,
         "seconds": 1.234,
         "running": 5,
         "held": 6,
@@ -96,7 +99,8 @@ def test_a_person_sees_version_engine_traffic_and_errors(status: Status) -> None
     for text in (
         "tiny@2 (gptq)  before: tiny@1 (gptq)",
         "engine ready, 1 restarts; 3 requests running, 4 held",
-        "last swap: to tiny@2 (gptq), succeeded, 2026-01-02T03:04:05+00:00, 1.23 s, 5 running, 6 held",
+        "last swap: to tiny@2 (gptq), succeeded, 2026-01-02T03:04:05+00:00, inplace in 2.5 s, 5 running, "
+        "6 held for 1.23 s",
         "1000/200",
         "0.250 / 0.500 / - s",
         "errors by reason: held_overflow 1",
@@ -127,7 +131,7 @@ def test_a_new_server_has_neither_swap_nor_error(status: Status) -> None:
 
 
 def test_a_swap_under_way_is_told(status: Status) -> None:
-    swap = STATE["last_swap"] | {"outcome": None, "seconds": None, "running": None, "held": None}
+    swap = STATE["last_swap"] | {"outcome": None, "kind": None, "seconds": None, "running": None, "held": None}
     assert "last swap: to tiny@2 (gptq), under way" in status(last_swap=swap).out
 
 

@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +14,13 @@ import httpx
 from prometheus_client import CollectorRegistry
 
 from serving.hold import Admission
+from serving.pool import EnginePool
 from serving.production_alias import ProductionAlias
 from serving.proof import Proof
 from serving.reconciler import Reconciler
 from serving.routing import Routes
 from serving.supervisor import Supervisor
-from serving.swap import InPlaceSwap
+from serving.swap import Swap
 from serving.traffic import Traffic
 from serving.upstream import connect
 from svc.engine.probe import EngineFacts
@@ -50,10 +52,16 @@ class Control:
     Args:
         home: of the registry and the store.
         sockets: a folder with a short path.
+        replicas: engines.
         settings: fields of ServeSettings that differ from the default.
+
+    Attributes:
+        leaves: at its end the engines are left running.
     """
 
-    def __init__(self, home: Path, sockets: Path, *, facts: EngineFacts = FACTS, **settings: Any) -> None:
+    def __init__(
+        self, home: Path, sockets: Path, *, facts: EngineFacts = FACTS, replicas: int = 1, **settings: Any
+    ) -> None:
         self.home = home
         self.sockets = sockets
         self.facts = facts
@@ -61,7 +69,9 @@ class Control:
         self.book = AliasBook()
         self.registry = Registry(home / "models", self.book)
         self.store = open_database(home)
-        self.park = EnginePark(sockets / "engine.sock", NAME)
+        self.replicas = replicas
+        self.leaves = False
+        self.park = EnginePark(sockets, NAME)
         self.assemble()
 
     def assemble(self) -> None:
@@ -74,13 +84,29 @@ class Control:
         )
         self.routes = Routes(NAME)
         proof = Proof(self.registry, self.store, self.facts)
-        self.supervisor = Supervisor(self.park.launch, proof, self.door, self.traffic)
-        self.swap = InPlaceSwap(
-            registry=self.registry,
-            proof=proof,
-            supervisor=self.supervisor,
+        self.pool = EnginePool(
+            lambda replica, on_change: Supervisor(
+                replica,
+                partial(self.park.launch, replica),
+                connect(self.park.socket(replica), silence_s=limits.request_timeout_s),
+                proof,
+                on_change,
+            ),
+            leftovers=self.park,
+            size=self.replicas,
             door=self.door,
             routes=self.routes,
+            traffic=self.traffic,
+            retire_timeout_s=limits.retire_timeout_s,
+        )
+        self.swap = Swap(
+            registry=self.registry,
+            proof=proof,
+            pool=self.pool,
+            door=self.door,
+            routes=self.routes,
+            choice=limits.swap,
+            shortage=self.park.shortage,
             drain_timeout_s=limits.drain_timeout_s,
         )
         self.alias = ProductionAlias(self.book, retry_s=0.01)
@@ -88,7 +114,7 @@ class Control:
         self.reconciler = Reconciler(
             desired,
             store=self.store,
-            supervisor=self.supervisor,
+            pool=self.pool,
             swap=self.swap,
             routes=self.routes,
             traffic=self.traffic,
@@ -109,18 +135,23 @@ class Control:
             for task in tasks:
                 task.cancel()
             await asyncio.wait(tasks)
-            await self.supervisor.stop()
-            assert self.park.alive == 0
+            await self.pool.stop(leave=self.leaves)
+            assert self.park.alive == len(self.park.left)
 
     @asynccontextmanager
     async def client(self) -> AsyncIterator[httpx.AsyncClient]:
         """Calls the gateway through a real server."""
-        engine = connect(self.park.socket, silence_s=self.settings.request_timeout_s)
-        app = application(engine, door=self.door, routes=self.routes, traffic=self.traffic, settings=self.settings)
+        app = application(
+            self.pool.lease,
+            self.pool.sources,
+            door=self.door,
+            routes=self.routes,
+            traffic=self.traffic,
+            settings=self.settings,
+        )
         socket = self.sockets / "gateway.sock"
         transport = httpx.AsyncHTTPTransport(uds=str(socket), limits=httpx.Limits(max_connections=None))
         async with (
-            engine,
             running(app, socket),
             httpx.AsyncClient(transport=transport, base_url="http://gateway", timeout=20) as client,
         ):
@@ -132,8 +163,13 @@ class Control:
         return self.park.double
 
     @property
+    def supervisor(self) -> Supervisor:
+        """The first engine's."""
+        return self.pool.members[0]
+
+    @property
     def state(self) -> EngineState:
-        """The engine's."""
+        """The first engine's."""
         return self.supervisor.state
 
     def desired(self) -> Desired:

@@ -5,8 +5,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 from svc.engine.client import EngineClient
-from svc.engine.process import Engine
+from svc.engine.process import LastingEngine
 from svc.errors import EngineError
+from svc.store.desired import Target
 from tests.serving.engine_double import EngineDouble
 from tests.serving.socket_server import SocketServer
 
@@ -14,10 +15,10 @@ KILLED = 137
 
 
 class EnginePark:
-    """Launches doubles, one after the other, on one socket.
+    """Launches doubles, each on the socket of its replica; one that is left can be taken over by a later server.
 
     Args:
-        socket: where they listen.
+        sockets: folder in which they listen.
         name: their model.
 
     Attributes:
@@ -25,21 +26,42 @@ class EnginePark:
         failing_starts: so many of the next starts fail.
         start_delay_s: seconds for a start.
         engines: all that were launched.
+        left: those that a server left running, by replica.
+        ended: replicas whose leftovers were ended.
+        room: what `shortage` says.
     """
 
-    def __init__(self, socket: Path, name: str) -> None:
-        self.socket = socket
+    def __init__(self, sockets: Path, name: str) -> None:
+        self.sockets = sockets
         self.name = name
         self.prepare: Callable[[EngineDouble], None] = lambda double: None
         self.failing_starts = 0
         self.start_delay_s = 0.0
         self.engines: list[DoubleEngine] = []
+        self.left: dict[int, DoubleEngine] = {}
+        self.ended: list[int] = []
+        self.room: str | None = None
 
-    def launch(self, model: Path) -> Engine:
+    def socket(self, replica: int) -> Path:
+        """Where a replica listens."""
+        return self.sockets / f"engine-{replica}.sock"
+
+    def launch(self, replica: int, model: Path, socket: Path | None = None) -> LastingEngine:
         """A new, unstarted engine."""
-        engine = DoubleEngine(self, model)
-        self.engines.append(engine)
-        return engine
+        return DoubleEngine(self, replica, model, socket or self.socket(replica))
+
+    def numbers(self) -> list[int]:
+        """Replicas that a server left."""
+        return sorted(self.left)
+
+    def end(self, number: int) -> None:
+        """Ends one that was left."""
+        self.ended.append(number)
+        self.left.pop(number).kill()
+
+    def shortage(self, target: Target) -> str | None:
+        """Why there is no room for one more."""
+        return self.room
 
     @property
     def double(self) -> EngineDouble:
@@ -55,12 +77,15 @@ class EnginePark:
 class DoubleEngine:
     """One engine of the park; a version's folder is its weights."""
 
-    def __init__(self, park: EnginePark, model: Path) -> None:
+    def __init__(self, park: EnginePark, replica: int, model: Path, socket: Path) -> None:
         self._park = park
+        self.replica = replica
+        self._socket = socket
+        self.holds: str | None = None
         self.double = EngineDouble(weights=str(model), name=park.name, label=lambda folder: Path(folder).parent.name)
         park.prepare(self.double)
         self.double.die = self.kill
-        self.client = EngineClient.over_socket(park.socket, park.name)
+        self.client = EngineClient.over_socket(socket, park.name)
         self._server: SocketServer | None = None
         self._ended = asyncio.Event()
         self.alive = False
@@ -68,6 +93,7 @@ class DoubleEngine:
 
     async def start(self, on_phase: Callable[[str], None] = lambda phase: None) -> None:
         """Returns when it answers."""
+        self._park.engines.append(self)
         on_phase("loading weights")
         self.alive = True
         await asyncio.sleep(self._park.start_delay_s)
@@ -75,8 +101,31 @@ class DoubleEngine:
             self._park.failing_starts -= 1
             self.kill()
             raise EngineError("vLLM ended with code 1 before it was ready: no memory")
-        self._server = SocketServer(self.double, self._park.socket)
+        self._server = SocketServer(self.double, self._socket)
         await self._server.start()
+
+    def left_holding(self) -> str | None:
+        """What the one that was left holds."""
+        left = self._park.left.get(self.replica)
+        return left.holds if left and left.alive else None
+
+    async def take_over(self) -> None:
+        """Becomes the one that was left."""
+        left = self._park.left.pop(self.replica)
+        self.double, self._server, self._ended, self.alive = left.double, left._server, left._ended, True
+        self.double.die = self.kill
+        left.alive = False
+        self._park.engines.append(self)
+
+    def note(self, holds: str | None) -> None:
+        """Writes down what it holds."""
+        self.holds = holds
+
+    async def leave(self) -> None:
+        """Lets it run."""
+        if self.alive:
+            self._park.left[self.replica] = self
+        await self.client.close()
 
     def kill(self) -> None:
         """Ends it as SIGKILL would."""

@@ -11,7 +11,7 @@ import pytest
 from serving import server
 from serving.start import choose_desired
 from svc.engine.launch import EngineSpec
-from svc.engine.process import Engine
+from svc.engine.process import LastingEngine
 from svc.registry.registry import Registry
 from svc.settings import Settings
 from svc.store.database import open_database
@@ -33,15 +33,15 @@ class Home:
         for number in (1, 2, 3):
             make_version(self.registry, number)
         self.store = open_database(folder)
-        self.park = EnginePark(Path(), NAME)
+        self.park = EnginePark(folder, NAME)
         self.ready = asyncio.Event()
         monkeypatch.setattr(server, "EngineProcess", self._launch)
+        monkeypatch.setattr(server, "shortage", lambda spec: self.park.room)
         monkeypatch.setattr(server, "engine_facts", lambda settings: FACTS)
         monkeypatch.setattr(Registry, "of", lambda settings: self.registry)
 
-    def _launch(self, spec: EngineSpec) -> Engine:
-        self.park.socket = spec.socket
-        return self.park.launch(spec.model)
+    def _launch(self, spec: EngineSpec) -> LastingEngine:
+        return self.park.launch(int(spec.runtime.name), spec.model, spec.socket)
 
     async def serve(self, claim: server.Claim, model: str | None = None) -> None:
         """What `svc serve` does with a claim."""

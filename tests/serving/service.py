@@ -1,8 +1,8 @@
 """The gateway in front of a double of the engine, put together as the server does it."""
 
 import asyncio
-from collections.abc import AsyncIterator, Callable, Mapping
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, asynccontextmanager, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +13,11 @@ from sqlalchemy import Engine as Store
 from sqlalchemy import create_engine
 
 from serving.app import build_app
-from serving.engine_metrics import EngineMetrics
+from serving.engine_metrics import EngineMetrics, EngineSource
 from serving.feedback import FeedbackIntake
 from serving.gateway import Gateway
 from serving.hold import Admission
+from serving.pool import Lease
 from serving.records import RecordWriter
 from serving.routing import Routes, Served
 from serving.traffic import Traffic
@@ -33,7 +34,8 @@ CHAT: dict[str, Any] = {"model": NAME, "messages": [{"role": "user", "content": 
 
 
 def application(
-    engine: httpx.AsyncClient,
+    lease: Callable[[str], AbstractContextManager[Lease]],
+    sources: Callable[[], Sequence[EngineSource]],
     *,
     door: Admission,
     routes: Routes,
@@ -48,8 +50,8 @@ def application(
     records = records or RecordWriter(
         store, RecordSettings(), on_stored=lambda count: None, on_dropped=lambda reason, count: None
     )
-    gateway = Gateway(engine=engine, door=door, routes=routes, traffic=traffic, records=records, settings=settings)
-    engine_metrics = EngineMetrics(engine, routes)
+    gateway = Gateway(lease=lease, door=door, routes=routes, traffic=traffic, records=records, settings=settings)
+    engine_metrics = EngineMetrics(sources)
     traffic.registry.register(engine_metrics)
     return build_app(
         gateway,
@@ -101,8 +103,10 @@ class Service:
             running_engine(self.double, socket) as self.engine,
             connect(socket, silence_s=self.settings.request_timeout_s) as engine,
         ):
+            self.http = engine
             self.app = application(
-                engine,
+                self.lease,
+                lambda: [EngineSource(engine, self.loaded, 0)],
                 door=self.door,
                 routes=self.routes,
                 traffic=self.traffic,
@@ -111,13 +115,25 @@ class Service:
                 store=self.store,
                 status=lambda: {"served": str(self.routes.served)},
             )
-            self.routes.serve(ONE)
+            self.load(ONE)
             self.door.available()
             if self.store is not None:
                 self.records.start()
             yield self
             if self.store is not None:
                 await asyncio.to_thread(self.records.close)
+
+    def load(self, served: Served) -> None:
+        """The engine holds a version from now on."""
+        self.loaded = served
+        self.routes.serve(served)
+        self.routes.load({served})
+
+    @contextmanager
+    def lease(self, model: str) -> Iterator[Lease]:
+        """The one engine."""
+        self.routes.resolve(model)
+        yield Lease(self.http, self.loaded)
 
     @asynccontextmanager
     async def client(self) -> AsyncIterator[httpx.AsyncClient]:

@@ -5,9 +5,8 @@ import pytest
 from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.openmetrics.parser import text_string_to_metric_families
 
-from serving.engine_metrics import EngineMetrics
-from serving.routing import Routes
-from tests.serving.service import CHAT, NAME, TWO, Service
+from serving.engine_metrics import EngineMetrics, EngineSource
+from tests.serving.service import CHAT, ONE, TWO, Service
 
 PAGE = """# HELP vllm:num_requests_running Number of requests.
 # TYPE vllm:num_requests_running gauge
@@ -32,14 +31,7 @@ OPENMETRICS = {"accept": "application/openmetrics-text;version=1.0.0;q=0.5,text/
 """What Prometheus 2.53 sends, shortened."""
 
 
-@pytest.fixture
-def routes() -> Routes:
-    routes = Routes(NAME)
-    routes.serve(TWO)
-    return routes
-
-
-def metrics(routes: Routes, *answers: httpx.Response | Exception) -> tuple[EngineMetrics, CollectorRegistry]:
+def metrics(*answers: httpx.Response | Exception) -> tuple[EngineMetrics, CollectorRegistry]:
     """The engine's metrics, before an engine that gives these answers in turn."""
     coming = iter(answers)
 
@@ -50,22 +42,22 @@ def metrics(routes: Routes, *answers: httpx.Response | Exception) -> tuple[Engin
         return answer
 
     engine = httpx.AsyncClient(transport=httpx.MockTransport(reply), base_url="http://engine")
-    found, registry = EngineMetrics(engine, routes), CollectorRegistry()
+    found, registry = EngineMetrics(lambda: [EngineSource(engine, TWO, 0)]), CollectorRegistry()
     registry.register(found)
     return found, registry
 
 
-async def test_each_sample_says_model_and_version(routes: Routes) -> None:
-    found, registry = metrics(routes, httpx.Response(200, text=PAGE))
+async def test_each_sample_says_model_and_version() -> None:
+    found, registry = metrics(httpx.Response(200, text=PAGE))
     await found.refresh()
-    labels = {"engine": "0", "model_name": "tuned", "model": "tuned", "version": "2"}
+    labels = {"engine": "0", "model_name": "tuned", "model": "tuned", "version": "2", "replica": "0"}
     assert registry.get_sample_value("vllm:num_requests_running", labels) == 3
     assert registry.get_sample_value("vllm:prompt_tokens_total", labels) == 42
     assert registry.get_sample_value("vllm:e2e_request_latency_seconds_bucket", {**labels, "le": "+Inf"}) == 2
 
 
-async def test_the_engines_process_is_not_taken_for_ours(routes: Routes) -> None:
-    found, registry = metrics(routes, httpx.Response(200, text=PAGE))
+async def test_the_engines_process_is_not_taken_for_ours() -> None:
+    found, registry = metrics(httpx.Response(200, text=PAGE))
     await found.refresh()
     assert b"python_info" not in generate_latest(registry)
 
@@ -81,19 +73,30 @@ async def test_the_engines_process_is_not_taken_for_ours(routes: Routes) -> None
     ids=repr,
 )
 async def test_an_engine_that_does_not_answer_has_no_metrics_any_more(
-    routes: Routes, answer: httpx.Response | Exception
+    answer: httpx.Response | Exception,
 ) -> None:
-    found, registry = metrics(routes, httpx.Response(200, text=PAGE), answer)
+    found, registry = metrics(httpx.Response(200, text=PAGE), answer)
     await found.refresh()
     assert b"vllm:" in generate_latest(registry)
     await found.refresh()
     assert generate_latest(registry) == b""
 
 
-async def test_before_a_version_is_loaded_there_is_nothing(routes: Routes) -> None:
-    found, registry = metrics(Routes(NAME), httpx.Response(200, text=PAGE))
+async def test_before_an_engine_holds_a_version_there_is_nothing() -> None:
+    found, registry = EngineMetrics(list), CollectorRegistry()
+    registry.register(found)
     await found.refresh()
     assert generate_latest(registry) == b""
+
+
+async def test_each_of_several_engines_has_its_series_in_one_family() -> None:
+    transport = httpx.MockTransport(lambda request: httpx.Response(200, text=PAGE))
+    engine = httpx.AsyncClient(transport=transport, base_url="http://engine")
+    found = EngineMetrics(lambda: [EngineSource(engine, ONE, 0), EngineSource(engine, TWO, 1)])
+    await found.refresh()
+    (family,) = [family for family in found.collect() if family.name == "vllm:prompt_tokens"]
+    shown = {(sample.labels["version"], sample.labels["replica"]) for sample in family.samples}
+    assert shown == {("1", "0"), ("2", "1")}
 
 
 @pytest.mark.parametrize("headers", [{}, OPENMETRICS], ids=["text", "openmetrics"])

@@ -38,8 +38,8 @@ FAST: dict[str, Any] = {"questions_per_minute": 1e6, "patience_s": 5.0}
 def runs_of(control: Control, off: str | None = None, **settings: Any) -> HoldoutRuns:
     chosen = HoldoutSettings.model_validate(FAST | settings)
     return HoldoutRuns(
-        OwnQuestions(control.door, control.supervisor, chosen, off),
-        supervisor=control.supervisor,
+        OwnQuestions(control.door, control.pool, chosen, off),
+        pool=control.pool,
         routes=control.routes,
         registry=control.registry,
         store=control.store,

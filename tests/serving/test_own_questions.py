@@ -21,7 +21,7 @@ PROMPT = [Message(Role.USER, "one two three")]
 
 def questions(control: Control, **settings: float) -> OwnQuestions:
     fast = {"questions_per_minute": 1e6, "patience_s": 5.0} | settings
-    return OwnQuestions(control.door, control.supervisor, HoldoutSettings.model_validate(fast))
+    return OwnQuestions(control.door, control.pool, HoldoutSettings.model_validate(fast))
 
 
 async def put(client: EngineClient) -> Answer:
@@ -95,6 +95,7 @@ async def test_a_swap_waits_for_no_answer_and_ends_the_question(control: Control
 
 async def test_a_swap_that_is_given_up_leaves_the_question_to_be_put_again(make: Make) -> None:
     async with make(drain_timeout_s=0.2).run() as control, control.client() as client:
+        control.park.room = "full"
         control.double.token_delay_s = 0.2
         running = asyncio.create_task(ask(client, stream=False))
         await until(lambda: control.double.running)
@@ -200,8 +201,7 @@ async def test_cancelled_questions_leave_nothing(control: Control) -> None:
     await asyncio.wait([asking], timeout=1)
     assert asking.cancelled()
     await until(lambda: not control.double.running)
-    async with control.door.closed():
-        await control.door.drained(0.1)
+    await control.supervisor.drained(0.1)
 
 
 @pytest.mark.parametrize(

@@ -105,9 +105,10 @@ async def test_a_server_that_does_not_answer_is_told(home: Home) -> None:
 
 async def test_the_reason_of_a_refusal_is_told(serving: Home) -> None:
     make_version(serving.registry, 4, width=8)
+    serving.park.room = "full"
     swap = await change(serving, 4)
     assert swap.outcome is SwapOutcome.REFUSED
-    assert swap.reason is not None and "does not fit" in swap.reason
+    assert swap.reason is not None and "no room for a second engine: full" in swap.reason
 
 
 async def test_an_outcome_that_is_there_already_is_returned(home: Home) -> None:

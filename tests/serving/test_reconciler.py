@@ -115,6 +115,7 @@ async def test_a_refused_promotion_is_put_back_with_its_reason(control: Control)
 
 async def test_a_failure_is_told_after_the_wish_was_put_back(control: Control, monkeypatch: pytest.MonkeyPatch) -> None:
     make_version(control.registry, 4, width=8)
+    control.park.room = "full"
     wished, journal = list[Target](), control.reconciler._journal
     end = journal.end
 
@@ -197,7 +198,7 @@ async def test_a_dead_engine_is_started_again_and_clients_are_told(make: Make) -
         await control.serves(target(1))
         assert (await ask(client, stream=True)).words == {"1"}
     assert len(control.park.engines) == 2
-    assert control.supervisor.restarts == 1
+    assert control.pool.restarts == 1
     assert control.sample("svc_engine_restarts_total") == 1
     assert control.reconciler.last_error is not None and "ended with code" in control.reconciler.last_error
 
@@ -215,7 +216,7 @@ async def test_an_engine_that_does_not_come_back_is_failed_and_tried_again(contr
             assert answer.status in (200, 503)
             await asyncio.sleep(0)
     assert EngineState.FAILED in seen
-    assert control.supervisor.restarts == 4
+    assert control.pool.restarts == 4
     assert starts[2] - starts[1] >= 0.05
 
 
@@ -232,7 +233,7 @@ async def test_another_version_can_be_promoted_while_the_engine_does_not_come_ba
     weights = control.registry.folder(ONE) / "merged" / "model.safetensors"
     weights.write_bytes(b"damaged")
     control.park.engines[0].kill()
-    await until(lambda: control.supervisor.restarts >= 2)
+    await until(lambda: control.pool.restarts >= 2)
     swap = await control.promote(2)
     assert swap.outcome is SwapOutcome.SUCCEEDED
     await control.serves(target(2))

@@ -10,12 +10,24 @@ from tests.serving.service import ONE, TWO
 def routes() -> Routes:
     found = Routes("tuned", clock=lambda: 7.9)
     found.serve(ONE)
+    found.load({ONE})
     return found
 
 
-@pytest.mark.parametrize("model", ["tuned", "tuned@1", "tuned@production"])
-def test_every_name_of_the_loaded_version_resolves(model: str) -> None:
-    assert routes().resolve(model) == ONE
+@pytest.mark.parametrize("model", ["tuned", "tuned@production"])
+def test_the_name_means_whatever_serves(model: str) -> None:
+    assert routes().resolve(model) is None
+
+
+def test_a_number_means_that_version() -> None:
+    assert routes().resolve("tuned@1") == ONE.version
+
+
+def test_during_a_swap_of_several_engines_both_versions_are_served() -> None:
+    found = routes()
+    found.load({ONE, TWO})
+    assert found.names() == ("tuned", "tuned@1", "tuned@2", "tuned@production")
+    assert found.resolve("tuned@2") == TWO.version
 
 
 @pytest.mark.parametrize("model", ["", "other", "tuned@2", "tuned@candidate", "tuned@", "tuned@01", "TUNED", " tuned"])
@@ -28,7 +40,8 @@ def test_other_names_are_refused_with_the_names_that_are_served(model: str) -> N
 def test_after_a_swap_the_old_number_is_unknown_and_the_name_means_the_new_one() -> None:
     found = routes()
     found.serve(TWO)
-    assert found.resolve("tuned") == TWO
+    found.load({TWO})
+    assert found.names() == ("tuned", "tuned@2", "tuned@production")
     with pytest.raises(ModelNotFoundError):
         found.resolve("tuned@1")
 

@@ -53,9 +53,9 @@ async def scoring_of(
 ) -> AsyncIterator[LiveScores]:
     chosen = HoldoutSettings.model_validate(FAST | settings)
     scores = LiveScores(
-        OwnQuestions(control.door, control.supervisor, chosen, off),
+        OwnQuestions(control.door, control.pool, chosen, off),
         busy=busy,
-        supervisor=control.supervisor,
+        pool=control.pool,
         routes=control.routes,
         registry=control.registry,
         store=control.store,

@@ -74,12 +74,13 @@ async def test_an_altered_file_never_closes_the_door(control: Control) -> None:
 
 
 @pytest.mark.parametrize("fingerprint", [True, False])
-async def test_a_version_of_another_shape_never_closes_the_door(control: Control, fingerprint: bool) -> None:
+async def test_a_version_of_another_shape_without_room_for_it_is_refused(control: Control, fingerprint: bool) -> None:
     make_version(control.registry, 4, width=8, fingerprint=fingerprint)
+    control.park.room = "it needs 2 GiB, 1 GiB is free"
     calls = len(control.double.calls)
     swap = await control.swap.run(target(1), target(4), lambda step: None)
-    assert swap.outcome is SwapOutcome.REFUSED
-    assert swap.reason is not None and "does not fit in place" in swap.reason
+    assert (swap.outcome, swap.held) == (SwapOutcome.REFUSED, None)
+    assert swap.reason is not None and "it needs 2 GiB" in swap.reason
     assert not {RELOAD, RESET, PROBE} & set(control.double.calls[calls:])
 
 
@@ -168,7 +169,7 @@ async def test_a_reload_that_fails_brings_a_new_engine_with_the_version_before(m
     assert set(load.versions) == {ONE}
     assert outcome is SwapOutcome.FAILED
     assert len(control.park.engines) == 2
-    assert control.supervisor.restarts == 1
+    assert control.pool.restarts == 1
 
 
 @pytest.mark.parametrize(("path", "nth"), [(RESET, 1), (RELOAD, 1), (RESET, 2), (PROBE, 2)])
@@ -222,13 +223,16 @@ async def test_an_engine_that_cannot_be_replaced_is_failed_and_comes_back_later(
 
 async def test_requests_that_do_not_end_in_time_refuse_the_swap(make: Make) -> None:
     control = make(drain_timeout_s=0.05)
+    control.park.room = "it needs 2 GiB, 1 GiB is free"
     async with control.run(), control.client() as client:
         control.double.token_delay_s = 0.05
         running = asyncio.create_task(ask(client, stream=True))
         await until(lambda: control.double.running)
         swap = await control.promote(2)
         assert swap.outcome is SwapOutcome.REFUSED
-        assert swap.reason is not None and "requests still ran" in swap.reason
+        assert swap.reason is not None
+        for part in ("requests still ran", "it needs 2 GiB", "serve.drain_timeout_s"):
+            assert part in swap.reason
         assert RELOAD not in control.double.calls
         assert control.state is EngineState.READY
         assert (await running).words == {"1"}
@@ -256,6 +260,7 @@ async def test_a_request_that_never_leaves_the_engine_refuses_the_swap_before_th
     control: Control, impatient: None
 ) -> None:
     control.double.stuck_resets = 1000
+    control.park.room = "full"
     swap = await control.promote(2)
     assert swap.outcome is SwapOutcome.REFUSED
     assert swap.reason is not None and "prefix cache" in swap.reason

@@ -22,11 +22,12 @@ def traffic(registry: CollectorRegistry) -> Traffic:
     return Traffic(registry)
 
 
-def test_the_engine_is_in_one_state_at_a_time(registry: CollectorRegistry, traffic: Traffic) -> None:
-    for state in EngineState:
-        traffic.engine_state(state)
-        shown = {other: registry.get_sample_value("svc_engine_state", {"state": other.value}) for other in EngineState}
-        assert [other for other, value in shown.items() if value] == [state]
+def test_the_engines_in_each_state_are_counted(registry: CollectorRegistry, traffic: Traffic) -> None:
+    ready, swapping = EngineState.READY, EngineState.SWAPPING
+    for states in ([ready], [ready, swapping, ready], []):
+        traffic.engine_states(states)
+        shown = {state: registry.get_sample_value("svc_engine_state", {"state": state.value}) for state in EngineState}
+        assert shown == {state: states.count(state) for state in EngineState}
 
 
 def test_only_the_loaded_version_is_shown(registry: CollectorRegistry, traffic: Traffic) -> None:

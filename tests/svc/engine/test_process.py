@@ -15,6 +15,7 @@ from typing import Any
 import psutil
 import pytest
 
+from svc.engine import leftover
 from svc.engine import process as process_module
 from svc.engine.launch import EngineSpec
 from svc.engine.process import EngineProcess
@@ -36,7 +37,7 @@ spec = EngineSpec(folder, "tuned", folder, folder / "engine.log", folder, Engine
 async def main():
     engine = process.EngineProcess(spec)
     await engine.start()
-    print(engine._process.pid, flush=True)
+    print(engine._child.pid, flush=True)
     await asyncio.sleep(60)
 
 asyncio.run(main())
@@ -77,8 +78,8 @@ async def engine_in(folder: Path, monkeypatch: pytest.MonkeyPatch) -> AsyncItera
 
 
 def pid_of(engine: EngineProcess) -> int:
-    assert engine._process is not None
-    return engine._process.pid
+    assert engine._child is not None
+    return engine._child.pid
 
 
 def lives(pid: int) -> bool:
@@ -136,7 +137,7 @@ async def test_children_of_an_engine_that_died_are_ended(engine_in: Start) -> No
 
 
 async def test_one_that_ignores_the_request_is_killed(engine_in: Start, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(process_module, "_STOP_GRACE_S", 0.2)
+    monkeypatch.setattr(leftover, "STOP_GRACE_S", 0.2)
     engine = engine_in("stubborn")
     await engine.start()
     await engine.stop()
@@ -182,7 +183,7 @@ async def test_one_that_is_not_ready_in_time_is_ended(engine_in: Start) -> None:
 async def test_a_start_that_is_given_up_leaves_nothing_behind(engine_in: Start) -> None:
     engine = engine_in("hang")
     start = asyncio.create_task(engine.start())
-    while engine._process is None:
+    while engine._child is None:
         await asyncio.sleep(0.01)
     start.cancel()
     with pytest.raises(asyncio.CancelledError):

@@ -1,0 +1,181 @@
+"""A second engine takes the place of the first: nobody waits, and nothing is left behind."""
+
+import asyncio
+
+import pytest
+
+from svc.engine.state import EngineState
+from svc.registry.version import Format
+from svc.settings import SwapChoice
+from svc.store.swaps import SwapKind, SwapOutcome
+from tests.serving.control import Control, Load, Make, ask, until
+from tests.serving.engine_double import EngineDouble
+from tests.serving.versions import NAME, make_version, target
+
+ONE, TWO, FOUR = f"{NAME}@1", f"{NAME}@2", f"{NAME}@4"
+RELOAD = "/collective_rpc"
+
+
+def slow(double: EngineDouble) -> None:
+    double.token_delay_s = 0.01
+
+
+@pytest.fixture
+def control(make: Make) -> Control:
+    """Version 4 has another shape, so that it fits in place of none."""
+    control = make()
+    control.park.prepare = slow
+    control.park.start_delay_s = 0.05
+    make_version(control.registry, 4, width=8)
+    return control
+
+
+async def test_under_load_no_request_fails_or_waits_and_no_versions_mix(control: Control) -> None:
+    async with control.run(), control.client() as client:
+        load = Load(client)
+        async with load.run():
+            await until(lambda: load.versions[ONE] > 12)
+            swap = await control.promote(4)
+            await until(lambda: load.versions[FOUR] > 12)
+        await until(lambda: control.park.alive == 1)
+    load.check()
+    assert (swap.outcome, swap.kind, swap.held, swap.seconds) == (SwapOutcome.SUCCEEDED, SwapKind.BLUEGREEN, None, None)
+    assert swap.took_s is not None and swap.took_s >= 0.05
+    assert set(load.versions) == {ONE, FOUR}
+    assert not any(RELOAD in engine.double.calls for engine in control.park.engines)
+
+
+async def test_requests_are_answered_while_the_second_engine_starts(control: Control) -> None:
+    async with control.run(), control.client() as client:
+        control.park.start_delay_s = 0.3
+        wish = control.wish(4)
+        await until(lambda: len(control.park.engines) == 2)
+        assert (await ask(client, stream=True)).version == ONE
+        assert control.sample("svc_engine_state", state="starting") == 1
+        assert (await control.outcome(wish)).outcome is SwapOutcome.SUCCEEDED
+
+
+async def test_another_format_needs_a_second_engine(control: Control) -> None:
+    make_version(control.registry, 5, formats=(Format.MERGED, Format.GPTQ))
+    async with control.run():
+        await control.promote(5)
+        swap = await control.swap.run(target(5), target(5, Format.GPTQ), lambda step: None)
+        assert (swap.outcome, swap.kind) == (SwapOutcome.SUCCEEDED, SwapKind.BLUEGREEN)
+
+
+async def test_where_it_is_set_a_version_that_fits_comes_so_too(make: Make) -> None:
+    async with make(swap=SwapChoice.BLUEGREEN).run() as control:
+        assert (await control.promote(2)).kind is SwapKind.BLUEGREEN
+        await control.serves(target(2))
+        assert RELOAD not in control.park.engines[0].double.calls
+
+
+async def test_an_answer_that_outlasts_the_drain_is_not_cut_off_and_does_not_hold_up_the_swap(make: Make) -> None:
+    control = make(drain_timeout_s=0.1)
+    control.park.prepare = lambda double: setattr(double, "token_delay_s", 0.0 if control.park.engines else 0.15)
+    async with control.run(), control.client() as client:
+        long = asyncio.create_task(ask(client, stream=True))
+        await until(lambda: control.double.running)
+        wish = control.wish(2)
+        await until(lambda: control.door._closed)
+        held = asyncio.create_task(ask(client, stream=False))
+        swap = await control.outcome(wish)
+        assert (await ask(client, stream=True)).version == TWO
+        assert not long.done()
+        assert (await long).words == {"1"}
+        assert (await held).status == 200
+        await until(lambda: control.park.alive == 1)
+    assert (swap.outcome, swap.kind, swap.held) == (SwapOutcome.SUCCEEDED, SwapKind.BLUEGREEN, 1)
+    assert any("still ran" in step for step in swap.steps)
+
+
+async def test_weights_that_fail_their_probes_answer_nobody(control: Control) -> None:
+    make_version(control.registry, 5, width=8, probes_of="/elsewhere")
+    async with control.run(), control.client() as client:
+        load = Load(client)
+        async with load.run():
+            await until(lambda: load.answers)
+            swap = await control.promote(5)
+            answered = len(load.answers)
+            await until(lambda: len(load.answers) > answered + 9)
+        assert control.park.alive == 1
+        assert control.desired().target == target(1)
+    load.check()
+    assert set(load.versions) == {ONE}
+    assert swap.outcome is SwapOutcome.REFUSED
+    assert swap.reason is not None and "not the version's weights" in swap.reason
+
+
+async def test_a_second_engine_that_does_not_start_changes_nothing(control: Control) -> None:
+    async with control.run(), control.client() as client:
+        control.park.failing_starts = 1
+        swap = await control.promote(4)
+        assert (await ask(client, stream=True)).version == ONE
+        assert (control.park.alive, control.pool.restarts) == (1, 0)
+    assert swap.outcome is SwapOutcome.REFUSED
+    assert swap.reason is not None and "no memory" in swap.reason
+
+
+async def test_the_engine_that_serves_may_die_while_the_second_starts(control: Control) -> None:
+    async with control.run(), control.client() as client:
+        control.park.start_delay_s = 0.2
+        wish = control.wish(4)
+        await until(lambda: len(control.park.engines) == 2)
+        control.park.engines[0].kill()
+        await until(lambda: control.state is EngineState.FAILED)
+        assert (await ask(client, stream=False)).error == "engine_unavailable"
+        assert (await control.outcome(wish)).outcome is SwapOutcome.SUCCEEDED
+        assert (await ask(client, stream=False)).version == FOUR
+
+
+async def test_where_both_engines_are_gone_the_version_before_comes_back(control: Control) -> None:
+    async with control.run():
+        control.park.start_delay_s, control.park.failing_starts = 0.2, 1
+        wish = control.wish(4)
+        await until(lambda: len(control.park.engines) == 2)
+        control.park.engines[0].kill()
+        assert (await control.outcome(wish)).outcome is SwapOutcome.REFUSED
+        await control.serves(target(1))
+
+
+async def test_a_replaced_engine_ends_at_last_whatever_still_runs_in_it(make: Make) -> None:
+    control = make(swap=SwapChoice.BLUEGREEN, retire_timeout_s=0.1)
+    async with control.run(), control.client() as client:
+        control.double.token_delay_s = 60
+        endless = asyncio.create_task(ask(client, stream=True))
+        await until(lambda: control.double.running)
+        await control.promote(2)
+        assert (await endless).error == "engine_died"
+        await until(lambda: control.park.alive == 1)
+        assert control.sample("svc_engine_state", state="retiring") == 0
+
+
+async def test_it_waits_for_the_room_of_an_engine_that_still_answers(make: Make) -> None:
+    control = make(swap=SwapChoice.BLUEGREEN)
+    async with control.run(), control.client() as client:
+        control.double.token_delay_s = 0.1
+        long = asyncio.create_task(ask(client, stream=True))
+        await until(lambda: control.double.running)
+        await control.promote(2)
+        first = control.park.engines[0]
+        assert first.alive
+        object.__setattr__(control.swap, "_shortage", lambda target: "full" if first.alive else None)
+        assert (await control.promote(3)).outcome is SwapOutcome.SUCCEEDED
+        assert (await long).words == {"1"}
+
+
+async def test_numbers_of_engines_that_have_gone_are_used_again(make: Make) -> None:
+    async with make(swap=SwapChoice.BLUEGREEN).run() as control:
+        replicas = []
+        for number in (2, 3, 2):
+            await control.promote(number)
+            await until(lambda: control.park.alive == 1)
+            replicas.append(control.supervisor.replica)
+        assert replicas == [1, 0, 1]
+
+
+async def test_a_server_that_stops_meanwhile_leaves_no_engine(control: Control) -> None:
+    async with control.run():
+        control.park.start_delay_s = 10
+        control.wish(4)
+        await until(lambda: control.park.alive == 2)

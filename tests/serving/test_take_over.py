@@ -1,0 +1,151 @@
+"""A server that starts again finds the engines that run, and goes on with those that prove what they hold."""
+
+import asyncio
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+
+import pytest
+
+from svc.engine.state import EngineState
+from svc.errors import IntegrityError
+from svc.store.swaps import SwapOutcome, begin_swap, find_swap
+from tests.serving.control import Control, Make, ask, until
+from tests.serving.versions import NAME, target
+
+ONE, TWO = f"{NAME}@1", f"{NAME}@2"
+
+
+@asynccontextmanager
+async def again(control: Control) -> AsyncIterator[Control]:
+    """The server, ended without its engines, and started again."""
+    control.leaves = False
+    control.assemble()
+    async with control.run():
+        yield control
+
+
+@pytest.fixture
+async def left(make: Make) -> Control:
+    """A server that has ended; its engine holds version 1 and runs."""
+    control = make()
+    control.leaves = True
+    async with control.run():
+        pass
+    return control
+
+
+async def test_it_goes_on_with_the_engine_that_runs(left: Control) -> None:
+    probes = left.double.calls.count("/v1/completions")
+    async with again(left) as control, control.client() as client:
+        assert (await ask(client, stream=True)).words == {"1"}
+        assert len({engine.double.weights for engine in control.park.engines}) == 1
+        assert not any("/1/" not in engine.double.weights for engine in control.park.engines)
+        assert control.double.calls.count("/v1/completions") == probes + 1
+        assert control.park.alive == 1
+
+
+async def test_it_swaps_and_watches_an_engine_that_it_took_over(left: Control) -> None:
+    async with again(left) as control:
+        assert (await control.promote(2)).outcome is SwapOutcome.SUCCEEDED
+        control.park.engines[-1].kill()
+        await until(lambda: control.state is not EngineState.READY)
+        await control.serves(target(2))
+        assert control.pool.restarts == 1
+
+
+async def test_an_engine_that_nobody_can_vouch_for_is_ended(left: Control) -> None:
+    (engine,) = left.park.left.values()
+    engine.holds = None  # its server died during a reload
+    async with again(left) as control:
+        assert not engine.alive
+        assert control.park.ended == [0]
+        assert control.double is not engine.double
+        await control.serves(target(1))
+
+
+async def test_an_engine_that_holds_other_weights_than_it_says_is_ended(left: Control) -> None:
+    (engine,) = left.park.left.values()
+    engine.double.weights = "/elsewhere"
+    async with again(left) as control, control.client() as client:
+        assert not engine.alive
+        assert (await ask(client, stream=False)).words == {"1"}
+
+
+async def test_an_engine_that_has_died_meanwhile_is_no_loss(left: Control) -> None:
+    (engine,) = left.park.left.values()
+    engine.kill()
+    async with again(left) as control:
+        await control.serves(target(1))
+
+
+async def test_altered_files_are_not_served_by_an_engine_that_runs(left: Control) -> None:
+    (left.registry.folder(target(1).version) / "merged" / "config.json").write_text("{}")
+    with pytest.raises(IntegrityError):
+        async with again(left):
+            pass
+    await left.pool.stop()
+    assert left.park.alive == 0
+
+
+async def test_after_a_death_during_a_swap_the_version_before_serves_at_once_and_the_wish_is_taken_up(
+    left: Control,
+) -> None:
+    wish = left.wish(2)
+    begin_swap(left.store, wish)
+    started = len(left.park.engines)
+    async with again(left) as control, control.client() as client:
+        assert (await ask(client, stream=False)).version == ONE or control.reconciler.actual.target == target(2)
+        await control.serves(target(2))
+        assert (await ask(client, stream=False)).words == {"2"}
+        assert control.desired().target == target(2)
+        swap = find_swap(control.store, NAME, wish.generation)
+        assert swap is not None and swap.outcome is SwapOutcome.SUCCEEDED
+    assert len(left.park.engines) == started + 1  # the one that was taken over
+
+
+async def test_after_a_death_between_the_swap_and_its_entry_the_swap_has_succeeded(left: Control) -> None:
+    async with again(left) as control:
+        await control.promote(2)
+        control.leaves = True
+    wish = left.desired()
+    begin_swap(left.store, wish)
+    async with again(left) as control:
+        swap = find_swap(control.store, NAME, wish.generation)
+        assert swap is not None
+        await until(lambda: find_swap(control.store, NAME, wish.generation).outcome)  # type: ignore[union-attr]
+        assert control.routes.served is not None and control.routes.served.version == target(2).version
+
+
+async def test_of_two_engines_only_the_one_that_is_wanted_goes_on(make: Make) -> None:
+    """As where a server died after a second engine had started, and before it was put in the place of the first."""
+    control = make(replicas=2)
+    control.leaves = True
+    async with control.run():
+        await until(lambda: len(control.pool.ready) == 2)
+    control.replicas = 1
+    async with again(control):
+        assert control.park.alive == 1
+        assert control.park.ended == [1]
+
+
+async def test_all_engines_of_a_server_go_on(make: Make) -> None:
+    control = make(replicas=2)
+    control.leaves = True
+    async with control.run():
+        await until(lambda: len(control.pool.ready) == 2)
+    started = len(control.park.engines)
+    async with again(control):
+        assert len(control.pool.ready) == 2
+        assert len(control.park.engines) == started + 2
+
+
+async def test_more_engines_than_before_are_started(make: Make) -> None:
+    control = make()
+    control.leaves = True
+    async with control.run():
+        pass
+    control.replicas = 2
+    async with again(control):
+        await until(lambda: len(control.pool.ready) == 2)
+        assert sorted(engine.replica for engine in control.pool.members) == [0, 1]
+        await asyncio.sleep(0)
