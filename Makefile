@@ -30,13 +30,14 @@ check: $(READY)
 	$(BIN)/lint-imports
 
 test-fast: $(READY) $(PROMETHEUS)
-	$(BIN)/pytest -m "not slow" -n auto --dist loadfile
+	$(BIN)/pytest -m "not slow and not matrix" -n auto --dist loadfile
 
 test: $(READY) $(PROMETHEUS)
-	$(BIN)/pytest
+	$(BIN)/pytest -m "not matrix"
 
+# What is killed when, on the real engine: about half an hour.
 test-matrix: $(READY) $(PROMETHEUS)
-	$(BIN)/pytest -m slow
+	$(BIN)/pytest -m matrix
 
 # False alarms and delays of drift detection, beside Kolmogorov-Smirnov and PSI; REPLAYS=20 for a quick look.
 REPLAYS ?= 200

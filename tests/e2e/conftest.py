@@ -16,6 +16,7 @@ from tests.e2e.server import HELDOUT_EXAMPLES, PORT, Server
 from tests.e2e.tiny_model import build_tiny_model
 
 DATA = Path(__file__).parents[2] / "examples" / "debian-triage"
+PROMPTS = [[message.as_dict() for message in example.prompt] for example in read_examples(DATA / "heldout.jsonl")[:6]]
 RECIPE = """
 name: tiny
 base: ./base
@@ -70,9 +71,6 @@ def _kill_training_in_evaluation(home: Path, recipe: str) -> None:
 @pytest.fixture(scope="session")
 def server(home: Path) -> Iterator[Server]:
     """The running server, with version 1 in production. It keeps all content, and marks latencies with request ids."""
-    prompts = [
-        [message.as_dict() for message in example.prompt] for example in read_examples(DATA / "heldout.jsonl")[:6]
-    ]
     settings = {
         "SVC_RECORDS__CONTENT_SHARE": "1",
         "SVC_SERVE__EXEMPLARS": "true",
@@ -83,4 +81,4 @@ def server(home: Path) -> Iterator[Server]:
         serving(home, "tiny@1", PORT, environment=settings) as url,
         openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0) as client,
     ):
-        yield Server(home, url, client, prompts)
+        yield Server(home, url, client, PROMPTS)

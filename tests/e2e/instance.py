@@ -1,0 +1,144 @@
+"""A server of its own on a copy of the trained home, that can be killed, together with its engines or without them."""
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import httpx
+import psutil
+
+from examples.load import Load
+from examples.service import svc, svc_json, wait_until_ready
+from svc.engine.leftover import find_engine
+from svc.engine.runtime import runtime_folder
+
+Prompts = list[list[dict[str, str]]]
+
+
+class Instance:
+    """`svc serve` on a home of its own.
+
+    Args:
+        home: is copied.
+        folder: the copy.
+        settings: environment variables.
+    """
+
+    def __init__(self, home: Path, folder: Path, port: int, prompts: Prompts, **settings: str) -> None:
+        shutil.copytree(home, folder, ignore=shutil.ignore_patterns("runs", "logs", "*.lock"))
+        (folder / "logs").mkdir()
+        self.home = folder
+        self.url = f"http://127.0.0.1:{port}"
+        self.prompts = prompts
+        self._port = port
+        self._settings = {"SVC_HOLDOUT__EVERY_HOURS": "0"} | settings
+        self._process: subprocess.Popen[bytes] | None = None
+
+    def start(self, model: str = "tiny") -> float:
+        """Starts the server; returns the seconds until it was ready."""
+        log, began = self.home / "logs" / "serve.log", time.monotonic()
+        command = [Path(sys.executable).with_name("svc"), "--home", self.home, "serve", model, "--port", self._port]
+        with log.open("ab") as output:
+            self._process = subprocess.Popen(
+                [str(part) for part in command],
+                stdout=output,
+                stderr=output,
+                stdin=subprocess.DEVNULL,
+                env=os.environ | self._settings,
+            )
+        wait_until_ready(self.url, self._process, log, 300)
+        return time.monotonic() - began
+
+    def end(self, number: signal.Signals = signal.SIGTERM) -> int:
+        """Ends the server; returns its exit code. SIGKILL leaves its engines."""
+        assert self._process is not None
+        self._process.send_signal(number)
+        return self._process.wait(120)
+
+    def close(self) -> None:
+        """Ends the server and what it left."""
+        if self._process is not None and self._process.poll() is None:
+            self.end()
+        for engine in self.engines():
+            for process in session(engine):
+                process.kill()
+
+    def engines(self) -> list[psutil.Process]:
+        """vLLM's first processes, by replica."""
+        folders = sorted(runtime_folder(self.home, "serve").iterdir())
+        found = [find_engine(folder) for folder in folders if folder.is_dir()]
+        return [engine for engine in found if engine is not None]
+
+    def status(self) -> Any:
+        """What the server says of itself."""
+        return httpx.get(f"{self.url}/svc/status", timeout=10, trust_env=False).json()
+
+    def until(self, condition: Callable[[Any], object], timeout_s: float = 240) -> Any:
+        """Waits until the status is so; looks a hundred times a second."""
+        deadline = time.monotonic() + timeout_s
+        with httpx.Client(base_url=self.url, timeout=10, trust_env=False) as client:
+            while time.monotonic() < deadline:
+                status = client.get("/svc/status").json()
+                if condition(status):
+                    return status
+                time.sleep(0.01)
+        raise AssertionError(f"not so after {timeout_s} s: {status}")
+
+    def answers(self, model: str = "tiny") -> list[tuple[str, str]]:
+        """Version and text for each prompt."""
+        found = []
+        for prompt in self.prompts:
+            body = {"model": model, "messages": prompt, "max_tokens": 24, "temperature": 0}
+            answer = httpx.post(f"{self.url}/v1/chat/completions", json=body, timeout=120, trust_env=False)
+            answer.raise_for_status()
+            text = answer.json()["choices"][0]["message"]["content"]
+            found.append((answer.headers["x-model-version"], text))
+        return found
+
+    def promote(self, *arguments: str) -> Any:
+        """`svc promote`, which must succeed."""
+        return svc_json(self.home, "promote", *arguments)
+
+    def try_to_promote(self, *arguments: str) -> "subprocess.Popen[bytes]":
+        """`svc promote` in the background, however it may end."""
+        command = [Path(sys.executable).with_name("svc"), "--home", self.home, "promote", *arguments]
+        return subprocess.Popen([str(part) for part in command], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+
+    def command(self, *arguments: str) -> "subprocess.CompletedProcess[str]":
+        """Any command."""
+        return svc(self.home, *arguments, capture_output=True)
+
+
+def session(engine: psutil.Process) -> list[psutil.Process]:
+    """An engine's processes, its first one first."""
+    members = [process for process in psutil.process_iter() if _session_id(process.pid) == engine.pid]
+    return sorted(members, key=lambda process: process.pid != engine.pid)
+
+
+def core_of(engine: psutil.Process) -> psutil.Process:
+    """vLLM's engine core."""
+    return next(process for process in session(engine) if "EngineCore" in " ".join(process.cmdline()))
+
+
+def _session_id(pid: int) -> int:
+    try:
+        return os.getsid(pid)
+    except ProcessLookupError:
+        return -1
+
+
+def figures(load: Load, swap: Any) -> str:
+    """What a swap under load cost its clients."""
+    seconds = [answer.seconds for answer in load.answers]
+    held = "none" if swap["held"] is None else f"{swap['held']} for {swap['seconds']:.2f} s"
+    return (
+        f"{swap['kind']}: {swap['took_s']:.1f} s, {swap['running']} running, held {held}; {len(seconds)} answers, "
+        f"longest extra wait {max(seconds) - median(seconds):.2f} s, {len(load.failed)} failed"
+    )

@@ -1,0 +1,80 @@
+"""Rolling and blue-green swaps, and a server that comes back to its engines: the real ones, under load."""
+
+import signal
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from examples.load import Load
+from svc.engine.leftover import runs
+from tests.e2e.conftest import PROMPTS
+from tests.e2e.instance import Instance, figures
+
+pytestmark = [pytest.mark.slow]
+
+PORT = 8944
+
+
+@pytest.fixture(scope="module")
+def instance(home: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Instance]:
+    """A server with two engines; version 1 serves."""
+    folder = tmp_path_factory.mktemp("hot-load") / "home"
+    instance = Instance(home, folder, PORT, PROMPTS, SVC_ENGINE__REPLICAS="2")
+    try:
+        instance.start("tiny@1")
+        instance.until(lambda status: [engine["state"] for engine in status["engines"]] == ["ready", "ready"])
+        yield instance
+    finally:
+        instance.close()
+
+
+def test_a_rolling_swap_under_load_lets_nobody_wait_and_mixes_nothing(instance: Instance) -> None:
+    expected = {"tiny@1": instance.answers()}
+    with Load(instance.url, "tiny", instance.prompts) as load:
+        load.wait_for(16)
+        swap = instance.promote("tiny@2")
+        load.wait_for(16)
+    expected["tiny@2"] = instance.answers()
+    print(f"\n{figures(load, swap)}")
+    assert (swap["kind"], swap["held"], load.failed) == ("rolling", None, [])
+    assert {answer.version for answer in load.answers} == {"tiny@1", "tiny@2"}
+    for answer in load.answers:
+        assert (answer.version, answer.text) == expected[answer.version][answer.prompt]
+
+
+def test_a_server_that_was_killed_comes_back_to_both_its_engines(instance: Instance) -> None:
+    before, engines = instance.answers(), instance.engines()
+    assert instance.end(signal.SIGKILL) == -signal.SIGKILL
+    ready_s = instance.start()
+    print(f"\nready again after {ready_s:.1f} s")
+    instance.until(lambda status: [engine["state"] for engine in status["engines"]] == ["ready", "ready"])
+    assert instance.engines() == engines
+    assert instance.answers() == before
+
+
+def test_a_server_that_is_told_to_leave_its_engines_comes_back_to_them(instance: Instance) -> None:
+    engines = instance.engines()
+    assert instance.end(signal.SIGUSR1) == 0
+    instance.start()
+    assert instance.engines() == engines
+
+
+def test_a_blue_green_swap_under_load_lets_nobody_wait(instance: Instance) -> None:
+    """Another format: the kernels differ, so the answers may too, and need only be whole."""
+    old = instance.engines()
+    with Load(instance.url, "tiny", instance.prompts, streams=2) as load:
+        load.wait_for(4)
+        swap = instance.promote("tiny@2", "--format", "merged")
+        load.wait_for(4)
+    print(f"\n{figures(load, swap)}")
+    assert (swap["kind"], swap["held"], load.failed) == ("bluegreen", None, [])
+    instance.until(lambda status: len(status["engines"]) == 2)
+    assert not set(old) & set(instance.engines())
+
+
+def test_a_stop_leaves_no_engine(instance: Instance) -> None:
+    engines = instance.engines()
+    assert instance.end(signal.SIGTERM) == 0
+    assert not any(runs(engine) for engine in engines)
+    assert instance.engines() == []

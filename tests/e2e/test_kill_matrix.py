@@ -1,0 +1,165 @@
+"""Whatever is killed, at whatever moment: the next state is one that serves the right version, and nothing is left.
+
+The table of docs/swaps.md, on the real engine. `make test-matrix` runs it.
+"""
+
+import signal
+import subprocess
+import time
+from collections.abc import Callable, Iterator
+from enum import Enum
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+from svc.engine.leftover import runs
+from svc.store.database import open_database
+from svc.store.desired import read_desired
+from tests.e2e.conftest import PROMPTS
+from tests.e2e.instance import Instance, core_of, session
+
+pytestmark = [pytest.mark.matrix]
+
+PORT = 8945
+
+
+class Killed(Enum):
+    """What gets SIGKILL."""
+
+    GATEWAY = "gateway"
+    FRONT = "front"
+    CORE = "core"
+    ALL = "gateway and engine"
+
+
+class Moment(Enum):
+    """When."""
+
+    IDLE = "idle"
+    DRAINING = "draining"
+    SWAPPING = "swapping"
+    STARTING = "second engine starting"
+    RETIRING = "first engine retiring"
+
+
+@pytest.fixture(scope="module")
+def instance(home: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Instance]:
+    """A server with one engine, and what each version answers in each format."""
+    instance = Instance(home, tmp_path_factory.mktemp("kill") / "home", PORT, PROMPTS)
+    try:
+        instance.start("tiny@1")
+        yield instance
+    finally:
+        instance.close()
+
+
+@pytest.fixture(scope="module")
+def expected(instance: Instance) -> dict[str, list[tuple[str, str]]]:
+    """The answers of both versions."""
+    answers = {"tiny@1 (gptq)": instance.answers()}
+    instance.promote("tiny@2")
+    answers["tiny@2 (gptq)"] = instance.answers()
+    instance.promote("tiny@2", "--format", "merged")
+    answers["tiny@2 (merged)"] = instance.answers()
+    return answers
+
+
+@pytest.fixture
+def serving(instance: Instance, expected: dict[str, list[tuple[str, str]]]) -> Instance:
+    """Version 1 serves, in one engine."""
+    instance.until(lambda status: [engine["state"] for engine in status["engines"]] == ["ready"])
+    status = instance.status()
+    if (status["version"], status["format"]) != ("tiny@1", "gptq"):
+        instance.promote("tiny@1", "--format", "gptq")
+    instance.until(lambda status: [engine["state"] for engine in status["engines"]] == ["ready"])
+    return instance
+
+
+@pytest.mark.parametrize("moment", Moment, ids=lambda moment: moment.value)
+@pytest.mark.parametrize("killed", Killed, ids=lambda killed: killed.value)
+def test_the_right_version_serves_afterwards(
+    serving: Instance, expected: dict[str, list[tuple[str, str]]], killed: Killed, moment: Moment
+) -> None:
+    promotion, long = at(serving, moment)
+    began, engines = time.monotonic(), serving.engines()
+    processes = [process for engine in engines for process in session(engine)]
+    kill(serving, killed)
+    if killed in (Killed.GATEWAY, Killed.ALL):
+        serving.start()
+    status = serving.until(settled)
+    ready_s = time.monotonic() - began
+    for client in (promotion, long):
+        if client is not None:
+            client.kill()
+            client.wait()
+    desired = read_desired(open_database(serving.home), "tiny")
+    assert desired is not None
+    assert (status["version"], status["format"]) == (str(desired.target.version), desired.target.format.value)
+    answers = serving.answers()
+    print(f"\n{killed.value}, {moment.value}: {desired.target} serves after {ready_s:.1f} s")
+    assert answers == expected[str(desired.target)]
+    (engine,) = serving.engines()
+    left = [process for process in processes if runs(process) and process not in session(engine)]
+    assert left == []
+
+
+def at(instance: Instance, moment: Moment) -> tuple["subprocess.Popen[bytes] | None", "subprocess.Popen[bytes] | None"]:
+    """Brings the server to a moment; the promotion that is under way, and a client with a long answer."""
+    match moment:
+        case Moment.IDLE:
+            return None, None
+        case Moment.DRAINING:
+            long = long_answer(instance)
+            promotion = instance.try_to_promote("tiny@2")
+            instance.until(lambda status: any(engine["state"] == "draining" for engine in status["engines"]))
+            return promotion, long
+        case Moment.SWAPPING:
+            promotion = instance.try_to_promote("tiny@2")
+            instance.until(lambda status: any(engine["state"] == "swapping" for engine in status["engines"]))
+            return promotion, None
+        case Moment.STARTING:
+            promotion = instance.try_to_promote("tiny@2", "--format", "merged")
+            instance.until(lambda status: any(engine["state"] == "starting" for engine in status["engines"]))
+            time.sleep(5)
+            return promotion, None
+        case Moment.RETIRING:
+            promotion = instance.try_to_promote("tiny@2", "--format", "merged")
+            instance.until(lambda status: any(engine["state"] == "starting" for engine in status["engines"]))
+            long = long_answer(instance, again=True)
+            instance.until(lambda status: any(engine["state"] == "retiring" for engine in status["engines"]))
+            return promotion, long
+
+
+def long_answer(instance: Instance, *, again: bool = False) -> "subprocess.Popen[bytes]":
+    """A client that reads one answer of many tokens, or one after the other."""
+    body = '{"model": "tiny", "prompt": "a", "max_tokens": 900, "stream": true, "ignore_eos": true}'
+    url = f"{instance.url}/v1/completions"
+    ask = f"curl -sN {url} -H 'content-type: application/json' -d '{body}'"
+    command = f"while {ask}; do :; done" if again else ask
+    client = subprocess.Popen(["bash", "-c", command], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    instance.until(lambda status: status["requests"]["running"])
+    return client
+
+
+def kill(instance: Instance, killed: Killed) -> None:
+    """SIGKILL to what shall get it; of several engines, the first."""
+    engine = instance.engines()[0]
+    victims: dict[Killed, Callable[[], list[psutil.Process]]] = {
+        Killed.GATEWAY: list,
+        Killed.FRONT: lambda: [engine],
+        Killed.CORE: lambda: [core_of(engine)],
+        Killed.ALL: lambda: session(engine),
+    }
+    for process in victims[killed]():
+        process.kill()
+    if killed in (Killed.GATEWAY, Killed.ALL):
+        instance.end(signal.SIGKILL)
+
+
+def settled(status: Any) -> bool:
+    """One engine serves what is wanted, and nothing is under way."""
+    states = [engine["state"] for engine in status["engines"]]
+    swap = status["last_swap"]
+    return states == ["ready"] and (swap is None or swap["outcome"] is not None)
