@@ -22,7 +22,7 @@ PASSED_STATUSES = frozenset({400, 413, 422, 429, 503})
 _MESSAGE_CHARS = 1000
 _TOO_LONG = ("maximum context length", "maximum model length", "cannot be greater than max_model_len")
 _ENGINE_DEAD = "EngineCore encountered an issue"
-_FIELDS = re.compile(r" \(parameter=\w+(, value=.*)?\)$", re.DOTALL)
+_FIELDS = re.compile(r" \(parameter=([\w.]{1,100})(, value=.*)?\)$", re.DOTALL)
 _PATH = re.compile(r"(?<![\w:/.])/(?:[\w.@-]+/)+[\w.@-]*|(?<![\w/])~/[\w./@-]+")
 _TRACEBACK = re.compile(r"Traceback \(most recent call last\)|File \"[^\"]*\", line \d+")
 
@@ -121,7 +121,10 @@ def refusal(status: int, error: Any) -> EngineError:
         return EngineBusyError("the engine takes no more requests now")
     text = for_clients(message) or "the engine refused the request"
     kind = ContextLengthError if any(mark in message for mark in _TOO_LONG) else EngineRefusedError
-    return kind(text, status=status, param=param if isinstance(param, str) else None)
+    named = _FIELDS.search(message)  # messages have the field in their text alone
+    if not isinstance(param, str):
+        param = named[1] if named else None
+    return kind(text, status=status, param=param)
 
 
 def for_clients(message: str) -> str:
