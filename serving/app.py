@@ -1,6 +1,6 @@
 """The HTTP surface: which paths exist, and nothing else answers.
 
-No documentation routes, no CORS, no redirects. Small routes are FastAPI's; completions are pure ASGI behind the same
+No documentation pages, no CORS, no redirects. Small routes are FastAPI's; completions are pure ASGI behind the same
 router, see serving.gateway.
 """
 
@@ -22,6 +22,7 @@ from serving.hold import EngineUnavailableError
 from serving.models import add_models
 from serving.openai_api.errors import install_handlers
 from serving.openai_api.route import Route
+from serving.openapi import openapi_document
 
 _OPENMETRICS = "application/openmetrics-text"
 
@@ -57,6 +58,12 @@ def build_app(
 def _add_operations(
     app: FastAPI, gateway: Gateway, engine_metrics: EngineMetrics, status: Callable[[], Mapping[str, Any]]
 ) -> None:
+    document = openapi_document()
+
+    @app.get("/openapi.json")
+    async def openapi() -> JSONResponse:
+        return JSONResponse(document)
+
     @app.get("/health")
     async def health() -> JSONResponse:
         reason = gateway.door.unavailable_reason

@@ -310,9 +310,9 @@ def _wrong_field(body: dict[str, Any]) -> str | None:
 
 def _prompt_length(body: dict[str, Any]) -> int:
     prompt = body.get("messages", body.get("prompt") or body.get("input") or "")
-    if isinstance(prompt, list) and prompt and isinstance(prompt[0], dict):
-        return sum(len(str(message.get("content") or "").split()) for message in prompt)
-    return len(prompt.split()) if isinstance(prompt, str) else len(prompt)
+    if not isinstance(prompt, list):
+        return len(str(prompt).split())
+    return sum(len(str(turn.get("content") or "").split()) if isinstance(turn, dict) else 1 for turn in prompt)
 
 
 async def _gone(receive: Receive) -> None:
