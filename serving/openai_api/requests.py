@@ -153,8 +153,9 @@ def parse_request(body: bytes, route: Route, *, engine_model: str) -> Completion
     stream = _flag(fields, "stream", "stream")
     wants_usage = stream and (route not in _HAS_STREAM_OPTIONS or _ask_for_usage(fields))
     if route is Route.RESPONSES:
-        # The default is true, and the engine's environment can make it mean that.
-        fields["store"] = False
+        # The default of `store` is true, and the engine's environment can make it mean that; null in `background` makes
+        # the engine fail.
+        fields |= {"store": False, "background": False}
     return CompletionRequest(
         model=model,
         payload=_to_json({**fields, "model": engine_model}),

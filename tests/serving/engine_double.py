@@ -36,6 +36,7 @@ class Fault(Enum):
     """After the second token."""
     END_WITHOUT_DONE = auto()
     ERROR_IN_STREAM = auto()
+    """On this request; the engine lives."""
     ERROR_AT_ONCE_IN_STREAM = auto()
     SILENCE = auto()
     """Says nothing more after the second token of a stream; nothing at all otherwise."""
@@ -107,7 +108,7 @@ class EngineDouble:
         self.on_call(path)
         match path:
             case "/health" | "/reset_prefix_cache" | "/version" | "/v1/models":
-                await _json(send, 200, self._simple(path))
+                await _json(send, 503 if self.dead else 200, self._simple(path))
             case "/metrics":
                 await Response(self.metrics, media_type="text/plain")(scope, receive, send)
             case "/collective_rpc":
@@ -236,7 +237,10 @@ class EngineDouble:
             case Fault.SILENCE:
                 await asyncio.sleep(3600)
             case Fault.ERROR_IN_STREAM:
-                await _events(send, wire.failure("no room in /root/secret/cache.bin"))
+                events = wire.failure("no room in /root/secret/cache.bin")
+                if not events:
+                    raise RuntimeError("the connection is cut")
+                await _events(send, events)
                 await send({"type": "http.response.body", "body": b"", "more_body": False})
             case Fault.END_WITHOUT_DONE:
                 await send({"type": "http.response.body", "body": b"", "more_body": False})

@@ -104,18 +104,32 @@ async def test_too_long_a_prompt(service: Service, client: httpx.AsyncClient, pa
 
 
 @both
-@pytest.mark.parametrize("fault", [Fault.DIE_IN_STREAM, Fault.END_WITHOUT_DONE, Fault.ERROR_IN_STREAM])
+@pytest.mark.parametrize(
+    ("fault", "code"),
+    [
+        (Fault.DIE_IN_STREAM, "engine_died"),
+        (Fault.END_WITHOUT_DONE, "engine_died"),
+        (Fault.ERROR_IN_STREAM, "engine_error"),
+    ],
+)
 async def test_a_stream_that_does_not_come_to_its_end_ends_with_an_error(
-    service: Service, client: httpx.AsyncClient, path: str, fault: Fault
+    service: Service, client: httpx.AsyncClient, path: str, fault: Fault, code: str
 ) -> None:
     service.double.fault = fault
     answer = await client.post(path, json={**BODIES[path], "stream": True})
     name, data = last_event(answer.text)
-    assert (name, data["type"]) == ("error", "error")
-    assert data["error"]["code"] in ("engine_died", "engine_error")
+    assert (name, data["type"], data["error"]["code"]) == ("error", "error", code)
     assert "secret" not in answer.text
-    assert reason(service, data["error"]["code"]) == 1
+    assert reason(service, code) == 1
     assert service.door.running == 0
+
+
+async def test_an_error_in_a_stream_of_messages_is_a_death_where_the_engine_is_dead(
+    service: Service, client: httpx.AsyncClient
+) -> None:
+    service.double.fault, service.double.dead = Fault.ERROR_IN_STREAM, True
+    answer = await client.post(MESSAGES, json={**BODIES[MESSAGES], "stream": True})
+    assert last_event(answer.text)[1]["error"]["code"] == "engine_died"
 
 
 @both

@@ -46,7 +46,7 @@ class Wire(ABC):
 
     @abstractmethod
     def failure(self, message: str) -> list[Event]:
-        """An error within a stream, and its end."""
+        """An error within a stream, and its end; none where the connection is cut without a word."""
 
 
 class CompletionsWire(Wire):
@@ -133,7 +133,6 @@ class ResponsesWire(Wire):
         ]
 
     def failure(self, message: str) -> list[Event]:
-        """vLLM breaks off without a word."""
         return []
 
     def _next(self, name: str, **fields: Any) -> Event:

@@ -162,10 +162,10 @@ def test_a_field_that_is_not_served_is_named() -> None:
     assert caught.value.param == "background"
 
 
-@pytest.mark.parametrize("sent", [{}, {"store": None}, {"store": False}])
-def test_the_engine_is_always_told_to_keep_no_response(sent: dict[str, Any]) -> None:
+@pytest.mark.parametrize("sent", [{}, {"store": None, "background": None}, {"store": False, "background": False}])
+def test_the_engine_is_always_told_to_keep_nothing_after_the_answer(sent: dict[str, Any]) -> None:
     request = parse({"model": "tuned", "input": "a", **sent}, Route.RESPONSES)
-    assert json.loads(request.payload) == {"model": "tuned", "input": "a", "store": False}
+    assert json.loads(request.payload) == {"model": "tuned", "input": "a", "store": False, "background": False}
 
 
 @pytest.mark.parametrize("route", [Route.RESPONSES, Route.MESSAGES])
