@@ -23,14 +23,11 @@ _COUNT: Json = {"type": ["integer", "null"], "minimum": 1, "maximum": 2**31 - 1}
 _TURNS: Json = {
     "type": "array",
     "minItems": 1,
-    "items": {
-        "type": "object",
-        "required": ["role", "content"],
-        "properties": {"role": {"type": "string"}, "content": {"type": ["string", "array", "null"]}},
-    },
+    "items": {"type": "object", "required": ["role"], "properties": {"role": {"type": "string"}}},
 }
+_ITEMS: Json = {"type": "array", "minItems": 1, "items": _OBJECT}
 _NEVER: Json = {"type": "null", "description": "not served"}
-_NOT_KEPT: Json = {"enum": [False, None], "description": "only false is served"}
+_ONLY_FALSE: Json = {"enum": [False, None], "description": "only false is served"}
 _COMMON: Json = {
     "model": {"type": "string", "description": "NAME, NAME@production, or NAME@N of the loaded version"},
     "stream": {"type": ["boolean", "null"]},
@@ -57,7 +54,7 @@ _REQUESTS: Mapping[Route, tuple[str, list[str], Json]] = {
             "messages": _TURNS,
             "stream_options": _STREAM_OPTIONS,
             "n": _ANSWERS,
-            "echo": _NOT_KEPT,
+            "echo": _ONLY_FALSE,
             "max_tokens": _COUNT,
             "max_completion_tokens": _COUNT,
         },
@@ -71,10 +68,10 @@ _REQUESTS: Mapping[Route, tuple[str, list[str], Json]] = {
         "A response",
         ["model", "input"],
         {
-            "input": {"anyOf": [{"type": "string"}, _TURNS]},
+            "input": {"anyOf": [{"type": "string"}, _ITEMS]},
             "max_output_tokens": _COUNT,
-            "background": _NOT_KEPT,
-            "store": _NOT_KEPT,
+            "background": _ONLY_FALSE,
+            "store": _ONLY_FALSE,
             "previous_response_id": _NEVER,
             "conversation": _NEVER,
         },
