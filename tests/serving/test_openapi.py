@@ -78,9 +78,11 @@ def api(memory_folder: Path, store: Store) -> Iterator[Any]:
     door.available()
     records.start()
     found = schemathesis.openapi.from_asgi("/openapi.json", app)
+    names = {"enum": [*routes.names(), "other"]}
+    found.raw_schema["paths"]["/v1/models/{name}"]["parameters"][0]["schema"] = names
     for route in Route:
         body = found.raw_schema["paths"][route.value]["post"]["requestBody"]["content"]["application/json"]["schema"]
-        body["properties"]["model"] = {"enum": [*routes.names(), "other"]}
+        body["properties"]["model"] = names
     yield found
     records.close()
 
