@@ -1,6 +1,6 @@
 """The HTTP surface: which paths exist, and nothing else answers.
 
-No documentation routes, no CORS, no redirects. Small routes are FastAPI's; completions are pure ASGI behind the same
+No documentation pages, no CORS, no redirects. Small routes are FastAPI's; completions are pure ASGI behind the same
 router, see serving.gateway.
 """
 
@@ -19,11 +19,11 @@ from serving.engine_metrics import EngineMetrics
 from serving.feedback import FeedbackIntake
 from serving.gateway import Gateway
 from serving.hold import EngineUnavailableError
+from serving.models import add_models
 from serving.openai_api.errors import install_handlers
-from serving.openai_api.requests import Route
-from serving.routing import Routes
+from serving.openai_api.route import Route
+from serving.openapi import openapi_document
 
-OWNER = "tuneserve"
 _OPENMETRICS = "application/openmetrics-text"
 
 
@@ -48,31 +48,22 @@ def build_app(
     for route in Route:
         app.router.routes.append(Path(route.value, gateway.endpoint(route), methods=["POST"]))
     app.router.routes.append(Path("/v1/feedback", feedback.answer, methods=["POST"]))
-    _add_models(app, gateway.routes)
+    add_models(app, gateway.routes)
     _add_operations(app, gateway, engine_metrics, status)
     install_handlers(app)
     app.add_middleware(Boundary, routes=gateway.routes)
     return app
 
 
-def _add_models(app: FastAPI, routes: Routes) -> None:
-    def model(name: str) -> dict[str, Any]:
-        return {"id": name, "object": "model", "created": routes.since, "owned_by": OWNER}
-
-    @app.get("/v1/models")
-    async def list_models() -> JSONResponse:
-        return JSONResponse({"object": "list", "data": [model(name) for name in routes.names()]})
-
-    # A slash in a name arrives as %2F, which is decoded before the path is matched.
-    @app.get("/v1/models/{name:path}")
-    async def show_model(name: str) -> JSONResponse:
-        routes.resolve(name)
-        return JSONResponse(model(name))
-
-
 def _add_operations(
     app: FastAPI, gateway: Gateway, engine_metrics: EngineMetrics, status: Callable[[], Mapping[str, Any]]
 ) -> None:
+    document = openapi_document()
+
+    @app.get("/openapi.json")
+    async def openapi() -> JSONResponse:
+        return JSONResponse(document)
+
     @app.get("/health")
     async def health() -> JSONResponse:
         reason = gateway.door.unavailable_reason

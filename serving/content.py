@@ -4,11 +4,10 @@ Runs in the thread that writes records, long after the client was answered.
 """
 
 import json
-from collections.abc import Iterable
 from dataclasses import dataclass, field
-from typing import Any
 
-from serving.openai_api.events import data_of
+from serving.openai_api.route import Route
+from serving.openai_api.wire_formats import wire_format
 from svc.redaction import Redactor
 
 MAX_ANSWER_BYTES = 4 * 2**20
@@ -20,12 +19,14 @@ class Content:
     """What passed the gateway for one request.
 
     Attributes:
+        route: says how they are written.
         payload: the JSON that went to the engine.
         answer: a JSON body, or the events of a stream.
         size: what it holds in memory, bytes.
         too_long: the answer went past the limit, and is not held any more.
     """
 
+    route: Route
     payload: bytes
     answer: list[bytes] = field(default_factory=list)
     size: int = 0
@@ -50,8 +51,7 @@ def prompt_text(content: Content, redactor: Redactor) -> str:
     Raises:
         ValueError: a prompt of token ids, which anybody with the tokenizer can read and no pattern matches.
     """
-    fields = json.loads(content.payload)
-    prompt = fields.get("messages", fields.get("prompt"))
+    prompt = wire_format(content.route).prompt(json.loads(content.payload))
     texts = prompt if isinstance(prompt, list) else [prompt]
     if not all(isinstance(text, str | dict) for text in texts):
         raise ValueError("the prompt is not text")
@@ -63,27 +63,7 @@ def answer_text(content: Content, redactor: Redactor) -> str:
 
     Redacted as a whole: a number may come in many events.
     """
-    parts = [_choice_text(choice) for chunk in _chunks(content.answer) for choice in _first_choice(chunk)]
-    return _encodable(redactor.text("".join(parts)))
-
-
-def _chunks(answer: list[bytes]) -> Iterable[dict[str, Any]]:
-    for part in answer:
-        try:
-            chunk = json.loads(data_of(part) if part.startswith(b"data:") else part)
-        except ValueError:
-            continue  # a comment, or [DONE]
-        if isinstance(chunk, dict):
-            yield chunk
-
-
-def _first_choice(chunk: dict[str, Any]) -> list[dict[str, Any]]:
-    return [choice for choice in chunk.get("choices") or [] if choice.get("index", 0) == 0]
-
-
-def _choice_text(choice: dict[str, Any]) -> str:
-    inner = choice.get("delta") or choice.get("message") or {}
-    return inner.get("content") or choice.get("text") or ""
+    return _encodable(redactor.text(wire_format(content.route).text(content.answer)))
 
 
 def _encodable(text: str) -> str:

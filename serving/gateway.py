@@ -20,17 +20,10 @@ from serving.content import Content
 from serving.disconnect import while_connected
 from serving.hold import Admission
 from serving.openai_api.errors import ApiError, ErrorCode, api_error
-from serving.openai_api.events import (
-    EventSplitter,
-    Usage,
-    find_error,
-    find_finish_reason,
-    find_usage,
-    is_done,
-    is_token,
-    is_usage_only,
-)
-from serving.openai_api.requests import ClientGoneError, CompletionRequest, Route, parse_request, read_body
+from serving.openai_api.events import EventSplitter, find_error
+from serving.openai_api.requests import ClientGoneError, CompletionRequest, parse_request, read_body
+from serving.openai_api.route import Route
+from serving.openai_api.wire_formats import Usage, wire_format
 from serving.pool import Lease
 from serving.records import RecordWriter
 from serving.routing import Routes, Served
@@ -101,6 +94,7 @@ class Exchange:
     def __init__(self, gateway: Gateway, route: Route, scope: Scope, send: Send) -> None:
         self._gateway = gateway
         self._route = route
+        self.format = wire_format(route)
         self._scope = scope
         self._asgi_send = send
         self._clock = gateway.clock
@@ -115,7 +109,7 @@ class Exchange:
         self._finish_reason: str | None = None
         self._content: Content | None = None  # what passes, where it is to be kept
         self.answered = False
-        """All of the answer was handed over: OpenAI's client closes the connection as soon as it reads `[DONE]`."""
+        """All of the answer was handed over: OpenAI's client closes the connection once it reads the last event."""
 
     async def run(self, receive: Receive) -> None:
         """Answers, with an error where it must be."""
@@ -128,7 +122,7 @@ class Exchange:
             self._request = request = parse_request(body, self._route, engine_model=self._gateway.routes.name)
             del body
             if self._gateway.records.wants_content():
-                self._content = Content(request.payload)
+                self._content = Content(self._route, request.payload)
             await while_connected(receive, self._answer(request))
         except ClientGoneError:
             if not self.answered:
@@ -174,7 +168,7 @@ class Exchange:
             return
         # The engine is done with it: a client that reads slowly keeps no place.
         self.look_at(body)
-        usage = find_usage(body)
+        usage = self.format.usage(body)
         if usage:
             self.used(engine.served, usage)
         await self.start(200, "application/json", len(body))
@@ -195,7 +189,7 @@ class Exchange:
             self._status = error.status
             await error.response()(self._scope, _no_receive, self._asgi_send)
         else:
-            await self.send(b"data: " + error.body() + b"\n\n", more=False)
+            await self.send(self.format.error_event(error.body()), more=False)
 
     def _failed(self, code: ErrorCode) -> None:
         self._reason = code
@@ -216,7 +210,7 @@ class Exchange:
         if self._content:
             self._content.add(part)
         if self._finish_reason is None:
-            self._finish_reason = find_finish_reason(part)
+            self._finish_reason = self.format.finish_reason(part)
 
     def used(self, served: Served, usage: Usage) -> None:
         """Counts the tokens of the answer."""
@@ -266,6 +260,7 @@ class _Stream:
 
     def __init__(self, exchange: Exchange, served: Served, *, wants_usage: bool) -> None:
         self._exchange = exchange
+        self._format = exchange.format
         self._served = served
         self._wants_usage = wants_usage
         self._between_tokens = exchange.traffic.between_tokens(served)
@@ -276,7 +271,7 @@ class _Stream:
         """Until the end of the answer.
 
         Raises:
-            EngineError: an error of the engine within the stream, or an end before `[DONE]`.
+            EngineError: an error of the engine within the stream, or an end before the last event.
         """
         splitter = EventSplitter()
         async for chunk in response.aiter_raw():
@@ -296,17 +291,15 @@ class _Stream:
         if error is not None:
             code = error.get("code") if isinstance(error, dict) else None
             raise refusal(code if isinstance(code, int) else 500, error)
-        if is_done(event):
-            self._complete = self._exchange.answered = True
-            return True
         self._exchange.look_at(event)
-        usage = find_usage(event)
-        if usage and is_usage_only(event):
+        usage = self._format.usage(event)
+        if usage:
             self._exchange.used(self._served, usage)
-            return self._wants_usage
-        if is_token(event):
+        if self._format.is_end(event):
+            self._complete = self._exchange.answered = True
+        elif not usage and self._format.is_token(event):
             self._time_token()
-        return True
+        return self._wants_usage or not usage
 
     def _time_token(self) -> None:
         now = self._exchange.elapsed()

@@ -16,7 +16,7 @@ from datetime import UTC, datetime, timedelta
 
 from sqlalchemy import Engine as Store
 
-from serving.openai_api.requests import Route
+from serving.openai_api.route import Route
 from serving.own_questions import OwnQuestions, SupersededError
 from serving.pool import EnginePool
 from serving.routing import Routes

@@ -11,8 +11,8 @@ from collections.abc import Callable, Sequence
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
 from serving.openai_api.errors import ErrorCode
-from serving.openai_api.events import Usage
-from serving.openai_api.requests import Route
+from serving.openai_api.route import Route
+from serving.openai_api.wire_formats import Usage
 from serving.quantiles import VersionQuantiles
 from serving.records import Dropped
 from serving.routing import Served
@@ -27,6 +27,7 @@ UNKNOWN_MODEL = "unknown"
 _NOT_COMPLETIONS = {
     ErrorCode.NOT_FOUND,
     ErrorCode.METHOD_NOT_ALLOWED,
+    ErrorCode.MODEL_NOT_DELETABLE,
     ErrorCode.REQUEST_NOT_FOUND,
     ErrorCode.RECORDS_BUSY,
 }

@@ -17,12 +17,13 @@ from svc.errors import EngineError
 
 CONNECT_TIMEOUT_S = 5.0
 """A local socket answers at once or not at all."""
+_HEALTH_TIMEOUT_S = 2.0
 PASSED_STATUSES = frozenset({400, 413, 422, 429, 503})
 """Refusals of the client's request or for the engine's load; others are between the gateway and the engine."""
 _MESSAGE_CHARS = 1000
 _TOO_LONG = ("maximum context length", "maximum model length", "cannot be greater than max_model_len")
 _ENGINE_DEAD = "EngineCore encountered an issue"
-_FIELDS = re.compile(r" \(parameter=\w+(, value=.*)?\)$", re.DOTALL)
+_FIELDS = re.compile(r" \(parameter=([\w.]{1,100})(, value=.*)?\)$", re.DOTALL)
 _PATH = re.compile(r"(?<![\w:/.])/(?:[\w.@-]+/)+[\w.@-]*|(?<![\w/])~/[\w./@-]+")
 _TRACEBACK = re.compile(r"Traceback \(most recent call last\)|File \"[^\"]*\", line \d+")
 
@@ -87,20 +88,38 @@ async def call(engine: httpx.AsyncClient, path: str, payload: bytes, request_id:
 
     Raises:
         EngineDiedError, EngineSilentError: also for what happens while the answer is read.
-        EngineFailedError, EngineBusyError, EngineRefusedError: the engine's answer is an error.
+        EngineFailedError: the engine's answer is an error, or breaks off while the engine lives, as vLLM's streamed
+            responses do when it fails on them.
+        EngineBusyError, EngineRefusedError: the engine's answer is an error.
     """
+    begun = False
     headers = {"content-type": "application/json", "accept-encoding": "identity", "x-request-id": request_id}
     try:
         async with engine.stream("POST", path, content=payload, headers=headers) as response:
             if response.status_code >= 400:
                 raise refusal(response.status_code, _error_of(await response.aread()))
+            begun = True
             yield response
     except httpx.ConnectTimeout as error:
         raise EngineDiedError("the engine does not take connections") from error
     except httpx.TimeoutException as error:
         raise EngineSilentError("the engine said nothing for too long") from error
+    except EngineFailedError as error:
+        # In a stream of messages vLLM words its own death so.
+        if begun and not await _lives(engine):
+            raise EngineDiedError("the engine went away; it is being restarted") from error
+        raise
     except httpx.TransportError as error:
+        if begun and await _lives(engine):
+            raise EngineFailedError("the engine broke off its answer") from error
         raise EngineDiedError("the engine went away; it is being restarted") from error
+
+
+async def _lives(engine: httpx.AsyncClient) -> bool:
+    try:
+        return (await engine.get("/health", timeout=_HEALTH_TIMEOUT_S)).is_success
+    except httpx.TransportError:
+        return False
 
 
 def refusal(status: int, error: Any) -> EngineError:
@@ -121,7 +140,10 @@ def refusal(status: int, error: Any) -> EngineError:
         return EngineBusyError("the engine takes no more requests now")
     text = for_clients(message) or "the engine refused the request"
     kind = ContextLengthError if any(mark in message for mark in _TOO_LONG) else EngineRefusedError
-    return kind(text, status=status, param=param if isinstance(param, str) else None)
+    named = _FIELDS.search(message)  # messages have the field in their text alone
+    if not isinstance(param, str):
+        param = named[1] if named else None
+    return kind(text, status=status, param=param)
 
 
 def for_clients(message: str) -> str:

@@ -18,6 +18,7 @@ from starlette.exceptions import HTTPException
 from starlette.responses import Response
 
 from serving.hold import EngineUnavailableError, HoldOverflowError, HoldTimeoutError, OverloadedError
+from serving.models import ModelNotDeletableError
 from serving.openai_api import requests
 from serving.routing import SHOWN_CHARS, ModelNotFoundError
 from serving.upstream import (
@@ -43,6 +44,7 @@ class ErrorCode(StrEnum):
     BODY_TIMEOUT = "body_timeout"
     UNSUPPORTED_MEDIA_TYPE = "unsupported_media_type"
     MODEL_NOT_FOUND = "model_not_found"
+    MODEL_NOT_DELETABLE = "model_not_deletable"
     REQUEST_NOT_FOUND = "request_not_found"
     RECORDS_BUSY = "records_busy"
     NOT_FOUND = "not_found"
@@ -82,8 +84,14 @@ class ApiError:
         return json.dumps({"error": error}).encode("ascii")
 
     def response(self) -> Response:
-        """The whole answer."""
-        return Response(self.body(), self.status, dict(self.headers), media_type="application/json")
+        """The whole answer.
+
+        OpenAI's client sends a request again after any 5xx; where that would end the same way, it is told not to.
+        """
+        headers = dict(self.headers)
+        if self.code is ErrorCode.INTERNAL_ERROR:
+            headers["x-should-retry"] = "false"
+        return Response(self.body(), self.status, headers, media_type="application/json")
 
 
 _SHAPES: dict[type[SvcError], tuple[int, ErrorCode]] = {
@@ -95,6 +103,7 @@ _SHAPES: dict[type[SvcError], tuple[int, ErrorCode]] = {
     requests.RequestNotFoundError: (404, ErrorCode.REQUEST_NOT_FOUND),
     requests.RecordsBusyError: (503, ErrorCode.RECORDS_BUSY),
     ModelNotFoundError: (404, ErrorCode.MODEL_NOT_FOUND),
+    ModelNotDeletableError: (403, ErrorCode.MODEL_NOT_DELETABLE),
     OverloadedError: (429, ErrorCode.OVERLOADED),
     HoldOverflowError: (503, ErrorCode.HELD_OVERFLOW),
     HoldTimeoutError: (503, ErrorCode.HELD_TIMEOUT),

@@ -1,44 +1,15 @@
-"""Server-sent events as bytes: where one ends, and the few things that the gateway looks for in it.
+"""Server-sent events as bytes: where one ends, its name and its data.
 
 Events pass untouched; only those that can hold what is looked for are parsed. The quick tests are exact, because a
-quote inside a JSON string is always escaped: a model cannot write the bytes of a key, as `"usage":`.
+quote inside a JSON string is always escaped: a model cannot write the bytes of a key, as `"error":`. Knows nothing of
+what the events of a route mean, see serving.openai_api.wire_formats.
 """
 
 import json
 import re
-from dataclasses import dataclass
 from typing import Any
 
 _BLANK_LINE = re.compile(rb"(?:\r\n|\n){2}")
-_USAGE = re.compile(rb'"usage"\s*:\s*(\{(?:[^{}]|\{[^{}]*\})*\})')
-_FINISH_REASON = re.compile(rb'"finish_reason"\s*:\s*"([a-z_]{1,40})"')
-DONE = b"[DONE]"
-
-
-@dataclass(frozen=True, slots=True)
-class Usage:
-    """Token counts of one answer."""
-
-    prompt: int
-    completion: int
-
-
-def find_usage(body: bytes) -> Usage | None:
-    """The last `usage` object in a JSON text, without parsing all of it: log-probabilities make megabytes."""
-    found = _USAGE.findall(body)
-    if not found:
-        return None
-    try:
-        usage = json.loads(found[-1])
-        return Usage(int(usage["prompt_tokens"]), int(usage.get("completion_tokens") or 0))
-    except (ValueError, KeyError, TypeError):
-        return None
-
-
-def find_finish_reason(body: bytes) -> str | None:
-    """The first `finish_reason` that is set, in a JSON text or an event."""
-    found = _FINISH_REASON.search(body) if b'"finish_reason"' in body else None
-    return found[1].decode("ascii") if found else None
 
 
 class EventSplitter:
@@ -66,38 +37,35 @@ class EventSplitter:
         return self._rest
 
 
+def is_event(part: bytes) -> bool:
+    """A part of an answer is an event, and not a JSON body."""
+    return not part.startswith(b"{")
+
+
+def name_of(event: bytes) -> str:
+    """The name of an event; empty where it has none."""
+    return _lines(event, b"event:").decode("utf-8", "replace")
+
+
 def data_of(event: bytes) -> bytes:
     """The data of an event; empty for a comment."""
-    lines = (line for line in event.splitlines() if line.startswith(b"data:"))
-    return b"\n".join(line[5:].removeprefix(b" ") for line in lines)
+    return _lines(event, b"data:")
 
 
-def is_done(event: bytes) -> bool:
-    """The event that ends a complete answer."""
-    return DONE in event and data_of(event).strip() == DONE
+def _lines(event: bytes, field: bytes) -> bytes:
+    lines = (line for line in event.splitlines() if line.startswith(field))
+    return b"\n".join(line[len(field) :].removeprefix(b" ") for line in lines)
 
 
-def is_token(event: bytes) -> bool:
-    """The event brings generated tokens: neither a comment nor the chunk that only opens a chat message."""
-    return event.startswith(b"data:") and b'"role":' not in event
-
-
-def is_usage_only(event: bytes) -> bool:
-    """The chunk that holds token counts and no choices."""
-    if b'"usage"' not in event:
-        return False
-    chunk = _json_of(event)
-    return chunk.get("choices") == [] and chunk.get("usage") is not None
+def json_of(part: bytes) -> dict[str, Any]:
+    """The JSON object of an event or a body; empty where there is none, as in a comment or `[DONE]`."""
+    try:
+        found = json.loads(data_of(part) if is_event(part) else part)
+    except ValueError:
+        return {}
+    return found if isinstance(found, dict) else {}
 
 
 def find_error(event: bytes) -> Any | None:
     """What stands under `error` at the top of an event; None when it is no error."""
-    return _json_of(event).get("error") if b'"error"' in event else None
-
-
-def _json_of(event: bytes) -> dict[str, Any]:
-    try:
-        chunk = json.loads(data_of(event))
-    except ValueError:
-        return {}
-    return chunk if isinstance(chunk, dict) else {}
+    return json_of(event).get("error") if b'"error"' in event else None

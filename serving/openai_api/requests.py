@@ -8,22 +8,24 @@ import asyncio
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
-from enum import StrEnum
 from typing import Any, NoReturn
 
 from starlette.types import Receive, Scope
 
+from serving.openai_api.refusals import find_refusal
+from serving.openai_api.route import Route
 from svc.errors import NotFoundError, SvcError
 
 JSON_TYPE = b"application/json"
 _MOST_KEPT = 2**31 - 1
-
-
-class Route(StrEnum):
-    """The paths that reach the engine; its own paths are the same."""
-
-    CHAT_COMPLETIONS = "/v1/chat/completions"
-    COMPLETIONS = "/v1/completions"
+_LONGEST = {
+    Route.CHAT_COMPLETIONS: ("max_completion_tokens", "max_tokens"),
+    Route.COMPLETIONS: ("max_tokens",),
+    Route.RESPONSES: ("max_output_tokens",),
+    Route.MESSAGES: ("max_tokens",),
+}
+"""What each route calls the longest answer; the first that is set holds, as it does in the engine."""
+_HAS_STREAM_OPTIONS = frozenset({Route.CHAT_COMPLETIONS, Route.COMPLETIONS})
 
 
 class InvalidJsonError(SvcError):
@@ -76,7 +78,7 @@ class CompletionRequest:
         model: the client's model name, as sent.
         payload: the JSON that goes to the engine.
         stream: the client wants server-sent events.
-        wants_usage: the client wants the final chunk with token counts.
+        wants_usage: the event with the token counts of a stream is the client's too.
         temperature: as sent; None where it was not, or is no number. The engine checks values, and has its defaults.
         max_tokens: longest answer, likewise.
     """
@@ -138,22 +140,29 @@ def parse_request(body: bytes, route: Route, *, engine_model: str) -> Completion
 
     Raises:
         InvalidJsonError: not a JSON object.
-        InvalidRequestError: `model`, `stream` or `stream_options` of a wrong type, or prompt log-probabilities asked.
+        InvalidRequestError: `model`, `stream` or `stream_options` of a wrong type, or a field that is not served, see
+            serving.openai_api.refusals.
     """
     fields = _json_object(body)
     model = fields.get("model")
     if not isinstance(model, str):
         raise InvalidRequestError("'model' is missing or no string", param="model", expected="a model name")
-    _refuse_prompt_logprobs(fields, route)
+    refusal = find_refusal(fields, route)
+    if refusal:
+        raise InvalidRequestError(refusal.wrong, param=refusal.param, expected=refusal.expected, todo=refusal.todo)
     stream = _flag(fields, "stream", "stream")
-    wants_usage = stream and _ask_for_usage(fields)
+    wants_usage = stream and (route not in _HAS_STREAM_OPTIONS or _ask_for_usage(fields))
+    if route is Route.RESPONSES:
+        # The default of `store` is true, and the engine's environment can make it mean that; null in `background` makes
+        # the engine fail.
+        fields |= {"store": False, "background": False}
     return CompletionRequest(
         model=model,
         payload=_to_json({**fields, "model": engine_model}),
         stream=stream,
         wants_usage=wants_usage,
         temperature=_temperature(fields),
-        max_tokens=_max_tokens(fields),
+        max_tokens=_max_tokens(fields, route),
     )
 
 
@@ -189,30 +198,6 @@ def _to_json(fields: dict[str, Any]) -> bytes:
         raise InvalidJsonError("the request body is not usable JSON: nested too deeply") from error
 
 
-def _refuse_prompt_logprobs(fields: Mapping[str, Any], route: Route) -> None:
-    """vLLM scores the whole prompt for these, which can exhaust or end an engine that others share."""
-    why = "they can end the engine, which other clients share"
-    if fields.get("prompt_logprobs") is not None:
-        raise InvalidRequestError(
-            f"log-probabilities of the prompt are not served: {why}", param="prompt_logprobs", todo="leave it out"
-        )
-    if not fields.get("echo"):
-        return
-    if route is Route.CHAT_COMPLETIONS:
-        # There vLLM's `top_logprobs` is 0 by default, which is enough to score the prompt.
-        raise InvalidRequestError(
-            f"'echo' is not served for chat, because it asks for log-probabilities of the prompt: {why}",
-            param="echo",
-            todo="leave it out",
-        )
-    if fields.get("logprobs") is not None:
-        raise InvalidRequestError(
-            f"'echo' with 'logprobs' asks for log-probabilities of the prompt, which are not served: {why}",
-            param="echo",
-            todo="ask for one of the two",
-        )
-
-
 def _flag(fields: Mapping[str, Any], key: str, param: str) -> bool:
     """A boolean that may be null or absent. Strict, because the engine would also take 1 or "yes" for true."""
     value = fields.get(key)
@@ -229,10 +214,8 @@ def _temperature(fields: Mapping[str, Any]) -> float | None:
     return float(value) if abs(value) <= _MOST_KEPT else None
 
 
-def _max_tokens(fields: Mapping[str, Any]) -> int | None:
-    """The newer name wins, as it does in the engine."""
-    newer = fields.get("max_completion_tokens")
-    value = fields.get("max_tokens") if newer is None else newer
+def _max_tokens(fields: Mapping[str, Any], route: Route) -> int | None:
+    value = next((fields[name] for name in _LONGEST[route] if fields.get(name) is not None), None)
     if isinstance(value, bool) or not isinstance(value, int):
         return None
     return value if abs(value) <= _MOST_KEPT else None

@@ -1,9 +1,8 @@
 """The main job with every real part but a small model: train, qualify, serve, chat, promote under load, refuse bad
-versions, survive the engine's death. The tests of this folder share one server; these run in their order, and the last
-one ends it."""
+versions, survive the engine's death. The tests of this folder share one server; these run in their order, and
+test_shutdown ends it."""
 
 import asyncio
-import json
 import os
 import signal
 import time
@@ -232,16 +231,3 @@ def test_an_engine_that_dies_comes_back_and_serving_goes_on(server: Server) -> N
     assert "died" in status["engine"]["last_error"]
     assert server.answers() == before
     assert not psutil.pid_exists(pid)
-
-
-def test_the_server_stops_its_engine_when_it_is_told_to_stop(server: Server) -> None:
-    """Runs last: it ends the server under test."""
-    pid = engine_pid(server.home)
-    holder = json.loads((server.home / "serve.lock").read_text("utf-8"))["pid"]
-    os.kill(holder, signal.SIGTERM)
-    psutil.wait_procs([psutil.Process(holder)] if psutil.pid_exists(holder) else [], timeout=30)
-    deadline = time.monotonic() + 30
-    while psutil.pid_exists(pid) and time.monotonic() < deadline:
-        time.sleep(0.2)
-    assert not psutil.pid_exists(pid)
-    assert svc(server.home, "status", capture_output=True).returncode == 13

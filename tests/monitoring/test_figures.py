@@ -7,8 +7,8 @@ from prometheus_client import CollectorRegistry, generate_latest
 
 from monitoring.figures import QUANTILES, Figures, read_figures
 from serving.openai_api.errors import ErrorCode
-from serving.openai_api.events import Usage
-from serving.openai_api.requests import Route
+from serving.openai_api.route import Route
+from serving.openai_api.wire_formats import Usage
 from serving.routing import Served
 from serving.traffic import Traffic
 from svc.registry.version import Format, VersionId

@@ -20,6 +20,7 @@ from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from tests.serving.socket_server import SocketServer, running
+from tests.serving.vllm_wire import Counts, Wire, wire_of
 
 DEAD_MESSAGE = "EngineCore encountered an issue. See stack trace (above) for the root cause."
 EVENT_STREAM = "text/event-stream; charset=utf-8"
@@ -35,6 +36,7 @@ class Fault(Enum):
     """After the second token."""
     END_WITHOUT_DONE = auto()
     ERROR_IN_STREAM = auto()
+    """On this request; the engine lives."""
     ERROR_AT_ONCE_IN_STREAM = auto()
     SILENCE = auto()
     """Says nothing more after the second token of a stream; nothing at all otherwise."""
@@ -53,6 +55,7 @@ class EngineDouble:
         max_model_len: longest prompt, words.
         finish_reason: of an answer that is not streamed; `stop` for one more token, which is not in its text.
         fault: what goes wrong.
+        message: what the message of a chat has beside, or in place of, its words: tool calls, another content.
         refuse_with: (status, error) in place of every completion.
         loadable: whether a reload of a folder works; it dies where not.
         reload_delay_s: seconds for a reload.
@@ -75,6 +78,7 @@ class EngineDouble:
     max_model_len: int = 1000
     finish_reason: str = "length"
     fault: Fault = Fault.NONE
+    message: dict[str, Any] | None = None
     refuse_with: tuple[int, dict[str, Any]] | None = None
     loadable: Callable[[str], bool] = lambda folder: True
     reload_delay_s: float = 0.0
@@ -104,15 +108,15 @@ class EngineDouble:
         self.on_call(path)
         match path:
             case "/health" | "/reset_prefix_cache" | "/version" | "/v1/models":
-                await _json(send, 200, self._simple(path))
+                await _json(send, 503 if self.dead else 200, self._simple(path))
             case "/metrics":
                 await Response(self.metrics, media_type="text/plain")(scope, receive, send)
             case "/collective_rpc":
                 await self._collective_rpc(send, await request.json())
             case "/tokenize":
                 await self._tokenize(send, await request.json())
-            case "/v1/chat/completions" | "/v1/completions":
-                await self._completion(request, chat=path == "/v1/chat/completions")
+            case "/v1/chat/completions" | "/v1/completions" | "/v1/responses" | "/v1/messages":
+                await self._completion(request)
             case _:
                 await _error(send, 404, "Not Found", kind="NotFound")
 
@@ -143,7 +147,7 @@ class EngineDouble:
         tokens = [_token_id(word) for word in text.split()]
         await _json(send, 200, {"count": len(tokens), "max_model_len": self.max_model_len, "tokens": tokens})
 
-    async def _completion(self, request: Request, *, chat: bool) -> None:
+    async def _completion(self, request: Request) -> None:
         send = request._send
         body = await request.json()
         self.requests.append(body)
@@ -153,18 +157,26 @@ class EngineDouble:
             await _json(send, status, {"error": error})
         elif body["model"] != self.name:
             await _error(send, 404, f"The model `{body['model']}` does not exist.", kind="NotFoundError")
+        elif (wrong := _wrong_field(body)) is not None:
+            message = f"1 validation error:\n  {{'loc': 'body.{wrong}', 'msg': 'Input should be valid'}}"
+            await _error(send, 400, message, kind="Bad Request", param=f"body.{wrong}")
         elif (length := _prompt_length(body)) > self.max_model_len:
             message = (
                 f"This model's maximum context length is {self.max_model_len} tokens. However, your prompt contains "
                 f"{length} input tokens. (parameter=input_tokens, value={length})"
             )
-            await _error(send, 400, message, kind="BadRequestError", param="input_tokens")
+            if request.url.path == "/v1/messages":
+                error = {"type": "BadRequestError", "message": message}
+                await _json(send, 400, {"type": "error", "error": error})
+            else:
+                await _error(send, 400, message, kind="BadRequestError", param="input_tokens")
         else:
-            await self._run_until_disconnect(request, body, chat=chat)
+            await self._run_until_disconnect(request, body)
 
-    async def _run_until_disconnect(self, request: Request, body: dict[str, Any], *, chat: bool) -> None:
+    async def _run_until_disconnect(self, request: Request, body: dict[str, Any]) -> None:
         self.running += 1
-        work = asyncio.create_task(self._answer(request._send, body, chat=chat))
+        wire = wire_of(request.url.path, self.name, body)
+        work = asyncio.create_task(self._answer(request._send, body, wire))
         leaving = asyncio.create_task(_gone(request.receive))
         try:
             await asyncio.wait((work, leaving), return_when=asyncio.FIRST_COMPLETED)
@@ -178,62 +190,58 @@ class EngineDouble:
         if not work.cancelled():
             work.result()
 
-    async def _answer(self, send: Send, body: dict[str, Any], *, chat: bool) -> None:
+    async def _answer(self, send: Send, body: dict[str, Any], wire: Wire) -> None:
         if self.fault is Fault.DIE_BEFORE_ANSWER:
             self.die()
             await asyncio.sleep(3600)
         if body.get("stream"):
-            await self._stream(send, body, chat=chat)
+            await self._stream(send, body, wire)
             return
         if self.fault is Fault.SILENCE:
             await asyncio.sleep(3600)
         words = [word async for word in self._words(body)]
-        choice: dict[str, Any] = {"index": 0, "finish_reason": self.finish_reason}
-        if chat:
-            choice["message"] = {"role": "assistant", "content": "".join(words)}
-            if body.get("logprobs"):
+        counts = self._counts(body)
+        counts = Counts(counts.prompt, counts.completion + (self.finish_reason == "stop"))
+        answer = wire.whole(words, counts, self.finish_reason)
+        for choice in answer.get("choices", ()):
+            if body.get("logprobs") and "message" in choice:
                 choice["logprobs"] = {"content": self._logprobs(words, _prompt_length(body))}
-        else:
-            choice |= {"text": "".join(words), "logprobs": None}
+            if self.message and "message" in choice:
+                choice["message"] |= self.message
             if body.get("prompt_logprobs") is not None:
                 choice["prompt_logprobs"] = self._prompt_logprobs(body["prompt"])
-        usage = self._usage(body)
-        usage["completion_tokens"] += self.finish_reason == "stop"
-        await _json(send, 200, self._envelope(chat, stream=False) | {"choices": [choice], "usage": usage})
+        await _json(send, 200, answer)
 
-    async def _stream(self, send: Send, body: dict[str, Any], *, chat: bool) -> None:
+    async def _stream(self, send: Send, body: dict[str, Any], wire: Wire) -> None:
         headers = [(b"content-type", EVENT_STREAM.encode())]
         await send({"type": "http.response.start", "status": 200, "headers": headers})
-        envelope = self._envelope(chat, stream=True)
+        counts, words = self._counts(body), list[str]()
         if self.fault is Fault.ERROR_AT_ONCE_IN_STREAM:
-            await _event(send, {"error": {"message": DEAD_MESSAGE, "type": "InternalServerError", "code": 500}})
-        elif chat:
-            opening = {"index": 0, "delta": {"role": "assistant", "content": ""}}
-            await _event(send, envelope | {"choices": [opening]})
-        count = 0
+            await _events(send, wire.failure(DEAD_MESSAGE))
+        else:
+            await _events(send, wire.opening(counts))
         async for word in self._words(body):
-            count += 1
-            part = {"delta": {"content": word}} if chat else {"text": word}
-            reason = "length" if count == self._usage(body)["completion_tokens"] else None
-            await _event(send, envelope | {"choices": [{"index": 0, **part, "finish_reason": reason}]})
-            if count == 2 and await self._fails_in_stream(send):
+            words.append(word)
+            reason = "length" if len(words) == counts.completion else None
+            await _events(send, [wire.token(word, reason)])
+            if len(words) == 2 and await self._fails_in_stream(send, wire):
                 return
-        if (body.get("stream_options") or {}).get("include_usage"):
-            await _event(send, envelope | {"choices": [], "usage": self._usage(body)})
-        await send({"type": "http.response.body", "body": b"data: [DONE]\n\n", "more_body": True})
+        await _events(send, wire.closing(words, counts))
         await asyncio.sleep(self.linger_s)
         await send({"type": "http.response.body", "body": b"", "more_body": False})
 
-    async def _fails_in_stream(self, send: Send) -> bool:
+    async def _fails_in_stream(self, send: Send, wire: Wire) -> bool:
         match self.fault:
             case Fault.DIE_IN_STREAM:
                 self.die()
             case Fault.SILENCE:
                 await asyncio.sleep(3600)
             case Fault.ERROR_IN_STREAM:
-                message = "no room in /root/secret/cache.bin"
-                await _event(send, {"error": {"message": message, "type": "InternalServerError", "code": 500}})
-                await send({"type": "http.response.body", "body": b"data: [DONE]\n\n", "more_body": False})
+                events = wire.failure("no room in /root/secret/cache.bin")
+                if not events:
+                    raise RuntimeError("the connection is cut")
+                await _events(send, events)
+                await send({"type": "http.response.body", "body": b"", "more_body": False})
             case Fault.END_WITHOUT_DONE:
                 await send({"type": "http.response.body", "body": b"", "more_body": False})
             case _:
@@ -241,20 +249,16 @@ class EngineDouble:
         return True
 
     async def _words(self, body: dict[str, Any]) -> AsyncIterator[str]:
-        for index in range(min(body.get("max_tokens") or self.tokens, self.tokens)):
+        for index in range(self._counts(body).completion):
             if self.token_delay_s:
                 await asyncio.sleep(self.token_delay_s)
             # Asked for each token: weights that change under a running answer show in it.
             stale = "" if self._cached_weights == self.weights else "stale-"
             yield f"{stale}{self.label(self.weights)}.{index} "
 
-    def _usage(self, body: dict[str, Any]) -> dict[str, int]:
-        prompt, completion = _prompt_length(body), min(body.get("max_tokens") or self.tokens, self.tokens)
-        return {"prompt_tokens": prompt, "total_tokens": prompt + completion, "completion_tokens": completion}
-
-    def _envelope(self, chat: bool, *, stream: bool) -> dict[str, Any]:
-        kind = ("chat.completion.chunk" if stream else "chat.completion") if chat else "text_completion"
-        return {"id": "cmpl-1", "object": kind, "created": 1, "model": self.name}
+    def _counts(self, body: dict[str, Any]) -> Counts:
+        longest = body.get("max_tokens") or body.get("max_output_tokens") or self.tokens
+        return Counts(_prompt_length(body), min(longest, self.tokens))
 
     def _logprobs(self, words: list[str], start: int) -> list[dict[str, Any]]:
         """Of the tokens of an answer: the same as those of its text, when that is scored as a prompt."""
@@ -295,11 +299,24 @@ def _token_id(word: str) -> int:
     return int.from_bytes(hashlib.sha256(word.encode()).digest()[:2], "big")
 
 
+def _wrong_field(body: dict[str, Any]) -> str | None:
+    """The first field of a type that vLLM refuses."""
+    turns = body.get("messages", body.get("input"))
+    if isinstance(turns, list) and not all(isinstance(turn, dict) and "role" in turn for turn in turns):
+        return "messages" if "messages" in body else "input"
+    for name in ("max_tokens", "max_output_tokens"):
+        if body.get(name) is not None and (type(body[name]) is not int or body[name] < 1):
+            return name
+    known = {"messages": list, "input": str | list, "prompt": str | list}
+    given = [name for name in known if isinstance(body.get(name), known[name])]
+    return None if given else "messages"
+
+
 def _prompt_length(body: dict[str, Any]) -> int:
-    if "messages" in body:
-        return sum(len(str(message.get("content") or "").split()) for message in body["messages"])
-    prompt = body.get("prompt") or ""
-    return len(prompt.split()) if isinstance(prompt, str) else len(prompt)
+    prompt = body.get("messages", body.get("prompt") or body.get("input") or "")
+    if not isinstance(prompt, list):
+        return len(str(prompt).split())
+    return sum(len(str(turn.get("content") or "").split()) if isinstance(turn, dict) else 1 for turn in prompt)
 
 
 async def _gone(receive: Receive) -> None:
@@ -321,6 +338,6 @@ async def _error(send: Send, status: int, message: str, *, kind: str, param: str
     await _json(send, status, {"error": {"message": message, "type": kind, "param": param, "code": status}})
 
 
-async def _event(send: Send, chunk: dict[str, Any]) -> None:
-    data = b"data: " + json.dumps(chunk, separators=(",", ":")).encode() + b"\n\n"
-    await send({"type": "http.response.body", "body": data, "more_body": True})
+async def _events(send: Send, events: list[bytes]) -> None:
+    for event in events:
+        await send({"type": "http.response.body", "body": event, "more_body": True})

@@ -29,6 +29,19 @@ async def test_an_unknown_model_is_not_found(client: httpx.AsyncClient, name: st
     assert (answer.status_code, answer.json()["error"]["code"]) == (404, "model_not_found")
 
 
+@pytest.mark.parametrize("name", [NAME, f"{NAME}@1", f"{NAME}@production"])
+async def test_what_serves_is_not_deleted(service: Service, client: httpx.AsyncClient, name: str) -> None:
+    answer = await client.delete(f"/v1/models/{name}")
+    assert (answer.status_code, answer.json()["error"]["code"]) == (403, "model_not_deletable")
+    assert (await client.get(f"/v1/models/{name}")).status_code == 200
+
+
+@pytest.mark.parametrize("name", ["other", "a%2Fb", f"{NAME}@9"])
+async def test_what_is_not_served_cannot_be_found_to_be_deleted(client: httpx.AsyncClient, name: str) -> None:
+    answer = await client.delete(f"/v1/models/{name}")
+    assert (answer.status_code, answer.json()["error"]["code"]) == (404, "model_not_found")
+
+
 async def test_health_follows_the_engine(service: Service, client: httpx.AsyncClient) -> None:
     assert (await client.get("/health")).status_code == 200
     service.door.unavailable("the engine is starting")
@@ -57,7 +70,7 @@ async def test_the_status_is_what_was_passed_in(service: Service, client: httpx.
 
 @pytest.mark.parametrize(
     "path",
-    ["/", "/docs", "/redoc", "/openapi.json", "/v1", "/v1/", "/v1/chat/completions/", "/v1/embeddings", "/tokenize",
+    ["/", "/docs", "/redoc", "/v1", "/v1/", "/v1/chat/completions/", "/v1/embeddings", "/tokenize",
      "/collective_rpc", "/v1/load_lora_adapter", "/pause", "//v1/models", "/health/"],
 )  # fmt: skip
 @pytest.mark.parametrize("method", ["GET", "POST"])
@@ -114,6 +127,7 @@ async def test_a_failure_of_our_own_is_answered_and_logged(
         await client.get("/v1/models/x"),
     ):
         assert (answer.status_code, answer.json()["error"]["code"]) == (500, "internal_error")
+        assert answer.headers["x-should-retry"] == "false"
         assert "secret" not in answer.text
     assert caplog.text.count("Traceback") == 2
     assert service.door.running == 0

@@ -43,7 +43,7 @@ async def serving(home: Home) -> AsyncIterator[Home]:
 async def test_promote_says_what_serves(serving: Home) -> None:
     result = await type_in(serving, "promote", f"{NAME}@2")
     assert result.exit_code == 0, result.output
-    assert "tuned@2 (merged) serves\n  swap " in result.output
+    assert "tuned@2 (merged) serves\n  inplace swap in " in result.output
     assert "files match the manifest" in result.output
 
 

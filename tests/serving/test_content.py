@@ -6,9 +6,11 @@ import pytest
 
 from serving import content
 from serving.content import Content, answer_text, prompt_text
+from serving.openai_api.route import Route
 from svc.redaction import Redactor
 
 PLAIN = Redactor()
+CHAT = Route.CHAT_COMPLETIONS
 
 
 def payload(**fields: object) -> bytes:
@@ -20,7 +22,7 @@ def event(delta: dict[str, object], index: int = 0) -> bytes:
 
 
 def answered(*parts: bytes) -> Content:
-    found = Content(payload(prompt="x"))
+    found = Content(CHAT, payload(prompt="x"))
     for part in parts:
         found.add(part)
     return found
@@ -28,21 +30,21 @@ def answered(*parts: bytes) -> Content:
 
 def test_the_messages_of_a_chat_are_its_prompt() -> None:
     messages = [{"role": "user", "content": "Wie heißt du?"}]
-    assert prompt_text(Content(payload(messages=messages)), PLAIN) == json.dumps(messages, ensure_ascii=False)
+    assert prompt_text(Content(CHAT, payload(messages=messages)), PLAIN) == json.dumps(messages, ensure_ascii=False)
 
 
 def test_a_plain_prompt_is_json_too() -> None:
-    assert prompt_text(Content(payload(prompt="once")), PLAIN) == '"once"'
+    assert prompt_text(Content(CHAT, payload(prompt="once")), PLAIN) == '"once"'
 
 
 @pytest.mark.parametrize("prompt", [[52, 1287, 9], [[52], [9]], 7, None])
 def test_a_prompt_that_is_not_text_cannot_be_kept(prompt: object) -> None:
     with pytest.raises(ValueError, match="not text"):
-        prompt_text(Content(payload(prompt=prompt)), PLAIN)
+        prompt_text(Content(CHAT, payload(prompt=prompt)), PLAIN)
 
 
 def test_several_prompts_are_text() -> None:
-    assert prompt_text(Content(payload(prompt=["a", "b"])), PLAIN) == '["a", "b"]'
+    assert prompt_text(Content(CHAT, payload(prompt=["a", "b"])), PLAIN) == '["a", "b"]'
 
 
 def test_a_body_gives_the_text_of_its_first_choice() -> None:
@@ -76,7 +78,7 @@ def test_tool_calls_alone_are_no_text() -> None:
 
 
 def test_a_lone_surrogate_can_be_stored() -> None:
-    found = prompt_text(Content(b'{"prompt": "a\\ud800b"}'), PLAIN)
+    found = prompt_text(Content(CHAT, b'{"prompt": "a\\ud800b"}'), PLAIN)
     assert found.encode("utf-8") == b'"a?b"'
 
 

@@ -13,6 +13,7 @@ from sqlalchemy.orm import Session
 
 from serving import records
 from serving.content import Content
+from serving.openai_api.route import Route
 from serving.records import Dropped, RecordWriter
 from svc.settings import RecordSettings
 from svc.store.requests import add_requests
@@ -59,7 +60,7 @@ def pen(store: Engine) -> Iterator[Pen]:
 
 
 def content(payload: bytes = CONTENT, answer: bytes = ANSWER) -> Content:
-    made = Content(payload)
+    made = Content(Route.CHAT_COMPLETIONS, payload)
     made.add(answer)
     return made
 

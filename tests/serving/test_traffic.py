@@ -4,8 +4,8 @@ import pytest
 from prometheus_client import CollectorRegistry
 
 from serving.openai_api.errors import ErrorCode
-from serving.openai_api.events import Usage
-from serving.openai_api.requests import Route
+from serving.openai_api.route import Route
+from serving.openai_api.wire_formats import Usage
 from serving.traffic import Traffic
 from svc.engine.state import EngineState
 from svc.store.swaps import SwapOutcome, SwapResult

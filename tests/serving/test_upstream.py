@@ -71,3 +71,17 @@ def test_clients_see_the_message_without_paths_and_tracebacks(message: str, told
 
 def test_a_long_message_is_cut() -> None:
     assert len(for_clients("x" * 100_000)) <= 1000
+
+
+@pytest.mark.parametrize(
+    ("message", "param"),
+    [
+        ("temperature must be non-negative, got -5.0. (parameter=temperature, value=-5.0)", "temperature"),
+        ("no (parameter=type)", "type"),
+        ("no (parameter=temperature) at all", None),
+    ],
+)
+def test_the_field_at_fault_may_stand_in_the_message_alone(message: str, param: str | None) -> None:
+    refused = refusal(400, {"message": message, "type": "BadRequestError"})
+    assert isinstance(refused, EngineRefusedError)
+    assert refused.param == param

@@ -17,10 +17,10 @@ from serving.openai_api.requests import (
     InvalidJsonError,
     InvalidRequestError,
     MediaTypeError,
-    Route,
     parse_request,
     read_body,
 )
+from serving.openai_api.route import Route
 
 JSON_VALUES = st.recursive(
     st.none() | st.booleans() | st.integers(-(2**63), 2**63) | st.floats(allow_nan=False, allow_infinity=False)
@@ -156,41 +156,38 @@ def test_the_model_is_a_string(fields: dict[str, Any]) -> None:
     assert caught.value.param == "model"
 
 
-@pytest.mark.parametrize("route", list(Route))
-@pytest.mark.parametrize("value", [0, 1, -1, False, "1"])
-def test_log_probabilities_of_the_prompt_are_refused(route: Route, value: object) -> None:
-    with pytest.raises(InvalidRequestError, match="end the engine") as caught:
-        parse({"model": "tuned", "prompt_logprobs": value}, route)
-    assert caught.value.param == "prompt_logprobs"
-
-
-@pytest.mark.parametrize(
-    ("route", "fields"),
-    [
-        (Route.COMPLETIONS, {"echo": True, "logprobs": 0}),
-        (Route.COMPLETIONS, {"echo": 1, "logprobs": 5}),
-        (Route.COMPLETIONS, {"echo": "true", "logprobs": 1}),
-        (Route.CHAT_COMPLETIONS, {"echo": True}),
-        (Route.CHAT_COMPLETIONS, {"echo": True, "logprobs": True, "top_logprobs": 2}),
-    ],
-)
-def test_they_are_refused_under_their_other_names_too(route: Route, fields: dict[str, Any]) -> None:
+def test_a_field_that_is_not_served_is_named() -> None:
     with pytest.raises(InvalidRequestError) as caught:
-        parse({"model": "tuned", **fields}, route)
-    assert caught.value.param == "echo"
+        parse({"model": "tuned", "background": True}, Route.RESPONSES)
+    assert caught.value.param == "background"
+
+
+@pytest.mark.parametrize("sent", [{}, {"store": None, "background": None}, {"store": False, "background": False}])
+def test_the_engine_is_always_told_to_keep_nothing_after_the_answer(sent: dict[str, Any]) -> None:
+    request = parse({"model": "tuned", "input": "a", **sent}, Route.RESPONSES)
+    assert json.loads(request.payload) == {"model": "tuned", "input": "a", "store": False, "background": False}
+
+
+@pytest.mark.parametrize("route", [Route.RESPONSES, Route.MESSAGES])
+def test_the_token_counts_of_their_streams_are_the_clients(route: Route) -> None:
+    request = parse({"model": "tuned", "stream": True}, route)
+    assert request.wants_usage
+    assert "stream_options" not in json.loads(request.payload)
 
 
 @pytest.mark.parametrize(
-    ("route", "fields"),
+    ("route", "fields", "longest"),
     [
-        (Route.COMPLETIONS, {"echo": True}),
-        (Route.COMPLETIONS, {"echo": False, "logprobs": 1}),
-        (Route.COMPLETIONS, {"logprobs": 1}),
-        (Route.CHAT_COMPLETIONS, {"logprobs": True, "top_logprobs": 2, "prompt_logprobs": None, "echo": False}),
+        (Route.RESPONSES, {"max_output_tokens": 5, "max_tokens": 9}, 5),
+        (Route.MESSAGES, {"max_tokens": 5, "max_completion_tokens": 9}, 5),
+        (Route.COMPLETIONS, {"max_tokens": 5, "max_completion_tokens": 9}, 5),
+        (Route.RESPONSES, {"max_tokens": 9}, None),
     ],
 )
-def test_log_probabilities_of_the_answer_are_served(route: Route, fields: dict[str, Any]) -> None:
-    assert parse({"model": "tuned", **fields}, route).payload
+def test_the_longest_answer_is_what_the_engine_takes_for_it(
+    route: Route, fields: dict[str, Any], longest: int | None
+) -> None:
+    assert parse({"model": "tuned", **fields}, route).max_tokens == longest
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,161 @@
+"""Responses, messages and what is closed, as the real engine has them."""
+
+import json
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import httpx
+import openai
+import pytest
+from sqlalchemy import select
+from sqlalchemy.orm import Session
+
+from svc.engine.launch import SOCKET_FILE
+from svc.engine.runtime import runtime_folder
+from svc.store.database import open_database
+from svc.store.tables import RequestRow
+from tests.e2e.server import Server
+from tests.serving.test_closed_routes import CLOSED, OURS
+
+pytestmark = [pytest.mark.slow]
+
+TOO_LONG = "long " * 5000
+CHOICE = {"enum": ["yes", "no"]}
+
+
+@pytest.fixture
+def engine(server: Server) -> Iterator[httpx.Client]:
+    """The engine itself, behind the server."""
+    transport = httpx.HTTPTransport(uds=str(runtime_folder(server.home, "serve") / SOCKET_FILE))
+    with httpx.Client(transport=transport, base_url="http://engine") as client:
+        yield client
+
+
+def message_body(server: Server, **options: Any) -> dict[str, Any]:
+    system, turns = server.prompts[0][:-1], server.prompts[0][-1:]
+    body = {"model": "tiny", "messages": turns, "max_tokens": 24, "temperature": 0, **options}
+    return body | ({"system": system[0]["content"]} if system else {})
+
+
+def row_of(server: Server, request_id: str) -> RequestRow:
+    """The row of a request; written a moment after the answer."""
+    deadline = time.monotonic() + 10
+    while time.monotonic() < deadline:
+        with Session(open_database(server.home)) as session:
+            row = session.scalar(select(RequestRow).where(RequestRow.request_id == request_id))
+        if row:
+            return row
+        time.sleep(0.2)
+    raise AssertionError(f"no row of {request_id}")
+
+
+def test_a_response_says_what_a_chat_says(server: Server) -> None:
+    turns: Any = server.prompts[0]
+    expected = server.answer(0)
+    asked: dict[str, Any] = {"model": "tiny", "input": turns, "max_output_tokens": 24, "temperature": 0}
+    whole = server.client.responses.create(**asked)
+    with server.client.responses.stream(**asked, extra_headers={"x-request-id": "streamed-response"}) as stream:
+        deltas = [event.delta for event in stream if event.type == "response.output_text.delta"]
+        last = stream.get_final_response()
+    assert whole.output_text == last.output_text == "".join(deltas) == expected
+    assert whole.usage is not None
+    assert last.usage is not None
+    row = row_of(server, "streamed-response")
+    assert (row.status, row.reason, row.route) == (200, None, "/v1/responses")
+    assert (row.tokens_in, row.tokens_out) == (last.usage.input_tokens, last.usage.output_tokens)
+    assert row.finish_reason == ("length" if last.status == "incomplete" else "stop")
+    assert (row.temperature, row.max_tokens) == (0, 24)
+    assert row.first_token_seconds is not None
+    assert json.loads(row.prompt or "") == turns
+    assert row.answer == expected
+
+
+def test_a_message_says_what_a_chat_says(server: Server) -> None:
+    expected = server.answer(0)
+    whole = httpx.post(f"{server.url}/v1/messages", json=message_body(server), timeout=60).json()
+    streamed = httpx.post(
+        f"{server.url}/v1/messages",
+        json=message_body(server, stream=True),
+        headers={"x-request-id": "streamed-message"},
+        timeout=60,
+    ).text
+    events = [json.loads(line.removeprefix("data: ")) for line in streamed.splitlines() if line.startswith("data: ")]
+    texts = [event["delta"]["text"] for event in events if event["type"] == "content_block_delta"]
+    assert whole["content"][0]["text"] == "".join(texts) == expected
+    assert events[-1]["type"] == "message_stop"
+    row = row_of(server, "streamed-message")
+    assert (row.status, row.reason, row.route) == (200, None, "/v1/messages")
+    assert (row.tokens_in, row.tokens_out) == (whole["usage"]["input_tokens"], whole["usage"]["output_tokens"])
+    assert row.finish_reason == {"max_tokens": "length", "end_turn": "stop"}[whole["stop_reason"]]
+    assert json.loads(row.prompt or "") == server.prompts[0]
+    assert row.answer == expected
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_too_long_a_prompt_is_a_bad_request_on_the_new_routes_too(server: Server, stream: bool) -> None:
+    for path, body in (
+        ("/v1/responses", {"model": "tiny", "input": TOO_LONG}),
+        ("/v1/messages", message_body(server, messages=[{"role": "user", "content": TOO_LONG}])),
+    ):
+        answer = httpx.post(f"{server.url}{path}", json={**body, "stream": stream}, timeout=60)
+        assert (answer.status_code, answer.json()["error"]["code"]) == (400, "context_length_exceeded")
+
+
+def test_a_streamed_response_that_the_engine_fails_on_is_no_death(server: Server) -> None:
+    bad: Any = {"format": {"type": "json_schema", "name": "x", "schema": {"type": "nonsense"}}}
+    stream = server.client.responses.create(model="tiny", input="hi", text=bad, stream=True)
+    with pytest.raises(openai.APIError) as caught:
+        list(stream)
+    assert caught.value.code == "engine_error"
+    assert server.answer(0)
+
+
+def test_schemas_several_answers_and_log_probabilities(server: Server) -> None:
+    messages: Any = server.prompts[0]
+    schema: Any = {"type": "json_schema", "json_schema": {"name": "choice", "schema": CHOICE}}
+    chat = server.client.chat.completions.create(
+        model="tiny", messages=messages, response_format=schema, n=2, logprobs=True, top_logprobs=2, max_tokens=24
+    )
+    assert [json.loads(choice.message.content or "") in CHOICE["enum"] for choice in chat.choices] == [True, True]
+    assert chat.choices[0].logprobs is not None
+    assert chat.choices[0].logprobs.content
+    assert len(chat.choices[0].logprobs.content[0].top_logprobs) == 2
+    text: Any = {"format": {"type": "json_schema", "name": "choice", "schema": CHOICE}}
+    response = server.client.responses.create(model="tiny", input="yes or no?", text=text, max_output_tokens=24)
+    assert json.loads(response.output_text) in CHOICE["enum"]
+
+
+def test_a_client_that_leaves_ends_the_engines_work(server: Server, engine: httpx.Client) -> None:
+    """The engine would make 800 tokens; the server's own questions, which it may answer beside, take fewer."""
+    body = {"model": "tiny", "input": "hi", "stream": True, "max_output_tokens": 800, "ignore_eos": True}
+    before = generated(engine)
+    with httpx.stream("POST", f"{server.url}/v1/responses", json=body, timeout=60) as answer:
+        for line in answer.iter_lines():
+            if "delta" in line:
+                break
+    deadline = time.monotonic() + 60
+    made = [before, generated(engine)]
+    while made[-1] != made[-2] and time.monotonic() < deadline:
+        time.sleep(1)
+        made.append(generated(engine))
+    assert made[-1] - before < 500
+
+
+def generated(engine: httpx.Client) -> float:
+    """Tokens that the engine has made."""
+    lines = engine.get("/metrics").text.splitlines()
+    return sum(float(line.split()[-1]) for line in lines if line.startswith("vllm:generation_tokens_total"))
+
+
+def test_every_route_of_the_engine_is_known_to_be_ours_or_closed(engine: httpx.Client) -> None:
+    paths = engine.get("/openapi.json").json()["paths"]
+    routes = {f"{method.upper()} {path}" for path, methods in paths.items() for method in methods}
+    assert {route.replace("{response_id}", "resp_1") for route in routes} <= {*CLOSED, *OURS}
+
+
+def test_the_engines_development_routes_do_not_answer(server: Server, engine: httpx.Client) -> None:
+    assert engine.get("/is_sleeping").status_code == 200
+    for route in CLOSED:
+        method, path = route.split()
+        assert httpx.request(method, f"{server.url}{path}", json={}).status_code in (404, 405)
