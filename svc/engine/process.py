@@ -19,21 +19,12 @@ import psutil
 
 from svc.engine.client import EngineClient
 from svc.engine.launch import EngineSpec, command, environment
+from svc.engine.phase import EnginePhase, PhaseReader
 from svc.errors import EngineError
 
 _POLL_S = 0.25
 _STOP_GRACE_S = 10.0
 _END_POLL_S = 0.05
-_PHASES = {
-    # What vLLM's log says, and what a person wants to hear. In the order in which they come.
-    r"non-default args": "reading arguments",
-    r"Initializing a V1 LLM engine": "starting the engine core",
-    r"Loading model|Starting to load model": "loading weights",
-    r"Loading weights took": "making room for keys and values",
-    r"KV cache size": "warming up",
-    r"Starting vLLM server": "opening the door",
-}
-_PHASE_PATTERNS = [(re.compile(pattern), phase) for pattern, phase in _PHASES.items()]
 
 
 class Engine(Protocol):
@@ -43,7 +34,7 @@ class Engine(Protocol):
     def client(self) -> EngineClient:
         """Its HTTP client."""
 
-    async def start(self, on_phase: Callable[[str], None] = ...) -> None:
+    async def start(self, on_phase: Callable[[EnginePhase], None] = ...) -> None:
         """Returns when it answers."""
 
     async def wait(self) -> int:
@@ -65,11 +56,11 @@ class EngineProcess:
         self.client = EngineClient.over_socket(spec.socket, spec.served_name)
         self._process: asyncio.subprocess.Process | None = None
 
-    async def start(self, on_phase: Callable[[str], None] = lambda phase: None) -> None:
+    async def start(self, on_phase: Callable[[EnginePhase], None] = lambda phase: None) -> None:
         """Starts the server and returns when it answers.
 
         Args:
-            on_phase: hears what it is doing, in a few words.
+            on_phase: hears what it is doing.
 
         Raises:
             EngineError: it ended, or was not ready in `start_timeout_s`; names the log and its last error.
@@ -104,9 +95,9 @@ class EngineProcess:
         self._record.unlink(missing_ok=True)
         self.spec.socket.unlink(missing_ok=True)
 
-    async def _ready(self, process: asyncio.subprocess.Process, on_phase: Callable[[str], None]) -> None:
+    async def _ready(self, process: asyncio.subprocess.Process, on_phase: Callable[[EnginePhase], None]) -> None:
         deadline = time.monotonic() + self.spec.settings.start_timeout_s
-        told = "starting python"
+        phases, told = PhaseReader(self.spec.log), EnginePhase.PYTHON
         on_phase(told)
         while time.monotonic() < deadline:
             if process.returncode is not None:
@@ -116,7 +107,7 @@ class EngineProcess:
                 )
             if self.spec.socket.exists() and await self.client.healthy():
                 return
-            phase = await asyncio.to_thread(self._phase)
+            phase = await asyncio.to_thread(phases.look)
             if phase != told:
                 on_phase(phase)
                 told = phase
@@ -125,11 +116,6 @@ class EngineProcess:
             f"vLLM was not ready after {self.spec.settings.start_timeout_s:.0f} s",
             todo=f"see {self.spec.log}; raise engine.start_timeout_s for a large model",
         )
-
-    def _phase(self) -> str:
-        text = self.spec.log.read_text("utf-8", errors="replace")
-        reached = [phase for pattern, phase in _PHASE_PATTERNS if pattern.search(text)]
-        return reached[-1] if reached else "starting python"
 
     def _last_error(self) -> str:
         lines = self.spec.log.read_text("utf-8", errors="replace").splitlines()

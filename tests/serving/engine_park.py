@@ -5,6 +5,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from svc.engine.client import EngineClient
+from svc.engine.phase import EnginePhase
 from svc.engine.process import Engine
 from svc.errors import EngineError
 from tests.serving.engine_double import EngineDouble
@@ -66,9 +67,9 @@ class DoubleEngine:
         self.alive = False
         self.stops = 0
 
-    async def start(self, on_phase: Callable[[str], None] = lambda phase: None) -> None:
+    async def start(self, on_phase: Callable[[EnginePhase], None] = lambda phase: None) -> None:
         """Returns when it answers."""
-        on_phase("loading weights")
+        on_phase(EnginePhase.WEIGHTS)
         self.alive = True
         await asyncio.sleep(self._park.start_delay_s)
         if self._park.failing_starts > 0:

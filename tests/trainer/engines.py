@@ -5,6 +5,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from svc.engine.client import EngineClient
+from svc.engine.phase import EnginePhase
 from svc.errors import EngineError
 from tests.serving.engine_double import EngineDouble
 from tests.svc.engine.in_process import client_of
@@ -19,7 +20,7 @@ class DoubleEngine:
         self.client: EngineClient = client_of(double, double.name)
         self.runs = False
 
-    async def start(self, on_phase: Callable[[str], None] = lambda phase: None) -> None:
+    async def start(self, on_phase: Callable[[EnginePhase], None] = lambda phase: None) -> None:
         """It is ready at once."""
         self.runs = True
 
