@@ -22,7 +22,7 @@ from svc.engine.launch import EngineSpec, command, environment
 from svc.engine.phase import EnginePhase, PhaseReader
 from svc.errors import EngineError
 
-_POLL_S = 0.25
+_POLL_S = 0.1
 _STOP_GRACE_S = 10.0
 _END_POLL_S = 0.05
 
