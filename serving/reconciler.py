@@ -76,12 +76,13 @@ class Reconciler:
             SvcError: it cannot serve; at the first start a person is there to read it. SwapError where another version
                 served before: that one is desired again, and the next start comes up with it.
         """
-        production = await self._alias.read(self._actual.name)
+        # Beside the start: MLflow takes a second to import, and may be away.
+        reading = asyncio.create_task(self._alias.read(self._actual.name))
         try:
             await self._supervisor.start(self._actual.target)
         except SvcError as error:
             await self._end_cut_off(SwapResult(SwapOutcome.FAILED, str(error)))
-            previous = self._actual.previous
+            previous, production = self._actual.previous, await reading
             if previous is None or production != previous.version or previous.version == self._actual.target.version:
                 raise
             await asyncio.to_thread(change_desired, self._store, self._actual, previous, None)
@@ -90,6 +91,8 @@ class Reconciler:
                 expected=error.expected,
                 todo=f"start again: {previous}, which served before, is what shall serve",
             ) from error
+        finally:
+            reading.cancel()
         self._serves()
         await self._end_cut_off(SwapResult(SwapOutcome.SUCCEEDED))
 
