@@ -103,14 +103,23 @@ class Supervisor:
         """
         await self.stop(EngineState.STARTING)
         try:
-            folder = await self._proof.files(target)
-            self._engine = engine = self._launch(folder)
-            await engine.start(self._on_phase)
+            self._engine = engine = self._launch(await self._proof.folder(target))
+            await self._start_checked(engine, target)
             log.info("%s: %s", target, await self._proof.probes(engine.client, target))
         except BaseException:
             await self.stop(EngineState.FAILED)
             raise
         self.enter(EngineState.READY)
+
+    async def _start_checked(self, engine: Engine, target: Target) -> None:
+        """Compares the files' hashes while the engine starts; nobody is served before both are done."""
+        starting = asyncio.create_task(engine.start(self._on_phase))
+        try:
+            await self._proof.files(target)
+            await starting
+        finally:
+            starting.cancel()
+            await asyncio.gather(starting, return_exceptions=True)
 
     async def died(self) -> str:
         """Returns why, when the engine has died."""
