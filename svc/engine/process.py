@@ -20,6 +20,7 @@ import psutil
 from svc.engine.client import EngineClient
 from svc.engine.launch import EngineSpec, command, environment
 from svc.engine.phase import EnginePhase, PhaseReader
+from svc.engine.plan import EnginePlan
 from svc.errors import EngineError
 
 _POLL_S = 0.1
@@ -33,6 +34,10 @@ class Engine(Protocol):
     @property
     def client(self) -> EngineClient:
         """Its HTTP client."""
+
+    @property
+    def plan(self) -> EnginePlan | None:
+        """How it was started; None before."""
 
     async def start(self, on_phase: Callable[[EnginePhase], None] = ...) -> None:
         """Returns when it answers."""
@@ -54,6 +59,7 @@ class EngineProcess:
     def __init__(self, spec: EngineSpec) -> None:
         self.spec = spec
         self.client = EngineClient.over_socket(spec.socket, spec.served_name)
+        self.plan: EnginePlan | None = None
         self._process: asyncio.subprocess.Process | None = None
 
     async def start(self, on_phase: Callable[[EnginePhase], None] = lambda phase: None) -> None:
@@ -65,7 +71,8 @@ class EngineProcess:
         Raises:
             EngineError: it ended, or was not ready in `start_timeout_s`; names the log and its last error.
         """
-        self._end_leftover()
+        self._end_leftover()  # and its memory is free again for the plan
+        self.plan = await asyncio.to_thread(lambda: self.spec.plan)
         self.spec.log.parent.mkdir(parents=True, exist_ok=True)
         with self.spec.log.open("wb") as log:
             self._process = await asyncio.create_subprocess_exec(

@@ -6,12 +6,16 @@ from pathlib import Path
 
 from svc.engine.client import EngineClient
 from svc.engine.phase import EnginePhase
+from svc.engine.plan import Choice, EnginePlan, Origin
 from svc.engine.process import Engine
 from svc.errors import EngineError
 from tests.serving.engine_double import EngineDouble
 from tests.serving.socket_server import SocketServer
 
 KILLED = 137
+
+
+PLAN = EnginePlan((Choice("threads", 2, Origin.MACHINE, "2 cores of this process"),))
 
 
 class EnginePark:
@@ -62,6 +66,7 @@ class DoubleEngine:
         park.prepare(self.double)
         self.double.die = self.kill
         self.client = EngineClient.over_socket(park.socket, park.name)
+        self.plan: EnginePlan | None = PLAN
         self._server: SocketServer | None = None
         self._ended = asyncio.Event()
         self.alive = False
