@@ -275,6 +275,7 @@ class _Server:
                 "state": self._supervisor.state.value,
                 "restarts": self._supervisor.restarts,
                 "last_error": self._reconciler.last_error,
+                "plan": plan.rows() if (plan := self._supervisor.plan) else None,
             },
             "requests": {"running": self._door.running, "held": self._door.held},
             "holdout": self._holdout.status(actual),

@@ -14,6 +14,7 @@ from serving.hold import Admission
 from serving.proof import Proof
 from serving.traffic import Traffic
 from svc.engine.client import EngineClient
+from svc.engine.plan import EnginePlan
 from svc.engine.process import Engine
 from svc.engine.state import EngineState
 from svc.store.desired import Target
@@ -74,6 +75,11 @@ class Supervisor:
         if self._engine is None:
             raise RuntimeError("no engine runs")
         return self._engine.client
+
+    @property
+    def plan(self) -> EnginePlan | None:
+        """How the engine was started; None where none was."""
+        return self._engine.plan if self._engine else None
 
     @property
     def runs(self) -> bool:
