@@ -1,4 +1,4 @@
-"""Proves that the engine runs a version's weights: hashes before the load, probes after it."""
+"""Proves that the engine runs a version's weights: hashes of its files, probes after the load."""
 
 import asyncio
 import logging
