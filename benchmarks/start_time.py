@@ -30,7 +30,7 @@ from svc.settings import Settings, load_settings
 from svc.store.database import open_database
 from svc.terminal import counting, output
 
-_POLL_S = 0.02
+_POLL_S = 0.05
 _STOP_S = 60.0
 _CONFIDENCE = 0.95
 _CLAIM = 2.0
@@ -104,10 +104,12 @@ class Subject:
     def start_bare(self) -> float:
         """Starts vLLM by itself and ends it; returns how long it took to answer, seconds."""
         self.spec.socket.unlink(missing_ok=True)
-        began = time.monotonic()
-        with _Running(command(self.spec), self.spec.log, environment(self.spec)) as server:
-            server.until(self._engine_answers)
-            return time.monotonic() - began
+        arguments, variables = command(self.spec), environment(self.spec)
+        with self._engine() as engine:
+            began = time.monotonic()
+            with _Running(arguments, self.spec.log, variables) as server:
+                server.until(lambda: _healthy(engine))
+                return time.monotonic() - began
 
     def start_served(self) -> Start:
         """Starts `svc serve` and ends it."""
@@ -117,22 +119,19 @@ class Subject:
         arguments = [sys.executable, "-m", "svc.cli", "--home", str(self.settings.home)]
         arguments += ["serve", self.spec.served_name, "--host", "127.0.0.1", "--port", str(port)]
         log = self.settings.home / "logs" / "serve.log"
-        with httpx.Client(base_url=f"http://127.0.0.1:{port}") as gateway:
+        with httpx.Client(base_url=f"http://127.0.0.1:{port}") as gateway, self._engine() as engine:
             began = time.monotonic()
             with _Running(arguments, log, os.environ) as server:
                 # An engine's record is written when its process has started.
                 server.until((self.spec.runtime / "engine.json").exists)
                 launched = time.monotonic()
-                server.until(self._engine_answers)
+                server.until(lambda: _healthy(engine))
                 answered = time.monotonic()
                 server.until(lambda: _healthy(gateway))
                 return Start(launched - began, answered - launched, time.monotonic() - answered)
 
-    def _engine_answers(self) -> bool:
-        if not self.spec.socket.exists():
-            return False
-        with httpx.Client(transport=httpx.HTTPTransport(uds=str(self.spec.socket)), base_url="http://engine") as engine:
-            return _healthy(engine)
+    def _engine(self) -> httpx.Client:
+        return httpx.Client(transport=httpx.HTTPTransport(uds=str(self.spec.socket)), base_url="http://engine")
 
 
 class _Running:
