@@ -3,7 +3,7 @@
 Pairs of starts, one of each kind, in turn: vLLM by itself with the arguments and environment that `svc serve` gives
 it, until its `/health` answers 200; and `svc serve`, until the gateway's does. Both count from their process's start.
 A start of `svc serve` has three parts: until vLLM is started, vLLM's own start, and from vLLM's `/health` to the
-gateway's. The machine's noise is seconds, so that only the pairs' differences say anything, and the parts say why. Where
+gateway's. The machine's noise is seconds, so that only differences within pairs say anything; the parts say why. Where
 other work makes even those differ by more than the difference, the first and the last part still say what ours costs.
 """
 
