@@ -10,7 +10,7 @@ READY := .venv/.ready
 # The tests check the alert rules with it; serving needs none.
 PROMETHEUS := .venv/prometheus/.ready
 
-.PHONY: install check test test-fast test-matrix bench-drift demo serve docs clean
+.PHONY: install check test test-fast test-matrix bench-drift bench-start demo serve docs clean
 
 install: $(READY)
 
@@ -43,6 +43,13 @@ test-matrix: $(READY) $(PROMETHEUS)
 REPLAYS ?= 200
 bench-drift: $(READY)
 	$(BIN)/python -m benchmarks.drift_detection --replays $(REPLAYS)
+
+# How much longer `svc serve MODEL` takes to be ready than its vLLM alone; no server may run on the home.
+HOME_FOLDER ?= .svc
+MODEL ?=
+PAIRS ?= 5
+bench-start: $(READY)
+	$(BIN)/python -m benchmarks.start_time $(MODEL) --home $(HOME_FOLDER) --pairs $(PAIRS)
 
 demo: $(READY)
 	$(BIN)/python -m examples.demo

@@ -33,29 +33,37 @@ _TIMEOUT_S = 10.0
 @click.option(
     "--interval", type=click.FloatRange(0.2), default=2.0, show_default=True, help="Seconds between two looks."
 )
+@click.option("--verbose", is_flag=True, help="Also how the engine was started: each choice, and where it came from.")
 @json_option
 @click.pass_context
-def status(ctx: click.Context, watch: bool, interval: float, as_json: bool) -> None:
+def status(ctx: click.Context, watch: bool, interval: float, verbose: bool, as_json: bool) -> None:
     """Show version, engine, requests, latency and errors of the running server."""
     settings = settings_of(ctx)
     if watch:
         if as_json:
             raise click.UsageError("--watch is for people; ask again and again for --json")
-        _watch(settings, interval)
+        _watch(settings, interval, verbose=verbose)
         return
     look = _look(settings)
     if as_json:
         from svc.terminal import print_json
 
-        print_json({"url": look.url, **look.state, **dataclasses.asdict(look.figures), "drift": look.drift})
+        engine = look.state["engine"] if verbose else _without_plan(look.state["engine"])
+        print_json(
+            {"url": look.url, **look.state, "engine": engine, **dataclasses.asdict(look.figures), "drift": look.drift}
+        )
         return
     from monitoring.screen import status_screen
     from svc.terminal import output
 
-    output.print(status_screen(look))
+    output.print(status_screen(look, verbose=verbose))
 
 
-def _watch(settings: Settings, interval_s: float) -> None:
+def _without_plan(engine: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in engine.items() if key != "plan"}
+
+
+def _watch(settings: Settings, interval_s: float, *, verbose: bool) -> None:
     """Until Ctrl-C; a server that goes away is waited for."""
     from rich.live import Live
 
@@ -70,7 +78,7 @@ def _watch(settings: Settings, interval_s: float) -> None:
             look = _look(settings)
         except ServerNotRunningError as error:
             return failure_screen(error)
-        return status_screen(look, rates.between(look.figures, time.monotonic()))
+        return status_screen(look, rates.between(look.figures, time.monotonic()), verbose=verbose)
 
     # On a terminal each screen takes the place of the one before; in a pipe they follow each other.
     with Live(console=output, auto_refresh=False, screen=True) if output.is_terminal else nullcontext() as live:

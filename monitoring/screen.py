@@ -1,6 +1,6 @@
 """The status of a server as a person reads it."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from rich.console import Group, RenderableType
@@ -14,11 +14,12 @@ from svc.errors import SvcError
 _DRIFT_COLOURS = {"alarm": "red", "changed": "red", "steady": "green", "as_registered": "green"}
 
 
-def status_screen(look: Look, rates: Mapping[str, Rate] | None = None) -> RenderableType:
+def status_screen(look: Look, rates: Mapping[str, Rate] | None = None, *, verbose: bool = False) -> RenderableType:
     """What `svc status` shows.
 
     Args:
         rates: what each version does a second; None where there was only one look.
+        verbose: also how the engine was started.
     """
     state, figures = look.state, look.figures
     engine, requests = state["engine"], state["requests"]
@@ -38,7 +39,19 @@ def status_screen(look: Look, rates: Mapping[str, Rate] | None = None) -> Render
     if state["last_swap"]:
         lines.append(Text(_swap(state["last_swap"])))
     reasons = ", ".join(f"{reason} {count}" for reason, count in sorted(figures.errors.items()))
-    return Group(*lines, _table(figures, rates), Text(f"errors by reason: {reasons or 'none'}"), _drift(look.drift))
+    lines += [_table(figures, rates), Text(f"errors by reason: {reasons or 'none'}"), _drift(look.drift)]
+    if verbose:
+        lines.append(_plan(engine["plan"]))
+    return Group(*lines)
+
+
+def _plan(rows: Sequence[Mapping[str, Any]] | None) -> RenderableType:
+    if rows is None:
+        return Text("engine: not started", "dim")
+    table = Table("engine", "value", "from", "why", box=None)
+    for row in rows:
+        table.add_row(*(Text(str(row[key])) for key in ("name", "value", "origin", "reason")))
+    return table
 
 
 def _drift(drift: Mapping[str, str]) -> Text:

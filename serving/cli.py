@@ -40,21 +40,22 @@ def serve(ctx: click.Context, model: str | None, format_name: str | None, host: 
     settings = settings_of(ctx, serve=door or None)
     from serving import server
     from serving.start import choose_desired
+    from svc.engine.phase import EnginePhase
     from svc.store.database import open_database
-    from svc.terminal import console, quiet_libraries, waiting
+    from svc.terminal import advancing, console, quiet_libraries
 
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     quiet_libraries()
     registry, store = Registry.of(settings), open_database(settings.home)
 
     async def run() -> None:
-        with server.claim(settings) as claim, ExitStack() as spinner:
+        with server.claim(settings) as claim, ExitStack() as bar:
             desired = choose_desired(registry, store, model, Format(format_name) if format_name else None)
             console.print(f"{desired.target}: starting vLLM, about 40 s; log {settings.home / 'logs' / 'engine-0.log'}")
-            on_phase = spinner.enter_context(waiting("engine"))
+            on_phase = bar.enter_context(advancing("engine", tuple(EnginePhase)))
 
             def on_ready() -> None:
-                spinner.close()
+                bar.close()
                 console.print(f"[green]serving {desired.target} on {claim.url}/v1[/green]")
 
             await server.serve(settings, registry, store, desired, claim, on_phase=on_phase, on_ready=on_ready)

@@ -1,4 +1,4 @@
-"""Proves that the engine runs a version's weights: hashes before the load, probes after it."""
+"""Proves that the engine runs a version's weights: hashes of its files, probes after the load."""
 
 import asyncio
 import logging
@@ -33,6 +33,14 @@ class Proof:
         self._store = store
         self._facts = facts
 
+    async def folder(self, target: Target) -> Path:
+        """A version's model folder, unchecked.
+
+        Raises:
+            NotFoundError: no such version or format.
+        """
+        return await asyncio.to_thread(self._registry.artifact, target.version, target.format)
+
     async def files(self, target: Target) -> Path:
         """Checks the hashes of a version's files and returns its model folder.
 
@@ -41,15 +49,7 @@ class Proof:
             IntegrityError: a file was changed.
         """
         await asyncio.to_thread(self._registry.verify, target.version, target.format)
-        return await asyncio.to_thread(self.folder, target)
-
-    def folder(self, target: Target) -> Path:
-        """A version's model folder, unchecked.
-
-        Raises:
-            NotFoundError: no such version or format.
-        """
-        return self._registry.artifact(target.version, target.format)
+        return await self.folder(target)
 
     async def probes(self, client: EngineClient, target: Target) -> str:
         """Checks the probes on the engine, all at once.

@@ -83,12 +83,13 @@ class Reconciler:
         if await self._take_over():
             return
         await self._pool.end_leftovers()
-        production = await self._alias.read(self._actual.name)
+        # Beside the start: MLflow takes a second to import, and may be away.
+        reading = asyncio.create_task(self._alias.read(self._actual.name))
         try:
             await self._pool.members[0].start(self._actual.target)
         except SvcError as error:
             await self._end_cut_off(SwapResult(SwapOutcome.FAILED, str(error)))
-            previous = self._actual.previous
+            previous, production = self._actual.previous, await reading
             if previous is None or production != previous.version or previous.version == self._actual.target.version:
                 raise
             await asyncio.to_thread(change_desired, self._store, self._actual, previous, None)
@@ -97,6 +98,8 @@ class Reconciler:
                 expected=error.expected,
                 todo=f"start again: {previous}, which served before, is what shall serve",
             ) from error
+        finally:
+            reading.cancel()
         self._serves()
         await self._end_cut_off(SwapResult(SwapOutcome.SUCCEEDED))
 
@@ -108,7 +111,6 @@ class Reconciler:
             return True
         if desired.previous is None or not await self._found(desired.previous):
             return False
-        await self._end_cut_off(SwapResult(SwapOutcome.FAILED, "the server ended during the swap"))
         self._actual = Desired(desired.previous, None, desired.generation - 1)
         self._serves()
         return True

@@ -189,7 +189,7 @@ class _Server:
             door=self._door,
             routes=self._routes,
             choice=limits.swap,
-            shortage=lambda target: slots.shortage(proof.folder(target)),
+            shortage=lambda target: slots.shortage(registry.artifact(target.version, target.format)),
             drain_timeout_s=limits.drain_timeout_s,
         )
         self._alias = ProductionAlias(registry.tracking)
@@ -304,6 +304,7 @@ class _Server:
                 "state": self._pool.state.value,
                 "restarts": self._pool.restarts,
                 "last_error": self._reconciler.last_error,
+                "plan": plan.rows() if (plan := self._pool.members[0].plan) else None,
             },
             "engines": [
                 {

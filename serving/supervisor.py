@@ -16,6 +16,8 @@ import httpx
 from serving.proof import Proof
 from serving.routing import Served
 from svc.engine.client import EngineClient
+from svc.engine.phase import EnginePhase
+from svc.engine.plan import EnginePlan
 from svc.engine.process import LastingEngine
 from svc.engine.state import EngineState
 from svc.store.desired import Target
@@ -64,7 +66,7 @@ class Supervisor:
         http: httpx.AsyncClient,
         proof: Proof,
         on_change: Callable[["Supervisor"], None],
-        on_phase: Callable[[str], None] = lambda phase: None,
+        on_phase: Callable[[EnginePhase], None] = lambda phase: None,
     ) -> None:
         self.replica = replica
         self.http = http
@@ -95,6 +97,11 @@ class Supervisor:
         if self._engine is None:
             raise RuntimeError("no engine runs")
         return self._engine
+
+    @property
+    def plan(self) -> EnginePlan | None:
+        """How the engine was started; None where none was."""
+        return self._engine.plan if self._engine else None
 
     @property
     def runs(self) -> bool:
@@ -148,9 +155,8 @@ class Supervisor:
         """
         await self.stop(EngineState.STARTING)
         try:
-            folder = await self._proof.files(target)
-            self._engine = engine = self._launch(folder)
-            await engine.start(self._on_phase)
+            self._engine = engine = self._launch(await self._proof.folder(target))
+            await self._start_checked(engine, target)
             await self.prove(target)
         except BaseException:
             await self.stop(EngineState.FAILED)
@@ -163,7 +169,7 @@ class Supervisor:
         Returns:
             Whether it did. An engine that holds another version is left alone; one that proves nothing is ended.
         """
-        engine = self._launch(await asyncio.to_thread(self._proof.folder, target))
+        engine = self._launch(await self._proof.folder(target))
         if engine.left_holding() != str(target):
             await engine.leave()
             return False
@@ -209,6 +215,16 @@ class Supervisor:
         self._started.note(str(target))
         log.info("replica %d holds %s: %s", self.replica, target, found)
         return found
+
+    async def _start_checked(self, engine: LastingEngine, target: Target) -> None:
+        """Compares the files' hashes while the engine starts; nobody is served before both are done."""
+        starting = asyncio.create_task(engine.start(self._on_phase))
+        try:
+            await self._proof.files(target)
+            await starting
+        finally:
+            starting.cancel()
+            await asyncio.gather(starting, return_exceptions=True)
 
     async def died(self) -> str:
         """Returns why, when the engine has died."""

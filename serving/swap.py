@@ -275,7 +275,7 @@ class Swap:
 
     async def _load(self, engine: Supervisor, target: Target, report: Report) -> None:
         started = time.monotonic()
-        await engine.exchange(await asyncio.to_thread(self._proof.folder, target))
+        await engine.exchange(await self._proof.folder(target))
         report(f"weights of {target} loaded in {time.monotonic() - started:.2f} s, prefix cache reset")
         report(await engine.prove(target))
 

@@ -51,12 +51,25 @@ class _Section(BaseModel):
 
 
 class EngineSettings(_Section):
-    """How vLLM is started. What is not named here goes through `args`."""
+    """How vLLM is started. What is not set follows from machine and model; `svc status --verbose` shows what, and why.
+
+    What is not named here goes through `args`, which overrule all else.
+    """
 
     device: Device = Field(Device.AUTO, description="cpu, cuda, or auto: what the installed vLLM is built for")
     max_model_len: int = Field(2048, ge=16, description="context length, tokens; never more than the model's own")
     eager: bool | None = Field(None, description="skip compilation; default: true on the CPU, false on a GPU")
-    kv_cache_gib: int = Field(1, ge=1, description="key-value cache on the CPU, GiB")
+    kv_cache_gib: float | None = Field(
+        None, gt=0, description="key-value cache on the CPU, GiB; default: what can be used, in half of the free memory"
+    )
+    gpu_memory_share: float | None = Field(
+        None, gt=0, le=1, description="share of a GPU's memory; default: 0.9, or less where others use it"
+    )
+    tensor_parallel: int | None = Field(
+        None,
+        ge=1,
+        description="GPUs that share each layer; default: as many as there are and the model's heads divide by",
+    )
     max_concurrency: int = Field(64, ge=1, description="sequences decoded together")
     replicas: int = Field(1, ge=1, le=64, description="engines that serve one model")
     start_timeout_s: float = Field(600.0, gt=0, description="longest start, seconds")

@@ -5,7 +5,7 @@ import json
 import logging
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -54,15 +54,46 @@ def counting(text: str, total: int) -> Iterator[Callable[[], None]]:
 
 
 @contextmanager
-def waiting(text: str) -> Iterator[Callable[[str], None]]:
-    """A spinner with the time, for steps of unknown length; yields what changes the text."""
+def advancing(text: str, phases: Sequence[str]) -> Iterator[Callable[[str], None]]:
+    """A progress bar over named phases of unlike length, with the time; yields what says which one has begun.
+
+    Args:
+        phases: in their order; the bar shows how many have ended.
+    """
+    started = told = time.monotonic()
+    if console.is_terminal:
+        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+        with Progress(*columns, console=console) as progress:
+            task = progress.add_task(text, total=len(phases))
+
+            def show(phase: str) -> None:
+                progress.update(task, completed=phases.index(phase), description=f"{text}: {phase}", refresh=True)
+
+            yield show
+            progress.update(task, completed=len(phases), description=text)
+        return
+    console.print(f"  {text} …")
+
+    def begin(phase: str) -> None:
+        nonlocal told
+        if time.monotonic() - told >= _PLAIN_LINE_S:
+            told = time.monotonic()
+            console.print(f"  {text}: {phase}, {phases.index(phase)}/{len(phases)} after {told - started:.0f} s")
+
+    yield begin
+    console.print(f"  {text}: {time.monotonic() - started:.0f} s")
+
+
+@contextmanager
+def waiting(text: str) -> Iterator[None]:
+    """A spinner with the time, for a step of unknown length."""
     started = time.monotonic()
     if console.is_terminal:
         columns = (SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn())
         with Progress(*columns, console=console) as progress:
-            task = progress.add_task(text)
-            yield lambda phase: progress.update(task, description=f"{text}: {phase}")
+            progress.add_task(text)
+            yield
         return
     console.print(f"  {text} …")
-    yield lambda phase: None
+    yield
     console.print(f"  {text}: {time.monotonic() - started:.0f} s")

@@ -12,12 +12,13 @@ from pydantic import BaseModel, ConfigDict
 
 from svc.dataset.example import ChatExample
 from svc.engine.client import EngineClient
+from svc.engine.phase import EnginePhase
 from svc.engine.probe import EngineFacts, Probe, Scored, check_probes, choose_sequences, make_probes, measure_probes
 from svc.engine.process import Engine
 from svc.evaluation.evaluator import Evaluation, EvaluationReport, TokenizedExample, evaluate, tokenize
 from svc.evaluation.results import ExampleResult
 from svc.evaluation.throughput import tokens_per_second
-from svc.terminal import console, counting, waiting
+from svc.terminal import advancing, console, counting, waiting
 from trainer.recipe import Recipe
 
 Launch = Callable[[Path], Engine]
@@ -115,7 +116,7 @@ class Qualifier:
 
     async def _start(self, folder: Path) -> Engine:
         engine = self._launch(folder)
-        with waiting("engine") as on_phase:
+        with advancing("engine", tuple(EnginePhase)) as on_phase:
             await engine.start(on_phase)
         return engine
 

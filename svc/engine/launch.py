@@ -1,4 +1,4 @@
-"""How one vLLM server is started: its arguments and environment, from a spec.
+"""How one vLLM server is started: its arguments and environment, from a spec. What of them is chosen, plan.py says.
 
 The seam for other launchers: whoever can run `command(spec)` with `environment(spec)` somewhere, and reach its HTTP
 surface, has an engine.
@@ -9,17 +9,21 @@ import json
 import os
 import sys
 from dataclasses import dataclass, field
-from functools import cache
+from functools import cache, cached_property
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
+from svc.engine import plan
+from svc.engine.arguments import given
+from svc.engine.machine import read_machine
+from svc.engine.model_facts import read_model_facts
 from svc.errors import EngineError
 from svc.settings import Device, EngineSettings
 
 SOCKET_FILE = "engine.sock"
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class EngineSpec:
     """One engine to start.
 
@@ -42,6 +46,13 @@ class EngineSpec:
     def socket(self) -> Path:
         """The unix socket it listens on."""
         return self.runtime / SOCKET_FILE
+
+    @cached_property
+    def plan(self) -> plan.EnginePlan:
+        """What is chosen for it, by the machine as it is when this is first asked; takes up to seconds on a GPU."""
+        device = device_of(self.settings)
+        machine = read_machine(gpus=device is Device.CUDA)
+        return plan.plan_engine(self.settings, device, machine, read_model_facts(self.model), self.cache)
 
 
 @cache
@@ -68,31 +79,16 @@ def device_of(settings: EngineSettings) -> Device:
 
 def is_eager(settings: EngineSettings) -> bool:
     """Whether compilation is skipped. On the CPU it is by default: compiling costs a minute and gains a quarter."""
-    return device_of(settings) is Device.CPU if settings.eager is None else settings.eager
+    return plan.is_eager(settings, device_of(settings))
 
 
 def command(spec: EngineSpec) -> list[str]:
     """The server's argument list. Only safetensors are loaded, and no code that comes with a model is run."""
-    settings = spec.settings
     arguments = [sys.executable, "-m", "vllm.entrypoints.openai.api_server"]
-    arguments += ["--model", str(spec.model), "--served-model-name", spec.served_name]
-    arguments += ["--uds", str(spec.socket), "--load-format", "safetensors"]
-    arguments += ["--max-model-len", str(_context_length(spec)), "--max-num-seqs", str(settings.max_concurrency)]
-    if device_of(settings) is Device.CPU:
-        # The prefix cache keeps whole blocks: with vLLM's 128 tokens most of a short prompt is read again each time.
-        arguments += ["--block-size", "32"]
-    if is_eager(settings):
-        arguments.append("--enforce-eager")
-    return [*arguments, *settings.args]
-
-
-def _context_length(spec: EngineSpec) -> int:
-    """The setting, or less where the model was made for less: vLLM refuses to start with more."""
-    try:
-        config = json.loads((spec.model / "config.json").read_text("utf-8"))
-        return min(spec.settings.max_model_len, int(config["max_position_embeddings"]))
-    except (OSError, ValueError, KeyError, TypeError):
-        return spec.settings.max_model_len
+    arguments += ["--model", str(spec.model), "--served-model-name", spec.served_name, "--uds", str(spec.socket)]
+    if given(spec.settings.args, "--load-format") is None:
+        arguments += ["--load-format", "safetensors"]
+    return [*arguments, *spec.plan.arguments, *spec.settings.args]
 
 
 def environment(spec: EngineSpec) -> dict[str, str]:
@@ -100,21 +96,15 @@ def environment(spec: EngineSpec) -> dict[str, str]:
 
     The development mode opens the endpoints that reload weights; only the private socket reaches them.
     """
-    cores = sorted(os.sched_getaffinity(0))
     variables = {
         "VLLM_SERVER_DEV_MODE": "1",
-        "VLLM_CACHE_ROOT": str(spec.cache),
-        "VLLM_CPU_KVCACHE_SPACE": str(spec.settings.kv_cache_gib),
-        # vLLM's own choice leaves a core unused; all of them decode half as fast again.
-        "VLLM_CPU_OMP_THREADS_BIND": ",".join(str(core) for core in cores),
         "VLLM_NO_USAGE_STATS": "1",
         "HF_HUB_OFFLINE": "1",
         "PYTHONUNBUFFERED": "1",
     }
-    if is_eager(spec.settings):
-        # "Eager" leaves vLLM's log-probability kernel compiled: 15 s at the first probe after every start.
-        variables["TORCHDYNAMO_DISABLE"] = "1"
-    return os.environ | variables
+    # vLLM would let this older way to give the size of its cache overrule an argument.
+    inherited = {name: value for name, value in os.environ.items() if name != "VLLM_CPU_KVCACHE_SPACE"}
+    return inherited | variables | spec.plan.variables
 
 
 def launch_digest(spec: EngineSpec) -> str:

@@ -15,7 +15,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 import psutil
 
@@ -33,12 +33,14 @@ class EngineRecord:
         pid: of the process that was started; the session of all its processes has the same number.
         created: when that process began, Unix seconds: guards against a number that is used again.
         launch: what it was started with, see svc.engine.launch.launch_digest.
+        plan: how that was chosen, for people, see svc.engine.plan.EnginePlan.rows.
         holds: what it was last proven to hold; None while nobody knows.
     """
 
     pid: int
     created: float
     launch: str
+    plan: list[dict[str, Any]]
     holds: str | None = None
 
 
@@ -61,7 +63,7 @@ def read_record(folder: Path) -> EngineRecord | None:
     """The record; None where there is none, or it is damaged."""
     try:
         found = json.loads((folder / RECORD_FILE).read_text("utf-8"))
-        return EngineRecord(int(found["pid"]), float(found["created"]), str(found["launch"]), found["holds"])
+        return EngineRecord(**found | {"pid": int(found["pid"]), "created": float(found["created"])})
     except (OSError, ValueError, LookupError, TypeError):
         return None
 

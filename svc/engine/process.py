@@ -18,19 +18,11 @@ import psutil
 from svc.engine.client import EngineClient
 from svc.engine.launch import EngineSpec, command, environment, launch_digest
 from svc.engine.leftover import EngineRecord, end_engine, find_engine, locked, read_record, runs, write_record
+from svc.engine.phase import EnginePhase, PhaseReader
+from svc.engine.plan import EnginePlan
 from svc.errors import EngineError
 
-_POLL_S = 0.25
-_PHASES = {
-    # What vLLM's log says, and what a person wants to hear. In the order in which they come.
-    r"non-default args": "reading arguments",
-    r"Initializing a V1 LLM engine": "starting the engine core",
-    r"Loading model|Starting to load model": "loading weights",
-    r"Loading weights took": "making room for keys and values",
-    r"KV cache size": "warming up",
-    r"Starting vLLM server": "opening the door",
-}
-_PHASE_PATTERNS = [(re.compile(pattern), phase) for pattern, phase in _PHASES.items()]
+_POLL_S = 0.1
 
 
 class Engine(Protocol):
@@ -40,7 +32,11 @@ class Engine(Protocol):
     def client(self) -> EngineClient:
         """Its HTTP client."""
 
-    async def start(self, on_phase: Callable[[str], None] = ...) -> None:
+    @property
+    def plan(self) -> EnginePlan | None:
+        """How it was started; None before."""
+
+    async def start(self, on_phase: Callable[[EnginePhase], None] = ...) -> None:
         """Returns when it answers."""
 
     async def wait(self) -> int | None:
@@ -76,19 +72,21 @@ class EngineProcess:
     def __init__(self, spec: EngineSpec) -> None:
         self.spec = spec
         self.client = EngineClient.over_socket(spec.socket, spec.served_name)
+        self.plan: EnginePlan | None = None
         self._child: subprocess.Popen[bytes] | None = None
         self._process: psutil.Process | None = None
 
-    async def start(self, on_phase: Callable[[str], None] = lambda phase: None) -> None:
+    async def start(self, on_phase: Callable[[EnginePhase], None] = lambda phase: None) -> None:
         """Starts the server and returns when it answers. What an earlier one left in the folder is ended.
 
         Args:
-            on_phase: hears what it is doing, in a few words.
+            on_phase: hears what it is doing.
 
         Raises:
             EngineError: it ended, or was not ready in `start_timeout_s`; names the log and its last error.
         """
-        await asyncio.to_thread(end_engine, self.spec.runtime)
+        await asyncio.to_thread(end_engine, self.spec.runtime)  # and its memory is free again for the plan
+        self.plan = await asyncio.to_thread(lambda: self.spec.plan)
         self.spec.socket.unlink(missing_ok=True)
         self.spec.log.parent.mkdir(parents=True, exist_ok=True)
         self._spawn()
@@ -112,7 +110,7 @@ class EngineProcess:
             )
         with contextlib.suppress(psutil.NoSuchProcess):  # it has ended already: nothing can be left behind
             self._process = process = psutil.Process(self._child.pid)
-            record = EngineRecord(process.pid, process.create_time(), launch_digest(self.spec))
+            record = EngineRecord(process.pid, process.create_time(), launch_digest(self.spec), self.spec.plan.rows())
             write_record(self.spec.runtime, record)
 
     def left_holding(self) -> str | None:
@@ -129,6 +127,8 @@ class EngineProcess:
             EngineError: it does not answer.
         """
         self._process = find_engine(self.spec.runtime)
+        record = read_record(self.spec.runtime)
+        self.plan = EnginePlan.of_rows(record.plan) if record else None
         if self._process is None or not await self.client.healthy():
             raise EngineError(f"the engine in {self.spec.runtime} does not answer", todo="start a new one")
 
@@ -165,10 +165,10 @@ class EngineProcess:
         self._child = self._process = None
         await self.client.close()
 
-    async def _ready(self, on_phase: Callable[[str], None]) -> None:
+    async def _ready(self, on_phase: Callable[[EnginePhase], None]) -> None:
         assert self._child is not None  # noqa: S101 - it was spawned just now
         deadline = time.monotonic() + self.spec.settings.start_timeout_s
-        told = "starting python"
+        phases, told = PhaseReader(self.spec.log), EnginePhase.PYTHON
         on_phase(told)
         while time.monotonic() < deadline:
             if self._child.poll() is not None:
@@ -178,7 +178,7 @@ class EngineProcess:
                 )
             if self.spec.socket.exists() and await self.client.healthy():
                 return
-            phase = await asyncio.to_thread(self._phase)
+            phase = await asyncio.to_thread(phases.look)
             if phase != told:
                 on_phase(phase)
                 told = phase
@@ -187,11 +187,6 @@ class EngineProcess:
             f"vLLM was not ready after {self.spec.settings.start_timeout_s:.0f} s",
             todo=f"see {self.spec.log}; raise engine.start_timeout_s for a large model",
         )
-
-    def _phase(self) -> str:
-        text = self.spec.log.read_text("utf-8", errors="replace")
-        reached = [phase for pattern, phase in _PHASE_PATTERNS if pattern.search(text)]
-        return reached[-1] if reached else "starting python"
 
     def _last_error(self) -> str:
         lines = self.spec.log.read_text("utf-8", errors="replace").splitlines()

@@ -77,7 +77,10 @@ class SwapResult:
 
 
 def begin_swap(store: Engine, desired: Desired) -> int:
-    """Writes that a swap has begun; returns its id."""
+    """Writes that a swap has begun; returns its id. One that a server left open for the same wish goes on."""
+    last = find_swap(store, desired.name, desired.generation)
+    if last is not None and last.outcome is None:
+        return last.id
     row = SwapRow(
         name=desired.name,
         generation=desired.generation,

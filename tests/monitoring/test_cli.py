@@ -21,7 +21,15 @@ STATE: dict[str, Any] = {
     "version": "tiny@2",
     "format": "gptq",
     "previous": "tiny@1 (gptq)",
-    "engine": {"state": "ready", "restarts": 1, "last_error": None},
+    "engine": {
+        "state": "ready",
+        "restarts": 1,
+        "last_error": None,
+        "plan": [
+            {"name": "threads", "value": 2, "origin": "machine", "reason": "2 cores of this process"},
+            {"name": "block_size", "value": "[auto]", "origin": "vLLM's default", "reason": ""},
+        ],
+    },
     "requests": {"running": 3, "held": 4},
     "engines": [{"replica": 0, "state": "ready", "version": "tiny@2", "running": 5}],
     "last_swap": {
@@ -116,10 +124,26 @@ def test_requests_and_errors_of_a_version_stand_in_its_row(status: Status) -> No
 def test_a_machine_gets_the_same_as_json(status: Status) -> None:
     found = json.loads(status("--json").out)
     assert found["version"] == "tiny@2"
-    assert found["engine"] == STATE["engine"]
+    assert found["engine"] == {"state": "ready", "restarts": 1, "last_error": None}
     assert found["versions"]["tiny@2"]["requests"] == 42
     assert found["errors"] == {"held_overflow": 1}
     assert found["url"].startswith("http://127.0.0.1:")
+
+
+def test_how_the_engine_was_started_is_shown_on_demand(status: Status) -> None:
+    rows = [line.split() for line in status("--verbose").out.splitlines()]
+    assert ["threads", "2", "machine", "2", "cores", "of", "this", "process"] in rows
+    assert ["block_size", "[auto]", "vLLM's", "default"] in rows
+    assert "threads" not in status().out
+
+
+def test_how_the_engine_was_started_is_there_for_machines(status: Status) -> None:
+    assert json.loads(status("--verbose", "--json").out)["engine"] == STATE["engine"]
+
+
+def test_an_engine_that_was_not_started_has_nothing_to_show(status: Status) -> None:
+    engine = {"state": "failed", "restarts": 1, "last_error": None, "plan": None}
+    assert "engine: not started" in status("--verbose", engine=engine).out
 
 
 def test_a_new_server_has_neither_swap_nor_error(status: Status) -> None:

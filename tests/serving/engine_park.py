@@ -5,6 +5,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 from svc.engine.client import EngineClient
+from svc.engine.phase import EnginePhase
+from svc.engine.plan import Choice, EnginePlan, Origin
 from svc.engine.process import LastingEngine
 from svc.errors import EngineError
 from svc.store.desired import Target
@@ -12,6 +14,9 @@ from tests.serving.engine_double import EngineDouble
 from tests.serving.socket_server import SocketServer
 
 KILLED = 137
+
+
+PLAN = EnginePlan((Choice("threads", 2, Origin.MACHINE, "2 cores of this process"),))
 
 
 class EnginePark:
@@ -86,15 +91,16 @@ class DoubleEngine:
         park.prepare(self.double)
         self.double.die = self.kill
         self.client = EngineClient.over_socket(socket, park.name)
+        self.plan: EnginePlan | None = PLAN
         self._server: SocketServer | None = None
         self._ended = asyncio.Event()
         self.alive = False
         self.stops = 0
 
-    async def start(self, on_phase: Callable[[str], None] = lambda phase: None) -> None:
+    async def start(self, on_phase: Callable[[EnginePhase], None] = lambda phase: None) -> None:
         """Returns when it answers."""
         self._park.engines.append(self)
-        on_phase("loading weights")
+        on_phase(EnginePhase.WEIGHTS)
         self.alive = True
         await asyncio.sleep(self._park.start_delay_s)
         if self._park.failing_starts > 0:

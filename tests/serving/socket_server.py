@@ -21,7 +21,11 @@ class SocketServer:
 
     async def start(self) -> None:
         """Returns when the socket takes connections. Without uvicorn's main loop, whose ticks make every end slow."""
-        await self._server.startup()
+        starting = asyncio.ensure_future(self._server.startup())
+        try:
+            await asyncio.shield(starting)
+        finally:
+            await starting  # cut off in the middle, it would leave a socket that nobody closes
 
     def kill(self) -> None:
         """Ends it as SIGKILL would: every connection is cut, and the socket answers no more."""

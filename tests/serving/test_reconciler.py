@@ -264,6 +264,19 @@ async def test_mlflow_away_ends_nothing(make: Make) -> None:
         assert control.book.book == {Alias.PRODUCTION: TWO}
 
 
+async def test_an_mlflow_that_hangs_does_not_hold_up_a_start(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    control = make()
+
+    async def hang(name: str) -> None:
+        await asyncio.sleep(10)
+
+    monkeypatch.setattr(control.alias, "read", hang)
+    async with asyncio.timeout(5):
+        await control.reconciler.start()
+    assert control.state is EngineState.READY
+    await control.supervisor.stop()
+
+
 async def test_a_store_away_ends_nothing(control: Control, monkeypatch: pytest.MonkeyPatch) -> None:
     away = True
 

@@ -21,6 +21,7 @@ from svc.store.desired import Desired, change_desired, read_desired
 from svc.store.swaps import SwapOutcome, find_swap
 from tests.serving.control import ask, until
 from tests.serving.engine_double import EngineDouble
+from tests.serving.engine_park import PLAN
 from tests.serving.home import Home
 from tests.serving.versions import NAME, target
 
@@ -56,7 +57,7 @@ async def test_a_server_serves(home: Home) -> None:
         assert (answer.status, answer.version, answer.words) == (200, f"{NAME}@1", {"1"})
         status = (await client.get("/svc/status")).json()
     assert (status["model"], status["version"], status["format"]) == (NAME, f"{NAME}@1", "merged")
-    assert status["engine"] == {"state": "ready", "restarts": 0, "last_error": None}
+    assert status["engine"] == {"state": "ready", "restarts": 0, "last_error": None, "plan": PLAN.rows()}
     assert status["last_swap"] is None
 
 

@@ -4,7 +4,7 @@ import asyncio
 
 import pytest
 
-from serving.supervisor import Supervisor
+from serving.supervisor import NO_LOAD, Supervisor
 from svc.engine.state import EngineState
 from svc.errors import EngineError, IntegrityError, NotFoundError, ProbeError
 from svc.store.swaps import SwapOutcome
@@ -55,12 +55,25 @@ async def test_an_engine_that_does_not_start_is_ended(make: Make) -> None:
     assert control.door.unavailable_reason == "the engine has failed"
 
 
-async def test_altered_files_start_no_engine(make: Make) -> None:
+@pytest.mark.parametrize("start_delay_s", [0, 10])
+async def test_an_engine_of_altered_files_is_ended_and_never_admits(make: Make, start_delay_s: float) -> None:
     control = make()
+    control.park.start_delay_s = start_delay_s
+    (control.registry.folder(target(1).version) / "merged" / "config.json").write_text("{}")
+    async with asyncio.timeout(5):
+        with pytest.raises(IntegrityError):
+            await control.supervisor.start(target(1))
+    assert (control.state, control.park.alive) == (EngineState.FAILED, 0)
+    assert control.supervisor.load is NO_LOAD
+
+
+async def test_altered_files_are_what_is_told_where_they_kept_the_engine_from_starting(make: Make) -> None:
+    control = make()
+    control.park.failing_starts = 1
     (control.registry.folder(target(1).version) / "merged" / "config.json").write_text("{}")
     with pytest.raises(IntegrityError):
         await control.supervisor.start(target(1))
-    assert control.park.engines == []
+    assert control.park.alive == 0
 
 
 async def test_a_version_that_does_not_exist_starts_no_engine(make: Make) -> None:

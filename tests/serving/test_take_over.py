@@ -91,15 +91,15 @@ async def test_after_a_death_during_a_swap_the_version_before_serves_at_once_and
     left: Control,
 ) -> None:
     wish = left.wish(2)
-    begin_swap(left.store, wish)
+    begun = begin_swap(left.store, wish)
     started = len(left.park.engines)
     async with again(left) as control, control.client() as client:
         assert (await ask(client, stream=False)).version == ONE or control.reconciler.actual.target == target(2)
         await control.serves(target(2))
         assert (await ask(client, stream=False)).words == {"2"}
         assert control.desired().target == target(2)
-        swap = find_swap(control.store, NAME, wish.generation)
-        assert swap is not None and swap.outcome is SwapOutcome.SUCCEEDED
+        swap = await control.outcome(wish)
+        assert (swap.id, swap.outcome) == (begun, SwapOutcome.SUCCEEDED)
     assert len(left.park.engines) == started + 1  # the one that was taken over
 
 

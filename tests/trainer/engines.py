@@ -5,6 +5,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 from svc.engine.client import EngineClient
+from svc.engine.phase import EnginePhase
+from svc.engine.plan import EnginePlan
 from svc.errors import EngineError
 from tests.serving.engine_double import EngineDouble
 from tests.svc.engine.in_process import client_of
@@ -17,9 +19,10 @@ class DoubleEngine:
         self.double = double
         self.loaded_at_start = Path(double.weights).name
         self.client: EngineClient = client_of(double, double.name)
+        self.plan: EnginePlan | None = None
         self.runs = False
 
-    async def start(self, on_phase: Callable[[str], None] = lambda phase: None) -> None:
+    async def start(self, on_phase: Callable[[EnginePhase], None] = lambda phase: None) -> None:
         """It is ready at once."""
         self.runs = True
 

@@ -109,17 +109,47 @@ def test_the_environment_opens_the_reload_and_closes_the_network(
 ) -> None:
     monkeypatch.setenv("MINE", "kept")
     monkeypatch.setenv("HF_HUB_OFFLINE", "0")
-    variables = environment(spec(tmp_path, kv_cache_gib=3))
+    variables = environment(spec(tmp_path))
     assert variables["VLLM_SERVER_DEV_MODE"] == "1"
     assert variables["HF_HUB_OFFLINE"] == "1"
     assert variables["VLLM_NO_USAGE_STATS"] == "1"
-    assert variables["VLLM_CPU_KVCACHE_SPACE"] == "3"
     assert variables["MINE"] == "kept"
 
 
 def test_the_engine_may_use_the_cores_that_this_process_may(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {5, 3})
     assert environment(spec(tmp_path))["VLLM_CPU_OMP_THREADS_BIND"] == "3,5"
+
+
+def test_the_size_of_the_cache_is_not_overruled_by_an_inherited_variable(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("VLLM_CPU_KVCACHE_SPACE", "7")
+    made = spec(tmp_path, kv_cache_gib=3)
+    assert option(command(made), "--kv-cache-memory-bytes") == str(3 * 2**30)
+    assert "VLLM_CPU_KVCACHE_SPACE" not in environment(made)
+
+
+def test_one_engine_has_one_plan_whatever_the_machine_does_meanwhile(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = spec(tmp_path)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {1})
+    before = made.plan
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {1, 2, 3})
+    assert made.plan is before
+    assert environment(made)["VLLM_CPU_OMP_THREADS_BIND"] == "1"
+
+
+def test_a_load_format_in_the_arguments_is_not_passed_twice(tmp_path: Path) -> None:
+    assert command(spec(tmp_path, args=("--load_format=dummy",))).count("--load-format") == 0
+
+
+@pytest.mark.parametrize(("argument", "eager"), [("--enforce-eager", True), ("--no-enforce-eager", False)])
+def test_arguments_decide_on_compilation_before_the_setting(tmp_path: Path, argument: str, eager: bool) -> None:
+    made = spec(tmp_path, args=(argument,), eager=not eager)
+    assert is_eager(made.settings) is eager
+    assert ("TORCHDYNAMO_DISABLE" in environment(made)) is eager
 
 
 @pytest.mark.parametrize(("distribution", "device"), [("vllm", Device.CUDA), ("vllm-cpu", Device.CPU)])

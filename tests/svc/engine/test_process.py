@@ -18,6 +18,7 @@ import pytest
 from svc.engine import leftover
 from svc.engine import process as process_module
 from svc.engine.launch import EngineSpec
+from svc.engine.phase import EnginePhase
 from svc.engine.process import EngineProcess
 from svc.errors import EngineError
 from svc.settings import Device, EngineSettings
@@ -102,11 +103,11 @@ async def test_it_is_started_when_it_answers(engine_in: Start) -> None:
 
 
 async def test_a_person_hears_what_it_is_doing(engine_in: Start, monkeypatch: pytest.MonkeyPatch) -> None:
-    heard: list[str] = []
+    heard: list[EnginePhase] = []
     engine = engine_in("hang", start_timeout_s=0.5)
     with pytest.raises(EngineError):
         await engine.start(heard.append)
-    assert heard == ["starting python", "reading arguments"]
+    assert heard == [EnginePhase.PYTHON, EnginePhase.ARGUMENTS]
 
 
 async def test_stopping_ends_it_and_takes_its_socket_away(engine_in: Start) -> None:

@@ -1,0 +1,254 @@
+"""How much longer `svc serve` takes to be ready than the vLLM server that it starts.
+
+Pairs of starts, one of each kind, in turn: vLLM by itself with the arguments and environment that `svc serve` gives
+it, until its `/health` answers 200; and `svc serve`, until the gateway's does. Both count from their process's start.
+A start of `svc serve` has three parts: until vLLM is started, vLLM's own start, and from vLLM's `/health` to the
+gateway's. The machine's noise is seconds, so that only differences within pairs say anything; the parts say why. Where
+other work makes even those differ by more than the difference, the first and the last part still say what ours costs.
+"""
+
+import os
+import signal
+import socket
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import click
+import httpx
+
+from serving.start import choose_desired
+from svc.engine.launch import EngineSpec, command, environment
+from svc.engine.runtime import runtime_folder
+from svc.errors import EngineError
+from svc.registry.registry import Registry
+from svc.settings import Settings, load_settings
+from svc.store.database import open_database
+from svc.terminal import counting, output
+
+_POLL_S = 0.05
+_STOP_S = 60.0
+_CONFIDENCE = 0.95
+_CLAIM = 2.0
+"""Seconds that `svc serve` may take longer: what the project promises."""
+
+
+@dataclass(frozen=True, slots=True)
+class Start:
+    """One start of `svc serve`, seconds.
+
+    Attributes:
+        before: from its own start to vLLM's.
+        engine: from vLLM's start to its answer.
+        after: from vLLM's answer to the gateway's.
+    """
+
+    before: float
+    engine: float
+    after: float
+
+    @property
+    def total(self) -> float:
+        """From the start of the process until the gateway answers."""
+        return self.before + self.engine + self.after
+
+
+@dataclass(frozen=True, slots=True)
+class Pair:
+    """Two starts, one after the other.
+
+    Attributes:
+        bare: vLLM by itself, seconds.
+        served: `svc serve`.
+    """
+
+    bare: float
+    served: Start
+
+    @property
+    def difference(self) -> float:
+        """How much longer `svc serve` took, seconds."""
+        return self.served.total - self.bare
+
+
+@dataclass(frozen=True, slots=True)
+class Subject:
+    """What is started."""
+
+    settings: Settings
+    spec: EngineSpec
+
+    @classmethod
+    def of(cls, settings: Settings, model: str) -> "Subject":
+        """What `svc serve MODEL` would start on this home.
+
+        Raises:
+            NotFoundError: no such model, or no version of it.
+        """
+        registry = Registry.of(settings)
+        target = choose_desired(registry, open_database(settings.home), model, None).target
+        spec = EngineSpec(
+            model=registry.artifact(target.version, target.format),
+            served_name=target.version.name,
+            runtime=runtime_folder(settings.home, "serve"),
+            log=settings.home / "logs" / "engine.log",
+            cache=settings.home / "cache" / "vllm",
+            settings=settings.engine,
+        )
+        return cls(settings, spec)
+
+    def start_bare(self) -> float:
+        """Starts vLLM by itself and ends it; returns how long it took to answer, seconds."""
+        self.spec.socket.unlink(missing_ok=True)
+        arguments, variables = command(self.spec), environment(self.spec)
+        with self._engine() as engine:
+            began = time.monotonic()
+            with _Running(arguments, self.spec.log, variables) as server:
+                server.until(lambda: _healthy(engine))
+                return time.monotonic() - began
+
+    def start_served(self) -> Start:
+        """Starts `svc serve` and ends it."""
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        arguments = [sys.executable, "-m", "svc.cli", "--home", str(self.settings.home)]
+        arguments += ["serve", self.spec.served_name, "--host", "127.0.0.1", "--port", str(port)]
+        log = self.settings.home / "logs" / "serve.log"
+        with httpx.Client(base_url=f"http://127.0.0.1:{port}") as gateway, self._engine() as engine:
+            began = time.monotonic()
+            with _Running(arguments, log, os.environ) as server:
+                # An engine's record is written when its process has started.
+                server.until((self.spec.runtime / "engine.json").exists)
+                launched = time.monotonic()
+                server.until(lambda: _healthy(engine))
+                answered = time.monotonic()
+                server.until(lambda: _healthy(gateway))
+                return Start(launched - began, answered - launched, time.monotonic() - answered)
+
+    def _engine(self) -> httpx.Client:
+        return httpx.Client(transport=httpx.HTTPTransport(uds=str(self.spec.socket)), base_url="http://engine")
+
+
+class _Running:
+    """A server for the body of the `with`, that is ended with all its children."""
+
+    def __init__(self, arguments: Sequence[str], log: Path, variables: Mapping[str, str]) -> None:
+        self._arguments = arguments
+        self._log = log
+        self._variables = variables
+
+    def __enter__(self) -> "_Running":
+        self._log.parent.mkdir(parents=True, exist_ok=True)
+        with self._log.open("wb") as log:
+            self._process = subprocess.Popen(
+                self._arguments, stdout=log, stderr=log, stdin=subprocess.DEVNULL, env=dict(self._variables)
+            )
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._process.send_signal(signal.SIGTERM)
+        self._process.wait(_STOP_S)
+
+    def until(self, condition: Callable[[], bool]) -> None:
+        """Waits until something is so.
+
+        Raises:
+            EngineError: the server has ended.
+        """
+        while not condition():
+            if self._process.poll() is not None:
+                raise EngineError(f"the server ended with code {self._process.returncode}", todo=f"see {self._log}")
+            time.sleep(_POLL_S)
+
+
+def _healthy(server: httpx.Client) -> bool:
+    try:
+        return server.get("/health", timeout=5.0).status_code == httpx.codes.OK
+    except httpx.HTTPError:
+        return False
+
+
+def measure(subject: Subject, pairs: int) -> list[Pair]:
+    """Starts everything once to warm the machine's file cache, then in pairs; each pair the other way round."""
+    measured = []
+    with counting("starts", 2 * (pairs + 1)) as advance:
+        for number in range(pairs + 1):
+            bare = subject.start_bare() if number % 2 else None
+            served = subject.start_served()
+            advance()
+            pair = Pair(subject.start_bare() if bare is None else bare, served)
+            advance()
+            if number:
+                measured.append(pair)
+    return measured
+
+
+def interval(differences: Sequence[float]) -> tuple[float, float]:
+    """95 % interval of the mean of paired differences, by Student's t; infinite for one pair."""
+    from scipy.stats import t
+
+    if len(differences) < 2:
+        return -float("inf"), float("inf")
+    half = t.ppf((1 + _CONFIDENCE) / 2, len(differences) - 1) * statistics.stdev(differences) / len(differences) ** 0.5
+    mean = statistics.fmean(differences)
+    return mean - half, mean + half
+
+
+def summary(pairs: Sequence[Pair]) -> dict[str, Any]:
+    """Medians, seconds, and the interval of the mean difference.
+
+    The parts of the difference are medians of their own, and need not add up to it exactly.
+    """
+    served = [pair.served for pair in pairs]
+    parts = {field.name: statistics.median(getattr(start, field.name) for start in served) for field in fields(Start)}
+    bare = statistics.median(pair.bare for pair in pairs)
+    differences = [pair.difference for pair in pairs]
+    return {
+        "bare": bare,
+        "served": statistics.median(start.total for start in served),
+        "difference": statistics.median(differences),
+        "interval": interval(differences),
+        "before": parts["before"],
+        "engine_over_bare": statistics.median(pair.served.engine - pair.bare for pair in pairs),
+        "after": parts["after"],
+        "own": statistics.median(start.before + start.after for start in served),
+    }
+
+
+@click.command()
+@click.argument("model")
+@click.option("--home", type=click.Path(path_type=Path), help="Folder for all state.")
+@click.option("--pairs", type=click.IntRange(1), default=5, show_default=True, help="Starts of each kind.")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON for machines.")
+def main(model: str, home: Path | None, pairs: int, as_json: bool) -> None:
+    """Measure how much longer `svc serve MODEL` takes than its vLLM alone. No server may run on the home."""
+    from rich.table import Table
+
+    from svc.terminal import print_json
+
+    measured = measure(Subject.of(load_settings(home=home), model), pairs)
+    found = summary(measured)
+    if as_json:
+        print_json({**found, "pairs": [asdict(pair) for pair in measured]})
+        return
+    low, high = found["interval"]
+    table = Table("seconds", "median", box=None)
+    table.add_row("vLLM by itself", f"{found['bare']:.2f}")
+    table.add_row("svc serve", f"{found['served']:.2f}")
+    table.add_row("difference", f"{found['difference']:.2f}  (mean within {low:.2f} to {high:.2f}; at most {_CLAIM:g})")
+    table.add_row("  until vLLM is started", f"{found['before']:.2f}")
+    table.add_row("  vLLM's own start, longer by", f"{found['engine_over_bare']:.2f}")
+    table.add_row("  from vLLM's answer to ours", f"{found['after']:.2f}")
+    table.add_row("before and after vLLM's own start", f"{found['own']:.2f}")
+    output.print(f"{len(measured)} pairs of starts")
+    output.print(table)
+
+
+if __name__ == "__main__":
+    main()

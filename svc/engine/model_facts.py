@@ -1,0 +1,83 @@
+"""What a model folder says about the memory and the shares that an engine needs; nothing of it is loaded.
+
+Says nothing of models that keep other things than keys and values of every layer (sliding windows, latent attention,
+state spaces): for those the size of a token in the cache is an upper bound.
+"""
+
+import json
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+from typing import Any
+
+_BYTES_PER_VALUE = 2
+"""vLLM keeps keys and values in the 16 bits in which it computes, also for weights that are stored in float32."""
+
+
+@dataclass(frozen=True, slots=True)
+class ModelFacts:
+    """Facts of one model; None where its config does not say.
+
+    Attributes:
+        weights: size of its safetensors files, bytes.
+        context: tokens that it was made for.
+        dtype: in which its weights are stored, or were before they were quantized.
+        heads: attention heads.
+        kv_heads: heads that keep keys and values.
+        token_bytes: keys and values of one token over all layers.
+        divided_widths: input widths of the layers that tensor parallelism divides; empty where not known.
+        group_size: weights that share one scale, in a quantized model.
+    """
+
+    weights: int = 0
+    context: int | None = None
+    dtype: str | None = None
+    heads: int | None = None
+    kv_heads: int | None = None
+    token_bytes: int | None = None
+    divided_widths: tuple[int, ...] = ()
+    group_size: int | None = None
+
+    def divides(self, ranks: int) -> bool:
+        """Whether so many GPUs can share its layers: whole heads, and whole groups of a quantized weight."""
+        if self.heads is None or self.kv_heads is None:
+            return ranks == 1
+        groups = (width % (ranks * self.group_size) == 0 for width in self.divided_widths if self.group_size)
+        return self.heads % ranks == 0 and self.kv_heads % ranks == 0 and all(groups)
+
+
+def read_model_facts(folder: Path) -> ModelFacts:
+    """Reads them; a config that is not there or damaged is the engine's to complain about."""
+    weights = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
+    try:
+        config = json.loads((folder / "config.json").read_text("utf-8"))
+    except (OSError, ValueError):
+        config = None
+    if not isinstance(config, dict):
+        return ModelFacts(weights)
+    text = config.get("text_config")
+    config = {**config, **text} if isinstance(text, dict) else config
+    quantized = config.get("quantization_config")
+    heads, hidden = _number(config, "num_attention_heads"), _number(config, "hidden_size")
+    kv_heads = _number(config, "num_key_value_heads") or heads
+    head_size = _number(config, "head_dim") or (hidden // heads if hidden and heads else None)
+    layers, inner = _number(config, "num_hidden_layers"), _number(config, "intermediate_size")
+    dtype = config.get("dtype") or config.get("torch_dtype")
+    return ModelFacts(
+        weights=weights,
+        context=_number(config, "max_position_embeddings"),
+        dtype=dtype if isinstance(dtype, str) else None,
+        heads=heads,
+        kv_heads=kv_heads,
+        token_bytes=prod((2, layers, kv_heads, head_size, _BYTES_PER_VALUE))
+        if layers and kv_heads and head_size
+        else None,
+        divided_widths=(heads * head_size, inner) if heads and head_size and inner else (),
+        group_size=_number(quantized, "group_size") if isinstance(quantized, dict) else None,
+    )
+
+
+def _number(config: dict[str, Any], key: str) -> int | None:
+    """A positive integer; else the config does not say. A group size of -1 means one group for all."""
+    value = config.get(key)
+    return value if isinstance(value, int) and not isinstance(value, bool) and value > 0 else None

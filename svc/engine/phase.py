@@ -1,0 +1,55 @@
+"""What a starting vLLM is doing, by its log. A phase's value is what a person reads; their order is that of a start."""
+
+import re
+from enum import StrEnum
+from pathlib import Path
+
+
+class EnginePhase(StrEnum):
+    """The phases of a start, each until the next one begins."""
+
+    PYTHON = "starting Python"
+    ARGUMENTS = "reading arguments"
+    CORE = "starting the engine core"
+    WEIGHTS = "loading weights"
+    CACHE = "making room for keys and values"
+    WARM_UP = "warming up"
+    DOOR = "opening the door"
+
+
+_SIGNS = {
+    EnginePhase.ARGUMENTS: rb"non-default args",
+    EnginePhase.CORE: rb"Initializing a V1 LLM engine",
+    EnginePhase.WEIGHTS: rb"Loading model|Starting to load model",
+    EnginePhase.CACHE: rb"Loading weights took",
+    EnginePhase.WARM_UP: rb"KV cache size",
+    EnginePhase.DOOR: rb"Starting vLLM server",
+}
+_ORDER = list(EnginePhase)
+
+
+class PhaseReader:
+    """Follows one start; reads of the log only what has come since the last look.
+
+    Args:
+        log: vLLM's output since this start; it may not be there yet.
+    """
+
+    def __init__(self, log: Path) -> None:
+        self._log = log
+        self._position = 0
+        self._phase = EnginePhase.PYTHON
+
+    def look(self) -> EnginePhase:
+        """The phase that the log has reached; never one before the last look's."""
+        try:
+            with self._log.open("rb") as file:
+                file.seek(self._position)
+                # What is after the last newline is not a whole line yet.
+                new = file.read().rpartition(b"\n")[0]
+        except FileNotFoundError:
+            return self._phase
+        self._position += len(new)
+        reached = [phase for phase, sign in _SIGNS.items() if re.search(sign, new)]
+        self._phase = max([self._phase, *reached], key=_ORDER.index)
+        return self._phase

@@ -1,0 +1,46 @@
+"""The benchmark of starts says how much longer ours takes, what that is made of, and how sure it is."""
+
+import math
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from benchmarks.start_time import Pair, Start, interval, summary
+
+PAIRS = [
+    Pair(20.0, Start(before=1.0, engine=20.0, after=0.5)),
+    Pair(30.0, Start(before=1.2, engine=29.0, after=0.3)),
+    Pair(25.0, Start(before=0.8, engine=27.0, after=0.4)),
+]
+
+
+def test_a_start_is_the_sum_of_its_parts() -> None:
+    assert PAIRS[0].served.total == 21.5
+
+
+def test_figures_are_medians_of_what_was_measured() -> None:
+    found = summary(PAIRS)
+    assert (found["bare"], found["served"]) == (25.0, 28.2)
+    assert (found["before"], found["after"]) == (1.0, 0.4)
+
+
+def test_differences_are_those_within_pairs() -> None:
+    found = summary(PAIRS)
+    assert found["difference"] == pytest.approx(1.5)
+    assert found["engine_over_bare"] == 0.0
+
+
+def test_the_interval_is_students() -> None:
+    assert interval([1.0, 2.0, 3.0]) == pytest.approx((-0.4841, 4.4841), abs=1e-4)
+
+
+def test_one_pair_says_nothing_certain() -> None:
+    assert interval([1.0]) == (-math.inf, math.inf)
+
+
+@given(st.lists(st.floats(-100, 100), min_size=2, max_size=9))
+def test_the_mean_is_within_its_interval(differences: list[float]) -> None:
+    low, high = interval(differences)
+    assert low <= math.fsum(differences) / len(differences) + 1e-9
+    assert high >= math.fsum(differences) / len(differences) - 1e-9

@@ -1,0 +1,153 @@
+"""The machine's facts are those of this process: its cores, its cgroup's limits, the GPUs that it may use."""
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import psutil
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from svc.engine import machine
+from svc.engine.machine import MIB, Gpu, read_machine, visible_gpus
+
+GIB = 2**30
+ANSWER = """\
+0, GPU-aaaa1111-0000, 81559, 80995, NVIDIA H100 80GB HBM3
+1, GPU-aabb2222-0000, 81559, 1024, NVIDIA H100 80GB HBM3
+2, GPU-cccc3333-0000, 40960, 40000, NVIDIA A100-SXM4-40GB
+"""
+Limits = Callable[..., None]
+
+
+@pytest.fixture
+def limits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Limits:
+    """Writes cgroup files, and what /proc says of this process."""
+    monkeypatch.setattr(machine, "_CGROUPS", tmp_path / "cgroup")
+    monkeypatch.setattr(machine, "_OWN_CGROUPS", tmp_path / "own")
+    monkeypatch.setattr(machine, "_NODES", tmp_path / "node")
+
+    def write(own: str, files: dict[str, str]) -> None:
+        (tmp_path / "own").write_text(own)
+        for name, content in files.items():
+            path = tmp_path / name
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(f"{content}\n")
+
+    return write
+
+
+def test_cores_are_those_of_the_affinity(limits: Limits, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {5, 3})
+    assert read_machine(gpus=False).cores == (3, 5)
+
+
+def test_without_limits_all_memory_is_there(limits: Limits) -> None:
+    found = read_machine(gpus=False)
+    assert found.memory == psutil.virtual_memory().total
+    assert 0 < found.free < found.memory
+    assert found.quota is None
+
+
+def test_the_quota_of_a_cgroup_is_in_cores(limits: Limits) -> None:
+    limits("0::/\n", {"cgroup/cpu.max": "150000 100000"})
+    assert read_machine(gpus=False).quota == 1.5
+
+
+def test_the_least_quota_above_the_process_counts(limits: Limits) -> None:
+    files = {"cgroup/a/b/cpu.max": "400000 100000", "cgroup/a/cpu.max": "200000 100000", "cgroup/cpu.max": "max 100000"}
+    limits("0::/a/b\n", files)
+    assert read_machine(gpus=False).quota == 2.0
+
+
+def test_the_limit_of_a_cgroup_is_all_memory_there_is(limits: Limits) -> None:
+    limits("0::/\n", {"cgroup/memory.max": str(GIB), "cgroup/memory.current": str(GIB // 4)})
+    found = read_machine(gpus=False)
+    assert (found.memory, found.free) == (GIB, 3 * GIB // 4)
+
+
+def test_a_limit_that_is_used_up_leaves_nothing(limits: Limits) -> None:
+    limits("0::/\n", {"cgroup/memory.max": str(GIB), "cgroup/memory.current": str(2 * GIB)})
+    assert read_machine(gpus=False).free == 0
+
+
+def test_the_first_version_of_cgroups_is_read_too(limits: Limits) -> None:
+    files = {
+        "cgroup/cpu/cpu.cfs_quota_us": "300000",
+        "cgroup/cpu/cpu.cfs_period_us": "100000",
+        "cgroup/memory/memory.limit_in_bytes": str(GIB),
+        "cgroup/memory/memory.usage_in_bytes": str(GIB // 2),
+    }
+    # Within a container the path may be the host's, and is not there.
+    limits("4:memory:/docker/abc\n1:cpu:/docker/abc\n", files)
+    found = read_machine(gpus=False)
+    assert (found.quota, found.memory, found.free) == (3.0, GIB, GIB // 2)
+
+
+def test_no_limit_of_the_first_version_is_no_limit(limits: Limits) -> None:
+    files = {
+        "cgroup/cpu/cpu.cfs_quota_us": "-1",
+        "cgroup/cpu/cpu.cfs_period_us": "100000",
+        "cgroup/memory/memory.limit_in_bytes": "9223372036854771712",
+    }
+    limits("4:memory:/\n1:cpu:/\n", files)
+    found = read_machine(gpus=False)
+    assert (found.quota, found.memory) == (None, psutil.virtual_memory().total)
+
+
+def test_free_memory_is_that_of_the_first_cores_node(limits: Limits, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {1})
+    lines = ["MemFree: 1024 kB", "Active(file): 1 kB", "Inactive(file): 2 kB", "SReclaimable: 3 kB", "Shmem: 9 kB"]
+    other = "Node 0 MemFree: 1 kB"
+    meminfo = "\n".join(f"Node 1 {line}" for line in lines)
+    limits(
+        "", {"node/node1/cpu1": "", "node/node1/meminfo": meminfo, "node/node0/cpu0": "", "node/node0/meminfo": other}
+    )
+    assert read_machine(gpus=False).free == 1030 * 1024
+
+
+def test_vllms_own_variable_for_threads_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", "0-1")
+    assert read_machine(gpus=False).threads_bind == "0-1"
+
+
+def test_without_nvidia_smi_there_are_no_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(machine, "_QUERY", ["/no/such/nvidia-smi"])
+    assert read_machine(gpus=True).gpus == ()
+
+
+def test_gpus_are_asked_of_nvidia_smi(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "answer").write_text(ANSWER)
+    monkeypatch.setattr(machine, "_QUERY", ["cat", str(tmp_path / "answer")])
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "2")
+    assert read_machine(gpus=True).gpus == (Gpu("NVIDIA A100-SXM4-40GB", 40960 * MIB, 40000 * MIB),)
+
+
+@pytest.mark.parametrize(
+    ("visible", "frees"),
+    [
+        (None, [80995, 1024, 40000]),
+        ("0,2", [80995, 40000]),
+        ("1", [1024]),
+        ("GPU-cc,0", [40000, 80995]),
+        ("GPU-aa", []),  # begins two
+        ("", []),
+        ("-1", []),
+        ("0,-1,1", [80995]),
+        ("0,7,1", [80995]),
+        ("MIG-1234", []),
+    ],
+)
+def test_visible_are_the_gpus_that_cuda_would_use(visible: str | None, frees: list[int]) -> None:
+    assert [gpu.free // MIB for gpu in visible_gpus(ANSWER, visible)] == frees
+
+
+@pytest.mark.parametrize("answer", ["", "NVIDIA-SMI has failed", "0, GPU-a, [N/A], [N/A], NVIDIA GB10"])
+def test_an_answer_without_figures_shows_no_gpu(answer: str) -> None:
+    assert visible_gpus(answer, None) == ()
+
+
+@given(st.text(), st.none() | st.text())
+def test_any_answer_can_be_read(answer: str, visible: str | None) -> None:
+    assert visible_gpus(answer, visible) == ()

@@ -1,0 +1,83 @@
+"""A model's facts are those of its config; what it does not say is not known, and nothing it says is a fault here."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from svc.engine.model_facts import ModelFacts, read_model_facts
+from tests.svc.json_values import json_values
+
+SMOLLM2 = {
+    "num_hidden_layers": 30,
+    "num_attention_heads": 9,
+    "num_key_value_heads": 3,
+    "hidden_size": 576,
+    "intermediate_size": 1536,
+    "max_position_embeddings": 8192,
+    "torch_dtype": "bfloat16",
+}
+
+
+def read(folder: Path, config: Any) -> ModelFacts:
+    (folder / "config.json").write_text(json.dumps(config))
+    return read_model_facts(folder)
+
+
+def test_facts_are_those_of_the_config(tmp_path: Path) -> None:
+    facts = read(tmp_path, SMOLLM2)
+    assert (facts.context, facts.dtype, facts.heads, facts.kv_heads) == (8192, "bfloat16", 9, 3)
+
+
+def test_a_token_keeps_a_key_and_a_value_in_each_layer(tmp_path: Path) -> None:
+    assert read(tmp_path, SMOLLM2).token_bytes == 2 * 30 * 3 * 64 * 2
+
+
+def test_the_size_of_a_head_may_be_its_own(tmp_path: Path) -> None:
+    assert read(tmp_path, {**SMOLLM2, "head_dim": 128}).token_bytes == 2 * 30 * 3 * 128 * 2
+
+
+def test_without_grouped_heads_all_keep_keys_and_values(tmp_path: Path) -> None:
+    config = {key: value for key, value in SMOLLM2.items() if key != "num_key_value_heads"}
+    assert read(tmp_path, config).kv_heads == 9
+
+
+def test_the_text_part_of_a_model_with_other_parts_counts(tmp_path: Path) -> None:
+    assert read(tmp_path, {"text_config": SMOLLM2, "dtype": "float16"}).kv_heads == 3
+
+
+def test_the_weights_are_all_their_files(tmp_path: Path) -> None:
+    for number, size in enumerate((100, 20)):
+        (tmp_path / f"model-{number}.safetensors").write_bytes(b"x" * size)
+    assert read(tmp_path, SMOLLM2).weights == 120
+
+
+@pytest.mark.parametrize(("ranks", "divides"), [(1, True), (2, False), (3, True), (9, False)])
+def test_ranks_divide_all_heads(tmp_path: Path, ranks: int, divides: bool) -> None:
+    assert read(tmp_path, SMOLLM2).divides(ranks) is divides
+
+
+@pytest.mark.parametrize(("group_size", "divides"), [(64, True), (128, False), (-1, True)])
+def test_ranks_leave_groups_of_quantized_weights_whole(tmp_path: Path, group_size: int, divides: bool) -> None:
+    config = {**SMOLLM2, "quantization_config": {"bits": 4, "group_size": group_size}}
+    assert read(tmp_path, config).divides(3) is divides
+
+
+@pytest.mark.parametrize("content", ["", "[]", "no json", "null"])
+def test_a_damaged_config_says_nothing(tmp_path: Path, content: str) -> None:
+    (tmp_path / "config.json").write_text(content)
+    assert read_model_facts(tmp_path) == ModelFacts()
+
+
+def test_no_folder_says_nothing(tmp_path: Path) -> None:
+    assert read_model_facts(tmp_path / "none") == ModelFacts()
+
+
+@given(st.dictionaries(st.sampled_from([*SMOLLM2, "text_config", "quantization_config", "head_dim"]), json_values))
+def test_whatever_a_config_says_can_be_read(tmp_path_factory: pytest.TempPathFactory, config: dict[str, Any]) -> None:
+    facts = read(tmp_path_factory.getbasetemp(), config)
+    assert facts.token_bytes is None or facts.token_bytes > 0
+    assert facts.divides(1) or facts.heads is not None

@@ -1,0 +1,71 @@
+"""Progress is a bar on a terminal, and a plain line now and then in a pipe."""
+
+import io
+from collections.abc import Callable
+
+import pytest
+from rich.console import Console
+
+from svc import terminal
+from svc.terminal import advancing
+
+PHASES = ("boil water", "brew tea", "drink")
+Show = Callable[[bool], io.StringIO]
+
+
+@pytest.fixture
+def shown(monkeypatch: pytest.MonkeyPatch) -> Show:
+    """Puts a terminal, or a pipe, in the place of stderr; gives what is written to it."""
+
+    def shown(is_terminal: bool) -> io.StringIO:
+        file = io.StringIO()
+        monkeypatch.setattr(terminal, "console", Console(file=file, force_terminal=is_terminal, width=100))
+        return file
+
+    return shown
+
+
+def test_a_bar_names_the_phase_and_how_many_have_ended(shown: Show) -> None:
+    file = shown(True)
+    with advancing("tea", PHASES) as begin:
+        begin("brew tea")
+    assert "tea: brew tea" in file.getvalue()
+    assert "1/3" in file.getvalue()
+
+
+def test_a_bar_is_full_when_all_is_done(shown: Show) -> None:
+    file = shown(True)
+    with advancing("tea", PHASES) as begin:
+        begin("drink")
+    assert "3/3" in file.getvalue().rpartition("2/3")[2]
+
+
+def test_a_pipe_gets_the_first_and_the_last_line(shown: Show) -> None:
+    file = shown(False)
+    with advancing("tea", PHASES) as begin:
+        for phase in PHASES:
+            begin(phase)
+    assert file.getvalue().splitlines() == ["  tea …", "  tea: 0 s"]
+
+
+def test_a_pipe_hears_the_phase_of_a_long_start(shown: Show, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = shown(False)
+    monkeypatch.setattr(terminal, "_PLAIN_LINE_S", 0.0)
+    with advancing("tea", PHASES) as begin:
+        begin("brew tea")
+    assert "  tea: brew tea, 1/3 after 0 s" in file.getvalue().splitlines()
+
+
+@pytest.mark.parametrize("is_terminal", [True, False])
+def test_a_phase_that_begins_after_the_end_is_no_fault(shown: Show, is_terminal: bool) -> None:
+    shown(is_terminal)
+    with advancing("tea", PHASES) as begin:
+        pass
+    begin("boil water")
+
+
+def test_a_failure_is_not_shown_as_done(shown: Show) -> None:
+    file = shown(False)
+    with pytest.raises(ValueError, match="cold"), advancing("tea", PHASES):
+        raise ValueError("cold")
+    assert file.getvalue().splitlines() == ["  tea …"]
