@@ -19,10 +19,14 @@ from typing import IO, Any
 
 import psutil
 
+from svc.errors import EngineError
+
 LOCK_FILE = "engine.lock"
 RECORD_FILE = "engine.json"
 STOP_GRACE_S = 10.0
 _END_POLL_S = 0.05
+_END_ROUNDS = 20
+_LOOK_S = 1.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,9 +50,24 @@ class EngineRecord:
 
 @contextlib.contextmanager
 def locked(folder: Path) -> Iterator[IO[bytes]]:
-    """The locked file, for a process that is started in the body and inherits it."""
+    """The locked file, for a process that is started in the body and inherits it.
+
+    Raises:
+        EngineError: another engine has it.
+    """
     with (folder / LOCK_FILE).open("ab") as file:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        deadline = time.monotonic() + _LOOK_S  # whoever looks whether it is locked has it for a moment
+        while True:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                if time.monotonic() >= deadline:
+                    pids = ", ".join(str(process.pid) for process in _holders(folder))
+                    raise EngineError(
+                        f"an engine runs in {folder} already, processes {pids}", todo="end them, then start again"
+                    ) from None
+            time.sleep(_END_POLL_S)
         yield file
 
 
@@ -81,15 +100,16 @@ def find_engine(folder: Path) -> psutil.Process | None:
 
 
 def end_engine(folder: Path) -> None:
-    """Ends all processes of the engine that was started last in a folder: the first one, then what it left behind."""
-    record = read_record(folder)
-    engine = find_engine(folder)
-    members = _session_of(record, sure=engine is not None) if record else []
-    if _is_locked(folder):
-        members += _holders(folder)
-    if engine is not None:
-        end_processes([engine])
-    end_processes(members)
+    """Ends all processes of the engine that was started last in a folder: the first one, then what it left behind.
+
+    Looks again until nothing is left: an engine that is starting begins processes while it is being ended.
+    """
+    record, engine = read_record(folder), find_engine(folder)
+    left = [engine] if engine else _left(folder, record, sure=False)
+    rounds = iter(range(_END_ROUNDS))
+    while left and next(rounds, None) is not None:
+        end_processes(left)
+        left = _left(folder, record, sure=engine is not None)
     (folder / RECORD_FILE).unlink(missing_ok=True)
 
 
@@ -113,6 +133,14 @@ def end_processes(processes: list[psutil.Process]) -> None:
             if not processes:
                 return
             time.sleep(_END_POLL_S)
+
+
+def _left(folder: Path, record: EngineRecord | None, *, sure: bool) -> list[psutil.Process]:
+    """What runs still of an engine, by its session and by its lock."""
+    found = _session_of(record, sure=sure) if record else []
+    if _is_locked(folder):
+        found += _holders(folder)
+    return [process for process in found if runs(process)]
 
 
 def _is_locked(folder: Path) -> bool:

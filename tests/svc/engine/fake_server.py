@@ -1,6 +1,7 @@
 """Stands in for vLLM's server as a child process: `fake_server.py MODE SOCKET`. Standard library only, so it is quick.
 
-Modes: ready, crash, hang (never listens), stubborn (ignores SIGTERM), family (has a child of its own).
+Modes: ready, crash, hang (never listens), stubborn (ignores SIGTERM), family (has a child of its own),
+late (begins its child while it is being ended).
 """
 
 import http.server
@@ -25,6 +26,18 @@ class Handler(http.server.BaseHTTPRequestHandler):
         return "socket"
 
 
+def begin_child() -> None:
+    """A process that outlives this one, with the files that this one has open."""
+    child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"], close_fds=False)
+    print(f"child {child.pid}", flush=True)
+
+
+def begin_child_and_end(*_: object) -> None:
+    """As an engine that is killed in its start."""
+    begin_child()
+    sys.exit()
+
+
 def main(mode: str, socket: str) -> None:
     """Says what vLLM would, and listens."""
     print("non-default args: {}", flush=True)
@@ -34,8 +47,9 @@ def main(mode: str, socket: str) -> None:
     if mode == "stubborn":
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
     if mode == "family":
-        child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
-        print(f"child {child.pid}", flush=True)
+        begin_child()
+    if mode == "late":
+        signal.signal(signal.SIGTERM, begin_child_and_end)
     if mode == "hang":
         time.sleep(60)
     print("Starting to load model", flush=True)

@@ -1,10 +1,12 @@
 """An engine outlives the server that started it; the next one finds it, takes it over, or ends all of it."""
 
 import asyncio
+import fcntl
 import json
 import re
 import subprocess
 import sys
+import threading
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager, suppress
 from pathlib import Path
@@ -15,7 +17,7 @@ import pytest
 
 from svc.engine import process as process_module
 from svc.engine.launch import EngineSpec
-from svc.engine.leftover import LOCK_FILE, RECORD_FILE, end_engine, find_engine, read_record, runs
+from svc.engine.leftover import LOCK_FILE, RECORD_FILE, end_engine, find_engine, locked, read_record, runs
 from svc.engine.process import EngineProcess
 from svc.errors import EngineError
 from svc.settings import Device, EngineSettings
@@ -28,8 +30,8 @@ from svc.engine import process
 from svc.engine.launch import EngineSpec
 from svc.settings import EngineSettings
 
-folder, server, fail = Path(sys.argv[1]), sys.argv[2], sys.argv[3]
-process.command = lambda spec: [sys.executable, server, "family", str(spec.socket)]
+folder, server, mode, fail = Path(sys.argv[1]), sys.argv[2], sys.argv[3], sys.argv[4]
+process.command = lambda spec: [sys.executable, server, mode, str(spec.socket)]
 if fail == "no-record":
     process.write_record = lambda folder, record: None
 spec = EngineSpec(folder / "one", "tuned", folder, folder / "engine.log", folder, EngineSettings(device="cpu"))
@@ -58,9 +60,9 @@ def engine_in(folder: Path, model: str = "two", **settings: object) -> EnginePro
 
 
 @asynccontextmanager
-async def orphan(folder: Path, fail: str = "") -> AsyncIterator[psutil.Process]:
+async def orphan(folder: Path, mode: str = "family", *, fail: str = "") -> AsyncIterator[psutil.Process]:
     """An engine with a child, whose server was killed."""
-    arguments = [sys.executable, "-c", PARENT, str(folder), str(SERVER), fail]
+    arguments = [sys.executable, "-c", PARENT, str(folder), str(SERVER), mode, fail]
     parent = await asyncio.create_subprocess_exec(*arguments, stdout=subprocess.PIPE)
     assert parent.stdout is not None
     engine = psutil.Process(int(await parent.stdout.readline()))
@@ -69,14 +71,16 @@ async def orphan(folder: Path, fail: str = "") -> AsyncIterator[psutil.Process]:
     try:
         yield engine
     finally:
-        for process in (engine, child(folder)):
-            with suppress(psutil.NoSuchProcess):
-                process.kill()
+        with suppress(psutil.NoSuchProcess):
+            engine.kill()
+        with suppress(psutil.NoSuchProcess, LookupError):
+            child(folder).kill()
 
 
 def child(folder: Path) -> psutil.Process:
     found = re.search(r"child (\d+)", (folder / "engine.log").read_text())
-    assert found
+    if not found:
+        raise LookupError("it has none")
     return psutil.Process(int(found[1]))
 
 
@@ -131,10 +135,37 @@ async def test_a_core_that_outlived_its_engine_is_ended(folder: Path) -> None:
 
 
 async def test_an_engine_whose_server_died_before_it_wrote_the_record_is_found_by_its_lock(folder: Path) -> None:
-    async with orphan(folder, "no-record") as engine:
+    async with orphan(folder, fail="no-record") as engine:
         assert read_record(folder) is None
         await asyncio.to_thread(end_engine, folder)
         assert not runs(engine)
+
+
+@pytest.mark.parametrize("fail", ["", "no-record"])
+async def test_what_an_engine_begins_while_it_is_being_ended_is_ended_too(folder: Path, fail: str) -> None:
+    async with orphan(folder, "late", fail=fail) as engine:
+        await asyncio.to_thread(end_engine, folder)
+        assert not runs(engine)
+        assert not runs(child(folder))
+
+
+def test_a_lock_that_somebody_looks_at_is_waited_for(folder: Path) -> None:
+    with (folder / LOCK_FILE).open("ab") as looking:
+        fcntl.flock(looking, fcntl.LOCK_SH)
+        threading.Timer(0.2, fcntl.flock, (looking, fcntl.LOCK_UN)).start()
+        with locked(folder):
+            pass
+
+
+def test_a_lock_that_another_engine_has_is_an_error_that_names_it(folder: Path) -> None:
+    sleeper = "import fcntl, sys, time; fcntl.flock(3, 2); print(flush=True); time.sleep(60)"
+    arguments = ["bash", "-c", f"exec 3>>{folder / LOCK_FILE}; exec {sys.executable} -c '{sleeper}'"]
+    with subprocess.Popen(arguments, stdout=subprocess.PIPE) as other:
+        assert other.stdout
+        other.stdout.readline()
+        with pytest.raises(EngineError, match=str(other.pid)), locked(folder):
+            pass
+        other.kill()
 
 
 async def test_another_process_with_the_number_of_a_dead_engine_is_left_alone(folder: Path) -> None:
