@@ -34,7 +34,7 @@ class EngineRecord:
     """What is known of an engine beside its folder.
 
     Attributes:
-        pid: of the process that was started; the session of all its processes has the same number.
+        pid: of the process that was started; the group of all its processes has the same number.
         created: when that process began, Unix seconds: guards against a number that is used again.
         launch: what it was started with, see svc.engine.launch.launch_digest.
         plan: how that was chosen, for people, see svc.engine.plan.EnginePlan.rows.
@@ -136,8 +136,8 @@ def end_processes(processes: list[psutil.Process]) -> None:
 
 
 def _left(folder: Path, record: EngineRecord | None, *, sure: bool) -> list[psutil.Process]:
-    """What runs still of an engine, by its session and by its lock."""
-    found = _session_of(record, sure=sure) if record else []
+    """What runs still of an engine, by its group and by its lock."""
+    found = _group_of(record, sure=sure) if record else []
     if _is_locked(folder):
         found += _holders(folder)
     return [process for process in found if runs(process)]
@@ -164,13 +164,13 @@ def _holders(folder: Path) -> list[psutil.Process]:
     return found
 
 
-def _session_of(record: EngineRecord, *, sure: bool) -> list[psutil.Process]:
-    """The processes of the session that the engine began: its core outlives it where it is killed.
+def _group_of(record: EngineRecord, *, sure: bool) -> list[psutil.Process]:
+    """The processes of the group that the engine began: its core outlives it where it is killed.
 
-    A number is not given to a new process while a session has it. It may be when the whole session has ended.
+    A number is not given to a new process while a group has it. It may be when the whole group has ended.
 
     Args:
-        sure: the engine's first process runs, so the session is its own. Otherwise only what is not older than the
+        sure: the engine's first process runs, so the group is its own. Otherwise only what is not older than the
             engine, and runs the same interpreter.
     """
     with contextlib.suppress(psutil.NoSuchProcess, ValueError):
@@ -180,7 +180,7 @@ def _session_of(record: EngineRecord, *, sure: bool) -> list[psutil.Process]:
     found = []
     for process in psutil.process_iter():
         with contextlib.suppress(psutil.Error, OSError):
-            if os.getsid(process.pid) != record.pid:
+            if os.getpgid(process.pid) != record.pid:
                 continue
             if sure or (process.create_time() >= record.created and os.path.realpath(process.exe()) == python):
                 found.append(process)

@@ -67,7 +67,7 @@ class Instance:
         if self._process is not None and self._process.poll() is None:
             self.end()
         for engine in self.engines():
-            for process in session(engine):
+            for process in group(engine):
                 process.kill()
 
     def engines(self) -> list[psutil.Process]:
@@ -116,20 +116,20 @@ class Instance:
         return svc(self.home, *arguments, capture_output=True)
 
 
-def session(engine: psutil.Process) -> list[psutil.Process]:
+def group(engine: psutil.Process) -> list[psutil.Process]:
     """An engine's processes, its first one first."""
-    members = [process for process in psutil.process_iter() if _session_id(process.pid) == engine.pid]
+    members = [process for process in psutil.process_iter() if _group_id(process.pid) == engine.pid]
     return sorted(members, key=lambda process: process.pid != engine.pid)
 
 
 def core_of(engine: psutil.Process) -> psutil.Process:
     """vLLM's engine core."""
-    return next(process for process in session(engine) if "EngineCore" in " ".join(process.cmdline()))
+    return next(process for process in group(engine) if "EngineCore" in " ".join(process.cmdline()))
 
 
-def _session_id(pid: int) -> int:
+def _group_id(pid: int) -> int:
     try:
-        return os.getsid(pid)
+        return os.getpgid(pid)
     except ProcessLookupError:
         return -1
 

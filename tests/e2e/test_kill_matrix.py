@@ -18,7 +18,7 @@ from svc.engine.leftover import runs
 from svc.store.database import open_database
 from svc.store.desired import read_desired
 from tests.e2e.conftest import PROMPTS
-from tests.e2e.instance import Instance, core_of, session
+from tests.e2e.instance import Instance, core_of, group
 
 pytestmark = [pytest.mark.matrix]
 
@@ -84,7 +84,7 @@ def test_the_right_version_serves_afterwards(
 ) -> None:
     promotion, long = at(serving, moment)
     began, engines = time.monotonic(), serving.engines()
-    processes = [process for engine in engines for process in session(engine)]
+    processes = [process for engine in engines for process in group(engine)]
     kill(serving, killed)
     if killed in (Killed.GATEWAY, Killed.ALL):
         serving.start()
@@ -101,7 +101,7 @@ def test_the_right_version_serves_afterwards(
     print(f"\n{killed.value}, {moment.value}: {desired.target} serves after {ready_s:.1f} s")
     assert answers == expected[str(desired.target)]
     (engine,) = serving.engines()
-    left = [process for process in processes if runs(process) and process not in session(engine)]
+    left = [process for process in processes if runs(process) and process not in group(engine)]
     assert left == []
 
 
@@ -150,7 +150,7 @@ def kill(instance: Instance, killed: Killed) -> None:
         Killed.GATEWAY: list,
         Killed.FRONT: lambda: [engine],
         Killed.CORE: lambda: [core_of(engine)],
-        Killed.ALL: lambda: session(engine),
+        Killed.ALL: lambda: group(engine),
     }
     for process in victims[killed]():
         process.kill()

@@ -174,7 +174,7 @@ async def test_another_process_with_the_number_of_a_dead_engine_is_left_alone(fo
         record = read_record(folder)
     assert record is not None
     arguments = [sys.executable, "-c", "import time; time.sleep(60)"]
-    stranger = await asyncio.create_subprocess_exec(*arguments, start_new_session=True)
+    stranger = await asyncio.create_subprocess_exec(*arguments, process_group=0)
     try:
         text = json.dumps({"pid": stranger.pid, "created": record.created, "launch": "", "holds": None})
         (folder / RECORD_FILE).write_text(text)
