@@ -242,10 +242,12 @@ class _Planner:
             return _argument(Choice(name, setting, Origin.SETTING))
         if not gpus:
             return Choice(name, AUTO, Origin.VLLM, "nvidia-smi shows no GPU")
-        fullest = min(gpus, key=lambda gpu: gpu.free / gpu.memory)
+        fullest, engines = min(gpus, key=lambda gpu: gpu.free / gpu.memory), self._settings.replicas
         free = int(100 * (fullest.free - _GPU_MARGIN) / fullest.memory) / 100
-        share = max(_LEAST_GPU_SHARE, min(_GPU_SHARE, free))
+        share = max(_LEAST_GPU_SHARE, min(int(100 * _GPU_SHARE / engines) / 100, free))
         reason = f"{_gib(fullest.free)} of {_gib(fullest.memory)} is free"
+        if engines > 1:
+            reason += f"; {engines} engines share it"
         return _argument(Choice(name, share, Origin.MACHINE, reason))
 
     def _tensor_parallel(self) -> Choice:

@@ -169,6 +169,11 @@ def test_the_fullest_of_the_gpus_that_are_used_decides() -> None:
     assert plan(GPU, machine, tensor_parallel=1)["gpu_memory_utilization"].value == 0.9
 
 
+def test_several_engines_share_the_gpu() -> None:
+    assert plan(GPU, gpus(1), replicas=2)["gpu_memory_utilization"].value == 0.45
+    assert plan(GPU, gpus(1), replicas=3)["gpu_memory_utilization"].value == 0.3
+
+
 def test_the_setting_for_gpu_memory_goes_before_the_machine() -> None:
     assert origin_and_value(plan(GPU, gpus(1), gpu_memory_share=0.3), "gpu_memory_utilization") == (Origin.SETTING, 0.3)
 
