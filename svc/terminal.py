@@ -58,9 +58,10 @@ def advancing(text: str, phases: Sequence[str]) -> Iterator[Callable[[str], None
     """A progress bar over named phases of unlike length, with the time; yields what says which one has begun.
 
     Args:
-        phases: in their order; the bar shows how many have ended.
+        phases: in their order; the bar shows how many have ended. What begins after the body has ended is not shown.
     """
     started = told = time.monotonic()
+    ended = False
     if console.is_terminal:
         columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
         with Progress(*columns, console=console) as progress:
@@ -76,11 +77,12 @@ def advancing(text: str, phases: Sequence[str]) -> Iterator[Callable[[str], None
 
     def begin(phase: str) -> None:
         nonlocal told
-        if time.monotonic() - told >= _PLAIN_LINE_S:
+        if not ended and time.monotonic() - told >= _PLAIN_LINE_S:
             told = time.monotonic()
             console.print(f"  {text}: {phase}, {phases.index(phase)}/{len(phases)} after {told - started:.0f} s")
 
     yield begin
+    ended = True
     console.print(f"  {text}: {time.monotonic() - started:.0f} s")
 
 

@@ -57,11 +57,16 @@ def test_a_pipe_hears_the_phase_of_a_long_start(shown: Show, monkeypatch: pytest
 
 
 @pytest.mark.parametrize("is_terminal", [True, False])
-def test_a_phase_that_begins_after_the_end_is_no_fault(shown: Show, is_terminal: bool) -> None:
-    shown(is_terminal)
+def test_a_phase_that_begins_after_the_end_is_not_shown(
+    shown: Show, monkeypatch: pytest.MonkeyPatch, is_terminal: bool
+) -> None:
+    file = shown(is_terminal)
+    monkeypatch.setattr(terminal, "_PLAIN_LINE_S", 0.0)
     with advancing("tea", PHASES) as begin:
         pass
-    begin("boil water")
+    before = file.getvalue()
+    begin("drink")
+    assert file.getvalue() == before
 
 
 def test_a_failure_is_not_shown_as_done(shown: Show) -> None:
