@@ -33,7 +33,6 @@ log = logging.getLogger(__name__)
 
 Report = Callable[[str], None]
 
-
 _ROOM_POLL_S = 1.0
 _DIFFERENT = "architecture, shapes, tokenizer, template or format differ"
 
@@ -118,10 +117,7 @@ class Swap:
         report("files match the manifest")
         fits = await asyncio.to_thread(self._fits, current, target)
         if not fits or self._choice is SwapChoice.BLUEGREEN:
-            kind, why = (
-                SwapKind.BLUEGREEN,
-                "as set" if fits else "architecture, shapes, tokenizer, template or format differ",
-            )
+            kind, why = SwapKind.BLUEGREEN, "as set" if fits else _DIFFERENT
         elif len(self._pool.running) > 1:
             kind, why = SwapKind.ROLLING, "it fits in place, one engine after the other"
         else:

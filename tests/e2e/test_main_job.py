@@ -31,6 +31,7 @@ from svc.store.database import open_database
 from svc.store.desired import Target
 from svc.store.holdouts import HoldoutCause, newest_holdout_run
 from svc.store.tables import RequestRow
+from tests.e2e.instance import figures
 from tests.e2e.server import HELDOUT_EXAMPLES, PORT, Server
 
 pytestmark = [pytest.mark.slow]
@@ -157,14 +158,13 @@ def test_promotion_and_rollback_under_load_lose_nothing_and_mix_nothing(server: 
     assert server.answers() == expected["tiny@1"], "rolled back to other weights"
     svc_json(server.home, "promote", "tiny@2")
     expected["tiny@2"] = server.answers()
-    print(f"\npromote: {promoted['seconds']:.2f} s, {promoted['running']} running, {promoted['held']} held; "
-          f"rollback: {rolled_back['seconds']:.2f} s; {len(load.answers)} answers, {len(load.failed)} failed; "
-          f"slowest answer {max(answer.seconds for answer in load.answers):.2f} s")  # fmt: skip
+    print(f"\n{figures(load, promoted)}\nand back: {figures(load, rolled_back)}")
     assert load.failed == []
     assert {answer.version for answer in load.answers} == {"tiny@1", "tiny@2"}
     assert expected["tiny@1"] != expected["tiny@2"]
     for answer in load.answers:
         assert answer.text == expected[answer.version][answer.prompt]
+    assert (promoted["kind"], rolled_back["kind"]) == ("inplace", "inplace")
     assert promoted["running"] > 0
     svc_json(server.home, "rollback", "tiny")
 

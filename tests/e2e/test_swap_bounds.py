@@ -1,0 +1,62 @@
+"""What bounds a swap in place, on the real engine: requests that wait, and answers that run too long for it."""
+
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+
+from tests.e2e.conftest import PROMPTS
+from tests.e2e.instance import Instance
+
+pytestmark = [pytest.mark.slow]
+
+PORT = 8946
+DRAIN_S = 3
+MAX_HELD = 2
+
+
+@pytest.fixture(scope="module")
+def instance(home: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Instance]:
+    """A server with narrow bounds; version 1 serves."""
+    bounds = {"SVC_SERVE__DRAIN_TIMEOUT_S": str(DRAIN_S), "SVC_SERVE__MAX_HELD": str(MAX_HELD)}
+    instance = Instance(home, tmp_path_factory.mktemp("bounds") / "home", PORT, PROMPTS, **bounds)
+    try:
+        instance.start("tiny@1")
+        yield instance
+    finally:
+        instance.close()
+
+
+def ask(instance: Instance, tokens: int) -> httpx.Response:
+    """One answer of exactly so many tokens."""
+    body: dict[str, Any] = {"model": "tiny", "prompt": "a", "max_tokens": tokens, "ignore_eos": True}
+    return httpx.post(f"{instance.url}/v1/completions", json=body, timeout=120, trust_env=False)
+
+
+def test_an_answer_that_runs_past_the_drain_time_is_whole_and_so_is_the_swap(instance: Instance) -> None:
+    with ThreadPoolExecutor() as clients:
+        long = clients.submit(ask, instance, 1000)
+        instance.until(lambda status: status["requests"]["running"])
+        promotion = clients.submit(instance.promote, "tiny@2")
+        instance.until(lambda status: status["engine"]["state"] == "draining")
+        meanwhile = list(clients.map(lambda _: ask(instance, 8), range(MAX_HELD + 3)))
+        swap = promotion.result()
+    assert long.result().json()["usage"]["completion_tokens"] == 1000
+    assert long.result().headers["x-model-version"] == "tiny@1"
+    assert (swap["kind"], swap["held"]) == ("bluegreen", MAX_HELD)
+    assert DRAIN_S <= swap["seconds"] < DRAIN_S + 2
+
+    held = [answer for answer in meanwhile if answer.is_success]
+    refused = [answer for answer in meanwhile if not answer.is_success]
+    assert {answer.headers["x-model-version"] for answer in held} == {"tiny@1"}
+    assert len(held) == MAX_HELD
+    assert {(answer.status_code, answer.json()["error"]["code"]) for answer in refused} == {(503, "held_overflow")}
+    assert all(int(answer.headers["retry-after"]) > 0 for answer in refused)
+
+    metrics = httpx.get(f"{instance.url}/metrics", timeout=10, trust_env=False).text
+    errors = [line for line in metrics.splitlines() if line.startswith("svc_request_errors_total{")]
+    assert {line.rpartition(" ")[2] for line in errors if 'reason="held_overflow"' in line} == {f"{len(refused)}.0"}
+    assert ask(instance, 8).headers["x-model-version"] == "tiny@2"
