@@ -24,7 +24,7 @@ import httpx
 
 from serving.start import choose_desired
 from svc.engine.launch import EngineSpec, command, environment
-from svc.engine.runtime import runtime_folder
+from svc.engine.runtime import socket_folder, state_folder
 from svc.errors import EngineError
 from svc.registry.registry import Registry
 from svc.settings import Settings, load_settings
@@ -95,7 +95,8 @@ class Subject:
         spec = EngineSpec(
             model=registry.artifact(target.version, target.format),
             served_name=target.version.name,
-            runtime=runtime_folder(settings.home, "serve"),
+            runtime=socket_folder(settings.home, 0),
+            state=state_folder(settings.home, 0),
             log=settings.home / "logs" / "engine.log",
             cache=settings.home / "cache" / "vllm",
             settings=settings.engine,
@@ -124,7 +125,7 @@ class Subject:
             began = time.monotonic()
             with _Running(arguments, log, os.environ) as server:
                 # An engine's record is written when its process has started.
-                server.until((self.spec.runtime / "engine.json").exists)
+                server.until((self.spec.state / "engine.json").exists)
                 launched = time.monotonic()
                 server.until(lambda: _healthy(engine))
                 answered = time.monotonic()

@@ -44,7 +44,7 @@ from svc.engine.leftover import end_engine
 from svc.engine.probe import engine_facts
 from svc.engine.process import EngineProcess
 from svc.engine.room import shortage
-from svc.engine.runtime import runtime_folder
+from svc.engine.runtime import socket_folder, state_folder, state_folders
 from svc.listening import address_family, http_url, listen_error
 from svc.lock import hold_lock
 from svc.registry.registry import Registry
@@ -144,7 +144,6 @@ class _Server:
         on_phase: Callable[[str], None],
     ) -> None:
         limits = settings.serve
-        runtime = runtime_folder(settings.home, "serve")
         self._store = store
         self._stopping = asyncio.Event()
         self._leave = False
@@ -165,12 +164,12 @@ class _Server:
         )
         self._routes = Routes(desired.name)
         proof = Proof(registry, store, facts)
-        slots = _Slots(settings, desired.name, runtime)
+        slots = _Slots(settings, desired.name)
         self._pool = EnginePool(
             lambda replica, on_change: Supervisor(
                 replica,
                 partial(slots.engine, replica),
-                connect(slots.folder(replica) / SOCKET_FILE, silence_s=limits.request_timeout_s),
+                connect(socket_folder(settings.home, replica) / SOCKET_FILE, silence_s=limits.request_timeout_s),
                 proof,
                 on_change,
                 on_phase,
@@ -335,16 +334,10 @@ class _Server:
 
 @dataclass(frozen=True, slots=True)
 class _Slots:
-    """Where the engines of one home live: each has a folder with its number, for its socket, lock and record."""
+    """The places for engines of one home."""
 
     settings: Settings
     name: str
-    runtime: Path
-
-    def folder(self, number: int) -> Path:
-        folder = self.runtime / str(number)
-        folder.mkdir(mode=0o700, exist_ok=True)
-        return folder
 
     def engine(self, number: int, model: Path) -> EngineProcess:
         return EngineProcess(self._spec(number, model))
@@ -353,16 +346,17 @@ class _Slots:
         return shortage(self._spec(0, model))
 
     def numbers(self) -> list[int]:
-        return sorted(int(folder.name) for folder in self.runtime.iterdir() if folder.name.isdecimal())
+        return list(state_folders(self.settings.home))
 
     def end(self, number: int) -> None:
-        end_engine(self.folder(number))
+        end_engine(state_folder(self.settings.home, number))
 
     def _spec(self, number: int, model: Path) -> EngineSpec:
         return EngineSpec(
             model=model,
             served_name=self.name,
-            runtime=self.folder(number),
+            runtime=socket_folder(self.settings.home, number),
+            state=state_folder(self.settings.home, number),
             log=self.settings.home / "logs" / f"engine-{number}.log",
             cache=self.settings.home / "cache" / "vllm",
             settings=self.settings.engine,

@@ -253,6 +253,7 @@ class Pipeline:
             model=model,
             served_name=self.recipe.name,
             runtime=runtime_folder(home, self.run.folder.name),
+            state=self.run.folder,
             log=self.run.folder / "engine.log",
             cache=home / "cache" / "vllm",
             settings=self.settings.engine,

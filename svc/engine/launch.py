@@ -30,7 +30,8 @@ class EngineSpec:
     Attributes:
         model: folder with config, safetensors and tokenizer.
         served_name: the one model name that the engine answers to.
-        runtime: private folder for its socket and process record.
+        runtime: private folder for its socket.
+        state: folder for its lock and record, which a later server looks into.
         log: file that takes its output.
         cache: folder for compiled kernels.
     """
@@ -38,6 +39,7 @@ class EngineSpec:
     model: Path
     served_name: str
     runtime: Path
+    state: Path
     log: Path
     cache: Path
     settings: EngineSettings = field(default_factory=EngineSettings)
@@ -112,6 +114,9 @@ def launch_digest(spec: EngineSpec) -> str:
 
     What an engine holds is told by its record, and by probes; how much memory was free at its start does not matter.
     """
-    settings = spec.settings.model_dump(mode="json", exclude={"start_timeout_s", "replicas"})
+    # How many share a GPU is part of how an engine was started, unless its share is given.
+    shares = device_of(spec.settings) is Device.CUDA and spec.settings.gpu_memory_share is None
+    without = {"start_timeout_s"} if shares else {"start_timeout_s", "replicas"}
+    settings = spec.settings.model_dump(mode="json", exclude=without)
     parts = [*(str(part) for part in installed_vllm()), spec.served_name, settings]
     return hashlib.sha256(json.dumps(parts).encode("utf-8")).hexdigest()

@@ -26,6 +26,7 @@ RECORD_FILE = "engine.json"
 STOP_GRACE_S = 10.0
 _END_POLL_S = 0.05
 _END_ROUNDS = 20
+_BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 _LOOK_S = 1.0
 
 
@@ -35,14 +36,15 @@ class EngineRecord:
 
     Attributes:
         pid: of the process that was started; the group of all its processes has the same number.
-        created: when that process began, Unix seconds: guards against a number that is used again.
+        boot, ticks: when that process began, see `start_of`: guards against a number that is used again.
         launch: what it was started with, see svc.engine.launch.launch_digest.
         plan: how that was chosen, for people, see svc.engine.plan.EnginePlan.rows.
         holds: what it was last proven to hold; None while nobody knows.
     """
 
     pid: int
-    created: float
+    boot: str
+    ticks: int
     launch: str
     plan: list[dict[str, Any]]
     holds: str | None = None
@@ -82,7 +84,7 @@ def read_record(folder: Path) -> EngineRecord | None:
     """The record; None where there is none, or it is damaged."""
     try:
         found = json.loads((folder / RECORD_FILE).read_text("utf-8"))
-        return EngineRecord(**found | {"pid": int(found["pid"]), "created": float(found["created"])})
+        return EngineRecord(**found | {"pid": int(found["pid"]), "ticks": int(found["ticks"])})
     except (OSError, ValueError, LookupError, TypeError):
         return None
 
@@ -94,23 +96,44 @@ def find_engine(folder: Path) -> psutil.Process | None:
         return None
     try:
         process = psutil.Process(record.pid)
-        return process if process.create_time() == record.created and runs(process) else None
+        return process if start_of(record.pid) == (record.boot, record.ticks) and runs(process) else None
     except (psutil.NoSuchProcess, ValueError):
         return None
 
 
-def end_engine(folder: Path) -> None:
+def end_engine(folder: Path, known: psutil.Process | None = None) -> None:
     """Ends all processes of the engine that was started last in a folder: the first one, then what it left behind.
 
     Looks again until nothing is left: an engine that is starting begins processes while it is being ended.
+
+    Args:
+        known: its first process, for who has started it or taken it over: whatever became of the folder.
     """
-    record, engine = read_record(folder), find_engine(folder)
-    left = [engine] if engine else _left(folder, record, sure=False)
-    rounds = iter(range(_END_ROUNDS))
-    while left and next(rounds, None) is not None:
+    record = read_record(folder)
+    engine = known if known and runs(known) else find_engine(folder)
+    if engine:
+        end_processes([engine])
+    for _ in range(_END_ROUNDS):
+        left = _group_of(engine.pid) if engine else []
+        left += _left_by(record) if record else []
+        left += _holders(folder) if _is_locked(folder) else []
+        if not left:
+            break
         end_processes(left)
-        left = _left(folder, record, sure=engine is not None)
     (folder / RECORD_FILE).unlink(missing_ok=True)
+
+
+def start_of(pid: int) -> tuple[str, int]:
+    """When a process began: the machine's boot, and clock ticks since then. A time of day would move with the clock.
+
+    Raises:
+        psutil.NoSuchProcess: there is none.
+    """
+    try:
+        stat = Path(f"/proc/{pid}/stat").read_text("utf-8", errors="replace")
+    except (FileNotFoundError, ProcessLookupError):
+        raise psutil.NoSuchProcess(pid) from None
+    return _BOOT_ID.read_text("utf-8").strip(), int(stat.rpartition(")")[2].split()[19])
 
 
 def runs(process: psutil.Process) -> bool:
@@ -135,14 +158,6 @@ def end_processes(processes: list[psutil.Process]) -> None:
             time.sleep(_END_POLL_S)
 
 
-def _left(folder: Path, record: EngineRecord | None, *, sure: bool) -> list[psutil.Process]:
-    """What runs still of an engine, by its group and by its lock."""
-    found = _group_of(record, sure=sure) if record else []
-    if _is_locked(folder):
-        found += _holders(folder)
-    return [process for process in found if runs(process)]
-
-
 def _is_locked(folder: Path) -> bool:
     try:
         with (folder / LOCK_FILE).open("rb") as file:
@@ -164,24 +179,29 @@ def _holders(folder: Path) -> list[psutil.Process]:
     return found
 
 
-def _group_of(record: EngineRecord, *, sure: bool) -> list[psutil.Process]:
-    """The processes of the group that the engine began: its core outlives it where it is killed.
-
-    A number is not given to a new process while a group has it. It may be when the whole group has ended.
-
-    Args:
-        sure: the engine's first process runs, so the group is its own. Otherwise only what is not older than the
-            engine, and runs the same interpreter.
-    """
-    with contextlib.suppress(psutil.NoSuchProcess, ValueError):
-        if psutil.Process(record.pid).create_time() != record.created:
-            return []
-    python = os.path.realpath(sys.executable)
-    found = []
+def _group_of(number: int) -> list[psutil.Process]:
+    """The processes of a group: an engine's core outlives it where it is killed."""
+    found = list[psutil.Process]()
     for process in psutil.process_iter():
         with contextlib.suppress(psutil.Error, OSError):
-            if os.getpgid(process.pid) != record.pid:
-                continue
-            if sure or (process.create_time() >= record.created and os.path.realpath(process.exe()) == python):
+            if os.getpgid(process.pid) == number and runs(process):
+                found.append(process)
+    return found
+
+
+def _left_by(record: EngineRecord) -> list[psutil.Process]:
+    """What runs still of the group of an engine that may have ended.
+
+    A number is not given to a new process while a group has it. It may be when the whole group has ended: only what
+    began in the same boot, no earlier than the engine, and runs the same interpreter is its own.
+    """
+    with contextlib.suppress(psutil.NoSuchProcess):
+        if start_of(record.pid) != (record.boot, record.ticks):
+            return []
+    found, python = list[psutil.Process](), os.path.realpath(sys.executable)
+    for process in _group_of(record.pid):
+        with contextlib.suppress(psutil.Error, OSError):
+            boot, ticks = start_of(process.pid)
+            if boot == record.boot and ticks >= record.ticks and os.path.realpath(process.exe()) == python:
                 found.append(process)
     return found

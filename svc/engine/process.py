@@ -17,7 +17,7 @@ import psutil
 
 from svc.engine.client import EngineClient
 from svc.engine.launch import EngineSpec, command, environment, launch_digest
-from svc.engine.leftover import EngineRecord, end_engine, find_engine, locked, read_record, runs, write_record
+from svc.engine.leftover import EngineRecord, end_engine, find_engine, locked, read_record, runs, start_of, write_record
 from svc.engine.phase import EnginePhase, PhaseReader
 from svc.engine.plan import EnginePlan
 from svc.errors import EngineError
@@ -85,7 +85,7 @@ class EngineProcess:
         Raises:
             EngineError: it ended, or was not ready in `start_timeout_s`; names the log and its last error.
         """
-        await asyncio.to_thread(end_engine, self.spec.runtime)  # and its memory is free again for the plan
+        await asyncio.to_thread(end_engine, self.spec.state)  # and its memory is free again for the plan
         self.plan = await asyncio.to_thread(lambda: self.spec.plan)
         self.spec.socket.unlink(missing_ok=True)
         self.spec.log.parent.mkdir(parents=True, exist_ok=True)
@@ -98,7 +98,7 @@ class EngineProcess:
 
     def _spawn(self) -> None:
         # asyncio's own subprocesses are killed when their loop ends, and these need not be.
-        with self.spec.log.open("wb") as log, locked(self.spec.runtime) as lock:
+        with self.spec.log.open("wb") as log, locked(self.spec.state) as lock:
             self._child = subprocess.Popen(
                 command(self.spec),
                 env=environment(self.spec),
@@ -112,15 +112,16 @@ class EngineProcess:
             )
         with contextlib.suppress(psutil.NoSuchProcess):  # it has ended already: nothing can be left behind
             self._process = process = psutil.Process(self._child.pid)
-            record = EngineRecord(process.pid, process.create_time(), launch_digest(self.spec), self.spec.plan.rows())
-            write_record(self.spec.runtime, record)
+            started = start_of(process.pid)
+            record = EngineRecord(process.pid, *started, launch_digest(self.spec), self.spec.plan.rows())
+            write_record(self.spec.state, record)
 
     def left_holding(self) -> str | None:
         """What an engine holds that was started alike by an earlier server and runs still; None where none does."""
-        record = read_record(self.spec.runtime)
+        record = read_record(self.spec.state)
         if record is None or record.launch != launch_digest(self.spec) or not self.spec.socket.exists():
             return None
-        return record.holds if find_engine(self.spec.runtime) else None
+        return record.holds if find_engine(self.spec.state) else None
 
     async def take_over(self) -> None:
         """Takes the engine that an earlier server left in the folder, in place of a start.
@@ -128,17 +129,17 @@ class EngineProcess:
         Raises:
             EngineError: it does not answer.
         """
-        self._process = find_engine(self.spec.runtime)
-        record = read_record(self.spec.runtime)
+        self._process = find_engine(self.spec.state)
+        record = read_record(self.spec.state)
         self.plan = EnginePlan.of_rows(record.plan) if record else None
         if self._process is None or not await self.client.healthy():
-            raise EngineError(f"the engine in {self.spec.runtime} does not answer", todo="start a new one")
+            raise EngineError(f"the engine in {self.spec.state} does not answer", todo="start a new one")
 
     def note(self, holds: str | None) -> None:
         """Writes down what it holds, for a server that comes later; None while nobody knows."""
-        record = read_record(self.spec.runtime)
+        record = read_record(self.spec.state)
         if record is not None:
-            write_record(self.spec.runtime, replace(record, holds=holds))
+            write_record(self.spec.state, replace(record, holds=holds))
 
     async def wait(self) -> int | None:
         """Returns the exit code when the server has ended: 0 when it was never started, None of one taken over."""
@@ -150,13 +151,13 @@ class EngineProcess:
 
     async def stop(self) -> None:
         """Ends the server and all its processes: first asked, then killed."""
-        if self._child or self._process or read_record(self.spec.runtime):
+        if self._child or self._process or read_record(self.spec.state):
             await asyncio.shield(asyncio.to_thread(self._end))
         await self.client.close()
         self.spec.socket.unlink(missing_ok=True)
 
     def _end(self) -> None:
-        end_engine(self.spec.runtime)
+        end_engine(self.spec.state, self._process)
         if self._child:
             self._child.wait()
 

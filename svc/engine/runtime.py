@@ -1,4 +1,8 @@
-"""The private folder for an engine's socket: short enough for a unix socket, and closed to every other user."""
+"""Where an engine's socket, lock and record are.
+
+The socket's folder is private and has a short path. Lock and record are in the home, where whoever serves
+on it next finds them.
+"""
 
 import hashlib
 import os
@@ -9,12 +13,14 @@ from pathlib import Path
 
 from svc.errors import EngineError
 
+_STATES = "engines"
+
 
 def runtime_folder(home: Path, purpose: str) -> Path:
     """Creates or checks the folder for one engine of one home.
 
-    A unix socket's path has at most 107 characters, and homes lie deep; so the folder is a short name under
-    `$XDG_RUNTIME_DIR` or the folder for temporary files.
+    A unix socket's path has at most 107 characters, and homes lie deep; so the folder is a short name under the folder
+    for temporary files. `$XDG_RUNTIME_DIR` goes when its user logs out, and a server need not.
 
     Args:
         purpose: one engine at a time for each purpose.
@@ -22,7 +28,7 @@ def runtime_folder(home: Path, purpose: str) -> Path:
     Raises:
         EngineError: the folder belongs to somebody else, or is open to others.
     """
-    parent = Path(os.environ.get("XDG_RUNTIME_DIR") or tempfile.gettempdir())
+    parent = Path(tempfile.gettempdir())
     digest = hashlib.sha256(f"{home.resolve()}\0{purpose}".encode()).hexdigest()[:12]
     folder = parent / f"tuneserve-{os.getuid()}-{digest}"
     try:
@@ -33,7 +39,7 @@ def runtime_folder(home: Path, purpose: str) -> Path:
         raise EngineError(
             f"cannot make {folder}: {error.strerror}",
             expected=f"a folder {parent} that this user can write",
-            todo="create it, or unset XDG_RUNTIME_DIR",
+            todo="create it, or set TMPDIR to another",
         ) from error
     if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.getuid() or found.st_mode & 0o077:
         raise EngineError(
@@ -42,3 +48,25 @@ def runtime_folder(home: Path, purpose: str) -> Path:
             todo=f"look who made it, then remove it: rm -r {folder}",
         )
     return folder
+
+
+def socket_folder(home: Path, replica: int) -> Path:
+    """The folder for the socket of one of a server's engines.
+
+    Raises:
+        EngineError: see `runtime_folder`.
+    """
+    return runtime_folder(home, f"serve-{replica}")
+
+
+def state_folder(home: Path, replica: int) -> Path:
+    """The folder for the lock and the record of one of a server's engines; made where it is not there."""
+    folder = home / _STATES / str(replica)
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
+
+
+def state_folders(home: Path) -> dict[int, Path]:
+    """Those that there are, by replica."""
+    folders = (home / _STATES).iterdir() if (home / _STATES).is_dir() else iter(())
+    return dict(sorted((int(folder.name), folder) for folder in folders if folder.name.isdecimal()))

@@ -17,7 +17,7 @@ import psutil
 from examples.load import Load
 from examples.service import svc, svc_json, wait_until_ready
 from svc.engine.leftover import find_engine
-from svc.engine.runtime import runtime_folder
+from svc.engine.runtime import state_folders
 
 Prompts = list[list[dict[str, str]]]
 
@@ -72,8 +72,7 @@ class Instance:
 
     def engines(self) -> list[psutil.Process]:
         """vLLM's first processes, by replica."""
-        folders = sorted(runtime_folder(self.home, "serve").iterdir())
-        found = [find_engine(folder) for folder in folders if folder.is_dir()]
+        found = [find_engine(folder) for folder in state_folders(self.home).values()]
         return [engine for engine in found if engine is not None]
 
     def status(self) -> Any:

@@ -22,7 +22,7 @@ from examples.service import engine_pid, svc, svc_json
 from examples.tamper import alter_weights, replace_weights
 from svc.engine.client import EngineClient
 from svc.engine.launch import SOCKET_FILE
-from svc.engine.runtime import runtime_folder
+from svc.engine.runtime import socket_folder
 from svc.evaluation.evaluator import mean_logprob
 from svc.registry.registry import Registry
 from svc.registry.version import Format, VersionId
@@ -115,7 +115,7 @@ def test_a_live_answer_gets_the_score_that_the_engine_gives_its_text(server: Ser
             return session.scalar(mine)
 
     async def score_again() -> float:
-        async with EngineClient.over_socket(runtime_folder(server.home, "serve") / SOCKET_FILE, "tiny") as engine:
+        async with EngineClient.over_socket(socket_folder(server.home, 0) / SOCKET_FILE, "tiny") as engine:
             return await mean_logprob(engine, await engine.prompt_tokens(messages), (await engine.tokens(text))[:8])
 
     assert _wait_for(score) == pytest.approx(asyncio.run(score_again()), abs=0.01)

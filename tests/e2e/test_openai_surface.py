@@ -12,7 +12,7 @@ from sqlalchemy import select
 from sqlalchemy.orm import Session
 
 from svc.engine.launch import SOCKET_FILE
-from svc.engine.runtime import runtime_folder
+from svc.engine.runtime import socket_folder
 from svc.store.database import open_database
 from svc.store.tables import RequestRow
 from tests.e2e.server import Server
@@ -27,7 +27,7 @@ CHOICE = {"enum": ["yes", "no"]}
 @pytest.fixture
 def engine(server: Server) -> Iterator[httpx.Client]:
     """The engine itself, behind the server."""
-    transport = httpx.HTTPTransport(uds=str(runtime_folder(server.home, "serve") / SOCKET_FILE))
+    transport = httpx.HTTPTransport(uds=str(socket_folder(server.home, 0) / SOCKET_FILE))
     with httpx.Client(transport=transport, base_url="http://engine") as client:
         yield client
 

@@ -41,7 +41,7 @@ class Home:
         monkeypatch.setattr(Registry, "of", lambda settings: self.registry)
 
     def _launch(self, spec: EngineSpec) -> LastingEngine:
-        return self.park.launch(int(spec.runtime.name), spec.model, spec.socket)
+        return self.park.launch(int(spec.state.name), spec.model, spec.socket)
 
     async def serve(self, claim: server.Claim, model: str | None = None) -> None:
         """What `svc serve` does with a claim."""

@@ -20,6 +20,7 @@ def spec(folder: Path, **settings: Any) -> EngineSpec:
         model=folder / "model",
         served_name="tuned",
         runtime=folder / "run",
+        state=folder / "state",
         log=folder / "engine.log",
         cache=folder / "cache",
         settings=EngineSettings(**{"device": Device.CPU, **settings}),

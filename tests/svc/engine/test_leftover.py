@@ -9,6 +9,7 @@ import sys
 import threading
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager, suppress
+from dataclasses import asdict, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -34,7 +35,7 @@ folder, server, mode, fail = Path(sys.argv[1]), sys.argv[2], sys.argv[3], sys.ar
 process.command = lambda spec: [sys.executable, server, mode, str(spec.socket)]
 if fail == "no-record":
     process.write_record = lambda folder, record: None
-spec = EngineSpec(folder / "one", "tuned", folder, folder / "engine.log", folder, EngineSettings(device="cpu"))
+spec = EngineSpec(folder / "one", "tuned", folder, folder, folder / "engine.log", folder, EngineSettings(device="cpu"))
 
 async def main():
     engine = process.EngineProcess(spec)
@@ -56,7 +57,7 @@ def folder() -> Iterator[Path]:
 
 def engine_in(folder: Path, model: str = "two", **settings: object) -> EngineProcess:
     chosen = EngineSettings.model_validate({"device": Device.CPU, **settings})
-    return EngineProcess(EngineSpec(folder / model, "tuned", folder, folder / "engine.log", folder, chosen))
+    return EngineProcess(EngineSpec(folder / model, "tuned", folder, folder, folder / "engine.log", folder, chosen))
 
 
 @asynccontextmanager
@@ -176,8 +177,9 @@ async def test_another_process_with_the_number_of_a_dead_engine_is_left_alone(fo
     arguments = [sys.executable, "-c", "import time; time.sleep(60)"]
     stranger = await asyncio.create_subprocess_exec(*arguments, process_group=0)
     try:
-        text = json.dumps({"pid": stranger.pid, "created": record.created, "launch": "", "holds": None})
+        text = json.dumps(asdict(replace(record, pid=stranger.pid)))
         (folder / RECORD_FILE).write_text(text)
+        assert read_record(folder) is not None
         assert find_engine(folder) is None
         await asyncio.to_thread(end_engine, folder)
         assert stranger.returncode is None
@@ -204,6 +206,17 @@ async def test_one_that_is_left_runs_on(folder: Path, monkeypatch: pytest.Monkey
         await taker.stop()
 
 
+async def test_one_that_was_taken_over_is_ended_whatever_became_of_its_folder(folder: Path) -> None:
+    async with orphan(folder) as engine:
+        taker, core = engine_in(folder), child(folder)
+        await taker.take_over()
+        (folder / LOCK_FILE).unlink()
+        (folder / RECORD_FILE).unlink()
+        await taker.stop()
+        assert not runs(engine)
+        assert not runs(core)
+
+
 async def test_what_is_noted_replaces_what_was(folder: Path) -> None:
     async with orphan(folder):
         taker = engine_in(folder)
@@ -213,7 +226,9 @@ async def test_what_is_noted_replaces_what_was(folder: Path) -> None:
         assert taker.left_holding() == "three"
 
 
-@pytest.mark.parametrize("text", ["", "{", "[]", "{}", '{"pid": "x", "created": 1, "launch": "", "holds": null}'])
+@pytest.mark.parametrize(
+    "text", ["", "{", "[]", "{}", '{"pid": "x", "boot": "", "ticks": 1, "plan": [], "launch": ""}']
+)
 def test_a_damaged_record_is_none(folder: Path, text: str) -> None:
     (folder / RECORD_FILE).write_text(text)
     (folder / LOCK_FILE).touch()

@@ -33,7 +33,7 @@ from svc.settings import EngineSettings
 
 folder, server = Path(sys.argv[1]), sys.argv[2]
 process.command = lambda spec: [sys.executable, server, "family", str(spec.socket)]
-spec = EngineSpec(folder, "tuned", folder, folder / "engine.log", folder, EngineSettings(device="cpu"))
+spec = EngineSpec(folder, "tuned", folder, folder, folder / "engine.log", folder, EngineSettings(device="cpu"))
 
 async def main():
     engine = process.EngineProcess(spec)
@@ -66,6 +66,7 @@ async def engine_in(folder: Path, monkeypatch: pytest.MonkeyPatch) -> AsyncItera
             model=folder / "model",
             served_name="tuned",
             runtime=folder,
+            state=folder,
             log=folder / "logs" / "engine.log",
             cache=folder,
             settings=EngineSettings(device=Device.CPU, **settings),

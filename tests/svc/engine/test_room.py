@@ -29,7 +29,7 @@ def shortage(monkeypatch: pytest.MonkeyPatch, model: Path, machine: Machine, **s
     for module in (room, launch):
         monkeypatch.setattr(module, "read_machine", lambda **_: machine)
     chosen = EngineSettings(device="cuda" if machine.gpus else "cpu", **settings)
-    return room.shortage(EngineSpec(model, "tuned", model, model / "engine.log", model, chosen))
+    return room.shortage(EngineSpec(model, "tuned", model, model, model / "engine.log", model, chosen))
 
 
 def host(free: int, *gpus: int) -> Machine:

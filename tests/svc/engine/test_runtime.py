@@ -1,6 +1,7 @@
 """The engine's socket lies in a folder that no other user can enter."""
 
 import os
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -13,7 +14,7 @@ from svc.errors import EngineError
 @pytest.fixture
 def parent(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Where runtime folders are made."""
-    monkeypatch.setenv("XDG_RUNTIME_DIR", str(tmp_path / "run"))
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "run"))
     (tmp_path / "run").mkdir()
     return tmp_path / "run"
 
@@ -33,8 +34,7 @@ def test_homes_and_purposes_do_not_share(parent: Path, tmp_path: Path) -> None:
     assert len(folders) == 4
 
 
-def test_the_path_of_the_socket_is_short_however_deep_the_home_lies(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv("XDG_RUNTIME_DIR", raising=False)
+def test_the_path_of_the_socket_is_short_however_deep_the_home_lies() -> None:
     folder = runtime_folder(Path("/" + "deep/" * 60), "a-run-with-a-long-name" * 5)
     folder.rmdir()
     assert len(str(folder / SOCKET_FILE)) < 108
@@ -72,8 +72,8 @@ def test_another_users_folder_is_refused(parent: Path, tmp_path: Path, monkeypat
         runtime_folder(tmp_path, "serve")
 
 
-def test_a_runtime_folder_of_the_system_that_is_gone_says_what_to_do(parent: Path, tmp_path: Path) -> None:
+def test_a_folder_for_temporary_files_that_is_gone_says_what_to_do(parent: Path, tmp_path: Path) -> None:
     parent.rmdir()
     with pytest.raises(EngineError, match="cannot make") as caught:
         runtime_folder(tmp_path, "serve")
-    assert "XDG_RUNTIME_DIR" in caught.value.todo
+    assert "TMPDIR" in caught.value.todo
