@@ -51,12 +51,13 @@ def serve(ctx: click.Context, model: str | None, format_name: str | None, host: 
     async def run() -> None:
         with server.claim(settings) as claim, ExitStack() as bar:
             desired = choose_desired(registry, store, model, Format(format_name) if format_name else None)
-            console.print(f"{desired.target}: starting vLLM, about 40 s; log {settings.home / 'logs' / 'engine-0.log'}")
+            log = settings.home / "logs" / "engine-0.log"
+            console.print(f"{desired.target}: starting vLLM, about 40 s where none was left running; log {log}")
             on_phase = bar.enter_context(advancing("engine", tuple(EnginePhase)))
 
-            def on_ready() -> None:
+            def on_ready(target: Target) -> None:
                 bar.close()
-                console.print(f"[green]serving {desired.target} on {claim.url}/v1[/green]")
+                console.print(f"[green]serving {target} on {claim.url}/v1[/green]")
 
             await server.serve(settings, registry, store, desired, claim, on_phase=on_phase, on_ready=on_ready)
 

@@ -115,9 +115,10 @@ class Exchange:
         """Answers, with an error where it must be."""
         settings = self._gateway.settings
         try:
-            body = await read_body(
-                self._scope, receive, max_bytes=settings.max_body_bytes, timeout_s=settings.request_timeout_s
-            )
+            with self._gateway.door.reading():
+                body = await read_body(
+                    self._scope, receive, max_bytes=settings.max_body_bytes, timeout_s=settings.request_timeout_s
+                )
             self._started = self._clock()
             self._request = request = parse_request(body, self._route, engine_model=self._gateway.routes.name)
             del body

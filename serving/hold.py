@@ -10,8 +10,8 @@ One event loop, no locks: every change of state happens between two awaits.
 
 import asyncio
 from collections import deque
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager, suppress
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager, contextmanager, suppress
 from typing import ClassVar
 
 from svc.errors import SvcError
@@ -78,6 +78,8 @@ class Admission:
         self._max_held = max_held
         self._hold_timeout_s = hold_timeout_s
         self._running = 0
+        self._reading = 0
+        self._most_held = 0
         self._waiting: deque[asyncio.Future[None]] = deque()
         self._closed = False
         self._unavailable: str | None = self._STARTING
@@ -96,9 +98,29 @@ class Admission:
         return len(self._waiting)
 
     @property
+    def most_held(self) -> int:
+        """Most requests that waited at once, since the door was closed last."""
+        return self._most_held
+
+    @property
     def unavailable_reason(self) -> str | None:
         """Why there is no engine; None when there is one."""
         return self._unavailable
+
+    @contextmanager
+    def reading(self) -> Iterator[None]:
+        """Before the door: a request whose body comes in during the body. As many at once as may run and wait.
+
+        Raises:
+            OverloadedError: so many come in already; their bodies take memory, and may never end.
+        """
+        if self._reading >= self._max_running + self._max_held:
+            raise OverloadedError(f"{self._reading} requests are being sent", todo="send the request again later")
+        self._reading += 1
+        try:
+            yield
+        finally:
+            self._reading -= 1
 
     @asynccontextmanager
     async def admit(self) -> AsyncIterator[None]:
@@ -156,7 +178,7 @@ class Admission:
         """
         if self._closed:
             raise RuntimeError("the door is closed already")
-        self._closed = True
+        self._closed, self._most_held = True, 0
         self.end_aside()
         self._show()
         try:
@@ -229,6 +251,7 @@ class Admission:
         loop = asyncio.get_running_loop()
         place: asyncio.Future[None] = loop.create_future()
         self._waiting.append(place)
+        self._most_held = max(self._most_held, len(self._waiting))
         # The timer settles the future itself: with asyncio.timeout a place given in the same tick would be lost.
         timer = loop.call_later(self._hold_timeout_s, self._expire, place)
         try:

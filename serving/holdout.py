@@ -19,7 +19,6 @@ from sqlalchemy.exc import SQLAlchemyError
 
 from serving.own_questions import OwnQuestions, SupersededError
 from serving.pool import EnginePool
-from serving.routing import Routes
 from serving.supervisor import Load
 from serving.traffic import Traffic
 from svc.dataset.example import ChatExample
@@ -82,7 +81,6 @@ class HoldoutRuns:
         questions: OwnQuestions,
         *,
         pool: EnginePool,
-        routes: Routes,
         registry: Registry,
         store: Store,
         traffic: Traffic,
@@ -91,7 +89,6 @@ class HoldoutRuns:
     ) -> None:
         self._questions = questions
         self._pool = pool
-        self._routes = routes
         self._registry = registry
         self._store = store
         self._traffic = traffic
@@ -162,9 +159,10 @@ class HoldoutRuns:
         Raises:
             SupersededError: it was cut off, and is to begin anew.
         """
-        load, served = self._pool.load, self._routes.served
-        if served is None:
+        lead = self._pool.lead
+        if lead is None or lead.served is None:
             return
+        load, served = lead.load, lead.served
         target, began, started_at = Target(served.version, served.format), time.monotonic(), datetime.now(UTC)
         self._traffic.holdout_due(served, self._every_s)
         results, reason = await self._attempt(load, target, cause)

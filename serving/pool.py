@@ -8,7 +8,7 @@ import asyncio
 import itertools
 import logging
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -19,7 +19,6 @@ from serving.hold import Admission, EngineUnavailableError
 from serving.routing import Routes, Served
 from serving.supervisor import Load, Supervisor
 from serving.traffic import Traffic
-from svc.engine.client import EngineClient
 from svc.engine.state import EngineState
 from svc.store.desired import Target
 
@@ -119,17 +118,6 @@ class EnginePool:
         return (self.lead or self.members[0]).load
 
     @property
-    def client(self) -> EngineClient:
-        """The lead's.
-
-        Raises:
-            RuntimeError: no engine takes requests.
-        """
-        if self.lead is None:
-            raise RuntimeError("no engine takes requests")
-        return self.lead.client
-
-    @property
     def state(self) -> EngineState:
         """Of the engines together: the best that one of them is in."""
         states = {member.state for member in self.members}
@@ -194,7 +182,7 @@ class EnginePool:
         """Takes over the engines with a version that an earlier server left running, and then ends all others of it.
 
         Returns:
-            Whether there was one; where not, nothing was ended.
+            Whether there was one; where not, only those were ended that did not prove that they hold it.
         """
         taken: list[Supervisor] = []
         for number in self._leftovers.numbers():
@@ -222,14 +210,17 @@ class EnginePool:
             if number not in members:
                 await asyncio.to_thread(self._leftovers.end, number)
 
-    async def lost(self) -> Supervisor:
-        """Returns a member that has no engine: it died, or was never started."""
-        while True:
-            self._changed.clear()
-            for member in self.members:
-                if member.state in _DOWN:
-                    return member
-            await self._changed.wait()
+    @property
+    def down(self) -> list[Supervisor]:
+        """Members that have no engine that works: it died, or was never started."""
+        return [member for member in self.members if member.state in _DOWN]
+
+    async def changed(self, timeout_s: float | None) -> None:
+        """Returns when an engine has changed its state, or after so many seconds."""
+        self._changed.clear()
+        with suppress(TimeoutError):
+            async with asyncio.timeout(timeout_s):
+                await self._changed.wait()
 
     def count_restart(self) -> None:
         """Counts a start after a death."""
@@ -281,7 +272,8 @@ class EnginePool:
         self._traffic.engine_states([engine.state for engine in self.all])
         ready = self.ready
         if ready:
-            self._routes.load({engine.served for engine in ready if engine.served})
+            drained = [member for member in self.members if member.state is EngineState.DRAINING]
+            self._routes.load({engine.served for engine in [*ready, *drained] if engine.served})
             self._door.available()
         elif not any(member.state in _CHANGING for member in self.members):
             self._door.unavailable(_why_none({member.state for member in self.members}))

@@ -7,6 +7,7 @@ neither: what serves goes on, and the wish is read later.
 
 import asyncio
 import logging
+from dataclasses import dataclass
 from functools import partial
 
 from sqlalchemy import Engine as Store
@@ -31,6 +32,21 @@ _STORE_PAUSE_S = 2.0
 _ALIAS_WAIT_S = 5.0
 """A promotion is told done when MLflow says so too, or after this."""
 _BACKOFF_S = (1.0, 2.0, 4.0, 8.0, 16.0, 32.0, 60.0)
+
+
+@dataclass(slots=True)
+class _Turn:
+    """When a member without an engine gets one.
+
+    Attributes:
+        at: loop time, seconds.
+        attempts: starts that failed.
+        died: it had an engine.
+    """
+
+    at: float
+    attempts: int
+    died: bool
 
 
 class Reconciler:
@@ -63,6 +79,7 @@ class Reconciler:
         self._traffic = traffic
         self._alias = alias
         self._backoff_s = backoff_s
+        self._turns: dict[Supervisor, _Turn] = {}
         self.last_error: str | None = None
 
     @property
@@ -125,18 +142,20 @@ class Reconciler:
     async def run(self) -> None:
         """Runs until it is cancelled; `start` comes before."""
         while True:
-            lost = asyncio.create_task(self._pool.lost())
+            due = asyncio.create_task(self._due())
             changed = asyncio.create_task(self._changed())
             try:
-                done, _ = await asyncio.wait({lost, changed}, return_when=asyncio.FIRST_COMPLETED)
+                done, _ = await asyncio.wait({due, changed}, return_when=asyncio.FIRST_COMPLETED)
             finally:
-                lost.cancel()
+                due.cancel()
                 changed.cancel()
+                # Not beside what comes now: it may be ending an engine.
+                await asyncio.gather(due, changed, return_exceptions=True)
             try:
-                if lost in done:
-                    await self._revive(lost.result())
-                else:
+                if changed in done:
                     await self._promote(changed.result())
+                else:
+                    await self._revive(due.result())
             except SQLAlchemyError as error:
                 self.last_error = f"the store does not answer: {error}"
                 log.exception("the store does not answer; what serves goes on")
@@ -155,28 +174,39 @@ class Reconciler:
                 await asyncio.sleep(_STORE_PAUSE_S)
             await asyncio.sleep(_POLL_S)
 
+    async def _due(self) -> Supervisor:
+        """Returns a member without an engine when its turn has come; what is left of the engine was ended."""
+        now = asyncio.get_running_loop().time
+        while True:
+            down = self._pool.down
+            self._turns = {engine: turn for engine, turn in self._turns.items() if engine in down}
+            for engine in down:
+                if engine not in self._turns:
+                    died = engine.state is EngineState.FAILED
+                    if died:
+                        self.last_error = f"replica {engine.replica} died: {engine.why}"
+                    self._turns[engine] = _Turn(now() + self._backoff_s[0], 0, died)
+                if engine.runs:
+                    await engine.stop(engine.state)
+            first = min(down, key=lambda engine: self._turns[engine].at, default=None)
+            wait_s = self._turns[first].at - now() if first else None
+            if first and wait_s is not None and wait_s <= 0:
+                return first
+            await self._pool.changed(wait_s)
+
     async def _revive(self, engine: Supervisor) -> None:
-        """Starts an engine until it serves; waits longer after each failure. A new wish is taken up at once."""
-        if engine.state is EngineState.FAILED:
-            self.last_error = f"replica {engine.replica} died: {engine.why}"
-        died = engine.state is EngineState.FAILED
-        await engine.stop(engine.state)
-        attempt = 0
-        while engine in self._pool.members and not engine.runs:
-            pause_s = self._backoff_s[min(attempt, len(self._backoff_s) - 1)]
-            attempt += 1
-            try:
-                desired = await asyncio.wait_for(self._changed(), pause_s)
-            except TimeoutError:
-                if died:
-                    self._pool.count_restart()
-                error = await self._start(engine, self._actual.target)
-                if error is None:
-                    self._serves()
-                else:
-                    self.last_error = error
-            else:
-                await self._promote(desired)
+        """Starts an engine; where it fails, its next turn comes later than this one did."""
+        turn = self._turns[engine]
+        if turn.died:
+            self._pool.count_restart()
+        error = await self._start(engine, self._actual.target)
+        if error is None:
+            self._serves()
+            return
+        self.last_error = error
+        turn.attempts += 1
+        pause_s = self._backoff_s[min(turn.attempts, len(self._backoff_s) - 1)]
+        turn.at = asyncio.get_running_loop().time() + pause_s
 
     async def _promote(self, desired: Desired) -> None:
         before = self._actual
@@ -205,6 +235,7 @@ class Reconciler:
         else:
             self._failed = desired
             self.last_error = result.reason
+            self._serves()
             await self._put_back(desired, before)
 
     async def _start(self, engine: Supervisor, target: Target) -> str | None:

@@ -55,11 +55,11 @@ class Routes:
 
     def serve(self, served: Served) -> None:
         """From now on this version is the one in production."""
-        self._served = served
-        self._since = int(self._clock())
+        if served != self._served:
+            self._served, self._since = served, int(self._clock())
 
     def load(self, loaded: set[Served]) -> None:
-        """From now on engines take requests for these versions: two during a swap of several engines."""
+        """From now on engines hold these versions: two during a swap of several engines."""
         self._loaded = loaded
 
     def names(self) -> tuple[str, ...]:

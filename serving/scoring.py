@@ -19,7 +19,6 @@ from sqlalchemy import Engine as Store
 from serving.openai_api.route import Route
 from serving.own_questions import OwnQuestions, SupersededError
 from serving.pool import EnginePool
-from serving.routing import Routes
 from serving.supervisor import Load
 from svc.engine.client import EngineClient
 from svc.engine.state import EngineState
@@ -54,7 +53,6 @@ class LiveScores:
         *,
         busy: Callable[[], bool],
         pool: EnginePool,
-        routes: Routes,
         registry: Registry,
         store: Store,
         per_hour: int,
@@ -62,7 +60,6 @@ class LiveScores:
         self._questions = questions
         self._busy = busy
         self._pool = pool
-        self._routes = routes
         self._registry = registry
         self._store = store
         self._per_hour = per_hour
@@ -99,10 +96,10 @@ class LiveScores:
         Raises:
             SupersededError: the engine was loaded again meanwhile.
         """
-        load, served = self._pool.load, self._routes.served
-        if served is None:
+        lead = self._pool.lead
+        if lead is None or lead.target is None:
             return False
-        target = Target(served.version, served.format)
+        load, target = lead.load, lead.target
         if load != self._load:
             self._load, self._cut = load, await asyncio.to_thread(self._find_cut, target)
         cut = self._cut

@@ -50,7 +50,7 @@ from svc.lock import hold_lock
 from svc.registry.registry import Registry
 from svc.server_url import LOCK_FILE
 from svc.settings import Settings
-from svc.store.desired import Desired
+from svc.store.desired import Desired, Target
 from svc.store.swaps import find_swap
 
 log = logging.getLogger(__name__)
@@ -101,7 +101,7 @@ async def serve(
     claim: Claim,
     *,
     on_phase: Callable[[str], None],
-    on_ready: Callable[[], None],
+    on_ready: Callable[[Target], None],
 ) -> None:
     """Serves until SIGTERM, SIGINT or SIGHUP; a second one ends it without waiting for the answers that run.
 
@@ -110,7 +110,7 @@ async def serve(
     Args:
         desired: what to load first.
         on_phase: hears what the start is doing.
-        on_ready: called when requests are answered.
+        on_ready: hears what is served, when requests are answered.
 
     Raises:
         SvcError: the version cannot be loaded.
@@ -190,6 +190,7 @@ class _Server:
             choice=limits.swap,
             shortage=lambda target: slots.shortage(registry.artifact(target.version, target.format)),
             drain_timeout_s=limits.drain_timeout_s,
+            retire_timeout_s=limits.retire_timeout_s,
         )
         self._alias = ProductionAlias(registry.tracking)
         self._reconciler = Reconciler(
@@ -215,7 +216,6 @@ class _Server:
         self._holdout = HoldoutRuns(
             questions,
             pool=self._pool,
-            routes=self._routes,
             registry=registry,
             store=store,
             traffic=self._traffic,
@@ -226,7 +226,6 @@ class _Server:
             questions,
             busy=lambda: self._holdout.under_way,
             pool=self._pool,
-            routes=self._routes,
             registry=registry,
             store=store,
             per_hour=settings.holdout.scored_per_hour if settings.records.content_share else 0,
@@ -245,7 +244,7 @@ class _Server:
             self._http.force_exit = True
         self._stopping.set()
 
-    async def run(self, door: socket.socket, on_ready: Callable[[], None]) -> None:
+    async def run(self, door: socket.socket, on_ready: Callable[[Target], None]) -> None:
         """Answers from the first moment, with 503 until the engine has started; returns when it was told to stop."""
         self._records.start()
         app = build_app(
@@ -285,9 +284,9 @@ class _Server:
         for task in done:
             task.result()
 
-    async def _control(self, on_ready: Callable[[], None]) -> None:
+    async def _control(self, on_ready: Callable[[Target], None]) -> None:
         await self._reconciler.start()
-        on_ready()
+        on_ready(self._reconciler.actual.target)
         await self._reconciler.run()
 
     def status(self) -> Mapping[str, Any]:
@@ -309,7 +308,7 @@ class _Server:
                 {
                     "replica": engine.replica,
                     "state": engine.state.value,
-                    "version": str(engine.target.version) if engine.target else None,
+                    "version": str(served.version) if (served := engine.served) else None,
                     "running": engine.running,
                 }
                 for engine in self._pool.all

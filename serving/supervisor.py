@@ -101,7 +101,8 @@ class Supervisor:
     @property
     def plan(self) -> EnginePlan | None:
         """How the engine was started; None where none was."""
-        return self._engine.plan if self._engine else None
+        engine = self._engine  # once: the status is made in another thread
+        return engine.plan if engine else None
 
     @property
     def runs(self) -> bool:
@@ -111,7 +112,8 @@ class Supervisor:
     @property
     def served(self) -> Served | None:
         """What the engine holds, as clients are told."""
-        return Served(self.target.version, self.target.format) if self.target else None
+        target = self.target  # once, as above
+        return Served(target.version, target.format) if target else None
 
     @property
     def running(self) -> int:
@@ -190,14 +192,21 @@ class Supervisor:
         self.enter(EngineState.READY)
         return True
 
+    def forget(self) -> None:
+        """From now on nobody knows what the engine holds; a later server would not take it over.
+
+        Raises:
+            OSError: that cannot be written down.
+        """
+        self._started.note(None)
+        self.target = None
+
     async def exchange(self, folder: Path) -> None:
-        """Loads other weights in place and forgets what the older ones computed; `prove` comes next.
+        """Loads other weights in place and forgets what the older ones computed; `forget` comes before, `prove` next.
 
         Raises:
             EngineError: the engine did not take them; it counts as dead.
         """
-        self.target = None
-        self._started.note(None)
         await self.client.reload_weights(folder)
         await self.client.reset_prefix_cache()
 
@@ -212,7 +221,10 @@ class Supervisor:
         """
         found = await self._proof.probes(self.client, target)
         self.target = target
-        self._started.note(str(target))
+        try:
+            self._started.note(str(target))
+        except OSError:  # it serves all the same
+            log.exception("replica %d: a later server cannot take it over", self.replica)
         log.info("replica %d holds %s: %s", self.replica, target, found)
         return found
 

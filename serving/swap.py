@@ -13,8 +13,8 @@ import asyncio
 import logging
 import time
 from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
-from dataclasses import dataclass
+from contextlib import asynccontextmanager, suppress
+from dataclasses import dataclass, replace
 
 from serving.hold import Admission
 from serving.pool import EnginePool
@@ -69,6 +69,7 @@ class Swap:
         choice: whether a second engine is started where a reload in place would do.
         shortage: why there is no room for a second engine with a version; None where there is.
         drain_timeout_s: longest wait for the requests that run in an engine, in place.
+        retire_timeout_s: the same for an engine that serves and must be replaced.
     """
 
     def __init__(
@@ -82,6 +83,7 @@ class Swap:
         choice: SwapChoice,
         shortage: Callable[[Target], str | None],
         drain_timeout_s: float,
+        retire_timeout_s: float,
     ) -> None:
         self._registry = registry
         self._proof = proof
@@ -91,6 +93,7 @@ class Swap:
         self._choice = choice
         self._shortage = shortage
         self._drain_timeout_s = drain_timeout_s
+        self._retire_timeout_s = retire_timeout_s
 
     async def run(self, current: Target, target: Target, report: Report) -> SwapResult:
         """Swaps, or leaves `current` serving. Raises for nothing that has to do with the two versions.
@@ -152,17 +155,24 @@ class Swap:
             changed.append(engine)
             if len(self._pool.members) > 1:
                 change.report(f"{len(changed)} of {len(self._pool.members)} engines hold {change.target}")
+        if not changed:
+            return SwapOutcome.FAILED, "the engine died before it was changed"
         self._routes.serve(Served(change.target.version, change.target.format))
         return SwapOutcome.SUCCEEDED, None
 
     async def _back(self, change: _Change, changed: list[Supervisor]) -> SwapOutcome:
         """Brings the version before back to engines that were changed already, in the way in which they were."""
         worst = SwapOutcome.RESTORED
-        back = _Change(change.target, change.current, change.kind, "", change.report, change.running)
+        back = replace(change, target=change.current)  # and whatever fails, the version before is what comes
         for engine in changed:
+            if engine.state is not EngineState.READY:
+                continue  # it died meanwhile: it is started again with the version before
             outcome, _, engine = await self._change_one(back, engine)
-            if outcome is not SwapOutcome.SUCCEEDED:
-                worst = await self._replace_engine(change, engine)
+            if outcome is SwapOutcome.REFUSED:
+                outcome = await self._replace_serving(back, engine)
+            if outcome is SwapOutcome.FAILED:
+                worst = outcome
+        change.held_s, change.held = back.held_s, back.held
         return worst
 
     async def _change_one(self, change: _Change, engine: Supervisor) -> tuple[SwapOutcome, str | None, Supervisor]:
@@ -171,13 +181,20 @@ class Swap:
             return await self._blue_green(change, engine)
         try:
             return *await self._in_place(change, engine), engine
-        except RequestsRunError as error:
-            change.report(f"{error.wrong}: they need not end where a second engine starts")
-            change.why = f"{error.wrong}; serve.drain_timeout_s may be longer"
+        except EngineError as error:
+            change.report(f"not in place: {error.wrong}")
+            change.why = error.wrong
             return await self._blue_green(change, engine)
+        except OSError as error:
+            log.warning("%s cannot be noted for an engine", change.target, exc_info=True)
+            return SwapOutcome.REFUSED, str(error), engine
 
     async def _blue_green(self, change: _Change, old: Supervisor) -> tuple[SwapOutcome, str | None, Supervisor]:
-        shortage = await self._find_shortage(change.target)
+        try:
+            shortage = await self._find_shortage(change.target)
+        except (SvcError, OSError) as error:
+            log.warning("no second engine with %s", change.target, exc_info=True)
+            return SwapOutcome.REFUSED, str(error), old
         if shortage:
             change.report(f"no room for a second engine: {shortage}")
             return SwapOutcome.REFUSED, f"no room for a second engine: {shortage} ({change.why})", old
@@ -206,7 +223,8 @@ class Swap:
             await asyncio.sleep(_ROOM_POLL_S)
 
     def _serve_if_only(self, change: _Change) -> None:
-        if len(self._pool.ready) <= 1:
+        """Where others still hold the version before, that one is in production until all are changed."""
+        if len(self._pool.running) <= 1:
             self._routes.serve(Served(change.target.version, change.target.format))
 
     async def _in_place(self, change: _Change, engine: Supervisor) -> tuple[SwapOutcome, str | None]:
@@ -215,10 +233,11 @@ class Swap:
             try:
                 await self._drain(engine)
             except EngineError as error:
-                if not await engine.client.healthy():
+                # Where requests run still, an engine that hangs is found by the pool, which is more patient.
+                if not isinstance(error, RequestsRunError) and not await engine.client.healthy():
                     return await self._replace_engine(change, engine), str(error)
                 engine.enter(EngineState.READY)
-                raise RequestsRunError(error.wrong) from error
+                raise
             except BaseException:
                 engine.enter(EngineState.READY)
                 raise
@@ -244,19 +263,23 @@ class Swap:
                 yield
             finally:
                 change.held_s = (change.held_s or 0.0) + time.monotonic() - closed
-                change.held = max(change.held or 0, self._door.held)
+                change.held = max(change.held or 0, self._door.most_held)
 
     async def _drain(self, engine: Supervisor) -> None:
         """Returns when no request runs: none that a client waits for, and none that one left behind in the engine.
 
         Raises:
-            EngineError: some still ran after the timeout, or the engine is gone.
+            RequestsRunError: some still ran after the timeout.
+            EngineError: the engine is gone, or still busy.
+            OSError: a later server cannot be told that the engine holds the version before no more.
         """
         try:
             await engine.drained(self._drain_timeout_s)
-            await engine.client.reset_prefix_cache()
         except TimeoutError:
-            raise EngineError(f"{engine.running} requests still ran after {self._drain_timeout_s:.0f} s") from None
+            after = f"after {self._drain_timeout_s:g} s (serve.drain_timeout_s)"
+            raise RequestsRunError(f"{engine.running} requests still ran {after}") from None
+        await engine.client.reset_prefix_cache()
+        engine.forget()
 
     async def _exchange(self, change: _Change, engine: Supervisor) -> tuple[SwapOutcome, str | None]:
         try:
@@ -291,18 +314,31 @@ class Swap:
         engine.enter(EngineState.READY)
         return SwapOutcome.RESTORED
 
+    async def _replace_serving(self, change: _Change, engine: Supervisor) -> SwapOutcome:
+        """A new engine with the version before for one that serves; it answers first what runs in it."""
+        async with self._without(change, engine):
+            engine.enter(EngineState.DRAINING)
+            with suppress(TimeoutError):
+                await engine.drained(self._retire_timeout_s)
+            return SwapOutcome.RESTORED if await self._start_before(change, engine) else SwapOutcome.FAILED
+
     async def _replace_engine(self, change: _Change, engine: Supervisor) -> SwapOutcome:
-        """A new engine with the version before. If it does not start, the reconciler goes on trying."""
+        """A new engine with the version before for one that is dead or cannot be trusted."""
         change.report("the engine cannot go on: replacing it")
         self._pool.count_restart()
+        await self._start_before(change, engine)
+        return SwapOutcome.FAILED
+
+    async def _start_before(self, change: _Change, engine: Supervisor) -> bool:
+        """Whether it starts; if not, the reconciler goes on trying."""
         try:
             await engine.start(change.current)
-        except Exception as error:
+        except Exception as error:  # whatever it was, it may be gone later
             log.exception("the new engine did not start")
             change.report(f"the new engine did not start: {_line(error)}")
-        else:
-            change.report(f"a new engine runs {change.current}")
-        return SwapOutcome.FAILED
+            return False
+        change.report(f"a new engine runs {change.current}")
+        return True
 
 
 def _severity(outcome: SwapOutcome) -> int:

@@ -7,7 +7,7 @@ from CUDA.
 from svc.engine.launch import EngineSpec, device_of
 from svc.engine.machine import read_machine
 from svc.engine.model_facts import read_model_facts
-from svc.engine.plan import GIB
+from svc.engine.plan import GIB, Origin
 from svc.settings import Device
 
 _OVERHEAD_BYTES = 2 * GIB
@@ -19,7 +19,8 @@ long prompt needs."""
 def shortage(spec: EngineSpec) -> str | None:
     """Why an engine would not find the memory that it needs; None where it would.
 
-    It needs its weights, keys and values of one sequence, and what any engine takes.
+    It needs its weights, keys and values of one sequence, and what any engine takes. Where the share of a GPU is given,
+    vLLM wants all of that share to be free.
 
     Args:
         spec: the engine.
@@ -31,7 +32,11 @@ def shortage(spec: EngineSpec) -> str | None:
     if machine.gpus:
         ranks = spec.plan["tensor_parallel_size"].value
         gpus = machine.gpus[: ranks if isinstance(ranks, int) else None]
-        free, where = len(gpus) * min(gpu.free for gpu in gpus), "of the GPU "
+        fullest = min(gpus, key=lambda gpu: gpu.free)
+        free, where = len(gpus) * fullest.free, "of the GPU "
+        share = spec.plan["gpu_memory_utilization"]
+        if share.origin in (Origin.ARGS, Origin.SETTING) and isinstance(share.value, float):
+            needed = max(needed, int(len(gpus) * share.value * fullest.memory))
     else:
         free, where = machine.free, ""
     if needed <= free:

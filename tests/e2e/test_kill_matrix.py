@@ -17,6 +17,7 @@ import pytest
 from svc.engine.leftover import runs
 from svc.store.database import open_database
 from svc.store.desired import read_desired
+from svc.store.swaps import SwapOutcome
 from tests.e2e.conftest import PROMPTS
 from tests.e2e.instance import Instance, core_of, group
 
@@ -44,6 +45,45 @@ class Moment(Enum):
     RETIRING = "first engine retiring"
 
 
+class Serving(Enum):
+    """The engine that serves in the end."""
+
+    BEFORE = "the one that served before"
+    SECOND = "the second one, that was there when it happened"
+    NEW = "one that was started since"
+
+
+ONE, TWO, MERGED = "tiny@1 (gptq)", "tiny@2 (gptq)", "tiny@2 (merged)"
+NONE, DONE, FAILED = None, SwapOutcome.SUCCEEDED, SwapOutcome.FAILED
+TABLE: dict[Moment, dict[Killed, tuple[str, SwapOutcome | None, Serving]]] = {
+    Moment.IDLE: {
+        Killed.GATEWAY: (ONE, NONE, Serving.BEFORE),
+        Killed.FRONT: (ONE, NONE, Serving.NEW),
+        Killed.CORE: (ONE, NONE, Serving.NEW),
+        Killed.ALL: (ONE, NONE, Serving.NEW),
+    },
+    Moment.DRAINING: {
+        Killed.GATEWAY: (TWO, DONE, Serving.BEFORE),
+        Killed.FRONT: (ONE, FAILED, Serving.NEW),
+        Killed.CORE: (ONE, FAILED, Serving.NEW),
+        Killed.ALL: (TWO, DONE, Serving.NEW),
+    },
+    Moment.SWAPPING: {
+        Killed.GATEWAY: (TWO, DONE, Serving.NEW),
+        Killed.FRONT: (ONE, FAILED, Serving.NEW),
+        Killed.CORE: (ONE, FAILED, Serving.NEW),
+        Killed.ALL: (TWO, DONE, Serving.NEW),
+    },
+    Moment.STARTING: {
+        Killed.GATEWAY: (MERGED, DONE, Serving.NEW),
+        Killed.FRONT: (MERGED, DONE, Serving.SECOND),
+        Killed.CORE: (MERGED, DONE, Serving.SECOND),
+        Killed.ALL: (MERGED, DONE, Serving.NEW),
+    },
+    Moment.RETIRING: dict.fromkeys(Killed, (MERGED, DONE, Serving.SECOND)),
+}
+
+
 @pytest.fixture(scope="module")
 def instance(home: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Instance]:
     """A server with one engine, and what each version answers in each format."""
@@ -58,11 +98,11 @@ def instance(home: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[I
 @pytest.fixture(scope="module")
 def expected(instance: Instance) -> dict[str, list[tuple[str, str]]]:
     """The answers of both versions."""
-    answers = {"tiny@1 (gptq)": instance.answers()}
+    answers = {ONE: instance.answers()}
     instance.promote("tiny@2")
-    answers["tiny@2 (gptq)"] = instance.answers()
+    answers[TWO] = instance.answers()
     instance.promote("tiny@2", "--format", "merged")
-    answers["tiny@2 (merged)"] = instance.answers()
+    answers[MERGED] = instance.answers()
     return answers
 
 
@@ -82,29 +122,38 @@ def serving(instance: Instance, expected: dict[str, list[tuple[str, str]]]) -> I
 def test_the_right_version_serves_afterwards(
     serving: Instance, expected: dict[str, list[tuple[str, str]]], killed: Killed, moment: Moment
 ) -> None:
+    serves, outcome, which = TABLE[moment][killed]
+    (before,) = serving.engines()
+    promotions = serving.status()["last_swap"]["started_at"]
     promotion, long = at(serving, moment)
     began, engines = time.monotonic(), serving.engines()
-    processes = [process for engine in engines for process in group(engine)]
-    kill(serving, killed)
+    processes = {process for engine in engines for process in group(engine)}
+    kill(serving, before, killed)
     if killed in (Killed.GATEWAY, Killed.ALL):
         serving.start()
     if killed in (Killed.FRONT, Killed.CORE):
-        psutil.wait_procs(engines[:1], timeout=60)  # vLLM's front ends by itself when its core is dead
+        psutil.wait_procs([before], timeout=60)  # vLLM's front ends by itself when its core is dead
     status = serving.until(lambda status: settled(status) and len(serving.engines()) == 1)
     ready_s = time.monotonic() - began
     for client in (promotion, long):
         if client is not None:
             client.kill()
             client.wait()
+    answers = serving.answers()
+    (engine,) = serving.engines()
+    print(f"\n{killed.value}, {moment.value}: {status['version']} ({status['format']}) after {ready_s:.1f} s")
     desired = read_desired(open_database(serving.home), "tiny")
     assert desired is not None
-    assert (status["version"], status["format"]) == (str(desired.target.version), desired.target.format.value)
-    answers = serving.answers()
-    print(f"\n{killed.value}, {moment.value}: {desired.target} serves after {ready_s:.1f} s")
-    assert answers == expected[str(desired.target)]
-    (engine,) = serving.engines()
-    left = [process for process in processes if runs(process) and process not in group(engine)]
-    assert left == []
+    assert (f"{status['version']} ({status['format']})", str(desired.target)) == (serves, serves)
+    assert answers == expected[serves]
+    if outcome is None:
+        assert status["last_swap"]["started_at"] == promotions
+    else:
+        assert status["last_swap"]["outcome"] == outcome.value
+    found = Serving.BEFORE if engine == before else Serving.SECOND if engine in engines else Serving.NEW
+    assert found is which
+    assert {process for process in processes if runs(process)} <= set(group(engine))
+    assert {process for process in psutil.process_iter() if is_engine(process)} <= set(group(engine))
 
 
 def at(instance: Instance, moment: Moment) -> tuple["subprocess.Popen[bytes] | None", "subprocess.Popen[bytes] | None"]:
@@ -145,9 +194,8 @@ def long_answer(instance: Instance, *, again: bool = False) -> "subprocess.Popen
     return client
 
 
-def kill(instance: Instance, killed: Killed) -> None:
-    """SIGKILL to what shall get it; of several engines, the first."""
-    engine = instance.engines()[0]
+def kill(instance: Instance, engine: psutil.Process, killed: Killed) -> None:
+    """SIGKILL to what shall get it, of the engine that served before."""
     victims: dict[Killed, Callable[[], list[psutil.Process]]] = {
         Killed.GATEWAY: list,
         Killed.FRONT: lambda: [engine],
@@ -158,6 +206,15 @@ def kill(instance: Instance, killed: Killed) -> None:
         process.kill()
     if killed in (Killed.GATEWAY, Killed.ALL):
         instance.end(signal.SIGKILL)
+
+
+def is_engine(process: psutil.Process) -> bool:
+    """Whether it is a process of some vLLM, and no more than its remains."""
+    try:
+        line = " ".join(process.cmdline())
+        return runs(process) and ("vllm.entrypoints" in line or line.startswith("VLLM::"))
+    except psutil.Error:
+        return False
 
 
 def settled(status: Any) -> bool:

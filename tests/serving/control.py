@@ -108,6 +108,7 @@ class Control:
             choice=limits.swap,
             shortage=self.park.shortage,
             drain_timeout_s=limits.drain_timeout_s,
+            retire_timeout_s=limits.retire_timeout_s,
         )
         self.alias = ProductionAlias(self.book, retry_s=0.01)
         desired = read_desired(self.store, NAME) or change_desired(self.store, None, target(1), None)

@@ -1,6 +1,7 @@
 """Engines as the supervisor sees them: the double behind a unix socket, started, ended and killed at will."""
 
 import asyncio
+import errno
 from collections.abc import Callable
 from pathlib import Path
 
@@ -34,6 +35,8 @@ class EnginePark:
         left: those that a server left running, by replica.
         ended: replicas whose leftovers were ended.
         room: what `shortage` says.
+        unable: replicas that do not start.
+        disk_full: nothing can be written down.
     """
 
     def __init__(self, sockets: Path, name: str) -> None:
@@ -46,6 +49,8 @@ class EnginePark:
         self.left: dict[int, DoubleEngine] = {}
         self.ended: list[int] = []
         self.room: str | None = None
+        self.unable: set[int] = set()
+        self.disk_full = False
 
     def socket(self, replica: int) -> Path:
         """Where a replica listens."""
@@ -103,8 +108,8 @@ class DoubleEngine:
         on_phase(EnginePhase.WEIGHTS)
         self.alive = True
         await asyncio.sleep(self._park.start_delay_s)
-        if self._park.failing_starts > 0:
-            self._park.failing_starts -= 1
+        if self._park.failing_starts > 0 or self.replica in self._park.unable:
+            self._park.failing_starts = max(0, self._park.failing_starts - 1)
             self.kill()
             raise EngineError("vLLM ended with code 1 before it was ready: no memory")
         self._server = SocketServer(self.double, self._socket)
@@ -125,6 +130,8 @@ class DoubleEngine:
 
     def note(self, holds: str | None) -> None:
         """Writes down what it holds."""
+        if self._park.disk_full:
+            raise OSError(errno.ENOSPC, "no space left on device")
         self.holds = holds
 
     async def leave(self) -> None:

@@ -54,7 +54,7 @@ class Home:
             desired,
             claim,
             on_phase=lambda phase: None,
-            on_ready=self.ready.set,
+            on_ready=lambda target: self.ready.set(),
         )
 
     @asynccontextmanager

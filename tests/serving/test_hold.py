@@ -50,6 +50,28 @@ async def test_a_request_is_counted_while_it_runs() -> None:
     assert door.running == 0
 
 
+def test_as_many_requests_are_read_at_once_as_may_run_and_wait() -> None:
+    door = open_door(max_running=1, max_held=1)
+    with door.reading():
+        with door.reading(), pytest.raises(OverloadedError), door.reading():
+            pass
+        with door.reading():
+            pass
+
+
+async def test_the_most_that_waited_is_known_when_they_have_gone() -> None:
+    door = open_door()
+    async with door.closed():
+        waiting = [asyncio.create_task(run_until(door, asyncio.Event())) for _ in range(3)]
+        await settle()
+        for task in waiting:
+            task.cancel()
+        await settle()
+        assert (door.held, door.most_held) == (0, 3)
+    async with door.closed():
+        assert door.most_held == 0
+
+
 async def test_a_request_that_fails_gives_its_place_back() -> None:
     door = open_door()
     with suppress(ValueError):

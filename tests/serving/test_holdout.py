@@ -15,8 +15,9 @@ from sqlalchemy.orm import Session
 from serving import holdout
 from serving.holdout import HoldoutRuns
 from serving.own_questions import ID_PREFIX, OwnQuestions
+from serving.routing import Served
 from svc.engine.state import EngineState
-from svc.settings import HoldoutSettings
+from svc.settings import HoldoutSettings, SwapChoice
 from svc.store.desired import Target
 from svc.store.holdouts import (
     HoldoutCause,
@@ -40,7 +41,6 @@ def runs_of(control: Control, off: str | None = None, **settings: Any) -> Holdou
     return HoldoutRuns(
         OwnQuestions(control.door, control.pool, chosen, off),
         pool=control.pool,
-        routes=control.routes,
         registry=control.registry,
         store=control.store,
         traffic=control.traffic,
@@ -424,3 +424,18 @@ async def test_a_server_stops_at_once_while_it_asks(home: Home) -> None:
         await until(lambda: home.park.double.running)
         stopping = asyncio.get_running_loop().time()
     assert asyncio.get_running_loop().time() - stopping < 2
+
+
+async def test_of_several_engines_the_one_that_is_asked_says_whose_figures_they_are(make: Make) -> None:
+    """In a swap of two engines the first holds the new version long before that is in production."""
+    control = make(answered=3, replicas=2, swap=SwapChoice.BLUEGREEN)
+    async with control.run(), running(runs_of(control)):
+        await until(lambda: len(control.pool.ready) == 2)
+        await run_of(control, target(1))
+        control.park.start_delay_s = 0.3
+        wish = control.wish(2)
+        first = await run_of(control, target(2))
+        assert control.routes.served == Served(target(1).version, target(1).format), "too late to tell"
+        await control.outcome(wish)
+        assert first.nll != (await run_of(control, target(1))).nll
+        assert [row.number for row in rows(control)] == [1, 2]

@@ -1,9 +1,11 @@
 """Several engines: changed one after the other while the others answer, and each of them may die."""
 
 import asyncio
+from pathlib import Path
 
 import pytest
 
+from serving.routing import Served
 from svc.engine.state import EngineState
 from svc.settings import SwapChoice
 from svc.store.swaps import SwapKind, SwapOutcome
@@ -172,6 +174,67 @@ async def test_a_second_new_engine_that_does_not_start_brings_the_version_before
         assert weights(control).count("2") == 0
         assert (await ask(client, stream=False)).version == ONE
     assert swap.outcome is SwapOutcome.RESTORED
+
+
+async def test_what_runs_in_an_engine_that_must_go_back_is_answered_first(make: Make) -> None:
+    """The second engine cannot be changed, and there is no room for more: the first one is replaced, once idle."""
+    control = make(replicas=2, drain_timeout_s=0.2)
+    control.park.prepare = slow
+    control.park.room = "full"
+    async with control.run(), control.client() as client:
+        await both_ready(control)
+        for engine in control.park.engines:
+            engine.double.token_delay_s = 0.2
+        long = [asyncio.create_task(ask(client, stream=True))]
+        await until(lambda: control.pool.members[0].running or control.pool.members[1].running)
+        first, second = sorted(control.pool.members, key=lambda member: member.running)
+        control.pool.members[:] = [first, second]
+        wish = control.wish(2)
+        await until(lambda: second.state is EngineState.DRAINING)
+        long.append(asyncio.create_task(ask(client, stream=True)))
+        swap = await control.outcome(wish)
+        answers = await asyncio.gather(*long)
+        await both_ready(control)
+        assert weights(control) == ["1", "1"]
+    assert [(answer.status, answer.words) for answer in answers] == [(200, {"1"}), (200, {"2"})]
+    assert swap.outcome is SwapOutcome.RESTORED
+
+
+async def test_on_the_way_back_no_engine_is_started_with_the_version_that_was_refused(make: Make) -> None:
+    control = make(replicas=2)
+    async with control.run():
+        await both_ready(control)
+        first, second = (engine.double for engine in control.park.engines)
+        second.loadable = lambda folder: "/2/" not in folder  # it dies of it
+        first.loadable = lambda folder: "/1/" not in folder  # and the first one on the way back
+        swap = await control.promote(2)
+        await both_ready(control)
+        assert [Path(engine.double.weights).parent.name for engine in control.park.engines[2:]] == ["1", "1"]
+        assert control.routes.served == Served(target(1).version, target(1).format)
+    assert swap.outcome is SwapOutcome.FAILED
+
+
+async def test_the_version_before_is_in_production_until_all_are_changed(control: Control) -> None:
+    async with control.run():
+        await both_ready(control)
+        control.park.engines[1].double.reload_delay_s = 0.2
+        wish = control.wish(2)
+        await until(lambda: control.pool.members[0].target == target(2) and len(control.pool.ready) == 1)
+        assert control.routes.served == Served(target(1).version, target(1).format)
+        await control.outcome(wish)
+        assert control.routes.served == Served(target(2).version, target(2).format)
+
+
+async def test_an_engine_that_cannot_start_keeps_no_other_from_it(control: Control) -> None:
+    async with control.run():
+        await both_ready(control)
+        control.reconciler._backoff_s = (0.01, 60.0)
+        control.park.unable = {0}
+        control.park.engines[0].kill()
+        await until(lambda: len(control.park.engines) == 3 and len(control.pool.down) == 1)
+        control.park.engines[1].kill()
+        await until(lambda: control.pool.members[1].state is EngineState.FAILED)
+        await until(lambda: control.pool.ready == [control.pool.members[1]])
 
 
 async def test_the_state_of_all_is_the_best_of_them(control: Control) -> None:

@@ -56,7 +56,6 @@ async def scoring_of(
         OwnQuestions(control.door, control.pool, chosen, off),
         busy=busy,
         pool=control.pool,
-        routes=control.routes,
         registry=control.registry,
         store=control.store,
         per_hour=chosen.scored_per_hour,

@@ -1,13 +1,16 @@
 """The swap in place when something goes wrong: who gets which answer, and what is left."""
 
 import asyncio
+import threading
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 
 from svc.engine.state import EngineState
-from svc.errors import EngineError
+from svc.errors import EngineError, NotFoundError
 from svc.registry.version import Format
+from svc.store.desired import Target
 from svc.store.swaps import SwapOutcome
 from tests.serving.control import Control, Load, Make, ask, until
 from tests.serving.engine_double import EngineDouble
@@ -237,6 +240,74 @@ async def test_requests_that_do_not_end_in_time_refuse_the_swap(make: Make) -> N
         assert control.state is EngineState.READY
         assert (await running).words == {"1"}
         assert (await ask(client, stream=False)).words == {"1"}
+
+
+async def test_an_engine_that_is_slow_to_say_that_it_lives_keeps_what_runs_in_it(
+    make: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    control = make(drain_timeout_s=0.05)
+    control.park.room = "full"
+    async with control.run(), control.client() as client:
+        control.double.token_delay_s = 0.05
+        running = asyncio.create_task(ask(client, stream=True))
+        await until(lambda: control.double.running)
+
+        async def silent() -> bool:
+            return False
+
+        monkeypatch.setattr(control.supervisor.client, "healthy", silent)
+        assert (await control.promote(2)).outcome is SwapOutcome.REFUSED
+        assert (await running).words == {"1"}
+        assert len(control.park.engines) == 1
+
+
+async def test_a_version_that_no_engine_has_loaded_is_not_taken_for_served(
+    make: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The only engine dies while the files are compared."""
+    control = make()
+    verify = control.registry.verify
+
+    def dies(*version: Any) -> None:
+        control.park.engines[0].kill()
+        wait_until_failed.wait(5)
+        verify(*version)
+
+    wait_until_failed = threading.Event()
+    async with control.run():
+        monkeypatch.setattr(control.registry, "verify", dies)
+        wish = control.wish(2)
+        await until(lambda: control.state is EngineState.FAILED)
+        monkeypatch.undo()
+        wait_until_failed.set()
+        assert (await control.outcome(wish)).outcome is SwapOutcome.FAILED
+        assert control.desired().target == target(1)
+        await control.serves(target(1))
+
+
+async def test_a_full_disk_leaves_the_engine_as_it_is(control: Control) -> None:
+    control.park.disk_full = True
+    swap = await control.promote(2)
+    control.park.disk_full = False
+    assert swap.outcome is SwapOutcome.REFUSED
+    assert swap.reason is not None and "no space left" in swap.reason
+    assert RELOAD not in control.double.calls
+    assert (control.state, len(control.park.engines)) == (EngineState.READY, 1)
+
+
+async def test_a_version_whose_files_are_gone_before_its_engine_starts_is_refused(
+    control: Control, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make_version(control.registry, 4, width=8)
+
+    def gone(target: Target) -> str | None:
+        raise NotFoundError(f"{target} is not there")
+
+    monkeypatch.setattr(control.swap, "_shortage", gone)
+    swap = await control.promote(4)
+    assert swap.outcome is SwapOutcome.REFUSED
+    assert swap.reason is not None and "is not there" in swap.reason
+    assert control.state is EngineState.READY
 
 
 async def test_the_swap_waits_for_requests_that_their_clients_left(control: Control) -> None:

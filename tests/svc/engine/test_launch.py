@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from svc.engine import launch
-from svc.engine.launch import EngineSpec, command, device_of, environment, installed_vllm, is_eager
+from svc.engine.launch import EngineSpec, command, device_of, environment, installed_vllm, is_eager, launch_digest
 from svc.errors import EngineError
 from svc.settings import Device, EngineSettings
 
@@ -164,3 +164,13 @@ def test_no_vllm_says_what_to_install(installed: dict[str, str]) -> None:
     with pytest.raises(EngineError, match="not installed") as caught:
         device_of(EngineSettings())
     assert "tuneserve[serve-cpu]" in caught.value.todo
+
+
+def test_engines_that_share_a_gpu_by_number_are_started_otherwise_with_another_number(tmp_path: Path) -> None:
+    def differs(**settings: Any) -> bool:
+        one, two = (launch_digest(spec(tmp_path, replicas=number, **settings)) for number in (1, 2))
+        return one != two
+
+    assert differs(device=Device.CUDA)
+    assert not differs(device=Device.CUDA, gpu_memory_share=0.4)
+    assert not differs(device=Device.CPU)

@@ -63,3 +63,10 @@ def test_of_several_gpus_the_fullest_decides(monkeypatch: pytest.MonkeyPatch, mo
     assert shortage(monkeypatch, model, host(0, 3 * GIB, 3 * GIB)) is None
     assert shortage(monkeypatch, model, host(0, 70 * GIB, GIB)) is not None
     assert shortage(monkeypatch, model, host(0, 70 * GIB, GIB), tensor_parallel=1) is None
+
+
+def test_a_share_that_was_set_must_be_free(monkeypatch: pytest.MonkeyPatch, model: Path) -> None:
+    assert shortage(monkeypatch, model, host(0, 40 * GIB), gpu_memory_share=0.5) is None
+    said = shortage(monkeypatch, model, host(0, 39 * GIB), gpu_memory_share=0.5)
+    assert said == "it needs about 40.0 GiB, 39.0 GiB of the GPU are free"
+    assert shortage(monkeypatch, model, host(0, 39 * GIB), args=("--gpu-memory-utilization", "0.5")) is not None
