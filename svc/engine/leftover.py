@@ -24,6 +24,7 @@ from svc.errors import EngineError
 LOCK_FILE = "engine.lock"
 RECORD_FILE = "engine.json"
 STOP_GRACE_S = 10.0
+_FOLDER = "folder"
 _END_POLL_S = 0.05
 _END_ROUNDS = 20
 _BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
@@ -76,16 +77,18 @@ def locked(folder: Path) -> Iterator[IO[bytes]]:
 def write_record(folder: Path, record: EngineRecord) -> None:
     """Replaces the record at once: a reader finds the old one or the new one."""
     new = folder / f"{RECORD_FILE}.new"
-    new.write_text(json.dumps(asdict(record)), "utf-8")
+    new.write_text(json.dumps({_FOLDER: str(folder.resolve())} | asdict(record)), "utf-8")
     new.replace(folder / RECORD_FILE)
 
 
 def read_record(folder: Path) -> EngineRecord | None:
-    """The record; None where there is none, or it is damaged."""
+    """The record; None where there is none, or it is damaged, or a copy: the engine is that of another home then."""
     try:
         found = json.loads((folder / RECORD_FILE).read_text("utf-8"))
+        if found.pop(_FOLDER) != str(folder.resolve()):
+            return None
         return EngineRecord(**found | {"pid": int(found["pid"]), "ticks": int(found["ticks"])})
-    except (OSError, ValueError, LookupError, TypeError):
+    except (OSError, ValueError, LookupError, TypeError, AttributeError):
         return None
 
 

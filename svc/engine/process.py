@@ -97,13 +97,16 @@ class EngineProcess:
             raise
 
     def _spawn(self) -> None:
+        log = self.spec.log
+        if log.exists():  # it may tell why the one before died
+            log.replace(log.with_name(f"{log.name}.1"))
         # asyncio's own subprocesses are killed when their loop ends, and these need not be.
-        with self.spec.log.open("wb") as log, locked(self.spec.state) as lock:
+        with log.open("wb") as output, locked(self.spec.state) as lock:
             self._child = subprocess.Popen(
                 command(self.spec),
                 env=environment(self.spec),
                 stdin=subprocess.DEVNULL,
-                stdout=log,
+                stdout=output,
                 stderr=subprocess.STDOUT,
                 # A group, so that Ctrl-C does not reach it. No session: the kernel's autogroup shares the cores out to
                 # sessions, and under Linux 6.18 an engine that served left 0.1 s in 68 to one that started.

@@ -2,14 +2,14 @@
 
 import asyncio
 import fcntl
-import json
 import re
+import shutil
 import subprocess
 import sys
 import threading
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager, suppress
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -18,7 +18,7 @@ import pytest
 
 from svc.engine import process as process_module
 from svc.engine.launch import EngineSpec
-from svc.engine.leftover import LOCK_FILE, RECORD_FILE, end_engine, find_engine, locked, read_record, runs
+from svc.engine.leftover import LOCK_FILE, RECORD_FILE, end_engine, find_engine, locked, read_record, runs, write_record
 from svc.engine.process import EngineProcess
 from svc.errors import EngineError
 from svc.settings import Device, EngineSettings
@@ -177,9 +177,8 @@ async def test_another_process_with_the_number_of_a_dead_engine_is_left_alone(fo
     arguments = [sys.executable, "-c", "import time; time.sleep(60)"]
     stranger = await asyncio.create_subprocess_exec(*arguments, process_group=0)
     try:
-        text = json.dumps(asdict(replace(record, pid=stranger.pid)))
-        (folder / RECORD_FILE).write_text(text)
-        assert read_record(folder) is not None
+        write_record(folder, replace(record, pid=stranger.pid))
+        assert read_record(folder) is not None, "the test tests nothing"
         assert find_engine(folder) is None
         await asyncio.to_thread(end_engine, folder)
         assert stranger.returncode is None
@@ -187,6 +186,16 @@ async def test_another_process_with_the_number_of_a_dead_engine_is_left_alone(fo
     finally:
         stranger.kill()
         await stranger.wait()
+
+
+async def test_a_copy_of_a_home_leaves_the_engine_of_the_other_alone(folder: Path) -> None:
+    async with orphan(folder) as engine:
+        copy = folder / "copy"
+        copy.mkdir()
+        shutil.copy(folder / RECORD_FILE, copy)
+        assert read_record(copy) is None
+        await asyncio.to_thread(end_engine, copy)
+        assert runs(engine)
 
 
 async def test_one_that_is_left_runs_on(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -167,6 +167,14 @@ async def test_its_death_is_noticed(engine_in: Start) -> None:
     assert not await engine.client.healthy()
 
 
+async def test_the_log_of_the_one_before_is_kept(engine_in: Start, folder: Path) -> None:
+    with pytest.raises(EngineError):
+        await engine_in("crash").start()
+    await engine_in("ready").start()
+    assert "bad weights" in (folder / "logs" / "engine.log.1").read_text()
+    assert "bad weights" not in (folder / "logs" / "engine.log").read_text()
+
+
 async def test_one_that_ends_at_once_says_its_last_error_and_its_log(engine_in: Start) -> None:
     engine = engine_in("crash")
     with pytest.raises(EngineError, match="ended with code 3 before it was ready: ValueError: bad weights") as caught:
