@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from svc.registry.files import record_files
+from svc.registry.fingerprint import compatibility_fingerprint
 from svc.registry.manifest import MANIFEST_FILE
 
 
@@ -31,6 +32,18 @@ def replace_weights(source: Path, target: Path, format: str, weights_of: Path) -
     manifest = _read(target)
     files = record_files(target, target / format)
     manifest["formats"][format]["files"] = [file.model_dump() for file in files]
+    _write(target, manifest)
+
+
+def replace_template(source: Path, target: Path, template: str) -> None:
+    """Copies a version with another chat template, and makes hashes and fingerprints of the manifest right again."""
+    _copy(source, target)
+    manifest = _read(target)
+    for name, format in manifest["formats"].items():
+        (target / name / "chat_template.jinja").write_text(template, "utf-8")
+        format["files"] = [file.model_dump() for file in record_files(target, target / name)]
+        if format["fingerprint"]:
+            format["fingerprint"] = compatibility_fingerprint(target / name)
     _write(target, manifest)
 
 

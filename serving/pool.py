@@ -216,11 +216,11 @@ class EnginePool:
         return [member for member in self.members if member.state in _DOWN]
 
     async def changed(self, timeout_s: float | None) -> None:
-        """Returns when an engine has changed its state, or after so many seconds."""
-        self._changed.clear()
+        """Returns when an engine has changed its state since the last return, or after so many seconds."""
         with suppress(TimeoutError):
             async with asyncio.timeout(timeout_s):
                 await self._changed.wait()
+        self._changed.clear()
 
     def count_restart(self) -> None:
         """Counts a start after a death."""

@@ -117,9 +117,8 @@ def end_engine(folder: Path, known: psutil.Process | None = None) -> None:
     if engine:
         end_processes([engine])
     for _ in range(_END_ROUNDS):
-        left = _group_of(engine.pid) if engine else []
-        left += _left_by(record) if record else []
-        left += _holders(folder) if _is_locked(folder) else []
+        left = _group_of(engine.pid) if engine else _left_by(record) if record else []
+        left += [process for process in _holders(folder) if process not in left] if _is_locked(folder) else []
         if not left:
             break
         end_processes(left)

@@ -7,7 +7,7 @@ from CUDA.
 from svc.engine.launch import EngineSpec, device_of
 from svc.engine.machine import read_machine
 from svc.engine.model_facts import read_model_facts
-from svc.engine.plan import GIB, Origin
+from svc.engine.plan import GIB, Origin, plan_engine
 from svc.settings import Device
 
 _OVERHEAD_BYTES = 2 * GIB
@@ -25,16 +25,17 @@ def shortage(spec: EngineSpec) -> str | None:
     Args:
         spec: the engine.
     """
-    machine = read_machine(gpus=device_of(spec.settings) is Device.CUDA)
+    device = device_of(spec.settings)
+    machine = read_machine(gpus=device is Device.CUDA)
     model = read_model_facts(spec.model)
     length = min(spec.settings.max_model_len, model.context or spec.settings.max_model_len)
     needed = model.weights + (model.token_bytes or 0) * length + _OVERHEAD_BYTES
     if machine.gpus:
-        ranks = spec.plan["tensor_parallel_size"].value
+        plan = plan_engine(spec.settings, device, machine, model, spec.cache)
+        ranks, share = plan["tensor_parallel_size"].value, plan["gpu_memory_utilization"]
         gpus = machine.gpus[: ranks if isinstance(ranks, int) else None]
         fullest = min(gpus, key=lambda gpu: gpu.free)
         free, where = len(gpus) * fullest.free, "of the GPU "
-        share = spec.plan["gpu_memory_utilization"]
         if share.origin in (Origin.ARGS, Origin.SETTING) and isinstance(share.value, float):
             needed = max(needed, int(len(gpus) * share.value * fullest.memory))
     else:

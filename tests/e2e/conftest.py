@@ -3,7 +3,7 @@
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import openai
@@ -26,6 +26,25 @@ quantize: {group_size: 32, samples: 8}
 evaluate: {max_tokens: 8}
 qualify: {repeats: 3}
 """
+
+
+Report = Callable[[str], None]
+_FIGURES = pytest.StashKey[list[str]]()
+
+
+@pytest.fixture
+def report(request: pytest.FixtureRequest) -> Report:
+    """Shows a figure at the end of the run, also of a test that passes."""
+    return request.config.stash.setdefault(_FIGURES, []).append
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
+    """Writes the figures."""
+    figures = config.stash.setdefault(_FIGURES, [])
+    if figures:
+        terminalreporter.section("figures")
+    for figure in figures:
+        terminalreporter.line(figure)
 
 
 @pytest.fixture(scope="session")

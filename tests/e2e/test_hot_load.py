@@ -8,7 +8,7 @@ import pytest
 
 from examples.load import Load
 from svc.engine.leftover import runs
-from tests.e2e.conftest import PROMPTS
+from tests.e2e.conftest import PROMPTS, Report
 from tests.e2e.instance import Instance, figures
 
 pytestmark = [pytest.mark.slow]
@@ -29,25 +29,25 @@ def instance(home: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[I
         instance.close()
 
 
-def test_a_rolling_swap_under_load_lets_nobody_wait_and_mixes_nothing(instance: Instance) -> None:
+def test_a_rolling_swap_under_load_lets_nobody_wait_and_mixes_nothing(instance: Instance, report: Report) -> None:
     expected = {"tiny@1": instance.answers()}
     with Load(instance.url, "tiny", instance.prompts) as load:
         load.wait_for(16)
         swap = instance.promote("tiny@2")
         load.wait_for(16)
     expected["tiny@2"] = instance.answers()
-    print(f"\n{figures(load, swap)}")
+    report(figures(load, swap))
     assert (swap["kind"], swap["held"], load.failed) == ("rolling", None, [])
     assert {answer.version for answer in load.answers} == {"tiny@1", "tiny@2"}
     for answer in load.answers:
         assert (answer.version, answer.text) == expected[answer.version][answer.prompt]
 
 
-def test_a_server_that_was_killed_comes_back_to_both_its_engines(instance: Instance) -> None:
+def test_a_server_that_was_killed_comes_back_to_both_its_engines(instance: Instance, report: Report) -> None:
     before, engines = instance.answers(), instance.engines()
     assert instance.end(signal.SIGKILL) == -signal.SIGKILL
     ready_s = instance.start()
-    print(f"\nready again after {ready_s:.1f} s")
+    report(f"a killed server is ready again after {ready_s:.1f} s")
     instance.until(lambda status: [engine["state"] for engine in status["engines"]] == ["ready", "ready"])
     assert instance.engines() == engines
     assert instance.answers() == before
@@ -60,14 +60,14 @@ def test_a_server_that_is_told_to_leave_its_engines_comes_back_to_them(instance:
     assert instance.engines() == engines
 
 
-def test_a_blue_green_swap_under_load_lets_nobody_wait(instance: Instance) -> None:
+def test_a_blue_green_swap_under_load_lets_nobody_wait(instance: Instance, report: Report) -> None:
     """Another format: the kernels differ, so the answers may too, and need only be whole."""
     old = instance.engines()
     with Load(instance.url, "tiny", instance.prompts, streams=2) as load:
         load.wait_for(4)
         swap = instance.promote("tiny@2", "--format", "merged")
         load.wait_for(4)
-    print(f"\n{figures(load, swap)}")
+    report(figures(load, swap))
     assert (swap["kind"], swap["held"], load.failed) == ("bluegreen", None, [])
     instance.until(lambda status: len(status["engines"]) == 2)
     assert not set(old) & set(instance.engines())

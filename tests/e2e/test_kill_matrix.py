@@ -18,7 +18,7 @@ from svc.engine.leftover import runs
 from svc.store.database import open_database
 from svc.store.desired import read_desired
 from svc.store.swaps import SwapOutcome
-from tests.e2e.conftest import PROMPTS
+from tests.e2e.conftest import PROMPTS, Report
 from tests.e2e.instance import Instance, core_of, group
 
 pytestmark = [pytest.mark.matrix]
@@ -55,25 +55,21 @@ class Serving(Enum):
 
 ONE, TWO, MERGED = "tiny@1 (gptq)", "tiny@2 (gptq)", "tiny@2 (merged)"
 NONE, DONE, FAILED = None, SwapOutcome.SUCCEEDED, SwapOutcome.FAILED
-TABLE: dict[Moment, dict[Killed, tuple[str, SwapOutcome | None, Serving]]] = {
+Row = dict[Killed, tuple[str, SwapOutcome | None, Serving]]
+ENGINE_IN_PLACE: Row = {
+    Killed.FRONT: (ONE, FAILED, Serving.NEW),
+    Killed.CORE: (ONE, FAILED, Serving.NEW),
+    Killed.ALL: (TWO, DONE, Serving.NEW),
+}
+TABLE: dict[Moment, Row] = {
     Moment.IDLE: {
         Killed.GATEWAY: (ONE, NONE, Serving.BEFORE),
         Killed.FRONT: (ONE, NONE, Serving.NEW),
         Killed.CORE: (ONE, NONE, Serving.NEW),
         Killed.ALL: (ONE, NONE, Serving.NEW),
     },
-    Moment.DRAINING: {
-        Killed.GATEWAY: (TWO, DONE, Serving.BEFORE),
-        Killed.FRONT: (ONE, FAILED, Serving.NEW),
-        Killed.CORE: (ONE, FAILED, Serving.NEW),
-        Killed.ALL: (TWO, DONE, Serving.NEW),
-    },
-    Moment.SWAPPING: {
-        Killed.GATEWAY: (TWO, DONE, Serving.NEW),
-        Killed.FRONT: (ONE, FAILED, Serving.NEW),
-        Killed.CORE: (ONE, FAILED, Serving.NEW),
-        Killed.ALL: (TWO, DONE, Serving.NEW),
-    },
+    Moment.DRAINING: ENGINE_IN_PLACE | {Killed.GATEWAY: (TWO, DONE, Serving.BEFORE)},
+    Moment.SWAPPING: ENGINE_IN_PLACE | {Killed.GATEWAY: (TWO, DONE, Serving.NEW)},
     Moment.STARTING: {
         Killed.GATEWAY: (MERGED, DONE, Serving.NEW),
         Killed.FRONT: (MERGED, DONE, Serving.SECOND),
@@ -120,7 +116,7 @@ def serving(instance: Instance, expected: dict[str, list[tuple[str, str]]]) -> I
 @pytest.mark.parametrize("moment", Moment, ids=lambda moment: moment.value)
 @pytest.mark.parametrize("killed", Killed, ids=lambda killed: killed.value)
 def test_the_right_version_serves_afterwards(
-    serving: Instance, expected: dict[str, list[tuple[str, str]]], killed: Killed, moment: Moment
+    serving: Instance, expected: dict[str, list[tuple[str, str]]], killed: Killed, moment: Moment, report: Report
 ) -> None:
     serves, outcome, which = TABLE[moment][killed]
     (before,) = serving.engines()
@@ -141,7 +137,7 @@ def test_the_right_version_serves_afterwards(
             client.wait()
     answers = serving.answers()
     (engine,) = serving.engines()
-    print(f"\n{killed.value}, {moment.value}: {status['version']} ({status['format']}) after {ready_s:.1f} s")
+    report(f"{killed.value} killed, {moment.value}: {status['version']} ({status['format']}) after {ready_s:.1f} s")
     desired = read_desired(open_database(serving.home), "tiny")
     assert desired is not None
     assert (f"{status['version']} ({status['format']})", str(desired.target)) == (serves, serves)

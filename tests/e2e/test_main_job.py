@@ -31,6 +31,7 @@ from svc.store.database import open_database
 from svc.store.desired import Target
 from svc.store.holdouts import HoldoutCause, newest_holdout_run
 from svc.store.tables import RequestRow
+from tests.e2e.conftest import Report
 from tests.e2e.instance import figures
 from tests.e2e.server import HELDOUT_EXAMPLES, PORT, Server
 
@@ -87,7 +88,9 @@ def test_a_stream_gives_the_same_text_as_one_answer(server: Server) -> None:
     assert "".join(chunk.choices[0].delta.content or "" for chunk in stream) == server.answer(1)
 
 
-def test_the_held_out_set_is_asked_again_and_gives_what_it_gave_at_the_registration(server: Server) -> None:
+def test_the_held_out_set_is_asked_again_and_gives_what_it_gave_at_the_registration(
+    server: Server, report: Report
+) -> None:
     target = Target(VersionId("tiny", 1), Format.GPTQ)
     store, registry = open_database(server.home), Registry.of(Settings(home=server.home))
     run = _wait_for(lambda: newest_holdout_run(store, target))
@@ -95,7 +98,7 @@ def test_the_held_out_set_is_asked_again_and_gives_what_it_gave_at_the_registrat
     assert run.cause in (HoldoutCause.START, HoldoutCause.SWAP)  # other tests may have swapped before
     assert run.hits == tuple(result.hit for result in registered)
     differences = [abs(nll - result.nll) for nll, result in zip(run.nll, registered, strict=True)]
-    print(f"\nheld-out set again: NLL differs by {max(differences):.4f} at most")
+    report(f"held-out set again: NLL differs by {max(differences):.4f} at most")
     assert max(differences) < 0.05
 
 
@@ -147,7 +150,7 @@ def test_an_unknown_model_is_not_found(server: Server) -> None:
         server.client.chat.completions.create(model="other", messages=[{"role": "user", "content": "hi"}])
 
 
-def test_promotion_and_rollback_under_load_lose_nothing_and_mix_nothing(server: Server) -> None:
+def test_promotion_and_rollback_under_load_lose_nothing_and_mix_nothing(server: Server, report: Report) -> None:
     expected = {"tiny@1": server.answers()}
     with Load(server.url, "tiny", server.prompts) as load:
         load.wait_for(16)
@@ -158,7 +161,8 @@ def test_promotion_and_rollback_under_load_lose_nothing_and_mix_nothing(server: 
     assert server.answers() == expected["tiny@1"], "rolled back to other weights"
     svc_json(server.home, "promote", "tiny@2")
     expected["tiny@2"] = server.answers()
-    print(f"\n{figures(load, promoted)}\nand back: {figures(load, rolled_back)}")
+    report(figures(load, promoted))
+    report(f"and back: {figures(load, rolled_back)}")
     assert load.failed == []
     assert {answer.version for answer in load.answers} == {"tiny@1", "tiny@2"}
     assert expected["tiny@1"] != expected["tiny@2"]

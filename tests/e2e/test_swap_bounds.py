@@ -8,7 +8,7 @@ from typing import Any
 import httpx
 import pytest
 
-from tests.e2e.conftest import PROMPTS
+from tests.e2e.conftest import PROMPTS, Report
 from tests.e2e.instance import Instance
 
 pytestmark = [pytest.mark.slow]
@@ -36,7 +36,9 @@ def ask(instance: Instance, tokens: int) -> httpx.Response:
     return httpx.post(f"{instance.url}/v1/completions", json=body, timeout=120, trust_env=False)
 
 
-def test_an_answer_that_runs_past_the_drain_time_is_whole_and_so_is_the_swap(instance: Instance) -> None:
+def test_an_answer_that_runs_past_the_drain_time_is_whole_and_so_is_the_swap(
+    instance: Instance, report: Report
+) -> None:
     with ThreadPoolExecutor() as clients:
         long = clients.submit(ask, instance, 1000)
         instance.until(lambda status: status["requests"]["running"])
@@ -44,6 +46,7 @@ def test_an_answer_that_runs_past_the_drain_time_is_whole_and_so_is_the_swap(ins
         instance.until(lambda status: status["engine"]["state"] == "draining")
         meanwhile = list(clients.map(lambda _: ask(instance, 8), range(MAX_HELD + 3)))
         swap = promotion.result()
+    report(f"{swap['kind']} after {swap['seconds']:.2f} s of drain, {swap['held']} held, {swap['took_s']:.1f} s in all")
     assert long.result().json()["usage"]["completion_tokens"] == 1000
     assert long.result().headers["x-model-version"] == "tiny@1"
     assert (swap["kind"], swap["held"]) == ("bluegreen", MAX_HELD)

@@ -6,18 +6,20 @@ from pathlib import Path
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "generation_config.json")
 
 
-def build_tiny_model(folder: Path, tokenizer: Path, seed: int = 0) -> Path:
-    """A random two-layer Llama; its widths divide by 32, which the engine's 4-bit kernel asks for.
+def build_tiny_model(folder: Path, tokenizer: Path, seed: int = 0, *, family: str = "llama") -> Path:
+    """A random two-layer model; its widths divide by 32, which the engine's 4-bit kernel asks for.
 
     Args:
         tokenizer: a model folder whose tokenizer and template are copied.
+        family: transformers' name for the architecture.
     """
     import torch
-    from transformers import AutoConfig, LlamaConfig, LlamaForCausalLM
+    from transformers import AutoConfig, AutoModelForCausalLM
 
     of = AutoConfig.from_pretrained(tokenizer)
     torch.manual_seed(seed)
-    config = LlamaConfig(
+    config = AutoConfig.for_model(
+        family,
         vocab_size=of.vocab_size,
         hidden_size=128,
         intermediate_size=256,
@@ -32,7 +34,7 @@ def build_tiny_model(folder: Path, tokenizer: Path, seed: int = 0) -> Path:
         # Larger than the default of 0.02, so that the model's answers differ from uniform noise.
         initializer_range=0.1,
     )
-    LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(folder)
+    AutoModelForCausalLM.from_config(config).to(torch.bfloat16).save_pretrained(folder)
     for name in _TOKENIZER_FILES:
         shutil.copy(tokenizer / name, folder / name)
     return folder

@@ -237,6 +237,16 @@ async def test_an_engine_that_cannot_start_keeps_no_other_from_it(control: Contr
         await until(lambda: control.pool.ready == [control.pool.members[1]])
 
 
+async def test_a_death_that_came_while_nobody_waited_for_it_is_not_overlooked(control: Control) -> None:
+    """As while what another engine left is being ended, which takes seconds."""
+    control.pool.members[1].enter(EngineState.FAILED)
+    async with asyncio.timeout(1):
+        await control.pool.changed(None)
+    with pytest.raises(TimeoutError):
+        async with asyncio.timeout(0.05):
+            await control.pool.changed(None)
+
+
 async def test_the_state_of_all_is_the_best_of_them(control: Control) -> None:
     async with control.run():
         await both_ready(control)

@@ -2,9 +2,11 @@
 
 import asyncio
 import threading
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
 from typing import Any
 
+import httpx
 import pytest
 
 from svc.engine.state import EngineState
@@ -12,7 +14,7 @@ from svc.errors import EngineError, NotFoundError
 from svc.registry.version import Format
 from svc.store.desired import Target
 from svc.store.swaps import SwapOutcome
-from tests.serving.control import Control, Load, Make, ask, until
+from tests.serving.control import Answer, Control, Load, Make, ask, until
 from tests.serving.engine_double import EngineDouble
 from tests.serving.versions import NAME, make_version, target
 
@@ -224,13 +226,20 @@ async def test_an_engine_that_cannot_be_replaced_is_failed_and_comes_back_later(
         assert (await ask(client, stream=False)).words == {"1"}
 
 
-async def test_requests_that_do_not_end_in_time_refuse_the_swap(make: Make) -> None:
+@asynccontextmanager
+async def overrunning(make: Make) -> AsyncIterator[tuple[Control, httpx.AsyncClient, asyncio.Task[Answer]]]:
+    """A server whose client gets an answer that takes longer than a swap may wait, and no room for a second engine."""
     control = make(drain_timeout_s=0.05)
     control.park.room = "it needs 2 GiB, 1 GiB is free"
     async with control.run(), control.client() as client:
         control.double.token_delay_s = 0.05
         running = asyncio.create_task(ask(client, stream=True))
         await until(lambda: control.double.running)
+        yield control, client, running
+
+
+async def test_requests_that_do_not_end_in_time_refuse_the_swap(make: Make) -> None:
+    async with overrunning(make) as (control, client, running):
         swap = await control.promote(2)
         assert swap.outcome is SwapOutcome.REFUSED
         assert swap.reason is not None
@@ -245,12 +254,7 @@ async def test_requests_that_do_not_end_in_time_refuse_the_swap(make: Make) -> N
 async def test_an_engine_that_is_slow_to_say_that_it_lives_keeps_what_runs_in_it(
     make: Make, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    control = make(drain_timeout_s=0.05)
-    control.park.room = "full"
-    async with control.run(), control.client() as client:
-        control.double.token_delay_s = 0.05
-        running = asyncio.create_task(ask(client, stream=True))
-        await until(lambda: control.double.running)
+    async with overrunning(make) as (control, _, running):
 
         async def silent() -> bool:
             return False

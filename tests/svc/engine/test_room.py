@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from svc.engine import launch, room
+from svc.engine import room
 from svc.engine.launch import EngineSpec
 from svc.engine.machine import Gpu, Machine
 from svc.engine.plan import GIB
@@ -26,8 +26,7 @@ def model(tmp_path: Path) -> Path:
 
 
 def shortage(monkeypatch: pytest.MonkeyPatch, model: Path, machine: Machine, **settings: Any) -> str | None:
-    for module in (room, launch):
-        monkeypatch.setattr(module, "read_machine", lambda **_: machine)
+    monkeypatch.setattr(room, "read_machine", lambda **_: machine)
     chosen = EngineSettings(device="cuda" if machine.gpus else "cpu", **settings)
     return room.shortage(EngineSpec(model, "tuned", model, model, model / "engine.log", model, chosen))
 

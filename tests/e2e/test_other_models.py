@@ -1,0 +1,65 @@
+"""Versions that fit in no running engine, on the real one: another architecture, another chat template.
+
+They take a second training, so `make test-matrix` runs them; another format is in test_hot_load.
+"""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from examples.load import Load
+from examples.service import svc_json
+from examples.tamper import replace_template
+from svc.settings import Settings
+from tests.e2e.conftest import PROMPTS, Report
+from tests.e2e.instance import Instance, figures
+from tests.e2e.tiny_model import build_tiny_model
+
+pytestmark = [pytest.mark.matrix]
+
+PORT = 8947
+TEMPLATE = "{% for message in messages %}{{ message.role }}: {{ message.content }}\n{% endfor %}assistant:"
+
+
+@pytest.fixture(scope="module")
+def instance(home: Path, workplace: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Instance]:
+    """Version 1 serves; 3 is a Qwen2, trained as the others were, and 4 is version 1 with another template."""
+    from trainer.base_model import resolve_base
+
+    folder = tmp_path_factory.mktemp("other-models")
+    instance = Instance(home, folder / "home", PORT, PROMPTS)
+    tokenizer = resolve_base("smollm2-135m-instruct", Settings().base_cache).folder
+    build_tiny_model(folder / "base", tokenizer, family="qwen2")
+    for name in ("train.jsonl", "heldout.jsonl"):
+        (folder / name).symlink_to(workplace / name)
+    (folder / "recipe.yaml").write_text((workplace / "recipe.yaml").read_text("utf-8"), "utf-8")
+    recipe = str(folder / "recipe.yaml")
+    trained: Any = svc_json(instance.home, "train", recipe, "--set", "qualify.restart=false")
+    assert trained["number"] == 3
+    versions = instance.home / "models" / "tiny"
+    replace_template(versions / "1", versions / "4", TEMPLATE)
+    try:
+        instance.start("tiny@1")
+        yield instance
+    finally:
+        instance.close()
+
+
+@pytest.mark.parametrize("number", [3, 4], ids=["architecture", "template"])
+def test_it_comes_by_a_second_engine_and_back_again(instance: Instance, report: Report, number: int) -> None:
+    before = instance.answers()
+    with Load(instance.url, "tiny", instance.prompts, streams=1) as load:
+        load.wait_for(2)
+        there = instance.promote(f"tiny@{number}")
+        after = instance.answers()
+        back = svc_json(instance.home, "rollback", "tiny")
+        load.wait_for(2)
+    report(f"to tiny@{number}: {figures(load, there)}")
+    assert [swap["kind"] for swap in (there, back)] == ["bluegreen", "bluegreen"]
+    assert (there["held"], back["held"], load.failed) == (None, None, [])
+    assert {version for version, _ in after} == {f"tiny@{number}"}
+    assert after != [(f"tiny@{number}", text) for _, text in before]
+    assert instance.answers() == before
+    instance.until(lambda status: len(status["engines"]) == 1)
