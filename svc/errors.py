@@ -119,3 +119,9 @@ class RefusedError(SvcError):
     """A promotion that was asked for and not carried out."""
 
     exit_code = 14
+
+
+class InterruptedRunError(SvcError):
+    """A training run that was asked to end before it was done; the same command goes on."""
+
+    exit_code = 16

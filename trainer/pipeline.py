@@ -6,6 +6,7 @@ train -> merge -> evaluate (base, merged) -> quantize -> qualify (gptq) -> regis
 import asyncio
 import hashlib
 import logging
+import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -20,7 +21,7 @@ from svc.engine.launch import EngineSpec
 from svc.engine.probe import engine_facts
 from svc.engine.process import EngineProcess
 from svc.engine.runtime import runtime_folder
-from svc.errors import IntegrityError, TrainingError
+from svc.errors import IntegrityError, InterruptedRunError, TrainingError
 from svc.evaluation.evaluator import EvaluationReport
 from svc.evaluation.metrics import paired_difference
 from svc.evaluation.results import write_results
@@ -33,12 +34,12 @@ from svc.registry.version import Format, VersionId
 from svc.settings import Settings
 from svc.terminal import console
 from trainer.base_model import Base
-from trainer.merge import MergeSummary, merge_adapter
+from trainer.merge import MergeSummary, merge_adapter, prove_full
 from trainer.qualify import Launch, Qualified, Qualifier
 from trainer.quantize import QuantizeSummary, check_group_size, quantize_gptq
-from trainer.recipe import Recipe
+from trainer.recipe import Method, Recipe
 from trainer.run import Examples, Run, Stage
-from trainer.sft import TrainingSummary, train_adapter
+from trainer.sft import TrainingData, TrainingSummary, train_model
 
 log = logging.getLogger(__name__)
 
@@ -99,6 +100,7 @@ class Pipeline:
 
         Raises:
             BusyError: another process works on this run.
+            InterruptedRunError: a signal came; the same command goes on.
             SvcError: a stage failed; what was finished before it is kept.
         """
         self.run.folder.mkdir(parents=True, exist_ok=True)
@@ -109,14 +111,29 @@ class Pipeline:
                     continue
                 self.run.require_space(stage, need + _SPARE_BYTES)
                 console.print(f"[bold]{stage}[/bold]")
-                work()
+                try:
+                    work()
+                except KeyboardInterrupt as error:
+                    raise InterruptedRunError(
+                        f"stage {stage} was interrupted",
+                        todo="run the same command again: finished stages are kept, and this one begins anew",
+                    ) from error
             return self.run.load(Stage.REGISTER, Registered).version
 
+    @property
+    def _full(self) -> bool:
+        """Whether there is no adapter: training writes the whole model."""
+        return self.recipe.method is Method.FULL
+
     def _stages(self) -> list[tuple[Stage, int, Callable[[], object]]]:
-        """The stages with the bytes that each may write: merging and quantizing write no more than the base has."""
+        """The stages with the bytes that each may write: merging and quantizing write no more than the base has.
+
+        A checkpoint of full fine-tuning holds weights and two moments in float32, six times the base in bf16.
+        """
         size = sum(path.stat().st_size for path in self.base.folder.glob("*.safetensors"))
+        kept = self.recipe.checkpoints.keep + 1
         return [
-            (Stage.TRAIN, size // 4, self._train),
+            (Stage.TRAIN, (1 + 6 * kept) * size if self._full else size // 4, self._train),
             (Stage.MERGE, size, self._merge),
             (Stage.EVALUATE, 0, self._evaluate),
             (Stage.QUANTIZE, size, self._quantize),
@@ -126,15 +143,26 @@ class Pipeline:
 
     def _train(self) -> TrainingSummary:
         check_group_size(self.base.folder, self.recipe.quantize.group_size)  # not an hour later
-        tracking = self.registry.tracking
-        with tracking.attach(self._tracking_run()):
-            summary = train_adapter(
-                self.base.folder, self.examples.train, self.recipe, self.run.fresh(self.run.adapter), log_to_mlflow=True
+        tracking, run_id = self.registry.tracking, self._tracking_run()
+        tracking.log_parameters(run_id, self.recipe.flat())
+        out = self.run.merged if self._full else self.run.adapter
+        with tracking.attach(run_id):
+            summary = train_model(
+                self.base.folder,
+                TrainingData(self.examples.train, self.examples.heldout),
+                self.recipe,
+                self.run.fresh(out),
+                self.run.checkpoints,
+                lambda step, figures: tracking.log_metrics(run_id, figures, step),
             )
         return self.run.save(Stage.TRAIN, summary)
 
     def _merge(self) -> MergeSummary:
-        summary = merge_adapter(self.base.folder, self.run.adapter, self.run.fresh(self.run.merged))
+        if self._full:
+            summary = prove_full(self.base.folder, self.run.merged)
+        else:
+            summary = merge_adapter(self.base.folder, self.run.adapter, self.run.fresh(self.run.merged))
+        shutil.rmtree(self.run.checkpoints, ignore_errors=True)  # what they led to is proven
         return self.run.save(Stage.MERGE, summary)
 
     def _evaluate(self) -> Evaluated:
@@ -185,8 +213,8 @@ class Pipeline:
         heldout = self.run.folder / HELDOUT_FILE
         heldout.unlink(missing_ok=True)  # of an interrupted try: one file with its version's, which nobody may write
         write_examples(heldout, self.examples.heldout)
-        content = {
-            Format.ADAPTER.value: self.run.adapter,
+        content = {} if self._full else {Format.ADAPTER.value: self.run.adapter}
+        content |= {
             Format.MERGED.value: self.run.merged,
             Format.GPTQ.value: self.run.gptq,
             HELDOUT_FILE: heldout,
@@ -212,7 +240,9 @@ class Pipeline:
         return {Format.MERGED: merged, Format.GPTQ: self.run.load(Stage.QUALIFY, Qualified)}
 
     def _manifest(self, version: VersionId, folder: Path) -> Manifest:
-        formats = {Format.ADAPTER: FormatRecord(files=record_files(folder, folder / Format.ADAPTER))}
+        formats = {}
+        if not self._full:
+            formats[Format.ADAPTER] = FormatRecord(files=record_files(folder, folder / Format.ADAPTER))
         for format, found in self._qualified().items():
             formats[format] = FormatRecord(
                 files=record_files(folder, folder / format),

@@ -89,7 +89,7 @@ def check_group_size(model: Path, group_size: int) -> list[str]:
     Raises:
         RecipeError: names the first layer whose width does not divide, and the sizes that would.
     """
-    widths = _layer_widths(model)
+    widths = layer_widths(model)
     misfit = next((name for name, width in widths.items() if width % group_size), None)
     if misfit is None:
         return list(widths)
@@ -118,7 +118,7 @@ def strip_passing_values(folder: Path) -> None:
         path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", "utf-8")
 
 
-def _layer_widths(model: Path) -> dict[str, int]:
+def layer_widths(model: Path) -> dict[str, int]:
     """Input width of every linear layer but the output head, by name."""
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM

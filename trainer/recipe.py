@@ -3,15 +3,18 @@
 Unknown keys and wrong types are errors, because a misspelt hyperparameter that is ignored costs a night of training.
 """
 
+import math
 import re
+from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator, model_validator
 
 from svc.errors import RecipeError
 from svc.registry.version import NAME_PATTERN
 from svc.yaml_text import parse_yaml
+from trainer.targets import Targets
 
 
 class _Section(BaseModel):
@@ -38,23 +41,99 @@ class Data(_Section):
     _resolve = field_validator("train", "heldout")(_beside_recipe)
 
 
-class Lora(_Section):
-    """The adapter, on all linear layers."""
+class Method(StrEnum):
+    """What of the model is trained, and in which form."""
 
-    rank: int = Field(16, ge=1, le=1024, description="width of the update: more learns more, and costs more memory")
-    alpha: int = Field(32, ge=1, description="scale: alpha / rank")
+    FULL = "full"
+    """Every weight."""
+    LORA = "lora"
+    """Low-rank updates beside frozen weights (Hu et al. 2021)."""
+    QLORA = "qlora"
+    """LoRA beside weights that are frozen in 4 bits (Dettmers et al. 2023): a quarter of the memory."""
+    DORA = "dora"
+    """LoRA for the direction, and a magnitude for each output (Liu et al. 2024)."""
+    ADALORA = "adalora"
+    """LoRA whose ranks are shared out between layers while it trains (Zhang et al. 2023)."""
+    VERA = "vera"
+    """Two vectors a layer beside random matrices that all layers share (Kopiczko et al. 2023)."""
+
+
+class Adapter(_Section):
+    """The adapter; nothing of it is used by `method: full`."""
+
+    rank: Annotated[int, Field(ge=1, le=1024)] | None = Field(
+        None, description="width of the update: more learns more, and costs more memory; default 16, for vera 256"
+    )
+    alpha: Annotated[int, Field(ge=1)] | None = Field(
+        None, description="scale: the update is multiplied by alpha / rank; default twice the rank; vera has none"
+    )
     dropout: float = Field(0.0, ge=0, lt=1, description="share of the adapter's inputs left out in a step")
+    targets: Targets = Field(Targets.ALL_LINEAR, description="layers: attention-min is query and value")
+    rslora: bool = Field(False, description="scale by alpha / sqrt(rank), so that large ranks learn as fast; LoRA only")
+    initial_rank: Annotated[int, Field(ge=2, le=1536)] | None = Field(
+        None,
+        description="adalora begins with this rank everywhere and ends with `rank` in the mean; default 1.5 x rank",
+    )
+
+
+class Schedule(StrEnum):
+    """How the step size moves after the warmup."""
+
+    LINEAR = "linear"
+    COSINE = "cosine"
+    CONSTANT = "constant"
 
 
 class Train(_Section):
     """The optimizer's run."""
 
-    learning_rate: float = Field(5e-4, gt=0, description="largest step size; falls linearly to 0")
-    epochs: float = Field(1.0, gt=0, description="passes over the examples")
-    batch_size: int = Field(16, ge=1, description="examples a step")
+    learning_rate: Annotated[float, Field(gt=0)] | None = Field(
+        None, description="largest step size; default 5e-4, adalora 2e-3, vera 2e-2, full 5e-5"
+    )
+    schedule: Schedule = Field(Schedule.LINEAR, description="falls to 0, or stays")
     warmup_ratio: float = Field(0.05, ge=0, lt=1, description="share of the steps in which the step size rises")
+    epochs: float = Field(1.0, gt=0, description="passes over the examples")
+    steps: Annotated[int, Field(ge=1)] | None = Field(None, description="so many steps, whatever `epochs` says")
+    batch_size: int = Field(16, ge=1, description="examples at once on a device")
+    gradient_accumulation: int = Field(1, ge=1, description="batches a step: less memory than a larger batch")
+    weight_decay: float = Field(0.0, ge=0, description="AdamW's")
+    max_grad_norm: float = Field(1.0, gt=0, description="a longer gradient is shortened to it")
     max_length: int = Field(1024, ge=16, description="tokens; a longer example is an error, never cut")
+    packing: bool = Field(
+        False, description="several examples in one row of max_length tokens, blind to each other; a row is an example"
+    )
+    gradient_checkpointing: bool | None = Field(
+        None, description="compute activations again instead of keeping them; default on a GPU, not on a CPU"
+    )
+    neftune_alpha: Annotated[float, Field(gt=0)] | None = Field(
+        None, description="noise on the embeddings (Jain et al. 2023), customarily 5; default none"
+    )
     seed: int = Field(0, ge=0, description="decides the order of examples and the adapter's start")
+
+
+class Stopping(_Section):
+    """Held-out loss while it trains. A set that chooses among weights flatters them a little."""
+
+    every_steps: Annotated[int, Field(ge=1)] | None = Field(
+        None, description="steps between two measurements; default a tenth of all, where the other keys ask for any"
+    )
+    patience: Annotated[int, Field(ge=1)] | None = Field(
+        None, description="stop after so many measurements without a lower loss; default never"
+    )
+    keep_best: bool = Field(False, description="end with the weights of the lowest held-out loss, not with the last")
+
+    @property
+    def measures(self) -> bool:
+        """Whether held-out loss is asked for at all."""
+        return self.every_steps is not None or self.patience is not None or self.keep_best
+
+
+class Checkpoints(_Section):
+    """What an interrupted training goes on from. None of it changes the result."""
+
+    every_steps: Annotated[int, Field(ge=1)] | None = Field(None, description="steps between two; default by time only")
+    every_minutes: float = Field(10.0, gt=0, description="minutes between two")
+    keep: int = Field(2, ge=1, description="newest that are kept; the best one is kept beside them")
 
 
 class Quantize(_Section):
@@ -81,14 +160,21 @@ class Qualify(_Section):
     restart: bool = Field(True, description="measure on a second engine too: in place and freshly loaded must agree")
 
 
+# Rates that learnt most in one epoch of the section task; full fine-tuning's is the customary one for small models.
+_LEARNING_RATES = {Method.FULL: 5e-5, Method.ADALORA: 2e-3, Method.VERA: 2e-2}
+
+
 class Recipe(_Section):
     """One model to train."""
 
     name: str = Field(pattern=NAME_PATTERN, description="the model's name for clients")
     base: str = Field(min_length=1, description="known id, hub id, NAME@N, local folder or GGUF file")
+    method: Method = Field(Method.LORA, description="full, lora, qlora, dora, adalora or vera")
     data: Data
-    lora: Lora = Lora()
+    adapter: Adapter = Adapter()
     train: Train = Train()
+    stopping: Stopping = Stopping()
+    checkpoints: Checkpoints = Checkpoints()
     quantize: Quantize = Quantize()
     evaluate: Evaluate = Evaluate()
     qualify: Qualify = Qualify()
@@ -99,6 +185,58 @@ class Recipe(_Section):
         """A base that is written as a path is one."""
         is_path = base.startswith((".", "/", "~")) or base.endswith(".gguf")
         return str(_beside_recipe(Path(base), info)) if is_path else base
+
+    @model_validator(mode="after")
+    def _fits_method(self) -> "Recipe":
+        """A key that the method has no use for would be believed to have one."""
+        given = self.adapter.model_fields_set
+        match self.method:
+            case Method.FULL:
+                unused = given
+            case Method.VERA:
+                unused = given & {"alpha", "rslora", "initial_rank"}
+            case Method.ADALORA:
+                unused = given & {"rslora"}
+            case _:
+                unused = given & {"initial_rank"}
+        if unused:
+            raise ValueError(f"adapter.{min(unused)} means nothing for method {self.method}")
+        if self.method is Method.ADALORA and self.initial_rank <= self.rank:
+            raise ValueError(f"adapter.initial_rank {self.initial_rank} is not above the final rank {self.rank}")
+        return self
+
+    def flat(self) -> dict[str, str]:
+        """What decides the result, by dotted key, as text; keys that were left to the method with what it chose."""
+        sections = self.model_dump(mode="json", exclude={"checkpoints", "data"})
+        chosen = {"train.learning_rate": self.learning_rate, "adapter.rank": self.rank, "adapter.alpha": self.alpha}
+        keys: dict[str, Any] = {}
+        for name, section in sections.items():
+            keys |= (
+                {f"{name}.{key}": value for key, value in section.items()}
+                if isinstance(section, dict)
+                else {name: section}
+            )
+        return {key: str(value) for key, value in (keys | chosen).items()}
+
+    @property
+    def learning_rate(self) -> float:
+        """The recipe's, or the method's default."""
+        return self.train.learning_rate or _LEARNING_RATES.get(self.method, 5e-4)
+
+    @property
+    def rank(self) -> int:
+        """The adapter's, or the method's default."""
+        return self.adapter.rank or (256 if self.method is Method.VERA else 16)
+
+    @property
+    def alpha(self) -> int:
+        """The adapter's, or twice its rank."""
+        return self.adapter.alpha or 2 * self.rank
+
+    @property
+    def initial_rank(self) -> int:
+        """AdaLoRA's first rank; 1.5 times the final one, as in its paper."""
+        return self.adapter.initial_rank or math.ceil(1.5 * self.rank)
 
 
 def load_recipe(path: Path, overrides: tuple[str, ...] = ()) -> Recipe:
@@ -150,6 +288,8 @@ def _explain(path: Path, error: ValidationError) -> RecipeError:
                 problems.append(f"unknown key {key!r}{_suggest(key)}")
             case "missing":
                 problems.append(f"{key!r} is missing")
+            case _ if not key:  # of the recipe as a whole
+                problems.append(str(problem["ctx"]["error"]))
             case _:
                 problems.append(f"{key!r} is {problem['input']!r}: {problem['msg'][:1].lower()}{problem['msg'][1:]}")
     return RecipeError(

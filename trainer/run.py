@@ -87,8 +87,10 @@ class Run:
 
     @classmethod
     def of(cls, runs: Path, recipe: Recipe, base: Base, examples: Examples) -> "Run":
-        """The run that a recipe means, on this data and this base."""
-        decides = recipe.model_dump(mode="json", exclude={"data": {"train", "heldout"}, "base": True})
+        """The run that a recipe means, on this data and this base; how often it is saved makes no other run."""
+        decides = recipe.model_dump(
+            mode="json", exclude={"data": {"train", "heldout"}, "base": True, "checkpoints": True}
+        )
         decides["fingerprints"] = [base.revision, examples.train_fingerprint, examples.heldout_fingerprint]
         key = hashlib.sha256(json.dumps(decides, sort_keys=True).encode()).hexdigest()[:12]
         return cls(runs / f"{recipe.name}-{key}")
@@ -97,6 +99,11 @@ class Run:
     def adapter(self) -> Path:
         """The trained adapter."""
         return self.folder / "adapter"
+
+    @property
+    def checkpoints(self) -> Path:
+        """What an interrupted training goes on from."""
+        return self.folder / "checkpoints"
 
     @property
     def merged(self) -> Path:

@@ -1,9 +1,10 @@
-"""Supervised fine-tuning: chat examples and a base model in, a LoRA adapter out.
+"""Supervised fine-tuning: chat examples and a base model in, an adapter or a trained model out.
 
-Only the final answer is learnt, up to and with the token that ends it; all turns before are context. Knows nothing of
-where examples come from, of registered versions, or of how good the adapter is.
+Only answers are learnt, up to and with the token that ends them; all other turns are context. Knows nothing of where
+examples come from, of registered versions, or of how good the result is.
 """
 
+import math
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -11,23 +12,23 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from svc.dataset.example import ChatExample
-from svc.errors import DataError, TrainingError
-from svc.terminal import waiting
+from svc.errors import DataError, InterruptedRunError
+from svc.terminal import console, waiting
 from trainer.library_output import library_output_to_log
-from trainer.recipe import Recipe
+from trainer.recipe import Method, Recipe
 from trainer.training_example import TrainingExample, load_tokenizer, stop_tokens, tokenize_examples
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PreTrainedTokenizerBase
 
-    from trainer.answer_trainer import AnswerTrainer
-
-_LOG_EVERY = 0.01  # of all steps: a hundred points draw a loss curve
+    from trainer.interruption import Interruption
+    from trainer.loss_curve import Report
+    from trainer.resumable_trainer import ResumableTrainer
 
 
 @dataclass(frozen=True, slots=True)
 class LossPoint:
-    """Mean loss of the steps since the point before, nats a token."""
+    """Mean loss of the steps since the point before, or held-out loss at a step; nats a token."""
 
     step: int
     loss: float
@@ -38,9 +39,14 @@ class TrainingSummary:
     """How a training run went.
 
     Attributes:
+        steps: of the optimizer.
         tokens: prompt and answer tokens seen, without padding.
+        tokens_per_second: in the process that ended the run.
         final_loss: nats an answer token, the last point of the curve.
-        seconds: of the optimizer's run alone, without loading.
+        seconds: of the optimizer's run alone, without loading, in the process that ended it.
+        loss_curve: means over the steps between its points.
+        heldout_losses: step and nats an answer token, where held-out loss was measured.
+        best_step: the step whose weights these are, where the best were asked for.
     """
 
     steps: int
@@ -49,40 +55,111 @@ class TrainingSummary:
     final_loss: float
     seconds: float
     loss_curve: tuple[LossPoint, ...]
+    heldout_losses: tuple[LossPoint, ...] = ()
+    best_step: int | None = None
 
 
-def train_adapter(
-    base: Path, examples: Sequence[ChatExample], recipe: Recipe, out: Path, *, log_to_mlflow: bool = False
+@dataclass(frozen=True, slots=True)
+class TrainingData:
+    """What is learnt, and what held-out loss is measured on while it is."""
+
+    train: Sequence[ChatExample]
+    heldout: Sequence[ChatExample] = ()
+
+
+def train_model(
+    base: Path, data: TrainingData, recipe: Recipe, out: Path, checkpoints: Path, report: "Report | None" = None
 ) -> TrainingSummary:
-    """Trains a LoRA adapter on all linear layers and writes it, with the tokenizer, to `out`.
+    """Trains what the recipe's method trains, and writes it with the tokenizer's files to `out`.
+
+    A run that was cut off goes on from its newest whole checkpoint, and ends as if it had not been.
 
     Args:
         base: folder of the base model (trainer.base_model).
-        out: created if need be; gets adapter_config.json, adapter_model.safetensors and the tokenizer's files.
-        log_to_mlflow: loss and hyperparameters go to the run that is active in this process.
+        out: created if need be; gets adapter_config.json and adapter_model.safetensors, or for full fine-tuning the
+            whole model in bf16.
+        checkpoints: folder of this run's checkpoints.
+        report: is told of the loss curve while it is drawn.
 
     Raises:
         DataError: examples longer than `train.max_length` tokens, or that the chat template refuses.
-        TrainingError: the loss or a weight is not finite.
+        DiskSpaceError: no room for a checkpoint.
+        InterruptedRunError: a signal came, and a checkpoint was written.
+        TrainingError: the loss or a weight is not finite, the loss explodes, or memory is short; says what to change.
     """
-    from trainer.progress import training_progress
+    from trainer.interruption import interruption
+    from trainer.out_of_memory import out_of_memory
 
     tokenizer = load_tokenizer(base)
-    rows = tokenize_examples(tokenizer, examples, stop_tokens(base, tokenizer))
+    stops = stop_tokens(base, tokenizer)
+    rows = tokenize_examples(tokenizer, data.train, stops)
     _check_lengths(rows, recipe.train.max_length)
-    with waiting("Loading the base model"), library_output_to_log():
-        trainer = _build_trainer(base, tokenizer, rows, recipe, out, log_to_mlflow)
+    heldout = tokenize_examples(tokenizer, data.heldout, stops) if recipe.stopping.measures else []
+    try:
+        with interruption() as asked:
+            with waiting("Loading the base model"), library_output_to_log():
+                trainer = _build_trainer(base, tokenizer, rows, heldout, recipe, out, checkpoints, report, asked)
+            seconds = _run(trainer, recipe, asked)
+            _save(trainer, recipe, tokenizer, out)
+    except (RuntimeError, MemoryError) as error:
+        if lack := out_of_memory(recipe, error):
+            raise lack from error
+        raise
+    return _summarize(trainer, recipe, seconds)
+
+
+def _run(trainer: "ResumableTrainer", recipe: Recipe, asked: "Interruption") -> float:
+    """Trains to the end; returns the seconds of this process's part."""
+    from transformers import TrainerState
+
+    from trainer.heldout_loss import best_step, out_of_patience
+    from trainer.progress import training_progress
+
+    newest = trainer.checkpoints.newest()
+    if newest is not None:
+        state = TrainerState.load_from_json(str(newest / "trainer_state.json"))
+        console.print(f"  going on from step {state.global_step} of {state.max_steps}")
     started = time.monotonic()
-    with training_progress() as progress:
-        trainer.add_callback(progress)
-        trainer.train()
-    seconds = time.monotonic() - started
-    _check_finite(trainer.model)
-    _save(trainer.model, tokenizer, out)
+    # A run may have been cut off after its last step: another one would be too many.
+    if newest is not None and (
+        state.global_step >= state.max_steps or out_of_patience(state, recipe.stopping.patience)
+    ):
+        trainer.load_weights(newest)
+        trainer.state = state
+    else:
+        with training_progress() as progress:
+            trainer.add_callback(progress)
+            trainer.train(resume_from_checkpoint=None if newest is None else str(newest))
+    if asked.by is not None:
+        raise InterruptedRunError(
+            f"{asked.by.name} after step {trainer.state.global_step} of {trainer.state.max_steps}",
+            todo="run the same command again: it goes on from the checkpoint that was written",
+        )
+    best = best_step(trainer.state)
+    if recipe.stopping.keep_best and best not in (None, trainer.state.global_step):
+        trainer.load_weights(trainer.checkpoints.at(best))
+    trainer.check_finite()
+    return time.monotonic() - started
+
+
+def _summarize(trainer: "ResumableTrainer", recipe: Recipe, seconds: float) -> TrainingSummary:
+    from trainer.heldout_loss import best_step
+    from trainer.loss_curve import heldout_losses, loss_curve
+
     state = trainer.state
-    curve = tuple(LossPoint(entry["step"], entry["loss"]) for entry in state.log_history if "loss" in entry)
+    curve = loss_curve(state)
     tokens = int(state.num_input_tokens_seen)
-    return TrainingSummary(state.global_step, tokens, tokens / seconds, curve[-1].loss, seconds, curve)
+    here = tokens - int(getattr(trainer, "_initial_num_input_tokens_seen", tokens))
+    return TrainingSummary(
+        steps=state.global_step,
+        tokens=tokens,
+        tokens_per_second=here / seconds,
+        final_loss=curve[-1].loss,
+        seconds=seconds,
+        loss_curve=curve,
+        heldout_losses=tuple(LossPoint(step, loss) for step, loss in heldout_losses(state).items()),
+        best_step=best_step(state) if recipe.stopping.keep_best else None,
+    )
 
 
 def _check_lengths(rows: list[TrainingExample], max_length: int) -> None:
@@ -98,82 +175,109 @@ def _check_lengths(rows: list[TrainingExample], max_length: int) -> None:
         )
 
 
+def count_steps(rows: int, recipe: Recipe) -> int:
+    """The optimizer's steps in a whole run, as transformers counts them.
+
+    Args:
+        rows: examples, or packed rows.
+    """
+    train = recipe.train
+    if train.steps is not None:
+        return train.steps
+    batches = math.ceil(rows / train.batch_size)
+    return math.ceil(train.epochs * math.ceil(batches / train.gradient_accumulation))
+
+
 def _build_trainer(
     base: Path,
     tokenizer: "PreTrainedTokenizerBase",
     rows: list[TrainingExample],
+    heldout: list[TrainingExample],
     recipe: Recipe,
     out: Path,
-    log_to_mlflow: bool,
-) -> "AnswerTrainer":
-    """The base's weights are frozen in bf16, the adapter is in float32: Adam's small steps vanish in bf16."""
+    checkpoints: Path,
+    report: "Report | None",
+    asked: "Interruption",
+) -> "ResumableTrainer":
+    """Trained weights are in float32: Adam's small steps vanish in bf16."""
     import torch
     from datasets import Dataset
-    from peft import LoraConfig
-    from transformers import AutoModelForCausalLM, PrinterCallback
+    from transformers import PrinterCallback, set_seed
     from transformers.utils import logging
 
-    from trainer.answer_trainer import AnswerTrainer
+    from trainer.adapters import RankAllocation, add_adapter, load_model
+    from trainer.checkpoint_clock import CheckpointClock
+    from trainer.checkpoints import CheckpointFolder
+    from trainer.divergence import DivergenceWatch
+    from trainer.heldout_loss import HeldoutWatch
+    from trainer.loss_curve import LossReport
+    from trainer.resumable_trainer import ResumableTrainer
 
     logging.disable_progress_bar()
-    lora = LoraConfig(
-        r=recipe.lora.rank,
-        lora_alpha=recipe.lora.alpha,
-        lora_dropout=recipe.lora.dropout,
-        target_modules="all-linear",
-        task_type="CAUSAL_LM",
-    )
-    trainer = AnswerTrainer(
-        model=AutoModelForCausalLM.from_pretrained(base, dtype=torch.bfloat16),
-        args=_training_arguments(recipe, out, log_to_mlflow),
+    set_seed(recipe.train.seed)  # the adapter's start
+    model = add_adapter(load_model(base, recipe.method), recipe, count_steps(len(rows), recipe))
+    trainer = ResumableTrainer(
+        checkpoints=CheckpointFolder(checkpoints, recipe.checkpoints.keep),
+        heldout=[row.as_row() for row in heldout],
+        allocation=RankAllocation(model) if recipe.method is Method.ADALORA else None,
+        model=model,
+        args=_training_arguments(recipe, out),
         train_dataset=Dataset.from_list([row.as_row() for row in rows]),
         processing_class=tokenizer,
-        peft_config=lora,
     )
+    for weight in trainer.model.parameters():
+        if weight.requires_grad:  # TRL puts the adapter of a 4-bit model in bf16
+            weight.data = weight.data.to(torch.float32)
     trainer.remove_callback(PrinterCallback)
+    trainer.add_callback(DivergenceWatch(recipe.learning_rate))
+    trainer.add_callback(CheckpointClock(recipe.checkpoints, asked))
+    if heldout:
+        trainer.add_callback(HeldoutWatch(recipe.stopping))
+    if report is not None:
+        trainer.add_callback(LossReport(report))
     return trainer
 
 
-def _training_arguments(recipe: Recipe, out: Path, log_to_mlflow: bool) -> Any:
+def _training_arguments(recipe: Recipe, out: Path) -> Any:
     import torch
     from trl.trainer.sft_config import SFTConfig
 
-    accelerated = torch.accelerator.is_available()
+    train, accelerated = recipe.train, torch.accelerator.is_available()
+    checkpointing = accelerated if train.gradient_checkpointing is None else train.gradient_checkpointing
     return SFTConfig(
         output_dir=str(out),
-        learning_rate=recipe.train.learning_rate,
-        num_train_epochs=recipe.train.epochs,
-        per_device_train_batch_size=recipe.train.batch_size,
-        warmup_steps=recipe.train.warmup_ratio,
-        seed=recipe.train.seed,
+        learning_rate=recipe.learning_rate,
+        lr_scheduler_type="constant_with_warmup" if train.schedule == "constant" else train.schedule.value,
+        warmup_steps=train.warmup_ratio,
+        num_train_epochs=train.epochs,
+        max_steps=train.steps or -1,
+        per_device_train_batch_size=train.batch_size,
+        gradient_accumulation_steps=train.gradient_accumulation,
+        weight_decay=train.weight_decay,
+        max_grad_norm=train.max_grad_norm,
+        neftune_noise_alpha=train.neftune_alpha,
+        seed=train.seed,
         max_length=None,
         bf16=True,
         use_cpu=not accelerated,
         # Memory is what a GPU lacks, time is what a CPU lacks.
-        gradient_checkpointing=accelerated,
+        gradient_checkpointing=checkpointing,
         dataloader_pin_memory=accelerated,
-        train_sampling_strategy="group_by_length",
         include_num_input_tokens_seen="non_padding",
-        logging_steps=_LOG_EVERY,
+        logging_steps=1,  # the state holds the loss of every step: what a curve, a watch and a resumed run need
+        logging_nan_inf_filter=False,
         save_strategy="no",
-        report_to=["mlflow"] if log_to_mlflow else "none",
+        report_to="none",
         disable_tqdm=True,
     )
 
 
-def _check_finite(model: "PreTrainedModel") -> None:
+def _save(trainer: "ResumableTrainer", recipe: Recipe, tokenizer: "PreTrainedTokenizerBase", out: Path) -> None:
     import torch
 
-    for name, weight in model.named_parameters():
-        if weight.requires_grad and not torch.isfinite(weight).all():
-            raise TrainingError(
-                f"{name} holds a value that is not finite",
-                expected="finite weights",
-                todo="lower train.learning_rate in the recipe, to a third for a start",
-            )
-
-
-def _save(model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase", out: Path) -> None:
+    model = trainer.model
+    if recipe.method is Method.FULL:
+        model = model.to(torch.bfloat16)
     model.save_pretrained(out)
     tokenizer.save_pretrained(out)
     (out / "README.md").unlink(missing_ok=True)  # PEFT's empty model card

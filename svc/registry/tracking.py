@@ -69,7 +69,7 @@ class Tracking:
 
     @contextmanager
     def attach(self, run_id: str) -> Iterator[None]:
-        """Makes a run the active one of this process, so that a trainer's own MLflow callback reports to it."""
+        """Marks a run as running inside, and afterwards as finished or failed."""
         import mlflow
 
         _ = self._client
@@ -77,10 +77,19 @@ class Tracking:
         with mlflow.start_run(run_id=run_id, log_system_metrics=False):
             yield
 
-    def log_metrics(self, run_id: str, metrics: dict[str, float]) -> None:
-        """Adds figures to a run."""
+    def log_metrics(self, run_id: str, metrics: dict[str, float], step: int = 0) -> None:
+        """Adds figures to a run.
+
+        Args:
+            step: the optimizer's, of figures that make up a curve.
+        """
         for key, value in metrics.items():
-            self._client.log_metric(run_id, key, value)
+            self._client.log_metric(run_id, key, value, step=step)
+
+    def log_parameters(self, run_id: str, parameters: dict[str, str]) -> None:
+        """Says what a run was made with; said again, it must be the same."""
+        for key, value in parameters.items():
+            self._client.log_param(run_id, key, value)
 
     def experiments(self) -> list[str]:
         """Names of everything that was ever trained, but MLflow's own default.

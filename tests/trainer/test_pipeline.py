@@ -21,6 +21,7 @@ from svc.errors import (
     DiskSpaceError,
     EngineError,
     IntegrityError,
+    InterruptedRunError,
     NotFoundError,
     RecipeError,
     TrainingError,
@@ -40,6 +41,7 @@ from trainer.base_model import Base
 from trainer.merge import MergeSummary
 from trainer.pipeline import Evaluated, Pipeline, check_gptq_loss, find_base
 from trainer.quantize import QuantizeSummary
+from trainer.recipe import Method
 from trainer.run import Examples, Run, Stage
 from trainer.sft import LossPoint, TrainingSummary
 
@@ -59,10 +61,14 @@ class Stages:
     ran: list[Stage] = field(default_factory=list)
     broken: set[Stage] = field(default_factory=set)
 
-    def train_adapter(self, base: Path, examples: Any, recipe: Any, out: Path, *, log_to_mlflow: bool) -> Any:
-        """Writes an adapter."""
+    def train_model(self, base: Path, data: Any, recipe: Any, out: Path, checkpoints: Path, report: Any) -> Any:
+        """Writes an adapter, or a trained model."""
         self._run(Stage.TRAIN, out)
-        (out / "adapter_model.safetensors").write_bytes(b"adapter")
+        if recipe.method is Method.FULL:
+            write_model(out, seed=1)
+        else:
+            (out / "adapter_model.safetensors").write_bytes(b"adapter")
+        report(1, {"loss": 0.5})
         return TrainingSummary(3, 30, 10.0, 0.5, 3.0, (LossPoint(1, 0.5),))
 
     def merge_adapter(self, base: Path, adapter: Path, out: Path) -> MergeSummary:
@@ -94,7 +100,7 @@ class Stages:
 @pytest.fixture
 def stages(monkeypatch: pytest.MonkeyPatch) -> Stages:
     stages = Stages()
-    for name in ("check_group_size", "train_adapter", "merge_adapter", "quantize_gptq"):
+    for name in ("check_group_size", "train_model", "merge_adapter", "quantize_gptq"):
         monkeypatch.setattr(pipeline_module, name, getattr(stages, name))
     return stages
 
@@ -177,7 +183,7 @@ def test_of_a_limited_evaluation_the_first_answers_are_kept(make: Make) -> None:
 
 def test_answers_survive_an_interruption(make: Make, stages: Stages) -> None:
     stages.broken = {Stage.QUANTIZE}
-    with pytest.raises(KeyboardInterrupt):
+    with pytest.raises(InterruptedRunError):
         make().train_version()
     stages.broken = set()
     pipeline = make()
@@ -188,7 +194,7 @@ def test_answers_survive_an_interruption(make: Make, stages: Stages) -> None:
 
 def test_a_run_that_an_older_release_began_makes_a_version_without_its_answers(make: Make, stages: Stages) -> None:
     stages.broken = {Stage.QUANTIZE}
-    with pytest.raises(KeyboardInterrupt):
+    with pytest.raises(InterruptedRunError):
         make().train_version()
     stages.broken = set()
     pipeline = make()
@@ -211,7 +217,7 @@ def test_an_interrupted_registration_leaves_nothing_in_what_a_version_is_compare
     pipeline = make()
     with monkeypatch.context() as patch:
         patch.setattr(Registry, "publish", interrupt)
-        with pytest.raises(KeyboardInterrupt):
+        with pytest.raises(InterruptedRunError):
             pipeline.train_version()
     (pipeline.run.reference / "half-written").touch()
     version = make().train_version()
@@ -249,7 +255,7 @@ def test_a_finished_run_gives_its_version_again_and_does_nothing(make: Make, sta
 @pytest.mark.parametrize("broken", [Stage.TRAIN, Stage.MERGE, Stage.QUANTIZE])
 def test_an_interrupted_stage_is_done_again_and_none_before_it(make: Make, stages: Stages, broken: Stage) -> None:
     stages.broken = {broken}
-    with pytest.raises(KeyboardInterrupt):
+    with pytest.raises(InterruptedRunError):
         make().train_version()
     assert stages.ran[-1] is broken
     stages.broken = set()
@@ -263,7 +269,7 @@ def test_what_an_interrupted_stage_left_does_not_get_into_the_version(
     make: Make, stages: Stages, broken: Stage
 ) -> None:
     stages.broken = {broken}
-    with pytest.raises(KeyboardInterrupt):
+    with pytest.raises(InterruptedRunError):
         make().train_version()
     stages.broken = set()
     pipeline = make()
@@ -282,7 +288,7 @@ def test_an_evaluation_that_failed_is_done_again_alone(make: Make, stages: Stage
 
 def test_a_resumed_run_goes_on_in_its_mlflow_run(make: Make, stages: Stages) -> None:
     stages.broken = {Stage.MERGE}
-    with pytest.raises(KeyboardInterrupt):
+    with pytest.raises(InterruptedRunError):
         make().train_version()
     begun = make()._tracking_run()
     stages.broken = set()
@@ -358,7 +364,7 @@ def test_a_registration_that_was_interrupted_goes_on_with_the_version_that_it_pu
 
     with monkeypatch.context() as patch:
         patch.setattr(Tracking, "annotate", interrupt)
-        with pytest.raises(KeyboardInterrupt):
+        with pytest.raises(InterruptedRunError):
             pipeline.train_version()
     (published,) = pipeline.registry.versions()
     files = sorted(path for path in pipeline.registry.folder(published).rglob("*") if path.is_file())

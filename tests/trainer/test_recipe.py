@@ -42,9 +42,9 @@ def test_three_keys_are_enough(write: Write) -> None:
 
 
 def test_what_is_said_is_taken(write: Write) -> None:
-    recipe = load_recipe(write(train={"epochs": 2.5}, lora={"rank": 4}, evaluate={"limit": 10}))
-    assert (recipe.train.epochs, recipe.lora.rank, recipe.evaluate.limit) == (2.5, 4, 10)
-    assert recipe.lora.alpha == 32
+    recipe = load_recipe(write(train={"epochs": 2.5}, adapter={"rank": 4}, evaluate={"limit": 10}))
+    assert (recipe.train.epochs, recipe.adapter.rank, recipe.evaluate.limit) == (2.5, 4, 10)
+    assert recipe.alpha == 8
 
 
 def test_paths_are_relative_to_the_recipe(
@@ -74,7 +74,7 @@ def test_a_base_that_is_no_path_stays_what_it_is(write: Write, base: str) -> Non
     [
         ({"trian": {}}, "unknown key 'trian' (did you mean 'train'?)"),
         ({"train": {"learning_rat": 1}}, "unknown key 'train.learning_rat' (did you mean 'train.learning_rate'?)"),
-        ({"lora": {"ranks": 4}}, "unknown key 'lora.ranks' (did you mean 'lora.rank'?)"),
+        ({"adapter": {"ranks": 4}}, "unknown key 'adapter.ranks' (did you mean 'adapter.rank'?)"),
         ({"data": {**GOOD["data"], "qqqqqqqq": 1}}, "unknown key 'data.qqqqqqqq'"),
         ({"train": {"epochs": "two"}}, "'train.epochs' is 'two': "),
         ({"train": {"epochs": 0}}, "'train.epochs' is 0: input should be greater than 0"),
@@ -83,7 +83,7 @@ def test_a_base_that_is_no_path_stays_what_it_is(write: Write, base: str) -> Non
         ({"train": {"learning_rate": float("inf")}}, "'train.learning_rate' is inf"),
         ({"train": None}, "'train' is None"),
         ({"train": []}, "'train' is []"),
-        ({"lora": {"rank": 0}}, "'lora.rank' is 0"),
+        ({"adapter": {"rank": 0}}, "'adapter.rank' is 0"),
         ({"quantize": {"bits": 8}}, "'quantize.bits' is 8: input should be 4"),
         ({"quantize": {"group_size": 48}}, "'quantize.group_size' is 48: input should be 32, 64 or 128"),
         ({"name": "My Model"}, "'name' is 'My Model'"),
@@ -102,9 +102,9 @@ def test_a_wrong_key_is_named_with_its_value(write: Write, changes: dict[str, An
 
 
 def test_all_mistakes_are_told_at_once(write: Write) -> None:
-    told = refusal(write(trian={}, lora={"rank": 0}))
+    told = refusal(write(trian={}, adapter={"rank": 0}))
     assert "'trian'" in told
-    assert "'lora.rank'" in told
+    assert "'adapter.rank'" in told
 
 
 def test_a_missing_file_is_named(tmp_path: Path) -> None:
@@ -130,8 +130,8 @@ def test_a_file_that_is_no_recipe_is_refused(tmp_path: Path, content: bytes, tex
 
 
 def test_set_changes_a_key(write: Write) -> None:
-    recipe = load_recipe(write(train={"epochs": 9, "seed": 5}), ("train.epochs=2", "name=other", "lora.rank=8"))
-    assert (recipe.train.epochs, recipe.train.seed, recipe.name, recipe.lora.rank) == (2, 5, "other", 8)
+    recipe = load_recipe(write(train={"epochs": 9, "seed": 5}), ("train.epochs=2", "name=other", "adapter.rank=8"))
+    assert (recipe.train.epochs, recipe.train.seed, recipe.name, recipe.adapter.rank) == (2, 5, "other", 8)
 
 
 def test_the_last_set_of_a_key_wins(write: Write) -> None:

@@ -47,7 +47,7 @@ def test_the_same_recipe_on_the_same_data_is_the_same_run() -> None:
         {"name": "other"},
         {"train": {"seed": 1}},
         {"train": {"learning_rate": 1e-4}},
-        {"lora": {"rank": 4}},
+        {"adapter": {"rank": 4}},
         {"quantize": {"group_size": 32}},
         {"evaluate": {"max_tokens": 8}},
         {"qualify": {"probes": 2}},

@@ -13,7 +13,7 @@ from svc.dataset.example import ChatExample
 from svc.errors import BaseModelError, DataError, TrainingError
 from tests.trainer.conftest import make_example, make_recipe, make_tokenizer
 from trainer.answer_trainer import answer_loss
-from trainer.sft import TrainingSummary, train_adapter
+from trainer.sft import TrainingData, TrainingSummary, train_model
 from trainer.training_example import IGNORED, load_tokenizer, stop_tokens, tokenize_examples
 
 SHAPE = {
@@ -29,7 +29,8 @@ LLAMA = LlamaForCausalLM(LlamaConfig(**SHAPE)).float()
 
 
 def train(base: Path, examples: list[ChatExample], out: Path, **section: float) -> TrainingSummary:
-    return train_adapter(base, examples, make_recipe(train={"batch_size": 4, **section}), out)
+    recipe = make_recipe(train={"batch_size": 4, **section})
+    return train_model(base, TrainingData(examples), recipe, out, out.with_name("checkpoints"))
 
 
 @pytest.fixture(scope="module")

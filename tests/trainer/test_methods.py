@@ -1,0 +1,143 @@
+"""Every method: it learns, its adapter is merged as it was trained, and it goes on where it was cut off."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import AdaLoraConfig, get_peft_model
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+
+from svc.dataset.example import ChatExample
+from svc.errors import TrainingError
+from tests.trainer.conftest import make_recipe
+from trainer.adapters import adapter_config, load_adapter, load_model
+from trainer.merge import merge_adapter, prove_full, unused_modules
+from trainer.recipe import Method, Recipe
+from trainer.sft import TrainingData, TrainingSummary, train_model
+
+ADAPTED = [method for method in Method if method is not Method.FULL]
+IDS = torch.arange(40).reshape(2, 20)
+
+
+def recipe(method: Method, **sections: Any) -> Recipe:
+    rate = {Method.FULL: 3e-3, Method.VERA: 0.1}.get(method, 2e-2)
+    adapter = {} if method is Method.FULL else {"rank": 4}
+    train = {"batch_size": 4, "epochs": 8, "learning_rate": rate}
+    return make_recipe(**{"method": method.value, "adapter": adapter, "train": train} | sections)
+
+
+Trained = dict[Method, tuple[Path, TrainingSummary]]
+
+
+@pytest.fixture(scope="module")
+def trained(tiny_base: Path, examples: list[ChatExample], tmp_path_factory: pytest.TempPathFactory) -> Trained:
+    found = {}
+    for method in Method:
+        folder = tmp_path_factory.mktemp(method.value)
+        summary = train_model(
+            tiny_base, TrainingData(examples), recipe(method), folder / "trained", folder / "checkpoints"
+        )
+        found[method] = folder / "trained", summary
+    return found
+
+
+@pytest.mark.parametrize("method", Method)
+def test_it_learns(trained: Trained, method: Method) -> None:
+    curve = trained[method][1].loss_curve
+    assert curve[-1].loss < curve[0].loss - 0.2
+
+
+@pytest.mark.parametrize("method", Method)
+def test_what_it_writes_is_safetensors(trained: Trained, method: Method) -> None:
+    names = {path.suffix for path in trained[method][0].rglob("*") if path.is_file()}
+    assert ".safetensors" in names
+    assert not names & {".bin", ".pt", ".pth", ".pkl"}
+
+
+@pytest.mark.parametrize("method", ADAPTED)
+def test_the_merged_model_answers_as_the_adapter_on_its_base(
+    trained: Trained, method: Method, tiny_base: Path, tmp_path: Path
+) -> None:
+    adapter = trained[method][0]
+    merge_adapter(tiny_base, adapter, tmp_path / "merged")
+    base = AutoModelForCausalLM.from_pretrained(tiny_base, dtype=torch.float32)
+    with torch.no_grad():
+        untrained = base(IDS).logits
+        merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged", dtype=torch.float32)(IDS).logits
+        beside = load_adapter(base, adapter)(IDS).logits
+    assert (merged - beside).abs().max() < 0.1 * (merged - untrained).abs().max()
+
+
+def test_full_fine_tuning_changes_every_layer(trained: Trained, tiny_base: Path) -> None:
+    assert prove_full(tiny_base, trained[Method.FULL][0]).modules == 2 * 7
+
+
+def test_a_model_that_was_not_trained_is_found(tiny_base: Path) -> None:
+    with pytest.raises(TrainingError, match="still has the base's weights"):
+        prove_full(tiny_base, tiny_base)
+
+
+def test_full_fine_tuning_writes_bf16(trained: Trained) -> None:
+    weights = load_file(trained[Method.FULL][0] / "model.safetensors")
+    assert {weight.dtype for weight in weights.values()} == {torch.bfloat16}
+
+
+def test_qlora_trains_on_four_bits(tiny_base: Path) -> None:
+    layer = load_model(tiny_base, Method.QLORA).model.layers[0].mlp.up_proj
+    assert layer.weight.quant_state.quant_type == "nf4"
+    assert layer.weight.quant_state.nested
+    assert layer.compute_dtype is torch.bfloat16
+
+
+def test_adapters_are_trained_in_float32(trained: Trained) -> None:
+    for method in ADAPTED:
+        weights = load_file(trained[method][0] / "adapter_model.safetensors")
+        assert {weight.dtype for weight in weights.values()} == {torch.float32}, method
+
+
+def test_adalora_ends_with_the_mean_rank_that_was_asked_for(trained: Trained) -> None:
+    config = json.loads((trained[Method.ADALORA][0] / "adapter_config.json").read_text("utf-8"))
+    kept = [sum(mask) for mask in config["rank_pattern"].values()]
+    assert len(kept) == 2 * 7
+    assert sum(kept) == 4 * len(kept)
+    assert len(set(kept)) > 1, "ranks differ, or nothing was shared out"
+
+
+def test_adalora_plans_by_the_real_number_of_steps() -> None:
+    config = adapter_config(recipe(Method.ADALORA), "all-linear", steps=200)
+    assert isinstance(config, AdaLoraConfig)
+    assert (config.total_step, config.tinit, config.tfinal, config.target_r, config.init_r) == (200, 20, 60, 4, 6)
+
+
+def test_adalora_needs_some_steps() -> None:
+    with pytest.raises(TrainingError, match="2 steps, too few for AdaLoRA"):
+        adapter_config(recipe(Method.ADALORA), "all-linear", steps=2)
+
+
+def test_a_module_without_rank_may_keep_the_base_weights(tmp_path: Path) -> None:
+    pattern = {"model.layers.0.mlp.up_proj.lora_E": [False] * 6, "model.layers.1.mlp.up_proj.lora_E": [True, False]}
+    (tmp_path / "adapter_config.json").write_text(json.dumps({"rank_pattern": pattern}), "utf-8")
+    assert unused_modules(tmp_path) == {"model.layers.0.mlp.up_proj"}
+
+
+def test_rslora_scales_by_the_root_of_the_rank(tiny_base: Path) -> None:
+    config = adapter_config(recipe(Method.LORA, adapter={"rank": 16, "rslora": True}), "all-linear", steps=9)
+    model = AutoModelForCausalLM.from_pretrained(tiny_base)
+    assert get_peft_model(model, config).base_model.model.model.layers[0].mlp.up_proj.scaling["default"] == 8
+
+
+@pytest.mark.parametrize(
+    ("method", "adapter", "told"),
+    [
+        ("full", {"rank": 8}, "adapter.rank means nothing for method full"),
+        ("vera", {"alpha": 8}, "adapter.alpha means nothing for method vera"),
+        ("lora", {"initial_rank": 8}, "adapter.initial_rank means nothing for method lora"),
+        ("adalora", {"rank": 8, "initial_rank": 8}, "initial_rank 8 is not above the final rank 8"),
+    ],
+)
+def test_a_key_without_meaning_is_refused(method: str, adapter: dict[str, int], told: str) -> None:
+    with pytest.raises(ValueError, match=told):
+        make_recipe(method=method, adapter=adapter)

@@ -1,0 +1,69 @@
+"""A run that gets worse instead of better: found after some steps, not after the night.
+
+Loaded only inside functions: it imports transformers.
+"""
+
+import math
+from itertools import islice
+from statistics import fmean
+from typing import Any
+
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from svc.errors import TrainingError
+from trainer.loss_curve import LOSS, step_losses
+
+_STEPS = 20
+"""Means over so many steps are compared: the loss of one batch says little."""
+_TIMES, _NATS = 2.0, 1.0
+"""A mean loss is no chance when it is twice that of the first steps, and a nat more."""
+
+
+class DivergenceWatch(TrainerCallback):
+    """Ends a run whose loss explodes, or whose gradient is not finite.
+
+    Args:
+        learning_rate: the run's, of which a lower one is proposed.
+    """
+
+    def __init__(self, learning_rate: float) -> None:
+        self._learning_rate = learning_rate
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, float] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """Looks at each step.
+
+        Raises:
+            TrainingError: says what to change.
+        """
+        logs = logs or {}
+        if not math.isfinite(logs.get("grad_norm", 0.0)):
+            raise diverged(f"the gradient is {logs['grad_norm']} at step {state.global_step}", self._learning_rate)
+        if LOSS not in logs:
+            return
+        losses = step_losses(state)
+        if len(losses) < 2 * _STEPS:
+            return
+        first, last = fmean(islice(losses.values(), _STEPS)), fmean(list(losses.values())[-_STEPS:])
+        if last > _TIMES * first and last > first + _NATS:
+            raise diverged(
+                f"the loss explodes: {last:.3f} in the last {_STEPS} steps up to step {state.global_step}, "
+                f"{first:.3f} in the first",
+                self._learning_rate,
+            )
+
+
+def diverged(wrong: str, learning_rate: float) -> TrainingError:
+    """What to do about it."""
+    return TrainingError(
+        wrong,
+        expected="a finite loss that falls",
+        todo=f"lower train.learning_rate from {learning_rate:g} to {learning_rate / 3:.1g}, for a start; checkpoints "
+        "from before are kept",
+    )

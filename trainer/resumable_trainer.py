@@ -1,0 +1,123 @@
+"""A trainer whose run can be cut off anywhere and goes on as if it had not been.
+
+A checkpoint holds all that the next step depends on: trained weights, optimizer, schedule, random numbers, position in
+the data, the losses so far, and AdaLoRA's allocator. Loaded only inside functions: it imports torch and TRL.
+"""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+
+from svc.errors import IntegrityError
+from trainer.adapters import RankAllocation, orthogonality
+from trainer.answer_trainer import AnswerTrainer, answer_loss
+from trainer.batch_order import BatchOrder
+from trainer.checkpoints import CheckpointFolder
+from trainer.divergence import diverged
+from trainer.heldout_loss import best_step
+from trainer.loss_curve import HELDOUT_LOSS
+from trainer.training_example import IGNORED
+
+_WEIGHTS, _STATE = "weights.safetensors", "trainer_state.json"
+
+
+class ResumableTrainer(AnswerTrainer):
+    """`AnswerTrainer` with checkpoints that are whole, an order of data without hidden state, and held-out loss.
+
+    Args:
+        checkpoints: where they go.
+        heldout: rows as those that are trained on; empty when held-out loss is not asked for.
+        allocation: AdaLoRA's, which has a state of its own.
+    """
+
+    def __init__(
+        self,
+        *,
+        checkpoints: CheckpointFolder,
+        heldout: list[dict[str, Any]],
+        allocation: RankAllocation | None = None,
+        **options: Any,
+    ) -> None:
+        super().__init__(**options)
+        self.checkpoints = checkpoints
+        self._heldout = sorted(heldout, key=lambda row: len(row["input_ids"]))
+        self._allocation = allocation
+        if allocation is not None:
+            self.add_callback(allocation)
+
+    def compute_loss(self, model: torch.nn.Module, inputs: dict[str, Any], *args: Any, **options: Any) -> Any:
+        """The answers' loss, and for AdaLoRA its regularizer, once a step however many batches accumulate."""
+        loss = super().compute_loss(model, inputs, *args, **options)
+        if self._allocation is None:
+            return loss
+        return loss + orthogonality(self.model) / self.current_gradient_accumulation_steps
+
+    def evaluate(self, *args: Any, **options: Any) -> dict[str, float]:
+        """Mean loss of the held-out answers' tokens, nats. Draws no random number."""
+        self.model.eval()
+        total, tokens = torch.zeros((), device=self.args.device), 0
+        size = self.args.per_device_train_batch_size
+        with torch.no_grad(), self.compute_loss_context_manager():
+            for start in range(0, len(self._heldout), size):
+                batch = self._prepare_inputs(self.data_collator(self._heldout[start : start + size]))
+                total += answer_loss(self.model, batch["input_ids"], batch["labels"])
+                tokens += int((batch["labels"] != IGNORED).sum())
+        self.model.train()
+        figures = {HELDOUT_LOSS: float(total) / tokens}
+        self.log(figures)
+        self.callback_handler.on_evaluate(self.args, self.state, self.control, figures)  # changes control in place
+        return figures
+
+    def load_weights(self, checkpoint: Path) -> None:
+        """Takes the trained weights of a checkpoint, and AdaLoRA's ranks.
+
+        Raises:
+            IntegrityError: it is of another model.
+        """
+        trained = self._trained()
+        saved = load_file(checkpoint / _WEIGHTS)
+        if set(saved) != set(trained):
+            raise IntegrityError(
+                f"{checkpoint} holds other weights than are trained, as {min(set(saved) ^ set(trained))!r}",
+                todo=f"remove {checkpoint.parent} and train again",
+            )
+        with torch.no_grad():
+            for name, weight in trained.items():
+                weight.copy_(saved[name])
+        if self._allocation is not None:
+            self._allocation.restore(checkpoint)
+
+    def _trained(self) -> dict[str, torch.nn.Parameter]:
+        return {name: weight for name, weight in self.model.named_parameters() if weight.requires_grad}
+
+    def check_finite(self) -> None:
+        """Looks at the trained weights.
+
+        Raises:
+            TrainingError: one is not finite.
+        """
+        for name, weight in self._trained().items():
+            if not torch.isfinite(weight).all():
+                raise diverged(f"{name} holds a value that is not finite", self.args.learning_rate)
+
+    def _save_checkpoint(self, model: torch.nn.Module, trial: Any) -> None:
+        self.check_finite()
+        with self.checkpoints.writing(self.state.global_step, best_step(self.state)) as folder:
+            save_file(
+                {name: weight.detach().contiguous() for name, weight in self._trained().items()}, folder / _WEIGHTS
+            )
+            self._save_optimizer_and_scheduler(str(folder))
+            self._save_rng_state(str(folder))
+            if self._allocation is not None:
+                self._allocation.save(folder)
+            self.state.save_to_json(str(folder / _STATE))
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: torch.nn.Module | None = None) -> None:
+        self.load_weights(Path(resume_from_checkpoint))
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> BatchOrder:
+        lengths = [len(ids) for ids in self.train_dataset["input_ids"]]
+        step = self.args.train_batch_size * self.args.gradient_accumulation_steps
+        return BatchOrder(lengths, step, self.args.seed)
