@@ -2,18 +2,24 @@
 
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
 from svc.invocation import json_option, settings_of
 
+if TYPE_CHECKING:
+    from trainer.recipe import Recipe
+    from trainer.run import Run
+
 
 @click.command()
 @click.argument("recipe", type=click.Path(path_type=Path))
 @click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Change a recipe's key: train.epochs=2.")
+@click.option("--quick", is_flag=True, help="First prove the set-up: a tenth of the data, one epoch, -> NAME-quick.")
 @json_option
 @click.pass_context
-def train(ctx: click.Context, recipe: Path, overrides: tuple[str, ...], as_json: bool) -> None:
+def train(ctx: click.Context, recipe: Path, overrides: tuple[str, ...], quick: bool, as_json: bool) -> None:
     """Make a version of RECIPE, from where an earlier try was interrupted."""
     from svc.terminal import quiet_libraries
     from trainer.recipe import load_recipe
@@ -24,9 +30,14 @@ def train(ctx: click.Context, recipe: Path, overrides: tuple[str, ...], as_json:
     loaded = load_recipe(recipe, overrides)
     examples = read_run_examples(loaded)
     from trainer.pipeline import find_base, open_pipeline
+    from trainer.quick import quick_trial
 
-    pipeline = open_pipeline(settings, loaded, examples, find_base(loaded, settings))
+    base = find_base(loaded, settings)
+    made = quick_trial(loaded, examples) if quick else (loaded, examples)
+    pipeline = open_pipeline(settings, *made, base)
     manifest = pipeline.registry.manifest(pipeline.train_version())
+    if quick:
+        _foretell(loaded, pipeline.run)
     if as_json:
         from svc.terminal import print_json
 
@@ -35,3 +46,14 @@ def train(ctx: click.Context, recipe: Path, overrides: tuple[str, ...], as_json:
     from svc.registry.card import print_card
 
     print_card(manifest, pipeline.registry.folder(manifest.id))
+
+
+def _foretell(recipe: "Recipe", run: "Run") -> None:
+    """Says what the whole run will take."""
+    from svc.terminal import console
+    from trainer.quick import whole_run_seconds
+    from trainer.run import Stage
+    from trainer.sft import TrainingSummary
+
+    minutes = whole_run_seconds(recipe, run.load(Stage.TRAIN, TrainingSummary)) / 60
+    console.print(f"the set-up works; without --quick, training itself will take about {minutes:.0f} min here")
