@@ -27,6 +27,7 @@ _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 _HUB_FILES = ["*.safetensors", "*.json", "*.jinja", "tokenizer.model", "merges.txt", "README.md"]
 _TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json")
 _FLOATS = {"bfloat16", "float16", "float32"}
+_OTHER_SENSES = ("vision_config", "audio_config")
 _HASHED = (".safetensors", ".json", ".jinja", ".model", ".txt")
 
 
@@ -232,6 +233,12 @@ def _check_config(folder: Path, config: dict[str, Any]) -> None:
             f"{folder} is already quantized",
             expected=f"weights in {', '.join(sorted(_FLOATS))}",
             todo="use the model that it was quantized from",
+        )
+    if parts := [key for key in _OTHER_SENSES if config.get(key)]:
+        raise BaseModelError(
+            f"{folder} takes more than text: its config has {', '.join(parts)}",
+            expected="a language model for text alone",
+            todo="take the family's text model, as gemma-3-1b-it or gemma-2-2b-it of Gemma",
         )
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
 

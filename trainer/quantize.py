@@ -19,6 +19,8 @@ from typing import Any, get_args
 from svc.dataset.example import ChatExample
 from svc.errors import RecipeError, TrainingError
 from svc.terminal import counting, waiting
+from trainer.attention import attention_implementation
+from trainer.fused_layers import join_fused_layers
 from trainer.library_output import library_output_to_log
 from trainer.recipe import Quantize, Recipe
 from trainer.training_example import TrainingExample, load_tokenizer, stop_tokens, tokenize_examples
@@ -66,6 +68,7 @@ def quantize_gptq(model: Path, examples: Sequence[ChatExample], recipe: Recipe, 
     picked = pick_calibration(examples, recipe.quantize.samples, recipe.train.seed)
     calibration = tokenize_examples(tokenizer, picked, stop_tokens(model, tokenizer))
     log = _run_gptqmodel(model, calibration, recipe.quantize, out)
+    join_fused_layers(out, layers)
     _check_layers(out, layers)
     tokenizer.save_pretrained(out)
     if (model / "generation_config.json").is_file():
@@ -143,6 +146,7 @@ def _run_gptqmodel(
     with tempfile.TemporaryDirectory(prefix=".gptq-", dir=out.parent) as offload:
         with waiting("Loading the merged model"), library_output_to_log():
             from gptqmodel import GPTQModel, QuantizeConfig
+            from transformers import AutoConfig
 
             config = QuantizeConfig(
                 bits=quantize.bits,
@@ -151,8 +155,9 @@ def _run_gptqmodel(
                 act_group_aware=True,
                 offload_to_disk_path=offload,
             )
-            quantized = GPTQModel.load(str(model), config)
-        with counting("Quantizing layers", quantized.model.config.num_hidden_layers) as advance:
+            attention = attention_implementation(AutoConfig.from_pretrained(model))
+            quantized = GPTQModel.load(str(model), config, attn_implementation=attention)
+        with counting("Quantizing layers", quantized.model.config.get_text_config().num_hidden_layers) as advance:
 
             def layer_complete(*, layer_idx: int, submodule_finalized: bool) -> None:
                 if submodule_finalized:

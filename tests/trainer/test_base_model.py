@@ -78,6 +78,13 @@ def test_a_quantized_model_is_refused(tiny_base: Path, tmp_path: Path) -> None:
         resolve_base(str(folder), tmp_path)
 
 
+def test_a_model_that_also_sees_is_refused(tiny_base: Path, tmp_path: Path) -> None:
+    folder = copy(tiny_base, tmp_path / "base")
+    change_config(folder, model_type="gemma3", vision_config={"model_type": "siglip_vision_model"})
+    with pytest.raises(BaseModelError, match="takes more than text: its config has vision_config"):
+        resolve_base(str(folder), tmp_path)
+
+
 def test_an_architecture_that_needs_code_from_the_folder_is_refused(tiny_base: Path, tmp_path: Path) -> None:
     folder = copy(tiny_base, tmp_path / "base")
     change_config(folder, model_type="homemade", auto_map={"AutoConfig": "configuration.Homemade"})
