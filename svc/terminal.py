@@ -10,7 +10,16 @@ from contextlib import contextmanager
 from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+from rich.progress import (
+    BarColumn,
+    DownloadColumn,
+    MofNCompleteColumn,
+    Progress,
+    SpinnerColumn,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 
 console = Console(stderr=True, highlight=False)
 output = Console(highlight=False)
@@ -51,6 +60,33 @@ def counting(text: str, total: int) -> Iterator[Callable[[], None]]:
 
     yield advance
     console.print(f"  {text}: {done}/{total} in {time.monotonic() - started:.0f} s")
+
+
+@contextmanager
+def reading(text: str, total: int) -> Iterator[Callable[[int], None]]:
+    """A progress bar over bytes; yields what says how many were read so far. Gone when done: the result says it all."""
+    if console.is_terminal:
+        columns = (
+            SpinnerColumn(),
+            TextColumn("{task.description}"),
+            BarColumn(),
+            DownloadColumn(),
+            TimeElapsedColumn(),
+        )
+        with Progress(*columns, TimeRemainingColumn(), console=console, transient=True) as progress:
+            task = progress.add_task(text, total=total)
+            yield lambda position: progress.update(task, completed=position)
+        return
+    started = told = time.monotonic()
+
+    def show(position: int) -> None:
+        nonlocal told
+        if time.monotonic() - told >= _PLAIN_LINE_S:
+            told = time.monotonic()
+            share = f"{position / 1e6:.0f} of {total / 1e6:.0f} MB"
+            console.print(f"  {text}: {share} after {told - started:.0f} s")
+
+    yield show
 
 
 @contextmanager

@@ -1,38 +1,36 @@
-"""What is wrong with a data file, line by line, before any model is loaded.
+"""What is wrong with data files, line by line, before any model is loaded.
 
-Errors are lines that cannot be trained on. Warnings are lines that can, and that a person should look at: copies,
-answers that contradict each other, and examples that are also in the held-out set.
+Errors are lines that cannot be trained on. Warnings are lines that can, and that a person should look at. Files are
+streamed: of each example some 180 bytes stay in memory, never its text; what needs all of them (copies, leaks, labels)
+is found at the end.
 """
 
-import statistics
+from array import array
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from enum import StrEnum
+from functools import lru_cache
 from pathlib import Path
 
-from svc.dataset.example import ChatExample
-from svc.dataset.reader import read_lines
+import numpy as np
+from numpy.typing import NDArray
 
-_FEW_ANSWERS = 50  # a task with at most so many different answers is shown with its label balance
+from svc.dataset.example import ChatExample, Role
+from svc.dataset.labels import FEW_ANSWERS, kind_of_answer, odd_answers
+from svc.dataset.line_table import LineTable, LineTableBuilder, first_with_same, normal_prompt
+from svc.dataset.near_duplicates import clusters, nearest
+from svc.dataset.problem import TODO, Code, Problem, Severity, severity_of
+from svc.dataset.problem_log import ProblemLog
+from svc.dataset.reader import Line, read_lines
+from svc.dataset.text_checks import TextChecks
 
+MAX_LENGTH = 4096
+"""Tokens from which on an example is called too long, when the caller does not say."""
+_CHARACTERS_A_TOKEN = 4.2  # English under a byte-level BPE of 49,152 entries; other languages have fewer
+_DIFFERENT_ANSWERS = 1_000  # beyond, answers are free text and not counted
+_LONG_ANSWER = 200
 
-class Severity(StrEnum):
-    """Whether a line can be trained on."""
-
-    ERROR = "error"
-    WARNING = "warning"
-
-
-@dataclass(frozen=True, slots=True)
-class Problem:
-    """One finding. `line` counts from 1."""
-
-    file: str
-    line: int
-    severity: Severity
-    code: str
-    message: str
+OnRead = Callable[[int], None]
 
 
 @dataclass(slots=True)
@@ -41,107 +39,228 @@ class DataReport:
 
     Attributes:
         lengths: characters of each good example, all turns together.
-        answers: how often each final answer stands.
+        answers: how often each final answer stands; None where there are too many different ones.
     """
 
     file: str
     lines: int = 0
     examples: int = 0
-    lengths: list[int] = field(default_factory=list)
-    answers: Counter[str] = field(default_factory=Counter)
-    problems: list[Problem] = field(default_factory=list)
+    lengths: "array[int]" = field(default_factory=lambda: array("I"))
+    answers: Counter[str] | None = field(default_factory=Counter)
+    problems: ProblemLog = field(default_factory=ProblemLog)
 
     @property
     def errors(self) -> int:
-        """Lines that cannot be trained on."""
-        return sum(problem.severity is Severity.ERROR for problem in self.problems)
+        """Problems for which a line cannot be trained on."""
+        return self.problems.severities[Severity.ERROR]
 
     @property
     def median_characters(self) -> int:
         """Median length of an example, characters; 0 when there is none."""
-        return round(statistics.median(self.lengths)) if self.lengths else 0
+        return round(float(np.median(np.frombuffer(self.lengths, np.uint32)))) if self.lengths else 0
 
     @property
     def labels(self) -> dict[str, int] | None:
         """Answers by frequency when there are few different ones, else None."""
-        few = 1 < len(self.answers) <= _FEW_ANSWERS and len(self.answers) <= self.examples // 2
-        return dict(self.answers.most_common()) if few else None
+        if self.answers is None or not 1 < len(self.answers) <= min(FEW_ANSWERS, self.examples // 2):
+            return None
+        return dict(self.answers.most_common())
+
+    def add(self, line: int, code: Code, message: str, where: str = "") -> None:
+        """Notes one problem."""
+        self.problems.add(Problem(self.file, line, severity_of(code), code, message, where, TODO[code]))
 
 
 def check_file(path: Path, heldout: Path | None = None) -> DataReport:
-    """Reads the whole file and reports every problem.
+    """Checks one file; see `check_files`."""
+    return check_files([path], [heldout] if heldout else [])[0]
+
+
+def check_files(
+    paths: Sequence[Path],
+    heldout: Sequence[Path] = (),
+    *,
+    max_length: int = MAX_LENGTH,
+    tokens: Iterable[str] = (),
+    on_read: OnRead = lambda position: None,
+) -> list[DataReport]:
+    """Reads all files and reports every problem.
 
     Args:
-        heldout: examples that must not stand in the file: training on them makes every later figure a lie.
+        paths: what is to be trained on, together.
+        heldout: examples that must not stand in them: training on these makes every later figure a lie.
+        max_length: tokens, by estimate, that an example may have.
+        tokens: special tokens of the base model, beside the known ones.
+        on_read: told how many bytes of all files were read so far.
+
+    Returns:
+        One report for each of the paths, then one for each held-out file, in which examples are not compared.
 
     Raises:
         DataError: a file that cannot be opened.
     """
-    report = DataReport(file=str(path))
-    kept_back = _conversations(heldout) if heldout else {}
-    prompts: dict[str, tuple[int, str]] = {}
-    for line in read_lines(path):
-        report.lines += 1
-        if line.error:
-            _add(report, line.number, Severity.ERROR, "invalid", _text(line.error.wrong, line.error.expected))
-        elif line.example is None:
-            _add(report, line.number, Severity.WARNING, "blank", "blank line, skipped")
-        else:
-            _count(report, line.example)
-            _compare(report, line.number, line.example, prompts, kept_back)
-    if not report.examples:
-        _add(report, max(report.lines, 1), Severity.ERROR, "empty", "no example in the whole file")
-    return report
+    reports = [DataReport(file=str(path)) for path in (*heldout, *paths)]
+    checks = _LineChecks(max_length, tokens)
+    table, read, kept_back = LineTableBuilder(), 0, 0
+    for index, path in enumerate((*heldout, *paths)):
+        before = read
+        for line in read_lines(path, lambda position, before=before: on_read(before + position)):  # type: ignore[misc]
+            checks.check(reports[index], line)
+            if line.example:
+                table.add(index, line.number, line.example, kind_of_answer(line.example))
+        if not reports[index].examples:
+            reports[index].add(max(reports[index].lines, 1), Code.EMPTY, "no example in the whole file")
+        read += path.stat().st_size
+        kept_back = len(table) if index < len(heldout) else kept_back
+    _compare(reports, table.finish(), kept_back)
+    return [*reports[len(heldout) :], *reports[: len(heldout)]]
 
 
 def shared_prompts(examples: Sequence[ChatExample], others: Sequence[ChatExample]) -> list[int]:
     """Indices of the examples whose prompt is also that of another one, spacing and case aside."""
-    prompts = {_normal_prompt(other) for other in others}
-    return [index for index, example in enumerate(examples) if _normal_prompt(example) in prompts]
+    prompts = {normal_prompt(other) for other in others}
+    return [index for index, example in enumerate(examples) if normal_prompt(example) in prompts]
 
 
-def _count(report: DataReport, example: ChatExample) -> None:
-    report.examples += 1
-    report.lengths.append(example.characters)
-    report.answers[example.answer] += 1
+class _LineChecks:
+    """What can be said of a line without the others."""
+
+    def __init__(self, max_length: int, tokens: Iterable[str]) -> None:
+        self._max_length = max_length
+        texts = TextChecks(tokens)
+        self._text = lambda text: tuple(texts.problems(text))
+        self._shared_text = lru_cache(maxsize=64)(self._text)  # one system turn stands in all lines
+
+    def check(self, report: DataReport, line: Line) -> None:
+        report.lines += 1
+        if line.error:
+            error = line.error
+            wrong = f"{error.wrong}; expected {error.expected}" if error.expected else error.wrong
+            report.add(line.number, error.code, wrong, error.field)
+        elif line.example is None:
+            report.add(line.number, Code.BLANK, "blank line, skipped")
+        else:
+            self._check_example(report, line, line.example)
+
+    def _check_example(self, report: DataReport, line: Line, example: ChatExample) -> None:
+        characters = example.characters
+        report.examples += 1
+        report.lengths.append(min(characters, 2**32 - 1))
+        _count_answer(report, example.answer)
+        before = None
+        for message, where in zip(example.messages, line.fields, strict=True):
+            check = self._shared_text if message.role is Role.SYSTEM else self._text
+            for code, text in check(message.content):
+                report.add(line.number, code, f"{where} {text}", where)
+            if message.role is before and message.role in (Role.USER, Role.ASSISTANT):
+                report.add(line.number, Code.SAME_ROLE_TWICE, f"{where}: two {before} turns in a row", where)
+            before = message.role
+        tokens = round(characters / _CHARACTERS_A_TOKEN)
+        if tokens > self._max_length:
+            report.add(line.number, Code.TOO_LONG, _too_long(characters, tokens, self._max_length, example))
 
 
-def _compare(
-    report: DataReport,
-    number: int,
-    example: ChatExample,
-    prompts: dict[str, tuple[int, str]],
-    kept_back: dict[str, int],
-) -> None:
-    prompt, answer = _normal_prompt(example), _normal(example.answer)
-    if prompt in kept_back:
-        message = f"line {kept_back[prompt]} of the held-out file has the same prompt"
-        _add(report, number, Severity.ERROR, "leak", message)
-    if prompt not in prompts:
-        prompts[prompt] = (number, answer)
+def _too_long(characters: int, tokens: int, limit: int, example: ChatExample) -> str:
+    over = characters - round(limit * _CHARACTERS_A_TOKEN)
+    lost = "the whole answer among them" if over >= len(example.answer) else "all in the answer"
+    text = f"{characters} characters, about {tokens} tokens, where {limit} are the maximum"
+    return f"{text}: the last {over} characters would be cut, {lost}"
+
+
+def _count_answer(report: DataReport, answer: str) -> None:
+    if report.answers is None:
         return
-    earlier, earlier_answer = prompts[prompt]
-    if answer == earlier_answer:
-        _add(report, number, Severity.WARNING, "duplicate", f"same as line {earlier}")
-    else:
-        _add(report, number, Severity.WARNING, "contradiction", f"same prompt as line {earlier}, another answer")
+    report.answers[answer[:_LONG_ANSWER]] += 1
+    if len(report.answers) > _DIFFERENT_ANSWERS:
+        report.answers = None
 
 
-def _conversations(path: Path) -> dict[str, int]:
-    return {_normal_prompt(line.example): line.number for line in read_lines(path) if line.example}
+def _compare(reports: list[DataReport], table: LineTable, kept_back: int) -> None:
+    """What needs all lines: copies, leaks, odd answers.
+
+    Args:
+        kept_back: the first so many examples are the held-out ones.
+    """
+    train = slice(kept_back, None)
+    odd = odd_answers(table.systems[train], table.answers[train], table.flags[train])
+    odd_by_row = {kept_back + place: (code, text) for place, code, text in odd}
+    copies = _Copies.of(table, kept_back)
+    for report in reports:
+        report.problems.begin_pass()
+    rows = set(odd_by_row) if len(odd_by_row) else set()
+    for row in _in_order(copies.rows, rows):
+        report, line = reports[table.files[row]], int(table.lines[row])
+        for code, text, other in copies.problems(row):
+            place = f"line {table.lines[other]}"
+            if code in (Code.LEAK, Code.NEAR_LEAK):
+                place += f" of the held-out file {reports[table.files[other]].file}"
+            elif table.files[other] != table.files[row]:
+                place += f" of {reports[table.files[other]].file}"
+            report.add(line, code, text.format(place))
+        if row in odd_by_row:
+            report.add(line, *odd_by_row[row])
 
 
-def _normal_prompt(example: ChatExample) -> str:
-    return "\x1f".join(f"{message.role}:{_normal(message.content)}" for message in example.prompt)
+def _in_order(rows: NDArray[np.int64], others: set[int]) -> Iterator[int]:
+    merged = np.union1d(rows, np.fromiter(others, np.int64, len(others)))
+    return (int(row) for row in merged)
 
 
-def _normal(text: str) -> str:
-    return " ".join(text.lower().split())
+@dataclass(frozen=True, slots=True)
+class _Copies:
+    """For each example the row of another one that it repeats; -1: none.
+
+    Attributes:
+        rows: those where any is found.
+    """
+
+    rows: NDArray[np.int64]
+    kept_back: int
+    leak: NDArray[np.int64]
+    near_leak: NDArray[np.int64]
+    same_pair: NDArray[np.int64]
+    same_prompt: NDArray[np.int64]
+    near: NDArray[np.int64]
+
+    @classmethod
+    def of(cls, table: LineTable, kept_back: int) -> "_Copies":
+        train = slice(kept_back, None)
+        held, sketches = table.sketches.part(0, kept_back), table.sketches.part(kept_back, len(table.lines))
+        leak = _places_in(table.prompts[train], table.prompts[:kept_back])
+        near_leak = np.where(leak < 0, nearest(sketches, held), -1)
+        same_pair = _earlier(table.pairs[train], kept_back)
+        same_prompt = np.where(same_pair < 0, _earlier(table.prompts[train], kept_back), -1)
+        _, near = clusters(sketches)
+        systems = table.systems[train]
+        other_task = systems[np.maximum(near, 0)] != systems  # one text under two instructions is two examples
+        near = np.where((near < 0) | (same_pair >= 0) | (same_prompt >= 0) | other_task, -1, near + kept_back)
+        found = (leak >= 0) | (near_leak >= 0) | (same_pair >= 0) | (same_prompt >= 0) | (near >= 0)
+        return cls(np.flatnonzero(found) + kept_back, kept_back, leak, near_leak, same_pair, same_prompt, near)
+
+    def problems(self, row: int) -> Iterator[tuple[Code, str, int]]:
+        """Kind, text with a gap for the other's place, and the other's row."""
+        kinds = (
+            (Code.LEAK, "{} has the same prompt", self.leak),
+            (Code.NEAR_LEAK, "{} asks nearly the same", self.near_leak),
+            (Code.DUPLICATE, "same as {}", self.same_pair),
+            (Code.CONTRADICTION, "same prompt as {}, another answer", self.same_prompt),
+            (Code.NEAR_DUPLICATE, "asks nearly the same as {}", self.near),
+        )
+        for code, text, others in kinds:
+            if (other := int(others[row - self.kept_back])) >= 0:
+                yield code, text, other
 
 
-def _text(wrong: str, expected: str) -> str:
-    return f"{wrong}; expected {expected}" if expected else wrong
+def _earlier(keys: NDArray[np.uint64], offset: int) -> NDArray[np.int64]:
+    """The first row with the same key, counted from `offset`; -1 where it is the row itself."""
+    first = first_with_same(keys)
+    return np.where(first == np.arange(len(keys)), -1, first + offset)
 
 
-def _add(report: DataReport, line: int, severity: Severity, code: str, message: str) -> None:
-    report.problems.append(Problem(report.file, line, severity, code, message))
+def _places_in(keys: NDArray[np.uint64], others: NDArray[np.uint64]) -> NDArray[np.int64]:
+    """Where each key stands among the others; -1: nowhere."""
+    if not len(others):
+        return np.full(len(keys), -1)
+    order = np.argsort(others, kind="stable")
+    place = np.minimum(np.searchsorted(others[order], keys), len(others) - 1)
+    return np.where(others[order[place]] == keys, order[place], -1)

@@ -1,15 +1,20 @@
 """`svc data check`: what is wrong with the examples, before anything is trained."""
 
+import json
 import sys
 from dataclasses import asdict
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
-from svc.dataset.check import DataReport, Severity, check_file
-from svc.invocation import json_option
+from svc.invocation import json_option, settings_of
+
+if TYPE_CHECKING:
+    from svc.dataset.check import DataReport
 
 _SHOWN = 50  # problems a person reads; --json has all
+_BALANCE_SHOWN = 20
 
 
 @click.group()
@@ -18,47 +23,97 @@ def data() -> None:
 
 
 @data.command()
-@click.argument("files", nargs=-1, required=True, type=click.Path(path_type=Path))
-@click.option("--heldout", type=click.Path(path_type=Path), help="Examples that must not stand in FILES.")
+@click.argument("files", nargs=-1, required=True)
+@click.option("--heldout", metavar="FILE", help="Examples that must not stand in FILES.")
+@click.option("--base", type=click.Path(path_type=Path), help="Folder of a model whose special tokens are looked for.")
+@click.option(
+    "--max-length",
+    type=click.IntRange(min=16),
+    default=4096,
+    show_default=True,
+    help="Tokens, by estimate, of an example.",
+)
 @json_option
-def check(files: tuple[Path, ...], heldout: Path | None, as_json: bool) -> None:
-    """Report problems by line number; exit code 1 when a line cannot be trained on."""
-    reports = [check_file(path, heldout) for path in files]
-    if as_json:
-        from svc.terminal import print_json
+@click.pass_context
+def check(
+    ctx: click.Context, files: tuple[str, ...], heldout: str | None, base: Path | None, max_length: int, as_json: bool
+) -> None:
+    """Report problems by line number; exit code 1 when a line cannot be trained on.
 
-        print_json([_machine(report) for report in reports])
+    FILES are files, folders or hub datasets (hf:ORG/NAME), which are to be trained on together.
+    """
+    from svc.dataset.check import check_files
+    from svc.dataset.source import data_files
+    from svc.dataset.text_checks import special_tokens
+    from svc.terminal import reading
+
+    cache = settings_of(ctx).base_cache
+    paths = [path for source in files for path in data_files(source, cache)]
+    kept_back = data_files(heldout, cache) if heldout else []
+    tokens = special_tokens(base) if base else []
+    total = sum(path.stat().st_size for path in (*paths, *kept_back) if path.is_file())
+    with reading("Checking", total) as on_read:
+        reports = check_files(paths, kept_back, max_length=max_length, tokens=tokens, on_read=on_read)
+    if as_json:
+        _print_json(reports)
     else:
         for report in reports:
             _show(report)
     sys.exit(1 if any(report.errors for report in reports) else 0)
 
 
-def _machine(report: DataReport) -> dict[str, object]:
+def _print_json(reports: "list[DataReport]") -> None:
+    """One report after the other, one problem a line: there may be millions."""
+    write = sys.stdout.write
+    for place, report in enumerate(reports):
+        head = json.dumps(_machine(report), indent=1, ensure_ascii=False)
+        write(("[" if place == 0 else ",") + head.removesuffix("\n}") + ',\n "problems": [')
+        for number, problem in enumerate(report.problems):
+            write(("," if number else "") + "\n  " + json.dumps(asdict(problem), ensure_ascii=False))
+        write("\n ]\n}")
+    write("]\n")
+
+
+def _machine(report: "DataReport") -> dict[str, object]:
     return {
         "file": report.file,
         "lines": report.lines,
         "examples": report.examples,
         "errors": report.errors,
+        "warnings": len(report.problems) - report.errors,
+        "codes": dict(sorted(report.problems.codes.items())),
         "median_characters": report.median_characters,
         "longest_characters": max(report.lengths, default=0),
         "labels": report.labels,
-        "problems": [asdict(problem) for problem in report.problems],
     }
 
 
-def _show(report: DataReport) -> None:
+def _show(report: "DataReport") -> None:
+    from itertools import islice
+
+    from svc.dataset.problem import Severity
+
     warnings = len(report.problems) - report.errors
     click.echo(f"{report.file}: {report.examples} examples in {report.lines} lines")
     if report.lengths:
         longest = max(report.lengths)
         click.echo(f"  length: median {report.median_characters} characters, longest {longest}")
     if report.labels:
-        balance = ", ".join(f"{answer} {count}" for answer, count in list(report.labels.items())[:20])
+        balance = ", ".join(f"{answer} {count}" for answer, count in list(report.labels.items())[:_BALANCE_SHOWN])
         click.echo(f"  answers: {balance}")
     click.echo(f"  problems: {report.errors} errors, {warnings} warnings")
-    for problem in report.problems[:_SHOWN]:
+    for problem in islice(report.problems, _SHOWN):
         colour = "red" if problem.severity is Severity.ERROR else "yellow"
-        click.secho(f"  line {problem.line}: {problem.severity}: {problem.message}", fg=colour)
+        click.secho(f"  line {problem.line}: {problem.severity}: {problem.message} [{problem.code}]", fg=colour)
     if len(report.problems) > _SHOWN:
         click.echo(f"  … and {len(report.problems) - _SHOWN} more; --json shows all")
+    if report.problems.codes:
+        click.echo("  what to do:")
+    for code, count in report.problems.codes.most_common():
+        click.echo(f"    {code} ({count}): {_todo(code)}")
+
+
+def _todo(code: str) -> str:
+    from svc.dataset.problem import TODO, Code
+
+    return TODO[Code(code)]

@@ -1,15 +1,18 @@
 """One chat example: what a model learns from and is judged by.
 
-Knows nothing of tokenizers: lengths here are characters, and special tokens stay text.
+Knows nothing of tokenizers: lengths here are characters, and special tokens stay text. Files and formats are
+elsewhere: this is what they all become.
 """
 
+import json
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any
 
-from svc.errors import DataError
+from svc.dataset.problem import Code, RowError
+from svc.dataset.tool_calls import ToolCall, check_encodable, kind_of, optional_text, parse_calls, parse_tools
 
-_KEYS_OF_OTHER_FORMATS = {"instruction", "input", "output", "prompt", "completion", "conversations"}
+_KEYS_OF_OTHER_FORMATS = {"instruction", "input", "output", "completion", "conversations"}
 
 
 class Role(StrEnum):
@@ -18,18 +21,34 @@ class Role(StrEnum):
     SYSTEM = "system"
     USER = "user"
     ASSISTANT = "assistant"
+    TOOL = "tool"
 
 
 @dataclass(frozen=True, slots=True)
 class Message:
-    """One turn. `content` is never blank."""
+    """One turn.
+
+    Attributes:
+        content: blank only in an assistant turn with tool calls.
+        name: who of several users or tools speaks.
+        tool_call_id: of a tool's turn, the call that it answers.
+        weight: of an assistant turn: 0 is not learnt, 1 is; None where the example does not say.
+    """
 
     role: Role
     content: str
+    name: str | None = None
+    tool_calls: tuple[ToolCall, ...] = ()
+    tool_call_id: str | None = None
+    weight: int | None = None
 
-    def as_dict(self) -> dict[str, str]:
+    def as_dict(self) -> dict[str, Any]:
         """The OpenAI form of the turn."""
-        return {"role": self.role.value, "content": self.content}
+        turn: dict[str, Any] = {"role": self.role.value, "content": self.content}
+        if self.tool_calls:
+            turn["tool_calls"] = [call.as_dict() for call in self.tool_calls]
+        optional = {"name": self.name, "tool_call_id": self.tool_call_id, "weight": self.weight}
+        return turn | {key: value for key, value in optional.items() if value is not None}
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,10 +56,13 @@ class ChatExample:
     """A conversation that ends in the assistant's answer.
 
     Attributes:
-        messages: system turn (optional, first), then user and assistant turns; the last is the assistant's.
+        messages: system turn (optional, first), then user, assistant and tool turns; the last is the assistant's, and
+            has text.
+        tools: what the assistant may call: OpenAI's definitions, each as JSON text.
     """
 
     messages: tuple[Message, ...]
+    tools: tuple[str, ...] = ()
 
     @property
     def prompt(self) -> tuple[Message, ...]:
@@ -62,70 +84,137 @@ class ChatExample:
         """Length of all turns, characters."""
         return sum(len(message.content) for message in self.messages)
 
-    def as_dict(self) -> dict[str, list[dict[str, str]]]:
+    @property
+    def learnt(self) -> tuple[int, ...]:
+        """Indices of the assistant turns to learn: the last one, or where any has a weight, all whose weight is not 0.
+
+        As OpenAI's fine-tuning has it: there a turn without a weight counts as one of weight 1.
+        """
+        if all(message.weight is None for message in self.messages):
+            return (len(self.messages) - 1,)
+        turns = enumerate(self.messages)
+        return tuple(place for place, turn in turns if turn.role is Role.ASSISTANT and turn.weight != 0)
+
+    def as_dict(self) -> dict[str, Any]:
         """The JSONL form."""
-        return {"messages": [message.as_dict() for message in self.messages]}
+        tools = {"tools": [json.loads(tool) for tool in self.tools]} if self.tools else {}
+        return {"messages": [message.as_dict() for message in self.messages], **tools}
 
 
 def parse_example(value: Any) -> ChatExample:
-    """Checks one decoded JSON value against the chat schema; keys beside `messages` are ignored.
+    """Checks one decoded JSON value against the chat schema; keys beside `messages` and `tools` are ignored.
 
     Raises:
-        DataError: names the field and its value, and what was expected.
+        RowError: names the field and its value, and what was expected.
     """
     if not isinstance(value, dict):
-        raise DataError(f"the line is {_kind(value)}", expected='an object {"messages": [...]}')
+        raise RowError(Code.WRONG_FORMAT, f"the line is {kind_of(value)}", expected='an object {"messages": [...]}')
     if "messages" not in value:
-        raise DataError(f"no 'messages', only {sorted(value)!r:.200}", expected='an object {"messages": [...]}')
-    foreign = _KEYS_OF_OTHER_FORMATS & set(value)
+        raise RowError(
+            Code.WRONG_FORMAT,
+            f"no 'messages', only {sorted(value)!r:.200}",
+            expected='an object {"messages": [...]}',
+        )
+    foreign = sorted(key for key in _KEYS_OF_OTHER_FORMATS & set(value) if value[key] is not None)
     if foreign:
-        raise DataError(f"'messages' beside {sorted(foreign)!r}", expected="one format in a line")
+        raise RowError(Code.MIXED_FORMATS, f"'messages' beside {foreign!r}", expected="one format in a line")
     turns = value["messages"]
     if not isinstance(turns, list) or not turns:
-        found = "an empty list" if turns == [] else _kind(turns)
-        raise DataError(f"'messages' is {found}", expected="a list of turns")
+        found = "an empty list" if turns == [] else kind_of(turns)
+        raise RowError(Code.WRONG_FORMAT, f"is {found}", field="'messages'", expected="a list of turns")
     messages = tuple(_parse_message(index, turn) for index, turn in enumerate(turns))
     _check_order(messages)
-    return ChatExample(messages)
+    return ChatExample(messages, parse_tools(value.get("tools")))
 
 
 def _parse_message(index: int, turn: Any) -> Message:
     where = f"messages[{index}]"
     if not isinstance(turn, dict):
-        raise DataError(f"{where} is {_kind(turn)}", expected='{"role": ..., "content": ...}')
+        raise RowError(Code.WRONG_FORMAT, f"is {kind_of(turn)}", field=where, expected='{"role": ..., "content": ...}')
     role = turn.get("role")
-    if not isinstance(role, str) or role not in set(Role):
+    if not isinstance(role, str) or role not in _ROLES:
         found = f"{role!r:.80}" if "role" in turn else "missing"
-        raise DataError(f"{where}.role is {found}", expected=f"one of {', '.join(Role)}")
+        raise RowError(Code.WRONG_ROLE, f"is {found}", field=f"{where}.role", expected=f"one of {', '.join(Role)}")
+    calls = parse_calls(where, role, turn.get("tool_calls"))
+    content = _parse_content(where, turn, may_be_blank=bool(calls))
+    if len(turn) == 2:  # role and content: most turns of most files
+        return Message(_ROLES[role], content)
+    return Message(
+        _ROLES[role],
+        content,
+        name=optional_text(where, "name", turn.get("name")),
+        tool_calls=calls,
+        tool_call_id=optional_text(where, "tool_call_id", turn.get("tool_call_id")),
+        weight=_parse_weight(where, role, turn.get("weight")),
+    )
+
+
+_ROLES = {role.value: role for role in Role}
+
+
+def _parse_content(where: str, turn: dict[str, Any], *, may_be_blank: bool) -> str:
+    field = f"{where}.content"
     content = turn.get("content")
+    if content is None and may_be_blank:
+        return ""
     if not isinstance(content, str):
-        found = _kind(content) if "content" in turn else "missing"
-        raise DataError(f"{where}.content is {found}", expected="a string")
-    if not content.strip():
-        raise DataError(f"{where}.content is blank", expected="some text")
-    try:
-        content.encode("utf-8")
-    except UnicodeEncodeError:
-        raise DataError(
-            f"{where}.content holds half of a surrogate pair", expected="text that UTF-8 can hold"
-        ) from None
-    return Message(Role(role), content)
+        found = kind_of(content) if "content" in turn else "missing"
+        raise RowError(Code.WRONG_CONTENT, f"is {found}", field=field, expected="a string")
+    if not content.strip() and not may_be_blank:
+        raise RowError(Code.WRONG_CONTENT, "is blank", field=field, expected="some text")
+    check_encodable(field, content)
+    return content
+
+
+def _parse_weight(where: str, role: str, weight: Any) -> int | None:
+    if weight is None:
+        return None
+    field = f"{where}.weight"
+    if isinstance(weight, bool) or not isinstance(weight, int | float) or weight not in (0, 1):
+        raise RowError(Code.WRONG_WEIGHT, f"is {weight!r:.80}", field=field, expected="0 or 1")
+    if role != Role.ASSISTANT:
+        raise RowError(
+            Code.WRONG_WEIGHT, f"stands in a {role} turn", field=field, expected="weights in assistant turns"
+        )
+    return int(weight)
 
 
 def _check_order(messages: tuple[Message, ...]) -> None:
     roles = [message.role for message in messages]
+    last = f"messages[{len(messages) - 1}]"
     if Role.SYSTEM in roles[1:]:
-        raise DataError(
-            f"messages[{roles.index(Role.SYSTEM, 1)}] is a system turn", expected="it stands first, or not at all"
+        raise RowError(
+            Code.WRONG_TURNS,
+            "is a system turn",
+            field=f"messages[{roles.index(Role.SYSTEM, 1)}]",
+            expected="it stands first, or not at all",
         )
     if Role.ASSISTANT not in roles:
-        raise DataError("no assistant turn", expected="a final assistant turn: the answer to learn")
+        raise RowError(Code.WRONG_TURNS, "no assistant turn", expected="a final assistant turn: the answer to learn")
     if roles[-1] is not Role.ASSISTANT:
-        raise DataError(f"the last turn is {roles[-1]}", expected="a final assistant turn: the answer to learn")
+        raise RowError(
+            Code.WRONG_TURNS,
+            f"the last turn is {roles[-1]}",
+            expected="a final assistant turn: the answer to learn",
+        )
     if Role.USER not in roles:
-        raise DataError("no user turn", expected="at least one user turn before the answer")
-
-
-def _kind(value: Any) -> str:
-    names = {dict: "an object", list: "a list", str: "a string", bool: "a boolean", int: "a number", float: "a number"}
-    return "null" if value is None else names.get(type(value), type(value).__name__)
+        raise RowError(Code.WRONG_TURNS, "no user turn", expected="at least one user turn before the answer")
+    if Role.TOOL in roles and roles.index(Role.TOOL) < roles.index(Role.ASSISTANT):
+        raise RowError(
+            Code.WRONG_TURNS,
+            "is a tool turn with no assistant turn before it",
+            field=f"messages[{roles.index(Role.TOOL)}]",
+            expected="the assistant's call first, then what the tool gives back",
+        )
+    if not messages[-1].content.strip():
+        raise RowError(
+            Code.WRONG_CONTENT,
+            "is blank in the final turn, which has tool calls only",
+            field=f"{last}.content",
+            expected="text: the final answer is what a version is judged by",
+        )
+    assistants = [message.weight for message in messages if message.role is Role.ASSISTANT]
+    if all(weight == 0 for weight in assistants):
+        raise RowError(
+            Code.WRONG_WEIGHT, "every assistant turn has the weight 0", expected="one at least that is learnt"
+        )

@@ -1,17 +1,27 @@
-"""Reads chat examples from JSONL, one problem per bad line and never a guess.
+"""From data files to chat examples, one problem per bad line and never a guess.
 
-Lines end at the LF byte alone: `str.splitlines` also breaks at U+2028, which is good JSON.
+A file has one format, the one of most of its first rows; a row in another is an error.
 """
 
-import codecs
 import json
-from collections.abc import Iterable, Iterator
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
-from typing import Any
 
-from svc.dataset.example import ChatExample, parse_example
+from svc.dataset.bad_lines import BadLines
+from svc.dataset.container import read_rows
+from svc.dataset.example import ChatExample
+from svc.dataset.formats import Format, parse_row, recognise
+from svc.dataset.problem import RowError
+from svc.dataset.row import Row
+from svc.dataset.source import data_files
 from svc.errors import DataError
+
+_HEAD_ROWS = 100
+_HEAD_BYTES = 4 * 2**20
+Source = str | Path
 
 
 @dataclass(frozen=True, slots=True)
@@ -20,61 +30,75 @@ class Line:
 
     Attributes:
         number: from 1.
+        raw: the line's bytes.
+        fields: for each message of the example, where in the line its text stands.
     """
 
     number: int
     example: ChatExample | None = None
-    error: DataError | None = None
+    error: RowError | None = None
+    raw: bytes = b""
+    fields: tuple[str, ...] = ()
 
 
-def read_lines(path: Path) -> Iterator[Line]:
-    """Yields every line of a JSONL file; memory is bounded by the longest line.
+def read_lines(path: Path, on_read: Callable[[int], None] = lambda position: None) -> Iterator[Line]:
+    """Yields every line of a data file; memory is bounded by the longest line.
+
+    Args:
+        on_read: told from time to time how many bytes of the file were read.
 
     Raises:
         DataError: there is no such file, or it cannot be opened.
     """
-    try:
-        file = path.open("rb")
-    except OSError as error:
-        raise DataError(
-            f"cannot open data file {path}: {error.strerror}",
-            expected="a JSONL file of chat examples",
-            todo="check the path; paths in a recipe are relative to the recipe",
-        ) from error
-    with file:
-        for number, raw in enumerate(file, start=1):
-            content = raw.removeprefix(codecs.BOM_UTF8) if number == 1 else raw
-            if not content.strip():
-                yield Line(number)
-                continue
-            try:
-                yield Line(number, example=parse_example(_decode(content)))
-            except DataError as error:
-                yield Line(number, error=error)
+    rows = read_rows(path, on_read)
+    head, size = [], 0
+    for row in rows:
+        head.append(row)
+        size += len(row.raw)
+        if len(head) >= _HEAD_ROWS or size >= _HEAD_BYTES:
+            break
+    form = _most_frequent_format(head)
+    for row in chain(head, rows):
+        if row.blank or row.error:
+            yield Line(row.number, error=row.error, raw=row.raw)
+            continue
+        try:
+            example, fields = parse_row(row.value, form)
+        except RowError as error:
+            yield Line(row.number, error=error, raw=row.raw)
+        else:
+            yield Line(row.number, example, raw=row.raw, fields=fields)
 
 
-def read_examples(path: Path, *, minimum: int = 1) -> list[ChatExample]:
-    """All examples of a file; the first bad line stops it.
+def read_examples(
+    sources: Source | Sequence[Source],
+    *,
+    minimum: int = 1,
+    cache: Path | None = None,
+    bad_lines: BadLines | None = None,
+) -> list[ChatExample]:
+    """All examples of one or more sources, in their order; the first bad line stops it.
 
     Args:
+        sources: files, folders, or hub datasets as `hf:ORG/NAME`.
         minimum: fewest examples that are of use.
+        cache: folder for what is fetched from the hub.
+        bad_lines: takes the bad lines, which then stop nothing.
 
     Raises:
         DataError: a bad line, by number, or too few examples.
     """
+    given = [sources] if isinstance(sources, str | Path) else list(sources)
     examples: list[ChatExample] = []
-    for line in read_lines(path):
-        if line.error:
-            raise DataError(
-                f"{path}:{line.number}: {line.error.wrong}",
-                expected=line.error.expected,
-                todo=f"run `svc data check {path}` for all problems, and mend or drop those lines",
-            ) from line.error
-        if line.example:
-            examples.append(line.example)
+    for path in chain.from_iterable(data_files(source, cache) for source in given):
+        for line in read_lines(path):
+            if line.error:
+                _refuse(path, line.number, line.error, line.raw, bad_lines)
+            if line.example:
+                examples.append(line.example)
     if len(examples) < minimum:
         raise DataError(
-            f"{path} holds {len(examples)} example{'' if len(examples) == 1 else 's'}",
+            f"{', '.join(map(str, given))} holds {len(examples)} example{'' if len(examples) == 1 else 's'}",
             expected=f"at least {minimum}",
             todo="add examples; a few hundred are where fine-tuning begins to pay",
         )
@@ -87,34 +111,18 @@ def write_examples(path: Path, examples: Iterable[ChatExample]) -> None:
     path.write_text("".join(lines), "utf-8")
 
 
-def _decode(raw: bytes) -> Any:
-    try:
-        text = raw.decode("utf-8")
-    except UnicodeDecodeError as error:
-        raise DataError(
-            f"byte 0x{raw[error.start]:02x} at position {error.start} is not UTF-8", expected="text in UTF-8"
-        ) from error
-    try:
-        return json.loads(text, parse_constant=_refuse_constant, object_pairs_hook=_refuse_duplicates)
-    except json.JSONDecodeError as error:
-        raise DataError(
-            f"not JSON: {error.msg} at column {error.colno}", expected="one JSON object in a line"
-        ) from error
-    except ValueError as error:  # Python reads no integer of more than 4300 digits
-        raise DataError(
-            "not usable JSON: a number with too many digits", expected="one JSON object in a line"
-        ) from error
-    except RecursionError as error:
-        raise DataError("not usable JSON: nested too deeply", expected="one JSON object in a line") from error
+def _most_frequent_format(head: list[Row]) -> Format:
+    """Chat where none is seen; of two that are equally frequent, the one that comes first."""
+    formats = Counter(form for row in head if (form := recognise(row.value)))
+    return formats.most_common(1)[0][0] if formats else Format.CHAT
 
 
-def _refuse_constant(name: str) -> Any:
-    raise DataError(f"not JSON: {name}", expected="JSON knows no NaN and no Infinity")
-
-
-def _refuse_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    keys = [key for key, _ in pairs]
-    twice = {key for key in keys if keys.count(key) > 1} if len(set(keys)) < len(keys) else set()
-    if twice:
-        raise DataError(f"key {min(twice)!r} twice in one object", expected="each key once")
-    return dict(pairs)
+def _refuse(path: Path, number: int, error: RowError, raw: bytes, bad_lines: BadLines | None) -> None:
+    if bad_lines is not None:
+        bad_lines.add(path, number, raw, error)
+        return
+    raise DataError(
+        f"{path}:{number}: {error.wrong}",
+        expected=error.expected,
+        todo=f"run `svc data check {path}` for all problems, and mend or drop those lines; or train with --skip-bad",
+    ) from error

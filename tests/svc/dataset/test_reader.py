@@ -28,8 +28,9 @@ def test_a_missing_file_is_named(tmp_path: Path) -> None:
     assert "check the path" in error.todo
 
 
-def test_a_folder_is_no_data_file(tmp_path: Path) -> None:
-    assert "Is a directory" in failure(tmp_path).wrong
+def test_a_folder_without_data_files_is_named(tmp_path: Path) -> None:
+    (tmp_path / "README.md").touch()
+    assert f"no data file in folder {tmp_path}" in failure(tmp_path).wrong
 
 
 @pytest.mark.parametrize("content", [b"", b"\n  \n"])

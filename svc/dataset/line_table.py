@@ -1,0 +1,115 @@
+"""What is remembered of each example while a file streams by: 50 bytes, and 130 of its sketch; never its text."""
+
+import hashlib
+from array import array
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from svc.dataset.example import ChatExample, Message, Role
+from svc.dataset.near_duplicates import Sketcher, Sketches
+
+
+@dataclass(frozen=True, slots=True)
+class LineTable:
+    """One row for each example, in the order of reading.
+
+    Attributes:
+        files: index of the file.
+        lines: number in the file.
+        prompts: hash of all turns before the answer; equal for equal prompts, spacing and case aside.
+        pairs: the same of prompt and answer together.
+        systems: the same of the system turn; 0 where there is none.
+        answers: hash of the exact answer.
+        flags: what the label checks saw.
+        sketches: of what was asked, for near duplicates.
+    """
+
+    files: NDArray[np.uint16]
+    lines: NDArray[np.uint32]
+    prompts: NDArray[np.uint64]
+    pairs: NDArray[np.uint64]
+    systems: NDArray[np.uint64]
+    answers: NDArray[np.uint64]
+    flags: NDArray[np.uint8]
+    sketches: Sketches
+
+
+class LineTableBuilder:
+    """Takes examples one by one."""
+
+    def __init__(self) -> None:
+        self._files, self._lines, self._flags = array("H"), array("I"), array("B")
+        self._prompts, self._pairs, self._systems, self._answers = (array("Q") for _ in range(4))
+        self._sketcher = Sketcher()
+
+    def __len__(self) -> int:
+        return len(self._lines)
+
+    def add(self, file: int, line: int, example: ChatExample, flags: int = 0) -> None:
+        """Takes the next example.
+
+        Args:
+            file: index of its file.
+            flags: a number below 256 that is given back with the line.
+        """
+        prompt = normal_prompt(example)
+        first = example.messages[0]
+        self._files.append(file)
+        self._lines.append(line)
+        self._flags.append(flags)
+        self._prompts.append(_hash(prompt))
+        self._pairs.append(_hash(f"{prompt}\x1e{normal(example.answer)}"))
+        self._systems.append(_hash(normal(first.content)) if first.role is Role.SYSTEM else 0)
+        self._answers.append(_hash(example.answer))
+        self._sketcher.add(asked(example))
+
+    def finish(self) -> LineTable:
+        """The table."""
+        return LineTable(
+            files=_numbers(self._files, np.uint16),
+            lines=_numbers(self._lines, np.uint32),
+            prompts=_numbers(self._prompts, np.uint64),
+            pairs=_numbers(self._pairs, np.uint64),
+            systems=_numbers(self._systems, np.uint64),
+            answers=_numbers(self._answers, np.uint64),
+            flags=_numbers(self._flags, np.uint8),
+            sketches=self._sketcher.finish(),
+        )
+
+
+def first_with_same(keys: NDArray[np.uint64]) -> NDArray[np.int64]:
+    """For each place the first one that holds the same key; its own where it is the first."""
+    _, first, inverse = np.unique(keys, return_index=True, return_inverse=True)
+    return first[inverse]
+
+
+def asked(example: ChatExample) -> str:
+    """What is compared for near duplicates: all turns before the answer but the system's, which many share."""
+    return "\n".join(message.content for message in example.prompt if message.role is not Role.SYSTEM)
+
+
+def normal_prompt(example: ChatExample) -> str:
+    """Equal for equal prompts, spacing and case aside."""
+    return "\x1f".join(map(_normal_turn, example.prompt))
+
+
+def normal(text: str) -> str:
+    """A text without regard to spacing and case."""
+    return " ".join(text.lower().split())
+
+
+def _normal_turn(message: Message) -> str:
+    calls = "".join(f"\x1d{call.name}\x1d{call.arguments}" for call in message.tool_calls)
+    return f"{message.role}:{normal(message.content)}{calls}"
+
+
+def _hash(text: str) -> int:
+    digest = hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=8).digest()
+    return int.from_bytes(digest, "little")
+
+
+def _numbers(values: "array[int]", kind: Any) -> Any:
+    return np.frombuffer(values, dtype=kind) if values else np.zeros(0, kind)

@@ -1,0 +1,123 @@
+"""What can be wrong with an example: every kind has a code, a severity and what to do about it.
+
+docs/data.md explains each code; a test compares. Knows nothing of files beyond their names.
+"""
+
+from dataclasses import dataclass
+from enum import StrEnum
+
+from svc.errors import DataError
+
+
+class Severity(StrEnum):
+    """Whether a line can be trained on."""
+
+    ERROR = "error"
+    WARNING = "warning"
+
+
+class Code(StrEnum):
+    """The kinds of problems."""
+
+    UNREADABLE = "unreadable"
+    NOT_UTF8 = "not_utf8"
+    NOT_JSON = "not_json"
+    TOO_LARGE = "too_large"
+    WRONG_FORMAT = "wrong_format"
+    MIXED_FORMATS = "mixed_formats"
+    WRONG_ROLE = "wrong_role"
+    WRONG_CONTENT = "wrong_content"
+    WRONG_TURNS = "wrong_turns"
+    WRONG_TOOLS = "wrong_tools"
+    WRONG_WEIGHT = "wrong_weight"
+    EMPTY = "empty"
+    LEAK = "leak"
+    BLANK = "blank"
+    NEAR_LEAK = "near_leak"
+    DUPLICATE = "duplicate"
+    NEAR_DUPLICATE = "near_duplicate"
+    CONTRADICTION = "contradiction"
+    SPECIAL_TOKEN = "special_token"  # noqa: S105 - no password
+    TEMPLATE_CODE = "template_code"
+    CONTROL_CHARACTER = "control_character"
+    MOJIBAKE = "mojibake"
+    TOO_LONG = "too_long"
+    SAME_ROLE_TWICE = "same_role_twice"
+    LABEL_NOT_IN_SET = "label_not_in_set"
+    ANSWER_NOT_JSON = "answer_not_json"
+
+
+_ERRORS = {
+    Code.UNREADABLE: "fetch or unpack the file again; what stands after this place was not read",
+    Code.NOT_UTF8: "save the file as UTF-8",
+    Code.NOT_JSON: "mend the line, or drop it",
+    Code.TOO_LARGE: "split the example, or drop it",
+    Code.WRONG_FORMAT: "write the example in one of the formats of docs/data.md",
+    Code.MIXED_FORMATS: "keep one format in a file; several files may differ",
+    Code.WRONG_ROLE: "correct the role",
+    Code.WRONG_CONTENT: "give the turn its text as a string, or drop the example",
+    Code.WRONG_TURNS: "bring the turns in order, so that the assistant's answer is the last, or drop the example",
+    Code.WRONG_TOOLS: "write tools and tool calls as OpenAI's API has them, or drop the example",
+    Code.WRONG_WEIGHT: "give assistant turns the weight 1 (learn) or 0 (do not), and others none",
+    Code.EMPTY: "check whether this is the right file",
+    Code.LEAK: "drop the line here, or in the held-out set: else the held-out figures mean nothing",
+}
+_WARNINGS = {
+    Code.BLANK: "nothing; it is skipped",
+    Code.NEAR_LEAK: "look at both; drop one if the held-out one can be answered from the other",
+    Code.DUPLICATE: "drop one, unless it is meant to weigh double",
+    Code.NEAR_DUPLICATE: "look at both, and drop one if they say the same",
+    Code.CONTRADICTION: "decide which answer is right, and drop the other",
+    Code.SPECIAL_TOKEN: "take the token out unless the text is about it: a model may take it for the end of a turn",
+    Code.TEMPLATE_CODE: "check that it belongs in the text; it is never run here, but other tools may run it",
+    Code.CONTROL_CHARACTER: "take the character out",
+    Code.MOJIBAKE: "convert the source again, as UTF-8",
+    Code.TOO_LONG: "shorten or split the example, or raise the maximum length if memory allows",
+    Code.SAME_ROLE_TWICE: "join the turns, or check whether one between them is missing; some chat templates refuse it",
+    Code.LABEL_NOT_IN_SET: "correct the label, or add it to the instruction",
+    Code.ANSWER_NOT_JSON: "write the answer as JSON like the others, or drop the example",
+}
+TODO: dict[Code, str] = {**_ERRORS, **_WARNINGS}
+"""The next thing to do, for every code."""
+
+
+def severity_of(code: Code) -> Severity:
+    """An error is a line that cannot be trained on; a warning one that can, and that a person should look at."""
+    return Severity.ERROR if code in _ERRORS else Severity.WARNING
+
+
+@dataclass(frozen=True, slots=True)
+class Problem:
+    """One finding.
+
+    Attributes:
+        line: from 1; of a Parquet file the row.
+        field: where in the example, as the file names it; empty for the example as a whole.
+    """
+
+    file: str
+    line: int
+    severity: Severity
+    code: Code
+    message: str
+    field: str
+    todo: str
+
+
+class RowError(DataError):
+    """An example that cannot be trained on.
+
+    Args:
+        field: where in the example; the message begins with it.
+        wrong: what is wrong there, with the value.
+    """
+
+    def __init__(self, code: Code, wrong: str, *, field: str = "", expected: str = "") -> None:
+        super().__init__(f"{field} {wrong}" if field else wrong, expected=expected, todo=TODO[code])
+        self.code = code
+        self.field = field
+        self._detail = wrong
+
+    def at(self, field: str) -> "RowError":
+        """The same error under another name of the field."""
+        return RowError(self.code, self._detail, field=field, expected=self.expected)
