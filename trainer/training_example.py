@@ -1,9 +1,10 @@
-"""A chat example as token ids: what the model sees, and where the answer starts.
+"""A chat example as token ids: what the model sees, and where its answers are.
 
 The base model's own chat template decides, so that training, calibration and serving see the same text. Knows nothing
 of batches or losses.
 """
 
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from rich.progress import track
 
-from svc.dataset.example import ChatExample
+from svc.dataset.example import ChatExample, Message
 from svc.errors import BaseModelError, DataError
 from svc.terminal import console
 
@@ -23,17 +24,21 @@ IGNORED = -100  # PyTorch's label for positions that are not scored
 
 @dataclass(frozen=True, slots=True)
 class TrainingExample:
-    """Token ids of a conversation, up to and with the token that ends the answer."""
+    """Token ids of a conversation, up to and with the token that ends its last answer.
+
+    Attributes:
+        learnt: start and end of each answer that is learnt, with the token that ends it; the end is exclusive.
+    """
 
     input_ids: list[int]
-    answer_start: int
+    learnt: tuple[tuple[int, int], ...]
 
     def as_row(self) -> dict[str, list[int]]:
-        """The trainer's form: labels are the ids in the answer, and -100 before it."""
-        return {
-            "input_ids": self.input_ids,
-            "labels": [IGNORED] * self.answer_start + self.input_ids[self.answer_start :],
-        }
+        """The trainer's form: labels are the ids in the answers that are learnt, and -100 elsewhere."""
+        labels = [IGNORED] * len(self.input_ids)
+        for start, end in self.learnt:
+            labels[start:end] = self.input_ids[start:end]
+        return {"input_ids": self.input_ids, "labels": labels}
 
 
 def load_tokenizer(folder: Path) -> "PreTrainedTokenizerBase":
@@ -81,33 +86,71 @@ def tokenize_examples(
 def _tokenize(
     tokenizer: "PreTrainedTokenizerBase", example: ChatExample, stops: set[int], number: int
 ) -> TrainingExample:
-    """Templates may put text after the end token, or leave it out: here the answer ends with one in any case."""
+    """Templates may put text after the end token, or leave it out: here an answer ends with one in any case."""
     from jinja2 import TemplateError
 
-    messages = example.as_dict()["messages"]
     try:
-        whole = _apply_template(tokenizer, messages)
-        prompt = _apply_template(tokenizer, messages[:-1], add_generation_prompt=True)
+        *earlier, last = (_answer(tokenizer, example, turn, stops) for turn in example.learnt)
+        if example.learnt[-1] != len(example.messages) - 1:
+            earlier.append(last)
+            last = _answer(tokenizer, example, len(example.messages) - 1, stops)
     except TemplateError as error:
         raise DataError(
             f"the base model's chat template refuses example {number}: {error}",
             expected="turns that the base model knows",
             todo="change the example's turns, or choose another base",
         ) from error
-    start = _common_prefix(prompt, whole)
-    ends = [place for place in range(start, len(whole)) if whole[place] in stops]
-    ids = whole[: ends[-1] + 1] if ends else [*whole, min(stops)]
-    return TrainingExample(ids, start)
+    spans = []
+    for answer in earlier:
+        if answer.ids[: answer.end] != last.ids[: answer.end]:
+            raise DataError(
+                f"in example {number} the chat template writes an earlier answer otherwise than the last one",
+                expected="a template that writes a turn the same wherever it stands, to learn more than the last one",
+                todo="make an example of each answer, or leave out `weight`",
+            )
+        spans.append((answer.start, answer.end))
+    if example.learnt[-1] == len(example.messages) - 1:
+        spans.append((last.start, last.end))
+    return TrainingExample(last.ids[: last.end], tuple(spans))
+
+
+@dataclass(frozen=True, slots=True)
+class _Answer:
+    """The conversation up to an answer, and where that answer stands."""
+
+    ids: list[int]
+    start: int
+    end: int
+
+
+def _answer(tokenizer: "PreTrainedTokenizerBase", example: ChatExample, turn: int, stops: set[int]) -> _Answer:
+    ids = _apply_template(tokenizer, example, turn + 1)
+    start = _common_prefix(_apply_template(tokenizer, example, turn, add_generation_prompt=True), ids)
+    ends = [place for place in range(start, len(ids)) if ids[place] in stops]
+    if not ends:
+        ids = [*ids, min(stops)]
+    return _Answer(ids, start, ends[-1] + 1 if ends else len(ids))
 
 
 def _apply_template(
-    tokenizer: "PreTrainedTokenizerBase", messages: list[dict[str, str]], *, add_generation_prompt: bool = False
+    tokenizer: "PreTrainedTokenizerBase", example: ChatExample, turns: int, *, add_generation_prompt: bool = False
 ) -> list[int]:
+    """The first turns of an example, as the engine will write them: arguments of tools are objects, not JSON text."""
     encoding: Any = tokenizer.apply_chat_template(
-        messages, return_dict=True, add_generation_prompt=add_generation_prompt
+        [_template_turn(message) for message in example.messages[:turns]],
+        tools=[json.loads(tool) for tool in example.tools] or None,
+        return_dict=True,
+        add_generation_prompt=add_generation_prompt,
     )
     ids: list[int] = encoding["input_ids"]
     return ids
+
+
+def _template_turn(message: Message) -> dict[str, Any]:
+    turn = message.spoken()
+    for call in turn.get("tool_calls", ()):
+        call["function"]["arguments"] = json.loads(call["function"]["arguments"])
+    return turn
 
 
 def _common_prefix(one: list[int], other: list[int]) -> int:

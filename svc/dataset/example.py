@@ -42,6 +42,10 @@ class Message:
     tool_call_id: str | None = None
     weight: int | None = None
 
+    def spoken(self) -> dict[str, Any]:
+        """The OpenAI form of the turn as a model is shown it: a weight says something about it, not in it."""
+        return {key: value for key, value in self.as_dict().items() if key != "weight"}
+
     def as_dict(self) -> dict[str, Any]:
         """The OpenAI form of the turn."""
         turn: dict[str, Any] = {"role": self.role.value, "content": self.content}

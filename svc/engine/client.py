@@ -4,6 +4,7 @@ Separate from the gateway's data plane, so that a reload never queues behind str
 """
 
 import asyncio
+import json
 import statistics
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -86,18 +87,23 @@ class EngineClient:
         except httpx.HTTPError:
             return False
 
-    async def chat(self, messages: Sequence[Message], *, max_tokens: int) -> Answer:
-        """Greedy answer to a prompt.
+    async def chat(self, messages: Sequence[Message], *, max_tokens: int, tools: Sequence[str] = ()) -> Answer:
+        """Greedy answer to a prompt, as text.
+
+        Args:
+            tools: what the prompt says may be called, each as JSON text.
 
         Raises:
             EngineError: the engine did not answer or refused.
         """
         body = {
             "model": self.model,
-            "messages": [message.as_dict() for message in messages],
+            "messages": [message.spoken() for message in messages],
             "max_tokens": max_tokens,
             "temperature": 0,
             "logprobs": True,
+            **_named(tools),
+            **({"tool_choice": "none"} if tools else {}),  # they stand in the prompt, and the answer is text
         }
         with _reading("/v1/chat/completions"):
             return _answer(await self._post("/v1/chat/completions", body))
@@ -107,14 +113,17 @@ class EngineClient:
         body = {"model": self.model, "prompt": list(token_ids), "max_tokens": tokens, "ignore_eos": True}
         await self._post("/v1/completions", body)
 
-    async def prompt_tokens(self, messages: Sequence[Message | Mapping[str, Any]]) -> list[int]:
+    async def prompt_tokens(
+        self, messages: Sequence[Message | Mapping[str, Any]], tools: Sequence[str] = ()
+    ) -> list[int]:
         """Token ids of a prompt by the engine's own chat template, ready for the answer.
 
         Args:
             messages: also in OpenAI's form, in which they may be more than text.
+            tools: what the prompt says may be called, each as JSON text.
         """
-        turns = [message.as_dict() if isinstance(message, Message) else dict(message) for message in messages]
-        return await self._tokenize({"model": self.model, "messages": turns})
+        turns = [message.spoken() if isinstance(message, Message) else dict(message) for message in messages]
+        return await self._tokenize({"model": self.model, "messages": turns, **_named(tools)})
 
     async def tokens(self, text: str) -> list[int]:
         """Token ids of plain text, without any special token added."""
@@ -190,6 +199,10 @@ def _answer(completion: Any) -> Answer:
         finish_reason=reason,
         logprob=statistics.fmean(of_text) if of_text else None,
     )
+
+
+def _named(tools: Sequence[str]) -> dict[str, Any]:
+    return {"tools": [json.loads(tool) for tool in tools]} if tools else {}
 
 
 @contextmanager

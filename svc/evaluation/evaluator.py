@@ -101,7 +101,7 @@ async def ask_example(client: EngineClient, example: ChatExample, *, max_tokens:
     tokenized = await tokenize(client, example)
     # The reference first: it fills the prefix cache with the prompt, which the answer then starts from.
     reference = await mean_logprob(client, tokenized.prompt, tokenized.answer)
-    answer = await client.chat(example.prompt, max_tokens=max_tokens)
+    answer = await client.chat(example.prompt, max_tokens=max_tokens, tools=example.tools)
     return ExampleResult(
         answer=answer.text,
         tokens=answer.tokens,
@@ -114,7 +114,7 @@ async def ask_example(client: EngineClient, example: ChatExample, *, max_tokens:
 
 async def tokenize(client: EngineClient, example: ChatExample) -> TokenizedExample:
     """Token ids of an example, by the engine's tokenizer and chat template."""
-    prompt = await client.prompt_tokens(example.prompt)
+    prompt = await client.prompt_tokens(example.prompt, example.tools)
     answer = await client.tokens(example.answer)
     return TokenizedExample(tuple(prompt), tuple(answer))
 

@@ -64,13 +64,13 @@ def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def home(workplace: Path) -> Path:
-    """A home with two versions; the training of the first was killed when its engine started, and then resumed."""
+    """A home with two versions, LoRA's and QLoRA's; the first's training was killed in the evaluation, and resumed."""
     home, recipe = workplace / "home", str(workplace / "recipe.yaml")
     _kill_training_in_evaluation(home, recipe)
     resumed = svc(home, "train", recipe, capture_output=True)
     assert resumed.returncode == 0, resumed.stderr
     (home / "resumed.txt").write_text(resumed.stderr, "utf-8")
-    svc_json(home, "train", recipe, "--set", "train.seed=1", "--set", "qualify.restart=false")
+    svc_json(home, "train", recipe, "--set", "method=qlora", "--set", "train.seed=1", "--set", "qualify.restart=false")
     return home
 
 

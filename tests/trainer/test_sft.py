@@ -1,6 +1,7 @@
 """Training: what is learnt, what is refused, and that the cheap loss is the real one."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -9,9 +10,9 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 from transformers import Gemma2Config, Gemma2ForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedModel, set_seed
 
-from svc.dataset.example import ChatExample
+from svc.dataset.example import ChatExample, parse_example
 from svc.errors import BaseModelError, DataError, TrainingError
-from tests.trainer.conftest import make_example, make_recipe, make_tokenizer
+from tests.trainer.conftest import CHAT_TEMPLATE, make_example, make_recipe, make_tokenizer
 from trainer.answer_trainer import answer_loss
 from trainer.sft import TrainingData, TrainingSummary, train_model
 from trainer.training_example import IGNORED, load_tokenizer, stop_tokens, tokenize_examples
@@ -110,6 +111,70 @@ def test_the_answer_is_learnt_up_to_and_with_its_end() -> None:
     row = tokenize_examples(tokenizer, [make_example("which?", "red")], {tokenizer.eos_token_id})[0].as_row()
     learnt = [label for label in row["labels"] if label != IGNORED]
     assert tokenizer.decode(learnt) == "red<|im_end|>"
+
+
+def learnt_texts(messages: list[dict[str, Any]], template: str = CHAT_TEMPLATE) -> list[str]:
+    tokenizer = make_tokenizer(template)
+    example = parse_example({"messages": messages})
+    (row,) = tokenize_examples(tokenizer, [example], {tokenizer.eos_token_id})
+    labels = row.as_row()["labels"]
+    assert all(label in (IGNORED, token) for label, token in zip(labels, row.input_ids, strict=True))
+    return [tokenizer.decode(row.input_ids[start:end]) for start, end in row.learnt]
+
+
+CONVERSATION: list[dict[str, Any]] = [
+    {"role": "user", "content": "one?"},
+    {"role": "assistant", "content": "1"},
+    {"role": "user", "content": "two?"},
+    {"role": "assistant", "content": "2"},
+    {"role": "user", "content": "three?"},
+    {"role": "assistant", "content": "3"},
+]
+
+
+@pytest.mark.parametrize(
+    ("weights", "learnt"),
+    [
+        ({}, ["3"]),
+        ({1: 0}, ["2", "3"]),
+        ({1: 1, 3: 0, 5: 1}, ["1", "3"]),
+        ({5: 0}, ["1", "2"]),
+    ],
+)
+def test_weights_say_which_answers_are_learnt(weights: dict[int, int], learnt: list[str]) -> None:
+    turns = [turn | ({"weight": weights[place]} if place in weights else {}) for place, turn in enumerate(CONVERSATION)]
+    assert learnt_texts(turns) == [f"{answer}<|im_end|>" for answer in learnt]
+
+
+def test_a_template_that_rewrites_earlier_answers_is_refused() -> None:
+    template = (
+        "{% for message in messages %}<|im_start|>{% if loop.last %}{{ message['role'] }}: {% endif %}"
+        "{{ message['content'] }}<|im_end|>{% endfor %}"
+    )
+    turns = [turn | {"weight": 1} if turn["role"] == "assistant" else turn for turn in CONVERSATION]
+    with pytest.raises(DataError, match="writes an earlier answer otherwise"):
+        learnt_texts(turns, template)
+
+
+def test_a_template_sees_tools_and_their_arguments_as_objects() -> None:
+    template = (
+        "{% for tool in tools %}{{ tool['function']['name'] }} {% endfor %}{% for message in messages %}"
+        "{% for call in message['tool_calls'] or [] %}{{ call['function']['arguments']['city'] }}{% endfor %}"
+        "{{ message['content'] }}<|im_end|>{% endfor %}"
+    )
+    call = {"id": "1", "type": "function", "function": {"name": "weather", "arguments": '{"city": "Rome"}'}}
+    messages = [
+        {"role": "user", "content": "weather?"},
+        {"role": "assistant", "content": None, "tool_calls": [call]},
+        {"role": "tool", "content": "sun", "tool_call_id": "1"},
+        {"role": "assistant", "content": "It shines."},
+    ]
+    tool = {"type": "function", "function": {"name": "weather", "parameters": {"type": "object", "properties": {}}}}
+    tokenizer = make_tokenizer(template)
+    example = parse_example({"messages": messages, "tools": [tool]})
+    (row,) = tokenize_examples(tokenizer, [example], {tokenizer.eos_token_id})
+    text = tokenizer.decode(row.input_ids)
+    assert text == "weather weather?<|im_end|>Rome<|im_end|>sun<|im_end|>It shines.<|im_end|>"
 
 
 def test_an_end_that_the_template_leaves_out_is_added() -> None:

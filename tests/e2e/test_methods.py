@@ -1,0 +1,66 @@
+"""Every method on the real engine: trained from the command line, judged, quantized, and served to a client."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import openai
+import pytest
+
+from examples.service import serving, svc_json
+from svc.registry.version import Format
+from tests.e2e.conftest import PROMPTS, Report
+from trainer.recipe import Method
+
+pytestmark = [pytest.mark.matrix]
+
+PORT = 8741
+RATES = {Method.FULL: 2e-3, Method.VERA: 0.1}
+Versions = dict[Method, str]
+
+
+@pytest.fixture(scope="module")
+def methods_home(workplace: Path) -> Path:
+    return workplace / "methods-home"
+
+
+@pytest.fixture(scope="module")
+def versions(workplace: Path, methods_home: Path) -> Versions:
+    """One version of each method."""
+    made = {}
+    for method in Method:
+        sets = [f"method={method}", f"train.learning_rate={RATES.get(method, 0.02)}", "qualify.restart=false"]
+        options = [part for value in sets for part in ("--set", value)]
+        trained: Any = svc_json(methods_home, "train", str(workplace / "recipe.yaml"), *options)
+        made[method] = trained["version"]
+    return made
+
+
+@pytest.fixture(scope="module")
+def client(versions: Versions, methods_home: Path) -> Iterator[openai.OpenAI]:
+    with (
+        serving(methods_home, versions[Method.LORA], PORT) as url,
+        openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0) as client,
+    ):
+        yield client
+
+
+@pytest.mark.parametrize("method", Method)
+def test_it_is_judged_and_registered(versions: Versions, methods_home: Path, method: Method, report: Report) -> None:
+    shown: Any = svc_json(methods_home, "show", versions[method])
+    formats, base = shown["formats"], shown["base_evaluation"]["nll"]["value"]
+    assert (Format.ADAPTER in formats) is (method is not Method.FULL)
+    nll = {name: formats[name]["evaluation"]["nll"]["value"] for name in (Format.MERGED, Format.GPTQ)}
+    assert nll[Format.MERGED] < base
+    assert all(len(formats[name]["probes"]) == 8 for name in nll)
+    report(f"{method}: NLL base {base:.3f}, merged {nll[Format.MERGED]:.3f}, GPTQ {nll[Format.GPTQ]:.3f}")
+
+
+@pytest.mark.parametrize("method", Method)
+def test_it_is_served(versions: Versions, methods_home: Path, client: openai.OpenAI, method: Method) -> None:
+    if versions[method] != versions[Method.LORA]:
+        svc_json(methods_home, "promote", versions[method])
+    messages: Any = PROMPTS[0]
+    raw = client.chat.completions.with_raw_response.create(model="tiny", messages=messages, max_tokens=5)
+    assert raw.headers["x-model-version"] == versions[method]
+    assert raw.parse().choices[0].message.content
