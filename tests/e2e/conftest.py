@@ -11,6 +11,7 @@ import pytest
 
 from examples.service import serving, svc, svc_json
 from svc.dataset.reader import read_examples, write_examples
+from svc.errors import InterruptedRunError
 from svc.settings import Settings
 from tests.e2e.server import HELDOUT_EXAMPLES, PORT, Server
 from tests.e2e.tiny_model import build_tiny_model
@@ -64,8 +65,10 @@ def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def home(workplace: Path) -> Path:
-    """A home with two versions, LoRA's and QLoRA's; the first's training was killed in the evaluation, and resumed."""
+    """A home with two versions, LoRA's and QLoRA's; the first was asked to end while it trained, killed while it was
+    judged, and went on both times."""
     home, recipe = workplace / "home", str(workplace / "recipe.yaml")
+    _end_training(home, recipe)
     _kill_training_in_evaluation(home, recipe)
     resumed = svc(home, "train", recipe, capture_output=True)
     assert resumed.returncode == 0, resumed.stderr
@@ -74,17 +77,30 @@ def home(workplace: Path) -> Path:
     return home
 
 
+def _end_training(home: Path, recipe: str) -> None:
+    """Sends `svc train` the notice of a spot machine after its first checkpoint."""
+    training = _train_until(home, recipe, "checkpoints/step-*", "--set", "checkpoints.every_steps=1")
+    training.terminate()
+    assert training.wait(60) == InterruptedRunError.exit_code
+
+
 def _kill_training_in_evaluation(home: Path, recipe: str) -> None:
     """Ends `svc train` with SIGKILL while its first engine starts: nothing of it can clean up."""
-    command = [Path(sys.executable).with_name("svc"), "--home", home, "train", recipe]
-    training = subprocess.Popen([str(part) for part in command], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    deadline = time.monotonic() + 180
-    while not list(home.glob("runs/*/engine.log")):
-        assert training.poll() is None, "the training ended by itself"
-        assert time.monotonic() < deadline
-        time.sleep(0.2)
+    training = _train_until(home, recipe, "engine.log")
     training.kill()
     training.wait()
+
+
+def _train_until(home: Path, recipe: str, file: str, *options: str) -> "subprocess.Popen[bytes]":
+    """Starts `svc train`, and waits until there is such a file in the run's folder."""
+    command = [str(Path(sys.executable).with_name("svc")), "--home", str(home), "train", recipe, *options]
+    training = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    deadline = time.monotonic() + 180
+    while not list(home.glob(f"runs/*/{file}")):
+        assert training.poll() is None, "the training ended by itself"
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    return training
 
 
 @pytest.fixture(scope="session")

@@ -242,3 +242,62 @@ def test_it_is_the_real_one_with_sliding_windows_and_capped_logits(batch: tuple[
     set_seed(0)
     model = Gemma2ForCausalLM(Gemma2Config(**SHAPE, sliding_window=4, pad_token_id=0, bos_token_id=1, eos_token_id=2))
     torch.testing.assert_close(answer_loss(model, *batch), whole_loss(model, *batch), rtol=1e-4, atol=1e-4)
+
+
+def test_the_best_weights_are_those_of_the_best_step(
+    tiny_base: Path, examples: list[ChatExample], tmp_path: Path
+) -> None:
+    """At a constant rate, a run that ends at that step has the same ones."""
+    data = TrainingData(examples, [make_example(f"number {letter}", "blue") for letter in "abc"])
+    steady = {"batch_size": 4, "learning_rate": 0.05, "schedule": "constant", "warmup_ratio": 0}
+    recipe = make_recipe(train=steady | {"steps": 30}, stopping={"every_steps": 1, "keep_best": True})
+    summary = train_model(tiny_base, data, recipe, tmp_path / "best", tmp_path / "checkpoints")
+    assert summary.best_step is not None
+    assert summary.best_step < summary.steps == 30
+    assert min(summary.heldout_losses, key=lambda point: point.loss).step == summary.best_step
+    shorter = make_recipe(train=steady | {"steps": summary.best_step})
+    train_model(tiny_base, data, shorter, tmp_path / "shorter", tmp_path / "other-checkpoints")
+    files = [tmp_path / name / "adapter_model.safetensors" for name in ("best", "shorter")]
+    assert files[0].read_bytes() == files[1].read_bytes()
+
+
+def test_a_run_stops_when_held_out_loss_no_longer_falls(
+    tiny_base: Path, examples: list[ChatExample], tmp_path: Path
+) -> None:
+    data = TrainingData(examples, [make_example(f"number {letter}", "blue") for letter in "abc"])
+    train = {"batch_size": 4, "learning_rate": 0.05, "steps": 200}
+    recipe = make_recipe(train=train, stopping={"every_steps": 1, "patience": 3})
+    summary = train_model(tiny_base, data, recipe, tmp_path / "adapter", tmp_path / "checkpoints")
+    losses = {point.step: point.loss for point in summary.heldout_losses}
+    best = min(losses, key=lambda step: losses[step])
+    assert summary.steps == best + 3 < 200
+
+
+@pytest.mark.parametrize("schedule", ["linear", "cosine", "constant"])
+def test_a_schedule_warms_up_and_ends_as_it_says(
+    schedule: str, tiny_base: Path, examples: list[ChatExample], tmp_path: Path
+) -> None:
+    rates: dict[int, float] = {}
+    train = {"batch_size": 4, "steps": 20, "learning_rate": 1e-3, "warmup_ratio": 0.25, "schedule": schedule}
+    train_model(
+        tiny_base,
+        TrainingData(examples),
+        make_recipe(train=train),
+        tmp_path / "adapter",
+        tmp_path / "checkpoints",
+        lambda step, figures: rates.update({step: figures["learning_rate"]}),
+    )
+    assert rates[1] < rates[3] < rates[6] == pytest.approx(1e-3)
+    assert rates[20] == pytest.approx(1e-3) if schedule == "constant" else rates[20] < 1e-4
+
+
+def test_accumulated_batches_are_one_batch(tiny_base: Path, examples: list[ChatExample], tmp_path: Path) -> None:
+    """The same steps, up to the rounding of another order of sums."""
+    curves = []
+    for batch, accumulation in ((4, 1), (2, 2)):
+        out = tmp_path / str(batch) / "adapter"
+        curves.append(
+            train(tiny_base, examples, out, batch_size=batch, gradient_accumulation=accumulation, learning_rate=1e-2)
+        )
+    losses = [[point.loss for point in summary.loss_curve] for summary in curves]
+    assert losses[0] == pytest.approx(losses[1], rel=0.01)
