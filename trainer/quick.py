@@ -32,6 +32,7 @@ def quick_trial(recipe: Recipe, examples: Examples) -> tuple[Recipe, Examples]:
         heldout=heldout,
         train_fingerprint=fingerprint(train),
         heldout_fingerprint=fingerprint(heldout),
+        general=max(0, len(train) + examples.general - len(examples.train)),
     )
     return Recipe.model_validate(content), cut
 

@@ -9,8 +9,20 @@ from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationError,
+    ValidationInfo,
+    WithJsonSchema,
+    field_validator,
+    model_validator,
+)
 
+from svc.dataset.source import HUB_PREFIX
 from svc.errors import RecipeError
 from svc.registry.version import NAME_PATTERN
 from svc.yaml_text import parse_yaml
@@ -30,15 +42,43 @@ def _beside_recipe(path: Path | None, info: ValidationInfo) -> Path | None:
         raise ValueError(f"no user of this machine has the home folder of {path}") from error
 
 
-class Data(_Section):
-    """Where the examples are."""
+def _as_sources(value: Any) -> Any:
+    """One source is a list of one."""
+    return [str(value)] if isinstance(value, str | Path) else value
 
-    train: Path = Field(description="JSONL of chat examples")
-    heldout: Path = Field(description="JSONL of chat examples that are never trained on; the version is judged by them")
+
+def _sources_beside_recipe(sources: tuple[str, ...], info: ValidationInfo) -> tuple[str, ...]:
+    return tuple(
+        source if source.startswith(HUB_PREFIX) else str(_beside_recipe(Path(source), info)) for source in sources
+    )
+
+
+_NAME = Annotated[str, Field(min_length=1)]
+Sources = Annotated[
+    tuple[_NAME, ...],
+    BeforeValidator(_as_sources),
+    AfterValidator(_sources_beside_recipe),
+    Field(min_length=1),
+    WithJsonSchema({"anyOf": [{"type": "string"}, {"type": "array", "items": {"type": "string"}}]}),
+]
+"""Files, folders, or hub datasets as hf:ORG/NAME; one of them may stand alone."""
+
+
+class Data(_Section):
+    """Where the examples are: files, folders, or hub datasets as `hf:ORG/NAME`; see [data](data.md)."""
+
+    train: Sources = Field(description="what to learn")
+    heldout: Sources | None = Field(
+        None, description="never trained on; the version is judged by it; default: a part of `data.train`"
+    )
+    heldout_share: float = Field(
+        0.1, gt=0, lt=1, description="share of `data.train` that is held out, where `data.heldout` names nothing"
+    )
+    general: Sources | None = Field(None, description="general examples to mix in, against forgetting")
+    general_share: float = Field(0.1, gt=0, lt=1, description="share of the training examples that are general ones")
+    seed: int = Field(0, ge=0, description="decides what is held out, and which general examples are taken")
     skip: int = Field(0, ge=0, description="leave out the first so many training examples")
     limit: Annotated[int, Field(ge=2)] | None = Field(None, description="train on so many examples only; default all")
-
-    _resolve = field_validator("train", "heldout")(_beside_recipe)
 
 
 class Method(StrEnum):

@@ -13,18 +13,22 @@ import os
 import shutil
 from dataclasses import dataclass
 from enum import StrEnum
+from functools import partial
 from pathlib import Path
 from typing import TypeVar
 
 from pydantic import TypeAdapter
 
+from svc.dataset.bad_lines import BadLines
 from svc.dataset.check import shared_prompts
 from svc.dataset.example import ChatExample
 from svc.dataset.fingerprint import fingerprint
 from svc.dataset.reader import read_examples
+from svc.dataset.split import mix_general, near_leaks, split_heldout
 from svc.errors import DataError, DiskSpaceError
+from svc.terminal import console
 from trainer.base_model import Base
-from trainer.recipe import Recipe
+from trainer.recipe import Data, Recipe
 
 Result = TypeVar("Result")
 
@@ -42,37 +46,61 @@ class Stage(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Examples:
-    """What is trained on and judged by, and their fingerprints."""
+    """What is trained on and judged by, and their fingerprints.
+
+    Attributes:
+        train: the task's examples, then the general ones.
+        general: how many of `train`, at its end, are general.
+    """
 
     train: tuple[ChatExample, ...]
     heldout: tuple[ChatExample, ...]
     train_fingerprint: str
     heldout_fingerprint: str
+    general: int = 0
 
 
-def read_run_examples(recipe: Recipe) -> Examples:
+def read_run_examples(recipe: Recipe, *, cache: Path | None = None, bad_lines: BadLines | None = None) -> Examples:
     """Reads a recipe's data.
+
+    Args:
+        cache: folder for datasets of the hub.
+        bad_lines: takes lines that cannot be trained on, leaks among them; without it the first one stops the run.
 
     Raises:
         DataError: a file that cannot be trained on; names file and line.
     """
-    readable = read_examples(recipe.data.train, minimum=2)
-    train = tuple(readable[recipe.data.skip :][: recipe.data.limit])
+    data = recipe.data
+    read = partial(read_examples, cache=cache, bad_lines=bad_lines)
+    heldout = read(data.heldout) if data.heldout else []
+    readable = read(data.train, minimum=2 if heldout else 3, kept_back=heldout if bad_lines else ())
+    if not heldout:
+        readable, heldout = split_heldout(readable, data.heldout_share, data.seed)
+    train = readable[data.skip :][: data.limit]
     if len(train) < 2:
         raise DataError(
-            f"data.skip {recipe.data.skip} leaves {len(train)} of {len(readable)} examples in {recipe.data.train}",
+            f"data.skip {data.skip} leaves {len(train)} of {len(readable)} examples in {', '.join(data.train)}",
             expected="at least 2",
             todo="lower data.skip",
         )
-    heldout = tuple(read_examples(recipe.data.heldout))
+    _refuse_leaks(data, train, heldout)
+    general = mix_general(train, read(data.general), heldout, data.general_share, data.seed) if data.general else []
+    whole = (*train, *general)
+    return Examples(whole, tuple(heldout), fingerprint(whole), fingerprint(heldout), len(general))
+
+
+def _refuse_leaks(data: Data, train: list[ChatExample], heldout: list[ChatExample]) -> None:
+    """Examples that are held out stop a run; examples that are nearly held out are told."""
+    check = f"svc data check {' '.join(data.train)} --heldout {' '.join(data.heldout or ())}"
     leaked = shared_prompts(train, heldout)
     if leaked:
         raise DataError(
             f"{len(leaked)} training examples have the prompt of a held-out one, the first is number {leaked[0] + 1}",
             expected="a held-out set that is never trained on: else its figures mean nothing",
-            todo=f"svc data check {recipe.data.train} --heldout {recipe.data.heldout}, and drop those lines",
+            todo=f"{check}, and drop those lines; or train with --skip-bad",
         )
-    return Examples(train, heldout, fingerprint(train), fingerprint(heldout))
+    if data.heldout and (near := near_leaks(train, heldout)):
+        console.print(f"[yellow]{len(near)} training examples ask nearly the same as a held-out one: {check}[/yellow]")
 
 
 class Run:
@@ -88,9 +116,8 @@ class Run:
     @classmethod
     def of(cls, runs: Path, recipe: Recipe, base: Base, examples: Examples) -> "Run":
         """The run that a recipe means, on this data and this base; how often it is saved makes no other run."""
-        decides = recipe.model_dump(
-            mode="json", exclude={"data": {"train", "heldout"}, "base": True, "checkpoints": True}
-        )
+        paths = {"train", "heldout", "general"}
+        decides = recipe.model_dump(mode="json", exclude={"data": paths, "base": True, "checkpoints": True})
         decides["fingerprints"] = [base.revision, examples.train_fingerprint, examples.heldout_fingerprint]
         key = hashlib.sha256(json.dumps(decides, sort_keys=True).encode()).hexdigest()[:12]
         return cls(runs / f"{recipe.name}-{key}")

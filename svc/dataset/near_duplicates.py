@@ -113,7 +113,7 @@ def clusters(sketches: Sketches) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
             near = _near(sketches, one, sketches, other)
             one, other = one[near], other[near]
             np.minimum.at(earlier, other, one)
-            _unite(group, one, other)
+            unite(group, one, other)
     earlier[earlier == count] = -1
     return group, earlier
 
@@ -196,8 +196,13 @@ def _near(
     return near
 
 
-def _unite(group: NDArray[np.int64], ones: NDArray[np.int64], others: NDArray[np.int64]) -> None:
-    """Gives both texts of each pair, and all in their groups, the smaller of their groups."""
+def unite(group: NDArray[np.int64], ones: NDArray[np.int64], others: NDArray[np.int64]) -> None:
+    """Makes one group of the groups of each pair, in place: the one with the smaller number.
+
+    Args:
+        group: for each text the index of its group's first text.
+        ones, others: the pairs.
+    """
     while len(ones):
         one, other = group[ones], group[others]
         apart = one != other

@@ -14,7 +14,8 @@ from svc.dataset.bad_lines import BadLines
 from svc.dataset.container import read_rows
 from svc.dataset.example import ChatExample
 from svc.dataset.formats import Format, parse_row, recognise
-from svc.dataset.problem import RowError
+from svc.dataset.line_table import normal_prompt
+from svc.dataset.problem import Code, RowError
 from svc.dataset.row import Row
 from svc.dataset.source import data_files
 from svc.errors import DataError
@@ -76,6 +77,7 @@ def read_examples(
     minimum: int = 1,
     cache: Path | None = None,
     bad_lines: BadLines | None = None,
+    kept_back: Sequence[ChatExample] = (),
 ) -> list[ChatExample]:
     """All examples of one or more sources, in their order; the first bad line stops it.
 
@@ -84,17 +86,22 @@ def read_examples(
         minimum: fewest examples that are of use.
         cache: folder for what is fetched from the hub.
         bad_lines: takes the bad lines, which then stop nothing.
+        kept_back: held-out examples; a line with the prompt of one is bad.
 
     Raises:
         DataError: a bad line, by number, or too few examples.
     """
     given = [sources] if isinstance(sources, str | Path) else list(sources)
+    held = {normal_prompt(example) for example in kept_back}
     examples: list[ChatExample] = []
     for path in chain.from_iterable(data_files(source, cache) for source in given):
         for line in read_lines(path):
-            if line.error:
-                _refuse(path, line.number, line.error, line.raw, bad_lines)
-            if line.example:
+            error = line.error
+            if line.example and held and normal_prompt(line.example) in held:
+                error = RowError(Code.LEAK, "a held-out example has the same prompt")
+            if error:
+                _refuse(path, line.number, error, line.raw, bad_lines)
+            elif line.example:
                 examples.append(line.example)
     if len(examples) < minimum:
         raise DataError(

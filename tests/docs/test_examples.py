@@ -6,13 +6,13 @@ from pathlib import Path
 
 import pytest
 
-from svc.dataset.check import DataReport, check_file
+from svc.dataset.check import DataReport, check_files
 from svc.dataset.reader import read_examples
 from tests.docs.pages import ROOT, page_id
 from trainer.recipe import load_recipe
 
 RECIPES = sorted((ROOT / "examples").glob("*/*.yaml"))
-DATA = sorted({(r.data.train, r.data.heldout) for r in map(load_recipe, RECIPES)})
+DATA = sorted({(r.data.train, r.data.heldout or ()) for r in map(load_recipe, RECIPES)})
 TRIAGE = ROOT / "examples" / "debian-triage"
 
 
@@ -31,9 +31,9 @@ def test_the_recipe_parses_and_its_folder_has_a_readme(path: Path) -> None:
 
 
 @pytest.mark.parametrize(("train", "heldout"), DATA)
-def test_the_data_have_no_problems_and_no_leaks(train: Path, heldout: Path) -> None:
-    assert _problems(check_file(train, heldout)) == []
-    assert _problems(check_file(heldout)) == []
+def test_the_data_have_no_problems_and_no_leaks(train: tuple[str, ...], heldout: tuple[str, ...]) -> None:
+    for report in check_files([*map(Path, train)], [*map(Path, heldout)]):
+        assert _problems(report) == []
 
 
 @pytest.mark.parametrize("name", ["train.jsonl", "heldout.jsonl"])

@@ -53,15 +53,21 @@ def test_paths_are_relative_to_the_recipe(
     path = write(base="./base")
     monkeypatch.chdir(tmp_path_factory.mktemp("elsewhere"))
     recipe = load_recipe(path)
-    assert recipe.data.train == tmp_path / "t.jsonl"
+    assert recipe.data.train == (str(tmp_path / "t.jsonl"),)
     assert recipe.base == str(tmp_path / "base")
+
+
+def test_several_sources_are_a_list_and_hub_datasets_are_no_paths(write: Write, tmp_path: Path) -> None:
+    data = load_recipe(write(data={"train": ["a.csv", "hf:org/name", "folder"]})).data
+    assert data.train == (str(tmp_path / "a.csv"), "hf:org/name", str(tmp_path / "folder"))
+    assert (data.heldout, data.general) == (None, None)
 
 
 def test_paths_from_the_root_and_from_home_stay_what_they_are(write: Write) -> None:
     recipe = load_recipe(write(base="~/model.gguf", data={"train": "/data/t.jsonl", "heldout": "~/h.jsonl"}))
     assert recipe.base == str(Path.home() / "model.gguf")
-    assert recipe.data.train == Path("/data/t.jsonl")
-    assert recipe.data.heldout == Path.home() / "h.jsonl"
+    assert recipe.data.train == ("/data/t.jsonl",)
+    assert recipe.data.heldout == (str(Path.home() / "h.jsonl"),)
 
 
 @pytest.mark.parametrize("base", ["smollm2-135m-instruct", "org/model", "tiny@3"])
@@ -91,7 +97,9 @@ def test_a_base_that_is_no_path_stays_what_it_is(write: Write, base: str) -> Non
         ({"base": ""}, "'base' is ''"),
         ({"base": "~nobody-of-this-name/x"}, "'base' is '~nobody-of-this-name/x'"),
         ({"data": {"heldout": "h.jsonl"}}, "'data.train' is missing"),
-        ({"data": {"train": "t.jsonl"}}, "'data.heldout' is missing"),
+        ({"data": {"train": []}}, "'data.train' is []"),
+        ({"data": {"train": ["t.jsonl", 3]}}, "'data.train.1' is 3"),
+        ({"data": {"train": "t.jsonl", "heldout_share": 1}}, "'data.heldout_share' is 1"),
     ],
     ids=str,
 )
@@ -148,7 +156,7 @@ def test_set_takes_a_learning_rate_as_people_write_it(write: Write) -> None:
 
 
 def test_a_path_that_is_set_is_relative_to_the_recipe_too(write: Write, tmp_path: Path) -> None:
-    assert load_recipe(write(), ("data.train=other.jsonl",)).data.train == tmp_path / "other.jsonl"
+    assert load_recipe(write(), ("data.train=other.jsonl",)).data.train == (str(tmp_path / "other.jsonl"),)
 
 
 @pytest.mark.parametrize(
@@ -189,7 +197,7 @@ def test_any_mapping_is_a_recipe_or_a_recipe_error(
         recipe = load_recipe(path)
     except RecipeError:
         return
-    assert recipe.data.train.is_absolute()
+    assert all(source.startswith(("/", "hf:")) for source in recipe.data.train)
 
 
 @given(st.sampled_from(recipe_keys()), json_values)

@@ -1,5 +1,6 @@
 """A run's folder: which recipe it belongs to, and how far it came."""
 
+import json
 import os
 import shutil
 from collections import namedtuple
@@ -9,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from svc.dataset.bad_lines import BadLines
 from svc.dataset.example import ChatExample
 from svc.dataset.reader import write_examples
 from svc.errors import DataError, DiskSpaceError
@@ -120,7 +122,7 @@ def test_too_little_room_says_how_much_and_where(run: Run, monkeypatch: pytest.M
     assert "free 300 MB" in caught.value.todo
 
 
-def read(folder: Path, train: list[ChatExample], heldout: list[ChatExample], **data: int) -> Examples:
+def read(folder: Path, train: list[ChatExample], heldout: list[ChatExample], **data: Any) -> Examples:
     write_examples(folder / "t.jsonl", train)
     write_examples(folder / "h.jsonl", heldout)
     paths = {"train": folder / "t.jsonl", "heldout": folder / "h.jsonl"}
@@ -165,3 +167,72 @@ def test_an_empty_heldout_set_is_refused(tmp_path: Path) -> None:
 def test_training_on_the_heldout_set_is_refused(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="1 training examples have the prompt of a held-out one, the first is number 3"):
         read(tmp_path, TRAIN, [make_example("Question  2", "no")])
+
+
+def lines_of(count: int, what: str = "question") -> list[ChatExample]:
+    return [make_example(f"{what} {number}", "yes") for number in range(count)]
+
+
+def read_train(folder: Path, examples: list[ChatExample], **data: Any) -> Examples:
+    write_examples(folder / "t.jsonl", examples)
+    return read_run_examples(make_recipe(data={"train": folder / "t.jsonl", **data}))
+
+
+def test_without_a_heldout_set_a_tenth_is_held_out(tmp_path: Path) -> None:
+    examples = read_train(tmp_path, lines_of(40))
+    assert (len(examples.train), len(examples.heldout)) == (36, 4)
+    assert {*examples.train, *examples.heldout} == set(lines_of(40))
+
+
+def test_the_seed_decides_what_is_held_out(tmp_path: Path) -> None:
+    first, again = (read_train(tmp_path, lines_of(40)).heldout for _ in range(2))
+    assert first == again
+    assert read_train(tmp_path, lines_of(40), seed=1).heldout != first
+
+
+def test_sources_are_joined_in_their_order(tmp_path: Path) -> None:
+    write_examples(tmp_path / "a.jsonl", TRAIN[:3])
+    write_examples(tmp_path / "b.jsonl", TRAIN[3:])
+    write_examples(tmp_path / "h.jsonl", HELDOUT)
+    paths = {"train": [str(tmp_path / "b.jsonl"), str(tmp_path / "a.jsonl")], "heldout": tmp_path / "h.jsonl"}
+    assert read_run_examples(make_recipe(data=paths)).train == (*TRAIN[3:], *TRAIN[:3])
+
+
+def test_general_examples_are_their_share_of_the_training_examples(tmp_path: Path) -> None:
+    write_examples(tmp_path / "g.jsonl", lines_of(20, "general"))
+    examples = read(tmp_path, lines_of(15), HELDOUT, general=tmp_path / "g.jsonl", general_share=0.25)
+    assert (len(examples.train), examples.general) == (20, 5)
+    assert examples.train[:15] == tuple(lines_of(15))
+    assert examples.train_fingerprint != read(tmp_path, lines_of(15), HELDOUT).train_fingerprint
+
+
+def test_general_examples_are_never_held_out(tmp_path: Path) -> None:
+    write_examples(tmp_path / "g.jsonl", [*HELDOUT, *lines_of(2, "general")])
+    examples = read(tmp_path, TRAIN, HELDOUT, general=tmp_path / "g.jsonl", general_share=0.25)
+    assert examples.heldout == tuple(HELDOUT)
+    assert set(examples.train[-2:]) == set(lines_of(2, "general"))
+
+
+def test_too_few_general_examples_are_refused(tmp_path: Path) -> None:
+    write_examples(tmp_path / "g.jsonl", lines_of(1, "general"))
+    with pytest.raises(DataError, match=r"data\.general holds 1 examples"):
+        read(tmp_path, TRAIN, HELDOUT, general=tmp_path / "g.jsonl", general_share=0.5)
+
+
+def test_bad_lines_and_leaks_are_left_out_and_kept_as_they_stood(tmp_path: Path) -> None:
+    lines = [json.dumps(example.as_dict()).encode() for example in (*TRAIN, *HELDOUT)]
+    bad = b'{"messages": [{"role": "user", "content": "caf\xe9"}]}\r\n'
+    (tmp_path / "t.jsonl").write_bytes(lines[0] + b"\n" + bad + b"\n".join(lines[1:]))
+    write_examples(tmp_path / "h.jsonl", HELDOUT)
+    recipe = make_recipe(data={"train": tmp_path / "t.jsonl", "heldout": tmp_path / "h.jsonl"})
+    bad_lines = BadLines(tmp_path / "bad")
+    assert read_run_examples(recipe, bad_lines=bad_lines).train == tuple(TRAIN)
+    assert bad_lines.count == 2
+    assert (tmp_path / "bad" / "t.jsonl").read_bytes() == bad + lines[-1] + b"\n"
+    entries = [json.loads(line) for line in (tmp_path / "bad" / "problems.jsonl").read_text().splitlines()]
+    assert [(entry["line"], entry["code"]) for entry in entries] == [(2, "not_utf8"), (8, "leak")]
+
+
+def test_where_data_lie_does_not_make_another_run() -> None:
+    moved = make_recipe(data={"train": ["/mnt/t", "hf:a/b"], "heldout": "/mnt/h.jsonl", "general": "/mnt/g"})
+    assert folder(moved) == folder(make_recipe())

@@ -5,7 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from svc.dataset.check import DataReport, Severity, check_file
+from svc.dataset.check import DataReport, check_file
+from svc.dataset.problem import Severity
 from svc.errors import DataError
 from tests.svc.chats import chat, write_lines
 
