@@ -24,6 +24,7 @@ from svc.registry.manifest import sync_folder
 log = logging.getLogger(__name__)
 
 _FILES = "files.json"
+_FULL = 1_000_000  # bytes; a disk with less cannot take another file of a checkpoint
 _PREFIX, _UNFINISHED = "step-", ".unfinished-"
 _RECORDS = TypeAdapter(tuple[FileRecord, ...])
 
@@ -61,8 +62,9 @@ class CheckpointFolder:
             temporary.rename(self.at(step))
             sync_folder(self.folder)
         except Exception as error:
+            full = _is_full(error, self.folder)  # before what was written makes room again
             shutil.rmtree(temporary, ignore_errors=True)
-            if not _is_full(error, self.folder):
+            if not full:
                 raise
             raise DiskSpaceError(
                 f"no room for the checkpoint of step {step} in {self.folder}",
@@ -116,12 +118,12 @@ class CheckpointFolder:
 
 
 def _is_full(error: Exception, folder: Path) -> bool:
-    """Whether the disk is full. torch and safetensors say so in their own errors, some without a reason."""
+    """Whether the disk is full: torch reports a write that was cut off as a position that it did not expect."""
     if isinstance(error, OSError):
         return error.errno in (errno.ENOSPC, errno.EDQUOT)
     told = str(error)
-    full = shutil.disk_usage(folder).free < 1_000_000 if folder.is_dir() else False
-    return "No space left" in told or "os error 28" in told or (full and "write" in told)
+    cut_off = "unexpected pos" in told and shutil.disk_usage(folder).free < _FULL
+    return cut_off or "No space left" in told or "os error 28" in told
 
 
 def _sync(path: Path) -> None:

@@ -2,6 +2,8 @@
 
 import errno
 import os
+import shutil
+from collections import namedtuple
 from pathlib import Path
 
 import pytest
@@ -78,6 +80,18 @@ def test_a_full_disk_leaves_the_one_before_and_says_so(tmp_path: Path, error: Ex
         raise error
     assert "goes on from step-00000001" in caught.value.todo
     assert steps(folder) == [folder.at(1).name]
+
+
+def test_a_write_that_torch_found_cut_off_is_a_full_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    usage = namedtuple("usage", "total used free")
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(10**9, 10**9, 4096))
+    with pytest.raises(DiskSpaceError, match="no room for the checkpoint"), CheckpointFolder(tmp_path, keep=1).writing(1):
+        raise RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 126400 vs 126288")
+
+
+def test_the_same_error_with_room_on_the_disk_stays_what_it_is(tmp_path: Path) -> None:
+    with pytest.raises(RuntimeError, match="unexpected pos"), CheckpointFolder(tmp_path, keep=1).writing(1):
+        raise RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 126400 vs 126288")
 
 
 def test_another_error_stays_what_it_is(tmp_path: Path) -> None:
