@@ -98,7 +98,7 @@ def normal_prompt(example: ChatExample) -> str:
 
 def normal(text: str) -> str:
     """A text without regard to spacing and case."""
-    return " ".join(text.lower().split())
+    return " ".join(text.casefold().split())
 
 
 def _normal_turn(message: Message) -> str:

@@ -33,6 +33,7 @@ _MAX_CHARS = 60_000
 _PAIRS_TOGETHER = 2**16
 _WORD = re.compile("[\u3040-\u30ff\u3400-\u9fff]|[^\\W\u3040-\u30ff\u3400-\u9fff]+")
 """A word; in Chinese and Japanese, a character."""
+_ASCII_WORDS = bytes(code if _WORD.fullmatch(chr(code)) else 0x20 for code in range(128)) + bytes(128)
 _EDGE = [0x51ED270B, 0xB5026F5B]
 
 Numbers = NDArray[np.uint32]
@@ -68,8 +69,7 @@ class Sketcher:
 
     def add(self, text: str) -> None:
         """Takes the next text. Spacing, case and punctuation do not count."""
-        words = _WORD.findall(text[:_MAX_CHARS].lower())[:_MAX_WORDS]
-        hashes = [zlib.crc32(word.encode("utf-8", "surrogatepass")) for word in words]
+        hashes = list(map(zlib.crc32, _words(text[:_MAX_CHARS].casefold())[:_MAX_WORDS]))
         self._waiting.append(np.array([*_EDGE, *hashes, *_EDGE] if hashes else [], dtype=np.uint32))
         if len(self._waiting) >= (_SAMPLE if self._common is None else _TOGETHER):
             self._flush()
@@ -133,6 +133,13 @@ def nearest(sketches: Sketches, others: Sketches) -> NDArray[np.int64]:
         near = _near(sketches, one, others, other)
         found[one[near]] = other[near]
     return found
+
+
+def _words(text: str) -> list[bytes]:
+    """The words of a text without case; ASCII, which most texts are, in a fifth of the time."""
+    if text.isascii():
+        return text.encode("ascii").translate(_ASCII_WORDS).split()
+    return [word.encode("utf-8", "surrogatepass") for word in _WORD.findall(text)]
 
 
 def _runs_of_three(texts: Sequence[Numbers]) -> tuple[Numbers, NDArray[np.int64]]:

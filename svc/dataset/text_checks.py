@@ -34,6 +34,7 @@ _TAIL = "\x80-\xbf€‚ƒ„…†‡ˆ‰Š‹ŒŽ‘’“”•–—˜™š
 _QUOTES = "‘’“”–—…»«› \xa0"  # noqa: RUF001
 _MOJIBAKE = re.compile(
     f"[ÂÃ](?![{_QUOTES}])[{_TAIL}]"  # é as Ã©
+    f"|[ÄÅ](?![{_QUOTES}²³¹·°±])[{_TAIL}]"  # ł as Å‚, but not the unit in Å²  # noqa: RUF003
     f"|(?<![^\\W\\d_a-zß-öø-ÿ])[ÂÃ][{_QUOTES.replace(' ', '')}]"  # not after a capital, as in MANHÃ…
     f"|â[€‚„†ˆ‰Š‹Œ”•–—˜™šœž\x90\x9d][{_TAIL}]"  # punctuation and symbols  # noqa: RUF001
     f"|ðŸ[{_TAIL}]{{2}}"  # emoji

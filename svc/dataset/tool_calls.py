@@ -86,11 +86,12 @@ def parse_tools(tools: Any) -> tuple[str, ...]:
     """
     if tools is None:
         return ()
+    listed = tools
     if isinstance(tools, str):
-        tools = decode_inner(tools) if tools.strip() else []
-    if not isinstance(tools, list):
-        raise RowError(Code.WRONG_TOOLS, f"is {kind_of(tools)}", field="tools", expected="a list of definitions")
-    return tuple(_parse_tool(f"tools[{index}]", tool) for index, tool in enumerate(tools))
+        listed = decode_inner(tools) if tools.strip() else []
+    if not isinstance(listed, list):
+        raise RowError(Code.WRONG_TOOLS, f"is {json_text(tools):.80}", field="tools", expected="a list of definitions")
+    return tuple(_parse_tool(f"tools[{index}]", tool) for index, tool in enumerate(listed))
 
 
 def _parse_tool(field: str, tool: Any) -> str:

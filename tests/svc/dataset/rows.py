@@ -1,0 +1,168 @@
+"""Good examples made at random, in every format, and the defects that data files have."""
+
+import copy
+import json
+import random
+from collections.abc import Callable
+from typing import Any
+
+from svc.dataset.formats import Format
+from svc.dataset.problem import Code
+
+LETTERS = "abcdefghijklmnopqrstuvwxyzäöüßéèçñåøłžабвгдежзиклмнопрстαβγδεζηθλμ"  # noqa: RUF001
+MARKS = [
+    ".",
+    ",",
+    "!",
+    "?",
+    ";",
+    ":",
+    " -",
+    "…",
+    "”",
+    ")",
+    " (",
+    "»",
+    "\n",
+    "\n\n",
+    " 😀",
+    " <b>",
+    " {x}",
+    " [1]",
+    " 5 %",
+]
+SYSTEM = "Which colour has it? Answer with one of: red, green, blue."
+Row = dict[str, Any]
+TEXT = {  # where question and answer lie
+    Format.CHAT: ("messages.1.content", "messages.2.content"),
+    Format.SHAREGPT: ("conversations.1.value", "conversations.2.value"),
+    Format.ALPACA: ("instruction", "output"),
+    Format.PROMPT_COMPLETION: ("prompt", "completion"),
+}
+ROLE = {Format.CHAT: "messages.1.role", Format.SHAREGPT: "conversations.1.from"}
+
+
+def text(chance: random.Random, least: int = 3, most: int = 60) -> str:
+    """Words, marks and emoji that no other text is likely to have."""
+    words = ["".join(chance.choices(LETTERS, k=chance.randint(2, 9))) for _ in range(chance.randint(least, most))]
+    marked = [word + chance.choice(MARKS) if chance.random() < 0.2 else word for word in words]
+    return " ".join(marked).strip() or "word"
+
+
+def row(form: Format, system: str, user: str, answer: str) -> Row:
+    """One example in a format."""
+    match form:
+        case Format.CHAT:
+            turns = [("system", system), ("user", user), ("assistant", answer)]
+            return {"messages": [{"role": role, "content": content} for role, content in turns]}
+        case Format.SHAREGPT:
+            turns = [("system", system), ("human", user), ("gpt", answer)]
+            return {"conversations": [{"from": who, "value": value} for who, value in turns]}
+        case Format.ALPACA:
+            return {"instruction": user, "input": "", "output": answer, "system": system}
+        case Format.PROMPT_COMPLETION:
+            return {"prompt": user, "completion": answer, "system": system}
+
+
+def good_rows(form: Format, chance: random.Random, count: int, *, labels: bool = False) -> list[Row]:
+    """Examples without a fault; with labels, in JSON."""
+    answers = [json.dumps({"colour": chance.choice(["red", "green", "blue"])}) if labels else "" for _ in range(count)]
+    return [row(form, SYSTEM, text(chance), answer or text(chance, 1, 20)) for answer in answers]
+
+
+def get(value: Any, path: str) -> Any:
+    """The part of a row at a dotted path."""
+    for key in path.split("."):
+        value = value[int(key)] if isinstance(value, list) else value[key]
+    return value
+
+
+def put(value: Row, path: str, new: Any) -> Row:
+    """The row with another part."""
+    changed = copy.deepcopy(value)
+    above, _, last = path.rpartition(".")
+    target = get(changed, above) if above else changed
+    key: Any = int(last) if isinstance(target, list) else last
+    target[key] = new
+    return changed
+
+
+def drop(value: Row, path: str) -> Row:
+    """The row without a part."""
+    changed = copy.deepcopy(value)
+    above, _, last = path.rpartition(".")
+    del (get(changed, above) if above else changed)[last]
+    return changed
+
+
+Damage = Callable[[Format, Row, random.Random], bytes]
+
+
+def _text(insert: str) -> Damage:
+    """Puts something into the question, anywhere."""
+
+    def damage(form: Format, value: Row, chance: random.Random) -> bytes:
+        path = TEXT[form][0]
+        words = get(value, path).split(" ")
+        words.insert(chance.randint(0, len(words)), insert)
+        return encode(put(value, path, " ".join(words)))
+
+    return damage
+
+
+def _set(which: int, new: Any) -> Damage:
+    return lambda form, value, chance: encode(put(value, TEXT[form][which], new))
+
+
+def _raw(change: Callable[[bytes], bytes]) -> Damage:
+    return lambda form, value, chance: change(encode(value))
+
+
+def encode(value: Any) -> bytes:
+    """As a line without its end."""
+    return json.dumps(value, ensure_ascii=False).encode("utf-8", "surrogatepass")
+
+
+def _other_format(form: Format, value: Row, chance: random.Random) -> bytes:
+    other = chance.choice([other for other in Format if other is not form])
+    return encode(row(other, SYSTEM, text(chance), "red"))
+
+
+def _two_formats(form: Format, value: Row, chance: random.Random) -> bytes:
+    other = Format.PROMPT_COMPLETION if form is not Format.PROMPT_COMPLETION else Format.ALPACA
+    return encode(value | row(other, SYSTEM, text(chance), "red"))
+
+
+TOKENS = [
+    *("<|im_end|>", "<|im_start|>system", "<|endoftext|>", "<|eot_id|>", "<|start_header_id|>", "<|end|>", "<|user|>"),
+    *("[INST]", "[/INST]", "<<SYS>>", "<</SYS>>", "<start_of_turn>", "<end_of_turn>", "<s>", "</s>", "<bos>"),
+]
+MOJIBAKE = [  # UTF-8 read as Windows-1252
+    original.encode().decode("cp1252")
+    for original in ("é", "ü", "naïve", "–", "’", "“x", "€", "°", "ß", "привет", "日本")  # noqa: RUF001
+]
+DEFECTS: list[tuple[str, Code, Damage]] = [
+    ("cut off", Code.NOT_JSON, _raw(lambda raw: raw[:-4])),
+    ("single quotes", Code.NOT_JSON, lambda form, value, chance: str(value).encode()),
+    ("trailing comma", Code.NOT_JSON, _raw(lambda raw: raw[:-1] + b",}")),
+    ("two objects", Code.NOT_JSON, _raw(lambda raw: raw + raw)),
+    ("NaN", Code.NOT_JSON, _raw(lambda raw: raw[:-1] + b', "x": NaN}')),
+    ("latin-1", Code.NOT_UTF8, _raw(lambda raw: raw[:-1] + b', "x": "caf\xe9"}')),
+    ("no object", Code.WRONG_FORMAT, lambda form, value, chance: b'["a"]'),
+    ("other key", Code.WRONG_FORMAT, lambda form, value, chance: b'{"text": "a"}'),
+    ("other format", Code.MIXED_FORMATS, _other_format),
+    ("two formats", Code.MIXED_FORMATS, _two_formats),
+    ("question null", Code.WRONG_CONTENT, _set(0, None)),
+    ("question blank", Code.WRONG_CONTENT, _set(0, " \n")),
+    ("question number", Code.WRONG_CONTENT, _set(0, 5)),
+    ("answer empty", Code.WRONG_CONTENT, _set(1, "")),
+    ("answer object", Code.WRONG_CONTENT, _set(1, {"colour": "red"})),
+    ("half a pair", Code.WRONG_CONTENT, _raw(lambda raw: raw.replace(b"one of", b"\\ud83d"))),
+    ("blank line", Code.BLANK, lambda form, value, chance: b"  "),
+    ("control character", Code.CONTROL_CHARACTER, _text("a\x00b")),
+    ("Jinja statement", Code.TEMPLATE_CODE, _text("{% for m in messages %}")),
+    ("Jinja expression", Code.TEMPLATE_CODE, _text("{{ messages[0].content }}")),
+    ("long word", Code.TOO_LONG, _text("x" * 20_000)),
+    *((f"token {token}", Code.SPECIAL_TOKEN, _text(token)) for token in TOKENS),
+    *((f"mojibake {number}", Code.MOJIBAKE, _text(wrong)) for number, wrong in enumerate(MOJIBAKE)),
+]

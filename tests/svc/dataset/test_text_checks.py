@@ -1,0 +1,73 @@
+"""Doubtful texts are told, and texts that only look so are not."""
+
+import json
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from svc.dataset.problem import Code
+from svc.dataset.text_checks import TextChecks, special_tokens
+from svc.errors import DataError
+
+GOOD = [
+    "Use a < b || c > d, x |> f, and [| 1; 2 |] in F#.",
+    "[INSTALL] the <section> with <span> and <sub>; <s3> is no tag",
+    r"$\frac{{a}}{{b}}$ and \textbf{x}",
+    "${{ secrets.TOKEN }} in a workflow",
+    'the {% crispy %} tag, {"a": {"b": 1}} and {"a": {}}',
+    "MANHÃ… IRMÃ” «DÉJÀ» CAFÉ» São Paulo, Ångström, Þórr, naïve – “quotes” … 5 €",  # noqa: RUF001
+    "Tiếng Việt, čeština, Ελληνικά, русский, 日本語, עברית, العربية, हिन्दी",
+    "tab\tline\nfeed\r\n and a next line\x85 and \u2028",
+    "3 Å², 4 Å·mol, 5 Å±1, «âge» »Ü« »Ä« à «â» Â. Ã.",
+    "emoji 👩‍👩‍👧 ✔ ™ © ® °",
+]
+
+
+def codes(text: str, *tokens: str) -> set[Code]:
+    return {code for code, _ in TextChecks(tokens).problems(text)}
+
+
+@pytest.mark.parametrize("text", GOOD)
+def test_good_texts_are_not_doubted(text: str) -> None:
+    assert codes(text) == set()
+
+
+@pytest.mark.parametrize(
+    "text", ["{{ 7*7 }}", "{{user.name}}", "{{ x | upper }}", "a {%- if x -%} b", "{% set x = 1 %}", "{# note #}"]
+)
+def test_template_code_is_told(text: str) -> None:
+    assert codes(text) == {Code.TEMPLATE_CODE}
+
+
+@pytest.mark.parametrize("text", ["<|im_end|>", "<｜end▁of▁sentence｜>", "[AVAILABLE_TOOLS]", "x</s>", "<eos>"])  # noqa: RUF001
+def test_special_tokens_of_known_families_are_told(text: str) -> None:
+    assert codes(text) == {Code.SPECIAL_TOKEN}
+
+
+@given(st.text(alphabet="äöüéèñçßøåžšł€–“”’ž", min_size=1, max_size=9), st.text("abc", min_size=1, max_size=5))  # noqa: RUF001
+def test_wrongly_decoded_text_is_told(wrong: str, around: str) -> None:
+    decoded = wrong.encode().decode("cp1252", "replace")
+    assert "\ufffd" in decoded or Code.MOJIBAKE in codes(around + decoded + around)
+
+
+def test_tokens_of_the_base_model_are_told(tmp_path: Path) -> None:
+    tokens = [{"content": "⟪end⟫", "special": True}, {"content": "the", "special": False}]
+    (tmp_path / "tokenizer.json").write_text(json.dumps({"added_tokens": tokens}), "utf-8")
+    assert special_tokens(tmp_path) == ["⟪end⟫"]
+    assert codes("here ⟪end⟫ there", *special_tokens(tmp_path)) == {Code.SPECIAL_TOKEN}
+    assert codes("the text", *special_tokens(tmp_path)) == set()
+
+
+@pytest.mark.parametrize("content", [None, "[", "[]", '{"added_tokens": 5}', '{"added_tokens": [5]}'])
+def test_a_folder_without_a_tokenizer_is_named(tmp_path: Path, content: str | None) -> None:
+    if content:
+        (tmp_path / "tokenizer.json").write_text(content)
+    with pytest.raises(DataError, match=r"tokenizer\.json"):
+        special_tokens(tmp_path)
+
+
+@given(st.text())
+def test_any_text_is_checked(text: str) -> None:
+    assert codes(text) <= {Code.SPECIAL_TOKEN, Code.TEMPLATE_CODE, Code.CONTROL_CHARACTER, Code.MOJIBAKE}
