@@ -1,0 +1,92 @@
+"""LoRA's linear layers as one step of autograd each, where PEFT's forward needs ten.
+
+Under bf16 autocast PEFT casts a layer's input to the adapter's float32 and back, scales, adds and casts once more, and
+keeps what each of these needs for the backward pass. On a CPU these passes over memory take as long as the matrix
+products. Here the adapter's small weights are cast instead of the layer's large inputs, the update is added inside its
+matrix product, and layers with the same input keep it once. Same formula; roundings to bf16 fall elsewhere.
+
+Knows plain LoRA on `torch.nn.Linear` alone; what differs in any way goes through PEFT's own forward. Loaded only
+inside functions: it imports torch and PEFT.
+"""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+from peft.tuners.lora.layer import Linear
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+from torch.nn.functional import linear
+
+
+def fuse_lora(model: torch.nn.Module) -> int:
+    """Replaces the forward of every plain LoRA layer in the model; returns how many there are.
+
+    Weights and their names stay as they are, so that checkpoints and merges know nothing of it.
+    """
+    layers = [layer for layer in model.modules() if type(layer) is Linear and type(layer.base_layer) is torch.nn.Linear]
+    for layer in layers:
+        layer.forward = partial(_forward, layer, layer.forward)
+    return len(layers)
+
+
+def _forward(layer: Linear, original: Callable[..., Tensor], x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    """Asked at each call: an adapter may be switched off, merged or exchanged meanwhile."""
+    if args or kwargs or not _is_plain(layer, x):
+        return original(x, *args, **kwargs)
+    (name,) = layer.active_adapters
+    base = layer.base_layer
+    low, high = layer.lora_A[name].weight, layer.lora_B[name].weight
+    fused: Tensor = _LoraLinear.apply(x, base.weight, base.bias, low, high, layer.scaling[name])
+    return fused
+
+
+def _is_plain(layer: Linear, x: Tensor) -> bool:
+    """Whether this is W x + b + s B A x with a frozen W, no dropout, and no type but W's between input and output."""
+    if layer.disable_adapters or layer.merged or len(layer.active_adapters) != 1:
+        return False
+    name = layer.active_adapters[0]
+    if name not in layer.lora_A or name in layer.lora_variant or layer.lora_bias[name]:
+        return False
+    dropout, base = layer.lora_dropout[name], layer.base_layer
+    if layer.training and not isinstance(dropout, torch.nn.Identity) and dropout.p > 0:
+        return False
+    device = x.device.type
+    work = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
+    return work == x.dtype == base.weight.dtype and not base.weight.requires_grad
+
+
+class _LoraLinear(torch.autograd.Function):
+    """y = W x + b + s B A x; gradients for x, A and B."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, low: Tensor, high: Tensor, scaling: float
+    ) -> Tensor:
+        """
+        Args:
+            x: [..., in].
+            weight: [out, in], as `bias`, [out], without a gradient.
+            low: A, [rank, in].
+            high: B, [out, rank].
+        """
+        rows = x.reshape(-1, x.shape[-1])
+        small_low, small_high = low.to(x.dtype), (high * scaling).to(x.dtype)
+        inner = rows @ small_low.T
+        y = linear(rows, weight, bias).addmm_(inner, small_high.T)
+        ctx.save_for_backward(rows, inner, weight, small_low, small_high)
+        ctx.scaling, ctx.shape, ctx.types = scaling, x.shape, (low.dtype, high.dtype)
+        return y.view(*x.shape[:-1], -1)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        """The chain rule, with s taken into B."""
+        rows, inner, weight, low, high = ctx.saved_tensors
+        gradient = gradient.reshape(-1, gradient.shape[-1])
+        inner_gradient = gradient @ high
+        for_low = (inner_gradient.T @ rows).to(ctx.types[0]) if ctx.needs_input_grad[3] else None
+        for_high = (gradient.T @ inner).to(ctx.types[1]) * ctx.scaling if ctx.needs_input_grad[4] else None
+        for_x = (gradient @ weight).addmm_(inner_gradient, low).view(ctx.shape) if ctx.needs_input_grad[0] else None
+        return for_x, None, None, for_low, for_high, None
