@@ -10,7 +10,7 @@ READY := .venv/.ready
 # The tests check the alert rules with it; serving needs none.
 PROMETHEUS := .venv/prometheus/.ready
 
-.PHONY: install check test test-fast test-matrix bench-drift bench-start demo serve docs clean
+.PHONY: install check test test-fast test-matrix bench-drift bench-start bench-train demo serve docs clean
 
 install: $(READY)
 
@@ -50,6 +50,10 @@ MODEL ?=
 PAIRS ?= 5
 bench-start: $(READY)
 	$(BIN)/python -m benchmarks.start_time $(MODEL) --home $(HOME_FOLDER) --pairs $(PAIRS)
+
+# Training beside a plain TRL script, in speed, memory and loss: half an hour. A quiet machine, please.
+bench-train: $(READY)
+	$(BIN)/python -m benchmarks.training_speed --pairs $(PAIRS)
 
 demo: $(READY)
 	$(BIN)/python -m examples.demo

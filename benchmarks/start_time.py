@@ -22,6 +22,7 @@ from typing import Any
 import click
 import httpx
 
+from benchmarks.interval import interval
 from serving.start import choose_desired
 from svc.engine.launch import EngineSpec, command, environment
 from svc.engine.runtime import socket_folder, state_folder
@@ -33,7 +34,6 @@ from svc.terminal import counting, output
 
 _POLL_S = 0.05
 _STOP_S = 60.0
-_CONFIDENCE = 0.95
 _CLAIM = 2.0
 """Seconds that `svc serve` may take longer: what the project promises."""
 
@@ -188,17 +188,6 @@ def measure(subject: Subject, pairs: int) -> list[Pair]:
             if number:
                 measured.append(pair)
     return measured
-
-
-def interval(differences: Sequence[float]) -> tuple[float, float]:
-    """95 % interval of the mean of paired differences, by Student's t; infinite for one pair."""
-    from scipy.stats import t
-
-    if len(differences) < 2:
-        return -float("inf"), float("inf")
-    half = t.ppf((1 + _CONFIDENCE) / 2, len(differences) - 1) * statistics.stdev(differences) / len(differences) ** 0.5
-    mean = statistics.fmean(differences)
-    return mean - half, mean + half
 
 
 def summary(pairs: Sequence[Pair]) -> dict[str, Any]:

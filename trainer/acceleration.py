@@ -1,10 +1,13 @@
 """What makes training fast on which machine: one choice each, from facts, with its reason.
 
-Knows no model and no recipe. What a choice needs in the environment and does not find, it goes without.
+Knows no model and no recipe. What a choice needs in the environment and does not find, it goes without. The loss and
+the layers that are used on a CPU alone are chosen where they are (trainer.answer_trainer).
 """
 
 from dataclasses import dataclass
 from enum import StrEnum
+
+_PACKAGES = ("flash_attn", "flash_attn_interface", "liger_kernel")
 
 
 class Attention(StrEnum):
@@ -38,35 +41,35 @@ class Acceleration:
         attention: FlashAttention 3 is written for Hopper alone; 2 needs Ampere or later. Elsewhere PyTorch chooses.
         padding_free: rows of a batch go through as one, so that no padding is computed. Only FlashAttention keeps rows
             apart by their lengths; with SDPA they would need a mask as large as the square of the batch.
-        group_by_length: batches of like length have little padding. Without padding there is nothing to group for, and
-            a plain shuffle mixes the data better.
         liger_kernels: fused RMSNorm, rotary embedding and SwiGLU in Triton. There is no Triton on a CPU.
-        fused_lora: trainer.fused_lora instead of PEFT's forward, measured on a CPU only.
-        own_loss: trainer.answer_trainer's loss. On CUDA TRL scores labelled positions alone, in a fused kernel.
         gradient_checkpointing: layers are computed twice to keep little of them. Memory is what a GPU lacks, time is
             what a CPU lacks.
     """
 
     attention: Attention
     padding_free: bool
-    group_by_length: bool
     liger_kernels: bool
-    fused_lora: bool
-    own_loss: bool
     gradient_checkpointing: bool
+
+
+def machine_facts() -> Facts:
+    """The facts of this machine."""
+    from importlib.util import find_spec
+
+    import torch
+
+    cuda = torch.cuda.is_available()
+    installed = frozenset(name for name in _PACKAGES if find_spec(name) is not None)
+    return Facts(cuda, torch.cuda.get_device_capability() if cuda else None, installed)
 
 
 def choose_acceleration(facts: Facts) -> Acceleration:
     """The choices for a machine; see `Acceleration` for the reason of each."""
     attention = _attention(facts)
-    padding_free = attention is not Attention.SDPA
     return Acceleration(
         attention=attention,
-        padding_free=padding_free,
-        group_by_length=not padding_free,
+        padding_free=attention is not Attention.SDPA,
         liger_kernels=facts.cuda and "liger_kernel" in facts.packages,
-        fused_lora=not facts.cuda,
-        own_loss=not facts.cuda,
         gradient_checkpointing=facts.cuda,
     )
 

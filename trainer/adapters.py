@@ -1,8 +1,7 @@
 """The adapter of each method, as PEFT makes it, and what AdaLoRA needs besides.
 
 AdaLoRA is more than a kind of layer: after each step somebody must tell its allocator, which masks the directions that
-matter least, and its orthogonality is a term of the loss. Neither transformers' trainer nor TRL's does the first, and
-PEFT does the second only where the model computes the loss itself. Knows nothing of data or of the optimizer's run.
+matter least, and neither transformers' trainer nor TRL's does. Knows nothing of data or of the optimizer's run.
 
 Loaded only inside functions: it imports torch and PEFT.
 """
@@ -10,15 +9,16 @@ Loaded only inside functions: it imports torch and PEFT.
 import json
 import warnings
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 import torch
 from peft import AdaLoraConfig, LoraConfig, PeftConfig, PeftModel, VeraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
-from torch import Tensor
 from transformers import BitsAndBytesConfig, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from svc.errors import TrainingError
+from trainer.acceleration import Attention
+from trainer.attention import attention_implementation
 from trainer.recipe import Method, Recipe
 from trainer.targets import target_modules
 
@@ -30,7 +30,7 @@ _WARMUP, _FINAL = 0.1, 0.3
 """Shares of all steps in which AdaLoRA keeps all ranks at first, and keeps the ranks that it has chosen at last."""
 
 
-def load_model(base: Path, method: Method) -> "PreTrainedModel":
+def load_model(base: Path, method: Method, attention: Attention = Attention.SDPA) -> "PreTrainedModel":
     """The base model in the form that the method trains on.
 
     Full fine-tuning steps on float32 weights, which the forward pass rounds to bf16: Adam's small steps vanish in bf16.
@@ -38,8 +38,9 @@ def load_model(base: Path, method: Method) -> "PreTrainedModel":
 
     Args:
         base: folder of the base model.
+        attention: the fastest that the machine has.
     """
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoConfig, AutoModelForCausalLM
 
     quantization = None
     if method is Method.QLORA:
@@ -50,7 +51,12 @@ def load_model(base: Path, method: Method) -> "PreTrainedModel":
             bnb_4bit_compute_dtype=torch.bfloat16,
         )
     dtype = torch.float32 if method is Method.FULL else torch.bfloat16
-    model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(base, dtype=dtype, quantization_config=quantization)
+    implementation: str | None = attention.value
+    if attention is Attention.SDPA:  # FlashAttention knows soft caps
+        implementation = attention_implementation(AutoConfig.from_pretrained(base)) or implementation
+    model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
+        base, dtype=dtype, quantization_config=quantization, attn_implementation=implementation
+    )
     return model
 
 
@@ -143,16 +149,3 @@ class RankAllocation(TrainerCallback):
             kinds[kind][name] = value
         with safe_open(folder / _ALLOCATOR_FILE, framework="pt") as file:
             config.rank_pattern = json.loads(file.metadata()["rank_pattern"])
-
-
-def orthogonality(model: PeftModel) -> Tensor:
-    """AdaLoRA's regularizer: how far its factors are from orthogonal (Zhang et al. 2023, equation 4), weighted.
-
-    The mean over factors of the Frobenius norm of P P' - I, as PEFT adds it to a loss that the model computes.
-    """
-    distances = []
-    for name, factor in model.named_parameters():
-        if "lora_A" in name or "lora_B" in name:
-            gram = factor @ factor.T if "lora_A" in name else factor.T @ factor
-            distances.append(torch.linalg.matrix_norm(gram - torch.eye(len(gram), device=gram.device)))
-    return cast(Tensor, model.peft_config["default"].orth_reg_weight * torch.stack(distances).mean())

@@ -20,7 +20,7 @@ from transformers.cache_utils import DynamicLayer
 from transformers.modeling_outputs import CausalLMOutput, MoeModelOutputWithPast
 from trl.trainer.sft_trainer import SFTTrainer
 
-from svc.errors import TrainingError
+from trainer.divergence import diverged
 from trainer.fused_lora import fuse_lora
 from trainer.training_example import IGNORED
 
@@ -49,28 +49,29 @@ class AnswerTrainer(SFTTrainer):
             TrainingError: the loss is not finite.
         """
         input_ids, labels = inputs["input_ids"], inputs["labels"]
+        # With FlashAttention TRL keeps packed examples apart; without, only the mask that follows from positions does.
+        packed = None if self.padding_free else inputs.get("position_ids")
+        own = input_ids.device.type == "cpu" or packed is not None
         outputs = None
         # A mixture of experts has a second loss, that TRL adds.
-        if input_ids.device.type != "cpu" or return_outputs or self.aux_loss_enabled:
+        if not own or return_outputs or self.aux_loss_enabled:
             result = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
             loss, outputs = result if return_outputs else (result, None)
         else:
             answer_tokens = (labels != IGNORED).sum() if num_items_in_batch is None else num_items_in_batch
-            loss = answer_loss(model, input_ids, labels) / answer_tokens
+            loss = answer_loss(model, input_ids, labels, packed) / answer_tokens
         penalty = orthogonality_penalty(self.model)
         if penalty is not None and model.training:
             # Like TRL's second losses: the sum over accumulated batches is taken, so each brings its share.
             loss = loss + penalty / (self.current_gradient_accumulation_steps if num_items_in_batch is not None else 1)
         if not torch.isfinite(loss):
-            raise TrainingError(
-                f"the loss is {loss.item()} at step {self.state.global_step + 1}",
-                expected="a finite loss",
-                todo="lower train.learning_rate in the recipe, to a third for a start",
-            )
+            raise diverged(f"the loss is {loss.item()} at step {self.state.global_step + 1}", self.args.learning_rate)
         return (loss, outputs) if return_outputs else loss
 
 
-def answer_loss(model: PreTrainedModel | PeftModel, input_ids: Tensor, labels: Tensor) -> Tensor:
+def answer_loss(
+    model: PreTrainedModel | PeftModel, input_ids: Tensor, labels: Tensor, position_ids: Tensor | None = None
+) -> Tensor:
     """Cross entropy summed over the answer tokens, nats.
 
     What all prompts of the batch begin with, as a system prompt, goes through the model once and is attended to from
@@ -80,8 +81,9 @@ def answer_loss(model: PreTrainedModel | PeftModel, input_ids: Tensor, labels: T
     Args:
         input_ids: [batch, length].
         labels: [batch, length]; the token id where it is to be learnt, anywhere in a row, else -100.
+        position_ids: [batch, length]; of packed rows, where they begin anew with each example.
     """
-    shared = _shared_prefix(input_ids, labels) if _can_share(model) else 0
+    shared = _shared_prefix(input_ids, labels) if position_ids is None and _can_share(model) else 0
     cache = None
     if shared >= _WORTH_SHARING:
         cache = DynamicCache(config=model.config)
@@ -91,7 +93,7 @@ def answer_loss(model: PreTrainedModel | PeftModel, input_ids: Tensor, labels: T
         shared = 0
     targets = labels[:, shared + 1 :]
     learnt = targets != IGNORED
-    hidden = _hidden_states(model, learnt, input_ids[:, shared:], cache)
+    hidden = _hidden_states(model, learnt, input_ids[:, shared:], cache, position_ids)
     return _summed_cross_entropy(model, hidden, targets[learnt], _LOGITS_AT_ONCE)
 
 
@@ -111,7 +113,11 @@ def orthogonality_penalty(model: torch.nn.Module) -> Tensor | None:
 
 
 def _hidden_states(
-    model: PreTrainedModel | PeftModel, learnt: Tensor, input_ids: Tensor, cache: DynamicCache | None
+    model: PreTrainedModel | PeftModel,
+    learnt: Tensor,
+    input_ids: Tensor,
+    cache: DynamicCache | None,
+    position_ids: Tensor | None,
 ) -> Tensor:
     """What the head gets at the positions before learnt tokens, [number of them, width].
 
@@ -129,7 +135,7 @@ def _hidden_states(
 
     hook = model.get_output_embeddings().register_forward_pre_hook(select)
     try:
-        model(input_ids=input_ids, past_key_values=cache, use_cache=cache is not None)
+        model(input_ids=input_ids, past_key_values=cache, use_cache=cache is not None, position_ids=position_ids)
     finally:
         hook.remove()
     return found[0]

@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from svc.errors import IntegrityError
-from trainer.adapters import RankAllocation, orthogonality
+from trainer.adapters import RankAllocation
 from trainer.answer_trainer import AnswerTrainer, answer_loss
 from trainer.batch_order import BatchOrder
 from trainer.checkpoints import CheckpointFolder
@@ -47,13 +47,6 @@ class ResumableTrainer(AnswerTrainer):
         if allocation is not None:
             self.add_callback(allocation)
 
-    def compute_loss(self, model: torch.nn.Module, inputs: dict[str, Any], *args: Any, **options: Any) -> Any:
-        """The answers' loss, and for AdaLoRA its regularizer, once a step however many batches accumulate."""
-        loss = super().compute_loss(model, inputs, *args, **options)
-        if self._allocation is None:
-            return loss
-        return loss + orthogonality(self.model) / self.current_gradient_accumulation_steps
-
     def evaluate(self, *args: Any, **options: Any) -> dict[str, float]:
         """Mean loss of the held-out answers' tokens, nats. Draws no random number."""
         self.model.eval()
@@ -62,7 +55,7 @@ class ResumableTrainer(AnswerTrainer):
         with torch.no_grad(), self.compute_loss_context_manager():
             for start in range(0, len(self._heldout), size):
                 batch = self._prepare_inputs(self.data_collator(self._heldout[start : start + size]))
-                total += answer_loss(self.model, batch["input_ids"], batch["labels"])
+                total += answer_loss(self.model, batch["input_ids"], batch["labels"], batch.get("position_ids"))
                 tokens += int((batch["labels"] != IGNORED).sum())
         self.model.train()
         figures = {HELDOUT_LOSS: float(total) / tokens}

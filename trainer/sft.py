@@ -8,6 +8,7 @@ import math
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,6 +22,7 @@ from trainer.training_example import TrainingExample, load_tokenizer, stop_token
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+    from trainer.acceleration import Acceleration
     from trainer.interruption import Interruption
     from trainer.loss_curve import Report
     from trainer.resumable_trainer import ResumableTrainer
@@ -205,24 +207,34 @@ def _build_trainer(
     from transformers import PrinterCallback, set_seed
     from transformers.utils import logging
 
+    from trainer.acceleration import choose_acceleration, machine_facts
     from trainer.adapters import RankAllocation, add_adapter, load_model
     from trainer.checkpoint_clock import CheckpointClock
     from trainer.checkpoints import CheckpointFolder
     from trainer.divergence import DivergenceWatch
     from trainer.heldout_loss import HeldoutWatch
     from trainer.loss_curve import LossReport
+    from trainer.packing import collate_packed, pack
     from trainer.resumable_trainer import ResumableTrainer
 
     logging.disable_progress_bar()
+    acceleration = choose_acceleration(machine_facts())
+    dataset, collator = Dataset.from_list([row.as_row() for row in rows]), None
+    if recipe.train.packing:
+        dataset = pack(dataset, recipe.train.max_length)
+        if not acceleration.padding_free:
+            collator = partial(collate_packed, pad_token=tokenizer.pad_token_id or tokenizer.eos_token_id)
     set_seed(recipe.train.seed)  # the adapter's start
-    model = add_adapter(load_model(base, recipe.method), recipe, count_steps(len(rows), recipe))
+    model = load_model(base, recipe.method, acceleration.attention)
+    model = add_adapter(model, recipe, count_steps(len(dataset), recipe))
     trainer = ResumableTrainer(
         checkpoints=CheckpointFolder(checkpoints, recipe.checkpoints.keep),
         heldout=[row.as_row() for row in heldout],
         allocation=RankAllocation(model) if recipe.method is Method.ADALORA else None,
         model=model,
-        args=_training_arguments(recipe, out),
-        train_dataset=Dataset.from_list([row.as_row() for row in rows]),
+        args=_training_arguments(recipe, out, acceleration),
+        data_collator=collator,
+        train_dataset=dataset,
         processing_class=tokenizer,
     )
     for weight in trainer.model.parameters():
@@ -238,12 +250,12 @@ def _build_trainer(
     return trainer
 
 
-def _training_arguments(recipe: Recipe, out: Path) -> Any:
+def _training_arguments(recipe: Recipe, out: Path, acceleration: "Acceleration") -> Any:
     import torch
     from trl.trainer.sft_config import SFTConfig
 
     train, accelerated = recipe.train, torch.accelerator.is_available()
-    checkpointing = accelerated if train.gradient_checkpointing is None else train.gradient_checkpointing
+    checkpointing = train.gradient_checkpointing
     return SFTConfig(
         output_dir=str(out),
         learning_rate=recipe.learning_rate,
@@ -260,8 +272,9 @@ def _training_arguments(recipe: Recipe, out: Path) -> Any:
         max_length=None,
         bf16=True,
         use_cpu=not accelerated,
-        # Memory is what a GPU lacks, time is what a CPU lacks.
-        gradient_checkpointing=checkpointing,
+        gradient_checkpointing=acceleration.gradient_checkpointing if checkpointing is None else checkpointing,
+        padding_free=acceleration.padding_free,
+        use_liger_kernel=acceleration.liger_kernels,
         dataloader_pin_memory=accelerated,
         include_num_input_tokens_seen="non_padding",
         logging_steps=1,  # the state holds the loss of every step: what a curve, a watch and a resumed run need

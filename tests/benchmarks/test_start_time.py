@@ -1,12 +1,8 @@
 """The benchmark of starts says how much longer ours takes, what that is made of, and how sure it is."""
 
-import math
-
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
-from benchmarks.start_time import Pair, Start, interval, summary
+from benchmarks.start_time import Pair, Start, summary
 
 PAIRS = [
     Pair(20.0, Start(before=1.0, engine=20.0, after=0.5)),
@@ -29,18 +25,3 @@ def test_differences_are_those_within_pairs() -> None:
     found = summary(PAIRS)
     assert found["difference"] == pytest.approx(1.5)
     assert found["engine_over_bare"] == 0.0
-
-
-def test_the_interval_is_students() -> None:
-    assert interval([1.0, 2.0, 3.0]) == pytest.approx((-0.4841, 4.4841), abs=1e-4)
-
-
-def test_one_pair_says_nothing_certain() -> None:
-    assert interval([1.0]) == (-math.inf, math.inf)
-
-
-@given(st.lists(st.floats(-100, 100), min_size=2, max_size=9))
-def test_the_mean_is_within_its_interval(differences: list[float]) -> None:
-    low, high = interval(differences)
-    assert low <= math.fsum(differences) / len(differences) + 1e-9
-    assert high >= math.fsum(differences) / len(differences) - 1e-9

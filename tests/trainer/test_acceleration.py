@@ -1,10 +1,11 @@
 """Each machine gets the switches that are right for it."""
 
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from trainer.acceleration import Attention, Facts, choose_acceleration
+from trainer.acceleration import Attention, Facts, choose_acceleration, machine_facts
 
 ALL = frozenset({"flash_attn", "flash_attn_interface", "liger_kernel"})
 AMPERE, HOPPER, TURING, BLACKWELL = (8, 0), (9, 0), (7, 5), (10, 0)
@@ -39,25 +40,21 @@ def test_rows_go_without_padding_only_where_flash_attention_keeps_them_apart(fac
     assert chosen.padding_free == (chosen.attention is not Attention.SDPA)
 
 
-@given(FACTS)
-def test_padding_is_dropped_or_kept_small(facts: Facts) -> None:
-    chosen = choose_acceleration(facts)
-    assert chosen.padding_free != chosen.group_by_length
-
-
 @given(st.frozensets(st.sampled_from(sorted(ALL))))
 def test_what_is_installed_changes_nothing_on_a_cpu(packages: frozenset[str]) -> None:
     assert choose_acceleration(Facts(cuda=False, packages=packages)) == choose_acceleration(Facts(cuda=False))
 
 
-def test_a_cpu_has_our_own_loss_and_layers() -> None:
-    chosen = choose_acceleration(Facts(cuda=False))
-    assert (chosen.own_loss, chosen.fused_lora, chosen.gradient_checkpointing) == (True, True, False)
+def test_a_cpu_keeps_activations() -> None:
+    assert not choose_acceleration(Facts(cuda=False)).gradient_checkpointing
 
 
-def test_cuda_has_trls_loss_and_checkpointed_layers() -> None:
-    chosen = choose_acceleration(Facts(True, AMPERE))
-    assert (chosen.own_loss, chosen.fused_lora, chosen.gradient_checkpointing) == (False, False, True)
+def test_a_gpu_computes_them_again() -> None:
+    assert choose_acceleration(Facts(True, AMPERE)).gradient_checkpointing
+
+
+def test_the_facts_of_this_machine_are_found() -> None:
+    assert machine_facts().cuda is torch.cuda.is_available()
 
 
 def test_liger_kernels_are_used_where_they_are_installed() -> None:

@@ -85,7 +85,10 @@ def test_a_full_disk_leaves_the_one_before_and_says_so(tmp_path: Path, error: Ex
 def test_a_write_that_torch_found_cut_off_is_a_full_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     usage = namedtuple("usage", "total used free")
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(10**9, 10**9, 4096))
-    with pytest.raises(DiskSpaceError, match="no room for the checkpoint"), CheckpointFolder(tmp_path, keep=1).writing(1):
+    with (
+        pytest.raises(DiskSpaceError, match="no room for the checkpoint"),
+        CheckpointFolder(tmp_path, keep=1).writing(1),
+    ):
         raise RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 126400 vs 126288")
 
 

@@ -90,8 +90,9 @@ def test_it_ends_as_if_it_had_not_been_cut_off(
         {"train": {"batch_size": 2, "gradient_accumulation": 2, "epochs": 2.5, "learning_rate": 1e-2}},
         {"train": {"batch_size": 3, "steps": 10, "schedule": "cosine", "learning_rate": 1e-2}},
         {"stopping": {"every_steps": 2, "keep_best": True, "patience": 2}},
+        {"train": {"batch_size": 1, "epochs": 3, "packing": True, "max_length": 300, "learning_rate": 1e-2}},
     ],
-    ids=["accumulation", "steps", "stopping"],
+    ids=["accumulation", "steps", "stopping", "packing"],
 )
 def test_so_it_is_with_other_settings(
     sections: dict[str, Any], tiny_base: Path, data: TrainingData, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

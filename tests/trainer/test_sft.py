@@ -301,3 +301,10 @@ def test_accumulated_batches_are_one_batch(tiny_base: Path, examples: list[ChatE
         )
     losses = [[point.loss for point in summary.loss_curve] for summary in curves]
     assert losses[0] == pytest.approx(losses[1], rel=0.01)
+
+
+def test_packed_rows_learn_as_much_in_fewer_steps(tiny_base: Path, examples: list[ChatExample], tmp_path: Path) -> None:
+    apart = train(tiny_base, examples, tmp_path / "a" / "adapter", batch_size=1, epochs=2)
+    packed = train(tiny_base, examples, tmp_path / "b" / "adapter", batch_size=1, epochs=2, packing=True)
+    assert packed.tokens == apart.tokens
+    assert packed.steps < apart.steps / 4

@@ -1,0 +1,17 @@
+"""How sure the mean of a few measurements is."""
+
+import statistics
+from collections.abc import Sequence
+
+_CONFIDENCE = 0.95
+
+
+def interval(values: Sequence[float]) -> tuple[float, float]:
+    """95 % interval of the mean by Student's t; infinite for one value."""
+    from scipy.stats import t
+
+    if len(values) < 2:
+        return -float("inf"), float("inf")
+    half = t.ppf((1 + _CONFIDENCE) / 2, len(values) - 1) * statistics.stdev(values) / len(values) ** 0.5
+    mean = statistics.fmean(values)
+    return mean - half, mean + half

@@ -1,0 +1,24 @@
+"""The interval of a few measurements is the textbook's."""
+
+import math
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from benchmarks.interval import interval
+
+
+def test_the_interval_is_students() -> None:
+    assert interval([1.0, 2.0, 3.0]) == pytest.approx((-0.4841, 4.4841), abs=1e-4)
+
+
+def test_one_pair_says_nothing_certain() -> None:
+    assert interval([1.0]) == (-math.inf, math.inf)
+
+
+@given(st.lists(st.floats(-100, 100), min_size=2, max_size=9))
+def test_the_mean_is_within_its_interval(differences: list[float]) -> None:
+    low, high = interval(differences)
+    assert low <= math.fsum(differences) / len(differences) + 1e-9
+    assert high >= math.fsum(differences) / len(differences) - 1e-9

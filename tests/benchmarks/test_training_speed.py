@@ -1,0 +1,70 @@
+"""The benchmark of training compares speeds within rounds, and losses step by step; and its runs are real ones."""
+
+import pytest
+
+from benchmarks.training_speed import SAME, Contestant, Run, Task, summary, train
+from tests.trainer.conftest import make_example, make_model, make_recipe
+
+CURVES = {
+    Contestant.OURS: Run(100, 1.0, 1, (2.0, 1.0)),
+    Contestant.ALIKE: Run(100, 1.0, 1, (2.02, 1.0)),
+}
+
+
+def a_round(ours: float, trl: float, grouped: float) -> dict[Contestant, Run]:
+    """Runs of 100 tokens that took so many seconds."""
+    seconds = {Contestant.OURS: ours, Contestant.TRL: trl, Contestant.GROUPED: grouped}
+    return {one: Run(100, took, 1, (1.0,)) for one, took in seconds.items()}
+
+
+# The machine was half as fast in the second round.
+ROUNDS = [a_round(1.0, 3.0, 2.0), a_round(2.0, 6.0, 4.0), a_round(1.0, 4.0, 2.0)]
+
+
+def test_speed_is_the_median_of_tokens_a_second() -> None:
+    assert summary(ROUNDS, CURVES)["tokens_per_second"][Contestant.TRL] == pytest.approx(100 / 4)
+
+
+def test_what_slows_a_whole_round_changes_no_ratio() -> None:
+    found = summary(ROUNDS[:2], CURVES)["times_as_fast"]
+    assert found[Contestant.TRL] == {"median": pytest.approx(3.0), "interval": pytest.approx((3.0, 3.0))}
+    assert found[Contestant.GROUPED]["median"] == pytest.approx(2.0)
+
+
+def test_losses_are_side_by_side() -> None:
+    found = summary(ROUNDS, CURVES)
+    assert found["losses"] == [(2.0, 2.02), (1.0, 1.0)]
+    assert found["mean_loss_difference"] == pytest.approx(0.02 / 3.02)
+
+
+def test_curves_of_unlike_length_are_no_comparison() -> None:
+    with pytest.raises(ValueError, match="shorter"):
+        summary(ROUNDS, CURVES | {Contestant.ALIKE: Run(100, 1.0, 1, (2.0,))})
+
+
+@pytest.fixture(scope="module")
+def task(tmp_path_factory: pytest.TempPathFactory) -> Task:
+    """A few steps on a tiny model."""
+    examples = tuple(make_example("x" * (7 * number % 30), f"colour {number}") for number in range(24))
+    recipe = make_recipe(train={"batch_size": 4, "learning_rate": 1e-2})
+    return Task(make_model(tmp_path_factory.mktemp("base")), recipe, examples)
+
+
+@pytest.fixture(scope="module")
+def runs(task: Task) -> dict[Contestant, Run]:
+    return {contestant: train(contestant, task) for contestant in Contestant}
+
+
+def test_all_train_on_the_same_tokens(runs: dict[Contestant, Run]) -> None:
+    assert len({run.tokens for run in runs.values()}) == 1
+    assert {len(run.losses) for run in runs.values()} == {6}
+
+
+def test_in_one_order_ours_and_trl_learn_the_same(runs: dict[Contestant, Run]) -> None:
+    ours, alike = runs[Contestant.OURS].losses, runs[Contestant.ALIKE].losses
+    assert ours == pytest.approx(alike, rel=SAME)
+    assert ours[-1] < ours[0] - 0.3
+
+
+def test_plain_trl_has_another_order(runs: dict[Contestant, Run]) -> None:
+    assert runs[Contestant.TRL].losses != pytest.approx(runs[Contestant.ALIKE].losses, rel=SAME)
