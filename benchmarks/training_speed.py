@@ -197,8 +197,8 @@ def _times_as_fast(rounds: Sequence[Round], rival: Contestant) -> dict[str, Any]
 
 @click.command()
 @click.option("--pairs", type=click.IntRange(1), default=5, show_default=True, help="Rounds, one run of each.")
-@click.option("--steps", type=click.IntRange(1), default=4, show_default=True, help="Steps of a run.")
-@click.option("--curve-steps", type=click.IntRange(1), default=16, show_default=True, help="Steps of a loss curve.")
+@click.option("--steps", type=click.IntRange(1), default=8, show_default=True, help="Steps of a run.")
+@click.option("--curve-steps", type=click.IntRange(1), default=8, show_default=True, help="Steps of a loss curve.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON for machines.")
 def main(pairs: int, steps: int, curve_steps: int, as_json: bool) -> None:
     """Measure training beside plain TRL on the example task: half an hour on two cores."""

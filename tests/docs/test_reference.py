@@ -5,6 +5,7 @@ import tomllib
 
 from serving.openai_api.errors import _FRAMEWORK_CODES, _SHAPES, ErrorCode
 from svc import errors
+from svc.dataset.problem import Code, severity_of
 from svc.engine.state import EngineState
 from svc.errors import SvcError
 from svc.store.swaps import SwapOutcome
@@ -47,3 +48,9 @@ def test_every_dependency_has_its_reason() -> None:
     table = rows(read("docs/dependencies.md"), "package")
     assert {name.strip("`") for name, _ in table} == names - {project["project"]["name"]}
     assert all(reason for _, reason in table)
+
+
+def test_every_problem_of_data_is_documented() -> None:
+    table = read("docs/data.md").partition("| code | severity |")[2]
+    documented = re.findall(r"^\| `(\w+)` \| (\w+) \|", table, re.MULTILINE)
+    assert dict(documented) == {code.value: severity_of(code).value for code in Code}
