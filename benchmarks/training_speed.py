@@ -131,7 +131,7 @@ def _train_trl(contestant: Contestant, task: Task, folder: Path) -> tuple[int, f
             output_dir=str(folder),
             learning_rate=recipe.learning_rate,
             lr_scheduler_type=recipe.train.schedule.value,
-            warmup_steps=recipe.train.warmup_ratio,
+            warmup_steps=round(recipe.train.warmup_ratio * steps),
             num_train_epochs=recipe.train.epochs,
             per_device_train_batch_size=recipe.train.batch_size,
             seed=recipe.train.seed,

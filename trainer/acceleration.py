@@ -63,9 +63,13 @@ def machine_facts() -> Facts:
     return Facts(cuda, torch.cuda.get_device_capability() if cuda else None, installed)
 
 
-def choose_acceleration(facts: Facts) -> Acceleration:
-    """The choices for a machine; see `Acceleration` for the reason of each."""
-    attention = _attention(facts)
+def choose_acceleration(facts: Facts, *, flash: bool = True) -> Acceleration:
+    """The choices for a machine; see `Acceleration` for the reason of each.
+
+    Args:
+        flash: whether the model takes FlashAttention.
+    """
+    attention = _attention(facts) if flash else Attention.SDPA
     return Acceleration(
         attention=attention,
         padding_free=attention is not Attention.SDPA,

@@ -144,7 +144,8 @@ class RankAllocation(TrainerCallback):
 
         allocator, config = self._model.base_model.rankallocator, self._model.peft_config["default"]
         kinds = {"ipt": allocator.ipt, "mean": allocator.exp_avg_ipt, "uncertainty": allocator.exp_avg_unc}
-        for key, value in load_file(folder / _ALLOCATOR_FILE).items():
+        device = next(self._model.parameters()).device
+        for key, value in load_file(folder / _ALLOCATOR_FILE, device=str(device)).items():
             kind, _, name = key.partition("/")
             kinds[kind][name] = value
         with safe_open(folder / _ALLOCATOR_FILE, framework="pt") as file:

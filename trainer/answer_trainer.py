@@ -55,11 +55,15 @@ class AnswerTrainer(SFTTrainer):
         outputs = None
         # A mixture of experts has a second loss, that TRL adds.
         if not own or return_outputs or self.aux_loss_enabled:
+            if packed is not None:
+                del inputs["attention_mask"]  # with one, transformers does not look for the examples in a row
             result = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
             loss, outputs = result if return_outputs else (result, None)
         else:
             answer_tokens = (labels != IGNORED).sum() if num_items_in_batch is None else num_items_in_batch
-            loss = answer_loss(model, input_ids, labels, packed) / answer_tokens
+            # NEFTune's noise is scaled by the length of what goes through the model at once.
+            share = self.args.neftune_noise_alpha is None
+            loss = answer_loss(model, input_ids, labels, packed, share_prefix=share) / answer_tokens
         penalty = orthogonality_penalty(self.model)
         if penalty is not None and model.training:
             # Like TRL's second losses: the sum over accumulated batches is taken, so each brings its share.
@@ -70,7 +74,12 @@ class AnswerTrainer(SFTTrainer):
 
 
 def answer_loss(
-    model: PreTrainedModel | PeftModel, input_ids: Tensor, labels: Tensor, position_ids: Tensor | None = None
+    model: PreTrainedModel | PeftModel,
+    input_ids: Tensor,
+    labels: Tensor,
+    position_ids: Tensor | None = None,
+    *,
+    share_prefix: bool = True,
 ) -> Tensor:
     """Cross entropy summed over the answer tokens, nats.
 
@@ -82,8 +91,10 @@ def answer_loss(
         input_ids: [batch, length].
         labels: [batch, length]; the token id where it is to be learnt, anywhere in a row, else -100.
         position_ids: [batch, length]; of packed rows, where they begin anew with each example.
+        share_prefix: false takes every row by itself.
     """
-    shared = _shared_prefix(input_ids, labels) if position_ids is None and _can_share(model) else 0
+    share_prefix = share_prefix and position_ids is None and _can_share(model)
+    shared = _shared_prefix(input_ids, labels) if share_prefix else 0
     cache = None
     if shared >= _WORTH_SHARING:
         cache = DynamicCache(config=model.config)

@@ -4,6 +4,7 @@ Its default, PyTorch's scaled dot product attention, leaves out the soft cap on 
 word, while the engine applies it: the model that was trained would not be the one that is served.
 """
 
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -13,3 +14,15 @@ if TYPE_CHECKING:
 def attention_implementation(config: "PreTrainedConfig") -> str | None:
     """What to pass as `attn_implementation`; None leaves the choice to transformers."""
     return "eager" if getattr(config.get_text_config(), "attn_logit_softcapping", None) else None
+
+
+def takes_flash_attention(base: Path) -> bool:
+    """Whether the model's code in transformers can use FlashAttention: some cannot, and loading them with it fails.
+
+    Args:
+        base: folder of the base model.
+    """
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    kind = AutoModelForCausalLM._model_mapping[type(AutoConfig.from_pretrained(base))]
+    return bool(kind._supports_flash_attn)

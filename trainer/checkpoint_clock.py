@@ -44,6 +44,11 @@ class CheckpointClock(TrainerCallback):
         elif (every and state.global_step % every == 0) or self._clock() - self._last >= 60 * self._due.every_minutes:
             control.should_save = True
 
+    def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Measuring held-out loss takes as long as many steps: a signal is not left waiting for another one."""
+        if self._interruption.by is not None:
+            control.should_save = control.should_training_stop = True
+
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """The minutes count from the last checkpoint, whatever asked for it."""
         self._last = self._clock()

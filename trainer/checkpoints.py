@@ -7,9 +7,7 @@ A checkpoint is written beside its place, synced, and renamed there, so that a k
 Knows nothing of what is in the files.
 """
 
-import errno
 import logging
-import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -17,14 +15,13 @@ from pathlib import Path
 
 from pydantic import TypeAdapter, ValidationError
 
+from svc.disk import is_full, sync_files, sync_folder, write_whole
 from svc.errors import DiskSpaceError, IntegrityError
 from svc.registry.files import FileRecord, record_files, verify_files
-from svc.registry.manifest import sync_folder
 
 log = logging.getLogger(__name__)
 
 _FILES = "files.json"
-_FULL = 1_000_000  # bytes; a disk with less cannot take another file of a checkpoint
 _PREFIX, _UNFINISHED = "step-", ".unfinished-"
 _RECORDS = TypeAdapter(tuple[FileRecord, ...])
 
@@ -45,6 +42,8 @@ class CheckpointFolder:
     def writing(self, step: int, best: int | None = None) -> Iterator[Path]:
         """A folder to write a checkpoint to; it takes its place, and old ones go, when the body has ended.
 
+        Later ones go too: they are damaged, since the run goes on from one before, and would pass for the newest.
+
         Args:
             step: the optimizer's steps so far.
             best: the step whose checkpoint stays, however old.
@@ -62,7 +61,7 @@ class CheckpointFolder:
             temporary.rename(self.at(step))
             sync_folder(self.folder)
         except Exception as error:
-            full = _is_full(error, self.folder)  # before what was written makes room again
+            full = is_full(error, self.folder)  # before what was written makes room again
             shutil.rmtree(temporary, ignore_errors=True)
             if not full:
                 raise
@@ -71,7 +70,7 @@ class CheckpointFolder:
                 expected="room for one more checkpoint than checkpoints.keep says",
                 todo=f"free some space and run it again: {self._newest_kept()}",
             ) from error
-        self._prune(best)
+        self._prune(step, best)
 
     def newest(self) -> Path | None:
         """The newest checkpoint that is whole; damaged ones are passed over."""
@@ -80,6 +79,19 @@ class CheckpointFolder:
                 return folder
             log.warning("checkpoint %s is damaged and passed over", folder)
         return None
+
+    def whole(self, step: int) -> Path:
+        """The checkpoint of a step.
+
+        Raises:
+            IntegrityError: it is missing or damaged.
+        """
+        if not self._whole(self.at(step)):
+            raise IntegrityError(
+                f"checkpoint {self.at(step)} is missing or damaged, and is the one with the lowest held-out loss",
+                todo=f"remove {self.folder} and train again, or set stopping.keep_best to false",
+            )
+        return self.at(step)
 
     def at(self, step: int) -> Path:
         """Where the checkpoint of a step lies."""
@@ -91,12 +103,8 @@ class CheckpointFolder:
     def _seal(self, folder: Path) -> None:
         """Syncs every file, and records their hashes last."""
         records = record_files(folder, folder)
-        for path in folder.iterdir():
-            _sync(path)
-        path = folder / _FILES
-        path.write_bytes(_RECORDS.dump_json(records))
-        _sync(path)
-        sync_folder(folder)
+        sync_files(folder)
+        write_whole(folder / _FILES, _RECORDS.dump_json(records))
 
     def _whole(self, folder: Path) -> bool:
         try:
@@ -105,27 +113,14 @@ class CheckpointFolder:
             return False
         return True
 
-    def _prune(self, best: int | None) -> None:
-        for folder in self._all()[: -self._keep]:
-            if best is None or folder != self.at(best):
-                shutil.rmtree(folder)
+    def _prune(self, step: int, best: int | None) -> None:
+        later = [folder for folder in self._all() if folder > self.at(step)]
+        old = [folder for folder in self._all() if folder not in later][: -self._keep]
+        for folder in later + [folder for folder in old if best is None or folder != self.at(best)]:
+            shutil.rmtree(folder)
         for left in self.folder.glob(f"{_UNFINISHED}*"):
             shutil.rmtree(left)
 
     def _newest_kept(self) -> str:
         kept = self._all()
         return f"it goes on from {kept[-1].name}" if kept else "it begins anew, since this was the first checkpoint"
-
-
-def _is_full(error: Exception, folder: Path) -> bool:
-    """Whether the disk is full: torch reports a write that was cut off as a position that it did not expect."""
-    if isinstance(error, OSError):
-        return error.errno in (errno.ENOSPC, errno.EDQUOT)
-    told = str(error)
-    cut_off = "unexpected pos" in told and shutil.disk_usage(folder).free < _FULL
-    return cut_off or "No space left" in told or "os error 28" in told
-
-
-def _sync(path: Path) -> None:
-    with path.open("rb") as file:
-        os.fsync(file.fileno())

@@ -62,5 +62,7 @@ def _foretell(recipe: "Recipe", run: "Run") -> None:
     from trainer.run import Stage
     from trainer.sft import TrainingSummary
 
-    minutes = whole_run_seconds(recipe, run.load(Stage.TRAIN, TrainingSummary)) / 60
-    console.print(f"the set-up works; without --quick, training itself will take about {minutes:.0f} min here")
+    seconds = whole_run_seconds(recipe, run.load(Stage.TRAIN, TrainingSummary))
+    console.print("the set-up works")
+    if seconds is not None:
+        console.print(f"without --quick, training itself will take about {seconds / 60:.0f} min here")

@@ -4,6 +4,7 @@ Loaded only inside functions: it imports transformers.
 """
 
 import math
+from collections.abc import Iterable, Iterator
 from itertools import islice
 from statistics import fmean
 from typing import Any
@@ -11,7 +12,7 @@ from typing import Any
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from svc.errors import TrainingError
-from trainer.loss_curve import LOSS, step_losses
+from trainer.loss_curve import LOSS
 
 _STEPS = 20
 """Means over so many steps are compared: the loss of one batch says little."""
@@ -47,10 +48,10 @@ class DivergenceWatch(TrainerCallback):
             raise diverged(f"the gradient is {logs['grad_norm']} at step {state.global_step}", self._learning_rate)
         if LOSS not in logs:
             return
-        losses = step_losses(state)
-        if len(losses) < 2 * _STEPS:
+        if state.global_step < 2 * _STEPS:
             return
-        first, last = fmean(islice(losses.values(), _STEPS)), fmean(list(losses.values())[-_STEPS:])
+        first = fmean(islice(_losses(state.log_history), _STEPS))
+        last = fmean(islice(_losses(reversed(state.log_history)), _STEPS))
         if last > _TIMES * first and last > first + _NATS:
             raise diverged(
                 f"the loss explodes: {last:.3f} in the last {_STEPS} steps up to step {state.global_step}, "
@@ -59,11 +60,15 @@ class DivergenceWatch(TrainerCallback):
             )
 
 
+def _losses(entries: Iterable[dict[str, float]]) -> Iterator[float]:
+    return (entry[LOSS] for entry in entries if LOSS in entry)
+
+
 def diverged(wrong: str, learning_rate: float) -> TrainingError:
     """What to do about it."""
     return TrainingError(
         wrong,
         expected="a finite loss that falls",
-        todo=f"lower train.learning_rate from {learning_rate:g} to {learning_rate / 3:.1g}, for a start; checkpoints "
-        "from before are kept",
+        todo=f"lower train.learning_rate from {learning_rate:g} to {learning_rate / 3:.1g}, for a start; "
+        "that is another run, and begins anew",
     )

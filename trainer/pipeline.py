@@ -17,11 +17,12 @@ from pydantic import BaseModel, ConfigDict
 
 from svc.dataset.reader import write_examples
 from svc.dataset.text_space import TEXT_SPACE_FILE, fit_text_space, save_text_space
+from svc.disk import is_full, write_whole
 from svc.engine.launch import EngineSpec
 from svc.engine.probe import engine_facts
 from svc.engine.process import EngineProcess
 from svc.engine.runtime import runtime_folder
-from svc.errors import IntegrityError, InterruptedRunError, TrainingError
+from svc.errors import DiskSpaceError, IntegrityError, InterruptedRunError, SvcError, TrainingError
 from svc.evaluation.evaluator import EvaluationReport
 from svc.evaluation.metrics import paired_difference
 from svc.evaluation.results import write_results
@@ -34,6 +35,7 @@ from svc.registry.version import Format, VersionId
 from svc.settings import Settings
 from svc.terminal import console
 from trainer.base_model import Base
+from trainer.memory import release_memory
 from trainer.merge import MergeSummary, merge_adapter, prove_full
 from trainer.qualify import Launch, Qualified, Qualifier
 from trainer.quantize import QuantizeSummary, check_group_size, quantize_gptq
@@ -116,8 +118,17 @@ class Pipeline:
                 except KeyboardInterrupt as error:
                     raise InterruptedRunError(
                         f"stage {stage} was interrupted",
-                        todo="run the same command again: finished stages are kept, and this one begins anew",
+                        todo="run the same command again: finished stages and checkpoints are kept",
                     ) from error
+                except Exception as error:
+                    if isinstance(error, SvcError) or not is_full(error, self.run.folder):
+                        raise
+                    raise DiskSpaceError(
+                        f"no room in {self.run.folder} for what stage {stage} writes: {error}",
+                        todo="free some space and run the same command again: finished stages and checkpoints are kept",
+                    ) from error
+                finally:
+                    release_memory()
             return self.run.load(Stage.REGISTER, Registered).version
 
     @property
@@ -128,10 +139,11 @@ class Pipeline:
     def _stages(self) -> list[tuple[Stage, int, Callable[[], object]]]:
         """The stages with the bytes that each may write: merging and quantizing write no more than the base has.
 
-        A checkpoint of full fine-tuning holds weights and two moments in float32, six times the base in bf16.
+        A checkpoint of full fine-tuning holds weights and two moments in float32, six times the base in bf16. Beside
+        those that are kept there are the one that is being written, and the best.
         """
         size = sum(path.stat().st_size for path in self.base.folder.glob("*.safetensors"))
-        kept = self.recipe.checkpoints.keep + 1
+        kept = self.recipe.checkpoints.keep + 1 + self.recipe.stopping.keep_best
         return [
             (Stage.TRAIN, (1 + 6 * kept) * size if self._full else size // 4, self._train),
             (Stage.MERGE, size, self._merge),
@@ -296,7 +308,7 @@ class Pipeline:
         if not path.is_file():
             tags = {"tuneserve.run": self.run.folder.name, "tuneserve.base": self.base.origin}
             run_id = self.registry.tracking.start_run(self.recipe.name, tags)
-            path.write_text(TrackedRun(run_id=run_id).model_dump_json(), "utf-8")
+            write_whole(path, TrackedRun(run_id=run_id).model_dump_json().encode("utf-8"))
         return TrackedRun.model_validate_json(path.read_bytes()).run_id
 
 

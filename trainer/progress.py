@@ -26,12 +26,14 @@ class TrainingProgress(TrainerCallback):
         self._task = bar.add_task("", total=None, loss="-", speed=0.0)
         self._loss = "-"
         self._started = 0.0
+        self._before = (0, 0)  # steps and tokens of the processes that came before
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Starts the clock."""
         self._started = time.monotonic()
+        self._before = (state.global_step, int(state.num_input_tokens_seen))
         self._bar.update(self._task, total=state.max_steps)
 
     def on_log(
@@ -49,11 +51,12 @@ class TrainingProgress(TrainerCallback):
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Moves the bar, or prints a line."""
         elapsed = time.monotonic() - self._started
-        speed = state.num_input_tokens_seen / elapsed
+        steps, tokens = self._before
+        speed = (state.num_input_tokens_seen - tokens) / elapsed
         self._bar.update(self._task, completed=state.global_step, loss=self._loss, speed=speed)
         tenth, before = (10 * step // state.max_steps for step in (state.global_step, state.global_step - 1))
         if not console.is_terminal and tenth > before:
-            left = elapsed / state.global_step * (state.max_steps - state.global_step)
+            left = elapsed / (state.global_step - steps) * (state.max_steps - state.global_step)
             console.print(
                 f"  Training: step {state.global_step}/{state.max_steps}, loss {self._loss}, "
                 f"{speed:.0f} tokens/s, {left:.0f} s left"

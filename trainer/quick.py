@@ -37,12 +37,14 @@ def quick_trial(recipe: Recipe, examples: Examples) -> tuple[Recipe, Examples]:
     return Recipe.model_validate(content), cut
 
 
-def whole_run_seconds(recipe: Recipe, trial: TrainingSummary) -> float:
-    """How long the optimizer will run in the whole run, from how long it ran in the trial.
+def whole_run_seconds(recipe: Recipe, trial: TrainingSummary) -> float | None:
+    """How long the optimizer will run in the whole run, from its speed in the trial; None where no step told that.
 
     Args:
         recipe: the whole run's.
         trial: what the trial's training said.
     """
+    if trial.tokens_per_second == 0:  # it was cut off after its last step
+        return None
     whole = recipe.train.steps or trial.steps * recipe.train.epochs / _SHARE
-    return trial.seconds * whole / trial.steps
+    return trial.tokens / trial.tokens_per_second * whole / trial.steps

@@ -148,7 +148,7 @@ class Train(_Section):
     neftune_alpha: Annotated[float, Field(gt=0)] | None = Field(
         None, description="noise on the embeddings (Jain et al. 2023), customarily 5; default none"
     )
-    seed: int = Field(0, ge=0, description="decides the order of examples and the adapter's start")
+    seed: int = Field(0, ge=0, lt=2**32, description="decides the order of examples and the adapter's start")
 
 
 class Stopping(_Section):
@@ -219,6 +219,14 @@ class Recipe(_Section):
     evaluate: Evaluate = Evaluate()
     qualify: Qualify = Qualify()
 
+    @model_validator(mode="after")
+    def _fits_packing(self) -> "Recipe":
+        if self.train.packing and self.train.neftune_alpha is not None:
+            raise ValueError(
+                "train.neftune_alpha with train.packing: its noise is scaled by the length of a row, not of an example"
+            )
+        return self
+
     @field_validator("base")
     @classmethod
     def _local_base(cls, base: str, info: ValidationInfo) -> str:
@@ -248,7 +256,13 @@ class Recipe(_Section):
     def flat(self) -> dict[str, str]:
         """What decides the result, by dotted key, as text; keys that were left to the method with what it chose."""
         sections = self.model_dump(mode="json", exclude={"checkpoints", "data"})
-        chosen = {"train.learning_rate": self.learning_rate, "adapter.rank": self.rank, "adapter.alpha": self.alpha}
+        chosen: dict[str, Any] = {"train.learning_rate": self.learning_rate}
+        if self.method is Method.FULL:
+            sections.pop("adapter")
+        else:
+            chosen |= {"adapter.rank": self.rank, "adapter.alpha": self.alpha}
+        if self.method is Method.ADALORA:
+            chosen["adapter.initial_rank"] = self.initial_rank
         keys: dict[str, Any] = {}
         for name, section in sections.items():
             keys |= (

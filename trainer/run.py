@@ -9,7 +9,6 @@ recipe on the same data is the same run.
 
 import hashlib
 import json
-import os
 import shutil
 from dataclasses import dataclass
 from enum import StrEnum
@@ -25,6 +24,7 @@ from svc.dataset.example import ChatExample
 from svc.dataset.fingerprint import fingerprint
 from svc.dataset.reader import read_examples
 from svc.dataset.split import mix_general, near_leaks, split_heldout
+from svc.disk import sync_files, write_whole
 from svc.errors import DataError, DiskSpaceError
 from svc.terminal import console
 from trainer.base_model import Base
@@ -162,12 +162,10 @@ class Run:
         Args:
             result: a dataclass or a pydantic model.
         """
-        temporary = self._result(stage).with_suffix(".tmp")
-        with temporary.open("wb") as file:
-            file.write(TypeAdapter(type(result)).dump_json(result, indent=1))
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(self._result(stage))
+        for folder in (self.adapter, self.merged, self.gptq):
+            if folder.is_dir():
+                sync_files(folder)  # a stage is not done before what it made would survive a power cut
+        write_whole(self._result(stage), TypeAdapter(type(result)).dump_json(result, indent=1))
         return result
 
     def load(self, stage: Stage, kind: type[Result]) -> Result:

@@ -7,7 +7,7 @@ examples come from, of registered versions, or of how good the result is.
 import math
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -102,9 +102,10 @@ def train_model(
             with waiting("Loading the base model"), library_output_to_log():
                 trainer = _build_trainer(base, tokenizer, rows, heldout, recipe, out, checkpoints, report, asked)
             seconds = _run(trainer, recipe, asked)
-            _save(trainer, recipe, tokenizer, out)
+        # A signal ends the process from here on: the weights are written anew from the last checkpoint.
+        _save(trainer, recipe, tokenizer, out)
     except (RuntimeError, MemoryError) as error:
-        if lack := out_of_memory(recipe, error):
+        if lack := out_of_memory(recipe, error, checkpointing=_checkpoints_layers(recipe)):
             raise lack from error
         raise
     return _summarize(trainer, recipe, seconds)
@@ -132,16 +133,18 @@ def _run(trainer: "ResumableTrainer", recipe: Recipe, asked: "Interruption") -> 
         with training_progress() as progress:
             trainer.add_callback(progress)
             trainer.train(resume_from_checkpoint=None if newest is None else str(newest))
+    seconds = time.monotonic() - started
+    best = best_step(trainer.state)
+    if asked.by is None:
+        if recipe.stopping.keep_best and best not in (None, trainer.state.global_step):
+            trainer.load_weights(trainer.checkpoints.whole(best))
+        trainer.check_finite()
     if asked.by is not None:
         raise InterruptedRunError(
             f"{asked.by.name} after step {trainer.state.global_step} of {trainer.state.max_steps}",
             todo="run the same command again: it goes on from the checkpoint that was written",
         )
-    best = best_step(trainer.state)
-    if recipe.stopping.keep_best and best not in (None, trainer.state.global_step):
-        trainer.load_weights(trainer.checkpoints.at(best))
-    trainer.check_finite()
-    return time.monotonic() - started
+    return seconds
 
 
 def _summarize(trainer: "ResumableTrainer", recipe: Recipe, seconds: float) -> TrainingSummary:
@@ -204,35 +207,40 @@ def _build_trainer(
     """Trained weights are in float32: Adam's small steps vanish in bf16."""
     import torch
     from datasets import Dataset
-    from transformers import PrinterCallback, set_seed
+    from transformers import AutoConfig, PrinterCallback, set_seed
     from transformers.utils import logging
 
     from trainer.acceleration import choose_acceleration, machine_facts
     from trainer.adapters import RankAllocation, add_adapter, load_model
+    from trainer.attention import takes_flash_attention
     from trainer.checkpoint_clock import CheckpointClock
     from trainer.checkpoints import CheckpointFolder
     from trainer.divergence import DivergenceWatch
     from trainer.heldout_loss import HeldoutWatch
     from trainer.loss_curve import LossReport
-    from trainer.packing import collate_packed, pack
+    from trainer.packing import collate_packed, pack, refuse_recurrent
     from trainer.resumable_trainer import ResumableTrainer
 
     logging.disable_progress_bar()
-    acceleration = choose_acceleration(machine_facts())
+    acceleration = choose_acceleration(machine_facts(), flash=takes_flash_attention(base))
+    if recipe.train.neftune_alpha is not None:  # its noise is scaled by the length of a row
+        acceleration = replace(acceleration, padding_free=False)
     dataset, collator = Dataset.from_list([row.as_row() for row in rows]), None
     if recipe.train.packing:
+        refuse_recurrent(AutoConfig.from_pretrained(base))
         dataset = pack(dataset, recipe.train.max_length)
         if not acceleration.padding_free:
             collator = partial(collate_packed, pad_token=tokenizer.pad_token_id or tokenizer.eos_token_id)
     set_seed(recipe.train.seed)  # the adapter's start
     model = load_model(base, recipe.method, acceleration.attention)
-    model = add_adapter(model, recipe, count_steps(len(dataset), recipe))
+    steps = count_steps(len(dataset), recipe)
+    model = add_adapter(model, recipe, steps)
     trainer = ResumableTrainer(
         checkpoints=CheckpointFolder(checkpoints, recipe.checkpoints.keep),
         heldout=[row.as_row() for row in heldout],
         allocation=RankAllocation(model) if recipe.method is Method.ADALORA else None,
         model=model,
-        args=_training_arguments(recipe, out, acceleration),
+        args=_training_arguments(recipe, out, acceleration, steps),
         data_collator=collator,
         train_dataset=dataset,
         processing_class=tokenizer,
@@ -250,17 +258,24 @@ def _build_trainer(
     return trainer
 
 
-def _training_arguments(recipe: Recipe, out: Path, acceleration: "Acceleration") -> Any:
+def _checkpoints_layers(recipe: Recipe) -> bool:
+    """Whether layers are computed twice: as the recipe says, or as the machine needs."""
+    from trainer.acceleration import choose_acceleration, machine_facts
+
+    asked = recipe.train.gradient_checkpointing
+    return choose_acceleration(machine_facts()).gradient_checkpointing if asked is None else asked
+
+
+def _training_arguments(recipe: Recipe, out: Path, acceleration: "Acceleration", steps: int) -> Any:
     import torch
     from trl.trainer.sft_config import SFTConfig
 
     train, accelerated = recipe.train, torch.accelerator.is_available()
-    checkpointing = train.gradient_checkpointing
-    return SFTConfig(
+    arguments = SFTConfig(
         output_dir=str(out),
         learning_rate=recipe.learning_rate,
         lr_scheduler_type="constant_with_warmup" if train.schedule == "constant" else train.schedule.value,
-        warmup_steps=train.warmup_ratio,
+        warmup_steps=round(train.warmup_ratio * steps),  # rounded up, a run of one step would be all warmup
         num_train_epochs=train.epochs,
         max_steps=train.steps or -1,
         per_device_train_batch_size=train.batch_size,
@@ -272,17 +287,21 @@ def _training_arguments(recipe: Recipe, out: Path, acceleration: "Acceleration")
         max_length=None,
         bf16=True,
         use_cpu=not accelerated,
-        gradient_checkpointing=acceleration.gradient_checkpointing if checkpointing is None else checkpointing,
+        gradient_checkpointing=_checkpoints_layers(recipe),
         padding_free=acceleration.padding_free,
         use_liger_kernel=acceleration.liger_kernels,
         dataloader_pin_memory=accelerated,
-        include_num_input_tokens_seen="non_padding",
+        include_num_input_tokens_seen="all" if acceleration.padding_free else "non_padding",
         logging_steps=1,  # the state holds the loss of every step: what a curve, a watch and a resumed run need
         logging_nan_inf_filter=False,
         save_strategy="no",
         report_to="none",
         disable_tqdm=True,
     )
+    # transformers would share a batch out between all GPUs that it sees, which TRL refuses: training takes one.
+    if arguments.n_gpu > 1:
+        arguments._n_gpu = 1
+    return arguments
 
 
 def _save(trainer: "ResumableTrainer", recipe: Recipe, tokenizer: "PreTrainedTokenizerBase", out: Path) -> None:

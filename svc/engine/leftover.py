@@ -19,6 +19,7 @@ from typing import IO, Any
 
 import psutil
 
+from svc.disk import write_whole
 from svc.errors import EngineError
 
 LOCK_FILE = "engine.lock"
@@ -76,9 +77,7 @@ def locked(folder: Path) -> Iterator[IO[bytes]]:
 
 def write_record(folder: Path, record: EngineRecord) -> None:
     """Replaces the record at once: a reader finds the old one or the new one."""
-    new = folder / f"{RECORD_FILE}.new"
-    new.write_text(json.dumps({_FOLDER: str(folder.resolve())} | asdict(record)), "utf-8")
-    new.replace(folder / RECORD_FILE)
+    write_whole(folder / RECORD_FILE, json.dumps({_FOLDER: str(folder.resolve())} | asdict(record)).encode("utf-8"))
 
 
 def read_record(folder: Path) -> EngineRecord | None:

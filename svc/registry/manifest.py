@@ -1,13 +1,13 @@
 """The manifest: what a version is, beside its weights, written once and last."""
 
 import json
-import os
 from datetime import datetime
 from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from svc.disk import write_whole
 from svc.engine.probe import MAX_PROBES, Probe
 from svc.errors import IntegrityError
 from svc.evaluation.evaluator import EvaluationReport
@@ -119,20 +119,6 @@ def read_manifest(folder: Path) -> Manifest:
 
 
 def write_manifest(folder: Path, manifest: Manifest) -> None:
-    """Writes it whole or not at all: temporary file, fsync, rename."""
-    temporary = folder / f".{MANIFEST_FILE}.{os.getpid()}"
-    with temporary.open("w", encoding="utf-8") as file:
-        json.dump(manifest.model_dump(mode="json"), file, indent=1, ensure_ascii=False)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(folder / MANIFEST_FILE)
-    sync_folder(folder)
-
-
-def sync_folder(folder: Path) -> None:
-    """Makes names in a folder survive a power cut."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    """Writes it whole or not at all."""
+    content = json.dumps(manifest.model_dump(mode="json"), indent=1, ensure_ascii=False)
+    write_whole(folder / MANIFEST_FILE, content.encode("utf-8"))

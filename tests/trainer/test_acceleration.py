@@ -1,11 +1,10 @@
 """Each machine gets the switches that are right for it."""
 
 import pytest
-import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from trainer.acceleration import Attention, Facts, choose_acceleration, machine_facts
+from trainer.acceleration import Attention, Facts, choose_acceleration
 
 ALL = frozenset({"flash_attn", "flash_attn_interface", "liger_kernel"})
 AMPERE, HOPPER, TURING, BLACKWELL = (8, 0), (9, 0), (7, 5), (10, 0)
@@ -53,8 +52,10 @@ def test_a_gpu_computes_them_again() -> None:
     assert choose_acceleration(Facts(True, AMPERE)).gradient_checkpointing
 
 
-def test_the_facts_of_this_machine_are_found() -> None:
-    assert machine_facts().cuda is torch.cuda.is_available()
+@given(FACTS)
+def test_a_model_that_cannot_use_flash_attention_gets_none(facts: Facts) -> None:
+    chosen = choose_acceleration(facts, flash=False)
+    assert (chosen.attention, chosen.padding_free) == (Attention.SDPA, False)
 
 
 def test_liger_kernels_are_used_where_they_are_installed() -> None:

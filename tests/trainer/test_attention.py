@@ -1,10 +1,12 @@
 """The implementation of attention that is chosen computes what the config says."""
 
+from pathlib import Path
+
 import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, set_seed
 
-from trainer.attention import attention_implementation
+from trainer.attention import attention_implementation, takes_flash_attention
 
 
 def config_of(family: str) -> PreTrainedConfig:
@@ -30,3 +32,9 @@ def test_the_soft_cap_of_gemma2_is_applied() -> None:
         for layer in model.model.layers:
             layer.self_attn.attn_logit_softcapping = None
         assert (capped - model(ids).logits).abs().max() > 0.01
+
+
+@pytest.mark.parametrize(("family", "takes"), [("llama", True), ("gemma2", True), ("doge", False)])
+def test_whether_a_model_takes_flash_attention_is_what_its_code_says(tmp_path: Path, family: str, takes: bool) -> None:
+    AutoConfig.for_model(family).save_pretrained(tmp_path)
+    assert takes_flash_attention(tmp_path) is takes

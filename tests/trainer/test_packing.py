@@ -1,13 +1,15 @@
 """Packed examples fill rows, and none sees another."""
 
+import pytest
 import torch
 from datasets import Dataset
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import Gemma2Config, Lfm2Config, LlamaConfig, LlamaForCausalLM, PreTrainedConfig, Qwen3NextConfig
 
+from svc.errors import RecipeError
 from trainer.answer_trainer import answer_loss
-from trainer.packing import collate_packed, pack
+from trainer.packing import collate_packed, pack, refuse_recurrent
 from trainer.training_example import IGNORED
 
 MODEL = LlamaForCausalLM(
@@ -57,3 +59,14 @@ def test_every_example_is_there_once_and_whole(examples: list[tuple[list[int], i
 
 def test_rows_are_filled() -> None:
     assert len(pack(dataset([([1] * 8, 1)] * 9), LENGTH)) == 3
+
+
+@pytest.mark.parametrize("config", [Lfm2Config(), Qwen3NextConfig()], ids=lambda config: config.model_type)
+def test_a_recurrent_state_would_not_be_blind(config: PreTrainedConfig) -> None:
+    with pytest.raises(RecipeError, match="recurrent layers"):
+        refuse_recurrent(config)
+
+
+@pytest.mark.parametrize("config", [LlamaConfig(), Gemma2Config()], ids=lambda config: config.model_type)
+def test_attention_is_masked(config: PreTrainedConfig) -> None:
+    refuse_recurrent(config)

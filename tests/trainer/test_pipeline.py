@@ -339,6 +339,20 @@ def test_a_disk_that_fills_up_stops_before_the_next_stage_and_keeps_what_is_done
     assert stages.ran.count(Stage.MERGE) == 1
 
 
+def test_a_disk_that_is_full_within_a_stage_is_told_and_the_run_goes_on(
+    make: Make, stages: Stages, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fill(*_: Any) -> None:
+        raise RuntimeError("Error while serializing: I/O error: No space left on device (os error 28)")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(pipeline_module, "merge_adapter", fill)
+        with pytest.raises(DiskSpaceError, match="for what stage merge writes"):
+            make().train_version()
+    make().train_version()
+    assert stages.ran.count(Stage.TRAIN) == 1
+
+
 def test_a_quantized_model_that_is_worse_becomes_no_version(make: Make) -> None:
     right_when_merged = " ".join(f"merged.{index}" for index in range(4))
     pipeline = make(heldout=(make_example("one", right_when_merged), make_example("two", right_when_merged)))

@@ -115,6 +115,11 @@ def test_all_mistakes_are_told_at_once(write: Write) -> None:
     assert "'adapter.rank'" in told
 
 
+def test_noise_on_packed_rows_is_refused(write: Write) -> None:
+    with pytest.raises(RecipeError, match="neftune_alpha with train"):
+        load_recipe(write(train={"packing": True, "neftune_alpha": 5}))
+
+
 def test_a_missing_file_is_named(tmp_path: Path) -> None:
     assert f"cannot open recipe {tmp_path / 'none.yaml'}: No such file" in refusal(tmp_path / "none.yaml")
 

@@ -16,7 +16,7 @@ from svc.dataset.example import ChatExample
 from svc.dataset.reader import write_examples
 from svc.errors import InterruptedRunError
 from tests.trainer.conftest import make_recipe
-from trainer import resumable_trainer
+from trainer import resumable_trainer, sft
 from trainer.checkpoints import CheckpointFolder
 from trainer.recipe import Method, Recipe
 from trainer.sft import TrainingData, TrainingSummary, train_model
@@ -221,3 +221,11 @@ def test_a_signal_ends_it_with_a_checkpoint(
     assert newest is not None
     assert json.loads((newest / "trainer_state.json").read_text("utf-8"))["global_step"] == 5
     assert signal.getsignal(signal.SIGTERM) is before
+
+
+def test_ctrl_c_while_the_trained_weights_are_written_ends_it(
+    tiny_base: Path, data: TrainingData, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sft, "_save", lambda *_: os.kill(os.getpid(), signal.SIGINT))
+    with pytest.raises(KeyboardInterrupt):
+        train_model(tiny_base, data, recipe(), tmp_path / "trained", tmp_path / "checkpoints")

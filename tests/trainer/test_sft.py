@@ -1,5 +1,6 @@
 """Training: what is learnt, what is refused, and that the cheap loss is the real one."""
 
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -8,7 +9,17 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
-from transformers import Gemma2Config, Gemma2ForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedModel, set_seed
+from transformers import (
+    Gemma2Config,
+    Gemma2ForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedModel,
+    Qwen3MoeConfig,
+    Qwen3MoeForCausalLM,
+    TrainingArguments,
+    set_seed,
+)
 
 from svc.dataset.example import ChatExample, parse_example
 from svc.errors import BaseModelError, DataError, TrainingError
@@ -308,3 +319,79 @@ def test_packed_rows_learn_as_much_in_fewer_steps(tiny_base: Path, examples: lis
     packed = train(tiny_base, examples, tmp_path / "b" / "adapter", batch_size=1, epochs=2, packing=True)
     assert packed.tokens == apart.tokens
     assert packed.steps < apart.steps / 4
+
+
+def test_packed_runs_measure_held_out_loss(tiny_base: Path, examples: list[ChatExample], tmp_path: Path) -> None:
+    recipe = make_recipe(
+        train={"packing": True, "max_length": 128, "batch_size": 2}, stopping={"every_steps": 1}, adapter={"rank": 4}
+    )
+    data = TrainingData(examples, examples[:4])
+    packed = train_model(tiny_base, data, recipe, tmp_path / "adapter", tmp_path / "checkpoints")
+    assert all(0 < point.loss < 10 for point in packed.heldout_losses)
+    assert packed.heldout_losses
+
+
+def test_a_run_of_one_step_learns(tiny_base: Path, examples: list[ChatExample], tmp_path: Path) -> None:
+    recipe = make_recipe(train={"batch_size": len(examples)})
+    assert train_model(tiny_base, TrainingData(examples), recipe, tmp_path / "adapter", tmp_path / "c").steps == 1
+    weights = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
+    assert all(weight.any() for name, weight in weights.items() if "lora_B" in name)
+
+
+def test_several_gpus_are_no_reason_to_share_out_a_batch(
+    tiny_base: Path, examples: list[ChatExample], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = vars(TrainingArguments)["_setup_devices"].func
+
+    def two_devices(arguments: TrainingArguments) -> torch.device:
+        device: torch.device = found(arguments)
+        arguments._n_gpu = 2
+        return device
+
+    replaced = cached_property(two_devices)
+    replaced.__set_name__(TrainingArguments, "_setup_devices")
+    monkeypatch.setattr(TrainingArguments, "_setup_devices", replaced)
+    assert train(tiny_base, examples, tmp_path / "adapter").steps == 3
+
+
+def test_noise_on_embeddings_is_of_a_size_with_and_without_a_common_beginning(
+    tiny_base: Path, examples: list[ChatExample], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its scale follows from the length of what goes through the model at once: the examples, not their ends."""
+    seen = []
+    original = LlamaForCausalLM.forward
+
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        seen.append(kwargs["input_ids"].shape[1])
+        return original(self, *args, **kwargs)
+
+    monkeypatch.setattr(LlamaForCausalLM, "forward", forward)
+    train(tiny_base, examples, tmp_path / "adapter", neftune_alpha=5.0)
+    shortest = min(len(row.input_ids) for row in tokenize_examples(make_tokenizer(), examples, {256}))
+    assert min(length for length in seen if length > 1) >= shortest
+
+
+def test_packed_examples_are_blind_to_each_other_in_a_mixture_of_experts(
+    examples: list[ChatExample], tmp_path: Path
+) -> None:
+    """Its loss is TRL's, which adds that of the router; here it weighs nothing."""
+    tokenizer, shape = make_tokenizer(), SHAPE | {"vocab_size": len(make_tokenizer())}
+    router = {
+        "num_experts": 4,
+        "num_experts_per_tok": 2,
+        "initializer_range": 0.5,
+        "moe_intermediate_size": 16,
+        "router_aux_loss_coef": 1e-9,
+    }
+    set_seed(0)
+    Qwen3MoeForCausalLM(Qwen3MoeConfig(**shape, **router)).bfloat16().save_pretrained(tmp_path / "base")
+    tokenizer.save_pretrained(tmp_path / "base")
+    losses = []
+    for packing in (False, True):
+        recipe = make_recipe(
+            train={"batch_size": 12, "packing": packing, "max_length": 256}, adapter={"targets": "attention"}
+        )
+        out = tmp_path / str(packing)
+        losses.append(train_model(tmp_path / "base", TrainingData(examples), recipe, out, out / "c").loss_curve)
+    [[alone], [packed]] = losses
+    assert packed.loss == pytest.approx(alone.loss, rel=1e-3)

@@ -1,5 +1,6 @@
 """What watches a run: its clock, its held-out loss, its loss; each decides from the trainer's state alone."""
 
+import signal
 from collections.abc import Iterable
 from typing import Any
 
@@ -73,6 +74,17 @@ def test_a_checkpoint_is_due_by_minutes() -> None:
 def test_a_checkpoint_is_due_by_steps() -> None:
     clock = CheckpointClock(Checkpoints(every_steps=3), Interruption(), clock=lambda: 0.0)
     assert [step for step in range(1, 10) if asks(clock, step)] == [3, 6, 9]
+
+
+def test_a_signal_while_held_out_loss_is_measured_waits_for_no_other_step() -> None:
+    interruption, control = Interruption(), TrainerControl()
+    clock = CheckpointClock(Checkpoints(), interruption, clock=lambda: 0.0)
+    clock.on_evaluate(ARGS, state(), control)
+    assert not control.should_save
+    interruption.by = signal.SIGTERM
+    clock.on_evaluate(ARGS, state(), control)
+    assert control.should_save
+    assert control.should_training_stop
 
 
 @pytest.mark.parametrize(
