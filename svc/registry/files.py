@@ -1,6 +1,7 @@
 """Files of a version: their hashes, and what a safetensors header says without reading the weights."""
 
 import hashlib
+import json
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -8,6 +9,8 @@ from pathlib import Path
 from pydantic import BaseModel, ConfigDict, Field
 
 from svc.errors import IntegrityError
+
+_AT_ONCE = 2**24  # bytes
 
 
 class FileRecord(BaseModel):
@@ -91,3 +94,29 @@ def read_headers(folder: Path) -> tuple[Tensor, ...]:
     if not tensors:
         raise IntegrityError(f"{folder} holds no safetensors file", expected="the weights of a model")
     return tuple(sorted(tensors))
+
+
+def hash_tensor(folder: Path, name: str) -> str:
+    """SHA-256 of a tensor's bytes.
+
+    Args:
+        name: one that `read_headers` found in the folder.
+
+    Raises:
+        IntegrityError: no file of the folder holds it.
+    """
+    for path in sorted(folder.glob("*.safetensors")):
+        with path.open("rb") as file:
+            # The format: the header's length in 8 bytes, the header as JSON, then all tensors.
+            size = int.from_bytes(file.read(8), "little")
+            header = json.loads(file.read(size))
+            if name not in header:
+                continue
+            start, end = header[name]["data_offsets"]
+            file.seek(8 + size + start)
+            digest, left = hashlib.sha256(), end - start
+            while left > 0 and (part := file.read(min(_AT_ONCE, left))):
+                digest.update(part)
+                left -= len(part)
+            return digest.hexdigest()
+    raise IntegrityError(f"{folder} has no tensor {name}", expected="a whole model folder")

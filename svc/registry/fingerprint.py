@@ -2,6 +2,9 @@
 
 A reload replaces tensors and nothing else. So everything that vLLM reads once at its start must be the same:
 architecture, shapes, quantization, tokenizer, chat template, default sampling.
+
+One tensor too. Where input and output embeddings are one matrix, vLLM's CPU engine keeps a packed copy of it for the
+output, which a reload leaves as it was. Adapters do not change that matrix; full fine-tuning does.
 """
 
 import hashlib
@@ -10,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from svc.errors import IntegrityError
-from svc.registry.files import read_headers
+from svc.registry.files import hash_tensor, read_headers
 
 # Said by the library that wrote the file, not by the model.
 _VOLATILE = {"transformers_version", "use_cache", "quantization_config", "name_or_path"}
@@ -28,6 +31,7 @@ _QUANTIZATION_DEFAULTS: dict[str, Any] = {
     "lm_head": False,
     "dynamic": None,
 }
+_HEAD, _EMBEDDING = "lm_head.weight", "embed_tokens.weight"
 _SPECIAL_TOKENS = ("bos_token", "eos_token", "pad_token", "unk_token", "add_bos_token", "add_eos_token")
 
 
@@ -43,10 +47,12 @@ def compatibility_fingerprint(folder: Path) -> str:
     config = _read_json(folder / "config.json")
     tokenizer = _read_json(folder / "tokenizer.json")
     tokenizer_config = _read_json(folder / "tokenizer_config.json", default={})
+    tensors = read_headers(folder)
     parts = {
         "config": _stable(config),
         "quantization": normal_quantization(_quantization(folder, config)),
-        "tensors": [(tensor.name, tensor.dtype, tensor.shape) for tensor in read_headers(folder)],
+        "tensors": [(tensor.name, tensor.dtype, tensor.shape) for tensor in tensors],
+        "shared_embedding": _shared_embedding(folder, config, [tensor.name for tensor in tensors]),
         # Truncation and padding are what the last caller set, not what the tokenizer is.
         "tokenizer": {key: value for key, value in tokenizer.items() if key not in ("truncation", "padding")},
         "special_tokens": {key: _content(tokenizer_config.get(key)) for key in _SPECIAL_TOKENS},
@@ -55,6 +61,20 @@ def compatibility_fingerprint(folder: Path) -> str:
     }
     text = json.dumps(parts, sort_keys=True, ensure_ascii=False)
     return f"sha256:{hashlib.sha256(text.encode('utf-8')).hexdigest()}"
+
+
+def _shared_embedding(folder: Path, config: dict[str, Any], names: list[str]) -> str | None:
+    """SHA-256 of the embedding that is the output's too; None where the output has its own.
+
+    A config need not say so: some kinds of models share it by default, and save no output then.
+    """
+    text = config.get("text_config", config)
+    if not text.get("tie_word_embeddings", config.get("tie_word_embeddings")) and any(
+        name.endswith(_HEAD) for name in names
+    ):
+        return None
+    embedding = next((name for name in names if name.endswith(_EMBEDDING)), None)
+    return hash_tensor(folder, embedding) if embedding else None
 
 
 def normal_quantization(config: dict[str, Any] | None) -> dict[str, Any] | None:

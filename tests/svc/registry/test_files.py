@@ -1,5 +1,6 @@
 """Files are known by their content; whatever is changed about them is found, with its name."""
 
+import hashlib
 from collections.abc import Callable
 from pathlib import Path
 
@@ -8,7 +9,7 @@ import pytest
 from safetensors.numpy import save_file
 
 from svc.errors import IntegrityError
-from svc.registry.files import FileRecord, Tensor, read_headers, record_file, record_files, verify_files
+from svc.registry.files import FileRecord, Tensor, hash_tensor, read_headers, record_file, record_files, verify_files
 from tests.svc.registry.model_folder import write_model
 
 
@@ -82,3 +83,13 @@ def test_a_folder_without_weights_is_found(tmp_path: Path) -> None:
     (tmp_path / "pytorch_model.bin").touch()
     with pytest.raises(IntegrityError, match="holds no safetensors file"):
         read_headers(tmp_path)
+
+
+def test_a_tensor_is_hashed_by_its_bytes(tmp_path: Path) -> None:
+    one, other = np.arange(8, dtype=np.float32), np.ones((3, 3), np.float16)
+    save_file({"a": one, "b": other}, tmp_path / "model-1.safetensors")
+    save_file({"c": one}, tmp_path / "model-2.safetensors")
+    assert hash_tensor(tmp_path, "b") == hashlib.sha256(other.tobytes()).hexdigest()
+    assert hash_tensor(tmp_path, "a") == hash_tensor(tmp_path, "c") == hashlib.sha256(one.tobytes()).hexdigest()
+    with pytest.raises(IntegrityError, match="has no tensor d"):
+        hash_tensor(tmp_path, "d")

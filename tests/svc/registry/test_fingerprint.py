@@ -37,6 +37,28 @@ def test_two_trainings_of_one_model_fit(same: Same) -> None:
     assert same({"seed": 1}, {"seed": 2})
 
 
+def with_embedding(value: float, head: bool, **config: Any) -> Change:
+    """A model whose embedding holds this value, with an output of its own or without."""
+    names = ["model.embed_tokens.weight", "layer.0", *(["lm_head.weight"] if head else [])]
+    tensors = {name: np.zeros((4, 4), np.float32) for name in names}
+    tensors["model.embed_tokens.weight"] += value
+    return {"tensors": tensors, "config": config}
+
+
+@pytest.mark.parametrize(
+    ("head", "config"),
+    [(False, {}), (True, {"tie_word_embeddings": True}), (True, {"text_config": {"tie_word_embeddings": True}})],
+)
+def test_an_embedding_that_is_the_output_too_cannot_be_changed(same: Same, head: bool, config: Change) -> None:
+    assert not same(with_embedding(1, head, **config), with_embedding(2, head, **config))
+    assert same(with_embedding(1, head, **config), with_embedding(1, head, **config))
+
+
+@pytest.mark.parametrize("config", [{}, {"tie_word_embeddings": False}])
+def test_an_embedding_beside_an_output_of_its_own_can(same: Same, config: Change) -> None:
+    assert same(with_embedding(1, True, **config), with_embedding(2, True, **config))
+
+
 def test_two_quantizations_of_one_model_fit(same: Same) -> None:
     meta = {"quantizer": ["gptqmodel:7.7.0"], "offload_to_disk_path": "/tmp/z9", "damp_percent": 0.1}
     assert same({"quantization": GPTQ, "seed": 1}, {"quantization": GPTQ | {"meta": meta}, "seed": 2})
