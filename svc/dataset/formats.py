@@ -136,7 +136,10 @@ def _source_field(field: str, fields: list[tuple[str, str]]) -> str:
 def _read_alpaca(value: dict[str, Any], chat: _Turns) -> None:
     if not _absent(value.get("system")):
         chat.add("system", value["system"], "system")
-    for index, pair in enumerate(value.get("history") or []):
+    history = value.get("history")
+    if not _absent(history) and not isinstance(history, list):
+        raise RowError(Code.WRONG_FORMAT, f"is {kind_of(history)}", field="history", expected="a list of pairs")
+    for index, pair in enumerate(history if isinstance(history, list) else []):
         if not isinstance(pair, list) or len(pair) != 2:
             raise RowError(
                 Code.WRONG_FORMAT,

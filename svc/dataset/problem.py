@@ -104,15 +104,23 @@ class Problem:
     todo: str
 
 
+def printable(text: str) -> str:
+    """A text of which no part moves a terminal's cursor or cannot be written as UTF-8: such characters as escapes."""
+    if text.isprintable():
+        return text
+    return "".join(letter if letter.isprintable() else ascii(letter)[1:-1] for letter in text)
+
+
 class RowError(DataError):
     """An example that cannot be trained on.
 
     Args:
         field: where in the example; the message begins with it.
-        wrong: what is wrong there, with the value.
+        wrong: what is wrong there, with the value, which may be any text.
     """
 
     def __init__(self, code: Code, wrong: str, *, field: str = "", expected: str = "") -> None:
+        wrong = printable(wrong)
         super().__init__(f"{field} {wrong}" if field else wrong, expected=expected, todo=TODO[code])
         self.code = code
         self.field = field
