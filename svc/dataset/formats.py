@@ -5,7 +5,8 @@ files.
 """
 
 import re
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any
@@ -50,6 +51,14 @@ KEYS: dict[Format, tuple[str, ...]] = {
     Format.PROMPT_COMPLETION: ("prompt", "completion"),
 }
 """The keys that a row of the format has."""
+READ_KEYS = frozenset(key for keys in KEYS.values() for key in keys) | {
+    "input",
+    "system",
+    "history",
+    "tools",
+    "functions",
+}
+"""All keys of a row that are looked at."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,6 +78,14 @@ def recognise(value: Any) -> Format | None:
     if not isinstance(value, dict):
         return None
     return next((form for form, keys in KEYS.items() if all(value.get(key) is not None for key in keys)), None)
+
+
+def header_fault(names: Sequence[str]) -> RowError | None:
+    """What is wrong with the column names of a table: two columns for one key, of which only one could be read."""
+    twice = [name for name, count in Counter(names).items() if count > 1 and name in READ_KEYS]
+    if not twice:
+        return None
+    return RowError(Code.WRONG_FORMAT, f"the header has {_quoted(twice)} twice", expected="one column for each key")
 
 
 def parse_row(value: Any, form: Format) -> tuple[ChatExample, tuple[str, ...]]:
