@@ -25,8 +25,10 @@ _STATEMENTS = (
 _JINJA = re.compile(
     r"\{%[-+]?\s*(?:" + _STATEMENTS + r")\b[^{}%]*%\}"
     r"|\{#[^{}]{1,500}#\}"
-    r"|(?<![\\\w}^$=])\{\{-?\s*[\w.\[\]'\"]+(?:\s*[|*/+,(\[~-][^{}]*)?\s*-?\}\}"
+    r"|(?<![\\\w{}^$=])\{\{(?!-?[\d\s.]{1,60}\}\})-?\s{0,20}[\w.\[\]'\"]{1,80}"  # not a number: C++ has {{1}}
+    r"(?:\s{0,20}(?:[|*/+(\[~<>-]|[=!]=|\b(?:if|is|in|and|or|not)\b)[^{}]{0,200})?\s{0,20}-?\}\}"
 )
+"""Every repetition is bounded, so that no text takes more than a time in proportion to its length."""
 _CONTROL = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f\x80-\x84\x86-\x9f]")
 
 # The characters that the bytes 80 to BF become in Windows-1252; its five undefined bytes stay what they are.

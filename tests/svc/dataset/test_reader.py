@@ -1,6 +1,7 @@
 """A data file is read line by line, and whatever its bytes are, it is examples or reports."""
 
 import json
+import time
 from pathlib import Path
 from typing import Any
 
@@ -69,6 +70,15 @@ def test_a_bad_line_is_named_by_number_and_says_what_to_run(tmp_path: Path, line
     assert text in error.wrong
     assert error.expected
     assert f"svc data check {path}" in error.todo
+
+
+def test_an_object_with_very_many_keys_is_read_in_proportion_to_its_length(tmp_path: Path) -> None:
+    keys = [f'"{number}": 1' for number in range(100_000)]
+    path = tmp_path / "train.jsonl"
+    path.write_text("{" + ", ".join([*keys, keys[500]]) + "}")
+    began = time.process_time()
+    assert "key '500' twice" in failure(path).wrong
+    assert time.process_time() - began < 5
 
 
 def test_a_byte_order_mark_and_windows_line_ends_are_no_fault(tmp_path: Path) -> None:

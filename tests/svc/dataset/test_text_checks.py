@@ -1,6 +1,7 @@
 """Doubtful texts are told, and texts that only look so are not."""
 
 import json
+import time
 from pathlib import Path
 
 import pytest
@@ -21,6 +22,8 @@ GOOD = [
     "Tiếng Việt, čeština, Ελληνικά, русский, 日本語, עברית, العربية, हिन्दी",
     "tab\tline\nfeed\r\n and a next line\x85 and \u2028",
     "3 Å², 4 Å·mol, 5 Å±1, «âge» »Ü« »Ä« à «â» Â. Ã.",
+    "int a[2] = {{1, 2}}; vector v{{{3}}}; auto w = {{-4}}; {{a, b}} is a set of a set",
+    "f'{{{name}}}' is {name} in braces",
     "emoji 👩‍👩‍👧 ✔ ™ © ® °",
 ]
 
@@ -35,7 +38,9 @@ def test_good_texts_are_not_doubted(text: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "text", ["{{ 7*7 }}", "{{user.name}}", "{{ x | upper }}", "a {%- if x -%} b", "{% set x = 1 %}", "{# note #}"]
+    "text",
+    ["{{ 7*7 }}", "{{user.name}}", "{{ x | upper }}", "a {%- if x -%} b", "{% set x = 1 %}", "{# note #}"]
+    + ["{{ a == b }}", "{{ x if y else z }}", "{{ a and not b }}", "{{ x['k'] }}", "{{ f(1) }}", "{{- x -}}"],
 )
 def test_template_code_is_told(text: str) -> None:
     assert codes(text) == {Code.TEMPLATE_CODE}
@@ -66,6 +71,14 @@ def test_a_folder_without_a_tokenizer_is_named(tmp_path: Path, content: str | No
         (tmp_path / "tokenizer.json").write_text(content)
     with pytest.raises(DataError, match=r"tokenizer\.json"):
         special_tokens(tmp_path)
+
+
+@pytest.mark.parametrize("part", ["{{[", "[", "{{a|", " ", "{{a ", "{% if ", "{#", "{{ a if", "{{1", "<|", "Ã"])
+@pytest.mark.parametrize("begin", ["", "{{", "{{a", "{{a|", "{% if", "{{ a ", "{#"])
+def test_a_text_is_checked_in_proportion_to_its_length(begin: str, part: str) -> None:
+    began = time.process_time()
+    codes(begin + part * (60_000 // len(part)))
+    assert time.process_time() - began < 2
 
 
 @given(st.text())
