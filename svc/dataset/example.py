@@ -5,12 +5,13 @@ elsewhere: this is what they all become.
 """
 
 import json
+from collections import Counter
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any
 
 from svc.dataset.problem import Code, RowError
-from svc.dataset.tool_calls import ToolCall, check_encodable, kind_of, optional_text, parse_calls, parse_tools
+from svc.dataset.tool_calls import ToolCall, check_encodable, kind_of, names_of, optional_text, parse_calls, parse_tools
 
 _KEYS_OF_OTHER_FORMATS = {"instruction", "input", "output", "completion", "conversations"}
 
@@ -128,7 +129,12 @@ def parse_example(value: Any) -> ChatExample:
         raise RowError(Code.WRONG_FORMAT, f"is {found}", field="'messages'", expected="a list of turns")
     messages = tuple(_parse_message(index, turn) for index, turn in enumerate(turns))
     _check_order(messages)
-    return ChatExample(messages, parse_tools(value.get("tools")))
+    example = ChatExample(messages, parse_tools(value.get("tools")))
+    if value.get("functions") and not example.tools:
+        raise RowError(Code.WRONG_TOOLS, "is of the old function calling", field="functions", expected="'tools'")
+    if any(message.tool_calls or message.role is Role.TOOL for message in messages):
+        _check_calls(example)
+    return example
 
 
 def _parse_message(index: int, turn: Any) -> Message:
@@ -140,6 +146,13 @@ def _parse_message(index: int, turn: Any) -> Message:
         found = f"{role!r:.80}" if "role" in turn else "missing"
         raise RowError(Code.WRONG_ROLE, f"is {found}", field=f"{where}.role", expected=f"one of {', '.join(Role)}")
     calls = parse_calls(where, role, turn.get("tool_calls"))
+    if turn.get("function_call") is not None:
+        raise RowError(
+            Code.WRONG_TOOLS,
+            "is of the old function calling",
+            field=f"{where}.function_call",
+            expected="'tool_calls'",
+        )
     content = _parse_content(where, turn, may_be_blank=bool(calls))
     if len(turn) == 2:  # role and content: most turns of most files
         return Message(_ROLES[role], content)
@@ -203,13 +216,6 @@ def _check_order(messages: tuple[Message, ...]) -> None:
         )
     if Role.USER not in roles:
         raise RowError(Code.WRONG_TURNS, "no user turn", expected="at least one user turn before the answer")
-    if Role.TOOL in roles and roles.index(Role.TOOL) < roles.index(Role.ASSISTANT):
-        raise RowError(
-            Code.WRONG_TURNS,
-            "is a tool turn with no assistant turn before it",
-            field=f"messages[{roles.index(Role.TOOL)}]",
-            expected="the assistant's call first, then what the tool gives back",
-        )
     if not messages[-1].content.strip():
         raise RowError(
             Code.WRONG_CONTENT,
@@ -222,3 +228,69 @@ def _check_order(messages: tuple[Message, ...]) -> None:
         raise RowError(
             Code.WRONG_WEIGHT, "every assistant turn has the weight 0", expected="one at least that is learnt"
         )
+
+
+def _check_calls(example: ChatExample) -> None:
+    """Every call has its tool turn after it, and every tool turn its call; a chat template pairs them or fails."""
+    offered = names_of(example.tools)
+    waiting = _Waiting(0, ())
+    for place, message in enumerate(example.messages):
+        field = f"messages[{place}]"
+        if message.role is Role.TOOL:
+            waiting.answer(field, message.tool_call_id)
+            continue
+        waiting.close()
+        for call in message.tool_calls:
+            if offered and call.name not in offered:
+                raise RowError(
+                    Code.WRONG_TOOLS,
+                    f"is a call of {call.name!r:.80}",
+                    field=f"{field}.tool_calls",
+                    expected=f"one of the tools: {', '.join(offered):.200}",
+                )
+        waiting = _Waiting(place, message.tool_calls)
+
+
+class _Waiting:
+    """The calls of one turn that no tool turn has answered yet.
+
+    Calls without an id are only counted, and one tool turn may hold what all of them gave back: ShareGPT files have it
+    so.
+    """
+
+    def __init__(self, place: int, calls: tuple[ToolCall, ...]) -> None:
+        self._field = f"messages[{place}].tool_calls"
+        self._ids = [call.id for call in calls if call.id is not None]
+        self._unnamed = len(calls) - len(self._ids)
+        self._answered = False
+        twice = next((name for name, count in Counter(self._ids).items() if count > 1), None)
+        if twice is not None:
+            raise RowError(
+                Code.WRONG_TOOLS, f"has the id {twice!r:.80} twice", field=self._field, expected="an id for each call"
+            )
+
+    def answer(self, field: str, identity: str | None) -> None:
+        if identity in self._ids:
+            self._ids.remove(identity)
+        elif self._unnamed:
+            self._unnamed -= 1
+        elif identity is None and self._ids:
+            self._ids.pop(0)
+        else:
+            found = "" if identity is None else f" for the call {identity!r:.80}"
+            raise RowError(
+                Code.WRONG_TURNS,
+                f"is a tool turn{found} with no such call before it",
+                field=field,
+                expected="the assistant's call first, then what the tool gives back",
+            )
+        self._answered = True
+
+    def close(self) -> None:
+        if self._ids or (self._unnamed and not self._answered):
+            raise RowError(
+                Code.WRONG_TURNS,
+                "has a call that no tool turn after it answers",
+                field=self._field,
+                expected="what the tool gives back, for every call before the next turn of another role",
+            )

@@ -39,8 +39,10 @@ def test_good_texts_are_not_doubted(text: str) -> None:
 
 @pytest.mark.parametrize(
     "text",
-    ["{{ 7*7 }}", "{{user.name}}", "{{ x | upper }}", "a {%- if x -%} b", "{% set x = 1 %}", "{# note #}"]
-    + ["{{ a == b }}", "{{ x if y else z }}", "{{ a and not b }}", "{{ x['k'] }}", "{{ f(1) }}", "{{- x -}}"],
+    [
+        *("{{ 7*7 }}", "{{user.name}}", "{{ x | upper }}", "a {%- if x -%} b", "{% set x = 1 %}", "{# note #}"),
+        *("{{ a == b }}", "{{ x if y else z }}", "{{ a and not b }}", "{{ x['k'] }}", "{{ f(1) }}", "{{- x -}}"),
+    ],
 )
 def test_template_code_is_told(text: str) -> None:
     assert codes(text) == {Code.TEMPLATE_CODE}
