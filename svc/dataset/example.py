@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any
 
+from svc.dataset.plain_text import is_blank
 from svc.dataset.problem import Code, RowError
 from svc.dataset.tool_calls import ToolCall, check_encodable, kind_of, names_of, optional_text, parse_calls, parse_tools
 
@@ -177,7 +178,7 @@ def _parse_content(where: str, turn: dict[str, Any], *, may_be_blank: bool) -> s
     if not isinstance(content, str):
         found = kind_of(content) if "content" in turn else "missing"
         raise RowError(Code.WRONG_CONTENT, f"is {found}", field=field, expected="a string")
-    if not content.strip() and not may_be_blank:
+    if not may_be_blank and is_blank(content):
         raise RowError(Code.WRONG_CONTENT, "is blank", field=field, expected="some text")
     check_encodable(field, content)
     return content
@@ -216,7 +217,7 @@ def _check_order(messages: tuple[Message, ...]) -> None:
         )
     if Role.USER not in roles:
         raise RowError(Code.WRONG_TURNS, "no user turn", expected="at least one user turn before the answer")
-    if not messages[-1].content.strip():
+    if is_blank(messages[-1].content):
         raise RowError(
             Code.WRONG_CONTENT,
             "is blank in the final turn, which has tool calls only",

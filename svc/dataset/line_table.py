@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 
 from svc.dataset.example import ChatExample, Message, Role
 from svc.dataset.near_duplicates import Sketcher, Sketches
+from svc.dataset.plain_text import normal
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,11 +95,6 @@ def asked(example: ChatExample) -> str:
 def normal_prompt(example: ChatExample) -> str:
     """Equal for equal prompts, spacing and case aside."""
     return "\x1f".join(map(_normal_turn, example.prompt))
-
-
-def normal(text: str) -> str:
-    """A text without regard to spacing and case."""
-    return " ".join(text.casefold().split())
 
 
 def _normal_turn(message: Message) -> str:

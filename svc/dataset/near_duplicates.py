@@ -18,6 +18,8 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from svc.dataset.plain_text import unified
+
 SIMILAR = 0.7
 """Jaccard similarity from which on two texts are near duplicates."""
 _VALUES = 64
@@ -69,7 +71,7 @@ class Sketcher:
 
     def add(self, text: str) -> None:
         """Takes the next text. Spacing, case and punctuation do not count."""
-        hashes = list(map(zlib.crc32, _words(text[:_MAX_CHARS].casefold())[:_MAX_WORDS]))
+        hashes = list(map(zlib.crc32, _words(unified(text[:_MAX_CHARS]))[:_MAX_WORDS]))
         self._waiting.append(np.array([*_EDGE, *hashes, *_EDGE] if hashes else [], dtype=np.uint32))
         if len(self._waiting) >= (_SAMPLE if self._common is None else _TOGETHER):
             self._flush()

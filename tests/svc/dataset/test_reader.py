@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from svc.dataset.plain_text import is_blank
 from svc.dataset.reader import read_examples, read_lines, write_examples
 from svc.errors import DataError
 from tests.svc.chats import chat, write_lines
@@ -93,7 +94,7 @@ def test_lines_end_at_line_feeds_alone(tmp_path: Path) -> None:
     assert read_examples(tmp_path / "x.jsonl") == [example, chat()]
 
 
-texts = st.text(st.characters(exclude_categories=["Cs"]), min_size=1).filter(str.strip)
+texts = st.text(st.characters(exclude_categories=["Cs"]), min_size=1).filter(lambda text: not is_blank(text))
 
 
 @given(st.lists(st.builds(chat, texts, texts), min_size=1, max_size=5))
