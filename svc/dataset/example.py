@@ -14,8 +14,6 @@ from svc.dataset.plain_text import is_blank
 from svc.dataset.problem import Code, RowError
 from svc.dataset.tool_calls import ToolCall, check_encodable, kind_of, names_of, optional_text, parse_calls, parse_tools
 
-_KEYS_OF_OTHER_FORMATS = {"instruction", "input", "output", "completion", "conversations"}
-
 
 class Role(StrEnum):
     """Who speaks a turn."""
@@ -121,13 +119,10 @@ def parse_example(value: Any) -> ChatExample:
             f"no 'messages', only {sorted(value)!r:.200}",
             expected='an object {"messages": [...]}',
         )
-    foreign = sorted(key for key in _KEYS_OF_OTHER_FORMATS & set(value) if value[key] is not None)
-    if foreign:
-        raise RowError(Code.MIXED_FORMATS, f"'messages' beside {foreign!r}", expected="one format in a line")
     turns = value["messages"]
     if not isinstance(turns, list) or not turns:
         found = "an empty list" if turns == [] else kind_of(turns)
-        raise RowError(Code.WRONG_FORMAT, f"is {found}", field="'messages'", expected="a list of turns")
+        raise RowError(Code.WRONG_FORMAT, f"is {found}", field="messages", expected="a list of turns")
     messages = tuple(_parse_message(index, turn) for index, turn in enumerate(turns))
     _check_order(messages)
     example = ChatExample(messages, parse_tools(value.get("tools")))

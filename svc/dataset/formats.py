@@ -107,12 +107,11 @@ def parse_row(value: Any, form: Format) -> tuple[ChatExample, tuple[str, ...]]:
             f"a row in the format {found.value} in a file of {form.value}",
             expected=f"{_quoted(KEYS[form])} in every row",
         )
-    if form is Format.CHAT:
-        example = parse_example(value)
-        return example, tuple(f"messages[{place}].content" for place in range(len(example.messages)))
     if not isinstance(value, dict):
         raise RowError(Code.WRONG_FORMAT, f"the line is {kind_of(value)}", expected=f"an object {_quoted(KEYS[form])}")
     _check_keys(value, form)
+    if form is Format.CHAT:
+        return _read_chat(value)
     chat = _Turns([], [])
     _READERS[form](value, chat)
     try:
@@ -129,10 +128,29 @@ def _check_keys(value: dict[str, Any], form: Format) -> None:
             Code.WRONG_FORMAT, f"no {_quoted(missing)}, only {sorted(value)!r:.200}", expected=_quoted(KEYS[form])
         )
     for other, keys in KEYS.items():
-        if other is not form and all(value.get(key) is not None for key in keys):
+        if other is not form and keys[0] in value and all(value.get(key) is not None for key in keys):
             raise RowError(
                 Code.MIXED_FORMATS, f"{_quoted(KEYS[form])} beside {_quoted(keys)}", expected="one format in a line"
             )
+
+
+def _read_chat(value: dict[str, Any]) -> tuple[ChatExample, tuple[str, ...]]:
+    """The turns are as they are to be, but a system prompt may stand beside them, as Anthropic's API has it."""
+    system, turns = value.get("system"), value["messages"]
+    if _absent(system) or not isinstance(turns, list):
+        example = parse_example(value)
+        return example, tuple(f"messages[{place}].content" for place in range(len(example.messages)))
+    try:
+        example = parse_example(value | {"messages": [{"role": "system", "content": system}, *turns]})
+    except RowError as error:
+        raise error.at(_PLACE.sub(_without_system, error.field)) from error
+    return example, ("system", *(f"messages[{place}].content" for place in range(len(turns))))
+
+
+def _without_system(place: re.Match[str]) -> str:
+    """`messages[1].role` as it is named without a system turn before it."""
+    number = int(place[1])
+    return place[0].replace(f"[{number}]", f"[{number - 1}]", 1) if number else "system"
 
 
 def _source_field(field: str, fields: list[tuple[str, str]]) -> str:

@@ -20,6 +20,8 @@ _TO_UNIFY = re.compile("[\uff01-\uff5e\u00ad\u200b\u2060\ufeff]")
 
 def is_blank(text: str) -> bool:
     """Whether a text has no character that can be seen."""
+    if "!" <= text[:1] <= "~":
+        return False  # nearly every text, in a tenth of the time
     return not any(unicodedata.category(letter) not in _INVISIBLE and letter not in _FILLERS for letter in text)
 
 

@@ -47,7 +47,7 @@ def test_a_good_example_is_read_whole() -> None:
         ((USER, turn("assistant", " \n")), "messages[1].content is blank"),
         ((turn("user", "\ud83d"), ANSWER), "messages[0].content holds half of a surrogate pair"),
         (("hello",), "messages[0] is a string"),
-        ((), "'messages' is an empty list"),
+        ((), "messages is an empty list"),
     ],
 )
 def test_a_bad_turn_is_named_with_its_place_and_value(turns: tuple[Any, ...], text: str) -> None:
@@ -60,8 +60,7 @@ def test_a_bad_turn_is_named_with_its_place_and_value(turns: tuple[Any, ...], te
         ([USER, ANSWER], "the line is a list"),
         (None, "the line is null"),
         ({"message": []}, "no 'messages', only ['message']"),
-        ({"messages": {"role": "user"}}, "'messages' is an object"),
-        ({"messages": [USER, ANSWER], "output": "x"}, "'messages' beside ['output']"),
+        ({"messages": {"role": "user"}}, "messages is an object"),
     ],
 )
 def test_a_line_of_another_form_is_named(value: Any, text: str) -> None:
