@@ -6,6 +6,7 @@ elsewhere: this is what they all become.
 
 import json
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any
@@ -84,9 +85,26 @@ class ChatExample:
         return self.messages[-1].content
 
     @property
+    def texts(self) -> Iterator[str]:
+        """All that a model is shown: contents, names, calls and tools."""
+        for message in self.messages:
+            yield message.content
+            if message.name:
+                yield message.name
+            for call in message.tool_calls:
+                yield call.name
+                yield call.arguments
+        yield from self.tools
+
+    @property
     def characters(self) -> int:
-        """Length of all turns, characters."""
-        return sum(len(message.content) for message in self.messages)
+        """Length of all texts, characters."""
+        return sum(map(len, self.texts))
+
+    @property
+    def utf8_bytes(self) -> int:
+        """Length of all texts in UTF-8: nearer than characters to what a tokenizer of bytes makes of any script."""
+        return sum(len(text) if text.isascii() else len(text.encode()) for text in self.texts)
 
     @property
     def learnt(self) -> tuple[int, ...]:

@@ -28,7 +28,7 @@ class LineTable:
         sketches: of what was asked, for near duplicates.
     """
 
-    files: NDArray[np.uint16]
+    files: NDArray[np.uint32]
     lines: NDArray[np.uint32]
     prompts: NDArray[np.uint64]
     pairs: NDArray[np.uint64]
@@ -42,7 +42,7 @@ class LineTableBuilder:
     """Takes examples one by one."""
 
     def __init__(self) -> None:
-        self._files, self._lines, self._flags = array("H"), array("I"), array("B")
+        self._files, self._lines, self._flags = array("I"), array("I"), array("B")
         self._prompts, self._pairs, self._systems, self._answers = (array("Q") for _ in range(4))
         self._sketcher = Sketcher()
 
@@ -70,7 +70,7 @@ class LineTableBuilder:
     def finish(self) -> LineTable:
         """The table."""
         return LineTable(
-            files=_numbers(self._files, np.uint16),
+            files=_numbers(self._files, np.uint32),
             lines=_numbers(self._lines, np.uint32),
             prompts=_numbers(self._prompts, np.uint64),
             pairs=_numbers(self._pairs, np.uint64),

@@ -43,6 +43,7 @@ class Code(StrEnum):
     MOJIBAKE = "mojibake"
     TOO_LONG = "too_long"
     SAME_ROLE_TWICE = "same_role_twice"
+    ASSISTANT_FIRST = "assistant_first"
     LABEL_NOT_IN_SET = "label_not_in_set"
     ANSWER_NOT_JSON = "answer_not_json"
 
@@ -74,6 +75,7 @@ _WARNINGS = {
     Code.MOJIBAKE: "convert the source again, as UTF-8",
     Code.TOO_LONG: "shorten or split the example, or raise the maximum length if memory allows",
     Code.SAME_ROLE_TWICE: "join the turns, or check whether one between them is missing; some chat templates refuse it",
+    Code.ASSISTANT_FIRST: "put the user turn before it, or drop it; some chat templates refuse it",
     Code.LABEL_NOT_IN_SET: "correct the label, or add it to the instruction",
     Code.ANSWER_NOT_JSON: "write the answer as JSON like the others, or drop the example",
 }

@@ -74,6 +74,15 @@ def test_a_large_bad_value_does_not_fill_the_screen() -> None:
     assert len(wrong(turn("x" * 100_000, "y"), ANSWER)) < 300
 
 
+def test_the_length_is_that_of_all_that_a_model_is_shown() -> None:
+    call = {"id": "1", "type": "function", "function": {"name": "rain", "arguments": '{"a": "日"}'}}
+    turns = [USER | {"name": "Ada"}, {"role": "assistant", "content": None, "tool_calls": [call]}]
+    turns += [turn("tool", "no") | {"tool_call_id": "1"}, ANSWER]
+    example = parse_example({"messages": turns, "tools": [{"type": "function", "function": {"name": "rain"}}]})
+    assert example.characters == len('Which?Adarain{"a": "日"}noThat.') + len(example.tools[0])
+    assert example.utf8_bytes == example.characters + 2
+
+
 roles = st.sampled_from([*Role, "tool"]) | json_values
 turns = st.lists(json_values | st.fixed_dictionaries({"role": roles, "content": st.text(max_size=9) | json_values}))
 

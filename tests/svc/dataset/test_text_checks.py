@@ -24,6 +24,9 @@ GOOD = [
     "3 Å², 4 Å·mol, 5 Å±1, «âge» »Ü« »Ä« à «â» Â. Ã.",
     "int a[2] = {{1, 2}}; vector v{{{3}}}; auto w = {{-4}}; {{a, b}} is a set of a set",
     "f'{{{name}}}' is {name} in braces",
+    "xs |> f <| y; p <|> q; a <turn> of <channel>",
+    "🏴\U000e0067\U000e0062\U000e0065\U000e006e\U000e0067\U000e007f is England",
+    "\u2066isolated\u2069 \u200ftext",
     "emoji 👩‍👩‍👧 ✔ ™ © ® °",
 ]
 
@@ -48,9 +51,26 @@ def test_template_code_is_told(text: str) -> None:
     assert codes(text) == {Code.TEMPLATE_CODE}
 
 
-@pytest.mark.parametrize("text", ["<|im_end|>", "<｜end▁of▁sentence｜>", "[AVAILABLE_TOOLS]", "x</s>", "<eos>"])  # noqa: RUF001
+@pytest.mark.parametrize(
+    "text",
+    [
+        *("<|im_end|>", "<｜end▁of▁sentence｜>", "[AVAILABLE_TOOLS]", "x</s>", "<eos>"),  # noqa: RUF001
+        *("<|turn>model", "<turn|>", "<|channel>", "<channel|>", "<|tool_call>", "<tool_call|>", "<tool_response|>"),
+    ],
+)
 def test_special_tokens_of_known_families_are_told(text: str) -> None:
     assert codes(text) == {Code.SPECIAL_TOKEN}
+
+
+@pytest.mark.parametrize(
+    "text", ["a\u202eb", "a\U000e0041\U000e0042", "🏴 \U000e0067", "\U000e007f", "\U000e0020x"], ids=ascii
+)
+def test_characters_that_hide_text_are_told(text: str) -> None:
+    assert codes(text) == {Code.CONTROL_CHARACTER}
+
+
+def test_what_stands_for_lost_bytes_is_told() -> None:
+    assert codes("caf\ufffd") == {Code.MOJIBAKE}
 
 
 @given(st.text(alphabet="äöüéèñçßøåžšł€–“”’ž", min_size=1, max_size=9), st.text("abc", min_size=1, max_size=5))  # noqa: RUF001
