@@ -1,7 +1,7 @@
 """What is wrong with data files, line by line, before any model is loaded.
 
 Errors are lines that cannot be trained on. Warnings are lines that can, and that a person should look at. Files are
-streamed: of each example some 180 bytes stay in memory, never its text; what needs all of them (copies, leaks, labels)
+streamed: of each example some 200 bytes stay in memory, never its text; what needs all of them (copies, leaks, labels)
 is found at the end.
 """
 
@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from svc.dataset.example import ChatExample, Message, Role
-from svc.dataset.labels import FEW_ANSWERS, kind_of_answer, odd_answers
+from svc.dataset.labels import FEW_ANSWERS, look_at_answer, odd_answers
 from svc.dataset.line_table import LineTable, LineTableBuilder, first_with_same, normal_prompt
 from svc.dataset.near_duplicates import clusters, nearest
 from svc.dataset.problem import TODO, Code, Problem, Severity, severity_of
@@ -108,7 +108,7 @@ def check_files(
             checks.check(reports[index], line)
             last = line.number
             if line.example:
-                table.add(index, line.number, line.example, kind_of_answer(line.example))
+                table.add(index, line.number, line.example, look_at_answer(line.example))
         if not reports[index].examples:
             reports[index].add(last, Code.EMPTY, "no example in the whole file")
         read += path.stat().st_size
@@ -199,7 +199,7 @@ def _compare(reports: list[DataReport], table: LineTable, kept_back: int) -> Non
         kept_back: the first so many examples are the held-out ones.
     """
     train = slice(kept_back, None)
-    odd = odd_answers(table.systems[train], table.answers[train], table.flags[train])
+    odd = odd_answers(table.tasks[train], table.answers[train], table.labels[train], table.kinds[train])
     odd_by_row = {kept_back + place: (code, text) for place, code, text in odd}
     copies = _Copies.of(table, kept_back)
     for report in reports:
@@ -245,10 +245,10 @@ class _Copies:
         held, sketches = table.sketches.part(0, kept_back), table.sketches.part(kept_back, len(table.lines))
         leak = _places_in(table.prompts[train], table.prompts[:kept_back])
         near_leak = np.where(leak < 0, nearest(sketches, held), -1)
-        same_pair = _earlier(table.pairs[train], kept_back)
-        same_prompt = np.where(same_pair < 0, _earlier(table.prompts[train], kept_back), -1)
-        _, near = clusters(sketches)
         systems = table.systems[train]
+        same_pair = _earlier(table.pairs[train] ^ systems, kept_back)  # with other tools it is another example
+        same_prompt = np.where(same_pair < 0, _earlier(table.prompts[train] ^ systems, kept_back), -1)
+        _, near = clusters(sketches)
         other_task = systems[np.maximum(near, 0)] != systems  # one text under two instructions is two examples
         near = np.where((near < 0) | (same_pair >= 0) | (same_prompt >= 0) | other_task, -1, near + kept_back)
         found = (leak >= 0) | (near_leak >= 0) | (same_pair >= 0) | (same_prompt >= 0) | (near >= 0)

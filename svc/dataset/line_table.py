@@ -1,4 +1,4 @@
-"""What is remembered of each example while a file streams by: 50 bytes, and 130 of its sketch; never its text."""
+"""What is remembered of each example while a file streams by: 70 bytes, and 130 of its sketch; never its text."""
 
 import hashlib
 from array import array
@@ -9,8 +9,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from svc.dataset.example import ChatExample, Message, Role
+from svc.dataset.labels import Answer, AnswerKind
 from svc.dataset.near_duplicates import Sketcher, Sketches
 from svc.dataset.plain_text import normal
+
+_BEGINNING = 100
+_WORDS_OF_A_TASK = 3
+_NO_LABEL = Answer(AnswerKind(0))
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,9 +27,11 @@ class LineTable:
         lines: number in the file.
         prompts: hash of all turns before the answer; equal for equal prompts, spacing and case aside.
         pairs: the same of prompt and answer together.
-        systems: the same of the system turn; 0 where there is none.
+        systems: the same of the system turn and the tools; 0 where there are none.
+        tasks: equal for examples of one task: of the system turn or, without one, the first words of the prompt.
         answers: hash of the exact answer.
-        flags: what the label checks saw.
+        labels: hash of what the answer says as a label, spacing and case aside; 0 where it is none.
+        kinds: `AnswerKind` of the answer.
         sketches: of what was asked, for near duplicates.
     """
 
@@ -33,8 +40,10 @@ class LineTable:
     prompts: NDArray[np.uint64]
     pairs: NDArray[np.uint64]
     systems: NDArray[np.uint64]
+    tasks: NDArray[np.uint64]
     answers: NDArray[np.uint64]
-    flags: NDArray[np.uint8]
+    labels: NDArray[np.uint64]
+    kinds: NDArray[np.uint8]
     sketches: Sketches
 
 
@@ -42,29 +51,33 @@ class LineTableBuilder:
     """Takes examples one by one."""
 
     def __init__(self) -> None:
-        self._files, self._lines, self._flags = array("I"), array("I"), array("B")
-        self._prompts, self._pairs, self._systems, self._answers = (array("Q") for _ in range(4))
+        self._files, self._lines, self._kinds = array("I"), array("I"), array("B")
+        self._prompts, self._pairs, self._systems = (array("Q") for _ in range(3))
+        self._tasks, self._answers, self._labels = (array("Q") for _ in range(3))
         self._sketcher = Sketcher()
 
     def __len__(self) -> int:
         return len(self._lines)
 
-    def add(self, file: int, line: int, example: ChatExample, flags: int = 0) -> None:
+    def add(self, file: int, line: int, example: ChatExample, answer: Answer = _NO_LABEL) -> None:
         """Takes the next example.
 
         Args:
             file: index of its file.
-            flags: a number below 256 that is given back with the line.
+            answer: how its answer looks.
         """
         prompt = normal_prompt(example)
         first = example.messages[0]
+        system = normal(first.content) if first.role is Role.SYSTEM else ""
         self._files.append(file)
         self._lines.append(line)
-        self._flags.append(flags)
+        self._kinds.append(answer.kind)
         self._prompts.append(_hash(prompt))
         self._pairs.append(_hash(f"{prompt}\x1e{normal(example.answer)}"))
-        self._systems.append(_hash(normal(first.content)) if first.role is Role.SYSTEM else 0)
+        self._systems.append(_hash("\x1d".join((system, *example.tools))) if system or example.tools else 0)
+        self._tasks.append(_hash(system or _first_words(first.content)))
         self._answers.append(_hash(example.answer))
+        self._labels.append(_hash(normal(answer.label)) if answer.label else 0)
         self._sketcher.add(asked(example))
 
     def finish(self) -> LineTable:
@@ -75,8 +88,10 @@ class LineTableBuilder:
             prompts=_numbers(self._prompts, np.uint64),
             pairs=_numbers(self._pairs, np.uint64),
             systems=_numbers(self._systems, np.uint64),
+            tasks=_numbers(self._tasks, np.uint64),
             answers=_numbers(self._answers, np.uint64),
-            flags=_numbers(self._flags, np.uint8),
+            labels=_numbers(self._labels, np.uint64),
+            kinds=_numbers(self._kinds, np.uint8),
             sketches=self._sketcher.finish(),
         )
 
@@ -95,6 +110,11 @@ def asked(example: ChatExample) -> str:
 def normal_prompt(example: ChatExample) -> str:
     """Equal for equal prompts, spacing and case aside."""
     return "\x1f".join(map(_normal_turn, example.prompt))
+
+
+def _first_words(text: str) -> str:
+    """What tells one task from another where instruction and input are one text."""
+    return " ".join(normal(text[:_BEGINNING]).split(" ", _WORDS_OF_A_TASK)[:_WORDS_OF_A_TASK])
 
 
 def _normal_turn(message: Message) -> str:

@@ -142,6 +142,14 @@ def test_a_good_example_with_tools_is_accused_of_nothing(tmp_path: Path) -> None
     assert found(tmp_path / "x.jsonl", [encode(tool_row())]) == {}
 
 
+def test_one_prompt_with_other_tools_is_another_example_but_a_leak_all_the_same(tmp_path: Path) -> None:
+    one, other = tool_row(), tool_row(description="Makes it.")
+    answered = put(one, "messages.3.content", "Yes.")
+    assert found(tmp_path / "x.jsonl", map(encode, [one, other])) == {}
+    assert found(tmp_path / "x.jsonl", map(encode, [one, other, answered])) == {3: {Code.CONTRADICTION}}
+    assert found(tmp_path / "x.jsonl", [encode(one)], [encode(other)]) == {1: {Code.LEAK}}
+
+
 @pytest.mark.parametrize(("letter", "count", "long"), [("x", 15_000, False), ("日", 5_000, False), ("日", 6_000, True)])
 def test_the_length_in_tokens_is_estimated_in_any_script(tmp_path: Path, letter: str, count: int, long: bool) -> None:
     rows = [row(Format.PROMPT_COMPLETION, "", letter * count, "yes")]
