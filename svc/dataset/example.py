@@ -146,7 +146,7 @@ def parse_example(value: Any) -> ChatExample:
     example = ChatExample(messages, parse_tools(value.get("tools")))
     if value.get("functions") and not example.tools:
         raise RowError(Code.WRONG_TOOLS, "is of the old function calling", field="functions", expected="'tools'")
-    if any(message.tool_calls or message.role is Role.TOOL for message in messages):
+    if any([message.tool_calls or message.role is Role.TOOL for message in messages]):  # noqa: C419 - twice as fast
         _check_calls(example)
     return example
 

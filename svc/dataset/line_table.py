@@ -3,6 +3,7 @@
 import hashlib
 from array import array
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -68,16 +69,16 @@ class LineTableBuilder:
         """
         prompt = normal_prompt(example)
         first = example.messages[0]
-        system = normal(first.content) if first.role is Role.SYSTEM else ""
+        system = first.content if first.role is Role.SYSTEM else ""
         self._files.append(file)
         self._lines.append(line)
         self._kinds.append(answer.kind)
         self._prompts.append(_hash(prompt))
         self._pairs.append(_hash(f"{prompt}\x1e{normal(example.answer)}"))
-        self._systems.append(_hash("\x1d".join((system, *example.tools))) if system or example.tools else 0)
-        self._tasks.append(_hash(system or _first_words(first.content)))
+        self._systems.append(_normal_hash(system, *example.tools) if system or example.tools else 0)
+        self._tasks.append(_normal_hash(system) if system else _hash(_first_words(first.content)))
         self._answers.append(_hash(example.answer))
-        self._labels.append(_hash(normal(answer.label)) if answer.label else 0)
+        self._labels.append(_normal_hash(answer.label) if answer.label else 0)
         self._sketcher.add(asked(example))
 
     def finish(self) -> LineTable:
@@ -125,6 +126,12 @@ def _normal_turn(message: Message) -> str:
 def _hash(text: str) -> int:
     digest = hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=8).digest()
     return int.from_bytes(digest, "little")
+
+
+@lru_cache(maxsize=128)
+def _normal_hash(*texts: str) -> int:
+    """Of texts that come again and again: system turns, tools, labels."""
+    return _hash("\x1d".join(map(normal, texts)))
 
 
 def _numbers(values: "array[int]", kind: Any) -> Any:

@@ -184,7 +184,9 @@ def test_short_questions_under_one_long_instruction_are_no_copies(tmp_path: Path
     instruction = "Translate the following sentence into French, and answer with the translation only, without quotes: "
     chance = random.Random(1)
     rows = [row(Format.ALPACA, "", instruction * 3 + text(chance, 2, 5), text(chance, 2, 5)) for _ in range(60)]
-    assert found(tmp_path / "x.jsonl", map(encode, rows)) == {}
+    for count in (8, 60):
+        held = [row(Format.ALPACA, "", instruction * 3 + text(chance, 2, 5), "x")]
+        assert found(tmp_path / "x.jsonl", map(encode, rows[:count]), map(encode, held)) == {}
 
 
 @pytest.mark.parametrize(
