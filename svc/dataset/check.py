@@ -1,7 +1,7 @@
 """What is wrong with data files, line by line, before any model is loaded.
 
 Errors are lines that cannot be trained on. Warnings are lines that can, and that a person should look at. Files are
-streamed: of each example some 200 bytes stay in memory, never its text; what needs all of them (copies, leaks, labels)
+streamed: of each example some 190 bytes stay in memory, never its text; what needs all of them (copies, leaks, labels)
 is found at the end.
 """
 

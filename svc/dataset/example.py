@@ -246,7 +246,7 @@ def _check_order(messages: tuple[Message, ...]) -> None:
 
 def _check_calls(example: ChatExample) -> None:
     """Every call has its tool turn after it, and every tool turn its call; a chat template pairs them or fails."""
-    offered = names_of(example.tools)
+    offered = dict.fromkeys(names_of(example.tools))
     waiting = _Waiting(0, ())
     for place, message in enumerate(example.messages):
         field = f"messages[{place}]"
@@ -274,10 +274,11 @@ class _Waiting:
 
     def __init__(self, place: int, calls: tuple[ToolCall, ...]) -> None:
         self._field = f"messages[{place}].tool_calls"
-        self._ids = [call.id for call in calls if call.id is not None]
-        self._unnamed = len(calls) - len(self._ids)
+        named = Counter(call.id for call in calls if call.id is not None)
+        self._ids = dict.fromkeys(named)
+        self._unnamed = len(calls) - named.total()
         self._answered = False
-        twice = next((name for name, count in Counter(self._ids).items() if count > 1), None)
+        twice = next((name for name, count in named.items() if count > 1), None)
         if twice is not None:
             raise RowError(
                 Code.WRONG_TOOLS, f"has the id {twice!r:.80} twice", field=self._field, expected="an id for each call"
@@ -285,11 +286,11 @@ class _Waiting:
 
     def answer(self, field: str, identity: str | None) -> None:
         if identity in self._ids:
-            self._ids.remove(identity)
+            del self._ids[identity]
         elif self._unnamed:
             self._unnamed -= 1
         elif identity is None and self._ids:
-            self._ids.pop(0)
+            del self._ids[next(iter(self._ids))]
         else:
             found = "" if identity is None else f" for the call {identity!r:.80}"
             raise RowError(

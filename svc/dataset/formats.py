@@ -108,7 +108,9 @@ def parse_row(value: Any, form: Format) -> tuple[ChatExample, tuple[str, ...]]:
             expected=f"{_quoted(KEYS[form])} in every row",
         )
     if not isinstance(value, dict):
-        raise RowError(Code.WRONG_FORMAT, f"the line is {kind_of(value)}", expected=f"an object {_quoted(KEYS[form])}")
+        raise RowError(
+            Code.WRONG_FORMAT, f"the line is {kind_of(value)}", expected=f"an object with {_quoted(KEYS[form])}"
+        )
     _check_keys(value, form)
     if form is Format.CHAT:
         return _read_chat(value)

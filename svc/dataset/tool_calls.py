@@ -97,10 +97,11 @@ def parse_tools(tools: Any) -> tuple[str, ...]:
     if not isinstance(listed, list):
         raise RowError(Code.WRONG_TOOLS, f"is {json_text(tools):.80}", field="tools", expected="a list of definitions")
     texts = tuple(_parse_tool(f"tools[{index}]", tool) for index, tool in enumerate(listed))
-    names = names_of(texts)
-    for index, name in enumerate(names):
-        if name in names[:index]:
+    seen: set[str] = set()
+    for index, name in enumerate(names_of(texts)):
+        if name in seen:
             raise RowError(Code.WRONG_TOOLS, f"is {name!r} again", field=f"tools[{index}]", expected="each name once")
+        seen.add(name)
     return texts
 
 

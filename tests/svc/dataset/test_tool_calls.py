@@ -1,6 +1,7 @@
 """Tools are as OpenAI's API has them, and every call has its answer and every answer its call."""
 
 import json
+import time
 from typing import Any
 
 import pytest
@@ -99,6 +100,16 @@ def test_a_sharegpt_observation_without_a_call_is_refused_by_its_own_name() -> N
     with pytest.raises(RowError) as caught:
         parse_row(value, Format.SHAREGPT)
     assert (caught.value.code, caught.value.field) == (Code.WRONG_TURNS, "conversations[2].value")
+
+
+def test_very_many_tools_and_calls_are_checked_in_proportion_to_their_number() -> None:
+    ids = [str(number) for number in range(20_000)]
+    tools = [{"name": f"f{name}"} for name in ids]
+    calls = [{"id": name, "function": {"name": f"f{name}", "arguments": "{}"}} for name in ids]
+    turns = [{"role": "assistant", "content": None, "tool_calls": calls}, *map(giving, reversed(ids)), ANSWER]
+    began = time.process_time()
+    assert len(parse(*turns, tools=tools).messages) == 20_003
+    assert time.process_time() - began < 5
 
 
 def test_two_calls_with_one_id_are_refused() -> None:
