@@ -1,7 +1,7 @@
 """What is wrong with data files, line by line, before any model is loaded.
 
 Errors are lines that cannot be trained on. Warnings are lines that can, and that a person should look at. Files are
-streamed: of each example some 190 bytes stay in memory, never its text; what needs all of them (copies, leaks, labels)
+streamed: of each example some 200 bytes stay in memory, never its text; what needs all of them (copies, leaks, labels)
 is found at the end.
 """
 
@@ -199,8 +199,10 @@ def _compare(reports: list[DataReport], table: LineTable, kept_back: int) -> Non
         kept_back: the first so many examples are the held-out ones.
     """
     train = slice(kept_back, None)
-    odd = odd_answers(table.tasks[train], table.answers[train], table.labels[train], table.kinds[train])
-    odd_by_row = {kept_back + place: (code, text) for place, code, text in odd}
+    odd_by_row: dict[int, tuple[Code, str]] = {}
+    for tasks in (table.beginnings, table.endings):
+        odd = odd_answers(tasks[train], table.answers[train], table.labels[train], table.kinds[train])
+        odd_by_row |= {kept_back + place: (code, text) for place, code, text in odd}
     copies = _Copies.of(table, kept_back)
     for report in reports:
         report.problems.begin_pass()

@@ -1,4 +1,4 @@
-"""What is remembered of each example while a file streams by: 60 bytes, and 130 of its sketch; never its text."""
+"""What is remembered of each example while a file streams by: 65 bytes, and 130 of its sketch; never its text."""
 
 import hashlib
 from array import array
@@ -14,7 +14,7 @@ from svc.dataset.labels import Answer, AnswerKind
 from svc.dataset.near_duplicates import Sketcher, Sketches
 from svc.dataset.plain_text import normal
 
-_BEGINNING = 100
+_EDGE = 100
 _WORDS_OF_A_TASK = 3
 _NO_LABEL = Answer(AnswerKind(0))
 
@@ -29,7 +29,8 @@ class LineTable:
         prompts: hash of all turns before the answer; equal for equal prompts, spacing and case aside.
         pairs: the same of prompt and answer together.
         systems: the same of the system turn and the tools; 0 where there are none.
-        tasks: equal for examples of one task: of the system turn or, without one, the first words of the prompt.
+        beginnings, endings: equal for examples of one task: hash of the system turn or, without one, of the first and
+            of the last words of the prompt, where an instruction stands.
         answers: hash of the exact answer.
         labels: hash of what the answer says as a label, spacing and case aside; 0 where it is none.
         kinds: `AnswerKind` of the answer.
@@ -41,7 +42,8 @@ class LineTable:
     prompts: NDArray[np.uint64]
     pairs: NDArray[np.uint64]
     systems: NDArray[np.uint64]
-    tasks: NDArray[np.uint64]
+    beginnings: NDArray[np.uint64]
+    endings: NDArray[np.uint64]
     answers: NDArray[np.uint64]
     labels: NDArray[np.uint64]
     kinds: NDArray[np.uint8]
@@ -53,8 +55,8 @@ class LineTableBuilder:
 
     def __init__(self) -> None:
         self._files, self._lines, self._kinds = array("I"), array("I"), array("B")
-        self._prompts, self._pairs, self._systems = (array("Q") for _ in range(3))
-        self._tasks, self._answers, self._labels = (array("Q") for _ in range(3))
+        self._prompts, self._pairs, self._systems, self._answers = (array("Q") for _ in range(4))
+        self._beginnings, self._endings, self._labels = (array("Q") for _ in range(3))
         self._sketcher = Sketcher()
 
     def __len__(self) -> int:
@@ -76,7 +78,8 @@ class LineTableBuilder:
         self._prompts.append(_hash(prompt))
         self._pairs.append(_hash(f"{prompt}\x1e{normal(example.answer)}"))
         self._systems.append(_normal_hash(system, *example.tools) if system or example.tools else 0)
-        self._tasks.append(_normal_hash(system) if system else _hash(_first_words(first.content)))
+        self._beginnings.append(_normal_hash(system) if system else _hash(_first_words(first.content)))
+        self._endings.append(_normal_hash(system) if system else _hash(_last_words(example.prompt[-1].content)))
         self._answers.append(_hash(example.answer))
         self._labels.append(_normal_hash(answer.label) if answer.label else 0)
         self._sketcher.add(asked(example))
@@ -89,7 +92,8 @@ class LineTableBuilder:
             prompts=_numbers(self._prompts, np.uint64),
             pairs=_numbers(self._pairs, np.uint64),
             systems=_numbers(self._systems, np.uint64),
-            tasks=_numbers(self._tasks, np.uint64),
+            beginnings=_numbers(self._beginnings, np.uint64),
+            endings=_numbers(self._endings, np.uint64),
             answers=_numbers(self._answers, np.uint64),
             labels=_numbers(self._labels, np.uint64),
             kinds=_numbers(self._kinds, np.uint8),
@@ -114,8 +118,11 @@ def normal_prompt(example: ChatExample) -> str:
 
 
 def _first_words(text: str) -> str:
-    """What tells one task from another where instruction and input are one text."""
-    return " ".join(normal(text[:_BEGINNING]).split(" ", _WORDS_OF_A_TASK)[:_WORDS_OF_A_TASK])
+    return " ".join(normal(text[:_EDGE]).split(" ")[:_WORDS_OF_A_TASK])
+
+
+def _last_words(text: str) -> str:
+    return " ".join(normal(text[-_EDGE:]).split(" ")[-_WORDS_OF_A_TASK:])
 
 
 def _normal_turn(message: Message) -> str:

@@ -27,10 +27,10 @@ _STATEMENTS = (
 _JINJA = re.compile(
     r"\{%[-+]?\s*(?:" + _STATEMENTS + r")\b[^{}%]*%\}"
     r"|\{#[^{}]{1,500}#\}"
-    r"|(?<![\\\w{}^$=])\{\{(?!-?[\d\s.]{1,60}\}\})-?\s{0,20}[\w.\[\]'\"]{1,80}"  # not a number: C++ has {{1}}
-    r"(?:\s{0,20}(?:[|*/+(\[~<>-]|[=!]=|\b(?:if|is|in|and|or|not)\b)[^{}]{0,200})?\s{0,20}-?\}\}"
+    r"|(?<![\\\w{}^$=])\{\{(?!-?[\d\s.]{1,60}\}\})-?[ \t]{0,20}[\w.\[\]'\"]{1,80}"  # not a number: C++ has {{1}}
+    r"(?:[ \t]{0,20}(?:[|*/+(\[~<>-]|[=!]=|\b(?:if|is|in|and|or|not)\b)[^{};\n]{0,200})?[ \t]{0,20}-?\}\}"
 )
-"""Every repetition is bounded, so that no text takes more than a time in proportion to its length."""
+"""Repetitions are bounded or end at a brace, so that every text takes a time in proportion to its length."""
 _CONTROL = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f\x80-\x84\x86-\x9f]")
 _HIDDEN = re.compile("\u202e|(?<![\U0001f3f4\U000e0020-\U000e007e])[\U000e0020-\U000e007f]")
 """What hides text or its order; tag characters after a black flag make the flag of a region."""

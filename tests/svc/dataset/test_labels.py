@@ -17,9 +17,9 @@ LONG = "The review is positive, because it praises the film a great deal."
 UNIQUE = random.Random(4)
 
 
-def example(answer: str, system: str = "", begin: str = "") -> ChatExample:
+def example(answer: str, system: str = "", around: str = "{}") -> ChatExample:
     """A question of its own with an answer."""
-    turns = chat(begin + text(UNIQUE, 8, 12), answer).messages
+    turns = chat(around.replace("{}", text(UNIQUE, 8, 12)), answer).messages
     return ChatExample((Message(Role.SYSTEM, system), *turns) if system else turns)
 
 
@@ -29,19 +29,23 @@ def odd(examples: Sequence[ChatExample]) -> dict[int, Code]:
     for number, one in enumerate(examples):
         builder.add(0, number, one, look_at_answer(one))
     table = builder.finish()
-    return {place: code for place, code, _ in odd_answers(table.tasks, table.answers, table.labels, table.kinds)}
+    return {
+        place: code
+        for tasks in (table.beginnings, table.endings)
+        for place, code, _ in odd_answers(tasks, table.answers, table.labels, table.kinds)
+    }
 
 
-def labelled(counts: dict[str, int], system: str = "", begin: str = "") -> list[ChatExample]:
+def labelled(counts: dict[str, int], system: str = "", around: str = "{}") -> list[ChatExample]:
     """So many examples of each answer, mixed."""
     answers = [answer for answer, count in counts.items() for _ in range(count)]
     random.Random(1).shuffle(answers)
-    return [example(answer, system, begin) for answer in answers]
+    return [example(answer, system, around) for answer in answers]
 
 
-def odd_labels(counts: dict[str, int], system: str = "", begin: str = "") -> set[str]:
+def odd_labels(counts: dict[str, int], system: str = "", around: str = "{}") -> set[str]:
     """The answers that are doubted, each wherever it stands."""
-    examples = labelled(counts, system, begin)
+    examples = labelled(counts, system, around)
     places = odd(examples)
     assert all(code is Code.LABEL_NOT_IN_SET for code in places.values())
     doubted = {examples[place].answer for place in places}
@@ -117,8 +121,8 @@ def test_a_part_of_a_word_is_not_listed() -> None:
     assert odd_labels({"positive": 40, "negative": 40, "with a": 1, "wit": 1}, LISTED) == {"with a", "wit"}
 
 
-def test_another_task_without_a_system_turn_is_not_judged_by_the_labels_of_the_first() -> None:
-    task = "Classify the mood as positive or negative.\n\n"
-    rows = labelled({"positive": 20, "negative": 20}, begin=task)
+@pytest.mark.parametrize("task", ["Is it positive or negative?\n\n{}", "{}\n\nIs it positive or negative?"])
+def test_another_task_without_a_system_turn_is_not_judged_by_the_labels_of_the_first(task: str) -> None:
+    rows = labelled({"positive": 20, "negative": 20}, around=task)
     assert odd([*rows, chat("What is 2+3?", "5"), chat("Name the capital of Peru.", "Lima")]) == {}
-    assert odd([*rows, example("neg", begin=task)]) == {40: Code.LABEL_NOT_IN_SET}
+    assert odd([*rows, example("neg", around=task)]) == {40: Code.LABEL_NOT_IN_SET}

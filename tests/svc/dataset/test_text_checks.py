@@ -23,6 +23,7 @@ GOOD = [
     "tab\tline\nfeed\r\n and a next line\x85 and \u2028",
     "3 Å², 4 Å·mol, 5 Å±1, «âge» »Ü« »Ä« à «â» Â. Ã.",
     "int a[2] = {{1, 2}}; vector v{{{3}}}; auto w = {{-4}}; {{a, b}} is a set of a set",
+    "f'a {{\n  background-color: rgb(1, 2, 3);\n}} b {{ margin: 0 -1px; }}'",
     "f'{{{name}}}' is {name} in braces",
     "xs |> f <| y; p <|> q; a <turn> of <channel>",
     "🏴\U000e0067\U000e0062\U000e0065\U000e006e\U000e0067\U000e007f is England",
