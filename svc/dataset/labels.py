@@ -188,7 +188,7 @@ def _label(answer: str, value: object | None) -> str | None:
 
 @lru_cache(maxsize=1024)
 def _stands_in(label: str, text: str) -> bool:
-    """Whether a label stands in a text as a word of its own."""
+    """Whether a label stands in a text as a word of its own, or within a range of numbers that stands there."""
     label, text = label.lower(), text.lower()
     at = text.find(label)
     while at >= 0:
@@ -196,4 +196,14 @@ def _stands_in(label: str, text: str) -> bool:
         if not any(outside.isalnum() and not _UNSPACED.search(outside + edge) for outside, edge in around):
             return True
         at = text.find(label, at + 1)
-    return False
+    return bool(_NUMBER.fullmatch(label)) and _is_between(_number(label), text)
+
+
+def _is_between(value: float, text: str) -> bool:
+    """Whether a text names a smaller number and a larger one, as in "from 1 to 5"."""
+    numbers = [_number(found) for found in _NUMBER.findall(text)]
+    return min(numbers, default=value) < value < max(numbers, default=value)
+
+
+def _number(text: str) -> float:
+    return float(text.replace(",", "."))

@@ -5,9 +5,9 @@ bands of 4 values are compared (locality-sensitive hashing, Indyk and Motwani 19
 misses 2 in 10,000. The standard error of an estimate is 0.06.
 
 Runs that stand in more than 5 % of the first 2,000 texts, and in more than 4 different ones, are the task's wording and
-not a text's own: they are left
-out, so that two short questions under the same long instruction are not taken for copies. Where fewer than 24 runs are
-left, texts count as near only if these are the same: in a short text, one other word is another question.
+not a text's own: they are left out, so that two short questions under the same long instruction are not taken for
+copies. Where fewer than 24 runs are left, texts count as near only if these are the same: in a short text, one other
+word is another question.
 """
 
 import re

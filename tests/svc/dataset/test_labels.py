@@ -82,6 +82,11 @@ def test_a_rare_answer_among_labels_in_json_is_doubted(rare: str) -> None:
     assert odd_labels({'{"s":"net"}': 20, '{"s":"doc"}': 20, rare: 1}, 'Answer {"s":...} with net or doc.') == {rare}
 
 
+@pytest.mark.parametrize("rare", ["2", "-1", "0.5x", "99999"])
+def test_a_number_out_of_the_range_that_is_listed_is_doubted(rare: str) -> None:
+    assert odd_labels({"0": 20, "1": 20, rare: 1}, "Answer with 0 or 1.") == {rare}
+
+
 def test_nan_is_no_json() -> None:
     examples = labelled({'{"s":1}': 20, '{"s":2}': 20, '{"s":NaN}': 1}, "Answer with 1 or 2.")
     assert {(examples[place].answer, code) for place, code in odd(examples).items()} == {
@@ -98,6 +103,7 @@ def test_one_long_answer_does_not_hide_a_wrong_label() -> None:
     [
         ({"5": 60, "4": 50, "3": 40, "2": 30, "1": 1}, "Rate 1 to 5."),
         ({"5": 60, "4": 50, "3": 40, "2": 30, "1": 1}, "Rate it."),
+        ({"5": 60, "1": 50, "3": 2, "4,5": 1}, "Rate from 1 to 5."),
         ({"5": 60, "4.5": 50, "4": 40, "-1": 1}, "Rate it."),
         ({"spam": 60, "ham": 60, "other": 60, "phishing": 1}, "Answer with spam, phishing or what fits."),
         ({"yes": 30, "no": 30, LONG: 2}, "Is it good?"),
