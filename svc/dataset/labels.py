@@ -30,7 +30,7 @@ _OFTEN = 10
 _RARE_EXAMPLES = 100
 
 
-_NUMBER = re.compile(r"[-+]?\d+(?:[.,]\d+)?")
+_NUMBER = re.compile(r"(?:(?<!\d)[-+])?\d+(?:[.,]\d+)?")  # in 1-5 there is no -5
 _UNSPACED = re.compile("[\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff]")
 """Letters of scripts without spaces between words: Thai, Lao, Burmese, Khmer, Japanese, Chinese."""
 

@@ -104,6 +104,8 @@ def test_one_long_answer_does_not_hide_a_wrong_label() -> None:
         ({"5": 60, "4": 50, "3": 40, "2": 30, "1": 1}, "Rate 1 to 5."),
         ({"5": 60, "4": 50, "3": 40, "2": 30, "1": 1}, "Rate it."),
         ({"5": 60, "1": 50, "3": 2, "4,5": 1}, "Rate from 1 to 5."),
+        ({"5": 60, "1": 50, "3": 2}, "Rate it (1-5)."),
+        ({"-1": 60, "1": 50, "0": 2}, "Give a number from -1 to 1."),
         ({"5": 60, "4.5": 50, "4": 40, "-1": 1}, "Rate it."),
         ({"spam": 60, "ham": 60, "other": 60, "phishing": 1}, "Answer with spam, phishing or what fits."),
         ({"yes": 30, "no": 30, LONG: 2}, "Is it good?"),
