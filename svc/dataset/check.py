@@ -1,7 +1,7 @@
 """What is wrong with data files, line by line, before any model is loaded.
 
 Errors are lines that cannot be trained on. Warnings are lines that can, and that a person should look at. Files are
-streamed: of each example some 180 bytes stay in memory, never its text; what needs all of them (copies, leaks, labels)
+streamed: of each example some 200 bytes stay in memory, never its text; what needs all of them (copies, leaks, labels)
 is found at the end.
 """
 
@@ -15,8 +15,8 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from svc.dataset.example import ChatExample, Role
-from svc.dataset.labels import FEW_ANSWERS, kind_of_answer, odd_answers
+from svc.dataset.example import ChatExample, Message, Role
+from svc.dataset.labels import FEW_ANSWERS, look_at_answer, odd_answers
 from svc.dataset.line_table import LineTable, LineTableBuilder, first_with_same, normal_prompt
 from svc.dataset.near_duplicates import clusters, nearest
 from svc.dataset.problem import TODO, Code, Problem, Severity, severity_of
@@ -26,7 +26,7 @@ from svc.dataset.text_checks import TextChecks
 
 MAX_LENGTH = 4096
 """Tokens from which on an example is called too long, when the caller does not say."""
-_CHARACTERS_A_TOKEN = 4.2  # English under a byte-level BPE of 49,152 entries; other languages have fewer
+_BYTES_A_TOKEN = 4.2  # English under a byte-level BPE of 49,152 entries; other languages have fewer
 _DIFFERENT_ANSWERS = 1_000  # beyond, answers are free text and not counted
 _LONG_ANSWER = 200
 
@@ -38,7 +38,7 @@ class DataReport:
     """What a file holds.
 
     Attributes:
-        lengths: characters of each good example, all turns together.
+        lengths: characters of each good example, all texts together.
         answers: how often each final answer stands; None where there are too many different ones.
     """
 
@@ -103,13 +103,14 @@ def check_files(
     checks = _LineChecks(max_length, tokens)
     table, read, kept_back = LineTableBuilder(), 0, 0
     for index, path in enumerate((*heldout, *paths)):
-        before = read
+        before, last = read, 1
         for line in read_lines(path, lambda position, before=before: on_read(before + position)):  # type: ignore[misc]
             checks.check(reports[index], line)
+            last = line.number
             if line.example:
-                table.add(index, line.number, line.example, kind_of_answer(line.example))
+                table.add(index, line.number, line.example, look_at_answer(line.example))
         if not reports[index].examples:
-            reports[index].add(max(reports[index].lines, 1), Code.EMPTY, "no example in the whole file")
+            reports[index].add(last, Code.EMPTY, "no example in the whole file")
         read += path.stat().st_size
         kept_back = len(table) if index < len(heldout) else kept_back
     _compare(reports, table.finish(), kept_back)
@@ -128,7 +129,7 @@ class _LineChecks:
     def __init__(self, max_length: int, tokens: Iterable[str]) -> None:
         self._max_length = max_length
         texts = TextChecks(tokens)
-        self._text = lambda text: tuple(texts.problems(text))
+        self._text: Callable[[str], tuple[tuple[Code, str], ...]] = lambda text: tuple(texts.problems(text))
         self._shared_text = lru_cache(maxsize=64)(self._text)  # one system turn stands in all lines
 
     def check(self, report: DataReport, line: Line) -> None:
@@ -152,16 +153,32 @@ class _LineChecks:
             check = self._shared_text if message.role is Role.SYSTEM else self._text
             for code, text in check(message.content):
                 report.add(line.number, code, f"{where} {text}", where)
+            if message.name or message.tool_calls:
+                self._check_rest(report, line.number, message, where)
             if message.role is before and message.role in (Role.USER, Role.ASSISTANT):
                 report.add(line.number, Code.SAME_ROLE_TWICE, f"{where}: two {before} turns in a row", where)
+            if message.role is Role.ASSISTANT and before in (None, Role.SYSTEM):
+                report.add(line.number, Code.ASSISTANT_FIRST, f"{where}: an assistant turn before any user turn", where)
             before = message.role
-        tokens = round(characters / _CHARACTERS_A_TOKEN)
+        for place, tool in enumerate(example.tools):
+            for code, text in self._shared_text(tool):
+                report.add(line.number, code, f"tools[{place}] {text}", f"tools[{place}]")
+        tokens = round(example.utf8_bytes / _BYTES_A_TOKEN)
         if tokens > self._max_length:
             report.add(line.number, Code.TOO_LONG, _too_long(characters, tokens, self._max_length, example))
 
+    def _check_rest(self, report: DataReport, number: int, message: Message, where: str) -> None:
+        """What else than its content a turn shows the model."""
+        turn = where.removesuffix(".content")
+        texts = [("name", message.name or "")]
+        texts += [("call", f"{call.name} {call.arguments}") for call in message.tool_calls]
+        for what, text in texts:
+            for code, found in self._text(text):
+                report.add(number, code, f"{turn} {found} of a {what}", turn)
+
 
 def _too_long(characters: int, tokens: int, limit: int, example: ChatExample) -> str:
-    over = characters - round(limit * _CHARACTERS_A_TOKEN)
+    over = round(characters * (1 - limit / tokens))
     lost = "the whole answer among them" if over >= len(example.answer) else "all in the answer"
     text = f"{characters} characters, about {tokens} tokens, where {limit} are the maximum"
     return f"{text}: the last {over} characters would be cut, {lost}"
@@ -182,8 +199,10 @@ def _compare(reports: list[DataReport], table: LineTable, kept_back: int) -> Non
         kept_back: the first so many examples are the held-out ones.
     """
     train = slice(kept_back, None)
-    odd = odd_answers(table.systems[train], table.answers[train], table.flags[train])
-    odd_by_row = {kept_back + place: (code, text) for place, code, text in odd}
+    odd_by_row: dict[int, tuple[Code, str]] = {}
+    for tasks in (table.beginnings, table.endings):
+        odd = odd_answers(tasks[train], table.answers[train], table.labels[train], table.kinds[train])
+        odd_by_row |= {kept_back + place: (code, text) for place, code, text in odd}
     copies = _Copies.of(table, kept_back)
     for report in reports:
         report.problems.begin_pass()
@@ -228,10 +247,10 @@ class _Copies:
         held, sketches = table.sketches.part(0, kept_back), table.sketches.part(kept_back, len(table.lines))
         leak = _places_in(table.prompts[train], table.prompts[:kept_back])
         near_leak = np.where(leak < 0, nearest(sketches, held), -1)
-        same_pair = _earlier(table.pairs[train], kept_back)
-        same_prompt = np.where(same_pair < 0, _earlier(table.prompts[train], kept_back), -1)
-        _, near = clusters(sketches)
         systems = table.systems[train]
+        same_pair = _earlier(table.pairs[train] ^ systems, kept_back)  # with other tools it is another example
+        same_prompt = np.where(same_pair < 0, _earlier(table.prompts[train] ^ systems, kept_back), -1)
+        _, near = clusters(sketches)
         other_task = systems[np.maximum(near, 0)] != systems  # one text under two instructions is two examples
         near = np.where((near < 0) | (same_pair >= 0) | (same_prompt >= 0) | other_task, -1, near + kept_back)
         found = (leak >= 0) | (near_leak >= 0) | (same_pair >= 0) | (same_prompt >= 0) | (near >= 0)

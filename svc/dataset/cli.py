@@ -91,7 +91,7 @@ def _machine(report: "DataReport") -> dict[str, object]:
 def _show(report: "DataReport") -> None:
     from itertools import islice
 
-    from svc.dataset.problem import Severity
+    from svc.dataset.problem import Severity, printable
 
     warnings = len(report.problems) - report.errors
     click.echo(f"{report.file}: {report.examples} examples in {report.lines} lines")
@@ -100,7 +100,7 @@ def _show(report: "DataReport") -> None:
         click.echo(f"  length: median {report.median_characters} characters, longest {longest}")
     if report.labels:
         balance = ", ".join(f"{answer} {count}" for answer, count in list(report.labels.items())[:_BALANCE_SHOWN])
-        click.echo(f"  answers: {balance}")
+        click.echo(f"  answers: {printable(balance)}")
     click.echo(f"  problems: {report.errors} errors, {warnings} warnings")
     for problem in islice(report.problems, _SHOWN):
         colour = "red" if problem.severity is Severity.ERROR else "yellow"

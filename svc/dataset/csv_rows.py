@@ -6,24 +6,26 @@ one of comma, semicolon and tabulator under which the header has the keys of a f
 
 import codecs
 import csv
+import re
 from collections.abc import Iterator
 from typing import Any, BinaryIO
 
-from svc.dataset.formats import KEYS
+from svc.dataset.formats import KEYS, header_fault
 from svc.dataset.json_rows import decode, too_large
 from svc.dataset.problem import Code, RowError
 from svc.dataset.row import MAX_ROW_BYTES, Row
 
 _JSON_COLUMNS = {"messages", "conversations", "tools", "history"}
 _SEPARATORS = (",", ";", "\t")
+_NAMED_SEPARATOR = re.compile(r'"?sep=([^\w\s"]|\t)"?')
 
 
 def read_csv(stream: BinaryIO) -> Iterator[Row]:
     """Yields every record under the line where it begins."""
     csv.field_size_limit(max(csv.field_size_limit(), MAX_ROW_BYTES))
     lines = _Lines(stream)
-    first = next(iter(lines), "")
-    header = _read_header(first)
+    header = _find_header(lines)
+    fault = header_fault(header.names)
     reader = csv.reader(lines, delimiter=header.separator, strict=True)
     while True:
         lines.taken.clear()
@@ -39,6 +41,9 @@ def read_csv(stream: BinaryIO) -> Iterator[Row]:
         raw = b"".join(lines.taken)
         if not cells:
             yield Row(number, raw, blank=True)
+            continue
+        if fault:
+            yield Row(number, raw, error=fault)
             continue
         try:
             yield Row(number, raw, _value(header.names, cells, raw))
@@ -77,9 +82,20 @@ class _Header:
         return any(set(keys) <= set(self.names) for keys in KEYS.values())
 
 
-def _read_header(line: str) -> _Header:
+def _find_header(lines: _Lines) -> _Header:
+    """The header is the first line that is not blank, or the second after a line that names the separator.
+
+    Spreadsheets write such a line, as `sep=;`, for other spreadsheets.
+    """
+    written = (line for line in lines if line.strip())
+    first = next(written, "")
+    named = _NAMED_SEPARATOR.fullmatch(first.rstrip("\r\n"))
+    return _read_header(next(written, ""), (named[1],)) if named else _read_header(first, _SEPARATORS)
+
+
+def _read_header(line: str, separators: tuple[str, ...]) -> _Header:
     headers = []
-    for separator in _SEPARATORS:
+    for separator in separators:
         try:
             names = next(csv.reader([line], delimiter=separator, strict=True), [])
         except csv.Error:

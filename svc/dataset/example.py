@@ -5,14 +5,15 @@ elsewhere: this is what they all become.
 """
 
 import json
+from collections import Counter
+from collections.abc import Iterator
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any
 
+from svc.dataset.plain_text import is_blank
 from svc.dataset.problem import Code, RowError
-from svc.dataset.tool_calls import ToolCall, check_encodable, kind_of, optional_text, parse_calls, parse_tools
-
-_KEYS_OF_OTHER_FORMATS = {"instruction", "input", "output", "completion", "conversations"}
+from svc.dataset.tool_calls import ToolCall, check_encodable, kind_of, names_of, optional_text, parse_calls, parse_tools
 
 
 class Role(StrEnum):
@@ -84,9 +85,26 @@ class ChatExample:
         return self.messages[-1].content
 
     @property
+    def texts(self) -> Iterator[str]:
+        """All that a model is shown: contents, names, calls and tools."""
+        for message in self.messages:
+            yield message.content
+            if message.name:
+                yield message.name
+            for call in message.tool_calls:
+                yield call.name
+                yield call.arguments
+        yield from self.tools
+
+    @property
     def characters(self) -> int:
-        """Length of all turns, characters."""
-        return sum(len(message.content) for message in self.messages)
+        """Length of all texts, characters."""
+        return sum(map(len, self.texts))
+
+    @property
+    def utf8_bytes(self) -> int:
+        """Length of all texts in UTF-8: nearer than characters to what a tokenizer of bytes makes of any script."""
+        return sum(len(text) if text.isascii() else len(text.encode()) for text in self.texts)
 
     @property
     def learnt(self) -> tuple[int, ...]:
@@ -119,16 +137,18 @@ def parse_example(value: Any) -> ChatExample:
             f"no 'messages', only {sorted(value)!r:.200}",
             expected='an object {"messages": [...]}',
         )
-    foreign = sorted(key for key in _KEYS_OF_OTHER_FORMATS & set(value) if value[key] is not None)
-    if foreign:
-        raise RowError(Code.MIXED_FORMATS, f"'messages' beside {foreign!r}", expected="one format in a line")
     turns = value["messages"]
     if not isinstance(turns, list) or not turns:
         found = "an empty list" if turns == [] else kind_of(turns)
-        raise RowError(Code.WRONG_FORMAT, f"is {found}", field="'messages'", expected="a list of turns")
+        raise RowError(Code.WRONG_FORMAT, f"is {found}", field="messages", expected="a list of turns")
     messages = tuple(_parse_message(index, turn) for index, turn in enumerate(turns))
     _check_order(messages)
-    return ChatExample(messages, parse_tools(value.get("tools")))
+    example = ChatExample(messages, parse_tools(value.get("tools")))
+    if value.get("functions") and not example.tools:
+        raise RowError(Code.WRONG_TOOLS, "is of the old function calling", field="functions", expected="'tools'")
+    if any([message.tool_calls or message.role is Role.TOOL for message in messages]):  # noqa: C419 - twice as fast
+        _check_calls(example)
+    return example
 
 
 def _parse_message(index: int, turn: Any) -> Message:
@@ -140,6 +160,13 @@ def _parse_message(index: int, turn: Any) -> Message:
         found = f"{role!r:.80}" if "role" in turn else "missing"
         raise RowError(Code.WRONG_ROLE, f"is {found}", field=f"{where}.role", expected=f"one of {', '.join(Role)}")
     calls = parse_calls(where, role, turn.get("tool_calls"))
+    if turn.get("function_call") is not None:
+        raise RowError(
+            Code.WRONG_TOOLS,
+            "is of the old function calling",
+            field=f"{where}.function_call",
+            expected="'tool_calls'",
+        )
     content = _parse_content(where, turn, may_be_blank=bool(calls))
     if len(turn) == 2:  # role and content: most turns of most files
         return Message(_ROLES[role], content)
@@ -164,7 +191,7 @@ def _parse_content(where: str, turn: dict[str, Any], *, may_be_blank: bool) -> s
     if not isinstance(content, str):
         found = kind_of(content) if "content" in turn else "missing"
         raise RowError(Code.WRONG_CONTENT, f"is {found}", field=field, expected="a string")
-    if not content.strip() and not may_be_blank:
+    if not may_be_blank and is_blank(content):
         raise RowError(Code.WRONG_CONTENT, "is blank", field=field, expected="some text")
     check_encodable(field, content)
     return content
@@ -203,14 +230,7 @@ def _check_order(messages: tuple[Message, ...]) -> None:
         )
     if Role.USER not in roles:
         raise RowError(Code.WRONG_TURNS, "no user turn", expected="at least one user turn before the answer")
-    if Role.TOOL in roles and roles.index(Role.TOOL) < roles.index(Role.ASSISTANT):
-        raise RowError(
-            Code.WRONG_TURNS,
-            "is a tool turn with no assistant turn before it",
-            field=f"messages[{roles.index(Role.TOOL)}]",
-            expected="the assistant's call first, then what the tool gives back",
-        )
-    if not messages[-1].content.strip():
+    if is_blank(messages[-1].content):
         raise RowError(
             Code.WRONG_CONTENT,
             "is blank in the final turn, which has tool calls only",
@@ -222,3 +242,70 @@ def _check_order(messages: tuple[Message, ...]) -> None:
         raise RowError(
             Code.WRONG_WEIGHT, "every assistant turn has the weight 0", expected="one at least that is learnt"
         )
+
+
+def _check_calls(example: ChatExample) -> None:
+    """Every call has its tool turn after it, and every tool turn its call; a chat template pairs them or fails."""
+    offered = dict.fromkeys(names_of(example.tools))
+    waiting = _Waiting(0, ())
+    for place, message in enumerate(example.messages):
+        field = f"messages[{place}]"
+        if message.role is Role.TOOL:
+            waiting.answer(field, message.tool_call_id)
+            continue
+        waiting.close()
+        for call in message.tool_calls:
+            if offered and call.name not in offered:
+                raise RowError(
+                    Code.WRONG_TOOLS,
+                    f"is a call of {call.name!r:.80}",
+                    field=f"{field}.tool_calls",
+                    expected=f"one of the tools: {', '.join(offered):.200}",
+                )
+        waiting = _Waiting(place, message.tool_calls)
+
+
+class _Waiting:
+    """The calls of one turn that no tool turn has answered yet.
+
+    Calls without an id are only counted, and one tool turn may hold what all of them gave back: ShareGPT files have it
+    so.
+    """
+
+    def __init__(self, place: int, calls: tuple[ToolCall, ...]) -> None:
+        self._field = f"messages[{place}].tool_calls"
+        named = Counter(call.id for call in calls if call.id is not None)
+        self._ids = dict.fromkeys(named)
+        self._unnamed = len(calls) - named.total()
+        self._answered = False
+        twice = next((name for name, count in named.items() if count > 1), None)
+        if twice is not None:
+            raise RowError(
+                Code.WRONG_TOOLS, f"has the id {twice!r:.80} twice", field=self._field, expected="an id for each call"
+            )
+
+    def answer(self, field: str, identity: str | None) -> None:
+        if identity in self._ids:
+            del self._ids[identity]
+        elif self._unnamed:
+            self._unnamed -= 1
+        elif identity is None and self._ids:
+            del self._ids[next(iter(self._ids))]
+        else:
+            found = "" if identity is None else f" for the call {identity!r:.80}"
+            raise RowError(
+                Code.WRONG_TURNS,
+                f"is a tool turn{found} with no such call before it",
+                field=field,
+                expected="the assistant's call first, then what the tool gives back",
+            )
+        self._answered = True
+
+    def close(self) -> None:
+        if self._ids or (self._unnamed and not self._answered):
+            raise RowError(
+                Code.WRONG_TURNS,
+                "has a call that no tool turn after it answers",
+                field=self._field,
+                expected="what the tool gives back, for every call before the next turn of another role",
+            )

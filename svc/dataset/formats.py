@@ -5,7 +5,8 @@ files.
 """
 
 import re
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any
@@ -50,6 +51,14 @@ KEYS: dict[Format, tuple[str, ...]] = {
     Format.PROMPT_COMPLETION: ("prompt", "completion"),
 }
 """The keys that a row of the format has."""
+READ_KEYS = frozenset(key for keys in KEYS.values() for key in keys) | {
+    "input",
+    "system",
+    "history",
+    "tools",
+    "functions",
+}
+"""All keys of a row that are looked at."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,6 +80,14 @@ def recognise(value: Any) -> Format | None:
     return next((form for form, keys in KEYS.items() if all(value.get(key) is not None for key in keys)), None)
 
 
+def header_fault(names: Sequence[str]) -> RowError | None:
+    """What is wrong with the column names of a table: two columns for one key, of which only one could be read."""
+    twice = [name for name, count in Counter(names).items() if count > 1 and name in READ_KEYS]
+    if not twice:
+        return None
+    return RowError(Code.WRONG_FORMAT, f"the header has {_quoted(twice)} twice", expected="one column for each key")
+
+
 def parse_row(value: Any, form: Format) -> tuple[ChatExample, tuple[str, ...]]:
     """Makes a chat example of a row.
 
@@ -90,12 +107,13 @@ def parse_row(value: Any, form: Format) -> tuple[ChatExample, tuple[str, ...]]:
             f"a row in the format {found.value} in a file of {form.value}",
             expected=f"{_quoted(KEYS[form])} in every row",
         )
-    if form is Format.CHAT:
-        example = parse_example(value)
-        return example, tuple(f"messages[{place}].content" for place in range(len(example.messages)))
     if not isinstance(value, dict):
-        raise RowError(Code.WRONG_FORMAT, f"the line is {kind_of(value)}", expected=f"an object {_quoted(KEYS[form])}")
+        raise RowError(
+            Code.WRONG_FORMAT, f"the line is {kind_of(value)}", expected=f"an object with {_quoted(KEYS[form])}"
+        )
     _check_keys(value, form)
+    if form is Format.CHAT:
+        return _read_chat(value)
     chat = _Turns([], [])
     _READERS[form](value, chat)
     try:
@@ -112,10 +130,29 @@ def _check_keys(value: dict[str, Any], form: Format) -> None:
             Code.WRONG_FORMAT, f"no {_quoted(missing)}, only {sorted(value)!r:.200}", expected=_quoted(KEYS[form])
         )
     for other, keys in KEYS.items():
-        if other is not form and all(value.get(key) is not None for key in keys):
+        if other is not form and keys[0] in value and all(value.get(key) is not None for key in keys):
             raise RowError(
                 Code.MIXED_FORMATS, f"{_quoted(KEYS[form])} beside {_quoted(keys)}", expected="one format in a line"
             )
+
+
+def _read_chat(value: dict[str, Any]) -> tuple[ChatExample, tuple[str, ...]]:
+    """The turns are as they are to be, but a system prompt may stand beside them, as Anthropic's API has it."""
+    system, turns = value.get("system"), value["messages"]
+    if _absent(system) or not isinstance(turns, list):
+        example = parse_example(value)
+        return example, tuple(f"messages[{place}].content" for place in range(len(example.messages)))
+    try:
+        example = parse_example(value | {"messages": [{"role": "system", "content": system}, *turns]})
+    except RowError as error:
+        raise error.at(_PLACE.sub(_without_system, error.field)) from error
+    return example, ("system", *(f"messages[{place}].content" for place in range(len(turns))))
+
+
+def _without_system(place: re.Match[str]) -> str:
+    """`messages[1].role` as it is named without a system turn before it."""
+    number = int(place[1])
+    return place[0].replace(f"[{number}]", f"[{number - 1}]", 1) if number else "system"
 
 
 def _source_field(field: str, fields: list[tuple[str, str]]) -> str:
@@ -136,7 +173,10 @@ def _source_field(field: str, fields: list[tuple[str, str]]) -> str:
 def _read_alpaca(value: dict[str, Any], chat: _Turns) -> None:
     if not _absent(value.get("system")):
         chat.add("system", value["system"], "system")
-    for index, pair in enumerate(value.get("history") or []):
+    history = value.get("history")
+    if not _absent(history) and not isinstance(history, list):
+        raise RowError(Code.WRONG_FORMAT, f"is {kind_of(history)}", field="history", expected="a list of pairs")
+    for index, pair in enumerate(history if isinstance(history, list) else []):
         if not isinstance(pair, list) or len(pair) != 2:
             raise RowError(
                 Code.WRONG_FORMAT,

@@ -7,6 +7,7 @@ which is good JSON.
 import codecs
 import json
 import re
+from collections import Counter
 from collections.abc import Iterator
 from typing import Any, BinaryIO
 
@@ -59,8 +60,17 @@ def decode(raw: bytes) -> Any:
             f"byte 0x{raw[error.start]:02x} at position {error.start} is not UTF-8",
             expected="text in UTF-8",
         ) from error
+    return decode_text(text)
+
+
+def decode_text(text: str) -> Any:
+    """One JSON value.
+
+    Raises:
+        RowError: not JSON.
+    """
     try:
-        return json.loads(text, parse_constant=_refuse_constant, object_pairs_hook=_refuse_duplicates)
+        return _STRICT.decode(text)
     except (ValueError, RecursionError) as error:
         raise explain(error) from error
 
@@ -213,7 +223,9 @@ def _refuse_constant(name: str) -> Any:
 def _refuse_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     value = dict(pairs)
     if len(value) < len(pairs):
-        keys = [key for key, _ in pairs]
-        twice = min(key for key in value if keys.count(key) > 1)
+        twice = min(key for key, count in Counter(key for key, _ in pairs).items() if count > 1)
         raise RowError(Code.NOT_JSON, f"key {twice!r} twice in one object", expected="each key once")
     return value
+
+
+_STRICT = json.JSONDecoder(parse_constant=_refuse_constant, object_pairs_hook=_refuse_duplicates)

@@ -4,9 +4,10 @@ MinHash (Broder 1997) of runs of three words estimates the Jaccard similarity of
 bands of 4 values are compared (locality-sensitive hashing, Indyk and Motwani 1998): of pairs with similarity 0.8 it
 misses 2 in 10,000. The standard error of an estimate is 0.06.
 
-Runs that stand in more than 5 % of the first 2,000 texts are the task's wording and not a text's own: they are left
-out, so that two short questions under the same long instruction are not taken for copies. Where fewer than 24 runs are
-left, texts count as near only if these are the same: in a short text, one other word is another question.
+Runs that stand in more than 5 % of the first 2,000 texts, and in more than 4 different ones, are the task's wording and
+not a text's own: they are left out, so that two short questions under the same long instruction are not taken for
+copies. Where fewer than 24 runs are left, texts count as near only if these are the same: in a short text, one other
+word is another question.
 """
 
 import re
@@ -18,6 +19,8 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from svc.dataset.plain_text import unified
+
 SIMILAR = 0.7
 """Jaccard similarity from which on two texts are near duplicates."""
 _VALUES = 64
@@ -25,8 +28,8 @@ _BAND = 4
 _FEWEST_RUNS = 24
 _SAMPLE = 2_000
 _COMMON_SHARE = 0.05
-_COMMON_TEXTS = 10
-"""So many texts of the sample may share a run in any case: a small file may hold that many copies."""
+_COMMON_TEXTS = 4
+"""So many different texts of the sample may share a run in any case: a small file may hold that many altered copies."""
 _TOGETHER = 256
 _MAX_WORDS = 4_096
 _MAX_CHARS = 60_000
@@ -69,7 +72,7 @@ class Sketcher:
 
     def add(self, text: str) -> None:
         """Takes the next text. Spacing, case and punctuation do not count."""
-        hashes = list(map(zlib.crc32, _words(text[:_MAX_CHARS].casefold())[:_MAX_WORDS]))
+        hashes = list(map(zlib.crc32, _words(unified(text[:_MAX_CHARS]))[:_MAX_WORDS]))
         self._waiting.append(np.array([*_EDGE, *hashes, *_EDGE] if hashes else [], dtype=np.uint32))
         if len(self._waiting) >= (_SAMPLE if self._common is None else _TOGETHER):
             self._flush()
@@ -163,7 +166,7 @@ def _mixed(numbers: Numbers) -> Numbers:
 
 
 def _common_runs(texts: Sequence[Numbers]) -> Numbers:
-    runs, _ = _runs_of_three(texts)
+    runs, _ = _runs_of_three(list({text.tobytes(): text for text in texts}.values()))  # exact copies are no wording
     different, texts_with = np.unique(runs, return_counts=True)
     return different[texts_with > max(_COMMON_TEXTS, _COMMON_SHARE * len(texts))]
 

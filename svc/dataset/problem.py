@@ -43,6 +43,7 @@ class Code(StrEnum):
     MOJIBAKE = "mojibake"
     TOO_LONG = "too_long"
     SAME_ROLE_TWICE = "same_role_twice"
+    ASSISTANT_FIRST = "assistant_first"
     LABEL_NOT_IN_SET = "label_not_in_set"
     ANSWER_NOT_JSON = "answer_not_json"
 
@@ -74,6 +75,7 @@ _WARNINGS = {
     Code.MOJIBAKE: "convert the source again, as UTF-8",
     Code.TOO_LONG: "shorten or split the example, or raise the maximum length if memory allows",
     Code.SAME_ROLE_TWICE: "join the turns, or check whether one between them is missing; some chat templates refuse it",
+    Code.ASSISTANT_FIRST: "put the user turn before it, or drop it; some chat templates refuse it",
     Code.LABEL_NOT_IN_SET: "correct the label, or add it to the instruction",
     Code.ANSWER_NOT_JSON: "write the answer as JSON like the others, or drop the example",
 }
@@ -104,15 +106,23 @@ class Problem:
     todo: str
 
 
+def printable(text: str) -> str:
+    """A text of which no part moves a terminal's cursor or cannot be written as UTF-8: such characters as escapes."""
+    if text.isprintable():
+        return text
+    return "".join(letter if letter.isprintable() else ascii(letter)[1:-1] for letter in text)
+
+
 class RowError(DataError):
     """An example that cannot be trained on.
 
     Args:
         field: where in the example; the message begins with it.
-        wrong: what is wrong there, with the value.
+        wrong: what is wrong there, with the value, which may be any text.
     """
 
     def __init__(self, code: Code, wrong: str, *, field: str = "", expected: str = "") -> None:
+        wrong = printable(wrong)
         super().__init__(f"{field} {wrong}" if field else wrong, expected=expected, todo=TODO[code])
         self.code = code
         self.field = field

@@ -125,6 +125,8 @@ def _most_frequent_format(head: list[Row]) -> Format:
 
 
 def _refuse(path: Path, number: int, error: RowError, raw: bytes, bad_lines: BadLines | None) -> None:
+    if error.code is Code.UNREADABLE:  # no bad line: nobody knows how many examples are missing
+        raise DataError(f"{path}:{number}: {error.wrong}", expected=error.expected, todo=error.todo) from error
     if bad_lines is not None:
         bad_lines.add(path, number, raw, error)
         return

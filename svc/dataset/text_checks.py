@@ -11,12 +11,14 @@ from pathlib import Path
 from svc.dataset.problem import Code
 from svc.errors import DataError
 
+_GEMMA_4 = "turn|channel|tool|tool_call|tool_response|image|audio|video"
 _SPECIAL = (
     r"<[|｜][^\s<>|｜]{1,64}[|｜]>"  # ChatML, Llama 3, Phi, Qwen, DeepSeek  # noqa: RUF001
     r"|\[/?INST\]|<</?SYS>>"  # Llama 2, Mistral
     r"|\[/?(?:SYSTEM_PROMPT|AVAILABLE_TOOLS|TOOL_CALLS|TOOL_RESULTS|TOOL_CONTENT)\]"  # Mistral
     r"|</?s>|<(?:bos|eos|pad|unk)>|<(?:start|end)_of_(?:turn|image|role|text)>"  # Llama 2, Gemma, Granite
     r"|<(?:begin|end)_of_(?:text|sentence)>"
+    r"|<\|(?:" + _GEMMA_4 + r")>|<(?:" + _GEMMA_4 + r")\|>"
 )
 _STATEMENTS = (
     "block|break|call|continue|do|elif|else|extends|filter|for|from|generation|if|import|include|macro|raw|set|with"
@@ -25,9 +27,13 @@ _STATEMENTS = (
 _JINJA = re.compile(
     r"\{%[-+]?\s*(?:" + _STATEMENTS + r")\b[^{}%]*%\}"
     r"|\{#[^{}]{1,500}#\}"
-    r"|(?<![\\\w}^$=])\{\{-?\s*[\w.\[\]'\"]+(?:\s*[|*/+,(\[~-][^{}]*)?\s*-?\}\}"
+    r"|(?<![\\\w{}^$=])\{\{(?!-?[\d\s.]{1,60}\}\})-?[ \t]{0,20}[\w.\[\]'\"]{1,80}"  # not a number: C++ has {{1}}
+    r"(?:[ \t]{0,20}(?:[|*/+(\[~<>-]|[=!]=|\b(?:if|is|in|and|or|not)\b)[^{};\n]{0,200})?[ \t]{0,20}-?\}\}"
 )
+"""Repetitions are bounded or end at a brace, so that every text takes a time in proportion to its length."""
 _CONTROL = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f\x80-\x84\x86-\x9f]")
+_HIDDEN = re.compile("\u202e|(?<![\U0001f3f4\U000e0020-\U000e007e])[\U000e0020-\U000e007f]")
+"""What hides text or its order; tag characters after a black flag make the flag of a region."""
 
 # The characters that the bytes 80 to BF become in Windows-1252; its five undefined bytes stay what they are.
 _TAIL = "\x80-\xbf€‚ƒ„…†‡ˆ‰Š‹ŒŽ‘’“”•–—˜™š›œžŸ"  # noqa: RUF001
@@ -65,6 +71,10 @@ class TextChecks:
         if found := _CONTROL.search(text):
             yield Code.CONTROL_CHARACTER, f"holds the control character U+{ord(found[0]):04X} at {found.start()}"
         if not text.isascii():
+            if found := _HIDDEN.search(text):
+                yield Code.CONTROL_CHARACTER, f"holds the character U+{ord(found[0]):04X}, unseen, at {found.start()}"
+            if (place := text.find("\ufffd")) >= 0:
+                yield Code.MOJIBAKE, f"holds U+FFFD, which stands for what could not be read, at {place}"
             yield from _first(_MOJIBAKE, text, Code.MOJIBAKE, "seems to be UTF-8 read as Windows-1252:")
 
 

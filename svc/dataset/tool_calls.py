@@ -7,10 +7,15 @@ import json
 from dataclasses import dataclass
 from typing import Any
 
+from svc.dataset.json_rows import decode_text
 from svc.dataset.problem import Code, RowError
 
 _MAX_DEPTH = 64
 """Of a tool's schema and of a call's arguments: templates walk them recursively."""
+
+
+_FUNCTION = (None, "function")
+"""The types of a tool and of a call; the only one there is may be left out."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,8 +59,7 @@ def parse_calls(where: str, role: str, calls: Any) -> tuple[ToolCall, ...]:
 
 def _parse_call(field: str, call: Any) -> ToolCall:
     function = call.get("function") if isinstance(call, dict) else None
-    name = function.get("name") if isinstance(function, dict) else None
-    if not isinstance(function, dict) or not isinstance(name, str) or not name.strip():
+    if not isinstance(function, dict) or not _is_named(function) or call.get("type") not in _FUNCTION:
         raise RowError(
             Code.WRONG_TOOLS,
             f"is {json_text(call):.80}",
@@ -71,7 +75,8 @@ def _parse_call(field: str, call: Any) -> ToolCall:
         raise RowError(
             Code.WRONG_TOOLS, f"is {text:.80}", field=f"{field}.function.arguments", expected="a JSON object as text"
         )
-    check_encodable(field, name + text)
+    name = function["name"]
+    check_encodable(field, name + text + json_text(decoded))  # escapes in the text may hide half of a pair
     return ToolCall(name, text, optional_text(field, "id", call.get("id")))
 
 
@@ -91,14 +96,32 @@ def parse_tools(tools: Any) -> tuple[str, ...]:
         listed = decode_inner(tools) if tools.strip() else []
     if not isinstance(listed, list):
         raise RowError(Code.WRONG_TOOLS, f"is {json_text(tools):.80}", field="tools", expected="a list of definitions")
-    return tuple(_parse_tool(f"tools[{index}]", tool) for index, tool in enumerate(listed))
+    texts = tuple(_parse_tool(f"tools[{index}]", tool) for index, tool in enumerate(listed))
+    seen: set[str] = set()
+    for index, name in enumerate(names_of(texts)):
+        if name in seen:
+            raise RowError(Code.WRONG_TOOLS, f"is {name!r} again", field=f"tools[{index}]", expected="each name once")
+        seen.add(name)
+    return texts
+
+
+def names_of(tools: tuple[str, ...]) -> list[str]:
+    """The names of tools that `parse_tools` gave back."""
+    return [json.loads(tool)["function"]["name"] for tool in tools]
 
 
 def _parse_tool(field: str, tool: Any) -> str:
     if isinstance(tool, dict) and "function" not in tool and isinstance(tool.get("name"), str):
         tool = {"type": "function", "function": tool}  # the definition alone, as ShareGPT files have it
     function = tool.get("function") if isinstance(tool, dict) else None
-    if not isinstance(function, dict) or not isinstance(function.get("name"), str) or _depth(tool) > _MAX_DEPTH:
+    if (
+        not isinstance(function, dict)
+        or not _is_named(function)
+        or not isinstance(function.get("parameters"), dict | None)
+        or not isinstance(function.get("description"), str | None)
+        or tool.get("type") not in _FUNCTION
+        or _depth(tool) > _MAX_DEPTH
+    ):
         raise RowError(
             Code.WRONG_TOOLS,
             f"is {json_text(tool):.80}",
@@ -110,16 +133,21 @@ def _parse_tool(field: str, tool: Any) -> str:
     return text
 
 
+def _is_named(function: dict[str, Any]) -> bool:
+    name = function.get("name")
+    return isinstance(name, str) and bool(name.strip())
+
+
 def json_text(value: Any) -> str:
     """Compact JSON; of what is nested too deeply, its type only."""
     return json.dumps(value, ensure_ascii=False) if _depth(value) <= _MAX_DEPTH else kind_of(value)
 
 
 def decode_inner(text: str) -> Any:
-    """JSON inside a string; None where it is none."""
+    """Strict JSON inside a string; None where it is none."""
     try:
-        return json.loads(text)
-    except (ValueError, RecursionError):
+        return decode_text(text)
+    except RowError:
         return None
 
 

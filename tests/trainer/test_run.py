@@ -1,5 +1,6 @@
 """A run's folder: which recipe it belongs to, and how far it came."""
 
+import gzip
 import json
 import os
 import shutil
@@ -231,6 +232,16 @@ def test_bad_lines_and_leaks_are_left_out_and_kept_as_they_stood(tmp_path: Path)
     assert (tmp_path / "bad" / "t.jsonl").read_bytes() == bad + lines[-1] + b"\n"
     entries = [json.loads(line) for line in (tmp_path / "bad" / "problems.jsonl").read_text().splitlines()]
     assert [(entry["line"], entry["code"]) for entry in entries] == [(2, "not_utf8"), (8, "leak")]
+
+
+def test_a_file_that_is_cut_off_stops_a_run_that_leaves_bad_lines_out(tmp_path: Path) -> None:
+    lines = [json.dumps(example.as_dict()).encode() for example in TRAIN]
+    (tmp_path / "t.jsonl.gz").write_bytes(gzip.compress(b"\n".join(lines))[:-8])
+    write_examples(tmp_path / "h.jsonl", HELDOUT)
+    recipe = make_recipe(data={"train": tmp_path / "t.jsonl.gz", "heldout": tmp_path / "h.jsonl"})
+    with pytest.raises(DataError, match=r"t\.jsonl\.gz.* cannot be read on") as caught:
+        read_run_examples(recipe, bad_lines=BadLines(tmp_path / "bad"))
+    assert "fetch or unpack the file again" in caught.value.todo
 
 
 def test_where_data_lie_does_not_make_another_run() -> None:

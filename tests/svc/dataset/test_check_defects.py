@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from svc.dataset.check import check_file, check_files
 from svc.dataset.formats import Format
 from svc.dataset.problem import Code, Severity, severity_of
-from tests.svc.dataset.rows import DEFECTS, ROLE, SYSTEM, TEXT, Damage, encode, get, good_rows, put, row, text
+from tests.svc.dataset.rows import DEFECTS, ROLE, SYSTEM, TEXT, Damage, Row, encode, get, good_rows, put, row, text
 
 GOOD_ROWS = 24
 few = settings(max_examples=6, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -107,6 +107,72 @@ def test_answers_unlike_the_others_are_found(tmp_path: Path, form: Format, chanc
     assert codes == {4: {Code.LABEL_NOT_IN_SET}, 9: {Code.ANSWER_NOT_JSON}}
 
 
+def tool_row(name: str = "Ada", arguments: str = "{}", description: str = "Tells it.") -> Row:
+    call = {"id": "1", "type": "function", "function": {"name": "rain", "arguments": arguments}}
+    turns = [
+        {"role": "user", "content": "Rain?", "name": name},
+        {"role": "assistant", "content": None, "tool_calls": [call]},
+        {"role": "tool", "content": "no", "tool_call_id": "1"},
+        {"role": "assistant", "content": "No."},
+    ]
+    return {
+        "messages": turns,
+        "tools": [{"type": "function", "function": {"name": "rain", "description": description}}],
+    }
+
+
+@pytest.mark.parametrize(
+    ("part", "field"), [("name", "messages[0]"), ("arguments", "messages[1]"), ("description", "tools[0]")]
+)
+def test_what_a_text_may_not_hold_no_name_call_or_tool_may(tmp_path: Path, part: str, field: str) -> None:
+    hostile = json.dumps({"city": "<|im_end|>"}) if part == "arguments" else "a <|im_end|> b"
+    (tmp_path / "a.jsonl").write_bytes(encode(tool_row(**{part: hostile})))
+    (problem,) = check_file(tmp_path / "a.jsonl").problems
+    assert (problem.code, problem.field) == (Code.SPECIAL_TOKEN, field)
+    assert "<|im_end|>" in problem.message
+
+
+@pytest.mark.parametrize("part", ["name", "arguments", "description"])
+def test_long_calls_and_tools_make_an_example_too_long(tmp_path: Path, part: str) -> None:
+    long = json.dumps({"city": "x" * 20_000}) if part == "arguments" else "x" * 20_000
+    assert found(tmp_path / "x.jsonl", [encode(tool_row(**{part: long}))]) == {1: {Code.TOO_LONG}}
+
+
+def test_a_good_example_with_tools_is_accused_of_nothing(tmp_path: Path) -> None:
+    assert found(tmp_path / "x.jsonl", [encode(tool_row())]) == {}
+
+
+def test_one_prompt_with_other_tools_is_another_example_but_a_leak_all_the_same(tmp_path: Path) -> None:
+    one, other = tool_row(), tool_row(description="Makes it.")
+    answered = put(one, "messages.3.content", "Yes.")
+    assert found(tmp_path / "x.jsonl", map(encode, [one, other])) == {}
+    assert found(tmp_path / "x.jsonl", map(encode, [one, other, answered])) == {3: {Code.CONTRADICTION}}
+    assert found(tmp_path / "x.jsonl", [encode(one)], [encode(other)]) == {1: {Code.LEAK}}
+
+
+@pytest.mark.parametrize(("letter", "count", "long"), [("x", 15_000, False), ("日", 5_000, False), ("日", 6_000, True)])
+def test_the_length_in_tokens_is_estimated_in_any_script(tmp_path: Path, letter: str, count: int, long: bool) -> None:
+    rows = [row(Format.PROMPT_COMPLETION, "", letter * count, "yes")]
+    assert found(tmp_path / "x.jsonl", map(encode, rows)) == ({1: {Code.TOO_LONG}} if long else {})
+
+
+@pytest.mark.parametrize("system", ["", "Be nice."])
+def test_an_assistant_turn_before_any_user_turn_is_told(tmp_path: Path, system: str) -> None:
+    turns = [{"from": "gpt", "value": "Hello."}, {"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}]
+    codes = found(tmp_path / "x.jsonl", [encode({"system": system, "conversations": turns})])
+    assert codes == {1: {Code.ASSISTANT_FIRST}}
+
+
+def test_a_list_without_examples_is_told_at_its_last_line(tmp_path: Path) -> None:
+    (tmp_path / "x.json").write_text("[\n\n1,\n2\n]")
+    problems = list(check_file(tmp_path / "x.json").problems)
+    assert [(problem.line, problem.code) for problem in problems] == [
+        (3, Code.WRONG_FORMAT),
+        (4, Code.WRONG_FORMAT),
+        (4, Code.EMPTY),
+    ]
+
+
 def test_a_label_that_stands_once_beside_frequent_ones_is_doubted(tmp_path: Path) -> None:
     chance = random.Random(1)
     rows = [row(Format.CHAT, "Sort it.", text(chance), f"label {number % 4}") for number in range(120)]
@@ -118,7 +184,9 @@ def test_short_questions_under_one_long_instruction_are_no_copies(tmp_path: Path
     instruction = "Translate the following sentence into French, and answer with the translation only, without quotes: "
     chance = random.Random(1)
     rows = [row(Format.ALPACA, "", instruction * 3 + text(chance, 2, 5), text(chance, 2, 5)) for _ in range(60)]
-    assert found(tmp_path / "x.jsonl", map(encode, rows)) == {}
+    for count in (8, 60):
+        held = [row(Format.ALPACA, "", instruction * 3 + text(chance, 2, 5), "x")]
+        assert found(tmp_path / "x.jsonl", map(encode, rows[:count]), map(encode, held)) == {}
 
 
 @pytest.mark.parametrize(

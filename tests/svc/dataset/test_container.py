@@ -15,7 +15,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from svc.dataset import json_rows
+from svc.dataset import json_rows, parquet_rows
 from svc.dataset.container import CONTAINERS, is_data_file, read_rows
 from svc.dataset.example import ChatExample
 from svc.dataset.problem import Code
@@ -157,6 +157,65 @@ def test_missing_columns_of_some_parquet_rows_are_no_fault(tmp_path: Path) -> No
     path = parquet(tmp_path / "x.parquet", [{"messages": turns, "tools": None}, {"messages": VALUES[0]["messages"]}])
     first, second = read_examples(path)
     assert (first.messages[0].name, first.messages[1].weight, second) == ("Ada", 1, EXAMPLES[0])
+
+
+def arrow_file(path: Path, columns: dict[str, Any]) -> Path:
+    pyarrow.parquet.write_table(pyarrow.table(columns), path)
+    return path
+
+
+@pytest.mark.parametrize(
+    "unused",
+    [
+        pyarrow.array([10**15] * 2, pyarrow.timestamp("s")),
+        pyarrow.array([10**9] * 2, pyarrow.timestamp("s", tz="Mars/Base")),
+        pyarrow.array([b"caf\xe9"] * 2).view(pyarrow.string()),
+    ],
+    ids=["beyond the year 9999", "unknown time zone", "not UTF-8"],
+)
+def test_what_stands_in_an_unused_parquet_column_is_no_fault(tmp_path: Path, unused: Any) -> None:
+    path = arrow_file(tmp_path / "x.parquet", {"prompt": ["q", "r"], "completion": ["a", "b"], "unused": unused})
+    assert [example.question for example in read_examples(path)] == ["q", "r"]
+
+
+@pytest.mark.parametrize("zone", [None, "Mars/Base"])
+def test_a_parquet_value_that_cannot_be_read_is_told_at_its_row(tmp_path: Path, zone: str | None) -> None:
+    prompts = pyarrow.array([10**15], pyarrow.timestamp("s", tz=zone))
+    path = arrow_file(tmp_path / "x.parquet", {"prompt": prompts, "completion": ["a"]})
+    assert errors(path) == [(1, Code.WRONG_FORMAT)]
+
+
+def test_the_columns_of_a_parquet_file_of_no_format_are_named(tmp_path: Path) -> None:
+    path = arrow_file(tmp_path / "x.parquet", {"question": ["q"], "answer": ["a"]})
+    (line,) = read_lines(path)
+    assert line.error is not None and line.error.code is Code.WRONG_FORMAT
+    assert "['answer', 'question']" in line.error.wrong
+
+
+def test_a_column_that_stands_twice_is_told_and_none_of_the_two_taken(tmp_path: Path) -> None:
+    (tmp_path / "x.csv").write_text("prompt,completion,completion,note,note\nq,a,b,1,2\n")
+    columns = [pyarrow.array([text]) for text in ("q", "a", "b")]
+    names = ["prompt", "completion", "completion"]
+    pyarrow.parquet.write_table(pyarrow.Table.from_arrays(columns, names=names), tmp_path / "x.parquet")
+    assert errors(tmp_path / "x.csv") == [(2, Code.WRONG_FORMAT)]
+    assert errors(tmp_path / "x.parquet") == [(1, Code.WRONG_FORMAT)]
+    (tmp_path / "y.csv").write_text("prompt,completion,note,note\nq,a,1,2\n")
+    assert errors(tmp_path / "y.csv") == []
+
+
+@pytest.mark.parametrize("before", ["\n", " \r\n\n", "sep=;\r\n", '"sep=;"\n', "\nsep=;\n\n"])
+def test_what_spreadsheets_write_before_the_header_is_no_fault(tmp_path: Path, before: str) -> None:
+    (tmp_path / "x.csv").write_bytes(f"{before}prompt;completion\nq, r;a\n".encode())
+    (line,) = read_lines(tmp_path / "x.csv")
+    assert line.example is not None and line.example.question == "q, r"
+    assert line.number == before.count("\n") + 2
+
+
+def test_too_large_a_parquet_row_is_told_and_the_next_one_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(parquet_rows, "MAX_ROW_BYTES", 1_000)
+    path = parquet(tmp_path / "x.parquet", [VALUES[0], chat("x" * 2_000).as_dict(), VALUES[1]])
+    assert errors(path) == [(2, Code.TOO_LARGE)]
+    assert read_lines_examples(path) == EXAMPLES[:2]
 
 
 def test_too_long_a_line_is_told_and_the_next_one_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

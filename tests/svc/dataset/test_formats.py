@@ -64,6 +64,9 @@ def test_every_format_gives_the_same_example(form: Format) -> None:
         {"conversations": [turn("user", "i"), turn("assistant", "o")]},
         {"messages": [turn("user", "i"), turn("assistant", "o")], "prompt": "i", "category": "x"},
         {"messages": [turn("user", "i"), turn("assistant", "o")], "completion": None, "tools": []},
+        {"messages": [turn("user", "i"), turn("assistant", "o")], "input": "x", "output": "y", "completion": "z"},
+        {"messages": [turn("user", "i"), turn("assistant", "o")], "instruction": "x", "system": " "},
+        {"prompt": "i", "completion": "o", "instruction": "x", "input": "y"},
         {"messages": [turn("user", "i") | {"name": ""}, turn("assistant", "o") | {"tool_calls": None}]},
     ],
     ids=str,
@@ -94,6 +97,33 @@ def test_sharegpt_calls_are_tool_calls() -> None:
     assert [message.role for message in example.messages] == [Role.USER, Role.ASSISTANT, Role.TOOL, Role.ASSISTANT]
     assert example.messages[1].tool_calls == (ToolCall("rain", '{"city": "Rome"}'),)
     assert example.tools == (json.dumps(TOOL),)
+
+
+@pytest.mark.parametrize("form", list(Format))
+def test_a_system_prompt_may_stand_beside_the_turns(form: Format) -> None:
+    value = row(form, "be short", "which", "that")
+    if form in (Format.CHAT, Format.SHAREGPT):
+        key = "messages" if form is Format.CHAT else "conversations"
+        value = {"system": "be short", key: value[key][1:]}
+    example, fields = parse_row(value, form)
+    assert example == EXPECTED
+    assert fields[0] == "system"
+
+
+@pytest.mark.parametrize(
+    ("system", "turns", "field"),
+    [
+        (5, [turn("user", "a"), turn("assistant", "b")], "system"),
+        ("s", [turn("user", "a"), turn("boss", "b")], "messages[1].role"),
+        ("s", [turn("system", "a"), turn("user", "a"), turn("assistant", "b")], "messages[0]"),
+        ("s", [turn("user", "a"), turn("assistant", "b") | {"tool_calls": ["x"]}], "messages[1].tool_calls[0]"),
+        ("s", None, "messages"),
+        ("s", "x", "messages"),
+        (None, "x", "messages"),
+    ],
+)
+def test_fields_are_named_as_they_stand_beside_a_system_prompt(system: Any, turns: Any, field: str) -> None:
+    assert refusal({"system": system, "messages": turns}, Format.CHAT).field == field
 
 
 def with_weights(*weights: int | None) -> ChatExample:
@@ -130,6 +160,11 @@ def test_fingerprints_of_plain_chats_are_what_they_were() -> None:
         ({"instruction": "i", "output": ""}, Code.WRONG_CONTENT, "output is blank"),
         ({"instruction": "i", "input": 3, "output": "o"}, Code.WRONG_CONTENT, "input is a number"),
         ({"instruction": "i", "output": "o", "history": [["q"]]}, Code.WRONG_FORMAT, 'history[0] is ["q"]'),
+        ({"instruction": "i", "output": "o", "history": 5}, Code.WRONG_FORMAT, "history is a number"),
+        ({"instruction": "i", "output": "o", "history": 0}, Code.WRONG_FORMAT, "history is a number"),
+        ({"instruction": "i", "output": "o", "history": True}, Code.WRONG_FORMAT, "history is a boolean"),
+        ({"instruction": "i", "output": "o", "history": {}}, Code.WRONG_FORMAT, "history is an object"),
+        ({"instruction": "i", "output": "o", "history": "x"}, Code.WRONG_FORMAT, "history is a string"),
         ({"prompt": 3, "completion": "o"}, Code.WRONG_CONTENT, "prompt is a number"),
         ({"prompt": ["x"], "completion": "o"}, Code.WRONG_FORMAT, "prompt[0] is a string"),
         ({"prompt": [turn("boss", "x")], "completion": "o"}, Code.WRONG_ROLE, "prompt[0].role is 'boss'"),
@@ -143,6 +178,11 @@ def test_fingerprints_of_plain_chats_are_what_they_were() -> None:
             "conversations[1].value is",
         ),
         ({"prompt": "a", "completion": "b", "conversations": []}, Code.MIXED_FORMATS, "beside"),
+        (
+            {"messages": [turn("user", "a"), turn("assistant", "b")], "instruction": "a", "output": "b"},
+            Code.MIXED_FORMATS,
+            "'messages' beside 'instruction' and 'output'",
+        ),
         ({"messages": [turn("user", "a"), turn("assistant", "b") | {"weight": 2}]}, Code.WRONG_WEIGHT, "weight is 2"),
         ({"messages": [turn("user", "a"), turn("assistant", "b") | {"weight": 0}]}, Code.WRONG_WEIGHT, "weight 0"),
         ({"messages": [turn("user", "a") | {"weight": 1}, turn("assistant", "b")]}, Code.WRONG_WEIGHT, "user turn"),

@@ -101,14 +101,27 @@ def test_chains_of_near_duplicates_are_one_group() -> None:
     for step in range(9):
         words[step * 9] = f"changed{step}"
         chain.append(" ".join(words))
-    groups, _ = clusters(sketches(*chain))
-    assert set(groups) == {0}
+    others = [text(random.Random(seed), 20, 30) for seed in range(200)]
+    groups, _ = clusters(sketches(*chain, *others))
+    assert set(groups[: len(chain)]) == {0}
 
 
 def test_what_all_texts_share_does_not_make_them_near() -> None:
     shared = text(random.Random(3), 60, 60)
     groups, _ = clusters(sketches(*(f"{shared}\n{text(random.Random(seed), 4, 9)}" for seed in range(10, 90))))
     assert len(set(groups)) == 80
+
+
+@pytest.mark.parametrize("count", [5, 8, 40])
+def test_what_few_texts_of_a_small_file_share_does_not_make_them_near_either(count: int) -> None:
+    shared = text(random.Random(3), 45, 45)
+    groups, _ = clusters(sketches(*(f"{shared}\n{text(random.Random(seed), 2, 4)}" for seed in range(10, 10 + count))))
+    assert len(set(groups)) == count
+
+
+def test_exact_copies_do_not_turn_a_text_into_the_wording_of_a_task() -> None:
+    groups, _ = clusters(sketches(*[LONG] * 8, f"Description:\n{LONG}"))
+    assert set(groups) == {0}
 
 
 def test_very_many_copies_of_one_text_are_one_group() -> None:

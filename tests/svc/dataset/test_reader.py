@@ -1,6 +1,7 @@
 """A data file is read line by line, and whatever its bytes are, it is examples or reports."""
 
 import json
+import time
 from pathlib import Path
 from typing import Any
 
@@ -8,6 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from svc.dataset.plain_text import is_blank
 from svc.dataset.reader import read_examples, read_lines, write_examples
 from svc.errors import DataError
 from tests.svc.chats import chat, write_lines
@@ -71,6 +73,15 @@ def test_a_bad_line_is_named_by_number_and_says_what_to_run(tmp_path: Path, line
     assert f"svc data check {path}" in error.todo
 
 
+def test_an_object_with_very_many_keys_is_read_in_proportion_to_its_length(tmp_path: Path) -> None:
+    keys = [f'"{number}": 1' for number in range(100_000)]
+    path = tmp_path / "train.jsonl"
+    path.write_text("{" + ", ".join([*keys, keys[500]]) + "}")
+    began = time.process_time()
+    assert "key '500' twice" in failure(path).wrong
+    assert time.process_time() - began < 5
+
+
 def test_a_byte_order_mark_and_windows_line_ends_are_no_fault(tmp_path: Path) -> None:
     path = tmp_path / "windows.jsonl"
     path.write_bytes(b"\xef\xbb\xbf" + GOOD + b"\r\n" + GOOD + b"\r\n")
@@ -83,7 +94,7 @@ def test_lines_end_at_line_feeds_alone(tmp_path: Path) -> None:
     assert read_examples(tmp_path / "x.jsonl") == [example, chat()]
 
 
-texts = st.text(st.characters(exclude_categories=["Cs"]), min_size=1).filter(str.strip)
+texts = st.text(st.characters(exclude_categories=["Cs"]), min_size=1).filter(lambda text: not is_blank(text))
 
 
 @given(st.lists(st.builds(chat, texts, texts), min_size=1, max_size=5))

@@ -1,0 +1,72 @@
+"""What `svc data check` prints, whatever stands in the files."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from click.testing import CliRunner, Result
+from hypothesis import given
+from hypothesis import strategies as st
+
+from svc.cli import group
+from svc.dataset.bad_lines import BadLines
+from svc.dataset.problem import Code, RowError
+from svc.dataset.reader import read_lines
+
+QUESTION, ANSWER = {"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}
+
+
+def called(arguments: str) -> dict[str, Any]:
+    return {"messages": [QUESTION, ANSWER | {"tool_calls": [{"function": {"name": "f", "arguments": arguments}}]}]}
+
+
+HOSTILE = [
+    {"messages": [QUESTION, ANSWER], "tools": ["\ud800"]},
+    called("\ud800"),
+    called("\x1b[2J\n  line 9: error: forged"),
+    {"instruction": "i", "output": "o", "history": ["\ud800"]},
+    {"conversations": [{"from": "human", "value": "q"}, {"from": "function_call", "value": "\ud800"}]},
+]
+
+
+def check(*arguments: str) -> Result:
+    return CliRunner().invoke(group, ["data", "check", *arguments])
+
+
+@pytest.mark.parametrize("value", HOSTILE, ids=str)
+def test_a_wrong_value_is_shown_without_what_a_terminal_obeys_or_utf8_cannot_hold(tmp_path: Path, value: Any) -> None:
+    path = tmp_path / "x.jsonl"
+    path.write_text(json.dumps(value))
+    text, machine = check(str(path)), check(str(path), "--json")
+    assert (text.exit_code, machine.exit_code) == (1, 1)
+    assert "\x1b" not in text.output and "\n  line 9" not in text.output
+    assert json.loads(machine.output)[0]["errors"] >= 1
+
+
+def test_answers_are_shown_without_what_a_terminal_obeys(tmp_path: Path) -> None:
+    path = tmp_path / "x.jsonl"
+    turns = [
+        [QUESTION | {"content": f"{number}"}, ANSWER | {"content": "a\x1bb" if number % 2 else "c"}]
+        for number in range(8)
+    ]
+    path.write_text("\n".join(json.dumps({"messages": turn}) for turn in turns))
+    shown = check(str(path)).output
+    assert "a\\x1bb 4" in shown and "\x1b" not in shown
+
+
+@pytest.mark.parametrize("value", HOSTILE, ids=str)
+def test_bad_lines_are_kept_whatever_is_wrong_with_them(tmp_path: Path, value: Any) -> None:
+    path = tmp_path / "x.jsonl"
+    path.write_text(json.dumps(value))
+    bad = BadLines(tmp_path / "bad")
+    (line,) = read_lines(path)
+    assert line.error is not None
+    bad.add(path, line.number, line.raw, line.error)
+    assert json.loads((tmp_path / "bad" / "problems.jsonl").read_text("utf-8"))["line"] == 1
+
+
+@given(st.text(st.characters()))
+def test_an_error_is_printable_whatever_text_it_names(text: str) -> None:
+    error = RowError(Code.WRONG_FORMAT, text, field="x").at("y")
+    assert error.wrong.isprintable() and error.wrong.encode()
