@@ -21,6 +21,7 @@ from svc.dataset.example import Message
 from svc.errors import EngineError
 
 _RESET_PAUSE_S = 0.05
+_CONNECTIONS = 100  # at once; further requests wait
 _TIMEOUT = httpx.Timeout(300.0, connect=5.0)  # a reload reads the whole file of weights
 _ENDED = "stop"
 """Finish reason of an answer that the model ended: with a token, because no stop strings are sent."""
@@ -60,8 +61,13 @@ class EngineClient:
 
     @classmethod
     def over_socket(cls, socket: Path, model: str) -> "EngineClient":
-        """A client of the engine behind a unix socket."""
-        transport = httpx.AsyncHTTPTransport(uds=str(socket))
+        """A client of the engine behind a unix socket.
+
+        Each request has a connection of its own. vLLM closes one that was idle for 5 seconds, and a request that meets
+        this moment would look like the engine's death.
+        """
+        limits = httpx.Limits(max_connections=_CONNECTIONS, max_keepalive_connections=0)
+        transport = httpx.AsyncHTTPTransport(uds=str(socket), limits=limits)
         return cls(httpx.AsyncClient(transport=transport, base_url="http://engine", timeout=_TIMEOUT), model)
 
     def with_ids(self, prefix: str) -> "EngineClient":

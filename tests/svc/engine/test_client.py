@@ -1,5 +1,6 @@
 """The client asks as vLLM expects to be asked, and every answer that is no answer is an EngineError."""
 
+import asyncio
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 from statistics import fmean
@@ -195,6 +196,26 @@ async def test_an_answer_that_is_none_is_an_engine_error(ask: Ask, answer: bytes
     async with answering(lambda request: httpx.Response(200, content=answer)) as client:
         with pytest.raises(EngineError, match="cannot be understood"):
             await ask(client)
+
+
+async def test_a_connection_that_the_engine_closes_when_it_is_used_again_is_no_death(tmp_path: Path) -> None:
+    """The engine gives up an idle connection just when the next request is on its way."""
+    body = b'{"tokens": [1]}'
+
+    async def answer_once(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        for answer in (b"HTTP/1.1 200 OK\r\ncontent-length: %d\r\n\r\n%s" % (len(body), body), b""):
+            head = await reader.readuntil(b"\r\n\r\n")
+            length = int(head.lower().split(b"content-length: ")[1].split(b"\r\n")[0])
+            await reader.readexactly(length)
+            writer.write(answer)
+            await writer.drain()
+        writer.close()
+
+    socket = tmp_path / "engine.sock"
+    server = await asyncio.start_unix_server(answer_once, socket)
+    async with EngineClient.over_socket(socket, "tuned") as client:
+        assert [await client.tokens("text") for _ in range(3)] == [[1]] * 3
+    server.close()
 
 
 async def test_an_engine_that_dies_over_a_request_is_an_engine_error() -> None:
