@@ -11,6 +11,8 @@ import torch
 from torch.utils.data import Sampler
 from transformers.trainer_pt_utils import get_length_grouped_indices
 
+_LONGEST_RUN = 50  # batches
+
 
 class BatchOrder(Sampler[int]):
     """Indices of examples.
@@ -37,5 +39,9 @@ class BatchOrder(Sampler[int]):
     def __iter__(self) -> Iterator[int]:
         mixed = np.random.SeedSequence([self._seed, self._epoch]).generate_state(1)  # torch takes 32 bits of a seed
         generator = torch.Generator().manual_seed(int(mixed[0]))
-        indices: list[int] = get_length_grouped_indices(self._lengths, self._batch_size, generator=generator)
+        # Sorted are runs of so many batches; as the default, but for small sets too: half of them in one run.
+        run = max(1, min(_LONGEST_RUN, len(self._lengths) // (2 * self._batch_size)))
+        indices: list[int] = get_length_grouped_indices(
+            self._lengths, self._batch_size, mega_batch_mult=run, generator=generator
+        )
         return iter(indices)

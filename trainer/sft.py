@@ -6,6 +6,7 @@ examples come from, of registered versions, or of how good the result is.
 
 import math
 import time
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -310,6 +311,9 @@ def _save(trainer: "ResumableTrainer", recipe: Recipe, tokenizer: "PreTrainedTok
     model = trainer.model
     if recipe.method is Method.FULL:
         model = model.to(torch.bfloat16)
-    model.save_pretrained(out)
+    with warnings.catch_warnings():
+        # AdaLoRA may leave a layer no rank; PEFT takes its empty tensors for shards that were not gathered.
+        warnings.filterwarnings("ignore", r"Adapter 'default': \d+ LoRA tensor\(s\) have invalid shape")
+        model.save_pretrained(out)
     tokenizer.save_pretrained(out)
     (out / "README.md").unlink(missing_ok=True)  # PEFT's empty model card

@@ -34,6 +34,15 @@ def test_epochs_and_seeds_differ() -> None:
     assert len({tuple(order(seed, epoch)) for seed in range(3) for epoch in range(3)}) == 9
 
 
+@given(st.integers(0, 2**31))
+def test_a_small_set_has_little_padding_too(seed: int) -> None:
+    """Six batches; in any order, a third would be padding."""
+    lengths = list(range(100, 196))
+    order = [lengths[index] for index in BatchOrder(lengths, 16, seed)]
+    padded = sum(16 * max(order[start : start + 16]) for start in range(0, 96, 16))
+    assert padded / sum(lengths) < 1.15
+
+
 def test_a_batch_holds_examples_of_like_length() -> None:
     lengths = [100 if number % 2 else 10 for number in range(64)]
     order = list(BatchOrder(lengths, 4, 0))
