@@ -197,7 +197,7 @@ def _times_as_fast(rounds: Sequence[Round], rival: Contestant) -> dict[str, Any]
 
 @click.command()
 @click.option("--pairs", type=click.IntRange(1), default=5, show_default=True, help="Rounds, one run of each.")
-@click.option("--steps", type=click.IntRange(1), default=6, show_default=True, help="Steps of a run.")
+@click.option("--steps", type=click.IntRange(1), default=4, show_default=True, help="Steps of a run.")
 @click.option("--curve-steps", type=click.IntRange(1), default=8, show_default=True, help="Steps of a loss curve.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON for machines.")
 def main(pairs: int, steps: int, curve_steps: int, as_json: bool) -> None:

@@ -1,6 +1,7 @@
 """What all tests share: hypothesis without a clock, no settings of the machine, and one MLflow store."""
 
 import os
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -13,6 +14,12 @@ from tests.command_line import Svc
 # A busy machine is no failure; what 50 examples miss, the next run's 50 others may find.
 hypothesis.settings.register_profile("tuneserve", deadline=None, max_examples=50)
 hypothesis.settings.load_profile("tuneserve")
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _ctrl_c_is_heard() -> None:
+    """A shell that starts the tests in the background has them ignore it, and what waits for it would wait forever."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(autouse=True, scope="session")
