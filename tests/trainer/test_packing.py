@@ -5,7 +5,15 @@ import torch
 from datasets import Dataset
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from transformers import Gemma2Config, Lfm2Config, LlamaConfig, LlamaForCausalLM, PreTrainedConfig, Qwen3NextConfig
+from transformers import (
+    Gemma2Config,
+    Lfm2Config,
+    LlamaConfig,
+    LlamaForCausalLM,
+    MambaConfig,
+    PreTrainedConfig,
+    Qwen3NextConfig,
+)
 
 from svc.errors import RecipeError
 from trainer.answer_trainer import answer_loss
@@ -61,7 +69,11 @@ def test_rows_are_filled() -> None:
     assert len(pack(dataset([([1] * 8, 1)] * 9), LENGTH)) == 3
 
 
-@pytest.mark.parametrize("config", [Lfm2Config(), Qwen3NextConfig()], ids=lambda config: config.model_type)
+@pytest.mark.parametrize(
+    "config",
+    [Lfm2Config(num_hidden_layers=2, layer_types=["conv", "full_attention"]), Qwen3NextConfig(), MambaConfig()],
+    ids=lambda config: config.model_type,
+)
 def test_a_recurrent_state_would_not_be_blind(config: PreTrainedConfig) -> None:
     with pytest.raises(RecipeError, match="recurrent layers"):
         refuse_recurrent(config)
