@@ -69,11 +69,10 @@ def test_rows_are_filled() -> None:
     assert len(pack(dataset([([1] * 8, 1)] * 9), LENGTH)) == 3
 
 
-@pytest.mark.parametrize(
-    "config",
-    [Lfm2Config(num_hidden_layers=2, layer_types=["conv", "full_attention"]), Qwen3NextConfig(), MambaConfig()],
-    ids=lambda config: config.model_type,
-)
+RECURRENT = [Lfm2Config(num_hidden_layers=2, layer_types=["conv", "full_attention"]), Qwen3NextConfig(), MambaConfig()]
+
+
+@pytest.mark.parametrize("config", RECURRENT, ids=lambda config: config.model_type)
 def test_a_recurrent_state_would_not_be_blind(config: PreTrainedConfig) -> None:
     with pytest.raises(RecipeError, match="recurrent layers"):
         refuse_recurrent(config)
