@@ -51,7 +51,7 @@ PAIRS ?= 5
 bench-start: $(READY)
 	$(BIN)/python -m benchmarks.start_time $(MODEL) --home $(HOME_FOLDER) --pairs $(PAIRS)
 
-# Training beside a plain TRL script, in speed, memory and loss: half an hour. A quiet machine, please.
+# Training beside a plain TRL script, in speed, memory and loss: 25 minutes, on a quiet machine.
 bench-train: $(READY)
 	$(BIN)/python -m benchmarks.training_speed --pairs $(PAIRS)
 

@@ -201,7 +201,7 @@ def _times_as_fast(rounds: Sequence[Round], rival: Contestant) -> dict[str, Any]
 @click.option("--curve-steps", type=click.IntRange(1), default=8, show_default=True, help="Steps of a loss curve.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON for machines.")
 def main(pairs: int, steps: int, curve_steps: int, as_json: bool) -> None:
-    """Measure training beside plain TRL on the example task: half an hour on two cores."""
+    """Measure training beside plain TRL on the example task: 25 minutes on two cores."""
     from trainer.base_model import resolve_base
 
     recipe = load_recipe(TASK / "recipe.yaml", (f"train.batch_size={BATCH}", "train.epochs=1"))
