@@ -39,6 +39,14 @@ class Device(StrEnum):
     CUDA = "cuda"
 
 
+class GptqKernel(StrEnum):
+    """Whose kernel multiplies by the 4-bit weights of a GPTQ model."""
+
+    AUTO = "auto"
+    VLLM = "vllm"
+    TORCH = "torch"
+
+
 class SwapChoice(StrEnum):
     """How another version comes into the engines."""
 
@@ -69,6 +77,10 @@ class EngineSettings(_Section):
         None,
         ge=1,
         description="GPUs that share each layer; default: as many as there are and the model's heads divide by",
+    )
+    gptq_kernel: GptqKernel = Field(
+        GptqKernel.AUTO,
+        description="vllm, torch (on any CPU), or auto: vLLM's own, and PyTorch's on a CPU for which vLLM has none",
     )
     max_concurrency: int = Field(64, ge=1, description="sequences decoded together")
     replicas: int = Field(1, ge=1, le=64, description="engines that serve one model")

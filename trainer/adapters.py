@@ -16,6 +16,7 @@ from peft import AdaLoraConfig, LoraConfig, PeftConfig, PeftModel, VeraConfig, g
 from safetensors.torch import load_file, save_file
 from transformers import BitsAndBytesConfig, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from svc.engine.capabilities import NumberType
 from svc.errors import TrainingError
 from trainer.acceleration import Attention
 from trainer.attention import attention_implementation
@@ -30,14 +31,21 @@ _WARMUP, _FINAL = 0.1, 0.3
 """Shares of all steps in which AdaLoRA keeps all ranks at first, and keeps the ranks that it has chosen at last."""
 
 
-def load_model(base: Path, method: Method, attention: Attention = Attention.SDPA) -> "PreTrainedModel":
+def load_model(
+    base: Path,
+    method: Method,
+    attention: Attention = Attention.SDPA,
+    *,
+    number_type: NumberType = NumberType.BFLOAT16,
+) -> "PreTrainedModel":
     """The base model in the form that the method trains on.
 
-    Full fine-tuning steps on float32 weights, which the forward pass rounds to bf16: Adam's small steps vanish in bf16.
-    Frozen weights are in bf16, or for QLoRA in NF4, whose scales are quantized too.
+    Full fine-tuning steps on float32 weights, which the forward pass rounds to the number type: Adam's small steps
+    vanish in 16 bits. Frozen weights are in the number type, or for QLoRA in NF4, whose scales are quantized too.
 
     Args:
         base: folder of the base model.
+        number_type: in which matrix products are computed.
         attention: the fastest that the machine has.
     """
     from transformers import AutoConfig, AutoModelForCausalLM
@@ -48,9 +56,9 @@ def load_model(base: Path, method: Method, attention: Attention = Attention.SDPA
             load_in_4bit=True,
             bnb_4bit_quant_type="nf4",
             bnb_4bit_use_double_quant=True,
-            bnb_4bit_compute_dtype=torch.bfloat16,
+            bnb_4bit_compute_dtype=getattr(torch, number_type),
         )
-    dtype = torch.float32 if method is Method.FULL else torch.bfloat16
+    dtype = torch.float32 if method is Method.FULL else getattr(torch, number_type)
     implementation: str | None = attention.value
     if attention is Attention.SDPA:  # FlashAttention knows soft caps
         implementation = attention_implementation(AutoConfig.from_pretrained(base)) or implementation

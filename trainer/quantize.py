@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, get_args
 
 from svc.dataset.example import ChatExample
+from svc.engine.capabilities import NumberType
 from svc.errors import RecipeError, TrainingError
 from svc.terminal import counting, waiting
 from trainer.attention import attention_implementation
@@ -50,13 +51,21 @@ class QuantizeSummary:
     seconds: float
 
 
-def quantize_gptq(model: Path, examples: Sequence[ChatExample], recipe: Recipe, out: Path) -> QuantizeSummary:
+def quantize_gptq(
+    model: Path,
+    examples: Sequence[ChatExample],
+    recipe: Recipe,
+    out: Path,
+    *,
+    number_type: NumberType = NumberType.BFLOAT16,
+) -> QuantizeSummary:
     """Writes the model in 4-bit GPTQ safetensors, with tokenizer and chat template, to `out`.
 
     Args:
         model: folder of the merged model.
         examples: training examples, of which `quantize.samples` are picked by the recipe's seed.
         out: created if need be. Equal input gives an equal config.json.
+        number_type: in which the model's layers are computed; what is written is in bf16 whatever it is.
 
     Raises:
         RecipeError: `quantize.group_size` does not fit the model; raised before any work.

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from svc.dataset.example import ChatExample
+from svc.engine.capabilities import NumberType
 from svc.errors import DataError, InterruptedRunError
 from svc.terminal import console, waiting
 from trainer.library_output import library_output_to_log
@@ -71,7 +72,14 @@ class TrainingData:
 
 
 def train_model(
-    base: Path, data: TrainingData, recipe: Recipe, out: Path, checkpoints: Path, report: "Report | None" = None
+    base: Path,
+    data: TrainingData,
+    recipe: Recipe,
+    out: Path,
+    checkpoints: Path,
+    report: "Report | None" = None,
+    *,
+    number_type: NumberType = NumberType.BFLOAT16,
 ) -> TrainingSummary:
     """Trains what the recipe's method trains, and writes it with the tokenizer's files to `out`.
 
@@ -83,6 +91,7 @@ def train_model(
             whole model in bf16.
         checkpoints: folder of this run's checkpoints.
         report: is told of the loss curve while it is drawn.
+        number_type: in which matrix products are computed; trained weights are in float32 whatever it is.
 
     Raises:
         DataError: examples longer than `train.max_length` tokens, or that the chat template refuses.
@@ -101,7 +110,9 @@ def train_model(
     try:
         with interruption() as asked:
             with waiting("Loading the base model"), library_output_to_log():
-                trainer = _build_trainer(base, tokenizer, rows, heldout, recipe, out, checkpoints, report, asked)
+                trainer = _build_trainer(
+                    base, tokenizer, rows, heldout, recipe, out, checkpoints, report, asked, number_type
+                )
             seconds = _run(trainer, recipe, asked)
         # A signal ends the process from here on: the weights are written anew from the last checkpoint.
         _save(trainer, recipe, tokenizer, out)
@@ -204,8 +215,9 @@ def _build_trainer(
     checkpoints: Path,
     report: "Report | None",
     asked: "Interruption",
+    number_type: NumberType,
 ) -> "ResumableTrainer":
-    """Trained weights are in float32: Adam's small steps vanish in bf16."""
+    """Trained weights are in float32: Adam's small steps vanish in 16 bits."""
     import torch
     from datasets import Dataset
     from transformers import AutoConfig, PrinterCallback, set_seed
@@ -233,7 +245,7 @@ def _build_trainer(
         if not acceleration.padding_free:
             collator = partial(collate_packed, pad_token=tokenizer.pad_token_id or tokenizer.eos_token_id)
     set_seed(recipe.train.seed)  # the adapter's start
-    model = load_model(base, recipe.method, acceleration.attention)
+    model = load_model(base, recipe.method, acceleration.attention, number_type=number_type)
     steps = count_steps(len(dataset), recipe)
     model = add_adapter(model, recipe, steps)
     trainer = ResumableTrainer(
@@ -241,7 +253,7 @@ def _build_trainer(
         heldout=[row.as_row() for row in heldout],
         allocation=RankAllocation(model) if recipe.method is Method.ADALORA else None,
         model=model,
-        args=_training_arguments(recipe, out, acceleration, steps),
+        args=_training_arguments(recipe, out, acceleration, steps, number_type),
         data_collator=collator,
         train_dataset=dataset,
         processing_class=tokenizer,
@@ -267,7 +279,9 @@ def _checkpoints_layers(recipe: Recipe) -> bool:
     return choose_acceleration(machine_facts()).gradient_checkpointing if asked is None else asked
 
 
-def _training_arguments(recipe: Recipe, out: Path, acceleration: "Acceleration", steps: int) -> Any:
+def _training_arguments(
+    recipe: Recipe, out: Path, acceleration: "Acceleration", steps: int, number_type: NumberType
+) -> Any:
     import torch
     from trl.trainer.sft_config import SFTConfig
 
@@ -286,7 +300,8 @@ def _training_arguments(recipe: Recipe, out: Path, acceleration: "Acceleration",
         neftune_noise_alpha=train.neftune_alpha,
         seed=train.seed,
         max_length=None,
-        bf16=True,
+        bf16=number_type is NumberType.BFLOAT16,
+        fp16=number_type is NumberType.FLOAT16,
         use_cpu=not accelerated,
         gradient_checkpointing=_checkpoints_layers(recipe),
         padding_free=acceleration.padding_free,

@@ -1,0 +1,1 @@
+"""vLLM's side of an engine: what is added to it where it lacks something."""

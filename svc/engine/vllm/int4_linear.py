@@ -1,0 +1,101 @@
+"""Linear layers of GPTQ models on a CPU for which vLLM has no 4-bit kernel of its own: one without AVX-512.
+
+The product is PyTorch's own operator for weights of 4 bits, which has kernels for AVX2 and AVX-512. Weights stay in 4
+bits, in the operator's layout; scales take 4 bytes a group instead of 2. Imported only inside vLLM.
+"""
+
+import torch
+from vllm.model_executor.kernels.linear import MPLinearKernel, MPLinearLayerConfig
+from vllm.model_executor.layers.quantization.utils.quant_utils import unpack_quantized_values_into_int32
+from vllm.scalar_type import scalar_types
+
+_GROUP_SIZES = (256, 128, 64, 32)
+"""Those that the operator takes, in PyTorch 2.13."""
+_WIDTH = 32
+"""Inputs and outputs are multiples of it: what the operator's blocks take, and vLLM's own kernel asks for."""
+
+
+class Int4LinearKernel(MPLinearKernel):
+    """y = W x + b with W in 4 bits around a zero point of 8, and one bfloat16 scale for each group of inputs."""
+
+    @classmethod
+    def get_min_capability(cls) -> int:
+        """Capabilities are of GPUs."""
+        return -1
+
+    @classmethod
+    def can_implement(cls, c: MPLinearLayerConfig) -> tuple[bool, str | None]:
+        """Whether the operator takes such a layer, and why not."""
+        inputs, outputs = c.partition_weight_shape
+        if c.weight_type != scalar_types.uint4b8 or c.zero_points:
+            return False, f"weights are {c.weight_type}; symmetric ones of 4 bits are taken"
+        if c.act_type != torch.bfloat16:
+            return False, f"activations are in {c.act_type}; the operator is fast in bfloat16 alone"
+        if inputs % _WIDTH or outputs % _WIDTH:
+            return False, f"the layer is {inputs} x {outputs}; multiples of {_WIDTH} are taken"
+        if operator_group_size(c.group_size, inputs) is None:
+            return False, f"groups of {c.group_size} inputs; multiples of {_GROUP_SIZES[-1]} are taken"
+        return True, None
+
+    def process_weights_after_loading(self, layer: torch.nn.Module) -> None:
+        """Brings weights and scales into the operator's layout; called after each load, a reload in place too."""
+        inputs = self.config.partition_weight_shape[0]
+        size = operator_group_size(self.config.group_size, inputs)
+        assert size is not None  # noqa: S101 - vLLM asked can_implement
+        self._group_size = size
+        self._transform_param(layer, self.w_q_name, lambda packed: pack_weights(packed.data))
+        self._transform_param(layer, self.w_s_name, lambda scales: spread_scales(scales.data, inputs // size))
+        setattr(layer, self.w_zp_name or "qzeros", None)  # 8 for every group
+
+    def apply_weights(self, layer: torch.nn.Module, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+        """
+        Args:
+            x: [..., in], bfloat16.
+
+        Returns:
+            [..., out], bfloat16.
+        """
+        weights, scales, _ = self._get_weight_params(layer)
+        rows = x.reshape(-1, x.shape[-1]).contiguous()
+        y = torch.ops.aten._weight_int4pack_mm_for_cpu(rows, weights, self._group_size, scales)
+        if bias is not None:
+            y += bias
+        return y.view(*x.shape[:-1], -1)
+
+
+def operator_group_size(group_size: int, inputs: int) -> int | None:
+    """The largest group of the operator's that divides a model's; None where none does.
+
+    Args:
+        group_size: inputs that share a scale; -1: all.
+        inputs: of the layer.
+    """
+    whole = inputs if group_size == -1 else group_size
+    return next((size for size in _GROUP_SIZES if whole % size == 0), None)
+
+
+def pack_weights(packed: torch.Tensor) -> torch.Tensor:
+    """From GPTQ's layout to the operator's.
+
+    Args:
+        packed: [in / 8, out], int32, eight inputs in each.
+
+    Returns:
+        [out, in / 2], uint8.
+    """
+    values = unpack_quantized_values_into_int32(packed, scalar_types.uint4b8, 0)
+    return torch.ops.aten._convert_weight_to_int4pack_for_cpu(values.T.contiguous(), 1)
+
+
+def spread_scales(scales: torch.Tensor, groups: int) -> torch.Tensor:
+    """Scales as the operator takes them: beside what it adds to a weight, which is 0.
+
+    Args:
+        scales: [groups of the model, out].
+        groups: of the operator; a multiple of the model's.
+
+    Returns:
+        [groups, out, 2].
+    """
+    repeated = scales.repeat_interleave(groups // len(scales), dim=0)
+    return torch.stack([repeated, torch.zeros_like(repeated)], dim=-1).contiguous()
