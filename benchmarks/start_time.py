@@ -24,6 +24,7 @@ import httpx
 
 from benchmarks.interval import interval
 from serving.start import choose_desired
+from svc.engine.capabilities import ask_capabilities, read_capabilities
 from svc.engine.launch import EngineSpec, command, environment
 from svc.engine.runtime import socket_folder, state_folder
 from svc.errors import EngineError
@@ -99,6 +100,7 @@ class Subject:
             state=state_folder(settings.home, 0),
             log=settings.home / "logs" / "engine.log",
             cache=settings.home / "cache" / "vllm",
+            capabilities=read_capabilities(settings.home),
             settings=settings.engine,
         )
         return cls(settings, spec)
@@ -211,6 +213,16 @@ def summary(pairs: Sequence[Pair]) -> dict[str, Any]:
     }
 
 
+def _first_time(times: int) -> float:
+    """What the first command on a device, or after an update, takes longer: asking torch and vLLM; median, seconds."""
+    took = []
+    for _ in range(times):
+        began = time.monotonic()
+        ask_capabilities()
+        took.append(time.monotonic() - began)
+    return statistics.median(took)
+
+
 @click.command()
 @click.argument("model")
 @click.option("--home", type=click.Path(path_type=Path), help="Folder for all state.")
@@ -223,7 +235,7 @@ def main(model: str, home: Path | None, pairs: int, as_json: bool) -> None:
     from svc.terminal import print_json
 
     measured = measure(Subject.of(load_settings(home=home), model), pairs)
-    found = summary(measured)
+    found = summary(measured) | {"first": _first_time(pairs)}
     if as_json:
         print_json({**found, "pairs": [asdict(pair) for pair in measured]})
         return
@@ -236,6 +248,7 @@ def main(model: str, home: Path | None, pairs: int, as_json: bool) -> None:
     table.add_row("  vLLM's own start, longer by", f"{found['engine_over_bare']:.2f}")
     table.add_row("  from vLLM's answer to ours", f"{found['after']:.2f}")
     table.add_row("before and after vLLM's own start", f"{found['own']:.2f}")
+    table.add_row("once for a device: asking what it can do", f"{found['first']:.2f}")
     output.print(f"{len(measured)} pairs of starts")
     output.print(table)
 

@@ -40,6 +40,7 @@ def serve(ctx: click.Context, model: str | None, format_name: str | None, host: 
     settings = settings_of(ctx, serve=door or None)
     from serving import server
     from serving.start import choose_desired
+    from svc.engine.capabilities import read_capabilities
     from svc.engine.phase import EnginePhase
     from svc.store.database import open_database
     from svc.terminal import advancing, console, quiet_libraries
@@ -47,6 +48,7 @@ def serve(ctx: click.Context, model: str | None, format_name: str | None, host: 
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     quiet_libraries()
     registry, store = Registry.of(settings), open_database(settings.home)
+    capabilities = read_capabilities(settings.home)
 
     async def run() -> None:
         with server.claim(settings) as claim, ExitStack() as bar:
@@ -59,7 +61,16 @@ def serve(ctx: click.Context, model: str | None, format_name: str | None, host: 
                 bar.close()
                 console.print(f"[green]serving {target} on {claim.url}/v1[/green]")
 
-            await server.serve(settings, registry, store, desired, claim, on_phase=on_phase, on_ready=on_ready)
+            await server.serve(
+                settings,
+                registry,
+                store,
+                desired,
+                claim,
+                capabilities=capabilities,
+                on_phase=on_phase,
+                on_ready=on_ready,
+            )
 
     asyncio.run(run())
     console.print("stopped")

@@ -72,7 +72,7 @@ class HoldoutRuns:
     """Asks the held-out set while the server runs.
 
     Args:
-        facts: the kind of engine that answers.
+        facts: the kind of engine that answers for a version in a format.
         every_hours: from the start of one run to that of the next; 0 for none at all.
     """
 
@@ -84,7 +84,7 @@ class HoldoutRuns:
         registry: Registry,
         store: Store,
         traffic: Traffic,
-        facts: EngineFacts,
+        facts: Callable[[Target], Awaitable[EngineFacts]],
         every_hours: float,
     ) -> None:
         self._questions = questions
@@ -173,7 +173,7 @@ class HoldoutRuns:
             return
         run = HoldoutRun(
             target=target,
-            engine=self._facts,
+            engine=await self._facts(target),
             cause=cause,
             started_at=started_at,
             ended_at=datetime.now(UTC),

@@ -7,19 +7,24 @@ from pathlib import Path
 
 from prometheus_client import CollectorRegistry, Gauge, ProcessCollector
 
-from svc.engine.probe import EngineFacts
+from svc.engine.capabilities import Capabilities
+from svc.settings import EngineSettings
 
 
-def add_machine_metrics(registry: CollectorRegistry, home: Path, facts: EngineFacts) -> None:
+def add_machine_metrics(
+    registry: CollectorRegistry, home: Path, capabilities: Capabilities, settings: EngineSettings
+) -> None:
     """Registers them; the disk is asked at each scrape.
 
     Args:
         home: the folder of all state; it exists.
-        facts: of the engine that this server starts.
+        capabilities: of this device and the vLLM on it.
+        settings: of the engine.
     """
     ProcessCollector(registry=registry)
     build = Gauge("svc_build_info", "1 for what is installed", ("release", "engine", "device"), registry=registry)
-    build.labels(version("tuneserve"), f"vllm {facts.vllm}", facts.device.value).set(1)
+    device = capabilities.device(settings)
+    build.labels(version("tuneserve"), f"vllm {capabilities.vllm}", device.value).set(1)
     _disk(
         registry, "svc_home_size_bytes", "Size of the disk that holds the home", lambda: shutil.disk_usage(home).total
     )

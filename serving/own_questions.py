@@ -8,17 +8,17 @@ import asyncio
 import logging
 import time
 from collections import deque
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable
 from typing import TypeVar
 
 from serving.hold import Admission, AsideEndedError
 from serving.pool import EnginePool
 from serving.supervisor import Load
+from svc.engine.capabilities import Capabilities
 from svc.engine.client import EngineClient
-from svc.engine.probe import EngineFacts
 from svc.engine.state import EngineState
 from svc.errors import EngineError
-from svc.settings import Device, HoldoutSettings
+from svc.settings import EngineSettings, HoldoutSettings
 
 log = logging.getLogger(__name__)
 
@@ -37,12 +37,10 @@ class SupersededError(Exception):
     """The engine was loaded again since the question was put, or takes none any more."""
 
 
-def unfit_engine(facts: EngineFacts, arguments: Sequence[str]) -> str | None:
-    """Why an engine of this kind cannot be asked for log-probabilities beside requests; None where it can."""
-    lora = any(argument.replace("_", "-").partition("=")[0] == "--enable-lora" for argument in arguments)
-    if facts.device is Device.CPU and lora:
-        return "with --enable-lora, log-probabilities of a prompt can end vLLM on a CPU"
-    return None
+def unfit_engine(capabilities: Capabilities, settings: EngineSettings) -> str | None:
+    """Why an engine cannot be asked for log-probabilities beside requests; None where it can."""
+    lora = any(argument.replace("_", "-").partition("=")[0] == "--enable-lora" for argument in settings.args)
+    return capabilities.adapters_refusal(settings) if lora else None
 
 
 class OwnQuestions:

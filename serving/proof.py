@@ -2,7 +2,7 @@
 
 import asyncio
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from sqlalchemy import Engine as Store
@@ -25,10 +25,10 @@ class Proof:
     """What a version must show before a client may reach it.
 
     Args:
-        facts: the kind of engine that runs here.
+        facts: the kind of engine that serves a model folder here.
     """
 
-    def __init__(self, registry: Registry, store: Store, facts: EngineFacts) -> None:
+    def __init__(self, registry: Registry, store: Store, facts: Callable[[Path], EngineFacts]) -> None:
         self._registry = registry
         self._store = store
         self._facts = facts
@@ -64,21 +64,33 @@ class Proof:
             ProbeError: the engine runs other weights.
         """
         recorded = (await asyncio.to_thread(self._registry.format, target.version, target.format)).probes
-        known = tuple(probe for probe in recorded if probe.engine == self._facts)
+        facts = await self.facts(target)
+        known = tuple(probe for probe in recorded if probe.engine == facts)
         if recorded and not known:
-            retaken = await asyncio.to_thread(find_retaken_probes, self._store, target, self._facts)
+            retaken = await asyncio.to_thread(find_retaken_probes, self._store, target, facts)
             if retaken is None:
-                return await self._retake(client, target, recorded)
+                return await self._retake(client, target, recorded, facts)
             known = retaken
         difference = await check_probes(client, known)
         return f"{len(known)} probes passed, largest difference {difference:.4f} nats"
 
-    async def _retake(self, client: EngineClient, target: Target, recorded: tuple[Probe, ...]) -> str:
+    async def facts(self, target: Target) -> EngineFacts:
+        """The kind of engine that serves a version in a format here.
+
+        Raises:
+            EngineError: the format cannot be served here.
+            NotFoundError: no such version or format.
+        """
+        return await asyncio.to_thread(self._facts, await self.folder(target))
+
+    async def _retake(
+        self, client: EngineClient, target: Target, recorded: tuple[Probe, ...], facts: EngineFacts
+    ) -> str:
         sequences = [(probe.token_ids, probe.start) for probe in recorded]
         measured = await measure_probes(client, sequences, repeats=_RETAKE_REPEATS)
         _refuse_other_weights(recorded, measured[0])
-        probes = make_probes(sequences, measured, self._facts)
-        await asyncio.to_thread(keep_retaken_probes, self._store, target, self._facts, probes)
+        probes = make_probes(sequences, measured, facts)
+        await asyncio.to_thread(keep_retaken_probes, self._store, target, facts, probes)
         log.warning("%s was qualified on another kind of engine (%s): probes taken again", target, recorded[0].engine)
         return f"{len(probes)} probes taken again: this kind of engine sees the version for the first time"
 

@@ -39,6 +39,7 @@ from serving.supervisor import Supervisor
 from serving.swap import Swap
 from serving.traffic import Traffic
 from serving.upstream import connect
+from svc.engine.capabilities import Capabilities
 from svc.engine.launch import SOCKET_FILE, EngineSpec
 from svc.engine.leftover import end_engine
 from svc.engine.probe import engine_facts
@@ -100,6 +101,7 @@ async def serve(
     desired: Desired,
     claim: Claim,
     *,
+    capabilities: Capabilities,
     on_phase: Callable[[str], None],
     on_ready: Callable[[Target], None],
 ) -> None:
@@ -109,13 +111,14 @@ async def serve(
 
     Args:
         desired: what to load first.
+        capabilities: of this device.
         on_phase: hears what the start is doing.
         on_ready: hears what is served, when requests are answered.
 
     Raises:
         SvcError: the version cannot be loaded.
     """
-    server = _Server(settings, registry, store, desired, on_phase)
+    server = _Server(settings, registry, store, desired, capabilities, on_phase)
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
         if signal.getsignal(number) is not signal.SIG_IGN:  # as nohup leaves SIGHUP
             asyncio.get_running_loop().add_signal_handler(number, server.stop)
@@ -141,6 +144,7 @@ class _Server:
         registry: Registry,
         store: Store,
         desired: Desired,
+        capabilities: Capabilities,
         on_phase: Callable[[str], None],
     ) -> None:
         limits = settings.serve
@@ -151,8 +155,7 @@ class _Server:
         disable_created_metrics()  # type: ignore[no-untyped-call]
         metrics = CollectorRegistry()
         self._traffic = Traffic(metrics, exemplars=limits.exemplars)
-        facts = engine_facts(settings.engine)
-        add_machine_metrics(metrics, settings.home, facts)
+        add_machine_metrics(metrics, settings.home, capabilities, settings.engine)
         self._records = RecordWriter(
             store,
             settings.records,
@@ -163,8 +166,8 @@ class _Server:
             max_running=limits.max_running, max_held=limits.max_held, hold_timeout_s=limits.hold_timeout_s
         )
         self._routes = Routes(desired.name)
-        proof = Proof(registry, store, facts)
-        slots = _Slots(settings, desired.name)
+        proof = Proof(registry, store, partial(engine_facts, settings.engine, capabilities))
+        slots = _Slots(settings, capabilities, desired.name)
         self._pool = EnginePool(
             lambda replica, on_change: Supervisor(
                 replica,
@@ -211,7 +214,7 @@ class _Server:
             settings=limits,
         )
         questions = OwnQuestions(
-            self._door, self._pool, settings.holdout, off=unfit_engine(facts, settings.engine.args)
+            self._door, self._pool, settings.holdout, off=unfit_engine(capabilities, settings.engine)
         )
         self._holdout = HoldoutRuns(
             questions,
@@ -219,7 +222,7 @@ class _Server:
             registry=registry,
             store=store,
             traffic=self._traffic,
-            facts=facts,
+            facts=proof.facts,
             every_hours=settings.holdout.every_hours,
         )
         self._scores = LiveScores(
@@ -336,6 +339,7 @@ class _Slots:
     """The places for engines of one home."""
 
     settings: Settings
+    capabilities: Capabilities
     name: str
 
     def engine(self, number: int, model: Path) -> EngineProcess:
@@ -358,5 +362,6 @@ class _Slots:
             state=state_folder(self.settings.home, number),
             log=self.settings.home / "logs" / f"engine-{number}.log",
             cache=self.settings.home / "cache" / "vllm",
+            capabilities=self.capabilities,
             settings=self.settings.engine,
         )

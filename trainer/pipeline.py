@@ -10,6 +10,7 @@ import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
@@ -18,7 +19,10 @@ from pydantic import BaseModel, ConfigDict
 from svc.dataset.reader import write_examples
 from svc.dataset.text_space import TEXT_SPACE_FILE, fit_text_space, save_text_space
 from svc.disk import is_full, write_whole
+from svc.engine.capabilities import Capabilities, NumberType, read_capabilities
 from svc.engine.launch import EngineSpec
+from svc.engine.model_facts import ModelFacts
+from svc.engine.plan import choose_dtype
 from svc.engine.probe import engine_facts
 from svc.engine.process import EngineProcess
 from svc.engine.runtime import runtime_folder
@@ -86,10 +90,12 @@ class Pipeline:
     """One run with everything that its stages need.
 
     Args:
+        capabilities: of this device.
         launch: makes engines; default: vLLM processes on this machine.
     """
 
     settings: Settings
+    capabilities: Capabilities
     registry: Registry
     recipe: Recipe
     base: Base
@@ -155,6 +161,7 @@ class Pipeline:
 
     def _train(self) -> TrainingSummary:
         check_group_size(self.base.folder, self.recipe.quantize.group_size)  # not an hour later
+        self._say_number_types()
         tracking, run_id = self.registry.tracking, self._tracking_run()
         tracking.log_parameters(run_id, self.recipe.flat())
         out = self.run.merged if self._full else self.run.adapter
@@ -166,8 +173,27 @@ class Pipeline:
                 self.run.fresh(out),
                 self.run.checkpoints,
                 lambda step, figures: tracking.log_metrics(run_id, figures, step),
+                number_type=self.capabilities.training_type,
             )
         return self.run.save(Stage.TRAIN, summary)
+
+    def _say_number_types(self) -> None:
+        """What was chosen for this device, and why.
+
+        Raises:
+            EngineError: GPTQ cannot be served here.
+        """
+        able, engine = self.capabilities, self.settings.engine
+        kernel = able.gptq_kernel(engine)
+        merged, gptq = (
+            choose_dtype(engine, able, ModelFacts(dtype=NumberType.BFLOAT16, quantization=how))
+            for how in (None, Format.GPTQ.value)
+        )
+        console.print(f"  training on {able.training_device} in {able.training_type}: {able.training_reason}")
+        console.print(
+            f"  serving on {able.device(engine)} merged in {merged.value} ({merged.reason}), "
+            f"GPTQ in {gptq.value} with the kernel of {kernel}"
+        )
 
     def _merge(self) -> MergeSummary:
         if self._full:
@@ -186,7 +212,13 @@ class Pipeline:
         return self.run.save(Stage.EVALUATE, Evaluated(base=base, merged=merged))
 
     def _quantize(self) -> QuantizeSummary:
-        summary = quantize_gptq(self.run.merged, self.examples.train, self.recipe, self.run.fresh(self.run.gptq))
+        summary = quantize_gptq(
+            self.run.merged,
+            self.examples.train,
+            self.recipe,
+            self.run.fresh(self.run.gptq),
+            number_type=self.capabilities.training_type,
+        )
         return self.run.save(Stage.QUANTIZE, summary)
 
     def _qualify(self) -> Qualified:
@@ -286,7 +318,7 @@ class Pipeline:
         )
 
     def _qualifier(self) -> Qualifier:
-        facts = engine_facts(self.settings.engine)
+        facts = partial(engine_facts, self.settings.engine, self.capabilities)
         return Qualifier(self.launch or self._launch_process, facts, self.recipe, self.examples.heldout)
 
     def _launch_process(self, model: Path) -> EngineProcess:
@@ -298,6 +330,7 @@ class Pipeline:
             state=self.run.folder,
             log=self.run.folder / "engine.log",
             cache=home / "cache" / "vllm",
+            capabilities=self.capabilities,
             settings=self.settings.engine,
         )
         return EngineProcess(spec)
@@ -335,7 +368,7 @@ def check_gptq_loss(merged: EvaluationReport, gptq: EvaluationReport, most: floa
 def open_pipeline(settings: Settings, recipe: Recipe, examples: Examples, base: Base) -> Pipeline:
     """The pipeline of a recipe, in the folder where an earlier try of it lies."""
     run = Run.of(settings.home / "runs", recipe, base, examples)
-    return Pipeline(settings, Registry.of(settings), recipe, base, examples, run)
+    return Pipeline(settings, read_capabilities(settings.home), Registry.of(settings), recipe, base, examples, run)
 
 
 def find_base(recipe: Recipe, settings: Settings) -> Base:

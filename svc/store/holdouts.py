@@ -72,7 +72,7 @@ def add_holdout_run(store: Engine, run: HoldoutRun) -> None:
         name=name,
         number=run.target.version.number,
         format=run.target.format.value,
-        engine=run.engine.model_dump_json(),
+        engine=run.engine.key,
         cause=run.cause.value,
         started_at=run.started_at,
         ended_at=run.ended_at,
@@ -107,7 +107,7 @@ def first_holdout_run(store: Engine, target: Target, engine: EngineFacts) -> Hol
     query = (
         select(HoldoutRunRow)
         .where(_is(target), HoldoutRunRow.outcome == HoldoutOutcome.COMPLETED.value)
-        .where(HoldoutRunRow.engine == engine.model_dump_json())
+        .where(HoldoutRunRow.engine == engine.key)
         .order_by(HoldoutRunRow.id)
         .limit(1)
     )

@@ -27,4 +27,4 @@ def keep_retaken_probes(store: Engine, target: Target, facts: EngineFacts, probe
 
 
 def _key(target: Target, facts: EngineFacts) -> tuple[str, int, str, str]:
-    return target.version.name, target.version.number, target.format.value, facts.model_dump_json()
+    return target.version.name, target.version.number, target.format.value, facts.key

@@ -21,16 +21,16 @@ from serving.machine_metrics import add_machine_metrics
 from serving.openai_api.errors import ErrorCode
 from serving.records import Dropped
 from serving.traffic import _NOT_COMPLETIONS, Traffic
-from svc.engine.probe import EngineFacts
 from svc.engine.state import EngineState
 from svc.errors import ServerNotRunningError
 from svc.registry.registry import Registry
 from svc.registry.version import Format
-from svc.settings import Device, Settings
+from svc.settings import EngineSettings, Settings
 from svc.store.database import open_database
 from svc.store.feedback import Rating
 from svc.store.holdouts import HoldoutOutcome
 from svc.store.swaps import SwapOutcome
+from tests.svc.engine.devices import AVX512
 
 PAGE = (Path(__file__).parents[2] / "docs" / "metrics.md").read_text("utf-8")
 ROW = re.compile(r"^\| `(svc_\w+)` \| (\w+) \|([\w, ]*)\|", re.MULTILINE)
@@ -42,8 +42,7 @@ def families(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[str, s
     registry = CollectorRegistry()
     home = tmp_path_factory.mktemp("home")
     Traffic(registry)
-    facts = EngineFacts(vllm="1", device=Device.CPU, instruction_set="x", mode="eager")
-    add_machine_metrics(registry, home, facts)
+    add_machine_metrics(registry, home, AVX512, EngineSettings())
     versions = Registry.of(Settings(home=home))
     registry.register(ServerPage(httpx.Client(), _no_server))
     registry.register(VersionMetrics(versions))

@@ -83,7 +83,7 @@ class Control:
             max_running=limits.max_running, max_held=limits.max_held, hold_timeout_s=limits.hold_timeout_s
         )
         self.routes = Routes(NAME)
-        proof = Proof(self.registry, self.store, self.facts)
+        proof = Proof(self.registry, self.store, lambda folder: self.facts)
         self.pool = EnginePool(
             lambda replica, on_change: Supervisor(
                 replica,

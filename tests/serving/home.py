@@ -17,6 +17,7 @@ from svc.settings import Settings
 from svc.store.database import open_database
 from tests.serving.engine_park import EnginePark
 from tests.serving.versions import FACTS, NAME, AliasBook, make_version
+from tests.svc.engine.devices import AVX512
 
 
 class Home:
@@ -37,7 +38,7 @@ class Home:
         self.ready = asyncio.Event()
         monkeypatch.setattr(server, "EngineProcess", self._launch)
         monkeypatch.setattr(server, "shortage", lambda spec: self.park.room)
-        monkeypatch.setattr(server, "engine_facts", lambda settings: FACTS)
+        monkeypatch.setattr(server, "engine_facts", lambda settings, capabilities, folder: FACTS)
         monkeypatch.setattr(Registry, "of", lambda settings: self.registry)
 
     def _launch(self, spec: EngineSpec) -> LastingEngine:
@@ -53,6 +54,7 @@ class Home:
             self.store,
             desired,
             claim,
+            capabilities=AVX512,
             on_phase=lambda phase: None,
             on_ready=lambda target: self.ready.set(),
         )

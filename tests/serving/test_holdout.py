@@ -16,6 +16,7 @@ from serving import holdout
 from serving.holdout import HoldoutRuns
 from serving.own_questions import ID_PREFIX, OwnQuestions
 from serving.routing import Served
+from svc.engine.probe import EngineFacts
 from svc.engine.state import EngineState
 from svc.settings import HoldoutSettings, SwapChoice
 from svc.store.desired import Target
@@ -44,9 +45,13 @@ def runs_of(control: Control, off: str | None = None, **settings: Any) -> Holdou
         registry=control.registry,
         store=control.store,
         traffic=control.traffic,
-        facts=FACTS,
+        facts=_facts,
         every_hours=chosen.every_hours,
     )
+
+
+async def _facts(target: Target) -> EngineFacts:
+    return FACTS
 
 
 @asynccontextmanager

@@ -8,13 +8,13 @@ import pytest
 from serving.own_questions import ID_PREFIX, OwnQuestions, SupersededError, unfit_engine
 from svc.dataset.example import Message, Role
 from svc.engine.client import Answer, EngineClient
-from svc.engine.probe import EngineFacts
 from svc.errors import EngineError
-from svc.settings import Device, HoldoutSettings
+from svc.settings import Device, EngineSettings, HoldoutSettings
 from svc.store.swaps import SwapOutcome
 from tests.serving.control import Control, Make, ask, until
 from tests.serving.engine_double import Fault
-from tests.serving.versions import FACTS, target
+from tests.serving.versions import target
+from tests.svc.engine.devices import AVX512
 
 PROMPT = [Message(Role.USER, "one two three")]
 
@@ -216,5 +216,4 @@ async def test_cancelled_questions_leave_nothing(control: Control) -> None:
     ],
 )
 def test_an_engine_that_dies_of_such_questions_is_known(device: Device, arguments: tuple[str, ...], fit: bool) -> None:
-    facts: EngineFacts = FACTS.model_copy(update={"device": device})
-    assert (unfit_engine(facts, arguments) is None) == fit
+    assert (unfit_engine(AVX512, EngineSettings(device=device, args=arguments)) is None) == fit

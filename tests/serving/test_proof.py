@@ -1,15 +1,22 @@
 """What a version must show before a client may reach it."""
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
+from pathlib import Path
 
 import pytest
 
 from serving.proof import Proof
+from svc.engine.probe import EngineFacts
 from svc.errors import IntegrityError, ProbeError
 from svc.store.retaken_probes import find_retaken_probes
 from tests.serving.control import Control, Make
 from tests.serving.engine_double import EngineDouble
 from tests.serving.versions import FACTS, OTHER_FACTS, make_version, target
+
+
+def kind_of(facts: EngineFacts) -> Callable[[Path], EngineFacts]:
+    """One kind of engine for every folder."""
+    return lambda folder: facts
 
 
 @pytest.fixture
@@ -27,7 +34,7 @@ async def elsewhere(make: Make) -> AsyncIterator[Control]:
 
 async def test_sound_files_give_their_folder(make: Make) -> None:
     control = make()
-    folder = await Proof(control.registry, control.store, FACTS).files(target(1))
+    folder = await Proof(control.registry, control.store, kind_of(FACTS)).files(target(1))
     assert folder == control.registry.folder(target(1).version) / "merged"
 
 
@@ -35,24 +42,24 @@ async def test_an_altered_file_is_an_error(make: Make) -> None:
     control = make()
     (control.registry.folder(target(1).version) / "merged" / "tokenizer.json").write_text('{"a": 1}')
     with pytest.raises(IntegrityError, match="was changed after registration"):
-        await Proof(control.registry, control.store, FACTS).files(target(1))
+        await Proof(control.registry, control.store, kind_of(FACTS)).files(target(1))
 
 
 async def test_a_difference_within_the_tolerance_passes(control: Control) -> None:
     control.double.probe_noise = 0.0009
-    found = await Proof(control.registry, control.store, FACTS).probes(control.supervisor.client, target(1))
+    found = await Proof(control.registry, control.store, kind_of(FACTS)).probes(control.supervisor.client, target(1))
     assert found.startswith("1 probes passed")
 
 
 async def test_a_difference_beyond_the_tolerance_is_an_error(control: Control) -> None:
     control.double.probe_noise = 0.0011
     with pytest.raises(ProbeError):
-        await Proof(control.registry, control.store, FACTS).probes(control.supervisor.client, target(1))
+        await Proof(control.registry, control.store, kind_of(FACTS)).probes(control.supervisor.client, target(1))
 
 
 async def test_the_probes_of_another_version_are_an_error(control: Control) -> None:
     with pytest.raises(ProbeError):
-        await Proof(control.registry, control.store, FACTS).probes(control.supervisor.client, target(2))
+        await Proof(control.registry, control.store, kind_of(FACTS)).probes(control.supervisor.client, target(2))
 
 
 async def test_probes_are_taken_again_on_another_kind_of_engine_and_kept(elsewhere: Control) -> None:
@@ -63,7 +70,7 @@ async def test_probes_are_taken_again_on_another_kind_of_engine_and_kept(elsewhe
 
 
 async def test_kept_probes_are_checked_the_next_time(elsewhere: Control) -> None:
-    proof = Proof(elsewhere.registry, elsewhere.store, OTHER_FACTS)
+    proof = Proof(elsewhere.registry, elsewhere.store, kind_of(OTHER_FACTS))
     assert "probes passed" in await proof.probes(elsewhere.supervisor.client, target(1))
     elsewhere.double.probe_noise = 0.02
     with pytest.raises(ProbeError):
@@ -72,7 +79,7 @@ async def test_kept_probes_are_checked_the_next_time(elsewhere: Control) -> None
 
 async def test_probes_that_are_taken_again_are_not_those_of_other_weights(elsewhere: Control) -> None:
     """As after a load in place that did nothing."""
-    proof = Proof(elsewhere.registry, elsewhere.store, OTHER_FACTS)
+    proof = Proof(elsewhere.registry, elsewhere.store, kind_of(OTHER_FACTS))
     with pytest.raises(ProbeError, match="not the version's weights"):
         await proof.probes(elsewhere.supervisor.client, target(2))
     assert find_retaken_probes(elsewhere.store, target(2), OTHER_FACTS) is None
@@ -80,11 +87,12 @@ async def test_probes_that_are_taken_again_are_not_those_of_other_weights(elsewh
 
 async def test_numbers_that_are_none_are_not_kept(elsewhere: Control) -> None:
     elsewhere.double.probe_noise = float("nan")
+    proof = Proof(elsewhere.registry, elsewhere.store, kind_of(OTHER_FACTS))
     with pytest.raises(ProbeError):
-        await Proof(elsewhere.registry, elsewhere.store, OTHER_FACTS).probes(elsewhere.supervisor.client, target(2))
+        await proof.probes(elsewhere.supervisor.client, target(2))
 
 
 async def test_a_version_without_probes_proves_nothing(control: Control) -> None:
     make_version(control.registry, 4, probes=False)
     with pytest.raises(ProbeError, match="no probes"):
-        await Proof(control.registry, control.store, FACTS).probes(control.supervisor.client, target(4))
+        await Proof(control.registry, control.store, kind_of(FACTS)).probes(control.supervisor.client, target(4))

@@ -15,6 +15,7 @@ import pytest
 from svc.dataset.example import ChatExample
 from svc.dataset.fingerprint import fingerprint
 from svc.dataset.text_space import TEXT_SPACE_FILE, load_text_space
+from svc.engine.capabilities import Capabilities, NumberType
 from svc.errors import (
     BaseModelError,
     BusyError,
@@ -31,7 +32,8 @@ from svc.registry.fingerprint import compatibility_fingerprint
 from svc.registry.registry import Registry
 from svc.registry.tracking import Tracking
 from svc.registry.version import Format
-from svc.settings import Device, EngineSettings, Settings
+from svc.settings import Device, EngineSettings, GptqKernel, Settings
+from tests.svc.engine.devices import AVX2, AVX512
 from tests.svc.registry.manifests import report
 from tests.svc.registry.model_folder import GPTQ, write_model
 from tests.trainer.conftest import make_example, make_recipe
@@ -56,13 +58,18 @@ class Stages:
     Attributes:
         ran: which ran, in order.
         broken: stages that are interrupted in the middle.
+        number_types: those that they were told to compute in.
     """
 
     ran: list[Stage] = field(default_factory=list)
     broken: set[Stage] = field(default_factory=set)
+    number_types: list[NumberType] = field(default_factory=list)
 
-    def train_model(self, base: Path, data: Any, recipe: Any, out: Path, checkpoints: Path, report: Any) -> Any:
+    def train_model(
+        self, base: Path, data: Any, recipe: Any, out: Path, checkpoints: Path, report: Any, *, number_type: NumberType
+    ) -> Any:
         """Writes an adapter, or a trained model."""
+        self.number_types.append(number_type)
         self._run(Stage.TRAIN, out)
         if recipe.method is Method.FULL:
             write_model(out, seed=1)
@@ -83,8 +90,11 @@ class Stages:
             raise RecipeError("quantize.group_size is 128")
         return []
 
-    def quantize_gptq(self, merged: Path, examples: Any, recipe: Any, out: Path) -> QuantizeSummary:
+    def quantize_gptq(
+        self, merged: Path, examples: Any, recipe: Any, out: Path, *, number_type: NumberType
+    ) -> QuantizeSummary:
         """Writes a quantized model."""
+        self.number_types.append(number_type)
         self._run(Stage.QUANTIZE, out)
         write_model(out, quantization=GPTQ)
         return QuantizeSummary(2, 8, 80, "layer.0", 0.01, 2.0)
@@ -120,12 +130,19 @@ def make(tmp_path: Path, tracking: Tracking, stages: Stages, engines: Engines) -
     base = Base(write_model(tmp_path / "base"), "./base", "Apache-2.0", "sha256:0")
     settings = Settings(home=tmp_path / "home", engine=EngineSettings(device=Device.CPU))
 
-    def make(heldout: tuple[ChatExample, ...] | None = None, **sections: Any) -> Pipeline:
+    def make(
+        heldout: tuple[ChatExample, ...] | None = None,
+        capabilities: Capabilities = AVX512,
+        engine: EngineSettings = settings.engine,
+        **sections: Any,
+    ) -> Pipeline:
         recipe = make_recipe(**({"name": name, "qualify": {"repeats": 1}} | sections))
         judged = heldout or (make_example("one", "red"), make_example("two", "blue"))
         examples = Examples(TRAIN, judged, fingerprint(TRAIN), fingerprint(judged))
         run = Run.of(settings.home / "runs", recipe, base, examples)
-        return Pipeline(settings, Registry(settings.home / "models", tracking), recipe, base, examples, run, engines)
+        registry = Registry(settings.home / "models", tracking)
+        chosen = settings.model_copy(update={"engine": engine})
+        return Pipeline(chosen, capabilities, registry, recipe, base, examples, run, engines)
 
     yield make
     assert engines.running == 0
@@ -134,6 +151,29 @@ def make(tmp_path: Path, tracking: Tracking, stages: Stages, engines: Engines) -
 @pytest.fixture
 def pipeline(make: Make) -> Pipeline:
     return make()
+
+
+@pytest.mark.parametrize(("capabilities", "number_type"), [(AVX512, NumberType.BFLOAT16), (AVX2, NumberType.FLOAT32)])
+def test_training_and_quantizing_compute_in_numbers_that_are_fast_here(
+    make: Make, stages: Stages, capabilities: Capabilities, number_type: NumberType
+) -> None:
+    make(capabilities=capabilities).train_version()
+    assert stages.number_types == [number_type, number_type]
+
+
+def test_what_was_chosen_for_the_device_is_told_before_training(make: Make, capsys: pytest.CaptureFixture[str]) -> None:
+    make(capabilities=AVX2).train_version()
+    told = " ".join(capsys.readouterr().err.split())
+    assert "training on cpu in float32: x86_64-avx2 has no fast bfloat16" in told
+    assert "merged in float32 (x86_64-avx2 has no fast numbers of 16 bits)" in told
+    assert "GPTQ in bfloat16 with the kernel of torch" in told
+
+
+def test_a_format_that_cannot_be_served_here_is_told_before_training(make: Make, stages: Stages) -> None:
+    pipeline = make(capabilities=AVX2, engine=EngineSettings(device=Device.CPU, gptq_kernel=GptqKernel.VLLM))
+    with pytest.raises(EngineError, match="no kernel for GPTQ"):
+        pipeline.train_version()
+    assert stages.ran == []
 
 
 def test_a_recipe_becomes_a_version_in_all_formats(pipeline: Pipeline, stages: Stages) -> None:

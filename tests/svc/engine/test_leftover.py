@@ -22,6 +22,7 @@ from svc.engine.leftover import LOCK_FILE, RECORD_FILE, end_engine, find_engine,
 from svc.engine.process import EngineProcess
 from svc.errors import EngineError
 from svc.settings import Device, EngineSettings
+from tests.svc.engine.devices import AVX512
 
 SERVER = Path(__file__).with_name("fake_server.py")
 PARENT = """
@@ -30,12 +31,14 @@ from pathlib import Path
 from svc.engine import process
 from svc.engine.launch import EngineSpec
 from svc.settings import EngineSettings
+from tests.svc.engine.devices import AVX512
 
 folder, server, mode, fail = Path(sys.argv[1]), sys.argv[2], sys.argv[3], sys.argv[4]
 process.command = lambda spec: [sys.executable, server, mode, str(spec.socket)]
 if fail == "no-record":
     process.write_record = lambda folder, record: None
-spec = EngineSpec(folder / "one", "tuned", folder, folder, folder / "engine.log", folder, EngineSettings(device="cpu"))
+settings = EngineSettings(device="cpu")
+spec = EngineSpec(folder / "one", "tuned", folder, folder, folder / "engine.log", folder, AVX512, settings)
 
 async def main():
     engine = process.EngineProcess(spec)
@@ -57,7 +60,8 @@ def folder() -> Iterator[Path]:
 
 def engine_in(folder: Path, model: str = "two", **settings: object) -> EngineProcess:
     chosen = EngineSettings.model_validate({"device": Device.CPU, **settings})
-    return EngineProcess(EngineSpec(folder / model, "tuned", folder, folder, folder / "engine.log", folder, chosen))
+    log = folder / "engine.log"
+    return EngineProcess(EngineSpec(folder / model, "tuned", folder, folder, log, folder, AVX512, chosen))
 
 
 @asynccontextmanager

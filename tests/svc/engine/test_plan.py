@@ -8,10 +8,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from svc.engine.capabilities import Capabilities
 from svc.engine.machine import Gpu, Machine
 from svc.engine.model_facts import ModelFacts
-from svc.engine.plan import GIB, EnginePlan, Origin, plan_engine
+from svc.engine.plan import GIB, EnginePlan, Origin, plan_engine, weight_bytes
+from svc.engine.vllm.plugin import INT4_LINEAR_VARIABLE
+from svc.errors import EngineError
 from svc.settings import Device, EngineSettings
+from tests.svc.engine.devices import AVX2, AVX512, HOPPER
 
 CACHE = Path("/home/cache")
 MODEL = ModelFacts(
@@ -33,9 +37,11 @@ def plan(
     machine: Machine = HOST,
     model: ModelFacts = MODEL,
     args: tuple[str, ...] = (),
+    capabilities: Capabilities | None = None,
     **settings: Any,
 ) -> EnginePlan:
-    return plan_engine(EngineSettings(args=args, **settings), device, machine, model, CACHE)
+    chosen = EngineSettings(args=args, **({"device": device} | settings))
+    return plan_engine(chosen, capabilities or (AVX512 if device is CPU else HOPPER), machine, model, CACHE)
 
 
 def origin_and_value(plan: EnginePlan, name: str) -> tuple[Origin, object]:
@@ -309,3 +315,63 @@ def test_no_argument_is_passed_twice_and_each_is_shown_as_given(
 def test_every_choice_has_its_own_name(machine: Machine, model: ModelFacts, device: Device) -> None:
     names = [choice.name for choice in plan(device, machine, model).choices]
     assert len(names) == len(set(names))
+
+
+GPTQ = replace(MODEL, quantization="gptq", group_size=64)
+
+
+def test_without_16_bits_that_are_fast_merged_weights_are_served_in_float32() -> None:
+    made = plan(capabilities=AVX2)
+    assert origin_and_value(made, "dtype") == (Origin.MACHINE, "float32")
+    assert made.arguments[made.arguments.index("--dtype") + 1] == "float32"
+
+
+def test_float32_takes_twice_the_memory() -> None:
+    tight = replace(HOST, free=GIB)
+    small, wide = (plan(machine=tight, capabilities=able)["kv_cache_memory_bytes"] for able in (AVX512, AVX2))
+    assert (small.value, wide.value) == ((GIB - MODEL.weights) // 2, (GIB - 2 * MODEL.weights) // 2)
+    roomy, wide_roomy = (plan(capabilities=able)["kv_cache_memory_bytes"].value for able in (AVX512, AVX2))
+    assert isinstance(roomy, int)
+    assert wide_roomy == 2 * roomy
+
+
+def test_weights_that_are_stored_in_float32_are_no_larger_in_memory() -> None:
+    assert weight_bytes(replace(MODEL, dtype="float32"), wide=True) == MODEL.weights
+
+
+def test_without_a_kernel_of_vllms_gptq_is_served_by_pytorchs_in_bfloat16() -> None:
+    made = plan(model=replace(GPTQ, dtype="float16"), capabilities=AVX2)
+    assert origin_and_value(made, "gptq_kernel") == (Origin.MACHINE, "torch")
+    assert origin_and_value(made, "dtype") == (Origin.MACHINE, "bfloat16")
+    assert made.variables[INT4_LINEAR_VARIABLE] == "1"
+    assert made.variables["VLLM_DISABLED_KERNELS"] == "CPUWNA16LinearKernel"
+
+
+@pytest.mark.parametrize(("device", "capabilities"), [(CPU, AVX512), (GPU, HOPPER)])
+def test_where_vllm_has_a_kernel_nothing_is_added(device: Device, capabilities: Capabilities) -> None:
+    made = plan(device, model=GPTQ, capabilities=capabilities)
+    assert origin_and_value(made, "gptq_kernel") == (Origin.MACHINE, "vllm")
+    assert origin_and_value(made, "dtype") == (Origin.MODEL, "bfloat16")
+    assert not {INT4_LINEAR_VARIABLE, "VLLM_DISABLED_KERNELS"} & set(made.variables)
+    assert "--dtype" not in made.arguments
+
+
+def test_the_setting_takes_pytorchs_kernel_where_vllm_has_one_too() -> None:
+    made = plan(model=GPTQ, gptq_kernel="torch")
+    assert origin_and_value(made, "gptq_kernel") == (Origin.SETTING, "torch")
+    assert made.variables[INT4_LINEAR_VARIABLE] == "1"
+
+
+def test_a_model_that_is_not_quantized_needs_no_such_kernel() -> None:
+    made = plan(capabilities=AVX2, gptq_kernel="vllm")
+    assert "gptq_kernel" not in [choice.name for choice in made.choices]
+
+
+def test_a_person_decides_on_the_number_type() -> None:
+    made = plan(capabilities=AVX2, args=("--dtype", "bfloat16"))
+    assert origin_and_value(made, "dtype") == (Origin.ARGS, "bfloat16")
+
+
+def test_gptq_that_cannot_be_served_is_refused_before_the_start() -> None:
+    with pytest.raises(EngineError, match="no kernel for GPTQ"):
+        plan(model=GPTQ, capabilities=AVX2, gptq_kernel="vllm")

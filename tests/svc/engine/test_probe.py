@@ -1,13 +1,17 @@
 """Probes pass the weights they were taken from, within the engine's own noise, and no others."""
 
+import json
 import math
 from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
+from svc.engine.capabilities import Capabilities
 from svc.engine.probe import (
     MAX_PROBES,
     MAX_TOKENS,
@@ -21,8 +25,9 @@ from svc.engine.probe import (
     measure_probes,
 )
 from svc.errors import ProbeError
-from svc.settings import Device, EngineSettings
+from svc.settings import Device, EngineSettings, GptqKernel
 from tests.serving.engine_double import EngineDouble
+from tests.svc.engine.devices import AVX2, AVX512
 from tests.svc.engine.in_process import client_of
 
 FACTS = EngineFacts(vllm="0.32.0", device=Device.CPU, instruction_set="x86_64-avx512f", mode="eager")
@@ -168,8 +173,40 @@ def test_a_probe_that_proves_nothing_cannot_be_made(change: dict[str, object]) -
         Probe.model_validate(good | change)
 
 
-def test_facts_tell_compiled_from_eager() -> None:
-    eager, compiled = (engine_facts(EngineSettings(device=Device.CPU, eager=value)) for value in (True, False))
+def facts_of(folder: Path, capabilities: Capabilities = AVX512, config: dict[str, Any] = {}, **settings: Any) -> Any:  # noqa: B006
+    (folder / "config.json").write_text(json.dumps({"dtype": "bfloat16"} | config))
+    return engine_facts(EngineSettings(**settings), capabilities, folder)
+
+
+GPTQ: dict[str, Any] = {"quantization_config": {"quant_method": "gptq", "bits": 4}}
+
+
+def test_facts_tell_compiled_from_eager(tmp_path: Path) -> None:
+    eager, compiled = (facts_of(tmp_path, eager=value) for value in (True, False))
     assert eager != compiled
-    assert eager == engine_facts(EngineSettings(device=Device.CPU, eager=True))
-    assert "-" in eager.instruction_set
+    assert eager == facts_of(tmp_path)
+
+
+def test_facts_know_number_type_and_kernel(tmp_path: Path) -> None:
+    merged, gptq = facts_of(tmp_path, AVX2), facts_of(tmp_path, AVX2, GPTQ)
+    assert (merged.dtype, merged.kernel) == ("float32", GptqKernel.VLLM)
+    assert (gptq.dtype, gptq.kernel) == ("bfloat16", GptqKernel.TORCH)
+    assert facts_of(tmp_path, AVX512, GPTQ) != facts_of(tmp_path, AVX512, GPTQ, gptq_kernel=GptqKernel.TORCH)
+    assert facts_of(tmp_path) != facts_of(tmp_path, args=("--dtype", "float32"))
+
+
+@pytest.mark.parametrize("config", [{}, GPTQ])
+def test_facts_that_an_older_release_wrote_are_those_of_the_same_engine_now(
+    tmp_path: Path, config: dict[str, Any]
+) -> None:
+    older = '{"vllm":"0.32.0","device":"cpu","instruction_set":"x86_64-avx512_bf16","mode":"eager"}'
+    now = facts_of(tmp_path, AVX512, config)
+    assert EngineFacts.model_validate_json(older) == now
+    assert now.key == older
+    assert EngineFacts.model_validate_json(now.key) == now
+
+
+def test_facts_of_another_number_type_have_another_key() -> None:
+    wide = FACTS.model_copy(update={"dtype": "float32"})
+    assert wide.key != FACTS.key
+    assert EngineFacts.model_validate_json(wide.key) == wide

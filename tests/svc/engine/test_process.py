@@ -22,6 +22,7 @@ from svc.engine.phase import EnginePhase
 from svc.engine.process import EngineProcess
 from svc.errors import EngineError
 from svc.settings import Device, EngineSettings
+from tests.svc.engine.devices import AVX512
 
 SERVER = Path(__file__).with_name("fake_server.py")
 PARENT = """
@@ -30,10 +31,11 @@ from pathlib import Path
 from svc.engine import process
 from svc.engine.launch import EngineSpec
 from svc.settings import EngineSettings
+from tests.svc.engine.devices import AVX512
 
 folder, server = Path(sys.argv[1]), sys.argv[2]
 process.command = lambda spec: [sys.executable, server, "family", str(spec.socket)]
-spec = EngineSpec(folder, "tuned", folder, folder, folder / "engine.log", folder, EngineSettings(device="cpu"))
+spec = EngineSpec(folder, "tuned", folder, folder, folder / "engine.log", folder, AVX512, EngineSettings(device="cpu"))
 
 async def main():
     engine = process.EngineProcess(spec)
@@ -69,6 +71,7 @@ async def engine_in(folder: Path, monkeypatch: pytest.MonkeyPatch) -> AsyncItera
             state=folder,
             log=folder / "logs" / "engine.log",
             cache=folder,
+            capabilities=AVX512,
             settings=EngineSettings(device=Device.CPU, **settings),
         )
         made.append(EngineProcess(spec))

@@ -11,6 +11,7 @@ from svc.engine.launch import EngineSpec
 from svc.engine.machine import Gpu, Machine
 from svc.engine.plan import GIB
 from svc.settings import EngineSettings
+from tests.svc.engine.devices import AVX512, HOPPER
 
 CONFIG = {"num_hidden_layers": 2, "num_attention_heads": 4, "hidden_size": 256, "max_position_embeddings": 1024}
 ENGINE = 2 * GIB
@@ -28,7 +29,8 @@ def model(tmp_path: Path) -> Path:
 def shortage(monkeypatch: pytest.MonkeyPatch, model: Path, machine: Machine, **settings: Any) -> str | None:
     monkeypatch.setattr(room, "read_machine", lambda **_: machine)
     chosen = EngineSettings(device="cuda" if machine.gpus else "cpu", **settings)
-    return room.shortage(EngineSpec(model, "tuned", model, model, model / "engine.log", model, chosen))
+    capable = HOPPER if machine.gpus else AVX512
+    return room.shortage(EngineSpec(model, "tuned", model, model, model / "engine.log", model, capable, chosen))
 
 
 def host(free: int, *gpus: int) -> Machine:
