@@ -1,0 +1,162 @@
+"""The 4-bit kernel: a layer's outputs are those of its dequantized weights, whatever its groups, after each load."""
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+pytestmark = pytest.mark.slow  # vLLM's import takes some ten seconds
+
+WRITTEN = (32, 64, 128, -1)
+"""Groups that this project's quantizer writes, and one for the whole channel."""
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _vllm() -> None:
+    """Imported once, before hypothesis counts anything."""
+    import svc.engine.vllm.int4_linear  # noqa: F401
+
+
+def config(inputs: int, outputs: int, group_size: int) -> Any:
+    import torch
+    from vllm.model_executor.kernels.linear import MPLinearLayerConfig
+    from vllm.scalar_type import scalar_types
+
+    shape = (inputs, outputs)
+    return MPLinearLayerConfig(shape, shape, scalar_types.uint4b8, torch.bfloat16, group_size, zero_points=False)
+
+
+class Layer:
+    """A quantized layer as vLLM has it, with its weights beside it in float32."""
+
+    def __init__(self, inputs: int, outputs: int, group_size: int, seed: int = 0) -> None:
+        import torch
+
+        from svc.engine.vllm.int4_linear import Int4LinearKernel
+
+        self.group = inputs if group_size == -1 else group_size
+        self.module = torch.nn.Module()
+        self.kernel = Int4LinearKernel(config(inputs, outputs, group_size), "qweight", "scales", "qzeros")
+        self.inputs, self.outputs = inputs, outputs
+        self.load(seed)
+
+    def load(self, seed: int) -> None:
+        """As vLLM does at a start, and at a reload in place: parameters in GPTQ's layout, then the kernel's."""
+        import torch
+
+        random = torch.Generator().manual_seed(seed)
+        values = torch.randint(0, 16, (self.inputs, self.outputs), generator=random, dtype=torch.int32)
+        scales = torch.rand(self.inputs // self.group, self.outputs, generator=random).add(0.1).to(torch.bfloat16)
+        # GPTQ's layout: eight inputs in an integer, the first in its lowest bits.
+        eights = values.view(-1, 8, self.outputs).to(torch.int64)
+        packed = sum(eights[:, place] << (4 * place) for place in range(8))
+        packed = torch.where(packed >= 2**31, packed - 2**32, packed).to(torch.int32)
+        zeros = torch.zeros(len(scales), self.outputs // 8, dtype=torch.int32)
+        for name, value in (("qweight", packed), ("scales", scales), ("qzeros", zeros)):
+            if name in self.module._parameters:
+                del self.module._parameters[name]
+            self.module.register_parameter(name, torch.nn.Parameter(value, requires_grad=False))
+        self.weights = (values - 8).float() * scales.float().repeat_interleave(self.group, dim=0)
+        self.kernel.process_weights_after_loading(self.module)
+
+    def check(self, rows: int, bias: Any = None) -> None:
+        """Its outputs are within what rounding to bfloat16 explains of those of the weights in float32."""
+        import torch
+
+        x = torch.randn(rows, self.inputs, generator=torch.Generator().manual_seed(1)).to(torch.bfloat16)
+        found = self.kernel.apply_weights(self.module, x, bias)
+        product = x.float() @ self.weights
+        expected = product if bias is None else product + bias.float()
+        assert found.dtype == torch.bfloat16
+        assert found.shape == (rows, self.outputs)
+        # Half a unit of bfloat16's last place for the product, and as much for its sum with a bias; and a little for
+        # the order in which float32 adds up.
+        bound = product.abs() * 2**-8 + (0 if bias is None else expected.abs() * 2**-8)
+        bound += product.abs().mean() * 2**-12
+        assert ((found.float() - expected).abs() <= bound).all()
+
+
+@pytest.mark.parametrize("group_size", WRITTEN)
+@pytest.mark.parametrize("rows", [1, 3, 8, 65])
+def test_outputs_are_those_of_the_dequantized_weights(group_size: int, rows: int) -> None:
+    Layer(256, 192, group_size).check(rows)
+
+
+@given(
+    groups=st.integers(1, 6),
+    group_size=st.sampled_from([32, 64, 96, 128, 160, 256, 512]),
+    blocks=st.integers(1, 9),
+    rows=st.integers(1, 9),
+    seed=st.integers(0, 100),
+)
+@settings(max_examples=60)
+def test_every_shape_that_is_taken_is_computed_right(
+    groups: int, group_size: int, blocks: int, rows: int, seed: int
+) -> None:
+    from svc.engine.vllm.int4_linear import Int4LinearKernel
+
+    inputs, outputs = groups * group_size, blocks * 32
+    assert Int4LinearKernel.can_implement(config(inputs, outputs, group_size)) == (True, None)
+    Layer(inputs, outputs, group_size, seed).check(rows)
+
+
+def test_a_bias_is_added() -> None:
+    import torch
+
+    Layer(64, 64, 32).check(5, torch.randn(64).to(torch.bfloat16))
+
+
+def test_rows_may_have_any_number_of_dimensions() -> None:
+    import torch
+
+    layer = Layer(64, 96, 32)
+    x = torch.randn(2, 3, 64).to(torch.bfloat16)
+    found = layer.kernel.apply_weights(layer.module, x)
+    assert torch.equal(found.view(6, 96), layer.kernel.apply_weights(layer.module, x.view(6, 64)))
+
+
+@pytest.mark.parametrize("group_size", WRITTEN)
+def test_after_a_load_in_place_it_is_the_new_weights(group_size: int) -> None:
+    layer = Layer(256, 64, group_size)
+    layer.load(seed=7)
+    layer.check(4)
+    layer.load(seed=0)
+    layer.check(4)
+
+
+def test_weights_stay_in_four_bits() -> None:
+    layer = Layer(256, 128, 64)
+    assert layer.module.qweight.untyped_storage().nbytes() == 256 * 128 // 2
+    assert layer.module.scales.untyped_storage().nbytes() == 256 * 128 // 64 * 4
+    assert layer.module.qzeros is None
+
+
+@pytest.mark.parametrize(
+    ("inputs", "outputs", "group_size", "told"),
+    [(48, 64, -1, "48 x 64"), (64, 40, 32, "64 x 40"), (64, 64, 16, "groups of 16"), (96, 64, 48, "groups of 48")],
+)
+def test_what_the_operator_does_not_take_is_refused_with_the_reason(
+    inputs: int, outputs: int, group_size: int, told: str
+) -> None:
+    from svc.engine.vllm.int4_linear import Int4LinearKernel
+
+    able, reason = Int4LinearKernel.can_implement(config(inputs, outputs, group_size))
+    assert not able
+    assert told in str(reason)
+
+
+def test_other_kinds_of_weights_and_numbers_are_refused() -> None:
+    import torch
+    from vllm.scalar_type import scalar_types
+
+    from svc.engine.vllm.int4_linear import Int4LinearKernel
+
+    fine = config(64, 64, 32)
+    others = (
+        replace(fine, weight_type=scalar_types.uint8b128),
+        replace(fine, zero_points=True),
+        replace(fine, act_type=torch.float16),
+    )
+    assert [Int4LinearKernel.can_implement(other)[0] for other in others] == [False, False, False]
