@@ -65,7 +65,21 @@ def load_model(
     model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
         base, dtype=dtype, quantization_config=quantization, attn_implementation=implementation
     )
+    if method is Method.QLORA:
+        _keep_layout(model)
     return model
+
+
+def _keep_layout(model: "PreTrainedModel") -> None:
+    """Keeps bitsandbytes from packing weights for a kernel of CPUs with bfloat16, and from then on multiplying by it.
+
+    It does so as soon as held-out loss is measured; the kernel knows no gradient and no float32, and nothing goes back.
+    """
+    from bitsandbytes.nn.modules import Linear4bit
+
+    for layer in model.modules():
+        if isinstance(layer, Linear4bit):
+            layer.support_avx512bf16_for_cpu = False
 
 
 def add_adapter(model: "PreTrainedModel", recipe: Recipe, steps: int) -> "PreTrainedModel | PeftModel":

@@ -92,6 +92,19 @@ def test_qlora_trains_on_four_bits(tiny_base: Path) -> None:
     assert layer.compute_dtype is torch.bfloat16
 
 
+def test_measuring_held_out_loss_changes_nothing_in_qlora(
+    tiny_base: Path, examples: list[ChatExample], tmp_path: Path
+) -> None:
+    """bitsandbytes packs weights for a kernel without a gradient when a model is evaluated on some CPUs."""
+    written = []
+    for name, stopping in (("without", {}), ("with", {"every_steps": 2})):
+        made = recipe(Method.QLORA, train={"batch_size": 4, "steps": 6}, stopping=stopping)
+        data = TrainingData(examples, examples[:5])
+        train_model(tiny_base, data, made, tmp_path / name, tmp_path / f"checkpoints-{name}")
+        written.append((tmp_path / name / "adapter_model.safetensors").read_bytes())
+    assert written[0] == written[1]
+
+
 def test_adapters_are_trained_in_float32(trained: Trained) -> None:
     for method in ADAPTED:
         weights = load_file(trained[method][0] / "adapter_model.safetensors")
