@@ -36,7 +36,7 @@ def load_model(
     method: Method,
     attention: Attention = Attention.SDPA,
     *,
-    number_type: NumberType = NumberType.BFLOAT16,
+    number_type: NumberType,
 ) -> "PreTrainedModel":
     """The base model in the form that the method trains on.
 
@@ -151,7 +151,11 @@ class RankAllocation(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """`global_step` counts this step only afterwards."""
-        self._model.base_model.update_and_allocate(state.global_step + 1)
+        step, config = state.global_step + 1, self._model.peft_config["default"]
+        measures = step < config.total_step - config.tfinal
+        # In float16 the optimizer leaves out a step whose gradients are not finite: means of importance would stay so.
+        if not (measures and kwargs["optimizer"].step_was_skipped):
+            self._model.base_model.update_and_allocate(step)
 
     def save(self, folder: Path) -> None:
         """Writes the allocator's running means and its masks beside a checkpoint's weights."""
