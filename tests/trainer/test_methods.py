@@ -123,6 +123,8 @@ def test_products_are_in_the_type_that_was_asked_for(
     data, out = TrainingData(examples, examples[:5]), tmp_path / "trained"
     with Products() as products:
         train_model(tiny_base, data, made, out, tmp_path / "checkpoints", number_type=number_type)
+        if method is not Method.FULL:
+            merge_adapter(tiny_base, out, tmp_path / "merged")
     used = set().union(*products.types.values())
     if number_type is NumberType.FLOAT32:
         assert used == {torch.float32}, products.types
