@@ -36,7 +36,7 @@ def load_model(
     method: Method,
     attention: Attention = Attention.SDPA,
     *,
-    number_type: NumberType = NumberType.BFLOAT16,
+    number_type: NumberType,
 ) -> "PreTrainedModel":
     """The base model in the form that the method trains on.
 
@@ -65,7 +65,21 @@ def load_model(
     model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
         base, dtype=dtype, quantization_config=quantization, attn_implementation=implementation
     )
+    if method is Method.QLORA:
+        _keep_layout(model)
     return model
+
+
+def _keep_layout(model: "PreTrainedModel") -> None:
+    """Keeps bitsandbytes from packing weights for a kernel of CPUs with bfloat16, and from then on multiplying by it.
+
+    It does so as soon as held-out loss is measured; the kernel knows no gradient and no float32, and nothing goes back.
+    """
+    from bitsandbytes.nn.modules import Linear4bit
+
+    for layer in model.modules():
+        if isinstance(layer, Linear4bit):
+            layer.support_avx512bf16_for_cpu = False
 
 
 def add_adapter(model: "PreTrainedModel", recipe: Recipe, steps: int) -> "PreTrainedModel | PeftModel":
@@ -137,7 +151,11 @@ class RankAllocation(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """`global_step` counts this step only afterwards."""
-        self._model.base_model.update_and_allocate(state.global_step + 1)
+        step, config = state.global_step + 1, self._model.peft_config["default"]
+        measures = step < config.total_step - config.tfinal
+        # In float16 the optimizer leaves out a step whose gradients are not finite: means of importance would stay so.
+        if not (measures and kwargs["optimizer"].step_was_skipped):
+            self._model.base_model.update_and_allocate(step)
 
     def save(self, folder: Path) -> None:
         """Writes the allocator's running means and its masks beside a checkpoint's weights."""

@@ -1,6 +1,7 @@
 """Checkpoints on disk: whole and verified, or not there.
 
     checkpoints/step-00000120/   weights.safetensors  optimizer.pt  scheduler.pt  rng_state.pth  trainer_state.json
+                                 in float16: scaler.pt; AdaLoRA: rank_allocator.safetensors
                                  files.json: size and SHA-256 of each
 
 A checkpoint is written beside its place, synced, and renamed there, so that a kill at any moment leaves the one before.

@@ -16,6 +16,8 @@ from trainer.loss_curve import LOSS
 
 _STEPS = 20
 """Means over so many steps are compared: the loss of one batch says little."""
+_SKIPPED = 20
+"""Steps in a row that the optimizer left out: in float16 a few are how the scale of the loss is found, by halving."""
 _TIMES, _NATS = 2.0, 1.0
 """A mean loss is no chance when it is twice that of the first steps, and a nat more."""
 
@@ -29,6 +31,7 @@ class DivergenceWatch(TrainerCallback):
 
     def __init__(self, learning_rate: float) -> None:
         self._learning_rate = learning_rate
+        self._skipped = 0
 
     def on_log(
         self,
@@ -44,8 +47,8 @@ class DivergenceWatch(TrainerCallback):
             TrainingError: says what to change.
         """
         logs = logs or {}
-        if not math.isfinite(logs.get("grad_norm", 0.0)):
-            raise diverged(f"the gradient is {logs['grad_norm']} at step {state.global_step}", self._learning_rate)
+        if "grad_norm" in logs:
+            self._check_gradient(logs["grad_norm"], state.global_step, kwargs.get("optimizer"))
         if LOSS not in logs:
             return
         if state.global_step < 2 * _STEPS:
@@ -58,6 +61,14 @@ class DivergenceWatch(TrainerCallback):
                 f"{first:.3f} in the first",
                 self._learning_rate,
             )
+
+    def _check_gradient(self, norm: float, step: int, optimizer: Any) -> None:
+        if math.isfinite(norm):
+            self._skipped = 0
+            return
+        self._skipped += 1
+        if self._skipped > _SKIPPED or not getattr(optimizer, "step_was_skipped", False):
+            raise diverged(f"the gradient is {norm} at step {step}", self._learning_rate)
 
 
 def _losses(entries: Iterable[dict[str, float]]) -> Iterator[float]:

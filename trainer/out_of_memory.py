@@ -38,7 +38,7 @@ def cheaper(recipe: Recipe, *, checkpointing: bool) -> str:
     if not checkpointing:
         return "set train.gradient_checkpointing to true: slower by a third, and the result is the same"
     if recipe.method not in (Method.QLORA, Method.FULL):
-        return "set method to qlora: the frozen weights take a quarter of the memory"
+        return "set method to qlora: the frozen weights take a quarter of the memory, or less"
     if recipe.method is Method.FULL:
         return "set method to lora: an optimizer's state for all weights is what takes most"
     return f"set train.max_length to {train.max_length // 2} and drop the longer examples, or use a smaller base model"

@@ -1,7 +1,8 @@
 """GPTQ with gptqmodel: a merged model in, a 4-bit one out.
 
 Rounding is calibrated on training examples, never on held-out ones. Activation order is `act_group_aware`: vLLM
-refuses `desc_act` with groups on every platform. Knows nothing of what rounding costs in quality: the evaluation says.
+refuses `desc_act` with groups on every platform. Where bfloat16 is slow the layers are computed in float32, and the
+files are the same kind of files. Knows nothing of what rounding costs in quality: the evaluation says.
 """
 
 import json
@@ -65,7 +66,7 @@ def quantize_gptq(
         model: folder of the merged model.
         examples: training examples, of which `quantize.samples` are picked by the recipe's seed.
         out: created if need be. Equal input gives an equal config.json.
-        number_type: in which the model's layers are computed; what is written is in bf16 whatever it is.
+        number_type: in which the model's layers are computed; what is written has the same types whatever it is.
 
     Raises:
         RecipeError: `quantize.group_size` does not fit the model; raised before any work.
@@ -76,7 +77,10 @@ def quantize_gptq(
     tokenizer = load_tokenizer(model)
     picked = pick_calibration(examples, recipe.quantize.samples, recipe.train.seed)
     calibration = tokenize_examples(tokenizer, picked, stop_tokens(model, tokenizer))
-    log = _run_gptqmodel(model, calibration, recipe.quantize, out)
+    computed = calibration_type(number_type)
+    log = _run_gptqmodel(model, calibration, recipe.quantize, out, computed)
+    if computed is not NumberType.BFLOAT16:
+        write_bfloat16(out)
     join_fused_layers(out, layers)
     _check_layers(out, layers)
     tokenizer.save_pretrained(out)
@@ -119,6 +123,34 @@ def pick_calibration(examples: Sequence[ChatExample], samples: int, seed: int) -
     return random.Random(seed).sample(list(examples), min(samples, len(examples)))  # noqa: S311
 
 
+def calibration_type(number_type: NumberType) -> NumberType:
+    """In which numbers the layers of a calibration are computed where training multiplies in these.
+
+    Not in float16: what flows through a model can be larger than 65504, and no scaled loss saves it here. Float32 costs
+    memory for one layer at a time, and takes weights from bf16 and back without a rounding.
+    """
+    return NumberType.BFLOAT16 if number_type is NumberType.BFLOAT16 else NumberType.FLOAT32
+
+
+def write_bfloat16(folder: Path) -> None:
+    """Writes a quantized model again, as if it had been computed in bf16: tensors in float32 are those not quantized.
+
+    They come from a merged model in bf16, so that nothing is rounded. Packed layers have their own types already.
+    """
+    import torch
+    from huggingface_hub import save_torch_state_dict
+    from safetensors.torch import load_file
+
+    tensors: dict[str, torch.Tensor] = {}
+    for path in folder.glob("*.safetensors"):
+        for name, tensor in load_file(path).items():
+            tensors[name] = tensor.to(torch.bfloat16) if tensor.dtype is torch.float32 else tensor
+    save_torch_state_dict(tensors, folder, metadata={"format": "pt"})
+    path = folder / "config.json"
+    config: dict[str, Any] = json.loads(path.read_text("utf-8"))
+    path.write_text(json.dumps(config | {"dtype": NumberType.BFLOAT16}, indent=2), "utf-8")
+
+
 def strip_passing_values(folder: Path) -> None:
     """Removes what differs between two runs on equal input from the quantization configs."""
     for name in ("config.json", "quantize_config.json"):
@@ -146,7 +178,7 @@ def layer_widths(model: Path) -> dict[str, int]:
 
 
 def _run_gptqmodel(
-    model: Path, calibration: list[TrainingExample], quantize: Quantize, out: Path
+    model: Path, calibration: list[TrainingExample], quantize: Quantize, out: Path, number_type: NumberType
 ) -> list[dict[str, Any]]:
     """Quantizes and saves; returns gptqmodel's record of every layer."""
     # gptqmodel sizes its thread pool by this, and on two cores its own default is too small for its model loader.
@@ -154,6 +186,7 @@ def _run_gptqmodel(
     out.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=".gptq-", dir=out.parent) as offload:
         with waiting("Loading the merged model"), library_output_to_log():
+            import torch
             from gptqmodel import GPTQModel, QuantizeConfig
             from transformers import AutoConfig
 
@@ -165,7 +198,9 @@ def _run_gptqmodel(
                 offload_to_disk_path=offload,
             )
             attention = attention_implementation(AutoConfig.from_pretrained(model))
-            quantized = GPTQModel.load(str(model), config, attn_implementation=attention)
+            quantized = GPTQModel.load(
+                str(model), config, attn_implementation=attention, dtype=getattr(torch, number_type)
+            )
         with counting("Quantizing layers", quantized.model.config.get_text_config().num_hidden_layers) as advance:
 
             def layer_complete(*, layer_idx: int, submodule_finalized: bool) -> None:

@@ -1,15 +1,19 @@
 """A trainer whose run can be cut off anywhere and goes on as if it had not been.
 
 A checkpoint holds all that the next step depends on: trained weights, optimizer, schedule, random numbers, position in
-the data, the losses so far, and AdaLoRA's allocator. Loaded only inside functions: it imports torch and TRL.
+the data, the losses so far, AdaLoRA's allocator, and in float16 the scale of the loss. It says in which numbers it was
+computed; trained weights are in float32 in any case, so that a machine with other numbers can go on from it. Loaded
+only inside functions: it imports torch and TRL.
 """
 
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
+from svc.engine.capabilities import NumberType
 from svc.errors import IntegrityError
 from trainer.adapters import RankAllocation
 from trainer.answer_trainer import AnswerTrainer, answer_loss
@@ -21,6 +25,7 @@ from trainer.loss_curve import HELDOUT_LOSS
 from trainer.training_example import IGNORED
 
 _WEIGHTS, _STATE = "weights.safetensors", "trainer_state.json"
+_NUMBER_TYPE = "number_type"  # in the header of the weights' file
 
 
 class ResumableTrainer(AnswerTrainer):
@@ -28,6 +33,7 @@ class ResumableTrainer(AnswerTrainer):
 
     Args:
         checkpoints: where they go.
+        number_type: in which the run computes here.
         heldout: rows as those that are trained on; empty when held-out loss is not asked for.
         allocation: AdaLoRA's, which has a state of its own.
     """
@@ -36,12 +42,14 @@ class ResumableTrainer(AnswerTrainer):
         self,
         *,
         checkpoints: CheckpointFolder,
+        number_type: NumberType,
         heldout: list[dict[str, Any]],
         allocation: RankAllocation | None = None,
         **options: Any,
     ) -> None:
         super().__init__(**options)
         self.checkpoints = checkpoints
+        self._number_type = number_type
         self._heldout = sorted(heldout, key=lambda row: len(row["input_ids"]))
         self._allocation = allocation
         if allocation is not None:
@@ -99,9 +107,12 @@ class ResumableTrainer(AnswerTrainer):
         self.check_finite()
         with self.checkpoints.writing(self.state.global_step, best_step(self.state)) as folder:
             save_file(
-                {name: weight.detach().contiguous() for name, weight in self._trained().items()}, folder / _WEIGHTS
+                {name: weight.detach().contiguous() for name, weight in self._trained().items()},
+                folder / _WEIGHTS,
+                {_NUMBER_TYPE: self._number_type},
             )
             self._save_optimizer_and_scheduler(str(folder))
+            self._save_scaler(str(folder))  # does nothing but in float16
             self._save_rng_state(str(folder))
             if self._allocation is not None:
                 self._allocation.save(folder)
@@ -110,7 +121,19 @@ class ResumableTrainer(AnswerTrainer):
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: torch.nn.Module | None = None) -> None:
         self.load_weights(Path(resume_from_checkpoint))
 
+    def _load_scaler(self, checkpoint: str | None) -> None:
+        """Passes over the scale of a checkpoint in float16 where nothing is scaled; without one it starts as always."""
+        if self.accelerator.scaler is not None:
+            super()._load_scaler(checkpoint)
+
     def _get_train_sampler(self, train_dataset: Any = None) -> BatchOrder:
         lengths = [len(ids) for ids in self.train_dataset["input_ids"]]
         step = self.args.train_batch_size * self.args.gradient_accumulation_steps
         return BatchOrder(lengths, step, self.args.seed)
+
+
+def number_type_of(checkpoint: Path) -> NumberType:
+    """In which numbers a checkpoint was computed."""
+    with safe_open(checkpoint / _WEIGHTS, framework="pt") as file:
+        # One that does not say it is from when all training was in bfloat16.
+        return NumberType((file.metadata() or {}).get(_NUMBER_TYPE, NumberType.BFLOAT16))

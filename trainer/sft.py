@@ -83,7 +83,8 @@ def train_model(
 ) -> TrainingSummary:
     """Trains what the recipe's method trains, and writes it with the tokenizer's files to `out`.
 
-    A run that was cut off goes on from its newest whole checkpoint, and ends as if it had not been.
+    A run that was cut off goes on from its newest whole checkpoint, and ends as if it had not been. One that was begun
+    in another number type goes on in this one, says so, and ends near to that.
 
     Args:
         base: folder of the base model (trainer.base_model).
@@ -113,7 +114,7 @@ def train_model(
                 trainer = _build_trainer(
                     base, tokenizer, rows, heldout, recipe, out, checkpoints, report, asked, number_type
                 )
-            seconds = _run(trainer, recipe, asked)
+            seconds = _run(trainer, recipe, asked, number_type)
         # A signal ends the process from here on: the weights are written anew from the last checkpoint.
         _save(trainer, recipe, tokenizer, out)
     except (RuntimeError, MemoryError) as error:
@@ -123,12 +124,13 @@ def train_model(
     return _summarize(trainer, recipe, seconds)
 
 
-def _run(trainer: "ResumableTrainer", recipe: Recipe, asked: "Interruption") -> float:
+def _run(trainer: "ResumableTrainer", recipe: Recipe, asked: "Interruption", number_type: NumberType) -> float:
     """Trains to the end; returns the seconds of this process's part."""
     from transformers import TrainerState
 
     from trainer.heldout_loss import best_step, out_of_patience
     from trainer.progress import training_progress
+    from trainer.resumable_trainer import number_type_of
 
     newest = trainer.checkpoints.newest()
     if newest is not None:
@@ -142,6 +144,11 @@ def _run(trainer: "ResumableTrainer", recipe: Recipe, asked: "Interruption") -> 
         trainer.load_weights(newest)
         trainer.state = state
     else:
+        if newest is not None and (before := number_type_of(newest)) is not number_type:
+            console.print(
+                f"  converted at step {state.global_step} from {before} to {number_type}, which this machine computes "
+                "in: the result is not bit for bit that of an uninterrupted run"
+            )
         with training_progress() as progress:
             trainer.add_callback(progress)
             trainer.train(resume_from_checkpoint=None if newest is None else str(newest))
@@ -250,6 +257,7 @@ def _build_trainer(
     model = add_adapter(model, recipe, steps)
     trainer = ResumableTrainer(
         checkpoints=CheckpointFolder(checkpoints, recipe.checkpoints.keep),
+        number_type=number_type,
         heldout=[row.as_row() for row in heldout],
         allocation=RankAllocation(model) if recipe.method is Method.ADALORA else None,
         model=model,
@@ -286,6 +294,7 @@ def _training_arguments(
     from trl.trainer.sft_config import SFTConfig
 
     train, accelerated = recipe.train, torch.accelerator.is_available()
+    scaled = number_type is NumberType.FLOAT16
     arguments = SFTConfig(
         output_dir=str(out),
         learning_rate=recipe.learning_rate,
@@ -301,7 +310,9 @@ def _training_arguments(
         seed=train.seed,
         max_length=None,
         bf16=number_type is NumberType.BFLOAT16,
-        fp16=number_type is NumberType.FLOAT16,
+        fp16=scaled,
+        # That the fused one leaves out a step, as happens with a scaled loss, accelerate does not notice.
+        optim="adamw_torch" if scaled else "adamw_torch_fused",
         use_cpu=not accelerated,
         gradient_checkpointing=_checkpoints_layers(recipe),
         padding_free=acceleration.padding_free,

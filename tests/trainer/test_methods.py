@@ -7,10 +7,13 @@ from typing import Any
 import pytest
 import torch
 from peft import AdaLoraConfig, get_peft_model
+from peft.tuners.lora.layer import Linear
 from safetensors.torch import load_file
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM
 
 from svc.dataset.example import ChatExample
+from svc.engine.capabilities import NumberType
 from svc.errors import TrainingError
 from tests.trainer.conftest import make_recipe
 from trainer.adapters import adapter_config, load_adapter, load_model
@@ -86,10 +89,84 @@ def test_full_fine_tuning_writes_bf16(trained: Trained) -> None:
 
 
 def test_qlora_trains_on_four_bits(tiny_base: Path) -> None:
-    layer = load_model(tiny_base, Method.QLORA).model.layers[0].mlp.up_proj
+    layer = load_model(tiny_base, Method.QLORA, number_type=NumberType.BFLOAT16).model.layers[0].mlp.up_proj
     assert layer.weight.quant_state.quant_type == "nf4"
     assert layer.weight.quant_state.nested
     assert layer.compute_dtype is torch.bfloat16
+
+
+class Products(TorchDispatchMode):
+    """Records the types of what is multiplied, forwards and backwards."""
+
+    NAMES = ("mm", "addmm", "bmm", "baddbmm", "linear", "attention", "mv", "dequantize_4bit", "gemv_4bit", "gemm_4bit")
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.types: dict[str, set[torch.dtype]] = {}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        name = str(func)
+        if any(part in name for part in self.NAMES):
+            found = [x.dtype for x in (*args, result) if isinstance(x, torch.Tensor) and x.is_floating_point()]
+            self.types.setdefault(name, set()).update(found)
+        return result
+
+
+@pytest.mark.parametrize("method", Method)
+@pytest.mark.parametrize("number_type", [NumberType.BFLOAT16, NumberType.FLOAT32])
+def test_products_are_in_the_type_that_was_asked_for(
+    method: Method, number_type: NumberType, tiny_base: Path, examples: list[ChatExample], tmp_path: Path
+) -> None:
+    """All of them in float32: a single one in bfloat16 takes longer than the rest, where a CPU has no kernel for it."""
+    made = recipe(method, train={"batch_size": 4, "steps": 6}, stopping={"every_steps": 3})
+    data, out = TrainingData(examples, examples[:5]), tmp_path / "trained"
+    with Products() as products:
+        train_model(tiny_base, data, made, out, tmp_path / "checkpoints", number_type=number_type)
+        if method is not Method.FULL:
+            merge_adapter(tiny_base, out, tmp_path / "merged")
+    used = set().union(*products.types.values())
+    if number_type is NumberType.FLOAT32:
+        assert used == {torch.float32}, products.types
+    else:
+        assert torch.bfloat16 in used
+
+
+@pytest.mark.parametrize("number_type", [NumberType.BFLOAT16, NumberType.FLOAT32])
+def test_plain_lora_is_trained_by_fused_layers_alone(
+    number_type: NumberType,
+    tiny_base: Path,
+    examples: list[ChatExample],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def refuse(*args: Any, **kwargs: Any) -> None:
+        raise AssertionError("PEFT's own forward was called")
+
+    monkeypatch.setattr(Linear, "forward", refuse)
+    made = recipe(Method.LORA, stopping={"every_steps": 3})
+    data, out = TrainingData(examples, examples[:5]), tmp_path / "trained"
+    train_model(tiny_base, data, made, out, tmp_path / "checkpoints", number_type=number_type)
+
+
+def test_measuring_held_out_loss_changes_nothing_in_qlora(
+    tiny_base: Path, examples: list[ChatExample], tmp_path: Path
+) -> None:
+    """bitsandbytes packs weights for a kernel without a gradient when a model is evaluated on some CPUs."""
+    written = []
+    for name, stopping in (("without", {}), ("with", {"every_steps": 2})):
+        made = recipe(Method.QLORA, train={"batch_size": 4, "steps": 6}, stopping=stopping)
+        data = TrainingData(examples, examples[:5])
+        train_model(tiny_base, data, made, tmp_path / name, tmp_path / f"checkpoints-{name}")
+        written.append((tmp_path / name / "adapter_model.safetensors").read_bytes())
+    assert written[0] == written[1]
+
+
+def test_qlora_computes_in_the_type_that_was_asked_for(tiny_base: Path) -> None:
+    for number_type in NumberType:
+        model = load_model(tiny_base, Method.QLORA, number_type=number_type).model
+        assert model.layers[0].mlp.up_proj.compute_dtype is getattr(torch, number_type)
+        assert model.embed_tokens.weight.dtype is getattr(torch, number_type)
 
 
 def test_adapters_are_trained_in_float32(trained: Trained) -> None:

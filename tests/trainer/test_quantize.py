@@ -8,12 +8,22 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 
 from svc.dataset.example import ChatExample
+from svc.engine.capabilities import NumberType
 from svc.errors import RecipeError
 from tests.trainer.conftest import make_example, make_model, make_recipe
-from trainer.quantize import check_group_size, pick_calibration, quantize_gptq, strip_passing_values
+from trainer.quantize import (
+    calibration_type,
+    check_group_size,
+    pick_calibration,
+    quantize_gptq,
+    strip_passing_values,
+    write_bfloat16,
+)
 
 
 def test_a_group_size_that_fits_names_every_layer(tiny_base: Path) -> None:
@@ -80,15 +90,47 @@ def test_what_was_quantized_is_kept(tmp_path: Path, name: str) -> None:
     assert config.get("quantization_config", config) == {"bits": 4, "meta": {"quantizer": ["gptqmodel:7.6.0"]}}
 
 
+@pytest.mark.parametrize("number_type", NumberType)
+def test_layers_are_computed_in_float32_where_bfloat16_is_slow_or_absent(number_type: NumberType) -> None:
+    bfloat16 = number_type is NumberType.BFLOAT16
+    assert calibration_type(number_type) is (NumberType.BFLOAT16 if bfloat16 else NumberType.FLOAT32)
+
+
+def test_what_was_computed_in_float32_is_written_as_in_bfloat16(tmp_path: Path) -> None:
+    kept = torch.randn(8, 4).bfloat16()
+    packed = {
+        "up_proj.qweight": torch.arange(4, dtype=torch.int32),
+        "up_proj.scales": torch.full((4,), 1e-3, dtype=torch.float16),
+    }
+    save_file({"embed.weight": kept.float(), **packed}, tmp_path / "model.safetensors", {"format": "pt"})
+    (tmp_path / "config.json").write_text('{"dtype": "float32", "hidden_size": 4}', "utf-8")
+    write_bfloat16(tmp_path)
+    written = load_file(tmp_path / "model.safetensors")
+    assert written.keys() == {"embed.weight", *packed}
+    for name, tensor in {"embed.weight": kept, **packed}.items():
+        assert written[name].dtype is tensor.dtype
+        assert torch.equal(written[name], tensor)
+    assert json.loads((tmp_path / "config.json").read_text("utf-8")) == {"dtype": "bfloat16", "hidden_size": 4}
+
+
 QUANTIZE = """
 import sys
 from pathlib import Path
+from svc.engine.capabilities import NumberType
 from tests.trainer.conftest import make_example, make_recipe
 from trainer.quantize import quantize_gptq
 examples = [make_example(f"number {n}", "red") for n in range(16)]
 recipe = make_recipe(quantize={"group_size": 32, "samples": 8})
-print(quantize_gptq(Path(sys.argv[1]), examples, recipe, Path(sys.argv[2])).layers)
+out, number_type = Path(sys.argv[2]), NumberType(sys.argv[3])
+print(quantize_gptq(Path(sys.argv[1]), examples, recipe, out, number_type=number_type).layers)
 """
+
+
+def quantize_apart(base: Path, out: Path, number_type: NumberType) -> None:
+    """In a process of its own, because gptqmodel changes the one that it is loaded in."""
+    command = [sys.executable, "-c", QUANTIZE, str(base), str(out), number_type]
+    done = subprocess.run(command, capture_output=True, text=True, check=True, env={**os.environ, "COLUMNS": "80"})
+    assert done.stdout == "14\n"
 
 
 @pytest.mark.slow
@@ -96,11 +138,32 @@ def test_two_runs_give_the_same_complete_folder_and_a_quiet_stdout(tmp_path: Pat
     base = make_model(tmp_path / "base", hidden_size=128, intermediate_size=256, num_key_value_heads=2)
     folders = [tmp_path / "one", tmp_path / "other"]
     for folder in folders:
-        command = [sys.executable, "-c", QUANTIZE, str(base), str(folder)]
-        done = subprocess.run(command, capture_output=True, text=True, check=True, env={**os.environ, "COLUMNS": "80"})
-        assert done.stdout == "14\n"
+        quantize_apart(base, folder, NumberType.BFLOAT16)
     contents = [{path.name: path.read_bytes() for path in folder.iterdir()} for folder in folders]
     assert contents[0] == contents[1]
     assert {"config.json", "model.safetensors", "tokenizer.json", "chat_template.jinja"} <= set(contents[0])
     with safe_open(folders[0] / "model.safetensors", framework="pt") as file:
         assert "model.layers.0.self_attn.q_proj.qweight" in file.keys()  # noqa: SIM118
+
+
+@pytest.mark.slow
+def test_a_model_computed_in_float32_differs_in_roundings_alone(tmp_path: Path) -> None:
+    """Of packed weights and their scales: every other file and tensor is the same."""
+    base = make_model(
+        tmp_path / "base", hidden_size=128, intermediate_size=256, num_key_value_heads=2, attention_bias=True
+    )
+    folders = {number_type: tmp_path / number_type for number_type in (NumberType.BFLOAT16, NumberType.FLOAT32)}
+    for number_type, folder in folders.items():
+        quantize_apart(base, folder, number_type)
+    files = [
+        {path.name: path.read_bytes() for path in folder.iterdir() if path.suffix != ".safetensors"}
+        for folder in folders.values()
+    ]
+    assert files[0] == files[1]
+    assert json.loads(files[0]["config.json"])["dtype"] == "bfloat16"
+    one, other = (load_file(folder / "model.safetensors") for folder in folders.values())
+    assert one.keys() == other.keys()
+    for name, tensor in one.items():
+        assert (other[name].dtype, other[name].shape) == (tensor.dtype, tensor.shape), name
+        if not name.endswith((".qweight", ".scales")):
+            assert torch.equal(other[name], tensor), name

@@ -1,6 +1,7 @@
 """A run that is cut off anywhere ends as one that was not: the same curve, the same weights, bit for bit."""
 
 import json
+import math
 import os
 import signal
 import subprocess
@@ -10,10 +11,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from safetensors.torch import load_file, save_file
 from transformers import TrainerCallback
+from transformers.trainer import Accelerator
 
 from svc.dataset.example import ChatExample
 from svc.dataset.reader import write_examples
+from svc.engine.capabilities import NumberType
 from svc.errors import InterruptedRunError
 from tests.trainer.conftest import make_recipe
 from trainer import resumable_trainer, sft
@@ -22,6 +27,7 @@ from trainer.recipe import Method, Recipe
 from trainer.sft import TrainingData, TrainingSummary, train_model
 
 STEPS = 12  # three epochs of four steps
+BFLOAT16, FLOAT16, FLOAT32 = NumberType
 
 
 def recipe(method: Method = Method.LORA, **sections: Any) -> Recipe:
@@ -37,7 +43,15 @@ class Killed(BaseException):
     """Nothing in the trainer may catch it."""
 
 
-def train_until(base: Path, data: TrainingData, recipe: Recipe, folder: Path, step: int, monkeypatch: Any) -> None:
+def train_until(
+    base: Path,
+    data: TrainingData,
+    recipe: Recipe,
+    folder: Path,
+    step: int,
+    monkeypatch: Any,
+    number_type: NumberType = BFLOAT16,
+) -> None:
     """Trains, and is cut off when the step has been taken, before its checkpoint."""
 
     class Kill(TrainerCallback):
@@ -54,7 +68,11 @@ def train_until(base: Path, data: TrainingData, recipe: Recipe, folder: Path, st
     with monkeypatch.context() as patch:
         patch.setattr(resumable_trainer.ResumableTrainer, "__init__", with_kill)
         with pytest.raises(Killed):
-            train_model(base, data, recipe, folder / "trained", folder / "checkpoints")
+            train_in(number_type, base, data, recipe, folder)
+
+
+def train_in(number_type: NumberType, base: Path, data: TrainingData, recipe: Recipe, folder: Path) -> TrainingSummary:
+    return train_model(base, data, recipe, folder / "trained", folder / "checkpoints", number_type=number_type)
 
 
 def weights(folder: Path) -> bytes:
@@ -82,6 +100,110 @@ def test_it_ends_as_if_it_had_not_been_cut_off(
     resumed = train_model(tiny_base, data, recipe(method), tmp_path / "b" / "trained", tmp_path / "b" / "checkpoints")
     assert figures(resumed) == figures(whole)
     assert weights(tmp_path / "b") == weights(tmp_path / "a")
+
+
+@pytest.mark.parametrize("method", Method)
+def test_so_it_is_in_float32(
+    method: Method, tiny_base: Path, data: TrainingData, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = train_in(FLOAT32, tiny_base, data, recipe(method), tmp_path / "a")
+    train_until(tiny_base, data, recipe(method), tmp_path / "b", 6, monkeypatch, FLOAT32)
+    resumed = train_in(FLOAT32, tiny_base, data, recipe(method), tmp_path / "b")
+    assert figures(resumed) == figures(whole)
+    assert weights(tmp_path / "b") == weights(tmp_path / "a")
+
+
+@pytest.fixture
+def scaled_on_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Float16 as on an older GPU, computed on the CPU, where accelerate itself scales no loss.
+
+    The scale begins so high that steps are left out, and grows after two steps, so that it matters where a run goes on.
+    """
+    original = Accelerator.__init__
+
+    def with_scaler(self: Any, *args: Any, **options: Any) -> None:
+        original(self, *args, **options)
+        if self.mixed_precision == "fp16":
+            self.native_amp = True
+            self.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**24, growth_interval=2)
+
+    monkeypatch.setattr(Accelerator, "__init__", with_scaler)
+
+
+def left_out(folder: Path, step: int) -> list[int]:
+    """The steps up to a checkpoint whose gradients were not finite."""
+    path = CheckpointFolder(folder / "checkpoints", 2).at(step) / "trainer_state.json"
+    history = json.loads(path.read_text("utf-8"))["log_history"]
+    return [entry["step"] for entry in history if not math.isfinite(entry.get("grad_norm", 0.0))]
+
+
+@pytest.mark.parametrize("method", [Method.FULL, Method.LORA, Method.ADALORA])
+@pytest.mark.usefixtures("scaled_on_cpu")
+def test_so_it_is_in_float16_with_a_scaled_loss(
+    method: Method, tiny_base: Path, data: TrainingData, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = train_in(FLOAT16, tiny_base, data, recipe(method), tmp_path / "a")
+    for step in (3, 9):
+        train_until(tiny_base, data, recipe(method), tmp_path / "b", step, monkeypatch, FLOAT16)
+    resumed = train_in(FLOAT16, tiny_base, data, recipe(method), tmp_path / "b")
+    assert left_out(tmp_path / "a", STEPS), "no step was left out, which was to be tried"
+    assert figures(resumed) == figures(whole)
+    assert weights(tmp_path / "b") == weights(tmp_path / "a")
+
+
+@pytest.mark.usefixtures("scaled_on_cpu")
+def test_a_step_that_is_left_out_leaves_adaloras_means_finite(
+    tiny_base: Path, data: TrainingData, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    train_until(tiny_base, data, recipe(Method.ADALORA), tmp_path, 7, monkeypatch, FLOAT16)
+    assert left_out(tmp_path, 6)
+    means = load_file(CheckpointFolder(tmp_path / "checkpoints", 2).at(6) / "rank_allocator.safetensors")
+    assert all(mean.isfinite().all() for mean in means.values())
+    assert any(mean.any() for mean in means.values()), "no step was taken"
+
+
+@pytest.mark.parametrize(
+    ("begun", "goes_on"), [(BFLOAT16, FLOAT32), (FLOAT32, BFLOAT16), (FLOAT16, FLOAT32), (FLOAT32, FLOAT16)]
+)
+@pytest.mark.usefixtures("scaled_on_cpu")
+def test_on_a_machine_with_other_numbers_it_goes_on_and_says_so(
+    begun: NumberType,
+    goes_on: NumberType,
+    tiny_base: Path,
+    data: TrainingData,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    whole = train_in(begun, tiny_base, data, recipe(), tmp_path / "a")
+    train_until(tiny_base, data, recipe(), tmp_path / "b", 7, monkeypatch, begun)
+    assert "converted" not in capsys.readouterr().err
+    resumed = train_in(goes_on, tiny_base, data, recipe(), tmp_path / "b")
+    told = " ".join(capsys.readouterr().err.split())
+    assert f"converted at step 6 from {begun} to {goes_on}" in told
+    assert "not bit for bit that of an uninterrupted run" in told
+    assert resumed.steps == whole.steps
+    assert resumed.final_loss == pytest.approx(whole.final_loss, rel=0.05)
+    newest = CheckpointFolder(tmp_path / "b" / "checkpoints", 2).newest()
+    assert newest is not None
+    assert resumable_trainer.number_type_of(newest) is goes_on
+    if goes_on is FLOAT16:
+        assert max(left_out(tmp_path / "b", STEPS)) > 6, "the scale of the loss was not found anew"
+
+
+def test_a_finished_run_is_not_converted(
+    tiny_base: Path, data: TrainingData, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    train_in(BFLOAT16, tiny_base, data, recipe(), tmp_path)
+    first = weights(tmp_path)
+    train_in(FLOAT32, tiny_base, data, recipe(), tmp_path)
+    assert weights(tmp_path) == first
+    assert "converted" not in capsys.readouterr().err
+
+
+def test_a_checkpoint_that_does_not_say_its_numbers_is_in_bfloat16(tmp_path: Path) -> None:
+    save_file({"weight": torch.zeros(1)}, tmp_path / "weights.safetensors")
+    assert resumable_trainer.number_type_of(tmp_path) is BFLOAT16
 
 
 @pytest.mark.parametrize(

@@ -22,8 +22,11 @@ from transformers import (
 )
 
 from svc.dataset.example import ChatExample, parse_example
+from svc.engine.capabilities import NumberType
 from svc.errors import BaseModelError, DataError, TrainingError
 from tests.trainer.conftest import CHAT_TEMPLATE, make_example, make_recipe, make_tokenizer
+from trainer import sft
+from trainer.acceleration import Facts, choose_acceleration
 from trainer.answer_trainer import answer_loss
 from trainer.sft import TrainingData, TrainingSummary, train_model
 from trainer.training_example import IGNORED, load_tokenizer, stop_tokens, tokenize_examples
@@ -395,3 +398,20 @@ def test_packed_examples_are_blind_to_each_other_in_a_mixture_of_experts(
         losses.append(train_model(tmp_path / "base", TrainingData(examples), recipe, out, out / "c").loss_curve)
     [[alone], [packed]] = losses
     assert packed.loss == pytest.approx(alone.loss, rel=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("number_type", "mixed", "optimizer"),
+    [
+        (NumberType.BFLOAT16, (True, False), "adamw_torch_fused"),
+        (NumberType.FLOAT32, (False, False), "adamw_torch_fused"),
+        (NumberType.FLOAT16, (False, True), "adamw_torch"),
+    ],
+)
+def test_the_number_type_decides_what_is_cast_and_scaled(
+    number_type: NumberType, mixed: tuple[bool, bool], optimizer: str, tmp_path: Path
+) -> None:
+    acceleration = choose_acceleration(Facts(cuda=False))
+    arguments = sft._training_arguments(make_recipe(), tmp_path, acceleration, 10, number_type)
+    assert (arguments.bf16, arguments.fp16) == mixed
+    assert arguments.optim == optimizer

@@ -53,6 +53,29 @@ def test_a_gradient_that_is_not_finite_ends_the_run() -> None:
         watch([3.0], grad_norm=float("nan"))
 
 
+class Optimizer:
+    """As accelerate tells of it."""
+
+    step_was_skipped = True
+
+
+def test_steps_that_float16_leaves_out_go_on_but_not_for_ever() -> None:
+    watch = DivergenceWatch(3e-4)
+
+    def step(**logs: float) -> None:
+        watch.on_log(ARGS, state([3.0]), TrainerControl(), logs, optimizer=Optimizer())
+
+    for _ in range(3):
+        for _ in range(20):
+            step(loss=3.0, grad_norm=float("inf"))
+        step(loss=3.0, grad_norm=1.0)
+    for _ in range(20):
+        step(loss=3.0, grad_norm=float("inf"))
+        step(heldout_loss=3.0)
+    with pytest.raises(TrainingError, match="the gradient is inf"):
+        step(loss=3.0, grad_norm=float("inf"))
+
+
 def asks(clock: CheckpointClock, step: int) -> bool:
     control = TrainerControl()
     clock.on_step_end(ARGS, TrainerState(global_step=step), control)
