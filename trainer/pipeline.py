@@ -42,7 +42,7 @@ from trainer.base_model import Base
 from trainer.memory import release_memory
 from trainer.merge import MergeSummary, merge_adapter, prove_full
 from trainer.qualify import Launch, Qualified, Qualifier
-from trainer.quantize import QuantizeSummary, check_group_size, quantize_gptq
+from trainer.quantize import QuantizeSummary, check_group_size, check_outputs, quantize_gptq
 from trainer.recipe import Method, Recipe
 from trainer.run import Examples, Run, Stage
 from trainer.sft import TrainingData, TrainingSummary, train_model
@@ -160,7 +160,9 @@ class Pipeline:
         ]
 
     def _train(self) -> TrainingSummary:
-        check_group_size(self.base.folder, self.recipe.quantize.group_size)  # not an hour later
+        # Not an hour later.
+        check_group_size(self.base.folder, self.recipe.quantize.group_size)
+        check_outputs(self.base.folder, self.capabilities.gptq_multiple(self.settings.engine))
         self._say_number_types()
         tracking, run_id = self.registry.tracking, self._tracking_run()
         tracking.log_parameters(run_id, self.recipe.flat())

@@ -118,6 +118,24 @@ def check_group_size(model: Path, group_size: int) -> list[str]:
     )
 
 
+def check_outputs(model: Path, multiple: int) -> None:
+    """Finds a layer that the engine's kernel for 4-bit weights does not take; loads no weights.
+
+    Args:
+        multiple: of which each layer's number of outputs must be one.
+
+    Raises:
+        TrainingError: names the first layer that is none.
+    """
+    misfit = next(((name, size) for name, (_, size) in layer_shapes(model).items() if size % multiple), None)
+    if misfit is not None:
+        raise TrainingError(
+            f"layer {misfit[0]!r} has {misfit[1]} outputs",
+            expected=f"a multiple of {multiple}: no other is served in GPTQ on this device",
+            todo="choose another base, or train and serve on a GPU",
+        )
+
+
 def pick_calibration(examples: Sequence[ChatExample], samples: int, seed: int) -> list[ChatExample]:
     """A random choice that the seed decides; all, when there are fewer."""
     return random.Random(seed).sample(list(examples), min(samples, len(examples)))  # noqa: S311
@@ -164,6 +182,11 @@ def strip_passing_values(folder: Path) -> None:
 
 def layer_widths(model: Path) -> dict[str, int]:
     """Input width of every linear layer but the output head, by name."""
+    return {name: inputs for name, (inputs, _) in layer_shapes(model).items()}
+
+
+def layer_shapes(model: Path) -> dict[str, tuple[int, int]]:
+    """Inputs and outputs of every linear layer but the output head, by name."""
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -171,7 +194,7 @@ def layer_widths(model: Path) -> dict[str, int]:
         empty = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(model))
     head = empty.get_output_embeddings()
     return {
-        name: module.in_features
+        name: (module.in_features, module.out_features)
         for name, module in empty.named_modules()
         if isinstance(module, torch.nn.Linear) and module is not head
     }

@@ -32,6 +32,8 @@ _VECTORS = ("amx_bf16", "avx512_bf16", "avx512f", "avx2", "sve", "asimd")
 _WIDEST = {"AVX512": "amx_bf16", "AVX2": "avx2"}
 """The first of them that torch uses, by what torch says of itself."""
 _ASK_S = 300.0
+_CPU_MULTIPLE = 32
+"""Both kernels for 4-bit weights on a CPU, vLLM's and PyTorch's, work in blocks of it."""
 
 
 class NumberType(StrEnum):
@@ -132,6 +134,10 @@ class Capabilities(BaseModel):
                 todo="leave engine.gptq_kernel out" if cpu else "serve the version merged: --format merged",
             )
         return chosen
+
+    def gptq_multiple(self, settings: EngineSettings) -> int:
+        """Of what a layer's inputs and outputs must be multiples to be served in 4 bits; 1 where vLLM fills them up."""
+        return _CPU_MULTIPLE if self.device(settings) is Device.CPU else 1
 
     def adapters_refusal(self, settings: EngineSettings) -> str | None:
         """Why an engine with `--enable-lora` cannot be probed; None where it can. As vLLM 0.32 is."""

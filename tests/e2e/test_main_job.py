@@ -20,13 +20,15 @@ from sqlalchemy.orm import Session
 from examples.load import Load
 from examples.service import engine_pid, svc, svc_json
 from examples.tamper import alter_weights, replace_weights
+from svc.engine.capabilities import read_capabilities
 from svc.engine.client import EngineClient
 from svc.engine.launch import SOCKET_FILE
+from svc.engine.probe import engine_facts
 from svc.engine.runtime import socket_folder
 from svc.evaluation.evaluator import mean_logprob
 from svc.registry.registry import Registry
 from svc.registry.version import Format, VersionId
-from svc.settings import Settings
+from svc.settings import EngineSettings, Settings
 from svc.store.database import open_database
 from svc.store.desired import Target
 from svc.store.holdouts import HoldoutCause, newest_holdout_run
@@ -47,6 +49,18 @@ def test_a_trained_version_is_registered_with_its_proofs(home: Path) -> None:
         assert len(shown["formats"][name]["probes"]) == 8
         assert shown["formats"][name]["evaluation"]["examples"] == HELDOUT_EXAMPLES
     assert shown["formats"]["merged"]["evaluation"]["nll"]["value"] < shown["base_evaluation"]["nll"]["value"]
+
+
+def test_probes_know_in_which_numbers_and_by_whose_kernel_they_were_measured(home: Path) -> None:
+    able, manifest = read_capabilities(home), Registry.of(Settings(home=home)).manifest(VersionId("tiny", 1))
+    engine = EngineSettings()
+    for format in (Format.MERGED, Format.GPTQ):
+        facts = {probe.engine for probe in manifest.formats[format].probes}
+        assert facts == {engine_facts(engine, able, home / "models" / "tiny" / "1" / format)}
+    (gptq,) = {probe.engine for probe in manifest.formats[Format.GPTQ].probes}
+    (merged,) = {probe.engine for probe in manifest.formats[Format.MERGED].probes}
+    assert (gptq.dtype, gptq.kernel) == ("bfloat16", able.gptq_kernel(engine))
+    assert merged.dtype == ("bfloat16" if able.cpu_bfloat16 else "float32")
 
 
 def test_a_version_keeps_its_answers_and_how_likely_they_are(home: Path) -> None:
@@ -205,6 +219,14 @@ def test_a_version_that_does_not_exist_is_refused(server: Server) -> None:
 def test_a_second_server_on_the_same_home_or_port_is_refused(server: Server, tmp_path: Path) -> None:
     assert svc(server.home, "serve", "tiny", "--port", "0", capture_output=True).returncode == 7
     assert svc(tmp_path, "serve", "tiny", "--port", str(PORT), capture_output=True).returncode == 7
+
+
+def test_status_shows_number_type_and_kernel_of_the_engine(server: Server) -> None:
+    plan = {row["name"]: row for row in svc_json(server.home, "status", "--verbose")["engine"]["plan"]}
+    kernel = read_capabilities(server.home).gptq_kernel(EngineSettings())
+    assert plan["gptq_kernel"]["value"] == kernel
+    assert plan["dtype"]["value"] == "bfloat16"
+    assert plan["dtype"]["reason"]
 
 
 def test_status_and_metrics_tell_of_the_requests(server: Server) -> None:

@@ -90,6 +90,9 @@ class Stages:
             raise RecipeError("quantize.group_size is 128")
         return []
 
+    def check_outputs(self, model: Path, multiple: int) -> None:
+        """Finds that all are taken."""
+
     def quantize_gptq(
         self, merged: Path, examples: Any, recipe: Any, out: Path, *, number_type: NumberType
     ) -> QuantizeSummary:
@@ -110,7 +113,7 @@ class Stages:
 @pytest.fixture
 def stages(monkeypatch: pytest.MonkeyPatch) -> Stages:
     stages = Stages()
-    for name in ("check_group_size", "train_model", "merge_adapter", "quantize_gptq"):
+    for name in ("check_group_size", "check_outputs", "train_model", "merge_adapter", "quantize_gptq"):
         monkeypatch.setattr(pipeline_module, name, getattr(stages, name))
     return stages
 

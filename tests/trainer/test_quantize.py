@@ -14,11 +14,12 @@ from safetensors.torch import load_file, save_file
 
 from svc.dataset.example import ChatExample
 from svc.engine.capabilities import NumberType
-from svc.errors import RecipeError
+from svc.errors import RecipeError, TrainingError
 from tests.trainer.conftest import make_example, make_model, make_recipe
 from trainer.quantize import (
     calibration_type,
     check_group_size,
+    check_outputs,
     pick_calibration,
     quantize_gptq,
     strip_passing_values,
@@ -48,6 +49,13 @@ def test_a_model_that_no_group_size_fits_is_served_merged(tmp_path: Path) -> Non
     base = make_model(tmp_path / "base", hidden_size=48)
     with pytest.raises(RecipeError, match="serve this model merged"):
         check_group_size(base, 32)
+
+
+def test_a_layer_whose_outputs_the_engine_does_not_take_is_named(tmp_path: Path) -> None:
+    base = make_model(tmp_path / "base", intermediate_size=136)
+    with pytest.raises(TrainingError, match=r"'model.layers.0.mlp.gate_proj' has 136 outputs"):
+        check_outputs(base, 32)
+    check_outputs(base, 8)
 
 
 def test_it_is_checked_before_quantizing(tiny_base: Path, examples: list[ChatExample], tmp_path: Path) -> None:

@@ -101,6 +101,10 @@ def test_adapters_beside_probes_need_a_gpu(device: Capabilities, fit: bool) -> N
     assert (device.adapters_refusal(AUTO) is None) is fit
 
 
+def test_kernels_of_cpus_take_whole_blocks_alone() -> None:
+    assert [device.gptq_multiple(AUTO) for device in (AVX512, AVX2, HOPPER)] == [32, 32, 1]
+
+
 def test_the_setting_decides_on_the_engines_device() -> None:
     assert AVX512.device(EngineSettings(device=Device.CUDA)) is Device.CUDA
     assert AVX512.device(AUTO) is Device.CPU
