@@ -6,7 +6,7 @@ on as if nothing had been. Loaded only inside functions: it imports torch and TR
 """
 
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -20,7 +20,6 @@ from transformers.cache_utils import DynamicLayer
 from transformers.modeling_outputs import CausalLMOutput, MoeModelOutputWithPast
 from trl.trainer.sft_trainer import SFTTrainer
 
-from trainer.allocator import freed_memory_kept
 from trainer.divergence import diverged
 from trainer.fused_lora import fuse_lora
 from trainer.training_example import IGNORED
@@ -36,11 +35,6 @@ class AnswerTrainer(SFTTrainer):
         super().__init__(*args, **kwargs)
         if self.args.device.type == "cpu":
             fuse_lora(self.model)
-
-    def train(self, *args: Any, **kwargs: Any) -> Any:
-        """On a CPU with an allocator that keeps what a step frees for the next one."""
-        with freed_memory_kept() if self.args.device.type == "cpu" else nullcontext():
-            return super().train(*args, **kwargs)
 
     def compute_loss(
         self,
