@@ -3,6 +3,10 @@
 All three train the same LoRA on the same tokens with the same batch, precision and schedule, in rounds of one run each,
 every run in a process of its own. Tokens are those of the examples: padding is work, but nobody's.
 
+They train in the number type of this device, in which tuneserve would; in float32 TRL goes without gradient
+checkpointing, which costs time and saves memory that a CPU has. How much of the machine is used is told by the share of
+its own matrix speed: operations that a step needs, by the seconds that it took, beside a bare product of like shape.
+
 Speed is worth nothing if something else is learnt. So plain TRL trains once more, in our order of examples, and the
 loss of each step is compared with ours. (In their own orders, losses of a step are of other examples.)
 """
@@ -11,7 +15,7 @@ import resource
 import statistics
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
 from enum import StrEnum
@@ -22,8 +26,10 @@ from typing import Any
 import click
 
 from benchmarks.interval import interval
+from benchmarks.matrix_share import measure_matrix_speed, needed_flops, plan_batches, read_shape
 from svc.dataset.example import ChatExample
 from svc.dataset.reader import read_examples
+from svc.engine.capabilities import NumberType, read_capabilities
 from svc.settings import load_settings
 from svc.terminal import counting, output, print_json
 from trainer.recipe import Recipe, load_recipe
@@ -32,6 +38,8 @@ TASK = Path(__file__).parents[1] / "examples" / "debian-triage"
 BATCH = 16
 CLAIM = 3.0
 """Times plain TRL's speed, at least, on a CPU: what the project promises."""
+SHARE = 0.7
+"""Of the machine's own matrix speed, at least: what our trainer is to reach."""
 SAME = 0.01
 """Relative difference of the mean loss that passes as the same training."""
 
@@ -56,11 +64,13 @@ class Task:
         base: folder of the base model.
         recipe: what to train, and how.
         examples: what is learnt, in one pass.
+        number_type: in which matrix products are computed.
     """
 
     base: Path
     recipe: Recipe
     examples: tuple[ChatExample, ...]
+    number_type: NumberType
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,17 +82,28 @@ class Run:
         seconds: from the first step's start to the last one's end.
         peak_memory: of the process, bytes.
         losses: of each step, nats an answer token.
+        flops: that the training needs, floating-point operations; None where nobody counted.
+        matrix_speed: of bare matrix products in the same process, operations a second.
     """
 
     tokens: int
     seconds: float
     peak_memory: int
     losses: tuple[float, ...]
+    flops: float | None = None
+    matrix_speed: float | None = None
 
     @property
     def speed(self) -> float:
         """Tokens a second."""
         return self.tokens / self.seconds
+
+    @property
+    def share(self) -> float | None:
+        """Of the machine's own matrix speed; None where nobody measured."""
+        if self.flops is None or self.matrix_speed is None:
+            return None
+        return self.flops / self.seconds / self.matrix_speed
 
 
 Round = Mapping[Contestant, Run]
@@ -93,15 +114,24 @@ def train(contestant: Contestant, task: Task) -> Run:
     with tempfile.TemporaryDirectory() as folder:
         one = _train_ours if contestant is Contestant.OURS else _train_trl
         tokens, seconds, losses = one(contestant, task, Path(folder))
-    kibibytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return Run(tokens, seconds, kibibytes * 1024, losses)
+    memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # it is told in KiB
+    if contestant is not Contestant.OURS:
+        return Run(tokens, seconds, memory, losses)
+    return Run(tokens, seconds, memory, losses, *_machine_share(task))
 
 
 def _train_ours(_: Contestant, task: Task, folder: Path) -> tuple[int, float, tuple[float, ...]]:
     """As `svc train` does."""
     from trainer.sft import TrainingData, train_model
 
-    summary = train_model(task.base, TrainingData(task.examples), task.recipe, folder / "out", folder / "checkpoints")
+    summary = train_model(
+        task.base,
+        TrainingData(task.examples),
+        task.recipe,
+        folder / "out",
+        folder / "checkpoints",
+        number_type=task.number_type,
+    )
     return summary.tokens, summary.seconds, tuple(point.loss for point in summary.loss_curve)
 
 
@@ -121,7 +151,7 @@ def _train_trl(contestant: Contestant, task: Task, folder: Path) -> tuple[int, f
     recipe, tokenizer = task.recipe, load_tokenizer(task.base)
     rows = tokenize_examples(tokenizer, task.examples, stop_tokens(task.base, tokenizer))
     set_seed(recipe.train.seed)  # the adapter's start
-    model = AutoModelForCausalLM.from_pretrained(task.base, dtype=torch.bfloat16)
+    model = AutoModelForCausalLM.from_pretrained(task.base, dtype=getattr(torch, task.number_type))
     steps, targets = count_steps(len(rows), recipe), target_modules(model, recipe.adapter.targets)
     grouping = {"train_sampling_strategy": "group_by_length"} if contestant is Contestant.GROUPED else {}
 
@@ -135,7 +165,9 @@ def _train_trl(contestant: Contestant, task: Task, folder: Path) -> tuple[int, f
             num_train_epochs=recipe.train.epochs,
             per_device_train_batch_size=recipe.train.batch_size,
             seed=recipe.train.seed,
-            bf16=True,
+            bf16=task.number_type is NumberType.BFLOAT16,
+            fp16=task.number_type is NumberType.FLOAT16,
+            gradient_checkpointing=task.number_type is not NumberType.FLOAT32,
             use_cpu=not torch.accelerator.is_available(),  # bf16 needs to be told
             logging_steps=1,
             save_strategy="no",
@@ -154,6 +186,23 @@ def _train_trl(contestant: Contestant, task: Task, folder: Path) -> tuple[int, f
     seconds = time.monotonic() - started
     losses = tuple(entry["loss"] for entry in trainer.state.log_history if "loss" in entry)
     return sum(len(row.input_ids) for row in rows), seconds, losses
+
+
+def _machine_share(task: Task) -> tuple[float, float]:
+    """Operations that our training needs, and the speed of bare products with as many tokens as its steps have."""
+    from trainer.adapters import add_adapter, load_model
+    from trainer.sft import count_steps
+    from trainer.training_example import load_tokenizer, stop_tokens, tokenize_examples
+
+    tokenizer = load_tokenizer(task.base)
+    rows = tokenize_examples(tokenizer, task.examples, stop_tokens(task.base, tokenizer))
+    batches = plan_batches(rows, task.recipe)
+    model = load_model(task.base, task.recipe.method, number_type=task.number_type)
+    shape = read_shape(add_adapter(model, task.recipe, count_steps(len(rows), task.recipe)))
+    tokens = round(statistics.fmean(batch.computed for batch in batches))
+    config = model.config
+    speed = measure_matrix_speed(tokens, config.hidden_size, config.intermediate_size, task.number_type)
+    return sum(needed_flops(shape, batch) for batch in batches), speed
 
 
 def _in_own_process(contestant: Contestant, task: Task) -> Run:
@@ -185,9 +234,17 @@ def summary(rounds: Sequence[Round], curves: Round) -> dict[str, Any]:
         "tokens_per_second": {one: statistics.median(each[one].speed for each in rounds) for one in rounds[0]},
         "peak_memory": {one: statistics.median(each[one].peak_memory for each in rounds) for one in rounds[0]},
         "times_as_fast": {rival: _times_as_fast(rounds, rival) for rival in RIVALS},
+        "share": _median_of(each[Contestant.OURS].share for each in rounds),
+        "matrix_speed": _median_of(each[Contestant.OURS].matrix_speed for each in rounds),
         "losses": list(zip(ours, alike, strict=True)),
         "mean_loss_difference": abs(statistics.fmean(ours) / statistics.fmean(alike) - 1),
     }
+
+
+def _median_of(found: Iterable[float | None]) -> float | None:
+    """None where nobody measured."""
+    known = [one for one in found if one is not None]
+    return statistics.median(known) if known else None
 
 
 def _times_as_fast(rounds: Sequence[Round], rival: Contestant) -> dict[str, Any]:
@@ -199,28 +256,40 @@ def _times_as_fast(rounds: Sequence[Round], rival: Contestant) -> dict[str, Any]
 @click.option("--pairs", type=click.IntRange(1), default=5, show_default=True, help="Rounds, one run of each.")
 @click.option("--steps", type=click.IntRange(1), default=4, show_default=True, help="Steps of a run.")
 @click.option("--curve-steps", type=click.IntRange(1), default=8, show_default=True, help="Steps of a loss curve.")
+@click.option(
+    "--number-type", type=click.Choice(list(NumberType)), help="Multiply in another type than this device trains in."
+)
 @click.option("--json", "as_json", is_flag=True, help="Print JSON for machines.")
-def main(pairs: int, steps: int, curve_steps: int, as_json: bool) -> None:
+def main(pairs: int, steps: int, curve_steps: int, number_type: NumberType | None, as_json: bool) -> None:
     """Measure training beside plain TRL on the example task: 25 minutes on two cores."""
     from trainer.base_model import resolve_base
 
+    settings = load_settings()
+    number_type = number_type or read_capabilities(settings.home).training_type
     recipe = load_recipe(TASK / "recipe.yaml", (f"train.batch_size={BATCH}", "train.epochs=1"))
-    base = resolve_base(recipe.base, load_settings().base_cache).folder
+    base = resolve_base(recipe.base, settings.base_cache).folder
     examples = read_examples(TASK / "train.jsonl")
     size = steps * BATCH
-    tasks = [Task(base, recipe, tuple(examples[start : start + size])) for start in range(0, pairs * size, size)]
-    rounds, curves = measure(tasks, Task(base, recipe, tuple(examples[: curve_steps * BATCH])))
+    starts = range(0, pairs * size, size)
+    tasks = [Task(base, recipe, tuple(examples[start : start + size]), number_type) for start in starts]
+    rounds, curves = measure(tasks, Task(base, recipe, tuple(examples[: curve_steps * BATCH]), number_type))
     found = summary(rounds, curves)
     if as_json:
-        print_json({**found, "rounds": [{one: asdict(run) for one, run in each.items()} for each in rounds]})
+        print_json(
+            {
+                "number_type": number_type,
+                **found,
+                "rounds": [{one: asdict(run) for one, run in each.items()} for each in rounds],
+            }
+        )
     else:
-        _show(found, len(rounds))
+        _show(found, len(rounds), number_type)
 
 
-def _show(found: Mapping[str, Any], rounds: int) -> None:
+def _show(found: Mapping[str, Any], rounds: int, number_type: NumberType) -> None:
     from rich.table import Table
 
-    output.print(f"{rounds} rounds; batches of {BATCH}; every figure the median")
+    output.print(f"{rounds} rounds in {number_type}; batches of {BATCH}; every figure the median")
     table = Table("", "tokens/s", "peak memory, GB", f"{Contestant.OURS} is faster by", box=None)
     for one, speed in found["tokens_per_second"].items():
         times = found["times_as_fast"].get(one)
@@ -228,7 +297,11 @@ def _show(found: Mapping[str, Any], rounds: int) -> None:
         faster = f"{times['median']:.2f} x  (mean within {low:.2f} to {high:.2f})" if times else ""
         table.add_row(one, f"{speed:.0f}", f"{found['peak_memory'][one] / 1e9:.2f}", faster)
     output.print(table)
-    output.print(f"at least {CLAIM:g} x plain TRL is promised on a CPU\n")
+    output.print(f"at least {CLAIM:g} x plain TRL is promised on a CPU")
+    output.print(
+        f"{Contestant.OURS} reaches {found['share']:.2f} of this machine's own matrix speed in {number_type}, "
+        f"{found['matrix_speed'] / 1e9:.0f} GFLOP/s; {SHARE:g} is the goal\n"
+    )
     curve = Table("step", f"loss, {Contestant.OURS}", f"loss, {Contestant.ALIKE}", "difference", box=None)
     for step, (ours, other) in enumerate(found["losses"], start=1):
         curve.add_row(str(step), f"{ours:.4f}", f"{other:.4f}", f"{ours / other - 1:+.2%}")

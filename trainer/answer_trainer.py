@@ -94,14 +94,12 @@ def answer_loss(
         share_prefix: false takes every row by itself.
     """
     share_prefix = share_prefix and position_ids is None and _can_share(model)
-    shared = _shared_prefix(input_ids, labels) if share_prefix else 0
+    shared = shared_prefix(input_ids, labels) if share_prefix else 0
     cache = None
-    if shared >= _WORTH_SHARING:
+    if shared:
         cache = DynamicCache(config=model.config)
         model(input_ids=input_ids[:1, :shared], past_key_values=cache, use_cache=True, logits_to_keep=1)
         cache.batch_repeat_interleave(len(input_ids))
-    else:
-        shared = 0
     targets = labels[:, shared + 1 :]
     learnt = targets != IGNORED
     hidden = _hidden_states(model, learnt, input_ids[:, shared:], cache, position_ids)
@@ -195,15 +193,21 @@ def _forward_replaced(module: torch.nn.Module, output: Any) -> Iterator[None]:
             module.forward = before
 
 
-def _shared_prefix(input_ids: Tensor, labels: Tensor) -> int:
-    """Tokens that all rows begin with and that predict no answer token; 0 for a single row."""
+def shared_prefix(input_ids: Tensor, labels: Tensor) -> int:
+    """Tokens that all rows begin with and that predict no answer token; 0 for a single row, and where it does not pay.
+
+    Args:
+        input_ids: [batch, length].
+        labels: [batch, length], -100 where nothing is to be learnt.
+    """
     if len(input_ids) < 2:
         return 0
     differs = (input_ids != input_ids[:1]).any(dim=0)
     predicts = torch.zeros_like(differs)
     predicts[:-1] = (labels[:, 1:] != IGNORED).any(dim=0)
     ends = (differs | predicts).nonzero()
-    return int(ends[0]) if len(ends) else 0
+    shared = int(ends[0]) if len(ends) else 0
+    return shared if shared >= _WORTH_SHARING else 0
 
 
 def _can_share(model: PreTrainedModel | PeftModel) -> bool:

@@ -3,6 +3,7 @@
 import pytest
 
 from benchmarks.training_speed import SAME, Contestant, Run, Task, summary, train
+from svc.engine.capabilities import NumberType
 from tests.trainer.conftest import make_example, make_model, make_recipe
 
 CURVES = {
@@ -42,12 +43,19 @@ def test_curves_of_unlike_length_are_no_comparison() -> None:
         summary(ROUNDS, CURVES | {Contestant.ALIKE: Run(100, 1.0, 1, (2.0,))})
 
 
-@pytest.fixture(scope="module")
-def task(tmp_path_factory: pytest.TempPathFactory) -> Task:
+def test_the_share_is_the_median_of_rounds_in_which_it_was_measured() -> None:
+    shares = [Run(100, 2.0, 1, (1.0,), flops=flops, matrix_speed=10.0) for flops in (8.0, 10.0, 14.0)]
+    rounds = [a_round(1.0, 3.0, 2.0) | {Contestant.OURS: run} for run in shares]
+    assert summary(rounds, CURVES)["share"] == pytest.approx(10 / 2 / 10)
+    assert summary(ROUNDS, CURVES)["share"] is None
+
+
+@pytest.fixture(scope="module", params=[NumberType.BFLOAT16, NumberType.FLOAT32])
+def task(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Task:
     """A few steps on a tiny model."""
     examples = tuple(make_example("x" * (7 * number % 30), f"colour {number}") for number in range(24))
     recipe = make_recipe(train={"batch_size": 4, "learning_rate": 1e-2})
-    return Task(make_model(tmp_path_factory.mktemp("base")), recipe, examples)
+    return Task(make_model(tmp_path_factory.mktemp("base")), recipe, examples, request.param)
 
 
 @pytest.fixture(scope="module")
@@ -68,3 +76,10 @@ def test_in_one_order_ours_and_trl_learn_the_same(runs: dict[Contestant, Run]) -
 
 def test_plain_trl_has_another_order(runs: dict[Contestant, Run]) -> None:
     assert runs[Contestant.TRL].losses != pytest.approx(runs[Contestant.ALIKE].losses, rel=SAME)
+
+
+def test_ours_is_measured_beside_the_machine(runs: dict[Contestant, Run]) -> None:
+    share = runs[Contestant.OURS].share
+    assert share is not None
+    assert 0 < share < 1
+    assert runs[Contestant.TRL].share is None
