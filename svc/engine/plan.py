@@ -16,6 +16,7 @@ from svc.engine.capabilities import Capabilities, NumberType
 from svc.engine.machine import Machine
 from svc.engine.model_facts import ModelFacts
 from svc.engine.vllm.plugin import INT4_LINEAR_VARIABLE
+from svc.errors import EngineError
 from svc.settings import Device, EngineSettings, GptqKernel
 
 GIB = 2**30
@@ -33,8 +34,9 @@ _SHARE_OPTIONS = ("--gpu-memory-utilization", "--device-memory-utilization")
 _GPTQ = "gptq"
 _WIDE = (NumberType.FLOAT32.value, "float")
 """vLLM's names for numbers of 32 bits."""
-_VLLM_KERNEL = "CPUWNA16LinearKernel"
-"""vLLM's own kernel for 4-bit weights on a CPU, which says yes also where its operator is missing."""
+_VLLM_KERNELS = "CPUWNA16LinearKernel,ZentorchWNA16LinearKernel"
+"""vLLM's own kernels for 4-bit weights on a CPU. The first says yes also where its operator is missing, the second
+where the package zentorch is installed; both are asked before a plugin's."""
 _OTHER_PARALLELISM = (("--pipeline-parallel-size", "-pp"), ("--data-parallel-size", "-dp"))
 
 
@@ -176,7 +178,7 @@ class _Planner:
         if kernel is GptqKernel.VLLM:
             return [Choice("gptq_kernel", kernel.value, origin, "" if asked else "vLLM's own")]
         reason = "" if asked else f"vLLM has none for {self._capabilities.hardware(self._settings)}"
-        variables = ((INT4_LINEAR_VARIABLE, "1"), ("VLLM_DISABLED_KERNELS", _VLLM_KERNEL))
+        variables = ((INT4_LINEAR_VARIABLE, "1"), ("VLLM_DISABLED_KERNELS", _VLLM_KERNELS))
         return [Choice("gptq_kernel", kernel.value, origin, reason, variables=variables)]
 
     def _eager(self) -> Choice:
@@ -304,6 +306,7 @@ def choose_dtype(settings: EngineSettings, capabilities: Capabilities, model: Mo
     name, own, kernel = "dtype", model.dtype, choose_gptq_kernel(settings, capabilities, model)
     cpu = capabilities.device(settings) is Device.CPU
     if (value := given(settings.args, "--dtype")) is not None:
+        _check_gptq_dtype(value, kernel, own)
         return Choice(name, value, Origin.ARGS)
     if kernel is GptqKernel.TORCH:
         return _argument(Choice(name, NumberType.BFLOAT16.value, Origin.MACHINE, "what PyTorch's 4-bit kernel takes"))
@@ -315,6 +318,21 @@ def choose_dtype(settings: EngineSettings, capabilities: Capabilities, model: Mo
     if cpu:
         return Choice(name, own, Origin.MODEL, "as it is stored")
     return Choice(name, own, Origin.MODEL, "as it is stored; vLLM takes float16 on a GPU that has no bfloat16")
+
+
+def _check_gptq_dtype(value: str, kernel: GptqKernel | None, own: str | None) -> None:
+    """
+    Raises:
+        EngineError: vLLM would not start with it.
+    """
+    taken = {GptqKernel.VLLM: ("bfloat16", "float16", "half", AUTO), GptqKernel.TORCH: ("bfloat16", AUTO)}
+    if kernel is None or ((own if value == AUTO else value) or AUTO) in taken[kernel]:
+        return
+    raise EngineError(
+        f"--dtype {value} in engine.args, and a model in GPTQ",
+        expected=f"{' or '.join(taken[kernel])}: what the kernel of {kernel} takes",
+        todo="leave --dtype out of engine.args: where float32 is faster, merged versions get it by themselves",
+    )
 
 
 def choose_gptq_kernel(settings: EngineSettings, capabilities: Capabilities, model: ModelFacts) -> GptqKernel | None:

@@ -3,7 +3,7 @@
 import os
 import random
 from collections.abc import AsyncIterator, Sequence
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, chdir
 from pathlib import Path
 from statistics import fmean
 from typing import TYPE_CHECKING, Any
@@ -58,8 +58,10 @@ def quantize(base: Path, out: Path, group_size: int) -> Path:
     examples = [example.question for example in read_examples(DATA / "train.jsonl")[:8]]
     config = QuantizeConfig(bits=4, group_size=group_size, desc_act=False, act_group_aware=group_size > 0)
     model = GPTQModel.load(str(base), config)
-    model.quantize(examples, batch_size=4, calibration_data_min_length=1)
-    model.save(str(out))
+    out.mkdir()
+    with chdir(out):  # gptqmodel leaves a folder of logs where it is called
+        model.quantize(examples, batch_size=4, calibration_data_min_length=1)
+        model.save(str(out))
     AutoTokenizer.from_pretrained(base).save_pretrained(out)
     return out
 
@@ -78,7 +80,8 @@ def dequantized(base: Path, quantized: Path) -> dict[str, "torch.Tensor"]:
     model = GPTQModel.load(str(quantized), backend=BACKEND.GPTQ_TORCH, device="cpu").model
     layers = {name: layer for name, layer in model.named_modules() if isinstance(layer, TorchLinear)}
     with torch.no_grad():
-        return {name: layer.dequantize_weight().T.float() for name, layer in layers.items()}
+        # The class's own function: a layer's is compiled, for which a compiler would be needed.
+        return {name: TorchLinear.dequantize_weight(layer).T.float() for name, layer in layers.items()}
 
 
 def logprobs_of(base: Path, weights: dict[str, "torch.Tensor"], dtype: "torch.dtype") -> Logprobs:

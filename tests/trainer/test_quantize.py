@@ -53,9 +53,13 @@ def test_a_model_that_no_group_size_fits_is_served_merged(tmp_path: Path) -> Non
 
 def test_a_layer_whose_outputs_the_engine_does_not_take_is_named(tmp_path: Path) -> None:
     base = make_model(tmp_path / "base", intermediate_size=136)
-    with pytest.raises(TrainingError, match=r"'model.layers.0.mlp.gate_proj' has 136 outputs"):
+    with pytest.raises(TrainingError, match=r"'model.layers.0.mlp.gate_up_proj' has 272 outputs"):
         check_outputs(base, 32)
     check_outputs(base, 8)
+
+
+def test_layers_that_the_engine_has_as_one_count_together(tmp_path: Path) -> None:
+    check_outputs(make_model(tmp_path / "base", intermediate_size=144), 32)
 
 
 def test_it_is_checked_before_quantizing(tiny_base: Path, examples: list[ChatExample], tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ from transformers import TrainerControl, TrainerState, TrainingArguments
 
 from svc.errors import TrainingError
 from trainer.checkpoint_clock import CheckpointClock
-from trainer.divergence import DivergenceWatch
+from trainer.divergence import DivergenceWatch, diverged
 from trainer.heldout_loss import HeldoutWatch, best_step, out_of_patience
 from trainer.interruption import Interruption
 from trainer.loss_curve import LossReport, loss_curve
@@ -159,3 +159,9 @@ def test_what_is_reported_is_the_curve() -> None:
         losses.append(float(step))
         report.on_log(ARGS, state(losses), TrainerControl(), {"loss": losses[-1]})
     assert reported == {point.step: point.loss for point in loss_curve(state(losses))}
+
+
+def test_a_model_that_float16_cannot_hold_is_not_blamed_on_the_learning_rate() -> None:
+    told = diverged("the loss is inf at step 1", 5e-4, first_in_float16=True)
+    assert "too large for float16" in told.wrong
+    assert "learning_rate" not in told.todo

@@ -146,6 +146,30 @@ def test_an_update_of_a_package_asks_again(tmp_path: Path, asked: list[int], ins
     assert len(asked) == 2
 
 
+def test_a_gpu_that_is_not_seen_yet_is_looked_for_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    answers = [HOPPER.model_copy(update={"gpu": None}), HOPPER]
+    monkeypatch.setattr(module, "ask_capabilities", lambda: answers.pop(0))
+    assert read_capabilities(tmp_path).gpu is None
+    assert read_capabilities(tmp_path) == HOPPER
+    assert read_capabilities(tmp_path) == HOPPER
+
+
+def test_an_answer_that_cannot_be_kept_is_used(
+    tmp_path: Path, asked: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "cache").touch()  # where a folder should be
+    assert read_capabilities(tmp_path) == AVX2
+
+
+def test_an_answer_to_an_older_question_is_asked_again(
+    tmp_path: Path, asked: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read_capabilities(tmp_path)
+    monkeypatch.setattr(module, "_QUESTION", 0)
+    read_capabilities(tmp_path)
+    assert len(asked) == 2
+
+
 def test_another_cpu_asks_again(tmp_path: Path, asked: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
     read_capabilities(tmp_path)
     monkeypatch.setattr(module, "_cpu_identity", lambda: iter(["flags: sse2"]))
@@ -201,7 +225,9 @@ def test_torch_that_does_not_import_is_an_error_with_what_to_look_at(
 
 
 @pytest.mark.slow
-def test_the_installed_torch_and_vllm_tell_of_this_machine() -> None:
+def test_the_installed_torch_and_vllm_tell_of_this_machine(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in module.CPU_LIMITS:
+        monkeypatch.delenv(name, raising=False)
     found = ask_capabilities()
     assert found.vllm == installed_vllm()[1]
     assert found.engine_device is Device.CPU

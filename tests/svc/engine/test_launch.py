@@ -9,7 +9,9 @@ from typing import Any
 
 import pytest
 
+from svc.engine.capabilities import CPU_LIMITS
 from svc.engine.launch import EngineSpec, command, entry_module, environment, launch_digest
+from svc.engine.vllm.plugin import INT4_LINEAR_VARIABLE
 from svc.settings import Device, EngineSettings, GptqKernel
 from tests.svc.engine.devices import AVX2, AVX512
 
@@ -169,7 +171,7 @@ def test_names_that_a_person_gave_vllm_stay_beside_ours(tmp_path: Path, monkeypa
     monkeypatch.setenv("VLLM_DISABLED_KERNELS", "TheirKernel")
     monkeypatch.setenv("VLLM_PLUGINS", "theirs")
     variables = environment(spec(tmp_path, gptq_kernel=GptqKernel.TORCH))
-    assert variables["VLLM_DISABLED_KERNELS"] == "TheirKernel,CPUWNA16LinearKernel"
+    assert variables["VLLM_DISABLED_KERNELS"] == "TheirKernel,CPUWNA16LinearKernel,ZentorchWNA16LinearKernel"
     assert variables["VLLM_PLUGINS"] == "theirs,tuneserve"
 
 
@@ -188,8 +190,25 @@ def test_an_engine_that_computes_otherwise_was_started_otherwise(tmp_path: Path)
     assert launch_digest(spec(tmp_path)) != launch_digest(replace(spec(tmp_path), capabilities=AVX2))
 
 
-def test_an_engine_of_the_release_before_is_known_as_started_alike(tmp_path: Path) -> None:
-    """On a device where nothing is chosen otherwise now: the digest of ba48d2e, of what it hashed."""
+def test_an_engine_that_was_limited_otherwise_was_started_otherwise(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    free = launch_digest(spec(tmp_path))
+    monkeypatch.setenv("ATEN_CPU_CAPABILITY", "avx2")
+    assert launch_digest(spec(tmp_path)) != free
+
+
+def test_our_variable_for_vllm_is_not_inherited(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(INT4_LINEAR_VARIABLE, "1")
+    assert INT4_LINEAR_VARIABLE not in environment(spec(tmp_path))
+
+
+def test_an_engine_of_the_release_before_is_known_as_started_alike(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a device where nothing is chosen otherwise now: what that release hashed."""
+    for name in CPU_LIMITS:
+        monkeypatch.delenv(name, raising=False)
     settings = EngineSettings(device=Device.CPU).model_dump(
         mode="json", exclude={"start_timeout_s", "gptq_kernel", "replicas"}
     )

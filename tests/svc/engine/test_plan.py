@@ -1,5 +1,6 @@
 """What is chosen for an engine: by the person first, then by machine and model, and never beyond what there is."""
 
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -344,7 +345,7 @@ def test_without_a_kernel_of_vllms_gptq_is_served_by_pytorchs_in_bfloat16() -> N
     assert origin_and_value(made, "gptq_kernel") == (Origin.MACHINE, "torch")
     assert origin_and_value(made, "dtype") == (Origin.MACHINE, "bfloat16")
     assert made.variables[INT4_LINEAR_VARIABLE] == "1"
-    assert made.variables["VLLM_DISABLED_KERNELS"] == "CPUWNA16LinearKernel"
+    assert made.variables["VLLM_DISABLED_KERNELS"] == "CPUWNA16LinearKernel,ZentorchWNA16LinearKernel"
 
 
 @pytest.mark.parametrize(("device", "capabilities"), [(CPU, AVX512), (GPU, HOPPER)])
@@ -370,6 +371,27 @@ def test_a_model_that_is_not_quantized_needs_no_such_kernel() -> None:
 def test_a_person_decides_on_the_number_type() -> None:
     made = plan(capabilities=AVX2, args=("--dtype", "bfloat16"))
     assert origin_and_value(made, "dtype") == (Origin.ARGS, "bfloat16")
+
+
+@pytest.mark.parametrize(
+    ("capabilities", "value", "own", "taken"),
+    [
+        (AVX2, "float32", "bfloat16", False),
+        (AVX2, "float16", "bfloat16", False),
+        (AVX2, "auto", "float16", False),
+        (AVX2, "auto", "bfloat16", True),
+        (AVX2, "bfloat16", "float16", True),
+        (AVX512, "float32", "bfloat16", False),
+        (AVX512, "half", "bfloat16", True),
+        (AVX512, "auto", None, True),
+    ],
+)
+def test_a_number_type_with_which_vllm_would_not_start_is_refused_for_gptq(
+    capabilities: Capabilities, value: str, own: str | None, taken: bool
+) -> None:
+    with nullcontext() if taken else pytest.raises(EngineError, match=f"--dtype {value} in engine.args"):
+        plan(capabilities=capabilities, model=replace(GPTQ, dtype=own), args=("--dtype", value))
+    plan(capabilities=capabilities, args=("--dtype", value))
 
 
 def test_gptq_that_cannot_be_served_is_refused_before_the_start() -> None:
