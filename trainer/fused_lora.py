@@ -58,7 +58,13 @@ def _is_plain(layer: Linear, x: Tensor) -> bool:
 
 
 class _LoraLinear(torch.autograd.Function):
-    """y = W x + b + s B A x; gradients for x, A and B."""
+    """y = W x + b + s B A x; gradients for x, A and B.
+
+    The update s B A is added where there is less to pass over: to the outputs, or in float32 to the weight, which with
+    many rows is the smaller of the two. In 16 bits it is never added to the weight: it is smaller than the spacing of
+    numbers there, and would be rounded away. Does not know of float32 products that are computed in fewer bits
+    (`torch.set_float32_matmul_precision`), in which that would happen too.
+    """
 
     @staticmethod
     def forward(
@@ -74,7 +80,10 @@ class _LoraLinear(torch.autograd.Function):
         rows = x.reshape(-1, x.shape[-1])
         small_low, small_high = low.to(x.dtype), (high * scaling).to(x.dtype)
         inner = rows @ small_low.T
-        y = linear(rows, weight, bias).addmm_(inner, small_high.T)
+        if _fits_into_weight(x.dtype, len(rows), rows.shape[1]):
+            y = linear(rows, torch.addmm(weight, small_high, small_low), bias)
+        else:
+            y = linear(rows, weight, bias).addmm_(inner, small_high.T)
         ctx.save_for_backward(rows, inner, weight, small_low, small_high)
         ctx.scaling, ctx.shape, ctx.types = scaling, x.shape, (low.dtype, high.dtype)
         return y.view(*x.shape[:-1], -1)
@@ -82,11 +91,29 @@ class _LoraLinear(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        """The chain rule, with s taken into B."""
+        """The chain rule, with s taken into B.
+
+        The weight with its update is computed again: kept, those of all layers take as much memory as the model.
+        """
         rows, inner, weight, low, high = ctx.saved_tensors
         gradient = gradient.reshape(-1, gradient.shape[-1])
         inner_gradient = gradient @ high
         for_low = (inner_gradient.T @ rows).to(ctx.types[0]) if ctx.needs_input_grad[3] else None
         for_high = (gradient.T @ inner).to(ctx.types[1]) * ctx.scaling if ctx.needs_input_grad[4] else None
-        for_x = (gradient @ weight).addmm_(inner_gradient, low).view(ctx.shape) if ctx.needs_input_grad[0] else None
+        for_x = None
+        if ctx.needs_input_grad[0]:
+            if _fits_into_weight(rows.dtype, len(rows), gradient.shape[1]):
+                for_x = gradient @ torch.addmm(weight, high, low)
+            else:
+                for_x = (gradient @ weight).addmm_(inner_gradient, low)
+            for_x = for_x.view(ctx.shape)
         return for_x, None, None, for_low, for_high, None
+
+
+def _fits_into_weight(number_type: torch.dtype, rows: int, width: int) -> bool:
+    """Whether a product of [rows, width] with a weight takes the update into the weight: exactly enough, and cheaper.
+
+    What the product gives has as many columns as the weight has other than `width`: of [rows, columns] and
+    [width, columns] the smaller is updated.
+    """
+    return number_type is torch.float32 and rows > width

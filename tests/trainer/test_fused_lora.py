@@ -50,6 +50,81 @@ def test_output_and_gradients_are_pefts(rows: int, length: int, width: int, heig
         torch.testing.assert_close(got, wanted, rtol=1e-4, atol=1e-5)
 
 
+def relative_error(got: torch.Tensor, wanted: torch.Tensor) -> float:
+    return float((got - wanted).norm() / wanted.norm())
+
+
+@pytest.mark.parametrize(("width", "height"), [(24, 40), (40, 24), (32, 32), (40, 600), (600, 40)])
+def test_with_many_rows_gradients_are_those_of_the_formula(width: int, height: int) -> None:
+    """Rows are more than some of these sides, so that the update goes into the weight, in one pass or in both."""
+    model = adapted(width, height)
+    layer = model.base_model.model.layer
+    low, high = layer.lora_A["default"].weight, layer.lora_B["default"].weight
+    x = torch.randn(4, 50, width, requires_grad=True)
+    learnt = [x, low, high]
+    by_formula = layer.base_layer(x) + layer.scaling["default"] * (x @ low.T) @ high.T
+    outer = torch.randn_like(by_formula)
+    expected = [by_formula.detach(), *torch.autograd.grad(by_formula, learnt, outer)]
+    assert fuse_lora(model) == 1
+    y = model(x)
+    for got, wanted in zip([y.detach(), *torch.autograd.grad(y, learnt, outer)], expected, strict=True):
+        assert relative_error(got, wanted) < 1e-5
+
+
+def test_many_steps_with_many_rows_end_where_pefts_end() -> None:
+    x, wanted = torch.randn(2, 64, 8), torch.randn(2, 64, 12)
+
+    def trained(fused: bool) -> tuple[float, torch.Tensor]:
+        model = adapted()
+        if fused:
+            fuse_lora(model)
+        learnt = [weight for weight in model.parameters() if weight.requires_grad]
+        optimizer = torch.optim.AdamW(learnt, lr=1e-2)
+        for _ in range(40):
+            optimizer.zero_grad()
+            loss = torch.nn.functional.mse_loss(model(x), wanted)
+            loss.backward()
+            optimizer.step()
+        return loss.item(), torch.cat([weight.detach().flatten() for weight in learnt])
+
+    (loss, weights), (pefts_loss, pefts_weights) = trained(fused=True), trained(fused=False)
+    assert loss == pytest.approx(pefts_loss, rel=1e-5)
+    assert relative_error(weights, pefts_weights) < 1e-4
+
+
+def test_in_bf16_an_update_smaller_than_the_weights_spacing_is_not_lost() -> None:
+    """1 and 1.001 are the same number in bf16; the outputs, 0 without the update, show it."""
+    model = adapted(2, 1, bias=False, r=1, lora_alpha=1)
+    layer = model.base_model.model.layer
+    with torch.no_grad():
+        layer.base_layer.weight.copy_(torch.tensor([[1.0, -1.0]]))
+        layer.lora_A["default"].weight.copy_(torch.tensor([[1.0, 1.0]]))
+        layer.lora_B["default"].weight.fill_(1e-3)
+    layer.base_layer.bfloat16()
+    fuse_lora(model)
+    with torch.autocast("cpu", torch.bfloat16):
+        y = model(torch.ones(1, 50, 2, dtype=torch.bfloat16))
+    torch.testing.assert_close(y.float(), torch.full((1, 50, 1), 2e-3), rtol=1e-2, atol=0)
+
+
+def test_neither_the_weight_changes_nor_is_another_kept() -> None:
+    model = adapted(8, 12)
+    weight = model.base_model.model.layer.base_layer.weight
+    before, kept = weight.clone(), []
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        kept.append(tensor)
+        return tensor
+
+    fuse_lora(model)
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        y = model(torch.randn(2, 50, 8))
+    y.sum().backward()
+    assert torch.equal(weight, before)
+    alike = [tensor for tensor in kept if tensor.shape == weight.shape]
+    assert [tensor.data_ptr() for tensor in alike] == [weight.data_ptr()]
+
+
 def test_in_bf16_it_is_no_farther_from_the_truth_than_peft() -> None:
     model = adapted(64, 64)
     x = torch.randn(4, 16, 64).bfloat16()
