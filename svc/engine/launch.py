@@ -26,6 +26,7 @@ SOCKET_FILE = "engine.sock"
 _ENTRY, _OLD_ENTRY = "vllm.entrypoints.launchers.api_server.entry", "vllm.entrypoints.openai.api_server"
 _LISTS = ("VLLM_DISABLED_KERNELS", "VLLM_PLUGINS")
 """Variables of vLLM that hold names with commas between them."""
+_LOG_LEVEL = "VLLM_LOGGING_LEVEL"
 _PLUGIN = "tuneserve"
 """The name of our entry point in `vllm.general_plugins`."""
 
@@ -107,6 +108,9 @@ def environment(spec: EngineSpec) -> dict[str, str]:
     # vLLM would let the first, an older way to give the size of its cache, overrule an argument. The second is ours.
     withheld = ("VLLM_CPU_KVCACHE_SPACE", INT4_LINEAR_VARIABLE)
     inherited = {name: value for name, value in os.environ.items() if name not in withheld}
+    # The phases of a start are read from its log; TRL, once imported, has every vLLM log errors alone.
+    if inherited.get(_LOG_LEVEL) != "DEBUG":
+        variables[_LOG_LEVEL] = "INFO"
     chosen = spec.plan.variables
     if INT4_LINEAR_VARIABLE in chosen and "VLLM_PLUGINS" in inherited:
         chosen["VLLM_PLUGINS"] = _PLUGIN  # a list that a person gave would leave ours out

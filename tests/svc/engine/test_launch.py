@@ -198,6 +198,18 @@ def test_an_engine_that_was_limited_otherwise_was_started_otherwise(
     assert launch_digest(spec(tmp_path)) != free
 
 
+@pytest.mark.parametrize(("given", "used"), [(None, "INFO"), ("ERROR", "INFO"), ("DEBUG", "DEBUG")])
+def test_vllm_logs_what_the_phases_are_read_from(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, given: str | None, used: str
+) -> None:
+    """TRL sets the variable to ERROR in the process that trains, and then evaluates."""
+    if given is None:
+        monkeypatch.delenv("VLLM_LOGGING_LEVEL", raising=False)
+    else:
+        monkeypatch.setenv("VLLM_LOGGING_LEVEL", given)
+    assert environment(spec(tmp_path))["VLLM_LOGGING_LEVEL"] == used
+
+
 def test_our_variable_for_vllm_is_not_inherited(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(INT4_LINEAR_VARIABLE, "1")
     assert INT4_LINEAR_VARIABLE not in environment(spec(tmp_path))
