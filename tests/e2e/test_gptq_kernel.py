@@ -1,35 +1,26 @@
 """PyTorch's 4-bit kernel inside vLLM, on any CPU: the log-probabilities of gptqmodel's own dequantized weights."""
 
-import os
-import random
+import json
+import subprocess
+import sys
 from collections.abc import AsyncIterator, Sequence
-from contextlib import asynccontextmanager, chdir
+from contextlib import asynccontextmanager
 from pathlib import Path
 from statistics import fmean
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import pytest
 
-from svc.dataset.reader import read_examples
 from svc.engine.capabilities import read_capabilities
 from svc.engine.launch import EngineSpec
 from svc.engine.process import EngineProcess
 from svc.engine.runtime import runtime_folder
 from svc.settings import EngineSettings, GptqKernel, Settings
-from tests.e2e.conftest import DATA, Report
+from tests.e2e.conftest import Report
+from tests.e2e.gptq_reference import RESULT, START, Logprobs, sequences
 from tests.e2e.tiny_model import build_tiny_model
 
-if TYPE_CHECKING:
-    import torch
-
-pytestmark = [
-    pytest.mark.slow,
-    # gptqmodel leaves a temporary folder to the collector.
-    pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning"),
-]
-
-Logprobs = list[tuple[float, ...]]
-_SEQUENCES, _LENGTH, _START = 8, 60, 20
+pytestmark = [pytest.mark.slow]
 
 
 @pytest.fixture(scope="module")
@@ -49,54 +40,11 @@ def bases(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     return one, other
 
 
-def quantize(base: Path, out: Path, group_size: int) -> Path:
-    """With gptqmodel directly, because no recipe asks for whole channels (-1)."""
-    os.environ.setdefault("GPTQMODEL_CPU_WORKERS", "2")  # its own default is too small for two cores
-    from gptqmodel import GPTQModel, QuantizeConfig
-    from transformers import AutoTokenizer
-
-    examples = [example.question for example in read_examples(DATA / "train.jsonl")[:8]]
-    config = QuantizeConfig(bits=4, group_size=group_size, desc_act=False, act_group_aware=group_size > 0)
-    model = GPTQModel.load(str(base), config)
-    out.mkdir()
-    with chdir(out):  # gptqmodel leaves a folder of logs where it is called
-        model.quantize(examples, batch_size=4, calibration_data_min_length=1)
-        model.save(str(out))
-    AutoTokenizer.from_pretrained(base).save_pretrained(out)
-    return out
-
-
-def sequences() -> list[list[int]]:
-    chosen = random.Random(0)
-    return [[chosen.randrange(10, 40_000) for _ in range(_LENGTH)] for _ in range(_SEQUENCES)]
-
-
-def dequantized(base: Path, quantized: Path) -> dict[str, "torch.Tensor"]:
-    """Every quantized layer's weights, [out, in] in float32, by name."""
-    import torch
-    from gptqmodel import BACKEND, GPTQModel
-    from gptqmodel.nn_modules.qlinear.torch import TorchLinear
-
-    model = GPTQModel.load(str(quantized), backend=BACKEND.GPTQ_TORCH, device="cpu").model
-    layers = {name: layer for name, layer in model.named_modules() if isinstance(layer, TorchLinear)}
-    with torch.no_grad():
-        # The class's own function: a layer's is compiled, for which a compiler would be needed.
-        return {name: TorchLinear.dequantize_weight(layer).T.float() for name, layer in layers.items()}
-
-
-def logprobs_of(base: Path, weights: dict[str, "torch.Tensor"], dtype: "torch.dtype") -> Logprobs:
-    """What transformers gives for the base with other weights in its layers."""
-    import torch
-    from transformers import AutoModelForCausalLM
-
-    model = AutoModelForCausalLM.from_pretrained(base, dtype=dtype)
-    found = []
-    with torch.no_grad():
-        for name, weight in weights.items():
-            model.get_submodule(name).weight.copy_(weight)
-        for ids in sequences():
-            scores = model(torch.tensor([ids])).logits[0].float().log_softmax(dim=-1)
-            found.append(tuple(float(scores[place - 1, ids[place]]) for place in range(_START, _LENGTH)))
+def refer(base: Path, out: Path, group_size: int) -> dict[str, Logprobs]:
+    """Quantizes a base; what its dequantized weights give, by torch's name of the number type."""
+    command = [sys.executable, "-m", "tests.e2e.gptq_reference", str(base), str(out), str(group_size)]
+    subprocess.run(command, check=True, capture_output=True, cwd=Path(__file__).parents[2])
+    found: dict[str, Logprobs] = json.loads((out / RESULT).read_text("utf-8"))
     return found
 
 
@@ -128,7 +76,7 @@ async def engine_with(model: Path, home: Path) -> AsyncIterator[EngineProcess]:
 
 
 async def measure(engine: EngineProcess) -> Logprobs:
-    return [await engine.client.logprobs(ids, _START) for ids in sequences()]
+    return [list(await engine.client.logprobs(ids, START)) for ids in sequences()]
 
 
 @pytest.mark.parametrize(
@@ -138,14 +86,9 @@ async def measure(engine: EngineProcess) -> Logprobs:
 async def test_log_probabilities_are_those_of_the_dequantized_weights_also_after_reloads(
     bases: tuple[Path, Path], tmp_path: Path, report: Report, group_size: int
 ) -> None:
-    import torch
-
-    folders = [quantize(base, tmp_path / f"gptq-{number}", group_size) for number, base in enumerate(bases)]
-    exact, rounded = [], []
-    for base, folder in zip(bases, folders, strict=True):
-        weights = dequantized(base, folder)
-        exact.append(logprobs_of(base, weights, torch.float32))
-        rounded.append(logprobs_of(base, weights, torch.bfloat16))
+    folders = [tmp_path / f"gptq-{number}" for number in range(len(bases))]
+    references = [refer(base, folder, group_size) for base, folder in zip(bases, folders, strict=True)]
+    exact, rounded = ([reference[f"torch.{dtype}"] for reference in references] for dtype in ("float32", "bfloat16"))
     async with engine_with(folders[0], tmp_path) as engine:
         first = await measure(engine)
         await engine.client.reload_weights(folders[1])
