@@ -14,6 +14,7 @@ from typing import TypeVar
 from serving.hold import Admission, AsideEndedError
 from serving.pool import EnginePool
 from serving.supervisor import Load
+from svc.engine.arguments import given_flag
 from svc.engine.capabilities import Capabilities
 from svc.engine.client import EngineClient
 from svc.engine.state import EngineState
@@ -39,8 +40,7 @@ class SupersededError(Exception):
 
 def unfit_engine(capabilities: Capabilities, settings: EngineSettings) -> str | None:
     """Why an engine cannot be asked for log-probabilities beside requests; None where it can."""
-    lora = any(argument.replace("_", "-").partition("=")[0] == "--enable-lora" for argument in settings.args)
-    return capabilities.adapters_refusal(settings) if lora else None
+    return capabilities.adapters_refusal(settings) if given_flag(settings.args, "enable-lora") else None
 
 
 class OwnQuestions:

@@ -297,7 +297,8 @@ def _vllm_has_cuda_gptq(gpu: TorchGpu | None) -> bool:
 
 
 def _instruction_set(used: str) -> str:
-    """
+    """The widest of this CPU that torch uses, as `x86_64-avx2`.
+
     Args:
         used: what torch says that its kernels use.
     """

@@ -128,13 +128,13 @@ def launch_digest(spec: EngineSpec) -> str:
     # How many share a GPU is part of how an engine was started, unless its share is given.
     shares = spec.device is Device.CUDA and spec.settings.gpu_memory_share is None
     without = {"start_timeout_s", "gptq_kernel"} if shares else {"start_timeout_s", "gptq_kernel", "replicas"}
-    settings, vllm = spec.settings.model_dump(mode="json", exclude=without), spec.capabilities
-    parts: list[Any] = [vllm.engine_device.value, vllm.vllm, spec.served_name, settings]
+    settings, able = spec.settings.model_dump(mode="json", exclude=without), spec.capabilities
+    parts: list[Any] = [able.engine_device.value, able.vllm, spec.served_name, settings]
     # What a release before this one always did is left out, so that its engines are known still.
-    if (dtype := plan.choose_dtype(spec.settings, vllm, spec.facts)).origin is plan.Origin.MACHINE:
+    if (dtype := plan.choose_dtype(spec.settings, able, spec.facts)).origin is plan.Origin.MACHINE:
         parts.append({dtype.name: dtype.value})
-    if plan.choose_gptq_kernel(spec.settings, vllm, spec.facts) is GptqKernel.TORCH:
+    if plan.choose_gptq_kernel(spec.settings, able, spec.facts) is GptqKernel.TORCH:
         parts.append({"gptq_kernel": GptqKernel.TORCH.value})
     if any(name in os.environ for name in CPU_LIMITS):  # the engine rounds as it was limited when it was started
-        parts.append(vllm.hardware(spec.settings))
+        parts.append(able.hardware(spec.settings))
     return hashlib.sha256(json.dumps(parts).encode("utf-8")).hexdigest()

@@ -321,7 +321,12 @@ def choose_dtype(settings: EngineSettings, capabilities: Capabilities, model: Mo
 
 
 def _check_gptq_dtype(value: str, kernel: GptqKernel | None, own: str | None) -> None:
-    """
+    """Refuses a number type in which the kernel does not multiply.
+
+    Args:
+        value: what `engine.args` say.
+        own: in which the model is stored; what vLLM takes for `auto`.
+
     Raises:
         EngineError: vLLM would not start with it.
     """

@@ -33,24 +33,26 @@ class Int4LinearKernel(MPLinearKernel):
             return False, f"activations are in {c.act_type}; the operator is fast in bfloat16 alone"
         if inputs % _WIDTH or outputs % _WIDTH:
             return False, f"the layer is {inputs} x {outputs}; multiples of {_WIDTH} are taken"
-        if operator_group_size(c.group_size, inputs) is None:
+        if c.group_size != -1 and c.group_size % _GROUP_SIZES[-1]:
             return False, f"groups of {c.group_size} inputs; multiples of {_GROUP_SIZES[-1]} are taken"
         return True, None
 
     def process_weights_after_loading(self, layer: torch.nn.Module) -> None:
         """Brings weights and scales into the operator's layout; called after each load, a reload in place too."""
         inputs = self.config.partition_weight_shape[0]
-        size = operator_group_size(self.config.group_size, inputs)
-        assert size is not None  # noqa: S101 - vLLM asked can_implement
-        self._group_size = size
+        self._group_size = operator_group_size(self.config.group_size, inputs)
+        groups = inputs // self._group_size
         self._transform_param(layer, self.w_q_name, lambda packed: pack_weights(packed.data))
-        self._transform_param(layer, self.w_s_name, lambda scales: spread_scales(scales.data, inputs // size))
-        setattr(layer, self.w_zp_name or "qzeros", None)  # 8 for every group
+        self._transform_param(layer, self.w_s_name, lambda scales: spread_scales(scales.data, groups))
+        if self.w_zp_name is not None:
+            setattr(layer, self.w_zp_name, None)  # 8 for every group
 
     def apply_weights(self, layer: torch.nn.Module, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
-        """
+        """The layer's outputs.
+
         Args:
             x: [..., in], bfloat16.
+            bias: [out], bfloat16.
 
         Returns:
             [..., out], bfloat16.
@@ -63,15 +65,15 @@ class Int4LinearKernel(MPLinearKernel):
         return y.view(*x.shape[:-1], -1)
 
 
-def operator_group_size(group_size: int, inputs: int) -> int | None:
-    """The largest group of the operator's that divides a model's; None where none does.
+def operator_group_size(group_size: int, inputs: int) -> int:
+    """The largest group of the operator's that divides a model's.
 
     Args:
-        group_size: inputs that share a scale; -1: all.
-        inputs: of the layer.
+        group_size: inputs that share a scale, a multiple of 32; -1: all.
+        inputs: of the layer, a multiple of 32.
     """
     whole = inputs if group_size == -1 else group_size
-    return next((size for size in _GROUP_SIZES if whole % size == 0), None)
+    return next(size for size in _GROUP_SIZES if whole % size == 0)
 
 
 def pack_weights(packed: torch.Tensor) -> torch.Tensor:

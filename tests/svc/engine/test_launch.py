@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -159,6 +160,7 @@ def test_an_older_vllm_is_started_by_its_older_entry(tmp_path: Path, monkeypatch
     (tmp_path / "vllm").mkdir()
     (tmp_path / "vllm" / "__init__.py").touch()
     monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.delitem(sys.modules, "vllm", raising=False)  # another test may have imported the real one
     entry_module.cache_clear()
     try:
         assert entry_module() == "vllm.entrypoints.openai.api_server"

@@ -2,7 +2,7 @@
 
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -173,8 +173,10 @@ def test_a_probe_that_proves_nothing_cannot_be_made(change: dict[str, object]) -
         Probe.model_validate(good | change)
 
 
-def facts_of(folder: Path, capabilities: Capabilities = AVX512, config: dict[str, Any] = {}, **settings: Any) -> Any:  # noqa: B006
-    (folder / "config.json").write_text(json.dumps({"dtype": "bfloat16"} | config))
+def facts_of(
+    folder: Path, capabilities: Capabilities = AVX512, config: Mapping[str, Any] | None = None, **settings: Any
+) -> EngineFacts:
+    (folder / "config.json").write_text(json.dumps({"dtype": "bfloat16"} | dict(config or {})))
     return engine_facts(EngineSettings(**settings), capabilities, folder)
 
 

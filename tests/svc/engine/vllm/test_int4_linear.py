@@ -1,6 +1,7 @@
 """The 4-bit kernel: a layer's outputs are those of its dequantized weights, whatever its groups, after each load."""
 
 from dataclasses import replace
+from importlib import import_module
 from typing import Any
 
 import pytest
@@ -16,7 +17,7 @@ WRITTEN = (32, 64, 128, -1)
 @pytest.fixture(scope="module", autouse=True)
 def _vllm() -> None:
     """Imported once, before hypothesis counts anything."""
-    import svc.engine.vllm.int4_linear  # noqa: F401
+    import_module("svc.engine.vllm.int4_linear")
 
 
 def config(inputs: int, outputs: int, group_size: int) -> Any:
