@@ -22,7 +22,7 @@ from svc.disk import is_full, write_whole
 from svc.engine.capabilities import Capabilities, NumberType, read_capabilities
 from svc.engine.launch import EngineSpec
 from svc.engine.model_facts import ModelFacts
-from svc.engine.plan import choose_dtype
+from svc.engine.plan import choose_dtype, explain_gptq_kernel
 from svc.engine.probe import engine_facts
 from svc.engine.process import EngineProcess
 from svc.engine.runtime import runtime_folder
@@ -42,7 +42,7 @@ from trainer.base_model import Base
 from trainer.memory import release_memory
 from trainer.merge import MergeSummary, merge_adapter, prove_full
 from trainer.qualify import Launch, Qualified, Qualifier
-from trainer.quantize import QuantizeSummary, check_group_size, check_outputs, quantize_gptq
+from trainer.quantize import QuantizeSummary, check_layers, quantize_gptq
 from trainer.recipe import Method, Recipe
 from trainer.run import Examples, Run, Stage
 from trainer.sft import TrainingData, TrainingSummary, train_model
@@ -160,9 +160,8 @@ class Pipeline:
         ]
 
     def _train(self) -> TrainingSummary:
-        # Not an hour later.
-        check_group_size(self.base.folder, self.recipe.quantize.group_size)
-        check_outputs(self.base.folder, self.capabilities.gptq_multiple(self.settings.engine))
+        multiple = self.capabilities.gptq_multiple(self.settings.engine)
+        check_layers(self.base.folder, self.recipe.quantize.group_size, multiple)  # not an hour later
         self._say_number_types()
         tracking, run_id = self.registry.tracking, self._tracking_run()
         tracking.log_parameters(run_id, self.recipe.flat())
@@ -186,16 +185,15 @@ class Pipeline:
             EngineError: GPTQ cannot be served here.
         """
         able, engine = self.capabilities, self.settings.engine
-        kernel = able.gptq_kernel(engine)
+        kernel = explain_gptq_kernel(engine, able)
         merged, gptq = (
             choose_dtype(engine, able, ModelFacts(dtype=NumberType.BFLOAT16, quantization=how))
             for how in (None, Format.GPTQ.value)
         )
-        console.print(f"  training on {able.training_device} in {able.training_type}: {able.training_reason}")
-        console.print(
-            f"  serving on {able.device(engine)} merged in {merged.value} ({merged.reason}), "
-            f"GPTQ in {gptq.value} with the kernel of {kernel}"
-        )
+        here, served = able.training_device, able.device(engine)
+        _say("train", f"{able.training_type} on {here}", able.training_reason)
+        _say("merged", f"{merged.value} on {served}", merged.reason)
+        _say("gptq", f"{gptq.value} on {served}, kernel of {kernel.value}", kernel.reason)
 
     def _merge(self) -> MergeSummary:
         if self._full:
@@ -345,6 +343,10 @@ class Pipeline:
             run_id = self.registry.tracking.start_run(self.recipe.name, tags)
             write_whole(path, TrackedRun(run_id=run_id).model_dump_json().encode("utf-8"))
         return TrackedRun.model_validate_json(path.read_bytes()).run_id
+
+
+def _say(what: str, choice: str, reason: str) -> None:
+    console.print(f"  {what}: {choice}" + (f" ({reason})" if reason else ""))
 
 
 def check_gptq_loss(merged: EvaluationReport, gptq: EvaluationReport, most: float) -> None:

@@ -78,7 +78,7 @@ def quantize_gptq(
         TrainingError: a layer was not quantized.
     """
     started = time.monotonic()
-    layers = check_group_size(model, recipe.quantize.group_size)
+    layers = check_layers(model, recipe.quantize.group_size)
     tokenizer = load_tokenizer(model)
     picked = pick_calibration(examples, recipe.quantize.samples, recipe.train.seed)
     calibration = tokenize_examples(tokenizer, picked, stop_tokens(model, tokenizer))
@@ -87,7 +87,7 @@ def quantize_gptq(
     if computed is not NumberType.BFLOAT16:
         write_bfloat16(out)
     join_fused_layers(out, layers)
-    _check_layers(out, layers)
+    _check_written(out, layers)
     tokenizer.save_pretrained(out)
     if (model / "generation_config.json").is_file():
         shutil.copyfile(model / "generation_config.json", out / "generation_config.json")
@@ -104,16 +104,27 @@ def quantize_gptq(
     )
 
 
-def check_group_size(model: Path, group_size: int) -> list[str]:
-    """The names of the layers to quantize, if groups of that size divide their input widths; loads no weights.
+def check_layers(model: Path, group_size: int, multiple: int = 1) -> list[str]:
+    """The names of the layers to quantize, if their shapes can be quantized and served so; loads no weights.
+
+    Args:
+        group_size: of inputs; must divide each layer's.
+        multiple: of which the outputs of what the engine has as one layer must be one.
 
     Raises:
         RecipeError: names the first layer whose width does not divide, and the sizes that would.
+        TrainingError: names the first layer that the engine's kernel for 4-bit weights does not take.
     """
-    widths = layer_widths(model)
+    shapes = layer_shapes(model)
+    _check_inputs({name: inputs for name, (inputs, _) in shapes.items()}, group_size)
+    _check_outputs({name: outputs for name, (_, outputs) in shapes.items()}, multiple)
+    return list(shapes)
+
+
+def _check_inputs(widths: dict[str, int], group_size: int) -> None:
     misfit = next((name for name, width in widths.items() if width % group_size), None)
     if misfit is None:
-        return list(widths)
+        return
     sizes = get_args(Quantize.model_fields["group_size"].annotation)
     fitting = [str(size) for size in sizes if not any(width % size for width in widths.values())]
     raise RecipeError(
@@ -123,23 +134,15 @@ def check_group_size(model: Path, group_size: int) -> list[str]:
     )
 
 
-def check_outputs(model: Path, multiple: int) -> None:
-    """Finds a layer that the engine's kernel for 4-bit weights does not take; loads no weights.
-
-    Args:
-        multiple: of which each layer's number of outputs must be one.
-
-    Raises:
-        TrainingError: names the first layer that is none.
-    """
-    outputs: Counter[str] = Counter()
-    for name, (_, size) in layer_shapes(model).items():
+def _check_outputs(outputs: dict[str, int], multiple: int) -> None:
+    together: Counter[str] = Counter()
+    for name, size in outputs.items():
         module, _, layer = name.rpartition(".")
-        outputs[f"{module}.{_IN_ONE.get(layer, layer)}"] += size
-    misfit = next(((name, size) for name, size in outputs.items() if size % multiple), None)
+        together[f"{module}.{_IN_ONE.get(layer, layer)}"] += size
+    misfit = next((name for name, size in together.items() if size % multiple), None)
     if misfit is not None:
         raise TrainingError(
-            f"layer {misfit[0]!r} has {misfit[1]} outputs",
+            f"layer {misfit!r} has {together[misfit]} outputs",
             expected=f"a multiple of {multiple}: no other is served in GPTQ on this device",
             todo="choose another base, or train and serve on a GPU",
         )
@@ -248,7 +251,7 @@ def _run_gptqmodel(
     return [entry for entries in log.values() for entry in entries]
 
 
-def _check_layers(out: Path, layers: list[str]) -> None:
+def _check_written(out: Path, layers: list[str]) -> None:
     from safetensors import safe_open
 
     packed: set[str] = set()

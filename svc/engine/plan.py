@@ -139,7 +139,9 @@ class _Planner:
         length, concurrency, parallel = self._max_model_len(), self._max_num_seqs(), self._tensor_parallel()
         block, ranks = self._block_size(), _integer(parallel.value) or 1
         dtype = choose_dtype(self._settings, self._capabilities, self._model)
-        common = [self._which_device(), length, concurrency, dtype, *self._gptq_kernel(), self._eager(), block]
+        kernel = explain_gptq_kernel(self._settings, self._capabilities) if self._model.quantization == _GPTQ else None
+        kernels = [] if kernel is None else [kernel]
+        common = [self._which_device(), length, concurrency, dtype, *kernels, self._eager(), block]
         if self._cpu:
             wide = is_wide(dtype)
             own = [self._threads(ranks), self._kv_cache(length, concurrency, block, ranks, wide=wide), parallel]
@@ -168,18 +170,6 @@ class _Planner:
             return Choice(name, _plain(value), Origin.ARGS)
         origin = self._origin("max_concurrency")
         return _argument(Choice(name, self._settings.max_concurrency, origin, "sequences decoded together"))
-
-    def _gptq_kernel(self) -> list[Choice]:
-        kernel = choose_gptq_kernel(self._settings, self._capabilities, self._model)
-        if kernel is None:
-            return []
-        asked = self._settings.gptq_kernel is not GptqKernel.AUTO
-        origin = Origin.SETTING if asked else Origin.MACHINE
-        if kernel is GptqKernel.VLLM:
-            return [Choice("gptq_kernel", kernel.value, origin, "" if asked else "vLLM's own")]
-        reason = "" if asked else f"vLLM has none for {self._capabilities.hardware(self._settings)}"
-        variables = ((INT4_LINEAR_VARIABLE, "1"), ("VLLM_DISABLED_KERNELS", _VLLM_KERNELS))
-        return [Choice("gptq_kernel", kernel.value, origin, reason, variables=variables)]
 
     def _eager(self) -> Choice:
         name, eager = "enforce_eager", is_eager(self._settings, self._device)
@@ -347,6 +337,22 @@ def choose_gptq_kernel(settings: EngineSettings, capabilities: Capabilities, mod
         EngineError: there is no kernel for it.
     """
     return capabilities.gptq_kernel(settings) if model.quantization == _GPTQ else None
+
+
+def explain_gptq_kernel(settings: EngineSettings, capabilities: Capabilities) -> Choice:
+    """Whose kernel multiplies by 4-bit weights, and why.
+
+    Raises:
+        EngineError: there is no kernel for it.
+    """
+    name, kernel = "gptq_kernel", capabilities.gptq_kernel(settings)
+    asked = settings.gptq_kernel is not GptqKernel.AUTO
+    origin = Origin.SETTING if asked else Origin.MACHINE
+    if kernel is GptqKernel.VLLM:
+        return Choice(name, kernel.value, origin, "" if asked else "vLLM's own")
+    reason = "" if asked else f"vLLM has none for {capabilities.hardware(settings)}"
+    variables = ((INT4_LINEAR_VARIABLE, "1"), ("VLLM_DISABLED_KERNELS", _VLLM_KERNELS))
+    return Choice(name, kernel.value, origin, reason, variables=variables)
 
 
 def is_wide(dtype: Choice) -> bool:

@@ -84,14 +84,11 @@ class Stages:
         write_model(out, seed=1)
         return MergeSummary(2, 0.5, 0.1)
 
-    def check_group_size(self, model: Path, group_size: int) -> list[str]:
+    def check_layers(self, model: Path, group_size: int, multiple: int) -> list[str]:
         """Finds that 128 does not fit."""
         if group_size == 128:
             raise RecipeError("quantize.group_size is 128")
         return []
-
-    def check_outputs(self, model: Path, multiple: int) -> None:
-        """Finds that all are taken."""
 
     def quantize_gptq(
         self, merged: Path, examples: Any, recipe: Any, out: Path, *, number_type: NumberType
@@ -113,7 +110,7 @@ class Stages:
 @pytest.fixture
 def stages(monkeypatch: pytest.MonkeyPatch) -> Stages:
     stages = Stages()
-    for name in ("check_group_size", "check_outputs", "train_model", "merge_adapter", "quantize_gptq"):
+    for name in ("check_layers", "train_model", "merge_adapter", "quantize_gptq"):
         monkeypatch.setattr(pipeline_module, name, getattr(stages, name))
     return stages
 
@@ -167,9 +164,9 @@ def test_training_and_quantizing_compute_in_numbers_that_are_fast_here(
 def test_what_was_chosen_for_the_device_is_told_before_training(make: Make, capsys: pytest.CaptureFixture[str]) -> None:
     make(capabilities=AVX2).train_version()
     told = " ".join(capsys.readouterr().err.split())
-    assert "training on cpu in float32: x86_64-avx2 has no fast bfloat16" in told
-    assert "merged in float32 (x86_64-avx2 has no fast numbers of 16 bits)" in told
-    assert "GPTQ in bfloat16 with the kernel of torch" in told
+    assert "train: float32 on cpu (x86_64-avx2 has no fast bfloat16)" in told
+    assert "merged: float32 on cpu (x86_64-avx2 has no fast numbers of 16 bits)" in told
+    assert "gptq: bfloat16 on cpu, kernel of torch (vLLM has none for x86_64-avx2)" in told
 
 
 def test_a_format_that_cannot_be_served_here_is_told_before_training(make: Make, stages: Stages) -> None:

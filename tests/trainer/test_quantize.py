@@ -18,8 +18,7 @@ from svc.errors import RecipeError, TrainingError
 from tests.trainer.conftest import make_example, make_model, make_recipe
 from trainer.quantize import (
     calibration_type,
-    check_group_size,
-    check_outputs,
+    check_layers,
     pick_calibration,
     quantize_gptq,
     strip_passing_values,
@@ -28,19 +27,19 @@ from trainer.quantize import (
 
 
 def test_a_group_size_that_fits_names_every_layer(tiny_base: Path) -> None:
-    layers = check_group_size(tiny_base, 64)
+    layers = check_layers(tiny_base, 64)
     assert len(layers) == 2 * 7
     assert "model.layers.0.self_attn.q_proj" in layers
 
 
 def test_the_output_head_stays_whole(tmp_path: Path) -> None:
     base = make_model(tmp_path / "base", tie_word_embeddings=False)
-    assert "lm_head" not in check_group_size(base, 32)
+    assert "lm_head" not in check_layers(base, 32)
 
 
 def test_a_group_size_that_does_not_fit_names_layer_and_sizes(tiny_base: Path) -> None:
     with pytest.raises(RecipeError) as caught:
-        check_group_size(tiny_base, 128)
+        check_layers(tiny_base, 128)
     assert "'model.layers.0.self_attn.q_proj' is 64 wide" in caught.value.wrong
     assert caught.value.expected.endswith(": 32, 64")
 
@@ -48,18 +47,18 @@ def test_a_group_size_that_does_not_fit_names_layer_and_sizes(tiny_base: Path) -
 def test_a_model_that_no_group_size_fits_is_served_merged(tmp_path: Path) -> None:
     base = make_model(tmp_path / "base", hidden_size=48)
     with pytest.raises(RecipeError, match="serve this model merged"):
-        check_group_size(base, 32)
+        check_layers(base, 32)
 
 
 def test_a_layer_whose_outputs_the_engine_does_not_take_is_named(tmp_path: Path) -> None:
     base = make_model(tmp_path / "base", intermediate_size=136)
     with pytest.raises(TrainingError, match=r"'model.layers.0.mlp.gate_up_proj' has 272 outputs"):
-        check_outputs(base, 32)
-    check_outputs(base, 8)
+        check_layers(base, 8, 32)
+    check_layers(base, 8, 8)
 
 
 def test_layers_that_the_engine_has_as_one_count_together(tmp_path: Path) -> None:
-    check_outputs(make_model(tmp_path / "base", intermediate_size=144), 32)
+    check_layers(make_model(tmp_path / "base", intermediate_size=144), 8, 32)
 
 
 def test_it_is_checked_before_quantizing(tiny_base: Path, examples: list[ChatExample], tmp_path: Path) -> None:
