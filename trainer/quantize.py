@@ -63,7 +63,7 @@ def quantize_gptq(
     recipe: Recipe,
     out: Path,
     *,
-    number_type: NumberType = NumberType.BFLOAT16,
+    number_type: NumberType,
 ) -> QuantizeSummary:
     """Writes the model in 4-bit GPTQ safetensors, with tokenizer and chat template, to `out`.
 

@@ -79,7 +79,7 @@ def train_model(
     checkpoints: Path,
     report: "Report | None" = None,
     *,
-    number_type: NumberType = NumberType.BFLOAT16,
+    number_type: NumberType,
 ) -> TrainingSummary:
     """Trains what the recipe's method trains, and writes it with the tokenizer's files to `out`.
 

@@ -9,6 +9,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from svc.dataset.example import ChatExample
+from svc.engine.capabilities import NumberType
 from svc.errors import TrainingError
 from tests.trainer.conftest import make_recipe, make_tokenizer
 from trainer.fused_layers import join_fused_layers
@@ -114,7 +115,10 @@ def test_a_quantized_phi3_has_its_own_layers_and_nearly_its_weights(
     model.save_pretrained(tmp_path / "base")
     tokenizer.save_pretrained(tmp_path / "base")
     recipe = make_recipe(quantize={"group_size": 32, "samples": 8})
-    assert quantize_gptq(tmp_path / "base", examples, recipe, tmp_path / "gptq").layers == 4
+    assert (
+        quantize_gptq(tmp_path / "base", examples, recipe, tmp_path / "gptq", number_type=NumberType.BFLOAT16).layers
+        == 4
+    )
     with safe_open(tmp_path / "gptq" / "model.safetensors", framework="pt") as file:
         found = dequantized({name: file.get_tensor(f"{LAYER}.{name}") for name in ("qweight", "scales", "g_idx")})
     weight = model.get_submodule(LAYER).weight.detach().float()

@@ -41,7 +41,12 @@ def trained(tiny_base: Path, examples: list[ChatExample], tmp_path_factory: pyte
     for method in Method:
         folder = tmp_path_factory.mktemp(method.value)
         summary = train_model(
-            tiny_base, TrainingData(examples), recipe(method), folder / "trained", folder / "checkpoints"
+            tiny_base,
+            TrainingData(examples),
+            recipe(method),
+            folder / "trained",
+            folder / "checkpoints",
+            number_type=NumberType.BFLOAT16,
         )
         found[method] = folder / "trained", summary
     return found
@@ -157,7 +162,9 @@ def test_measuring_held_out_loss_changes_nothing_in_qlora(
     for name, stopping in (("without", {}), ("with", {"every_steps": 2})):
         made = recipe(Method.QLORA, train={"batch_size": 4, "steps": 6}, stopping=stopping)
         data = TrainingData(examples, examples[:5])
-        train_model(tiny_base, data, made, tmp_path / name, tmp_path / f"checkpoints-{name}")
+        train_model(
+            tiny_base, data, made, tmp_path / name, tmp_path / f"checkpoints-{name}", number_type=NumberType.BFLOAT16
+        )
         written.append((tmp_path / name / "adapter_model.safetensors").read_bytes())
     assert written[0] == written[1]
 

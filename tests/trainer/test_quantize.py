@@ -63,7 +63,13 @@ def test_layers_that_the_engine_has_as_one_count_together(tmp_path: Path) -> Non
 
 def test_it_is_checked_before_quantizing(tiny_base: Path, examples: list[ChatExample], tmp_path: Path) -> None:
     with pytest.raises(RecipeError):
-        quantize_gptq(tiny_base, examples, make_recipe(quantize={"group_size": 128}), tmp_path / "gptq")
+        quantize_gptq(
+            tiny_base,
+            examples,
+            make_recipe(quantize={"group_size": 128}),
+            tmp_path / "gptq",
+            number_type=NumberType.BFLOAT16,
+        )
     assert not (tmp_path / "gptq").exists()
 
 

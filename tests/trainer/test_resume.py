@@ -94,10 +94,24 @@ def test_it_ends_as_if_it_had_not_been_cut_off(
     method: Method, tiny_base: Path, data: TrainingData, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Cut off in an epoch's middle, at its end, and after its first step; each time it goes on from the step before."""
-    whole = train_model(tiny_base, data, recipe(method), tmp_path / "a" / "trained", tmp_path / "a" / "checkpoints")
+    whole = train_model(
+        tiny_base,
+        data,
+        recipe(method),
+        tmp_path / "a" / "trained",
+        tmp_path / "a" / "checkpoints",
+        number_type=NumberType.BFLOAT16,
+    )
     for step in (3, 5, 9):
         train_until(tiny_base, data, recipe(method), tmp_path / "b", step, monkeypatch)
-    resumed = train_model(tiny_base, data, recipe(method), tmp_path / "b" / "trained", tmp_path / "b" / "checkpoints")
+    resumed = train_model(
+        tiny_base,
+        data,
+        recipe(method),
+        tmp_path / "b" / "trained",
+        tmp_path / "b" / "checkpoints",
+        number_type=NumberType.BFLOAT16,
+    )
     assert figures(resumed) == figures(whole)
     assert weights(tmp_path / "b") == weights(tmp_path / "a")
 
@@ -220,10 +234,24 @@ def test_so_it_is_with_other_settings(
     sections: dict[str, Any], tiny_base: Path, data: TrainingData, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     made = recipe(**sections)
-    whole = train_model(tiny_base, data, made, tmp_path / "a" / "trained", tmp_path / "a" / "checkpoints")
+    whole = train_model(
+        tiny_base,
+        data,
+        made,
+        tmp_path / "a" / "trained",
+        tmp_path / "a" / "checkpoints",
+        number_type=NumberType.BFLOAT16,
+    )
     for step in (2, 6):
         train_until(tiny_base, data, made, tmp_path / "b", step, monkeypatch)
-    resumed = train_model(tiny_base, data, made, tmp_path / "b" / "trained", tmp_path / "b" / "checkpoints")
+    resumed = train_model(
+        tiny_base,
+        data,
+        made,
+        tmp_path / "b" / "trained",
+        tmp_path / "b" / "checkpoints",
+        number_type=NumberType.BFLOAT16,
+    )
     assert figures(resumed) == figures(whole)
     assert weights(tmp_path / "b") == weights(tmp_path / "a")
 
@@ -231,16 +259,27 @@ def test_so_it_is_with_other_settings(
 def test_how_often_it_is_saved_changes_nothing(tiny_base: Path, data: TrainingData, tmp_path: Path) -> None:
     for name, every in (("a", 1), ("b", 5)):
         made = recipe(checkpoints={"every_steps": every})
-        train_model(tiny_base, data, made, tmp_path / name / "trained", tmp_path / name / "checkpoints")
+        train_model(
+            tiny_base,
+            data,
+            made,
+            tmp_path / name / "trained",
+            tmp_path / name / "checkpoints",
+            number_type=NumberType.BFLOAT16,
+        )
     assert weights(tmp_path / "a") == weights(tmp_path / "b")
 
 
 def test_cut_off_after_its_last_step_it_takes_no_other(
     tiny_base: Path, data: TrainingData, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    whole = train_model(tiny_base, data, recipe(), tmp_path / "trained", tmp_path / "checkpoints")
+    whole = train_model(
+        tiny_base, data, recipe(), tmp_path / "trained", tmp_path / "checkpoints", number_type=NumberType.BFLOAT16
+    )
     first = (tmp_path / "trained" / "adapter_model.safetensors").read_bytes()
-    again = train_model(tiny_base, data, recipe(), tmp_path / "trained", tmp_path / "checkpoints")
+    again = train_model(
+        tiny_base, data, recipe(), tmp_path / "trained", tmp_path / "checkpoints", number_type=NumberType.BFLOAT16
+    )
     assert figures(again) == figures(whole)
     assert (tmp_path / "trained" / "adapter_model.safetensors").read_bytes() == first
 
@@ -248,12 +287,26 @@ def test_cut_off_after_its_last_step_it_takes_no_other(
 def test_a_damaged_checkpoint_is_passed_over(
     tiny_base: Path, data: TrainingData, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    train_model(tiny_base, data, recipe(), tmp_path / "a" / "trained", tmp_path / "a" / "checkpoints")
+    train_model(
+        tiny_base,
+        data,
+        recipe(),
+        tmp_path / "a" / "trained",
+        tmp_path / "a" / "checkpoints",
+        number_type=NumberType.BFLOAT16,
+    )
     train_until(tiny_base, data, recipe(), tmp_path / "b", 7, monkeypatch)
     newest = CheckpointFolder(tmp_path / "b" / "checkpoints", 2).at(6)
     with (newest / "weights.safetensors").open("r+b") as file:
         file.truncate(1000)
-    train_model(tiny_base, data, recipe(), tmp_path / "b" / "trained", tmp_path / "b" / "checkpoints")
+    train_model(
+        tiny_base,
+        data,
+        recipe(),
+        tmp_path / "b" / "trained",
+        tmp_path / "b" / "checkpoints",
+        number_type=NumberType.BFLOAT16,
+    )
     assert weights(tmp_path / "b") == weights(tmp_path / "a")
 
 
@@ -265,6 +318,7 @@ from pathlib import Path
 import torch
 torch.set_num_threads(1)
 from svc.dataset.reader import read_examples
+from svc.engine.capabilities import NumberType
 from tests.trainer.test_resume import recipe
 from trainer import adapters, resumable_trainer, progress
 from trainer.sft import TrainingData, train_model
@@ -273,7 +327,8 @@ for line in sys.stdin:
     process = os.fork()
     if process == 0:
         data = TrainingData(read_examples(folder / "train.jsonl"))
-        train_model(Path(sys.argv[1]), data, recipe(), folder / "trained", folder / "checkpoints")
+        out, checkpoints = folder / "trained", folder / "checkpoints"
+        train_model(Path(sys.argv[1]), data, recipe(), out, checkpoints, number_type=NumberType.BFLOAT16)
         os._exit(0)
     print(process, flush=True)
     print(os.waitpid(process, 0)[1], flush=True)
@@ -338,7 +393,9 @@ def test_a_signal_ends_it_with_a_checkpoint(
     before = signal.getsignal(signal.SIGTERM)
     monkeypatch.setattr(CheckpointFolder, "writing", signal_at_step_four)
     with pytest.raises(InterruptedRunError, match="SIGTERM after step 5 of 12"):
-        train_model(tiny_base, data, recipe(), tmp_path / "trained", tmp_path / "checkpoints")
+        train_model(
+            tiny_base, data, recipe(), tmp_path / "trained", tmp_path / "checkpoints", number_type=NumberType.BFLOAT16
+        )
     newest = CheckpointFolder(tmp_path / "checkpoints", 2).newest()
     assert newest is not None
     assert json.loads((newest / "trainer_state.json").read_text("utf-8"))["global_step"] == 5
@@ -350,4 +407,6 @@ def test_ctrl_c_while_the_trained_weights_are_written_ends_it(
 ) -> None:
     monkeypatch.setattr(sft, "_save", lambda *_: os.kill(os.getpid(), signal.SIGINT))
     with pytest.raises(KeyboardInterrupt):
-        train_model(tiny_base, data, recipe(), tmp_path / "trained", tmp_path / "checkpoints")
+        train_model(
+            tiny_base, data, recipe(), tmp_path / "trained", tmp_path / "checkpoints", number_type=NumberType.BFLOAT16
+        )

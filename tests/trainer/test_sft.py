@@ -45,7 +45,9 @@ LLAMA = LlamaForCausalLM(LlamaConfig(**SHAPE)).float()
 
 def train(base: Path, examples: list[ChatExample], out: Path, **section: float) -> TrainingSummary:
     recipe = make_recipe(train={"batch_size": 4, **section})
-    return train_model(base, TrainingData(examples), recipe, out, out.with_name("checkpoints"))
+    return train_model(
+        base, TrainingData(examples), recipe, out, out.with_name("checkpoints"), number_type=NumberType.BFLOAT16
+    )
 
 
 @pytest.fixture(scope="module")
@@ -265,12 +267,16 @@ def test_the_best_weights_are_those_of_the_best_step(
     data = TrainingData(examples, [make_example(f"number {letter}", "blue") for letter in "abc"])
     steady = {"batch_size": 4, "learning_rate": 0.05, "schedule": "constant", "warmup_ratio": 0}
     recipe = make_recipe(train=steady | {"steps": 30}, stopping={"every_steps": 1, "keep_best": True})
-    summary = train_model(tiny_base, data, recipe, tmp_path / "best", tmp_path / "checkpoints")
+    summary = train_model(
+        tiny_base, data, recipe, tmp_path / "best", tmp_path / "checkpoints", number_type=NumberType.BFLOAT16
+    )
     assert summary.best_step is not None
     assert summary.best_step < summary.steps == 30
     assert min(summary.heldout_losses, key=lambda point: point.loss).step == summary.best_step
     shorter = make_recipe(train=steady | {"steps": summary.best_step})
-    train_model(tiny_base, data, shorter, tmp_path / "shorter", tmp_path / "other-checkpoints")
+    train_model(
+        tiny_base, data, shorter, tmp_path / "shorter", tmp_path / "other-checkpoints", number_type=NumberType.BFLOAT16
+    )
     files = [tmp_path / name / "adapter_model.safetensors" for name in ("best", "shorter")]
     assert files[0].read_bytes() == files[1].read_bytes()
 
@@ -281,7 +287,9 @@ def test_a_run_stops_when_held_out_loss_no_longer_falls(
     data = TrainingData(examples, [make_example(f"number {letter}", "blue") for letter in "abc"])
     train = {"batch_size": 4, "learning_rate": 0.05, "steps": 200}
     recipe = make_recipe(train=train, stopping={"every_steps": 1, "patience": 3})
-    summary = train_model(tiny_base, data, recipe, tmp_path / "adapter", tmp_path / "checkpoints")
+    summary = train_model(
+        tiny_base, data, recipe, tmp_path / "adapter", tmp_path / "checkpoints", number_type=NumberType.BFLOAT16
+    )
     losses = {point.step: point.loss for point in summary.heldout_losses}
     best = min(losses, key=lambda step: losses[step])
     assert summary.steps == best + 3 < 200
@@ -300,6 +308,7 @@ def test_a_schedule_warms_up_and_ends_as_it_says(
         tmp_path / "adapter",
         tmp_path / "checkpoints",
         lambda step, figures: rates.update({step: figures["learning_rate"]}),
+        number_type=NumberType.BFLOAT16,
     )
     assert rates[1] < rates[3] < rates[6] == pytest.approx(1e-3)
     assert rates[20] == pytest.approx(1e-3) if schedule == "constant" else rates[20] < 1e-4
@@ -329,14 +338,26 @@ def test_packed_runs_measure_held_out_loss(tiny_base: Path, examples: list[ChatE
         train={"packing": True, "max_length": 128, "batch_size": 2}, stopping={"every_steps": 1}, adapter={"rank": 4}
     )
     data = TrainingData(examples, examples[:4])
-    packed = train_model(tiny_base, data, recipe, tmp_path / "adapter", tmp_path / "checkpoints")
+    packed = train_model(
+        tiny_base, data, recipe, tmp_path / "adapter", tmp_path / "checkpoints", number_type=NumberType.BFLOAT16
+    )
     assert all(0 < point.loss < 10 for point in packed.heldout_losses)
     assert packed.heldout_losses
 
 
 def test_a_run_of_one_step_learns(tiny_base: Path, examples: list[ChatExample], tmp_path: Path) -> None:
     recipe = make_recipe(train={"batch_size": len(examples)})
-    assert train_model(tiny_base, TrainingData(examples), recipe, tmp_path / "adapter", tmp_path / "c").steps == 1
+    assert (
+        train_model(
+            tiny_base,
+            TrainingData(examples),
+            recipe,
+            tmp_path / "adapter",
+            tmp_path / "c",
+            number_type=NumberType.BFLOAT16,
+        ).steps
+        == 1
+    )
     weights = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
     assert all(weight.any() for name, weight in weights.items() if "lora_B" in name)
 
@@ -395,7 +416,11 @@ def test_packed_examples_are_blind_to_each_other_in_a_mixture_of_experts(
             train={"batch_size": 12, "packing": packing, "max_length": 256}, adapter={"targets": "attention"}
         )
         out = tmp_path / str(packing)
-        losses.append(train_model(tmp_path / "base", TrainingData(examples), recipe, out, out / "c").loss_curve)
+        losses.append(
+            train_model(
+                tmp_path / "base", TrainingData(examples), recipe, out, out / "c", number_type=NumberType.BFLOAT16
+            ).loss_curve
+        )
     [[alone], [packed]] = losses
     assert packed.loss == pytest.approx(alone.loss, rel=1e-3)
 
