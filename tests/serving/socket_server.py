@@ -2,11 +2,16 @@
 
 import asyncio
 from collections.abc import AsyncIterator
+from concurrent.futures import Future
 from contextlib import asynccontextmanager
 from pathlib import Path
 
 import uvicorn
 from starlette.types import ASGIApp
+
+_ACCEPT_TICKS = 3
+"""Turns of the loop until a connection that was accepted is one that uvicorn knows. asyncio's server must not be closed
+before: a connection that comes too late is then left open for ever."""
 
 
 class SocketServer:
@@ -18,9 +23,11 @@ class SocketServer:
         config.load()
         self._server = uvicorn.Server(config)
         self._server.lifespan = config.lifespan_class(config)
+        self._ending: Future[None] | None = None
 
     async def start(self) -> None:
         """Returns when the socket takes connections. Without uvicorn's main loop, whose ticks make every end slow."""
+        self._loop = asyncio.get_running_loop()
         starting = asyncio.ensure_future(self._server.startup())
         try:
             await asyncio.shield(starting)
@@ -28,17 +35,33 @@ class SocketServer:
             await starting  # cut off in the middle, it would leave a socket that nobody closes
 
     def kill(self) -> None:
-        """Ends it as SIGKILL would: every connection is cut, and the socket answers no more."""
+        """Ends it as SIGKILL would, from any thread: every connection is cut, and the socket answers no more."""
+        if self._ending:
+            return
         for listener in self._server.servers:
-            listener.close()
+            for listening in listener.sockets:
+                self._loop.remove_reader(listening)
+        self._cut_connections()
+        self._ending = asyncio.run_coroutine_threadsafe(self._close(), self._loop)
+
+    def _cut_connections(self) -> None:
         for connection in list(self._server.server_state.connections):
             transport = getattr(connection, "transport", None)
             if transport:
                 transport.abort()
 
+    async def _close(self) -> None:
+        for _ in range(_ACCEPT_TICKS):
+            await asyncio.sleep(0)
+        for listener in self._server.servers:
+            listener.close()
+        self._cut_connections()
+
     async def stop(self) -> None:
         """Ends it, and with it what still runs."""
         self.kill()
+        if self._ending:
+            await asyncio.wrap_future(self._ending)
         tasks = list(self._server.server_state.tasks)
         for task in tasks:
             task.cancel()

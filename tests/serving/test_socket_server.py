@@ -1,0 +1,31 @@
+"""The server that stands in for an engine leaves no connection behind, whenever it is ended."""
+
+import asyncio
+import gc
+import socket
+import warnings
+from pathlib import Path
+
+import pytest
+from starlette.responses import Response
+
+from tests.serving.socket_server import SocketServer
+
+
+@pytest.mark.parametrize("ticks", range(6))
+@pytest.mark.filterwarnings("default::ResourceWarning")
+def test_a_connection_that_comes_while_it_is_ended_is_closed_with_it(socket_folder: Path, ticks: int) -> None:
+    async def end_while_a_client_connects() -> None:
+        server = SocketServer(Response(), socket_folder / "engine.sock")
+        await server.start()
+        with socket.socket(socket.AF_UNIX) as client:
+            client.connect(str(socket_folder / "engine.sock"))
+            for _ in range(ticks):
+                await asyncio.sleep(0)
+            await server.stop()
+
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        asyncio.run(end_while_a_client_connects())
+        gc.collect()
+    assert not [str(warning.message) for warning in caught if issubclass(warning.category, ResourceWarning)]
