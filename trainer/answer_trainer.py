@@ -21,6 +21,7 @@ from transformers.modeling_outputs import CausalLMOutput, MoeModelOutputWithPast
 from trl.trainer.sft_trainer import SFTTrainer
 
 from trainer.divergence import diverged
+from trainer.fused_attention import fuse_attention
 from trainer.fused_lora import fuse_lora
 from trainer.training_example import IGNORED
 
@@ -35,6 +36,7 @@ class AnswerTrainer(SFTTrainer):
         super().__init__(*args, **kwargs)
         if self.args.device.type == "cpu":
             fuse_lora(self.model)
+            fuse_attention(self.model)
 
     def compute_loss(
         self,

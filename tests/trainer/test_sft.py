@@ -91,8 +91,8 @@ def test_another_seed_gives_another_adapter(
 
 
 def test_the_loss_falls(tiny_base: Path, examples: list[ChatExample], tmp_path: Path) -> None:
-    curve = train(tiny_base, examples, tmp_path / "adapter", learning_rate=3e-2, epochs=4).loss_curve
-    assert curve[-1].loss < curve[0].loss - 0.3
+    curve = train(tiny_base, examples, tmp_path / "adapter", learning_rate=1e-2, epochs=4).loss_curve
+    assert curve[-1].loss < curve[0].loss - 0.5
 
 
 def test_the_summary_counts_steps_and_tokens(tiny_base: Path, examples: list[ChatExample], tmp_path: Path) -> None:
