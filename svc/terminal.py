@@ -4,6 +4,7 @@ to stderr, so that a pipe gets results only."""
 import json
 import logging
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -25,7 +26,7 @@ console = Console(stderr=True, highlight=False)
 output = Console(highlight=False)
 if not output.is_terminal:
     output.width = 120  # in a pipe or a log, a table is not broken at 80 columns
-_PLAIN_LINE_S = 20.0  # without a terminal, progress is a line now and then
+_PLAIN_LINE_S = 15.0  # without a terminal, a long step prints a line so often, whatever it does meanwhile
 
 
 def quiet_libraries() -> None:
@@ -40,6 +41,33 @@ def print_json(value: Any) -> None:
 
 
 @contextmanager
+def repeated_line(line: Callable[[], str]) -> Iterator[None]:
+    """Prints a line every 15 s while the body runs, for whoever watches a log; nothing on a terminal.
+
+    From a thread of its own: a step may take minutes, and says nothing of its own meanwhile.
+
+    Args:
+        line: called for each.
+    """
+    if console.is_terminal:
+        yield
+        return
+    ended = threading.Event()
+
+    def tell() -> None:
+        while not ended.wait(_PLAIN_LINE_S):
+            console.print(f"  {line()}", markup=False, soft_wrap=True)
+
+    teller = threading.Thread(target=tell, name="progress", daemon=True)
+    teller.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        teller.join()
+
+
+@contextmanager
 def counting(text: str, total: int) -> Iterator[Callable[[], None]]:
     """A progress bar over a known number of steps; yields what advances it by one."""
     if console.is_terminal:
@@ -48,17 +76,15 @@ def counting(text: str, total: int) -> Iterator[Callable[[], None]]:
             task = progress.add_task(text, total=total)
             yield lambda: progress.advance(task)
         return
-    started = told = time.monotonic()
+    started = time.monotonic()
     done = 0
 
     def advance() -> None:
-        nonlocal done, told
+        nonlocal done
         done += 1
-        if time.monotonic() - told >= _PLAIN_LINE_S:
-            told = time.monotonic()
-            console.print(f"  {text}: {done}/{total}")
 
-    yield advance
+    with repeated_line(lambda: f"{text}: {done}/{total} after {time.monotonic() - started:.0f} s"):
+        yield advance
     console.print(f"  {text}: {done}/{total} in {time.monotonic() - started:.0f} s")
 
 
@@ -77,16 +103,18 @@ def reading(text: str, total: int) -> Iterator[Callable[[int], None]]:
             task = progress.add_task(text, total=total)
             yield lambda position: progress.update(task, completed=position)
         return
-    started = told = time.monotonic()
+    started = time.monotonic()
+    read = 0
 
     def show(position: int) -> None:
-        nonlocal told
-        if time.monotonic() - told >= _PLAIN_LINE_S:
-            told = time.monotonic()
-            share = f"{position / 1e6:.0f} of {total / 1e6:.0f} MB"
-            console.print(f"  {text}: {share} after {told - started:.0f} s")
+        nonlocal read
+        read = position
 
-    yield show
+    def line() -> str:
+        return f"{text}: {read / 1e6:.0f} of {total / 1e6:.0f} MB after {time.monotonic() - started:.0f} s"
+
+    with repeated_line(line):
+        yield show
 
 
 @contextmanager
@@ -96,8 +124,7 @@ def advancing(text: str, phases: Sequence[str]) -> Iterator[Callable[[str], None
     Args:
         phases: in their order; the bar shows how many have ended. What begins after the body has ended is not shown.
     """
-    started = told = time.monotonic()
-    ended = False
+    started = time.monotonic()
     if console.is_terminal:
         columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
         with Progress(*columns, console=console) as progress:
@@ -110,15 +137,17 @@ def advancing(text: str, phases: Sequence[str]) -> Iterator[Callable[[str], None
             progress.update(task, completed=len(phases), description=text)
         return
     console.print(f"  {text} …")
+    now = phases[0]
 
     def begin(phase: str) -> None:
-        nonlocal told
-        if not ended and time.monotonic() - told >= _PLAIN_LINE_S:
-            told = time.monotonic()
-            console.print(f"  {text}: {phase}, {phases.index(phase)}/{len(phases)} after {told - started:.0f} s")
+        nonlocal now
+        now = phase
 
-    yield begin
-    ended = True
+    def line() -> str:
+        return f"{text}: {now}, {phases.index(now)}/{len(phases)} after {time.monotonic() - started:.0f} s"
+
+    with repeated_line(line):
+        yield begin
     console.print(f"  {text}: {time.monotonic() - started:.0f} s")
 
 
@@ -133,5 +162,6 @@ def waiting(text: str) -> Iterator[None]:
             yield
         return
     console.print(f"  {text} …")
-    yield
+    with repeated_line(lambda: f"{text}: {time.monotonic() - started:.0f} s so far"):
+        yield
     console.print(f"  {text}: {time.monotonic() - started:.0f} s")

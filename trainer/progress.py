@@ -1,4 +1,4 @@
-"""Shows a training run: a live bar on a terminal, else a line for every tenth of the steps.
+"""Shows a training run: a live bar on a terminal, else a line every 15 s and one at its end.
 
 Loaded only inside functions: it imports transformers.
 """
@@ -11,7 +11,7 @@ from typing import Any
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from svc.terminal import console
+from svc.terminal import console, repeated_line
 
 
 class TrainingProgress(TrainerCallback):
@@ -24,8 +24,9 @@ class TrainingProgress(TrainerCallback):
     def __init__(self, bar: Progress) -> None:
         self._bar = bar
         self._task = bar.add_task("", total=None, loss="-", speed=0.0)
-        self._loss = "-"
-        self._started = 0.0
+        self._loss, self._speed = "-", 0.0
+        self._step, self._last = 0, 0
+        self._started = time.monotonic()
         self._before = (0, 0)  # steps and tokens of the processes that came before
 
     def on_train_begin(
@@ -34,6 +35,7 @@ class TrainingProgress(TrainerCallback):
         """Starts the clock."""
         self._started = time.monotonic()
         self._before = (state.global_step, int(state.num_input_tokens_seen))
+        self._step, self._last = state.global_step, state.max_steps
         self._bar.update(self._task, total=state.max_steps)
 
     def on_log(
@@ -49,18 +51,22 @@ class TrainingProgress(TrainerCallback):
             self._loss = f"{logs['loss']:.3f}"
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Moves the bar, or prints a line."""
+        """Moves the bar."""
         elapsed = time.monotonic() - self._started
-        steps, tokens = self._before
-        speed = (state.num_input_tokens_seen - tokens) / elapsed
-        self._bar.update(self._task, completed=state.global_step, loss=self._loss, speed=speed)
-        tenth, before = (10 * step // state.max_steps for step in (state.global_step, state.global_step - 1))
-        if not console.is_terminal and tenth > before:
-            left = elapsed / (state.global_step - steps) * (state.max_steps - state.global_step)
-            console.print(
-                f"  Training: step {state.global_step}/{state.max_steps}, loss {self._loss}, "
-                f"{speed:.0f} tokens/s, {left:.0f} s left"
-            )
+        self._speed = (state.num_input_tokens_seen - self._before[1]) / elapsed
+        self._step = state.global_step
+        self._bar.update(self._task, completed=state.global_step, loss=self._loss, speed=self._speed)
+
+    def line(self) -> str:
+        """How far it is, for a log."""
+        elapsed = time.monotonic() - self._started
+        if self._step == self._before[0]:
+            return f"Training: step {self._step + 1}/{self._last}, {elapsed:.0f} s so far"
+        left = elapsed / (self._step - self._before[0]) * (self._last - self._step)
+        return (
+            f"Training: step {self._step}/{self._last}, loss {self._loss}, {self._speed:.0f} tokens/s, "
+            f"{left:.0f} s left"
+        )
 
 
 @contextmanager
@@ -69,4 +75,8 @@ def training_progress() -> Iterator[TrainingProgress]:
     columns = (TextColumn("Training"), BarColumn(), MofNCompleteColumn())
     fields = TextColumn("loss {task.fields[loss]}  {task.fields[speed]:.0f} tokens/s  left")
     with Progress(*columns, fields, TimeRemainingColumn(), console=console, disable=not console.is_terminal) as bar:
-        yield TrainingProgress(bar)
+        progress = TrainingProgress(bar)
+        with repeated_line(progress.line):
+            yield progress
+        if not console.is_terminal:
+            console.print(f"  {progress.line()}")

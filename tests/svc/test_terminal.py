@@ -1,13 +1,15 @@
-"""Progress is a bar on a terminal, and a plain line now and then in a pipe."""
+"""Progress is a bar on a terminal, and a plain line every few seconds in a pipe."""
 
 import io
+import time
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 
 import pytest
 from rich.console import Console
 
 from svc import terminal
-from svc.terminal import advancing
+from svc.terminal import advancing, counting, reading, waiting
 
 PHASES = ("boil water", "brew tea", "drink")
 Show = Callable[[bool], io.StringIO]
@@ -50,10 +52,33 @@ def test_a_pipe_gets_the_first_and_the_last_line(shown: Show) -> None:
 
 def test_a_pipe_hears_the_phase_of_a_long_start(shown: Show, monkeypatch: pytest.MonkeyPatch) -> None:
     file = shown(False)
-    monkeypatch.setattr(terminal, "_PLAIN_LINE_S", 0.0)
+    monkeypatch.setattr(terminal, "_PLAIN_LINE_S", 0.01)
     with advancing("tea", PHASES) as begin:
         begin("brew tea")
+        time.sleep(0.1)
     assert "  tea: brew tea, 1/3 after 0 s" in file.getvalue().splitlines()
+
+
+@pytest.mark.parametrize(
+    ("step", "line"),
+    [
+        (lambda: counting("cups", 3), "  cups: 0/3 after 0 s"),
+        (lambda: reading("letter", 2_000_000), "  letter: 0 of 2 MB after 0 s"),
+        (lambda: waiting("guests"), "  guests: 0 s so far"),
+    ],
+    ids=["counting", "reading", "waiting"],
+)
+def test_a_pipe_hears_of_a_step_that_says_nothing_itself(
+    shown: Show, monkeypatch: pytest.MonkeyPatch, step: Callable[[], AbstractContextManager[object]], line: str
+) -> None:
+    file = shown(False)
+    monkeypatch.setattr(terminal, "_PLAIN_LINE_S", 0.01)
+    with step():
+        time.sleep(0.1)
+    told = file.getvalue().splitlines()
+    assert told.count(line) > 1
+    time.sleep(0.05)
+    assert file.getvalue().splitlines() == told
 
 
 @pytest.mark.parametrize("is_terminal", [True, False])
@@ -61,11 +86,12 @@ def test_a_phase_that_begins_after_the_end_is_not_shown(
     shown: Show, monkeypatch: pytest.MonkeyPatch, is_terminal: bool
 ) -> None:
     file = shown(is_terminal)
-    monkeypatch.setattr(terminal, "_PLAIN_LINE_S", 0.0)
+    monkeypatch.setattr(terminal, "_PLAIN_LINE_S", 0.01)
     with advancing("tea", PHASES) as begin:
         pass
     before = file.getvalue()
     begin("drink")
+    time.sleep(0.05)
     assert file.getvalue() == before
 
 
