@@ -35,9 +35,10 @@ test-fast: $(READY) $(PROMETHEUS)
 test: $(READY) $(PROMETHEUS)
 	$(BIN)/pytest -m "not matrix"
 
-# What is killed when, on the real engine: about half an hour.
+# What is killed when, on the real engine: about half an hour. Then other examples than the fast tests try each time.
 test-matrix: $(READY) $(PROMETHEUS)
 	$(BIN)/pytest -m matrix
+	$(BIN)/pytest -m "not slow and not matrix" --hypothesis-profile=random -n auto --dist loadfile
 
 # False alarms and delays of drift detection, beside Kolmogorov-Smirnov and PSI; REPLAYS=20 for a quick look.
 REPLAYS ?= 200

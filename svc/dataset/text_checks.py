@@ -38,9 +38,12 @@ _HIDDEN = re.compile("\u202e|(?<![\U0001f3f4\U000e0020-\U000e007e])[\U000e0020-\
 # The characters that the bytes 80 to BF become in Windows-1252; its five undefined bytes stay what they are.
 _TAIL = "\x80-\xbf€‚ƒ„…†‡ˆ‰Š‹ŒŽ‘’“”•–—˜™š›œžŸ"  # noqa: RUF001
 _QUOTES = "‘’“”–—…»«› \xa0"  # noqa: RUF001
+_CAPITALS = "ŠŒŽŸ"  # of them; words in capitals have these after Ä and Å, as Slovak and Turkmen ones
+_SMALL = f"[^\\W\\d_A-ZÀ-Þ{_CAPITALS}]"
 _MOJIBAKE = re.compile(
-    f"[ÂÃ](?![{_QUOTES}])[{_TAIL}]"  # é as Ã©
-    f"|[ÄÅ](?![{_QUOTES}²³¹·°±])[{_TAIL}]"  # ł as Å‚, but not the unit in Å²  # noqa: RUF003
+    f"[ÂÃ](?![{_QUOTES}{_CAPITALS}])[{_TAIL}]"  # é as Ã©
+    f"|[ÄÅ](?![{_QUOTES}{_CAPITALS}²³¹·°±])[{_TAIL}]"  # ł as Å‚, but not the unit in Å²  # noqa: RUF003
+    f"|(?<={_SMALL})[Â-Å][{_CAPITALS}]|[Â-Å][{_CAPITALS}](?={_SMALL})"  # ß as ÃŸ
     f"|(?<![^\\W\\d_a-zß-öø-ÿ])[ÂÃ][{_QUOTES.replace(' ', '')}]"  # not after a capital, as in MANHÃ…
     f"|â[€‚„†ˆ‰Š‹Œ”•–—˜™šœž\x90\x9d][{_TAIL}]"  # punctuation and symbols  # noqa: RUF001
     f"|ðŸ[{_TAIL}]{{2}}"  # emoji

@@ -80,6 +80,11 @@ def test_wrongly_decoded_text_is_told(wrong: str, around: str) -> None:
     assert "\ufffd" in decoded or Code.MOJIBAKE in codes(around + decoded + around)
 
 
+@given(st.text(alphabet="abäåãâšžœÿ -").map(str.upper))
+def test_words_in_capitals_are_not_taken_for_wrongly_decoded_ones(text: str) -> None:
+    assert codes(text) == set()
+
+
 def test_tokens_of_the_base_model_are_told(tmp_path: Path) -> None:
     tokens = [{"content": "⟪end⟫", "special": True}, {"content": "the", "special": False}]
     (tmp_path / "tokenizer.json").write_text(json.dumps({"added_tokens": tokens}), "utf-8")
