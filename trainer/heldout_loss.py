@@ -4,6 +4,7 @@ All of it follows from the losses in the trainer's state, so that a resumed run 
 only inside functions: it imports transformers.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
@@ -19,15 +20,23 @@ class HeldoutWatch(TrainerCallback):
 
     Args:
         stopping: the recipe's section.
+        measure: makes up for a measurement before which a run was cut off.
     """
 
-    def __init__(self, stopping: Stopping) -> None:
+    def __init__(self, stopping: Stopping, measure: Callable[[], object] = lambda: None) -> None:
         self._stopping = stopping
+        self._measure = measure
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Weights and state are those of the checkpoint already."""
+        if misses_measurement(state, self._stopping):
+            self._measure()
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Measures at fixed steps and at the last."""
-        every = self._stopping.every_steps or max(1, state.max_steps // _MEASUREMENTS)
-        if state.global_step % every == 0 or state.global_step == state.max_steps:
+        if _due(state, self._stopping):
             control.should_evaluate = True
 
     def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
@@ -36,6 +45,16 @@ class HeldoutWatch(TrainerCallback):
             control.should_save = True
         if out_of_patience(state, self._stopping.patience):
             control.should_save = control.should_training_stop = True
+
+
+def misses_measurement(state: TrainerState, stopping: Stopping) -> bool:
+    """Whether the run was cut off between its last step and the measurement that belongs to it."""
+    return state.global_step > 0 and _due(state, stopping) and state.global_step not in heldout_losses(state)
+
+
+def _due(state: TrainerState, stopping: Stopping) -> bool:
+    every = stopping.every_steps or max(1, state.max_steps // _MEASUREMENTS)
+    return state.global_step % every == 0 or state.global_step == state.max_steps
 
 
 def best_step(state: TrainerState) -> int | None:

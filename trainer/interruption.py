@@ -1,6 +1,7 @@
 """A run that is asked to end: the notice of a spot machine, an administrator's kill, Ctrl-C.
 
-The first signal is remembered until the step has ended; the second ends the process as it would without us.
+The first signal gives up the step that is under way, whose end may be minutes off, or is noted until what must not be
+cut in two has ended; the second ends the process as it would without us.
 """
 
 import signal
@@ -14,16 +15,44 @@ from svc.terminal import console
 _SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
 
+class StepAbandoned(KeyboardInterrupt):
+    """A step was given up; nothing that it began has changed what the run goes on from. No error, as its base."""
+
+
 class Interruption:
     """Whether a signal came, and which."""
 
     def __init__(self) -> None:
         self.by: signal.Signals | None = None
+        self._giving_up = False
+
+    @contextmanager
+    def giving_up(self) -> Iterator[None]:
+        """Around work that may be given up at any moment.
+
+        Raises:
+            StepAbandoned: a signal comes meanwhile, or came before.
+        """
+        self._giving_up = True
+        try:
+            self._look()
+            yield
+        finally:
+            self._giving_up = False
+
+    def come(self, by: signal.Signals) -> None:
+        """A signal came."""
+        self.by = by
+        self._look()
+
+    def _look(self) -> None:
+        if self.by is not None and self._giving_up:
+            raise StepAbandoned(self.by.name)
 
 
 @contextmanager
 def interruption() -> Iterator[Interruption]:
-    """Inside, the first SIGTERM or Ctrl-C is noted only; outside the main thread, which gets no signals, nothing is."""
+    """Inside, the first SIGTERM or Ctrl-C comes to this; outside the main thread, which gets none, nothing does."""
     found = Interruption()
     if threading.current_thread() is not threading.main_thread():
         yield found
@@ -31,10 +60,10 @@ def interruption() -> Iterator[Interruption]:
     before = {number: signal.getsignal(number) for number in _SIGNALS}
 
     def note(number: int, frame: FrameType | None) -> None:
-        found.by = signal.Signals(number)
         for each, handler in before.items():
             signal.signal(each, handler)
-        console.print(f"  {found.by.name}: a checkpoint is written after this step; once more to end at once")
+        console.print(f"  {signal.Signals(number).name}: writing a checkpoint; once more to end at once")
+        found.come(signal.Signals(number))
 
     for number in _SIGNALS:
         signal.signal(number, note)

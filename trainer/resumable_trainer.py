@@ -6,12 +6,15 @@ computed; trained weights are in float32 in any case, so that a machine with oth
 only inside functions: it imports torch and TRL.
 """
 
+import random
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from svc.engine.capabilities import NumberType
 from svc.errors import IntegrityError
@@ -21,6 +24,7 @@ from trainer.batch_order import BatchOrder
 from trainer.checkpoints import CheckpointFolder
 from trainer.divergence import diverged
 from trainer.heldout_loss import best_step
+from trainer.interruption import Interruption
 from trainer.loss_curve import HELDOUT_LOSS
 from trainer.training_example import IGNORED
 
@@ -36,6 +40,7 @@ class ResumableTrainer(AnswerTrainer):
         number_type: in which the run computes here.
         heldout: rows as those that are trained on; empty when held-out loss is not asked for.
         allocation: AdaLoRA's, which has a state of its own.
+        interruption: a signal that it hears of ends a step, or a measurement of held-out loss, in the middle.
     """
 
     def __init__(
@@ -45,9 +50,14 @@ class ResumableTrainer(AnswerTrainer):
         number_type: NumberType,
         heldout: list[dict[str, Any]],
         allocation: RankAllocation | None = None,
+        interruption: Interruption | None = None,
         **options: Any,
     ) -> None:
         super().__init__(**options)
+        self._interruption = interruption or Interruption()
+        self._step_start = _StepStart()
+        self.add_callback(self._step_start)
+        let_signals_in(self.model)
         self.checkpoints = checkpoints
         self._number_type = number_type
         self._heldout = sorted(heldout, key=lambda row: len(row["input_ids"]))
@@ -57,6 +67,13 @@ class ResumableTrainer(AnswerTrainer):
 
     def evaluate(self, *args: Any, **options: Any) -> dict[str, float]:
         """Mean loss of the held-out answers' tokens, nats. Draws no random number."""
+        with self._interruption.giving_up():
+            figures = {HELDOUT_LOSS: self._heldout_loss()}
+        self.log(figures)
+        self.callback_handler.on_evaluate(self.args, self.state, self.control, figures)  # changes control in place
+        return figures
+
+    def _heldout_loss(self) -> float:
         self.model.eval()
         total, tokens = torch.zeros((), device=self.args.device), 0
         size = self.args.per_device_train_batch_size
@@ -66,10 +83,26 @@ class ResumableTrainer(AnswerTrainer):
                 total += answer_loss(self.model, batch["input_ids"], batch["labels"], batch.get("position_ids"))
                 tokens += int((batch["labels"] != IGNORED).sum())
         self.model.train()
-        figures = {HELDOUT_LOSS: float(total) / tokens}
-        self.log(figures)
-        self.callback_handler.on_evaluate(self.args, self.state, self.control, figures)  # changes control in place
-        return figures
+        return float(total) / tokens
+
+    def training_step(self, *args: Any, **options: Any) -> torch.Tensor:
+        """Forward and backward of a batch, which change nothing that a checkpoint holds but for random numbers.
+
+        Raises:
+            StepAbandoned: a signal came.
+            NoStepLeftError: a measurement that was made up for before this step ended the run.
+        """
+        if self.control.should_training_stop:
+            raise NoStepLeftError
+        with self._interruption.giving_up():
+            return super().training_step(*args, **options)
+
+    def save_step_start(self) -> None:
+        """Writes the checkpoint that would have been written before the step that was given up; none at the start."""
+        if self.state.global_step == 0 or self.checkpoints.newest() == self.checkpoints.at(self.state.global_step):
+            return
+        self._step_start.restore(self.state)
+        self._save_checkpoint(self.model, None)
 
     def load_weights(self, checkpoint: Path) -> None:
         """Takes the trained weights of a checkpoint, and AdaLoRA's ranks.
@@ -130,6 +163,50 @@ class ResumableTrainer(AnswerTrainer):
         lengths = [len(ids) for ids in self.train_dataset["input_ids"]]
         step = self.args.train_batch_size * self.args.gradient_accumulation_steps
         return BatchOrder(lengths, step, self.args.seed)
+
+
+class NoStepLeftError(Exception):
+    """The run had ended, and transformers begins another step."""
+
+
+class _StepStart(TrainerCallback):
+    """What a step changes before its weights: random numbers, and the count of tokens."""
+
+    def __init__(self) -> None:
+        self._random: tuple[Any, Any, torch.Tensor, list[torch.Tensor]] | None = None
+        self._tokens = 0
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Keeps them for the next one."""
+        on_gpus = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
+        self._random = random.getstate(), np.random.get_state(), torch.get_rng_state(), on_gpus
+        self._tokens = int(state.num_input_tokens_seen)
+
+    def restore(self, state: TrainerState) -> None:
+        """Puts them back."""
+        if self._random is None:
+            return
+        plain, numpys, torchs, on_gpus = self._random
+        random.setstate(plain)
+        np.random.set_state(numpys)
+        torch.set_rng_state(torchs)
+        if on_gpus:
+            torch.cuda.set_rng_state_all(on_gpus)
+        state.num_input_tokens_seen = self._tokens
+
+
+def let_signals_in(model: torch.nn.Module) -> None:
+    """Lets Python run after each layer of a backward pass too, where it would be one call: signals are heard there."""
+    names = set(getattr(model, "_no_split_modules", None) or ())
+
+    def hook(module: torch.nn.Module, inputs: Any, output: Any) -> None:
+        first = output[0] if isinstance(output, tuple) else output
+        if isinstance(first, torch.Tensor) and first.requires_grad:
+            first.register_hook(lambda gradient: None)
+
+    for module in model.modules():
+        if type(module).__name__ in names:
+            module.register_forward_hook(hook)
 
 
 def number_type_of(checkpoint: Path) -> NumberType:

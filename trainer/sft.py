@@ -4,6 +4,7 @@ Only answers are learnt, up to and with the token that ends them; all other turn
 examples come from, of registered versions, or of how good the result is.
 """
 
+import logging
 import math
 import time
 import warnings
@@ -28,6 +29,8 @@ if TYPE_CHECKING:
     from trainer.interruption import Interruption
     from trainer.loss_curve import Report
     from trainer.resumable_trainer import ResumableTrainer
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,7 +113,7 @@ def train_model(
     heldout = tokenize_examples(tokenizer, data.heldout, stops) if recipe.stopping.measures else []
     try:
         with interruption() as asked:
-            with waiting("Loading the base model"), library_output_to_log():
+            with asked.giving_up(), waiting("Loading the base model"), library_output_to_log():
                 trainer = _build_trainer(
                     base, tokenizer, rows, heldout, recipe, out, checkpoints, report, asked, number_type
                 )
@@ -128,9 +131,10 @@ def _run(trainer: "ResumableTrainer", recipe: Recipe, asked: "Interruption", num
     """Trains to the end; returns the seconds of this process's part."""
     from transformers import TrainerState
 
-    from trainer.heldout_loss import best_step, out_of_patience
+    from trainer.heldout_loss import best_step, misses_measurement, out_of_patience
+    from trainer.interruption import StepAbandoned
     from trainer.progress import training_progress
-    from trainer.resumable_trainer import number_type_of
+    from trainer.resumable_trainer import NoStepLeftError, number_type_of
 
     newest = trainer.checkpoints.newest()
     if newest is not None:
@@ -143,6 +147,8 @@ def _run(trainer: "ResumableTrainer", recipe: Recipe, asked: "Interruption", num
     ):
         trainer.load_weights(newest)
         trainer.state = state
+        if recipe.stopping.measures and misses_measurement(state, recipe.stopping):
+            trainer.evaluate()
     else:
         if newest is not None and (before := number_type_of(newest)) is not number_type:
             console.print(
@@ -151,7 +157,12 @@ def _run(trainer: "ResumableTrainer", recipe: Recipe, asked: "Interruption", num
             )
         with training_progress() as progress:
             trainer.add_callback(progress)
-            trainer.train(resume_from_checkpoint=None if newest is None else str(newest))
+            try:
+                trainer.train(resume_from_checkpoint=None if newest is None else str(newest))
+            except StepAbandoned:
+                trainer.save_step_start()
+            except NoStepLeftError:
+                log.info("held-out loss was measured after the last step")
     seconds = time.monotonic() - started
     best = best_step(trainer.state)
     if asked.by is None:
@@ -260,6 +271,7 @@ def _build_trainer(
         number_type=number_type,
         heldout=[row.as_row() for row in heldout],
         allocation=RankAllocation(model) if recipe.method is Method.ADALORA else None,
+        interruption=asked,
         model=model,
         args=_training_arguments(recipe, out, acceleration, steps, number_type),
         data_collator=collator,
@@ -273,7 +285,7 @@ def _build_trainer(
     trainer.add_callback(DivergenceWatch(recipe.learning_rate))
     trainer.add_callback(CheckpointClock(recipe.checkpoints, asked))
     if heldout:
-        trainer.add_callback(HeldoutWatch(recipe.stopping))
+        trainer.add_callback(HeldoutWatch(recipe.stopping, trainer.evaluate))
     if report is not None:
         trainer.add_callback(LossReport(report))
     return trainer

@@ -392,13 +392,13 @@ def test_a_signal_ends_it_with_a_checkpoint(
 
     before = signal.getsignal(signal.SIGTERM)
     monkeypatch.setattr(CheckpointFolder, "writing", signal_at_step_four)
-    with pytest.raises(InterruptedRunError, match="SIGTERM after step 5 of 12"):
+    with pytest.raises(InterruptedRunError, match="SIGTERM after step 4 of 12"):
         train_model(
             tiny_base, data, recipe(), tmp_path / "trained", tmp_path / "checkpoints", number_type=NumberType.BFLOAT16
         )
     newest = CheckpointFolder(tmp_path / "checkpoints", 2).newest()
     assert newest is not None
-    assert json.loads((newest / "trainer_state.json").read_text("utf-8"))["global_step"] == 5
+    assert json.loads((newest / "trainer_state.json").read_text("utf-8"))["global_step"] == 4
     assert signal.getsignal(signal.SIGTERM) is before
 
 
