@@ -184,3 +184,24 @@ def test_a_model_computed_in_float32_differs_in_roundings_alone(tmp_path: Path) 
         assert (other[name].dtype, other[name].shape) == (tensor.dtype, tensor.shape), name
         if not name.endswith((".qweight", ".scales")):
             assert torch.equal(other[name], tensor), name
+
+
+SEARCH = """
+from gptqmodel import QuantizeConfig
+from gptqmodel.quantization.quantizer import Quantizer
+from trainer.quantize import coarse_scale_search
+def steps():
+    quantizer = Quantizer(QuantizeConfig(bits=4, group_size=32))
+    quantizer.configure(perchannel=True)
+    return quantizer.grid, quantizer.maxshrink
+with coarse_scale_search():
+    print(*steps())
+print(*steps())
+"""
+
+
+@pytest.mark.slow
+def test_gptqmodel_searches_scales_in_our_steps_while_we_quantize() -> None:
+    """Of its own: a release that has the steps elsewhere would search in as many as it likes, eight times slower."""
+    done = subprocess.run([sys.executable, "-c", SEARCH], capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines()[-2:] == ["20 0.5", "100 0.8"]
