@@ -4,24 +4,30 @@ SHELL := bash
 .DELETE_ON_ERROR:
 
 PYTHON ?= python3
+# 1: the newest releases, not those that the tests passed with.
+NEWEST ?=
 SERVE ?= $(shell command -v nvidia-smi >/dev/null && echo serve || echo serve-cpu)
 BIN := .venv/bin
 READY := .venv/.ready
 # The tests check the alert rules with it; serving needs none.
 PROMETHEUS := .venv/prometheus/.ready
 
-.PHONY: install check test test-fast test-matrix bench-drift bench-start bench-train demo serve docs clean
+.PHONY: install check test test-fast test-matrix lock bench-drift bench-start bench-train demo serve docs clean
 
 install: $(READY)
 
 # The mark is made last, so an interrupted installation goes on where it stopped.
-$(READY): pyproject.toml deploy/install.sh
-	@PYTHON=$(PYTHON) SERVE=$(SERVE) bash deploy/install.sh
+$(READY): pyproject.toml deploy/install.sh $(wildcard deploy/constraints/*.txt)
+	@PYTHON=$(PYTHON) SERVE=$(SERVE) NEWEST=$(NEWEST) bash deploy/install.sh
 	@touch $@
 
 $(PROMETHEUS): deploy/prometheus/install.sh | $(READY)
 	@bash $<
 	@touch $@
+
+# The releases that `make install` takes from now on: the newest. See docs/dependencies.md.
+lock: $(READY)
+	$(BIN)/python deploy/constraints/lock.py
 
 check: $(READY)
 	$(BIN)/ruff check .

@@ -1,0 +1,76 @@
+"""Private parts of libraries that are used are listed in docs/dependencies.md, and the installed releases have them."""
+
+import ast
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+OURS = ("svc", "trainer", "serving", "monitoring")
+PUBLIC = {"_replace"}  # of a named tuple
+ROW = re.compile(r"^\| `([\w.]+\.\w+)` \| `([\w/.]+\.py)` \|", re.MULTILINE)
+PARTS = dict(ROW.findall((ROOT / "docs" / "dependencies.md").read_text("utf-8").partition("## Private parts")[2]))
+
+
+def sources() -> Iterator[tuple[Path, ast.Module]]:
+    for package in OURS:
+        for path in sorted((ROOT / package).rglob("*.py")):
+            yield path, ast.parse(path.read_text("utf-8"))
+
+
+def own_names() -> set[str]:
+    """All that is defined here, wherever."""
+    names = set()
+    for _, tree in sources():
+        for node in ast.walk(tree):
+            match node:
+                case ast.FunctionDef(name) | ast.AsyncFunctionDef(name) | ast.ClassDef(name):
+                    names.add(name)
+                case ast.Name(name, ast.Store()) | ast.Attribute(ast.Name("self"), name, ast.Store()):
+                    names.add(name)
+    return names
+
+
+def test_every_private_part_that_is_used_is_listed() -> None:
+    listed = {part.rpartition(".")[2] for part in PARTS} | PUBLIC | own_names()
+    used = {
+        f"{path.relative_to(ROOT)}:{node.lineno}: {node.attr}"
+        for path, tree in sources()
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Attribute) and re.match(r"_[^_]", node.attr) and node.attr not in listed
+    }
+    assert not used, "list them in docs/dependencies.md, with their reason"
+
+
+@pytest.mark.parametrize(("part", "file"), PARTS.items())
+def test_what_is_listed_is_used_where_it_says(part: str, file: str) -> None:
+    assert re.search(rf"\b{part.rpartition('.')[2]}\b", (ROOT / file).read_text("utf-8"))
+
+
+FIND = """
+import contextlib, importlib, inspect, sys, torch
+def found(part):
+    owner, _, name = part.rpartition(".")
+    modules = owner.split(".")
+    for end in range(len(modules), 0, -1):
+        with contextlib.suppress(ImportError):
+            thing = importlib.import_module(".".join(modules[:end]))
+            break
+    for attribute in modules[end:]:
+        thing = getattr(thing, attribute)
+    return hasattr(thing, name) or name in inspect.getsource(thing)  # the latter where only instances have it
+import vllm.platforms
+print("missing:", *(part for part in sys.argv[1:] if not found(part)))
+"""
+
+
+@pytest.mark.slow
+def test_they_are_there_in_the_installed_releases() -> None:
+    """In a process of its own, because gptqmodel changes the one that it is loaded in."""
+    done = subprocess.run([sys.executable, "-c", FIND, *PARTS], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert done.stdout.splitlines()[-1] == "missing:", "a release has changed what docs/dependencies.md says we use"
