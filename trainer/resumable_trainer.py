@@ -55,7 +55,7 @@ class ResumableTrainer(AnswerTrainer):
     ) -> None:
         super().__init__(**options)
         self._interruption = interruption or Interruption()
-        self._step_start = _StepStart()
+        self._step_start, self._saved_step = _StepStart(), 0
         self.add_callback(self._step_start)
         let_signals_in(self.model)
         self.checkpoints = checkpoints
@@ -98,11 +98,9 @@ class ResumableTrainer(AnswerTrainer):
             return super().training_step(*args, **options)
 
     def save_step_start(self) -> None:
-        """Writes the checkpoint that would have been written before the step that was given up; none at the start."""
-        if self.state.global_step == 0 or self.checkpoints.newest() == self.checkpoints.at(self.state.global_step):
-            return
-        self._step_start.restore(self.state)
-        self._save_checkpoint(self.model, None)
+        """Writes the checkpoint before the step that was given up, where it is not there and a step was taken since."""
+        if self._saved_step != self.state.global_step and self._step_start.restore(self.state):
+            self._save_checkpoint(self.model, None)
 
     def load_weights(self, checkpoint: Path) -> None:
         """Takes the trained weights of a checkpoint, and AdaLoRA's ranks.
@@ -150,6 +148,7 @@ class ResumableTrainer(AnswerTrainer):
             if self._allocation is not None:
                 self._allocation.save(folder)
             self.state.save_to_json(str(folder / _STATE))
+        self._saved_step = self.state.global_step
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: torch.nn.Module | None = None) -> None:
         self.load_weights(Path(resume_from_checkpoint))
@@ -182,10 +181,10 @@ class _StepStart(TrainerCallback):
         self._random = random.getstate(), np.random.get_state(), torch.get_rng_state(), on_gpus
         self._tokens = int(state.num_input_tokens_seen)
 
-    def restore(self, state: TrainerState) -> None:
-        """Puts them back."""
+    def restore(self, state: TrainerState) -> bool:
+        """Puts them back; false where this process has taken no step."""
         if self._random is None:
-            return
+            return False
         plain, numpys, torchs, on_gpus = self._random
         random.setstate(plain)
         np.random.set_state(numpys)
@@ -193,6 +192,7 @@ class _StepStart(TrainerCallback):
         if on_gpus:
             torch.cuda.set_rng_state_all(on_gpus)
         state.num_input_tokens_seen = self._tokens
+        return True
 
 
 def let_signals_in(model: torch.nn.Module) -> None:
