@@ -135,10 +135,14 @@ def _command_sections() -> Iterator[str]:
 
 
 def _command_section(path: str, command: click.Command) -> Iterator[str]:
-    if isinstance(command, click.Group):
-        for name, inner in command.commands.items():
-            yield from _command_section(f"{path} {name}", inner)
-        return
+    inner = command.commands if isinstance(command, click.Group) else {}
+    if not isinstance(command, click.Group) or command.invoke_without_command:
+        yield from _own_section(path, command)
+    for name, one in inner.items():
+        yield from _command_section(f"{path} {name}", one)
+
+
+def _own_section(path: str, command: click.Command) -> Iterator[str]:
     yield f"## {path}\n"
     arguments = [_argument(parameter) for parameter in command.params if isinstance(parameter, click.Argument)]
     yield f"`{' '.join([path, *arguments, '[OPTIONS]'])}`\n"

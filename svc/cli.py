@@ -17,7 +17,7 @@ COMMANDS = {
     # command: (import path, one line of help)
     "data": ("svc.dataset.cli:data", "Check files of chat examples."),
     "train": ("trainer.cli:train", "Train, evaluate, merge, quantize, register a version."),
-    "models": ("svc.registry.cli:models", "List versions and aliases."),
+    "models": ("svc.registry.cli:models", "List versions and aliases, or remove versions."),
     "show": ("svc.registry.cli:show", "Show one version."),
     "serve": ("serving.cli:serve", "Serve a model to OpenAI clients."),
     "promote": ("serving.cli:promote", "Bring another version into production."),
@@ -27,6 +27,7 @@ COMMANDS = {
     "monitor": ("monitoring.cli:monitor", "Export all metrics to Prometheus."),
     "dashboards": ("monitoring.dashboards.cli:dashboards", "Write the Grafana dashboards."),
     "chat": ("serving.cli:chat", "Talk to the served model in the terminal."),
+    "gc": ("svc.registry.cli:gc", "Remove what old runs, interrupted work and logs have left."),
     "ui": ("svc.registry.cli:ui", "Look at runs, versions and aliases in MLflow's pages."),
 }
 

@@ -1,4 +1,4 @@
-"""`svc models`, `svc show`, `svc ui`: what the registry holds."""
+"""`svc models`, `svc show`, `svc ui`: what the registry holds. `svc models rm`, `svc gc`: what can go."""
 
 import sys
 
@@ -8,13 +8,16 @@ from svc.errors import BusyError
 from svc.invocation import json_option, settings_of
 from svc.registry.manifest import Manifest
 from svc.registry.registry import Registry
+from svc.registry.version import VersionId
 
 
-@click.command()
+@click.group(invoke_without_command=True)
 @json_option
 @click.pass_context
 def models(ctx: click.Context, as_json: bool) -> None:
     """List all versions with their aliases and figures."""
+    if ctx.invoked_subcommand is not None:
+        return
     registry = Registry.of(settings_of(ctx))
     manifests = [registry.manifest(version) for version in registry.versions()]
     aliases = {name: registry.tracking.aliases(name) for name in {manifest.name for manifest in manifests}}
@@ -37,6 +40,57 @@ def models(ctx: click.Context, as_json: bool) -> None:
     for row in rows:
         table.add_row(*(str(value) for value in row.values()))
     output.print(table)
+
+
+@models.command()
+@click.argument("versions", nargs=-1, required=True, metavar="NAME@N...")
+@json_option
+@click.pass_context
+def rm(ctx: click.Context, versions: tuple[str, ...], as_json: bool) -> None:
+    """Remove versions that no alias, no server and no rollback needs."""
+    from svc.registry.housekeeping import remove_version
+    from svc.store.database import open_database
+
+    settings = settings_of(ctx)
+    registry, store = Registry.of(settings), open_database(settings.home)
+    parsed = [VersionId.parse(text) for text in versions]
+    removed = []
+    for version in parsed:
+        size = remove_version(registry, store, version)
+        removed.append({"version": str(version), "bytes": size})
+        if not as_json:
+            click.echo(f"removed {version}: {size / 1e6:.0f} MB")
+    if as_json:
+        from svc.terminal import print_json
+
+        print_json(removed)
+
+
+@click.command()
+@click.option(
+    "--older-than", default=14.0, show_default=True, type=click.FloatRange(0), help="Days since the last use."
+)
+@click.option("--dry-run", is_flag=True, help="Show what would go, and remove nothing.")
+@json_option
+@click.pass_context
+def gc(ctx: click.Context, older_than: float, dry_run: bool, as_json: bool) -> None:
+    """Remove what old runs, interrupted work and logs have left; versions stay."""
+    from svc.registry.housekeeping import find_leftovers, remove_leftover
+
+    settings = settings_of(ctx)
+    found = list(find_leftovers(Registry.of(settings), settings.home, older_than))
+    for leftover in found:
+        if not as_json:
+            click.echo(f"{leftover.path}: {leftover.size / 1e6:.0f} MB, {leftover.why}")
+        if not dry_run:
+            remove_leftover(leftover)
+    if as_json:
+        from svc.terminal import print_json
+
+        print_json([{"path": str(one.path), "bytes": one.size, "why": one.why} for one in found])
+        return
+    total = f"{sum(leftover.size for leftover in found) / 1e6:.0f} MB"
+    click.echo(f"{total} would be free; nothing was removed" if dry_run else f"{total} freed")
 
 
 def _row(manifest: Manifest, aliases: list[str]) -> dict[str, str]:

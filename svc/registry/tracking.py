@@ -146,8 +146,18 @@ class Tracking:
         return VersionId(name, int(version.version))
 
     def discard(self, version: VersionId) -> None:
-        """Takes back an allocation; the number stays used."""
-        self._client.delete_model_version(version.name, str(version.number))
+        """Takes back an allocation; the number stays used. One that MLflow does not know is no error.
+
+        Raises:
+            RegistryError: MLflow does not answer.
+        """
+        from mlflow.exceptions import MlflowException
+
+        try:
+            self._client.delete_model_version(version.name, str(version.number))
+        except MlflowException as error:
+            if error.error_code != "RESOURCE_DOES_NOT_EXIST":
+                raise RegistryError(f"MLflow at {self.uri} does not answer: {error.message}") from error
 
     def annotate(self, version: VersionId, description: str, tags: dict[str, str]) -> None:
         """What MLflow's page shows of a version."""

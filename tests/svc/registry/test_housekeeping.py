@@ -1,0 +1,210 @@
+"""What is needed stays, whoever asks; what is not goes with all its files."""
+
+import json
+import os
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from sqlalchemy import Engine
+
+from svc.errors import BusyError, NotFoundError, RegistryError
+from svc.lock import hold_lock
+from svc.registry import housekeeping
+from svc.registry.housekeeping import find_leftovers, remove_leftover, remove_version
+from svc.registry.manifest import Manifest
+from svc.registry.registry import Registry
+from svc.registry.tracking import Tracking
+from svc.registry.version import Alias, Format, VersionId
+from svc.store.database import open_database
+from svc.store.desired import Target, change_desired
+from tests.command_line import Svc
+
+Publish = Callable[[], Manifest]
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> Engine:
+    return open_database(tmp_path)
+
+
+def test_a_version_goes_with_its_files_and_its_number_stays_used(
+    registry: Registry,
+    store: Engine,
+    publish: Publish,
+) -> None:
+    kept, gone = publish().id, publish().id
+    size = sum(path.stat().st_size for path in registry.folder(gone).rglob("*") if path.is_file())
+    assert 0 < remove_version(registry, store, gone) <= size
+    assert registry.versions(gone.name) == [kept]
+    assert [path.name for path in registry.folder(kept).parent.iterdir()] == [str(kept.number)]
+    assert publish().number == gone.number + 1
+
+
+@pytest.mark.parametrize("alias", Alias)
+def test_what_an_alias_means_stays(
+    registry: Registry,
+    store: Engine,
+    publish: Publish,
+    alias: Alias,
+) -> None:
+    version = publish().id
+    registry.tracking.set_alias(version, alias)
+    with pytest.raises(BusyError, match=f"has the alias {alias}"):
+        remove_version(registry, store, version)
+    assert registry.versions(version.name) == [version]
+
+
+def serve(store: Engine, version: VersionId, before: VersionId | None) -> None:
+    previous = Target(before, Format.MERGED) if before else None
+    change_desired(store, None, Target(version, Format.MERGED), previous)
+
+
+def test_what_is_served_and_what_was_before_stay(
+    registry: Registry,
+    store: Engine,
+    publish: Publish,
+) -> None:
+    before, served, other = publish().id, publish().id, publish().id
+    serve(store, served, before)
+    with pytest.raises(BusyError, match="is served"):
+        remove_version(registry, store, served)
+    with pytest.raises(BusyError, match="a rollback goes"):
+        remove_version(registry, store, before)
+    remove_version(registry, store, other)
+    assert registry.versions(served.name) == [before, served]
+
+
+def test_a_version_that_is_promoted_in_that_moment_stays(
+    registry: Registry,
+    store: Engine,
+    publish: Publish,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    version = publish().id
+    rename = Path.rename
+
+    def promoted_before(self: Path, target: Path) -> Path:
+        if self == registry.folder(version):
+            serve(store, version, None)
+        return rename(self, target)
+
+    monkeypatch.setattr(Path, "rename", promoted_before)
+    with pytest.raises(BusyError, match="is served"):
+        remove_version(registry, store, version)
+    registry.verify(version, Format.MERGED)
+    assert registry.versions(version.name) == [version]
+
+
+def test_a_version_that_mlflow_does_not_know_goes_too(registry: Registry, store: Engine, publish: Publish) -> None:
+    version = publish().id
+    registry.tracking.discard(version)
+    remove_version(registry, store, version)
+    assert registry.versions(version.name) == []
+
+
+def test_a_version_stays_where_mlflow_fails(
+    registry: Registry, store: Engine, publish: Publish, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    version = publish().id
+
+    def fail(self: Tracking, version: VersionId) -> None:
+        raise RegistryError("MLflow does not answer")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Tracking, "discard", fail)
+        with pytest.raises(RegistryError):
+            remove_version(registry, store, version)
+    registry.verify(version, Format.MERGED)
+
+
+def test_a_version_that_is_not_there_is_named(registry: Registry, store: Engine) -> None:
+    with pytest.raises(NotFoundError, match="no version nobody@7"):
+        remove_version(registry, store, VersionId("nobody", 7))
+
+
+def age(path: Path, days: float) -> None:
+    """Makes all of it so old."""
+    when = time.time() - days * 86_400
+    for one in (*path.rglob("*"), path):
+        os.utime(one, (when, when))
+
+
+def make_run(home: Path, name: str, days: float) -> Path:
+    folder = home / "runs" / name
+    (folder / "checkpoints").mkdir(parents=True)
+    (folder / "lock").write_text("{}")
+    (folder / "checkpoints" / "weights").write_bytes(bytes(1000))
+    age(folder, days)
+    return folder
+
+
+def paths(registry: Registry, home: Path, days: float = 14) -> list[Path]:
+    return [leftover.path for leftover in find_leftovers(registry, home, days)]
+
+
+def test_old_runs_go_and_young_ones_and_those_that_run_stay(registry: Registry, tmp_path: Path) -> None:
+    old, _ = make_run(tmp_path, "old", 15), make_run(tmp_path, "young", 13)
+    working = make_run(tmp_path, "working", 15)
+    with hold_lock(working / "lock", "a run"):
+        age(working, 15)
+        assert paths(registry, tmp_path) == [old]
+        for leftover in find_leftovers(registry, tmp_path, 14):
+            remove_leftover(leftover)
+    assert sorted(path.name for path in (tmp_path / "runs").iterdir()) == ["working", "young"]
+
+
+def test_a_run_that_is_taken_up_meanwhile_stays(registry: Registry, tmp_path: Path) -> None:
+    old = make_run(tmp_path, "old", 15)
+    (leftover,) = find_leftovers(registry, tmp_path, 14)
+    assert leftover.size >= 1000
+    with hold_lock(old / "lock", "a run"), pytest.raises(BusyError):
+        remove_leftover(leftover)
+    assert (old / "checkpoints" / "weights").is_file()
+
+
+def test_a_registration_that_was_cut_off_goes_and_one_that_runs_stays(
+    registry: Registry,
+    tmp_path: Path,
+    publish: Publish,
+) -> None:
+    parent = registry.folder(publish().id).parent
+    for number, days in ((".7", 2), (".8", 0)):
+        (parent / number / "merged").mkdir(parents=True)
+        age(parent / number, days)
+    assert paths(registry, tmp_path, 0) == [parent / ".7"]
+
+
+def test_rotated_logs_go_and_those_that_are_written_stay(registry: Registry, tmp_path: Path) -> None:
+    (tmp_path / "logs").mkdir()
+    for log in ("engine-0.log", "engine-0.log.1"):
+        (tmp_path / "logs" / log).write_text("x")
+    age(tmp_path / "logs", 15)
+    assert paths(registry, tmp_path) == [tmp_path / "logs" / "engine-0.log.1"]
+
+
+def test_a_dry_run_removes_nothing(svc: Svc, tmp_path: Path) -> None:
+    old = make_run(tmp_path / ".svc", "old", 15)
+    ended = svc("gc", "--dry-run")
+    assert ended.code == 0
+    assert "nothing was removed" in ended.out
+    assert old.is_dir()
+    ended = svc("gc", "--json")
+    assert [Path(row["path"]).name for row in json.loads(ended.out)] == ["old"]
+    assert not old.exists()
+
+
+def test_rm_says_which_version_does_not_exist(svc: Svc) -> None:
+    ended = svc("models", "rm", "nobody@1")
+    assert ended.code == NotFoundError.exit_code
+    assert "nobody@1" in ended.err
+
+
+def test_the_names_of_a_runs_files_are_the_trainers() -> None:
+    """Spelt out there, because what all share knows nothing of the trainer."""
+    from trainer.run import Run, Stage
+
+    made = Run(Path("run"))
+    assert made.lock.name == housekeeping._LOCK
+    assert made._result(Stage.REGISTER).name == housekeeping._REGISTERED
