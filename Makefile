@@ -12,12 +12,14 @@ READY := .venv/.ready
 # The tests check the alert rules with it; serving needs none.
 PROMETHEUS := .venv/prometheus/.ready
 
-.PHONY: install check test test-fast test-matrix lock bench-drift bench-start bench-train demo serve docs clean
+.PHONY: install newest check test test-fast test-matrix lock bench-drift bench-start bench-train demo serve docs clean
 
 install: $(READY)
 
+newest: ;
+
 # The mark is made last, so an interrupted installation goes on where it stopped.
-$(READY): pyproject.toml deploy/install.sh $(wildcard deploy/constraints/*.txt)
+$(READY): pyproject.toml deploy/install.sh $(wildcard deploy/constraints/*.txt) $(if $(NEWEST),newest)
 	@PYTHON=$(PYTHON) SERVE=$(SERVE) NEWEST=$(NEWEST) bash deploy/install.sh
 	@touch $@
 

@@ -57,7 +57,7 @@ def attention(
     Returns:
         [batch, queries, heads, size], and no weights.
     """
-    if not _is_plain(module, query, key, attention_mask, dropout, kwargs):
+    if not _is_plain(module, (query, key, value), attention_mask, dropout, kwargs):
         return sdpa_attention_forward(module, query, key, value, attention_mask, dropout, scaling, **kwargs)
     queries, size = query.shape[2:]
     if attention_mask is None:
@@ -69,13 +69,15 @@ def attention(
 
 def _is_plain(
     module: torch.nn.Module,
-    query: Tensor,
-    key: Tensor,
+    inputs: tuple[Tensor, Tensor, Tensor],
     mask: Tensor | None,
     dropout: float,
     others: dict[str, Any],
 ) -> bool:
     """Whether this is softmax(s Q K^T) V under a mask that all heads share, and of a kind that is faster so."""
+    query, key, value = inputs
+    if key.shape != value.shape or any(tensor.dtype is not torch.bfloat16 for tensor in inputs):
+        return False
     causal = others.get("is_causal")
     if mask is None:
         if not (getattr(module, "is_causal", True) if causal is None else causal) or query.shape[2] != key.shape[2]:
@@ -83,7 +85,7 @@ def _is_plain(
     elif mask.dtype is not torch.bool or mask.dim() != 4 or mask.shape[1] != 1:
         return False
     special = any(others.get(name) is not None for name in ("position_bias", "cache"))
-    return dropout == 0 and not special and key.shape[2] <= _LONGEST and query.dtype is torch.bfloat16
+    return dropout == 0 and not special and key.shape[2] <= _LONGEST
 
 
 class _Attention(torch.autograd.Function):

@@ -7,7 +7,7 @@ cut in two has ended; the second ends the process as it would without us.
 import signal
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from types import FrameType
 
 from svc.terminal import console
@@ -62,7 +62,9 @@ def interruption() -> Iterator[Interruption]:
     def note(number: int, frame: FrameType | None) -> None:
         for each, handler in before.items():
             signal.signal(each, handler)
-        console.print(f"  {signal.Signals(number).name}: writing a checkpoint; once more to end at once")
+        # Who reads the log may have heard the same signal: rich ends the process where it cannot write.
+        with suppress(OSError, RuntimeError, SystemExit):
+            console.print(f"  {signal.Signals(number).name}: giving up this step; once more to end at once")
         found.come(signal.Signals(number))
 
     for number in _SIGNALS:

@@ -77,7 +77,8 @@ class ResumableTrainer(AnswerTrainer):
         self.model.eval()
         total, tokens = torch.zeros((), device=self.args.device), 0
         size = self.args.per_device_train_batch_size
-        with torch.no_grad(), self.compute_loss_context_manager():
+        # Autocast is on already but after a resume at the end of a run, which prepares no model.
+        with torch.no_grad(), self.accelerator.autocast(), self.compute_loss_context_manager():
             for start in range(0, len(self._heldout), size):
                 batch = self._prepare_inputs(self.data_collator(self._heldout[start : start + size]))
                 total += answer_loss(self.model, batch["input_ids"], batch["labels"], batch.get("position_ids"))

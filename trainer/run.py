@@ -148,6 +148,11 @@ class Run:
         return self.folder / "reference"
 
     @property
+    def tracked(self) -> Path:
+        """Which run of MLflow it is."""
+        return self.folder / "mlflow.json"
+
+    @property
     def lock(self) -> Path:
         """Held while somebody works on the run."""
         return self.folder / "lock"
@@ -176,6 +181,11 @@ class Run:
         """Removes what an interrupted stage left in a folder, and returns the folder's path."""
         shutil.rmtree(folder, ignore_errors=True)
         return folder
+
+    def forget(self) -> None:
+        """Begins anew: what was finished led to a version that was removed."""
+        for path in (*map(self._result, Stage), self.tracked):
+            path.unlink(missing_ok=True)
 
     def clean(self) -> None:
         """Removes the weights, which the registry has now, and keeps the results and logs."""

@@ -172,7 +172,7 @@ def _run(trainer: "ResumableTrainer", recipe: Recipe, asked: "Interruption", num
     if asked.by is not None:
         raise InterruptedRunError(
             f"{asked.by.name} after step {trainer.state.global_step} of {trainer.state.max_steps}",
-            todo="run the same command again: it goes on from the checkpoint that was written",
+            todo="run the same command again: it goes on from there",
         )
     return seconds
 

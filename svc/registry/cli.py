@@ -78,19 +78,26 @@ def gc(ctx: click.Context, older_than: float, dry_run: bool, as_json: bool) -> N
     from svc.registry.housekeeping import find_leftovers, remove_leftover
 
     settings = settings_of(ctx)
-    found = list(find_leftovers(Registry.of(settings), settings.home, older_than))
-    for leftover in found:
+    gone, failed = [], 0
+    for leftover in list(find_leftovers(Registry.of(settings), settings.home, older_than)):
+        try:
+            if not dry_run:
+                remove_leftover(leftover)
+        except (BusyError, OSError) as error:
+            failed += 1
+            click.echo(f"kept {leftover.path}: {error}", err=True)
+            continue
+        gone.append(leftover)
         if not as_json:
             click.echo(f"{leftover.path}: {leftover.size / 1e6:.0f} MB, {leftover.why}")
-        if not dry_run:
-            remove_leftover(leftover)
     if as_json:
         from svc.terminal import print_json
 
-        print_json([{"path": str(one.path), "bytes": one.size, "why": one.why} for one in found])
-        return
-    total = f"{sum(leftover.size for leftover in found) / 1e6:.0f} MB"
-    click.echo(f"{total} would be free; nothing was removed" if dry_run else f"{total} freed")
+        print_json([{"path": str(one.path), "bytes": one.size, "why": one.why} for one in gone])
+    else:
+        total = f"{sum(leftover.size for leftover in gone) / 1e6:.0f} MB"
+        click.echo(f"{total} would be free; nothing was removed" if dry_run else f"{total} freed")
+    ctx.exit(1 if failed else 0)
 
 
 def _row(manifest: Manifest, aliases: list[str]) -> dict[str, str]:

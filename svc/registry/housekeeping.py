@@ -3,6 +3,7 @@
 A version is needed where an alias means it, where a name serves it or is about to, and where a rollback would go.
 """
 
+import os
 import shutil
 import time
 from collections.abc import Iterator
@@ -16,10 +17,13 @@ from svc.lock import hold_lock, lock_holder
 from svc.registry.registry import Registry
 from svc.registry.version import VersionId
 from svc.store.desired import read_desired
+from svc.store.swaps import find_swap
 
 _DAY_S = 86_400
-_LOCK, _REGISTERED = "lock", "register.json"
-"""Of a run's folder (trainer.run)."""
+_RUNS, _LOCK, _REGISTERED = "runs", "lock", "register.json"
+"""Where runs are, and what is in each (trainer.run)."""
+_REMOVING = ".removing"
+"""Beside the versions of a name: held by whoever removes one."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,11 +33,13 @@ class Leftover:
     Attributes:
         size: bytes on the disk; files that something else shares are counted with that.
         why: why nobody needs it.
+        touched: when something in it was changed last, seconds since the epoch.
     """
 
     path: Path
     size: int
     why: str
+    touched: float
 
 
 def needs(registry: Registry, store: Engine, name: str) -> dict[VersionId, str]:
@@ -56,23 +62,29 @@ def remove_version(registry: Registry, store: Engine, version: VersionId) -> int
     """
     if version not in registry.versions(version.name):
         registry.manifest(version)
-    _refuse(registry, store, version)
     folder = registry.folder(version)
     hidden = folder.with_name(f".removed-{version.number}")
-    shutil.rmtree(hidden, ignore_errors=True)  # of a removal that was cut off
-    folder.rename(hidden)  # from here on nobody can choose it
-    try:
-        _refuse(registry, store, version)  # somebody may have, just before
-        registry.tracking.discard(version)
-    except BaseException:
-        hidden.rename(folder)
-        raise
-    size = size_on_disk(hidden)
-    shutil.rmtree(hidden)
+    with hold_lock(folder.parent / _REMOVING, f"removing versions of {version.name}"):
+        _refuse(registry, store, version)
+        shutil.rmtree(hidden, ignore_errors=True)  # of a removal that was cut off
+        os.utime(folder)  # renamed, it would be as old as the version to whoever looks for leftovers
+        folder.rename(hidden)  # from here on nobody can choose it
+        try:
+            _refuse(registry, store, version)  # somebody may have, just before
+            registry.tracking.discard(version)
+        except BaseException:
+            hidden.rename(folder)
+            raise
+        size = size_on_disk(hidden)
+        shutil.rmtree(hidden)
     return size
 
 
 def _refuse(registry: Registry, store: Engine, version: VersionId) -> None:
+    swap = find_swap(store, version.name)
+    if swap is not None and swap.outcome is None:
+        # Whether it succeeds decides where a rollback goes.
+        raise BusyError(f"{version.name} is being changed to {swap.target}", todo="wait for it: see `svc status`")
     reason = needs(registry, store, version.name).get(version)
     if reason:
         raise BusyError(
@@ -88,42 +100,51 @@ def find_leftovers(registry: Registry, home: Path, older_than_days: float) -> It
     Runs that were not finished can go on, and a rotated log may still be read: both are kept for some days. Whatever a
     process works on is passed over.
     """
-    before = time.time() - older_than_days * _DAY_S
+    now = time.time()
+    before = now - older_than_days * _DAY_S
     for folder in _folders(registry.models.glob("*/.*")):
-        if _newest(folder) < min(before, time.time() - _DAY_S):  # a registration takes minutes
-            yield Leftover(folder, size_on_disk(folder), "a registration or a removal was cut off")
-    for folder in _folders((home / "runs").glob("*")):
-        if lock_holder(folder / _LOCK) is None and _newest(folder) < before:
+        if (touched := _newest(folder, now)) < min(before, now - _DAY_S):  # a registration takes minutes
+            yield Leftover(folder, size_on_disk(folder), "a registration or a removal was cut off", touched)
+    for folder in _folders((home / _RUNS).glob("*")):
+        if lock_holder(folder / _LOCK) is None and (touched := _newest(folder, now)) < before:
             finished = (folder / _REGISTERED).is_file()
             why = "the version is registered" if finished else "the run was given up"
-            yield Leftover(folder, size_on_disk(folder), f"{why}, and nobody has touched it since")
+            yield Leftover(folder, size_on_disk(folder), f"{why}, and nobody has touched it since", touched)
     for path in sorted((home / "logs").glob("*.log.*")):
-        if path.stat().st_mtime < before:
-            yield Leftover(path, size_on_disk(path), "a log that was rotated")
+        if (touched := _newest(path, now)) < before:
+            yield Leftover(path, size_on_disk(path), "a log that was rotated", touched)
 
 
 def remove_leftover(leftover: Leftover) -> None:
-    """Removes it.
+    """Removes it, if it is still what was found. A folder goes as a whole: no part of a run passes for a finished one.
 
     Raises:
-        BusyError: it is a run that somebody has taken up meanwhile.
+        BusyError: somebody has taken it up meanwhile.
     """
-    if not leftover.path.is_dir():
-        leftover.path.unlink(missing_ok=True)
-    elif (leftover.path / _LOCK).exists():
-        with hold_lock(leftover.path / _LOCK, f"the run {leftover.path.name}"):
-            shutil.rmtree(leftover.path)
-    else:
-        shutil.rmtree(leftover.path)
+    path = leftover.path
+    if not path.is_dir():
+        path.unlink(missing_ok=True)
+        return
+    lock = path / _LOCK if path.parent.name == _RUNS else path.parent / _REMOVING
+    with hold_lock(lock, str(path)):
+        if _newest(path, time.time()) > leftover.touched:
+            raise BusyError(f"{path} was changed just now", todo="nothing: it is kept")
+        hidden = path if path.name.startswith(".removed-") else path.with_name(f".removed-{path.name}")
+        path.rename(hidden)
+        shutil.rmtree(hidden)
 
 
 def _folders(found: Iterator[Path]) -> list[Path]:
-    return sorted(path for path in found if path.is_dir())
+    """Links are somebody's own arrangement, and stay."""
+    return sorted(path for path in found if path.is_dir() and not path.is_symlink())
 
 
-def _newest(folder: Path) -> float:
-    """When something in it was changed last."""
-    return max(path.lstat().st_mtime for path in (folder, *folder.rglob("*")))
+def _newest(path: Path, now: float) -> float:
+    """When something in it was changed last; the lock of a run is written by whoever looks at it."""
+    try:
+        return max(one.lstat().st_mtime for one in (path, *path.rglob("*")) if one.name != _LOCK)
+    except FileNotFoundError:  # it is being published, or rotated
+        return now
 
 
 def size_on_disk(path: Path) -> int:

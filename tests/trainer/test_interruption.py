@@ -86,12 +86,20 @@ def test_a_step_that_was_given_up_is_taken_again(
 STOPPING = {"every_steps": 2, "keep_best": True}
 
 
-@pytest.mark.parametrize("measurement", range(1, 7))
+@pytest.mark.parametrize(
+    ("method", "measurement"),
+    [(Method.LORA, 1), (Method.LORA, 4), (Method.LORA, 6), (Method.FULL, 2), (Method.FULL, 6)],
+)
 def test_a_measurement_that_was_given_up_is_made_again(
-    tiny_base: Path, data: TrainingData, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, measurement: int
+    tiny_base: Path,
+    data: TrainingData,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    method: Method,
+    measurement: int,
 ) -> None:
-    """In its second batch; the last one after the last step."""
-    check_measurement(tiny_base, data, make(stopping=STOPPING), tmp_path, monkeypatch, measurement)
+    """In its second batch; the sixth comes after the last step."""
+    check_measurement(tiny_base, data, make(method, stopping=STOPPING), tmp_path, monkeypatch, measurement)
 
 
 def test_a_measurement_that_was_given_up_may_be_the_one_that_ends_the_run(
@@ -166,3 +174,15 @@ def test_what_may_not_be_given_up_goes_on() -> None:
     asked.come(signal.SIGINT)
     with pytest.raises(StepAbandoned), asked.giving_up():
         pytest.fail("it was begun after the signal")
+
+
+def test_a_signal_is_heard_where_nobody_reads_the_log_any_more(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As after Ctrl-C in `svc train | tee log`: rich ends the process when it cannot write."""
+
+    def broken(*args: Any) -> None:
+        raise SystemExit(1)
+
+    monkeypatch.setattr("trainer.interruption.console.print", broken)
+    with interruption() as asked, pytest.raises(StepAbandoned), asked.giving_up():
+        os.kill(os.getpid(), signal.SIGTERM)
+    assert asked.by is signal.SIGTERM

@@ -29,10 +29,12 @@ from svc.errors import (
 )
 from svc.lock import hold_lock
 from svc.registry.fingerprint import compatibility_fingerprint
+from svc.registry.housekeeping import remove_version
 from svc.registry.registry import Registry
 from svc.registry.tracking import Tracking
-from svc.registry.version import Format
+from svc.registry.version import Format, VersionId
 from svc.settings import Device, EngineSettings, GptqKernel, Settings
+from svc.store.database import open_database
 from tests.svc.engine.devices import AVX2, AVX512
 from tests.svc.registry.manifests import report
 from tests.svc.registry.model_folder import GPTQ, write_model
@@ -426,6 +428,14 @@ def test_a_registration_that_was_interrupted_goes_on_with_the_version_that_it_pu
     assert make().train_version() == published
     assert pipeline.registry.versions() == [published]
     assert [(path, path.stat().st_mtime_ns) for path in files] == before
+
+
+def test_a_recipe_whose_version_was_removed_makes_another(make: Make, tmp_path: Path) -> None:
+    pipeline = make()
+    first = pipeline.train_version()
+    remove_version(pipeline.registry, open_database(tmp_path), first)
+    assert make().train_version() == VersionId(first.name, first.number + 1)
+    assert make().train_version() == VersionId(first.name, first.number + 1)
 
 
 def test_a_damaged_version_of_the_name_is_in_nobodys_way(make: Make) -> None:

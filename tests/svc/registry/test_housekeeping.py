@@ -18,7 +18,8 @@ from svc.registry.registry import Registry
 from svc.registry.tracking import Tracking
 from svc.registry.version import Alias, Format, VersionId
 from svc.store.database import open_database
-from svc.store.desired import Target, change_desired
+from svc.store.desired import Target, change_desired, read_desired
+from svc.store.swaps import begin_swap
 from tests.command_line import Svc
 
 Publish = Callable[[], Manifest]
@@ -38,7 +39,7 @@ def test_a_version_goes_with_its_files_and_its_number_stays_used(
     size = sum(path.stat().st_size for path in registry.folder(gone).rglob("*") if path.is_file())
     assert 0 < remove_version(registry, store, gone) <= size
     assert registry.versions(gone.name) == [kept]
-    assert [path.name for path in registry.folder(kept).parent.iterdir()] == [str(kept.number)]
+    assert sorted(path.name for path in registry.folder(kept).parent.iterdir()) == [".removing", str(kept.number)]
     assert publish().number == gone.number + 1
 
 
@@ -95,6 +96,31 @@ def test_a_version_that_is_promoted_in_that_moment_stays(
         remove_version(registry, store, version)
     registry.verify(version, Format.MERGED)
     assert registry.versions(version.name) == [version]
+
+
+def test_nothing_goes_while_a_swap_decides_where_a_rollback_goes(
+    registry: Registry, store: Engine, publish: Publish
+) -> None:
+    before, served, other = publish().id, publish().id, publish().id
+    serve(store, served, before)
+    desired = read_desired(store, served.name)
+    assert desired
+    begin_swap(store, change_desired(store, desired, Target(other, Format.MERGED), desired.target))
+    with pytest.raises(BusyError, match="is being changed"):
+        remove_version(registry, store, before)
+    assert before in registry.versions(before.name)
+
+
+def test_a_version_that_is_being_removed_is_no_leftover(
+    registry: Registry, store: Engine, tmp_path: Path, publish: Publish, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """However old it is: it may come back."""
+    version = publish().id
+    age(registry.folder(version), 100)
+    found: list[list[Path]] = []
+    monkeypatch.setattr(Tracking, "discard", lambda self, version: found.append(paths(registry, tmp_path)))
+    remove_version(registry, store, version)
+    assert found == [[]]
 
 
 def test_a_version_that_mlflow_does_not_know_goes_too(registry: Registry, store: Engine, publish: Publish) -> None:
@@ -162,6 +188,22 @@ def test_a_run_that_is_taken_up_meanwhile_stays(registry: Registry, tmp_path: Pa
     with hold_lock(old / "lock", "a run"), pytest.raises(BusyError):
         remove_leftover(leftover)
     assert (old / "checkpoints" / "weights").is_file()
+
+
+def test_a_run_that_went_on_meanwhile_stays(registry: Registry, tmp_path: Path) -> None:
+    old = make_run(tmp_path, "old", 15)
+    (leftover,) = find_leftovers(registry, tmp_path, 14)
+    (old / "checkpoints" / "newer").touch()
+    with pytest.raises(BusyError, match="changed just now"):
+        remove_leftover(leftover)
+    assert old.is_dir()
+
+
+def test_a_run_on_another_disk_stays(registry: Registry, tmp_path: Path) -> None:
+    elsewhere = make_run(tmp_path / "elsewhere", "old", 15)
+    (tmp_path / "runs").mkdir()
+    (tmp_path / "runs" / "old").symlink_to(elsewhere)
+    assert paths(registry, tmp_path) == []
 
 
 def test_a_registration_that_was_cut_off_goes_and_one_that_runs_stays(
