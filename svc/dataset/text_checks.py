@@ -41,9 +41,9 @@ _QUOTES = "‘’“”–—…»«› \xa0"  # noqa: RUF001
 _CAPITALS = "ŠŒŽŸ"  # of them; words in capitals have these after Ä and Å, as Slovak and Turkmen ones
 _SMALL = f"[^\\W\\d_A-ZÀ-Þ{_CAPITALS}]"
 _MOJIBAKE = re.compile(
-    f"[ÂÃ](?![{_QUOTES}{_CAPITALS}])[{_TAIL}]"  # é as Ã©
+    f"[ÂÃ](?![{_QUOTES}])[{_TAIL}]"  # é as Ã©
     f"|[ÄÅ](?![{_QUOTES}{_CAPITALS}²³¹·°±])[{_TAIL}]"  # ł as Å‚, but not the unit in Å²  # noqa: RUF003
-    f"|(?<={_SMALL})[Â-Å][{_CAPITALS}]|[Â-Å][{_CAPITALS}](?={_SMALL})"  # ß as ÃŸ
+    f"|(?<={_SMALL})[ÄÅ][{_CAPITALS}]|[ÄÅ][{_CAPITALS}](?={_SMALL})"  # ş as ÅŸ
     f"|(?<![^\\W\\d_a-zß-öø-ÿ])[ÂÃ][{_QUOTES.replace(' ', '')}]"  # not after a capital, as in MANHÃ…
     f"|â[€‚„†ˆ‰Š‹Œ”•–—˜™šœž\x90\x9d][{_TAIL}]"  # punctuation and symbols  # noqa: RUF001
     f"|ðŸ[{_TAIL}]{{2}}"  # emoji
