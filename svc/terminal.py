@@ -1,6 +1,7 @@
 """What people and machines see: text and progress on a terminal, JSON with `--json`. Results go to stdout, all else
 to stderr, so that a pipe gets results only."""
 
+import itertools
 import json
 import logging
 import sys
@@ -8,7 +9,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, TypeVar
 
 from rich.console import Console
 from rich.progress import (
@@ -21,6 +22,8 @@ from rich.progress import (
     TimeElapsedColumn,
     TimeRemainingColumn,
 )
+
+Progressed = TypeVar("Progressed")
 
 console = Console(stderr=True, highlight=False)
 output = Console(highlight=False)
@@ -41,7 +44,7 @@ def print_json(value: Any) -> None:
 
 
 @contextmanager
-def repeated_line(line: Callable[[], str]) -> Iterator[None]:
+def heartbeat(line: Callable[[], str]) -> Iterator[None]:
     """Prints a line every 15 s while the body runs, for whoever watches a log; nothing on a terminal.
 
     From a thread of its own: a step may take minutes, and says nothing of its own meanwhile.
@@ -68,6 +71,24 @@ def repeated_line(line: Callable[[], str]) -> Iterator[None]:
 
 
 @contextmanager
+def _heartbeat_of(first: Progressed, line: Callable[[Progressed], str]) -> Iterator[Callable[[Progressed], None]]:
+    """Prints how far it is; yields what takes the newest state.
+
+    Args:
+        first: the state until then.
+        line: of a state; the seconds since the start are added.
+    """
+    started, newest = time.monotonic(), first
+
+    def show(state: Progressed) -> None:
+        nonlocal newest
+        newest = state
+
+    with heartbeat(lambda: f"{line(newest)} after {time.monotonic() - started:.0f} s"):
+        yield show
+
+
+@contextmanager
 def counting(text: str, total: int) -> Iterator[Callable[[], None]]:
     """A progress bar over a known number of steps; yields what advances it by one."""
     if console.is_terminal:
@@ -76,15 +97,9 @@ def counting(text: str, total: int) -> Iterator[Callable[[], None]]:
             task = progress.add_task(text, total=total)
             yield lambda: progress.advance(task)
         return
-    started = time.monotonic()
-    done = 0
-
-    def advance() -> None:
-        nonlocal done
-        done += 1
-
-    with repeated_line(lambda: f"{text}: {done}/{total} after {time.monotonic() - started:.0f} s"):
-        yield advance
+    started, done = time.monotonic(), itertools.count(1)
+    with _heartbeat_of(0, lambda number: f"{text}: {number}/{total}") as show:
+        yield lambda: show(next(done))
     console.print(f"  {text}: {done}/{total} in {time.monotonic() - started:.0f} s")
 
 
@@ -103,17 +118,7 @@ def reading(text: str, total: int) -> Iterator[Callable[[int], None]]:
             task = progress.add_task(text, total=total)
             yield lambda position: progress.update(task, completed=position)
         return
-    started = time.monotonic()
-    read = 0
-
-    def show(position: int) -> None:
-        nonlocal read
-        read = position
-
-    def line() -> str:
-        return f"{text}: {read / 1e6:.0f} of {total / 1e6:.0f} MB after {time.monotonic() - started:.0f} s"
-
-    with repeated_line(line):
+    with _heartbeat_of(0, lambda read: f"{text}: {read / 1e6:.0f} of {total / 1e6:.0f} MB") as show:
         yield show
 
 
@@ -137,16 +142,7 @@ def advancing(text: str, phases: Sequence[str]) -> Iterator[Callable[[str], None
             progress.update(task, completed=len(phases), description=text)
         return
     console.print(f"  {text} …")
-    now = phases[0]
-
-    def begin(phase: str) -> None:
-        nonlocal now
-        now = phase
-
-    def line() -> str:
-        return f"{text}: {now}, {phases.index(now)}/{len(phases)} after {time.monotonic() - started:.0f} s"
-
-    with repeated_line(line):
+    with _heartbeat_of(phases[0], lambda now: f"{text}: {now}, {phases.index(now)}/{len(phases)}") as begin:
         yield begin
     console.print(f"  {text}: {time.monotonic() - started:.0f} s")
 
@@ -162,6 +158,6 @@ def waiting(text: str) -> Iterator[None]:
             yield
         return
     console.print(f"  {text} …")
-    with repeated_line(lambda: f"{text}: {time.monotonic() - started:.0f} s so far"):
+    with heartbeat(lambda: f"{text}: {time.monotonic() - started:.0f} s so far"):
         yield
     console.print(f"  {text}: {time.monotonic() - started:.0f} s")

@@ -32,7 +32,7 @@ def fuse_attention(model: PreTrainedModel) -> bool:
     AttentionInterface.register(_NAME, attention)
     AttentionMaskInterface.register(_NAME, sdpa_mask)
     model.set_attn_implementation(_NAME)
-    return True
+    return bool(model.config._attn_implementation == _NAME)  # some models refuse, and keep theirs
 
 
 def attention(
@@ -92,20 +92,20 @@ class _Attention(torch.autograd.Function):
     """softmax(s Q K^T) V. Queries that share a key head stand below each other, as one matrix."""
 
     @staticmethod
-    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, hidden: Tensor, scale: float) -> Tensor:
+    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, masked: Tensor, scale: float) -> Tensor:
         """
         Args:
             query: [batch, heads, queries, size].
             key: [batch, key heads, keys, size].
             value: as `key`.
-            hidden: [batch or 1, 1, queries, keys], true where a query must not look.
+            masked: [batch or 1, 1, queries, keys], true where a query must not look.
             scale: of the scores.
         """
         batch, groups, keys, size = key.shape
         rows = query.reshape(batch * groups, -1, size)
         key, value = key.reshape(batch * groups, keys, size), value.reshape(batch * groups, keys, size)
         scores = torch.bmm(rows * scale, key.transpose(1, 2))
-        scores.view(batch, -1, query.shape[2], keys).masked_fill_(hidden, torch.finfo(scores.dtype).min)
+        scores.view(batch, -1, query.shape[2], keys).masked_fill_(masked, torch.finfo(scores.dtype).min)
         weights = scores.softmax(-1)
         mixed = torch.bmm(weights, value)
         ctx.save_for_backward(rows, key, value, weights, mixed)

@@ -24,29 +24,29 @@ class Interruption:
 
     def __init__(self) -> None:
         self.by: signal.Signals | None = None
-        self._giving_up = False
+        self._interruptible = False
 
     @contextmanager
-    def giving_up(self) -> Iterator[None]:
+    def interruptible(self) -> Iterator[None]:
         """Around work that may be given up at any moment.
 
         Raises:
             StepAbandoned: a signal comes meanwhile, or came before.
         """
-        self._giving_up = True
+        self._interruptible = True
         try:
             self._look()
             yield
         finally:
-            self._giving_up = False
+            self._interruptible = False
 
-    def come(self, by: signal.Signals) -> None:
+    def receive(self, by: signal.Signals) -> None:
         """A signal came."""
         self.by = by
         self._look()
 
     def _look(self) -> None:
-        if self.by is not None and self._giving_up:
+        if self.by is not None and self._interruptible:
             raise StepAbandoned(self.by.name)
 
 
@@ -65,7 +65,7 @@ def interruption() -> Iterator[Interruption]:
         # Who reads the log may have heard the same signal: rich ends the process where it cannot write.
         with suppress(OSError, RuntimeError, SystemExit):
             console.print(f"  {signal.Signals(number).name}: giving up this step; once more to end at once")
-        found.come(signal.Signals(number))
+        found.receive(signal.Signals(number))
 
     for number in _SIGNALS:
         signal.signal(number, note)

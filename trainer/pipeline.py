@@ -113,11 +113,7 @@ class Pipeline:
         """
         self.run.folder.mkdir(parents=True, exist_ok=True)
         with hold_lock(self.run.lock, f"the run {self.run.folder.name}"):
-            if self.run.done(Stage.REGISTER):
-                made = self.run.load(Stage.REGISTER, Registered).version
-                if made not in self.registry.versions(made.name):
-                    console.print(f"{made} was removed: this makes another")
-                    self.run.forget()
+            self._reset_if_removed()
             for stage, need, work in self._stages():
                 if self.run.done(stage):
                     console.print(f"[dim]{stage}: done before[/dim]")
@@ -141,6 +137,14 @@ class Pipeline:
                 finally:
                     release_memory()
             return self.run.load(Stage.REGISTER, Registered).version
+
+    def _reset_if_removed(self) -> None:
+        if not self.run.done(Stage.REGISTER):
+            return
+        made = self.run.load(Stage.REGISTER, Registered).version
+        if made not in self.registry.versions(made.name):
+            console.print(f"{made} was removed: this makes another")
+            self.run.reset()
 
     @property
     def _full(self) -> bool:
@@ -342,7 +346,7 @@ class Pipeline:
 
     def _tracking_run(self) -> str:
         """The MLflow run of this folder; made once, so that a resumed run goes on in it."""
-        path = self.run.tracked
+        path = self.run.tracking
         if not path.is_file():
             tags = {"tuneserve.run": self.run.folder.name, "tuneserve.base": self.base.origin}
             run_id = self.registry.tracking.start_run(self.recipe.name, tags)

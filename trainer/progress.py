@@ -11,7 +11,7 @@ from typing import Any
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from svc.terminal import console, repeated_line
+from svc.terminal import console, heartbeat
 
 
 class TrainingProgress(TrainerCallback):
@@ -76,7 +76,7 @@ def training_progress() -> Iterator[TrainingProgress]:
     fields = TextColumn("loss {task.fields[loss]}  {task.fields[speed]:.0f} tokens/s  left")
     with Progress(*columns, fields, TimeRemainingColumn(), console=console, disable=not console.is_terminal) as bar:
         progress = TrainingProgress(bar)
-        with repeated_line(progress.line):
+        with heartbeat(progress.line):
             yield progress
         if not console.is_terminal:
             console.print(f"  {progress.line()}")

@@ -57,7 +57,7 @@ class ResumableTrainer(AnswerTrainer):
         self._interruption = interruption or Interruption()
         self._step_start, self._saved_step = _StepStart(), 0
         self.add_callback(self._step_start)
-        let_signals_in(self.model)
+        hear_signals_between_layers(self.model)
         self.checkpoints = checkpoints
         self._number_type = number_type
         self._heldout = sorted(heldout, key=lambda row: len(row["input_ids"]))
@@ -67,7 +67,7 @@ class ResumableTrainer(AnswerTrainer):
 
     def evaluate(self, *args: Any, **options: Any) -> dict[str, float]:
         """Mean loss of the held-out answers' tokens, nats. Draws no random number."""
-        with self._interruption.giving_up():
+        with self._interruption.interruptible():
             figures = {HELDOUT_LOSS: self._heldout_loss()}
         self.log(figures)
         self.callback_handler.on_evaluate(self.args, self.state, self.control, figures)  # changes control in place
@@ -95,7 +95,7 @@ class ResumableTrainer(AnswerTrainer):
         """
         if self.control.should_training_stop:
             raise NoStepLeftError
-        with self._interruption.giving_up():
+        with self._interruption.interruptible():
             return super().training_step(*args, **options)
 
     def save_step_start(self) -> None:
@@ -196,7 +196,7 @@ class _StepStart(TrainerCallback):
         return True
 
 
-def let_signals_in(model: torch.nn.Module) -> None:
+def hear_signals_between_layers(model: torch.nn.Module) -> None:
     """Lets Python run after each layer of a backward pass too, where it would be one call: signals are heard there."""
     names = set(getattr(model, "_no_split_modules", None) or ())
 

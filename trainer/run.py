@@ -148,8 +148,8 @@ class Run:
         return self.folder / "reference"
 
     @property
-    def tracked(self) -> Path:
-        """Which run of MLflow it is."""
+    def tracking(self) -> Path:
+        """Says which run of MLflow it is."""
         return self.folder / "mlflow.json"
 
     @property
@@ -182,9 +182,9 @@ class Run:
         shutil.rmtree(folder, ignore_errors=True)
         return folder
 
-    def forget(self) -> None:
-        """Begins anew: what was finished led to a version that was removed."""
-        for path in (*map(self._result, Stage), self.tracked):
+    def reset(self) -> None:
+        """Lets every stage be done again: what was finished led to a version that was removed."""
+        for path in (*map(self._result, Stage), self.tracking):
             path.unlink(missing_ok=True)
 
     def clean(self) -> None:

@@ -113,7 +113,7 @@ def train_model(
     heldout = tokenize_examples(tokenizer, data.heldout, stops) if recipe.stopping.measures else []
     try:
         with interruption() as asked:
-            with asked.giving_up(), waiting("Loading the base model"), library_output_to_log():
+            with asked.interruptible(), waiting("Loading the base model"), library_output_to_log():
                 trainer = _build_trainer(
                     base, tokenizer, rows, heldout, recipe, out, checkpoints, report, asked, number_type
                 )

@@ -75,27 +75,27 @@ def rm(ctx: click.Context, versions: tuple[str, ...], as_json: bool) -> None:
 @click.pass_context
 def gc(ctx: click.Context, older_than: float, dry_run: bool, as_json: bool) -> None:
     """Remove what old runs, interrupted work and logs have left; versions stay."""
-    from svc.registry.housekeeping import find_leftovers, remove_leftover
+    from svc.registry.housekeeping import find_reclaimable, reclaim
 
     settings = settings_of(ctx)
     gone, failed = [], 0
-    for leftover in list(find_leftovers(Registry.of(settings), settings.home, older_than)):
+    for found in list(find_reclaimable(Registry.of(settings), settings.home, older_than)):
         try:
             if not dry_run:
-                remove_leftover(leftover)
+                reclaim(found)
         except (BusyError, OSError) as error:
             failed += 1
-            click.echo(f"kept {leftover.path}: {error}", err=True)
+            click.echo(f"kept {found.path}: {error}", err=True)
             continue
-        gone.append(leftover)
+        gone.append(found)
         if not as_json:
-            click.echo(f"{leftover.path}: {leftover.size / 1e6:.0f} MB, {leftover.why}")
+            click.echo(f"{found.path}: {found.size / 1e6:.0f} MB, {found.why}")
     if as_json:
         from svc.terminal import print_json
 
         print_json([{"path": str(one.path), "bytes": one.size, "why": one.why} for one in gone])
     else:
-        total = f"{sum(leftover.size for leftover in gone) / 1e6:.0f} MB"
+        total = f"{sum(found.size for found in gone) / 1e6:.0f} MB"
         click.echo(f"{total} would be free; nothing was removed" if dry_run else f"{total} freed")
     ctx.exit(1 if failed else 0)
 

@@ -27,7 +27,7 @@ _REMOVING = ".removing"
 
 
 @dataclass(frozen=True, slots=True)
-class Leftover:
+class Reclaimable:
     """Something that can go.
 
     Attributes:
@@ -42,7 +42,7 @@ class Leftover:
     touched: float
 
 
-def needs(registry: Registry, store: Engine, name: str) -> dict[VersionId, str]:
+def protected(registry: Registry, store: Engine, name: str) -> dict[VersionId, str]:
     """The versions of a name that must stay, each with the reason."""
     found = {version: f"has the alias {alias}" for alias, version in registry.tracking.aliases(name).items()}
     desired = read_desired(store, name)
@@ -85,7 +85,7 @@ def _refuse(registry: Registry, store: Engine, version: VersionId) -> None:
     if swap is not None and swap.outcome is None:
         # Whether it succeeds decides where a rollback goes.
         raise BusyError(f"{version.name} is being changed to {swap.target}", todo="wait for it: see `svc status`")
-    reason = needs(registry, store, version.name).get(version)
+    reason = protected(registry, store, version.name).get(version)
     if reason:
         raise BusyError(
             f"{version} {reason}",
@@ -94,7 +94,7 @@ def _refuse(registry: Registry, store: Engine, version: VersionId) -> None:
         )
 
 
-def find_leftovers(registry: Registry, home: Path, older_than_days: float) -> Iterator[Leftover]:
+def find_reclaimable(registry: Registry, home: Path, older_than_days: float) -> Iterator[Reclaimable]:
     """What interrupted work and time have left.
 
     Runs that were not finished can go on, and a rotated log may still be read: both are kept for some days. Whatever a
@@ -104,30 +104,30 @@ def find_leftovers(registry: Registry, home: Path, older_than_days: float) -> It
     before = now - older_than_days * _DAY_S
     for folder in _folders(registry.models.glob("*/.*")):
         if (touched := _newest(folder, now)) < min(before, now - _DAY_S):  # a registration takes minutes
-            yield Leftover(folder, size_on_disk(folder), "a registration or a removal was cut off", touched)
+            yield Reclaimable(folder, size_on_disk(folder), "a registration or a removal was cut off", touched)
     for folder in _folders((home / _RUNS).glob("*")):
         if lock_holder(folder / _LOCK) is None and (touched := _newest(folder, now)) < before:
             finished = (folder / _REGISTERED).is_file()
             why = "the version is registered" if finished else "the run was given up"
-            yield Leftover(folder, size_on_disk(folder), f"{why}, and nobody has touched it since", touched)
+            yield Reclaimable(folder, size_on_disk(folder), f"{why}, and nobody has touched it since", touched)
     for path in sorted((home / "logs").glob("*.log.*")):
         if (touched := _newest(path, now)) < before:
-            yield Leftover(path, size_on_disk(path), "a log that was rotated", touched)
+            yield Reclaimable(path, size_on_disk(path), "a log that was rotated", touched)
 
 
-def remove_leftover(leftover: Leftover) -> None:
+def reclaim(found: Reclaimable) -> None:
     """Removes it, if it is still what was found. A folder goes as a whole: no part of a run passes for a finished one.
 
     Raises:
         BusyError: somebody has taken it up meanwhile.
     """
-    path = leftover.path
+    path = found.path
     if not path.is_dir():
         path.unlink(missing_ok=True)
         return
     lock = path / _LOCK if path.parent.name == _RUNS else path.parent / _REMOVING
     with hold_lock(lock, str(path)):
-        if _newest(path, time.time()) > leftover.touched:
+        if _newest(path, time.time()) > found.touched:
             raise BusyError(f"{path} was changed just now", todo="nothing: it is kept")
         hidden = path if path.name.startswith(".removed-") else path.with_name(f".removed-{path.name}")
         path.rename(hidden)

@@ -17,7 +17,7 @@ from tests.trainer.conftest import make_recipe
 from trainer import resumable_trainer, sft
 from trainer.interruption import Interruption, StepAbandoned, interruption
 from trainer.recipe import Method, Recipe
-from trainer.resumable_trainer import let_signals_in
+from trainer.resumable_trainer import hear_signals_between_layers
 from trainer.sft import TrainingData, TrainingSummary, train_model
 
 Interrupt = Callable[[int], None]
@@ -169,10 +169,10 @@ class Stack(torch.nn.Sequential):
 
 def test_a_signal_is_heard_between_the_layers_of_a_backward_pass() -> None:
     model = Stack(*(Layer() for _ in range(3)))
-    let_signals_in(model)
+    hear_signals_between_layers(model)
     last = model(torch.ones(1, 4)).sum()
     last.register_hook(lambda gradient: os.kill(os.getpid(), signal.SIGTERM))
-    with interruption() as asked, pytest.raises(StepAbandoned), asked.giving_up():
+    with interruption() as asked, pytest.raises(StepAbandoned), asked.interruptible():
         last.backward()
     assert model[0].linear.weight.grad is None
     assert asked.by is signal.SIGTERM
@@ -180,8 +180,8 @@ def test_a_signal_is_heard_between_the_layers_of_a_backward_pass() -> None:
 
 def test_what_may_not_be_given_up_goes_on() -> None:
     asked = Interruption()
-    asked.come(signal.SIGINT)
-    with pytest.raises(StepAbandoned), asked.giving_up():
+    asked.receive(signal.SIGINT)
+    with pytest.raises(StepAbandoned), asked.interruptible():
         pytest.fail("it was begun after the signal")
 
 
@@ -192,6 +192,6 @@ def test_a_signal_is_heard_where_nobody_reads_the_log_any_more(monkeypatch: pyte
         raise SystemExit(1)
 
     monkeypatch.setattr("trainer.interruption.console.print", broken)
-    with interruption() as asked, pytest.raises(StepAbandoned), asked.giving_up():
+    with interruption() as asked, pytest.raises(StepAbandoned), asked.interruptible():
         os.kill(os.getpid(), signal.SIGTERM)
     assert asked.by is signal.SIGTERM

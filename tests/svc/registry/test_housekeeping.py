@@ -12,7 +12,7 @@ from sqlalchemy import Engine
 from svc.errors import BusyError, NotFoundError, RegistryError
 from svc.lock import hold_lock
 from svc.registry import housekeeping
-from svc.registry.housekeeping import find_leftovers, remove_leftover, remove_version
+from svc.registry.housekeeping import find_reclaimable, reclaim, remove_version
 from svc.registry.manifest import Manifest
 from svc.registry.registry import Registry
 from svc.registry.tracking import Tracking
@@ -167,7 +167,7 @@ def make_run(home: Path, name: str, days: float) -> Path:
 
 
 def paths(registry: Registry, home: Path, days: float = 14) -> list[Path]:
-    return [leftover.path for leftover in find_leftovers(registry, home, days)]
+    return [found.path for found in find_reclaimable(registry, home, days)]
 
 
 def test_old_runs_go_and_young_ones_and_those_that_run_stay(registry: Registry, tmp_path: Path) -> None:
@@ -176,26 +176,26 @@ def test_old_runs_go_and_young_ones_and_those_that_run_stay(registry: Registry, 
     with hold_lock(working / "lock", "a run"):
         age(working, 15)
         assert paths(registry, tmp_path) == [old]
-        for leftover in find_leftovers(registry, tmp_path, 14):
-            remove_leftover(leftover)
+        for found in find_reclaimable(registry, tmp_path, 14):
+            reclaim(found)
     assert sorted(path.name for path in (tmp_path / "runs").iterdir()) == ["working", "young"]
 
 
 def test_a_run_that_is_taken_up_meanwhile_stays(registry: Registry, tmp_path: Path) -> None:
     old = make_run(tmp_path, "old", 15)
-    (leftover,) = find_leftovers(registry, tmp_path, 14)
-    assert leftover.size >= 1000
+    (found,) = find_reclaimable(registry, tmp_path, 14)
+    assert found.size >= 1000
     with hold_lock(old / "lock", "a run"), pytest.raises(BusyError):
-        remove_leftover(leftover)
+        reclaim(found)
     assert (old / "checkpoints" / "weights").is_file()
 
 
 def test_a_run_that_went_on_meanwhile_stays(registry: Registry, tmp_path: Path) -> None:
     old = make_run(tmp_path, "old", 15)
-    (leftover,) = find_leftovers(registry, tmp_path, 14)
+    (found,) = find_reclaimable(registry, tmp_path, 14)
     (old / "checkpoints" / "newer").touch()
     with pytest.raises(BusyError, match="changed just now"):
-        remove_leftover(leftover)
+        reclaim(found)
     assert old.is_dir()
 
 
