@@ -37,9 +37,15 @@ def data(examples: list[ChatExample]) -> TrainingData:
     return TrainingData(examples, examples[:5])
 
 
-def train(base: Path, data: TrainingData, recipe: Recipe, folder: Path) -> TrainingSummary:
+def train(
+    base: Path,
+    data: TrainingData,
+    recipe: Recipe,
+    folder: Path,
+    number_type: NumberType = NumberType.BFLOAT16,
+) -> TrainingSummary:
     out, checkpoints = folder / "trained", folder / "checkpoints"
-    summary = train_model(base, data, recipe, out, checkpoints, number_type=NumberType.BFLOAT16)
+    summary = train_model(base, data, recipe, out, checkpoints, number_type=number_type)
     return replace(summary, seconds=0, tokens_per_second=0)
 
 
@@ -89,6 +95,18 @@ def test_a_step_that_was_given_up_is_taken_again(
         with pytest.raises(InterruptedRunError, match=f"SIGTERM after step {step} of 12"):
             train(tiny_base, data, make(method), tmp_path / "b")
     assert train(tiny_base, data, make(method), tmp_path / "b") == whole
+    assert weights(tmp_path / "b") == weights(tmp_path / "a")
+
+
+def test_so_it_is_in_float32(
+    tiny_base: Path, data: TrainingData, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = train(tiny_base, data, make(), tmp_path / "a", NumberType.FLOAT32)
+    with monkeypatch.context() as patch:
+        signal_at_call(patch, resumable_trainer.ResumableTrainer, "compute_loss", 6)
+        with pytest.raises(InterruptedRunError, match="SIGTERM after step 2 of 12"):
+            train(tiny_base, data, make(), tmp_path / "b", NumberType.FLOAT32)
+    assert train(tiny_base, data, make(), tmp_path / "b", NumberType.FLOAT32) == whole
     assert weights(tmp_path / "b") == weights(tmp_path / "a")
 
 
