@@ -24,6 +24,7 @@ from svc.engine.capabilities import NumberType
 from svc.errors import RecipeError, TrainingError
 from svc.terminal import counting, waiting
 from trainer.attention import attention_implementation
+from trainer.child_process import in_child_process
 from trainer.fused_layers import join_fused_layers
 from trainer.library_output import library_output_to_log
 from trainer.recipe import Quantize, Recipe
@@ -89,7 +90,9 @@ def quantize_gptq(
     picked = pick_calibration(examples, recipe.quantize.samples, recipe.train.seed)
     calibration = tokenize_examples(tokenizer, picked, stop_tokens(model, tokenizer))
     computed = calibration_type(number_type)
-    log = _run_gptqmodel(model, calibration, recipe.quantize, out, computed)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=".gptq-", dir=out.parent) as offload:
+        log = in_child_process(_run_gptqmodel, model, calibration, recipe.quantize, out, offload, computed)
     if computed is not NumberType.BFLOAT16:
         write_bfloat16(out)
     join_fused_layers(out, layers)
@@ -219,42 +222,49 @@ def layer_shapes(model: Path) -> dict[str, tuple[int, int]]:
 
 
 def _run_gptqmodel(
-    model: Path, calibration: list[TrainingExample], quantize: Quantize, out: Path, number_type: NumberType
+    model: Path,
+    calibration: list[TrainingExample],
+    quantize: Quantize,
+    out: Path,
+    offload: str,
+    number_type: NumberType,
 ) -> list[dict[str, Any]]:
-    """Quantizes and saves; returns gptqmodel's record of every layer."""
+    """Quantizes and saves; returns gptqmodel's record of every layer.
+
+    In a process of its own: its threads work on whatever is raised, and abort a process that ends meanwhile.
+
+    Args:
+        offload: an empty folder for what is passing.
+    """
     # gptqmodel sizes its thread pool by this, and on two cores its own default is too small for its model loader.
     os.environ.setdefault("GPTQMODEL_CPU_WORKERS", str(max(2, os.cpu_count() or 2)))
-    out.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=".gptq-", dir=out.parent) as offload:
-        with waiting("Loading the merged model"), library_output_to_log():
-            import torch
-            from gptqmodel import GPTQModel, QuantizeConfig
-            from transformers import AutoConfig
+    with waiting("Loading the merged model"), library_output_to_log():
+        import torch
+        from gptqmodel import GPTQModel, QuantizeConfig
+        from transformers import AutoConfig
 
-            config = QuantizeConfig(
-                bits=quantize.bits,
-                group_size=quantize.group_size,
-                desc_act=False,
-                act_group_aware=True,
-                mse=_SCALE_ERROR,
-                offload_to_disk_path=offload,
-            )
-            attention = attention_implementation(AutoConfig.from_pretrained(model))
-            quantized = GPTQModel.load(
-                str(model), config, attn_implementation=attention, dtype=getattr(torch, number_type)
-            )
-        with counting("Quantizing layers", quantized.model.config.get_text_config().num_hidden_layers) as advance:
+        config = QuantizeConfig(
+            bits=quantize.bits,
+            group_size=quantize.group_size,
+            desc_act=False,
+            act_group_aware=True,
+            mse=_SCALE_ERROR,
+            offload_to_disk_path=offload,
+        )
+        attention = attention_implementation(AutoConfig.from_pretrained(model))
+        quantized = GPTQModel.load(str(model), config, attn_implementation=attention, dtype=getattr(torch, number_type))
+    with counting("Quantizing layers", quantized.model.config.get_text_config().num_hidden_layers) as advance:
 
-            def layer_complete(*, layer_idx: int, submodule_finalized: bool) -> None:
-                if submodule_finalized:
-                    advance()
+        def layer_complete(*, layer_idx: int, submodule_finalized: bool) -> None:
+            if submodule_finalized:
+                advance()
 
-            quantized.layer_callback = layer_complete
-            ids = [{"input_ids": row.input_ids, "attention_mask": [1] * len(row.input_ids)} for row in calibration]
-            # gptqmodel leaves a folder of logs where it is called.
-            with library_output_to_log(), chdir(offload), coarse_scale_search():
-                log = quantized.quantize(ids, batch_size=_BATCH, calibration_data_min_length=1)
-                quantized.save(str(out.absolute()))
+        quantized.layer_callback = layer_complete
+        ids = [{"input_ids": row.input_ids, "attention_mask": [1] * len(row.input_ids)} for row in calibration]
+        # gptqmodel leaves a folder of logs where it is called.
+        with library_output_to_log(), chdir(offload), coarse_scale_search():
+            log = quantized.quantize(ids, batch_size=_BATCH, calibration_data_min_length=1)
+            quantized.save(str(out.absolute()))
     return [entry for entries in log.values() for entry in entries]
 
 

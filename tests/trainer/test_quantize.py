@@ -1,9 +1,10 @@
 """GPTQ: what is checked before it and tidied after it, and once the real thing on a tiny model."""
 
 import json
-import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -130,32 +131,21 @@ def test_what_was_computed_in_float32_is_written_as_in_bfloat16(tmp_path: Path) 
     assert json.loads((tmp_path / "config.json").read_text("utf-8")) == {"dtype": "bfloat16", "hidden_size": 4}
 
 
-QUANTIZE = """
-import sys
-from pathlib import Path
-from svc.engine.capabilities import NumberType
-from tests.trainer.conftest import make_example, make_recipe
-from trainer.quantize import quantize_gptq
-examples = [make_example(f"number {n}", "red") for n in range(16)]
-recipe = make_recipe(quantize={"group_size": 32, "samples": 8})
-out, number_type = Path(sys.argv[2]), NumberType(sys.argv[3])
-print(quantize_gptq(Path(sys.argv[1]), examples, recipe, out, number_type=number_type).layers)
-"""
-
-
-def quantize_apart(base: Path, out: Path, number_type: NumberType) -> None:
-    """In a process of its own, because gptqmodel changes the one that it is loaded in."""
-    command = [sys.executable, "-c", QUANTIZE, str(base), str(out), number_type]
-    done = subprocess.run(command, capture_output=True, text=True, check=True, env={**os.environ, "COLUMNS": "80"})
-    assert done.stdout == "14\n"
+def quantize(base: Path, out: Path, number_type: NumberType = NumberType.BFLOAT16) -> None:
+    examples = [make_example(f"number {number}", "red") for number in range(16)]
+    recipe = make_recipe(quantize={"group_size": 32, "samples": 8})
+    assert quantize_gptq(base, examples, recipe, out, number_type=number_type).layers == 14
 
 
 @pytest.mark.slow
-def test_two_runs_give_the_same_complete_folder_and_a_quiet_stdout(tmp_path: Path) -> None:
+def test_two_runs_give_the_same_complete_folder_and_a_quiet_stdout(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
     base = make_model(tmp_path / "base", hidden_size=128, intermediate_size=256, num_key_value_heads=2)
     folders = [tmp_path / "one", tmp_path / "other"]
     for folder in folders:
-        quantize_apart(base, folder, NumberType.BFLOAT16)
+        quantize(base, folder)
+    assert not capfd.readouterr().out
     contents = [{path.name: path.read_bytes() for path in folder.iterdir()} for folder in folders]
     assert contents[0] == contents[1]
     assert {"config.json", "model.safetensors", "tokenizer.json", "chat_template.jinja"} <= set(contents[0])
@@ -171,7 +161,7 @@ def test_a_model_computed_in_float32_differs_in_roundings_alone(tmp_path: Path) 
     )
     folders = {number_type: tmp_path / number_type for number_type in (NumberType.BFLOAT16, NumberType.FLOAT32)}
     for number_type, folder in folders.items():
-        quantize_apart(base, folder, number_type)
+        quantize(base, folder, number_type)
     files = [
         {path.name: path.read_bytes() for path in folder.iterdir() if path.suffix != ".safetensors"}
         for folder in folders.values()
@@ -184,6 +174,31 @@ def test_a_model_computed_in_float32_differs_in_roundings_alone(tmp_path: Path) 
         assert (other[name].dtype, other[name].shape) == (tensor.dtype, tensor.shape), name
         if not name.endswith((".qweight", ".scales")):
             assert torch.equal(other[name], tensor), name
+
+
+INTERRUPTED = """
+import sys
+from pathlib import Path
+from tests.trainer.test_quantize import quantize
+try:
+    quantize(Path(sys.argv[1]), Path(sys.argv[2]))
+except KeyboardInterrupt:
+    sys.exit(16)
+"""
+
+
+@pytest.mark.slow
+def test_ctrl_c_is_heard_while_layers_are_quantized_and_leaves_nothing(tmp_path: Path) -> None:
+    base = make_model(tmp_path / "base", hidden_size=256, intermediate_size=1024, num_key_value_heads=2)
+    process = subprocess.Popen([sys.executable, "-c", INTERRUPTED, str(base), str(tmp_path / "out")])
+    deadline = time.monotonic() + 60
+    while not list(tmp_path.glob(".gptq-*/*")):
+        assert time.monotonic() < deadline
+        assert process.poll() is None
+        time.sleep(0.05)
+    process.send_signal(signal.SIGINT)
+    assert process.wait(5) == 16
+    assert not list(tmp_path.glob(".gptq-*"))
 
 
 SEARCH = """

@@ -1,0 +1,88 @@
+"""Work in a process of its own: what comes back, and that it ends when it shall."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import NoReturn
+
+import psutil
+import pytest
+
+from svc.errors import RecipeError, TrainingError
+from trainer.child_process import in_child_process
+
+
+def describe(text: str, *, times: int) -> tuple[int, str]:
+    return os.getpid(), text * times
+
+
+def refuse() -> NoReturn:
+    raise RecipeError("size 3", expected="4", todo="write 4")
+
+
+def fail() -> NoReturn:
+    raise ZeroDivisionError("by zero")
+
+
+def die(by: signal.Signals) -> None:
+    os.kill(os.getpid(), by)
+
+
+def sleep_long(mark: Path) -> None:
+    mark.write_text(str(os.getpid()), "utf-8")
+    time.sleep(60)
+
+
+def test_what_is_returned_comes_from_another_process() -> None:
+    process, text = in_child_process(describe, "ab", times=2)
+    assert process != os.getpid()
+    assert text == "abab"
+
+
+def test_our_errors_keep_their_parts() -> None:
+    with pytest.raises(RecipeError) as caught:
+        in_child_process(refuse)
+    assert (caught.value.wrong, caught.value.expected, caught.value.todo) == ("size 3", "4", "write 4")
+
+
+def test_any_error_shows_where_it_was_raised() -> None:
+    with pytest.raises(ZeroDivisionError, match="by zero") as caught:
+        in_child_process(fail)
+    assert "in fail" in caught.value.__notes__[0]
+
+
+@pytest.mark.parametrize(("by", "todo"), [(signal.SIGKILL, "free some memory"), (signal.SIGABRT, "see what it")])
+def test_a_process_that_dies_is_told_from_one_that_the_system_killed(by: signal.Signals, todo: str) -> None:
+    with pytest.raises(TrainingError, match=f"died with exit code -{by.value}") as caught:
+        in_child_process(die, by)
+    assert todo in caught.value.todo
+
+
+CALLER = """
+import sys
+from pathlib import Path
+from tests.trainer.test_child_process import sleep_long
+from trainer.child_process import in_child_process
+try:
+    in_child_process(sleep_long, Path(sys.argv[1]))
+except KeyboardInterrupt:
+    sys.exit(16)
+"""
+
+
+@pytest.mark.parametrize(("by", "exit_code"), [(signal.SIGINT, 16), (signal.SIGKILL, -signal.SIGKILL)])
+def test_it_ends_with_its_caller(tmp_path: Path, by: signal.Signals, exit_code: int) -> None:
+    mark = tmp_path / "mark"
+    caller = subprocess.Popen([sys.executable, "-c", CALLER, str(mark)])
+    deadline = time.monotonic() + 30
+    while not (mark.exists() and mark.read_text("utf-8")):
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    child = psutil.Process(int(mark.read_text("utf-8")))
+    caller.send_signal(by)
+    assert caller.wait(10) == exit_code
+    psutil.wait_procs([child], timeout=10)
+    assert not child.is_running()
