@@ -27,7 +27,7 @@ COMMANDS = {
     "monitor": ("monitoring.cli:monitor", "Export all metrics to Prometheus."),
     "dashboards": ("monitoring.dashboards.cli:dashboards", "Write the Grafana dashboards."),
     "chat": ("serving.cli:chat", "Talk to the served model in the terminal."),
-    "gc": ("svc.registry.cli:gc", "Remove what old runs, interrupted work and logs have left."),
+    "gc": ("svc.registry.cli:gc", "Remove what old runs, logs and caches have left."),
     "ui": ("svc.registry.cli:ui", "Look at runs, versions and aliases in MLflow's pages."),
 }
 

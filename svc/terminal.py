@@ -1,9 +1,9 @@
 """What people and machines see: text and progress on a terminal, JSON with `--json`. Results go to stdout, all else
 to stderr, so that a pipe gets results only."""
 
-import itertools
 import json
 import logging
+import os
 import sys
 import threading
 import time
@@ -33,7 +33,11 @@ _PLAIN_LINE_S = 15.0  # without a terminal, a long step prints a line so often, 
 
 
 def quiet_libraries() -> None:
-    """Lets libraries log warnings only: some switch on logging for the whole process, HTTP clients log each request."""
+    """Lets libraries log warnings only and show no bars: to be called before they are imported.
+
+    Some switch on logging for the whole process, HTTP clients log each request, bars break into ours.
+    """
+    os.environ.setdefault("TQDM_DISABLE", "1")
     for library in ("httpx", "httpcore", "alembic", "uvicorn.error", "tokenicer"):
         logging.getLogger(library).setLevel(logging.WARNING)
 
@@ -97,9 +101,15 @@ def counting(text: str, total: int) -> Iterator[Callable[[], None]]:
             task = progress.add_task(text, total=total)
             yield lambda: progress.advance(task)
         return
-    started, done = time.monotonic(), itertools.count(1)
+    started, done = time.monotonic(), 0
     with _heartbeat_of(0, lambda number: f"{text}: {number}/{total}") as show:
-        yield lambda: show(next(done))
+
+        def advance() -> None:
+            nonlocal done
+            done += 1
+            show(done)
+
+        yield advance
     console.print(f"  {text}: {done}/{total} in {time.monotonic() - started:.0f} s")
 
 

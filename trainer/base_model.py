@@ -14,14 +14,13 @@ import subprocess
 import sys
 import tempfile
 import zipfile
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from svc.errors import BaseModelError
-from svc.terminal import waiting
+from svc.terminal import console, waiting
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 _HUB_FILES = ["*.safetensors", "*.json", "*.jinja", "tokenizer.model", "merges.txt", "README.md"]
@@ -144,7 +143,7 @@ def _from_gguf(base: str, path: Path, cache: Path) -> Base:
 
 def _convert_gguf(path: Path, folder: Path, licence: str | None) -> None:
     """Writes a GGUF model as bf16 safetensors; the licence goes into a model card, where the hub has it too."""
-    with waiting(f"Converting {path.name} to safetensors (about 30 s)"), _quiet_transformers():
+    with waiting(f"Converting {path.name} to safetensors (about 30 s)"):
         import torch
         from transformers import AutoModelForCausalLM, AutoTokenizer
         from transformers.utils.quantization_config import GgufConfig
@@ -177,11 +176,18 @@ def _gguf_licence(path: Path) -> str | None:
 def _from_hub(base: str, cache: Path) -> Base:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+    from huggingface_hub.utils.tqdm import tqdm
+
+    class Bar(tqdm):
+        """On a terminal, the one bar of a library that is shown: it may take an hour."""
+
+        def __init__(self, *arguments: Any, **named: Any) -> None:
+            super().__init__(*arguments, **named | {"disable": not console.is_terminal})  # type: ignore[no-untyped-call]
 
     try:
         with waiting(f"Fetching {base} from the Hugging Face hub"):
             snapshot = snapshot_download(
-                base, cache_dir=cache / "hub", allow_patterns=_HUB_FILES, ignore_patterns=["*/*"]
+                base, cache_dir=cache / "hub", allow_patterns=_HUB_FILES, ignore_patterns=["*/*"], tqdm_class=Bar
             )
     except LocalEntryNotFoundError as error:
         raise BaseModelError(
@@ -324,17 +330,3 @@ def _publish(target: Path, build: Callable[[Path], None]) -> Path:
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     return target
-
-
-@contextmanager
-def _quiet_transformers() -> Iterator[None]:
-    """One progress display is enough: transformers' own bars are off inside."""
-    from transformers.utils import logging
-
-    shown = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        if shown:
-            logging.enable_progress_bar()

@@ -51,9 +51,7 @@ def merge_adapter(base: Path, adapter: Path, out: Path) -> MergeSummary:
         TrainingError: a module that the adapter targets has the base's weights still, or another tensor differs.
     """
     from transformers import AutoTokenizer
-    from transformers.utils import logging
 
-    logging.disable_progress_bar()
     with waiting("Merging the adapter into the base model"), library_output_to_log():
         targets = _merge(base, adapter, out)
         AutoTokenizer.from_pretrained(adapter).save_pretrained(out)
@@ -71,9 +69,7 @@ def prove_full(base: Path, trained: Path) -> MergeSummary:
     Raises:
         TrainingError: a linear layer has the base's weights still.
     """
-    from transformers.utils import logging
 
-    logging.disable_progress_bar()
     with waiting("Comparing the trained weights with the base's"), library_output_to_log():
         return compare_weights(_load_weights(base), _load_weights(trained), set(layer_widths(base)), others_change=True)
 

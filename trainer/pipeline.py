@@ -27,7 +27,8 @@ from svc.engine.probe import engine_facts
 from svc.engine.process import EngineProcess
 from svc.engine.runtime import runtime_folder
 from svc.errors import DiskSpaceError, IntegrityError, InterruptedRunError, SvcError, TrainingError
-from svc.evaluation.evaluator import EvaluationReport
+from svc.evaluation.cache import EvaluationCache
+from svc.evaluation.evaluator import EvaluationReport, judge
 from svc.evaluation.metrics import paired_difference
 from svc.evaluation.results import write_results
 from svc.lock import hold_lock
@@ -213,12 +214,23 @@ class Pipeline:
         return self.run.save(Stage.MERGE, summary)
 
     def _evaluate(self) -> Evaluated:
-        prints = [compatibility_fingerprint(folder) for folder in (self.base.folder, self.run.merged)]
-        work = self._qualifier().base_and_merged(
-            self.base.folder, self.run.merged, same_fingerprint=prints[0] == prints[1]
-        )
-        base, merged = asyncio.run(work)
-        return self.run.save(Stage.EVALUATE, Evaluated(base=base, merged=merged))
+        qualifier, cache = self._qualifier(), self._cache(self.base.revision, self.base.folder)
+        if known := cache.find(qualifier.judged):
+            console.print("  base: judged before on these examples")
+            base = judge(qualifier.judged, known, seconds=0.0)
+            merged = asyncio.run(qualifier.alone(self.run.merged, "merged"))
+        else:
+            prints = [compatibility_fingerprint(folder) for folder in (self.base.folder, self.run.merged)]
+            work = qualifier.base_and_merged(self.base.folder, self.run.merged, same_fingerprint=prints[0] == prints[1])
+            base, merged = asyncio.run(work)
+            cache.add(qualifier.judged, base.results)
+        return self.run.save(Stage.EVALUATE, Evaluated(base=base.report, merged=merged))
+
+    def _cache(self, revision: str, model: Path) -> EvaluationCache:
+        """What a model has answered before, on an engine as it is started now."""
+        facts = engine_facts(self.settings.engine, self.capabilities, model)
+        folder = self.settings.home / "cache" / "evaluations"
+        return EvaluationCache(folder, revision, facts.key, str(self.recipe.evaluate.max_tokens))
 
     def _quantize(self) -> QuantizeSummary:
         summary = quantize_gptq(
@@ -231,7 +243,7 @@ class Pipeline:
         return self.run.save(Stage.QUANTIZE, summary)
 
     def _qualify(self) -> Qualified:
-        qualified = asyncio.run(self._qualifier().gptq(self.run.gptq))
+        qualified = asyncio.run(self._qualifier().alone(self.run.gptq, "gptq"))
         merged = self.run.load(Stage.EVALUATE, Evaluated).merged
         check_gptq_loss(merged.evaluation, qualified.evaluation, self.recipe.evaluate.max_gptq_loss)
         return self.run.save(Stage.QUALIFY, qualified)
@@ -245,6 +257,9 @@ class Pipeline:
                 f"{manifest.base.origin} on {manifest.data.train_examples} examples",
                 {"exact_match_gptq": str(evaluation.exact_match), "source": str(self.registry.folder(manifest.id))},
             )
+        if answered := self.run.load(Stage.EVALUATE, Evaluated).merged.results:  # for a version that it is the base of
+            cache = self._cache(merged_revision(manifest), self.registry.artifact(manifest.id, Format.MERGED))
+            cache.add(self._qualifier().judged, answered)
         registered = self.run.save(Stage.REGISTER, Registered(name=manifest.name, number=manifest.number))
         self.run.clean()
         return registered
@@ -400,9 +415,13 @@ def find_base(recipe: Recipe, settings: Settings) -> Base:
     manifest = registry.manifest(version)
     registry.verify(version, Format.MERGED)
     folder = registry.artifact(version, Format.MERGED)
+    return Base(folder, recipe.base, manifest.base.licence, merged_revision(manifest))
+
+
+def merged_revision(manifest: Manifest) -> str:
+    """What names the content of a version's merged model where it is the base of another, as `sha256:<hex>`."""
     hashes = " ".join(file.sha256 for file in manifest.formats[Format.MERGED].files)
-    revision = f"sha256:{hashlib.sha256(hashes.encode()).hexdigest()}"
-    return Base(folder, recipe.base, manifest.base.licence, revision)
+    return f"sha256:{hashlib.sha256(hashes.encode()).hexdigest()}"
 
 
 def _library_versions() -> dict[str, str]:

@@ -47,6 +47,9 @@ class Qualifier:
         launch: makes a new, unstarted engine for a model folder.
         facts: the kind of engine that it makes for a model folder.
         heldout: examples to judge by.
+
+    Attributes:
+        judged: those that are asked.
     """
 
     def __init__(
@@ -55,27 +58,27 @@ class Qualifier:
         self._launch = launch
         self._facts = facts
         self._recipe = recipe
-        self._heldout = heldout[: recipe.evaluate.limit]
+        self.judged = heldout[: recipe.evaluate.limit]
 
     async def base_and_merged(
         self, base: Path, merged: Path, *, same_fingerprint: bool
-    ) -> tuple[EvaluationReport, Qualified]:
+    ) -> tuple[Evaluation, Qualified]:
         """Judges the base, then the merged model: in one engine where they fit in place of each other."""
         engine = await self._start(base)
         try:
-            base_report = (await self._judge(engine.client, "base")).report
+            base_evaluation = await self._judge(engine.client, "base")
             if not same_fingerprint:
                 await engine.stop()
                 engine = await self._start(merged)
-            return base_report, await self._qualify(engine, merged, "merged")
+            return base_evaluation, await self._qualify(engine, merged, "merged")
         finally:
             await engine.stop()
 
-    async def gptq(self, gptq: Path) -> Qualified:
-        """Judges the quantized model in an engine of its own."""
-        engine = await self._start(gptq)
+    async def alone(self, folder: Path, text: str) -> Qualified:
+        """Judges a format in an engine of its own."""
+        engine = await self._start(folder)
         try:
-            return await self._qualify(engine, gptq, "gptq")
+            return await self._qualify(engine, folder, text)
         finally:
             await engine.stop()
 
@@ -88,7 +91,7 @@ class Qualifier:
         await client.reset_prefix_cache()
         judged = await self._judge(client, text)
         with waiting(f"probes and speed of {text}"):
-            tokenized = [await tokenize(client, example) for example in self._heldout[:: self._stride()]]
+            tokenized = [await tokenize(client, example) for example in self.judged[:: self._stride()]]
             speed = await tokens_per_second(client, [example.prompt for example in tokenized])
             sequences = _sequences(tokenized, options.probes)
             measured = await measure_probes(client, sequences, repeats=options.repeats)
@@ -113,8 +116,8 @@ class Qualifier:
         console.print(f"  {text}: loaded in place and by a fresh engine, logprobs differ by {difference:.4f}")
 
     async def _judge(self, client: EngineClient, text: str) -> Evaluation:
-        with counting(f"evaluating {text}", len(self._heldout)) as advance:
-            return await evaluate(client, self._heldout, max_tokens=self._recipe.evaluate.max_tokens, on_done=advance)
+        with counting(f"evaluating {text}", len(self.judged)) as advance:
+            return await evaluate(client, self.judged, max_tokens=self._recipe.evaluate.max_tokens, on_done=advance)
 
     async def _start(self, folder: Path) -> Engine:
         engine = self._launch(folder)
@@ -123,7 +126,7 @@ class Qualifier:
         return engine
 
     def _stride(self) -> int:
-        return max(1, len(self._heldout) // self._recipe.qualify.probes)
+        return max(1, len(self.judged) // self._recipe.qualify.probes)
 
 
 def _sequences(tokenized: Sequence[TokenizedExample], count: int) -> list[Scored]:

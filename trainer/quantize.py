@@ -248,6 +248,7 @@ def _run_gptqmodel(
             group_size=quantize.group_size,
             desc_act=False,
             act_group_aware=True,
+            true_sequential=quantize.sequential,
             mse=_SCALE_ERROR,
             offload_to_disk_path=offload,
         )

@@ -239,7 +239,6 @@ def _build_trainer(
     import torch
     from datasets import Dataset
     from transformers import AutoConfig, PrinterCallback, set_seed
-    from transformers.utils import logging
 
     from trainer.acceleration import choose_acceleration, machine_facts
     from trainer.adapters import RankAllocation, add_adapter, load_model
@@ -252,7 +251,6 @@ def _build_trainer(
     from trainer.packing import collate_packed, pack, refuse_recurrent
     from trainer.resumable_trainer import ResumableTrainer
 
-    logging.disable_progress_bar()
     acceleration = choose_acceleration(machine_facts(), flash=takes_flash_attention(base))
     if recipe.train.neftune_alpha is not None:  # its noise is scaled by the length of a row
         acceleration = replace(acceleration, padding_free=False)

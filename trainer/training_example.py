@@ -10,11 +10,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rich.progress import track
-
 from svc.dataset.example import ChatExample, Message
 from svc.errors import BaseModelError, DataError
-from svc.terminal import console
+from svc.terminal import counting
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -79,8 +77,12 @@ def tokenize_examples(
     Raises:
         DataError: the template refuses an example, as some do with a system turn.
     """
-    numbered = track(enumerate(examples, start=1), "Tokenizing", total=len(examples), console=console, transient=True)
-    return [_tokenize(tokenizer, example, stops, number) for number, example in numbered]
+    rows = []
+    with counting("Tokenizing", len(examples)) as advance:
+        for number, example in enumerate(examples, start=1):
+            rows.append(_tokenize(tokenizer, example, stops, number))
+            advance()
+    return rows
 
 
 def _tokenize(

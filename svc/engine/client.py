@@ -23,7 +23,7 @@ from svc.errors import EngineError
 _RESET_PAUSE_S = 0.05
 _CONNECTIONS = 100  # at once; further requests wait
 _TIMEOUT = httpx.Timeout(300.0, connect=5.0)  # a reload reads the whole file of weights
-_ENDED = "stop"
+ENDED = "stop"
 """Finish reason of an answer that the model ended: with a token, because no stop strings are sent."""
 
 
@@ -198,7 +198,7 @@ def _answer(completion: Any) -> Answer:
     tokens = (choice.get("logprobs") or {}).get("content") or []
     logprobs = [float(token["logprob"]) for token in tokens]
     reason = str(choice["finish_reason"])
-    of_text = logprobs[:-1] if reason == _ENDED else logprobs
+    of_text = logprobs[:-1] if reason == ENDED else logprobs
     return Answer(
         text=str(choice["message"]["content"] or ""),
         tokens=int(completion["usage"]["completion_tokens"]),

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pydantic import BaseModel, ConfigDict
 
 from svc.dataset.example import ChatExample
-from svc.engine.client import EngineClient
+from svc.engine.client import ENDED, Answer, EngineClient
 from svc.errors import EngineError
 from svc.evaluation.metrics import Estimate, is_json, matches, mean, proportion
 from svc.evaluation.results import ExampleResult
@@ -31,7 +31,7 @@ class EvaluationReport(BaseModel):
         valid_json: share of answers that are JSON; None when the references are not.
         nll: negative log-likelihood of the reference answer, nats a token, mean over examples.
         hits: exact match of each example, for paired comparison.
-        seconds: time for all answers and scores.
+        seconds: time for all answers and scores; 0 where they were known.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -86,7 +86,7 @@ async def evaluate(
 
     started = time.monotonic()
     results = tuple(await asyncio.gather(*(ask(example) for example in examples)))
-    return Evaluation(_report(examples, results, time.monotonic() - started), results)
+    return judge(examples, results, time.monotonic() - started)
 
 
 async def ask_example(client: EngineClient, example: ChatExample, *, max_tokens: int) -> ExampleResult:
@@ -99,9 +99,12 @@ async def ask_example(client: EngineClient, example: ChatExample, *, max_tokens:
         EngineError: the engine failed a request.
     """
     tokenized = await tokenize(client, example)
-    # The reference first: it fills the prefix cache with the prompt, which the answer then starts from.
-    reference = await mean_logprob(client, tokenized.prompt, tokenized.answer)
     answer = await client.chat(example.prompt, max_tokens=max_tokens, tools=example.tools)
+    if answer.logprob is not None and _is_reference(answer, example.answer, tokenized):
+        # Scoring reads the whole prompt again, past the prefix cache: twice the time of the answer.
+        reference = _finite(answer.logprob)
+    else:
+        reference = await mean_logprob(client, tokenized.prompt, tokenized.answer)
     return ExampleResult(
         answer=answer.text,
         tokens=answer.tokens,
@@ -110,6 +113,12 @@ async def ask_example(client: EngineClient, example: ChatExample, *, max_tokens:
         nll=-reference,
         hit=matches(answer.text, example.answer),
     )
+
+
+def _is_reference(answer: Answer, reference: str, tokenized: TokenizedExample) -> bool:
+    """Whether the model gave the reference token by token, so that the answer's log-probability is the reference's."""
+    whole = answer.finish_reason == ENDED and answer.tokens == len(tokenized.answer) + 1
+    return whole and answer.text == reference
 
 
 async def tokenize(client: EngineClient, example: ChatExample) -> TokenizedExample:
@@ -140,11 +149,17 @@ def _finite(logprob: float) -> float:
     return logprob
 
 
-def _report(examples: Sequence[ChatExample], results: Sequence[ExampleResult], seconds: float) -> EvaluationReport:
+def judge(examples: Sequence[ChatExample], results: Sequence[ExampleResult], seconds: float) -> Evaluation:
+    """The figures of results.
+
+    Args:
+        results: one for each example, in the same order.
+        seconds: that asking took; 0 where all were known.
+    """
     hits = tuple(result.hit for result in results)
     wants_json = all(is_json(example.answer) for example in examples)
     valid = proportion(sum(is_json(result.answer) for result in results), len(results)) if wants_json else None
-    return EvaluationReport(
+    report = EvaluationReport(
         examples=len(results),
         exact_match=proportion(sum(hits), len(hits)),
         valid_json=valid,
@@ -152,3 +167,4 @@ def _report(examples: Sequence[ChatExample], results: Sequence[ExampleResult], s
         hits=hits,
         seconds=seconds,
     )
+    return Evaluation(report, tuple(results))

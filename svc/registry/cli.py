@@ -74,7 +74,7 @@ def rm(ctx: click.Context, versions: tuple[str, ...], as_json: bool) -> None:
 @json_option
 @click.pass_context
 def gc(ctx: click.Context, older_than: float, dry_run: bool, as_json: bool) -> None:
-    """Remove what old runs, interrupted work and logs have left; versions stay."""
+    """Remove what old runs, interrupted work, logs and caches have left; versions stay."""
     from svc.registry.housekeeping import find_reclaimable, reclaim
 
     settings = settings_of(ctx)

@@ -1,4 +1,4 @@
-"""Frees disk: versions that nobody needs, and what runs and logs have left. Never what is served or may be again.
+"""Frees disk: versions that nobody needs, what runs, logs and caches have left. Never what is served or may be again.
 
 A version is needed where an alias means it, where a name serves it or is about to, and where a rollback would go.
 """
@@ -113,6 +113,9 @@ def find_reclaimable(registry: Registry, home: Path, older_than_days: float) -> 
     for path in sorted((home / "logs").glob("*.log.*")):
         if (touched := _newest(path, now)) < before:
             yield Reclaimable(path, size_on_disk(path), "a log that was rotated", touched)
+    for path in sorted((home / "cache").glob("*/*")):
+        if path.name != _REMOVING and not path.is_symlink() and (touched := _newest(path, now)) < before:
+            yield Reclaimable(path, size_on_disk(path), "a cache that is made again where it is needed", touched)
 
 
 def reclaim(found: Reclaimable) -> None:

@@ -6,6 +6,7 @@ version lie elsewhere (registry.py); MLflow knows where.
 
 import logging
 import os
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -83,13 +84,16 @@ class Tracking:
         Args:
             step: the optimizer's, of figures that make up a curve.
         """
-        for key, value in metrics.items():
-            self._client.log_metric(run_id, key, value, step=step)
+        from mlflow.entities import Metric
+
+        now = time.time_ns() // 1_000_000
+        self._client.log_batch(run_id, metrics=[Metric(key, value, now, step) for key, value in metrics.items()])
 
     def log_parameters(self, run_id: str, parameters: dict[str, str]) -> None:
         """Says what a run was made with; said again, it must be the same."""
-        for key, value in parameters.items():
-            self._client.log_param(run_id, key, value)
+        from mlflow.entities import Param
+
+        self._client.log_batch(run_id, params=[Param(key, value) for key, value in parameters.items()])
 
     def experiments(self) -> list[str]:
         """Names of everything that was ever trained, but MLflow's own default.

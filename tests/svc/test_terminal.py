@@ -59,6 +59,14 @@ def test_a_pipe_hears_the_phase_of_a_long_start(shown: Show, monkeypatch: pytest
     assert "  tea: brew tea, 1/3 after 0 s" in file.getvalue().splitlines()
 
 
+def test_a_pipe_hears_how_many_were_counted(shown: Show) -> None:
+    file = shown(False)
+    with counting("cups", 3) as advance:
+        advance()
+        advance()
+    assert file.getvalue() == "  cups: 2/3 in 0 s\n"
+
+
 @pytest.mark.parametrize(
     ("step", "line"),
     [

@@ -5,7 +5,7 @@ import json
 import shutil
 from collections import namedtuple
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -43,7 +43,7 @@ from tests.trainer.engines import Engines
 from trainer import pipeline as pipeline_module
 from trainer.base_model import Base
 from trainer.merge import MergeSummary
-from trainer.pipeline import Evaluated, Pipeline, check_gptq_loss, find_base
+from trainer.pipeline import Evaluated, Pipeline, check_gptq_loss, find_base, merged_revision
 from trainer.quantize import QuantizeSummary
 from trainer.recipe import Method
 from trainer.run import Examples, Run, Stage
@@ -214,6 +214,36 @@ def test_the_version_keeps_what_each_served_format_answered(pipeline: Pipeline) 
         evaluation = pipeline.registry.format(version, format).evaluation
         assert evaluation is not None
         assert fmean(result.nll for result in results) == pytest.approx(evaluation.nll.value)
+
+
+def test_a_base_that_was_judged_on_these_examples_is_not_asked_again(make: Make, engines: Engines) -> None:
+    first = make()
+    asked = first.registry.manifest(first.train_version()).base_evaluation
+    launched = len(engines.launched)
+    again = make(train={"seed": 1})
+    known = again.registry.manifest(again.train_version()).base_evaluation
+    assert "base" not in engines.started_with[launched:]
+    assert known == asked.model_copy(update={"seconds": 0.0})
+
+
+def test_a_base_is_asked_again_on_other_examples(make: Make, engines: Engines) -> None:
+    make().train_version()
+    launched = len(engines.launched)
+    make(heldout=(make_example("three", "red"),)).train_version()
+    assert engines.started_with[launched] == "base"
+
+
+def test_a_version_that_is_a_base_was_judged_when_it_was_made(make: Make, engines: Engines) -> None:
+    first = make()
+    version = first.train_version()
+    manifest, launched = first.registry.manifest(version), len(engines.launched)
+    folder = first.registry.artifact(version, Format.MERGED)
+    second = replace(make(train={"seed": 1}), base=Base(folder, str(version), None, merged_revision(manifest)))
+    judged = second.registry.manifest(second.train_version()).base_evaluation
+    assert str(folder) not in [engine.double.weights for engine in engines.launched[launched:]]
+    merged = manifest.formats[Format.MERGED].evaluation
+    assert merged is not None
+    assert judged.hits == merged.hits
 
 
 def test_of_a_limited_evaluation_the_first_answers_are_kept(make: Make) -> None:

@@ -44,7 +44,7 @@ async def test_a_model_that_does_not_fit_in_place_gets_an_engine_of_its_own() ->
 
 async def test_the_quantized_model_is_loaded_in_place_and_afresh() -> None:
     engines = Engines()
-    await qualifier(engines).gptq(GPTQ)
+    await qualifier(engines).alone(GPTQ, "gptq")
     assert engines.started_with == ["gptq", "gptq"]
     assert "/collective_rpc" in engines.launched[0].double.calls
 
@@ -52,21 +52,21 @@ async def test_the_quantized_model_is_loaded_in_place_and_afresh() -> None:
 async def test_each_is_judged_with_its_own_weights() -> None:
     heldout = [make_example("a", answered_by("base")), make_example("b", answered_by("merged"))]
     base, merged = await qualifier(Engines(), heldout).base_and_merged(BASE, MERGED, same_fingerprint=True)
-    assert base.hits == (True, False)
+    assert base.report.hits == (True, False)
     assert merged.evaluation.hits == (False, True)
 
 
 async def test_the_answers_of_a_format_are_kept_one_by_one() -> None:
     heldout = [make_example("a", answered_by("base")), make_example("b", answered_by("merged"))]
     _, merged = await qualifier(Engines(), heldout).base_and_merged(BASE, MERGED, same_fingerprint=True)
-    gptq = await qualifier(Engines(), heldout).gptq(GPTQ)
+    gptq = await qualifier(Engines(), heldout).alone(GPTQ, "gptq")
     for qualified, weights in ((merged, "merged"), (gptq, "gptq")):
         assert [result.answer.strip() for result in qualified.results] == [answered_by(weights)] * 2
         assert tuple(result.hit for result in qualified.results) == qualified.evaluation.hits
 
 
 async def test_probes_are_those_of_the_weights_and_of_this_kind_of_engine() -> None:
-    qualified = await qualifier(Engines(), qualify={"repeats": 1, "probes": 3}).gptq(GPTQ)
+    qualified = await qualifier(Engines(), qualify={"repeats": 1, "probes": 3}).alone(GPTQ, "gptq")
     assert len(qualified.probes) == 3
     for probe in qualified.probes:
         expected = [logprob_of(str(GPTQ), t, i) for i, t in enumerate(probe.token_ids) if i >= probe.start]
@@ -75,7 +75,7 @@ async def test_probes_are_those_of_the_weights_and_of_this_kind_of_engine() -> N
 
 
 async def test_time_and_speed_are_measured() -> None:
-    qualified = await qualifier(Engines()).gptq(GPTQ)
+    qualified = await qualifier(Engines()).alone(GPTQ, "gptq")
     assert qualified.load_seconds > 0
     assert qualified.tokens_per_second > 0
 
@@ -88,24 +88,24 @@ async def test_in_place_and_afresh_must_agree() -> None:
 
     engines.change = differ
     with pytest.raises(ProbeError, match=r"differs by 0\.0100 nats"):
-        await qualifier(engines).gptq(GPTQ)
+        await qualifier(engines).alone(GPTQ, "gptq")
     assert engines.running == 0
 
 
 async def test_the_second_engine_can_be_left_out() -> None:
     engines = Engines()
-    await qualifier(engines, qualify={"repeats": 1, "restart": False}).gptq(GPTQ)
+    await qualifier(engines, qualify={"repeats": 1, "restart": False}).alone(GPTQ, "gptq")
     assert engines.started_with == ["gptq"]
     assert engines.running == 0
 
 
 async def test_no_more_examples_are_asked_than_the_recipe_says() -> None:
-    qualified = await qualifier(Engines(), evaluate={"limit": 2}).gptq(GPTQ)
+    qualified = await qualifier(Engines(), evaluate={"limit": 2}).alone(GPTQ, "gptq")
     assert qualified.evaluation.examples == 2
 
 
 async def test_a_single_example_is_enough() -> None:
-    qualified = await qualifier(Engines(), [make_example("a", "b")]).gptq(GPTQ)
+    qualified = await qualifier(Engines(), [make_example("a", "b")]).alone(GPTQ, "gptq")
     assert len(qualified.probes) == 1
 
 
@@ -136,4 +136,4 @@ async def test_an_engine_that_answers_nonsense_is_told_at_once() -> None:
 
     engines.change = refuse
     with pytest.raises(EngineError, match="with 500"):
-        await qualifier(engines).gptq(GPTQ)
+        await qualifier(engines).alone(GPTQ, "gptq")

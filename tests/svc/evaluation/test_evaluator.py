@@ -44,6 +44,33 @@ async def test_an_answer_is_as_likely_as_its_text_scored_as_a_reference() -> Non
     assert result.logprob == pytest.approx(-scored.nll)
 
 
+async def test_an_answer_that_is_the_reference_is_not_scored_again() -> None:
+    double = EngineDouble(finish_reason="stop")
+    async with client_of(double) as client:
+        answered = await ask_example(client, chat("a", "other"), max_tokens=8)
+        scored = double.calls.count("/v1/completions")
+        again = await ask_example(client, chat("a", answered.answer), max_tokens=8)
+    assert double.calls.count("/v1/completions") == scored == 1
+    assert again.hit
+    assert -again.nll == again.logprob == answered.logprob
+
+
+@pytest.mark.parametrize("cut", ["1.0 1.1", "1.0 1.1 1.2 1.3 1.4"])
+async def test_a_reference_that_is_longer_or_shorter_is_scored(cut: str) -> None:
+    double = EngineDouble(finish_reason="stop")
+    async with client_of(double) as client:
+        result = await ask_example(client, chat("a", cut), max_tokens=8)
+    assert double.calls.count("/v1/completions") == 1
+    assert not result.hit
+
+
+async def test_an_answer_that_was_cut_off_is_scored() -> None:
+    double = EngineDouble(finish_reason="length")
+    async with client_of(double) as client:
+        await ask_example(client, chat("a", ONE), max_tokens=8)
+    assert double.calls.count("/v1/completions") == 1
+
+
 async def test_the_longest_answer_is_respected() -> None:
     async with client_of(EngineDouble()) as client:
         report = (await evaluate(client, [chat("a", ONE)], max_tokens=2)).report

@@ -226,6 +226,23 @@ def test_rotated_logs_go_and_those_that_are_written_stay(registry: Registry, tmp
     assert paths(registry, tmp_path) == [tmp_path / "logs" / "engine-0.log.1"]
 
 
+def test_old_caches_go_and_young_ones_stay(registry: Registry, tmp_path: Path) -> None:
+    compiled, judged, young = (
+        tmp_path / "cache" / name for name in ("vllm/compiled", "evaluations/1", "evaluations/2")
+    )
+    compiled.mkdir(parents=True)
+    judged.parent.mkdir()
+    for file in (compiled / "kernel.so", judged, young):
+        file.write_text("x", "utf-8")
+    for path in (compiled / "kernel.so", compiled, judged):
+        os.utime(path, (0, 0))
+    found = list(find_reclaimable(registry, tmp_path, older_than_days=14))
+    for one in found:
+        reclaim(one)
+    assert [one.path for one in found] == [judged, compiled]
+    assert [path for path in (compiled, judged, young) if path.exists()] == [young]
+
+
 def test_a_dry_run_removes_nothing(svc: Svc, tmp_path: Path) -> None:
     old = make_run(tmp_path / ".svc", "old", 15)
     ended = svc("gc", "--dry-run")

@@ -1,0 +1,61 @@
+"""What a model answered to examples before, so that no later run asks it again: a base is judged once, not in each run.
+
+One line of JSON for each example. Knows nothing of who asks and of what is judged.
+"""
+
+import hashlib
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from svc.dataset.example import ChatExample
+from svc.dataset.fingerprint import fingerprint
+from svc.disk import write_whole
+from svc.evaluation.results import ExampleResult
+
+log = logging.getLogger(__name__)
+
+
+class _Line(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    example: str
+    result: ExampleResult
+
+
+class EvaluationCache:
+    """The results of one model under one set of conditions.
+
+    Args:
+        folder: of the caches of all models; made when the first result is kept.
+        conditions: all that decides an answer: which weights, what kind of engine, how long an answer may be.
+    """
+
+    def __init__(self, folder: Path, *conditions: str) -> None:
+        self._path = folder / f"{hashlib.sha256(chr(0).join(conditions).encode()).hexdigest()[:32]}.jsonl"
+
+    def find(self, examples: Sequence[ChatExample]) -> tuple[ExampleResult, ...] | None:
+        """The results of these examples, in their order; None where one of them is not known."""
+        known = self._read()
+        found = [known.get(fingerprint([example])) for example in examples]
+        return tuple(result for result in found if result is not None) if all(found) else None
+
+    def add(self, examples: Sequence[ChatExample], results: Sequence[ExampleResult]) -> None:
+        """Keeps the results of examples, in the same order."""
+        known = self._read()
+        known |= {fingerprint([example]): result for example, result in zip(examples, results, strict=True)}
+        lines = (_Line(example=name, result=result).model_dump_json() for name, result in known.items())
+        self._path.parent.mkdir(parents=True, exist_ok=True)
+        write_whole(self._path, "".join(f"{line}\n" for line in lines).encode("utf-8"))
+
+    def _read(self) -> dict[str, ExampleResult]:
+        try:
+            lines = [_Line.model_validate_json(line) for line in self._path.read_bytes().splitlines()]
+        except FileNotFoundError:
+            return {}
+        except (OSError, ValidationError):
+            log.warning("%s cannot be read: its examples are asked again", self._path, exc_info=True)
+            return {}
+        return {line.example: line.result for line in lines}
