@@ -12,6 +12,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -32,6 +33,7 @@ from svc.registry.registry import Registry
 from svc.registry.version import VersionId
 from svc.server_url import LOCK_FILE
 from svc.settings import Settings
+from svc.terminal import waiting
 
 ROOT = Path(__file__).parents[1]
 TASK = ROOT / "examples" / "debian-triage"
@@ -77,7 +79,9 @@ def main() -> None:
     if stay:
         run("serve", NAME, "--port", str(PORT))
         return
-    with serving(HOME, f"{NAME}@1", PORT) as url:
+    with ExitStack() as stack:
+        with waiting(f"starting the server with {NAME}@1"):
+            url = stack.enter_context(serving(HOME, f"{NAME}@1", PORT))
         prompts = [[message.as_dict() for message in e.prompt] for e in read_examples(TASK / "heldout.jsonl")[:24]]
         ask(url, prompts, summary)
         promote_and_roll_back(url, prompts, summary)
