@@ -66,7 +66,7 @@ class Qualifier:
         """Judges the base, then the merged model: in one engine where they fit in place of each other."""
         engine = await self._start(base)
         try:
-            base_evaluation = await self._judge(engine.client, "base")
+            base_evaluation = await self._judge(engine.client, "base", trained=False)
             if not same_fingerprint:
                 await engine.stop()
                 engine = await self._start(merged)
@@ -115,9 +115,10 @@ class Qualifier:
             await engine.stop()
         console.print(f"  {text}: loaded in place and by a fresh engine, logprobs differ by {difference:.4f}")
 
-    async def _judge(self, client: EngineClient, text: str) -> Evaluation:
+    async def _judge(self, client: EngineClient, text: str, *, trained: bool = True) -> Evaluation:
+        longest = self._recipe.evaluate.max_tokens
         with counting(f"evaluating {text}", len(self.judged)) as advance:
-            return await evaluate(client, self.judged, max_tokens=self._recipe.evaluate.max_tokens, on_done=advance)
+            return await evaluate(client, self.judged, max_tokens=longest, trained=trained, on_done=advance)
 
     async def _start(self, folder: Path) -> Engine:
         engine = self._launch(folder)

@@ -65,12 +65,14 @@ async def evaluate(
     examples: Sequence[ChatExample],
     *,
     max_tokens: int,
+    trained: bool = True,
     on_done: Callable[[], None] = lambda: None,
 ) -> Evaluation:
     """Asks all examples and scores the answers.
 
     Args:
         max_tokens: longest answer, tokens.
+        trained: on such examples, so that many answers will be the reference; decides the time and nothing else.
         on_done: called after each example.
 
     Raises:
@@ -80,7 +82,7 @@ async def evaluate(
 
     async def ask(example: ChatExample) -> ExampleResult:
         async with places:
-            result = await ask_example(client, example, max_tokens=max_tokens)
+            result = await ask_example(client, example, max_tokens=max_tokens, trained=trained)
             on_done()
             return result
 
@@ -89,21 +91,25 @@ async def evaluate(
     return judge(examples, results, time.monotonic() - started)
 
 
-async def ask_example(client: EngineClient, example: ChatExample, *, max_tokens: int) -> ExampleResult:
+async def ask_example(
+    client: EngineClient, example: ChatExample, *, max_tokens: int, trained: bool = True
+) -> ExampleResult:
     """Asks one example and scores the answer.
 
     Args:
         max_tokens: longest answer, tokens.
+        trained: as for `evaluate`.
 
     Raises:
         EngineError: the engine failed a request.
     """
     tokenized = await tokenize(client, example)
+    # Scoring reads the whole prompt, past the prefix cache, and takes twice the time of an answer. It fills the cache.
+    reference = None if trained else await mean_logprob(client, tokenized.prompt, tokenized.answer)
     answer = await client.chat(example.prompt, max_tokens=max_tokens, tools=example.tools)
-    if answer.logprob is not None and _is_reference(answer, example.answer, tokenized):
-        # Scoring reads the whole prompt again, past the prefix cache: twice the time of the answer.
+    if reference is None and answer.logprob is not None and _is_reference(answer, example.answer, tokenized):
         reference = _finite(answer.logprob)
-    else:
+    if reference is None:
         reference = await mean_logprob(client, tokenized.prompt, tokenized.answer)
     return ExampleResult(
         answer=answer.text,

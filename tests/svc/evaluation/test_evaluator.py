@@ -55,6 +55,13 @@ async def test_an_answer_that_is_the_reference_is_not_scored_again() -> None:
     assert -again.nll == again.logprob == answered.logprob
 
 
+@pytest.mark.parametrize("reference", ["other", ONE])
+async def test_whether_a_model_was_trained_changes_no_result(reference: str) -> None:
+    async with client_of(EngineDouble(finish_reason="stop")) as client:
+        answers = [await ask_example(client, chat("a", reference), max_tokens=8, trained=way) for way in (True, False)]
+    assert answers[0] == answers[1]
+
+
 @pytest.mark.parametrize("cut", ["1.0 1.1", "1.0 1.1 1.2 1.3 1.4"])
 async def test_a_reference_that_is_longer_or_shorter_is_scored(cut: str) -> None:
     double = EngineDouble(finish_reason="stop")
