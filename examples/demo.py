@@ -22,6 +22,7 @@ import psutil
 from rich.console import Console
 from rich.rule import Rule
 
+from examples.duration import measure_machine
 from examples.load import Load
 from examples.service import serving, svc, svc_json
 from examples.tamper import alter_weights, replace_weights
@@ -75,6 +76,8 @@ def main() -> None:
         shutil.rmtree(HOME)
     summary = Summary()
     check_data()
+    if not stay and not (HOME / "models").exists():
+        say_duration()
     train_versions(summary)
     if stay:
         run("serve", NAME, "--port", str(PORT))
@@ -105,6 +108,18 @@ def check_data() -> None:
     """Shows what is in the data, and that no held-out example is trained on."""
     heading("1. the data")
     run("data", "check", str(TASK / "train.jsonl"), "--heldout", str(TASK / "heldout.jsonl"))
+
+
+def say_duration() -> None:
+    """How long all of it will take here: nobody wants to guess whether to fetch a coffee or lunch."""
+    with waiting("measuring this machine"):
+        machine = measure_machine(HOME)
+    console.print(
+        f"all of it takes about {machine.demo_minutes:.0f} minutes on this machine, which multiplies matrices in "
+        f"{machine.number_type} at {machine.speed / 1e9:.0f} GFLOP/s and loads torch in {machine.import_s:.1f} s",
+        markup=False,
+        soft_wrap=True,
+    )
 
 
 def train_versions(summary: Summary) -> None:
