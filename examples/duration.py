@@ -1,8 +1,9 @@
 """How long the demo takes on this machine, from two measurements of some seconds.
 
 About half of the time is products of matrices, and most of the rest is processes that start: each loads torch, and much
-else. Both are measured here and compared with the machine on which whole demos were timed. Knows nothing of what an
-earlier, interrupted demo has done already, nor of how fast packages and the base model come over the network.
+else. Both are measured here and compared with a machine of two cores with AVX-512 on which whole demos took 14 minutes;
+how those divide was added up from their logs. Knows nothing of what an earlier, interrupted demo has done already, nor
+of how fast packages and the base model come over the network.
 """
 
 import time
@@ -15,9 +16,9 @@ from trainer.child_process import in_child_process
 
 _TOKENS, _WIDTH, _HEIGHT = 1_000, 576, 1_536
 """A batch of the example task, and the largest layer of its model."""
-_PRODUCTS = 1.3e14
+_PRODUCTS = 1.5e14
 """Floating-point operations, in products of that shape, that take as long as all that is computed."""
-_IMPORTS = 330.0
+_IMPORTS = 380.0
 """Imports of torch that take as long as all the rest."""
 
 
