@@ -11,8 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from benchmarks.matrix_share import measure_matrix_speed
+from svc.child_process import in_child_process
 from svc.engine.capabilities import NumberType, read_capabilities
-from trainer.child_process import in_child_process
 
 _TOKENS, _WIDTH, _HEIGHT = 1_000, 576, 1_536
 """A batch of the example task, and the largest layer of its model."""
@@ -23,7 +23,7 @@ _IMPORTS = 380.0
 
 
 @dataclass(frozen=True, slots=True)
-class Machine:
+class MachineSpeed:
     """What was measured.
 
     Attributes:
@@ -42,7 +42,7 @@ class Machine:
         return (_IMPORTS * self.import_s + _PRODUCTS / self.speed) / 60
 
 
-def measure_machine(home: Path) -> Machine:
+def measure_machine(home: Path) -> MachineSpeed:
     """Measures this machine.
 
     Args:
@@ -50,12 +50,12 @@ def measure_machine(home: Path) -> Machine:
     """
     number_type = read_capabilities(home).training_type
     speed, import_s = in_child_process(_measure, number_type)
-    return Machine(number_type, speed, import_s)
+    return MachineSpeed(number_type, speed, import_s)
 
 
 def _measure(number_type: NumberType) -> tuple[float, float]:
     started = time.perf_counter()
-    import torch  # noqa: F401
+    import torch  # noqa: F401 - how long that takes is what is measured
 
     import_s = time.perf_counter() - started
     return measure_matrix_speed(_TOKENS, _WIDTH, _HEIGHT, number_type, repeats=100), import_s

@@ -230,7 +230,8 @@ class Pipeline:
         """What a model has answered before, on an engine as it is started now."""
         facts = engine_facts(self.settings.engine, self.capabilities, model)
         folder = self.settings.home / "cache" / "evaluations"
-        return EvaluationCache(folder, revision, facts.key, str(self.recipe.evaluate.max_tokens))
+        longest, arguments = str(self.recipe.evaluate.max_tokens), " ".join(self.settings.engine.args)
+        return EvaluationCache(folder, revision, facts.key, arguments, longest)
 
     def _quantize(self) -> QuantizeSummary:
         summary = quantize_gptq(

@@ -19,12 +19,12 @@ from functools import partialmethod
 from pathlib import Path
 from typing import Any, get_args
 
+from svc.child_process import in_child_process
 from svc.dataset.example import ChatExample
 from svc.engine.capabilities import NumberType
 from svc.errors import RecipeError, TrainingError
 from svc.terminal import counting, waiting
 from trainer.attention import attention_implementation
-from trainer.child_process import in_child_process
 from trainer.fused_layers import join_fused_layers
 from trainer.library_output import library_output_to_log
 from trainer.recipe import Quantize, Recipe

@@ -6,7 +6,6 @@ parent.
 
 import logging
 import os
-import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -14,6 +13,7 @@ from contextlib import contextmanager
 from multiprocessing import get_context
 
 from monitoring.drift.production import ProductionChecks
+from svc.child_process import end_with_parent
 from svc.settings import Settings
 
 log = logging.getLogger(__name__)
@@ -54,7 +54,7 @@ class DriftWorker:
         # Spawned, not forked: the exporter has threads.
         context = get_context("spawn")
         while not self._stop.is_set():
-            process = context.Process(target=_work, args=(self._prepare, self._settings, os.getpid()), daemon=True)
+            process = context.Process(target=_work, args=(self._prepare, self._settings), daemon=True)
             process.start()
             while process.is_alive() and not self._stop.wait(_LOOK_EVERY_S):
                 pass
@@ -66,25 +66,18 @@ class DriftWorker:
             self._stop.wait(_PAUSE_S)
 
 
-def _work(prepare: Prepare, settings: Settings, parent: int) -> None:
+def _work(prepare: Prepare, settings: Settings) -> None:
     """The process: checks on one core until its parent is gone."""
     from threadpoolctl import threadpool_limits
 
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C goes to the parent too, which ends this one
+    end_with_parent()
     logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     os.nice(_NICENESS)
     check = prepare(settings)
     with threadpool_limits(1):
-        _check_until_orphaned(check, settings.monitor.drift_every_s, parent)
-
-
-def _check_until_orphaned(check: Callable[[], object], every_s: float, parent: int) -> None:
-    next_check = time.monotonic()
-    while os.getppid() == parent:
-        if time.monotonic() >= next_check:
+        while True:
             try:
                 check()
             except Exception:  # the boundary of this process: the next check may find what this one did not
                 log.exception("a check for drift failed")
-            next_check = time.monotonic() + every_s
-        time.sleep(_LOOK_EVERY_S)
+            time.sleep(settings.monitor.drift_every_s)

@@ -1,11 +1,11 @@
 """What the demo says of its length follows from what was measured."""
 
-from examples.duration import Machine
+from examples.duration import MachineSpeed
 from svc.engine.capabilities import NumberType
 
 
 def minutes(speed: float, import_s: float) -> float:
-    return Machine(NumberType.BFLOAT16, speed, import_s).demo_minutes
+    return MachineSpeed(NumberType.BFLOAT16, speed, import_s).demo_minutes
 
 
 def test_a_machine_that_is_half_as_fast_takes_twice_as_long() -> None:

@@ -11,8 +11,8 @@ from typing import NoReturn
 import psutil
 import pytest
 
+from svc.child_process import in_child_process
 from svc.errors import RecipeError, TrainingError
-from trainer.child_process import in_child_process
 
 
 def describe(text: str, *, times: int) -> tuple[int, str]:
@@ -64,8 +64,8 @@ def test_a_process_that_dies_is_told_from_one_that_the_system_killed(by: signal.
 CALLER = """
 import sys
 from pathlib import Path
-from tests.trainer.test_child_process import sleep_long
-from trainer.child_process import in_child_process
+from tests.svc.test_child_process import sleep_long
+from svc.child_process import in_child_process
 try:
     in_child_process(sleep_long, Path(sys.argv[1]))
 except KeyboardInterrupt:

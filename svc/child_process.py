@@ -49,12 +49,12 @@ def in_child_process(
         receiver.close()
     if not succeeded:
         raise outcome
-    return outcome
+    result: Result = outcome
+    return result
 
 
 def _work(sender: Connection, work: Callable[..., object], arguments: tuple[Any, ...], named: dict[str, Any]) -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal sends Ctrl-C to both; the caller ends this one
-    threading.Thread(target=_end_with_parent, name="parent", daemon=True).start()
+    end_with_parent()
     quiet_libraries()
     try:
         outcome = True, work(*arguments, **named)
@@ -65,11 +65,20 @@ def _work(sender: Connection, work: Callable[..., object], arguments: tuple[Any,
     sender.close()
 
 
-def _end_with_parent() -> None:
+def end_with_parent() -> None:
+    """Ends this process as soon as its parent is gone, whatever it does then; to be called first in a spawned one.
+
+    Ctrl-C is the parent's to hear: a terminal sends it to both.
+    """
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
     parent = parent_process()
-    assert parent is not None  # noqa: S101 - this is a child
-    parent.join()
-    os._exit(1)
+    assert parent is not None  # noqa: S101 - multiprocessing knows the parent of each process that it made
+
+    def watch() -> None:
+        parent.join()
+        os._exit(1)
+
+    threading.Thread(target=watch, name="parent", daemon=True).start()
 
 
 def _died(name: str, exit_code: int | None) -> TrainingError:
