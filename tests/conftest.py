@@ -1,5 +1,6 @@
 """What all tests share: hypothesis without a clock, no settings of the machine, and one MLflow store."""
 
+import gc
 import os
 import signal
 from collections.abc import Iterator
@@ -21,6 +22,14 @@ hypothesis.settings.load_profile("tuneserve")
 def _ctrl_c_is_heard() -> None:
     """A shell that starts the tests in the background has them ignore it, and what waits for it would wait forever."""
     signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+@pytest.fixture(autouse=True)
+def _what_lives_on_is_collected_once() -> Iterator[None]:
+    """Half a second for each collection in a process with PyTorch, and trainers collect again and again."""
+    yield
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True, scope="session")
