@@ -40,8 +40,10 @@ check: $(READY)
 test-fast: $(READY) $(PROMETHEUS)
 	$(BIN)/pytest -m "not slow and not matrix" -n auto --dist loadfile
 
+# An engine takes all processors, so those with engines come one after the other.
 test: $(READY) $(PROMETHEUS)
-	$(BIN)/pytest -m "not matrix"
+	$(BIN)/pytest -m "not matrix" --ignore tests/e2e -n auto --dist loadfile
+	$(BIN)/pytest -m "not matrix" tests/e2e
 
 # What is killed when, on the real engine: about half an hour. Then other examples than the fast tests try each time.
 test-matrix: $(READY) $(PROMETHEUS)

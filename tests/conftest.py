@@ -17,6 +17,14 @@ hypothesis.settings.register_profile("tuneserve", deadline=None, max_examples=50
 hypothesis.settings.register_profile("random", deadline=None, max_examples=200)
 hypothesis.settings.load_profile("tuneserve")
 
+gc.disable()  # while tests are collected: what they import stays, and to look through it again and again takes seconds
+
+
+def pytest_collection_finish() -> None:
+    """Leaves what was imported out of every collection from now on."""
+    gc.freeze()
+    gc.enable()
+
 
 @pytest.fixture(autouse=True, scope="session")
 def _ctrl_c_is_heard() -> None:
@@ -25,8 +33,8 @@ def _ctrl_c_is_heard() -> None:
 
 
 @pytest.fixture(autouse=True)
-def _what_lives_on_is_collected_once() -> Iterator[None]:
-    """Half a second for each collection in a process with PyTorch, and trainers collect again and again."""
+def _what_lives_on_is_looked_through_once() -> Iterator[None]:
+    """A collection takes half a second in a process with PyTorch, and trainers collect again and again."""
     yield
     gc.collect()
     gc.freeze()

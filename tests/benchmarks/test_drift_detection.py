@@ -67,6 +67,7 @@ def test_the_streams_have_what_is_replayed(streams: Streams) -> None:
     }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("grade", "most"), [("strong", 20), ("medium", 20), ("mild", 100)])
 def test_a_shift_is_found_within_a_few_requests(streams: Streams, grade: str, most: int) -> None:
     found = [delay(streams, "ours", grade, seed) for seed in SEEDS]

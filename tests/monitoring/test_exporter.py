@@ -213,6 +213,7 @@ def test_without_mlflow_there_are_no_training_figures_and_no_failure(registry: R
     assert "svc_training_loss{" not in answer.text
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("elsewhere", [False, True], ids=["of its home", "elsewhere"])
 def test_the_command_watches_a_server_and_ends_when_told(tmp_path: Path, elsewhere: bool) -> None:
     command = [sys.executable, "-m", "svc.cli", "--home", str(tmp_path / "home"), "monitor", "--port", "0"]

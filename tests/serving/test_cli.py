@@ -128,6 +128,7 @@ async def test_chat_ends_at_the_end_of_its_input(serving: Home) -> None:
     assert (await type_in(serving, "chat", NAME, answers="")).exit_code == 0
 
 
+@pytest.mark.slow
 def test_serve_runs_until_it_is_told_to_stop(home: Home) -> None:
     answers = list[int]()
 
@@ -153,6 +154,7 @@ def test_serve_runs_until_it_is_told_to_stop(home: Home) -> None:
         server_url(home.settings)
 
 
+@pytest.mark.slow
 async def test_serve_beside_another_server_starts_no_engine(serving: Home) -> None:
     error = error_of(await type_in(serving, "serve", f"{NAME}@2", "--port", "0"))
     assert isinstance(error, BusyError)
@@ -161,6 +163,7 @@ async def test_serve_beside_another_server_starts_no_engine(serving: Home) -> No
     assert desired is not None and desired.target == target(1)
 
 
+@pytest.mark.slow
 def test_serve_of_nothing_that_exists_starts_no_engine(home: Home) -> None:
     assert isinstance(error_of(type_now(home, "serve", f"{NAME}@9", "--port", "0")), NotFoundError)
     assert home.park.engines == []

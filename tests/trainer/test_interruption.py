@@ -20,6 +20,8 @@ from trainer.recipe import Method, Recipe
 from trainer.resumable_trainer import hear_signals_between_layers
 from trainer.sft import TrainingData, TrainingSummary, train_model
 
+pytestmark = pytest.mark.slow
+
 Interrupt = Callable[[int], None]
 
 

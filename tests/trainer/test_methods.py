@@ -21,6 +21,8 @@ from trainer.merge import merge_adapter, prove_full, unused_modules
 from trainer.recipe import Method, Recipe
 from trainer.sft import TrainingData, TrainingSummary, train_model
 
+pytestmark = pytest.mark.slow
+
 ADAPTED = [method for method in Method if method is not Method.FULL]
 IDS = torch.arange(40).reshape(2, 20)
 

@@ -26,6 +26,8 @@ from trainer.checkpoints import CheckpointFolder
 from trainer.recipe import Method, Recipe
 from trainer.sft import TrainingData, TrainingSummary, train_model
 
+pytestmark = pytest.mark.slow
+
 STEPS = 12  # three epochs of four steps
 BFLOAT16, FLOAT16, FLOAT32 = NumberType
 
@@ -340,7 +342,6 @@ def files(folder: Path) -> set[str]:
     return {os.path.join(root, name) for root, folders, names in os.walk(folder) for name in (*folders, *names)}
 
 
-@pytest.mark.slow
 def test_killed_at_any_moment_it_ends_the_same(tiny_base: Path, data: TrainingData, tmp_path: Path) -> None:
     """With SIGKILL, each time as soon as some other file of a checkpoint appears, whole or not."""
     a, b = tmp_path / "a", tmp_path / "b"

@@ -6,6 +6,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 LINES = 40_000
 _MEASURED = """
 import resource, sys
@@ -35,6 +37,7 @@ def peak_memory(path: Path, lines: int) -> int:
     return int(peak)
 
 
+@pytest.mark.slow
 def test_memory_grows_by_few_bytes_a_line(tmp_path: Path) -> None:
     few, many = (peak_memory(tmp_path / f"{lines}.jsonl", lines) for lines in (LINES // 40, LINES))
     # A start of 150 MiB leaves 360 bytes for each of a million lines.

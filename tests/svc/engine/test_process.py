@@ -106,6 +106,7 @@ async def test_it_is_started_when_it_answers(engine_in: Start) -> None:
     assert await engine.client.healthy()
 
 
+@pytest.mark.slow
 async def test_a_person_hears_what_it_is_doing(engine_in: Start, monkeypatch: pytest.MonkeyPatch) -> None:
     heard: list[EnginePhase] = []
     engine = engine_in("hang", start_timeout_s=2)  # a busy machine starts Python slowly
