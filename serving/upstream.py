@@ -13,6 +13,7 @@ from typing import Any
 import httpx
 
 from serving.hold import ENGINE_RETRY_S, OVERLOADED_RETRY_S
+from svc.engine.client import socket_transport
 from svc.errors import EngineError
 
 CONNECT_TIMEOUT_S = 5.0
@@ -69,15 +70,13 @@ class ContextLengthError(EngineRefusedError):
 def connect(socket: Path, *, silence_s: float) -> httpx.AsyncClient:
     """A client for requests to an engine; calls that manage the engine belong on another one.
 
-    A new connection for each request: on a unix socket it costs little, no pool has to be searched, and none of its
-    connections can be left over from an engine that is gone.
+    As many connections as there are requests: how many may run is for the gateway to say.
 
     Args:
         socket: the engine's unix socket.
         silence_s: longest wait for the next bytes, seconds.
     """
-    limits = httpx.Limits(max_connections=None, max_keepalive_connections=0)
-    transport = httpx.AsyncHTTPTransport(uds=str(socket), limits=limits)
+    transport = socket_transport(socket, max_connections=None)
     timeout = httpx.Timeout(silence_s, connect=CONNECT_TIMEOUT_S, pool=None)
     return httpx.AsyncClient(transport=transport, base_url="http://engine", timeout=timeout, trust_env=False)
 

@@ -101,6 +101,7 @@ def environment(spec: EngineSpec) -> dict[str, str]:
     """
     variables = {
         "VLLM_SERVER_DEV_MODE": "1",
+        "VLLM_RPC_BASE_PATH": str(spec.runtime),  # the sockets between its processes, which it leaves behind
         "VLLM_NO_USAGE_STATS": "1",
         "HF_HUB_OFFLINE": "1",
         "PYTHONUNBUFFERED": "1",

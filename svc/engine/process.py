@@ -87,7 +87,7 @@ class EngineProcess:
         """
         await asyncio.to_thread(end_engine, self.spec.state)  # and its memory is free again for the plan
         self.plan = await asyncio.to_thread(lambda: self.spec.plan)
-        self.spec.socket.unlink(missing_ok=True)
+        self._remove_sockets()
         self.spec.log.parent.mkdir(parents=True, exist_ok=True)
         self._spawn()
         try:
@@ -157,7 +157,13 @@ class EngineProcess:
         if self._child or self._process or read_record(self.spec.state):
             await asyncio.shield(asyncio.to_thread(self._end))
         await self.client.close()
-        self.spec.socket.unlink(missing_ok=True)
+        self._remove_sockets()
+
+    def _remove_sockets(self) -> None:
+        """Its own, and those between its processes: vLLM removes none."""
+        for path in self.spec.runtime.glob("*"):
+            if path.is_socket():
+                path.unlink(missing_ok=True)
 
     def _end(self) -> None:
         end_engine(self.spec.state, self._process)

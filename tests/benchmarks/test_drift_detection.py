@@ -30,6 +30,8 @@ from monitoring.drift.detector import Watch
 from monitoring.drift.feature_tests import number_stability
 from monitoring.drift.sample import Floats, Sample
 
+pytestmark = pytest.mark.slow
+
 SEEDS = range(3)
 LINES = 3
 """One of so many lines is taken, to save time."""
@@ -67,7 +69,6 @@ def test_the_streams_have_what_is_replayed(streams: Streams) -> None:
     }
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(("grade", "most"), [("strong", 20), ("medium", 20), ("mild", 100)])
 def test_a_shift_is_found_within_a_few_requests(streams: Streams, grade: str, most: int) -> None:
     found = [delay(streams, "ours", grade, seed) for seed in SEEDS]

@@ -6,6 +6,8 @@ from benchmarks.training_speed import SAME, Contestant, Run, Task, summary, trai
 from svc.engine.capabilities import NumberType
 from tests.trainer.conftest import make_example, make_model, make_recipe
 
+pytestmark = pytest.mark.slow
+
 CURVES = {
     Contestant.OURS: Run(100, 1.0, 1, (2.0, 1.0)),
     Contestant.ALIKE: Run(100, 1.0, 1, (2.02, 1.0)),

@@ -23,6 +23,7 @@ from serving.supervisor import Supervisor
 from serving.swap import Swap
 from serving.traffic import Traffic
 from serving.upstream import connect
+from svc.engine.client import socket_transport
 from svc.engine.probe import EngineFacts
 from svc.engine.state import EngineState
 from svc.registry.registry import Registry
@@ -151,7 +152,7 @@ class Control:
             settings=self.settings,
         )
         socket = self.sockets / "gateway.sock"
-        transport = httpx.AsyncHTTPTransport(uds=str(socket), limits=httpx.Limits(max_connections=None))
+        transport = socket_transport(socket, max_connections=None)
         async with (
             running(app, socket),
             httpx.AsyncClient(transport=transport, base_url="http://gateway", timeout=20) as client,

@@ -22,6 +22,7 @@ from serving.records import RecordWriter
 from serving.routing import Routes, Served
 from serving.traffic import Traffic
 from serving.upstream import connect
+from svc.engine.client import socket_transport
 from svc.registry.version import Format, VersionId
 from svc.settings import RecordSettings, ServeSettings
 from tests.serving.engine_double import EngineDouble, running_engine
@@ -148,7 +149,7 @@ class Service:
         """Calls the application through a real server, so that streams stream and connections break."""
         assert self.app is not None
         socket = self.folder / "gateway.sock"
-        transport = httpx.AsyncHTTPTransport(uds=str(socket))
+        transport = socket_transport(socket, max_connections=None)
         async with (
             running(self.app, socket),
             httpx.AsyncClient(transport=transport, base_url="http://gateway", timeout=20) as client,

@@ -18,6 +18,8 @@ from svc.store.drift import DriftAlarm, read_drift_alarms, read_drift_states
 from tests.monitoring.drift.conftest import Check
 from tests.monitoring.drift.traffic import NOON, Traffic, prompts, register, system_prompt, target
 
+pytestmark = pytest.mark.slow
+
 ALIKE = prompts("none")
 STRONG = prompts("strong")
 
@@ -57,7 +59,6 @@ def test_other_prompts_are_an_alarm_that_says_since_when_and_by_what(
     assert set(alarm.examples) <= set(shifted)
 
 
-@pytest.mark.slow
 def test_an_alarm_is_called_once_and_ends_when_traffic_is_as_before(
     check: Check, traffic: Traffic, store: Store
 ) -> None:
@@ -73,7 +74,6 @@ def test_an_alarm_is_called_once_and_ends_when_traffic_is_as_before(
     assert alarm.ended_at > NOON + timedelta(minutes=60)
 
 
-@pytest.mark.slow
 def test_who_checks_often_finds_the_same(
     registry: Registry, store: Store, check: Check, traffic: Traffic, tmp_path: Path
 ) -> None:
@@ -173,7 +173,6 @@ def test_an_alarm_ends_when_content_is_kept_no_more(
     assert [alarm.ended_at for alarm in alarms(store, Signal.INPUT)] == [traffic.now]
 
 
-@pytest.mark.slow
 def test_after_all_rows_were_forgotten_new_ones_are_seen(check: Check, traffic: Traffic, store: Store) -> None:
     """SQLite begins anew with its ids then."""
     traffic.ask(ALIKE[:60])
@@ -184,7 +183,6 @@ def test_after_all_rows_were_forgotten_new_ones_are_seen(check: Check, traffic: 
     assert check()[Signal.INPUT].status is Status.ALARM
 
 
-@pytest.mark.slow
 def test_questions_that_come_again_and_again_are_no_drift(registry: Registry, store: Store, traffic: Traffic) -> None:
     """Of held-out prompts that repeat, as many count as of live ones."""
     frequent, rare = ALIKE[:12], ALIKE[12:]
@@ -240,7 +238,6 @@ def test_the_examples_of_a_feature_are_those_in_which_it_moved(check: Check, tra
     assert set(alarm.examples) <= set(bad)
 
 
-@pytest.mark.slow
 def test_a_version_forgets_alarms_that_ended_long_ago(
     check: Check, traffic: Traffic, store: Store, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -290,7 +287,6 @@ def test_fewer_bad_ratings_are_no_alarm(check: Check, traffic: Traffic) -> None:
     assert check()[Signal.PEOPLE].status is Status.STEADY
 
 
-@pytest.mark.slow
 def test_without_a_version_before_its_own_first_ratings_are_the_reference(check: Check, traffic: Traffic) -> None:
     traffic.rate(traffic.ask(ALIKE[:99]), bad=6)
     assert check()[Signal.PEOPLE].status is Status.WAITING
@@ -304,7 +300,6 @@ def test_without_a_version_before_its_own_first_ratings_are_the_reference(check:
     assert report.items == 50
 
 
-@pytest.mark.slow
 def test_half_of_the_ratings_bad_where_few_were_is_seen_in_a_hundred(check: Check, traffic: Traffic) -> None:
     traffic.rate(traffic.ask(ALIKE[:200], number=2), bad=12)
     for start in range(200, 300, 10):
@@ -358,7 +353,6 @@ def test_rows_that_were_forgotten_are_no_trouble(check: Check, traffic: Traffic,
     assert check()[Signal.INPUT].status is Status.STEADY
 
 
-@pytest.mark.slow
 def test_two_thousand_requests_take_less_than_ten_seconds_of_a_core(
     check: Check, traffic: Traffic, monkeypatch: pytest.MonkeyPatch
 ) -> None:

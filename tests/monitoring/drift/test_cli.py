@@ -16,6 +16,8 @@ from tests.monitoring.drift.conftest import Check
 from tests.monitoring.drift.traffic import Traffic, prompts, target
 from tests.monitoring.test_cli import STATE, serving
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture
 def production(registry: Registry, store: Store) -> None:

@@ -5,13 +5,14 @@ from collections.abc import Sequence
 from datetime import UTC, datetime, timedelta
 from functools import cache
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 from sqlalchemy import Engine as Store
 from sqlalchemy import select, update
 
 from svc.dataset.example import ChatExample, Message, Role
 from svc.dataset.reader import read_examples, write_examples
-from svc.dataset.text_space import TEXT_SPACE_FILE, TextSpace, fit_text_space, save_text_space
+from svc.dataset.text_space import TEXT_SPACE_FILE, fit_text_space, save_text_space
 from svc.engine.probe import Probe
 from svc.evaluation.results import ExampleResult, write_results
 from svc.registry.files import record_files
@@ -50,10 +51,13 @@ def prompts(grade: str) -> tuple[str, ...]:
 
 
 @cache
-def text_space() -> TextSpace:
-    """Of the example's training prompts."""
+def text_space() -> bytes:
+    """The file of that of the example's training prompts; to fit and to compress it takes seconds."""
     examples = read_examples(TASK / "train.jsonl")
-    return fit_text_space([example.question for example in examples], [example.answer for example in examples])
+    space = fit_text_space([example.question for example in examples], [example.answer for example in examples])
+    with TemporaryDirectory() as folder:
+        save_text_space(file := Path(folder) / TEXT_SPACE_FILE, space)
+        return file.read_bytes()
 
 
 def register(
@@ -78,7 +82,7 @@ def register(
         heldout = [_asking(heldout[place % len(heldout)], text) for place, text in enumerate(prompts)]
     write_examples(folder / HELDOUT_FILE, heldout)
     if space:
-        save_text_space(folder / REFERENCE_FOLDER / TEXT_SPACE_FILE, text_space())
+        (folder / REFERENCE_FOLDER / TEXT_SPACE_FILE).write_bytes(text_space())
         results = [result(example.answer, right=place % GOOD_SHARE > 0) for place, example in enumerate(heldout)]
         if cut:
             results = [one.model_copy(update=CUT) for one in results]

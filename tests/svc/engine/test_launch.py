@@ -98,6 +98,7 @@ def test_the_environment_opens_the_reload_and_closes_the_network(
     monkeypatch.setenv("HF_HUB_OFFLINE", "0")
     variables = environment(spec(tmp_path))
     assert variables["VLLM_SERVER_DEV_MODE"] == "1"
+    assert variables["VLLM_RPC_BASE_PATH"] == str(tmp_path / "run")  # and not where all users write
     assert variables["HF_HUB_OFFLINE"] == "1"
     assert variables["VLLM_NO_USAGE_STATS"] == "1"
     assert variables["MINE"] == "kept"

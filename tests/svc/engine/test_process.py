@@ -4,6 +4,7 @@ import asyncio
 import json
 import re
 import signal
+import socket
 import subprocess
 import sys
 from collections.abc import AsyncIterator, Callable, Iterator
@@ -122,6 +123,22 @@ async def test_stopping_ends_it_and_takes_its_socket_away(engine_in: Start) -> N
     assert not lives(pid_of(engine))
     assert not engine.spec.socket.exists()
     assert await engine.wait() == -signal.SIGTERM
+
+
+async def test_the_sockets_between_its_processes_go_with_it_and_those_of_one_that_was_killed_before(
+    engine_in: Start, folder: Path
+) -> None:
+    def bind(name: str) -> None:
+        with socket.socket(socket.AF_UNIX) as left:
+            left.bind(str(folder / name))
+
+    bind("of-one-before")
+    engine = engine_in("family")
+    await engine.start()
+    assert [path.name for path in folder.iterdir() if path.is_socket()] == [engine.spec.socket.name]
+    bind("its-own")
+    await engine.stop()
+    assert not [path for path in folder.iterdir() if path.is_socket()]
 
 
 async def test_stopping_ends_its_children_too(engine_in: Start) -> None:
