@@ -38,7 +38,7 @@ check: $(READY)
 	$(BIN)/lint-imports
 
 test-fast: $(READY) $(PROMETHEUS)
-	$(BIN)/pytest -m "not slow and not matrix" -n auto --dist loadfile
+	$(BIN)/pytest -m "not slow and not matrix" --hypothesis-profile=quick -n auto --dist worksteal
 
 # An engine takes all processors, so those with engines come one after the other.
 test: $(READY) $(PROMETHEUS)
@@ -48,7 +48,7 @@ test: $(READY) $(PROMETHEUS)
 # What is killed when, on the real engine: about half an hour. Then other examples than the fast tests try each time.
 test-matrix: $(READY) $(PROMETHEUS)
 	$(BIN)/pytest -m matrix
-	$(BIN)/pytest -m "not slow and not matrix" --hypothesis-profile=random -n auto --dist loadfile
+	$(BIN)/pytest -m "not slow and not matrix" --hypothesis-profile=random -n auto --dist worksteal
 
 # False alarms and delays of drift detection, beside Kolmogorov-Smirnov and PSI; REPLAYS=20 for a quick look.
 REPLAYS ?= 200

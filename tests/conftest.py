@@ -12,8 +12,10 @@ import pytest
 from svc.registry.tracking import Tracking
 from tests.command_line import Svc
 
-# A busy machine is no failure. Two runs of one commit try the same examples; `make test-matrix` looks for others.
+# A busy machine is no failure. Two runs of one commit try the same examples: a few in `make test-fast`, more in
+# `make test`. `make test-matrix` looks for others.
 hypothesis.settings.register_profile("tuneserve", deadline=None, max_examples=50, derandomize=True)
+hypothesis.settings.register_profile("quick", deadline=None, max_examples=15, derandomize=True)
 hypothesis.settings.register_profile("random", deadline=None, max_examples=200)
 hypothesis.settings.load_profile("tuneserve")
 
