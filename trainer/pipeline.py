@@ -28,7 +28,7 @@ from svc.engine.process import EngineProcess
 from svc.engine.runtime import runtime_folder
 from svc.errors import DiskSpaceError, IntegrityError, InterruptedRunError, SvcError, TrainingError
 from svc.evaluation.cache import EvaluationCache
-from svc.evaluation.evaluator import EvaluationReport, judge
+from svc.evaluation.evaluator import CONCURRENCY, EvaluationReport, judge
 from svc.evaluation.metrics import paired_difference
 from svc.evaluation.results import write_results
 from svc.lock import hold_lock
@@ -347,7 +347,9 @@ class Pipeline:
         return Qualifier(self.launch or self._launch_process, facts, self.recipe, self.examples.heldout)
 
     def _launch_process(self, model: Path) -> EngineProcess:
-        home = self.settings.home
+        home, engine = self.settings.home, self.settings.engine
+        # No more keys and values than an evaluation uses: to fill 3 GiB with zeros takes 4 s of each start.
+        together = min(engine.max_concurrency, CONCURRENCY)
         spec = EngineSpec(
             model=model,
             served_name=self.recipe.name,
@@ -356,7 +358,7 @@ class Pipeline:
             log=self.run.folder / "engine.log",
             cache=home / "cache" / "vllm",
             capabilities=self.capabilities,
-            settings=self.settings.engine,
+            settings=engine.model_copy(update={"max_concurrency": together}),
         )
         return EngineProcess(spec)
 

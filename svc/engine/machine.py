@@ -43,6 +43,7 @@ class Machine:
             the limits of its cgroup. Files that the kernel keeps in memory count as used under such a limit, because
             vLLM counts them so before it takes memory.
         gpus: those that `CUDA_VISIBLE_DEVICES` leaves; empty where `nvidia-smi` says nothing.
+        nodes: how many memory nodes those cores belong to.
         threads_bind: what the environment says in vLLM's own `VLLM_CPU_OMP_THREADS_BIND`.
     """
 
@@ -51,6 +52,7 @@ class Machine:
     memory: int
     free: int
     gpus: tuple[Gpu, ...] = ()
+    nodes: int = 1
     threads_bind: str | None = None
 
 
@@ -70,6 +72,7 @@ def read_machine(*, gpus: bool) -> Machine:
         memory=min([system.total, *(limit for limit, _ in limits)]),
         free=max(0, min(free)),
         gpus=visible_gpus(_ask_gpus(), os.environ.get("CUDA_VISIBLE_DEVICES")) if gpus else (),
+        nodes=len({entry.parent for core in cores for entry in _NODES.glob(f"node*/cpu{core}")}) or 1,
         threads_bind=os.environ.get(_THREADS_VARIABLE) or None,
     )
 

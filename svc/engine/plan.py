@@ -37,6 +37,9 @@ _WIDE = (NumberType.FLOAT32.value, "float")
 _VLLM_KERNELS = "CPUWNA16LinearKernel,ZentorchWNA16LinearKernel"
 """vLLM's own kernels for 4-bit weights on a CPU. The first says yes also where its operator is missing, the second
 where the package zentorch is installed; both are asked before a plugin's."""
+_ONE_PROCESS = "vllm.v1.executor.uniproc_executor.UniProcExecutor"
+"""vLLM's executor for a model in the process of its scheduler. By the short name, `uni`, a CPU gets `mp` in its place,
+a process of its own in which vLLM sets how OpenMP binds its threads."""
 _OTHER_PARALLELISM = (("--pipeline-parallel-size", "-pp"), ("--data-parallel-size", "-dp"))
 
 
@@ -144,7 +147,10 @@ class _Planner:
         common = [self._which_device(), length, concurrency, dtype, *kernels, self._eager(), block]
         if self._cpu:
             wide = is_wide(dtype)
-            own = [self._threads(ranks), self._kv_cache(length, concurrency, block, ranks, wide=wide), parallel]
+            executor = self._executor(ranks)
+            threads = self._threads(ranks, bindable=executor.value != _ONE_PROCESS)
+            cache = self._kv_cache(length, concurrency, block, ranks, wide=wide)
+            own = [executor, threads, cache, parallel]
         else:
             own = [self._gpu_share(ranks), parallel]
         flags = [self._left_to_vllm("enable-prefix-caching"), self._left_to_vllm("enable-chunked-prefill")]
@@ -192,7 +198,18 @@ class _Planner:
         # The prefix cache keeps whole blocks: with vLLM's 128 tokens most of a short prompt is read again each time.
         return _argument(Choice(name, _BLOCK_SIZE, Origin.DEFAULT, "tokens; short prompts share whole blocks"))
 
-    def _threads(self, ranks: int) -> Choice:
+    def _executor(self, ranks: int) -> Choice:
+        name, machine = "distributed_executor_backend", self._machine
+        if (value := given(self._args, "--distributed-executor-backend")) is not None:
+            return Choice(name, value, Origin.ARGS)
+        if ranks > 1 or any(given(self._args, *options) is not None for options in _OTHER_PARALLELISM):
+            return Choice(name, AUTO, Origin.VLLM, "a process for each rank")
+        if machine.threads_bind is not None or machine.nodes > 1:
+            return Choice(name, AUTO, Origin.VLLM, "binds threads to cores")
+        # One import of torch and vLLM less, 8 of 32 s; its tokens come a tenth faster, and it takes 0.7 GiB less.
+        return _argument(Choice(name, _ONE_PROCESS, Origin.MACHINE, "no thread is far from its memory"))
+
+    def _threads(self, ranks: int, *, bindable: bool) -> Choice:
         name, variable = "threads", "VLLM_CPU_OMP_THREADS_BIND"
         cores, quota, bound = self._machine.cores, self._machine.quota, self._machine.threads_bind
         if bound is not None:
@@ -200,14 +217,14 @@ class _Planner:
         if ranks > 1:
             return Choice(name, AUTO, Origin.VLLM, "one memory node for each rank")
         if quota is not None and quota < len(cores):
-            count = max(1, int(quota))
             # Bound to numbered cores, all containers of a host would crowd on its first ones.
-            variables = ((variable, "nobind"), ("OMP_NUM_THREADS", str(count)))
-            return Choice(name, count, Origin.MACHINE, f"a quota of {quota:g} cores", variables=variables)
+            count, reason, bindable = max(1, int(quota)), f"a quota of {quota:g} cores", False
+        else:
+            # vLLM's own choice leaves a core unused; all of them decode half as fast again.
+            count, reason = len(cores), f"{_counted(len(cores), 'core')} of this process"
         numbers = ",".join(str(core) for core in cores)
-        # vLLM's own choice leaves a core unused; all of them decode half as fast again.
-        reason = f"{_counted(len(cores), 'core')} of this process"
-        return Choice(name, len(cores), Origin.MACHINE, reason, variables=((variable, numbers),))
+        free = ((variable, "nobind"), ("OMP_NUM_THREADS", str(count)))
+        return Choice(name, count, Origin.MACHINE, reason, variables=((variable, numbers),) if bindable else free)
 
     def _kv_cache(self, length: Choice, concurrency: Choice, block: Choice, ranks: int, *, wide: bool) -> Choice:
         name, setting = "kv_cache_memory_bytes", self._settings.kv_cache_gib

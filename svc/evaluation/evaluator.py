@@ -19,7 +19,8 @@ from svc.errors import EngineError
 from svc.evaluation.metrics import Estimate, is_json, matches, mean, proportion
 from svc.evaluation.results import ExampleResult
 
-_CONCURRENCY = 16
+CONCURRENCY = 16
+"""So many requests are under way together."""
 
 
 class EvaluationReport(BaseModel):
@@ -78,7 +79,7 @@ async def evaluate(
     Raises:
         EngineError: the engine failed a request; there is no report over a part of the examples.
     """
-    places = asyncio.Semaphore(_CONCURRENCY)
+    places = asyncio.Semaphore(CONCURRENCY)
 
     async def ask(example: ChatExample) -> ExampleResult:
         async with places:

@@ -106,7 +106,7 @@ def test_the_environment_opens_the_reload_and_closes_the_network(
 
 def test_the_engine_may_use_the_cores_that_this_process_may(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {5, 3})
-    assert environment(spec(tmp_path))["VLLM_CPU_OMP_THREADS_BIND"] == "3,5"
+    assert environment(spec(tmp_path))["OMP_NUM_THREADS"] == "2"
 
 
 def test_the_size_of_the_cache_is_not_overruled_by_an_inherited_variable(
@@ -126,7 +126,7 @@ def test_one_engine_has_one_plan_whatever_the_machine_does_meanwhile(
     before = made.plan
     monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {1, 2, 3})
     assert made.plan is before
-    assert environment(made)["VLLM_CPU_OMP_THREADS_BIND"] == "1"
+    assert environment(made)["OMP_NUM_THREADS"] == "1"
 
 
 def test_a_load_format_in_the_arguments_is_not_passed_twice(tmp_path: Path) -> None:

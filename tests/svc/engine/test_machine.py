@@ -107,6 +107,15 @@ def test_free_memory_is_that_of_the_first_cores_node(limits: Limits, monkeypatch
     assert read_machine(gpus=False).free == 1030 * 1024
 
 
+@pytest.mark.parametrize(("cores", "nodes"), [({0, 1}, 1), ({0, 1, 2}, 2), ({2, 3}, 2), ({7}, 1)])
+def test_memory_nodes_are_those_of_its_cores(
+    limits: Limits, monkeypatch: pytest.MonkeyPatch, cores: set[int], nodes: int
+) -> None:
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: cores)
+    limits("", {f"node/node{node}/cpu{core}": "" for node, core in ((0, 0), (0, 1), (1, 2), (2, 3))})
+    assert read_machine(gpus=False).nodes == nodes  # of core 7 nothing is known
+
+
 def test_vllms_own_variable_for_threads_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", "0-1")
     assert read_machine(gpus=False).threads_bind == "0-1"

@@ -49,11 +49,38 @@ def origin_and_value(plan: EnginePlan, name: str) -> tuple[Origin, object]:
     return plan[name].origin, plan[name].value
 
 
-def test_threads_are_all_cores_of_the_process() -> None:
+def test_model_and_scheduler_share_a_process_with_as_many_threads_as_cores() -> None:
     made = plan(machine=replace(HOST, cores=(2, 5)))
+    assert made["distributed_executor_backend"].origin is Origin.MACHINE
+    assert made.arguments[made.arguments.index("--distributed-executor-backend") + 1].endswith(".UniProcExecutor")
+    assert origin_and_value(made, "threads") == (Origin.MACHINE, 2)
+    assert made.variables["VLLM_CPU_OMP_THREADS_BIND"] == "nobind"
+    assert made.variables["OMP_NUM_THREADS"] == "2"
+
+
+APART = [
+    ({"args": ("--distributed-executor-backend", "mp")}, {}, Origin.ARGS),
+    ({"args": ("-pp", "2")}, {}, Origin.VLLM),
+    ({"args": ("--data-parallel-size=2",)}, {}, Origin.VLLM),
+    ({"args": ("--pipeline-parallel-size", "2")}, {}, Origin.VLLM),
+    ({}, {"nodes": 2}, Origin.VLLM),
+]
+
+
+@pytest.mark.parametrize(("settings", "machine", "origin"), APART)
+def test_with_a_process_of_its_own_the_model_has_threads_bound_to_all_cores(
+    settings: dict[str, Any], machine: dict[str, Any], origin: Origin
+) -> None:
+    made = plan(machine=replace(HOST, cores=(2, 5), **machine), **settings)
+    assert made["distributed_executor_backend"].origin is origin
+    assert "--distributed-executor-backend" not in made.arguments
     assert origin_and_value(made, "threads") == (Origin.MACHINE, 2)
     assert made.variables["VLLM_CPU_OMP_THREADS_BIND"] == "2,5"
     assert "OMP_NUM_THREADS" not in made.variables
+
+
+def test_a_gpu_has_vllms_own_executor() -> None:
+    assert "--distributed-executor-backend" not in plan(GPU, machine=replace(HOST, gpus=(H100,))).arguments
 
 
 @pytest.mark.parametrize(("quota", "threads"), [(2.0, "2"), (2.9, "2"), (0.5, "1"), (1.0, "1")])
@@ -219,8 +246,13 @@ def test_compiled_kernels_are_kept_under_the_home() -> None:
 
 
 def test_rows_are_for_people_and_machines() -> None:
-    row = plan(kv_cache_gib=2).rows()[7]
-    assert row == {"name": "kv_cache_memory_bytes", "value": 2 * GIB, "origin": "setting", "reason": "2.0 GiB"}
+    rows = plan(kv_cache_gib=2).rows()
+    assert next(row for row in rows if row["name"] == "kv_cache_memory_bytes") == {
+        "name": "kv_cache_memory_bytes",
+        "value": 2 * GIB,
+        "origin": "setting",
+        "reason": "2.0 GiB",
+    }
 
 
 sizes = st.integers(2**28, 2**42)
