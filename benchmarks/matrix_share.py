@@ -12,8 +12,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from svc.engine.capabilities import NumberType
-from trainer.recipe import Recipe
-from trainer.training_example import TrainingExample
+from trainer.data.chat_template import TrainingExample
+from trainer.recipe.sections import Recipe
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,9 +76,9 @@ def plan_batches(rows: Sequence[TrainingExample], recipe: Recipe) -> list[Batch]
     import torch
     from torch.nn.utils.rnn import pad_sequence
 
-    from trainer.answer_trainer import shared_prefix
-    from trainer.batch_order import BatchOrder
-    from trainer.training_example import IGNORED
+    from trainer.data.chat_template import IGNORED
+    from trainer.data.length_grouped_sampler import BatchOrder
+    from trainer.training.loss import shared_prefix
 
     size = recipe.train.batch_size
     order = list(BatchOrder([len(row.input_ids) for row in rows], size, recipe.train.seed))

@@ -32,7 +32,7 @@ from svc.dataset.reader import read_examples
 from svc.engine.capabilities import NumberType, read_capabilities
 from svc.settings import load_settings
 from svc.terminal import counting, output, print_json
-from trainer.recipe import Recipe, load_recipe
+from trainer.recipe.sections import Recipe, load_recipe
 
 TASK = Path(__file__).parents[1] / "examples" / "debian-triage"
 BATCH = 16
@@ -122,7 +122,7 @@ def train(contestant: Contestant, task: Task) -> Run:
 
 def _train_ours(_: Contestant, task: Task, folder: Path) -> tuple[int, float, tuple[float, ...]]:
     """As `svc train` does."""
-    from trainer.sft import TrainingData, train_model
+    from trainer.training.sft import TrainingData, train_model
 
     summary = train_model(
         task.base,
@@ -142,11 +142,11 @@ def _train_trl(contestant: Contestant, task: Task, folder: Path) -> tuple[int, f
     from transformers import AutoModelForCausalLM, set_seed
     from trl import SFTConfig, SFTTrainer
 
-    from trainer.adapters import adapter_config
-    from trainer.batch_order import BatchOrder
-    from trainer.sft import count_steps
-    from trainer.targets import target_modules
-    from trainer.training_example import load_tokenizer, stop_tokens, tokenize_examples
+    from trainer.data.chat_template import load_tokenizer, stop_tokens, tokenize_examples
+    from trainer.data.length_grouped_sampler import BatchOrder
+    from trainer.model.peft_config import adapter_config
+    from trainer.model.target_modules import target_modules
+    from trainer.training.sft import count_steps
 
     recipe, tokenizer = task.recipe, load_tokenizer(task.base)
     rows = tokenize_examples(tokenizer, task.examples, stop_tokens(task.base, tokenizer))
@@ -190,9 +190,9 @@ def _train_trl(contestant: Contestant, task: Task, folder: Path) -> tuple[int, f
 
 def _machine_share(task: Task) -> tuple[float, float]:
     """Operations that our training needs, and the speed of bare products with as many tokens as its steps have."""
-    from trainer.adapters import add_adapter, load_model
-    from trainer.sft import count_steps
-    from trainer.training_example import load_tokenizer, stop_tokens, tokenize_examples
+    from trainer.data.chat_template import load_tokenizer, stop_tokens, tokenize_examples
+    from trainer.model.peft_config import add_adapter, load_model
+    from trainer.training.sft import count_steps
 
     tokenizer = load_tokenizer(task.base)
     rows = tokenize_examples(tokenizer, task.examples, stop_tokens(task.base, tokenizer))
@@ -262,7 +262,7 @@ def _times_as_fast(rounds: Sequence[Round], rival: Contestant) -> dict[str, Any]
 @click.option("--json", "as_json", is_flag=True, help="Print JSON for machines.")
 def main(pairs: int, steps: int, curve_steps: int, number_type: NumberType | None, as_json: bool) -> None:
     """Measure training beside plain TRL on the example task: 25 minutes on two cores."""
-    from trainer.base_model import resolve_base
+    from trainer.base.resolve import resolve_base
 
     settings = load_settings()
     number_type = number_type or read_capabilities(settings.home).training_type

@@ -1,7 +1,8 @@
 """One settings object for all rooms: defaults < svc.yaml < `SVC_*` environment < flags.
 
 An unknown key is an error wherever it stands, because a misspelt setting that is ignored is found at 3 in the
-morning. What a recipe says (trainer/recipe.py) is not a setting: settings belong to a machine, recipes to a model.
+morning. What a recipe says (trainer/recipe/sections.py) is not a setting: settings belong to a machine, recipes to a
+model.
 """
 
 import os

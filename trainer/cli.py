@@ -9,8 +9,8 @@ import click
 from svc.invocation import json_option, settings_of
 
 if TYPE_CHECKING:
-    from trainer.recipe import Recipe
-    from trainer.run import Run
+    from trainer.pipeline.run_folder import Run
+    from trainer.recipe.sections import Recipe
 
 
 @click.command()
@@ -26,8 +26,8 @@ def train(
     """Make a version of RECIPE, from where an earlier try was interrupted."""
     from svc.dataset.bad_lines import BadLines
     from svc.terminal import console, quiet_libraries
-    from trainer.recipe import load_recipe
-    from trainer.run import read_run_examples
+    from trainer.pipeline.run_folder import read_run_examples
+    from trainer.recipe.sections import load_recipe
 
     quiet_libraries()
     settings = settings_of(ctx)
@@ -36,8 +36,8 @@ def train(
     examples = read_run_examples(loaded, cache=settings.base_cache, bad_lines=bad_lines)
     if bad_lines and bad_lines.count:
         console.print(f"[yellow]left out {bad_lines.count} bad lines: they lie in {bad_lines.folder}[/yellow]")
-    from trainer.pipeline import find_base, open_pipeline
-    from trainer.quick import quick_trial
+    from trainer.pipeline.quick_trial import quick_trial
+    from trainer.pipeline.stages import find_base, open_pipeline
 
     base = find_base(loaded, settings)
     made = quick_trial(loaded, examples) if quick else (loaded, examples)
@@ -58,9 +58,9 @@ def train(
 def _foretell(recipe: "Recipe", run: "Run") -> None:
     """Says what the whole run will take."""
     from svc.terminal import console
-    from trainer.quick import whole_run_seconds
-    from trainer.run import Stage
-    from trainer.sft import TrainingSummary
+    from trainer.pipeline.quick_trial import whole_run_seconds
+    from trainer.pipeline.run_folder import Stage
+    from trainer.training.sft import TrainingSummary
 
     seconds = whole_run_seconds(recipe, run.load(Stage.TRAIN, TrainingSummary))
     console.print("the set-up works")

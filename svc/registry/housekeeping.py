@@ -21,7 +21,7 @@ from svc.store.swaps import find_swap
 
 _DAY_S = 86_400
 _RUNS, _LOCK, _REGISTERED = "runs", "lock", "register.json"
-"""Where runs are, and what is in each (trainer.run)."""
+"""Where runs are, and what is in each (trainer.pipeline.run_folder)."""
 _REMOVING = ".removing"
 """Beside the versions of a name: held by whoever removes one."""
 

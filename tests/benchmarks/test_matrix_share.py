@@ -9,10 +9,10 @@ from torch.utils.flop_counter import FlopCounterMode
 from benchmarks.matrix_share import Batch, Shape, measure_matrix_speed, needed_flops, plan_batches, read_shape
 from svc.engine.capabilities import NumberType
 from tests.trainer.conftest import make_example, make_model, make_recipe
-from trainer.adapters import add_adapter, load_model
-from trainer.batch_order import BatchOrder
-from trainer.recipe import Method
-from trainer.training_example import load_tokenizer, stop_tokens, tokenize_examples
+from trainer.data.chat_template import load_tokenizer, stop_tokens, tokenize_examples
+from trainer.data.length_grouped_sampler import BatchOrder
+from trainer.model.peft_config import add_adapter, load_model
+from trainer.recipe.sections import Method
 
 EXAMPLES = [make_example(f"number {'x' * number}", "red") for number in range(12)]
 BATCH = Batch(rows=3, length=10, shared=4, answers=5)

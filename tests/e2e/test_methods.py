@@ -10,7 +10,7 @@ import pytest
 from examples.service import serving, svc_json
 from svc.registry.version import Format
 from tests.e2e.conftest import PROMPTS, Report
-from trainer.recipe import Method
+from trainer.recipe.sections import Method
 
 pytestmark = [pytest.mark.matrix]
 

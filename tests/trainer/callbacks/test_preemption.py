@@ -1,0 +1,218 @@
+"""A signal is heard in the middle of a step, of a measurement and of loading, and what is saved goes on bit-equal."""
+
+import os
+import signal
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from svc.dataset.example import ChatExample
+from svc.engine.capabilities import NumberType
+from svc.errors import InterruptedRunError
+from tests.trainer.conftest import make_recipe
+from trainer.callbacks.preemption import Interruption, StepAbandoned, interruption
+from trainer.recipe.sections import Method, Recipe
+from trainer.training import sft
+from trainer.training import trainer as resumable_trainer
+from trainer.training.sft import TrainingData, TrainingSummary, train_model
+from trainer.training.trainer import hear_signals_between_layers
+
+pytestmark = pytest.mark.slow
+
+Interrupt = Callable[[int], None]
+
+
+def make(method: Method = Method.LORA, **sections: Any) -> Recipe:
+    """Twelve steps of two batches, with random numbers in each: dropout, and noise on the embeddings."""
+    train = {"batch_size": 3, "gradient_accumulation": 2, "epochs": 6, "learning_rate": 1e-2, "neftune_alpha": 5}
+    adapter: dict[str, Any] = {} if method is Method.FULL else {"rank": 4}
+    if method not in (Method.FULL, Method.ADALORA):
+        adapter["dropout"] = 0.1
+    return make_recipe(**{"method": method.value, "adapter": adapter, "train": train} | sections)
+
+
+@pytest.fixture
+def data(examples: list[ChatExample]) -> TrainingData:
+    return TrainingData(examples, examples[:5])
+
+
+def train(
+    base: Path,
+    data: TrainingData,
+    recipe: Recipe,
+    folder: Path,
+    number_type: NumberType = NumberType.BFLOAT16,
+) -> TrainingSummary:
+    out, checkpoints = folder / "trained", folder / "checkpoints"
+    summary = train_model(base, data, recipe, out, checkpoints, number_type=number_type)
+    return replace(summary, seconds=0, tokens_per_second=0)
+
+
+def weights(folder: Path) -> bytes:
+    return next((folder / "trained").glob("*.safetensors")).read_bytes()
+
+
+def signal_at_call(patch: pytest.MonkeyPatch, owner: Any, name: str, call: int) -> None:
+    """Sends SIGTERM after so many calls of a function, before it returns."""
+    original, calls = getattr(owner, name), 0
+
+    def counted(*args: Any, **options: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        result = original(*args, **options)
+        if calls == call:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return result
+
+    patch.setattr(owner, name, counted)
+
+
+@pytest.mark.parametrize(
+    ("method", "batch", "step"),
+    [
+        (Method.LORA, 1, 0),
+        (Method.LORA, 4, 1),
+        (Method.LORA, 5, 2),
+        (Method.LORA, 9, 4),
+        (Method.FULL, 6, 2),
+        (Method.ADALORA, 4, 1),
+    ],
+)
+def test_a_step_that_was_given_up_is_taken_again(
+    tiny_base: Path,
+    data: TrainingData,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    method: Method,
+    batch: int,
+    step: int,
+) -> None:
+    """In the first or second batch of a step; each epoch has two steps."""
+    whole = train(tiny_base, data, make(method), tmp_path / "a")
+    with monkeypatch.context() as patch:
+        signal_at_call(patch, resumable_trainer.ResumableTrainer, "compute_loss", batch)
+        with pytest.raises(InterruptedRunError, match=f"SIGTERM after step {step} of 12"):
+            train(tiny_base, data, make(method), tmp_path / "b")
+    assert train(tiny_base, data, make(method), tmp_path / "b") == whole
+    assert weights(tmp_path / "b") == weights(tmp_path / "a")
+
+
+def test_so_it_is_in_float32(
+    tiny_base: Path, data: TrainingData, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = train(tiny_base, data, make(), tmp_path / "a", NumberType.FLOAT32)
+    with monkeypatch.context() as patch:
+        signal_at_call(patch, resumable_trainer.ResumableTrainer, "compute_loss", 6)
+        with pytest.raises(InterruptedRunError, match="SIGTERM after step 2 of 12"):
+            train(tiny_base, data, make(), tmp_path / "b", NumberType.FLOAT32)
+    assert train(tiny_base, data, make(), tmp_path / "b", NumberType.FLOAT32) == whole
+    assert weights(tmp_path / "b") == weights(tmp_path / "a")
+
+
+STOPPING = {"every_steps": 2, "keep_best": True}
+
+
+@pytest.mark.parametrize(
+    ("method", "measurement"),
+    [(Method.LORA, 1), (Method.LORA, 4), (Method.LORA, 6), (Method.FULL, 2), (Method.FULL, 6)],
+)
+def test_a_measurement_that_was_given_up_is_made_again(
+    tiny_base: Path,
+    data: TrainingData,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    method: Method,
+    measurement: int,
+) -> None:
+    """In its second batch; the sixth comes after the last step."""
+    check_measurement(tiny_base, data, make(method, stopping=STOPPING), tmp_path, monkeypatch, measurement)
+
+
+def test_a_measurement_that_was_given_up_may_be_the_one_that_ends_the_run(
+    tiny_base: Path, data: TrainingData, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    train = {"batch_size": 3, "epochs": 6, "learning_rate": 0.3}  # so high that the loss rises
+    recipe = make(stopping=STOPPING | {"patience": 1}, train=train)
+    summary = check_measurement(tiny_base, data, recipe, tmp_path, monkeypatch, 4)
+    assert summary.steps == 8
+
+
+def check_measurement(
+    base: Path, data: TrainingData, recipe: Recipe, folder: Path, monkeypatch: pytest.MonkeyPatch, measurement: int
+) -> TrainingSummary:
+    whole = train(base, data, recipe, folder / "a")
+    with monkeypatch.context() as patch:
+        signal_at_call(patch, resumable_trainer, "answer_loss", 2 * measurement)
+        with pytest.raises(InterruptedRunError, match=f"SIGTERM after step {2 * measurement} of"):
+            train(base, data, recipe, folder / "b")
+    assert train(base, data, recipe, folder / "b") == whole
+    assert weights(folder / "b") == weights(folder / "a")
+    return whole
+
+
+def test_loading_is_given_up(
+    tiny_base: Path, data: TrainingData, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loaded = False
+
+    def load(*args: Any) -> None:
+        nonlocal loaded
+        os.kill(os.getpid(), signal.SIGTERM)
+        loaded = True
+
+    monkeypatch.setattr(sft, "_build_trainer", load)
+    with pytest.raises(KeyboardInterrupt):
+        train(tiny_base, data, make(), tmp_path)
+    assert not loaded
+
+
+class Layer(torch.nn.Module):
+    """As a decoder's: nothing in it runs Python in the backward pass."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = torch.nn.Linear(4, 4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        result: torch.Tensor = self.linear(x)
+        return result
+
+
+class Stack(torch.nn.Sequential):
+    """A model of such layers, as transformers describes one."""
+
+    _no_split_modules = ("Layer",)
+
+
+def test_a_signal_is_heard_between_the_layers_of_a_backward_pass() -> None:
+    model = Stack(*(Layer() for _ in range(3)))
+    hear_signals_between_layers(model)
+    last = model(torch.ones(1, 4)).sum()
+    last.register_hook(lambda gradient: os.kill(os.getpid(), signal.SIGTERM))
+    with interruption() as asked, pytest.raises(StepAbandoned), asked.interruptible():
+        last.backward()
+    assert model[0].linear.weight.grad is None
+    assert asked.by is signal.SIGTERM
+
+
+def test_what_may_not_be_given_up_goes_on() -> None:
+    asked = Interruption()
+    asked.receive(signal.SIGINT)
+    with pytest.raises(StepAbandoned), asked.interruptible():
+        pytest.fail("it was begun after the signal")
+
+
+def test_a_signal_is_heard_where_nobody_reads_the_log_any_more(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As after Ctrl-C in `svc train | tee log`: rich ends the process when it cannot write."""
+
+    def broken(*args: Any) -> None:
+        raise SystemExit(1)
+
+    monkeypatch.setattr("trainer.callbacks.preemption.console.print", broken)
+    with interruption() as asked, pytest.raises(StepAbandoned), asked.interruptible():
+        os.kill(os.getpid(), signal.SIGTERM)
+    assert asked.by is signal.SIGTERM

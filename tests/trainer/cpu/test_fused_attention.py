@@ -1,0 +1,169 @@
+"""Attention as whole products is PyTorch's attention, and what it does not know goes to that."""
+
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from transformers import AutoConfig, AutoModelForCausalLM
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+from trainer.cpu import fused_attention
+from trainer.cpu.fused_attention import attention, fuse_attention
+
+
+@pytest.fixture(autouse=True)
+def whole_products(monkeypatch: pytest.MonkeyPatch) -> list[torch.Size]:
+    """The shapes of queries that went through whole products, and not to PyTorch."""
+    seen: list[torch.Size] = []
+    apply = fused_attention._Attention.apply
+
+    def counted(query: torch.Tensor, *others: Any) -> Any:
+        seen.append(query.shape)
+        return apply(query, *others)
+
+    monkeypatch.setattr(fused_attention._Attention, "apply", counted)
+    return seen
+
+
+class Layer(torch.nn.Module):
+    """What transformers asks of a layer."""
+
+    def __init__(self, heads_per_key: int, is_causal: bool = True) -> None:
+        super().__init__()
+        self.num_key_value_groups = heads_per_key
+        self.is_causal = is_causal
+
+
+def tensors(batch: int, heads: int, groups: int, queries: int, before: int, size: int) -> list[torch.Tensor]:
+    """Query, key and value in the layout that models give them: heads beside each other in memory."""
+    return [
+        torch.randn(batch, length, number, size, dtype=torch.bfloat16).transpose(1, 2)
+        for length, number in ((queries, heads), (queries + before, groups), (queries + before, groups))
+    ]
+
+
+def check(layer: Layer, inputs: list[torch.Tensor], mask: torch.Tensor | None) -> None:
+    """Against PyTorch's in float64: as exact as bfloat16 allows, also where a gradient should be 0."""
+    wanted = results(sdpa_attention_forward, layer, [tensor.double() for tensor in inputs], mask)
+    for have, want in zip(results(attention, layer, inputs, mask), wanted, strict=True):
+        allowed = 2 * torch.finfo(torch.bfloat16).eps
+        assert (have.double() - want).norm() <= allowed * (want.norm() + 0.3 * want.numel() ** 0.5)
+
+
+def results(function: Any, layer: Layer, inputs: list[torch.Tensor], mask: torch.Tensor | None) -> list[torch.Tensor]:
+    """Output and gradients."""
+    inputs = [tensor.detach().requires_grad_() for tensor in inputs]
+    output, weights = function(layer, *inputs, mask, scaling=0.3)
+    assert weights is None
+    outer = torch.linspace(-1, 1, output.numel(), dtype=output.dtype).view(output.shape)
+    return [output.detach(), *torch.autograd.grad(output, inputs, outer)]
+
+
+def causal(batch: int, queries: int, before: int) -> torch.Tensor:
+    return torch.ones(queries, queries + before, dtype=torch.bool).tril(before).expand(batch, 1, -1, -1)
+
+
+@settings(max_examples=50, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    batch=st.integers(1, 3),
+    groups=st.integers(1, 3),
+    heads_per_key=st.integers(1, 3),
+    queries=st.integers(1, 40),
+    before=st.integers(0, 20),
+    size=st.sampled_from([1, 4, 16]),
+    masked=st.booleans(),
+)
+def test_output_and_gradients_are_pytorchs(
+    whole_products: list[torch.Size],
+    batch: int,
+    groups: int,
+    heads_per_key: int,
+    queries: int,
+    before: int,
+    size: int,
+    masked: bool,
+) -> None:
+    before = before if masked else 0  # without a mask, queries are all there is
+    whole_products.clear()
+    inputs = tensors(batch, groups * heads_per_key, groups, queries, before, size)
+    check(Layer(heads_per_key), inputs, causal(batch, queries, before) if masked else None)
+    assert whole_products == [inputs[0].shape]
+
+
+def test_each_row_of_a_batch_has_its_own_mask(whole_products: list[torch.Size]) -> None:
+    """As packed examples have, of different lengths."""
+    mask = causal(2, 6, 0).clone()
+    mask[0, :, 3:, :3] = False
+    mask[1, :, 2:, :2] = False
+    check(Layer(2), tensors(2, 4, 2, 6, 0, 8), mask)
+    assert len(whole_products) == 1
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"dropout": 0.5},
+        {"position_bias": torch.zeros(1, 4, 6, 6)},
+        {"attention_mask": torch.zeros(2, 1, 6, 6)},
+        {"attention_mask": causal(2, 6, 0).expand(-1, 4, -1, -1)},
+        {"is_causal": False},
+    ],
+    ids=lambda change: next(iter(change)),
+)
+def test_what_is_not_plain_goes_to_pytorch(monkeypatch: pytest.MonkeyPatch, change: dict[str, Any]) -> None:
+    monkeypatch.setattr(fused_attention, "sdpa_attention_forward", lambda *args, **kwargs: ("pytorch", None))
+    query, key, value = tensors(2, 4, 2, 6, 0, 8)
+    arguments: dict[str, Any] = {"attention_mask": None} | change
+    assert attention(Layer(2), query, key, value, **arguments)[0] == "pytorch"
+
+
+def with_value_heads_of(size: int, number_type: torch.dtype) -> list[torch.Tensor]:
+    query, key, value = (tensor.to(number_type) for tensor in tensors(2, 4, 2, 6, 0, 8))
+    return [query, key, value[..., :size]]
+
+
+@pytest.mark.parametrize(("size", "number_type"), [(4, torch.bfloat16), (8, torch.float32), (4, torch.float32)])
+def test_other_numbers_and_value_heads_of_another_size_go_to_pytorch(
+    whole_products: list[torch.Size], size: int, number_type: torch.dtype
+) -> None:
+    """The latter as with multi-head latent attention."""
+    query, key, value = with_value_heads_of(size, number_type)
+    output, _ = attention(Layer(2), query, key, value, None)
+    assert output.shape == (2, 6, 4, size)
+    assert not whole_products
+
+
+def test_long_rows_go_to_pytorch(whole_products: list[torch.Size], monkeypatch: pytest.MonkeyPatch) -> None:
+    query, key, value = tensors(2, 4, 2, 6, 0, 8)
+    for longest, calls in ((5, 0), (6, 1)):
+        monkeypatch.setattr(fused_attention, "_LONGEST", longest)
+        attention(Layer(2), query, key, value, None)
+        assert len(whole_products) == calls
+
+
+def tiny_model(implementation: str) -> Any:
+    config = AutoConfig.for_model(
+        "llama", hidden_size=32, intermediate_size=32, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, vocab_size=64,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    return AutoModelForCausalLM.from_config(config, attn_implementation=implementation, dtype=torch.bfloat16)
+
+
+def test_a_model_answers_the_same_and_saves_nothing_of_it(whole_products: list[torch.Size]) -> None:
+    model = tiny_model("sdpa")
+    ids = torch.arange(20).view(2, 10)
+    before, config = model(input_ids=ids).logits, model.config.to_json_string()
+    assert fuse_attention(model)
+    torch.testing.assert_close(model(input_ids=ids).logits, before, rtol=0.05, atol=0.01)
+    assert len(whole_products) == 2
+    assert model.config.to_json_string() == config
+
+
+def test_a_model_that_needs_another_attention_keeps_it() -> None:
+    """Soft-capped scores, for one, are computed by `eager` alone."""
+    model = tiny_model("eager")
+    assert not fuse_attention(model)
+    assert model.config._attn_implementation == "eager"

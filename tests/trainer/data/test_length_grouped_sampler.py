@@ -1,0 +1,50 @@
+"""The order of examples depends on seed and epoch, and on nothing else."""
+
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from trainer.data.length_grouped_sampler import BatchOrder
+
+
+@given(
+    st.lists(st.integers(1, 500), min_size=1, max_size=80), st.integers(1, 9), st.integers(0, 2**31), st.integers(0, 9)
+)
+def test_every_example_comes_once_an_epoch(lengths: list[int], batch: int, seed: int, epoch: int) -> None:
+    order = BatchOrder(lengths, batch, seed)
+    order.set_epoch(epoch)
+    assert sorted(order) == list(range(len(lengths)))
+
+
+def test_no_random_number_of_the_process_counts() -> None:
+    order = BatchOrder(range(1, 50), 4, 7)
+    first = list(order)
+    torch.rand(5)
+    before = torch.get_rng_state()
+    assert list(order) == first
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_epochs_and_seeds_differ() -> None:
+    def order(seed: int, epoch: int) -> list[int]:
+        made = BatchOrder(range(1, 50), 4, seed)
+        made.set_epoch(epoch)
+        return list(made)
+
+    assert len({tuple(order(seed, epoch)) for seed in range(3) for epoch in range(3)}) == 9
+
+
+@given(st.integers(0, 2**31))
+def test_a_small_set_has_little_padding_too(seed: int) -> None:
+    """Six batches; in any order, a third would be padding."""
+    lengths = list(range(100, 196))
+    order = [lengths[index] for index in BatchOrder(lengths, 16, seed)]
+    padded = sum(16 * max(order[start : start + 16]) for start in range(0, 96, 16))
+    assert padded / sum(lengths) < 1.15
+
+
+def test_a_batch_holds_examples_of_like_length() -> None:
+    lengths = [100 if number % 2 else 10 for number in range(64)]
+    order = list(BatchOrder(lengths, 4, 0))
+    mixed = sum(len({lengths[index] for index in order[start : start + 4]}) > 1 for start in range(0, 64, 4))
+    assert mixed <= 4

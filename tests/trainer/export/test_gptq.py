@@ -1,0 +1,228 @@
+"""GPTQ: what is checked before it and tidied after it, and once the real thing on a tiny model."""
+
+import json
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+
+from svc.dataset.example import ChatExample
+from svc.engine.capabilities import NumberType
+from svc.errors import RecipeError, TrainingError
+from tests.trainer.conftest import make_example, make_model, make_recipe
+from trainer.export.gptq import (
+    calibration_type,
+    check_layers,
+    pick_calibration,
+    quantize_gptq,
+    strip_passing_values,
+    write_bfloat16,
+)
+
+
+def test_a_group_size_that_fits_names_every_layer(tiny_base: Path) -> None:
+    layers = check_layers(tiny_base, 64)
+    assert len(layers) == 2 * 7
+    assert "model.layers.0.self_attn.q_proj" in layers
+
+
+def test_the_output_head_stays_whole(tmp_path: Path) -> None:
+    base = make_model(tmp_path / "base", tie_word_embeddings=False)
+    assert "lm_head" not in check_layers(base, 32)
+
+
+def test_a_group_size_that_does_not_fit_names_layer_and_sizes(tiny_base: Path) -> None:
+    with pytest.raises(RecipeError) as caught:
+        check_layers(tiny_base, 128)
+    assert "'model.layers.0.self_attn.q_proj' is 64 wide" in caught.value.wrong
+    assert caught.value.expected.endswith(": 32, 64")
+
+
+def test_a_model_that_no_group_size_fits_is_served_merged(tmp_path: Path) -> None:
+    base = make_model(tmp_path / "base", hidden_size=48)
+    with pytest.raises(RecipeError, match="serve this model merged"):
+        check_layers(base, 32)
+
+
+def test_a_layer_whose_outputs_the_engine_does_not_take_is_named(tmp_path: Path) -> None:
+    base = make_model(tmp_path / "base", intermediate_size=136)
+    with pytest.raises(TrainingError, match=r"'model.layers.0.mlp.gate_up_proj' has 272 outputs"):
+        check_layers(base, 8, 32)
+    check_layers(base, 8, 8)
+
+
+def test_layers_that_the_engine_has_as_one_count_together(tmp_path: Path) -> None:
+    check_layers(make_model(tmp_path / "base", intermediate_size=144), 8, 32)
+
+
+def test_it_is_checked_before_quantizing(tiny_base: Path, examples: list[ChatExample], tmp_path: Path) -> None:
+    with pytest.raises(RecipeError):
+        quantize_gptq(
+            tiny_base,
+            examples,
+            make_recipe(quantize={"group_size": 128}),
+            tmp_path / "gptq",
+            number_type=NumberType.BFLOAT16,
+        )
+    assert not (tmp_path / "gptq").exists()
+
+
+def test_calibration_is_picked_by_the_seed() -> None:
+    examples = [make_example(str(number), "red") for number in range(50)]
+    assert pick_calibration(examples, 10, seed=1) == pick_calibration(examples, 10, seed=1)
+    assert pick_calibration(examples, 10, seed=1) != pick_calibration(examples, 10, seed=2)
+
+
+def test_too_few_examples_are_all_used(examples: list[ChatExample]) -> None:
+    assert len(pick_calibration(examples, 1024, seed=0)) == len(examples)
+
+
+def write_configs(folder: Path, path: str) -> Path:
+    folder.mkdir()
+    quantization = {"bits": 4, "meta": {"offload_to_disk_path": path, "quantizer": ["gptqmodel:7.6.0"]}}
+    (folder / "config.json").write_text(json.dumps({"quantization_config": quantization}), "utf-8")
+    (folder / "quantize_config.json").write_text(json.dumps(quantization), "utf-8")
+    return folder
+
+
+@pytest.mark.parametrize("name", ["config.json", "quantize_config.json"])
+def test_two_runs_differ_in_nothing_once_stripped(tmp_path: Path, name: str) -> None:
+    folders = [write_configs(tmp_path / side, f"/tmp/random-{side}") for side in ("one", "other")]
+    for folder in folders:
+        strip_passing_values(folder)
+    assert (folders[0] / name).read_bytes() == (folders[1] / name).read_bytes()
+
+
+@pytest.mark.parametrize("name", ["config.json", "quantize_config.json"])
+def test_what_was_quantized_is_kept(tmp_path: Path, name: str) -> None:
+    folder = write_configs(tmp_path / "gptq", "/tmp/random")
+    strip_passing_values(folder)
+    config: dict[str, Any] = json.loads((folder / name).read_text("utf-8"))
+    assert config.get("quantization_config", config) == {"bits": 4, "meta": {"quantizer": ["gptqmodel:7.6.0"]}}
+
+
+@pytest.mark.parametrize("number_type", NumberType)
+def test_layers_are_computed_in_float32_where_bfloat16_is_slow_or_absent(number_type: NumberType) -> None:
+    bfloat16 = number_type is NumberType.BFLOAT16
+    assert calibration_type(number_type) is (NumberType.BFLOAT16 if bfloat16 else NumberType.FLOAT32)
+
+
+def test_what_was_computed_in_float32_is_written_as_in_bfloat16(tmp_path: Path) -> None:
+    kept = torch.randn(8, 4).bfloat16()
+    packed = {
+        "up_proj.qweight": torch.arange(4, dtype=torch.int32),
+        "up_proj.scales": torch.full((4,), 1e-3, dtype=torch.float16),
+    }
+    save_file({"embed.weight": kept.float(), **packed}, tmp_path / "model.safetensors", {"format": "pt"})
+    (tmp_path / "config.json").write_text('{"dtype": "float32", "hidden_size": 4}', "utf-8")
+    write_bfloat16(tmp_path)
+    written = load_file(tmp_path / "model.safetensors")
+    assert written.keys() == {"embed.weight", *packed}
+    for name, tensor in {"embed.weight": kept, **packed}.items():
+        assert written[name].dtype is tensor.dtype
+        assert torch.equal(written[name], tensor)
+    assert json.loads((tmp_path / "config.json").read_text("utf-8")) == {"dtype": "bfloat16", "hidden_size": 4}
+
+
+def quantize(base: Path, out: Path, number_type: NumberType = NumberType.BFLOAT16) -> None:
+    examples = [make_example(f"number {number}", "red") for number in range(16)]
+    recipe = make_recipe(quantize={"group_size": 32, "samples": 8})
+    assert quantize_gptq(base, examples, recipe, out, number_type=number_type).layers == 14
+
+
+@pytest.mark.slow
+def test_two_runs_give_the_same_complete_folder_and_show_our_progress_alone(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    base = make_model(tmp_path / "base", hidden_size=128, intermediate_size=256, num_key_value_heads=2)
+    capfd.readouterr()
+    folders = [tmp_path / "one", tmp_path / "other"]
+    for folder in folders:
+        quantize(base, folder)
+    shown = capfd.readouterr()
+    assert not shown.out
+    ours = ("  Tokenizing: 8/8", "  Loading the", "  Quantizing layers: 2/2")
+    strange = [line for line in shown.err.splitlines() if not line.startswith(ours)]
+    assert not strange
+    contents = [{path.name: path.read_bytes() for path in folder.iterdir()} for folder in folders]
+    assert contents[0] == contents[1]
+    assert {"config.json", "model.safetensors", "tokenizer.json", "chat_template.jinja"} <= set(contents[0])
+    with safe_open(folders[0] / "model.safetensors", framework="pt") as file:
+        assert "model.layers.0.self_attn.q_proj.qweight" in file.keys()  # noqa: SIM118
+
+
+@pytest.mark.slow
+def test_a_model_computed_in_float32_differs_in_roundings_alone(tmp_path: Path) -> None:
+    """Of packed weights and their scales: every other file and tensor is the same."""
+    base = make_model(
+        tmp_path / "base", hidden_size=128, intermediate_size=256, num_key_value_heads=2, attention_bias=True
+    )
+    folders = {number_type: tmp_path / number_type for number_type in (NumberType.BFLOAT16, NumberType.FLOAT32)}
+    for number_type, folder in folders.items():
+        quantize(base, folder, number_type)
+    files = [
+        {path.name: path.read_bytes() for path in folder.iterdir() if path.suffix != ".safetensors"}
+        for folder in folders.values()
+    ]
+    assert files[0] == files[1]
+    assert json.loads(files[0]["config.json"])["dtype"] == "bfloat16"
+    one, other = (load_file(folder / "model.safetensors") for folder in folders.values())
+    assert one.keys() == other.keys()
+    for name, tensor in one.items():
+        assert (other[name].dtype, other[name].shape) == (tensor.dtype, tensor.shape), name
+        if not name.endswith((".qweight", ".scales")):
+            assert torch.equal(other[name], tensor), name
+
+
+INTERRUPTED = """
+import sys
+from pathlib import Path
+from tests.trainer.test_quantize import quantize
+try:
+    quantize(Path(sys.argv[1]), Path(sys.argv[2]))
+except KeyboardInterrupt:
+    sys.exit(16)
+"""
+
+
+@pytest.mark.slow
+def test_ctrl_c_is_heard_while_layers_are_quantized_and_leaves_nothing(tmp_path: Path) -> None:
+    base = make_model(tmp_path / "base", hidden_size=256, intermediate_size=1024, num_key_value_heads=2)
+    process = subprocess.Popen([sys.executable, "-c", INTERRUPTED, str(base), str(tmp_path / "out")])
+    deadline = time.monotonic() + 60
+    while not list(tmp_path.glob(".gptq-*/*")):
+        assert time.monotonic() < deadline
+        assert process.poll() is None
+        time.sleep(0.05)
+    process.send_signal(signal.SIGINT)
+    assert process.wait(5) == 16
+    assert not list(tmp_path.glob(".gptq-*"))
+
+
+SEARCH = """
+from gptqmodel import QuantizeConfig
+from gptqmodel.quantization.quantizer import Quantizer
+from trainer.export.gptq import coarse_scale_search
+def steps():
+    quantizer = Quantizer(QuantizeConfig(bits=4, group_size=32))
+    quantizer.configure(perchannel=True)
+    return quantizer.grid, quantizer.maxshrink
+with coarse_scale_search():
+    print("steps", *steps())
+print("steps", *steps())
+"""
+
+
+@pytest.mark.slow
+def test_gptqmodel_searches_scales_in_our_steps_while_we_quantize() -> None:
+    """Of its own: a release that has the steps elsewhere would search in as many as it likes, eight times slower."""
+    done = subprocess.run([sys.executable, "-c", SEARCH], capture_output=True, text=True, check=True)
+    told = [line for line in done.stdout.splitlines() if line.startswith("steps")]
+    assert told == ["steps 20 0.5", "steps 100 0.8"]

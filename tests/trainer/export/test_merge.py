@@ -1,0 +1,101 @@
+"""Merging: exactly what the adapter targets changes."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from svc.errors import TrainingError
+from trainer.export.merge import compare_weights, merge_adapter
+
+
+def make_adapter(base: Path, folder: Path) -> Path:
+    """An adapter on all linear layers that changes each of them."""
+    model = get_peft_model(
+        AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32),
+        LoraConfig(r=4, lora_alpha=8, target_modules="all-linear", task_type="CAUSAL_LM", init_lora_weights=False),
+    )
+    model.save_pretrained(folder)
+    AutoTokenizer.from_pretrained(base).save_pretrained(folder)
+    return folder
+
+
+def change_adapter(adapter: Path, change: dict[str, torch.Tensor]) -> None:
+    path = adapter / "adapter_model.safetensors"
+    save_file({**load_file(path), **change}, path)
+
+
+@pytest.fixture
+def adapter(tiny_base: Path, tmp_path: Path) -> Path:
+    return make_adapter(tiny_base, tmp_path / "adapter")
+
+
+def test_every_linear_layer_is_merged(tiny_base: Path, adapter: Path, tmp_path: Path) -> None:
+    assert merge_adapter(tiny_base, adapter, tmp_path / "merged").modules == 2 * 7
+
+
+def test_the_sum_is_taken_in_float32_and_rounded_once(tiny_base: Path, adapter: Path, tmp_path: Path) -> None:
+    merge_adapter(tiny_base, adapter, tmp_path / "merged")
+    module = "model.layers.1.mlp.up_proj"
+    base = load_file(tiny_base / "model.safetensors")[f"{module}.weight"].float()
+    lora = load_file(adapter / "adapter_model.safetensors")
+    low, high = (lora[f"base_model.model.{module}.lora_{side}.weight"] for side in "AB")
+    merged = load_file(tmp_path / "merged" / "model.safetensors")[f"{module}.weight"]
+    assert torch.equal(merged, (base + 2 * (high @ low)).bfloat16())
+
+
+def test_the_merged_folder_is_a_whole_chat_model(tiny_base: Path, adapter: Path, tmp_path: Path) -> None:
+    merge_adapter(tiny_base, adapter, tmp_path / "merged")
+    names = {path.name for path in (tmp_path / "merged").iterdir()}
+    wanted = {"config.json", "model.safetensors", "tokenizer.json", "chat_template.jinja", "generation_config.json"}
+    assert wanted <= names
+
+
+def test_an_adapter_that_changes_nothing_is_an_error(tiny_base: Path, adapter: Path, tmp_path: Path) -> None:
+    weights = load_file(adapter / "adapter_model.safetensors")
+    change_adapter(adapter, {name: torch.zeros_like(w) for name, w in weights.items() if ".lora_B." in name})
+    with pytest.raises(TrainingError, match=r"'model\.layers\.0\.mlp\.down_proj' still has the base's weights"):
+        merge_adapter(tiny_base, adapter, tmp_path / "merged")
+
+
+def test_one_module_that_changes_nothing_is_named(tiny_base: Path, adapter: Path, tmp_path: Path) -> None:
+    name = "base_model.model.model.layers.1.self_attn.v_proj.lora_B.weight"
+    change_adapter(adapter, {name: torch.zeros(32, 4)})
+    with pytest.raises(TrainingError, match=r"layers\.1\.self_attn\.v_proj"):
+        merge_adapter(tiny_base, adapter, tmp_path / "merged")
+
+
+def test_a_module_that_the_base_does_not_have_is_named(tiny_base: Path, adapter: Path, tmp_path: Path) -> None:
+    change_adapter(adapter, {"base_model.model.model.layers.9.mlp.up_proj.lora_A.weight": torch.ones(4, 64)})
+    with pytest.raises(TrainingError, match=r"layers\.9\.mlp\.up_proj"):
+        merge_adapter(tiny_base, adapter, tmp_path / "merged")
+
+
+def test_a_nan_in_the_adapter_is_an_error(tiny_base: Path, adapter: Path, tmp_path: Path) -> None:
+    name = "base_model.model.model.layers.0.mlp.up_proj.lora_B.weight"
+    change_adapter(adapter, {name: torch.full((128, 4), torch.nan)})
+    with pytest.raises(TrainingError, match="cannot be merged"):
+        merge_adapter(tiny_base, adapter, tmp_path / "merged")
+
+
+def test_a_tensor_that_nobody_targets_must_not_change() -> None:
+    base = {"a.weight": torch.zeros(2), "b.weight": torch.zeros(2)}
+    merged = {"a.weight": torch.ones(2), "b.weight": torch.tensor([0.0, 1.0])}
+    with pytest.raises(TrainingError, match=r"'b\.weight' differs"):
+        compare_weights(base, merged, {"a"})
+
+
+def test_a_tensor_that_is_lost_is_named() -> None:
+    base = {"a.weight": torch.zeros(2), "b.weight": torch.zeros(2)}
+    with pytest.raises(TrainingError, match=r"'b\.weight' is in only one"):
+        compare_weights(base, {"a.weight": torch.ones(2)}, {"a"})
+
+
+def test_the_summary_counts_the_weights_that_differ() -> None:
+    base = {"a.weight": torch.zeros(4), "b.weight": torch.zeros(4)}
+    merged = {"a.weight": torch.tensor([0.0, 0.0, 0.0, 3.0]), "b.weight": torch.ones(4)}
+    summary = compare_weights(base, merged, {"a", "b"})
+    assert (summary.modules, summary.smallest_changed_share, summary.largest_change) == (2, 0.25, 3.0)

@@ -1,0 +1,84 @@
+"""The presets of target modules, on empty models of every architecture that has its own names for them."""
+
+from typing import Any
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+
+from svc.errors import RecipeError
+from trainer.model.target_modules import Targets, target_modules
+
+SEPARATE = (["q_proj", "v_proj"], ["k_proj", "o_proj", "q_proj", "v_proj"])
+EXPECTED = {
+    "llama": SEPARATE,
+    "smollm3": SEPARATE,
+    "mistral": SEPARATE,
+    "qwen2": SEPARATE,
+    "qwen3": SEPARATE,
+    "gemma": SEPARATE,
+    "gemma2": SEPARATE,
+    "gemma3_text": SEPARATE,
+    "phi": (["q_proj", "v_proj"], ["dense", "k_proj", "q_proj", "v_proj"]),
+    "phi3": (["qkv_proj"], ["o_proj", "qkv_proj"]),
+    "gpt_neox": (["query_key_value"], ["dense", "query_key_value"]),
+    "bloom": (["query_key_value"], ["dense", "query_key_value"]),
+    "mpt": (["Wqkv"], ["Wqkv", "out_proj"]),
+    # Its feed-forward layers are called as its attention's.
+    "gpt_bigcode": (["c_attn"], ["attn.c_proj", "c_attn"]),
+}
+
+
+def config_of(family: str) -> PreTrainedConfig:
+    shape: Any = {"hidden_size": 128, "num_attention_heads": 4, "num_hidden_layers": 2, "vocab_size": 64}
+    special: Any = {"bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 2}
+    return AutoConfig.for_model(family, **shape, **special)
+
+
+def empty_model(family: str) -> PreTrainedModel:
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(config_of(family))
+
+
+def changed_layers(model: PreTrainedModel, targets: list[str] | str) -> set[str]:
+    """Names of the layers that PEFT puts an adapter on."""
+    config = LoraConfig(r=1, target_modules=targets, task_type="CAUSAL_LM")
+    return set(get_peft_model(model, config).base_model.targeted_module_names)
+
+
+@pytest.mark.parametrize("family", EXPECTED)
+def test_a_preset_means_the_architectures_own_layers(family: str) -> None:
+    config = config_of(family)
+    found = (target_modules(config, Targets.ATTENTION_MIN), target_modules(config, Targets.ATTENTION))
+    assert found == EXPECTED[family]
+
+
+@pytest.mark.parametrize("family", EXPECTED)
+def test_peft_changes_attention_alone(family: str) -> None:
+    changed = changed_layers(empty_model(family), target_modules(config_of(family), Targets.ATTENTION))
+    assert changed
+    assert all(".mlp" not in name and ".ffn" not in name for name in changed)
+    assert len(changed) == 2 * len(EXPECTED[family][1])
+
+
+@pytest.mark.parametrize("family", EXPECTED)
+def test_all_linear_is_more_than_attention_and_not_the_head(family: str) -> None:
+    attention = target_modules(config_of(family), Targets.ATTENTION)
+    everything = changed_layers(empty_model(family), target_modules(config_of(family), Targets.ALL_LINEAR))
+    assert everything > changed_layers(empty_model(family), attention)
+    assert "lm_head" not in everything
+
+
+def test_a_model_gives_the_same_as_its_config() -> None:
+    config = config_of("llama")
+    assert target_modules(empty_model("llama"), Targets.ATTENTION) == target_modules(config, Targets.ATTENTION)
+
+
+@pytest.mark.parametrize("preset", [Targets.ATTENTION_MIN, Targets.ATTENTION])
+def test_where_nothing_fits_the_layers_that_there_are_are_named(preset: Targets) -> None:
+    with pytest.raises(RecipeError) as caught:
+        target_modules(config_of("mamba"), preset)
+    assert preset.value in caught.value.wrong
+    assert "in_proj, out_proj" in caught.value.wrong
+    assert "all-linear" in caught.value.todo

@@ -1,0 +1,546 @@
+"""From a recipe to a version, with stages that take no time: order, resumption, and what a failure leaves behind."""
+
+import itertools
+import json
+import shutil
+from collections import namedtuple
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+import pytest
+
+from svc.dataset.example import ChatExample
+from svc.dataset.fingerprint import fingerprint
+from svc.dataset.text_space import TEXT_SPACE_FILE, load_text_space
+from svc.engine.capabilities import Capabilities, NumberType
+from svc.errors import (
+    BaseModelError,
+    BusyError,
+    DiskSpaceError,
+    EngineError,
+    IntegrityError,
+    InterruptedRunError,
+    NotFoundError,
+    RecipeError,
+    TrainingError,
+)
+from svc.lock import hold_lock
+from svc.registry.fingerprint import compatibility_fingerprint
+from svc.registry.housekeeping import remove_version
+from svc.registry.registry import Registry
+from svc.registry.tracking import Tracking
+from svc.registry.version import Format, VersionId
+from svc.settings import Device, EngineSettings, GptqKernel, Settings
+from svc.store.database import open_database
+from tests.svc.engine.devices import AVX2, AVX512
+from tests.svc.registry.manifests import report
+from tests.svc.registry.model_folder import GPTQ, write_model
+from tests.trainer.conftest import make_example, make_recipe
+from tests.trainer.engines import Engines
+from trainer.base.resolve import Base
+from trainer.export.gptq import QuantizeSummary
+from trainer.export.merge import MergeSummary
+from trainer.pipeline import stages as pipeline_module
+from trainer.pipeline.run_folder import Examples, Run, Stage
+from trainer.pipeline.stages import Evaluated, Pipeline, check_gptq_loss, find_base, merged_revision
+from trainer.recipe.sections import Method
+from trainer.training.sft import LossPoint, TrainingSummary
+
+_names = (f"pipeline-{number}" for number in itertools.count(1))
+TRAIN = tuple(make_example(f"q {number}", "yes") for number in range(3))
+
+
+@dataclass
+class Stages:
+    """The stages that need a real model, in its place: each writes a little and says that it ran.
+
+    Attributes:
+        ran: which ran, in order.
+        broken: stages that are interrupted in the middle.
+        number_types: those that they were told to compute in.
+    """
+
+    ran: list[Stage] = field(default_factory=list)
+    broken: set[Stage] = field(default_factory=set)
+    number_types: list[NumberType] = field(default_factory=list)
+
+    def train_model(
+        self, base: Path, data: Any, recipe: Any, out: Path, checkpoints: Path, report: Any, *, number_type: NumberType
+    ) -> Any:
+        """Writes an adapter, or a trained model."""
+        self.number_types.append(number_type)
+        self._run(Stage.TRAIN, out)
+        if recipe.method is Method.FULL:
+            write_model(out, seed=1)
+        else:
+            (out / "adapter_model.safetensors").write_bytes(b"adapter")
+        report(1, {"loss": 0.5})
+        return TrainingSummary(3, 30, 10.0, 0.5, 3.0, (LossPoint(1, 0.5),))
+
+    def merge_adapter(self, base: Path, adapter: Path, out: Path) -> MergeSummary:
+        """Writes other weights of the same shape."""
+        self._run(Stage.MERGE, out)
+        write_model(out, seed=1)
+        return MergeSummary(2, 0.5, 0.1)
+
+    def check_layers(self, model: Path, group_size: int, multiple: int) -> list[str]:
+        """Finds that 128 does not fit."""
+        if group_size == 128:
+            raise RecipeError("quantize.group_size is 128")
+        return []
+
+    def quantize_gptq(
+        self, merged: Path, examples: Any, recipe: Any, out: Path, *, number_type: NumberType
+    ) -> QuantizeSummary:
+        """Writes a quantized model."""
+        self.number_types.append(number_type)
+        self._run(Stage.QUANTIZE, out)
+        write_model(out, quantization=GPTQ)
+        return QuantizeSummary(2, 8, 80, "layer.0", 0.01, 2.0)
+
+    def _run(self, stage: Stage, out: Path) -> None:
+        self.ran.append(stage)
+        out.mkdir(parents=True, exist_ok=True)
+        if stage in self.broken:
+            (out / "half-written").touch()
+            raise KeyboardInterrupt
+
+
+@pytest.fixture
+def stages(monkeypatch: pytest.MonkeyPatch) -> Stages:
+    stages = Stages()
+    for name in ("check_layers", "train_model", "merge_adapter", "quantize_gptq"):
+        monkeypatch.setattr(pipeline_module, name, getattr(stages, name))
+    return stages
+
+
+@pytest.fixture
+def engines() -> Engines:
+    return Engines()
+
+
+Make = Callable[..., Pipeline]
+
+
+@pytest.fixture
+def make(tmp_path: Path, tracking: Tracking, stages: Stages, engines: Engines) -> Iterator[Make]:
+    """The pipeline of one recipe; made again, it goes on in the same folder, as a new process would."""
+    name = next(_names)
+    base = Base(write_model(tmp_path / "base"), "./base", "Apache-2.0", "sha256:0")
+    settings = Settings(home=tmp_path / "home", engine=EngineSettings(device=Device.CPU))
+
+    def make(
+        heldout: tuple[ChatExample, ...] | None = None,
+        capabilities: Capabilities = AVX512,
+        engine: EngineSettings = settings.engine,
+        **sections: Any,
+    ) -> Pipeline:
+        recipe = make_recipe(**({"name": name, "qualify": {"repeats": 1}} | sections))
+        judged = heldout or (make_example("one", "red"), make_example("two", "blue"))
+        examples = Examples(TRAIN, judged, fingerprint(TRAIN), fingerprint(judged))
+        run = Run.of(settings.home / "runs", recipe, base, examples)
+        registry = Registry(settings.home / "models", tracking)
+        chosen = settings.model_copy(update={"engine": engine})
+        return Pipeline(chosen, capabilities, registry, recipe, base, examples, run, engines)
+
+    yield make
+    assert engines.running == 0
+
+
+@pytest.fixture
+def pipeline(make: Make) -> Pipeline:
+    return make()
+
+
+@pytest.mark.parametrize(("capabilities", "number_type"), [(AVX512, NumberType.BFLOAT16), (AVX2, NumberType.FLOAT32)])
+def test_training_and_quantizing_compute_in_numbers_that_are_fast_here(
+    make: Make, stages: Stages, capabilities: Capabilities, number_type: NumberType
+) -> None:
+    make(capabilities=capabilities).train_version()
+    assert stages.number_types == [number_type, number_type]
+
+
+def test_what_was_chosen_for_the_device_is_told_before_training(make: Make, capsys: pytest.CaptureFixture[str]) -> None:
+    make(capabilities=AVX2).train_version()
+    told = " ".join(capsys.readouterr().err.split())
+    assert "train: float32 on cpu (x86_64-avx2 has no fast bfloat16)" in told
+    assert "merged: float32 on cpu (x86_64-avx2 has no fast numbers of 16 bits)" in told
+    assert "gptq: bfloat16 on cpu, kernel of torch (vLLM has none for x86_64-avx2)" in told
+
+
+def test_a_format_that_cannot_be_served_here_is_told_before_training(make: Make, stages: Stages) -> None:
+    pipeline = make(capabilities=AVX2, engine=EngineSettings(device=Device.CPU, gptq_kernel=GptqKernel.VLLM))
+    with pytest.raises(EngineError, match="no kernel for GPTQ"):
+        pipeline.train_version()
+    assert stages.ran == []
+
+
+def test_a_recipe_becomes_a_version_in_all_formats(pipeline: Pipeline, stages: Stages) -> None:
+    version = pipeline.train_version()
+    assert version.number == 1
+    assert stages.ran == [Stage.TRAIN, Stage.MERGE, Stage.QUANTIZE]
+    assert list(pipeline.registry.manifest(version).formats) == list(Format)
+    for format in Format:
+        pipeline.registry.verify(version, format)
+
+
+def test_the_manifest_says_what_it_was_made_of(pipeline: Pipeline) -> None:
+    manifest = pipeline.registry.manifest(pipeline.train_version())
+    assert (manifest.base.origin, manifest.base.revision, manifest.base.licence) == ("./base", "sha256:0", "Apache-2.0")
+    assert manifest.data.train_fingerprint == pipeline.examples.train_fingerprint
+    assert (manifest.data.train_examples, manifest.data.heldout_examples) == (3, 2)
+    assert manifest.recipe == pipeline.recipe.model_dump(mode="json")
+    assert manifest.run == pipeline.run.folder.name
+    assert "torch" in manifest.libraries
+
+
+def test_the_manifest_has_the_proof_of_each_served_format(pipeline: Pipeline) -> None:
+    version = pipeline.train_version()
+    for format in (Format.MERGED, Format.GPTQ):
+        record = pipeline.registry.format(version, format)
+        assert record.evaluation is not None
+        assert record.probes
+        assert record.fingerprint == compatibility_fingerprint(pipeline.registry.artifact(version, format))
+
+
+def test_the_version_keeps_what_each_served_format_answered(pipeline: Pipeline) -> None:
+    version = pipeline.train_version()
+    for format in (Format.MERGED, Format.GPTQ):
+        results = pipeline.registry.results(version, format)
+        assert [result.answer.split()[0] for result in results] == [f"{format}.0"] * 2
+        evaluation = pipeline.registry.format(version, format).evaluation
+        assert evaluation is not None
+        assert fmean(result.nll for result in results) == pytest.approx(evaluation.nll.value)
+
+
+def test_a_base_that_was_judged_on_these_examples_is_not_asked_again(make: Make, engines: Engines) -> None:
+    first = make()
+    asked = first.registry.manifest(first.train_version()).base_evaluation
+    launched = len(engines.launched)
+    again = make(train={"seed": 1})
+    known = again.registry.manifest(again.train_version()).base_evaluation
+    assert "base" not in engines.started_with[launched:]
+    assert known == asked.model_copy(update={"seconds": 0.0})
+
+
+def test_a_base_is_asked_again_on_other_examples(make: Make, engines: Engines) -> None:
+    make().train_version()
+    launched = len(engines.launched)
+    make(heldout=(make_example("three", "red"),)).train_version()
+    assert engines.started_with[launched] == "base"
+
+
+def test_a_version_that_is_a_base_was_judged_when_it_was_made(make: Make, engines: Engines) -> None:
+    first = make()
+    version = first.train_version()
+    manifest, launched = first.registry.manifest(version), len(engines.launched)
+    folder = first.registry.artifact(version, Format.MERGED)
+    second = replace(make(train={"seed": 1}), base=Base(folder, str(version), None, merged_revision(manifest)))
+    judged = second.registry.manifest(second.train_version()).base_evaluation
+    assert str(folder) not in [engine.double.weights for engine in engines.launched[launched:]]
+    merged = manifest.formats[Format.MERGED].evaluation
+    assert merged is not None
+    assert judged.hits == merged.hits
+
+
+def test_of_a_limited_evaluation_the_first_answers_are_kept(make: Make) -> None:
+    pipeline = make(evaluate={"limit": 1})
+    version = pipeline.train_version()
+    assert len(pipeline.registry.results(version, Format.GPTQ)) == 1
+    assert len(pipeline.registry.heldout(version)) == 2
+
+
+def test_answers_survive_an_interruption(make: Make, stages: Stages) -> None:
+    stages.broken = {Stage.QUANTIZE}
+    with pytest.raises(InterruptedRunError):
+        make().train_version()
+    stages.broken = set()
+    pipeline = make()
+    answered = pipeline.run.load(Stage.EVALUATE, Evaluated).merged.results
+    assert len(answered) == 2
+    assert pipeline.registry.results(pipeline.train_version(), Format.MERGED) == answered
+
+
+def test_a_run_that_an_older_release_began_makes_a_version_without_its_answers(make: Make, stages: Stages) -> None:
+    stages.broken = {Stage.QUANTIZE}
+    with pytest.raises(InterruptedRunError):
+        make().train_version()
+    stages.broken = set()
+    pipeline = make()
+    result = pipeline.run.folder / f"{Stage.EVALUATE}.json"
+    content = json.loads(result.read_text("utf-8"))
+    del content["merged"]["results"]
+    result.write_text(json.dumps(content), "utf-8")
+    version = pipeline.train_version()
+    with pytest.raises(NotFoundError):
+        pipeline.registry.results(version, Format.MERGED)
+    assert len(pipeline.registry.results(version, Format.GPTQ)) == 2
+
+
+def test_an_interrupted_registration_leaves_nothing_in_what_a_version_is_compared_with(
+    make: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupt(self: Registry, *arguments: object) -> None:
+        raise KeyboardInterrupt
+
+    pipeline = make()
+    with monkeypatch.context() as patch:
+        patch.setattr(Registry, "publish", interrupt)
+        with pytest.raises(InterruptedRunError):
+            pipeline.train_version()
+    (pipeline.run.reference / "half-written").touch()
+    version = make().train_version()
+    recorded = [record.path for record in pipeline.registry.manifest(version).reference]
+    assert recorded == ["reference/gptq.jsonl", "reference/merged.jsonl", "reference/text_space.npz"]
+    kept = (pipeline.registry.folder(version) / "reference").iterdir()
+    assert {f"reference/{path.name}" for path in kept} == set(recorded)
+
+
+def test_the_text_space_knows_the_words_of_the_training_prompts(pipeline: Pipeline) -> None:
+    version = pipeline.train_version()
+    space = load_text_space(pipeline.registry.reference(version, TEXT_SPACE_FILE))
+    questions = [example.question for example in pipeline.examples.train]
+    assert space.unknown_words([*questions, "xylophone"]).tolist() == [0.0] * len(questions) + [1.0]
+
+
+def test_an_unserved_adapter_has_no_proof(pipeline: Pipeline) -> None:
+    record = pipeline.registry.format(pipeline.train_version(), Format.ADAPTER)
+    assert (record.evaluation, record.probes) == (None, ())
+
+
+def test_the_weights_of_a_finished_run_lie_in_the_registry_alone(pipeline: Pipeline) -> None:
+    pipeline.train_version()
+    assert not list(pipeline.run.folder.rglob("*.safetensors"))
+
+
+def test_a_finished_run_gives_its_version_again_and_does_nothing(make: Make, stages: Stages, engines: Engines) -> None:
+    version = make().train_version()
+    ran, launched = list(stages.ran), len(engines.launched)
+    assert make().train_version() == version
+    assert stages.ran == ran
+    assert len(engines.launched) == launched
+
+
+@pytest.mark.parametrize("broken", [Stage.TRAIN, Stage.MERGE, Stage.QUANTIZE])
+def test_an_interrupted_stage_is_done_again_and_none_before_it(make: Make, stages: Stages, broken: Stage) -> None:
+    stages.broken = {broken}
+    with pytest.raises(InterruptedRunError):
+        make().train_version()
+    assert stages.ran[-1] is broken
+    stages.broken = set()
+    make().train_version()
+    order = [Stage.TRAIN, Stage.MERGE, Stage.QUANTIZE]
+    assert stages.ran == order[: order.index(broken) + 1] + order[order.index(broken) :]
+
+
+@pytest.mark.parametrize("broken", [Stage.TRAIN, Stage.MERGE, Stage.QUANTIZE])
+def test_what_an_interrupted_stage_left_does_not_get_into_the_version(
+    make: Make, stages: Stages, broken: Stage
+) -> None:
+    stages.broken = {broken}
+    with pytest.raises(InterruptedRunError):
+        make().train_version()
+    stages.broken = set()
+    pipeline = make()
+    folder = pipeline.registry.folder(pipeline.train_version())
+    assert not list(folder.rglob("half-written"))
+
+
+def test_an_evaluation_that_failed_is_done_again_alone(make: Make, stages: Stages, engines: Engines) -> None:
+    engines.refusals = 1
+    with pytest.raises(EngineError):
+        make().train_version()
+    make().train_version()
+    assert stages.ran == [Stage.TRAIN, Stage.MERGE, Stage.QUANTIZE]
+    assert engines.started_with == ["base", "merged", "gptq", "gptq"]
+
+
+def test_a_resumed_run_goes_on_in_its_mlflow_run(make: Make, stages: Stages) -> None:
+    stages.broken = {Stage.MERGE}
+    with pytest.raises(InterruptedRunError):
+        make().train_version()
+    begun = make()._tracking_run()
+    stages.broken = set()
+    pipeline = make()
+    assert pipeline.registry.manifest(pipeline.train_version()).tracking_run == begun
+
+
+def test_a_second_one_on_the_same_run_is_refused_and_changes_nothing(pipeline: Pipeline, stages: Stages) -> None:
+    with hold_lock(pipeline.run.lock, "it"), pytest.raises(BusyError, match=pipeline.run.folder.name):
+        pipeline.train_version()
+    assert stages.ran == []
+    assert [path.name for path in pipeline.run.folder.iterdir()] == ["lock"]
+
+
+def free_bytes(monkeypatch: pytest.MonkeyPatch, free: int) -> None:
+    usage = namedtuple("usage", "total used free")
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(10**12, 0, free))
+
+
+def test_a_full_disk_is_told_before_anything_is_written(
+    pipeline: Pipeline, stages: Stages, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    free_bytes(monkeypatch, 1000)
+    with pytest.raises(DiskSpaceError, match="stage train needs"):
+        pipeline.train_version()
+    assert stages.ran == []
+    assert [path.name for path in pipeline.run.folder.iterdir()] == ["lock"]
+
+
+def test_a_disk_that_fills_up_stops_before_the_next_stage_and_keeps_what_is_done(
+    make: Make, stages: Stages, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    merge = stages.merge_adapter
+
+    def merge_and_fill(base: Path, adapter: Path, out: Path) -> MergeSummary:
+        summary = merge(base, adapter, out)
+        free_bytes(monkeypatch, 1000)
+        return summary
+
+    monkeypatch.setattr(pipeline_module, "merge_adapter", merge_and_fill)
+    pipeline = make()
+    with pytest.raises(DiskSpaceError, match="stage evaluate needs"):
+        pipeline.train_version()
+    assert pipeline.run.done(Stage.MERGE)
+    assert not pipeline.run.done(Stage.EVALUATE)
+    free_bytes(monkeypatch, 10**12)
+    assert make().train_version().number == 1
+    assert stages.ran.count(Stage.MERGE) == 1
+
+
+def test_a_disk_that_is_full_within_a_stage_is_told_and_the_run_goes_on(
+    make: Make, stages: Stages, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fill(*_: Any) -> None:
+        raise RuntimeError("Error while serializing: I/O error: No space left on device (os error 28)")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(pipeline_module, "merge_adapter", fill)
+        with pytest.raises(DiskSpaceError, match="for what stage merge writes"):
+            make().train_version()
+    make().train_version()
+    assert stages.ran.count(Stage.TRAIN) == 1
+
+
+def test_a_quantized_model_that_is_worse_becomes_no_version(make: Make) -> None:
+    right_when_merged = " ".join(f"merged.{index}" for index in range(4))
+    pipeline = make(heldout=(make_example("one", right_when_merged), make_example("two", right_when_merged)))
+    with pytest.raises(TrainingError, match=r"GPTQ lost 1\.000 of exact match"):
+        pipeline.train_version()
+    assert pipeline.registry.versions() == []
+    assert not pipeline.run.done(Stage.QUALIFY)
+
+
+def test_a_loss_that_the_recipe_allows_becomes_a_version(make: Make) -> None:
+    right_when_merged = " ".join(f"merged.{index}" for index in range(4))
+    pipeline = make(heldout=(make_example("one", right_when_merged),), evaluate={"max_gptq_loss": 1.0})
+    assert pipeline.train_version().number == 1
+
+
+def test_a_registration_that_was_interrupted_goes_on_with_the_version_that_it_published(
+    make: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pipeline = make()
+
+    def interrupt(self: Tracking, *arguments: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Tracking, "annotate", interrupt)
+        with pytest.raises(InterruptedRunError):
+            pipeline.train_version()
+    (published,) = pipeline.registry.versions()
+    files = sorted(path for path in pipeline.registry.folder(published).rglob("*") if path.is_file())
+    before = [(path, path.stat().st_mtime_ns) for path in files]
+    assert make().train_version() == published
+    assert pipeline.registry.versions() == [published]
+    assert [(path, path.stat().st_mtime_ns) for path in files] == before
+
+
+def test_a_recipe_whose_version_was_removed_makes_another(make: Make, tmp_path: Path) -> None:
+    pipeline = make()
+    first = pipeline.train_version()
+    remove_version(pipeline.registry, open_database(tmp_path), first)
+    assert make().train_version() == VersionId(first.name, first.number + 1)
+    assert make().train_version() == VersionId(first.name, first.number + 1)
+
+
+def test_a_damaged_version_of_the_name_is_in_nobodys_way(make: Make) -> None:
+    pipeline = make()
+    first = pipeline.train_version()
+    manifest = pipeline.registry.folder(first) / "manifest.json"
+    manifest.chmod(0o644)
+    manifest.write_text("{", "utf-8")
+    assert make(train={"seed": 1}).train_version().number == first.number + 1
+
+
+def test_a_group_size_that_does_not_fit_is_told_before_training(make: Make, stages: Stages) -> None:
+    with pytest.raises(RecipeError, match=r"quantize\.group_size is 128"):
+        make(quantize={"group_size": 128}).train_version()
+    assert stages.ran == []
+
+
+def test_mlflow_shows_what_a_version_is(pipeline: Pipeline) -> None:
+    from mlflow import MlflowClient
+
+    version = pipeline.train_version()
+    found = MlflowClient(pipeline.registry.tracking.uri, pipeline.registry.tracking.uri).get_model_version(
+        version.name, str(version.number)
+    )
+    assert found.description == "./base on 3 examples"
+    assert found.tags["source"] == str(pipeline.registry.folder(version))
+    assert found.tags["exact_match_gptq"].startswith("0.000")
+
+
+@pytest.mark.parametrize(
+    ("merged", "gptq", "most"), [(156, 156, 0.0), (156, 160, 0.0), (156, 146, 0.05), (200, 0, 1.0), (0, 0, 0.0)]
+)
+def test_a_loss_up_to_the_limit_passes(merged: int, gptq: int, most: float) -> None:
+    check_gptq_loss(report(merged, 200), report(gptq, 200), most)
+
+
+@pytest.mark.parametrize(("merged", "gptq", "most"), [(156, 145, 0.05), (1, 0, 0.0)])
+def test_a_loss_beyond_the_limit_is_refused(merged: int, gptq: int, most: float) -> None:
+    with pytest.raises(TrainingError, match="GPTQ lost"):
+        check_gptq_loss(report(merged, 200), report(gptq, 200), most)
+
+
+def test_a_refused_loss_gives_both_figures_and_their_difference() -> None:
+    with pytest.raises(TrainingError) as caught:
+        check_gptq_loss(report(160, 200), report(100, 200), 0.05)
+    assert "0.800 [" in caught.value.wrong
+    assert "0.500 [" in caught.value.wrong
+    assert "difference -0.300 [" in caught.value.wrong
+    assert caught.value.expected == "at most 0.050 (evaluate.max_gptq_loss)"
+    assert caught.value.todo
+
+
+def test_a_registered_version_is_a_base(pipeline: Pipeline) -> None:
+    version = pipeline.train_version()
+    base = find_base(make_recipe(base=str(version)), pipeline.settings)
+    assert base.folder == pipeline.registry.artifact(version, Format.MERGED)
+    assert (base.origin, base.licence) == (str(version), "Apache-2.0")
+    assert base.revision.startswith("sha256:")
+
+
+def test_a_registered_version_that_was_altered_is_no_base(pipeline: Pipeline) -> None:
+    version = pipeline.train_version()
+    weights = pipeline.registry.artifact(version, Format.MERGED) / "model.safetensors"
+    weights.chmod(0o644)
+    weights.write_bytes(b"other")
+    with pytest.raises(IntegrityError, match=r"model\.safetensors was changed"):
+        find_base(make_recipe(base=str(version)), pipeline.settings)
+
+
+@pytest.mark.parametrize("base", ["nobody@1", "nobody@production", "@"])
+def test_a_version_that_is_not_there_is_no_base(tmp_path: Path, base: str) -> None:
+    with pytest.raises(NotFoundError):
+        find_base(make_recipe(base=base), Settings(home=tmp_path))
+
+
+def test_an_unknown_base_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(BaseModelError, match="unknown base model 'no-such-model'"):
+        find_base(make_recipe(base="no-such-model"), Settings(home=tmp_path, base_cache=tmp_path))

@@ -1,0 +1,139 @@
+"""A format is judged as it will be served: loaded in place, and proven equal on an engine of its own."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from svc.dataset.example import ChatExample
+from svc.engine.probe import EngineFacts
+from svc.errors import EngineError, ProbeError
+from svc.settings import Device
+from tests.serving.engine_double import EngineDouble, logprob_of
+from tests.trainer.conftest import make_example, make_recipe
+from tests.trainer.engines import Engines
+from trainer.qualification import Qualifier
+
+FACTS = EngineFacts(vllm="0.32.0", device=Device.CPU, instruction_set="x86_64-avx2", mode="eager")
+BASE, MERGED, GPTQ = Path("/run/base"), Path("/run/merged"), Path("/run/gptq")
+
+
+def answered_by(weights: str) -> str:
+    """What the double answers when it holds these weights."""
+    return " ".join(f"{weights}.{index}" for index in range(4))
+
+
+def qualifier(engines: Engines, heldout: list[ChatExample] | None = None, **sections: Any) -> Qualifier:
+    examples = heldout or [make_example(f"q {number}", answered_by("merged")) for number in range(4)]
+    recipe = make_recipe(**({"qualify": {"repeats": 1}} | sections))
+    return Qualifier(engines, lambda folder: FACTS, recipe, examples)
+
+
+async def test_the_merged_model_is_loaded_in_place_of_its_base_and_then_by_a_fresh_engine() -> None:
+    engines = Engines()
+    await qualifier(engines).base_and_merged(BASE, MERGED, same_fingerprint=True)
+    assert engines.started_with == ["base", "merged"]
+    assert Path(engines.launched[0].double.weights) == MERGED
+
+
+async def test_a_model_that_does_not_fit_in_place_gets_an_engine_of_its_own() -> None:
+    engines = Engines()
+    await qualifier(engines).base_and_merged(BASE, MERGED, same_fingerprint=False)
+    assert engines.started_with == ["base", "merged", "merged"]
+
+
+async def test_the_quantized_model_is_loaded_in_place_and_afresh() -> None:
+    engines = Engines()
+    await qualifier(engines).alone(GPTQ, "gptq")
+    assert engines.started_with == ["gptq", "gptq"]
+    assert "/collective_rpc" in engines.launched[0].double.calls
+
+
+async def test_each_is_judged_with_its_own_weights() -> None:
+    heldout = [make_example("a", answered_by("base")), make_example("b", answered_by("merged"))]
+    base, merged = await qualifier(Engines(), heldout).base_and_merged(BASE, MERGED, same_fingerprint=True)
+    assert base.report.hits == (True, False)
+    assert merged.evaluation.hits == (False, True)
+
+
+async def test_the_answers_of_a_format_are_kept_one_by_one() -> None:
+    heldout = [make_example("a", answered_by("base")), make_example("b", answered_by("merged"))]
+    _, merged = await qualifier(Engines(), heldout).base_and_merged(BASE, MERGED, same_fingerprint=True)
+    gptq = await qualifier(Engines(), heldout).alone(GPTQ, "gptq")
+    for qualified, weights in ((merged, "merged"), (gptq, "gptq")):
+        assert [result.answer.strip() for result in qualified.results] == [answered_by(weights)] * 2
+        assert tuple(result.hit for result in qualified.results) == qualified.evaluation.hits
+
+
+async def test_probes_are_those_of_the_weights_and_of_this_kind_of_engine() -> None:
+    qualified = await qualifier(Engines(), qualify={"repeats": 1, "probes": 3}).alone(GPTQ, "gptq")
+    assert len(qualified.probes) == 3
+    for probe in qualified.probes:
+        expected = [logprob_of(str(GPTQ), t, i) for i, t in enumerate(probe.token_ids) if i >= probe.start]
+        assert probe.logprobs == pytest.approx(expected)
+        assert probe.engine == FACTS
+
+
+async def test_time_and_speed_are_measured() -> None:
+    qualified = await qualifier(Engines()).alone(GPTQ, "gptq")
+    assert qualified.load_seconds > 0
+    assert qualified.tokens_per_second > 0
+
+
+async def test_in_place_and_afresh_must_agree() -> None:
+    engines = Engines()
+
+    def differ(number: int, double: EngineDouble) -> None:
+        double.probe_noise = 0.01 * number
+
+    engines.change = differ
+    with pytest.raises(ProbeError, match=r"differs by 0\.0100 nats"):
+        await qualifier(engines).alone(GPTQ, "gptq")
+    assert engines.running == 0
+
+
+async def test_the_second_engine_can_be_left_out() -> None:
+    engines = Engines()
+    await qualifier(engines, qualify={"repeats": 1, "restart": False}).alone(GPTQ, "gptq")
+    assert engines.started_with == ["gptq"]
+    assert engines.running == 0
+
+
+async def test_no_more_examples_are_asked_than_the_recipe_says() -> None:
+    qualified = await qualifier(Engines(), evaluate={"limit": 2}).alone(GPTQ, "gptq")
+    assert qualified.evaluation.examples == 2
+
+
+async def test_a_single_example_is_enough() -> None:
+    qualified = await qualifier(Engines(), [make_example("a", "b")]).alone(GPTQ, "gptq")
+    assert len(qualified.probes) == 1
+
+
+async def test_no_engine_is_left_behind() -> None:
+    engines = Engines()
+    await qualifier(engines).base_and_merged(BASE, MERGED, same_fingerprint=True)
+    assert engines.running == 0
+
+
+@pytest.mark.parametrize("same", [True, False])
+async def test_no_engine_is_left_behind_by_a_failure(same: bool) -> None:
+    engines = Engines()
+
+    def refuse(number: int, double: EngineDouble) -> None:
+        double.loadable = lambda folder: False
+
+    engines.change = refuse
+    with pytest.raises(EngineError):
+        await qualifier(engines).base_and_merged(BASE, MERGED, same_fingerprint=same)
+    assert engines.running == 0
+
+
+async def test_an_engine_that_answers_nonsense_is_told_at_once() -> None:
+    engines = Engines()
+
+    def refuse(number: int, double: EngineDouble) -> None:
+        double.refuse_with = (500, {"message": "no"})
+
+    engines.change = refuse
+    with pytest.raises(EngineError, match="with 500"):
+        await qualifier(engines).alone(GPTQ, "gptq")

@@ -1,0 +1,165 @@
+"""The cheap loss is the real one: for labels anywhere, in parts, for other models and for other adapters."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from peft import AdaLoraConfig, LoraConfig, PeftConfig, PeftModel, VeraConfig, get_peft_model
+from transformers import (
+    CohereConfig,
+    CohereForCausalLM,
+    Gemma2Config,
+    Gemma2ForCausalLM,
+    GraniteConfig,
+    GraniteForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    Phi3Config,
+    Phi3ForCausalLM,
+    PreTrainedModel,
+    set_seed,
+)
+
+from trainer.data.chat_template import IGNORED
+from trainer.training import loss as answer_trainer
+from trainer.training.loss import answer_loss, orthogonality_penalty
+
+VOCABULARY = 50
+SHAPE = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+LLAMA = LlamaForCausalLM(LlamaConfig(**SHAPE)).float()
+
+
+@st.composite
+def batches(draw: st.DrawFn) -> tuple[torch.Tensor, torch.Tensor]:
+    """Right-padded rows that begin alike; any token may be learnt."""
+    tokens, learnt = st.integers(0, VOCABULARY - 1), st.booleans()
+    prefix = draw(st.lists(tokens, max_size=24))
+    rows = draw(st.lists(st.lists(st.tuples(tokens, learnt), min_size=2, max_size=8), min_size=1, max_size=4))
+    length = len(prefix) + max(len(row) for row in rows)
+    ids, labels = torch.zeros(len(rows), length, dtype=torch.long), torch.full((len(rows), length), IGNORED)
+    for number, row in enumerate(rows):
+        ids[number, : len(prefix)] = torch.tensor(prefix)
+        for place, (token, is_learnt) in enumerate(row, start=len(prefix)):
+            ids[number, place] = token
+            labels[number, place] = token if is_learnt else IGNORED
+    return ids, labels
+
+
+def batch(rows: int = 4, length: int = 40, shared: int = 20) -> tuple[torch.Tensor, torch.Tensor]:
+    """Two learnt stretches in each row, behind a shared prompt."""
+    ids = torch.randint(3, VOCABULARY, (rows, length), generator=torch.Generator().manual_seed(1))
+    ids[:, :shared] = ids[0, :shared]
+    labels = torch.full_like(ids, IGNORED)
+    for part in (slice(shared + 3, shared + 7), slice(length - 6, length)):
+        labels[:, part] = ids[:, part]
+    return ids, labels
+
+
+def whole_loss(model: PreTrainedModel | PeftModel, ids: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    """The textbook's way: logits at every position, padding masked by the labels alone."""
+    logits = model(input_ids=ids, use_cache=False).logits[:, :-1]
+    return torch.nn.functional.cross_entropy(
+        logits.flatten(0, 1).float(), labels[:, 1:].flatten(), ignore_index=IGNORED, reduction="sum"
+    )
+
+
+def gradient(loss: torch.Tensor, model: torch.nn.Module) -> torch.Tensor:
+    learnt = [weight for weight in model.parameters() if weight.requires_grad]
+    return torch.cat([part.flatten() for part in torch.autograd.grad(loss, learnt, allow_unused=False)])
+
+
+def assert_same(model: PreTrainedModel | PeftModel) -> None:
+    """Loss and gradient of the two ways are equal."""
+    cheap, real = (loss(model, *batch()) for loss in (answer_loss, whole_loss))
+    torch.testing.assert_close(cheap, real, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(gradient(cheap, model), gradient(real, model), rtol=1e-3, atol=1e-4)
+
+
+@settings(max_examples=15, deadline=None)
+@given(batches())
+def test_labels_may_stand_anywhere(labelled: tuple[torch.Tensor, torch.Tensor]) -> None:
+    torch.testing.assert_close(answer_loss(LLAMA, *labelled), whole_loss(LLAMA, *labelled), rtol=1e-4, atol=1e-4)
+
+
+@settings(max_examples=10, deadline=None)
+@given(batches(), st.integers(1, 5))
+def test_in_parts_it_is_the_same(labelled: tuple[torch.Tensor, torch.Tensor], positions: int) -> None:
+    hidden = torch.randn(12, SHAPE["hidden_size"], generator=torch.Generator().manual_seed(0), requires_grad=True)
+    targets = torch.arange(12)
+    whole, parts = (
+        answer_trainer._summed_cross_entropy(LLAMA, hidden, targets, size * VOCABULARY) for size in (12, positions)
+    )
+    torch.testing.assert_close(parts, whole)
+    torch.testing.assert_close(*(torch.autograd.grad(loss, hidden)[0] for loss in (parts, whole)))
+
+
+def test_long_answers_never_have_all_their_logits_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(answer_trainer, "_LOGITS_AT_ONCE", 4 * VOCABULARY)
+    scored: list[int] = []
+    hook = LLAMA.lm_head.register_forward_hook(lambda head, inputs, output: scored.append(output.shape[1]))
+    answer_loss(LLAMA, *batch()).backward()
+    hook.remove()
+    assert max(scored) == 4
+
+
+@pytest.mark.parametrize(
+    "model",
+    [
+        Gemma2ForCausalLM(Gemma2Config(**SHAPE, head_dim=16, sliding_window=4, final_logit_softcapping=2.0)),
+        Phi3ForCausalLM(Phi3Config(**SHAPE)),
+        CohereForCausalLM(CohereConfig(**SHAPE, logit_scale=0.3)),
+        GraniteForCausalLM(GraniteConfig(**SHAPE, logits_scaling=3.0)),
+    ],
+    ids=["sliding window and capped logits", "fused projections", "scaled logits", "divided logits"],
+)
+def test_it_is_the_same_for_other_models(model: PreTrainedModel) -> None:
+    assert_same(model.float())
+
+
+@pytest.mark.parametrize(
+    "adapter",
+    [
+        LoraConfig(target_modules="all-linear", init_lora_weights=False),
+        LoraConfig(target_modules="all-linear", init_lora_weights=False, use_dora=True),
+        VeraConfig(target_modules=["q_proj", "o_proj"], r=4, init_weights=False),
+        AdaLoraConfig(target_modules="all-linear", init_lora_weights=False, total_step=10),
+    ],
+    ids=lambda adapter: f"{type(adapter).__name__}{'-DoRA' if getattr(adapter, 'use_dora', False) else ''}",
+)
+def test_it_is_the_same_for_every_kind_of_adapter(adapter: PeftConfig) -> None:
+    set_seed(0)
+    adapter.task_type = "CAUSAL_LM"
+    assert_same(get_peft_model(LlamaForCausalLM(LlamaConfig(**SHAPE)), adapter))
+
+
+def test_it_is_the_same_with_checkpointed_layers() -> None:
+    model = LlamaForCausalLM(LlamaConfig(**SHAPE)).train()
+    model.gradient_checkpointing_enable()
+    assert_same(model)
+
+
+def test_the_penalty_of_adalora_is_what_peft_adds_to_a_loss_of_the_model() -> None:
+    set_seed(0)
+    adapter = AdaLoraConfig(target_modules="all-linear", total_step=10, task_type="CAUSAL_LM", orth_reg_weight=0.3)
+    model = get_peft_model(LlamaForCausalLM(LlamaConfig(**SHAPE)), adapter)
+    ids, labels = batch()
+    with_it = model(input_ids=ids, labels=labels, use_cache=False).loss
+    without = whole_loss(model, ids, labels) / (labels[:, 1:] != IGNORED).sum()
+    penalty = orthogonality_penalty(model)
+    assert penalty is not None
+    torch.testing.assert_close(penalty, with_it - without, rtol=1e-3, atol=1e-4)
+
+
+def test_other_adapters_have_no_penalty() -> None:
+    model = get_peft_model(LlamaForCausalLM(LlamaConfig(**SHAPE)), LoraConfig(target_modules="all-linear"))
+    assert orthogonality_penalty(model) is None

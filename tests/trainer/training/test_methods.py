@@ -1,0 +1,229 @@
+"""Every method: it learns, its adapter is merged as it was trained, and it goes on where it was cut off."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import AdaLoraConfig, get_peft_model
+from peft.tuners.lora.layer import Linear
+from safetensors.torch import load_file
+from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import AutoModelForCausalLM
+
+from svc.dataset.example import ChatExample
+from svc.engine.capabilities import NumberType
+from svc.errors import TrainingError
+from tests.trainer.conftest import make_recipe
+from trainer.export.merge import merge_adapter, prove_full, unused_modules
+from trainer.model.peft_config import adapter_config, load_adapter, load_model
+from trainer.recipe.sections import Method, Recipe
+from trainer.training.sft import TrainingData, TrainingSummary, train_model
+
+pytestmark = pytest.mark.slow
+
+ADAPTED = [method for method in Method if method is not Method.FULL]
+IDS = torch.arange(40).reshape(2, 20)
+
+
+def recipe(method: Method, **sections: Any) -> Recipe:
+    rate = {Method.FULL: 3e-3, Method.VERA: 0.1}.get(method, 2e-2)
+    adapter = {} if method is Method.FULL else {"rank": 4}
+    train = {"batch_size": 4, "epochs": 8, "learning_rate": rate}
+    return make_recipe(**{"method": method.value, "adapter": adapter, "train": train} | sections)
+
+
+Trained = dict[Method, tuple[Path, TrainingSummary]]
+
+
+@pytest.fixture(scope="module")
+def trained(tiny_base: Path, examples: list[ChatExample], tmp_path_factory: pytest.TempPathFactory) -> Trained:
+    found = {}
+    for method in Method:
+        folder = tmp_path_factory.mktemp(method.value)
+        summary = train_model(
+            tiny_base,
+            TrainingData(examples),
+            recipe(method),
+            folder / "trained",
+            folder / "checkpoints",
+            number_type=NumberType.BFLOAT16,
+        )
+        found[method] = folder / "trained", summary
+    return found
+
+
+@pytest.mark.parametrize("method", Method)
+def test_it_learns(trained: Trained, method: Method) -> None:
+    curve = trained[method][1].loss_curve
+    assert curve[-1].loss < curve[0].loss - 0.2
+
+
+@pytest.mark.parametrize("method", Method)
+def test_what_it_writes_is_safetensors(trained: Trained, method: Method) -> None:
+    names = {path.suffix for path in trained[method][0].rglob("*") if path.is_file()}
+    assert ".safetensors" in names
+    assert not names & {".bin", ".pt", ".pth", ".pkl"}
+
+
+@pytest.mark.parametrize("method", ADAPTED)
+def test_the_merged_model_answers_as_the_adapter_on_its_base(
+    trained: Trained, method: Method, tiny_base: Path, tmp_path: Path
+) -> None:
+    adapter = trained[method][0]
+    merge_adapter(tiny_base, adapter, tmp_path / "merged")
+    base = AutoModelForCausalLM.from_pretrained(tiny_base, dtype=torch.float32)
+    with torch.no_grad():
+        untrained = base(IDS).logits
+        merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged", dtype=torch.float32)(IDS).logits
+        beside = load_adapter(base, adapter)(IDS).logits
+    assert (merged - beside).abs().max() < 0.1 * (merged - untrained).abs().max()
+
+
+def test_full_fine_tuning_changes_every_layer(trained: Trained, tiny_base: Path) -> None:
+    assert prove_full(tiny_base, trained[Method.FULL][0]).modules == 2 * 7
+
+
+def test_a_model_that_was_not_trained_is_found(tiny_base: Path) -> None:
+    with pytest.raises(TrainingError, match="still has the base's weights"):
+        prove_full(tiny_base, tiny_base)
+
+
+def test_full_fine_tuning_writes_bf16(trained: Trained) -> None:
+    weights = load_file(trained[Method.FULL][0] / "model.safetensors")
+    assert {weight.dtype for weight in weights.values()} == {torch.bfloat16}
+
+
+def test_qlora_trains_on_four_bits(tiny_base: Path) -> None:
+    layer = load_model(tiny_base, Method.QLORA, number_type=NumberType.BFLOAT16).model.layers[0].mlp.up_proj
+    assert layer.weight.quant_state.quant_type == "nf4"
+    assert layer.weight.quant_state.nested
+    assert layer.compute_dtype is torch.bfloat16
+
+
+class Products(TorchDispatchMode):
+    """Records the types of what is multiplied, forwards and backwards."""
+
+    NAMES = ("mm", "addmm", "bmm", "baddbmm", "linear", "attention", "mv", "dequantize_4bit", "gemv_4bit", "gemm_4bit")
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.types: dict[str, set[torch.dtype]] = {}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        name = str(func)
+        if any(part in name for part in self.NAMES):
+            found = [x.dtype for x in (*args, result) if isinstance(x, torch.Tensor) and x.is_floating_point()]
+            self.types.setdefault(name, set()).update(found)
+        return result
+
+
+@pytest.mark.parametrize("method", Method)
+@pytest.mark.parametrize("number_type", [NumberType.BFLOAT16, NumberType.FLOAT32])
+def test_products_are_in_the_type_that_was_asked_for(
+    method: Method, number_type: NumberType, tiny_base: Path, examples: list[ChatExample], tmp_path: Path
+) -> None:
+    """All of them in float32: a single one in bfloat16 takes longer than the rest, where a CPU has no kernel for it."""
+    made = recipe(method, train={"batch_size": 4, "steps": 6}, stopping={"every_steps": 3})
+    data, out = TrainingData(examples, examples[:5]), tmp_path / "trained"
+    with Products() as products:
+        train_model(tiny_base, data, made, out, tmp_path / "checkpoints", number_type=number_type)
+        if method is not Method.FULL:
+            merge_adapter(tiny_base, out, tmp_path / "merged")
+    used = set().union(*products.types.values())
+    if number_type is NumberType.FLOAT32:
+        assert used == {torch.float32}, products.types
+    else:
+        assert torch.bfloat16 in used
+
+
+@pytest.mark.parametrize("number_type", [NumberType.BFLOAT16, NumberType.FLOAT32])
+def test_plain_lora_is_trained_by_fused_layers_alone(
+    number_type: NumberType,
+    tiny_base: Path,
+    examples: list[ChatExample],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def refuse(*args: Any, **kwargs: Any) -> None:
+        raise AssertionError("PEFT's own forward was called")
+
+    monkeypatch.setattr(Linear, "forward", refuse)
+    made = recipe(Method.LORA, stopping={"every_steps": 3})
+    data, out = TrainingData(examples, examples[:5]), tmp_path / "trained"
+    train_model(tiny_base, data, made, out, tmp_path / "checkpoints", number_type=number_type)
+
+
+def test_measuring_held_out_loss_changes_nothing_in_qlora(
+    tiny_base: Path, examples: list[ChatExample], tmp_path: Path
+) -> None:
+    """bitsandbytes packs weights for a kernel without a gradient when a model is evaluated on some CPUs."""
+    written = []
+    for name, stopping in (("without", {}), ("with", {"every_steps": 2})):
+        made = recipe(Method.QLORA, train={"batch_size": 4, "steps": 6}, stopping=stopping)
+        data = TrainingData(examples, examples[:5])
+        train_model(
+            tiny_base, data, made, tmp_path / name, tmp_path / f"checkpoints-{name}", number_type=NumberType.BFLOAT16
+        )
+        written.append((tmp_path / name / "adapter_model.safetensors").read_bytes())
+    assert written[0] == written[1]
+
+
+def test_qlora_computes_in_the_type_that_was_asked_for(tiny_base: Path) -> None:
+    for number_type in NumberType:
+        model = load_model(tiny_base, Method.QLORA, number_type=number_type).model
+        assert model.layers[0].mlp.up_proj.compute_dtype is getattr(torch, number_type)
+        assert model.embed_tokens.weight.dtype is getattr(torch, number_type)
+
+
+def test_adapters_are_trained_in_float32(trained: Trained) -> None:
+    for method in ADAPTED:
+        weights = load_file(trained[method][0] / "adapter_model.safetensors")
+        assert {weight.dtype for weight in weights.values()} == {torch.float32}, method
+
+
+def test_adalora_ends_with_the_mean_rank_that_was_asked_for(trained: Trained) -> None:
+    config = json.loads((trained[Method.ADALORA][0] / "adapter_config.json").read_text("utf-8"))
+    kept = [sum(mask) for mask in config["rank_pattern"].values()]
+    assert len(kept) == 2 * 7
+    assert sum(kept) == 4 * len(kept)
+    assert len(set(kept)) > 1, "ranks differ, or nothing was shared out"
+
+
+def test_adalora_plans_by_the_real_number_of_steps() -> None:
+    config = adapter_config(recipe(Method.ADALORA), "all-linear", steps=200)
+    assert isinstance(config, AdaLoraConfig)
+    assert (config.total_step, config.tinit, config.tfinal, config.target_r, config.init_r) == (200, 20, 60, 4, 6)
+
+
+def test_adalora_needs_some_steps() -> None:
+    with pytest.raises(TrainingError, match="2 steps, too few for AdaLoRA"):
+        adapter_config(recipe(Method.ADALORA), "all-linear", steps=2)
+
+
+def test_a_module_without_rank_may_keep_the_base_weights(tmp_path: Path) -> None:
+    pattern = {"model.layers.0.mlp.up_proj.lora_E": [False] * 6, "model.layers.1.mlp.up_proj.lora_E": [True, False]}
+    (tmp_path / "adapter_config.json").write_text(json.dumps({"rank_pattern": pattern}), "utf-8")
+    assert unused_modules(tmp_path) == {"model.layers.0.mlp.up_proj"}
+
+
+def test_rslora_scales_by_the_root_of_the_rank(tiny_base: Path) -> None:
+    config = adapter_config(recipe(Method.LORA, adapter={"rank": 16, "rslora": True}), "all-linear", steps=9)
+    model = AutoModelForCausalLM.from_pretrained(tiny_base)
+    assert get_peft_model(model, config).base_model.model.model.layers[0].mlp.up_proj.scaling["default"] == 8
+
+
+@pytest.mark.parametrize(
+    ("method", "adapter", "told"),
+    [
+        ("full", {"rank": 8}, "adapter.rank means nothing for method full"),
+        ("vera", {"alpha": 8}, "adapter.alpha means nothing for method vera"),
+        ("lora", {"initial_rank": 8}, "adapter.initial_rank means nothing for method lora"),
+        ("adalora", {"rank": 8, "initial_rank": 8}, "initial_rank 8 is not above the final rank 8"),
+    ],
+)
+def test_a_key_without_meaning_is_refused(method: str, adapter: dict[str, int], told: str) -> None:
+    with pytest.raises(ValueError, match=told):
+        make_recipe(method=method, adapter=adapter)

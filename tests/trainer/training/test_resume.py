@@ -1,0 +1,416 @@
+"""A run that is cut off anywhere ends as one that was not: the same curve, the same weights, bit for bit."""
+
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import TrainerCallback
+from transformers.trainer import Accelerator
+
+from svc.dataset.example import ChatExample
+from svc.dataset.reader import write_examples
+from svc.engine.capabilities import NumberType
+from svc.errors import InterruptedRunError
+from tests.trainer.conftest import make_recipe
+from trainer.recipe.sections import Method, Recipe
+from trainer.training import sft
+from trainer.training import trainer as resumable_trainer
+from trainer.training.checkpoints import CheckpointFolder
+from trainer.training.sft import TrainingData, TrainingSummary, train_model
+
+pytestmark = pytest.mark.slow
+
+STEPS = 12  # three epochs of four steps
+BFLOAT16, FLOAT16, FLOAT32 = NumberType
+
+
+def recipe(method: Method = Method.LORA, **sections: Any) -> Recipe:
+    train = {"batch_size": 3, "epochs": 3, "learning_rate": 1e-2, "neftune_alpha": 5}
+    adapter: dict[str, Any] = {} if method is Method.FULL else {"rank": 4}
+    if method not in (Method.FULL, Method.ADALORA):
+        adapter["dropout"] = 0.1
+    content = {"method": method.value, "adapter": adapter, "train": train, "checkpoints": {"every_steps": 1}}
+    return make_recipe(**content | sections)
+
+
+class Killed(BaseException):
+    """Nothing in the trainer may catch it."""
+
+
+def train_until(
+    base: Path,
+    data: TrainingData,
+    recipe: Recipe,
+    folder: Path,
+    step: int,
+    monkeypatch: Any,
+    number_type: NumberType = BFLOAT16,
+) -> None:
+    """Trains, and is cut off when the step has been taken, before its checkpoint."""
+
+    class Kill(TrainerCallback):
+        def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            if state.global_step == step:
+                raise Killed
+
+    original = resumable_trainer.ResumableTrainer.__init__
+
+    def with_kill(self: Any, **options: Any) -> None:
+        original(self, **options)
+        self.add_callback(Kill())
+
+    with monkeypatch.context() as patch:
+        patch.setattr(resumable_trainer.ResumableTrainer, "__init__", with_kill)
+        with pytest.raises(Killed):
+            train_in(number_type, base, data, recipe, folder)
+
+
+def train_in(number_type: NumberType, base: Path, data: TrainingData, recipe: Recipe, folder: Path) -> TrainingSummary:
+    return train_model(base, data, recipe, folder / "trained", folder / "checkpoints", number_type=number_type)
+
+
+def weights(folder: Path) -> bytes:
+    return next((folder / "trained").glob("*.safetensors")).read_bytes()
+
+
+def figures(summary: TrainingSummary) -> TrainingSummary:
+    """Without what depends on the clock."""
+    return replace(summary, seconds=0, tokens_per_second=0)
+
+
+@pytest.fixture
+def data(examples: list[ChatExample]) -> TrainingData:
+    return TrainingData(examples, examples[:5])
+
+
+@pytest.mark.parametrize("method", Method)
+def test_it_ends_as_if_it_had_not_been_cut_off(
+    method: Method, tiny_base: Path, data: TrainingData, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Cut off in an epoch's middle, at its end, and after its first step; each time it goes on from the step before."""
+    whole = train_model(
+        tiny_base,
+        data,
+        recipe(method),
+        tmp_path / "a" / "trained",
+        tmp_path / "a" / "checkpoints",
+        number_type=NumberType.BFLOAT16,
+    )
+    for step in (3, 5, 9):
+        train_until(tiny_base, data, recipe(method), tmp_path / "b", step, monkeypatch)
+    resumed = train_model(
+        tiny_base,
+        data,
+        recipe(method),
+        tmp_path / "b" / "trained",
+        tmp_path / "b" / "checkpoints",
+        number_type=NumberType.BFLOAT16,
+    )
+    assert figures(resumed) == figures(whole)
+    assert weights(tmp_path / "b") == weights(tmp_path / "a")
+
+
+@pytest.mark.parametrize("method", Method)
+def test_so_it_is_in_float32(
+    method: Method, tiny_base: Path, data: TrainingData, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = train_in(FLOAT32, tiny_base, data, recipe(method), tmp_path / "a")
+    train_until(tiny_base, data, recipe(method), tmp_path / "b", 6, monkeypatch, FLOAT32)
+    resumed = train_in(FLOAT32, tiny_base, data, recipe(method), tmp_path / "b")
+    assert figures(resumed) == figures(whole)
+    assert weights(tmp_path / "b") == weights(tmp_path / "a")
+
+
+@pytest.fixture
+def scaled_on_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Float16 as on an older GPU, computed on the CPU, where accelerate itself scales no loss.
+
+    The scale begins so high that steps are left out, and grows after two steps, so that it matters where a run goes on.
+    """
+    original = Accelerator.__init__
+
+    def with_scaler(self: Any, *args: Any, **options: Any) -> None:
+        original(self, *args, **options)
+        if self.mixed_precision == "fp16":
+            self.native_amp = True
+            self.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**24, growth_interval=2)
+
+    monkeypatch.setattr(Accelerator, "__init__", with_scaler)
+
+
+def left_out(folder: Path, step: int) -> list[int]:
+    """The steps up to a checkpoint whose gradients were not finite."""
+    path = CheckpointFolder(folder / "checkpoints", 2).at(step) / "trainer_state.json"
+    history = json.loads(path.read_text("utf-8"))["log_history"]
+    return [entry["step"] for entry in history if not math.isfinite(entry.get("grad_norm", 0.0))]
+
+
+@pytest.mark.parametrize("method", [Method.FULL, Method.LORA, Method.ADALORA])
+@pytest.mark.usefixtures("scaled_on_cpu")
+def test_so_it_is_in_float16_with_a_scaled_loss(
+    method: Method, tiny_base: Path, data: TrainingData, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = train_in(FLOAT16, tiny_base, data, recipe(method), tmp_path / "a")
+    for step in (3, 9):
+        train_until(tiny_base, data, recipe(method), tmp_path / "b", step, monkeypatch, FLOAT16)
+    resumed = train_in(FLOAT16, tiny_base, data, recipe(method), tmp_path / "b")
+    assert left_out(tmp_path / "a", STEPS), "no step was left out, which was to be tried"
+    assert figures(resumed) == figures(whole)
+    assert weights(tmp_path / "b") == weights(tmp_path / "a")
+
+
+@pytest.mark.usefixtures("scaled_on_cpu")
+def test_a_step_that_is_left_out_leaves_adaloras_means_finite(
+    tiny_base: Path, data: TrainingData, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    train_until(tiny_base, data, recipe(Method.ADALORA), tmp_path, 7, monkeypatch, FLOAT16)
+    assert left_out(tmp_path, 6)
+    means = load_file(CheckpointFolder(tmp_path / "checkpoints", 2).at(6) / "rank_allocator.safetensors")
+    assert all(mean.isfinite().all() for mean in means.values())
+    assert any(mean.any() for mean in means.values()), "no step was taken"
+
+
+@pytest.mark.parametrize(
+    ("begun", "goes_on"), [(BFLOAT16, FLOAT32), (FLOAT32, BFLOAT16), (FLOAT16, FLOAT32), (FLOAT32, FLOAT16)]
+)
+@pytest.mark.usefixtures("scaled_on_cpu")
+def test_on_a_machine_with_other_numbers_it_goes_on_and_says_so(
+    begun: NumberType,
+    goes_on: NumberType,
+    tiny_base: Path,
+    data: TrainingData,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    whole = train_in(begun, tiny_base, data, recipe(), tmp_path / "a")
+    train_until(tiny_base, data, recipe(), tmp_path / "b", 7, monkeypatch, begun)
+    assert "converted" not in capsys.readouterr().err
+    resumed = train_in(goes_on, tiny_base, data, recipe(), tmp_path / "b")
+    told = " ".join(capsys.readouterr().err.split())
+    assert f"converted at step 6 from {begun} to {goes_on}" in told
+    assert "not bit for bit that of an uninterrupted run" in told
+    assert resumed.steps == whole.steps
+    assert resumed.final_loss == pytest.approx(whole.final_loss, rel=0.05)
+    newest = CheckpointFolder(tmp_path / "b" / "checkpoints", 2).newest()
+    assert newest is not None
+    assert resumable_trainer.number_type_of(newest) is goes_on
+    if goes_on is FLOAT16:
+        assert max(left_out(tmp_path / "b", STEPS)) > 6, "the scale of the loss was not found anew"
+
+
+def test_a_finished_run_is_not_converted(
+    tiny_base: Path, data: TrainingData, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    train_in(BFLOAT16, tiny_base, data, recipe(), tmp_path)
+    first = weights(tmp_path)
+    train_in(FLOAT32, tiny_base, data, recipe(), tmp_path)
+    assert weights(tmp_path) == first
+    assert "converted" not in capsys.readouterr().err
+
+
+def test_a_checkpoint_that_does_not_say_its_numbers_is_in_bfloat16(tmp_path: Path) -> None:
+    save_file({"weight": torch.zeros(1)}, tmp_path / "weights.safetensors")
+    assert resumable_trainer.number_type_of(tmp_path) is BFLOAT16
+
+
+@pytest.mark.parametrize(
+    "sections",
+    [
+        {"train": {"batch_size": 2, "gradient_accumulation": 2, "epochs": 2.5, "learning_rate": 1e-2}},
+        {"train": {"batch_size": 3, "steps": 10, "schedule": "cosine", "learning_rate": 1e-2}},
+        {"stopping": {"every_steps": 2, "keep_best": True, "patience": 2}},
+        {"train": {"batch_size": 1, "epochs": 3, "packing": True, "max_length": 300, "learning_rate": 1e-2}},
+    ],
+    ids=["accumulation", "steps", "stopping", "packing"],
+)
+def test_so_it_is_with_other_settings(
+    sections: dict[str, Any], tiny_base: Path, data: TrainingData, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = recipe(**sections)
+    whole = train_model(
+        tiny_base,
+        data,
+        made,
+        tmp_path / "a" / "trained",
+        tmp_path / "a" / "checkpoints",
+        number_type=NumberType.BFLOAT16,
+    )
+    for step in (2, 6):
+        train_until(tiny_base, data, made, tmp_path / "b", step, monkeypatch)
+    resumed = train_model(
+        tiny_base,
+        data,
+        made,
+        tmp_path / "b" / "trained",
+        tmp_path / "b" / "checkpoints",
+        number_type=NumberType.BFLOAT16,
+    )
+    assert figures(resumed) == figures(whole)
+    assert weights(tmp_path / "b") == weights(tmp_path / "a")
+
+
+def test_how_often_it_is_saved_changes_nothing(tiny_base: Path, data: TrainingData, tmp_path: Path) -> None:
+    for name, every in (("a", 1), ("b", 5)):
+        made = recipe(checkpoints={"every_steps": every})
+        train_model(
+            tiny_base,
+            data,
+            made,
+            tmp_path / name / "trained",
+            tmp_path / name / "checkpoints",
+            number_type=NumberType.BFLOAT16,
+        )
+    assert weights(tmp_path / "a") == weights(tmp_path / "b")
+
+
+def test_cut_off_after_its_last_step_it_takes_no_other(
+    tiny_base: Path, data: TrainingData, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = train_model(
+        tiny_base, data, recipe(), tmp_path / "trained", tmp_path / "checkpoints", number_type=NumberType.BFLOAT16
+    )
+    first = (tmp_path / "trained" / "adapter_model.safetensors").read_bytes()
+    again = train_model(
+        tiny_base, data, recipe(), tmp_path / "trained", tmp_path / "checkpoints", number_type=NumberType.BFLOAT16
+    )
+    assert figures(again) == figures(whole)
+    assert (tmp_path / "trained" / "adapter_model.safetensors").read_bytes() == first
+
+
+def test_a_damaged_checkpoint_is_passed_over(
+    tiny_base: Path, data: TrainingData, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    train_model(
+        tiny_base,
+        data,
+        recipe(),
+        tmp_path / "a" / "trained",
+        tmp_path / "a" / "checkpoints",
+        number_type=NumberType.BFLOAT16,
+    )
+    train_until(tiny_base, data, recipe(), tmp_path / "b", 7, monkeypatch)
+    newest = CheckpointFolder(tmp_path / "b" / "checkpoints", 2).at(6)
+    with (newest / "weights.safetensors").open("r+b") as file:
+        file.truncate(1000)
+    train_model(
+        tiny_base,
+        data,
+        recipe(),
+        tmp_path / "b" / "trained",
+        tmp_path / "b" / "checkpoints",
+        number_type=NumberType.BFLOAT16,
+    )
+    assert weights(tmp_path / "b") == weights(tmp_path / "a")
+
+
+KILLS = 8
+# Imports once, then trains in a new process for each line that it reads: says its id, and how it ended.
+SCRIPT = """
+import os, sys
+from pathlib import Path
+import torch
+torch.set_num_threads(1)
+from svc.dataset.reader import read_examples
+from svc.engine.capabilities import NumberType
+from tests.trainer.training.test_resume import recipe
+from trainer.model import peft_config as adapters
+from trainer.training import trainer as resumable_trainer
+from trainer.callbacks import progress
+from trainer.training.sft import TrainingData, train_model
+for line in sys.stdin:
+    folder = Path(line.strip())
+    process = os.fork()
+    if process == 0:
+        data = TrainingData(read_examples(folder / "train.jsonl"))
+        out, checkpoints = folder / "trained", folder / "checkpoints"
+        train_model(Path(sys.argv[1]), data, recipe(), out, checkpoints, number_type=NumberType.BFLOAT16)
+        os._exit(0)
+    print(process, flush=True)
+    print(os.waitpid(process, 0)[1], flush=True)
+"""
+
+
+def files(folder: Path) -> set[str]:
+    """All that is there, whatever goes away meanwhile."""
+    return {os.path.join(root, name) for root, folders, names in os.walk(folder) for name in (*folders, *names)}
+
+
+def test_killed_at_any_moment_it_ends_the_same(tiny_base: Path, data: TrainingData, tmp_path: Path) -> None:
+    """With SIGKILL, each time as soon as some other file of a checkpoint appears, whole or not."""
+    a, b = tmp_path / "a", tmp_path / "b"
+    for folder in (a, b):
+        folder.mkdir()
+        write_examples(folder / "train.jsonl", data.train)
+    with subprocess.Popen(
+        [sys.executable, "-c", SCRIPT, str(tiny_base)],
+        cwd=Path(__file__).parents[3],
+        text=True,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+    ) as trainer:
+        assert trainer.stdin
+        assert trainer.stdout
+
+        def start(folder: Path) -> int:
+            assert trainer.stdin
+            assert trainer.stdout
+            print(folder, file=trainer.stdin, flush=True)
+            return int(trainer.stdout.readline())
+
+        start(a)
+        assert int(trainer.stdout.readline()) == 0
+        seen: set[str] = set()
+        for _ in range(KILLS):
+            process = start(b)
+            while not (new := files(b / "checkpoints") - seen):
+                os.kill(process, 0)
+            seen |= new
+            os.kill(process, signal.SIGKILL)
+            assert int(trainer.stdout.readline()) == signal.SIGKILL
+        start(b)
+        assert int(trainer.stdout.readline()) == 0
+        trainer.stdin.close()
+    assert weights(b) == weights(a)
+
+
+def test_a_signal_ends_it_with_a_checkpoint(
+    tiny_base: Path, data: TrainingData, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save = CheckpointFolder.writing
+
+    def signal_at_step_four(self: CheckpointFolder, step: int, best: int | None = None) -> Any:
+        if step == 4:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return save(self, step, best)
+
+    before = signal.getsignal(signal.SIGTERM)
+    monkeypatch.setattr(CheckpointFolder, "writing", signal_at_step_four)
+    with pytest.raises(InterruptedRunError, match="SIGTERM after step 4 of 12"):
+        train_model(
+            tiny_base, data, recipe(), tmp_path / "trained", tmp_path / "checkpoints", number_type=NumberType.BFLOAT16
+        )
+    newest = CheckpointFolder(tmp_path / "checkpoints", 2).newest()
+    assert newest is not None
+    assert json.loads((newest / "trainer_state.json").read_text("utf-8"))["global_step"] == 4
+    assert signal.getsignal(signal.SIGTERM) is before
+
+
+def test_ctrl_c_while_the_trained_weights_are_written_ends_it(
+    tiny_base: Path, data: TrainingData, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sft, "_save", lambda *_: os.kill(os.getpid(), signal.SIGINT))
+    with pytest.raises(KeyboardInterrupt):
+        train_model(
+            tiny_base, data, recipe(), tmp_path / "trained", tmp_path / "checkpoints", number_type=NumberType.BFLOAT16
+        )

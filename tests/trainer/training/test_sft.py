@@ -1,0 +1,444 @@
+"""Training: what is learnt, what is refused, and that the cheap loss is the real one."""
+
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors.torch import load_file
+from transformers import (
+    Gemma2Config,
+    Gemma2ForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedModel,
+    Qwen3MoeConfig,
+    Qwen3MoeForCausalLM,
+    TrainingArguments,
+    set_seed,
+)
+
+from svc.dataset.example import ChatExample, parse_example
+from svc.engine.capabilities import NumberType
+from svc.errors import BaseModelError, DataError, TrainingError
+from tests.trainer.conftest import CHAT_TEMPLATE, make_example, make_recipe, make_tokenizer
+from trainer.data.chat_template import IGNORED, load_tokenizer, stop_tokens, tokenize_examples
+from trainer.model.acceleration import Facts, choose_acceleration
+from trainer.training import sft
+from trainer.training.loss import answer_loss
+from trainer.training.sft import TrainingData, TrainingSummary, train_model
+
+SHAPE = {
+    "vocab_size": 50,
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "head_dim": 16,
+}
+LLAMA = LlamaForCausalLM(LlamaConfig(**SHAPE)).float()
+
+
+def train(base: Path, examples: list[ChatExample], out: Path, **section: float) -> TrainingSummary:
+    recipe = make_recipe(train={"batch_size": 4, **section})
+    return train_model(
+        base, TrainingData(examples), recipe, out, out.with_name("checkpoints"), number_type=NumberType.BFLOAT16
+    )
+
+
+@pytest.fixture(scope="module")
+def trained(tiny_base: Path, examples: list[ChatExample], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("sft") / "adapter"
+    train(tiny_base, examples, out)
+    return out
+
+
+def test_the_adapter_is_written_with_its_tokenizer(trained: Path) -> None:
+    names = {path.name for path in trained.iterdir()}
+    assert {"adapter_config.json", "adapter_model.safetensors", "tokenizer.json", "chat_template.jinja"} <= names
+
+
+def test_nothing_is_written_in_pickle(trained: Path) -> None:
+    assert not [path.name for path in trained.rglob("*") if path.suffix in {".bin", ".pt", ".pth", ".pkl"}]
+
+
+def test_every_linear_layer_but_the_head_learns(trained: Path) -> None:
+    high = {
+        name: weight for name, weight in load_file(trained / "adapter_model.safetensors").items() if "lora_B" in name
+    }
+    assert len(high) == 2 * 7
+    assert all(weight.any() for weight in high.values())
+
+
+def test_one_seed_gives_one_adapter(
+    tiny_base: Path, examples: list[ChatExample], trained: Path, tmp_path: Path
+) -> None:
+    train(tiny_base, examples, tmp_path / "again")
+    files = [folder / "adapter_model.safetensors" for folder in (trained, tmp_path / "again")]
+    assert files[0].read_bytes() == files[1].read_bytes()
+
+
+def test_another_seed_gives_another_adapter(
+    tiny_base: Path, examples: list[ChatExample], trained: Path, tmp_path: Path
+) -> None:
+    train(tiny_base, examples, tmp_path / "other", seed=1)
+    files = [folder / "adapter_model.safetensors" for folder in (trained, tmp_path / "other")]
+    assert files[0].read_bytes() != files[1].read_bytes()
+
+
+def test_the_loss_falls(tiny_base: Path, examples: list[ChatExample], tmp_path: Path) -> None:
+    curve = train(tiny_base, examples, tmp_path / "adapter", learning_rate=1e-2, epochs=4).loss_curve
+    assert curve[-1].loss < curve[0].loss - 0.5
+
+
+def test_the_summary_counts_steps_and_tokens(tiny_base: Path, examples: list[ChatExample], tmp_path: Path) -> None:
+    summary = train(tiny_base, examples, tmp_path / "adapter", epochs=2)
+    tokenizer = load_tokenizer(tiny_base)
+    rows = tokenize_examples(tokenizer, examples, stop_tokens(tiny_base, tokenizer))
+    assert (summary.steps, summary.tokens) == (6, 2 * sum(len(row.input_ids) for row in rows))
+
+
+def test_too_long_examples_are_counted_before_training(tiny_base: Path, tmp_path: Path) -> None:
+    examples = [make_example("short", "red"), make_example("long" * 100, "red"), make_example("longer" * 100, "red")]
+    with pytest.raises(DataError, match=r"2 of 3 examples are longer than 300 tokens; the longest, number 3, has 660"):
+        train(tiny_base, examples, tmp_path / "adapter", max_length=300)
+
+
+def test_a_loss_that_is_not_finite_asks_for_a_lower_rate(
+    tiny_base: Path, examples: list[ChatExample], tmp_path: Path
+) -> None:
+    with pytest.raises(TrainingError, match="the loss is nan") as caught:
+        train(tiny_base, examples, tmp_path / "adapter", learning_rate=1e30, epochs=2)
+    assert "lower train.learning_rate" in caught.value.todo
+
+
+def test_a_base_without_chat_template_is_refused(tmp_path: Path, examples: list[ChatExample]) -> None:
+    make_tokenizer(chat_template="").save_pretrained(tmp_path / "base")
+    with pytest.raises(BaseModelError, match="no chat template"):
+        train(tmp_path / "base", examples, tmp_path / "adapter")
+
+
+def test_the_answer_is_learnt_up_to_and_with_its_end() -> None:
+    tokenizer = make_tokenizer()
+    row = tokenize_examples(tokenizer, [make_example("which?", "red")], {tokenizer.eos_token_id})[0].as_row()
+    learnt = [label for label in row["labels"] if label != IGNORED]
+    assert tokenizer.decode(learnt) == "red<|im_end|>"
+
+
+def learnt_texts(messages: list[dict[str, Any]], template: str = CHAT_TEMPLATE) -> list[str]:
+    tokenizer = make_tokenizer(template)
+    example = parse_example({"messages": messages})
+    (row,) = tokenize_examples(tokenizer, [example], {tokenizer.eos_token_id})
+    labels = row.as_row()["labels"]
+    assert all(label in (IGNORED, token) for label, token in zip(labels, row.input_ids, strict=True))
+    return [tokenizer.decode(row.input_ids[start:end]) for start, end in row.learnt]
+
+
+CONVERSATION: list[dict[str, Any]] = [
+    {"role": "user", "content": "one?"},
+    {"role": "assistant", "content": "1"},
+    {"role": "user", "content": "two?"},
+    {"role": "assistant", "content": "2"},
+    {"role": "user", "content": "three?"},
+    {"role": "assistant", "content": "3"},
+]
+
+
+@pytest.mark.parametrize(
+    ("weights", "learnt"),
+    [
+        ({}, ["3"]),
+        ({1: 0}, ["2", "3"]),
+        ({1: 1, 3: 0, 5: 1}, ["1", "3"]),
+        ({5: 0}, ["1", "2"]),
+    ],
+)
+def test_weights_say_which_answers_are_learnt(weights: dict[int, int], learnt: list[str]) -> None:
+    turns = [turn | ({"weight": weights[place]} if place in weights else {}) for place, turn in enumerate(CONVERSATION)]
+    assert learnt_texts(turns) == [f"{answer}<|im_end|>" for answer in learnt]
+
+
+def test_a_template_that_rewrites_earlier_answers_is_refused() -> None:
+    template = (
+        "{% for message in messages %}<|im_start|>{% if loop.last %}{{ message['role'] }}: {% endif %}"
+        "{{ message['content'] }}<|im_end|>{% endfor %}"
+    )
+    turns = [turn | {"weight": 1} if turn["role"] == "assistant" else turn for turn in CONVERSATION]
+    with pytest.raises(DataError, match="writes an earlier answer otherwise"):
+        learnt_texts(turns, template)
+
+
+def test_a_template_sees_tools_and_their_arguments_as_objects() -> None:
+    template = (
+        "{% for tool in tools %}{{ tool['function']['name'] }} {% endfor %}{% for message in messages %}"
+        "{% for call in message['tool_calls'] or [] %}{{ call['function']['arguments']['city'] }}{% endfor %}"
+        "{{ message['content'] }}<|im_end|>{% endfor %}"
+    )
+    call = {"id": "1", "type": "function", "function": {"name": "weather", "arguments": '{"city": "Rome"}'}}
+    messages = [
+        {"role": "user", "content": "weather?"},
+        {"role": "assistant", "content": None, "tool_calls": [call]},
+        {"role": "tool", "content": "sun", "tool_call_id": "1"},
+        {"role": "assistant", "content": "It shines."},
+    ]
+    tool = {"type": "function", "function": {"name": "weather", "parameters": {"type": "object", "properties": {}}}}
+    tokenizer = make_tokenizer(template)
+    example = parse_example({"messages": messages, "tools": [tool]})
+    (row,) = tokenize_examples(tokenizer, [example], {tokenizer.eos_token_id})
+    text = tokenizer.decode(row.input_ids)
+    assert text == "weather weather?<|im_end|>Rome<|im_end|>sun<|im_end|>It shines.<|im_end|>"
+
+
+def test_an_end_that_the_template_leaves_out_is_added() -> None:
+    tokenizer = make_tokenizer("{% for message in messages %}{{ message['content'] }} {% endfor %}")
+    row = tokenize_examples(tokenizer, [make_example("which?", "red")], {tokenizer.eos_token_id})[0].as_row()
+    assert row["input_ids"][-1] == row["labels"][-1] == tokenizer.eos_token_id
+
+
+def test_turns_that_the_template_refuses_are_named() -> None:
+    tokenizer = make_tokenizer("{{ raise_exception('no system turn') }}")
+    with pytest.raises(DataError, match="refuses example 1: no system turn"):
+        tokenize_examples(tokenizer, [make_example("which?", "red")], {tokenizer.eos_token_id})
+
+
+def test_the_generation_config_names_further_ends(tiny_base: Path, tmp_path: Path) -> None:
+    (tmp_path / "generation_config.json").write_text('{"eos_token_id": [5, 7]}', "utf-8")
+    tokenizer = make_tokenizer()
+    assert stop_tokens(tmp_path, tokenizer) == {5, 7, tokenizer.eos_token_id}
+
+
+@st.composite
+def batches(draw: st.DrawFn) -> tuple[torch.Tensor, torch.Tensor]:
+    """Right-padded rows that begin alike, each with an answer at its end."""
+    tokens = st.integers(0, 49)
+    prefix = draw(st.lists(tokens, max_size=24))
+    row = st.tuples(st.lists(tokens, min_size=1, max_size=6), st.lists(tokens, min_size=1, max_size=4))
+    rows = draw(st.lists(row, min_size=1, max_size=4))
+    length = max(len(prefix) + len(prompt) + len(answer) for prompt, answer in rows)
+    ids, labels = torch.zeros(len(rows), length, dtype=torch.long), torch.full((len(rows), length), IGNORED)
+    for number, (prompt, answer) in enumerate(rows):
+        whole, start = torch.tensor([*prefix, *prompt, *answer]), len(prefix) + len(prompt)
+        ids[number, : len(whole)] = whole
+        labels[number, start : len(whole)] = whole[start:]
+    return ids, labels
+
+
+def whole_loss(model: PreTrainedModel, ids: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    """The textbook's way: logits at every position, padding masked by the labels alone."""
+    logits = model(input_ids=ids, use_cache=False).logits[:, :-1]
+    return torch.nn.functional.cross_entropy(
+        logits.flatten(0, 1), labels[:, 1:].flatten(), ignore_index=IGNORED, reduction="sum"
+    )
+
+
+def gradient(loss: torch.Tensor, model: PreTrainedModel) -> torch.Tensor:
+    return torch.cat([part.flatten() for part in torch.autograd.grad(loss, list(model.parameters()))])
+
+
+@settings(max_examples=15, deadline=None)
+@given(batches())
+def test_the_cheap_loss_is_the_real_one(batch: tuple[torch.Tensor, torch.Tensor]) -> None:
+    torch.testing.assert_close(answer_loss(LLAMA, *batch), whole_loss(LLAMA, *batch), rtol=1e-4, atol=1e-4)
+
+
+@settings(max_examples=8, deadline=None)
+@given(batches())
+def test_its_gradient_is_the_real_one(batch: tuple[torch.Tensor, torch.Tensor]) -> None:
+    cheap, real = (gradient(loss(LLAMA, *batch), LLAMA) for loss in (answer_loss, whole_loss))
+    torch.testing.assert_close(cheap, real, rtol=1e-3, atol=1e-4)
+
+
+@settings(max_examples=5, deadline=None)
+@given(batches())
+def test_it_is_the_real_one_with_sliding_windows_and_capped_logits(batch: tuple[torch.Tensor, torch.Tensor]) -> None:
+    set_seed(0)
+    model = Gemma2ForCausalLM(Gemma2Config(**SHAPE, sliding_window=4, pad_token_id=0, bos_token_id=1, eos_token_id=2))
+    torch.testing.assert_close(answer_loss(model, *batch), whole_loss(model, *batch), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.slow
+def test_the_best_weights_are_those_of_the_best_step(
+    tiny_base: Path, examples: list[ChatExample], tmp_path: Path
+) -> None:
+    """At a constant rate, a run that ends at that step has the same ones."""
+    data = TrainingData(examples, [make_example(f"number {letter}", "blue") for letter in "abc"])
+    steady = {"batch_size": 4, "learning_rate": 0.05, "schedule": "constant", "warmup_ratio": 0}
+    recipe = make_recipe(train=steady | {"steps": 30}, stopping={"every_steps": 1, "keep_best": True})
+    summary = train_model(
+        tiny_base, data, recipe, tmp_path / "best", tmp_path / "checkpoints", number_type=NumberType.BFLOAT16
+    )
+    assert summary.best_step is not None
+    assert summary.best_step < summary.steps == 30
+    assert min(summary.heldout_losses, key=lambda point: point.loss).step == summary.best_step
+    shorter = make_recipe(train=steady | {"steps": summary.best_step})
+    train_model(
+        tiny_base, data, shorter, tmp_path / "shorter", tmp_path / "other-checkpoints", number_type=NumberType.BFLOAT16
+    )
+    files = [tmp_path / name / "adapter_model.safetensors" for name in ("best", "shorter")]
+    assert files[0].read_bytes() == files[1].read_bytes()
+
+
+def test_a_run_stops_when_held_out_loss_no_longer_falls(
+    tiny_base: Path, examples: list[ChatExample], tmp_path: Path
+) -> None:
+    data = TrainingData(examples, [make_example(f"number {letter}", "blue") for letter in "abc"])
+    train = {"batch_size": 4, "learning_rate": 0.05, "steps": 200}
+    recipe = make_recipe(train=train, stopping={"every_steps": 1, "patience": 3})
+    summary = train_model(
+        tiny_base, data, recipe, tmp_path / "adapter", tmp_path / "checkpoints", number_type=NumberType.BFLOAT16
+    )
+    losses = {point.step: point.loss for point in summary.heldout_losses}
+    best = min(losses, key=lambda step: losses[step])
+    assert summary.steps == best + 3 < 200
+
+
+@pytest.mark.parametrize("schedule", ["linear", "cosine", "constant"])
+def test_a_schedule_warms_up_and_ends_as_it_says(
+    schedule: str, tiny_base: Path, examples: list[ChatExample], tmp_path: Path
+) -> None:
+    rates: dict[int, float] = {}
+    train = {"batch_size": 4, "steps": 20, "learning_rate": 1e-3, "warmup_ratio": 0.25, "schedule": schedule}
+    train_model(
+        tiny_base,
+        TrainingData(examples),
+        make_recipe(train=train),
+        tmp_path / "adapter",
+        tmp_path / "checkpoints",
+        lambda step, figures: rates.update({step: figures["learning_rate"]}),
+        number_type=NumberType.BFLOAT16,
+    )
+    assert rates[1] < rates[3] < rates[6] == pytest.approx(1e-3)
+    assert rates[20] == pytest.approx(1e-3) if schedule == "constant" else rates[20] < 1e-4
+
+
+def test_accumulated_batches_are_one_batch(tiny_base: Path, examples: list[ChatExample], tmp_path: Path) -> None:
+    """The same steps, up to the rounding of another order of sums."""
+    curves = []
+    for batch, accumulation in ((4, 1), (2, 2)):
+        out = tmp_path / str(batch) / "adapter"
+        curves.append(
+            train(tiny_base, examples, out, batch_size=batch, gradient_accumulation=accumulation, learning_rate=1e-2)
+        )
+    losses = [[point.loss for point in summary.loss_curve] for summary in curves]
+    assert losses[0] == pytest.approx(losses[1], rel=0.01)
+
+
+@pytest.mark.slow
+def test_packed_rows_learn_as_much_in_fewer_steps(tiny_base: Path, examples: list[ChatExample], tmp_path: Path) -> None:
+    apart = train(tiny_base, examples, tmp_path / "a" / "adapter", batch_size=1, epochs=2)
+    packed = train(tiny_base, examples, tmp_path / "b" / "adapter", batch_size=1, epochs=2, packing=True)
+    assert packed.tokens == apart.tokens
+    assert packed.steps < apart.steps / 4
+
+
+def test_packed_runs_measure_held_out_loss(tiny_base: Path, examples: list[ChatExample], tmp_path: Path) -> None:
+    recipe = make_recipe(
+        train={"packing": True, "max_length": 128, "batch_size": 2}, stopping={"every_steps": 1}, adapter={"rank": 4}
+    )
+    data = TrainingData(examples, examples[:4])
+    packed = train_model(
+        tiny_base, data, recipe, tmp_path / "adapter", tmp_path / "checkpoints", number_type=NumberType.BFLOAT16
+    )
+    assert all(0 < point.loss < 10 for point in packed.heldout_losses)
+    assert packed.heldout_losses
+
+
+def test_a_run_of_one_step_learns(tiny_base: Path, examples: list[ChatExample], tmp_path: Path) -> None:
+    recipe = make_recipe(train={"batch_size": len(examples)})
+    assert (
+        train_model(
+            tiny_base,
+            TrainingData(examples),
+            recipe,
+            tmp_path / "adapter",
+            tmp_path / "c",
+            number_type=NumberType.BFLOAT16,
+        ).steps
+        == 1
+    )
+    weights = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
+    assert all(weight.any() for name, weight in weights.items() if "lora_B" in name)
+
+
+def test_several_gpus_are_no_reason_to_share_out_a_batch(
+    tiny_base: Path, examples: list[ChatExample], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = vars(TrainingArguments)["_setup_devices"].func
+
+    def two_devices(arguments: TrainingArguments) -> torch.device:
+        device: torch.device = found(arguments)
+        arguments._n_gpu = 2
+        return device
+
+    replaced = cached_property(two_devices)
+    replaced.__set_name__(TrainingArguments, "_setup_devices")
+    monkeypatch.setattr(TrainingArguments, "_setup_devices", replaced)
+    assert train(tiny_base, examples, tmp_path / "adapter").steps == 3
+
+
+def test_noise_on_embeddings_is_of_a_size_with_and_without_a_common_beginning(
+    tiny_base: Path, examples: list[ChatExample], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its scale follows from the length of what goes through the model at once: the examples, not their ends."""
+    seen = []
+    original = LlamaForCausalLM.forward
+
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        seen.append(kwargs["input_ids"].shape[1])
+        return original(self, *args, **kwargs)
+
+    monkeypatch.setattr(LlamaForCausalLM, "forward", forward)
+    train(tiny_base, examples, tmp_path / "adapter", neftune_alpha=5.0)
+    shortest = min(len(row.input_ids) for row in tokenize_examples(make_tokenizer(), examples, {256}))
+    assert min(length for length in seen if length > 1) >= shortest
+
+
+def test_packed_examples_are_blind_to_each_other_in_a_mixture_of_experts(
+    examples: list[ChatExample], tmp_path: Path
+) -> None:
+    """Its loss is TRL's, which adds that of the router; here it weighs nothing."""
+    tokenizer, shape = make_tokenizer(), SHAPE | {"vocab_size": len(make_tokenizer())}
+    router = {
+        "num_experts": 4,
+        "num_experts_per_tok": 2,
+        "initializer_range": 0.5,
+        "moe_intermediate_size": 16,
+        "router_aux_loss_coef": 1e-9,
+    }
+    set_seed(0)
+    Qwen3MoeForCausalLM(Qwen3MoeConfig(**shape, **router)).bfloat16().save_pretrained(tmp_path / "base")
+    tokenizer.save_pretrained(tmp_path / "base")
+    losses = []
+    for packing in (False, True):
+        recipe = make_recipe(
+            train={"batch_size": 12, "packing": packing, "max_length": 256}, adapter={"targets": "attention"}
+        )
+        out = tmp_path / str(packing)
+        losses.append(
+            train_model(
+                tmp_path / "base", TrainingData(examples), recipe, out, out / "c", number_type=NumberType.BFLOAT16
+            ).loss_curve
+        )
+    [[alone], [packed]] = losses
+    assert packed.loss == pytest.approx(alone.loss, rel=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("number_type", "mixed", "optimizer"),
+    [
+        (NumberType.BFLOAT16, (True, False), "adamw_torch_fused"),
+        (NumberType.FLOAT32, (False, False), "adamw_torch_fused"),
+        (NumberType.FLOAT16, (False, True), "adamw_torch"),
+    ],
+)
+def test_the_number_type_decides_what_is_cast_and_scaled(
+    number_type: NumberType, mixed: tuple[bool, bool], optimizer: str, tmp_path: Path
+) -> None:
+    acceleration = choose_acceleration(Facts(cuda=False))
+    arguments = sft._training_arguments(make_recipe(), tmp_path, acceleration, 10, number_type)
+    assert (arguments.bf16, arguments.fp16) == mixed
+    assert arguments.optim == optimizer

@@ -1,0 +1,54 @@
+"""When a checkpoint is due: after so many steps, after so many minutes, and at once when the run is asked to end.
+
+Loaded only inside functions: it imports transformers.
+"""
+
+import time
+from collections.abc import Callable
+from typing import Any
+
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from trainer.callbacks.preemption import Interruption
+from trainer.recipe.sections import Checkpoints
+
+
+class CheckpointClock(TrainerCallback):
+    """Asks for checkpoints.
+
+    Args:
+        due: the recipe's section.
+        interruption: ends the run after the step.
+        clock: seconds.
+    """
+
+    def __init__(
+        self, due: Checkpoints, interruption: Interruption, *, clock: Callable[[], float] = time.monotonic
+    ) -> None:
+        self._due = due
+        self._interruption = interruption
+        self._clock = clock
+        self._last = clock()
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """The minutes count from here."""
+        self._last = self._clock()
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Looks after each step."""
+        every = self._due.every_steps
+        if self._interruption.by is not None:
+            control.should_save = control.should_training_stop = True
+        elif (every and state.global_step % every == 0) or self._clock() - self._last >= 60 * self._due.every_minutes:
+            control.should_save = True
+
+    def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Measuring held-out loss takes as long as many steps: a signal is not left waiting for another one."""
+        if self._interruption.by is not None:
+            control.should_save = control.should_training_stop = True
+
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """The minutes count from the last checkpoint, whatever asked for it."""
+        self._last = self._clock()

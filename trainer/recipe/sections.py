@@ -1,0 +1,374 @@
+"""The recipe: what to train, as YAML. Every key has a default but `name`, `base` and `data.train`.
+
+Unknown keys and wrong types are errors, because a misspelt hyperparameter that is ignored costs a night of training.
+"""
+
+import math
+import re
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationError,
+    ValidationInfo,
+    WithJsonSchema,
+    field_validator,
+    model_validator,
+)
+
+from svc.dataset.source import HUB_PREFIX
+from svc.errors import RecipeError
+from svc.registry.version import NAME_PATTERN
+from svc.yaml_text import parse_yaml
+from trainer.model.target_modules import Targets
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+
+def _beside_recipe(path: Path | None, info: ValidationInfo) -> Path | None:
+    """Paths in a recipe are relative to the recipe, so that it runs from any working folder."""
+    folder = (info.context or {}).get("folder", Path())
+    try:
+        return None if path is None else (folder / path.expanduser()).absolute()
+    except RuntimeError as error:
+        raise ValueError(f"no user of this machine has the home folder of {path}") from error
+
+
+def _as_sources(value: Any) -> Any:
+    """One source is a list of one."""
+    return [str(value)] if isinstance(value, str | Path) else value
+
+
+def _sources_beside_recipe(sources: tuple[str, ...], info: ValidationInfo) -> tuple[str, ...]:
+    return tuple(
+        source if source.startswith(HUB_PREFIX) else str(_beside_recipe(Path(source), info)) for source in sources
+    )
+
+
+_NAME = Annotated[str, Field(min_length=1)]
+Sources = Annotated[
+    tuple[_NAME, ...],
+    BeforeValidator(_as_sources),
+    AfterValidator(_sources_beside_recipe),
+    Field(min_length=1),
+    WithJsonSchema({"anyOf": [{"type": "string"}, {"type": "array", "items": {"type": "string"}}]}),
+]
+"""Files, folders, or hub datasets as hf:ORG/NAME; one of them may stand alone."""
+
+
+class Data(_Section):
+    """Where the examples are: files, folders, or hub datasets as `hf:ORG/NAME`; see [data](data.md)."""
+
+    train: Sources = Field(description="what to learn")
+    heldout: Sources | None = Field(
+        None, description="never trained on; the version is judged by it; default: a part of `data.train`"
+    )
+    heldout_share: float = Field(
+        0.1, gt=0, lt=1, description="share of `data.train` that is held out, where `data.heldout` names nothing"
+    )
+    general: Sources | None = Field(None, description="general examples to mix in, against forgetting")
+    general_share: float = Field(0.1, gt=0, lt=1, description="share of the training examples that are general ones")
+    seed: int = Field(0, ge=0, description="decides what is held out, and which general examples are taken")
+    skip: int = Field(0, ge=0, description="leave out the first so many training examples")
+    limit: Annotated[int, Field(ge=2)] | None = Field(None, description="train on so many examples only; default all")
+
+
+class Method(StrEnum):
+    """What of the model is trained, and in which form."""
+
+    FULL = "full"
+    """Every weight."""
+    LORA = "lora"
+    """Low-rank updates beside frozen weights (Hu et al. 2021)."""
+    QLORA = "qlora"
+    """LoRA beside weights that are frozen in 4 bits (Dettmers et al. 2023): a quarter of the memory."""
+    DORA = "dora"
+    """LoRA for the direction, and a magnitude for each output (Liu et al. 2024)."""
+    ADALORA = "adalora"
+    """LoRA whose ranks are shared out between layers while it trains (Zhang et al. 2023)."""
+    VERA = "vera"
+    """Two vectors a layer beside random matrices that all layers share (Kopiczko et al. 2023)."""
+
+
+class Adapter(_Section):
+    """The adapter; nothing of it is used by `method: full`."""
+
+    rank: Annotated[int, Field(ge=1, le=1024)] | None = Field(
+        None, description="width of the update: more learns more, and costs more memory; default 16, for vera 256"
+    )
+    alpha: Annotated[int, Field(ge=1)] | None = Field(
+        None, description="scale: the update is multiplied by alpha / rank; default twice the rank; vera has none"
+    )
+    dropout: float = Field(0.0, ge=0, lt=1, description="share of the adapter's inputs left out in a step")
+    targets: Targets = Field(Targets.ALL_LINEAR, description="layers: attention-min is query and value")
+    rslora: bool = Field(False, description="scale by alpha / sqrt(rank), so that large ranks learn as fast; LoRA only")
+    initial_rank: Annotated[int, Field(ge=2, le=1536)] | None = Field(
+        None,
+        description="adalora begins with this rank everywhere and ends with `rank` in the mean; default 1.5 x rank",
+    )
+
+
+class Schedule(StrEnum):
+    """How the step size moves after the warmup."""
+
+    LINEAR = "linear"
+    COSINE = "cosine"
+    CONSTANT = "constant"
+
+
+class Train(_Section):
+    """The optimizer's run."""
+
+    learning_rate: Annotated[float, Field(gt=0)] | None = Field(
+        None, description="largest step size; default 5e-4, adalora 1e-2, vera 6e-2, full 5e-5"
+    )
+    schedule: Schedule = Field(Schedule.LINEAR, description="falls to 0, or stays")
+    warmup_ratio: float = Field(0.05, ge=0, lt=1, description="share of the steps in which the step size rises")
+    epochs: float = Field(1.0, gt=0, description="passes over the examples")
+    steps: Annotated[int, Field(ge=1)] | None = Field(None, description="so many steps, whatever `epochs` says")
+    batch_size: int = Field(16, ge=1, description="examples at once on a device")
+    gradient_accumulation: int = Field(1, ge=1, description="batches a step: less memory than a larger batch")
+    weight_decay: float = Field(0.0, ge=0, description="AdamW's")
+    max_grad_norm: float = Field(1.0, gt=0, description="a longer gradient is shortened to it")
+    max_length: int = Field(1024, ge=16, description="tokens; a longer example is an error, never cut")
+    packing: bool = Field(
+        False, description="several examples in one row of max_length tokens, blind to each other; a row is an example"
+    )
+    gradient_checkpointing: bool | None = Field(
+        None, description="compute activations again instead of keeping them; default on a GPU, not on a CPU"
+    )
+    neftune_alpha: Annotated[float, Field(gt=0)] | None = Field(
+        None, description="noise on the embeddings (Jain et al. 2023), customarily 5; default none"
+    )
+    seed: int = Field(0, ge=0, lt=2**32, description="decides the order of examples and the adapter's start")
+
+
+class Stopping(_Section):
+    """Held-out loss while it trains. A set that chooses among weights flatters them a little."""
+
+    every_steps: Annotated[int, Field(ge=1)] | None = Field(
+        None, description="steps between two measurements; default a tenth of all, where the other keys ask for any"
+    )
+    patience: Annotated[int, Field(ge=1)] | None = Field(
+        None, description="stop after so many measurements without a lower loss; default never"
+    )
+    keep_best: bool = Field(False, description="end with the weights of the lowest held-out loss, not with the last")
+
+    @property
+    def measures(self) -> bool:
+        """Whether held-out loss is asked for at all."""
+        return self.every_steps is not None or self.patience is not None or self.keep_best
+
+
+class Checkpoints(_Section):
+    """What an interrupted training goes on from. None of it changes the result."""
+
+    every_steps: Annotated[int, Field(ge=1)] | None = Field(None, description="steps between two; default by time only")
+    every_minutes: float = Field(10.0, gt=0, description="minutes between two")
+    keep: int = Field(2, ge=1, description="newest that are kept; the best one is kept beside them")
+
+
+class Quantize(_Section):
+    """GPTQ. `group_size` must divide the model's layer widths; 64 fits most, 128 is customary for large models."""
+
+    bits: Literal[4] = Field(4, description="the only width that the engine's CPU kernel takes")
+    group_size: Literal[32, 64, 128] = Field(64, description="weights that share a scale")
+    samples: int = Field(64, ge=8, le=1024, description="training examples that calibrate the rounding")
+    sequential: bool = Field(
+        True, description="a block's layers one after the other, each on what those before it now answer; slower"
+    )
+
+
+class Evaluate(_Section):
+    """How base, merged and GPTQ are judged, on the engine."""
+
+    limit: Annotated[int, Field(ge=1)] | None = Field(None, description="first so many held-out examples; default all")
+    max_tokens: int = Field(64, ge=1, description="longest answer, tokens")
+    max_gptq_loss: float = Field(0.05, ge=0, le=1, description="exact match that quantizing may cost at most")
+
+
+class Qualify(_Section):
+    """The probes that prove, at every later load, that the engine runs these weights."""
+
+    probes: int = Field(8, ge=1, le=8, description="how many")
+    repeats: int = Field(20, ge=1, description="measurements of the engine's own noise, which is the tolerance's floor")
+    restart: bool = Field(True, description="measure on a second engine too: in place and freshly loaded must agree")
+
+
+# Held-out loss after 240 examples of the section task (SmolLM2-135M, 15 steps): lora 0.45; full 0.43; adalora 0.37, at
+# 2e-3 2.52; vera 0.36, at 2e-2 0.73. Their vectors start at or near 0, and Adam moves each by no more than the rate.
+_LEARNING_RATES = {Method.FULL: 5e-5, Method.ADALORA: 1e-2, Method.VERA: 6e-2}
+
+
+class Recipe(_Section):
+    """One model to train."""
+
+    name: str = Field(pattern=NAME_PATTERN, description="the model's name for clients")
+    base: str = Field(min_length=1, description="known id, hub id, NAME@N, local folder or GGUF file")
+    method: Method = Field(Method.LORA, description="full, lora, qlora, dora, adalora or vera")
+    data: Data
+    adapter: Adapter = Adapter()
+    train: Train = Train()
+    stopping: Stopping = Stopping()
+    checkpoints: Checkpoints = Checkpoints()
+    quantize: Quantize = Quantize()
+    evaluate: Evaluate = Evaluate()
+    qualify: Qualify = Qualify()
+
+    @model_validator(mode="after")
+    def _fits_packing(self) -> "Recipe":
+        if self.train.packing and self.train.neftune_alpha is not None:
+            raise ValueError(
+                "train.neftune_alpha with train.packing: its noise is scaled by the length of a row, not of an example"
+            )
+        return self
+
+    @field_validator("base")
+    @classmethod
+    def _local_base(cls, base: str, info: ValidationInfo) -> str:
+        """A base that is written as a path is one."""
+        is_path = base.startswith((".", "/", "~")) or base.endswith(".gguf")
+        return str(_beside_recipe(Path(base), info)) if is_path else base
+
+    @model_validator(mode="after")
+    def _fits_method(self) -> "Recipe":
+        """A key that the method has no use for would be believed to have one."""
+        given = self.adapter.model_fields_set
+        match self.method:
+            case Method.FULL:
+                unused = given
+            case Method.VERA:
+                unused = given & {"alpha", "rslora", "initial_rank"}
+            case Method.ADALORA:
+                unused = given & {"rslora"}
+            case _:
+                unused = given & {"initial_rank"}
+        if unused:
+            raise ValueError(f"adapter.{min(unused)} means nothing for method {self.method}")
+        if self.method is Method.ADALORA and self.initial_rank <= self.rank:
+            raise ValueError(f"adapter.initial_rank {self.initial_rank} is not above the final rank {self.rank}")
+        return self
+
+    def flat(self) -> dict[str, str]:
+        """What decides the result, by dotted key, as text; keys that were left to the method with what it chose."""
+        sections = self.model_dump(mode="json", exclude={"checkpoints", "data"})
+        chosen: dict[str, Any] = {"train.learning_rate": self.learning_rate}
+        if self.method is Method.FULL:
+            sections.pop("adapter")
+        else:
+            chosen |= {"adapter.rank": self.rank, "adapter.alpha": self.alpha}
+        if self.method is Method.ADALORA:
+            chosen["adapter.initial_rank"] = self.initial_rank
+        keys: dict[str, Any] = {}
+        for name, section in sections.items():
+            keys |= (
+                {f"{name}.{key}": value for key, value in section.items()}
+                if isinstance(section, dict)
+                else {name: section}
+            )
+        return {key: str(value) for key, value in (keys | chosen).items()}
+
+    @property
+    def learning_rate(self) -> float:
+        """The recipe's, or the method's default."""
+        return self.train.learning_rate or _LEARNING_RATES.get(self.method, 5e-4)
+
+    @property
+    def rank(self) -> int:
+        """The adapter's, or the method's default."""
+        return self.adapter.rank or (256 if self.method is Method.VERA else 16)
+
+    @property
+    def alpha(self) -> int:
+        """The adapter's, or twice its rank."""
+        return self.adapter.alpha or 2 * self.rank
+
+    @property
+    def initial_rank(self) -> int:
+        """AdaLoRA's first rank; 1.5 times the final one, as in its paper."""
+        return self.adapter.initial_rank or math.ceil(1.5 * self.rank)
+
+
+def load_recipe(path: Path, overrides: tuple[str, ...] = ()) -> Recipe:
+    """Reads a recipe.
+
+    Args:
+        overrides: `key=value` with a dotted key and a YAML value, as `train.epochs=2`.
+
+    Raises:
+        RecipeError: no such file, not YAML, an unknown key, a wrong type; names the key and its value.
+    """
+    try:
+        content = parse_yaml(path.read_text("utf-8"))
+    except OSError as error:
+        raise RecipeError(f"cannot open recipe {path}: {error.strerror}", todo="check the path") from error
+    except ValueError as error:
+        raise RecipeError(f"{path} is not YAML: {error}", expected="a YAML mapping in UTF-8") from error
+    if not isinstance(content, dict):
+        raise RecipeError(f"{path} holds {content!r:.80}", expected="a YAML mapping: name, base, data, ...")
+    for override in overrides:
+        _set(content, override)
+    try:
+        return Recipe.model_validate(content, context={"folder": path.absolute().parent})
+    except ValidationError as error:
+        raise _explain(path, error) from error
+
+
+def _set(content: dict[str, Any], override: str) -> None:
+    key, equals, value = override.partition("=")
+    if not equals or not re.fullmatch(r"\w+(\.\w+)*", key):
+        raise RecipeError(f"--set {override!r}", expected="key=value, as train.epochs=2")
+    *sections, last = key.split(".")
+    for section in sections:
+        content = content.setdefault(section, {})
+        if not isinstance(content, dict):
+            raise RecipeError(f"--set {override!r}: {section} is no section", expected="key=value, as train.epochs=2")
+    try:
+        content[last] = parse_yaml(value)
+    except ValueError as error:
+        raise RecipeError(f"--set {override!r}: {value!r} is not a YAML value") from error
+
+
+def _explain(path: Path, error: ValidationError) -> RecipeError:
+    problems = []
+    for problem in error.errors():
+        key = ".".join(str(part) for part in problem["loc"])
+        match problem["type"]:
+            case "extra_forbidden":
+                problems.append(f"unknown key {key!r}{_suggest(key)}")
+            case "missing":
+                problems.append(f"{key!r} is missing")
+            case _ if not key:  # of the recipe as a whole
+                problems.append(str(problem["ctx"]["error"]))
+            case _:
+                problems.append(f"{key!r} is {problem['input']!r}: {problem['msg'][:1].lower()}{problem['msg'][1:]}")
+    return RecipeError(
+        f"{path}: {'; '.join(problems)}", todo="see docs/recipe.md for every key, its type and its default"
+    )
+
+
+def _suggest(key: str) -> str:
+    import difflib
+
+    close = difflib.get_close_matches(key, [*recipe_keys(), *Recipe.model_fields], n=1)
+    return f" (did you mean {close[0]!r}?)" if close else ""
+
+
+def recipe_keys() -> list[str]:
+    """Every key of a recipe, dotted."""
+    keys: list[str] = []
+    for name, field in Recipe.model_fields.items():
+        section = field.annotation
+        if isinstance(section, type) and issubclass(section, BaseModel):
+            keys += [f"{name}.{inner}" for inner in section.model_fields]
+        else:
+            keys.append(name)
+    return keys

@@ -1,0 +1,1 @@
+"""Supervised fine-tuning: the run itself, its loss and its checkpoints."""

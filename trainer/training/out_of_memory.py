@@ -1,0 +1,44 @@
+"""What to do when training runs out of memory: which setting to lower, and to what.
+
+Loaded only inside functions: it imports torch.
+"""
+
+import torch
+
+from svc.errors import TrainingError
+from trainer.recipe.sections import Method, Recipe
+
+
+def out_of_memory(recipe: Recipe, error: Exception, *, checkpointing: bool) -> TrainingError | None:
+    """What to do about a lack of memory: the cheapest change that helps; None when the error is another one.
+
+    Args:
+        checkpointing: whether layers were computed twice to keep little of them, as the recipe or the machine decided.
+    """
+    told = str(error)
+    if not isinstance(error, torch.OutOfMemoryError | MemoryError) and "can't allocate memory" not in told:
+        return None
+    return TrainingError(
+        f"out of memory: {told.strip().splitlines()[0] if told else 'the machine has no more'}",
+        expected=f"room for train.batch_size {recipe.train.batch_size} of up to {recipe.train.max_length} tokens",
+        todo=f"{cheaper(recipe, checkpointing=checkpointing)}; that is another run, and begins anew",
+    )
+
+
+def cheaper(recipe: Recipe, *, checkpointing: bool) -> str:
+    """The next setting to lower, and to what: first what changes no result, last what changes the method."""
+    train = recipe.train
+    if train.batch_size > 1:
+        # The largest divisor: a step has as many examples as before.
+        size = next(size for size in range(train.batch_size // 2, 0, -1) if train.batch_size % size == 0)
+        accumulation = train.gradient_accumulation * train.batch_size // size
+        return (
+            f"set train.batch_size to {size} and train.gradient_accumulation to {accumulation}: the steps stay the same"
+        )
+    if not checkpointing:
+        return "set train.gradient_checkpointing to true: slower by a third, and the result is the same"
+    if recipe.method not in (Method.QLORA, Method.FULL):
+        return "set method to qlora: the frozen weights take a quarter of the memory, or less"
+    if recipe.method is Method.FULL:
+        return "set method to lora: an optimizer's state for all weights is what takes most"
+    return f"set train.max_length to {train.max_length // 2} and drop the longer examples, or use a smaller base model"

@@ -1,0 +1,355 @@
+"""Supervised fine-tuning: chat examples and a base model in, an adapter or a trained model out.
+
+Only answers are learnt, up to and with the token that ends them; all other turns are context. Knows nothing of where
+examples come from, of registered versions, or of how good the result is.
+"""
+
+import logging
+import math
+import time
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from svc.dataset.example import ChatExample
+from svc.engine.capabilities import NumberType
+from svc.errors import DataError, InterruptedRunError
+from svc.terminal import console, waiting
+from trainer.data.chat_template import TrainingExample, load_tokenizer, stop_tokens, tokenize_examples
+from trainer.library_output import library_output_to_log
+from trainer.recipe.sections import Method, Recipe
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from trainer.callbacks.loss_log import Report
+    from trainer.callbacks.preemption import Interruption
+    from trainer.model.acceleration import Acceleration
+    from trainer.training.trainer import ResumableTrainer
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class LossPoint:
+    """Mean loss of the steps since the point before, or held-out loss at a step; nats a token."""
+
+    step: int
+    loss: float
+
+
+@dataclass(frozen=True, slots=True)
+class TrainingSummary:
+    """How a training run went.
+
+    Attributes:
+        steps: of the optimizer.
+        tokens: prompt and answer tokens seen, without padding.
+        tokens_per_second: in the process that ended the run.
+        final_loss: nats an answer token, the last point of the curve.
+        seconds: of the optimizer's run alone, without loading, in the process that ended it.
+        loss_curve: means over the steps between its points.
+        heldout_losses: step and nats an answer token, where held-out loss was measured.
+        best_step: the step whose weights these are, where the best were asked for.
+    """
+
+    steps: int
+    tokens: int
+    tokens_per_second: float
+    final_loss: float
+    seconds: float
+    loss_curve: tuple[LossPoint, ...]
+    heldout_losses: tuple[LossPoint, ...] = ()
+    best_step: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class TrainingData:
+    """What is learnt, and what held-out loss is measured on while it is."""
+
+    train: Sequence[ChatExample]
+    heldout: Sequence[ChatExample] = ()
+
+
+def train_model(
+    base: Path,
+    data: TrainingData,
+    recipe: Recipe,
+    out: Path,
+    checkpoints: Path,
+    report: "Report | None" = None,
+    *,
+    number_type: NumberType,
+) -> TrainingSummary:
+    """Trains what the recipe's method trains, and writes it with the tokenizer's files to `out`.
+
+    A run that was cut off goes on from its newest whole checkpoint, and ends as if it had not been. One that was begun
+    in another number type goes on in this one, says so, and ends near to that.
+
+    Args:
+        base: folder of the base model (trainer.base.resolve).
+        out: created if need be; gets adapter_config.json and adapter_model.safetensors, or for full fine-tuning the
+            whole model in bf16.
+        checkpoints: folder of this run's checkpoints.
+        report: is told of the loss curve while it is drawn.
+        number_type: in which matrix products are computed; trained weights are in float32 whatever it is.
+
+    Raises:
+        DataError: examples longer than `train.max_length` tokens, or that the chat template refuses.
+        DiskSpaceError: no room for a checkpoint.
+        InterruptedRunError: a signal came, and a checkpoint was written.
+        TrainingError: the loss or a weight is not finite, the loss explodes, or memory is short; says what to change.
+    """
+    from trainer.callbacks.preemption import interruption
+    from trainer.training.out_of_memory import out_of_memory
+
+    tokenizer = load_tokenizer(base)
+    stops = stop_tokens(base, tokenizer)
+    rows = tokenize_examples(tokenizer, data.train, stops)
+    _check_lengths(rows, recipe.train.max_length)
+    heldout = tokenize_examples(tokenizer, data.heldout, stops) if recipe.stopping.measures else []
+    try:
+        with interruption() as asked:
+            with asked.interruptible(), waiting("Loading the base model"), library_output_to_log():
+                trainer = _build_trainer(
+                    base, tokenizer, rows, heldout, recipe, out, checkpoints, report, asked, number_type
+                )
+            seconds = _run(trainer, recipe, asked, number_type)
+        # A signal ends the process from here on: the weights are written anew from the last checkpoint.
+        _save(trainer, recipe, tokenizer, out)
+    except (RuntimeError, MemoryError) as error:
+        if lack := out_of_memory(recipe, error, checkpointing=_checkpoints_layers(recipe)):
+            raise lack from error
+        raise
+    return _summarize(trainer, recipe, seconds)
+
+
+def _run(trainer: "ResumableTrainer", recipe: Recipe, asked: "Interruption", number_type: NumberType) -> float:
+    """Trains to the end; returns the seconds of this process's part."""
+    from transformers import TrainerState
+
+    from trainer.callbacks.early_stopping import best_step, misses_measurement, out_of_patience
+    from trainer.callbacks.preemption import StepAbandoned
+    from trainer.callbacks.progress import training_progress
+    from trainer.training.trainer import NoStepLeftError, number_type_of
+
+    newest = trainer.checkpoints.newest()
+    if newest is not None:
+        state = TrainerState.load_from_json(str(newest / "trainer_state.json"))
+        console.print(f"  going on from step {state.global_step} of {state.max_steps}")
+    started = time.monotonic()
+    # A run may have been cut off after its last step: another one would be too many.
+    if newest is not None and (
+        state.global_step >= state.max_steps or out_of_patience(state, recipe.stopping.patience)
+    ):
+        trainer.load_weights(newest)
+        trainer.state = state
+        if recipe.stopping.measures and misses_measurement(state, recipe.stopping):
+            trainer.evaluate()
+    else:
+        if newest is not None and (before := number_type_of(newest)) is not number_type:
+            console.print(
+                f"  converted at step {state.global_step} from {before} to {number_type}, which this machine computes "
+                "in: the result is not bit for bit that of an uninterrupted run"
+            )
+        with training_progress() as progress:
+            trainer.add_callback(progress)
+            try:
+                trainer.train(resume_from_checkpoint=None if newest is None else str(newest))
+            except StepAbandoned:
+                trainer.save_step_start()
+            except NoStepLeftError:
+                log.info("held-out loss was measured after the last step")
+    seconds = time.monotonic() - started
+    best = best_step(trainer.state)
+    if asked.by is None:
+        if recipe.stopping.keep_best and best not in (None, trainer.state.global_step):
+            trainer.load_weights(trainer.checkpoints.whole(best))
+        trainer.check_finite()
+    if asked.by is not None:
+        raise InterruptedRunError(
+            f"{asked.by.name} after step {trainer.state.global_step} of {trainer.state.max_steps}",
+            todo="run the same command again: it goes on from there",
+        )
+    return seconds
+
+
+def _summarize(trainer: "ResumableTrainer", recipe: Recipe, seconds: float) -> TrainingSummary:
+    from trainer.callbacks.early_stopping import best_step
+    from trainer.callbacks.loss_log import heldout_losses, loss_curve
+
+    state = trainer.state
+    curve = loss_curve(state)
+    tokens = int(state.num_input_tokens_seen)
+    here = tokens - int(getattr(trainer, "_initial_num_input_tokens_seen", tokens))
+    return TrainingSummary(
+        steps=state.global_step,
+        tokens=tokens,
+        tokens_per_second=here / seconds,
+        final_loss=curve[-1].loss,
+        seconds=seconds,
+        loss_curve=curve,
+        heldout_losses=tuple(LossPoint(step, loss) for step, loss in heldout_losses(state).items()),
+        best_step=best_step(state) if recipe.stopping.keep_best else None,
+    )
+
+
+def _check_lengths(rows: list[TrainingExample], max_length: int) -> None:
+    lengths = [len(row.input_ids) for row in rows]
+    too_long = sum(length > max_length for length in lengths)
+    if too_long:
+        longest = max(lengths)
+        raise DataError(
+            f"{too_long} of {len(rows)} examples are longer than {max_length} tokens; "
+            f"the longest, number {lengths.index(longest) + 1}, has {longest}",
+            expected="whole examples: they are never cut",
+            todo=f"set train.max_length to {longest} or more, or shorten or drop those examples",
+        )
+
+
+def count_steps(rows: int, recipe: Recipe) -> int:
+    """The optimizer's steps in a whole run, as transformers counts them.
+
+    Args:
+        rows: examples, or packed rows.
+    """
+    train = recipe.train
+    if train.steps is not None:
+        return train.steps
+    batches = math.ceil(rows / train.batch_size)
+    return math.ceil(train.epochs * math.ceil(batches / train.gradient_accumulation))
+
+
+def _build_trainer(
+    base: Path,
+    tokenizer: "PreTrainedTokenizerBase",
+    rows: list[TrainingExample],
+    heldout: list[TrainingExample],
+    recipe: Recipe,
+    out: Path,
+    checkpoints: Path,
+    report: "Report | None",
+    asked: "Interruption",
+    number_type: NumberType,
+) -> "ResumableTrainer":
+    """Trained weights are in float32: Adam's small steps vanish in 16 bits."""
+    import torch
+    from datasets import Dataset
+    from transformers import AutoConfig, PrinterCallback, set_seed
+
+    from trainer.callbacks.checkpoint_schedule import CheckpointClock
+    from trainer.callbacks.divergence import DivergenceWatch
+    from trainer.callbacks.early_stopping import HeldoutWatch
+    from trainer.callbacks.loss_log import LossReport
+    from trainer.data.packing import collate_packed, pack, refuse_recurrent
+    from trainer.model.acceleration import choose_acceleration, machine_facts
+    from trainer.model.attention import takes_flash_attention
+    from trainer.model.peft_config import RankAllocation, add_adapter, load_model
+    from trainer.training.checkpoints import CheckpointFolder
+    from trainer.training.trainer import ResumableTrainer
+
+    acceleration = choose_acceleration(machine_facts(), flash=takes_flash_attention(base))
+    if recipe.train.neftune_alpha is not None:  # its noise is scaled by the length of a row
+        acceleration = replace(acceleration, padding_free=False)
+    dataset, collator = Dataset.from_list([row.as_row() for row in rows]), None
+    if recipe.train.packing:
+        refuse_recurrent(AutoConfig.from_pretrained(base))
+        dataset = pack(dataset, recipe.train.max_length)
+        if not acceleration.padding_free:
+            collator = partial(collate_packed, pad_token=tokenizer.pad_token_id or tokenizer.eos_token_id)
+    set_seed(recipe.train.seed)  # the adapter's start
+    model = load_model(base, recipe.method, acceleration.attention, number_type=number_type)
+    steps = count_steps(len(dataset), recipe)
+    model = add_adapter(model, recipe, steps)
+    trainer = ResumableTrainer(
+        checkpoints=CheckpointFolder(checkpoints, recipe.checkpoints.keep),
+        number_type=number_type,
+        heldout=[row.as_row() for row in heldout],
+        allocation=RankAllocation(model) if recipe.method is Method.ADALORA else None,
+        interruption=asked,
+        model=model,
+        args=_training_arguments(recipe, out, acceleration, steps, number_type),
+        data_collator=collator,
+        train_dataset=dataset,
+        processing_class=tokenizer,
+    )
+    for weight in trainer.model.parameters():
+        if weight.requires_grad:  # TRL puts the adapter of a 4-bit model in bf16
+            weight.data = weight.data.to(torch.float32)
+    trainer.remove_callback(PrinterCallback)
+    trainer.add_callback(DivergenceWatch(recipe.learning_rate))
+    trainer.add_callback(CheckpointClock(recipe.checkpoints, asked))
+    if heldout:
+        trainer.add_callback(HeldoutWatch(recipe.stopping, trainer.evaluate))
+    if report is not None:
+        trainer.add_callback(LossReport(report))
+    return trainer
+
+
+def _checkpoints_layers(recipe: Recipe) -> bool:
+    """Whether layers are computed twice: as the recipe says, or as the machine needs."""
+    from trainer.model.acceleration import choose_acceleration, machine_facts
+
+    asked = recipe.train.gradient_checkpointing
+    return choose_acceleration(machine_facts()).gradient_checkpointing if asked is None else asked
+
+
+def _training_arguments(
+    recipe: Recipe, out: Path, acceleration: "Acceleration", steps: int, number_type: NumberType
+) -> Any:
+    import torch
+    from trl.trainer.sft_config import SFTConfig
+
+    train, accelerated = recipe.train, torch.accelerator.is_available()
+    scaled = number_type is NumberType.FLOAT16
+    arguments = SFTConfig(
+        output_dir=str(out),
+        learning_rate=recipe.learning_rate,
+        lr_scheduler_type="constant_with_warmup" if train.schedule == "constant" else train.schedule.value,
+        warmup_steps=round(train.warmup_ratio * steps),  # rounded up, a run of one step would be all warmup
+        num_train_epochs=train.epochs,
+        max_steps=train.steps or -1,
+        per_device_train_batch_size=train.batch_size,
+        gradient_accumulation_steps=train.gradient_accumulation,
+        weight_decay=train.weight_decay,
+        max_grad_norm=train.max_grad_norm,
+        neftune_noise_alpha=train.neftune_alpha,
+        seed=train.seed,
+        max_length=None,
+        bf16=number_type is NumberType.BFLOAT16,
+        fp16=scaled,
+        # That the fused one leaves out a step, as happens with a scaled loss, accelerate does not notice.
+        optim="adamw_torch" if scaled else "adamw_torch_fused",
+        use_cpu=not accelerated,
+        gradient_checkpointing=_checkpoints_layers(recipe),
+        padding_free=acceleration.padding_free,
+        use_liger_kernel=acceleration.liger_kernels,
+        dataloader_pin_memory=accelerated,
+        include_num_input_tokens_seen="all" if acceleration.padding_free else "non_padding",
+        logging_steps=1,  # the state holds the loss of every step: what a curve, a watch and a resumed run need
+        logging_nan_inf_filter=False,
+        save_strategy="no",
+        report_to="none",
+        disable_tqdm=True,
+    )
+    # transformers would share a batch out between all GPUs that it sees, which TRL refuses: training takes one.
+    if arguments.n_gpu > 1:
+        arguments._n_gpu = 1
+    return arguments
+
+
+def _save(trainer: "ResumableTrainer", recipe: Recipe, tokenizer: "PreTrainedTokenizerBase", out: Path) -> None:
+    import torch
+
+    model = trainer.model
+    if recipe.method is Method.FULL:
+        model = model.to(torch.bfloat16)
+    with warnings.catch_warnings():
+        # AdaLoRA may leave a layer no rank; PEFT takes its empty tensors for shards that were not gathered.
+        warnings.filterwarnings("ignore", r"Adapter 'default': \d+ LoRA tensor\(s\) have invalid shape")
+        model.save_pretrained(out)
+    tokenizer.save_pretrained(out)
+    (out / "README.md").unlink(missing_ok=True)  # PEFT's empty model card

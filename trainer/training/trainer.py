@@ -1,0 +1,217 @@
+"""A trainer whose run can be cut off anywhere and goes on as if it had not been.
+
+A checkpoint holds all that the next step depends on: trained weights, optimizer, schedule, random numbers, position in
+the data, the losses so far, AdaLoRA's allocator, and in float16 the scale of the loss. It says in which numbers it was
+computed; trained weights are in float32 in any case, so that a machine with other numbers can go on from it. Loaded
+only inside functions: it imports torch and TRL.
+"""
+
+import random
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from svc.engine.capabilities import NumberType
+from svc.errors import IntegrityError
+from trainer.callbacks.divergence import diverged
+from trainer.callbacks.early_stopping import best_step
+from trainer.callbacks.loss_log import HELDOUT_LOSS
+from trainer.callbacks.preemption import Interruption
+from trainer.data.chat_template import IGNORED
+from trainer.data.length_grouped_sampler import BatchOrder
+from trainer.model.peft_config import RankAllocation
+from trainer.training.checkpoints import CheckpointFolder
+from trainer.training.loss import AnswerTrainer, answer_loss
+
+_WEIGHTS, _STATE = "weights.safetensors", "trainer_state.json"
+_NUMBER_TYPE = "number_type"  # in the header of the weights' file
+
+
+class ResumableTrainer(AnswerTrainer):
+    """`AnswerTrainer` with checkpoints that are whole, an order of data without hidden state, and held-out loss.
+
+    Args:
+        checkpoints: where they go.
+        number_type: in which the run computes here.
+        heldout: rows as those that are trained on; empty when held-out loss is not asked for.
+        allocation: AdaLoRA's, which has a state of its own.
+        interruption: a signal that it hears of ends a step, or a measurement of held-out loss, in the middle.
+    """
+
+    def __init__(
+        self,
+        *,
+        checkpoints: CheckpointFolder,
+        number_type: NumberType,
+        heldout: list[dict[str, Any]],
+        allocation: RankAllocation | None = None,
+        interruption: Interruption | None = None,
+        **options: Any,
+    ) -> None:
+        super().__init__(**options)
+        self._interruption = interruption or Interruption()
+        self._step_start, self._saved_step = _StepStart(), 0
+        self.add_callback(self._step_start)
+        hear_signals_between_layers(self.model)
+        self.checkpoints = checkpoints
+        self._number_type = number_type
+        self._heldout = sorted(heldout, key=lambda row: len(row["input_ids"]))
+        self._allocation = allocation
+        if allocation is not None:
+            self.add_callback(allocation)
+
+    def evaluate(self, *args: Any, **options: Any) -> dict[str, float]:
+        """Mean loss of the held-out answers' tokens, nats. Draws no random number."""
+        with self._interruption.interruptible():
+            figures = {HELDOUT_LOSS: self._heldout_loss()}
+        self.log(figures)
+        self.callback_handler.on_evaluate(self.args, self.state, self.control, figures)  # changes control in place
+        return figures
+
+    def _heldout_loss(self) -> float:
+        self.model.eval()
+        total, tokens = torch.zeros((), device=self.args.device), 0
+        size = self.args.per_device_train_batch_size
+        # Autocast is on already but after a resume at the end of a run, which prepares no model.
+        with torch.no_grad(), self.accelerator.autocast(), self.compute_loss_context_manager():
+            for start in range(0, len(self._heldout), size):
+                batch = self._prepare_inputs(self.data_collator(self._heldout[start : start + size]))
+                total += answer_loss(self.model, batch["input_ids"], batch["labels"], batch.get("position_ids"))
+                tokens += int((batch["labels"] != IGNORED).sum())
+        self.model.train()
+        return float(total) / tokens
+
+    def training_step(self, *args: Any, **options: Any) -> torch.Tensor:
+        """Forward and backward of a batch, which change nothing that a checkpoint holds but for random numbers.
+
+        Raises:
+            StepAbandoned: a signal came.
+            NoStepLeftError: a measurement that was made up for before this step ended the run.
+        """
+        if self.control.should_training_stop:
+            raise NoStepLeftError
+        with self._interruption.interruptible():
+            return super().training_step(*args, **options)
+
+    def save_step_start(self) -> None:
+        """Writes the checkpoint before the step that was given up, where it is not there and a step was taken since."""
+        if self._saved_step != self.state.global_step and self._step_start.restore(self.state):
+            self._save_checkpoint(self.model, None)
+
+    def load_weights(self, checkpoint: Path) -> None:
+        """Takes the trained weights of a checkpoint, and AdaLoRA's ranks.
+
+        Raises:
+            IntegrityError: it is of another model.
+        """
+        trained = self._trained()
+        saved = load_file(checkpoint / _WEIGHTS)
+        if set(saved) != set(trained):
+            raise IntegrityError(
+                f"{checkpoint} holds other weights than are trained, as {min(set(saved) ^ set(trained))!r}",
+                todo=f"remove {checkpoint.parent} and train again",
+            )
+        with torch.no_grad():
+            for name, weight in trained.items():
+                weight.copy_(saved[name])
+        if self._allocation is not None:
+            self._allocation.restore(checkpoint)
+
+    def _trained(self) -> dict[str, torch.nn.Parameter]:
+        return {name: weight for name, weight in self.model.named_parameters() if weight.requires_grad}
+
+    def check_finite(self) -> None:
+        """Looks at the trained weights.
+
+        Raises:
+            TrainingError: one is not finite.
+        """
+        for name, weight in self._trained().items():
+            if not torch.isfinite(weight).all():
+                raise diverged(f"{name} holds a value that is not finite", self.args.learning_rate)
+
+    def _save_checkpoint(self, model: torch.nn.Module, trial: Any) -> None:
+        self.check_finite()
+        with self.checkpoints.writing(self.state.global_step, best_step(self.state)) as folder:
+            save_file(
+                {name: weight.detach().contiguous() for name, weight in self._trained().items()},
+                folder / _WEIGHTS,
+                {_NUMBER_TYPE: self._number_type},
+            )
+            self._save_optimizer_and_scheduler(str(folder))
+            self._save_scaler(str(folder))  # does nothing but in float16
+            self._save_rng_state(str(folder))
+            if self._allocation is not None:
+                self._allocation.save(folder)
+            self.state.save_to_json(str(folder / _STATE))
+        self._saved_step = self.state.global_step
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: torch.nn.Module | None = None) -> None:
+        self.load_weights(Path(resume_from_checkpoint))
+
+    def _load_scaler(self, checkpoint: str | None) -> None:
+        """Passes over the scale of a checkpoint in float16 where nothing is scaled; without one it starts as always."""
+        if self.accelerator.scaler is not None:
+            super()._load_scaler(checkpoint)
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> BatchOrder:
+        lengths = [len(ids) for ids in self.train_dataset["input_ids"]]
+        step = self.args.train_batch_size * self.args.gradient_accumulation_steps
+        return BatchOrder(lengths, step, self.args.seed)
+
+
+class NoStepLeftError(Exception):
+    """The run had ended, and transformers begins another step."""
+
+
+class _StepStart(TrainerCallback):
+    """What a step changes before its weights: random numbers, and the count of tokens."""
+
+    def __init__(self) -> None:
+        self._random: tuple[Any, Any, torch.Tensor, list[torch.Tensor]] | None = None
+        self._tokens = 0
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Keeps them for the next one."""
+        on_gpus = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
+        self._random = random.getstate(), np.random.get_state(), torch.get_rng_state(), on_gpus
+        self._tokens = int(state.num_input_tokens_seen)
+
+    def restore(self, state: TrainerState) -> bool:
+        """Puts them back; false where this process has taken no step."""
+        if self._random is None:
+            return False
+        plain, numpys, torchs, on_gpus = self._random
+        random.setstate(plain)
+        np.random.set_state(numpys)
+        torch.set_rng_state(torchs)
+        if on_gpus:
+            torch.cuda.set_rng_state_all(on_gpus)
+        state.num_input_tokens_seen = self._tokens
+        return True
+
+
+def hear_signals_between_layers(model: torch.nn.Module) -> None:
+    """Lets Python run after each layer of a backward pass too, where it would be one call: signals are heard there."""
+    names = set(getattr(model, "_no_split_modules", None) or ())
+
+    def hook(module: torch.nn.Module, inputs: Any, output: Any) -> None:
+        first = output[0] if isinstance(output, tuple) else output
+        if isinstance(first, torch.Tensor) and first.requires_grad:
+            first.register_hook(lambda gradient: None)
+
+    for module in model.modules():
+        if type(module).__name__ in names:
+            module.register_forward_hook(hook)
+
+
+def number_type_of(checkpoint: Path) -> NumberType:
+    """In which numbers a checkpoint was computed."""
+    with safe_open(checkpoint / _WEIGHTS, framework="pt") as file:
+        # One that does not say it is from when all training was in bfloat16.
+        return NumberType((file.metadata() or {}).get(_NUMBER_TYPE, NumberType.BFLOAT16))
