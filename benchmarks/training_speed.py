@@ -32,7 +32,8 @@ from svc.dataset.reader import read_examples
 from svc.engine.capabilities import NumberType, read_capabilities
 from svc.settings import load_settings
 from svc.terminal import counting, output, print_json
-from trainer.recipe.sections import Recipe, load_recipe
+from trainer.recipe.file import load_recipe
+from trainer.recipe.sections import Recipe
 
 TASK = Path(__file__).parents[1] / "examples" / "debian-triage"
 BATCH = 16
@@ -122,7 +123,8 @@ def train(contestant: Contestant, task: Task) -> Run:
 
 def _train_ours(_: Contestant, task: Task, folder: Path) -> tuple[int, float, tuple[float, ...]]:
     """As `svc train` does."""
-    from trainer.training.sft import TrainingData, train_model
+    from trainer.training.sft import train_model
+    from trainer.training.summary import TrainingData
 
     summary = train_model(
         task.base,
@@ -146,7 +148,7 @@ def _train_trl(contestant: Contestant, task: Task, folder: Path) -> tuple[int, f
     from trainer.data.length_grouped_sampler import BatchOrder
     from trainer.model.peft_config import adapter_config
     from trainer.model.target_modules import target_modules
-    from trainer.training.sft import count_steps
+    from trainer.training.arguments import count_steps
 
     recipe, tokenizer = task.recipe, load_tokenizer(task.base)
     rows = tokenize_examples(tokenizer, task.examples, stop_tokens(task.base, tokenizer))
@@ -191,8 +193,9 @@ def _train_trl(contestant: Contestant, task: Task, folder: Path) -> tuple[int, f
 def _machine_share(task: Task) -> tuple[float, float]:
     """Operations that our training needs, and the speed of bare products with as many tokens as its steps have."""
     from trainer.data.chat_template import load_tokenizer, stop_tokens, tokenize_examples
-    from trainer.model.peft_config import add_adapter, load_model
-    from trainer.training.sft import count_steps
+    from trainer.model.load import load_model
+    from trainer.model.peft_config import add_adapter
+    from trainer.training.arguments import count_steps
 
     tokenizer = load_tokenizer(task.base)
     rows = tokenize_examples(tokenizer, task.examples, stop_tokens(task.base, tokenizer))

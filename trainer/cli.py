@@ -27,7 +27,7 @@ def train(
     from svc.dataset.bad_lines import BadLines
     from svc.terminal import console, quiet_libraries
     from trainer.pipeline.run_folder import read_run_examples
-    from trainer.recipe.sections import load_recipe
+    from trainer.recipe.file import load_recipe
 
     quiet_libraries()
     settings = settings_of(ctx)
@@ -36,8 +36,9 @@ def train(
     examples = read_run_examples(loaded, cache=settings.base_cache, bad_lines=bad_lines)
     if bad_lines and bad_lines.count:
         console.print(f"[yellow]left out {bad_lines.count} bad lines: they lie in {bad_lines.folder}[/yellow]")
+    from trainer.pipeline.find_base import find_base
     from trainer.pipeline.quick_trial import quick_trial
-    from trainer.pipeline.stages import find_base, open_pipeline
+    from trainer.pipeline.stages import open_pipeline
 
     base = find_base(loaded, settings)
     made = quick_trial(loaded, examples) if quick else (loaded, examples)
@@ -60,7 +61,7 @@ def _foretell(recipe: "Recipe", run: "Run") -> None:
     from svc.terminal import console
     from trainer.pipeline.quick_trial import whole_run_seconds
     from trainer.pipeline.run_folder import Stage
-    from trainer.training.sft import TrainingSummary
+    from trainer.training.summary import TrainingSummary
 
     seconds = whole_run_seconds(recipe, run.load(Stage.TRAIN, TrainingSummary))
     console.print("the set-up works")

@@ -15,13 +15,17 @@ from svc.engine.client import EngineClient
 from svc.engine.phase import EnginePhase
 from svc.engine.probe import EngineFacts, Probe, Scored, check_probes, choose_sequences, make_probes, measure_probes
 from svc.engine.process import Engine
+from svc.errors import TrainingError
 from svc.evaluation.evaluator import Evaluation, EvaluationReport, TokenizedExample, evaluate, tokenize
+from svc.evaluation.metrics import paired_difference
 from svc.evaluation.results import ExampleResult
 from svc.evaluation.throughput import tokens_per_second
 from svc.terminal import advancing, console, counting, waiting
 from trainer.recipe.sections import Recipe
 
 Launch = Callable[[Path], Engine]
+
+_ROUNDING = 1e-9  # 0.745 - 0.695 is a little more than 0.05 to a computer
 
 
 class Qualified(BaseModel):
@@ -132,3 +136,23 @@ class Qualifier:
 
 def _sequences(tokenized: Sequence[TokenizedExample], count: int) -> list[Scored]:
     return choose_sequences([(example.prompt, example.answer) for example in tokenized], count)
+
+
+def check_gptq_loss(merged: EvaluationReport, gptq: EvaluationReport, most: float) -> None:
+    """Refuses a quantized model that answers worse than the merged one.
+
+    Args:
+        most: exact match that may be lost.
+
+    Raises:
+        TrainingError: more was lost; gives both figures and the interval of their difference.
+    """
+    lost = merged.exact_match.value - gptq.exact_match.value
+    if lost > most + _ROUNDING:
+        difference = paired_difference(merged.hits, gptq.hits)
+        raise TrainingError(
+            f"GPTQ lost {lost:.3f} of exact match: {merged.exact_match} merged, {gptq.exact_match} quantized, "
+            f"difference {difference}",
+            expected=f"at most {most:.3f} (evaluate.max_gptq_loss)",
+            todo="raise quantize.samples, or lower quantize.group_size to 32",
+        )

@@ -11,7 +11,8 @@ from svc.engine.capabilities import NumberType
 from tests.trainer.conftest import make_example, make_model, make_recipe
 from trainer.data.chat_template import load_tokenizer, stop_tokens, tokenize_examples
 from trainer.data.length_grouped_sampler import BatchOrder
-from trainer.model.peft_config import add_adapter, load_model
+from trainer.model.load import load_model
+from trainer.model.peft_config import add_adapter
 from trainer.recipe.sections import Method
 
 EXAMPLES = [make_example(f"number {'x' * number}", "red") for number in range(12)]

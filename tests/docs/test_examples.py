@@ -9,7 +9,7 @@ import pytest
 from svc.dataset.check import DataReport, check_files
 from svc.dataset.reader import read_examples
 from tests.docs.pages import ROOT, page_id
-from trainer.recipe.sections import load_recipe
+from trainer.recipe.file import load_recipe
 
 RECIPES = sorted((ROOT / "examples").glob("*/*.yaml"))
 DATA = sorted({(r.data.train, r.data.heldout or ()) for r in map(load_recipe, RECIPES)})

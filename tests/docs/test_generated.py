@@ -4,7 +4,7 @@ import pytest
 
 from docs.generate import FOLDER, pages
 from svc.settings import setting_keys
-from trainer.recipe.sections import recipe_keys
+from trainer.recipe.file import recipe_keys
 
 
 @pytest.mark.parametrize("name", pages())

@@ -10,7 +10,7 @@ import pytest
 from svc.cli import COMMANDS, group
 from svc.settings import ENV_PREFIX, setting_keys
 from tests.docs.pages import PAGES, ROOT, blocks, page_id, prose, read, rows
-from trainer.recipe.sections import load_recipe, recipe_keys
+from trainer.recipe.file import load_recipe, recipe_keys
 
 README = read("README.md")
 TARGETS = set(re.findall(r"^([a-z-]+):", read("Makefile"), re.MULTILINE))

@@ -1,1 +1,1 @@
-"""What watches a run, step by step. Imported only inside functions: transformers comes with it."""
+"""What watches a run, step by step. Imports transformers."""

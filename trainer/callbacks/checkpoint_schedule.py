@@ -1,6 +1,6 @@
 """When a checkpoint is due: after so many steps, after so many minutes, and at once when the run is asked to end.
 
-Loaded only inside functions: it imports transformers.
+Imports transformers.
 """
 
 import time

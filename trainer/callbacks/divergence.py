@@ -1,6 +1,6 @@
 """A run that gets worse instead of better: found after some steps, not after the night.
 
-Loaded only inside functions: it imports transformers.
+Imports transformers.
 """
 
 import math

@@ -1,7 +1,7 @@
 """Held-out loss while a run trains: when it is measured, which weights are best, and when to stop.
 
-All of it follows from the losses in the trainer's state, so that a resumed run decides as an uninterrupted one. Loaded
-only inside functions: it imports transformers.
+All of it follows from the losses in the trainer's state, so that a resumed run decides as an uninterrupted one. Imports
+transformers.
 """
 
 from collections.abc import Callable

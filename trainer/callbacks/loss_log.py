@@ -1,7 +1,7 @@
 """The loss curve: what each step cost, thinned to a hundred points.
 
 The trainer keeps the loss of every step in its state, which is in every checkpoint. Points are means over it at fixed
-steps, so that a resumed run draws the curve of one that was never interrupted. Loaded only inside functions: it imports
+steps, so that a resumed run draws the curve of one that was never interrupted. Imports
 transformers.
 """
 
@@ -11,7 +11,7 @@ from typing import Any
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from trainer.training.sft import LossPoint
+from trainer.callbacks.loss_point import LossPoint
 
 LOSS, HELDOUT_LOSS = "loss", "heldout_loss"
 _POINTS = 100

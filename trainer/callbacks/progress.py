@@ -1,6 +1,6 @@
 """Shows a training run: a live bar on a terminal, else a line every 15 s and one at its end.
 
-Loaded only inside functions: it imports transformers.
+Imports transformers.
 """
 
 import time

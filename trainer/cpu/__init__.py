@@ -1,1 +1,1 @@
-"""What only a CPU needs to train at a bearable speed. Imported only inside functions: torch comes with it."""
+"""What only a CPU needs to train at a bearable speed. Imports torch."""

@@ -5,7 +5,7 @@ that share it. On the rows of a few hundred tokens that fine-tuning mostly has, 
 backward take between a third and four fifths of its time in bfloat16 (two cores with AVX-512). In float32 they do not.
 Same formula; scores are rounded to bfloat16 before the softmax, as in transformers' `eager`.
 
-Longer rows, and whatever is not plain attention, are left to PyTorch. Loaded only inside functions: it imports torch.
+Longer rows, and whatever is not plain attention, are left to PyTorch. Imports torch.
 """
 
 from typing import Any

@@ -5,8 +5,8 @@ keeps what each of these needs for the backward pass. On a CPU these passes over
 products. Here the adapter's small weights are cast instead of the layer's large inputs, the update is added inside its
 matrix product, and layers with the same input keep it once. Same formula; roundings to bf16 fall elsewhere.
 
-Knows plain LoRA on `torch.nn.Linear` alone; what differs in any way goes through PEFT's own forward. Loaded only
-inside functions: it imports torch and PEFT.
+Knows plain LoRA on `torch.nn.Linear` alone; what differs in any way goes through PEFT's own forward. Imports torch and
+PEFT.
 """
 
 from collections.abc import Callable

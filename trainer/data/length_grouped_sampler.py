@@ -1,7 +1,7 @@
 """The order of examples: of like length together, anew in each epoch, and a function of seed and epoch alone.
 
 A sampler that draws from the process's random numbers cannot be continued: a resumed run would see other batches than
-one that was never interrupted. Loaded only inside functions: it imports torch and transformers.
+one that was never interrupted. Imports torch and transformers.
 """
 
 from collections.abc import Iterator, Sequence

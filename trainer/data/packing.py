@@ -1,7 +1,7 @@
 """Packing: several examples in one row, so that short ones fill the length that a row may have.
 
 Positions begin anew with each example. From that, transformers masks attention between them, so that an example is
-learnt as it would be alone. Loaded only inside functions: it imports torch and TRL.
+learnt as it would be alone. Imports torch and TRL.
 """
 
 from collections.abc import Sequence

@@ -28,6 +28,7 @@ from trainer.data.chat_template import TrainingExample, load_tokenizer, stop_tok
 from trainer.export.gate_up import join_fused_layers
 from trainer.library_output import library_output_to_log
 from trainer.model.attention import attention_implementation
+from trainer.model.layer_shapes import layer_shapes
 from trainer.recipe.sections import Quantize, Recipe
 
 _IN_ONE = dict.fromkeys(("q_proj", "k_proj", "v_proj"), "qkv_proj") | dict.fromkeys(
@@ -199,26 +200,6 @@ def strip_passing_values(folder: Path) -> None:
         for key in _PASSING & set(quantization.get("meta") or {}):
             del quantization["meta"][key]
         path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", "utf-8")
-
-
-def layer_widths(model: Path) -> dict[str, int]:
-    """Input width of every linear layer but the output head, by name."""
-    return {name: inputs for name, (inputs, _) in layer_shapes(model).items()}
-
-
-def layer_shapes(model: Path) -> dict[str, tuple[int, int]]:
-    """Inputs and outputs of every linear layer but the output head, by name."""
-    import torch
-    from transformers import AutoConfig, AutoModelForCausalLM
-
-    with torch.device("meta"):
-        empty = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(model))
-    head = empty.get_output_embeddings()
-    return {
-        name: (module.in_features, module.out_features)
-        for name, module in empty.named_modules()
-        if isinstance(module, torch.nn.Linear) and module is not head
-    }
 
 
 def _run_gptqmodel(

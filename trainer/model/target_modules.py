@@ -6,10 +6,10 @@ nothing of adapters or of what they cost.
 """
 
 import re
-from enum import StrEnum
 from typing import TYPE_CHECKING
 
 from svc.errors import RecipeError
+from trainer.recipe.targets import Targets
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
@@ -18,17 +18,6 @@ ALL_LINEAR = "all-linear"  # PEFT's word for every linear layer but the output h
 _ATTENTION = re.compile(r"attn|attention")
 # As a word of a layer's name: q_proj, query, qkv_proj, Wqkv, query_key_value, in_proj_qkv, kv_a_proj, c_attn.
 _QUERY_OR_VALUE = re.compile(r"(?:^|_)(?:q|v|kv|w?qkv|query|value|attn)(?:_|$)")
-
-
-class Targets(StrEnum):
-    """What an adapter is put on."""
-
-    ATTENTION_MIN = "attention-min"
-    """Query and value projections, as in the paper on LoRA (Hu et al. 2021, section 4.2)."""
-    ATTENTION = "attention"
-    """Every projection of attention: query, key, value, output."""
-    ALL_LINEAR = "all-linear"
-    """Attention and feed-forward, as in the paper on QLoRA (Dettmers et al. 2023)."""
 
 
 def target_modules(model: "PreTrainedModel | PreTrainedConfig", preset: Targets) -> list[str] | str:

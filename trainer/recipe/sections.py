@@ -4,7 +4,6 @@ Unknown keys and wrong types are errors, because a misspelt hyperparameter that 
 """
 
 import math
-import re
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -15,7 +14,6 @@ from pydantic import (
     BeforeValidator,
     ConfigDict,
     Field,
-    ValidationError,
     ValidationInfo,
     WithJsonSchema,
     field_validator,
@@ -23,10 +21,8 @@ from pydantic import (
 )
 
 from svc.dataset.source import HUB_PREFIX
-from svc.errors import RecipeError
 from svc.registry.version import NAME_PATTERN
-from svc.yaml_text import parse_yaml
-from trainer.model.target_modules import Targets
+from trainer.recipe.targets import Targets
 
 
 class _Section(BaseModel):
@@ -295,80 +291,3 @@ class Recipe(_Section):
     def initial_rank(self) -> int:
         """AdaLoRA's first rank; 1.5 times the final one, as in its paper."""
         return self.adapter.initial_rank or math.ceil(1.5 * self.rank)
-
-
-def load_recipe(path: Path, overrides: tuple[str, ...] = ()) -> Recipe:
-    """Reads a recipe.
-
-    Args:
-        overrides: `key=value` with a dotted key and a YAML value, as `train.epochs=2`.
-
-    Raises:
-        RecipeError: no such file, not YAML, an unknown key, a wrong type; names the key and its value.
-    """
-    try:
-        content = parse_yaml(path.read_text("utf-8"))
-    except OSError as error:
-        raise RecipeError(f"cannot open recipe {path}: {error.strerror}", todo="check the path") from error
-    except ValueError as error:
-        raise RecipeError(f"{path} is not YAML: {error}", expected="a YAML mapping in UTF-8") from error
-    if not isinstance(content, dict):
-        raise RecipeError(f"{path} holds {content!r:.80}", expected="a YAML mapping: name, base, data, ...")
-    for override in overrides:
-        _set(content, override)
-    try:
-        return Recipe.model_validate(content, context={"folder": path.absolute().parent})
-    except ValidationError as error:
-        raise _explain(path, error) from error
-
-
-def _set(content: dict[str, Any], override: str) -> None:
-    key, equals, value = override.partition("=")
-    if not equals or not re.fullmatch(r"\w+(\.\w+)*", key):
-        raise RecipeError(f"--set {override!r}", expected="key=value, as train.epochs=2")
-    *sections, last = key.split(".")
-    for section in sections:
-        content = content.setdefault(section, {})
-        if not isinstance(content, dict):
-            raise RecipeError(f"--set {override!r}: {section} is no section", expected="key=value, as train.epochs=2")
-    try:
-        content[last] = parse_yaml(value)
-    except ValueError as error:
-        raise RecipeError(f"--set {override!r}: {value!r} is not a YAML value") from error
-
-
-def _explain(path: Path, error: ValidationError) -> RecipeError:
-    problems = []
-    for problem in error.errors():
-        key = ".".join(str(part) for part in problem["loc"])
-        match problem["type"]:
-            case "extra_forbidden":
-                problems.append(f"unknown key {key!r}{_suggest(key)}")
-            case "missing":
-                problems.append(f"{key!r} is missing")
-            case _ if not key:  # of the recipe as a whole
-                problems.append(str(problem["ctx"]["error"]))
-            case _:
-                problems.append(f"{key!r} is {problem['input']!r}: {problem['msg'][:1].lower()}{problem['msg'][1:]}")
-    return RecipeError(
-        f"{path}: {'; '.join(problems)}", todo="see docs/recipe.md for every key, its type and its default"
-    )
-
-
-def _suggest(key: str) -> str:
-    import difflib
-
-    close = difflib.get_close_matches(key, [*recipe_keys(), *Recipe.model_fields], n=1)
-    return f" (did you mean {close[0]!r}?)" if close else ""
-
-
-def recipe_keys() -> list[str]:
-    """Every key of a recipe, dotted."""
-    keys: list[str] = []
-    for name, field in Recipe.model_fields.items():
-        section = field.annotation
-        if isinstance(section, type) and issubclass(section, BaseModel):
-            keys += [f"{name}.{inner}" for inner in section.model_fields]
-        else:
-            keys.append(name)
-    return keys

@@ -2,7 +2,7 @@
 
 On the CPU TRL scores every position and computes entropy over the vocabulary; on other devices its own loss already
 scores answer positions alone, and is used as it is. There is no state but the trainer's own, so that a checkpoint goes
-on as if nothing had been. Loaded only inside functions: it imports torch and TRL.
+on as if nothing had been. Imports torch and TRL.
 """
 
 from collections.abc import Iterator

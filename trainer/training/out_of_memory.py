@@ -1,6 +1,6 @@
 """What to do when training runs out of memory: which setting to lower, and to what.
 
-Loaded only inside functions: it imports torch.
+Imports torch.
 """
 
 import torch

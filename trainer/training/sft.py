@@ -1,77 +1,46 @@
 """Supervised fine-tuning: chat examples and a base model in, an adapter or a trained model out.
 
 Only answers are learnt, up to and with the token that ends them; all other turns are context. Knows nothing of where
-examples come from, of registered versions, or of how good the result is.
+examples come from, of registered versions, or of how good the result is. Imports torch and TRL.
 """
 
 import logging
-import math
 import time
 import warnings
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
 
-from svc.dataset.example import ChatExample
+import torch
+from datasets import Dataset
+from transformers import AutoConfig, PreTrainedTokenizerBase, PrinterCallback, TrainerState, set_seed
+
 from svc.engine.capabilities import NumberType
 from svc.errors import DataError, InterruptedRunError
 from svc.terminal import console, waiting
+from trainer.callbacks.checkpoint_schedule import CheckpointClock
+from trainer.callbacks.divergence import DivergenceWatch
+from trainer.callbacks.early_stopping import HeldoutWatch, best_step, misses_measurement, out_of_patience
+from trainer.callbacks.loss_log import LossReport, Report, heldout_losses, loss_curve
+from trainer.callbacks.loss_point import LossPoint
+from trainer.callbacks.preemption import Interruption, StepAbandoned, interruption
+from trainer.callbacks.progress import training_progress
 from trainer.data.chat_template import TrainingExample, load_tokenizer, stop_tokens, tokenize_examples
+from trainer.data.packing import collate_packed, pack, refuse_recurrent
 from trainer.library_output import library_output_to_log
+from trainer.model.acceleration import choose_acceleration, machine_facts
+from trainer.model.adalora import RankAllocation
+from trainer.model.attention import takes_flash_attention
+from trainer.model.load import load_model
+from trainer.model.peft_config import add_adapter
 from trainer.recipe.sections import Method, Recipe
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
-
-    from trainer.callbacks.loss_log import Report
-    from trainer.callbacks.preemption import Interruption
-    from trainer.model.acceleration import Acceleration
-    from trainer.training.trainer import ResumableTrainer
+from trainer.training.arguments import checkpoints_layers, count_steps, training_arguments
+from trainer.training.checkpoints import CheckpointFolder
+from trainer.training.out_of_memory import out_of_memory
+from trainer.training.summary import TrainingData, TrainingSummary
+from trainer.training.trainer import NoStepLeftError, ResumableTrainer, number_type_of
 
 log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True, slots=True)
-class LossPoint:
-    """Mean loss of the steps since the point before, or held-out loss at a step; nats a token."""
-
-    step: int
-    loss: float
-
-
-@dataclass(frozen=True, slots=True)
-class TrainingSummary:
-    """How a training run went.
-
-    Attributes:
-        steps: of the optimizer.
-        tokens: prompt and answer tokens seen, without padding.
-        tokens_per_second: in the process that ended the run.
-        final_loss: nats an answer token, the last point of the curve.
-        seconds: of the optimizer's run alone, without loading, in the process that ended it.
-        loss_curve: means over the steps between its points.
-        heldout_losses: step and nats an answer token, where held-out loss was measured.
-        best_step: the step whose weights these are, where the best were asked for.
-    """
-
-    steps: int
-    tokens: int
-    tokens_per_second: float
-    final_loss: float
-    seconds: float
-    loss_curve: tuple[LossPoint, ...]
-    heldout_losses: tuple[LossPoint, ...] = ()
-    best_step: int | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class TrainingData:
-    """What is learnt, and what held-out loss is measured on while it is."""
-
-    train: Sequence[ChatExample]
-    heldout: Sequence[ChatExample] = ()
 
 
 def train_model(
@@ -80,7 +49,7 @@ def train_model(
     recipe: Recipe,
     out: Path,
     checkpoints: Path,
-    report: "Report | None" = None,
+    report: Report | None = None,
     *,
     number_type: NumberType,
 ) -> TrainingSummary:
@@ -103,8 +72,6 @@ def train_model(
         InterruptedRunError: a signal came, and a checkpoint was written.
         TrainingError: the loss or a weight is not finite, the loss explodes, or memory is short; says what to change.
     """
-    from trainer.callbacks.preemption import interruption
-    from trainer.training.out_of_memory import out_of_memory
 
     tokenizer = load_tokenizer(base)
     stops = stop_tokens(base, tokenizer)
@@ -121,20 +88,14 @@ def train_model(
         # A signal ends the process from here on: the weights are written anew from the last checkpoint.
         _save(trainer, recipe, tokenizer, out)
     except (RuntimeError, MemoryError) as error:
-        if lack := out_of_memory(recipe, error, checkpointing=_checkpoints_layers(recipe)):
+        if lack := out_of_memory(recipe, error, checkpointing=checkpoints_layers(recipe)):
             raise lack from error
         raise
     return _summarize(trainer, recipe, seconds)
 
 
-def _run(trainer: "ResumableTrainer", recipe: Recipe, asked: "Interruption", number_type: NumberType) -> float:
+def _run(trainer: ResumableTrainer, recipe: Recipe, asked: Interruption, number_type: NumberType) -> float:
     """Trains to the end; returns the seconds of this process's part."""
-    from transformers import TrainerState
-
-    from trainer.callbacks.early_stopping import best_step, misses_measurement, out_of_patience
-    from trainer.callbacks.preemption import StepAbandoned
-    from trainer.callbacks.progress import training_progress
-    from trainer.training.trainer import NoStepLeftError, number_type_of
 
     newest = trainer.checkpoints.newest()
     if newest is not None:
@@ -177,9 +138,7 @@ def _run(trainer: "ResumableTrainer", recipe: Recipe, asked: "Interruption", num
     return seconds
 
 
-def _summarize(trainer: "ResumableTrainer", recipe: Recipe, seconds: float) -> TrainingSummary:
-    from trainer.callbacks.early_stopping import best_step
-    from trainer.callbacks.loss_log import heldout_losses, loss_curve
+def _summarize(trainer: ResumableTrainer, recipe: Recipe, seconds: float) -> TrainingSummary:
 
     state = trainer.state
     curve = loss_curve(state)
@@ -210,46 +169,19 @@ def _check_lengths(rows: list[TrainingExample], max_length: int) -> None:
         )
 
 
-def count_steps(rows: int, recipe: Recipe) -> int:
-    """The optimizer's steps in a whole run, as transformers counts them.
-
-    Args:
-        rows: examples, or packed rows.
-    """
-    train = recipe.train
-    if train.steps is not None:
-        return train.steps
-    batches = math.ceil(rows / train.batch_size)
-    return math.ceil(train.epochs * math.ceil(batches / train.gradient_accumulation))
-
-
 def _build_trainer(
     base: Path,
-    tokenizer: "PreTrainedTokenizerBase",
+    tokenizer: PreTrainedTokenizerBase,
     rows: list[TrainingExample],
     heldout: list[TrainingExample],
     recipe: Recipe,
     out: Path,
     checkpoints: Path,
-    report: "Report | None",
-    asked: "Interruption",
+    report: Report | None,
+    asked: Interruption,
     number_type: NumberType,
-) -> "ResumableTrainer":
+) -> ResumableTrainer:
     """Trained weights are in float32: Adam's small steps vanish in 16 bits."""
-    import torch
-    from datasets import Dataset
-    from transformers import AutoConfig, PrinterCallback, set_seed
-
-    from trainer.callbacks.checkpoint_schedule import CheckpointClock
-    from trainer.callbacks.divergence import DivergenceWatch
-    from trainer.callbacks.early_stopping import HeldoutWatch
-    from trainer.callbacks.loss_log import LossReport
-    from trainer.data.packing import collate_packed, pack, refuse_recurrent
-    from trainer.model.acceleration import choose_acceleration, machine_facts
-    from trainer.model.attention import takes_flash_attention
-    from trainer.model.peft_config import RankAllocation, add_adapter, load_model
-    from trainer.training.checkpoints import CheckpointFolder
-    from trainer.training.trainer import ResumableTrainer
 
     acceleration = choose_acceleration(machine_facts(), flash=takes_flash_attention(base))
     if recipe.train.neftune_alpha is not None:  # its noise is scaled by the length of a row
@@ -271,7 +203,7 @@ def _build_trainer(
         allocation=RankAllocation(model) if recipe.method is Method.ADALORA else None,
         interruption=asked,
         model=model,
-        args=_training_arguments(recipe, out, acceleration, steps, number_type),
+        args=training_arguments(recipe, out, acceleration, steps, number_type),
         data_collator=collator,
         train_dataset=dataset,
         processing_class=tokenizer,
@@ -289,60 +221,7 @@ def _build_trainer(
     return trainer
 
 
-def _checkpoints_layers(recipe: Recipe) -> bool:
-    """Whether layers are computed twice: as the recipe says, or as the machine needs."""
-    from trainer.model.acceleration import choose_acceleration, machine_facts
-
-    asked = recipe.train.gradient_checkpointing
-    return choose_acceleration(machine_facts()).gradient_checkpointing if asked is None else asked
-
-
-def _training_arguments(
-    recipe: Recipe, out: Path, acceleration: "Acceleration", steps: int, number_type: NumberType
-) -> Any:
-    import torch
-    from trl.trainer.sft_config import SFTConfig
-
-    train, accelerated = recipe.train, torch.accelerator.is_available()
-    scaled = number_type is NumberType.FLOAT16
-    arguments = SFTConfig(
-        output_dir=str(out),
-        learning_rate=recipe.learning_rate,
-        lr_scheduler_type="constant_with_warmup" if train.schedule == "constant" else train.schedule.value,
-        warmup_steps=round(train.warmup_ratio * steps),  # rounded up, a run of one step would be all warmup
-        num_train_epochs=train.epochs,
-        max_steps=train.steps or -1,
-        per_device_train_batch_size=train.batch_size,
-        gradient_accumulation_steps=train.gradient_accumulation,
-        weight_decay=train.weight_decay,
-        max_grad_norm=train.max_grad_norm,
-        neftune_noise_alpha=train.neftune_alpha,
-        seed=train.seed,
-        max_length=None,
-        bf16=number_type is NumberType.BFLOAT16,
-        fp16=scaled,
-        # That the fused one leaves out a step, as happens with a scaled loss, accelerate does not notice.
-        optim="adamw_torch" if scaled else "adamw_torch_fused",
-        use_cpu=not accelerated,
-        gradient_checkpointing=_checkpoints_layers(recipe),
-        padding_free=acceleration.padding_free,
-        use_liger_kernel=acceleration.liger_kernels,
-        dataloader_pin_memory=accelerated,
-        include_num_input_tokens_seen="all" if acceleration.padding_free else "non_padding",
-        logging_steps=1,  # the state holds the loss of every step: what a curve, a watch and a resumed run need
-        logging_nan_inf_filter=False,
-        save_strategy="no",
-        report_to="none",
-        disable_tqdm=True,
-    )
-    # transformers would share a batch out between all GPUs that it sees, which TRL refuses: training takes one.
-    if arguments.n_gpu > 1:
-        arguments._n_gpu = 1
-    return arguments
-
-
-def _save(trainer: "ResumableTrainer", recipe: Recipe, tokenizer: "PreTrainedTokenizerBase", out: Path) -> None:
-    import torch
+def _save(trainer: ResumableTrainer, recipe: Recipe, tokenizer: PreTrainedTokenizerBase, out: Path) -> None:
 
     model = trainer.model
     if recipe.method is Method.FULL:

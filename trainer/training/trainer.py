@@ -2,8 +2,8 @@
 
 A checkpoint holds all that the next step depends on: trained weights, optimizer, schedule, random numbers, position in
 the data, the losses so far, AdaLoRA's allocator, and in float16 the scale of the loss. It says in which numbers it was
-computed; trained weights are in float32 in any case, so that a machine with other numbers can go on from it. Loaded
-only inside functions: it imports torch and TRL.
+computed; trained weights are in float32 in any case, so that a machine with other numbers can go on from it. Imports
+torch and TRL.
 """
 
 import random
@@ -24,7 +24,7 @@ from trainer.callbacks.loss_log import HELDOUT_LOSS
 from trainer.callbacks.preemption import Interruption
 from trainer.data.chat_template import IGNORED
 from trainer.data.length_grouped_sampler import BatchOrder
-from trainer.model.peft_config import RankAllocation
+from trainer.model.adalora import RankAllocation
 from trainer.training.checkpoints import CheckpointFolder
 from trainer.training.loss import AnswerTrainer, answer_loss
 

@@ -10,8 +10,9 @@ from pathlib import Path
 import pytest
 
 from svc.errors import BaseModelError
-from trainer.base import resolve as base_model
-from trainer.base.resolve import KNOWN, resolve_base
+from trainer.base import resolve
+from trainer.base.resolve import resolve_base
+from trainer.base.wheel import KNOWN
 
 
 def copy(tiny_base: Path, target: Path) -> Path:
@@ -137,7 +138,7 @@ def test_an_interrupted_build_leaves_nothing(tmp_path: Path) -> None:
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        base_model._publish(tmp_path / "cache" / "model", build)
+        resolve._publish(tmp_path / "cache" / "model", build)
     assert list((tmp_path / "cache").iterdir()) == []
 
 
@@ -149,7 +150,7 @@ def test_two_builds_at_once_give_one_complete_folder(tmp_path: Path) -> None:
         both.wait(timeout=5)
 
     target = tmp_path / "model"
-    threads = [threading.Thread(target=base_model._publish, args=(target, build)) for _ in range(2)]
+    threads = [threading.Thread(target=resolve._publish, args=(target, build)) for _ in range(2)]
     for thread in threads:
         thread.start()
     for thread in threads:

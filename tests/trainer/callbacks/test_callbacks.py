@@ -12,9 +12,9 @@ from trainer.callbacks.checkpoint_schedule import CheckpointClock
 from trainer.callbacks.divergence import DivergenceWatch, diverged
 from trainer.callbacks.early_stopping import HeldoutWatch, best_step, out_of_patience
 from trainer.callbacks.loss_log import LossReport, loss_curve
+from trainer.callbacks.loss_point import LossPoint
 from trainer.callbacks.preemption import Interruption
 from trainer.recipe.sections import Checkpoints, Stopping
-from trainer.training.sft import LossPoint
 
 ARGS: Any = TrainingArguments
 

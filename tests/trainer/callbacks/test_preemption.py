@@ -18,7 +18,8 @@ from trainer.callbacks.preemption import Interruption, StepAbandoned, interrupti
 from trainer.recipe.sections import Method, Recipe
 from trainer.training import sft
 from trainer.training import trainer as resumable_trainer
-from trainer.training.sft import TrainingData, TrainingSummary, train_model
+from trainer.training.sft import train_model
+from trainer.training.summary import TrainingData, TrainingSummary
 from trainer.training.trainer import hear_signals_between_layers
 
 pytestmark = pytest.mark.slow

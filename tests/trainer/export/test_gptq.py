@@ -184,7 +184,7 @@ def test_a_model_computed_in_float32_differs_in_roundings_alone(tmp_path: Path) 
 INTERRUPTED = """
 import sys
 from pathlib import Path
-from tests.trainer.test_quantize import quantize
+from tests.trainer.export.test_gptq import quantize
 try:
     quantize(Path(sys.argv[1]), Path(sys.argv[2]))
 except KeyboardInterrupt:

@@ -9,7 +9,8 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from svc.errors import TrainingError
-from trainer.export.merge import compare_weights, merge_adapter
+from trainer.export.merge import merge_adapter
+from trainer.export.verify_merge import compare_weights
 
 
 def make_adapter(base: Path, folder: Path) -> Path:

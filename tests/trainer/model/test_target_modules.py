@@ -8,7 +8,8 @@ from peft import LoraConfig, get_peft_model
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from svc.errors import RecipeError
-from trainer.model.target_modules import Targets, target_modules
+from trainer.model.target_modules import target_modules
+from trainer.recipe.targets import Targets
 
 SEPARATE = (["q_proj", "v_proj"], ["k_proj", "o_proj", "q_proj", "v_proj"])
 EXPECTED = {

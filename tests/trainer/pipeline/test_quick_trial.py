@@ -4,9 +4,10 @@ import pytest
 
 from svc.dataset.fingerprint import fingerprint
 from tests.trainer.conftest import make_example, make_recipe
+from trainer.callbacks.loss_point import LossPoint
 from trainer.pipeline.quick_trial import quick_trial, whole_run_seconds
 from trainer.pipeline.run_folder import Examples
-from trainer.training.sft import LossPoint, TrainingSummary
+from trainer.training.summary import TrainingSummary
 
 
 def examples(train: int, heldout: int) -> Examples:

@@ -41,13 +41,17 @@ from tests.svc.registry.model_folder import GPTQ, write_model
 from tests.trainer.conftest import make_example, make_recipe
 from tests.trainer.engines import Engines
 from trainer.base.resolve import Base
+from trainer.callbacks.loss_point import LossPoint
 from trainer.export.gptq import QuantizeSummary
-from trainer.export.merge import MergeSummary
-from trainer.pipeline import stages as pipeline_module
+from trainer.export.verify_merge import MergeSummary
+from trainer.pipeline import stages as stages_module
+from trainer.pipeline.find_base import find_base, merged_revision
 from trainer.pipeline.run_folder import Examples, Run, Stage
-from trainer.pipeline.stages import Evaluated, Pipeline, check_gptq_loss, find_base, merged_revision
+from trainer.pipeline.stages import Evaluated, Pipeline
+from trainer.qualification import check_gptq_loss
 from trainer.recipe.sections import Method
-from trainer.training.sft import LossPoint, TrainingSummary
+from trainer.training import sft
+from trainer.training.summary import TrainingSummary
 
 _names = (f"pipeline-{number}" for number in itertools.count(1))
 TRAIN = tuple(make_example(f"q {number}", "yes") for number in range(3))
@@ -112,8 +116,9 @@ class Stages:
 @pytest.fixture
 def stages(monkeypatch: pytest.MonkeyPatch) -> Stages:
     stages = Stages()
-    for name in ("check_layers", "train_model", "merge_adapter", "quantize_gptq"):
-        monkeypatch.setattr(pipeline_module, name, getattr(stages, name))
+    monkeypatch.setattr(sft, "train_model", stages.train_model)
+    for name in ("check_layers", "merge_adapter", "quantize_gptq"):
+        monkeypatch.setattr(stages_module, name, getattr(stages, name))
     return stages
 
 
@@ -400,7 +405,7 @@ def test_a_disk_that_fills_up_stops_before_the_next_stage_and_keeps_what_is_done
         free_bytes(monkeypatch, 1000)
         return summary
 
-    monkeypatch.setattr(pipeline_module, "merge_adapter", merge_and_fill)
+    monkeypatch.setattr(stages_module, "merge_adapter", merge_and_fill)
     pipeline = make()
     with pytest.raises(DiskSpaceError, match="stage evaluate needs"):
         pipeline.train_version()
@@ -418,7 +423,7 @@ def test_a_disk_that_is_full_within_a_stage_is_told_and_the_run_goes_on(
         raise RuntimeError("Error while serializing: I/O error: No space left on device (os error 28)")
 
     with monkeypatch.context() as patch:
-        patch.setattr(pipeline_module, "merge_adapter", fill)
+        patch.setattr(stages_module, "merge_adapter", fill)
         with pytest.raises(DiskSpaceError, match="for what stage merge writes"):
             make().train_version()
     make().train_version()

@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 
 from svc.errors import RecipeError
 from tests.svc.json_values import json_values, mappings_of
-from trainer.recipe.sections import Recipe, load_recipe, recipe_keys
+from trainer.recipe.file import load_recipe, recipe_keys
+from trainer.recipe.sections import Recipe
 
 GOOD: dict[str, Any] = {"name": "tiny", "base": "org/model", "data": {"train": "t.jsonl", "heldout": "h.jsonl"}}
 Write = Callable[..., Path]

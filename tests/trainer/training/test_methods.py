@@ -16,10 +16,13 @@ from svc.dataset.example import ChatExample
 from svc.engine.capabilities import NumberType
 from svc.errors import TrainingError
 from tests.trainer.conftest import make_recipe
-from trainer.export.merge import merge_adapter, prove_full, unused_modules
-from trainer.model.peft_config import adapter_config, load_adapter, load_model
+from trainer.export.merge import merge_adapter, unused_modules
+from trainer.export.verify_merge import verify_full
+from trainer.model.load import load_model
+from trainer.model.peft_config import adapter_config, load_adapter
 from trainer.recipe.sections import Method, Recipe
-from trainer.training.sft import TrainingData, TrainingSummary, train_model
+from trainer.training.sft import train_model
+from trainer.training.summary import TrainingData, TrainingSummary
 
 pytestmark = pytest.mark.slow
 
@@ -82,12 +85,12 @@ def test_the_merged_model_answers_as_the_adapter_on_its_base(
 
 
 def test_full_fine_tuning_changes_every_layer(trained: Trained, tiny_base: Path) -> None:
-    assert prove_full(tiny_base, trained[Method.FULL][0]).modules == 2 * 7
+    assert verify_full(tiny_base, trained[Method.FULL][0]).modules == 2 * 7
 
 
 def test_a_model_that_was_not_trained_is_found(tiny_base: Path) -> None:
     with pytest.raises(TrainingError, match="still has the base's weights"):
-        prove_full(tiny_base, tiny_base)
+        verify_full(tiny_base, tiny_base)
 
 
 def test_full_fine_tuning_writes_bf16(trained: Trained) -> None:

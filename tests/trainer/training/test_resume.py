@@ -25,7 +25,8 @@ from trainer.recipe.sections import Method, Recipe
 from trainer.training import sft
 from trainer.training import trainer as resumable_trainer
 from trainer.training.checkpoints import CheckpointFolder
-from trainer.training.sft import TrainingData, TrainingSummary, train_model
+from trainer.training.sft import train_model
+from trainer.training.summary import TrainingData, TrainingSummary
 
 pytestmark = pytest.mark.slow
 
@@ -323,10 +324,8 @@ torch.set_num_threads(1)
 from svc.dataset.reader import read_examples
 from svc.engine.capabilities import NumberType
 from tests.trainer.training.test_resume import recipe
-from trainer.model import peft_config as adapters
-from trainer.training import trainer as resumable_trainer
-from trainer.callbacks import progress
-from trainer.training.sft import TrainingData, train_model
+from trainer.training.sft import train_model
+from trainer.training.summary import TrainingData
 for line in sys.stdin:
     folder = Path(line.strip())
     process = os.fork()

@@ -27,9 +27,10 @@ from svc.errors import BaseModelError, DataError, TrainingError
 from tests.trainer.conftest import CHAT_TEMPLATE, make_example, make_recipe, make_tokenizer
 from trainer.data.chat_template import IGNORED, load_tokenizer, stop_tokens, tokenize_examples
 from trainer.model.acceleration import Facts, choose_acceleration
-from trainer.training import sft
+from trainer.training.arguments import training_arguments
 from trainer.training.loss import answer_loss
-from trainer.training.sft import TrainingData, TrainingSummary, train_model
+from trainer.training.sft import train_model
+from trainer.training.summary import TrainingData, TrainingSummary
 
 SHAPE = {
     "vocab_size": 50,
@@ -439,6 +440,6 @@ def test_the_number_type_decides_what_is_cast_and_scaled(
     number_type: NumberType, mixed: tuple[bool, bool], optimizer: str, tmp_path: Path
 ) -> None:
     acceleration = choose_acceleration(Facts(cuda=False))
-    arguments = sft._training_arguments(make_recipe(), tmp_path, acceleration, 10, number_type)
+    arguments = training_arguments(make_recipe(), tmp_path, acceleration, 10, number_type)
     assert (arguments.bf16, arguments.fp16) == mixed
     assert arguments.optim == optimizer

@@ -1,0 +1,91 @@
+"""What a folder must hold to be a base model: a complete chat model for text, in floating-point safetensors."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from svc.errors import BaseModelError
+
+_TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json")
+_FLOATS = {"bfloat16", "float16", "float32"}
+_OTHER_SENSES = ("vision_config", "audio_config")
+
+
+def check_folder(folder: Path) -> None:
+    """Looks at names and configs; weights are not read.
+
+    Raises:
+        BaseModelError: what is missing or wrong.
+    """
+    if not folder.is_dir():
+        raise BaseModelError(f"no folder {folder}", todo="check the path; paths in a recipe are relative to the recipe")
+    missing = [] if (folder / "config.json").is_file() else ["config.json"]
+    if not any(folder.glob("*.safetensors")):
+        if pickles := sorted(file.name for file in folder.glob("*.bin")):
+            raise BaseModelError(
+                f"{folder} has its weights only in pickle: {', '.join(pickles)}",
+                expected="*.safetensors; loading a pickle runs whatever code it holds",
+                todo="use a revision with safetensors, or convert the model with its publisher's tools",
+            )
+        missing.append("*.safetensors")
+    missing += _missing_shards(folder)
+    if not any((folder / name).is_file() for name in _TOKENIZERS):
+        missing.append("tokenizer.json")
+    elif not _has_chat_template(folder):
+        missing.append("a chat template (chat_template.jinja, or chat_template in tokenizer_config.json)")
+    if missing:
+        raise BaseModelError(
+            f"{folder} lacks {', '.join(missing)}",
+            expected="a chat model as transformers saves it: config, safetensors, tokenizer and chat template",
+            todo="complete the folder, or choose an instruction-tuned base",
+        )
+    _check_config(folder, _read_json(folder / "config.json"))
+
+
+def _check_config(folder: Path, config: dict[str, Any]) -> None:
+    if "quantization_config" in config:
+        raise BaseModelError(
+            f"{folder} is already quantized",
+            expected=f"weights in {', '.join(sorted(_FLOATS))}",
+            todo="use the model that it was quantized from",
+        )
+    if parts := [key for key in _OTHER_SENSES if config.get(key)]:
+        raise BaseModelError(
+            f"{folder} takes more than text: its config has {', '.join(parts)}",
+            expected="a language model for text alone",
+            todo="take the family's text model, as gemma-3-1b-it or gemma-2-2b-it of Gemma",
+        )
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
+
+    architecture = config.get("model_type")
+    if architecture not in CONFIG_MAPPING_NAMES:
+        raise BaseModelError(
+            f"{folder} has model_type {architecture!r}, which transformers does not know",
+            expected="an architecture that needs no code from the model's folder, which is never run",
+            todo="choose another base, or update transformers",
+        )
+
+
+def _missing_shards(folder: Path) -> list[str]:
+    index = folder / "model.safetensors.index.json"
+    if not index.is_file():
+        return []
+    shards = set(_read_json(index).get("weight_map", {}).values())
+    return sorted(name for name in shards if not (folder / name).is_file())
+
+
+def _has_chat_template(folder: Path) -> bool:
+    if (folder / "chat_template.jinja").is_file() or (folder / "chat_template.json").is_file():
+        return True
+    config = folder / "tokenizer_config.json"
+    return config.is_file() and bool(_read_json(config).get("chat_template"))
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text("utf-8"))
+    except (OSError, ValueError) as error:
+        raise BaseModelError(f"cannot read {path}: {error}", expected="a JSON object in UTF-8") from error
+    if not isinstance(content, dict):
+        raise BaseModelError(f"{path} holds a {type(content).__name__}", expected="a JSON object")
+    return content

@@ -1,0 +1,37 @@
+"""What is in a base model's files: their hash, which names the content, and the licence."""
+
+import hashlib
+from pathlib import Path
+
+from svc.terminal import waiting
+
+_HASHED = (".safetensors", ".json", ".jinja", ".model", ".txt")
+
+
+def read_licence(folder: Path) -> str | None:
+    """What the model card's header says."""
+    card = folder / "README.md"
+    if not card.is_file():
+        return None
+    from huggingface_hub import metadata_load
+
+    licence = (metadata_load(card) or {}).get("license")
+    return str(licence) if licence else None
+
+
+def model_files(folder: Path) -> list[Path]:
+    """The files that decide what a model is."""
+    return sorted(file for file in folder.iterdir() if file.suffix in _HASHED and file.is_file())
+
+
+def hash_files(files: list[Path]) -> str:
+    """One SHA-256 over the content; of one file it is that file's own, of several also over their names."""
+    digest = hashlib.sha256()
+    with waiting("Hashing the base model"):
+        for file in files:
+            if len(files) > 1:
+                digest.update(f"\x1f{file.name}\x1f{file.stat().st_size}\x1f".encode())
+            with file.open("rb") as stream:
+                while block := stream.read(1 << 22):
+                    digest.update(block)
+    return f"sha256:{digest.hexdigest()}"

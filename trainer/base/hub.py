@@ -1,0 +1,46 @@
+"""A model from the Hugging Face hub: its text files and safetensors, never pickle and never code."""
+
+from pathlib import Path
+from typing import Any
+
+from svc.errors import BaseModelError
+from svc.terminal import console, waiting
+from trainer.base.wheel import KNOWN
+
+_HUB_FILES = ["*.safetensors", "*.json", "*.jinja", "tokenizer.model", "merges.txt", "README.md"]
+
+
+def fetch_snapshot(base: str, cache: Path) -> Path:
+    """A folder of the cache with a model's files; named by its commit.
+
+    Raises:
+        BaseModelError: no network, or the hub refuses it.
+    """
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+    from huggingface_hub.utils.tqdm import tqdm
+
+    class Bar(tqdm):
+        """On a terminal, the one bar of a library that is shown: it may take an hour."""
+
+        def __init__(self, *arguments: Any, **named: Any) -> None:
+            super().__init__(*arguments, **named | {"disable": not console.is_terminal})  # type: ignore[no-untyped-call]
+
+    try:
+        with waiting(f"Fetching {base} from the Hugging Face hub"):
+            snapshot = snapshot_download(
+                base, cache_dir=cache / "hub", allow_patterns=_HUB_FILES, ignore_patterns=["*/*"], tqdm_class=Bar
+            )
+    except LocalEntryNotFoundError as error:
+        raise BaseModelError(
+            f"{base} is not in the cache and the Hugging Face hub cannot be reached",
+            expected="a network, or the model as a local folder",
+            todo=f"check the network, or copy the model here and set `base` to its folder, or use {', '.join(KNOWN)}",
+        ) from error
+    except (HfHubHTTPError, HFValidationError) as error:
+        raise BaseModelError(
+            f"the Hugging Face hub refuses {base}: {str(error).strip().splitlines()[0]}",
+            expected="the id of a public model, or of one that HF_TOKEN may read",
+            todo="check the id; for a gated model accept its terms on the hub and set HF_TOKEN",
+        ) from error
+    return Path(snapshot)

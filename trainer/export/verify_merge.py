@@ -1,0 +1,103 @@
+"""Verifies that training got into the weights, by comparing every tensor of what was written with the base's.
+
+A merge that silently does nothing gives a version that answers like the base; a merge that touches more than the
+adapter names gives one that nobody trained. What full fine-tuning wrote is compared in the same way. Knows nothing of
+quality: whether the change is a good one is for the evaluation to say.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from svc.errors import TrainingError
+from svc.terminal import waiting
+from trainer.library_output import library_output_to_log
+from trainer.model.layer_shapes import layer_widths
+
+if TYPE_CHECKING:
+    import torch
+
+
+@dataclass(frozen=True, slots=True)
+class MergeSummary:
+    """What training changed.
+
+    Attributes:
+        modules: linear layers that changed.
+        smallest_changed_share: share of weights that differ, in the layer where it is smallest. A learnt change that
+            is finer than bf16 is rounded away, so that it is below 1.
+        largest_change: largest difference of one weight.
+    """
+
+    modules: int
+    smallest_changed_share: float
+    largest_change: float
+
+
+def verify_full(base: Path, trained: Path) -> MergeSummary:
+    """The same for a model of which every weight was trained.
+
+    Args:
+        base: folder of the base model.
+        trained: folder of what became of it.
+
+    Raises:
+        TrainingError: a linear layer has the base's weights still.
+    """
+    with waiting("Comparing the trained weights with the base's"), library_output_to_log():
+        return compare_weights(load_weights(base), load_weights(trained), set(layer_widths(base)), others_change=True)
+
+
+def compare_weights(
+    base: "dict[str, torch.Tensor]",
+    merged: "dict[str, torch.Tensor]",
+    targets: set[str],
+    *,
+    others_change: bool = False,
+) -> MergeSummary:
+    """Raises unless the targeted modules' weights differ, and no others.
+
+    Args:
+        base, merged: tensors by parameter name.
+        targets: modules that the adapter names, as `model.layers.0.mlp.up_proj`.
+        others_change: embeddings, norms and biases may differ too.
+
+    Raises:
+        TrainingError: names the first module that is wrong.
+    """
+    expected = {f"{module}.weight" for module in targets}
+    if unknown := sorted(expected - set(base)):
+        raise merge_failed(f"the adapter targets {unknown[0]!r}, which the base model does not have")
+    if set(base) != set(merged):
+        raise merge_failed(f"tensor {min(set(base) ^ set(merged))!r} is in only one of base and merged model")
+    shares, changes = [], []
+    for name in sorted(base):
+        differs = base[name] != merged[name]
+        if name not in expected and not others_change and differs.any():
+            raise merge_failed(f"tensor {name!r} differs from the base's, and the adapter does not target it")
+        if name in expected:
+            if not differs.any():
+                raise merge_failed(f"module {name.removesuffix('.weight')!r} still has the base's weights")
+            shares.append(float(differs.float().mean()))
+            changes.append(float((base[name] - merged[name]).abs().max()))
+    if not shares:
+        raise merge_failed("the adapter targets no module")
+    return MergeSummary(len(shares), min(shares), max(changes))
+
+
+def load_weights(folder: Path) -> "dict[str, torch.Tensor]":
+    """Tensors by name, in bf16: what a folder gives to whoever loads it."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    weights: dict[str, torch.Tensor] = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16).state_dict()
+    return weights
+
+
+def merge_failed(wrong: str) -> TrainingError:
+    """The error of a merge that did not do what it must."""
+    return TrainingError(
+        f"the merge did not do what it must: {wrong}",
+        expected="every module that the adapter targets changes, and nothing else",
+        todo="check that the adapter was trained on this base and that its training loss fell",
+    )

@@ -1,0 +1,60 @@
+"""The base model in the form that a method trains on. Imports torch and transformers."""
+
+from pathlib import Path
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel
+
+from svc.engine.capabilities import NumberType
+from trainer.model.acceleration import Attention
+from trainer.model.attention import attention_implementation
+from trainer.recipe.sections import Method
+
+
+def load_model(
+    base: Path,
+    method: Method,
+    attention: Attention = Attention.SDPA,
+    *,
+    number_type: NumberType,
+) -> PreTrainedModel:
+    """The base model in the form that the method trains on.
+
+    Full fine-tuning steps on float32 weights, which the forward pass rounds to the number type: Adam's small steps
+    vanish in 16 bits. Frozen weights are in the number type, or for QLoRA in NF4, whose scales are quantized too.
+
+    Args:
+        base: folder of the base model.
+        number_type: in which matrix products are computed.
+        attention: the fastest that the machine has.
+    """
+    quantization = None
+    if method is Method.QLORA:
+        quantization = BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_use_double_quant=True,
+            bnb_4bit_compute_dtype=getattr(torch, number_type),
+        )
+    dtype = torch.float32 if method is Method.FULL else getattr(torch, number_type)
+    implementation: str | None = attention.value
+    if attention is Attention.SDPA:  # FlashAttention knows soft caps
+        implementation = attention_implementation(AutoConfig.from_pretrained(base)) or implementation
+    model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
+        base, dtype=dtype, quantization_config=quantization, attn_implementation=implementation
+    )
+    if method is Method.QLORA:
+        _keep_layout(model)
+    return model
+
+
+def _keep_layout(model: PreTrainedModel) -> None:
+    """Keeps bitsandbytes from packing weights for a kernel of CPUs with bfloat16, and from then on multiplying by it.
+
+    It does so as soon as held-out loss is measured; the kernel knows no gradient and no float32, and nothing goes back.
+    """
+    from bitsandbytes.nn.modules import Linear4bit  # a CPU trains by other methods without it
+
+    for layer in model.modules():
+        if isinstance(layer, Linear4bit):
+            layer.support_avx512bf16_for_cpu = False

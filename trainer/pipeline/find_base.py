@@ -1,0 +1,34 @@
+"""The base model that a recipe names, which may be a version of the registry."""
+
+import hashlib
+from pathlib import Path
+
+from svc.registry.manifest import Manifest
+from svc.registry.registry import Registry
+from svc.registry.version import Format, VersionId
+from svc.settings import Settings
+from trainer.base.resolve import Base, resolve_base
+from trainer.recipe.sections import Recipe
+
+
+def find_base(recipe: Recipe, settings: Settings) -> Base:
+    """The base model of a recipe: a registered version's merged weights, or whatever `resolve_base` knows.
+
+    Raises:
+        BaseModelError: there is no such base.
+        NotFoundError: there is no such version.
+    """
+    if "@" not in recipe.base or Path(recipe.base).exists():
+        return resolve_base(recipe.base, settings.base_cache)
+    version = VersionId.parse(recipe.base)
+    registry = Registry.of(settings)
+    manifest = registry.manifest(version)
+    registry.verify(version, Format.MERGED)
+    folder = registry.artifact(version, Format.MERGED)
+    return Base(folder, recipe.base, manifest.base.licence, merged_revision(manifest))
+
+
+def merged_revision(manifest: Manifest) -> str:
+    """What names the content of a version's merged model where it is the base of another, as `sha256:<hex>`."""
+    hashes = " ".join(file.sha256 for file in manifest.formats[Format.MERGED].files)
+    return f"sha256:{hashlib.sha256(hashes.encode()).hexdigest()}"

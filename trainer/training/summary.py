@@ -1,0 +1,40 @@
+"""What goes into a training run, and what is kept of how it went. Read without torch."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from svc.dataset.example import ChatExample
+from trainer.callbacks.loss_point import LossPoint
+
+
+@dataclass(frozen=True, slots=True)
+class TrainingSummary:
+    """How a training run went.
+
+    Attributes:
+        steps: of the optimizer.
+        tokens: prompt and answer tokens seen, without padding.
+        tokens_per_second: in the process that ended the run.
+        final_loss: nats an answer token, the last point of the curve.
+        seconds: of the optimizer's run alone, without loading, in the process that ended it.
+        loss_curve: means over the steps between its points.
+        heldout_losses: step and nats an answer token, where held-out loss was measured.
+        best_step: the step whose weights these are, where the best were asked for.
+    """
+
+    steps: int
+    tokens: int
+    tokens_per_second: float
+    final_loss: float
+    seconds: float
+    loss_curve: tuple[LossPoint, ...]
+    heldout_losses: tuple[LossPoint, ...] = ()
+    best_step: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class TrainingData:
+    """What is learnt, and what held-out loss is measured on while it is."""
+
+    train: Sequence[ChatExample]
+    heldout: Sequence[ChatExample] = ()
