@@ -23,7 +23,7 @@ import click
 import httpx
 
 from benchmarks.interval import interval
-from serving.start import choose_desired
+from serving.rollout.initial_state import choose_desired
 from svc.engine.capabilities import ask_capabilities, read_capabilities
 from svc.engine.launch import EngineSpec, command, environment
 from svc.engine.runtime import socket_folder, state_folder

@@ -8,7 +8,7 @@ from typing import Any
 
 import click
 
-from serving.promotion import Promotion
+from serving.client.promotion import Promotion
 from svc.errors import BusyError, NotFoundError, RefusedError
 from svc.invocation import json_option, settings_of
 from svc.registry.registry import Registry
@@ -39,7 +39,7 @@ def serve(ctx: click.Context, model: str | None, format_name: str | None, host: 
     door = {key: value for key, value in (("host", host), ("port", port)) if value is not None}
     settings = settings_of(ctx, serve=door or None)
     from serving import server
-    from serving.start import choose_desired
+    from serving.rollout.initial_state import choose_desired
     from svc.engine.capabilities import read_capabilities
     from svc.engine.phase import EnginePhase
     from svc.store.database import open_database
@@ -163,7 +163,7 @@ def _machine(swap: SwapRecord) -> dict[str, Any]:
 @click.pass_context
 def chat(ctx: click.Context, model: str, system: str | None) -> None:
     """Talk to MODEL; an empty line or Ctrl-D ends it."""
-    from serving.conversation import Conversation
+    from serving.client.conversation import Conversation
     from svc.server_url import server_url
 
     conversation = Conversation(server_url(settings_of(ctx)), model, system)

@@ -20,25 +20,25 @@ import uvicorn
 from prometheus_client import CollectorRegistry, disable_created_metrics
 from sqlalchemy import Engine as Store
 
-from serving.app import build_app
-from serving.engine_metrics import EngineMetrics
-from serving.feedback import FeedbackIntake
-from serving.gateway import Gateway
-from serving.hold import Admission
-from serving.holdout import HoldoutRuns
-from serving.machine_metrics import add_machine_metrics
-from serving.own_questions import OwnQuestions, unfit_engine
-from serving.pool import EnginePool
-from serving.production_alias import ProductionAlias
-from serving.proof import Proof
-from serving.reconciler import Reconciler
-from serving.records import RecordWriter
-from serving.routing import Routes
-from serving.scoring import LiveScores
-from serving.supervisor import Supervisor
-from serving.swap import Swap
-from serving.traffic import Traffic
-from serving.upstream import connect
+from serving.admission import Admission
+from serving.background.holdout import HoldoutRuns
+from serving.background.scheduler import OwnQuestions, unfit_engine
+from serving.background.scoring import LiveScores
+from serving.engines.pool import EnginePool
+from serving.engines.replica import Supervisor
+from serving.engines.transport import connect
+from serving.engines.verification import Proof
+from serving.http.app import build_app
+from serving.http.feedback import FeedbackIntake
+from serving.http.inference import Gateway
+from serving.rollout.production_alias import ProductionAlias
+from serving.rollout.reconciler import Reconciler
+from serving.rollout.swap import Swap
+from serving.router import Routes
+from serving.telemetry.engine_metrics import EngineMetrics
+from serving.telemetry.machine_metrics import add_machine_metrics
+from serving.telemetry.metrics import Traffic
+from serving.telemetry.request_log import RecordWriter
 from svc.engine.capabilities import Capabilities
 from svc.engine.launch import SOCKET_FILE, EngineSpec
 from svc.engine.leftover import end_engine

@@ -1,7 +1,7 @@
 """The error tree. Every error says what was wrong, what was expected and what to do next.
 
 Raised where the fault is found, caught at a boundary only: the command line prints the text and exits with
-`exit_code`; the gateway maps the class to an HTTP status (serving/openai_api/errors.py).
+`exit_code`; the gateway maps the class to an HTTP status (serving/http/errors.py).
 """
 
 from typing import ClassVar

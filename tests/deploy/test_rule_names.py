@@ -8,7 +8,7 @@ from prometheus_client import CollectorRegistry, Histogram
 from prometheus_client.exposition import generate_latest
 from prometheus_client.openmetrics.exposition import generate_latest as generate_openmetrics
 
-from serving.traffic import _FIRST_TOKEN_BUCKETS_S
+from serving.telemetry.metrics import _FIRST_TOKEN_BUCKETS_S
 from tests.deploy.prometheus_rules import grouped_by, matchers, metrics, rules
 from tests.docs.pages import read, rows
 

@@ -17,10 +17,10 @@ from monitoring.drift_metrics import DriftMetrics
 from monitoring.server_page import ServerPage
 from monitoring.training_metrics import TrainingMetrics
 from monitoring.version_metrics import BASE, VersionMetrics
-from serving.machine_metrics import add_machine_metrics
-from serving.openai_api.errors import ErrorCode
-from serving.records import Dropped
-from serving.traffic import _NOT_COMPLETIONS, Traffic
+from serving.http.errors import ErrorCode
+from serving.telemetry.machine_metrics import add_machine_metrics
+from serving.telemetry.metrics import _NOT_COMPLETIONS, Traffic
+from serving.telemetry.request_log import Dropped
 from svc.engine.state import EngineState
 from svc.errors import ServerNotRunningError
 from svc.registry.registry import Registry

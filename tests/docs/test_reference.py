@@ -3,7 +3,7 @@
 import re
 import tomllib
 
-from serving.openai_api.errors import _FRAMEWORK_CODES, _SHAPES, ErrorCode
+from serving.http.errors import _FRAMEWORK_CODES, _SHAPES, ErrorCode
 from svc import errors
 from svc.dataset.problem import Code, severity_of
 from svc.engine.state import EngineState

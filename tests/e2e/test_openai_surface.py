@@ -16,7 +16,7 @@ from svc.engine.runtime import socket_folder
 from svc.store.database import open_database
 from svc.store.tables import RequestRow
 from tests.e2e.server import Server
-from tests.serving.test_closed_routes import CLOSED, OURS
+from tests.serving.http.test_closed_routes import CLOSED, OURS
 
 pytestmark = [pytest.mark.slow]
 

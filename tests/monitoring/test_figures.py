@@ -6,11 +6,11 @@ import pytest
 from prometheus_client import CollectorRegistry, generate_latest
 
 from monitoring.figures import QUANTILES, Figures, read_figures
-from serving.openai_api.errors import ErrorCode
-from serving.openai_api.route import Route
-from serving.openai_api.wire_formats import Usage
-from serving.routing import Served
-from serving.traffic import Traffic
+from serving.http.errors import ErrorCode
+from serving.protocols.route import Route
+from serving.protocols.wire_formats import Usage
+from serving.router import Served
+from serving.telemetry.metrics import Traffic
 from svc.registry.version import Format, VersionId
 
 ONE, TWO = (Served(VersionId("tiny", number), Format.GPTQ) for number in (1, 2))

@@ -54,15 +54,15 @@ def store(memory_folder: Path) -> Store:
 @pytest.fixture
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     """Everything that polls does it often."""
-    monkeypatch.setattr("serving.reconciler._POLL_S", 0.005)
-    monkeypatch.setattr("serving.reconciler._STORE_PAUSE_S", 0.01)
-    monkeypatch.setattr("serving.supervisor._HEALTH_S", 0.05)
-    monkeypatch.setattr("serving.promotion._POLL_S", 0.01)
-    monkeypatch.setattr("serving.holdout._POLL_S", 0.005)
-    monkeypatch.setattr("serving.holdout._PAUSE_S", 0.01)
-    monkeypatch.setattr("serving.own_questions._POLL_S", 0.01)
-    monkeypatch.setattr("serving.scoring._POLL_S", 0.005)
-    monkeypatch.setattr("serving.scoring._PAUSE_S", 0.01)
+    monkeypatch.setattr("serving.rollout.reconciler._POLL_S", 0.005)
+    monkeypatch.setattr("serving.rollout.reconciler._STORE_PAUSE_S", 0.01)
+    monkeypatch.setattr("serving.engines.replica._HEALTH_S", 0.05)
+    monkeypatch.setattr("serving.client.promotion._POLL_S", 0.01)
+    monkeypatch.setattr("serving.background.holdout._POLL_S", 0.005)
+    monkeypatch.setattr("serving.background.holdout._PAUSE_S", 0.01)
+    monkeypatch.setattr("serving.background.scheduler._POLL_S", 0.01)
+    monkeypatch.setattr("serving.background.scoring._POLL_S", 0.005)
+    monkeypatch.setattr("serving.background.scoring._PAUSE_S", 0.01)
 
 
 @pytest.fixture

@@ -13,16 +13,16 @@ from typing import Any
 import httpx
 from prometheus_client import CollectorRegistry
 
-from serving.hold import Admission
-from serving.pool import EnginePool
-from serving.production_alias import ProductionAlias
-from serving.proof import Proof
-from serving.reconciler import Reconciler
-from serving.routing import Routes
-from serving.supervisor import Supervisor
-from serving.swap import Swap
-from serving.traffic import Traffic
-from serving.upstream import connect
+from serving.admission import Admission
+from serving.engines.pool import EnginePool
+from serving.engines.replica import Supervisor
+from serving.engines.transport import connect
+from serving.engines.verification import Proof
+from serving.rollout.production_alias import ProductionAlias
+from serving.rollout.reconciler import Reconciler
+from serving.rollout.swap import Swap
+from serving.router import Routes
+from serving.telemetry.metrics import Traffic
 from svc.engine.client import socket_transport
 from svc.engine.probe import EngineFacts
 from svc.engine.state import EngineState

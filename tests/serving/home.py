@@ -9,7 +9,7 @@ import httpx
 import pytest
 
 from serving import server
-from serving.start import choose_desired
+from serving.rollout.initial_state import choose_desired
 from svc.engine.launch import EngineSpec
 from svc.engine.process import LastingEngine
 from svc.registry.registry import Registry

@@ -12,16 +12,16 @@ from prometheus_client import CollectorRegistry
 from sqlalchemy import Engine as Store
 from sqlalchemy import create_engine
 
-from serving.app import build_app
-from serving.engine_metrics import EngineMetrics, EngineSource
-from serving.feedback import FeedbackIntake
-from serving.gateway import Gateway
-from serving.hold import Admission
-from serving.pool import Lease
-from serving.records import RecordWriter
-from serving.routing import Routes, Served
-from serving.traffic import Traffic
-from serving.upstream import connect
+from serving.admission import Admission
+from serving.engines.pool import Lease
+from serving.engines.transport import connect
+from serving.http.app import build_app
+from serving.http.feedback import FeedbackIntake
+from serving.http.inference import Gateway
+from serving.router import Routes, Served
+from serving.telemetry.engine_metrics import EngineMetrics, EngineSource
+from serving.telemetry.metrics import Traffic
+from serving.telemetry.request_log import RecordWriter
 from svc.engine.client import socket_transport
 from svc.registry.version import Format, VersionId
 from svc.settings import RecordSettings, ServeSettings

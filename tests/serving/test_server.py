@@ -13,7 +13,7 @@ import httpx
 import pytest
 
 from serving import server
-from serving.reconciler import Reconciler
+from serving.rollout.reconciler import Reconciler
 from svc.errors import BusyError, EngineError, IntegrityError, SettingsError
 from svc.registry.version import Alias
 from svc.settings import Settings

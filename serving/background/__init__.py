@@ -1,0 +1,1 @@
+"""The server's own requests to its engines, behind those of clients."""

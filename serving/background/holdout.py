@@ -1,0 +1,244 @@
+"""The held-out set of the version that serves, asked again on the engine that serves it, for as long as it serves.
+
+After every load of weights, and then every few hours, the examples that the registration kept an answer of are asked as
+they were then; of very many some. What came is kept as a row; nothing here judges it.
+"""
+
+import asyncio
+import logging
+import math
+import time
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from enum import StrEnum
+from typing import Any
+
+from sqlalchemy import Engine as Store
+from sqlalchemy.exc import SQLAlchemyError
+
+from serving.background.scheduler import OwnQuestions, SupersededError
+from serving.engines.pool import EnginePool
+from serving.engines.replica import Load
+from serving.telemetry.metrics import Traffic
+from svc.dataset.example import ChatExample
+from svc.engine.client import EngineClient
+from svc.engine.probe import EngineFacts
+from svc.engine.state import EngineState
+from svc.errors import EngineError, NotFoundError, SvcError
+from svc.evaluation.evaluator import ask_example
+from svc.evaluation.results import ExampleResult
+from svc.registry.registry import Registry
+from svc.store.desired import Target
+from svc.store.holdouts import HoldoutCause, HoldoutOutcome, HoldoutRun, add_holdout_run, newest_holdout_run
+
+log = logging.getLogger(__name__)
+
+_POLL_S = 1.0
+_PAUSE_S = 60.0
+"""After a defect, and where the store takes no row."""
+MOST_EXAMPLES = 200
+"""In one run. Each may wait `holdout.patience_s`: at 30 s, 200 take less than two hours, and scores get their turn."""
+
+
+class HoldoutState(StrEnum):
+    """What the runs are at."""
+
+    OFF = "off"
+    WAITING = "waiting"
+    RUNNING = "running"
+
+
+@dataclass(slots=True)
+class _Progress:
+    asked: int
+    total: int
+
+
+@dataclass(frozen=True, slots=True)
+class _Set:
+    """What is asked of a version.
+
+    Attributes:
+        examples: that it has registered answers to, by their place in the file.
+        max_tokens: longest answer.
+    """
+
+    examples: dict[int, ChatExample]
+    max_tokens: int
+
+
+class HoldoutRuns:
+    """Asks the held-out set while the server runs.
+
+    Args:
+        facts: the kind of engine that answers for a version in a format.
+        every_hours: from the start of one run to that of the next; 0 for none at all.
+    """
+
+    def __init__(
+        self,
+        questions: OwnQuestions,
+        *,
+        pool: EnginePool,
+        registry: Registry,
+        store: Store,
+        traffic: Traffic,
+        facts: Callable[[Target], Awaitable[EngineFacts]],
+        every_hours: float,
+    ) -> None:
+        self._questions = questions
+        self._pool = pool
+        self._registry = registry
+        self._store = store
+        self._traffic = traffic
+        self._facts = facts
+        self._every_s = every_hours * 3600
+        self._never = questions.off or ("holdout.every_hours is 0" if not every_hours else None)
+        self._done: Load | None = None
+        self._next_at = 0.0
+        self._progress: _Progress | None = None
+        self._nothing_to_ask: str | None = None
+
+    @property
+    def under_way(self) -> bool:
+        """A run has begun, or is due."""
+        return self._progress is not None or self._due() is not None
+
+    async def run(self) -> None:
+        """Runs until it is cancelled."""
+        if self._never:
+            log.warning("the held-out set is not asked again: %s", self._never)
+        while True:
+            try:
+                cause = self._due()
+                if cause:
+                    await self._ask_all(cause)
+            except SupersededError:
+                log.info("the run of the held-out set was dropped: the engine holds other weights now")
+            except Exception:  # the boundary: whatever it is, serving goes on, and so do later runs
+                log.exception("the held-out set could not be asked")
+                await asyncio.sleep(_PAUSE_S)
+            await asyncio.sleep(_POLL_S)
+
+    def status(self, target: Target) -> dict[str, Any]:
+        """What /svc/status shows.
+
+        Args:
+            target: what serves.
+        """
+        progress, last = self._progress, newest_holdout_run(self._store, target, completed=False)
+        off = self._never or self._nothing_to_ask or self._questions.off
+        state = HoldoutState.OFF if off else HoldoutState.RUNNING if progress else HoldoutState.WAITING
+        return {
+            "state": state.value,
+            "reason": off,
+            "asked": progress.asked if progress else 0,
+            "total": progress.total if progress else 0,
+            "last_run": last
+            and {
+                "cause": last.cause.value,
+                "ended_at": last.ended_at.isoformat(timespec="seconds"),
+                "outcome": last.outcome.value,
+                "reason": last.reason,
+            },
+        }
+
+    def _due(self) -> HoldoutCause | None:
+        """Why the set is to be asked now, if it is."""
+        load = self._pool.load
+        if self._never or self._pool.state is not EngineState.READY:
+            return None
+        if load != self._done:
+            return HoldoutCause.START if load.fresh else HoldoutCause.SWAP
+        return HoldoutCause.SCHEDULE if time.monotonic() >= self._next_at else None
+
+    async def _ask_all(self, cause: HoldoutCause) -> None:
+        """One run, kept with its outcome.
+
+        Raises:
+            SupersededError: it was cut off, and is to begin anew.
+        """
+        lead = self._pool.lead
+        if lead is None or lead.served is None:
+            return
+        load, served = lead.load, lead.served
+        target, began, started_at = Target(served.version, served.format), time.monotonic(), datetime.now(UTC)
+        self._traffic.holdout_due(served, self._every_s)
+        facts = await self._facts(target)
+        results, reason = await self._attempt(load, target, cause)
+        self._done, self._next_at = load, began + self._every_s
+        if self._nothing_to_ask:
+            self._next_at = math.inf
+            self._traffic.holdout_due(None, self._every_s)
+            return
+        run = HoldoutRun(
+            target=target,
+            engine=facts,
+            cause=cause,
+            started_at=started_at,
+            ended_at=datetime.now(UTC),
+            outcome=HoldoutOutcome.FAILED if reason else HoldoutOutcome.COMPLETED,
+            reason=reason,
+            places=tuple(results),
+            hits=tuple(result.hit for result in results.values()),
+            nll=tuple(result.nll for result in results.values()),
+        )
+        await self._keep(run)
+
+    async def _keep(self, run: HoldoutRun) -> None:
+        """Again and again, until the store takes it: a moment in which it is busy must not lose what took an hour."""
+        while True:
+            try:
+                return await asyncio.to_thread(add_holdout_run, self._store, run)
+            except SQLAlchemyError:
+                log.exception("the run of the held-out set of %s is not kept yet", run.target)
+                await asyncio.sleep(_PAUSE_S)
+
+    async def _attempt(
+        self, load: Load, target: Target, cause: HoldoutCause
+    ) -> tuple[dict[int, ExampleResult], str | None]:
+        """The results by the examples' places, or why there are none."""
+        self._nothing_to_ask = None
+        try:
+            asked = await asyncio.to_thread(self._find_set, target)
+            if self._questions.off:
+                raise EngineError(self._questions.off)
+            log.info("%s: asking %d held-out examples of %s", cause, len(asked.examples), target)
+            return await self._ask_each(load, asked), None
+        except SupersededError:
+            raise
+        except NotFoundError as error:
+            self._nothing_to_ask = error.wrong
+            log.warning("the held-out set of %s is not asked: %s", target, error.wrong)
+            return {}, error.wrong
+        except Exception as error:  # whatever it is, it is this run's outcome
+            log.exception("the run of the held-out set of %s failed", target)
+            return {}, error.wrong if isinstance(error, SvcError) else repr(error)
+
+    def _find_set(self, target: Target) -> _Set:
+        registered = len(self._registry.results(target.version, target.format))
+        examples = self._registry.heldout(target.version)
+        max_tokens = self._registry.manifest(target.version).max_answer_tokens
+        return _Set({place: examples[place] for place in _evenly(registered, MOST_EXAMPLES)}, max_tokens)
+
+    async def _ask_each(self, load: Load, asked: _Set) -> dict[int, ExampleResult]:
+        results: dict[int, ExampleResult] = {}
+        self._progress = _Progress(0, len(asked.examples))
+        try:
+            for place, example in asked.examples.items():
+                results[place] = await self._questions.ask(load, _question(example, asked.max_tokens))
+                self._progress.asked += 1
+        finally:
+            self._progress = None
+        return results
+
+
+def _evenly(total: int, most: int) -> list[int]:
+    """The places of all, or of so many over the whole range."""
+    count = min(total, most)
+    return [(2 * at + 1) * total // (2 * count) for at in range(count)]
+
+
+def _question(example: ChatExample, max_tokens: int) -> Callable[[EngineClient], Awaitable[ExampleResult]]:
+    return lambda client: ask_example(client, example, max_tokens=max_tokens)

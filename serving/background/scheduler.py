@@ -1,0 +1,115 @@
+"""The server's own questions to its engine: one at a time, slowly, and behind the requests of clients.
+
+They go straight to the engine's socket and not through the gateway, so that nothing of them is in the rows and metrics
+of requests; vLLM's own metrics and log have them. What is asked, and what the answers are for, others know.
+"""
+
+import asyncio
+import logging
+import time
+from collections import deque
+from collections.abc import Awaitable, Callable
+from typing import TypeVar
+
+from serving.admission import Admission, AsideEndedError
+from serving.engines.pool import EnginePool
+from serving.engines.replica import Load
+from svc.engine.arguments import given_flag
+from svc.engine.capabilities import Capabilities
+from svc.engine.client import EngineClient
+from svc.engine.state import EngineState
+from svc.errors import EngineError
+from svc.settings import EngineSettings, HoldoutSettings
+
+log = logging.getLogger(__name__)
+
+Result = TypeVar("Result")
+
+ID_PREFIX = "holdout-"
+_POLL_S = 1.0
+_MOST_DEATHS = 3
+_DEATHS_WITHIN_S = 24 * 3600.0
+"""An engine may die while a question runs for any reason. Three times in a day are no accident that clients should pay
+for: a question that kills is put to each new engine again, within minutes."""
+_WITH_ENGINE = {EngineState.READY, EngineState.DRAINING, EngineState.SWAPPING}
+
+
+class SupersededError(Exception):
+    """The engine was loaded again since the question was put, or takes none any more."""
+
+
+def unfit_engine(capabilities: Capabilities, settings: EngineSettings) -> str | None:
+    """Why an engine cannot be asked for log-probabilities beside requests; None where it can."""
+    return capabilities.adapters_refusal(settings) if given_flag(settings.args, "enable-lora") else None
+
+
+class OwnQuestions:
+    """Where those who ask get their turn.
+
+    Args:
+        off: why nothing is asked here; None where it is.
+    """
+
+    def __init__(self, door: Admission, pool: EnginePool, settings: HoldoutSettings, off: str | None = None) -> None:
+        self._door = door
+        self._pool = pool
+        self._settings = settings
+        self._turn = asyncio.Lock()
+        self._next_at = 0.0
+        self._deaths: deque[float] = deque(maxlen=_MOST_DEATHS)
+        self.off = off
+
+    async def ask(self, load: Load, question: Callable[[EngineClient], Awaitable[Result]]) -> Result:
+        """Asks when it is its turn; again, where it was cut off and the engine still holds what it held.
+
+        Args:
+            load: what the engine must hold.
+            question: what to ask it.
+
+        Raises:
+            SupersededError: the engine was loaded again since, or killed too often by questions.
+            EngineError: the engine refused, or did not answer and lives.
+        """
+        async with self._turn:
+            while True:
+                await self._pace()
+                try:
+                    async with self._door.aside(self._settings.patience_s):
+                        lead = self._pool.lead
+                        if lead is None or lead.load != load or self.off:
+                            raise SupersededError
+                        self._next_at = time.monotonic() + 60 / self._settings.questions_per_minute
+                        client = lead.client.with_ids(ID_PREFIX)
+                        with lead.occupied():
+                            return await question(client)
+                except AsideEndedError:
+                    if self._door.unavailable_reason is not None:  # and not for a swap
+                        self._count_death()
+                except EngineError:
+                    if await self._lives(client):
+                        raise
+                    if await self._died(load, client):
+                        self._count_death()
+
+    async def _pace(self) -> None:
+        await asyncio.sleep(max(0.0, self._next_at - time.monotonic()))
+
+    async def _lives(self, client: EngineClient) -> bool:
+        return self._pool.state in _WITH_ENGINE and await client.healthy()
+
+    async def _died(self, load: Load, client: EngineClient) -> bool:
+        """Whether the supervisor, which is more patient, finds the engine dead too; it may only be slow."""
+        while self._pool.load == load and self._pool.state in _WITH_ENGINE:
+            if await client.healthy():
+                return False
+            await asyncio.sleep(_POLL_S)
+        return self._pool.load == load or self._pool.load.fresh
+
+    def _count_death(self) -> None:
+        now = time.monotonic()
+        self._deaths.append(now)
+        recent = sum(now - at < _DEATHS_WITHIN_S for at in self._deaths)
+        log.warning("the engine died during a question of the server's own, %d of %d", recent, _MOST_DEATHS)
+        if recent >= _MOST_DEATHS:
+            self.off = f"the engine died {recent} times in a day during such a question; see its log"
+            log.error("no more questions of the server's own: %s", self.off)

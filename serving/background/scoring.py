@@ -1,0 +1,142 @@
+"""Scores live answers: how likely the version finds what it answered, as its registration knows it of the held-out set.
+
+Only greedy answers whose content is kept as it was: the text is scored again, as a prompt, and what was sampled or
+blanked would get another figure. Of a long answer the beginning, as much as a held-out one could have. One at a time,
+evenly over the hour, after the held-out set. What a request had beside its messages is not kept: an answer that tools
+or a reasoning parser took part in is scored without them.
+"""
+
+import asyncio
+import json
+import logging
+import time
+from collections import deque
+from collections.abc import Callable
+from datetime import UTC, datetime, timedelta
+
+from sqlalchemy import Engine as Store
+
+from serving.background.scheduler import OwnQuestions, SupersededError
+from serving.engines.pool import EnginePool
+from serving.engines.replica import Load
+from serving.protocols.route import Route
+from svc.engine.client import EngineClient
+from svc.engine.state import EngineState
+from svc.errors import EngineError, IntegrityError, NotFoundError
+from svc.evaluation.evaluator import mean_logprob
+from svc.redaction import PLACEHOLDERS
+from svc.registry.registry import Registry, results_file
+from svc.store.desired import Target
+from svc.store.scores import KeptAnswer, keep_logprob, newest_unscored
+
+log = logging.getLogger(__name__)
+
+_POLL_S = 5.0
+_PAUSE_S = 60.0
+"""After a defect, and where nothing was found: to find nothing, all requests of the hour are looked at."""
+_OLDEST = timedelta(hours=1)
+_MOST_PASSED = 500
+"""Rows that were tried and have no score. The oldest of more may be tried again, which costs one question."""
+
+
+class LiveScores:
+    """Scores answers while the server runs.
+
+    Args:
+        busy: whether the held-out set comes first now.
+        per_hour: most answers; 0 for none.
+    """
+
+    def __init__(
+        self,
+        questions: OwnQuestions,
+        *,
+        busy: Callable[[], bool],
+        pool: EnginePool,
+        registry: Registry,
+        store: Store,
+        per_hour: int,
+    ) -> None:
+        self._questions = questions
+        self._busy = busy
+        self._pool = pool
+        self._registry = registry
+        self._store = store
+        self._per_hour = per_hour
+        self._next_at = 0.0
+        self._passed: deque[int] = deque(maxlen=_MOST_PASSED)
+        self._load: Load | None = None
+        self._cut: int | None = None
+
+    async def run(self) -> None:
+        """Runs until it is cancelled."""
+        while True:
+            pause_s = _POLL_S
+            try:
+                if self._may_ask():
+                    pause_s = 0.0 if await self._score_newest() else _PAUSE_S
+            except SupersededError:
+                log.debug("an answer was not scored: the engine holds other weights now")
+            except Exception:  # the boundary: whatever it is, serving goes on, and so does this
+                log.exception("live answers could not be scored")
+                pause_s = _PAUSE_S
+            await asyncio.sleep(max(pause_s, self._next_at - time.monotonic()))
+
+    def _may_ask(self) -> bool:
+        return (
+            self._per_hour > 0
+            and self._questions.off is None
+            and self._pool.state is EngineState.READY
+            and not self._busy()
+        )
+
+    async def _score_newest(self) -> bool:
+        """Tries to score one answer; False where there was none.
+
+        Raises:
+            SupersededError: the engine was loaded again meanwhile.
+        """
+        lead = self._pool.lead
+        if lead is None or lead.target is None:
+            return False
+        load, target = lead.load, lead.target
+        if load != self._load:
+            self._load, self._cut = load, await asyncio.to_thread(self._find_cut, target)
+        cut = self._cut
+        row = await asyncio.to_thread(self._find, target) if cut else None
+        if row is None:
+            return False
+        self._passed.append(row.id)  # before it is asked: it may be what ends the engine
+        self._next_at = time.monotonic() + 3600 / self._per_hour
+        try:
+            logprob = await self._questions.ask(load, lambda client: _score(client, row, cut))
+        except EngineError as error:
+            log.info("the answer in row %d is not scored: %s", row.id, error.wrong)
+        else:
+            await asyncio.to_thread(keep_logprob, self._store, row.id, logprob)
+            self._passed.remove(row.id)
+        return True
+
+    def _find_cut(self, target: Target) -> int | None:
+        """Where held-out answers were cut, tokens; None without their figures, with which a score is compared."""
+        try:
+            self._registry.reference(target.version, results_file(target.format))
+        except (NotFoundError, IntegrityError) as error:
+            log.warning("no live answers of %s are scored: %s", target, error.wrong)
+            return None
+        return self._registry.manifest(target.version).max_answer_tokens
+
+    def _find(self, target: Target) -> KeptAnswer | None:
+        return newest_unscored(
+            self._store,
+            target,
+            route=Route.CHAT_COMPLETIONS.value,
+            since=datetime.now(UTC) - _OLDEST,
+            without=PLACEHOLDERS,
+            passed=self._passed,
+        )
+
+
+async def _score(client: EngineClient, row: KeptAnswer, cut: int | None) -> float:
+    prompt = await client.prompt_tokens(json.loads(row.prompt))
+    return await mean_logprob(client, prompt, (await client.tokens(row.answer))[:cut])

@@ -1,0 +1,271 @@
+"""Keeps one engine alive: starts it with a version, or takes over one that runs, proves it, notices its death.
+
+Decides nothing: what to load, and what to do after a death, is the reconciler's; who gets a request, the pool's.
+"""
+
+import asyncio
+import logging
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import httpx
+
+from serving.engines.verification import Proof
+from serving.router import Served
+from svc.engine.client import EngineClient
+from svc.engine.phase import EnginePhase
+from svc.engine.plan import EnginePlan
+from svc.engine.process import LastingEngine
+from svc.engine.state import EngineState
+from svc.store.desired import Target
+
+log = logging.getLogger(__name__)
+
+_HEALTH_S = 2.0
+_UNHEALTHY_S = 30.0
+"""The front answers health checks even under load; half a minute without an answer is a death."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Load:
+    """Weights that were loaded and proven, the same version's as before or another's; no two loads are equal.
+
+    Attributes:
+        fresh: a new engine loaded them; otherwise one that ran.
+    """
+
+    fresh: bool
+
+
+NO_LOAD = Load(fresh=True)
+"""Before the first."""
+
+
+class Supervisor:
+    """One engine, what it holds, and the requests that run in it.
+
+    Args:
+        replica: its number; the engine's folder and log are named after it.
+        launch: makes an engine for a model folder, unstarted.
+        http: a client for requests to the engine, see serving.upstream.connect; closed with this object.
+        on_change: hears each change of state.
+        on_phase: hears what a start is doing.
+
+    Attributes:
+        target: what the engine was last proven to hold; None while nobody knows.
+        why: of its last death.
+    """
+
+    def __init__(
+        self,
+        replica: int,
+        launch: Callable[[Path], LastingEngine],
+        http: httpx.AsyncClient,
+        proof: Proof,
+        on_change: Callable[["Supervisor"], None],
+        on_phase: Callable[[EnginePhase], None] = lambda phase: None,
+    ) -> None:
+        self.replica = replica
+        self.http = http
+        self._launch = launch
+        self._proof = proof
+        self._on_change = on_change
+        self._on_phase = on_phase
+        self._engine: LastingEngine | None = None
+        self._running = 0
+        self._idle = asyncio.Event()
+        self._idle.set()
+        self.state = EngineState.STOPPED
+        self.load = NO_LOAD
+        self.target: Target | None = None
+        self.why = "it did not start"
+
+    @property
+    def client(self) -> EngineClient:
+        """The client of the engine that runs.
+
+        Raises:
+            RuntimeError: none runs.
+        """
+        return self._started.client
+
+    @property
+    def _started(self) -> LastingEngine:
+        if self._engine is None:
+            raise RuntimeError("no engine runs")
+        return self._engine
+
+    @property
+    def plan(self) -> EnginePlan | None:
+        """How the engine was started; None where none was."""
+        engine = self._engine  # once: the status is made in another thread
+        return engine.plan if engine else None
+
+    @property
+    def runs(self) -> bool:
+        """Whether there is an engine; it may have died a moment ago."""
+        return self._engine is not None
+
+    @property
+    def served(self) -> Served | None:
+        """What the engine holds, as clients are told."""
+        target = self.target  # once, as above
+        return Served(target.version, target.format) if target else None
+
+    @property
+    def running(self) -> int:
+        """What runs in it, the server's own question among it."""
+        return self._running
+
+    @contextmanager
+    def occupied(self) -> Iterator[None]:
+        """Something runs in the engine for the body."""
+        self._running += 1
+        self._idle.clear()
+        try:
+            yield
+        finally:
+            self._running -= 1
+            if not self._running:
+                self._idle.set()
+
+    async def drained(self, timeout_s: float) -> None:
+        """Returns when nothing runs in it. Of use only while it takes nothing new.
+
+        Raises:
+            TimeoutError: something still runs after `timeout_s` seconds.
+        """
+        async with asyncio.timeout(timeout_s):
+            await self._idle.wait()
+
+    def enter(self, state: EngineState) -> None:
+        """Shows a state to the pool, which decides who may enter."""
+        if state is EngineState.READY and self.state is not EngineState.DRAINING:  # as where a swap was given up early
+            self.load = Load(fresh=self.state is EngineState.STARTING)
+        self.state = state
+        self._on_change(self)
+
+    async def start(self, target: Target) -> None:
+        """Starts an engine with a version, in place of the one before, and proves it.
+
+        Raises:
+            NotFoundError, IntegrityError: the version's files are not there or not right.
+            EngineError: it did not start, or runs other weights (ProbeError).
+        """
+        await self.stop(EngineState.STARTING)
+        try:
+            self._engine = engine = self._launch(await self._proof.folder(target))
+            await self._start_checked(engine, target)
+            await self.prove(target)
+        except BaseException:
+            await self.stop(EngineState.FAILED)
+            raise
+        self.enter(EngineState.READY)
+
+    async def take_over(self, target: Target) -> bool:
+        """Takes the engine that an earlier server left here, if it holds a version and proves it.
+
+        Returns:
+            Whether it did. An engine that holds another version is left alone; one that proves nothing is ended.
+        """
+        engine = self._launch(await self._proof.folder(target))
+        if engine.left_holding() != str(target):
+            await engine.leave()
+            return False
+        self._engine = engine
+        self.enter(EngineState.STARTING)
+        try:
+            await self._proof.files(target)
+            await engine.take_over()
+            await self.prove(target)
+        except Exception:  # whatever is wrong with it, a new one may do better, or say what it is
+            log.warning("the engine of an earlier server cannot be taken over", exc_info=True)
+            await self.stop()
+            return False
+        except BaseException:
+            await self.stop()
+            raise
+        log.info("replica %d: an engine that ran was taken over", self.replica)
+        self.enter(EngineState.READY)
+        return True
+
+    def forget(self) -> None:
+        """From now on nobody knows what the engine holds; a later server would not take it over.
+
+        Raises:
+            OSError: that cannot be written down.
+        """
+        self._started.note(None)
+        self.target = None
+
+    async def exchange(self, folder: Path) -> None:
+        """Loads other weights in place and forgets what the older ones computed; `forget` comes before, `prove` next.
+
+        Raises:
+            EngineError: the engine did not take them; it counts as dead.
+        """
+        await self.client.reload_weights(folder)
+        await self.client.reset_prefix_cache()
+
+    async def prove(self, target: Target) -> str:
+        """Checks by probes that the engine holds a version, and remembers it, also for a server that comes after.
+
+        Returns:
+            What was found, for the journal.
+
+        Raises:
+            ProbeError: it runs other weights.
+        """
+        found = await self._proof.probes(self.client, target)
+        self.target = target
+        try:
+            self._started.note(str(target))
+        except OSError:  # it serves all the same
+            log.exception("replica %d: a later server cannot take it over", self.replica)
+        log.info("replica %d holds %s: %s", self.replica, target, found)
+        return found
+
+    async def _start_checked(self, engine: LastingEngine, target: Target) -> None:
+        """Compares the files' hashes while the engine starts; nobody is served before both are done."""
+        starting = asyncio.create_task(engine.start(self._on_phase))
+        try:
+            await self._proof.files(target)
+            await starting
+        finally:
+            starting.cancel()
+            await asyncio.gather(starting, return_exceptions=True)
+
+    async def died(self) -> str:
+        """Returns why, when the engine has died."""
+        engine = self._started
+        ended = asyncio.create_task(engine.wait())
+        answered = time.monotonic()
+        try:
+            while True:
+                done, _ = await asyncio.wait({ended}, timeout=_HEALTH_S)
+                if done:
+                    return f"it ended with code {ended.result()}"
+                if await engine.client.healthy():
+                    answered = time.monotonic()
+                elif (silent_s := time.monotonic() - answered) >= _UNHEALTHY_S:
+                    return f"no answer to health checks for {silent_s:.0f} s"
+        finally:
+            ended.cancel()
+
+    async def stop(self, state: EngineState = EngineState.STOPPED) -> None:
+        """Ends the engine, if there is one, and enters a state that admits nobody."""
+        self.target = None
+        self.enter(state)
+        if self._engine is not None:
+            # Forgotten only once it has ended: whoever is cancelled here leaves it to the next call.
+            await self._engine.stop()
+            self._engine = None
+
+    async def leave(self) -> None:
+        """Lets the engine run without us: a server that starts later can take it over."""
+        if self._engine is not None:
+            await self._engine.leave()
+            self._engine = None

@@ -1,0 +1,160 @@
+"""One call to the engine: the connection, its failures as typed errors, and its refusals.
+
+Knows vLLM's error texts, so that no other module has to.
+"""
+
+import json
+import re
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+import httpx
+
+from serving.admission import ENGINE_RETRY_S, OVERLOADED_RETRY_S
+from svc.engine.client import socket_transport
+from svc.errors import EngineError
+
+CONNECT_TIMEOUT_S = 5.0
+"""A local socket answers at once or not at all."""
+_HEALTH_TIMEOUT_S = 2.0
+PASSED_STATUSES = frozenset({400, 413, 422, 429, 503})
+"""Refusals of the client's request or for the engine's load; others are between the gateway and the engine."""
+_MESSAGE_CHARS = 1000
+_TOO_LONG = ("maximum context length", "maximum model length", "cannot be greater than max_model_len")
+_ENGINE_DEAD = "EngineCore encountered an issue"
+_FIELDS = re.compile(r" \(parameter=([\w.]{1,100})(, value=.*)?\)$", re.DOTALL)
+_PATH = re.compile(r"(?<![\w:/.])/(?:[\w.@-]+/)+[\w.@-]*|(?<![\w/])~/[\w./@-]+")
+_TRACEBACK = re.compile(r"Traceback \(most recent call last\)|File \"[^\"]*\", line \d+")
+
+
+class EngineDiedError(EngineError):
+    """The engine cannot be reached, or went away in the middle of an answer."""
+
+    retry_after_s = ENGINE_RETRY_S
+
+
+class EngineSilentError(EngineError):
+    """The engine said nothing for too long."""
+
+
+class EngineFailedError(EngineError):
+    """The engine failed on this request, or refused what the gateway itself is to blame for."""
+
+
+class EngineBusyError(EngineError):
+    """The engine takes no more requests now."""
+
+    retry_after_s = OVERLOADED_RETRY_S
+
+
+class EngineRefusedError(EngineError):
+    """The engine refused the client's request.
+
+    Args:
+        status: the engine's HTTP status.
+        param: the field at fault, if the engine says it.
+    """
+
+    def __init__(self, wrong: str, *, status: int, param: str | None) -> None:
+        super().__init__(wrong)
+        self.status = status
+        self.param = param
+
+
+class ContextLengthError(EngineRefusedError):
+    """More tokens than the model has room for."""
+
+
+def connect(socket: Path, *, silence_s: float) -> httpx.AsyncClient:
+    """A client for requests to an engine; calls that manage the engine belong on another one.
+
+    As many connections as there are requests: how many may run is for the gateway to say.
+
+    Args:
+        socket: the engine's unix socket.
+        silence_s: longest wait for the next bytes, seconds.
+    """
+    transport = socket_transport(socket, max_connections=None)
+    timeout = httpx.Timeout(silence_s, connect=CONNECT_TIMEOUT_S, pool=None)
+    return httpx.AsyncClient(transport=transport, base_url="http://engine", timeout=timeout, trust_env=False)
+
+
+@asynccontextmanager
+async def call(engine: httpx.AsyncClient, path: str, payload: bytes, request_id: str) -> AsyncIterator[httpx.Response]:
+    """Sends a request; the body of the `with` reads the answer, and leaving it early ends the work in the engine.
+
+    Raises:
+        EngineDiedError, EngineSilentError: also for what happens while the answer is read.
+        EngineFailedError: the engine's answer is an error, or breaks off while the engine lives, as vLLM's streamed
+            responses do when it fails on them.
+        EngineBusyError, EngineRefusedError: the engine's answer is an error.
+    """
+    begun = False
+    headers = {"content-type": "application/json", "accept-encoding": "identity", "x-request-id": request_id}
+    try:
+        async with engine.stream("POST", path, content=payload, headers=headers) as response:
+            if response.status_code >= 400:
+                raise refusal(response.status_code, _error_of(await response.aread()))
+            begun = True
+            yield response
+    except httpx.ConnectTimeout as error:
+        raise EngineDiedError("the engine does not take connections") from error
+    except httpx.TimeoutException as error:
+        raise EngineSilentError("the engine said nothing for too long") from error
+    except EngineFailedError as error:
+        # In a stream of messages vLLM words its own death so.
+        if begun and not await _lives(engine):
+            raise EngineDiedError("the engine went away; it is being restarted") from error
+        raise
+    except httpx.TransportError as error:
+        if begun and await _lives(engine):
+            raise EngineFailedError("the engine broke off its answer") from error
+        raise EngineDiedError("the engine went away; it is being restarted") from error
+
+
+async def _lives(engine: httpx.AsyncClient) -> bool:
+    try:
+        return (await engine.get("/health", timeout=_HEALTH_TIMEOUT_S)).is_success
+    except httpx.TransportError:
+        return False
+
+
+def refusal(status: int, error: Any) -> EngineError:
+    """The typed error for what vLLM put under `error`, in an answer or in the middle of a stream.
+
+    Args:
+        status: HTTP status; in a stream, the `code` of the error.
+        error: `{message, type, param, code}`, or anything else that an engine may say.
+    """
+    fields = error if isinstance(error, dict) else {}
+    message = str(fields.get("message") or "")
+    param = fields.get("param")
+    if _ENGINE_DEAD in message:
+        return EngineDiedError("the engine went away; it is being restarted")
+    if status not in PASSED_STATUSES:
+        return EngineFailedError(f"the engine answered {status}: {message[:_MESSAGE_CHARS]}")
+    if status in (429, 503):
+        return EngineBusyError("the engine takes no more requests now")
+    text = for_clients(message) or "the engine refused the request"
+    kind = ContextLengthError if any(mark in message for mark in _TOO_LONG) else EngineRefusedError
+    named = _FIELDS.search(message)  # messages have the field in their text alone
+    if not isinstance(param, str):
+        param = named[1] if named else None
+    return kind(text, status=status, param=param)
+
+
+def for_clients(message: str) -> str:
+    """An engine's message without its paths, its tracebacks and what only its developers need."""
+    trace = _TRACEBACK.search(message)
+    told = _FIELDS.sub("", message[: trace.start()] if trace else message)
+    return _PATH.sub("<path>", told)[:_MESSAGE_CHARS].strip()
+
+
+def _error_of(body: bytes) -> Any:
+    try:
+        answer = json.loads(body)
+    except ValueError:
+        return None
+    return answer.get("error", answer) if isinstance(answer, dict) else None

@@ -1,0 +1,87 @@
+"""The HTTP surface: which paths exist, and nothing else answers.
+
+No documentation pages, no CORS, no redirects. Small routes are FastAPI's; completions are pure ASGI behind the same
+router, see serving.gateway.
+"""
+
+import asyncio
+from collections.abc import Callable, Mapping
+from contextlib import AbstractAsyncContextManager
+from typing import Any
+
+from fastapi import FastAPI, Request
+from prometheus_client.exposition import choose_encoder
+from starlette.responses import JSONResponse, Response
+from starlette.routing import Route as Path
+
+from serving.admission import EngineUnavailableError
+from serving.http.errors import install_handlers
+from serving.http.feedback import FeedbackIntake
+from serving.http.inference import Gateway
+from serving.http.middleware import Boundary
+from serving.http.models import add_models
+from serving.http.openapi import openapi_document
+from serving.protocols.route import Route
+from serving.telemetry.engine_metrics import EngineMetrics
+
+_OPENMETRICS = "application/openmetrics-text"
+
+
+def build_app(
+    gateway: Gateway,
+    *,
+    feedback: FeedbackIntake,
+    engine_metrics: EngineMetrics,
+    status: Callable[[], Mapping[str, Any]],
+    lifespan: Callable[[FastAPI], AbstractAsyncContextManager[None]] | None = None,
+) -> FastAPI:
+    """The application for one gateway.
+
+    Args:
+        gateway: answers completions; its door, routes and traffic stand behind the other paths.
+        feedback: answers /v1/feedback.
+        engine_metrics: refreshed for each /metrics; registered where `gateway.traffic` is.
+        status: what /svc/status shows, JSON values; called in a thread.
+        lifespan: starts and stops what lives as long as the server.
+    """
+    app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None, redirect_slashes=False, lifespan=lifespan)
+    for route in Route:
+        app.router.routes.append(Path(route.value, gateway.endpoint(route), methods=["POST"]))
+    app.router.routes.append(Path("/v1/feedback", feedback.answer, methods=["POST"]))
+    add_models(app, gateway.routes)
+    _add_operations(app, gateway, engine_metrics, status)
+    install_handlers(app)
+    app.add_middleware(Boundary, routes=gateway.routes)
+    return app
+
+
+def _add_operations(
+    app: FastAPI, gateway: Gateway, engine_metrics: EngineMetrics, status: Callable[[], Mapping[str, Any]]
+) -> None:
+    document = openapi_document()
+
+    @app.get("/openapi.json")
+    async def openapi() -> JSONResponse:
+        return JSONResponse(document)
+
+    @app.get("/health")
+    async def health() -> JSONResponse:
+        reason = gateway.door.unavailable_reason
+        if reason is None:
+            return JSONResponse({"status": "ready"})
+        headers = {"retry-after": str(EngineUnavailableError.retry_after_s)}
+        return JSONResponse({"status": "unavailable", "reason": reason}, 503, headers)
+
+    @app.get("/metrics")
+    async def metrics(request: Request) -> Response:
+        # The encoder for OpenMetrics writes `vllm:` as `vllm_` to who does not say that it knows better.
+        accept = request.headers.get("accept", "").replace(_OPENMETRICS, f"{_OPENMETRICS};escaping=allow-utf-8")
+        encode, content_type = choose_encoder(accept)
+        await engine_metrics.refresh()
+        page = await asyncio.to_thread(encode, gateway.traffic.registry)
+        return Response(page, headers={"content-type": content_type})
+
+    @app.get("/svc/status")
+    async def show_status() -> JSONResponse:
+        # It reads the store, and no stream waits for that.
+        return JSONResponse(dict(await asyncio.to_thread(status)))

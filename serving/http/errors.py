@@ -1,0 +1,172 @@
+"""The one map from errors to what a client sees: status, type, code, headers.
+
+Clients get `{"error": {"message", "type", "param", "code"}}` for every status, which is what the official client reads.
+The code is also the reason under which the error is counted. A message never holds a path or a traceback: only errors
+named here speak for themselves, all others are logged and answered as `internal_error`.
+"""
+
+import json
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from enum import StrEnum
+from http import HTTPStatus
+
+from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from starlette.exceptions import HTTPException
+from starlette.responses import Response
+
+from serving.admission import EngineUnavailableError, HoldOverflowError, HoldTimeoutError, OverloadedError
+from serving.engines.transport import (
+    ContextLengthError,
+    EngineBusyError,
+    EngineDiedError,
+    EngineFailedError,
+    EngineRefusedError,
+    EngineSilentError,
+)
+from serving.http.models import ModelNotDeletableError
+from serving.protocols import request as requests
+from serving.router import SHOWN_CHARS, ModelNotFoundError
+from svc.errors import SvcError
+
+log = logging.getLogger(__name__)
+
+
+class ErrorCode(StrEnum):
+    """`error.code` in answers and `reason` in svc_request_errors_total."""
+
+    INVALID_JSON = "invalid_json"
+    INVALID_REQUEST = "invalid_request"
+    CONTEXT_LENGTH_EXCEEDED = "context_length_exceeded"
+    BODY_TOO_LARGE = "body_too_large"
+    BODY_TIMEOUT = "body_timeout"
+    UNSUPPORTED_MEDIA_TYPE = "unsupported_media_type"
+    MODEL_NOT_FOUND = "model_not_found"
+    MODEL_NOT_DELETABLE = "model_not_deletable"
+    REQUEST_NOT_FOUND = "request_not_found"
+    RECORDS_BUSY = "records_busy"
+    NOT_FOUND = "not_found"
+    METHOD_NOT_ALLOWED = "method_not_allowed"
+    OVERLOADED = "overloaded"
+    HELD_OVERFLOW = "held_overflow"
+    HELD_TIMEOUT = "held_timeout"
+    ENGINE_UNAVAILABLE = "engine_unavailable"
+    ENGINE_DIED = "engine_died"
+    ENGINE_TIMEOUT = "engine_timeout"
+    ENGINE_ERROR = "engine_error"
+    INTERNAL_ERROR = "internal_error"
+    CLIENT_GONE = "client_gone"
+    """Counted only: nobody is left to be answered."""
+
+
+@dataclass(frozen=True, slots=True)
+class ApiError:
+    """An error as a client sees it."""
+
+    status: int
+    code: ErrorCode
+    message: str
+    param: str | None = None
+    headers: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def type(self) -> str:
+        """OpenAI's coarse kind of error."""
+        if self.status == HTTPStatus.TOO_MANY_REQUESTS:
+            return "rate_limit_error"
+        return "server_error" if self.status >= 500 else "invalid_request_error"
+
+    def body(self) -> bytes:
+        """The JSON of the answer; in a stream, the data of the event."""
+        error = {"message": self.message, "type": self.type, "param": self.param, "code": self.code.value}
+        return json.dumps({"error": error}).encode("ascii")
+
+    def response(self) -> Response:
+        """The whole answer.
+
+        OpenAI's client sends a request again after any 5xx; where that would end the same way, it is told not to.
+        """
+        headers = dict(self.headers)
+        if self.code is ErrorCode.INTERNAL_ERROR:
+            headers["x-should-retry"] = "false"
+        return Response(self.body(), self.status, headers, media_type="application/json")
+
+
+_SHAPES: dict[type[SvcError], tuple[int, ErrorCode]] = {
+    requests.InvalidJsonError: (400, ErrorCode.INVALID_JSON),
+    requests.InvalidRequestError: (400, ErrorCode.INVALID_REQUEST),
+    requests.BodyTooLargeError: (413, ErrorCode.BODY_TOO_LARGE),
+    requests.BodyTimeoutError: (408, ErrorCode.BODY_TIMEOUT),
+    requests.MediaTypeError: (415, ErrorCode.UNSUPPORTED_MEDIA_TYPE),
+    requests.RequestNotFoundError: (404, ErrorCode.REQUEST_NOT_FOUND),
+    requests.RecordsBusyError: (503, ErrorCode.RECORDS_BUSY),
+    ModelNotFoundError: (404, ErrorCode.MODEL_NOT_FOUND),
+    ModelNotDeletableError: (403, ErrorCode.MODEL_NOT_DELETABLE),
+    OverloadedError: (429, ErrorCode.OVERLOADED),
+    HoldOverflowError: (503, ErrorCode.HELD_OVERFLOW),
+    HoldTimeoutError: (503, ErrorCode.HELD_TIMEOUT),
+    EngineUnavailableError: (503, ErrorCode.ENGINE_UNAVAILABLE),
+    ContextLengthError: (400, ErrorCode.CONTEXT_LENGTH_EXCEEDED),
+    EngineRefusedError: (400, ErrorCode.INVALID_REQUEST),
+    EngineBusyError: (503, ErrorCode.OVERLOADED),
+    EngineDiedError: (503, ErrorCode.ENGINE_DIED),
+    EngineSilentError: (504, ErrorCode.ENGINE_TIMEOUT),
+    EngineFailedError: (502, ErrorCode.ENGINE_ERROR),
+}
+_FRAMEWORK_CODES = {404: ErrorCode.NOT_FOUND, 405: ErrorCode.METHOD_NOT_ALLOWED}
+_UNREAD_BODY = frozenset({ErrorCode.BODY_TOO_LARGE, ErrorCode.BODY_TIMEOUT, ErrorCode.UNSUPPORTED_MEDIA_TYPE})
+
+
+def api_error(error: Exception) -> ApiError:
+    """What a client sees of an error. An unexpected one is logged here, with its traceback."""
+    if isinstance(error, SvcError):
+        for kind in type(error).__mro__:
+            if kind in _SHAPES:
+                return _shaped(error, *_SHAPES[kind])
+    if isinstance(error, HTTPException):
+        return _framework_error(error)
+    if isinstance(error, RequestValidationError):
+        first = error.errors()[0]
+        param = ".".join(str(part) for part in first["loc"][1:])[:SHOWN_CHARS]
+        return ApiError(422, ErrorCode.INVALID_REQUEST, str(first["msg"]), param or None)
+    log.error("unexpected error in a request", exc_info=error)
+    return ApiError(500, ErrorCode.INTERNAL_ERROR, "the gateway failed on this request; its log says why")
+
+
+def _shaped(error: SvcError, status: int, code: ErrorCode) -> ApiError:
+    if isinstance(error, EngineFailedError):
+        log.error("the engine failed on a request: %s", error.wrong)
+        return ApiError(status, code, "the engine failed on this request; the server's log says why")
+    if isinstance(error, EngineRefusedError):
+        status = error.status
+    message = error.wrong
+    if error.expected:
+        message += f"; expected {error.expected}"
+    if error.todo:
+        message += f"; {error.todo}"
+    headers = {}
+    retry_after_s = getattr(error, "retry_after_s", None)
+    if retry_after_s is not None:
+        headers["retry-after"] = str(retry_after_s)
+    if code in _UNREAD_BODY:
+        headers["connection"] = "close"
+    return ApiError(status, code, message, getattr(error, "param", None), headers)
+
+
+def _framework_error(error: HTTPException) -> ApiError:
+    fallback = ErrorCode.INTERNAL_ERROR if error.status_code >= 500 else ErrorCode.INVALID_REQUEST
+    code = _FRAMEWORK_CODES.get(error.status_code, fallback)
+    phrase = HTTPStatus(error.status_code).phrase.lower()
+    return ApiError(error.status_code, code, f"{phrase}: see /v1/models for what is served", None, error.headers or {})
+
+
+def install_handlers(app: FastAPI) -> None:
+    """Gives the framework's own errors and those of the small routes the OpenAI shape."""
+
+    async def answer(_: Request, error: Exception) -> Response:
+        return api_error(error).response()
+
+    for kind in (HTTPException, RequestValidationError, SvcError):
+        app.add_exception_handler(kind, answer)

@@ -1,0 +1,122 @@
+"""`POST /v1/feedback`: what a person said of an answer, by the id that came with it in `x-request-id`.
+
+One word for each request; a second one replaces the first and is not counted again. A correction is kept whether or
+not content is: who sends it wants it to be; it is redacted like content.
+"""
+
+import asyncio
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from sqlalchemy import Engine as Store
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response
+
+from serving.protocols.request import (
+    ClientGoneError,
+    InvalidJsonError,
+    InvalidRequestError,
+    RecordsBusyError,
+    RequestNotFoundError,
+    read_body,
+)
+from serving.router import SHOWN_CHARS
+from serving.telemetry.metrics import CLIENT_GONE_STATUS
+from serving.telemetry.request_log import RecordWriter
+from svc.registry.version import VersionId
+from svc.store.feedback import Feedback, KeptFeedback, Rating, keep_feedback
+
+MAX_BODY_BYTES = 256 * 1024
+MAX_CORRECTION_CHARS = 32 * 1024
+MAX_LABEL_CHARS = 64
+_BODY_TIMEOUT_S = 30.0
+_FLUSH_S = 5.0
+
+
+class FeedbackRequest(BaseModel):
+    """The body."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    request_id: str = Field(min_length=1, max_length=128)
+    rating: Rating
+    correction: str | None = Field(None, max_length=MAX_CORRECTION_CHARS)
+    label: str | None = Field(None, max_length=MAX_LABEL_CHARS)
+
+
+class FeedbackIntake:
+    """Takes feedback and keeps it.
+
+    Args:
+        records: where a request may still be on its way to the store.
+        on_given: hears the first word on each request.
+    """
+
+    def __init__(
+        self, store: Store, records: RecordWriter, on_given: Callable[[VersionId | None, Rating], None]
+    ) -> None:
+        self._store = store
+        self._records = records
+        self._on_given = on_given
+        # Of its own: /metrics must not wait behind feedback that waits for the store.
+        self._threads = ThreadPoolExecutor(max_workers=2, thread_name_prefix="feedback")
+
+    async def answer(self, request: Request) -> Response:
+        """The endpoint.
+
+        Raises:
+            RequestNotFoundError: nothing is kept of such a request.
+            RecordsBusyError: that cannot be said now.
+            InvalidJsonError, InvalidRequestError: the body is not what it must be.
+        """
+        try:
+            body = await read_body(request.scope, request.receive, max_bytes=MAX_BODY_BYTES, timeout_s=_BODY_TIMEOUT_S)
+        except ClientGoneError:
+            return Response(status_code=CLIENT_GONE_STATUS)
+        given = _parse(body)
+        kept = await asyncio.get_running_loop().run_in_executor(self._threads, self._keep, given)
+        if kept.replaced is None:
+            self._on_given(kept.version, given.rating)
+        return JSONResponse(
+            {
+                "object": "feedback",
+                "request_id": given.request_id,
+                "rating": given.rating.value,
+                "version": str(kept.version) if kept.version else None,
+                "replaced": kept.replaced is not None,
+            }
+        )
+
+    def _keep(self, given: FeedbackRequest) -> KeptFeedback:
+        redactor = self._records.redactor
+        feedback = Feedback(
+            given.rating,
+            redactor.text(given.label) if given.label else None,
+            redactor.text(given.correction) if given.correction else None,
+        )
+        kept = keep_feedback(self._store, given.request_id, feedback)
+        if kept is None:
+            if not self._records.flush(_FLUSH_S):
+                raise RecordsBusyError("the request may not be stored yet", todo="send the feedback again")
+            kept = keep_feedback(self._store, given.request_id, feedback)
+        if kept is None:
+            raise RequestNotFoundError(
+                "nothing is kept of this request", expected="the x-request-id of an answer that is not too old"
+            )
+        return kept
+
+
+def _parse(body: bytes) -> FeedbackRequest:
+    try:
+        return FeedbackRequest.model_validate_json(body)
+    except ValidationError as error:
+        first = error.errors()[0]
+        if first["type"] == "json_invalid":
+            raise InvalidJsonError(f"the request body is not JSON: {first['msg']}") from error
+        param = ".".join(str(part) for part in first["loc"])[:SHOWN_CHARS]
+        raise InvalidRequestError(
+            f"'{param}' is not right: {first['msg']}" if param else first["msg"],
+            param=param,
+            expected='{"request_id": ..., "rating": "good" or "bad"}, and if you like "correction" and "label"',
+        ) from error

@@ -1,0 +1,315 @@
+"""The data plane: one request from its first byte to the last byte of its answer.
+
+read -> admit -> resolve -> forward -> answer. Bytes pass through as they came, with two exceptions: the model's name on
+the way in, and on the way out of a stream the chunk with token counts, for clients that did not ask for it.
+
+The answer's head is sent with the first complete event, not before: until then a failure can have its own status.
+"""
+
+import asyncio
+import time
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from datetime import UTC, datetime
+
+import httpx
+from starlette.types import ASGIApp, Receive, Scope, Send
+
+from serving.admission import Admission
+from serving.engines.pool import Lease
+from serving.engines.transport import EngineDiedError, call, refusal
+from serving.http.disconnect import while_connected
+from serving.http.errors import ApiError, ErrorCode, api_error
+from serving.protocols.request import ClientGoneError, CompletionRequest, parse_request, read_body
+from serving.protocols.route import Route
+from serving.protocols.server_sent_events import EventSplitter, find_error
+from serving.protocols.wire_formats import Usage, wire_format
+from serving.router import Routes, Served
+from serving.telemetry.content import Content
+from serving.telemetry.metrics import CLIENT_GONE_STATUS, UNKNOWN_MODEL, Traffic
+from serving.telemetry.request_log import RecordWriter
+from svc.settings import ServeSettings
+from svc.store.requests import RequestRecord
+
+_EVENT_STREAM = "text/event-stream"
+
+
+class Gateway:
+    """Forwards completions to engines.
+
+    Args:
+        lease: an engine for a model's name, see serving.pool.
+        door: admits and holds requests.
+        routes: knows what the engines call their model.
+        traffic: counts.
+        records: keeps a row for each request.
+        settings: the limits.
+        clock: monotonic time, seconds.
+    """
+
+    def __init__(
+        self,
+        *,
+        lease: Callable[[str], AbstractContextManager[Lease]],
+        door: Admission,
+        routes: Routes,
+        traffic: Traffic,
+        records: RecordWriter,
+        settings: ServeSettings,
+        clock: Callable[[], float] = time.perf_counter,
+    ) -> None:
+        self.lease = lease
+        self.door = door
+        self.routes = routes
+        self.traffic = traffic
+        self.records = records
+        self.settings = settings
+        self.clock = clock
+        traffic.watch_door(lambda: door.running, lambda: door.held)
+
+    def endpoint(self, route: Route) -> ASGIApp:
+        """The ASGI application for one path."""
+        return _Endpoint(self, route)
+
+
+@dataclass(frozen=True, slots=True)
+class _Endpoint:
+    """An object rather than a function, which Starlette would wrap in its request machinery."""
+
+    gateway: Gateway
+    route: Route
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        exchange = Exchange(self.gateway, self.route, scope, send)
+        try:
+            await exchange.run(receive)
+        finally:
+            exchange.account()
+
+
+class Exchange:
+    """One request and its answer."""
+
+    def __init__(self, gateway: Gateway, route: Route, scope: Scope, send: Send) -> None:
+        self._gateway = gateway
+        self._route = route
+        self.format = wire_format(route)
+        self._scope = scope
+        self._asgi_send = send
+        self._clock = gateway.clock
+        self._arrived = datetime.now(UTC)
+        self._started = self._clock()
+        self._served: Served | None = None
+        self._status: int | None = None
+        self._reason: ErrorCode | None = None
+        self._request: CompletionRequest | None = None
+        self._usage: Usage | None = None
+        self._first_token_s: float | None = None
+        self._finish_reason: str | None = None
+        self._content: Content | None = None  # what passes, where it is to be kept
+        self.answered = False
+        """All of the answer was handed over: OpenAI's client closes the connection once it reads the last event."""
+
+    async def run(self, receive: Receive) -> None:
+        """Answers, with an error where it must be."""
+        settings = self._gateway.settings
+        try:
+            with self._gateway.door.reading():
+                body = await read_body(
+                    self._scope, receive, max_bytes=settings.max_body_bytes, timeout_s=settings.request_timeout_s
+                )
+            self._started = self._clock()
+            self._request = request = parse_request(body, self._route, engine_model=self._gateway.routes.name)
+            del body
+            if self._gateway.records.wants_content():
+                self._content = Content(self._route, request.payload)
+            await while_connected(receive, self._answer(request))
+        except ClientGoneError:
+            if not self.answered:
+                self._failed(ErrorCode.CLIENT_GONE)
+        except asyncio.CancelledError:
+            self._failed(ErrorCode.ENGINE_DIED)  # the server ends, and with it the engine
+            raise
+        except Exception as error:  # noqa: BLE001 - the boundary: api_error logs what is unexpected
+            await self._fail(api_error(error))
+
+    def account(self) -> None:
+        """Counts the request and keeps its row, once its end is known."""
+        status = CLIENT_GONE_STATUS if self._status is None else self._status
+        seconds, served, usage, request = self.elapsed(), self._served, self._usage, self._request
+        self._gateway.traffic.request_ended(served, self._route, status, seconds, self._request_id)
+        record = RequestRecord(
+            request_id=self._request_id,
+            started_at=self._arrived,
+            model=served.version.name if served else UNKNOWN_MODEL,
+            version=served.version if served else None,
+            format=served.format if served else None,
+            route=self._route.value,
+            status=status,
+            seconds=seconds,
+            reason=self._reason.value if self._reason else None,
+            finish_reason=self._finish_reason,
+            first_token_seconds=self._first_token_s,
+            tokens_in=usage.prompt if usage else None,
+            tokens_out=usage.completion if usage else None,
+            temperature=request.temperature if request else None,
+            max_tokens=request.max_tokens if request else None,
+        )
+        self._gateway.records.add(record, self._content if served else None)
+
+    async def _answer(self, request: CompletionRequest) -> None:
+        gateway = self._gateway
+        async with gateway.door.admit():
+            with gateway.lease(request.model) as engine:
+                self._served = engine.served
+                self._scope["state"]["version"] = engine.served.version
+                body = await self._forward(engine, request)
+        if body is None:
+            return
+        # The engine is done with it: a client that reads slowly keeps no place.
+        self.look_at(body)
+        usage = self.format.usage(body)
+        if usage:
+            self.used(engine.served, usage)
+        await self.start(200, "application/json", len(body))
+        await self.send(body, more=False)
+
+    async def _forward(self, engine: Lease, request: CompletionRequest) -> bytes | None:
+        """Asks the engine; the whole answer, or None where it was a stream, which has gone to the client then."""
+        async with call(engine.http, self._route.value, request.payload, self._request_id) as response:
+            if response.headers.get("content-type", "").startswith(_EVENT_STREAM):
+                await _Stream(self, engine.served, wants_usage=request.wants_usage).forward(response)
+                return None
+            return await response.aread()
+
+    async def _fail(self, error: ApiError) -> None:
+        """Answers with an error; within a stream with an event, and without the one that ends a good answer."""
+        self._failed(error.code)
+        if self._status is None:
+            self._status = error.status
+            await error.response()(self._scope, _no_receive, self._asgi_send)
+        else:
+            await self.send(self.format.error_event(error.body()), more=False)
+
+    def _failed(self, code: ErrorCode) -> None:
+        self._reason = code
+        self._gateway.traffic.request_failed(code)
+
+    @property
+    def _request_id(self) -> str:
+        request_id: str = self._scope["state"]["request_id"]
+        return request_id
+
+    @property
+    def traffic(self) -> Traffic:
+        """Where the exchange is counted."""
+        return self._gateway.traffic
+
+    def look_at(self, part: bytes) -> None:
+        """Takes what its record needs from a part of the answer: a body, or an event."""
+        if self._content:
+            self._content.add(part)
+        if self._finish_reason is None:
+            self._finish_reason = self.format.finish_reason(part)
+
+    def used(self, served: Served, usage: Usage) -> None:
+        """Counts the tokens of the answer."""
+        self._usage = usage
+        self.traffic.tokens(served, usage)
+
+    def first_token(self, served: Served, seconds: float) -> None:
+        """Times the first token of the answer."""
+        self._first_token_s = seconds
+        self.traffic.first_token(served, seconds, self._request_id)
+
+    @property
+    def begun(self) -> bool:
+        """The head of the answer was sent."""
+        return self._status is not None
+
+    def elapsed(self) -> float:
+        """Seconds since the request was read."""
+        return self._clock() - self._started
+
+    async def start(self, status: int, content_type: str, length: int | None = None) -> None:
+        """Sends the head of the answer."""
+        headers = [(b"content-type", content_type.encode("latin-1"))]
+        if length is None:
+            headers.append((b"cache-control", b"no-cache"))
+        else:
+            headers.append((b"content-length", b"%d" % length))
+        self._status = status
+        await self._asgi_send({"type": "http.response.start", "status": status, "headers": headers})
+
+    async def send(self, data: bytes, *, more: bool) -> None:
+        """Sends a part of the answer.
+
+        Raises:
+            ClientGoneError: the client did not read for as long as an engine may be silent; it would hold its place in
+                the engine, and every swap, for ever.
+        """
+        try:
+            async with asyncio.timeout(self._gateway.settings.request_timeout_s):
+                await self._asgi_send({"type": "http.response.body", "body": data, "more_body": more})
+        except TimeoutError as error:
+            raise ClientGoneError from error
+
+
+class _Stream:
+    """Passes the events of one answer on, and times and counts its tokens."""
+
+    def __init__(self, exchange: Exchange, served: Served, *, wants_usage: bool) -> None:
+        self._exchange = exchange
+        self._format = exchange.format
+        self._served = served
+        self._wants_usage = wants_usage
+        self._between_tokens = exchange.traffic.between_tokens(served)
+        self._last_token: float | None = None
+        self._complete = False
+
+    async def forward(self, response: httpx.Response) -> None:
+        """Until the end of the answer.
+
+        Raises:
+            EngineError: an error of the engine within the stream, or an end before the last event.
+        """
+        splitter = EventSplitter()
+        async for chunk in response.aiter_raw():
+            passed = b"".join([event for event in splitter.feed(chunk) if self._passes(event)])
+            if not passed:
+                continue
+            if not self._exchange.begun:
+                await self._exchange.start(200, response.headers["content-type"])
+            await self._exchange.send(passed, more=True)
+        if not self._complete:
+            raise EngineDiedError("the engine went away; it is being restarted")
+        await self._exchange.send(b"", more=False)
+
+    def _passes(self, event: bytes) -> bool:
+        """Looks at an event; whether the client gets it."""
+        error = find_error(event)
+        if error is not None:
+            code = error.get("code") if isinstance(error, dict) else None
+            raise refusal(code if isinstance(code, int) else 500, error)
+        self._exchange.look_at(event)
+        usage = self._format.usage(event)
+        if usage:
+            self._exchange.used(self._served, usage)
+        if self._format.is_end(event):
+            self._complete = self._exchange.answered = True
+        elif not usage and self._format.is_token(event):
+            self._time_token()
+        return self._wants_usage or not usage
+
+    def _time_token(self) -> None:
+        now = self._exchange.elapsed()
+        if self._last_token is None:
+            self._exchange.first_token(self._served, now)
+        else:
+            self._between_tokens(now - self._last_token)
+        self._last_token = now
+
+
+async def _no_receive() -> dict[str, str]:
+    return {"type": "http.disconnect"}

@@ -1,0 +1,48 @@
+"""The models that clients may name: listed, shown, and not deleted.
+
+What serves and what is on disk is the operator's to change, by promotion and in the registry; a client may ask for both
+answers without harm.
+"""
+
+from typing import Any, NoReturn
+
+from fastapi import FastAPI
+from starlette.responses import JSONResponse
+
+from serving.router import Routes
+from svc.errors import SvcError
+
+OWNER = "tuneserve"
+
+
+class ModelNotDeletableError(SvcError):
+    """A client asked to delete a model."""
+
+
+def add_models(app: FastAPI, routes: Routes) -> None:
+    """Adds /v1/models to an application.
+
+    Args:
+        routes: the names that resolve now.
+    """
+
+    def model(name: str) -> dict[str, Any]:
+        return {"id": name, "object": "model", "created": routes.since, "owned_by": OWNER}
+
+    @app.get("/v1/models")
+    async def list_models() -> JSONResponse:
+        return JSONResponse({"object": "list", "data": [model(name) for name in routes.names()]})
+
+    # A slash in a name arrives as %2F, which is decoded before the path is matched.
+    @app.get("/v1/models/{name:path}")
+    async def show_model(name: str) -> JSONResponse:
+        routes.resolve(name)
+        return JSONResponse(model(name))
+
+    @app.delete("/v1/models/{name:path}", response_model=None)
+    async def delete_model(name: str) -> NoReturn:
+        routes.resolve(name)
+        raise ModelNotDeletableError(
+            f"model {name!r} is served, and models are not deleted over HTTP",
+            todo="ask the operator to promote another version, and to delete this one on disk",
+        )

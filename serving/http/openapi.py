@@ -1,0 +1,208 @@
+"""The HTTP surface as an OpenAPI document, written by hand.
+
+Completions are ASGI applications behind the framework's router, which knows nothing of what is in them; and of a
+completion the gateway checks a few fields only. Described is what the gateway itself promises: what it checks in a
+request, which status has which shape. Bodies of the engine are objects here; vLLM's documentation says the rest.
+"""
+
+from collections.abc import Mapping
+from importlib.metadata import version
+from typing import Any
+
+from serving.http.errors import ErrorCode
+from serving.http.feedback import FeedbackRequest
+from serving.protocols.route import Route
+from serving.protocols.unsupported_fields import MOST_ANSWERS
+
+JSON = "application/json"
+_SCHEMAS = "#/components/schemas/"
+Json = dict[str, Any]
+
+_OBJECT: Json = {"type": "object", "additionalProperties": True}
+_COUNT: Json = {"type": ["integer", "null"], "minimum": 1, "maximum": 2**31 - 1}
+_TURNS: Json = {
+    "type": "array",
+    "minItems": 1,
+    "items": {"type": "object", "required": ["role"], "properties": {"role": {"type": "string"}}},
+}
+_ITEMS: Json = {"type": "array", "minItems": 1, "items": _OBJECT}
+_NEVER: Json = {"type": "null", "description": "not served"}
+_ONLY_FALSE: Json = {"enum": [False, None], "description": "only false is served"}
+_COMMON: Json = {
+    "model": {"type": "string", "description": "NAME, NAME@production, or NAME@N of the loaded version"},
+    "stream": {"type": ["boolean", "null"]},
+    "prompt_logprobs": _NEVER,
+    "kv_transfer_params": _NEVER,
+    "ec_transfer_params": _NEVER,
+    "vllm_xargs": {
+        "type": ["object", "null"],
+        "not": {"anyOf": [{"required": ["kv_transfer_params"]}, {"required": ["ec_transfer_params"]}]},
+    },
+}
+_STREAM_OPTIONS: Json = {
+    "type": ["object", "null"],
+    "properties": {"include_usage": {"type": ["boolean", "null"]}},
+    "additionalProperties": True,
+}
+_ANSWERS: Json = {"type": ["integer", "null"], "minimum": 1, "maximum": MOST_ANSWERS}
+_PROMPT: Json = {"anyOf": [{"type": "string"}, {"type": "array"}]}
+_REQUESTS: Mapping[Route, tuple[str, list[str], Json]] = {
+    Route.CHAT_COMPLETIONS: (
+        "A chat completion",
+        ["model", "messages"],
+        {
+            "messages": _TURNS,
+            "stream_options": _STREAM_OPTIONS,
+            "n": _ANSWERS,
+            "echo": _ONLY_FALSE,
+            "max_tokens": _COUNT,
+            "max_completion_tokens": _COUNT,
+        },
+    ),
+    Route.COMPLETIONS: (
+        "A plain completion",
+        ["model", "prompt"],
+        {"prompt": _PROMPT, "stream_options": _STREAM_OPTIONS, "n": _ANSWERS, "max_tokens": _COUNT},
+    ),
+    Route.RESPONSES: (
+        "A response",
+        ["model", "input"],
+        {
+            "input": {"anyOf": [{"type": "string"}, _ITEMS]},
+            "max_output_tokens": _COUNT,
+            "background": _ONLY_FALSE,
+            "store": _ONLY_FALSE,
+            "previous_response_id": _NEVER,
+            "conversation": _NEVER,
+        },
+    ),
+    Route.MESSAGES: (
+        "A message, as Anthropic's API has it",
+        ["model", "messages", "max_tokens"],
+        {"messages": _TURNS, "max_tokens": {**_COUNT, "type": "integer"}},
+    ),
+}
+_BAD_BODY = {
+    400: "the body is no JSON object, a field is not served, or the engine refused it",
+    408: "the body did not arrive in time",
+    413: "the body is too large",
+    415: "the content type is not application/json",
+}
+_ENGINE = {
+    404: "no loaded version answers to the name",
+    422: "the engine refused the request",
+    429: "too many requests run; see retry-after",
+    502: "the engine failed on this request",
+    503: "no engine, or no place; see retry-after",
+    504: "the engine said nothing for too long",
+}
+_DEFECT = {500: "a defect of the gateway"}
+_MODEL_NAME: Json = {"name": "name", "in": "path", "required": True, "schema": {"type": "string", "minLength": 1}}
+_NO_MODEL = {404: "no loaded version answers to the name", 503: "nothing is loaded yet", **_DEFECT}
+
+
+def openapi_document() -> Json:
+    """The document, as JSON values."""
+    feedback = FeedbackRequest.model_json_schema(ref_template=f"{_SCHEMAS}{{model}}")
+    schemas = {"Error": _ERROR, "Model": _MODEL, "FeedbackRequest": feedback, **feedback.pop("$defs")}
+    return {
+        "openapi": "3.1.0",
+        "info": {"title": "tuneserve", "version": version("tuneserve")},
+        "paths": {**{route.value: {"post": _completion(route)} for route in Route}, **_small_paths()},
+        "components": {"schemas": schemas},
+    }
+
+
+def _completion(route: Route) -> Json:
+    summary, required, properties = _REQUESTS[route]
+    body = {**_OBJECT, "required": required, "properties": {**_COMMON, **properties}}
+    answers = {JSON: {"schema": _OBJECT}, "text/event-stream": {}}
+    return {
+        "operationId": route.name.lower(),
+        "summary": f"{summary}; with `stream` as server-sent events",
+        "requestBody": {"required": True, "content": {JSON: {"schema": body}}},
+        "responses": {"200": _answer("the engine's answer", answers), **_errors({**_BAD_BODY, **_ENGINE, **_DEFECT})},
+    }
+
+
+def _small_paths() -> Json:
+    models = {
+        "type": "object",
+        "required": ["object", "data"],
+        "properties": {"object": {"const": "list"}, "data": {"type": "array", "items": _ref("Model")}},
+    }
+    deletion = {403: "models are not deleted over HTTP", **_NO_MODEL}
+    feedback = {**_BAD_BODY, 404: "nothing is kept of the request", 503: "it may not be stored yet", **_DEFECT}
+    health = _operation("Whether requests are taken", _json(_OBJECT), {})
+    health["responses"]["503"] = _answer("no engine", _json(_OBJECT))
+    page = {kind: {"schema": {"type": "string"}} for kind in ("text/plain", "application/openmetrics-text")}
+    return {
+        "/v1/models": {"get": _operation("The names that are served now", _json(models), _DEFECT)},
+        "/v1/models/{name}": {
+            "parameters": [_MODEL_NAME],
+            "get": _operation("One of them", _json(_ref("Model")), _NO_MODEL),
+            "delete": {"summary": "Is refused", "responses": _errors(deletion)},
+        },
+        "/v1/feedback": {
+            "post": {
+                **_operation("What a person says of an answer", _json(_OBJECT), feedback),
+                "requestBody": {"required": True, "content": _json(_ref("FeedbackRequest"))},
+            }
+        },
+        "/health": {"get": health},
+        "/metrics": {"get": _operation("Metrics for Prometheus", page, _DEFECT)},
+        "/svc/status": {"get": _operation("What `svc status` shows", _json(_OBJECT), _DEFECT)},
+        "/openapi.json": {"get": _operation("This document", _json(_OBJECT), {})},
+    }
+
+
+def _operation(summary: str, content: Json, errors: Mapping[int, str]) -> Json:
+    return {"summary": summary, "responses": {"200": _answer(summary, content), **_errors(errors)}}
+
+
+def _errors(descriptions: Mapping[int, str]) -> Json:
+    return {str(status): _answer(told, _json(_ref("Error"))) for status, told in sorted(descriptions.items())}
+
+
+def _answer(description: str, content: Json) -> Json:
+    request_id = {"x-request-id": {"schema": {"type": "string"}}}
+    return {"description": description, "headers": request_id, "content": content}
+
+
+def _json(schema: Json) -> Json:
+    return {JSON: {"schema": schema}}
+
+
+def _ref(name: str) -> Json:
+    return {"$ref": f"{_SCHEMAS}{name}"}
+
+
+_CODES = [code.value for code in ErrorCode if code is not ErrorCode.CLIENT_GONE]
+_ERROR: Json = {
+    "type": "object",
+    "required": ["error"],
+    "additionalProperties": False,
+    "properties": {
+        "error": {
+            "type": "object",
+            "required": ["message", "type", "param", "code"],
+            "additionalProperties": False,
+            "properties": {
+                "message": {"type": "string"},
+                "type": {"enum": ["invalid_request_error", "rate_limit_error", "server_error"]},
+                "param": {"type": ["string", "null"]},
+                "code": {"enum": _CODES},
+            },
+        }
+    },
+}
+_MODEL: Json = {
+    "type": "object",
+    "required": ["id", "object", "created", "owned_by"],
+    "properties": {
+        "id": {"type": "string"},
+        "object": {"const": "model"},
+        "created": {"type": "integer"},
+        "owned_by": {"type": "string"},
+    },
+}

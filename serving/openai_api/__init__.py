@@ -1,1 +1,0 @@
-"""The OpenAI wire format as the gateway needs it: requests, events, errors. Knows nothing of engines or versions."""

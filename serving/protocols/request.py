@@ -1,0 +1,236 @@
+"""Reads a completion request once: its size, its JSON, and the few fields that the gateway must understand.
+
+Everything else is the engine's to check. What was parsed is written out again and only that reaches the engine, so
+that no second reading of the client's bytes can differ from what was checked here.
+"""
+
+import asyncio
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, NoReturn
+
+from starlette.types import Receive, Scope
+
+from serving.protocols.route import Route
+from serving.protocols.unsupported_fields import find_refusal
+from svc.errors import NotFoundError, SvcError
+
+JSON_TYPE = b"application/json"
+_MOST_KEPT = 2**31 - 1
+_LONGEST = {
+    Route.CHAT_COMPLETIONS: ("max_completion_tokens", "max_tokens"),
+    Route.COMPLETIONS: ("max_tokens",),
+    Route.RESPONSES: ("max_output_tokens",),
+    Route.MESSAGES: ("max_tokens",),
+}
+"""What each route calls the longest answer; the first that is set holds, as it does in the engine."""
+_HAS_STREAM_OPTIONS = frozenset({Route.CHAT_COMPLETIONS, Route.COMPLETIONS})
+
+
+class InvalidJsonError(SvcError):
+    """A body that is not a JSON object."""
+
+
+class InvalidRequestError(SvcError):
+    """A field with a value that is not served.
+
+    Args:
+        param: the field.
+    """
+
+    def __init__(self, wrong: str, *, param: str, expected: str = "", todo: str = "") -> None:
+        super().__init__(wrong, expected=expected, todo=todo)
+        self.param = param
+
+
+class BodyTooLargeError(SvcError):
+    """A body over the limit."""
+
+
+class BodyTimeoutError(SvcError):
+    """A body that did not arrive in time."""
+
+
+class MediaTypeError(SvcError):
+    """A body that does not say it is JSON."""
+
+
+class RequestNotFoundError(NotFoundError):
+    """A request id of which nothing is kept."""
+
+
+class RecordsBusyError(SvcError):
+    """What is kept of requests is not up to date."""
+
+    retry_after_s = 2
+
+
+class ClientGoneError(Exception):
+    """The client closed the connection; nobody is left to answer."""
+
+
+@dataclass(frozen=True, slots=True)
+class CompletionRequest:
+    """What the gateway knows of a request.
+
+    Attributes:
+        model: the client's model name, as sent.
+        payload: the JSON that goes to the engine.
+        stream: the client wants server-sent events.
+        wants_usage: the event with the token counts of a stream is the client's too.
+        temperature: as sent; None where it was not, or is no number. The engine checks values, and has its defaults.
+        max_tokens: longest answer, likewise.
+    """
+
+    model: str
+    payload: bytes
+    stream: bool
+    wants_usage: bool
+    temperature: float | None = None
+    max_tokens: int | None = None
+
+
+async def read_body(scope: Scope, receive: Receive, *, max_bytes: int, timeout_s: float) -> bytes:
+    """The whole body; its size is checked before and while it is read.
+
+    Raises:
+        MediaTypeError: not `application/json`. A web page elsewhere can send any other type to a local port without
+            asking first, and that one not.
+        BodyTooLargeError, BodyTimeoutError: over `max_bytes`, or not here after `timeout_s` seconds.
+        ClientGoneError: the client left before the end.
+    """
+    headers = dict(scope["headers"])
+    if headers.get(b"content-type", b"").partition(b";")[0].strip().lower() != JSON_TYPE:
+        raise MediaTypeError("the content type is not JSON", expected="content-type: application/json")
+    # The server in front has checked that the header is a number.
+    if int(headers.get(b"content-length", b"0")) > max_bytes:
+        raise _too_large(max_bytes)
+    try:
+        async with asyncio.timeout(timeout_s):
+            return await _receive_all(receive, max_bytes)
+    except TimeoutError as error:
+        raise BodyTimeoutError(f"the request body did not arrive within {timeout_s:g} s") from error
+
+
+async def _receive_all(receive: Receive, max_bytes: int) -> bytes:
+    parts: list[bytes] = []
+    size = 0
+    while True:
+        message = await receive()
+        if message["type"] == "http.disconnect":
+            raise ClientGoneError
+        parts.append(message.get("body", b""))
+        size += len(parts[-1])
+        if size > max_bytes:
+            raise _too_large(max_bytes)
+        if not message.get("more_body", False):
+            return b"".join(parts)
+
+
+def _too_large(max_bytes: int) -> BodyTooLargeError:
+    return BodyTooLargeError("the request body is too large", expected=f"at most {max_bytes} bytes")
+
+
+def parse_request(body: bytes, route: Route, *, engine_model: str) -> CompletionRequest:
+    """Reads a body and prepares what goes to the engine.
+
+    Args:
+        engine_model: what the engine calls its model.
+
+    Raises:
+        InvalidJsonError: not a JSON object.
+        InvalidRequestError: `model`, `stream` or `stream_options` of a wrong type, or a field that is not served, see
+            serving.openai_api.refusals.
+    """
+    fields = _json_object(body)
+    model = fields.get("model")
+    if not isinstance(model, str):
+        raise InvalidRequestError("'model' is missing or no string", param="model", expected="a model name")
+    refusal = find_refusal(fields, route)
+    if refusal:
+        raise InvalidRequestError(refusal.wrong, param=refusal.param, expected=refusal.expected, todo=refusal.todo)
+    stream = _flag(fields, "stream", "stream")
+    wants_usage = stream and (route not in _HAS_STREAM_OPTIONS or _ask_for_usage(fields))
+    if route is Route.RESPONSES:
+        # The default of `store` is true, and the engine's environment can make it mean that; null in `background` makes
+        # the engine fail.
+        fields |= {"store": False, "background": False}
+    return CompletionRequest(
+        model=model,
+        payload=_to_json({**fields, "model": engine_model}),
+        stream=stream,
+        wants_usage=wants_usage,
+        temperature=_temperature(fields),
+        max_tokens=_max_tokens(fields, route),
+    )
+
+
+def _json_object(body: bytes) -> dict[str, Any]:
+    try:
+        fields = json.loads(body.decode("utf-8"), parse_constant=_refuse_constant)
+    except UnicodeDecodeError as error:
+        raise InvalidJsonError(f"the request body is not UTF-8 at byte {error.start}") from error
+    except json.JSONDecodeError as error:
+        raise InvalidJsonError(
+            f"the request body is not JSON: {error.msg} at line {error.lineno}, column {error.colno}"
+        ) from error
+    except ValueError as error:
+        raise InvalidJsonError("the request body is not usable JSON: a number with too many digits") from error
+    except RecursionError as error:
+        raise InvalidJsonError("the request body is not usable JSON: nested too deeply") from error
+    if not isinstance(fields, dict):
+        raise InvalidJsonError("the request body is JSON, but no object", expected="a JSON object")
+    return fields
+
+
+def _refuse_constant(name: str) -> NoReturn:
+    raise InvalidJsonError(f"the request body is not JSON: {name}", expected="JSON knows no NaN and no Infinity")
+
+
+def _to_json(fields: dict[str, Any]) -> bytes:
+    try:
+        # Escapes all but ASCII, so that a lone surrogate, which UTF-8 cannot hold, reaches the engine as it came.
+        return json.dumps(fields, allow_nan=False, separators=(",", ":")).encode("ascii")
+    except ValueError as error:
+        raise InvalidJsonError("the request body is not usable JSON: a number out of range") from error
+    except RecursionError as error:
+        raise InvalidJsonError("the request body is not usable JSON: nested too deeply") from error
+
+
+def _flag(fields: Mapping[str, Any], key: str, param: str) -> bool:
+    """A boolean that may be null or absent. Strict, because the engine would also take 1 or "yes" for true."""
+    value = fields.get(key)
+    if value is not None and not isinstance(value, bool):
+        raise InvalidRequestError(f"'{param}' is no boolean", param=param, expected="true or false")
+    return bool(value)
+
+
+def _temperature(fields: Mapping[str, Any]) -> float | None:
+    value = fields.get("temperature")
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return None
+    # What no engine takes and no column holds: an integer of 400 digits.
+    return float(value) if abs(value) <= _MOST_KEPT else None
+
+
+def _max_tokens(fields: Mapping[str, Any], route: Route) -> int | None:
+    value = next((fields[name] for name in _LONGEST[route] if fields.get(name) is not None), None)
+    if isinstance(value, bool) or not isinstance(value, int):
+        return None
+    return value if abs(value) <= _MOST_KEPT else None
+
+
+def _ask_for_usage(fields: dict[str, Any]) -> bool:
+    """Makes the engine report token counts; returns whether the client wanted them as well."""
+    options = fields.get("stream_options")
+    if options is None:
+        options = {}
+    if not isinstance(options, dict):
+        raise InvalidRequestError("'stream_options' is no object", param="stream_options", expected="an object")
+    wanted = _flag(options, "include_usage", "stream_options.include_usage")
+    if not wanted:
+        # Without include_usage the engine ignores it; with ours it would fill every chunk.
+        options = {key: value for key, value in options.items() if key != "continuous_usage_stats"}
+    fields["stream_options"] = {**options, "include_usage": True}
+    return wanted

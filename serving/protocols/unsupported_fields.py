@@ -1,0 +1,119 @@
+"""The fields of a request that the engine would take and that are not served, each with its reason.
+
+Only what lets one client harm the others: end the engine that they share, hold its memory or its time unseen, or send
+it to other machines. All else is the engine's to check. Knows the fields of vLLM 0.32, and that its types are lax.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from serving.protocols.route import Route
+
+MOST_ANSWERS = 1024
+"""Answers to one request: the door counts requests, and a swap waits for all that runs. vLLM's own limit on the prompts
+of one request is the same; its limit on `n` is 16,384, for each of them."""
+
+Fields = Mapping[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class Refusal:
+    """Why a request is not served.
+
+    Attributes:
+        param: the field at fault.
+        wrong: what is wrong with it.
+        expected: what is served instead; may be empty.
+        todo: what the client can do; may be empty.
+    """
+
+    param: str
+    wrong: str
+    expected: str = ""
+    todo: str = "leave it out"
+
+
+def find_refusal(fields: Fields, route: Route) -> Refusal | None:
+    """The first reason not to serve a request; None where there is none."""
+    for check in _CHECKS[route]:
+        refusal = check(fields)
+        if refusal:
+            return refusal
+    return None
+
+
+_ENDS_ENGINE = "they can end the engine, which other clients share"
+
+
+def _prompt_logprobs(fields: Fields) -> Refusal | None:
+    """vLLM scores the whole prompt for these, which can exhaust or end an engine."""
+    if fields.get("prompt_logprobs") is None:
+        return None
+    return Refusal("prompt_logprobs", f"log-probabilities of the prompt are not served: {_ENDS_ENGINE}")
+
+
+def _echo_of_chat(fields: Fields) -> Refusal | None:
+    """There vLLM's `top_logprobs` is 0 by default, which is enough to score the prompt."""
+    if not fields.get("echo"):
+        return None
+    wrong = f"'echo' is not served for chat, because it asks for log-probabilities of the prompt: {_ENDS_ENGINE}"
+    return Refusal("echo", wrong)
+
+
+def _echo_with_logprobs(fields: Fields) -> Refusal | None:
+    if not fields.get("echo") or fields.get("logprobs") is None:
+        return None
+    wrong = f"'echo' with 'logprobs' asks for log-probabilities of the prompt, which are not served: {_ENDS_ENGINE}"
+    return Refusal("echo", wrong, todo="ask for one of the two")
+
+
+def _transfer(fields: Fields) -> Refusal | None:
+    """These name a host that the engine takes memory blocks from, or keep blocks after the answer until one comes for
+    them; `kv_transfer_params` in `vllm_xargs` make vLLM fail on an assertion."""
+    extra = fields.get("vllm_xargs")
+    for name in ("kv_transfer_params", "ec_transfer_params"):
+        inside = isinstance(extra, dict) and name in extra
+        if inside or fields.get(name) is not None:
+            wrong = f"'{name}' is not served: it is between engines, and says where one takes its memory from"
+            return Refusal(f"vllm_xargs.{name}" if inside else name, wrong)
+    return None
+
+
+def _kept_responses(fields: Fields) -> Refusal | None:
+    """vLLM's store of responses never forgets any, and an answer in the background has no client: it would hold no
+    place at the door, and no swap would know of it."""
+    if fields.get("background"):
+        return Refusal("background", "answers in the background are not served", "false", "wait for the answer")
+    if fields.get("store"):
+        return Refusal("store", "responses are not kept here", "false", "leave it out, and send all turns each time")
+    for name in ("previous_response_id", "conversation"):
+        if fields.get(name) is not None:
+            return Refusal(name, "responses are not kept here", todo="send all turns in 'input'")
+    return None
+
+
+def _many_answers(fields: Fields) -> Refusal | None:
+    each = fields.get("n")
+    if each is None:
+        each = 1
+    if isinstance(each, bool) or not isinstance(each, int):
+        return Refusal("n", "'n' is no integer", "an integer", "")  # the engine would also take "2" and 2.0
+    if each * _prompts(fields.get("prompt")) > MOST_ANSWERS:
+        return Refusal("n", "too many answers in one request", f"'n' times prompts at most {MOST_ANSWERS}", "")
+    return None
+
+
+def _prompts(prompt: Any) -> int:
+    """Prompts in one request; a list of numbers is one, of token ids."""
+    several = isinstance(prompt, list) and prompt and not isinstance(prompt[0], int)
+    return len(prompt) if several else 1
+
+
+_CHECKS: Mapping[Route, tuple[Callable[[Fields], Refusal | None], ...]] = {
+    Route.CHAT_COMPLETIONS: (_prompt_logprobs, _echo_of_chat, _transfer, _many_answers),
+    Route.COMPLETIONS: (_prompt_logprobs, _echo_with_logprobs, _transfer, _many_answers),
+    # vLLM has no `echo` and no `n` there, and passes over what it does not know.
+    Route.RESPONSES: (_prompt_logprobs, _transfer, _kept_responses),
+    Route.MESSAGES: (_prompt_logprobs, _transfer),
+}

@@ -1,0 +1,220 @@
+"""How each route writes its prompts and answers: token counts, end, text, reason for the end.
+
+Three formats: completions (chat and plain) end with `[DONE]`, responses and messages with an event of their own. What
+is read of them is said in the same words for all, those of chat completions. A part of an answer is a JSON body or one
+event of a stream. Knows the bytes that vLLM writes, and changes none.
+"""
+
+import json
+import re
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from serving.protocols.route import Route
+from serving.protocols.server_sent_events import data_of, is_event, json_of, name_of
+
+_USAGE = re.compile(rb'"usage"\s*:\s*(\{(?:[^{}]|\{[^{}]*\})*\})')
+_FINISH_REASON = re.compile(rb'"finish_reason"\s*:\s*"([a-z_]{1,40})"')
+_DONE = b"[DONE]"
+_RESPONSE_ENDS = frozenset({"response.completed", "response.incomplete"})
+"""vLLM ends with the first always, OpenAI with the second an answer that is cut off."""
+_STOP_REASONS = {"end_turn": "stop", "stop_sequence": "stop", "max_tokens": "length", "tool_use": "tool_calls"}
+
+
+@dataclass(frozen=True, slots=True)
+class Usage:
+    """Token counts of one answer."""
+
+    prompt: int
+    completion: int
+
+
+class WireFormat(ABC):
+    """What the gateway reads of the requests and answers of a route."""
+
+    @abstractmethod
+    def usage(self, part: bytes) -> Usage | None:
+        """The token counts of the whole answer; None in a part that does not have them."""
+
+    @abstractmethod
+    def finish_reason(self, part: bytes) -> str | None:
+        """Why the answer ended: `stop`, `length`, `tool_calls`; None in a part that does not say it."""
+
+    @abstractmethod
+    def is_token(self, event: bytes) -> bool:
+        """The event brings generated tokens."""
+
+    @abstractmethod
+    def is_end(self, event: bytes) -> bool:
+        """The event that ends a complete answer."""
+
+    @abstractmethod
+    def prompt(self, fields: Mapping[str, Any]) -> Any:
+        """The messages of a request, or its plain prompt."""
+
+    @abstractmethod
+    def text(self, parts: Iterable[bytes]) -> str:
+        """What the model wrote; empty where there is no text, as in tool calls."""
+
+    def error_event(self, error: bytes) -> bytes:
+        """The event that ends a broken answer.
+
+        Args:
+            error: JSON of an object with `error`.
+        """
+        return b'event: error\ndata: {"type": "error", ' + error[1:] + b"\n\n"
+
+
+class CompletionsFormat(WireFormat):
+    """Chat and plain completions."""
+
+    def usage(self, part: bytes) -> Usage | None:
+        """Of a stream in the one chunk that has no choices; found without parsing: log-probabilities make megabytes."""
+        found = _USAGE.findall(part)
+        if not found or (is_event(part) and json_of(part).get("choices") != []):
+            return None
+        try:
+            return _usage(json.loads(found[-1]), "prompt_tokens", "completion_tokens")
+        except ValueError:
+            return None
+
+    def finish_reason(self, part: bytes) -> str | None:
+        """The first that is set."""
+        found = _FINISH_REASON.search(part) if b'"finish_reason"' in part else None
+        return found[1].decode("ascii") if found else None
+
+    def is_token(self, event: bytes) -> bool:
+        """Neither a comment, nor the chunk that only opens a chat message, nor the end."""
+        return event.startswith(b"data:") and b'"role":' not in event and not self.is_end(event)
+
+    def is_end(self, event: bytes) -> bool:
+        return _DONE in event and data_of(event).strip() == _DONE
+
+    def prompt(self, fields: Mapping[str, Any]) -> Any:
+        return fields.get("messages", fields.get("prompt"))
+
+    def text(self, parts: Iterable[bytes]) -> str:
+        """Of the first choice."""
+        choices = [choice for part in parts for choice in json_of(part).get("choices") or []]
+        return "".join(_choice_text(choice) for choice in choices if choice.get("index", 0) == 0)
+
+    def error_event(self, error: bytes) -> bytes:
+        return b"data: " + error + b"\n\n"
+
+
+def _choice_text(choice: dict[str, Any]) -> str:
+    inner = choice.get("delta") or choice.get("message") or {}
+    return inner.get("content") or choice.get("text") or ""
+
+
+class ResponsesFormat(WireFormat):
+    """Responses, whose last event holds the whole response.
+
+    Parsed and not searched: tools, which the client wrote, come back in it.
+    """
+
+    def usage(self, part: bytes) -> Usage | None:
+        return _usage(self._whole(part).get("usage"), "input_tokens", "output_tokens")
+
+    def finish_reason(self, part: bytes) -> str | None:
+        whole = self._whole(part)
+        status = whole.get("status")
+        if status == "incomplete":
+            reason = (whole.get("incomplete_details") or {}).get("reason")
+            return "length" if reason == "max_output_tokens" else reason
+        if status != "completed":
+            return None
+        called = any(str(item.get("type")).endswith("_call") for item in whole.get("output") or [])
+        return "tool_calls" if called else "stop"
+
+    def is_token(self, event: bytes) -> bool:
+        return name_of(event).endswith(".delta")
+
+    def is_end(self, event: bytes) -> bool:
+        return name_of(event) in _RESPONSE_ENDS
+
+    def prompt(self, fields: Mapping[str, Any]) -> Any:
+        """The instructions are the system's turn, as vLLM has it."""
+        turns = fields.get("input")
+        turns = turns if isinstance(turns, list) else [{"role": "user", "content": turns}]
+        instructions = fields.get("instructions")
+        return [{"role": "system", "content": instructions}, *turns] if instructions else turns
+
+    def text(self, parts: Iterable[bytes]) -> str:
+        return "".join(self._part_text(part) for part in parts)
+
+    def _part_text(self, part: bytes) -> str:
+        if is_event(part):
+            return json_of(part).get("delta") or "" if name_of(part) == "response.output_text.delta" else ""
+        contents = [content for item in json_of(part).get("output") or [] for content in item.get("content") or []]
+        return "".join(content.get("text") or "" for content in contents if content.get("type") == "output_text")
+
+    def _whole(self, part: bytes) -> dict[str, Any]:
+        if not is_event(part):
+            return json_of(part)
+        return json_of(part).get("response") or {} if self.is_end(part) else {}
+
+
+class MessagesFormat(WireFormat):
+    """Anthropic's messages.
+
+    Parsed and not searched: the input of a tool, which the model wrote, is an object in them.
+    """
+
+    def usage(self, part: bytes) -> Usage | None:
+        """Of a stream in its `message_delta`: its first event has counts too, of an answer without tokens."""
+        usage = self._end_of(part).get("usage")
+        found = _usage(usage, "input_tokens", "output_tokens")
+        if not found or not isinstance(usage, dict):
+            return None
+        cached = sum(usage.get(name) or 0 for name in ("cache_read_input_tokens", "cache_creation_input_tokens"))
+        return Usage(found.prompt + cached, found.completion)
+
+    def finish_reason(self, part: bytes) -> str | None:
+        end = self._end_of(part)
+        reason = (end.get("delta") or end).get("stop_reason")
+        return _STOP_REASONS.get(str(reason), reason)
+
+    def is_token(self, event: bytes) -> bool:
+        return name_of(event) == "content_block_delta"
+
+    def is_end(self, event: bytes) -> bool:
+        return name_of(event) == "message_stop"
+
+    def prompt(self, fields: Mapping[str, Any]) -> Any:
+        turns, system = fields.get("messages"), fields.get("system")
+        return [{"role": "system", "content": system}, *turns] if system and isinstance(turns, list) else turns
+
+    def text(self, parts: Iterable[bytes]) -> str:
+        return "".join(self._part_text(part) for part in parts)
+
+    def _part_text(self, part: bytes) -> str:
+        if is_event(part):
+            return (json_of(part).get("delta") or {}).get("text") or "" if self.is_token(part) else ""
+        return "".join(block.get("text") or "" for block in json_of(part).get("content") or [])
+
+    def _end_of(self, part: bytes) -> dict[str, Any]:
+        return json_of(part) if not is_event(part) or name_of(part) == "message_delta" else {}
+
+
+def _usage(counts: Any, prompt: str, completion: str) -> Usage | None:
+    try:
+        return Usage(int(counts[prompt]), int(counts.get(completion) or 0))
+    except (AttributeError, KeyError, TypeError, ValueError):
+        return None
+
+
+_COMPLETIONS = CompletionsFormat()
+_FORMATS: Mapping[Route, WireFormat] = {
+    Route.CHAT_COMPLETIONS: _COMPLETIONS,
+    Route.COMPLETIONS: _COMPLETIONS,
+    Route.RESPONSES: ResponsesFormat(),
+    Route.MESSAGES: MessagesFormat(),
+}
+
+
+def wire_format(route: Route) -> WireFormat:
+    """The format of a route."""
+    return _FORMATS[route]

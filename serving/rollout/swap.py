@@ -1,0 +1,350 @@
+"""Brings another version into the engines, with no request lost and none answered by two versions.
+
+One engine after the other, each in one of two ways. In place: no new requests for it -> let the running ones end ->
+reload -> forget the prefix cache -> check the probes. Where it is the only engine, the door holds what comes meanwhile.
+Blue-green: start a second engine with the version, check the probes, exchange the two, let the old one answer its last
+requests. Nobody waits, but there must be memory for both.
+
+Whatever fails ends with the version before on every engine, proven again; a door that opens for any other reason finds
+no engine behind it.
+"""
+
+import asyncio
+import logging
+import time
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager, suppress
+from dataclasses import dataclass, replace
+
+from serving.admission import Admission
+from serving.engines.pool import EnginePool
+from serving.engines.replica import Supervisor
+from serving.engines.verification import Proof
+from serving.router import Routes, Served
+from svc.engine.state import EngineState
+from svc.errors import EngineError, ProbeError, SvcError
+from svc.registry.fingerprint import compatibility_fingerprint
+from svc.registry.registry import Registry
+from svc.settings import SwapChoice
+from svc.store.desired import Target
+from svc.store.swaps import SwapKind, SwapOutcome, SwapResult
+
+log = logging.getLogger(__name__)
+
+Report = Callable[[str], None]
+
+_ROOM_POLL_S = 1.0
+_DIFFERENT = "architecture, shapes, tokenizer, template or format differ"
+
+
+class RequestsRunError(EngineError):
+    """Requests still run after the drain timeout; the engine serves on."""
+
+
+@dataclass(slots=True)
+class _Change:
+    """One swap while it is under way.
+
+    Attributes:
+        why: it is of this kind.
+        held_s: how long the door was closed, all in all; None while it never was.
+        running: requests in the engines when it began.
+        held: most requests that waited.
+    """
+
+    current: Target
+    target: Target
+    kind: SwapKind
+    why: str
+    report: Report
+    running: int
+    held_s: float | None = None
+    held: int | None = None
+
+
+class Swap:
+    """Changes the version in the engines of a pool.
+
+    Args:
+        choice: whether a second engine is started where a reload in place would do.
+        shortage: why there is no room for a second engine with a version; None where there is.
+        drain_timeout_s: longest wait for the requests that run in an engine, in place.
+        retire_timeout_s: the same for an engine that serves and must be replaced.
+    """
+
+    def __init__(
+        self,
+        *,
+        registry: Registry,
+        proof: Proof,
+        pool: EnginePool,
+        door: Admission,
+        routes: Routes,
+        choice: SwapChoice,
+        shortage: Callable[[Target], str | None],
+        drain_timeout_s: float,
+        retire_timeout_s: float,
+    ) -> None:
+        self._registry = registry
+        self._proof = proof
+        self._pool = pool
+        self._door = door
+        self._routes = routes
+        self._choice = choice
+        self._shortage = shortage
+        self._drain_timeout_s = drain_timeout_s
+        self._retire_timeout_s = retire_timeout_s
+
+    async def run(self, current: Target, target: Target, report: Report) -> SwapResult:
+        """Swaps, or leaves `current` serving. Raises for nothing that has to do with the two versions.
+
+        Args:
+            current: what the engines hold.
+            report: hears each step.
+        """
+        began = time.monotonic()
+        try:
+            change = await self._plan(current, target, report)
+        except (SvcError, OSError) as error:
+            log.warning("%s refused", target, exc_info=error)
+            return SwapResult(SwapOutcome.REFUSED, str(error))
+        outcome, reason = await self._change_all(change)
+        took_s = time.monotonic() - began
+        if change.held_s is not None:
+            report(f"held requests for {change.held_s:.2f} s, {change.held} of them")
+        return SwapResult(outcome, reason, change.held_s, change.running, change.held, change.kind, took_s)
+
+    async def _plan(self, current: Target, target: Target, report: Report) -> _Change:
+        """Everything that can be found wrong before an engine is touched. A reload that fails ends the engine."""
+        await self._proof.files(target)
+        report("files match the manifest")
+        fits = await asyncio.to_thread(self._fits, current, target)
+        if not fits or self._choice is SwapChoice.BLUEGREEN:
+            kind, why = SwapKind.BLUEGREEN, "as set" if fits else _DIFFERENT
+        elif len(self._pool.running) > 1:
+            kind, why = SwapKind.ROLLING, "it fits in place, one engine after the other"
+        else:
+            kind, why = SwapKind.INPLACE, "same architecture, quantization, tokenizer and template"
+        report(f"{kind} swap: {why}")
+        return _Change(current, target, kind, why, report, self._door.running)
+
+    def _fits(self, current: Target, target: Target) -> bool:
+        """Compares the fingerprints that were taken when the versions were made; their files were compared since.
+
+        Taking them again parses both tokenizers, which holds the interpreter, and with it every stream, for 100 ms or
+        more: that is for versions that have none, or one that another release took.
+        """
+        one, other = (self._registry.format(of.version, of.format).fingerprint for of in (current, target))
+        if one and one == other:
+            return True
+        folders = (self._registry.artifact(of.version, of.format) for of in (current, target))
+        one, other = (compatibility_fingerprint(folder) for folder in folders)
+        return one == other
+
+    async def _change_all(self, change: _Change) -> tuple[SwapOutcome, str | None]:
+        changed: list[Supervisor] = []
+        for engine in self._pool.running:
+            if changed and engine.state is not EngineState.READY:
+                continue  # it died meanwhile: it is started again with what serves then
+            outcome, reason, engine = await self._change_one(change, engine)
+            if outcome is not SwapOutcome.SUCCEEDED:
+                if changed:
+                    change.report(f"back to {change.current} on the engines that were changed")
+                    outcome = max(outcome, await self._back(change, changed), key=_severity)
+                return outcome, reason
+            changed.append(engine)
+            if len(self._pool.members) > 1:
+                change.report(f"{len(changed)} of {len(self._pool.members)} engines hold {change.target}")
+        if not changed:
+            return SwapOutcome.FAILED, "the engine died before it was changed"
+        self._routes.serve(Served(change.target.version, change.target.format))
+        return SwapOutcome.SUCCEEDED, None
+
+    async def _back(self, change: _Change, changed: list[Supervisor]) -> SwapOutcome:
+        """Brings the version before back to engines that were changed already, in the way in which they were."""
+        worst = SwapOutcome.RESTORED
+        back = replace(change, target=change.current)  # and whatever fails, the version before is what comes
+        for engine in changed:
+            if engine.state is not EngineState.READY:
+                continue  # it died meanwhile: it is started again with the version before
+            outcome, _, engine = await self._change_one(back, engine)
+            if outcome is SwapOutcome.REFUSED:
+                outcome = await self._replace_serving(back, engine)
+            if outcome is SwapOutcome.FAILED:
+                worst = outcome
+        change.held_s, change.held = back.held_s, back.held
+        return worst
+
+    async def _change_one(self, change: _Change, engine: Supervisor) -> tuple[SwapOutcome, str | None, Supervisor]:
+        """One engine, in place or by another that takes its place; and the one that has the place then."""
+        if change.kind is SwapKind.BLUEGREEN:
+            return await self._blue_green(change, engine)
+        try:
+            return *await self._in_place(change, engine), engine
+        except EngineError as error:
+            change.report(f"not in place: {error.wrong}")
+            change.why = error.wrong
+            return await self._blue_green(change, engine)
+        except OSError as error:
+            log.warning("%s cannot be noted for an engine", change.target, exc_info=True)
+            return SwapOutcome.REFUSED, str(error), engine
+
+    async def _blue_green(self, change: _Change, old: Supervisor) -> tuple[SwapOutcome, str | None, Supervisor]:
+        try:
+            shortage = await self._find_shortage(change.target)
+        except (SvcError, OSError) as error:
+            log.warning("no second engine with %s", change.target, exc_info=True)
+            return SwapOutcome.REFUSED, str(error), old
+        if shortage:
+            change.report(f"no room for a second engine: {shortage}")
+            return SwapOutcome.REFUSED, f"no room for a second engine: {shortage} ({change.why})", old
+        change.kind = SwapKind.BLUEGREEN
+        change.report(f"starting a second engine with {change.target}")
+        new = self._pool.add()
+        try:
+            await new.start(change.target)
+        except Exception as error:  # whatever it was, the engine that serves was not touched
+            log.warning("no second engine with %s", change.target, exc_info=error)
+            change.report(f"failed: {_line(error)}")
+            await self._pool.drop(new)
+            return SwapOutcome.REFUSED, str(error) or repr(error), old
+        self._serve_if_only(change)
+        self._pool.exchange(old, new)
+        change.report(f"requests go to it; {old.running} still run in the one before")
+        return SwapOutcome.SUCCEEDED, None, new
+
+    async def _find_shortage(self, target: Target) -> str | None:
+        """Why there is no room, after engines that were replaced had some time to go."""
+        deadline = time.monotonic() + self._drain_timeout_s
+        while True:
+            shortage = await asyncio.to_thread(self._shortage, target)
+            if not shortage or not self._pool.retiring or time.monotonic() >= deadline:
+                return shortage
+            await asyncio.sleep(_ROOM_POLL_S)
+
+    def _serve_if_only(self, change: _Change) -> None:
+        """Where others still hold the version before, that one is in production until all are changed."""
+        if len(self._pool.running) <= 1:
+            self._routes.serve(Served(change.target.version, change.target.format))
+
+    async def _in_place(self, change: _Change, engine: Supervisor) -> tuple[SwapOutcome, str | None]:
+        async with self._without(change, engine):
+            engine.enter(EngineState.DRAINING)
+            try:
+                await self._drain(engine)
+            except EngineError as error:
+                # Where requests run still, an engine that hangs is found by the pool, which is more patient.
+                if not isinstance(error, RequestsRunError) and not await engine.client.healthy():
+                    return await self._replace_engine(change, engine), str(error)
+                engine.enter(EngineState.READY)
+                raise
+            except BaseException:
+                engine.enter(EngineState.READY)
+                raise
+            change.report("running requests ended")
+            engine.enter(EngineState.SWAPPING)
+            try:
+                return await self._exchange(change, engine)
+            except BaseException:
+                # Cancelled, or a defect. Nobody knows which weights the engine holds, so nobody may reach it.
+                engine.enter(EngineState.FAILED)
+                raise
+
+    @asynccontextmanager
+    async def _without(self, change: _Change, engine: Supervisor) -> AsyncIterator[None]:
+        """Others take the requests meanwhile, or, where there are none, the door holds them."""
+        if any(other is not engine for other in self._pool.ready):
+            yield
+            return
+        closed = time.monotonic()
+        async with self._door.closed():
+            change.report(f"holding new requests, {self._door.running} running")
+            try:
+                yield
+            finally:
+                change.held_s = (change.held_s or 0.0) + time.monotonic() - closed
+                change.held = max(change.held or 0, self._door.most_held)
+
+    async def _drain(self, engine: Supervisor) -> None:
+        """Returns when no request runs: none that a client waits for, and none that one left behind in the engine.
+
+        Raises:
+            RequestsRunError: some still ran after the timeout.
+            EngineError: the engine is gone, or still busy.
+            OSError: a later server cannot be told that the engine holds the version before no more.
+        """
+        try:
+            await engine.drained(self._drain_timeout_s)
+        except TimeoutError:
+            after = f"after {self._drain_timeout_s:g} s (serve.drain_timeout_s)"
+            raise RequestsRunError(f"{engine.running} requests still ran {after}") from None
+        await engine.client.reset_prefix_cache()
+        engine.forget()
+
+    async def _exchange(self, change: _Change, engine: Supervisor) -> tuple[SwapOutcome, str | None]:
+        try:
+            await self._load(engine, change.target, change.report)
+        except Exception as error:  # whatever it was, weights that are not proven must not serve
+            log.warning("%s failed after its load", change.target, exc_info=error)
+            change.report(f"failed: {_line(error)}")
+            return await self._restore(change, engine, error), str(error) or repr(error)
+        self._serve_if_only(change)
+        engine.enter(EngineState.READY)
+        return SwapOutcome.SUCCEEDED, None
+
+    async def _load(self, engine: Supervisor, target: Target, report: Report) -> None:
+        started = time.monotonic()
+        await engine.exchange(await self._proof.folder(target))
+        report(f"weights of {target} loaded in {time.monotonic() - started:.2f} s, prefix cache reset")
+        report(await engine.prove(target))
+
+    async def _restore(self, change: _Change, engine: Supervisor, error: Exception) -> SwapOutcome:
+        """The version before: in the same engine where that still answered, else in a new one.
+
+        Anything but a failed probe, above all a reload that failed, is taken for the engine's death.
+        """
+        if not isinstance(error, ProbeError):
+            return await self._replace_engine(change, engine)
+        try:
+            await self._proof.files(change.current)
+            await self._load(engine, change.current, change.report)
+        except Exception as second:  # as above
+            log.warning("the engine cannot go back to %s", change.current, exc_info=second)
+            return await self._replace_engine(change, engine)
+        engine.enter(EngineState.READY)
+        return SwapOutcome.RESTORED
+
+    async def _replace_serving(self, change: _Change, engine: Supervisor) -> SwapOutcome:
+        """A new engine with the version before for one that serves; it answers first what runs in it."""
+        async with self._without(change, engine):
+            engine.enter(EngineState.DRAINING)
+            with suppress(TimeoutError):
+                await engine.drained(self._retire_timeout_s)
+            return SwapOutcome.RESTORED if await self._start_before(change, engine) else SwapOutcome.FAILED
+
+    async def _replace_engine(self, change: _Change, engine: Supervisor) -> SwapOutcome:
+        """A new engine with the version before for one that is dead or cannot be trusted."""
+        change.report("the engine cannot go on: replacing it")
+        self._pool.count_restart()
+        await self._start_before(change, engine)
+        return SwapOutcome.FAILED
+
+    async def _start_before(self, change: _Change, engine: Supervisor) -> bool:
+        """Whether it starts; if not, the reconciler goes on trying."""
+        try:
+            await engine.start(change.current)
+        except Exception as error:  # whatever it was, it may be gone later
+            log.exception("the new engine did not start")
+            change.report(f"the new engine did not start: {_line(error)}")
+            return False
+        change.report(f"a new engine runs {change.current}")
+        return True
+
+
+def _severity(outcome: SwapOutcome) -> int:
+    return list(SwapOutcome).index(outcome)
+
+
+def _line(error: Exception) -> str:
+    """An error as a step: what was wrong, without what to do."""
+    return error.wrong if isinstance(error, SvcError) else repr(error)

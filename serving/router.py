@@ -1,0 +1,88 @@
+"""What a client's model name means at this moment.
+
+Knows which versions are loaded, and nothing of how they got there. A name is resolved after admission, so that a
+request which was held through a swap gets the new version.
+"""
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from serving.admission import EngineUnavailableError
+from svc.errors import NotFoundError
+from svc.registry.version import Alias, Format, VersionId
+
+SHOWN_CHARS = 100
+"""How much of a client's own text comes back in an error."""
+
+
+class ModelNotFoundError(NotFoundError):
+    """A model name that nothing loaded answers to."""
+
+
+@dataclass(frozen=True, slots=True)
+class Served:
+    """A version as an engine holds it."""
+
+    version: VersionId
+    format: Format
+
+
+class Routes:
+    """The names that clients may use: `NAME`, `NAME@production`, `NAME@N` of each loaded version.
+
+    Args:
+        name: the served model name, without a version; also what the engines themselves call their model.
+        clock: Unix time, seconds.
+    """
+
+    def __init__(self, name: str, *, clock: Callable[[], float] = time.time) -> None:
+        self.name = name
+        self._clock = clock
+        self._served: Served | None = None
+        self._loaded: set[Served] = set()
+        self._since = 0
+
+    @property
+    def served(self) -> Served | None:
+        """The version in production; None before the first is."""
+        return self._served
+
+    @property
+    def since(self) -> int:
+        """When it came there, Unix seconds."""
+        return self._since
+
+    def serve(self, served: Served) -> None:
+        """From now on this version is the one in production."""
+        if served != self._served:
+            self._served, self._since = served, int(self._clock())
+
+    def load(self, loaded: set[Served]) -> None:
+        """From now on engines hold these versions: two during a swap of several engines."""
+        self._loaded = loaded
+
+    def names(self) -> tuple[str, ...]:
+        """The names that resolve now."""
+        if self._served is None:
+            return ()
+        versions = sorted({self._served.version, *(loaded.version for loaded in self._loaded)})
+        return self.name, *(str(version) for version in versions), f"{self.name}@{Alias.PRODUCTION}"
+
+    def resolve(self, model: str) -> VersionId | None:
+        """The version that a client's model name means; None for whichever an engine holds that takes requests.
+
+        Raises:
+            ModelNotFoundError: no loaded version answers to it.
+            EngineUnavailableError: nothing is loaded yet.
+        """
+        if self._served is None:
+            raise EngineUnavailableError("no version is loaded yet", todo="send the request again later")
+        if model in (self.name, f"{self.name}@{Alias.PRODUCTION}"):
+            return None
+        for loaded in self._loaded:
+            if model == str(loaded.version):
+                return loaded.version
+        raise ModelNotFoundError(
+            f"model {model[:SHOWN_CHARS]!r} is not served here", expected=f"one of {', '.join(self.names())}"
+        )

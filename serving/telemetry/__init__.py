@@ -1,0 +1,1 @@
+"""What is measured and kept of requests: metrics, quantiles, the request log."""

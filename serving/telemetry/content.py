@@ -1,0 +1,71 @@
+"""The prompt and the answer of a request as texts to keep, read from the bytes that passed.
+
+Runs in the thread that writes records, long after the client was answered.
+"""
+
+import json
+from dataclasses import dataclass, field
+
+from serving.protocols.route import Route
+from serving.protocols.wire_formats import wire_format
+from svc.redaction import Redactor
+
+MAX_ANSWER_BYTES = 4 * 2**20
+"""As events, in which a token takes some 200 bytes: 20,000 tokens."""
+
+
+@dataclass(slots=True)
+class Content:
+    """What passed the gateway for one request.
+
+    Attributes:
+        route: says how they are written.
+        payload: the JSON that went to the engine.
+        answer: a JSON body, or the events of a stream.
+        size: what it holds in memory, bytes.
+        too_long: the answer went past the limit, and is not held any more.
+    """
+
+    route: Route
+    payload: bytes
+    answer: list[bytes] = field(default_factory=list)
+    size: int = 0
+    too_long: bool = False
+
+    def __post_init__(self) -> None:
+        self.size = len(self.payload)
+
+    def add(self, part: bytes) -> None:
+        """Takes a part of the answer."""
+        self.too_long = self.too_long or self.size + len(part) > len(self.payload) + MAX_ANSWER_BYTES
+        if self.too_long:
+            self.answer.clear()
+            return
+        self.answer.append(part)
+        self.size += len(part)
+
+
+def prompt_text(content: Content, redactor: Redactor) -> str:
+    """JSON of the messages, or of the prompt of a plain completion.
+
+    Raises:
+        ValueError: a prompt of token ids, which anybody with the tokenizer can read and no pattern matches.
+    """
+    prompt = wire_format(content.route).prompt(json.loads(content.payload))
+    texts = prompt if isinstance(prompt, list) else [prompt]
+    if not all(isinstance(text, str | dict) for text in texts):
+        raise ValueError("the prompt is not text")
+    return _encodable(json.dumps(redactor.strings(prompt), ensure_ascii=False))
+
+
+def answer_text(content: Content, redactor: Redactor) -> str:
+    """The text of the first choice; empty where there is none, as in an answer of tool calls alone.
+
+    Redacted as a whole: a number may come in many events.
+    """
+    return _encodable(redactor.text(wire_format(content.route).text(content.answer)))
+
+
+def _encodable(text: str) -> str:
+    """Without lone surrogates, which JSON can hold and UTF-8 cannot."""
+    return text.encode("utf-8", "replace").decode("utf-8")

@@ -1,0 +1,98 @@
+"""vLLM's own metrics on our page, each with the labels `model`, `version` and `replica`.
+
+An engine listens on a private socket, where no scraper reaches it. Its counters go on over a change of version in
+place: each version's series then begins at what the one before had reached, which `rate` and `increase` do not mind.
+"""
+
+import asyncio
+import logging
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+
+import httpx
+from prometheus_client import Metric
+from prometheus_client.parser import text_string_to_metric_families
+from prometheus_client.registry import Collector
+
+from serving.router import Served
+
+log = logging.getLogger(__name__)
+
+_PREFIX = "vllm:"
+_TIMEOUT_S = 2.0
+"""Our own figures do not wait for an engine that hangs: that is when they are needed."""
+
+
+@dataclass(frozen=True, slots=True)
+class EngineSource:
+    """An engine that has metrics.
+
+    Attributes:
+        http: a client whose base URL is the engine.
+        served: the version that it holds.
+        replica: its number.
+    """
+
+    http: httpx.AsyncClient
+    served: Served
+    replica: int
+
+
+class EngineMetrics(Collector):
+    """The engines' families as they were at the last `refresh`.
+
+    Args:
+        sources: the engines that answer now.
+    """
+
+    def __init__(self, sources: Callable[[], Sequence[EngineSource]]) -> None:
+        self._sources = sources
+        self._families: list[Metric] = []
+
+    async def refresh(self) -> None:
+        """Asks the engines; there is nothing to show of one that does not answer."""
+        sources = self._sources()
+        pages = await asyncio.gather(*(_page(source) for source in sources))
+        # Some milliseconds, which no stream shall wait for.
+        self._families = await asyncio.to_thread(_merged, list(zip(sources, pages, strict=True)))
+
+    def describe(self) -> Iterable[Metric]:
+        """Nothing: which families there are is the engines' to say."""
+        return []
+
+    def collect(self) -> Iterable[Metric]:
+        """The families."""
+        return self._families
+
+
+async def _page(source: EngineSource) -> str:
+    try:
+        answer = await source.http.get("/metrics", timeout=_TIMEOUT_S)
+        answer.raise_for_status()
+    except httpx.HTTPError as error:
+        log.debug("replica %d shows no metrics: %r", source.replica, error)
+        return ""
+    return answer.text
+
+
+def _merged(pages: Sequence[tuple[EngineSource, str]]) -> list[Metric]:
+    """One family of each name, with the samples of all engines."""
+    families: dict[str, Metric] = {}
+    for source, page in pages:
+        added = {
+            "model": source.served.version.name,
+            "version": str(source.served.version.number),
+            "replica": str(source.replica),
+        }
+        try:
+            found = list(text_string_to_metric_families(page))
+        except ValueError:
+            log.warning("the metrics of replica %d cannot be read", source.replica, exc_info=True)
+            continue
+        for family in found:
+            # When a series began is a gauge of its own in this format, under a name that OpenMetrics reserves.
+            if family.name.startswith(_PREFIX) and not family.name.endswith("_created"):
+                samples = [sample._replace(labels=added | sample.labels) for sample in family.samples]
+                family.samples = []
+                families.setdefault(family.name, family).samples.extend(samples)
+    return list(families.values())

@@ -1,0 +1,243 @@
+"""The gateway's own Prometheus instruments, on a registry that is passed in.
+
+A client can create no series: models that are not served are counted under `unknown`, routes and reasons are enums,
+and a status is one that the gateway sends. Versions are the label that grows, one for each swap.
+Knows nothing of the engine's own metrics.
+"""
+
+import time
+from collections.abc import Callable, Sequence
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
+
+from serving.http.errors import ErrorCode
+from serving.protocols.route import Route
+from serving.protocols.wire_formats import Usage
+from serving.router import Served
+from serving.telemetry.quantiles import VersionQuantiles
+from serving.telemetry.request_log import Dropped
+from svc.engine.state import EngineState
+from svc.registry.version import VersionId
+from svc.store.feedback import Rating
+from svc.store.swaps import SwapOutcome, SwapResult
+
+CLIENT_GONE_STATUS = 499
+"""nginx's code for a client that left before its answer began; it is counted and never sent."""
+UNKNOWN_MODEL = "unknown"
+_NOT_COMPLETIONS = {
+    ErrorCode.NOT_FOUND,
+    ErrorCode.METHOD_NOT_ALLOWED,
+    ErrorCode.MODEL_NOT_DELETABLE,
+    ErrorCode.REQUEST_NOT_FOUND,
+    ErrorCode.RECORDS_BUSY,
+}
+
+# An answer takes from 50 ms (a few tokens on a GPU) to minutes (2,000 tokens on a CPU): each bucket is at most 2.5
+# times the one before. The last is the default limit on the engine's silence.
+_DURATION_BUCKETS_S = (0.05, 0.1, 0.25, 0.5, 1, 2, 4, 8, 15, 30, 60, 120, 300, 600)
+# The first token waits for the prompt: 10 ms for a short one on a GPU, many seconds for a long one on a CPU or in a
+# queue. Finer below 1 s, where people begin to notice.
+_FIRST_TOKEN_BUCKETS_S = (0.01, 0.025, 0.05, 0.1, 0.2, 0.35, 0.5, 0.75, 1, 2, 4, 8, 15, 30, 60)
+# 5 ms is a small model on a GPU, 250 ms is as slow as people read; beyond lie stalls: a long prompt of another
+# request, a preemption.
+_BETWEEN_TOKENS_BUCKETS_S = (0.0025, 0.005, 0.01, 0.02, 0.035, 0.05, 0.075, 0.1, 0.15, 0.25, 0.5, 1, 2.5, 10)
+# A swap in place: one to two seconds for the weights, up to the drain timeout for long answers, and an engine start
+# where one is needed.
+_SWAP_BUCKETS_S = (0.5, 1, 1.5, 2, 3, 5, 10, 20, 30, 60, 120, 300, 600)
+_HELD_BUCKETS = (0, 1, 2, 4, 8, 16, 32, 64, 128, 256)
+_EXEMPLAR_CHARS = 100  # OpenMetrics allows 128 for names and values together
+
+
+class Traffic:
+    """Counts and times what passes through the gateway.
+
+    Args:
+        registry: where the instruments are registered; one Traffic for each registry.
+        exemplars: latency histograms carry the id of a request for each bucket; shown in OpenMetrics only.
+        clock: monotonic time, seconds, for the window of the quantiles.
+    """
+
+    def __init__(
+        self,
+        registry: CollectorRegistry,
+        *,
+        exemplars: bool = False,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self.registry = registry
+        self._exemplars = exemplars
+        self._add_request_instruments(registry)
+        self._add_engine_instruments(registry)
+        self._add_record_instruments(registry)
+        self.duration_quantiles = VersionQuantiles(
+            "svc_request_duration_quantile_seconds", "Duration of answered requests, last 5 minutes", clock
+        )
+        self.first_token_quantiles = VersionQuantiles(
+            "svc_time_to_first_token_quantile_seconds", "Time to the first streamed token, last 5 minutes", clock
+        )
+        registry.register(self.duration_quantiles)
+        registry.register(self.first_token_quantiles)
+
+    def _add_request_instruments(self, registry: CollectorRegistry) -> None:
+        version = ("model", "version")
+        self._requests = Counter(
+            "svc_requests_total", "Requests answered", (*version, "route", "status"), registry=registry
+        )
+        self._duration = Histogram(
+            "svc_request_duration_seconds",
+            "From the request's last byte to the answer's last byte, answers with a status below 400",
+            (*version, "route"),
+            buckets=_DURATION_BUCKETS_S,
+            registry=registry,
+        )
+        self._first_token = Histogram(
+            "svc_time_to_first_token_seconds",
+            "From the request's last byte to the first token, streamed answers",
+            version,
+            buckets=_FIRST_TOKEN_BUCKETS_S,
+            registry=registry,
+        )
+        self._between_tokens = Histogram(
+            "svc_time_between_tokens_seconds",
+            "Between two tokens of one streamed answer",
+            version,
+            buckets=_BETWEEN_TOKENS_BUCKETS_S,
+            registry=registry,
+        )
+        self._tokens = Counter("svc_tokens_total", "Tokens", (*version, "direction"), registry=registry)
+        self._running = Gauge("svc_requests_running", "Requests in the engine", registry=registry)
+        self._held = Gauge("svc_requests_held", "Requests that wait for a change of version", registry=registry)
+        self._errors = Counter(
+            "svc_request_errors_total", "Requests that failed, by reason", ("reason",), registry=registry
+        )
+        # From the start, so that the first error is seen as an increase.
+        for code in set(ErrorCode) - _NOT_COMPLETIONS:
+            self._errors.labels(code.value)
+
+    def _add_engine_instruments(self, registry: CollectorRegistry) -> None:
+        self._engine_state = Gauge("svc_engine_state", "Engines in a state", ("state",), registry=registry)
+        self._restarts = Counter("svc_engine_restarts_total", "Engine starts after the engine died", registry=registry)
+        self._swap_duration = Histogram(
+            "svc_swap_duration_seconds",
+            "From closing the door to opening it",
+            ("outcome",),
+            buckets=_SWAP_BUCKETS_S,
+            registry=registry,
+        )
+        self._swaps = Counter("svc_swaps_total", "Swaps, by outcome", ("outcome",), registry=registry)
+        for outcome in SwapOutcome:
+            self._swaps.labels(outcome.value)
+        self._swap_held = Histogram(
+            "svc_swap_held_requests", "Requests held when a swap ended", buckets=_HELD_BUCKETS, registry=registry
+        )
+        self._version_info = Gauge(
+            "svc_model_version_info",
+            "1 for the version that is loaded",
+            ("model", "version", "format"),
+            registry=registry,
+        )
+        self._holdout_interval = Gauge(
+            "svc_holdout_interval_seconds",
+            "From one run of the held-out set to the next, where it is to be asked",
+            ("model", "version"),
+            registry=registry,
+        )
+
+    def _add_record_instruments(self, registry: CollectorRegistry) -> None:
+        self._records = Counter("svc_request_records_total", "Rows stored, one for each request", registry=registry)
+        self._records_dropped = Counter(
+            "svc_request_records_dropped_total", "Rows or contents not kept, by reason", ("reason",), registry=registry
+        )
+        for reason in Dropped:
+            self._records_dropped.labels(reason.value)
+        self._feedback = Counter(
+            "svc_feedback_total", "Answers that were rated", ("model", "version", "rating"), registry=registry
+        )
+
+    def watch_door(self, running: Callable[[], int], held: Callable[[], int]) -> None:
+        """Reads the two gauges from the door itself whenever they are asked for."""
+        self._running.set_function(running)
+        self._held.set_function(held)
+
+    def request_ended(
+        self, served: Served | None, route: Route, status: int, seconds: float, request_id: str = ""
+    ) -> None:
+        """Counts an answer, and times it when it was none of an error.
+
+        Args:
+            served: the version that the model name resolved to; None where it did not.
+            status: as sent, or `CLIENT_GONE_STATUS`.
+            seconds: from the request's last byte to the answer's last.
+            request_id: for the exemplar.
+        """
+        model, version = _labels(served)
+        self._requests.labels(model, version, route.value, str(status)).inc()
+        if served and status < 400:
+            self._duration.labels(model, version, route.value).observe(seconds, self._exemplar(request_id))
+            self.duration_quantiles.observe(served.version, seconds)
+
+    def first_token(self, served: Served, seconds: float, request_id: str = "") -> None:
+        """Times the first token of a streamed answer."""
+        self._first_token.labels(*_labels(served)).observe(seconds, self._exemplar(request_id))
+        self.first_token_quantiles.observe(served.version, seconds)
+
+    def between_tokens(self, served: Served) -> Callable[[float], None]:
+        """What observes the seconds between two tokens; looked up once for each answer, since tokens are many."""
+        return self._between_tokens.labels(*_labels(served)).observe
+
+    def tokens(self, served: Served, usage: Usage) -> None:
+        """Counts the tokens of an answer."""
+        self._tokens.labels(*_labels(served), "in").inc(usage.prompt)
+        self._tokens.labels(*_labels(served), "out").inc(usage.completion)
+
+    def request_failed(self, code: ErrorCode) -> None:
+        """Counts an error under its reason; also one that ends a stream whose status was 200."""
+        self._errors.labels(code.value).inc()
+
+    def records_stored(self, count: int) -> None:
+        """Counts rows written to the store."""
+        self._records.inc(count)
+
+    def records_dropped(self, reason: Dropped, count: int) -> None:
+        """Counts what was not kept."""
+        self._records_dropped.labels(reason.value).inc(count)
+
+    def feedback_given(self, version: VersionId | None, rating: Rating) -> None:
+        """Counts a rated answer."""
+        name, number = (version.name, str(version.number)) if version else (UNKNOWN_MODEL, "")
+        self._feedback.labels(name, number, rating.value).inc()
+
+    def engine_states(self, states: Sequence[EngineState]) -> None:
+        """Shows how many engines are in each state."""
+        for state in EngineState:
+            self._engine_state.labels(state.value).set(states.count(state))
+
+    def engine_restarted(self) -> None:
+        """Counts a start after a death."""
+        self._restarts.inc()
+
+    def swap_ended(self, result: SwapResult) -> None:
+        """Counts a swap, and times it when the door was closed for it."""
+        self._swaps.labels(result.outcome.value).inc()
+        if result.seconds is not None:
+            self._swap_duration.labels(result.outcome.value).observe(result.seconds)
+        if result.held is not None:
+            self._swap_held.observe(result.held)
+
+    def version_loaded(self, served: Served) -> None:
+        """Shows the version that is loaded, and only that one."""
+        self._version_info.clear()
+        self._version_info.labels(*_labels(served), served.format.value).set(1)
+
+    def holdout_due(self, served: Served | None, every_s: float) -> None:
+        """Shows the version whose held-out set is to be asked, and how often; None where there is none to ask."""
+        self._holdout_interval.clear()
+        if served:
+            self._holdout_interval.labels(*_labels(served)).set(every_s)
+
+    def _exemplar(self, request_id: str) -> dict[str, str] | None:
+        return {"request_id": request_id} if self._exemplars and len(request_id) <= _EXEMPLAR_CHARS else None
+
+
+def _labels(served: Served | None) -> tuple[str, str]:
+    return (served.version.name, str(served.version.number)) if served else (UNKNOWN_MODEL, "")

@@ -1,0 +1,446 @@
+"""The held-out set is asked after every load and on its schedule, is kept as it came, and is in nobody's way."""
+
+import asyncio
+import logging
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from itertools import pairwise
+from typing import Any
+
+import pytest
+from sqlalchemy import select
+from sqlalchemy.exc import OperationalError
+from sqlalchemy.orm import Session
+
+from serving.background import holdout
+from serving.background.holdout import HoldoutRuns
+from serving.background.scheduler import ID_PREFIX, OwnQuestions
+from serving.router import Served
+from svc.engine.probe import EngineFacts
+from svc.engine.state import EngineState
+from svc.settings import HoldoutSettings, SwapChoice
+from svc.store.desired import Target
+from svc.store.holdouts import (
+    HoldoutCause,
+    HoldoutOutcome,
+    HoldoutRun,
+    add_holdout_run,
+    newest_holdout_run,
+)
+from svc.store.swaps import SwapOutcome
+from svc.store.tables import HoldoutRunRow
+from tests.serving.control import Control, Load, Make, until
+from tests.serving.engine_double import Fault, logprob_of
+from tests.serving.home import Home
+from tests.serving.versions import FACTS, HELDOUT, MAX_TOKENS, NAME, make_version, target
+
+FAST: dict[str, Any] = {"questions_per_minute": 1e6, "patience_s": 5.0}
+
+
+def runs_of(control: Control, off: str | None = None, **settings: Any) -> HoldoutRuns:
+    chosen = HoldoutSettings.model_validate(FAST | settings)
+    return HoldoutRuns(
+        OwnQuestions(control.door, control.pool, chosen, off),
+        pool=control.pool,
+        registry=control.registry,
+        store=control.store,
+        traffic=control.traffic,
+        facts=_facts,
+        every_hours=chosen.every_hours,
+    )
+
+
+async def _facts(target: Target) -> EngineFacts:
+    return FACTS
+
+
+@asynccontextmanager
+async def running(runs: HoldoutRuns) -> AsyncIterator[HoldoutRuns]:
+    """For the body of the `with`; a defect that ends the loop fails the test."""
+    task = asyncio.create_task(runs.run())
+    try:
+        yield runs
+        assert not task.done(), task
+    finally:
+        task.cancel()
+        await asyncio.wait({task}, timeout=1)
+        assert task.done()
+
+
+@asynccontextmanager
+async def asked(make: Make, answered: int = 3, **settings: Any) -> AsyncIterator[tuple[Control, HoldoutRuns]]:
+    """A control plane whose versions have answers to the held-out set, which is asked."""
+    async with make(answered=answered).run() as control, running(runs_of(control, **settings)) as runs:
+        yield control, runs
+
+
+def due(control: Control, number: int) -> float | None:
+    """How often a version shall be asked, seconds."""
+    labels = {"model": NAME, "version": str(number)}
+    return control.metrics.get_sample_value("svc_holdout_interval_seconds", labels)
+
+
+def rows(control: Control) -> list[HoldoutRunRow]:
+    with Session(control.store) as session:
+        return list(session.scalars(select(HoldoutRunRow).order_by(HoldoutRunRow.id)))
+
+
+async def run_of(control: Control, of: Target, runs: int = 1, *, completed: bool = True) -> HoldoutRun:
+    """The newest run of a version, when there are so many."""
+
+    def enough() -> bool:
+        mine = [row.outcome for row in rows(control) if row.number == of.version.number]
+        return (mine.count(HoldoutOutcome.COMPLETED) if completed else len(mine)) >= runs
+
+    await until(enough)
+    found = newest_holdout_run(control.store, of, completed=completed)
+    assert found is not None
+    return found
+
+
+async def test_after_a_start_all_examples_are_asked(make: Make) -> None:
+    async with asked(make) as (control, _):
+        run = await run_of(control, target(1))
+        assert (run.cause, run.outcome, run.reason, run.engine) == (
+            HoldoutCause.START,
+            HoldoutOutcome.COMPLETED,
+            None,
+            FACTS,
+        )
+        assert (run.places, run.hits) == ((0, 1, 2), (True, False, False))
+        assert run.started_at <= run.ended_at
+        assert len(rows(control)) == 1
+
+
+async def test_the_figures_are_those_of_the_weights_that_serve(make: Make) -> None:
+    async with asked(make) as (control, _):
+        run = await run_of(control, target(1))
+        client = control.supervisor.client
+        for example, nll in zip(HELDOUT, run.nll, strict=True):
+            prompt, answer = await client.prompt_tokens(example.prompt), await client.tokens(example.answer)
+            logprobs = [logprob_of(control.double.weights, t, len(prompt) + i) for i, t in enumerate(answer)]
+            assert nll == pytest.approx(-sum(logprobs) / len(logprobs))
+
+
+async def test_they_are_asked_as_at_the_registration(make: Make) -> None:
+    async with asked(make) as (control, _):
+        await run_of(control, target(1))
+        chats = [body for body in control.double.requests if "messages" in body]
+    assert [body["messages"] for body in chats] == [[m.as_dict() for m in example.prompt] for example in HELDOUT]
+    assert {(body["max_tokens"], body["temperature"]) for body in chats} == {(MAX_TOKENS, 0)}
+    ids = control.double.request_ids[1:]  # the first is a probe's
+    assert len(ids) == 2 * len(HELDOUT)
+    assert all(request_id.startswith(ID_PREFIX) for request_id in ids)
+
+
+async def test_only_examples_with_registered_answers_are_asked(make: Make) -> None:
+    async with asked(make, answered=2) as (control, _):
+        assert (await run_of(control, target(1))).hits == (True, False)
+
+
+async def test_of_very_many_examples_some_are_asked(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(holdout, "MOST_EXAMPLES", 2)
+    async with asked(make) as (control, _):
+        run = await run_of(control, target(1))
+        chats = [body for body in control.double.requests if "messages" in body]
+    assert (run.places, run.hits, len(run.nll)) == ((0, 2), (True, False), 2)
+    assert [body["messages"] for body in chats] == [[m.as_dict() for m in HELDOUT[at].prompt] for at in (0, 2)]
+
+
+@pytest.mark.parametrize(("total", "most"), [(1000, 200), (201, 200), (399, 200), (200, 200), (5, 200), (1, 1)])
+def test_they_are_picked_over_the_whole_set(total: int, most: int) -> None:
+    places = holdout._evenly(total, most)
+    assert len(set(places)) == min(total, most)
+    gaps = [after - before for before, after in pairwise([-1, *places, total])]
+    assert min(gaps) >= 1 and max(gaps) <= -(-total // most)
+
+
+async def test_nothing_of_it_is_in_the_metrics_of_requests(make: Make) -> None:
+    async with asked(make) as (control, _):
+        await run_of(control, target(1))
+        assert control.sample("svc_tokens_total", model=NAME, version="1", direction="out") == 0
+        assert [
+            s for family in control.metrics.collect() if family.name == "svc_requests" for s in family.samples
+        ] == []
+
+
+async def test_after_a_swap_the_new_version_is_asked(make: Make) -> None:
+    async with asked(make) as (control, _):
+        await run_of(control, target(1))
+        await control.promote(2)
+        run = await run_of(control, target(2))
+        assert (run.cause, run.hits) == (HoldoutCause.SWAP, (False, True, False))
+
+
+async def test_after_a_swap_that_was_taken_back_the_old_version_is_asked_again(make: Make) -> None:
+    async with asked(make) as (control, _):
+        make_version(control.registry, 4, probes_of="/elsewhere", answered=3)
+        await run_of(control, target(1))
+        assert (await control.promote(4)).outcome is SwapOutcome.RESTORED
+        assert (await run_of(control, target(1), 2)).cause is HoldoutCause.SWAP
+        assert {row.number for row in rows(control)} == {1}
+
+
+async def test_after_a_death_the_next_engine_is_asked(make: Make) -> None:
+    async with asked(make) as (control, _):
+        await run_of(control, target(1))
+        control.park.engines[0].kill()
+        assert (await run_of(control, target(1), 2)).cause is HoldoutCause.START
+
+
+async def test_it_is_asked_again_on_its_schedule(make: Make) -> None:
+    async with asked(make, every_hours=0.05 / 3600) as (control, _):
+        assert (await run_of(control, target(1), 3)).cause is HoldoutCause.SCHEDULE
+        assert [row.cause for row in rows(control)][:3] == ["start", "schedule", "schedule"]
+
+
+async def test_within_the_hours_it_is_not_asked_again(make: Make) -> None:
+    async with asked(make) as (control, runs):
+        await run_of(control, target(1))
+        await asyncio.sleep(0.1)
+        assert len(rows(control)) == 1
+        assert not runs.under_way
+
+
+async def test_a_swap_in_the_middle_drops_the_run_and_begins_another(make: Make) -> None:
+    control = make(answered=3)
+    control.park.prepare = lambda double: setattr(double, "token_delay_s", 0.05)
+    async with control.run(), running(runs_of(control)) as runs:
+        await until(lambda: runs.status(target(1))["asked"] == 1)
+        swap = await control.promote(2)
+        assert swap.outcome is SwapOutcome.SUCCEEDED
+        assert swap.seconds is not None and swap.seconds < 1
+        await run_of(control, target(2))
+        assert [row.number for row in rows(control)] == [2]
+
+
+async def test_a_death_in_the_middle_drops_the_run_and_begins_another(make: Make) -> None:
+    control = make(answered=3)
+    control.park.prepare = lambda double: setattr(double, "token_delay_s", 0.05)
+    async with control.run(), running(runs_of(control)) as runs:
+        await until(lambda: runs.status(target(1))["asked"] == 1)
+        control.park.prepare = lambda double: None
+        control.park.engines[0].kill()
+        run = await run_of(control, target(1), completed=False)
+        assert (run.outcome, run.hits) == (HoldoutOutcome.COMPLETED, (True, False, False))
+        assert len(rows(control)) == 1
+
+
+async def test_a_run_under_load_is_whole_and_costs_no_request(make: Make) -> None:
+    control = make(answered=3)
+    control.park.prepare = lambda double: setattr(double, "token_delay_s", 0.002)
+    async with (
+        control.run(),
+        running(runs_of(control, patience_s=0.02)),
+        control.client() as client,
+        Load(client).run() as load,
+    ):
+        await run_of(control, target(1))
+        await control.promote(2)
+        run = await run_of(control, target(2))
+    assert run.hits == (False, True, False)
+    load.check()
+
+
+async def test_a_question_that_the_engine_refuses_fails_the_run_until_the_next_interval(
+    make: Make, caplog: pytest.LogCaptureFixture
+) -> None:
+    control = make(answered=3)
+    control.park.prepare = lambda double: setattr(double, "max_model_len", 4)
+    async with control.run(), running(runs_of(control, every_hours=0.1 / 3600)):
+        run = await run_of(control, target(1), completed=False)
+        assert (run.outcome, run.hits, run.nll) == (HoldoutOutcome.FAILED, (), ())
+        assert run.reason is not None and "maximum context length" in run.reason
+        control.double.max_model_len = 1000
+        assert (await run_of(control, target(1))).cause is HoldoutCause.SCHEDULE
+    assert "the run of the held-out set of tuned@1 (merged) failed" in caplog.text
+
+
+async def test_altered_answers_fail_the_run(make: Make, caplog: pytest.LogCaptureFixture) -> None:
+    control = make(answered=3)
+    path = control.registry.folder(target(1).version) / "reference" / "merged.jsonl"
+    path.write_bytes(path.read_bytes() * 2)
+    async with control.run(), running(runs_of(control)):
+        run = await run_of(control, target(1), completed=False)
+    assert run.outcome is HoldoutOutcome.FAILED
+    assert run.reason is not None and "was changed after registration" in run.reason
+
+
+async def test_a_defect_in_a_run_is_its_reason(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    async def fail(*_: object, **__: object) -> None:
+        raise ZeroDivisionError("no")
+
+    monkeypatch.setattr(holdout, "ask_example", fail)
+    async with asked(make) as (control, _):
+        run = await run_of(control, target(1), completed=False)
+    assert run.reason == "ZeroDivisionError('no')"
+
+
+async def test_a_store_that_fails_for_a_while_loses_no_run(
+    make: Make, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    failures = 2
+
+    def fail_twice(store: Any, run: HoldoutRun) -> None:
+        nonlocal failures
+        failures -= 1
+        if failures >= 0:
+            raise OperationalError("insert", {}, OSError("database is locked"))
+        add_holdout_run(store, run)
+
+    monkeypatch.setattr(holdout, "add_holdout_run", fail_twice)
+    async with asked(make) as (control, _):
+        assert (await run_of(control, target(1))).hits == (True, False, False)
+        assert len([body for body in control.double.requests if "messages" in body]) == len(HELDOUT)
+    assert caplog.text.count("is not kept yet") == 2
+    assert "database is locked" in caplog.text
+
+
+async def test_a_defect_ends_nothing(
+    make: Make, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    failures = 1
+
+    def fail_once(store: Any, run: HoldoutRun) -> None:
+        nonlocal failures
+        failures -= 1
+        if failures >= 0:
+            raise ZeroDivisionError("no")
+        add_holdout_run(store, run)
+
+    monkeypatch.setattr(holdout, "add_holdout_run", fail_once)
+    async with asked(make, every_hours=0.05 / 3600) as (control, _):
+        await run_of(control, target(1))
+    assert "the held-out set could not be asked" in caplog.text
+
+
+async def test_a_version_without_registered_answers_is_not_asked_and_that_is_said_once(
+    make: Make, caplog: pytest.LogCaptureFixture
+) -> None:
+    async with asked(make, answered=0, every_hours=0.01 / 3600) as (control, runs):
+        await until(lambda: runs.status(target(1))["state"] == "off")
+        await asyncio.sleep(0.1)
+        assert "has no reference/merged.jsonl" in runs.status(target(1))["reason"]
+        assert rows(control) == []
+        assert not runs.under_way
+        assert due(control, 1) is None
+        make_version(control.registry, 4, answered=1)
+        await control.promote(4)
+        await run_of(control, target(4))
+        assert runs.status(target(4))["state"] == "waiting"
+    assert caplog.text.count("is not asked") == 1
+
+
+@pytest.mark.parametrize(
+    ("off", "settings", "reason"),
+    [("the engine dies of it", {}, "the engine dies of it"), (None, {"every_hours": 0}, "holdout.every_hours is 0")],
+)
+async def test_where_it_is_off_nothing_is_asked_and_that_is_said_once(
+    make: Make, caplog: pytest.LogCaptureFixture, off: str | None, settings: dict[str, Any], reason: str
+) -> None:
+    async with make(answered=3).run() as control, running(runs_of(control, off, **settings)) as runs:
+        await asyncio.sleep(0.1)
+        await control.promote(2)
+        await asyncio.sleep(0.1)
+        status = runs.status(target(2))
+        assert (status["state"], status["reason"], status["last_run"]) == ("off", reason, None)
+        assert rows(control) == []
+        assert due(control, 2) is None
+        assert not [body for body in control.double.requests if "messages" in body]
+    warnings = [record for record in caplog.records if record.levelno == logging.WARNING and reason in record.message]
+    assert len(warnings) == 1
+
+
+async def test_whose_held_out_set_is_due_is_known_before_the_first_run_ends(make: Make) -> None:
+    control = make(answered=3)
+    control.park.prepare = lambda double: setattr(double, "token_delay_s", 0.05)
+    async with control.run(), running(runs_of(control, every_hours=2)) as runs:
+        await until(lambda: runs.status(target(1))["asked"] == 1)
+        assert (due(control, 1), due(control, 2)) == (2 * 3600, None)
+        await control.promote(2)
+        await until(lambda: runs.status(target(2))["asked"] == 1)
+        assert (due(control, 1), due(control, 2)) == (None, 2 * 3600)
+
+
+async def test_the_status_tells_how_far_it_is(make: Make) -> None:
+    control = make(answered=3)
+    control.park.prepare = lambda double: setattr(double, "token_delay_s", 0.02)
+    async with control.run(), running(runs_of(control)) as runs:
+        await until(lambda: runs.status(target(1))["asked"] == 2)
+        assert runs.under_way
+        assert runs.status(target(1)) == {
+            "state": "running",
+            "reason": None,
+            "asked": 2,
+            "total": 3,
+            "last_run": None,
+        }
+        run = await run_of(control, target(1))
+        await until(lambda: not runs.under_way)
+        status = runs.status(target(1))
+    assert (status["state"], status["asked"], status["total"]) == ("waiting", 0, 0)
+    assert status["last_run"] == {
+        "cause": "start",
+        "ended_at": run.ended_at.isoformat(timespec="seconds"),
+        "outcome": "completed",
+        "reason": None,
+    }
+
+
+async def test_a_run_whose_questions_kill_the_engine_is_given_up(make: Make) -> None:
+    """Otherwise each new engine would be killed by the run that its start begins."""
+    control = make(answered=3)
+
+    def kill_chats(path: str) -> None:
+        if path == "/v1/chat/completions":
+            control.double.fault = Fault.DIE_BEFORE_ANSWER
+
+    control.park.prepare = lambda double: setattr(double, "on_call", kill_chats)
+    async with control.run(), running(runs_of(control)) as runs:
+        run = await run_of(control, target(1), completed=False)
+        assert (run.outcome, run.places, run.hits) == (HoldoutOutcome.FAILED, (), ())
+        assert run.reason is not None and "died 3 times" in run.reason
+        status = runs.status(target(1))
+        assert (status["state"], status["reason"], status["last_run"]["reason"]) == ("off", run.reason, run.reason)
+        assert due(control, 1) == 6 * 3600
+        await control.serves(target(1))
+        starts = len(control.park.engines)
+        await asyncio.sleep(0.1)
+        assert len(control.park.engines) == starts <= 4
+        assert control.state is EngineState.READY
+
+
+async def test_a_server_asks_and_tells(home: Home, monkeypatch: pytest.MonkeyPatch) -> None:
+    make_version(home.registry, 4, answered=3)
+    home.settings = home.settings.model_copy(update={"holdout": HoldoutSettings.model_validate(FAST)})
+    async with home.serving(f"{NAME}@4") as client:
+        async with asyncio.timeout(5):
+            while not (status := (await client.get("/svc/status")).json()["holdout"])["last_run"]:
+                await asyncio.sleep(0.01)
+    assert (status["state"], status["last_run"]["outcome"]) == ("waiting", "completed")
+    with Session(home.store) as session:
+        assert session.scalars(select(HoldoutRunRow.number)).all() == [4]
+
+
+async def test_a_server_stops_at_once_while_it_asks(home: Home) -> None:
+    make_version(home.registry, 4, answered=3)
+    async with home.serving(f"{NAME}@4"):
+        home.park.double.token_delay_s = 30
+        await until(lambda: home.park.double.running)
+        stopping = asyncio.get_running_loop().time()
+    assert asyncio.get_running_loop().time() - stopping < 2
+
+
+async def test_of_several_engines_the_one_that_is_asked_says_whose_figures_they_are(make: Make) -> None:
+    """In a swap of two engines the first holds the new version long before that is in production."""
+    control = make(answered=3, replicas=2, swap=SwapChoice.BLUEGREEN)
+    async with control.run(), running(runs_of(control)):
+        await until(lambda: len(control.pool.ready) == 2)
+        await run_of(control, target(1))
+        control.park.start_delay_s = 0.3
+        wish = control.wish(2)
+        first = await run_of(control, target(2))
+        assert control.routes.served == Served(target(1).version, target(1).format), "too late to tell"
+        await control.outcome(wish)
+        assert first.nll != (await run_of(control, target(1))).nll
+        assert [row.number for row in rows(control)] == [1, 2]

@@ -1,0 +1,219 @@
+"""The server's own questions: at their pace, behind requests, cut off by swaps, and no danger to the engine."""
+
+import asyncio
+import time
+
+import pytest
+
+from serving.background.scheduler import ID_PREFIX, OwnQuestions, SupersededError, unfit_engine
+from svc.dataset.example import Message, Role
+from svc.engine.client import Answer, EngineClient
+from svc.errors import EngineError
+from svc.settings import Device, EngineSettings, HoldoutSettings
+from svc.store.swaps import SwapOutcome
+from tests.serving.control import Control, Make, ask, until
+from tests.serving.engine_double import Fault
+from tests.serving.versions import target
+from tests.svc.engine.devices import AVX512
+
+PROMPT = [Message(Role.USER, "one two three")]
+
+
+def questions(control: Control, **settings: float) -> OwnQuestions:
+    fast = {"questions_per_minute": 1e6, "patience_s": 5.0} | settings
+    return OwnQuestions(control.door, control.pool, HoldoutSettings.model_validate(fast))
+
+
+async def put(client: EngineClient) -> Answer:
+    return await client.chat(PROMPT, max_tokens=2)
+
+
+async def test_an_answer_comes_from_the_engine_and_shows_in_no_metric(control: Control) -> None:
+    answer = await questions(control).ask(control.supervisor.load, put)
+    assert answer.text == "1.0 1.1 "
+    assert control.sample("svc_requests_running") == 0
+    families = [family for family in control.metrics.collect() if family.name in ("svc_requests", "svc_tokens")]
+    assert [family.samples for family in families] == [[], []]
+
+
+async def test_the_engines_log_can_tell_them_apart(control: Control) -> None:
+    before = len(control.double.request_ids)
+    await questions(control).ask(control.supervisor.load, put)
+    (own,) = control.double.request_ids[before:]
+    assert own.startswith(ID_PREFIX)
+    assert len(own) > len(ID_PREFIX)
+
+
+async def test_they_keep_their_pace(control: Control) -> None:
+    asking = questions(control, questions_per_minute=60 / 0.1)
+    began = time.monotonic()
+    for _ in range(3):
+        await asking.ask(control.supervisor.load, put)
+    assert 0.2 <= time.monotonic() - began < 1
+
+
+async def test_one_runs_at_a_time(control: Control) -> None:
+    asking, most = questions(control), 0
+    control.double.token_delay_s = 0.01
+
+    def watch(path: str) -> None:
+        nonlocal most
+        if path != "/health":
+            most = max(most, control.double.running)
+
+    control.double.on_call = watch
+    await asyncio.gather(*(asking.ask(control.supervisor.load, put) for _ in range(4)))
+    assert most == 0  # what came found none that ran
+
+
+async def test_a_refusal_is_told(control: Control) -> None:
+    control.double.max_model_len = 2
+    with pytest.raises(EngineError, match="maximum context length"):
+        await questions(control).ask(control.supervisor.load, put)
+
+
+async def test_a_question_for_other_weights_is_not_put(control: Control) -> None:
+    load = control.supervisor.load
+    await control.promote(2)
+    calls = len(control.double.requests)
+    with pytest.raises(SupersededError):
+        await questions(control).ask(load, put)
+    assert len(control.double.requests) == calls
+
+
+async def test_a_swap_waits_for_no_answer_and_ends_the_question(control: Control) -> None:
+    control.double.token_delay_s = 30
+    asking = asyncio.create_task(questions(control).ask(control.supervisor.load, put))
+    await until(lambda: control.double.running)
+    control.double.token_delay_s = 0
+    swap = await control.promote(2)
+    assert (swap.outcome, swap.running) == (SwapOutcome.SUCCEEDED, 0)
+    assert swap.seconds is not None and swap.seconds < 2
+    with pytest.raises(SupersededError):
+        await asking
+
+
+async def test_a_swap_that_is_given_up_leaves_the_question_to_be_put_again(make: Make) -> None:
+    async with make(drain_timeout_s=0.2).run() as control, control.client() as client:
+        control.park.room = "full"
+        control.double.token_delay_s = 0.2
+        running = asyncio.create_task(ask(client, stream=False))
+        await until(lambda: control.double.running)
+        asking = asyncio.create_task(questions(control, patience_s=0.0).ask(control.supervisor.load, put))
+        await until(lambda: control.double.running == 2)
+        assert (await control.promote(2)).outcome is SwapOutcome.REFUSED
+        assert (await asking).text == "1.0 1.1 "
+        assert control.double.cancelled == 1
+        assert (await running).status == 200
+
+
+async def test_a_question_of_a_dead_engine_is_superseded_by_the_next_one(control: Control) -> None:
+    control.double.fault = Fault.DIE_BEFORE_ANSWER
+    asking = questions(control)
+    with pytest.raises(SupersededError):
+        await asking.ask(control.supervisor.load, put)
+    await control.serves(target(1))
+    assert (await asking.ask(control.supervisor.load, put)).text == "1.0 1.1 "
+
+
+async def test_an_engine_that_was_only_slow_is_asked_again_and_has_not_died(control: Control) -> None:
+    asking = questions(control)
+    for _ in range(3):
+        tries, late = 0, 3
+
+        async def fail_once(client: EngineClient) -> Answer:
+            nonlocal tries
+            tries += 1
+            if tries == 1:
+                monkey.setattr(EngineClient, "healthy", healthy)
+                raise EngineError("no answer from the engine to /tokenize: timeout")
+            return await put(client)
+
+        async def healthy(self: EngineClient) -> bool:
+            nonlocal late
+            late -= 1
+            return late < 0
+
+        with pytest.MonkeyPatch.context() as monkey:
+            answer = await asking.ask(control.supervisor.load, fail_once)
+        assert (answer.text, tries) == ("1.0 1.1 ", 2)
+    assert asking.off is None
+
+
+async def test_a_swap_while_the_engine_is_slow_is_no_death(
+    control: Control, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    checks = 0
+
+    async def fail(client: EngineClient) -> Answer:
+        monkeypatch.setattr(EngineClient, "healthy", unhealthy)
+        raise EngineError("no answer from the engine to /tokenize: timeout")
+
+    async def unhealthy(self: EngineClient) -> bool:
+        nonlocal checks
+        checks += 1
+        return False
+
+    asking = asyncio.create_task(questions(control).ask(control.supervisor.load, fail))
+    await until(lambda: checks > 1)
+    assert (await control.promote(2)).outcome is SwapOutcome.SUCCEEDED
+    with pytest.raises(SupersededError):
+        await asking
+    assert "died" not in caplog.text
+
+
+async def test_after_three_deaths_none_is_put_any_more(make: Make, caplog: pytest.LogCaptureFixture) -> None:
+    async with make().run() as control:
+        asking = questions(control)
+        for _ in range(3):
+            await control.serves(target(1))
+            control.double.fault = Fault.DIE_BEFORE_ANSWER
+            with pytest.raises(SupersededError):
+                await asking.ask(control.supervisor.load, put)
+        await control.serves(target(1))
+        with pytest.raises(SupersededError):
+            await asking.ask(control.supervisor.load, put)
+    assert asking.off is not None
+    assert "died 3 times in a day" in asking.off
+    assert caplog.text.count("no more questions") == 1
+
+
+async def test_deaths_of_other_days_are_forgotten(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("serving.background.scheduler._DEATHS_WITHIN_S", 0.3)
+    async with make().run() as control:
+        asking = questions(control)
+        for death in range(4):
+            await control.serves(target(1))
+            control.double.fault = Fault.DIE_BEFORE_ANSWER
+            with pytest.raises(SupersededError):
+                await asking.ask(control.supervisor.load, put)
+            if death == 1:
+                await asyncio.sleep(0.3)
+        await control.serves(target(1))
+        assert (await asking.ask(control.supervisor.load, put)).text == "1.0 1.1 "
+
+
+async def test_cancelled_questions_leave_nothing(control: Control) -> None:
+    control.double.token_delay_s = 30
+    asking = asyncio.create_task(questions(control).ask(control.supervisor.load, put))
+    await until(lambda: control.double.running)
+    asking.cancel()
+    await asyncio.wait([asking], timeout=1)
+    assert asking.cancelled()
+    await until(lambda: not control.double.running)
+    await control.supervisor.drained(0.1)
+
+
+@pytest.mark.parametrize(
+    ("device", "arguments", "fit"),
+    [
+        (Device.CPU, (), True),
+        (Device.CPU, ("--seed", "1"), True),
+        (Device.CPU, ("--seed", "1", "--enable-lora"), False),
+        (Device.CPU, ("--enable_lora",), False),
+        (Device.CPU, ("--enable-lora=true",), False),
+        (Device.CUDA, ("--enable-lora",), True),
+    ],
+)
+def test_an_engine_that_dies_of_such_questions_is_known(device: Device, arguments: tuple[str, ...], fit: bool) -> None:
+    assert (unfit_engine(AVX512, EngineSettings(device=device, args=arguments)) is None) == fit

@@ -1,0 +1,61 @@
+"""A conversation in the terminal."""
+
+import asyncio
+
+import pytest
+
+from serving.client.conversation import Conversation
+from svc.errors import EngineError
+from tests.serving.engine_double import Fault
+from tests.serving.home import Home
+from tests.serving.versions import NAME
+
+
+async def say(conversation: Conversation, text: str) -> list[str]:
+    return await asyncio.to_thread(lambda: list(conversation.ask(text)))
+
+
+async def test_an_answer_comes_in_pieces(home: Home) -> None:
+    async with home.serving() as client:
+        pieces = await say(Conversation(str(client.base_url).rstrip("/"), NAME), "hello")
+    assert pieces == ["1.0 ", "1.1 ", "1.2 ", "1.3 "]
+
+
+async def test_the_turns_so_far_are_sent(home: Home) -> None:
+    async with home.serving() as client:
+        conversation = Conversation(str(client.base_url).rstrip("/"), NAME, system="be short")
+        await say(conversation, "hello")
+        await say(conversation, "and then?")
+        sent = home.park.double.requests[-1]["messages"]
+    assert [turn["role"] for turn in sent] == ["system", "user", "assistant", "user"]
+    assert sent[2]["content"] == "1.0 1.1 1.2 1.3 "
+
+
+async def test_a_refusal_says_why_and_takes_the_turn_back(home: Home) -> None:
+    async with home.serving() as client:
+        conversation = Conversation(str(client.base_url).rstrip("/"), NAME)
+        home.park.double.max_model_len = 3
+        with pytest.raises(EngineError, match="maximum context length"):
+            await say(conversation, "one two three four")
+        await say(conversation, "one two")
+        assert [turn["content"] for turn in home.park.double.requests[-1]["messages"]] == ["one two"]
+
+
+async def test_a_model_that_is_not_served_is_an_error(home: Home) -> None:
+    async with home.serving() as client:
+        with pytest.raises(EngineError, match=r"404.*is not served here"):
+            await say(Conversation(str(client.base_url).rstrip("/"), "other"), "hello")
+
+
+async def test_an_answer_that_breaks_off_is_an_error(home: Home) -> None:
+    async with home.serving() as client:
+        home.park.double.fault = Fault.DIE_IN_STREAM
+        with pytest.raises(EngineError, match="broke off"):
+            await say(Conversation(str(client.base_url).rstrip("/"), NAME), "hello")
+
+
+async def test_no_server_is_an_error(home: Home) -> None:
+    async with home.serving() as client:
+        url = str(client.base_url).rstrip("/")
+    with pytest.raises(EngineError, match="does not answer"):
+        await say(Conversation(url, NAME), "hello")

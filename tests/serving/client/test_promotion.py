@@ -1,0 +1,121 @@
+"""A promotion as its client sees it: it ends, and tells the truth."""
+
+import asyncio
+from collections.abc import AsyncIterator
+
+import pytest
+
+from serving.client.promotion import Promotion
+from svc.errors import BusyError, NotFoundError, ServerNotRunningError
+from svc.lock import hold_lock
+from svc.registry.version import Format, VersionId
+from svc.server_url import LOCK_FILE
+from svc.store.desired import Desired, Target, change_desired, read_desired
+from svc.store.swaps import SwapOutcome, SwapRecord, SwapResult, begin_swap, end_swap
+from tests.serving.control import until
+from tests.serving.home import Home
+from tests.serving.versions import NAME, make_version, target
+
+
+@pytest.fixture
+async def serving(home: Home) -> AsyncIterator[Home]:
+    async with home.serving():
+        yield home
+
+
+async def promotion(home: Home) -> tuple[Promotion, Desired]:
+    made = await asyncio.to_thread(Promotion.of, home.settings)
+    return made, await asyncio.to_thread(made.current, NAME)
+
+
+async def change(home: Home, number: int, steps: list[str] | None = None) -> SwapRecord:
+    made, current = await promotion(home)
+    told = steps if steps is not None else []
+    return await asyncio.to_thread(made.change, current, target(number), told.append)
+
+
+async def test_it_returns_when_the_version_serves(serving: Home) -> None:
+    swap = await change(serving, 2)
+    assert swap.outcome is SwapOutcome.SUCCEEDED
+    made, current = await promotion(serving)
+    assert current.target == target(2)
+    assert await asyncio.to_thread(made.serves, target(2))
+    assert not await asyncio.to_thread(made.serves, target(1))
+
+
+async def test_each_step_is_told_once(serving: Home) -> None:
+    steps = list[str]()
+    swap = await change(serving, 2, steps)
+    assert tuple(steps) == swap.steps
+    assert len(steps) == len(set(steps)) > 4
+
+
+async def test_without_a_server_nothing_is_changed(home: Home) -> None:
+    with pytest.raises(ServerNotRunningError):
+        Promotion.of(home.settings)
+
+
+async def test_another_name_than_the_served_one_cannot_be_promoted(serving: Home) -> None:
+    """Also one that served here once: nobody would carry it out."""
+    make_version(serving.registry, 1, name="other")
+    change_desired(serving.store, None, Target(VersionId("other", 1), Format.MERGED), None)
+    made, _ = await promotion(serving)
+    with pytest.raises(NotFoundError, match="'other' is not served"):
+        await asyncio.to_thread(made.current, "other")
+
+
+async def test_of_two_promotions_at_once_one_is_told_to_wait(serving: Home) -> None:
+    made, current = await promotion(serving)
+    results = await asyncio.gather(
+        *(asyncio.to_thread(made.change, current, target(number), lambda step: None) for number in (2, 3)),
+        return_exceptions=True,
+    )
+    assert sorted(type(result).__name__ for result in results) == ["BusyError", "SwapRecord"]
+
+
+async def test_one_that_was_overtaken_is_told(home: Home) -> None:
+    """The server saw only what came after it."""
+    seen = change_desired(home.store, None, target(1), None)
+    begin_swap(home.store, Desired(target(3), target(2), seen.generation + 2))
+    with hold_lock(home.settings.home / LOCK_FILE, "the home", url="http://127.0.0.1:9"):
+        made = Promotion.of(home.settings)
+        with pytest.raises(BusyError, match="somebody else promoted tuned@3"):
+            made.change(seen, target(2), lambda step: None)
+
+
+async def test_a_server_that_ends_meanwhile_is_told(home: Home) -> None:
+    async with home.serving() as _:
+        home.park.double.reload_delay_s = 10
+        made, current = await promotion(home)
+        following = asyncio.create_task(asyncio.to_thread(made.change, current, target(2), lambda step: None))
+        await until(lambda: "/collective_rpc" in home.park.double.calls)
+    with pytest.raises(ServerNotRunningError, match=r"ended before tuned@2"):
+        await following
+    found = read_desired(home.store, NAME)
+    assert found is not None and found.target == target(2)
+
+
+async def test_a_server_that_does_not_answer_is_told(home: Home) -> None:
+    change_desired(home.store, None, target(1), None)
+    with hold_lock(home.settings.home / LOCK_FILE, "the home", url="http://127.0.0.1:9"):
+        made = Promotion.of(home.settings)
+        with pytest.raises(ServerNotRunningError, match="does not answer"):
+            made.current(NAME)
+
+
+async def test_the_reason_of_a_refusal_is_told(serving: Home) -> None:
+    make_version(serving.registry, 4, width=8)
+    serving.park.room = "full"
+    swap = await change(serving, 4)
+    assert swap.outcome is SwapOutcome.REFUSED
+    assert swap.reason is not None and "no room for a second engine: full" in swap.reason
+
+
+async def test_an_outcome_that_is_there_already_is_returned(home: Home) -> None:
+    """A swap that is quicker than the first look."""
+    seen = change_desired(home.store, None, target(1), None)
+    wanted = Desired(target(2), target(1), 2)
+    end_swap(home.store, begin_swap(home.store, wanted), SwapResult(SwapOutcome.SUCCEEDED))
+    with hold_lock(home.settings.home / LOCK_FILE, "the home", url="http://127.0.0.1:9"):
+        made = Promotion.of(home.settings)
+        assert made.change(seen, target(2), lambda step: None).outcome is SwapOutcome.SUCCEEDED

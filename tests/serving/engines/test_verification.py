@@ -1,0 +1,98 @@
+"""What a version must show before a client may reach it."""
+
+from collections.abc import AsyncIterator, Callable
+from pathlib import Path
+
+import pytest
+
+from serving.engines.verification import Proof
+from svc.engine.probe import EngineFacts
+from svc.errors import IntegrityError, ProbeError
+from svc.store.retaken_probes import find_retaken_probes
+from tests.serving.control import Control, Make
+from tests.serving.engine_double import EngineDouble
+from tests.serving.versions import FACTS, OTHER_FACTS, make_version, target
+
+
+def kind_of(facts: EngineFacts) -> Callable[[Path], EngineFacts]:
+    """One kind of engine for every folder."""
+    return lambda folder: facts
+
+
+@pytest.fixture
+async def elsewhere(make: Make) -> AsyncIterator[Control]:
+    """Version 1 on an engine of another kind than the one that qualified it, which rounds a little otherwise."""
+    control = make(facts=OTHER_FACTS)
+
+    def prepare(double: EngineDouble) -> None:
+        double.probe_noise = 0.01
+
+    control.park.prepare = prepare
+    async with control.run():
+        yield control
+
+
+async def test_sound_files_give_their_folder(make: Make) -> None:
+    control = make()
+    folder = await Proof(control.registry, control.store, kind_of(FACTS)).files(target(1))
+    assert folder == control.registry.folder(target(1).version) / "merged"
+
+
+async def test_an_altered_file_is_an_error(make: Make) -> None:
+    control = make()
+    (control.registry.folder(target(1).version) / "merged" / "tokenizer.json").write_text('{"a": 1}')
+    with pytest.raises(IntegrityError, match="was changed after registration"):
+        await Proof(control.registry, control.store, kind_of(FACTS)).files(target(1))
+
+
+async def test_a_difference_within_the_tolerance_passes(control: Control) -> None:
+    control.double.probe_noise = 0.0009
+    found = await Proof(control.registry, control.store, kind_of(FACTS)).probes(control.supervisor.client, target(1))
+    assert found.startswith("1 probes passed")
+
+
+async def test_a_difference_beyond_the_tolerance_is_an_error(control: Control) -> None:
+    control.double.probe_noise = 0.0011
+    with pytest.raises(ProbeError):
+        await Proof(control.registry, control.store, kind_of(FACTS)).probes(control.supervisor.client, target(1))
+
+
+async def test_the_probes_of_another_version_are_an_error(control: Control) -> None:
+    with pytest.raises(ProbeError):
+        await Proof(control.registry, control.store, kind_of(FACTS)).probes(control.supervisor.client, target(2))
+
+
+async def test_probes_are_taken_again_on_another_kind_of_engine_and_kept(elsewhere: Control) -> None:
+    kept = find_retaken_probes(elsewhere.store, target(1), OTHER_FACTS)
+    assert kept is not None
+    assert [probe.engine for probe in kept] == [OTHER_FACTS]
+    assert find_retaken_probes(elsewhere.store, target(1), FACTS) is None
+
+
+async def test_kept_probes_are_checked_the_next_time(elsewhere: Control) -> None:
+    proof = Proof(elsewhere.registry, elsewhere.store, kind_of(OTHER_FACTS))
+    assert "probes passed" in await proof.probes(elsewhere.supervisor.client, target(1))
+    elsewhere.double.probe_noise = 0.02
+    with pytest.raises(ProbeError):
+        await proof.probes(elsewhere.supervisor.client, target(1))
+
+
+async def test_probes_that_are_taken_again_are_not_those_of_other_weights(elsewhere: Control) -> None:
+    """As after a load in place that did nothing."""
+    proof = Proof(elsewhere.registry, elsewhere.store, kind_of(OTHER_FACTS))
+    with pytest.raises(ProbeError, match="not the version's weights"):
+        await proof.probes(elsewhere.supervisor.client, target(2))
+    assert find_retaken_probes(elsewhere.store, target(2), OTHER_FACTS) is None
+
+
+async def test_numbers_that_are_none_are_not_kept(elsewhere: Control) -> None:
+    elsewhere.double.probe_noise = float("nan")
+    proof = Proof(elsewhere.registry, elsewhere.store, kind_of(OTHER_FACTS))
+    with pytest.raises(ProbeError):
+        await proof.probes(elsewhere.supervisor.client, target(2))
+
+
+async def test_a_version_without_probes_proves_nothing(control: Control) -> None:
+    make_version(control.registry, 4, probes=False)
+    with pytest.raises(ProbeError, match="no probes"):
+        await Proof(control.registry, control.store, kind_of(FACTS)).probes(control.supervisor.client, target(4))

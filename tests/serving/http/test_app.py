@@ -1,0 +1,133 @@
+"""Which paths answer, and what every answer carries."""
+
+import re
+
+import httpx
+import pytest
+
+from serving.router import Routes
+from tests.serving.service import CHAT, NAME, Service
+
+OPENMETRICS = "application/openmetrics-text; version=1.0.0"
+
+
+async def test_models_are_listed_under_each_name(client: httpx.AsyncClient) -> None:
+    answer = (await client.get("/v1/models")).json()
+    assert answer["object"] == "list"
+    assert [model["id"] for model in answer["data"]] == [NAME, f"{NAME}@1", f"{NAME}@production"]
+    assert all(set(model) == {"id", "object", "created", "owned_by"} for model in answer["data"])
+
+
+async def test_one_model_is_shown_by_its_name(client: httpx.AsyncClient) -> None:
+    answer = await client.get(f"/v1/models/{NAME}@1")
+    assert answer.json() == {"id": f"{NAME}@1", "object": "model", "created": 1_700_000_000, "owned_by": "tuneserve"}
+
+
+@pytest.mark.parametrize("name", ["other", "a%2Fb", "a/b", f"{NAME}@9"])
+async def test_an_unknown_model_is_not_found(client: httpx.AsyncClient, name: str) -> None:
+    answer = await client.get(f"/v1/models/{name}")
+    assert (answer.status_code, answer.json()["error"]["code"]) == (404, "model_not_found")
+
+
+@pytest.mark.parametrize("name", [NAME, f"{NAME}@1", f"{NAME}@production"])
+async def test_what_serves_is_not_deleted(service: Service, client: httpx.AsyncClient, name: str) -> None:
+    answer = await client.delete(f"/v1/models/{name}")
+    assert (answer.status_code, answer.json()["error"]["code"]) == (403, "model_not_deletable")
+    assert (await client.get(f"/v1/models/{name}")).status_code == 200
+
+
+@pytest.mark.parametrize("name", ["other", "a%2Fb", f"{NAME}@9"])
+async def test_what_is_not_served_cannot_be_found_to_be_deleted(client: httpx.AsyncClient, name: str) -> None:
+    answer = await client.delete(f"/v1/models/{name}")
+    assert (answer.status_code, answer.json()["error"]["code"]) == (404, "model_not_found")
+
+
+async def test_health_follows_the_engine(service: Service, client: httpx.AsyncClient) -> None:
+    assert (await client.get("/health")).status_code == 200
+    service.door.unavailable("the engine is starting")
+    answer = await client.get("/health")
+    assert (answer.status_code, answer.json()["reason"]) == (503, "the engine is starting")
+    assert "retry-after" in answer.headers
+
+
+async def test_a_swap_does_not_make_the_service_unhealthy(service: Service, client: httpx.AsyncClient) -> None:
+    async with service.door.closed():
+        assert (await client.get("/health")).status_code == 200
+
+
+async def test_metrics_are_text_and_openmetrics_when_asked(client: httpx.AsyncClient) -> None:
+    plain = await client.get("/metrics")
+    assert plain.headers["content-type"].startswith("text/plain")
+    assert "svc_requests_running 0.0" in plain.text
+    openmetrics = await client.get("/metrics", headers={"accept": OPENMETRICS})
+    assert openmetrics.headers["content-type"].startswith("application/openmetrics-text")
+    assert openmetrics.text.endswith("# EOF\n")
+
+
+async def test_the_status_is_what_was_passed_in(service: Service, client: httpx.AsyncClient) -> None:
+    assert (await client.get("/svc/status")).json() == {"served": str(service.routes.served)}
+
+
+@pytest.mark.parametrize(
+    "path",
+    ["/", "/docs", "/redoc", "/v1", "/v1/", "/v1/chat/completions/", "/v1/embeddings", "/tokenize",
+     "/collective_rpc", "/v1/load_lora_adapter", "/pause", "//v1/models", "/health/"],
+)  # fmt: skip
+@pytest.mark.parametrize("method", ["GET", "POST"])
+async def test_all_else_is_closed(service: Service, client: httpx.AsyncClient, path: str, method: str) -> None:
+    answer = await client.request(method, f"http://gateway{path}")
+    assert (answer.status_code, answer.json()["error"]["code"]) == (404, "not_found")
+    assert service.double.calls == []
+
+
+@pytest.mark.parametrize(
+    ("method", "path"), [("GET", "/v1/chat/completions"), ("POST", "/health"), ("PUT", "/metrics")]
+)
+async def test_another_method_is_refused_in_the_same_shape(client: httpx.AsyncClient, method: str, path: str) -> None:
+    answer = await client.request(method, path)
+    assert (answer.status_code, answer.json()["error"]["code"]) == (405, "method_not_allowed")
+    assert answer.headers["allow"]
+
+
+async def test_no_other_origin_is_let_in(client: httpx.AsyncClient) -> None:
+    answer = await client.get("/v1/models", headers={"origin": "http://elsewhere"})
+    assert not [name for name in answer.headers if name.startswith("access-control")]
+
+
+@pytest.mark.parametrize("path", ["/health", "/v1/models/none", "/nothing", "/v1/completions"])
+async def test_every_answer_carries_its_request_and_the_version(client: httpx.AsyncClient, path: str) -> None:
+    answer = await client.get(path)
+    assert re.fullmatch(r"req-[0-9a-f]{32}", answer.headers["x-request-id"])
+    assert answer.headers["x-model-version"] == f"{NAME}@1"
+
+
+async def test_the_clients_request_id_is_kept_and_reaches_the_engine(
+    service: Service, client: httpx.AsyncClient
+) -> None:
+    answer = await client.post("/v1/chat/completions", json=CHAT, headers={"x-request-id": "Mine_1.2-3"})
+    assert answer.headers["x-request-id"] == "Mine_1.2-3"
+    assert service.double.request_ids == ["Mine_1.2-3"]
+
+
+@pytest.mark.parametrize("given", ["", "a b", "x" * 129, "a\tb", "é".encode().decode("latin-1"), "a;b"])
+async def test_a_request_id_that_is_not_fit_for_a_log_is_replaced(client: httpx.AsyncClient, given: str) -> None:
+    answer = await client.get("/health", headers=[(b"x-request-id", given.encode("latin-1"))])
+    assert answer.headers["x-request-id"].startswith("req-")
+
+
+async def test_a_failure_of_our_own_is_answered_and_logged(
+    service: Service, client: httpx.AsyncClient, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def broken(self: Routes, model: str) -> None:
+        raise ZeroDivisionError("in /root/secret.py")
+
+    monkeypatch.setattr(Routes, "resolve", broken)
+    for answer in (
+        await client.post("/v1/chat/completions", json=CHAT),
+        await client.get("/v1/models/x"),
+    ):
+        assert (answer.status_code, answer.json()["error"]["code"]) == (500, "internal_error")
+        assert answer.headers["x-should-retry"] == "false"
+        assert "secret" not in answer.text
+    assert caplog.text.count("Traceback") == 2
+    assert service.door.running == 0

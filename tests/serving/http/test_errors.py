@@ -1,0 +1,59 @@
+"""Errors as clients see them: one shape, and nothing of the inside."""
+
+import json
+import logging
+
+import pytest
+from starlette.exceptions import HTTPException
+
+from serving.admission import EngineUnavailableError, HoldOverflowError, HoldTimeoutError, OverloadedError
+from serving.engines.transport import EngineFailedError
+from serving.http.errors import ApiError, ErrorCode, api_error
+from svc.errors import IntegrityError, SvcError
+
+
+@pytest.mark.parametrize(
+    ("error", "status", "code", "kind"),
+    [
+        (OverloadedError("x"), 429, "overloaded", "rate_limit_error"),
+        (HoldOverflowError("x"), 503, "held_overflow", "server_error"),
+        (HoldTimeoutError("x"), 503, "held_timeout", "server_error"),
+        (EngineUnavailableError("x"), 503, "engine_unavailable", "server_error"),
+    ],
+)
+def test_a_request_that_may_come_again_is_told_when(error: SvcError, status: int, code: str, kind: str) -> None:
+    shown = api_error(error)
+    assert (shown.status, shown.code, shown.type) == (status, code, kind)
+    assert 0 < int(shown.headers["retry-after"]) < 120
+
+
+@pytest.mark.parametrize(
+    "error", [IntegrityError("/root/models/tuned/1 is broken"), ValueError("/etc/passwd"), SvcError("/x")]
+)
+def test_an_error_that_is_not_for_clients_shows_nothing_and_is_logged(
+    error: Exception, caplog: pytest.LogCaptureFixture
+) -> None:
+    shown = api_error(error)
+    assert (shown.status, shown.code) == (500, ErrorCode.INTERNAL_ERROR)
+    assert "/" not in shown.message
+    assert caplog.records[0].exc_info is not None
+
+
+def test_what_the_engine_said_is_logged_and_not_shown(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.ERROR):
+        shown = api_error(EngineFailedError("the engine answered 500: no room in /root/cache"))
+    assert "/root" not in shown.message
+    assert "/root/cache" in caplog.text
+
+
+@pytest.mark.parametrize("status", [400, 401, 404, 405, 418, 500])
+def test_the_frameworks_own_errors_have_the_shape(status: int) -> None:
+    error = json.loads(api_error(HTTPException(status, "/secret")).body())["error"]
+    assert set(error) == {"message", "type", "param", "code"}
+    assert "secret" not in error["message"]
+
+
+def test_the_body_is_json_whatever_the_message_holds() -> None:
+    body = ApiError(400, ErrorCode.INVALID_REQUEST, 'a "b"\n\x00\ud800', "p").body()
+    assert b"\n" not in body
+    assert json.loads(body)["error"]["message"] == 'a "b"\n\x00\ud800'

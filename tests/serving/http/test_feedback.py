@@ -1,0 +1,123 @@
+"""`POST /v1/feedback`: kept with the request, counted once, and nothing that a client sends can do harm."""
+
+import json
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+from sqlalchemy import Engine, select
+from sqlalchemy.orm import Session
+
+from serving.http.feedback import MAX_CORRECTION_CHARS, MAX_LABEL_CHARS
+from svc.store.tables import FeedbackRow
+from tests.serving.service import CHAT, Service
+
+PATH = "/v1/feedback"
+
+
+@pytest.fixture
+async def service(socket_folder: Path, store: Engine) -> AsyncIterator[Service]:
+    async with Service(socket_folder, store=store).run() as service:
+        yield service
+
+
+@pytest.fixture
+async def request_id(client: httpx.AsyncClient) -> str:
+    """Of an answer that was just given."""
+    answer = await client.post("/v1/chat/completions", json=CHAT)
+    return answer.headers["x-request-id"]
+
+
+def kept(store: Engine) -> list[FeedbackRow]:
+    with Session(store) as session:
+        return list(session.scalars(select(FeedbackRow)))
+
+
+async def test_feedback_on_an_answer_of_this_moment_is_kept(
+    client: httpx.AsyncClient, request_id: str, store: Engine
+) -> None:
+    given = {"request_id": request_id, "rating": "bad", "correction": "Plug it in.", "label": "hardware"}
+    answer = await client.post(PATH, json=given)
+    assert answer.status_code == 200
+    assert answer.json() == {
+        "object": "feedback",
+        "request_id": request_id,
+        "rating": "bad",
+        "version": "tuned@1",
+        "replaced": False,
+    }
+    (row,) = kept(store)
+    assert (row.rating, row.correction, row.label) == ("bad", "Plug it in.", "hardware")
+
+
+async def test_an_answer_is_counted_once_however_often_it_is_rated(
+    client: httpx.AsyncClient, request_id: str, service: Service
+) -> None:
+    for rating in ("good", "bad", "good"):
+        answer = await client.post(PATH, json={"request_id": request_id, "rating": rating})
+    assert answer.json()["replaced"] is True
+    assert service.count("svc_feedback_total", model="tuned", version="1", rating="good") == 1
+    assert service.count("svc_feedback_total", model="tuned", version="1", rating="bad") == 0
+
+
+async def test_a_correction_is_redacted(client: httpx.AsyncClient, request_id: str, store: Engine) -> None:
+    given = {"request_id": request_id, "rating": "bad", "correction": "ask a@b.de", "label": "a@b.de"}
+    await client.post(PATH, json=given)
+    (row,) = kept(store)
+    assert (row.correction, row.label) == ("ask [mail]", "[mail]")
+
+
+async def test_an_unknown_request_is_not_found(client: httpx.AsyncClient) -> None:
+    answer = await client.post(PATH, json={"request_id": "req-other", "rating": "good"})
+    assert answer.status_code == 404
+    assert answer.json()["error"]["code"] == "request_not_found"
+
+
+async def test_a_store_that_is_behind_asks_to_send_it_again(
+    client: httpx.AsyncClient, service: Service, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(service.records, "flush", lambda timeout_s: False)
+    answer = await client.post(PATH, json={"request_id": "req-new", "rating": "good"})
+    assert answer.status_code == 503
+    assert answer.headers["retry-after"] == "2"
+
+
+@pytest.mark.parametrize(
+    ("body", "param"),
+    [
+        ({"rating": "good"}, "request_id"),
+        ({"request_id": "x"}, "rating"),
+        ({"request_id": "x", "rating": "fine"}, "rating"),
+        ({"request_id": "x", "rating": 1}, "rating"),
+        ({"request_id": "", "rating": "good"}, "request_id"),
+        ({"request_id": "x" * 129, "rating": "good"}, "request_id"),
+        ({"request_id": "x", "rating": "good", "stars": 5}, "stars"),
+        ({"request_id": "x", "rating": "good", "correction": "x" * (MAX_CORRECTION_CHARS + 1)}, "correction"),
+        ({"request_id": "x", "rating": "good", "label": "x" * (MAX_LABEL_CHARS + 1)}, "label"),
+    ],
+)
+async def test_a_wrong_field_is_named(client: httpx.AsyncClient, body: dict[str, Any], param: str) -> None:
+    answer = await client.post(PATH, json=body)
+    assert answer.status_code == 400
+    assert answer.json()["error"]["param"] == param
+
+
+@pytest.mark.parametrize("body", [b"", b"{", b"[]", b"null", b"\xff", b'{"request_id": "\\ud800", "rating": "good"}'])
+async def test_what_is_no_feedback_is_a_bad_request(client: httpx.AsyncClient, body: bytes) -> None:
+    answer = await client.post(PATH, content=body, headers={"content-type": "application/json"})
+    assert answer.status_code in (400, 404)
+    assert answer.json()["error"]["type"] == "invalid_request_error"
+
+
+async def test_a_body_over_the_limit_is_refused(client: httpx.AsyncClient) -> None:
+    body = json.dumps({"request_id": "x", "rating": "good", "correction": "x" * 300_000})
+    answer = await client.post(PATH, content=body, headers={"content-type": "application/json"})
+    assert answer.status_code == 413
+
+
+async def test_a_web_page_cannot_send_it_without_asking(client: httpx.AsyncClient) -> None:
+    """A form or a plain fetch from another site can send any content type but this one."""
+    answer = await client.post(PATH, content=b"{}", headers={"content-type": "text/plain"})
+    assert answer.status_code == 415

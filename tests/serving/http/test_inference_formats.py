@@ -1,0 +1,177 @@
+"""Responses and messages pass as chat completions do, each in its own words."""
+
+import asyncio
+import json
+from collections.abc import AsyncIterator
+from typing import Any
+
+import httpx
+import pytest
+from sqlalchemy import Engine as Store
+from sqlalchemy import select
+from sqlalchemy.orm import Session
+
+from svc.settings import RecordSettings
+from svc.store.tables import RequestRow
+from tests.serving.engine_double import Fault
+from tests.serving.http.test_inference import error_of, reason, until
+from tests.serving.service import NAME, TWO, Service
+
+MESSAGES, RESPONSES = "/v1/messages", "/v1/responses"
+BODIES: dict[str, dict[str, Any]] = {
+    MESSAGES: {"model": NAME, "messages": [{"role": "user", "content": "one two three"}], "max_tokens": 4},
+    RESPONSES: {"model": NAME, "input": "one two three", "max_output_tokens": 4},
+}
+both = pytest.mark.parametrize("path", list(BODIES))
+whole_and_streamed = pytest.mark.parametrize("stream", [False, True], ids=["whole", "stream"])
+VERSION = {"model": NAME, "version": "1"}
+
+
+@pytest.fixture
+async def service(socket_folder: Any, store: Store) -> AsyncIterator[Service]:
+    async with Service(socket_folder, store=store, keeping=RecordSettings(content_share=1.0)).run() as service:
+        yield service
+
+
+async def row_of(service: Service) -> RequestRow:
+    assert await asyncio.to_thread(service.records.flush, 5)
+    assert service.store is not None
+    with Session(service.store) as session:
+        return session.scalars(select(RequestRow)).one()
+
+
+def last_event(text: str) -> tuple[str, Any]:
+    name, data = text.strip().split("\n\n")[-1].split("\n")
+    return name.removeprefix("event: "), json.loads(data.removeprefix("data: "))
+
+
+@both
+@whole_and_streamed
+async def test_the_engines_bytes_pass_untouched(
+    service: Service, client: httpx.AsyncClient, path: str, stream: bool
+) -> None:
+    body = {**BODIES[path], "stream": stream}
+    answer = await client.post(path, json=body)
+    async with httpx.AsyncClient(transport=httpx.ASGITransport(service.double), base_url="http://e") as engine:
+        assert answer.content == (await engine.post(path, json=body)).content
+    assert answer.headers["x-request-id"] == service.double.request_ids[0]
+    assert answer.headers["x-model-version"] == f"{NAME}@1"
+
+
+@both
+@whole_and_streamed
+async def test_the_row_says_what_it_says_of_a_chat(
+    service: Service, client: httpx.AsyncClient, path: str, stream: bool
+) -> None:
+    await client.post(path, json={**BODIES[path], "stream": stream, "temperature": 0.5})
+    row = await row_of(service)
+    assert (row.route, row.status, row.reason, row.finish_reason) == (path, 200, None, "length")
+    assert (row.tokens_in, row.tokens_out, row.temperature, row.max_tokens) == (3, 4, 0.5, 4)
+    assert (row.first_token_seconds is not None) is stream
+    assert row.prompt == '[{"role": "user", "content": "one two three"}]'
+    assert row.answer == "1.0 1.1 1.2 1.3 "
+
+
+@both
+async def test_tokens_are_counted_and_timed(service: Service, client: httpx.AsyncClient, path: str) -> None:
+    await client.post(path, json=BODIES[path])
+    await client.post(path, json={**BODIES[path], "stream": True})
+    assert service.count("svc_requests_total", **VERSION, route=path, status="200") == 2
+    assert service.count("svc_tokens_total", **VERSION, direction="in") == 6
+    assert service.count("svc_tokens_total", **VERSION, direction="out") == 8
+    assert service.count("svc_time_to_first_token_seconds_count", **VERSION) == 1
+    assert service.count("svc_time_between_tokens_seconds_count", **VERSION) == 3
+
+
+@both
+async def test_a_held_request_gets_the_new_version(service: Service, client: httpx.AsyncClient, path: str) -> None:
+    async with service.door.closed():
+        task = asyncio.create_task(client.post(path, json=BODIES[path]))
+        await until(lambda: service.door.held == 1)
+        service.double.weights = service.double._cached_weights = "/models/tuned/2"
+        service.load(TWO)
+    answer = await task
+    assert answer.headers["x-model-version"] == f"{NAME}@2"
+    assert "2.0 " in answer.text
+
+
+@both
+async def test_too_long_a_prompt(service: Service, client: httpx.AsyncClient, path: str) -> None:
+    service.double.max_model_len = 2
+    answer = await client.post(path, json=BODIES[path])
+    assert (answer.status_code, error_of(answer)["code"]) == (400, "context_length_exceeded")
+    assert error_of(answer)["param"] == "input_tokens"
+
+
+@both
+@pytest.mark.parametrize(
+    ("fault", "code"),
+    [
+        (Fault.DIE_IN_STREAM, "engine_died"),
+        (Fault.END_WITHOUT_DONE, "engine_died"),
+        (Fault.ERROR_IN_STREAM, "engine_error"),
+    ],
+)
+async def test_a_stream_that_does_not_come_to_its_end_ends_with_an_error(
+    service: Service, client: httpx.AsyncClient, path: str, fault: Fault, code: str
+) -> None:
+    service.double.fault = fault
+    answer = await client.post(path, json={**BODIES[path], "stream": True})
+    name, data = last_event(answer.text)
+    assert (name, data["type"], data["error"]["code"]) == ("error", "error", code)
+    assert "secret" not in answer.text
+    assert reason(service, code) == 1
+    assert service.door.running == 0
+
+
+async def test_an_error_in_a_stream_of_messages_is_a_death_where_the_engine_is_dead(
+    service: Service, client: httpx.AsyncClient
+) -> None:
+    service.double.fault, service.double.dead = Fault.ERROR_IN_STREAM, True
+    answer = await client.post(MESSAGES, json={**BODIES[MESSAGES], "stream": True})
+    assert last_event(answer.text)[1]["error"]["code"] == "engine_died"
+
+
+@both
+async def test_a_stream_that_breaks_keeps_what_was_said(service: Service, client: httpx.AsyncClient, path: str) -> None:
+    service.double.fault = Fault.DIE_IN_STREAM
+    await client.post(path, json={**BODIES[path], "stream": True})
+    row = await row_of(service)
+    assert (row.status, row.reason, row.finish_reason, row.answer) == (200, "engine_died", None, "1.0 1.1 ")
+
+
+@both
+@whole_and_streamed
+async def test_a_client_that_leaves_ends_the_engines_work(service: Service, path: str, stream: bool) -> None:
+    service.double.token_delay_s = 0.02
+    service.double.tokens = 1000
+    body = {**BODIES[path], "stream": stream, "max_tokens": 1000, "max_output_tokens": 1000}
+    async with service.socket_client() as live:
+        task = asyncio.create_task(live.post(path, json=body))
+        await until(lambda: service.double.running == 1)
+        task.cancel()
+        await until(lambda: service.double.cancelled == 1 and service.door.running == 0)
+        await until(lambda: reason(service, "client_gone") == 1)
+
+
+@both
+async def test_a_client_that_leaves_after_the_last_event_was_answered(service: Service, path: str) -> None:
+    service.double.linger_s = 60
+    async with (
+        service.socket_client() as live,
+        live.stream("POST", path, json={**BODIES[path], "stream": True}) as answer,
+    ):
+        async for line in answer.aiter_lines():
+            if line in ("event: response.completed", "event: message_stop"):
+                break
+    await until(lambda: service.count("svc_requests_total", **VERSION, route=path, status="200") == 1)
+    assert reason(service, "client_gone") == 0
+
+
+@pytest.mark.parametrize("field", ["background", "store", "previous_response_id", "conversation"])
+async def test_what_would_outlive_the_answer_never_reaches_the_engine(
+    service: Service, client: httpx.AsyncClient, field: str
+) -> None:
+    answer = await client.post(RESPONSES, json={**BODIES[RESPONSES], field: True})
+    assert (answer.status_code, error_of(answer)["param"]) == (400, field)
+    assert service.double.calls == []

@@ -1,0 +1,167 @@
+"""What the gateway keeps of each request: every end of one leaves one row that says how it ended."""
+
+import asyncio
+import json
+from collections.abc import AsyncIterator, Awaitable, Callable
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+from sqlalchemy import Engine, select
+from sqlalchemy.orm import Session
+
+from svc.settings import RecordSettings
+from svc.store.tables import RequestRow
+from tests.serving.engine_double import Fault
+from tests.serving.http.test_inference import until
+from tests.serving.service import CHAT, NAME, Service
+
+CHAT_PATH = "/v1/chat/completions"
+STREAM = {**CHAT, "stream": True}
+
+
+@pytest.fixture
+async def service(socket_folder: Path, store: Engine) -> AsyncIterator[Service]:
+    async with Service(socket_folder, store=store, keeping=RecordSettings(content_share=1.0)).run() as service:
+        yield service
+
+
+async def row_after(service: Service, client: httpx.AsyncClient, body: Any, path: str = CHAT_PATH) -> RequestRow:
+    """The one row that a request leaves."""
+    await client.post(path, json=body, headers={"x-request-id": "mine"})
+    assert service.records.flush(5)
+    assert service.store is not None
+    with Session(service.store) as session:
+        return session.scalars(select(RequestRow)).one()
+
+
+@pytest.mark.parametrize("body", [CHAT, STREAM], ids=["whole", "streamed"])
+async def test_a_good_answer(service: Service, client: httpx.AsyncClient, body: Any) -> None:
+    row = await row_after(service, client, body)
+    assert (row.request_id, row.model, row.number, row.format) == ("mine", NAME, 1, "merged")
+    assert (row.route, row.status, row.reason, row.finish_reason) == (CHAT_PATH, 200, None, "length")
+    assert row.tokens_out == 4
+    assert row.tokens_in
+    assert 0 < row.seconds < 5
+
+
+@pytest.mark.parametrize(
+    ("sent", "kept"),
+    [
+        ({"temperature": 0, "max_tokens": 3}, (0.0, 3)),
+        ({"temperature": 0.5, "max_tokens": 9, "max_completion_tokens": 2}, (0.5, 2)),
+        ({}, (None, None)),
+        ({"max_tokens": 10**30, "temperature": 10**400, "model": "other"}, (None, None)),
+    ],
+)
+async def test_how_it_was_sampled(
+    service: Service, client: httpx.AsyncClient, sent: Any, kept: tuple[float | None, int | None]
+) -> None:
+    row = await row_after(service, client, {**CHAT, **sent})
+    assert (row.temperature, row.max_tokens, row.logprob) == (*kept, None)
+
+
+async def test_only_a_stream_has_a_first_token(service: Service, client: httpx.AsyncClient) -> None:
+    row = await row_after(service, client, STREAM)
+    assert row.first_token_seconds is not None
+    assert 0 < row.first_token_seconds <= row.seconds
+
+
+async def test_prompt_and_answer_are_kept_where_they_are_asked_for(service: Service, client: httpx.AsyncClient) -> None:
+    row = await row_after(service, client, STREAM)
+    assert row.prompt == '[{"role": "user", "content": "one two three"}]'
+    assert row.answer
+    assert row.answer.startswith("1.0")
+
+
+async def test_a_whole_answer_and_a_stream_are_kept_alike(service: Service, client: httpx.AsyncClient) -> None:
+    await client.post(CHAT_PATH, json=CHAT)
+    await client.post(CHAT_PATH, json=STREAM)
+    assert service.records.flush(5)
+    assert service.store is not None
+    with Session(service.store) as session:
+        whole, streamed = session.scalars(select(RequestRow.answer))
+    assert whole == streamed
+
+
+async def test_without_a_share_no_content_is_kept(socket_folder: Path, store: Engine) -> None:
+    async with Service(socket_folder, store=store).run() as service, service.client() as client:
+        row = await row_after(service, client, STREAM)
+    assert (row.prompt, row.answer) == (None, None)
+
+
+async def test_an_unknown_model(service: Service, client: httpx.AsyncClient) -> None:
+    row = await row_after(service, client, {**CHAT, "model": "a client's own text"})
+    assert (row.model, row.number, row.status, row.reason) == ("unknown", None, 404, "model_not_found")
+    assert row.prompt is None
+
+
+async def test_a_stream_that_breaks(service: Service, client: httpx.AsyncClient) -> None:
+    service.double.fault = Fault.ERROR_IN_STREAM
+    row = await row_after(service, client, STREAM)
+    assert (row.status, row.number) == (200, 1)
+    assert row.reason in ("engine_error", "engine_died")
+
+
+async def test_an_answer_that_is_cut_off_by_the_servers_end_is_no_good_answer(service: Service) -> None:
+    service.double.token_delay_s = 0.05
+    service.double.tokens = 1000
+    sent = list[Any]()
+
+    async def send(message: Any) -> None:
+        sent.append(message)
+
+    assert service.app is not None
+    answering = asyncio.create_task(service.app(_scope(), _receive_then_wait(json.dumps(STREAM).encode()), send))
+    await until(lambda: len(sent) > 2)
+    answering.cancel()
+    await asyncio.wait([answering])
+    assert service.records.flush(5)
+    assert service.store is not None
+    with Session(service.store) as session:
+        row = session.scalars(select(RequestRow)).one()
+    assert (row.status, row.reason) == (200, "engine_died")
+    assert service.count("svc_request_errors_total", reason="engine_died") == 1
+
+
+def _scope() -> dict[str, Any]:
+    return {
+        "type": "http",
+        "method": "POST",
+        "path": CHAT_PATH,
+        "raw_path": CHAT_PATH.encode(),
+        "query_string": b"",
+        "headers": [(b"content-type", b"application/json")],
+    }
+
+
+def _receive_then_wait(body: bytes) -> Callable[[], Awaitable[Any]]:
+    messages = [{"type": "http.request", "body": body, "more_body": False}]
+
+    async def receive() -> Any:
+        while not messages:
+            await asyncio.sleep(3600)
+        return messages.pop()
+
+    return receive
+
+
+async def test_a_refused_body(service: Service, client: httpx.AsyncClient) -> None:
+    row = await row_after(service, client, {**CHAT, "prompt_logprobs": 1})
+    assert (row.status, row.reason) == (400, "invalid_request")
+
+
+async def test_exemplars_carry_the_request_id_in_openmetrics(socket_folder: Path) -> None:
+    async with Service(socket_folder, exemplars=True).run() as service, service.client() as client:
+        await client.post(CHAT_PATH, json=STREAM, headers={"x-request-id": "mine"})
+        await client.post(CHAT_PATH, json=STREAM, headers={"x-request-id": "i" * 128})
+        page = await client.get("/metrics", headers={"accept": "application/openmetrics-text; version=1.0.0"})
+    assert '# {request_id="mine"}' in page.text
+    assert "iiii" not in page.text
+
+
+async def test_without_the_setting_there_are_no_exemplars(client: httpx.AsyncClient) -> None:
+    await client.post(CHAT_PATH, json=STREAM)
+    page = await client.get("/metrics", headers={"accept": "application/openmetrics-text; version=1.0.0"})
+    assert "request_id=" not in page.text

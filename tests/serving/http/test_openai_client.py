@@ -1,0 +1,218 @@
+"""The official client, as it is, against the service."""
+
+from collections.abc import AsyncIterator
+
+import httpx2
+import openai
+import pytest
+from openai import AsyncOpenAI
+from openai.types.chat import ChatCompletionFunctionToolParam, ChatCompletionUserMessageParam
+from pydantic import BaseModel
+
+from serving.router import Routes
+from tests.serving.engine_double import Fault
+from tests.serving.service import NAME, Service
+
+MESSAGES: list[ChatCompletionUserMessageParam] = [{"role": "user", "content": "one two three"}]
+WEATHER: ChatCompletionFunctionToolParam = {
+    "type": "function",
+    "function": {"name": "weather", "parameters": {"type": "object", "properties": {"city": {"type": "string"}}}},
+}
+
+
+@pytest.fixture
+async def official(service: Service) -> AsyncIterator[AsyncOpenAI]:
+    """The official client without retries, over the HTTP library that it brings."""
+    assert service.app is not None
+    http = httpx2.AsyncClient(transport=httpx2.ASGITransport(service.app))
+    async with AsyncOpenAI(api_key="none", base_url="http://gateway/v1", http_client=http, max_retries=0) as official:
+        yield official
+
+
+async def test_a_chat(official: AsyncOpenAI) -> None:
+    answer = await official.chat.completions.create(model=NAME, messages=MESSAGES)
+    assert answer.choices[0].message.content == "1.0 1.1 1.2 1.3 "
+    assert answer.usage is not None
+    assert answer.usage.completion_tokens == 4
+
+
+async def test_a_streamed_chat(official: AsyncOpenAI) -> None:
+    stream = await official.chat.completions.create(model=f"{NAME}@production", messages=MESSAGES, stream=True)
+    chunks = [chunk async for chunk in stream]
+    assert "".join(chunk.choices[0].delta.content or "" for chunk in chunks) == "1.0 1.1 1.2 1.3 "
+
+
+async def test_a_streamed_chat_with_its_token_counts(official: AsyncOpenAI) -> None:
+    stream = await official.chat.completions.create(
+        model=NAME, messages=MESSAGES, stream=True, stream_options={"include_usage": True}
+    )
+    chunks = [chunk async for chunk in stream]
+    assert chunks[-1].usage is not None
+    assert chunks[-1].usage.total_tokens == 7
+
+
+@pytest.mark.parametrize("stream", [False, True])
+async def test_a_completion(official: AsyncOpenAI, stream: bool) -> None:
+    answer = await official.completions.create(model=f"{NAME}@1", prompt="one", stream=stream)
+    if isinstance(answer, openai.AsyncStream):
+        assert "".join([chunk.choices[0].text async for chunk in answer]) == "1.0 1.1 1.2 1.3 "
+    else:
+        assert answer.choices[0].text == "1.0 1.1 1.2 1.3 "
+
+
+async def test_the_version_and_the_request_can_be_read(official: AsyncOpenAI) -> None:
+    raw = await official.chat.completions.with_raw_response.create(model=NAME, messages=MESSAGES)
+    assert raw.headers["x-model-version"] == f"{NAME}@1"
+    assert (raw.request_id or "").startswith("req-")
+
+
+async def test_models(official: AsyncOpenAI) -> None:
+    assert [model.id async for model in official.models.list()] == [NAME, f"{NAME}@1", f"{NAME}@production"]
+    assert (await official.models.retrieve(f"{NAME}@1")).owned_by == "tuneserve"
+    with pytest.raises(openai.NotFoundError):
+        await official.models.retrieve("group/other")
+
+
+@pytest.mark.parametrize("name", [NAME, f"{NAME}@1", f"{NAME}@production"])
+async def test_what_serves_is_not_deleted(official: AsyncOpenAI, name: str) -> None:
+    with pytest.raises(openai.PermissionDeniedError) as caught:
+        await official.models.delete(name)
+    assert (caught.value.code, caught.value.type) == ("model_not_deletable", "invalid_request_error")
+
+
+async def test_what_does_not_serve_is_not_found_to_be_deleted(official: AsyncOpenAI) -> None:
+    with pytest.raises(openai.NotFoundError):
+        await official.models.delete("group/other")
+
+
+async def test_a_failure_of_the_gateway_is_not_asked_for_again(
+    service: Service, official: AsyncOpenAI, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tried = list[str]()
+
+    def broken(self: Routes, model: str) -> None:
+        tried.append(model)
+        raise ZeroDivisionError
+
+    monkeypatch.setattr(Routes, "resolve", broken)
+    with pytest.raises(openai.InternalServerError):
+        await official.with_options(max_retries=2).models.retrieve(NAME)
+    assert tried == [NAME]
+
+
+async def test_a_response(official: AsyncOpenAI) -> None:
+    answer = await official.responses.create(model=f"{NAME}@production", input="one two three", max_output_tokens=3)
+    assert answer.output_text == "1.0 1.1 1.2 "
+    assert answer.status == "incomplete"
+    assert answer.incomplete_details is not None
+    assert answer.incomplete_details.reason == "max_output_tokens"
+    assert answer.usage is not None
+    assert (answer.usage.input_tokens, answer.usage.output_tokens) == (3, 3)
+
+
+async def test_a_streamed_response(official: AsyncOpenAI) -> None:
+    stream = await official.responses.create(model=NAME, input="one two three", stream=True)
+    events = [event async for event in stream]
+    assert "".join(event.delta for event in events if event.type == "response.output_text.delta") == "1.0 1.1 1.2 1.3 "
+    assert events[0].type == "response.created"
+    assert events[-1].type == "response.completed"
+    assert events[-1].response.usage is not None
+
+
+async def test_a_stored_response_cannot_be_asked_for(official: AsyncOpenAI) -> None:
+    with pytest.raises(openai.BadRequestError) as caught:
+        await official.responses.create(model=NAME, input="one", store=True)
+    assert caught.value.param == "store"
+    with pytest.raises(openai.NotFoundError):
+        await official.responses.retrieve("resp_1")
+    with pytest.raises(openai.NotFoundError):
+        await official.responses.cancel("resp_1")
+
+
+@pytest.mark.parametrize("fault", [Fault.DIE_IN_STREAM, Fault.END_WITHOUT_DONE])
+async def test_a_streamed_response_that_breaks_raises(service: Service, official: AsyncOpenAI, fault: Fault) -> None:
+    service.double.fault = fault
+    stream = await official.responses.create(model=NAME, input="one two three", stream=True)
+    with pytest.raises(openai.APIError, match="engine"):
+        async for _ in stream:
+            pass
+
+
+async def test_a_call_of_a_tool(service: Service, official: AsyncOpenAI) -> None:
+    call = {"id": "call_1", "type": "function", "function": {"name": "weather", "arguments": '{"city": "Bonn"}'}}
+    service.double.message, service.double.finish_reason = {"content": None, "tool_calls": [call]}, "tool_calls"
+    answer = await official.chat.completions.create(
+        model=NAME, messages=MESSAGES, tools=[WEATHER], tool_choice="required"
+    )
+    called = answer.choices[0].message.tool_calls
+    assert called
+    assert called[0].type == "function"
+    assert called[0].function.arguments == '{"city": "Bonn"}'
+    assert service.double.requests[0]["tools"] == [WEATHER]
+    assert service.double.requests[0]["tool_choice"] == "required"
+
+
+async def test_an_answer_after_a_schema(service: Service, official: AsyncOpenAI) -> None:
+    class Ticket(BaseModel):
+        urgent: bool
+
+    service.double.message = {"content": '{"urgent": true}'}
+    service.double.finish_reason = "stop"
+    answer = await official.chat.completions.parse(model=NAME, messages=MESSAGES, response_format=Ticket)
+    assert answer.choices[0].message.parsed == Ticket(urgent=True)
+    assert service.double.requests[0]["response_format"]["json_schema"]["schema"]["required"] == ["urgent"]
+
+
+async def test_several_answers(official: AsyncOpenAI) -> None:
+    answer = await official.chat.completions.create(model=NAME, messages=MESSAGES, n=3)
+    assert [choice.index for choice in answer.choices] == [0, 1, 2]
+
+
+async def test_log_probabilities_of_the_answer(official: AsyncOpenAI) -> None:
+    answer = await official.chat.completions.create(model=NAME, messages=MESSAGES, logprobs=True)
+    found = answer.choices[0].logprobs
+    assert found is not None
+    assert [token.token for token in found.content or []] == ["1.0 ", "1.1 ", "1.2 ", "1.3 "]
+
+
+async def test_an_unknown_model_is_not_found(official: AsyncOpenAI) -> None:
+    with pytest.raises(openai.NotFoundError) as caught:
+        await official.chat.completions.create(model="other", messages=MESSAGES)
+    assert (caught.value.code, caught.value.type) == ("model_not_found", "invalid_request_error")
+
+
+async def test_log_probabilities_of_the_prompt_are_a_bad_request(official: AsyncOpenAI) -> None:
+    with pytest.raises(openai.BadRequestError) as caught:
+        await official.completions.create(model=NAME, prompt="a", extra_body={"prompt_logprobs": 1})
+    assert caught.value.param == "prompt_logprobs"
+
+
+async def test_too_long_a_prompt_is_a_bad_request(service: Service, official: AsyncOpenAI) -> None:
+    service.double.max_model_len = 1
+    with pytest.raises(openai.BadRequestError) as caught:
+        await official.chat.completions.create(model=NAME, messages=MESSAGES)
+    assert caught.value.code == "context_length_exceeded"
+
+
+async def test_no_engine_is_a_server_error(service: Service, official: AsyncOpenAI) -> None:
+    service.door.unavailable("the engine is starting")
+    with pytest.raises(openai.InternalServerError) as caught:
+        await official.chat.completions.create(model=NAME, messages=MESSAGES)
+    assert (caught.value.status_code, caught.value.code) == (503, "engine_unavailable")
+    assert caught.value.request_id
+
+
+async def test_too_many_requests_are_a_rate_limit(official: AsyncOpenAI, service: Service) -> None:
+    service.door._max_running = 0
+    with pytest.raises(openai.RateLimitError) as caught:
+        await official.chat.completions.create(model=NAME, messages=MESSAGES)
+    assert caught.value.code == "overloaded"
+
+
+@pytest.mark.parametrize("fault", [Fault.DIE_IN_STREAM, Fault.ERROR_IN_STREAM, Fault.END_WITHOUT_DONE])
+async def test_a_stream_that_breaks_raises(service: Service, official: AsyncOpenAI, fault: Fault) -> None:
+    service.double.fault = fault
+    stream = await official.chat.completions.create(model=NAME, messages=MESSAGES, stream=True)
+    with pytest.raises(openai.APIError, match="engine"):
+        async for _ in stream:
+            pass

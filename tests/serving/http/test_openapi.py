@@ -1,0 +1,116 @@
+"""The OpenAPI document says what the server does."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+import schemathesis
+from fastapi import FastAPI
+from hypothesis import HealthCheck, given, settings
+from prometheus_client import CollectorRegistry
+from schemathesis import GenerationMode
+from schemathesis.checks import not_a_server_error
+from schemathesis.specs.openapi.checks import (
+    content_type_conformance,
+    response_schema_conformance,
+    status_code_conformance,
+)
+from sqlalchemy import Engine as Store
+
+from serving.admission import Admission
+from serving.engines.pool import Lease
+from serving.http.errors import _SHAPES, ErrorCode
+from serving.http.openapi import openapi_document
+from serving.protocols.route import Route
+from serving.router import Routes
+from serving.telemetry.metrics import Traffic
+from serving.telemetry.request_log import RecordWriter
+from svc.settings import RecordSettings, ServeSettings
+from tests.serving.engine_double import EngineDouble
+from tests.serving.service import NAME, ONE, Service, application
+
+EXAMPLES = 30
+CHECKS = [not_a_server_error, status_code_conformance, response_schema_conformance, content_type_conformance]
+
+
+def operations(app: FastAPI) -> set[tuple[str, str]]:
+    """The methods and paths that the application answers to."""
+    found = set()
+    for route in app.router.routes:
+        path = str(getattr(route, "path", "")).replace(":path", "")
+        found |= {(method.lower(), path) for method in getattr(route, "methods", None) or () if method != "HEAD"}
+    return found
+
+
+async def test_it_describes_every_path_and_no_other(service: Service, client: httpx.AsyncClient) -> None:
+    paths = (await client.get("/openapi.json")).json()["paths"]
+    described = {(method, path) for path, methods in paths.items() for method in methods if method != "parameters"}
+    assert service.app is not None
+    assert described == operations(service.app)
+
+
+async def test_every_error_of_a_completion_is_described_with_its_status(client: httpx.AsyncClient) -> None:
+    document = (await client.get("/openapi.json")).json()
+    elsewhere = {ErrorCode.MODEL_NOT_DELETABLE}
+    statuses = {str(status) for status, code in _SHAPES.values() if code not in elsewhere} | {"500"}
+    for route in Route:
+        assert statuses <= set(document["paths"][route.value]["post"]["responses"])
+
+
+@pytest.fixture
+def api(memory_folder: Path, store: Store) -> Iterator[Any]:
+    """The document of an application over the double; a model name is one of those that are served, or another."""
+    registry, traffic_settings = CollectorRegistry(), ServeSettings()
+    records = RecordWriter(store, RecordSettings(), on_stored=lambda count: None, on_dropped=lambda reason, count: None)
+    routes, door = Routes(NAME), Admission(max_running=8, max_held=8, hold_timeout_s=1)
+    engine = httpx.AsyncClient(transport=httpx.ASGITransport(EngineDouble(name=NAME)), base_url="http://engine")
+    routes.load({ONE})
+
+    @contextmanager
+    def lease(model: str) -> Iterator[Lease]:
+        routes.resolve(model)
+        yield Lease(engine, ONE)
+
+    app = application(
+        lease,
+        list,
+        door=door,
+        routes=routes,
+        traffic=Traffic(registry),
+        records=records,
+        settings=traffic_settings,
+        store=store,
+    )
+    routes.serve(ONE)
+    door.available()
+    records.start()
+    found = schemathesis.openapi.from_asgi("/openapi.json", app)
+    names = {"enum": [*routes.names(), "other"]}
+    found.raw_schema["paths"]["/v1/models/{name}"]["parameters"][0]["schema"] = names
+    for route in Route:
+        body = found.raw_schema["paths"][route.value]["post"]["requestBody"]["content"]["application/json"]["schema"]
+        body["properties"]["model"] = names
+    yield found
+    records.close()
+
+
+def cases() -> Iterator[tuple[str, str, GenerationMode]]:
+    """Each operation with requests as they are described, and where any can be, with some that are not."""
+    for path, methods in openapi_document()["paths"].items():
+        for method in methods.keys() - {"parameters"}:
+            yield method, path, GenerationMode.POSITIVE
+            if "requestBody" in methods[method]:
+                yield method, path, GenerationMode.NEGATIVE
+
+
+@pytest.mark.parametrize(("method", "path", "mode"), sorted(cases()))
+def test_every_answer_is_one_that_it_describes(api: Any, method: str, path: str, mode: GenerationMode) -> None:
+    @settings(max_examples=EXAMPLES, deadline=None, suppress_health_check=list(HealthCheck))
+    @given(api[path][method].as_strategy(generation_mode=mode))
+    def ask(case: schemathesis.Case[Any]) -> None:
+        case.call_and_validate(checks=CHECKS)
+
+    ask()

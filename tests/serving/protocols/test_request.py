@@ -1,0 +1,231 @@
+"""What is read of a request, and what is refused before it costs anything."""
+
+import asyncio
+import json
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from starlette.types import Message, Receive, Scope
+
+from serving.protocols.request import (
+    BodyTimeoutError,
+    BodyTooLargeError,
+    ClientGoneError,
+    CompletionRequest,
+    InvalidJsonError,
+    InvalidRequestError,
+    MediaTypeError,
+    parse_request,
+    read_body,
+)
+from serving.protocols.route import Route
+
+JSON_VALUES = st.recursive(
+    st.none() | st.booleans() | st.integers(-(2**63), 2**63) | st.floats(allow_nan=False, allow_infinity=False)
+    | st.text(),
+    lambda children: st.lists(children, max_size=3) | st.dictionaries(st.text(max_size=5), children, max_size=3),
+    max_leaves=10,
+)  # fmt: skip
+
+
+def parse(fields: Any, route: Route = Route.CHAT_COMPLETIONS) -> CompletionRequest:
+    body = fields if isinstance(fields, bytes) else json.dumps(fields).encode()
+    return parse_request(body, route, engine_model="tuned")
+
+
+def scope(**headers: str) -> Scope:
+    given = {"content-type": "application/json"} | {name.replace("_", "-"): value for name, value in headers.items()}
+    return {"type": "http", "headers": [(name.encode(), value.encode()) for name, value in given.items()]}
+
+
+def receiving(*parts: bytes, gone: bool = False) -> Receive:
+    messages: list[Message] = [{"type": "http.request", "body": part, "more_body": True} for part in parts]
+    if gone:
+        messages.append({"type": "http.disconnect"})
+    else:
+        messages[-1]["more_body"] = False
+
+    async def receive() -> Message:
+        return messages.pop(0)
+
+    return receive
+
+
+async def test_a_body_in_parts_is_read_whole() -> None:
+    assert await read_body(scope(), receiving(b"ab", b"", b"c"), max_bytes=3, timeout_s=1) == b"abc"
+
+
+async def test_a_body_that_says_it_is_too_large_is_not_read() -> None:
+    with pytest.raises(BodyTooLargeError):
+        await read_body(scope(content_length="4"), receiving(b""), max_bytes=3, timeout_s=1)
+
+
+async def test_a_body_that_turns_out_too_large_is_refused_while_it_comes() -> None:
+    receive = receiving(b"ab", b"cd", b"ef")
+    with pytest.raises(BodyTooLargeError):
+        await read_body(scope(), receive, max_bytes=3, timeout_s=1)
+    assert (await receive())["body"] == b"ef"
+
+
+async def test_a_body_that_does_not_come_is_given_up() -> None:
+    async def never() -> Message:
+        await asyncio.sleep(60)
+        raise AssertionError
+
+    with pytest.raises(BodyTimeoutError):
+        await read_body(scope(), never, max_bytes=3, timeout_s=0.01)
+
+
+async def test_a_client_that_leaves_within_its_body_is_gone() -> None:
+    with pytest.raises(ClientGoneError):
+        await read_body(scope(), receiving(b"a", gone=True), max_bytes=3, timeout_s=1)
+
+
+@pytest.mark.parametrize("media_type", ["text/plain", "application/x-www-form-urlencoded", ""])
+async def test_other_types_than_json_are_refused(media_type: str) -> None:
+    with pytest.raises(MediaTypeError):
+        await read_body(scope(content_type=media_type), receiving(b"{}"), max_bytes=3, timeout_s=1)
+
+
+async def test_a_charset_beside_the_type_is_no_matter() -> None:
+    headers = scope(content_type="Application/JSON; charset=utf-8")
+    assert await read_body(headers, receiving(b"{}"), max_bytes=3, timeout_s=1) == b"{}"
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        b"",
+        b"no",
+        b'{"model": "a"',
+        b"\xff\xfe",
+        b'{"model": "\xe4"}',
+        b"[]",
+        b'"model"',
+        b"null",
+        b'{"model": "tuned", "temperature": NaN}',
+        b'{"model": "tuned", "temperature": -Infinity}',
+        b'{"model": "tuned", "temperature": 1e999}',
+        b'{"model": "tuned", "seed": ' + b"9" * 5000 + b"}",
+        b'{"model": "tuned", "a": ' + b"[" * 100_000 + b"]" * 100_000 + b"}",
+        b'{"a":' * 100_000,
+    ],
+    ids=lambda body: body[:40].decode("latin-1"),
+)
+def test_what_is_no_json_object_is_refused(body: bytes) -> None:
+    with pytest.raises(InvalidJsonError):
+        parse(body)
+
+
+@given(st.dictionaries(st.text(max_size=8).map(lambda key: "x" + key), JSON_VALUES, max_size=5))
+def test_all_fields_reach_the_engine_as_they_came_but_the_model(fields: dict[str, Any]) -> None:
+    assert json.loads(parse({**fields, "model": "tuned@1"}).payload) == {**fields, "model": "tuned"}
+
+
+def test_a_lone_surrogate_passes() -> None:
+    assert json.loads(parse(b'{"model": "tuned", "prompt": "\\ud800"}').payload)["prompt"] == "\ud800"
+
+
+@pytest.mark.parametrize(
+    ("fields", "kept"),
+    [
+        ({}, (None, None)),
+        ({"temperature": 0, "max_tokens": 16}, (0.0, 16)),
+        ({"temperature": 0.7, "max_completion_tokens": 8, "max_tokens": 16}, (0.7, 8)),
+        ({"temperature": None, "max_completion_tokens": None, "max_tokens": 16}, (None, 16)),
+        ({"temperature": "0", "max_tokens": 16.0}, (None, None)),
+        ({"temperature": False, "max_tokens": True}, (None, None)),
+        ({"temperature": [0], "max_completion_tokens": "8", "max_tokens": 16}, (None, None)),
+        ({"temperature": -1.5, "max_tokens": -1}, (-1.5, -1)),
+        ({"temperature": 10**400, "max_tokens": 2**63}, (None, None)),
+        ({"temperature": 1e300, "max_tokens": 2**31}, (None, None)),
+    ],
+)
+def test_the_sampling_is_read_as_it_was_sent(fields: dict[str, Any], kept: tuple[float | None, int | None]) -> None:
+    request = parse({"model": "tuned", **fields})
+    assert (request.temperature, request.max_tokens) == kept
+    assert json.loads(request.payload) == {"model": "tuned", **fields}
+
+
+@pytest.mark.parametrize("fields", [{}, {"model": None}, {"model": 1}, {"model": ["tuned"]}])
+def test_the_model_is_a_string(fields: dict[str, Any]) -> None:
+    with pytest.raises(InvalidRequestError) as caught:
+        parse(fields)
+    assert caught.value.param == "model"
+
+
+def test_a_field_that_is_not_served_is_named() -> None:
+    with pytest.raises(InvalidRequestError) as caught:
+        parse({"model": "tuned", "background": True}, Route.RESPONSES)
+    assert caught.value.param == "background"
+
+
+@pytest.mark.parametrize("sent", [{}, {"store": None, "background": None}, {"store": False, "background": False}])
+def test_the_engine_is_always_told_to_keep_nothing_after_the_answer(sent: dict[str, Any]) -> None:
+    request = parse({"model": "tuned", "input": "a", **sent}, Route.RESPONSES)
+    assert json.loads(request.payload) == {"model": "tuned", "input": "a", "store": False, "background": False}
+
+
+@pytest.mark.parametrize("route", [Route.RESPONSES, Route.MESSAGES])
+def test_the_token_counts_of_their_streams_are_the_clients(route: Route) -> None:
+    request = parse({"model": "tuned", "stream": True}, route)
+    assert request.wants_usage
+    assert "stream_options" not in json.loads(request.payload)
+
+
+@pytest.mark.parametrize(
+    ("route", "fields", "longest"),
+    [
+        (Route.RESPONSES, {"max_output_tokens": 5, "max_tokens": 9}, 5),
+        (Route.MESSAGES, {"max_tokens": 5, "max_completion_tokens": 9}, 5),
+        (Route.COMPLETIONS, {"max_tokens": 5, "max_completion_tokens": 9}, 5),
+        (Route.RESPONSES, {"max_tokens": 9}, None),
+    ],
+)
+def test_the_longest_answer_is_what_the_engine_takes_for_it(
+    route: Route, fields: dict[str, Any], longest: int | None
+) -> None:
+    assert parse({"model": "tuned", **fields}, route).max_tokens == longest
+
+
+@pytest.mark.parametrize(
+    ("fields", "param"),
+    [
+        ({"stream": 1}, "stream"),
+        ({"stream": "true"}, "stream"),
+        ({"stream": True, "stream_options": []}, "stream_options"),
+        ({"stream": True, "stream_options": {"include_usage": "yes"}}, "stream_options.include_usage"),
+    ],
+)
+def test_what_decides_over_the_stream_has_its_type(fields: dict[str, Any], param: str) -> None:
+    with pytest.raises(InvalidRequestError) as caught:
+        parse({"model": "tuned", **fields})
+    assert caught.value.param == param
+
+
+@pytest.mark.parametrize(
+    ("options", "wants_usage", "sent"),
+    [
+        (None, False, {"include_usage": True}),
+        ({}, False, {"include_usage": True}),
+        ({"include_usage": False, "continuous_usage_stats": True}, False, {"include_usage": True}),
+        (
+            {"include_usage": True, "continuous_usage_stats": True},
+            True,
+            {"include_usage": True, "continuous_usage_stats": True},
+        ),
+    ],
+)
+def test_the_engine_is_always_asked_for_the_token_counts_of_a_stream(
+    options: dict[str, Any] | None, wants_usage: bool, sent: dict[str, Any]
+) -> None:
+    request = parse({"model": "tuned", "stream": True, "stream_options": options})
+    assert request.wants_usage is wants_usage
+    assert json.loads(request.payload)["stream_options"] == sent
+
+
+def test_without_a_stream_nothing_is_added() -> None:
+    request = parse({"model": "tuned", "stream": False})
+    assert (request.stream, json.loads(request.payload)) == (False, {"model": "tuned", "stream": False})

@@ -1,0 +1,217 @@
+"""What is read of the requests and answers of each route, whatever the model and the client wrote into them."""
+
+import json
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from serving.protocols.route import Route
+from serving.protocols.server_sent_events import EventSplitter
+from serving.protocols.wire_formats import Usage, WireFormat, wire_format
+from tests.serving.vllm_wire import Counts, Wire, wire_of
+
+TEXT = st.text(max_size=20)
+COUNTS = st.builds(Counts, st.integers(0, 10**6), st.integers(1, 10**6))
+WORDS = st.lists(st.text(min_size=1, max_size=10), min_size=1, max_size=6)
+CHAT = wire_format(Route.CHAT_COMPLETIONS)
+RESPONSES = wire_format(Route.RESPONSES)
+MESSAGES = wire_format(Route.MESSAGES)
+routes = pytest.mark.parametrize("route", list(Route))
+
+
+def event(name: str, **data: Any) -> bytes:
+    return f"event: {name}\ndata: {json.dumps({'type': name, **data})}\n\n".encode()
+
+
+def chunk(data: object) -> bytes:
+    return b"data: " + json.dumps(data).encode() + b"\n\n"
+
+
+def stream_of(wire: Wire, words: list[str], counts: Counts) -> list[bytes]:
+    """As it is cut from the bytes of a connection."""
+    *most, last = words
+    tokens = [*(wire.token(word, None) for word in most), wire.token(last, "length")]
+    return EventSplitter().feed(b"".join([*wire.opening(counts), *tokens, *wire.closing(words, counts)]))
+
+
+def usages(format: WireFormat, parts: list[bytes]) -> list[Usage]:
+    return [usage for part in parts if (usage := format.usage(part))]
+
+
+class TestEveryRoute:
+    """A stream and a body of the same answer say the same."""
+
+    @routes
+    @given(words=WORDS, counts=COUNTS)
+    def test_the_token_counts_are_read_once(self, route: Route, words: list[str], counts: Counts) -> None:
+        wire = wire_of(route.value, "tuned", {"stream_options": {"include_usage": True}})
+        expected = [Usage(counts.prompt, counts.completion)]
+        assert usages(wire_format(route), stream_of(wire, words, counts)) == expected
+        assert usages(wire_format(route), [json.dumps(wire.whole(words, counts, "length")).encode()]) == expected
+
+    @routes
+    @given(words=WORDS, counts=COUNTS)
+    def test_the_text_is_put_together(self, route: Route, words: list[str], counts: Counts) -> None:
+        wire = wire_of(route.value, "tuned", {})
+        assert wire_format(route).text(stream_of(wire, words, counts)) == "".join(words)
+        assert wire_format(route).text([json.dumps(wire.whole(words, counts, "stop")).encode()]) == "".join(words)
+
+    @routes
+    @given(words=WORDS, counts=COUNTS)
+    def test_the_tokens_and_the_end_are_told_apart(self, route: Route, words: list[str], counts: Counts) -> None:
+        format = wire_format(route)
+        events = stream_of(wire_of(route.value, "tuned", {}), words, counts)
+        assert [format.is_end(event) for event in events] == [False] * (len(events) - 1) + [True]
+        assert sum(map(format.is_token, events)) == len(words)
+        assert not format.is_token(b": keep-alive\n\n")
+
+    @routes
+    @pytest.mark.parametrize("reason", ["stop", "length"])
+    def test_the_finish_reason_is_said_in_the_same_words(self, route: Route, reason: str) -> None:
+        wire = wire_of(route.value, "tuned", {})
+        body = json.dumps(wire.whole(["a"], Counts(1, 1), reason)).encode()
+        assert wire_format(route).finish_reason(body) == reason
+
+    @routes
+    def test_a_stream_that_was_cut_off_has_its_finish_reason(self, route: Route) -> None:
+        events = stream_of(wire_of(route.value, "tuned", {}), ["a", "b"], Counts(1, 2))
+        found = [reason for event in events if (reason := wire_format(route).finish_reason(event))]
+        assert found == ["length"]
+
+    @routes
+    @pytest.mark.parametrize(
+        "part",
+        [
+            b"",
+            b"{}",
+            b"[]",
+            b"null",
+            b": note\n\n",
+            b"data: no\n\n",
+            b'{"usage": 3}',
+            b'{"usage": {}}',
+            b'{"usage": {"input_tokens": "x", "prompt_tokens": []}}',
+            b"event: content_block_delta\ndata: {}\n\n",
+            b"event: response.output_text.delta\ndata: {}\n\n",
+        ],
+    )
+    def test_nothing_is_found_where_there_is_nothing(self, route: Route, part: bytes) -> None:
+        format = wire_format(route)
+        assert (format.usage(part), format.finish_reason(part), format.text([part])) == (None, None, "")
+        assert not format.is_end(part)
+
+
+class TestCompletions:
+    @given(TEXT, COUNTS, st.sampled_from([None, (",", ":")]))
+    def test_usage_is_found_whatever_the_model_wrote(
+        self, text: str, counts: Counts, separators: tuple[str, str] | None
+    ) -> None:
+        usage = {"prompt_tokens": counts.prompt, "completion_tokens": counts.completion, "details": {"cached": 1}}
+        answer = {"text": '"usage": {"prompt_tokens": 9}' + text, "usage": usage, "after": text}
+        found = CHAT.usage(json.dumps(answer, separators=separators).encode())
+        assert found == Usage(counts.prompt, counts.completion)
+
+    @pytest.mark.parametrize(
+        "data",
+        [
+            {"choices": [], "usage": None},
+            {"choices": [{"delta": {}}], "usage": {"prompt_tokens": 1}},
+            {"choices": [{"delta": {"content": "usage"}}]},
+        ],
+    )
+    def test_only_the_chunk_without_choices_has_the_counts_of_the_whole(self, data: object) -> None:
+        assert CHAT.usage(chunk(data)) is None
+
+    @pytest.mark.parametrize(
+        ("part", "end"),
+        [
+            (b"data: [DONE]\n\n", True),
+            (b"data:[DONE]\r\n\r\n", True),
+            (b'data: {"content":"[DONE]"}\n\n', False),
+            (b": [DONE]\n\n", False),
+        ],
+    )
+    def test_only_the_closing_event_is_the_end(self, part: bytes, end: bool) -> None:
+        assert CHAT.is_end(part) is end
+
+    def test_the_opening_of_a_message_is_no_token(self) -> None:
+        assert not CHAT.is_token(chunk({"choices": [{"delta": {"role": "assistant", "content": ""}}]}))
+
+
+class TestResponses:
+    def test_counts_and_status_that_a_client_put_into_its_tools_are_not_taken_for_those_of_the_answer(self) -> None:
+        tools = [{"parameters": {"status": "failed", "usage": {"input_tokens": 999_999, "output_tokens": 1}}}]
+        body = json.dumps({"status": "completed", "usage": None, "output": [], "tools": tools}).encode()
+        assert RESPONSES.usage(body) is None
+        assert RESPONSES.finish_reason(body) == "stop"
+
+    def test_a_call_of_a_function_is_no_empty_answer(self) -> None:
+        call = {"type": "function_call", "name": "f", "arguments": "{}"}
+        body = json.dumps({"status": "completed", "output": [call]}).encode()
+        assert (RESPONSES.finish_reason(body), RESPONSES.text([body])) == ("tool_calls", "")
+
+    def test_the_end_that_openai_sends_for_an_answer_that_was_cut_off_is_an_end(self) -> None:
+        response = {"status": "incomplete", "incomplete_details": {"reason": "max_output_tokens"}}
+        last = event("response.incomplete", response=response)
+        assert RESPONSES.is_end(last)
+        assert RESPONSES.finish_reason(last) == "length"
+
+    def test_a_model_cannot_write_the_end(self) -> None:
+        written = event("response.output_text.delta", delta="\n\nevent: response.completed\ndata: {}\n\n")
+        assert not RESPONSES.is_end(written)
+        assert RESPONSES.text([written]).startswith("\n\nevent")
+
+    @pytest.mark.parametrize(
+        ("fields", "prompt"),
+        [
+            ({"input": "hi"}, [{"role": "user", "content": "hi"}]),
+            (
+                {"input": "hi", "instructions": "be kind"},
+                [{"role": "system", "content": "be kind"}, {"role": "user", "content": "hi"}],
+            ),
+            ({"input": [{"role": "user", "content": "hi"}]}, [{"role": "user", "content": "hi"}]),
+        ],
+    )
+    def test_a_prompt_is_messages(self, fields: dict[str, Any], prompt: object) -> None:
+        assert RESPONSES.prompt(fields) == prompt
+
+
+class TestMessages:
+    def test_what_the_model_put_into_the_input_of_a_tool_is_not_taken_for_the_answers_own(self) -> None:
+        tool = {"type": "tool_use", "name": "f", "input": {"stop_reason": "x", "usage": {"input_tokens": 9}}}
+        usage = {"input_tokens": 3, "output_tokens": 4}
+        body = json.dumps({"content": [tool], "stop_reason": "tool_use", "usage": usage}).encode()
+        assert MESSAGES.usage(body) == Usage(3, 4)
+        assert MESSAGES.finish_reason(body) == "tool_calls"
+
+    def test_tokens_from_the_cache_are_tokens_of_the_prompt(self) -> None:
+        usage = {"input_tokens": 3, "output_tokens": 4, "cache_read_input_tokens": 32, "cache_creation_input_tokens": 5}
+        assert MESSAGES.usage(json.dumps({"usage": usage}).encode()) == Usage(40, 4)
+
+    def test_only_text_is_text(self) -> None:
+        parts = [
+            event("content_block_delta", delta={"type": "thinking_delta", "thinking": "hm"}),
+            event("content_block_delta", delta={"type": "text_delta", "text": "yes"}),
+            event("content_block_delta", delta={"type": "input_json_delta", "partial_json": "{}"}),
+        ]
+        assert MESSAGES.text(parts) == "yes"
+        assert all(MESSAGES.is_token(part) for part in parts)
+
+    def test_the_system_is_the_first_turn_of_the_prompt(self) -> None:
+        turns = [{"role": "user", "content": "hi"}]
+        assert MESSAGES.prompt({"messages": turns}) == turns
+        assert MESSAGES.prompt({"messages": turns, "system": "s"}) == [{"role": "system", "content": "s"}, *turns]
+
+
+@pytest.mark.parametrize(
+    ("route", "sent"),
+    [
+        (Route.CHAT_COMPLETIONS, b'data: {"error": {"code": "x"}}\n\n'),
+        (Route.RESPONSES, b'event: error\ndata: {"type": "error", "error": {"code": "x"}}\n\n'),
+        (Route.MESSAGES, b'event: error\ndata: {"type": "error", "error": {"code": "x"}}\n\n'),
+    ],
+)
+def test_an_error_within_a_stream_is_written_as_its_clients_read_it(route: Route, sent: bytes) -> None:
+    assert wire_format(route).error_event(b'{"error": {"code": "x"}}') == sent

@@ -1,0 +1,97 @@
+"""Which version a server starts with."""
+
+import pytest
+
+from serving.rollout.initial_state import choose_desired
+from svc.errors import NotFoundError
+from svc.registry.version import Alias, Format, VersionId
+from svc.store.desired import change_desired, read_desired
+from tests.serving.home import Home
+from tests.serving.versions import NAME, make_version, target
+
+
+def choose(home: Home, model: str | None = None, format: Format | None = None) -> tuple[str, Format]:
+    desired = choose_desired(home.registry, home.store, model, format)
+    assert read_desired(home.store, desired.name) == desired
+    return str(desired.target.version), desired.target.format
+
+
+def test_the_only_name_needs_no_naming(home: Home) -> None:
+    assert choose(home) == (f"{NAME}@3", Format.MERGED)
+
+
+def test_of_several_names_one_must_be_given(home: Home) -> None:
+    make_version(home.registry, 1, name="other")
+    with pytest.raises(NotFoundError, match="no model was named"):
+        choose(home)
+    assert choose(home, "other")[0] == "other@1"
+
+
+def test_the_name_that_served_needs_no_naming(home: Home) -> None:
+    make_version(home.registry, 1, name="other")
+    choose(home, NAME)
+    assert choose(home)[0] == f"{NAME}@3"
+
+
+def test_a_home_without_a_version_says_how_to_make_one(home: Home) -> None:
+    home.registry.models = home.registry.models / "empty"
+    with pytest.raises(NotFoundError, match="svc train"):
+        choose(home)
+
+
+def test_a_name_means_what_served_last(home: Home) -> None:
+    change_desired(home.store, None, target(2), None)
+    assert choose(home, NAME) == (f"{NAME}@2", Format.MERGED)
+
+
+def test_a_name_that_never_served_means_its_production(home: Home) -> None:
+    home.book.book[Alias.PRODUCTION] = VersionId(NAME, 1)
+    assert choose(home, NAME)[0] == f"{NAME}@1"
+
+
+def test_an_alias_means_its_version_also_when_another_served(home: Home) -> None:
+    change_desired(home.store, None, target(2), None)
+    home.book.book[Alias.CANDIDATE] = VersionId(NAME, 3)
+    assert choose(home, f"{NAME}@candidate")[0] == f"{NAME}@3"
+
+
+def test_a_version_that_is_named_becomes_desired_and_the_one_before_is_kept(home: Home) -> None:
+    seen = change_desired(home.store, None, target(2), None)
+    desired = choose_desired(home.registry, home.store, f"{NAME}@1", None)
+    assert (desired.target, desired.previous, desired.generation) == (target(1), target(2), seen.generation + 1)
+
+
+def test_a_version_that_is_desired_already_changes_nothing(home: Home) -> None:
+    seen = change_desired(home.store, None, target(2), None)
+    assert choose_desired(home.registry, home.store, f"{NAME}@2", None) == seen
+
+
+def test_gptq_is_preferred_where_the_version_has_it(home: Home) -> None:
+    make_version(home.registry, 4, formats=(Format.MERGED, Format.GPTQ))
+    assert choose(home, f"{NAME}@4") == (f"{NAME}@4", Format.GPTQ)
+
+
+def test_the_format_that_served_stays(home: Home) -> None:
+    make_version(home.registry, 4, formats=(Format.MERGED, Format.GPTQ))
+    change_desired(home.store, None, target(4), None)
+    assert choose(home, f"{NAME}@4") == (f"{NAME}@4", Format.MERGED)
+    assert choose(home, f"{NAME}@4", Format.GPTQ) == (f"{NAME}@4", Format.GPTQ)
+
+
+@pytest.mark.parametrize("model", ["nobody", f"{NAME}@9", f"{NAME}@candidate", "../etc", f"{NAME}@x"])
+def test_what_does_not_exist_is_not_desired(home: Home, model: str) -> None:
+    with pytest.raises(NotFoundError):
+        choose(home, model)
+    assert read_desired(home.store, NAME) is None
+
+
+def test_a_format_that_the_version_lacks_is_not_desired(home: Home) -> None:
+    with pytest.raises(NotFoundError, match="has no format gptq"):
+        choose(home, NAME, Format.GPTQ)
+    assert read_desired(home.store, NAME) is None
+
+
+def test_a_version_that_only_has_an_adapter_cannot_be_served(home: Home) -> None:
+    make_version(home.registry, 4, formats=(Format.ADAPTER,))
+    with pytest.raises(NotFoundError, match="no format that can be served"):
+        choose(home, f"{NAME}@4")

@@ -1,0 +1,79 @@
+"""MLflow's alias follows what serves, whatever MLflow does."""
+
+import asyncio
+import threading
+from collections.abc import AsyncIterator
+
+import pytest
+
+from serving.rollout.production_alias import ProductionAlias
+from svc.registry.version import Alias, VersionId
+from tests.serving.control import until
+from tests.serving.versions import NAME, AliasBook
+
+ONE, TWO = VersionId(NAME, 1), VersionId(NAME, 2)
+
+
+@pytest.fixture
+def book() -> AliasBook:
+    return AliasBook()
+
+
+@pytest.fixture
+async def alias(book: AliasBook) -> AsyncIterator[ProductionAlias]:
+    """One that runs."""
+    alias = ProductionAlias(book, retry_s=0.01)
+    task = asyncio.create_task(alias.run())
+    yield alias
+    task.cancel()
+    await asyncio.wait({task})
+
+
+async def test_it_moves(alias: ProductionAlias, book: AliasBook) -> None:
+    alias.move(ONE)
+    assert await alias.settled(1)
+    assert book.book == {Alias.PRODUCTION: ONE}
+    assert await alias.read(NAME) == ONE
+
+
+async def test_it_is_tried_again_until_mlflow_takes_it(alias: ProductionAlias, book: AliasBook) -> None:
+    book.failures = 3
+    alias.move(ONE)
+    assert await alias.settled(1)
+    assert book.book == {Alias.PRODUCTION: ONE}
+
+
+async def test_waiting_for_mlflow_has_an_end(alias: ProductionAlias, book: AliasBook) -> None:
+    book.failures = 1000
+    alias.move(ONE)
+    assert not await alias.settled(0.05)
+
+
+async def test_mlflow_away_is_no_version(alias: ProductionAlias, book: AliasBook) -> None:
+    book.failures = 1
+    assert await alias.read(NAME) is None
+
+
+async def test_an_older_move_never_comes_last(
+    alias: ProductionAlias, book: AliasBook, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    go_on, writes = threading.Semaphore(0), list[VersionId]()
+    write = book.set_alias
+
+    def slow_write(version: VersionId, alias: Alias) -> None:
+        writes.append(version)
+        go_on.acquire(timeout=3)
+        write(version, alias)
+
+    monkeypatch.setattr(book, "set_alias", slow_write)
+    alias.move(ONE)
+    await until(lambda: writes == [ONE])
+    alias.move(TWO)
+    assert not await alias.settled(0.01)
+    go_on.release()
+    await until(lambda: writes == [ONE, TWO])
+    assert not await alias.settled(0.01)
+    go_on.release()
+    assert await alias.settled(1)
+    assert writes == [ONE, TWO]
+    assert book.book == {Alias.PRODUCTION: TWO}

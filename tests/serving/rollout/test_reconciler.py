@@ -1,0 +1,427 @@
+"""Promotions, deaths and restarts, as the clients of a server under load see them."""
+
+import asyncio
+import threading
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+from sqlalchemy import event
+from sqlalchemy.exc import OperationalError
+
+from serving.rollout import reconciler as reconciler_module
+from svc.engine.state import EngineState
+from svc.errors import EngineError, SwapError
+from svc.registry.fingerprint import compatibility_fingerprint
+from svc.registry.registry import Registry
+from svc.registry.version import Alias, VersionId
+from svc.store.desired import Desired, Target, change_desired, read_desired
+from svc.store.swaps import SwapOutcome, SwapResult, begin_swap, find_swap
+from tests.serving.control import Control, Load, Make, ask, until
+from tests.serving.engine_double import EngineDouble
+from tests.serving.versions import NAME, make_version, target
+
+ONE, TWO, THREE = (VersionId(NAME, number) for number in (1, 2, 3))
+
+
+def slow(double: EngineDouble) -> None:
+    double.token_delay_s, double.reload_delay_s = 0.01, 0.05
+
+
+def slower(double: EngineDouble) -> None:
+    double.token_delay_s, double.reload_delay_s = 0.06, 0.05
+
+
+@pytest.mark.parametrize(("before", "after"), [(1, 2), (2, 1)], ids=["promotion", "rollback"])
+async def test_a_swap_under_load_fails_no_request_and_mixes_no_versions(make: Make, before: int, after: int) -> None:
+    control = make()
+    control.park.prepare = slower
+    async with control.run(), control.client() as client:
+        if before != 1:
+            await control.promote(before)
+        load = Load(client)
+        async with load.run(streams=8, plain=4):
+            await until(lambda: control.double.running == 12)
+            swap = await control.promote(after)
+            await until(lambda: load.versions[f"{NAME}@{after}"] > 12)
+    load.check()
+    assert swap.outcome is SwapOutcome.SUCCEEDED
+    assert swap.running is not None and swap.running >= 6
+    assert swap.held is not None and swap.held >= 6
+    assert set(load.versions) == {f"{NAME}@{before}", f"{NAME}@{after}"}
+    assert control.desired().target == target(after) and control.desired().previous == target(before)
+
+
+async def test_a_held_request_is_answered_by_the_new_version(make: Make) -> None:
+    control = make()
+    control.park.prepare = slow
+    async with control.run(), control.client() as client:
+        wish = control.wish(2)
+        await until(lambda: control.state is EngineState.SWAPPING)
+        answers = await asyncio.gather(*(ask(client, stream=stream) for stream in (True, False)))
+        assert (await control.outcome(wish)).held == 2
+    assert [answer.version for answer in answers] == [str(TWO)] * 2
+    assert [answer.words for answer in answers] == [{"2"}] * 2
+
+
+async def test_the_alias_moves_after_success_only(make: Make) -> None:
+    control = make()
+    make_version(control.registry, 4, probes_of="/elsewhere")
+    async with control.run():
+        await control.promote(4)
+        await until(lambda: control.book.book == {Alias.PRODUCTION: ONE})
+        moved = list[VersionId]()
+        control.double.on_call = lambda path: moved.extend(
+            control.book.book.values() if path == "/v1/completions" else ()
+        )
+        await control.promote(2)
+        assert set(moved) == {ONE}
+        assert control.book.book == {Alias.PRODUCTION: TWO}
+
+
+async def test_a_rollback_brings_back_the_version_before(control: Control) -> None:
+    await control.promote(2)
+    previous = control.desired().previous
+    assert previous is not None
+    swap = await control.promote(previous.version.number)
+    assert swap.outcome is SwapOutcome.SUCCEEDED
+    async with control.client() as client:
+        assert (await ask(client, stream=False)).words == {"1"}
+    assert control.desired().previous == target(2)
+    assert control.book.book == {Alias.PRODUCTION: ONE}
+
+
+async def test_what_serves_is_in_the_metrics(control: Control) -> None:
+    await control.promote(2)
+    assert control.sample("svc_model_version_info", model=NAME, version="2", format="merged") == 1
+    assert control.sample("svc_swaps_total", outcome="succeeded") == 1
+    assert control.sample("svc_engine_state", state="ready") == 1
+
+
+async def test_a_refused_promotion_is_put_back_with_its_reason(control: Control) -> None:
+    weights = control.registry.folder(TWO) / "merged" / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1] + b"?")
+    before = control.desired()
+    swap = await control.promote(2)
+    assert swap.outcome is SwapOutcome.REFUSED
+    assert swap.reason is not None and "was changed after registration" in swap.reason
+    after = control.desired()
+    assert (after.target, after.previous) == (before.target, before.previous)
+    assert control.reconciler.last_error == swap.reason
+    assert control.state is EngineState.READY
+
+
+async def test_a_failure_is_told_after_the_wish_was_put_back(control: Control, monkeypatch: pytest.MonkeyPatch) -> None:
+    make_version(control.registry, 4, width=8)
+    control.park.room = "full"
+    wished, journal = list[Target](), control.reconciler._journal
+    end = journal.end
+
+    def told(swap_id: int, result: SwapResult) -> None:
+        wished.append(control.desired().target)
+        end(swap_id, result)
+
+    monkeypatch.setattr(journal, "end", told)
+    await control.promote(4)
+    assert wished == [target(1)]
+
+
+async def test_a_dead_engine_is_failed_until_it_is_started_again(control: Control) -> None:
+    control.reconciler._backoff_s = (10.0,)
+    control.park.engines[0].kill()
+    await until(lambda: control.door.unavailable_reason)
+    assert control.state is EngineState.FAILED
+
+
+async def test_a_version_that_serves_already_needs_no_swap(control: Control) -> None:
+    calls = len(control.double.calls)
+    swap = await control.promote(1)
+    assert (swap.outcome, swap.seconds) == (SwapOutcome.SUCCEEDED, None)
+    assert "/collective_rpc" not in control.double.calls[calls:]
+    assert control.desired().previous is None
+
+
+async def test_a_promotion_during_a_swap_is_taken_up_afterwards(make: Make) -> None:
+    control = make()
+    control.park.prepare = slow
+    async with control.run():
+        first = control.wish(2)
+        await until(lambda: control.state is EngineState.SWAPPING)
+        second = control.wish(3)
+        assert (await control.outcome(first)).outcome is SwapOutcome.SUCCEEDED
+        assert (await control.outcome(second)).outcome is SwapOutcome.SUCCEEDED
+        await control.serves(target(3))
+        assert control.desired().previous == target(2)
+
+
+@asynccontextmanager
+async def failing_promotion(make: Make) -> AsyncIterator[tuple[Control, Desired]]:
+    """While a version is being loaded whose probes will fail; with the wish for it."""
+    control = make()
+    control.park.prepare = slow
+    make_version(control.registry, 4, probes_of="/elsewhere")
+    async with control.run():
+        wish = control.wish(4)
+        await until(lambda: control.state is EngineState.SWAPPING)
+        yield control, wish
+
+
+async def test_a_rollback_never_goes_to_a_version_that_did_not_serve(make: Make) -> None:
+    async with failing_promotion(make) as (control, first):
+        second = control.wish(3)
+        assert (await control.outcome(first)).outcome is SwapOutcome.RESTORED
+        assert (await control.outcome(second)).outcome is SwapOutcome.SUCCEEDED
+        assert control.desired().target == target(3)
+        assert control.desired().previous == target(1)
+
+
+async def test_a_wish_that_a_failed_promotion_already_fulfils_is_answered(make: Make) -> None:
+    async with failing_promotion(make) as (control, first):
+        back = control.wish(1)
+        assert (await control.outcome(first)).outcome is SwapOutcome.RESTORED
+        assert (await control.outcome(back)).outcome is SwapOutcome.SUCCEEDED
+
+
+async def test_a_dead_engine_is_started_again_and_clients_are_told(make: Make) -> None:
+    control = make()
+    control.park.prepare = slow
+    async with control.run(), control.client() as client:
+        plain = asyncio.create_task(ask(client, stream=False))
+        stream = asyncio.create_task(ask(client, stream=True))
+        await until(lambda: control.double.running == 2)
+        await asyncio.sleep(0.02)
+        control.park.engines[0].kill()
+        assert (await plain).status == 503
+        assert (await stream).error == "engine_died"
+        await control.serves(target(1))
+        assert (await ask(client, stream=True)).words == {"1"}
+    assert len(control.park.engines) == 2
+    assert control.pool.restarts == 1
+    assert control.sample("svc_engine_restarts_total") == 1
+    assert control.reconciler.last_error is not None and "ended with code" in control.reconciler.last_error
+
+
+async def test_an_engine_that_does_not_come_back_is_failed_and_tried_again(control: Control) -> None:
+    control.park.failing_starts = 3
+    seen = set[EngineState]()
+    starts = list[float]()
+    control.park.prepare = lambda double: starts.append(asyncio.get_running_loop().time())
+    control.park.engines[0].kill()
+    async with control.client() as client, asyncio.timeout(5):
+        while control.state is not EngineState.READY or len(control.park.engines) < 2:
+            seen.add(control.state)
+            answer = await ask(client, stream=False)
+            assert answer.status in (200, 503)
+            await asyncio.sleep(0)
+    assert EngineState.FAILED in seen
+    assert control.pool.restarts == 4
+    assert starts[2] - starts[1] >= 0.05
+
+
+async def test_an_engine_that_answers_no_more_is_replaced(control: Control, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("serving.engines.replica._UNHEALTHY_S", 0.1)
+    first = control.park.engines[0]
+    assert first._server is not None
+    first._server.kill()
+    await until(lambda: len(control.park.engines) == 2 and control.state is EngineState.READY)
+    assert not first.alive
+
+
+async def test_another_version_can_be_promoted_while_the_engine_does_not_come_back(control: Control) -> None:
+    weights = control.registry.folder(ONE) / "merged" / "model.safetensors"
+    weights.write_bytes(b"damaged")
+    control.park.engines[0].kill()
+    await until(lambda: control.pool.restarts >= 2)
+    swap = await control.promote(2)
+    assert swap.outcome is SwapOutcome.SUCCEEDED
+    await control.serves(target(2))
+    async with control.client() as client:
+        assert (await ask(client, stream=False)).words == {"2"}
+    assert control.book.book == {Alias.PRODUCTION: TWO}
+
+
+async def test_a_promotion_that_cannot_revive_the_engine_leaves_the_wish_for_the_version_before(
+    control: Control,
+) -> None:
+    make_version(control.registry, 4, probes_of="/elsewhere")
+    control.park.failing_starts = 2
+    control.park.engines[0].kill()
+    await until(lambda: control.state is EngineState.FAILED)
+    swap = await control.promote(4)
+    assert swap.outcome is SwapOutcome.FAILED
+    await control.serves(target(1))
+    assert control.desired().target == target(1)
+
+
+async def test_mlflow_away_ends_nothing(make: Make) -> None:
+    control = make()
+    control.book.failures = 3
+    async with control.run():
+        control.book.failures = 2
+        assert (await control.promote(2)).outcome is SwapOutcome.SUCCEEDED
+        assert control.book.book == {Alias.PRODUCTION: TWO}
+
+
+async def test_an_mlflow_that_hangs_does_not_hold_up_a_start(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    control = make()
+
+    async def hang(name: str) -> None:
+        await asyncio.sleep(10)
+
+    monkeypatch.setattr(control.alias, "read", hang)
+    async with asyncio.timeout(5):
+        await control.reconciler.start()
+    assert control.state is EngineState.READY
+    await control.supervisor.stop()
+
+
+async def test_a_store_away_ends_nothing(control: Control, monkeypatch: pytest.MonkeyPatch) -> None:
+    away = True
+
+    def read_or_fail(*arguments: Any) -> Any:
+        if away:
+            raise OperationalError("select", {}, Exception("disk I/O error"))
+        return read_desired(*arguments)
+
+    monkeypatch.setattr(reconciler_module, "read_desired", read_or_fail)
+    await asyncio.sleep(0.05)
+    control.park.engines[0].kill()
+    await until(lambda: len(control.park.engines) == 2 and control.state is EngineState.READY)
+    away = False
+    assert (await control.promote(2)).outcome is SwapOutcome.SUCCEEDED
+
+
+async def test_a_failed_promotion_is_not_tried_again_when_the_store_does_not_take_it_back(
+    control: Control, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make_version(control.registry, 4, probes_of="/elsewhere")
+    failures = 2
+
+    def change_or_fail(*arguments: Any) -> Any:
+        nonlocal failures
+        if failures:
+            failures -= 1
+            raise OperationalError("update", {}, Exception("database is locked"))
+        return change_desired(*arguments)
+
+    monkeypatch.setattr(reconciler_module, "change_desired", change_or_fail)
+    assert (await control.promote(4)).outcome is SwapOutcome.RESTORED
+    await until(lambda: control.desired().target == target(1))
+    assert control.double.calls.count("/collective_rpc") == 2
+
+
+async def test_a_swap_does_not_wait_for_a_slow_journal(control: Control, monkeypatch: pytest.MonkeyPatch) -> None:
+    written = threading.Event()
+    monkeypatch.setattr("serving.rollout.journal.add_step", lambda *_: written.wait(5))
+    wish = control.wish(2)
+    try:
+        await control.serves(target(2), timeout_s=3)
+    finally:
+        written.set()
+    assert (await control.outcome(wish)).outcome is SwapOutcome.SUCCEEDED
+
+
+@pytest.mark.parametrize("number", [2, 4])
+async def test_nothing_reads_or_writes_a_disk_in_the_event_loop(
+    control: Control, monkeypatch: pytest.MonkeyPatch, number: int
+) -> None:
+    make_version(control.registry, 4, probes_of="/elsewhere", fingerprint=False)
+    threads = set[str]()
+
+    def watched(function: Callable[..., Any]) -> Callable[..., Any]:
+        def watch(*arguments: Any) -> Any:
+            threads.add(threading.current_thread().name)
+            return function(*arguments)
+
+        return watch
+
+    event.listen(control.store, "before_cursor_execute", watched(lambda *_: None))
+    for name in ("manifest", "verify"):
+        monkeypatch.setattr(Registry, name, watched(getattr(Registry, name)))
+    monkeypatch.setattr("serving.rollout.swap.compatibility_fingerprint", watched(compatibility_fingerprint))
+    monkeypatch.setattr(control.book, "set_alias", watched(control.book.set_alias))
+    wish = await asyncio.to_thread(control.wish, number)
+    async with asyncio.timeout(5):
+        while True:
+            swap = await asyncio.to_thread(find_swap, control.store, NAME, wish.generation)
+            if swap and swap.outcome:
+                break
+            await asyncio.sleep(0.01)
+    assert len(threads) > 1
+    assert threading.current_thread().name not in threads
+
+
+async def test_a_server_that_starts_again_comes_back_to_what_is_desired(make: Make) -> None:
+    control = make()
+    async with control.run():
+        await control.promote(2)
+    control.assemble()
+    async with control.run():
+        assert control.reconciler.actual.target == target(2)
+        assert Path(control.double.weights).parent.name == "2"
+
+
+async def test_a_wish_made_while_no_server_ran_is_taken_up(make: Make) -> None:
+    control = make()
+    async with control.run():
+        pass
+    wish = control.wish(2)
+    control.assemble()
+    async with control.run():
+        assert control.reconciler.actual == wish
+        await until(lambda: control.book.book == {Alias.PRODUCTION: TWO})
+
+
+async def test_a_swap_that_was_cut_off_is_ended_by_the_next_start(make: Make) -> None:
+    control = make()
+    async with control.run():
+        pass
+    wish = control.wish(2)
+    begin_swap(control.store, wish)
+    control.assemble()
+    async with control.run():
+        assert (await control.outcome(wish)).outcome is SwapOutcome.SUCCEEDED
+
+
+async def test_a_cut_off_swap_to_another_version_has_failed(make: Make) -> None:
+    control = make()
+    async with control.run():
+        pass
+    wish = control.wish(2)
+    begin_swap(control.store, wish)
+    change_desired(control.store, wish, target(3), wish.previous)
+    control.assemble()
+    async with control.run():
+        assert (await control.outcome(wish)).outcome is SwapOutcome.FAILED
+
+
+async def test_a_start_that_fails_with_a_version_that_never_served_desires_the_one_before(make: Make) -> None:
+    control = make()
+    make_version(control.registry, 4, probes_of="/elsewhere")
+    async with control.run():
+        await until(lambda: control.book.book == {Alias.PRODUCTION: ONE})
+    wish = control.wish(4)
+    begin_swap(control.store, wish)
+    control.assemble()
+    with pytest.raises(SwapError, match="tuned@4"):
+        await control.reconciler.start()
+    assert control.park.alive == 0
+    assert (await control.outcome(wish)).outcome is SwapOutcome.FAILED
+    control.assemble()
+    async with control.run():
+        assert control.reconciler.actual.target == target(1)
+
+
+async def test_a_start_that_fails_with_the_version_that_served_keeps_the_wish(make: Make) -> None:
+    control = make()
+    async with control.run():
+        await control.promote(2)
+    control.assemble()
+    control.park.failing_starts = 1
+    with pytest.raises(EngineError, match="no memory"):
+        await control.reconciler.start()
+    assert control.state is EngineState.FAILED
+    assert control.desired().target == target(2)
+    assert find_swap(control.store, NAME) is not None

@@ -1,0 +1,258 @@
+"""Several engines: changed one after the other while the others answer, and each of them may die."""
+
+import asyncio
+from pathlib import Path
+
+import pytest
+
+from serving.router import Served
+from svc.engine.state import EngineState
+from svc.settings import SwapChoice
+from svc.store.swaps import SwapKind, SwapOutcome
+from tests.serving.control import BODY, Control, Load, Make, ask, until
+from tests.serving.engine_double import EngineDouble
+from tests.serving.versions import NAME, make_version, target
+
+ONE, TWO = f"{NAME}@1", f"{NAME}@2"
+RELOAD = "/collective_rpc"
+
+
+def slow(double: EngineDouble) -> None:
+    double.token_delay_s, double.reload_delay_s = 0.01, 0.05
+
+
+@pytest.fixture
+def control(make: Make) -> Control:
+    """Two engines."""
+    control = make(replicas=2)
+    control.park.prepare = slow
+    return control
+
+
+async def both_ready(control: Control, number: int = 1) -> None:
+    """Until both engines serve a version."""
+    await until(
+        lambda: len(control.pool.ready) == 2 and {engine.target for engine in control.pool.ready} == {target(number)}
+    )
+
+
+def weights(control: Control) -> list[str]:
+    """What the engines hold truly."""
+    return [engine.double.weights.split("/")[-2] for engine in control.park.engines if engine.alive]
+
+
+async def test_the_first_engine_serves_before_the_second_has_started(control: Control) -> None:
+    control.park.start_delay_s = 0.2
+    async with control.run(), control.client() as client:
+        assert (await ask(client, stream=True)).version == ONE
+        assert len(control.pool.ready) == 1
+        await both_ready(control)
+        assert control.pool.restarts == 0
+
+
+async def test_requests_go_to_the_engine_in_which_the_fewest_run(control: Control) -> None:
+    async with control.run(), control.client() as client:
+        await both_ready(control)
+        answers = [asyncio.create_task(ask(client, stream=True)) for _ in range(6)]
+        await until(lambda: [engine.double.running for engine in control.park.engines] == [3, 3])
+        await asyncio.gather(*answers)
+
+
+async def test_under_load_no_request_fails_or_waits_and_no_versions_mix(control: Control) -> None:
+    async with control.run(), control.client() as client:
+        await both_ready(control)
+        load = Load(client)
+        async with load.run():
+            await until(lambda: load.versions[ONE] > 12)
+            swap = await control.promote(2)
+            await until(lambda: load.versions[TWO] > 12)
+        assert weights(control) == ["2", "2"]
+    load.check()
+    assert (swap.outcome, swap.kind, swap.held, swap.seconds) == (SwapOutcome.SUCCEEDED, SwapKind.ROLLING, None, None)
+    assert len(control.park.engines) == 2
+
+
+async def test_meanwhile_both_versions_can_be_asked_by_number(make: Make) -> None:
+    control = make(replicas=3)
+    async with control.run(), control.client() as client:
+        await until(lambda: len(control.pool.ready) == 3)
+        control.park.engines[1].double.reload_delay_s = 0.3
+        wish = control.wish(2)
+        await until(lambda: control.routes.names() == (NAME, ONE, TWO, f"{NAME}@production"))
+        for version in (ONE, TWO):
+            answer = await client.post("/v1/chat/completions", json=BODY | {"model": version})
+            assert answer.headers["x-model-version"] == version
+        await control.outcome(wish)
+        assert (await client.post("/v1/chat/completions", json=BODY | {"model": ONE})).status_code == 404
+
+
+@pytest.mark.parametrize("bad", [0, 1], ids=["first", "second"])
+async def test_a_probe_that_fails_on_one_engine_brings_all_back(control: Control, bad: int) -> None:
+    async with control.run(), control.client() as client:
+        await both_ready(control)
+        double = control.park.engines[bad].double
+        double.on_call = lambda path: setattr(double, "probe_noise", 9.0 if "/2/" in double.weights else 0.0)
+        load = Load(client)
+        async with load.run():
+            await until(lambda: load.answers)
+            swap = await control.promote(2)
+            await both_ready(control)
+        assert weights(control) == ["1", "1"]
+        assert control.desired().target == target(1)
+        assert control.routes.names() == (NAME, ONE, f"{NAME}@production")
+    load.check()
+    assert swap.outcome is SwapOutcome.RESTORED
+    assert len(control.park.engines) == 2
+
+
+async def test_a_reload_that_kills_the_second_engine_brings_both_back(control: Control) -> None:
+    async with control.run():
+        await both_ready(control)
+        control.park.engines[1].double.loadable = lambda folder: "/2/" not in folder
+        swap = await control.promote(2)
+        await both_ready(control)
+        assert weights(control) == ["1", "1"]
+    assert swap.outcome is SwapOutcome.FAILED
+    assert control.pool.restarts == 1
+
+
+async def test_an_engine_that_dies_costs_only_what_ran_in_it(control: Control) -> None:
+    async with control.run(), control.client() as client:
+        await both_ready(control)
+        control.park.engines[0].kill()
+        await until(lambda: len(control.pool.ready) == 1)
+        answers = [await ask(client, stream=stream) for stream in (True, False) * 4]
+        assert [answer.status for answer in answers] == [200] * 8
+        assert control.door.unavailable_reason is None
+        await both_ready(control)
+        assert control.pool.restarts == 1
+
+
+async def test_an_engine_that_is_down_during_a_promotion_comes_back_with_the_new_version(control: Control) -> None:
+    async with control.run():
+        await both_ready(control)
+        control.reconciler._backoff_s = (0.3,)
+        control.park.engines[0].kill()
+        await until(lambda: len(control.pool.ready) == 1)
+        assert (await control.promote(2)).outcome is SwapOutcome.SUCCEEDED
+        await both_ready(control, 2)
+        assert weights(control) == ["2", "2"]
+
+
+async def test_an_engine_that_dies_after_it_was_changed_comes_back_with_the_new_version(control: Control) -> None:
+    async with control.run():
+        await both_ready(control)
+        control.park.engines[1].double.reload_delay_s = 0.2
+        wish = control.wish(2)
+        await until(lambda: control.pool.members[0].target == target(2))
+        control.park.engines[0].kill()
+        assert (await control.outcome(wish)).outcome is SwapOutcome.SUCCEEDED
+        await both_ready(control, 2)
+
+
+async def test_another_shape_comes_by_a_new_engine_for_each(control: Control) -> None:
+    make_version(control.registry, 4, width=8)
+    async with control.run(), control.client() as client:
+        await both_ready(control)
+        load = Load(client)
+        async with load.run():
+            await until(lambda: load.answers)
+            swap = await control.promote(4)
+            await until(lambda: load.versions[f"{NAME}@4"] > 9)
+        await until(lambda: control.park.alive == 2)
+    load.check()
+    assert (swap.outcome, swap.kind) == (SwapOutcome.SUCCEEDED, SwapKind.BLUEGREEN)
+
+
+async def test_a_second_new_engine_that_does_not_start_brings_the_version_before_back(make: Make) -> None:
+    control = make(replicas=2, swap=SwapChoice.BLUEGREEN)
+    async with control.run(), control.client() as client:
+        await both_ready(control)
+        control.park.prepare = lambda double: setattr(control.park, "failing_starts", len(control.park.engines) == 3)
+        swap = await control.promote(2)
+        await both_ready(control)
+        assert weights(control).count("2") == 0
+        assert (await ask(client, stream=False)).version == ONE
+    assert swap.outcome is SwapOutcome.RESTORED
+
+
+async def test_what_runs_in_an_engine_that_must_go_back_is_answered_first(make: Make) -> None:
+    """The second engine cannot be changed, and there is no room for more: the first one is replaced, once idle."""
+    control = make(replicas=2, drain_timeout_s=0.2)
+    control.park.prepare = slow
+    control.park.room = "full"
+    async with control.run(), control.client() as client:
+        await both_ready(control)
+        for engine in control.park.engines:
+            engine.double.token_delay_s = 0.2
+        long = [asyncio.create_task(ask(client, stream=True))]
+        await until(lambda: control.pool.members[0].running or control.pool.members[1].running)
+        first, second = sorted(control.pool.members, key=lambda member: member.running)
+        control.pool.members[:] = [first, second]
+        wish = control.wish(2)
+        await until(lambda: second.state is EngineState.DRAINING)
+        long.append(asyncio.create_task(ask(client, stream=True)))
+        swap = await control.outcome(wish)
+        answers = await asyncio.gather(*long)
+        await both_ready(control)
+        assert weights(control) == ["1", "1"]
+    assert [(answer.status, answer.words) for answer in answers] == [(200, {"1"}), (200, {"2"})]
+    assert swap.outcome is SwapOutcome.RESTORED
+
+
+async def test_on_the_way_back_no_engine_is_started_with_the_version_that_was_refused(make: Make) -> None:
+    control = make(replicas=2)
+    async with control.run():
+        await both_ready(control)
+        first, second = (engine.double for engine in control.park.engines)
+        second.loadable = lambda folder: "/2/" not in folder  # it dies of it
+        first.loadable = lambda folder: "/1/" not in folder  # and the first one on the way back
+        swap = await control.promote(2)
+        await both_ready(control)
+        assert [Path(engine.double.weights).parent.name for engine in control.park.engines[2:]] == ["1", "1"]
+        assert control.routes.served == Served(target(1).version, target(1).format)
+    assert swap.outcome is SwapOutcome.FAILED
+
+
+async def test_the_version_before_is_in_production_until_all_are_changed(control: Control) -> None:
+    async with control.run():
+        await both_ready(control)
+        control.park.engines[1].double.reload_delay_s = 0.2
+        wish = control.wish(2)
+        await until(lambda: control.pool.members[0].target == target(2) and len(control.pool.ready) == 1)
+        assert control.routes.served == Served(target(1).version, target(1).format)
+        await control.outcome(wish)
+        assert control.routes.served == Served(target(2).version, target(2).format)
+
+
+async def test_an_engine_that_cannot_start_keeps_no_other_from_it(control: Control) -> None:
+    async with control.run():
+        await both_ready(control)
+        control.reconciler._backoff_s = (0.01, 60.0)
+        control.park.unable = {0}
+        control.park.engines[0].kill()
+        await until(lambda: len(control.park.engines) == 3 and len(control.pool.down) == 1)
+        control.park.engines[1].kill()
+        await until(lambda: control.pool.members[1].state is EngineState.FAILED)
+        await until(lambda: control.pool.ready == [control.pool.members[1]])
+
+
+async def test_a_death_that_came_while_nobody_waited_for_it_is_not_overlooked(control: Control) -> None:
+    """As while what another engine left is being ended, which takes seconds."""
+    control.pool.members[1].enter(EngineState.FAILED)
+    async with asyncio.timeout(1):
+        await control.pool.changed(None)
+    with pytest.raises(TimeoutError):
+        async with asyncio.timeout(0.05):
+            await control.pool.changed(None)
+
+
+async def test_the_state_of_all_is_the_best_of_them(control: Control) -> None:
+    async with control.run():
+        await both_ready(control)
+        control.reconciler._backoff_s = (10.0,)
+        control.park.engines[0].kill()
+        await until(lambda: control.pool.members[0].state is EngineState.FAILED)
+        assert control.pool.state is EngineState.READY
+        assert control.sample("svc_engine_state", state="failed") == 1
+        assert control.sample("svc_engine_state", state="ready") == 1

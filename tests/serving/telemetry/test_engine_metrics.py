@@ -1,0 +1,116 @@
+"""vLLM's own metrics on our page: labelled, under their own names in every format, and never in our way."""
+
+import httpx
+import pytest
+from prometheus_client import CollectorRegistry, generate_latest
+from prometheus_client.openmetrics.parser import text_string_to_metric_families
+
+from serving.telemetry.engine_metrics import EngineMetrics, EngineSource
+from tests.serving.service import CHAT, ONE, TWO, Service
+
+PAGE = """# HELP vllm:num_requests_running Number of requests.
+# TYPE vllm:num_requests_running gauge
+vllm:num_requests_running{engine="0",model_name="tuned"} 3.0
+# HELP vllm:prompt_tokens_total Tokens.
+# TYPE vllm:prompt_tokens_total counter
+vllm:prompt_tokens_total{engine="0",model_name="tuned"} 42.0
+# HELP vllm:prompt_tokens_created Tokens.
+# TYPE vllm:prompt_tokens_created gauge
+vllm:prompt_tokens_created{engine="0",model_name="tuned"} 1790000000.0
+# HELP vllm:e2e_request_latency_seconds Latency.
+# TYPE vllm:e2e_request_latency_seconds histogram
+vllm:e2e_request_latency_seconds_bucket{engine="0",le="1.0",model_name="tuned"} 1.0
+vllm:e2e_request_latency_seconds_bucket{engine="0",le="+Inf",model_name="tuned"} 2.0
+vllm:e2e_request_latency_seconds_count{engine="0",model_name="tuned"} 2.0
+vllm:e2e_request_latency_seconds_sum{engine="0",model_name="tuned"} 3.5
+# HELP python_info Python.
+# TYPE python_info gauge
+python_info{version="3.11"} 1.0
+"""
+OPENMETRICS = {"accept": "application/openmetrics-text;version=1.0.0;q=0.5,text/plain;version=0.0.4;q=0.3"}
+"""What Prometheus 2.53 sends, shortened."""
+
+
+def metrics(*answers: httpx.Response | Exception) -> tuple[EngineMetrics, CollectorRegistry]:
+    """The engine's metrics, before an engine that gives these answers in turn."""
+    coming = iter(answers)
+
+    def reply(request: httpx.Request) -> httpx.Response:
+        answer = next(coming)
+        if isinstance(answer, Exception):
+            raise answer
+        return answer
+
+    engine = httpx.AsyncClient(transport=httpx.MockTransport(reply), base_url="http://engine")
+    found, registry = EngineMetrics(lambda: [EngineSource(engine, TWO, 0)]), CollectorRegistry()
+    registry.register(found)
+    return found, registry
+
+
+async def test_each_sample_says_model_and_version() -> None:
+    found, registry = metrics(httpx.Response(200, text=PAGE))
+    await found.refresh()
+    labels = {"engine": "0", "model_name": "tuned", "model": "tuned", "version": "2", "replica": "0"}
+    assert registry.get_sample_value("vllm:num_requests_running", labels) == 3
+    assert registry.get_sample_value("vllm:prompt_tokens_total", labels) == 42
+    assert registry.get_sample_value("vllm:e2e_request_latency_seconds_bucket", {**labels, "le": "+Inf"}) == 2
+
+
+async def test_the_engines_process_is_not_taken_for_ours() -> None:
+    found, registry = metrics(httpx.Response(200, text=PAGE))
+    await found.refresh()
+    assert b"python_info" not in generate_latest(registry)
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        httpx.ConnectError("gone"),
+        httpx.ReadTimeout("hangs"),
+        httpx.Response(404),
+        httpx.Response(200, text='vllm:cut_off{engine="0'),
+    ],
+    ids=repr,
+)
+async def test_an_engine_that_does_not_answer_has_no_metrics_any_more(
+    answer: httpx.Response | Exception,
+) -> None:
+    found, registry = metrics(httpx.Response(200, text=PAGE), answer)
+    await found.refresh()
+    assert b"vllm:" in generate_latest(registry)
+    await found.refresh()
+    assert generate_latest(registry) == b""
+
+
+async def test_before_an_engine_holds_a_version_there_is_nothing() -> None:
+    found, registry = EngineMetrics(list), CollectorRegistry()
+    registry.register(found)
+    await found.refresh()
+    assert generate_latest(registry) == b""
+
+
+async def test_each_of_several_engines_has_its_series_in_one_family() -> None:
+    transport = httpx.MockTransport(lambda request: httpx.Response(200, text=PAGE))
+    engine = httpx.AsyncClient(transport=transport, base_url="http://engine")
+    found = EngineMetrics(lambda: [EngineSource(engine, ONE, 0), EngineSource(engine, TWO, 1)])
+    await found.refresh()
+    (family,) = [family for family in found.collect() if family.name == "vllm:prompt_tokens"]
+    shown = {(sample.labels["version"], sample.labels["replica"]) for sample in family.samples}
+    assert shown == {("1", "0"), ("2", "1")}
+
+
+@pytest.mark.parametrize("headers", [{}, OPENMETRICS], ids=["text", "openmetrics"])
+async def test_the_colon_in_the_names_survives(
+    service: Service, client: httpx.AsyncClient, headers: dict[str, str]
+) -> None:
+    service.double.metrics = PAGE
+    page = (await client.get("/metrics", headers=headers)).text
+    assert "vllm:prompt_tokens_total{" in page
+    assert "vllm_" not in page
+
+
+async def test_the_page_is_openmetrics_that_a_strict_parser_takes(service: Service, client: httpx.AsyncClient) -> None:
+    service.double.metrics = PAGE
+    await client.post("/v1/chat/completions", json=CHAT)
+    page = await client.get("/metrics", headers=OPENMETRICS)
+    assert {family.name for family in text_string_to_metric_families(page.text)} > {"vllm:prompt_tokens"}  # type: ignore[no-untyped-call]

@@ -1,0 +1,227 @@
+"""Every request leaves a row, none waits for it, and what is lost is counted."""
+
+import threading
+import time
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import replace
+from datetime import UTC, datetime, timedelta
+
+import pytest
+from sqlalchemy import Engine, select
+from sqlalchemy.orm import Session
+
+from serving.protocols.route import Route
+from serving.telemetry import request_log as records
+from serving.telemetry.content import Content
+from serving.telemetry.request_log import Dropped, RecordWriter
+from svc.settings import RecordSettings
+from svc.store.requests import add_requests
+from svc.store.tables import RequestRow
+from tests.svc.store.test_requests import RECORD as OLD_RECORD
+
+RECORD = replace(OLD_RECORD, started_at=datetime.now(UTC))
+CONTENT = b'{"messages": [{"role": "user", "content": "I am a@b.de"}]}'
+ANSWER = b'{"choices": [{"index": 0, "message": {"content": "call 030 901820"}}]}'
+
+
+class Pen:
+    """A writer, and what it told."""
+
+    def __init__(self, store: Engine, max_queued: int = 100, **settings: object) -> None:
+        self.store = store
+        self.stored = 0
+        self.dropped: Counter[Dropped] = Counter()
+        self.writer = RecordWriter(
+            store,
+            RecordSettings(**settings),
+            on_stored=self._count_stored,
+            on_dropped=self._count_dropped,
+            max_queued=max_queued,
+        )
+
+    def _count_stored(self, count: int) -> None:
+        self.stored += count
+
+    def _count_dropped(self, reason: Dropped, count: int) -> None:
+        self.dropped[reason] += count
+
+    def rows(self) -> list[RequestRow]:
+        with Session(self.store) as session:
+            return list(session.scalars(select(RequestRow).order_by(RequestRow.id)))
+
+
+@pytest.fixture
+def pen(store: Engine) -> Iterator[Pen]:
+    pen = Pen(store, content_share=1.0, max_content_kib=1)
+    pen.writer.start()
+    yield pen
+    pen.writer.close()
+
+
+def content(payload: bytes = CONTENT, answer: bytes = ANSWER) -> Content:
+    made = Content(Route.CHAT_COMPLETIONS, payload)
+    made.add(answer)
+    return made
+
+
+def test_what_was_added_before_a_flush_is_there_after_it(pen: Pen) -> None:
+    for _ in range(3):
+        pen.writer.add(RECORD)
+    assert pen.writer.flush(5)
+    assert len(pen.rows()) == pen.stored == 3
+
+
+def test_closing_writes_what_is_queued(store: Engine) -> None:
+    pen = Pen(store)
+    for index in range(50):
+        pen.writer.add(replace(RECORD, request_id=f"req-{index}"))
+    pen.writer.start()
+    pen.writer.close()
+    assert [row.request_id for row in pen.rows()] == [f"req-{index}" for index in range(50)]
+
+
+def test_content_is_redacted_before_it_is_stored(pen: Pen) -> None:
+    pen.writer.add(RECORD, content())
+    pen.writer.flush(5)
+    (row,) = pen.rows()
+    assert row.prompt == '[{"role": "user", "content": "I am [mail]"}]'
+    assert row.answer == "call [phone]"
+
+
+@pytest.mark.parametrize(
+    "long",
+    [
+        content(b'{"messages": "' + b"x" * 1100 + b'"}'),
+        content(b'{"messages": "' + b"x" * 10_000 + b'"}'),
+        content(answer=b'{"choices": [{"index": 0, "text": "' + b"x" * 1100 + b'"}]}'),
+    ],
+    ids=["prompt", "payload", "answer"],
+)
+def test_long_content_is_not_kept_but_its_row_is(pen: Pen, long: Content) -> None:
+    pen.writer.add(RECORD, long)
+    pen.writer.flush(5)
+    (row,) = pen.rows()
+    assert (row.prompt, row.answer) == (None, None)
+    assert pen.dropped == {Dropped.CONTENT_LIMIT: 1}
+
+
+NESTED = b'{"messages": [' + b'{"a":' * 900 + b"1" + b"}" * 900 + b"]}"
+
+
+@pytest.mark.parametrize("odd", [NESTED, b'{"prompt": [52, 1287, 9]}'], ids=["nested", "tokens"])
+def test_an_odd_request_costs_neither_its_row_nor_its_neighbours_content(store: Engine, odd: bytes) -> None:
+    pen = Pen(store, content_share=1.0)
+    pen.writer.start()
+    for payload in (CONTENT, odd, CONTENT):
+        pen.writer.add(RECORD, content(payload))
+    pen.writer.close()
+    assert [row.prompt is not None for row in pen.rows()] == [True, False, True]
+    assert pen.dropped == {Dropped.CONTENT_UNREADABLE: 1}
+    assert pen.writer._content_bytes == 0
+
+
+def test_content_that_waits_is_bounded_in_memory(store: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(records, "MAX_QUEUED_CONTENT_BYTES", 3 * content().size)
+    pen = Pen(store, content_share=1.0)
+    for _ in range(5):
+        pen.writer.add(RECORD, content())
+    assert pen.dropped == {Dropped.CONTENT_LIMIT: 2}
+    pen.writer.start()
+    pen.writer.flush(5)
+    pen.writer.add(RECORD, content())
+    pen.writer.close()
+    assert sum(row.prompt is not None for row in pen.rows()) == 4
+
+
+def test_a_full_queue_drops_and_counts_and_does_not_wait(store: Engine) -> None:
+    pen = Pen(store, max_queued=10)
+    started = time.monotonic()
+    for _ in range(25):
+        pen.writer.add(RECORD)
+    assert time.monotonic() - started < 1
+    assert pen.dropped == {Dropped.QUEUE_FULL: 15}
+
+
+def test_a_flush_of_a_stuck_writer_gives_up(store: Engine) -> None:
+    assert not Pen(store).writer.flush(0.05)
+
+
+def test_a_store_that_fails_loses_its_batch_and_the_next_is_written(
+    pen: Pen, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def fail(store: Engine, batch: list[object]) -> None:
+        raise OSError("no space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(records, "add_requests", fail)
+        pen.writer.add(RECORD)
+        pen.writer.flush(5)
+    pen.writer.add(RECORD)
+    pen.writer.flush(5)
+    assert pen.dropped == {Dropped.STORE_FAILED: 1}
+    assert len(pen.rows()) == 1
+    assert "no space left on device" in caplog.text
+
+
+def test_what_users_wrote_is_not_in_the_log_when_it_cannot_be_stored(
+    pen: Pen, caplog: pytest.LogCaptureFixture
+) -> None:
+    with pen.store.begin() as connection:
+        connection.exec_driver_sql("ALTER TABLE requests RENAME TO away")
+    pen.writer.add(RECORD, content(b'{"messages": ["SECRET"]}'))
+    pen.writer.flush(5)
+    assert pen.dropped == {Dropped.STORE_FAILED: 1}
+    assert "no such table" in caplog.text
+    assert "SECRET" not in caplog.text
+
+
+def test_closing_gives_up_on_a_store_that_hangs_and_counts_what_is_lost(
+    store: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    release = threading.Event()
+    monkeypatch.setattr(records, "add_requests", lambda store, batch: release.wait(10))
+    monkeypatch.setattr(records, "_BATCH", 1)
+    pen = Pen(store, max_queued=3)
+    pen.writer.start()
+    pen.writer.add(RECORD)
+    time.sleep(0.05)
+    for _ in range(3):
+        pen.writer.add(RECORD)
+    pen.writer.close(timeout_s=0.1)
+    assert pen.dropped[Dropped.STORE_FAILED] == 3
+    release.set()
+
+
+def test_no_share_means_no_content(store: Engine) -> None:
+    writer = Pen(store).writer
+    assert not any(writer.wants_content() for _ in range(1000))
+
+
+def test_a_share_is_a_share(store: Engine) -> None:
+    writer = Pen(store, content_share=0.3).writer
+    assert 2400 < sum(writer.wants_content() for _ in range(10_000)) < 3600  # 13 standard deviations
+
+
+def test_old_rows_are_forgotten_at_the_start(store: Engine) -> None:
+    add_requests(store, [replace(RECORD, started_at=RECORD.started_at - timedelta(days=2)), RECORD])
+    pen = Pen(store, max_age_days=1.0)
+    pen.writer.start()
+    pen.writer.close()
+    assert len(pen.rows()) == 1
+
+
+def test_rows_of_a_busy_moment_share_a_transaction(pen: Pen, monkeypatch: pytest.MonkeyPatch) -> None:
+    batches: list[int] = []
+    written = threading.Event()
+
+    def count(store: Engine, batch: list[object]) -> None:
+        batches.append(len(batch))
+        if sum(batches) == 100:
+            written.set()
+
+    monkeypatch.setattr(records, "add_requests", count)
+    for _ in range(100):
+        pen.writer.add(RECORD)
+    assert written.wait(5)
+    assert len(batches) <= 3
