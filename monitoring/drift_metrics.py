@@ -15,7 +15,7 @@ from monitoring.drift.report import SignalReport, Status
 from monitoring.holdout import Quality, QualityReport, read_quality
 from svc.errors import SvcError
 from svc.registry.registry import Registry
-from svc.store.desired import Target
+from svc.registry.version import Target
 from svc.store.drift import read_drift_states
 from svc.store.holdouts import HoldoutOutcome, newest_holdout_run
 

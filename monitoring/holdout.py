@@ -22,7 +22,7 @@ from sqlalchemy import Engine as Store
 
 from svc.errors import NotFoundError
 from svc.registry.registry import Registry
-from svc.store.desired import Target
+from svc.registry.version import Target
 from svc.store.holdouts import HoldoutRun, first_holdout_run, newest_holdout_run
 
 ALPHA = 1e-4

@@ -12,8 +12,8 @@ from serving.client.promotion import Promotion
 from svc.errors import BusyError, NotFoundError, RefusedError
 from svc.invocation import json_option, settings_of
 from svc.registry.registry import Registry
-from svc.registry.version import Format, VersionId
-from svc.store.desired import Desired, Target
+from svc.registry.version import Format, Target, VersionId
+from svc.store.desired import Desired
 from svc.store.swaps import SwapOutcome, SwapRecord
 
 _format_option = click.option(

@@ -6,11 +6,10 @@ request which was held through a swap gets the new version.
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 
 from serving.admission import EngineUnavailableError
 from svc.errors import NotFoundError
-from svc.registry.version import Alias, Format, VersionId
+from svc.registry.version import Alias, Target, VersionId
 
 SHOWN_CHARS = 100
 """How much of a client's own text comes back in an error."""
@@ -18,14 +17,6 @@ SHOWN_CHARS = 100
 
 class ModelNotFoundError(NotFoundError):
     """A model name that nothing loaded answers to."""
-
-
-@dataclass(frozen=True, slots=True)
-class Served:
-    """A version as an engine holds it."""
-
-    version: VersionId
-    format: Format
 
 
 class Routes:
@@ -39,12 +30,12 @@ class Routes:
     def __init__(self, name: str, *, clock: Callable[[], float] = time.time) -> None:
         self.name = name
         self._clock = clock
-        self._served: Served | None = None
-        self._loaded: set[Served] = set()
+        self._served: Target | None = None
+        self._loaded: set[Target] = set()
         self._since = 0
 
     @property
-    def served(self) -> Served | None:
+    def served(self) -> Target | None:
         """The version in production; None before the first is."""
         return self._served
 
@@ -53,12 +44,12 @@ class Routes:
         """When it came there, Unix seconds."""
         return self._since
 
-    def serve(self, served: Served) -> None:
+    def serve(self, served: Target) -> None:
         """From now on this version is the one in production."""
         if served != self._served:
             self._served, self._since = served, int(self._clock())
 
-    def load(self, loaded: set[Served]) -> None:
+    def load(self, loaded: set[Target]) -> None:
         """From now on engines hold these versions: two during a swap of several engines."""
         self._loaded = loaded
 

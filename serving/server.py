@@ -49,9 +49,10 @@ from svc.engine.runtime import socket_folder, state_folder, state_folders
 from svc.listening import address_family, http_url, listen_error
 from svc.lock import hold_lock
 from svc.registry.registry import Registry
+from svc.registry.version import Target
 from svc.server_url import LOCK_FILE
 from svc.settings import Settings
-from svc.store.desired import Desired, Target
+from svc.store.desired import Desired
 from svc.store.swaps import find_swap
 
 log = logging.getLogger(__name__)
@@ -311,7 +312,7 @@ class _Server:
                 {
                     "replica": engine.replica,
                     "state": engine.state.value,
-                    "version": str(served.version) if (served := engine.served) else None,
+                    "version": str(target.version) if (target := engine.target) else None,
                     "running": engine.running,
                 }
                 for engine in self._pool.all

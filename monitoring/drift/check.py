@@ -29,9 +29,9 @@ from monitoring.drift.streams import (
 )
 from svc.redaction import Redactor
 from svc.registry.registry import Registry
+from svc.registry.version import Target
 from svc.settings import RecordSettings
 from svc.store.answered import content_is_kept
-from svc.store.desired import Target
 from svc.store.drift import DriftAlarm, DriftState, keep_drift, read_drift_alarms, read_drift_states
 
 log = logging.getLogger(__name__)

@@ -18,8 +18,8 @@ from svc.errors import NotFoundError
 from svc.evaluation.results import ExampleResult
 from svc.redaction import Redactor
 from svc.registry.registry import Registry
+from svc.registry.version import Target
 from svc.store.answered import AnsweredRequest
-from svc.store.desired import Target
 
 _MOST_COMPARED = 1_000
 """Held-out examples; ten times the largest window. More make no test sharper, and each slower by their square."""

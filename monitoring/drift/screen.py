@@ -14,7 +14,7 @@ from monitoring.drift.feature_tests import false_discovery_rates
 from monitoring.drift.report import SignalReport, Status
 from monitoring.drift.signals import CLASSIFIER
 from monitoring.holdout import Quality, QualityReport
-from svc.store.desired import Target
+from svc.registry.version import Target
 from svc.store.drift import DriftAlarm
 
 FALSE_DISCOVERIES = 0.05

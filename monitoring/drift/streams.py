@@ -18,6 +18,7 @@ from monitoring.drift.reference import Reference, read_prompt
 from monitoring.drift.report import Line, compare
 from monitoring.drift.sample import NO, RECENT, YES, Sample, evenly_picked, first_of_recent
 from monitoring.drift.signals import RatingFeature, answer_tests, input_tests, rating_tests
+from svc.registry.version import Target
 from svc.store.answered import (
     AnsweredRequest,
     RatedAnswer,
@@ -27,7 +28,6 @@ from svc.store.answered import (
     read_earlier_ratings,
     read_ratings,
 )
-from svc.store.desired import Target
 
 MEMORY = max(RECENT, *(window.size for window in WINDOWS))
 _MOST_WAITING = 20_000

@@ -29,7 +29,7 @@ from svc.errors import EngineError, NotFoundError, SvcError
 from svc.evaluation.evaluator import ask_example
 from svc.evaluation.results import ExampleResult
 from svc.registry.registry import Registry
-from svc.store.desired import Target
+from svc.registry.version import Target
 from svc.store.holdouts import HoldoutCause, HoldoutOutcome, HoldoutRun, add_holdout_run, newest_holdout_run
 
 log = logging.getLogger(__name__)
@@ -160,11 +160,11 @@ class HoldoutRuns:
             SupersededError: it was cut off, and is to begin anew.
         """
         lead = self._pool.lead
-        if lead is None or lead.served is None:
+        if lead is None or lead.target is None:
             return
-        load, served = lead.load, lead.served
-        target, began, started_at = Target(served.version, served.format), time.monotonic(), datetime.now(UTC)
-        self._traffic.holdout_due(served, self._every_s)
+        load, target = lead.load, lead.target
+        began, started_at = time.monotonic(), datetime.now(UTC)
+        self._traffic.holdout_due(target, self._every_s)
         facts = await self._facts(target)
         results, reason = await self._attempt(load, target, cause)
         self._done, self._next_at = load, began + self._every_s

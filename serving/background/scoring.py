@@ -26,7 +26,7 @@ from svc.errors import EngineError, IntegrityError, NotFoundError
 from svc.evaluation.evaluator import mean_logprob
 from svc.redaction import PLACEHOLDERS
 from svc.registry.registry import Registry, results_file
-from svc.store.desired import Target
+from svc.registry.version import Target
 from svc.store.scores import KeptAnswer, keep_logprob, newest_unscored
 
 log = logging.getLogger(__name__)

@@ -10,10 +10,11 @@ from sqlalchemy import Engine as Store
 
 from svc.errors import BusyError, NotFoundError, ServerNotRunningError
 from svc.registry.registry import Registry
+from svc.registry.version import Target
 from svc.server_url import server_url
 from svc.settings import Settings
 from svc.store.database import open_database
-from svc.store.desired import Desired, Target, change_desired, read_desired
+from svc.store.desired import Desired, change_desired, read_desired
 from svc.store.swaps import SwapRecord, find_swap
 
 _POLL_S = 0.1

@@ -16,11 +16,11 @@ import httpx
 
 from serving.admission import Admission, EngineUnavailableError
 from serving.engines.replica import Load, Supervisor
-from serving.router import Routes, Served
+from serving.router import Routes
 from serving.telemetry.engine_metrics import EngineSource
 from serving.telemetry.metrics import Traffic
 from svc.engine.state import EngineState
-from svc.store.desired import Target
+from svc.registry.version import Target
 
 log = logging.getLogger(__name__)
 
@@ -38,7 +38,7 @@ class Lease:
     """
 
     http: httpx.AsyncClient
-    served: Served
+    served: Target
 
 
 class Leftovers(Protocol):
@@ -136,7 +136,7 @@ class EnginePool:
             EngineUnavailableError: no engine takes requests now.
         """
         wanted = self._routes.resolve(model)
-        able = [(engine, engine.served) for engine in self.ready]
+        able = [(engine, engine.target) for engine in self.ready]
         able = [(engine, served) for engine, served in able if served and wanted in (None, served.version)]
         if not able:
             raise EngineUnavailableError("no engine takes requests now", todo="send the request again later")
@@ -147,7 +147,7 @@ class EnginePool:
 
     def sources(self) -> list[EngineSource]:
         """The engines whose metrics can be asked for, those that were replaced among them."""
-        engines = [(engine, engine.served) for engine in self.all]
+        engines = [(engine, engine.target) for engine in self.all]
         return [EngineSource(engine.http, served, engine.replica) for engine, served in engines if served]
 
     def add(self) -> Supervisor:
@@ -273,7 +273,7 @@ class EnginePool:
         ready = self.ready
         if ready:
             drained = [member for member in self.members if member.state is EngineState.DRAINING]
-            self._routes.load({engine.served for engine in [*ready, *drained] if engine.served})
+            self._routes.load({engine.target for engine in [*ready, *drained] if engine.target})
             self._door.available()
         elif not any(member.state in _CHANGING for member in self.members):
             self._door.unavailable(_why_none({member.state for member in self.members}))

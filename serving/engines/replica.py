@@ -14,13 +14,12 @@ from pathlib import Path
 import httpx
 
 from serving.engines.verification import Proof
-from serving.router import Served
 from svc.engine.client import EngineClient
 from svc.engine.phase import EnginePhase
 from svc.engine.plan import EnginePlan
 from svc.engine.process import LastingEngine
 from svc.engine.state import EngineState
-from svc.store.desired import Target
+from svc.registry.version import Target
 
 log = logging.getLogger(__name__)
 
@@ -108,12 +107,6 @@ class Supervisor:
     def runs(self) -> bool:
         """Whether there is an engine; it may have died a moment ago."""
         return self._engine is not None
-
-    @property
-    def served(self) -> Served | None:
-        """What the engine holds, as clients are told."""
-        target = self.target  # once, as above
-        return Served(target.version, target.format) if target else None
 
     @property
     def running(self) -> int:

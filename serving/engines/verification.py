@@ -11,7 +11,7 @@ from svc.engine.client import EngineClient
 from svc.engine.probe import EngineFacts, Probe, check_probes, make_probes, measure_probes
 from svc.errors import ProbeError
 from svc.registry.registry import Registry
-from svc.store.desired import Target
+from svc.registry.version import Target
 from svc.store.retaken_probes import find_retaken_probes, keep_retaken_probes
 
 log = logging.getLogger(__name__)

@@ -9,7 +9,6 @@ import json
 import logging
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from enum import StrEnum
 from http import HTTPStatus
 
 from fastapi import FastAPI, Request
@@ -26,39 +25,14 @@ from serving.engines.transport import (
     EngineRefusedError,
     EngineSilentError,
 )
+from serving.http.feedback import RecordsBusyError, RequestNotFoundError
 from serving.http.models import ModelNotDeletableError
 from serving.protocols import request as requests
+from serving.protocols.error_code import ErrorCode
 from serving.router import SHOWN_CHARS, ModelNotFoundError
 from svc.errors import SvcError
 
 log = logging.getLogger(__name__)
-
-
-class ErrorCode(StrEnum):
-    """`error.code` in answers and `reason` in svc_request_errors_total."""
-
-    INVALID_JSON = "invalid_json"
-    INVALID_REQUEST = "invalid_request"
-    CONTEXT_LENGTH_EXCEEDED = "context_length_exceeded"
-    BODY_TOO_LARGE = "body_too_large"
-    BODY_TIMEOUT = "body_timeout"
-    UNSUPPORTED_MEDIA_TYPE = "unsupported_media_type"
-    MODEL_NOT_FOUND = "model_not_found"
-    MODEL_NOT_DELETABLE = "model_not_deletable"
-    REQUEST_NOT_FOUND = "request_not_found"
-    RECORDS_BUSY = "records_busy"
-    NOT_FOUND = "not_found"
-    METHOD_NOT_ALLOWED = "method_not_allowed"
-    OVERLOADED = "overloaded"
-    HELD_OVERFLOW = "held_overflow"
-    HELD_TIMEOUT = "held_timeout"
-    ENGINE_UNAVAILABLE = "engine_unavailable"
-    ENGINE_DIED = "engine_died"
-    ENGINE_TIMEOUT = "engine_timeout"
-    ENGINE_ERROR = "engine_error"
-    INTERNAL_ERROR = "internal_error"
-    CLIENT_GONE = "client_gone"
-    """Counted only: nobody is left to be answered."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,8 +74,8 @@ _SHAPES: dict[type[SvcError], tuple[int, ErrorCode]] = {
     requests.BodyTooLargeError: (413, ErrorCode.BODY_TOO_LARGE),
     requests.BodyTimeoutError: (408, ErrorCode.BODY_TIMEOUT),
     requests.MediaTypeError: (415, ErrorCode.UNSUPPORTED_MEDIA_TYPE),
-    requests.RequestNotFoundError: (404, ErrorCode.REQUEST_NOT_FOUND),
-    requests.RecordsBusyError: (503, ErrorCode.RECORDS_BUSY),
+    RequestNotFoundError: (404, ErrorCode.REQUEST_NOT_FOUND),
+    RecordsBusyError: (503, ErrorCode.RECORDS_BUSY),
     ModelNotFoundError: (404, ErrorCode.MODEL_NOT_FOUND),
     ModelNotDeletableError: (403, ErrorCode.MODEL_NOT_DELETABLE),
     OverloadedError: (429, ErrorCode.OVERLOADED),

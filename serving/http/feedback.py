@@ -13,17 +13,11 @@ from sqlalchemy import Engine as Store
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
-from serving.protocols.request import (
-    ClientGoneError,
-    InvalidJsonError,
-    InvalidRequestError,
-    RecordsBusyError,
-    RequestNotFoundError,
-    read_body,
-)
+from serving.protocols.request import ClientGoneError, InvalidJsonError, InvalidRequestError, read_body
 from serving.router import SHOWN_CHARS
 from serving.telemetry.metrics import CLIENT_GONE_STATUS
 from serving.telemetry.request_log import RecordWriter
+from svc.errors import NotFoundError, SvcError
 from svc.registry.version import VersionId
 from svc.store.feedback import Feedback, KeptFeedback, Rating, keep_feedback
 
@@ -32,6 +26,16 @@ MAX_CORRECTION_CHARS = 32 * 1024
 MAX_LABEL_CHARS = 64
 _BODY_TIMEOUT_S = 30.0
 _FLUSH_S = 5.0
+
+
+class RequestNotFoundError(NotFoundError):
+    """A request id of which nothing is kept."""
+
+
+class RecordsBusyError(SvcError):
+    """What is kept of requests is not up to date."""
+
+    retry_after_s = 2
 
 
 class FeedbackRequest(BaseModel):

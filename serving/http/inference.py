@@ -20,15 +20,17 @@ from serving.admission import Admission
 from serving.engines.pool import Lease
 from serving.engines.transport import EngineDiedError, call, refusal
 from serving.http.disconnect import while_connected
-from serving.http.errors import ApiError, ErrorCode, api_error
+from serving.http.errors import ApiError, api_error
+from serving.protocols.error_code import ErrorCode
 from serving.protocols.request import ClientGoneError, CompletionRequest, parse_request, read_body
 from serving.protocols.route import Route
 from serving.protocols.server_sent_events import EventSplitter, find_error
 from serving.protocols.wire_formats import Usage, wire_format
-from serving.router import Routes, Served
+from serving.router import Routes
 from serving.telemetry.content import Content
 from serving.telemetry.metrics import CLIENT_GONE_STATUS, UNKNOWN_MODEL, Traffic
 from serving.telemetry.request_log import RecordWriter
+from svc.registry.version import Target
 from svc.settings import ServeSettings
 from svc.store.requests import RequestRecord
 
@@ -100,7 +102,7 @@ class Exchange:
         self._clock = gateway.clock
         self._arrived = datetime.now(UTC)
         self._started = self._clock()
-        self._served: Served | None = None
+        self._served: Target | None = None
         self._status: int | None = None
         self._reason: ErrorCode | None = None
         self._request: CompletionRequest | None = None
@@ -213,12 +215,12 @@ class Exchange:
         if self._finish_reason is None:
             self._finish_reason = self.format.finish_reason(part)
 
-    def used(self, served: Served, usage: Usage) -> None:
+    def used(self, served: Target, usage: Usage) -> None:
         """Counts the tokens of the answer."""
         self._usage = usage
         self.traffic.tokens(served, usage)
 
-    def first_token(self, served: Served, seconds: float) -> None:
+    def first_token(self, served: Target, seconds: float) -> None:
         """Times the first token of the answer."""
         self._first_token_s = seconds
         self.traffic.first_token(served, seconds, self._request_id)
@@ -259,7 +261,7 @@ class Exchange:
 class _Stream:
     """Passes the events of one answer on, and times and counts its tokens."""
 
-    def __init__(self, exchange: Exchange, served: Served, *, wants_usage: bool) -> None:
+    def __init__(self, exchange: Exchange, served: Target, *, wants_usage: bool) -> None:
         self._exchange = exchange
         self._format = exchange.format
         self._served = served

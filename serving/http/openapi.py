@@ -9,8 +9,8 @@ from collections.abc import Mapping
 from importlib.metadata import version
 from typing import Any
 
-from serving.http.errors import ErrorCode
 from serving.http.feedback import FeedbackRequest
+from serving.protocols.error_code import ErrorCode
 from serving.protocols.route import Route
 from serving.protocols.unsupported_fields import MOST_ANSWERS
 

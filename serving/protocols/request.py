@@ -14,7 +14,7 @@ from starlette.types import Receive, Scope
 
 from serving.protocols.route import Route
 from serving.protocols.unsupported_fields import find_refusal
-from svc.errors import NotFoundError, SvcError
+from svc.errors import SvcError
 
 JSON_TYPE = b"application/json"
 _MOST_KEPT = 2**31 - 1
@@ -54,16 +54,6 @@ class BodyTimeoutError(SvcError):
 
 class MediaTypeError(SvcError):
     """A body that does not say it is JSON."""
-
-
-class RequestNotFoundError(NotFoundError):
-    """A request id of which nothing is kept."""
-
-
-class RecordsBusyError(SvcError):
-    """What is kept of requests is not up to date."""
-
-    retry_after_s = 2
 
 
 class ClientGoneError(Exception):

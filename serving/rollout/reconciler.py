@@ -18,11 +18,12 @@ from serving.engines.replica import Supervisor
 from serving.rollout.journal import Journal
 from serving.rollout.production_alias import ProductionAlias
 from serving.rollout.swap import Swap
-from serving.router import Routes, Served
+from serving.router import Routes
 from serving.telemetry.metrics import Traffic
 from svc.engine.state import EngineState
 from svc.errors import BusyError, SvcError, SwapError
-from svc.store.desired import Desired, Target, change_desired, read_desired
+from svc.registry.version import Target
+from svc.store.desired import Desired, change_desired, read_desired
 from svc.store.swaps import SwapOutcome, SwapResult, find_swap
 
 log = logging.getLogger(__name__)
@@ -250,9 +251,8 @@ class Reconciler:
     def _serves(self) -> None:
         """Tells everybody what serves now."""
         target = self._actual.target
-        served = Served(target.version, target.format)
-        self._routes.serve(served)
-        self._traffic.version_loaded(served)
+        self._routes.serve(target)
+        self._traffic.version_loaded(target)
         self._alias.move(target.version)
 
     async def _put_back(self, failed: Desired, before: Desired) -> None:

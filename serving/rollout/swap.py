@@ -20,13 +20,13 @@ from serving.admission import Admission
 from serving.engines.pool import EnginePool
 from serving.engines.replica import Supervisor
 from serving.engines.verification import Proof
-from serving.router import Routes, Served
+from serving.router import Routes
 from svc.engine.state import EngineState
 from svc.errors import EngineError, ProbeError, SvcError
 from svc.registry.fingerprint import compatibility_fingerprint
 from svc.registry.registry import Registry
+from svc.registry.version import Target
 from svc.settings import SwapChoice
-from svc.store.desired import Target
 from svc.store.swaps import SwapKind, SwapOutcome, SwapResult
 
 log = logging.getLogger(__name__)
@@ -157,7 +157,7 @@ class Swap:
                 change.report(f"{len(changed)} of {len(self._pool.members)} engines hold {change.target}")
         if not changed:
             return SwapOutcome.FAILED, "the engine died before it was changed"
-        self._routes.serve(Served(change.target.version, change.target.format))
+        self._routes.serve(change.target)
         return SwapOutcome.SUCCEEDED, None
 
     async def _back(self, change: _Change, changed: list[Supervisor]) -> SwapOutcome:
@@ -225,7 +225,7 @@ class Swap:
     def _serve_if_only(self, change: _Change) -> None:
         """Where others still hold the version before, that one is in production until all are changed."""
         if len(self._pool.running) <= 1:
-            self._routes.serve(Served(change.target.version, change.target.format))
+            self._routes.serve(change.target)
 
     async def _in_place(self, change: _Change, engine: Supervisor) -> tuple[SwapOutcome, str | None]:
         async with self._without(change, engine):

@@ -14,7 +14,7 @@ from prometheus_client import Metric
 from prometheus_client.parser import text_string_to_metric_families
 from prometheus_client.registry import Collector
 
-from serving.router import Served
+from svc.registry.version import Target
 
 log = logging.getLogger(__name__)
 
@@ -34,7 +34,7 @@ class EngineSource:
     """
 
     http: httpx.AsyncClient
-    served: Served
+    served: Target
     replica: int
 
 

@@ -10,14 +10,13 @@ from collections.abc import Callable, Sequence
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
-from serving.http.errors import ErrorCode
+from serving.protocols.error_code import ErrorCode
 from serving.protocols.route import Route
 from serving.protocols.wire_formats import Usage
-from serving.router import Served
 from serving.telemetry.quantiles import VersionQuantiles
 from serving.telemetry.request_log import Dropped
 from svc.engine.state import EngineState
-from svc.registry.version import VersionId
+from svc.registry.version import Target, VersionId
 from svc.store.feedback import Rating
 from svc.store.swaps import SwapOutcome, SwapResult
 
@@ -160,7 +159,7 @@ class Traffic:
         self._held.set_function(held)
 
     def request_ended(
-        self, served: Served | None, route: Route, status: int, seconds: float, request_id: str = ""
+        self, served: Target | None, route: Route, status: int, seconds: float, request_id: str = ""
     ) -> None:
         """Counts an answer, and times it when it was none of an error.
 
@@ -176,16 +175,16 @@ class Traffic:
             self._duration.labels(model, version, route.value).observe(seconds, self._exemplar(request_id))
             self.duration_quantiles.observe(served.version, seconds)
 
-    def first_token(self, served: Served, seconds: float, request_id: str = "") -> None:
+    def first_token(self, served: Target, seconds: float, request_id: str = "") -> None:
         """Times the first token of a streamed answer."""
         self._first_token.labels(*_labels(served)).observe(seconds, self._exemplar(request_id))
         self.first_token_quantiles.observe(served.version, seconds)
 
-    def between_tokens(self, served: Served) -> Callable[[float], None]:
+    def between_tokens(self, served: Target) -> Callable[[float], None]:
         """What observes the seconds between two tokens; looked up once for each answer, since tokens are many."""
         return self._between_tokens.labels(*_labels(served)).observe
 
-    def tokens(self, served: Served, usage: Usage) -> None:
+    def tokens(self, served: Target, usage: Usage) -> None:
         """Counts the tokens of an answer."""
         self._tokens.labels(*_labels(served), "in").inc(usage.prompt)
         self._tokens.labels(*_labels(served), "out").inc(usage.completion)
@@ -224,12 +223,12 @@ class Traffic:
         if result.held is not None:
             self._swap_held.observe(result.held)
 
-    def version_loaded(self, served: Served) -> None:
+    def version_loaded(self, served: Target) -> None:
         """Shows the version that is loaded, and only that one."""
         self._version_info.clear()
         self._version_info.labels(*_labels(served), served.format.value).set(1)
 
-    def holdout_due(self, served: Served | None, every_s: float) -> None:
+    def holdout_due(self, served: Target | None, every_s: float) -> None:
         """Shows the version whose held-out set is to be asked, and how often; None where there is none to ask."""
         self._holdout_interval.clear()
         if served:
@@ -239,5 +238,5 @@ class Traffic:
         return {"request_id": request_id} if self._exemplars and len(request_id) <= _EXEMPLAR_CHARS else None
 
 
-def _labels(served: Served | None) -> tuple[str, str]:
+def _labels(served: Target | None) -> tuple[str, str]:
     return (served.version.name, str(served.version.number)) if served else (UNKNOWN_MODEL, "")

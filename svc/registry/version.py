@@ -48,3 +48,14 @@ class VersionId:
         if not at or not re.fullmatch(NAME_PATTERN, name) or not re.fullmatch(NUMBER_PATTERN, number):
             raise NotFoundError(f"{text!r} names no version", expected="NAME@N, as my-model@2", todo="see `svc models`")
         return cls(name, int(number))
+
+
+@dataclass(frozen=True, slots=True)
+class Target:
+    """A version in a format."""
+
+    version: VersionId
+    format: Format
+
+    def __str__(self) -> str:
+        return f"{self.version} ({self.format})"

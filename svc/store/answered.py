@@ -7,7 +7,7 @@ from datetime import datetime
 from sqlalchemy import ColumnElement, Engine, and_, func, select
 from sqlalchemy.orm import Session
 
-from svc.store.desired import Target
+from svc.registry.version import Target
 from svc.store.feedback import Rating
 from svc.store.tables import FeedbackRow, RequestRow
 

@@ -8,19 +8,8 @@ from sqlalchemy.exc import IntegrityError as RowExistsError
 from sqlalchemy.orm import Session
 
 from svc.errors import BusyError
-from svc.registry.version import Format, VersionId
+from svc.registry.version import Format, Target, VersionId
 from svc.store.tables import DesiredRow
-
-
-@dataclass(frozen=True, slots=True)
-class Target:
-    """A version in a format."""
-
-    version: VersionId
-    format: Format
-
-    def __str__(self) -> str:
-        return f"{self.version} ({self.format})"
 
 
 @dataclass(frozen=True, slots=True)

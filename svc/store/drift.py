@@ -11,7 +11,7 @@ from datetime import datetime
 from sqlalchemy import ColumnElement, Engine, and_, delete, select
 from sqlalchemy.orm import Session
 
-from svc.store.desired import Target
+from svc.registry.version import Target
 from svc.store.tables import DriftAlarmRow, DriftStateRow
 
 KEPT_ALARMS = 100

@@ -12,8 +12,7 @@ from sqlalchemy import ColumnElement, Engine, and_, delete, select
 from sqlalchemy.orm import Session
 
 from svc.engine.probe import EngineFacts
-from svc.registry.version import Format, VersionId
-from svc.store.desired import Target
+from svc.registry.version import Format, Target, VersionId
 from svc.store.tables import HoldoutRunRow
 
 KEPT_RUNS = 200

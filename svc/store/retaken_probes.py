@@ -5,7 +5,7 @@ from sqlalchemy import Engine
 from sqlalchemy.orm import Session
 
 from svc.engine.probe import EngineFacts, Probe
-from svc.store.desired import Target
+from svc.registry.version import Target
 from svc.store.tables import RetakenProbesRow
 
 _PROBES = TypeAdapter(tuple[Probe, ...])

@@ -7,8 +7,8 @@ from datetime import datetime
 from sqlalchemy import ColumnElement, Engine, and_, func, select, update
 from sqlalchemy.orm import Session
 
+from svc.registry.version import Target
 from svc.store.answered import answered_by
-from svc.store.desired import Target
 from svc.store.tables import RequestRow
 
 _ENDS = ("stop", "length")  # and not tool calls, of which no text is kept

@@ -7,8 +7,8 @@ from enum import StrEnum
 from sqlalchemy import Engine, select
 from sqlalchemy.orm import Session
 
-from svc.registry.version import Format, VersionId
-from svc.store.desired import Desired, Target
+from svc.registry.version import Format, Target, VersionId
+from svc.store.desired import Desired
 from svc.store.tables import SwapRow, SwapStepRow
 
 

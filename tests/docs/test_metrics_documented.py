@@ -17,7 +17,7 @@ from monitoring.drift_metrics import DriftMetrics
 from monitoring.server_page import ServerPage
 from monitoring.training_metrics import TrainingMetrics
 from monitoring.version_metrics import BASE, VersionMetrics
-from serving.http.errors import ErrorCode
+from serving.protocols.error_code import ErrorCode
 from serving.telemetry.machine_metrics import add_machine_metrics
 from serving.telemetry.metrics import _NOT_COMPLETIONS, Traffic
 from serving.telemetry.request_log import Dropped

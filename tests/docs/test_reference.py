@@ -3,7 +3,8 @@
 import re
 import tomllib
 
-from serving.http.errors import _FRAMEWORK_CODES, _SHAPES, ErrorCode
+from serving.http.errors import _FRAMEWORK_CODES, _SHAPES
+from serving.protocols.error_code import ErrorCode
 from svc import errors
 from svc.dataset.problem import Code, severity_of
 from svc.engine.state import EngineState

@@ -27,10 +27,9 @@ from svc.engine.probe import engine_facts
 from svc.engine.runtime import socket_folder
 from svc.evaluation.evaluator import mean_logprob
 from svc.registry.registry import Registry
-from svc.registry.version import Format, VersionId
+from svc.registry.version import Format, Target, VersionId
 from svc.settings import EngineSettings, Settings
 from svc.store.database import open_database
-from svc.store.desired import Target
 from svc.store.holdouts import HoldoutCause, newest_holdout_run
 from svc.store.tables import RequestRow
 from tests.e2e.conftest import Report

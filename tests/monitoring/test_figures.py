@@ -6,14 +6,13 @@ import pytest
 from prometheus_client import CollectorRegistry, generate_latest
 
 from monitoring.figures import QUANTILES, Figures, read_figures
-from serving.http.errors import ErrorCode
+from serving.protocols.error_code import ErrorCode
 from serving.protocols.route import Route
 from serving.protocols.wire_formats import Usage
-from serving.router import Served
 from serving.telemetry.metrics import Traffic
-from svc.registry.version import Format, VersionId
+from svc.registry.version import Format, Target, VersionId
 
-ONE, TWO = (Served(VersionId("tiny", number), Format.GPTQ) for number in (1, 2))
+ONE, TWO = (Target(VersionId("tiny", number), Format.GPTQ) for number in (1, 2))
 Read = Callable[[], Figures]
 
 

@@ -27,9 +27,10 @@ from svc.engine.client import socket_transport
 from svc.engine.probe import EngineFacts
 from svc.engine.state import EngineState
 from svc.registry.registry import Registry
+from svc.registry.version import Target
 from svc.settings import ServeSettings
 from svc.store.database import open_database
-from svc.store.desired import Desired, Target, change_desired, read_desired
+from svc.store.desired import Desired, change_desired, read_desired
 from svc.store.swaps import SwapRecord, find_swap
 from tests.serving.engine_double import EngineDouble
 from tests.serving.engine_park import EnginePark

@@ -10,7 +10,7 @@ from svc.engine.phase import EnginePhase
 from svc.engine.plan import Choice, EnginePlan, Origin
 from svc.engine.process import LastingEngine
 from svc.errors import EngineError
-from svc.store.desired import Target
+from svc.registry.version import Target
 from tests.serving.engine_double import EngineDouble
 from tests.serving.socket_server import SocketServer
 

@@ -18,19 +18,19 @@ from serving.engines.transport import connect
 from serving.http.app import build_app
 from serving.http.feedback import FeedbackIntake
 from serving.http.inference import Gateway
-from serving.router import Routes, Served
+from serving.router import Routes
 from serving.telemetry.engine_metrics import EngineMetrics, EngineSource
 from serving.telemetry.metrics import Traffic
 from serving.telemetry.request_log import RecordWriter
 from svc.engine.client import socket_transport
-from svc.registry.version import Format, VersionId
+from svc.registry.version import Format, Target, VersionId
 from svc.settings import RecordSettings, ServeSettings
 from tests.serving.engine_double import EngineDouble, running_engine
 from tests.serving.socket_server import SocketServer, running
 
 NAME = "tuned"
-ONE = Served(VersionId(NAME, 1), Format.MERGED)
-TWO = Served(VersionId(NAME, 2), Format.GPTQ)
+ONE = Target(VersionId(NAME, 1), Format.MERGED)
+TWO = Target(VersionId(NAME, 2), Format.GPTQ)
 CHAT: dict[str, Any] = {"model": NAME, "messages": [{"role": "user", "content": "one two three"}]}
 
 
@@ -124,7 +124,7 @@ class Service:
             if self.store is not None:
                 await asyncio.to_thread(self.records.close)
 
-    def load(self, served: Served) -> None:
+    def load(self, served: Target) -> None:
         """The engine holds a version from now on."""
         self.loaded = served
         self.routes.serve(served)

@@ -17,9 +17,8 @@ from svc.registry.fingerprint import compatibility_fingerprint
 from svc.registry.manifest import BaseRecord, DataRecord, FormatRecord, Manifest, write_manifest
 from svc.registry.registry import HELDOUT_FILE, REFERENCE_FOLDER, Registry, results_file
 from svc.registry.tracking import Tracking
-from svc.registry.version import Alias, Format, VersionId
+from svc.registry.version import Alias, Format, Target, VersionId
 from svc.settings import Device
-from svc.store.desired import Target
 from tests.serving.engine_double import logprob_of
 from tests.svc.chats import chat
 

@@ -18,8 +18,7 @@ from svc.evaluation.results import ExampleResult, write_results
 from svc.registry.files import record_files
 from svc.registry.manifest import FormatRecord, write_manifest
 from svc.registry.registry import HELDOUT_FILE, REFERENCE_FOLDER, Registry, results_file
-from svc.registry.version import Format, VersionId
-from svc.store.desired import Target
+from svc.registry.version import Format, Target, VersionId
 from svc.store.feedback import Feedback, Rating, keep_feedback
 from svc.store.requests import RequestRecord, add_requests
 from svc.store.tables import FeedbackRow, RequestRow

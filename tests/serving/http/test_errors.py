@@ -8,7 +8,8 @@ from starlette.exceptions import HTTPException
 
 from serving.admission import EngineUnavailableError, HoldOverflowError, HoldTimeoutError, OverloadedError
 from serving.engines.transport import EngineFailedError
-from serving.http.errors import ApiError, ErrorCode, api_error
+from serving.http.errors import ApiError, api_error
+from serving.protocols.error_code import ErrorCode
 from svc.errors import IntegrityError, SvcError
 
 

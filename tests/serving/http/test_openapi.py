@@ -22,8 +22,9 @@ from sqlalchemy import Engine as Store
 
 from serving.admission import Admission
 from serving.engines.pool import Lease
-from serving.http.errors import _SHAPES, ErrorCode
+from serving.http.errors import _SHAPES
 from serving.http.openapi import openapi_document
+from serving.protocols.error_code import ErrorCode
 from serving.protocols.route import Route
 from serving.router import Routes
 from serving.telemetry.metrics import Traffic

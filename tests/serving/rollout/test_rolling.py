@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from serving.router import Served
 from svc.engine.state import EngineState
+from svc.registry.version import Target
 from svc.settings import SwapChoice
 from svc.store.swaps import SwapKind, SwapOutcome
 from tests.serving.control import BODY, Control, Load, Make, ask, until
@@ -210,7 +210,7 @@ async def test_on_the_way_back_no_engine_is_started_with_the_version_that_was_re
         swap = await control.promote(2)
         await both_ready(control)
         assert [Path(engine.double.weights).parent.name for engine in control.park.engines[2:]] == ["1", "1"]
-        assert control.routes.served == Served(target(1).version, target(1).format)
+        assert control.routes.served == Target(target(1).version, target(1).format)
     assert swap.outcome is SwapOutcome.FAILED
 
 
@@ -220,9 +220,9 @@ async def test_the_version_before_is_in_production_until_all_are_changed(control
         control.park.engines[1].double.reload_delay_s = 0.2
         wish = control.wish(2)
         await until(lambda: control.pool.members[0].target == target(2) and len(control.pool.ready) == 1)
-        assert control.routes.served == Served(target(1).version, target(1).format)
+        assert control.routes.served == Target(target(1).version, target(1).format)
         await control.outcome(wish)
-        assert control.routes.served == Served(target(2).version, target(2).format)
+        assert control.routes.served == Target(target(2).version, target(2).format)
 
 
 async def test_an_engine_that_cannot_start_keeps_no_other_from_it(control: Control) -> None:

@@ -3,7 +3,7 @@
 import pytest
 from prometheus_client import CollectorRegistry
 
-from serving.http.errors import ErrorCode
+from serving.protocols.error_code import ErrorCode
 from serving.protocols.route import Route
 from serving.protocols.wire_formats import Usage
 from serving.telemetry.metrics import Traffic

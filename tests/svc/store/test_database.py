@@ -12,9 +12,9 @@ from alembic.operations import Operations
 from sqlalchemy import Engine
 from sqlalchemy.exc import IntegrityError
 
-from svc.registry.version import Format, VersionId
+from svc.registry.version import Format, Target, VersionId
 from svc.store.database import open_database
-from svc.store.desired import Target, change_desired, read_desired
+from svc.store.desired import change_desired, read_desired
 from svc.store.tables import Table
 
 ONE = Target(VersionId("tiny", 1), Format.GPTQ)

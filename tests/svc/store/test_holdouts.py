@@ -9,10 +9,9 @@ from sqlalchemy import Engine, func, select
 from sqlalchemy.orm import Session
 
 from svc.engine.probe import EngineFacts
-from svc.registry.version import Format, VersionId
+from svc.registry.version import Format, Target, VersionId
 from svc.settings import Device
 from svc.store import holdouts
-from svc.store.desired import Target
 from svc.store.holdouts import (
     HoldoutCause,
     HoldoutOutcome,

@@ -4,9 +4,8 @@ import pytest
 from sqlalchemy import Engine
 
 from svc.engine.probe import EngineFacts, Probe
-from svc.registry.version import Format, VersionId
+from svc.registry.version import Format, Target, VersionId
 from svc.settings import Device
-from svc.store.desired import Target
 from svc.store.retaken_probes import find_retaken_probes, keep_retaken_probes
 
 FACTS = EngineFacts(vllm="0.32.0", device=Device.CPU, instruction_set="x86_64-avx2", mode="eager")

@@ -10,8 +10,7 @@ from sqlalchemy import Engine, event, select
 from sqlalchemy.orm import Session
 
 from svc.redaction import PLACEHOLDERS
-from svc.registry.version import Format, VersionId
-from svc.store.desired import Target
+from svc.registry.version import Format, Target, VersionId
 from svc.store.requests import RequestRecord, add_requests, prune_requests
 from svc.store.scores import MOST_TOKENS, KeptAnswer, keep_logprob, newest_unscored
 from svc.store.tables import RequestRow
