@@ -20,12 +20,12 @@ from pathlib import Path
 import click
 import numpy as np
 
-from monitoring.drift.budget import FALSE_ALARMS_PER_REQUEST, SIGNAL_SHARES, WINDOWS, Signal, Window
 from monitoring.drift.detector import Detector, Test, Watch
-from monitoring.drift.feature_tests import compare_numbers, number_stability
-from monitoring.drift.prompt_features import Prompt, PromptFeature, PromptSampler
-from monitoring.drift.sample import Floats, Sample
+from monitoring.drift.features.prompt import Prompt, PromptFeature, PromptSampler
+from monitoring.drift.features.sample import Floats, Sample
 from monitoring.drift.signals import input_tests
+from monitoring.drift.two_sample.alpha_spending import FALSE_ALARMS_PER_REQUEST, SIGNAL_SHARES, WINDOWS, Signal, Window
+from monitoring.drift.two_sample.univariate import compare_numbers, number_stability
 from svc.dataset.reader import read_examples
 from svc.dataset.text_space import fit_text_space
 from svc.terminal import counting, output

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from rich.console import RenderableType
     from sqlalchemy import Engine as Store
 
-    from monitoring.figures import Look
+    from monitoring.status.figures import Look
 
 _TIMEOUT_S = 10.0
 
@@ -53,7 +53,7 @@ def status(ctx: click.Context, watch: bool, interval: float, verbose: bool, as_j
             {"url": look.url, **look.state, "engine": engine, **dataclasses.asdict(look.figures), "drift": look.drift}
         )
         return
-    from monitoring.screen import status_screen
+    from monitoring.status.screen import status_screen
     from svc.terminal import output
 
     output.print(status_screen(look, verbose=verbose))
@@ -67,8 +67,8 @@ def _watch(settings: Settings, interval_s: float, *, verbose: bool) -> None:
     """Until Ctrl-C; a server that goes away is waited for."""
     from rich.live import Live
 
-    from monitoring.rates import Rates
-    from monitoring.screen import failure_screen, status_screen
+    from monitoring.status.rates import Rates
+    from monitoring.status.screen import failure_screen, status_screen
     from svc.terminal import output
 
     rates = Rates()
@@ -100,7 +100,7 @@ def monitor(ctx: click.Context, server: str | None, host: str | None, port: int 
     given = {"server": server, "host": host, "port": port}
     settings = settings_of(ctx, monitor={key: value for key, value in given.items() if value is not None} or None)
     from monitoring.drift.worker import DriftWorker
-    from monitoring.exporter import exporting
+    from monitoring.exporter.app import exporting
     from svc.registry.registry import Registry
     from svc.store.database import open_database
     from svc.terminal import console
@@ -132,7 +132,7 @@ def monitor(ctx: click.Context, server: str | None, host: str | None, port: int 
 def _look(settings: Settings) -> "Look":
     import httpx
 
-    from monitoring.figures import Look, read_figures
+    from monitoring.status.figures import Look, read_figures
 
     url = server_url(settings)
     try:

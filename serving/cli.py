@@ -41,7 +41,7 @@ def serve(ctx: click.Context, model: str | None, format_name: str | None, host: 
     from serving import server
     from serving.rollout.initial_state import choose_desired
     from svc.engine.capabilities import read_capabilities
-    from svc.engine.phase import EnginePhase
+    from svc.engine.vllm.startup_phase import EnginePhase
     from svc.store.database import open_database
     from svc.terminal import advancing, console, quiet_libraries
 

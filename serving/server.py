@@ -40,12 +40,12 @@ from serving.telemetry.machine_metrics import add_machine_metrics
 from serving.telemetry.metrics import Traffic
 from serving.telemetry.request_log import RecordWriter
 from svc.engine.capabilities import Capabilities
-from svc.engine.launch import SOCKET_FILE, EngineSpec
-from svc.engine.leftover import end_engine
-from svc.engine.probe import engine_facts
-from svc.engine.process import EngineProcess
-from svc.engine.room import shortage
-from svc.engine.runtime import socket_folder, state_folder, state_folders
+from svc.engine.orphans import end_engine
+from svc.engine.probes import engine_facts
+from svc.engine.vllm.capacity import shortage
+from svc.engine.vllm.launch import SOCKET_FILE, EngineSpec
+from svc.engine.vllm.process import EngineProcess
+from svc.engine.vllm.runtime import socket_folder, state_folder, state_folders
 from svc.listening import address_family, http_url, listen_error
 from svc.lock import hold_lock
 from svc.registry.registry import Registry

@@ -11,10 +11,10 @@ from pathlib import Path
 from pydantic import BaseModel, ConfigDict
 
 from svc.dataset.example import ChatExample
-from svc.engine.client import EngineClient
-from svc.engine.phase import EnginePhase
-from svc.engine.probe import EngineFacts, Probe, Scored, check_probes, choose_sequences, make_probes, measure_probes
-from svc.engine.process import Engine
+from svc.engine.probes import EngineFacts, Probe, Scored, check_probes, choose_sequences, make_probes, measure_probes
+from svc.engine.vllm.client import EngineClient
+from svc.engine.vllm.process import Engine
+from svc.engine.vllm.startup_phase import EnginePhase
 from svc.errors import TrainingError
 from svc.evaluation.evaluator import Evaluation, EvaluationReport, TokenizedExample, evaluate, tokenize
 from svc.evaluation.metrics import paired_difference

@@ -1,7 +1,7 @@
 """One check of a version's traffic: what is new goes through the detectors, and what they find is kept.
 
-Whoever makes it and how often changes nothing in what is found (monitoring.drift.budget). One process at a time makes
-it, held by a lock of the home.
+Whoever makes it and how often changes nothing in what is found (monitoring.drift.two_sample.alpha_spending). One
+process at a time makes it, held by a lock of the home.
 """
 
 import logging
@@ -13,7 +13,6 @@ from typing import Final
 from pydantic import TypeAdapter, ValidationError
 from sqlalchemy import Engine as Store
 
-from monitoring.drift.budget import BURST, REQUESTS_PER_DAY, Signal
 from monitoring.drift.detector import Alarm
 from monitoring.drift.reference import Reference, read_reference
 from monitoring.drift.report import Moved, SignalReport, Status, new_examples
@@ -27,6 +26,7 @@ from monitoring.drift.streams import (
     Stream,
     StreamState,
 )
+from monitoring.drift.two_sample.alpha_spending import BURST, REQUESTS_PER_DAY, Signal
 from svc.redaction import Redactor
 from svc.registry.registry import Registry
 from svc.registry.version import Target

@@ -4,10 +4,10 @@ import logging
 
 from sqlalchemy import Engine as Store
 
-from monitoring.drift.budget import Signal
 from monitoring.drift.check import LOCK_FILE, REPORT, DriftCheck
 from monitoring.drift.report import SignalReport
-from monitoring.holdout import QualityReport, read_quality
+from monitoring.drift.two_sample.alpha_spending import Signal
+from monitoring.quality import QualityReport, read_quality
 from svc.errors import BusyError, SvcError
 from svc.lock import hold_lock
 from svc.registry.registry import Registry

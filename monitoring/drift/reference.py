@@ -9,9 +9,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from monitoring.drift.answer_features import Answer, AnswerSampler, is_greedy
-from monitoring.drift.prompt_features import Prompt, PromptSampler
-from monitoring.drift.sample import Sample, evenly_picked, first_of_recent
+from monitoring.drift.features.answer import Answer, AnswerSampler, is_greedy
+from monitoring.drift.features.prompt import Prompt, PromptSampler
+from monitoring.drift.features.sample import Sample, evenly_picked, first_of_recent
 from svc.dataset.example import ChatExample
 from svc.dataset.text_space import TEXT_SPACE_FILE, load_text_space
 from svc.errors import NotFoundError

@@ -8,12 +8,12 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from monitoring.drift.budget import Signal
 from monitoring.drift.check import MOVED
-from monitoring.drift.feature_tests import false_discovery_rates
 from monitoring.drift.report import SignalReport, Status
 from monitoring.drift.signals import CLASSIFIER
-from monitoring.holdout import Quality, QualityReport
+from monitoring.drift.two_sample.alpha_spending import Signal
+from monitoring.drift.two_sample.univariate import false_discovery_rates
+from monitoring.quality import Quality, QualityReport
 from svc.registry.version import Target
 from svc.store.drift import DriftAlarm
 

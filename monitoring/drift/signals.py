@@ -7,10 +7,10 @@ from typing import Final
 
 import numpy as np
 
-from monitoring.drift.domain_classifier import Similarity, permutation_test
-from monitoring.drift.feature_tests import compare_categories, compare_numbers, compare_shares
-from monitoring.drift.prompt_features import PromptFeature
-from monitoring.drift.sample import YES, Floats, Sample
+from monitoring.drift.features.prompt import PromptFeature
+from monitoring.drift.features.sample import YES, Floats, Sample
+from monitoring.drift.two_sample.mmd import Similarity, permutation_test
+from monitoring.drift.two_sample.univariate import compare_categories, compare_numbers, compare_shares
 
 CLASSIFIER: Final = "domain_classifier"
 _CLASSIFIER_SHARE = 0.7

@@ -22,9 +22,9 @@ from serving.engines.pool import EnginePool
 from serving.engines.replica import Load
 from serving.telemetry.metrics import Traffic
 from svc.dataset.example import ChatExample
-from svc.engine.client import EngineClient
-from svc.engine.probe import EngineFacts
+from svc.engine.probes import EngineFacts
 from svc.engine.state import EngineState
+from svc.engine.vllm.client import EngineClient
 from svc.errors import EngineError, NotFoundError, SvcError
 from svc.evaluation.evaluator import ask_example
 from svc.evaluation.results import ExampleResult

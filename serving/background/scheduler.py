@@ -14,10 +14,10 @@ from typing import TypeVar
 from serving.admission import Admission, AsideEndedError
 from serving.engines.pool import EnginePool
 from serving.engines.replica import Load
-from svc.engine.arguments import given_flag
 from svc.engine.capabilities import Capabilities
-from svc.engine.client import EngineClient
 from svc.engine.state import EngineState
+from svc.engine.vllm.arguments import given_flag
+from svc.engine.vllm.client import EngineClient
 from svc.errors import EngineError
 from svc.settings import EngineSettings, HoldoutSettings
 

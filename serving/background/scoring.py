@@ -20,8 +20,8 @@ from serving.background.scheduler import OwnQuestions, SupersededError
 from serving.engines.pool import EnginePool
 from serving.engines.replica import Load
 from serving.protocols.route import Route
-from svc.engine.client import EngineClient
 from svc.engine.state import EngineState
+from svc.engine.vllm.client import EngineClient
 from svc.errors import EngineError, IntegrityError, NotFoundError
 from svc.evaluation.evaluator import mean_logprob
 from svc.redaction import PLACEHOLDERS

@@ -14,11 +14,11 @@ from pathlib import Path
 import httpx
 
 from serving.engines.verification import Proof
-from svc.engine.client import EngineClient
-from svc.engine.phase import EnginePhase
-from svc.engine.plan import EnginePlan
-from svc.engine.process import LastingEngine
 from svc.engine.state import EngineState
+from svc.engine.vllm.client import EngineClient
+from svc.engine.vllm.plan import EnginePlan
+from svc.engine.vllm.process import LastingEngine
+from svc.engine.vllm.startup_phase import EnginePhase
 from svc.registry.version import Target
 
 log = logging.getLogger(__name__)

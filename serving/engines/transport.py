@@ -13,7 +13,7 @@ from typing import Any
 import httpx
 
 from serving.admission import ENGINE_RETRY_S, OVERLOADED_RETRY_S
-from svc.engine.client import socket_transport
+from svc.engine.vllm.client import socket_transport
 from svc.errors import EngineError
 
 CONNECT_TIMEOUT_S = 5.0

@@ -7,8 +7,8 @@ from pathlib import Path
 
 from sqlalchemy import Engine as Store
 
-from svc.engine.client import EngineClient
-from svc.engine.probe import EngineFacts, Probe, check_probes, make_probes, measure_probes
+from svc.engine.probes import EngineFacts, Probe, check_probes, make_probes, measure_probes
+from svc.engine.vllm.client import EngineClient
 from svc.errors import ProbeError
 from svc.registry.registry import Registry
 from svc.registry.version import Target

@@ -4,7 +4,7 @@ import asyncio
 import time
 from collections.abc import Sequence
 
-from svc.engine.client import EngineClient
+from svc.engine.vllm.client import EngineClient
 
 STREAMS = 8
 TOKENS = 32

@@ -8,7 +8,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from svc.disk import write_whole
-from svc.engine.probe import MAX_PROBES, Probe
+from svc.engine.probes import MAX_PROBES, Probe
 from svc.errors import IntegrityError
 from svc.evaluation.evaluator import EvaluationReport
 from svc.registry.files import FileRecord

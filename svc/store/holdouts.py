@@ -11,7 +11,7 @@ from enum import StrEnum
 from sqlalchemy import ColumnElement, Engine, and_, delete, select
 from sqlalchemy.orm import Session
 
-from svc.engine.probe import EngineFacts
+from svc.engine.probes import EngineFacts
 from svc.registry.version import Format, Target, VersionId
 from svc.store.tables import HoldoutRunRow
 

@@ -4,7 +4,7 @@ from pydantic import TypeAdapter
 from sqlalchemy import Engine
 from sqlalchemy.orm import Session
 
-from svc.engine.probe import EngineFacts, Probe
+from svc.engine.probes import EngineFacts, Probe
 from svc.registry.version import Target
 from svc.store.tables import RetakenProbesRow
 

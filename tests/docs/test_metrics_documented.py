@@ -9,14 +9,14 @@ from prometheus_client import CollectorRegistry
 from prometheus_client.metrics import MetricWrapperBase
 from prometheus_client.metrics_core import Metric
 
-from monitoring.drift.answer_features import AnswerFeature
-from monitoring.drift.budget import Signal
-from monitoring.drift.prompt_features import PromptFeature
+from monitoring.drift.features.answer import AnswerFeature
+from monitoring.drift.features.prompt import PromptFeature
 from monitoring.drift.signals import CLASSIFIER, RatingFeature
-from monitoring.drift_metrics import DriftMetrics
-from monitoring.server_page import ServerPage
-from monitoring.training_metrics import TrainingMetrics
-from monitoring.version_metrics import BASE, VersionMetrics
+from monitoring.drift.two_sample.alpha_spending import Signal
+from monitoring.exporter.drift import DriftMetrics
+from monitoring.exporter.server_page import ServerPage
+from monitoring.exporter.training import TrainingMetrics
+from monitoring.exporter.versions import BASE, VersionMetrics
 from serving.protocols.error_code import ErrorCode
 from serving.telemetry.machine_metrics import add_machine_metrics
 from serving.telemetry.metrics import _NOT_COMPLETIONS, Traffic

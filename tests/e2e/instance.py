@@ -16,8 +16,8 @@ import psutil
 
 from examples.load import Load
 from examples.service import svc, svc_json, wait_until_ready
-from svc.engine.leftover import find_engine
-from svc.engine.runtime import state_folders
+from svc.engine.orphans import find_engine
+from svc.engine.vllm.runtime import state_folders
 
 Prompts = list[list[dict[str, str]]]
 

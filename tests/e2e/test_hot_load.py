@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from examples.load import Load
-from svc.engine.leftover import runs
+from svc.engine.orphans import runs
 from tests.e2e.conftest import PROMPTS, Report
 from tests.e2e.instance import Instance, figures
 

@@ -14,7 +14,7 @@ from typing import Any
 import psutil
 import pytest
 
-from svc.engine.leftover import runs
+from svc.engine.orphans import runs
 from svc.store.database import open_database
 from svc.store.desired import read_desired
 from svc.store.swaps import SwapOutcome

@@ -21,10 +21,10 @@ from examples.load import Load
 from examples.service import engine_pid, svc, svc_json
 from examples.tamper import alter_weights, replace_weights
 from svc.engine.capabilities import read_capabilities
-from svc.engine.client import EngineClient
-from svc.engine.launch import SOCKET_FILE
-from svc.engine.probe import engine_facts
-from svc.engine.runtime import socket_folder
+from svc.engine.probes import engine_facts
+from svc.engine.vllm.client import EngineClient
+from svc.engine.vllm.launch import SOCKET_FILE
+from svc.engine.vllm.runtime import socket_folder
 from svc.evaluation.evaluator import mean_logprob
 from svc.registry.registry import Registry
 from svc.registry.version import Format, Target, VersionId

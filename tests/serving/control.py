@@ -23,9 +23,9 @@ from serving.rollout.reconciler import Reconciler
 from serving.rollout.swap import Swap
 from serving.router import Routes
 from serving.telemetry.metrics import Traffic
-from svc.engine.client import socket_transport
-from svc.engine.probe import EngineFacts
+from svc.engine.probes import EngineFacts
 from svc.engine.state import EngineState
+from svc.engine.vllm.client import socket_transport
 from svc.registry.registry import Registry
 from svc.registry.version import Target
 from svc.settings import ServeSettings

@@ -5,10 +5,10 @@ import errno
 from collections.abc import Callable
 from pathlib import Path
 
-from svc.engine.client import EngineClient
-from svc.engine.phase import EnginePhase
-from svc.engine.plan import Choice, EnginePlan, Origin
-from svc.engine.process import LastingEngine
+from svc.engine.vllm.client import EngineClient
+from svc.engine.vllm.plan import Choice, EnginePlan, Origin
+from svc.engine.vllm.process import LastingEngine
+from svc.engine.vllm.startup_phase import EnginePhase
 from svc.errors import EngineError
 from svc.registry.version import Target
 from tests.serving.engine_double import EngineDouble

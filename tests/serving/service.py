@@ -22,7 +22,7 @@ from serving.router import Routes
 from serving.telemetry.engine_metrics import EngineMetrics, EngineSource
 from serving.telemetry.metrics import Traffic
 from serving.telemetry.request_log import RecordWriter
-from svc.engine.client import socket_transport
+from svc.engine.vllm.client import socket_transport
 from svc.registry.version import Format, Target, VersionId
 from svc.settings import RecordSettings, ServeSettings
 from tests.serving.engine_double import EngineDouble, running_engine

@@ -8,7 +8,7 @@ import numpy as np
 from safetensors.numpy import save_file
 
 from svc.dataset.reader import write_examples
-from svc.engine.probe import EngineFacts, Probe
+from svc.engine.probes import EngineFacts, Probe
 from svc.evaluation.evaluator import EvaluationReport
 from svc.evaluation.metrics import Estimate
 from svc.evaluation.results import ExampleResult, write_results

@@ -4,9 +4,9 @@ import asyncio
 from collections.abc import Callable
 from pathlib import Path
 
-from svc.engine.client import EngineClient
-from svc.engine.phase import EnginePhase
-from svc.engine.plan import EnginePlan
+from svc.engine.vllm.client import EngineClient
+from svc.engine.vllm.plan import EnginePlan
+from svc.engine.vllm.startup_phase import EnginePhase
 from svc.errors import EngineError
 from tests.serving.engine_double import EngineDouble
 from tests.svc.engine.in_process import client_of

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from svc.dataset.example import ChatExample
-from svc.engine.probe import EngineFacts
+from svc.engine.probes import EngineFacts
 from svc.errors import EngineError, ProbeError
 from svc.settings import Device
 from tests.serving.engine_double import EngineDouble, logprob_of

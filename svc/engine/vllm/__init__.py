@@ -1,1 +1,1 @@
-"""vLLM's side of an engine: what is added to it where it lacks something."""
+"""One vLLM server as a process: what is chosen for it, its start, its client; and what is added to it (plugin.py)."""

@@ -1,6 +1,7 @@
 """The plugin that vLLM finds by its entry point `vllm.general_plugins`, in each of its processes.
 
-Does nothing in a vLLM that this project did not start: only `svc.engine.launch` sets the variable that it looks for.
+Does nothing in a vLLM that this project did not start: only `svc.engine.vllm.launch` sets the variable that it looks
+for.
 """
 
 import os

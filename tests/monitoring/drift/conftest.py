@@ -6,9 +6,9 @@ from pathlib import Path
 import pytest
 from sqlalchemy import Engine as Store
 
-from monitoring.drift.budget import Signal
 from monitoring.drift.check import DriftCheck
 from monitoring.drift.report import SignalReport
+from monitoring.drift.two_sample.alpha_spending import Signal
 from svc.registry.registry import Registry
 from svc.settings import RecordSettings
 from svc.store.database import open_database

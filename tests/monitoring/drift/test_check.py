@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 from sqlalchemy import Engine as Store
 
-from monitoring.drift.budget import BURST, REQUESTS_PER_DAY, Signal
 from monitoring.drift.check import MOVED, DriftCheck
 from monitoring.drift.report import Status
+from monitoring.drift.two_sample.alpha_spending import BURST, REQUESTS_PER_DAY, Signal
 from svc.registry.registry import Registry
 from svc.settings import RecordSettings
 from svc.store.database import open_database

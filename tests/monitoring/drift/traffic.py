@@ -13,7 +13,7 @@ from sqlalchemy import select, update
 from svc.dataset.example import ChatExample, Message, Role
 from svc.dataset.reader import read_examples, write_examples
 from svc.dataset.text_space import TEXT_SPACE_FILE, fit_text_space, save_text_space
-from svc.engine.probe import Probe
+from svc.engine.probes import Probe
 from svc.evaluation.results import ExampleResult, write_results
 from svc.registry.files import record_files
 from svc.registry.manifest import FormatRecord, write_manifest

@@ -15,7 +15,7 @@ from sqlalchemy.orm import Session
 from serving.background import holdout
 from serving.background.holdout import HoldoutRuns
 from serving.background.scheduler import ID_PREFIX, OwnQuestions
-from svc.engine.probe import EngineFacts
+from svc.engine.probes import EngineFacts
 from svc.engine.state import EngineState
 from svc.registry.version import Target
 from svc.settings import HoldoutSettings, SwapChoice

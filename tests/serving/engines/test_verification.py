@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from serving.engines.verification import Proof
-from svc.engine.probe import EngineFacts
+from svc.engine.probes import EngineFacts
 from svc.errors import IntegrityError, ProbeError
 from svc.store.retaken_probes import find_retaken_probes
 from tests.serving.control import Control, Make

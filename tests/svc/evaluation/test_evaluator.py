@@ -6,7 +6,7 @@ from statistics import fmean
 import pytest
 
 from svc.dataset.example import ChatExample, Message, Role
-from svc.engine.client import EngineClient
+from svc.engine.vllm.client import EngineClient
 from svc.errors import EngineError
 from svc.evaluation.evaluator import ask_example, evaluate, tokenize
 from tests.serving.engine_double import EngineDouble, logprob_of

@@ -8,7 +8,7 @@ import pytest
 from sqlalchemy import Engine, func, select
 from sqlalchemy.orm import Session
 
-from svc.engine.probe import EngineFacts
+from svc.engine.probes import EngineFacts
 from svc.registry.version import Format, Target, VersionId
 from svc.settings import Device
 from svc.store import holdouts

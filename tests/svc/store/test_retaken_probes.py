@@ -3,7 +3,7 @@
 import pytest
 from sqlalchemy import Engine
 
-from svc.engine.probe import EngineFacts, Probe
+from svc.engine.probes import EngineFacts, Probe
 from svc.registry.version import Format, Target, VersionId
 from svc.settings import Device
 from svc.store.retaken_probes import find_retaken_probes, keep_retaken_probes

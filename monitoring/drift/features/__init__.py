@@ -1,0 +1,1 @@
+"""What is compared of prompts and answers, and as arrays."""

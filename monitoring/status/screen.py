@@ -1,0 +1,109 @@
+"""The status of a server as a person reads it."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from rich.console import Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from monitoring.status.figures import QUANTILES, Figures, Look, VersionFigures
+from monitoring.status.rates import Rate
+from svc.errors import SvcError
+
+_DRIFT_COLOURS = {"alarm": "red", "changed": "red", "steady": "green", "as_registered": "green"}
+
+
+def status_screen(look: Look, rates: Mapping[str, Rate] | None = None, *, verbose: bool = False) -> RenderableType:
+    """What `svc status` shows.
+
+    Args:
+        rates: what each version does a second; None where there was only one look.
+        verbose: also how the engine was started.
+    """
+    state, figures = look.state, look.figures
+    engine, requests = state["engine"], state["requests"]
+    before = state["previous"] or "none"
+    lines: list[RenderableType] = [
+        Text.assemble(f"{look.url}  ", (state["version"], "bold"), f" ({state['format']})  before: {before}"),
+        Text.assemble(
+            "engine ",
+            (engine["state"], "green" if engine["state"] == "ready" else "red"),
+            f", {engine['restarts']} restarts; {requests['running']} requests running, {requests['held']} held",
+        ),
+    ]
+    if len(state["engines"]) > 1:
+        lines += [Text(_engine(one)) for one in state["engines"]]
+    if engine["last_error"]:
+        lines.append(Text(f"last error: {engine['last_error']}", "yellow"))
+    if state["last_swap"]:
+        lines.append(Text(_swap(state["last_swap"])))
+    reasons = ", ".join(f"{reason} {count}" for reason, count in sorted(figures.errors.items()))
+    lines += [_table(figures, rates), Text(f"errors by reason: {reasons or 'none'}"), _drift(look.drift)]
+    if verbose:
+        lines.append(_plan(engine["plan"]))
+    return Group(*lines)
+
+
+def _plan(rows: Sequence[Mapping[str, Any]] | None) -> RenderableType:
+    if rows is None:
+        return Text("engine: not started", "dim")
+    table = Table("engine", "value", "from", "why", box=None)
+    for row in rows:
+        table.add_row(*(Text(str(row[key])) for key in ("name", "value", "origin", "reason")))
+    return table
+
+
+def _drift(drift: Mapping[str, str]) -> Text:
+    if not drift:
+        return Text("drift: not checked; `svc monitor` does it", "dim")
+    text = Text("drift: ")
+    for name, status in drift.items():
+        text.append(f"{name} ").append(status.replace("_", " "), _DRIFT_COLOURS.get(status, "")).append("  ")
+    return text
+
+
+def failure_screen(error: SvcError) -> RenderableType:
+    """In place of a status that cannot be had."""
+    return Text(str(error), "red")
+
+
+def _engine(engine: Mapping[str, Any]) -> str:
+    holds = f" with {engine['version']}" if engine["version"] else ""
+    return f"  replica {engine['replica']}: {engine['state']}{holds}, {engine['running']} running"
+
+
+def _swap(swap: Mapping[str, Any]) -> str:
+    text = f"last swap: to {swap['to']}, {swap['outcome'] or 'under way'}, {swap['started_at']}"
+    if swap["kind"] is not None:
+        text += f", {swap['kind']} in {swap['took_s']:.1f} s, {swap['running']} running"
+    if swap["seconds"] is not None:
+        text += f", {swap['held']} held for {swap['seconds']:.2f} s"
+    return text
+
+
+def _table(figures: Figures, rates: Mapping[str, Rate] | None) -> Table:
+    table = Table("version", "requests", "errors", "tokens in/out", box=None)
+    if rates is not None:
+        table.add_column("requests/s")
+        table.add_column("tokens/s")
+    table.add_column("latency p50/p95/p99")
+    table.add_column("first token p50/p95/p99")
+    for version in figures.versions.values():
+        cells = [version.version, str(version.requests), str(version.errors)]
+        cells.append(f"{version.tokens_in}/{version.tokens_out}")
+        if rates is not None:
+            rate = rates.get(version.version)
+            cells += [f"{rate.requests:.1f}", f"{rate.tokens_out:.0f}"] if rate else ["-", "-"]
+        table.add_row(*cells, *_latency(version))
+    return table
+
+
+def _latency(version: VersionFigures) -> tuple[str, str]:
+    return _quantiles(version.duration_s), _quantiles(version.first_token_s)
+
+
+def _quantiles(values: dict[str, float]) -> str:
+    if not values:
+        return "-"
+    return " / ".join(f"{values[quantile]:.3f}" if quantile in values else "-" for quantile in QUANTILES) + " s"

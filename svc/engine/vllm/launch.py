@@ -1,0 +1,141 @@
+"""How one vLLM server is started: its arguments and environment, from a spec. What of them is chosen, plan.py says.
+
+The seam for other launchers: whoever can run `command(spec)` with `environment(spec)` somewhere, and reach its HTTP
+surface, has an engine.
+"""
+
+import hashlib
+import json
+import os
+import sys
+from dataclasses import dataclass, field
+from functools import cache, cached_property
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from svc.engine.capabilities import CPU_LIMITS, Capabilities
+from svc.engine.machine import read_machine
+from svc.engine.model_facts import ModelFacts, read_model_facts
+from svc.engine.vllm import plan
+from svc.engine.vllm.arguments import given
+from svc.engine.vllm.plugin import INT4_LINEAR_VARIABLE
+from svc.settings import Device, EngineSettings, GptqKernel
+
+SOCKET_FILE = "engine.sock"
+_ENTRY, _OLD_ENTRY = "vllm.entrypoints.launchers.api_server.entry", "vllm.entrypoints.openai.api_server"
+_LISTS = ("VLLM_DISABLED_KERNELS", "VLLM_PLUGINS")
+"""Variables of vLLM that hold names with commas between them."""
+_LOG_LEVEL = "VLLM_LOGGING_LEVEL"
+_PLUGIN = "tuneserve"
+"""The name of our entry point in `vllm.general_plugins`."""
+
+
+@dataclass(frozen=True)
+class EngineSpec:
+    """One engine to start.
+
+    Attributes:
+        model: folder with config, safetensors and tokenizer.
+        served_name: the one model name that the engine answers to.
+        runtime: private folder for its socket.
+        state: folder for its lock and record, which a later server looks into.
+        log: file that takes its output.
+        cache: folder for compiled kernels.
+        capabilities: of this device.
+    """
+
+    model: Path
+    served_name: str
+    runtime: Path
+    state: Path
+    log: Path
+    cache: Path
+    capabilities: Capabilities
+    settings: EngineSettings = field(default_factory=EngineSettings)
+
+    @property
+    def socket(self) -> Path:
+        """The unix socket it listens on."""
+        return self.runtime / SOCKET_FILE
+
+    @cached_property
+    def plan(self) -> plan.EnginePlan:
+        """What is chosen for it, by the machine as it is when this is first asked; takes up to seconds on a GPU."""
+        machine = read_machine(gpus=self.device is Device.CUDA)
+        return plan.plan_engine(self.settings, self.capabilities, machine, self.facts, self.cache)
+
+    @property
+    def device(self) -> Device:
+        """Where it will run."""
+        return self.capabilities.device(self.settings)
+
+    @cached_property
+    def facts(self) -> ModelFacts:
+        """What its model's folder says."""
+        return read_model_facts(self.model)
+
+
+def command(spec: EngineSpec) -> list[str]:
+    """The server's argument list. Only safetensors are loaded, and no code that comes with a model is run."""
+    arguments = [sys.executable, "-m", entry_module()]
+    arguments += ["--model", str(spec.model), "--served-model-name", spec.served_name, "--uds", str(spec.socket)]
+    if given(spec.settings.args, "--load-format") is None:
+        arguments += ["--load-format", "safetensors"]
+    return [*arguments, *spec.plan.arguments, *spec.settings.args]
+
+
+@cache
+def entry_module() -> str:
+    """The module that starts vLLM's server; an older vLLM has it elsewhere. Nothing of vLLM is imported."""
+    found = find_spec("vllm")
+    folders = [Path(folder) for folder in (found.submodule_search_locations or [])] if found else []
+    file = Path(*_ENTRY.split(".")[1:]).with_suffix(".py")
+    return _ENTRY if any((folder / file).is_file() for folder in folders) else _OLD_ENTRY
+
+
+def environment(spec: EngineSpec) -> dict[str, str]:
+    """The server's environment.
+
+    The development mode opens the endpoints that reload weights; only the private socket reaches them.
+    """
+    variables = {
+        "VLLM_SERVER_DEV_MODE": "1",
+        "VLLM_RPC_BASE_PATH": str(spec.runtime),  # the sockets between its processes, which it leaves behind
+        "VLLM_NO_USAGE_STATS": "1",
+        "HF_HUB_OFFLINE": "1",
+        "PYTHONUNBUFFERED": "1",
+    }
+    # vLLM would let the first, an older way to give the size of its cache, overrule an argument. The second is ours.
+    withheld = ("VLLM_CPU_KVCACHE_SPACE", INT4_LINEAR_VARIABLE)
+    inherited = {name: value for name, value in os.environ.items() if name not in withheld}
+    # The phases of a start are read from its log; TRL, once imported, has every vLLM log errors alone.
+    if inherited.get(_LOG_LEVEL) != "DEBUG":
+        variables[_LOG_LEVEL] = "INFO"
+    chosen = spec.plan.variables
+    if INT4_LINEAR_VARIABLE in chosen and "VLLM_PLUGINS" in inherited:
+        chosen["VLLM_PLUGINS"] = _PLUGIN  # a list that a person gave would leave ours out
+    for name in _LISTS:
+        if name in chosen and inherited.get(name):
+            chosen[name] = f"{inherited[name]},{chosen[name]}"
+    return inherited | variables | chosen
+
+
+def launch_digest(spec: EngineSpec) -> str:
+    """What two engines of one folder have in common that were started alike, with whichever weights; as hex SHA-256.
+
+    What an engine holds is told by its record, and by probes; how much memory was free at its start does not matter.
+    """
+    # How many share a GPU is part of how an engine was started, unless its share is given.
+    shares = spec.device is Device.CUDA and spec.settings.gpu_memory_share is None
+    without = {"start_timeout_s", "gptq_kernel"} if shares else {"start_timeout_s", "gptq_kernel", "replicas"}
+    settings, able = spec.settings.model_dump(mode="json", exclude=without), spec.capabilities
+    parts: list[Any] = [able.engine_device.value, able.vllm, spec.served_name, settings]
+    # What a release before this one always did is left out, so that its engines are known still.
+    if (dtype := plan.choose_dtype(spec.settings, able, spec.facts)).origin is plan.Origin.MACHINE:
+        parts.append({dtype.name: dtype.value})
+    if plan.choose_gptq_kernel(spec.settings, able, spec.facts) is GptqKernel.TORCH:
+        parts.append({"gptq_kernel": GptqKernel.TORCH.value})
+    if any(name in os.environ for name in CPU_LIMITS):  # the engine rounds as it was limited when it was started
+        parts.append(able.hardware(spec.settings))
+    return hashlib.sha256(json.dumps(parts).encode("utf-8")).hexdigest()

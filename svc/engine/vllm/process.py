@@ -1,0 +1,206 @@
+"""The life of one vLLM process on this machine: started or taken over, ready, ended, and never forgotten.
+
+An engine outlives a server that is killed. The next one finds it in its folder, and takes it over or ends it. Does not
+restart anything: that is the supervisor's decision.
+"""
+
+import asyncio
+import contextlib
+import re
+import subprocess
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Protocol
+
+import psutil
+
+from svc.engine.orphans import EngineRecord, end_engine, find_engine, locked, read_record, runs, start_of, write_record
+from svc.engine.vllm.client import EngineClient
+from svc.engine.vllm.launch import EngineSpec, command, environment, launch_digest
+from svc.engine.vllm.plan import EnginePlan
+from svc.engine.vllm.startup_phase import EnginePhase, PhaseReader
+from svc.errors import EngineError
+
+_POLL_S = 0.1
+
+
+class Engine(Protocol):
+    """What a user of an engine needs of it; a process here, or something elsewhere."""
+
+    @property
+    def client(self) -> EngineClient:
+        """Its HTTP client."""
+
+    @property
+    def plan(self) -> EnginePlan | None:
+        """How it was started; None before."""
+
+    async def start(self, on_phase: Callable[[EnginePhase], None] = ...) -> None:
+        """Returns when it answers."""
+
+    async def wait(self) -> int | None:
+        """Returns its exit code when it has ended; None where it cannot be known."""
+
+    async def stop(self) -> None:
+        """Ends it, if it has not ended."""
+
+
+class LastingEngine(Engine, Protocol):
+    """One that outlives its server, and is taken over by the next."""
+
+    def left_holding(self) -> str | None:
+        """What an engine holds that was started alike by an earlier server and runs still; None where none does."""
+
+    async def take_over(self) -> None:
+        """Takes that engine in place of a start."""
+
+    def note(self, holds: str | None) -> None:
+        """Writes down what it holds, for a server that comes later; None while nobody knows."""
+
+    async def leave(self) -> None:
+        """Lets it run, for a later server."""
+
+
+class EngineProcess:
+    """One vLLM server as a process of its own, which outlives us where we die.
+
+    Args:
+        spec: what to start; its runtime folder must be private to this user.
+    """
+
+    def __init__(self, spec: EngineSpec) -> None:
+        self.spec = spec
+        self.client = EngineClient.over_socket(spec.socket, spec.served_name)
+        self.plan: EnginePlan | None = None
+        self._child: subprocess.Popen[bytes] | None = None
+        self._process: psutil.Process | None = None
+
+    async def start(self, on_phase: Callable[[EnginePhase], None] = lambda phase: None) -> None:
+        """Starts the server and returns when it answers. What an earlier one left in the folder is ended.
+
+        Args:
+            on_phase: hears what it is doing.
+
+        Raises:
+            EngineError: it ended, or was not ready in `start_timeout_s`; names the log and its last error.
+        """
+        await asyncio.to_thread(end_engine, self.spec.state)  # and its memory is free again for the plan
+        self.plan = await asyncio.to_thread(lambda: self.spec.plan)
+        self._remove_sockets()
+        self.spec.log.parent.mkdir(parents=True, exist_ok=True)
+        self._spawn()
+        try:
+            await self._ready(on_phase)
+        except BaseException:
+            await self.stop()
+            raise
+
+    def _spawn(self) -> None:
+        log = self.spec.log
+        if log.exists():  # it may tell why the one before died
+            log.replace(log.with_name(f"{log.name}.1"))
+        # asyncio's own subprocesses are killed when their loop ends, and these need not be.
+        with log.open("wb") as output, locked(self.spec.state) as lock:
+            self._child = subprocess.Popen(
+                command(self.spec),
+                env=environment(self.spec),
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                # A group, so that Ctrl-C does not reach it. No session: the kernel's autogroup shares the cores out to
+                # sessions, and under Linux 6.18 an engine that served left 0.1 s in 68 to one that started.
+                process_group=0,
+                pass_fds=[lock.fileno()],
+            )
+        with contextlib.suppress(psutil.NoSuchProcess):  # it has ended already: nothing can be left behind
+            self._process = process = psutil.Process(self._child.pid)
+            started = start_of(process.pid)
+            record = EngineRecord(process.pid, *started, launch_digest(self.spec), self.spec.plan.rows())
+            write_record(self.spec.state, record)
+
+    def left_holding(self) -> str | None:
+        """What an engine holds that was started alike by an earlier server and runs still; None where none does."""
+        record = read_record(self.spec.state)
+        if record is None or record.launch != launch_digest(self.spec) or not self.spec.socket.exists():
+            return None
+        return record.holds if find_engine(self.spec.state) else None
+
+    async def take_over(self) -> None:
+        """Takes the engine that an earlier server left in the folder, in place of a start.
+
+        Raises:
+            EngineError: it does not answer.
+        """
+        self._process = find_engine(self.spec.state)
+        record = read_record(self.spec.state)
+        self.plan = EnginePlan.of_rows(record.plan) if record else None
+        if self._process is None or not await self.client.healthy():
+            raise EngineError(f"the engine in {self.spec.state} does not answer", todo="start a new one")
+
+    def note(self, holds: str | None) -> None:
+        """Writes down what it holds, for a server that comes later; None while nobody knows."""
+        record = read_record(self.spec.state)
+        if record is not None:
+            write_record(self.spec.state, replace(record, holds=holds))
+
+    async def wait(self) -> int | None:
+        """Returns the exit code when the server has ended: 0 when it was never started, None of one taken over."""
+        while self._process is not None and runs(self._process):
+            await asyncio.sleep(_POLL_S)
+        if self._child is None:
+            return None if self._process else 0
+        return self._child.wait()
+
+    async def stop(self) -> None:
+        """Ends the server and all its processes: first asked, then killed."""
+        if self._child or self._process or read_record(self.spec.state):
+            await asyncio.shield(asyncio.to_thread(self._end))
+        await self.client.close()
+        self._remove_sockets()
+
+    def _remove_sockets(self) -> None:
+        """Its own, and those between its processes: vLLM removes none."""
+        for path in self.spec.runtime.glob("*"):
+            if path.is_socket():
+                path.unlink(missing_ok=True)
+
+    def _end(self) -> None:
+        end_engine(self.spec.state, self._process)
+        if self._child:
+            self._child.wait()
+
+    async def leave(self) -> None:
+        """Lets it run, for a later server; this object is of no more use."""
+        if self._child:
+            self._child.returncode = 0  # tells Python that nobody waits for it
+        self._child = self._process = None
+        await self.client.close()
+
+    async def _ready(self, on_phase: Callable[[EnginePhase], None]) -> None:
+        assert self._child is not None  # noqa: S101 - it was spawned just now
+        deadline = time.monotonic() + self.spec.settings.start_timeout_s
+        phases, told = PhaseReader(self.spec.log), EnginePhase.PYTHON
+        on_phase(told)
+        while time.monotonic() < deadline:
+            if self._child.poll() is not None:
+                raise EngineError(
+                    f"vLLM ended with code {self._child.returncode} before it was ready: {self._last_error()}",
+                    todo=f"see {self.spec.log}",
+                )
+            if self.spec.socket.exists() and await self.client.healthy():
+                return
+            phase = await asyncio.to_thread(phases.look)
+            if phase != told:
+                on_phase(phase)
+                told = phase
+            await asyncio.sleep(_POLL_S)
+        raise EngineError(
+            f"vLLM was not ready after {self.spec.settings.start_timeout_s:.0f} s",
+            todo=f"see {self.spec.log}; raise engine.start_timeout_s for a large model",
+        )
+
+    def _last_error(self) -> str:
+        lines = self.spec.log.read_text("utf-8", errors="replace").splitlines()
+        errors = [line for line in lines if re.search(r"\b\w*(Error|Exception)\b: ", line)]
+        return (errors or lines or ["no output"])[-1].strip()[-300:]

@@ -1,0 +1,147 @@
+"""What is read off a prompt is what a person reads, of any text, and says the same of live and held-out prompts."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from monitoring.drift.features.prompt import Prompt, PromptFeature, PromptSampler, language
+from monitoring.drift.features.sample import Sample
+from monitoring.drift.two_sample.univariate import compare_categories
+from svc.dataset.text_space import fit_text_space
+
+SYSTEM = "You sort parcels."
+TRAINING = ["Where is my parcel?", "When does the parcel come?", "I want my money back", "The parcel is broken"]
+SHARES = (PromptFeature.DISTINCT_WORDS, PromptFeature.UNKNOWN_WORDS, PromptFeature.SYMBOLS)
+ODD = [
+    "",
+    " \n\t",
+    "\0",
+    "😀👩‍👩‍👧\u200d",
+    "123 456",
+    "!?",
+    "नमस्ते",
+    "ÉCOLE_école",
+    "Ǆ" * 40,
+    "a" * 30_000,
+    "\u202e\ufeff",
+]
+
+sampler = PromptSampler(fit_text_space(TRAINING, ["place", "time", "money", "money"]))
+prompts = st.builds(
+    Prompt, st.text(max_size=40) | st.sampled_from(ODD), st.integers(1, 9), st.sampled_from(["", SYSTEM, "Be brief."])
+)
+
+
+def number(text: str, feature: PromptFeature) -> float:
+    return float(sampler.sample([Prompt(text)]).numbers[feature][0])
+
+
+def category(prompt: Prompt, feature: PromptFeature) -> str:
+    return str(sampler.sample([prompt]).categories[feature][0])
+
+
+@pytest.mark.parametrize(
+    ("feature", "text", "value"),
+    [
+        (PromptFeature.CHARACTERS, "Where is it?", 12),
+        (PromptFeature.CHARACTERS, "", 0),
+        (PromptFeature.DISTINCT_WORDS, "my parcel is my PARCEL", 3 / 5),
+        (PromptFeature.DISTINCT_WORDS, "12 !", 0),
+        (PromptFeature.UNKNOWN_WORDS, "Where is the elephant", 1 / 4),
+        (PromptFeature.UNKNOWN_WORDS, "elephant elephant parcel", 1 / 2),
+        (PromptFeature.UNKNOWN_WORDS, "12 !", 0),
+        (PromptFeature.WORD_LENGTH, "a bcd 123", 2),
+        (PromptFeature.WORD_LENGTH, "", 0),
+        (PromptFeature.SYMBOLS, "a! b?", 2 / 5),
+        (PromptFeature.SYMBOLS, "a b1", 0),
+        (PromptFeature.SYMBOLS, "😀", 1),
+        (PromptFeature.SYMBOLS, "", 0),
+    ],
+)
+def test_a_number_is_what_a_person_counts(feature: PromptFeature, text: str, value: float) -> None:
+    assert number(text, feature) == pytest.approx(value)
+
+
+def test_turns_are_those_of_the_conversation() -> None:
+    assert sampler.sample([Prompt("a", turns=3)]).numbers[PromptFeature.TURNS].tolist() == [3]
+
+
+@pytest.mark.parametrize(
+    ("text", "code"),
+    [
+        ("Where is my parcel? I have been waiting for it since Monday.", "en"),
+        ("Wo ist mein Paket? Ich warte seit Montag darauf.", "de"),
+        ("Où est mon colis ? Je l'attends depuis lundi.", "fr"),
+    ],
+)
+def test_a_sentence_is_of_its_language(text: str, code: str) -> None:
+    assert language(text) == code
+
+
+def test_the_beginning_of_a_long_text_tells_its_language() -> None:
+    english = "Where is my parcel? I have been waiting for it. " * 50
+    assert language(english + "Wo ist mein Paket? " * 1000) == language(english)
+
+
+def test_system_prompts_are_told_apart_even_where_they_begin_alike() -> None:
+    systems = ["", SYSTEM, SYSTEM + " Be brief.", "Be brief."]
+    assert len({category(Prompt("a", system=system), PromptFeature.SYSTEM_PROMPT) for system in systems}) == 4
+
+
+def test_system_prompts_that_differ_in_each_request_are_no_drift() -> None:
+    # Each has its date, among the held-out ones as in live traffic.
+    heldout, live = (
+        [Prompt("a", system=f"Today is day {day}.") for day in days] for days in (range(50), range(50, 70))
+    )
+    dated = PromptSampler(fit_text_space(TRAINING, TRAINING))
+    name = PromptFeature.SYSTEM_PROMPT
+    assert compare_categories(dated.sample(heldout).categories[name], dated.sample(live).categories[name]) > 0.05
+
+
+@settings(max_examples=25)
+@given(st.lists(prompts, min_size=1, max_size=3), st.lists(prompts, max_size=2))
+def test_a_prompt_is_the_same_whatever_it_comes_with(ones: list[Prompt], others: list[Prompt]) -> None:
+    same(sampler.sample([*ones, *others]), sampler.sample(ones).followed_by(sampler.sample(others)))
+
+
+@settings(max_examples=25)
+@given(prompts)
+def test_of_any_prompt_all_is_finite_and_shares_are_shares(prompt: Prompt) -> None:
+    sample = sampler.sample([prompt])
+    assert all(np.isfinite(values).all() for values in [*sample.numbers.values(), *sample.views])
+    assert all(0 <= sample.numbers[feature][0] <= 1 for feature in SHARES)
+
+
+def test_every_feature_is_read() -> None:
+    sample = sampler.sample([Prompt("a")])
+    assert {*sample.numbers, *sample.categories} == set(PromptFeature)
+
+
+def test_no_prompts_are_an_empty_sample() -> None:
+    empty, one = sampler.sample([]), sampler.sample([Prompt("a")])
+    assert empty.size == 0
+    same(empty.followed_by(one), one)
+
+
+def test_where_words_are_said_does_not_count() -> None:
+    one, other = (sampler.sample([Prompt(text)]) for text in ("parcel where", "where parcel"))
+    same(replace(one, views=()), replace(other, views=()))
+
+
+def test_a_text_of_a_megabyte_is_no_trouble() -> None:
+    sample = sampler.sample([Prompt("parcel " * 150_000)])
+    assert sample.numbers[PromptFeature.CHARACTERS][0] == 1_050_000
+
+
+def same(one: Sample, other: Sample) -> None:
+    assert one.size == other.size
+    assert (one.numbers.keys(), one.categories.keys()) == (other.numbers.keys(), other.categories.keys())
+    for name, values in one.numbers.items():
+        assert values == pytest.approx(other.numbers[name])
+    for name, found in one.categories.items():
+        assert found.tolist() == other.categories[name].tolist()
+    for view, another in zip(one.views, other.views, strict=True):
+        assert view == pytest.approx(another, abs=1e-6)

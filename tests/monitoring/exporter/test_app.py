@@ -1,0 +1,232 @@
+"""`svc monitor`: the server's page passed on whole, what only the registry knows, and a server that is away."""
+
+import socket
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import UTC, datetime
+from pathlib import Path
+
+import httpx
+import pytest
+from prometheus_client import CollectorRegistry
+from prometheus_client.parser import text_string_to_metric_families
+from sqlalchemy import Engine as Store
+
+from monitoring.exporter.app import exporting
+from monitoring.exporter.training import TrainingMetrics
+from monitoring.exporter.versions import SHOWN_VERSIONS, VersionMetrics
+from svc.errors import BusyError, RegistryError, ServerNotRunningError, SettingsError
+from svc.lock import hold_lock
+from svc.registry.registry import Registry
+from svc.registry.tracking import RunFigures, Tracking
+from svc.registry.version import Format
+from svc.server_url import LOCK_FILE
+from svc.store.database import open_database
+from tests.monitoring.test_cli import serving
+from tests.serving.versions import make_version
+
+SERVER_PAGE = """# HELP svc_requests Requests answered
+# TYPE svc_requests counter
+svc_requests_total{model="tiny",route="/v1/chat/completions",status="200",version="2"} 41.0
+# HELP svc_time_to_first_token_seconds First token
+# TYPE svc_time_to_first_token_seconds histogram
+svc_time_to_first_token_seconds_bucket{le="2.0",model="tiny",version="2"} 7.0 # {request_id="req-7"} 0.5 1790000000.0
+svc_time_to_first_token_seconds_bucket{le="+Inf",model="tiny",version="2"} 8.0
+svc_time_to_first_token_seconds_count{model="tiny",version="2"} 8.0
+svc_time_to_first_token_seconds_sum{model="tiny",version="2"} 4.5
+# HELP vllm:num_requests_running Running
+# TYPE vllm:num_requests_running gauge
+vllm:num_requests_running{engine="0",model="tiny",version="2"} 3.0
+# EOF
+"""
+OPENMETRICS = {"accept": "application/openmetrics-text;version=1.0.0"}
+
+
+class Runs(Tracking):
+    """MLflow's runs without MLflow."""
+
+    def __init__(self, **runs: RunFigures | None) -> None:
+        super().__init__("memory")
+        self.runs = runs
+        self.away = False
+
+    def experiments(self) -> list[str]:
+        if self.away:
+            raise RegistryError("MLflow does not answer")
+        return list(self.runs)
+
+    def newest_run(self, experiment: str) -> RunFigures | None:
+        return self.runs[experiment]
+
+
+def at(second: float) -> datetime:
+    return datetime.fromtimestamp(second, UTC)
+
+
+RUN = RunFigures(at(1000), at(1500), open=True, metrics={"loss": 0.25, "epoch": 0.5, "learning_rate": 1e-4})
+
+
+@pytest.fixture
+def registry(tmp_path: Path) -> Registry:
+    return Registry(tmp_path / "models", Runs(tiny=RUN))
+
+
+@contextmanager
+def page_of(registry: Registry, page: tuple[int, str] | None) -> Iterator[str]:
+    """The exporter's URL, beside a server with this metrics page, or beside none."""
+    if page is None:
+        with exporting(registry, _store(registry), _nowhere, "127.0.0.1", 0) as exported:
+            yield exported
+        return
+    with (
+        serving({"/metrics": page}) as url,
+        exporting(registry, _store(registry), lambda: url, "127.0.0.1", 0) as exported,
+    ):
+        yield exported
+
+
+def _store(registry: Registry) -> Store:
+    return open_database(registry.models.parent)
+
+
+def _nowhere() -> str:
+    raise ServerNotRunningError("no server runs")
+
+
+def value(page: str, name: str, **labels: str) -> float | None:
+    for family in text_string_to_metric_families(page):
+        for sample in family.samples:
+            if sample.name == name and sample.labels.items() >= labels.items():
+                return sample.value
+    return None
+
+
+@pytest.mark.parametrize("headers", [{}, OPENMETRICS], ids=["text", "openmetrics"])
+def test_the_servers_page_is_passed_on_under_its_names(registry: Registry, headers: dict[str, str]) -> None:
+    with page_of(registry, (200, SERVER_PAGE)) as url:
+        page = httpx.get(url, headers=headers).text
+    assert "svc_server_up 1.0" in page
+    for line in SERVER_PAGE.splitlines():
+        if not line.startswith("#"):
+            assert line.partition(" # ")[0] in page
+
+
+def test_exemplars_survive(registry: Registry) -> None:
+    with page_of(registry, (200, SERVER_PAGE)) as url:
+        assert '# {request_id="req-7"} 0.5' in httpx.get(url, headers=OPENMETRICS).text
+
+
+@pytest.mark.parametrize(
+    "page",
+    [None, (500, ""), (404, "not here"), (200, "<html>another server</html>")],
+    ids=["none", "500", "404", "html"],
+)
+def test_a_server_that_is_away_is_down_and_the_rest_goes_on(registry: Registry, page: tuple[int, str] | None) -> None:
+    make_version(registry, 1)
+    with page_of(registry, page) as url:
+        answer = httpx.get(url)
+    assert answer.status_code == 200
+    assert "svc_server_up 0.0" in answer.text
+    assert value(answer.text, "svc_registry_version_size_bytes", model="tuned", version="1")
+    assert value(answer.text, "svc_training_loss", model="tiny") == 0.25
+
+
+def test_a_port_in_use_is_told(registry: Registry) -> None:
+    with (
+        page_of(registry, None) as url,
+        pytest.raises(BusyError, match="is in use"),
+        exporting(registry, _store(registry), _nowhere, "127.0.0.1", httpx.URL(url).port or 0),
+    ):
+        pass
+
+
+def test_an_address_of_another_machine_is_told(registry: Registry) -> None:
+    with (
+        pytest.raises(SettingsError, match=r"cannot listen on 192\.0\.2\.1"),
+        exporting(registry, _store(registry), _nowhere, "192.0.2.1", 0),
+    ):
+        pass
+
+
+@pytest.mark.skipif(not socket.has_ipv6, reason="no IPv6 here")
+def test_it_listens_on_ipv6_too(registry: Registry) -> None:
+    with exporting(registry, _store(registry), _nowhere, "::1", 0) as url:
+        assert url.startswith("http://[::1]:")
+        assert "svc_server_up 0.0" in httpx.get(url).text
+
+
+def test_every_figure_of_an_evaluation_is_shown(registry: Registry) -> None:
+    version = make_version(registry, 1, formats=(Format.MERGED, Format.GPTQ))
+    metrics = CollectorRegistry()
+    metrics.register(VersionMetrics(registry))
+    manifest = registry.manifest(version)
+    labels = {"model": "tuned", "version": "1"}
+    created = metrics.get_sample_value("svc_registry_version_created_timestamp_seconds", labels)
+    assert created == manifest.created_at.timestamp()
+    for metric in ("exact_match", "valid_json", "nll"):
+        of_base = {**labels, "format": "base", "metric": metric}
+        expected = getattr(manifest.base_evaluation, metric)
+        found = metrics.get_sample_value("svc_registry_version_evaluation", of_base)
+        assert found == (expected and expected.value)
+    for format in (Format.MERGED, Format.GPTQ):
+        size = metrics.get_sample_value("svc_registry_version_size_bytes", {**labels, "format": format.value})
+        assert size == manifest.formats[format].bytes
+
+
+def test_only_the_newest_versions_are_shown(registry: Registry) -> None:
+    for number in range(1, SHOWN_VERSIONS + 3):
+        make_version(registry, number)
+    metrics = CollectorRegistry()
+    metrics.register(VersionMetrics(registry))
+    shown = {
+        sample.labels["version"]
+        for family in metrics.collect()
+        if family.name == "svc_registry_version_created_timestamp_seconds"
+        for sample in family.samples
+    }
+    assert shown == {str(number) for number in range(3, SHOWN_VERSIONS + 3)}
+
+
+@pytest.mark.parametrize(
+    ("run", "now", "running"),
+    [
+        (RUN, 1600, 1),
+        (RUN, 1500 + 901, 0),  # killed
+        (RunFigures(at(1000), at(1500), open=False, metrics={}), 1501, 0),
+        (RunFigures(at(1000), at(1000), open=True, metrics={}), 1010, 1),  # before its first loss
+    ],
+)
+def test_a_run_trains_while_it_is_open_and_reports(tmp_path: Path, run: RunFigures, now: float, running: float) -> None:
+    metrics = CollectorRegistry()
+    metrics.register(TrainingMetrics(Registry(tmp_path, Runs(tiny=run)), clock=lambda: now))
+    assert metrics.get_sample_value("svc_training_running", {"model": "tiny"}) == running
+
+
+def test_without_mlflow_there_are_no_training_figures_and_no_failure(registry: Registry) -> None:
+    assert isinstance(registry.tracking, Runs)
+    registry.tracking.away = True
+    with page_of(registry, (200, SERVER_PAGE)) as url:
+        answer = httpx.get(url)
+    assert "svc_server_up 1.0" in answer.text
+    assert "svc_training_loss{" not in answer.text
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("elsewhere", [False, True], ids=["of its home", "elsewhere"])
+def test_the_command_watches_a_server_and_ends_when_told(tmp_path: Path, elsewhere: bool) -> None:
+    command = [sys.executable, "-m", "svc.cli", "--home", str(tmp_path / "home"), "monitor", "--port", "0"]
+    lock = tmp_path / ("other" if elsewhere else "home") / LOCK_FILE
+    with (
+        serving({"/metrics": (200, SERVER_PAGE)}) as url,
+        hold_lock(lock, "the home", url=url),
+        subprocess.Popen(
+            [*command, *(["--server", url] if elsewhere else [])], stderr=subprocess.PIPE, text=True
+        ) as process,
+    ):
+        assert process.stderr is not None
+        page = process.stderr.readline().split()[-1]
+        assert "svc_server_up 1.0" in httpx.get(page, timeout=30).text
+        process.terminate()
+        assert process.wait(10) == 0

@@ -1,0 +1,111 @@
+"""The exporter shows what the newest check and the newest held-out run say of what is in production."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from prometheus_client import CollectorRegistry
+from sqlalchemy import Engine as Store
+
+from monitoring.drift.production import ProductionChecks
+from monitoring.exporter.drift import DriftMetrics
+from svc.registry.registry import Registry
+from svc.settings import Settings
+from svc.store.database import open_database
+from svc.store.desired import change_desired
+from svc.store.holdouts import HoldoutOutcome, add_holdout_run
+from tests.monitoring.drift.traffic import Traffic, open_registry, prompts, register, target
+from tests.monitoring.test_quality import run
+
+VERSION = {"model": "triage", "version": "1"}
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> Store:
+    return open_database(tmp_path)
+
+
+@pytest.fixture
+def registry(tmp_path: Path, store: Store) -> Registry:
+    registry = open_registry(tmp_path)
+    register(registry)
+    change_desired(store, None, target(), None)
+    return registry
+
+
+@pytest.fixture
+def metrics(registry: Registry, store: Store) -> CollectorRegistry:
+    metrics = CollectorRegistry()
+    metrics.register(DriftMetrics(registry, store))
+    return metrics
+
+
+@pytest.fixture
+def checks(tmp_path: Path, registry: Registry) -> ProductionChecks:
+    return ProductionChecks(Settings(home=tmp_path))
+
+
+def test_a_version_that_was_never_checked_is_seen_to_be(metrics: CollectorRegistry) -> None:
+    assert metrics.get_sample_value("svc_drift_checked_timestamp_seconds", VERSION) == 0
+    assert metrics.get_sample_value("svc_holdout_changed", VERSION) is None
+
+
+def test_where_nobody_checks_nothing_is_overdue(registry: Registry, store: Store) -> None:
+    metrics = CollectorRegistry()
+    metrics.register(DriftMetrics(registry, store, checking=False))
+    assert metrics.get_sample_value("svc_drift_checked_timestamp_seconds", VERSION) is None
+
+
+def test_an_alarm_is_shown_with_what_moved(metrics: CollectorRegistry, checks: ProductionChecks, store: Store) -> None:
+    Traffic(store).ask(prompts("strong")[:30])
+    checks()
+    signal = {**VERSION, "signal": "input"}
+    characters = {**signal, "feature": "characters"}
+    assert metrics.get_sample_value("svc_drift_alarm", signal) == 1
+    assert metrics.get_sample_value("svc_drift_watched", signal) == 1
+    assert metrics.get_sample_value("svc_drift_items", signal) == 30
+    assert (metrics.get_sample_value("svc_drift_score", characters) or 0) > 0.2
+    assert (metrics.get_sample_value("svc_drift_pvalue", characters) or 1) < 1e-4
+    assert (metrics.get_sample_value("svc_drift_score", {**signal, "feature": "domain_classifier"}) or 0) > 0.8
+    assert metrics.get_sample_value("svc_drift_checked_timestamp_seconds", VERSION)
+
+
+def test_a_signal_that_waits_is_not_watched(metrics: CollectorRegistry, checks: ProductionChecks, store: Store) -> None:
+    Traffic(store).ask(prompts("none")[:3])
+    checks()
+    assert metrics.get_sample_value("svc_drift_watched", {**VERSION, "signal": "input"}) == 0
+    assert metrics.get_sample_value("svc_drift_alarm", {**VERSION, "signal": "people"}) == 0
+
+
+def test_a_run_of_the_heldout_set_is_shown(metrics: CollectorRegistry, registry: Registry, store: Store) -> None:
+    registered = registry.results(target().version, target().format)
+    good = run([one.nll for one in registered], [one.hit for one in registered])
+    ended = {**VERSION, "outcome": "completed"}
+    assert metrics.get_sample_value("svc_holdout_run_timestamp_seconds", ended) == 0
+    add_holdout_run(store, good)
+    assert metrics.get_sample_value("svc_holdout_run_timestamp_seconds", ended) == good.ended_at.timestamp()
+    assert metrics.get_sample_value("svc_holdout_changed", VERSION) == 0
+    assert metrics.get_sample_value("svc_holdout_examples", VERSION) == 200
+    assert metrics.get_sample_value("svc_holdout_nll", {**VERSION, "when": "now"}) == pytest.approx(0.2)
+    assert metrics.get_sample_value("svc_holdout_exact_match", {**VERSION, "when": "registration"}) == 0.75
+    assert metrics.get_sample_value("svc_holdout_pvalue", {**VERSION, "metric": "nll"}) == 1
+    add_holdout_run(store, replace(good, nll=tuple(value + 1 for value in good.nll)))
+    assert metrics.get_sample_value("svc_holdout_changed", VERSION) == 1
+
+
+def test_a_failed_run_is_shown_beside_the_last_good_one(metrics: CollectorRegistry, store: Store) -> None:
+    failed = replace(run([], []), outcome=HoldoutOutcome.FAILED, reason="away")
+    add_holdout_run(store, failed)
+    shown = metrics.get_sample_value("svc_holdout_run_timestamp_seconds", {**VERSION, "outcome": "failed"})
+    assert shown == failed.ended_at.timestamp()
+
+
+def test_a_version_that_cannot_be_read_keeps_no_other_from_being_shown(
+    metrics: CollectorRegistry, checks: ProductionChecks, store: Store, registry: Registry
+) -> None:
+    (registry.folder(target().version) / "reference" / "gptq.jsonl").chmod(0o644)
+    (registry.folder(target().version) / "reference" / "gptq.jsonl").write_text("{}")
+    Traffic(store).ask(prompts("none")[:12])
+    checks()
+    add_holdout_run(store, run([1.0], [True]))
+    assert metrics.get_sample_value("svc_holdout_changed", VERSION) is None

@@ -1,0 +1,99 @@
+"""The figures are those that the server exports, whatever else its page holds."""
+
+from collections.abc import Callable
+
+import pytest
+from prometheus_client import CollectorRegistry, generate_latest
+
+from monitoring.status.figures import QUANTILES, Figures, read_figures
+from serving.protocols.error_code import ErrorCode
+from serving.protocols.route import Route
+from serving.protocols.wire_formats import Usage
+from serving.telemetry.metrics import Traffic
+from svc.registry.version import Format, Target, VersionId
+
+ONE, TWO = (Target(VersionId("tiny", number), Format.GPTQ) for number in (1, 2))
+Read = Callable[[], Figures]
+
+
+@pytest.fixture
+def traffic() -> Traffic:
+    """The instruments of a server that was just started."""
+    return Traffic(CollectorRegistry())
+
+
+@pytest.fixture
+def read(traffic: Traffic) -> Read:
+    return lambda: read_figures(generate_latest(traffic.registry).decode())
+
+
+def test_a_server_that_was_just_started_has_no_figures(read: Read) -> None:
+    assert read() == Figures({}, {})
+
+
+def test_an_empty_page_has_no_figures() -> None:
+    assert read_figures("") == Figures({}, {})
+
+
+def test_requests_of_all_routes_and_statuses_are_added_up(traffic: Traffic, read: Read) -> None:
+    traffic.request_ended(ONE, Route.CHAT_COMPLETIONS, 200, 0.1)
+    traffic.request_ended(ONE, Route.CHAT_COMPLETIONS, 200, 0.1)
+    traffic.request_ended(ONE, Route.COMPLETIONS, 200, 0.1)
+    traffic.request_ended(ONE, Route.CHAT_COMPLETIONS, 400, 0.1)
+    traffic.request_ended(ONE, Route.CHAT_COMPLETIONS, 503, 0.1)
+    figures = read().versions["tiny@1"]
+    assert (figures.requests, figures.errors) == (5, 2)
+
+
+def test_versions_are_kept_apart(traffic: Traffic, read: Read) -> None:
+    traffic.request_ended(ONE, Route.CHAT_COMPLETIONS, 200, 0.1)
+    traffic.request_ended(TWO, Route.CHAT_COMPLETIONS, 500, 0.1)
+    versions = read().versions
+    assert {name: (figures.requests, figures.errors) for name, figures in versions.items()} == {
+        "tiny@1": (1, 0),
+        "tiny@2": (1, 1),
+    }
+
+
+def test_requests_for_no_version_belong_to_none(traffic: Traffic, read: Read) -> None:
+    traffic.request_ended(None, Route.CHAT_COMPLETIONS, 404, 0.1)
+    assert read().versions == {}
+
+
+def test_tokens_are_told_by_direction(traffic: Traffic, read: Read) -> None:
+    traffic.tokens(ONE, Usage(prompt=30, completion=4))
+    traffic.tokens(ONE, Usage(prompt=1, completion=2))
+    figures = read().versions["tiny@1"]
+    assert (figures.tokens_in, figures.tokens_out) == (31, 6)
+
+
+def test_quantiles_are_those_of_the_answers(traffic: Traffic, read: Read) -> None:
+    for hundredth in range(1, 101):
+        traffic.request_ended(ONE, Route.CHAT_COMPLETIONS, 200, hundredth / 100)
+        traffic.first_token(ONE, hundredth / 1000)
+    figures = read().versions["tiny@1"]
+    assert list(figures.duration_s) == list(figures.first_token_s) == list(QUANTILES)
+    assert list(figures.duration_s.values()) == pytest.approx([0.5, 0.95, 0.99], rel=0.05)
+    assert list(figures.first_token_s.values()) == pytest.approx([0.05, 0.095, 0.099], rel=0.05)
+
+
+def test_a_version_without_answers_in_the_window_has_no_quantiles(traffic: Traffic, read: Read) -> None:
+    traffic.request_ended(ONE, Route.CHAT_COMPLETIONS, 500, 0.1)
+    assert read().versions["tiny@1"].duration_s == {}
+
+
+def test_errors_are_told_by_reason_and_only_those_that_were(traffic: Traffic, read: Read) -> None:
+    reason = next(iter(ErrorCode))
+    traffic.request_failed(reason)
+    traffic.request_failed(reason)
+    assert read().errors == {reason.value: 2}
+
+
+def test_the_loaded_version_alone_is_no_request(traffic: Traffic, read: Read) -> None:
+    traffic.version_loaded(ONE)
+    assert all(figures.requests == 0 for figures in read().versions.values())
+
+
+def test_metrics_of_others_are_passed_over() -> None:
+    page = '# TYPE vllm:requests counter\nvllm:requests_total{version="9",model="x"} 5\npython_info{major="3"} 1\n'
+    assert all(figures.requests == 0 for figures in read_figures(page).versions.values())

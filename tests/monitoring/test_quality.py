@@ -1,0 +1,138 @@
+"""A change of held-out quality is called when it is beyond rounding, and only then."""
+
+from collections.abc import Sequence
+from dataclasses import replace
+from datetime import UTC, datetime
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from monitoring.quality import Figures, Quality, judge, read_quality
+from svc.engine.probes import EngineFacts
+from svc.registry.registry import Registry
+from svc.store.database import open_database
+from svc.store.holdouts import HoldoutCause, HoldoutOutcome, HoldoutRun, add_holdout_run
+from tests.monitoring.drift.traffic import open_registry, register, target
+from tests.serving.versions import FACTS, OTHER_FACTS
+
+NOW = datetime(2026, 11, 2, tzinfo=UTC)
+
+
+def figures(nll: Sequence[float], hits: Sequence[bool]) -> Figures:
+    return dict(enumerate(zip(nll, hits, strict=True)))
+
+
+def run(nll: Sequence[float], hits: Sequence[bool], engine: EngineFacts = FACTS) -> HoldoutRun:
+    return HoldoutRun(
+        target=target(),
+        engine=engine,
+        cause=HoldoutCause.SWAP,
+        started_at=NOW,
+        ended_at=NOW,
+        outcome=HoldoutOutcome.COMPLETED,
+        places=tuple(range(len(nll))),
+        hits=tuple(hits),
+        nll=tuple(nll),
+    )
+
+
+def quality(change: Sequence[float], hits: Sequence[bool], hits_now: Sequence[bool]) -> Quality:
+    before = [1.0] * len(change)
+    now = [value + 1.0 for value in change]
+    return judge(figures(before, hits), run(now, hits_now)).quality
+
+
+HITS = [place % 4 > 0 for place in range(200)]
+
+
+def test_the_same_figures_are_as_registered() -> None:
+    report = judge(figures([0.2, 0.4], [True, False]), run([0.2, 0.4], [True, False]))
+    assert report.quality is Quality.AS_REGISTERED
+    assert [report.nll, report.registered_nll] == pytest.approx([0.3, 0.3])
+    assert (report.nll_p, report.exact_match_p) == (1.0, 1.0)
+
+
+def test_rounding_of_another_engine_is_no_change() -> None:
+    noise = np.random.default_rng(0).normal(0, 0.02, 200)
+    assert quality(noise.tolist(), HITS, HITS) is Quality.AS_REGISTERED
+
+
+@pytest.mark.parametrize("change", [0.5, -0.5])
+def test_other_likelihoods_are_a_change_in_either_direction(change: float) -> None:
+    assert quality([change] * 200, HITS, HITS) is Quality.CHANGED
+
+
+def test_a_change_of_a_few_examples_alone_is_one() -> None:
+    assert quality([3.0] * 10 + [0.0] * 190, HITS, HITS) is Quality.CHANGED
+
+
+def test_a_change_of_a_small_heldout_set_is_one() -> None:
+    assert quality([1.0] * 8, HITS[:8], HITS[:8]) is Quality.CHANGED
+
+
+def test_a_sure_change_that_does_not_matter_is_none() -> None:
+    assert quality([0.015] * 200, HITS, HITS) is Quality.AS_REGISTERED
+
+
+def test_lost_answers_are_a_change() -> None:
+    lost = [hit and place > 40 for place, hit in enumerate(HITS)]
+    assert quality([0.0] * 200, HITS, lost) is Quality.CHANGED
+
+
+def test_a_few_answers_lost_and_won_are_none() -> None:
+    swapped = [not hit if place < 6 else hit for place, hit in enumerate(HITS)]
+    assert quality([0.0] * 200, HITS, swapped) is Quality.AS_REGISTERED
+
+
+@pytest.fixture
+def registry(tmp_path: Path) -> Registry:
+    registry = open_registry(tmp_path)
+    register(registry)
+    return registry
+
+
+def test_the_newest_completed_run_is_judged(registry: Registry, tmp_path: Path) -> None:
+    store = open_database(tmp_path)
+    registered = registry.results(target().version, target().format)
+    good = run([one.nll for one in registered], [one.hit for one in registered])
+    add_holdout_run(store, replace(good, nll=tuple(value + 1 for value in good.nll)))
+    assert read_quality(registry, store, target()).quality is Quality.CHANGED
+    add_holdout_run(store, good)
+    add_holdout_run(store, replace(good, outcome=HoldoutOutcome.FAILED, reason="away", places=(), nll=(), hits=()))
+    report = read_quality(registry, store, target())
+    assert report.quality is Quality.AS_REGISTERED
+    assert report.examples == 200
+    assert report.asked_at == NOW
+
+
+def test_before_the_first_run_quality_is_unknown(registry: Registry, tmp_path: Path) -> None:
+    report = read_quality(registry, open_database(tmp_path), target())
+    assert report.quality is Quality.UNKNOWN
+    assert "not asked again yet" in report.why
+
+
+def test_of_a_version_of_an_older_release_quality_is_unknown(registry: Registry, tmp_path: Path) -> None:
+    register(registry, 2, space=False)
+    report = read_quality(registry, open_database(tmp_path), target(2))
+    assert report.quality is Quality.UNKNOWN
+    assert "triage@2 has no" in report.why
+
+
+def test_only_examples_that_were_asked_are_compared() -> None:
+    picked = replace(run([1.0, 1.0], [True, True]), places=(0, 2))
+    report = judge(figures([1.0, 9.0, 1.0], [True, False, True]), picked)
+    assert (report.quality, report.examples, report.registered_nll) == (Quality.AS_REGISTERED, 2, 1.0)
+
+
+def test_another_kind_of_engine_is_held_against_its_own_first_run(registry: Registry, tmp_path: Path) -> None:
+    store = open_database(tmp_path)
+    registered = registry.results(target().version, target().format)
+    first = run([one.nll + 0.3 for one in registered], [one.hit for one in registered], OTHER_FACTS)
+    add_holdout_run(store, first)
+    report = read_quality(registry, store, target())
+    assert (report.quality, "later ones" in report.why) == (Quality.UNKNOWN, True)
+    add_holdout_run(store, first)
+    assert read_quality(registry, store, target()).quality is Quality.AS_REGISTERED
+    add_holdout_run(store, replace(first, nll=tuple(value + 1 for value in first.nll)))
+    assert read_quality(registry, store, target()).quality is Quality.CHANGED

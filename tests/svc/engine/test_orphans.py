@@ -1,0 +1,255 @@
+"""An engine outlives the server that started it; the next one finds it, takes it over, or ends all of it."""
+
+import asyncio
+import fcntl
+import re
+import shutil
+import subprocess
+import sys
+import threading
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager, suppress
+from dataclasses import replace
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import psutil
+import pytest
+
+from svc.engine.orphans import LOCK_FILE, RECORD_FILE, end_engine, find_engine, locked, read_record, runs, write_record
+from svc.engine.vllm import process as process_module
+from svc.engine.vllm.launch import EngineSpec
+from svc.engine.vllm.process import EngineProcess
+from svc.errors import EngineError
+from svc.settings import Device, EngineSettings
+from tests.svc.engine.devices import AVX512
+
+SERVER = Path(__file__).with_name("fake_server.py")
+PARENT = """
+import asyncio, sys
+from pathlib import Path
+from svc.engine.vllm import process
+from svc.engine.vllm.launch import EngineSpec
+from svc.settings import EngineSettings
+from tests.svc.engine.devices import AVX512
+
+folder, server, mode, fail = Path(sys.argv[1]), sys.argv[2], sys.argv[3], sys.argv[4]
+process.command = lambda spec: [sys.executable, server, mode, str(spec.socket)]
+if fail == "no-record":
+    process.write_record = lambda folder, record: None
+settings = EngineSettings(device="cpu")
+spec = EngineSpec(folder / "one", "tuned", folder, folder, folder / "engine.log", folder, AVX512, settings)
+
+async def main():
+    engine = process.EngineProcess(spec)
+    await engine.start()
+    engine.note("one")
+    print(engine._child.pid, flush=True)
+    await asyncio.sleep(60)
+
+asyncio.run(main())
+"""
+
+
+@pytest.fixture
+def folder() -> Iterator[Path]:
+    """Short, for the path of a socket."""
+    with TemporaryDirectory(prefix="svc") as name:
+        yield Path(name)
+
+
+def engine_in(folder: Path, model: str = "two", **settings: object) -> EngineProcess:
+    chosen = EngineSettings.model_validate({"device": Device.CPU, **settings})
+    log = folder / "engine.log"
+    return EngineProcess(EngineSpec(folder / model, "tuned", folder, folder, log, folder, AVX512, chosen))
+
+
+@asynccontextmanager
+async def orphan(folder: Path, mode: str = "family", *, fail: str = "") -> AsyncIterator[psutil.Process]:
+    """An engine with a child, whose server was killed."""
+    arguments = [sys.executable, "-c", PARENT, str(folder), str(SERVER), mode, fail]
+    parent = await asyncio.create_subprocess_exec(*arguments, stdout=subprocess.PIPE)
+    assert parent.stdout is not None
+    engine = psutil.Process(int(await parent.stdout.readline()))
+    parent.kill()
+    await parent.wait()
+    try:
+        yield engine
+    finally:
+        with suppress(psutil.NoSuchProcess):
+            engine.kill()
+        with suppress(psutil.NoSuchProcess, LookupError):
+            child(folder).kill()
+
+
+def child(folder: Path) -> psutil.Process:
+    found = re.search(r"child (\d+)", (folder / "engine.log").read_text())
+    if not found:
+        raise LookupError("it has none")
+    return psutil.Process(int(found[1]))
+
+
+async def test_it_runs_on_and_is_found_with_what_it_holds(folder: Path) -> None:
+    async with orphan(folder) as engine:
+        assert find_engine(folder) == engine
+        assert engine_in(folder).left_holding() == "one"
+
+
+async def test_it_is_taken_over_and_ended_like_an_own_one(folder: Path) -> None:
+    async with orphan(folder) as engine:
+        taker, core = engine_in(folder), child(folder)
+        await taker.take_over()
+        assert await taker.client.healthy()
+        await taker.stop()
+        assert not runs(engine)
+        assert not runs(core)
+        assert await taker.wait() is None
+
+
+async def test_the_death_of_one_that_was_taken_over_is_noticed(folder: Path) -> None:
+    async with orphan(folder) as engine:
+        taker = engine_in(folder)
+        await taker.take_over()
+        engine.kill()
+        assert await asyncio.wait_for(taker.wait(), 5) is None
+
+
+async def test_one_that_was_started_otherwise_is_not_taken_over(folder: Path) -> None:
+    async with orphan(folder):
+        assert engine_in(folder, args=("--seed", "1")).left_holding() is None
+        assert engine_in(folder, start_timeout_s=7).left_holding() == "one"
+
+
+async def test_one_that_is_dead_holds_nothing(folder: Path) -> None:
+    async with orphan(folder) as engine:
+        engine.kill()
+        await asyncio.sleep(0.1)
+        taker = engine_in(folder)
+        assert taker.left_holding() is None
+        with pytest.raises(EngineError, match="does not answer"):
+            await taker.take_over()
+
+
+async def test_a_core_that_outlived_its_engine_is_ended(folder: Path) -> None:
+    async with orphan(folder) as engine:
+        engine.kill()
+        core = child(folder)
+        assert runs(core)
+        await asyncio.to_thread(end_engine, folder)
+        assert not runs(core)
+
+
+async def test_an_engine_whose_server_died_before_it_wrote_the_record_is_found_by_its_lock(folder: Path) -> None:
+    async with orphan(folder, fail="no-record") as engine:
+        assert read_record(folder) is None
+        await asyncio.to_thread(end_engine, folder)
+        assert not runs(engine)
+
+
+@pytest.mark.parametrize("fail", ["", "no-record"])
+async def test_what_an_engine_begins_while_it_is_being_ended_is_ended_too(folder: Path, fail: str) -> None:
+    async with orphan(folder, "late", fail=fail) as engine:
+        await asyncio.to_thread(end_engine, folder)
+        assert not runs(engine)
+        assert not runs(child(folder))
+
+
+def test_a_lock_that_somebody_looks_at_is_waited_for(folder: Path) -> None:
+    with (folder / LOCK_FILE).open("ab") as looking:
+        fcntl.flock(looking, fcntl.LOCK_SH)
+        threading.Timer(0.2, fcntl.flock, (looking, fcntl.LOCK_UN)).start()
+        with locked(folder):
+            pass
+
+
+def test_a_lock_that_another_engine_has_is_an_error_that_names_it(folder: Path) -> None:
+    sleeper = "import fcntl, sys, time; fcntl.flock(3, 2); print(flush=True); time.sleep(60)"
+    arguments = ["bash", "-c", f"exec 3>>{folder / LOCK_FILE}; exec {sys.executable} -c '{sleeper}'"]
+    with subprocess.Popen(arguments, stdout=subprocess.PIPE) as other:
+        assert other.stdout
+        other.stdout.readline()
+        with pytest.raises(EngineError, match=str(other.pid)), locked(folder):
+            pass
+        other.kill()
+
+
+async def test_another_process_with_the_number_of_a_dead_engine_is_left_alone(folder: Path) -> None:
+    async with orphan(folder) as engine:
+        engine.kill()
+        record = read_record(folder)
+    assert record is not None
+    arguments = [sys.executable, "-c", "import time; time.sleep(60)"]
+    stranger = await asyncio.create_subprocess_exec(*arguments, process_group=0)
+    try:
+        write_record(folder, replace(record, pid=stranger.pid))
+        assert read_record(folder) is not None, "the test tests nothing"
+        assert find_engine(folder) is None
+        await asyncio.to_thread(end_engine, folder)
+        assert stranger.returncode is None
+        assert runs(psutil.Process(stranger.pid))
+    finally:
+        stranger.kill()
+        await stranger.wait()
+
+
+async def test_a_copy_of_a_home_leaves_the_engine_of_the_other_alone(folder: Path) -> None:
+    async with orphan(folder) as engine:
+        copy = folder / "copy"
+        copy.mkdir()
+        shutil.copy(folder / RECORD_FILE, copy)
+        assert read_record(copy) is None
+        await asyncio.to_thread(end_engine, copy)
+        assert runs(engine)
+
+
+async def test_one_that_is_left_runs_on(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(
+        process_module, "command", lambda spec: [sys.executable, str(SERVER), "ready", str(spec.socket)]
+    )
+    engine = engine_in(folder)
+    await engine.start()
+    engine.note("two")
+    await engine.leave()
+    taker = engine_in(folder, "three")
+    try:
+        assert taker.left_holding() == "two"
+        await taker.take_over()
+        assert await taker.client.healthy()
+    finally:
+        await taker.stop()
+
+
+async def test_one_that_was_taken_over_is_ended_whatever_became_of_its_folder(folder: Path) -> None:
+    async with orphan(folder) as engine:
+        taker, core = engine_in(folder), child(folder)
+        await taker.take_over()
+        (folder / LOCK_FILE).unlink()
+        (folder / RECORD_FILE).unlink()
+        await taker.stop()
+        assert not runs(engine)
+        assert not runs(core)
+
+
+async def test_what_is_noted_replaces_what_was(folder: Path) -> None:
+    async with orphan(folder):
+        taker = engine_in(folder)
+        taker.note(None)
+        assert taker.left_holding() is None
+        taker.note("three")
+        assert taker.left_holding() == "three"
+
+
+@pytest.mark.parametrize(
+    "text", ["", "{", "[]", "{}", '{"pid": "x", "boot": "", "ticks": 1, "plan": [], "launch": ""}']
+)
+def test_a_damaged_record_is_none(folder: Path, text: str) -> None:
+    (folder / RECORD_FILE).write_text(text)
+    (folder / LOCK_FILE).touch()
+    assert read_record(folder) is None
+    assert find_engine(folder) is None
+    end_engine(folder)
+
+
+def test_an_empty_folder_has_no_engine(folder: Path) -> None:
+    assert find_engine(folder) is None
+    end_engine(folder)

@@ -1,0 +1,214 @@
+"""Probes pass the weights they were taken from, within the engine's own noise, and no others."""
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from pydantic import ValidationError
+
+from svc.engine.capabilities import Capabilities
+from svc.engine.probes import (
+    MAX_PROBES,
+    MAX_TOKENS,
+    MIN_TOLERANCE,
+    EngineFacts,
+    Probe,
+    check_probes,
+    choose_sequences,
+    engine_facts,
+    make_probes,
+    measure_probes,
+)
+from svc.errors import ProbeError
+from svc.settings import Device, EngineSettings, GptqKernel
+from tests.serving.engine_double import EngineDouble
+from tests.svc.engine.devices import AVX2, AVX512
+from tests.svc.engine.in_process import client_of
+
+FACTS = EngineFacts(vllm="0.32.0", device=Device.CPU, instruction_set="x86_64-avx512f", mode="eager")
+SEQUENCES = [((5, 6, 7, 8), 2), ((9, 10, 11), 1)]
+
+
+async def probes_of(double: EngineDouble) -> tuple[Probe, ...]:
+    async with client_of(double) as client:
+        return make_probes(SEQUENCES, await measure_probes(client, SEQUENCES, repeats=2), FACTS)
+
+
+async def check(double: EngineDouble, probes: Sequence[Probe]) -> float:
+    async with client_of(double) as client:
+        return await check_probes(client, probes)
+
+
+async def test_the_same_weights_pass_with_no_difference() -> None:
+    assert await check(EngineDouble(), await probes_of(EngineDouble())) == 0.0
+
+
+async def test_noise_within_the_tolerance_passes_and_is_told() -> None:
+    probes = await probes_of(EngineDouble())
+    assert await check(EngineDouble(probe_noise=MIN_TOLERANCE / 2), probes) == pytest.approx(MIN_TOLERANCE / 2)
+
+
+async def test_noise_beyond_the_tolerance_fails() -> None:
+    probes = await probes_of(EngineDouble())
+    with pytest.raises(ProbeError, match=r"probe 1 of 2 differs by 0\.0020 nats") as caught:
+        await check(EngineDouble(probe_noise=2 * MIN_TOLERANCE), probes)
+    assert caught.value.expected == "at most 0.0010"
+
+
+async def test_other_weights_fail() -> None:
+    probes = await probes_of(EngineDouble())
+    with pytest.raises(ProbeError, match="not the version's weights"):
+        await check(EngineDouble(weights="/models/tuned/2"), probes)
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+async def test_a_log_probability_that_is_no_number_fails(value: float) -> None:
+    probes = await probes_of(EngineDouble())
+    with pytest.raises(ProbeError):
+        await check(EngineDouble(probe_noise=value), probes)
+
+
+async def test_a_probe_that_was_recorded_without_a_number_fails() -> None:
+    damaged = [probe.model_copy(update={"logprobs": (math.nan, -1.0)}) for probe in await probes_of(EngineDouble())]
+    with pytest.raises(ProbeError):
+        await check(EngineDouble(), damaged)
+
+
+async def test_no_probes_fail() -> None:
+    with pytest.raises(ProbeError, match="has no probes"):
+        await check(EngineDouble(), [])
+
+
+async def test_one_bad_probe_of_many_fails() -> None:
+    good, other = await probes_of(EngineDouble())
+    bad = other.model_copy(update={"logprobs": tuple(value - 1 for value in other.logprobs)})
+    with pytest.raises(ProbeError, match="probe 2 of 2"):
+        await check(EngineDouble(), [good, bad])
+
+
+async def test_sequences_are_measured_alone_and_in_a_batch() -> None:
+    double = EngineDouble()
+    async with client_of(double) as client:
+        measured = await measure_probes(client, SEQUENCES, repeats=3)
+    assert len(measured) == 6
+    assert [len(run) for run in measured[0]] == [2, 2]
+    assert all(run == measured[0] for run in measured)
+
+
+def test_equal_measurements_give_the_floor_of_the_tolerance() -> None:
+    probes = make_probes(SEQUENCES[:1], [[(-1.0, -2.0)], [(-1.0, -2.0)]], FACTS)
+    assert probes[0].tolerance == MIN_TOLERANCE == 1e-3
+
+
+def test_the_tolerance_is_twice_the_measured_noise() -> None:
+    probes = make_probes(SEQUENCES[:1], [[(-1.0, -2.0)], [(-1.0, -2.01)], [(-1.02, -2.0)]], FACTS)
+    assert probes[0].logprobs == (-1.0, -2.0)
+    assert probes[0].tolerance == pytest.approx(0.04)
+
+
+@pytest.mark.parametrize("value", [math.nan, -math.inf])
+@pytest.mark.parametrize("run", [0, 1])
+def test_no_probe_is_made_of_what_is_no_number(value: float, run: int) -> None:
+    measured = [[(-1.0, -2.0)], [(-1.0, -2.0)]]
+    measured[run] = [(-1.0, value)]
+    with pytest.raises(ProbeError, match="no finite number"):
+        make_probes(SEQUENCES[:1], measured, FACTS)
+
+
+logprobs = st.floats(-20, 0)
+
+
+@given(st.lists(st.tuples(logprobs, logprobs), min_size=1, max_size=6))
+def test_every_measurement_is_within_the_tolerance_of_its_probe(runs: list[tuple[float, float]]) -> None:
+    probe = make_probes(SEQUENCES[:1], [[run] for run in runs], FACTS)[0]
+    assert probe.tolerance >= MIN_TOLERANCE
+    for run in runs:
+        assert all(abs(a - b) <= probe.tolerance for a, b in zip(run, probe.logprobs, strict=True))
+
+
+tokens = st.lists(st.integers(0, 50_000), min_size=1, max_size=150)
+
+
+@given(st.lists(st.tuples(tokens, tokens), min_size=1, max_size=40), st.integers(1, MAX_PROBES))
+def test_chosen_sequences_are_few_short_and_end_a_prompt_before_its_answer(
+    pairs: list[tuple[list[int], list[int]]], count: int
+) -> None:
+    chosen = choose_sequences(pairs, count)
+    assert 1 <= len(chosen) <= count
+    for token_ids, start in chosen:
+        assert 2 <= len(token_ids) <= MAX_TOKENS
+        assert 1 <= start < len(token_ids)
+        prompt, answer = tuple(token_ids[:start]), tuple(token_ids[start:])
+        assert any(tuple(p)[-start:] == prompt and tuple(a)[: len(answer)] == answer for p, a in pairs)
+
+
+def test_sequences_are_picked_over_the_whole_set() -> None:
+    pairs = [([number], [number]) for number in range(16)]
+    assert [token_ids[0] for token_ids, _ in choose_sequences(pairs, 4)] == [0, 4, 8, 12]
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"logprobs": (-1.0,)},
+        {"tolerance": 1e-4},
+        {"tolerance": math.inf},
+        {"tolerance": math.nan},
+        {"token_ids": tuple(range(65)), "logprobs": tuple(-1.0 for _ in range(63))},
+        {"token_ids": (1, -2, 3, 4)},
+        {"start": 0},
+        {"start": 4, "logprobs": ()},
+        {"note": "x"},
+    ],
+)
+def test_a_probe_that_proves_nothing_cannot_be_made(change: dict[str, object]) -> None:
+    good = {"token_ids": (1, 2, 3, 4), "start": 2, "logprobs": (-1.0, -2.0), "tolerance": 1e-3, "engine": FACTS}
+    Probe.model_validate(good)
+    with pytest.raises(ValidationError):
+        Probe.model_validate(good | change)
+
+
+def facts_of(
+    folder: Path, capabilities: Capabilities = AVX512, config: Mapping[str, Any] | None = None, **settings: Any
+) -> EngineFacts:
+    (folder / "config.json").write_text(json.dumps({"dtype": "bfloat16"} | dict(config or {})))
+    return engine_facts(EngineSettings(**settings), capabilities, folder)
+
+
+GPTQ: dict[str, Any] = {"quantization_config": {"quant_method": "gptq", "bits": 4}}
+
+
+def test_facts_tell_compiled_from_eager(tmp_path: Path) -> None:
+    eager, compiled = (facts_of(tmp_path, eager=value) for value in (True, False))
+    assert eager != compiled
+    assert eager == facts_of(tmp_path)
+
+
+def test_facts_know_number_type_and_kernel(tmp_path: Path) -> None:
+    merged, gptq = facts_of(tmp_path, AVX2), facts_of(tmp_path, AVX2, GPTQ)
+    assert (merged.dtype, merged.kernel) == ("float32", GptqKernel.VLLM)
+    assert (gptq.dtype, gptq.kernel) == ("bfloat16", GptqKernel.TORCH)
+    assert facts_of(tmp_path, AVX512, GPTQ) != facts_of(tmp_path, AVX512, GPTQ, gptq_kernel=GptqKernel.TORCH)
+    assert facts_of(tmp_path) != facts_of(tmp_path, args=("--dtype", "float32"))
+
+
+@pytest.mark.parametrize("config", [{}, GPTQ])
+def test_facts_that_an_older_release_wrote_are_those_of_the_same_engine_now(
+    tmp_path: Path, config: dict[str, Any]
+) -> None:
+    older = '{"vllm":"0.32.0","device":"cpu","instruction_set":"x86_64-avx512_bf16","mode":"eager"}'
+    now = facts_of(tmp_path, AVX512, config)
+    assert EngineFacts.model_validate_json(older) == now
+    assert now.key == older
+    assert EngineFacts.model_validate_json(now.key) == now
+
+
+def test_facts_of_another_number_type_have_another_key() -> None:
+    wide = FACTS.model_copy(update={"dtype": "float32"})
+    assert wide.key != FACTS.key
+    assert EngineFacts.model_validate_json(wide.key) == wide

@@ -1,0 +1,56 @@
+"""What a person gives to vLLM is found however vLLM lets it be written."""
+
+import pytest
+from hypothesis import given as over
+from hypothesis import strategies as st
+
+from svc.engine.vllm.arguments import given, given_flag
+
+OPTION = "--max-model-len"
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["--max-model-len", "4k"],
+        ["--max-model-len=4k"],
+        ["--max_model_len", "4k"],
+        ["--max_model_len=4k"],
+        ["--max-model", "4k"],
+        ["--seed", "1", "--max-model-len", "4k", "--trust"],
+        ["--max-model-len", "1", "--max_model_len=4k"],
+    ],
+)
+def test_every_spelling_is_found_and_the_last_one_counts(arguments: list[str]) -> None:
+    assert given(arguments, OPTION) == "4k"
+
+
+@pytest.mark.parametrize("arguments", [[], ["--max-model-length", "4"], ["--model", "x"], ["max-model-len"], ["--"]])
+def test_other_arguments_are_not_taken_for_it(arguments: list[str]) -> None:
+    assert given(arguments, OPTION) is None
+
+
+def test_a_short_name_has_no_beginnings() -> None:
+    assert given(["-tp", "2"], "--tensor-parallel-size", "-tp") == "2"
+    assert given(["-t", "2"], "--tensor-parallel-size", "-tp") is None
+
+
+@pytest.mark.parametrize(
+    ("arguments", "value"),
+    [
+        ([], None),
+        (["--enforce-eager"], True),
+        (["--enforce_eager"], True),
+        (["--no-enforce-eager"], False),
+        (["--enforce-eager", "--no-enforce-eager"], False),
+        (["--no-enforce-eager", "--seed", "1", "--enforce-eager"], True),
+        (["--enable-lora"], None),
+    ],
+)
+def test_a_flag_is_on_off_or_not_given(arguments: list[str], value: bool | None) -> None:
+    assert given_flag(arguments, "enforce-eager") is value
+
+
+@over(st.lists(st.text(max_size=12), max_size=6))
+def test_any_arguments_can_be_read(arguments: list[str]) -> None:
+    assert given([*arguments, f"{OPTION}=7"], OPTION) == "7"

@@ -1,0 +1,73 @@
+"""A second engine is started only where its weights, one sequence and the engine itself find memory."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from svc.engine.machine import Gpu, Machine
+from svc.engine.vllm import capacity as room
+from svc.engine.vllm.launch import EngineSpec
+from svc.engine.vllm.plan import GIB
+from svc.settings import EngineSettings
+from tests.svc.engine.devices import AVX512, HOPPER
+
+CONFIG = {"num_hidden_layers": 2, "num_attention_heads": 4, "hidden_size": 256, "max_position_embeddings": 1024}
+ENGINE = 2 * GIB
+
+
+@pytest.fixture
+def model(tmp_path: Path) -> Path:
+    """One of 3 GiB, of which nothing is on the disk."""
+    (tmp_path / "config.json").write_text(json.dumps(CONFIG))
+    with (tmp_path / "model.safetensors").open("wb") as file:
+        file.truncate(3 * GIB)
+    return tmp_path
+
+
+def shortage(monkeypatch: pytest.MonkeyPatch, model: Path, machine: Machine, **settings: Any) -> str | None:
+    monkeypatch.setattr(room, "read_machine", lambda **_: machine)
+    chosen = EngineSettings(device="cuda" if machine.gpus else "cpu", **settings)
+    capable = HOPPER if machine.gpus else AVX512
+    return room.shortage(EngineSpec(model, "tuned", model, model, model / "engine.log", model, capable, chosen))
+
+
+def host(free: int, *gpus: int) -> Machine:
+    found = tuple(Gpu("H100", 80 * GIB, each) for each in gpus)
+    return Machine(cores=(0, 1), quota=None, memory=64 * GIB, free=free, gpus=found)
+
+
+def test_there_is_room_for_weights_one_sequence_and_an_engine(monkeypatch: pytest.MonkeyPatch, model: Path) -> None:
+    sequence = 2 * 2 * 256 * 2 * 1024
+    assert shortage(monkeypatch, model, host(3 * GIB + ENGINE + sequence)) is None
+    assert shortage(monkeypatch, model, host(3 * GIB + ENGINE + sequence - 1)) is not None
+
+
+def test_a_longer_context_needs_more(monkeypatch: pytest.MonkeyPatch, model: Path) -> None:
+    free = 3 * GIB + ENGINE + 2 * 2 * 256 * 2 * 512
+    assert shortage(monkeypatch, model, host(free), max_model_len=512) is None
+    assert shortage(monkeypatch, model, host(free), max_model_len=513) is not None
+
+
+def test_what_is_short_is_told(monkeypatch: pytest.MonkeyPatch, model: Path) -> None:
+    assert shortage(monkeypatch, model, host(4 * GIB)) == "it needs about 5.0 GiB, 4.0 GiB are free"
+
+
+def test_on_a_gpu_its_own_memory_counts(monkeypatch: pytest.MonkeyPatch, model: Path) -> None:
+    assert shortage(monkeypatch, model, host(0, 6 * GIB)) is None
+    said = shortage(monkeypatch, model, host(64 * GIB, 4 * GIB))
+    assert said == "it needs about 5.0 GiB, 4.0 GiB of the GPU are free"
+
+
+def test_of_several_gpus_the_fullest_decides(monkeypatch: pytest.MonkeyPatch, model: Path) -> None:
+    assert shortage(monkeypatch, model, host(0, 3 * GIB, 3 * GIB)) is None
+    assert shortage(monkeypatch, model, host(0, 70 * GIB, GIB)) is not None
+    assert shortage(monkeypatch, model, host(0, 70 * GIB, GIB), tensor_parallel=1) is None
+
+
+def test_a_share_that_was_set_must_be_free(monkeypatch: pytest.MonkeyPatch, model: Path) -> None:
+    assert shortage(monkeypatch, model, host(0, 40 * GIB), gpu_memory_share=0.5) is None
+    said = shortage(monkeypatch, model, host(0, 39 * GIB), gpu_memory_share=0.5)
+    assert said == "it needs about 40.0 GiB, 39.0 GiB of the GPU are free"
+    assert shortage(monkeypatch, model, host(0, 39 * GIB), args=("--gpu-memory-utilization", "0.5")) is not None

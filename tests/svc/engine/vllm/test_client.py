@@ -1,0 +1,227 @@
+"""The client asks as vLLM expects to be asked, and every answer that is no answer is an EngineError."""
+
+import asyncio
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+from statistics import fmean
+
+import httpx
+import pytest
+
+from svc.dataset.example import Message, Role
+from svc.engine.vllm.client import Answer, EngineClient
+from svc.errors import EngineError
+from tests.serving.engine_double import EngineDouble, logprob_of
+from tests.svc.engine.in_process import client_of
+
+PROMPT = [Message(Role.USER, "one two three")]
+Ask = Callable[[EngineClient], Awaitable[object]]
+
+
+def answering(respond: Callable[[httpx.Request], httpx.Response]) -> EngineClient:
+    return EngineClient(httpx.AsyncClient(transport=httpx.MockTransport(respond), base_url="http://engine"), "tuned")
+
+
+async def test_chat_is_greedy_and_bounded() -> None:
+    double = EngineDouble()
+    async with client_of(double) as client:
+        assert (await client.chat(PROMPT, max_tokens=2)).text == "1.0 1.1 "
+    assert double.requests[0]["temperature"] == 0
+    assert double.requests[0]["messages"] == [{"role": "user", "content": "one two three"}]
+
+
+async def test_an_answer_has_its_length_and_its_end() -> None:
+    async with client_of(EngineDouble(finish_reason="stop")) as client:
+        ended = await client.chat(PROMPT, max_tokens=3)
+    async with client_of(EngineDouble()) as client:
+        cut_off = await client.chat(PROMPT, max_tokens=3)
+    assert (ended.text, ended.tokens, ended.finish_reason) == ("1.0 1.1 1.2 ", 4, "stop")
+    assert (cut_off.text, cut_off.tokens, cut_off.finish_reason) == ("1.0 1.1 1.2 ", 3, "length")
+
+
+@pytest.mark.parametrize("finish_reason", ["stop", "length"])
+async def test_the_logprob_of_an_answer_is_that_of_its_text_scored_again(finish_reason: str) -> None:
+    async with client_of(EngineDouble(finish_reason=finish_reason)) as client:
+        answer = await client.chat(PROMPT, max_tokens=3)
+        prompt, tokens = await client.prompt_tokens(PROMPT), await client.tokens(answer.text)
+        assert answer.logprob == pytest.approx(fmean(await client.logprobs(prompt + tokens, len(prompt))))
+
+
+END = {"token": "<|im_end|>", "logprob": -0.5}
+
+
+@pytest.mark.parametrize(
+    "logprobs", [{"content": [END]}, {"content": []}, {"content": None}, None], ids=["end", "none", "null", "absent"]
+)
+async def test_an_empty_answer_is_empty_text_without_a_logprob(logprobs: object) -> None:
+    choice = {"message": {"content": None}, "logprobs": logprobs, "finish_reason": "stop"}
+    body = {"choices": [choice], "usage": {"completion_tokens": 1}}
+    async with answering(lambda request: httpx.Response(200, json=body)) as client:
+        assert await client.chat(PROMPT, max_tokens=2) == Answer("", 1, "stop", None)
+
+
+async def test_logprobs_are_those_of_the_tokens_from_the_start_on() -> None:
+    double = EngineDouble()
+    async with client_of(double) as client:
+        found = await client.logprobs([5, 6, 7, 8], 2)
+    assert found == (logprob_of(double.weights, 7, 2), logprob_of(double.weights, 8, 3))
+
+
+async def test_text_is_tokenized_without_a_special_token() -> None:
+    bodies: list[bytes] = []
+
+    def respond(request: httpx.Request) -> httpx.Response:
+        bodies.append(request.content)
+        return httpx.Response(200, json={"tokens": [1, 2]})
+
+    async with answering(respond) as client:
+        assert await client.tokens("one two") == [1, 2]
+    assert b'"add_special_tokens":false' in bodies[0].replace(b" ", b"")
+
+
+async def test_prompts_are_tokenized_by_the_engines_template() -> None:
+    async with client_of(EngineDouble()) as client:
+        assert len(await client.prompt_tokens(PROMPT)) == 3
+
+
+async def test_generate_runs_to_the_last_token() -> None:
+    double = EngineDouble()
+    async with client_of(double) as client:
+        await client.generate([1, 2], tokens=3)
+    assert (double.requests[0]["max_tokens"], double.requests[0]["ignore_eos"]) == (3, True)
+
+
+async def test_ids_tell_one_askers_requests_from_anothers() -> None:
+    double = EngineDouble()
+    async with client_of(double) as client:
+        marked = client.with_ids("holdout-")
+        for one in (client, marked, marked):
+            await one.chat(PROMPT, max_tokens=1)
+    unmarked, *ids = double.request_ids
+    assert unmarked == ""
+    assert len(set(ids)) == 2
+    assert all(request_id.startswith("holdout-") for request_id in ids)
+
+
+async def test_a_reload_brings_the_weights_of_the_folder() -> None:
+    double = EngineDouble()
+    async with client_of(double) as client:
+        await client.reload_weights(Path("/models/tuned/2"))
+    assert double.weights == "/models/tuned/2"
+
+
+async def test_a_failed_reload_is_an_engine_error() -> None:
+    async with client_of(EngineDouble(loadable=lambda folder: False)) as client:
+        with pytest.raises(EngineError, match="/collective_rpc with 500"):
+            await client.reload_weights(Path("/models/tuned/2"))
+
+
+async def test_a_cache_that_could_not_be_reset_is_tried_again() -> None:
+    answers = iter([{"success": False}, {"success": False}, {"success": True}])
+    async with answering(lambda request: httpx.Response(200, json=next(answers))) as client:
+        await client.reset_prefix_cache()
+    assert next(answers, None) is None
+
+
+async def test_a_cache_that_cannot_be_reset_is_an_engine_error() -> None:
+    async with answering(lambda request: httpx.Response(200, json={"success": False})) as client:
+        with pytest.raises(EngineError, match="could not be reset"):
+            await client.reset_prefix_cache(within_s=0.1)
+
+
+async def test_an_engine_that_answers_is_healthy() -> None:
+    async with client_of(EngineDouble()) as client:
+        assert await client.healthy()
+
+
+async def test_an_engine_whose_core_died_is_not_healthy() -> None:
+    async with answering(lambda request: httpx.Response(503)) as client:
+        assert not await client.healthy()
+
+
+async def test_no_engine_is_not_healthy(tmp_path: Path) -> None:
+    async with EngineClient.over_socket(tmp_path / "none.sock", "tuned") as client:
+        assert not await client.healthy()
+
+
+async def test_no_engine_is_an_engine_error(tmp_path: Path) -> None:
+    async with EngineClient.over_socket(tmp_path / "none.sock", "tuned") as client:
+        with pytest.raises(EngineError, match="no answer from the engine to /v1/chat/completions"):
+            await client.chat(PROMPT, max_tokens=1)
+
+
+async def test_a_refusal_says_status_and_reason() -> None:
+    double = EngineDouble(max_model_len=2)
+    async with client_of(double) as client:
+        with pytest.raises(EngineError, match=r"with 400: .*maximum context length is 2"):
+            await client.chat(PROMPT, max_tokens=1)
+
+
+async def test_a_large_refusal_is_cut() -> None:
+    async with answering(lambda request: httpx.Response(500, text="x" * 10_000)) as client:
+        with pytest.raises(EngineError) as caught:
+            await client.chat(PROMPT, max_tokens=1)
+    assert len(caught.value.wrong) < 700
+
+
+async def ask_chat(client: EngineClient) -> object:
+    return await client.chat(PROMPT, max_tokens=1)
+
+
+async def ask_tokens(client: EngineClient) -> object:
+    return await client.tokens("x")
+
+
+async def ask_logprobs(client: EngineClient) -> object:
+    return await client.logprobs([1, 2, 3], 1)
+
+
+@pytest.mark.parametrize("ask", [ask_chat, ask_tokens, ask_logprobs])
+@pytest.mark.parametrize(
+    "answer",
+    [
+        b"<html>no JSON</html>",
+        b"",
+        b"[]",
+        b"{}",
+        b'{"choices": []}',
+        b'{"choices": [{"message": {"content": "x"}, "finish_reason": "stop"}]}',
+        b'{"choices": [{"message": {"content": "x"}, "finish_reason": "stop", "logprobs": {"content": [{}]}}]}',
+        b'{"choices": [{"prompt_logprobs": null, "message": null}], "tokens": null}',
+        b'{"choices": [{"prompt_logprobs": [null, {"2": {}}]}], "tokens": ["x"]}',
+        b'{"choices": [{"prompt_logprobs": [null, {"9": {"logprob": -1}}, {"3": {"logprob": -1}}]}], "tokens": 5}',
+    ],
+)
+async def test_an_answer_that_is_none_is_an_engine_error(ask: Ask, answer: bytes) -> None:
+    async with answering(lambda request: httpx.Response(200, content=answer)) as client:
+        with pytest.raises(EngineError, match="cannot be understood"):
+            await ask(client)
+
+
+async def test_a_connection_that_the_engine_closes_when_it_is_used_again_is_no_death(tmp_path: Path) -> None:
+    """The engine gives up an idle connection just when the next request is on its way."""
+    body = b'{"tokens": [1]}'
+
+    async def answer_once(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        for answer in (b"HTTP/1.1 200 OK\r\ncontent-length: %d\r\n\r\n%s" % (len(body), body), b""):
+            head = await reader.readuntil(b"\r\n\r\n")
+            length = int(head.lower().split(b"content-length: ")[1].split(b"\r\n")[0])
+            await reader.readexactly(length)
+            writer.write(answer)
+            await writer.drain()
+        writer.close()
+
+    socket = tmp_path / "engine.sock"
+    server = await asyncio.start_unix_server(answer_once, socket)
+    async with EngineClient.over_socket(socket, "tuned") as client:
+        assert [await client.tokens("text") for _ in range(3)] == [[1]] * 3
+    server.close()
+
+
+async def test_an_engine_that_dies_over_a_request_is_an_engine_error() -> None:
+    def cut(request: httpx.Request) -> httpx.Response:
+        raise httpx.RemoteProtocolError("Server disconnected without sending a response.")
+
+    async with answering(cut) as client:
+        with pytest.raises(EngineError, match="Server disconnected"):
+            await client.logprobs([1, 2], 1)

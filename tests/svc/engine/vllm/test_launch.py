@@ -1,0 +1,231 @@
+"""How the engine is started: what it may load, where it listens, and what it is told about the machine."""
+
+import hashlib
+import json
+import os
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from svc.engine.capabilities import CPU_LIMITS
+from svc.engine.vllm.launch import EngineSpec, command, entry_module, environment, launch_digest
+from svc.engine.vllm.plugin import INT4_LINEAR_VARIABLE
+from svc.settings import Device, EngineSettings, GptqKernel
+from tests.svc.engine.devices import AVX2, AVX512
+
+
+def spec(folder: Path, **settings: Any) -> EngineSpec:
+    return EngineSpec(
+        model=folder / "model",
+        served_name="tuned",
+        runtime=folder / "run",
+        state=folder / "state",
+        log=folder / "engine.log",
+        cache=folder / "cache",
+        capabilities=AVX512,
+        settings=EngineSettings(**{"device": Device.CPU, **settings}),
+    )
+
+
+def option(arguments: list[str], name: str) -> str:
+    return arguments[arguments.index(name) + 1]
+
+
+def write_config(folder: Path, content: str) -> None:
+    (folder / "model").mkdir()
+    (folder / "model" / "config.json").write_text(content)
+
+
+def test_it_listens_on_the_private_socket_alone(tmp_path: Path) -> None:
+    arguments = command(spec(tmp_path))
+    assert option(arguments, "--uds") == str(tmp_path / "run" / "engine.sock")
+    assert "--host" not in arguments
+    assert "--port" not in arguments
+
+
+def test_it_loads_safetensors_and_no_code_of_a_model(tmp_path: Path) -> None:
+    arguments = command(spec(tmp_path))
+    assert option(arguments, "--load-format") == "safetensors"
+    assert "--trust-remote-code" not in arguments
+
+
+def test_it_answers_to_one_name(tmp_path: Path) -> None:
+    arguments = command(spec(tmp_path))
+    assert option(arguments, "--served-model-name") == "tuned"
+    assert option(arguments, "--model") == str(tmp_path / "model")
+
+
+@pytest.mark.parametrize(("own", "used"), [(512, "512"), (100_000, "2048")])
+def test_the_context_is_never_longer_than_the_models(tmp_path: Path, own: int, used: str) -> None:
+    write_config(tmp_path, json.dumps({"max_position_embeddings": own}))
+    assert option(command(spec(tmp_path)), "--max-model-len") == used
+
+
+@pytest.mark.parametrize("content", ["{}", "[]", "no json", '{"max_position_embeddings": null}'])
+def test_a_model_that_does_not_say_gets_the_setting(tmp_path: Path, content: str) -> None:
+    write_config(tmp_path, content)
+    assert option(command(spec(tmp_path, max_model_len=99)), "--max-model-len") == "99"
+
+
+def test_further_arguments_come_last_so_that_they_win(tmp_path: Path) -> None:
+    assert command(spec(tmp_path, args=("--seed", "1")))[-2:] == ["--seed", "1"]
+
+
+@pytest.mark.parametrize(
+    ("device", "eager", "expected"),
+    [
+        (Device.CPU, None, True),
+        (Device.CUDA, None, False),
+        (Device.CPU, False, False),
+        (Device.CUDA, True, True),
+    ],
+)
+def test_compilation_is_skipped_on_the_cpu_unless_said_otherwise(
+    tmp_path: Path, device: Device, eager: bool | None, expected: bool
+) -> None:
+    made = spec(tmp_path, device=device, eager=eager)
+    assert ("--enforce-eager" in command(made)) is expected
+    assert ("TORCHDYNAMO_DISABLE" in environment(made)) is expected
+
+
+def test_the_environment_opens_the_reload_and_closes_the_network(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MINE", "kept")
+    monkeypatch.setenv("HF_HUB_OFFLINE", "0")
+    variables = environment(spec(tmp_path))
+    assert variables["VLLM_SERVER_DEV_MODE"] == "1"
+    assert variables["VLLM_RPC_BASE_PATH"] == str(tmp_path / "run")  # and not where all users write
+    assert variables["HF_HUB_OFFLINE"] == "1"
+    assert variables["VLLM_NO_USAGE_STATS"] == "1"
+    assert variables["MINE"] == "kept"
+
+
+def test_the_engine_may_use_the_cores_that_this_process_may(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {5, 3})
+    assert environment(spec(tmp_path))["OMP_NUM_THREADS"] == "2"
+
+
+def test_the_size_of_the_cache_is_not_overruled_by_an_inherited_variable(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("VLLM_CPU_KVCACHE_SPACE", "7")
+    made = spec(tmp_path, kv_cache_gib=3)
+    assert option(command(made), "--kv-cache-memory-bytes") == str(3 * 2**30)
+    assert "VLLM_CPU_KVCACHE_SPACE" not in environment(made)
+
+
+def test_one_engine_has_one_plan_whatever_the_machine_does_meanwhile(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = spec(tmp_path)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {1})
+    before = made.plan
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {1, 2, 3})
+    assert made.plan is before
+    assert environment(made)["OMP_NUM_THREADS"] == "1"
+
+
+def test_a_load_format_in_the_arguments_is_not_passed_twice(tmp_path: Path) -> None:
+    assert command(spec(tmp_path, args=("--load_format=dummy",))).count("--load-format") == 0
+
+
+@pytest.mark.parametrize(("argument", "eager"), [("--enforce-eager", True), ("--no-enforce-eager", False)])
+def test_arguments_decide_on_compilation_before_the_setting(tmp_path: Path, argument: str, eager: bool) -> None:
+    made = spec(tmp_path, args=(argument,), eager=not eager)
+    assert ("TORCHDYNAMO_DISABLE" in environment(made)) is eager
+
+
+def test_engines_that_share_a_gpu_by_number_are_started_otherwise_with_another_number(tmp_path: Path) -> None:
+    def differs(**settings: Any) -> bool:
+        one, two = (launch_digest(spec(tmp_path, replicas=number, **settings)) for number in (1, 2))
+        return one != two
+
+    assert differs(device=Device.CUDA)
+    assert not differs(device=Device.CUDA, gpu_memory_share=0.4)
+    assert not differs(device=Device.CPU)
+
+
+GPTQ = json.dumps({"dtype": "bfloat16", "quantization_config": {"quant_method": "gptq", "bits": 4}})
+
+
+def test_it_is_started_by_the_entry_that_vllm_has(tmp_path: Path) -> None:
+    arguments = command(spec(tmp_path))
+    assert arguments[1:3] == ["-m", "vllm.entrypoints.launchers.api_server.entry"]
+
+
+def test_an_older_vllm_is_started_by_its_older_entry(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "vllm").mkdir()
+    (tmp_path / "vllm" / "__init__.py").touch()
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.delitem(sys.modules, "vllm", raising=False)  # another test may have imported the real one
+    entry_module.cache_clear()
+    try:
+        assert entry_module() == "vllm.entrypoints.openai.api_server"
+    finally:
+        entry_module.cache_clear()
+
+
+def test_names_that_a_person_gave_vllm_stay_beside_ours(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_config(tmp_path, GPTQ)
+    monkeypatch.setenv("VLLM_DISABLED_KERNELS", "TheirKernel")
+    monkeypatch.setenv("VLLM_PLUGINS", "theirs")
+    variables = environment(spec(tmp_path, gptq_kernel=GptqKernel.TORCH))
+    assert variables["VLLM_DISABLED_KERNELS"] == "TheirKernel,CPUWNA16LinearKernel,ZentorchWNA16LinearKernel"
+    assert variables["VLLM_PLUGINS"] == "theirs,tuneserve"
+
+
+def test_without_a_list_of_plugins_vllm_loads_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_config(tmp_path, GPTQ)
+    monkeypatch.delenv("VLLM_PLUGINS", raising=False)
+    assert "VLLM_PLUGINS" not in environment(spec(tmp_path, gptq_kernel=GptqKernel.TORCH))
+
+
+def test_an_engine_that_computes_otherwise_was_started_otherwise(tmp_path: Path) -> None:
+    write_config(tmp_path, GPTQ)
+    gptq, other = spec(tmp_path), spec(tmp_path, gptq_kernel=GptqKernel.TORCH)
+    assert launch_digest(gptq) != launch_digest(other)
+    (tmp_path / "model" / "config.json").write_text(json.dumps({"dtype": "bfloat16"}))
+    assert launch_digest(spec(tmp_path)) == launch_digest(spec(tmp_path, gptq_kernel=GptqKernel.TORCH))
+    assert launch_digest(spec(tmp_path)) != launch_digest(replace(spec(tmp_path), capabilities=AVX2))
+
+
+def test_an_engine_that_was_limited_otherwise_was_started_otherwise(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    free = launch_digest(spec(tmp_path))
+    monkeypatch.setenv("ATEN_CPU_CAPABILITY", "avx2")
+    assert launch_digest(spec(tmp_path)) != free
+
+
+@pytest.mark.parametrize(("given", "used"), [(None, "INFO"), ("ERROR", "INFO"), ("DEBUG", "DEBUG")])
+def test_vllm_logs_what_the_phases_are_read_from(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, given: str | None, used: str
+) -> None:
+    """TRL sets the variable to ERROR in the process that trains, and then evaluates."""
+    if given is None:
+        monkeypatch.delenv("VLLM_LOGGING_LEVEL", raising=False)
+    else:
+        monkeypatch.setenv("VLLM_LOGGING_LEVEL", given)
+    assert environment(spec(tmp_path))["VLLM_LOGGING_LEVEL"] == used
+
+
+def test_our_variable_for_vllm_is_not_inherited(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(INT4_LINEAR_VARIABLE, "1")
+    assert INT4_LINEAR_VARIABLE not in environment(spec(tmp_path))
+
+
+def test_an_engine_of_the_release_before_is_known_as_started_alike(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a device where nothing is chosen otherwise now: what that release hashed."""
+    for name in CPU_LIMITS:
+        monkeypatch.delenv(name, raising=False)
+    settings = EngineSettings(device=Device.CPU).model_dump(
+        mode="json", exclude={"start_timeout_s", "gptq_kernel", "replicas"}
+    )
+    older = hashlib.sha256(json.dumps(["cpu", "0.32.0", "tuned", settings]).encode("utf-8")).hexdigest()
+    assert launch_digest(spec(tmp_path)) == older

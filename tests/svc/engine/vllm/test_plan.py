@@ -1,0 +1,431 @@
+"""What is chosen for an engine: by the person first, then by machine and model, and never beyond what there is."""
+
+from contextlib import nullcontext
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from svc.engine.capabilities import Capabilities
+from svc.engine.machine import Gpu, Machine
+from svc.engine.model_facts import ModelFacts
+from svc.engine.vllm.plan import GIB, EnginePlan, Origin, plan_engine, weight_bytes
+from svc.engine.vllm.plugin import INT4_LINEAR_VARIABLE
+from svc.errors import EngineError
+from svc.settings import Device, EngineSettings
+from tests.svc.engine.devices import AVX2, AVX512, HOPPER
+
+CACHE = Path("/home/cache")
+MODEL = ModelFacts(
+    weights=GIB // 4,
+    context=8192,
+    dtype="bfloat16",
+    heads=9,
+    kv_heads=3,
+    token_bytes=23_040,
+    divided_widths=(576, 1536),
+)
+H100 = Gpu("NVIDIA H100 80GB HBM3", 80 * GIB, 79 * GIB)
+HOST = Machine(cores=tuple(range(8)), quota=None, memory=64 * GIB, free=48 * GIB)
+CPU, GPU = Device.CPU, Device.CUDA
+
+
+def plan(
+    device: Device = CPU,
+    machine: Machine = HOST,
+    model: ModelFacts = MODEL,
+    args: tuple[str, ...] = (),
+    capabilities: Capabilities | None = None,
+    **settings: Any,
+) -> EnginePlan:
+    chosen = EngineSettings(args=args, **({"device": device} | settings))
+    return plan_engine(chosen, capabilities or (AVX512 if device is CPU else HOPPER), machine, model, CACHE)
+
+
+def origin_and_value(plan: EnginePlan, name: str) -> tuple[Origin, object]:
+    return plan[name].origin, plan[name].value
+
+
+def test_model_and_scheduler_share_a_process_with_as_many_threads_as_cores() -> None:
+    made = plan(machine=replace(HOST, cores=(2, 5)))
+    assert made["distributed_executor_backend"].origin is Origin.MACHINE
+    assert made.arguments[made.arguments.index("--distributed-executor-backend") + 1].endswith(".UniProcExecutor")
+    assert origin_and_value(made, "threads") == (Origin.MACHINE, 2)
+    assert made.variables["VLLM_CPU_OMP_THREADS_BIND"] == "nobind"
+    assert made.variables["OMP_NUM_THREADS"] == "2"
+
+
+APART = [
+    ({"args": ("--distributed-executor-backend", "mp")}, {}, Origin.ARGS),
+    ({"args": ("-pp", "2")}, {}, Origin.VLLM),
+    ({"args": ("--data-parallel-size=2",)}, {}, Origin.VLLM),
+    ({"args": ("--pipeline-parallel-size", "2")}, {}, Origin.VLLM),
+    ({}, {"nodes": 2}, Origin.VLLM),
+]
+
+
+@pytest.mark.parametrize(("settings", "machine", "origin"), APART)
+def test_with_a_process_of_its_own_the_model_has_threads_bound_to_all_cores(
+    settings: dict[str, Any], machine: dict[str, Any], origin: Origin
+) -> None:
+    made = plan(machine=replace(HOST, cores=(2, 5), **machine), **settings)
+    assert made["distributed_executor_backend"].origin is origin
+    assert "--distributed-executor-backend" not in made.arguments
+    assert origin_and_value(made, "threads") == (Origin.MACHINE, 2)
+    assert made.variables["VLLM_CPU_OMP_THREADS_BIND"] == "2,5"
+    assert "OMP_NUM_THREADS" not in made.variables
+
+
+def test_a_gpu_has_vllms_own_executor() -> None:
+    assert "--distributed-executor-backend" not in plan(GPU, machine=replace(HOST, gpus=(H100,))).arguments
+
+
+@pytest.mark.parametrize(("quota", "threads"), [(2.0, "2"), (2.9, "2"), (0.5, "1"), (1.0, "1")])
+def test_under_a_quota_threads_are_few_and_bound_to_no_core(quota: float, threads: str) -> None:
+    made = plan(machine=replace(HOST, cores=tuple(range(64)), quota=quota))
+    assert made.variables["OMP_NUM_THREADS"] == threads
+    assert made.variables["VLLM_CPU_OMP_THREADS_BIND"] == "nobind"
+
+
+def test_a_quota_above_the_cores_changes_nothing() -> None:
+    assert plan(machine=replace(HOST, quota=8.0)) == plan()
+
+
+def test_vllms_own_variable_for_threads_is_left_as_it_is() -> None:
+    made = plan(machine=replace(HOST, threads_bind="0-3"))
+    assert origin_and_value(made, "threads") == (Origin.ENVIRONMENT, "0-3")
+    assert made.variables["VLLM_CPU_OMP_THREADS_BIND"] == "0-3"
+
+
+def test_several_ranks_on_a_cpu_are_bound_by_vllm() -> None:
+    made = plan(tensor_parallel=2)
+    assert made["threads"].origin is Origin.VLLM
+    assert "VLLM_CPU_OMP_THREADS_BIND" not in made.variables
+
+
+def test_the_cache_is_what_the_longest_sequences_can_use() -> None:
+    made = plan(max_model_len=2048, max_concurrency=10)
+    assert origin_and_value(made, "kv_cache_memory_bytes") == (Origin.MODEL, 11 * 2048 * 23_040)
+    assert "10 sequences of 2048 tokens" in made["kv_cache_memory_bytes"].reason
+
+
+def test_a_sequence_takes_whole_blocks() -> None:
+    assert plan(max_model_len=33, max_concurrency=1)["kv_cache_memory_bytes"].value == 2 * 64 * 23_040
+
+
+def test_the_cache_is_no_more_than_half_of_what_is_free_beside_the_weights() -> None:
+    made = plan(machine=replace(HOST, free=2 * GIB + GIB // 4))
+    assert origin_and_value(made, "kv_cache_memory_bytes") == (Origin.MACHINE, GIB)
+    assert made["kv_cache_memory_bytes"].reason == "1.0 GiB: half of 2.0 GiB free beside the weights"
+
+
+def test_one_sequence_is_tried_where_little_is_free() -> None:
+    made = plan(machine=replace(HOST, free=0))
+    assert made["kv_cache_memory_bytes"].value == 2048 * 23_040
+
+
+def test_a_model_that_does_not_say_what_a_token_takes_gets_a_few_gib() -> None:
+    assert origin_and_value(plan(model=ModelFacts()), "kv_cache_memory_bytes") == (Origin.DEFAULT, 4 * GIB)
+
+
+def test_the_setting_for_the_cache_goes_before_the_machine() -> None:
+    assert origin_and_value(plan(kv_cache_gib=1.5), "kv_cache_memory_bytes") == (Origin.SETTING, 3 * GIB // 2)
+
+
+def test_arguments_change_what_the_cache_is_made_for() -> None:
+    made = plan(args=("--max-model-len", "1024", "--max-num-seqs=1", "--block-size", "16"))
+    assert made["kv_cache_memory_bytes"].value == 2 * 1024 * 23_040
+
+
+def test_float32_takes_twice_the_cache() -> None:
+    wide = plan(args=("--dtype", "float32"))["kv_cache_memory_bytes"].value
+    assert isinstance(wide, int)
+    assert wide / 2 == plan()["kv_cache_memory_bytes"].value
+
+
+def test_a_share_of_memory_in_the_arguments_is_not_overruled_by_a_size() -> None:
+    made = plan(args=("--gpu-memory-utilization", "0.4"), kv_cache_gib=2)
+    assert made["kv_cache_memory_bytes"].origin is Origin.ARGS
+    assert "--kv-cache-memory-bytes" not in made.arguments
+
+
+def test_a_context_beyond_the_models_is_cut() -> None:
+    assert origin_and_value(plan(max_model_len=9000), "max_model_len") == (Origin.MODEL, 8192)
+
+
+def test_what_a_person_set_is_told_from_a_default() -> None:
+    assert plan(max_model_len=2048)["max_model_len"].origin is Origin.SETTING
+    assert plan()["max_model_len"].origin is Origin.DEFAULT
+
+
+def gpus(count: int, gpu: Gpu = H100) -> Machine:
+    return replace(HOST, gpus=(gpu,) * count)
+
+
+@pytest.mark.parametrize(("count", "ranks"), [(0, 1), (1, 1), (2, 1), (3, 3), (4, 3), (8, 3)])
+def test_as_many_gpus_share_the_layers_as_divide_the_heads(count: int, ranks: int) -> None:
+    assert plan(GPU, gpus(count))["tensor_parallel_size"].value == ranks
+
+
+def test_groups_of_quantized_weights_stay_whole() -> None:
+    assert plan(GPU, gpus(3), replace(MODEL, group_size=128))["tensor_parallel_size"].value == 1
+
+
+def test_a_model_of_unknown_heads_is_not_divided() -> None:
+    assert plan(GPU, gpus(4), ModelFacts())["tensor_parallel_size"].value == 1
+
+
+@pytest.mark.parametrize("args", [("-pp", "3"), ("--data-parallel-size=3",)])
+def test_gpus_that_arguments_take_otherwise_are_not_taken_twice(args: tuple[str, ...]) -> None:
+    assert plan(GPU, gpus(8), args=args)["tensor_parallel_size"].value == 1
+    assert plan(GPU, gpus(9), args=args)["tensor_parallel_size"].value == 3
+
+
+def test_the_setting_for_parallelism_goes_before_the_machine() -> None:
+    assert origin_and_value(plan(GPU, gpus(4), tensor_parallel=2), "tensor_parallel_size") == (Origin.SETTING, 2)
+
+
+def test_an_empty_gpu_is_taken_to_nine_tenths() -> None:
+    assert origin_and_value(plan(GPU, gpus(1)), "gpu_memory_utilization") == (Origin.MACHINE, 0.9)
+
+
+def test_of_a_gpu_that_others_use_only_what_is_free_is_taken() -> None:
+    busy = replace(H100, free=40 * GIB)
+    assert plan(GPU, gpus(1, busy))["gpu_memory_utilization"].value == 0.49
+
+
+def test_the_fullest_of_the_gpus_that_are_used_decides() -> None:
+    machine = replace(HOST, gpus=(H100, replace(H100, free=20 * GIB)))
+    assert plan(GPU, machine, tensor_parallel=2)["gpu_memory_utilization"].value == 0.24
+    assert plan(GPU, machine, tensor_parallel=1)["gpu_memory_utilization"].value == 0.9
+
+
+def test_several_engines_share_the_gpu() -> None:
+    assert plan(GPU, gpus(1), replicas=2)["gpu_memory_utilization"].value == 0.45
+    assert plan(GPU, gpus(1), replicas=3)["gpu_memory_utilization"].value == 0.3
+
+
+def test_the_setting_for_gpu_memory_goes_before_the_machine() -> None:
+    assert origin_and_value(plan(GPU, gpus(1), gpu_memory_share=0.3), "gpu_memory_utilization") == (Origin.SETTING, 0.3)
+
+
+def test_gpus_that_are_not_seen_are_left_to_vllm() -> None:
+    made = plan(GPU)
+    assert made["gpu_memory_utilization"].origin is Origin.VLLM
+    assert "--gpu-memory-utilization" not in made.arguments
+
+
+@pytest.mark.parametrize("name", ["enable_prefix_caching", "enable_chunked_prefill"])
+def test_what_vllm_decides_well_is_shown_and_not_passed(name: str) -> None:
+    made = plan(GPU, gpus(1))
+    assert made[name].origin is Origin.VLLM
+    assert made[name].arguments == ()
+
+
+def test_a_switch_in_the_arguments_is_shown() -> None:
+    made = plan(args=("--no-enable-prefix-caching",))
+    assert origin_and_value(made, "enable_prefix_caching") == (Origin.ARGS, False)
+
+
+@pytest.mark.parametrize(
+    ("args", "value"),
+    [(("--enforce-eager",), True), (("--no-enforce-eager",), False), (("--no_enforce_eager",), False)],
+)
+def test_arguments_decide_on_compilation(args: tuple[str, ...], value: bool) -> None:
+    made = plan(args=args)
+    assert origin_and_value(made, "enforce_eager") == (Origin.ARGS, value)
+    assert ("TORCHDYNAMO_DISABLE" in made.variables) is value
+    assert "--enforce-eager" not in made.arguments
+
+
+def test_compiled_kernels_are_kept_under_the_home() -> None:
+    assert plan().variables["VLLM_CACHE_ROOT"] == str(CACHE)
+
+
+def test_rows_are_for_people_and_machines() -> None:
+    rows = plan(kv_cache_gib=2).rows()
+    assert next(row for row in rows if row["name"] == "kv_cache_memory_bytes") == {
+        "name": "kv_cache_memory_bytes",
+        "value": 2 * GIB,
+        "origin": "setting",
+        "reason": "2.0 GiB",
+    }
+
+
+sizes = st.integers(2**28, 2**42)
+quotas = st.none() | st.floats(0.01, 512)
+facts = st.builds(
+    ModelFacts,
+    weights=st.integers(0, 2**40),
+    context=st.none() | st.integers(16, 2**20),
+    dtype=st.sampled_from([None, "float32", "bfloat16", "float16"]),
+    heads=st.none() | st.integers(1, 128),
+    kv_heads=st.none() | st.integers(1, 128),
+    token_bytes=st.none() | st.integers(1, 2**22),
+    divided_widths=st.just(()) | st.tuples(st.integers(1, 2**15), st.integers(1, 2**16)),
+    group_size=st.none() | st.sampled_from([32, 64, 128]),
+)
+
+
+@st.composite
+def machines(draw: st.DrawFn) -> Machine:
+    memory = draw(sizes)
+    totals = draw(st.lists(sizes, max_size=9))
+    return Machine(
+        cores=tuple(sorted(draw(st.sets(st.integers(0, 511), min_size=1, max_size=64)))),
+        quota=draw(quotas),
+        memory=memory,
+        free=draw(st.integers(0, memory)),
+        gpus=tuple(Gpu("GPU", total, draw(st.integers(0, total))) for total in totals),
+    )
+
+
+OPTIONS = {
+    "--max-model-len": "512",
+    "--max-num-seqs": "3",
+    "--dtype": "float16",
+    "--block-size": "64",
+    "--kv-cache-memory-bytes": "1000000",
+    "--gpu-memory-utilization": "0.5",
+    "--tensor-parallel-size": "2",
+    "--seed": "1",
+}
+
+
+@given(machines(), facts)
+def test_the_cache_is_positive_and_below_the_memory_there_is(machine: Machine, model: ModelFacts) -> None:
+    size = plan(CPU, machine, model)["kv_cache_memory_bytes"].value
+    assert isinstance(size, int)
+    assert 0 < size < machine.memory
+
+
+@given(machines(), facts)
+def test_the_cache_leaves_the_weights_their_room(machine: Machine, model: ModelFacts) -> None:
+    size = plan(CPU, machine, model)["kv_cache_memory_bytes"].value
+    one_sequence = 2048 * (model.token_bytes or GIB)
+    assert isinstance(size, int)
+    assert size <= max((machine.free - model.weights) / 2, one_sequence)
+
+
+@given(machines(), facts)
+def test_threads_are_never_more_than_cores_or_quota(machine: Machine, model: ModelFacts) -> None:
+    threads = plan(CPU, machine, model)["threads"].value
+    assert isinstance(threads, int)
+    assert 1 <= threads <= min(len(machine.cores), max(1, machine.quota or len(machine.cores)))
+
+
+@given(machines(), facts)
+def test_ranks_divide_the_model_and_are_no_more_than_gpus(machine: Machine, model: ModelFacts) -> None:
+    ranks = plan(GPU, machine, model)["tensor_parallel_size"].value
+    assert isinstance(ranks, int)
+    assert ranks == 1 or (ranks <= len(machine.gpus) and model.divides(ranks))
+
+
+@given(machines(), facts)
+def test_a_share_of_gpu_memory_is_one_that_vllm_takes(machine: Machine, model: ModelFacts) -> None:
+    share = plan(GPU, machine, model)["gpu_memory_utilization"].value
+    assert share == "auto" if not machine.gpus else isinstance(share, float) and 0 < share <= 0.9
+
+
+@given(machines(), facts, st.sampled_from([CPU, GPU]), st.sets(st.sampled_from(list(OPTIONS))), st.booleans())
+def test_no_argument_is_passed_twice_and_each_is_shown_as_given(
+    machine: Machine, model: ModelFacts, device: Device, options: set[str], underscores: bool
+) -> None:
+    names = {name: f"--{name[2:].replace('-', '_')}" if underscores else name for name in options}
+    args = tuple(f"{spelled}={OPTIONS[name]}" for name, spelled in names.items())
+    made = plan(device, machine, model, args)
+    passed = [argument for argument in made.arguments if argument.startswith("--")]
+    assert len(passed) == len(set(passed))
+    assert not set(passed) & options
+    shown = {f"--{choice.name.replace('_', '-')}": choice.origin for choice in made.choices}
+    assert all(shown[name] is Origin.ARGS for name in options & set(shown))
+
+
+@given(machines(), facts, st.sampled_from([CPU, GPU]))
+def test_every_choice_has_its_own_name(machine: Machine, model: ModelFacts, device: Device) -> None:
+    names = [choice.name for choice in plan(device, machine, model).choices]
+    assert len(names) == len(set(names))
+
+
+GPTQ = replace(MODEL, quantization="gptq", group_size=64)
+
+
+def test_without_16_bits_that_are_fast_merged_weights_are_served_in_float32() -> None:
+    made = plan(capabilities=AVX2)
+    assert origin_and_value(made, "dtype") == (Origin.MACHINE, "float32")
+    assert made.arguments[made.arguments.index("--dtype") + 1] == "float32"
+
+
+def test_float32_takes_twice_the_memory() -> None:
+    tight = replace(HOST, free=GIB)
+    small, wide = (plan(machine=tight, capabilities=able)["kv_cache_memory_bytes"] for able in (AVX512, AVX2))
+    assert (small.value, wide.value) == ((GIB - MODEL.weights) // 2, (GIB - 2 * MODEL.weights) // 2)
+    roomy, wide_roomy = (plan(capabilities=able)["kv_cache_memory_bytes"].value for able in (AVX512, AVX2))
+    assert isinstance(roomy, int)
+    assert wide_roomy == 2 * roomy
+
+
+def test_weights_that_are_stored_in_float32_are_no_larger_in_memory() -> None:
+    assert weight_bytes(replace(MODEL, dtype="float32"), wide=True) == MODEL.weights
+
+
+def test_without_a_kernel_of_vllms_gptq_is_served_by_pytorchs_in_bfloat16() -> None:
+    made = plan(model=replace(GPTQ, dtype="float16"), capabilities=AVX2)
+    assert origin_and_value(made, "gptq_kernel") == (Origin.MACHINE, "torch")
+    assert origin_and_value(made, "dtype") == (Origin.MACHINE, "bfloat16")
+    assert made.variables[INT4_LINEAR_VARIABLE] == "1"
+    assert made.variables["VLLM_DISABLED_KERNELS"] == "CPUWNA16LinearKernel,ZentorchWNA16LinearKernel"
+
+
+@pytest.mark.parametrize(("device", "capabilities"), [(CPU, AVX512), (GPU, HOPPER)])
+def test_where_vllm_has_a_kernel_nothing_is_added(device: Device, capabilities: Capabilities) -> None:
+    made = plan(device, model=GPTQ, capabilities=capabilities)
+    assert origin_and_value(made, "gptq_kernel") == (Origin.MACHINE, "vllm")
+    assert origin_and_value(made, "dtype") == (Origin.MODEL, "bfloat16")
+    assert not {INT4_LINEAR_VARIABLE, "VLLM_DISABLED_KERNELS"} & set(made.variables)
+    assert "--dtype" not in made.arguments
+
+
+def test_the_setting_takes_pytorchs_kernel_where_vllm_has_one_too() -> None:
+    made = plan(model=GPTQ, gptq_kernel="torch")
+    assert origin_and_value(made, "gptq_kernel") == (Origin.SETTING, "torch")
+    assert made.variables[INT4_LINEAR_VARIABLE] == "1"
+
+
+def test_a_model_that_is_not_quantized_needs_no_such_kernel() -> None:
+    made = plan(capabilities=AVX2, gptq_kernel="vllm")
+    assert "gptq_kernel" not in [choice.name for choice in made.choices]
+
+
+def test_a_person_decides_on_the_number_type() -> None:
+    made = plan(capabilities=AVX2, args=("--dtype", "bfloat16"))
+    assert origin_and_value(made, "dtype") == (Origin.ARGS, "bfloat16")
+
+
+@pytest.mark.parametrize(
+    ("capabilities", "value", "own", "taken"),
+    [
+        (AVX2, "float32", "bfloat16", False),
+        (AVX2, "float16", "bfloat16", False),
+        (AVX2, "auto", "float16", False),
+        (AVX2, "auto", "bfloat16", True),
+        (AVX2, "bfloat16", "float16", True),
+        (AVX512, "float32", "bfloat16", False),
+        (AVX512, "half", "bfloat16", True),
+        (AVX512, "auto", None, True),
+    ],
+)
+def test_a_number_type_with_which_vllm_would_not_start_is_refused_for_gptq(
+    capabilities: Capabilities, value: str, own: str | None, taken: bool
+) -> None:
+    with nullcontext() if taken else pytest.raises(EngineError, match=f"--dtype {value} in engine.args"):
+        plan(capabilities=capabilities, model=replace(GPTQ, dtype=own), args=("--dtype", value))
+    plan(capabilities=capabilities, args=("--dtype", value))
+
+
+def test_gptq_that_cannot_be_served_is_refused_before_the_start() -> None:
+    with pytest.raises(EngineError, match="no kernel for GPTQ"):
+        plan(model=GPTQ, capabilities=AVX2, gptq_kernel="vllm")

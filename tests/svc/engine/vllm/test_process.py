@@ -1,0 +1,261 @@
+"""An engine process is ready when it answers, says why when it does not, and is never left behind."""
+
+import asyncio
+import json
+import re
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import suppress
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import psutil
+import pytest
+
+from svc.engine import orphans as leftover
+from svc.engine.vllm import process as process_module
+from svc.engine.vllm.launch import EngineSpec
+from svc.engine.vllm.process import EngineProcess
+from svc.engine.vllm.startup_phase import EnginePhase
+from svc.errors import EngineError
+from svc.settings import Device, EngineSettings
+from tests.svc.engine.devices import AVX512
+
+SERVER = Path(__file__).parents[1] / "fake_server.py"
+PARENT = """
+import asyncio, sys
+from pathlib import Path
+from svc.engine.vllm import process
+from svc.engine.vllm.launch import EngineSpec
+from svc.settings import EngineSettings
+from tests.svc.engine.devices import AVX512
+
+folder, server = Path(sys.argv[1]), sys.argv[2]
+process.command = lambda spec: [sys.executable, server, "family", str(spec.socket)]
+spec = EngineSpec(folder, "tuned", folder, folder, folder / "engine.log", folder, AVX512, EngineSettings(device="cpu"))
+
+async def main():
+    engine = process.EngineProcess(spec)
+    await engine.start()
+    print(engine._child.pid, flush=True)
+    await asyncio.sleep(60)
+
+asyncio.run(main())
+"""
+Start = Callable[..., EngineProcess]
+
+
+@pytest.fixture
+def folder() -> Iterator[Path]:
+    """Short, for the path of a socket."""
+    with TemporaryDirectory(prefix="svc") as name:
+        yield Path(name)
+
+
+@pytest.fixture
+async def engine_in(folder: Path, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Start]:
+    """Makes an engine in a mode of the fake server; all are ended after the test."""
+    made: list[EngineProcess] = []
+    monkeypatch.setattr(process_module, "_POLL_S", 0.02)
+
+    def make(mode: str, **settings: Any) -> EngineProcess:
+        command = [sys.executable, str(SERVER), mode]
+        monkeypatch.setattr(process_module, "command", lambda spec: [*command, str(spec.socket)])
+        spec = EngineSpec(
+            model=folder / "model",
+            served_name="tuned",
+            runtime=folder,
+            state=folder,
+            log=folder / "logs" / "engine.log",
+            cache=folder,
+            capabilities=AVX512,
+            settings=EngineSettings(device=Device.CPU, **settings),
+        )
+        made.append(EngineProcess(spec))
+        return made[-1]
+
+    yield make
+    for engine in made:
+        await engine.stop()
+
+
+def pid_of(engine: EngineProcess) -> int:
+    assert engine._child is not None
+    return engine._child.pid
+
+
+def lives(pid: int) -> bool:
+    try:
+        return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
+
+
+def child_of(engine: EngineProcess) -> int:
+    found = re.search(r"child (\d+)", engine.spec.log.read_text())
+    assert found
+    return int(found[1])
+
+
+async def test_it_is_started_when_it_answers(engine_in: Start) -> None:
+    engine = engine_in("ready")
+    await engine.start()
+    assert await engine.client.healthy()
+
+
+@pytest.mark.slow
+async def test_a_person_hears_what_it_is_doing(engine_in: Start, monkeypatch: pytest.MonkeyPatch) -> None:
+    heard: list[EnginePhase] = []
+    engine = engine_in("hang", start_timeout_s=2)  # a busy machine starts Python slowly
+    with pytest.raises(EngineError):
+        await engine.start(heard.append)
+    assert heard == [EnginePhase.PYTHON, EnginePhase.ARGUMENTS]
+
+
+async def test_stopping_ends_it_and_takes_its_socket_away(engine_in: Start) -> None:
+    engine = engine_in("ready")
+    await engine.start()
+    await engine.stop()
+    assert not lives(pid_of(engine))
+    assert not engine.spec.socket.exists()
+    assert await engine.wait() == -signal.SIGTERM
+
+
+async def test_the_sockets_between_its_processes_go_with_it_and_those_of_one_that_was_killed_before(
+    engine_in: Start, folder: Path
+) -> None:
+    def bind(name: str) -> None:
+        with socket.socket(socket.AF_UNIX) as left:
+            left.bind(str(folder / name))
+
+    bind("of-one-before")
+    engine = engine_in("family")
+    await engine.start()
+    assert [path.name for path in folder.iterdir() if path.is_socket()] == [engine.spec.socket.name]
+    bind("its-own")
+    await engine.stop()
+    assert not [path for path in folder.iterdir() if path.is_socket()]
+
+
+async def test_stopping_ends_its_children_too(engine_in: Start) -> None:
+    engine = engine_in("family")
+    await engine.start()
+    child = child_of(engine)
+    assert lives(child)
+    await engine.stop()
+    assert not lives(child)
+
+
+async def test_children_of_an_engine_that_died_are_ended(engine_in: Start) -> None:
+    engine = engine_in("family")
+    await engine.start()
+    psutil.Process(pid_of(engine)).kill()
+    await engine.wait()
+    await engine.stop()
+    assert not lives(child_of(engine))
+
+
+async def test_one_that_ignores_the_request_is_killed(engine_in: Start, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(leftover, "STOP_GRACE_S", 0.2)
+    engine = engine_in("stubborn")
+    await engine.start()
+    await engine.stop()
+    assert await engine.wait() == -signal.SIGKILL
+
+
+async def test_stopping_twice_is_no_fault(engine_in: Start) -> None:
+    engine = engine_in("ready")
+    await engine.start()
+    await engine.stop()
+    await engine.stop()
+
+
+async def test_one_that_was_never_started_can_be_stopped(engine_in: Start) -> None:
+    engine = engine_in("ready")
+    await engine.stop()
+    assert await engine.wait() == 0
+
+
+async def test_its_death_is_noticed(engine_in: Start) -> None:
+    engine = engine_in("ready")
+    await engine.start()
+    psutil.Process(pid_of(engine)).kill()
+    assert await asyncio.wait_for(engine.wait(), 5) == -signal.SIGKILL
+    assert not await engine.client.healthy()
+
+
+async def test_the_log_of_the_one_before_is_kept(engine_in: Start, folder: Path) -> None:
+    with pytest.raises(EngineError):
+        await engine_in("crash").start()
+    await engine_in("ready").start()
+    assert "bad weights" in (folder / "logs" / "engine.log.1").read_text()
+    assert "bad weights" not in (folder / "logs" / "engine.log").read_text()
+
+
+async def test_one_that_ends_at_once_says_its_last_error_and_its_log(engine_in: Start) -> None:
+    engine = engine_in("crash")
+    with pytest.raises(EngineError, match="ended with code 3 before it was ready: ValueError: bad weights") as caught:
+        await engine.start()
+    assert str(engine.spec.log) in caught.value.todo
+
+
+async def test_one_that_is_not_ready_in_time_is_ended(engine_in: Start) -> None:
+    engine = engine_in("hang", start_timeout_s=0.3)
+    with pytest.raises(EngineError, match="not ready after 0 s") as caught:
+        await engine.start()
+    assert "engine.start_timeout_s" in caught.value.todo
+    assert not lives(pid_of(engine))
+
+
+async def test_a_start_that_is_given_up_leaves_nothing_behind(engine_in: Start) -> None:
+    engine = engine_in("hang")
+    start = asyncio.create_task(engine.start())
+    while engine._child is None:
+        await asyncio.sleep(0.01)
+    start.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await start
+    assert not lives(pid_of(engine))
+
+
+async def test_the_engine_of_a_parent_that_was_killed_is_ended_at_the_next_start(
+    engine_in: Start, folder: Path
+) -> None:
+    arguments = [sys.executable, "-c", PARENT, str(folder), str(SERVER)]
+    parent = await asyncio.create_subprocess_exec(*arguments, stdout=subprocess.PIPE)
+    assert parent.stdout is not None
+    leftover = int(await parent.stdout.readline())
+    parent.kill()
+    await parent.wait()
+    assert lives(leftover)
+    try:
+        engine = engine_in("ready")
+        await engine.start()
+        assert not lives(leftover)
+        assert await engine.client.healthy()
+    finally:
+        with suppress(psutil.NoSuchProcess):
+            psutil.Process(leftover).kill()
+
+
+async def test_another_process_with_a_number_used_again_is_left_alone(engine_in: Start, folder: Path) -> None:
+    stranger = await asyncio.create_subprocess_exec(sys.executable, "-c", "import time; time.sleep(60)")
+    (folder / "engine.json").write_text(json.dumps({"pid": stranger.pid, "created": 1.0}))
+    try:
+        await engine_in("ready").start()
+        assert lives(stranger.pid)
+    finally:
+        stranger.kill()
+        await stranger.wait()
+
+
+@pytest.mark.parametrize("record", ["", "{", "[]", "{}", '{"pid": "x", "created": 1}', '{"pid": -5, "created": 1}'])
+async def test_a_record_that_is_damaged_does_not_stop_a_start(engine_in: Start, folder: Path, record: str) -> None:
+    (folder / "engine.json").write_text(record)
+    engine = engine_in("ready")
+    await engine.start()
+    assert await engine.client.healthy()

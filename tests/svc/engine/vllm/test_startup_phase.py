@@ -1,0 +1,70 @@
+"""The phase of a start is the furthest one that the engine's log has reached."""
+
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from svc.engine.vllm.startup_phase import EnginePhase, PhaseReader
+
+LINES = {
+    # As vLLM 0.32 writes them on a CPU.
+    EnginePhase.ARGUMENTS: "(APIServer pid=1) INFO 11-25 04:02:25 [api_utils.py:286] non-default args: {'uds': 'x'}",
+    EnginePhase.CORE: "(EngineCore pid=2) INFO 11-25 04:02:34 [core.py:133] Initializing a V1 LLM engine (v0.32.0)",
+    EnginePhase.WEIGHTS: "(Worker pid=3) INFO 11-25 04:02:41 [cpu_model_runner.py:68] Starting to load model /m...",
+    EnginePhase.CACHE: "(Worker pid=3) INFO 11-25 04:02:41 [default_loader.py:501] Loading weights took 0.01 seconds",
+    EnginePhase.WARM_UP: "(EngineCore pid=2) INFO 11-25 04:02:42 [kv_cache_utils.py:2327] CPU KV cache size: 2,097",
+    EnginePhase.DOOR: "(APIServer pid=1) INFO 11-25 04:02:43 [entry.py:140] Starting vLLM server on unix:/run/s.sock",
+}
+
+
+def log_of(folder: Path, *lines: str) -> Path:
+    log = folder / "engine.log"
+    log.write_text("".join(f"{line}\n" for line in lines))
+    return log
+
+
+@pytest.mark.parametrize("phase", LINES)
+def test_vllms_own_words_begin_a_phase(tmp_path: Path, phase: EnginePhase) -> None:
+    assert PhaseReader(log_of(tmp_path, "INFO something", LINES[phase], "WARNING else")).look() is phase
+
+
+def test_without_a_log_python_starts(tmp_path: Path) -> None:
+    assert PhaseReader(tmp_path / "none.log").look() is EnginePhase.PYTHON
+
+
+def test_a_line_that_is_only_begun_is_read_when_it_ends(tmp_path: Path) -> None:
+    log, line = tmp_path / "engine.log", LINES[EnginePhase.CORE]
+    reader = PhaseReader(log)
+    log.write_text(line[:60])
+    assert reader.look() is EnginePhase.PYTHON
+    log.write_text(f"{line}\n")
+    assert reader.look() is EnginePhase.CORE
+
+
+def test_the_phase_stays_where_nothing_new_is_said(tmp_path: Path) -> None:
+    reader = PhaseReader(log_of(tmp_path, LINES[EnginePhase.CACHE]))
+    assert [reader.look(), reader.look()] == [EnginePhase.CACHE] * 2
+
+
+def test_a_later_look_reads_only_what_is_new(tmp_path: Path) -> None:
+    log = log_of(tmp_path, "x" * 100)
+    reader = PhaseReader(log)
+    reader.look()
+    log.write_text(f"{LINES[EnginePhase.CORE]}\n"[:101])  # in the place of what was read
+    assert reader.look() is EnginePhase.PYTHON
+
+
+@given(st.lists(st.sampled_from(list(LINES)), max_size=8), st.integers(1, 200))
+def test_phases_never_go_back_however_the_log_comes(
+    tmp_path_factory: pytest.TempPathFactory, said: list[EnginePhase], piece: int
+) -> None:
+    text = "".join(f"{LINES[phase]}\n" for phase in said)
+    log = tmp_path_factory.mktemp("log") / "engine.log"
+    reader, order, seen = PhaseReader(log), list(EnginePhase), []
+    for end in range(piece, len(text) + piece, piece):
+        log.write_text(text[:end])
+        seen.append(order.index(reader.look()))
+    assert seen == sorted(seen)
+    assert seen[-1:] == [max(order.index(phase) for phase in said)][: len(said)] if said else not seen
