@@ -27,8 +27,8 @@ import click
 
 from benchmarks.interval import interval
 from benchmarks.matrix_share import measure_matrix_speed, needed_flops, plan_batches, read_shape
-from svc.dataset.example import ChatExample
-from svc.dataset.reader import read_examples
+from svc.dataset.readers.reader import read_examples
+from svc.dataset.schema.example import ChatExample
 from svc.engine.capabilities import NumberType, read_capabilities
 from svc.settings import load_settings
 from svc.terminal import counting, output, print_json

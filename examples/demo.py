@@ -26,15 +26,15 @@ from examples.duration import measure_machine
 from examples.load import Load
 from examples.service import serving, svc, svc_json
 from examples.tamper import alter_weights, replace_weights
-from svc.dataset.reader import read_examples
+from svc.dataset.readers.reader import read_examples
 from svc.errors import SvcError
 from svc.lock import lock_holder
 from svc.registry.card import figures
 from svc.registry.registry import Registry
-from svc.registry.version import VersionId
 from svc.server_url import LOCK_FILE
 from svc.settings import Settings
 from svc.terminal import waiting
+from svc.version import VersionId
 
 ROOT = Path(__file__).parents[1]
 TASK = ROOT / "examples" / "debian-triage"

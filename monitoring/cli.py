@@ -158,7 +158,7 @@ def _drift(settings: Settings, state: Mapping[str, Any]) -> dict[str, str]:
     """How drift and held-out quality of the version that serves stood at the last check of this home."""
     from monitoring.drift.production import read_drift
     from svc.registry.registry import Registry
-    from svc.registry.version import Format, Target, VersionId
+    from svc.version import Format, Target, VersionId
 
     try:
         target = Target(VersionId.parse(state["version"]), Format(state["format"]))

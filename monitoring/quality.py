@@ -22,8 +22,8 @@ from sqlalchemy import Engine as Store
 
 from svc.errors import NotFoundError
 from svc.registry.registry import Registry
-from svc.registry.version import Target
 from svc.store.holdouts import HoldoutRun, first_holdout_run, newest_holdout_run
+from svc.version import Target
 
 ALPHA = 1e-4
 LEAST_NLL_CHANGE = 0.05

@@ -12,9 +12,9 @@ from serving.client.promotion import Promotion
 from svc.errors import BusyError, NotFoundError, RefusedError
 from svc.invocation import json_option, settings_of
 from svc.registry.registry import Registry
-from svc.registry.version import Format, Target, VersionId
 from svc.store.desired import Desired
 from svc.store.swaps import SwapOutcome, SwapRecord
+from svc.version import Format, Target, VersionId
 
 _format_option = click.option(
     "--format",

@@ -9,7 +9,7 @@ from collections.abc import Callable
 
 from serving.admission import EngineUnavailableError
 from svc.errors import NotFoundError
-from svc.registry.version import Alias, Target, VersionId
+from svc.version import Alias, Target, VersionId
 
 SHOWN_CHARS = 100
 """How much of a client's own text comes back in an error."""

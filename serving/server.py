@@ -49,11 +49,11 @@ from svc.engine.vllm.runtime import socket_folder, state_folder, state_folders
 from svc.listening import address_family, http_url, listen_error
 from svc.lock import hold_lock
 from svc.registry.registry import Registry
-from svc.registry.version import Target
 from svc.server_url import LOCK_FILE
 from svc.settings import Settings
 from svc.store.desired import Desired
 from svc.store.swaps import find_swap
+from svc.version import Target
 
 log = logging.getLogger(__name__)
 

@@ -24,7 +24,7 @@ def train(
     ctx: click.Context, recipe: Path, overrides: tuple[str, ...], quick: bool, skip_bad: bool, as_json: bool
 ) -> None:
     """Make a version of RECIPE, from where an earlier try was interrupted."""
-    from svc.dataset.bad_lines import BadLines
+    from svc.dataset.readers.bad_lines import BadLines
     from svc.terminal import console, quiet_libraries
     from trainer.pipeline.run_folder import read_run_examples
     from trainer.recipe.file import load_recipe

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict
 
-from svc.dataset.example import ChatExample
+from svc.dataset.schema.example import ChatExample
 from svc.engine.probes import EngineFacts, Probe, Scored, check_probes, choose_sequences, make_probes, measure_probes
 from svc.engine.vllm.client import EngineClient
 from svc.engine.vllm.process import Engine

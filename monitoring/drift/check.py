@@ -29,10 +29,10 @@ from monitoring.drift.streams import (
 from monitoring.drift.two_sample.alpha_spending import BURST, REQUESTS_PER_DAY, Signal
 from svc.redaction import Redactor
 from svc.registry.registry import Registry
-from svc.registry.version import Target
 from svc.settings import RecordSettings
 from svc.store.answered import content_is_kept
 from svc.store.drift import DriftAlarm, DriftState, keep_drift, read_drift_alarms, read_drift_states
+from svc.version import Target
 
 log = logging.getLogger(__name__)
 

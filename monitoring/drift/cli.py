@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from sqlalchemy import Engine as Store
 
     from svc.registry.registry import Registry
-    from svc.registry.version import Target
+    from svc.version import Target
 
 
 @click.command()
@@ -56,8 +56,8 @@ def drift(ctx: click.Context, model: str, as_json: bool) -> None:
 
 def _target(registry: "Registry", store: "Store", model: str) -> "Target":
     """The version and the format in which it serves, or served."""
-    from svc.registry.version import Format, Target
     from svc.store.desired import read_desired
+    from svc.version import Format, Target
 
     version = registry.resolve(model)
     desired = read_desired(store, version.name)

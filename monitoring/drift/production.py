@@ -11,11 +11,11 @@ from monitoring.quality import QualityReport, read_quality
 from svc.errors import BusyError, SvcError
 from svc.lock import hold_lock
 from svc.registry.registry import Registry
-from svc.registry.version import Target
 from svc.settings import Settings
 from svc.store.database import open_database
 from svc.store.desired import desired_names, read_desired
 from svc.store.drift import read_drift_states
+from svc.version import Target
 
 log = logging.getLogger(__name__)
 

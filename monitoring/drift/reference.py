@@ -12,14 +12,14 @@ from typing import Any
 from monitoring.drift.features.answer import Answer, AnswerSampler, is_greedy
 from monitoring.drift.features.prompt import Prompt, PromptSampler
 from monitoring.drift.features.sample import Sample, evenly_picked, first_of_recent
-from svc.dataset.example import ChatExample
-from svc.dataset.text_space import TEXT_SPACE_FILE, load_text_space
+from svc.dataset.schema.example import ChatExample
 from svc.errors import NotFoundError
 from svc.evaluation.results import ExampleResult
 from svc.redaction import Redactor
 from svc.registry.registry import Registry
-from svc.registry.version import Target
 from svc.store.answered import AnsweredRequest
+from svc.text_space import TEXT_SPACE_FILE, load_text_space
+from svc.version import Target
 
 _MOST_COMPARED = 1_000
 """Held-out examples; ten times the largest window. More make no test sharper, and each slower by their square."""

@@ -14,8 +14,8 @@ from monitoring.drift.signals import CLASSIFIER
 from monitoring.drift.two_sample.alpha_spending import Signal
 from monitoring.drift.two_sample.univariate import false_discovery_rates
 from monitoring.quality import Quality, QualityReport
-from svc.registry.version import Target
 from svc.store.drift import DriftAlarm
+from svc.version import Target
 
 FALSE_DISCOVERIES = 0.05
 """Of the features that are marked as moved, so many are marked falsely, on average."""

@@ -18,7 +18,6 @@ from monitoring.drift.reference import Reference, read_prompt
 from monitoring.drift.report import Line, compare
 from monitoring.drift.signals import RatingFeature, answer_tests, input_tests, rating_tests
 from monitoring.drift.two_sample.alpha_spending import SIGNAL_SHARES, WINDOWS, Signal
-from svc.registry.version import Target
 from svc.store.answered import (
     AnsweredRequest,
     RatedAnswer,
@@ -28,6 +27,7 @@ from svc.store.answered import (
     read_earlier_ratings,
     read_ratings,
 )
+from svc.version import Target
 
 MEMORY = max(RECENT, *(window.size for window in WINDOWS))
 _MOST_WAITING = 20_000

@@ -15,9 +15,9 @@ from monitoring.drift.report import SignalReport, Status
 from monitoring.quality import Quality, QualityReport, read_quality
 from svc.errors import SvcError
 from svc.registry.registry import Registry
-from svc.registry.version import Target
 from svc.store.drift import read_drift_states
 from svc.store.holdouts import HoldoutOutcome, newest_holdout_run
+from svc.version import Target
 
 log = logging.getLogger(__name__)
 

@@ -11,7 +11,7 @@ from svc.errors import IntegrityError, NotFoundError
 from svc.evaluation.evaluator import EvaluationReport
 from svc.registry.manifest import Manifest
 from svc.registry.registry import Registry
-from svc.registry.version import VersionId
+from svc.version import VersionId
 
 log = logging.getLogger(__name__)
 

@@ -21,7 +21,7 @@ from serving.background.scheduler import OwnQuestions, SupersededError
 from serving.engines.pool import EnginePool
 from serving.engines.replica import Load
 from serving.telemetry.metrics import Traffic
-from svc.dataset.example import ChatExample
+from svc.dataset.schema.example import ChatExample
 from svc.engine.probes import EngineFacts
 from svc.engine.state import EngineState
 from svc.engine.vllm.client import EngineClient
@@ -29,8 +29,8 @@ from svc.errors import EngineError, NotFoundError, SvcError
 from svc.evaluation.evaluator import ask_example
 from svc.evaluation.results import ExampleResult
 from svc.registry.registry import Registry
-from svc.registry.version import Target
 from svc.store.holdouts import HoldoutCause, HoldoutOutcome, HoldoutRun, add_holdout_run, newest_holdout_run
+from svc.version import Target
 
 log = logging.getLogger(__name__)
 

@@ -26,8 +26,8 @@ from svc.errors import EngineError, IntegrityError, NotFoundError
 from svc.evaluation.evaluator import mean_logprob
 from svc.redaction import PLACEHOLDERS
 from svc.registry.registry import Registry, results_file
-from svc.registry.version import Target
 from svc.store.scores import KeptAnswer, keep_logprob, newest_unscored
+from svc.version import Target
 
 log = logging.getLogger(__name__)
 

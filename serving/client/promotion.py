@@ -10,12 +10,12 @@ from sqlalchemy import Engine as Store
 
 from svc.errors import BusyError, NotFoundError, ServerNotRunningError
 from svc.registry.registry import Registry
-from svc.registry.version import Target
 from svc.server_url import server_url
 from svc.settings import Settings
 from svc.store.database import open_database
 from svc.store.desired import Desired, change_desired, read_desired
 from svc.store.swaps import SwapRecord, find_swap
+from svc.version import Target
 
 _POLL_S = 0.1
 _TIMEOUT_S = 10.0

@@ -20,7 +20,7 @@ from serving.router import Routes
 from serving.telemetry.engine_metrics import EngineSource
 from serving.telemetry.metrics import Traffic
 from svc.engine.state import EngineState
-from svc.registry.version import Target
+from svc.version import Target
 
 log = logging.getLogger(__name__)
 

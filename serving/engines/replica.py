@@ -19,7 +19,7 @@ from svc.engine.vllm.client import EngineClient
 from svc.engine.vllm.plan import EnginePlan
 from svc.engine.vllm.process import LastingEngine
 from svc.engine.vllm.startup_phase import EnginePhase
-from svc.registry.version import Target
+from svc.version import Target
 
 log = logging.getLogger(__name__)
 

@@ -11,8 +11,8 @@ from svc.engine.probes import EngineFacts, Probe, check_probes, make_probes, mea
 from svc.engine.vllm.client import EngineClient
 from svc.errors import ProbeError
 from svc.registry.registry import Registry
-from svc.registry.version import Target
 from svc.store.retaken_probes import find_retaken_probes, keep_retaken_probes
+from svc.version import Target
 
 log = logging.getLogger(__name__)
 

@@ -18,8 +18,8 @@ from serving.router import SHOWN_CHARS
 from serving.telemetry.metrics import CLIENT_GONE_STATUS
 from serving.telemetry.request_log import RecordWriter
 from svc.errors import NotFoundError, SvcError
-from svc.registry.version import VersionId
 from svc.store.feedback import Feedback, KeptFeedback, Rating, keep_feedback
+from svc.version import VersionId
 
 MAX_BODY_BYTES = 256 * 1024
 MAX_CORRECTION_CHARS = 32 * 1024

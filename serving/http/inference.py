@@ -30,9 +30,9 @@ from serving.router import Routes
 from serving.telemetry.content import Content
 from serving.telemetry.metrics import CLIENT_GONE_STATUS, UNKNOWN_MODEL, Traffic
 from serving.telemetry.request_log import RecordWriter
-from svc.registry.version import Target
 from svc.settings import ServeSettings
 from svc.store.requests import RequestRecord
+from svc.version import Target
 
 _EVENT_STREAM = "text/event-stream"
 

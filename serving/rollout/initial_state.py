@@ -4,8 +4,8 @@ from sqlalchemy import Engine as Store
 
 from svc.errors import NotFoundError
 from svc.registry.registry import Registry
-from svc.registry.version import Format, Target, VersionId
 from svc.store.desired import Desired, change_desired, desired_names, read_desired
+from svc.version import Format, Target, VersionId
 
 _PREFERRED = (Format.GPTQ, Format.MERGED)
 

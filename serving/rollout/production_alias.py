@@ -7,7 +7,7 @@ import asyncio
 import logging
 
 from svc.registry.tracking import Tracking
-from svc.registry.version import Alias, VersionId
+from svc.version import Alias, VersionId
 
 log = logging.getLogger(__name__)
 

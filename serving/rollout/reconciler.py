@@ -22,9 +22,9 @@ from serving.router import Routes
 from serving.telemetry.metrics import Traffic
 from svc.engine.state import EngineState
 from svc.errors import BusyError, SvcError, SwapError
-from svc.registry.version import Target
 from svc.store.desired import Desired, change_desired, read_desired
 from svc.store.swaps import SwapOutcome, SwapResult, find_swap
+from svc.version import Target
 
 log = logging.getLogger(__name__)
 

@@ -25,9 +25,9 @@ from svc.engine.state import EngineState
 from svc.errors import EngineError, ProbeError, SvcError
 from svc.registry.fingerprint import compatibility_fingerprint
 from svc.registry.registry import Registry
-from svc.registry.version import Target
 from svc.settings import SwapChoice
 from svc.store.swaps import SwapKind, SwapOutcome, SwapResult
+from svc.version import Target
 
 log = logging.getLogger(__name__)
 

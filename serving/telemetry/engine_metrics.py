@@ -14,7 +14,7 @@ from prometheus_client import Metric
 from prometheus_client.parser import text_string_to_metric_families
 from prometheus_client.registry import Collector
 
-from svc.registry.version import Target
+from svc.version import Target
 
 log = logging.getLogger(__name__)
 

@@ -16,9 +16,9 @@ from serving.protocols.wire_formats import Usage
 from serving.telemetry.quantiles import VersionQuantiles
 from serving.telemetry.request_log import Dropped
 from svc.engine.state import EngineState
-from svc.registry.version import Target, VersionId
 from svc.store.feedback import Rating
 from svc.store.swaps import SwapOutcome, SwapResult
+from svc.version import Target, VersionId
 
 CLIENT_GONE_STATUS = 499
 """nginx's code for a client that left before its answer began; it is counted and never sent."""

@@ -14,7 +14,7 @@ from prometheus_client import Metric
 from prometheus_client.core import GaugeMetricFamily
 from prometheus_client.registry import Collector
 
-from svc.registry.version import VersionId
+from svc.version import VersionId
 
 RELATIVE_ACCURACY = 0.01
 SLOTS = 10

@@ -11,7 +11,7 @@ import click
 from svc.invocation import json_option, settings_of
 
 if TYPE_CHECKING:
-    from svc.dataset.check import DataReport
+    from svc.dataset.checks.check import DataReport
 
 _SHOWN = 50  # problems a person reads; --json has all
 _BALANCE_SHOWN = 20
@@ -42,9 +42,9 @@ def check(
 
     FILES are files, folders or hub datasets (hf:ORG/NAME), which are to be trained on together.
     """
-    from svc.dataset.check import check_files
-    from svc.dataset.source import data_files
-    from svc.dataset.text_checks import special_tokens
+    from svc.dataset.checks.check import check_files
+    from svc.dataset.checks.text_checks import special_tokens
+    from svc.dataset.readers.source import data_files
     from svc.terminal import reading
 
     cache = settings_of(ctx).base_cache
@@ -91,7 +91,7 @@ def _machine(report: "DataReport") -> dict[str, object]:
 def _show(report: "DataReport") -> None:
     from itertools import islice
 
-    from svc.dataset.problem import Severity, printable
+    from svc.dataset.problem.problem import Severity, printable
 
     warnings = len(report.problems) - report.errors
     click.echo(f"{report.file}: {report.examples} examples in {report.lines} lines")
@@ -114,6 +114,6 @@ def _show(report: "DataReport") -> None:
 
 
 def _todo(code: str) -> str:
-    from svc.dataset.problem import TODO, Code
+    from svc.dataset.problem.problem import TODO, Code
 
     return TODO[Code(code)]

@@ -4,7 +4,7 @@ import hashlib
 import json
 from collections.abc import Iterable
 
-from svc.dataset.example import ChatExample
+from svc.dataset.schema.example import ChatExample
 
 
 def fingerprint(examples: Iterable[ChatExample]) -> str:

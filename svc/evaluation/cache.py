@@ -10,8 +10,8 @@ from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from svc.dataset.example import ChatExample
 from svc.dataset.fingerprint import fingerprint
+from svc.dataset.schema.example import ChatExample
 from svc.disk import write_whole
 from svc.evaluation.results import ExampleResult
 

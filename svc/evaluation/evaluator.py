@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 from pydantic import BaseModel, ConfigDict
 
-from svc.dataset.example import ChatExample
+from svc.dataset.schema.example import ChatExample
 from svc.engine.vllm.client import ENDED, Answer, EngineClient
 from svc.errors import EngineError
 from svc.evaluation.metrics import Estimate, is_json, matches, mean, proportion

@@ -8,7 +8,7 @@ from svc.errors import BusyError
 from svc.invocation import json_option, settings_of
 from svc.registry.manifest import Manifest
 from svc.registry.registry import Registry
-from svc.registry.version import VersionId
+from svc.version import VersionId
 
 
 @click.group(invoke_without_command=True)

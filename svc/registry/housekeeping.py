@@ -15,9 +15,9 @@ from sqlalchemy import Engine
 from svc.errors import BusyError
 from svc.lock import hold_lock, lock_holder
 from svc.registry.registry import Registry
-from svc.registry.version import VersionId
 from svc.store.desired import read_desired
 from svc.store.swaps import find_swap
+from svc.version import VersionId
 
 _DAY_S = 86_400
 _RUNS, _LOCK, _REGISTERED = "runs", "lock", "register.json"

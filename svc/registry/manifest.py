@@ -12,7 +12,7 @@ from svc.engine.probes import MAX_PROBES, Probe
 from svc.errors import IntegrityError
 from svc.evaluation.evaluator import EvaluationReport
 from svc.registry.files import FileRecord
-from svc.registry.version import NAME_PATTERN, Format, VersionId
+from svc.version import NAME_PATTERN, Format, VersionId
 
 MANIFEST_FILE = "manifest.json"
 _MAX_ANSWER_TOKENS = 64

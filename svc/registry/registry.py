@@ -12,16 +12,16 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 
-from svc.dataset.example import ChatExample
-from svc.dataset.reader import read_examples
+from svc.dataset.readers.reader import read_examples
+from svc.dataset.schema.example import ChatExample
 from svc.disk import sync_folder
 from svc.errors import NotFoundError
 from svc.evaluation.results import ExampleResult, read_results
 from svc.registry.files import verify_files
 from svc.registry.manifest import MANIFEST_FILE, FormatRecord, Manifest, read_manifest, write_manifest
 from svc.registry.tracking import Tracking
-from svc.registry.version import NAME_PATTERN, NUMBER_PATTERN, Alias, Format, VersionId
 from svc.settings import Settings
+from svc.version import NAME_PATTERN, NUMBER_PATTERN, Alias, Format, VersionId
 
 HELDOUT_FILE = "heldout.jsonl"
 REFERENCE_FOLDER = "reference"

@@ -15,7 +15,7 @@ from functools import cached_property
 from typing import TYPE_CHECKING
 
 from svc.errors import RegistryError
-from svc.registry.version import Alias, VersionId
+from svc.version import Alias, VersionId
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient

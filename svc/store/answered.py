@@ -7,9 +7,9 @@ from datetime import datetime
 from sqlalchemy import ColumnElement, Engine, and_, func, select
 from sqlalchemy.orm import Session
 
-from svc.registry.version import Target
 from svc.store.feedback import Rating
 from svc.store.tables import FeedbackRow, RequestRow
+from svc.version import Target
 
 _GOOD_STATUS = 200
 _ASKED_TOGETHER = 500  # ids in one query; SQLite has a limit

@@ -8,8 +8,8 @@ from sqlalchemy.exc import IntegrityError as RowExistsError
 from sqlalchemy.orm import Session
 
 from svc.errors import BusyError
-from svc.registry.version import Format, Target, VersionId
 from svc.store.tables import DesiredRow
+from svc.version import Format, Target, VersionId
 
 
 @dataclass(frozen=True, slots=True)

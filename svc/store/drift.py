@@ -11,8 +11,8 @@ from datetime import datetime
 from sqlalchemy import ColumnElement, Engine, and_, delete, select
 from sqlalchemy.orm import Session
 
-from svc.registry.version import Target
 from svc.store.tables import DriftAlarmRow, DriftStateRow
+from svc.version import Target
 
 KEPT_ALARMS = 100
 """Of a version in a format: the newest, and those that last."""

@@ -7,8 +7,8 @@ from enum import StrEnum
 from sqlalchemy import Engine, select
 from sqlalchemy.orm import Session
 
-from svc.registry.version import VersionId
 from svc.store.tables import FeedbackRow, RequestRow
+from svc.version import VersionId
 
 
 class Rating(StrEnum):

@@ -12,8 +12,8 @@ from sqlalchemy import ColumnElement, Engine, and_, delete, select
 from sqlalchemy.orm import Session
 
 from svc.engine.probes import EngineFacts
-from svc.registry.version import Format, Target, VersionId
 from svc.store.tables import HoldoutRunRow
+from svc.version import Format, Target, VersionId
 
 KEPT_RUNS = 200
 """Of each name: the newest ones; at the default pace they go back 50 days."""

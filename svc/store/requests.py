@@ -8,8 +8,8 @@ from typing import Any
 from sqlalchemy import ColumnElement, Engine, delete, func, insert, select
 from sqlalchemy.orm import Session
 
-from svc.registry.version import Format, VersionId
 from svc.store.tables import RequestRow
+from svc.version import Format, VersionId
 
 _ROW_BYTES = 170
 """What a row without content takes, with its share of the indexes; measured."""

@@ -5,8 +5,8 @@ from sqlalchemy import Engine
 from sqlalchemy.orm import Session
 
 from svc.engine.probes import EngineFacts, Probe
-from svc.registry.version import Target
 from svc.store.tables import RetakenProbesRow
+from svc.version import Target
 
 _PROBES = TypeAdapter(tuple[Probe, ...])
 

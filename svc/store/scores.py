@@ -7,9 +7,9 @@ from datetime import datetime
 from sqlalchemy import ColumnElement, Engine, and_, func, select, update
 from sqlalchemy.orm import Session
 
-from svc.registry.version import Target
 from svc.store.answered import answered_by
 from svc.store.tables import RequestRow
+from svc.version import Target
 
 _ENDS = ("stop", "length")  # and not tool calls, of which no text is kept
 _BLANKS = " \t\r\n"

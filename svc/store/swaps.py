@@ -7,9 +7,9 @@ from enum import StrEnum
 from sqlalchemy import Engine, select
 from sqlalchemy.orm import Session
 
-from svc.registry.version import Format, Target, VersionId
 from svc.store.desired import Desired
 from svc.store.tables import SwapRow, SwapStepRow
+from svc.version import Format, Target, VersionId
 
 
 class SwapOutcome(StrEnum):

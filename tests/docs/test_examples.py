@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from svc.dataset.check import DataReport, check_files
-from svc.dataset.reader import read_examples
+from svc.dataset.checks.check import DataReport, check_files
+from svc.dataset.readers.reader import read_examples
 from tests.docs.pages import ROOT, page_id
 from trainer.recipe.file import load_recipe
 

@@ -24,12 +24,12 @@ from serving.telemetry.request_log import Dropped
 from svc.engine.state import EngineState
 from svc.errors import ServerNotRunningError
 from svc.registry.registry import Registry
-from svc.registry.version import Format
 from svc.settings import EngineSettings, Settings
 from svc.store.database import open_database
 from svc.store.feedback import Rating
 from svc.store.holdouts import HoldoutOutcome
 from svc.store.swaps import SwapOutcome
+from svc.version import Format
 from tests.svc.engine.devices import AVX512
 
 PAGE = (Path(__file__).parents[2] / "docs" / "metrics.md").read_text("utf-8")

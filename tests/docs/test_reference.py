@@ -6,7 +6,7 @@ import tomllib
 from serving.http.errors import _FRAMEWORK_CODES, _SHAPES
 from serving.protocols.error_code import ErrorCode
 from svc import errors
-from svc.dataset.problem import Code, severity_of
+from svc.dataset.problem.problem import Code, severity_of
 from svc.engine.state import EngineState
 from svc.errors import SvcError
 from svc.store.swaps import SwapOutcome

@@ -10,7 +10,7 @@ import openai
 import pytest
 
 from examples.service import serving, svc, svc_json
-from svc.dataset.reader import read_examples, write_examples
+from svc.dataset.readers.reader import read_examples, write_examples
 from svc.errors import InterruptedRunError
 from svc.settings import Settings
 from tests.e2e.server import HELDOUT_EXAMPLES, PORT, Server

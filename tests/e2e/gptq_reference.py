@@ -15,7 +15,7 @@ from contextlib import chdir
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from svc.dataset.reader import read_examples
+from svc.dataset.readers.reader import read_examples
 from tests.e2e.conftest import DATA
 
 if TYPE_CHECKING:

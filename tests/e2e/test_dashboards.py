@@ -22,7 +22,7 @@ from sqlalchemy.orm import Session
 from examples.load import Load
 from examples.service import svc_json
 from monitoring.drift.two_sample.alpha_spending import Signal
-from svc.dataset.reader import read_examples
+from svc.dataset.readers.reader import read_examples
 from svc.store.database import open_database
 from svc.store.tables import FeedbackRow, RequestRow
 from tests.deploy.prometheus_rules import FOLDER, rules

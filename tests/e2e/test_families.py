@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from examples.service import svc_json
-from svc.dataset.reader import read_examples, write_examples
+from svc.dataset.readers.reader import read_examples, write_examples
 from svc.settings import Settings
 from tests.e2e.conftest import DATA, RECIPE, Report
 from tests.e2e.tiny_model import FAMILIES, build_tiny_model

@@ -27,11 +27,11 @@ from svc.engine.vllm.launch import SOCKET_FILE
 from svc.engine.vllm.runtime import socket_folder
 from svc.evaluation.evaluator import mean_logprob
 from svc.registry.registry import Registry
-from svc.registry.version import Format, Target, VersionId
 from svc.settings import EngineSettings, Settings
 from svc.store.database import open_database
 from svc.store.holdouts import HoldoutCause, newest_holdout_run
 from svc.store.tables import RequestRow
+from svc.version import Format, Target, VersionId
 from tests.e2e.conftest import Report
 from tests.e2e.instance import figures
 from tests.e2e.server import HELDOUT_EXAMPLES, PORT, Server

@@ -8,7 +8,7 @@ import openai
 import pytest
 
 from examples.service import serving, svc_json
-from svc.registry.version import Format
+from svc.version import Format
 from tests.e2e.conftest import PROMPTS, Report
 from trainer.recipe.sections import Method
 

@@ -27,11 +27,11 @@ from svc.engine.probes import EngineFacts
 from svc.engine.state import EngineState
 from svc.engine.vllm.client import socket_transport
 from svc.registry.registry import Registry
-from svc.registry.version import Target
 from svc.settings import ServeSettings
 from svc.store.database import open_database
 from svc.store.desired import Desired, change_desired, read_desired
 from svc.store.swaps import SwapRecord, find_swap
+from svc.version import Target
 from tests.serving.engine_double import EngineDouble
 from tests.serving.engine_park import EnginePark
 from tests.serving.service import application

@@ -10,7 +10,7 @@ from svc.engine.vllm.plan import Choice, EnginePlan, Origin
 from svc.engine.vllm.process import LastingEngine
 from svc.engine.vllm.startup_phase import EnginePhase
 from svc.errors import EngineError
-from svc.registry.version import Target
+from svc.version import Target
 from tests.serving.engine_double import EngineDouble
 from tests.serving.socket_server import SocketServer
 

@@ -23,8 +23,8 @@ from serving.telemetry.engine_metrics import EngineMetrics, EngineSource
 from serving.telemetry.metrics import Traffic
 from serving.telemetry.request_log import RecordWriter
 from svc.engine.vllm.client import socket_transport
-from svc.registry.version import Format, Target, VersionId
 from svc.settings import RecordSettings, ServeSettings
+from svc.version import Format, Target, VersionId
 from tests.serving.engine_double import EngineDouble, running_engine
 from tests.serving.socket_server import SocketServer, running
 

@@ -15,10 +15,10 @@ import pytest
 from serving import server
 from serving.rollout.reconciler import Reconciler
 from svc.errors import BusyError, EngineError, IntegrityError, SettingsError
-from svc.registry.version import Alias
 from svc.settings import Settings
 from svc.store.desired import Desired, change_desired, read_desired
 from svc.store.swaps import SwapOutcome, find_swap
+from svc.version import Alias
 from tests.serving.control import ask, until
 from tests.serving.engine_double import EngineDouble
 from tests.serving.engine_park import PLAN

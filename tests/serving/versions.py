@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 from safetensors.numpy import save_file
 
-from svc.dataset.reader import write_examples
+from svc.dataset.readers.reader import write_examples
 from svc.engine.probes import EngineFacts, Probe
 from svc.evaluation.evaluator import EvaluationReport
 from svc.evaluation.metrics import Estimate
@@ -17,8 +17,8 @@ from svc.registry.fingerprint import compatibility_fingerprint
 from svc.registry.manifest import BaseRecord, DataRecord, FormatRecord, Manifest, write_manifest
 from svc.registry.registry import HELDOUT_FILE, REFERENCE_FOLDER, Registry, results_file
 from svc.registry.tracking import Tracking
-from svc.registry.version import Alias, Format, Target, VersionId
 from svc.settings import Device
+from svc.version import Alias, Format, Target, VersionId
 from tests.serving.engine_double import logprob_of
 from tests.svc.chats import chat
 

@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from svc.dataset.example import ChatExample, Message, Role
+from svc.dataset.schema.example import ChatExample, Message, Role
 
 
 def turn(role: str, content: Any) -> dict[str, Any]:

@@ -10,7 +10,7 @@ import click
 import pytest
 
 from svc import cli
-from svc.dataset.reader import write_examples
+from svc.dataset.readers.reader import write_examples
 from svc.errors import SvcError
 from tests.command_line import Svc
 from tests.svc.chats import chat

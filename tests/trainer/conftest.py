@@ -8,7 +8,7 @@ import torch
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, set_seed
 
-from svc.dataset.example import ChatExample, Message, Role
+from svc.dataset.schema.example import ChatExample, Message, Role
 from trainer.recipe.sections import Recipe
 
 torch.set_num_threads(1)  # threads that wait for each other cost more than these models' arithmetic

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from svc.dataset.example import ChatExample
+from svc.dataset.schema.example import ChatExample
 from svc.engine.probes import EngineFacts
 from svc.errors import EngineError, ProbeError
 from svc.settings import Device

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from svc.dataset.example import ChatExample, Message
+from svc.dataset.schema.example import ChatExample, Message
 from svc.errors import BaseModelError, DataError
 from svc.terminal import counting
 

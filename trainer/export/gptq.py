@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any, get_args
 
 from svc.child_process import in_child_process
-from svc.dataset.example import ChatExample
+from svc.dataset.schema.example import ChatExample
 from svc.engine.capabilities import NumberType
 from svc.errors import RecipeError, TrainingError
 from svc.terminal import counting, waiting

@@ -5,8 +5,8 @@ from pathlib import Path
 
 from svc.registry.manifest import Manifest
 from svc.registry.registry import Registry
-from svc.registry.version import Format, VersionId
 from svc.settings import Settings
+from svc.version import Format, VersionId
 from trainer.base.resolve import Base, resolve_base
 from trainer.recipe.sections import Recipe
 

@@ -10,7 +10,7 @@ from svc.registry.files import record_file, record_files
 from svc.registry.fingerprint import compatibility_fingerprint
 from svc.registry.manifest import BaseRecord, DataRecord, FormatRecord, Manifest
 from svc.registry.registry import HELDOUT_FILE, REFERENCE_FOLDER
-from svc.registry.version import Format, VersionId
+from svc.version import Format, VersionId
 from trainer.base.resolve import Base
 from trainer.pipeline.run_folder import Examples
 from trainer.qualification import Qualified

@@ -18,11 +18,11 @@ from typing import TypeVar
 
 from pydantic import TypeAdapter
 
-from svc.dataset.bad_lines import BadLines
-from svc.dataset.check import shared_prompts
-from svc.dataset.example import ChatExample
+from svc.dataset.checks.check import shared_prompts
 from svc.dataset.fingerprint import fingerprint
-from svc.dataset.reader import read_examples
+from svc.dataset.readers.bad_lines import BadLines
+from svc.dataset.readers.reader import read_examples
+from svc.dataset.schema.example import ChatExample
 from svc.dataset.split import mix_general, near_leaks, split_heldout
 from svc.disk import sync_files, write_whole
 from svc.errors import DataError, DiskSpaceError

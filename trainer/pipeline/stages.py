@@ -13,8 +13,7 @@ from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict
 
-from svc.dataset.reader import write_examples
-from svc.dataset.text_space import TEXT_SPACE_FILE, fit_text_space, save_text_space
+from svc.dataset.readers.reader import write_examples
 from svc.disk import is_full, write_whole
 from svc.engine.capabilities import Capabilities, NumberType, read_capabilities
 from svc.engine.model_facts import ModelFacts
@@ -31,9 +30,10 @@ from svc.lock import hold_lock
 from svc.registry.fingerprint import compatibility_fingerprint
 from svc.registry.manifest import Manifest
 from svc.registry.registry import HELDOUT_FILE, REFERENCE_FOLDER, Registry, results_file
-from svc.registry.version import Format, VersionId
 from svc.settings import Settings
 from svc.terminal import console
+from svc.text_space import TEXT_SPACE_FILE, fit_text_space, save_text_space
+from svc.version import Format, VersionId
 from trainer.base.resolve import Base
 from trainer.export.gptq import QuantizeSummary, check_layers, quantize_gptq
 from trainer.export.merge import merge_adapter

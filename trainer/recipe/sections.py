@@ -20,8 +20,8 @@ from pydantic import (
     model_validator,
 )
 
-from svc.dataset.source import HUB_PREFIX
-from svc.registry.version import NAME_PATTERN
+from svc.dataset.readers.source import HUB_PREFIX
+from svc.version import NAME_PATTERN
 from trainer.recipe.targets import Targets
 
 

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from svc.dataset.example import ChatExample
+from svc.dataset.schema.example import ChatExample
 from trainer.callbacks.loss_point import LossPoint
 
 

@@ -18,7 +18,7 @@ from uuid import uuid4
 
 import httpx
 
-from svc.dataset.example import Message
+from svc.dataset.schema.example import Message
 from svc.errors import EngineError
 
 _RESET_PAUSE_S = 0.05

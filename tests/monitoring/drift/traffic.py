@@ -10,18 +10,18 @@ from tempfile import TemporaryDirectory
 from sqlalchemy import Engine as Store
 from sqlalchemy import select, update
 
-from svc.dataset.example import ChatExample, Message, Role
-from svc.dataset.reader import read_examples, write_examples
-from svc.dataset.text_space import TEXT_SPACE_FILE, fit_text_space, save_text_space
+from svc.dataset.readers.reader import read_examples, write_examples
+from svc.dataset.schema.example import ChatExample, Message, Role
 from svc.engine.probes import Probe
 from svc.evaluation.results import ExampleResult, write_results
 from svc.registry.files import record_files
 from svc.registry.manifest import FormatRecord, write_manifest
 from svc.registry.registry import HELDOUT_FILE, REFERENCE_FOLDER, Registry, results_file
-from svc.registry.version import Format, Target, VersionId
 from svc.store.feedback import Feedback, Rating, keep_feedback
 from svc.store.requests import RequestRecord, add_requests
 from svc.store.tables import FeedbackRow, RequestRow
+from svc.text_space import TEXT_SPACE_FILE, fit_text_space, save_text_space
+from svc.version import Format, Target, VersionId
 from tests.docs.pages import ROOT
 from tests.serving.versions import FACTS, AliasBook
 from tests.svc.registry.manifests import make_manifest

@@ -21,9 +21,9 @@ from svc.errors import BusyError, RegistryError, ServerNotRunningError, Settings
 from svc.lock import hold_lock
 from svc.registry.registry import Registry
 from svc.registry.tracking import RunFigures, Tracking
-from svc.registry.version import Format
 from svc.server_url import LOCK_FILE
 from svc.store.database import open_database
+from svc.version import Format
 from tests.monitoring.test_cli import serving
 from tests.serving.versions import make_version
 

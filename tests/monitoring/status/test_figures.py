@@ -10,7 +10,7 @@ from serving.protocols.error_code import ErrorCode
 from serving.protocols.route import Route
 from serving.protocols.wire_formats import Usage
 from serving.telemetry.metrics import Traffic
-from svc.registry.version import Format, Target, VersionId
+from svc.version import Format, Target, VersionId
 
 ONE, TWO = (Target(VersionId("tiny", number), Format.GPTQ) for number in (1, 2))
 Read = Callable[[], Figures]

@@ -17,7 +17,6 @@ from serving.background.holdout import HoldoutRuns
 from serving.background.scheduler import ID_PREFIX, OwnQuestions
 from svc.engine.probes import EngineFacts
 from svc.engine.state import EngineState
-from svc.registry.version import Target
 from svc.settings import HoldoutSettings, SwapChoice
 from svc.store.holdouts import (
     HoldoutCause,
@@ -28,6 +27,7 @@ from svc.store.holdouts import (
 )
 from svc.store.swaps import SwapOutcome
 from svc.store.tables import HoldoutRunRow
+from svc.version import Target
 from tests.serving.control import Control, Load, Make, until
 from tests.serving.engine_double import Fault, logprob_of
 from tests.serving.home import Home

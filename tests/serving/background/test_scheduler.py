@@ -6,7 +6,7 @@ import time
 import pytest
 
 from serving.background.scheduler import ID_PREFIX, OwnQuestions, SupersededError, unfit_engine
-from svc.dataset.example import Message, Role
+from svc.dataset.schema.example import Message, Role
 from svc.engine.vllm.client import Answer, EngineClient
 from svc.errors import EngineError
 from svc.settings import Device, EngineSettings, HoldoutSettings

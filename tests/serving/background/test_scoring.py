@@ -18,12 +18,12 @@ from sqlalchemy.orm import Session
 from serving.background import scoring
 from serving.background.scheduler import OwnQuestions
 from serving.background.scoring import LiveScores
-from svc.registry.version import Format
 from svc.settings import HoldoutSettings
 from svc.store.requests import RequestRecord, add_requests
 from svc.store.scores import newest_unscored
 from svc.store.swaps import SwapOutcome
 from svc.store.tables import RequestRow
+from svc.version import Format
 from tests.serving.control import Control, Make, until
 from tests.serving.engine_double import Fault
 from tests.serving.home import Home

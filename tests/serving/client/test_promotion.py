@@ -8,10 +8,10 @@ import pytest
 from serving.client.promotion import Promotion
 from svc.errors import BusyError, NotFoundError, ServerNotRunningError
 from svc.lock import hold_lock
-from svc.registry.version import Format, Target, VersionId
 from svc.server_url import LOCK_FILE
 from svc.store.desired import Desired, change_desired, read_desired
 from svc.store.swaps import SwapOutcome, SwapRecord, SwapResult, begin_swap, end_swap
+from svc.version import Format, Target, VersionId
 from tests.serving.control import until
 from tests.serving.home import Home
 from tests.serving.versions import NAME, make_version, target

@@ -5,9 +5,9 @@ import asyncio
 import pytest
 
 from svc.engine.state import EngineState
-from svc.registry.version import Format
 from svc.settings import SwapChoice
 from svc.store.swaps import SwapKind, SwapOutcome
+from svc.version import Format
 from tests.serving.control import Control, Load, Make, ask, until
 from tests.serving.engine_double import EngineDouble
 from tests.serving.versions import NAME, make_version, target

@@ -4,8 +4,8 @@ import pytest
 
 from serving.rollout.initial_state import choose_desired
 from svc.errors import NotFoundError
-from svc.registry.version import Alias, Format, VersionId
 from svc.store.desired import change_desired, read_desired
+from svc.version import Alias, Format, VersionId
 from tests.serving.home import Home
 from tests.serving.versions import NAME, make_version, target
 

@@ -7,7 +7,7 @@ from collections.abc import AsyncIterator
 import pytest
 
 from serving.rollout.production_alias import ProductionAlias
-from svc.registry.version import Alias, VersionId
+from svc.version import Alias, VersionId
 from tests.serving.control import until
 from tests.serving.versions import NAME, AliasBook
 

@@ -16,9 +16,9 @@ from svc.engine.state import EngineState
 from svc.errors import EngineError, SwapError
 from svc.registry.fingerprint import compatibility_fingerprint
 from svc.registry.registry import Registry
-from svc.registry.version import Alias, Target, VersionId
 from svc.store.desired import Desired, change_desired, read_desired
 from svc.store.swaps import SwapOutcome, SwapResult, begin_swap, find_swap
+from svc.version import Alias, Target, VersionId
 from tests.serving.control import Control, Load, Make, ask, until
 from tests.serving.engine_double import EngineDouble
 from tests.serving.versions import NAME, make_version, target

@@ -6,9 +6,9 @@ from pathlib import Path
 import pytest
 
 from svc.engine.state import EngineState
-from svc.registry.version import Target
 from svc.settings import SwapChoice
 from svc.store.swaps import SwapKind, SwapOutcome
+from svc.version import Target
 from tests.serving.control import BODY, Control, Load, Make, ask, until
 from tests.serving.engine_double import EngineDouble
 from tests.serving.versions import NAME, make_version, target

@@ -11,8 +11,8 @@ import pytest
 
 from svc.engine.state import EngineState
 from svc.errors import EngineError, NotFoundError
-from svc.registry.version import Format, Target
 from svc.store.swaps import SwapOutcome
+from svc.version import Format, Target
 from tests.serving.control import Answer, Control, Load, Make, ask, until
 from tests.serving.engine_double import EngineDouble
 from tests.serving.versions import NAME, make_version, target

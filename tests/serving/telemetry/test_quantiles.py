@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from serving.telemetry.quantiles import QUANTILES, SLOT_S, SLOTS, RollingQuantiles, VersionQuantiles
-from svc.registry.version import VersionId
+from svc.version import VersionId
 from tests.serving.service import ONE, TWO
 
 WINDOW_S = SLOTS * SLOT_S

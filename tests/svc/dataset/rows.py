@@ -6,8 +6,8 @@ import random
 from collections.abc import Callable
 from typing import Any
 
-from svc.dataset.formats import Format
-from svc.dataset.problem import Code
+from svc.dataset.problem.problem import Code
+from svc.dataset.readers.formats import Format
 
 LETTERS = "abcdefghijklmnopqrstuvwxyzäöüßéèçñåøłžабвгдежзиклмнопрстαβγδεζηθλμ"  # noqa: RUF001
 MARKS = [

@@ -10,9 +10,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from svc.cli import group
-from svc.dataset.bad_lines import BadLines
-from svc.dataset.problem import Code, RowError
-from svc.dataset.reader import read_lines
+from svc.dataset.problem.problem import Code, RowError
+from svc.dataset.readers.bad_lines import BadLines
+from svc.dataset.readers.reader import read_lines
 
 QUESTION, ANSWER = {"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}
 

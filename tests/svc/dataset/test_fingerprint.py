@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 
 from svc.dataset.fingerprint import fingerprint
-from svc.dataset.reader import read_examples
+from svc.dataset.readers.reader import read_examples
 from tests.svc.chats import chat
 
 

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from svc.dataset.example import ChatExample
+from svc.dataset.schema.example import ChatExample
 from svc.dataset.split import group_near_duplicates, mix_general, near_leaks, split_heldout
 from svc.errors import DataError
 from tests.svc.chats import chat

@@ -5,7 +5,7 @@ from statistics import fmean
 
 import pytest
 
-from svc.dataset.example import ChatExample, Message, Role
+from svc.dataset.schema.example import ChatExample, Message, Role
 from svc.engine.vllm.client import EngineClient
 from svc.errors import EngineError
 from svc.evaluation.evaluator import ask_example, evaluate, tokenize

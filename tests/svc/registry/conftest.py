@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from svc.dataset.reader import write_examples
+from svc.dataset.readers.reader import write_examples
 from svc.registry.manifest import Manifest
 from svc.registry.registry import HELDOUT_FILE, Registry
 from svc.registry.tracking import Tracking

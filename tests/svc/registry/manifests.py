@@ -10,7 +10,7 @@ from svc.evaluation.results import ExampleResult
 from svc.registry.files import record_file, record_files
 from svc.registry.manifest import BaseRecord, DataRecord, FormatRecord, Manifest
 from svc.registry.registry import HELDOUT_FILE, REFERENCE_FOLDER
-from svc.registry.version import Format, VersionId
+from svc.version import Format, VersionId
 
 
 def report(hits: int = 1, total: int = 2) -> EvaluationReport:

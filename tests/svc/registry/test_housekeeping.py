@@ -16,10 +16,10 @@ from svc.registry.housekeeping import find_reclaimable, reclaim, remove_version
 from svc.registry.manifest import Manifest
 from svc.registry.registry import Registry
 from svc.registry.tracking import Tracking
-from svc.registry.version import Alias, Format, Target, VersionId
 from svc.store.database import open_database
 from svc.store.desired import change_desired, read_desired
 from svc.store.swaps import begin_swap
+from svc.version import Alias, Format, Target, VersionId
 from tests.command_line import Svc
 
 Publish = Callable[[], Manifest]

@@ -10,7 +10,7 @@ import pytest
 
 from svc.errors import IntegrityError
 from svc.registry.manifest import MANIFEST_FILE, Manifest, read_manifest, write_manifest
-from svc.registry.version import VersionId
+from svc.version import VersionId
 from tests.svc.registry.manifests import make_manifest
 from trainer.recipe.sections import Evaluate
 

@@ -13,7 +13,7 @@ from svc.evaluation.results import write_results
 from svc.registry.manifest import MANIFEST_FILE, Manifest
 from svc.registry.registry import HELDOUT_FILE, REFERENCE_FOLDER, Registry, results_file
 from svc.registry.tracking import Tracking
-from svc.registry.version import Alias, Format, VersionId
+from svc.version import Alias, Format, VersionId
 from tests.svc.chats import chat
 from tests.svc.registry.manifests import make_manifest, result
 
@@ -23,7 +23,7 @@ import os, signal, sys
 from pathlib import Path
 from svc.registry.registry import Registry
 from svc.registry.tracking import Tracking
-from svc.registry.version import VersionId
+from svc.version import VersionId
 from tests.svc.registry.manifests import make_manifest
 
 models, name, moment, merged, heldout = sys.argv[1:]

@@ -5,7 +5,7 @@ from mlflow import MlflowClient
 
 from svc.errors import RegistryError
 from svc.registry.tracking import Tracking
-from svc.registry.version import Alias, VersionId
+from svc.version import Alias, VersionId
 
 
 @pytest.fixture

@@ -12,10 +12,10 @@ from alembic.operations import Operations
 from sqlalchemy import Engine
 from sqlalchemy.exc import IntegrityError
 
-from svc.registry.version import Format, Target, VersionId
 from svc.store.database import open_database
 from svc.store.desired import change_desired, read_desired
 from svc.store.tables import Table
+from svc.version import Format, Target, VersionId
 
 ONE = Target(VersionId("tiny", 1), Format.GPTQ)
 

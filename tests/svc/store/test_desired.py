@@ -7,8 +7,8 @@ import pytest
 from sqlalchemy import Engine
 
 from svc.errors import BusyError
-from svc.registry.version import Format, Target, VersionId
 from svc.store.desired import Desired, change_desired, desired_names, read_desired
+from svc.version import Format, Target, VersionId
 
 
 def target(number: int, format: Format = Format.GPTQ, name: str = "tiny") -> Target:

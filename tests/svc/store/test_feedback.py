@@ -6,10 +6,10 @@ from dataclasses import replace
 from sqlalchemy import Engine, select
 from sqlalchemy.orm import Session
 
-from svc.registry.version import VersionId
 from svc.store.feedback import Feedback, KeptFeedback, Rating, keep_feedback
 from svc.store.requests import add_requests
 from svc.store.tables import FeedbackRow
+from svc.version import VersionId
 from tests.svc.store.test_requests import RECORD
 
 

@@ -9,7 +9,6 @@ from sqlalchemy import Engine, func, select
 from sqlalchemy.orm import Session
 
 from svc.engine.probes import EngineFacts
-from svc.registry.version import Format, Target, VersionId
 from svc.settings import Device
 from svc.store import holdouts
 from svc.store.holdouts import (
@@ -20,6 +19,7 @@ from svc.store.holdouts import (
     newest_holdout_run,
 )
 from svc.store.tables import HoldoutRunRow
+from svc.version import Format, Target, VersionId
 
 NOON = datetime(2026, 1, 2, 12, tzinfo=UTC)
 TARGET = Target(VersionId("tiny", 2), Format.GPTQ)

@@ -7,11 +7,11 @@ import pytest
 from sqlalchemy import Engine, func, select
 from sqlalchemy.orm import Session
 
-from svc.registry.version import Format, VersionId
 from svc.store import requests
 from svc.store.feedback import Feedback, Rating, keep_feedback
 from svc.store.requests import RequestRecord, add_requests, prune_requests
 from svc.store.tables import FeedbackRow, RequestRow
+from svc.version import Format, VersionId
 
 NOON = datetime(2026, 1, 2, 12, tzinfo=UTC)
 LONG_AGO = datetime(2000, 1, 1, tzinfo=UTC)

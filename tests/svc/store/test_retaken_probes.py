@@ -4,9 +4,9 @@ import pytest
 from sqlalchemy import Engine
 
 from svc.engine.probes import EngineFacts, Probe
-from svc.registry.version import Format, Target, VersionId
 from svc.settings import Device
 from svc.store.retaken_probes import find_retaken_probes, keep_retaken_probes
+from svc.version import Format, Target, VersionId
 
 FACTS = EngineFacts(vllm="0.32.0", device=Device.CPU, instruction_set="x86_64-avx2", mode="eager")
 TARGET = Target(VersionId("tiny", 2), Format.GPTQ)

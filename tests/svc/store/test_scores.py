@@ -10,10 +10,10 @@ from sqlalchemy import Engine, event, select
 from sqlalchemy.orm import Session
 
 from svc.redaction import PLACEHOLDERS
-from svc.registry.version import Format, Target, VersionId
 from svc.store.requests import RequestRecord, add_requests, prune_requests
 from svc.store.scores import MOST_TOKENS, KeptAnswer, keep_logprob, newest_unscored
 from svc.store.tables import RequestRow
+from svc.version import Format, Target, VersionId
 from tests.svc.store.test_requests import NOON, RECORD
 
 CHAT = "/v1/chat/completions"

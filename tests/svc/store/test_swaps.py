@@ -5,9 +5,9 @@ from datetime import UTC, datetime, timedelta
 import pytest
 from sqlalchemy import Engine
 
-from svc.registry.version import Format, Target, VersionId
 from svc.store.desired import Desired
 from svc.store.swaps import SwapOutcome, SwapResult, add_step, begin_swap, end_swap, find_swap
+from svc.version import Format, Target, VersionId
 
 
 def desired(number: int, generation: int, name: str = "tiny") -> Desired:

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from svc.dataset.example import ChatExample
+from svc.dataset.schema.example import ChatExample
 from svc.engine.capabilities import NumberType
 from svc.errors import InterruptedRunError
 from tests.trainer.conftest import make_recipe

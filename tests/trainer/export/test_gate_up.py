@@ -8,7 +8,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from svc.dataset.example import ChatExample
+from svc.dataset.schema.example import ChatExample
 from svc.engine.capabilities import NumberType
 from svc.errors import TrainingError
 from tests.trainer.conftest import make_recipe, make_tokenizer

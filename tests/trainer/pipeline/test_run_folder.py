@@ -11,9 +11,9 @@ from typing import Any
 
 import pytest
 
-from svc.dataset.bad_lines import BadLines
-from svc.dataset.example import ChatExample
-from svc.dataset.reader import write_examples
+from svc.dataset.readers.bad_lines import BadLines
+from svc.dataset.readers.reader import write_examples
+from svc.dataset.schema.example import ChatExample
 from svc.errors import DataError, DiskSpaceError
 from tests.trainer.conftest import make_example, make_recipe
 from trainer.base.resolve import Base

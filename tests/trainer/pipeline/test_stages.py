@@ -12,9 +12,8 @@ from typing import Any
 
 import pytest
 
-from svc.dataset.example import ChatExample
 from svc.dataset.fingerprint import fingerprint
-from svc.dataset.text_space import TEXT_SPACE_FILE, load_text_space
+from svc.dataset.schema.example import ChatExample
 from svc.engine.capabilities import Capabilities, NumberType
 from svc.errors import (
     BaseModelError,
@@ -32,9 +31,10 @@ from svc.registry.fingerprint import compatibility_fingerprint
 from svc.registry.housekeeping import remove_version
 from svc.registry.registry import Registry
 from svc.registry.tracking import Tracking
-from svc.registry.version import Format, VersionId
 from svc.settings import Device, EngineSettings, GptqKernel, Settings
 from svc.store.database import open_database
+from svc.text_space import TEXT_SPACE_FILE, load_text_space
+from svc.version import Format, VersionId
 from tests.svc.engine.devices import AVX2, AVX512
 from tests.svc.registry.manifests import report
 from tests.svc.registry.model_folder import GPTQ, write_model

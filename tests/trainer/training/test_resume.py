@@ -16,8 +16,8 @@ from safetensors.torch import load_file, save_file
 from transformers import TrainerCallback
 from transformers.trainer import Accelerator
 
-from svc.dataset.example import ChatExample
-from svc.dataset.reader import write_examples
+from svc.dataset.readers.reader import write_examples
+from svc.dataset.schema.example import ChatExample
 from svc.engine.capabilities import NumberType
 from svc.errors import InterruptedRunError
 from tests.trainer.conftest import make_recipe
@@ -321,7 +321,7 @@ import os, sys
 from pathlib import Path
 import torch
 torch.set_num_threads(1)
-from svc.dataset.reader import read_examples
+from svc.dataset.readers.reader import read_examples
 from svc.engine.capabilities import NumberType
 from tests.trainer.training.test_resume import recipe
 from trainer.training.sft import train_model

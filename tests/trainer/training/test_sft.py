@@ -21,7 +21,7 @@ from transformers import (
     set_seed,
 )
 
-from svc.dataset.example import ChatExample, parse_example
+from svc.dataset.schema.example import ChatExample, parse_example
 from svc.engine.capabilities import NumberType
 from svc.errors import BaseModelError, DataError, TrainingError
 from tests.trainer.conftest import CHAT_TEMPLATE, make_example, make_recipe, make_tokenizer

@@ -8,7 +8,7 @@ from statistics import fmean
 import httpx
 import pytest
 
-from svc.dataset.example import Message, Role
+from svc.dataset.schema.example import Message, Role
 from svc.engine.vllm.client import Answer, EngineClient
 from svc.errors import EngineError
 from tests.serving.engine_double import EngineDouble, logprob_of

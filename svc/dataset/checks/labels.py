@@ -1,0 +1,209 @@
+"""Answers that do not look like the other answers to the same instruction: another label, or no JSON.
+
+A label is an answer from a small set: short text, or a JSON object with one text or number in it. The set is what the
+instruction lists, when the labels of nearly all examples stand in it. Where it lists none, a label that stands once
+beside labels that all stand often is doubted, unless it is a number among numbers. A rare way of writing a frequent
+label is doubted in any case. Knows nothing of files.
+"""
+
+import re
+from collections.abc import Iterator
+from enum import IntFlag
+from functools import lru_cache
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from svc.dataset.problem.problem import Code, RowError
+from svc.dataset.readers.json_array import decode_text
+from svc.dataset.schema.example import ChatExample, Role
+
+FEW_ANSWERS = 50
+"""A task with at most so many different answers is one of labels."""
+_FEWEST_EXAMPLES = 10
+_EXCEPTIONS = 0.05
+_FEW = 3
+_LONGEST_LABEL = 40
+_LONGEST_INSTRUCTION = 20_000
+_OFTEN = 10
+_RARE_EXAMPLES = 100
+
+
+_NUMBER = re.compile(r"(?:(?<!\d)[-+])?\d+(?:[.,]\d+)?")  # in 1-5 there is no -5
+_UNSPACED = re.compile("[\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff]")
+"""Letters of scripts without spaces between words: Thai, Lao, Burmese, Khmer, Japanese, Chinese."""
+
+
+class AnswerKind(IntFlag):
+    """What is remembered of an answer."""
+
+    JSON = 1
+    LABEL = 2
+    LISTED = 4  # stands as a word in the instruction
+    NUMBER = 8  # a label that is a number
+
+
+class Answer(NamedTuple):
+    """How an answer looks.
+
+    Attributes:
+        label: what it says when it is a label: of JSON, the value in it; else empty.
+    """
+
+    kind: AnswerKind
+    label: str = ""
+
+
+def look_at_answer(example: ChatExample) -> Answer:
+    """How an example's answer looks beside its instruction, the system turn or, without one, the prompt."""
+    answer = example.answer.strip()
+    value = _json(answer)
+    kind = AnswerKind(0) if value is None else AnswerKind.JSON
+    label = _label(answer, value)
+    if label is None:
+        return Answer(kind)
+    kind |= AnswerKind.LABEL
+    if _NUMBER.fullmatch(label):
+        kind |= AnswerKind.NUMBER
+    first = example.messages[0]
+    if first.role is Role.SYSTEM:
+        listed = _stands_in(label, first.content)
+    else:
+        texts = (message.content for message in example.prompt)
+        listed = any(_stands_in.__wrapped__(label, text) for text in texts if len(text) <= _LONGEST_INSTRUCTION)
+    return Answer(kind | AnswerKind.LISTED if listed else kind, label)
+
+
+def odd_answers(
+    tasks: NDArray[np.uint64],
+    answers: NDArray[np.uint64],
+    labels: NDArray[np.uint64],
+    kinds: NDArray[np.uint8],
+) -> Iterator[tuple[int, Code, str]]:
+    """Places of the answers that are unlike the others to the same task, in order, with what is odd.
+
+    Args:
+        tasks, answers, labels: hashes, one for each example.
+        kinds: `AnswerKind` of each.
+    """
+    found: dict[int, tuple[Code, str]] = {}
+    order = np.argsort(tasks, kind="stable")
+    _, starts, sizes = np.unique(tasks[order], return_index=True, return_counts=True)
+    for start, size in zip(starts, sizes, strict=True):
+        if size < _FEWEST_EXAMPLES:
+            continue
+        places = order[start : start + size]
+        is_json = kinds[places] & AnswerKind.JSON > 0
+        if few := _exceptions(is_json):
+            found |= {
+                int(places[at]): (Code.ANSWER_NOT_JSON, _not_json(len(places), few)) for at in np.flatnonzero(~is_json)
+            }
+            places = places[is_json]
+        odd = _odd_labels(kinds[places], answers[places], labels[places])
+        found |= {int(places[at]): (Code.LABEL_NOT_IN_SET, text) for at, text in odd.items()}
+    for place in sorted(found):
+        yield place, *found[place]
+
+
+def _odd_labels(kinds: NDArray[np.uint8], answers: NDArray[np.uint64], labels: NDArray[np.uint64]) -> dict[int, str]:
+    is_label = kinds & AnswerKind.LABEL > 0
+    others = _exceptions(is_label)
+    if not is_label.all() and not others:
+        return {}
+    places = np.flatnonzero(is_label)
+    different, first, which, counts = np.unique(
+        answers[places], return_index=True, return_inverse=True, return_counts=True
+    )
+    if len(different) > min(FEW_ANSWERS, len(places) // 2):
+        return {}
+    listed, once = kinds[places] & AnswerKind.LISTED > 0, counts == 1
+    unlisted = _exceptions(listed)
+    frequent = len(places) >= _RARE_EXAMPLES and once.sum() <= 2 and bool((counts[~once] >= _OFTEN).all())
+    odd: dict[int, str] = {}
+    if unlisted:
+        text = f"the label does not stand in the instruction; those of all but {unlisted} of {len(listed)} examples do"
+        odd |= dict.fromkeys(places[~listed], text)
+    elif frequent and len(different) > 2:
+        text = f"the label stands once; the other {int((~once).sum())} stand {_OFTEN} times and more"
+        odd |= dict.fromkeys(places[once[which] & ~listed & ~_usual_numbers(kinds[places])], text)
+    if others and (unlisted or listed.all() or frequent):
+        text = f"the answer is no label; those of all but {others} of {len(kinds)} examples are"
+        odd |= dict.fromkeys(np.flatnonzero(~is_label), text)
+    for form, most in _rare_forms(labels[places][first], counts):
+        text = f"the label is written in another way {most} times"
+        odd |= dict.fromkeys(places[which == form], text)
+    return odd
+
+
+def _usual_numbers(kinds: NDArray[np.uint8]) -> NDArray[np.bool_]:
+    """Which labels are numbers, where most are: a scale may have values that are rare."""
+    numbers = kinds & AnswerKind.NUMBER > 0
+    return numbers if numbers.mean() > 0.5 else np.zeros_like(numbers)
+
+
+def _rare_forms(labels: NDArray[np.uint64], counts: NDArray[np.int64]) -> Iterator[tuple[int, int]]:
+    """Which ways of writing a label are rare beside another way of writing it, and how often that one stands.
+
+    Args:
+        labels: what each form says; equal for forms that differ in case, spacing or the JSON around it.
+        counts: how often each form stands.
+    """
+    for form, (label, count) in enumerate(zip(labels, counts, strict=True)):
+        most = int(counts[labels == label].max())
+        if most >= _OFTEN and count <= max(_FEW, _EXCEPTIONS * most):
+            yield form, most
+
+
+def _exceptions(usual: NDArray[np.bool_]) -> int:
+    """How many are unusual, where these are few; 0 where there are none, or too many to be exceptions."""
+    count = int((~usual).sum())
+    few = len(usual) >= _FEWEST_EXAMPLES and count <= max(_FEW, _EXCEPTIONS * len(usual))
+    return count if few and count < len(usual) / 2 else 0
+
+
+def _not_json(examples: int, few: int) -> str:
+    return f"the answer is not JSON; those of all but {few} of {examples} examples are"
+
+
+def _json(answer: str) -> object | None:
+    """The object or list that an answer is."""
+    if not answer.startswith(("{", "[")):
+        return None
+    try:
+        value: object = decode_text(answer)
+    except RowError:
+        return None
+    return value
+
+
+def _label(answer: str, value: object | None) -> str | None:
+    if isinstance(value, dict):
+        inner = list(value.values())
+        answer = str(inner[0]) if len(inner) == 1 and isinstance(inner[0], str | int | float) else ""
+    elif value is not None:
+        return None
+    return answer if answer.strip() and len(answer) <= _LONGEST_LABEL and "\n" not in answer else None
+
+
+@lru_cache(maxsize=1024)
+def _stands_in(label: str, text: str) -> bool:
+    """Whether a label stands in a text as a word of its own, or within a range of numbers that stands there."""
+    label, text = label.lower(), text.lower()
+    at = text.find(label)
+    while at >= 0:
+        around = ((text[at - 1 : at], label[0]), (text[at + len(label) : at + len(label) + 1], label[-1]))
+        if not any(outside.isalnum() and not _UNSPACED.search(outside + edge) for outside, edge in around):
+            return True
+        at = text.find(label, at + 1)
+    return bool(_NUMBER.fullmatch(label)) and _is_between(_number(label), text)
+
+
+def _is_between(value: float, text: str) -> bool:
+    """Whether a text names a smaller number and a larger one, as in "from 1 to 5"."""
+    numbers = [_number(found) for found in _NUMBER.findall(text)]
+    return min(numbers, default=value) < value < max(numbers, default=value)
+
+
+def _number(text: str) -> float:
+    return float(text.replace(",", "."))

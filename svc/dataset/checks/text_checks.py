@@ -1,0 +1,104 @@
+"""What a text should not hold: tokens that end turns, template code, control characters, wrongly decoded UTF-8.
+
+All of these are doubts about a text, not faults: it stays text, and can be trained on. Knows nothing of examples.
+"""
+
+import json
+import re
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+from svc.dataset.problem.problem import Code
+from svc.errors import DataError
+
+_GEMMA_4 = "turn|channel|tool|tool_call|tool_response|image|audio|video"
+_SPECIAL = (
+    r"<[|｜][^\s<>|｜]{1,64}[|｜]>"  # ChatML, Llama 3, Phi, Qwen, DeepSeek  # noqa: RUF001
+    r"|\[/?INST\]|<</?SYS>>"  # Llama 2, Mistral
+    r"|\[/?(?:SYSTEM_PROMPT|AVAILABLE_TOOLS|TOOL_CALLS|TOOL_RESULTS|TOOL_CONTENT)\]"  # Mistral
+    r"|</?s>|<(?:bos|eos|pad|unk)>|<(?:start|end)_of_(?:turn|image|role|text)>"  # Llama 2, Gemma, Granite
+    r"|<(?:begin|end)_of_(?:text|sentence)>"
+    r"|<\|(?:" + _GEMMA_4 + r")>|<(?:" + _GEMMA_4 + r")\|>"
+)
+_STATEMENTS = (
+    "block|break|call|continue|do|elif|else|extends|filter|for|from|generation|if|import|include|macro|raw|set|with"
+    "|end(?:block|call|filter|for|generation|if|macro|raw|set|with)"
+)
+_JINJA = re.compile(
+    r"\{%[-+]?\s*(?:" + _STATEMENTS + r")\b[^{}%]*%\}"
+    r"|\{#[^{}]{1,500}#\}"
+    r"|(?<![\\\w{}^$=])\{\{(?!-?[\d\s.]{1,60}\}\})-?[ \t]{0,20}[\w.\[\]'\"]{1,80}"  # not a number: C++ has {{1}}
+    r"(?:[ \t]{0,20}(?:[|*/+(\[~<>-]|[=!]=|\b(?:if|is|in|and|or|not)\b)[^{};\n]{0,200})?[ \t]{0,20}-?\}\}"
+)
+"""Repetitions are bounded or end at a brace, so that every text takes a time in proportion to its length."""
+_CONTROL = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f\x80-\x84\x86-\x9f]")
+_HIDDEN = re.compile("\u202e|(?<![\U0001f3f4\U000e0020-\U000e007e])[\U000e0020-\U000e007f]")
+"""What hides text or its order; tag characters after a black flag make the flag of a region."""
+
+# The characters that the bytes 80 to BF become in Windows-1252; its five undefined bytes stay what they are.
+_TAIL = "\x80-\xbf€‚ƒ„…†‡ˆ‰Š‹ŒŽ‘’“”•–—˜™š›œžŸ"  # noqa: RUF001
+_QUOTES = "‘’“”–—…»«› \xa0"  # noqa: RUF001
+_CAPITALS = "ŠŒŽŸ"  # of them; words in capitals have these after Ä and Å, as Slovak and Turkmen ones
+_SMALL = f"[^\\W\\d_A-ZÀ-Þ{_CAPITALS}]"
+_MOJIBAKE = re.compile(
+    f"[ÂÃ](?![{_QUOTES}])[{_TAIL}]"  # é as Ã©
+    f"|[ÄÅ](?![{_QUOTES}{_CAPITALS}²³¹·°±])[{_TAIL}]"  # ł as Å‚, but not the unit in Å²  # noqa: RUF003
+    f"|(?<={_SMALL})[ÄÅ][{_CAPITALS}]|[ÄÅ][{_CAPITALS}](?={_SMALL})"  # ş as ÅŸ
+    f"|(?<![^\\W\\d_a-zß-öø-ÿ])[ÂÃ][{_QUOTES.replace(' ', '')}]"  # not after a capital, as in MANHÃ…
+    f"|â[€‚„†ˆ‰Š‹Œ”•–—˜™šœž\x90\x9d][{_TAIL}]"  # punctuation and symbols  # noqa: RUF001
+    f"|ðŸ[{_TAIL}]{{2}}"  # emoji
+    f"|(?:[Ã-ßÐÑ][{_TAIL}]){{3}}"  # Cyrillic, Greek
+    f"|(?:[à-ï][{_TAIL}]{{2}}){{2}}"  # Chinese, Japanese, Indic
+)
+_SHOWN = 60
+
+
+class TextChecks:
+    """The checks of one text.
+
+    Args:
+        tokens: further special tokens, of the base model that will be trained.
+    """
+
+    def __init__(self, tokens: Iterable[str] = ()) -> None:
+        own = "".join("|" + re.escape(token) for token in sorted(tokens) if token.strip())
+        self._special = re.compile(_SPECIAL + own)
+        self._marks = None if own else ("<", "[")
+
+    def problems(self, text: str) -> Iterator[tuple[Code, str]]:
+        """What is doubtful in a text, each kind once, with the first place where it stands."""
+        if self._marks is None or any(mark in text for mark in self._marks):
+            yield from _first(self._special, text, Code.SPECIAL_TOKEN, "holds the special token")
+        if "{" in text:
+            yield from _first(_JINJA, text, Code.TEMPLATE_CODE, "holds template code")
+        if found := _CONTROL.search(text):
+            yield Code.CONTROL_CHARACTER, f"holds the control character U+{ord(found[0]):04X} at {found.start()}"
+        if not text.isascii():
+            if found := _HIDDEN.search(text):
+                yield Code.CONTROL_CHARACTER, f"holds the character U+{ord(found[0]):04X}, unseen, at {found.start()}"
+            if (place := text.find("\ufffd")) >= 0:
+                yield Code.MOJIBAKE, f"holds U+FFFD, which stands for what could not be read, at {place}"
+            yield from _first(_MOJIBAKE, text, Code.MOJIBAKE, "seems to be UTF-8 read as Windows-1252:")
+
+
+def special_tokens(folder: Path) -> list[str]:
+    """The special tokens of a model folder, from its `tokenizer.json`.
+
+    Raises:
+        DataError: the folder has none that can be read.
+    """
+    path = folder / "tokenizer.json"
+    try:
+        added = json.loads(path.read_text("utf-8")).get("added_tokens") or []
+        return [str(token["content"]) for token in added if token.get("special")]
+    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
+        raise DataError(
+            f"cannot read the special tokens in {path}: {error}",
+            expected="a model folder with tokenizer.json",
+            todo="check the path; known families are looked for without --base too",
+        ) from error
+
+
+def _first(pattern: re.Pattern[str], text: str, code: Code, what: str) -> Iterator[tuple[Code, str]]:
+    if found := pattern.search(text):
+        yield code, f"{what} {found[0][:_SHOWN]!r} at {found.start()}"

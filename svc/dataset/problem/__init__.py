@@ -1,0 +1,1 @@
+"""What can be wrong with a line, and where it is told."""

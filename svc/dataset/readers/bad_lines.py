@@ -1,0 +1,54 @@
+"""What was left out of a training run: the bad lines as they stood, and what is wrong with each.
+
+    FOLDER/train.jsonl      the bytes of every bad line of train.jsonl
+    FOLDER/problems.jsonl   file, line, code and message of each
+
+A line that is mended can be put back into the data.
+"""
+
+import json
+import shutil
+from pathlib import Path
+
+from svc.dataset.problem.problem import RowError
+from svc.dataset.readers.container import COMPRESSIONS
+
+_INDEX = "problems.jsonl"
+
+
+class BadLines:
+    """Collects bad lines; the folder is made with the first one, and what an earlier run left there goes.
+
+    Args:
+        folder: belongs to this object alone.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.count = 0
+        self._names: dict[Path, str] = {}
+        shutil.rmtree(folder, ignore_errors=True)
+
+    def add(self, path: Path, number: int, raw: bytes, problem: RowError) -> None:
+        """Keeps one line.
+
+        Args:
+            raw: its bytes.
+        """
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self.count += 1
+        with (self.folder / self._name(path)).open("ab") as file:
+            file.write(raw if raw.endswith(b"\n") or not raw else raw + b"\n")
+        entry = {"file": str(path), "line": number, "code": problem.code, "message": problem.wrong}
+        with (self.folder / _INDEX).open("a", encoding="utf-8") as index:
+            index.write(json.dumps(entry, ensure_ascii=False) + "\n")
+
+    def _name(self, path: Path) -> str:
+        """The file's own name, without compression; of two with the same name the second gets a number."""
+        if path not in self._names:
+            name = path.stem if path.suffix.lower() in COMPRESSIONS else path.name
+            name += ".jsonl" if name.endswith(".parquet") else ""
+            taken = {_INDEX, *self._names.values()}
+            candidates = [name, *(f"{number}-{name}" for number in range(2, len(taken) + 3))]
+            self._names[path] = next(candidate for candidate in candidates if candidate not in taken)
+        return self._names[path]

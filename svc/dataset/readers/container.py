@@ -1,0 +1,91 @@
+"""From a data file to its records: which container it is, and how it is compressed. Both are said by its name."""
+
+import bz2
+import gzip
+import io
+import lzma
+import zlib
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from pathlib import Path
+from typing import BinaryIO, cast
+
+from svc.dataset.problem.problem import Code, RowError
+from svc.dataset.readers.csv import read_csv
+from svc.dataset.readers.json_array import read_jsonl, read_list, starts_with_list
+from svc.dataset.readers.parquet import read_parquet
+from svc.dataset.readers.row import Row
+from svc.errors import DataError
+
+COMPRESSIONS = (".gz", ".bz2", ".xz", ".zst")
+CONTAINERS = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet")
+_TOLD_EVERY = 256  # rows
+
+
+def is_data_file(path: Path) -> bool:
+    """Whether a name says that the file holds examples."""
+    return bare_name(path).endswith(CONTAINERS)
+
+
+def bare_name(path: Path) -> str:
+    """A file's name without its compression, in lower case."""
+    name = path.name.lower()
+    return name[: -len(path.suffix)] if path.suffix.lower() in COMPRESSIONS else name
+
+
+def read_rows(path: Path, on_read: Callable[[int], None] = lambda position: None) -> Iterator[Row]:
+    """Yields the records of a file; a name of no known kind is read as JSONL.
+
+    Args:
+        on_read: told from time to time how many bytes of the file, as it lies on the disk, were read.
+
+    Raises:
+        DataError: there is no such file, or it cannot be opened.
+    """
+    with ExitStack() as stack:
+        try:
+            file = stack.enter_context(path.open("rb"))
+        except OSError as error:
+            raise DataError(
+                f"cannot open data file {path}: {error.strerror}",
+                expected="a file or folder of examples: JSONL, JSON, CSV or Parquet",
+                todo="check the path; paths in a recipe are relative to the recipe. hf:ORG/NAME is a hub dataset",
+            ) from error
+        if bare_name(path).endswith(".parquet"):
+            yield from read_parquet(path, on_read)
+            return
+        number = 0
+        try:
+            stream = stack.enter_context(_decompressed(path, file))
+            for number, row in enumerate(_records(path, stream), start=1):
+                if number % _TOLD_EVERY == 0:
+                    on_read(file.tell())
+                yield row
+        except (OSError, EOFError, zlib.error, lzma.LZMAError) as error:
+            wrong = f"cannot be read on: {str(error)[:200] or type(error).__name__}"
+            yield Row(number + 1, b"", error=RowError(Code.UNREADABLE, wrong, expected="a whole file"))
+
+
+def _records(path: Path, stream: io.BufferedReader) -> Iterator[Row]:
+    name = bare_name(path)
+    if name.endswith((".csv", ".tsv")):
+        return read_csv(stream)
+    if name.endswith(".json") and starts_with_list(stream.peek(4096)):
+        return read_list(stream)
+    return read_jsonl(stream)
+
+
+def _decompressed(path: Path, file: BinaryIO) -> io.BufferedReader:
+    match path.suffix.lower():
+        case ".gz":
+            return io.BufferedReader(cast("io.RawIOBase", gzip.GzipFile(fileobj=file)))
+        case ".bz2":
+            return io.BufferedReader(cast("io.RawIOBase", bz2.BZ2File(file)))
+        case ".xz":
+            return io.BufferedReader(cast("io.RawIOBase", lzma.LZMAFile(file)))
+        case ".zst":
+            import pyarrow
+
+            return io.BufferedReader(cast("io.RawIOBase", pyarrow.CompressedInputStream(file, "zstd")))
+        case _:
+            return cast("io.BufferedReader", file)

@@ -1,0 +1,231 @@
+"""Records of JSONL files, and of JSON files that are one long list; neither is ever held in memory as a whole.
+
+Strict JSON: no NaN, no key twice in an object. Lines end at the LF byte alone: `str.splitlines` also breaks at U+2028,
+which is good JSON.
+"""
+
+import codecs
+import json
+import re
+from collections import Counter
+from collections.abc import Iterator
+from typing import Any, BinaryIO
+
+from svc.dataset.problem.problem import Code, RowError
+from svc.dataset.readers.row import MAX_ROW_BYTES, Row
+
+_BLOCK = 2**20
+_SPACE = re.compile(r"[ \t\r\n]*")
+
+
+def read_jsonl(stream: BinaryIO) -> Iterator[Row]:
+    """Yields every line; memory is bounded by the longest line, and that by `MAX_ROW_BYTES`."""
+    number = 0
+    while raw := stream.readline(MAX_ROW_BYTES + 1):
+        number += 1
+        if len(raw) > MAX_ROW_BYTES and not raw.endswith(b"\n"):
+            _skip_line(stream)
+            yield Row(number, raw, error=too_large())
+            continue
+        content = raw.removeprefix(codecs.BOM_UTF8) if number == 1 else raw
+        if not content.strip():
+            yield Row(number, raw, blank=True)
+            continue
+        try:
+            yield Row(number, raw, decode(content))
+        except RowError as error:
+            yield Row(number, raw, error=error)
+
+
+def too_large() -> RowError:
+    """The error of a record beyond the limit."""
+    return RowError(
+        Code.TOO_LARGE,
+        f"more than {MAX_ROW_BYTES // 2**20} MiB in one example",
+        expected=f"at most {MAX_ROW_BYTES} bytes",
+    )
+
+
+def decode(raw: bytes) -> Any:
+    """One JSON value.
+
+    Raises:
+        RowError: not UTF-8, or not JSON.
+    """
+    try:
+        text = raw.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise RowError(
+            Code.NOT_UTF8,
+            f"byte 0x{raw[error.start]:02x} at position {error.start} is not UTF-8",
+            expected="text in UTF-8",
+        ) from error
+    return decode_text(text)
+
+
+def decode_text(text: str) -> Any:
+    """One JSON value.
+
+    Raises:
+        RowError: not JSON.
+    """
+    try:
+        return _STRICT.decode(text)
+    except (ValueError, RecursionError) as error:
+        raise explain(error) from error
+
+
+def explain(error: ValueError | RecursionError) -> RowError:
+    """What the JSON reader's error means."""
+    if isinstance(error, json.JSONDecodeError):
+        wrong = f"not JSON: {error.msg} at column {error.colno}"
+    elif isinstance(error, RecursionError):
+        wrong = "not usable JSON: nested too deeply"
+    else:  # Python reads no integer of more than 4300 digits
+        wrong = "not usable JSON: a number with too many digits"
+    return RowError(Code.NOT_JSON, wrong, expected="one JSON object in a line")
+
+
+def starts_with_list(head: bytes) -> bool:
+    """Whether a file that begins so is one list, and not JSONL."""
+    return head.removeprefix(codecs.BOM_UTF8).lstrip()[:1] == b"["
+
+
+def read_list(stream: BinaryIO) -> Iterator[Row]:
+    """Yields the elements of a list. After a fault in its JSON nothing more can be found: that is the last row."""
+    yield from _ListReader(stream).rows()
+
+
+class _ListReader:
+    """Decodes element after element from a buffer that is filled as needed."""
+
+    def __init__(self, stream: BinaryIO) -> None:
+        self._stream = stream
+        self._decoder = codecs.getincrementaldecoder("utf-8")("surrogateescape")
+        self._text = ""
+        self._at = 0
+        self._line = 1
+        self._ended = False
+        self._lost = False
+        self._faults: list[RowError] = []  # raising inside the JSON reader would lose the element's end
+        self._json = json.JSONDecoder(parse_constant=self._constant, object_pairs_hook=self._pairs)
+
+    def rows(self) -> Iterator[Row]:
+        if self._next() == codecs.BOM_UTF8.decode():
+            self._at += 1
+            self._next()
+        self._at += 1  # the bracket, which `starts_with_list` has seen
+        if self._next() == "]":
+            self._at += 1
+        else:
+            while True:
+                row = self._element()
+                yield row
+                if self._lost:
+                    return
+                mark = self._next()
+                if mark not in (",", "]"):
+                    yield self._fault(f"{mark!r} after an element" if mark else "the file ends inside the list")
+                    return
+                self._at += 1
+                if mark == "]":
+                    break
+        if extra := self._next():
+            yield self._fault(f"{extra!r} after the end of the list")
+
+    def _element(self) -> Row:
+        self._next()
+        line, wanted = self._line, _BLOCK
+        while True:
+            self._faults.clear()
+            try:
+                value, end = self._json.raw_decode(self._text, self._at)
+                if end < len(self._text) or self._ended:
+                    return self._row(line, value, end)
+            except RecursionError as error:
+                return self._give_up(line, explain(error))
+            except ValueError as error:
+                if self._ended:
+                    return self._give_up(line, explain(error))
+            if len(self._text) - self._at > MAX_ROW_BYTES:
+                wrong = f"not JSON, or more than {MAX_ROW_BYTES // 2**20} MiB in one example; the rest is not read"
+                return self._give_up(line, RowError(Code.TOO_LARGE, wrong))
+            self._fill(wanted)
+            wanted *= 2
+
+    def _row(self, line: int, value: Any, end: int) -> Row:
+        text = self._text[self._at : end]
+        self._line += text.count("\n")
+        self._at = end
+        raw = text.encode("utf-8", "surrogateescape")
+        if not text.isascii():
+            try:
+                raw.decode("utf-8")
+            except UnicodeDecodeError as error:
+                wrong = f"byte 0x{raw[error.start]:02x} is not UTF-8"
+                return Row(line, raw, value, RowError(Code.NOT_UTF8, wrong, expected="text in UTF-8"))
+        return Row(line, raw, value, self._faults[0] if self._faults else None)
+
+    def _next(self) -> str:
+        """Goes to the next character that is no space; empty at the end of the file."""
+        while True:
+            space = _SPACE.match(self._text, self._at)
+            end = space.end() if space else self._at
+            self._line += self._text.count("\n", self._at, end)
+            self._at = end
+            if end < len(self._text):
+                return self._text[end]
+            if self._ended:
+                return ""
+            self._fill(_BLOCK)
+
+    def _fill(self, size: int) -> None:
+        block = self._stream.read(size)
+        self._ended = not block
+        self._text = self._text[self._at :] + self._decoder.decode(block, final=self._ended)
+        self._at = 0
+
+    def _give_up(self, line: int, error: RowError) -> Row:
+        """Where the element ends cannot be known, so that no later one can be found."""
+        self._lost = True
+        rest = self._text[self._at : self._at + MAX_ROW_BYTES]
+        return Row(line, rest.encode("utf-8", "surrogateescape"), error=error)
+
+    def _fault(self, wrong: str) -> Row:
+        return Row(
+            self._line, b"", error=RowError(Code.NOT_JSON, f"not JSON: {wrong}", expected="one list of examples")
+        )
+
+    def _constant(self, name: str) -> Any:
+        self._faults.append(_constant_fault(name))
+
+    def _pairs(self, pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        try:
+            return _refuse_duplicates(pairs)
+        except RowError as error:
+            self._faults.append(error)
+            return dict(pairs)
+
+
+def _skip_line(stream: BinaryIO) -> None:
+    while (part := stream.readline(_BLOCK)) and not part.endswith(b"\n"):
+        pass
+
+
+def _constant_fault(name: str) -> RowError:
+    return RowError(Code.NOT_JSON, f"not JSON: {name}", expected="JSON knows no NaN and no Infinity")
+
+
+def _refuse_constant(name: str) -> Any:
+    raise _constant_fault(name)
+
+
+def _refuse_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    value = dict(pairs)
+    if len(value) < len(pairs):
+        twice = min(key for key, count in Counter(key for key, _ in pairs).items() if count > 1)
+        raise RowError(Code.NOT_JSON, f"key {twice!r} twice in one object", expected="each key once")
+    return value
+
+
+_STRICT = json.JSONDecoder(parse_constant=_refuse_constant, object_pairs_hook=_refuse_duplicates)

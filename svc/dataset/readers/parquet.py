@@ -1,0 +1,63 @@
+"""Records of Parquet files, a batch of rows in memory at a time.
+
+Only the columns of the formats are read: what stands in others is nobody's concern, and may be nothing that Python has
+a type for.
+"""
+
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from svc.dataset.problem.problem import Code, RowError
+from svc.dataset.readers.formats import READ_KEYS, header_fault
+from svc.dataset.readers.json_array import too_large
+from svc.dataset.readers.row import MAX_ROW_BYTES, Row
+
+_BATCH_ROWS = 256
+
+
+def read_parquet(path: Path, on_read: Callable[[int], None]) -> Iterator[Row]:
+    """Yields every row; its number stands for the line.
+
+    Args:
+        on_read: told how many bytes of the file were read, about.
+    """
+    import pyarrow
+    import pyarrow.parquet
+
+    number = 0
+    try:
+        size = path.stat().st_size
+        with pyarrow.parquet.ParquetFile(path, buffer_size=2**20, pre_buffer=False) as file:
+            total = max(file.metadata.num_rows, 1)
+            names = file.schema_arrow.names
+            fault = header_fault(names)
+            read, others = [name for name in names if name in READ_KEYS], sorted(set(names) - READ_KEYS)
+            for batch in file.iter_batches(batch_size=_BATCH_ROWS, columns=read):
+                for place in range(batch.num_rows):
+                    number += 1
+                    yield Row(number, b"", error=fault) if fault else _row(number, batch, place, others)
+                on_read(size * number // total)
+    except (pyarrow.ArrowException, OSError) as error:
+        wrong = RowError(Code.UNREADABLE, f"cannot be read: {str(error)[:200]}", expected="a whole Parquet file")
+        yield Row(number + 1, b"", error=wrong)
+
+
+def _row(number: int, batch: Any, place: int, others: list[str]) -> Row:
+    """One row.
+
+    Args:
+        others: columns that are not read: named without a value, so that an error can say what is there.
+    """
+    try:
+        value = batch.slice(place, 1).to_pylist()[0]
+    except UnicodeDecodeError:
+        return Row(number, b"", error=RowError(Code.NOT_UTF8, "text that is not UTF-8", expected="text in UTF-8"))
+    except (ValueError, OverflowError) as error:  # dates beyond the year 9999, unknown time zones
+        wrong = f"a value that cannot be read: {str(error)[:200]}"
+        return Row(number, b"", error=RowError(Code.WRONG_FORMAT, wrong, expected="text and lists of turns"))
+    raw = json.dumps(value, ensure_ascii=False, default=str).encode() + b"\n"
+    if len(raw) > MAX_ROW_BYTES:
+        return Row(number, raw[:MAX_ROW_BYTES], error=too_large())
+    return Row(number, raw, dict.fromkeys(others) | value)

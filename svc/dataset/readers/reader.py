@@ -1,0 +1,137 @@
+"""From data files to chat examples, one problem per bad line and never a guess.
+
+A file has one format, the one of most of its first rows; a row in another is an error.
+"""
+
+import json
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import chain
+from pathlib import Path
+
+from svc.dataset.checks.line_table import normal_prompt
+from svc.dataset.problem.problem import Code, RowError
+from svc.dataset.readers.bad_lines import BadLines
+from svc.dataset.readers.container import read_rows
+from svc.dataset.readers.formats import Format, parse_row, recognise
+from svc.dataset.readers.row import Row
+from svc.dataset.readers.source import data_files
+from svc.dataset.schema.example import ChatExample
+from svc.errors import DataError
+
+_HEAD_ROWS = 100
+_HEAD_BYTES = 4 * 2**20
+Source = str | Path
+
+
+@dataclass(frozen=True, slots=True)
+class Line:
+    """One line of a file: an example, or what is wrong with it; both empty when it is blank.
+
+    Attributes:
+        number: from 1.
+        raw: the line's bytes.
+        fields: for each message of the example, where in the line its text stands.
+    """
+
+    number: int
+    example: ChatExample | None = None
+    error: RowError | None = None
+    raw: bytes = b""
+    fields: tuple[str, ...] = ()
+
+
+def read_lines(path: Path, on_read: Callable[[int], None] = lambda position: None) -> Iterator[Line]:
+    """Yields every line of a data file; memory is bounded by the longest line.
+
+    Args:
+        on_read: told from time to time how many bytes of the file were read.
+
+    Raises:
+        DataError: there is no such file, or it cannot be opened.
+    """
+    rows = read_rows(path, on_read)
+    head, size = [], 0
+    for row in rows:
+        head.append(row)
+        size += len(row.raw)
+        if len(head) >= _HEAD_ROWS or size >= _HEAD_BYTES:
+            break
+    form = _most_frequent_format(head)
+    for row in chain(head, rows):
+        if row.blank or row.error:
+            yield Line(row.number, error=row.error, raw=row.raw)
+            continue
+        try:
+            example, fields = parse_row(row.value, form)
+        except RowError as error:
+            yield Line(row.number, error=error, raw=row.raw)
+        else:
+            yield Line(row.number, example, raw=row.raw, fields=fields)
+
+
+def read_examples(
+    sources: Source | Sequence[Source],
+    *,
+    minimum: int = 1,
+    cache: Path | None = None,
+    bad_lines: BadLines | None = None,
+    kept_back: Sequence[ChatExample] = (),
+) -> list[ChatExample]:
+    """All examples of one or more sources, in their order; the first bad line stops it.
+
+    Args:
+        sources: files, folders, or hub datasets as `hf:ORG/NAME`.
+        minimum: fewest examples that are of use.
+        cache: folder for what is fetched from the hub.
+        bad_lines: takes the bad lines, which then stop nothing.
+        kept_back: held-out examples; a line with the prompt of one is bad.
+
+    Raises:
+        DataError: a bad line, by number, or too few examples.
+    """
+    given = [sources] if isinstance(sources, str | Path) else list(sources)
+    held = {normal_prompt(example) for example in kept_back}
+    examples: list[ChatExample] = []
+    for path in chain.from_iterable(data_files(source, cache) for source in given):
+        for line in read_lines(path):
+            error = line.error
+            if line.example and held and normal_prompt(line.example) in held:
+                error = RowError(Code.LEAK, "a held-out example has the same prompt")
+            if error:
+                _refuse(path, line.number, error, line.raw, bad_lines)
+            elif line.example:
+                examples.append(line.example)
+    if len(examples) < minimum:
+        raise DataError(
+            f"{', '.join(map(str, given))} holds {len(examples)} example{'' if len(examples) == 1 else 's'}",
+            expected=f"at least {minimum}",
+            todo="add examples; a few hundred are where fine-tuning begins to pay",
+        )
+    return examples
+
+
+def write_examples(path: Path, examples: Iterable[ChatExample]) -> None:
+    """Writes examples as JSONL in UTF-8."""
+    lines = (json.dumps(example.as_dict(), ensure_ascii=False) + "\n" for example in examples)
+    path.write_text("".join(lines), "utf-8")
+
+
+def _most_frequent_format(head: list[Row]) -> Format:
+    """Chat where none is seen; of two that are equally frequent, the one that comes first."""
+    formats = Counter(form for row in head if (form := recognise(row.value)))
+    return formats.most_common(1)[0][0] if formats else Format.CHAT
+
+
+def _refuse(path: Path, number: int, error: RowError, raw: bytes, bad_lines: BadLines | None) -> None:
+    if error.code is Code.UNREADABLE:  # no bad line: nobody knows how many examples are missing
+        raise DataError(f"{path}:{number}: {error.wrong}", expected=error.expected, todo=error.todo) from error
+    if bad_lines is not None:
+        bad_lines.add(path, number, raw, error)
+        return
+    raise DataError(
+        f"{path}:{number}: {error.wrong}",
+        expected=error.expected,
+        todo=f"run `svc data check {path}` for all problems, and mend or drop those lines; or train with --skip-bad",
+    ) from error

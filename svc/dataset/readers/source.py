@@ -1,0 +1,108 @@
+"""Where examples are: a file, a folder, or a dataset of the Hugging Face hub; all become a list of files.
+
+A hub dataset is written `hf:ORG/NAME`, because `ORG/NAME` alone is also a good path. Only its data files are fetched;
+code that comes with a dataset is never run.
+"""
+
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from svc.dataset.readers.container import COMPRESSIONS, CONTAINERS, is_data_file
+from svc.errors import DataError
+
+HUB_PREFIX = "hf:"
+_HUB_ID = re.compile(r"(?P<id>[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(?:@(?P<revision>[\w.-]+))?(?:/(?P<within>.+))?")
+_NO_EXAMPLES = {"dataset_info.json", "dataset_infos.json", "state.json"}
+DEFAULT_CACHE = Path("~/.cache/tuneserve/base")
+"""Where the hub's files go when the caller has no settings at hand."""
+
+
+def data_files(source: str | Path, cache: Path | None = None, *, fetch: Callable[..., Any] | None = None) -> list[Path]:
+    """The files of a source, in their order.
+
+    Args:
+        source: a file; a folder, of which all data files in it are taken, sorted by path; or
+            `hf:ORG/NAME[@REVISION][/FILE-OR-FOLDER]`.
+        cache: folder for what is fetched from the hub.
+        fetch: takes the place of `huggingface_hub.snapshot_download`.
+
+    Raises:
+        DataError: a folder without data files, or a hub dataset that cannot be had.
+    """
+    text = str(source)
+    if text.startswith(HUB_PREFIX):
+        return _hub_files(text, (cache or DEFAULT_CACHE).expanduser(), fetch)
+    path = Path(source)
+    return _folder_files(path) if path.is_dir() else [path]
+
+
+def _folder_files(folder: Path) -> list[Path]:
+    files = [
+        path
+        for path in sorted(folder.rglob("*"))
+        if path.is_file()
+        and is_data_file(path)
+        and path.name not in _NO_EXAMPLES
+        and not any(part.startswith(".") for part in path.relative_to(folder).parts)
+    ]
+    if not files:
+        raise DataError(
+            f"no data file in folder {folder}",
+            expected=f"files that end in {', '.join(CONTAINERS)}, also with {', '.join(COMPRESSIONS)}",
+            todo="check the path",
+        )
+    return files
+
+
+def _hub_files(source: str, cache: Path, fetch: Callable[..., Any] | None) -> list[Path]:
+    named = _HUB_ID.fullmatch(source.removeprefix(HUB_PREFIX))
+    if not named or ".." in (named["within"] or "").split("/"):
+        raise DataError(
+            f"{source!r} names no hub dataset",
+            expected="hf:ORG/NAME, or hf:ORG/NAME@REVISION/FOLDER",
+            todo="correct it",
+        )
+    snapshot = _snapshot(named["id"], named["revision"], cache, fetch)
+    path = snapshot / (named["within"] or "")
+    if not path.exists():
+        raise DataError(
+            f"{named['id']} has no data file or folder {named['within']!r}",
+            expected=f"one of {', '.join(sorted(file.name for file in snapshot.iterdir())) or 'none: it is empty'}",
+            todo="correct what stands after the dataset's name",
+        )
+    return data_files(path)
+
+
+def _snapshot(dataset: str, revision: str | None, cache: Path, fetch: Callable[..., Any] | None) -> Path:
+    try:
+        from huggingface_hub import snapshot_download
+        from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+    except ImportError as error:
+        raise DataError(
+            f"cannot fetch {dataset}: huggingface_hub is not installed",
+            expected="the extra `train`",
+            todo="pip install 'tuneserve[train]', or copy the dataset here and name its folder",
+        ) from error
+    from svc.terminal import waiting
+
+    patterns = [f"*{container}{end}" for container in CONTAINERS for end in ("", *COMPRESSIONS)]
+    try:
+        with waiting(f"Fetching dataset {dataset} from the Hugging Face hub"):
+            folder = (fetch or snapshot_download)(
+                dataset, repo_type="dataset", revision=revision, cache_dir=cache / "hub", allow_patterns=patterns
+            )
+    except LocalEntryNotFoundError as error:
+        raise DataError(
+            f"dataset {dataset} is not in the cache and the Hugging Face hub cannot be reached",
+            expected="a network, or the dataset as a local folder",
+            todo="check the network, or copy the dataset here and name its folder",
+        ) from error
+    except (HfHubHTTPError, HFValidationError) as error:
+        raise DataError(
+            f"the Hugging Face hub refuses dataset {dataset}: {(str(error).strip().splitlines() or ['?'])[0]}",
+            expected="the id of a public dataset, or of one that HF_TOKEN may read",
+            todo="check the id; for a gated dataset accept its terms on the hub and set HF_TOKEN",
+        ) from error
+    return Path(folder)

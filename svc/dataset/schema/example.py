@@ -1,0 +1,319 @@
+"""One chat example: what a model learns from and is judged by.
+
+Knows nothing of tokenizers: lengths here are characters, and special tokens stay text. Files and formats are
+elsewhere: this is what they all become.
+"""
+
+import json
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import Any
+
+from svc.dataset.problem.problem import Code, RowError
+from svc.dataset.schema.tool_calls import (
+    ToolCall,
+    check_encodable,
+    kind_of,
+    names_of,
+    optional_text,
+    parse_calls,
+    parse_tools,
+)
+from svc.dataset.text.plain_text import is_blank
+
+
+class Role(StrEnum):
+    """Who speaks a turn."""
+
+    SYSTEM = "system"
+    USER = "user"
+    ASSISTANT = "assistant"
+    TOOL = "tool"
+
+
+@dataclass(frozen=True, slots=True)
+class Message:
+    """One turn.
+
+    Attributes:
+        content: blank only in an assistant turn with tool calls.
+        name: who of several users or tools speaks.
+        tool_call_id: of a tool's turn, the call that it answers.
+        weight: of an assistant turn: 0 is not learnt, 1 is; None where the example does not say.
+    """
+
+    role: Role
+    content: str
+    name: str | None = None
+    tool_calls: tuple[ToolCall, ...] = ()
+    tool_call_id: str | None = None
+    weight: int | None = None
+
+    def spoken(self) -> dict[str, Any]:
+        """The OpenAI form of the turn as a model is shown it: a weight says something about it, not in it."""
+        return {key: value for key, value in self.as_dict().items() if key != "weight"}
+
+    def as_dict(self) -> dict[str, Any]:
+        """The OpenAI form of the turn."""
+        turn: dict[str, Any] = {"role": self.role.value, "content": self.content}
+        if self.tool_calls:
+            turn["tool_calls"] = [call.as_dict() for call in self.tool_calls]
+        optional = {"name": self.name, "tool_call_id": self.tool_call_id, "weight": self.weight}
+        return turn | {key: value for key, value in optional.items() if value is not None}
+
+
+@dataclass(frozen=True, slots=True)
+class ChatExample:
+    """A conversation that ends in the assistant's answer.
+
+    Attributes:
+        messages: system turn (optional, first), then user, assistant and tool turns; the last is the assistant's, and
+            has text.
+        tools: what the assistant may call: OpenAI's definitions, each as JSON text.
+    """
+
+    messages: tuple[Message, ...]
+    tools: tuple[str, ...] = ()
+
+    @property
+    def prompt(self) -> tuple[Message, ...]:
+        """All turns before the final answer."""
+        return self.messages[:-1]
+
+    @property
+    def question(self) -> str:
+        """The last user turn before the answer."""
+        return next(message.content for message in reversed(self.prompt) if message.role is Role.USER)
+
+    @property
+    def answer(self) -> str:
+        """The final assistant turn: the reference."""
+        return self.messages[-1].content
+
+    @property
+    def texts(self) -> Iterator[str]:
+        """All that a model is shown: contents, names, calls and tools."""
+        for message in self.messages:
+            yield message.content
+            if message.name:
+                yield message.name
+            for call in message.tool_calls:
+                yield call.name
+                yield call.arguments
+        yield from self.tools
+
+    @property
+    def characters(self) -> int:
+        """Length of all texts, characters."""
+        return sum(map(len, self.texts))
+
+    @property
+    def utf8_bytes(self) -> int:
+        """Length of all texts in UTF-8: nearer than characters to what a tokenizer of bytes makes of any script."""
+        return sum(len(text) if text.isascii() else len(text.encode()) for text in self.texts)
+
+    @property
+    def learnt(self) -> tuple[int, ...]:
+        """Indices of the assistant turns to learn: the last one, or where any has a weight, all whose weight is not 0.
+
+        As OpenAI's fine-tuning has it: there a turn without a weight counts as one of weight 1.
+        """
+        if all(message.weight is None for message in self.messages):
+            return (len(self.messages) - 1,)
+        turns = enumerate(self.messages)
+        return tuple(place for place, turn in turns if turn.role is Role.ASSISTANT and turn.weight != 0)
+
+    def as_dict(self) -> dict[str, Any]:
+        """The JSONL form."""
+        tools = {"tools": [json.loads(tool) for tool in self.tools]} if self.tools else {}
+        return {"messages": [message.as_dict() for message in self.messages], **tools}
+
+
+def parse_example(value: Any) -> ChatExample:
+    """Checks one decoded JSON value against the chat schema; keys beside `messages` and `tools` are ignored.
+
+    Raises:
+        RowError: names the field and its value, and what was expected.
+    """
+    if not isinstance(value, dict):
+        raise RowError(Code.WRONG_FORMAT, f"the line is {kind_of(value)}", expected='an object {"messages": [...]}')
+    if "messages" not in value:
+        raise RowError(
+            Code.WRONG_FORMAT,
+            f"no 'messages', only {sorted(value)!r:.200}",
+            expected='an object {"messages": [...]}',
+        )
+    turns = value["messages"]
+    if not isinstance(turns, list) or not turns:
+        found = "an empty list" if turns == [] else kind_of(turns)
+        raise RowError(Code.WRONG_FORMAT, f"is {found}", field="messages", expected="a list of turns")
+    messages = tuple(_parse_message(index, turn) for index, turn in enumerate(turns))
+    _check_order(messages)
+    example = ChatExample(messages, parse_tools(value.get("tools")))
+    if value.get("functions") and not example.tools:
+        raise RowError(Code.WRONG_TOOLS, "is of the old function calling", field="functions", expected="'tools'")
+    if any([message.tool_calls or message.role is Role.TOOL for message in messages]):  # noqa: C419 - twice as fast
+        _check_calls(example)
+    return example
+
+
+def _parse_message(index: int, turn: Any) -> Message:
+    where = f"messages[{index}]"
+    if not isinstance(turn, dict):
+        raise RowError(Code.WRONG_FORMAT, f"is {kind_of(turn)}", field=where, expected='{"role": ..., "content": ...}')
+    role = turn.get("role")
+    if not isinstance(role, str) or role not in _ROLES:
+        found = f"{role!r:.80}" if "role" in turn else "missing"
+        raise RowError(Code.WRONG_ROLE, f"is {found}", field=f"{where}.role", expected=f"one of {', '.join(Role)}")
+    calls = parse_calls(where, role, turn.get("tool_calls"))
+    if turn.get("function_call") is not None:
+        raise RowError(
+            Code.WRONG_TOOLS,
+            "is of the old function calling",
+            field=f"{where}.function_call",
+            expected="'tool_calls'",
+        )
+    content = _parse_content(where, turn, may_be_blank=bool(calls))
+    if len(turn) == 2:  # role and content: most turns of most files
+        return Message(_ROLES[role], content)
+    return Message(
+        _ROLES[role],
+        content,
+        name=optional_text(where, "name", turn.get("name")),
+        tool_calls=calls,
+        tool_call_id=optional_text(where, "tool_call_id", turn.get("tool_call_id")),
+        weight=_parse_weight(where, role, turn.get("weight")),
+    )
+
+
+_ROLES = {role.value: role for role in Role}
+
+
+def _parse_content(where: str, turn: dict[str, Any], *, may_be_blank: bool) -> str:
+    field = f"{where}.content"
+    content = turn.get("content")
+    if content is None and may_be_blank:
+        return ""
+    if not isinstance(content, str):
+        found = kind_of(content) if "content" in turn else "missing"
+        raise RowError(Code.WRONG_CONTENT, f"is {found}", field=field, expected="a string")
+    if not may_be_blank and is_blank(content):
+        raise RowError(Code.WRONG_CONTENT, "is blank", field=field, expected="some text")
+    check_encodable(field, content)
+    return content
+
+
+def _parse_weight(where: str, role: str, weight: Any) -> int | None:
+    if weight is None:
+        return None
+    field = f"{where}.weight"
+    if isinstance(weight, bool) or not isinstance(weight, int | float) or weight not in (0, 1):
+        raise RowError(Code.WRONG_WEIGHT, f"is {weight!r:.80}", field=field, expected="0 or 1")
+    if role != Role.ASSISTANT:
+        raise RowError(
+            Code.WRONG_WEIGHT, f"stands in a {role} turn", field=field, expected="weights in assistant turns"
+        )
+    return int(weight)
+
+
+def _check_order(messages: tuple[Message, ...]) -> None:
+    roles = [message.role for message in messages]
+    last = f"messages[{len(messages) - 1}]"
+    if Role.SYSTEM in roles[1:]:
+        raise RowError(
+            Code.WRONG_TURNS,
+            "is a system turn",
+            field=f"messages[{roles.index(Role.SYSTEM, 1)}]",
+            expected="it stands first, or not at all",
+        )
+    if Role.ASSISTANT not in roles:
+        raise RowError(Code.WRONG_TURNS, "no assistant turn", expected="a final assistant turn: the answer to learn")
+    if roles[-1] is not Role.ASSISTANT:
+        raise RowError(
+            Code.WRONG_TURNS,
+            f"the last turn is {roles[-1]}",
+            expected="a final assistant turn: the answer to learn",
+        )
+    if Role.USER not in roles:
+        raise RowError(Code.WRONG_TURNS, "no user turn", expected="at least one user turn before the answer")
+    if is_blank(messages[-1].content):
+        raise RowError(
+            Code.WRONG_CONTENT,
+            "is blank in the final turn, which has tool calls only",
+            field=f"{last}.content",
+            expected="text: the final answer is what a version is judged by",
+        )
+    assistants = [message.weight for message in messages if message.role is Role.ASSISTANT]
+    if all(weight == 0 for weight in assistants):
+        raise RowError(
+            Code.WRONG_WEIGHT, "every assistant turn has the weight 0", expected="one at least that is learnt"
+        )
+
+
+def _check_calls(example: ChatExample) -> None:
+    """Every call has its tool turn after it, and every tool turn its call; a chat template pairs them or fails."""
+    offered = dict.fromkeys(names_of(example.tools))
+    waiting = _Waiting(0, ())
+    for place, message in enumerate(example.messages):
+        field = f"messages[{place}]"
+        if message.role is Role.TOOL:
+            waiting.answer(field, message.tool_call_id)
+            continue
+        waiting.close()
+        for call in message.tool_calls:
+            if offered and call.name not in offered:
+                raise RowError(
+                    Code.WRONG_TOOLS,
+                    f"is a call of {call.name!r:.80}",
+                    field=f"{field}.tool_calls",
+                    expected=f"one of the tools: {', '.join(offered):.200}",
+                )
+        waiting = _Waiting(place, message.tool_calls)
+
+
+class _Waiting:
+    """The calls of one turn that no tool turn has answered yet.
+
+    Calls without an id are only counted, and one tool turn may hold what all of them gave back: ShareGPT files have it
+    so.
+    """
+
+    def __init__(self, place: int, calls: tuple[ToolCall, ...]) -> None:
+        self._field = f"messages[{place}].tool_calls"
+        named = Counter(call.id for call in calls if call.id is not None)
+        self._ids = dict.fromkeys(named)
+        self._unnamed = len(calls) - named.total()
+        self._answered = False
+        twice = next((name for name, count in named.items() if count > 1), None)
+        if twice is not None:
+            raise RowError(
+                Code.WRONG_TOOLS, f"has the id {twice!r:.80} twice", field=self._field, expected="an id for each call"
+            )
+
+    def answer(self, field: str, identity: str | None) -> None:
+        if identity in self._ids:
+            del self._ids[identity]
+        elif self._unnamed:
+            self._unnamed -= 1
+        elif identity is None and self._ids:
+            del self._ids[next(iter(self._ids))]
+        else:
+            found = "" if identity is None else f" for the call {identity!r:.80}"
+            raise RowError(
+                Code.WRONG_TURNS,
+                f"is a tool turn{found} with no such call before it",
+                field=field,
+                expected="the assistant's call first, then what the tool gives back",
+            )
+        self._answered = True
+
+    def close(self) -> None:
+        if self._ids or (self._unnamed and not self._answered):
+            raise RowError(
+                Code.WRONG_TURNS,
+                "has a call that no tool turn after it answers",
+                field=self._field,
+                expected="what the tool gives back, for every call before the next turn of another role",
+            )

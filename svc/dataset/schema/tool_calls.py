@@ -1,0 +1,200 @@
+"""Tools that an example offers and calls, as OpenAI's API has them.
+
+Arguments and definitions are kept as JSON text: hashable, and the same after a round trip. Nothing here is ever run.
+"""
+
+import json
+from dataclasses import dataclass
+from typing import Any
+
+from svc.dataset.problem.problem import Code, RowError
+from svc.dataset.readers.json_array import decode_text
+
+_MAX_DEPTH = 64
+"""Of a tool's schema and of a call's arguments: templates walk them recursively."""
+
+
+_FUNCTION = (None, "function")
+"""The types of a tool and of a call; the only one there is may be left out."""
+
+
+@dataclass(frozen=True, slots=True)
+class ToolCall:
+    """A function that the assistant wants to have called.
+
+    Attributes:
+        arguments: a JSON object as text, as OpenAI's API has it.
+        id: what the tool's turn refers to; may be missing.
+    """
+
+    name: str
+    arguments: str
+    id: str | None = None
+
+    def as_dict(self) -> dict[str, Any]:
+        """The OpenAI form."""
+        identity = {} if self.id is None else {"id": self.id}
+        return {**identity, "type": "function", "function": {"name": self.name, "arguments": self.arguments}}
+
+
+def parse_calls(where: str, role: str, calls: Any) -> tuple[ToolCall, ...]:
+    """The calls of one turn.
+
+    Args:
+        where: the turn, as `messages[1]`.
+        calls: the value of its `tool_calls`.
+
+    Raises:
+        RowError: not as OpenAI's API has them.
+    """
+    if calls is None or calls == []:
+        return ()
+    field = f"{where}.tool_calls"
+    if role != "assistant":
+        raise RowError(Code.WRONG_TOOLS, f"stand in a {role} turn", field=field, expected="calls by the assistant")
+    if not isinstance(calls, list):
+        raise RowError(Code.WRONG_TOOLS, f"is {kind_of(calls)}", field=field, expected="a list of calls")
+    return tuple(_parse_call(f"{field}[{index}]", call) for index, call in enumerate(calls))
+
+
+def _parse_call(field: str, call: Any) -> ToolCall:
+    function = call.get("function") if isinstance(call, dict) else None
+    if not isinstance(function, dict) or not _is_named(function) or call.get("type") not in _FUNCTION:
+        raise RowError(
+            Code.WRONG_TOOLS,
+            f"is {json_text(call):.80}",
+            field=field,
+            expected='{"id": ..., "type": "function", "function": {"name": ..., "arguments": ...}}',
+        )
+    arguments = function.get("arguments")
+    if arguments is None or arguments == "":
+        arguments = "{}"
+    text = arguments if isinstance(arguments, str) else json_text(arguments)
+    decoded = decode_inner(text)
+    if not isinstance(decoded, dict) or _depth(decoded) > _MAX_DEPTH:
+        raise RowError(
+            Code.WRONG_TOOLS, f"is {text:.80}", field=f"{field}.function.arguments", expected="a JSON object as text"
+        )
+    name = function["name"]
+    check_encodable(field, name + text + json_text(decoded))  # escapes in the text may hide half of a pair
+    return ToolCall(name, text, optional_text(field, "id", call.get("id")))
+
+
+def parse_tools(tools: Any) -> tuple[str, ...]:
+    """Definitions of tools, each as JSON text.
+
+    Args:
+        tools: a list in OpenAI's form, or the same list as JSON text, as some files have it.
+
+    Raises:
+        RowError: neither.
+    """
+    if tools is None:
+        return ()
+    listed = tools
+    if isinstance(tools, str):
+        listed = decode_inner(tools) if tools.strip() else []
+    if not isinstance(listed, list):
+        raise RowError(Code.WRONG_TOOLS, f"is {json_text(tools):.80}", field="tools", expected="a list of definitions")
+    texts = tuple(_parse_tool(f"tools[{index}]", tool) for index, tool in enumerate(listed))
+    seen: set[str] = set()
+    for index, name in enumerate(names_of(texts)):
+        if name in seen:
+            raise RowError(Code.WRONG_TOOLS, f"is {name!r} again", field=f"tools[{index}]", expected="each name once")
+        seen.add(name)
+    return texts
+
+
+def names_of(tools: tuple[str, ...]) -> list[str]:
+    """The names of tools that `parse_tools` gave back."""
+    return [json.loads(tool)["function"]["name"] for tool in tools]
+
+
+def _parse_tool(field: str, tool: Any) -> str:
+    if isinstance(tool, dict) and "function" not in tool and isinstance(tool.get("name"), str):
+        tool = {"type": "function", "function": tool}  # the definition alone, as ShareGPT files have it
+    function = tool.get("function") if isinstance(tool, dict) else None
+    if (
+        not isinstance(function, dict)
+        or not _is_named(function)
+        or not isinstance(function.get("parameters"), dict | None)
+        or not isinstance(function.get("description"), str | None)
+        or tool.get("type") not in _FUNCTION
+        or _depth(tool) > _MAX_DEPTH
+    ):
+        raise RowError(
+            Code.WRONG_TOOLS,
+            f"is {json_text(tool):.80}",
+            field=field,
+            expected='{"type": "function", "function": {"name": ..., "parameters": ...}}',
+        )
+    text = json_text(tool)
+    check_encodable(field, text)
+    return text
+
+
+def _is_named(function: dict[str, Any]) -> bool:
+    name = function.get("name")
+    return isinstance(name, str) and bool(name.strip())
+
+
+def json_text(value: Any) -> str:
+    """Compact JSON; of what is nested too deeply, its type only."""
+    return json.dumps(value, ensure_ascii=False) if _depth(value) <= _MAX_DEPTH else kind_of(value)
+
+
+def decode_inner(text: str) -> Any:
+    """Strict JSON inside a string; None where it is none."""
+    try:
+        return decode_text(text)
+    except RowError:
+        return None
+
+
+def _depth(value: Any) -> int:
+    """How deeply a JSON value is nested."""
+    depth, level = 0, [value]
+    while level and depth <= _MAX_DEPTH:
+        depth += 1
+        inner: list[Any] = []
+        for item in level:
+            if isinstance(item, dict):
+                inner += item.values()
+            elif isinstance(item, list):
+                inner += item
+        level = inner
+    return depth
+
+
+def kind_of(value: Any) -> str:
+    """A JSON value's type, as a person says it."""
+    names = {dict: "an object", list: "a list", str: "a string", bool: "a boolean", int: "a number", float: "a number"}
+    return "null" if value is None else names.get(type(value), type(value).__name__)
+
+
+def check_encodable(field: str, text: str) -> None:
+    """Raises RowError where a text holds half of a surrogate pair, which JSON can escape and UTF-8 cannot hold."""
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError:
+        raise RowError(
+            Code.WRONG_CONTENT,
+            "holds half of a surrogate pair",
+            field=field,
+            expected="text that UTF-8 can hold",
+        ) from None
+
+
+def optional_text(where: str, key: str, value: Any) -> str | None:
+    """A string that may be missing; empty is missing too, as in Parquet and CSV.
+
+    Raises:
+        RowError: another type, or what UTF-8 cannot hold.
+    """
+    if value is None or value == "":
+        return None
+    field = f"{where}.{key}"
+    if not isinstance(value, str):
+        raise RowError(Code.WRONG_CONTENT, f"is {kind_of(value)}", field=field, expected="a string, or no such key")
+    check_encodable(field, value)
+    return value

@@ -1,0 +1,87 @@
+"""The check finds every line that cannot be trained on, and none that can."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from svc.dataset.checks.check import DataReport, check_file
+from svc.dataset.problem.problem import Severity
+from svc.errors import DataError
+from tests.svc.chats import chat, write_lines
+
+BROKEN = Path(__file__).parents[3] / "data" / "broken"
+KEY = [json.loads(line) for line in (BROKEN / "train_broken.defects.jsonl").read_text("utf-8").splitlines()]
+
+
+@pytest.fixture(scope="module")
+def broken() -> DataReport:
+    return check_file(BROKEN / "train_broken.jsonl", BROKEN / "heldout.jsonl")
+
+
+def severities(report: DataReport, entry: dict[str, int]) -> list[set[Severity]]:
+    """What was found at each line of a defect."""
+    lines = range(entry["line"], entry["line"] + entry["lines"])
+    return [{problem.severity for problem in report.problems if problem.line == line} for line in lines]
+
+
+def entries(expect: str) -> list[object]:
+    return [pytest.param(entry, id=entry["defect"]) for entry in KEY if entry["expect"] == expect]
+
+
+@pytest.mark.parametrize("entry", entries("reject"))
+def test_a_line_that_cannot_be_trained_on_is_an_error(broken: DataReport, entry: dict[str, int]) -> None:
+    assert all(Severity.ERROR in found for found in severities(broken, entry))
+
+
+@pytest.mark.parametrize("entry", entries("accept"))
+def test_a_good_line_has_no_problem(broken: DataReport, entry: dict[str, int]) -> None:
+    assert not any(severities(broken, entry))
+
+
+@pytest.mark.parametrize("entry", entries("warn"))
+def test_a_doubtful_line_is_no_error(broken: DataReport, entry: dict[str, int]) -> None:
+    assert not any(Severity.ERROR in found for found in severities(broken, entry))
+
+
+@pytest.mark.parametrize(
+    ("defect", "code"),
+    [
+        ("duplicate_exact", "duplicate"),
+        ("duplicate_spacing", "duplicate"),
+        ("conflicting_label", "contradiction"),
+        ("heldout_leak", "leak"),
+        ("blank_line", "blank"),
+    ],
+)
+def test_copies_contradictions_and_leaks_are_told_apart(broken: DataReport, defect: str, code: str) -> None:
+    line = next(entry["line"] for entry in KEY if entry["defect"] == defect)
+    assert code in {problem.code for problem in broken.problems if problem.line == line}
+
+
+def test_every_line_is_counted(broken: DataReport) -> None:
+    assert broken.lines == 65
+
+
+def test_a_file_without_examples_is_an_error(tmp_path: Path) -> None:
+    path = tmp_path / "empty.jsonl"
+    path.touch()
+    report = check_file(path)
+    assert [problem.code for problem in report.problems] == ["empty"]
+    assert report.errors == 1
+    assert report.median_characters == 0
+
+
+def test_a_missing_file_is_a_data_error(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"cannot open data file .*nothing\.jsonl"):
+        check_file(tmp_path / "nothing.jsonl")
+
+
+def test_few_answers_are_shown_as_labels(tmp_path: Path) -> None:
+    lines = [chat(f"question {number}", "net" if number % 3 else "doc").as_dict() for number in range(9)]
+    assert check_file(write_lines(tmp_path / "x.jsonl", *lines)).labels == {"net": 6, "doc": 3}
+
+
+def test_free_answers_are_no_labels(tmp_path: Path) -> None:
+    lines = [chat(f"question {number}", f"answer {number}").as_dict() for number in range(9)]
+    assert check_file(write_lines(tmp_path / "x.jsonl", *lines)).labels is None

@@ -1,0 +1,245 @@
+"""Every defect is found in every format, at its line, and no good line is accused of anything."""
+
+import json
+import random
+from collections.abc import Iterable
+from pathlib import Path
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from svc.dataset.checks.check import check_file, check_files
+from svc.dataset.problem.problem import Code, Severity, severity_of
+from svc.dataset.readers.formats import Format
+from tests.svc.dataset.rows import DEFECTS, ROLE, SYSTEM, TEXT, Damage, Row, encode, get, good_rows, put, row, text
+
+GOOD_ROWS = 24
+few = settings(max_examples=6, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+seeds = st.integers(0, 2**32).map(random.Random)
+formats = pytest.mark.parametrize("form", list(Format))
+
+
+def found(path: Path, lines: Iterable[bytes], heldout: Iterable[bytes] = ()) -> dict[int, set[Code]]:
+    """What the check says of each line, where it says anything."""
+    path.write_bytes(b"".join(line + b"\n" for line in lines))
+    kept_back = path.with_name("heldout.jsonl")
+    kept_back.write_bytes(b"".join(line + b"\n" for line in heldout))
+    codes: dict[int, set[Code]] = {}
+    for problem in check_file(path, kept_back if kept_back.stat().st_size else None).problems:
+        codes.setdefault(problem.line, set()).add(problem.code)
+        assert problem.severity is severity_of(problem.code)
+        assert problem.message and problem.todo and problem.file == str(path)
+    return codes
+
+
+@formats
+@given(chance=seeds, labels=st.booleans())
+@few
+def test_good_examples_are_accused_of_nothing(
+    tmp_path: Path, form: Format, chance: random.Random, labels: bool
+) -> None:
+    rows = good_rows(form, chance, 150, labels=labels)
+    assert found(tmp_path / "x.jsonl", map(encode, rows), map(encode, good_rows(form, chance, 20))) == {}
+
+
+@formats
+@pytest.mark.parametrize(("code", "damage"), [pytest.param(code, damage, id=name) for name, code, damage in DEFECTS])
+@given(chance=seeds)
+@few
+def test_a_defect_is_found_at_its_line_and_nowhere_else(
+    tmp_path: Path, form: Format, code: Code, damage: Damage, chance: random.Random
+) -> None:
+    lines = [encode(value) for value in good_rows(form, chance, GOOD_ROWS, labels=True)]
+    at = chance.randint(1, GOOD_ROWS)
+    lines.insert(at, damage(form, row(form, SYSTEM, text(chance), '{"colour": "red"}'), chance))
+    assert found(tmp_path / "x.jsonl", lines) == {at + 1: {code}}
+
+
+@pytest.mark.parametrize("form", list(ROLE))
+@pytest.mark.parametrize("role", ["customer", "User ", "", None, 3, []])
+def test_a_wrong_role_is_found(tmp_path: Path, form: Format, role: object) -> None:
+    rows = good_rows(form, random.Random(1), GOOD_ROWS)
+    rows[7] = put(rows[7], ROLE[form], role)
+    assert found(tmp_path / "x.jsonl", map(encode, rows)) == {8: {Code.WRONG_ROLE}}
+
+
+@formats
+@given(chance=seeds)
+@few
+def test_copies_are_found_and_told_apart(tmp_path: Path, form: Format, chance: random.Random) -> None:
+    question, answer = TEXT[form]
+    rows = good_rows(form, chance, GOOD_ROWS)
+    first = put(rows[0], question, long := text(chance, 40, 60))
+    copies = [
+        first,
+        put(first, question, long.upper().replace(" ", "  ")) if long.upper().lower() == long.lower() else first,
+        put(first, answer, "another answer"),
+        put(first, question, f"A heading:\n{long}"),
+        put(first, question, f"{long} And that was all."),
+    ]
+    codes = found(tmp_path / "x.jsonl", map(encode, [first, *rows[1:], *copies]))
+    wanted = [Code.DUPLICATE, Code.DUPLICATE, Code.CONTRADICTION, Code.NEAR_DUPLICATE, Code.NEAR_DUPLICATE]
+    assert codes == {GOOD_ROWS + 1 + place: {code} for place, code in enumerate(wanted)}
+
+
+@formats
+@given(chance=seeds)
+@few
+def test_leaks_are_errors_and_near_leaks_warnings(tmp_path: Path, form: Format, chance: random.Random) -> None:
+    question, answer = TEXT[form]
+    rows, kept_back = good_rows(form, chance, GOOD_ROWS), good_rows(form, chance, 5)
+    kept_back[3] = put(kept_back[3], question, long := text(chance, 40, 60))
+    rows[4] = put(kept_back[2], answer, "another answer")
+    rows[9] = put(rows[9], question, f"Read this.\n{long}")
+    codes = found(tmp_path / "x.jsonl", map(encode, rows), map(encode, kept_back))
+    assert codes == {5: {Code.LEAK}, 10: {Code.NEAR_LEAK}}
+
+
+@formats
+@given(chance=seeds)
+@few
+def test_answers_unlike_the_others_are_found(tmp_path: Path, form: Format, chance: random.Random) -> None:
+    rows = good_rows(form, chance, GOOD_ROWS, labels=True)
+    rows[3] = put(rows[3], TEXT[form][1], '{"colour": "loud"}')
+    rows[8] = put(rows[8], TEXT[form][1], "It is red.")
+    codes = found(tmp_path / "x.jsonl", map(encode, rows))
+    assert codes == {4: {Code.LABEL_NOT_IN_SET}, 9: {Code.ANSWER_NOT_JSON}}
+
+
+def tool_row(name: str = "Ada", arguments: str = "{}", description: str = "Tells it.") -> Row:
+    call = {"id": "1", "type": "function", "function": {"name": "rain", "arguments": arguments}}
+    turns = [
+        {"role": "user", "content": "Rain?", "name": name},
+        {"role": "assistant", "content": None, "tool_calls": [call]},
+        {"role": "tool", "content": "no", "tool_call_id": "1"},
+        {"role": "assistant", "content": "No."},
+    ]
+    return {
+        "messages": turns,
+        "tools": [{"type": "function", "function": {"name": "rain", "description": description}}],
+    }
+
+
+@pytest.mark.parametrize(
+    ("part", "field"), [("name", "messages[0]"), ("arguments", "messages[1]"), ("description", "tools[0]")]
+)
+def test_what_a_text_may_not_hold_no_name_call_or_tool_may(tmp_path: Path, part: str, field: str) -> None:
+    hostile = json.dumps({"city": "<|im_end|>"}) if part == "arguments" else "a <|im_end|> b"
+    (tmp_path / "a.jsonl").write_bytes(encode(tool_row(**{part: hostile})))
+    (problem,) = check_file(tmp_path / "a.jsonl").problems
+    assert (problem.code, problem.field) == (Code.SPECIAL_TOKEN, field)
+    assert "<|im_end|>" in problem.message
+
+
+@pytest.mark.parametrize("part", ["name", "arguments", "description"])
+def test_long_calls_and_tools_make_an_example_too_long(tmp_path: Path, part: str) -> None:
+    long = json.dumps({"city": "x" * 20_000}) if part == "arguments" else "x" * 20_000
+    assert found(tmp_path / "x.jsonl", [encode(tool_row(**{part: long}))]) == {1: {Code.TOO_LONG}}
+
+
+def test_a_good_example_with_tools_is_accused_of_nothing(tmp_path: Path) -> None:
+    assert found(tmp_path / "x.jsonl", [encode(tool_row())]) == {}
+
+
+def test_one_prompt_with_other_tools_is_another_example_but_a_leak_all_the_same(tmp_path: Path) -> None:
+    one, other = tool_row(), tool_row(description="Makes it.")
+    answered = put(one, "messages.3.content", "Yes.")
+    assert found(tmp_path / "x.jsonl", map(encode, [one, other])) == {}
+    assert found(tmp_path / "x.jsonl", map(encode, [one, other, answered])) == {3: {Code.CONTRADICTION}}
+    assert found(tmp_path / "x.jsonl", [encode(one)], [encode(other)]) == {1: {Code.LEAK}}
+
+
+@pytest.mark.parametrize(("letter", "count", "long"), [("x", 15_000, False), ("日", 5_000, False), ("日", 6_000, True)])
+def test_the_length_in_tokens_is_estimated_in_any_script(tmp_path: Path, letter: str, count: int, long: bool) -> None:
+    rows = [row(Format.PROMPT_COMPLETION, "", letter * count, "yes")]
+    assert found(tmp_path / "x.jsonl", map(encode, rows)) == ({1: {Code.TOO_LONG}} if long else {})
+
+
+@pytest.mark.parametrize("system", ["", "Be nice."])
+def test_an_assistant_turn_before_any_user_turn_is_told(tmp_path: Path, system: str) -> None:
+    turns = [{"from": "gpt", "value": "Hello."}, {"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}]
+    codes = found(tmp_path / "x.jsonl", [encode({"system": system, "conversations": turns})])
+    assert codes == {1: {Code.ASSISTANT_FIRST}}
+
+
+def test_a_list_without_examples_is_told_at_its_last_line(tmp_path: Path) -> None:
+    (tmp_path / "x.json").write_text("[\n\n1,\n2\n]")
+    problems = list(check_file(tmp_path / "x.json").problems)
+    assert [(problem.line, problem.code) for problem in problems] == [
+        (3, Code.WRONG_FORMAT),
+        (4, Code.WRONG_FORMAT),
+        (4, Code.EMPTY),
+    ]
+
+
+def test_a_label_that_stands_once_beside_frequent_ones_is_doubted(tmp_path: Path) -> None:
+    chance = random.Random(1)
+    rows = [row(Format.CHAT, "Sort it.", text(chance), f"label {number % 4}") for number in range(120)]
+    rows.append(row(Format.CHAT, "Sort it.", text(chance), "lable 1"))
+    assert found(tmp_path / "x.jsonl", map(encode, rows)) == {121: {Code.LABEL_NOT_IN_SET}}
+
+
+def test_short_questions_under_one_long_instruction_are_no_copies(tmp_path: Path) -> None:
+    instruction = "Translate the following sentence into French, and answer with the translation only, without quotes: "
+    chance = random.Random(1)
+    rows = [row(Format.ALPACA, "", instruction * 3 + text(chance, 2, 5), text(chance, 2, 5)) for _ in range(60)]
+    for count in (8, 60):
+        held = [row(Format.ALPACA, "", instruction * 3 + text(chance, 2, 5), "x")]
+        assert found(tmp_path / "x.jsonl", map(encode, rows[:count]), map(encode, held)) == {}
+
+
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [
+        ("What is the capital of France?", "What is the capital of Spain?"),
+        (
+            "Please tell me what 17 and 25 make together, thank you",
+            "Please tell me what 17 and 26 make together, thank you",
+        ),
+    ],
+)
+def test_short_questions_that_differ_in_a_word_are_no_copies(tmp_path: Path, one: str, other: str) -> None:
+    rows = [row(Format.PROMPT_COMPLETION, "", one, "Paris"), row(Format.PROMPT_COMPLETION, "", other, "Madrid")]
+    assert found(tmp_path / "x.jsonl", map(encode, rows)) == {}
+
+
+def test_one_text_under_two_instructions_is_two_examples(tmp_path: Path) -> None:
+    long = text(random.Random(1), 40, 60)
+    rows = [row(Format.CHAT, system, long, "an answer") for system in ("Translate.", "Sum up.")]
+    assert found(tmp_path / "x.jsonl", map(encode, rows)) == {}
+
+
+def test_copies_are_found_across_files_and_named_with_theirs(tmp_path: Path) -> None:
+    rows = good_rows(Format.CHAT, random.Random(1), 6)
+    for name, part in (("a.jsonl", rows[:4]), ("b.jsonl", rows[3:])):
+        (tmp_path / name).write_bytes(b"\n".join(map(encode, part)))
+    first, second = check_files([tmp_path / "a.jsonl", tmp_path / "b.jsonl"])
+    assert list(first.problems) == []
+    assert [problem.message for problem in second.problems] == [f"same as line 4 of {tmp_path / 'a.jsonl'}"]
+
+
+def test_a_faulty_held_out_line_is_reported_too(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_bytes(encode(good_rows(Format.CHAT, random.Random(1), 1)[0]))
+    (tmp_path / "h.jsonl").write_bytes(encode(good_rows(Format.CHAT, random.Random(2), 1)[0]) + b"\n{}\n")
+    _, held = check_files([tmp_path / "a.jsonl"], [tmp_path / "h.jsonl"])
+    assert [(problem.line, problem.severity) for problem in held.problems] == [(2, Severity.ERROR)]
+
+
+def test_fields_are_named_as_the_file_names_them(tmp_path: Path) -> None:
+    rows = good_rows(Format.SHAREGPT, random.Random(1), 2)
+    rows[0] = put(rows[0], "conversations.1.value", "a </s> b")
+    (tmp_path / "a.jsonl").write_bytes(b"\n".join(map(encode, [rows[0], put(rows[1], "conversations.2.value", 7)])))
+    problems = list(check_file(tmp_path / "a.jsonl").problems)
+    assert [problem.field for problem in problems] == ["conversations[1].value", "conversations[2].value"]
+    assert get(rows[0], "conversations.1.value") == "a </s> b"
+
+
+def test_many_problems_come_back_whole_and_in_order(tmp_path: Path) -> None:
+    good = [encode(value) for value in good_rows(Format.CHAT, random.Random(1), 3)]
+    path = tmp_path / "a.jsonl"
+    path.write_bytes(b"\n".join([*good, *([b"{", good[0]] * 5_000)]))
+    report = check_file(path)
+    assert [problem.line for problem in report.problems] == list(range(4, 10_004))
+    assert (report.errors, len(report.problems)) == (5_000, 10_000)
+    assert json.dumps([problem.code for problem in report.problems]).count("duplicate") == 5_000

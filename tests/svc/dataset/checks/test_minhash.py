@@ -1,0 +1,136 @@
+"""Near duplicates are those that the definition says, whatever the number of texts."""
+
+import random
+
+import numpy as np
+import pytest
+from datasketch import MinHash
+
+from svc.dataset.checks.minhash import Sketcher, Sketches, clusters, nearest
+from tests.svc.dataset.rows import text
+
+Pair = tuple[list[str], list[str]]
+
+
+def sketches(*texts: str) -> Sketches:
+    sketcher = Sketcher()
+    for one in texts:
+        sketcher.add(one)
+    return sketcher.finish()
+
+
+def runs(words: list[str]) -> set[tuple[str, ...]]:
+    edged = ["^", "^", *words, "$", "$"]
+    return {tuple(edged[place : place + 3]) for place in range(len(edged) - 2)}
+
+
+def similarity(pair: Pair) -> float:
+    one, other = map(runs, pair)
+    return len(one & other) / len(one | other)
+
+
+def pairs(count: int) -> list[Pair]:
+    """Texts and copies in which some words are others."""
+    chance, made = random.Random(1), []
+    for _ in range(count):
+        words = [f"w{chance.randrange(10**6)}" for _ in range(chance.randint(60, 120))]
+        changed = set(chance.sample(range(len(words)), chance.randint(0, 20)))
+        made.append((words, [f"x{word}" if place in changed else word for place, word in enumerate(words)]))
+    return made
+
+
+PAIRS = pairs(400)
+FOUND = sketches(*(" ".join(words) for pair in PAIRS for words in pair))
+
+
+def test_pairs_well_above_the_threshold_are_found_and_none_well_below() -> None:
+    groups, _ = clusters(FOUND)
+    near = groups[0::2] == groups[1::2]
+    exact = np.array([similarity(pair) for pair in PAIRS])
+    assert (exact > 0.85).sum() > 30 and (exact < 0.5).sum() > 30
+    assert near[exact > 0.85].all()
+    assert not near[exact < 0.5].any()
+
+
+def test_texts_that_share_nothing_are_never_near() -> None:
+    groups, _ = clusters(FOUND)
+    assert set(groups // 2 * 2) == set(range(0, len(groups), 2))
+    assert (groups // 2 == np.arange(len(groups)) // 2).all()
+
+
+def test_the_estimate_is_as_good_as_a_reference_implementation() -> None:
+    exact = np.array([similarity(pair) for pair in PAIRS])
+    ours = (FOUND.values[0::2] == FOUND.values[1::2]).mean(axis=1)
+    theirs = []
+    for pair in PAIRS:
+        one, other = (MinHash(num_perm=64, seed=1) for _ in pair)
+        for sketch, words in zip((one, other), pair, strict=True):
+            sketch.update_batch([" ".join(run).encode() for run in runs(words)])
+        theirs.append(one.jaccard(other))
+    assert ((ours - exact) ** 2).mean() < 1.3 * ((np.array(theirs) - exact) ** 2).mean()
+
+
+LONG = text(random.Random(5), 50, 60)
+
+
+@pytest.mark.parametrize(
+    ("one", "other", "near"),
+    [
+        (LONG, LONG.upper(), True),
+        (LONG, f"Description:\n{LONG}", True),
+        (LONG, f"{LONG} thank you", True),
+        ("what is this?", "What is this", True),
+        ("what is this?", "what is that?", False),
+        ("", "", False),
+        ("?!", "?!", False),
+        ("これは何ですか", "これは何ですか。", True),
+        ("これは何ですか", "それは何ですか", False),
+    ],
+)
+def test_what_is_near(one: str, other: str, near: bool) -> None:
+    groups, earlier = clusters(sketches(one, "something quite different", other))
+    assert bool(groups[2] == 0) == near
+    assert int(earlier[2]) == (0 if near else -1)
+    assert (int(nearest(sketches(one), sketches(other))[0]) == 0) == near
+
+
+def test_chains_of_near_duplicates_are_one_group() -> None:
+    chance = random.Random(2)
+    words = [f"w{chance.randrange(10**6)}" for _ in range(80)]
+    chain = []
+    for step in range(9):
+        words[step * 9] = f"changed{step}"
+        chain.append(" ".join(words))
+    others = [text(random.Random(seed), 20, 30) for seed in range(200)]
+    groups, _ = clusters(sketches(*chain, *others))
+    assert set(groups[: len(chain)]) == {0}
+
+
+def test_what_all_texts_share_does_not_make_them_near() -> None:
+    shared = text(random.Random(3), 60, 60)
+    groups, _ = clusters(sketches(*(f"{shared}\n{text(random.Random(seed), 4, 9)}" for seed in range(10, 90))))
+    assert len(set(groups)) == 80
+
+
+@pytest.mark.parametrize("count", [5, 8, 40])
+def test_what_few_texts_of_a_small_file_share_does_not_make_them_near_either(count: int) -> None:
+    shared = text(random.Random(3), 45, 45)
+    groups, _ = clusters(sketches(*(f"{shared}\n{text(random.Random(seed), 2, 4)}" for seed in range(10, 10 + count))))
+    assert len(set(groups)) == count
+
+
+def test_exact_copies_do_not_turn_a_text_into_the_wording_of_a_task() -> None:
+    groups, _ = clusters(sketches(*[LONG] * 8, f"Description:\n{LONG}"))
+    assert set(groups) == {0}
+
+
+def test_very_many_copies_of_one_text_are_one_group() -> None:
+    other = [text(random.Random(seed), 30, 40) for seed in range(2_000)]
+    groups, _ = clusters(sketches(*other, *(f"{LONG} {number}" for number in range(5_000))))
+    assert len(set(groups[2_000:])) == 1
+
+
+def test_no_texts_are_no_groups() -> None:
+    groups, earlier = clusters(sketches())
+    assert len(groups) == len(earlier) == 0
+    assert list(nearest(sketches("a b c"), sketches())) == [-1]

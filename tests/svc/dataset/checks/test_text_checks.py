@@ -1,0 +1,114 @@
+"""Doubtful texts are told, and texts that only look so are not."""
+
+import json
+import time
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from svc.dataset.checks.text_checks import TextChecks, special_tokens
+from svc.dataset.problem.problem import Code
+from svc.errors import DataError
+
+GOOD = [
+    "Use a < b || c > d, x |> f, and [| 1; 2 |] in F#.",
+    "[INSTALL] the <section> with <span> and <sub>; <s3> is no tag",
+    r"$\frac{{a}}{{b}}$ and \textbf{x}",
+    "${{ secrets.TOKEN }} in a workflow",
+    'the {% crispy %} tag, {"a": {"b": 1}} and {"a": {}}',
+    "MANHÃ… IRMÃ” «DÉJÀ» CAFÉ» São Paulo, Ångström, Þórr, naïve – “quotes” … 5 €",  # noqa: RUF001
+    "Tiếng Việt, čeština, Ελληνικά, русский, 日本語, עברית, العربية, हिन्दी",
+    "tab\tline\nfeed\r\n and a next line\x85 and \u2028",
+    "3 Å², 4 Å·mol, 5 Å±1, «âge» »Ü« »Ä« à «â» Â. Ã.",
+    "int a[2] = {{1, 2}}; vector v{{{3}}}; auto w = {{-4}}; {{a, b}} is a set of a set",
+    "f'a {{\n  background-color: rgb(1, 2, 3);\n}} b {{ margin: 0 -1px; }}'",
+    "f'{{{name}}}' is {name} in braces",
+    "xs |> f <| y; p <|> q; a <turn> of <channel>",
+    "🏴\U000e0067\U000e0062\U000e0065\U000e006e\U000e0067\U000e007f is England",
+    "\u2066isolated\u2069 \u200ftext",
+    "emoji 👩‍👩‍👧 ✔ ™ © ® °",
+]
+
+
+def codes(text: str, *tokens: str) -> set[Code]:
+    return {code for code, _ in TextChecks(tokens).problems(text)}
+
+
+@pytest.mark.parametrize("text", GOOD)
+def test_good_texts_are_not_doubted(text: str) -> None:
+    assert codes(text) == set()
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        *("{{ 7*7 }}", "{{user.name}}", "{{ x | upper }}", "a {%- if x -%} b", "{% set x = 1 %}", "{# note #}"),
+        *("{{ a == b }}", "{{ x if y else z }}", "{{ a and not b }}", "{{ x['k'] }}", "{{ f(1) }}", "{{- x -}}"),
+    ],
+)
+def test_template_code_is_told(text: str) -> None:
+    assert codes(text) == {Code.TEMPLATE_CODE}
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        *("<|im_end|>", "<｜end▁of▁sentence｜>", "[AVAILABLE_TOOLS]", "x</s>", "<eos>"),  # noqa: RUF001
+        *("<|turn>model", "<turn|>", "<|channel>", "<channel|>", "<|tool_call>", "<tool_call|>", "<tool_response|>"),
+    ],
+)
+def test_special_tokens_of_known_families_are_told(text: str) -> None:
+    assert codes(text) == {Code.SPECIAL_TOKEN}
+
+
+@pytest.mark.parametrize(
+    "text", ["a\u202eb", "a\U000e0041\U000e0042", "🏴 \U000e0067", "\U000e007f", "\U000e0020x"], ids=ascii
+)
+def test_characters_that_hide_text_are_told(text: str) -> None:
+    assert codes(text) == {Code.CONTROL_CHARACTER}
+
+
+def test_what_stands_for_lost_bytes_is_told() -> None:
+    assert codes("caf\ufffd") == {Code.MOJIBAKE}
+
+
+@given(st.text(alphabet="äöüéèñçßøåžšł€–“”’ž", min_size=1, max_size=9), st.text("abc", min_size=1, max_size=5))  # noqa: RUF001
+def test_wrongly_decoded_text_is_told(wrong: str, around: str) -> None:
+    decoded = wrong.encode().decode("cp1252", "replace")
+    assert "\ufffd" in decoded or Code.MOJIBAKE in codes(around + decoded + around)
+
+
+@given(st.text(alphabet="abäåšžœÿ -").map(str.upper))
+def test_words_in_capitals_are_not_taken_for_wrongly_decoded_ones(text: str) -> None:
+    assert codes(text) == set()
+
+
+def test_tokens_of_the_base_model_are_told(tmp_path: Path) -> None:
+    tokens = [{"content": "⟪end⟫", "special": True}, {"content": "the", "special": False}]
+    (tmp_path / "tokenizer.json").write_text(json.dumps({"added_tokens": tokens}), "utf-8")
+    assert special_tokens(tmp_path) == ["⟪end⟫"]
+    assert codes("here ⟪end⟫ there", *special_tokens(tmp_path)) == {Code.SPECIAL_TOKEN}
+    assert codes("the text", *special_tokens(tmp_path)) == set()
+
+
+@pytest.mark.parametrize("content", [None, "[", "[]", '{"added_tokens": 5}', '{"added_tokens": [5]}'])
+def test_a_folder_without_a_tokenizer_is_named(tmp_path: Path, content: str | None) -> None:
+    if content:
+        (tmp_path / "tokenizer.json").write_text(content)
+    with pytest.raises(DataError, match=r"tokenizer\.json"):
+        special_tokens(tmp_path)
+
+
+@pytest.mark.parametrize("part", ["{{[", "[", "{{a|", " ", "{{a ", "{% if ", "{#", "{{ a if", "{{1", "<|", "Ã"])
+@pytest.mark.parametrize("begin", ["", "{{", "{{a", "{{a|", "{% if", "{{ a ", "{#"])
+def test_a_text_is_checked_in_proportion_to_its_length(begin: str, part: str) -> None:
+    began = time.process_time()
+    codes(begin + part * (60_000 // len(part)))
+    assert time.process_time() - began < 2
+
+
+@given(st.text())
+def test_any_text_is_checked(text: str) -> None:
+    assert codes(text) <= {Code.SPECIAL_TOKEN, Code.TEMPLATE_CODE, Code.CONTROL_CHARACTER, Code.MOJIBAKE}

@@ -1,0 +1,285 @@
+"""Every format becomes the same chat example; what is none is refused by the name of its field."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from svc.dataset.fingerprint import fingerprint
+from svc.dataset.problem.problem import Code, RowError
+from svc.dataset.readers.formats import Format, parse_row, recognise
+from svc.dataset.readers.reader import read_examples, read_lines
+from svc.dataset.schema.example import ChatExample, Message, Role, parse_example
+from svc.dataset.schema.tool_calls import ToolCall
+from svc.errors import DataError
+from tests.svc.chats import chat, turn, write_lines
+from tests.svc.dataset.rows import row
+from tests.svc.json_values import json_values
+
+EXPECTED = ChatExample((Message(Role.SYSTEM, "be short"), Message(Role.USER, "which"), Message(Role.ASSISTANT, "that")))
+CALL = {"id": "c1", "type": "function", "function": {"name": "rain", "arguments": '{"city": "Rome"}'}}
+TOOL = {"type": "function", "function": {"name": "rain", "parameters": {"type": "object", "properties": {}}}}
+WITH_TOOLS = {
+    "messages": [
+        turn("user", "Rain?") | {"name": "Ada"},
+        {"role": "assistant", "content": None, "tool_calls": [CALL]},
+        turn("tool", "no") | {"tool_call_id": "c1", "name": "rain"},
+        turn("assistant", "No."),
+    ],
+    "tools": [TOOL],
+}
+
+
+def parse(value: Any) -> ChatExample:
+    form = recognise(value)
+    assert form is not None
+    return parse_row(value, form)[0]
+
+
+def refusal(value: Any, form: Format | None = None) -> RowError:
+    with pytest.raises(RowError) as caught:
+        parse_row(value, form or recognise(value) or Format.CHAT)
+    assert caught.value.todo
+    return caught.value
+
+
+@pytest.mark.parametrize("form", list(Format))
+def test_every_format_gives_the_same_example(form: Format) -> None:
+    value = row(form, "be short", "which", "that")
+    assert recognise(value) is form
+    assert parse(value) == EXPECTED
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        {"instruction": "i", "output": "o"},
+        {"instruction": "i", "input": None, "output": "o", "system": None},
+        {"prompt": "i", "completion": "o"},
+        {"prompt": [turn("user", "i")], "completion": [turn("assistant", "o")]},
+        {"conversations": [{"from": "user", "value": "i"}, {"from": "model", "value": "o"}]},
+        {"conversations": [turn("user", "i"), turn("assistant", "o")]},
+        {"messages": [turn("user", "i"), turn("assistant", "o")], "prompt": "i", "category": "x"},
+        {"messages": [turn("user", "i"), turn("assistant", "o")], "completion": None, "tools": []},
+        {"messages": [turn("user", "i"), turn("assistant", "o")], "input": "x", "output": "y", "completion": "z"},
+        {"messages": [turn("user", "i"), turn("assistant", "o")], "instruction": "x", "system": " "},
+        {"prompt": "i", "completion": "o", "instruction": "x", "input": "y"},
+        {"messages": [turn("user", "i") | {"name": ""}, turn("assistant", "o") | {"tool_calls": None}]},
+    ],
+    ids=str,
+)
+def test_spellings_that_people_use_are_taken(value: Any) -> None:
+    assert parse(value) == chat("i", "o")
+
+
+def test_alpaca_puts_the_input_after_the_instruction_and_the_history_before() -> None:
+    value = {"instruction": "Translate.", "input": "bread", "output": "pain", "history": [["Hello", "Bonjour"]]}
+    assert [message.content for message in parse(value).messages] == ["Hello", "Bonjour", "Translate.\n\nbread", "pain"]
+
+
+def test_tools_survive_a_round_trip() -> None:
+    example = parse(WITH_TOOLS)
+    assert example.messages[1].tool_calls == (ToolCall("rain", '{"city": "Rome"}', "c1"),)
+    assert (example.messages[0].name, example.messages[2].tool_call_id) == ("Ada", "c1")
+    assert example.as_dict()["tools"] == [TOOL]
+    assert example.as_dict()["messages"][1]["tool_calls"] == [CALL]
+    assert parse_example(json.loads(json.dumps(example.as_dict()))) == example
+
+
+def test_sharegpt_calls_are_tool_calls() -> None:
+    turns = [("human", "Rain?"), ("function_call", '{"name": "rain", "arguments": {"city": "Rome"}}')]
+    turns += [("observation", "no"), ("gpt", "No.")]
+    value = {"conversations": [{"from": who, "value": said} for who, said in turns], "tools": json.dumps([TOOL])}
+    example = parse(value)
+    assert [message.role for message in example.messages] == [Role.USER, Role.ASSISTANT, Role.TOOL, Role.ASSISTANT]
+    assert example.messages[1].tool_calls == (ToolCall("rain", '{"city": "Rome"}'),)
+    assert example.tools == (json.dumps(TOOL),)
+
+
+@pytest.mark.parametrize("form", list(Format))
+def test_a_system_prompt_may_stand_beside_the_turns(form: Format) -> None:
+    value = row(form, "be short", "which", "that")
+    if form in (Format.CHAT, Format.SHAREGPT):
+        key = "messages" if form is Format.CHAT else "conversations"
+        value = {"system": "be short", key: value[key][1:]}
+    example, fields = parse_row(value, form)
+    assert example == EXPECTED
+    assert fields[0] == "system"
+
+
+@pytest.mark.parametrize(
+    ("system", "turns", "field"),
+    [
+        (5, [turn("user", "a"), turn("assistant", "b")], "system"),
+        ("s", [turn("user", "a"), turn("boss", "b")], "messages[1].role"),
+        ("s", [turn("system", "a"), turn("user", "a"), turn("assistant", "b")], "messages[0]"),
+        ("s", [turn("user", "a"), turn("assistant", "b") | {"tool_calls": ["x"]}], "messages[1].tool_calls[0]"),
+        ("s", None, "messages"),
+        ("s", "x", "messages"),
+        (None, "x", "messages"),
+    ],
+)
+def test_fields_are_named_as_they_stand_beside_a_system_prompt(system: Any, turns: Any, field: str) -> None:
+    assert refusal({"system": system, "messages": turns}, Format.CHAT).field == field
+
+
+def with_weights(*weights: int | None) -> ChatExample:
+    turns: list[dict[str, Any]] = []
+    for weight in weights:
+        turns += [turn("user", "q"), turn("assistant", "a") | ({} if weight is None else {"weight": weight})]
+    return parse_example({"messages": turns})
+
+
+@pytest.mark.parametrize(
+    ("weights", "learnt"),
+    [
+        ((None, None), (3,)),
+        ((0, 1), (3,)),
+        ((1, 0), (1,)),
+        ((1, 1), (1, 3)),
+        ((0, None, 1), (3, 5)),
+        ((1, None), (1, 3)),
+    ],
+)
+def test_weights_say_what_is_learnt(weights: tuple[int | None, ...], learnt: tuple[int, ...]) -> None:
+    example = with_weights(*weights)
+    assert example.learnt == learnt
+    assert parse_example(example.as_dict()) == example
+
+
+def test_fingerprints_of_plain_chats_are_what_they_were() -> None:
+    assert fingerprint([chat("a", "b")]) == ("sha256:01060f258c742b9d436aa1de5b903edb809032b7416b567d156163f40aefc0d5")
+
+
+@pytest.mark.parametrize(
+    ("value", "code", "text"),
+    [
+        ({"instruction": "i", "output": ""}, Code.WRONG_CONTENT, "output is blank"),
+        ({"instruction": "i", "input": 3, "output": "o"}, Code.WRONG_CONTENT, "input is a number"),
+        ({"instruction": "i", "output": "o", "history": [["q"]]}, Code.WRONG_FORMAT, 'history[0] is ["q"]'),
+        ({"instruction": "i", "output": "o", "history": 5}, Code.WRONG_FORMAT, "history is a number"),
+        ({"instruction": "i", "output": "o", "history": 0}, Code.WRONG_FORMAT, "history is a number"),
+        ({"instruction": "i", "output": "o", "history": True}, Code.WRONG_FORMAT, "history is a boolean"),
+        ({"instruction": "i", "output": "o", "history": {}}, Code.WRONG_FORMAT, "history is an object"),
+        ({"instruction": "i", "output": "o", "history": "x"}, Code.WRONG_FORMAT, "history is a string"),
+        ({"prompt": 3, "completion": "o"}, Code.WRONG_CONTENT, "prompt is a number"),
+        ({"prompt": ["x"], "completion": "o"}, Code.WRONG_FORMAT, "prompt[0] is a string"),
+        ({"prompt": [turn("boss", "x")], "completion": "o"}, Code.WRONG_ROLE, "prompt[0].role is 'boss'"),
+        ({"conversations": []}, Code.WRONG_FORMAT, "conversations is an empty list"),
+        ({"conversations": [{"from": "Human", "value": "x"}]}, Code.WRONG_ROLE, "conversations[0].from is 'Human'"),
+        ({"conversations": [{"value": "x"}]}, Code.WRONG_ROLE, "conversations[0].from is missing"),
+        ({"conversations": [{"from": "gpt", "value": "x"}]}, Code.WRONG_TURNS, "no user turn"),
+        (
+            {"conversations": [{"from": "human", "value": "x"}, {"from": "tool_call", "value": "rain()"}]},
+            Code.WRONG_TOOLS,
+            "conversations[1].value is",
+        ),
+        ({"prompt": "a", "completion": "b", "conversations": []}, Code.MIXED_FORMATS, "beside"),
+        (
+            {"messages": [turn("user", "a"), turn("assistant", "b")], "instruction": "a", "output": "b"},
+            Code.MIXED_FORMATS,
+            "'messages' beside 'instruction' and 'output'",
+        ),
+        ({"messages": [turn("user", "a"), turn("assistant", "b") | {"weight": 2}]}, Code.WRONG_WEIGHT, "weight is 2"),
+        ({"messages": [turn("user", "a"), turn("assistant", "b") | {"weight": 0}]}, Code.WRONG_WEIGHT, "weight 0"),
+        ({"messages": [turn("user", "a") | {"weight": 1}, turn("assistant", "b")]}, Code.WRONG_WEIGHT, "user turn"),
+        (
+            {"messages": [turn("user", "a") | {"name": 5}, turn("assistant", "b")]},
+            Code.WRONG_CONTENT,
+            "name is a number",
+        ),
+        ({"messages": [turn("user", "a"), turn("tool", "b"), turn("assistant", "c")]}, Code.WRONG_TURNS, "a tool turn"),
+        ({**WITH_TOOLS, "tools": [{"type": "x"}]}, Code.WRONG_TOOLS, "tools[0] is"),
+        ({**WITH_TOOLS, "tools": "rain"}, Code.WRONG_TOOLS, 'tools is "rain"'),
+        ({"messages": WITH_TOOLS["messages"][:2]}, Code.WRONG_CONTENT, "final turn, which has tool calls only"),
+        (
+            {"messages": [turn("user", "a"), {"role": "assistant", "content": "", "tool_calls": ["x"]}]},
+            Code.WRONG_TOOLS,
+            "messages[1].tool_calls[0] is",
+        ),
+        (
+            {
+                "messages": [
+                    turn("user", "a"),
+                    turn("assistant", "b") | {"tool_calls": [{"function": {"name": "f", "arguments": "["}}]},
+                ]
+            },
+            Code.WRONG_TOOLS,
+            "tool_calls[0].function.arguments is [",
+        ),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_a_wrong_row_is_refused_by_its_field(value: Any, code: Code, text: str) -> None:
+    error = refusal(value)
+    assert error.code is code
+    assert text in error.wrong
+    assert not error.field or error.wrong.startswith(error.field)
+
+
+def test_tools_that_are_nested_without_end_are_refused() -> None:
+    deep: Any = "x"
+    for _ in range(200):
+        deep = {"a": deep}
+    function = {"name": "f", "parameters": deep}
+    assert refusal({**WITH_TOOLS, "tools": [{"type": "function", "function": function}]}).code is Code.WRONG_TOOLS
+
+
+def test_the_format_of_a_file_is_that_of_most_rows(tmp_path: Path) -> None:
+    rows = [row(Format.ALPACA, "", f"question {number}", "a") for number in range(5)]
+    path = write_lines(tmp_path / "x.jsonl", row(Format.CHAT, "s", "u", "a"), *rows)
+    errors = [line.error for line in read_lines(path)]
+    assert errors[0] is not None and errors[0].code is Code.MIXED_FORMATS
+    assert errors[1:] == [None] * 5
+
+
+def test_files_may_differ_in_format(tmp_path: Path) -> None:
+    paths = [write_lines(tmp_path / f"{form}.jsonl", row(form, "be short", "which", "that")) for form in Format]
+    assert read_examples(paths) == [EXPECTED] * len(Format)
+
+
+keys = st.sampled_from(
+    [
+        "messages",
+        "conversations",
+        "instruction",
+        "input",
+        "output",
+        "prompt",
+        "completion",
+        "system",
+        "tools",
+        "history",
+    ]
+)
+turns = st.lists(
+    st.fixed_dictionaries(
+        {},
+        optional={
+            "role": st.sampled_from([*Role]) | json_values,
+            "from": st.sampled_from(["human", "gpt", "function_call"]) | json_values,
+            "content": st.text(max_size=5) | json_values,
+            "value": st.text(max_size=5) | json_values,
+            "tool_calls": st.just([CALL]) | json_values,
+            "weight": st.integers(0, 1) | json_values,
+            "name": st.text(max_size=3) | json_values,
+        },
+    )
+    | json_values,
+    max_size=4,
+)
+
+
+@given(st.dictionaries(keys, turns | st.text(max_size=5) | json_values, max_size=6), st.sampled_from(list(Format)))
+def test_any_row_is_an_example_that_round_trips_or_an_error(value: dict[str, Any], form: Format) -> None:
+    try:
+        example, fields = parse_row(value, form)
+    except DataError:
+        return
+    assert parse_example(example.as_dict()) == example
+    assert len(fields) == len(example.messages)
+    assert example.answer.strip()
+    assert all(example.messages[place].role is Role.ASSISTANT for place in example.learnt)

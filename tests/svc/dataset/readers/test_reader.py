@@ -1,0 +1,116 @@
+"""A data file is read line by line, and whatever its bytes are, it is examples or reports."""
+
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from svc.dataset.readers.reader import read_examples, read_lines, write_examples
+from svc.dataset.text.plain_text import is_blank
+from svc.errors import DataError
+from tests.svc.chats import chat, write_lines
+
+GOOD = json.dumps(chat().as_dict()).encode()
+
+
+def failure(path: Path, **options: Any) -> DataError:
+    with pytest.raises(DataError) as caught:
+        read_examples(path, **options)
+    assert caught.value.todo
+    return caught.value
+
+
+def test_a_missing_file_is_named(tmp_path: Path) -> None:
+    error = failure(tmp_path / "train.jsonl")
+    assert f"cannot open data file {tmp_path / 'train.jsonl'}: No such file" in error.wrong
+    assert "check the path" in error.todo
+
+
+def test_a_folder_without_data_files_is_named(tmp_path: Path) -> None:
+    (tmp_path / "README.md").touch()
+    assert f"no data file in folder {tmp_path}" in failure(tmp_path).wrong
+
+
+@pytest.mark.parametrize("content", [b"", b"\n  \n"])
+def test_an_empty_file_is_too_few_examples(tmp_path: Path, content: bytes) -> None:
+    path = tmp_path / "empty.jsonl"
+    path.write_bytes(content)
+    error = failure(path)
+    assert f"{path} holds 0 examples" in error.wrong
+    assert error.expected == "at least 1"
+
+
+def test_a_single_example_is_too_few_to_train_on(tmp_path: Path) -> None:
+    error = failure(write_lines(tmp_path / "one.jsonl", chat().as_dict()), minimum=2)
+    assert "holds 1 example" in error.wrong
+    assert error.expected == "at least 2"
+
+
+@pytest.mark.parametrize(
+    ("line", "text"),
+    [
+        (b'{"messages": [', "not JSON"),
+        (b'{"messages": [{"role": "user", "content": "caf\xe9"}]}', "byte 0xe9 at position 46 is not UTF-8"),
+        (b'{"messages": [{"role": "user", "content": "Which?"}]}', "no assistant turn"),
+        (b'{"messages": [], "messages": []}', "key 'messages' twice"),
+        (b'{"weight": NaN}', "not JSON: NaN"),
+        (b'{"weight": ' + b"9" * 5000 + b"}", "a number with too many digits"),
+        (b"[" * 100_000, "nested too deeply"),
+        (GOOD + GOOD, "not JSON: Extra data"),
+    ],
+)
+def test_a_bad_line_is_named_by_number_and_says_what_to_run(tmp_path: Path, line: bytes, text: str) -> None:
+    path = tmp_path / "train.jsonl"
+    path.write_bytes(GOOD + b"\n\n" + line + b"\n" + GOOD)
+    error = failure(path)
+    assert error.wrong.startswith(f"{path}:3: ")
+    assert text in error.wrong
+    assert error.expected
+    assert f"svc data check {path}" in error.todo
+
+
+def test_an_object_with_very_many_keys_is_read_in_proportion_to_its_length(tmp_path: Path) -> None:
+    keys = [f'"{number}": 1' for number in range(100_000)]
+    path = tmp_path / "train.jsonl"
+    path.write_text("{" + ", ".join([*keys, keys[500]]) + "}")
+    began = time.process_time()
+    assert "key '500' twice" in failure(path).wrong
+    assert time.process_time() - began < 5
+
+
+def test_a_byte_order_mark_and_windows_line_ends_are_no_fault(tmp_path: Path) -> None:
+    path = tmp_path / "windows.jsonl"
+    path.write_bytes(b"\xef\xbb\xbf" + GOOD + b"\r\n" + GOOD + b"\r\n")
+    assert read_examples(path) == [chat(), chat()]
+
+
+def test_lines_end_at_line_feeds_alone(tmp_path: Path) -> None:
+    example = chat(user="one\u2028two\x85three\u2029")
+    write_examples(tmp_path / "x.jsonl", [example, chat()])
+    assert read_examples(tmp_path / "x.jsonl") == [example, chat()]
+
+
+texts = st.text(st.characters(exclude_categories=["Cs"]), min_size=1).filter(lambda text: not is_blank(text))
+
+
+@given(st.lists(st.builds(chat, texts, texts), min_size=1, max_size=5))
+def test_what_is_written_is_read_again(tmp_path_factory: pytest.TempPathFactory, examples: list[Any]) -> None:
+    path = tmp_path_factory.getbasetemp() / "round.jsonl"
+    write_examples(path, examples)
+    assert read_examples(path) == examples
+
+
+pieces = st.binary(max_size=40) | st.sampled_from([GOOD, b"\n", b"\r\n", b'{"messages":', b"\xef\xbb\xbf", b"[]"])
+
+
+@given(st.lists(pieces, max_size=12).map(b"".join))
+def test_any_bytes_are_examples_or_reports(tmp_path_factory: pytest.TempPathFactory, content: bytes) -> None:
+    path = tmp_path_factory.getbasetemp() / "any.jsonl"
+    path.write_bytes(content)
+    lines = list(read_lines(path))
+    assert [line.number for line in lines] == list(range(1, content.count(b"\n") + (content[-1:] not in b"\n") + 1))
+    assert all(line.error is None or line.example is None for line in lines)

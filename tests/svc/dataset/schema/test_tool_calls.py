@@ -1,0 +1,174 @@
+"""Tools are as OpenAI's API has them, and every call has its answer and every answer its call."""
+
+import json
+import time
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from svc.dataset.problem.problem import Code, RowError
+from svc.dataset.readers.formats import Format, parse_row
+from svc.dataset.schema.example import ChatExample, parse_example
+from tests.svc.chats import turn
+
+USER, ANSWER = turn("user", "Rain?"), turn("assistant", "No.")
+FUNCTION = {"name": "rain", "description": "Tells it.", "parameters": {"type": "object", "properties": {}}}
+
+
+def calling(*ids: str | None, **more: Any) -> dict[str, Any]:
+    """An assistant turn that calls once for each id."""
+    function = {"name": "rain", "arguments": "{}", **more}
+    calls = [{"type": "function", "function": function} | ({"id": name} if name else {}) for name in ids]
+    return {"role": "assistant", "content": None, "tool_calls": calls}
+
+
+def giving(identity: str | None = None) -> dict[str, Any]:
+    """A tool turn."""
+    return turn("tool", "dry") | ({"tool_call_id": identity} if identity else {})
+
+
+def parse(*turns: Any, **more: Any) -> ChatExample:
+    return parse_example({"messages": [USER, *turns], **more})
+
+
+def refusal(*turns: Any, **more: Any) -> RowError:
+    with pytest.raises(RowError) as caught:
+        parse(*turns, **more)
+    return caught.value
+
+
+@pytest.mark.parametrize(
+    "turns",
+    [
+        (calling("1"), giving("1")),
+        (calling("1"), giving()),
+        (calling(None), giving()),
+        (calling(None), giving("1")),
+        (calling("1", "2"), giving("2"), giving("1")),
+        (calling("1", "2"), giving(), giving()),
+        (calling(None, None), giving(), giving()),
+        (calling(None, None), giving()),
+        (calling("1"), giving("1"), calling("1"), giving("1")),
+        (calling("1"), giving("1"), ANSWER, USER, calling("2"), giving("2")),
+    ],
+)
+def test_calls_with_their_answers_are_taken(turns: tuple[Any, ...]) -> None:
+    assert parse(*turns, ANSWER).answer == "No."
+
+
+def test_a_last_turn_with_text_may_call() -> None:
+    assert parse(calling("1") | {"content": "I look."}).messages[-1].tool_calls
+
+
+@pytest.mark.parametrize(
+    ("turns", "field"),
+    [
+        ((giving(),), "messages[1]"),
+        ((ANSWER, giving()), "messages[2]"),
+        ((calling("1"), giving("2")), "messages[2]"),
+        ((calling("1"), giving("1"), giving("1")), "messages[3]"),
+        ((calling("1"), giving("1"), giving()), "messages[3]"),
+        ((calling(None), giving(), giving()), "messages[3]"),
+        ((calling("1"), giving("1"), ANSWER, giving("1")), "messages[4]"),
+        ((calling("1"),), "messages[1].tool_calls"),
+        ((calling(None),), "messages[1].tool_calls"),
+        ((calling("1", "2"), giving("1")), "messages[1].tool_calls"),
+        ((calling("1"), USER), "messages[1].tool_calls"),
+    ],
+)
+def test_a_call_without_an_answer_and_an_answer_without_a_call_are_refused(turns: tuple[Any, ...], field: str) -> None:
+    error = refusal(*turns, ANSWER)
+    assert (error.code, error.field) == (Code.WRONG_TURNS, field)
+
+
+@given(st.lists(st.sampled_from(["a", "b", "c", "d"]), unique=True, min_size=1), st.randoms(), st.data())
+def test_answers_may_come_in_any_order_but_none_may_be_missing(
+    ids: list[str], chance: Any, data: st.DataObject
+) -> None:
+    answers = [giving(name) for name in ids]
+    chance.shuffle(answers)
+    parse(calling(*ids), *answers, ANSWER)
+    del answers[data.draw(st.integers(0, len(answers) - 1))]
+    assert refusal(calling(*ids), *answers, ANSWER).code is Code.WRONG_TURNS
+
+
+def test_a_sharegpt_observation_without_a_call_is_refused_by_its_own_name() -> None:
+    turns = [("human", "q"), ("gpt", "x"), ("observation", "no"), ("gpt", "b")]
+    value = {"conversations": [{"from": who, "value": said} for who, said in turns]}
+    with pytest.raises(RowError) as caught:
+        parse_row(value, Format.SHAREGPT)
+    assert (caught.value.code, caught.value.field) == (Code.WRONG_TURNS, "conversations[2].value")
+
+
+def test_very_many_tools_and_calls_are_checked_in_proportion_to_their_number() -> None:
+    ids = [str(number) for number in range(20_000)]
+    tools = [{"name": f"f{name}"} for name in ids]
+    calls = [{"id": name, "function": {"name": f"f{name}", "arguments": "{}"}} for name in ids]
+    turns = [{"role": "assistant", "content": None, "tool_calls": calls}, *map(giving, reversed(ids)), ANSWER]
+    began = time.process_time()
+    assert len(parse(*turns, tools=tools).messages) == 20_003
+    assert time.process_time() - began < 5
+
+
+def test_two_calls_with_one_id_are_refused() -> None:
+    assert refusal(calling("1", "1"), giving("1"), giving("1"), ANSWER).code is Code.WRONG_TOOLS
+
+
+def test_a_call_of_what_is_not_offered_is_refused() -> None:
+    error = refusal(calling("1", name="snow"), giving("1"), ANSWER, tools=[FUNCTION])
+    assert error.code is Code.WRONG_TOOLS
+    assert "'snow'" in error.wrong and "rain" in error.expected
+    assert parse(calling("1"), giving("1"), ANSWER, tools=[FUNCTION]).tools
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    ["x", "[1]", '{"city": NaN}', '{"city": 1, "city": 2}', '{"city": "\\ud800"}', {"city": "\ud800"}, [], 5],
+    ids=repr,
+)
+def test_arguments_that_are_no_strict_json_object_are_refused(arguments: Any) -> None:
+    error = refusal(calling("1", arguments=arguments), giving("1"), ANSWER)
+    assert error.code in (Code.WRONG_TOOLS, Code.WRONG_CONTENT)
+
+
+@pytest.mark.parametrize("more", [{"name": " "}, {"name": 5}, {"name": None}], ids=repr)
+def test_a_call_without_a_name_is_refused(more: dict[str, Any]) -> None:
+    assert refusal(calling("1", **more), giving("1"), ANSWER).code is Code.WRONG_TOOLS
+
+
+def test_a_call_of_another_type_is_refused() -> None:
+    made = calling("1")
+    made["tool_calls"][0]["type"] = "banana"
+    assert refusal(made, giving("1"), ANSWER).code is Code.WRONG_TOOLS
+
+
+@pytest.mark.parametrize(
+    "tools",
+    [
+        [{"type": "banana", "function": FUNCTION}],
+        [FUNCTION, FUNCTION],
+        *([FUNCTION | {key: value}] for key, value in [("name", ""), ("name", " "), ("description", 5)]),
+        *([FUNCTION | {"parameters": value}] for value in ("x", "", [1], [], 0)),
+        '[{"name": "f", "parameters": {"a": NaN}}]',
+        '[{"name": "f", "name": "g"}]',
+    ],
+    ids=json.dumps,
+)
+def test_tools_that_no_api_takes_are_refused(tools: Any) -> None:
+    assert refusal(ANSWER, tools=tools).code is Code.WRONG_TOOLS
+
+
+@pytest.mark.parametrize(
+    "function", [{"name": "f"}, {"name": "f", "description": None, "parameters": None, "strict": True}], ids=json.dumps
+)
+def test_what_a_tool_may_leave_out_it_may(function: dict[str, Any]) -> None:
+    assert len(parse(ANSWER, tools=[function, {"type": "function", "function": FUNCTION}]).tools) == 2
+
+
+def test_the_old_function_calling_is_refused_and_not_dropped() -> None:
+    called = {"role": "assistant", "content": "I look.", "function_call": {"name": "rain", "arguments": "{}"}}
+    assert refusal(called, USER, ANSWER).code is Code.WRONG_TOOLS
+    assert refusal(ANSWER, functions=[FUNCTION]).code is Code.WRONG_TOOLS
+    assert parse(ANSWER | {"function_call": None}, functions=[]) == parse(ANSWER)
