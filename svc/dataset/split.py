@@ -10,9 +10,10 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from svc.dataset.checks.line_table import LineTable, LineTableBuilder, first_with_same, normal_prompt
+from svc.dataset.checks.line_table import LineTable, LineTableBuilder, first_with_same
 from svc.dataset.checks.minhash import clusters, nearest, unite
 from svc.dataset.schema.example import ChatExample
+from svc.dataset.schema.normal_prompt import normal_prompt
 from svc.errors import DataError
 
 

@@ -16,13 +16,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from svc.dataset.checks.labels import FEW_ANSWERS, look_at_answer, odd_answers
-from svc.dataset.checks.line_table import LineTable, LineTableBuilder, first_with_same, normal_prompt
+from svc.dataset.checks.line_table import LineTable, LineTableBuilder, first_with_same
 from svc.dataset.checks.minhash import clusters, nearest
 from svc.dataset.checks.text_checks import TextChecks
 from svc.dataset.problem.problem import TODO, Code, Problem, Severity, severity_of
 from svc.dataset.problem.problem_log import ProblemLog
 from svc.dataset.readers.reader import Line, read_lines
 from svc.dataset.schema.example import ChatExample, Message, Role
+from svc.dataset.schema.normal_prompt import normal_prompt
 
 MAX_LENGTH = 4096
 """Tokens from which on an example is called too long, when the caller does not say."""

@@ -16,8 +16,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from svc.dataset.problem.problem import Code, RowError
-from svc.dataset.readers.json_array import decode_text
 from svc.dataset.schema.example import ChatExample, Role
+from svc.dataset.text.decode import decode_text
 
 FEW_ANSWERS = 50
 """A task with at most so many different answers is one of labels."""

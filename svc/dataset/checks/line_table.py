@@ -11,7 +11,8 @@ from numpy.typing import NDArray
 
 from svc.dataset.checks.labels import Answer, AnswerKind
 from svc.dataset.checks.minhash import Sketcher, Sketches
-from svc.dataset.schema.example import ChatExample, Message, Role
+from svc.dataset.schema.example import ChatExample, Role
+from svc.dataset.schema.normal_prompt import normal_prompt
 from svc.dataset.text.plain_text import normal
 
 _EDGE = 100
@@ -112,22 +113,12 @@ def asked(example: ChatExample) -> str:
     return "\n".join(message.content for message in example.prompt if message.role is not Role.SYSTEM)
 
 
-def normal_prompt(example: ChatExample) -> str:
-    """Equal for equal prompts, spacing and case aside."""
-    return "\x1f".join(map(_normal_turn, example.prompt))
-
-
 def _first_words(text: str) -> str:
     return " ".join(normal(text[:_EDGE]).split(" ")[:_WORDS_OF_A_TASK])
 
 
 def _last_words(text: str) -> str:
     return " ".join(normal(text[-_EDGE:]).split(" ")[-_WORDS_OF_A_TASK:])
-
-
-def _normal_turn(message: Message) -> str:
-    calls = "".join(f"\x1d{call.name}\x1d{call.arguments}" for call in message.tool_calls)
-    return f"{message.role}:{normal(message.content)}{calls}"
 
 
 def _hash(text: str) -> int:

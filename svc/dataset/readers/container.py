@@ -12,7 +12,8 @@ from typing import BinaryIO, cast
 
 from svc.dataset.problem.problem import Code, RowError
 from svc.dataset.readers.csv import read_csv
-from svc.dataset.readers.json_array import read_jsonl, read_list, starts_with_list
+from svc.dataset.readers.json_array import read_list, starts_with_list
+from svc.dataset.readers.jsonl import read_jsonl
 from svc.dataset.readers.parquet import read_parquet
 from svc.dataset.readers.row import Row
 from svc.errors import DataError

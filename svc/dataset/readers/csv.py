@@ -12,8 +12,8 @@ from typing import Any, BinaryIO
 
 from svc.dataset.problem.problem import Code, RowError
 from svc.dataset.readers.formats import KEYS, header_fault
-from svc.dataset.readers.json_array import decode, too_large
-from svc.dataset.readers.row import MAX_ROW_BYTES, Row
+from svc.dataset.readers.row import MAX_ROW_BYTES, Row, too_large
+from svc.dataset.text.decode import decode
 
 _JSON_COLUMNS = {"messages", "conversations", "tools", "history"}
 _SEPARATORS = (",", ";", "\t")

@@ -1,89 +1,17 @@
-"""Records of JSONL files, and of JSON files that are one long list; neither is ever held in memory as a whole.
-
-Strict JSON: no NaN, no key twice in an object. Lines end at the LF byte alone: `str.splitlines` also breaks at U+2028,
-which is good JSON.
-"""
+"""Records of a JSON file that is one long list; never held in memory as a whole."""
 
 import codecs
 import json
 import re
-from collections import Counter
 from collections.abc import Iterator
 from typing import Any, BinaryIO
 
 from svc.dataset.problem.problem import Code, RowError
 from svc.dataset.readers.row import MAX_ROW_BYTES, Row
+from svc.dataset.text.decode import constant_fault, explain, refuse_duplicates
 
 _BLOCK = 2**20
 _SPACE = re.compile(r"[ \t\r\n]*")
-
-
-def read_jsonl(stream: BinaryIO) -> Iterator[Row]:
-    """Yields every line; memory is bounded by the longest line, and that by `MAX_ROW_BYTES`."""
-    number = 0
-    while raw := stream.readline(MAX_ROW_BYTES + 1):
-        number += 1
-        if len(raw) > MAX_ROW_BYTES and not raw.endswith(b"\n"):
-            _skip_line(stream)
-            yield Row(number, raw, error=too_large())
-            continue
-        content = raw.removeprefix(codecs.BOM_UTF8) if number == 1 else raw
-        if not content.strip():
-            yield Row(number, raw, blank=True)
-            continue
-        try:
-            yield Row(number, raw, decode(content))
-        except RowError as error:
-            yield Row(number, raw, error=error)
-
-
-def too_large() -> RowError:
-    """The error of a record beyond the limit."""
-    return RowError(
-        Code.TOO_LARGE,
-        f"more than {MAX_ROW_BYTES // 2**20} MiB in one example",
-        expected=f"at most {MAX_ROW_BYTES} bytes",
-    )
-
-
-def decode(raw: bytes) -> Any:
-    """One JSON value.
-
-    Raises:
-        RowError: not UTF-8, or not JSON.
-    """
-    try:
-        text = raw.decode("utf-8")
-    except UnicodeDecodeError as error:
-        raise RowError(
-            Code.NOT_UTF8,
-            f"byte 0x{raw[error.start]:02x} at position {error.start} is not UTF-8",
-            expected="text in UTF-8",
-        ) from error
-    return decode_text(text)
-
-
-def decode_text(text: str) -> Any:
-    """One JSON value.
-
-    Raises:
-        RowError: not JSON.
-    """
-    try:
-        return _STRICT.decode(text)
-    except (ValueError, RecursionError) as error:
-        raise explain(error) from error
-
-
-def explain(error: ValueError | RecursionError) -> RowError:
-    """What the JSON reader's error means."""
-    if isinstance(error, json.JSONDecodeError):
-        wrong = f"not JSON: {error.msg} at column {error.colno}"
-    elif isinstance(error, RecursionError):
-        wrong = "not usable JSON: nested too deeply"
-    else:  # Python reads no integer of more than 4300 digits
-        wrong = "not usable JSON: a number with too many digits"
-    return RowError(Code.NOT_JSON, wrong, expected="one JSON object in a line")
 
 
 def starts_with_list(head: bytes) -> bool:
@@ -197,35 +125,11 @@ class _ListReader:
         )
 
     def _constant(self, name: str) -> Any:
-        self._faults.append(_constant_fault(name))
+        self._faults.append(constant_fault(name))
 
     def _pairs(self, pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         try:
-            return _refuse_duplicates(pairs)
+            return refuse_duplicates(pairs)
         except RowError as error:
             self._faults.append(error)
             return dict(pairs)
-
-
-def _skip_line(stream: BinaryIO) -> None:
-    while (part := stream.readline(_BLOCK)) and not part.endswith(b"\n"):
-        pass
-
-
-def _constant_fault(name: str) -> RowError:
-    return RowError(Code.NOT_JSON, f"not JSON: {name}", expected="JSON knows no NaN and no Infinity")
-
-
-def _refuse_constant(name: str) -> Any:
-    raise _constant_fault(name)
-
-
-def _refuse_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    value = dict(pairs)
-    if len(value) < len(pairs):
-        twice = min(key for key, count in Counter(key for key, _ in pairs).items() if count > 1)
-        raise RowError(Code.NOT_JSON, f"key {twice!r} twice in one object", expected="each key once")
-    return value
-
-
-_STRICT = json.JSONDecoder(parse_constant=_refuse_constant, object_pairs_hook=_refuse_duplicates)

@@ -11,8 +11,7 @@ from typing import Any
 
 from svc.dataset.problem.problem import Code, RowError
 from svc.dataset.readers.formats import READ_KEYS, header_fault
-from svc.dataset.readers.json_array import too_large
-from svc.dataset.readers.row import MAX_ROW_BYTES, Row
+from svc.dataset.readers.row import MAX_ROW_BYTES, Row, too_large
 
 _BATCH_ROWS = 256
 

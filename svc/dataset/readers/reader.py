@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
 
-from svc.dataset.checks.line_table import normal_prompt
 from svc.dataset.problem.problem import Code, RowError
 from svc.dataset.readers.bad_lines import BadLines
 from svc.dataset.readers.container import read_rows
@@ -18,6 +17,7 @@ from svc.dataset.readers.formats import Format, parse_row, recognise
 from svc.dataset.readers.row import Row
 from svc.dataset.readers.source import data_files
 from svc.dataset.schema.example import ChatExample
+from svc.dataset.schema.normal_prompt import normal_prompt
 from svc.errors import DataError
 
 _HEAD_ROWS = 100

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Any
 
-from svc.dataset.problem.problem import RowError
+from svc.dataset.problem.problem import Code, RowError
 
 MAX_ROW_BYTES = 16 * 2**20
 """Of one line, element, record or cell; a longer one is an error, and is never held in memory."""
@@ -24,3 +24,12 @@ class Row:
     value: Any = None
     error: RowError | None = None
     blank: bool = False
+
+
+def too_large() -> RowError:
+    """The error of a record beyond the limit."""
+    return RowError(
+        Code.TOO_LARGE,
+        f"more than {MAX_ROW_BYTES // 2**20} MiB in one example",
+        expected=f"at most {MAX_ROW_BYTES} bytes",
+    )

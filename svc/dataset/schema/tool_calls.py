@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from svc.dataset.problem.problem import Code, RowError
-from svc.dataset.readers.json_array import decode_text
+from svc.dataset.text.decode import decode_text
 
 _MAX_DEPTH = 64
 """Of a tool's schema and of a call's arguments: templates walk them recursively."""

@@ -16,8 +16,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from svc.dataset.problem.problem import Code
-from svc.dataset.readers import json_array as json_rows
-from svc.dataset.readers import parquet as parquet_rows
+from svc.dataset.readers import jsonl as jsonl_module
+from svc.dataset.readers import parquet as parquet_module
 from svc.dataset.readers.container import CONTAINERS, is_data_file, read_rows
 from svc.dataset.readers.reader import read_examples, read_lines, write_examples
 from svc.dataset.readers.row import Row
@@ -153,7 +153,7 @@ def test_faults_in_csv_are_told_by_the_line_where_the_record_begins(tmp_path: Pa
     assert [line.number for line in read_lines(tmp_path / "x.csv") if line.example] == [2, 9]
 
 
-def test_missing_columns_of_some_parquet_rows_are_no_fault(tmp_path: Path) -> None:
+def test_missing_columns_of_some_parquet_are_no_fault(tmp_path: Path) -> None:
     turns = [{"role": "user", "content": "u", "name": "Ada"}, {"role": "assistant", "content": "a", "weight": 1}]
     path = parquet(tmp_path / "x.parquet", [{"messages": turns, "tools": None}, {"messages": VALUES[0]["messages"]}])
     first, second = read_examples(path)
@@ -213,14 +213,14 @@ def test_what_spreadsheets_write_before_the_header_is_no_fault(tmp_path: Path, b
 
 
 def test_too_large_a_parquet_row_is_told_and_the_next_one_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(parquet_rows, "MAX_ROW_BYTES", 1_000)
+    monkeypatch.setattr(parquet_module, "MAX_ROW_BYTES", 1_000)
     path = parquet(tmp_path / "x.parquet", [VALUES[0], chat("x" * 2_000).as_dict(), VALUES[1]])
     assert errors(path) == [(2, Code.TOO_LARGE)]
     assert read_lines_examples(path) == EXAMPLES[:2]
 
 
 def test_too_long_a_line_is_told_and_the_next_one_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(json_rows, "MAX_ROW_BYTES", 1_000)
+    monkeypatch.setattr(jsonl_module, "MAX_ROW_BYTES", 1_000)
     path = write_lines(tmp_path / "x.jsonl", VALUES[0], chat("x" * 2_000).as_dict(), VALUES[1])
     assert errors(path) == [(2, Code.TOO_LARGE)]
     assert read_lines_examples(path) == EXAMPLES[:2]

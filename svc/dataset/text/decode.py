@@ -1,0 +1,72 @@
+"""JSON, strictly: UTF-8, no NaN, no key twice in an object; each fault as an error of its line."""
+
+import json
+from collections import Counter
+from typing import Any
+
+from svc.dataset.problem.problem import Code, RowError
+
+
+def decode(raw: bytes) -> Any:
+    """One JSON value.
+
+    Raises:
+        RowError: not UTF-8, or not JSON.
+    """
+    try:
+        text = raw.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise RowError(
+            Code.NOT_UTF8,
+            f"byte 0x{raw[error.start]:02x} at position {error.start} is not UTF-8",
+            expected="text in UTF-8",
+        ) from error
+    return decode_text(text)
+
+
+def decode_text(text: str) -> Any:
+    """One JSON value.
+
+    Raises:
+        RowError: not JSON.
+    """
+    try:
+        return _STRICT.decode(text)
+    except (ValueError, RecursionError) as error:
+        raise explain(error) from error
+
+
+def explain(error: ValueError | RecursionError) -> RowError:
+    """What the JSON reader's error means."""
+    if isinstance(error, json.JSONDecodeError):
+        wrong = f"not JSON: {error.msg} at column {error.colno}"
+    elif isinstance(error, RecursionError):
+        wrong = "not usable JSON: nested too deeply"
+    else:  # Python reads no integer of more than 4300 digits
+        wrong = "not usable JSON: a number with too many digits"
+    return RowError(Code.NOT_JSON, wrong, expected="one JSON object in a line")
+
+
+def constant_fault(name: str) -> RowError:
+    """The error of NaN or Infinity."""
+    return RowError(Code.NOT_JSON, f"not JSON: {name}", expected="JSON knows no NaN and no Infinity")
+
+
+def _refuse_constant(name: str) -> Any:
+    raise constant_fault(name)
+
+
+def refuse_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """An object of its keys and values.
+
+    Raises:
+        RowError: a key comes twice.
+    """
+    value = dict(pairs)
+    if len(value) < len(pairs):
+        twice = min(key for key, count in Counter(key for key, _ in pairs).items() if count > 1)
+        raise RowError(Code.NOT_JSON, f"key {twice!r} twice in one object", expected="each key once")
+    return value
+
+
+_STRICT = json.JSONDecoder(parse_constant=_refuse_constant, object_pairs_hook=refuse_duplicates)
