@@ -160,7 +160,7 @@ def promote_and_roll_back(url: str, prompts: list[list[dict[str, str]]], summary
             swap = svc_json(HOME, *command)
             summary.add(
                 " ".join(command),
-                f"door closed {swap['seconds']:.2f} s, {swap['running']} requests in flight, {swap['held']} held",
+                f"admission closed {swap['seconds']:.2f} s, {swap['running']} requests in flight, {swap['held']} held",
             )
             load.wait_for(2 * STREAMS)
     report_load(load, summary, {f"{NAME}@1", f"{NAME}@2"})

@@ -1,1 +1,1 @@
-"""The HTTP door: an OpenAI-compatible gateway in front of one engine, and the swap of versions behind it."""
+"""The HTTP admission: an OpenAI-compatible gateway in front of one engine, and the swap of versions behind it."""

@@ -1,9 +1,9 @@
-"""The door between HTTP and the engines: counts what runs, and holds what comes while no engine may take it.
+"""Admission between HTTP and the engines: counts what runs, and holds what comes while no engine may take it.
 
-A swap in place of the only engine closes the door, waits until the running requests are done, changes the weights and
+A swap in place of the only engine closes admission, waits until the running requests are done, changes the weights and
 opens again. Requests that come meanwhile wait, in arrival order, and none of them sees more than one version. The queue
 and the wait are bounded: whatever a client can grow has a limit. The server's own questions have a place beside all
-this, behind every request. Knows nothing of HTTP, of versions, or of why the door is closed.
+this, behind every request. Knows nothing of HTTP, of versions, or of why admission is closed.
 
 One event loop, no locks: every change of state happens between two awaits.
 """
@@ -61,13 +61,13 @@ class AsideEndedError(Exception):
 class Admission:
     """Who may run in the engine, who waits, and who is sent away.
 
-    Three facts decide: the door is closed (a swap), the engine is unavailable (starting, failed), or all places are
-    taken. A closed door outranks an unavailable engine, so that a swap which has to restart the engine keeps the
+    Three facts decide: admission is closed (a swap), the engine is unavailable (starting, failed), or all places are
+    taken. Closed admission outranks an unavailable engine, so that a swap which has to restart the engine keeps the
     requests it holds. Starts unavailable.
 
     Args:
         max_running: requests in the engine at once.
-        max_held: requests that wait while the door is closed.
+        max_held: requests that wait while admission is closed.
         hold_timeout_s: longest wait of one request, seconds.
     """
 
@@ -99,7 +99,7 @@ class Admission:
 
     @property
     def most_held(self) -> int:
-        """Most requests that waited at once, since the door was closed last."""
+        """Most requests that waited at once, since admission was closed last."""
         return self._most_held
 
     @property
@@ -109,7 +109,7 @@ class Admission:
 
     @contextmanager
     def reading(self) -> Iterator[None]:
-        """Before the door: a request whose body comes in during the body. As many at once as may run and wait.
+        """Before admission: a request whose body comes in during the body. As many at once as may run and wait.
 
         Raises:
             OverloadedError: so many come in already; their bodies take memory, and may never end.
@@ -143,9 +143,9 @@ class Admission:
     async def aside(self, patience_s: float) -> AsyncIterator[None]:
         """Waits for a moment without requests, and holds a place beside them for the body: a question of the server's.
 
-        It is none of `running`, and no request waits for it. It is given while the door is open and there is an engine;
-        when that ends, the body is cut off: a swap does not wait for its answer, which could take longer than the swap
-        may.
+        It is none of `running`, and no request waits for it. It is given while admission is open and there is an
+        engine; when that ends, the body is cut off: a swap does not wait for its answer, which could take longer than
+        the swap may.
 
         Args:
             patience_s: after so long without such a moment it goes beside the requests that run.
@@ -174,10 +174,10 @@ class Admission:
         """Holds new requests for the body; opens again whatever happens in it.
 
         Raises:
-            RuntimeError: the door is closed already; swaps come one at a time.
+            RuntimeError: admission is closed already; swaps come one at a time.
         """
         if self._closed:
-            raise RuntimeError("the door is closed already")
+            raise RuntimeError("admission is closed already")
         self._closed, self._most_held = True, 0
         self.end_aside()
         self._show()
@@ -235,7 +235,7 @@ class Admission:
         _set(self._quiet, is_open and not self._running)
 
     async def _wait_for_quiet(self, patience_s: float) -> None:
-        """Returns when the door is open and no request runs, or after `patience_s` when it is open."""
+        """Returns when admission is open and no request runs, or after `patience_s` when it is open."""
         with suppress(TimeoutError):
             async with asyncio.timeout(patience_s):
                 await _until(self._quiet)

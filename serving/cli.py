@@ -36,8 +36,8 @@ def serve(ctx: click.Context, model: str | None, format_name: str | None, host: 
     MODEL is NAME or NAME@N; without it, the only name that there is. A version that is named here becomes the
     production version; without one, the version that served last goes on.
     """
-    door = {key: value for key, value in (("host", host), ("port", port)) if value is not None}
-    settings = settings_of(ctx, serve=door or None)
+    listen = {key: value for key, value in (("host", host), ("port", port)) if value is not None}
+    settings = settings_of(ctx, serve=listen or None)
     from serving import server
     from serving.rollout.initial_state import choose_desired
     from svc.engine.capabilities import read_capabilities

@@ -25,9 +25,9 @@ from serving.background.holdout import HoldoutRuns
 from serving.background.scheduler import OwnQuestions, unfit_engine
 from serving.background.scoring import LiveScores
 from serving.engines.pool import EnginePool
-from serving.engines.replica import Supervisor
+from serving.engines.replica import Replica
 from serving.engines.transport import connect
-from serving.engines.verification import Proof
+from serving.engines.verification import Verification
 from serving.http.app import build_app
 from serving.http.feedback import FeedbackIntake
 from serving.http.inference import Gateway
@@ -64,7 +64,7 @@ _GRACE_S = 30  # running answers may end after SIGTERM
 class Claim:
     """A home and a port that this process holds."""
 
-    door: socket.socket
+    listener: socket.socket
     url: str
 
 
@@ -77,22 +77,22 @@ def claim(settings: Settings) -> Iterator[Claim]:
         SettingsError: the address is none of this machine's.
     """
     host, port = settings.serve.host, settings.serve.port
-    with _bind(host, port) as door:
-        url = http_url(host, door.getsockname()[1])
+    with _bind(host, port) as listener:
+        url = http_url(host, listener.getsockname()[1])
         with hold_lock(settings.home / LOCK_FILE, f"the home {settings.home}", url=url):
-            yield Claim(door, url)
+            yield Claim(listener, url)
 
 
 def _bind(host: str, port: int) -> socket.socket:
-    door = socket.socket(address_family(host), socket.SOCK_STREAM)
-    door.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    listener = socket.socket(address_family(host), socket.SOCK_STREAM)
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
-        door.bind((host, port))
-        door.listen()  # a port is only taken by who listens
+        listener.bind((host, port))
+        listener.listen()  # a port is only taken by who listens
     except OSError as error:
-        door.close()
+        listener.close()
         raise listen_error(host, port, error) from error
-    return door
+    return listener
 
 
 async def serve(
@@ -124,7 +124,7 @@ async def serve(
         if signal.getsignal(number) is not signal.SIG_IGN:  # as nohup leaves SIGHUP
             asyncio.get_running_loop().add_signal_handler(number, server.stop)
     asyncio.get_running_loop().add_signal_handler(signal.SIGUSR1, partial(server.stop, leave=True))
-    await server.run(claim.door, on_ready)
+    await server.run(claim.listener, on_ready)
 
 
 class _Uvicorn(uvicorn.Server):
@@ -163,33 +163,33 @@ class _Server:
             on_stored=self._traffic.records_stored,
             on_dropped=self._traffic.records_dropped,
         )
-        self._door = Admission(
+        self._admission = Admission(
             max_running=limits.max_running, max_held=limits.max_held, hold_timeout_s=limits.hold_timeout_s
         )
         self._routes = Routes(desired.name)
-        proof = Proof(registry, store, partial(engine_facts, settings.engine, capabilities))
+        verification = Verification(registry, store, partial(engine_facts, settings.engine, capabilities))
         slots = _Slots(settings, capabilities, desired.name)
         self._pool = EnginePool(
-            lambda replica, on_change: Supervisor(
+            lambda replica, on_change: Replica(
                 replica,
                 partial(slots.engine, replica),
                 connect(socket_folder(settings.home, replica) / SOCKET_FILE, silence_s=limits.request_timeout_s),
-                proof,
+                verification,
                 on_change,
                 on_phase,
             ),
-            leftovers=slots,
+            orphans=slots,
             size=settings.engine.replicas,
-            door=self._door,
+            admission=self._admission,
             routes=self._routes,
             traffic=self._traffic,
             retire_timeout_s=limits.retire_timeout_s,
         )
         swap = Swap(
             registry=registry,
-            proof=proof,
+            verification=verification,
             pool=self._pool,
-            door=self._door,
+            admission=self._admission,
             routes=self._routes,
             choice=limits.swap,
             shortage=lambda target: slots.shortage(registry.artifact(target.version, target.format)),
@@ -208,14 +208,14 @@ class _Server:
         )
         self._gateway = Gateway(
             lease=self._pool.lease,
-            door=self._door,
+            admission=self._admission,
             routes=self._routes,
             traffic=self._traffic,
             records=self._records,
             settings=limits,
         )
         questions = OwnQuestions(
-            self._door, self._pool, settings.holdout, off=unfit_engine(capabilities, settings.engine)
+            self._admission, self._pool, settings.holdout, off=unfit_engine(capabilities, settings.engine)
         )
         self._holdout = HoldoutRuns(
             questions,
@@ -223,7 +223,7 @@ class _Server:
             registry=registry,
             store=store,
             traffic=self._traffic,
-            facts=proof.facts,
+            facts=verification.facts,
             every_hours=settings.holdout.every_hours,
         )
         self._scores = LiveScores(
@@ -248,7 +248,7 @@ class _Server:
             self._http.force_exit = True
         self._stopping.set()
 
-    async def run(self, door: socket.socket, on_ready: Callable[[Target], None]) -> None:
+    async def run(self, listener: socket.socket, on_ready: Callable[[Target], None]) -> None:
         """Answers from the first moment, with 503 until the engine has started; returns when it was told to stop."""
         self._records.start()
         app = build_app(
@@ -267,7 +267,7 @@ class _Server:
                 timeout_graceful_shutdown=_GRACE_S,
             )
         )
-        serving = asyncio.create_task(http.serve(sockets=[door]))
+        serving = asyncio.create_task(http.serve(sockets=[listener]))
         works = (self._control(on_ready), self._alias.run(), self._holdout.run(), self._scores.run())
         control = [asyncio.create_task(work) for work in works]
         stopping = asyncio.create_task(self._stopping.wait())
@@ -317,7 +317,7 @@ class _Server:
                 }
                 for engine in self._pool.all
             ],
-            "requests": {"running": self._door.running, "held": self._door.held},
+            "requests": {"running": self._admission.running, "held": self._admission.held},
             "holdout": self._holdout.status(actual),
             "last_swap": swap
             and {

@@ -90,7 +90,7 @@ class EngineSettings(_Section):
 
 
 class ServeSettings(_Section):
-    """The gateway's door and its limits: all that a client could grow has one."""
+    """The gateway's address and its limits: all that a client could grow has one."""
 
     host: str = Field("127.0.0.1", description="address to listen on")
     port: int = Field(8000, ge=0, le=65535, description="port to listen on")

@@ -1,7 +1,7 @@
 """Qualification: a format is judged, and its probes taken, on the engine that will serve it.
 
 The weights are loaded twice, in place into a running engine and by an engine of their own, and both must give the
-same log-probabilities. That is the proof that a hot swap serves what was evaluated.
+same log-probabilities. This verifies that a hot swap serves what was evaluated.
 """
 
 import time

@@ -159,10 +159,10 @@ class HoldoutRuns:
         Raises:
             SupersededError: it was cut off, and is to begin anew.
         """
-        lead = self._pool.lead
-        if lead is None or lead.target is None:
+        primary = self._pool.primary
+        if primary is None or primary.target is None:
             return
-        load, target = lead.load, lead.target
+        load, target = primary.load, primary.target
         began, started_at = time.monotonic(), datetime.now(UTC)
         self._traffic.holdout_due(target, self._every_s)
         facts = await self._facts(target)

@@ -50,8 +50,10 @@ class OwnQuestions:
         off: why nothing is asked here; None where it is.
     """
 
-    def __init__(self, door: Admission, pool: EnginePool, settings: HoldoutSettings, off: str | None = None) -> None:
-        self._door = door
+    def __init__(
+        self, admission: Admission, pool: EnginePool, settings: HoldoutSettings, off: str | None = None
+    ) -> None:
+        self._admission = admission
         self._pool = pool
         self._settings = settings
         self._turn = asyncio.Lock()
@@ -74,16 +76,16 @@ class OwnQuestions:
             while True:
                 await self._pace()
                 try:
-                    async with self._door.aside(self._settings.patience_s):
-                        lead = self._pool.lead
-                        if lead is None or lead.load != load or self.off:
+                    async with self._admission.aside(self._settings.patience_s):
+                        primary = self._pool.primary
+                        if primary is None or primary.load != load or self.off:
                             raise SupersededError
                         self._next_at = time.monotonic() + 60 / self._settings.questions_per_minute
-                        client = lead.client.with_ids(ID_PREFIX)
-                        with lead.occupied():
+                        client = primary.client.with_ids(ID_PREFIX)
+                        with primary.occupied():
                             return await question(client)
                 except AsideEndedError:
-                    if self._door.unavailable_reason is not None:  # and not for a swap
+                    if self._admission.unavailable_reason is not None:  # and not for a swap
                         self._count_death()
                 except EngineError:
                     if await self._lives(client):
@@ -98,7 +100,7 @@ class OwnQuestions:
         return self._pool.state in _WITH_ENGINE and await client.healthy()
 
     async def _died(self, load: Load, client: EngineClient) -> bool:
-        """Whether the supervisor, which is more patient, finds the engine dead too; it may only be slow."""
+        """Whether the replica, which is more patient, finds the engine dead too; it may only be slow."""
         while self._pool.load == load and self._pool.state in _WITH_ENGINE:
             if await client.healthy():
                 return False

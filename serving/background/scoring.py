@@ -96,10 +96,10 @@ class LiveScores:
         Raises:
             SupersededError: the engine was loaded again meanwhile.
         """
-        lead = self._pool.lead
-        if lead is None or lead.target is None:
+        primary = self._pool.primary
+        if primary is None or primary.target is None:
             return False
-        load, target = lead.load, lead.target
+        load, target = primary.load, primary.target
         if load != self._load:
             self._load, self._cut = load, await asyncio.to_thread(self._find_cut, target)
         cut = self._cut

@@ -1,6 +1,6 @@
 """The engines behind one model name: which of them takes a request, which is being changed, which ends.
 
-Who takes requests is who is ready; the door is told when that becomes nobody. Knows neither HTTP nor what a version is
+Who takes requests is who is ready; admission is told when that becomes nobody. Knows neither HTTP nor what a version is
 made of, and decides about no engine's fate: that is the reconciler's.
 """
 
@@ -15,7 +15,7 @@ from typing import Protocol
 import httpx
 
 from serving.admission import Admission, EngineUnavailableError
-from serving.engines.replica import Load, Supervisor
+from serving.engines.replica import Load, Replica
 from serving.router import Routes
 from serving.telemetry.engine_metrics import EngineSource
 from serving.telemetry.metrics import Traffic
@@ -41,7 +41,7 @@ class Lease:
     served: Target
 
 
-class Leftovers(Protocol):
+class Orphans(Protocol):
     """What an earlier server left running."""
 
     def numbers(self) -> list[int]:
@@ -55,50 +55,50 @@ class EnginePool:
     """A fixed number of members, and now and then an engine that comes to take a member's place, or that was replaced.
 
     Args:
-        make: an engine's supervisor from its number and what shall hear its changes; none of another engine has the
+        make: an engine's replica from its number and what shall hear its changes; none of another engine has the
             number.
-        leftovers: the engines that an earlier server left running.
+        orphans: the engines that an earlier server left running.
         size: how many members.
         retire_timeout_s: how long a replaced engine is kept for the requests that run in it.
     """
 
     def __init__(
         self,
-        make: Callable[[int, Callable[[Supervisor], None]], Supervisor],
+        make: Callable[[int, Callable[[Replica], None]], Replica],
         *,
-        leftovers: Leftovers,
+        orphans: Orphans,
         size: int,
-        door: Admission,
+        admission: Admission,
         routes: Routes,
         traffic: Traffic,
         retire_timeout_s: float,
     ) -> None:
         self._make = make
-        self._leftovers = leftovers
-        self._door = door
+        self._orphans = orphans
+        self._admission = admission
         self._routes = routes
         self._traffic = traffic
         self._retire_timeout_s = retire_timeout_s
-        self._others: list[Supervisor] = []
-        self._watches: dict[Supervisor, asyncio.Task[None]] = {}
+        self._others: list[Replica] = []
+        self._watches: dict[Replica, asyncio.Task[None]] = {}
         self._retirements: set[asyncio.Task[None]] = set()
         self._changed = asyncio.Event()
-        self._lead: Supervisor | None = None
+        self._primary: Replica | None = None
         self.restarts = 0
         self.members = [make(number, self._on_change) for number in range(size)]
 
     @property
-    def all(self) -> list[Supervisor]:
+    def all(self) -> list[Replica]:
         """Members, and those that come or go."""
         return [*self.members, *self._others]
 
     @property
-    def ready(self) -> list[Supervisor]:
+    def ready(self) -> list[Replica]:
         """Members that take requests."""
         return [member for member in self.members if member.state is EngineState.READY]
 
     @property
-    def running(self) -> list[Supervisor]:
+    def running(self) -> list[Replica]:
         """Members that have an engine and are not known to be dead."""
         return [member for member in self.members if member.runs and member.state not in _DOWN]
 
@@ -108,14 +108,14 @@ class EnginePool:
         return any(engine.state is EngineState.RETIRING for engine in self._others)
 
     @property
-    def lead(self) -> Supervisor | None:
+    def primary(self) -> Replica | None:
         """The first that takes requests: the server's own questions go there."""
         return next(iter(self.ready), None)
 
     @property
     def load(self) -> Load:
-        """What the lead holds; where none takes requests, what the first member held last."""
-        return (self.lead or self.members[0]).load
+        """What the primary holds; where none takes requests, what the first member held last."""
+        return (self.primary or self.members[0]).load
 
     @property
     def state(self) -> EngineState:
@@ -150,7 +150,7 @@ class EnginePool:
         engines = [(engine, engine.target) for engine in self.all]
         return [EngineSource(engine.http, served, engine.replica) for engine, served in engines if served]
 
-    def add(self) -> Supervisor:
+    def add(self) -> Replica:
         """A new engine, unstarted, to `exchange` for a member, or to `drop`."""
         engine = self._make(self._free_number(), self._on_change)
         self._others.append(engine)
@@ -160,14 +160,14 @@ class EnginePool:
         taken = {engine.replica for engine in self.all}
         return next(number for number in itertools.count() if number not in taken)
 
-    async def drop(self, engine: Supervisor) -> None:
+    async def drop(self, engine: Replica) -> None:
         """Ends an engine that is no member."""
         await engine.stop()
         await engine.http.aclose()
         self._others.remove(engine)
         self._show()
 
-    def exchange(self, old: Supervisor, new: Supervisor) -> None:
+    def exchange(self, old: Replica, new: Replica) -> None:
         """Puts a ready engine in a member's place, between two requests; the old one ends after its last request."""
         self._others.remove(new)
         self.members[self.members.index(old)] = new
@@ -178,17 +178,17 @@ class EnginePool:
         self._retirements.add(task)
         task.add_done_callback(self._retirements.discard)
 
-    async def take_over(self, target: Target) -> bool:
+    async def adopt(self, target: Target) -> bool:
         """Takes over the engines with a version that an earlier server left running, and then ends all others of it.
 
         Returns:
-            Whether there was one; where not, only those were ended that did not prove that they hold it.
+            Whether there was one; where not, only those were ended that did not verify that they hold it.
         """
-        taken: list[Supervisor] = []
-        for number in self._leftovers.numbers():
+        taken: list[Replica] = []
+        for number in self._orphans.numbers():
             if len(taken) < len(self.members):
                 engine = self._make(number, self._on_change)
-                if await engine.take_over(target):
+                if await engine.adopt(target):
                     taken.append(engine)
                 else:
                     await engine.http.aclose()
@@ -206,12 +206,12 @@ class EnginePool:
     async def end_leftovers(self) -> None:
         """Ends what an earlier server left running and is no member."""
         members = {engine.replica for engine in self.members if engine.runs}
-        for number in self._leftovers.numbers():
+        for number in self._orphans.numbers():
             if number not in members:
-                await asyncio.to_thread(self._leftovers.end, number)
+                await asyncio.to_thread(self._orphans.end, number)
 
     @property
-    def down(self) -> list[Supervisor]:
+    def down(self) -> list[Replica]:
         """Members that have no engine that works: it died, or was never started."""
         return [member for member in self.members if member.state in _DOWN]
 
@@ -239,7 +239,7 @@ class EnginePool:
         await asyncio.gather(*(engine.leave() if engine in ready else engine.stop() for engine in self.all))
         await asyncio.gather(*(engine.http.aclose() for engine in self.all))
 
-    async def _retire(self, engine: Supervisor) -> None:
+    async def _retire(self, engine: Replica) -> None:
         try:
             await engine.drained(self._retire_timeout_s)
         except TimeoutError:
@@ -248,7 +248,7 @@ class EnginePool:
             )
         await self.drop(engine)
 
-    def _on_change(self, engine: Supervisor) -> None:
+    def _on_change(self, engine: Replica) -> None:
         watch = self._watches.pop(engine, None)
         if watch is not None:
             watch.cancel()
@@ -257,7 +257,7 @@ class EnginePool:
         self._changed.set()
         self._show()
 
-    async def _watch(self, engine: Supervisor) -> None:
+    async def _watch(self, engine: Replica) -> None:
         try:
             why = await engine.died()
         except Exception as error:  # what cannot be watched must not be trusted
@@ -268,18 +268,18 @@ class EnginePool:
         engine.enter(EngineState.FAILED)
 
     def _show(self) -> None:
-        """Shows to door, names and metrics what has changed."""
+        """Shows to admission, names and metrics what has changed."""
         self._traffic.engine_states([engine.state for engine in self.all])
         ready = self.ready
         if ready:
             drained = [member for member in self.members if member.state is EngineState.DRAINING]
             self._routes.load({engine.target for engine in [*ready, *drained] if engine.target})
-            self._door.available()
+            self._admission.available()
         elif not any(member.state in _CHANGING for member in self.members):
-            self._door.unavailable(_why_none({member.state for member in self.members}))
-        if self.lead is not self._lead:
-            self._lead = self.lead
-            self._door.end_aside()
+            self._admission.unavailable(_why_none({member.state for member in self.members}))
+        if self.primary is not self._primary:
+            self._primary = self.primary
+            self._admission.end_aside()
 
 
 def _why_none(states: set[EngineState]) -> str:

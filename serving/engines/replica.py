@@ -1,4 +1,4 @@
-"""Keeps one engine alive: starts it with a version, or takes over one that runs, proves it, notices its death.
+"""Keeps one engine alive: starts it with a version, or takes over one that runs, verifies it, notices its death.
 
 Decides nothing: what to load, and what to do after a death, is the reconciler's; who gets a request, the pool's.
 """
@@ -13,7 +13,7 @@ from pathlib import Path
 
 import httpx
 
-from serving.engines.verification import Proof
+from serving.engines.verification import Verification
 from svc.engine.state import EngineState
 from svc.engine.vllm.client import EngineClient
 from svc.engine.vllm.plan import EnginePlan
@@ -30,7 +30,7 @@ _UNHEALTHY_S = 30.0
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Load:
-    """Weights that were loaded and proven, the same version's as before or another's; no two loads are equal.
+    """Weights that were loaded and verified, the same version's as before or another's; no two loads are equal.
 
     Attributes:
         fresh: a new engine loaded them; otherwise one that ran.
@@ -43,7 +43,7 @@ NO_LOAD = Load(fresh=True)
 """Before the first."""
 
 
-class Supervisor:
+class Replica:
     """One engine, what it holds, and the requests that run in it.
 
     Args:
@@ -54,7 +54,7 @@ class Supervisor:
         on_phase: hears what a start is doing.
 
     Attributes:
-        target: what the engine was last proven to hold; None while nobody knows.
+        target: what the engine was last verified to hold; None while nobody knows.
         why: of its last death.
     """
 
@@ -63,14 +63,14 @@ class Supervisor:
         replica: int,
         launch: Callable[[Path], LastingEngine],
         http: httpx.AsyncClient,
-        proof: Proof,
-        on_change: Callable[["Supervisor"], None],
+        verification: Verification,
+        on_change: Callable[["Replica"], None],
         on_phase: Callable[[EnginePhase], None] = lambda phase: None,
     ) -> None:
         self.replica = replica
         self.http = http
         self._launch = launch
-        self._proof = proof
+        self._verification = verification
         self._on_change = on_change
         self._on_phase = on_phase
         self._engine: LastingEngine | None = None
@@ -142,7 +142,7 @@ class Supervisor:
         self._on_change(self)
 
     async def start(self, target: Target) -> None:
-        """Starts an engine with a version, in place of the one before, and proves it.
+        """Starts an engine with a version, in place of the one before, and verifies it.
 
         Raises:
             NotFoundError, IntegrityError: the version's files are not there or not right.
@@ -150,30 +150,30 @@ class Supervisor:
         """
         await self.stop(EngineState.STARTING)
         try:
-            self._engine = engine = self._launch(await self._proof.folder(target))
+            self._engine = engine = self._launch(await self._verification.folder(target))
             await self._start_checked(engine, target)
-            await self.prove(target)
+            await self.verify(target)
         except BaseException:
             await self.stop(EngineState.FAILED)
             raise
         self.enter(EngineState.READY)
 
-    async def take_over(self, target: Target) -> bool:
-        """Takes the engine that an earlier server left here, if it holds a version and proves it.
+    async def adopt(self, target: Target) -> bool:
+        """Takes the engine that an earlier server left here, if it holds a version and verifies it.
 
         Returns:
-            Whether it did. An engine that holds another version is left alone; one that proves nothing is ended.
+            Whether it did. An engine that holds another version is left alone; one that verifies nothing is ended.
         """
-        engine = self._launch(await self._proof.folder(target))
-        if engine.left_holding() != str(target):
+        engine = self._launch(await self._verification.folder(target))
+        if engine.orphan_holds() != str(target):
             await engine.leave()
             return False
         self._engine = engine
         self.enter(EngineState.STARTING)
         try:
-            await self._proof.files(target)
-            await engine.take_over()
-            await self.prove(target)
+            await self._verification.files(target)
+            await engine.adopt()
+            await self.verify(target)
         except Exception:  # whatever is wrong with it, a new one may do better, or say what it is
             log.warning("the engine of an earlier server cannot be taken over", exc_info=True)
             await self.stop()
@@ -195,7 +195,7 @@ class Supervisor:
         self.target = None
 
     async def exchange(self, folder: Path) -> None:
-        """Loads other weights in place and forgets what the older ones computed; `forget` comes before, `prove` next.
+        """Loads other weights in place and forgets what the older ones computed; `forget` comes before, `verify` next.
 
         Raises:
             EngineError: the engine did not take them; it counts as dead.
@@ -203,7 +203,7 @@ class Supervisor:
         await self.client.reload_weights(folder)
         await self.client.reset_prefix_cache()
 
-    async def prove(self, target: Target) -> str:
+    async def verify(self, target: Target) -> str:
         """Checks by probes that the engine holds a version, and remembers it, also for a server that comes after.
 
         Returns:
@@ -212,7 +212,7 @@ class Supervisor:
         Raises:
             ProbeError: it runs other weights.
         """
-        found = await self._proof.probes(self.client, target)
+        found = await self._verification.probes(self.client, target)
         self.target = target
         try:
             self._started.note(str(target))
@@ -225,7 +225,7 @@ class Supervisor:
         """Compares the files' hashes while the engine starts; nobody is served before both are done."""
         starting = asyncio.create_task(engine.start(self._on_phase))
         try:
-            await self._proof.files(target)
+            await self._verification.files(target)
             await starting
         finally:
             starting.cancel()

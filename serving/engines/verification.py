@@ -1,4 +1,4 @@
-"""Proves that the engine runs a version's weights: hashes of its files, probes after the load."""
+"""Verifies that the engine runs a version's weights: hashes of its files, probes after the load."""
 
 import asyncio
 import logging
@@ -21,7 +21,7 @@ _OTHER_WEIGHTS_NATS = 0.5
 """Mean difference. Kernels differ in the second decimal, other weights by whole nats."""
 
 
-class Proof:
+class Verification:
     """What a version must show before a client may reach it.
 
     Args:

@@ -38,7 +38,7 @@ def build_app(
     """The application for one gateway.
 
     Args:
-        gateway: answers completions; its door, routes and traffic stand behind the other paths.
+        gateway: answers completions; its admission, routes and metrics stand behind the other paths.
         feedback: answers /v1/feedback.
         engine_metrics: refreshed for each /metrics; registered where `gateway.traffic` is.
         status: what /svc/status shows, JSON values; called in a thread.
@@ -66,7 +66,7 @@ def _add_operations(
 
     @app.get("/health")
     async def health() -> JSONResponse:
-        reason = gateway.door.unavailable_reason
+        reason = gateway.admission.unavailable_reason
         if reason is None:
             return JSONResponse({"status": "ready"})
         headers = {"retry-after": str(EngineUnavailableError.retry_after_s)}

@@ -42,7 +42,7 @@ class Gateway:
 
     Args:
         lease: an engine for a model's name, see serving.pool.
-        door: admits and holds requests.
+        admission: admits and holds requests.
         routes: knows what the engines call their model.
         traffic: counts.
         records: keeps a row for each request.
@@ -54,7 +54,7 @@ class Gateway:
         self,
         *,
         lease: Callable[[str], AbstractContextManager[Lease]],
-        door: Admission,
+        admission: Admission,
         routes: Routes,
         traffic: Traffic,
         records: RecordWriter,
@@ -62,13 +62,13 @@ class Gateway:
         clock: Callable[[], float] = time.perf_counter,
     ) -> None:
         self.lease = lease
-        self.door = door
+        self.admission = admission
         self.routes = routes
         self.traffic = traffic
         self.records = records
         self.settings = settings
         self.clock = clock
-        traffic.watch_door(lambda: door.running, lambda: door.held)
+        traffic.watch_admission(lambda: admission.running, lambda: admission.held)
 
     def endpoint(self, route: Route) -> ASGIApp:
         """The ASGI application for one path."""
@@ -117,7 +117,7 @@ class Exchange:
         """Answers, with an error where it must be."""
         settings = self._gateway.settings
         try:
-            with self._gateway.door.reading():
+            with self._gateway.admission.reading():
                 body = await read_body(
                     self._scope, receive, max_bytes=settings.max_body_bytes, timeout_s=settings.request_timeout_s
                 )
@@ -162,7 +162,7 @@ class Exchange:
 
     async def _answer(self, request: CompletionRequest) -> None:
         gateway = self._gateway
-        async with gateway.door.admit():
+        async with gateway.admission.admit():
             with gateway.lease(request.model) as engine:
                 self._served = engine.served
                 self._scope["state"]["version"] = engine.served.version

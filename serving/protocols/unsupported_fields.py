@@ -11,8 +11,8 @@ from typing import Any
 from serving.protocols.route import Route
 
 MOST_ANSWERS = 1024
-"""Answers to one request: the door counts requests, and a swap waits for all that runs. vLLM's own limit on the prompts
-of one request is the same; its limit on `n` is 16,384, for each of them."""
+"""Answers to one request: admission counts requests, and a swap waits for all that runs. vLLM's own limit on the
+prompts of one request is the same; its limit on `n` is 16,384, for each of them."""
 
 Fields = Mapping[str, Any]
 
@@ -82,7 +82,7 @@ def _transfer(fields: Fields) -> Refusal | None:
 
 def _kept_responses(fields: Fields) -> Refusal | None:
     """vLLM's store of responses never forgets any, and an answer in the background has no client: it would hold no
-    place at the door, and no swap would know of it."""
+    place, and no swap would know of it."""
     if fields.get("background"):
         return Refusal("background", "answers in the background are not served", "false", "wait for the answer")
     if fields.get("store"):

@@ -14,7 +14,7 @@ from sqlalchemy import Engine as Store
 from sqlalchemy.exc import SQLAlchemyError
 
 from serving.engines.pool import EnginePool
-from serving.engines.replica import Supervisor
+from serving.engines.replica import Replica
 from serving.rollout.journal import Journal
 from serving.rollout.production_alias import ProductionAlias
 from serving.rollout.swap import Swap
@@ -80,7 +80,7 @@ class Reconciler:
         self._traffic = traffic
         self._alias = alias
         self._backoff_s = backoff_s
-        self._turns: dict[Supervisor, _Turn] = {}
+        self._turns: dict[Replica, _Turn] = {}
         self.last_error: str | None = None
 
     @property
@@ -135,7 +135,7 @@ class Reconciler:
 
     async def _found(self, target: Target) -> bool:
         try:
-            return await self._pool.take_over(target)
+            return await self._pool.adopt(target)
         except SvcError:
             log.warning("no engine with %s can be taken over", target, exc_info=True)
             return False
@@ -175,7 +175,7 @@ class Reconciler:
                 await asyncio.sleep(_STORE_PAUSE_S)
             await asyncio.sleep(_POLL_S)
 
-    async def _due(self) -> Supervisor:
+    async def _due(self) -> Replica:
         """Returns a member without an engine when its turn has come; what is left of the engine was ended."""
         now = asyncio.get_running_loop().time
         while True:
@@ -195,7 +195,7 @@ class Reconciler:
                 return first
             await self._pool.changed(wait_s)
 
-    async def _revive(self, engine: Supervisor) -> None:
+    async def _revive(self, engine: Replica) -> None:
         """Starts an engine; where it fails, its next turn comes later than this one did."""
         turn = self._turns[engine]
         if turn.died:
@@ -239,7 +239,7 @@ class Reconciler:
             self._serves()
             await self._put_back(desired, before)
 
-    async def _start(self, engine: Supervisor, target: Target) -> str | None:
+    async def _start(self, engine: Replica, target: Target) -> str | None:
         """Starts an engine where none runs; returns why it could not."""
         try:
             await engine.start(target)

@@ -1,12 +1,12 @@
 """Brings another version into the engines, with no request lost and none answered by two versions.
 
 One engine after the other, each in one of two ways. In place: no new requests for it -> let the running ones end ->
-reload -> forget the prefix cache -> check the probes. Where it is the only engine, the door holds what comes meanwhile.
+reload -> forget the prefix cache -> check the probes. Where it is the only engine, requests wait meanwhile.
 Blue-green: start a second engine with the version, check the probes, exchange the two, let the old one answer its last
 requests. Nobody waits, but there must be memory for both.
 
-Whatever fails ends with the version before on every engine, proven again; a door that opens for any other reason finds
-no engine behind it.
+Whatever fails ends with the version before on every engine, verified again; where admission opens for any other
+reason, there is no engine behind it.
 """
 
 import asyncio
@@ -18,8 +18,8 @@ from dataclasses import dataclass, replace
 
 from serving.admission import Admission
 from serving.engines.pool import EnginePool
-from serving.engines.replica import Supervisor
-from serving.engines.verification import Proof
+from serving.engines.replica import Replica
+from serving.engines.verification import Verification
 from serving.router import Routes
 from svc.engine.state import EngineState
 from svc.errors import EngineError, ProbeError, SvcError
@@ -47,7 +47,7 @@ class _Change:
 
     Attributes:
         why: it is of this kind.
-        held_s: how long the door was closed, all in all; None while it never was.
+        held_s: how long admission was closed, all in all; None while it never was.
         running: requests in the engines when it began.
         held: most requests that waited.
     """
@@ -76,9 +76,9 @@ class Swap:
         self,
         *,
         registry: Registry,
-        proof: Proof,
+        verification: Verification,
         pool: EnginePool,
-        door: Admission,
+        admission: Admission,
         routes: Routes,
         choice: SwapChoice,
         shortage: Callable[[Target], str | None],
@@ -86,9 +86,9 @@ class Swap:
         retire_timeout_s: float,
     ) -> None:
         self._registry = registry
-        self._proof = proof
+        self._verification = verification
         self._pool = pool
-        self._door = door
+        self._admission = admission
         self._routes = routes
         self._choice = choice
         self._shortage = shortage
@@ -116,7 +116,7 @@ class Swap:
 
     async def _plan(self, current: Target, target: Target, report: Report) -> _Change:
         """Everything that can be found wrong before an engine is touched. A reload that fails ends the engine."""
-        await self._proof.files(target)
+        await self._verification.files(target)
         report("files match the manifest")
         fits = await asyncio.to_thread(self._fits, current, target)
         if not fits or self._choice is SwapChoice.BLUEGREEN:
@@ -126,7 +126,7 @@ class Swap:
         else:
             kind, why = SwapKind.INPLACE, "same architecture, quantization, tokenizer and template"
         report(f"{kind} swap: {why}")
-        return _Change(current, target, kind, why, report, self._door.running)
+        return _Change(current, target, kind, why, report, self._admission.running)
 
     def _fits(self, current: Target, target: Target) -> bool:
         """Compares the fingerprints that were taken when the versions were made; their files were compared since.
@@ -142,7 +142,7 @@ class Swap:
         return one == other
 
     async def _change_all(self, change: _Change) -> tuple[SwapOutcome, str | None]:
-        changed: list[Supervisor] = []
+        changed: list[Replica] = []
         for engine in self._pool.running:
             if changed and engine.state is not EngineState.READY:
                 continue  # it died meanwhile: it is started again with what serves then
@@ -160,7 +160,7 @@ class Swap:
         self._routes.serve(change.target)
         return SwapOutcome.SUCCEEDED, None
 
-    async def _back(self, change: _Change, changed: list[Supervisor]) -> SwapOutcome:
+    async def _back(self, change: _Change, changed: list[Replica]) -> SwapOutcome:
         """Brings the version before back to engines that were changed already, in the way in which they were."""
         worst = SwapOutcome.RESTORED
         back = replace(change, target=change.current)  # and whatever fails, the version before is what comes
@@ -175,7 +175,7 @@ class Swap:
         change.held_s, change.held = back.held_s, back.held
         return worst
 
-    async def _change_one(self, change: _Change, engine: Supervisor) -> tuple[SwapOutcome, str | None, Supervisor]:
+    async def _change_one(self, change: _Change, engine: Replica) -> tuple[SwapOutcome, str | None, Replica]:
         """One engine, in place or by another that takes its place; and the one that has the place then."""
         if change.kind is SwapKind.BLUEGREEN:
             return await self._blue_green(change, engine)
@@ -189,7 +189,7 @@ class Swap:
             log.warning("%s cannot be noted for an engine", change.target, exc_info=True)
             return SwapOutcome.REFUSED, str(error), engine
 
-    async def _blue_green(self, change: _Change, old: Supervisor) -> tuple[SwapOutcome, str | None, Supervisor]:
+    async def _blue_green(self, change: _Change, old: Replica) -> tuple[SwapOutcome, str | None, Replica]:
         try:
             shortage = await self._find_shortage(change.target)
         except (SvcError, OSError) as error:
@@ -227,7 +227,7 @@ class Swap:
         if len(self._pool.running) <= 1:
             self._routes.serve(change.target)
 
-    async def _in_place(self, change: _Change, engine: Supervisor) -> tuple[SwapOutcome, str | None]:
+    async def _in_place(self, change: _Change, engine: Replica) -> tuple[SwapOutcome, str | None]:
         async with self._without(change, engine):
             engine.enter(EngineState.DRAINING)
             try:
@@ -251,21 +251,21 @@ class Swap:
                 raise
 
     @asynccontextmanager
-    async def _without(self, change: _Change, engine: Supervisor) -> AsyncIterator[None]:
-        """Others take the requests meanwhile, or, where there are none, the door holds them."""
+    async def _without(self, change: _Change, engine: Replica) -> AsyncIterator[None]:
+        """Others take the requests meanwhile, or, where there are none, they wait."""
         if any(other is not engine for other in self._pool.ready):
             yield
             return
         closed = time.monotonic()
-        async with self._door.closed():
-            change.report(f"holding new requests, {self._door.running} running")
+        async with self._admission.closed():
+            change.report(f"holding new requests, {self._admission.running} running")
             try:
                 yield
             finally:
                 change.held_s = (change.held_s or 0.0) + time.monotonic() - closed
-                change.held = max(change.held or 0, self._door.most_held)
+                change.held = max(change.held or 0, self._admission.most_held)
 
-    async def _drain(self, engine: Supervisor) -> None:
+    async def _drain(self, engine: Replica) -> None:
         """Returns when no request runs: none that a client waits for, and none that one left behind in the engine.
 
         Raises:
@@ -281,10 +281,10 @@ class Swap:
         await engine.client.reset_prefix_cache()
         engine.forget()
 
-    async def _exchange(self, change: _Change, engine: Supervisor) -> tuple[SwapOutcome, str | None]:
+    async def _exchange(self, change: _Change, engine: Replica) -> tuple[SwapOutcome, str | None]:
         try:
             await self._load(engine, change.target, change.report)
-        except Exception as error:  # whatever it was, weights that are not proven must not serve
+        except Exception as error:  # whatever it was, weights that are not verified must not serve
             log.warning("%s failed after its load", change.target, exc_info=error)
             change.report(f"failed: {_line(error)}")
             return await self._restore(change, engine, error), str(error) or repr(error)
@@ -292,13 +292,13 @@ class Swap:
         engine.enter(EngineState.READY)
         return SwapOutcome.SUCCEEDED, None
 
-    async def _load(self, engine: Supervisor, target: Target, report: Report) -> None:
+    async def _load(self, engine: Replica, target: Target, report: Report) -> None:
         started = time.monotonic()
-        await engine.exchange(await self._proof.folder(target))
+        await engine.exchange(await self._verification.folder(target))
         report(f"weights of {target} loaded in {time.monotonic() - started:.2f} s, prefix cache reset")
-        report(await engine.prove(target))
+        report(await engine.verify(target))
 
-    async def _restore(self, change: _Change, engine: Supervisor, error: Exception) -> SwapOutcome:
+    async def _restore(self, change: _Change, engine: Replica, error: Exception) -> SwapOutcome:
         """The version before: in the same engine where that still answered, else in a new one.
 
         Anything but a failed probe, above all a reload that failed, is taken for the engine's death.
@@ -306,7 +306,7 @@ class Swap:
         if not isinstance(error, ProbeError):
             return await self._replace_engine(change, engine)
         try:
-            await self._proof.files(change.current)
+            await self._verification.files(change.current)
             await self._load(engine, change.current, change.report)
         except Exception as second:  # as above
             log.warning("the engine cannot go back to %s", change.current, exc_info=second)
@@ -314,7 +314,7 @@ class Swap:
         engine.enter(EngineState.READY)
         return SwapOutcome.RESTORED
 
-    async def _replace_serving(self, change: _Change, engine: Supervisor) -> SwapOutcome:
+    async def _replace_serving(self, change: _Change, engine: Replica) -> SwapOutcome:
         """A new engine with the version before for one that serves; it answers first what runs in it."""
         async with self._without(change, engine):
             engine.enter(EngineState.DRAINING)
@@ -322,14 +322,14 @@ class Swap:
                 await engine.drained(self._retire_timeout_s)
             return SwapOutcome.RESTORED if await self._start_before(change, engine) else SwapOutcome.FAILED
 
-    async def _replace_engine(self, change: _Change, engine: Supervisor) -> SwapOutcome:
+    async def _replace_engine(self, change: _Change, engine: Replica) -> SwapOutcome:
         """A new engine with the version before for one that is dead or cannot be trusted."""
         change.report("the engine cannot go on: replacing it")
         self._pool.count_restart()
         await self._start_before(change, engine)
         return SwapOutcome.FAILED
 
-    async def _start_before(self, change: _Change, engine: Supervisor) -> bool:
+    async def _start_before(self, change: _Change, engine: Replica) -> bool:
         """Whether it starts; if not, the reconciler goes on trying."""
         try:
             await engine.start(change.current)

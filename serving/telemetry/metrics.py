@@ -118,7 +118,7 @@ class Traffic:
         self._restarts = Counter("svc_engine_restarts_total", "Engine starts after the engine died", registry=registry)
         self._swap_duration = Histogram(
             "svc_swap_duration_seconds",
-            "From closing the door to opening it",
+            "From closing admission to opening it",
             ("outcome",),
             buckets=_SWAP_BUCKETS_S,
             registry=registry,
@@ -153,8 +153,8 @@ class Traffic:
             "svc_feedback_total", "Answers that were rated", ("model", "version", "rating"), registry=registry
         )
 
-    def watch_door(self, running: Callable[[], int], held: Callable[[], int]) -> None:
-        """Reads the two gauges from the door itself whenever they are asked for."""
+    def watch_admission(self, running: Callable[[], int], held: Callable[[], int]) -> None:
+        """Reads the two gauges from admission itself whenever they are asked for."""
         self._running.set_function(running)
         self._held.set_function(held)
 
@@ -216,7 +216,7 @@ class Traffic:
         self._restarts.inc()
 
     def swap_ended(self, result: SwapResult) -> None:
-        """Counts a swap, and times it when the door was closed for it."""
+        """Counts a swap, and times it when admission was closed for it."""
         self._swaps.labels(result.outcome.value).inc()
         if result.seconds is not None:
             self._swap_duration.labels(result.outcome.value).observe(result.seconds)

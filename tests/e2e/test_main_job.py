@@ -41,7 +41,7 @@ pytestmark = [pytest.mark.slow]
 Found = TypeVar("Found")
 
 
-def test_a_trained_version_is_registered_with_its_proofs(home: Path) -> None:
+def test_a_trained_version_is_registered_with_its_figures_and_probes(home: Path) -> None:
     shown = svc_json(home, "show", "tiny@1")
     assert set(shown["formats"]) == {"adapter", "merged", "gptq"}
     for name in ("merged", "gptq"):

@@ -15,9 +15,9 @@ from prometheus_client import CollectorRegistry
 
 from serving.admission import Admission
 from serving.engines.pool import EnginePool
-from serving.engines.replica import Supervisor
+from serving.engines.replica import Replica
 from serving.engines.transport import connect
-from serving.engines.verification import Proof
+from serving.engines.verification import Verification
 from serving.rollout.production_alias import ProductionAlias
 from serving.rollout.reconciler import Reconciler
 from serving.rollout.swap import Swap
@@ -81,31 +81,31 @@ class Control:
         limits = self.settings
         self.metrics = CollectorRegistry()
         self.traffic = Traffic(self.metrics)
-        self.door = Admission(
+        self.admission = Admission(
             max_running=limits.max_running, max_held=limits.max_held, hold_timeout_s=limits.hold_timeout_s
         )
         self.routes = Routes(NAME)
-        proof = Proof(self.registry, self.store, lambda folder: self.facts)
+        verification = Verification(self.registry, self.store, lambda folder: self.facts)
         self.pool = EnginePool(
-            lambda replica, on_change: Supervisor(
+            lambda replica, on_change: Replica(
                 replica,
                 partial(self.park.launch, replica),
                 connect(self.park.socket(replica), silence_s=limits.request_timeout_s),
-                proof,
+                verification,
                 on_change,
             ),
-            leftovers=self.park,
+            orphans=self.park,
             size=self.replicas,
-            door=self.door,
+            admission=self.admission,
             routes=self.routes,
             traffic=self.traffic,
             retire_timeout_s=limits.retire_timeout_s,
         )
         self.swap = Swap(
             registry=self.registry,
-            proof=proof,
+            verification=verification,
             pool=self.pool,
-            door=self.door,
+            admission=self.admission,
             routes=self.routes,
             choice=limits.swap,
             shortage=self.park.shortage,
@@ -147,7 +147,7 @@ class Control:
         app = application(
             self.pool.lease,
             self.pool.sources,
-            door=self.door,
+            admission=self.admission,
             routes=self.routes,
             traffic=self.traffic,
             settings=self.settings,
@@ -166,14 +166,14 @@ class Control:
         return self.park.double
 
     @property
-    def supervisor(self) -> Supervisor:
+    def replica(self) -> Replica:
         """The first engine's."""
         return self.pool.members[0]
 
     @property
     def state(self) -> EngineState:
         """The first engine's."""
-        return self.supervisor.state
+        return self.replica.state
 
     def desired(self) -> Desired:
         """What the store says."""

@@ -1,4 +1,4 @@
-"""Engines as the supervisor sees them: the double behind a unix socket, started, ended and killed at will."""
+"""Engines as the replica sees them: the double behind a unix socket, started, ended and killed at will."""
 
 import asyncio
 import errno
@@ -33,7 +33,7 @@ class EnginePark:
         start_delay_s: seconds for a start.
         engines: all that were launched.
         left: those that a server left running, by replica.
-        ended: replicas whose leftovers were ended.
+        ended: replicas whose orphans were ended.
         room: what `shortage` says.
         unable: replicas that do not start.
         disk_full: nothing can be written down.
@@ -115,12 +115,12 @@ class DoubleEngine:
         self._server = SocketServer(self.double, self._socket)
         await self._server.start()
 
-    def left_holding(self) -> str | None:
+    def orphan_holds(self) -> str | None:
         """What the one that was left holds."""
         left = self._park.left.get(self.replica)
         return left.holds if left and left.alive else None
 
-    async def take_over(self) -> None:
+    async def adopt(self) -> None:
         """Becomes the one that was left."""
         left = self._park.left.pop(self.replica)
         self.double, self._server, self._ended, self.alive = left.double, left._server, left._ended, True

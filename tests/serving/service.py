@@ -38,7 +38,7 @@ def application(
     lease: Callable[[str], AbstractContextManager[Lease]],
     sources: Callable[[], Sequence[EngineSource]],
     *,
-    door: Admission,
+    admission: Admission,
     routes: Routes,
     traffic: Traffic,
     settings: ServeSettings,
@@ -51,7 +51,9 @@ def application(
     records = records or RecordWriter(
         store, RecordSettings(), on_stored=lambda count: None, on_dropped=lambda reason, count: None
     )
-    gateway = Gateway(lease=lease, door=door, routes=routes, traffic=traffic, records=records, settings=settings)
+    gateway = Gateway(
+        lease=lease, admission=admission, routes=routes, traffic=traffic, records=records, settings=settings
+    )
     engine_metrics = EngineMetrics(sources)
     traffic.registry.register(engine_metrics)
     return build_app(
@@ -79,7 +81,7 @@ class Service:
         self.store = store
         self.settings = ServeSettings(**settings)
         self.double = EngineDouble(name=NAME)
-        self.door = Admission(
+        self.admission = Admission(
             max_running=self.settings.max_running,
             max_held=self.settings.max_held,
             hold_timeout_s=self.settings.hold_timeout_s,
@@ -108,7 +110,7 @@ class Service:
             self.app = application(
                 self.lease,
                 lambda: [EngineSource(engine, self.loaded, 0)],
-                door=self.door,
+                admission=self.admission,
                 routes=self.routes,
                 traffic=self.traffic,
                 records=self.records,
@@ -117,7 +119,7 @@ class Service:
                 status=lambda: {"served": str(self.routes.served)},
             )
             self.load(ONE)
-            self.door.available()
+            self.admission.available()
             if self.store is not None:
                 self.records.start()
             yield self

@@ -49,10 +49,10 @@ class Engine(Protocol):
 class LastingEngine(Engine, Protocol):
     """One that outlives its server, and is taken over by the next."""
 
-    def left_holding(self) -> str | None:
+    def orphan_holds(self) -> str | None:
         """What an engine holds that was started alike by an earlier server and runs still; None where none does."""
 
-    async def take_over(self) -> None:
+    async def adopt(self) -> None:
         """Takes that engine in place of a start."""
 
     def note(self, holds: str | None) -> None:
@@ -119,14 +119,14 @@ class EngineProcess:
             record = EngineRecord(process.pid, *started, launch_digest(self.spec), self.spec.plan.rows())
             write_record(self.spec.state, record)
 
-    def left_holding(self) -> str | None:
+    def orphan_holds(self) -> str | None:
         """What an engine holds that was started alike by an earlier server and runs still; None where none does."""
         record = read_record(self.spec.state)
         if record is None or record.launch != launch_digest(self.spec) or not self.spec.socket.exists():
             return None
         return record.holds if find_engine(self.spec.state) else None
 
-    async def take_over(self) -> None:
+    async def adopt(self) -> None:
         """Takes the engine that an earlier server left in the folder, in place of a start.
 
         Raises:

@@ -14,7 +14,7 @@ class EnginePhase(StrEnum):
     WEIGHTS = "loading weights"
     CACHE = "making room for keys and values"
     WARM_UP = "warming up"
-    DOOR = "opening the door"
+    SOCKET = "opening the socket"
 
 
 _SIGNS = {
@@ -23,7 +23,7 @@ _SIGNS = {
     EnginePhase.WEIGHTS: rb"Loading model|Starting to load model",
     EnginePhase.CACHE: rb"Loading weights took",
     EnginePhase.WARM_UP: rb"KV cache size",
-    EnginePhase.DOOR: rb"Starting vLLM server",
+    EnginePhase.SOCKET: rb"Starting vLLM server",
 }
 _ORDER = list(EnginePhase)
 

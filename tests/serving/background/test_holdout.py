@@ -39,7 +39,7 @@ FAST: dict[str, Any] = {"questions_per_minute": 1e6, "patience_s": 5.0}
 def runs_of(control: Control, off: str | None = None, **settings: Any) -> HoldoutRuns:
     chosen = HoldoutSettings.model_validate(FAST | settings)
     return HoldoutRuns(
-        OwnQuestions(control.door, control.pool, chosen, off),
+        OwnQuestions(control.admission, control.pool, chosen, off),
         pool=control.pool,
         registry=control.registry,
         store=control.store,
@@ -114,7 +114,7 @@ async def test_after_a_start_all_examples_are_asked(make: Make) -> None:
 async def test_the_figures_are_those_of_the_weights_that_serve(make: Make) -> None:
     async with asked(make) as (control, _):
         run = await run_of(control, target(1))
-        client = control.supervisor.client
+        client = control.replica.client
         for example, nll in zip(HELDOUT, run.nll, strict=True):
             prompt, answer = await client.prompt_tokens(example.prompt), await client.tokens(example.answer)
             logprobs = [logprob_of(control.double.weights, t, len(prompt) + i) for i, t in enumerate(answer)]

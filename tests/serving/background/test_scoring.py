@@ -53,7 +53,7 @@ async def scoring_of(
 ) -> AsyncIterator[LiveScores]:
     chosen = HoldoutSettings.model_validate(FAST | settings)
     scores = LiveScores(
-        OwnQuestions(control.door, control.pool, chosen, off),
+        OwnQuestions(control.admission, control.pool, chosen, off),
         busy=busy,
         pool=control.pool,
         registry=control.registry,
@@ -86,7 +86,7 @@ async def test_the_score_is_the_mean_over_the_tokens_of_the_answer(control: Cont
     add_requests(control.store, [kept()])
     async with scoring_of(control):
         await until(lambda: logprobs(control) != [None])
-    client = control.supervisor.client
+    client = control.replica.client
     prompt, answer = await client.prompt_tokens(PROMPT), await client.tokens("an answer")
     assert logprobs(control) == [pytest.approx(fmean(await client.logprobs(prompt + answer, len(prompt))))]
 
@@ -96,7 +96,7 @@ async def test_of_a_long_answer_the_beginning_is_scored_as_of_a_held_out_one(con
     add_requests(control.store, [kept(answer=" ".join(words))])
     async with scoring_of(control):
         await until(lambda: logprobs(control) != [None])
-    client = control.supervisor.client
+    client = control.replica.client
     prompt, answer = await client.prompt_tokens(PROMPT), await client.tokens(" ".join(words[:MAX_TOKENS]))
     assert logprobs(control) == [pytest.approx(fmean(await client.logprobs(prompt + answer, len(prompt))))]
 

@@ -1,10 +1,10 @@
-"""One engine: proven before anybody reaches it, and never left behind."""
+"""One engine: verified before anybody reaches it, and never left behind."""
 
 import asyncio
 
 import pytest
 
-from serving.engines.replica import NO_LOAD, Supervisor
+from serving.engines.replica import NO_LOAD, Replica
 from svc.engine.state import EngineState
 from svc.errors import EngineError, IntegrityError, NotFoundError, ProbeError
 from svc.store.swaps import SwapOutcome
@@ -14,45 +14,45 @@ from tests.serving.versions import make_version, target
 
 
 @pytest.fixture
-def supervisor(make: Make) -> Supervisor:
+def replica(make: Make) -> Replica:
     """One that runs no engine yet."""
-    return make().supervisor
+    return make().replica
 
 
 async def test_an_engine_that_was_proven_is_ready(make: Make) -> None:
     control = make()
-    await control.supervisor.start(target(1))
-    assert (control.state, control.door.unavailable_reason) == (EngineState.READY, None)
+    await control.replica.start(target(1))
+    assert (control.state, control.admission.unavailable_reason) == (EngineState.READY, None)
     assert control.double.calls == ["/v1/completions"]
-    await control.supervisor.stop()
+    await control.replica.stop()
 
 
 async def test_nobody_is_admitted_before_the_proof(make: Make) -> None:
     control = make()
     reasons = list[str | None]()
     control.park.prepare = lambda double: setattr(
-        double, "on_call", lambda path: reasons.append(control.door.unavailable_reason)
+        double, "on_call", lambda path: reasons.append(control.admission.unavailable_reason)
     )
-    await control.supervisor.start(target(1))
+    await control.replica.start(target(1))
     assert reasons == ["the engine is starting"]
-    await control.supervisor.stop()
+    await control.replica.stop()
 
 
 async def test_an_engine_with_other_weights_is_ended(make: Make) -> None:
     control = make()
     make_version(control.registry, 4, probes_of="/elsewhere")
     with pytest.raises(ProbeError):
-        await control.supervisor.start(target(4))
-    assert (control.state, control.park.alive, control.supervisor.runs) == (EngineState.FAILED, 0, False)
+        await control.replica.start(target(4))
+    assert (control.state, control.park.alive, control.replica.runs) == (EngineState.FAILED, 0, False)
 
 
 async def test_an_engine_that_does_not_start_is_ended(make: Make) -> None:
     control = make()
     control.park.failing_starts = 1
     with pytest.raises(EngineError, match="no memory"):
-        await control.supervisor.start(target(1))
+        await control.replica.start(target(1))
     assert (control.state, control.park.alive) == (EngineState.FAILED, 0)
-    assert control.door.unavailable_reason == "the engine has failed"
+    assert control.admission.unavailable_reason == "the engine has failed"
 
 
 @pytest.mark.parametrize("start_delay_s", [0, 10])
@@ -62,9 +62,9 @@ async def test_an_engine_of_altered_files_is_ended_and_never_admits(make: Make, 
     (control.registry.folder(target(1).version) / "merged" / "config.json").write_text("{}")
     async with asyncio.timeout(5):
         with pytest.raises(IntegrityError):
-            await control.supervisor.start(target(1))
+            await control.replica.start(target(1))
     assert (control.state, control.park.alive) == (EngineState.FAILED, 0)
-    assert control.supervisor.load is NO_LOAD
+    assert control.replica.load is NO_LOAD
 
 
 async def test_altered_files_are_what_is_told_where_they_kept_the_engine_from_starting(make: Make) -> None:
@@ -72,29 +72,29 @@ async def test_altered_files_are_what_is_told_where_they_kept_the_engine_from_st
     control.park.failing_starts = 1
     (control.registry.folder(target(1).version) / "merged" / "config.json").write_text("{}")
     with pytest.raises(IntegrityError):
-        await control.supervisor.start(target(1))
+        await control.replica.start(target(1))
     assert control.park.alive == 0
 
 
 async def test_a_version_that_does_not_exist_starts_no_engine(make: Make) -> None:
     control = make()
     with pytest.raises(NotFoundError):
-        await control.supervisor.start(target(9))
+        await control.replica.start(target(9))
     assert control.park.engines == []
 
 
 async def test_a_start_ends_the_engine_before(make: Make) -> None:
     control = make()
-    await control.supervisor.start(target(1))
-    await control.supervisor.start(target(2))
+    await control.replica.start(target(1))
+    await control.replica.start(target(2))
     assert [engine.alive for engine in control.park.engines] == [False, True]
-    await control.supervisor.stop()
+    await control.replica.stop()
 
 
 async def test_a_start_that_is_cancelled_leaves_no_engine(make: Make) -> None:
     control = make()
     control.park.start_delay_s = 10
-    starting = asyncio.create_task(control.supervisor.start(target(1)))
+    starting = asyncio.create_task(control.replica.start(target(1)))
     await until(lambda: control.park.alive)
     starting.cancel()
     await asyncio.wait({starting})
@@ -106,21 +106,21 @@ async def test_an_engine_whose_stop_is_cancelled_is_ended_by_the_next_stop(
     make: Make, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     control = make()
-    await control.supervisor.start(target(1))
+    await control.replica.start(target(1))
     engine = control.park.engines[0]
     stop = engine.stop
     monkeypatch.setattr(engine, "stop", lambda: asyncio.sleep(10))
-    stopping = asyncio.create_task(control.supervisor.stop())
+    stopping = asyncio.create_task(control.replica.stop())
     await asyncio.sleep(0.01)
     stopping.cancel()
     await asyncio.wait({stopping})
     monkeypatch.setattr(engine, "stop", stop)
-    await control.supervisor.stop()
+    await control.replica.stop()
     assert control.park.alive == 0
 
 
 async def test_a_death_is_told_with_its_exit_code(control: Control) -> None:
-    died = asyncio.create_task(control.supervisor.died())
+    died = asyncio.create_task(control.replica.died())
     await asyncio.sleep(0.01)
     control.park.engines[0].kill()
     assert str(KILLED) in await died
@@ -129,47 +129,47 @@ async def test_a_death_is_told_with_its_exit_code(control: Control) -> None:
 async def test_silence_is_a_death_after_its_time(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("serving.engines.replica._UNHEALTHY_S", 0.2)
     control = make()
-    await control.supervisor.start(target(1))
+    await control.replica.start(target(1))
     server = control.park.engines[0]._server
     assert server is not None
     server.kill()
     async with asyncio.timeout(2):
-        assert "no answer to health checks" in await control.supervisor.died()
-    await control.supervisor.stop()
+        assert "no answer to health checks" in await control.replica.died()
+    await control.replica.stop()
 
 
-async def test_where_no_engine_runs_there_is_none_to_ask(supervisor: Supervisor) -> None:
+async def test_where_no_engine_runs_there_is_none_to_ask(replica: Replica) -> None:
     with pytest.raises(RuntimeError):
-        _ = supervisor.client
+        _ = replica.client
 
 
 async def test_only_ready_admits(make: Make) -> None:
     control = make()
     admits = {}
     for state in EngineState:
-        control.supervisor.enter(EngineState.STOPPED)
-        control.supervisor.enter(state)
-        admits[state] = control.door.unavailable_reason is None
+        control.replica.enter(EngineState.STOPPED)
+        control.replica.enter(state)
+        admits[state] = control.admission.unavailable_reason is None
     assert [state for state, admitted in admits.items() if admitted] == [EngineState.READY]
 
 
 async def test_the_state_is_in_the_metrics(make: Make) -> None:
     control = make()
-    control.supervisor.enter(EngineState.DRAINING)
+    control.replica.enter(EngineState.DRAINING)
     shown = {state: control.sample("svc_engine_state", state=state) for state in EngineState}
     assert shown == {state: float(state is EngineState.DRAINING) for state in EngineState}
 
 
 async def test_every_load_that_was_proven_is_another_one(control: Control) -> None:
-    loads = [control.supervisor.load]
+    loads = [control.replica.load]
     await control.promote(2)
-    loads.append(control.supervisor.load)
+    loads.append(control.replica.load)
     make_version(control.registry, 4, probes_of="/elsewhere")
     await control.promote(4)
-    loads.append(control.supervisor.load)
+    loads.append(control.replica.load)
     control.park.engines[0].kill()
-    await until(lambda: control.supervisor.load not in loads)
-    loads.append(control.supervisor.load)
+    await until(lambda: control.replica.load not in loads)
+    loads.append(control.replica.load)
     assert len(set(loads)) == 4
     assert [load.fresh for load in loads] == [True, False, False, True]
 
@@ -177,7 +177,7 @@ async def test_every_load_that_was_proven_is_another_one(control: Control) -> No
 async def test_a_swap_that_touched_no_weights_is_no_load(make: Make) -> None:
     async with make(drain_timeout_s=0.05).run() as control:
         control.park.room = "full"
-        load = control.supervisor.load
-        with control.supervisor.occupied():
+        load = control.replica.load
+        with control.replica.occupied():
             assert (await control.promote(2)).outcome is SwapOutcome.REFUSED
-        assert (control.state, control.supervisor.load) == (EngineState.READY, load)
+        assert (control.state, control.replica.load) == (EngineState.READY, load)

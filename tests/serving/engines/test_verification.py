@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from serving.engines.verification import Proof
+from serving.engines.verification import Verification
 from svc.engine.probes import EngineFacts
 from svc.errors import IntegrityError, ProbeError
 from svc.store.retaken_probes import find_retaken_probes
@@ -34,7 +34,7 @@ async def elsewhere(make: Make) -> AsyncIterator[Control]:
 
 async def test_sound_files_give_their_folder(make: Make) -> None:
     control = make()
-    folder = await Proof(control.registry, control.store, kind_of(FACTS)).files(target(1))
+    folder = await Verification(control.registry, control.store, kind_of(FACTS)).files(target(1))
     assert folder == control.registry.folder(target(1).version) / "merged"
 
 
@@ -42,24 +42,26 @@ async def test_an_altered_file_is_an_error(make: Make) -> None:
     control = make()
     (control.registry.folder(target(1).version) / "merged" / "tokenizer.json").write_text('{"a": 1}')
     with pytest.raises(IntegrityError, match="was changed after registration"):
-        await Proof(control.registry, control.store, kind_of(FACTS)).files(target(1))
+        await Verification(control.registry, control.store, kind_of(FACTS)).files(target(1))
 
 
 async def test_a_difference_within_the_tolerance_passes(control: Control) -> None:
     control.double.probe_noise = 0.0009
-    found = await Proof(control.registry, control.store, kind_of(FACTS)).probes(control.supervisor.client, target(1))
+    found = await Verification(control.registry, control.store, kind_of(FACTS)).probes(
+        control.replica.client, target(1)
+    )
     assert found.startswith("1 probes passed")
 
 
 async def test_a_difference_beyond_the_tolerance_is_an_error(control: Control) -> None:
     control.double.probe_noise = 0.0011
     with pytest.raises(ProbeError):
-        await Proof(control.registry, control.store, kind_of(FACTS)).probes(control.supervisor.client, target(1))
+        await Verification(control.registry, control.store, kind_of(FACTS)).probes(control.replica.client, target(1))
 
 
 async def test_the_probes_of_another_version_are_an_error(control: Control) -> None:
     with pytest.raises(ProbeError):
-        await Proof(control.registry, control.store, kind_of(FACTS)).probes(control.supervisor.client, target(2))
+        await Verification(control.registry, control.store, kind_of(FACTS)).probes(control.replica.client, target(2))
 
 
 async def test_probes_are_taken_again_on_another_kind_of_engine_and_kept(elsewhere: Control) -> None:
@@ -70,29 +72,29 @@ async def test_probes_are_taken_again_on_another_kind_of_engine_and_kept(elsewhe
 
 
 async def test_kept_probes_are_checked_the_next_time(elsewhere: Control) -> None:
-    proof = Proof(elsewhere.registry, elsewhere.store, kind_of(OTHER_FACTS))
-    assert "probes passed" in await proof.probes(elsewhere.supervisor.client, target(1))
+    verification = Verification(elsewhere.registry, elsewhere.store, kind_of(OTHER_FACTS))
+    assert "probes passed" in await verification.probes(elsewhere.replica.client, target(1))
     elsewhere.double.probe_noise = 0.02
     with pytest.raises(ProbeError):
-        await proof.probes(elsewhere.supervisor.client, target(1))
+        await verification.probes(elsewhere.replica.client, target(1))
 
 
 async def test_probes_that_are_taken_again_are_not_those_of_other_weights(elsewhere: Control) -> None:
     """As after a load in place that did nothing."""
-    proof = Proof(elsewhere.registry, elsewhere.store, kind_of(OTHER_FACTS))
+    verification = Verification(elsewhere.registry, elsewhere.store, kind_of(OTHER_FACTS))
     with pytest.raises(ProbeError, match="not the version's weights"):
-        await proof.probes(elsewhere.supervisor.client, target(2))
+        await verification.probes(elsewhere.replica.client, target(2))
     assert find_retaken_probes(elsewhere.store, target(2), OTHER_FACTS) is None
 
 
 async def test_numbers_that_are_none_are_not_kept(elsewhere: Control) -> None:
     elsewhere.double.probe_noise = float("nan")
-    proof = Proof(elsewhere.registry, elsewhere.store, kind_of(OTHER_FACTS))
+    verification = Verification(elsewhere.registry, elsewhere.store, kind_of(OTHER_FACTS))
     with pytest.raises(ProbeError):
-        await proof.probes(elsewhere.supervisor.client, target(2))
+        await verification.probes(elsewhere.replica.client, target(2))
 
 
 async def test_a_version_without_probes_proves_nothing(control: Control) -> None:
     make_version(control.registry, 4, probes=False)
     with pytest.raises(ProbeError, match="no probes"):
-        await Proof(control.registry, control.store, kind_of(FACTS)).probes(control.supervisor.client, target(4))
+        await Verification(control.registry, control.store, kind_of(FACTS)).probes(control.replica.client, target(4))

@@ -44,14 +44,14 @@ async def test_what_is_not_served_cannot_be_found_to_be_deleted(client: httpx.As
 
 async def test_health_follows_the_engine(service: Service, client: httpx.AsyncClient) -> None:
     assert (await client.get("/health")).status_code == 200
-    service.door.unavailable("the engine is starting")
+    service.admission.unavailable("the engine is starting")
     answer = await client.get("/health")
     assert (answer.status_code, answer.json()["reason"]) == (503, "the engine is starting")
     assert "retry-after" in answer.headers
 
 
 async def test_a_swap_does_not_make_the_service_unhealthy(service: Service, client: httpx.AsyncClient) -> None:
-    async with service.door.closed():
+    async with service.admission.closed():
         assert (await client.get("/health")).status_code == 200
 
 
@@ -130,4 +130,4 @@ async def test_a_failure_of_our_own_is_answered_and_logged(
         assert answer.headers["x-should-retry"] == "false"
         assert "secret" not in answer.text
     assert caplog.text.count("Traceback") == 2
-    assert service.door.running == 0
+    assert service.admission.running == 0

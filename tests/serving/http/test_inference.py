@@ -70,9 +70,9 @@ class TestAnswers:
     async def test_a_held_request_for_the_name_gets_the_new_version(
         self, service: Service, client: httpx.AsyncClient
     ) -> None:
-        async with service.door.closed():
+        async with service.admission.closed():
             task = asyncio.create_task(client.post(CHAT_PATH, json=CHAT))
-            await until(lambda: service.door.held == 1)
+            await until(lambda: service.admission.held == 1)
             service.double.weights = service.double._cached_weights = "/models/tuned/2"
             service.load(TWO)
         answer = await task
@@ -82,9 +82,9 @@ class TestAnswers:
     async def test_a_held_request_for_the_old_version_is_told_that_it_left(
         self, service: Service, client: httpx.AsyncClient
     ) -> None:
-        async with service.door.closed():
+        async with service.admission.closed():
             task = asyncio.create_task(client.post(CHAT_PATH, json={**CHAT, "model": f"{NAME}@1"}))
-            await until(lambda: service.door.held == 1)
+            await until(lambda: service.admission.held == 1)
             service.load(TWO)
         assert error_of(await task)["code"] == "model_not_found"
 
@@ -127,9 +127,9 @@ class TestStreams:
             lines = answer.aiter_lines()
             while "1.1" not in await anext(lines):
                 pass
-            assert service.door.running == 1
+            assert service.admission.running == 1
             assert "data: [DONE]" in [line async for line in lines]
-        await until(lambda: not service.door.running)
+        await until(lambda: not service.admission.running)
 
 
 class TestRefusals:
@@ -179,12 +179,12 @@ class TestRefusals:
     async def test_more_than_may_run_and_more_than_may_wait(self, socket_folder: Path) -> None:
         service = Service(socket_folder, max_running=1, max_held=1, hold_timeout_s=0.2)
         async with service.run(), service.client() as client:
-            async with service.door.admit():
+            async with service.admission.admit():
                 answer = await client.post(CHAT_PATH, json=CHAT)
             assert (answer.status_code, error_of(answer)["code"]) == (429, "overloaded")
-            async with service.door.closed():
+            async with service.admission.closed():
                 held = asyncio.create_task(client.post(CHAT_PATH, json=CHAT))
-                await until(lambda: service.door.held == 1)
+                await until(lambda: service.admission.held == 1)
                 over = await client.post(CHAT_PATH, json=CHAT)
                 late = await held
             assert (over.status_code, error_of(over)["code"]) == (503, "held_overflow")
@@ -193,7 +193,7 @@ class TestRefusals:
             assert (reason(service, "held_overflow"), reason(service, "held_timeout")) == (1, 1)
 
     async def test_no_engine(self, service: Service, client: httpx.AsyncClient) -> None:
-        service.door.unavailable("the engine is starting")
+        service.admission.unavailable("the engine is starting")
         answer = await client.post(CHAT_PATH, json=CHAT)
         assert (answer.status_code, error_of(answer)["code"]) == (503, "engine_unavailable")
         assert "retry-after" in answer.headers
@@ -237,7 +237,7 @@ class TestEngineDeaths:
             answer = await client.post(CHAT_PATH, json=body)
             assert (answer.status_code, error_of(answer)["code"]) == (503, "engine_died")
             assert "retry-after" in answer.headers
-        assert service.door.running == 0
+        assert service.admission.running == 0
 
     async def test_an_error_that_comes_before_the_first_token_has_its_own_status(
         self, service: Service, client: httpx.AsyncClient
@@ -265,7 +265,7 @@ class TestEngineDeaths:
         assert chunks[-1]["error"]["code"] == code
         assert "secret" not in answer.text
         assert reason(service, code) == 1
-        assert service.door.running == 0
+        assert service.admission.running == 0
 
     async def test_a_new_engine_on_the_same_socket_is_found_at_once(self, service: Service) -> None:
         async with service.client() as client:
@@ -299,7 +299,7 @@ class TestClientsThatLeave:
         task = asyncio.create_task(live.post(CHAT_PATH, json={**CHAT, "stream": stream}))
         await until(lambda: service.double.running == 1)
         task.cancel()
-        await until(lambda: service.double.cancelled == 1 and service.door.running == 0)
+        await until(lambda: service.double.cancelled == 1 and service.admission.running == 0)
         await until(lambda: reason(service, "client_gone") == 1)
 
     async def test_one_that_leaves_at_the_end_of_its_answer_is_no_error(
@@ -310,15 +310,15 @@ class TestClientsThatLeave:
             async for line in answer.aiter_lines():
                 if line == "data: [DONE]":
                     break  # as OpenAI's client does
-        await until(lambda: service.door.running == 0)
+        await until(lambda: service.admission.running == 0)
         assert reason(service, "client_gone") == 0
 
     async def test_they_leave_their_place_in_the_queue(self, service: Service, live: httpx.AsyncClient) -> None:
-        async with service.door.closed():
+        async with service.admission.closed():
             task = asyncio.create_task(live.post(CHAT_PATH, json=CHAT))
-            await until(lambda: service.door.held == 1)
+            await until(lambda: service.admission.held == 1)
             task.cancel()
-            await until(lambda: service.door.held == 0)
+            await until(lambda: service.admission.held == 0)
         assert service.double.requests == []
         await until(
             lambda: service.count("svc_requests_total", model="unknown", version="", route=CHAT_PATH, status="499") == 1
@@ -328,7 +328,7 @@ class TestClientsThatLeave:
         async with Service(socket_folder, request_timeout_s=0.3).run() as service, service.socket_client() as client:
             service.double.tokens = 200_000  # more than the buffers between here and there hold
             async with client.stream("POST", CHAT_PATH, json=STREAM):
-                await until(lambda: service.door.running == 0)
+                await until(lambda: service.admission.running == 0)
 
 
 class TestLoad:
@@ -345,8 +345,8 @@ class TestLoad:
 
         asking = [asyncio.create_task(ask(number)) for number in range(60)]
         await asyncio.sleep(0.04)
-        async with service.door.closed():
-            await until(lambda: not service.door.running)
+        async with service.admission.closed():
+            await until(lambda: not service.admission.running)
             await asyncio.sleep(0.02)
             service.double.weights = service.double._cached_weights = "/models/tuned/2"
             service.load(TWO)

@@ -85,9 +85,9 @@ async def test_tokens_are_counted_and_timed(service: Service, client: httpx.Asyn
 
 @both
 async def test_a_held_request_gets_the_new_version(service: Service, client: httpx.AsyncClient, path: str) -> None:
-    async with service.door.closed():
+    async with service.admission.closed():
         task = asyncio.create_task(client.post(path, json=BODIES[path]))
-        await until(lambda: service.door.held == 1)
+        await until(lambda: service.admission.held == 1)
         service.double.weights = service.double._cached_weights = "/models/tuned/2"
         service.load(TWO)
     answer = await task
@@ -121,7 +121,7 @@ async def test_a_stream_that_does_not_come_to_its_end_ends_with_an_error(
     assert (name, data["type"], data["error"]["code"]) == ("error", "error", code)
     assert "secret" not in answer.text
     assert reason(service, code) == 1
-    assert service.door.running == 0
+    assert service.admission.running == 0
 
 
 async def test_an_error_in_a_stream_of_messages_is_a_death_where_the_engine_is_dead(
@@ -150,7 +150,7 @@ async def test_a_client_that_leaves_ends_the_engines_work(service: Service, path
         task = asyncio.create_task(live.post(path, json=body))
         await until(lambda: service.double.running == 1)
         task.cancel()
-        await until(lambda: service.double.cancelled == 1 and service.door.running == 0)
+        await until(lambda: service.double.cancelled == 1 and service.admission.running == 0)
         await until(lambda: reason(service, "client_gone") == 1)
 
 

@@ -195,7 +195,7 @@ async def test_too_long_a_prompt_is_a_bad_request(service: Service, official: As
 
 
 async def test_no_engine_is_a_server_error(service: Service, official: AsyncOpenAI) -> None:
-    service.door.unavailable("the engine is starting")
+    service.admission.unavailable("the engine is starting")
     with pytest.raises(openai.InternalServerError) as caught:
         await official.chat.completions.create(model=NAME, messages=MESSAGES)
     assert (caught.value.status_code, caught.value.code) == (503, "engine_unavailable")
@@ -203,7 +203,7 @@ async def test_no_engine_is_a_server_error(service: Service, official: AsyncOpen
 
 
 async def test_too_many_requests_are_a_rate_limit(official: AsyncOpenAI, service: Service) -> None:
-    service.door._max_running = 0
+    service.admission._max_running = 0
     with pytest.raises(openai.RateLimitError) as caught:
         await official.chat.completions.create(model=NAME, messages=MESSAGES)
     assert caught.value.code == "overloaded"

@@ -66,7 +66,7 @@ def api(memory_folder: Path, store: Store) -> Iterator[Any]:
     """The document of an application over the double; a model name is one of those that are served, or another."""
     registry, traffic_settings = CollectorRegistry(), ServeSettings()
     records = RecordWriter(store, RecordSettings(), on_stored=lambda count: None, on_dropped=lambda reason, count: None)
-    routes, door = Routes(NAME), Admission(max_running=8, max_held=8, hold_timeout_s=1)
+    routes, admission = Routes(NAME), Admission(max_running=8, max_held=8, hold_timeout_s=1)
     engine = httpx.AsyncClient(transport=httpx.ASGITransport(EngineDouble(name=NAME)), base_url="http://engine")
     routes.load({ONE})
 
@@ -78,7 +78,7 @@ def api(memory_folder: Path, store: Store) -> Iterator[Any]:
     app = application(
         lease,
         list,
-        door=door,
+        admission=admission,
         routes=routes,
         traffic=Traffic(registry),
         records=records,
@@ -86,7 +86,7 @@ def api(memory_folder: Path, store: Store) -> Iterator[Any]:
         store=store,
     )
     routes.serve(ONE)
-    door.available()
+    admission.available()
     records.start()
     found = schemathesis.openapi.from_asgi("/openapi.json", app)
     names = {"enum": [*routes.names(), "other"]}

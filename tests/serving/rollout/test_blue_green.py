@@ -77,7 +77,7 @@ async def test_an_answer_that_outlasts_the_drain_is_not_cut_off_and_does_not_hol
         long = asyncio.create_task(ask(client, stream=True))
         await until(lambda: control.double.running)
         wish = control.wish(2)
-        await until(lambda: control.door._closed)
+        await until(lambda: control.admission._closed)
         held = asyncio.create_task(ask(client, stream=False))
         swap = await control.outcome(wish)
         assert (await ask(client, stream=True)).version == TWO
@@ -170,7 +170,7 @@ async def test_numbers_of_engines_that_have_gone_are_used_again(make: Make) -> N
         for number in (2, 3, 2):
             await control.promote(number)
             await until(lambda: control.park.alive == 1)
-            replicas.append(control.supervisor.replica)
+            replicas.append(control.replica.replica)
         assert replicas == [1, 0, 1]
 
 

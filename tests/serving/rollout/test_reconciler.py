@@ -131,7 +131,7 @@ async def test_a_failure_is_told_after_the_wish_was_put_back(control: Control, m
 async def test_a_dead_engine_is_failed_until_it_is_started_again(control: Control) -> None:
     control.reconciler._backoff_s = (10.0,)
     control.park.engines[0].kill()
-    await until(lambda: control.door.unavailable_reason)
+    await until(lambda: control.admission.unavailable_reason)
     assert control.state is EngineState.FAILED
 
 
@@ -274,7 +274,7 @@ async def test_an_mlflow_that_hangs_does_not_hold_up_a_start(make: Make, monkeyp
     async with asyncio.timeout(5):
         await control.reconciler.start()
     assert control.state is EngineState.READY
-    await control.supervisor.stop()
+    await control.replica.stop()
 
 
 async def test_a_store_away_ends_nothing(control: Control, monkeypatch: pytest.MonkeyPatch) -> None:

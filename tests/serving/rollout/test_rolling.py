@@ -123,7 +123,7 @@ async def test_an_engine_that_dies_costs_only_what_ran_in_it(control: Control) -
         await until(lambda: len(control.pool.ready) == 1)
         answers = [await ask(client, stream=stream) for stream in (True, False) * 4]
         assert [answer.status for answer in answers] == [200] * 8
-        assert control.door.unavailable_reason is None
+        assert control.admission.unavailable_reason is None
         await both_ready(control)
         assert control.pool.restarts == 1
 

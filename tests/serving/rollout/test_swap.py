@@ -146,10 +146,10 @@ async def test_logprobs_that_are_no_numbers_are_no_proof(control: Control) -> No
 
 
 async def test_an_answer_without_logprobs_is_no_proof(control: Control, monkeypatch: pytest.MonkeyPatch) -> None:
-    proof = control.double._prompt_logprobs
+    verification = control.double._prompt_logprobs
 
     def prompt_logprobs(prompt: list[int]) -> list[dict[str, object] | None]:
-        return [] if control.double.weights.endswith("/2/merged") else proof(prompt)
+        return [] if control.double.weights.endswith("/2/merged") else verification(prompt)
 
     monkeypatch.setattr(control.double, "_prompt_logprobs", prompt_logprobs)
     swap = await control.promote(2)
@@ -183,7 +183,7 @@ async def test_an_engine_that_dies_in_a_swap_costs_no_held_request(make: Make, p
     control.park.prepare = first_only(dies_at(path, nth))
     async with control.run(), control.client() as client:
         wish = control.wish(2)
-        await until(lambda: control.door._closed)
+        await until(lambda: control.admission._closed)
         held = await asyncio.gather(*(ask(client, stream=stream) for stream in (True, False, True, False)))
         assert (await control.outcome(wish)).outcome is SwapOutcome.FAILED
         await control.serves(target(1))
@@ -200,7 +200,7 @@ async def test_an_engine_that_dies_while_requests_end_is_replaced(make: Make) ->
         wish = control.wish(2)
         await until(lambda: control.state is EngineState.DRAINING)
         held = asyncio.create_task(ask(client, stream=False))
-        await until(lambda: control.door.held)
+        await until(lambda: control.admission.held)
         control.park.engines[0].kill()
         assert (await running).error == "engine_died"
         assert (await held).words == {"1"}
@@ -258,7 +258,7 @@ async def test_an_engine_that_is_slow_to_say_that_it_lives_keeps_what_runs_in_it
         async def silent() -> bool:
             return False
 
-        monkeypatch.setattr(control.supervisor.client, "healthy", silent)
+        monkeypatch.setattr(control.replica.client, "healthy", silent)
         assert (await control.promote(2)).outcome is SwapOutcome.REFUSED
         assert (await running).words == {"1"}
         assert len(control.park.engines) == 1
@@ -325,7 +325,7 @@ async def test_the_swap_waits_for_requests_that_their_clients_left(control: Cont
 @pytest.fixture
 def impatient(control: Control, monkeypatch: pytest.MonkeyPatch) -> None:
     """A tenth of a second is waited for the prefix cache to be reset."""
-    client = control.supervisor.client
+    client = control.replica.client
     reset = client.reset_prefix_cache
     monkeypatch.setattr(client, "reset_prefix_cache", lambda: reset(within_s=0.1))
 
@@ -360,14 +360,14 @@ async def test_a_prefix_cache_that_is_not_reset_after_the_reload_fails_the_swap(
 async def test_a_reset_that_is_refused_is_an_error_after_its_time(control: Control) -> None:
     control.double.stuck_resets = 1000
     with pytest.raises(EngineError, match=r"within 0\.1 s"):
-        await control.supervisor.client.reset_prefix_cache(within_s=0.1)
+        await control.replica.client.reset_prefix_cache(within_s=0.1)
 
 
 async def test_an_engine_whose_reset_says_nothing_is_believed(
     control: Control, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(control.double, "_simple", lambda path: None)
-    await control.supervisor.client.reset_prefix_cache(within_s=0.0)
+    await control.replica.client.reset_prefix_cache(within_s=0.0)
 
 
 async def test_a_swap_that_is_cut_off_lets_nobody_reach_the_engine(make: Make) -> None:
@@ -377,7 +377,7 @@ async def test_a_swap_that_is_cut_off_lets_nobody_reach_the_engine(make: Make) -
         swapping = asyncio.create_task(control.swap.run(target(1), target(2), lambda step: None))
         await until(lambda: control.state is EngineState.SWAPPING)
         held = asyncio.create_task(ask(client, stream=False))
-        await until(lambda: control.door.held)
+        await until(lambda: control.admission.held)
         swapping.cancel()
         answer = await held
         assert (answer.status, answer.words) == (503, set())
@@ -393,6 +393,6 @@ async def test_a_swap_that_is_cut_off_while_requests_end_changes_nothing(make: M
         swapping = asyncio.create_task(control.swap.run(target(1), target(2), lambda step: None))
         await until(lambda: control.state is EngineState.DRAINING)
         held = asyncio.create_task(ask(client, stream=False))
-        await until(lambda: control.door.held)
+        await until(lambda: control.admission.held)
         swapping.cancel()
         assert [(await task).words for task in (running, held)] == [{"1"}, {"1"}]

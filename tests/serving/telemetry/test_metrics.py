@@ -96,7 +96,7 @@ def test_the_held_out_set_is_due_of_one_version_at_most(registry: CollectorRegis
 
 def test_the_door_is_read_when_it_is_asked_for(registry: CollectorRegistry, traffic: Traffic) -> None:
     numbers = [1, 2]
-    traffic.watch_door(lambda: numbers[0], lambda: numbers[1])
+    traffic.watch_admission(lambda: numbers[0], lambda: numbers[1])
     numbers[:] = [3, 4]
     assert registry.get_sample_value("svc_requests_running") == 3
     assert registry.get_sample_value("svc_requests_held") == 4

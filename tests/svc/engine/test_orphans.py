@@ -92,13 +92,13 @@ def child(folder: Path) -> psutil.Process:
 async def test_it_runs_on_and_is_found_with_what_it_holds(folder: Path) -> None:
     async with orphan(folder) as engine:
         assert find_engine(folder) == engine
-        assert engine_in(folder).left_holding() == "one"
+        assert engine_in(folder).orphan_holds() == "one"
 
 
 async def test_it_is_taken_over_and_ended_like_an_own_one(folder: Path) -> None:
     async with orphan(folder) as engine:
         taker, core = engine_in(folder), child(folder)
-        await taker.take_over()
+        await taker.adopt()
         assert await taker.client.healthy()
         await taker.stop()
         assert not runs(engine)
@@ -109,15 +109,15 @@ async def test_it_is_taken_over_and_ended_like_an_own_one(folder: Path) -> None:
 async def test_the_death_of_one_that_was_taken_over_is_noticed(folder: Path) -> None:
     async with orphan(folder) as engine:
         taker = engine_in(folder)
-        await taker.take_over()
+        await taker.adopt()
         engine.kill()
         assert await asyncio.wait_for(taker.wait(), 5) is None
 
 
 async def test_one_that_was_started_otherwise_is_not_taken_over(folder: Path) -> None:
     async with orphan(folder):
-        assert engine_in(folder, args=("--seed", "1")).left_holding() is None
-        assert engine_in(folder, start_timeout_s=7).left_holding() == "one"
+        assert engine_in(folder, args=("--seed", "1")).orphan_holds() is None
+        assert engine_in(folder, start_timeout_s=7).orphan_holds() == "one"
 
 
 async def test_one_that_is_dead_holds_nothing(folder: Path) -> None:
@@ -125,9 +125,9 @@ async def test_one_that_is_dead_holds_nothing(folder: Path) -> None:
         engine.kill()
         await asyncio.sleep(0.1)
         taker = engine_in(folder)
-        assert taker.left_holding() is None
+        assert taker.orphan_holds() is None
         with pytest.raises(EngineError, match="does not answer"):
-            await taker.take_over()
+            await taker.adopt()
 
 
 async def test_a_core_that_outlived_its_engine_is_ended(folder: Path) -> None:
@@ -212,8 +212,8 @@ async def test_one_that_is_left_runs_on(folder: Path, monkeypatch: pytest.Monkey
     await engine.leave()
     taker = engine_in(folder, "three")
     try:
-        assert taker.left_holding() == "two"
-        await taker.take_over()
+        assert taker.orphan_holds() == "two"
+        await taker.adopt()
         assert await taker.client.healthy()
     finally:
         await taker.stop()
@@ -222,7 +222,7 @@ async def test_one_that_is_left_runs_on(folder: Path, monkeypatch: pytest.Monkey
 async def test_one_that_was_taken_over_is_ended_whatever_became_of_its_folder(folder: Path) -> None:
     async with orphan(folder) as engine:
         taker, core = engine_in(folder), child(folder)
-        await taker.take_over()
+        await taker.adopt()
         (folder / LOCK_FILE).unlink()
         (folder / RECORD_FILE).unlink()
         await taker.stop()
@@ -234,9 +234,9 @@ async def test_what_is_noted_replaces_what_was(folder: Path) -> None:
     async with orphan(folder):
         taker = engine_in(folder)
         taker.note(None)
-        assert taker.left_holding() is None
+        assert taker.orphan_holds() is None
         taker.note("three")
-        assert taker.left_holding() == "three"
+        assert taker.orphan_holds() == "three"
 
 
 @pytest.mark.parametrize(

@@ -202,7 +202,7 @@ def test_the_manifest_says_what_it_was_made_of(pipeline: Pipeline) -> None:
     assert "torch" in manifest.libraries
 
 
-def test_the_manifest_has_the_proof_of_each_served_format(pipeline: Pipeline) -> None:
+def test_the_manifest_has_the_verification_of_each_served_format(pipeline: Pipeline) -> None:
     version = pipeline.train_version()
     for format in (Format.MERGED, Format.GPTQ):
         record = pipeline.registry.format(version, format)
@@ -311,7 +311,7 @@ def test_the_text_space_knows_the_words_of_the_training_prompts(pipeline: Pipeli
     assert space.unknown_words([*questions, "xylophone"]).tolist() == [0.0] * len(questions) + [1.0]
 
 
-def test_an_unserved_adapter_has_no_proof(pipeline: Pipeline) -> None:
+def test_an_unserved_adapter_has_no_verification(pipeline: Pipeline) -> None:
     record = pipeline.registry.format(pipeline.train_version(), Format.ADAPTER)
     assert (record.evaluation, record.probes) == (None, ())
 

@@ -15,7 +15,7 @@ LINES = {
     EnginePhase.WEIGHTS: "(Worker pid=3) INFO 11-25 04:02:41 [cpu_model_runner.py:68] Starting to load model /m...",
     EnginePhase.CACHE: "(Worker pid=3) INFO 11-25 04:02:41 [default_loader.py:501] Loading weights took 0.01 seconds",
     EnginePhase.WARM_UP: "(EngineCore pid=2) INFO 11-25 04:02:42 [kv_cache_utils.py:2327] CPU KV cache size: 2,097",
-    EnginePhase.DOOR: "(APIServer pid=1) INFO 11-25 04:02:43 [entry.py:140] Starting vLLM server on unix:/run/s.sock",
+    EnginePhase.SOCKET: "(APIServer pid=1) INFO 11-25 04:02:43 [entry.py:140] Starting vLLM server on unix:/run/s.sock",
 }
 
 

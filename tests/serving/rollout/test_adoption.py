@@ -1,4 +1,4 @@
-"""A server that starts again finds the engines that run, and goes on with those that prove what they hold."""
+"""A server that starts again finds the engines that run, and goes on with those that verify what they hold."""
 
 import asyncio
 from collections.abc import AsyncIterator
