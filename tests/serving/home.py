@@ -8,7 +8,7 @@ from pathlib import Path
 import httpx
 import pytest
 
-from serving import server
+from serving import assembly, server
 from serving.rollout.initial_state import choose_desired
 from svc.engine.vllm.launch import EngineSpec
 from svc.engine.vllm.process import LastingEngine
@@ -36,9 +36,9 @@ class Home:
         self.store = open_database(folder)
         self.park = EnginePark(folder, NAME)
         self.ready = asyncio.Event()
-        monkeypatch.setattr(server, "EngineProcess", self._launch)
-        monkeypatch.setattr(server, "shortage", lambda spec: self.park.room)
-        monkeypatch.setattr(server, "engine_facts", lambda settings, capabilities, folder: FACTS)
+        monkeypatch.setattr(assembly, "EngineProcess", self._launch)
+        monkeypatch.setattr(assembly, "shortage", lambda spec: self.park.room)
+        monkeypatch.setattr(assembly, "engine_facts", lambda settings, capabilities, folder: FACTS)
         monkeypatch.setattr(Registry, "of", lambda settings: self.registry)
 
     def _launch(self, spec: EngineSpec) -> LastingEngine:

@@ -1,0 +1,225 @@
+"""Builds the parts of one server, once: who gets what, passed explicitly. Runs nothing."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+from fastapi import FastAPI
+from prometheus_client import CollectorRegistry, disable_created_metrics
+from sqlalchemy import Engine as Store
+
+from serving.admission import Admission
+from serving.background.holdout import HoldoutRuns
+from serving.background.scheduler import OwnQuestions, unfit_engine
+from serving.background.scoring import LiveScores
+from serving.engines.pool import EnginePool
+from serving.engines.replica import Replica
+from serving.engines.transport import connect
+from serving.engines.verification import Verification
+from serving.http.app import build_app
+from serving.http.feedback import FeedbackIntake
+from serving.http.inference import Gateway
+from serving.http.status import ServerStatus
+from serving.rollout.production_alias import ProductionAlias
+from serving.rollout.reconciler import Reconciler
+from serving.rollout.swap import Swap
+from serving.router import Routes
+from serving.telemetry.engine_metrics import EngineMetrics
+from serving.telemetry.machine_metrics import add_machine_metrics
+from serving.telemetry.metrics import Traffic
+from serving.telemetry.request_log import RecordWriter
+from svc.engine.capabilities import Capabilities
+from svc.engine.orphans import end_engine
+from svc.engine.probes import engine_facts
+from svc.engine.vllm.capacity import shortage
+from svc.engine.vllm.launch import SOCKET_FILE, EngineSpec
+from svc.engine.vllm.process import EngineProcess
+from svc.engine.vllm.runtime import socket_folder, state_folder, state_folders
+from svc.registry.registry import Registry
+from svc.settings import Settings
+from svc.store.desired import Desired
+
+
+@dataclass(frozen=True, slots=True)
+class Parts:
+    """What of a server runs, or is to be ended."""
+
+    app: FastAPI
+    records: RecordWriter
+    pool: EnginePool
+    reconciler: Reconciler
+    alias: ProductionAlias
+    holdout: HoldoutRuns
+    scores: LiveScores
+
+
+def assemble(
+    settings: Settings,
+    registry: Registry,
+    store: Store,
+    desired: Desired,
+    capabilities: Capabilities,
+    on_phase: Callable[[str], None],
+) -> Parts:
+    """All parts of a server of one model name.
+
+    Args:
+        desired: what it is to serve first.
+        capabilities: of this device.
+        on_phase: hears what an engine's start is doing.
+    """
+    return _Assembly(settings, registry, store, desired, capabilities, on_phase).parts()
+
+
+class _Assembly:
+    """What many parts get, and the parts one by one."""
+
+    def __init__(
+        self,
+        settings: Settings,
+        registry: Registry,
+        store: Store,
+        desired: Desired,
+        capabilities: Capabilities,
+        on_phase: Callable[[str], None],
+    ) -> None:
+        self._settings, self._registry, self._store = settings, registry, store
+        self._desired, self._capabilities = desired, capabilities
+        limits = settings.serve
+        disable_created_metrics()  # type: ignore[no-untyped-call]
+        self._metrics = CollectorRegistry()
+        self._traffic = Traffic(self._metrics, exemplars=limits.exemplars)
+        self._admission = Admission(
+            max_running=limits.max_running, max_held=limits.max_held, hold_timeout_s=limits.hold_timeout_s
+        )
+        self._routes = Routes(desired.name)
+        self._verification = Verification(registry, store, partial(engine_facts, settings.engine, capabilities))
+        self._slots = _Slots(settings, capabilities, desired.name)
+        self._pool = self._engine_pool(on_phase)
+
+    def parts(self) -> Parts:
+        """Everything, put together."""
+        store, traffic = self._store, self._traffic
+        records = RecordWriter(
+            store, self._settings.records, on_stored=traffic.records_stored, on_dropped=traffic.records_dropped
+        )
+        alias = ProductionAlias(self._registry.tracking)
+        reconciler = self._reconciler(alias)
+        holdout, scores = self._background()
+        status = ServerStatus(store, reconciler, self._pool, self._admission, holdout)
+        app = self._app(records, status)
+        return Parts(app, records, self._pool, reconciler, alias, holdout, scores)
+
+    def _engine_pool(self, on_phase: Callable[[str], None]) -> EnginePool:
+        settings, limits = self._settings, self._settings.serve
+
+        def make(number: int, on_change: Callable[[Replica], None]) -> Replica:
+            http = connect(socket_folder(settings.home, number) / SOCKET_FILE, silence_s=limits.request_timeout_s)
+            launch = partial(self._slots.engine, number)
+            return Replica(number, launch, http, self._verification, on_change, on_phase)
+
+        return EnginePool(
+            make,
+            orphans=self._slots,
+            size=settings.engine.replicas,
+            admission=self._admission,
+            routes=self._routes,
+            traffic=self._traffic,
+            retire_timeout_s=limits.retire_timeout_s,
+        )
+
+    def _reconciler(self, alias: ProductionAlias) -> Reconciler:
+        limits, registry = self._settings.serve, self._registry
+        swap = Swap(
+            registry=registry,
+            verification=self._verification,
+            pool=self._pool,
+            admission=self._admission,
+            routes=self._routes,
+            choice=limits.swap,
+            shortage=lambda target: self._slots.shortage(registry.artifact(target.version, target.format)),
+            drain_timeout_s=limits.drain_timeout_s,
+            retire_timeout_s=limits.retire_timeout_s,
+        )
+        return Reconciler(
+            self._desired,
+            store=self._store,
+            pool=self._pool,
+            swap=swap,
+            routes=self._routes,
+            traffic=self._traffic,
+            alias=alias,
+        )
+
+    def _background(self) -> tuple[HoldoutRuns, LiveScores]:
+        settings, pool = self._settings, self._pool
+        off = unfit_engine(self._capabilities, settings.engine)
+        questions = OwnQuestions(self._admission, pool, settings.holdout, off=off)
+        holdout = HoldoutRuns(
+            questions,
+            pool=pool,
+            registry=self._registry,
+            store=self._store,
+            traffic=self._traffic,
+            facts=self._verification.facts,
+            every_hours=settings.holdout.every_hours,
+        )
+        scores = LiveScores(
+            questions,
+            busy=lambda: holdout.under_way,
+            pool=pool,
+            registry=self._registry,
+            store=self._store,
+            per_hour=settings.holdout.scored_per_hour if settings.records.content_share else 0,
+        )
+        return holdout, scores
+
+    def _app(self, records: RecordWriter, status: ServerStatus) -> FastAPI:
+        settings = self._settings
+        add_machine_metrics(self._metrics, settings.home, self._capabilities, settings.engine)
+        engine_metrics = EngineMetrics(self._pool.sources)
+        self._metrics.register(engine_metrics)
+        gateway = Gateway(
+            lease=self._pool.lease,
+            admission=self._admission,
+            routes=self._routes,
+            traffic=self._traffic,
+            records=records,
+            settings=settings.serve,
+        )
+        feedback = FeedbackIntake(self._store, records, self._traffic.feedback_given)
+        return build_app(gateway, feedback=feedback, engine_metrics=engine_metrics, status=status.read)
+
+
+@dataclass(frozen=True, slots=True)
+class _Slots:
+    """The places for engines of one home, by replica."""
+
+    settings: Settings
+    capabilities: Capabilities
+    name: str
+
+    def engine(self, number: int, model: Path) -> EngineProcess:
+        return EngineProcess(self._spec(number, model))
+
+    def shortage(self, model: Path) -> str | None:
+        return shortage(self._spec(0, model))
+
+    def numbers(self) -> list[int]:
+        return list(state_folders(self.settings.home))
+
+    def end(self, number: int) -> None:
+        end_engine(state_folder(self.settings.home, number))
+
+    def _spec(self, number: int, model: Path) -> EngineSpec:
+        return EngineSpec(
+            model=model,
+            served_name=self.name,
+            runtime=socket_folder(self.settings.home, number),
+            state=state_folder(self.settings.home, number),
+            log=self.settings.home / "logs" / f"engine-{number}.log",
+            cache=self.settings.home / "cache" / "vllm",
+            capabilities=self.capabilities,
+            settings=self.settings.engine,
+        )

@@ -1,0 +1,69 @@
+"""What `/svc/status` shows: what serves, on which engines, what waits, and how the last swap went."""
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from sqlalchemy import Engine as Store
+
+from serving.admission import Admission
+from serving.background.holdout import HoldoutRuns
+from serving.engines.pool import EnginePool
+from serving.rollout.reconciler import Reconciler
+from svc.store.swaps import SwapRecord, find_swap
+
+
+@dataclass(frozen=True, slots=True)
+class ServerStatus:
+    """Reads the status; called in a thread beside the event loop."""
+
+    store: Store
+    reconciler: Reconciler
+    pool: EnginePool
+    admission: Admission
+    holdout: HoldoutRuns
+
+    def read(self) -> Mapping[str, Any]:
+        """JSON values."""
+        actual, previous = self.reconciler.actual.target, self.reconciler.actual.previous
+        swap = find_swap(self.store, actual.version.name)
+        return {
+            "model": actual.version.name,
+            "version": str(actual.version),
+            "format": actual.format.value,
+            "previous": str(previous) if previous else None,
+            "engine": {
+                "state": self.pool.state.value,
+                "restarts": self.pool.restarts,
+                "last_error": self.reconciler.last_error,
+                "plan": plan.rows() if (plan := self.pool.members[0].plan) else None,
+            },
+            "engines": [
+                {
+                    "replica": engine.replica,
+                    "state": engine.state.value,
+                    "version": str(target.version) if (target := engine.target) else None,
+                    "running": engine.running,
+                }
+                for engine in self.pool.all
+            ],
+            "requests": {"running": self.admission.running, "held": self.admission.held},
+            "holdout": self.holdout.status(actual),
+            "last_swap": swap and _swap_row(swap),
+            "pid": os.getpid(),
+        }
+
+
+def _swap_row(swap: SwapRecord) -> dict[str, Any]:
+    return {
+        "to": str(swap.target),
+        "started_at": swap.started_at.isoformat(timespec="seconds"),
+        "outcome": swap.outcome and swap.outcome.value,
+        "reason": swap.reason,
+        "kind": swap.kind and swap.kind.value,
+        "took_s": swap.took_s,
+        "seconds": swap.seconds,
+        "running": swap.running,
+        "held": swap.held,
+    }
