@@ -77,11 +77,11 @@ def plan_batches(rows: Sequence[TrainingExample], recipe: Recipe) -> list[Batch]
     from torch.nn.utils.rnn import pad_sequence
 
     from trainer.data.chat_template import IGNORED
-    from trainer.data.length_grouped_sampler import BatchOrder
+    from trainer.data.length_grouped_sampler import LengthGroupedSampler
     from trainer.training.loss import shared_prefix
 
     size = recipe.train.batch_size
-    order = list(BatchOrder([len(row.input_ids) for row in rows], size, recipe.train.seed))
+    order = list(LengthGroupedSampler([len(row.input_ids) for row in rows], size, recipe.train.seed))
     batches = []
     for start in range(0, len(order), size):
         some = [rows[index].as_row() for index in order[start : start + size]]

@@ -145,7 +145,7 @@ def _train_trl(contestant: Contestant, task: Task, folder: Path) -> tuple[int, f
     from trl import SFTConfig, SFTTrainer
 
     from trainer.data.chat_template import load_tokenizer, stop_tokens, tokenize_examples
-    from trainer.data.length_grouped_sampler import BatchOrder
+    from trainer.data.length_grouped_sampler import LengthGroupedSampler
     from trainer.model.peft_config import adapter_config
     from trainer.model.target_modules import target_modules
     from trainer.training.arguments import count_steps
@@ -181,7 +181,7 @@ def _train_trl(contestant: Contestant, task: Task, folder: Path) -> tuple[int, f
         peft_config=adapter_config(recipe, targets, steps),
     )
     if contestant is Contestant.ALIKE:
-        order = BatchOrder([len(row.input_ids) for row in rows], recipe.train.batch_size, recipe.train.seed)
+        order = LengthGroupedSampler([len(row.input_ids) for row in rows], recipe.train.batch_size, recipe.train.seed)
         trainer._get_train_sampler = lambda *_: order
     started = time.monotonic()
     trainer.train()

@@ -2,7 +2,7 @@
 
 A swap in place of the only engine closes admission, waits until the running requests are done, changes the weights and
 opens again. Requests that come meanwhile wait, in arrival order, and none of them sees more than one version. The queue
-and the wait are bounded: whatever a client can grow has a limit. The server's own questions have a place beside all
+and the wait are bounded: whatever a client can grow has a limit. The server's own requests have a place beside all
 this, behind every request. Knows nothing of HTTP, of versions, or of why admission is closed.
 
 One event loop, no locks: every change of state happens between two awaits.
@@ -55,7 +55,7 @@ class EngineUnavailableError(AdmissionError):
 
 
 class AsideEndedError(Exception):
-    """The server's own question was cut off, for a swap or because the engine is gone; it may be asked again."""
+    """The server's own request was cut off, for a swap or because the engine is gone; it may be asked again."""
 
 
 class Admission:
@@ -189,7 +189,7 @@ class Admission:
             self._show()
 
     def end_aside(self) -> None:
-        """Cuts the server's own question off, if one runs: its engine is about to be changed."""
+        """Cuts the server's own request off, if one runs: its engine is about to be changed."""
         if self._aside is not None and not self._aside.expired():
             self._aside.reschedule(asyncio.get_running_loop().time())
 

@@ -11,7 +11,7 @@ from sqlalchemy import Engine as Store
 
 from serving.admission import Admission
 from serving.background.holdout import HoldoutRuns
-from serving.background.scheduler import OwnQuestions, unfit_engine
+from serving.background.scheduler import BackgroundScheduler, unfit_engine
 from serving.background.scoring import LiveScores
 from serving.engines.pool import EnginePool
 from serving.engines.replica import Replica
@@ -27,8 +27,8 @@ from serving.rollout.swap import Swap
 from serving.router import Routes
 from serving.telemetry.engine_metrics import EngineMetrics
 from serving.telemetry.machine_metrics import add_machine_metrics
-from serving.telemetry.metrics import Traffic
-from serving.telemetry.request_log import RecordWriter
+from serving.telemetry.metrics import GatewayMetrics
+from serving.telemetry.request_log import RequestLog
 from svc.engine.capabilities import Capabilities
 from svc.engine.orphans import end_engine
 from svc.engine.probes import engine_facts
@@ -46,7 +46,7 @@ class Parts:
     """What of a server runs, or is to be ended."""
 
     app: FastAPI
-    records: RecordWriter
+    records: RequestLog
     pool: EnginePool
     reconciler: Reconciler
     alias: ProductionAlias
@@ -88,8 +88,8 @@ class _Assembly:
         self._desired, self._capabilities = desired, capabilities
         limits = settings.serve
         disable_created_metrics()  # type: ignore[no-untyped-call]
-        self._metrics = CollectorRegistry()
-        self._traffic = Traffic(self._metrics, exemplars=limits.exemplars)
+        self._collector = CollectorRegistry()
+        self._metrics = GatewayMetrics(self._collector, exemplars=limits.exemplars)
         self._admission = Admission(
             max_running=limits.max_running, max_held=limits.max_held, hold_timeout_s=limits.hold_timeout_s
         )
@@ -100,9 +100,9 @@ class _Assembly:
 
     def parts(self) -> Parts:
         """Everything, put together."""
-        store, traffic = self._store, self._traffic
-        records = RecordWriter(
-            store, self._settings.records, on_stored=traffic.records_stored, on_dropped=traffic.records_dropped
+        store, metrics = self._store, self._metrics
+        records = RequestLog(
+            store, self._settings.records, on_stored=metrics.records_stored, on_dropped=metrics.records_dropped
         )
         alias = ProductionAlias(self._registry.tracking)
         reconciler = self._reconciler(alias)
@@ -125,7 +125,7 @@ class _Assembly:
             size=settings.engine.replicas,
             admission=self._admission,
             routes=self._routes,
-            traffic=self._traffic,
+            metrics=self._metrics,
             retire_timeout_s=limits.retire_timeout_s,
         )
 
@@ -148,20 +148,20 @@ class _Assembly:
             pool=self._pool,
             swap=swap,
             routes=self._routes,
-            traffic=self._traffic,
+            metrics=self._metrics,
             alias=alias,
         )
 
     def _background(self) -> tuple[HoldoutRuns, LiveScores]:
         settings, pool = self._settings, self._pool
         off = unfit_engine(self._capabilities, settings.engine)
-        questions = OwnQuestions(self._admission, pool, settings.holdout, off=off)
+        questions = BackgroundScheduler(self._admission, pool, settings.holdout, off=off)
         holdout = HoldoutRuns(
             questions,
             pool=pool,
             registry=self._registry,
             store=self._store,
-            traffic=self._traffic,
+            metrics=self._metrics,
             facts=self._verification.facts,
             every_hours=settings.holdout.every_hours,
         )
@@ -175,20 +175,20 @@ class _Assembly:
         )
         return holdout, scores
 
-    def _app(self, records: RecordWriter, status: ServerStatus) -> FastAPI:
+    def _app(self, records: RequestLog, status: ServerStatus) -> FastAPI:
         settings = self._settings
-        add_machine_metrics(self._metrics, settings.home, self._capabilities, settings.engine)
+        add_machine_metrics(self._collector, settings.home, self._capabilities, settings.engine)
         engine_metrics = EngineMetrics(self._pool.sources)
-        self._metrics.register(engine_metrics)
+        self._collector.register(engine_metrics)
         gateway = Gateway(
             lease=self._pool.lease,
             admission=self._admission,
             routes=self._routes,
-            traffic=self._traffic,
+            metrics=self._metrics,
             records=records,
             settings=settings.serve,
         )
-        feedback = FeedbackIntake(self._store, records, self._traffic.feedback_given)
+        feedback = FeedbackIntake(self._store, records, self._metrics.feedback_given)
         return build_app(gateway, feedback=feedback, engine_metrics=engine_metrics, status=status.read)
 
 

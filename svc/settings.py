@@ -137,7 +137,7 @@ class RecordSettings(_Section):
 
 
 class HoldoutSettings(_Section):
-    """The server's own questions to its engine, behind those of clients: what drift is measured by.
+    """The server's own requests to its engine, behind those of clients: what drift is measured by.
 
     The held-out set of the version that serves is asked after each start and swap, and then again and again. Answers
     whose content is kept are scored: how likely the version finds them.

@@ -17,10 +17,10 @@ from typing import Any
 from sqlalchemy import Engine as Store
 from sqlalchemy.exc import SQLAlchemyError
 
-from serving.background.scheduler import OwnQuestions, SupersededError
+from serving.background.scheduler import BackgroundScheduler, SupersededError
 from serving.engines.pool import EnginePool
 from serving.engines.replica import Load
-from serving.telemetry.metrics import Traffic
+from serving.telemetry.metrics import GatewayMetrics
 from svc.dataset.schema.example import ChatExample
 from svc.engine.probes import EngineFacts
 from svc.engine.state import EngineState
@@ -78,12 +78,12 @@ class HoldoutRuns:
 
     def __init__(
         self,
-        questions: OwnQuestions,
+        questions: BackgroundScheduler,
         *,
         pool: EnginePool,
         registry: Registry,
         store: Store,
-        traffic: Traffic,
+        metrics: GatewayMetrics,
         facts: Callable[[Target], Awaitable[EngineFacts]],
         every_hours: float,
     ) -> None:
@@ -91,7 +91,7 @@ class HoldoutRuns:
         self._pool = pool
         self._registry = registry
         self._store = store
-        self._traffic = traffic
+        self._metrics = metrics
         self._facts = facts
         self._every_s = every_hours * 3600
         self._never = questions.off or ("holdout.every_hours is 0" if not every_hours else None)
@@ -164,13 +164,13 @@ class HoldoutRuns:
             return
         load, target = primary.load, primary.target
         began, started_at = time.monotonic(), datetime.now(UTC)
-        self._traffic.holdout_due(target, self._every_s)
+        self._metrics.holdout_due(target, self._every_s)
         facts = await self._facts(target)
         results, reason = await self._attempt(load, target, cause)
         self._done, self._next_at = load, began + self._every_s
         if self._nothing_to_ask:
             self._next_at = math.inf
-            self._traffic.holdout_due(None, self._every_s)
+            self._metrics.holdout_due(None, self._every_s)
             return
         run = HoldoutRun(
             target=target,

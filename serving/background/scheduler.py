@@ -1,4 +1,4 @@
-"""The server's own questions to its engine: one at a time, slowly, and behind the requests of clients.
+"""The server's own requests to its engine: one at a time, slowly, and behind the requests of clients.
 
 They go straight to the engine's socket and not through the gateway, so that nothing of them is in the rows and metrics
 of requests; vLLM's own metrics and log have them. What is asked, and what the answers are for, others know.
@@ -43,7 +43,7 @@ def unfit_engine(capabilities: Capabilities, settings: EngineSettings) -> str | 
     return capabilities.adapters_refusal(settings) if given_flag(settings.args, "enable-lora") else None
 
 
-class OwnQuestions:
+class BackgroundScheduler:
     """Where those who ask get their turn.
 
     Args:

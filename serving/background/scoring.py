@@ -16,7 +16,7 @@ from datetime import UTC, datetime, timedelta
 
 from sqlalchemy import Engine as Store
 
-from serving.background.scheduler import OwnQuestions, SupersededError
+from serving.background.scheduler import BackgroundScheduler, SupersededError
 from serving.engines.pool import EnginePool
 from serving.engines.replica import Load
 from serving.protocols.route import Route
@@ -49,7 +49,7 @@ class LiveScores:
 
     def __init__(
         self,
-        questions: OwnQuestions,
+        questions: BackgroundScheduler,
         *,
         busy: Callable[[], bool],
         pool: EnginePool,

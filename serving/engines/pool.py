@@ -18,7 +18,7 @@ from serving.admission import Admission, EngineUnavailableError
 from serving.engines.replica import Load, Replica
 from serving.router import Routes
 from serving.telemetry.engine_metrics import EngineSource
-from serving.telemetry.metrics import Traffic
+from serving.telemetry.metrics import GatewayMetrics
 from svc.engine.state import EngineState
 from svc.version import Target
 
@@ -70,14 +70,14 @@ class EnginePool:
         size: int,
         admission: Admission,
         routes: Routes,
-        traffic: Traffic,
+        metrics: GatewayMetrics,
         retire_timeout_s: float,
     ) -> None:
         self._make = make
         self._orphans = orphans
         self._admission = admission
         self._routes = routes
-        self._traffic = traffic
+        self._metrics = metrics
         self._retire_timeout_s = retire_timeout_s
         self._others: list[Replica] = []
         self._watches: dict[Replica, asyncio.Task[None]] = {}
@@ -109,7 +109,7 @@ class EnginePool:
 
     @property
     def primary(self) -> Replica | None:
-        """The first that takes requests: the server's own questions go there."""
+        """The first that takes requests: the server's own requests go there."""
         return next(iter(self.ready), None)
 
     @property
@@ -225,7 +225,7 @@ class EnginePool:
     def count_restart(self) -> None:
         """Counts a start after a death."""
         self.restarts += 1
-        self._traffic.engine_restarted()
+        self._metrics.engine_restarted()
 
     async def stop(self, *, leave: bool = False) -> None:
         """Ends all engines.
@@ -269,7 +269,7 @@ class EnginePool:
 
     def _show(self) -> None:
         """Shows to admission, names and metrics what has changed."""
-        self._traffic.engine_states([engine.state for engine in self.all])
+        self._metrics.engine_states([engine.state for engine in self.all])
         ready = self.ready
         if ready:
             drained = [member for member in self.members if member.state is EngineState.DRAINING]

@@ -110,7 +110,7 @@ class Replica:
 
     @property
     def running(self) -> int:
-        """What runs in it, the server's own question among it."""
+        """What runs in it, the server's own request among it."""
         return self._running
 
     @contextmanager

@@ -18,7 +18,7 @@ from serving.admission import EngineUnavailableError
 from serving.http.errors import install_handlers
 from serving.http.feedback import FeedbackIntake
 from serving.http.inference import Gateway
-from serving.http.middleware import Boundary
+from serving.http.middleware import RequestMiddleware
 from serving.http.models import add_models
 from serving.http.openapi import openapi_document
 from serving.protocols.route import Route
@@ -40,7 +40,7 @@ def build_app(
     Args:
         gateway: answers completions; its admission, routes and metrics stand behind the other paths.
         feedback: answers /v1/feedback.
-        engine_metrics: refreshed for each /metrics; registered where `gateway.traffic` is.
+        engine_metrics: refreshed for each /metrics; registered where `gateway.metrics` is.
         status: what /svc/status shows, JSON values; called in a thread.
         lifespan: starts and stops what lives as long as the server.
     """
@@ -51,7 +51,7 @@ def build_app(
     add_models(app, gateway.routes)
     _add_operations(app, gateway, engine_metrics, status)
     install_handlers(app)
-    app.add_middleware(Boundary, routes=gateway.routes)
+    app.add_middleware(RequestMiddleware, routes=gateway.routes)
     return app
 
 
@@ -78,7 +78,7 @@ def _add_operations(
         accept = request.headers.get("accept", "").replace(_OPENMETRICS, f"{_OPENMETRICS};escaping=allow-utf-8")
         encode, content_type = choose_encoder(accept)
         await engine_metrics.refresh()
-        page = await asyncio.to_thread(encode, gateway.traffic.registry)
+        page = await asyncio.to_thread(encode, gateway.metrics.registry)
         return Response(page, headers={"content-type": content_type})
 
     @app.get("/svc/status")

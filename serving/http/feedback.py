@@ -16,7 +16,7 @@ from starlette.responses import JSONResponse, Response
 from serving.protocols.request import ClientGoneError, InvalidJsonError, InvalidRequestError, read_body
 from serving.router import SHOWN_CHARS
 from serving.telemetry.metrics import CLIENT_GONE_STATUS
-from serving.telemetry.request_log import RecordWriter
+from serving.telemetry.request_log import RequestLog
 from svc.errors import NotFoundError, SvcError
 from svc.store.feedback import Feedback, KeptFeedback, Rating, keep_feedback
 from svc.version import VersionId
@@ -57,9 +57,7 @@ class FeedbackIntake:
         on_given: hears the first word on each request.
     """
 
-    def __init__(
-        self, store: Store, records: RecordWriter, on_given: Callable[[VersionId | None, Rating], None]
-    ) -> None:
+    def __init__(self, store: Store, records: RequestLog, on_given: Callable[[VersionId | None, Rating], None]) -> None:
         self._store = store
         self._records = records
         self._on_given = on_given

@@ -28,8 +28,8 @@ from serving.protocols.server_sent_events import EventSplitter, find_error
 from serving.protocols.wire_formats import Usage, wire_format
 from serving.router import Routes
 from serving.telemetry.content import Content
-from serving.telemetry.metrics import CLIENT_GONE_STATUS, UNKNOWN_MODEL, Traffic
-from serving.telemetry.request_log import RecordWriter
+from serving.telemetry.metrics import CLIENT_GONE_STATUS, UNKNOWN_MODEL, GatewayMetrics
+from serving.telemetry.request_log import RequestLog
 from svc.settings import ServeSettings
 from svc.store.requests import RequestRecord
 from svc.version import Target
@@ -44,7 +44,7 @@ class Gateway:
         lease: an engine for a model's name, see serving.pool.
         admission: admits and holds requests.
         routes: knows what the engines call their model.
-        traffic: counts.
+        metrics: counts.
         records: keeps a row for each request.
         settings: the limits.
         clock: monotonic time, seconds.
@@ -56,19 +56,19 @@ class Gateway:
         lease: Callable[[str], AbstractContextManager[Lease]],
         admission: Admission,
         routes: Routes,
-        traffic: Traffic,
-        records: RecordWriter,
+        metrics: GatewayMetrics,
+        records: RequestLog,
         settings: ServeSettings,
         clock: Callable[[], float] = time.perf_counter,
     ) -> None:
         self.lease = lease
         self.admission = admission
         self.routes = routes
-        self.traffic = traffic
+        self.metrics = metrics
         self.records = records
         self.settings = settings
         self.clock = clock
-        traffic.watch_admission(lambda: admission.running, lambda: admission.held)
+        metrics.watch_admission(lambda: admission.running, lambda: admission.held)
 
     def endpoint(self, route: Route) -> ASGIApp:
         """The ASGI application for one path."""
@@ -140,7 +140,7 @@ class Exchange:
         """Counts the request and keeps its row, once its end is known."""
         status = CLIENT_GONE_STATUS if self._status is None else self._status
         seconds, served, usage, request = self.elapsed(), self._served, self._usage, self._request
-        self._gateway.traffic.request_ended(served, self._route, status, seconds, self._request_id)
+        self._gateway.metrics.request_ended(served, self._route, status, seconds, self._request_id)
         record = RequestRecord(
             request_id=self._request_id,
             started_at=self._arrived,
@@ -196,7 +196,7 @@ class Exchange:
 
     def _failed(self, code: ErrorCode) -> None:
         self._reason = code
-        self._gateway.traffic.request_failed(code)
+        self._gateway.metrics.request_failed(code)
 
     @property
     def _request_id(self) -> str:
@@ -204,9 +204,9 @@ class Exchange:
         return request_id
 
     @property
-    def traffic(self) -> Traffic:
+    def metrics(self) -> GatewayMetrics:
         """Where the exchange is counted."""
-        return self._gateway.traffic
+        return self._gateway.metrics
 
     def look_at(self, part: bytes) -> None:
         """Takes what its record needs from a part of the answer: a body, or an event."""
@@ -218,12 +218,12 @@ class Exchange:
     def used(self, served: Target, usage: Usage) -> None:
         """Counts the tokens of the answer."""
         self._usage = usage
-        self.traffic.tokens(served, usage)
+        self.metrics.tokens(served, usage)
 
     def first_token(self, served: Target, seconds: float) -> None:
         """Times the first token of the answer."""
         self._first_token_s = seconds
-        self.traffic.first_token(served, seconds, self._request_id)
+        self.metrics.first_token(served, seconds, self._request_id)
 
     @property
     def begun(self) -> bool:
@@ -266,7 +266,7 @@ class _Stream:
         self._format = exchange.format
         self._served = served
         self._wants_usage = wants_usage
-        self._between_tokens = exchange.traffic.between_tokens(served)
+        self._between_tokens = exchange.metrics.between_tokens(served)
         self._last_token: float | None = None
         self._complete = False
 

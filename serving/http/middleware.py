@@ -15,7 +15,7 @@ from serving.router import Routes
 _REQUEST_ID = re.compile(rb"[A-Za-z0-9._-]{1,128}")
 
 
-class Boundary:
+class RequestMiddleware:
     """Wraps the application.
 
     Args:

@@ -19,7 +19,7 @@ from serving.rollout.journal import Journal
 from serving.rollout.production_alias import ProductionAlias
 from serving.rollout.swap import Swap
 from serving.router import Routes
-from serving.telemetry.metrics import Traffic
+from serving.telemetry.metrics import GatewayMetrics
 from svc.engine.state import EngineState
 from svc.errors import BusyError, SvcError, SwapError
 from svc.store.desired import Desired, change_desired, read_desired
@@ -66,7 +66,7 @@ class Reconciler:
         pool: EnginePool,
         swap: Swap,
         routes: Routes,
-        traffic: Traffic,
+        metrics: GatewayMetrics,
         alias: ProductionAlias,
         backoff_s: tuple[float, ...] = _BACKOFF_S,
     ) -> None:
@@ -77,7 +77,7 @@ class Reconciler:
         self._pool = pool
         self._swap = swap
         self._routes = routes
-        self._traffic = traffic
+        self._metrics = metrics
         self._alias = alias
         self._backoff_s = backoff_s
         self._turns: dict[Replica, _Turn] = {}
@@ -221,7 +221,7 @@ class Reconciler:
             result = SwapResult(SwapOutcome.SUCCEEDED)
         else:
             result = await self._swap.run(before.target, desired.target, report)
-            self._traffic.swap_ended(result)
+            self._metrics.swap_ended(result)
         try:
             await self._settle(desired, before, result)
         finally:
@@ -252,7 +252,7 @@ class Reconciler:
         """Tells everybody what serves now."""
         target = self._actual.target
         self._routes.serve(target)
-        self._traffic.version_loaded(target)
+        self._metrics.version_loaded(target)
         self._alias.move(target.version)
 
     async def _put_back(self, failed: Desired, before: Desired) -> None:

@@ -47,11 +47,11 @@ _HELD_BUCKETS = (0, 1, 2, 4, 8, 16, 32, 64, 128, 256)
 _EXEMPLAR_CHARS = 100  # OpenMetrics allows 128 for names and values together
 
 
-class Traffic:
+class GatewayMetrics:
     """Counts and times what passes through the gateway.
 
     Args:
-        registry: where the instruments are registered; one Traffic for each registry.
+        registry: where the instruments are registered; one GatewayMetrics for each registry.
         exemplars: latency histograms carry the id of a request for each bucket; shown in OpenMetrics only.
         clock: monotonic time, seconds, for the window of the quantiles.
     """

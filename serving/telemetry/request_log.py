@@ -56,7 +56,7 @@ class _Entry:
     content: Content | None
 
 
-class RecordWriter:
+class RequestLog:
     """The server's pen for requests.
 
     Args:

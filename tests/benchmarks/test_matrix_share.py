@@ -10,7 +10,7 @@ from benchmarks.matrix_share import Batch, Shape, measure_matrix_speed, needed_f
 from svc.engine.capabilities import NumberType
 from tests.trainer.conftest import make_example, make_model, make_recipe
 from trainer.data.chat_template import load_tokenizer, stop_tokens, tokenize_examples
-from trainer.data.length_grouped_sampler import BatchOrder
+from trainer.data.length_grouped_sampler import LengthGroupedSampler
 from trainer.model.load import load_model
 from trainer.model.peft_config import add_adapter
 from trainer.recipe.sections import Method
@@ -61,7 +61,7 @@ def test_batches_are_those_of_the_trainers_order(tiny_base: Path) -> None:
     rows = tokenize_examples(tokenizer, EXAMPLES, stop_tokens(tiny_base, tokenizer))
     lengths = [len(row.input_ids) for row in rows]
     recipe = make_recipe(train={"batch_size": 5})
-    order = list(BatchOrder(lengths, 5, recipe.train.seed))
+    order = list(LengthGroupedSampler(lengths, 5, recipe.train.seed))
     batches = plan_batches(rows, recipe)
     assert [batch.rows for batch in batches] == [5, 5, 2]
     assert [batch.length for batch in batches] == [

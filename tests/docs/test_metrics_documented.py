@@ -19,7 +19,7 @@ from monitoring.exporter.training import TrainingMetrics
 from monitoring.exporter.versions import BASE, VersionMetrics
 from serving.protocols.error_code import ErrorCode
 from serving.telemetry.machine_metrics import add_machine_metrics
-from serving.telemetry.metrics import _NOT_COMPLETIONS, Traffic
+from serving.telemetry.metrics import _NOT_COMPLETIONS, GatewayMetrics
 from serving.telemetry.request_log import Dropped
 from svc.engine.state import EngineState
 from svc.errors import ServerNotRunningError
@@ -41,7 +41,7 @@ def families(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[str, s
     """Type and labels of each metric in the code, by the name that a scrape shows."""
     registry = CollectorRegistry()
     home = tmp_path_factory.mktemp("home")
-    Traffic(registry)
+    GatewayMetrics(registry)
     add_machine_metrics(registry, home, AVX512, EngineSettings())
     versions = Registry.of(Settings(home=home))
     registry.register(ServerPage(httpx.Client(), _no_server))

@@ -22,7 +22,7 @@ from serving.rollout.production_alias import ProductionAlias
 from serving.rollout.reconciler import Reconciler
 from serving.rollout.swap import Swap
 from serving.router import Routes
-from serving.telemetry.metrics import Traffic
+from serving.telemetry.metrics import GatewayMetrics
 from svc.engine.probes import EngineFacts
 from svc.engine.state import EngineState
 from svc.engine.vllm.client import socket_transport
@@ -79,8 +79,8 @@ class Control:
     def assemble(self) -> None:
         """Makes the parts; again after a stop, as a server that starts again."""
         limits = self.settings
-        self.metrics = CollectorRegistry()
-        self.traffic = Traffic(self.metrics)
+        self.collector = CollectorRegistry()
+        self.metrics = GatewayMetrics(self.collector)
         self.admission = Admission(
             max_running=limits.max_running, max_held=limits.max_held, hold_timeout_s=limits.hold_timeout_s
         )
@@ -98,7 +98,7 @@ class Control:
             size=self.replicas,
             admission=self.admission,
             routes=self.routes,
-            traffic=self.traffic,
+            metrics=self.metrics,
             retire_timeout_s=limits.retire_timeout_s,
         )
         self.swap = Swap(
@@ -120,7 +120,7 @@ class Control:
             pool=self.pool,
             swap=self.swap,
             routes=self.routes,
-            traffic=self.traffic,
+            metrics=self.metrics,
             alias=self.alias,
             backoff_s=(0.02, 0.05),
         )
@@ -149,7 +149,7 @@ class Control:
             self.pool.sources,
             admission=self.admission,
             routes=self.routes,
-            traffic=self.traffic,
+            metrics=self.metrics,
             settings=self.settings,
         )
         socket = self.sockets / "gateway.sock"
@@ -205,7 +205,7 @@ class Control:
 
     def sample(self, name: str, **labels: str) -> float:
         """The value of a metric; 0 where it does not exist."""
-        return self.metrics.get_sample_value(name, labels) or 0.0
+        return self.collector.get_sample_value(name, labels) or 0.0
 
 
 Make = Callable[..., Control]

@@ -20,8 +20,8 @@ from serving.http.feedback import FeedbackIntake
 from serving.http.inference import Gateway
 from serving.router import Routes
 from serving.telemetry.engine_metrics import EngineMetrics, EngineSource
-from serving.telemetry.metrics import Traffic
-from serving.telemetry.request_log import RecordWriter
+from serving.telemetry.metrics import GatewayMetrics
+from serving.telemetry.request_log import RequestLog
 from svc.engine.vllm.client import socket_transport
 from svc.settings import RecordSettings, ServeSettings
 from svc.version import Format, Target, VersionId
@@ -40,25 +40,25 @@ def application(
     *,
     admission: Admission,
     routes: Routes,
-    traffic: Traffic,
+    metrics: GatewayMetrics,
     settings: ServeSettings,
-    records: RecordWriter | None = None,
+    records: RequestLog | None = None,
     store: Store | None = None,
     status: Callable[[], Mapping[str, Any]] = dict,
 ) -> FastAPI:
     """The application over these parts; records are taken and not written where none are given."""
     store = store or create_engine("sqlite://")
-    records = records or RecordWriter(
+    records = records or RequestLog(
         store, RecordSettings(), on_stored=lambda count: None, on_dropped=lambda reason, count: None
     )
     gateway = Gateway(
-        lease=lease, admission=admission, routes=routes, traffic=traffic, records=records, settings=settings
+        lease=lease, admission=admission, routes=routes, metrics=metrics, records=records, settings=settings
     )
     engine_metrics = EngineMetrics(sources)
-    traffic.registry.register(engine_metrics)
+    metrics.registry.register(engine_metrics)
     return build_app(
         gateway,
-        feedback=FeedbackIntake(store, records, traffic.feedback_given),
+        feedback=FeedbackIntake(store, records, metrics.feedback_given),
         engine_metrics=engine_metrics,
         status=status,
     )
@@ -88,12 +88,12 @@ class Service:
         )
         self.routes = Routes(NAME, clock=lambda: 1_700_000_000.0)
         self.registry = CollectorRegistry()
-        self.traffic = Traffic(self.registry, exemplars=self.settings.exemplars)
-        self.records = RecordWriter(
+        self.metrics = GatewayMetrics(self.registry, exemplars=self.settings.exemplars)
+        self.records = RequestLog(
             store or create_engine("sqlite://"),
             keeping or RecordSettings(),
-            on_stored=self.traffic.records_stored,
-            on_dropped=self.traffic.records_dropped,
+            on_stored=self.metrics.records_stored,
+            on_dropped=self.metrics.records_dropped,
         )
         self.engine: SocketServer | None = None
         self.app: FastAPI | None = None
@@ -112,7 +112,7 @@ class Service:
                 lambda: [EngineSource(engine, self.loaded, 0)],
                 admission=self.admission,
                 routes=self.routes,
-                traffic=self.traffic,
+                metrics=self.metrics,
                 records=self.records,
                 settings=self.settings,
                 store=self.store,

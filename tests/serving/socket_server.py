@@ -61,7 +61,8 @@ class SocketServer:
         """Ends it, and with it what still runs."""
         self.kill()
         if self._ending:
-            await asyncio.wrap_future(self._ending)
+            # Shielded: of two who wait for the end, one that is cancelled would cancel it for the other.
+            await asyncio.shield(asyncio.wrap_future(self._ending))
         tasks = list(self._server.server_state.tasks)
         for task in tasks:
             task.cancel()

@@ -27,7 +27,7 @@ def open_door(*, max_running: int = 8, max_held: int = 8, hold_timeout_s: float 
 
 
 async def drained(admission: Admission, timeout_s: float) -> None:
-    """Until nothing runs, the server's own question among it."""
+    """Until nothing runs, the server's own request among it."""
     async with asyncio.timeout(timeout_s):
         while admission.running or admission._aside is not None:
             await asyncio.sleep(0)
@@ -339,7 +339,7 @@ async def test_questions_come_one_at_a_time() -> None:
 
 @dataclass
 class World:
-    """A admission, its clients, its swaps and the server's own questions, with the counts as they must be."""
+    """Admission, its clients, its swaps and the server's own requests, with the counts as they must be."""
 
     admission: Admission
     version: int = 1

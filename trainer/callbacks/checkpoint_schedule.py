@@ -13,7 +13,7 @@ from trainer.callbacks.preemption import Interruption
 from trainer.recipe.sections import Checkpoints
 
 
-class CheckpointClock(TrainerCallback):
+class CheckpointSchedule(TrainerCallback):
     """Asks for checkpoints.
 
     Args:

@@ -15,7 +15,7 @@ from trainer.recipe.sections import Stopping
 _MEASUREMENTS = 10  # in a run whose recipe does not say how often
 
 
-class HeldoutWatch(TrainerCallback):
+class EarlyStopping(TrainerCallback):
     """Asks for measurements, for a checkpoint of the best weights, and for the end.
 
     Args:

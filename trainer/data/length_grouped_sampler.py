@@ -14,7 +14,7 @@ from transformers.trainer_pt_utils import get_length_grouped_indices
 _LONGEST_RUN = 50  # batches
 
 
-class BatchOrder(Sampler[int]):
+class LengthGroupedSampler(Sampler[int]):
     """Indices of examples.
 
     Args:

@@ -18,9 +18,9 @@ from transformers import AutoConfig, PreTrainedTokenizerBase, PrinterCallback, T
 from svc.engine.capabilities import NumberType
 from svc.errors import DataError, InterruptedRunError
 from svc.terminal import console, waiting
-from trainer.callbacks.checkpoint_schedule import CheckpointClock
+from trainer.callbacks.checkpoint_schedule import CheckpointSchedule
 from trainer.callbacks.divergence import DivergenceWatch
-from trainer.callbacks.early_stopping import HeldoutWatch, best_step, misses_measurement, out_of_patience
+from trainer.callbacks.early_stopping import EarlyStopping, best_step, misses_measurement, out_of_patience
 from trainer.callbacks.loss_log import LossReport, Report, heldout_losses, loss_curve
 from trainer.callbacks.loss_point import LossPoint
 from trainer.callbacks.preemption import Interruption, StepAbandoned, interruption
@@ -213,9 +213,9 @@ def _build_trainer(
             weight.data = weight.data.to(torch.float32)
     trainer.remove_callback(PrinterCallback)
     trainer.add_callback(DivergenceWatch(recipe.learning_rate))
-    trainer.add_callback(CheckpointClock(recipe.checkpoints, asked))
+    trainer.add_callback(CheckpointSchedule(recipe.checkpoints, asked))
     if heldout:
-        trainer.add_callback(HeldoutWatch(recipe.stopping, trainer.evaluate))
+        trainer.add_callback(EarlyStopping(recipe.stopping, trainer.evaluate))
     if report is not None:
         trainer.add_callback(LossReport(report))
     return trainer

@@ -23,7 +23,7 @@ from trainer.callbacks.early_stopping import best_step
 from trainer.callbacks.loss_log import HELDOUT_LOSS
 from trainer.callbacks.preemption import Interruption
 from trainer.data.chat_template import IGNORED
-from trainer.data.length_grouped_sampler import BatchOrder
+from trainer.data.length_grouped_sampler import LengthGroupedSampler
 from trainer.model.adalora import RankAllocation
 from trainer.training.checkpoints import CheckpointFolder
 from trainer.training.loss import AnswerTrainer, answer_loss
@@ -159,10 +159,10 @@ class ResumableTrainer(AnswerTrainer):
         if self.accelerator.scaler is not None:
             super()._load_scaler(checkpoint)
 
-    def _get_train_sampler(self, train_dataset: Any = None) -> BatchOrder:
+    def _get_train_sampler(self, train_dataset: Any = None) -> LengthGroupedSampler:
         lengths = [len(ids) for ids in self.train_dataset["input_ids"]]
         step = self.args.train_batch_size * self.args.gradient_accumulation_steps
-        return BatchOrder(lengths, step, self.args.seed)
+        return LengthGroupedSampler(lengths, step, self.args.seed)
 
 
 class NoStepLeftError(Exception):

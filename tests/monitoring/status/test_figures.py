@@ -9,7 +9,7 @@ from monitoring.status.figures import QUANTILES, Figures, read_figures
 from serving.protocols.error_code import ErrorCode
 from serving.protocols.route import Route
 from serving.protocols.wire_formats import Usage
-from serving.telemetry.metrics import Traffic
+from serving.telemetry.metrics import GatewayMetrics
 from svc.version import Format, Target, VersionId
 
 ONE, TWO = (Target(VersionId("tiny", number), Format.GPTQ) for number in (1, 2))
@@ -17,13 +17,13 @@ Read = Callable[[], Figures]
 
 
 @pytest.fixture
-def traffic() -> Traffic:
+def traffic() -> GatewayMetrics:
     """The instruments of a server that was just started."""
-    return Traffic(CollectorRegistry())
+    return GatewayMetrics(CollectorRegistry())
 
 
 @pytest.fixture
-def read(traffic: Traffic) -> Read:
+def read(traffic: GatewayMetrics) -> Read:
     return lambda: read_figures(generate_latest(traffic.registry).decode())
 
 
@@ -35,7 +35,7 @@ def test_an_empty_page_has_no_figures() -> None:
     assert read_figures("") == Figures({}, {})
 
 
-def test_requests_of_all_routes_and_statuses_are_added_up(traffic: Traffic, read: Read) -> None:
+def test_requests_of_all_routes_and_statuses_are_added_up(traffic: GatewayMetrics, read: Read) -> None:
     traffic.request_ended(ONE, Route.CHAT_COMPLETIONS, 200, 0.1)
     traffic.request_ended(ONE, Route.CHAT_COMPLETIONS, 200, 0.1)
     traffic.request_ended(ONE, Route.COMPLETIONS, 200, 0.1)
@@ -45,7 +45,7 @@ def test_requests_of_all_routes_and_statuses_are_added_up(traffic: Traffic, read
     assert (figures.requests, figures.errors) == (5, 2)
 
 
-def test_versions_are_kept_apart(traffic: Traffic, read: Read) -> None:
+def test_versions_are_kept_apart(traffic: GatewayMetrics, read: Read) -> None:
     traffic.request_ended(ONE, Route.CHAT_COMPLETIONS, 200, 0.1)
     traffic.request_ended(TWO, Route.CHAT_COMPLETIONS, 500, 0.1)
     versions = read().versions
@@ -55,19 +55,19 @@ def test_versions_are_kept_apart(traffic: Traffic, read: Read) -> None:
     }
 
 
-def test_requests_for_no_version_belong_to_none(traffic: Traffic, read: Read) -> None:
+def test_requests_for_no_version_belong_to_none(traffic: GatewayMetrics, read: Read) -> None:
     traffic.request_ended(None, Route.CHAT_COMPLETIONS, 404, 0.1)
     assert read().versions == {}
 
 
-def test_tokens_are_told_by_direction(traffic: Traffic, read: Read) -> None:
+def test_tokens_are_told_by_direction(traffic: GatewayMetrics, read: Read) -> None:
     traffic.tokens(ONE, Usage(prompt=30, completion=4))
     traffic.tokens(ONE, Usage(prompt=1, completion=2))
     figures = read().versions["tiny@1"]
     assert (figures.tokens_in, figures.tokens_out) == (31, 6)
 
 
-def test_quantiles_are_those_of_the_answers(traffic: Traffic, read: Read) -> None:
+def test_quantiles_are_those_of_the_answers(traffic: GatewayMetrics, read: Read) -> None:
     for hundredth in range(1, 101):
         traffic.request_ended(ONE, Route.CHAT_COMPLETIONS, 200, hundredth / 100)
         traffic.first_token(ONE, hundredth / 1000)
@@ -77,19 +77,19 @@ def test_quantiles_are_those_of_the_answers(traffic: Traffic, read: Read) -> Non
     assert list(figures.first_token_s.values()) == pytest.approx([0.05, 0.095, 0.099], rel=0.05)
 
 
-def test_a_version_without_answers_in_the_window_has_no_quantiles(traffic: Traffic, read: Read) -> None:
+def test_a_version_without_answers_in_the_window_has_no_quantiles(traffic: GatewayMetrics, read: Read) -> None:
     traffic.request_ended(ONE, Route.CHAT_COMPLETIONS, 500, 0.1)
     assert read().versions["tiny@1"].duration_s == {}
 
 
-def test_errors_are_told_by_reason_and_only_those_that_were(traffic: Traffic, read: Read) -> None:
+def test_errors_are_told_by_reason_and_only_those_that_were(traffic: GatewayMetrics, read: Read) -> None:
     reason = next(iter(ErrorCode))
     traffic.request_failed(reason)
     traffic.request_failed(reason)
     assert read().errors == {reason.value: 2}
 
 
-def test_the_loaded_version_alone_is_no_request(traffic: Traffic, read: Read) -> None:
+def test_the_loaded_version_alone_is_no_request(traffic: GatewayMetrics, read: Read) -> None:
     traffic.version_loaded(ONE)
     assert all(figures.requests == 0 for figures in read().versions.values())
 

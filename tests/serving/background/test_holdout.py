@@ -14,7 +14,7 @@ from sqlalchemy.orm import Session
 
 from serving.background import holdout
 from serving.background.holdout import HoldoutRuns
-from serving.background.scheduler import ID_PREFIX, OwnQuestions
+from serving.background.scheduler import ID_PREFIX, BackgroundScheduler
 from svc.engine.probes import EngineFacts
 from svc.engine.state import EngineState
 from svc.settings import HoldoutSettings, SwapChoice
@@ -39,11 +39,11 @@ FAST: dict[str, Any] = {"questions_per_minute": 1e6, "patience_s": 5.0}
 def runs_of(control: Control, off: str | None = None, **settings: Any) -> HoldoutRuns:
     chosen = HoldoutSettings.model_validate(FAST | settings)
     return HoldoutRuns(
-        OwnQuestions(control.admission, control.pool, chosen, off),
+        BackgroundScheduler(control.admission, control.pool, chosen, off),
         pool=control.pool,
         registry=control.registry,
         store=control.store,
-        traffic=control.traffic,
+        metrics=control.metrics,
         facts=_facts,
         every_hours=chosen.every_hours,
     )
@@ -76,7 +76,7 @@ async def asked(make: Make, answered: int = 3, **settings: Any) -> AsyncIterator
 def due(control: Control, number: int) -> float | None:
     """How often a version shall be asked, seconds."""
     labels = {"model": NAME, "version": str(number)}
-    return control.metrics.get_sample_value("svc_holdout_interval_seconds", labels)
+    return control.collector.get_sample_value("svc_holdout_interval_seconds", labels)
 
 
 def rows(control: Control) -> list[HoldoutRunRow]:
@@ -159,7 +159,7 @@ async def test_nothing_of_it_is_in_the_metrics_of_requests(make: Make) -> None:
         await run_of(control, target(1))
         assert control.sample("svc_tokens_total", model=NAME, version="1", direction="out") == 0
         assert [
-            s for family in control.metrics.collect() if family.name == "svc_requests" for s in family.samples
+            s for family in control.collector.collect() if family.name == "svc_requests" for s in family.samples
         ] == []
 
 

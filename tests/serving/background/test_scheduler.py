@@ -1,11 +1,11 @@
-"""The server's own questions: at their pace, behind requests, cut off by swaps, and no danger to the engine."""
+"""The server's own requests: at their pace, behind requests, cut off by swaps, and no danger to the engine."""
 
 import asyncio
 import time
 
 import pytest
 
-from serving.background.scheduler import ID_PREFIX, OwnQuestions, SupersededError, unfit_engine
+from serving.background.scheduler import ID_PREFIX, BackgroundScheduler, SupersededError, unfit_engine
 from svc.dataset.schema.example import Message, Role
 from svc.engine.vllm.client import Answer, EngineClient
 from svc.errors import EngineError
@@ -19,9 +19,9 @@ from tests.svc.engine.devices import AVX512
 PROMPT = [Message(Role.USER, "one two three")]
 
 
-def questions(control: Control, **settings: float) -> OwnQuestions:
+def questions(control: Control, **settings: float) -> BackgroundScheduler:
     fast = {"questions_per_minute": 1e6, "patience_s": 5.0} | settings
-    return OwnQuestions(control.admission, control.pool, HoldoutSettings.model_validate(fast))
+    return BackgroundScheduler(control.admission, control.pool, HoldoutSettings.model_validate(fast))
 
 
 async def put(client: EngineClient) -> Answer:
@@ -32,7 +32,7 @@ async def test_an_answer_comes_from_the_engine_and_shows_in_no_metric(control: C
     answer = await questions(control).ask(control.replica.load, put)
     assert answer.text == "1.0 1.1 "
     assert control.sample("svc_requests_running") == 0
-    families = [family for family in control.metrics.collect() if family.name in ("svc_requests", "svc_tokens")]
+    families = [family for family in control.collector.collect() if family.name in ("svc_requests", "svc_tokens")]
     assert [family.samples for family in families] == [[], []]
 
 

@@ -16,7 +16,7 @@ from sqlalchemy.exc import OperationalError
 from sqlalchemy.orm import Session
 
 from serving.background import scoring
-from serving.background.scheduler import OwnQuestions
+from serving.background.scheduler import BackgroundScheduler
 from serving.background.scoring import LiveScores
 from svc.settings import HoldoutSettings
 from svc.store.requests import RequestRecord, add_requests
@@ -53,7 +53,7 @@ async def scoring_of(
 ) -> AsyncIterator[LiveScores]:
     chosen = HoldoutSettings.model_validate(FAST | settings)
     scores = LiveScores(
-        OwnQuestions(control.admission, control.pool, chosen, off),
+        BackgroundScheduler(control.admission, control.pool, chosen, off),
         busy=busy,
         pool=control.pool,
         registry=control.registry,

@@ -27,8 +27,8 @@ from serving.http.openapi import openapi_document
 from serving.protocols.error_code import ErrorCode
 from serving.protocols.route import Route
 from serving.router import Routes
-from serving.telemetry.metrics import Traffic
-from serving.telemetry.request_log import RecordWriter
+from serving.telemetry.metrics import GatewayMetrics
+from serving.telemetry.request_log import RequestLog
 from svc.settings import RecordSettings, ServeSettings
 from tests.serving.engine_double import EngineDouble
 from tests.serving.service import NAME, ONE, Service, application
@@ -65,7 +65,7 @@ async def test_every_error_of_a_completion_is_described_with_its_status(client: 
 def api(memory_folder: Path, store: Store) -> Iterator[Any]:
     """The document of an application over the double; a model name is one of those that are served, or another."""
     registry, traffic_settings = CollectorRegistry(), ServeSettings()
-    records = RecordWriter(store, RecordSettings(), on_stored=lambda count: None, on_dropped=lambda reason, count: None)
+    records = RequestLog(store, RecordSettings(), on_stored=lambda count: None, on_dropped=lambda reason, count: None)
     routes, admission = Routes(NAME), Admission(max_running=8, max_held=8, hold_timeout_s=1)
     engine = httpx.AsyncClient(transport=httpx.ASGITransport(EngineDouble(name=NAME)), base_url="http://engine")
     routes.load({ONE})
@@ -80,7 +80,7 @@ def api(memory_folder: Path, store: Store) -> Iterator[Any]:
         list,
         admission=admission,
         routes=routes,
-        traffic=Traffic(registry),
+        metrics=GatewayMetrics(registry),
         records=records,
         settings=traffic_settings,
         store=store,

@@ -14,7 +14,7 @@ from sqlalchemy.orm import Session
 from serving.protocols.route import Route
 from serving.telemetry import request_log as records
 from serving.telemetry.content import Content
-from serving.telemetry.request_log import Dropped, RecordWriter
+from serving.telemetry.request_log import Dropped, RequestLog
 from svc.settings import RecordSettings
 from svc.store.requests import add_requests
 from svc.store.tables import RequestRow
@@ -32,7 +32,7 @@ class Pen:
         self.store = store
         self.stored = 0
         self.dropped: Counter[Dropped] = Counter()
-        self.writer = RecordWriter(
+        self.writer = RequestLog(
             store,
             RecordSettings(**settings),
             on_stored=self._count_stored,

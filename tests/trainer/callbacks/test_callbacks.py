@@ -8,9 +8,9 @@ import pytest
 from transformers import TrainerControl, TrainerState, TrainingArguments
 
 from svc.errors import TrainingError
-from trainer.callbacks.checkpoint_schedule import CheckpointClock
+from trainer.callbacks.checkpoint_schedule import CheckpointSchedule
 from trainer.callbacks.divergence import DivergenceWatch, diverged
-from trainer.callbacks.early_stopping import HeldoutWatch, best_step, out_of_patience
+from trainer.callbacks.early_stopping import EarlyStopping, best_step, out_of_patience
 from trainer.callbacks.loss_log import LossReport, loss_curve
 from trainer.callbacks.loss_point import LossPoint
 from trainer.callbacks.preemption import Interruption
@@ -76,7 +76,7 @@ def test_steps_that_float16_leaves_out_go_on_but_not_for_ever() -> None:
         step(loss=3.0, grad_norm=float("inf"))
 
 
-def asks(clock: CheckpointClock, step: int) -> bool:
+def asks(clock: CheckpointSchedule, step: int) -> bool:
     control = TrainerControl()
     clock.on_step_end(ARGS, TrainerState(global_step=step), control)
     if control.should_save:
@@ -86,7 +86,7 @@ def asks(clock: CheckpointClock, step: int) -> bool:
 
 def test_a_checkpoint_is_due_by_minutes() -> None:
     now = 0.0
-    clock = CheckpointClock(Checkpoints(every_minutes=2), Interruption(), clock=lambda: now)
+    clock = CheckpointSchedule(Checkpoints(every_minutes=2), Interruption(), clock=lambda: now)
     due = []
     for step in range(1, 10):
         now += 50
@@ -95,13 +95,13 @@ def test_a_checkpoint_is_due_by_minutes() -> None:
 
 
 def test_a_checkpoint_is_due_by_steps() -> None:
-    clock = CheckpointClock(Checkpoints(every_steps=3), Interruption(), clock=lambda: 0.0)
+    clock = CheckpointSchedule(Checkpoints(every_steps=3), Interruption(), clock=lambda: 0.0)
     assert [step for step in range(1, 10) if asks(clock, step)] == [3, 6, 9]
 
 
 def test_a_signal_while_held_out_loss_is_measured_waits_for_no_other_step() -> None:
     interruption, control = Interruption(), TrainerControl()
-    clock = CheckpointClock(Checkpoints(), interruption, clock=lambda: 0.0)
+    clock = CheckpointSchedule(Checkpoints(), interruption, clock=lambda: 0.0)
     clock.on_evaluate(ARGS, state(), control)
     assert not control.should_save
     interruption.by = signal.SIGTERM
@@ -132,7 +132,7 @@ def test_the_best_step_is_the_first_of_the_lowest() -> None:
 
 
 def test_held_out_loss_is_measured_at_fixed_steps_and_at_the_last() -> None:
-    watch, measured = HeldoutWatch(Stopping(every_steps=4)), []
+    watch, measured = EarlyStopping(Stopping(every_steps=4)), []
     for step in range(1, 11):
         control = TrainerControl()
         watch.on_step_end(ARGS, TrainerState(global_step=step, max_steps=10), control)

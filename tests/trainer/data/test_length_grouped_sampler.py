@@ -4,20 +4,20 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from trainer.data.length_grouped_sampler import BatchOrder
+from trainer.data.length_grouped_sampler import LengthGroupedSampler
 
 
 @given(
     st.lists(st.integers(1, 500), min_size=1, max_size=80), st.integers(1, 9), st.integers(0, 2**31), st.integers(0, 9)
 )
 def test_every_example_comes_once_an_epoch(lengths: list[int], batch: int, seed: int, epoch: int) -> None:
-    order = BatchOrder(lengths, batch, seed)
+    order = LengthGroupedSampler(lengths, batch, seed)
     order.set_epoch(epoch)
     assert sorted(order) == list(range(len(lengths)))
 
 
 def test_no_random_number_of_the_process_counts() -> None:
-    order = BatchOrder(range(1, 50), 4, 7)
+    order = LengthGroupedSampler(range(1, 50), 4, 7)
     first = list(order)
     torch.rand(5)
     before = torch.get_rng_state()
@@ -27,7 +27,7 @@ def test_no_random_number_of_the_process_counts() -> None:
 
 def test_epochs_and_seeds_differ() -> None:
     def order(seed: int, epoch: int) -> list[int]:
-        made = BatchOrder(range(1, 50), 4, seed)
+        made = LengthGroupedSampler(range(1, 50), 4, seed)
         made.set_epoch(epoch)
         return list(made)
 
@@ -38,13 +38,13 @@ def test_epochs_and_seeds_differ() -> None:
 def test_a_small_set_has_little_padding_too(seed: int) -> None:
     """Six batches; in any order, a third would be padding."""
     lengths = list(range(100, 196))
-    order = [lengths[index] for index in BatchOrder(lengths, 16, seed)]
+    order = [lengths[index] for index in LengthGroupedSampler(lengths, 16, seed)]
     padded = sum(16 * max(order[start : start + 16]) for start in range(0, 96, 16))
     assert padded / sum(lengths) < 1.15
 
 
 def test_a_batch_holds_examples_of_like_length() -> None:
     lengths = [100 if number % 2 else 10 for number in range(64)]
-    order = list(BatchOrder(lengths, 4, 0))
+    order = list(LengthGroupedSampler(lengths, 4, 0))
     mixed = sum(len({lengths[index] for index in order[start : start + 4]}) > 1 for start in range(0, 64, 4))
     assert mixed <= 4
