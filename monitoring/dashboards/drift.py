@@ -36,8 +36,6 @@ def drift() -> Dashboard:
 
 
 def _now() -> list[PanelBuilder]:
-    completed, failed = _runs("completed"), _runs("failed")
-    interval = f"svc_holdout_interval_seconds{{{_MODEL}}}"
     return [
         number(
             "Live traffic",
@@ -64,6 +62,14 @@ def _now() -> list[PanelBuilder]:
             Query(f"svc_drift_checked_timestamp_seconds{{{_MODEL}}} * 1000", VERSION),
             span=3,
         ),
+        *_newest_runs(),
+    ]
+
+
+def _newest_runs() -> list[PanelBuilder]:
+    completed, failed = _runs("completed"), _runs("failed")
+    interval = f"svc_holdout_interval_seconds{{{_MODEL}}}"
+    return [
         number(
             "Last run",
             "When the held-out set was last asked to its end.",

@@ -40,18 +40,6 @@ def build_manifest(
         base_evaluation: of the base on the same held-out examples.
         qualified: the formats that can be served.
     """
-    formats = {}
-    if recipe.method is not Method.FULL:
-        formats[Format.ADAPTER] = FormatRecord(files=record_files(folder, folder / Format.ADAPTER))
-    for format, found in qualified.items():
-        formats[format] = FormatRecord(
-            files=record_files(folder, folder / format),
-            fingerprint=compatibility_fingerprint(folder / format),
-            evaluation=found.evaluation,
-            probes=found.probes,
-            load_seconds=found.load_seconds,
-            tokens_per_second=found.tokens_per_second,
-        )
     return Manifest(
         name=made.name,
         number=made.number,
@@ -69,9 +57,25 @@ def build_manifest(
         heldout=record_file(folder, folder / HELDOUT_FILE),
         reference=record_files(folder, folder / REFERENCE_FOLDER),
         base_evaluation=base_evaluation,
-        formats=formats,
+        formats=_format_records(folder, recipe, qualified),
         libraries=_library_versions(),
     )
+
+
+def _format_records(folder: Path, recipe: Recipe, qualified: Mapping[Format, Qualified]) -> dict[Format, FormatRecord]:
+    formats = {}
+    if recipe.method is not Method.FULL:
+        formats[Format.ADAPTER] = FormatRecord(files=record_files(folder, folder / Format.ADAPTER))
+    for format, found in qualified.items():
+        formats[format] = FormatRecord(
+            files=record_files(folder, folder / format),
+            fingerprint=compatibility_fingerprint(folder / format),
+            evaluation=found.evaluation,
+            probes=found.probes,
+            load_seconds=found.load_seconds,
+            tokens_per_second=found.tokens_per_second,
+        )
+    return formats
 
 
 def _library_versions() -> dict[str, str]:
