@@ -28,7 +28,7 @@ from monitoring.drift.two_sample.alpha_spending import FALSE_ALARMS_PER_REQUEST,
 from monitoring.drift.two_sample.univariate import compare_numbers, number_stability
 from svc.dataset.readers.reader import read_examples
 from svc.terminal import counting, output
-from svc.text_space import fit_text_space
+from svc.text_embedding import fit_text_space
 
 ROOT = Path(__file__).parents[1]
 TASK = ROOT / "examples" / "debian-triage"

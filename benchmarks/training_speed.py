@@ -265,7 +265,7 @@ def _times_as_fast(rounds: Sequence[Round], rival: Contestant) -> dict[str, Any]
 @click.option("--json", "as_json", is_flag=True, help="Print JSON for machines.")
 def main(pairs: int, steps: int, curve_steps: int, number_type: NumberType | None, as_json: bool) -> None:
     """Measure training beside plain TRL on the example task: 25 minutes on two cores."""
-    from trainer.base.resolve import resolve_base
+    from trainer.base_model.resolve import resolve_base
 
     settings = load_settings()
     number_type = number_type or read_capabilities(settings.home).training_type

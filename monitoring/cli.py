@@ -53,7 +53,7 @@ def status(ctx: click.Context, watch: bool, interval: float, verbose: bool, as_j
             {"url": look.url, **look.state, "engine": engine, **dataclasses.asdict(look.figures), "drift": look.drift}
         )
         return
-    from monitoring.status.screen import status_screen
+    from monitoring.status.render import status_screen
     from svc.terminal import output
 
     output.print(status_screen(look, verbose=verbose))
@@ -68,7 +68,7 @@ def _watch(settings: Settings, interval_s: float, *, verbose: bool) -> None:
     from rich.live import Live
 
     from monitoring.status.rates import Rates
-    from monitoring.status.screen import failure_screen, status_screen
+    from monitoring.status.render import failure_screen, status_screen
     from svc.terminal import output
 
     rates = Rates()

@@ -18,7 +18,7 @@ from svc.evaluation.results import ExampleResult
 from svc.redaction import Redactor
 from svc.registry.registry import Registry
 from svc.store.answered import AnsweredRequest
-from svc.text_space import TEXT_SPACE_FILE, load_text_space
+from svc.text_embedding import TEXT_SPACE_FILE, load_text_space
 from svc.version import Target
 
 _MOST_COMPARED = 1_000

@@ -16,8 +16,8 @@ from serving.engines.pool import EnginePool
 from serving.engines.replica import Load
 from svc.engine.capabilities import Capabilities
 from svc.engine.state import EngineState
-from svc.engine.vllm.arguments import given_flag
 from svc.engine.vllm.client import EngineClient
+from svc.engine.vllm.engine_args import given_flag
 from svc.errors import EngineError
 from svc.settings import EngineSettings, HoldoutSettings
 

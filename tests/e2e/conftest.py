@@ -51,7 +51,7 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: p
 @pytest.fixture(scope="session")
 def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a tiny base model, real examples and a recipe."""
-    from trainer.base.resolve import resolve_base
+    from trainer.base_model.resolve import resolve_base
 
     folder = tmp_path_factory.mktemp("main-job")
     tokenizer = resolve_base("smollm2-135m-instruct", Settings().base_cache).folder

@@ -33,7 +33,7 @@ def families_home(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def write_recipe(folder: Path, family: str) -> Path:
     """A base model of the family and the recipe that trains it."""
-    from trainer.base.resolve import resolve_base
+    from trainer.base_model.resolve import resolve_base
 
     build_tiny_model(
         folder / family, resolve_base("smollm2-135m-instruct", Settings().base_cache).folder, family=family

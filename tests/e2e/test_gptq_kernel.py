@@ -28,7 +28,7 @@ def bases(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     """Two models that differ in all but their embedding, which the engine shares with the output."""
     from safetensors.torch import load_file, save_file
 
-    from trainer.base.resolve import resolve_base
+    from trainer.base_model.resolve import resolve_base
 
     folder = tmp_path_factory.mktemp("kernel")
     tokenizer = resolve_base("smollm2-135m-instruct", Settings().base_cache).folder

@@ -25,7 +25,7 @@ TEMPLATE = "{% for message in messages %}{{ message.role }}: {{ message.content 
 @pytest.fixture(scope="module")
 def instance(home: Path, workplace: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Instance]:
     """Version 1 serves; 3 is a Qwen2, trained as the others were, and 4 is version 1 with another template."""
-    from trainer.base.resolve import resolve_base
+    from trainer.base_model.resolve import resolve_base
 
     folder = tmp_path_factory.mktemp("other-models")
     instance = Instance(home, folder / "home", PORT, PROMPTS)

@@ -7,7 +7,7 @@ from svc.registry.manifest import Manifest
 from svc.registry.registry import Registry
 from svc.settings import Settings
 from svc.version import Format, VersionId
-from trainer.base.resolve import Base, resolve_base
+from trainer.base_model.resolve import Base, resolve_base
 from trainer.recipe.sections import Recipe
 
 

@@ -11,7 +11,7 @@ from svc.registry.fingerprint import compatibility_fingerprint
 from svc.registry.manifest import BaseRecord, DataRecord, FormatRecord, Manifest
 from svc.registry.registry import HELDOUT_FILE, REFERENCE_FOLDER
 from svc.version import Format, VersionId
-from trainer.base.resolve import Base
+from trainer.base_model.resolve import Base
 from trainer.pipeline.run_folder import Examples
 from trainer.qualification import Qualified
 from trainer.recipe.sections import Method, Recipe

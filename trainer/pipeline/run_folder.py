@@ -27,7 +27,7 @@ from svc.dataset.split import mix_general, near_leaks, split_heldout
 from svc.disk import sync_files, write_whole
 from svc.errors import DataError, DiskSpaceError
 from svc.terminal import console
-from trainer.base.resolve import Base
+from trainer.base_model.resolve import Base
 from trainer.recipe.sections import Data, Recipe
 
 Result = TypeVar("Result")

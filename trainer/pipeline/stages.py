@@ -32,9 +32,9 @@ from svc.registry.manifest import Manifest
 from svc.registry.registry import HELDOUT_FILE, REFERENCE_FOLDER, Registry, results_file
 from svc.settings import Settings
 from svc.terminal import console
-from svc.text_space import TEXT_SPACE_FILE, fit_text_space, save_text_space
+from svc.text_embedding import TEXT_SPACE_FILE, fit_text_space, save_text_space
 from svc.version import Format, VersionId
-from trainer.base.resolve import Base
+from trainer.base_model.resolve import Base
 from trainer.export.gptq import QuantizeSummary, check_layers, quantize_gptq
 from trainer.export.merge import merge_adapter
 from trainer.export.verify_merge import MergeSummary, verify_full

@@ -59,7 +59,7 @@ def train_model(
     in another number type goes on in this one, says so, and ends near to that.
 
     Args:
-        base: folder of the base model (trainer.base.resolve).
+        base: folder of the base model (trainer.base_model.resolve).
         out: created if need be; gets adapter_config.json and adapter_model.safetensors, or for full fine-tuning the
             whole model in bf16.
         checkpoints: folder of this run's checkpoints.

@@ -11,7 +11,7 @@ import shutil
 from pathlib import Path
 
 from svc.dataset.problem.problem import RowError
-from svc.dataset.readers.container import COMPRESSIONS
+from svc.dataset.readers.file_types import COMPRESSIONS
 
 _INDEX = "problems.jsonl"
 

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from typing import Any, BinaryIO
 
 from svc.dataset.problem.problem import Code, RowError
-from svc.dataset.readers.formats import KEYS, header_fault
+from svc.dataset.readers.chat_formats import KEYS, header_fault
 from svc.dataset.readers.row import MAX_ROW_BYTES, Row, too_large
 from svc.dataset.text.decode import decode
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from svc.dataset.problem.problem import Code, RowError
-from svc.dataset.readers.formats import READ_KEYS, header_fault
+from svc.dataset.readers.chat_formats import READ_KEYS, header_fault
 from svc.dataset.readers.row import MAX_ROW_BYTES, Row, too_large
 
 _BATCH_ROWS = 256

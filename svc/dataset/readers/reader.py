@@ -12,8 +12,8 @@ from pathlib import Path
 
 from svc.dataset.problem.problem import Code, RowError
 from svc.dataset.readers.bad_lines import BadLines
-from svc.dataset.readers.container import read_rows
-from svc.dataset.readers.formats import Format, parse_row, recognise
+from svc.dataset.readers.chat_formats import Format, parse_row, recognise
+from svc.dataset.readers.file_types import read_rows
 from svc.dataset.readers.row import Row
 from svc.dataset.readers.source import data_files
 from svc.dataset.schema.example import ChatExample

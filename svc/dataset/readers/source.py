@@ -9,7 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from svc.dataset.readers.container import COMPRESSIONS, CONTAINERS, is_data_file
+from svc.dataset.readers.file_types import COMPRESSIONS, CONTAINERS, is_data_file
 from svc.errors import DataError
 
 HUB_PREFIX = "hf:"

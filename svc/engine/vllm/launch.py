@@ -18,7 +18,7 @@ from svc.engine.capabilities import CPU_LIMITS, Capabilities
 from svc.engine.machine import read_machine
 from svc.engine.model_facts import ModelFacts, read_model_facts
 from svc.engine.vllm import plan
-from svc.engine.vllm.arguments import given
+from svc.engine.vllm.engine_args import given
 from svc.engine.vllm.plugin import INT4_LINEAR_VARIABLE
 from svc.settings import Device, EngineSettings, GptqKernel
 

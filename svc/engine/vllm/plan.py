@@ -14,7 +14,7 @@ from typing import Any
 from svc.engine.capabilities import Capabilities, NumberType
 from svc.engine.machine import Machine
 from svc.engine.model_facts import ModelFacts
-from svc.engine.vllm.arguments import given, given_flag
+from svc.engine.vllm.engine_args import given, given_flag
 from svc.engine.vllm.plugin import INT4_LINEAR_VARIABLE
 from svc.errors import EngineError
 from svc.settings import Device, EngineSettings, GptqKernel

@@ -20,7 +20,7 @@ from svc.registry.registry import HELDOUT_FILE, REFERENCE_FOLDER, Registry, resu
 from svc.store.feedback import Feedback, Rating, keep_feedback
 from svc.store.requests import RequestRecord, add_requests
 from svc.store.tables import FeedbackRow, RequestRow
-from svc.text_space import TEXT_SPACE_FILE, fit_text_space, save_text_space
+from svc.text_embedding import TEXT_SPACE_FILE, fit_text_space, save_text_space
 from svc.version import Format, Target, VersionId
 from tests.docs.pages import ROOT
 from tests.serving.versions import FACTS, AliasBook

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 from svc.dataset.problem.problem import Code
-from svc.dataset.readers.formats import Format
+from svc.dataset.readers.chat_formats import Format
 
 LETTERS = "abcdefghijklmnopqrstuvwxyzäöüßéèçñåøłžабвгдежзиклмнопрстαβγδεζηθλμ"  # noqa: RUF001
 MARKS = [

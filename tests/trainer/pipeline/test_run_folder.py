@@ -16,7 +16,7 @@ from svc.dataset.readers.reader import write_examples
 from svc.dataset.schema.example import ChatExample
 from svc.errors import DataError, DiskSpaceError
 from tests.trainer.conftest import make_example, make_recipe
-from trainer.base.resolve import Base
+from trainer.base_model.resolve import Base
 from trainer.pipeline.run_folder import Examples, Run, Stage, read_run_examples
 from trainer.recipe.sections import Recipe
 

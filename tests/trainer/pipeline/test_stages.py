@@ -33,14 +33,14 @@ from svc.registry.registry import Registry
 from svc.registry.tracking import Tracking
 from svc.settings import Device, EngineSettings, GptqKernel, Settings
 from svc.store.database import open_database
-from svc.text_space import TEXT_SPACE_FILE, load_text_space
+from svc.text_embedding import TEXT_SPACE_FILE, load_text_space
 from svc.version import Format, VersionId
 from tests.svc.engine.devices import AVX2, AVX512
 from tests.svc.registry.manifests import report
 from tests.svc.registry.model_folder import GPTQ, write_model
 from tests.trainer.conftest import make_example, make_recipe
 from tests.trainer.engines import Engines
-from trainer.base.resolve import Base
+from trainer.base_model.resolve import Base
 from trainer.callbacks.loss_point import LossPoint
 from trainer.export.gptq import QuantizeSummary
 from trainer.export.verify_merge import MergeSummary

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from svc.dataset.checks.check import check_file, check_files
 from svc.dataset.problem.problem import Code, Severity, severity_of
-from svc.dataset.readers.formats import Format
+from svc.dataset.readers.chat_formats import Format
 from tests.svc.dataset.rows import DEFECTS, ROLE, SYSTEM, TEXT, Damage, Row, encode, get, good_rows, put, row, text
 
 GOOD_ROWS = 24

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from svc.dataset.problem.problem import Code, RowError
-from svc.dataset.readers.formats import Format, parse_row
+from svc.dataset.readers.chat_formats import Format, parse_row
 from svc.dataset.schema.example import ChatExample, parse_example
 from tests.svc.chats import turn
 

@@ -5,7 +5,7 @@ from typing import Any
 
 from svc.errors import BaseModelError
 from svc.terminal import console, waiting
-from trainer.base.wheel import KNOWN
+from trainer.base_model.pypi_wheel import KNOWN
 
 _HUB_FILES = ["*.safetensors", "*.json", "*.jinja", "tokenizer.model", "merges.txt", "README.md"]
 

