@@ -25,8 +25,8 @@ import httpx
 from benchmarks.interval import interval
 from serving.rollout.initial_state import choose_desired
 from svc.engine.capabilities import ask_capabilities, read_capabilities
+from svc.engine.vllm.folders import socket_folder, state_folder
 from svc.engine.vllm.launch import EngineSpec, command, environment
-from svc.engine.vllm.runtime import socket_folder, state_folder
 from svc.errors import EngineError
 from svc.registry.registry import Registry
 from svc.settings import Settings, load_settings

@@ -82,7 +82,7 @@ def wait_until_ready(url: str, server: "subprocess.Popen[bytes] | None", log: Pa
 def engine_pid(home: Path) -> int:
     """The process id of vLLM behind a home's server, of its first replica, for killing it."""
     from svc.engine.orphans import find_engine
-    from svc.engine.vllm.runtime import state_folders
+    from svc.engine.vllm.folders import state_folders
 
     found = [find_engine(folder) for folder in state_folders(home).values()]
     return next(engine.pid for engine in found if engine is not None)

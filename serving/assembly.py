@@ -32,10 +32,10 @@ from serving.telemetry.request_log import RequestLog
 from svc.engine.capabilities import Capabilities
 from svc.engine.orphans import end_engine
 from svc.engine.probes import engine_facts
+from svc.engine.vllm.folders import socket_folder, state_folder, state_folders
 from svc.engine.vllm.headroom import shortage
 from svc.engine.vllm.launch import SOCKET_FILE, EngineSpec
 from svc.engine.vllm.process import EngineProcess
-from svc.engine.vllm.runtime import socket_folder, state_folder, state_folders
 from svc.registry.registry import Registry
 from svc.settings import Settings
 from svc.store.desired import Desired

@@ -17,7 +17,7 @@ import psutil
 from examples.load import Load
 from examples.service import svc, svc_json, wait_until_ready
 from svc.engine.orphans import find_engine
-from svc.engine.vllm.runtime import state_folders
+from svc.engine.vllm.folders import state_folders
 
 Prompts = list[list[dict[str, str]]]
 

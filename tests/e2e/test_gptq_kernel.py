@@ -12,9 +12,9 @@ from typing import Any
 import pytest
 
 from svc.engine.capabilities import read_capabilities
+from svc.engine.vllm.folders import runtime_folder
 from svc.engine.vllm.launch import EngineSpec
 from svc.engine.vllm.process import EngineProcess
-from svc.engine.vllm.runtime import runtime_folder
 from svc.settings import EngineSettings, GptqKernel, Settings
 from tests.e2e.conftest import Report
 from tests.e2e.gptq_reference import RESULT, START, Logprobs, sequences

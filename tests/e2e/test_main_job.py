@@ -23,8 +23,8 @@ from examples.tamper import alter_weights, replace_weights
 from svc.engine.capabilities import read_capabilities
 from svc.engine.probes import engine_facts
 from svc.engine.vllm.client import EngineClient
+from svc.engine.vllm.folders import socket_folder
 from svc.engine.vllm.launch import SOCKET_FILE
-from svc.engine.vllm.runtime import socket_folder
 from svc.evaluation.evaluator import mean_logprob
 from svc.registry.registry import Registry
 from svc.settings import EngineSettings, Settings

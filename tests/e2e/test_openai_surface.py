@@ -11,8 +11,8 @@ import pytest
 from sqlalchemy import select
 from sqlalchemy.orm import Session
 
+from svc.engine.vllm.folders import socket_folder
 from svc.engine.vllm.launch import SOCKET_FILE
-from svc.engine.vllm.runtime import socket_folder
 from svc.store.database import open_database
 from svc.store.tables import RequestRow
 from tests.e2e.server import Server

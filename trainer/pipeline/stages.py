@@ -18,10 +18,10 @@ from svc.disk import is_full, write_whole
 from svc.engine.capabilities import Capabilities, NumberType, read_capabilities
 from svc.engine.model_facts import ModelFacts
 from svc.engine.probes import engine_facts
+from svc.engine.vllm.folders import runtime_folder
 from svc.engine.vllm.launch import EngineSpec
 from svc.engine.vllm.plan import choose_dtype, explain_gptq_kernel
 from svc.engine.vllm.process import EngineProcess
-from svc.engine.vllm.runtime import runtime_folder
 from svc.errors import DiskSpaceError, IntegrityError, InterruptedRunError, SvcError
 from svc.evaluation.cache import EvaluationCache
 from svc.evaluation.evaluator import CONCURRENCY, EvaluationReport, judge

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
+from svc.engine.vllm.folders import runtime_folder
 from svc.engine.vllm.launch import SOCKET_FILE
-from svc.engine.vllm.runtime import runtime_folder
 from svc.errors import EngineError
 
 
