@@ -11,9 +11,9 @@ from pathlib import Path
 from pydantic import BaseModel, ConfigDict
 
 from svc.dataset.schema.example import ChatExample
+from svc.engine.engine import Engine
 from svc.engine.probes import EngineFacts, Probe, Scored, check_probes, choose_sequences, make_probes, measure_probes
 from svc.engine.vllm.client import EngineClient
-from svc.engine.vllm.process import Engine
 from svc.engine.vllm.startup_phase import EnginePhase
 from svc.errors import TrainingError
 from svc.evaluation.evaluator import Evaluation, EvaluationReport, TokenizedExample, evaluate, tokenize

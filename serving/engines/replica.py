@@ -14,10 +14,10 @@ from pathlib import Path
 import httpx
 
 from serving.engines.verification import Verification
+from svc.engine.engine import LastingEngine
 from svc.engine.state import EngineState
 from svc.engine.vllm.client import EngineClient
 from svc.engine.vllm.plan import EnginePlan
-from svc.engine.vllm.process import LastingEngine
 from svc.engine.vllm.startup_phase import EnginePhase
 from svc.version import Target
 

@@ -5,9 +5,9 @@ import errno
 from collections.abc import Callable
 from pathlib import Path
 
+from svc.engine.engine import LastingEngine
 from svc.engine.vllm.client import EngineClient
 from svc.engine.vllm.plan import Choice, EnginePlan, Origin
-from svc.engine.vllm.process import LastingEngine
 from svc.engine.vllm.startup_phase import EnginePhase
 from svc.errors import EngineError
 from svc.version import Target

@@ -10,8 +10,8 @@ import pytest
 
 from serving import assembly, server
 from serving.rollout.initial_state import choose_desired
+from svc.engine.engine import LastingEngine
 from svc.engine.vllm.launch import EngineSpec
-from svc.engine.vllm.process import LastingEngine
 from svc.registry.registry import Registry
 from svc.settings import Settings
 from svc.store.database import open_database

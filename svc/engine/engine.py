@@ -1,0 +1,45 @@
+"""The port: what an engine can do, for whoever uses one: a process here (svc.engine.vllm.process), or another."""
+
+from collections.abc import Callable
+from typing import Protocol
+
+from svc.engine.vllm.client import EngineClient
+from svc.engine.vllm.plan import EnginePlan
+from svc.engine.vllm.startup_phase import EnginePhase
+
+
+class Engine(Protocol):
+    """What a user of an engine needs of it; a process here, or something elsewhere."""
+
+    @property
+    def client(self) -> EngineClient:
+        """Its HTTP client."""
+
+    @property
+    def plan(self) -> EnginePlan | None:
+        """How it was started; None before."""
+
+    async def start(self, on_phase: Callable[[EnginePhase], None] = ...) -> None:
+        """Returns when it answers."""
+
+    async def wait(self) -> int | None:
+        """Returns its exit code when it has ended; None where it cannot be known."""
+
+    async def stop(self) -> None:
+        """Ends it, if it has not ended."""
+
+
+class LastingEngine(Engine, Protocol):
+    """One that outlives its server, and is taken over by the next."""
+
+    def orphan_holds(self) -> str | None:
+        """What an engine holds that was started alike by an earlier server and runs still; None where none does."""
+
+    async def adopt(self) -> None:
+        """Takes that engine in place of a start."""
+
+    def note(self, holds: str | None) -> None:
+        """Writes down what it holds, for a server that comes later; None while nobody knows."""
+
+    async def leave(self) -> None:
+        """Lets it run, for a later server."""
