@@ -14,7 +14,7 @@ from tests.e2e.instance import Instance
 pytestmark = [pytest.mark.slow]
 
 PORT = 8946
-DRAIN_S = 3
+DRAIN_S = 1
 MAX_HELD = 2
 
 
