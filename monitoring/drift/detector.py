@@ -108,7 +108,7 @@ class Detector:
     Args:
         tests: their shares add up to at most 1.
         reference: items to compare with; decides which windows can be used.
-        share: of the whole budget, see monitoring.drift.budget.
+        share: of the whole budget, see monitoring.drift.two_sample.alpha_spending.
         part: of the reference that a window may be as large as.
         stream: numbers that make the shuffles of one stream differ from another's.
     """

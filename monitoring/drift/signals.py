@@ -23,7 +23,7 @@ _WIDTHS = (1.0, 0.55)
 
 
 class ClassifierTest:
-    """The domain classifier's test, see monitoring.drift.domain_classifier."""
+    """The domain classifier's test, see monitoring.drift.two_sample.mmd."""
 
     name = CLASSIFIER
 

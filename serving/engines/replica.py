@@ -49,7 +49,7 @@ class Replica:
     Args:
         replica: its number; the engine's folder and log are named after it.
         launch: makes an engine for a model folder, unstarted.
-        http: a client for requests to the engine, see serving.upstream.connect; closed with this object.
+        http: a client for requests to the engine, see serving.engines.transport.connect; closed with this object.
         on_change: hears each change of state.
         on_phase: hears what a start is doing.
 

@@ -1,7 +1,7 @@
 """The HTTP surface: which paths exist, and nothing else answers.
 
 No documentation pages, no CORS, no redirects. Small routes are FastAPI's; completions are pure ASGI behind the same
-router, see serving.gateway.
+router, see serving.http.inference.
 """
 
 import asyncio

@@ -41,7 +41,7 @@ class Gateway:
     """Forwards completions to engines.
 
     Args:
-        lease: an engine for a model's name, see serving.pool.
+        lease: an engine for a model's name, see serving.engines.pool.
         admission: admits and holds requests.
         routes: knows what the engines call their model.
         metrics: counts.

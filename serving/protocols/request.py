@@ -131,7 +131,7 @@ def parse_request(body: bytes, route: Route, *, engine_model: str) -> Completion
     Raises:
         InvalidJsonError: not a JSON object.
         InvalidRequestError: `model`, `stream` or `stream_options` of a wrong type, or a field that is not served, see
-            serving.openai_api.refusals.
+            serving.protocols.unsupported_fields.
     """
     fields = _json_object(body)
     model = fields.get("model")

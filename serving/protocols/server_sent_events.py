@@ -2,7 +2,7 @@
 
 Events pass untouched; only those that can hold what is looked for are parsed. The quick tests are exact, because a
 quote inside a JSON string is always escaped: a model cannot write the bytes of a key, as `"error":`. Knows nothing of
-what the events of a route mean, see serving.openai_api.wire_formats.
+what the events of a route mean, see serving.protocols.wire_formats.
 """
 
 import json

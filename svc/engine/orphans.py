@@ -39,8 +39,8 @@ class EngineRecord:
     Attributes:
         pid: of the process that was started; the group of all its processes has the same number.
         boot, ticks: when that process began, see `start_of`: guards against a number that is used again.
-        launch: what it was started with, see svc.engine.launch.launch_digest.
-        plan: how that was chosen, for people, see svc.engine.plan.EnginePlan.rows.
+        launch: what it was started with, see svc.engine.vllm.launch.launch_digest.
+        plan: how that was chosen, for people, see svc.engine.vllm.plan.EnginePlan.rows.
         holds: what it was last proven to hold; None while nobody knows.
     """
 
