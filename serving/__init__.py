@@ -1,1 +1,1 @@
-"""The HTTP admission: an OpenAI-compatible gateway in front of one engine, and the swap of versions behind it."""
+"""An OpenAI-compatible gateway in front of vLLM engines, and the swap of versions behind it."""

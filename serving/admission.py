@@ -141,7 +141,7 @@ class Admission:
 
     @asynccontextmanager
     async def aside(self, patience_s: float) -> AsyncIterator[None]:
-        """Waits for a moment without requests, and holds a place beside them for the body: a question of the server's.
+        """Waits for a moment without requests, and holds a place beside them for a request of the server's own.
 
         It is none of `running`, and no request waits for it. It is given while admission is open and there is an
         engine; when that ends, the body is cut off: a swap does not wait for its answer, which could take longer than

@@ -1,4 +1,4 @@
-"""One settings object for all rooms: defaults < svc.yaml < `SVC_*` environment < flags.
+"""One settings object for all packages: defaults < svc.yaml < `SVC_*` environment < flags.
 
 An unknown key is an error wherever it stands, because a misspelt setting that is ignored is found at 3 in the
 morning. What a recipe says (trainer/recipe/sections.py) is not a setting: settings belong to a machine, recipes to a
@@ -15,6 +15,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationErr
 from pydantic_settings import BaseSettings, EnvSettingsSource, PydanticBaseSettingsSource, SettingsConfigDict
 from pydantic_settings import SettingsError as SourceError
 
+from svc.dotted_keys import dotted_keys
 from svc.errors import SettingsError
 from svc.yaml_text import parse_yaml
 
@@ -257,14 +258,7 @@ def _merge(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
 
 def setting_keys() -> list[str]:
     """Every settable key, dotted."""
-    keys: list[str] = []
-    for name, field in Settings.model_fields.items():
-        section = field.annotation
-        if isinstance(section, type) and issubclass(section, BaseModel):
-            keys += [f"{name}.{inner}" for inner in section.model_fields]
-        else:
-            keys.append(name)
-    return keys
+    return dotted_keys(Settings)
 
 
 def _check_environment() -> None:

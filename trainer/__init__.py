@@ -1,1 +1,1 @@
-"""From a recipe to a registered version. Talks to the other rooms only through the registry and the store."""
+"""From a recipe to a registered version. Talks to the other packages only through the registry and the store."""

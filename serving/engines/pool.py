@@ -55,7 +55,7 @@ class EnginePool:
     """A fixed number of members, and now and then an engine that comes to take a member's place, or that was replaced.
 
     Args:
-        make: an engine's replica from its number and what shall hear its changes; none of another engine has the
+        make: a replica from its number and what shall hear its changes; none of another engine has the
             number.
         orphans: the engines that an earlier server left running.
         size: how many members.
@@ -182,7 +182,7 @@ class EnginePool:
         """Takes over the engines with a version that an earlier server left running, and then ends all others of it.
 
         Returns:
-            Whether there was one; where not, only those were ended that did not verify that they hold it.
+            Whether there was one; where not, only those were ended that failed the verification.
         """
         taken: list[Replica] = []
         for number in self._orphans.numbers():
@@ -195,7 +195,7 @@ class EnginePool:
         if not taken:
             return False
         unstarted, self.members = self.members, taken
-        await self.end_leftovers()
+        await self.end_orphans()
         for engine in unstarted:
             await engine.http.aclose()
         while len(self.members) < len(unstarted):
@@ -203,7 +203,7 @@ class EnginePool:
         self._show()
         return True
 
-    async def end_leftovers(self) -> None:
+    async def end_orphans(self) -> None:
         """Ends what an earlier server left running and is no member."""
         members = {engine.replica for engine in self.members if engine.runs}
         for number in self._orphans.numbers():

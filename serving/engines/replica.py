@@ -1,4 +1,4 @@
-"""Keeps one engine alive: starts it with a version, or takes over one that runs, verifies it, notices its death.
+"""Keeps one engine alive: starts it with a version, or adopts one that runs, has it verified, notices its death.
 
 Decides nothing: what to load, and what to do after a death, is the reconciler's; who gets a request, the pool's.
 """
@@ -142,7 +142,7 @@ class Replica:
         self._on_change(self)
 
     async def start(self, target: Target) -> None:
-        """Starts an engine with a version, in place of the one before, and verifies it.
+        """Starts an engine with a version, in place of the one before, and has it verified.
 
         Raises:
             NotFoundError, IntegrityError: the version's files are not there or not right.
@@ -159,10 +159,10 @@ class Replica:
         self.enter(EngineState.READY)
 
     async def adopt(self, target: Target) -> bool:
-        """Takes the engine that an earlier server left here, if it holds a version and verifies it.
+        """Takes the engine that an earlier server left here, if it holds a version and the verification says so too.
 
         Returns:
-            Whether it did. An engine that holds another version is left alone; one that verifies nothing is ended.
+            Whether it did. An engine that holds another version is left alone; one that fails is ended.
         """
         engine = self._launch(await self._verification.folder(target))
         if engine.orphan_holds() != str(target):

@@ -27,7 +27,7 @@ from serving.engines.transport import (
 )
 from serving.http.feedback import RecordsBusyError, RequestNotFoundError
 from serving.http.models import ModelNotDeletableError
-from serving.protocols import request as requests
+from serving.protocols import request
 from serving.protocols.error_code import ErrorCode
 from serving.router import SHOWN_CHARS, ModelNotFoundError
 from svc.errors import SvcError
@@ -69,11 +69,11 @@ class ApiError:
 
 
 _SHAPES: dict[type[SvcError], tuple[int, ErrorCode]] = {
-    requests.InvalidJsonError: (400, ErrorCode.INVALID_JSON),
-    requests.InvalidRequestError: (400, ErrorCode.INVALID_REQUEST),
-    requests.BodyTooLargeError: (413, ErrorCode.BODY_TOO_LARGE),
-    requests.BodyTimeoutError: (408, ErrorCode.BODY_TIMEOUT),
-    requests.MediaTypeError: (415, ErrorCode.UNSUPPORTED_MEDIA_TYPE),
+    request.InvalidJsonError: (400, ErrorCode.INVALID_JSON),
+    request.InvalidRequestError: (400, ErrorCode.INVALID_REQUEST),
+    request.BodyTooLargeError: (413, ErrorCode.BODY_TOO_LARGE),
+    request.BodyTimeoutError: (408, ErrorCode.BODY_TIMEOUT),
+    request.MediaTypeError: (415, ErrorCode.UNSUPPORTED_MEDIA_TYPE),
     RequestNotFoundError: (404, ErrorCode.REQUEST_NOT_FOUND),
     RecordsBusyError: (503, ErrorCode.RECORDS_BUSY),
     ModelNotFoundError: (404, ErrorCode.MODEL_NOT_FOUND),

@@ -98,9 +98,9 @@ class Reconciler:
             SvcError: it cannot serve; at the first start a person is there to read it. SwapError where another version
                 served before: that one is desired again, and the next start comes up with it.
         """
-        if await self._take_over():
+        if await self._adopt():
             return
-        await self._pool.end_leftovers()
+        await self._pool.end_orphans()
         # Beside the start: MLflow takes a second to import, and may be away.
         reading = asyncio.create_task(self._alias.read(self._actual.name))
         try:
@@ -121,7 +121,7 @@ class Reconciler:
         self._serves()
         await self._end_cut_off(SwapResult(SwapOutcome.SUCCEEDED))
 
-    async def _take_over(self) -> bool:
+    async def _adopt(self) -> bool:
         desired = self._actual
         if await self._found(desired.target):
             self._serves()

@@ -3,6 +3,7 @@
 import re
 import subprocess
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -37,7 +38,14 @@ def test_prometheus_accepts_the_rules(promtool: Path) -> None:
     _run(promtool, "check", "rules", "--lint-fatal", *FOLDER.glob("rules/*.yml"))
 
 
-@pytest.mark.parametrize("file", sorted(FOLDER.glob("tests/*.yml")), ids=lambda path: path.stem)
+def _cases() -> list[Any]:
+    """Those of days take a quarter of a minute."""
+    slow = {"holdout_overdue": pytest.mark.slow}
+    files = sorted(FOLDER.glob("tests/*.yml"))
+    return [pytest.param(file, id=file.stem, marks=slow.get(file.stem, ())) for file in files]
+
+
+@pytest.mark.parametrize("file", _cases())
 def test_the_rules_record_and_fire_as_they_must(promtool: Path, file: Path) -> None:
     _run(promtool, "test", "rules", file)
 

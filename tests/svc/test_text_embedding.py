@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from svc import text_embedding as text_space
+from svc import text_embedding
 from svc.errors import IntegrityError
 from svc.text_embedding import Floats, TextSpace, fit_text_space, load_text_space, save_text_space
 
@@ -167,7 +167,7 @@ def test_where_all_answers_are_equal_the_view_of_answers_has_no_axes() -> None:
 
 
 def test_of_too_many_examples_some_make_the_space(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(text_space, "_MAX_EXAMPLES", 4)
+    monkeypatch.setattr(text_embedding, "_MAX_EXAMPLES", 4)
     few = space()
     monkeypatch.undo()
     assert 1 < few.axes.shape[0] < space().axes.shape[0]

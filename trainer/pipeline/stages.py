@@ -166,11 +166,11 @@ class Pipeline:
         ]
 
     def _train(self) -> TrainingSummary:
-        from trainer.training.sft import train_model
-
         multiple = self.capabilities.gptq_multiple(self.settings.engine)
         check_layers(self.base.folder, self.recipe.quantize.group_size, multiple)  # not an hour later
         self._say_number_types()
+        from trainer.training.sft import train_model  # torch and TRL with it
+
         tracking, run_id = self.registry.tracking, self._tracking_run()
         tracking.log_parameters(run_id, self.recipe.flat())
         out = self.run.merged if self._full else self.run.adapter
@@ -323,7 +323,7 @@ class Pipeline:
     def _launch_process(self, model: Path) -> EngineProcess:
         home, engine = self.settings.home, self.settings.engine
         # No more keys and values than an evaluation uses: to fill 3 GiB with zeros takes 4 s of each start.
-        together = min(engine.max_concurrency, CONCURRENCY)
+        sequences = min(engine.max_concurrency, CONCURRENCY)
         spec = EngineSpec(
             model=model,
             served_name=self.recipe.name,
@@ -332,7 +332,7 @@ class Pipeline:
             log=self.run.folder / "engine.log",
             cache=home / "cache" / "vllm",
             capabilities=self.capabilities,
-            settings=engine.model_copy(update={"max_concurrency": together}),
+            settings=engine.model_copy(update={"max_concurrency": sequences}),
         )
         return EngineProcess(spec)
 

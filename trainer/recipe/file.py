@@ -5,8 +5,9 @@ import re
 from pathlib import Path
 from typing import Any
 
-from pydantic import BaseModel, ValidationError
+from pydantic import ValidationError
 
+from svc.dotted_keys import dotted_keys
 from svc.errors import RecipeError
 from svc.yaml_text import parse_yaml
 from trainer.recipe.sections import Recipe
@@ -77,11 +78,4 @@ def _suggest(key: str) -> str:
 
 def recipe_keys() -> list[str]:
     """Every key of a recipe, dotted."""
-    keys: list[str] = []
-    for name, field in Recipe.model_fields.items():
-        section = field.annotation
-        if isinstance(section, type) and issubclass(section, BaseModel):
-            keys += [f"{name}.{inner}" for inner in section.model_fields]
-        else:
-            keys.append(name)
-    return keys
+    return dotted_keys(Recipe)

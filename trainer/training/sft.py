@@ -72,7 +72,6 @@ def train_model(
         InterruptedRunError: a signal came, and a checkpoint was written.
         TrainingError: the loss or a weight is not finite, the loss explodes, or memory is short; says what to change.
     """
-
     tokenizer = load_tokenizer(base)
     stops = stop_tokens(base, tokenizer)
     rows = tokenize_examples(tokenizer, data.train, stops)
@@ -96,7 +95,6 @@ def train_model(
 
 def _run(trainer: ResumableTrainer, recipe: Recipe, asked: Interruption, number_type: NumberType) -> float:
     """Trains to the end; returns the seconds of this process's part."""
-
     newest = trainer.checkpoints.newest()
     if newest is not None:
         state = TrainerState.load_from_json(str(newest / "trainer_state.json"))
@@ -139,7 +137,6 @@ def _run(trainer: ResumableTrainer, recipe: Recipe, asked: Interruption, number_
 
 
 def _summarize(trainer: ResumableTrainer, recipe: Recipe, seconds: float) -> TrainingSummary:
-
     state = trainer.state
     curve = loss_curve(state)
     tokens = int(state.num_input_tokens_seen)
@@ -182,7 +179,6 @@ def _build_trainer(
     number_type: NumberType,
 ) -> ResumableTrainer:
     """Trained weights are in float32: Adam's small steps vanish in 16 bits."""
-
     acceleration = choose_acceleration(machine_facts(), flash=takes_flash_attention(base))
     if recipe.train.neftune_alpha is not None:  # its noise is scaled by the length of a row
         acceleration = replace(acceleration, padding_free=False)
@@ -222,7 +218,6 @@ def _build_trainer(
 
 
 def _save(trainer: ResumableTrainer, recipe: Recipe, tokenizer: PreTrainedTokenizerBase, out: Path) -> None:
-
     model = trainer.model
     if recipe.method is Method.FULL:
         model = model.to(torch.bfloat16)

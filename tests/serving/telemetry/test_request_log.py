@@ -12,7 +12,7 @@ from sqlalchemy import Engine, select
 from sqlalchemy.orm import Session
 
 from serving.protocols.route import Route
-from serving.telemetry import request_log as records
+from serving.telemetry import request_log
 from serving.telemetry.content import Content
 from serving.telemetry.request_log import Dropped, RequestLog
 from svc.settings import RecordSettings
@@ -122,7 +122,7 @@ def test_an_odd_request_costs_neither_its_row_nor_its_neighbours_content(store: 
 
 
 def test_content_that_waits_is_bounded_in_memory(store: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(records, "MAX_QUEUED_CONTENT_BYTES", 3 * content().size)
+    monkeypatch.setattr(request_log, "MAX_QUEUED_CONTENT_BYTES", 3 * content().size)
     pen = Pen(store, content_share=1.0)
     for _ in range(5):
         pen.writer.add(RECORD, content())
@@ -154,7 +154,7 @@ def test_a_store_that_fails_loses_its_batch_and_the_next_is_written(
         raise OSError("no space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr(records, "add_requests", fail)
+        patch.setattr(request_log, "add_requests", fail)
         pen.writer.add(RECORD)
         pen.writer.flush(5)
     pen.writer.add(RECORD)
@@ -180,8 +180,8 @@ def test_closing_gives_up_on_a_store_that_hangs_and_counts_what_is_lost(
     store: Engine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     release = threading.Event()
-    monkeypatch.setattr(records, "add_requests", lambda store, batch: release.wait(10))
-    monkeypatch.setattr(records, "_BATCH", 1)
+    monkeypatch.setattr(request_log, "add_requests", lambda store, batch: release.wait(10))
+    monkeypatch.setattr(request_log, "_BATCH", 1)
     pen = Pen(store, max_queued=3)
     pen.writer.start()
     pen.writer.add(RECORD)
@@ -220,7 +220,7 @@ def test_rows_of_a_busy_moment_share_a_transaction(pen: Pen, monkeypatch: pytest
         if sum(batches) == 100:
             written.set()
 
-    monkeypatch.setattr(records, "add_requests", count)
+    monkeypatch.setattr(request_log, "add_requests", count)
     for _ in range(100):
         pen.writer.add(RECORD)
     assert written.wait(5)

@@ -17,7 +17,7 @@ from tests.trainer.conftest import make_recipe
 from trainer.callbacks.preemption import Interruption, StepAbandoned, interruption
 from trainer.recipe.sections import Method, Recipe
 from trainer.training import sft
-from trainer.training import trainer as resumable_trainer
+from trainer.training import trainer as trainer_module
 from trainer.training.sft import train_model
 from trainer.training.summary import TrainingData, TrainingSummary
 from trainer.training.trainer import hear_signals_between_layers
@@ -95,7 +95,7 @@ def test_a_step_that_was_given_up_is_taken_again(
     """In the first or second batch of a step; each epoch has two steps."""
     whole = train(tiny_base, data, make(method), tmp_path / "a")
     with monkeypatch.context() as patch:
-        signal_at_call(patch, resumable_trainer.ResumableTrainer, "compute_loss", batch)
+        signal_at_call(patch, trainer_module.ResumableTrainer, "compute_loss", batch)
         with pytest.raises(InterruptedRunError, match=f"SIGTERM after step {step} of 12"):
             train(tiny_base, data, make(method), tmp_path / "b")
     assert train(tiny_base, data, make(method), tmp_path / "b") == whole
@@ -107,7 +107,7 @@ def test_so_it_is_in_float32(
 ) -> None:
     whole = train(tiny_base, data, make(), tmp_path / "a", NumberType.FLOAT32)
     with monkeypatch.context() as patch:
-        signal_at_call(patch, resumable_trainer.ResumableTrainer, "compute_loss", 6)
+        signal_at_call(patch, trainer_module.ResumableTrainer, "compute_loss", 6)
         with pytest.raises(InterruptedRunError, match="SIGTERM after step 2 of 12"):
             train(tiny_base, data, make(), tmp_path / "b", NumberType.FLOAT32)
     assert train(tiny_base, data, make(), tmp_path / "b", NumberType.FLOAT32) == whole
@@ -147,7 +147,7 @@ def check_measurement(
 ) -> TrainingSummary:
     whole = train(base, data, recipe, folder / "a")
     with monkeypatch.context() as patch:
-        signal_at_call(patch, resumable_trainer, "answer_loss", 2 * measurement)
+        signal_at_call(patch, trainer_module, "answer_loss", 2 * measurement)
         with pytest.raises(InterruptedRunError, match=f"SIGTERM after step {2 * measurement} of"):
             train(base, data, recipe, folder / "b")
     assert train(base, data, recipe, folder / "b") == whole

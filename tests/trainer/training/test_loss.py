@@ -21,7 +21,7 @@ from transformers import (
 )
 
 from trainer.data.chat_template import IGNORED
-from trainer.training import loss as answer_trainer
+from trainer.training import loss
 from trainer.training.loss import answer_loss, orthogonality_penalty
 
 VOCABULARY = 50
@@ -96,15 +96,13 @@ def test_labels_may_stand_anywhere(labelled: tuple[torch.Tensor, torch.Tensor]) 
 def test_in_parts_it_is_the_same(labelled: tuple[torch.Tensor, torch.Tensor], positions: int) -> None:
     hidden = torch.randn(12, SHAPE["hidden_size"], generator=torch.Generator().manual_seed(0), requires_grad=True)
     targets = torch.arange(12)
-    whole, parts = (
-        answer_trainer._summed_cross_entropy(LLAMA, hidden, targets, size * VOCABULARY) for size in (12, positions)
-    )
+    whole, parts = (loss._summed_cross_entropy(LLAMA, hidden, targets, size * VOCABULARY) for size in (12, positions))
     torch.testing.assert_close(parts, whole)
     torch.testing.assert_close(*(torch.autograd.grad(loss, hidden)[0] for loss in (parts, whole)))
 
 
 def test_long_answers_never_have_all_their_logits_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(answer_trainer, "_LOGITS_AT_ONCE", 4 * VOCABULARY)
+    monkeypatch.setattr(loss, "_LOGITS_AT_ONCE", 4 * VOCABULARY)
     scored: list[int] = []
     hook = LLAMA.lm_head.register_forward_hook(lambda head, inputs, output: scored.append(output.shape[1]))
     answer_loss(LLAMA, *batch()).backward()

@@ -23,7 +23,7 @@ from svc.errors import InterruptedRunError
 from tests.trainer.conftest import make_recipe
 from trainer.recipe.sections import Method, Recipe
 from trainer.training import sft
-from trainer.training import trainer as resumable_trainer
+from trainer.training import trainer as trainer_module
 from trainer.training.checkpoints import CheckpointFolder
 from trainer.training.sft import train_model
 from trainer.training.summary import TrainingData, TrainingSummary
@@ -63,14 +63,14 @@ def train_until(
             if state.global_step == step:
                 raise Killed
 
-    original = resumable_trainer.ResumableTrainer.__init__
+    original = trainer_module.ResumableTrainer.__init__
 
     def with_kill(self: Any, **options: Any) -> None:
         original(self, **options)
         self.add_callback(Kill())
 
     with monkeypatch.context() as patch:
-        patch.setattr(resumable_trainer.ResumableTrainer, "__init__", with_kill)
+        patch.setattr(trainer_module.ResumableTrainer, "__init__", with_kill)
         with pytest.raises(Killed):
             train_in(number_type, base, data, recipe, folder)
 
@@ -204,7 +204,7 @@ def test_on_a_machine_with_other_numbers_it_goes_on_and_says_so(
     assert resumed.final_loss == pytest.approx(whole.final_loss, rel=0.05)
     newest = CheckpointFolder(tmp_path / "b" / "checkpoints", 2).newest()
     assert newest is not None
-    assert resumable_trainer.number_type_of(newest) is goes_on
+    assert trainer_module.number_type_of(newest) is goes_on
     if goes_on is FLOAT16:
         assert max(left_out(tmp_path / "b", STEPS)) > 6, "the scale of the loss was not found anew"
 
@@ -221,7 +221,7 @@ def test_a_finished_run_is_not_converted(
 
 def test_a_checkpoint_that_does_not_say_its_numbers_is_in_bfloat16(tmp_path: Path) -> None:
     save_file({"weight": torch.zeros(1)}, tmp_path / "weights.safetensors")
-    assert resumable_trainer.number_type_of(tmp_path) is BFLOAT16
+    assert trainer_module.number_type_of(tmp_path) is BFLOAT16
 
 
 @pytest.mark.parametrize(

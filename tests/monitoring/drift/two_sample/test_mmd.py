@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from scipy.stats import binom, hypergeom
 
 from monitoring.drift.features.sample import Floats
-from monitoring.drift.two_sample import mmd as domain_classifier
+from monitoring.drift.two_sample import mmd
 from monitoring.drift.two_sample.mmd import Similarity, permutation_test, separation, typical
 
 WIDTHS = (1.0, 0.55)
@@ -120,20 +120,20 @@ def test_another_seed_shuffles_otherwise() -> None:
 
 
 def test_where_alpha_is_out_of_reach_it_stops_early() -> None:
-    shuffles = domain_classifier._FIRST_SHUFFLES
+    shuffles = mmd._FIRST_SHUFFLES
     counted = permutation_test(similarities(draw(1, 40, 3), draw(2, 10, 3)), 10, 1e-7, (1,)) * (shuffles + 1)
     assert counted == pytest.approx(round(counted), abs=1e-9)
 
 
 def test_a_forecast_can_only_keep_from_calling_drift(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(domain_classifier, "_forecast", lambda *_: 1.0)
+    monkeypatch.setattr(mmd, "_forecast", lambda *_: 1.0)
     alpha = 6e-4
     assert permutation_test(moved(), 10, alpha, (1,)) > alpha
 
 
 @pytest.mark.parametrize(("total", "size"), [(100, 4), (12, 4), (210, 10), (50, 50)])
 def test_members_of_a_subset_are_distinct(total: int, size: int) -> None:
-    subsets = domain_classifier._subsets(np.random.default_rng(1), 500, total, size)
+    subsets = mmd._subsets(np.random.default_rng(1), 500, total, size)
     assert subsets.shape == (500, size)
     assert all(len(set(row)) == size for row in subsets.tolist())
     assert subsets.min() >= 0 and subsets.max() < total
@@ -142,7 +142,7 @@ def test_members_of_a_subset_are_distinct(total: int, size: int) -> None:
 @pytest.mark.parametrize(("total", "size"), [(100, 4), (12, 4)])
 def test_each_is_a_member_equally_often(total: int, size: int) -> None:
     rows = 6000
-    counts = np.bincount(domain_classifier._subsets(np.random.default_rng(1), rows, total, size).ravel(), None, total)
+    counts = np.bincount(mmd._subsets(np.random.default_rng(1), rows, total, size).ravel(), None, total)
     low, high = binom.ppf([(1 - SURE) / total, 1 - (1 - SURE) / total], rows, size / total)
     assert low <= counts.min() and counts.max() <= high
 
@@ -150,7 +150,7 @@ def test_each_is_a_member_equally_often(total: int, size: int) -> None:
 @pytest.mark.parametrize(("total", "size", "subsets"), [(4, 2, 6), (6, 2, 15), (5, 3, 10)])
 def test_each_subset_is_as_likely_as_any_other(total: int, size: int, subsets: int) -> None:
     rows = 6000
-    found = domain_classifier._subsets(np.random.default_rng(1), rows, total, size)
+    found = mmd._subsets(np.random.default_rng(1), rows, total, size)
     counts = Counter(frozenset(row) for row in found.tolist())
     low, high = binom.ppf([(1 - SURE) / subsets, 1 - (1 - SURE) / subsets], rows, 1 / subsets)
     assert len(counts) == subsets
@@ -160,9 +160,9 @@ def test_each_subset_is_as_likely_as_any_other(total: int, size: int, subsets: i
 @pytest.mark.parametrize("size", [3, 16, 17, 40])
 def test_sums_are_those_of_the_chosen_rows_and_columns(size: int) -> None:
     matrix = draw(1, 60, 60).astype(np.float32)
-    subsets = domain_classifier._subsets(np.random.default_rng(1), 20, 60, size)
+    subsets = mmd._subsets(np.random.default_rng(1), 20, 60, size)
     expected = [matrix[np.ix_(row, row)].sum(dtype=np.float64) for row in subsets]
-    assert domain_classifier._sums(matrix, subsets) == pytest.approx(expected, abs=1e-3)
+    assert mmd._sums(matrix, subsets) == pytest.approx(expected, abs=1e-3)
 
 
 def test_a_prompt_is_wholly_like_itself() -> None:

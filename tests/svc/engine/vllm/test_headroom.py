@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from svc.engine.machine import Gpu, Machine
-from svc.engine.vllm import headroom as room
+from svc.engine.vllm import headroom
 from svc.engine.vllm.launch import EngineSpec
 from svc.engine.vllm.plan import GIB
 from svc.settings import EngineSettings
@@ -27,10 +27,10 @@ def model(tmp_path: Path) -> Path:
 
 
 def shortage(monkeypatch: pytest.MonkeyPatch, model: Path, machine: Machine, **settings: Any) -> str | None:
-    monkeypatch.setattr(room, "read_machine", lambda **_: machine)
+    monkeypatch.setattr(headroom, "read_machine", lambda **_: machine)
     chosen = EngineSettings(device="cuda" if machine.gpus else "cpu", **settings)
     capable = HOPPER if machine.gpus else AVX512
-    return room.shortage(EngineSpec(model, "tuned", model, model, model / "engine.log", model, capable, chosen))
+    return headroom.shortage(EngineSpec(model, "tuned", model, model, model / "engine.log", model, capable, chosen))
 
 
 def host(free: int, *gpus: int) -> Machine:

@@ -16,7 +16,7 @@ from typing import Any
 import psutil
 import pytest
 
-from svc.engine import orphans as leftover
+from svc.engine import orphans
 from svc.engine.vllm import process as process_module
 from svc.engine.vllm.launch import EngineSpec
 from svc.engine.vllm.process import EngineProcess
@@ -160,7 +160,7 @@ async def test_children_of_an_engine_that_died_are_ended(engine_in: Start) -> No
 
 
 async def test_one_that_ignores_the_request_is_killed(engine_in: Start, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(leftover, "STOP_GRACE_S", 0.2)
+    monkeypatch.setattr(orphans, "STOP_GRACE_S", 0.2)
     engine = engine_in("stubborn")
     await engine.start()
     await engine.stop()
@@ -228,18 +228,18 @@ async def test_the_engine_of_a_parent_that_was_killed_is_ended_at_the_next_start
     arguments = [sys.executable, "-c", PARENT, str(folder), str(SERVER)]
     parent = await asyncio.create_subprocess_exec(*arguments, stdout=subprocess.PIPE)
     assert parent.stdout is not None
-    leftover = int(await parent.stdout.readline())
+    orphan = int(await parent.stdout.readline())
     parent.kill()
     await parent.wait()
-    assert lives(leftover)
+    assert lives(orphan)
     try:
         engine = engine_in("ready")
         await engine.start()
-        assert not lives(leftover)
+        assert not lives(orphan)
         assert await engine.client.healthy()
     finally:
         with suppress(psutil.NoSuchProcess):
-            psutil.Process(leftover).kill()
+            psutil.Process(orphan).kill()
 
 
 async def test_another_process_with_a_number_used_again_is_left_alone(engine_in: Start, folder: Path) -> None:

@@ -1,0 +1,15 @@
+"""The keys that a file may set, by the pydantic model that reads it."""
+
+from pydantic import BaseModel
+
+
+def dotted_keys(model: type[BaseModel]) -> list[str]:
+    """Every key of a model, those of its sections as `section.key`."""
+    keys: list[str] = []
+    for name, field in model.model_fields.items():
+        section = field.annotation
+        if isinstance(section, type) and issubclass(section, BaseModel):
+            keys += [f"{name}.{inner}" for inner in section.model_fields]
+        else:
+            keys.append(name)
+    return keys
