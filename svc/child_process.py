@@ -16,6 +16,9 @@ from typing import Any, ParamSpec, TypeVar
 from svc.errors import TrainingError
 from svc.terminal import quiet_libraries
 
+_CLEAN_UP_S = 5.0
+"""For what a process that is done must remove by name, as semaphores: Python warns of each that is left."""
+
 Arguments = ParamSpec("Arguments")
 Result = TypeVar("Result")
 
@@ -39,11 +42,12 @@ def in_child_process(
     sender.close()
     try:
         succeeded, outcome = receiver.recv()
+        process.join(_CLEAN_UP_S)
     except EOFError:
         process.join()
         raise _died(work.__name__, process.exitcode) from None
     finally:
-        # Also in the middle of its work, where the caller is interrupted.
+        # In the middle of its work, where the caller is interrupted; or it hangs in threads that a library left.
         process.kill()
         process.join()
         receiver.close()

@@ -14,6 +14,8 @@ import pytest
 from svc.child_process import in_child_process
 from svc.errors import RecipeError, TrainingError
 
+ROOT = Path(__file__).parents[2]
+
 
 def describe(text: str, *, times: int) -> tuple[int, str]:
     return os.getpid(), text * times
@@ -34,6 +36,34 @@ def die(by: signal.Signals) -> None:
 def sleep_long(mark: Path) -> None:
     mark.write_text(str(os.getpid()), "utf-8")
     time.sleep(60)
+
+
+LEAVES_LATE = """
+import multiprocessing
+import time
+from multiprocessing.util import Finalize
+from svc.child_process import in_child_process
+
+locks = []
+
+def lock():
+    locks.append(multiprocessing.Lock())  # gone when the process ends, and later than what follows
+    Finalize(None, time.sleep, (0.3,), exitpriority=1)
+    return "done"
+
+if __name__ == "__main__":
+    print(in_child_process(lock))
+"""
+
+
+def test_it_may_clean_up_when_its_work_is_done(tmp_path: Path) -> None:
+    """Killed at once, it leaves semaphores, and Python warns of each when the caller ends."""
+    script = tmp_path / "leaves_late.py"
+    script.write_text(LEAVES_LATE, "utf-8")
+    done = subprocess.run(
+        [sys.executable, script], capture_output=True, text=True, check=True, env=os.environ | {"PYTHONPATH": str(ROOT)}
+    )
+    assert (done.stdout, done.stderr) == ("done\n", "")
 
 
 def test_what_is_returned_comes_from_another_process() -> None:
