@@ -54,7 +54,7 @@ class EngineUnavailableError(AdmissionError):
     retry_after_s = ENGINE_RETRY_S
 
 
-class AsideEndedError(Exception):
+class BackgroundSlotEndedError(Exception):
     """The server's own request was cut off, for a swap or because the engine is gone; it may be asked again."""
 
 
@@ -83,7 +83,7 @@ class Admission:
         self._waiting: deque[asyncio.Future[None]] = deque()
         self._closed = False
         self._unavailable: str | None = self._STARTING
-        self._aside: asyncio.Timeout | None = None
+        self._background_slot: asyncio.Timeout | None = None
         self._open, self._quiet = asyncio.Event(), asyncio.Event()
         self._show()
 
@@ -140,7 +140,7 @@ class Admission:
             self._leave()
 
     @asynccontextmanager
-    async def aside(self, patience_s: float) -> AsyncIterator[None]:
+    async def background_slot(self, patience_s: float) -> AsyncIterator[None]:
         """Waits for a moment without requests, and holds a place beside them for a request of the server's own.
 
         It is none of `running`, and no request waits for it. It is given while admission is open and there is an
@@ -151,22 +151,22 @@ class Admission:
             patience_s: after so long without such a moment it goes beside the requests that run.
 
         Raises:
-            AsideEndedError: the body was cut off.
-            RuntimeError: somebody has the place; questions come one at a time.
+            BackgroundSlotEndedError: the body was cut off.
+            RuntimeError: somebody has the place; requests of its own come one at a time.
         """
         await self._wait_for_quiet(patience_s)
-        if self._aside is not None:
+        if self._background_slot is not None:
             raise RuntimeError("a question of the server's own runs already")
         try:
-            async with asyncio.timeout(None) as self._aside:
+            async with asyncio.timeout(None) as self._background_slot:
                 self._show()
                 yield
         except TimeoutError as error:
-            if self._aside is None or not self._aside.expired():
+            if self._background_slot is None or not self._background_slot.expired():
                 raise
-            raise AsideEndedError from error
+            raise BackgroundSlotEndedError from error
         finally:
-            self._aside = None
+            self._background_slot = None
             self._show()
 
     @asynccontextmanager
@@ -179,7 +179,7 @@ class Admission:
         if self._closed:
             raise RuntimeError("admission is closed already")
         self._closed, self._most_held = True, 0
-        self.end_aside()
+        self.end_background_slot()
         self._show()
         try:
             yield
@@ -188,10 +188,10 @@ class Admission:
             self._admit_waiting()
             self._show()
 
-    def end_aside(self) -> None:
+    def end_background_slot(self) -> None:
         """Cuts the server's own request off, if one runs: its engine is about to be changed."""
-        if self._aside is not None and not self._aside.expired():
-            self._aside.reschedule(asyncio.get_running_loop().time())
+        if self._background_slot is not None and not self._background_slot.expired():
+            self._background_slot.reschedule(asyncio.get_running_loop().time())
 
     def unavailable(self, reason: str) -> None:
         """There is no engine from now on: new requests are refused at once.
@@ -200,7 +200,7 @@ class Admission:
             reason: shown to clients, as "the engine is starting"; no paths.
         """
         self._unavailable = reason
-        self.end_aside()
+        self.end_background_slot()
         self._admit_waiting()
         self._show()
 

@@ -155,9 +155,9 @@ class _Assembly:
     def _background(self) -> tuple[HoldoutRuns, LiveScores]:
         settings, pool = self._settings, self._pool
         off = unfit_engine(self._capabilities, settings.engine)
-        questions = BackgroundScheduler(self._admission, pool, settings.holdout, off=off)
+        scheduler = BackgroundScheduler(self._admission, pool, settings.holdout, off=off)
         holdout = HoldoutRuns(
-            questions,
+            scheduler,
             pool=pool,
             registry=self._registry,
             store=self._store,
@@ -166,7 +166,7 @@ class _Assembly:
             every_hours=settings.holdout.every_hours,
         )
         scores = LiveScores(
-            questions,
+            scheduler,
             busy=lambda: holdout.under_way,
             pool=pool,
             registry=self._registry,

@@ -78,7 +78,7 @@ class HoldoutRuns:
 
     def __init__(
         self,
-        questions: BackgroundScheduler,
+        scheduler: BackgroundScheduler,
         *,
         pool: EnginePool,
         registry: Registry,
@@ -87,14 +87,14 @@ class HoldoutRuns:
         facts: Callable[[Target], Awaitable[EngineFacts]],
         every_hours: float,
     ) -> None:
-        self._questions = questions
+        self._scheduler = scheduler
         self._pool = pool
         self._registry = registry
         self._store = store
         self._metrics = metrics
         self._facts = facts
         self._every_s = every_hours * 3600
-        self._never = questions.off or ("holdout.every_hours is 0" if not every_hours else None)
+        self._never = scheduler.off or ("holdout.every_hours is 0" if not every_hours else None)
         self._done: Load | None = None
         self._next_at = 0.0
         self._progress: _Progress | None = None
@@ -128,7 +128,7 @@ class HoldoutRuns:
             target: what serves.
         """
         progress, last = self._progress, newest_holdout_run(self._store, target, completed=False)
-        off = self._never or self._nothing_to_ask or self._questions.off
+        off = self._never or self._nothing_to_ask or self._scheduler.off
         state = HoldoutState.OFF if off else HoldoutState.RUNNING if progress else HoldoutState.WAITING
         return {
             "state": state.value,
@@ -202,8 +202,8 @@ class HoldoutRuns:
         self._nothing_to_ask = None
         try:
             asked = await asyncio.to_thread(self._find_set, target)
-            if self._questions.off:
-                raise EngineError(self._questions.off)
+            if self._scheduler.off:
+                raise EngineError(self._scheduler.off)
             log.info("%s: asking %d held-out examples of %s", cause, len(asked.examples), target)
             return await self._ask_each(load, asked), None
         except SupersededError:
@@ -227,7 +227,7 @@ class HoldoutRuns:
         self._progress = _Progress(0, len(asked.examples))
         try:
             for place, example in asked.examples.items():
-                results[place] = await self._questions.ask(load, _question(example, asked.max_tokens))
+                results[place] = await self._scheduler.ask(load, _question(example, asked.max_tokens))
                 self._progress.asked += 1
         finally:
             self._progress = None

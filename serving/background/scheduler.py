@@ -11,7 +11,7 @@ from collections import deque
 from collections.abc import Awaitable, Callable
 from typing import TypeVar
 
-from serving.admission import Admission, AsideEndedError
+from serving.admission import Admission, BackgroundSlotEndedError
 from serving.engines.pool import EnginePool
 from serving.engines.replica import Load
 from svc.engine.capabilities import Capabilities
@@ -76,7 +76,7 @@ class BackgroundScheduler:
             while True:
                 await self._pace()
                 try:
-                    async with self._admission.aside(self._settings.patience_s):
+                    async with self._admission.background_slot(self._settings.patience_s):
                         primary = self._pool.primary
                         if primary is None or primary.load != load or self.off:
                             raise SupersededError
@@ -84,7 +84,7 @@ class BackgroundScheduler:
                         client = primary.client.with_ids(ID_PREFIX)
                         with primary.occupied():
                             return await question(client)
-                except AsideEndedError:
+                except BackgroundSlotEndedError:
                     if self._admission.unavailable_reason is not None:  # and not for a swap
                         self._count_death()
                 except EngineError:
@@ -113,5 +113,5 @@ class BackgroundScheduler:
         recent = sum(now - at < _DEATHS_WITHIN_S for at in self._deaths)
         log.warning("the engine died during a question of the server's own, %d of %d", recent, _MOST_DEATHS)
         if recent >= _MOST_DEATHS:
-            self.off = f"the engine died {recent} times in a day during such a question; see its log"
-            log.error("no more questions of the server's own: %s", self.off)
+            self.off = f"the engine died {recent} times in a day during such a request; see its log"
+            log.error("no more requests of the server's own: %s", self.off)

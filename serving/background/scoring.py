@@ -49,7 +49,7 @@ class LiveScores:
 
     def __init__(
         self,
-        questions: BackgroundScheduler,
+        scheduler: BackgroundScheduler,
         *,
         busy: Callable[[], bool],
         pool: EnginePool,
@@ -57,7 +57,7 @@ class LiveScores:
         store: Store,
         per_hour: int,
     ) -> None:
-        self._questions = questions
+        self._scheduler = scheduler
         self._busy = busy
         self._pool = pool
         self._registry = registry
@@ -85,7 +85,7 @@ class LiveScores:
     def _may_ask(self) -> bool:
         return (
             self._per_hour > 0
-            and self._questions.off is None
+            and self._scheduler.off is None
             and self._pool.state is EngineState.READY
             and not self._busy()
         )
@@ -109,7 +109,7 @@ class LiveScores:
         self._passed.append(row.id)  # before it is asked: it may be what ends the engine
         self._next_at = time.monotonic() + 3600 / self._per_hour
         try:
-            logprob = await self._questions.ask(load, lambda client: _score(client, row, cut))
+            logprob = await self._scheduler.ask(load, lambda client: _score(client, row, cut))
         except EngineError as error:
             log.info("the answer in row %d is not scored: %s", row.id, error.wrong)
         else:

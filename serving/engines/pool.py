@@ -279,7 +279,7 @@ class EnginePool:
             self._admission.unavailable(_why_none({member.state for member in self.members}))
         if self.primary is not self._primary:
             self._primary = self.primary
-            self._admission.end_aside()
+            self._admission.end_background_slot()
 
 
 def _why_none(states: set[EngineState]) -> str:

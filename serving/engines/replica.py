@@ -185,17 +185,17 @@ class Replica:
         self.enter(EngineState.READY)
         return True
 
-    def forget(self) -> None:
+    def clear(self) -> None:
         """From now on nobody knows what the engine holds; a later server would not take it over.
 
         Raises:
             OSError: that cannot be written down.
         """
-        self._started.note(None)
+        self._started.record(None)
         self.target = None
 
     async def exchange(self, folder: Path) -> None:
-        """Loads other weights in place and forgets what the older ones computed; `forget` comes before, `verify` next.
+        """Loads other weights in place and forgets what the older ones computed; `clear` comes before, `verify` next.
 
         Raises:
             EngineError: the engine did not take them; it counts as dead.
@@ -215,7 +215,7 @@ class Replica:
         found = await self._verification.probes(self.client, target)
         self.target = target
         try:
-            self._started.note(str(target))
+            self._started.record(str(target))
         except OSError:  # it serves all the same
             log.exception("replica %d: a later server cannot take it over", self.replica)
         log.info("replica %d holds %s: %s", self.replica, target, found)

@@ -1,7 +1,7 @@
 """Brings another version into the engines, with no request lost and none answered by two versions.
 
 One engine after the other, each in one of two ways. In place: no new requests for it -> let the running ones end ->
-reload -> forget the prefix cache -> check the probes. Where it is the only engine, requests wait meanwhile.
+reload -> reset the prefix cache -> check the probes. Where it is the only engine, requests wait meanwhile.
 Blue-green: start a second engine with the version, check the probes, exchange the two, let the old one answer its last
 requests. Nobody waits, but there must be memory for both.
 
@@ -279,7 +279,7 @@ class Swap:
             after = f"after {self._drain_timeout_s:g} s (serve.drain_timeout_s)"
             raise RequestsRunError(f"{engine.running} requests still ran {after}") from None
         await engine.client.reset_prefix_cache()
-        engine.forget()
+        engine.clear()
 
     async def _exchange(self, change: _Change, engine: Replica) -> tuple[SwapOutcome, str | None]:
         try:

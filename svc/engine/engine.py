@@ -38,7 +38,7 @@ class LastingEngine(Engine, Protocol):
     async def adopt(self) -> None:
         """Takes that engine in place of a start."""
 
-    def note(self, holds: str | None) -> None:
+    def record(self, holds: str | None) -> None:
         """Writes down what it holds, for a server that comes later; None while nobody knows."""
 
     async def leave(self) -> None:

@@ -128,7 +128,7 @@ class DoubleEngine:
         left.alive = False
         self._park.engines.append(self)
 
-    def note(self, holds: str | None) -> None:
+    def record(self, holds: str | None) -> None:
         """Writes down what it holds."""
         if self._park.disk_full:
             raise OSError(errno.ENOSPC, "no space left on device")

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from serving.admission import (
     Admission,
     AdmissionError,
-    AsideEndedError,
+    BackgroundSlotEndedError,
     EngineUnavailableError,
     HoldOverflowError,
     HoldTimeoutError,
@@ -29,7 +29,7 @@ def open_door(*, max_running: int = 8, max_held: int = 8, hold_timeout_s: float 
 async def drained(admission: Admission, timeout_s: float) -> None:
     """Until nothing runs, the server's own request among it."""
     async with asyncio.timeout(timeout_s):
-        while admission.running or admission._aside is not None:
+        while admission.running or admission._background_slot is not None:
             await asyncio.sleep(0)
 
 
@@ -199,19 +199,19 @@ async def test_a_client_that_leaves_in_the_tick_it_is_admitted_leaves_no_trace()
     assert (admission.running, admission.held) == (0, 0)
 
 
-async def ask_aside(admission: Admission, end: asyncio.Event, patience_s: float = 60.0) -> str:
+async def ask_in_background(admission: Admission, end: asyncio.Event, patience_s: float = 60.0) -> str:
     """A question of the server's own; how it ended."""
     try:
-        async with admission.aside(patience_s):
+        async with admission.background_slot(patience_s):
             await end.wait()
-    except AsideEndedError:
+    except BackgroundSlotEndedError:
         return "cut off"
     return "answered"
 
 
 async def test_a_question_of_the_servers_own_is_no_request() -> None:
     admission = open_door(max_running=1)
-    async with admission.aside(1):
+    async with admission.background_slot(1):
         assert admission.running == 0
         async with admission.admit():
             assert admission.running == 1
@@ -223,15 +223,15 @@ async def test_it_waits_for_a_moment_without_requests() -> None:
     first = asyncio.create_task(run_until(admission, end))
     second = asyncio.create_task(run_until(admission, last))
     await settle()
-    question = asyncio.create_task(ask_aside(admission, asyncio.Event()))
+    question = asyncio.create_task(ask_in_background(admission, asyncio.Event()))
     end.set()
     await first
     await settle()
-    assert admission._aside is None
+    assert admission._background_slot is None
     last.set()
     await second
     await settle()
-    assert admission._aside is not None
+    assert admission._background_slot is not None
     question.cancel()
     await asyncio.wait([question])
 
@@ -239,9 +239,9 @@ async def test_it_waits_for_a_moment_without_requests() -> None:
 async def test_it_goes_beside_requests_when_its_patience_ends() -> None:
     admission, end = open_door(), asyncio.Event()
     async with admission.admit():
-        question = asyncio.create_task(ask_aside(admission, end, patience_s=0.01))
+        question = asyncio.create_task(ask_in_background(admission, end, patience_s=0.01))
         await settle()
-        assert admission._aside is None
+        assert admission._background_slot is None
         end.set()
         assert await question == "answered"
 
@@ -250,7 +250,7 @@ async def test_it_is_not_given_at_a_closed_door_however_long_it_waits() -> None:
     admission, end = open_door(), asyncio.Event()
     end.set()
     async with admission.closed():
-        question = asyncio.create_task(ask_aside(admission, end, patience_s=0.0))
+        question = asyncio.create_task(ask_in_background(admission, end, patience_s=0.0))
         await asyncio.sleep(0.02)
         assert not question.done()
     assert await question == "answered"
@@ -259,7 +259,7 @@ async def test_it_is_not_given_at_a_closed_door_however_long_it_waits() -> None:
 async def test_it_is_not_given_without_an_engine() -> None:
     admission, end = Admission(max_running=1, max_held=1, hold_timeout_s=1), asyncio.Event()
     end.set()
-    question = asyncio.create_task(ask_aside(admission, end, patience_s=0.0))
+    question = asyncio.create_task(ask_in_background(admission, end, patience_s=0.0))
     await asyncio.sleep(0.02)
     assert not question.done()
     admission.available()
@@ -270,8 +270,8 @@ async def test_a_swap_cuts_it_off_and_waits_until_it_has_gone() -> None:
     admission, left = open_door(), asyncio.Event()
 
     async def ask() -> None:
-        with suppress(AsideEndedError):
-            async with admission.aside(60):
+        with suppress(BackgroundSlotEndedError):
+            async with admission.background_slot(60):
                 try:
                     await asyncio.sleep(60)
                 finally:
@@ -290,7 +290,7 @@ async def test_a_swap_cuts_it_off_and_waits_until_it_has_gone() -> None:
 
 async def test_the_end_of_the_engine_cuts_it_off() -> None:
     admission = open_door()
-    question = asyncio.create_task(ask_aside(admission, asyncio.Event()))
+    question = asyncio.create_task(ask_in_background(admission, asyncio.Event()))
     await settle()
     admission.unavailable("the engine failed")
     admission.unavailable("the engine is starting")
@@ -305,7 +305,7 @@ async def test_an_end_in_the_moment_of_its_answer_leaves_nothing_behind() -> Non
         admission, end = open_door(), asyncio.Event()
 
         async def ask_and_go_on(admission: Admission = admission, end: asyncio.Event = end) -> str:
-            how = await ask_aside(admission, end)
+            how = await ask_in_background(admission, end)
             await asyncio.sleep(0.001)
             return how
 
@@ -322,19 +322,19 @@ async def test_an_end_in_the_moment_of_its_answer_leaves_nothing_behind() -> Non
 async def test_a_timeout_of_its_own_is_no_end_of_the_engine() -> None:
     admission = open_door()
     with pytest.raises(TimeoutError):
-        async with admission.aside(1), asyncio.timeout(0.001):
+        async with admission.background_slot(1), asyncio.timeout(0.001):
             await asyncio.sleep(1)
-    async with admission.aside(1):
+    async with admission.background_slot(1):
         pass
 
 
 async def test_questions_come_one_at_a_time() -> None:
     admission = open_door()
-    async with admission.aside(1):
+    async with admission.background_slot(1):
         with pytest.raises(RuntimeError, match="already"):
-            async with admission.aside(1):
+            async with admission.background_slot(1):
                 pass
-        assert admission._aside is not None
+        assert admission._background_slot is not None
 
 
 @dataclass
@@ -367,8 +367,8 @@ class World:
                     self.mixed |= self.version != seen
 
     async def ask(self, end: asyncio.Event, patience_s: float) -> None:
-        with suppress(AsideEndedError):
-            async with self.admission.aside(patience_s):
+        with suppress(BackgroundSlotEndedError):
+            async with self.admission.background_slot(patience_s):
                 seen, self.asking = self.version, True
                 self.mixed |= self.admission._closed or self.admission.unavailable_reason is not None
                 try:
@@ -424,7 +424,7 @@ class World:
         assert 0 <= admission.held <= admission._max_held
         assert self.admitted_after_wait == sorted(self.admitted_after_wait)
         assert not self.mixed
-        assert (admission._aside is not None) == self.asking
+        assert (admission._background_slot is not None) == self.asking
         assert not (self.asking and admission._closed)
 
     async def wind_up(self) -> None:

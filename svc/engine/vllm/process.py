@@ -100,7 +100,7 @@ class EngineProcess:
         if self._process is None or not await self.client.healthy():
             raise EngineError(f"the engine in {self.spec.state} does not answer", todo="start a new one")
 
-    def note(self, holds: str | None) -> None:
+    def record(self, holds: str | None) -> None:
         """Writes down what it holds, for a server that comes later; None while nobody knows."""
         record = read_record(self.spec.state)
         if record is not None:

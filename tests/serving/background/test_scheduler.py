@@ -175,7 +175,7 @@ async def test_after_three_deaths_none_is_put_any_more(make: Make, caplog: pytes
             await asking.ask(control.replica.load, put)
     assert asking.off is not None
     assert "died 3 times in a day" in asking.off
-    assert caplog.text.count("no more questions") == 1
+    assert caplog.text.count("no more requests") == 1
 
 
 async def test_deaths_of_other_days_are_forgotten(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -43,7 +43,7 @@ spec = EngineSpec(folder / "one", "tuned", folder, folder, folder / "engine.log"
 async def main():
     engine = process.EngineProcess(spec)
     await engine.start()
-    engine.note("one")
+    engine.record("one")
     print(engine._child.pid, flush=True)
     await asyncio.sleep(60)
 
@@ -208,7 +208,7 @@ async def test_one_that_is_left_runs_on(folder: Path, monkeypatch: pytest.Monkey
     )
     engine = engine_in(folder)
     await engine.start()
-    engine.note("two")
+    engine.record("two")
     await engine.leave()
     taker = engine_in(folder, "three")
     try:
@@ -233,9 +233,9 @@ async def test_one_that_was_taken_over_is_ended_whatever_became_of_its_folder(fo
 async def test_what_is_noted_replaces_what_was(folder: Path) -> None:
     async with orphan(folder):
         taker = engine_in(folder)
-        taker.note(None)
+        taker.record(None)
         assert taker.orphan_holds() is None
-        taker.note("three")
+        taker.record("three")
         assert taker.orphan_holds() == "three"
 
 
