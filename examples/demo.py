@@ -29,8 +29,8 @@ from examples.tamper import alter_weights, replace_weights
 from svc.dataset.readers.reader import read_examples
 from svc.errors import SvcError
 from svc.lock import lock_holder
-from svc.registry.card import figures
 from svc.registry.registry import Registry
+from svc.registry.render import evaluation_table
 from svc.server_url import LOCK_FILE
 from svc.settings import Settings
 from svc.terminal import waiting
@@ -213,7 +213,7 @@ def show_summary(summary: Summary, seconds: float) -> None:
         console.print(
             f"\n{manifest.id}, from {manifest.base.origin}, judged by {asked} held-out examples", markup=False
         )
-        console.print(figures(manifest))
+        console.print(evaluation_table(manifest))
     console.print()
     for what, found in summary.lines:
         console.print(f"  {what}: {found}", markup=False, soft_wrap=True)

@@ -15,7 +15,6 @@ from serving.background.scheduler import BackgroundScheduler, unfit_engine
 from serving.background.scoring import LiveScores
 from serving.engines.pool import EnginePool
 from serving.engines.replica import Replica
-from serving.engines.transport import connect
 from serving.engines.verification import Verification
 from serving.http.app import build_app
 from serving.http.feedback import FeedbackIntake
@@ -34,7 +33,7 @@ from svc.engine.orphans import end_engine
 from svc.engine.probes import engine_facts
 from svc.engine.vllm.folders import socket_folder, state_folder, state_folders
 from svc.engine.vllm.headroom import shortage
-from svc.engine.vllm.launch import SOCKET_FILE, EngineSpec
+from svc.engine.vllm.launch import EngineSpec
 from svc.engine.vllm.process import EngineProcess
 from svc.registry.registry import Registry
 from svc.settings import Settings
@@ -112,21 +111,17 @@ class _Assembly:
         return Parts(app, records, self._pool, reconciler, alias, holdout, scores)
 
     def _engine_pool(self, on_phase: Callable[[str], None]) -> EnginePool:
-        settings, limits = self._settings, self._settings.serve
-
         def make(number: int, on_change: Callable[[Replica], None]) -> Replica:
-            http = connect(socket_folder(settings.home, number) / SOCKET_FILE, silence_s=limits.request_timeout_s)
-            launch = partial(self._slots.engine, number)
-            return Replica(number, launch, http, self._verification, on_change, on_phase)
+            return Replica(number, partial(self._slots.engine, number), self._verification, on_change, on_phase)
 
         return EnginePool(
             make,
             orphans=self._slots,
-            size=settings.engine.replicas,
+            size=self._settings.engine.replicas,
             admission=self._admission,
             routes=self._routes,
             metrics=self._metrics,
-            retire_timeout_s=limits.retire_timeout_s,
+            retire_timeout_s=self._settings.serve.retire_timeout_s,
         )
 
     def _reconciler(self, alias: ProductionAlias) -> Reconciler:
@@ -201,7 +196,7 @@ class _Slots:
     name: str
 
     def engine(self, number: int, model: Path) -> EngineProcess:
-        return EngineProcess(self._spec(number, model))
+        return EngineProcess(self._spec(number, model), silence_s=self.settings.serve.request_timeout_s)
 
     def shortage(self, model: Path) -> str | None:
         return shortage(self._spec(0, model))

@@ -5,14 +5,38 @@ import json
 import os
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import IO, Any
 
 from svc.errors import BusyError
 
-_TRIES = 20
+_LOOK_S = 0.2
 _PAUSE_S = 0.01
+
+
+@contextmanager
+def locked_file(path: Path) -> Iterator[IO[str]]:
+    """The exclusively locked file for the body, at its end; a process that inherits it holds the lock too.
+
+    Raises:
+        BlockingIOError: another process holds it.
+    """
+    with path.open("a+", encoding="utf-8") as file:
+        _take(file)
+        yield file
+
+
+def is_locked(path: Path) -> bool:
+    """Whether a process holds the lock; another that looks at the same time does not count."""
+    try:
+        with path.open("r", encoding="utf-8") as file:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except FileNotFoundError:
+        return False
+    except BlockingIOError:
+        return True
+    return False
 
 
 @contextmanager
@@ -27,13 +51,15 @@ def hold_lock(path: Path, what: str, **info: Any) -> Iterator[None]:
         BusyError: another process holds it; names the process.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("a+", encoding="utf-8") as file:
-        if not _take(file):
+    with ExitStack() as stack:
+        try:
+            file = stack.enter_context(locked_file(path))
+        except BlockingIOError:
             holder = _read(path)
             raise BusyError(
                 f"{what} is in use by process {holder.get('pid', 'unknown')}",
                 todo=f"wait for it, or end it: kill {holder.get('pid', 'PID')}",
-            )
+            ) from None
         file.truncate(0)
         json.dump({"pid": os.getpid(), **info}, file)
         file.flush()
@@ -42,28 +68,20 @@ def hold_lock(path: Path, what: str, **info: Any) -> Iterator[None]:
 
 def lock_holder(path: Path) -> dict[str, Any] | None:
     """What the holder says of itself; None when nobody holds the lock."""
-    try:
-        file = path.open("r", encoding="utf-8")
-    except FileNotFoundError:
-        return None
-    with file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
-        except BlockingIOError:
-            return _read(path)
-    return None
+    return _read(path) if is_locked(path) else None
 
 
-def _take(file: IO[str]) -> bool:
-    """Tries for a moment: `lock_holder` of another process has the lock while it looks, some microseconds long."""
-    for _ in range(_TRIES):
+def _take(file: IO[str]) -> None:
+    """Tries for a moment: `is_locked` of another process has the lock while it looks, some microseconds long."""
+    deadline = time.monotonic() + _LOOK_S
+    while True:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return
         except BlockingIOError:
-            time.sleep(_PAUSE_S)
-        else:
-            return True
-    return False
+            if time.monotonic() >= deadline:
+                raise
+        time.sleep(_PAUSE_S)
 
 
 def _read(path: Path) -> dict[str, Any]:

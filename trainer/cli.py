@@ -51,9 +51,9 @@ def train(
 
         print_json({"version": str(manifest.id), "folder": str(pipeline.registry.folder(manifest.id))})
         sys.exit(0)
-    from svc.registry.card import print_card
+    from svc.registry.render import print_version
 
-    print_card(manifest, pipeline.registry.folder(manifest.id))
+    print_version(manifest, pipeline.registry.folder(manifest.id))
 
 
 def _foretell(recipe: "Recipe", run: "Run") -> None:

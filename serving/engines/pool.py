@@ -163,7 +163,6 @@ class EnginePool:
     async def drop(self, engine: Replica) -> None:
         """Ends an engine that is no member."""
         await engine.stop()
-        await engine.http.aclose()
         self._others.remove(engine)
         self._show()
 
@@ -179,7 +178,7 @@ class EnginePool:
         task.add_done_callback(self._retirements.discard)
 
     async def adopt(self, target: Target) -> bool:
-        """Takes over the engines with a version that an earlier server left running, and then ends all others of it.
+        """Adopts the engines with a version that an earlier server left running, and then ends all others of it.
 
         Returns:
             Whether there was one; where not, only those were ended that failed the verification.
@@ -190,15 +189,11 @@ class EnginePool:
                 engine = self._make(number, self._on_change)
                 if await engine.adopt(target):
                     taken.append(engine)
-                else:
-                    await engine.http.aclose()
         if not taken:
             return False
-        unstarted, self.members = self.members, taken
+        size, self.members = len(self.members), taken
         await self.end_orphans()
-        for engine in unstarted:
-            await engine.http.aclose()
-        while len(self.members) < len(unstarted):
+        while len(self.members) < size:
             self.members.append(self._make(self._free_number(), self._on_change))
         self._show()
         return True
@@ -237,7 +232,6 @@ class EnginePool:
             task.cancel()
         ready = set(self.ready) if leave else set()
         await asyncio.gather(*(engine.leave() if engine in ready else engine.stop() for engine in self.all))
-        await asyncio.gather(*(engine.http.aclose() for engine in self.all))
 
     async def _retire(self, engine: Replica) -> None:
         try:

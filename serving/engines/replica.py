@@ -49,7 +49,6 @@ class Replica:
     Args:
         replica: its number; the engine's folder and log are named after it.
         launch: makes an engine for a model folder, unstarted.
-        http: a client for requests to the engine, see serving.engines.transport.connect; closed with this object.
         on_change: hears each change of state.
         on_phase: hears what a start is doing.
 
@@ -62,13 +61,11 @@ class Replica:
         self,
         replica: int,
         launch: Callable[[Path], LastingEngine],
-        http: httpx.AsyncClient,
         verification: Verification,
         on_change: Callable[["Replica"], None],
         on_phase: Callable[[EnginePhase], None] = lambda phase: None,
     ) -> None:
         self.replica = replica
-        self.http = http
         self._launch = launch
         self._verification = verification
         self._on_change = on_change
@@ -84,12 +81,21 @@ class Replica:
 
     @property
     def client(self) -> EngineClient:
-        """The client of the engine that runs.
+        """For what the server asks the engine itself.
 
         Raises:
             RuntimeError: none runs.
         """
         return self._started.client
+
+    @property
+    def http(self) -> httpx.AsyncClient:
+        """For the requests of clients.
+
+        Raises:
+            RuntimeError: none runs.
+        """
+        return self._started.http
 
     @property
     def _started(self) -> LastingEngine:

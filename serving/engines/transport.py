@@ -1,4 +1,4 @@
-"""One call to the engine: the connection, its failures as typed errors, and its refusals.
+"""One call to the engine: its failures as typed errors, and its refusals.
 
 Knows vLLM's error texts, so that no other module has to.
 """
@@ -7,17 +7,13 @@ import json
 import re
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from pathlib import Path
 from typing import Any
 
 import httpx
 
 from serving.admission import ENGINE_RETRY_S, OVERLOADED_RETRY_S
-from svc.engine.vllm.client import socket_transport
 from svc.errors import EngineError
 
-CONNECT_TIMEOUT_S = 5.0
-"""A local socket answers at once or not at all."""
 _HEALTH_TIMEOUT_S = 2.0
 PASSED_STATUSES = frozenset({400, 413, 422, 429, 503})
 """Refusals of the client's request or for the engine's load; others are between the gateway and the engine."""
@@ -67,20 +63,6 @@ class ContextLengthError(EngineRefusedError):
     """More tokens than the model has room for."""
 
 
-def connect(socket: Path, *, silence_s: float) -> httpx.AsyncClient:
-    """A client for requests to an engine; calls that manage the engine belong on another one.
-
-    As many connections as there are requests: how many may run is for the gateway to say.
-
-    Args:
-        socket: the engine's unix socket.
-        silence_s: longest wait for the next bytes, seconds.
-    """
-    transport = socket_transport(socket, max_connections=None)
-    timeout = httpx.Timeout(silence_s, connect=CONNECT_TIMEOUT_S, pool=None)
-    return httpx.AsyncClient(transport=transport, base_url="http://engine", timeout=timeout, trust_env=False)
-
-
 @asynccontextmanager
 async def call(engine: httpx.AsyncClient, path: str, payload: bytes, request_id: str) -> AsyncIterator[httpx.Response]:
     """Sends a request; the body of the `with` reads the answer, and leaving it early ends the work in the engine.
@@ -115,6 +97,8 @@ async def call(engine: httpx.AsyncClient, path: str, payload: bytes, request_id:
 
 
 async def _lives(engine: httpx.AsyncClient) -> bool:
+    if engine.is_closed:  # the engine was ended, and the request with it
+        return False
     try:
         return (await engine.get("/health", timeout=_HEALTH_TIMEOUT_S)).is_success
     except httpx.TransportError:

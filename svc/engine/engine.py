@@ -3,6 +3,8 @@
 from collections.abc import Callable
 from typing import Protocol
 
+import httpx
+
 from svc.engine.vllm.client import EngineClient
 from svc.engine.vllm.plan import EnginePlan
 from svc.engine.vllm.startup_phase import EnginePhase
@@ -13,7 +15,7 @@ class Engine(Protocol):
 
     @property
     def client(self) -> EngineClient:
-        """Its HTTP client."""
+        """For what we ask it ourselves."""
 
     @property
     def plan(self) -> EnginePlan | None:
@@ -30,7 +32,11 @@ class Engine(Protocol):
 
 
 class LastingEngine(Engine, Protocol):
-    """One that outlives its server, and is taken over by the next."""
+    """One that answers clients, outlives its server, and is adopted by the next."""
+
+    @property
+    def http(self) -> httpx.AsyncClient:
+        """For the requests of clients: its base URL is the engine. Closed when the engine is stopped or left."""
 
     def orphan_holds(self) -> str | None:
         """What an engine holds that was started alike by an earlier server and runs still; None where none does."""

@@ -2,11 +2,10 @@
 
 The engine itself holds the lock: it inherits the locked file when it is started, so that the kernel gives the lock back
 when it is dead, however it died, and whatever became of the server that started it. The record names the process, what
-it was started with, and what it was last proven to hold. Knows nothing of sockets, of HTTP or of versions.
+it was started with, and what it was last verified to hold. Knows nothing of sockets, of HTTP or of versions.
 """
 
 import contextlib
-import fcntl
 import json
 import os
 import signal
@@ -21,6 +20,7 @@ import psutil
 
 from svc.disk import write_whole
 from svc.errors import EngineError
+from svc.lock import is_locked, locked_file
 
 LOCK_FILE = "engine.lock"
 RECORD_FILE = "engine.json"
@@ -29,7 +29,6 @@ _FOLDER = "folder"
 _END_POLL_S = 0.05
 _END_ROUNDS = 20
 _BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
-_LOOK_S = 1.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,7 +40,7 @@ class EngineRecord:
         boot, ticks: when that process began, see `start_of`: guards against a number that is used again.
         launch: what it was started with, see svc.engine.vllm.launch.launch_digest.
         plan: how that was chosen, for people, see svc.engine.vllm.plan.EnginePlan.rows.
-        holds: what it was last proven to hold; None while nobody knows.
+        holds: what it was last verified to hold; None while nobody knows.
     """
 
     pid: int
@@ -53,25 +52,20 @@ class EngineRecord:
 
 
 @contextlib.contextmanager
-def locked(folder: Path) -> Iterator[IO[bytes]]:
+def locked(folder: Path) -> Iterator[IO[str]]:
     """The locked file, for a process that is started in the body and inherits it.
 
     Raises:
         EngineError: another engine has it.
     """
-    with (folder / LOCK_FILE).open("ab") as file:
-        deadline = time.monotonic() + _LOOK_S  # whoever looks whether it is locked has it for a moment
-        while True:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
-            except BlockingIOError:
-                if time.monotonic() >= deadline:
-                    pids = ", ".join(str(process.pid) for process in _holders(folder))
-                    raise EngineError(
-                        f"an engine runs in {folder} already, processes {pids}", todo="end them, then start again"
-                    ) from None
-            time.sleep(_END_POLL_S)
+    with contextlib.ExitStack() as stack:
+        try:
+            file = stack.enter_context(locked_file(folder / LOCK_FILE))
+        except BlockingIOError:
+            pids = ", ".join(str(process.pid) for process in _holders(folder))
+            raise EngineError(
+                f"an engine runs in {folder} already, processes {pids}", todo="end them, then start again"
+            ) from None
         yield file
 
 
@@ -94,7 +88,7 @@ def read_record(folder: Path) -> EngineRecord | None:
 def find_engine(folder: Path) -> psutil.Process | None:
     """The process in the record, if it runs still and holds the lock."""
     record = read_record(folder)
-    if record is None or not _is_locked(folder):
+    if record is None or not is_locked(folder / LOCK_FILE):
         return None
     try:
         process = psutil.Process(record.pid)
@@ -109,7 +103,7 @@ def end_engine(folder: Path, known: psutil.Process | None = None) -> None:
     Looks again until nothing is left: an engine that is starting begins processes while it is being ended.
 
     Args:
-        known: its first process, for who has started it or taken it over: whatever became of the folder.
+        known: its first process, for who has started or adopted it: whatever became of the folder.
     """
     record = read_record(folder)
     engine = known if known and runs(known) else find_engine(folder)
@@ -117,7 +111,9 @@ def end_engine(folder: Path, known: psutil.Process | None = None) -> None:
         end_processes([engine])
     for _ in range(_END_ROUNDS):
         left = _group_of(engine.pid) if engine else _left_by(record) if record else []
-        left += [process for process in _holders(folder) if process not in left] if _is_locked(folder) else []
+        left += (
+            [process for process in _holders(folder) if process not in left] if is_locked(folder / LOCK_FILE) else []
+        )
         if not left:
             break
         end_processes(left)
@@ -157,17 +153,6 @@ def end_processes(processes: list[psutil.Process]) -> None:
             if not processes:
                 return
             time.sleep(_END_POLL_S)
-
-
-def _is_locked(folder: Path) -> bool:
-    try:
-        with (folder / LOCK_FILE).open("rb") as file:
-            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
-    except FileNotFoundError:
-        return False
-    except BlockingIOError:
-        return True
-    return False
 
 
 def _holders(folder: Path) -> list[psutil.Process]:

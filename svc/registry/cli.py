@@ -125,9 +125,9 @@ def show(ctx: click.Context, version: str, as_json: bool) -> None:
 
         print_json(manifest.model_dump(mode="json"))
         return
-    from svc.registry.card import print_card
+    from svc.registry.render import print_version
 
-    print_card(manifest, registry.folder(manifest.id))
+    print_version(manifest, registry.folder(manifest.id))
 
 
 @click.command()

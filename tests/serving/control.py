@@ -16,7 +16,6 @@ from prometheus_client import CollectorRegistry
 from serving.admission import Admission
 from serving.engines.pool import EnginePool
 from serving.engines.replica import Replica
-from serving.engines.transport import connect
 from serving.engines.verification import Verification
 from serving.rollout.production_alias import ProductionAlias
 from serving.rollout.reconciler import Reconciler
@@ -73,7 +72,7 @@ class Control:
         self.store = open_database(home)
         self.replicas = replicas
         self.leaves = False
-        self.park = EnginePark(sockets, NAME)
+        self.park = EnginePark(sockets, NAME, silence_s=self.settings.request_timeout_s)
         self.assemble()
 
     def assemble(self) -> None:
@@ -90,7 +89,6 @@ class Control:
             lambda replica, on_change: Replica(
                 replica,
                 partial(self.park.launch, replica),
-                connect(self.park.socket(replica), silence_s=limits.request_timeout_s),
                 verification,
                 on_change,
             ),

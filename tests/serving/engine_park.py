@@ -6,7 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from svc.engine.engine import LastingEngine
-from svc.engine.vllm.client import EngineClient
+from svc.engine.vllm.client import EngineClient, data_client
 from svc.engine.vllm.plan import Choice, EnginePlan, Origin
 from svc.engine.vllm.startup_phase import EnginePhase
 from svc.errors import EngineError
@@ -37,9 +37,10 @@ class EnginePark:
         room: what `shortage` says.
         unable: replicas that do not start.
         disk_full: nothing can be written down.
+        silence_s: longest silence within a client's request, seconds.
     """
 
-    def __init__(self, sockets: Path, name: str) -> None:
+    def __init__(self, sockets: Path, name: str, *, silence_s: float = 600.0) -> None:
         self.sockets = sockets
         self.name = name
         self.prepare: Callable[[EngineDouble], None] = lambda double: None
@@ -51,6 +52,7 @@ class EnginePark:
         self.room: str | None = None
         self.unable: set[int] = set()
         self.disk_full = False
+        self.silence_s = silence_s
 
     def socket(self, replica: int) -> Path:
         """Where a replica listens."""
@@ -96,6 +98,7 @@ class DoubleEngine:
         park.prepare(self.double)
         self.double.die = self.kill
         self.client = EngineClient.over_socket(socket, park.name)
+        self.http = data_client(socket, silence_s=park.silence_s)
         self.plan: EnginePlan | None = PLAN
         self._server: SocketServer | None = None
         self._ended = asyncio.Event()
@@ -138,7 +141,7 @@ class DoubleEngine:
         """Lets it run."""
         if self.alive:
             self._park.left[self.replica] = self
-        await self.client.close()
+        await self._close()
 
     def kill(self) -> None:
         """Ends it as SIGKILL would."""
@@ -159,4 +162,8 @@ class DoubleEngine:
         self.kill()
         if self._server:
             await self._server.stop()
+        await self._close()
+
+    async def _close(self) -> None:
         await self.client.close()
+        await self.http.aclose()

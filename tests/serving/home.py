@@ -41,7 +41,7 @@ class Home:
         monkeypatch.setattr(assembly, "engine_facts", lambda settings, capabilities, folder: FACTS)
         monkeypatch.setattr(Registry, "of", lambda settings: self.registry)
 
-    def _launch(self, spec: EngineSpec) -> LastingEngine:
+    def _launch(self, spec: EngineSpec, *, silence_s: float) -> LastingEngine:
         return self.park.launch(int(spec.state.name), spec.model, spec.socket)
 
     async def serve(self, claim: server.Claim, model: str | None = None) -> None:

@@ -14,7 +14,6 @@ from sqlalchemy import create_engine
 
 from serving.admission import Admission
 from serving.engines.pool import Lease
-from serving.engines.transport import connect
 from serving.http.app import build_app
 from serving.http.feedback import FeedbackIntake
 from serving.http.inference import Gateway
@@ -22,7 +21,7 @@ from serving.router import Routes
 from serving.telemetry.engine_metrics import EngineMetrics, EngineSource
 from serving.telemetry.metrics import GatewayMetrics
 from serving.telemetry.request_log import RequestLog
-from svc.engine.vllm.client import socket_transport
+from svc.engine.vllm.client import data_client, socket_transport
 from svc.settings import RecordSettings, ServeSettings
 from svc.version import Format, Target, VersionId
 from tests.serving.engine_double import EngineDouble, running_engine
@@ -104,7 +103,7 @@ class Service:
         socket = self.folder / "engine.sock"
         async with (
             running_engine(self.double, socket) as self.engine,
-            connect(socket, silence_s=self.settings.request_timeout_s) as engine,
+            data_client(socket, silence_s=self.settings.request_timeout_s) as engine,
         ):
             self.http = engine
             self.app = application(

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from svc.errors import BusyError
-from svc.lock import hold_lock, lock_holder
+from svc.lock import hold_lock, is_locked, lock_holder, locked_file
 
 HOLDER = """
 import sys, time
@@ -98,3 +98,20 @@ def test_asking_who_holds_it_never_gets_in_the_way(tmp_path: Path) -> None:
                     pass
         finally:
             process.kill()
+
+
+def test_a_child_that_inherits_the_locked_file_keeps_the_lock(tmp_path: Path) -> None:
+    path = tmp_path / "lock"
+    with locked_file(path) as file:
+        child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"], pass_fds=[file.fileno()])
+    try:
+        assert is_locked(path)
+    finally:
+        child.kill()
+        child.wait()
+    assert not is_locked(path)
+
+
+def test_a_file_is_locked_once(tmp_path: Path) -> None:
+    with locked_file(tmp_path / "lock"), pytest.raises(BlockingIOError), locked_file(tmp_path / "lock"):
+        pass

@@ -1,6 +1,7 @@
 """What we ask an engine over HTTP: log-probabilities, tokens, health, and its development endpoints.
 
-Separate from the gateway's data plane, so that a reload never queues behind streams. Knows nothing of versions.
+Clients' requests go over connections of their own, so that a reload never queues behind streams. Knows nothing of
+versions.
 """
 
 import asyncio
@@ -23,7 +24,9 @@ from svc.errors import EngineError
 
 _RESET_PAUSE_S = 0.05
 _CONNECTIONS = 100  # at once; further requests wait
-_TIMEOUT = httpx.Timeout(300.0, connect=5.0)  # a reload reads the whole file of weights
+_CONNECT_TIMEOUT_S = 5.0
+"""A local socket answers at once or not at all."""
+_TIMEOUT = httpx.Timeout(300.0, connect=_CONNECT_TIMEOUT_S)  # a reload reads the whole file of weights
 ENDED = "stop"
 """Finish reason of an answer that the model ended: with a token, because no stop strings are sent."""
 
@@ -54,6 +57,18 @@ def socket_transport(socket: Path, *, max_connections: int | None) -> httpx.Asyn
     limits = httpx.Limits(max_connections=max_connections, max_keepalive_connections=0)
     no_tls = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)  # without one, certificates are read that nobody needs: 30 ms
     return httpx.AsyncHTTPTransport(uds=str(socket), limits=limits, verify=no_tls)
+
+
+def data_client(socket: Path, *, silence_s: float) -> httpx.AsyncClient:
+    """For the requests of clients: as many connections as requests. How many may run is for the gateway to say.
+
+    Args:
+        socket: the engine's unix socket.
+        silence_s: longest wait for the next bytes, seconds.
+    """
+    transport = socket_transport(socket, max_connections=None)
+    timeout = httpx.Timeout(silence_s, connect=_CONNECT_TIMEOUT_S, pool=None)
+    return httpx.AsyncClient(transport=transport, base_url="http://engine", timeout=timeout, trust_env=False)
 
 
 class EngineClient:

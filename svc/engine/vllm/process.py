@@ -1,6 +1,6 @@
-"""The life of one vLLM process on this machine: started or taken over, ready, ended, and never forgotten.
+"""The life of one vLLM process on this machine: started or adopted, ready, ended, and never forgotten.
 
-An engine outlives a server that is killed. The next one finds it in its folder, and takes it over or ends it. Does not
+An engine outlives a server that is killed. The next one finds it in its folder, and adopts it or ends it. Does not
 restart anything: that is the supervisor's decision.
 """
 
@@ -15,7 +15,7 @@ from dataclasses import replace
 import psutil
 
 from svc.engine.orphans import EngineRecord, end_engine, find_engine, locked, read_record, runs, start_of, write_record
-from svc.engine.vllm.client import EngineClient
+from svc.engine.vllm.client import EngineClient, data_client
 from svc.engine.vllm.launch import EngineSpec, command, environment, launch_digest
 from svc.engine.vllm.plan import EnginePlan
 from svc.engine.vllm.startup_phase import EnginePhase, PhaseReader
@@ -29,11 +29,17 @@ class EngineProcess:
 
     Args:
         spec: what to start; its runtime folder must be private to this user.
+        silence_s: longest silence within a client's request, seconds.
+
+    Attributes:
+        client: for what we ask it ourselves.
+        http: for the requests of clients.
     """
 
-    def __init__(self, spec: EngineSpec) -> None:
+    def __init__(self, spec: EngineSpec, *, silence_s: float = 600.0) -> None:
         self.spec = spec
         self.client = EngineClient.over_socket(spec.socket, spec.served_name)
+        self.http = data_client(spec.socket, silence_s=silence_s)
         self.plan: EnginePlan | None = None
         self._child: subprocess.Popen[bytes] | None = None
         self._process: psutil.Process | None = None
@@ -107,7 +113,7 @@ class EngineProcess:
             write_record(self.spec.state, replace(record, holds=holds))
 
     async def wait(self) -> int | None:
-        """Returns the exit code when the server has ended: 0 when it was never started, None of one taken over."""
+        """Returns the exit code when the server has ended: 0 when it was never started, None of one adopted."""
         while self._process is not None and runs(self._process):
             await asyncio.sleep(_POLL_S)
         if self._child is None:
@@ -118,7 +124,7 @@ class EngineProcess:
         """Ends the server and all its processes: first asked, then killed."""
         if self._child or self._process or read_record(self.spec.state):
             await asyncio.shield(asyncio.to_thread(self._end))
-        await self.client.close()
+        await self._close()
         self._remove_sockets()
 
     def _remove_sockets(self) -> None:
@@ -137,7 +143,10 @@ class EngineProcess:
         if self._child:
             self._child.returncode = 0  # tells Python that nobody waits for it
         self._child = self._process = None
-        await self.client.close()
+        await self._close()
+
+    async def _close(self) -> None:
+        await asyncio.gather(self.client.close(), self.http.aclose())
 
     async def _ready(self, on_phase: Callable[[EnginePhase], None]) -> None:
         assert self._child is not None  # noqa: S101 - it was spawned just now

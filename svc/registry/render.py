@@ -9,18 +9,18 @@ from svc.registry.manifest import FormatRecord, Manifest
 from svc.terminal import output
 
 
-def print_card(manifest: Manifest, folder: Path) -> None:
-    """Prints the card to stdout."""
+def print_version(manifest: Manifest, folder: Path) -> None:
+    """Prints it to stdout."""
     base, data = manifest.base, manifest.data
     output.print(f"[bold]{manifest.id}[/bold]  {folder}")
     output.print(
         f"base {base.origin} (licence: {base.licence or 'unknown'}), trained on {data.train_examples} examples"
     )
     output.print(f"judged by {manifest.base_evaluation.examples} of {data.heldout_examples} held-out examples\n")
-    output.print(figures(manifest))
+    output.print(evaluation_table(manifest))
 
 
-def figures(manifest: Manifest) -> Table:
+def evaluation_table(manifest: Manifest) -> Table:
     """The table of base, merged and GPTQ: quality with 95 % intervals, size, load time, speed."""
     table = Table("", "exact match", "valid JSON", "NLL / token", "size", "load", "tokens/s", box=None)
     table.add_row("base", *_quality(manifest.base_evaluation), "", "", "")
