@@ -71,7 +71,7 @@ def main() -> None:
     """Runs the demo, or with `--serve` the server alone."""
     started = time.monotonic()
     stay = "--serve" in sys.argv[1:]
-    end_leftover_server()
+    end_orphaned_server()
     if FINISHED.exists() and not stay:
         shutil.rmtree(HOME)
     summary = Summary()
@@ -95,7 +95,7 @@ def main() -> None:
     FINISHED.touch()
 
 
-def end_leftover_server() -> None:
+def end_orphaned_server() -> None:
     """Ends the server of an earlier demo that was killed, or of `make serve`: it holds the home and the port."""
     holder = lock_holder(HOME / LOCK_FILE)
     if holder:
@@ -160,7 +160,8 @@ def promote_and_roll_back(url: str, prompts: list[list[dict[str, str]]], summary
             swap = svc_json(HOME, *command)
             summary.add(
                 " ".join(command),
-                f"admission closed {swap['seconds']:.2f} s, {swap['running']} requests in flight, {swap['held']} held",
+                f"admission closed {swap['queued_s']:.2f} s, {swap['running']} requests in flight, "
+                f"{swap['queued']} queued",
             )
             load.wait_for(2 * STREAMS)
     report_load(load, summary, {f"{NAME}@1", f"{NAME}@2"})

@@ -1,4 +1,4 @@
-"""Admission between HTTP and the engines: counts what runs, and holds what comes while no engine may take it.
+"""Admission between HTTP and the engines: counts what runs, and queues what comes while no engine may take it.
 
 A swap in place of the only engine closes admission, waits until the running requests are done, changes the weights and
 opens again. Requests that come meanwhile wait, in arrival order, and none of them sees more than one version. The queue
@@ -18,7 +18,7 @@ from svc.errors import SvcError
 
 OVERLOADED_RETRY_S = 1
 """Running requests end all the time."""
-HELD_RETRY_S = 2
+QUEUED_RETRY_S = 2
 """A swap in place takes one to two seconds once the running requests are done."""
 ENGINE_RETRY_S = 20
 """An engine start takes about 40 s; an OpenAI client that retries twice spans it."""
@@ -31,7 +31,7 @@ class AdmissionError(SvcError):
         retry_after_s: what the client is told to wait, seconds; below 120, because OpenAI clients ignore more.
     """
 
-    retry_after_s: int = HELD_RETRY_S
+    retry_after_s: int = QUEUED_RETRY_S
 
 
 class OverloadedError(AdmissionError):
@@ -40,12 +40,12 @@ class OverloadedError(AdmissionError):
     retry_after_s = OVERLOADED_RETRY_S
 
 
-class HoldOverflowError(AdmissionError):
-    """The queue of held requests is full."""
+class QueueOverflowError(AdmissionError):
+    """The queue is full."""
 
 
-class HoldTimeoutError(AdmissionError):
-    """A held request waited as long as it may."""
+class QueueTimeoutError(AdmissionError):
+    """A queued request waited as long as it may."""
 
 
 class EngineUnavailableError(AdmissionError):
@@ -63,23 +63,23 @@ class Admission:
 
     Three facts decide: admission is closed (a swap), the engine is unavailable (starting, failed), or all places are
     taken. Closed admission outranks an unavailable engine, so that a swap which has to restart the engine keeps the
-    requests it holds. Starts unavailable.
+    requests that it queued. Starts unavailable.
 
     Args:
         max_running: requests in the engine at once.
-        max_held: requests that wait while admission is closed.
-        hold_timeout_s: longest wait of one request, seconds.
+        max_queued: requests that wait while admission is closed.
+        queue_timeout_s: longest wait of one request, seconds.
     """
 
     _STARTING: ClassVar[str] = "the engine is starting"
 
-    def __init__(self, *, max_running: int, max_held: int, hold_timeout_s: float) -> None:
+    def __init__(self, *, max_running: int, max_queued: int, queue_timeout_s: float) -> None:
         self._max_running = max_running
-        self._max_held = max_held
-        self._hold_timeout_s = hold_timeout_s
+        self._max_queued = max_queued
+        self._queue_timeout_s = queue_timeout_s
         self._running = 0
         self._reading = 0
-        self._most_held = 0
+        self._most_queued = 0
         self._waiting: deque[asyncio.Future[None]] = deque()
         self._closed = False
         self._unavailable: str | None = self._STARTING
@@ -93,14 +93,14 @@ class Admission:
         return self._running
 
     @property
-    def held(self) -> int:
+    def queued(self) -> int:
         """Requests that wait."""
         return len(self._waiting)
 
     @property
-    def most_held(self) -> int:
+    def most_queued(self) -> int:
         """Most requests that waited at once, since admission was closed last."""
-        return self._most_held
+        return self._most_queued
 
     @property
     def unavailable_reason(self) -> str | None:
@@ -114,7 +114,7 @@ class Admission:
         Raises:
             OverloadedError: so many come in already; their bodies take memory, and may never end.
         """
-        if self._reading >= self._max_running + self._max_held:
+        if self._reading >= self._max_running + self._max_queued:
             raise OverloadedError(f"{self._reading} requests are being sent", todo="send the request again later")
         self._reading += 1
         try:
@@ -127,8 +127,8 @@ class Admission:
         """Waits for a place in the engine and holds it for the body.
 
         Raises:
-            EngineUnavailableError, OverloadedError, HoldOverflowError: refused at once.
-            HoldTimeoutError: refused after `hold_timeout_s`.
+            EngineUnavailableError, OverloadedError, QueueOverflowError: refused at once.
+            QueueTimeoutError: refused after `queue_timeout_s`.
         """
         if self._closed:
             await self._wait()
@@ -156,7 +156,7 @@ class Admission:
         """
         await self._wait_for_quiet(patience_s)
         if self._background_slot is not None:
-            raise RuntimeError("a question of the server's own runs already")
+            raise RuntimeError("a background request runs already")
         try:
             async with asyncio.timeout(None) as self._background_slot:
                 self._show()
@@ -171,14 +171,14 @@ class Admission:
 
     @asynccontextmanager
     async def closed(self) -> AsyncIterator[None]:
-        """Holds new requests for the body; opens again whatever happens in it.
+        """Queues new requests for the body; opens again whatever happens in it.
 
         Raises:
             RuntimeError: admission is closed already; swaps come one at a time.
         """
         if self._closed:
             raise RuntimeError("admission is closed already")
-        self._closed, self._most_held = True, 0
+        self._closed, self._most_queued = True, 0
         self.end_background_slot()
         self._show()
         try:
@@ -243,17 +243,17 @@ class Admission:
 
     async def _wait(self) -> None:
         """Returns with a place taken."""
-        if len(self._waiting) >= self._max_held:
-            raise HoldOverflowError(
+        if len(self._waiting) >= self._max_queued:
+            raise QueueOverflowError(
                 f"{len(self._waiting)} requests wait for a change of version, as many as may wait",
                 todo="send the request again in a moment",
             )
         loop = asyncio.get_running_loop()
         place: asyncio.Future[None] = loop.create_future()
         self._waiting.append(place)
-        self._most_held = max(self._most_held, len(self._waiting))
+        self._most_queued = max(self._most_queued, len(self._waiting))
         # The timer settles the future itself: with asyncio.timeout a place given in the same tick would be lost.
-        timer = loop.call_later(self._hold_timeout_s, self._expire, place)
+        timer = loop.call_later(self._queue_timeout_s, self._expire, place)
         try:
             await place
         except asyncio.CancelledError:
@@ -269,8 +269,8 @@ class Admission:
         if not place.done():
             self._waiting.remove(place)
             place.set_exception(
-                HoldTimeoutError(
-                    f"waited {self._hold_timeout_s:g} s for a change of version", todo="send the request again"
+                QueueTimeoutError(
+                    f"waited {self._queue_timeout_s:g} s for a change of version", todo="send the request again"
                 )
             )
 

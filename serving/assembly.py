@@ -45,7 +45,7 @@ class Parts:
     """What of a server runs, or is to be ended."""
 
     app: FastAPI
-    records: RequestLog
+    request_log: RequestLog
     pool: EnginePool
     reconciler: Reconciler
     alias: ProductionAlias
@@ -90,7 +90,7 @@ class _Assembly:
         self._collector = CollectorRegistry()
         self._metrics = GatewayMetrics(self._collector, exemplars=limits.exemplars)
         self._admission = Admission(
-            max_running=limits.max_running, max_held=limits.max_held, hold_timeout_s=limits.hold_timeout_s
+            max_running=limits.max_running, max_queued=limits.max_queued, queue_timeout_s=limits.queue_timeout_s
         )
         self._routes = Routes(desired.name)
         self._verification = Verification(registry, store, partial(engine_facts, settings.engine, capabilities))
@@ -100,15 +100,15 @@ class _Assembly:
     def parts(self) -> Parts:
         """Everything, put together."""
         store, metrics = self._store, self._metrics
-        records = RequestLog(
-            store, self._settings.records, on_stored=metrics.records_stored, on_dropped=metrics.records_dropped
+        request_log = RequestLog(
+            store, self._settings.request_log, on_stored=metrics.rows_stored, on_dropped=metrics.rows_dropped
         )
         alias = ProductionAlias(self._registry.tracking)
         reconciler = self._reconciler(alias)
         holdout, scores = self._background()
         status = ServerStatus(store, reconciler, self._pool, self._admission, holdout)
-        app = self._app(records, status)
-        return Parts(app, records, self._pool, reconciler, alias, holdout, scores)
+        app = self._app(request_log, status)
+        return Parts(app, request_log, self._pool, reconciler, alias, holdout, scores)
 
     def _engine_pool(self, on_phase: Callable[[str], None]) -> EnginePool:
         def make(number: int, on_change: Callable[[Replica], None]) -> Replica:
@@ -166,11 +166,11 @@ class _Assembly:
             pool=pool,
             registry=self._registry,
             store=self._store,
-            per_hour=settings.holdout.scored_per_hour if settings.records.content_share else 0,
+            per_hour=settings.holdout.scored_per_hour if settings.request_log.content_share else 0,
         )
         return holdout, scores
 
-    def _app(self, records: RequestLog, status: ServerStatus) -> FastAPI:
+    def _app(self, request_log: RequestLog, status: ServerStatus) -> FastAPI:
         settings = self._settings
         add_machine_metrics(self._collector, settings.home, self._capabilities, settings.engine)
         engine_metrics = EngineMetrics(self._pool.sources)
@@ -180,10 +180,10 @@ class _Assembly:
             admission=self._admission,
             routes=self._routes,
             metrics=self._metrics,
-            records=records,
+            request_log=request_log,
             settings=settings.serve,
         )
-        feedback = FeedbackIntake(self._store, records, self._metrics.feedback_given)
+        feedback = FeedbackIntake(self._store, request_log, self._metrics.feedback_given)
         return build_app(gateway, feedback=feedback, engine_metrics=engine_metrics, status=status.read)
 
 

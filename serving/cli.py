@@ -4,7 +4,7 @@ import asyncio
 import logging
 import sys
 from contextlib import ExitStack
-from typing import Any
+from dataclasses import asdict
 
 import click
 
@@ -13,7 +13,7 @@ from svc.errors import BusyError, NotFoundError, RefusedError
 from svc.invocation import json_option, settings_of
 from svc.registry.registry import Registry
 from svc.store.desired import Desired
-from svc.store.swaps import SwapOutcome, SwapRecord
+from svc.store.swaps import SwapOutcome, SwapResult
 from svc.version import Format, Target, VersionId
 
 _format_option = click.option(
@@ -115,46 +115,38 @@ def _change(promotion: Promotion, current: Desired, target: Target, as_json: boo
         else:
             click.echo(f"{target} serves already")
         return
-    swap = promotion.change(current, target, on_step=lambda step: click.echo(f"  {step}", err=True))
+    steps: list[str] = []
+
+    def show(step: str) -> None:
+        click.echo(f"  {step}", err=True)
+        steps.append(step)
+
+    result = promotion.change(current, target, on_step=show)
     if as_json:
         from svc.terminal import print_json
 
-        print_json(_machine(swap))
-    if swap.outcome is not SwapOutcome.SUCCEEDED:
+        print_json({"target": str(target), **asdict(result), "steps": steps})
+    if result.outcome is not SwapOutcome.SUCCEEDED:
         raise RefusedError(
-            f"{target} was not promoted ({swap.outcome}), {_left(swap.outcome, current)}\n  why: {swap.reason}"
+            f"{target} was not promoted ({result.outcome}), {_left(result.outcome, current)}\n  why: {result.reason}"
         )
     if not as_json:
         click.secho(f"{target} serves", fg="green")
-        if swap.kind is not None and swap.took_s is not None:
-            click.echo(f"  {swap.kind} swap in {swap.took_s:.1f} s; {_waits(swap)}")
+        if result.kind is not None and result.took_s is not None:
+            click.echo(f"  {result.kind} swap in {result.took_s:.1f} s; {_waits(result)}")
 
 
-def _left(outcome: SwapOutcome | None, current: Desired) -> str:
+def _left(outcome: SwapOutcome, current: Desired) -> str:
     """What a promotion that was not completed leaves behind."""
     if outcome is SwapOutcome.FAILED:
         return f"and the engine had to be replaced; `svc status` shows whether {current.target} serves again"
     return f"{current.target} serves"
 
 
-def _waits(swap: SwapRecord) -> str:
-    if swap.seconds is None:
-        return f"no request had to wait, {swap.running} were running"
-    return f"requests were held for {swap.seconds:.2f} s, {swap.held} of them; {swap.running} were running"
-
-
-def _machine(swap: SwapRecord) -> dict[str, Any]:
-    return {
-        "target": str(swap.target),
-        "outcome": swap.outcome,
-        "reason": swap.reason,
-        "kind": swap.kind,
-        "took_s": swap.took_s,
-        "seconds": swap.seconds,
-        "running": swap.running,
-        "held": swap.held,
-        "steps": swap.steps,
-    }
+def _waits(result: SwapResult) -> str:
+    if result.queued_s is None:
+        return f"no request had to wait, {result.running} were running"
+    return f"requests were queued for {result.queued_s:.2f} s, {result.queued} of them; {result.running} were running"
 
 
 @click.command()

@@ -1,7 +1,7 @@
 """What a client's model name means at this moment.
 
 Knows which versions are loaded, and nothing of how they got there. A name is resolved after admission, so that a
-request which was held through a swap gets the new version.
+request which was queued through a swap gets the new version.
 """
 
 import time

@@ -127,7 +127,7 @@ class _Server:
     async def run(self, listener: socket.socket, on_ready: Callable[[Target], None]) -> None:
         """Answers from the first moment, with 503 until the engine has started; returns when it was told to stop."""
         parts = self._parts
-        parts.records.start()
+        parts.request_log.start()
         self._http = http = _Uvicorn(
             uvicorn.Config(
                 parts.app,
@@ -155,7 +155,7 @@ class _Server:
             try:
                 await parts.pool.stop(leave=self._leave)
             finally:
-                await asyncio.to_thread(parts.records.close)
+                await asyncio.to_thread(parts.request_log.close)
         for task in done:
             task.result()
 

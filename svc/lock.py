@@ -11,7 +11,7 @@ from typing import IO, Any
 
 from svc.errors import BusyError
 
-_LOOK_S = 0.2
+_LOOK_S = 0.5
 _PAUSE_S = 0.01
 
 

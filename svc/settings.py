@@ -20,6 +20,13 @@ from svc.errors import SettingsError
 from svc.yaml_text import parse_yaml
 
 ENV_PREFIX = "SVC_"
+RENAMED = {
+    "serve.max_held": "serve.max_queued",
+    "serve.hold_timeout_s": "serve.queue_timeout_s",
+    "records": "request_log",
+    "holdout.questions_per_minute": "holdout.requests_per_minute",
+}
+"""Settings and sections by the names that an earlier release had for them."""
 DEFAULT_FILE = Path("svc.yaml")
 
 
@@ -97,8 +104,8 @@ class ServeSettings(_Section):
     port: int = Field(8000, ge=0, le=65535, description="port to listen on")
     max_body_bytes: int = Field(4 * 2**20, ge=1024, description="largest request body, bytes")
     max_running: int = Field(256, ge=1, description="requests in the engine at once; one more is answered 429")
-    max_held: int = Field(256, ge=0, description="requests that wait during a swap; one more is answered 503")
-    hold_timeout_s: float = Field(60.0, gt=0, description="longest wait of a held request, seconds")
+    max_queued: int = Field(256, ge=0, description="requests that wait during a swap; one more is answered 503")
+    queue_timeout_s: float = Field(60.0, gt=0, description="longest wait of a queued request, seconds")
     drain_timeout_s: float = Field(
         30.0, gt=0, description="longest wait for running requests before a reload, seconds; then blue-green"
     )
@@ -123,7 +130,7 @@ def _pattern(text: str) -> str:
 Pattern = Annotated[str, AfterValidator(_pattern)]
 
 
-class RecordSettings(_Section):
+class RequestLogSettings(_Section):
     """What is kept of each request: figures always; prompts and answers only for the share that is asked for."""
 
     max_age_days: float = Field(30.0, gt=0, le=36_500, description="older requests are forgotten, with their feedback")
@@ -145,9 +152,9 @@ class HoldoutSettings(_Section):
     """
 
     every_hours: float = Field(6.0, ge=0, description="time from one run of the held-out set to the next; 0: no runs")
-    questions_per_minute: float = Field(60.0, gt=0, description="fastest pace, held-out examples and scores together")
+    requests_per_minute: float = Field(60.0, gt=0, description="fastest pace, held-out examples and scores together")
     patience_s: float = Field(
-        30.0, ge=0, description="a question waits so long for a moment without requests, then runs beside them, seconds"
+        30.0, ge=0, description="one waits so long for a moment without other requests, then runs beside them, seconds"
     )
     scored_per_hour: int = Field(200, ge=0, description="live answers that are scored, the newest first; 0: none")
 
@@ -180,7 +187,7 @@ class Settings(BaseSettings):
     tracking_uri: str = Field("", description="MLflow tracking server; default: SQLite under home")
     engine: EngineSettings = EngineSettings()
     serve: ServeSettings = ServeSettings()
-    records: RecordSettings = RecordSettings()
+    request_log: RequestLogSettings = RequestLogSettings()
     holdout: HoldoutSettings = HoldoutSettings()
     monitor: MonitorSettings = MonitorSettings()
 
@@ -214,6 +221,8 @@ def load_settings(config: Path | None = None, **flags: Any) -> Settings:
     except ValidationError as error:
         first = error.errors()[0]
         key = ".".join(str(part) for part in first["loc"])
+        if key in RENAMED:
+            raise SettingsError(f"there is no setting {key!r}", todo=f"call it {RENAMED[key]!r}") from error
         raise SettingsError(
             f"setting {key!r} is {first['input']!r}: {first['msg']}",
             todo="see docs/configuration.md for every setting and its type",
@@ -263,12 +272,17 @@ def setting_keys() -> list[str]:
 
 def _check_environment() -> None:
     """pydantic-settings ignores variables that it does not know; a misspelt one must not pass."""
-    known = {ENV_PREFIX + key.upper().replace(".", "__") for key in setting_keys()}
-    known |= {ENV_PREFIX + name.upper() for name in Settings.model_fields}
+    known = {_variable(key) for key in [*setting_keys(), *Settings.model_fields]}
     for name in os.environ:
         if name.startswith(ENV_PREFIX) and name.upper() not in known:
+            now = [name.upper().replace(_variable(old), _variable(new), 1) for old, new in RENAMED.items()]
+            found = next((variable for variable in now if variable in known), None)
             raise SettingsError(
                 f"environment variable {name} names no setting",
-                expected=f"one of {', '.join(sorted(known))}",
-                todo=f"unset {name} or correct its name",
+                expected="" if found else f"one of {', '.join(sorted(known))}",
+                todo=f"call it {found}" if found else f"unset {name} or correct its name",
             )
+
+
+def _variable(key: str) -> str:
+    return ENV_PREFIX + key.upper().replace(".", "__")

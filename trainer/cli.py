@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 @click.command()
 @click.argument("recipe", type=click.Path(path_type=Path))
 @click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Change a recipe's key: train.epochs=2.")
-@click.option("--quick", is_flag=True, help="First prove the set-up: a tenth of the data, one epoch, -> NAME-quick.")
+@click.option("--quick", is_flag=True, help="First try the set-up: a tenth of the data, one epoch, -> NAME-quick.")
 @click.option("--skip-bad", is_flag=True, help="Leave out lines that cannot be trained on, and keep them in a folder.")
 @json_option
 @click.pass_context

@@ -29,7 +29,7 @@ _ROUNDING = 1e-9  # 0.745 - 0.695 is a little more than 0.05 to a computer
 
 
 class Qualified(BaseModel):
-    """A format that was proven on the engine; the fields are those of the manifest's FormatRecord.
+    """A format that was verified on the engine; the fields are those of the manifest's FormatRecord.
 
     Attributes:
         results: the answers behind the evaluation; none in a run that an older release began.

@@ -129,7 +129,7 @@ def _process() -> list[PanelBuilder]:
 
 def _disk() -> list[PanelBuilder]:
     free = "svc_home_free_bytes / svc_home_size_bytes"
-    dropped = total("svc_request_records_dropped_total", "reason")
+    dropped = total("svc_request_log_dropped_total", "reason")
     return [
         number("Up since", "When the server started.", "dateTimeFromNow", _STARTED),
         number(
@@ -150,7 +150,7 @@ def _disk() -> list[PanelBuilder]:
             "Records of requests",
             "Records a second that were stored, one for each request.",
             "none",
-            Query(rate("svc_request_records_total"), "stored"),
+            Query(rate("svc_request_log_rows_total"), "stored"),
             span=4,
         ),
         chart(

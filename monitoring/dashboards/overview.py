@@ -12,7 +12,7 @@ AVAILABILITY_OBJECTIVE: Final = 0.999
 """Share of requests that do not fail by a fault of the server; the alerts hold it too (deploy/prometheus/rules)."""
 FIRST_TOKEN_OBJECTIVE: Final = 0.99
 """Share of streamed answers whose first token comes within 2 s; the alerts hold it too."""
-SERVER_FAULTS: Final = "overloaded|held_.*|engine_.*|internal_error"
+SERVER_FAULTS: Final = "overloaded|queue_.*|engine_.*|internal_error"
 """Reasons of `svc_request_errors_total` that are the server's; the others are the client's."""
 
 _FAULTS: Final = f'svc_request_errors_total{{reason=~"{SERVER_FAULTS}"}}'
@@ -127,11 +127,11 @@ def _traffic() -> list[PanelBuilder]:
             Query(rate(tokens, "model", "version", "direction"), f"{VERSION} {{{{direction}}}}"),
         ),
         chart(
-            "Requests running and held",
+            "Requests running and queued",
             "Requests in the engine, and requests that wait for a change of version.",
             "none",
             Query("svc_requests_running", "running"),
-            Query("svc_requests_held", "held"),
+            Query("svc_requests_queued", "queued"),
         ),
     ]
 
@@ -168,7 +168,7 @@ def _latency() -> list[PanelBuilder]:
 
 def _versions() -> list[PanelBuilder]:
     shown = {0: "no", 1: "yes"}
-    held = quantile_since_start(0.95, "svc_swap_duration_seconds", "outcome")
+    waits = quantile_since_start(0.95, "svc_swap_duration_seconds", "outcome")
     feedback = total(f"svc_feedback_total{MODEL}", "model", "version", "rating")
     versions = Query(total(f"svc_model_version_info{MODEL}", "model", "version", "format"), f"{VERSION} {{{{format}}}}")
     return [
@@ -188,16 +188,16 @@ def _versions() -> list[PanelBuilder]:
         ),
         chart(
             "Time of a swap",
-            "How long requests were held in 95 of 100 changes of version since the server started.",
+            "How long requests had to wait in 95 of 100 changes of version since the server started.",
             "s",
-            Query(held, "{{outcome}}"),
+            Query(waits, "{{outcome}}"),
             limits=Limits(warning=10, bad=60),
         ),
         chart(
-            "Requests held by a swap",
+            "Requests queued by a swap",
             "How many requests waited at the end of 95 of 100 changes of version since the server started.",
             "none",
-            Query(quantile_since_start(0.95, "svc_swap_held_requests"), "held"),
+            Query(quantile_since_start(0.95, "svc_swap_queued_requests"), "queued"),
             limits=Limits(warning=64, bad=256),
         ),
         chart(

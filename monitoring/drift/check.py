@@ -29,7 +29,7 @@ from monitoring.drift.streams import (
 from monitoring.drift.two_sample.alpha_spending import BURST, REQUESTS_PER_DAY, Signal
 from svc.redaction import Redactor
 from svc.registry.registry import Registry
-from svc.settings import RecordSettings
+from svc.settings import RequestLogSettings
 from svc.store.answered import content_is_kept
 from svc.store.drift import DriftAlarm, DriftState, keep_drift, read_drift_alarms, read_drift_states
 from svc.version import Target
@@ -55,7 +55,7 @@ class DriftCheck:
         self,
         registry: Registry,
         store: Store,
-        settings: RecordSettings,
+        settings: RequestLogSettings,
         *,
         clock: Callable[[], datetime] = lambda: datetime.now(UTC),
     ) -> None:

@@ -40,7 +40,7 @@ def drift(ctx: click.Context, model: str, as_json: bool) -> None:
     target = _target(registry, store, model)
     try:
         with hold_lock(settings.home / LOCK_FILE, "the check for drift"), waiting("looking at new requests"):
-            DriftCheck(registry, store, settings.records).run(target)
+            DriftCheck(registry, store, settings.request_log).run(target)
     except BusyError:
         console.print("svc monitor is checking just now: this is what the last check saw")
     reports, quality = read_drift(registry, store, target)

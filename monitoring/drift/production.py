@@ -44,7 +44,7 @@ class ProductionChecks:
     def __init__(self, settings: Settings) -> None:
         self._lock = settings.home / LOCK_FILE
         self._store = open_database(settings.home)
-        self._check = DriftCheck(Registry.of(settings), self._store, settings.records)
+        self._check = DriftCheck(Registry.of(settings), self._store, settings.request_log)
 
     def __call__(self) -> None:
         """One check of each; what is wrong with one keeps no other from being checked."""

@@ -146,7 +146,7 @@ class PromptStream:
         if self.reference is None:
             return self.held.missing
         if self.content_kept is False:
-            return "no prompts are kept: set records.content_share, and start the server again"
+            return "no prompts are kept: set request_log.content_share, and start the server again"
         return ""
 
     @property

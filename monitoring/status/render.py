@@ -29,7 +29,7 @@ def status_screen(look: Look, rates: Mapping[str, Rate] | None = None, *, verbos
         Text.assemble(
             "engine ",
             (engine["state"], "green" if engine["state"] == "ready" else "red"),
-            f", {engine['restarts']} restarts; {requests['running']} requests running, {requests['held']} held",
+            f", {engine['restarts']} restarts; {requests['running']} requests running, {requests['queued']} queued",
         ),
     ]
     if len(state["engines"]) > 1:
@@ -77,8 +77,8 @@ def _swap(swap: Mapping[str, Any]) -> str:
     text = f"last swap: to {swap['to']}, {swap['outcome'] or 'under way'}, {swap['started_at']}"
     if swap["kind"] is not None:
         text += f", {swap['kind']} in {swap['took_s']:.1f} s, {swap['running']} running"
-    if swap["seconds"] is not None:
-        text += f", {swap['held']} held for {swap['seconds']:.2f} s"
+    if swap["queued_s"] is not None:
+        text += f", {swap['queued']} queued for {swap['queued_s']:.2f} s"
     return text
 
 

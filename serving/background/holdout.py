@@ -227,7 +227,7 @@ class HoldoutRuns:
         self._progress = _Progress(0, len(asked.examples))
         try:
             for place, example in asked.examples.items():
-                results[place] = await self._scheduler.ask(load, _question(example, asked.max_tokens))
+                results[place] = await self._scheduler.ask(load, _request(example, asked.max_tokens))
                 self._progress.asked += 1
         finally:
             self._progress = None
@@ -240,5 +240,5 @@ def _evenly(total: int, most: int) -> list[int]:
     return [(2 * at + 1) * total // (2 * count) for at in range(count)]
 
 
-def _question(example: ChatExample, max_tokens: int) -> Callable[[EngineClient], Awaitable[ExampleResult]]:
+def _request(example: ChatExample, max_tokens: int) -> Callable[[EngineClient], Awaitable[ExampleResult]]:
     return lambda client: ask_example(client, example, max_tokens=max_tokens)

@@ -1,4 +1,4 @@
-"""The server's own requests to its engine: one at a time, slowly, and behind the requests of clients.
+"""Background requests, the server's own, to its engine: one at a time, slowly, and behind the requests of clients.
 
 They go straight to the engine's socket and not through the gateway, so that nothing of them is in the rows and metrics
 of requests; vLLM's own metrics and log have them. What is asked, and what the answers are for, others know.
@@ -29,13 +29,13 @@ ID_PREFIX = "holdout-"
 _POLL_S = 1.0
 _MOST_DEATHS = 3
 _DEATHS_WITHIN_S = 24 * 3600.0
-"""An engine may die while a question runs for any reason. Three times in a day are no accident that clients should pay
-for: a question that kills is put to each new engine again, within minutes."""
+"""An engine may die during a background request for any reason. Three times in a day are no accident that clients
+should pay for: a request that kills is sent to each new engine again, within minutes."""
 _WITH_ENGINE = {EngineState.READY, EngineState.DRAINING, EngineState.SWAPPING}
 
 
 class SupersededError(Exception):
-    """The engine was loaded again since the question was put, or takes none any more."""
+    """The engine was loaded again since the request was sent, or takes none any more."""
 
 
 def unfit_engine(capabilities: Capabilities, settings: EngineSettings) -> str | None:
@@ -61,15 +61,15 @@ class BackgroundScheduler:
         self._deaths: deque[float] = deque(maxlen=_MOST_DEATHS)
         self.off = off
 
-    async def ask(self, load: Load, question: Callable[[EngineClient], Awaitable[Result]]) -> Result:
+    async def ask(self, load: Load, send: Callable[[EngineClient], Awaitable[Result]]) -> Result:
         """Asks when it is its turn; again, where it was cut off and the engine still holds what it held.
 
         Args:
             load: what the engine must hold.
-            question: what to ask it.
+            send: sends the request and reads the answer.
 
         Raises:
-            SupersededError: the engine was loaded again since, or killed too often by questions.
+            SupersededError: the engine was loaded again since, or killed too often by such requests.
             EngineError: the engine refused, or did not answer and lives.
         """
         async with self._turn:
@@ -80,10 +80,10 @@ class BackgroundScheduler:
                         primary = self._pool.primary
                         if primary is None or primary.load != load or self.off:
                             raise SupersededError
-                        self._next_at = time.monotonic() + 60 / self._settings.questions_per_minute
+                        self._next_at = time.monotonic() + 60 / self._settings.requests_per_minute
                         client = primary.client.with_ids(ID_PREFIX)
                         with primary.occupied():
-                            return await question(client)
+                            return await send(client)
                 except BackgroundSlotEndedError:
                     if self._admission.unavailable_reason is not None:  # and not for a swap
                         self._count_death()
@@ -111,7 +111,7 @@ class BackgroundScheduler:
         now = time.monotonic()
         self._deaths.append(now)
         recent = sum(now - at < _DEATHS_WITHIN_S for at in self._deaths)
-        log.warning("the engine died during a question of the server's own, %d of %d", recent, _MOST_DEATHS)
+        log.warning("the engine died during a background request, %d of %d", recent, _MOST_DEATHS)
         if recent >= _MOST_DEATHS:
             self.off = f"the engine died {recent} times in a day during such a request; see its log"
-            log.error("no more requests of the server's own: %s", self.off)
+            log.error("no more background requests: %s", self.off)

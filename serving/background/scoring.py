@@ -36,7 +36,7 @@ _PAUSE_S = 60.0
 """After a defect, and where nothing was found: to find nothing, all requests of the hour are looked at."""
 _OLDEST = timedelta(hours=1)
 _MOST_PASSED = 500
-"""Rows that were tried and have no score. The oldest of more may be tried again, which costs one question."""
+"""Rows that were tried and have no score. The oldest of more may be tried again, which costs one request."""
 
 
 class LiveScores:

@@ -14,7 +14,7 @@ from svc.server_url import server_url
 from svc.settings import Settings
 from svc.store.database import open_database
 from svc.store.desired import Desired, change_desired, read_desired
-from svc.store.swaps import SwapRecord, find_swap
+from svc.store.swaps import SwapResult, find_swap
 from svc.version import Target
 
 _POLL_S = 0.1
@@ -66,7 +66,7 @@ class Promotion:
         status = self._status()
         return bool((status["version"], status["format"]) == (str(target.version), target.format.value))
 
-    def change(self, seen: Desired, target: Target, on_step: Callable[[str], None]) -> SwapRecord:
+    def change(self, seen: Desired, target: Target, on_step: Callable[[str], None]) -> SwapResult:
         """Asks for a version, and returns when the server is done with it.
 
         Args:
@@ -84,8 +84,8 @@ class Promotion:
                 for step in swap.steps[told:]:
                     on_step(step)
                 told = len(swap.steps)
-                if swap.outcome:
-                    return swap
+                if swap.result:
+                    return swap.result
             else:
                 self._refuse_overtaken(wanted)
             self._refuse_without_server(wanted)

@@ -181,18 +181,18 @@ class Replica:
             await engine.adopt()
             await self.verify(target)
         except Exception:  # whatever is wrong with it, a new one may do better, or say what it is
-            log.warning("the engine of an earlier server cannot be taken over", exc_info=True)
+            log.warning("the engine of an earlier server cannot be adopted", exc_info=True)
             await self.stop()
             return False
         except BaseException:
             await self.stop()
             raise
-        log.info("replica %d: an engine that ran was taken over", self.replica)
+        log.info("replica %d: an engine that ran was adopted", self.replica)
         self.enter(EngineState.READY)
         return True
 
     def clear(self) -> None:
-        """From now on nobody knows what the engine holds; a later server would not take it over.
+        """From now on nobody knows what the engine holds; a later server would not adopt it.
 
         Raises:
             OSError: that cannot be written down.
@@ -223,7 +223,7 @@ class Replica:
         try:
             self._started.record(str(target))
         except OSError:  # it serves all the same
-            log.exception("replica %d: a later server cannot take it over", self.replica)
+            log.exception("replica %d: a later server cannot adopt it", self.replica)
         log.info("replica %d holds %s: %s", self.replica, target, found)
         return found
 
@@ -264,7 +264,7 @@ class Replica:
             self._engine = None
 
     async def leave(self) -> None:
-        """Lets the engine run without us: a server that starts later can take it over."""
+        """Lets the engine run without us: a server that starts later can adopt it."""
         if self._engine is not None:
             await self._engine.leave()
             self._engine = None

@@ -16,7 +16,7 @@ from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
 from starlette.responses import Response
 
-from serving.admission import EngineUnavailableError, HoldOverflowError, HoldTimeoutError, OverloadedError
+from serving.admission import EngineUnavailableError, OverloadedError, QueueOverflowError, QueueTimeoutError
 from serving.engines.transport import (
     ContextLengthError,
     EngineBusyError,
@@ -25,7 +25,7 @@ from serving.engines.transport import (
     EngineRefusedError,
     EngineSilentError,
 )
-from serving.http.feedback import RecordsBusyError, RequestNotFoundError
+from serving.http.feedback import RequestLogBusyError, RequestNotFoundError
 from serving.http.models import ModelNotDeletableError
 from serving.protocols import request
 from serving.protocols.error_code import ErrorCode
@@ -75,12 +75,12 @@ _SHAPES: dict[type[SvcError], tuple[int, ErrorCode]] = {
     request.BodyTimeoutError: (408, ErrorCode.BODY_TIMEOUT),
     request.MediaTypeError: (415, ErrorCode.UNSUPPORTED_MEDIA_TYPE),
     RequestNotFoundError: (404, ErrorCode.REQUEST_NOT_FOUND),
-    RecordsBusyError: (503, ErrorCode.RECORDS_BUSY),
+    RequestLogBusyError: (503, ErrorCode.REQUEST_LOG_BUSY),
     ModelNotFoundError: (404, ErrorCode.MODEL_NOT_FOUND),
     ModelNotDeletableError: (403, ErrorCode.MODEL_NOT_DELETABLE),
     OverloadedError: (429, ErrorCode.OVERLOADED),
-    HoldOverflowError: (503, ErrorCode.HELD_OVERFLOW),
-    HoldTimeoutError: (503, ErrorCode.HELD_TIMEOUT),
+    QueueOverflowError: (503, ErrorCode.QUEUE_OVERFLOW),
+    QueueTimeoutError: (503, ErrorCode.QUEUE_TIMEOUT),
     EngineUnavailableError: (503, ErrorCode.ENGINE_UNAVAILABLE),
     ContextLengthError: (400, ErrorCode.CONTEXT_LENGTH_EXCEEDED),
     EngineRefusedError: (400, ErrorCode.INVALID_REQUEST),

@@ -32,7 +32,7 @@ class RequestNotFoundError(NotFoundError):
     """A request id of which nothing is kept."""
 
 
-class RecordsBusyError(SvcError):
+class RequestLogBusyError(SvcError):
     """What is kept of requests is not up to date."""
 
     retry_after_s = 2
@@ -53,13 +53,15 @@ class FeedbackIntake:
     """Takes feedback and keeps it.
 
     Args:
-        records: where a request may still be on its way to the store.
+        request_log: where a request may still be on its way to the store.
         on_given: hears the first word on each request.
     """
 
-    def __init__(self, store: Store, records: RequestLog, on_given: Callable[[VersionId | None, Rating], None]) -> None:
+    def __init__(
+        self, store: Store, request_log: RequestLog, on_given: Callable[[VersionId | None, Rating], None]
+    ) -> None:
         self._store = store
-        self._records = records
+        self._request_log = request_log
         self._on_given = on_given
         # Of its own: /metrics must not wait behind feedback that waits for the store.
         self._threads = ThreadPoolExecutor(max_workers=2, thread_name_prefix="feedback")
@@ -69,7 +71,7 @@ class FeedbackIntake:
 
         Raises:
             RequestNotFoundError: nothing is kept of such a request.
-            RecordsBusyError: that cannot be said now.
+            RequestLogBusyError: that cannot be said now.
             InvalidJsonError, InvalidRequestError: the body is not what it must be.
         """
         try:
@@ -91,7 +93,7 @@ class FeedbackIntake:
         )
 
     def _keep(self, given: FeedbackRequest) -> KeptFeedback:
-        redactor = self._records.redactor
+        redactor = self._request_log.redactor
         feedback = Feedback(
             given.rating,
             redactor.text(given.label) if given.label else None,
@@ -99,8 +101,8 @@ class FeedbackIntake:
         )
         kept = keep_feedback(self._store, given.request_id, feedback)
         if kept is None:
-            if not self._records.flush(_FLUSH_S):
-                raise RecordsBusyError("the request may not be stored yet", todo="send the feedback again")
+            if not self._request_log.flush(_FLUSH_S):
+                raise RequestLogBusyError("the request may not be stored yet", todo="send the feedback again")
             kept = keep_feedback(self._store, given.request_id, feedback)
         if kept is None:
             raise RequestNotFoundError(

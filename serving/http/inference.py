@@ -45,7 +45,7 @@ class Gateway:
         admission: admits and holds requests.
         routes: knows what the engines call their model.
         metrics: counts.
-        records: keeps a row for each request.
+        request_log: keeps a row for each request.
         settings: the limits.
         clock: monotonic time, seconds.
     """
@@ -57,7 +57,7 @@ class Gateway:
         admission: Admission,
         routes: Routes,
         metrics: GatewayMetrics,
-        records: RequestLog,
+        request_log: RequestLog,
         settings: ServeSettings,
         clock: Callable[[], float] = time.perf_counter,
     ) -> None:
@@ -65,10 +65,10 @@ class Gateway:
         self.admission = admission
         self.routes = routes
         self.metrics = metrics
-        self.records = records
+        self.request_log = request_log
         self.settings = settings
         self.clock = clock
-        metrics.watch_admission(lambda: admission.running, lambda: admission.held)
+        metrics.watch_admission(lambda: admission.running, lambda: admission.queued)
 
     def endpoint(self, route: Route) -> ASGIApp:
         """The ASGI application for one path."""
@@ -124,7 +124,7 @@ class Exchange:
             self._started = self._clock()
             self._request = request = parse_request(body, self._route, engine_model=self._gateway.routes.name)
             del body
-            if self._gateway.records.wants_content():
+            if self._gateway.request_log.wants_content():
                 self._content = Content(self._route, request.payload)
             await while_connected(receive, self._answer(request))
         except ClientGoneError:
@@ -158,7 +158,7 @@ class Exchange:
             temperature=request.temperature if request else None,
             max_tokens=request.max_tokens if request else None,
         )
-        self._gateway.records.add(record, self._content if served else None)
+        self._gateway.request_log.add(record, self._content if served else None)
 
     async def _answer(self, request: CompletionRequest) -> None:
         gateway = self._gateway

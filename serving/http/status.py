@@ -2,7 +2,7 @@
 
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 from sqlalchemy import Engine as Store
@@ -11,7 +11,7 @@ from serving.admission import Admission
 from serving.background.holdout import HoldoutRuns
 from serving.engines.pool import EnginePool
 from serving.rollout.reconciler import Reconciler
-from svc.store.swaps import SwapRecord, find_swap
+from svc.store.swaps import SwapRecord, SwapResult, find_swap
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,7 +48,7 @@ class ServerStatus:
                 }
                 for engine in self.pool.all
             ],
-            "requests": {"running": self.admission.running, "held": self.admission.held},
+            "requests": {"running": self.admission.running, "queued": self.admission.queued},
             "holdout": self.holdout.status(actual),
             "last_swap": swap and _swap_row(swap),
             "pid": os.getpid(),
@@ -56,14 +56,5 @@ class ServerStatus:
 
 
 def _swap_row(swap: SwapRecord) -> dict[str, Any]:
-    return {
-        "to": str(swap.target),
-        "started_at": swap.started_at.isoformat(timespec="seconds"),
-        "outcome": swap.outcome and swap.outcome.value,
-        "reason": swap.reason,
-        "kind": swap.kind and swap.kind.value,
-        "took_s": swap.took_s,
-        "seconds": swap.seconds,
-        "running": swap.running,
-        "held": swap.held,
-    }
+    result = asdict(swap.result) if swap.result else dict.fromkeys(field.name for field in fields(SwapResult))
+    return {"to": str(swap.target), "started_at": swap.started_at.isoformat(timespec="seconds"), **result}

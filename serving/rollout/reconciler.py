@@ -89,7 +89,7 @@ class Reconciler:
         return self._actual
 
     async def start(self) -> None:
-        """Takes over the engines that an earlier server left, or starts one with the desired version; others follow.
+        """Adopts the engines that an earlier server left, or starts one with the desired version; others follow.
 
         Where only engines with the version before were left, as by a server that died during a swap, that version
         serves at once, and `run` takes the wish up again.
@@ -137,7 +137,7 @@ class Reconciler:
         try:
             return await self._pool.adopt(target)
         except SvcError:
-            log.warning("no engine with %s can be taken over", target, exc_info=True)
+            log.warning("no engine with %s can be adopted", target, exc_info=True)
             return False
 
     async def run(self) -> None:
@@ -276,7 +276,7 @@ class Reconciler:
     async def _end_cut_off(self, result: SwapResult) -> None:
         """Ends the entry of a swap during which a server ended: this start has decided it."""
         last = await asyncio.to_thread(find_swap, self._store, self._actual.name)
-        if last is None or last.outcome is not None:
+        if last is None or last.result is not None:
             return
         if last.generation != self._actual.generation:
             result = SwapResult(SwapOutcome.FAILED, "the server ended during the swap")

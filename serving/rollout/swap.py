@@ -47,9 +47,9 @@ class _Change:
 
     Attributes:
         why: it is of this kind.
-        held_s: how long admission was closed, all in all; None while it never was.
+        queued_s: how long admission was closed, all in all; None while it never was.
         running: requests in the engines when it began.
-        held: most requests that waited.
+        queued: most requests that waited.
     """
 
     current: Target
@@ -58,8 +58,8 @@ class _Change:
     why: str
     report: Report
     running: int
-    held_s: float | None = None
-    held: int | None = None
+    queued_s: float | None = None
+    queued: int | None = None
 
 
 class Swap:
@@ -110,9 +110,9 @@ class Swap:
             return SwapResult(SwapOutcome.REFUSED, str(error))
         outcome, reason = await self._change_all(change)
         took_s = time.monotonic() - began
-        if change.held_s is not None:
-            report(f"held requests for {change.held_s:.2f} s, {change.held} of them")
-        return SwapResult(outcome, reason, change.held_s, change.running, change.held, change.kind, took_s)
+        if change.queued_s is not None:
+            report(f"queued requests for {change.queued_s:.2f} s, {change.queued} of them")
+        return SwapResult(outcome, reason, change.queued_s, change.running, change.queued, change.kind, took_s)
 
     async def _plan(self, current: Target, target: Target, report: Report) -> _Change:
         """Everything that can be found wrong before an engine is touched. A reload that fails ends the engine."""
@@ -172,7 +172,7 @@ class Swap:
                 outcome = await self._replace_serving(back, engine)
             if outcome is SwapOutcome.FAILED:
                 worst = outcome
-        change.held_s, change.held = back.held_s, back.held
+        change.queued_s, change.queued = back.queued_s, back.queued
         return worst
 
     async def _change_one(self, change: _Change, engine: Replica) -> tuple[SwapOutcome, str | None, Replica]:
@@ -258,12 +258,12 @@ class Swap:
             return
         closed = time.monotonic()
         async with self._admission.closed():
-            change.report(f"holding new requests, {self._admission.running} running")
+            change.report(f"queueing new requests, {self._admission.running} running")
             try:
                 yield
             finally:
-                change.held_s = (change.held_s or 0.0) + time.monotonic() - closed
-                change.held = max(change.held or 0, self._admission.most_held)
+                change.queued_s = (change.queued_s or 0.0) + time.monotonic() - closed
+                change.queued = max(change.queued or 0, self._admission.most_queued)
 
     async def _drain(self, engine: Replica) -> None:
         """Returns when no request runs: none that a client waits for, and none that one left behind in the engine.

@@ -23,7 +23,7 @@ class Content:
         payload: the JSON that went to the engine.
         answer: a JSON body, or the events of a stream.
         size: what it holds in memory, bytes.
-        too_long: the answer went past the limit, and is not held any more.
+        too_long: the answer went past the limit, and is not kept in memory any more.
     """
 
     route: Route

@@ -28,7 +28,7 @@ _NOT_COMPLETIONS = {
     ErrorCode.METHOD_NOT_ALLOWED,
     ErrorCode.MODEL_NOT_DELETABLE,
     ErrorCode.REQUEST_NOT_FOUND,
-    ErrorCode.RECORDS_BUSY,
+    ErrorCode.REQUEST_LOG_BUSY,
 }
 
 # An answer takes from 50 ms (a few tokens on a GPU) to minutes (2,000 tokens on a CPU): each bucket is at most 2.5
@@ -43,7 +43,7 @@ _BETWEEN_TOKENS_BUCKETS_S = (0.0025, 0.005, 0.01, 0.02, 0.035, 0.05, 0.075, 0.1,
 # A swap in place: one to two seconds for the weights, up to the drain timeout for long answers, and an engine start
 # where one is needed.
 _SWAP_BUCKETS_S = (0.5, 1, 1.5, 2, 3, 5, 10, 20, 30, 60, 120, 300, 600)
-_HELD_BUCKETS = (0, 1, 2, 4, 8, 16, 32, 64, 128, 256)
+_QUEUED_BUCKETS = (0, 1, 2, 4, 8, 16, 32, 64, 128, 256)
 _EXEMPLAR_CHARS = 100  # OpenMetrics allows 128 for names and values together
 
 
@@ -67,7 +67,7 @@ class GatewayMetrics:
         self._exemplars = exemplars
         self._add_request_instruments(registry)
         self._add_engine_instruments(registry)
-        self._add_record_instruments(registry)
+        self._add_request_log_instruments(registry)
         self.duration_quantiles = VersionQuantiles(
             "svc_request_duration_quantile_seconds", "Duration of answered requests, last 5 minutes", clock
         )
@@ -105,7 +105,7 @@ class GatewayMetrics:
         )
         self._tokens = Counter("svc_tokens_total", "Tokens", (*version, "direction"), registry=registry)
         self._running = Gauge("svc_requests_running", "Requests in the engine", registry=registry)
-        self._held = Gauge("svc_requests_held", "Requests that wait for a change of version", registry=registry)
+        self._queued = Gauge("svc_requests_queued", "Requests that wait for a change of version", registry=registry)
         self._errors = Counter(
             "svc_request_errors_total", "Requests that failed, by reason", ("reason",), registry=registry
         )
@@ -126,8 +126,8 @@ class GatewayMetrics:
         self._swaps = Counter("svc_swaps_total", "Swaps, by outcome", ("outcome",), registry=registry)
         for outcome in SwapOutcome:
             self._swaps.labels(outcome.value)
-        self._swap_held = Histogram(
-            "svc_swap_held_requests", "Requests held when a swap ended", buckets=_HELD_BUCKETS, registry=registry
+        self._swap_queued = Histogram(
+            "svc_swap_queued_requests", "Requests queued when a swap ended", buckets=_QUEUED_BUCKETS, registry=registry
         )
         self._version_info = Gauge(
             "svc_model_version_info",
@@ -142,21 +142,21 @@ class GatewayMetrics:
             registry=registry,
         )
 
-    def _add_record_instruments(self, registry: CollectorRegistry) -> None:
-        self._records = Counter("svc_request_records_total", "Rows stored, one for each request", registry=registry)
-        self._records_dropped = Counter(
-            "svc_request_records_dropped_total", "Rows or contents not kept, by reason", ("reason",), registry=registry
+    def _add_request_log_instruments(self, registry: CollectorRegistry) -> None:
+        self._rows = Counter("svc_request_log_rows_total", "Rows stored, one for each request", registry=registry)
+        self._rows_dropped = Counter(
+            "svc_request_log_dropped_total", "Rows or contents not kept, by reason", ("reason",), registry=registry
         )
         for reason in Dropped:
-            self._records_dropped.labels(reason.value)
+            self._rows_dropped.labels(reason.value)
         self._feedback = Counter(
             "svc_feedback_total", "Answers that were rated", ("model", "version", "rating"), registry=registry
         )
 
-    def watch_admission(self, running: Callable[[], int], held: Callable[[], int]) -> None:
+    def watch_admission(self, running: Callable[[], int], queued: Callable[[], int]) -> None:
         """Reads the two gauges from admission itself whenever they are asked for."""
         self._running.set_function(running)
-        self._held.set_function(held)
+        self._queued.set_function(queued)
 
     def request_ended(
         self, served: Target | None, route: Route, status: int, seconds: float, request_id: str = ""
@@ -193,13 +193,13 @@ class GatewayMetrics:
         """Counts an error under its reason; also one that ends a stream whose status was 200."""
         self._errors.labels(code.value).inc()
 
-    def records_stored(self, count: int) -> None:
+    def rows_stored(self, count: int) -> None:
         """Counts rows written to the store."""
-        self._records.inc(count)
+        self._rows.inc(count)
 
-    def records_dropped(self, reason: Dropped, count: int) -> None:
+    def rows_dropped(self, reason: Dropped, count: int) -> None:
         """Counts what was not kept."""
-        self._records_dropped.labels(reason.value).inc(count)
+        self._rows_dropped.labels(reason.value).inc(count)
 
     def feedback_given(self, version: VersionId | None, rating: Rating) -> None:
         """Counts a rated answer."""
@@ -218,10 +218,10 @@ class GatewayMetrics:
     def swap_ended(self, result: SwapResult) -> None:
         """Counts a swap, and times it when admission was closed for it."""
         self._swaps.labels(result.outcome.value).inc()
-        if result.seconds is not None:
-            self._swap_duration.labels(result.outcome.value).observe(result.seconds)
-        if result.held is not None:
-            self._swap_held.observe(result.held)
+        if result.queued_s is not None:
+            self._swap_duration.labels(result.outcome.value).observe(result.queued_s)
+        if result.queued is not None:
+            self._swap_queued.observe(result.queued)
 
     def version_loaded(self, served: Target) -> None:
         """Shows the version that is loaded, and only that one."""

@@ -20,7 +20,7 @@ from sqlalchemy import Engine as Store
 
 from serving.telemetry.content import Content, answer_text, prompt_text
 from svc.redaction import Redactor
-from svc.settings import RecordSettings
+from svc.settings import RequestLogSettings
 from svc.store.requests import RequestRecord, add_requests, prune_requests
 
 log = logging.getLogger(__name__)
@@ -40,7 +40,7 @@ _CLOSE_S = 20.0  # longer than the store waits for another writer
 
 
 class Dropped(StrEnum):
-    """Why a record is not kept, or not all of it."""
+    """Why a row is not kept, or not all of it."""
 
     QUEUE_FULL = "queue_full"
     STORE_FAILED = "store_failed"
@@ -67,7 +67,7 @@ class RequestLog:
     def __init__(
         self,
         store: Store,
-        settings: RecordSettings,
+        settings: RequestLogSettings,
         *,
         on_stored: Callable[[int], None],
         on_dropped: Callable[[Dropped, int], None],
@@ -82,7 +82,7 @@ class RequestLog:
         self._queue: queue.Queue[_Entry | threading.Event | None] = queue.Queue(max_queued)
         self._content_bytes = 0
         self._content_lock = threading.Lock()
-        self._thread = threading.Thread(target=self._run, name="records", daemon=True)
+        self._thread = threading.Thread(target=self._run, name="request-log", daemon=True)
 
     def start(self) -> None:
         """Begins to write."""
@@ -119,7 +119,7 @@ class RequestLog:
             self._queue.put(None, timeout=timeout_s)
         self._thread.join(max(0.0, deadline - time.monotonic()))
         if self._thread.is_alive():
-            log.error("about %d records of requests were not written in time", self._queue.qsize())
+            log.error("about %d rows of the request log were not written in time", self._queue.qsize())
             self._on_dropped(Dropped.STORE_FAILED, self._queue.qsize())
 
     def _within_budget(self, content: Content | None) -> Content | None:
@@ -175,7 +175,7 @@ class RequestLog:
         try:
             add_requests(self._store, [self._with_content(entry) for entry in entries])
         except Exception:  # the boundary of this thread, which must outlive a full disk and an odd request alike
-            log.exception("%d records of requests were not written", len(entries))
+            log.exception("%d rows of the request log were not written", len(entries))
             self._on_dropped(Dropped.STORE_FAILED, len(entries))
         else:
             self._on_stored(len(entries))
@@ -205,7 +205,7 @@ class RequestLog:
             before = datetime.now(UTC) - timedelta(days=self._settings.max_age_days)
             gone = prune_requests(self._store, before=before, max_bytes=self._settings.max_mib * 2**20)
         except Exception:  # the boundary of this thread, as above
-            log.exception("old records of requests were not deleted")
+            log.exception("old rows of the request log were not deleted")
         else:
             if gone:
                 log.info("forgot %d old requests", gone)

@@ -82,7 +82,7 @@ def remove_version(registry: Registry, store: Engine, version: VersionId) -> int
 
 def _refuse(registry: Registry, store: Engine, version: VersionId) -> None:
     swap = find_swap(store, version.name)
-    if swap is not None and swap.outcome is None:
+    if swap is not None and swap.result is None:
         # Whether it succeeds decides where a rollback goes.
         raise BusyError(f"{version.name} is being changed to {swap.target}", todo="wait for it: see `svc status`")
     reason = protected(registry, store, version.name).get(version)

@@ -19,7 +19,7 @@ class SwapOutcome(StrEnum):
     REFUSED = "refused"
     """Found unfit before the engine was touched."""
     RESTORED = "restored"
-    """Found unfit after the load; the version before is back, and was proven by its probes."""
+    """Found unfit after the load; the version before is back, and its probes were right."""
     FAILED = "failed"
     """The version before could be brought back only by a new engine."""
 
@@ -36,16 +36,33 @@ class SwapKind(StrEnum):
 
 
 @dataclass(frozen=True, slots=True)
+class SwapResult:
+    """How a swap went.
+
+    Attributes:
+        reason: why it did not succeed.
+        queued_s: how long admission was closed, seconds; None where no request had to wait.
+        running: requests in the engines when it began.
+        queued: most requests that waited at once; None where none had to.
+        kind: None where it was refused before that was known.
+        took_s: from the first check to the end, seconds.
+    """
+
+    outcome: SwapOutcome
+    reason: str | None = None
+    queued_s: float | None = None
+    running: int | None = None
+    queued: int | None = None
+    kind: SwapKind | None = None
+    took_s: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
 class SwapRecord:
     """One swap.
 
     Attributes:
-        outcome: None while it is under way.
-        seconds: how long requests were held; None where none had to wait.
-        running: requests in the engines when it began.
-        held: most requests that waited at once; None where none had to.
-        kind: None where it was refused before that was known.
-        took_s: from the first check to the end, seconds.
+        result: None while it is under way.
         steps: what was done so far.
     """
 
@@ -53,33 +70,14 @@ class SwapRecord:
     target: Target
     generation: int
     started_at: datetime
-    outcome: SwapOutcome | None
-    reason: str | None
-    seconds: float | None
-    running: int | None
-    held: int | None
-    kind: SwapKind | None
-    took_s: float | None
+    result: SwapResult | None
     steps: tuple[str, ...]
-
-
-@dataclass(frozen=True, slots=True)
-class SwapResult:
-    """What is written at the end of a swap; the fields are those of `SwapRecord`."""
-
-    outcome: SwapOutcome
-    reason: str | None = None
-    seconds: float | None = None
-    running: int | None = None
-    held: int | None = None
-    kind: SwapKind | None = None
-    took_s: float | None = None
 
 
 def begin_swap(store: Engine, desired: Desired) -> int:
     """Writes that a swap has begun; returns its id. One that a server left open for the same wish goes on."""
     last = find_swap(store, desired.name, desired.generation)
-    if last is not None and last.outcome is None:
+    if last is not None and last.result is None:
         return last.id
     row = SwapRow(
         name=desired.name,
@@ -104,8 +102,8 @@ def end_swap(store: Engine, swap_id: int, result: SwapResult) -> None:
     """Writes how a swap ended."""
     with Session(store) as session, session.begin():
         row = session.get_one(SwapRow, swap_id)
-        row.outcome, row.reason, row.seconds = result.outcome.value, result.reason, result.seconds
-        row.running, row.held = result.running, result.held
+        row.outcome, row.reason, row.queued_s = result.outcome.value, result.reason, result.queued_s
+        row.running, row.queued = result.running, result.queued
         row.kind, row.took_s = result.kind and result.kind.value, result.took_s
 
 
@@ -124,12 +122,20 @@ def find_swap(store: Engine, name: str, generation: int | None = None) -> SwapRe
             target=Target(VersionId(row.name, row.number), Format(row.format)),
             generation=row.generation,
             started_at=row.started_at,
-            outcome=SwapOutcome(row.outcome) if row.outcome else None,
-            reason=row.reason,
-            seconds=row.seconds,
-            running=row.running,
-            held=row.held,
-            kind=SwapKind(row.kind) if row.kind else None,
-            took_s=row.took_s,
+            result=_result(row),
             steps=tuple(step.text for step in steps),
         )
+
+
+def _result(row: SwapRow) -> SwapResult | None:
+    if not row.outcome:
+        return None
+    return SwapResult(
+        outcome=SwapOutcome(row.outcome),
+        reason=row.reason,
+        queued_s=row.queued_s,
+        running=row.running,
+        queued=row.queued,
+        kind=SwapKind(row.kind) if row.kind else None,
+        took_s=row.took_s,
+    )

@@ -62,9 +62,9 @@ class SwapRow(Table):
     started_at: Mapped[datetime]
     outcome: Mapped[str | None]
     reason: Mapped[str | None]
-    seconds: Mapped[float | None]
+    queued_s: Mapped[float | None]
     running: Mapped[int | None]
-    held: Mapped[int | None]
+    queued: Mapped[int | None]
     kind: Mapped[str | None]
     took_s: Mapped[float | None]
 

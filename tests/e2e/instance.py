@@ -136,8 +136,8 @@ def _group_id(pid: int) -> int:
 def figures(load: Load, swap: Any) -> str:
     """What a swap under load cost its clients."""
     seconds = [answer.seconds for answer in load.answers]
-    held = "none" if swap["held"] is None else f"{swap['held']} for {swap['seconds']:.2f} s"
+    queued = "none" if swap["queued"] is None else f"{swap['queued']} for {swap['queued_s']:.2f} s"
     return (
-        f"{swap['kind']}: {swap['took_s']:.1f} s, {swap['running']} running, held {held}; {len(seconds)} answers, "
+        f"{swap['kind']}: {swap['took_s']:.1f} s, {swap['running']} running, queued {queued}; {len(seconds)} answers, "
         f"longest extra wait {max(seconds) - median(seconds):.2f} s, {len(load.failed)} failed"
     )

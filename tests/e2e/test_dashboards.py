@@ -239,7 +239,7 @@ def test_every_request_has_a_row_that_agrees_with_the_counters(watched: Watched)
         for series in watched.ask("sum by (version, status) (svc_requests_total)")
     }
     assert kept == counted
-    assert watched.value("sum(svc_request_records_dropped_total)") == 0
+    assert watched.value("sum(svc_request_log_dropped_total)") == 0
 
 
 def test_content_and_feedback_are_kept_redacted(watched: Watched) -> None:

@@ -37,7 +37,7 @@ def test_a_rolling_swap_under_load_lets_nobody_wait_and_mixes_nothing(instance: 
         load.wait_for(16)
     expected["tiny@2"] = instance.answers()
     report(figures(load, swap))
-    assert (swap["kind"], swap["held"], load.failed) == ("rolling", None, [])
+    assert (swap["kind"], swap["queued"], load.failed) == ("rolling", None, [])
     assert {answer.version for answer in load.answers} == {"tiny@1", "tiny@2"}
     for answer in load.answers:
         assert (answer.version, answer.text) == expected[answer.version][answer.prompt]
@@ -68,7 +68,7 @@ def test_a_blue_green_swap_under_load_lets_nobody_wait(instance: Instance, repor
         swap = instance.promote("tiny@2", "--format", "merged")
         load.wait_for(4)
     report(figures(load, swap))
-    assert (swap["kind"], swap["held"], load.failed) == ("bluegreen", None, [])
+    assert (swap["kind"], swap["queued"], load.failed) == ("bluegreen", None, [])
     instance.until(lambda status: len(status["engines"]) == 2)
     assert not set(old) & set(instance.engines())
 

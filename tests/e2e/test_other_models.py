@@ -57,7 +57,7 @@ def test_it_comes_by_a_second_engine_and_back_again(instance: Instance, report: 
         load.wait_for(2)
     report(f"to tiny@{number}: {figures(load, there)}")
     assert [swap["kind"] for swap in (there, back)] == ["bluegreen", "bluegreen"]
-    assert (there["held"], back["held"], load.failed) == (None, None, [])
+    assert (there["queued"], back["queued"], load.failed) == (None, None, [])
     assert {version for version, _ in after} == {f"tiny@{number}"}
     assert after != [(f"tiny@{number}", text) for _, text in before]
     assert instance.answers() == before

@@ -15,13 +15,13 @@ pytestmark = [pytest.mark.slow]
 
 PORT = 8946
 DRAIN_S = 1
-MAX_HELD = 2
+MAX_QUEUED = 2
 
 
 @pytest.fixture(scope="module")
 def instance(home: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Instance]:
     """A server with narrow bounds; version 1 serves."""
-    bounds = {"SVC_SERVE__DRAIN_TIMEOUT_S": str(DRAIN_S), "SVC_SERVE__MAX_HELD": str(MAX_HELD)}
+    bounds = {"SVC_SERVE__DRAIN_TIMEOUT_S": str(DRAIN_S), "SVC_SERVE__MAX_QUEUED": str(MAX_QUEUED)}
     instance = Instance(home, tmp_path_factory.mktemp("bounds") / "home", PORT, PROMPTS, **bounds)
     try:
         instance.start("tiny@1")
@@ -44,22 +44,25 @@ def test_an_answer_that_runs_past_the_drain_time_is_whole_and_so_is_the_swap(
         instance.until(lambda status: status["requests"]["running"])
         promotion = clients.submit(instance.promote, "tiny@2")
         instance.until(lambda status: status["engine"]["state"] == "draining")
-        meanwhile = list(clients.map(lambda _: ask(instance, 8), range(MAX_HELD + 3)))
+        meanwhile = list(clients.map(lambda _: ask(instance, 8), range(MAX_QUEUED + 3)))
         swap = promotion.result()
-    report(f"{swap['kind']} after {swap['seconds']:.2f} s of drain, {swap['held']} held, {swap['took_s']:.1f} s in all")
+    report(
+        f"{swap['kind']} after {swap['queued_s']:.2f} s of drain, {swap['queued']} queued, "
+        f"{swap['took_s']:.1f} s in all"
+    )
     assert long.result().json()["usage"]["completion_tokens"] == 1000
     assert long.result().headers["x-model-version"] == "tiny@1"
-    assert (swap["kind"], swap["held"]) == ("bluegreen", MAX_HELD)
-    assert DRAIN_S <= swap["seconds"] < DRAIN_S + 2
+    assert (swap["kind"], swap["queued"]) == ("bluegreen", MAX_QUEUED)
+    assert DRAIN_S <= swap["queued_s"] < DRAIN_S + 2
 
-    held = [answer for answer in meanwhile if answer.is_success]
+    queued = [answer for answer in meanwhile if answer.is_success]
     refused = [answer for answer in meanwhile if not answer.is_success]
-    assert {answer.headers["x-model-version"] for answer in held} == {"tiny@1"}
-    assert len(held) == MAX_HELD
-    assert {(answer.status_code, answer.json()["error"]["code"]) for answer in refused} == {(503, "held_overflow")}
+    assert {answer.headers["x-model-version"] for answer in queued} == {"tiny@1"}
+    assert len(queued) == MAX_QUEUED
+    assert {(answer.status_code, answer.json()["error"]["code"]) for answer in refused} == {(503, "queue_overflow")}
     assert all(int(answer.headers["retry-after"]) > 0 for answer in refused)
 
     metrics = httpx.get(f"{instance.url}/metrics", timeout=10, trust_env=False).text
     errors = [line for line in metrics.splitlines() if line.startswith("svc_request_errors_total{")]
-    assert {line.rpartition(" ")[2] for line in errors if 'reason="held_overflow"' in line} == {f"{len(refused)}.0"}
+    assert {line.rpartition(" ")[2] for line in errors if 'reason="queue_overflow"' in line} == {f"{len(refused)}.0"}
     assert ask(instance, 8).headers["x-model-version"] == "tiny@2"

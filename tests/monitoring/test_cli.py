@@ -30,7 +30,7 @@ STATE: dict[str, Any] = {
             {"name": "block_size", "value": "[auto]", "origin": "vLLM's default", "reason": ""},
         ],
     },
-    "requests": {"running": 3, "held": 4},
+    "requests": {"running": 3, "queued": 4},
     "engines": [{"replica": 0, "state": "ready", "version": "tiny@2", "running": 5}],
     "last_swap": {
         "to": "tiny@2 (gptq)",
@@ -39,9 +39,9 @@ STATE: dict[str, Any] = {
         "reason": None,
         "kind": "inplace",
         "took_s": 2.5,
-        "seconds": 1.234,
+        "queued_s": 1.234,
         "running": 5,
-        "held": 6,
+        "queued": 6,
     },
     "pid": 1,
 }
@@ -56,7 +56,7 @@ svc_tokens_total{model="tiny",version="2",direction="out"} 200
 svc_request_duration_quantile_seconds{model="tiny",version="2",quantile="0.5"} 0.25
 svc_request_duration_quantile_seconds{model="tiny",version="2",quantile="0.95"} 0.5
 # TYPE svc_request_errors_total counter
-svc_request_errors_total{reason="held_overflow"} 1
+svc_request_errors_total{reason="queue_overflow"} 1
 svc_request_errors_total{reason="engine_died"} 0
 """
 
@@ -106,12 +106,12 @@ def test_a_person_sees_version_engine_traffic_and_errors(status: Status) -> None
     assert ended.code == 0
     for text in (
         "tiny@2 (gptq)  before: tiny@1 (gptq)",
-        "engine ready, 1 restarts; 3 requests running, 4 held",
+        "engine ready, 1 restarts; 3 requests running, 4 queued",
         "last swap: to tiny@2 (gptq), succeeded, 2026-01-02T03:04:05+00:00, inplace in 2.5 s, 5 running, "
-        "6 held for 1.23 s",
+        "6 queued for 1.23 s",
         "1000/200",
         "0.250 / 0.500 / - s",
-        "errors by reason: held_overflow 1",
+        "errors by reason: queue_overflow 1",
     ):
         assert text in ended.out
 
@@ -126,7 +126,7 @@ def test_a_machine_gets_the_same_as_json(status: Status) -> None:
     assert found["version"] == "tiny@2"
     assert found["engine"] == {"state": "ready", "restarts": 1, "last_error": None}
     assert found["versions"]["tiny@2"]["requests"] == 42
-    assert found["errors"] == {"held_overflow": 1}
+    assert found["errors"] == {"queue_overflow": 1}
     assert found["url"].startswith("http://127.0.0.1:")
 
 
@@ -155,7 +155,7 @@ def test_a_new_server_has_neither_swap_nor_error(status: Status) -> None:
 
 
 def test_a_swap_under_way_is_told(status: Status) -> None:
-    swap = STATE["last_swap"] | {"outcome": None, "kind": None, "seconds": None, "running": None, "held": None}
+    swap = STATE["last_swap"] | {"outcome": None, "kind": None, "queued_s": None, "running": None, "queued": None}
     assert "last swap: to tiny@2 (gptq), under way" in status(last_swap=swap).out
 
 

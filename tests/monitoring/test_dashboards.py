@@ -188,7 +188,7 @@ def test_variables_are_replaced_in_queries() -> None:
 
 def test_queries_are_those_of_panels_variables_and_annotations() -> None:
     change = "svc_model_version_info unless svc_model_version_info offset 1m"
-    assert PanelQuery("overview", "Requests running and held", "svc_requests_held") in QUERIES
+    assert PanelQuery("overview", "Requests running and queued", "svc_requests_queued") in QUERIES
     assert PanelQuery("overview", "variable model", "count by (model) (svc_model_version_info)") in QUERIES
     assert PanelQuery("overview", "annotation Version changes", change) in QUERIES
 

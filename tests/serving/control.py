@@ -29,7 +29,7 @@ from svc.registry.registry import Registry
 from svc.settings import ServeSettings
 from svc.store.database import open_database
 from svc.store.desired import Desired, change_desired, read_desired
-from svc.store.swaps import SwapRecord, find_swap
+from svc.store.swaps import SwapResult, find_swap
 from svc.version import Target
 from tests.serving.engine_double import EngineDouble
 from tests.serving.engine_park import EnginePark
@@ -81,7 +81,7 @@ class Control:
         self.collector = CollectorRegistry()
         self.metrics = GatewayMetrics(self.collector)
         self.admission = Admission(
-            max_running=limits.max_running, max_held=limits.max_held, hold_timeout_s=limits.hold_timeout_s
+            max_running=limits.max_running, max_queued=limits.max_queued, queue_timeout_s=limits.queue_timeout_s
         )
         self.routes = Routes(NAME)
         verification = Verification(self.registry, self.store, lambda folder: self.facts)
@@ -184,18 +184,24 @@ class Control:
         seen = self.desired()
         return change_desired(self.store, seen, target(number), previous=seen.target)
 
-    async def outcome(self, desired: Desired) -> SwapRecord:
+    async def outcome(self, desired: Desired) -> SwapResult:
         """The end of the swap for a wish."""
         async with asyncio.timeout(5):
             while True:
                 swap = find_swap(self.store, NAME, desired.generation)
-                if swap and swap.outcome:
-                    return swap
+                if swap and swap.result:
+                    return swap.result
                 await asyncio.sleep(0.005)
 
-    async def promote(self, number: int) -> SwapRecord:
+    async def promote(self, number: int) -> SwapResult:
         """Asks for a version and waits for the end."""
         return await self.outcome(self.wish(number))
+
+    @property
+    def steps(self) -> tuple[str, ...]:
+        """Of the last swap."""
+        swap = find_swap(self.store, NAME)
+        return swap.steps if swap else ()
 
     async def serves(self, wanted: Target, timeout_s: float = 5.0) -> None:
         """Waits until a version serves."""

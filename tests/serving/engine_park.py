@@ -21,7 +21,7 @@ PLAN = EnginePlan((Choice("threads", 2, Origin.MACHINE, "2 cores of this process
 
 
 class EnginePark:
-    """Launches doubles, each on the socket of its replica; one that is left can be taken over by a later server.
+    """Launches doubles, each on the socket of its replica; one that is left can be adopted by a later server.
 
     Args:
         sockets: folder in which they listen.

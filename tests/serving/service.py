@@ -22,7 +22,7 @@ from serving.telemetry.engine_metrics import EngineMetrics, EngineSource
 from serving.telemetry.metrics import GatewayMetrics
 from serving.telemetry.request_log import RequestLog
 from svc.engine.vllm.client import data_client, socket_transport
-from svc.settings import RecordSettings, ServeSettings
+from svc.settings import RequestLogSettings, ServeSettings
 from svc.version import Format, Target, VersionId
 from tests.serving.engine_double import EngineDouble, running_engine
 from tests.serving.socket_server import SocketServer, running
@@ -41,23 +41,23 @@ def application(
     routes: Routes,
     metrics: GatewayMetrics,
     settings: ServeSettings,
-    records: RequestLog | None = None,
+    request_log: RequestLog | None = None,
     store: Store | None = None,
     status: Callable[[], Mapping[str, Any]] = dict,
 ) -> FastAPI:
-    """The application over these parts; records are taken and not written where none are given."""
+    """The application over these parts; rows are taken and not written where no request log is given."""
     store = store or create_engine("sqlite://")
-    records = records or RequestLog(
-        store, RecordSettings(), on_stored=lambda count: None, on_dropped=lambda reason, count: None
+    request_log = request_log or RequestLog(
+        store, RequestLogSettings(), on_stored=lambda count: None, on_dropped=lambda reason, count: None
     )
     gateway = Gateway(
-        lease=lease, admission=admission, routes=routes, metrics=metrics, records=records, settings=settings
+        lease=lease, admission=admission, routes=routes, metrics=metrics, request_log=request_log, settings=settings
     )
     engine_metrics = EngineMetrics(sources)
     metrics.registry.register(engine_metrics)
     return build_app(
         gateway,
-        feedback=FeedbackIntake(store, records, metrics.feedback_given),
+        feedback=FeedbackIntake(store, request_log, metrics.feedback_given),
         engine_metrics=engine_metrics,
         status=status,
     )
@@ -68,13 +68,13 @@ class Service:
 
     Args:
         folder: for sockets.
-        store: where records go; without one they are taken and not written.
+        store: where rows go; without one they are taken and not written.
         keeping: what is kept of each request.
         settings: fields of ServeSettings that differ from the default.
     """
 
     def __init__(
-        self, folder: Path, *, store: Store | None = None, keeping: RecordSettings | None = None, **settings: Any
+        self, folder: Path, *, store: Store | None = None, keeping: RequestLogSettings | None = None, **settings: Any
     ) -> None:
         self.folder = folder
         self.store = store
@@ -82,17 +82,17 @@ class Service:
         self.double = EngineDouble(name=NAME)
         self.admission = Admission(
             max_running=self.settings.max_running,
-            max_held=self.settings.max_held,
-            hold_timeout_s=self.settings.hold_timeout_s,
+            max_queued=self.settings.max_queued,
+            queue_timeout_s=self.settings.queue_timeout_s,
         )
         self.routes = Routes(NAME, clock=lambda: 1_700_000_000.0)
         self.registry = CollectorRegistry()
         self.metrics = GatewayMetrics(self.registry, exemplars=self.settings.exemplars)
-        self.records = RequestLog(
+        self.request_log = RequestLog(
             store or create_engine("sqlite://"),
-            keeping or RecordSettings(),
-            on_stored=self.metrics.records_stored,
-            on_dropped=self.metrics.records_dropped,
+            keeping or RequestLogSettings(),
+            on_stored=self.metrics.rows_stored,
+            on_dropped=self.metrics.rows_dropped,
         )
         self.engine: SocketServer | None = None
         self.app: FastAPI | None = None
@@ -112,7 +112,7 @@ class Service:
                 admission=self.admission,
                 routes=self.routes,
                 metrics=self.metrics,
-                records=self.records,
+                request_log=self.request_log,
                 settings=self.settings,
                 store=self.store,
                 status=lambda: {"served": str(self.routes.served)},
@@ -120,10 +120,10 @@ class Service:
             self.load(ONE)
             self.admission.available()
             if self.store is not None:
-                self.records.start()
+                self.request_log.start()
             yield self
             if self.store is not None:
-                await asyncio.to_thread(self.records.close)
+                await asyncio.to_thread(self.request_log.close)
 
     def load(self, served: Target) -> None:
         """The engine holds a version from now on."""

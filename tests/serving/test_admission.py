@@ -14,14 +14,14 @@ from serving.admission import (
     AdmissionError,
     BackgroundSlotEndedError,
     EngineUnavailableError,
-    HoldOverflowError,
-    HoldTimeoutError,
     OverloadedError,
+    QueueOverflowError,
+    QueueTimeoutError,
 )
 
 
-def open_door(*, max_running: int = 8, max_held: int = 8, hold_timeout_s: float = 60.0) -> Admission:
-    admission = Admission(max_running=max_running, max_held=max_held, hold_timeout_s=hold_timeout_s)
+def open_admission(*, max_running: int = 8, max_queued: int = 8, queue_timeout_s: float = 60.0) -> Admission:
+    admission = Admission(max_running=max_running, max_queued=max_queued, queue_timeout_s=queue_timeout_s)
     admission.available()
     return admission
 
@@ -44,14 +44,14 @@ async def run_until(admission: Admission, end: asyncio.Event) -> None:
 
 
 async def test_a_request_is_counted_while_it_runs() -> None:
-    admission = open_door()
+    admission = open_admission()
     async with admission.admit():
         assert admission.running == 1
     assert admission.running == 0
 
 
 def test_as_many_requests_are_read_at_once_as_may_run_and_wait() -> None:
-    admission = open_door(max_running=1, max_held=1)
+    admission = open_admission(max_running=1, max_queued=1)
     with admission.reading():
         with admission.reading(), pytest.raises(OverloadedError), admission.reading():
             pass
@@ -60,20 +60,20 @@ def test_as_many_requests_are_read_at_once_as_may_run_and_wait() -> None:
 
 
 async def test_the_most_that_waited_is_known_when_they_have_gone() -> None:
-    admission = open_door()
+    admission = open_admission()
     async with admission.closed():
         waiting = [asyncio.create_task(run_until(admission, asyncio.Event())) for _ in range(3)]
         await settle()
         for task in waiting:
             task.cancel()
         await settle()
-        assert (admission.held, admission.most_held) == (0, 3)
+        assert (admission.queued, admission.most_queued) == (0, 3)
     async with admission.closed():
-        assert admission.most_held == 0
+        assert admission.most_queued == 0
 
 
 async def test_a_request_that_fails_gives_its_place_back() -> None:
-    admission = open_door()
+    admission = open_admission()
     with suppress(ValueError):
         async with admission.admit():
             raise ValueError
@@ -81,7 +81,7 @@ async def test_a_request_that_fails_gives_its_place_back() -> None:
 
 
 async def test_one_more_than_may_run_is_refused() -> None:
-    admission = open_door(max_running=1)
+    admission = open_admission(max_running=1)
     async with admission.admit():
         with pytest.raises(OverloadedError):
             async with admission.admit():
@@ -90,7 +90,7 @@ async def test_one_more_than_may_run_is_refused() -> None:
 
 
 async def test_requests_at_a_closed_door_wait_and_enter_in_order() -> None:
-    admission, entered = open_door(), list[int]()
+    admission, entered = open_admission(), list[int]()
 
     async def client(number: int) -> None:
         async with admission.admit():
@@ -99,17 +99,17 @@ async def test_requests_at_a_closed_door_wait_and_enter_in_order() -> None:
     async with admission.closed():
         tasks = [asyncio.create_task(client(number)) for number in range(5)]
         await settle()
-        assert (admission.held, entered) == (5, [])
+        assert (admission.queued, entered) == (5, [])
     await asyncio.gather(*tasks)
     assert entered == [0, 1, 2, 3, 4]
 
 
 async def test_one_more_than_may_wait_is_refused() -> None:
-    admission, end = open_door(max_held=1), asyncio.Event()
+    admission, end = open_admission(max_queued=1), asyncio.Event()
     async with admission.closed():
         task = asyncio.create_task(run_until(admission, end))
         await settle()
-        with pytest.raises(HoldOverflowError):
+        with pytest.raises(QueueOverflowError):
             async with admission.admit():
                 pass
     end.set()
@@ -117,16 +117,16 @@ async def test_one_more_than_may_wait_is_refused() -> None:
 
 
 async def test_a_request_waits_no_longer_than_it_may() -> None:
-    admission = open_door(hold_timeout_s=0.01)
+    admission = open_admission(queue_timeout_s=0.01)
     async with admission.closed():
-        with pytest.raises(HoldTimeoutError):
+        with pytest.raises(QueueTimeoutError):
             async with admission.admit():
                 pass
-        assert admission.held == 0
+        assert admission.queued == 0
 
 
 async def test_more_requests_are_held_than_may_run_and_each_gets_its_turn() -> None:
-    admission, entered = open_door(max_running=2), list[int]()
+    admission, entered = open_admission(max_running=2), list[int]()
 
     async def client(number: int) -> None:
         async with admission.admit():
@@ -142,7 +142,7 @@ async def test_more_requests_are_held_than_may_run_and_each_gets_its_turn() -> N
 
 
 async def test_the_door_opens_when_a_swap_fails() -> None:
-    admission = open_door()
+    admission = open_admission()
     with suppress(ValueError):
         async with admission.closed():
             raise ValueError
@@ -151,7 +151,7 @@ async def test_the_door_opens_when_a_swap_fails() -> None:
 
 
 async def test_the_door_is_closed_by_one_swap_at_a_time() -> None:
-    admission = open_door()
+    admission = open_admission()
     async with admission.closed():
         with pytest.raises(RuntimeError):
             async with admission.closed():
@@ -159,44 +159,44 @@ async def test_the_door_is_closed_by_one_swap_at_a_time() -> None:
 
 
 async def test_without_an_engine_requests_are_refused_with_the_reason() -> None:
-    admission = Admission(max_running=1, max_held=1, hold_timeout_s=1)
+    admission = Admission(max_running=1, max_queued=1, queue_timeout_s=1)
     with pytest.raises(EngineUnavailableError, match="starting"):
         async with admission.admit():
             pass
 
 
 async def test_a_swap_that_restarts_the_engine_keeps_what_it_holds() -> None:
-    admission, end = open_door(), asyncio.Event()
+    admission, end = open_admission(), asyncio.Event()
     end.set()
     async with admission.closed():
         task = asyncio.create_task(run_until(admission, end))
         await settle()
         admission.unavailable("the engine is starting")
         await settle()
-        assert admission.held == 1
+        assert admission.queued == 1
         admission.available()
     await task
 
 
 async def test_a_swap_that_ends_without_an_engine_sends_away_what_it_held() -> None:
-    admission = open_door()
+    admission = open_admission()
     async with admission.closed():
         task = asyncio.create_task(run_until(admission, asyncio.Event()))
         await settle()
         admission.unavailable("the engine failed")
     with pytest.raises(EngineUnavailableError):
         await task
-    assert (admission.running, admission.held) == (0, 0)
+    assert (admission.running, admission.queued) == (0, 0)
 
 
 async def test_a_client_that_leaves_in_the_tick_it_is_admitted_leaves_no_trace() -> None:
-    admission = open_door()
+    admission = open_admission()
     async with admission.closed():
         task = asyncio.create_task(run_until(admission, asyncio.Event()))
         await settle()
     task.cancel()
     await asyncio.wait([task])
-    assert (admission.running, admission.held) == (0, 0)
+    assert (admission.running, admission.queued) == (0, 0)
 
 
 async def ask_in_background(admission: Admission, end: asyncio.Event, patience_s: float = 60.0) -> str:
@@ -210,7 +210,7 @@ async def ask_in_background(admission: Admission, end: asyncio.Event, patience_s
 
 
 async def test_a_question_of_the_servers_own_is_no_request() -> None:
-    admission = open_door(max_running=1)
+    admission = open_admission(max_running=1)
     async with admission.background_slot(1):
         assert admission.running == 0
         async with admission.admit():
@@ -219,7 +219,7 @@ async def test_a_question_of_the_servers_own_is_no_request() -> None:
 
 
 async def test_it_waits_for_a_moment_without_requests() -> None:
-    admission, last, end = open_door(), asyncio.Event(), asyncio.Event()
+    admission, last, end = open_admission(), asyncio.Event(), asyncio.Event()
     first = asyncio.create_task(run_until(admission, end))
     second = asyncio.create_task(run_until(admission, last))
     await settle()
@@ -237,7 +237,7 @@ async def test_it_waits_for_a_moment_without_requests() -> None:
 
 
 async def test_it_goes_beside_requests_when_its_patience_ends() -> None:
-    admission, end = open_door(), asyncio.Event()
+    admission, end = open_admission(), asyncio.Event()
     async with admission.admit():
         question = asyncio.create_task(ask_in_background(admission, end, patience_s=0.01))
         await settle()
@@ -247,7 +247,7 @@ async def test_it_goes_beside_requests_when_its_patience_ends() -> None:
 
 
 async def test_it_is_not_given_at_a_closed_door_however_long_it_waits() -> None:
-    admission, end = open_door(), asyncio.Event()
+    admission, end = open_admission(), asyncio.Event()
     end.set()
     async with admission.closed():
         question = asyncio.create_task(ask_in_background(admission, end, patience_s=0.0))
@@ -257,7 +257,7 @@ async def test_it_is_not_given_at_a_closed_door_however_long_it_waits() -> None:
 
 
 async def test_it_is_not_given_without_an_engine() -> None:
-    admission, end = Admission(max_running=1, max_held=1, hold_timeout_s=1), asyncio.Event()
+    admission, end = Admission(max_running=1, max_queued=1, queue_timeout_s=1), asyncio.Event()
     end.set()
     question = asyncio.create_task(ask_in_background(admission, end, patience_s=0.0))
     await asyncio.sleep(0.02)
@@ -267,7 +267,7 @@ async def test_it_is_not_given_without_an_engine() -> None:
 
 
 async def test_a_swap_cuts_it_off_and_waits_until_it_has_gone() -> None:
-    admission, left = open_door(), asyncio.Event()
+    admission, left = open_admission(), asyncio.Event()
 
     async def ask() -> None:
         with suppress(BackgroundSlotEndedError):
@@ -289,7 +289,7 @@ async def test_a_swap_cuts_it_off_and_waits_until_it_has_gone() -> None:
 
 
 async def test_the_end_of_the_engine_cuts_it_off() -> None:
-    admission = open_door()
+    admission = open_admission()
     question = asyncio.create_task(ask_in_background(admission, asyncio.Event()))
     await settle()
     admission.unavailable("the engine failed")
@@ -302,7 +302,7 @@ async def test_the_end_of_the_engine_cuts_it_off() -> None:
 async def test_an_end_in_the_moment_of_its_answer_leaves_nothing_behind() -> None:
     """A cancellation that comes too late must not reach what the task does next."""
     for turns in range(6):
-        admission, end = open_door(), asyncio.Event()
+        admission, end = open_admission(), asyncio.Event()
 
         async def ask_and_go_on(admission: Admission = admission, end: asyncio.Event = end) -> str:
             how = await ask_in_background(admission, end)
@@ -320,7 +320,7 @@ async def test_an_end_in_the_moment_of_its_answer_leaves_nothing_behind() -> Non
 
 
 async def test_a_timeout_of_its_own_is_no_end_of_the_engine() -> None:
-    admission = open_door()
+    admission = open_admission()
     with pytest.raises(TimeoutError):
         async with admission.background_slot(1), asyncio.timeout(0.001):
             await asyncio.sleep(1)
@@ -329,7 +329,7 @@ async def test_a_timeout_of_its_own_is_no_end_of_the_engine() -> None:
 
 
 async def test_questions_come_one_at_a_time() -> None:
-    admission = open_door()
+    admission = open_admission()
     async with admission.background_slot(1):
         with pytest.raises(RuntimeError, match="already"):
             async with admission.background_slot(1):
@@ -419,9 +419,9 @@ class World:
         admission = self.admission
         alive = {number for number, (task, _) in self.clients.items() if not task.done()}
         assert admission.running == len(self.inside)
-        assert admission.held == len(alive - self.inside)
+        assert admission.queued == len(alive - self.inside)
         assert 0 <= admission.running <= admission._max_running
-        assert 0 <= admission.held <= admission._max_held
+        assert 0 <= admission.queued <= admission._max_queued
         assert self.admitted_after_wait == sorted(self.admitted_after_wait)
         assert not self.mixed
         assert (admission._background_slot is not None) == self.asking
@@ -441,7 +441,7 @@ class World:
             await asyncio.wait([self.question[0]], timeout=5)
             assert self.question[0].done()
         await drained(self.admission, 1)
-        assert (self.admission.running, self.admission.held) == (0, 0)
+        assert (self.admission.running, self.admission.queued) == (0, 0)
 
 
 ACTIONS = st.sampled_from(
@@ -460,7 +460,7 @@ def test_counts_order_bounds_and_versions_hold_under_any_schedule(
     schedule: list[list[tuple[str, int]]], limits: tuple[int, int], ticks: int
 ) -> None:
     async def run() -> None:
-        world = World(open_door(max_running=limits[0], max_held=limits[1]))
+        world = World(open_admission(max_running=limits[0], max_queued=limits[1]))
         for batch in schedule:
             for action, choice in batch:
                 world.act(action, choice)

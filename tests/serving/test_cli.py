@@ -50,7 +50,7 @@ async def test_promote_says_what_serves(serving: Home) -> None:
 async def test_promote_for_machines(serving: Home) -> None:
     result = await type_in(serving, "promote", f"{NAME}@2", "--json")
     told = json.loads(result.stdout)
-    assert (told["target"], told["outcome"], told["held"]) == (str(target(2)), "succeeded", 0)
+    assert (told["target"], told["outcome"], told["queued"]) == (str(target(2)), "succeeded", 0)
 
 
 async def test_rollback_and_back(serving: Home) -> None:

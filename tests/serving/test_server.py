@@ -157,10 +157,10 @@ async def test_a_signal_ends_a_swap_and_the_next_start_takes_it_up(home: Home, p
         assert seen is not None
         wish = change_desired(home.store, seen, target(2), seen.target)
         await until(lambda: path in home.park.double.calls)
-        held = asyncio.create_task(ask(client, stream=False))
+        queued = asyncio.create_task(ask(client, stream=False))
         await asyncio.sleep(0.05)
         terminate()
-        answer = await held
+        answer = await queued
         assert (answer.status, answer.words) in [(503, set()), (200, {"1"})]
         await end(task)
     assert (home.park.alive, len(home.park.engines)) == (0, 1)
@@ -173,7 +173,7 @@ async def test_a_signal_ends_a_swap_and_the_next_start_takes_it_up(home: Home, p
 
 def _outcome(home: Home, wish: Desired) -> SwapOutcome | None:
     swap = find_swap(home.store, NAME, wish.generation)
-    return swap.outcome if swap else None
+    return swap.result.outcome if swap and swap.result else None
 
 
 async def test_a_signal_ends_a_server_whose_engine_does_not_come_back(home: Home) -> None:

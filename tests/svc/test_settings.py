@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from svc.errors import SettingsError
-from svc.settings import Device, Settings, load_settings, setting_keys
+from svc.settings import RENAMED, Device, Settings, load_settings, setting_keys
 from tests.svc.json_values import mappings_of
 
 Write = Callable[[str], Path]
@@ -65,10 +65,10 @@ def test_flags_go_before_the_environment(write: Write, monkeypatch: pytest.Monke
 
 
 def test_sources_of_one_section_are_joined_key_by_key(write: Write, monkeypatch: pytest.MonkeyPatch) -> None:
-    write("serve: {max_running: 11, max_held: 11, host: 0.0.0.0}")
-    monkeypatch.setenv("SVC_SERVE__MAX_HELD", "22")
+    write("serve: {max_running: 11, max_queued: 11, host: 0.0.0.0}")
+    monkeypatch.setenv("SVC_SERVE__MAX_QUEUED", "22")
     settings = load_settings(serve={"host": "::1"}).serve
-    assert (settings.max_running, settings.max_held, settings.host) == (11, 22, "::1")
+    assert (settings.max_running, settings.max_queued, settings.host) == (11, 22, "::1")
 
 
 def test_a_flag_that_was_not_given_hides_nothing(write: Write) -> None:
@@ -79,9 +79,9 @@ def test_a_flag_that_was_not_given_hides_nothing(write: Write) -> None:
 def test_a_named_file_takes_the_place_of_svc_yaml(write: Write, folder: Path) -> None:
     write("serve: {port: 1111}")
     other = folder / "other.yaml"
-    other.write_text("serve: {max_held: 7}")
+    other.write_text("serve: {max_queued: 7}")
     settings = load_settings(other).serve
-    assert (settings.port, settings.max_held) == (8000, 7)
+    assert (settings.port, settings.max_queued) == (8000, 7)
 
 
 def test_an_empty_file_is_no_fault(write: Write) -> None:
@@ -190,3 +190,21 @@ def test_any_file_is_settings_or_a_settings_error(content: str | bytes) -> None:
         load_settings()
     except SettingsError as error:
         assert error.wrong  # noqa: PT017 - either outcome is right
+
+
+@pytest.mark.parametrize(("old", "new"), RENAMED.items())
+def test_a_setting_by_its_old_name_is_told_the_new_one(
+    old: str, new: str, write: Write, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    section, _, key = old.partition(".")
+    write(f"{section}: {{{key or 'max_mib'}: 1}}")
+    assert refusal() == f"there is no setting '{old}'\n  do: call it '{new}'"
+    write("{}")
+    leaf = "" if key else ".max_mib"
+    monkeypatch.setenv("SVC_" + (old + leaf).upper().replace(".", "__"), "1")
+    assert refusal().endswith("do: call it SVC_" + (new + leaf).upper().replace(".", "__"))
+
+
+def test_a_new_name_is_a_setting() -> None:
+    names = [*setting_keys(), *Settings.model_fields]
+    assert all(new in names and old not in names for old, new in RENAMED.items())

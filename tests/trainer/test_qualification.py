@@ -1,4 +1,4 @@
-"""A format is judged as it will be served: loaded in place, and proven equal on an engine of its own."""
+"""A format is judged as it will be served: loaded in place, and verified on an engine of its own."""
 
 from pathlib import Path
 from typing import Any

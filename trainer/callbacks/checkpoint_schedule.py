@@ -9,7 +9,7 @@ from typing import Any
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from trainer.callbacks.preemption import Interruption
+from trainer.callbacks.preemption import Preemption
 from trainer.recipe.sections import Checkpoints
 
 
@@ -18,15 +18,15 @@ class CheckpointSchedule(TrainerCallback):
 
     Args:
         due: the recipe's section.
-        interruption: ends the run after the step.
+        preemption: ends the run after the step.
         clock: seconds.
     """
 
     def __init__(
-        self, due: Checkpoints, interruption: Interruption, *, clock: Callable[[], float] = time.monotonic
+        self, due: Checkpoints, preemption: Preemption, *, clock: Callable[[], float] = time.monotonic
     ) -> None:
         self._due = due
-        self._interruption = interruption
+        self._preemption = preemption
         self._clock = clock
         self._last = clock()
 
@@ -39,14 +39,14 @@ class CheckpointSchedule(TrainerCallback):
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Looks after each step."""
         every = self._due.every_steps
-        if self._interruption.by is not None:
+        if self._preemption.by is not None:
             control.should_save = control.should_training_stop = True
         elif (every and state.global_step % every == 0) or self._clock() - self._last >= 60 * self._due.every_minutes:
             control.should_save = True
 
     def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Measuring held-out loss takes as long as many steps: a signal is not left waiting for another one."""
-        if self._interruption.by is not None:
+        if self._preemption.by is not None:
             control.should_save = control.should_training_stop = True
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:

@@ -19,7 +19,7 @@ class StepAbandoned(KeyboardInterrupt):
     """A step was given up; nothing that it began has changed what the run goes on from. No error, as its base."""
 
 
-class Interruption:
+class Preemption:
     """Whether a signal came, and which."""
 
     def __init__(self) -> None:
@@ -51,9 +51,9 @@ class Interruption:
 
 
 @contextmanager
-def interruption() -> Iterator[Interruption]:
+def preemption() -> Iterator[Preemption]:
     """Inside, the first SIGTERM or Ctrl-C comes to this; outside the main thread, which gets none, nothing does."""
-    found = Interruption()
+    found = Preemption()
     if threading.current_thread() is not threading.main_thread():
         yield found
         return

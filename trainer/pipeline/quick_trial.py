@@ -1,6 +1,6 @@
 """A quick trial of a recipe: a tenth of the examples, one epoch, all stages, under a name of its own.
 
-It proves the set-up, from the data to the engine, before hours are spent on it. Its version says nothing of quality.
+It tries the set-up, from the data to the engine, before hours are spent on it. Its version says nothing of quality.
 """
 
 import math

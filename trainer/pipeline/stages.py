@@ -208,7 +208,7 @@ class Pipeline:
             summary = verify_full(self.base.folder, self.run.merged)
         else:
             summary = merge_adapter(self.base.folder, self.run.adapter, self.run.fresh(self.run.merged))
-        shutil.rmtree(self.run.checkpoints, ignore_errors=True)  # what they led to is proven
+        shutil.rmtree(self.run.checkpoints, ignore_errors=True)  # what they led to is verified
         return self.run.save(Stage.MERGE, summary)
 
     def _evaluate(self) -> Evaluated:

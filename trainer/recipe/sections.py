@@ -192,7 +192,7 @@ class Evaluate(_Section):
 
 
 class Qualify(_Section):
-    """The probes that prove, at every later load, that the engine runs these weights."""
+    """The probes that verify, at every later load, that the engine runs these weights."""
 
     probes: int = Field(8, ge=1, le=8, description="how many")
     repeats: int = Field(20, ge=1, description="measurements of the engine's own noise, which is the tolerance's floor")

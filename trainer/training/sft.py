@@ -23,7 +23,7 @@ from trainer.callbacks.divergence import DivergenceWatch
 from trainer.callbacks.early_stopping import EarlyStopping, best_step, misses_measurement, out_of_patience
 from trainer.callbacks.loss_log import LossReport, Report, heldout_losses, loss_curve
 from trainer.callbacks.loss_point import LossPoint
-from trainer.callbacks.preemption import Interruption, StepAbandoned, interruption
+from trainer.callbacks.preemption import Preemption, StepAbandoned, preemption
 from trainer.callbacks.progress import training_progress
 from trainer.data.chat_template import TrainingExample, load_tokenizer, stop_tokens, tokenize_examples
 from trainer.data.packing import collate_packed, pack, refuse_recurrent
@@ -78,7 +78,7 @@ def train_model(
     _check_lengths(rows, recipe.train.max_length)
     heldout = tokenize_examples(tokenizer, data.heldout, stops) if recipe.stopping.measures else []
     try:
-        with interruption() as asked:
+        with preemption() as asked:
             with asked.interruptible(), waiting("Loading the base model"), library_output_to_log():
                 trainer = _build_trainer(
                     base, tokenizer, rows, heldout, recipe, out, checkpoints, report, asked, number_type
@@ -93,7 +93,7 @@ def train_model(
     return _summarize(trainer, recipe, seconds)
 
 
-def _run(trainer: ResumableTrainer, recipe: Recipe, asked: Interruption, number_type: NumberType) -> float:
+def _run(trainer: ResumableTrainer, recipe: Recipe, asked: Preemption, number_type: NumberType) -> float:
     """Trains to the end; returns the seconds of this process's part."""
     newest = trainer.checkpoints.newest()
     if newest is not None:
@@ -175,7 +175,7 @@ def _build_trainer(
     out: Path,
     checkpoints: Path,
     report: Report | None,
-    asked: Interruption,
+    asked: Preemption,
     number_type: NumberType,
 ) -> ResumableTrainer:
     """Trained weights are in float32: Adam's small steps vanish in 16 bits."""
@@ -197,7 +197,7 @@ def _build_trainer(
         number_type=number_type,
         heldout=[row.as_row() for row in heldout],
         allocation=RankAllocation(model) if recipe.method is Method.ADALORA else None,
-        interruption=asked,
+        preemption=asked,
         model=model,
         args=training_arguments(recipe, out, acceleration, steps, number_type),
         data_collator=collator,

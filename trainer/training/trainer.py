@@ -21,7 +21,7 @@ from svc.errors import IntegrityError
 from trainer.callbacks.divergence import diverged
 from trainer.callbacks.early_stopping import best_step
 from trainer.callbacks.loss_log import HELDOUT_LOSS
-from trainer.callbacks.preemption import Interruption
+from trainer.callbacks.preemption import Preemption
 from trainer.data.chat_template import IGNORED
 from trainer.data.length_grouped_sampler import LengthGroupedSampler
 from trainer.model.adalora import RankAllocation
@@ -40,7 +40,7 @@ class ResumableTrainer(AnswerTrainer):
         number_type: in which the run computes here.
         heldout: rows as those that are trained on; empty when held-out loss is not asked for.
         allocation: AdaLoRA's, which has a state of its own.
-        interruption: a signal that it hears of ends a step, or a measurement of held-out loss, in the middle.
+        preemption: a signal that it hears of ends a step, or a measurement of held-out loss, in the middle.
     """
 
     def __init__(
@@ -50,11 +50,11 @@ class ResumableTrainer(AnswerTrainer):
         number_type: NumberType,
         heldout: list[dict[str, Any]],
         allocation: RankAllocation | None = None,
-        interruption: Interruption | None = None,
+        preemption: Preemption | None = None,
         **options: Any,
     ) -> None:
         super().__init__(**options)
-        self._interruption = interruption or Interruption()
+        self._preemption = preemption or Preemption()
         self._step_start, self._saved_step = _StepStart(), 0
         self.add_callback(self._step_start)
         hear_signals_between_layers(self.model)
@@ -67,7 +67,7 @@ class ResumableTrainer(AnswerTrainer):
 
     def evaluate(self, *args: Any, **options: Any) -> dict[str, float]:
         """Mean loss of the held-out answers' tokens, nats. Draws no random number."""
-        with self._interruption.interruptible():
+        with self._preemption.interruptible():
             figures = {HELDOUT_LOSS: self._heldout_loss()}
         self.log(figures)
         self.callback_handler.on_evaluate(self.args, self.state, self.control, figures)  # changes control in place
@@ -95,7 +95,7 @@ class ResumableTrainer(AnswerTrainer):
         """
         if self.control.should_training_stop:
             raise NoStepLeftError
-        with self._interruption.interruptible():
+        with self._preemption.interruptible():
             return super().training_step(*args, **options)
 
     def save_step_start(self) -> None:

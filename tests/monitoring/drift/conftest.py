@@ -10,7 +10,7 @@ from monitoring.drift.check import DriftCheck
 from monitoring.drift.report import SignalReport
 from monitoring.drift.two_sample.alpha_spending import Signal
 from svc.registry.registry import Registry
-from svc.settings import RecordSettings
+from svc.settings import RequestLogSettings
 from svc.store.database import open_database
 from tests.monitoring.drift.traffic import Traffic, open_registry, register, target
 
@@ -46,5 +46,5 @@ def traffic(store: Store) -> Traffic:
 @pytest.fixture
 def check(registry: Registry, store: Store, traffic: Traffic) -> Check:
     """Checks version 1, at the time of its last request; contents are kept."""
-    checks = DriftCheck(registry, store, RecordSettings(), clock=lambda: traffic.now)
+    checks = DriftCheck(registry, store, RequestLogSettings(), clock=lambda: traffic.now)
     return lambda: {report.signal: report for report in checks.run(target())}

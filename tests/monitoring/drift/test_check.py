@@ -12,7 +12,7 @@ from monitoring.drift.check import MOVED, DriftCheck
 from monitoring.drift.report import Status
 from monitoring.drift.two_sample.alpha_spending import BURST, REQUESTS_PER_DAY, Signal
 from svc.registry.registry import Registry
-from svc.settings import RecordSettings
+from svc.settings import RequestLogSettings
 from svc.store.database import open_database
 from svc.store.drift import DriftAlarm, read_drift_alarms, read_drift_states
 from tests.monitoring.drift.conftest import Check
@@ -84,7 +84,7 @@ def test_who_checks_often_finds_the_same(
         traffic.ask(texts)
         once.ask(texts)
         check()
-    DriftCheck(registry, once_store, RecordSettings(), clock=lambda: once.now).run(target())
+    DriftCheck(registry, once_store, RequestLogSettings(), clock=lambda: once.now).run(target())
     often, at_once = (
         [(alarm.since, alarm.called_at, alarm.moved, alarm.examples) for alarm in read_drift_alarms(one, target())]
         for one in (store, once_store)
@@ -104,7 +104,7 @@ def test_of_many_requests_some_are_looked_at(
 ) -> None:
     monkeypatch.setattr("monitoring.drift.check.BURST", 20)
     now = NOON
-    checks = DriftCheck(registry, store, RecordSettings(), clock=lambda: now)
+    checks = DriftCheck(registry, store, RequestLogSettings(), clock=lambda: now)
 
     def seen(texts: Sequence[str]) -> int:
         traffic.ask(texts)
@@ -153,7 +153,7 @@ def test_without_content_prompts_are_off_and_says_what_to_set(check: Check, traf
     traffic.ask(ALIKE[:60], content=False, tokens=16, finish_reason="length")
     reports = check()
     assert reports[Signal.INPUT].status is Status.OFF
-    assert "records.content_share" in reports[Signal.INPUT].why
+    assert "request_log.content_share" in reports[Signal.INPUT].why
     assert reports[Signal.OUTPUT].status is Status.ALARM
 
 
@@ -195,7 +195,7 @@ def test_questions_that_come_again_and_again_are_no_drift(registry: Registry, st
 
     register(registry, 2, prompts=mixed(300, 0))
     traffic.ask(mixed(500, 300), number=2)
-    checks = DriftCheck(registry, store, RecordSettings(), clock=lambda: traffic.now)
+    checks = DriftCheck(registry, store, RequestLogSettings(), clock=lambda: traffic.now)
     assert {report.signal: report for report in checks.run(target(2))}[Signal.INPUT].status is Status.STEADY
 
 
@@ -203,7 +203,7 @@ def test_whole_json_is_no_drift_where_heldout_json_was_cut(registry: Registry, s
     register(registry, 2, cut=True)
     whole = ['{"section": "net", "why": "it says so, at some length"}'] * 40
     traffic.ask(ALIKE[:40], whole, number=2, tokens=40)
-    checks = DriftCheck(registry, store, RecordSettings(), clock=lambda: traffic.now)
+    checks = DriftCheck(registry, store, RequestLogSettings(), clock=lambda: traffic.now)
     assert {report.signal: report for report in checks.run(target(2))}[Signal.OUTPUT].status is Status.STEADY
 
 
@@ -252,7 +252,7 @@ def test_a_version_forgets_alarms_that_ended_long_ago(
 def test_a_version_of_an_older_release_is_off_and_says_why(registry: Registry, store: Store, traffic: Traffic) -> None:
     register(registry, 2, space=False)
     traffic.ask(ALIKE[:20], number=2)
-    checks = DriftCheck(registry, store, RecordSettings(), clock=lambda: traffic.now)
+    checks = DriftCheck(registry, store, RequestLogSettings(), clock=lambda: traffic.now)
     reports = {report.signal: report for report in checks.run(target(2))}
     assert [reports[signal].status for signal in (Signal.INPUT, Signal.OUTPUT)] == [Status.OFF] * 2
     assert "triage@2 has no reference/" in reports[Signal.INPUT].why
@@ -260,7 +260,7 @@ def test_a_version_of_an_older_release_is_off_and_says_why(registry: Registry, s
 
 def test_a_small_heldout_set_is_told(registry: Registry, store: Store, traffic: Traffic) -> None:
     register(registry, 2, examples=12)
-    checks = DriftCheck(registry, store, RecordSettings(), clock=lambda: traffic.now)
+    checks = DriftCheck(registry, store, RequestLogSettings(), clock=lambda: traffic.now)
     reports = {report.signal: report for report in checks.run(target(2))}
     assert reports[Signal.INPUT].why == "the held-out set is too small: 12 examples"
 
@@ -319,7 +319,7 @@ def test_a_clock_that_ran_ahead_makes_no_later_rating_old(check: Check, traffic:
 
 def test_a_mail_address_is_none_on_either_side(registry: Registry, store: Store, traffic: Traffic) -> None:
     """Live texts are redacted when they are kept, so held-out ones are too before they are compared."""
-    settings = RecordSettings(redact=("package",))
+    settings = RequestLogSettings(redact=("package",))
     checks = DriftCheck(registry, store, settings, clock=lambda: traffic.now)
     system = system_prompt().replace("package", "[redacted]")
     traffic.ask([text.replace("package", "[redacted]") for text in ALIKE[:110]], system=system)

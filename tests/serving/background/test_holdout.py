@@ -33,7 +33,7 @@ from tests.serving.engine_double import Fault, logprob_of
 from tests.serving.home import Home
 from tests.serving.versions import FACTS, HELDOUT, MAX_TOKENS, NAME, make_version, target
 
-FAST: dict[str, Any] = {"questions_per_minute": 1e6, "patience_s": 5.0}
+FAST: dict[str, Any] = {"requests_per_minute": 1e6, "patience_s": 5.0}
 
 
 def runs_of(control: Control, off: str | None = None, **settings: Any) -> HoldoutRuns:
@@ -208,7 +208,7 @@ async def test_a_swap_in_the_middle_drops_the_run_and_begins_another(make: Make)
         await until(lambda: runs.status(target(1))["asked"] == 1)
         swap = await control.promote(2)
         assert swap.outcome is SwapOutcome.SUCCEEDED
-        assert swap.seconds is not None and swap.seconds < 1
+        assert swap.queued_s is not None and swap.queued_s < 1
         await run_of(control, target(2))
         assert [row.number for row in rows(control)] == [2]
 

@@ -20,7 +20,7 @@ PROMPT = [Message(Role.USER, "one two three")]
 
 
 def questions(control: Control, **settings: float) -> BackgroundScheduler:
-    fast = {"questions_per_minute": 1e6, "patience_s": 5.0} | settings
+    fast = {"requests_per_minute": 1e6, "patience_s": 5.0} | settings
     return BackgroundScheduler(control.admission, control.pool, HoldoutSettings.model_validate(fast))
 
 
@@ -45,7 +45,7 @@ async def test_the_engines_log_can_tell_them_apart(control: Control) -> None:
 
 
 async def test_they_keep_their_pace(control: Control) -> None:
-    asking = questions(control, questions_per_minute=60 / 0.1)
+    asking = questions(control, requests_per_minute=60 / 0.1)
     began = time.monotonic()
     for _ in range(3):
         await asking.ask(control.replica.load, put)
@@ -88,7 +88,7 @@ async def test_a_swap_waits_for_no_answer_and_ends_the_question(control: Control
     control.double.token_delay_s = 0
     swap = await control.promote(2)
     assert (swap.outcome, swap.running) == (SwapOutcome.SUCCEEDED, 0)
-    assert swap.seconds is not None and swap.seconds < 2
+    assert swap.queued_s is not None and swap.queued_s < 2
     with pytest.raises(SupersededError):
         await asking
 
@@ -175,7 +175,7 @@ async def test_after_three_deaths_none_is_put_any_more(make: Make, caplog: pytes
             await asking.ask(control.replica.load, put)
     assert asking.off is not None
     assert "died 3 times in a day" in asking.off
-    assert caplog.text.count("no more requests") == 1
+    assert caplog.text.count("no more background requests") == 1
 
 
 async def test_deaths_of_other_days_are_forgotten(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:

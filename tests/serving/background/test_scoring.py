@@ -40,7 +40,7 @@ KEPT = replace(
     prompt=json.dumps(PROMPT),
     answer="an answer",
 )
-FAST: dict[str, Any] = {"questions_per_minute": 1e6, "patience_s": 5.0, "scored_per_hour": 10**9}
+FAST: dict[str, Any] = {"requests_per_minute": 1e6, "patience_s": 5.0, "scored_per_hour": 10**9}
 
 
 def kept(*, minutes_ago: float = 1, **fields: Any) -> RequestRecord:
@@ -244,7 +244,7 @@ async def test_a_prompt_of_parts_is_asked_as_it_came(control: Control, monkeypat
 
 async def test_a_server_scores_what_it_answered(home: Home) -> None:
     make_version(home.registry, 4, answered=1)
-    changes = {"holdout": HoldoutSettings.model_validate(FAST), "records": {"content_share": 1.0}}
+    changes = {"holdout": HoldoutSettings.model_validate(FAST), "request_log": {"content_share": 1.0}}
     home.settings = type(home.settings).model_validate(home.settings.model_dump() | changes)
     body = {"model": NAME, "messages": PROMPT, "temperature": 0}
 

@@ -10,7 +10,7 @@ from svc.errors import BusyError, NotFoundError, ServerNotRunningError
 from svc.lock import hold_lock
 from svc.server_url import LOCK_FILE
 from svc.store.desired import Desired, change_desired, read_desired
-from svc.store.swaps import SwapOutcome, SwapRecord, SwapResult, begin_swap, end_swap
+from svc.store.swaps import SwapOutcome, SwapResult, begin_swap, end_swap, find_swap
 from svc.version import Format, Target, VersionId
 from tests.serving.control import until
 from tests.serving.home import Home
@@ -28,7 +28,7 @@ async def promotion(home: Home) -> tuple[Promotion, Desired]:
     return made, await asyncio.to_thread(made.current, NAME)
 
 
-async def change(home: Home, number: int, steps: list[str] | None = None) -> SwapRecord:
+async def change(home: Home, number: int, steps: list[str] | None = None) -> SwapResult:
     made, current = await promotion(home)
     told = steps if steps is not None else []
     return await asyncio.to_thread(made.change, current, target(number), told.append)
@@ -45,7 +45,9 @@ async def test_it_returns_when_the_version_serves(serving: Home) -> None:
 
 async def test_each_step_is_told_once(serving: Home) -> None:
     steps = list[str]()
-    swap = await change(serving, 2, steps)
+    await change(serving, 2, steps)
+    swap = find_swap(serving.store, NAME)
+    assert swap is not None
     assert tuple(steps) == swap.steps
     assert len(steps) == len(set(steps)) > 4
 
@@ -70,7 +72,7 @@ async def test_of_two_promotions_at_once_one_is_told_to_wait(serving: Home) -> N
         *(asyncio.to_thread(made.change, current, target(number), lambda step: None) for number in (2, 3)),
         return_exceptions=True,
     )
-    assert sorted(type(result).__name__ for result in results) == ["BusyError", "SwapRecord"]
+    assert sorted(type(result).__name__ for result in results) == ["BusyError", "SwapResult"]
 
 
 async def test_one_that_was_overtaken_is_told(home: Home) -> None:

@@ -6,7 +6,7 @@ import logging
 import pytest
 from starlette.exceptions import HTTPException
 
-from serving.admission import EngineUnavailableError, HoldOverflowError, HoldTimeoutError, OverloadedError
+from serving.admission import EngineUnavailableError, OverloadedError, QueueOverflowError, QueueTimeoutError
 from serving.engines.transport import EngineFailedError
 from serving.http.errors import ApiError, api_error
 from serving.protocols.error_code import ErrorCode
@@ -17,8 +17,8 @@ from svc.errors import IntegrityError, SvcError
     ("error", "status", "code", "kind"),
     [
         (OverloadedError("x"), 429, "overloaded", "rate_limit_error"),
-        (HoldOverflowError("x"), 503, "held_overflow", "server_error"),
-        (HoldTimeoutError("x"), 503, "held_timeout", "server_error"),
+        (QueueOverflowError("x"), 503, "queue_overflow", "server_error"),
+        (QueueTimeoutError("x"), 503, "queue_timeout", "server_error"),
         (EngineUnavailableError("x"), 503, "engine_unavailable", "server_error"),
     ],
 )

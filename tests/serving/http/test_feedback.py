@@ -78,7 +78,7 @@ async def test_an_unknown_request_is_not_found(client: httpx.AsyncClient) -> Non
 async def test_a_store_that_is_behind_asks_to_send_it_again(
     client: httpx.AsyncClient, service: Service, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(service.records, "flush", lambda timeout_s: False)
+    monkeypatch.setattr(service.request_log, "flush", lambda timeout_s: False)
     answer = await client.post(PATH, json={"request_id": "req-new", "rating": "good"})
     assert answer.status_code == 503
     assert answer.headers["retry-after"] == "2"

@@ -72,7 +72,7 @@ class TestAnswers:
     ) -> None:
         async with service.admission.closed():
             task = asyncio.create_task(client.post(CHAT_PATH, json=CHAT))
-            await until(lambda: service.admission.held == 1)
+            await until(lambda: service.admission.queued == 1)
             service.double.weights = service.double._cached_weights = "/models/tuned/2"
             service.load(TWO)
         answer = await task
@@ -84,7 +84,7 @@ class TestAnswers:
     ) -> None:
         async with service.admission.closed():
             task = asyncio.create_task(client.post(CHAT_PATH, json={**CHAT, "model": f"{NAME}@1"}))
-            await until(lambda: service.admission.held == 1)
+            await until(lambda: service.admission.queued == 1)
             service.load(TWO)
         assert error_of(await task)["code"] == "model_not_found"
 
@@ -177,20 +177,20 @@ class TestRefusals:
                 assert (answer.status_code, error_of(answer)["code"]) == (413, "body_too_large")
 
     async def test_more_than_may_run_and_more_than_may_wait(self, socket_folder: Path) -> None:
-        service = Service(socket_folder, max_running=1, max_held=1, hold_timeout_s=0.2)
+        service = Service(socket_folder, max_running=1, max_queued=1, queue_timeout_s=0.2)
         async with service.run(), service.client() as client:
             async with service.admission.admit():
                 answer = await client.post(CHAT_PATH, json=CHAT)
             assert (answer.status_code, error_of(answer)["code"]) == (429, "overloaded")
             async with service.admission.closed():
-                held = asyncio.create_task(client.post(CHAT_PATH, json=CHAT))
-                await until(lambda: service.admission.held == 1)
+                queued = asyncio.create_task(client.post(CHAT_PATH, json=CHAT))
+                await until(lambda: service.admission.queued == 1)
                 over = await client.post(CHAT_PATH, json=CHAT)
-                late = await held
-            assert (over.status_code, error_of(over)["code"]) == (503, "held_overflow")
-            assert (late.status_code, error_of(late)["code"]) == (503, "held_timeout")
+                late = await queued
+            assert (over.status_code, error_of(over)["code"]) == (503, "queue_overflow")
+            assert (late.status_code, error_of(late)["code"]) == (503, "queue_timeout")
             assert all("retry-after" in found.headers for found in (answer, over, late))
-            assert (reason(service, "held_overflow"), reason(service, "held_timeout")) == (1, 1)
+            assert (reason(service, "queue_overflow"), reason(service, "queue_timeout")) == (1, 1)
 
     async def test_no_engine(self, service: Service, client: httpx.AsyncClient) -> None:
         service.admission.unavailable("the engine is starting")
@@ -316,9 +316,9 @@ class TestClientsThatLeave:
     async def test_they_leave_their_place_in_the_queue(self, service: Service, live: httpx.AsyncClient) -> None:
         async with service.admission.closed():
             task = asyncio.create_task(live.post(CHAT_PATH, json=CHAT))
-            await until(lambda: service.admission.held == 1)
+            await until(lambda: service.admission.queued == 1)
             task.cancel()
-            await until(lambda: service.admission.held == 0)
+            await until(lambda: service.admission.queued == 0)
         assert service.double.requests == []
         await until(
             lambda: service.count("svc_requests_total", model="unknown", version="", route=CHAT_PATH, status="499") == 1

@@ -11,7 +11,7 @@ from sqlalchemy import Engine as Store
 from sqlalchemy import select
 from sqlalchemy.orm import Session
 
-from svc.settings import RecordSettings
+from svc.settings import RequestLogSettings
 from svc.store.tables import RequestRow
 from tests.serving.engine_double import Fault
 from tests.serving.http.test_inference import error_of, reason, until
@@ -29,12 +29,12 @@ VERSION = {"model": NAME, "version": "1"}
 
 @pytest.fixture
 async def service(socket_folder: Any, store: Store) -> AsyncIterator[Service]:
-    async with Service(socket_folder, store=store, keeping=RecordSettings(content_share=1.0)).run() as service:
+    async with Service(socket_folder, store=store, keeping=RequestLogSettings(content_share=1.0)).run() as service:
         yield service
 
 
 async def row_of(service: Service) -> RequestRow:
-    assert await asyncio.to_thread(service.records.flush, 5)
+    assert await asyncio.to_thread(service.request_log.flush, 5)
     assert service.store is not None
     with Session(service.store) as session:
         return session.scalars(select(RequestRow)).one()
@@ -87,7 +87,7 @@ async def test_tokens_are_counted_and_timed(service: Service, client: httpx.Asyn
 async def test_a_held_request_gets_the_new_version(service: Service, client: httpx.AsyncClient, path: str) -> None:
     async with service.admission.closed():
         task = asyncio.create_task(client.post(path, json=BODIES[path]))
-        await until(lambda: service.admission.held == 1)
+        await until(lambda: service.admission.queued == 1)
         service.double.weights = service.double._cached_weights = "/models/tuned/2"
         service.load(TWO)
     answer = await task

@@ -11,7 +11,7 @@ import pytest
 from sqlalchemy import Engine, select
 from sqlalchemy.orm import Session
 
-from svc.settings import RecordSettings
+from svc.settings import RequestLogSettings
 from svc.store.tables import RequestRow
 from tests.serving.engine_double import Fault
 from tests.serving.http.test_inference import until
@@ -23,14 +23,14 @@ STREAM = {**CHAT, "stream": True}
 
 @pytest.fixture
 async def service(socket_folder: Path, store: Engine) -> AsyncIterator[Service]:
-    async with Service(socket_folder, store=store, keeping=RecordSettings(content_share=1.0)).run() as service:
+    async with Service(socket_folder, store=store, keeping=RequestLogSettings(content_share=1.0)).run() as service:
         yield service
 
 
 async def row_after(service: Service, client: httpx.AsyncClient, body: Any, path: str = CHAT_PATH) -> RequestRow:
     """The one row that a request leaves."""
     await client.post(path, json=body, headers={"x-request-id": "mine"})
-    assert service.records.flush(5)
+    assert service.request_log.flush(5)
     assert service.store is not None
     with Session(service.store) as session:
         return session.scalars(select(RequestRow)).one()
@@ -78,7 +78,7 @@ async def test_prompt_and_answer_are_kept_where_they_are_asked_for(service: Serv
 async def test_a_whole_answer_and_a_stream_are_kept_alike(service: Service, client: httpx.AsyncClient) -> None:
     await client.post(CHAT_PATH, json=CHAT)
     await client.post(CHAT_PATH, json=STREAM)
-    assert service.records.flush(5)
+    assert service.request_log.flush(5)
     assert service.store is not None
     with Session(service.store) as session:
         whole, streamed = session.scalars(select(RequestRow.answer))
@@ -117,7 +117,7 @@ async def test_an_answer_that_is_cut_off_by_the_servers_end_is_no_good_answer(se
     await until(lambda: len(sent) > 2)
     answering.cancel()
     await asyncio.wait([answering])
-    assert service.records.flush(5)
+    assert service.request_log.flush(5)
     assert service.store is not None
     with Session(service.store) as session:
         row = session.scalars(select(RequestRow)).one()

@@ -29,7 +29,7 @@ from serving.protocols.route import Route
 from serving.router import Routes
 from serving.telemetry.metrics import GatewayMetrics
 from serving.telemetry.request_log import RequestLog
-from svc.settings import RecordSettings, ServeSettings
+from svc.settings import RequestLogSettings, ServeSettings
 from tests.serving.engine_double import EngineDouble
 from tests.serving.service import NAME, ONE, Service, application
 
@@ -65,8 +65,10 @@ async def test_every_error_of_a_completion_is_described_with_its_status(client: 
 def api(memory_folder: Path, store: Store) -> Iterator[Any]:
     """The document of an application over the double; a model name is one of those that are served, or another."""
     registry, traffic_settings = CollectorRegistry(), ServeSettings()
-    records = RequestLog(store, RecordSettings(), on_stored=lambda count: None, on_dropped=lambda reason, count: None)
-    routes, admission = Routes(NAME), Admission(max_running=8, max_held=8, hold_timeout_s=1)
+    request_log = RequestLog(
+        store, RequestLogSettings(), on_stored=lambda count: None, on_dropped=lambda reason, count: None
+    )
+    routes, admission = Routes(NAME), Admission(max_running=8, max_queued=8, queue_timeout_s=1)
     engine = httpx.AsyncClient(transport=httpx.ASGITransport(EngineDouble(name=NAME)), base_url="http://engine")
     routes.load({ONE})
 
@@ -81,13 +83,13 @@ def api(memory_folder: Path, store: Store) -> Iterator[Any]:
         admission=admission,
         routes=routes,
         metrics=GatewayMetrics(registry),
-        records=records,
+        request_log=request_log,
         settings=traffic_settings,
         store=store,
     )
     routes.serve(ONE)
     admission.available()
-    records.start()
+    request_log.start()
     found = schemathesis.openapi.from_asgi("/openapi.json", app)
     names = {"enum": [*routes.names(), "other"]}
     found.raw_schema["paths"]["/v1/models/{name}"]["parameters"][0]["schema"] = names
@@ -95,7 +97,7 @@ def api(memory_folder: Path, store: Store) -> Iterator[Any]:
         body = found.raw_schema["paths"][route.value]["post"]["requestBody"]["content"]["application/json"]["schema"]
         body["properties"]["model"] = names
     yield found
-    records.close()
+    request_log.close()
 
 
 def cases() -> Iterator[tuple[str, str, GenerationMode]]:

@@ -8,7 +8,7 @@ import pytest
 
 from svc.engine.state import EngineState
 from svc.errors import IntegrityError
-from svc.store.swaps import SwapOutcome, begin_swap
+from svc.store.swaps import SwapOutcome, begin_swap, find_swap
 from tests.serving.control import Control, Make, ask, until
 from tests.serving.versions import NAME, target
 
@@ -97,10 +97,11 @@ async def test_after_a_death_during_a_swap_the_version_before_serves_at_once_and
         await control.serves(target(2))
         assert (await ask(client, stream=False)).words == {"2"}
         assert control.desired().target == target(2)
-        swap = await control.outcome(wish)
-        assert (swap.id, swap.outcome) == (begun, SwapOutcome.SUCCEEDED)
-        assert any("weights of" in step for step in swap.steps)
-    assert len(left.park.engines) == started + 1  # the one that was taken over, and reloaded in place
+        assert (await control.outcome(wish)).outcome is SwapOutcome.SUCCEEDED
+        found = find_swap(left.store, NAME, wish.generation)
+        assert found is not None and found.id == begun
+        assert any("weights of" in step for step in control.steps)
+    assert len(left.park.engines) == started + 1  # the one that was adopted, and reloaded in place
     assert left.park.ended == []
 
 

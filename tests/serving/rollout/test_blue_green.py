@@ -39,7 +39,12 @@ async def test_under_load_no_request_fails_or_waits_and_no_versions_mix(control:
             await until(lambda: load.versions[FOUR] > 12)
         await until(lambda: control.park.alive == 1)
     load.check()
-    assert (swap.outcome, swap.kind, swap.held, swap.seconds) == (SwapOutcome.SUCCEEDED, SwapKind.BLUEGREEN, None, None)
+    assert (swap.outcome, swap.kind, swap.queued, swap.queued_s) == (
+        SwapOutcome.SUCCEEDED,
+        SwapKind.BLUEGREEN,
+        None,
+        None,
+    )
     assert swap.took_s is not None and swap.took_s >= 0.05
     assert set(load.versions) == {ONE, FOUR}
     assert not any(RELOAD in engine.double.calls for engine in control.park.engines)
@@ -78,15 +83,15 @@ async def test_an_answer_that_outlasts_the_drain_is_not_cut_off_and_does_not_hol
         await until(lambda: control.double.running)
         wish = control.wish(2)
         await until(lambda: control.admission._closed)
-        held = asyncio.create_task(ask(client, stream=False))
+        queued = asyncio.create_task(ask(client, stream=False))
         swap = await control.outcome(wish)
         assert (await ask(client, stream=True)).version == TWO
         assert not long.done()
         assert (await long).words == {"1"}
-        assert (await held).status == 200
+        assert (await queued).status == 200
         await until(lambda: control.park.alive == 1)
-    assert (swap.outcome, swap.kind, swap.held) == (SwapOutcome.SUCCEEDED, SwapKind.BLUEGREEN, 1)
-    assert any("still ran" in step for step in swap.steps)
+    assert (swap.outcome, swap.kind, swap.queued) == (SwapOutcome.SUCCEEDED, SwapKind.BLUEGREEN, 1)
+    assert any("still ran" in step for step in control.steps)
 
 
 async def test_weights_that_fail_their_probes_answer_nobody(control: Control) -> None:

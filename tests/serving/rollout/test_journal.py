@@ -20,7 +20,7 @@ DESIRED = Desired(target(2), target(1), 1)
 
 async def ended(store: Engine) -> SwapRecord:
     async with asyncio.timeout(3):
-        while not (swap := find_swap(store, NAME)) or swap.outcome is None:
+        while not (swap := find_swap(store, NAME)) or swap.result is None:
             await asyncio.sleep(0.005)
     return swap
 
@@ -30,11 +30,11 @@ async def test_steps_and_the_end_come_in_order(store: Engine) -> None:
     swap_id = await journal.begin(DESIRED)
     for number in range(10):
         journal.step(swap_id, str(number))
-    journal.end(swap_id, SwapResult(SwapOutcome.REFUSED, "why", 1.5, 2, 3))
+    result = SwapResult(SwapOutcome.REFUSED, "why", 1.5, 2, 3)
+    journal.end(swap_id, result)
     swap = await ended(store)
     assert swap.steps == tuple(str(number) for number in range(10))
-    assert (swap.outcome, swap.reason, swap.seconds) == (SwapOutcome.REFUSED, "why", 1.5)
-    assert (swap.running, swap.held) == (2, 3)
+    assert swap.result == result
 
 
 async def test_a_step_returns_at_once(store: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -54,7 +54,7 @@ async def test_what_the_store_does_not_take_is_written_again(store: Engine, monk
     monkeypatch.setattr(module, "end_swap", _fails_once(end_swap))
     journal = Journal(store)
     journal.end(await journal.begin(DESIRED), SwapResult(SwapOutcome.SUCCEEDED))
-    assert (await ended(store)).outcome is SwapOutcome.SUCCEEDED
+    assert (await ended(store)).result == SwapResult(SwapOutcome.SUCCEEDED)
 
 
 async def test_a_store_that_takes_nothing_begins_no_swap(store: Engine, monkeypatch: pytest.MonkeyPatch) -> None:

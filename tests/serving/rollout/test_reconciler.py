@@ -49,7 +49,7 @@ async def test_a_swap_under_load_fails_no_request_and_mixes_no_versions(make: Ma
     load.check()
     assert swap.outcome is SwapOutcome.SUCCEEDED
     assert swap.running is not None and swap.running >= 6
-    assert swap.held is not None and swap.held >= 6
+    assert swap.queued is not None and swap.queued >= 6
     assert set(load.versions) == {f"{NAME}@{before}", f"{NAME}@{after}"}
     assert control.desired().target == target(after) and control.desired().previous == target(before)
 
@@ -61,7 +61,7 @@ async def test_a_held_request_is_answered_by_the_new_version(make: Make) -> None
         wish = control.wish(2)
         await until(lambda: control.state is EngineState.SWAPPING)
         answers = await asyncio.gather(*(ask(client, stream=stream) for stream in (True, False)))
-        assert (await control.outcome(wish)).held == 2
+        assert (await control.outcome(wish)).queued == 2
     assert [answer.version for answer in answers] == [str(TWO)] * 2
     assert [answer.words for answer in answers] == [{"2"}] * 2
 
@@ -138,7 +138,7 @@ async def test_a_dead_engine_is_failed_until_it_is_started_again(control: Contro
 async def test_a_version_that_serves_already_needs_no_swap(control: Control) -> None:
     calls = len(control.double.calls)
     swap = await control.promote(1)
-    assert (swap.outcome, swap.seconds) == (SwapOutcome.SUCCEEDED, None)
+    assert (swap.outcome, swap.queued_s) == (SwapOutcome.SUCCEEDED, None)
     assert "/collective_rpc" not in control.double.calls[calls:]
     assert control.desired().previous is None
 
@@ -346,7 +346,7 @@ async def test_nothing_reads_or_writes_a_disk_in_the_event_loop(
     async with asyncio.timeout(5):
         while True:
             swap = await asyncio.to_thread(find_swap, control.store, NAME, wish.generation)
-            if swap and swap.outcome:
+            if swap and swap.result:
                 break
             await asyncio.sleep(0.01)
     assert len(threads) > 1

@@ -72,7 +72,7 @@ async def test_an_altered_file_never_closes_the_door(control: Control) -> None:
     calls = len(control.double.calls)
     swap = await control.swap.run(target(1), target(2), lambda step: None)
     assert swap.outcome is SwapOutcome.REFUSED
-    assert (swap.seconds, swap.held) == (None, None)
+    assert (swap.queued_s, swap.queued) == (None, None)
     assert not {RELOAD, RESET, PROBE} & set(control.double.calls[calls:])
     assert control.state is EngineState.READY
 
@@ -83,7 +83,7 @@ async def test_a_version_of_another_shape_without_room_for_it_is_refused(control
     control.park.room = "it needs 2 GiB, 1 GiB is free"
     calls = len(control.double.calls)
     swap = await control.swap.run(target(1), target(4), lambda step: None)
-    assert (swap.outcome, swap.held) == (SwapOutcome.REFUSED, None)
+    assert (swap.outcome, swap.queued) == (SwapOutcome.REFUSED, None)
     assert swap.reason is not None and "it needs 2 GiB" in swap.reason
     assert not {RELOAD, RESET, PROBE} & set(control.double.calls[calls:])
 
@@ -184,11 +184,11 @@ async def test_an_engine_that_dies_in_a_swap_costs_no_held_request(make: Make, p
     async with control.run(), control.client() as client:
         wish = control.wish(2)
         await until(lambda: control.admission._closed)
-        held = await asyncio.gather(*(ask(client, stream=stream) for stream in (True, False, True, False)))
+        queued = await asyncio.gather(*(ask(client, stream=stream) for stream in (True, False, True, False)))
         assert (await control.outcome(wish)).outcome is SwapOutcome.FAILED
         await control.serves(target(1))
         assert control.desired().target == target(1)
-    assert [(answer.status, answer.error, answer.version) for answer in held] == [(200, None, ONE)] * 4
+    assert [(answer.status, answer.error, answer.version) for answer in queued] == [(200, None, ONE)] * 4
 
 
 async def test_an_engine_that_dies_while_requests_end_is_replaced(make: Make) -> None:
@@ -199,11 +199,11 @@ async def test_an_engine_that_dies_while_requests_end_is_replaced(make: Make) ->
         await until(lambda: control.double.running)
         wish = control.wish(2)
         await until(lambda: control.state is EngineState.DRAINING)
-        held = asyncio.create_task(ask(client, stream=False))
-        await until(lambda: control.admission.held)
+        queued = asyncio.create_task(ask(client, stream=False))
+        await until(lambda: control.admission.queued)
         control.park.engines[0].kill()
         assert (await running).error == "engine_died"
-        assert (await held).words == {"1"}
+        assert (await queued).words == {"1"}
         assert (await control.outcome(wish)).outcome is SwapOutcome.FAILED
         await control.serves(target(1))
 
@@ -216,11 +216,11 @@ async def test_an_engine_that_cannot_be_replaced_is_failed_and_comes_back_later(
         control.park.failing_starts = 3
         wish = control.wish(2)
         await until(lambda: control.state is EngineState.SWAPPING)
-        held = await ask(client, stream=False)
-        assert (held.status, held.error) == (503, "engine_unavailable")
+        queued = await ask(client, stream=False)
+        assert (queued.status, queued.error) == (503, "engine_unavailable")
         swap = await control.outcome(wish)
         assert swap.outcome is SwapOutcome.FAILED
-        assert any("did not start" in step for step in swap.steps)
+        assert any("did not start" in step for step in control.steps)
         await control.serves(target(1))
         assert (await ask(client, stream=False)).words == {"1"}
 
@@ -376,10 +376,10 @@ async def test_a_swap_that_is_cut_off_lets_nobody_reach_the_engine(make: Make) -
         control.double.reload_delay_s = 10
         swapping = asyncio.create_task(control.swap.run(target(1), target(2), lambda step: None))
         await until(lambda: control.state is EngineState.SWAPPING)
-        held = asyncio.create_task(ask(client, stream=False))
-        await until(lambda: control.admission.held)
+        queued = asyncio.create_task(ask(client, stream=False))
+        await until(lambda: control.admission.queued)
         swapping.cancel()
-        answer = await held
+        answer = await queued
         assert (answer.status, answer.words) == (503, set())
         assert (await ask(client, stream=False)).status == 503
 
@@ -392,7 +392,7 @@ async def test_a_swap_that_is_cut_off_while_requests_end_changes_nothing(make: M
         await until(lambda: control.double.running)
         swapping = asyncio.create_task(control.swap.run(target(1), target(2), lambda step: None))
         await until(lambda: control.state is EngineState.DRAINING)
-        held = asyncio.create_task(ask(client, stream=False))
-        await until(lambda: control.admission.held)
+        queued = asyncio.create_task(ask(client, stream=False))
+        await until(lambda: control.admission.queued)
         swapping.cancel()
-        assert [(await task).words for task in (running, held)] == [{"1"}, {"1"}]
+        assert [(await task).words for task in (running, queued)] == [{"1"}, {"1"}]

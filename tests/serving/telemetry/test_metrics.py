@@ -62,19 +62,19 @@ def test_tokens_are_counted_by_direction(registry: CollectorRegistry, metrics: G
 
 
 def test_every_reason_exists_before_it_happens(registry: CollectorRegistry, metrics: GatewayMetrics) -> None:
-    assert registry.get_sample_value("svc_request_errors_total", {"reason": "held_overflow"}) == 0
-    metrics.request_failed(ErrorCode.HELD_OVERFLOW)
-    assert registry.get_sample_value("svc_request_errors_total", {"reason": "held_overflow"}) == 1
+    assert registry.get_sample_value("svc_request_errors_total", {"reason": "queue_overflow"}) == 0
+    metrics.request_failed(ErrorCode.QUEUE_OVERFLOW)
+    assert registry.get_sample_value("svc_request_errors_total", {"reason": "queue_overflow"}) == 1
 
 
 def test_a_swap_is_counted_timed_and_its_held_requests_kept(
     registry: CollectorRegistry, metrics: GatewayMetrics
 ) -> None:
-    metrics.swap_ended(SwapResult(SwapOutcome.SUCCEEDED, None, seconds=1.5, running=3, held=12))
+    metrics.swap_ended(SwapResult(SwapOutcome.SUCCEEDED, None, queued_s=1.5, running=3, queued=12))
     outcome = {"outcome": SwapOutcome.SUCCEEDED.value}
     assert registry.get_sample_value("svc_swaps_total", outcome) == 1
     assert registry.get_sample_value("svc_swap_duration_seconds_sum", outcome) == 1.5
-    assert registry.get_sample_value("svc_swap_held_requests_sum") == 12
+    assert registry.get_sample_value("svc_swap_queued_requests_sum") == 12
 
 
 def test_a_swap_that_was_refused_before_the_door_closed_is_not_timed(
@@ -82,7 +82,7 @@ def test_a_swap_that_was_refused_before_the_door_closed_is_not_timed(
 ) -> None:
     metrics.swap_ended(SwapResult(SwapOutcome.REFUSED, "other shapes"))
     assert registry.get_sample_value("svc_swaps_total", {"outcome": SwapOutcome.REFUSED.value}) == 1
-    assert registry.get_sample_value("svc_swap_held_requests_count") == 0
+    assert registry.get_sample_value("svc_swap_queued_requests_count") == 0
 
 
 def test_the_held_out_set_is_due_of_one_version_at_most(registry: CollectorRegistry, metrics: GatewayMetrics) -> None:
@@ -103,4 +103,4 @@ def test_the_door_is_read_when_it_is_asked_for(registry: CollectorRegistry, metr
     metrics.watch_admission(lambda: numbers[0], lambda: numbers[1])
     numbers[:] = [3, 4]
     assert registry.get_sample_value("svc_requests_running") == 3
-    assert registry.get_sample_value("svc_requests_held") == 4
+    assert registry.get_sample_value("svc_requests_queued") == 4

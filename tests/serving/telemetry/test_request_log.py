@@ -15,7 +15,7 @@ from serving.protocols.route import Route
 from serving.telemetry import request_log
 from serving.telemetry.content import Content
 from serving.telemetry.request_log import Dropped, RequestLog
-from svc.settings import RecordSettings
+from svc.settings import RequestLogSettings
 from svc.store.requests import add_requests
 from svc.store.tables import RequestRow
 from tests.svc.store.test_requests import RECORD as OLD_RECORD
@@ -34,7 +34,7 @@ class Pen:
         self.dropped: Counter[Dropped] = Counter()
         self.writer = RequestLog(
             store,
-            RecordSettings(**settings),
+            RequestLogSettings(**settings),
             on_stored=self._count_stored,
             on_dropped=self._count_dropped,
             max_queued=max_queued,

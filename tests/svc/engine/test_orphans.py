@@ -1,4 +1,4 @@
-"""An engine outlives the server that started it; the next one finds it, takes it over, or ends all of it."""
+"""An engine outlives the server that started it; the next one finds it, adopts it, or ends all of it."""
 
 import asyncio
 import fcntl
@@ -95,26 +95,26 @@ async def test_it_runs_on_and_is_found_with_what_it_holds(folder: Path) -> None:
         assert engine_in(folder).orphan_holds() == "one"
 
 
-async def test_it_is_taken_over_and_ended_like_an_own_one(folder: Path) -> None:
+async def test_it_is_adopted_and_ended_like_an_own_one(folder: Path) -> None:
     async with orphan(folder) as engine:
-        taker, core = engine_in(folder), child(folder)
-        await taker.adopt()
-        assert await taker.client.healthy()
-        await taker.stop()
+        adopting, core = engine_in(folder), child(folder)
+        await adopting.adopt()
+        assert await adopting.client.healthy()
+        await adopting.stop()
         assert not runs(engine)
         assert not runs(core)
-        assert await taker.wait() is None
+        assert await adopting.wait() is None
 
 
-async def test_the_death_of_one_that_was_taken_over_is_noticed(folder: Path) -> None:
+async def test_the_death_of_one_that_was_adopted_is_noticed(folder: Path) -> None:
     async with orphan(folder) as engine:
-        taker = engine_in(folder)
-        await taker.adopt()
+        adopting = engine_in(folder)
+        await adopting.adopt()
         engine.kill()
-        assert await asyncio.wait_for(taker.wait(), 5) is None
+        assert await asyncio.wait_for(adopting.wait(), 5) is None
 
 
-async def test_one_that_was_started_otherwise_is_not_taken_over(folder: Path) -> None:
+async def test_one_that_was_started_otherwise_is_not_adopted(folder: Path) -> None:
     async with orphan(folder):
         assert engine_in(folder, args=("--seed", "1")).orphan_holds() is None
         assert engine_in(folder, start_timeout_s=7).orphan_holds() == "one"
@@ -124,10 +124,10 @@ async def test_one_that_is_dead_holds_nothing(folder: Path) -> None:
     async with orphan(folder) as engine:
         engine.kill()
         await asyncio.sleep(0.1)
-        taker = engine_in(folder)
-        assert taker.orphan_holds() is None
+        adopting = engine_in(folder)
+        assert adopting.orphan_holds() is None
         with pytest.raises(EngineError, match="does not answer"):
-            await taker.adopt()
+            await adopting.adopt()
 
 
 async def test_a_core_that_outlived_its_engine_is_ended(folder: Path) -> None:
@@ -210,33 +210,33 @@ async def test_one_that_is_left_runs_on(folder: Path, monkeypatch: pytest.Monkey
     await engine.start()
     engine.record("two")
     await engine.leave()
-    taker = engine_in(folder, "three")
+    adopting = engine_in(folder, "three")
     try:
-        assert taker.orphan_holds() == "two"
-        await taker.adopt()
-        assert await taker.client.healthy()
+        assert adopting.orphan_holds() == "two"
+        await adopting.adopt()
+        assert await adopting.client.healthy()
     finally:
-        await taker.stop()
+        await adopting.stop()
 
 
-async def test_one_that_was_taken_over_is_ended_whatever_became_of_its_folder(folder: Path) -> None:
+async def test_one_that_was_adopted_is_ended_whatever_became_of_its_folder(folder: Path) -> None:
     async with orphan(folder) as engine:
-        taker, core = engine_in(folder), child(folder)
-        await taker.adopt()
+        adopting, core = engine_in(folder), child(folder)
+        await adopting.adopt()
         (folder / LOCK_FILE).unlink()
         (folder / RECORD_FILE).unlink()
-        await taker.stop()
+        await adopting.stop()
         assert not runs(engine)
         assert not runs(core)
 
 
 async def test_what_is_noted_replaces_what_was(folder: Path) -> None:
     async with orphan(folder):
-        taker = engine_in(folder)
-        taker.record(None)
-        assert taker.orphan_holds() is None
-        taker.record("three")
-        assert taker.orphan_holds() == "three"
+        adopting = engine_in(folder)
+        adopting.record(None)
+        assert adopting.orphan_holds() is None
+        adopting.record("three")
+        assert adopting.orphan_holds() == "three"
 
 
 @pytest.mark.parametrize(

@@ -111,7 +111,7 @@ def test_nothing_goes_while_a_swap_decides_where_a_rollback_goes(
     assert before in registry.versions(before.name)
 
 
-def test_a_version_that_is_being_removed_is_no_leftover(
+def test_a_version_that_is_being_removed_is_no_interrupted_removal(
     registry: Registry, store: Engine, tmp_path: Path, publish: Publish, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """However old it is: it may come back."""

@@ -6,7 +6,7 @@ import pytest
 from sqlalchemy import Engine
 
 from svc.store.desired import Desired
-from svc.store.swaps import SwapOutcome, SwapResult, add_step, begin_swap, end_swap, find_swap
+from svc.store.swaps import SwapKind, SwapOutcome, SwapResult, add_step, begin_swap, end_swap, find_swap
 from svc.version import Format, Target, VersionId
 
 
@@ -21,12 +21,12 @@ def test_no_swap_was_ever(store: Engine) -> None:
 def test_a_swap_under_way_has_its_steps_and_no_outcome(store: Engine) -> None:
     swap = begin_swap(store, desired(2, 5))
     add_step(store, swap, "files match")
-    add_step(store, swap, "holding new requests")
+    add_step(store, swap, "queueing new requests")
     found = find_swap(store, "tiny")
     assert found is not None
-    assert (found.id, found.generation, found.outcome, found.seconds) == (swap, 5, None, None)
+    assert (found.id, found.generation, found.result) == (swap, 5, None)
     assert found.target == desired(2, 5).target
-    assert found.steps == ("files match", "holding new requests")
+    assert found.steps == ("files match", "queueing new requests")
 
 
 def test_the_start_is_a_point_in_time_with_its_zone(store: Engine) -> None:
@@ -39,10 +39,11 @@ def test_the_start_is_a_point_in_time_with_its_zone(store: Engine) -> None:
 @pytest.mark.parametrize("outcome", SwapOutcome)
 def test_the_end_is_written_whole(store: Engine, outcome: SwapOutcome) -> None:
     swap = begin_swap(store, desired(2, 5))
-    end_swap(store, swap, SwapResult(outcome, "why", 1.5, 3, 7))
+    result = SwapResult(outcome, "why", 1.5, 3, 7, SwapKind.ROLLING, 2.5)
+    end_swap(store, swap, result)
     found = find_swap(store, "tiny")
     assert found is not None
-    assert (found.outcome, found.reason, found.seconds, found.running, found.held) == (outcome, "why", 1.5, 3, 7)
+    assert found.result == result
 
 
 def test_the_last_swap_of_a_name_is_found(store: Engine) -> None:

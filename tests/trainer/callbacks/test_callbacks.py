@@ -13,7 +13,7 @@ from trainer.callbacks.divergence import DivergenceWatch, diverged
 from trainer.callbacks.early_stopping import EarlyStopping, best_step, out_of_patience
 from trainer.callbacks.loss_log import LossReport, loss_curve
 from trainer.callbacks.loss_point import LossPoint
-from trainer.callbacks.preemption import Interruption
+from trainer.callbacks.preemption import Preemption
 from trainer.recipe.sections import Checkpoints, Stopping
 
 ARGS: Any = TrainingArguments
@@ -86,7 +86,7 @@ def asks(clock: CheckpointSchedule, step: int) -> bool:
 
 def test_a_checkpoint_is_due_by_minutes() -> None:
     now = 0.0
-    clock = CheckpointSchedule(Checkpoints(every_minutes=2), Interruption(), clock=lambda: now)
+    clock = CheckpointSchedule(Checkpoints(every_minutes=2), Preemption(), clock=lambda: now)
     due = []
     for step in range(1, 10):
         now += 50
@@ -95,16 +95,16 @@ def test_a_checkpoint_is_due_by_minutes() -> None:
 
 
 def test_a_checkpoint_is_due_by_steps() -> None:
-    clock = CheckpointSchedule(Checkpoints(every_steps=3), Interruption(), clock=lambda: 0.0)
+    clock = CheckpointSchedule(Checkpoints(every_steps=3), Preemption(), clock=lambda: 0.0)
     assert [step for step in range(1, 10) if asks(clock, step)] == [3, 6, 9]
 
 
 def test_a_signal_while_held_out_loss_is_measured_waits_for_no_other_step() -> None:
-    interruption, control = Interruption(), TrainerControl()
-    clock = CheckpointSchedule(Checkpoints(), interruption, clock=lambda: 0.0)
+    preemption, control = Preemption(), TrainerControl()
+    clock = CheckpointSchedule(Checkpoints(), preemption, clock=lambda: 0.0)
     clock.on_evaluate(ARGS, state(), control)
     assert not control.should_save
-    interruption.by = signal.SIGTERM
+    preemption.by = signal.SIGTERM
     clock.on_evaluate(ARGS, state(), control)
     assert control.should_save
     assert control.should_training_stop

@@ -14,7 +14,7 @@ from svc.dataset.schema.example import ChatExample
 from svc.engine.capabilities import NumberType
 from svc.errors import InterruptedRunError
 from tests.trainer.conftest import make_recipe
-from trainer.callbacks.preemption import Interruption, StepAbandoned, interruption
+from trainer.callbacks.preemption import Preemption, StepAbandoned, preemption
 from trainer.recipe.sections import Method, Recipe
 from trainer.training import sft
 from trainer.training import trainer as trainer_module
@@ -194,14 +194,14 @@ def test_a_signal_is_heard_between_the_layers_of_a_backward_pass() -> None:
     hear_signals_between_layers(model)
     last = model(torch.ones(1, 4)).sum()
     last.register_hook(lambda gradient: os.kill(os.getpid(), signal.SIGTERM))
-    with interruption() as asked, pytest.raises(StepAbandoned), asked.interruptible():
+    with preemption() as asked, pytest.raises(StepAbandoned), asked.interruptible():
         last.backward()
     assert model[0].linear.weight.grad is None
     assert asked.by is signal.SIGTERM
 
 
 def test_what_may_not_be_given_up_goes_on() -> None:
-    asked = Interruption()
+    asked = Preemption()
     asked.receive(signal.SIGINT)
     with pytest.raises(StepAbandoned), asked.interruptible():
         pytest.fail("it was begun after the signal")
@@ -214,6 +214,6 @@ def test_a_signal_is_heard_where_nobody_reads_the_log_any_more(monkeypatch: pyte
         raise SystemExit(1)
 
     monkeypatch.setattr("trainer.callbacks.preemption.console.print", broken)
-    with interruption() as asked, pytest.raises(StepAbandoned), asked.interruptible():
+    with preemption() as asked, pytest.raises(StepAbandoned), asked.interruptible():
         os.kill(os.getpid(), signal.SIGTERM)
     assert asked.by is signal.SIGTERM
