@@ -104,11 +104,11 @@ def separation(similarities: Floats, live: int) -> float:
     Args:
         similarities, live: as `permutation_test` takes them.
     """
-    scores = _scores(similarities, live)
-    ones, others = scores[-live:], scores[:-live]
-    greater = (ones[:, None] > others[None]).mean() + 0.5 * (ones[:, None] == others[None]).mean()
+    from sklearn.metrics import roc_auc_score
+
+    is_live = np.arange(len(similarities)) >= len(similarities) - live
     # Who leaves a prompt out makes it look a little more like the other side; below a half says nothing.
-    return max(0.5, float(greater))
+    return max(0.5, float(roc_auc_score(is_live, _scores(similarities, live))))
 
 
 def typical(similarities: Floats, live: int, count: int) -> list[int]:
