@@ -7,8 +7,6 @@ the layers that are used on a CPU alone are chosen where they are (trainer.train
 from dataclasses import dataclass
 from enum import StrEnum
 
-_PACKAGES = ("flash_attn", "flash_attn_interface", "liger_kernel")
-
 
 class Attention(StrEnum):
     """transformers' names, for `attn_implementation`."""
@@ -25,12 +23,15 @@ class Facts:
     Attributes:
         cuda: whether training runs on an NVIDIA GPU.
         capability: of that GPU, as (9, 0) for Hopper; None without one.
-        packages: import names of those that are installed.
+        flash_attention_2, flash_attention_3, liger_kernels: whether they are installed, in a release that transformers
+            takes. Who only looks for the import names takes FlashAttention 4 for 2.
     """
 
     cuda: bool
     capability: tuple[int, int] | None = None
-    packages: frozenset[str] = frozenset()
+    flash_attention_2: bool = False
+    flash_attention_3: bool = False
+    liger_kernels: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,13 +55,17 @@ class Acceleration:
 
 def machine_facts() -> Facts:
     """The facts of this machine."""
-    from importlib.util import find_spec
-
     import torch
+    from transformers.utils import is_flash_attn_2_available, is_flash_attn_3_available, is_liger_kernel_available
 
     cuda = torch.cuda.is_available()
-    installed = frozenset(name for name in _PACKAGES if find_spec(name) is not None)
-    return Facts(cuda, torch.cuda.get_device_capability() if cuda else None, installed)
+    return Facts(
+        cuda,
+        torch.cuda.get_device_capability() if cuda else None,
+        flash_attention_2=is_flash_attn_2_available(),
+        flash_attention_3=is_flash_attn_3_available(),
+        liger_kernels=is_liger_kernel_available(),
+    )
 
 
 def choose_acceleration(facts: Facts, *, flash: bool = True) -> Acceleration:
@@ -73,7 +78,7 @@ def choose_acceleration(facts: Facts, *, flash: bool = True) -> Acceleration:
     return Acceleration(
         attention=attention,
         padding_free=attention is not Attention.SDPA,
-        liger_kernels=facts.cuda and "liger_kernel" in facts.packages,
+        liger_kernels=facts.cuda and facts.liger_kernels,
         gradient_checkpointing=facts.cuda,
     )
 
@@ -82,8 +87,8 @@ def _attention(facts: Facts) -> Attention:
     if not facts.cuda or facts.capability is None:
         return Attention.SDPA
     # FlashAttention 3 was not made to run on what came after Hopper.
-    if "flash_attn_interface" in facts.packages and facts.capability[0] == 9:
+    if facts.flash_attention_3 and facts.capability[0] == 9:
         return Attention.FLASH_3
-    if "flash_attn" in facts.packages and facts.capability >= (8, 0):
+    if facts.flash_attention_2 and facts.capability >= (8, 0):
         return Attention.FLASH_2
     return Attention.SDPA

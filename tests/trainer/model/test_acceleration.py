@@ -1,18 +1,22 @@
 """Each machine gets the switches that are right for it."""
 
+from importlib.util import find_spec
+from pathlib import Path
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from trainer.model.acceleration import Attention, Facts, choose_acceleration
+from trainer.model.acceleration import Attention, Facts, choose_acceleration, machine_facts
 
-ALL = frozenset({"flash_attn", "flash_attn_interface", "liger_kernel"})
+PACKAGES = ("flash_attention_2", "flash_attention_3", "liger_kernels")
+ALL = dict.fromkeys(PACKAGES, True)
 AMPERE, HOPPER, TURING, BLACKWELL = (8, 0), (9, 0), (7, 5), (10, 0)
 FACTS = st.builds(
     Facts,
     cuda=st.booleans(),
     capability=st.none() | st.tuples(st.integers(6, 12), st.integers(0, 9)),
-    packages=st.frozensets(st.sampled_from(sorted(ALL))),
+    **{package: st.booleans() for package in PACKAGES},
 )
 
 
@@ -20,17 +24,17 @@ FACTS = st.builds(
     ("capability", "packages", "attention"),
     [
         (HOPPER, ALL, Attention.FLASH_3),
-        (HOPPER, ALL - {"flash_attn_interface"}, Attention.FLASH_2),
+        (HOPPER, ALL | {"flash_attention_3": False}, Attention.FLASH_2),
         (BLACKWELL, ALL, Attention.FLASH_2),
         (AMPERE, ALL, Attention.FLASH_2),
         (TURING, ALL, Attention.SDPA),
-        (HOPPER, frozenset(), Attention.SDPA),
+        (HOPPER, {}, Attention.SDPA),
     ],
 )
 def test_attention_is_the_newest_that_is_installed_and_runs(
-    capability: tuple[int, int], packages: frozenset[str], attention: Attention
+    capability: tuple[int, int], packages: dict[str, bool], attention: Attention
 ) -> None:
-    assert choose_acceleration(Facts(True, capability, packages)).attention is attention
+    assert choose_acceleration(Facts(True, capability, **packages)).attention is attention
 
 
 @given(FACTS)
@@ -39,9 +43,9 @@ def test_rows_go_without_padding_only_where_flash_attention_keeps_them_apart(fac
     assert chosen.padding_free == (chosen.attention is not Attention.SDPA)
 
 
-@given(st.frozensets(st.sampled_from(sorted(ALL))))
-def test_what_is_installed_changes_nothing_on_a_cpu(packages: frozenset[str]) -> None:
-    assert choose_acceleration(Facts(cuda=False, packages=packages)) == choose_acceleration(Facts(cuda=False))
+@given(st.fixed_dictionaries({package: st.booleans() for package in PACKAGES}))
+def test_what_is_installed_changes_nothing_on_a_cpu(packages: dict[str, bool]) -> None:
+    assert choose_acceleration(Facts(False, None, **packages)) == choose_acceleration(Facts(cuda=False))
 
 
 def test_a_cpu_keeps_activations() -> None:
@@ -59,5 +63,14 @@ def test_a_model_that_cannot_use_flash_attention_gets_none(facts: Facts) -> None
 
 
 def test_liger_kernels_are_used_where_they_are_installed() -> None:
-    assert choose_acceleration(Facts(True, AMPERE, ALL)).liger_kernels
+    assert choose_acceleration(Facts(True, AMPERE, **ALL)).liger_kernels
     assert not choose_acceleration(Facts(True, AMPERE)).liger_kernels
+
+
+def test_a_package_of_another_project_is_no_flash_attention(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """FlashAttention 4 is imported by the name of 2; that it cannot be used here is seen by its distribution."""
+    (tmp_path / "flash_attn").mkdir()
+    (tmp_path / "flash_attn" / "__init__.py").write_text("")
+    monkeypatch.syspath_prepend(tmp_path)
+    assert find_spec("flash_attn"), "the test tests nothing"
+    assert not machine_facts().flash_attention_2
