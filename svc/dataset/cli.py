@@ -25,13 +25,17 @@ def data() -> None:
 @data.command()
 @click.argument("files", nargs=-1, required=True)
 @click.option("--heldout", metavar="FILE", help="Examples that must not stand in FILES.")
-@click.option("--base", type=click.Path(path_type=Path), help="Folder of a model whose special tokens are looked for.")
+@click.option(
+    "--base",
+    type=click.Path(path_type=Path),
+    help="Folder of the model to train: its special tokens are looked for, its tokens counted.",
+)
 @click.option(
     "--max-length",
     type=click.IntRange(min=16),
     default=4096,
     show_default=True,
-    help="Tokens, by estimate, of an example.",
+    help="Tokens that an example may have; an estimate without --base.",
 )
 @json_option
 @click.pass_context
@@ -44,16 +48,28 @@ def check(
     """
     from svc.dataset.checks.check import check_files
     from svc.dataset.checks.text_checks import special_tokens
+    from svc.dataset.checks.token_count import TokenCounter
     from svc.dataset.readers.source import data_files
-    from svc.terminal import reading
+    from svc.terminal import reading, waiting
 
     cache = settings_of(ctx).base_cache
     paths = [path for source in files for path in data_files(source, cache)]
     kept_back = data_files(heldout, cache) if heldout else []
     tokens = special_tokens(base) if base else []
+    count_tokens = None
+    if base:
+        with waiting("Loading the tokenizer"):
+            count_tokens = TokenCounter(base).count
     total = sum(path.stat().st_size for path in (*paths, *kept_back) if path.is_file())
     with reading("Checking", total) as on_read:
-        reports = check_files(paths, kept_back, max_length=max_length, tokens=tokens, on_read=on_read)
+        reports = check_files(
+            paths,
+            kept_back,
+            max_length=max_length,
+            special_tokens=tokens,
+            count_tokens=count_tokens,
+            on_read=on_read,
+        )
     if as_json:
         _print_json(reports)
     else:
@@ -84,6 +100,8 @@ def _machine(report: "DataReport") -> dict[str, object]:
         "codes": dict(sorted(report.problems.codes.items())),
         "median_characters": report.median_characters,
         "longest_characters": max(report.lengths, default=0),
+        "median_tokens": report.median_tokens or None,
+        "longest_tokens": max(report.tokens, default=None),
         "labels": report.labels,
     }
 
@@ -98,6 +116,8 @@ def _show(report: "DataReport") -> None:
     if report.lengths:
         longest = max(report.lengths)
         click.echo(f"  length: median {report.median_characters} characters, longest {longest}")
+    if report.tokens:
+        click.echo(f"  tokens: median {report.median_tokens}, longest {max(report.tokens)}")
     if report.labels:
         balance = ", ".join(f"{answer} {count}" for answer, count in list(report.labels.items())[:_BALANCE_SHOWN])
         click.echo(f"  answers: {printable(balance)}")

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from svc.dataset.schema.example import ChatExample, Message
+from svc.dataset.schema.example import ChatExample
 from svc.errors import BaseModelError, DataError
 from svc.terminal import counting
 
@@ -137,22 +137,15 @@ def _answer(tokenizer: "PreTrainedTokenizerBase", example: ChatExample, turn: in
 def _apply_template(
     tokenizer: "PreTrainedTokenizerBase", example: ChatExample, turns: int, *, add_generation_prompt: bool = False
 ) -> list[int]:
-    """The first turns of an example, as the engine will write them: arguments of tools are objects, not JSON text."""
+    """The first turns of an example, as the engine will write them."""
     encoding: Any = tokenizer.apply_chat_template(
-        [_template_turn(message) for message in example.messages[:turns]],
+        [message.templated() for message in example.messages[:turns]],
         tools=[json.loads(tool) for tool in example.tools] or None,
         return_dict=True,
         add_generation_prompt=add_generation_prompt,
     )
     ids: list[int] = encoding["input_ids"]
     return ids
-
-
-def _template_turn(message: Message) -> dict[str, Any]:
-    turn = message.spoken()
-    for call in turn.get("tool_calls", ()):
-        call["function"]["arguments"] = json.loads(call["function"]["arguments"])
-    return turn
 
 
 def _common_prefix(one: list[int], other: list[int]) -> int:

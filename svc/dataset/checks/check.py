@@ -19,7 +19,7 @@ from svc.dataset.checks.labels import FEW_ANSWERS, look_at_answer, odd_answers
 from svc.dataset.checks.line_table import LineTable, LineTableBuilder, first_with_same
 from svc.dataset.checks.minhash import clusters, nearest
 from svc.dataset.checks.text_checks import TextChecks
-from svc.dataset.problem.problem import TODO, Code, Problem, Severity, severity_of
+from svc.dataset.problem.problem import TODO, Code, Problem, RowError, Severity, severity_of
 from svc.dataset.problem.problem_log import ProblemLog
 from svc.dataset.readers.reader import Line, read_lines
 from svc.dataset.schema.example import ChatExample, Message, Role
@@ -32,6 +32,7 @@ _DIFFERENT_ANSWERS = 1_000  # beyond, answers are free text and not counted
 _LONG_ANSWER = 200
 
 OnRead = Callable[[int], None]
+CountTokens = Callable[[ChatExample], int]
 
 
 @dataclass(slots=True)
@@ -40,6 +41,7 @@ class DataReport:
 
     Attributes:
         lengths: characters of each good example, all texts together.
+        tokens: of each good example; empty where they were not counted.
         answers: how often each final answer stands; None where there are too many different ones.
     """
 
@@ -47,6 +49,7 @@ class DataReport:
     lines: int = 0
     examples: int = 0
     lengths: "array[int]" = field(default_factory=lambda: array("I"))
+    tokens: "array[int]" = field(default_factory=lambda: array("I"))
     answers: Counter[str] | None = field(default_factory=Counter)
     problems: ProblemLog = field(default_factory=ProblemLog)
 
@@ -58,7 +61,12 @@ class DataReport:
     @property
     def median_characters(self) -> int:
         """Median length of an example, characters; 0 when there is none."""
-        return round(float(np.median(np.frombuffer(self.lengths, np.uint32)))) if self.lengths else 0
+        return _median(self.lengths)
+
+    @property
+    def median_tokens(self) -> int:
+        """Median length of an example, tokens; 0 where they were not counted."""
+        return _median(self.tokens)
 
     @property
     def labels(self) -> dict[str, int] | None:
@@ -72,6 +80,10 @@ class DataReport:
         self.problems.add(Problem(self.file, line, severity_of(code), code, message, where, TODO[code]))
 
 
+def _median(lengths: "array[int]") -> int:
+    return round(float(np.median(np.frombuffer(lengths, np.uint32)))) if lengths else 0
+
+
 def check_file(path: Path, heldout: Path | None = None) -> DataReport:
     """Checks one file; see `check_files`."""
     return check_files([path], [heldout] if heldout else [])[0]
@@ -82,7 +94,8 @@ def check_files(
     heldout: Sequence[Path] = (),
     *,
     max_length: int = MAX_LENGTH,
-    tokens: Iterable[str] = (),
+    special_tokens: Iterable[str] = (),
+    count_tokens: CountTokens | None = None,
     on_read: OnRead = lambda position: None,
 ) -> list[DataReport]:
     """Reads all files and reports every problem.
@@ -90,8 +103,9 @@ def check_files(
     Args:
         paths: what is to be trained on, together.
         heldout: examples that must not stand in them: training on these makes every later figure a lie.
-        max_length: tokens, by estimate, that an example may have.
-        tokens: special tokens of the base model, beside the known ones.
+        max_length: tokens that an example may have.
+        special_tokens: those of the base model, beside the known ones.
+        count_tokens: see svc.dataset.checks.token_count; without it tokens are estimated.
         on_read: told how many bytes of all files were read so far.
 
     Returns:
@@ -101,7 +115,7 @@ def check_files(
         DataError: a file that cannot be opened.
     """
     reports = [DataReport(file=str(path)) for path in (*heldout, *paths)]
-    checks = _LineChecks(max_length, tokens)
+    checks = _LineChecks(max_length, special_tokens, count_tokens)
     table, read, kept_back = LineTableBuilder(), 0, 0
     for index, path in enumerate((*heldout, *paths)):
         before, last = read, 1
@@ -127,9 +141,10 @@ def shared_prompts(examples: Sequence[ChatExample], others: Sequence[ChatExample
 class _LineChecks:
     """What can be said of a line without the others."""
 
-    def __init__(self, max_length: int, tokens: Iterable[str]) -> None:
+    def __init__(self, max_length: int, special_tokens: Iterable[str], count_tokens: CountTokens | None) -> None:
         self._max_length = max_length
-        texts = TextChecks(tokens)
+        self._count_tokens = count_tokens
+        texts = TextChecks(special_tokens)
         self._text: Callable[[str], tuple[tuple[Code, str], ...]] = lambda text: tuple(texts.problems(text))
         self._shared_text = lru_cache(maxsize=64)(self._text)  # one system turn stands in all lines
 
@@ -164,9 +179,20 @@ class _LineChecks:
         for place, tool in enumerate(example.tools):
             for code, text in self._shared_text(tool):
                 report.add(line.number, code, f"tools[{place}] {text}", f"tools[{place}]")
-        tokens = round(example.utf8_bytes / _BYTES_A_TOKEN)
+        self._check_length(report, line.number, example)
+
+    def _check_length(self, report: DataReport, number: int, example: ChatExample) -> None:
+        if self._count_tokens is None:
+            tokens, about = round(example.utf8_bytes / _BYTES_A_TOKEN), "about "
+        else:
+            try:
+                tokens, about = self._count_tokens(example), ""
+            except RowError as error:
+                report.add(number, error.code, error.wrong)
+                return
+            report.tokens.append(tokens)
         if tokens > self._max_length:
-            report.add(line.number, Code.TOO_LONG, _too_long(characters, tokens, self._max_length, example))
+            report.add(number, Code.TOO_LONG, _too_long(example, tokens, about, self._max_length))
 
     def _check_rest(self, report: DataReport, number: int, message: Message, where: str) -> None:
         """What else than its content a turn shows the model."""
@@ -178,10 +204,11 @@ class _LineChecks:
                 report.add(number, code, f"{turn} {found} of a {what}", turn)
 
 
-def _too_long(characters: int, tokens: int, limit: int, example: ChatExample) -> str:
+def _too_long(example: ChatExample, tokens: int, about: str, limit: int) -> str:
+    characters = example.characters
     over = round(characters * (1 - limit / tokens))
     lost = "the whole answer among them" if over >= len(example.answer) else "all in the answer"
-    text = f"{characters} characters, about {tokens} tokens, where {limit} are the maximum"
+    text = f"{characters} characters, {about}{tokens} tokens, where {limit} are the maximum"
     return f"{text}: the last {over} characters would be cut, {lost}"
 
 

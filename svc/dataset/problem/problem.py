@@ -30,6 +30,7 @@ class Code(StrEnum):
     WRONG_TURNS = "wrong_turns"
     WRONG_TOOLS = "wrong_tools"
     WRONG_WEIGHT = "wrong_weight"
+    TEMPLATE_REFUSES = "template_refuses"
     EMPTY = "empty"
     LEAK = "leak"
     BLANK = "blank"
@@ -60,6 +61,7 @@ _ERRORS = {
     Code.WRONG_TURNS: "bring the turns in order, so that the assistant's answer is the last, or drop the example",
     Code.WRONG_TOOLS: "write tools and tool calls as OpenAI's API has them, or drop the example",
     Code.WRONG_WEIGHT: "give assistant turns the weight 1 (learn) or 0 (do not), and others none",
+    Code.TEMPLATE_REFUSES: "change the example's turns, or choose another base",
     Code.EMPTY: "check whether this is the right file",
     Code.LEAK: "drop the line here, or in the held-out set: else the held-out figures mean nothing",
 }

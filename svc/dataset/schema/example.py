@@ -55,6 +55,13 @@ class Message:
         """The OpenAI form of the turn as a model is shown it: a weight says something about it, not in it."""
         return {key: value for key, value in self.as_dict().items() if key != "weight"}
 
+    def templated(self) -> dict[str, Any]:
+        """The form that chat templates take, in which the arguments of calls are objects and not JSON text."""
+        turn = self.spoken()
+        for call in turn.get("tool_calls", ()):
+            call["function"]["arguments"] = json.loads(call["function"]["arguments"])
+        return turn
+
     def as_dict(self) -> dict[str, Any]:
         """The OpenAI form of the turn."""
         turn: dict[str, Any] = {"role": self.role.value, "content": self.content}

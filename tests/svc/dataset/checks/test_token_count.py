@@ -1,0 +1,119 @@
+"""With a base model's folder, lengths are in its own tokens, by its own chat template."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from click.testing import CliRunner, Result
+
+from svc.cli import group
+from svc.dataset.checks.token_count import TokenCounter
+from svc.dataset.problem.problem import Code, RowError
+from svc.dataset.schema.example import ChatExample, Message, Role, parse_example
+from svc.errors import DataError
+from tests.svc.chats import chat
+from tests.trainer.conftest import CHAT_TEMPLATE, make_tokenizer
+from trainer.data.chat_template import load_tokenizer, tokenize_examples
+
+NO_SYSTEM = "{% if messages[0]['role'] == 'system' %}{{ raise_exception('no system turn') }}{% endif %}" + CHAT_TEMPLATE
+
+
+def base(folder: Path, template: str = CHAT_TEMPLATE) -> Path:
+    make_tokenizer(chat_template=template).save_pretrained(folder)
+    return folder
+
+
+def data(path: Path, *examples: ChatExample) -> str:
+    path.write_text("\n".join(json.dumps(example.as_dict()) for example in examples))
+    return str(path)
+
+
+def check(*arguments: object) -> Result:
+    return CliRunner().invoke(group, ["data", "check", *map(str, arguments)])
+
+
+def report(*arguments: object) -> dict[str, Any]:
+    [found] = json.loads(check(*arguments, "--json").stdout)
+    assert isinstance(found, dict)
+    return found
+
+
+def test_they_are_those_of_training_and_what_the_template_writes_after_the_answer(tmp_path: Path) -> None:
+    folder = base(tmp_path / "base")
+    tokenizer = load_tokenizer(folder)
+    examples = [chat("a question", "an answer"), chat("ü" * 50, "{}")]
+    eos = tokenizer.eos_token_id
+    assert isinstance(eos, int)
+    trained = tokenize_examples(tokenizer, examples, {eos})
+    after = len(tokenizer.encode("\n"))
+    counter = TokenCounter(folder)
+    for example, row in zip(examples, trained, strict=True):
+        assert 0 <= counter.count(example) - len(row.input_ids) <= after
+
+
+def test_calls_and_tools_are_counted(tmp_path: Path) -> None:
+    template = "{% for m in messages %}{% for c in m.tool_calls or [] %}{{ c.function.arguments.city }}{% endfor %}"
+    template += "{{ m.content }}{% endfor %}{% for tool in tools or [] %}{{ tool.function.name }}{% endfor %}"
+    counter = TokenCounter(base(tmp_path / "base", template))
+    call = {"id": "1", "type": "function", "function": {"name": "f", "arguments": '{"city": "Rome"}'}}
+    turns = [
+        {"role": "user", "content": "q"},
+        {"role": "assistant", "content": "", "tool_calls": [call]},
+        {"role": "tool", "content": "r", "tool_call_id": "1"},
+        {"role": "assistant", "content": "a"},
+    ]
+    tools = [{"type": "function", "function": {"name": "f", "parameters": {"type": "object", "properties": {}}}}]
+    plain = ChatExample((Message(Role.USER, "q"), Message(Role.ASSISTANT, "a")))
+    assert counter.count(parse_example({"messages": turns, "tools": tools})) > counter.count(plain)
+
+
+def test_a_refusal_of_the_template_says_why(tmp_path: Path) -> None:
+    counter = TokenCounter(base(tmp_path / "base", NO_SYSTEM))
+    with pytest.raises(RowError, match="no system turn") as caught:
+        counter.count(ChatExample((Message(Role.SYSTEM, "s"), *chat("q", "a").messages)))
+    assert caught.value.code is Code.TEMPLATE_REFUSES
+
+
+def test_a_refused_example_is_an_error_of_its_line(tmp_path: Path) -> None:
+    folder = base(tmp_path / "base", NO_SYSTEM)
+    refused = ChatExample((Message(Role.SYSTEM, "s"), *chat("q", "a").messages))
+    path = data(tmp_path / "x.jsonl", chat("one", "1"), refused)
+    found = report(path, "--base", folder)
+    assert [(problem["line"], problem["code"]) for problem in found["problems"]] == [(2, "template_refuses")]
+    assert found["errors"] == 1
+
+
+def test_the_maximum_is_in_the_tokens_of_the_base(tmp_path: Path) -> None:
+    folder = base(tmp_path / "base")
+    example = chat("many words " * 20, "an answer")
+    tokens = TokenCounter(folder).count(example)
+    path = data(tmp_path / "x.jsonl", example)
+    assert report(path, "--base", folder, "--max-length", tokens)["problems"] == []
+    [problem] = report(path, "--base", folder, "--max-length", tokens - 1)["problems"]
+    assert f" {tokens} tokens, where {tokens - 1} are the maximum" in problem["message"]
+
+
+def test_lengths_in_tokens_are_shown(tmp_path: Path) -> None:
+    folder = base(tmp_path / "base")
+    path = data(tmp_path / "x.jsonl", chat("q", "a"), chat("a longer question", "a"))
+    shorter, longer = (
+        TokenCounter(folder).count(example) for example in (chat("q", "a"), chat("a longer question", "a"))
+    )
+    found = report(path, "--base", folder)
+    assert (found["median_tokens"], found["longest_tokens"]) == (round((shorter + longer) / 2), longer)
+    assert f"longest {longer}" in check(path, "--base", folder).stdout
+
+
+def test_without_a_base_none_are_counted(tmp_path: Path) -> None:
+    found = report(data(tmp_path / "x.jsonl", chat("q", "a")))
+    assert (found["median_tokens"], found["longest_tokens"]) == (None, None)
+
+
+@pytest.mark.parametrize("template", [CHAT_TEMPLATE, ""])
+def test_a_folder_that_cannot_count_is_refused(tmp_path: Path, template: str) -> None:
+    folder = base(tmp_path / "base", template)
+    if template:
+        (folder / "tokenizer.json").write_text("{")
+    with pytest.raises(DataError, match="cannot read the tokenizer" if template else "no chat template"):
+        TokenCounter(folder)
