@@ -8,6 +8,8 @@ import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
+from ftfy.badness import BADNESS_RE
+
 from svc.dataset.problem.problem import Code
 from svc.errors import DataError
 
@@ -35,21 +37,8 @@ _CONTROL = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f\x80-\x84\x86-\x9f]")
 _HIDDEN = re.compile("\u202e|(?<![\U0001f3f4\U000e0020-\U000e007e])[\U000e0020-\U000e007f]")
 """What hides text or its order; tag characters after a black flag make the flag of a region."""
 
-# The characters that the bytes 80 to BF become in Windows-1252; its five undefined bytes stay what they are.
-_TAIL = "\x80-\xbf€‚ƒ„…†‡ˆ‰Š‹ŒŽ‘’“”•–—˜™š›œžŸ"  # noqa: RUF001
-_QUOTES = "‘’“”–—…»«› \xa0"  # noqa: RUF001
-_CAPITALS = "ŠŒŽŸ"  # of them; words in capitals have these after Ä and Å, as Slovak and Turkmen ones
-_SMALL = f"[^\\W\\d_A-ZÀ-Þ{_CAPITALS}]"
-_MOJIBAKE = re.compile(
-    f"[ÂÃ](?![{_QUOTES}])[{_TAIL}]"  # é as Ã©
-    f"|[ÄÅ](?![{_QUOTES}{_CAPITALS}²³¹·°±])[{_TAIL}]"  # ł as Å‚, but not the unit in Å²  # noqa: RUF003
-    f"|(?<={_SMALL})[ÄÅ][{_CAPITALS}]|[ÄÅ][{_CAPITALS}](?={_SMALL})"  # ş as ÅŸ
-    f"|(?<![^\\W\\d_a-zß-öø-ÿ])[ÂÃ][{_QUOTES.replace(' ', '')}]"  # not after a capital, as in MANHÃ…
-    f"|â[€‚„†ˆ‰Š‹Œ”•–—˜™šœž\x90\x9d][{_TAIL}]"  # punctuation and symbols  # noqa: RUF001
-    f"|ðŸ[{_TAIL}]{{2}}"  # emoji
-    f"|(?:[Ã-ßÐÑ][{_TAIL}]){{3}}"  # Cyrillic, Greek
-    f"|(?:[à-ï][{_TAIL}]{{2}}){{2}}"  # Chinese, Japanese, Indic
-)
+_GOOD = re.compile("\x85|(?<=Å)[²³±]|(?<=[A-ZÀ-Þ]Ã)[”»]|»(?=[ÄÖÜ])")
+"""What ftfy doubts and is good: a line end, units (Å²), quotes after words in capitals and around German (»Öl«)."""
 _SHOWN = 60
 
 
@@ -78,7 +67,9 @@ class TextChecks:
                 yield Code.CONTROL_CHARACTER, f"holds the character U+{ord(found[0]):04X}, unseen, at {found.start()}"
             if (place := text.find("\ufffd")) >= 0:
                 yield Code.MOJIBAKE, f"holds U+FFFD, which stands for what could not be read, at {place}"
-            yield from _first(_MOJIBAKE, text, Code.MOJIBAKE, "seems to be UTF-8 read as Windows-1252:")
+            yield from _first(
+                BADNESS_RE, _GOOD.sub(" ", text), Code.MOJIBAKE, "seems to be UTF-8 read as another encoding:"
+            )
 
 
 def special_tokens(folder: Path) -> list[str]:
