@@ -1,4 +1,9 @@
-"""Records of a JSON file that is one long list; never held in memory as a whole."""
+"""Records of a JSON file that is one long list; never held in memory as a whole.
+
+ijson reads such lists three times as fast. It knows no line of an element and keeps none of its bytes, which bad lines
+are told and kept by; it takes the last of a key that comes twice, makes `?` of half a surrogate pair, and ends at the
+first byte that is not UTF-8 and at the first NaN, after which good elements may come.
+"""
 
 import codecs
 import json
