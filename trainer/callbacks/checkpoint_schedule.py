@@ -1,6 +1,7 @@
 """When a checkpoint is due: after so many steps, after so many minutes, and at once when the run is asked to end.
 
-Imports transformers.
+transformers' own checkpoint on SIGTERM waits for three seconds and then for the end of a step, which may take minutes
+here, and a kill while it writes leaves half a folder. Imports transformers.
 """
 
 import time

@@ -1,6 +1,7 @@
 """Held-out loss while a run trains: when it is measured, which weights are best, and when to stop.
 
-All of it follows from the losses in the trainer's state, so that a resumed run decides as an uninterrupted one. Imports
+All of it follows from the losses in the trainer's state, so that a resumed run decides as an uninterrupted one.
+transformers' EarlyStoppingCallback counts in itself, and wants its own checkpoints for the best weights. Imports
 transformers.
 """
 
