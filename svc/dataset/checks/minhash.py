@@ -2,8 +2,8 @@
 
 MinHash (Broder 1997) of runs of three words estimates the Jaccard similarity of two texts; texts that share one of 16
 bands of 4 values are compared (locality-sensitive hashing, Indyk and Motwani 1998): of pairs with similarity 0.8 it
-misses 2 in 10,000. The standard error of an estimate is 0.06. datasketch, with which the tests compare it, takes ten times
-as long and 3 kB a text (6,000 questions of 60 words: 1.7 s where this takes 0.15).
+misses 2 in 10,000. The standard error of an estimate is 0.06. datasketch, with which the tests compare it, takes ten
+times as long and 3 kB a text (6,000 questions of 60 words: 1.7 s where this takes 0.15).
 
 Runs that stand in more than 5 % of the first 2,000 texts, and in more than 4 different ones, are the task's wording and
 not a text's own: they are left out, so that two short questions under the same long instruction are not taken for
