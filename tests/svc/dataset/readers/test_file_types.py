@@ -153,7 +153,7 @@ def test_faults_in_csv_are_told_by_the_line_where_the_record_begins(tmp_path: Pa
     assert [line.number for line in read_lines(tmp_path / "x.csv") if line.example] == [2, 9]
 
 
-def test_missing_columns_of_some_parquet_are_no_fault(tmp_path: Path) -> None:
+def test_missing_columns_of_some_parquet_rows_are_no_fault(tmp_path: Path) -> None:
     turns = [{"role": "user", "content": "u", "name": "Ada"}, {"role": "assistant", "content": "a", "weight": 1}]
     path = parquet(tmp_path / "x.parquet", [{"messages": turns, "tools": None}, {"messages": VALUES[0]["messages"]}])
     first, second = read_examples(path)
