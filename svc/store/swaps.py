@@ -21,7 +21,7 @@ class SwapOutcome(StrEnum):
     RESTORED = "restored"
     """Found unfit after the load; the version before is back, and its probes were right."""
     FAILED = "failed"
-    """The version before could be brought back only by a new engine."""
+    """The engine died, or the version before could be brought back only by a new one."""
 
 
 class SwapKind(StrEnum):
