@@ -23,7 +23,7 @@ from serving.http.status import ServerStatus
 from serving.rollout.production_alias import ProductionAlias
 from serving.rollout.reconciler import Reconciler
 from serving.rollout.swap import Swap
-from serving.router import Routes
+from serving.router import Router
 from serving.telemetry.engine_metrics import EngineMetrics
 from serving.telemetry.machine_metrics import add_machine_metrics
 from serving.telemetry.metrics import GatewayMetrics
@@ -92,7 +92,7 @@ class _Assembly:
         self._admission = Admission(
             max_running=limits.max_running, max_queued=limits.max_queued, queue_timeout_s=limits.queue_timeout_s
         )
-        self._routes = Routes(desired.name)
+        self._router = Router(desired.name)
         self._verification = Verification(registry, store, partial(engine_facts, settings.engine, capabilities))
         self._slots = _Slots(settings, capabilities, desired.name)
         self._pool = self._engine_pool(on_phase)
@@ -119,7 +119,7 @@ class _Assembly:
             orphans=self._slots,
             size=self._settings.engine.replicas,
             admission=self._admission,
-            routes=self._routes,
+            router=self._router,
             metrics=self._metrics,
             retire_timeout_s=self._settings.serve.retire_timeout_s,
         )
@@ -131,7 +131,7 @@ class _Assembly:
             verification=self._verification,
             pool=self._pool,
             admission=self._admission,
-            routes=self._routes,
+            router=self._router,
             choice=limits.swap,
             shortage=lambda target: self._slots.shortage(registry.artifact(target.version, target.format)),
             drain_timeout_s=limits.drain_timeout_s,
@@ -142,7 +142,7 @@ class _Assembly:
             store=self._store,
             pool=self._pool,
             swap=swap,
-            routes=self._routes,
+            router=self._router,
             metrics=self._metrics,
             alias=alias,
         )
@@ -178,7 +178,7 @@ class _Assembly:
         gateway = Gateway(
             lease=self._pool.lease,
             admission=self._admission,
-            routes=self._routes,
+            router=self._router,
             metrics=self._metrics,
             request_log=request_log,
             settings=settings.serve,

@@ -19,7 +19,7 @@ class ModelNotFoundError(NotFoundError):
     """A model name that nothing loaded answers to."""
 
 
-class Routes:
+class Router:
     """The names that clients may use: `NAME`, `NAME@production`, `NAME@N` of each loaded version.
 
     Args:
@@ -49,7 +49,7 @@ class Routes:
         if served != self._served:
             self._served, self._since = served, int(self._clock())
 
-    def load(self, loaded: set[Target]) -> None:
+    def set_loaded(self, loaded: set[Target]) -> None:
         """From now on engines hold these versions: two during a swap of several engines."""
         self._loaded = loaded
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import pytest
-from sqlalchemy import Engine
+from sqlalchemy import Engine as Store
 
 from svc.engine.orphans import RECORD_FILE, start_of
 from svc.registry.registry import Registry
@@ -37,7 +37,7 @@ def home(tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def store(home: Path) -> Engine:
+def store(home: Path) -> Store:
     return open_database(home)
 
 
@@ -55,26 +55,26 @@ def test_what_a_version_answered_is_read(home: Path) -> None:
     assert answers == (RESULT,) * len(HELDOUT)
 
 
-def test_its_desired_state_is_the_one_that_it_had(store: Engine) -> None:
+def test_its_desired_state_is_the_one_that_it_had(store: Store) -> None:
     desired = read_desired(store, NAME)
     assert desired is not None
     assert (desired.target, desired.previous, desired.generation) == (target(1), target(2), 3)
 
 
-def test_a_swap_that_ended_keeps_its_figures_and_steps(store: Engine) -> None:
+def test_a_swap_that_ended_keeps_its_figures_and_steps(store: Store) -> None:
     swap = find_swap(store, NAME, generation=2)
     assert swap is not None
     assert swap.result == SwapResult(SwapOutcome.SUCCEEDED, None, 1.5, 3, 7, SwapKind.INPLACE, 2.5)
     assert swap.steps == ("holding new requests, 3 running", "held requests for 1.50 s, 7 of them")
 
 
-def test_a_swap_that_was_cut_off_is_still_open(store: Engine) -> None:
+def test_a_swap_that_was_cut_off_is_still_open(store: Store) -> None:
     swap = find_swap(store, NAME)
     assert swap is not None
     assert (swap.target, swap.result) == (target(1), None)
 
 
-def test_requests_and_feedback_are_there(store: Engine) -> None:
+def test_requests_and_feedback_are_there(store: Store) -> None:
     served = Target(VersionId(NAME, 2), Format.MERGED)
     [row] = read_answered(store, served, answered_ids(store, served, after=0, newest=10, with_content=False))
     assert row.tokens_out == 5

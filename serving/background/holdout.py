@@ -19,7 +19,7 @@ from sqlalchemy.exc import SQLAlchemyError
 
 from serving.background.scheduler import BackgroundScheduler, SupersededError
 from serving.engines.pool import EnginePool
-from serving.engines.replica import Load
+from serving.engines.replica import LoadedWeights
 from serving.telemetry.metrics import GatewayMetrics
 from svc.dataset.schema.example import ChatExample
 from svc.engine.probes import EngineFacts
@@ -95,7 +95,7 @@ class HoldoutRuns:
         self._facts = facts
         self._every_s = every_hours * 3600
         self._never = scheduler.off or ("holdout.every_hours is 0" if not every_hours else None)
-        self._done: Load | None = None
+        self._done: LoadedWeights | None = None
         self._next_at = 0.0
         self._progress: _Progress | None = None
         self._nothing_to_ask: str | None = None
@@ -146,11 +146,11 @@ class HoldoutRuns:
 
     def _due(self) -> HoldoutCause | None:
         """Why the set is to be asked now, if it is."""
-        load = self._pool.load
+        weights = self._pool.weights
         if self._never or self._pool.state is not EngineState.READY:
             return None
-        if load != self._done:
-            return HoldoutCause.START if load.fresh else HoldoutCause.SWAP
+        if weights != self._done:
+            return HoldoutCause.START if weights.fresh else HoldoutCause.SWAP
         return HoldoutCause.SCHEDULE if time.monotonic() >= self._next_at else None
 
     async def _ask_all(self, cause: HoldoutCause) -> None:
@@ -162,12 +162,12 @@ class HoldoutRuns:
         primary = self._pool.primary
         if primary is None or primary.target is None:
             return
-        load, target = primary.load, primary.target
+        weights, target = primary.weights, primary.target
         began, started_at = time.monotonic(), datetime.now(UTC)
         self._metrics.holdout_due(target, self._every_s)
         facts = await self._facts(target)
-        results, reason = await self._attempt(load, target, cause)
-        self._done, self._next_at = load, began + self._every_s
+        results, reason = await self._attempt(weights, target, cause)
+        self._done, self._next_at = weights, began + self._every_s
         if self._nothing_to_ask:
             self._next_at = math.inf
             self._metrics.holdout_due(None, self._every_s)
@@ -196,7 +196,7 @@ class HoldoutRuns:
                 await asyncio.sleep(_PAUSE_S)
 
     async def _attempt(
-        self, load: Load, target: Target, cause: HoldoutCause
+        self, weights: LoadedWeights, target: Target, cause: HoldoutCause
     ) -> tuple[dict[int, ExampleResult], str | None]:
         """The results by the examples' places, or why there are none."""
         self._nothing_to_ask = None
@@ -205,7 +205,7 @@ class HoldoutRuns:
             if self._scheduler.off:
                 raise EngineError(self._scheduler.off)
             log.info("%s: asking %d held-out examples of %s", cause, len(asked.examples), target)
-            return await self._ask_each(load, asked), None
+            return await self._ask_each(weights, asked), None
         except SupersededError:
             raise
         except NotFoundError as error:
@@ -222,12 +222,12 @@ class HoldoutRuns:
         max_tokens = self._registry.manifest(target.version).max_answer_tokens
         return _Set({place: examples[place] for place in _evenly(registered, MOST_EXAMPLES)}, max_tokens)
 
-    async def _ask_each(self, load: Load, asked: _Set) -> dict[int, ExampleResult]:
+    async def _ask_each(self, weights: LoadedWeights, asked: _Set) -> dict[int, ExampleResult]:
         results: dict[int, ExampleResult] = {}
         self._progress = _Progress(0, len(asked.examples))
         try:
             for place, example in asked.examples.items():
-                results[place] = await self._scheduler.ask(load, _request(example, asked.max_tokens))
+                results[place] = await self._scheduler.ask(weights, _request(example, asked.max_tokens))
                 self._progress.asked += 1
         finally:
             self._progress = None

@@ -13,7 +13,7 @@ from typing import TypeVar
 
 from serving.admission import Admission, BackgroundSlotEndedError
 from serving.engines.pool import EnginePool
-from serving.engines.replica import Load
+from serving.engines.replica import LoadedWeights
 from svc.engine.capabilities import Capabilities
 from svc.engine.state import EngineState
 from svc.engine.vllm.client import EngineClient
@@ -61,11 +61,11 @@ class BackgroundScheduler:
         self._deaths: deque[float] = deque(maxlen=_MOST_DEATHS)
         self.off = off
 
-    async def ask(self, load: Load, send: Callable[[EngineClient], Awaitable[Result]]) -> Result:
+    async def ask(self, weights: LoadedWeights, send: Callable[[EngineClient], Awaitable[Result]]) -> Result:
         """Asks when it is its turn; again, where it was cut off and the engine still holds what it held.
 
         Args:
-            load: what the engine must hold.
+            weights: what the engine must hold.
             send: sends the request and reads the answer.
 
         Raises:
@@ -78,7 +78,7 @@ class BackgroundScheduler:
                 try:
                     async with self._admission.background_slot(self._settings.patience_s):
                         primary = self._pool.primary
-                        if primary is None or primary.load != load or self.off:
+                        if primary is None or primary.weights != weights or self.off:
                             raise SupersededError
                         self._next_at = time.monotonic() + 60 / self._settings.requests_per_minute
                         client = primary.client.with_ids(ID_PREFIX)
@@ -90,7 +90,7 @@ class BackgroundScheduler:
                 except EngineError:
                     if await self._lives(client):
                         raise
-                    if await self._died(load, client):
+                    if await self._died(weights, client):
                         self._count_death()
 
     async def _pace(self) -> None:
@@ -99,13 +99,13 @@ class BackgroundScheduler:
     async def _lives(self, client: EngineClient) -> bool:
         return self._pool.state in _WITH_ENGINE and await client.healthy()
 
-    async def _died(self, load: Load, client: EngineClient) -> bool:
+    async def _died(self, weights: LoadedWeights, client: EngineClient) -> bool:
         """Whether the replica, which is more patient, finds the engine dead too; it may only be slow."""
-        while self._pool.load == load and self._pool.state in _WITH_ENGINE:
+        while self._pool.weights == weights and self._pool.state in _WITH_ENGINE:
             if await client.healthy():
                 return False
             await asyncio.sleep(_POLL_S)
-        return self._pool.load == load or self._pool.load.fresh
+        return self._pool.weights == weights or self._pool.weights.fresh
 
     def _count_death(self) -> None:
         now = time.monotonic()

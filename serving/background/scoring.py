@@ -18,7 +18,7 @@ from sqlalchemy import Engine as Store
 
 from serving.background.scheduler import BackgroundScheduler, SupersededError
 from serving.engines.pool import EnginePool
-from serving.engines.replica import Load
+from serving.engines.replica import LoadedWeights
 from serving.protocols.route import Route
 from svc.engine.state import EngineState
 from svc.engine.vllm.client import EngineClient
@@ -65,7 +65,7 @@ class LiveScores:
         self._per_hour = per_hour
         self._next_at = 0.0
         self._passed: deque[int] = deque(maxlen=_MOST_PASSED)
-        self._load: Load | None = None
+        self._weights: LoadedWeights | None = None
         self._cut: int | None = None
 
     async def run(self) -> None:
@@ -99,9 +99,9 @@ class LiveScores:
         primary = self._pool.primary
         if primary is None or primary.target is None:
             return False
-        load, target = primary.load, primary.target
-        if load != self._load:
-            self._load, self._cut = load, await asyncio.to_thread(self._find_cut, target)
+        weights, target = primary.weights, primary.target
+        if weights != self._weights:
+            self._weights, self._cut = weights, await asyncio.to_thread(self._find_cut, target)
         cut = self._cut
         row = await asyncio.to_thread(self._find, target) if cut else None
         if row is None:
@@ -109,7 +109,7 @@ class LiveScores:
         self._passed.append(row.id)  # before it is asked: it may be what ends the engine
         self._next_at = time.monotonic() + 3600 / self._per_hour
         try:
-            logprob = await self._scheduler.ask(load, lambda client: _score(client, row, cut))
+            logprob = await self._scheduler.ask(weights, lambda client: _score(client, row, cut))
         except EngineError as error:
             log.info("the answer in row %d is not scored: %s", row.id, error.wrong)
         else:

@@ -15,8 +15,8 @@ from typing import Protocol
 import httpx
 
 from serving.admission import Admission, EngineUnavailableError
-from serving.engines.replica import Load, Replica
-from serving.router import Routes
+from serving.engines.replica import LoadedWeights, Replica
+from serving.router import Router
 from serving.telemetry.engine_metrics import EngineSource
 from serving.telemetry.metrics import GatewayMetrics
 from svc.engine.state import EngineState
@@ -69,14 +69,14 @@ class EnginePool:
         orphans: Orphans,
         size: int,
         admission: Admission,
-        routes: Routes,
+        router: Router,
         metrics: GatewayMetrics,
         retire_timeout_s: float,
     ) -> None:
         self._make = make
         self._orphans = orphans
         self._admission = admission
-        self._routes = routes
+        self._router = router
         self._metrics = metrics
         self._retire_timeout_s = retire_timeout_s
         self._others: list[Replica] = []
@@ -98,9 +98,9 @@ class EnginePool:
         return [member for member in self.members if member.state is EngineState.READY]
 
     @property
-    def running(self) -> list[Replica]:
+    def alive(self) -> list[Replica]:
         """Members that have an engine and are not known to be dead."""
-        return [member for member in self.members if member.runs and member.state not in _DOWN]
+        return [member for member in self.members if member.has_engine and member.state not in _DOWN]
 
     @property
     def retiring(self) -> bool:
@@ -113,9 +113,9 @@ class EnginePool:
         return next(iter(self.ready), None)
 
     @property
-    def load(self) -> Load:
+    def weights(self) -> LoadedWeights:
         """What the primary holds; where none takes requests, what the first member held last."""
-        return (self.primary or self.members[0]).load
+        return (self.primary or self.members[0]).weights
 
     @property
     def state(self) -> EngineState:
@@ -135,7 +135,7 @@ class EnginePool:
             ModelNotFoundError: nothing loaded answers to it.
             EngineUnavailableError: no engine takes requests now.
         """
-        wanted = self._routes.resolve(model)
+        wanted = self._router.resolve(model)
         able = [(engine, engine.target) for engine in self.ready]
         able = [(engine, served) for engine, served in able if served and wanted in (None, served.version)]
         if not able:
@@ -151,7 +151,7 @@ class EnginePool:
         return [EngineSource(engine.http, served, engine.replica) for engine, served in engines if served]
 
     def add(self) -> Replica:
-        """A new engine, unstarted, to `exchange` for a member, or to `drop`."""
+        """A new engine, unstarted, to `replace` a member with, or to `drop`."""
         engine = self._make(self._free_number(), self._on_change)
         self._others.append(engine)
         return engine
@@ -166,7 +166,7 @@ class EnginePool:
         self._others.remove(engine)
         self._show()
 
-    def exchange(self, old: Replica, new: Replica) -> None:
+    def replace(self, old: Replica, new: Replica) -> None:
         """Puts a ready engine in a member's place, between two requests; the old one ends after its last request."""
         self._others.remove(new)
         self.members[self.members.index(old)] = new
@@ -200,7 +200,7 @@ class EnginePool:
 
     async def end_orphans(self) -> None:
         """Ends what an earlier server left running and is no member."""
-        members = {engine.replica for engine in self.members if engine.runs}
+        members = {engine.replica for engine in self.members if engine.has_engine}
         for number in self._orphans.numbers():
             if number not in members:
                 await asyncio.to_thread(self._orphans.end, number)
@@ -267,7 +267,7 @@ class EnginePool:
         ready = self.ready
         if ready:
             drained = [member for member in self.members if member.state is EngineState.DRAINING]
-            self._routes.load({engine.target for engine in [*ready, *drained] if engine.target})
+            self._router.set_loaded({engine.target for engine in [*ready, *drained] if engine.target})
             self._admission.available()
         elif not any(member.state in _CHANGING for member in self.members):
             self._admission.unavailable(_why_none({member.state for member in self.members}))

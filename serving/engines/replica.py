@@ -29,7 +29,7 @@ _UNHEALTHY_S = 30.0
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Load:
+class LoadedWeights:
     """Weights that were loaded and verified, the same version's as before or another's; no two loads are equal.
 
     Attributes:
@@ -39,7 +39,7 @@ class Load:
     fresh: bool
 
 
-NO_LOAD = Load(fresh=True)
+NO_WEIGHTS = LoadedWeights(fresh=True)
 """Before the first."""
 
 
@@ -75,7 +75,7 @@ class Replica:
         self._idle = asyncio.Event()
         self._idle.set()
         self.state = EngineState.STOPPED
-        self.load = NO_LOAD
+        self.weights = NO_WEIGHTS
         self.target: Target | None = None
         self.why = "it did not start"
 
@@ -110,7 +110,7 @@ class Replica:
         return engine.plan if engine else None
 
     @property
-    def runs(self) -> bool:
+    def has_engine(self) -> bool:
         """Whether there is an engine; it may have died a moment ago."""
         return self._engine is not None
 
@@ -143,7 +143,7 @@ class Replica:
     def enter(self, state: EngineState) -> None:
         """Shows a state to the pool, which decides who may enter."""
         if state is EngineState.READY and self.state is not EngineState.DRAINING:  # as where a swap was given up early
-            self.load = Load(fresh=self.state is EngineState.STARTING)
+            self.weights = LoadedWeights(fresh=self.state is EngineState.STARTING)
         self.state = state
         self._on_change(self)
 
@@ -200,7 +200,7 @@ class Replica:
         self._started.record(None)
         self.target = None
 
-    async def exchange(self, folder: Path) -> None:
+    async def reload(self, folder: Path) -> None:
         """Loads other weights in place and forgets what the older ones computed; `clear` comes before, `verify` next.
 
         Raises:

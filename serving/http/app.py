@@ -38,7 +38,7 @@ def build_app(
     """The application for one gateway.
 
     Args:
-        gateway: answers completions; its admission, routes and metrics stand behind the other paths.
+        gateway: answers completions; its admission, router and metrics stand behind the other paths.
         feedback: answers /v1/feedback.
         engine_metrics: refreshed for each /metrics; registered where `gateway.metrics` is.
         status: what /svc/status shows, JSON values; called in a thread.
@@ -48,10 +48,10 @@ def build_app(
     for route in Route:
         app.router.routes.append(Path(route.value, gateway.endpoint(route), methods=["POST"]))
     app.router.routes.append(Path("/v1/feedback", feedback.answer, methods=["POST"]))
-    add_models(app, gateway.routes)
+    add_models(app, gateway.router)
     _add_operations(app, gateway, engine_metrics, status)
     install_handlers(app)
-    app.add_middleware(RequestMiddleware, routes=gateway.routes)
+    app.add_middleware(RequestMiddleware, router=gateway.router)
     return app
 
 

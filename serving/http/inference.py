@@ -26,7 +26,7 @@ from serving.protocols.request import ClientGoneError, CompletionRequest, parse_
 from serving.protocols.route import Route
 from serving.protocols.server_sent_events import EventSplitter, find_error
 from serving.protocols.wire_formats import Usage, wire_format
-from serving.router import Routes
+from serving.router import Router
 from serving.telemetry.content import Content
 from serving.telemetry.metrics import CLIENT_GONE_STATUS, UNKNOWN_MODEL, GatewayMetrics
 from serving.telemetry.request_log import RequestLog
@@ -43,7 +43,7 @@ class Gateway:
     Args:
         lease: an engine for a model's name, see serving.engines.pool.
         admission: admits and holds requests.
-        routes: knows what the engines call their model.
+        router: knows what the engines call their model.
         metrics: counts.
         request_log: keeps a row for each request.
         settings: the limits.
@@ -55,7 +55,7 @@ class Gateway:
         *,
         lease: Callable[[str], AbstractContextManager[Lease]],
         admission: Admission,
-        routes: Routes,
+        router: Router,
         metrics: GatewayMetrics,
         request_log: RequestLog,
         settings: ServeSettings,
@@ -63,7 +63,7 @@ class Gateway:
     ) -> None:
         self.lease = lease
         self.admission = admission
-        self.routes = routes
+        self.router = router
         self.metrics = metrics
         self.request_log = request_log
         self.settings = settings
@@ -122,7 +122,7 @@ class Exchange:
                     self._scope, receive, max_bytes=settings.max_body_bytes, timeout_s=settings.request_timeout_s
                 )
             self._started = self._clock()
-            self._request = request = parse_request(body, self._route, engine_model=self._gateway.routes.name)
+            self._request = request = parse_request(body, self._route, engine_model=self._gateway.router.name)
             del body
             if self._gateway.request_log.wants_content():
                 self._content = Content(self._route, request.payload)

@@ -10,7 +10,7 @@ from uuid import uuid4
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from serving.http.errors import api_error
-from serving.router import Routes
+from serving.router import Router
 
 _REQUEST_ID = re.compile(rb"[A-Za-z0-9._-]{1,128}")
 
@@ -20,12 +20,12 @@ class RequestMiddleware:
 
     Args:
         app: what is wrapped.
-        routes: tells the version that is loaded, for answers that no version gave.
+        router: tells the version that is loaded, for answers that no version gave.
     """
 
-    def __init__(self, app: ASGIApp, routes: Routes) -> None:
+    def __init__(self, app: ASGIApp, router: Router) -> None:
         self._app = app
-        self._routes = routes
+        self._router = router
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -41,7 +41,7 @@ class RequestMiddleware:
             if message["type"] == "http.response.start":
                 begun = True
                 headers = [*message.get("headers", ()), (b"x-request-id", request_id.encode("ascii"))]
-                version = state.get("version") or (self._routes.served and self._routes.served.version)
+                version = state.get("version") or (self._router.served and self._router.served.version)
                 if version:
                     headers.append((b"x-model-version", str(version).encode("ascii")))
                 message = {**message, "headers": headers}

@@ -9,7 +9,7 @@ from typing import Any, NoReturn
 from fastapi import FastAPI
 from starlette.responses import JSONResponse
 
-from serving.router import Routes
+from serving.router import Router
 from svc.errors import SvcError
 
 OWNER = "tuneserve"
@@ -19,29 +19,29 @@ class ModelNotDeletableError(SvcError):
     """A client asked to delete a model."""
 
 
-def add_models(app: FastAPI, routes: Routes) -> None:
+def add_models(app: FastAPI, router: Router) -> None:
     """Adds /v1/models to an application.
 
     Args:
-        routes: the names that resolve now.
+        router: the names that resolve now.
     """
 
     def model(name: str) -> dict[str, Any]:
-        return {"id": name, "object": "model", "created": routes.since, "owned_by": OWNER}
+        return {"id": name, "object": "model", "created": router.since, "owned_by": OWNER}
 
     @app.get("/v1/models")
     async def list_models() -> JSONResponse:
-        return JSONResponse({"object": "list", "data": [model(name) for name in routes.names()]})
+        return JSONResponse({"object": "list", "data": [model(name) for name in router.names()]})
 
     # A slash in a name arrives as %2F, which is decoded before the path is matched.
     @app.get("/v1/models/{name:path}")
     async def show_model(name: str) -> JSONResponse:
-        routes.resolve(name)
+        router.resolve(name)
         return JSONResponse(model(name))
 
     @app.delete("/v1/models/{name:path}", response_model=None)
     async def delete_model(name: str) -> NoReturn:
-        routes.resolve(name)
+        router.resolve(name)
         raise ModelNotDeletableError(
             f"model {name!r} is served, and models are not deleted over HTTP",
             todo="ask the operator to promote another version, and to delete this one on disk",

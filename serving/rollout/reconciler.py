@@ -18,7 +18,7 @@ from serving.engines.replica import Replica
 from serving.rollout.journal import Journal
 from serving.rollout.production_alias import ProductionAlias
 from serving.rollout.swap import Swap
-from serving.router import Routes
+from serving.router import Router
 from serving.telemetry.metrics import GatewayMetrics
 from svc.engine.state import EngineState
 from svc.errors import BusyError, SvcError, SwapError
@@ -65,7 +65,7 @@ class Reconciler:
         store: Store,
         pool: EnginePool,
         swap: Swap,
-        routes: Routes,
+        router: Router,
         metrics: GatewayMetrics,
         alias: ProductionAlias,
         backoff_s: tuple[float, ...] = _BACKOFF_S,
@@ -76,7 +76,7 @@ class Reconciler:
         self._journal = Journal(store)
         self._pool = pool
         self._swap = swap
-        self._routes = routes
+        self._router = router
         self._metrics = metrics
         self._alias = alias
         self._backoff_s = backoff_s
@@ -187,7 +187,7 @@ class Reconciler:
                     if died:
                         self.last_error = f"replica {engine.replica} died: {engine.why}"
                     self._turns[engine] = _Turn(now() + self._backoff_s[0], 0, died)
-                if engine.runs:
+                if engine.has_engine:
                     await engine.stop(engine.state)
             first = min(down, key=lambda engine: self._turns[engine].at, default=None)
             wait_s = self._turns[first].at - now() if first else None
@@ -214,7 +214,7 @@ class Reconciler:
         swap_id = await self._journal.begin(desired)
         report = partial(self._journal.step, swap_id)
         report(f"{before.target} serves, {desired.target} is wanted")
-        if not self._pool.running:
+        if not self._pool.alive:
             error = await self._start(self._pool.members[0], desired.target)
             result = SwapResult(SwapOutcome.FAILED if error else SwapOutcome.SUCCEEDED, error)
         elif desired.target == before.target:
@@ -251,7 +251,7 @@ class Reconciler:
     def _serves(self) -> None:
         """Tells everybody what serves now."""
         target = self._actual.target
-        self._routes.serve(target)
+        self._router.serve(target)
         self._metrics.version_loaded(target)
         self._alias.move(target.version)
 

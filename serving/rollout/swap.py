@@ -2,8 +2,8 @@
 
 One engine after the other, each in one of two ways. In place: no new requests for it -> let the running ones end ->
 reload -> reset the prefix cache -> check the probes. Where it is the only engine, requests wait meanwhile.
-Blue-green: start a second engine with the version, check the probes, exchange the two, let the old one answer its last
-requests. Nobody waits, but there must be memory for both.
+Blue-green: start a second engine with the version, check the probes, put it in the place of the first, let
+that answer its last requests. Nobody waits, but there must be memory for both.
 
 Whatever fails ends with the version before on every engine, verified again; where admission opens for any other
 reason, there is no engine behind it.
@@ -20,7 +20,7 @@ from serving.admission import Admission
 from serving.engines.pool import EnginePool
 from serving.engines.replica import Replica
 from serving.engines.verification import Verification
-from serving.router import Routes
+from serving.router import Router
 from svc.engine.state import EngineState
 from svc.errors import EngineError, ProbeError, SvcError
 from svc.registry.fingerprint import compatibility_fingerprint
@@ -79,7 +79,7 @@ class Swap:
         verification: Verification,
         pool: EnginePool,
         admission: Admission,
-        routes: Routes,
+        router: Router,
         choice: SwapChoice,
         shortage: Callable[[Target], str | None],
         drain_timeout_s: float,
@@ -89,7 +89,7 @@ class Swap:
         self._verification = verification
         self._pool = pool
         self._admission = admission
-        self._routes = routes
+        self._router = router
         self._choice = choice
         self._shortage = shortage
         self._drain_timeout_s = drain_timeout_s
@@ -121,7 +121,7 @@ class Swap:
         fits = await asyncio.to_thread(self._fits, current, target)
         if not fits or self._choice is SwapChoice.BLUEGREEN:
             kind, why = SwapKind.BLUEGREEN, "as set" if fits else _DIFFERENT
-        elif len(self._pool.running) > 1:
+        elif len(self._pool.alive) > 1:
             kind, why = SwapKind.ROLLING, "it fits in place, one engine after the other"
         else:
             kind, why = SwapKind.INPLACE, "same architecture, quantization, tokenizer and template"
@@ -143,7 +143,7 @@ class Swap:
 
     async def _change_all(self, change: _Change) -> tuple[SwapOutcome, str | None]:
         changed: list[Replica] = []
-        for engine in self._pool.running:
+        for engine in self._pool.alive:
             if changed and engine.state is not EngineState.READY:
                 continue  # it died meanwhile: it is started again with what serves then
             outcome, reason, engine = await self._change_one(change, engine)
@@ -157,7 +157,7 @@ class Swap:
                 change.report(f"{len(changed)} of {len(self._pool.members)} engines hold {change.target}")
         if not changed:
             return SwapOutcome.FAILED, "the engine died before it was changed"
-        self._routes.serve(change.target)
+        self._router.serve(change.target)
         return SwapOutcome.SUCCEEDED, None
 
     async def _back(self, change: _Change, changed: list[Replica]) -> SwapOutcome:
@@ -209,7 +209,7 @@ class Swap:
             await self._pool.drop(new)
             return SwapOutcome.REFUSED, str(error) or repr(error), old
         self._serve_if_only(change)
-        self._pool.exchange(old, new)
+        self._pool.replace(old, new)
         change.report(f"requests go to it; {old.running} still run in the one before")
         return SwapOutcome.SUCCEEDED, None, new
 
@@ -224,8 +224,8 @@ class Swap:
 
     def _serve_if_only(self, change: _Change) -> None:
         """Where others still hold the version before, that one is in production until all are changed."""
-        if len(self._pool.running) <= 1:
-            self._routes.serve(change.target)
+        if len(self._pool.alive) <= 1:
+            self._router.serve(change.target)
 
     async def _in_place(self, change: _Change, engine: Replica) -> tuple[SwapOutcome, str | None]:
         async with self._without(change, engine):
@@ -244,7 +244,7 @@ class Swap:
             change.report("running requests ended")
             engine.enter(EngineState.SWAPPING)
             try:
-                return await self._exchange(change, engine)
+                return await self._reload(change, engine)
             except BaseException:
                 # Cancelled, or a defect. Nobody knows which weights the engine holds, so nobody may reach it.
                 engine.enter(EngineState.FAILED)
@@ -281,7 +281,7 @@ class Swap:
         await engine.client.reset_prefix_cache()
         engine.clear()
 
-    async def _exchange(self, change: _Change, engine: Replica) -> tuple[SwapOutcome, str | None]:
+    async def _reload(self, change: _Change, engine: Replica) -> tuple[SwapOutcome, str | None]:
         try:
             await self._load(engine, change.target, change.report)
         except Exception as error:  # whatever it was, weights that are not verified must not serve
@@ -294,7 +294,7 @@ class Swap:
 
     async def _load(self, engine: Replica, target: Target, report: Report) -> None:
         started = time.monotonic()
-        await engine.exchange(await self._verification.folder(target))
+        await engine.reload(await self._verification.folder(target))
         report(f"weights of {target} loaded in {time.monotonic() - started:.2f} s, prefix cache reset")
         report(await engine.verify(target))
 

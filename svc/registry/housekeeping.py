@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from sqlalchemy import Engine
+from sqlalchemy import Engine as Store
 
 from svc.errors import BusyError
 from svc.lock import hold_lock, lock_holder
@@ -42,7 +42,7 @@ class Reclaimable:
     touched: float
 
 
-def protected(registry: Registry, store: Engine, name: str) -> dict[VersionId, str]:
+def protected(registry: Registry, store: Store, name: str) -> dict[VersionId, str]:
     """The versions of a name that must stay, each with the reason."""
     found = {version: f"has the alias {alias}" for alias, version in registry.tracking.aliases(name).items()}
     desired = read_desired(store, name)
@@ -53,7 +53,7 @@ def protected(registry: Registry, store: Engine, name: str) -> dict[VersionId, s
     return found
 
 
-def remove_version(registry: Registry, store: Engine, version: VersionId) -> int:
+def remove_version(registry: Registry, store: Store, version: VersionId) -> int:
     """Removes a version with all its files; its number stays used. Returns the bytes that are free now.
 
     Raises:
@@ -80,7 +80,7 @@ def remove_version(registry: Registry, store: Engine, version: VersionId) -> int
     return size
 
 
-def _refuse(registry: Registry, store: Engine, version: VersionId) -> None:
+def _refuse(registry: Registry, store: Store, version: VersionId) -> None:
     swap = find_swap(store, version.name)
     if swap is not None and swap.result is None:
         # Whether it succeeds decides where a rollback goes.

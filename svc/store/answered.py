@@ -4,7 +4,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime
 
-from sqlalchemy import ColumnElement, Engine, and_, func, select
+from sqlalchemy import ColumnElement, and_, func, select
+from sqlalchemy import Engine as Store
 from sqlalchemy.orm import Session
 
 from svc.store.feedback import Rating
@@ -51,7 +52,7 @@ class RatedAnswer:
     corrected: bool
 
 
-def answered_ids(store: Engine, target: Target, *, after: int, newest: int, with_content: bool) -> list[int]:
+def answered_ids(store: Store, target: Target, *, after: int, newest: int, with_content: bool) -> list[int]:
     """Rows that were answered, in order.
 
     Args:
@@ -67,7 +68,7 @@ def answered_ids(store: Engine, target: Target, *, after: int, newest: int, with
         return list(session.scalars(query))[::-1]
 
 
-def content_is_kept(store: Engine, target: Target) -> bool | None:
+def content_is_kept(store: Store, target: Target) -> bool | None:
     """Whether any of the newest 1000 rows of a version has its prompt and answer; None where there is no row."""
     newest = (
         select(RequestRow.prompt.is_not(None).label("kept"))
@@ -81,13 +82,13 @@ def content_is_kept(store: Engine, target: Target) -> bool | None:
         return None if kept is None else bool(kept)
 
 
-def newest_id(store: Engine) -> int:
+def newest_id(store: Store) -> int:
     """The newest row's id; 0 where there is none. Ids begin anew when all rows were forgotten."""
     with Session(store) as session:
         return session.scalar(select(func.max(RequestRow.id))) or 0
 
 
-def read_answered(store: Engine, target: Target, ids: Sequence[int]) -> list[AnsweredRequest]:
+def read_answered(store: Store, target: Target, ids: Sequence[int]) -> list[AnsweredRequest]:
     """The rows of a version with these ids, in order; those that were forgotten since are left out."""
     rows: list[AnsweredRequest] = []
     names = AnsweredRequest.__dataclass_fields__
@@ -99,7 +100,7 @@ def read_answered(store: Engine, target: Target, ids: Sequence[int]) -> list[Ans
     return sorted(rows, key=lambda row: row.id)
 
 
-def texts_of(store: Engine, request_ids: Sequence[str]) -> dict[str, tuple[str, str]]:
+def texts_of(store: Store, request_ids: Sequence[str]) -> dict[str, tuple[str, str]]:
     """The kept prompts and answers of requests, by what clients know them by."""
     found: dict[str, tuple[str, str]] = {}
     with Session(store) as session:
@@ -111,12 +112,12 @@ def texts_of(store: Engine, request_ids: Sequence[str]) -> dict[str, tuple[str, 
     return found
 
 
-def read_ratings(store: Engine, target: Target, *, newest: int) -> list[RatedAnswer]:
+def read_ratings(store: Store, target: Target, *, newest: int) -> list[RatedAnswer]:
     """The newest ratings of a version's answers, in the order in which they were given."""
     return _ratings(store, answered_by(target), newest)
 
 
-def read_earlier_ratings(store: Engine, target: Target, *, newest: int) -> list[RatedAnswer]:
+def read_earlier_ratings(store: Store, target: Target, *, newest: int) -> list[RatedAnswer]:
     """The newest ratings of what other versions of the name, or other formats, answered before this one first did."""
     first = select(RequestRow.id).where(answered_by(target)).order_by(RequestRow.id).limit(1)
     with Session(store) as session:
@@ -127,7 +128,7 @@ def read_earlier_ratings(store: Engine, target: Target, *, newest: int) -> list[
     return _ratings(store, and_(earlier, RequestRow.status == _GOOD_STATUS), newest)
 
 
-def _ratings(store: Engine, which: ColumnElement[bool], newest: int) -> list[RatedAnswer]:
+def _ratings(store: Store, which: ColumnElement[bool], newest: int) -> list[RatedAnswer]:
     query = (
         select(FeedbackRow, RequestRow.request_id)
         .join(RequestRow, RequestRow.id == FeedbackRow.request)

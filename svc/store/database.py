@@ -2,7 +2,8 @@
 
 from pathlib import Path
 
-from sqlalchemy import Engine, create_engine, event
+from sqlalchemy import Engine as Store
+from sqlalchemy import create_engine, event
 from sqlalchemy.engine.interfaces import DBAPIConnection
 from sqlalchemy.pool import ConnectionPoolEntry
 
@@ -10,15 +11,15 @@ _MIGRATIONS = Path(__file__).parent / "migrations"
 _BUSY_MS = 10_000  # two processes write: the server and the command line
 
 
-def open_database(home: Path) -> Engine:
+def open_database(home: Path) -> Store:
     """Opens the store of a home, and creates or migrates it first."""
     home.mkdir(parents=True, exist_ok=True)
     path = home / "svc.db"
     path.touch(mode=0o600)  # it may hold what users wrote; SQLite's other files get the same mode
-    engine = create_engine(f"sqlite:///{path}", hide_parameters=True)  # errors are logged; what users wrote is not
-    event.listen(engine, "connect", _prepare_sqlite)
-    _migrate(engine)
-    return engine
+    store = create_engine(f"sqlite:///{path}", hide_parameters=True)  # errors are logged; what users wrote is not
+    event.listen(store, "connect", _prepare_sqlite)
+    _migrate(store)
+    return store
 
 
 def _prepare_sqlite(connection: DBAPIConnection, record: ConnectionPoolEntry) -> None:
@@ -29,7 +30,7 @@ def _prepare_sqlite(connection: DBAPIConnection, record: ConnectionPoolEntry) ->
     cursor.close()
 
 
-def _migrate(engine: Engine) -> None:
+def _migrate(store: Store) -> None:
     from alembic.config import Config
     from alembic.migration import MigrationContext
     from alembic.script import ScriptDirectory
@@ -37,12 +38,12 @@ def _migrate(engine: Engine) -> None:
     config = Config()
     config.set_main_option("script_location", str(_MIGRATIONS))
     head = ScriptDirectory.from_config(config).get_current_head()
-    with engine.connect() as connection:
+    with store.connect() as connection:
         if MigrationContext.configure(connection).get_current_revision() == head:
             return
     from alembic import command
 
-    with engine.begin() as connection:
+    with store.begin() as connection:
         # One process migrates, all of it or nothing; another one waits, and finds nothing left to do.
         connection.exec_driver_sql("BEGIN IMMEDIATE")
         config.attributes["connection"] = connection

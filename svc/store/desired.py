@@ -3,7 +3,8 @@
 from dataclasses import dataclass
 from datetime import UTC, datetime
 
-from sqlalchemy import Engine, update
+from sqlalchemy import Engine as Store
+from sqlalchemy import update
 from sqlalchemy.exc import IntegrityError as RowExistsError
 from sqlalchemy.orm import Session
 
@@ -31,20 +32,20 @@ class Desired:
         return self.target.version.name
 
 
-def read_desired(store: Engine, name: str) -> Desired | None:
+def read_desired(store: Store, name: str) -> Desired | None:
     """The desired state of a name, or None when nothing was ever promoted."""
     with Session(store) as session:
         row = session.get(DesiredRow, name)
         return _desired(row) if row else None
 
 
-def desired_names(store: Engine) -> list[str]:
+def desired_names(store: Store) -> list[str]:
     """All names that have a desired state."""
     with Session(store) as session:
         return sorted(row.name for row in session.query(DesiredRow))
 
 
-def change_desired(store: Engine, seen: Desired | None, target: Target, previous: Target | None) -> Desired:
+def change_desired(store: Store, seen: Desired | None, target: Target, previous: Target | None) -> Desired:
     """Compare-and-set.
 
     Args:

@@ -8,7 +8,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime
 
-from sqlalchemy import ColumnElement, Engine, and_, delete, select
+from sqlalchemy import ColumnElement, and_, delete, select
+from sqlalchemy import Engine as Store
 from sqlalchemy.orm import Session
 
 from svc.store.tables import DriftAlarmRow, DriftStateRow
@@ -55,7 +56,7 @@ class DriftAlarm:
     id: int | None = None
 
 
-def read_drift_states(store: Engine, target: Target) -> dict[str, DriftState]:
+def read_drift_states(store: Store, target: Target) -> dict[str, DriftState]:
     """The states of a version in a format, by signal."""
     query = select(DriftStateRow).where(_of(DriftStateRow, target))
     with Session(store) as session:
@@ -63,7 +64,7 @@ def read_drift_states(store: Engine, target: Target) -> dict[str, DriftState]:
         return {row.signal: DriftState(row.signal, row.state, row.report, row.checked_at) for row in rows}
 
 
-def keep_drift(store: Engine, target: Target, state: DriftState, alarms: Sequence[DriftAlarm]) -> None:
+def keep_drift(store: Store, target: Target, state: DriftState, alarms: Sequence[DriftAlarm]) -> None:
     """Keeps what a check found, all or nothing.
 
     Args:
@@ -96,7 +97,7 @@ def keep_drift(store: Engine, target: Target, state: DriftState, alarms: Sequenc
             session.execute(delete(DriftAlarmRow).where(ended, DriftAlarmRow.id.not_in(newest.limit(KEPT_ALARMS))))
 
 
-def read_drift_alarms(store: Engine, target: Target) -> list[DriftAlarm]:
+def read_drift_alarms(store: Store, target: Target) -> list[DriftAlarm]:
     """The alarms of a version in a format that are kept, the newest first."""
     query = select(DriftAlarmRow).where(_of(DriftAlarmRow, target)).order_by(DriftAlarmRow.id.desc())
     with Session(store) as session:

@@ -4,7 +4,8 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from enum import StrEnum
 
-from sqlalchemy import Engine, select
+from sqlalchemy import Engine as Store
+from sqlalchemy import select
 from sqlalchemy.orm import Session
 
 from svc.store.tables import FeedbackRow, RequestRow
@@ -45,7 +46,7 @@ class KeptFeedback:
     replaced: Rating | None
 
 
-def keep_feedback(store: Engine, request_id: str, feedback: Feedback) -> KeptFeedback | None:
+def keep_feedback(store: Store, request_id: str, feedback: Feedback) -> KeptFeedback | None:
     """Keeps it with its request, the newest of that id.
 
     Returns:

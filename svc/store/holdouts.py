@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from datetime import datetime
 from enum import StrEnum
 
-from sqlalchemy import ColumnElement, Engine, and_, delete, select
+from sqlalchemy import ColumnElement, and_, delete, select
+from sqlalchemy import Engine as Store
 from sqlalchemy.orm import Session
 
 from svc.engine.probes import EngineFacts
@@ -64,7 +65,7 @@ class HoldoutRun:
     id: int | None = None
 
 
-def add_holdout_run(store: Engine, run: HoldoutRun) -> None:
+def add_holdout_run(store: Store, run: HoldoutRun) -> None:
     """Keeps a run, and forgets the oldest of its name beyond `KEPT_RUNS`."""
     name = run.target.version.name
     row = HoldoutRunRow(
@@ -87,7 +88,7 @@ def add_holdout_run(store: Engine, run: HoldoutRun) -> None:
         session.execute(delete(HoldoutRunRow).where(HoldoutRunRow.name == name, HoldoutRunRow.id.not_in(kept)))
 
 
-def newest_holdout_run(store: Engine, target: Target, *, completed: bool = True) -> HoldoutRun | None:
+def newest_holdout_run(store: Store, target: Target, *, completed: bool = True) -> HoldoutRun | None:
     """The newest run of a version in a format.
 
     Args:
@@ -101,7 +102,7 @@ def newest_holdout_run(store: Engine, target: Target, *, completed: bool = True)
         return _run(row) if row else None
 
 
-def first_holdout_run(store: Engine, target: Target, engine: EngineFacts) -> HoldoutRun | None:
+def first_holdout_run(store: Store, target: Target, engine: EngineFacts) -> HoldoutRun | None:
     """The oldest completed run of a version in a format on one kind of engine, of those that are kept."""
     query = (
         select(HoldoutRunRow)

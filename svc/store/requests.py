@@ -5,7 +5,8 @@ from dataclasses import dataclass, fields
 from datetime import datetime
 from typing import Any
 
-from sqlalchemy import ColumnElement, Engine, delete, func, insert, select
+from sqlalchemy import ColumnElement, delete, func, insert, select
+from sqlalchemy import Engine as Store
 from sqlalchemy.orm import Session
 
 from svc.store.tables import RequestRow
@@ -65,7 +66,7 @@ class RequestRecord:
 _AS_THEY_ARE = [field.name for field in fields(RequestRecord) if field.name not in ("version", "format")]
 
 
-def add_requests(store: Engine, records: Sequence[RequestRecord]) -> None:
+def add_requests(store: Store, records: Sequence[RequestRecord]) -> None:
     """Writes a batch, all or nothing."""
     with store.begin() as connection:
         connection.execute(insert(RequestRow), [_columns(record) for record in records])
@@ -79,7 +80,7 @@ def _columns(record: RequestRecord) -> dict[str, Any]:
     }
 
 
-def prune_requests(store: Engine, *, before: datetime, max_bytes: int) -> int:
+def prune_requests(store: Store, *, before: datetime, max_bytes: int) -> int:
     """Deletes rows by age, then the oldest ones by size; with each its feedback.
 
     Args:
@@ -100,7 +101,7 @@ def prune_requests(store: Engine, *, before: datetime, max_bytes: int) -> int:
     return gone + (_delete(store, RequestRow.id <= last) if last is not None else 0)
 
 
-def _delete(store: Engine, which: ColumnElement[bool]) -> int:
+def _delete(store: Store, which: ColumnElement[bool]) -> int:
     gone = 0
     while True:
         oldest = select(RequestRow.id).where(which).order_by(RequestRow.id).limit(_DELETED_TOGETHER)

@@ -1,7 +1,7 @@
 """Probes that were taken again because the engine here is of another kind than the one that qualified the version."""
 
 from pydantic import TypeAdapter
-from sqlalchemy import Engine
+from sqlalchemy import Engine as Store
 from sqlalchemy.orm import Session
 
 from svc.engine.probes import EngineFacts, Probe
@@ -11,14 +11,14 @@ from svc.version import Target
 _PROBES = TypeAdapter(tuple[Probe, ...])
 
 
-def find_retaken_probes(store: Engine, target: Target, facts: EngineFacts) -> tuple[Probe, ...] | None:
+def find_retaken_probes(store: Store, target: Target, facts: EngineFacts) -> tuple[Probe, ...] | None:
     """The probes for this kind of engine, or None when none were taken yet."""
     with Session(store) as session:
         row = session.get(RetakenProbesRow, _key(target, facts))
         return _PROBES.validate_json(row.probes) if row else None
 
 
-def keep_retaken_probes(store: Engine, target: Target, facts: EngineFacts, probes: tuple[Probe, ...]) -> None:
+def keep_retaken_probes(store: Store, target: Target, facts: EngineFacts, probes: tuple[Probe, ...]) -> None:
     """Keeps probes for later loads."""
     name, number, format, engine = _key(target, facts)
     text = _PROBES.dump_json(probes).decode("utf-8")

@@ -4,7 +4,8 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 
-from sqlalchemy import ColumnElement, Engine, and_, func, select, update
+from sqlalchemy import ColumnElement, and_, func, select, update
+from sqlalchemy import Engine as Store
 from sqlalchemy.orm import Session
 
 from svc.store.answered import answered_by
@@ -32,7 +33,7 @@ class KeptAnswer:
 
 
 def newest_unscored(
-    store: Engine, target: Target, *, route: str, since: datetime, without: Sequence[str], passed: Collection[int]
+    store: Store, target: Target, *, route: str, since: datetime, without: Sequence[str], passed: Collection[int]
 ) -> KeptAnswer | None:
     """The newest greedy answer of a version in a format that has no score yet.
 
@@ -54,7 +55,7 @@ def newest_unscored(
     return KeptAnswer(found.id, found.prompt or "", found.answer or "") if found else None
 
 
-def keep_logprob(store: Engine, row: int, logprob: float) -> None:
+def keep_logprob(store: Store, row: int, logprob: float) -> None:
     """Writes the score of a row; nothing, where it was forgotten meanwhile."""
     with store.begin() as connection:
         connection.execute(update(RequestRow).where(RequestRow.id == row).values(logprob=logprob))

@@ -4,7 +4,8 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from enum import StrEnum
 
-from sqlalchemy import Engine, select
+from sqlalchemy import Engine as Store
+from sqlalchemy import select
 from sqlalchemy.orm import Session
 
 from svc.store.desired import Desired
@@ -74,7 +75,7 @@ class SwapRecord:
     steps: tuple[str, ...]
 
 
-def begin_swap(store: Engine, desired: Desired) -> int:
+def begin_swap(store: Store, desired: Desired) -> int:
     """Writes that a swap has begun; returns its id. One that a server left open for the same wish goes on."""
     last = find_swap(store, desired.name, desired.generation)
     if last is not None and last.result is None:
@@ -92,13 +93,13 @@ def begin_swap(store: Engine, desired: Desired) -> int:
         return row.id
 
 
-def add_step(store: Engine, swap_id: int, text: str) -> None:
+def add_step(store: Store, swap_id: int, text: str) -> None:
     """Adds a step to a swap."""
     with Session(store) as session, session.begin():
         session.add(SwapStepRow(swap_id=swap_id, at=datetime.now(UTC), text=text))
 
 
-def end_swap(store: Engine, swap_id: int, result: SwapResult) -> None:
+def end_swap(store: Store, swap_id: int, result: SwapResult) -> None:
     """Writes how a swap ended."""
     with Session(store) as session, session.begin():
         row = session.get_one(SwapRow, swap_id)
@@ -107,7 +108,7 @@ def end_swap(store: Engine, swap_id: int, result: SwapResult) -> None:
         row.kind, row.took_s = result.kind and result.kind.value, result.took_s
 
 
-def find_swap(store: Engine, name: str, generation: int | None = None) -> SwapRecord | None:
+def find_swap(store: Store, name: str, generation: int | None = None) -> SwapRecord | None:
     """The last swap of a name, or the last one for a generation of its desired state."""
     query = select(SwapRow).where(SwapRow.name == name).order_by(SwapRow.id.desc()).limit(1)
     if generation is not None:

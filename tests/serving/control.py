@@ -20,7 +20,7 @@ from serving.engines.verification import Verification
 from serving.rollout.production_alias import ProductionAlias
 from serving.rollout.reconciler import Reconciler
 from serving.rollout.swap import Swap
-from serving.router import Routes
+from serving.router import Router
 from serving.telemetry.metrics import GatewayMetrics
 from svc.engine.probes import EngineFacts
 from svc.engine.state import EngineState
@@ -83,7 +83,7 @@ class Control:
         self.admission = Admission(
             max_running=limits.max_running, max_queued=limits.max_queued, queue_timeout_s=limits.queue_timeout_s
         )
-        self.routes = Routes(NAME)
+        self.router = Router(NAME)
         verification = Verification(self.registry, self.store, lambda folder: self.facts)
         self.pool = EnginePool(
             lambda replica, on_change: Replica(
@@ -95,7 +95,7 @@ class Control:
             orphans=self.park,
             size=self.replicas,
             admission=self.admission,
-            routes=self.routes,
+            router=self.router,
             metrics=self.metrics,
             retire_timeout_s=limits.retire_timeout_s,
         )
@@ -104,7 +104,7 @@ class Control:
             verification=verification,
             pool=self.pool,
             admission=self.admission,
-            routes=self.routes,
+            router=self.router,
             choice=limits.swap,
             shortage=self.park.shortage,
             drain_timeout_s=limits.drain_timeout_s,
@@ -117,7 +117,7 @@ class Control:
             store=self.store,
             pool=self.pool,
             swap=self.swap,
-            routes=self.routes,
+            router=self.router,
             metrics=self.metrics,
             alias=self.alias,
             backoff_s=(0.02, 0.05),
@@ -146,7 +146,7 @@ class Control:
             self.pool.lease,
             self.pool.sources,
             admission=self.admission,
-            routes=self.routes,
+            router=self.router,
             metrics=self.metrics,
             settings=self.settings,
         )

@@ -17,7 +17,7 @@ from serving.engines.pool import Lease
 from serving.http.app import build_app
 from serving.http.feedback import FeedbackIntake
 from serving.http.inference import Gateway
-from serving.router import Routes
+from serving.router import Router
 from serving.telemetry.engine_metrics import EngineMetrics, EngineSource
 from serving.telemetry.metrics import GatewayMetrics
 from serving.telemetry.request_log import RequestLog
@@ -38,7 +38,7 @@ def application(
     sources: Callable[[], Sequence[EngineSource]],
     *,
     admission: Admission,
-    routes: Routes,
+    router: Router,
     metrics: GatewayMetrics,
     settings: ServeSettings,
     request_log: RequestLog | None = None,
@@ -51,7 +51,7 @@ def application(
         store, RequestLogSettings(), on_stored=lambda count: None, on_dropped=lambda reason, count: None
     )
     gateway = Gateway(
-        lease=lease, admission=admission, routes=routes, metrics=metrics, request_log=request_log, settings=settings
+        lease=lease, admission=admission, router=router, metrics=metrics, request_log=request_log, settings=settings
     )
     engine_metrics = EngineMetrics(sources)
     metrics.registry.register(engine_metrics)
@@ -85,7 +85,7 @@ class Service:
             max_queued=self.settings.max_queued,
             queue_timeout_s=self.settings.queue_timeout_s,
         )
-        self.routes = Routes(NAME, clock=lambda: 1_700_000_000.0)
+        self.router = Router(NAME, clock=lambda: 1_700_000_000.0)
         self.registry = CollectorRegistry()
         self.metrics = GatewayMetrics(self.registry, exemplars=self.settings.exemplars)
         self.request_log = RequestLog(
@@ -110,12 +110,12 @@ class Service:
                 self.lease,
                 lambda: [EngineSource(engine, self.loaded, 0)],
                 admission=self.admission,
-                routes=self.routes,
+                router=self.router,
                 metrics=self.metrics,
                 request_log=self.request_log,
                 settings=self.settings,
                 store=self.store,
-                status=lambda: {"served": str(self.routes.served)},
+                status=lambda: {"served": str(self.router.served)},
             )
             self.load(ONE)
             self.admission.available()
@@ -128,13 +128,13 @@ class Service:
     def load(self, served: Target) -> None:
         """The engine holds a version from now on."""
         self.loaded = served
-        self.routes.serve(served)
-        self.routes.load({served})
+        self.router.serve(served)
+        self.router.set_loaded({served})
 
     @contextmanager
     def lease(self, model: str) -> Iterator[Lease]:
         """The one engine."""
-        self.routes.resolve(model)
+        self.router.resolve(model)
         yield Lease(self.http, self.loaded)
 
     @asynccontextmanager

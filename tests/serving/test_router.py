@@ -3,29 +3,29 @@
 import pytest
 
 from serving.admission import EngineUnavailableError
-from serving.router import ModelNotFoundError, Routes
+from serving.router import ModelNotFoundError, Router
 from tests.serving.service import ONE, TWO
 
 
-def routes() -> Routes:
-    found = Routes("tuned", clock=lambda: 7.9)
+def router() -> Router:
+    found = Router("tuned", clock=lambda: 7.9)
     found.serve(ONE)
-    found.load({ONE})
+    found.set_loaded({ONE})
     return found
 
 
 @pytest.mark.parametrize("model", ["tuned", "tuned@production"])
 def test_the_name_means_whatever_serves(model: str) -> None:
-    assert routes().resolve(model) is None
+    assert router().resolve(model) is None
 
 
 def test_a_number_means_that_version() -> None:
-    assert routes().resolve("tuned@1") == ONE.version
+    assert router().resolve("tuned@1") == ONE.version
 
 
 def test_during_a_swap_of_several_engines_both_versions_are_served() -> None:
-    found = routes()
-    found.load({ONE, TWO})
+    found = router()
+    found.set_loaded({ONE, TWO})
     assert found.names() == ("tuned", "tuned@1", "tuned@2", "tuned@production")
     assert found.resolve("tuned@2") == TWO.version
 
@@ -33,14 +33,14 @@ def test_during_a_swap_of_several_engines_both_versions_are_served() -> None:
 @pytest.mark.parametrize("model", ["", "other", "tuned@2", "tuned@candidate", "tuned@", "tuned@01", "TUNED", " tuned"])
 def test_other_names_are_refused_with_the_names_that_are_served(model: str) -> None:
     with pytest.raises(ModelNotFoundError) as caught:
-        routes().resolve(model)
+        router().resolve(model)
     assert "tuned, tuned@1, tuned@production" in caught.value.expected
 
 
 def test_after_a_swap_the_old_number_is_unknown_and_the_name_means_the_new_one() -> None:
-    found = routes()
+    found = router()
     found.serve(TWO)
-    found.load({TWO})
+    found.set_loaded({TWO})
     assert found.names() == ("tuned", "tuned@2", "tuned@production")
     with pytest.raises(ModelNotFoundError):
         found.resolve("tuned@1")
@@ -48,14 +48,14 @@ def test_after_a_swap_the_old_number_is_unknown_and_the_name_means_the_new_one()
 
 def test_a_long_name_is_cut_in_the_error() -> None:
     with pytest.raises(ModelNotFoundError) as caught:
-        routes().resolve("x" * 10_000)
+        router().resolve("x" * 10_000)
     assert len(caught.value.wrong) < 200
 
 
 def test_before_the_first_version_there_is_no_engine() -> None:
     with pytest.raises(EngineUnavailableError):
-        Routes("tuned").resolve("tuned")
+        Router("tuned").resolve("tuned")
 
 
 def test_the_time_of_loading_is_kept_in_whole_seconds() -> None:
-    assert routes().since == 7
+    assert router().since == 7

@@ -439,7 +439,7 @@ async def test_of_several_engines_the_one_that_is_asked_says_whose_figures_they_
         control.park.start_delay_s = 0.3
         wish = control.wish(2)
         first = await run_of(control, target(2))
-        assert control.routes.served == Target(target(1).version, target(1).format), "too late to tell"
+        assert control.router.served == Target(target(1).version, target(1).format), "too late to tell"
         await control.outcome(wish)
         assert first.nll != (await run_of(control, target(1))).nll
         assert [row.number for row in rows(control)] == [1, 2]

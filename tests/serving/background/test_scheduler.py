@@ -29,7 +29,7 @@ async def put(client: EngineClient) -> Answer:
 
 
 async def test_an_answer_comes_from_the_engine_and_shows_in_no_metric(control: Control) -> None:
-    answer = await questions(control).ask(control.replica.load, put)
+    answer = await questions(control).ask(control.replica.weights, put)
     assert answer.text == "1.0 1.1 "
     assert control.sample("svc_requests_running") == 0
     families = [family for family in control.collector.collect() if family.name in ("svc_requests", "svc_tokens")]
@@ -38,7 +38,7 @@ async def test_an_answer_comes_from_the_engine_and_shows_in_no_metric(control: C
 
 async def test_the_engines_log_can_tell_them_apart(control: Control) -> None:
     before = len(control.double.request_ids)
-    await questions(control).ask(control.replica.load, put)
+    await questions(control).ask(control.replica.weights, put)
     (own,) = control.double.request_ids[before:]
     assert own.startswith(ID_PREFIX)
     assert len(own) > len(ID_PREFIX)
@@ -48,7 +48,7 @@ async def test_they_keep_their_pace(control: Control) -> None:
     asking = questions(control, requests_per_minute=60 / 0.1)
     began = time.monotonic()
     for _ in range(3):
-        await asking.ask(control.replica.load, put)
+        await asking.ask(control.replica.weights, put)
     assert 0.2 <= time.monotonic() - began < 1
 
 
@@ -62,18 +62,18 @@ async def test_one_runs_at_a_time(control: Control) -> None:
             most = max(most, control.double.running)
 
     control.double.on_call = watch
-    await asyncio.gather(*(asking.ask(control.replica.load, put) for _ in range(4)))
+    await asyncio.gather(*(asking.ask(control.replica.weights, put) for _ in range(4)))
     assert most == 0  # what came found none that ran
 
 
 async def test_a_refusal_is_told(control: Control) -> None:
     control.double.max_model_len = 2
     with pytest.raises(EngineError, match="maximum context length"):
-        await questions(control).ask(control.replica.load, put)
+        await questions(control).ask(control.replica.weights, put)
 
 
 async def test_a_question_for_other_weights_is_not_put(control: Control) -> None:
-    load = control.replica.load
+    load = control.replica.weights
     await control.promote(2)
     calls = len(control.double.requests)
     with pytest.raises(SupersededError):
@@ -83,7 +83,7 @@ async def test_a_question_for_other_weights_is_not_put(control: Control) -> None
 
 async def test_a_swap_waits_for_no_answer_and_ends_the_question(control: Control) -> None:
     control.double.token_delay_s = 30
-    asking = asyncio.create_task(questions(control).ask(control.replica.load, put))
+    asking = asyncio.create_task(questions(control).ask(control.replica.weights, put))
     await until(lambda: control.double.running)
     control.double.token_delay_s = 0
     swap = await control.promote(2)
@@ -99,7 +99,7 @@ async def test_a_swap_that_is_given_up_leaves_the_question_to_be_put_again(make:
         control.double.token_delay_s = 0.2
         running = asyncio.create_task(ask(client, stream=False))
         await until(lambda: control.double.running)
-        asking = asyncio.create_task(questions(control, patience_s=0.0).ask(control.replica.load, put))
+        asking = asyncio.create_task(questions(control, patience_s=0.0).ask(control.replica.weights, put))
         await until(lambda: control.double.running == 2)
         assert (await control.promote(2)).outcome is SwapOutcome.REFUSED
         assert (await asking).text == "1.0 1.1 "
@@ -111,9 +111,9 @@ async def test_a_question_of_a_dead_engine_is_superseded_by_the_next_one(control
     control.double.fault = Fault.DIE_BEFORE_ANSWER
     asking = questions(control)
     with pytest.raises(SupersededError):
-        await asking.ask(control.replica.load, put)
+        await asking.ask(control.replica.weights, put)
     await control.serves(target(1))
-    assert (await asking.ask(control.replica.load, put)).text == "1.0 1.1 "
+    assert (await asking.ask(control.replica.weights, put)).text == "1.0 1.1 "
 
 
 async def test_an_engine_that_was_only_slow_is_asked_again_and_has_not_died(control: Control) -> None:
@@ -135,7 +135,7 @@ async def test_an_engine_that_was_only_slow_is_asked_again_and_has_not_died(cont
             return late < 0
 
         with pytest.MonkeyPatch.context() as monkey:
-            answer = await asking.ask(control.replica.load, fail_once)
+            answer = await asking.ask(control.replica.weights, fail_once)
         assert (answer.text, tries) == ("1.0 1.1 ", 2)
     assert asking.off is None
 
@@ -154,7 +154,7 @@ async def test_a_swap_while_the_engine_is_slow_is_no_death(
         checks += 1
         return False
 
-    asking = asyncio.create_task(questions(control).ask(control.replica.load, fail))
+    asking = asyncio.create_task(questions(control).ask(control.replica.weights, fail))
     await until(lambda: checks > 1)
     assert (await control.promote(2)).outcome is SwapOutcome.SUCCEEDED
     with pytest.raises(SupersededError):
@@ -169,10 +169,10 @@ async def test_after_three_deaths_none_is_put_any_more(make: Make, caplog: pytes
             await control.serves(target(1))
             control.double.fault = Fault.DIE_BEFORE_ANSWER
             with pytest.raises(SupersededError):
-                await asking.ask(control.replica.load, put)
+                await asking.ask(control.replica.weights, put)
         await control.serves(target(1))
         with pytest.raises(SupersededError):
-            await asking.ask(control.replica.load, put)
+            await asking.ask(control.replica.weights, put)
     assert asking.off is not None
     assert "died 3 times in a day" in asking.off
     assert caplog.text.count("no more background requests") == 1
@@ -186,16 +186,16 @@ async def test_deaths_of_other_days_are_forgotten(make: Make, monkeypatch: pytes
             await control.serves(target(1))
             control.double.fault = Fault.DIE_BEFORE_ANSWER
             with pytest.raises(SupersededError):
-                await asking.ask(control.replica.load, put)
+                await asking.ask(control.replica.weights, put)
             if death == 1:
                 await asyncio.sleep(0.3)
         await control.serves(target(1))
-        assert (await asking.ask(control.replica.load, put)).text == "1.0 1.1 "
+        assert (await asking.ask(control.replica.weights, put)).text == "1.0 1.1 "
 
 
 async def test_cancelled_questions_leave_nothing(control: Control) -> None:
     control.double.token_delay_s = 30
-    asking = asyncio.create_task(questions(control).ask(control.replica.load, put))
+    asking = asyncio.create_task(questions(control).ask(control.replica.weights, put))
     await until(lambda: control.double.running)
     asking.cancel()
     await asyncio.wait([asking], timeout=1)

@@ -4,7 +4,7 @@ import asyncio
 
 import pytest
 
-from serving.engines.replica import NO_LOAD, Replica
+from serving.engines.replica import NO_WEIGHTS, Replica
 from svc.engine.state import EngineState
 from svc.errors import EngineError, IntegrityError, NotFoundError, ProbeError
 from svc.store.swaps import SwapOutcome
@@ -43,7 +43,7 @@ async def test_an_engine_with_other_weights_is_ended(make: Make) -> None:
     make_version(control.registry, 4, probes_of="/elsewhere")
     with pytest.raises(ProbeError):
         await control.replica.start(target(4))
-    assert (control.state, control.park.alive, control.replica.runs) == (EngineState.FAILED, 0, False)
+    assert (control.state, control.park.alive, control.replica.has_engine) == (EngineState.FAILED, 0, False)
 
 
 async def test_an_engine_that_does_not_start_is_ended(make: Make) -> None:
@@ -64,7 +64,7 @@ async def test_an_engine_of_altered_files_is_ended_and_never_admits(make: Make, 
         with pytest.raises(IntegrityError):
             await control.replica.start(target(1))
     assert (control.state, control.park.alive) == (EngineState.FAILED, 0)
-    assert control.replica.load is NO_LOAD
+    assert control.replica.weights is NO_WEIGHTS
 
 
 async def test_altered_files_are_what_is_told_where_they_kept_the_engine_from_starting(make: Make) -> None:
@@ -161,15 +161,15 @@ async def test_the_state_is_in_the_metrics(make: Make) -> None:
 
 
 async def test_every_load_that_was_proven_is_another_one(control: Control) -> None:
-    loads = [control.replica.load]
+    loads = [control.replica.weights]
     await control.promote(2)
-    loads.append(control.replica.load)
+    loads.append(control.replica.weights)
     make_version(control.registry, 4, probes_of="/elsewhere")
     await control.promote(4)
-    loads.append(control.replica.load)
+    loads.append(control.replica.weights)
     control.park.engines[0].kill()
-    await until(lambda: control.replica.load not in loads)
-    loads.append(control.replica.load)
+    await until(lambda: control.replica.weights not in loads)
+    loads.append(control.replica.weights)
     assert len(set(loads)) == 4
     assert [load.fresh for load in loads] == [True, False, False, True]
 
@@ -177,7 +177,7 @@ async def test_every_load_that_was_proven_is_another_one(control: Control) -> No
 async def test_a_swap_that_touched_no_weights_is_no_load(make: Make) -> None:
     async with make(drain_timeout_s=0.05).run() as control:
         control.park.room = "full"
-        load = control.replica.load
+        load = control.replica.weights
         with control.replica.occupied():
             assert (await control.promote(2)).outcome is SwapOutcome.REFUSED
-        assert (control.state, control.replica.load) == (EngineState.READY, load)
+        assert (control.state, control.replica.weights) == (EngineState.READY, load)

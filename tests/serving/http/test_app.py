@@ -5,7 +5,7 @@ import re
 import httpx
 import pytest
 
-from serving.router import Routes
+from serving.router import Router
 from tests.serving.service import CHAT, NAME, Service
 
 OPENMETRICS = "application/openmetrics-text; version=1.0.0"
@@ -65,7 +65,7 @@ async def test_metrics_are_text_and_openmetrics_when_asked(client: httpx.AsyncCl
 
 
 async def test_the_status_is_what_was_passed_in(service: Service, client: httpx.AsyncClient) -> None:
-    assert (await client.get("/svc/status")).json() == {"served": str(service.routes.served)}
+    assert (await client.get("/svc/status")).json() == {"served": str(service.router.served)}
 
 
 @pytest.mark.parametrize(
@@ -118,10 +118,10 @@ async def test_a_request_id_that_is_not_fit_for_a_log_is_replaced(client: httpx.
 async def test_a_failure_of_our_own_is_answered_and_logged(
     service: Service, client: httpx.AsyncClient, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    def broken(self: Routes, model: str) -> None:
+    def broken(self: Router, model: str) -> None:
         raise ZeroDivisionError("in /root/secret.py")
 
-    monkeypatch.setattr(Routes, "resolve", broken)
+    monkeypatch.setattr(Router, "resolve", broken)
     for answer in (
         await client.post("/v1/chat/completions", json=CHAT),
         await client.get("/v1/models/x"),

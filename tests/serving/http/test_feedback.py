@@ -7,7 +7,8 @@ from typing import Any
 
 import httpx
 import pytest
-from sqlalchemy import Engine, select
+from sqlalchemy import Engine as Store
+from sqlalchemy import select
 from sqlalchemy.orm import Session
 
 from serving.http.feedback import MAX_CORRECTION_CHARS, MAX_LABEL_CHARS
@@ -18,7 +19,7 @@ PATH = "/v1/feedback"
 
 
 @pytest.fixture
-async def service(socket_folder: Path, store: Engine) -> AsyncIterator[Service]:
+async def service(socket_folder: Path, store: Store) -> AsyncIterator[Service]:
     async with Service(socket_folder, store=store).run() as service:
         yield service
 
@@ -30,13 +31,13 @@ async def request_id(client: httpx.AsyncClient) -> str:
     return answer.headers["x-request-id"]
 
 
-def kept(store: Engine) -> list[FeedbackRow]:
+def kept(store: Store) -> list[FeedbackRow]:
     with Session(store) as session:
         return list(session.scalars(select(FeedbackRow)))
 
 
 async def test_feedback_on_an_answer_of_this_moment_is_kept(
-    client: httpx.AsyncClient, request_id: str, store: Engine
+    client: httpx.AsyncClient, request_id: str, store: Store
 ) -> None:
     given = {"request_id": request_id, "rating": "bad", "correction": "Plug it in.", "label": "hardware"}
     answer = await client.post(PATH, json=given)
@@ -62,7 +63,7 @@ async def test_an_answer_is_counted_once_however_often_it_is_rated(
     assert service.count("svc_feedback_total", model="tuned", version="1", rating="bad") == 0
 
 
-async def test_a_correction_is_redacted(client: httpx.AsyncClient, request_id: str, store: Engine) -> None:
+async def test_a_correction_is_redacted(client: httpx.AsyncClient, request_id: str, store: Store) -> None:
     given = {"request_id": request_id, "rating": "bad", "correction": "ask a@b.de", "label": "a@b.de"}
     await client.post(PATH, json=given)
     (row,) = kept(store)

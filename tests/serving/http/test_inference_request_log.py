@@ -8,7 +8,8 @@ from typing import Any
 
 import httpx
 import pytest
-from sqlalchemy import Engine, select
+from sqlalchemy import Engine as Store
+from sqlalchemy import select
 from sqlalchemy.orm import Session
 
 from svc.settings import RequestLogSettings
@@ -22,7 +23,7 @@ STREAM = {**CHAT, "stream": True}
 
 
 @pytest.fixture
-async def service(socket_folder: Path, store: Engine) -> AsyncIterator[Service]:
+async def service(socket_folder: Path, store: Store) -> AsyncIterator[Service]:
     async with Service(socket_folder, store=store, keeping=RequestLogSettings(content_share=1.0)).run() as service:
         yield service
 
@@ -85,7 +86,7 @@ async def test_a_whole_answer_and_a_stream_are_kept_alike(service: Service, clie
     assert whole == streamed
 
 
-async def test_without_a_share_no_content_is_kept(socket_folder: Path, store: Engine) -> None:
+async def test_without_a_share_no_content_is_kept(socket_folder: Path, store: Store) -> None:
     async with Service(socket_folder, store=store).run() as service, service.client() as client:
         row = await row_after(service, client, STREAM)
     assert (row.prompt, row.answer) == (None, None)

@@ -9,7 +9,7 @@ from openai import AsyncOpenAI
 from openai.types.chat import ChatCompletionFunctionToolParam, ChatCompletionUserMessageParam
 from pydantic import BaseModel
 
-from serving.router import Routes
+from serving.router import Router
 from tests.serving.engine_double import Fault
 from tests.serving.service import NAME, Service
 
@@ -90,11 +90,11 @@ async def test_a_failure_of_the_gateway_is_not_asked_for_again(
 ) -> None:
     tried = list[str]()
 
-    def broken(self: Routes, model: str) -> None:
+    def broken(self: Router, model: str) -> None:
         tried.append(model)
         raise ZeroDivisionError
 
-    monkeypatch.setattr(Routes, "resolve", broken)
+    monkeypatch.setattr(Router, "resolve", broken)
     with pytest.raises(openai.InternalServerError):
         await official.with_options(max_retries=2).models.retrieve(NAME)
     assert tried == [NAME]

@@ -26,7 +26,7 @@ from serving.http.errors import _SHAPES
 from serving.http.openapi import openapi_document
 from serving.protocols.error_code import ErrorCode
 from serving.protocols.route import Route
-from serving.router import Routes
+from serving.router import Router
 from serving.telemetry.metrics import GatewayMetrics
 from serving.telemetry.request_log import RequestLog
 from svc.settings import RequestLogSettings, ServeSettings
@@ -68,30 +68,30 @@ def api(memory_folder: Path, store: Store) -> Iterator[Any]:
     request_log = RequestLog(
         store, RequestLogSettings(), on_stored=lambda count: None, on_dropped=lambda reason, count: None
     )
-    routes, admission = Routes(NAME), Admission(max_running=8, max_queued=8, queue_timeout_s=1)
+    router, admission = Router(NAME), Admission(max_running=8, max_queued=8, queue_timeout_s=1)
     engine = httpx.AsyncClient(transport=httpx.ASGITransport(EngineDouble(name=NAME)), base_url="http://engine")
-    routes.load({ONE})
+    router.set_loaded({ONE})
 
     @contextmanager
     def lease(model: str) -> Iterator[Lease]:
-        routes.resolve(model)
+        router.resolve(model)
         yield Lease(engine, ONE)
 
     app = application(
         lease,
         list,
         admission=admission,
-        routes=routes,
+        router=router,
         metrics=GatewayMetrics(registry),
         request_log=request_log,
         settings=traffic_settings,
         store=store,
     )
-    routes.serve(ONE)
+    router.serve(ONE)
     admission.available()
     request_log.start()
     found = schemathesis.openapi.from_asgi("/openapi.json", app)
-    names = {"enum": [*routes.names(), "other"]}
+    names = {"enum": [*router.names(), "other"]}
     found.raw_schema["paths"]["/v1/models/{name}"]["parameters"][0]["schema"] = names
     for route in Route:
         body = found.raw_schema["paths"][route.value]["post"]["requestBody"]["content"]["application/json"]["schema"]

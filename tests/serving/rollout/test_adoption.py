@@ -113,7 +113,7 @@ async def test_after_a_death_between_the_swap_and_its_entry_the_swap_has_succeed
     begin_swap(left.store, wish)
     async with again(left) as control:
         assert (await control.outcome(wish)).outcome is SwapOutcome.SUCCEEDED
-        assert control.routes.served is not None and control.routes.served.version == target(2).version
+        assert control.router.served is not None and control.router.served.version == target(2).version
 
 
 async def test_of_two_engines_only_the_one_that_is_wanted_goes_on(make: Make) -> None:

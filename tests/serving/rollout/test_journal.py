@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
-from sqlalchemy import Engine
+from sqlalchemy import Engine as Store
 from sqlalchemy.exc import OperationalError
 
 from serving.rollout import journal as module
@@ -18,14 +18,14 @@ from tests.serving.versions import NAME, target
 DESIRED = Desired(target(2), target(1), 1)
 
 
-async def ended(store: Engine) -> SwapRecord:
+async def ended(store: Store) -> SwapRecord:
     async with asyncio.timeout(3):
         while not (swap := find_swap(store, NAME)) or swap.result is None:
             await asyncio.sleep(0.005)
     return swap
 
 
-async def test_steps_and_the_end_come_in_order(store: Engine) -> None:
+async def test_steps_and_the_end_come_in_order(store: Store) -> None:
     journal = Journal(store)
     swap_id = await journal.begin(DESIRED)
     for number in range(10):
@@ -37,7 +37,7 @@ async def test_steps_and_the_end_come_in_order(store: Engine) -> None:
     assert swap.result == result
 
 
-async def test_a_step_returns_at_once(store: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_step_returns_at_once(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
     journal = Journal(store)
     swap_id = await journal.begin(DESIRED)
     returned, in_time = threading.Event(), list[bool]()
@@ -49,7 +49,7 @@ async def test_a_step_returns_at_once(store: Engine, monkeypatch: pytest.MonkeyP
     assert in_time == [True]
 
 
-async def test_what_the_store_does_not_take_is_written_again(store: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_what_the_store_does_not_take_is_written_again(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "_PAUSE_S", 0.01)
     monkeypatch.setattr(module, "end_swap", _fails_once(end_swap))
     journal = Journal(store)
@@ -57,7 +57,7 @@ async def test_what_the_store_does_not_take_is_written_again(store: Engine, monk
     assert (await ended(store)).result == SwapResult(SwapOutcome.SUCCEEDED)
 
 
-async def test_a_store_that_takes_nothing_begins_no_swap(store: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_store_that_takes_nothing_begins_no_swap(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "begin_swap", _fails_once(begin_swap))
     with pytest.raises(OperationalError):
         await Journal(store).begin(DESIRED)

@@ -26,7 +26,7 @@ def slow(double: EngineDouble) -> None:
 
 
 def dies_at(path: str, nth: int = 1) -> Callable[[EngineDouble], None]:
-    """An engine that is killed by the nth request for a path that comes while weights are exchanged."""
+    """An engine that is killed by the nth request for a path that comes while weights are replaced."""
 
     def prepare(double: EngineDouble) -> None:
         slow(double)
@@ -155,7 +155,7 @@ async def test_an_answer_without_logprobs_is_no_proof(control: Control, monkeypa
     swap = await control.promote(2)
     assert swap.outcome is SwapOutcome.FAILED
     assert control.state is EngineState.READY
-    assert control.routes.served is not None and control.routes.served.version == target(1).version
+    assert control.router.served is not None and control.router.served.version == target(1).version
 
 
 async def test_a_reload_that_fails_brings_a_new_engine_with_the_version_before(make: Make) -> None:

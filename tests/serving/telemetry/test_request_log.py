@@ -8,7 +8,8 @@ from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 
 import pytest
-from sqlalchemy import Engine, select
+from sqlalchemy import Engine as Store
+from sqlalchemy import select
 from sqlalchemy.orm import Session
 
 from serving.protocols.route import Route
@@ -28,7 +29,7 @@ ANSWER = b'{"choices": [{"index": 0, "message": {"content": "call 030 901820"}}]
 class Pen:
     """A writer, and what it told."""
 
-    def __init__(self, store: Engine, max_queued: int = 100, **settings: object) -> None:
+    def __init__(self, store: Store, max_queued: int = 100, **settings: object) -> None:
         self.store = store
         self.stored = 0
         self.dropped: Counter[Dropped] = Counter()
@@ -52,7 +53,7 @@ class Pen:
 
 
 @pytest.fixture
-def pen(store: Engine) -> Iterator[Pen]:
+def pen(store: Store) -> Iterator[Pen]:
     pen = Pen(store, content_share=1.0, max_content_kib=1)
     pen.writer.start()
     yield pen
@@ -72,7 +73,7 @@ def test_what_was_added_before_a_flush_is_there_after_it(pen: Pen) -> None:
     assert len(pen.rows()) == pen.stored == 3
 
 
-def test_closing_writes_what_is_queued(store: Engine) -> None:
+def test_closing_writes_what_is_queued(store: Store) -> None:
     pen = Pen(store)
     for index in range(50):
         pen.writer.add(replace(RECORD, request_id=f"req-{index}"))
@@ -110,7 +111,7 @@ NESTED = b'{"messages": [' + b'{"a":' * 900 + b"1" + b"}" * 900 + b"]}"
 
 
 @pytest.mark.parametrize("odd", [NESTED, b'{"prompt": [52, 1287, 9]}'], ids=["nested", "tokens"])
-def test_an_odd_request_costs_neither_its_row_nor_its_neighbours_content(store: Engine, odd: bytes) -> None:
+def test_an_odd_request_costs_neither_its_row_nor_its_neighbours_content(store: Store, odd: bytes) -> None:
     pen = Pen(store, content_share=1.0)
     pen.writer.start()
     for payload in (CONTENT, odd, CONTENT):
@@ -121,7 +122,7 @@ def test_an_odd_request_costs_neither_its_row_nor_its_neighbours_content(store: 
     assert pen.writer._content_bytes == 0
 
 
-def test_content_that_waits_is_bounded_in_memory(store: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_content_that_waits_is_bounded_in_memory(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(request_log, "MAX_QUEUED_CONTENT_BYTES", 3 * content().size)
     pen = Pen(store, content_share=1.0)
     for _ in range(5):
@@ -134,7 +135,7 @@ def test_content_that_waits_is_bounded_in_memory(store: Engine, monkeypatch: pyt
     assert sum(row.prompt is not None for row in pen.rows()) == 4
 
 
-def test_a_full_queue_drops_and_counts_and_does_not_wait(store: Engine) -> None:
+def test_a_full_queue_drops_and_counts_and_does_not_wait(store: Store) -> None:
     pen = Pen(store, max_queued=10)
     started = time.monotonic()
     for _ in range(25):
@@ -143,14 +144,14 @@ def test_a_full_queue_drops_and_counts_and_does_not_wait(store: Engine) -> None:
     assert pen.dropped == {Dropped.QUEUE_FULL: 15}
 
 
-def test_a_flush_of_a_stuck_writer_gives_up(store: Engine) -> None:
+def test_a_flush_of_a_stuck_writer_gives_up(store: Store) -> None:
     assert not Pen(store).writer.flush(0.05)
 
 
 def test_a_store_that_fails_loses_its_batch_and_the_next_is_written(
     pen: Pen, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    def fail(store: Engine, batch: list[object]) -> None:
+    def fail(store: Store, batch: list[object]) -> None:
         raise OSError("no space left on device")
 
     with monkeypatch.context() as patch:
@@ -177,7 +178,7 @@ def test_what_users_wrote_is_not_in_the_log_when_it_cannot_be_stored(
 
 
 def test_closing_gives_up_on_a_store_that_hangs_and_counts_what_is_lost(
-    store: Engine, monkeypatch: pytest.MonkeyPatch
+    store: Store, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     release = threading.Event()
     monkeypatch.setattr(request_log, "add_requests", lambda store, batch: release.wait(10))
@@ -193,17 +194,17 @@ def test_closing_gives_up_on_a_store_that_hangs_and_counts_what_is_lost(
     release.set()
 
 
-def test_no_share_means_no_content(store: Engine) -> None:
+def test_no_share_means_no_content(store: Store) -> None:
     writer = Pen(store).writer
     assert not any(writer.wants_content() for _ in range(1000))
 
 
-def test_a_share_is_a_share(store: Engine) -> None:
+def test_a_share_is_a_share(store: Store) -> None:
     writer = Pen(store, content_share=0.3).writer
     assert 2400 < sum(writer.wants_content() for _ in range(10_000)) < 3600  # 13 standard deviations
 
 
-def test_old_rows_are_forgotten_at_the_start(store: Engine) -> None:
+def test_old_rows_are_forgotten_at_the_start(store: Store) -> None:
     add_requests(store, [replace(RECORD, started_at=RECORD.started_at - timedelta(days=2)), RECORD])
     pen = Pen(store, max_age_days=1.0)
     pen.writer.start()
@@ -215,7 +216,7 @@ def test_rows_of_a_busy_moment_share_a_transaction(pen: Pen, monkeypatch: pytest
     batches: list[int] = []
     written = threading.Event()
 
-    def count(store: Engine, batch: list[object]) -> None:
+    def count(store: Store, batch: list[object]) -> None:
         batches.append(len(batch))
         if sum(batches) == 100:
             written.set()

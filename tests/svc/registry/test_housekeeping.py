@@ -7,7 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from sqlalchemy import Engine
+from sqlalchemy import Engine as Store
 
 from svc.errors import BusyError, NotFoundError, RegistryError
 from svc.lock import hold_lock
@@ -26,13 +26,13 @@ Publish = Callable[[], Manifest]
 
 
 @pytest.fixture
-def store(tmp_path: Path) -> Engine:
+def store(tmp_path: Path) -> Store:
     return open_database(tmp_path)
 
 
 def test_a_version_goes_with_its_files_and_its_number_stays_used(
     registry: Registry,
-    store: Engine,
+    store: Store,
     publish: Publish,
 ) -> None:
     kept, gone = publish().id, publish().id
@@ -46,7 +46,7 @@ def test_a_version_goes_with_its_files_and_its_number_stays_used(
 @pytest.mark.parametrize("alias", Alias)
 def test_what_an_alias_means_stays(
     registry: Registry,
-    store: Engine,
+    store: Store,
     publish: Publish,
     alias: Alias,
 ) -> None:
@@ -57,14 +57,14 @@ def test_what_an_alias_means_stays(
     assert registry.versions(version.name) == [version]
 
 
-def serve(store: Engine, version: VersionId, before: VersionId | None) -> None:
+def serve(store: Store, version: VersionId, before: VersionId | None) -> None:
     previous = Target(before, Format.MERGED) if before else None
     change_desired(store, None, Target(version, Format.MERGED), previous)
 
 
 def test_what_is_served_and_what_was_before_stay(
     registry: Registry,
-    store: Engine,
+    store: Store,
     publish: Publish,
 ) -> None:
     before, served, other = publish().id, publish().id, publish().id
@@ -79,7 +79,7 @@ def test_what_is_served_and_what_was_before_stay(
 
 def test_a_version_that_is_promoted_in_that_moment_stays(
     registry: Registry,
-    store: Engine,
+    store: Store,
     publish: Publish,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -99,7 +99,7 @@ def test_a_version_that_is_promoted_in_that_moment_stays(
 
 
 def test_nothing_goes_while_a_swap_decides_where_a_rollback_goes(
-    registry: Registry, store: Engine, publish: Publish
+    registry: Registry, store: Store, publish: Publish
 ) -> None:
     before, served, other = publish().id, publish().id, publish().id
     serve(store, served, before)
@@ -112,7 +112,7 @@ def test_nothing_goes_while_a_swap_decides_where_a_rollback_goes(
 
 
 def test_a_version_that_is_being_removed_is_no_interrupted_removal(
-    registry: Registry, store: Engine, tmp_path: Path, publish: Publish, monkeypatch: pytest.MonkeyPatch
+    registry: Registry, store: Store, tmp_path: Path, publish: Publish, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """However old it is: it may come back."""
     version = publish().id
@@ -123,7 +123,7 @@ def test_a_version_that_is_being_removed_is_no_interrupted_removal(
     assert found == [[]]
 
 
-def test_a_version_that_mlflow_does_not_know_goes_too(registry: Registry, store: Engine, publish: Publish) -> None:
+def test_a_version_that_mlflow_does_not_know_goes_too(registry: Registry, store: Store, publish: Publish) -> None:
     version = publish().id
     registry.tracking.discard(version)
     remove_version(registry, store, version)
@@ -131,7 +131,7 @@ def test_a_version_that_mlflow_does_not_know_goes_too(registry: Registry, store:
 
 
 def test_a_version_stays_where_mlflow_fails(
-    registry: Registry, store: Engine, publish: Publish, monkeypatch: pytest.MonkeyPatch
+    registry: Registry, store: Store, publish: Publish, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     version = publish().id
 
@@ -145,7 +145,7 @@ def test_a_version_stays_where_mlflow_fails(
     registry.verify(version, Format.MERGED)
 
 
-def test_a_version_that_is_not_there_is_named(registry: Registry, store: Engine) -> None:
+def test_a_version_that_is_not_there_is_named(registry: Registry, store: Store) -> None:
     with pytest.raises(NotFoundError, match="no version nobody@7"):
         remove_version(registry, store, VersionId("nobody", 7))
 

@@ -3,12 +3,12 @@
 from pathlib import Path
 
 import pytest
-from sqlalchemy import Engine
+from sqlalchemy import Engine as Store
 
 from svc.store.database import open_database
 
 
 @pytest.fixture
-def store(tmp_path: Path) -> Engine:
+def store(tmp_path: Path) -> Store:
     """An empty store."""
     return open_database(tmp_path / "home")

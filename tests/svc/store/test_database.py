@@ -9,7 +9,7 @@ import sqlalchemy as sa
 from alembic.autogenerate import compare_metadata
 from alembic.migration import MigrationContext
 from alembic.operations import Operations
-from sqlalchemy import Engine
+from sqlalchemy import Engine as Store
 from sqlalchemy.exc import IntegrityError
 
 from svc.store.database import open_database
@@ -20,7 +20,7 @@ from svc.version import Format, Target, VersionId
 ONE = Target(VersionId("tiny", 1), Format.GPTQ)
 
 
-def test_migrations_give_the_tables_that_the_code_knows(store: Engine) -> None:
+def test_migrations_give_the_tables_that_the_code_knows(store: Store) -> None:
     with store.connect() as connection:
         context = MigrationContext.configure(connection, opts={"compare_type": True})
         assert compare_metadata(context, Table.metadata) == []
@@ -33,7 +33,7 @@ def test_what_was_written_is_there_when_it_is_opened_again(tmp_path: Path) -> No
     assert found.target == ONE
 
 
-def test_readers_do_not_wait_for_writers_and_commits_survive_a_power_cut(store: Engine) -> None:
+def test_readers_do_not_wait_for_writers_and_commits_survive_a_power_cut(store: Store) -> None:
     with store.connect() as connection:
         assert connection.scalar(sa.text("PRAGMA journal_mode")) == "wal"
         assert connection.scalar(sa.text("PRAGMA synchronous")) == 2
@@ -46,7 +46,7 @@ def test_nobody_else_can_read_what_users_wrote(tmp_path: Path) -> None:
     assert set(modes.values()) == {0o600}
 
 
-def test_a_step_without_its_swap_is_refused(store: Engine) -> None:
+def test_a_step_without_its_swap_is_refused(store: Store) -> None:
     with pytest.raises(IntegrityError, match="FOREIGN KEY"), store.begin() as connection:
         connection.execute(sa.text("INSERT INTO swap_steps (swap_id, at, text) VALUES (99, '2026-01-01', 'x')"))
 

@@ -4,7 +4,7 @@ import threading
 from dataclasses import replace
 
 import pytest
-from sqlalchemy import Engine
+from sqlalchemy import Engine as Store
 
 from svc.errors import BusyError
 from svc.store.desired import Desired, change_desired, desired_names, read_desired
@@ -15,29 +15,29 @@ def target(number: int, format: Format = Format.GPTQ, name: str = "tiny") -> Tar
     return Target(VersionId(name, number), format)
 
 
-def test_nothing_is_desired_at_first(store: Engine) -> None:
+def test_nothing_is_desired_at_first(store: Store) -> None:
     assert read_desired(store, "tiny") is None
     assert desired_names(store) == []
 
 
-def test_the_first_state_is_generation_1(store: Engine) -> None:
+def test_the_first_state_is_generation_1(store: Store) -> None:
     made = change_desired(store, None, target(1), None)
     assert made == read_desired(store, "tiny") == Desired(target(1), None, 1)
 
 
-def test_a_change_keeps_what_was_before(store: Engine) -> None:
+def test_a_change_keeps_what_was_before(store: Store) -> None:
     first = change_desired(store, None, target(1, Format.MERGED), None)
     change_desired(store, first, target(2), first.target)
     assert read_desired(store, "tiny") == Desired(target(2), target(1, Format.MERGED), 2)
 
 
-def test_a_change_can_forget_what_was_before(store: Engine) -> None:
+def test_a_change_can_forget_what_was_before(store: Store) -> None:
     first = change_desired(store, None, target(1), target(3))
     change_desired(store, first, target(2), None)
     assert read_desired(store, "tiny") == Desired(target(2), None, 2)
 
 
-def test_names_do_not_touch_each_other(store: Engine) -> None:
+def test_names_do_not_touch_each_other(store: Store) -> None:
     change_desired(store, None, target(1), None)
     change_desired(store, None, target(7, name="other"), None)
     change_desired(store, read_desired(store, "tiny"), target(2), None)
@@ -46,7 +46,7 @@ def test_names_do_not_touch_each_other(store: Engine) -> None:
     assert read_desired(store, "other") == Desired(target(7, name="other"), None, 1)
 
 
-def test_who_decided_on_an_older_state_is_refused(store: Engine) -> None:
+def test_who_decided_on_an_older_state_is_refused(store: Store) -> None:
     seen = change_desired(store, None, target(1), None)
     change_desired(store, seen, target(2), seen.target)
     with pytest.raises(BusyError, match="somebody else changed what tiny serves"):
@@ -54,20 +54,20 @@ def test_who_decided_on_an_older_state_is_refused(store: Engine) -> None:
     assert read_desired(store, "tiny") == Desired(target(2), target(1), 2)
 
 
-def test_who_saw_no_state_where_there_is_one_is_refused(store: Engine) -> None:
+def test_who_saw_no_state_where_there_is_one_is_refused(store: Store) -> None:
     change_desired(store, None, target(1), None)
     with pytest.raises(BusyError):
         change_desired(store, None, target(2), None)
     assert read_desired(store, "tiny") == Desired(target(1), None, 1)
 
 
-def test_who_saw_a_state_that_never_was_is_refused(store: Engine) -> None:
+def test_who_saw_a_state_that_never_was_is_refused(store: Store) -> None:
     with pytest.raises(BusyError):
         change_desired(store, Desired(target(1), None, 1), target(2), None)
     assert read_desired(store, "tiny") is None
 
 
-def test_going_back_to_an_old_state_does_not_revive_old_decisions(store: Engine) -> None:
+def test_going_back_to_an_old_state_does_not_revive_old_decisions(store: Store) -> None:
     first = change_desired(store, None, target(1), None)
     second = change_desired(store, first, target(2), first.target)
     back = change_desired(store, second, target(1), None)
@@ -77,7 +77,7 @@ def test_going_back_to_an_old_state_does_not_revive_old_decisions(store: Engine)
 
 
 @pytest.mark.parametrize("exists", [False, True])
-def test_of_many_changes_at_once_exactly_one_wins(store: Engine, exists: bool) -> None:
+def test_of_many_changes_at_once_exactly_one_wins(store: Store, exists: bool) -> None:
     seen = change_desired(store, None, target(1), None) if exists else None
     outcomes: list[Desired | BusyError] = []
     start = threading.Barrier(6)

@@ -3,7 +3,8 @@
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
-from sqlalchemy import Engine, select
+from sqlalchemy import Engine as Store
+from sqlalchemy import select
 from sqlalchemy.orm import Session
 
 from svc.store.feedback import Feedback, KeptFeedback, Rating, keep_feedback
@@ -13,21 +14,21 @@ from svc.version import VersionId
 from tests.svc.store.test_requests import RECORD
 
 
-def test_it_says_which_version_was_rated(store: Engine) -> None:
+def test_it_says_which_version_was_rated(store: Store) -> None:
     add_requests(store, [RECORD])
     assert keep_feedback(store, "req-1", Feedback(Rating.GOOD)) == KeptFeedback(VersionId("tiny", 2), None)
 
 
-def test_a_request_that_no_version_answered_can_be_rated(store: Engine) -> None:
+def test_a_request_that_no_version_answered_can_be_rated(store: Store) -> None:
     add_requests(store, [replace(RECORD, version=None)])
     assert keep_feedback(store, "req-1", Feedback(Rating.BAD)) == KeptFeedback(None, None)
 
 
-def test_nothing_is_kept_for_a_request_that_is_not(store: Engine) -> None:
+def test_nothing_is_kept_for_a_request_that_is_not(store: Store) -> None:
     assert keep_feedback(store, "req-1", Feedback(Rating.GOOD)) is None
 
 
-def test_a_second_word_replaces_the_first_as_a_whole(store: Engine) -> None:
+def test_a_second_word_replaces_the_first_as_a_whole(store: Store) -> None:
     add_requests(store, [RECORD])
     keep_feedback(store, "req-1", Feedback(Rating.GOOD, "hardware", "a correction"))
     kept = keep_feedback(store, "req-1", Feedback(Rating.BAD))
@@ -38,7 +39,7 @@ def test_a_second_word_replaces_the_first_as_a_whole(store: Engine) -> None:
         assert (row.rating, row.label, row.correction) == ("bad", None, None)
 
 
-def test_two_words_at_once_are_both_taken(store: Engine) -> None:
+def test_two_words_at_once_are_both_taken(store: Store) -> None:
     """A double click."""
     add_requests(store, [RECORD])
     with ThreadPoolExecutor(8) as threads:
@@ -46,7 +47,7 @@ def test_two_words_at_once_are_both_taken(store: Engine) -> None:
     assert sum(found is not None and found.replaced is None for found in kept) == 1
 
 
-def test_of_two_requests_with_one_id_the_newer_is_meant(store: Engine) -> None:
+def test_of_two_requests_with_one_id_the_newer_is_meant(store: Store) -> None:
     add_requests(store, [RECORD, replace(RECORD, version=VersionId("tiny", 3))])
     kept = keep_feedback(store, "req-1", Feedback(Rating.GOOD))
     assert kept is not None

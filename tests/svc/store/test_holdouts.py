@@ -5,7 +5,8 @@ from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 
 import pytest
-from sqlalchemy import Engine, func, select
+from sqlalchemy import Engine as Store
+from sqlalchemy import func, select
 from sqlalchemy.orm import Session
 
 from svc.engine.probes import EngineFacts
@@ -37,13 +38,13 @@ COMPLETED = HoldoutRun(
 FAILED = replace(COMPLETED, outcome=HoldoutOutcome.FAILED, reason="too long", places=(), hits=(), nll=())
 
 
-def test_no_run_was_ever(store: Engine) -> None:
+def test_no_run_was_ever(store: Store) -> None:
     assert newest_holdout_run(store, TARGET) is None
     assert newest_holdout_run(store, TARGET, completed=False) is None
 
 
 @pytest.mark.parametrize("cause", HoldoutCause)
-def test_a_run_is_found_as_it_was_to_the_last_digit(store: Engine, cause: HoldoutCause) -> None:
+def test_a_run_is_found_as_it_was_to_the_last_digit(store: Store, cause: HoldoutCause) -> None:
     run = replace(COMPLETED, cause=cause)
     add_holdout_run(store, run)
     found = newest_holdout_run(store, TARGET)
@@ -52,7 +53,7 @@ def test_a_run_is_found_as_it_was_to_the_last_digit(store: Engine, cause: Holdou
     assert replace(found, id=None) == run
 
 
-def test_failed_runs_are_passed_over_where_figures_are_wanted(store: Engine) -> None:
+def test_failed_runs_are_passed_over_where_figures_are_wanted(store: Store) -> None:
     add_holdout_run(store, COMPLETED)
     add_holdout_run(store, FAILED)
     completed, last = newest_holdout_run(store, TARGET), newest_holdout_run(store, TARGET, completed=False)
@@ -73,12 +74,12 @@ def test_failed_runs_are_passed_over_where_figures_are_wanted(store: Engine) -> 
         Target(VersionId("tiny", 2), Format.MERGED),
     ],
 )
-def test_runs_of_others_are_left_out(store: Engine, other: Target) -> None:
+def test_runs_of_others_are_left_out(store: Store, other: Target) -> None:
     add_holdout_run(store, replace(COMPLETED, target=other))
     assert newest_holdout_run(store, TARGET, completed=False) is None
 
 
-def test_a_row_without_places_is_of_the_first_examples(store: Engine) -> None:
+def test_a_row_without_places_is_of_the_first_examples(store: Store) -> None:
     add_holdout_run(store, COMPLETED)
     with Session(store) as session, session.begin():
         row = session.scalars(select(HoldoutRunRow)).one()
@@ -90,7 +91,7 @@ def test_a_row_without_places_is_of_the_first_examples(store: Engine) -> None:
     assert found.places == (0, 1, 2)
 
 
-def test_the_oldest_runs_of_a_name_are_forgotten(store: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_oldest_runs_of_a_name_are_forgotten(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(holdouts, "KEPT_RUNS", 3)
     other = replace(COMPLETED, target=Target(VersionId("other", 1), Format.GPTQ))
     add_holdout_run(store, other)

@@ -4,7 +4,8 @@ from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 
 import pytest
-from sqlalchemy import Engine, func, select
+from sqlalchemy import Engine as Store
+from sqlalchemy import func, select
 from sqlalchemy.orm import Session
 
 from svc.store import requests
@@ -34,7 +35,7 @@ RECORD = RequestRecord(
 )
 
 
-def fill(store: Engine, count: int, **fields: object) -> None:
+def fill(store: Store, count: int, **fields: object) -> None:
     """Rows a minute apart, the newest at noon."""
     started = [NOON - timedelta(minutes=count - 1 - index) for index in range(count)]
     ids = [f"req-{index}" for index in range(count)]
@@ -42,12 +43,12 @@ def fill(store: Engine, count: int, **fields: object) -> None:
     add_requests(store, records)
 
 
-def kept(store: Engine) -> list[str]:
+def kept(store: Store) -> list[str]:
     with Session(store) as session:
         return list(session.scalars(select(RequestRow.request_id).order_by(RequestRow.id)))
 
 
-def test_a_row_holds_what_the_record_says(store: Engine) -> None:
+def test_a_row_holds_what_the_record_says(store: Store) -> None:
     add_requests(store, [RECORD])
     with Session(store) as session:
         row = session.scalars(select(RequestRow)).one()
@@ -58,46 +59,46 @@ def test_a_row_holds_what_the_record_says(store: Engine) -> None:
         assert (row.temperature, row.max_tokens, row.logprob) == (0.7, 64, None)
 
 
-def test_a_request_that_no_version_answered_is_kept_too(store: Engine) -> None:
+def test_a_request_that_no_version_answered_is_kept_too(store: Store) -> None:
     add_requests(store, [replace(RECORD, model="unknown", version=None, format=None, status=404, reason="x")])
     with Session(store) as session:
         row = session.scalars(select(RequestRow)).one()
         assert (row.model, row.number, row.format) == ("unknown", None, None)
 
 
-def test_old_rows_are_forgotten(store: Engine) -> None:
+def test_old_rows_are_forgotten(store: Store) -> None:
     fill(store, 10)
     assert prune_requests(store, before=NOON - timedelta(minutes=3), max_bytes=PLENTY) == 6
     assert kept(store) == ["req-6", "req-7", "req-8", "req-9"]
 
 
-def test_one_row_with_a_wrong_clock_takes_no_other_with_it(store: Engine) -> None:
+def test_one_row_with_a_wrong_clock_takes_no_other_with_it(store: Store) -> None:
     fill(store, 3)
     add_requests(store, [replace(RECORD, request_id="at boot", started_at=datetime(1970, 1, 1, tzinfo=UTC))])
     prune_requests(store, before=LONG_AGO, max_bytes=PLENTY)
     assert kept(store) == ["req-0", "req-1", "req-2"]
 
 
-def test_the_oldest_rows_are_forgotten_when_all_are_too_large(store: Engine) -> None:
+def test_the_oldest_rows_are_forgotten_when_all_are_too_large(store: Store) -> None:
     fill(store, 10)
     size = RECORD.bytes
     prune_requests(store, before=LONG_AGO, max_bytes=5 * size)
     assert kept(store) == ["req-6", "req-7", "req-8", "req-9"]  # nine tenths of five
 
 
-def test_nothing_is_forgotten_within_the_limits(store: Engine) -> None:
+def test_nothing_is_forgotten_within_the_limits(store: Store) -> None:
     fill(store, 3)
     assert prune_requests(store, before=LONG_AGO, max_bytes=3 * RECORD.bytes) == 0
     assert len(kept(store)) == 3
 
 
-def test_content_counts_for_the_size(store: Engine) -> None:
+def test_content_counts_for_the_size(store: Store) -> None:
     fill(store, 4, prompt="é" * 5000, answer="b" * 5000)
     prune_requests(store, before=LONG_AGO, max_bytes=40_000)
     assert kept(store) == ["req-2", "req-3"]
 
 
-def test_corrections_count_for_the_size(store: Engine) -> None:
+def test_corrections_count_for_the_size(store: Store) -> None:
     fill(store, 2)
     keep_feedback(store, "req-1", Feedback(Rating.BAD, correction="c" * 10_000))
     keep_feedback(store, "req-1", Feedback(Rating.BAD, correction="c" * 20_000))
@@ -105,14 +106,14 @@ def test_corrections_count_for_the_size(store: Engine) -> None:
         assert session.scalar(select(func.sum(RequestRow.bytes))) == 2 * RECORD.bytes + 20_000
 
 
-def test_many_rows_go_in_several_transactions(store: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_many_rows_go_in_several_transactions(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(requests, "_DELETED_TOGETHER", 3)
     fill(store, 10)
     assert prune_requests(store, before=NOON, max_bytes=PLENTY) == 9
     assert kept(store) == ["req-9"]
 
 
-def test_feedback_leaves_with_its_request(store: Engine) -> None:
+def test_feedback_leaves_with_its_request(store: Store) -> None:
     fill(store, 2)
     for request_id in ("req-0", "req-1"):
         keep_feedback(store, request_id, Feedback(Rating.GOOD))
@@ -121,7 +122,7 @@ def test_feedback_leaves_with_its_request(store: Engine) -> None:
         assert session.scalar(select(func.count()).select_from(FeedbackRow)) == 1
 
 
-def test_a_row_takes_about_what_is_reckoned_for_it(store: Engine) -> None:
+def test_a_row_takes_about_what_is_reckoned_for_it(store: Store) -> None:
     """Retention by size is worth as much as this figure."""
     with store.connect() as connection:
         before = connection.exec_driver_sql("PRAGMA page_count").scalar_one()

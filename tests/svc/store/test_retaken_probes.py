@@ -1,7 +1,7 @@
 """Probes that were taken again belong to one version, in one format, on one kind of engine."""
 
 import pytest
-from sqlalchemy import Engine
+from sqlalchemy import Engine as Store
 
 from svc.engine.probes import EngineFacts, Probe
 from svc.settings import Device
@@ -16,7 +16,7 @@ def probe(logprob: float) -> Probe:
     return Probe(token_ids=(1, 2), start=1, logprobs=(logprob,), tolerance=0.001, engine=FACTS)
 
 
-def test_what_was_kept_is_found_to_the_last_digit(store: Engine) -> None:
+def test_what_was_kept_is_found_to_the_last_digit(store: Store) -> None:
     probes = (probe(-0.1234567890123456), probe(-1e-300))
     keep_retaken_probes(store, TARGET, FACTS, probes)
     assert find_retaken_probes(store, TARGET, FACTS) == probes
@@ -34,12 +34,12 @@ def test_what_was_kept_is_found_to_the_last_digit(store: Engine) -> None:
         (TARGET, FACTS.model_copy(update={"device": Device.CUDA})),
     ],
 )
-def test_nothing_else_may_be_checked_by_them(store: Engine, target: Target, facts: EngineFacts) -> None:
+def test_nothing_else_may_be_checked_by_them(store: Store, target: Target, facts: EngineFacts) -> None:
     keep_retaken_probes(store, TARGET, FACTS, (probe(-1.0),))
     assert find_retaken_probes(store, target, facts) is None
 
 
-def test_the_newer_ones_take_the_place_of_the_older(store: Engine) -> None:
+def test_the_newer_ones_take_the_place_of_the_older(store: Store) -> None:
     keep_retaken_probes(store, TARGET, FACTS, (probe(-1.0),))
     keep_retaken_probes(store, TARGET, FACTS, (probe(-2.0),))
     assert find_retaken_probes(store, TARGET, FACTS) == (probe(-2.0),)

@@ -6,7 +6,8 @@ from datetime import timedelta
 from typing import Any
 
 import pytest
-from sqlalchemy import Engine, event, select
+from sqlalchemy import Engine as Store
+from sqlalchemy import event, select
 from sqlalchemy.orm import Session
 
 from svc.redaction import PLACEHOLDERS
@@ -21,7 +22,7 @@ TARGET = Target(VersionId("tiny", 2), Format.GPTQ)
 KEPT = replace(RECORD, temperature=0.0, prompt='[{"role": "user", "content": "hi"}]', answer="hello")
 
 
-def newest(store: Engine, passed: Collection[int] = (), target: Target = TARGET) -> KeptAnswer | None:
+def newest(store: Store, passed: Collection[int] = (), target: Target = TARGET) -> KeptAnswer | None:
     since = NOON - timedelta(hours=1)
     return newest_unscored(store, target, route=CHAT, since=since, without=PLACEHOLDERS, passed=passed)
 
@@ -30,7 +31,7 @@ def at(minutes: int, **fields: Any) -> RequestRecord:
     return replace(KEPT, started_at=NOON + timedelta(minutes=minutes), **fields)
 
 
-def test_the_newest_comes_first_and_then_the_one_before(store: Engine) -> None:
+def test_the_newest_comes_first_and_then_the_one_before(store: Store) -> None:
     add_requests(store, [at(1, answer="old"), at(3, answer="new"), at(2, answer="older")])
     answers = []
     while (row := newest(store)) is not None:
@@ -41,7 +42,7 @@ def test_the_newest_comes_first_and_then_the_one_before(store: Engine) -> None:
         assert session.scalars(select(RequestRow.logprob)).all() == [-0.5] * 3
 
 
-def test_what_was_tried_is_passed_over(store: Engine) -> None:
+def test_what_was_tried_is_passed_over(store: Store) -> None:
     add_requests(store, [at(1, answer="old"), at(2, answer="new")])
     first = newest(store)
     assert first is not None
@@ -75,7 +76,7 @@ def test_what_was_tried_is_passed_over(store: Engine) -> None:
         {"tokens_out": None},
     ],
 )
-def test_what_cannot_be_compared_is_not_scored(store: Engine, fields: dict[str, Any]) -> None:
+def test_what_cannot_be_compared_is_not_scored(store: Store, fields: dict[str, Any]) -> None:
     add_requests(store, [replace(KEPT, **fields)])
     assert newest(store) is None
 
@@ -89,12 +90,12 @@ def test_what_cannot_be_compared_is_not_scored(store: Engine, fields: dict[str, 
         {"tokens_in": MOST_TOKENS - 1, "tokens_out": 1},
     ],
 )
-def test_what_can_be_is(store: Engine, fields: dict[str, Any]) -> None:
+def test_what_can_be_is(store: Store, fields: dict[str, Any]) -> None:
     add_requests(store, [replace(KEPT, **fields)])
     assert newest(store) is not None
 
 
-def test_a_row_that_was_forgotten_meanwhile_takes_no_score(store: Engine) -> None:
+def test_a_row_that_was_forgotten_meanwhile_takes_no_score(store: Store) -> None:
     add_requests(store, [KEPT])
     row = newest(store)
     assert row is not None
@@ -103,7 +104,7 @@ def test_a_row_that_was_forgotten_meanwhile_takes_no_score(store: Engine) -> Non
     assert newest(store) is None
 
 
-def test_only_the_last_hour_is_looked_at(store: Engine) -> None:
+def test_only_the_last_hour_is_looked_at(store: Store) -> None:
     """A store without any row that can be scored holds a month of others."""
     statements: list[Any] = []
 
