@@ -151,7 +151,7 @@ def _train_trl(contestant: Contestant, task: Task, folder: Path) -> tuple[int, f
     from trainer.training.arguments import count_steps
 
     recipe, tokenizer = task.recipe, load_tokenizer(task.base)
-    rows = tokenize_examples(tokenizer, task.examples, stop_tokens(task.base, tokenizer))
+    rows = tokenize_examples(tokenizer, task.examples, stop_tokens(task.base, tokenizer), {})
     set_seed(recipe.train.seed)  # the adapter's start
     model = AutoModelForCausalLM.from_pretrained(task.base, dtype=getattr(torch, task.number_type))
     steps, targets = count_steps(len(rows), recipe), target_modules(model, recipe.adapter.targets)
@@ -198,7 +198,7 @@ def _machine_share(task: Task) -> tuple[float, float]:
     from trainer.training.arguments import count_steps
 
     tokenizer = load_tokenizer(task.base)
-    rows = tokenize_examples(tokenizer, task.examples, stop_tokens(task.base, tokenizer))
+    rows = tokenize_examples(tokenizer, task.examples, stop_tokens(task.base, tokenizer), {})
     batches = plan_batches(rows, task.recipe)
     model = load_model(task.base, task.recipe.method, number_type=task.number_type)
     shape = read_shape(add_adapter(model, task.recipe, count_steps(len(rows), task.recipe)))

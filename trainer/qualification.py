@@ -21,11 +21,16 @@ from svc.evaluation.metrics import paired_difference
 from svc.evaluation.results import ExampleResult
 from svc.evaluation.throughput import tokens_per_second
 from svc.terminal import advancing, console, counting, waiting
-from trainer.recipe.sections import Recipe
+from trainer.recipe.sections import Evaluate, Recipe
 
 Launch = Callable[[Path], Engine]
 
 _ROUNDING = 1e-9  # 0.745 - 0.695 is a little more than 0.05 to a computer
+_NATS = 0.005
+"""Nats a token. Where the merged model is nearly certain, a share of it is less than the engine's rounding."""
+_FEWEST_DIFFERENCES = 8
+"""Of so few examples all differ in one direction by chance once in 256 times, and their interval says nothing."""
+_BETTER = "raise quantize.samples, or lower quantize.group_size to 32"
 
 
 class Qualified(BaseModel):
@@ -138,21 +143,34 @@ def _sequences(tokenized: Sequence[TokenizedExample], count: int) -> list[Scored
     return choose_sequences([(example.prompt, example.answer) for example in tokenized], count)
 
 
-def check_gptq_loss(merged: EvaluationReport, gptq: EvaluationReport, most: float) -> None:
-    """Refuses a quantized model that answers worse than the merged one.
+def check_gptq(merged: Qualified, gptq: Qualified, limits: Evaluate) -> None:
+    """Refuses a quantized model that is worse than the merged one beyond doubt: both are asked the same examples.
+
+    Exact match alone would pass a broken model whose task is free text, where both have none.
 
     Args:
-        most: exact match that may be lost.
+        limits: what quantizing may cost.
 
     Raises:
-        TrainingError: more was lost; gives both figures and the interval of their difference.
+        TrainingError: with both figures and the interval of their difference, example by example.
     """
-    lost = merged.exact_match.value - gptq.exact_match.value
-    if lost > most + _ROUNDING:
-        difference = paired_difference(merged.hits, gptq.hits)
+    before, after = merged.evaluation, gptq.evaluation
+    hits = paired_difference(before.hits, after.hits)
+    if hits.high < -limits.max_gptq_loss - _ROUNDING:
         raise TrainingError(
-            f"GPTQ lost {lost:.3f} of exact match: {merged.exact_match} merged, {gptq.exact_match} quantized, "
-            f"difference {difference}",
-            expected=f"at most {most:.3f} (evaluate.max_gptq_loss)",
-            todo="raise quantize.samples, or lower quantize.group_size to 32",
+            f"GPTQ lost {-hits.value:.3f} of exact match: {before.exact_match} merged, {after.exact_match} quantized, "
+            f"difference {hits}",
+            expected=f"at most {limits.max_gptq_loss:.3f} (evaluate.max_gptq_loss)",
+            todo=_BETTER,
+        )
+    if len(merged.results) < _FEWEST_DIFFERENCES:
+        return
+    nll = paired_difference([one.nll for one in merged.results], [one.nll for one in gptq.results])
+    most = max(limits.max_gptq_nll * before.nll.value, _NATS)
+    if nll.low > most:
+        raise TrainingError(
+            f"GPTQ finds the right answers less likely: {before.nll} nats a token merged, {after.nll} quantized, "
+            f"difference {nll}",
+            expected=f"at most {most:.3f} more (evaluate.max_gptq_nll of the merged model's, or {_NATS} nats)",
+            todo=_BETTER,
         )

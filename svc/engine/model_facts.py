@@ -10,6 +10,8 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
+from svc.chat_template import TemplateValue, read_template_kwargs
+
 _BYTES_PER_VALUE = 2
 """vLLM keeps keys and values in the numbers in which it computes: 16 bits, unless it is told to take float32."""
 
@@ -28,6 +30,7 @@ class ModelFacts:
         divided_widths: input widths of the layers that tensor parallelism divides; empty where not known.
         quantization: how its weights are quantized, as `gptq`; None where they are not.
         group_size: weights that share one scale, in a quantized model.
+        template_kwargs: names and values that its chat template is given.
     """
 
     weights: int = 0
@@ -39,6 +42,7 @@ class ModelFacts:
     divided_widths: tuple[int, ...] = ()
     quantization: str | None = None
     group_size: int | None = None
+    template_kwargs: tuple[tuple[str, TemplateValue], ...] = ()
 
     def divides(self, ranks: int) -> bool:
         """Whether so many GPUs can share its layers: whole heads, and whole groups of a quantized weight."""
@@ -79,6 +83,7 @@ def read_model_facts(folder: Path) -> ModelFacts:
         divided_widths=(heads * head_size, inner) if heads and head_size and inner else (),
         quantization=method if isinstance(method, str) else None,
         group_size=_number(quantized, "group_size"),
+        template_kwargs=tuple(sorted(read_template_kwargs(folder).items())),
     )
 
 

@@ -1,7 +1,7 @@
 """Whether one version can be loaded in place of another: equal fingerprints, and only then.
 
 A reload replaces tensors and nothing else. So everything that vLLM reads once at its start must be the same:
-architecture, shapes, quantization, tokenizer, chat template, default sampling.
+architecture, shapes, quantization, tokenizer, chat template and what that is given, default sampling.
 
 One tensor too. Where input and output embeddings are one matrix, vLLM's CPU engine keeps a packed copy of it for the
 output, which a reload leaves as it was. Adapters do not change that matrix; full fine-tuning does.
@@ -12,6 +12,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from svc.chat_template import TemplateKwargs, read_chat_template, read_template_kwargs
 from svc.errors import IntegrityError
 from svc.registry.files import hash_tensor, read_headers
 
@@ -35,11 +36,12 @@ _HEAD, _EMBEDDING = "lm_head.weight", "embed_tokens.weight"
 _SPECIAL_TOKENS = ("bos_token", "eos_token", "pad_token", "unk_token", "add_bos_token", "add_eos_token")
 
 
-def compatibility_fingerprint(folder: Path) -> str:
+def compatibility_fingerprint(folder: Path, template_kwargs: TemplateKwargs | None = None) -> str:
     """SHA-256 over all that a reload in place cannot change, as `sha256:<hex>`.
 
     Args:
         folder: a model folder: config.json, *.safetensors, tokenizer.json.
+        template_kwargs: what the chat template is given; None: what the folder says.
 
     Raises:
         IntegrityError: a file that is missing or damaged.
@@ -48,7 +50,7 @@ def compatibility_fingerprint(folder: Path) -> str:
     tokenizer = _read_json(folder / "tokenizer.json")
     tokenizer_config = _read_json(folder / "tokenizer_config.json", default={})
     tensors = read_headers(folder)
-    parts = {
+    parts: dict[str, Any] = {
         "config": _stable(config),
         "quantization": normal_quantization(_quantization(folder, config)),
         "tensors": [(tensor.name, tensor.dtype, tensor.shape) for tensor in tensors],
@@ -56,9 +58,12 @@ def compatibility_fingerprint(folder: Path) -> str:
         # Truncation and padding are what the last caller set, not what the tokenizer is.
         "tokenizer": {key: value for key, value in tokenizer.items() if key not in ("truncation", "padding")},
         "special_tokens": {key: _content(tokenizer_config.get(key)) for key in _SPECIAL_TOKENS},
-        "chat_template": _chat_template(folder, tokenizer_config),
+        "chat_template": template.strip() if (template := read_chat_template(folder)) else None,
         "generation": _stable(_read_json(folder / "generation_config.json", default={})),
     }
+    kwargs = read_template_kwargs(folder) if template_kwargs is None else template_kwargs
+    if kwargs:  # a version of an earlier release has none
+        parts["chat_template_kwargs"] = dict(kwargs)
     text = json.dumps(parts, sort_keys=True, ensure_ascii=False)
     return f"sha256:{hashlib.sha256(text.encode('utf-8')).hexdigest()}"
 
@@ -97,12 +102,6 @@ def _quantization(folder: Path, config: dict[str, Any]) -> dict[str, Any] | None
 
 def _stable(config: dict[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in config.items() if key not in _VOLATILE and not key.startswith("_")}
-
-
-def _chat_template(folder: Path, tokenizer_config: dict[str, Any]) -> str | None:
-    path = folder / "chat_template.jinja"
-    template = path.read_text("utf-8") if path.is_file() else tokenizer_config.get("chat_template")
-    return template.strip() if isinstance(template, str) else None
 
 
 def _content(token: Any) -> Any:

@@ -58,7 +58,7 @@ def test_the_shape_is_the_models(tiny_base: Path) -> None:
 
 def test_batches_are_those_of_the_trainers_order(tiny_base: Path) -> None:
     tokenizer = load_tokenizer(tiny_base)
-    rows = tokenize_examples(tokenizer, EXAMPLES, stop_tokens(tiny_base, tokenizer))
+    rows = tokenize_examples(tokenizer, EXAMPLES, stop_tokens(tiny_base, tokenizer), {})
     lengths = [len(row.input_ids) for row in rows]
     recipe = make_recipe(train={"batch_size": 5})
     order = list(LengthGroupedSampler(lengths, 5, recipe.train.seed))

@@ -1,7 +1,9 @@
 """A chat example as token ids: what the model sees, and where its answers are.
 
-The base model's own chat template decides, so that training, calibration and serving see the same text. Knows nothing
-of batches or losses.
+The base model's own chat template decides, so that training, calibration and serving see the same text. The engine
+writes the prompt and the model goes on: so the conversation must begin with the prompt, and what follows must be the
+answer. A template for which that is not so is refused, since the model would learn what nobody asks it for. Knows
+nothing of batches or losses.
 """
 
 import json
@@ -10,7 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from svc.dataset.schema.example import ChatExample
+from svc.chat_template import TemplateKwargs
+from svc.dataset.schema.example import ChatExample, Message
 from svc.errors import BaseModelError, DataError
 from svc.terminal import counting
 
@@ -18,6 +21,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 IGNORED = -100  # PyTorch's label for positions that are not scored
+_SHOWN = 60
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,35 +71,39 @@ def stop_tokens(folder: Path, tokenizer: "PreTrainedTokenizerBase") -> set[int]:
 
 
 def tokenize_examples(
-    tokenizer: "PreTrainedTokenizerBase", examples: Sequence[ChatExample], stops: set[int]
+    tokenizer: "PreTrainedTokenizerBase",
+    examples: Sequence[ChatExample],
+    stops: set[int],
+    template_kwargs: TemplateKwargs,
 ) -> list[TrainingExample]:
     """Applies the chat template to every example.
 
     Args:
         stops: ids of the tokens that end an answer.
+        template_kwargs: what the template is given, see svc.chat_template.choose_template_kwargs.
 
     Raises:
-        DataError: the template refuses an example, as some do with a system turn.
+        DataError: the template refuses an example, as some do with a system turn, or what would be learnt is not the
+            answer that the engine will ask for.
     """
+    template = _Template(tokenizer, template_kwargs)
     rows = []
     with counting("Tokenizing", len(examples)) as advance:
         for number, example in enumerate(examples, start=1):
-            rows.append(_tokenize(tokenizer, example, stops, number))
+            rows.append(_tokenize(template, example, stops, number))
             advance()
     return rows
 
 
-def _tokenize(
-    tokenizer: "PreTrainedTokenizerBase", example: ChatExample, stops: set[int], number: int
-) -> TrainingExample:
+def _tokenize(template: "_Template", example: ChatExample, stops: set[int], number: int) -> TrainingExample:
     """Templates may put text after the end token, or leave it out: here an answer ends with one in any case."""
     from jinja2 import TemplateError
 
     try:
-        *earlier, last = (_answer(tokenizer, example, turn, stops) for turn in example.learnt)
+        *earlier, last = (_answer(template, example, turn, stops, number) for turn in example.learnt)
         if example.learnt[-1] != len(example.messages) - 1:
             earlier.append(last)
-            last = _answer(tokenizer, example, len(example.messages) - 1, stops)
+            last = _answer(template, example, len(example.messages) - 1, stops, number)
     except TemplateError as error:
         raise DataError(
             f"the base model's chat template refuses example {number}: {error}",
@@ -125,28 +133,65 @@ class _Answer:
     end: int
 
 
-def _answer(tokenizer: "PreTrainedTokenizerBase", example: ChatExample, turn: int, stops: set[int]) -> _Answer:
-    ids = _apply_template(tokenizer, example, turn + 1)
-    start = _common_prefix(_apply_template(tokenizer, example, turn, add_generation_prompt=True), ids)
+def _answer(template: "_Template", example: ChatExample, turn: int, stops: set[int], number: int) -> _Answer:
+    conversation = template.text(example, turn + 1)
+    prompt = template.text(example, turn, add_generation_prompt=True)
+    _check_answer(example.messages[turn], prompt, conversation, number)
+    before, ids = template.ids(prompt), template.ids(conversation)
+    start = len(before)
+    if ids[:start] != before:  # a token reaches over the place where the model goes on, and the engine has none such
+        ids = [*before, *template.ids(conversation[len(prompt) :])]
     ends = [place for place in range(start, len(ids)) if ids[place] in stops]
     if not ends:
         ids = [*ids, min(stops)]
     return _Answer(ids, start, ends[-1] + 1 if ends else len(ids))
 
 
-def _apply_template(
-    tokenizer: "PreTrainedTokenizerBase", example: ChatExample, turns: int, *, add_generation_prompt: bool = False
-) -> list[int]:
-    """The first turns of an example, as the engine will write them."""
-    encoding: Any = tokenizer.apply_chat_template(
-        [message.templated() for message in example.messages[:turns]],
-        tools=[json.loads(tool) for tool in example.tools] or None,
-        return_dict=True,
-        add_generation_prompt=add_generation_prompt,
-    )
-    ids: list[int] = encoding["input_ids"]
-    return ids
+def _check_answer(message: Message, prompt: str, conversation: str, number: int) -> None:
+    """Raises where the model would learn something else than it is asked for."""
+    todo = "set chat_template_kwargs in the recipe to what this template needs, or choose another base"
+    if not conversation.startswith(prompt):
+        same = _common_prefix(prompt, conversation)
+        raise DataError(
+            f"in example {number} the conversation does not begin with its prompt: the base model's chat template goes "
+            f"on with {conversation[same : same + _SHOWN]!r}, and asks with {prompt[same : same + _SHOWN]!r}",
+            expected="a template that writes a turn the same in a prompt and in a conversation",
+            todo=todo,
+        )
+    learnt = conversation[len(prompt) :]
+    # White space is the template's own matter; what a model calls, it writes in its own form.
+    if not message.tool_calls and not "".join(learnt.split()).startswith("".join(message.content.split())):
+        raise DataError(
+            f"in example {number} the model would learn {learnt[:_SHOWN]!r}, and its answer is "
+            f"{message.content[:_SHOWN]!r}",
+            expected="a template that writes the answer right after the prompt",
+            todo=todo,
+        )
 
 
-def _common_prefix(one: list[int], other: list[int]) -> int:
+@dataclass(frozen=True, slots=True)
+class _Template:
+    """A tokenizer's chat template with what it is given."""
+
+    tokenizer: "PreTrainedTokenizerBase"
+    kwargs: TemplateKwargs
+
+    def text(self, example: ChatExample, turns: int, *, add_generation_prompt: bool = False) -> str:
+        """The first turns of an example, as the engine will write them."""
+        text: Any = self.tokenizer.apply_chat_template(
+            [message.templated() for message in example.messages[:turns]],
+            tools=[json.loads(tool) for tool in example.tools] or None,
+            tokenize=False,
+            add_generation_prompt=add_generation_prompt,
+            **self.kwargs,
+        )
+        return str(text)
+
+    def ids(self, text: str) -> list[int]:
+        """Token ids of what a template has written: it has put special tokens where they belong."""
+        ids: list[int] = self.tokenizer(text, add_special_tokens=False)["input_ids"]
+        return ids
+
+
+def _common_prefix(one: str, other: str) -> int:
     return next((place for place, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), len(one))

@@ -19,6 +19,7 @@ from functools import partialmethod
 from pathlib import Path
 from typing import Any, get_args
 
+from svc.chat_template import choose_template_kwargs
 from svc.child_process import in_child_process
 from svc.dataset.schema.example import ChatExample
 from svc.engine.capabilities import NumberType
@@ -89,7 +90,8 @@ def quantize_gptq(
     layers = check_layers(model, recipe.quantize.group_size)
     tokenizer = load_tokenizer(model)
     picked = pick_calibration(examples, recipe.quantize.samples, recipe.train.seed)
-    calibration = tokenize_examples(tokenizer, picked, stop_tokens(model, tokenizer))
+    kwargs = choose_template_kwargs(model, recipe.chat_template_kwargs)
+    calibration = tokenize_examples(tokenizer, picked, stop_tokens(model, tokenizer), kwargs)
     computed = calibration_type(number_type)
     out.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=".gptq-", dir=out.parent) as offload:

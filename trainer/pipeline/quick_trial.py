@@ -25,7 +25,8 @@ def quick_trial(recipe: Recipe, examples: Examples) -> tuple[Recipe, Examples]:
     content = recipe.model_dump(exclude_unset=True)
     content["name"] = recipe.name[: _LONGEST_NAME - len(_SUFFIX)] + _SUFFIX
     content["train"] = content.get("train", {}) | {"epochs": 1.0, "steps": None}
-    content["evaluate"] = content.get("evaluate", {}) | {"max_gptq_loss": 1.0}  # few examples: one would decide
+    # It is trained too little to say what quantizing costs.
+    content["evaluate"] = content.get("evaluate", {}) | {"max_gptq_loss": 1.0, "max_gptq_nll": 1.0}
     cut = replace(
         examples,
         train=train,

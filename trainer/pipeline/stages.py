@@ -4,6 +4,7 @@ train -> merge -> evaluate (base, merged) -> quantize -> qualify (gptq) -> regis
 """
 
 import asyncio
+import json
 import logging
 import shutil
 from collections.abc import Callable
@@ -13,6 +14,7 @@ from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict
 
+from svc.chat_template import TemplateValue, choose_template_kwargs, write_template_kwargs
 from svc.dataset.readers.reader import write_examples
 from svc.disk import is_full, write_whole
 from svc.engine.capabilities import Capabilities, NumberType, read_capabilities
@@ -42,7 +44,7 @@ from trainer.pipeline.find_base import merged_revision
 from trainer.pipeline.manifest import build_manifest
 from trainer.pipeline.memory import release_memory
 from trainer.pipeline.run_folder import Examples, Run, Stage
-from trainer.qualification import Launch, Qualified, Qualifier, check_gptq_loss
+from trainer.qualification import Launch, Qualified, Qualifier, check_gptq
 from trainer.recipe.sections import Method, Recipe
 from trainer.training.summary import TrainingData, TrainingSummary
 
@@ -208,6 +210,7 @@ class Pipeline:
             summary = verify_full(self.base.folder, self.run.merged)
         else:
             summary = merge_adapter(self.base.folder, self.run.adapter, self.run.fresh(self.run.merged))
+        write_template_kwargs(self.run.merged, self._template_kwargs)
         shutil.rmtree(self.run.checkpoints, ignore_errors=True)  # what they led to is verified
         return self.run.save(Stage.MERGE, summary)
 
@@ -218,7 +221,8 @@ class Pipeline:
             base = judge(qualifier.judged, known, seconds=0.0)
             merged = asyncio.run(qualifier.alone(self.run.merged, "merged"))
         else:
-            prints = [compatibility_fingerprint(folder) for folder in (self.base.folder, self.run.merged)]
+            kwargs = self._template_kwargs
+            prints = [compatibility_fingerprint(folder, kwargs) for folder in (self.base.folder, self.run.merged)]
             work = qualifier.base_and_merged(self.base.folder, self.run.merged, same_fingerprint=prints[0] == prints[1])
             base, merged = asyncio.run(work)
             cache.add(qualifier.judged, base.results)
@@ -229,7 +233,13 @@ class Pipeline:
         facts = engine_facts(self.settings.engine, self.capabilities, model)
         folder = self.settings.home / "cache" / "evaluations"
         longest, arguments = str(self.recipe.evaluate.max_tokens), " ".join(self.settings.engine.args)
-        return EvaluationCache(folder, revision, facts.key, arguments, longest)
+        template = [json.dumps(self._template_kwargs, sort_keys=True)] if self._template_kwargs else []
+        return EvaluationCache(folder, revision, facts.key, arguments, longest, *template)
+
+    @property
+    def _template_kwargs(self) -> dict[str, TemplateValue]:
+        """What the base's chat template is given: the base is asked as its versions are."""
+        return choose_template_kwargs(self.base.folder, self.recipe.chat_template_kwargs)
 
     def _quantize(self) -> QuantizeSummary:
         summary = quantize_gptq(
@@ -239,12 +249,13 @@ class Pipeline:
             self.run.fresh(self.run.gptq),
             number_type=self.capabilities.training_type,
         )
+        write_template_kwargs(self.run.gptq, self._template_kwargs)
         return self.run.save(Stage.QUANTIZE, summary)
 
     def _qualify(self) -> Qualified:
         qualified = asyncio.run(self._qualifier().alone(self.run.gptq, "gptq"))
         merged = self.run.load(Stage.EVALUATE, Evaluated).merged
-        check_gptq_loss(merged.evaluation, qualified.evaluation, self.recipe.evaluate.max_gptq_loss)
+        check_gptq(merged, qualified, self.recipe.evaluate)
         return self.run.save(Stage.QUALIFY, qualified)
 
     def _register(self) -> Registered:
@@ -333,6 +344,7 @@ class Pipeline:
             cache=home / "cache" / "vllm",
             capabilities=self.capabilities,
             settings=engine.model_copy(update={"max_concurrency": sequences}),
+            template_kwargs=self._template_kwargs,
         )
         return EngineProcess(spec)
 

@@ -20,6 +20,7 @@ from pydantic import (
     model_validator,
 )
 
+from svc.chat_template import TemplateValue
 from svc.dataset.readers.source import HUB_PREFIX
 from svc.version import NAME_PATTERN
 from trainer.recipe.targets import Targets
@@ -188,7 +189,15 @@ class Evaluate(_Section):
 
     limit: Annotated[int, Field(ge=1)] | None = Field(None, description="first so many held-out examples; default all")
     max_tokens: int = Field(64, ge=1, description="longest answer, tokens")
-    max_gptq_loss: float = Field(0.05, ge=0, le=1, description="exact match that quantizing may cost at most")
+    max_gptq_loss: float = Field(
+        0.05, ge=0, le=1, description="exact match that quantizing may cost; more is refused when it is beyond doubt"
+    )
+    max_gptq_nll: float = Field(
+        0.02,
+        ge=0,
+        description="negative log-likelihood that quantizing may add, as a share of the merged model's; at least 0.005 "
+        "nats; more is refused when it is beyond doubt",
+    )
 
 
 class Qualify(_Section):
@@ -210,6 +219,11 @@ class Recipe(_Section):
     name: str = Field(pattern=NAME_PATTERN, description="the model's name for clients")
     base: str = Field(min_length=1, description="known id, hub id, NAME@N, local folder or GGUF file")
     method: Method = Field(Method.LORA, description="full, lora, qlora, dora, adalora or vera")
+    chat_template_kwargs: dict[str, TemplateValue] | None = Field(
+        None,
+        description="given to the base's chat template in training, evaluation and serving; default: "
+        "`enable_thinking: false` and `date_string: 26 Jul 2024`, where the template knows them",
+    )
     data: Data
     adapter: Adapter = Adapter()
     train: Train = Train()

@@ -15,6 +15,7 @@ import torch
 from datasets import Dataset
 from transformers import AutoConfig, PreTrainedTokenizerBase, PrinterCallback, TrainerState, set_seed
 
+from svc.chat_template import choose_template_kwargs
 from svc.engine.capabilities import NumberType
 from svc.errors import DataError, InterruptedRunError
 from svc.terminal import console, waiting
@@ -74,9 +75,10 @@ def train_model(
     """
     tokenizer = load_tokenizer(base)
     stops = stop_tokens(base, tokenizer)
-    rows = tokenize_examples(tokenizer, data.train, stops)
+    kwargs = choose_template_kwargs(base, recipe.chat_template_kwargs)
+    rows = tokenize_examples(tokenizer, data.train, stops, kwargs)
     _check_lengths(rows, recipe.train.max_length)
-    heldout = tokenize_examples(tokenizer, data.heldout, stops) if recipe.stopping.measures else []
+    heldout = tokenize_examples(tokenizer, data.heldout, stops, kwargs) if recipe.stopping.measures else []
     try:
         with preemption() as asked:
             with asked.interruptible(), waiting("Loading the base model"), library_output_to_log():

@@ -7,6 +7,7 @@ leaves out.
 import json
 from pathlib import Path
 
+from svc.chat_template import choose_template_kwargs
 from svc.dataset.problem.problem import Code, RowError
 from svc.dataset.schema.example import ChatExample
 from svc.errors import DataError
@@ -38,6 +39,8 @@ class TokenCounter:
                 f"{folder} has no chat template", expected="an instruction-tuned model", todo="choose another base"
             )
 
+        self._template_kwargs = choose_template_kwargs(folder, None)
+
     def count(self, example: ChatExample) -> int:
         """Tokens of the conversation with its tools.
 
@@ -51,6 +54,7 @@ class TokenCounter:
                 [message.templated() for message in example.messages],
                 tools=[json.loads(tool) for tool in example.tools] or None,
                 return_dict=True,
+                **self._template_kwargs,
             )
         except TemplateError as error:
             raise RowError(

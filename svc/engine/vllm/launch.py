@@ -8,12 +8,13 @@ import hashlib
 import json
 import os
 import sys
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache, cached_property
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from svc.chat_template import TemplateKwargs
 from svc.engine.capabilities import CPU_LIMITS, Capabilities
 from svc.engine.machine import read_machine
 from svc.engine.model_facts import ModelFacts, read_model_facts
@@ -43,6 +44,7 @@ class EngineSpec:
         log: file that takes its output.
         cache: folder for compiled kernels.
         capabilities: of this device.
+        template_kwargs: what the chat template is given; None: what the model's folder says.
     """
 
     model: Path
@@ -53,6 +55,7 @@ class EngineSpec:
     cache: Path
     capabilities: Capabilities
     settings: EngineSettings = field(default_factory=EngineSettings)
+    template_kwargs: TemplateKwargs | None = None
 
     @property
     def socket(self) -> Path:
@@ -73,7 +76,10 @@ class EngineSpec:
     @cached_property
     def facts(self) -> ModelFacts:
         """What its model's folder says."""
-        return read_model_facts(self.model)
+        facts = read_model_facts(self.model)
+        if self.template_kwargs is None:
+            return facts
+        return replace(facts, template_kwargs=tuple(sorted(self.template_kwargs.items())))
 
 
 def command(spec: EngineSpec) -> list[str]:
@@ -136,6 +142,8 @@ def launch_digest(spec: EngineSpec) -> str:
         parts.append({dtype.name: dtype.value})
     if plan.choose_gptq_kernel(spec.settings, able, spec.facts) is GptqKernel.TORCH:
         parts.append({"gptq_kernel": GptqKernel.TORCH.value})
+    if spec.facts.template_kwargs:
+        parts.append({"chat_template_kwargs": dict(spec.facts.template_kwargs)})
     if any(name in os.environ for name in CPU_LIMITS):  # the engine rounds as it was limited when it was started
         parts.append(able.hardware(spec.settings))
     return hashlib.sha256(json.dumps(parts).encode("utf-8")).hexdigest()

@@ -4,6 +4,7 @@ What a person gave comes first: `engine.args`, then settings. The rest follows f
 vLLM decides well by itself is left to it. Knows no process and reads nothing: facts in, choices out.
 """
 
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
@@ -154,7 +155,7 @@ class _Planner:
         else:
             own = [self._gpu_share(ranks), parallel]
         flags = [self._left_to_vllm("enable-prefix-caching"), self._left_to_vllm("enable-chunked-prefill")]
-        return EnginePlan((*common, *own, *flags, self._compile_cache()))
+        return EnginePlan((*common, *own, *flags, *self._template_kwargs(), self._compile_cache()))
 
     def _which_device(self) -> Choice:
         if self._settings.device is Device.AUTO:
@@ -295,6 +296,14 @@ class _Planner:
         if value is not None:
             return Choice(name, value, Origin.ARGS)
         return Choice(name, AUTO, Origin.VLLM, "on for every model that can")
+
+    def _template_kwargs(self) -> list[Choice]:
+        name = "default_chat_template_kwargs"
+        if (value := given(self._args, "--default-chat-template-kwargs")) is not None:
+            return [Choice(name, value, Origin.ARGS)]
+        if not self._model.template_kwargs:
+            return []
+        return [_argument(Choice(name, json.dumps(dict(self._model.template_kwargs)), Origin.MODEL, "as in training"))]
 
     def _compile_cache(self) -> Choice:
         path = str(self._cache)

@@ -10,6 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from svc.chat_template import write_template_kwargs
 from svc.errors import IntegrityError
 from svc.registry.fingerprint import compatibility_fingerprint, normal_quantization
 from tests.svc.json_values import json_values
@@ -121,6 +122,23 @@ def test_a_template_in_a_file_of_its_own_is_the_same_template(tmp_path: Path) ->
     other = write_model(tmp_path / "other", tokenizer_config={"chat_template": None})
     (other / "chat_template.jinja").write_text(TEMPLATE)
     assert compatibility_fingerprint(one) == compatibility_fingerprint(other)
+
+
+def test_what_the_template_is_given_counts(tmp_path: Path) -> None:
+    one, other = write_model(tmp_path / "one"), write_model(tmp_path / "other")
+    plain = compatibility_fingerprint(one)
+    write_template_kwargs(other, {"enable_thinking": False})
+    assert compatibility_fingerprint(other) != plain
+    assert compatibility_fingerprint(other, {}) == plain
+    assert compatibility_fingerprint(one, {"enable_thinking": False}) == compatibility_fingerprint(other)
+
+
+@pytest.mark.parametrize("content", ["{", "[]"])
+def test_a_damaged_file_of_what_the_template_is_given_is_named(tmp_path: Path, content: str) -> None:
+    model = write_model(tmp_path / "one")
+    (model / "chat_template_kwargs.json").write_text(content)
+    with pytest.raises(IntegrityError, match=r"chat_template_kwargs\.json"):
+        compatibility_fingerprint(model)
 
 
 def test_how_weights_are_split_into_files_does_not_count(tmp_path: Path) -> None:

@@ -99,7 +99,7 @@ def test_the_loss_falls(tiny_base: Path, examples: list[ChatExample], tmp_path: 
 def test_the_summary_counts_steps_and_tokens(tiny_base: Path, examples: list[ChatExample], tmp_path: Path) -> None:
     summary = train(tiny_base, examples, tmp_path / "adapter", epochs=2)
     tokenizer = load_tokenizer(tiny_base)
-    rows = tokenize_examples(tokenizer, examples, stop_tokens(tiny_base, tokenizer))
+    rows = tokenize_examples(tokenizer, examples, stop_tokens(tiny_base, tokenizer), {})
     assert (summary.steps, summary.tokens) == (6, 2 * sum(len(row.input_ids) for row in rows))
 
 
@@ -125,7 +125,7 @@ def test_a_base_without_chat_template_is_refused(tmp_path: Path, examples: list[
 
 def test_the_answer_is_learnt_up_to_and_with_its_end() -> None:
     tokenizer = make_tokenizer()
-    row = tokenize_examples(tokenizer, [make_example("which?", "red")], {tokenizer.eos_token_id})[0].as_row()
+    row = tokenize_examples(tokenizer, [make_example("which?", "red")], {tokenizer.eos_token_id}, {})[0].as_row()
     learnt = [label for label in row["labels"] if label != IGNORED]
     assert tokenizer.decode(learnt) == "red<|im_end|>"
 
@@ -133,7 +133,7 @@ def test_the_answer_is_learnt_up_to_and_with_its_end() -> None:
 def learnt_texts(messages: list[dict[str, Any]], template: str = CHAT_TEMPLATE) -> list[str]:
     tokenizer = make_tokenizer(template)
     example = parse_example({"messages": messages})
-    (row,) = tokenize_examples(tokenizer, [example], {tokenizer.eos_token_id})
+    (row,) = tokenize_examples(tokenizer, [example], {tokenizer.eos_token_id}, {})
     labels = row.as_row()["labels"]
     assert all(label in (IGNORED, token) for label, token in zip(labels, row.input_ids, strict=True))
     return [tokenizer.decode(row.input_ids[start:end]) for start, end in row.learnt]
@@ -165,8 +165,9 @@ def test_weights_say_which_answers_are_learnt(weights: dict[int, int], learnt: l
 
 def test_a_template_that_rewrites_earlier_answers_is_refused() -> None:
     template = (
-        "{% for message in messages %}<|im_start|>{% if loop.last %}{{ message['role'] }}: {% endif %}"
-        "{{ message['content'] }}<|im_end|>{% endfor %}"
+        "{% for message in messages %}<|im_start|>"
+        "{% if message['role'] == 'assistant' %}:{% if not loop.last %}before: {% endif %}{% endif %}"
+        "{{ message['content'] }}<|im_end|>{% endfor %}{% if add_generation_prompt %}<|im_start|>:{% endif %}"
     )
     turns = [turn | {"weight": 1} if turn["role"] == "assistant" else turn for turn in CONVERSATION]
     with pytest.raises(DataError, match="writes an earlier answer otherwise"):
@@ -189,21 +190,21 @@ def test_a_template_sees_tools_and_their_arguments_as_objects() -> None:
     tool = {"type": "function", "function": {"name": "weather", "parameters": {"type": "object", "properties": {}}}}
     tokenizer = make_tokenizer(template)
     example = parse_example({"messages": messages, "tools": [tool]})
-    (row,) = tokenize_examples(tokenizer, [example], {tokenizer.eos_token_id})
+    (row,) = tokenize_examples(tokenizer, [example], {tokenizer.eos_token_id}, {})
     text = tokenizer.decode(row.input_ids)
     assert text == "weather weather?<|im_end|>Rome<|im_end|>sun<|im_end|>It shines.<|im_end|>"
 
 
 def test_an_end_that_the_template_leaves_out_is_added() -> None:
     tokenizer = make_tokenizer("{% for message in messages %}{{ message['content'] }} {% endfor %}")
-    row = tokenize_examples(tokenizer, [make_example("which?", "red")], {tokenizer.eos_token_id})[0].as_row()
+    row = tokenize_examples(tokenizer, [make_example("which?", "red")], {tokenizer.eos_token_id}, {})[0].as_row()
     assert row["input_ids"][-1] == row["labels"][-1] == tokenizer.eos_token_id
 
 
 def test_turns_that_the_template_refuses_are_named() -> None:
     tokenizer = make_tokenizer("{{ raise_exception('no system turn') }}")
     with pytest.raises(DataError, match="refuses example 1: no system turn"):
-        tokenize_examples(tokenizer, [make_example("which?", "red")], {tokenizer.eos_token_id})
+        tokenize_examples(tokenizer, [make_example("which?", "red")], {tokenizer.eos_token_id}, {})
 
 
 def test_the_generation_config_names_further_ends(tiny_base: Path, tmp_path: Path) -> None:
@@ -394,7 +395,7 @@ def test_noise_on_embeddings_is_of_a_size_with_and_without_a_common_beginning(
 
     monkeypatch.setattr(LlamaForCausalLM, "forward", forward)
     train(tiny_base, examples, tmp_path / "adapter", neftune_alpha=5.0)
-    shortest = min(len(row.input_ids) for row in tokenize_examples(make_tokenizer(), examples, {256}))
+    shortest = min(len(row.input_ids) for row in tokenize_examples(make_tokenizer(), examples, {256}, {}))
     assert min(length for length in seen if length > 1) >= shortest
 
 

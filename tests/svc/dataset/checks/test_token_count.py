@@ -45,7 +45,7 @@ def test_they_are_those_of_training_and_what_the_template_writes_after_the_answe
     examples = [chat("a question", "an answer"), chat("ü" * 50, "{}")]
     eos = tokenizer.eos_token_id
     assert isinstance(eos, int)
-    trained = tokenize_examples(tokenizer, examples, {eos})
+    trained = tokenize_examples(tokenizer, examples, {eos}, {})
     after = len(tokenizer.encode("\n"))
     counter = TokenCounter(folder)
     for example, row in zip(examples, trained, strict=True):

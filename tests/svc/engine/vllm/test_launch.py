@@ -10,8 +10,10 @@ from typing import Any
 
 import pytest
 
+from svc.chat_template import write_template_kwargs
 from svc.engine.capabilities import CPU_LIMITS
 from svc.engine.vllm.launch import EngineSpec, command, entry_module, environment, launch_digest
+from svc.engine.vllm.plan import Origin
 from svc.engine.vllm.plugin import INT4_LINEAR_VARIABLE
 from svc.settings import Device, EngineSettings, GptqKernel
 from tests.svc.engine.devices import AVX2, AVX512
@@ -229,3 +231,29 @@ def test_an_engine_of_the_release_before_is_known_as_started_alike(
     )
     older = hashlib.sha256(json.dumps(["cpu", "0.32.0", "tuned", settings]).encode("utf-8")).hexdigest()
     assert launch_digest(spec(tmp_path)) == older
+
+
+def test_the_template_is_given_what_the_models_folder_says(tmp_path: Path) -> None:
+    write_config(tmp_path, "{}")
+    plain = launch_digest(spec(tmp_path))
+    assert "--default-chat-template-kwargs" not in command(spec(tmp_path))
+    write_template_kwargs(tmp_path / "model", {"enable_thinking": False})
+    assert json.loads(option(command(spec(tmp_path)), "--default-chat-template-kwargs")) == {"enable_thinking": False}
+    assert launch_digest(spec(tmp_path)) != plain
+
+
+def test_what_an_engine_is_told_to_give_the_template_goes_before_the_folder(tmp_path: Path) -> None:
+    write_config(tmp_path, "{}")
+    write_template_kwargs(tmp_path / "model", {"enable_thinking": False})
+    told = replace(spec(tmp_path), template_kwargs={"enable_thinking": True})
+    assert json.loads(option(command(told), "--default-chat-template-kwargs")) == {"enable_thinking": True}
+    nothing = replace(spec(tmp_path), template_kwargs={})
+    assert "--default-chat-template-kwargs" not in command(nothing)
+
+
+def test_arguments_go_before_what_the_folder_gives_the_template(tmp_path: Path) -> None:
+    write_config(tmp_path, "{}")
+    write_template_kwargs(tmp_path / "model", {"enable_thinking": False})
+    given = spec(tmp_path, args=("--default-chat-template-kwargs", "{}"))
+    assert command(given).count("--default-chat-template-kwargs") == 1
+    assert given.plan["default_chat_template_kwargs"].origin is Origin.ARGS

@@ -1,0 +1,102 @@
+"""Token parity: the ids that training sees are those that vLLM makes of a client's request, on real chat templates."""
+
+from importlib.resources import files
+from pathlib import Path
+
+import pytest
+
+from svc.chat_template import choose_template_kwargs, write_template_kwargs
+from svc.dataset.schema.example import ChatExample, parse_example
+from svc.engine.capabilities import read_capabilities
+from svc.engine.vllm.folders import runtime_folder
+from svc.engine.vllm.launch import EngineSpec
+from svc.engine.vllm.process import EngineProcess
+from svc.settings import EngineSettings, Settings
+from tests.e2e.tiny_model import build_tiny_model
+from trainer.data.chat_template import load_tokenizer, stop_tokens, tokenize_examples
+
+pytestmark = [pytest.mark.slow]
+
+CALL = {"id": "call00001", "type": "function", "function": {"name": "weather", "arguments": '{"city": "Rome"}'}}
+TOOL = {
+    "type": "function",
+    "function": {
+        "name": "weather",
+        "description": "The weather in a city.",
+        "parameters": {"type": "object", "properties": {"city": {"type": "string"}}, "required": ["city"]},
+    },
+}
+
+
+def turns(*texts: str) -> list[dict[str, object]]:
+    return [
+        {"role": role, "content": text} for role, text in zip(("user", "assistant") * len(texts), texts, strict=False)
+    ]
+
+
+CONVERSATIONS = [
+    {"messages": turns("Which section?", '{"section": "net"}')},
+    {"messages": [{"role": "system", "content": "Be brief."}, *turns("a", "b", "c", "d")]},
+    {"messages": turns("¿Qué? 日本 🙂", "ß e\u0301")},
+    {"messages": turns("It ends with a line.\n", "\nso does this")},
+]
+TOOLS = [
+    {
+        "messages": [
+            {"role": "user", "content": "Rome?"},
+            {"role": "assistant", "content": None, "tool_calls": [CALL]},
+            {"role": "tool", "content": "sun", "tool_call_id": "call00001"},
+            {"role": "assistant", "content": "It shines."},
+        ],
+        "tools": [TOOL],
+    }
+]
+
+
+def model_with(family: str, folder: Path) -> Path:
+    """A tiny model with a family's template, as a version's folder."""
+    from trainer.base_model.resolve import resolve_base
+
+    tokenizer = resolve_base("smollm2-135m-instruct", Settings().base_cache).folder
+    model = build_tiny_model(folder, tokenizer)
+    template = files("trl.chat_templates").joinpath(f"{family}.jinja").read_text("utf-8")
+    (model / "chat_template.jinja").write_text(template, "utf-8")
+    write_template_kwargs(model, choose_template_kwargs(model, None))
+    return model
+
+
+@pytest.mark.parametrize(
+    ("family", "tools"),
+    [
+        ("qwen3", True),
+        *(
+            pytest.param(*case, marks=pytest.mark.matrix)
+            for case in (("llama3_2", True), ("gemma4", False), ("nemotron_3_nano", False), ("cohere2", False))
+        ),
+        *(pytest.param(family, False, marks=pytest.mark.matrix) for family in ("phi3", "qwen2_5", "glm4moe")),
+    ],
+)
+async def test_the_engine_asks_with_the_tokens_that_training_saw(family: str, tools: bool, tmp_path: Path) -> None:
+    model = model_with(family, tmp_path / "model")
+    tokenizer = load_tokenizer(model)
+    examples: list[ChatExample] = [parse_example(value) for value in (*CONVERSATIONS, *(TOOLS if tools else []))]
+    rows = tokenize_examples(tokenizer, examples, stop_tokens(model, tokenizer), choose_template_kwargs(model, None))
+    engine = EngineProcess(
+        EngineSpec(
+            model=model,
+            served_name="tiny",
+            runtime=runtime_folder(tmp_path, "templates"),
+            state=tmp_path,
+            log=tmp_path / "engine.log",
+            cache=tmp_path / "cache",
+            capabilities=read_capabilities(tmp_path),
+            settings=EngineSettings(max_model_len=1024, max_concurrency=8),
+        )
+    )
+    try:
+        await engine.start()
+        asked = [await engine.client.prompt_tokens(example.prompt, example.tools) for example in examples]
+    finally:
+        await engine.stop()
+    for row, prompt in zip(rows, asked, strict=True):
+        assert row.input_ids[: row.learnt[-1][0]] == prompt

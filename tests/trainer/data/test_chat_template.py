@@ -1,0 +1,119 @@
+"""What is learnt is the answer that the engine will ask for, on the real templates of the families that TRL knows."""
+
+from importlib.resources import files
+from pathlib import Path
+
+import pytest
+
+from svc.chat_template import TemplateKwargs, choose_template_kwargs
+from svc.dataset.schema.example import parse_example
+from svc.errors import DataError
+from tests.trainer.conftest import make_tokenizer
+from trainer.data.chat_template import tokenize_examples
+
+NO_THINKING = {"enable_thinking": False}
+PLAIN = [
+    *("cohere", "cohere2", "gemma", "gemma3", "lfm2", "llama3", "llama3_1", "llama3_2", "phi3", "phi3_5"),
+    *("qwen2_5", "qwen3_instruct_2507"),
+]
+THINKING = [
+    *("glm4moe", "nemotron_3_nano", "nemotron_3_super", "qwen3", "qwen3_5_think", "qwen3_6", "qwen3_8"),
+    *("gemma4", "qwen3_5_nothink"),
+]
+REFUSED = {
+    "deepseek_r1_distill": "does not begin with its prompt",  # its prompt opens a thinking block, whatever it is told
+    "deepseekv3": "does not begin with its prompt",
+    "gptoss": "would learn",  # the name of a channel comes first, which only a parser takes out again
+    "smolvlm": "would learn",  # texts must be lists of parts: a plain one is dropped without a word
+}
+CONVERSATIONS = {
+    "one turn": [("user", "Which?"), ("assistant", '{"section": "net"}')],
+    "several turns": [("user", "a"), ("assistant", "b"), ("user", "c"), ("assistant", "d")],
+    "system": [("system", "Be brief."), ("user", "Which?"), ("assistant", "red")],
+    "Unicode": [("user", "¿Qué? 日本"), ("assistant", "ß 🙂 e\u0301")],
+}
+NO_SYSTEM = {"gemma"}
+
+
+def source(family: str) -> str:
+    return files("trl.chat_templates").joinpath(f"{family}.jinja").read_text("utf-8")
+
+
+def learnt(family: str, turns: list[tuple[str, str]], kwargs: TemplateKwargs) -> list[str]:
+    """The texts that are learnt of a conversation."""
+    tokenizer = make_tokenizer(source(family))
+    tokenizer.bos_token = "<bos>"
+    example = parse_example({"messages": [{"role": role, "content": text} for role, text in turns]})
+    assert isinstance(tokenizer.eos_token_id, int)
+    [row] = tokenize_examples(tokenizer, [example], {tokenizer.eos_token_id}, kwargs)
+    return [tokenizer.decode(row.input_ids[start:end]) for start, end in row.learnt]
+
+
+@pytest.mark.parametrize("conversation", CONVERSATIONS)
+@pytest.mark.parametrize("family", [*PLAIN, *THINKING])
+def test_the_answer_is_learnt_and_no_thinking_block(family: str, conversation: str) -> None:
+    if family in NO_SYSTEM and conversation == "system":
+        pytest.skip("the family has no system turn")
+    turns = CONVERSATIONS[conversation]
+    [text] = learnt(family, turns, NO_THINKING if family in THINKING else {})
+    assert text.strip().startswith(turns[-1][1])
+    assert "think" not in text
+
+
+@pytest.mark.parametrize("family", ["nemotron_3_nano", "qwen3", "qwen3_5_think"])
+def test_a_thinking_block_that_would_be_learnt_is_refused(family: str) -> None:
+    with pytest.raises(DataError, match="think") as caught:
+        learnt(family, CONVERSATIONS["one turn"], {})
+    assert "chat_template_kwargs" in caught.value.todo
+
+
+@pytest.mark.parametrize("family", REFUSED)
+def test_a_template_that_nothing_mends_is_refused_with_the_reason(family: str) -> None:
+    with pytest.raises(DataError, match=REFUSED[family]):
+        learnt(family, CONVERSATIONS["one turn"], {})
+
+
+def test_thoughts_in_the_examples_are_learnt_where_the_recipe_asks_for_thinking() -> None:
+    turns = [("user", "Which?"), ("assistant", "<think>\nI look.\n</think>\n\nnet")]
+    [text] = learnt("qwen3", turns, {"enable_thinking": True})
+    assert text.startswith("<think>\nI look.\n</think>\n\nnet")
+
+
+def test_no_token_reaches_over_the_place_where_the_model_goes_on() -> None:
+    """The engine's prompt ends there; a token of both sides would never be in it."""
+    tokenizer = make_tokenizer("{% for m in messages %}{{ m.content }}{% endfor %}")
+    tokenizer.add_tokens(["ab"])
+    example = parse_example({"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]})
+    assert isinstance(tokenizer.eos_token_id, int)
+    [row] = tokenize_examples(tokenizer, [example], {tokenizer.eos_token_id}, {})
+    assert row.input_ids[:2] == tokenizer.convert_tokens_to_ids(["a", "b"])
+    assert row.learnt == ((1, 3),)
+
+
+def base(folder: Path, family: str) -> Path:
+    folder.mkdir()
+    (folder / "chat_template.jinja").write_text(source(family), "utf-8")
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("family", "given", "chosen"),
+    [
+        ("llama3", None, {}),
+        ("qwen3", None, NO_THINKING),
+        ("llama3_2", None, {"date_string": "26 Jul 2024"}),
+        ("qwen3", {}, {}),
+        ("qwen3", {"enable_thinking": True}, {"enable_thinking": True}),
+        ("llama3", {"date_string": "1 Jan 2026"}, {"date_string": "1 Jan 2026"}),
+    ],
+)
+def test_without_a_word_of_the_recipe_thinking_is_off_and_the_date_is_fixed(
+    family: str, given: TemplateKwargs | None, chosen: TemplateKwargs, tmp_path: Path
+) -> None:
+    assert choose_template_kwargs(base(tmp_path / "base", family), given) == chosen
+
+
+def test_a_version_as_a_base_goes_on_with_what_it_was_given(tmp_path: Path) -> None:
+    folder = base(tmp_path / "base", "qwen3")
+    (folder / "chat_template_kwargs.json").write_text('{"enable_thinking": true}')
+    assert choose_template_kwargs(folder, None) == {"enable_thinking": True}
