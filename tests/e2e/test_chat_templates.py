@@ -1,5 +1,6 @@
 """Token parity: the ids that training sees are those that vLLM makes of a client's request, on real chat templates."""
 
+import json
 from importlib.resources import files
 from pathlib import Path
 
@@ -65,6 +66,14 @@ def model_with(family: str, folder: Path) -> Path:
     return model
 
 
+async def prompt_length(engine: EngineProcess, example: ChatExample) -> int:
+    """How many tokens a client's request has, by the engine that answers it."""
+    tools = {"tools": [json.loads(tool) for tool in example.tools], "tool_choice": "none"} if example.tools else {}
+    body = {"model": "tiny", "messages": [message.spoken() for message in example.prompt], "max_tokens": 1, **tools}
+    answer = await engine.http.post("/v1/chat/completions", json=body)
+    return int(answer.raise_for_status().json()["usage"]["prompt_tokens"])
+
+
 @pytest.mark.parametrize(
     ("family", "tools"),
     [
@@ -96,7 +105,9 @@ async def test_the_engine_asks_with_the_tokens_that_training_saw(family: str, to
     try:
         await engine.start()
         asked = [await engine.client.prompt_tokens(example.prompt, example.tools) for example in examples]
+        answered = [await prompt_length(engine, example) for example in examples]
     finally:
         await engine.stop()
     for row, prompt in zip(rows, asked, strict=True):
         assert row.input_ids[: row.learnt[-1][0]] == prompt
+    assert answered == [len(prompt) for prompt in asked]
