@@ -155,7 +155,8 @@ class _Planner:
         else:
             own = [self._gpu_share(ranks), parallel]
         flags = [self._left_to_vllm("enable-prefix-caching"), self._left_to_vllm("enable-chunked-prefill")]
-        return EnginePlan((*common, *own, *flags, *self._template_kwargs(), self._compile_cache()))
+        template = [self._content_format(), *self._template_kwargs()]
+        return EnginePlan((*common, *own, *flags, *template, self._compile_cache()))
 
     def _which_device(self) -> Choice:
         if self._settings.device is Device.AUTO:
@@ -296,6 +297,13 @@ class _Planner:
         if value is not None:
             return Choice(name, value, Origin.ARGS)
         return Choice(name, AUTO, Origin.VLLM, "on for every model that can")
+
+    def _content_format(self) -> Choice:
+        name = "chat_template_content_format"
+        if (value := given(self._args, "--chat-template-content-format")) is not None:
+            return Choice(name, value, Origin.ARGS)
+        # By itself vLLM gives texts as lists of parts to a template that can take them, which need not trim those.
+        return _argument(Choice(name, "string", Origin.DEFAULT, "as in training"))
 
     def _template_kwargs(self) -> list[Choice]:
         name = "default_chat_template_kwargs"

@@ -257,3 +257,9 @@ def test_arguments_go_before_what_the_folder_gives_the_template(tmp_path: Path) 
     given = spec(tmp_path, args=("--default-chat-template-kwargs", "{}"))
     assert command(given).count("--default-chat-template-kwargs") == 1
     assert given.plan["default_chat_template_kwargs"].origin is Origin.ARGS
+
+
+def test_the_template_gets_texts_as_in_training(tmp_path: Path) -> None:
+    assert option(command(spec(tmp_path)), "--chat-template-content-format") == "string"
+    given = command(spec(tmp_path, args=("--chat-template-content-format", "openai")))
+    assert option(given, "--chat-template-content-format") == "openai"
