@@ -156,7 +156,6 @@ def _train_trl(contestant: Contestant, task: Task, folder: Path) -> tuple[int, f
     model = AutoModelForCausalLM.from_pretrained(task.base, dtype=getattr(torch, task.number_type))
     steps, targets = count_steps(len(rows), recipe), target_modules(model, recipe.adapter.targets)
     grouping = {"train_sampling_strategy": "group_by_length"} if contestant is Contestant.GROUPED else {}
-
     trainer = SFTTrainer(
         model=model,
         args=SFTConfig(

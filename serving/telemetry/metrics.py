@@ -14,9 +14,9 @@ from serving.protocols.error_code import ErrorCode
 from serving.protocols.route import Route
 from serving.protocols.wire_formats import Usage
 from serving.telemetry.quantiles import VersionQuantiles
-from serving.telemetry.request_log import Dropped
 from svc.engine.state import EngineState
 from svc.store.feedback import Rating
+from svc.store.requests import Dropped
 from svc.store.swaps import SwapOutcome, SwapResult
 from svc.version import Target, VersionId
 

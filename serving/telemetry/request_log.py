@@ -14,14 +14,13 @@ from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
-from enum import StrEnum
 
 from sqlalchemy import Engine as Store
 
 from serving.telemetry.content import Content, answer_text, prompt_text
 from svc.redaction import Redactor
 from svc.settings import RequestLogSettings
-from svc.store.requests import RequestRecord, add_requests, prune_requests
+from svc.store.requests import Dropped, RequestRecord, add_requests, prune_requests
 
 log = logging.getLogger(__name__)
 
@@ -39,17 +38,6 @@ _ESCAPED = 6  # a character takes at most so many times its bytes in JSON that i
 _CLOSE_S = 20.0  # longer than the store waits for another writer
 
 
-class Dropped(StrEnum):
-    """Why a row is not kept, or not all of it."""
-
-    QUEUE_FULL = "queue_full"
-    STORE_FAILED = "store_failed"
-    CONTENT_LIMIT = "content_limit"
-    """The row is kept, its prompt and answer are not: they are too long, or too many wait."""
-    CONTENT_UNREADABLE = "content_unreadable"
-    """As above: they are not text, and so cannot be redacted."""
-
-
 @dataclass(frozen=True, slots=True)
 class _Entry:
     record: RequestRecord
@@ -57,7 +45,7 @@ class _Entry:
 
 
 class RequestLog:
-    """The server's pen for requests.
+    """Writes the rows.
 
     Args:
         on_stored: hears how many rows were written.

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from datetime import datetime
+from enum import StrEnum
 from typing import Any
 
 from sqlalchemy import ColumnElement, delete, func, insert, select
@@ -16,6 +17,17 @@ _ROW_BYTES = 170
 """What a row without content takes, with its share of the indexes; measured."""
 _KEPT_SHARE = 0.9  # of the size limit after a pruning, so that not each one has to sum up all rows
 _DELETED_TOGETHER = 2_000  # rows in one transaction: no other writer waits long for it
+
+
+class Dropped(StrEnum):
+    """Why a row is not kept, or not all of it."""
+
+    QUEUE_FULL = "queue_full"
+    STORE_FAILED = "store_failed"
+    CONTENT_LIMIT = "content_limit"
+    """The row is kept, its prompt and answer are not: they are too long, or too many wait."""
+    CONTENT_UNREADABLE = "content_unreadable"
+    """As above: they are not text, and so cannot be redacted."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -15,9 +15,9 @@ from sqlalchemy.orm import Session
 from serving.protocols.route import Route
 from serving.telemetry import request_log
 from serving.telemetry.content import Content
-from serving.telemetry.request_log import Dropped, RequestLog
+from serving.telemetry.request_log import RequestLog
 from svc.settings import RequestLogSettings
-from svc.store.requests import add_requests
+from svc.store.requests import Dropped, add_requests
 from svc.store.tables import RequestRow
 from tests.svc.store.test_requests import RECORD as OLD_RECORD
 
