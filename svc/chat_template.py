@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from svc.disk import write_whole
-from svc.errors import IntegrityError
+from svc.json_file import read_json_object
 
 TEMPLATE_KWARGS_FILE = "chat_template_kwargs.json"
 """In a served model's folder; none where the template is given nothing."""
@@ -61,16 +61,7 @@ def read_template_kwargs(folder: Path) -> dict[str, TemplateValue]:
     Raises:
         IntegrityError: the file is damaged.
     """
-    path = folder / TEMPLATE_KWARGS_FILE
-    if not path.is_file():
-        return {}
-    try:
-        content = json.loads(path.read_text("utf-8"))
-    except (OSError, ValueError) as error:
-        raise IntegrityError(f"cannot read {path}: {error}", expected="a JSON object") from error
-    if not isinstance(content, dict):
-        raise IntegrityError(f"{path} holds a {type(content).__name__}", expected="a JSON object")
-    return content
+    return read_json_object(folder / TEMPLATE_KWARGS_FILE, default={})
 
 
 def write_template_kwargs(folder: Path, kwargs: TemplateKwargs) -> None:

@@ -53,7 +53,11 @@ class ModelFacts:
 
 
 def read_model_facts(folder: Path) -> ModelFacts:
-    """Reads them; a config that is not there or damaged is the engine's to complain about."""
+    """Reads them; a config that is not there or damaged is the engine's to complain about.
+
+    Raises:
+        IntegrityError: see svc.chat_template.read_template_kwargs.
+    """
     weights = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
     try:
         config = json.loads((folder / "config.json").read_text("utf-8"))

@@ -111,9 +111,8 @@ def end_engine(folder: Path, known: psutil.Process | None = None) -> None:
         end_processes([engine])
     for _ in range(_END_ROUNDS):
         left = _group_of(engine.pid) if engine else _left_by(record) if record else []
-        left += (
-            [process for process in _holders(folder) if process not in left] if is_locked(folder / LOCK_FILE) else []
-        )
+        if is_locked(folder / LOCK_FILE):
+            left += [process for process in _holders(folder) if process not in left]
         if not left:
             break
         end_processes(left)

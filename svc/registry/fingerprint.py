@@ -14,6 +14,7 @@ from typing import Any
 
 from svc.chat_template import TemplateKwargs, read_chat_template, read_template_kwargs
 from svc.errors import IntegrityError
+from svc.json_file import read_json_object
 from svc.registry.files import hash_tensor, read_headers
 
 # Said by the library that wrote the file, not by the model.
@@ -46,9 +47,9 @@ def compatibility_fingerprint(folder: Path, template_kwargs: TemplateKwargs | No
     Raises:
         IntegrityError: a file that is missing or damaged.
     """
-    config = _read_json(folder / "config.json")
-    tokenizer = _read_json(folder / "tokenizer.json")
-    tokenizer_config = _read_json(folder / "tokenizer_config.json", default={})
+    config = read_json_object(folder / "config.json")
+    tokenizer = read_json_object(folder / "tokenizer.json")
+    tokenizer_config = read_json_object(folder / "tokenizer_config.json", default={})
     tensors = read_headers(folder)
     parts: dict[str, Any] = {
         "config": _stable(config),
@@ -59,7 +60,7 @@ def compatibility_fingerprint(folder: Path, template_kwargs: TemplateKwargs | No
         "tokenizer": {key: value for key, value in tokenizer.items() if key not in ("truncation", "padding")},
         "special_tokens": {key: _content(tokenizer_config.get(key)) for key in _SPECIAL_TOKENS},
         "chat_template": template.strip() if (template := read_chat_template(folder)) else None,
-        "generation": _stable(_read_json(folder / "generation_config.json", default={})),
+        "generation": _stable(read_json_object(folder / "generation_config.json", default={})),
     }
     kwargs = read_template_kwargs(folder) if template_kwargs is None else template_kwargs
     if kwargs:  # a version of an earlier release has none
@@ -107,15 +108,3 @@ def _stable(config: dict[str, Any]) -> dict[str, Any]:
 def _content(token: Any) -> Any:
     """A special token is written as a string or as an object around it."""
     return token.get("content") if isinstance(token, dict) else token
-
-
-def _read_json(path: Path, default: dict[str, Any] | None = None) -> dict[str, Any]:
-    if default is not None and not path.is_file():
-        return default
-    try:
-        content = json.loads(path.read_text("utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise IntegrityError(f"cannot read {path}: {error}", expected="a JSON file of a whole model folder") from error
-    if not isinstance(content, dict):
-        raise IntegrityError(f"{path} holds a {type(content).__name__}", expected="a JSON object")
-    return content

@@ -6,7 +6,6 @@ answer. A template for which that is not so is refused, since the model would le
 nothing of batches or losses.
 """
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -179,8 +178,7 @@ class _Template:
     def text(self, example: ChatExample, turns: int, *, add_generation_prompt: bool = False) -> str:
         """The first turns of an example, as the engine will write them."""
         text: Any = self.tokenizer.apply_chat_template(
-            [message.templated() for message in example.messages[:turns]],
-            tools=[json.loads(tool) for tool in example.tools] or None,
+            **example.templated(turns),
             tokenize=False,
             add_generation_prompt=add_generation_prompt,
             **self.kwargs,

@@ -4,7 +4,6 @@ The whole conversation is counted, also what a template writes after the last an
 leaves out.
 """
 
-import json
 from pathlib import Path
 
 from svc.chat_template import choose_template_kwargs
@@ -51,10 +50,7 @@ class TokenCounter:
 
         try:
             encoding = self._tokenizer.apply_chat_template(
-                [message.templated() for message in example.messages],
-                tools=[json.loads(tool) for tool in example.tools] or None,
-                return_dict=True,
-                **self._template_kwargs,
+                **example.templated(), return_dict=True, **self._template_kwargs
             )
         except TemplateError as error:
             raise RowError(

@@ -132,6 +132,15 @@ class ChatExample:
         turns = enumerate(self.messages)
         return tuple(place for place, turn in turns if turn.role is Role.ASSISTANT and turn.weight != 0)
 
+    def templated(self, turns: int | None = None) -> dict[str, Any]:
+        """The arguments `conversation` and `tools` of transformers' `apply_chat_template`.
+
+        Args:
+            turns: so many of the first turns; None: all.
+        """
+        tools = [json.loads(tool) for tool in self.tools]
+        return {"conversation": [message.templated() for message in self.messages[:turns]], "tools": tools or None}
+
     def as_dict(self) -> dict[str, Any]:
         """The JSONL form."""
         tools = {"tools": [json.loads(tool) for tool in self.tools]} if self.tools else {}

@@ -11,8 +11,8 @@ from svc.settings import Device
 
 _OVERHEAD_BYTES = 2 * GIB
 """What one engine takes beside weights, keys and values. On a CPU 1.8 GiB were measured with vLLM 0.32 and a model of a
-few megabytes: Python and torch in three processes, as where vLLM binds threads; in two
-it is 0.7 less. On a GPU, where it was not, room for the CUDA context and for what a long prompt needs."""
+few megabytes: Python and torch in three processes, as where vLLM binds threads; in two it is 0.7 less. On a GPU it was
+not measured: what the CUDA context and a long prompt need."""
 
 
 def shortage(spec: EngineSpec) -> str | None:
