@@ -84,11 +84,6 @@ def _median(lengths: "array[int]") -> int:
     return round(float(np.median(np.frombuffer(lengths, np.uint32)))) if lengths else 0
 
 
-def check_file(path: Path, heldout: Path | None = None) -> DataReport:
-    """Checks one file; see `check_files`."""
-    return check_files([path], [heldout] if heldout else [])[0]
-
-
 def check_files(
     paths: Sequence[Path],
     heldout: Sequence[Path] = (),

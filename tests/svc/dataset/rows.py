@@ -4,8 +4,10 @@ import copy
 import json
 import random
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
+from svc.dataset.checks.check import DataReport, check_files
 from svc.dataset.problem.problem import Code
 from svc.dataset.readers.chat_formats import Format
 
@@ -166,3 +168,8 @@ DEFECTS: list[tuple[str, Code, Damage]] = [
     *((f"token {token}", Code.SPECIAL_TOKEN, _text(token)) for token in TOKENS),
     *((f"mojibake {number}", Code.MOJIBAKE, _text(wrong)) for number, wrong in enumerate(MOJIBAKE)),
 ]
+
+
+def check_file(path: Path, heldout: Path | None = None) -> DataReport:
+    """Checks one file; see `check_files`."""
+    return check_files([path], [heldout] if heldout else [])[0]

@@ -5,10 +5,11 @@ from pathlib import Path
 
 import pytest
 
-from svc.dataset.checks.check import DataReport, check_file
+from svc.dataset.checks.check import DataReport
 from svc.dataset.problem.problem import Severity
 from svc.errors import DataError
 from tests.svc.chats import chat, write_lines
+from tests.svc.dataset.rows import check_file
 
 BROKEN = Path(__file__).parents[3] / "data" / "broken"
 KEY = [json.loads(line) for line in (BROKEN / "train_broken.defects.jsonl").read_text("utf-8").splitlines()]

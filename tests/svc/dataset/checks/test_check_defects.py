@@ -9,10 +9,24 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from svc.dataset.checks.check import check_file, check_files
+from svc.dataset.checks.check import check_files
 from svc.dataset.problem.problem import Code, Severity, severity_of
 from svc.dataset.readers.chat_formats import Format
-from tests.svc.dataset.rows import DEFECTS, ROLE, SYSTEM, TEXT, Damage, Row, encode, get, good_rows, put, row, text
+from tests.svc.dataset.rows import (
+    DEFECTS,
+    ROLE,
+    SYSTEM,
+    TEXT,
+    Damage,
+    Row,
+    check_file,
+    encode,
+    get,
+    good_rows,
+    put,
+    row,
+    text,
+)
 
 GOOD_ROWS = 24
 few = settings(max_examples=6, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])

@@ -12,8 +12,8 @@ LINES = 40_000
 _MEASURED = """
 import resource, sys
 from pathlib import Path
-from svc.dataset.checks.check import check_file
-report = check_file(Path(sys.argv[1]))
+from svc.dataset.checks.check import check_files
+[report] = check_files([Path(sys.argv[1])])
 print(report.lines, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
 """
 
