@@ -11,8 +11,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from svc.dataset.schema.tokenized_example import TokenizedExample
 from svc.engine.capabilities import NumberType
-from trainer.data.chat_template import TrainingExample
+from trainer.data.chat_template import training_row
 from trainer.recipe.sections import Recipe
 
 
@@ -71,7 +72,7 @@ def _up_to(tokens: int) -> int:
     return tokens * (tokens + 1) // 2
 
 
-def plan_batches(rows: Sequence[TrainingExample], recipe: Recipe) -> list[Batch]:
+def plan_batches(rows: Sequence[TokenizedExample], recipe: Recipe) -> list[Batch]:
     """The steps of our trainer's first epoch."""
     import torch
     from torch.nn.utils.rnn import pad_sequence
@@ -84,7 +85,7 @@ def plan_batches(rows: Sequence[TrainingExample], recipe: Recipe) -> list[Batch]
     order = list(LengthGroupedSampler([len(row.input_ids) for row in rows], size, recipe.train.seed))
     batches = []
     for start in range(0, len(order), size):
-        some = [rows[index].as_row() for index in order[start : start + size]]
+        some = [training_row(rows[index]) for index in order[start : start + size]]
         ids, labels = (
             pad_sequence([torch.tensor(row[key]) for row in some], batch_first=True, padding_value=padding)
             for key, padding in (("input_ids", 0), ("labels", IGNORED))

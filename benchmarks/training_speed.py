@@ -144,7 +144,7 @@ def _train_trl(contestant: Contestant, task: Task, folder: Path) -> tuple[int, f
     from transformers import AutoModelForCausalLM, set_seed
     from trl import SFTConfig, SFTTrainer
 
-    from trainer.data.chat_template import load_tokenizer, stop_tokens, tokenize_examples
+    from trainer.data.chat_template import load_tokenizer, stop_tokens, tokenize_examples, training_row
     from trainer.data.length_grouped_sampler import LengthGroupedSampler
     from trainer.model.peft_config import adapter_config
     from trainer.model.target_modules import target_modules
@@ -175,7 +175,7 @@ def _train_trl(contestant: Contestant, task: Task, folder: Path) -> tuple[int, f
             report_to="none",
             **grouping,
         ),
-        train_dataset=Dataset.from_list([row.as_row() for row in rows]),
+        train_dataset=Dataset.from_list([training_row(row) for row in rows]),
         processing_class=tokenizer,
         peft_config=adapter_config(recipe, targets, steps),
     )

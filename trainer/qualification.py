@@ -11,14 +11,15 @@ from pathlib import Path
 from pydantic import BaseModel, ConfigDict
 
 from svc.dataset.schema.example import ChatExample
+from svc.dataset.schema.tokenized_example import TokenizedExample
 from svc.engine.engine import Engine
-from svc.engine.probes import EngineFacts, Probe, Scored, check_probes, choose_sequences, make_probes, measure_probes
+from svc.engine.probes import EngineFacts, Probe, check_probes, choose_sequences, make_probes, measure_probes
 from svc.engine.vllm.client import EngineClient
 from svc.engine.vllm.startup_phase import EnginePhase
 from svc.errors import TrainingError
-from svc.evaluation.evaluator import Evaluation, EvaluationReport, TokenizedExample, evaluate, tokenize
+from svc.evaluation.evaluator import Evaluation, EvaluationReport, evaluate
 from svc.evaluation.metrics import paired_difference
-from svc.evaluation.results import ExampleResult
+from svc.evaluation.results import ExampleResult, token_weights
 from svc.evaluation.throughput import tokens_per_second
 from svc.terminal import advancing, console, counting, waiting
 from trainer.recipe.sections import Evaluate, Recipe
@@ -56,18 +57,25 @@ class Qualifier:
         launch: makes a new, unstarted engine for a model folder.
         facts: the kind of engine that it makes for a model folder.
         heldout: examples to judge by.
+        tokenized: the same examples, as they are trained on.
 
     Attributes:
         judged: those that are asked.
     """
 
     def __init__(
-        self, launch: Launch, facts: Callable[[Path], EngineFacts], recipe: Recipe, heldout: Sequence[ChatExample]
+        self,
+        launch: Launch,
+        facts: Callable[[Path], EngineFacts],
+        recipe: Recipe,
+        heldout: Sequence[ChatExample],
+        tokenized: Sequence[TokenizedExample],
     ) -> None:
         self._launch = launch
         self._facts = facts
         self._recipe = recipe
         self.judged = heldout[: recipe.evaluate.limit]
+        self._tokenized = tokenized[: recipe.evaluate.limit]
 
     async def base_and_merged(
         self, base: Path, merged: Path, *, same_fingerprint: bool
@@ -100,9 +108,9 @@ class Qualifier:
         await client.reset_prefix_cache()
         judged = await self._judge(client, text)
         with waiting(f"probes and speed of {text}"):
-            tokenized = [await tokenize(client, example) for example in self.judged[:: self._stride()]]
-            speed = await tokens_per_second(client, [example.prompt for example in tokenized])
-            sequences = _sequences(tokenized, options.probes)
+            picked = self._tokenized[:: self._stride()]
+            speed = await tokens_per_second(client, [example.prompt for example in picked])
+            sequences = choose_sequences([(example.prompt, example.answer) for example in picked], options.probes)
             measured = await measure_probes(client, sequences, repeats=options.repeats)
             probes = make_probes(sequences, measured, self._facts(folder))
         if options.restart:
@@ -127,7 +135,9 @@ class Qualifier:
     async def _judge(self, client: EngineClient, text: str, *, trained: bool = True) -> Evaluation:
         longest = self._recipe.evaluate.max_tokens
         with counting(f"evaluating {text}", len(self.judged)) as advance:
-            return await evaluate(client, self.judged, max_tokens=longest, trained=trained, on_done=advance)
+            return await evaluate(
+                client, self.judged, self._tokenized, max_tokens=longest, trained=trained, on_done=advance
+            )
 
     async def _start(self, folder: Path) -> Engine:
         engine = self._launch(folder)
@@ -137,10 +147,6 @@ class Qualifier:
 
     def _stride(self) -> int:
         return max(1, len(self.judged) // self._recipe.qualify.probes)
-
-
-def _sequences(tokenized: Sequence[TokenizedExample], count: int) -> list[Scored]:
-    return choose_sequences([(example.prompt, example.answer) for example in tokenized], count)
 
 
 def check_gptq(merged: Qualified, gptq: Qualified, limits: Evaluate) -> None:
@@ -165,7 +171,8 @@ def check_gptq(merged: Qualified, gptq: Qualified, limits: Evaluate) -> None:
         )
     if len(merged.results) < _FEWEST_DIFFERENCES:
         return
-    nll = paired_difference([one.nll for one in merged.results], [one.nll for one in gptq.results])
+    weights = token_weights(merged.results)
+    nll = paired_difference([one.nll for one in merged.results], [one.nll for one in gptq.results], weights)
     most = max(limits.max_gptq_nll * before.nll.value, _NATS)
     if nll.low > most:
         raise TrainingError(

@@ -22,11 +22,12 @@ from serving.engines.pool import EnginePool
 from serving.engines.replica import LoadedWeights
 from serving.telemetry.metrics import GatewayMetrics
 from svc.dataset.schema.example import ChatExample
+from svc.dataset.schema.tokenized_example import TokenizedExample
 from svc.engine.probes import EngineFacts
 from svc.engine.state import EngineState
 from svc.engine.vllm.client import EngineClient
 from svc.errors import EngineError, NotFoundError, SvcError
-from svc.evaluation.evaluator import ask_example
+from svc.evaluation.evaluator import ask_example, tokenize_bare
 from svc.evaluation.results import ExampleResult
 from svc.registry.registry import Registry
 from svc.store.holdouts import HoldoutCause, HoldoutOutcome, HoldoutRun, add_holdout_run, newest_holdout_run
@@ -60,11 +61,12 @@ class _Set:
     """What is asked of a version.
 
     Attributes:
-        examples: that it has registered answers to, by their place in the file.
+        examples: that it has registered answers to, by their place in the file; each with its token ids, which a
+            version of an older release has not.
         max_tokens: longest answer.
     """
 
-    examples: dict[int, ChatExample]
+    examples: dict[int, tuple[ChatExample, TokenizedExample | None]]
     max_tokens: int
 
 
@@ -219,15 +221,17 @@ class HoldoutRuns:
     def _find_set(self, target: Target) -> _Set:
         registered = len(self._registry.results(target.version, target.format))
         examples = self._registry.heldout(target.version)
+        tokenized = self._registry.heldout_tokens(target.version) or [None] * len(examples)
         max_tokens = self._registry.manifest(target.version).max_answer_tokens
-        return _Set({place: examples[place] for place in _evenly(registered, MOST_EXAMPLES)}, max_tokens)
+        places = _evenly(registered, MOST_EXAMPLES)
+        return _Set({place: (examples[place], tokenized[place]) for place in places}, max_tokens)
 
     async def _ask_each(self, weights: LoadedWeights, asked: _Set) -> dict[int, ExampleResult]:
         results: dict[int, ExampleResult] = {}
         self._progress = _Progress(0, len(asked.examples))
         try:
-            for place, example in asked.examples.items():
-                results[place] = await self._scheduler.ask(weights, _request(example, asked.max_tokens))
+            for place, (example, tokenized) in asked.examples.items():
+                results[place] = await self._scheduler.ask(weights, _request(example, tokenized, asked.max_tokens))
                 self._progress.asked += 1
         finally:
             self._progress = None
@@ -240,5 +244,11 @@ def _evenly(total: int, most: int) -> list[int]:
     return [(2 * at + 1) * total // (2 * count) for at in range(count)]
 
 
-def _request(example: ChatExample, max_tokens: int) -> Callable[[EngineClient], Awaitable[ExampleResult]]:
-    return lambda client: ask_example(client, example, max_tokens=max_tokens)
+def _request(
+    example: ChatExample, tokenized: TokenizedExample | None, max_tokens: int
+) -> Callable[[EngineClient], Awaitable[ExampleResult]]:
+    async def ask(client: EngineClient) -> ExampleResult:
+        scored = tokenized or await tokenize_bare(client, example)
+        return await ask_example(client, example, scored, max_tokens=max_tokens)
+
+    return ask

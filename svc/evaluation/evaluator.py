@@ -1,7 +1,8 @@
 """The one evaluator: the trainer, the gates and the monitoring all judge by it, through the endpoint that serves.
 
-Greedy answers are compared with references; the reference's own log-probability shows what exact match is too coarse
-for. Knows nothing of who asks and of what is done with the report.
+Greedy answers are compared with references. The reference's own log-likelihood shows what exact match is too coarse
+for: it is that of the tokens that training learns, with the one that ends the answer, and so the loss of training.
+Knows nothing of who asks and of what is done with the report.
 """
 
 import asyncio
@@ -14,10 +15,11 @@ from dataclasses import dataclass
 from pydantic import BaseModel, ConfigDict
 
 from svc.dataset.schema.example import ChatExample
-from svc.engine.vllm.client import ENDED, Answer, EngineClient
+from svc.dataset.schema.tokenized_example import TokenizedExample
+from svc.engine.vllm.client import Answer, EngineClient
 from svc.errors import EngineError
 from svc.evaluation.metrics import Estimate, is_json, matches, mean, proportion
-from svc.evaluation.results import ExampleResult
+from svc.evaluation.results import ExampleResult, token_weights
 
 CONCURRENCY = 16
 """So many requests are under way together."""
@@ -30,7 +32,8 @@ class EvaluationReport(BaseModel):
         examples: how many were asked.
         exact_match: share of answers equal to the reference.
         valid_json: share of answers that are JSON; None when the references are not.
-        nll: negative log-likelihood of the reference answer, nats a token, mean over examples.
+        nll: negative log-likelihood of the reference answers, nats a token, mean over all their tokens; in a report of
+            an older release the mean over examples, without the tokens that end an answer.
         hits: exact match of each example, for paired comparison.
         seconds: time for all answers and scores; 0 where they were known.
     """
@@ -46,14 +49,6 @@ class EvaluationReport(BaseModel):
 
 
 @dataclass(frozen=True, slots=True)
-class TokenizedExample:
-    """Token ids of a prompt, up to where the answer begins, and of the reference answer."""
-
-    prompt: tuple[int, ...]
-    answer: tuple[int, ...]
-
-
-@dataclass(frozen=True, slots=True)
 class Evaluation:
     """The figures, and what they were made of: one result for each example, in their order."""
 
@@ -64,6 +59,7 @@ class Evaluation:
 async def evaluate(
     client: EngineClient,
     examples: Sequence[ChatExample],
+    tokenized: Sequence[TokenizedExample],
     *,
     max_tokens: int,
     trained: bool = True,
@@ -72,6 +68,7 @@ async def evaluate(
     """Asks all examples and scores the answers.
 
     Args:
+        tokenized: the same examples, in their order, as they are trained on.
         max_tokens: longest answer, tokens.
         trained: on such examples, so that many answers will be the reference; decides the time and nothing else.
         on_done: called after each example.
@@ -81,62 +78,81 @@ async def evaluate(
     """
     places = asyncio.Semaphore(CONCURRENCY)
 
-    async def ask(example: ChatExample) -> ExampleResult:
+    async def ask(example: ChatExample, tokens: TokenizedExample) -> ExampleResult:
         async with places:
-            result = await ask_example(client, example, max_tokens=max_tokens, trained=trained)
+            result = await ask_example(client, example, tokens, max_tokens=max_tokens, trained=trained)
             on_done()
             return result
 
     started = time.monotonic()
-    results = tuple(await asyncio.gather(*(ask(example) for example in examples)))
+    pairs = zip(examples, tokenized, strict=True)
+    results = tuple(await asyncio.gather(*(ask(example, tokens) for example, tokens in pairs)))
     return judge(examples, results, time.monotonic() - started)
 
 
 async def ask_example(
-    client: EngineClient, example: ChatExample, *, max_tokens: int, trained: bool = True
+    client: EngineClient, example: ChatExample, tokenized: TokenizedExample, *, max_tokens: int, trained: bool = True
 ) -> ExampleResult:
     """Asks one example and scores the answer.
 
     Args:
+        tokenized: the same example.
         max_tokens: longest answer, tokens.
         trained: as for `evaluate`.
 
     Raises:
         EngineError: the engine failed a request.
     """
-    tokenized = await tokenize(client, example)
     # Scoring reads the whole prompt, past the prefix cache, and takes twice the time of an answer. It fills the cache.
-    reference = None if trained else await mean_logprob(client, tokenized.prompt, tokenized.answer)
+    reference = None if trained else await score(client, tokenized)
     answer = await client.chat(example.prompt, max_tokens=max_tokens, tools=example.tools)
-    if reference is None and answer.logprob is not None and _is_reference(answer, example.answer, tokenized):
-        reference = _finite(answer.logprob)
+    if reference is None and _is_reference(answer, tokenized):
+        reference = _finite(statistics.fmean(answer.logprobs))
     if reference is None:
-        reference = await mean_logprob(client, tokenized.prompt, tokenized.answer)
+        reference = await score(client, tokenized)
     return ExampleResult(
         answer=answer.text,
         tokens=answer.tokens,
         finish_reason=answer.finish_reason,
         logprob=None if answer.logprob is None else _finite(answer.logprob),
         nll=-reference,
+        scored=tokenized.scored,
         hit=matches(answer.text, example.answer),
     )
 
 
-def _is_reference(answer: Answer, reference: str, tokenized: TokenizedExample) -> bool:
+def _is_reference(answer: Answer, tokenized: TokenizedExample) -> bool:
     """Whether the model gave the reference token by token, so that the answer's log-probability is the reference's."""
-    whole = answer.finish_reason == ENDED and answer.tokens == len(tokenized.answer) + 1
-    return whole and answer.text == reference
+    ((_, end),) = tokenized.learnt[-1:]
+    whole = len(tokenized.learnt) == 1 and end == len(tokenized.input_ids)
+    return whole and answer.token_ids == tokenized.answer and len(answer.logprobs) == len(answer.token_ids)
 
 
-async def tokenize(client: EngineClient, example: ChatExample) -> TokenizedExample:
-    """Token ids of an example, by the engine's tokenizer and chat template."""
+async def score(client: EngineClient, tokenized: TokenizedExample) -> float:
+    """Mean natural-log probability of all tokens that are learnt, each given all before it.
+
+    Raises:
+        EngineError: the engine refused, or gave no finite number.
+    """
+    first = tokenized.learnt[0][0]
+    logprobs = await client.logprobs(tokenized.input_ids, first)
+    learnt = [logprob for start, end in tokenized.learnt for logprob in logprobs[start - first : end - first]]
+    return _finite(statistics.fmean(learnt))
+
+
+async def tokenize_bare(client: EngineClient, example: ChatExample) -> TokenizedExample:
+    """An example as versions of older releases were judged by it: the bare answer after its prompt, without an end.
+
+    Raises:
+        EngineError: the engine failed a request.
+    """
     prompt = await client.prompt_tokens(example.prompt, example.tools)
-    answer = await client.tokens(example.answer)
-    return TokenizedExample(tuple(prompt), tuple(answer))
+    ids = (*prompt, *await client.tokens(example.answer))
+    return TokenizedExample(ids, ((len(prompt), len(ids)),))
 
 
 async def mean_logprob(client: EngineClient, prompt: Sequence[int], answer: Sequence[int]) -> float:
-    """Mean natural-log probability of an answer's tokens, given a prompt.
+    """Mean natural-log probability of a text's tokens, given a prompt.
 
     Args:
         prompt, answer: token ids, one at least of each.
@@ -170,7 +186,7 @@ def judge(examples: Sequence[ChatExample], results: Sequence[ExampleResult], sec
         examples=len(results),
         exact_match=proportion(sum(hits), len(hits)),
         valid_json=valid,
-        nll=mean([result.nll for result in results]),
+        nll=mean([result.nll for result in results], token_weights(results)),
         hits=hits,
         seconds=seconds,
     )

@@ -1,8 +1,8 @@
 """Figures with intervals; no figure is given without its uncertainty."""
 
 import json
+import math
 import random
-import statistics
 from collections.abc import Sequence
 
 from pydantic import BaseModel, ConfigDict
@@ -37,26 +37,40 @@ def proportion(hits: int, total: int) -> Estimate:
     return Estimate(value=hits / total, low=float(interval.low), high=float(interval.high))
 
 
-def mean(values: Sequence[float]) -> Estimate:
+def mean(values: Sequence[float], weights: Sequence[float] | None = None) -> Estimate:
     """Mean with a percentile bootstrap interval (seeded: equal values, equal interval).
 
     SciPy's bootstrap draws from another generator: it moves the printed interval in its last digit, and with it the
     figures of versions that are registered.
+
+    Args:
+        weights: of the values, not all 0; what is drawn anew is a value with its weight. None: all count the same.
 
     Raises:
         ValueError: no values.
     """
     if not values:
         raise ValueError("no values")
+    pairs = list(zip(values, weights or [1.0] * len(values), strict=True))
     generator = random.Random(0)  # noqa: S311 - a resampling, no secret
-    means = sorted(statistics.fmean(generator.choices(values, k=len(values))) for _ in range(_RESAMPLES))
+    means = sorted(_weighted_mean(generator.choices(pairs, k=len(pairs))) for _ in range(_RESAMPLES))
     edge = round(_RESAMPLES * 0.025)
-    return Estimate(value=statistics.fmean(values), low=means[edge], high=means[-edge - 1])
+    return Estimate(value=_weighted_mean(pairs), low=means[edge], high=means[-edge - 1])
 
 
-def paired_difference(first: Sequence[float], second: Sequence[float]) -> Estimate:
-    """Mean of second minus first, example by example, with its interval: what both find hard cancels out."""
-    return mean([after - before for before, after in zip(first, second, strict=True)])
+def _weighted_mean(pairs: Sequence[tuple[float, float]]) -> float:
+    return math.fsum(value * weight for value, weight in pairs) / math.fsum(weight for _, weight in pairs)
+
+
+def paired_difference(
+    first: Sequence[float], second: Sequence[float], weights: Sequence[float] | None = None
+) -> Estimate:
+    """Mean of second minus first, example by example, with its interval: what both find hard cancels out.
+
+    Args:
+        weights: of the examples; None: all count the same.
+    """
+    return mean([after - before for before, after in zip(first, second, strict=True)], weights)
 
 
 def matches(answer: str, reference: str) -> bool:

@@ -21,6 +21,8 @@ class ExampleResult(BaseModel):
         finish_reason: the engine's.
         logprob: mean natural-log probability of the answer's tokens; None for an empty answer.
         nll: negative log-likelihood of the reference answer, nats a token.
+        scored: tokens that `nll` is the mean of; None in a file of an older release, which left out the token that ends
+            an answer.
         hit: the answer is the reference, but for white space around.
     """
 
@@ -31,7 +33,14 @@ class ExampleResult(BaseModel):
     finish_reason: str
     logprob: float | None
     nll: float
+    scored: int | None = Field(None, ge=1)
     hit: bool
+
+
+def token_weights(results: Sequence[ExampleResult]) -> list[float] | None:
+    """How many tokens are behind each log-likelihood; None where an older release does not say: all count the same."""
+    scored = [result.scored for result in results]
+    return [float(one) for one in scored if one is not None] if all(scored) else None
 
 
 def write_results(path: Path, results: Sequence[ExampleResult]) -> None:

@@ -14,6 +14,7 @@ from pathlib import Path
 
 from svc.dataset.readers.reader import read_examples
 from svc.dataset.schema.example import ChatExample
+from svc.dataset.schema.tokenized_example import TokenizedExample, read_tokenized
 from svc.disk import sync_folder
 from svc.errors import NotFoundError
 from svc.evaluation.results import ExampleResult, read_results
@@ -26,6 +27,8 @@ from svc.version import NAME_PATTERN, NUMBER_PATTERN, Alias, Format, VersionId
 HELDOUT_FILE = "heldout.jsonl"
 REFERENCE_FOLDER = "reference"
 """What the registration leaves for later comparisons: `results_file` of each format, and what monitoring fits."""
+HELDOUT_TOKENS_FILE = "heldout_tokens.jsonl"
+"""In `REFERENCE_FOLDER`: the examples of `HELDOUT_FILE` as token ids, in their order."""
 
 
 def results_file(format: Format) -> str:
@@ -172,6 +175,18 @@ class Registry:
             IntegrityError: the file is missing or was changed.
         """
         return read_results(self.reference(version, results_file(format)))
+
+    def heldout_tokens(self, version: VersionId) -> tuple[TokenizedExample, ...] | None:
+        """The examples of `heldout` as the trainer tokenized them; None of a version of an older release.
+
+        Raises:
+            NotFoundError: no such version.
+            IntegrityError: the file is missing or was changed.
+        """
+        path = f"{REFERENCE_FOLDER}/{HELDOUT_TOKENS_FILE}"
+        if not any(record.path == path for record in self.manifest(version).reference):
+            return None
+        return read_tokenized(self.reference(version, HELDOUT_TOKENS_FILE))
 
     def publish(
         self, name: str, run_id: str, content: dict[str, Path], manifest: Callable[[VersionId, Path], Manifest]

@@ -19,8 +19,9 @@ from tests.serving.versions import FACTS, OTHER_FACTS
 NOW = datetime(2026, 11, 2, tzinfo=UTC)
 
 
-def figures(nll: Sequence[float], hits: Sequence[bool]) -> Figures:
-    return dict(enumerate(zip(nll, hits, strict=True)))
+def figures(nll: Sequence[float], hits: Sequence[bool], weight: Sequence[float] = ()) -> dict[int, Figures]:
+    columns = zip(nll, hits, weight or [1.0] * len(nll), strict=True)
+    return {place: Figures(*column) for place, column in enumerate(columns)}
 
 
 def run(nll: Sequence[float], hits: Sequence[bool], engine: EngineFacts = FACTS) -> HoldoutRun:
@@ -51,6 +52,11 @@ def test_the_same_figures_are_as_registered() -> None:
     assert report.quality is Quality.AS_REGISTERED
     assert [report.nll, report.registered_nll] == pytest.approx([0.3, 0.3])
     assert (report.nll_p, report.exact_match_p) == (1.0, 1.0)
+
+
+def test_an_example_counts_by_its_tokens_as_at_registration() -> None:
+    report = judge(figures([0.2, 0.4], [True, False], weight=[3, 1]), run([0.2, 0.8], [True, False]))
+    assert [report.nll, report.registered_nll] == pytest.approx([0.35, 0.25])
 
 
 def test_rounding_of_another_engine_is_no_change() -> None:

@@ -19,6 +19,8 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
+from svc.dataset.schema.example import ChatExample
+from svc.dataset.schema.tokenized_example import TokenizedExample
 from tests.serving.socket_server import SocketServer, running
 from tests.serving.vllm_wire import Counts, Wire, wire_of
 
@@ -206,6 +208,8 @@ class EngineDouble:
         for choice in answer.get("choices", ()):
             if body.get("logprobs") and "message" in choice:
                 choice["logprobs"] = {"content": self._logprobs(words, _prompt_length(body))}
+            if body.get("return_token_ids"):
+                choice["token_ids"] = [_token_id(word.strip()) for word in self._ended(words)]
             if self.message and "message" in choice:
                 choice["message"] |= self.message
             if body.get("prompt_logprobs") is not None:
@@ -262,11 +266,13 @@ class EngineDouble:
 
     def _logprobs(self, words: list[str], start: int) -> list[dict[str, Any]]:
         """Of the tokens of an answer: the same as those of its text, when that is scored as a prompt."""
-        ended = [END_TOKEN] if self.finish_reason == "stop" else []
         return [
             {"token": word, "logprob": logprob_of(self.weights, _token_id(word.strip()), at) + self.probe_noise}
-            for at, word in enumerate([*words, *ended], start=start)
+            for at, word in enumerate(self._ended(words), start=start)
         ]
+
+    def _ended(self, words: list[str]) -> list[str]:
+        return [*words, END_TOKEN] if self.finish_reason == "stop" else words
 
     def _prompt_logprobs(self, prompt: list[int]) -> list[dict[str, Any] | None]:
         first: list[dict[str, Any] | None] = [None]
@@ -293,6 +299,13 @@ async def running_engine(double: EngineDouble, socket: Path) -> AsyncIterator[So
 
         double.die = die
         yield server
+
+
+def tokenized(example: ChatExample) -> TokenizedExample:
+    """An example as training would see it, had it the double's tokens."""
+    prompt = [_token_id(word) for message in example.prompt for word in message.content.split()]
+    ids = (*prompt, *(_token_id(word) for word in [*example.answer.split(), END_TOKEN]))
+    return TokenizedExample(ids, ((len(prompt), len(ids)),))
 
 
 def _token_id(word: str) -> int:

@@ -8,6 +8,7 @@ import numpy as np
 from safetensors.numpy import save_file
 
 from svc.dataset.readers.reader import write_examples
+from svc.dataset.schema.tokenized_example import write_tokenized
 from svc.engine.probes import EngineFacts, Probe
 from svc.evaluation.evaluator import EvaluationReport
 from svc.evaluation.metrics import Estimate
@@ -15,11 +16,11 @@ from svc.evaluation.results import ExampleResult, write_results
 from svc.registry.files import record_file, record_files
 from svc.registry.fingerprint import compatibility_fingerprint
 from svc.registry.manifest import BaseRecord, DataRecord, FormatRecord, Manifest, write_manifest
-from svc.registry.registry import HELDOUT_FILE, REFERENCE_FOLDER, Registry, results_file
+from svc.registry.registry import HELDOUT_FILE, HELDOUT_TOKENS_FILE, REFERENCE_FOLDER, Registry, results_file
 from svc.registry.tracking import Tracking
 from svc.settings import Device
 from svc.version import Alias, Format, Target, VersionId
-from tests.serving.engine_double import logprob_of
+from tests.serving.engine_double import logprob_of, tokenized
 from tests.svc.chats import chat
 
 NAME = "tuned"
@@ -78,6 +79,7 @@ def make_version(
     fingerprint: bool = True,
     probes: bool = True,
     answered: int = 0,
+    tokens: bool = False,
     name: str = NAME,
 ) -> VersionId:
     """Puts a version into the registry.
@@ -90,12 +92,15 @@ def make_version(
         fingerprint: whether the manifest has it.
         probes: whether it has any.
         answered: so many of its three held-out examples have registered answers; without any, it keeps none.
+        tokens: whether it keeps the held-out examples' token ids, which one of an older release does not.
     """
     version = VersionId(name, number)
     folder = registry.folder(version)
     folder.mkdir(parents=True)
     write_examples(folder / HELDOUT_FILE, HELDOUT)
     (folder / REFERENCE_FOLDER).mkdir()
+    if tokens:
+        write_tokenized(folder / REFERENCE_FOLDER / HELDOUT_TOKENS_FILE, map(tokenized, HELDOUT))
     records = {}
     for format in formats:
         if answered:

@@ -13,7 +13,7 @@ from svc.errors import EngineError, ProbeError, TrainingError
 from svc.evaluation.evaluator import judge
 from svc.evaluation.results import ExampleResult
 from svc.settings import Device
-from tests.serving.engine_double import EngineDouble, logprob_of
+from tests.serving.engine_double import EngineDouble, logprob_of, tokenized
 from tests.trainer.conftest import make_example, make_recipe
 from tests.trainer.engines import Engines
 from trainer.qualification import Qualified, Qualifier, check_gptq
@@ -31,7 +31,7 @@ def answered_by(weights: str) -> str:
 def qualifier(engines: Engines, heldout: list[ChatExample] | None = None, **sections: Any) -> Qualifier:
     examples = heldout or [make_example(f"q {number}", answered_by("merged")) for number in range(4)]
     recipe = make_recipe(**({"qualify": {"repeats": 1}} | sections))
-    return Qualifier(engines, lambda folder: FACTS, recipe, examples)
+    return Qualifier(engines, lambda folder: FACTS, recipe, examples, [tokenized(example) for example in examples])
 
 
 async def test_the_merged_model_is_loaded_in_place_of_its_base_and_then_by_a_fresh_engine() -> None:

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from svc.chat_template import TemplateKwargs
 from svc.dataset.schema.example import ChatExample, Message
+from svc.dataset.schema.tokenized_example import TokenizedExample
 from svc.errors import BaseModelError, DataError
 from svc.terminal import counting
 
@@ -23,23 +24,13 @@ IGNORED = -100  # PyTorch's label for positions that are not scored
 _SHOWN = 60
 
 
-@dataclass(frozen=True, slots=True)
-class TrainingExample:
-    """Token ids of a conversation, up to and with the token that ends its last answer.
-
-    Attributes:
-        learnt: start and end of each answer that is learnt, with the token that ends it; the end is exclusive.
-    """
-
-    input_ids: list[int]
-    learnt: tuple[tuple[int, int], ...]
-
-    def as_row(self) -> dict[str, list[int]]:
-        """The trainer's form: labels are the ids in the answers that are learnt, and -100 elsewhere."""
-        labels = [IGNORED] * len(self.input_ids)
-        for start, end in self.learnt:
-            labels[start:end] = self.input_ids[start:end]
-        return {"input_ids": self.input_ids, "labels": labels}
+def training_row(example: TokenizedExample) -> dict[str, list[int]]:
+    """The trainer's form: labels are the ids in the answers that are learnt, and -100 elsewhere."""
+    ids = list(example.input_ids)
+    labels = [IGNORED] * len(ids)
+    for start, end in example.learnt:
+        labels[start:end] = ids[start:end]
+    return {"input_ids": ids, "labels": labels}
 
 
 def load_tokenizer(folder: Path) -> "PreTrainedTokenizerBase":
@@ -74,7 +65,7 @@ def tokenize_examples(
     examples: Sequence[ChatExample],
     stops: set[int],
     template_kwargs: TemplateKwargs,
-) -> list[TrainingExample]:
+) -> list[TokenizedExample]:
     """Applies the chat template to every example.
 
     Args:
@@ -94,7 +85,15 @@ def tokenize_examples(
     return rows
 
 
-def _tokenize(template: "_Template", example: ChatExample, stops: set[int], number: int) -> TrainingExample:
+def tokenize_as_trained(
+    folder: Path, examples: Sequence[ChatExample], template_kwargs: TemplateKwargs
+) -> list[TokenizedExample]:
+    """Examples as training sees them that starts from a model folder; see `load_tokenizer` and `tokenize_examples`."""
+    tokenizer = load_tokenizer(folder)
+    return tokenize_examples(tokenizer, examples, stop_tokens(folder, tokenizer), template_kwargs)
+
+
+def _tokenize(template: "_Template", example: ChatExample, stops: set[int], number: int) -> TokenizedExample:
     """Templates may put text after the end token, or leave it out: here an answer ends with one in any case."""
     from jinja2 import TemplateError
 
@@ -120,7 +119,7 @@ def _tokenize(template: "_Template", example: ChatExample, stops: set[int], numb
         spans.append((answer.start, answer.end))
     if example.learnt[-1] == len(example.messages) - 1:
         spans.append((last.start, last.end))
-    return TrainingExample(last.ids[: last.end], tuple(spans))
+    return TokenizedExample(tuple(last.ids[: last.end]), tuple(spans))
 
 
 @dataclass(frozen=True, slots=True)

@@ -22,10 +22,11 @@ from typing import Any, get_args
 from svc.chat_template import choose_template_kwargs
 from svc.child_process import in_child_process
 from svc.dataset.schema.example import ChatExample
+from svc.dataset.schema.tokenized_example import TokenizedExample
 from svc.engine.capabilities import NumberType
 from svc.errors import RecipeError, TrainingError
 from svc.terminal import counting, waiting
-from trainer.data.chat_template import TrainingExample, load_tokenizer, stop_tokens, tokenize_examples
+from trainer.data.chat_template import load_tokenizer, stop_tokens, tokenize_examples
 from trainer.export.gate_up import join_fused_layers
 from trainer.library_output import library_output_to_log
 from trainer.model.attention import attention_implementation
@@ -206,7 +207,7 @@ def strip_passing_values(folder: Path) -> None:
 
 def _run_gptqmodel(
     model: Path,
-    calibration: list[TrainingExample],
+    calibration: list[TokenizedExample],
     quantize: Quantize,
     out: Path,
     offload: str,
@@ -244,7 +245,7 @@ def _run_gptqmodel(
                 advance()
 
         quantized.layer_callback = layer_complete
-        ids = [{"input_ids": row.input_ids, "attention_mask": [1] * len(row.input_ids)} for row in calibration]
+        ids = [{"input_ids": list(row.input_ids), "attention_mask": [1] * len(row.input_ids)} for row in calibration]
         # gptqmodel leaves a folder of logs where it is called.
         with library_output_to_log(), chdir(offload), coarse_scale_search():
             log = quantized.quantize(ids, batch_size=_BATCH, calibration_data_min_length=1)

@@ -9,13 +9,14 @@ import logging
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict
 
 from svc.chat_template import TemplateValue, choose_template_kwargs, write_template_kwargs
 from svc.dataset.readers.reader import write_examples
+from svc.dataset.schema.tokenized_example import TokenizedExample, write_tokenized
 from svc.disk import is_full, write_whole
 from svc.engine.capabilities import Capabilities, NumberType, read_capabilities
 from svc.engine.model_facts import ModelFacts
@@ -31,12 +32,13 @@ from svc.evaluation.results import write_results
 from svc.lock import hold_lock
 from svc.registry.fingerprint import compatibility_fingerprint
 from svc.registry.manifest import Manifest
-from svc.registry.registry import HELDOUT_FILE, REFERENCE_FOLDER, Registry, results_file
+from svc.registry.registry import HELDOUT_FILE, HELDOUT_TOKENS_FILE, REFERENCE_FOLDER, Registry, results_file
 from svc.settings import Settings
 from svc.terminal import console
 from svc.text_embedding import TEXT_SPACE_FILE, fit_text_space, save_text_space
 from svc.version import Format, VersionId
 from trainer.base_model.resolve import Base
+from trainer.data.chat_template import tokenize_as_trained
 from trainer.export.gptq import QuantizeSummary, check_layers, quantize_gptq
 from trainer.export.merge import merge_adapter
 from trainer.export.verify_merge import MergeSummary, verify_full
@@ -50,6 +52,8 @@ from trainer.training.summary import TrainingData, TrainingSummary
 
 log = logging.getLogger(__name__)
 
+_SCORED = "with the end of an answer"
+"""What a log-likelihood of the evaluation cache is of: older releases left it out."""
 _SPARE_BYTES = 200_000_000  # logs, results, the tracking database
 
 
@@ -234,7 +238,7 @@ class Pipeline:
         folder = self.settings.home / "cache" / "evaluations"
         longest, arguments = str(self.recipe.evaluate.max_tokens), " ".join(self.settings.engine.args)
         template = [json.dumps(self._template_kwargs, sort_keys=True)] if self._template_kwargs else []
-        return EvaluationCache(folder, revision, facts.key, arguments, longest, *template)
+        return EvaluationCache(folder, revision, facts.key, arguments, longest, _SCORED, *template)
 
     @property
     def _template_kwargs(self) -> dict[str, TemplateValue]:
@@ -317,6 +321,7 @@ class Pipeline:
         for format, qualified in self._qualified().items():
             if qualified.results:
                 write_results(folder / results_file(format), qualified.results)
+        write_tokenized(folder / HELDOUT_TOKENS_FILE, self._tokenized)
         train = self.examples.train
         space = fit_text_space([example.question for example in train], [example.answer for example in train])
         save_text_space(folder / TEXT_SPACE_FILE, space)
@@ -329,7 +334,13 @@ class Pipeline:
 
     def _qualifier(self) -> Qualifier:
         facts = partial(engine_facts, self.settings.engine, self.capabilities)
-        return Qualifier(self.launch or self._launch_process, facts, self.recipe, self.examples.heldout)
+        launch, heldout = self.launch or self._launch_process, self.examples.heldout
+        return Qualifier(launch, facts, self.recipe, heldout, self._tokenized)
+
+    @cached_property
+    def _tokenized(self) -> list[TokenizedExample]:
+        """The held-out examples as they are trained on."""
+        return tokenize_as_trained(self.base.folder, self.examples.heldout, self._template_kwargs)
 
     def _launch_process(self, model: Path) -> EngineProcess:
         home, engine = self.settings.home, self.settings.engine

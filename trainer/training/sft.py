@@ -16,6 +16,7 @@ from datasets import Dataset
 from transformers import AutoConfig, PreTrainedTokenizerBase, PrinterCallback, TrainerState, set_seed
 
 from svc.chat_template import choose_template_kwargs
+from svc.dataset.schema.tokenized_example import TokenizedExample
 from svc.engine.capabilities import NumberType
 from svc.errors import DataError, InterruptedRunError
 from svc.terminal import console, waiting
@@ -26,7 +27,7 @@ from trainer.callbacks.loss_log import LossReport, Report, heldout_losses, loss_
 from trainer.callbacks.loss_point import LossPoint
 from trainer.callbacks.preemption import Preemption, StepAbandoned, preemption
 from trainer.callbacks.progress import training_progress
-from trainer.data.chat_template import TrainingExample, load_tokenizer, stop_tokens, tokenize_examples
+from trainer.data.chat_template import load_tokenizer, stop_tokens, tokenize_examples, training_row
 from trainer.data.packing import collate_packed, pack, refuse_recurrent
 from trainer.library_output import library_output_to_log
 from trainer.model.acceleration import choose_acceleration, machine_facts
@@ -155,7 +156,7 @@ def _summarize(trainer: ResumableTrainer, recipe: Recipe, seconds: float) -> Tra
     )
 
 
-def _check_lengths(rows: list[TrainingExample], max_length: int) -> None:
+def _check_lengths(rows: list[TokenizedExample], max_length: int) -> None:
     lengths = [len(row.input_ids) for row in rows]
     too_long = sum(length > max_length for length in lengths)
     if too_long:
@@ -171,8 +172,8 @@ def _check_lengths(rows: list[TrainingExample], max_length: int) -> None:
 def _build_trainer(
     base: Path,
     tokenizer: PreTrainedTokenizerBase,
-    rows: list[TrainingExample],
-    heldout: list[TrainingExample],
+    rows: list[TokenizedExample],
+    heldout: list[TokenizedExample],
     recipe: Recipe,
     out: Path,
     checkpoints: Path,
@@ -184,7 +185,7 @@ def _build_trainer(
     acceleration = choose_acceleration(machine_facts(), flash=takes_flash_attention(base))
     if recipe.train.neftune_alpha is not None:  # its noise is scaled by the length of a row
         acceleration = replace(acceleration, padding_free=False)
-    dataset, collator = Dataset.from_list([row.as_row() for row in rows]), None
+    dataset, collator = Dataset.from_list([training_row(row) for row in rows]), None
     if recipe.train.packing:
         refuse_recurrent(AutoConfig.from_pretrained(base))
         dataset = pack(dataset, recipe.train.max_length)
@@ -197,7 +198,7 @@ def _build_trainer(
     trainer = ResumableTrainer(
         checkpoints=CheckpointFolder(checkpoints, recipe.checkpoints.keep),
         number_type=number_type,
-        heldout=[row.as_row() for row in heldout],
+        heldout=[training_row(row) for row in heldout],
         allocation=RankAllocation(model) if recipe.method is Method.ADALORA else None,
         preemption=asked,
         model=model,

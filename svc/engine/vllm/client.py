@@ -38,15 +38,25 @@ class Answer:
     Attributes:
         tokens: how many were generated, the one that ended the answer among them.
         finish_reason: `stop`, or `length` where the answer was cut off.
-        logprob: mean natural-log probability of the text's tokens; None for an empty answer. The token that ended the
-            answer is left out, so that it is the figure that `logprobs` gives for the same text. Where a cut-off
-            answer is tokenized otherwise than it was generated, the two differ.
+        token_ids: of those tokens; none from an engine that does not say.
+        logprobs: natural-log probability of each of those tokens.
     """
 
     text: str
     tokens: int
     finish_reason: str
-    logprob: float | None
+    token_ids: tuple[int, ...]
+    logprobs: tuple[float, ...]
+
+    @property
+    def logprob(self) -> float | None:
+        """Mean natural-log probability of the text's tokens; None for an empty answer.
+
+        The token that ended the answer is left out, so that it is the figure that the text gets when it is scored.
+        Where a cut-off answer is tokenized otherwise than it was generated, the two differ.
+        """
+        of_text = self.logprobs[:-1] if self.finish_reason == ENDED else self.logprobs
+        return statistics.fmean(of_text) if of_text else None
 
 
 def socket_transport(socket: Path, *, max_connections: int | None) -> httpx.AsyncHTTPTransport:
@@ -129,6 +139,7 @@ class EngineClient:
             "max_tokens": max_tokens,
             "temperature": 0,
             "logprobs": True,
+            "return_token_ids": True,
             **_named(tools),
             **({"tool_choice": "none"} if tools else {}),  # they stand in the prompt, and the answer is text
         }
@@ -217,14 +228,12 @@ class EngineClient:
 def _answer(completion: Any) -> Answer:
     choice = completion["choices"][0]
     tokens = (choice.get("logprobs") or {}).get("content") or []
-    logprobs = [float(token["logprob"]) for token in tokens]
-    reason = str(choice["finish_reason"])
-    of_text = logprobs[:-1] if reason == ENDED else logprobs
     return Answer(
         text=str(choice["message"]["content"] or ""),
         tokens=int(completion["usage"]["completion_tokens"]),
-        finish_reason=reason,
-        logprob=statistics.fmean(of_text) if of_text else None,
+        finish_reason=str(choice["finish_reason"]),
+        token_ids=tuple(int(token) for token in choice.get("token_ids") or ()),
+        logprobs=tuple(float(token["logprob"]) for token in tokens),
     )
 
 

@@ -29,7 +29,7 @@ from svc.store.swaps import SwapOutcome
 from svc.store.tables import HoldoutRunRow
 from svc.version import Target
 from tests.serving.control import Control, Load, Make, until
-from tests.serving.engine_double import Fault, logprob_of
+from tests.serving.engine_double import Fault, logprob_of, tokenized
 from tests.serving.home import Home
 from tests.serving.versions import FACTS, HELDOUT, MAX_TOKENS, NAME, make_version, target
 
@@ -67,9 +67,11 @@ async def running(runs: HoldoutRuns) -> AsyncIterator[HoldoutRuns]:
 
 
 @asynccontextmanager
-async def asked(make: Make, answered: int = 3, **settings: Any) -> AsyncIterator[tuple[Control, HoldoutRuns]]:
+async def asked(
+    make: Make, answered: int = 3, *, tokens: bool = False, **settings: Any
+) -> AsyncIterator[tuple[Control, HoldoutRuns]]:
     """A control plane whose versions have answers to the held-out set, which is asked."""
-    async with make(answered=answered).run() as control, running(runs_of(control, **settings)) as runs:
+    async with make(answered=answered, tokens=tokens).run() as control, running(runs_of(control, **settings)) as runs:
         yield control, runs
 
 
@@ -121,8 +123,18 @@ async def test_the_figures_are_those_of_the_weights_that_serve(make: Make) -> No
             assert nll == pytest.approx(-sum(logprobs) / len(logprobs))
 
 
+async def test_the_figures_are_of_the_tokens_that_the_version_was_judged_by(make: Make) -> None:
+    async with asked(make, tokens=True) as (control, _):
+        run = await run_of(control, target(1))
+        for example, nll in zip(HELDOUT, run.nll, strict=True):
+            seen = tokenized(example)
+            places = range(*seen.learnt[0])
+            logprobs = [logprob_of(control.double.weights, seen.input_ids[place], place) for place in places]
+            assert nll == pytest.approx(-sum(logprobs) / len(logprobs))
+
+
 async def test_they_are_asked_as_at_the_registration(make: Make) -> None:
-    async with asked(make) as (control, _):
+    async with asked(make, tokens=True) as (control, _):
         await run_of(control, target(1))
         chats = [body for body in control.double.requests if "messages" in body]
     assert [body["messages"] for body in chats] == [[m.as_dict() for m in example.prompt] for example in HELDOUT]

@@ -51,6 +51,22 @@ def test_a_share_of_nothing_is_refused(hits: int, total: int) -> None:
         proportion(hits, total)
 
 
+@settings(max_examples=20)
+@given(values, st.data())
+def test_a_weight_counts_as_so_many_equal_values(numbers: list[float], data: st.DataObject) -> None:
+    weights = [data.draw(st.integers(1, 4)) for _ in numbers]
+    repeated = [value for value, weight in zip(numbers, weights, strict=True) for _ in range(weight)]
+    assert math.isclose(mean(numbers, weights).value, mean(repeated).value, abs_tol=1e-6)
+
+
+@settings(max_examples=20)
+@given(values)
+def test_equal_weights_change_nothing(numbers: list[float]) -> None:
+    weighted, plain = mean(numbers, [3.0] * len(numbers)), mean(numbers)
+    for one, other in ((weighted.value, plain.value), (weighted.low, plain.low), (weighted.high, plain.high)):
+        assert math.isclose(one, other, rel_tol=1e-12, abs_tol=1e-6)
+
+
 @settings(max_examples=20)  # each draws 2000 samples
 @given(values)
 def test_a_mean_lies_between_the_extremes_and_in_its_interval(numbers: list[float]) -> None:

@@ -36,6 +36,7 @@ from svc.settings import Device, EngineSettings, GptqKernel, Settings
 from svc.store.database import open_database
 from svc.text_embedding import TEXT_SPACE_FILE, load_text_space
 from svc.version import Format, VersionId
+from tests.serving.engine_double import tokenized
 from tests.svc.engine.devices import AVX2, AVX512
 from tests.svc.registry.model_folder import GPTQ, write_model
 from tests.trainer.conftest import make_example, make_recipe
@@ -116,6 +117,9 @@ class Stages:
 def stages(monkeypatch: pytest.MonkeyPatch) -> Stages:
     stages = Stages()
     monkeypatch.setattr(sft, "train_model", stages.train_model)
+    monkeypatch.setattr(
+        stages_module, "tokenize_as_trained", lambda folder, examples, kwargs: list(map(tokenized, examples))
+    )
     for name in ("check_layers", "merge_adapter", "quantize_gptq"):
         monkeypatch.setattr(stages_module, name, getattr(stages, name))
     return stages
@@ -314,7 +318,8 @@ def test_an_interrupted_registration_leaves_nothing_in_what_a_version_is_compare
     (pipeline.run.reference / "half-written").touch()
     version = make().train_version()
     recorded = [record.path for record in pipeline.registry.manifest(version).reference]
-    assert recorded == ["reference/gptq.jsonl", "reference/merged.jsonl", "reference/text_space.npz"]
+    files = ("gptq.jsonl", "heldout_tokens.jsonl", "merged.jsonl", "text_space.npz")
+    assert recorded == [f"reference/{file}" for file in files]
     kept = (pipeline.registry.folder(version) / "reference").iterdir()
     assert {f"reference/{path.name}" for path in kept} == set(recorded)
 

@@ -25,7 +25,7 @@ from svc.dataset.schema.example import ChatExample, parse_example
 from svc.engine.capabilities import NumberType
 from svc.errors import BaseModelError, DataError, TrainingError
 from tests.trainer.conftest import CHAT_TEMPLATE, make_example, make_recipe, make_tokenizer
-from trainer.data.chat_template import IGNORED, load_tokenizer, stop_tokens, tokenize_examples
+from trainer.data.chat_template import IGNORED, load_tokenizer, stop_tokens, tokenize_examples, training_row
 from trainer.model.acceleration import Facts, choose_acceleration
 from trainer.training.arguments import training_arguments
 from trainer.training.loss import answer_loss
@@ -125,7 +125,8 @@ def test_a_base_without_chat_template_is_refused(tmp_path: Path, examples: list[
 
 def test_the_answer_is_learnt_up_to_and_with_its_end() -> None:
     tokenizer = make_tokenizer()
-    row = tokenize_examples(tokenizer, [make_example("which?", "red")], {tokenizer.eos_token_id}, {})[0].as_row()
+    (example,) = tokenize_examples(tokenizer, [make_example("which?", "red")], {tokenizer.eos_token_id}, {})
+    row = training_row(example)
     learnt = [label for label in row["labels"] if label != IGNORED]
     assert tokenizer.decode(learnt) == "red<|im_end|>"
 
@@ -134,7 +135,7 @@ def learnt_texts(messages: list[dict[str, Any]], template: str = CHAT_TEMPLATE) 
     tokenizer = make_tokenizer(template)
     example = parse_example({"messages": messages})
     (row,) = tokenize_examples(tokenizer, [example], {tokenizer.eos_token_id}, {})
-    labels = row.as_row()["labels"]
+    labels = training_row(row)["labels"]
     assert all(label in (IGNORED, token) for label, token in zip(labels, row.input_ids, strict=True))
     return [tokenizer.decode(row.input_ids[start:end]) for start, end in row.learnt]
 
@@ -197,7 +198,8 @@ def test_a_template_sees_tools_and_their_arguments_as_objects() -> None:
 
 def test_an_end_that_the_template_leaves_out_is_added() -> None:
     tokenizer = make_tokenizer("{% for message in messages %}{{ message['content'] }} {% endfor %}")
-    row = tokenize_examples(tokenizer, [make_example("which?", "red")], {tokenizer.eos_token_id}, {})[0].as_row()
+    (example,) = tokenize_examples(tokenizer, [make_example("which?", "red")], {tokenizer.eos_token_id}, {})
+    row = training_row(example)
     assert row["input_ids"][-1] == row["labels"][-1] == tokenizer.eos_token_id
 
 

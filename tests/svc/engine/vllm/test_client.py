@@ -9,7 +9,7 @@ import httpx
 import pytest
 
 from svc.dataset.schema.example import Message, Role
-from svc.engine.vllm.client import Answer, EngineClient
+from svc.engine.vllm.client import EngineClient
 from svc.errors import EngineError
 from tests.serving.engine_double import EngineDouble, logprob_of
 from tests.svc.engine.in_process import client_of
@@ -57,7 +57,8 @@ async def test_an_empty_answer_is_empty_text_without_a_logprob(logprobs: object)
     choice = {"message": {"content": None}, "logprobs": logprobs, "finish_reason": "stop"}
     body = {"choices": [choice], "usage": {"completion_tokens": 1}}
     async with answering(lambda request: httpx.Response(200, json=body)) as client:
-        assert await client.chat(PROMPT, max_tokens=2) == Answer("", 1, "stop", None)
+        answer = await client.chat(PROMPT, max_tokens=2)
+    assert (answer.text, answer.tokens, answer.logprob) == ("", 1, None)
 
 
 async def test_logprobs_are_those_of_the_tokens_from_the_start_on() -> None:

@@ -1,0 +1,48 @@
+"""Token ids of examples survive their journey to disk, and what is no such file is told."""
+
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from svc.dataset.schema.tokenized_example import TokenizedExample, read_tokenized, write_tokenized
+from svc.errors import IntegrityError
+
+
+@st.composite
+def examples(draw: st.DrawFn) -> TokenizedExample:
+    ids = draw(st.lists(st.integers(0, 2**18), min_size=4, max_size=20))
+    places = sorted(draw(st.sets(st.integers(1, len(ids)), min_size=2, max_size=4)))
+    return TokenizedExample(tuple(ids), tuple(zip(places[::2], places[1::2], strict=False)))
+
+
+@given(st.lists(examples(), max_size=5))
+def test_examples_are_read_as_they_were_written(
+    tmp_path_factory: pytest.TempPathFactory, written: list[TokenizedExample]
+) -> None:
+    path = tmp_path_factory.mktemp("tokens") / "tokens.jsonl"
+    write_tokenized(path, written)
+    assert read_tokenized(path) == tuple(written)
+
+
+@given(examples())
+def test_prompt_and_answer_are_of_the_last_answer_that_is_learnt(example: TokenizedExample) -> None:
+    start, end = example.learnt[-1]
+    assert example.prompt + example.answer == example.input_ids[:end]
+    assert len(example.prompt) == start
+    assert example.scored == sum(end - start for start, end in example.learnt)
+
+
+@pytest.mark.parametrize(
+    "content", ["{}", '{"input_ids": [1], "learnt": []}', '{"input_ids": [-1], "learnt": [[0, 1]]}']
+)
+def test_a_line_that_is_no_example_is_told(tmp_path: Path, content: str) -> None:
+    (tmp_path / "tokens.jsonl").write_text(content)
+    with pytest.raises(IntegrityError, match="cannot read"):
+        read_tokenized(tmp_path / "tokens.jsonl")
+
+
+def test_a_file_that_is_missing_is_told(tmp_path: Path) -> None:
+    with pytest.raises(IntegrityError, match="cannot read"):
+        read_tokenized(tmp_path / "none.jsonl")
