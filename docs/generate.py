@@ -89,7 +89,7 @@ def _model_tables(model: type[BaseModel], *, variables: bool) -> Iterator[str]:
 def _key_row(key: str, value: dict[str, Any], schema: dict[str, Any], *, variables: bool, required: bool) -> list[str]:
     variable = [f"`{ENV_PREFIX}{key.upper().replace('.', '__')}`"] if variables else []
     default = "required" if required else _default(value.get("default"))
-    return [f"`{key}`", *variable, _type(_referred(value, schema)), default, value.get("description", "")]
+    return [f"`{key}`", *variable, _type(value, schema), default, value.get("description", "")]
 
 
 def _referred(value: dict[str, Any], schema: dict[str, Any]) -> dict[str, Any]:
@@ -100,16 +100,18 @@ def _referred(value: dict[str, Any], schema: dict[str, Any]) -> dict[str, Any]:
     return found
 
 
-def _type(value: dict[str, Any]) -> str:
+def _type(value: dict[str, Any], schema: dict[str, Any]) -> str:
     """A JSON schema as a person says it."""
+    value = _referred(value, schema)
     if "anyOf" in value:
-        return " or ".join(_type(option) for option in value["anyOf"])
+        return " or ".join(_type(option, schema) for option in value["anyOf"])
     if "const" in value:
         return f"`{value['const']}`"
     if "enum" in value:
         return " or ".join(f"`{choice}`" for choice in value["enum"])
     if value["type"] == "array":
-        return f"list of {_type(value['items'])}s"
+        items = _type(value["items"], schema)
+        return f"list of {items}" + ("" if "enum" in _referred(value["items"], schema) else "s")
     name = "path" if value.get("format") == "path" else str(value["type"])
     signs = {"minimum": "≥", "exclusiveMinimum": ">", "maximum": "≤", "exclusiveMaximum": "<"}
     bounds = [f"{sign} {value[key]}" for key, sign in signs.items() if key in value]
@@ -121,6 +123,8 @@ def _type(value: dict[str, Any]) -> str:
 def _default(value: Any) -> str:
     if isinstance(value, bool):
         return f"`{str(value).lower()}`"
+    if isinstance(value, list) and value:
+        return f"`[{', '.join(map(str, value))}]`"
     return "none" if value in (None, "", []) else f"`{value}`"
 
 

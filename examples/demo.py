@@ -210,7 +210,7 @@ def show_summary(summary: Summary, seconds: float) -> None:
     registry = Registry.of(Settings(home=HOME))
     for number in (1, 2):
         manifest = registry.manifest(VersionId(NAME, number))
-        asked = manifest.base_evaluation.examples
+        asked = manifest.base_evaluation.examples if manifest.base_evaluation else 0
         console.print(
             f"\n{manifest.id}, from {manifest.base.origin}, judged by {asked} held-out examples", markup=False
         )

@@ -9,6 +9,7 @@ from dataclasses import asdict
 import click
 
 from serving.client.promotion import Promotion
+from serving.rollout.initial_state import require_promotable
 from svc.errors import BusyError, NotFoundError, RefusedError
 from svc.invocation import json_option, settings_of
 from svc.registry.registry import Registry
@@ -79,16 +80,25 @@ def serve(ctx: click.Context, model: str | None, format_name: str | None, host: 
 @click.command()
 @click.argument("version")
 @_format_option
+@click.option("--force", is_flag=True, help="Though it failed a check when it was registered; with --reason.")
+@click.option("--reason", metavar="TEXT", help="Why it is forced: kept with the swap.")
 @json_option
 @click.pass_context
-def promote(ctx: click.Context, version: str, format_name: str | None, as_json: bool) -> None:
+def promote(
+    ctx: click.Context, version: str, format_name: str | None, force: bool, reason: str | None, as_json: bool
+) -> None:
     """Bring VERSION (NAME@N) into production, without losing a request."""
+    if force != bool(reason and reason.strip()):
+        raise click.UsageError("--force needs a --reason, and --reason has a use with --force alone")
     promotion = Promotion.of(settings_of(ctx))
     wanted = VersionId.parse(version)
     current = promotion.current(wanted.name)
     format = Format(format_name) if format_name else current.target.format
     promotion.registry.format(wanted, format)
-    _change(promotion, current, Target(wanted, format), as_json)
+    manifest = promotion.registry.manifest(wanted)
+    if not force:
+        require_promotable(manifest)
+    _change(promotion, current, Target(wanted, format), as_json, forced=reason if manifest.failed else None)
 
 
 @click.command()
@@ -104,7 +114,9 @@ def rollback(ctx: click.Context, name: str, as_json: bool) -> None:
     _change(promotion, current, current.previous, as_json)
 
 
-def _change(promotion: Promotion, current: Desired, target: Target, as_json: bool) -> None:
+def _change(
+    promotion: Promotion, current: Desired, target: Target, as_json: bool, *, forced: str | None = None
+) -> None:
     if target == current.target:
         if not promotion.serves(target):
             raise BusyError(f"{target} is on its way already", todo="see `svc status`")
@@ -121,7 +133,7 @@ def _change(promotion: Promotion, current: Desired, target: Target, as_json: boo
         click.echo(f"  {step}", err=True)
         steps.append(step)
 
-    result = promotion.change(current, target, on_step=show)
+    result = promotion.change(current, target, on_step=show, forced=forced)
     if as_json:
         from svc.terminal import print_json
 

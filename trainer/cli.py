@@ -17,16 +17,23 @@ if TYPE_CHECKING:
 @click.argument("recipe", type=click.Path(path_type=Path))
 @click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Change a recipe's key: train.epochs=2.")
 @click.option("--quick", is_flag=True, help="First try the set-up: a tenth of the data, one epoch, -> NAME-quick.")
+@click.option("--register-failed", is_flag=True, help="Register what fails a check too; it cannot be promoted.")
 @click.option("--skip-bad", is_flag=True, help="Leave out lines that cannot be trained on, and keep them in a folder.")
 @json_option
 @click.pass_context
 def train(
-    ctx: click.Context, recipe: Path, overrides: tuple[str, ...], quick: bool, skip_bad: bool, as_json: bool
+    ctx: click.Context,
+    recipe: Path,
+    overrides: tuple[str, ...],
+    quick: bool,
+    register_failed: bool,
+    skip_bad: bool,
+    as_json: bool,
 ) -> None:
     """Make a version of RECIPE, from where an earlier try was interrupted."""
     from svc.dataset.readers.bad_lines import BadLines
     from svc.terminal import console, quiet_libraries
-    from trainer.pipeline.run_folder import read_run_examples
+    from trainer.pipeline.examples import read_run_examples
     from trainer.recipe.file import load_recipe
 
     quiet_libraries()
@@ -42,7 +49,7 @@ def train(
 
     base = find_base(loaded, settings)
     made = quick_trial(loaded, examples) if quick else (loaded, examples)
-    pipeline = open_pipeline(settings, *made, base)
+    pipeline = open_pipeline(settings, *made, base, register_failed=register_failed)
     manifest = pipeline.registry.manifest(pipeline.train_version())
     if quick:
         _foretell(loaded, pipeline.run)
@@ -60,7 +67,7 @@ def _foretell(recipe: "Recipe", run: "Run") -> None:
     """Says what the whole run will take."""
     from svc.terminal import console
     from trainer.pipeline.quick_trial import whole_run_seconds
-    from trainer.pipeline.run_folder import Stage
+    from trainer.pipeline.stage_key import Stage
     from trainer.training.summary import TrainingSummary
 
     seconds = whole_run_seconds(recipe, run.load(Stage.TRAIN, TrainingSummary))

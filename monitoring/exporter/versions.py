@@ -37,7 +37,7 @@ class VersionMetrics(Collector):
         for manifest in self._newest():
             labels = [manifest.name, str(manifest.number)]
             created.add_metric(labels, manifest.created_at.timestamp())
-            reports = {BASE: manifest.base_evaluation}
+            reports = {BASE: manifest.base_evaluation} if manifest.base_evaluation else {}
             for format, record in manifest.formats.items():
                 size.add_metric([*labels, format.value], record.bytes)
                 if record.evaluation:

@@ -66,17 +66,20 @@ class Promotion:
         status = self._status()
         return bool((status["version"], status["format"]) == (str(target.version), target.format.value))
 
-    def change(self, seen: Desired, target: Target, on_step: Callable[[str], None]) -> SwapResult:
+    def change(
+        self, seen: Desired, target: Target, on_step: Callable[[str], None], *, forced: str | None = None
+    ) -> SwapResult:
         """Asks for a version, and returns when the server is done with it.
 
         Args:
             on_step: hears each step of the server once.
+            forced: why, where the version failed a check.
 
         Raises:
             BusyError: somebody else promoted at the same moment.
             ServerNotRunningError: the server ended meanwhile; it takes the wish up when it starts again.
         """
-        wanted = change_desired(self.store, seen, target, previous=seen.target)
+        wanted = change_desired(self.store, seen, target, previous=seen.target, forced=forced)
         told = 0
         while True:
             swap = find_swap(self.store, wanted.name, wanted.generation)

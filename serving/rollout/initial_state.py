@@ -1,8 +1,9 @@
-"""Which version a server starts with."""
+"""Which version a server starts with, and which may be served at all."""
 
 from sqlalchemy import Engine as Store
 
-from svc.errors import NotFoundError
+from svc.errors import NotFoundError, RefusedError
+from svc.registry.manifest import Manifest
 from svc.registry.registry import Registry
 from svc.store.desired import Desired, change_desired, desired_names, read_desired
 from svc.version import Format, Target, VersionId
@@ -19,17 +20,42 @@ def choose_desired(registry: Registry, store: Store, model: str | None, format: 
 
     Raises:
         NotFoundError: no such model, version or format, or several names and none given.
+        RefusedError: a version that failed a check when it was registered.
     """
     name = (model or _only_name(registry, store)).partition("@")[0]
     seen = read_desired(store, name)
-    version = seen.target.version if seen and (not model or "@" not in model) else registry.resolve(model or name)
+    version = seen.target.version if seen and (not model or "@" not in model) else _resolve(registry, model or name)
     if format is None and seen and seen.target.version == version:
         format = seen.target.format
     target = Target(version, format or _best_format(registry, version))
     registry.format(version, target.format)
     if seen and seen.target == target:
         return seen
+    require_promotable(registry.manifest(version))
     return change_desired(store, seen, target, previous=seen.target if seen else None)
+
+
+def require_promotable(manifest: Manifest) -> None:
+    """Raises where a version was registered though it failed a check.
+
+    Raises:
+        RefusedError: with what it failed.
+    """
+    if manifest.failed:
+        raise RefusedError(
+            f"{manifest.id} failed a check when it was registered: {'; '.join(manifest.failed)}",
+            expected="a version that passed every check",
+            todo=f"mend what the check names and train again, or: svc promote {manifest.id} --force --reason TEXT",
+        )
+
+
+def _resolve(registry: Registry, model: str) -> VersionId:
+    """What the registry says, but of a bare name the newest version that passed every check, if any did."""
+    version = registry.resolve(model)
+    if "@" in model or not registry.manifest(version).failed:
+        return version
+    passed = (known for known in reversed(registry.versions(model)) if not registry.manifest(known).failed)
+    return next(passed, version)
 
 
 def _only_name(registry: Registry, store: Store) -> str:

@@ -214,6 +214,8 @@ class Reconciler:
         swap_id = await self._journal.begin(desired)
         report = partial(self._journal.step, swap_id)
         report(f"{before.target} serves, {desired.target} is wanted")
+        if desired.forced:
+            report(f"it failed a check, and is wanted all the same: {desired.forced}")
         if not self._pool.alive:
             error = await self._start(self._pool.members[0], desired.target)
             result = SwapResult(SwapOutcome.FAILED if error else SwapOutcome.SUCCEEDED, error)

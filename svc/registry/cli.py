@@ -108,6 +108,7 @@ def _row(manifest: Manifest, aliases: list[str]) -> dict[str, str]:
         "created": manifest.created_at.isoformat(timespec="seconds"),
         "base": manifest.base.origin,
         "formats": ", ".join(manifest.formats),
+        "checks": "failed" if manifest.failed else "passed",
         "exact_match": " / ".join(f"{score.exact_match.value:.3f}" for score in scores if score),
     }
 

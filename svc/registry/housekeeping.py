@@ -3,6 +3,7 @@
 A version is needed where an alias means it, where a name serves it or is about to, and where a rollback would go.
 """
 
+import logging
 import os
 import shutil
 import time
@@ -12,16 +13,18 @@ from pathlib import Path
 
 from sqlalchemy import Engine as Store
 
-from svc.errors import BusyError
+from svc.errors import BusyError, IntegrityError
 from svc.lock import hold_lock, lock_holder
 from svc.registry.registry import Registry
 from svc.store.desired import read_desired
 from svc.store.swaps import find_swap
-from svc.version import VersionId
+from svc.version import Format, VersionId
+
+log = logging.getLogger(__name__)
 
 _DAY_S = 86_400
 _RUNS, _LOCK, _REGISTERED = "runs", "lock", "register.json"
-"""Where runs are, and what is in each (trainer.pipeline.run_folder)."""
+"""Where runs are, and what is in each (trainer.pipeline.run_folder); the weights lie in folders named by format."""
 _REMOVING = ".removing"
 """Beside the versions of a name: held by whoever removes one."""
 
@@ -63,6 +66,7 @@ def remove_version(registry: Registry, store: Store, version: VersionId) -> int:
     if version not in registry.versions(version.name):
         registry.manifest(version)
     folder = registry.folder(version)
+    run = _run_of(registry, version)
     hidden = folder.with_name(f".removed-{version.number}")
     with hold_lock(folder.parent / _REMOVING, f"removing versions of {version.name}"):
         _refuse(registry, store, version)
@@ -75,9 +79,31 @@ def remove_version(registry: Registry, store: Store, version: VersionId) -> int:
         except BaseException:
             hidden.rename(folder)
             raise
+        if run is not None:
+            _drop_weights(run)
         size = size_on_disk(hidden)
         shutil.rmtree(hidden)
     return size
+
+
+def _run_of(registry: Registry, version: VersionId) -> Path | None:
+    """The folder of the run that made a version; None of a damaged version, or where the folder has gone."""
+    try:
+        folder = registry.models.parent / _RUNS / registry.manifest(version).run
+    except IntegrityError:
+        log.warning("%s cannot be read: what its run has left stays", version, exc_info=True)
+        return None
+    return folder if folder.is_dir() else None
+
+
+def _drop_weights(run: Path) -> None:
+    """Removes a run's names for the weights that the registry had, so that they are free; not while it is worked on."""
+    try:
+        with hold_lock(run / _LOCK, f"the run {run.name}"):
+            for format in Format:
+                shutil.rmtree(run / format.value, ignore_errors=True)
+    except BusyError:
+        log.warning("%s is worked on: its weights stay", run)
 
 
 def _refuse(registry: Registry, store: Store, version: VersionId) -> None:

@@ -74,6 +74,8 @@ class Manifest(_Record):
 
     Attributes:
         reference: the files that later traffic and answers are compared with; none for a version of an older release.
+        base_evaluation: None where the base was not asked: it is compared with the merged model alone.
+        failed: checks that the version failed; one that has any was registered on request, and cannot be promoted.
     """
 
     schema_version: Literal[1] = 1
@@ -87,9 +89,10 @@ class Manifest(_Record):
     data: DataRecord
     heldout: FileRecord
     reference: tuple[FileRecord, ...] = ()
-    base_evaluation: EvaluationReport
+    base_evaluation: EvaluationReport | None
     formats: dict[Format, FormatRecord]
     libraries: dict[str, str]
+    failed: tuple[str, ...] = ()
 
     @property
     def id(self) -> VersionId:

@@ -16,14 +16,18 @@ def print_version(manifest: Manifest, folder: Path) -> None:
     output.print(
         f"base {base.origin} (licence: {base.licence or 'unknown'}), trained on {data.train_examples} examples"
     )
-    output.print(f"judged by {manifest.base_evaluation.examples} of {data.heldout_examples} held-out examples\n")
+    judged = next((record.evaluation.examples for record in manifest.formats.values() if record.evaluation), 0)
+    output.print(f"judged by {judged} of {data.heldout_examples} held-out examples\n")
     output.print(evaluation_table(manifest))
+    for failure in manifest.failed:
+        output.print(f"[red]cannot be promoted, it failed a check:[/red] {failure}")
 
 
 def evaluation_table(manifest: Manifest) -> Table:
     """The table of base, merged and GPTQ: quality with 95 % intervals, size, load time, speed."""
     table = Table("", "exact match", "valid JSON", "NLL / token", "size", "load", "tokens/s", box=None)
-    table.add_row("base", *_quality(manifest.base_evaluation), "", "", "")
+    if manifest.base_evaluation:
+        table.add_row("base", *_quality(manifest.base_evaluation), "", "", "")
     for format, record in manifest.formats.items():
         if record.evaluation:
             table.add_row(format.value, *_quality(record.evaluation), *_files(record))

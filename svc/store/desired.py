@@ -20,11 +20,13 @@ class Desired:
     Attributes:
         previous: what it served before: where a rollback goes.
         generation: grows with every change.
+        forced: why a version that failed a check shall be served all the same; None of any other.
     """
 
     target: Target
     previous: Target | None
     generation: int
+    forced: str | None = None
 
     @property
     def name(self) -> str:
@@ -45,11 +47,14 @@ def desired_names(store: Store) -> list[str]:
         return sorted(row.name for row in session.query(DesiredRow))
 
 
-def change_desired(store: Store, seen: Desired | None, target: Target, previous: Target | None) -> Desired:
+def change_desired(
+    store: Store, seen: Desired | None, target: Target, previous: Target | None, *, forced: str | None = None
+) -> Desired:
     """Compare-and-set.
 
     Args:
         seen: the state that the decision was made on; None when there was none.
+        forced: why, where the version failed a check.
 
     Raises:
         BusyError: somebody else changed it since.
@@ -62,6 +67,7 @@ def change_desired(store: Store, seen: Desired | None, target: Target, previous:
         "previous_number": previous.version.number if previous else None,
         "previous_format": previous.format.value if previous else None,
         "changed_at": datetime.now(UTC),
+        "forced": forced,
     }
     with Session(store) as session, session.begin():
         if seen is None:
@@ -74,7 +80,7 @@ def change_desired(store: Store, seen: Desired | None, target: Target, previous:
             unchanged = update(DesiredRow).where(DesiredRow.name == name, DesiredRow.generation == seen.generation)
             if session.execute(unchanged.values(**values)).rowcount != 1:  # type: ignore[attr-defined]
                 raise _changed(name)
-    return Desired(target, previous, generation)
+    return Desired(target, previous, generation, forced)
 
 
 def _changed(name: str) -> BusyError:
@@ -85,4 +91,5 @@ def _desired(row: DesiredRow) -> Desired:
     previous = None
     if row.previous_number is not None and row.previous_format is not None:
         previous = Target(VersionId(row.name, row.previous_number), Format(row.previous_format))
-    return Desired(Target(VersionId(row.name, row.number), Format(row.format)), previous, row.generation)
+    target = Target(VersionId(row.name, row.number), Format(row.format))
+    return Desired(target, previous, row.generation, row.forced)

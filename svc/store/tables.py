@@ -47,6 +47,7 @@ class DesiredRow(Table):
     previous_number: Mapped[int | None]
     previous_format: Mapped[str | None]
     changed_at: Mapped[datetime]
+    forced: Mapped[str | None]
 
 
 class SwapRow(Table):

@@ -53,6 +53,35 @@ async def test_promote_for_machines(serving: Home) -> None:
     assert (told["target"], told["outcome"], told["queued"]) == (str(target(2)), "succeeded", 0)
 
 
+async def test_a_version_that_failed_a_check_is_not_promoted(serving: Home) -> None:
+    make_version(serving.registry, 4, failed=("GPTQ lost 0.3",))
+    error = error_of(await type_in(serving, "promote", f"{NAME}@4"))
+    assert isinstance(error, RefusedError)
+    assert "GPTQ lost 0.3" in error.wrong
+    assert "svc promote tuned@4 --force --reason TEXT" in error.todo
+
+
+async def test_a_version_that_failed_a_check_is_promoted_by_force_and_the_swap_says_why(serving: Home) -> None:
+    make_version(serving.registry, 4, failed=("GPTQ lost 0.3",))
+    result = await type_in(serving, "promote", f"{NAME}@4", "--force", "--reason", "the demo of Monday")
+    assert "tuned@4 (merged) serves" in result.output
+    assert "it failed a check, and is wanted all the same: the demo of Monday" in result.output
+
+
+@pytest.mark.parametrize("options", [["--force"], ["--reason", "why"], ["--force", "--reason", " "]])
+async def test_force_goes_with_a_reason(serving: Home, options: list[str]) -> None:
+    result = await type_in(serving, "promote", f"{NAME}@2", *options)
+    assert result.exit_code == 2
+    assert "--force needs a --reason" in result.output
+
+
+async def test_force_of_a_version_that_passed_forces_nothing(serving: Home) -> None:
+    await type_in(serving, "promote", f"{NAME}@2", "--force", "--reason", "why")
+    desired = read_desired(serving.store, NAME)
+    assert desired is not None
+    assert desired.forced is None
+
+
 async def test_rollback_and_back(serving: Home) -> None:
     await type_in(serving, "promote", f"{NAME}@2")
     result = await type_in(serving, "rollback", NAME)

@@ -80,6 +80,7 @@ def make_version(
     probes: bool = True,
     answered: int = 0,
     tokens: bool = False,
+    failed: tuple[str, ...] = (),
     name: str = NAME,
 ) -> VersionId:
     """Puts a version into the registry.
@@ -92,6 +93,7 @@ def make_version(
         fingerprint: whether the manifest has it.
         probes: whether it has any.
         answered: so many of its three held-out examples have registered answers; without any, it keeps none.
+        failed: checks that it failed.
         tokens: whether it keeps the held-out examples' token ids, which one of an older release does not.
     """
     version = VersionId(name, number)
@@ -119,7 +121,7 @@ def make_version(
             fingerprint=compatibility_fingerprint(model) if fingerprint else None,
             probes=(probe,) if probes else (),
         )
-    write_manifest(folder, _manifest(version, folder, records))
+    write_manifest(folder, _manifest(version, folder, records).model_copy(update={"failed": failed}))
     return version
 
 

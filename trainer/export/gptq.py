@@ -143,7 +143,7 @@ def _check_inputs(widths: dict[str, int], group_size: int) -> None:
     raise RecipeError(
         f"quantize.group_size is {group_size}, and layer {misfit!r} is {widths[misfit]} wide",
         expected=f"a size that divides every layer's width: {', '.join(fitting) or f'none of {sizes} does'}",
-        todo=f"set quantize.group_size to {fitting[-1]}" if fitting else "serve this model merged, without GPTQ",
+        todo=f"set quantize.group_size to {fitting[-1]}" if fitting else "leave gptq out: formats: [merged]",
     )
 
 

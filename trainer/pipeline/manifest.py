@@ -12,7 +12,7 @@ from svc.registry.manifest import BaseRecord, DataRecord, FormatRecord, Manifest
 from svc.registry.registry import HELDOUT_FILE, REFERENCE_FOLDER
 from svc.version import Format, VersionId
 from trainer.base_model.resolve import Base
-from trainer.pipeline.run_folder import Examples
+from trainer.pipeline.examples import Examples
 from trainer.qualification import Qualified
 from trainer.recipe.sections import Method, Recipe
 
@@ -28,8 +28,9 @@ def build_manifest(
     recipe: Recipe,
     base: Base,
     examples: Examples,
-    base_evaluation: EvaluationReport,
+    base_evaluation: EvaluationReport | None,
     qualified: Mapping[Format, Qualified],
+    failed: tuple[str, ...],
 ) -> Manifest:
     """The manifest of a version whose files are in their place.
 
@@ -37,8 +38,9 @@ def build_manifest(
         folder: the version's.
         run: the name of its run's folder.
         tracking_run: its run in MLflow.
-        base_evaluation: of the base on the same held-out examples.
+        base_evaluation: of the base on the same held-out examples; None where it was not asked.
         qualified: the formats that can be served.
+        failed: the checks that the version fails.
     """
     return Manifest(
         name=made.name,
@@ -59,6 +61,7 @@ def build_manifest(
         base_evaluation=base_evaluation,
         formats=_format_records(folder, recipe, qualified),
         libraries=_library_versions(),
+        failed=failed,
     )
 
 

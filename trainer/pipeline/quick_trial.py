@@ -7,7 +7,7 @@ import math
 from dataclasses import replace
 
 from svc.dataset.fingerprint import fingerprint
-from trainer.pipeline.run_folder import Examples
+from trainer.pipeline.examples import Examples
 from trainer.recipe.sections import Recipe
 from trainer.training.summary import TrainingSummary
 

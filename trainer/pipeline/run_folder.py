@@ -2,105 +2,30 @@
 
     $SVC_HOME/runs/NAME-KEY/   train.json  adapter/  merge.json  merged/  evaluate.json  ...
 
-A stage is done when its result file is there; it is written last and atomically, so a stage that was interrupted is
-done again from its start, and none that was finished is. The key is made of all that decides the result, so the same
-recipe on the same data is the same run.
+A stage is done when its result file is there with the key of what the stage reads now; it is written last and
+atomically, so a stage that was interrupted is done again from its start, and none that was finished is. The folder's
+key is that of training: recipes that train the same share it.
 """
 
-import hashlib
 import json
+import logging
 import shutil
-from dataclasses import dataclass
-from enum import StrEnum
-from functools import partial
 from pathlib import Path
 from typing import TypeVar
 
 from pydantic import TypeAdapter
 
-from svc.dataset.checks.check import shared_prompts
-from svc.dataset.fingerprint import fingerprint
-from svc.dataset.readers.bad_lines import BadLines
-from svc.dataset.readers.reader import read_examples
-from svc.dataset.schema.example import ChatExample
-from svc.dataset.split import mix_general, near_leaks, split_heldout
 from svc.disk import sync_files, write_whole
-from svc.errors import DataError, DiskSpaceError
-from svc.terminal import console
+from svc.errors import DiskSpaceError, IntegrityError
+from svc.json_file import read_json_object
 from trainer.base_model.resolve import Base
-from trainer.recipe.sections import Data, Recipe
+from trainer.pipeline.examples import Examples
+from trainer.pipeline.stage_key import Stage, StageKeys, stage_keys
+from trainer.recipe.sections import Recipe
+
+log = logging.getLogger(__name__)
 
 Result = TypeVar("Result")
-
-
-class Stage(StrEnum):
-    """The stages, in their order."""
-
-    TRAIN = "train"
-    MERGE = "merge"
-    EVALUATE = "evaluate"
-    QUANTIZE = "quantize"
-    QUALIFY = "qualify"
-    REGISTER = "register"
-
-
-@dataclass(frozen=True, slots=True)
-class Examples:
-    """What is trained on and judged by, and their fingerprints.
-
-    Attributes:
-        train: the task's examples, then the general ones.
-        general: how many of `train`, at its end, are general.
-    """
-
-    train: tuple[ChatExample, ...]
-    heldout: tuple[ChatExample, ...]
-    train_fingerprint: str
-    heldout_fingerprint: str
-    general: int = 0
-
-
-def read_run_examples(recipe: Recipe, *, cache: Path | None = None, bad_lines: BadLines | None = None) -> Examples:
-    """Reads a recipe's data.
-
-    Args:
-        cache: folder for datasets of the hub.
-        bad_lines: takes lines that cannot be trained on, leaks among them; without it the first one stops the run.
-
-    Raises:
-        DataError: a file that cannot be trained on; names file and line.
-    """
-    data = recipe.data
-    read = partial(read_examples, cache=cache, bad_lines=bad_lines)
-    heldout = read(data.heldout) if data.heldout else []
-    readable = read(data.train, minimum=2 if heldout else 3, kept_back=heldout if bad_lines else ())
-    if not heldout:
-        readable, heldout = split_heldout(readable, data.heldout_share, data.seed)
-    train = readable[data.skip :][: data.limit]
-    if len(train) < 2:
-        raise DataError(
-            f"data.skip {data.skip} leaves {len(train)} of {len(readable)} examples in {', '.join(data.train)}",
-            expected="at least 2",
-            todo="lower data.skip",
-        )
-    _refuse_leaks(data, train, heldout)
-    general = mix_general(train, read(data.general), heldout, data.general_share, data.seed) if data.general else []
-    whole = (*train, *general)
-    return Examples(whole, tuple(heldout), fingerprint(whole), fingerprint(heldout), len(general))
-
-
-def _refuse_leaks(data: Data, train: list[ChatExample], heldout: list[ChatExample]) -> None:
-    """Examples that are held out stop a run; examples that are nearly held out are told."""
-    check = f"svc data check {' '.join(data.train)} --heldout {' '.join(data.heldout or ())}"
-    leaked = shared_prompts(train, heldout)
-    if leaked:
-        raise DataError(
-            f"{len(leaked)} training examples have the prompt of a held-out one, the first is number {leaked[0] + 1}",
-            expected="a held-out set that is never trained on: else its figures mean nothing",
-            todo=f"{check}, and drop those lines; or train with --skip-bad",
-        )
-    if data.heldout and (near := near_leaks(train, heldout)):
-        console.print(f"[yellow]{len(near)} training examples ask nearly the same as a held-out one: {check}[/yellow]")
 
 
 class Run:
@@ -108,19 +33,18 @@ class Run:
 
     Args:
         folder: made when the run starts.
+        keys: of what each stage reads now.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, keys: StageKeys) -> None:
         self.folder = folder
+        self._keys = keys
 
     @classmethod
     def of(cls, runs: Path, recipe: Recipe, base: Base, examples: Examples) -> "Run":
-        """The run that a recipe means, on this data and this base; how often it is saved makes no other run."""
-        paths = {"train", "heldout", "general"}
-        decides = recipe.model_dump(mode="json", exclude={"data": paths, "base": True, "checkpoints": True})
-        decides["fingerprints"] = [base.revision, examples.train_fingerprint, examples.heldout_fingerprint]
-        key = hashlib.sha256(json.dumps(decides, sort_keys=True).encode()).hexdigest()[:12]
-        return cls(runs / f"{recipe.name}-{key}")
+        """The run that a recipe means: one folder for each training, whatever is made of it afterwards."""
+        keys = stage_keys(recipe, base, examples)
+        return cls(runs / f"{recipe.name}-{keys[Stage.TRAIN]}", keys)
 
     @property
     def adapter(self) -> Path:
@@ -157,9 +81,22 @@ class Run:
         """Held while somebody works on the run."""
         return self.folder / "lock"
 
-    def done(self, stage: Stage) -> bool:
-        """Whether a stage was finished."""
-        return self._result(stage).is_file()
+    def done(self, stage: Stage, *outputs: Path) -> bool:
+        """Whether a stage was finished, from what it would read now.
+
+        Args:
+            outputs: folders that it wrote and that are needed still.
+        """
+        try:
+            said = read_json_object(self._result(stage), default={})
+        except IntegrityError:  # of a power cut, or of nobody here: it is done again
+            log.warning("%s cannot be read: the stage is done again", self._result(stage), exc_info=True)
+            return False
+        return said.get("key") == self._keys[stage] and all(output.is_dir() for output in outputs)
+
+    def begin(self, stage: Stage) -> None:
+        """Marks a stage as not finished, before what it wrote is written anew."""
+        self._result(stage).unlink(missing_ok=True)
 
     def save(self, stage: Stage, result: Result) -> Result:
         """Marks a stage as finished.
@@ -167,31 +104,40 @@ class Run:
         Args:
             result: a dataclass or a pydantic model.
         """
-        for folder in (self.adapter, self.merged, self.gptq):
+        for folder in self._weights:
             if folder.is_dir():
                 sync_files(folder)  # a stage is not done before what it made would survive a power cut
-        write_whole(self._result(stage), TypeAdapter(type(result)).dump_json(result, indent=1))
+        said = {"key": self._keys[stage], "result": TypeAdapter(type(result)).dump_python(result, mode="json")}
+        write_whole(self._result(stage), json.dumps(said, indent=1).encode("utf-8"))
         return result
 
     def load(self, stage: Stage, kind: type[Result]) -> Result:
         """The result of a finished stage."""
-        return TypeAdapter(kind).validate_json(self._result(stage).read_bytes())
+        return TypeAdapter(kind).validate_python(read_json_object(self._result(stage))["result"])
 
     def fresh(self, folder: Path) -> Path:
         """Removes what an interrupted stage left in a folder, and returns the folder's path."""
         shutil.rmtree(folder, ignore_errors=True)
         return folder
 
-    def reset(self) -> None:
-        """Lets every stage be done again: what was finished led to a version that was removed."""
-        for path in (*map(self._result, Stage), self.tracking):
+    def forget_registration(self) -> None:
+        """Lets the version be registered anew, in an MLflow run of its own: what was registered has been removed."""
+        for path in (self._result(Stage.REGISTER), self.tracking):
             path.unlink(missing_ok=True)
 
     def clean(self) -> None:
-        """Removes the weights, which the registry has now, and keeps the results and logs."""
+        """Removes what nobody needs once the version is registered.
+
+        Weights that are one file with the registry's cost nothing, and let a later recipe quantize anew without
+        training; others go.
+        """
         for folder in self.folder.iterdir():
-            if folder.is_dir():
+            if folder.is_dir() and (folder not in self._weights or not _is_linked(folder)):
                 shutil.rmtree(folder)
+
+    @property
+    def _weights(self) -> tuple[Path, ...]:
+        return self.adapter, self.merged, self.gptq
 
     def require_space(self, stage: Stage, need: int) -> None:
         """Checks for room before a stage starts.
@@ -211,3 +157,8 @@ class Run:
 
     def _result(self, stage: Stage) -> Path:
         return self.folder / f"{stage}.json"
+
+
+def _is_linked(folder: Path) -> bool:
+    """Whether all of its weights have another name elsewhere."""
+    return all(path.stat().st_nlink > 1 for path in folder.glob("*.safetensors"))

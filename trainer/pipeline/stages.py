@@ -1,6 +1,9 @@
 """From a recipe to a registered version, stage by stage; each stage goes on from the files of the one before.
 
 train -> merge -> evaluate (base, merged) -> quantize -> qualify (gptq) -> register
+
+Which of them there are follows from the formats that the recipe asks for. What was measured is compared with the
+recipe's limits last, so that with other limits nothing is measured again.
 """
 
 import asyncio
@@ -25,7 +28,7 @@ from svc.engine.vllm.folders import runtime_folder
 from svc.engine.vllm.launch import EngineSpec
 from svc.engine.vllm.plan import choose_dtype, explain_gptq_kernel
 from svc.engine.vllm.process import EngineProcess
-from svc.errors import DiskSpaceError, IntegrityError, InterruptedRunError, SvcError
+from svc.errors import DiskSpaceError, IntegrityError, InterruptedRunError, SvcError, TrainingError
 from svc.evaluation.cache import EvaluationCache
 from svc.evaluation.evaluator import CONCURRENCY, EvaluationReport, judge
 from svc.evaluation.results import write_results
@@ -42,10 +45,12 @@ from trainer.data.chat_template import tokenize_as_trained
 from trainer.export.gptq import QuantizeSummary, check_layers, quantize_gptq
 from trainer.export.merge import merge_adapter
 from trainer.export.verify_merge import MergeSummary, verify_full
+from trainer.pipeline.examples import Examples
 from trainer.pipeline.find_base import merged_revision
 from trainer.pipeline.manifest import build_manifest
 from trainer.pipeline.memory import release_memory
-from trainer.pipeline.run_folder import Examples, Run, Stage
+from trainer.pipeline.run_folder import Run
+from trainer.pipeline.stage_key import Stage
 from trainer.qualification import Launch, Qualified, Qualifier, check_gptq
 from trainer.recipe.sections import Method, Recipe
 from trainer.training.summary import TrainingData, TrainingSummary
@@ -67,12 +72,17 @@ class Evaluated(BaseModel):
 
 
 class Registered(BaseModel):
-    """Result of the stage `register`."""
+    """Result of the stage `register`.
+
+    Attributes:
+        failed: what the version failed; it was registered all the same.
+    """
 
     model_config = ConfigDict(frozen=True)
 
     name: str
     number: int
+    failed: tuple[str, ...] = ()
 
     @property
     def version(self) -> VersionId:
@@ -95,6 +105,7 @@ class Pipeline:
     Args:
         capabilities: of this device.
         launch: makes engines; default: vLLM processes on this machine.
+        register_failed: a version that fails a check is registered all the same, as one that cannot be promoted.
     """
 
     settings: Settings
@@ -105,6 +116,7 @@ class Pipeline:
     examples: Examples
     run: Run
     launch: Launch | None = None
+    register_failed: bool = False
 
     def train_version(self) -> VersionId:
         """Runs what is left to do, and returns the version.
@@ -116,15 +128,16 @@ class Pipeline:
         """
         self.run.folder.mkdir(parents=True, exist_ok=True)
         with hold_lock(self.run.lock, f"the run {self.run.folder.name}"):
-            self._reset_if_removed()
-            for stage, need, work in self._stages():
-                if self.run.done(stage):
+            self._forget_if_removed()
+            for stage, step in self._stages().items():
+                if self.run.done(stage, *step.outputs) and not (stage is Stage.REGISTER and self._is_refused()):
                     console.print(f"[dim]{stage}: done before[/dim]")
                     continue
-                self.run.require_space(stage, need + _SPARE_BYTES)
+                self.run.require_space(stage, step.need + _SPARE_BYTES)
                 console.print(f"[bold]{stage}[/bold]")
+                self.run.begin(stage)
                 try:
-                    work()
+                    step.work()
                 except KeyboardInterrupt as error:
                     raise InterruptedRunError(
                         f"stage {stage} was interrupted",
@@ -141,51 +154,63 @@ class Pipeline:
                     release_memory()
             return self.run.load(Stage.REGISTER, Registered).version
 
-    def _reset_if_removed(self) -> None:
+    def _forget_if_removed(self) -> None:
         if not self.run.done(Stage.REGISTER):
             return
         made = self.run.load(Stage.REGISTER, Registered).version
         if made not in self.registry.versions(made.name):
             console.print(f"{made} was removed: this makes another")
-            self.run.reset()
+            self.run.forget_registration()
+
+    def _is_refused(self) -> bool:
+        """Whether the version was registered as a failed one, which is not asked for now."""
+        return bool(self.run.load(Stage.REGISTER, Registered).failed) and not self.register_failed
 
     @property
     def _full(self) -> bool:
         """Whether there is no adapter: training writes the whole model."""
         return self.recipe.method is Method.FULL
 
-    def _stages(self) -> list[tuple[Stage, int, Callable[[], object]]]:
-        """The stages with the bytes that each may write: merging and quantizing write no more than the base has.
+    def _stages(self) -> dict[Stage, "_Step"]:
+        """The stages that the recipe's formats need: merging and quantizing write no more than the base has.
 
         A checkpoint of full fine-tuning holds weights and two moments in float32, six times the base in bf16. Beside
         those that are kept there are the one that is being written, and the best.
         """
         size = sum(path.stat().st_size for path in self.base.folder.glob("*.safetensors"))
         kept = self.recipe.checkpoints.keep + 1 + self.recipe.stopping.keep_best
-        return [
-            (Stage.TRAIN, (1 + 6 * kept) * size if self._full else size // 4, self._train),
-            (Stage.MERGE, size, self._merge),
-            (Stage.EVALUATE, 0, self._evaluate),
-            (Stage.QUANTIZE, size, self._quantize),
-            (Stage.QUALIFY, 0, self._qualify),
-            (Stage.REGISTER, 0, self._register),
-        ]
+        run, formats = self.run, set(self.recipe.formats)
+        trained = _Step(self._train, (1 + 6 * kept) * size if self._full else size // 4, (self._trained,))
+        steps = {Stage.TRAIN: trained}
+        if formats & {Format.MERGED, Format.GPTQ}:
+            steps[Stage.MERGE] = _Step(self._merge, size, (run.merged,))
+        if Format.MERGED in formats:
+            steps[Stage.EVALUATE] = _Step(self._evaluate)
+        if Format.GPTQ in formats:
+            steps[Stage.QUANTIZE] = _Step(self._quantize, size, (run.gptq,))
+            steps[Stage.QUALIFY] = _Step(self._qualify)
+        return steps | {Stage.REGISTER: _Step(self._register)}
+
+    @property
+    def _trained(self) -> Path:
+        """The folder that training writes."""
+        return self.run.merged if self._full else self.run.adapter
 
     def _train(self) -> TrainingSummary:
-        multiple = self.capabilities.gptq_multiple(self.settings.engine)
-        check_layers(self.base.folder, self.recipe.quantize.group_size, multiple)  # not an hour later
+        if Format.GPTQ in self.recipe.formats:  # not an hour later
+            multiple = self.capabilities.gptq_multiple(self.settings.engine)
+            check_layers(self.base.folder, self.recipe.quantize.group_size, multiple)
         self._say_number_types()
         from trainer.training.sft import train_model  # torch and TRL with it
 
         tracking, run_id = self.registry.tracking, self._tracking_run()
         tracking.log_parameters(run_id, self.recipe.flat())
-        out = self.run.merged if self._full else self.run.adapter
         with tracking.attach(run_id):
             summary = train_model(
                 self.base.folder,
                 TrainingData(self.examples.train, self.examples.heldout),
                 self.recipe,
-                self.run.fresh(out),
+                self.run.fresh(self._trained),
                 self.run.checkpoints,
                 lambda step, figures: tracking.log_metrics(run_id, figures, step),
                 number_type=self.capabilities.training_type,
@@ -199,15 +224,18 @@ class Pipeline:
             EngineError: GPTQ cannot be served here.
         """
         able, engine = self.capabilities, self.settings.engine
-        kernel = explain_gptq_kernel(engine, able)
-        merged, gptq = (
-            choose_dtype(engine, able, ModelFacts(dtype=NumberType.BFLOAT16, quantization=how))
-            for how in (None, Format.GPTQ.value)
-        )
         here, served = able.training_device, able.device(engine)
         _say("train", f"{able.training_type} on {here}", able.training_reason)
-        _say("merged", f"{merged.value} on {served}", merged.reason)
-        _say("gptq", f"{gptq.value} on {served}, kernel of {kernel.value}", kernel.reason)
+        for format in self.recipe.formats:
+            if format is Format.ADAPTER:
+                continue
+            quantization = Format.GPTQ.value if format is Format.GPTQ else None
+            dtype = choose_dtype(engine, able, ModelFacts(dtype=NumberType.BFLOAT16, quantization=quantization))
+            if format is Format.GPTQ:
+                kernel = explain_gptq_kernel(engine, able)
+                _say("gptq", f"{dtype.value} on {served}, kernel of {kernel.value}", kernel.reason)
+            else:
+                _say("merged", f"{dtype.value} on {served}", dtype.reason)
 
     def _merge(self) -> MergeSummary:
         if self._full:
@@ -257,26 +285,43 @@ class Pipeline:
         return self.run.save(Stage.QUANTIZE, summary)
 
     def _qualify(self) -> Qualified:
-        qualified = asyncio.run(self._qualifier().alone(self.run.gptq, "gptq"))
-        merged = self.run.load(Stage.EVALUATE, Evaluated).merged
-        check_gptq(merged, qualified, self.recipe.evaluate)
-        return self.run.save(Stage.QUALIFY, qualified)
+        return self.run.save(Stage.QUALIFY, asyncio.run(self._qualifier().alone(self.run.gptq, "gptq")))
 
     def _register(self) -> Registered:
-        manifest = self._published() or self._publish()
-        evaluation = manifest.formats[Format.GPTQ].evaluation
-        if evaluation:
-            self.registry.tracking.annotate(
-                manifest.id,
-                f"{manifest.base.origin} on {manifest.data.train_examples} examples",
-                {"exact_match_gptq": str(evaluation.exact_match), "source": str(self.registry.folder(manifest.id))},
-            )
-        if answered := self.run.load(Stage.EVALUATE, Evaluated).merged.results:  # for a version that it is the base of
+        failed = self._check()
+        manifest, qualified = self._published() or self._publish(failed), self._qualified()
+        figures = {f"exact_match_{format}": str(found.evaluation.exact_match) for format, found in qualified.items()}
+        self.registry.tracking.annotate(
+            manifest.id,
+            f"{manifest.base.origin} on {manifest.data.train_examples} examples",
+            {"source": str(self.registry.folder(manifest.id))} | figures,
+        )
+        merged = qualified.get(Format.MERGED)
+        if merged and merged.results:  # for a version that it is the base of
             cache = self._cache(merged_revision(manifest), self.registry.artifact(manifest.id, Format.MERGED))
-            cache.add(self._qualifier().judged, answered)
-        registered = self.run.save(Stage.REGISTER, Registered(name=manifest.name, number=manifest.number))
+            cache.add(self._qualifier().judged, merged.results)
+        registered = self.run.save(
+            Stage.REGISTER, Registered(name=manifest.name, number=manifest.number, failed=manifest.failed)
+        )
         self.run.clean()
         return registered
+
+    def _check(self) -> tuple[str, ...]:
+        """What the version fails.
+
+        Raises:
+            TrainingError: it fails a check, and failed versions are not registered.
+        """
+        qualified = self._qualified()
+        try:
+            if len(qualified) == 2:
+                check_gptq(qualified[Format.MERGED], qualified[Format.GPTQ], self.recipe.evaluate)
+        except TrainingError as error:
+            if not self.register_failed:
+                raise
+            console.print(f"[yellow]{error.wrong}[/yellow]")
+            return (error.wrong,)
+        return ()
 
     def _published(self) -> Manifest | None:
         """What a try published that was cut off before it could say so."""
@@ -287,21 +332,22 @@ class Pipeline:
             except IntegrityError:
                 log.warning("%s cannot be read", made, exc_info=True)  # it is damaged, and not what was made here
                 continue
-            if manifest.tracking_run == run_id:
+            if manifest.tracking_run == run_id and self._made(manifest):
                 return manifest
         return None
 
-    def _publish(self) -> Manifest:
+    def _made(self, manifest: Manifest) -> bool:
+        """Whether a version of this training is what this recipe makes of it."""
+        judged = manifest.data.heldout_fingerprint == self.examples.heldout_fingerprint
+        return judged and manifest.recipe == self.recipe.model_dump(mode="json")
+
+    def _publish(self, failed: tuple[str, ...]) -> Manifest:
         heldout = self.run.folder / HELDOUT_FILE
         heldout.unlink(missing_ok=True)  # of an interrupted try: one file with its version's, which nobody may write
         write_examples(heldout, self.examples.heldout)
         content = {} if self._full else {Format.ADAPTER.value: self.run.adapter}
-        content |= {
-            Format.MERGED.value: self.run.merged,
-            Format.GPTQ.value: self.run.gptq,
-            HELDOUT_FILE: heldout,
-            REFERENCE_FOLDER: self._reference(),
-        }
+        content |= {format.value: self.run.folder / format.value for format in self._qualified()}
+        content |= {HELDOUT_FILE: heldout, REFERENCE_FOLDER: self._reference()}
         manifest = partial(
             build_manifest,
             run=self.run.folder.name,
@@ -309,8 +355,9 @@ class Pipeline:
             recipe=self.recipe,
             base=self.base,
             examples=self.examples,
-            base_evaluation=self.run.load(Stage.EVALUATE, Evaluated).base,
+            base_evaluation=self._evaluated.base if self._evaluated else None,
             qualified=self._qualified(),
+            failed=failed,
         )
         return self.registry.publish(self.recipe.name, self._tracking_run(), content, manifest)
 
@@ -329,8 +376,17 @@ class Pipeline:
 
     def _qualified(self) -> dict[Format, Qualified]:
         """The formats that can be served."""
-        merged = self.run.load(Stage.EVALUATE, Evaluated).merged
-        return {Format.MERGED: merged, Format.GPTQ: self.run.load(Stage.QUALIFY, Qualified)}
+        found = {}
+        if self._evaluated:
+            found[Format.MERGED] = self._evaluated.merged
+        if Format.GPTQ in self.recipe.formats:
+            found[Format.GPTQ] = self.run.load(Stage.QUALIFY, Qualified)
+        return found
+
+    @property
+    def _evaluated(self) -> Evaluated | None:
+        """What was found of base and merged model; None where they are not asked for."""
+        return self.run.load(Stage.EVALUATE, Evaluated) if Format.MERGED in self.recipe.formats else None
 
     def _qualifier(self) -> Qualifier:
         facts = partial(engine_facts, self.settings.engine, self.capabilities)
@@ -369,11 +425,28 @@ class Pipeline:
         return TrackedRun.model_validate_json(path.read_bytes()).run_id
 
 
+@dataclass(frozen=True, slots=True)
+class _Step:
+    """One stage.
+
+    Attributes:
+        need: bytes that it may write.
+        outputs: folders that it writes.
+    """
+
+    work: Callable[[], object]
+    need: int = 0
+    outputs: tuple[Path, ...] = ()
+
+
 def _say(what: str, choice: str, reason: str) -> None:
     console.print(f"  {what}: {choice}" + (f" ({reason})" if reason else ""))
 
 
-def open_pipeline(settings: Settings, recipe: Recipe, examples: Examples, base: Base) -> Pipeline:
+def open_pipeline(
+    settings: Settings, recipe: Recipe, examples: Examples, base: Base, *, register_failed: bool = False
+) -> Pipeline:
     """The pipeline of a recipe, in the folder where an earlier try of it lies."""
-    run = Run.of(settings.home / "runs", recipe, base, examples)
-    return Pipeline(settings, read_capabilities(settings.home), Registry.of(settings), recipe, base, examples, run)
+    run, registry = Run.of(settings.home / "runs", recipe, base, examples), Registry.of(settings)
+    capabilities = read_capabilities(settings.home)
+    return Pipeline(settings, capabilities, registry, recipe, base, examples, run, register_failed=register_failed)

@@ -22,7 +22,7 @@ from pydantic import (
 
 from svc.chat_template import TemplateValue
 from svc.dataset.readers.source import HUB_PREFIX
-from svc.version import NAME_PATTERN
+from svc.version import NAME_PATTERN, Format
 from trainer.recipe.targets import Targets
 
 
@@ -224,6 +224,11 @@ class Recipe(_Section):
         description="given to the base's chat template in training, evaluation and serving; default: "
         "`enable_thinking: false` and `date_string: 26 Jul 2024`, where the template knows them",
     )
+    formats: Annotated[tuple[Format, ...], Field(min_length=1)] = Field(
+        (Format.MERGED, Format.GPTQ),
+        description="adapter, merged, gptq: what is made, judged and registered; an adapter is always kept. "
+        "Without merged the base is not judged either",
+    )
     data: Data
     adapter: Adapter = Adapter()
     train: Train = Train()
@@ -247,6 +252,14 @@ class Recipe(_Section):
         """A base that is written as a path is one."""
         is_path = base.startswith((".", "/", "~")) or base.endswith(".gguf")
         return str(_beside_recipe(Path(base), info)) if is_path else base
+
+    @model_validator(mode="after")
+    def _has_formats(self) -> "Recipe":
+        if len(set(self.formats)) < len(self.formats):
+            raise ValueError("formats names one twice")
+        if self.method is Method.FULL and Format.ADAPTER in self.formats:
+            raise ValueError(f"formats names adapter, and method {self.method} trains none")
+        return self
 
     @model_validator(mode="after")
     def _fits_method(self) -> "Recipe":

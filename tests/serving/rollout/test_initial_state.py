@@ -3,7 +3,7 @@
 import pytest
 
 from serving.rollout.initial_state import choose_desired
-from svc.errors import NotFoundError
+from svc.errors import NotFoundError, RefusedError
 from svc.store.desired import change_desired, read_desired
 from svc.version import Alias, Format, VersionId
 from tests.serving.home import Home
@@ -64,6 +64,24 @@ def test_a_version_that_is_named_becomes_desired_and_the_one_before_is_kept(home
 def test_a_version_that_is_desired_already_changes_nothing(home: Home) -> None:
     seen = change_desired(home.store, None, target(2), None)
     assert choose_desired(home.registry, home.store, f"{NAME}@2", None) == seen
+
+
+def test_a_name_means_the_newest_version_that_passed_every_check(home: Home) -> None:
+    make_version(home.registry, 4, failed=("GPTQ lost 0.3",))
+    assert choose(home, NAME)[0] == f"{NAME}@3"
+
+
+def test_a_version_that_failed_a_check_is_not_served(home: Home) -> None:
+    make_version(home.registry, 4, failed=("GPTQ lost 0.3", "another template"))
+    with pytest.raises(RefusedError, match=r"tuned@4 failed a check.*: GPTQ lost 0.3; another template"):
+        choose(home, f"{NAME}@4")
+    assert read_desired(home.store, NAME) is None
+
+
+def test_a_failed_version_that_was_forced_before_serves_again(home: Home) -> None:
+    make_version(home.registry, 4, failed=("GPTQ lost 0.3",))
+    change_desired(home.store, None, target(4), None, forced="a test")
+    assert choose(home, NAME)[0] == f"{NAME}@4"
 
 
 def test_gptq_is_preferred_where_the_version_has_it(home: Home) -> None:

@@ -25,6 +25,11 @@ def slow(double: EngineDouble) -> None:
     double.token_delay_s, double.reload_delay_s = 0.02, 0.05
 
 
+def endless(double: EngineDouble) -> None:
+    """Its answers do not end before it is killed, however busy the machine is."""
+    double.token_delay_s = 10.0
+
+
 def dies_at(path: str, nth: int = 1) -> Callable[[EngineDouble], None]:
     """An engine that is killed by the nth request for a path that comes while weights are replaced."""
 
@@ -193,7 +198,7 @@ async def test_an_engine_that_dies_in_a_swap_costs_no_held_request(make: Make, p
 
 async def test_an_engine_that_dies_while_requests_end_is_replaced(make: Make) -> None:
     control = make()
-    control.park.prepare = slow
+    control.park.prepare = first_only(endless)
     async with control.run(), control.client() as client:
         running = asyncio.create_task(ask(client, stream=True))
         await until(lambda: control.double.running)

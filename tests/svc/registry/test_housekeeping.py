@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -41,6 +42,31 @@ def test_a_version_goes_with_its_files_and_its_number_stays_used(
     assert registry.versions(gone.name) == [kept]
     assert sorted(path.name for path in registry.folder(kept).parent.iterdir()) == [".removing", str(kept.number)]
     assert publish().number == gone.number + 1
+
+
+def run_of(registry: Registry, made: Manifest) -> Path:
+    """The run's folder, with its own names for the version's weights."""
+    run = registry.models.parent / "runs" / made.run
+    shutil.copytree(registry.folder(made.id) / "merged", run / "merged", copy_function=os.link)
+    return run
+
+
+def test_what_its_run_has_of_a_version_goes_with_it_and_its_room_is_free(
+    registry: Registry, store: Store, publish: Publish
+) -> None:
+    made = publish()
+    run = run_of(registry, made)
+    size = made.formats[Format.MERGED].bytes
+    assert remove_version(registry, store, made.id) >= size > 0
+    assert [path.name for path in run.iterdir()] == ["lock"]
+
+
+def test_the_weights_of_a_run_that_is_worked_on_stay(registry: Registry, store: Store, publish: Publish) -> None:
+    made = publish()
+    run = run_of(registry, made)
+    with hold_lock(run / "lock", "it"):
+        remove_version(registry, store, made.id)
+    assert list((run / "merged").iterdir())
 
 
 @pytest.mark.parametrize("alias", Alias)
@@ -262,8 +288,10 @@ def test_rm_says_which_version_does_not_exist(svc: Svc) -> None:
 
 def test_the_names_of_a_runs_files_are_the_trainers() -> None:
     """Spelt out there, because what all share knows nothing of the trainer."""
-    from trainer.pipeline.run_folder import Run, Stage
+    from trainer.pipeline.run_folder import Run
+    from trainer.pipeline.stage_key import Stage
 
-    made = Run(Path("run"))
+    made = Run(Path("run"), {})
+    assert [folder.name for folder in made._weights] == list(Format)
     assert made.lock.name == housekeeping._LOCK
     assert made._result(Stage.REGISTER).name == housekeeping._REGISTERED

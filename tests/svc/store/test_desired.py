@@ -37,6 +37,13 @@ def test_a_change_can_forget_what_was_before(store: Store) -> None:
     assert read_desired(store, "tiny") == Desired(target(2), None, 2)
 
 
+def test_why_a_failed_version_is_forced_is_kept_until_the_next_change(store: Store) -> None:
+    first = change_desired(store, None, target(1), None, forced="a test")
+    assert read_desired(store, "tiny") == first == Desired(target(1), None, 1, "a test")
+    change_desired(store, first, target(2), first.target)
+    assert read_desired(store, "tiny") == Desired(target(2), target(1), 2)
+
+
 def test_names_do_not_touch_each_other(store: Store) -> None:
     change_desired(store, None, target(1), None)
     change_desired(store, None, target(7, name="other"), None)

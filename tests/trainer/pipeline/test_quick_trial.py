@@ -5,8 +5,8 @@ import pytest
 from svc.dataset.fingerprint import fingerprint
 from tests.trainer.conftest import make_example, make_recipe
 from trainer.callbacks.loss_point import LossPoint
+from trainer.pipeline.examples import Examples
 from trainer.pipeline.quick_trial import quick_trial, whole_run_seconds
-from trainer.pipeline.run_folder import Examples
 from trainer.training.summary import TrainingSummary
 
 

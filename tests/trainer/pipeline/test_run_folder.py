@@ -1,7 +1,5 @@
 """A run's folder: which recipe it belongs to, and how far it came."""
 
-import gzip
-import json
 import os
 import shutil
 from collections import namedtuple
@@ -11,13 +9,12 @@ from typing import Any
 
 import pytest
 
-from svc.dataset.readers.bad_lines import BadLines
-from svc.dataset.readers.reader import write_examples
-from svc.dataset.schema.example import ChatExample
-from svc.errors import DataError, DiskSpaceError
+from svc.errors import DiskSpaceError
 from tests.trainer.conftest import make_example, make_recipe
 from trainer.base_model.resolve import Base
-from trainer.pipeline.run_folder import Examples, Run, Stage, read_run_examples
+from trainer.pipeline.examples import Examples
+from trainer.pipeline.run_folder import Run
+from trainer.pipeline.stage_key import Stage, stage_keys
 from trainer.recipe.sections import Recipe
 
 BASE = Base(Path("/base"), "./base", "Apache-2.0", "sha256:0")
@@ -32,7 +29,7 @@ class Figures:
 
 @pytest.fixture
 def run(tmp_path: Path) -> Run:
-    return Run(tmp_path)
+    return Run(tmp_path, dict.fromkeys(Stage, "key"))
 
 
 def folder(recipe: Recipe, base: Base = BASE, examples: Examples = EXAMPLES) -> Path:
@@ -51,13 +48,12 @@ def test_the_same_recipe_on_the_same_data_is_the_same_run() -> None:
         {"train": {"seed": 1}},
         {"train": {"learning_rate": 1e-4}},
         {"adapter": {"rank": 4}},
-        {"quantize": {"group_size": 32}},
-        {"evaluate": {"max_tokens": 8}},
-        {"qualify": {"probes": 2}},
+        {"stopping": {"keep_best": True}},
+        {"chat_template_kwargs": {"enable_thinking": True}},
     ],
     ids=str,
 )
-def test_another_recipe_is_another_run(change: dict[str, Any]) -> None:
+def test_another_training_is_another_run(change: dict[str, Any]) -> None:
     assert folder(make_recipe(**change)) != folder(make_recipe())
 
 
@@ -65,11 +61,50 @@ def test_another_base_is_another_run() -> None:
     assert folder(make_recipe(), base=replace(BASE, revision="sha256:9")) != folder(make_recipe())
 
 
-@pytest.mark.parametrize(
-    "other", [replace(EXAMPLES, train_fingerprint="sha256:9"), replace(EXAMPLES, heldout_fingerprint="sha256:9")]
+OTHER_TRAIN, OTHER_HELDOUT = (
+    replace(EXAMPLES, train_fingerprint="sha256:9"),
+    replace(EXAMPLES, heldout_fingerprint="sha256:9"),
 )
-def test_other_data_is_another_run(other: Examples) -> None:
-    assert folder(make_recipe(), examples=other) != folder(make_recipe())
+
+
+def test_other_training_data_are_another_run() -> None:
+    assert folder(make_recipe(), examples=OTHER_TRAIN) != folder(make_recipe())
+
+
+def test_other_heldout_data_are_another_run_where_training_looks_at_them() -> None:
+    assert folder(make_recipe(), examples=OTHER_HELDOUT) == folder(make_recipe())
+    looks = make_recipe(stopping={"patience": 2})
+    assert folder(looks, examples=OTHER_HELDOUT) != folder(looks)
+
+
+JUDGED = {Stage.EVALUATE, Stage.QUALIFY, Stage.REGISTER}
+
+
+@pytest.mark.parametrize(
+    ("change", "again"),
+    [
+        ({"quantize": {"group_size": 32}}, {Stage.QUANTIZE, Stage.QUALIFY, Stage.REGISTER}),
+        ({"evaluate": {"max_tokens": 8}}, JUDGED),
+        ({"evaluate": {"limit": 1}}, JUDGED),
+        ({"qualify": {"probes": 2}}, JUDGED),
+        ({"evaluate": {"max_gptq_loss": 0.5}}, {Stage.REGISTER}),
+        ({"evaluate": {"max_gptq_nll": 0.5}}, {Stage.REGISTER}),
+        ({"formats": ["merged"]}, {Stage.REGISTER}),
+        ({"checkpoints": {"keep": 7}}, set()),
+        ({"train": {"seed": 1}}, set(Stage)),
+    ],
+    ids=str,
+)
+def test_a_change_does_the_stages_again_that_read_it_and_those_that_go_on_from_them(
+    change: dict[str, Any], again: set[Stage]
+) -> None:
+    before, after = (stage_keys(recipe, BASE, EXAMPLES) for recipe in (make_recipe(), make_recipe(**change)))
+    assert {stage for stage in Stage if before[stage] != after[stage]} == again
+
+
+def test_other_heldout_examples_are_judged_anew() -> None:
+    before, after = (stage_keys(make_recipe(), BASE, examples) for examples in (EXAMPLES, OTHER_HELDOUT))
+    assert {stage for stage in Stage if before[stage] != after[stage]} == JUDGED
 
 
 def test_the_same_data_in_another_place_is_the_same_run() -> None:
@@ -85,6 +120,30 @@ def test_a_stage_is_done_when_its_result_is_saved(run: Run) -> None:
     assert run.load(Stage.TRAIN, Figures) == Figures(0.1, (1, 2))
 
 
+def test_a_stage_that_read_something_else_is_not_done(run: Run) -> None:
+    run.save(Stage.TRAIN, Figures(0.1, ()))
+    assert not Run(run.folder, {Stage.TRAIN: "other"}).done(Stage.TRAIN)
+
+
+def test_a_stage_whose_files_have_gone_is_not_done(run: Run) -> None:
+    run.save(Stage.TRAIN, Figures(0.1, ()))
+    assert not run.done(Stage.TRAIN, run.adapter)
+    run.adapter.mkdir()
+    assert run.done(Stage.TRAIN, run.adapter)
+
+
+def test_a_stage_that_begins_anew_is_not_done(run: Run) -> None:
+    run.save(Stage.TRAIN, Figures(0.1, ()))
+    run.begin(Stage.TRAIN)
+    assert not run.done(Stage.TRAIN)
+
+
+@pytest.mark.parametrize("content", ["", "[]", "{", "{}"])
+def test_a_result_that_is_none_is_not_done(run: Run, content: str) -> None:
+    (run.folder / "train.json").write_text(content)
+    assert not run.done(Stage.TRAIN)
+
+
 def test_a_result_that_was_cut_off_is_no_result(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     def cut_off(descriptor: int) -> None:
         raise OSError("no space left on device")
@@ -95,14 +154,18 @@ def test_a_result_that_was_cut_off_is_no_result(run: Run, monkeypatch: pytest.Mo
     assert not run.done(Stage.TRAIN)
 
 
-def test_weights_go_and_results_stay(run: Run) -> None:
+@pytest.mark.parametrize("linked", [True, False])
+def test_weights_stay_where_they_are_one_file_with_the_registrys(run: Run, linked: bool) -> None:
     run.save(Stage.TRAIN, Figures(0.1, ()))
-    for folder in (run.adapter, run.merged, run.gptq):
+    for folder in (run.adapter, run.merged, run.gptq, run.checkpoints):
         folder.mkdir()
         (folder / "model.safetensors").touch()
+        if linked:
+            os.link(folder / "model.safetensors", run.folder / f"{folder.name}.registered")
     run.clean()
     assert run.done(Stage.TRAIN)
-    assert not any(folder.exists() for folder in (run.adapter, run.merged, run.gptq))
+    assert [folder.exists() for folder in (run.adapter, run.merged, run.gptq)] == [linked] * 3
+    assert not run.checkpoints.exists()
 
 
 def free_bytes(monkeypatch: pytest.MonkeyPatch, free: int) -> None:
@@ -121,127 +184,6 @@ def test_too_little_room_says_how_much_and_where(run: Run, monkeypatch: pytest.M
         run.require_space(Stage.MERGE, 500_000_000)
     assert caught.value.wrong == f"stage merge needs 500 MB in {run.folder}, 200 MB are free"
     assert "free 300 MB" in caught.value.todo
-
-
-def read(folder: Path, train: list[ChatExample], heldout: list[ChatExample], **data: Any) -> Examples:
-    write_examples(folder / "t.jsonl", train)
-    write_examples(folder / "h.jsonl", heldout)
-    paths = {"train": folder / "t.jsonl", "heldout": folder / "h.jsonl"}
-    return read_run_examples(make_recipe(data={**paths, **data}))
-
-
-TRAIN = [make_example(f"question {number}", "yes") for number in range(6)]
-HELDOUT = [make_example("another", "no")]
-
-
-def test_examples_are_read_with_their_fingerprints(tmp_path: Path) -> None:
-    examples = read(tmp_path, TRAIN, HELDOUT)
-    assert examples.train == tuple(TRAIN)
-    assert examples.heldout == tuple(HELDOUT)
-    assert examples.train_fingerprint != examples.heldout_fingerprint
-
-
-def test_skip_and_limit_choose_a_part(tmp_path: Path) -> None:
-    assert read(tmp_path, TRAIN, HELDOUT, skip=1, limit=3).train == tuple(TRAIN[1:4])
-
-
-def test_a_part_has_a_fingerprint_of_its_own(tmp_path: Path) -> None:
-    whole, part = read(tmp_path, TRAIN, HELDOUT), read(tmp_path, TRAIN, HELDOUT, limit=3)
-    assert whole.train_fingerprint != part.train_fingerprint
-
-
-def test_skipping_all_but_one_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match="leaves 1 of 6 examples"):
-        read(tmp_path, TRAIN, HELDOUT, skip=5)
-
-
-def test_a_single_example_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match=r"t\.jsonl holds 1 example"):
-        read(tmp_path, TRAIN[:1], HELDOUT)
-
-
-def test_an_empty_heldout_set_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match=r"h\.jsonl holds 0 examples"):
-        read(tmp_path, TRAIN, [])
-
-
-def test_training_on_the_heldout_set_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match="1 training examples have the prompt of a held-out one, the first is number 3"):
-        read(tmp_path, TRAIN, [make_example("Question  2", "no")])
-
-
-def lines_of(count: int, what: str = "question") -> list[ChatExample]:
-    return [make_example(f"{what} {number}", "yes") for number in range(count)]
-
-
-def read_train(folder: Path, examples: list[ChatExample], **data: Any) -> Examples:
-    write_examples(folder / "t.jsonl", examples)
-    return read_run_examples(make_recipe(data={"train": folder / "t.jsonl", **data}))
-
-
-def test_without_a_heldout_set_a_tenth_is_held_out(tmp_path: Path) -> None:
-    examples = read_train(tmp_path, lines_of(40))
-    assert (len(examples.train), len(examples.heldout)) == (36, 4)
-    assert {*examples.train, *examples.heldout} == set(lines_of(40))
-
-
-def test_the_seed_decides_what_is_held_out(tmp_path: Path) -> None:
-    first, again = (read_train(tmp_path, lines_of(40)).heldout for _ in range(2))
-    assert first == again
-    assert read_train(tmp_path, lines_of(40), seed=1).heldout != first
-
-
-def test_sources_are_joined_in_their_order(tmp_path: Path) -> None:
-    write_examples(tmp_path / "a.jsonl", TRAIN[:3])
-    write_examples(tmp_path / "b.jsonl", TRAIN[3:])
-    write_examples(tmp_path / "h.jsonl", HELDOUT)
-    paths = {"train": [str(tmp_path / "b.jsonl"), str(tmp_path / "a.jsonl")], "heldout": tmp_path / "h.jsonl"}
-    assert read_run_examples(make_recipe(data=paths)).train == (*TRAIN[3:], *TRAIN[:3])
-
-
-def test_general_examples_are_their_share_of_the_training_examples(tmp_path: Path) -> None:
-    write_examples(tmp_path / "g.jsonl", lines_of(20, "general"))
-    examples = read(tmp_path, lines_of(15), HELDOUT, general=tmp_path / "g.jsonl", general_share=0.25)
-    assert (len(examples.train), examples.general) == (20, 5)
-    assert examples.train[:15] == tuple(lines_of(15))
-    assert examples.train_fingerprint != read(tmp_path, lines_of(15), HELDOUT).train_fingerprint
-
-
-def test_general_examples_are_never_held_out(tmp_path: Path) -> None:
-    write_examples(tmp_path / "g.jsonl", [*HELDOUT, *lines_of(2, "general")])
-    examples = read(tmp_path, TRAIN, HELDOUT, general=tmp_path / "g.jsonl", general_share=0.25)
-    assert examples.heldout == tuple(HELDOUT)
-    assert set(examples.train[-2:]) == set(lines_of(2, "general"))
-
-
-def test_too_few_general_examples_are_refused(tmp_path: Path) -> None:
-    write_examples(tmp_path / "g.jsonl", lines_of(1, "general"))
-    with pytest.raises(DataError, match=r"data\.general holds 1 examples"):
-        read(tmp_path, TRAIN, HELDOUT, general=tmp_path / "g.jsonl", general_share=0.5)
-
-
-def test_bad_lines_and_leaks_are_left_out_and_kept_as_they_stood(tmp_path: Path) -> None:
-    lines = [json.dumps(example.as_dict()).encode() for example in (*TRAIN, *HELDOUT)]
-    bad = b'{"messages": [{"role": "user", "content": "caf\xe9"}]}\r\n'
-    (tmp_path / "t.jsonl").write_bytes(lines[0] + b"\n" + bad + b"\n".join(lines[1:]))
-    write_examples(tmp_path / "h.jsonl", HELDOUT)
-    recipe = make_recipe(data={"train": tmp_path / "t.jsonl", "heldout": tmp_path / "h.jsonl"})
-    bad_lines = BadLines(tmp_path / "bad")
-    assert read_run_examples(recipe, bad_lines=bad_lines).train == tuple(TRAIN)
-    assert bad_lines.count == 2
-    assert (tmp_path / "bad" / "t.jsonl").read_bytes() == bad + lines[-1] + b"\n"
-    entries = [json.loads(line) for line in (tmp_path / "bad" / "problems.jsonl").read_text().splitlines()]
-    assert [(entry["line"], entry["code"]) for entry in entries] == [(2, "not_utf8"), (8, "leak")]
-
-
-def test_a_file_that_is_cut_off_stops_a_run_that_leaves_bad_lines_out(tmp_path: Path) -> None:
-    lines = [json.dumps(example.as_dict()).encode() for example in TRAIN]
-    (tmp_path / "t.jsonl.gz").write_bytes(gzip.compress(b"\n".join(lines))[:-8])
-    write_examples(tmp_path / "h.jsonl", HELDOUT)
-    recipe = make_recipe(data={"train": tmp_path / "t.jsonl.gz", "heldout": tmp_path / "h.jsonl"})
-    with pytest.raises(DataError, match=r"t\.jsonl\.gz.* cannot be read on") as caught:
-        read_run_examples(recipe, bad_lines=BadLines(tmp_path / "bad"))
-    assert "fetch or unpack the file again" in caught.value.todo
 
 
 def test_where_data_lie_does_not_make_another_run() -> None:

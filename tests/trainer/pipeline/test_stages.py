@@ -7,7 +7,6 @@ from collections import namedtuple
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from statistics import fmean
 from typing import Any
 
 import pytest
@@ -46,8 +45,10 @@ from trainer.callbacks.loss_point import LossPoint
 from trainer.export.gptq import QuantizeSummary
 from trainer.export.verify_merge import MergeSummary
 from trainer.pipeline import stages as stages_module
+from trainer.pipeline.examples import Examples
 from trainer.pipeline.find_base import find_base, merged_revision
-from trainer.pipeline.run_folder import Examples, Run, Stage
+from trainer.pipeline.run_folder import Run
+from trainer.pipeline.stage_key import Stage
 from trainer.pipeline.stages import Evaluated, Pipeline
 from trainer.recipe.sections import Method
 from trainer.training import sft
@@ -55,6 +56,8 @@ from trainer.training.summary import TrainingSummary
 
 _names = (f"pipeline-{number}" for number in itertools.count(1))
 TRAIN = tuple(make_example(f"q {number}", "yes") for number in range(3))
+WORSE_QUANTIZED = tuple(make_example(asked, "merged.0 merged.1 merged.2 merged.3") for asked in ("one", "two"))
+"""Examples that the double answers rightly when it holds the merged weights, and wrongly with any other."""
 
 
 @dataclass
@@ -237,12 +240,15 @@ def test_the_version_keeps_what_each_served_format_answered(pipeline: Pipeline) 
         assert [result.answer.split()[0] for result in results] == [f"{format}.0"] * 2
         evaluation = pipeline.registry.format(version, format).evaluation
         assert evaluation is not None
-        assert fmean(result.nll for result in results) == pytest.approx(evaluation.nll.value)
+        tokens = sum(result.scored or 0 for result in results)
+        total = sum(result.nll * (result.scored or 0) for result in results)
+        assert total / tokens == pytest.approx(evaluation.nll.value)
 
 
 def test_a_base_that_was_judged_on_these_examples_is_not_asked_again(make: Make, engines: Engines) -> None:
     first = make()
     asked = first.registry.manifest(first.train_version()).base_evaluation
+    assert asked is not None
     launched = len(engines.launched)
     again = make(train={"seed": 1})
     known = again.registry.manifest(again.train_version()).base_evaluation
@@ -267,6 +273,7 @@ def test_a_version_that_is_a_base_was_judged_when_it_was_made(make: Make, engine
     assert str(folder) not in [engine.double.weights for engine in engines.launched[launched:]]
     merged = manifest.formats[Format.MERGED].evaluation
     assert merged is not None
+    assert judged is not None
     assert judged.hits == merged.hits
 
 
@@ -296,7 +303,7 @@ def test_a_run_that_an_older_release_began_makes_a_version_without_its_answers(m
     pipeline = make()
     result = pipeline.run.folder / f"{Stage.EVALUATE}.json"
     content = json.loads(result.read_text("utf-8"))
-    del content["merged"]["results"]
+    del content["result"]["merged"]["results"]
     result.write_text(json.dumps(content), "utf-8")
     version = pipeline.train_version()
     with pytest.raises(NotFoundError):
@@ -336,9 +343,83 @@ def test_an_unserved_adapter_has_no_verification(pipeline: Pipeline) -> None:
     assert (record.evaluation, record.probes) == (None, ())
 
 
-def test_the_weights_of_a_finished_run_lie_in_the_registry_alone(pipeline: Pipeline) -> None:
+def test_the_weights_of_a_finished_run_take_no_room_beside_the_registrys(pipeline: Pipeline) -> None:
     pipeline.train_version()
-    assert not list(pipeline.run.folder.rglob("*.safetensors"))
+    assert all(path.stat().st_nlink > 1 for path in pipeline.run.folder.rglob("*.safetensors"))
+
+
+def test_another_quantization_trains_nothing_again_and_makes_the_next_version(make: Make, stages: Stages) -> None:
+    first = make().train_version()
+    ran = len(stages.ran)
+    pipeline = make(quantize={"group_size": 32})
+    assert pipeline.train_version() == VersionId(first.name, 2)
+    assert stages.ran[ran:] == [Stage.QUANTIZE]
+    for version, group_size in ((first, 64), (VersionId(first.name, 2), 32)):
+        assert pipeline.registry.manifest(version).recipe["quantize"]["group_size"] == group_size
+        for format in Format:
+            pipeline.registry.verify(version, format)
+
+
+def test_what_is_compared_with_other_limits_is_not_measured_again(make: Make, stages: Stages, engines: Engines) -> None:
+    with pytest.raises(TrainingError, match=r"GPTQ lost 1\.000"):
+        make(WORSE_QUANTIZED).train_version()
+    ran, launched = len(stages.ran), len(engines.launched)
+    assert make(WORSE_QUANTIZED, evaluate={"max_gptq_loss": 1.0}).train_version().number == 1
+    assert (len(stages.ran), len(engines.launched)) == (ran, launched)
+
+
+def test_a_version_that_fails_is_registered_where_that_is_asked_for(make: Make) -> None:
+    pipeline = replace(make(WORSE_QUANTIZED), register_failed=True)
+    (failure,) = pipeline.registry.manifest(pipeline.train_version()).failed
+    assert failure.startswith("GPTQ lost 1.000 of exact match")
+    assert pipeline.train_version().number == 1
+
+
+def test_a_failed_version_that_is_registered_is_none_to_whoever_asks_for_a_good_one(make: Make) -> None:
+    replace(make(WORSE_QUANTIZED), register_failed=True).train_version()
+    with pytest.raises(TrainingError, match=r"GPTQ lost 1\.000"):
+        make(WORSE_QUANTIZED).train_version()
+
+
+def test_a_later_try_makes_the_next_number(make: Make) -> None:
+    failed = replace(make(WORSE_QUANTIZED), register_failed=True).train_version()
+    pipeline = make(WORSE_QUANTIZED, evaluate={"max_gptq_loss": 1.0})
+    version = pipeline.train_version()
+    assert (failed.number, version.number) == (1, 2)
+    assert pipeline.registry.manifest(version).failed == ()
+
+
+@pytest.mark.parametrize(
+    ("formats", "ran", "started"),
+    [
+        (["merged", "gptq"], [Stage.TRAIN, Stage.MERGE, Stage.QUANTIZE], ["base", "merged", "gptq", "gptq"]),
+        (["merged"], [Stage.TRAIN, Stage.MERGE], ["base", "merged"]),
+        (["gptq"], [Stage.TRAIN, Stage.MERGE, Stage.QUANTIZE], ["gptq", "gptq"]),
+        (["adapter"], [Stage.TRAIN], []),
+    ],
+    ids=str,
+)
+def test_only_the_formats_that_are_asked_for_are_made_and_judged(
+    make: Make, stages: Stages, engines: Engines, formats: list[str], ran: list[Stage], started: list[str]
+) -> None:
+    pipeline = make(formats=formats)
+    manifest = pipeline.registry.manifest(pipeline.train_version())
+    assert stages.ran == ran
+    assert engines.started_with == started
+    assert set(manifest.formats) == {"adapter", *formats}
+    assert (manifest.base_evaluation is not None) == ("merged" in formats)
+
+
+def test_another_format_goes_on_from_what_is_done(make: Make, stages: Stages, engines: Engines) -> None:
+    make(formats=["merged"]).train_version()
+    ran, launched = len(stages.ran), len(engines.launched)
+    assert make().train_version().number == 2
+    assert stages.ran[ran:] == [Stage.QUANTIZE]
+    assert engines.started_with[launched:] == ["gptq", "gptq"]
+
+
+def test_a_width_that_cannot_be_quantized_is_no_matter_where_gptq_is_not_asked_for(make: Make) -> None:
+    assert make(formats=["merged"], quantize={"group_size": 128}).train_version().number == 1
 
 
 def test_a_finished_run_gives_its_version_again_and_does_nothing(make: Make, stages: Stages, engines: Engines) -> None:
@@ -451,19 +532,15 @@ def test_a_disk_that_is_full_within_a_stage_is_told_and_the_run_goes_on(
 
 
 def test_a_quantized_model_that_is_worse_becomes_no_version(make: Make) -> None:
-    right_when_merged = " ".join(f"merged.{index}" for index in range(4))
-    pipeline = make(heldout=(make_example("one", right_when_merged), make_example("two", right_when_merged)))
+    pipeline = make(WORSE_QUANTIZED)
     with pytest.raises(TrainingError, match=r"GPTQ lost 1\.000 of exact match"):
         pipeline.train_version()
     assert pipeline.registry.versions() == []
-    assert not pipeline.run.done(Stage.QUALIFY)
+    assert not pipeline.run.done(Stage.REGISTER)
 
 
 def test_a_loss_that_the_recipe_allows_becomes_a_version(make: Make) -> None:
-    right_when_merged = " ".join(f"merged.{index}" for index in range(4))
-    heldout = (make_example("one", right_when_merged), make_example("two", right_when_merged))
-    pipeline = make(heldout=heldout, evaluate={"max_gptq_loss": 1.0})
-    assert pipeline.train_version().number == 1
+    assert make(WORSE_QUANTIZED, evaluate={"max_gptq_loss": 1.0}).train_version().number == 1
 
 
 def test_a_registration_that_was_interrupted_goes_on_with_the_version_that_it_published(

@@ -1,0 +1,63 @@
+"""What decides the result of each stage of a run, as one short key a stage.
+
+A stage's key is made of what the stage reads: keys of the recipe, data, and the keys of the stages before it whose
+files it takes. So a change of `quantize` leaves training, merging and their evaluation done. Limits are only compared
+with what was measured: with other ones nothing is measured again. Knows no files.
+"""
+
+import hashlib
+import json
+from collections.abc import Mapping
+from enum import StrEnum
+from typing import Any
+
+from trainer.base_model.resolve import Base
+from trainer.pipeline.examples import Examples
+from trainer.recipe.sections import Recipe
+
+_LIMITS = ("max_gptq_loss", "max_gptq_nll")
+"""Of the section `evaluate`: only compared, when the version is registered."""
+
+
+class Stage(StrEnum):
+    """The stages, in their order."""
+
+    TRAIN = "train"
+    MERGE = "merge"
+    EVALUATE = "evaluate"
+    QUANTIZE = "quantize"
+    QUALIFY = "qualify"
+    REGISTER = "register"
+
+
+StageKeys = Mapping[Stage, str]
+
+
+def stage_keys(recipe: Recipe, base: Base, examples: Examples) -> StageKeys:
+    """The key of each stage.
+
+    Where data lie, and how often a training is saved, decides no result.
+    """
+    said = recipe.model_dump(mode="json")
+    measured = examples.heldout_fingerprint if recipe.stopping.measures else None
+    learnt = [said[key] for key in ("method", "chat_template_kwargs", "adapter", "train", "stopping")]
+    train = _key(base.revision, examples.train_fingerprint, measured, learnt)
+    merge = _key(train)
+    asked = {key: value for key, value in said["evaluate"].items() if key not in _LIMITS}
+    judged = [examples.heldout_fingerprint, asked, said["qualify"]]
+    evaluate = _key(merge, judged)
+    quantize = _key(merge, said["quantize"])
+    qualify = _key(quantize, judged)
+    limits = [said["evaluate"][limit] for limit in _LIMITS]
+    return {
+        Stage.TRAIN: train,
+        Stage.MERGE: merge,
+        Stage.EVALUATE: evaluate,
+        Stage.QUANTIZE: quantize,
+        Stage.QUALIFY: qualify,
+        Stage.REGISTER: _key(evaluate, qualify, recipe.name, said["formats"], limits),
+    }
+
+
+def _key(*parts: Any) -> str:
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:12]
