@@ -116,6 +116,7 @@ def monitor(ctx: click.Context, server: str | None, host: str | None, port: int 
             exporting(
                 Registry.of(settings),
                 open_database(settings.home),
+                settings.home,
                 lambda: watched or server_url(settings),
                 settings.monitor.host,
                 settings.monitor.port,

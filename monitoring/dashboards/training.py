@@ -28,14 +28,20 @@ def _run() -> list[PanelBuilder]:
     started = Query(f"svc_training_started_timestamp_seconds{{{_MODEL}}} * 1000", "{{model}}")
     return [
         number(
-            "Training", "Whether a training runs now.", "none", running, names={0: "not running", 1: "running"}, span=12
+            "Training",
+            "Whether a training runs now, in any stage.",
+            "none",
+            running,
+            names={0: "not running", 1: "running"},
+            span=12,
         ),
         number("Started", "When the newest training started.", "dateTimeFromNow", started, span=12),
         chart(
             "Loss",
-            "Negative log-likelihood of the training examples, in nats a token; less is better.",
+            "Negative log-likelihood of the training and the held-out examples, in nats a token; less is better.",
             "none",
             Query(f"svc_training_loss{{{_MODEL}}}", "{{model}}"),
+            Query(f"svc_training_heldout_loss{{{_MODEL}}}", "{{model}} held-out"),
         ),
         chart(
             "Epoch",

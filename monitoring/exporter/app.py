@@ -6,6 +6,7 @@ A process of its own, so that it goes on when the server does not. On another ma
 import threading
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING
 from wsgiref.simple_server import WSGIRequestHandler, WSGIServer, make_server
 
@@ -32,6 +33,7 @@ _POLL_S = 0.05  # how soon it notices that it shall end
 def exporting(
     registry: Registry,
     store: Store,
+    home: Path,
     find_server: Callable[[], str],
     host: str,
     port: int,
@@ -41,6 +43,7 @@ def exporting(
     """Answers /metrics for the body of the `with`; yields the page's URL.
 
     Args:
+        home: where training runs are looked for.
         find_server: the server's URL now; raises ServerNotRunningError.
         port: 0 for any free one.
         checking: somebody checks for drift.
@@ -55,7 +58,7 @@ def exporting(
         for collector in (
             ServerPage(client, find_server),
             VersionMetrics(registry),
-            TrainingMetrics(registry),
+            TrainingMetrics(registry, home),
             DriftMetrics(registry, store, checking=checking),
         ):
             metrics.register(collector)

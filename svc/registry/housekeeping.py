@@ -18,13 +18,14 @@ from svc.lock import hold_lock, lock_holder
 from svc.registry.registry import Registry
 from svc.store.desired import read_desired
 from svc.store.swaps import find_swap
+from svc.training_runs import RUN_LOCK, RUNS_FOLDER
 from svc.version import Format, VersionId
 
 log = logging.getLogger(__name__)
 
 _DAY_S = 86_400
-_RUNS, _LOCK, _REGISTERED = "runs", "lock", "register.json"
-"""Where runs are, and what is in each (trainer.pipeline.run_folder); the weights lie in folders named by format."""
+_REGISTERED = "register.json"
+"""In the folder of a run that is finished (trainer.pipeline.run_folder); its weights lie in folders named by format."""
 _REMOVING = ".removing"
 """Beside the versions of a name: held by whoever removes one."""
 
@@ -89,7 +90,7 @@ def remove_version(registry: Registry, store: Store, version: VersionId) -> int:
 def _run_of(registry: Registry, version: VersionId) -> Path | None:
     """The folder of the run that made a version; None of a damaged version, or where the folder has gone."""
     try:
-        folder = registry.models.parent / _RUNS / registry.manifest(version).run
+        folder = registry.models.parent / RUNS_FOLDER / registry.manifest(version).run
     except IntegrityError:
         log.warning("%s cannot be read: what its run has left stays", version, exc_info=True)
         return None
@@ -99,7 +100,7 @@ def _run_of(registry: Registry, version: VersionId) -> Path | None:
 def _drop_weights(run: Path) -> None:
     """Removes a run's names for the weights that the registry had, so that they are free; not while it is worked on."""
     try:
-        with hold_lock(run / _LOCK, f"the run {run.name}"):
+        with hold_lock(run / RUN_LOCK, f"the run {run.name}"):
             for format in Format:
                 shutil.rmtree(run / format.value, ignore_errors=True)
     except BusyError:
@@ -131,8 +132,8 @@ def find_reclaimable(registry: Registry, home: Path, older_than_days: float) -> 
     for folder in _folders(registry.models.glob("*/.*")):
         if (touched := _newest(folder, now)) < min(before, now - _DAY_S):  # a registration takes minutes
             yield Reclaimable(folder, size_on_disk(folder), "a registration or a removal was cut off", touched)
-    for folder in _folders((home / _RUNS).glob("*")):
-        if lock_holder(folder / _LOCK) is None and (touched := _newest(folder, now)) < before:
+    for folder in _folders((home / RUNS_FOLDER).glob("*")):
+        if lock_holder(folder / RUN_LOCK) is None and (touched := _newest(folder, now)) < before:
             finished = (folder / _REGISTERED).is_file()
             why = "the version is registered" if finished else "the run was given up"
             yield Reclaimable(folder, size_on_disk(folder), f"{why}, and nobody has touched it since", touched)
@@ -154,7 +155,7 @@ def reclaim(found: Reclaimable) -> None:
     if not path.is_dir():
         path.unlink(missing_ok=True)
         return
-    lock = path / _LOCK if path.parent.name == _RUNS else path.parent / _REMOVING
+    lock = path / RUN_LOCK if path.parent.name == RUNS_FOLDER else path.parent / _REMOVING
     with hold_lock(lock, str(path)):
         if _newest(path, time.time()) > found.touched:
             raise BusyError(f"{path} was changed just now", todo="nothing: it is kept")
@@ -171,7 +172,7 @@ def _folders(found: Iterator[Path]) -> list[Path]:
 def _newest(path: Path, now: float) -> float:
     """When something in it was changed last; the lock of a run is written by whoever looks at it."""
     try:
-        return max(one.lstat().st_mtime for one in (path, *path.rglob("*")) if one.name != _LOCK)
+        return max(one.lstat().st_mtime for one in (path, *path.rglob("*")) if one.name != RUN_LOCK)
     except FileNotFoundError:  # it is being published, or rotated
         return now
 

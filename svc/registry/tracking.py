@@ -19,25 +19,22 @@ from svc.version import Alias, VersionId
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
+    from mlflow.entities import Run
 
 
-LOSS = "loss"
-"""What a trainer reports to MLflow as its loss."""
+LOSS, HELDOUT_LOSS = "loss", "heldout_loss"
+"""What a trainer reports to MLflow as its loss (trainer.callbacks.loss_log)."""
 
 
 @dataclass(frozen=True, slots=True)
 class RunFigures:
-    """How a run stands.
+    """How a run stands. Whether somebody works on it is not MLflow's to say: a run that was killed stays open there.
 
     Attributes:
-        updated_at: when it last reported a loss.
-        open: nobody has said that it ended; a run that was killed stays open.
         metrics: the newest value of each.
     """
 
     started_at: datetime
-    updated_at: datetime
-    open: bool
     metrics: dict[str, float]
 
 
@@ -115,7 +112,6 @@ class Tracking:
         Raises:
             RegistryError: MLflow does not answer.
         """
-        from mlflow.entities import RunStatus
         from mlflow.exceptions import MlflowException
 
         try:
@@ -125,18 +121,24 @@ class Tracking:
             runs = self._client.search_runs(
                 [found.experiment_id], order_by=["attributes.start_time DESC"], max_results=1
             )
-            if not runs:
-                return None
-            (run,) = runs
-            curve = self._client.get_metric_history(run.info.run_id, LOSS) if LOSS in run.data.metrics else []
         except MlflowException as error:
             raise RegistryError(f"MLflow at {self.uri} does not answer: {error.message}") from error
-        return RunFigures(
-            started_at=_from_ms(run.info.start_time),
-            updated_at=_from_ms(max((point.timestamp for point in curve), default=run.info.start_time)),
-            open=run.info.status == RunStatus.to_string(RunStatus.RUNNING),
-            metrics=dict(run.data.metrics),
-        )
+        return _figures(runs[0]) if runs else None
+
+    def run(self, run_id: str) -> RunFigures | None:
+        """One run; None where MLflow does not know it.
+
+        Raises:
+            RegistryError: MLflow does not answer.
+        """
+        from mlflow.exceptions import MlflowException
+
+        try:
+            return _figures(self._client.get_run(run_id))
+        except MlflowException as error:
+            if error.error_code == "RESOURCE_DOES_NOT_EXIST":
+                return None
+            raise RegistryError(f"MLflow at {self.uri} does not answer: {error.message}") from error
 
     def allocate(self, name: str, source: str, run_id: str) -> VersionId:
         """Registers the next version of a name and returns its number."""
@@ -190,5 +192,5 @@ class Tracking:
         self._client.set_registered_model_alias(version.name, alias.value, str(version.number))
 
 
-def _from_ms(milliseconds: int) -> datetime:
-    return datetime.fromtimestamp(milliseconds / 1000, UTC)
+def _figures(run: "Run") -> RunFigures:
+    return RunFigures(datetime.fromtimestamp(run.info.start_time / 1000, UTC), dict(run.data.metrics))

@@ -46,7 +46,7 @@ def families(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[str, s
     versions = Registry.of(Settings(home=home))
     registry.register(ServerPage(httpx.Client(), _no_server))
     registry.register(VersionMetrics(versions))
-    registry.register(TrainingMetrics(versions))
+    registry.register(TrainingMetrics(versions, home))
     registry.register(DriftMetrics(versions, open_database(home)))
     found = {}
     for collector in list(registry._collector_to_names):

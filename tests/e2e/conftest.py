@@ -23,6 +23,7 @@ name: tiny
 base: ./base
 data: {train: train.jsonl, heldout: heldout.jsonl}
 train: {learning_rate: 0.02, batch_size: 8}
+stopping: {every_steps: 3}
 quantize: {group_size: 32, samples: 8}
 evaluate: {max_tokens: 8}
 qualify: {repeats: 3}

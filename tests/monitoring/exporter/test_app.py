@@ -5,7 +5,6 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from datetime import UTC, datetime
 from pathlib import Path
 
 import httpx
@@ -15,15 +14,14 @@ from prometheus_client.parser import text_string_to_metric_families
 from sqlalchemy import Engine as Store
 
 from monitoring.exporter.app import exporting
-from monitoring.exporter.training import TrainingMetrics
 from monitoring.exporter.versions import SHOWN_VERSIONS, VersionMetrics
-from svc.errors import BusyError, RegistryError, ServerNotRunningError, SettingsError
+from svc.errors import BusyError, ServerNotRunningError, SettingsError
 from svc.lock import hold_lock
 from svc.registry.registry import Registry
-from svc.registry.tracking import RunFigures, Tracking
 from svc.server_url import LOCK_FILE
 from svc.store.database import open_database
 from svc.version import Format
+from tests.monitoring.exporter.tracked_runs import RUN, TrackedRuns
 from tests.monitoring.test_cli import serving
 from tests.serving.versions import make_version
 
@@ -44,51 +42,31 @@ vllm:num_requests_running{engine="0",model="tiny",version="2"} 3.0
 OPENMETRICS = {"accept": "application/openmetrics-text;version=1.0.0"}
 
 
-class Runs(Tracking):
-    """MLflow's runs without MLflow."""
-
-    def __init__(self, **runs: RunFigures | None) -> None:
-        super().__init__("memory")
-        self.runs = runs
-        self.away = False
-
-    def experiments(self) -> list[str]:
-        if self.away:
-            raise RegistryError("MLflow does not answer")
-        return list(self.runs)
-
-    def newest_run(self, experiment: str) -> RunFigures | None:
-        return self.runs[experiment]
-
-
-def at(second: float) -> datetime:
-    return datetime.fromtimestamp(second, UTC)
-
-
-RUN = RunFigures(at(1000), at(1500), open=True, metrics={"loss": 0.25, "epoch": 0.5, "learning_rate": 1e-4})
-
-
 @pytest.fixture
 def registry(tmp_path: Path) -> Registry:
-    return Registry(tmp_path / "models", Runs(tiny=RUN))
+    return Registry(tmp_path / "models", TrackedRuns(tiny=[RUN]))
 
 
 @contextmanager
 def page_of(registry: Registry, page: tuple[int, str] | None) -> Iterator[str]:
     """The exporter's URL, beside a server with this metrics page, or beside none."""
     if page is None:
-        with exporting(registry, _store(registry), _nowhere, "127.0.0.1", 0) as exported:
+        with exporting(registry, _store(registry), _home(registry), _nowhere, "127.0.0.1", 0) as exported:
             yield exported
         return
     with (
         serving({"/metrics": page}) as url,
-        exporting(registry, _store(registry), lambda: url, "127.0.0.1", 0) as exported,
+        exporting(registry, _store(registry), _home(registry), lambda: url, "127.0.0.1", 0) as exported,
     ):
         yield exported
 
 
 def _store(registry: Registry) -> Store:
-    return open_database(registry.models.parent)
+    return open_database(_home(registry))
+
+
+def _home(registry: Registry) -> Path:
+    return registry.models.parent
 
 
 def _nowhere() -> str:
@@ -137,7 +115,7 @@ def test_a_port_in_use_is_told(registry: Registry) -> None:
     with (
         page_of(registry, None) as url,
         pytest.raises(BusyError, match="is in use"),
-        exporting(registry, _store(registry), _nowhere, "127.0.0.1", httpx.URL(url).port or 0),
+        exporting(registry, _store(registry), _home(registry), _nowhere, "127.0.0.1", httpx.URL(url).port or 0),
     ):
         pass
 
@@ -145,14 +123,14 @@ def test_a_port_in_use_is_told(registry: Registry) -> None:
 def test_an_address_of_another_machine_is_told(registry: Registry) -> None:
     with (
         pytest.raises(SettingsError, match=r"cannot listen on 192\.0\.2\.1"),
-        exporting(registry, _store(registry), _nowhere, "192.0.2.1", 0),
+        exporting(registry, _store(registry), _home(registry), _nowhere, "192.0.2.1", 0),
     ):
         pass
 
 
 @pytest.mark.skipif(not socket.has_ipv6, reason="no IPv6 here")
 def test_it_listens_on_ipv6_too(registry: Registry) -> None:
-    with exporting(registry, _store(registry), _nowhere, "::1", 0) as url:
+    with exporting(registry, _store(registry), _home(registry), _nowhere, "::1", 0) as url:
         assert url.startswith("http://[::1]:")
         assert "svc_server_up 0.0" in httpx.get(url).text
 
@@ -187,30 +165,6 @@ def test_only_the_newest_versions_are_shown(registry: Registry) -> None:
         for sample in family.samples
     }
     assert shown == {str(number) for number in range(3, SHOWN_VERSIONS + 3)}
-
-
-@pytest.mark.parametrize(
-    ("run", "now", "running"),
-    [
-        (RUN, 1600, 1),
-        (RUN, 1500 + 901, 0),  # killed
-        (RunFigures(at(1000), at(1500), open=False, metrics={}), 1501, 0),
-        (RunFigures(at(1000), at(1000), open=True, metrics={}), 1010, 1),  # before its first loss
-    ],
-)
-def test_a_run_trains_while_it_is_open_and_reports(tmp_path: Path, run: RunFigures, now: float, running: float) -> None:
-    metrics = CollectorRegistry()
-    metrics.register(TrainingMetrics(Registry(tmp_path, Runs(tiny=run)), clock=lambda: now))
-    assert metrics.get_sample_value("svc_training_running", {"model": "tiny"}) == running
-
-
-def test_without_mlflow_there_are_no_training_figures_and_no_failure(registry: Registry) -> None:
-    assert isinstance(registry.tracking, Runs)
-    registry.tracking.away = True
-    with page_of(registry, (200, SERVER_PAGE)) as url:
-        answer = httpx.get(url)
-    assert "svc_server_up 1.0" in answer.text
-    assert "svc_training_loss{" not in answer.text
 
 
 @pytest.mark.slow

@@ -286,12 +286,11 @@ def test_rm_says_which_version_does_not_exist(svc: Svc) -> None:
     assert "nobody@1" in ended.err
 
 
-def test_the_names_of_a_runs_files_are_the_trainers() -> None:
+def test_the_file_of_a_finished_run_is_the_trainers() -> None:
     """Spelt out there, because what all share knows nothing of the trainer."""
     from trainer.pipeline.run_folder import Run
     from trainer.pipeline.stage_key import Stage
 
     made = Run(Path("run"), {})
     assert [folder.name for folder in made._weights] == list(Format)
-    assert made.lock.name == housekeeping._LOCK
     assert made._result(Stage.REGISTER).name == housekeeping._REGISTERED

@@ -62,6 +62,31 @@ def test_figures_are_kept_with_the_run(tracking: Tracking, mlflow: MlflowClient)
     assert mlflow.get_run(run).data.metrics == {"exact_match": 0.75}
 
 
+def test_a_run_says_when_it_was_started_and_its_newest_figures(tracking: Tracking, mlflow: MlflowClient) -> None:
+    run = tracking.start_run("tests", {})
+    for step, loss in enumerate((0.75, 0.5)):
+        tracking.log_metrics(run, {"loss": loss}, step)
+    found = tracking.run(run)
+    assert found is not None
+    assert found.started_at.timestamp() == mlflow.get_run(run).info.start_time / 1000
+    assert found.metrics == {"loss": 0.5}
+
+
+def test_a_run_that_mlflow_does_not_know_is_none(tracking: Tracking) -> None:
+    assert tracking.run("0" * 32) is None
+
+
+def test_the_newest_run_is_the_one_that_was_started_last(tracking: Tracking, name: str, mlflow: MlflowClient) -> None:
+    first = mlflow.get_run(tracking.start_run(name, {})).info
+    last = mlflow.create_run(first.experiment_id, start_time=first.start_time + 1000).info.run_id
+    mlflow.create_run(first.experiment_id, start_time=first.start_time - 1000)
+    assert tracking.newest_run(name) == tracking.run(last)
+
+
+def test_a_name_that_was_never_trained_has_no_newest_run(tracking: Tracking, name: str) -> None:
+    assert tracking.newest_run(name) is None
+
+
 def test_what_a_trainer_logs_goes_to_the_attached_run(tracking: Tracking, mlflow: MlflowClient) -> None:
     import mlflow as fluent
 

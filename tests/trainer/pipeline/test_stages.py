@@ -34,6 +34,7 @@ from svc.registry.tracking import Tracking
 from svc.settings import Device, EngineSettings, GptqKernel, Settings
 from svc.store.database import open_database
 from svc.text_embedding import TEXT_SPACE_FILE, load_text_space
+from svc.training_runs import find_training_runs
 from svc.version import Format, VersionId
 from tests.serving.engine_double import tokenized
 from tests.svc.engine.devices import AVX2, AVX512
@@ -196,6 +197,18 @@ def test_a_recipe_becomes_a_version_in_all_formats(pipeline: Pipeline, stages: S
     assert list(pipeline.registry.manifest(version).formats) == list(Format)
     for format in Format:
         pipeline.registry.verify(version, format)
+
+
+def test_others_see_that_a_run_is_worked_on_in_every_stage(pipeline: Pipeline, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[tuple[Stage, bool]] = []
+
+    def look(run: Run, stage: Stage, need: int) -> None:
+        (found,) = find_training_runs(pipeline.settings.home)
+        seen.append((stage, found.running))
+
+    monkeypatch.setattr(Run, "require_space", look)
+    pipeline.train_version()
+    assert seen == [(stage, True) for stage in Stage]
 
 
 def test_a_version_keeps_what_its_chat_template_was_given(make: Make, engines: Engines) -> None:

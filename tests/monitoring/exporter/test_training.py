@@ -1,0 +1,146 @@
+"""Which names are trained now is said by the locks of runs, and how a run stands by MLflow."""
+
+import json
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from pathlib import Path
+
+import pytest
+from prometheus_client import CollectorRegistry
+
+from monitoring.exporter.training import TrainingMetrics
+from svc.lock import hold_lock
+from svc.registry.registry import Registry
+from svc.registry.tracking import Tracking
+from svc.training_runs import RUN_LOCK, RUNS_FOLDER
+from tests.monitoring.exporter.tracked_runs import RUN, TrackedRuns, run_figures
+
+Read = Callable[..., float | None]
+Work = Callable[..., Path]
+
+
+@pytest.fixture
+def mlflow() -> TrackedRuns:
+    """One run of `tiny`, the figures of which say nothing of whether it goes on."""
+    return TrackedRuns(tiny=[RUN])
+
+
+def reading(tracking: Tracking, home: Path) -> Read:
+    metrics = CollectorRegistry()
+    metrics.register(TrainingMetrics(Registry(home / "models", tracking), home))
+    return lambda family, model="tiny": metrics.get_sample_value(family, {"model": model})
+
+
+@pytest.fixture
+def read(mlflow: TrackedRuns, tmp_path: Path) -> Read:
+    """The value of a family for a name."""
+    return reading(mlflow, tmp_path)
+
+
+@pytest.fixture
+def work(tmp_path: Path) -> Iterator[Work]:
+    """Works on a run until the end of the test; says which one of MLflow it is, if any."""
+    with ExitStack() as working:
+
+        def work(folder: str = "tiny-0123456789ab", run_id: str | None = None) -> Path:
+            path = tmp_path / RUNS_FOLDER / folder
+            working.enter_context(hold_lock(path / RUN_LOCK, "a run"))
+            if run_id:
+                (path / "mlflow.json").write_text(json.dumps({"run_id": run_id}))
+            return path
+
+        yield work
+
+
+def test_a_name_is_trained_while_a_run_of_it_is_worked_on(read: Read, work: Work) -> None:
+    work()
+    assert read("svc_training_running") == 1
+
+
+def test_a_name_whose_runs_nobody_works_on_is_not_trained(read: Read, tmp_path: Path) -> None:
+    with hold_lock(tmp_path / RUNS_FOLDER / "tiny-0123456789ab" / RUN_LOCK, "a run"):
+        pass
+    assert read("svc_training_running") == 0
+
+
+def test_a_name_is_trained_when_one_of_its_runs_is(read: Read, work: Work) -> None:
+    folder = work()
+    (folder.parent / "tiny-fedcba987654").mkdir()
+    (folder.parent / "tiny-fedcba987654" / RUN_LOCK).touch()
+    assert read("svc_training_running") == 1
+
+
+def test_a_name_without_a_run_in_this_home_is_not_trained(read: Read, work: Work) -> None:
+    work("other-0123456789ab")
+    assert read("svc_training_running") == 0
+
+
+def test_a_name_that_mlflow_has_not_heard_of_is_trained(read: Read, work: Work) -> None:
+    work("other-0123456789ab")
+    assert read("svc_training_running", "other") == 1
+
+
+def test_a_name_is_trained_also_while_mlflow_does_not_answer(read: Read, work: Work, mlflow: TrackedRuns) -> None:
+    work()
+    mlflow.away = True
+    assert read("svc_training_running") == 1
+
+
+def test_without_mlflow_there_are_no_figures(read: Read, mlflow: TrackedRuns) -> None:
+    mlflow.away = True
+    assert read("svc_training_loss") is None
+
+
+def test_where_runs_cannot_be_looked_at_it_is_not_said_whether_one_is_worked_on(read: Read, work: Work) -> None:
+    (work() / "mlflow.json").write_text("not JSON")
+    assert (read("svc_training_running"), read("svc_training_loss")) == (None, 0.25)
+
+
+def test_the_figures_are_those_of_the_newest_run(read: Read, mlflow: TrackedRuns) -> None:
+    mlflow.runs["tiny"].append(run_figures(2000, loss=0.5))
+    assert read("svc_training_loss") == 0.5
+
+
+def test_a_run_that_is_worked_on_comes_before_one_that_was_started_later(
+    read: Read, work: Work, mlflow: TrackedRuns
+) -> None:
+    mlflow.runs["tiny"].append(run_figures(2000, loss=0.5))
+    work(run_id="tiny/0")
+    assert (read("svc_training_loss"), read("svc_training_started_timestamp_seconds")) == (0.25, 1000)
+
+
+def test_of_two_runs_that_are_worked_on_the_newer_one_is_shown(read: Read, work: Work, mlflow: TrackedRuns) -> None:
+    mlflow.runs["tiny"] += [run_figures(2000, loss=0.5), run_figures(3000, loss=0.75)]
+    work("tiny-0123456789ab", "tiny/1")
+    work("tiny-fedcba987654", "tiny/0")
+    assert read("svc_training_loss") == 0.5
+
+
+def test_a_run_that_mlflow_has_lost_is_passed_over(read: Read, work: Work) -> None:
+    work(run_id="lost")
+    assert read("svc_training_loss") == 0.25
+
+
+def test_held_out_loss_is_shown(read: Read, mlflow: TrackedRuns) -> None:
+    mlflow.runs["tiny"].append(run_figures(2000, loss=0.5, heldout_loss=0.75))
+    assert read("svc_training_heldout_loss") == 0.75
+
+
+def test_a_run_that_measures_no_held_out_loss_has_none(read: Read) -> None:
+    assert read("svc_training_heldout_loss") is None
+
+
+@pytest.mark.slow
+def test_the_losses_are_those_that_the_trainer_reports(tracking: Tracking, tmp_path: Path) -> None:
+    from transformers import TrainerControl, TrainerState, TrainingArguments
+
+    from trainer.callbacks.loss_log import LossReport
+
+    run = tracking.start_run("reported", {})
+    report = LossReport(lambda step, figures: tracking.log_metrics(run, figures, step))
+    for measured in ({"loss": 0.5, "epoch": 1.0, "learning_rate": 1e-4}, {"heldout_loss": 0.75}):
+        state = TrainerState(global_step=1, max_steps=1, log_history=[{"step": 1, **measured}])
+        report.on_log(TrainingArguments(str(tmp_path)), state, TrainerControl(), logs=measured)
+    read = reading(tracking, tmp_path)
+    shown = [read(f"svc_training_{name}", "reported") for name in ("loss", "heldout_loss", "epoch", "learning_rate")]
+    assert shown == [0.5, 0.75, 1.0, 1e-4]
