@@ -7,13 +7,12 @@ from grafana_foundation_sdk.models.dashboard import Dashboard
 from monitoring.dashboards.board import MODEL, SERVED_MODEL, VERSION, Uid, board
 from monitoring.dashboards.panels import Limits, PanelBuilder, chart, labels, number, timeline
 from monitoring.dashboards.promql import Query, increase, quantile_since_start, rate, share, total
+from monitoring.faults import SERVER_FAULTS
 
 AVAILABILITY_OBJECTIVE: Final = 0.999
 """Share of requests that do not fail by a fault of the server; the alerts hold it too (deploy/prometheus/rules)."""
 FIRST_TOKEN_OBJECTIVE: Final = 0.99
 """Share of streamed answers whose first token comes within 2 s; the alerts hold it too."""
-SERVER_FAULTS: Final = "overloaded|queue_.*|engine_.*|internal_error"
-"""Reasons of `svc_request_errors_total` that are the server's; the others are the client's."""
 
 _FAULTS: Final = f'svc_request_errors_total{{reason=~"{SERVER_FAULTS}"}}'
 _AVAILABILITY: Final = Limits(warning=AVAILABILITY_OBJECTIVE, bad=0.99)

@@ -10,6 +10,8 @@ from typing import Any
 from prometheus_client.parser import text_string_to_metric_families
 from prometheus_client.samples import Sample
 
+from monitoring.faults import is_fault
+
 QUANTILES = ("0.5", "0.95", "0.99")
 
 
@@ -19,7 +21,7 @@ class VersionFigures:
 
     Attributes:
         requests: answers of any status.
-        errors: answers with status 400 and above.
+        errors: faults of the server (monitoring.faults), broken streams among them.
         duration_s: quantile to seconds.
         first_token_s: quantile to seconds.
     """
@@ -35,7 +37,7 @@ class VersionFigures:
 
 @dataclass(frozen=True, slots=True)
 class Figures:
-    """All versions by name, and errors by reason, those without a version included."""
+    """All versions by name, and failed requests by reason: clients' own and those without a version included."""
 
     versions: dict[str, VersionFigures]
     errors: dict[str, int]
@@ -63,8 +65,9 @@ def read_figures(exposition: str) -> Figures:
     errors: dict[str, int] = {}
     for sample in _samples(exposition):
         if sample.name == "svc_request_errors_total":
-            errors[sample.labels["reason"]] = int(sample.value)
-        elif sample.labels.get("version"):
+            reason = sample.labels["reason"]
+            errors[reason] = errors.get(reason, 0) + int(sample.value)
+        if sample.labels.get("version"):
             label = f"{sample.labels['model']}@{sample.labels['version']}"
             _add(versions.setdefault(label, VersionFigures(label)), sample)
     return Figures(versions, {reason: count for reason, count in errors.items() if count})
@@ -75,7 +78,8 @@ def _add(figures: VersionFigures, sample: Sample) -> None:
     match sample.name:
         case "svc_requests_total":
             figures.requests += int(sample.value)
-            figures.errors += int(sample.value) if int(labels["status"]) >= 400 else 0
+        case "svc_request_errors_total" if is_fault(labels["reason"]):
+            figures.errors += int(sample.value)
         case "svc_tokens_total" if labels["direction"] == "in":
             figures.tokens_in += int(sample.value)
         case "svc_tokens_total":

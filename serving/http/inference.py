@@ -196,7 +196,7 @@ class Exchange:
 
     def _failed(self, code: ErrorCode) -> None:
         self._reason = code
-        self._gateway.metrics.request_failed(code)
+        self._gateway.metrics.request_failed(self._served, code)
 
     @property
     def _request_id(self) -> str:

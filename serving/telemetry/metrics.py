@@ -107,11 +107,14 @@ class GatewayMetrics:
         self._running = Gauge("svc_requests_running", "Requests in the engine", registry=registry)
         self._queued = Gauge("svc_requests_queued", "Requests that wait for a change of version", registry=registry)
         self._errors = Counter(
-            "svc_request_errors_total", "Requests that failed, by reason", ("reason",), registry=registry
+            "svc_request_errors_total", "Requests that failed, by reason", (*version, "reason"), registry=registry
         )
-        # From the start, so that the first error is seen as an increase.
+        self._show_errors(None)
+
+    def _show_errors(self, served: Target | None) -> None:
+        """From the start, so that the first error is seen as an increase."""
         for code in set(ErrorCode) - _NOT_COMPLETIONS:
-            self._errors.labels(code.value)
+            self._errors.labels(*_labels(served), code.value)
 
     def _add_engine_instruments(self, registry: CollectorRegistry) -> None:
         self._engine_state = Gauge("svc_engine_state", "Engines in a state", ("state",), registry=registry)
@@ -189,9 +192,13 @@ class GatewayMetrics:
         self._tokens.labels(*_labels(served), "in").inc(usage.prompt)
         self._tokens.labels(*_labels(served), "out").inc(usage.completion)
 
-    def request_failed(self, code: ErrorCode) -> None:
-        """Counts an error under its reason; also one that ends a stream whose status was 200."""
-        self._errors.labels(code.value).inc()
+    def request_failed(self, served: Target | None, code: ErrorCode) -> None:
+        """Counts an error under its reason; also one that ends a stream whose status was 200.
+
+        Args:
+            served: as for `request_ended`.
+        """
+        self._errors.labels(*_labels(served), code.value).inc()
 
     def rows_stored(self, count: int) -> None:
         """Counts rows written to the store."""
@@ -227,6 +234,7 @@ class GatewayMetrics:
         """Shows the version that is loaded, and only that one."""
         self._version_info.clear()
         self._version_info.labels(*_labels(served), served.format.value).set(1)
+        self._show_errors(served)
 
     def holdout_due(self, served: Target | None, every_s: float) -> None:
         """Shows the version whose held-out set is to be asked, and how often; None where there is none to ask."""

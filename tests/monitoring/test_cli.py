@@ -56,8 +56,9 @@ svc_tokens_total{model="tiny",version="2",direction="out"} 200
 svc_request_duration_quantile_seconds{model="tiny",version="2",quantile="0.5"} 0.25
 svc_request_duration_quantile_seconds{model="tiny",version="2",quantile="0.95"} 0.5
 # TYPE svc_request_errors_total counter
-svc_request_errors_total{reason="queue_overflow"} 1
-svc_request_errors_total{reason="engine_died"} 0
+svc_request_errors_total{model="tiny",version="2",reason="engine_died"} 1
+svc_request_errors_total{model="tiny",version="2",reason="invalid_request"} 0
+svc_request_errors_total{model="unknown",version="",reason="queue_overflow"} 1
 """
 
 
@@ -111,7 +112,7 @@ def test_a_person_sees_version_engine_traffic_and_errors(status: Status) -> None
         "6 queued for 1.23 s",
         "1000/200",
         "0.250 / 0.500 / - s",
-        "errors by reason: queue_overflow 1",
+        "errors by reason: engine_died 1, queue_overflow 1",
     ):
         assert text in ended.out
 
@@ -126,7 +127,7 @@ def test_a_machine_gets_the_same_as_json(status: Status) -> None:
     assert found["version"] == "tiny@2"
     assert found["engine"] == {"state": "ready", "restarts": 1, "last_error": None}
     assert found["versions"]["tiny@2"]["requests"] == 42
-    assert found["errors"] == {"queue_overflow": 1}
+    assert found["errors"] == {"engine_died": 1, "queue_overflow": 1}
     assert found["url"].startswith("http://127.0.0.1:")
 
 

@@ -11,8 +11,9 @@ import pytest
 import yaml
 
 from monitoring.dashboards.export import files
-from monitoring.dashboards.overview import AVAILABILITY_OBJECTIVE, FIRST_TOKEN_OBJECTIVE, SERVER_FAULTS
+from monitoring.dashboards.overview import AVAILABILITY_OBJECTIVE, FIRST_TOKEN_OBJECTIVE
 from monitoring.dashboards.promql import mean, quantile, rate, share
+from monitoring.faults import SERVER_FAULTS
 from tests.command_line import Svc
 from tests.deploy.prometheus_rules import metrics, rules
 from tests.monitoring.panel_queries import PanelQuery, panel_queries

@@ -41,13 +41,31 @@ def test_requests_of_all_routes_and_statuses_are_added_up(traffic: GatewayMetric
     traffic.request_ended(ONE, Route.COMPLETIONS, 200, 0.1)
     traffic.request_ended(ONE, Route.CHAT_COMPLETIONS, 400, 0.1)
     traffic.request_ended(ONE, Route.CHAT_COMPLETIONS, 503, 0.1)
-    figures = read().versions["tiny@1"]
-    assert (figures.requests, figures.errors) == (5, 2)
+    assert read().versions["tiny@1"].requests == 5
+
+
+def test_a_fault_of_the_server_is_the_versions_error_also_within_a_stream(traffic: GatewayMetrics, read: Read) -> None:
+    traffic.request_ended(ONE, Route.CHAT_COMPLETIONS, 200, 0.1)
+    traffic.request_failed(ONE, ErrorCode.ENGINE_DIED)
+    assert read().versions["tiny@1"].errors == 1
+
+
+@pytest.mark.parametrize(
+    "code",
+    [ErrorCode.INVALID_REQUEST, ErrorCode.CONTEXT_LENGTH_EXCEEDED, ErrorCode.CLIENT_GONE, ErrorCode.BODY_TIMEOUT],
+)
+def test_what_a_client_did_wrong_is_not_the_versions_error(
+    traffic: GatewayMetrics, read: Read, code: ErrorCode
+) -> None:
+    traffic.request_ended(ONE, Route.CHAT_COMPLETIONS, 400, 0.1)
+    traffic.request_failed(ONE, code)
+    assert read().versions["tiny@1"].errors == 0
 
 
 def test_versions_are_kept_apart(traffic: GatewayMetrics, read: Read) -> None:
     traffic.request_ended(ONE, Route.CHAT_COMPLETIONS, 200, 0.1)
     traffic.request_ended(TWO, Route.CHAT_COMPLETIONS, 500, 0.1)
+    traffic.request_failed(TWO, ErrorCode.INTERNAL_ERROR)
     versions = read().versions
     assert {name: (figures.requests, figures.errors) for name, figures in versions.items()} == {
         "tiny@1": (1, 0),
@@ -83,10 +101,15 @@ def test_a_version_without_answers_in_the_window_has_no_quantiles(traffic: Gatew
 
 
 def test_errors_are_told_by_reason_and_only_those_that_were(traffic: GatewayMetrics, read: Read) -> None:
-    reason = next(iter(ErrorCode))
-    traffic.request_failed(reason)
-    traffic.request_failed(reason)
-    assert read().errors == {reason.value: 2}
+    traffic.request_failed(None, ErrorCode.INVALID_JSON)
+    traffic.request_failed(None, ErrorCode.INVALID_JSON)
+    assert read().errors == {"invalid_json": 2}
+
+
+def test_errors_of_one_reason_are_added_up_over_the_versions(traffic: GatewayMetrics, read: Read) -> None:
+    for served in (None, ONE, TWO):
+        traffic.request_failed(served, ErrorCode.ENGINE_DIED)
+    assert read().errors == {"engine_died": 3}
 
 
 def test_the_loaded_version_alone_is_no_request(traffic: GatewayMetrics, read: Read) -> None:

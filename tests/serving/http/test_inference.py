@@ -42,7 +42,13 @@ def chunks_of(text: str) -> list[Any]:
 
 
 def reason(service: Service, code: str) -> float:
-    return service.count("svc_request_errors_total", reason=code)
+    """How many requests failed so, of all versions and of none."""
+    versions = ((NAME, "1"), (NAME, "2"), ("unknown", ""))
+    return sum(failed(service, code, model, version) for model, version in versions)
+
+
+def failed(service: Service, code: str, model: str = NAME, version: str = "1") -> float:
+    return service.count("svc_request_errors_total", model=model, version=version, reason=code)
 
 
 class TestAnswers:
@@ -266,6 +272,19 @@ class TestEngineDeaths:
         assert "secret" not in answer.text
         assert reason(service, code) == 1
         assert service.admission.running == 0
+
+    async def test_a_stream_that_breaks_is_the_versions_error(
+        self, service: Service, client: httpx.AsyncClient
+    ) -> None:
+        service.double.fault = Fault.ERROR_IN_STREAM
+        await client.post(CHAT_PATH, json=STREAM)
+        assert failed(service, "engine_error") == 1
+
+    async def test_a_request_that_reached_no_version_is_no_versions_error(self, socket_folder: Path) -> None:
+        service = Service(socket_folder, max_running=1)
+        async with service.run(), service.client() as client, service.admission.admit():
+            await client.post(CHAT_PATH, json=CHAT)
+        assert failed(service, "overloaded", "unknown", "") == 1
 
     async def test_a_new_engine_on_the_same_socket_is_found_at_once(self, service: Service) -> None:
         async with service.client() as client:

@@ -15,7 +15,7 @@ from sqlalchemy.orm import Session
 from svc.settings import RequestLogSettings
 from svc.store.tables import RequestRow
 from tests.serving.engine_double import Fault
-from tests.serving.http.test_inference import until
+from tests.serving.http.test_inference import failed, until
 from tests.serving.service import CHAT, NAME, Service
 
 CHAT_PATH = "/v1/chat/completions"
@@ -123,7 +123,7 @@ async def test_an_answer_that_is_cut_off_by_the_servers_end_is_no_good_answer(se
     with Session(service.store) as session:
         row = session.scalars(select(RequestRow)).one()
     assert (row.status, row.reason) == (200, "engine_died")
-    assert service.count("svc_request_errors_total", reason="engine_died") == 1
+    assert failed(service, "engine_died") == 1
 
 
 def _scope() -> dict[str, Any]:

@@ -62,9 +62,30 @@ def test_tokens_are_counted_by_direction(registry: CollectorRegistry, metrics: G
 
 
 def test_every_reason_exists_before_it_happens(registry: CollectorRegistry, metrics: GatewayMetrics) -> None:
-    assert registry.get_sample_value("svc_request_errors_total", {"reason": "queue_overflow"}) == 0
-    metrics.request_failed(ErrorCode.QUEUE_OVERFLOW)
-    assert registry.get_sample_value("svc_request_errors_total", {"reason": "queue_overflow"}) == 1
+    metrics.version_loaded(ONE)
+    for model, version in (("unknown", ""), ("tuned", "1")):
+        labels = {"model": model, "version": version, "reason": "engine_died"}
+        assert registry.get_sample_value("svc_request_errors_total", labels) == 0
+
+
+def test_an_error_is_counted_for_the_version_that_was_asked(
+    registry: CollectorRegistry, metrics: GatewayMetrics
+) -> None:
+    metrics.version_loaded(TWO)
+    metrics.request_failed(TWO, ErrorCode.ENGINE_DIED)
+    counts = [
+        registry.get_sample_value("svc_request_errors_total", {"model": m, "version": v, "reason": "engine_died"})
+        for m, v in (("tuned", "2"), ("unknown", ""))
+    ]
+    assert counts == [1, 0]
+
+
+def test_an_error_without_a_version_is_counted_under_unknown(
+    registry: CollectorRegistry, metrics: GatewayMetrics
+) -> None:
+    metrics.request_failed(None, ErrorCode.QUEUE_OVERFLOW)
+    labels = {"model": "unknown", "version": "", "reason": "queue_overflow"}
+    assert registry.get_sample_value("svc_request_errors_total", labels) == 1
 
 
 def test_a_swap_is_counted_timed_and_its_held_requests_kept(
