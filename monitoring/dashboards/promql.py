@@ -3,9 +3,12 @@
 Knows Prometheus' functions and Grafana's intervals, and no metric. Selectors are metric names with their matchers.
 """
 
+import math
 from dataclasses import dataclass
 
 _INTERVAL = "$__rate_interval"
+_Z = 1.959964
+"""Standard deviations to each side that hold 95 % of a normal distribution."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,6 +46,53 @@ def share(part: str, whole: str) -> str:
         part: an aggregation by the same labels as `whole`.
     """
     return f"({part} or 0 * {whole}) / {whole}"
+
+
+@dataclass(frozen=True, slots=True)
+class Interval:
+    """A figure with the ends of its 95 % interval.
+
+    Attributes:
+        value, low, high: PromQL, by the same labels.
+    """
+
+    value: str
+    low: str
+    high: str
+
+
+def share_interval(part: str, whole: str) -> Interval:
+    """The part of the whole with Wilson's score interval, as evaluations have it (svc.evaluation.metrics).
+
+    It takes what is counted for independent; what fails together makes the true interval wider.
+
+    Args:
+        part: an aggregation by the same labels as `whole`; both are counts.
+    """
+    # Increases are extrapolated and part may be larger than whole; the root must stay real.
+    value = f"clamp_max({share(part, whole)}, 1)"
+    square = _Z * _Z
+    middle = f"({value}) * {whole} + {square / 2:.6g}"
+    spread = f"{_Z} * sqrt({value} * (1 - {value}) * {whole} + {square / 4:.6g})"
+    low, high = (f"({middle} {sign} {spread}) / ({whole} + {square:.6g})" for sign in "-+")
+    return Interval(value, f"clamp_min({low}, 0)", high)
+
+
+def quantile_interval(q: float, histogram: str, *by: str) -> Interval:
+    """A quantile in the time that the dashboard shows, with the interval of its rank: no shape is taken for granted.
+
+    An observation lies below the quantile with probability q, so that the rank of the quantile is binomial. Buckets are
+    interpolated as everywhere, which the interval knows nothing of.
+
+    Args:
+        q: 0 to 1.
+        histogram: name and matchers of one series, or of several that are added up to one.
+        by: labels with one value each, which the result keeps.
+    """
+    buckets = increase(_part(histogram, "bucket"), "le", *by)
+    spread = f"{_Z * math.sqrt(q * (1 - q)):.6g} / sqrt({increase(_part(histogram, 'count'))})"
+    ranks = str(q), f"scalar(clamp_min({q} - {spread}, 0))", f"scalar(clamp_max({q} + {spread}, 1))"
+    return Interval(*(f"histogram_quantile({rank}, {buckets})" for rank in ranks))
 
 
 def mean(histogram: str, *by: str) -> str:

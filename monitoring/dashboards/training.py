@@ -64,7 +64,8 @@ def _versions() -> list[PanelBuilder]:
     return [
         figures(
             "Evaluation",
-            "Figures on the held-out examples at registration; `base` is the model before training.",
+            "Figures on the held-out examples at registration, to be compared where `heldout` is the same; `base` is "
+            "the model before training.",
             Column("exactly right", _evaluation("exact_match"), "percentunit"),
             Column("valid JSON", _evaluation("valid_json"), "percentunit"),
             Column("nats a token", _evaluation("nll"), "none"),
@@ -76,4 +77,4 @@ def _versions() -> list[PanelBuilder]:
 
 def _evaluation(metric: str) -> str:
     selector = f'svc_registry_version_evaluation{{{_MODEL}, metric="{metric}"}}'
-    return f"max by (model, version, format) ({selector})"
+    return f"max by (model, version, heldout, format) ({selector})"

@@ -9,6 +9,7 @@ from prometheus_client.registry import Collector
 
 from svc.errors import IntegrityError, NotFoundError
 from svc.evaluation.evaluator import EvaluationReport
+from svc.evaluation.metrics import Estimate
 from svc.registry.manifest import Manifest
 from svc.registry.registry import Registry
 from svc.version import VersionId
@@ -18,6 +19,7 @@ log = logging.getLogger(__name__)
 SHOWN_VERSIONS = 20
 """The newest of each name: a registry grows for ever, a page must not."""
 BASE = "base"
+_SHOWN_DIGITS = 12  # of a fingerprint: enough to tell the sets of one registry apart
 
 
 class VersionMetrics(Collector):
@@ -33,7 +35,7 @@ class VersionMetrics(Collector):
 
     def collect(self) -> Iterable[Metric]:
         """The newest versions of every name."""
-        created, size, evaluation = families = _families()
+        created, size, value, low, high = families = _families()
         for manifest in self._newest():
             labels = [manifest.name, str(manifest.number)]
             created.add_metric(labels, manifest.created_at.timestamp())
@@ -43,8 +45,12 @@ class VersionMetrics(Collector):
                 if record.evaluation:
                     reports[format.value] = record.evaluation
             for judged, report in reports.items():
-                for metric, value in _figures(report).items():
-                    evaluation.add_metric([*labels, judged, metric], value)
+                heldout = heldout_set(manifest.data.heldout_fingerprint, report.examples)
+                for metric, estimate in _figures(report).items():
+                    of_metric = [*labels, heldout, judged, metric]
+                    value.add_metric(of_metric, estimate.value)
+                    low.add_metric(of_metric, estimate.low)
+                    high.add_metric(of_metric, estimate.high)
         return families
 
     def _newest(self) -> list[Manifest]:
@@ -63,22 +69,30 @@ class VersionMetrics(Collector):
             return None
 
 
-def _families() -> tuple[GaugeMetricFamily, GaugeMetricFamily, GaugeMetricFamily]:
+def heldout_set(fingerprint: str, examples: int) -> str:
+    """A short name for the examples that a version was judged on: figures on others cannot be compared with its own.
+
+    Args:
+        fingerprint: of the whole held-out set, `sha256:<hex>`.
+        examples: how many of it were asked, the first ones.
+    """
+    return f"{fingerprint.removeprefix('sha256:')[:_SHOWN_DIGITS]}:{examples}"
+
+
+def _families() -> tuple[GaugeMetricFamily, ...]:
     version = ["model", "version"]
-    return (
-        GaugeMetricFamily(
-            "svc_registry_version_created_timestamp_seconds", "When the version was registered", labels=version
-        ),
-        GaugeMetricFamily("svc_registry_version_size_bytes", "Size on disk", labels=[*version, "format"]),
-        GaugeMetricFamily(
-            "svc_registry_version_evaluation",
-            "Held-out figures at registration, of the base too",
-            labels=[*version, "format", "metric"],
-        ),
-    )
+    evaluation = [*version, "heldout", "format", "metric"]
+    documentation = {
+        "svc_registry_version_created_timestamp_seconds": ("When the version was registered", version),
+        "svc_registry_version_size_bytes": ("Size on disk", [*version, "format"]),
+        "svc_registry_version_evaluation": ("Held-out figures at registration, of the base too", evaluation),
+        "svc_registry_version_evaluation_low": ("Lower end of their 95 % intervals", evaluation),
+        "svc_registry_version_evaluation_high": ("Upper end of their 95 % intervals", evaluation),
+    }
+    return tuple(GaugeMetricFamily(name, text, labels=labels) for name, (text, labels) in documentation.items())
 
 
-def _figures(report: EvaluationReport) -> dict[str, float]:
+def _figures(report: EvaluationReport) -> dict[str, Estimate]:
     """Without those that were not measured."""
     figures = {"exact_match": report.exact_match, "valid_json": report.valid_json, "nll": report.nll}
-    return {name: estimate.value for name, estimate in figures.items() if estimate is not None}
+    return {name: estimate for name, estimate in figures.items() if estimate is not None}

@@ -22,12 +22,14 @@ from sqlalchemy.orm import Session
 from examples.load import Load
 from examples.service import svc_json
 from monitoring.drift.two_sample.alpha_spending import Signal
+from monitoring.exporter.versions import heldout_set
+from svc.dataset.fingerprint import fingerprint
 from svc.dataset.readers.reader import read_examples
 from svc.store.database import open_database
 from svc.store.tables import FeedbackRow, RequestRow
 from tests.deploy.prometheus_rules import FOLDER, rules
 from tests.docs.pages import ROOT
-from tests.e2e.server import Server
+from tests.e2e.server import HELDOUT_EXAMPLES, Server
 from tests.monitoring.panel_queries import PanelQuery, panel_queries
 
 pytestmark = [pytest.mark.slow]
@@ -37,7 +39,8 @@ DASHBOARDS = ROOT / "deploy" / "grafana" / "dashboards"
 HELDOUT = ROOT / "examples" / "debian-triage" / "heldout.jsonl"
 RATED = 115
 """Without a version before, the first 100 ratings are what later ones are compared with, in windows of ten and more."""
-VARIABLES = {"model": "tiny", "version_a": "1", "version_b": "2", "datasource": "prometheus"}
+JUDGED = heldout_set(fingerprint(read_examples(HELDOUT)[:HELDOUT_EXAMPLES]), HELDOUT_EXAMPLES)
+VARIABLES = {"model": "tiny", "version_a": "1", "version_b": "2", "heldout": JUDGED, "datasource": "prometheus"}
 # Rates over all that happens here: on a slow machine the streams are minutes before the last panel is looked at.
 PANELS = panel_queries(DASHBOARDS, VARIABLES, rate_interval="15m", shown="15m")
 _COMPARISON = re.compile(r" (==|!=|>=|<=|>|<) (?=[\d.])")

@@ -29,7 +29,7 @@ def panel_queries(
     """Every query of the dashboards in a folder, without variables.
 
     Args:
-        values: template variable to its value; `model`, `version_a`, `version_b`.
+        values: template variable to its value; `model`, `version_a`, `version_b`, `heldout`.
         rate_interval: for `$__rate_interval`; four scrapes or more.
         shown: the time that the dashboard shows, for `$__range`.
 

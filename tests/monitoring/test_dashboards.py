@@ -25,7 +25,7 @@ PROMTOOL = ROOT / ".venv" / "prometheus" / "bin" / "promtool"
 VLLM_LOGGERS = "vllm/v1/metrics/loggers.py"
 
 NAMES = list(files())
-QUERIES = panel_queries(FOLDER, {"model": "tiny", "version_a": "1", "version_b": "2"})
+QUERIES = panel_queries(FOLDER, {"model": "tiny", "version_a": "1", "version_b": "2", "heldout": "0123456789ab:4"})
 METRIC = re.compile(r"(?<![\w:])(?:svc|vllm|process)[_:]\w+")
 SUFFIX = re.compile(r"_(bucket|sum|count)$")
 

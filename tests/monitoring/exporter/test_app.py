@@ -9,18 +9,15 @@ from pathlib import Path
 
 import httpx
 import pytest
-from prometheus_client import CollectorRegistry
 from prometheus_client.parser import text_string_to_metric_families
 from sqlalchemy import Engine as Store
 
 from monitoring.exporter.app import exporting
-from monitoring.exporter.versions import SHOWN_VERSIONS, VersionMetrics
 from svc.errors import BusyError, ServerNotRunningError, SettingsError
 from svc.lock import hold_lock
 from svc.registry.registry import Registry
 from svc.server_url import LOCK_FILE
 from svc.store.database import open_database
-from svc.version import Format
 from tests.monitoring.exporter.tracked_runs import RUN, TrackedRuns
 from tests.monitoring.test_cli import serving
 from tests.serving.versions import make_version
@@ -133,38 +130,6 @@ def test_it_listens_on_ipv6_too(registry: Registry) -> None:
     with exporting(registry, _store(registry), _home(registry), _nowhere, "::1", 0) as url:
         assert url.startswith("http://[::1]:")
         assert "svc_server_up 0.0" in httpx.get(url).text
-
-
-def test_every_figure_of_an_evaluation_is_shown(registry: Registry) -> None:
-    version = make_version(registry, 1, formats=(Format.MERGED, Format.GPTQ))
-    metrics = CollectorRegistry()
-    metrics.register(VersionMetrics(registry))
-    manifest = registry.manifest(version)
-    labels = {"model": "tuned", "version": "1"}
-    created = metrics.get_sample_value("svc_registry_version_created_timestamp_seconds", labels)
-    assert created == manifest.created_at.timestamp()
-    for metric in ("exact_match", "valid_json", "nll"):
-        of_base = {**labels, "format": "base", "metric": metric}
-        expected = getattr(manifest.base_evaluation, metric)
-        found = metrics.get_sample_value("svc_registry_version_evaluation", of_base)
-        assert found == (expected and expected.value)
-    for format in (Format.MERGED, Format.GPTQ):
-        size = metrics.get_sample_value("svc_registry_version_size_bytes", {**labels, "format": format.value})
-        assert size == manifest.formats[format].bytes
-
-
-def test_only_the_newest_versions_are_shown(registry: Registry) -> None:
-    for number in range(1, SHOWN_VERSIONS + 3):
-        make_version(registry, number)
-    metrics = CollectorRegistry()
-    metrics.register(VersionMetrics(registry))
-    shown = {
-        sample.labels["version"]
-        for family in metrics.collect()
-        if family.name == "svc_registry_version_created_timestamp_seconds"
-        for sample in family.samples
-    }
-    assert shown == {str(number) for number in range(3, SHOWN_VERSIONS + 3)}
 
 
 @pytest.mark.slow

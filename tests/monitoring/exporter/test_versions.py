@@ -1,0 +1,106 @@
+"""What is known of registered versions: each figure of an evaluation with its interval and the examples it is on."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from prometheus_client import CollectorRegistry
+
+from monitoring.exporter.versions import SHOWN_VERSIONS, VersionMetrics
+from svc.evaluation.evaluator import EvaluationReport
+from svc.evaluation.metrics import mean, proportion
+from svc.registry.manifest import Manifest, write_manifest
+from svc.registry.registry import Registry
+from svc.version import Format, VersionId
+from tests.monitoring.exporter.tracked_runs import TrackedRuns
+from tests.serving.versions import make_version
+
+Read = Callable[..., float | None]
+REPORT = EvaluationReport(
+    examples=4,
+    exact_match=proportion(3, 4),
+    valid_json=proportion(2, 4),
+    nll=mean([0.5, 1.0, 1.0, 1.5]),
+    hits=(True, True, True, False),
+    seconds=1.0,
+)
+FINGERPRINT = "sha256:0123456789abcdef"
+
+
+@pytest.fixture
+def registry(tmp_path: Path) -> Registry:
+    return Registry(tmp_path / "models", TrackedRuns())
+
+
+@pytest.fixture
+def metrics(registry: Registry) -> CollectorRegistry:
+    metrics = CollectorRegistry()
+    metrics.register(VersionMetrics(registry))
+    return metrics
+
+
+def judge(registry: Registry, version: VersionId, report: EvaluationReport) -> Manifest:
+    """Writes a version's manifest again, with its first format and its base judged so."""
+    manifest = registry.manifest(version)
+    formats = manifest.formats | {
+        Format.MERGED: manifest.formats[Format.MERGED].model_copy(update={"evaluation": report})
+    }
+    data = manifest.data.model_copy(update={"heldout_fingerprint": FINGERPRINT})
+    judged = manifest.model_copy(update={"base_evaluation": report, "formats": formats, "data": data})
+    write_manifest(registry.folder(version), judged)
+    return judged
+
+
+def evaluation(metrics: CollectorRegistry, metric: str, suffix: str = "", **labels: str) -> float | None:
+    """One figure of version 1."""
+    where = {"model": "tuned", "version": "1", "heldout": "0123456789ab:4", "format": "merged", "metric": metric}
+    return metrics.get_sample_value(f"svc_registry_version_evaluation{suffix}", where | labels)
+
+
+def test_it_is_shown_when_a_version_was_registered(registry: Registry, metrics: CollectorRegistry) -> None:
+    manifest = registry.manifest(make_version(registry, 1))
+    created = metrics.get_sample_value(
+        "svc_registry_version_created_timestamp_seconds", {"model": "tuned", "version": "1"}
+    )
+    assert created == manifest.created_at.timestamp()
+
+
+@pytest.mark.parametrize("format", [Format.MERGED, Format.GPTQ])
+def test_every_formats_size_is_shown(registry: Registry, metrics: CollectorRegistry, format: Format) -> None:
+    manifest = registry.manifest(make_version(registry, 1, formats=(Format.MERGED, Format.GPTQ)))
+    labels = {"model": "tuned", "version": "1", "format": format.value}
+    assert metrics.get_sample_value("svc_registry_version_size_bytes", labels) == manifest.formats[format].bytes
+
+
+@pytest.mark.parametrize("format", ["base", "merged"])
+@pytest.mark.parametrize("metric", ["exact_match", "valid_json", "nll"])
+def test_every_figure_of_an_evaluation_is_shown_with_its_interval(
+    registry: Registry, metrics: CollectorRegistry, metric: str, format: str
+) -> None:
+    judge(registry, make_version(registry, 1), REPORT)
+    estimate = getattr(REPORT, metric)
+    shown = tuple(evaluation(metrics, metric, suffix, format=format) for suffix in ("", "_low", "_high"))
+    assert shown == (estimate.value, estimate.low, estimate.high)
+
+
+def test_what_was_not_measured_is_not_shown(registry: Registry, metrics: CollectorRegistry) -> None:
+    judge(registry, make_version(registry, 1), REPORT.model_copy(update={"valid_json": None}))
+    assert evaluation(metrics, "valid_json") is None
+
+
+def test_a_part_of_a_held_out_set_is_another_set(registry: Registry, metrics: CollectorRegistry) -> None:
+    judge(registry, make_version(registry, 1), REPORT.model_copy(update={"examples": 3}))
+    shown = [evaluation(metrics, "nll", heldout=heldout) for heldout in ("0123456789ab:4", "0123456789ab:3")]
+    assert shown == [None, REPORT.nll.value]
+
+
+def test_only_the_newest_versions_are_shown(registry: Registry, metrics: CollectorRegistry) -> None:
+    for number in range(1, SHOWN_VERSIONS + 3):
+        make_version(registry, number)
+    shown = {
+        sample.labels["version"]
+        for family in metrics.collect()
+        if family.name == "svc_registry_version_created_timestamp_seconds"
+        for sample in family.samples
+    }
+    assert shown == {str(number) for number in range(3, SHOWN_VERSIONS + 3)}
