@@ -35,10 +35,14 @@ def train(
     from svc.terminal import console, quiet_libraries
     from trainer.pipeline.examples import read_run_examples
     from trainer.recipe.file import load_recipe
+    from trainer.recipe.sections import TooLong
 
     quiet_libraries()
     settings = settings_of(ctx)
     loaded = load_recipe(recipe, overrides)
+    if skip_bad and loaded.train.too_long is TooLong.ERROR:
+        train_section = loaded.train.model_copy(update={"too_long": TooLong.DROP})
+        loaded = loaded.model_copy(update={"train": train_section})
     bad_lines = BadLines(settings.home / "bad_lines" / loaded.name) if skip_bad else None
     examples = read_run_examples(loaded, cache=settings.base_cache, bad_lines=bad_lines)
     if bad_lines and bad_lines.count:

@@ -18,14 +18,17 @@ from svc.engine.vllm.client import EngineClient
 from svc.engine.vllm.startup_phase import EnginePhase
 from svc.errors import TrainingError
 from svc.evaluation.evaluator import Evaluation, EvaluationReport, evaluate
-from svc.evaluation.metrics import paired_difference
+from svc.evaluation.metrics import Estimate, mean, paired_difference
 from svc.evaluation.results import ExampleResult, token_weights
-from svc.evaluation.throughput import tokens_per_second
+from svc.evaluation.throughput import STREAMS, decoding_speed, first_token_seconds, tokens_per_second
+from svc.evaluation.token_scores import Scores, score_on_engine
+from svc.registry.parity import Speed
 from svc.terminal import advancing, console, counting, waiting
 from trainer.recipe.sections import Evaluate, Recipe
 
 Launch = Callable[[Path], Engine]
 
+_LOADS = 3
 _ROUNDING = 1e-9  # 0.745 - 0.695 is a little more than 0.05 to a computer
 _NATS = 0.005
 """Nats a token. Where the merged model is nearly certain, a share of it is less than the engine's rounding."""
@@ -34,11 +37,28 @@ _FEWEST_DIFFERENCES = 8
 _BETTER = "raise quantize.samples, or lower quantize.group_size to 32"
 
 
+class EngineReading(BaseModel):
+    """What the parity report compares with what the trainer has, read on the engine that holds a format.
+
+    Attributes:
+        prompts_differ: places of the judged examples whose prompt the engine has in other tokens than training.
+        scores: of the answers of the examples that are compared token by token.
+        speed: of the format.
+    """
+
+    model_config = ConfigDict(frozen=True)
+
+    prompts_differ: tuple[int, ...]
+    scores: Scores
+    speed: Speed
+
+
 class Qualified(BaseModel):
     """A format that was verified on the engine; the fields are those of the manifest's FormatRecord.
 
     Attributes:
         results: the answers behind the evaluation; none in a run that an older release began.
+        reading: for the parity report.
     """
 
     model_config = ConfigDict(frozen=True)
@@ -48,6 +68,7 @@ class Qualified(BaseModel):
     probes: tuple[Probe, ...]
     load_seconds: float
     tokens_per_second: float
+    reading: EngineReading
 
 
 class Qualifier:
@@ -58,6 +79,7 @@ class Qualifier:
         facts: the kind of engine that it makes for a model folder.
         heldout: examples to judge by.
         tokenized: the same examples, as they are trained on.
+        compared: those of them that the parity report compares token by token.
 
     Attributes:
         judged: those that are asked.
@@ -70,12 +92,14 @@ class Qualifier:
         recipe: Recipe,
         heldout: Sequence[ChatExample],
         tokenized: Sequence[TokenizedExample],
+        compared: Sequence[TokenizedExample],
     ) -> None:
         self._launch = launch
         self._facts = facts
         self._recipe = recipe
         self.judged = heldout[: recipe.evaluate.limit]
         self._tokenized = tokenized[: recipe.evaluate.limit]
+        self._compared = compared
 
     async def base_and_merged(
         self, base: Path, merged: Path, *, same_fingerprint: bool
@@ -102,10 +126,7 @@ class Qualifier:
     async def _qualify(self, engine: Engine, folder: Path, text: str) -> Qualified:
         """Loads in place, measures, and measures again on a fresh engine; ends the engine that it was given."""
         client, options = engine.client, self._recipe.qualify
-        started = time.monotonic()
-        await client.reload_weights(folder)
-        load_seconds = time.monotonic() - started
-        await client.reset_prefix_cache()
+        loads = [await self._load(client, folder) for _ in range(_LOADS)]
         judged = await self._judge(client, text)
         with waiting(f"probes and speed of {text}"):
             picked = self._tokenized[:: self._stride()]
@@ -113,6 +134,8 @@ class Qualifier:
             sequences = choose_sequences([(example.prompt, example.answer) for example in picked], options.probes)
             measured = await measure_probes(client, sequences, repeats=options.repeats)
             probes = make_probes(sequences, measured, self._facts(folder))
+        with waiting(f"parity of {text}"):
+            reading = await self._read(engine, [example.prompt for example in picked], mean(loads))
         if options.restart:
             await engine.stop()
             await self._check_on_fresh_engine(folder, probes, text)
@@ -120,8 +143,33 @@ class Qualifier:
             evaluation=judged.report,
             results=judged.results,
             probes=probes,
-            load_seconds=load_seconds,
+            load_seconds=loads[0],
             tokens_per_second=speed,
+            reading=reading,
+        )
+
+    async def _load(self, client: EngineClient, folder: Path) -> float:
+        """Loads in place, and returns how long that took, seconds."""
+        started = time.monotonic()
+        await client.reload_weights(folder)
+        seconds = time.monotonic() - started
+        await client.reset_prefix_cache()
+        return seconds
+
+    async def _read(self, engine: Engine, prompts: Sequence[Sequence[int]], load_seconds: Estimate) -> EngineReading:
+        client = engine.client
+        asked = [await client.prompt_tokens(example.prompt, example.tools) for example in self.judged]
+        pairs = enumerate(zip(asked, self._tokenized, strict=True))
+        speed = Speed(
+            load_seconds=load_seconds,
+            first_token_seconds=await first_token_seconds(client, max(prompts, key=len)),
+            tokens_per_second={streams: await decoding_speed(client, prompts, streams) for streams in (1, STREAMS)},
+            memory_bytes=engine.memory(),
+        )
+        return EngineReading(
+            prompts_differ=tuple(place for place, (prompt, one) in pairs if not _begins_with(one, prompt)),
+            scores=await score_on_engine(client, self._compared),
+            speed=speed,
         )
 
     async def _check_on_fresh_engine(self, folder: Path, probes: Sequence[Probe], text: str) -> None:
@@ -147,6 +195,12 @@ class Qualifier:
 
     def _stride(self) -> int:
         return max(1, len(self.judged) // self._recipe.qualify.probes)
+
+
+def _begins_with(example: TokenizedExample, prompt: Sequence[int]) -> bool:
+    """Whether training had the prompt in the engine's tokens, and the last answer after it, where that is learnt."""
+    answered = example.learnt[-1][1] == len(example.input_ids)
+    return example.input_ids[: len(prompt)] == tuple(prompt) and (not answered or example.prompt == tuple(prompt))
 
 
 def check_gptq(merged: Qualified, gptq: Qualified, limits: Evaluate) -> None:

@@ -21,6 +21,9 @@ class Engine(Protocol):
     def plan(self) -> EnginePlan | None:
         """How it was started; None before."""
 
+    def memory(self) -> int | None:
+        """Bytes that its processes hold of the machine's memory; None where that cannot be known."""
+
     async def start(self, on_phase: Callable[[EnginePhase], None] = ...) -> None:
         """Returns when it answers."""
 

@@ -4,7 +4,7 @@ import sys
 
 import click
 
-from svc.errors import BusyError
+from svc.errors import BusyError, NotFoundError
 from svc.invocation import json_option, settings_of
 from svc.registry.manifest import Manifest
 from svc.registry.registry import Registry
@@ -115,12 +115,16 @@ def _row(manifest: Manifest, aliases: list[str]) -> dict[str, str]:
 
 @click.command()
 @click.argument("version")
+@click.option("--parity", is_flag=True, help="Show its parity report: is what was trained what is served?")
 @json_option
 @click.pass_context
-def show(ctx: click.Context, version: str, as_json: bool) -> None:
+def show(ctx: click.Context, version: str, parity: bool, as_json: bool) -> None:
     """Show one version: NAME, NAME@N or NAME@alias."""
     registry = Registry.of(settings_of(ctx))
     manifest = registry.manifest(registry.resolve(version))
+    if parity:
+        _show_parity(registry, manifest, as_json=as_json)
+        return
     if as_json:
         from svc.terminal import print_json
 
@@ -129,6 +133,24 @@ def show(ctx: click.Context, version: str, as_json: bool) -> None:
     from svc.registry.render import print_version
 
     print_version(manifest, registry.folder(manifest.id))
+
+
+def _show_parity(registry: Registry, manifest: Manifest, *, as_json: bool) -> None:
+    if manifest.parity is None:
+        raise NotFoundError(
+            f"{manifest.id} has no parity report",
+            expected="a version with a merged or GPTQ format, of a release that makes reports",
+            todo="train it again",
+        )
+    if as_json:
+        from svc.terminal import print_json
+
+        print_json(manifest.parity.model_dump(mode="json"))
+        return
+    from svc.registry.parity_page import PARITY_PAGE
+    from svc.registry.render import print_parity
+
+    print_parity(manifest.parity, registry.reference(manifest.id, PARITY_PAGE))
 
 
 @click.command()

@@ -12,6 +12,7 @@ from svc.engine.probes import MAX_PROBES, Probe
 from svc.errors import IntegrityError
 from svc.evaluation.evaluator import EvaluationReport
 from svc.registry.files import FileRecord
+from svc.registry.parity import ParityReport
 from svc.version import NAME_PATTERN, Format, VersionId
 
 MANIFEST_FILE = "manifest.json"
@@ -76,6 +77,7 @@ class Manifest(_Record):
         reference: the files that later traffic and answers are compared with; none for a version of an older release.
         base_evaluation: None where the base was not asked: it is compared with the merged model alone.
         failed: checks that the version failed; one that has any was registered on request, and cannot be promoted.
+        parity: that what was trained is what is served; None for a version of an older release.
     """
 
     schema_version: Literal[1] = 1
@@ -93,6 +95,7 @@ class Manifest(_Record):
     formats: dict[Format, FormatRecord]
     libraries: dict[str, str]
     failed: tuple[str, ...] = ()
+    parity: ParityReport | None = None
 
     @property
     def id(self) -> VersionId:

@@ -2,10 +2,12 @@
 
 from pathlib import Path
 
+from rich.markup import escape
 from rich.table import Table
 
 from svc.evaluation.evaluator import EvaluationReport
 from svc.registry.manifest import FormatRecord, Manifest
+from svc.registry.parity import ParityReport
 from svc.terminal import output
 
 
@@ -21,6 +23,17 @@ def print_version(manifest: Manifest, folder: Path) -> None:
     output.print(evaluation_table(manifest))
     for failure in manifest.failed:
         output.print(f"[red]cannot be promoted, it failed a check:[/red] {failure}")
+
+
+def print_parity(report: ParityReport, page: Path) -> None:
+    """Prints a parity report, and where its page is."""
+    table = Table("check", "", "found", "expected", box=None)
+    for check in report.checks:
+        table.add_row(
+            check.name, "passed" if check.passed else "[red]failed[/red]", escape(check.found), escape(check.expected)
+        )
+    output.print(table)
+    output.print(f"\n{report.examples} examples compared in {report.seconds:.0f} s; with pictures: {page}")
 
 
 def evaluation_table(manifest: Manifest) -> Table:

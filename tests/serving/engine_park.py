@@ -105,6 +105,10 @@ class DoubleEngine:
         self.alive = False
         self.stops = 0
 
+    def memory(self) -> int | None:
+        """It has no process."""
+        return None
+
     async def start(self, on_phase: Callable[[EnginePhase], None] = lambda phase: None) -> None:
         """Returns when it answers."""
         self._park.engines.append(self)

@@ -44,7 +44,8 @@ def test_a_run_that_is_being_removed_is_none(folder: Path, tmp_path: Path) -> No
 def test_the_runs_are_those_that_the_trainer_makes(tmp_path: Path) -> None:
     """Their files are spelt out there, because what all share knows nothing of the trainer."""
     from trainer.base_model.resolve import Base
-    from trainer.pipeline.run_folder import Examples, Run
+    from trainer.pipeline.examples import Examples
+    from trainer.pipeline.run_folder import Run
     from trainer.pipeline.stages import TrackedRun
     from trainer.recipe.sections import Recipe
 

@@ -22,6 +22,10 @@ class DoubleEngine:
         self.plan: EnginePlan | None = None
         self.runs = False
 
+    def memory(self) -> int | None:
+        """Some."""
+        return 2**30
+
     async def start(self, on_phase: Callable[[EnginePhase], None] = lambda phase: None) -> None:
         """It is ready at once."""
         self.runs = True

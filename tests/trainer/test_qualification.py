@@ -12,11 +12,13 @@ from svc.engine.probes import EngineFacts
 from svc.errors import EngineError, ProbeError, TrainingError
 from svc.evaluation.evaluator import judge
 from svc.evaluation.results import ExampleResult
+from svc.evaluation.token_scores import choose_examples
 from svc.settings import Device
 from tests.serving.engine_double import EngineDouble, logprob_of, tokenized
+from tests.svc.registry.parity import SPEED
 from tests.trainer.conftest import make_example, make_recipe
 from tests.trainer.engines import Engines
-from trainer.qualification import Qualified, Qualifier, check_gptq
+from trainer.qualification import EngineReading, Qualified, Qualifier, check_gptq
 from trainer.recipe.sections import Evaluate
 
 FACTS = EngineFacts(vllm="0.32.0", device=Device.CPU, instruction_set="x86_64-avx2", mode="eager")
@@ -31,7 +33,8 @@ def answered_by(weights: str) -> str:
 def qualifier(engines: Engines, heldout: list[ChatExample] | None = None, **sections: Any) -> Qualifier:
     examples = heldout or [make_example(f"q {number}", answered_by("merged")) for number in range(4)]
     recipe = make_recipe(**({"qualify": {"repeats": 1}} | sections))
-    return Qualifier(engines, lambda folder: FACTS, recipe, examples, [tokenized(example) for example in examples])
+    seen = [tokenized(example) for example in examples]
+    return Qualifier(engines, lambda folder: FACTS, recipe, examples, seen, choose_examples(seen))
 
 
 async def test_the_merged_model_is_loaded_in_place_of_its_base_and_then_by_a_fresh_engine() -> None:
@@ -157,6 +160,7 @@ def qualified(hits: Sequence[bool], nll: Sequence[float], *, results: bool = Tru
         probes=(),
         load_seconds=1.0,
         tokens_per_second=1.0,
+        reading=EngineReading(prompts_differ=(), scores=(), speed=SPEED),
     )
 
 

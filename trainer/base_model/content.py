@@ -1,10 +1,25 @@
 """What is in a base model's files: their hash, which names the content, and the licence."""
 
 import hashlib
+import shutil
 from pathlib import Path
 
 from svc.terminal import waiting
 
+SHIPPED_FILES = (
+    "added_tokens.json",
+    "chat_template.jinja",
+    "chat_template.json",
+    "generation_config.json",
+    "merges.txt",
+    "special_tokens_map.json",
+    "tokenizer.json",
+    "tokenizer.model",
+    "tokenizer_config.json",
+    "vocab.json",
+    "vocab.txt",
+)
+"""What a model has beside its weights and config, and what is made of it takes over byte for byte."""
 _HASHED = (".safetensors", ".json", ".jinja", ".model", ".txt")
 
 
@@ -22,6 +37,14 @@ def read_licence(folder: Path) -> str | None:
 def model_files(folder: Path) -> list[Path]:
     """The files that decide what a model is."""
     return sorted(file for file in folder.iterdir() if file.suffix in _HASHED and file.is_file())
+
+
+def copy_shipped_files(model: Path, out: Path) -> None:
+    """Puts a model's tokenizer, chat template and generation config beside other weights, and removes any others."""
+    for name in SHIPPED_FILES:
+        (out / name).unlink(missing_ok=True)
+        if (model / name).is_file():
+            shutil.copyfile(model / name, out / name)
 
 
 def hash_files(files: list[Path]) -> str:

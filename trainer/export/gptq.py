@@ -8,7 +8,6 @@ files are the same kind of files. Knows nothing of what rounding costs in qualit
 import json
 import os
 import random
-import shutil
 import tempfile
 import time
 from collections import Counter
@@ -26,6 +25,7 @@ from svc.dataset.schema.tokenized_example import TokenizedExample
 from svc.engine.capabilities import NumberType
 from svc.errors import RecipeError, TrainingError
 from svc.terminal import counting, waiting
+from trainer.base_model.content import copy_shipped_files
 from trainer.data.chat_template import load_tokenizer, stop_tokens, tokenize_examples
 from trainer.export.gate_up import join_fused_layers
 from trainer.library_output import library_output_to_log
@@ -101,9 +101,7 @@ def quantize_gptq(
         write_bfloat16(out)
     join_fused_layers(out, layers)
     _check_written(out, layers)
-    tokenizer.save_pretrained(out)
-    if (model / "generation_config.json").is_file():
-        shutil.copyfile(model / "generation_config.json", out / "generation_config.json")
+    copy_shipped_files(model, out)
     (out / "quant_log.csv").unlink(missing_ok=True)
     strip_passing_values(out)
     worst = max(log, key=lambda entry: float(entry["loss"]))

@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 
 from svc.terminal import waiting
+from trainer.base_model.content import copy_shipped_files
 from trainer.export.verify_merge import MergeSummary, compare_weights, load_weights, merge_failed
 from trainer.library_output import library_output_to_log
 
@@ -11,22 +12,20 @@ _PEFT_PREFIX = "base_model.model."  # before every name in an adapter's file
 
 
 def merge_adapter(base: Path, adapter: Path, out: Path) -> MergeSummary:
-    """Writes base plus adapter as bf16 safetensors, with tokenizer, chat template and generation config, to `out`.
+    """Writes base plus adapter as bf16 safetensors, with the base's tokenizer and templates as they are, to `out`.
 
     The sum is taken in float32: in bf16 an adapter's small changes would be rounded before they are added.
 
     Args:
         base: folder of the model that the adapter was trained on.
-        adapter: folder with adapter_config.json, adapter_model.safetensors and the tokenizer to ship.
+        adapter: folder with adapter_config.json and adapter_model.safetensors.
 
     Raises:
         TrainingError: a module that the adapter targets has the base's weights still, or another tensor differs.
     """
-    from transformers import AutoTokenizer
-
     with waiting("Merging the adapter into the base model"), library_output_to_log():
         targets = _merge(base, adapter, out)
-        AutoTokenizer.from_pretrained(adapter).save_pretrained(out)
+    copy_shipped_files(base, out)
     with waiting("Comparing the merged weights with the base's"):
         return compare_weights(load_weights(base), load_weights(out), targets - unused_modules(adapter))
 

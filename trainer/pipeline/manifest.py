@@ -9,6 +9,7 @@ from svc.evaluation.evaluator import EvaluationReport
 from svc.registry.files import record_file, record_files
 from svc.registry.fingerprint import compatibility_fingerprint
 from svc.registry.manifest import BaseRecord, DataRecord, FormatRecord, Manifest
+from svc.registry.parity import ParityReport
 from svc.registry.registry import HELDOUT_FILE, REFERENCE_FOLDER
 from svc.version import Format, VersionId
 from trainer.base_model.resolve import Base
@@ -31,6 +32,7 @@ def build_manifest(
     base_evaluation: EvaluationReport | None,
     qualified: Mapping[Format, Qualified],
     failed: tuple[str, ...],
+    parity: ParityReport | None,
 ) -> Manifest:
     """The manifest of a version whose files are in their place.
 
@@ -41,6 +43,7 @@ def build_manifest(
         base_evaluation: of the base on the same held-out examples; None where it was not asked.
         qualified: the formats that can be served.
         failed: the checks that the version fails.
+        parity: None where no format is served.
     """
     return Manifest(
         name=made.name,
@@ -62,6 +65,7 @@ def build_manifest(
         formats=_format_records(folder, recipe, qualified),
         libraries=_library_versions(),
         failed=failed,
+        parity=parity,
     )
 
 

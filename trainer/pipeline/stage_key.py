@@ -27,6 +27,7 @@ class Stage(StrEnum):
     EVALUATE = "evaluate"
     QUANTIZE = "quantize"
     QUALIFY = "qualify"
+    PARITY = "parity"
     REGISTER = "register"
 
 
@@ -48,6 +49,7 @@ def stage_keys(recipe: Recipe, base: Base, examples: Examples) -> StageKeys:
     evaluate = _key(merge, judged)
     quantize = _key(merge, said["quantize"])
     qualify = _key(quantize, judged)
+    parity = _key(evaluate, qualify, said["formats"])
     limits = [said["evaluate"][limit] for limit in _LIMITS]
     return {
         Stage.TRAIN: train,
@@ -55,7 +57,8 @@ def stage_keys(recipe: Recipe, base: Base, examples: Examples) -> StageKeys:
         Stage.EVALUATE: evaluate,
         Stage.QUANTIZE: quantize,
         Stage.QUALIFY: qualify,
-        Stage.REGISTER: _key(evaluate, qualify, recipe.name, said["formats"], limits),
+        Stage.PARITY: parity,
+        Stage.REGISTER: _key(parity, recipe.name, limits),
     }
 
 

@@ -1,6 +1,6 @@
 """From a recipe to a registered version, stage by stage; each stage goes on from the files of the one before.
 
-train -> merge -> evaluate (base, merged) -> quantize -> qualify (gptq) -> register
+train -> merge -> evaluate (base, merged) -> quantize -> qualify (gptq) -> parity -> register
 
 Which of them there are follows from the formats that the recipe asks for. What was measured is compared with the
 recipe's limits last, so that with other limits nothing is measured again.
@@ -22,7 +22,7 @@ from svc.dataset.readers.reader import write_examples
 from svc.dataset.schema.tokenized_example import TokenizedExample, write_tokenized
 from svc.disk import is_full, write_whole
 from svc.engine.capabilities import Capabilities, NumberType, read_capabilities
-from svc.engine.model_facts import ModelFacts
+from svc.engine.model_facts import ModelFacts, read_model_facts
 from svc.engine.probes import engine_facts
 from svc.engine.vllm.folders import runtime_folder
 from svc.engine.vllm.launch import EngineSpec
@@ -32,17 +32,22 @@ from svc.errors import DiskSpaceError, IntegrityError, InterruptedRunError, SvcE
 from svc.evaluation.cache import EvaluationCache
 from svc.evaluation.evaluator import CONCURRENCY, EvaluationReport, judge
 from svc.evaluation.results import write_results
+from svc.evaluation.token_scores import choose_examples
 from svc.lock import hold_lock
 from svc.registry.fingerprint import compatibility_fingerprint
 from svc.registry.manifest import Manifest
+from svc.registry.parity import ParityReport
+from svc.registry.parity_page import PARITY_PAGE, parity_page
 from svc.registry.registry import HELDOUT_FILE, HELDOUT_TOKENS_FILE, REFERENCE_FOLDER, Registry, results_file
 from svc.settings import Settings
 from svc.terminal import console
 from svc.text_embedding import TEXT_SPACE_FILE, fit_text_space, save_text_space
 from svc.version import Format, VersionId
+from trainer.base_model.content import copy_shipped_files
 from trainer.base_model.resolve import Base
 from trainer.data.chat_template import tokenize_as_trained
-from trainer.export.gptq import QuantizeSummary, check_layers, quantize_gptq
+from trainer.data.length import check_served_length
+from trainer.export.gptq import QuantizeSummary, calibration_type, check_layers, quantize_gptq
 from trainer.export.merge import merge_adapter
 from trainer.export.verify_merge import MergeSummary, verify_full
 from trainer.pipeline.examples import Examples
@@ -189,6 +194,8 @@ class Pipeline:
         if Format.GPTQ in formats:
             steps[Stage.QUANTIZE] = _Step(self._quantize, size, (run.gptq,))
             steps[Stage.QUALIFY] = _Step(self._qualify)
+        if Stage.MERGE in steps:
+            steps[Stage.PARITY] = _Step(self._compare)
         return steps | {Stage.REGISTER: _Step(self._register)}
 
     @property
@@ -201,6 +208,10 @@ class Pipeline:
             multiple = self.capabilities.gptq_multiple(self.settings.engine)
             check_layers(self.base.folder, self.recipe.quantize.group_size, multiple)
         self._say_number_types()
+        served = self._served_length
+        if served is not None:
+            room = self.recipe.evaluate.max_tokens
+            check_served_length(self._tokenized, served, "held-out", room=room)
         from trainer.training.sft import train_model  # torch and TRL with it
 
         tracking, run_id = self.registry.tracking, self._tracking_run()
@@ -208,7 +219,7 @@ class Pipeline:
         with tracking.attach(run_id):
             summary = train_model(
                 self.base.folder,
-                TrainingData(self.examples.train, self.examples.heldout),
+                TrainingData(self.examples.train, self.examples.heldout, served),
                 self.recipe,
                 self.run.fresh(self._trained),
                 self.run.checkpoints,
@@ -216,6 +227,14 @@ class Pipeline:
                 number_type=self.capabilities.training_type,
             )
         return self.run.save(Stage.TRAIN, summary)
+
+    @property
+    def _served_length(self) -> int | None:
+        """Tokens of the longest prompt with its answer that the engine will take; None where nothing is served."""
+        if not {Format.MERGED, Format.GPTQ} & set(self.recipe.formats):
+            return None
+        longest = self.settings.engine.max_model_len
+        return min(longest, read_model_facts(self.base.folder).context or longest)
 
     def _say_number_types(self) -> None:
         """What was chosen for this device, and why.
@@ -240,6 +259,7 @@ class Pipeline:
     def _merge(self) -> MergeSummary:
         if self._full:
             summary = verify_full(self.base.folder, self.run.merged)
+            copy_shipped_files(self.base.folder, self.run.merged)
         else:
             summary = merge_adapter(self.base.folder, self.run.adapter, self.run.fresh(self.run.merged))
         write_template_kwargs(self.run.merged, self._template_kwargs)
@@ -287,6 +307,23 @@ class Pipeline:
     def _qualify(self) -> Qualified:
         return self.run.save(Stage.QUALIFY, asyncio.run(self._qualifier().alone(self.run.gptq, "gptq")))
 
+    def _compare(self) -> ParityReport:
+        from trainer.parity.report import Made, make_report  # torch
+
+        folders = {format: (self.run.folder / format, one.reading) for format, one in self._qualified().items()}
+        made = Made(self.base.folder, None if self._full else self.run.adapter, self.run.merged, folders)
+        judged = len(self._qualifier().judged)
+        number_type = calibration_type(self.capabilities.training_type)
+        report = make_report(made, self.recipe, self._compared, judged, number_type=number_type)
+        passed = sum(check.passed for check in report.checks)
+        console.print(f"  {passed} of {len(report.checks)} checks passed: what was trained is what is served")
+        return self.run.save(Stage.PARITY, report)
+
+    @property
+    def _report(self) -> ParityReport | None:
+        """None where nothing is served."""
+        return self.run.load(Stage.PARITY, ParityReport) if self._qualified() else None
+
     def _register(self) -> Registered:
         failed = self._check()
         manifest, qualified = self._published() or self._publish(failed), self._qualified()
@@ -312,16 +349,28 @@ class Pipeline:
         Raises:
             TrainingError: it fails a check, and failed versions are not registered.
         """
+        failed = []
+        for check in (self._check_parity, self._check_gptq):
+            try:
+                check()
+            except TrainingError as error:
+                if not self.register_failed:
+                    raise
+                console.print(f"[yellow]{error.wrong}[/yellow]")
+                failed.append(error.wrong)
+        return tuple(failed)
+
+    def _check_parity(self) -> None:
+        if self._report is not None and self._report.failed:
+            raise TrainingError(
+                f"what would be served is not what was trained: {'; '.join(self._report.failed)}",
+                todo="see the numbers; --register-failed registers it with its report, and it cannot be promoted",
+            )
+
+    def _check_gptq(self) -> None:
         qualified = self._qualified()
-        try:
-            if len(qualified) == 2:
-                check_gptq(qualified[Format.MERGED], qualified[Format.GPTQ], self.recipe.evaluate)
-        except TrainingError as error:
-            if not self.register_failed:
-                raise
-            console.print(f"[yellow]{error.wrong}[/yellow]")
-            return (error.wrong,)
-        return ()
+        if len(qualified) == 2:
+            check_gptq(qualified[Format.MERGED], qualified[Format.GPTQ], self.recipe.evaluate)
 
     def _published(self) -> Manifest | None:
         """What a try published that was cut off before it could say so."""
@@ -358,6 +407,7 @@ class Pipeline:
             base_evaluation=self._evaluated.base if self._evaluated else None,
             qualified=self._qualified(),
             failed=failed,
+            parity=self._report,
         )
         return self.registry.publish(self.recipe.name, self._tracking_run(), content, manifest)
 
@@ -365,6 +415,8 @@ class Pipeline:
         """Puts together what later traffic and answers are compared with; anew, for the same reason as the above."""
         folder = self.run.fresh(self.run.reference)
         folder.mkdir()
+        if self._report is not None:
+            (folder / PARITY_PAGE).write_text(parity_page(self.recipe.name, self._report), "utf-8")
         for format, qualified in self._qualified().items():
             if qualified.results:
                 write_results(folder / results_file(format), qualified.results)
@@ -391,7 +443,12 @@ class Pipeline:
     def _qualifier(self) -> Qualifier:
         facts = partial(engine_facts, self.settings.engine, self.capabilities)
         launch, heldout = self.launch or self._launch_process, self.examples.heldout
-        return Qualifier(launch, facts, self.recipe, heldout, self._tokenized)
+        return Qualifier(launch, facts, self.recipe, heldout, self._tokenized, self._compared)
+
+    @property
+    def _compared(self) -> list[TokenizedExample]:
+        """Those that are compared token by token."""
+        return choose_examples(self._tokenized[: self.recipe.evaluate.limit])
 
     @cached_property
     def _tokenized(self) -> list[TokenizedExample]:

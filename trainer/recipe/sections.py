@@ -121,6 +121,14 @@ class Schedule(StrEnum):
     CONSTANT = "constant"
 
 
+class TooLong(StrEnum):
+    """What becomes of an example that is longer than `train.max_length`."""
+
+    ERROR = "error"
+    DROP = "drop"
+    TRUNCATE = "truncate"
+
+
 class Train(_Section):
     """The optimizer's run."""
 
@@ -135,7 +143,11 @@ class Train(_Section):
     gradient_accumulation: int = Field(1, ge=1, description="batches a step: less memory than a larger batch")
     weight_decay: float = Field(0.0, ge=0, description="AdamW's")
     max_grad_norm: float = Field(1.0, gt=0, description="a longer gradient is shortened to it")
-    max_length: int = Field(1024, ge=16, description="tokens; a longer example is an error, never cut")
+    max_length: int = Field(1024, ge=16, description="tokens of the longest example")
+    too_long: TooLong = Field(
+        TooLong.ERROR,
+        description="what becomes of a longer example: with truncate its end is not learnt; `--skip-bad` drops it",
+    )
     packing: bool = Field(
         False, description="several examples in one row of max_length tokens, blind to each other; a row is an example"
     )

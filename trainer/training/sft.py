@@ -18,7 +18,7 @@ from transformers import AutoConfig, PreTrainedTokenizerBase, PrinterCallback, T
 from svc.chat_template import choose_template_kwargs
 from svc.dataset.schema.tokenized_example import TokenizedExample
 from svc.engine.capabilities import NumberType
-from svc.errors import DataError, InterruptedRunError
+from svc.errors import InterruptedRunError
 from svc.terminal import console, waiting
 from trainer.callbacks.checkpoint_schedule import CheckpointSchedule
 from trainer.callbacks.divergence import DivergenceWatch
@@ -28,6 +28,7 @@ from trainer.callbacks.loss_point import LossPoint
 from trainer.callbacks.preemption import Preemption, StepAbandoned, preemption
 from trainer.callbacks.progress import training_progress
 from trainer.data.chat_template import load_tokenizer, stop_tokens, tokenize_examples, training_row
+from trainer.data.length import check_served_length, fit_length
 from trainer.data.packing import collate_packed, pack, refuse_recurrent
 from trainer.library_output import library_output_to_log
 from trainer.model.acceleration import choose_acceleration, machine_facts
@@ -69,7 +70,8 @@ def train_model(
         number_type: in which matrix products are computed; trained weights are in float32 whatever it is.
 
     Raises:
-        DataError: examples longer than `train.max_length` tokens, or that the chat template refuses.
+        DataError: examples longer than `train.max_length` tokens or than the engine takes, or that the chat template
+            refuses.
         DiskSpaceError: no room for a checkpoint.
         InterruptedRunError: a signal came, and a checkpoint was written.
         TrainingError: the loss or a weight is not finite, the loss explodes, or memory is short; says what to change.
@@ -77,8 +79,9 @@ def train_model(
     tokenizer = load_tokenizer(base)
     stops = stop_tokens(base, tokenizer)
     kwargs = choose_template_kwargs(base, recipe.chat_template_kwargs)
-    rows = tokenize_examples(tokenizer, data.train, stops, kwargs)
-    _check_lengths(rows, recipe.train.max_length)
+    rows = fit_length(tokenize_examples(tokenizer, data.train, stops, kwargs), recipe.train)
+    if data.served_length is not None:
+        check_served_length(rows, data.served_length, "training")
     heldout = tokenize_examples(tokenizer, data.heldout, stops, kwargs) if recipe.stopping.measures else []
     try:
         with preemption() as asked:
@@ -154,19 +157,6 @@ def _summarize(trainer: ResumableTrainer, recipe: Recipe, seconds: float) -> Tra
         heldout_losses=tuple(LossPoint(step, loss) for step, loss in heldout_losses(state).items()),
         best_step=best_step(state) if recipe.stopping.keep_best else None,
     )
-
-
-def _check_lengths(rows: list[TokenizedExample], max_length: int) -> None:
-    lengths = [len(row.input_ids) for row in rows]
-    too_long = sum(length > max_length for length in lengths)
-    if too_long:
-        longest = max(lengths)
-        raise DataError(
-            f"{too_long} of {len(rows)} examples are longer than {max_length} tokens; "
-            f"the longest, number {lengths.index(longest) + 1}, has {longest}",
-            expected="whole examples: they are never cut",
-            todo=f"set train.max_length to {longest} or more, or shorten or drop those examples",
-        )
 
 
 def _build_trainer(

@@ -34,7 +34,12 @@ class TrainingSummary:
 
 @dataclass(frozen=True, slots=True)
 class TrainingData:
-    """What is learnt, and what held-out loss is measured on while it is."""
+    """What is learnt, and what held-out loss is measured on while it is.
+
+    Attributes:
+        served_length: tokens of the longest example that can be served; None where nothing will be.
+    """
 
     train: Sequence[ChatExample]
     heldout: Sequence[ChatExample] = ()
+    served_length: int | None = None

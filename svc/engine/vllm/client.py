@@ -175,11 +175,24 @@ class EngineClient:
             token_ids: the whole sequence.
             start: index of the first token that is scored, at least 1.
         """
-        body = {"model": self.model, "prompt": list(token_ids), "max_tokens": 1, "temperature": 0, "prompt_logprobs": 0}
+        return tuple([logprob for logprob, _ in await self._prompt_logprobs(token_ids, start, likeliest=0)])
+
+    async def likeliest(self, token_ids: Sequence[int], start: int) -> tuple[tuple[float, int], ...]:
+        """The same as `logprobs`, each with the id of the token that is likeliest in its place."""
+        return await self._prompt_logprobs(token_ids, start, likeliest=1)
+
+    async def _prompt_logprobs(
+        self, token_ids: Sequence[int], start: int, *, likeliest: int
+    ) -> tuple[tuple[float, int], ...]:
+        """Log-probability of each token, and the id of the likeliest of those that were asked for."""
+        body = {"model": self.model, "prompt": list(token_ids), "max_tokens": 1, "temperature": 0}
         with _reading("/v1/completions"):
-            entries = (await self._post("/v1/completions", body))["choices"][0]["prompt_logprobs"]
-            scored = zip(token_ids[start:], entries[start:], strict=True)
-            return tuple(float(entry[str(token)]["logprob"]) for token, entry in scored)
+            answer = await self._post("/v1/completions", body | {"prompt_logprobs": likeliest})
+            scored = zip(token_ids[start:], answer["choices"][0]["prompt_logprobs"][start:], strict=True)
+            return tuple(
+                (float(entry[str(token)]["logprob"]), int(max(entry, key=lambda one: entry[one]["logprob"])))
+                for token, entry in scored
+            )
 
     async def reload_weights(self, folder: Path) -> None:
         """Replaces the weights in place. A reload that fails ends the engine: check everything before.

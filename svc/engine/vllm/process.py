@@ -112,6 +112,16 @@ class EngineProcess:
         if record is not None:
             write_record(self.spec.state, replace(record, holds=holds))
 
+    def memory(self) -> int | None:
+        """Bytes that its processes hold of the machine's memory, shared pages in part; None where none runs."""
+        if self._process is None:
+            return None
+        try:
+            processes = [self._process, *self._process.children(recursive=True)]
+            return sum(process.memory_full_info().pss for process in processes)
+        except psutil.Error:  # it is ending
+            return None
+
     async def wait(self) -> int | None:
         """Returns the exit code when the server has ended: 0 when it was never started, None of one adopted."""
         while self._process is not None and runs(self._process):

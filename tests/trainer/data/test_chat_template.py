@@ -86,7 +86,7 @@ def test_no_token_reaches_over_the_place_where_the_model_goes_on() -> None:
     example = parse_example({"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]})
     assert isinstance(tokenizer.eos_token_id, int)
     [row] = tokenize_examples(tokenizer, [example], {tokenizer.eos_token_id}, {})
-    assert row.input_ids[:2] == tokenizer.convert_tokens_to_ids(["a", "b"])
+    assert list(row.input_ids[:2]) == tokenizer.convert_tokens_to_ids(["a", "b"])
     assert row.learnt == ((1, 3),)
 
 

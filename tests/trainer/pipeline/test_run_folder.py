@@ -77,19 +77,19 @@ def test_other_heldout_data_are_another_run_where_training_looks_at_them() -> No
     assert folder(looks, examples=OTHER_HELDOUT) != folder(looks)
 
 
-JUDGED = {Stage.EVALUATE, Stage.QUALIFY, Stage.REGISTER}
+JUDGED = {Stage.EVALUATE, Stage.QUALIFY, Stage.PARITY, Stage.REGISTER}
 
 
 @pytest.mark.parametrize(
     ("change", "again"),
     [
-        ({"quantize": {"group_size": 32}}, {Stage.QUANTIZE, Stage.QUALIFY, Stage.REGISTER}),
+        ({"quantize": {"group_size": 32}}, {Stage.QUANTIZE, Stage.QUALIFY, Stage.PARITY, Stage.REGISTER}),
         ({"evaluate": {"max_tokens": 8}}, JUDGED),
         ({"evaluate": {"limit": 1}}, JUDGED),
         ({"qualify": {"probes": 2}}, JUDGED),
         ({"evaluate": {"max_gptq_loss": 0.5}}, {Stage.REGISTER}),
         ({"evaluate": {"max_gptq_nll": 0.5}}, {Stage.REGISTER}),
-        ({"formats": ["merged"]}, {Stage.REGISTER}),
+        ({"formats": ["merged"]}, {Stage.PARITY, Stage.REGISTER}),
         ({"checkpoints": {"keep": 7}}, set()),
         ({"train": {"seed": 1}}, set(Stage)),
     ],

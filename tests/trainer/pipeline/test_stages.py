@@ -29,6 +29,7 @@ from svc.errors import (
 from svc.lock import hold_lock
 from svc.registry.fingerprint import compatibility_fingerprint
 from svc.registry.housekeeping import remove_version
+from svc.registry.parity import ParityReport
 from svc.registry.registry import Registry
 from svc.registry.tracking import Tracking
 from svc.settings import Device, EngineSettings, GptqKernel, Settings
@@ -39,12 +40,15 @@ from svc.version import Format, VersionId
 from tests.serving.engine_double import tokenized
 from tests.svc.engine.devices import AVX2, AVX512
 from tests.svc.registry.model_folder import GPTQ, write_model
+from tests.svc.registry.parity import make_parity
 from tests.trainer.conftest import make_example, make_recipe
 from tests.trainer.engines import Engines
 from trainer.base_model.resolve import Base
 from trainer.callbacks.loss_point import LossPoint
 from trainer.export.gptq import QuantizeSummary
 from trainer.export.verify_merge import MergeSummary
+from trainer.parity import report as parity_module
+from trainer.parity.report import Made
 from trainer.pipeline import stages as stages_module
 from trainer.pipeline.examples import Examples
 from trainer.pipeline.find_base import find_base, merged_revision
@@ -69,11 +73,15 @@ class Stages:
         ran: which ran, in order.
         broken: stages that are interrupted in the middle.
         number_types: those that they were told to compute in.
+        compared: the formats of each parity report.
+        unequal: checks of the parity report that fail.
     """
 
     ran: list[Stage] = field(default_factory=list)
     broken: set[Stage] = field(default_factory=set)
     number_types: list[NumberType] = field(default_factory=list)
+    compared: list[list[Format]] = field(default_factory=list)
+    unequal: list[str] = field(default_factory=list)
 
     def train_model(
         self, base: Path, data: Any, recipe: Any, out: Path, checkpoints: Path, report: Any, *, number_type: NumberType
@@ -109,6 +117,11 @@ class Stages:
         write_model(out, quantization=GPTQ)
         return QuantizeSummary(2, 8, 80, "layer.0", 0.01, 2.0)
 
+    def make_report(self, made: Made, recipe: Any, compared: Any, judged: int, *, number_type: Any) -> ParityReport:
+        """Finds what it is told to."""
+        self.compared.append(sorted(made.formats))
+        return make_parity(*self.unequal)
+
     def _run(self, stage: Stage, out: Path) -> None:
         self.ran.append(stage)
         out.mkdir(parents=True, exist_ok=True)
@@ -124,6 +137,7 @@ def stages(monkeypatch: pytest.MonkeyPatch) -> Stages:
     monkeypatch.setattr(
         stages_module, "tokenize_as_trained", lambda folder, examples, kwargs: list(map(tokenized, examples))
     )
+    monkeypatch.setattr(parity_module, "make_report", stages.make_report)
     for name in ("check_layers", "merge_adapter", "quantize_gptq"):
         monkeypatch.setattr(stages_module, name, getattr(stages, name))
     return stages
@@ -338,7 +352,7 @@ def test_an_interrupted_registration_leaves_nothing_in_what_a_version_is_compare
     (pipeline.run.reference / "half-written").touch()
     version = make().train_version()
     recorded = [record.path for record in pipeline.registry.manifest(version).reference]
-    files = ("gptq.jsonl", "heldout_tokens.jsonl", "merged.jsonl", "text_space.npz")
+    files = ("gptq.jsonl", "heldout_tokens.jsonl", "merged.jsonl", "parity.html", "text_space.npz")
     assert recorded == [f"reference/{file}" for file in files]
     kept = (pipeline.registry.folder(version) / "reference").iterdir()
     assert {f"reference/{path.name}" for path in kept} == set(recorded)
@@ -392,6 +406,31 @@ def test_a_failed_version_that_is_registered_is_none_to_whoever_asks_for_a_good_
     replace(make(WORSE_QUANTIZED), register_failed=True).train_version()
     with pytest.raises(TrainingError, match=r"GPTQ lost 1\.000"):
         make(WORSE_QUANTIZED).train_version()
+
+
+def test_a_version_that_is_not_what_was_trained_becomes_none_and_nothing_is_measured_again(
+    make: Make, stages: Stages, engines: Engines
+) -> None:
+    stages.unequal = ["another template", "wrong scale"]
+    with pytest.raises(TrainingError, match=r"is not what was trained: another template: <other>.*; wrong scale"):
+        make().train_version()
+    launched = len(engines.launched)
+    pipeline = replace(make(), register_failed=True)
+    manifest = pipeline.registry.manifest(pipeline.train_version())
+    assert len(engines.launched) == launched
+    assert [failure.partition(": another")[0] for failure in manifest.failed] == [
+        "what would be served is not what was trained"
+    ]
+    assert manifest.parity == make_parity(*stages.unequal)
+
+
+def test_a_version_has_its_parity_report_and_its_page(make: Make, stages: Stages) -> None:
+    pipeline = make()
+    version = pipeline.train_version()
+    assert stages.compared == [[Format.GPTQ, Format.MERGED]]
+    assert pipeline.registry.manifest(version).parity == make_parity()
+    page = pipeline.registry.reference(version, "parity.html").read_text("utf-8")
+    assert "All 1 checks passed" in page
 
 
 def test_a_later_try_makes_the_next_number(make: Make) -> None:

@@ -1,0 +1,59 @@
+"""The parity report as figures, as a page, and as a person asks for it."""
+
+import math
+from html.parser import HTMLParser
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from svc.registry.parity import Differences
+from svc.registry.parity_page import parity_page
+from tests.svc.registry.parity import make_parity
+
+nats = st.lists(st.lists(st.floats(-20, 20), min_size=1, max_size=5).map(tuple), min_size=1, max_size=4).map(tuple)
+
+
+@given(nats)
+def test_figures_are_of_all_tokens(found: tuple[tuple[float, ...], ...]) -> None:
+    differences = Differences(nats=found, agreement=1.0, diverges_at=None)
+    tokens = [one for example in found for one in example]
+    assert math.isclose(differences.mean, sum(map(abs, tokens)) / len(tokens), abs_tol=1e-9)
+    assert differences.largest == max(map(abs, tokens))
+    assert math.isclose(differences.shift, -sum(tokens) / len(tokens), abs_tol=1e-9)
+
+
+def test_what_failed_is_told_with_what_was_found() -> None:
+    assert make_parity().failed == ()
+    assert make_parity("template").failed == ("template: <other>, expected the base's",)
+
+
+class Page(HTMLParser):
+    """Counts what a page has, and what it fetches."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.dots = 0
+        self.fetched: list[str] = []
+        self.words: list[str] = []
+        self.feed(text)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.dots += tag == "circle"
+        self.fetched += [value or "" for name, value in attrs if name in ("src", "href", "data")]
+
+    def handle_data(self, data: str) -> None:
+        self.words.append(data)
+
+
+def test_the_page_needs_nothing_else_and_shows_every_token() -> None:
+    page = Page(parity_page("tiny", make_parity()))
+    assert (page.dots, page.fetched) == (3, [])
+    assert "All 1 checks passed" in "".join(page.words)
+
+
+def test_the_page_shows_what_failed_as_text() -> None:
+    text = parity_page("<b>tiny</b>", make_parity("template"))
+    assert "<b>tiny</b>" not in text
+    page = Page(text)
+    assert "1 of 2 checks failed" in "".join(page.words)
+    assert "<other>" in page.words

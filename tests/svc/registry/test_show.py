@@ -1,0 +1,66 @@
+"""`svc show NAME@N --parity`: the checks, and where their page is."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from svc.errors import NotFoundError
+from svc.registry.files import record_files
+from svc.registry.manifest import Manifest
+from svc.registry.parity import ParityReport
+from svc.registry.registry import Registry
+from svc.version import VersionId
+from tests.command_line import Svc
+from tests.svc.registry.manifests import make_manifest
+from tests.svc.registry.parity import make_parity
+
+Register = Callable[[ParityReport | None], Manifest]
+
+
+@pytest.fixture
+def register(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    registry: Registry,
+    run: str,
+    name: str,
+    content: dict[str, Path],
+) -> Register:
+    """Registers a version with a report and its page, where the commands find it."""
+    monkeypatch.setattr(Registry, "of", lambda settings: registry)
+
+    def register(parity: ParityReport | None) -> Manifest:
+        reference = tmp_path / "reference"
+        reference.mkdir()
+        (reference / "parity.html").write_text("<p>page</p>")
+
+        def manifest(version: VersionId, folder: Path) -> Manifest:
+            return make_manifest(version, folder, parity=parity, reference=record_files(folder, folder / "reference"))
+
+        return registry.publish(name, run, content | {"reference": reference}, manifest)
+
+    return register
+
+
+def test_the_checks_are_shown_with_where_the_page_is(svc: Svc, register: Register) -> None:
+    made = register(make_parity("template"))
+    ended = svc("show", str(made.id), "--parity")
+    told = " ".join(ended.out.split())
+    assert ended.code == 0
+    assert "template failed <other> the base's" in told
+    assert f"models/{made.name}/{made.number}/reference/parity.html" in "".join(ended.out.split())
+
+
+def test_machines_get_all_numbers(svc: Svc, register: Register) -> None:
+    made = register(make_parity())
+    told = json.loads(svc("show", str(made.id), "--parity", "--json").out)
+    assert ParityReport.model_validate(told) == make_parity()
+
+
+def test_a_version_of_an_older_release_has_no_report(svc: Svc, register: Register) -> None:
+    made = register(None)
+    ended = svc("show", str(made.id), "--parity")
+    assert ended.code == NotFoundError.exit_code
+    assert "has no parity report" in ended.err

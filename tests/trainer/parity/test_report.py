@@ -1,0 +1,267 @@
+"""Right versions pass every check of the parity report; each planted fault fails the check that is made for it."""
+
+import json
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
+
+from svc.dataset.schema.tokenized_example import TokenizedExample
+from svc.engine.capabilities import NumberType
+from svc.evaluation.token_scores import Scores, choose_examples
+from svc.registry.parity import ParityReport
+from svc.version import Format
+from tests.svc.registry.parity import SPEED
+from tests.trainer.conftest import make_example, make_model, make_recipe
+from trainer.base_model.content import copy_shipped_files
+from trainer.data.chat_template import tokenize_as_trained
+from trainer.export.merge import merge_adapter
+from trainer.model.peft_config import add_adapter
+from trainer.parity.files import unreadable_weights
+from trainer.parity.gptq import expand
+from trainer.parity.report import Made, make_report
+from trainer.parity.scores import load, score
+from trainer.qualification import EngineReading
+from trainer.recipe.sections import Recipe
+
+TYPE = NumberType.FLOAT32
+KINDS: dict[str, dict[str, Any]] = {
+    "lora": {},
+    "rslora": {"adapter": {"rslora": True, "rank": 4}},
+    "attention": {"adapter": {"targets": "attention-min", "alpha": 3}},
+    "dora": {"method": "dora"},
+    "adalora": {"method": "adalora"},
+    "vera": {"method": "vera"},
+    "qlora": {"method": "qlora"},
+}
+
+
+@dataclass(frozen=True)
+class Version:
+    """What a run has made, with its recipe and the held-out examples in tokens."""
+
+    made: Made
+    recipe: Recipe
+    examples: list[TokenizedExample]
+
+    def report(self) -> ParityReport:
+        """With the readings of an engine that computes rightly what lies in the folders."""
+        formats = {format: (folder, self._read(folder)) for format, (folder, _) in self.made.formats.items()}
+        made = replace(self.made, formats=formats)
+        return make_report(made, self.recipe, self.examples, len(self.examples), number_type=TYPE)
+
+    def _read(self, folder: Path) -> EngineReading:
+        scores: Scores = ()
+        if unreadable_weights(folder) is None:  # else no engine would have answered
+            whole = load(folder, TYPE) if folder == self.merged else dequantized(folder, self.made.base)
+            scores = score(whole, self.examples)
+        return EngineReading(prompts_differ=(), scores=scores, speed=SPEED)
+
+    @property
+    def merged(self) -> Path:
+        """Its folder."""
+        return self.made.merged
+
+    @property
+    def gptq(self) -> Path:
+        """Its folder."""
+        return self.made.formats[Format.GPTQ][0]
+
+
+def quantize(merged: Path, out: Path) -> Path:
+    """Rounds every linear layer to the nearest of 16 values, in GPTQ's layout."""
+    shutil.copytree(merged, out)
+    tensors = {}
+    for name, weight in load_file(merged / "model.safetensors").items():
+        if "_proj" not in name:
+            tensors[name] = weight
+            continue
+        layer, columns = name.removesuffix(".weight"), weight.float().T
+        groups = columns.reshape(-1, 32, columns.shape[1])
+        scales = groups.abs().amax(dim=1) / 7
+        numbers = (groups / scales[:, None]).round().add(8).clamp(0, 15).to(torch.int32).reshape(columns.shape)
+        shifts = torch.arange(0, 32, 4, dtype=torch.int32)
+        packed = (numbers.reshape(-1, 8, columns.shape[1]) << shifts[None, :, None]).sum(dim=1).to(torch.int32)
+        tensors |= {f"{layer}.qweight": packed, f"{layer}.scales": scales.half()}
+    save_file(tensors, out / "model.safetensors")
+    return out
+
+
+def dequantized(folder: Path, base: Path) -> torch.nn.Module:
+    """A model, of its base's shape, with the weights that a quantized folder stands for."""
+    tensors = load_file(folder / "model.safetensors")
+    weights = {name: tensor for name, tensor in tensors.items() if "_proj" not in name}
+    for name in [name for name in tensors if name.endswith(".qweight")]:
+        layer = name.removesuffix(".qweight")
+        weights[f"{layer}.weight"] = expand(tensors[name], tensors[f"{layer}.scales"], None)
+    model = load(base, TYPE)
+    model.load_state_dict(weights, strict=False)
+    return model
+
+
+def make_version(folder: Path, base: Path, **sections: Any) -> Version:
+    recipe = make_recipe(**sections)
+    torch.manual_seed(1)
+    model = add_adapter(AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32), recipe, steps=20)
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            if weight.requires_grad:
+                scale = 0.3 if "magnitude" not in name else 0.1
+                weight.add_(scale * torch.randn_like(weight) * (weight.abs().mean() + 0.1))
+    model.save_pretrained(folder / "adapter")
+    copy_shipped_files(base, folder / "adapter")
+    merge_adapter(base, folder / "adapter", folder / "merged")
+    quantize(folder / "merged", folder / "gptq")
+    heldout = [make_example(f"which {number}", answer) for number, answer in enumerate(("red", "blue", "green"))]
+    examples = choose_examples(tokenize_as_trained(base, heldout, {}))
+    nothing = EngineReading(prompts_differ=(), scores=(), speed=SPEED)
+    formats = {Format.MERGED: (folder / "merged", nothing), Format.GPTQ: (folder / "gptq", nothing)}
+    return Version(Made(base, folder / "adapter", folder / "merged", formats), recipe, examples)
+
+
+@pytest.mark.parametrize("sections", KINDS.values(), ids=KINDS)
+def test_a_right_version_passes_every_check(tmp_path: Path, tiny_base: Path, sections: dict[str, Any]) -> None:
+    report = make_version(tmp_path, tiny_base, **sections).report()
+    assert report.failed == ()
+    assert {check.name.partition(":")[0] for check in report.checks} == {"merged", "gptq", "merge"}
+
+
+@pytest.fixture
+def version(tmp_path: Path, tiny_base: Path) -> Version:
+    base = shutil.copytree(tiny_base, tmp_path / "base")
+    return make_version(tmp_path, base)
+
+
+def change_weights(folder: Path, change: Callable[[dict[str, torch.Tensor]], dict[str, torch.Tensor]]) -> None:
+    path = folder / "model.safetensors"
+    save_file(change(load_file(path)), path)
+
+
+def change_json(path: Path, **keys: Any) -> None:
+    path.write_text(json.dumps(json.loads(path.read_text()) | keys))
+
+
+def scaled_update(times: float) -> Callable[[Version], None]:
+    """The adapter is in the merged weights so many times."""
+
+    def plant(version: Version) -> None:
+        base = load_file(version.made.base / "model.safetensors")
+
+        def change(merged: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+            return {name: (base[name] + times * (weight - base[name])).bfloat16() for name, weight in merged.items()}
+
+        change_weights(version.merged, change)
+
+    return plant
+
+
+def other_template(version: Version) -> None:
+    path = version.merged / "chat_template.jinja"
+    path.write_text(path.read_text().replace("assistant", "model"))
+
+
+def no_bos(version: Version) -> None:
+    change_json(version.gptq / "tokenizer_config.json", add_bos_token=False)
+
+
+def other_tokenizer(version: Version) -> None:
+    path = version.merged / "tokenizer.json"
+    content = json.loads(path.read_text())
+    vocabulary = content["model"]["vocab"]
+    vocabulary["a"], vocabulary["b"] = vocabulary["b"], vocabulary["a"]
+    path.write_text(json.dumps(content))
+
+
+def shuffled_layer(version: Version) -> None:
+    name = "model.layers.1.mlp.up_proj.weight"
+    change_weights(version.merged, lambda weights: weights | {name: weights[name].flip(0).contiguous()})
+
+
+def corrupted_scales(version: Version) -> None:
+    name = "model.layers.0.mlp.down_proj.scales"
+    change_weights(version.gptq, lambda weights: weights | {name: weights[name] * 2})
+
+
+def untied_head(version: Version) -> None:
+    change_json(version.merged / "config.json", tie_word_embeddings=False)
+
+
+def truncated_shard(version: Version) -> None:
+    path = version.merged / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:-100])
+
+
+def other_generation(version: Version) -> None:
+    change_json(version.merged / "generation_config.json", repetition_penalty=1.3)
+
+
+def wrong_alpha(version: Version) -> None:
+    change_json(version.made.adapter / "adapter_config.json", lora_alpha=64)  # type: ignore[operator]
+
+
+FAULTS: dict[str, tuple[Callable[[Version], None], str]] = {
+    "adapter not applied": (scaled_update(0), "merge: the adapter is applied once"),
+    "adapter applied twice": (scaled_update(2), "merge: the adapter is applied once"),
+    "wrong alpha": (scaled_update(0.8), "merge: the adapter is applied once"),
+    "another alpha in the adapter": (wrong_alpha, "merge: scale"),
+    "another template": (other_template, "merged: tokenizer, template, generation"),
+    "a missing BOS": (no_bos, "gptq: tokenizer, template, generation"),
+    "another tokenizer": (other_tokenizer, "merged: tokenizer, template, generation"),
+    "one layer shuffled": (shuffled_layer, "merge: base plus adapter"),
+    "GPTQ scales corrupted": (corrupted_scales, "gptq: rounding of weights"),
+    "tied head untied": (untied_head, "merged: config"),
+    "truncated shard": (truncated_shard, "merged: files of weights"),
+    "another generation config": (other_generation, "merged: tokenizer, template, generation"),
+}
+
+
+@pytest.mark.parametrize(("plant", "check"), FAULTS.values(), ids=FAULTS)
+def test_a_planted_fault_fails_its_check(version: Version, plant: Callable[[Version], None], check: str) -> None:
+    plant(version)
+    assert check in [failure.partition(": ")[0] + ": " + failure.split(": ")[1] for failure in version.report().failed]
+
+
+def test_an_engine_that_computes_something_else_is_found(version: Version) -> None:
+    """Though all files are right."""
+    scores = score(load(version.made.base, TYPE), version.examples)
+    formats = {Format.MERGED: (version.merged, EngineReading(prompts_differ=(), scores=scores, speed=SPEED))}
+    made = replace(version.made, formats=formats)
+    report = make_report(made, version.recipe, version.examples, 3, number_type=TYPE)
+    assert [failure.split(": 0.")[0] for failure in report.failed] == [
+        "merged: the engine beside transformers, the same weights",
+        "merged: the engine beside what was trained",
+    ]
+
+
+def test_tokens_that_training_did_not_see_are_found(version: Version) -> None:
+    reading = EngineReading(prompts_differ=(1, 2), scores=(), speed=SPEED)
+    made = replace(version.made, formats={Format.MERGED: (version.merged, reading)})
+    report = make_report(made, version.recipe, version.examples, 3, number_type=TYPE)
+    (failure,) = report.failed
+    assert failure.startswith("merged: tokens of the engine: 1 of 3 prompts equal, the first other one is example 2")
+
+
+def test_a_version_of_full_fine_tuning_has_no_adapter_to_compare(tmp_path: Path, tiny_base: Path) -> None:
+    merged = make_model(tmp_path / "merged")
+    change_weights(merged, lambda weights: {name: weight * 1.01 for name, weight in weights.items()})
+    quantize(merged, tmp_path / "gptq")
+    examples = choose_examples(tokenize_as_trained(tiny_base, [make_example("which", "red")], {}))
+    nothing = EngineReading(prompts_differ=(), scores=(), speed=SPEED)
+    formats = {Format.MERGED: (merged, nothing), Format.GPTQ: (tmp_path / "gptq", nothing)}
+    version = Version(Made(tiny_base, None, merged, formats), make_recipe(method="full"), examples)
+    assert version.report().failed == ()
+
+
+def test_without_a_merged_version_gptq_is_compared_with_what_was_trained(version: Version) -> None:
+    alone = replace(version, made=replace(version.made, formats={Format.GPTQ: version.made.formats[Format.GPTQ]}))
+    assert alone.report().failed == ()
+    scaled_update(2)(version)
+    shutil.rmtree(version.gptq)
+    quantize(version.merged, version.gptq)
+    assert any("applied once" in failure for failure in alone.report().failed)

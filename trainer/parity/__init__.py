@@ -1,0 +1,1 @@
+"""The parity report: what was trained is what is served."""

@@ -1,0 +1,58 @@
+"""Whether a model folder has what its base has beside the weights, and weights that can be read whole.
+
+Tokenizer, chat template and generation config byte for byte: a served model that tokenizes otherwise answers otherwise,
+and nothing else shows it. Reads no weights but their names and sizes.
+"""
+
+from pathlib import Path
+from typing import Any
+
+from svc.errors import IntegrityError
+from svc.json_file import read_json_object
+from svc.registry.files import read_headers
+from trainer.base_model.content import SHIPPED_FILES
+
+_MAY_DIFFER = {
+    "_name_or_path",
+    "dtype",
+    "quantization_config",
+    "torch_dtype",
+    "transformers_version",
+    "use_cache",
+}
+"""Keys of a config that say how weights are kept, and not what they compute."""
+
+
+def other_files(base: Path, folder: Path) -> list[str]:
+    """Names of the files, of those that a model ships beside its weights, that are not the base's byte for byte."""
+    return [name for name in SHIPPED_FILES if _content(base / name) != _content(folder / name)]
+
+
+def _content(path: Path) -> bytes | None:
+    return path.read_bytes() if path.is_file() else None
+
+
+def other_config(base: Path, folder: Path) -> list[str]:
+    """Keys of the config that are not the base's.
+
+    Raises:
+        IntegrityError: there is no config.
+    """
+    before, after = (read_json_object(one / "config.json") for one in (base, folder))
+    return sorted(key for key in {*before, *after} - _MAY_DIFFER if _plain(before.get(key)) != _plain(after.get(key)))
+
+
+def _plain(value: Any) -> Any:
+    """Without what may differ further inside, as in a config that holds another."""
+    if isinstance(value, dict):
+        return {key: _plain(one) for key, one in value.items() if key not in _MAY_DIFFER}
+    return value
+
+
+def unreadable_weights(folder: Path) -> str | None:
+    """What is wrong with the files of weights; None where they are whole."""
+    try:
+        names = [tensor.name for tensor in read_headers(folder)]
+    except IntegrityError as error:
+        return error.wrong
+    return None if names else f"{folder} holds no weights"
