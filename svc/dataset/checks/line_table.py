@@ -1,6 +1,5 @@
 """What is remembered of each example while a file streams by: 65 bytes, and 130 of its sketch; never its text."""
 
-import hashlib
 from array import array
 from dataclasses import dataclass
 from functools import lru_cache
@@ -11,6 +10,7 @@ from numpy.typing import NDArray
 
 from svc.dataset.checks.labels import Answer, AnswerKind
 from svc.dataset.checks.minhash import Sketcher, Sketches
+from svc.dataset.prompt_hashes import hash_text
 from svc.dataset.schema.example import ChatExample, Role
 from svc.dataset.schema.normal_prompt import normal_prompt
 from svc.dataset.text.plain_text import normal
@@ -76,12 +76,12 @@ class LineTableBuilder:
         self._files.append(file)
         self._lines.append(line)
         self._kinds.append(answer.kind)
-        self._prompts.append(_hash(prompt))
-        self._pairs.append(_hash(f"{prompt}\x1e{normal(example.answer)}"))
+        self._prompts.append(hash_text(prompt))
+        self._pairs.append(hash_text(f"{prompt}\x1e{normal(example.answer)}"))
         self._systems.append(_normal_hash(system, *example.tools) if system or example.tools else 0)
-        self._beginnings.append(_normal_hash(system) if system else _hash(_first_words(first.content)))
-        self._endings.append(_normal_hash(system) if system else _hash(_last_words(example.prompt[-1].content)))
-        self._answers.append(_hash(example.answer))
+        self._beginnings.append(_normal_hash(system) if system else hash_text(_first_words(first.content)))
+        self._endings.append(_normal_hash(system) if system else hash_text(_last_words(example.prompt[-1].content)))
+        self._answers.append(hash_text(example.answer))
         self._labels.append(_normal_hash(answer.label) if answer.label else 0)
         self._sketcher.add(asked(example))
 
@@ -121,15 +121,10 @@ def _last_words(text: str) -> str:
     return " ".join(normal(text[-_EDGE:]).split(" ")[-_WORDS_OF_A_TASK:])
 
 
-def _hash(text: str) -> int:
-    digest = hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=8).digest()
-    return int.from_bytes(digest, "little")
-
-
 @lru_cache(maxsize=128)
 def _normal_hash(*texts: str) -> int:
     """Of texts that come again and again: system turns, tools, labels."""
-    return _hash("\x1d".join(map(normal, texts)))
+    return hash_text("\x1d".join(map(normal, texts)))
 
 
 def _numbers(values: "array[int]", kind: Any) -> Any:

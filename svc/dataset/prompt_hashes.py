@@ -1,0 +1,55 @@
+"""Prompts as hashes of eight bytes: how a version remembers what it was trained on, without the texts.
+
+What a version has learnt is not held out again for a later version of its name. Prompts that differ in spacing and case
+alone have one hash. A text cannot be read back from it, but who has a prompt can see whether it is among them. Knows
+nothing of versions, and nothing of prompts that are only nearly the same.
+"""
+
+import hashlib
+from collections.abc import Iterable
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from svc.dataset.schema.example import ChatExample
+from svc.dataset.schema.normal_prompt import normal_prompt
+from svc.errors import IntegrityError
+
+PromptHashes = NDArray[np.uint64]
+
+TRAINED_PROMPTS_FILE = "trained_prompts.npy"
+NO_PROMPTS: PromptHashes = np.zeros(0, np.uint64)
+
+
+def hash_text(text: str) -> int:
+    """Eight bytes of BLAKE2b, as a number."""
+    digest = hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=8).digest()
+    return int.from_bytes(digest, "little")
+
+
+def hash_prompts(examples: Iterable[ChatExample]) -> PromptHashes:
+    """The hash of each example's prompt, in their order."""
+    return np.fromiter((hash_text(normal_prompt(example)) for example in examples), np.uint64)
+
+
+def write_prompt_hashes(path: Path, hashes: PromptHashes) -> None:
+    """Writes them sorted, each once, as a NumPy array without pickled objects: their order tells nothing."""
+    np.save(path, np.unique(hashes).astype("<u8"), allow_pickle=False)
+
+
+def read_prompt_hashes(path: Path) -> PromptHashes:
+    """Reads them.
+
+    Raises:
+        IntegrityError: the file is missing or is no such array.
+    """
+    todo = "restore it from a backup, or train again"
+    try:
+        with path.open("rb") as file:
+            hashes = np.load(file, allow_pickle=False)
+    except Exception as error:  # NumPy has several kinds for a damaged file
+        raise IntegrityError(f"cannot read {path}: {error}", todo=todo) from error
+    if not isinstance(hashes, np.ndarray) or hashes.dtype != np.uint64 or hashes.ndim != 1:
+        raise IntegrityError(f"{path} holds no hashes of prompts", expected="one row of 64-bit numbers", todo=todo)
+    return np.asarray(hashes, dtype=np.uint64)
