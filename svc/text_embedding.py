@@ -1,13 +1,13 @@
-"""A map from prompts to vectors, made from a version's training examples: what tells one topic from another.
+"""A map from prompts to vectors, made from a version's examples: what tells one topic from another.
 
-Two views of a prompt: where it lies among the training prompts (latent semantic analysis of character n-grams,
-Deerwester et al. 1990), and which answer it asks for (a ridge regression from there to the training answers). With the
+Two views of a prompt: where it lies among those prompts (latent semantic analysis of character n-grams,
+Deerwester et al. 1990), and which answer it asks for (a ridge regression from there to their answers). With the
 second, a change of topics that matters to the task is seen in about two thirds of the prompts; Lipton et al. 2018 and
 Rabanser et al. 2019 found such a gain with a classifier's outputs.
 
-It is made from training examples and applied to held-out and live ones, so that neither of those two is nearer to it
-than the other: that is what a permutation test between them needs. Texts cannot be read back from it: n-grams and words
-are kept as hashes. Knows nothing of tests, windows or the served model.
+It is made from other examples than those that live prompts are compared with (svc/dataset/drift_sample.py), so that
+neither of the two is nearer to it than the other: that is what a permutation test between them needs. Texts cannot be
+read back from it: n-grams and words are kept as hashes. Knows nothing of tests, windows or the served model.
 """
 
 from collections.abc import Sequence
@@ -36,7 +36,7 @@ _TOPIC_AXES = 64
 _ANSWER_AXES = 32
 _RIDGE = 0.3
 _MAX_EXAMPLES = 5_000
-"""More training examples make no better axes, and cost memory."""
+"""More examples make no better axes, and cost memory."""
 _MAX_CHARS = 2_000
 """Of a text, its beginning; n-grams of all of a long one cost 30 ms."""
 _TOGETHER = 100
@@ -48,8 +48,8 @@ class Embedding:
     """Prompts as vectors.
 
     Attributes:
-        topic: prompts by axes; where they lie among the training prompts.
-        answer: prompts by axes; the answer that they ask for. No axes where all training answers are the same.
+        topic: prompts by axes; where they lie among those that the map was made from.
+        answer: prompts by axes; the answer that they ask for. No axes where all answers were the same.
     """
 
     topic: Floats
@@ -64,7 +64,7 @@ class TextSpace:
         idf: weight of each n-gram bucket.
         axes: axes by buckets, the strongest first.
         answers: axes of the prompt by axes of the answer.
-        words: sorted hashes of the words of the training prompts.
+        words: sorted hashes of the words of the prompts.
     """
 
     idf: NDArray[np.float32]
@@ -80,7 +80,7 @@ class TextSpace:
         return Embedding(placed[:, :_TOPIC_AXES], placed @ self.answers)
 
     def unknown_words(self, prompts: Sequence[str]) -> Floats:
-        """Share of the distinct words of each prompt that no training prompt has; 0 for one without words."""
+        """Share of the distinct words of each prompt that no prompt of the map has; 0 for one without words."""
         if not prompts:
             return np.zeros(0)
         found = _words(prompts)
@@ -97,7 +97,7 @@ def fit_text_space(prompts: Sequence[str], answers: Sequence[str]) -> TextSpace:
     """Makes the map.
 
     Args:
-        prompts: of the training examples, at least one; beyond 5,000, evenly picked.
+        prompts: at least one; beyond 5,000, evenly picked.
         answers: one for each prompt.
     """
     from sklearn.feature_extraction.text import TfidfTransformer

@@ -32,6 +32,7 @@ def train(
 ) -> None:
     """Make a version of RECIPE, from where an earlier try was interrupted."""
     from svc.dataset.readers.bad_lines import BadLines
+    from svc.registry.registry import Registry
     from svc.terminal import console, quiet_libraries
     from trainer.pipeline.examples import read_run_examples
     from trainer.recipe.file import load_recipe
@@ -44,7 +45,8 @@ def train(
         train_section = loaded.train.model_copy(update={"too_long": TooLong.DROP})
         loaded = loaded.model_copy(update={"train": train_section})
     bad_lines = BadLines(settings.home / "bad_lines" / loaded.name) if skip_bad else None
-    examples = read_run_examples(loaded, cache=settings.base_cache, bad_lines=bad_lines)
+    learnt = Registry.of(settings).learnt_prompts(loaded.name)
+    examples = read_run_examples(loaded, cache=settings.base_cache, bad_lines=bad_lines, learnt=learnt)
     if bad_lines and bad_lines.count:
         console.print(f"[yellow]left out {bad_lines.count} bad lines: they lie in {bad_lines.folder}[/yellow]")
     from trainer.pipeline.find_base import find_base

@@ -1,54 +1,84 @@
 """Which examples judge a version, and which general ones are mixed in: chosen by content and seed, so that it is the
 same choice wherever the files lie and in whatever order they are read.
 
-Near duplicates stay on one side: a held-out example that was nearly trained on measures memory. Knows nothing of files.
+Near duplicates stay on one side: a held-out example that was nearly trained on measures memory. Each group of them
+decides for itself, by a hash, so that more data change nothing for the examples that were there. Knows nothing of files
+and versions.
 """
 
 import hashlib
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
 from svc.dataset.checks.line_table import LineTable, LineTableBuilder, first_with_same
 from svc.dataset.checks.minhash import clusters, nearest, unite
+from svc.dataset.prompt_hashes import NO_PROMPTS, PromptHashes
 from svc.dataset.schema.example import ChatExample
 from svc.dataset.schema.normal_prompt import normal_prompt
 from svc.errors import DataError
 
 
+@dataclass(frozen=True, slots=True)
+class HeldoutSplit:
+    """Examples in two parts, both in their order.
+
+    Attributes:
+        learnt_before: how many of `train` would be held out if no earlier version had learnt their prompts, or nearly
+            the same ones.
+    """
+
+    train: list[ChatExample]
+    heldout: list[ChatExample]
+    learnt_before: int
+
+
 def split_heldout(
-    examples: Sequence[ChatExample], share: float, seed: int
-) -> tuple[list[ChatExample], list[ChatExample]]:
-    """Parts examples into those to train on and those to hold out, both in their order.
+    examples: Sequence[ChatExample], share: float, seed: int, learnt: PromptHashes = NO_PROMPTS
+) -> HeldoutSplit:
+    """Parts examples into those to train on and those to hold out.
+
+    A group of near duplicates is held out if the smallest hash of its prompts, as a share of all hashes, is below
+    `share`. So a group with k different prompts is held out with probability 1 - (1 - share) ** k: examples without a
+    near duplicate with just `share`, pairs nearly twice and groups of ten 6.5 times as often as one of ten. In data
+    with many near copies more than `share` is expected to be held out, and a large group goes as a whole.
+
+    In return, more data move nothing from the held-out examples to the others, as long as these are still near
+    duplicates of each other, and more than one group is held out: where no hash is below `share`, the smallest one is
+    taken, and where all are, the group of the largest is trained on. A training example can become a held-out one if
+    a near duplicate of it comes with a smaller hash, which `learnt` prevents.
 
     Args:
-        share: of the examples, to hold out; at least one is.
+        share: of the range of hashes; about that of the examples.
         seed: another seed holds out others.
+        learnt: prompts that an earlier version was trained on. A group with one of them is trained on.
 
     Raises:
-        DataError: no two examples could stand on two sides.
+        DataError: nothing can be held out.
     """
-    groups = group_near_duplicates(examples)
-    sizes = np.bincount(groups, minlength=len(examples))
-    wanted = max(1, round(share * len(examples)))
-    firsts = [int(place) for place in np.flatnonzero(sizes)]
-    held: set[int] = set()
-    taken = 0
-    for first in _seeded(firsts, examples, seed):
-        if taken + sizes[first] <= wanted:
-            held.add(first)
-            taken += int(sizes[first])
-    if not held:
-        held = {min(firsts, key=lambda first: (sizes[first], first))}
-    train = [example for example, group in zip(examples, groups, strict=True) if int(group) not in held]
-    if not train:
-        raise DataError(
-            f"no held-out set can be split off {len(examples)} examples: they are all near duplicates of each other",
-            expected="at least two different examples",
-            todo="add examples, or name a held-out file as data.heldout",
-        )
-    return train, [example for example, group in zip(examples, groups, strict=True) if int(group) in held]
+    table = _table(examples)
+    groups = _groups(table)
+    firsts = np.unique(groups)
+    learnt_groups = np.unique(groups[np.isin(table.prompts, learnt)])
+    smallest = np.ones(len(examples))
+    np.minimum.at(smallest, groups, _fractions(table.prompts, seed))
+    held = _held_groups(firsts, np.setdiff1d(firsts, learnt_groups), smallest, share)
+    is_held = np.isin(groups, held)
+    kept = np.isin(groups, learnt_groups[smallest[learnt_groups] < share])
+    return HeldoutSplit(
+        train=[examples[place] for place in np.flatnonzero(~is_held)],
+        heldout=[examples[place] for place in np.flatnonzero(is_held)],
+        learnt_before=int(kept.sum()),
+    )
+
+
+def put_sample_first(examples: Sequence[ChatExample], size: int, seed: int) -> list[ChatExample]:
+    """The same examples, so that the first ones are a random sample. Both parts are in their order."""
+    drawn = set(_seeded(range(len(examples)), examples, seed)[:size])
+    order = sorted(range(len(examples)), key=lambda place: (place not in drawn, place))
+    return [examples[place] for place in order]
 
 
 def mix_general(
@@ -81,10 +111,7 @@ def mix_general(
 
 def group_near_duplicates(examples: Sequence[ChatExample]) -> NDArray[np.int64]:
     """For each example the index of the first one of its group: those with equal prompts, and near duplicates."""
-    table = _table(examples)
-    groups, _ = clusters(table.sketches)
-    unite(groups, np.arange(len(examples)), first_with_same(table.prompts))
-    return groups
+    return _groups(_table(examples))
 
 
 def near_leaks(examples: Sequence[ChatExample], heldout: Sequence[ChatExample]) -> list[int]:
@@ -93,6 +120,48 @@ def near_leaks(examples: Sequence[ChatExample], heldout: Sequence[ChatExample]) 
     sketches, count = table.sketches, len(heldout)
     found = nearest(sketches.part(count, len(table.lines)), sketches.part(0, count))
     return [int(place) for place in np.flatnonzero(found >= 0)]
+
+
+def _groups(table: LineTable) -> NDArray[np.int64]:
+    groups, _ = clusters(table.sketches)
+    unite(groups, np.arange(len(groups)), first_with_same(table.prompts))
+    return groups
+
+
+def _held_groups(
+    groups: NDArray[np.int64], free: NDArray[np.int64], smallest: NDArray[np.float64], share: float
+) -> NDArray[np.int64]:
+    """The groups to hold out: at least one, and not all.
+
+    Args:
+        free: those that may be.
+        smallest: hash of a group, by its number.
+    """
+    if len(groups) < 2:
+        raise DataError(
+            "no held-out set can be split off: all examples are near duplicates of each other",
+            expected="at least two different examples",
+            todo="add examples, or name a held-out file as data.heldout",
+        )
+    if not len(free):
+        raise DataError(
+            "no held-out set can be split off: earlier versions of this name have learnt all examples, or nearly "
+            "the same ones",
+            expected="at least one example that is new to them",
+            todo="add examples, name a held-out file as data.heldout, or train under another name",
+        )
+    hashes = smallest[free]
+    held = free[hashes < share]
+    if not len(held):
+        return free[[hashes.argmin()]]
+    return held if len(held) < len(groups) else free[np.arange(len(free)) != hashes.argmax()]
+
+
+def _fractions(prompts: PromptHashes, seed: int) -> NDArray[np.float64]:
+    """A number from 0 to 1 for each prompt, which the seed decides."""
+    salt = f"{seed}\x1f".encode()
+    digests = (hashlib.blake2b(salt + int(prompt).to_bytes(8, "little"), digest_size=8).digest() for prompt in prompts)
+    return np.fromiter((int.from_bytes(digest, "little") / 2**64 for digest in digests), np.float64)
 
 
 def _table(examples: Sequence[ChatExample]) -> LineTable:

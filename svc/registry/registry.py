@@ -6,17 +6,21 @@ A version appears all at once: it is built in a hidden folder beside, its manife
 publishes it. A folder without a manifest is no version. A version is never changed: its files are read-only.
 """
 
+import logging
 import os
 import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
+
+from svc.dataset.prompt_hashes import NO_PROMPTS, TRAINED_PROMPTS_FILE, PromptHashes, read_prompt_hashes
 from svc.dataset.readers.reader import read_examples
 from svc.dataset.schema.example import ChatExample
 from svc.dataset.schema.tokenized_example import TokenizedExample, read_tokenized
 from svc.disk import sync_folder
-from svc.errors import NotFoundError
+from svc.errors import IntegrityError, NotFoundError
 from svc.evaluation.results import ExampleResult, read_results
 from svc.registry.files import verify_files
 from svc.registry.manifest import MANIFEST_FILE, FormatRecord, Manifest, read_manifest, write_manifest
@@ -24,9 +28,12 @@ from svc.registry.tracking import Tracking
 from svc.settings import Settings
 from svc.version import NAME_PATTERN, NUMBER_PATTERN, Alias, Format, VersionId
 
+log = logging.getLogger(__name__)
+
 HELDOUT_FILE = "heldout.jsonl"
 REFERENCE_FOLDER = "reference"
-"""What the registration leaves for later comparisons: `results_file` of each format, and what monitoring fits."""
+"""What the registration leaves for later comparisons: `results_file` of each format, a sample of the prompts, the text
+space, and which prompts were learnt."""
 HELDOUT_TOKENS_FILE = "heldout_tokens.jsonl"
 """In `REFERENCE_FOLDER`: the examples of `HELDOUT_FILE` as token ids, in their order."""
 
@@ -187,6 +194,21 @@ class Registry:
         if not any(record.path == path for record in self.manifest(version).reference):
             return None
         return read_tokenized(self.reference(version, HELDOUT_TOKENS_FILE))
+
+    def learnt_prompts(self, name: str) -> PromptHashes:
+        """The prompts that the versions of a name were trained on; versions of older releases did not keep them.
+
+        A damaged version is told in the log and keeps nobody from training another one.
+        """
+        found = [NO_PROMPTS]
+        for version in self.versions(name):
+            try:
+                found.append(read_prompt_hashes(self.reference(version, TRAINED_PROMPTS_FILE)))
+            except NotFoundError:
+                continue
+            except IntegrityError:
+                log.warning("what %s has learnt may be held out: its files cannot be read", version, exc_info=True)
+        return np.unique(np.concatenate(found))
 
     def publish(
         self, name: str, run_id: str, content: dict[str, Path], manifest: Callable[[VersionId, Path], Manifest]

@@ -4,15 +4,23 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
+import numpy as np
+
 from svc.dataset.checks.check import shared_prompts
 from svc.dataset.fingerprint import fingerprint
+from svc.dataset.prompt_hashes import NO_PROMPTS, PromptHashes, hash_prompts
 from svc.dataset.readers.bad_lines import BadLines
 from svc.dataset.readers.reader import read_examples
 from svc.dataset.schema.example import ChatExample
-from svc.dataset.split import mix_general, near_leaks, split_heldout
+from svc.dataset.split import mix_general, near_leaks, put_sample_first, split_heldout
 from svc.errors import DataError
 from svc.terminal import console
 from trainer.recipe.sections import Data, Recipe
+
+_MANY_HELD = 2.0
+"""Times the share that was asked for, from which on it is told."""
+_FEW = 20
+"""Examples that chance may hold out beyond it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,6 +29,8 @@ class Examples:
 
     Attributes:
         train: the task's examples, then the general ones.
+        heldout: those that are asked come first.
+        given: the task's examples as the files have them, before any was held out or left out.
         general: how many of `train`, at its end, are general.
     """
 
@@ -28,15 +38,23 @@ class Examples:
     heldout: tuple[ChatExample, ...]
     train_fingerprint: str
     heldout_fingerprint: str
+    given: tuple[ChatExample, ...]
     general: int = 0
 
 
-def read_run_examples(recipe: Recipe, *, cache: Path | None = None, bad_lines: BadLines | None = None) -> Examples:
+def read_run_examples(
+    recipe: Recipe,
+    *,
+    cache: Path | None = None,
+    bad_lines: BadLines | None = None,
+    learnt: PromptHashes = NO_PROMPTS,
+) -> Examples:
     """Reads a recipe's data.
 
     Args:
         cache: folder for datasets of the hub.
         bad_lines: takes lines that cannot be trained on, leaks among them; without it the first one stops the run.
+        learnt: prompts that earlier versions of the recipe's name were trained on.
 
     Raises:
         DataError: a file that cannot be trained on; names file and line.
@@ -45,8 +63,13 @@ def read_run_examples(recipe: Recipe, *, cache: Path | None = None, bad_lines: B
     read = partial(read_examples, cache=cache, bad_lines=bad_lines)
     heldout = read(data.heldout) if data.heldout else []
     readable = read(data.train, minimum=2 if heldout else 3, kept_back=heldout if bad_lines else ())
-    if not heldout:
-        readable, heldout = split_heldout(readable, data.heldout_share, data.seed)
+    given = (*readable, *heldout)
+    if heldout:
+        _tell_learnt(recipe, heldout, learnt)
+    else:
+        readable, heldout = _split(recipe, readable, learnt)
+    if recipe.evaluate.limit:
+        heldout = put_sample_first(heldout, recipe.evaluate.limit, data.seed)
     train = readable[data.skip :][: data.limit]
     if len(train) < 2:
         raise DataError(
@@ -57,7 +80,35 @@ def read_run_examples(recipe: Recipe, *, cache: Path | None = None, bad_lines: B
     _refuse_leaks(data, train, heldout)
     general = mix_general(train, read(data.general), heldout, data.general_share, data.seed) if data.general else []
     whole = (*train, *general)
-    return Examples(whole, tuple(heldout), fingerprint(whole), fingerprint(heldout), len(general))
+    return Examples(whole, tuple(heldout), fingerprint(whole), fingerprint(heldout), given, len(general))
+
+
+def _split(
+    recipe: Recipe, examples: list[ChatExample], learnt: PromptHashes
+) -> tuple[list[ChatExample], list[ChatExample]]:
+    """Examples to train on, and to hold out; those that are not held out since they were learnt before are told."""
+    share, count = recipe.data.heldout_share, len(examples)
+    split = split_heldout(examples, share, recipe.data.seed, learnt)
+    if len(split.heldout) > max(_MANY_HELD * share * count, share * count + _FEW):
+        console.print(
+            f"[yellow]{len(split.heldout)} of {count} examples are held out at data.heldout_share {share:g}: near "
+            "duplicates stay together. Lower it, or drop near duplicates[/yellow]"
+        )
+    if split.learnt_before:
+        console.print(
+            f"[yellow]{split.learnt_before} examples are trained on that would be held out: an earlier version of "
+            f"{recipe.name} has learnt them, or nearly the same. {len(split.heldout)} are held out[/yellow]"
+        )
+    return split.train, split.heldout
+
+
+def _tell_learnt(recipe: Recipe, heldout: list[ChatExample], learnt: PromptHashes) -> None:
+    """A held-out file stays as it is: whoever wrote it may want to ask just these."""
+    if count := int(np.isin(hash_prompts(heldout), learnt).sum()):
+        console.print(
+            f"[yellow]{count} of {len(heldout)} held-out prompts were learnt by an earlier version of {recipe.name}: "
+            "its figures, and those of a version that continues it, are too good on them[/yellow]"
+        )
 
 
 def _refuse_leaks(data: Data, train: list[ChatExample], heldout: list[ChatExample]) -> None:

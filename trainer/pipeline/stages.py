@@ -41,7 +41,6 @@ from svc.registry.parity_page import PARITY_PAGE, parity_page
 from svc.registry.registry import HELDOUT_FILE, HELDOUT_TOKENS_FILE, REFERENCE_FOLDER, Registry, results_file
 from svc.settings import Settings
 from svc.terminal import console
-from svc.text_embedding import TEXT_SPACE_FILE, fit_text_space, save_text_space
 from svc.version import Format, VersionId
 from trainer.base_model.content import copy_shipped_files
 from trainer.base_model.resolve import Base
@@ -54,6 +53,7 @@ from trainer.pipeline.examples import Examples
 from trainer.pipeline.find_base import merged_revision
 from trainer.pipeline.manifest import build_manifest
 from trainer.pipeline.memory import release_memory
+from trainer.pipeline.reference import write_data_reference
 from trainer.pipeline.run_folder import Run
 from trainer.pipeline.stage_key import Stage
 from trainer.qualification import Launch, Qualified, Qualifier, check_gptq
@@ -421,9 +421,7 @@ class Pipeline:
             if qualified.results:
                 write_results(folder / results_file(format), qualified.results)
         write_tokenized(folder / HELDOUT_TOKENS_FILE, self._tokenized)
-        train = self.examples.train
-        space = fit_text_space([example.question for example in train], [example.answer for example in train])
-        save_text_space(folder / TEXT_SPACE_FILE, space)
+        write_data_reference(folder, self.examples, self.recipe.data.seed)
         return folder
 
     def _qualified(self) -> dict[Format, Qualified]:

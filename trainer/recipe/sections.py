@@ -199,7 +199,9 @@ class Quantize(_Section):
 class Evaluate(_Section):
     """How base, merged and GPTQ are judged, on the engine."""
 
-    limit: Annotated[int, Field(ge=1)] | None = Field(None, description="first so many held-out examples; default all")
+    limit: Annotated[int, Field(ge=1)] | None = Field(
+        None, description="so many of the held-out examples, drawn at random by `data.seed`; default all"
+    )
     max_tokens: int = Field(64, ge=1, description="longest answer, tokens")
     max_gptq_loss: float = Field(
         0.05, ge=0, le=1, description="exact match that quantizing may cost; more is refused when it is beyond doubt"

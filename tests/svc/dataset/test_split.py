@@ -6,11 +6,16 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from svc.dataset.prompt_hashes import hash_prompts
+from svc.dataset.readers.reader import read_examples
 from svc.dataset.schema.example import ChatExample
-from svc.dataset.split import group_near_duplicates, mix_general, near_leaks, split_heldout
+from svc.dataset.split import group_near_duplicates, mix_general, near_leaks, put_sample_first, split_heldout
 from svc.errors import DataError
+from tests.docs.pages import ROOT
 from tests.svc.chats import chat
 from tests.svc.dataset.rows import text
+
+TASK = ROOT / "examples" / "debian-triage"
 
 
 def with_copies(seed: int) -> list[ChatExample]:
@@ -24,42 +29,135 @@ def with_copies(seed: int) -> list[ChatExample]:
     return made
 
 
-@given(st.integers(0, 2**32), st.integers(0, 9), st.floats(0.01, 0.9))
+def unrelated(seed: int, count: int) -> list[ChatExample]:
+    """Texts that no other seed makes."""
+    chance = random.Random(seed)
+    return [chat(text(chance, 40, 60), f"answer {seed} {number}") for number in range(count)]
+
+
+@given(st.integers(0, 2**32), st.integers(0, 9), st.floats(0.01, 0.99))
 @settings(max_examples=15, deadline=None)
 def test_near_duplicates_stay_on_one_side(seed: int, split_seed: int, share: float) -> None:
     examples = with_copies(seed)
-    train, heldout = split_heldout(examples, share, split_seed)
-    assert sorted(map(hash, [*train, *heldout])) == sorted(map(hash, examples))
-    assert train and heldout
-    assert near_leaks(train, heldout) == []
-    assert not {example.answer for example in train} & {example.answer for example in heldout}
+    split = split_heldout(examples, share, split_seed)
+    assert sorted(map(hash, [*split.train, *split.heldout])) == sorted(map(hash, examples))
+    assert split.train and split.heldout
+    assert near_leaks(split.train, split.heldout) == []
+    assert not {example.answer for example in split.train} & {example.answer for example in split.heldout}
 
 
-@pytest.mark.parametrize("share", [0.1, 0.25, 0.5])
-def test_the_share_is_kept_as_well_as_the_groups_allow(share: float) -> None:
+@pytest.mark.parametrize("share", [0.1, 0.3])
+def test_of_real_examples_the_share_is_held_out(share: float) -> None:
+    """Hardly any of them has a near duplicate. Four standard deviations of 1,200 throws are 0.035 and 0.053."""
+    examples = read_examples(TASK / "train.jsonl")
+    split = split_heldout(examples, share, 0)
+    assert abs(len(split.heldout) / len(examples) - share) < 4 * (share * (1 - share) / len(examples)) ** 0.5
+
+
+def test_a_group_is_held_out_as_often_as_the_smallest_of_its_hashes_is_below_the_share() -> None:
+    """Of its copies one differs in case alone, and has no hash of its own: three hashes, and 1 - 0.9 ** 3 is 0.271."""
     examples = with_copies(1)
-    _, heldout = split_heldout(examples, share, 0)
-    assert share * len(examples) - 4 <= len(heldout) <= share * len(examples) + 1
+    copied = {example.answer for example in examples if sum(one.answer == example.answer for one in examples) > 1}
+    held = [split_heldout(examples, 0.1, seed).heldout for seed in range(100)]
+    in_groups = sum(len({example.answer for example in one} & copied) for one in held) / (100 * len(copied))
+    alone = sum(len({example.answer for example in one} - copied) for one in held) / (100 * (40 - len(copied)))
+    assert in_groups == pytest.approx(0.271, abs=0.06)  # four standard deviations of 1,000 throws
+    assert alone == pytest.approx(0.1, abs=0.025)  # of 3,000
+
+
+@given(st.integers(0, 2**32), st.integers(0, 9), st.integers(0, 60))
+@settings(max_examples=15, deadline=None)
+def test_unrelated_examples_move_none_of_those_that_were_there(seed: int, split_seed: int, more: int) -> None:
+    before = split_heldout(examples := with_copies(seed), 0.2, split_seed)
+    after = split_heldout([*unrelated(seed + 1, more), *examples], 0.2, split_seed)
+    assert set(before.heldout) <= set(after.heldout)
+    assert set(before.train) <= set(after.train)
+
+
+@given(st.integers(0, 2**32), st.integers(0, 9), st.sets(st.integers(0, 69), max_size=30))
+@settings(max_examples=15, deadline=None)
+def test_no_group_of_which_an_earlier_version_learnt_a_prompt_is_held_out(
+    seed: int, split_seed: int, places: set[int]
+) -> None:
+    examples = with_copies(seed)
+    learnt = [examples[place] for place in places]
+    split = split_heldout(examples, 0.5, split_seed, hash_prompts(learnt))
+    assert not {example.answer for example in learnt} & {example.answer for example in split.heldout}
+
+
+@given(st.integers(0, 2**32), st.integers(0, 9), st.floats(0.01, 0.99))
+@settings(max_examples=15, deadline=None)
+def test_the_version_that_was_made_of_a_split_changes_nothing_in_it(seed: int, split_seed: int, share: float) -> None:
+    """Or the same recipe would be another run after it was done."""
+    split = split_heldout(examples := with_copies(seed), share, split_seed)
+    again = split_heldout(examples, share, split_seed, hash_prompts(split.train))
+    assert (again.train, again.heldout) == (split.train, split.heldout)
+
+
+def test_what_would_be_held_out_if_it_had_not_been_learnt_is_counted() -> None:
+    examples = unrelated(0, 60)
+    held = split_heldout(examples, 0.2, 0).heldout
+    assert split_heldout(examples, 0.2, 0, hash_prompts(held[:3])).learnt_before == 3
+
+
+def test_examples_that_were_all_learnt_cannot_be_split() -> None:
+    examples = unrelated(0, 5)
+    with pytest.raises(DataError, match="have learnt all examples") as caught:
+        split_heldout(examples, 0.2, 0, hash_prompts(examples))
+    assert "data.heldout" in caught.value.todo
 
 
 def test_the_order_of_the_examples_does_not_matter() -> None:
     examples = [chat(f"question {number}") for number in range(50)]
-    _, one = split_heldout(examples, 0.1, 3)
-    _, other = split_heldout(examples[::-1], 0.1, 3)
-    assert set(one) == set(other) and len(one) == 5
+    one = split_heldout(examples, 0.1, 3).heldout
+    other = split_heldout(examples[::-1], 0.1, 3).heldout
+    assert one == other[::-1] != []
+
+
+def test_another_seed_holds_out_others() -> None:
+    examples = unrelated(0, 50)
+    assert split_heldout(examples, 0.2, 0).heldout != split_heldout(examples, 0.2, 1).heldout
 
 
 def test_one_at_least_is_held_out_and_equal_prompts_stay_together() -> None:
     examples = [chat("a", "1"), chat("a", "2"), chat("b", "3")]
-    train, heldout = split_heldout(examples, 0.01, 0)
-    assert (train, heldout) == (examples[:2], examples[2:])
+    splits = [split_heldout(examples, 0.01, seed) for seed in range(8)]
+    assert {tuple(split.heldout) for split in splits} == {tuple(examples[:2]), tuple(examples[2:])}
     assert list(group_near_duplicates(examples)) == [0, 0, 2]
 
 
+def test_one_at_least_is_trained_on() -> None:
+    examples = unrelated(0, 4)
+    assert len(split_heldout(examples, 0.9999, 0).train) == 1
+
+
 def test_copies_of_one_example_cannot_be_split() -> None:
-    with pytest.raises(DataError, match="all near duplicates of each other") as caught:
+    with pytest.raises(DataError, match="all examples are near duplicates of each other") as caught:
         split_heldout([chat("a"), chat("A"), chat("a ")], 0.1, 0)
     assert "data.heldout" in caught.value.todo
+
+
+@given(st.integers(0, 50), st.integers(0, 9), st.integers(1, 60))
+def test_a_sample_comes_first_and_all_else_keeps_its_order(count: int, seed: int, size: int) -> None:
+    examples = [chat(f"question {number}") for number in range(count)]
+    placed = [examples.index(example) for example in put_sample_first(examples, size, seed)]
+    assert sorted(placed) == list(range(count))
+    assert placed[:size] == sorted(placed[:size])
+    assert placed[size:] == sorted(placed[size:])
+
+
+def test_a_sample_is_of_all_the_file() -> None:
+    """Each of forty examples is among ten in a quarter of the draws."""
+    examples = [chat(f"question {number}") for number in range(40)]
+    draws = [put_sample_first(examples, 10, seed)[:10] for seed in range(400)]
+    often = [sum(example in draw for draw in draws) / 400 for example in examples]
+    assert min(often) > 0.15 and max(often) < 0.35  # 4.6 standard deviations
+
+
+def test_a_sample_is_the_same_in_whatever_order_the_examples_are() -> None:
+    examples = [chat(f"question {number}") for number in range(40)]
+    one, other = put_sample_first(examples, 10, 0)[:10], put_sample_first(examples[::-1], 10, 0)[:10]
+    assert one == other[::-1]
 
 
 def test_general_examples_are_chosen_by_the_seed() -> None:

@@ -1,13 +1,17 @@
 """A version is there as a whole or not at all, is never changed, and is found by each of its names."""
 
+import logging
 import stat
 import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 
+from svc.dataset.prompt_hashes import TRAINED_PROMPTS_FILE, hash_prompts, write_prompt_hashes
+from svc.dataset.schema.example import ChatExample
 from svc.errors import IntegrityError, NotFoundError
 from svc.evaluation.results import write_results
 from svc.registry.manifest import MANIFEST_FILE, Manifest
@@ -189,6 +193,58 @@ def test_an_altered_held_out_set_is_refused(registry: Registry, publish: Publish
     path.write_bytes(path.read_bytes() * 2)
     with pytest.raises(IntegrityError, match="was changed after registration"):
         registry.heldout(manifest.id)
+
+
+@pytest.fixture
+def publish_trained(
+    registry: Registry, name: str, content: dict[str, Path], run: str, tmp_path: Path
+) -> Callable[[ChatExample], Manifest]:
+    """Makes another version, which was trained on one example."""
+
+    def publish(example: ChatExample) -> Manifest:
+        folder = tmp_path / REFERENCE_FOLDER
+        folder.mkdir(exist_ok=True)
+        path = folder / TRAINED_PROMPTS_FILE
+        path.unlink(missing_ok=True)  # it is one file with the version's before
+        write_prompt_hashes(path, hash_prompts([example]))
+        return registry.publish(name, run, content | {REFERENCE_FOLDER: folder}, make_manifest)
+
+    return publish
+
+
+def learnt(registry: Registry, name: str, *examples: ChatExample) -> list[bool]:
+    return [bool(known) for known in np.isin(hash_prompts(examples), registry.learnt_prompts(name))]
+
+
+def test_what_any_version_of_a_name_has_learnt_is_known(
+    registry: Registry, name: str, publish: Publish, publish_trained: Callable[[ChatExample], Manifest]
+) -> None:
+    publish_trained(chat("one"))
+    publish()  # by an older release
+    publish_trained(chat("two"))
+    assert learnt(registry, name, chat("one"), chat("two"), chat("a")) == [True, True, False]
+
+
+def test_what_versions_of_other_names_have_learnt_does_not_count(
+    registry: Registry, publish_trained: Callable[[ChatExample], Manifest]
+) -> None:
+    publish_trained(chat("one"))
+    assert learnt(registry, "another-name", chat("one")) == [False]
+
+
+def test_a_damaged_version_is_told_and_keeps_nobody_from_training(
+    registry: Registry,
+    name: str,
+    publish_trained: Callable[[ChatExample], Manifest],
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    damaged = publish_trained(chat("one"))
+    publish_trained(chat("two"))
+    path = registry.reference(damaged.id, TRAINED_PROMPTS_FILE)
+    path.unlink()
+    with caplog.at_level(logging.WARNING):
+        assert learnt(registry, name, chat("one"), chat("two")) == [False, True]
+    assert f"what {damaged.id} has learnt may be held out" in caplog.text
 
 
 @pytest.mark.parametrize("file", ["../heldout.jsonl", "", ".", "../merged/config.json", "/etc/passwd"])

@@ -2,15 +2,18 @@
 
 import gzip
 import json
+import random
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from svc.dataset.prompt_hashes import NO_PROMPTS, PromptHashes, hash_prompts
 from svc.dataset.readers.bad_lines import BadLines
 from svc.dataset.readers.reader import write_examples
 from svc.dataset.schema.example import ChatExample
 from svc.errors import DataError
+from tests.svc.dataset.rows import text
 from tests.trainer.conftest import make_example, make_recipe
 from trainer.pipeline.examples import Examples, read_run_examples
 
@@ -72,15 +75,112 @@ def read_train(folder: Path, examples: list[ChatExample], **data: Any) -> Exampl
 
 
 def test_without_a_heldout_set_a_tenth_is_held_out(tmp_path: Path) -> None:
-    examples = read_train(tmp_path, lines_of(40))
-    assert (len(examples.train), len(examples.heldout)) == (36, 4)
-    assert {*examples.train, *examples.heldout} == set(lines_of(40))
+    examples = read_train(tmp_path, lines_of(400))
+    assert abs(len(examples.heldout) - 40) < 24  # four standard deviations
+    assert {*examples.train, *examples.heldout} == set(lines_of(400))
 
 
 def test_the_seed_decides_what_is_held_out(tmp_path: Path) -> None:
     first, again = (read_train(tmp_path, lines_of(40)).heldout for _ in range(2))
     assert first == again
     assert read_train(tmp_path, lines_of(40), seed=1).heldout != first
+
+
+def split_again(folder: Path, learnt: PromptHashes) -> Examples:
+    write_examples(folder / "t.jsonl", lines_of(60))
+    return read_run_examples(make_recipe(data={"train": folder / "t.jsonl", "heldout_share": 0.3}), learnt=learnt)
+
+
+def test_what_an_earlier_version_learnt_is_not_held_out(tmp_path: Path) -> None:
+    before = split_again(tmp_path, NO_PROMPTS).heldout
+    after = split_again(tmp_path, hash_prompts(before[:4]))
+    assert after.heldout == before[4:]
+    assert set(before[:4]) < set(after.train)
+
+
+def test_how_much_stays_in_training_since_it_was_learnt_is_told(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = split_again(tmp_path, NO_PROMPTS).heldout
+    split_again(tmp_path, hash_prompts(before[:4]))
+    told = " ".join(capsys.readouterr().err.split())
+    assert "4 examples are trained on that would be held out: an earlier version of tiny has learnt them" in told
+
+
+def test_a_version_is_the_same_run_after_it_was_made(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    made = split_again(tmp_path, NO_PROMPTS)
+    assert split_again(tmp_path, hash_prompts(made.train)) == made
+    assert capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize(("copies", "told"), [(6, True), (1, False)])
+def test_near_duplicates_that_make_the_held_out_set_large_are_told(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], copies: int, told: bool
+) -> None:
+    """Six in each group: 1 - 0.9 ** 6 is 47 % of the groups."""
+    chance = random.Random(0)
+    texts = [text(chance, 60, 60) for _ in range(240 // copies)]
+    read_train(tmp_path, [make_example(f"{one} {number}", "yes") for one in texts for number in range(copies)])
+    assert ("near duplicates stay together" in " ".join(capsys.readouterr().err.split())) is told
+
+
+def read_named(folder: Path, learnt: PromptHashes) -> Examples:
+    write_examples(folder / "t.jsonl", TRAIN)
+    write_examples(folder / "h.jsonl", lines_of(3, "held"))
+    recipe = make_recipe(data={"train": folder / "t.jsonl", "heldout": folder / "h.jsonl"})
+    return read_run_examples(recipe, learnt=learnt)
+
+
+def test_a_named_held_out_file_stays_as_it_is_whatever_was_learnt(tmp_path: Path) -> None:
+    assert read_named(tmp_path, hash_prompts(lines_of(2, "held"))).heldout == tuple(lines_of(3, "held"))
+
+
+def test_how_many_prompts_of_a_named_held_out_file_were_learnt_is_told(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    read_named(tmp_path, hash_prompts(lines_of(2, "held")))
+    assert "2 of 3 held-out prompts were learnt by an earlier version of tiny" in " ".join(
+        capsys.readouterr().err.split()
+    )
+
+
+def test_of_a_held_out_file_that_nobody_learnt_nothing_is_told(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    read_named(tmp_path, hash_prompts(TRAIN))
+    assert capsys.readouterr().err == ""
+
+
+def limited(folder: Path, limit: int | None, seed: int = 0) -> tuple[ChatExample, ...]:
+    write_examples(folder / "t.jsonl", TRAIN)
+    write_examples(folder / "h.jsonl", lines_of(40, "held"))
+    data = {"train": folder / "t.jsonl", "heldout": folder / "h.jsonl", "seed": seed}
+    return read_run_examples(make_recipe(data=data, evaluate={"limit": limit})).heldout
+
+
+def test_the_examples_that_are_asked_are_drawn_and_come_first(tmp_path: Path) -> None:
+    asked = limited(tmp_path, 8)[:8]
+    assert not set(asked) <= set(lines_of(20, "held"))
+    assert list(asked) == [example for example in lines_of(40, "held") if example in asked]
+
+
+def test_the_seed_of_the_data_decides_which_examples_are_asked(tmp_path: Path) -> None:
+    assert limited(tmp_path, 8)[:8] != limited(tmp_path, 8, seed=1)[:8]
+
+
+def test_without_a_limit_held_out_examples_are_in_the_order_of_their_file(tmp_path: Path) -> None:
+    assert limited(tmp_path, None) == tuple(lines_of(40, "held"))
+
+
+def test_what_was_given_is_all_that_stands_in_the_files_of_the_task(tmp_path: Path) -> None:
+    write_examples(tmp_path / "g.jsonl", lines_of(9, "general"))
+    copies = [*TRAIN, *TRAIN[:2]]
+    examples = read(tmp_path, copies, HELDOUT, limit=3, general=tmp_path / "g.jsonl", general_share=0.25)
+    assert examples.given == (*copies, *HELDOUT)
+
+
+def test_what_was_given_is_not_split(tmp_path: Path) -> None:
+    assert read_train(tmp_path, lines_of(40)).given == tuple(lines_of(40))
 
 
 def test_sources_are_joined_in_their_order(tmp_path: Path) -> None:

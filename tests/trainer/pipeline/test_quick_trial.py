@@ -13,7 +13,7 @@ from trainer.training.summary import TrainingSummary
 def examples(train: int, heldout: int) -> Examples:
     many = tuple(make_example(f"q {number}", "yes") for number in range(train))
     judged = tuple(make_example(f"h {number}", "yes") for number in range(heldout))
-    return Examples(many, judged, fingerprint(many), fingerprint(judged))
+    return Examples(many, judged, fingerprint(many), fingerprint(judged), (*many, *judged))
 
 
 def test_a_tenth_is_trained_and_judged_for_one_epoch() -> None:

@@ -18,7 +18,7 @@ from trainer.pipeline.stage_key import Stage, stage_keys
 from trainer.recipe.sections import Recipe
 
 BASE = Base(Path("/base"), "./base", "Apache-2.0", "sha256:0")
-EXAMPLES = Examples((make_example("a", "b"),), (make_example("c", "d"),), "sha256:1", "sha256:2")
+EXAMPLES = Examples((make_example("a", "b"),), (make_example("c", "d"),), "sha256:1", "sha256:2", ())
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,10 @@ from typing import Any
 import pytest
 
 from svc.chat_template import read_template_kwargs
+from svc.dataset.drift_sample import DRIFT_SAMPLE_FILE, draw_drift_sample
 from svc.dataset.fingerprint import fingerprint
+from svc.dataset.prompt_hashes import hash_prompts
+from svc.dataset.readers.reader import read_examples
 from svc.dataset.schema.example import ChatExample
 from svc.engine.capabilities import Capabilities, NumberType
 from svc.errors import (
@@ -166,7 +169,7 @@ def make(tmp_path: Path, tracking: Tracking, stages: Stages, engines: Engines) -
     ) -> Pipeline:
         recipe = make_recipe(**({"name": name, "qualify": {"repeats": 1}} | sections))
         judged = heldout or (make_example("one", "red"), make_example("two", "blue"))
-        examples = Examples(TRAIN, judged, fingerprint(TRAIN), fingerprint(judged))
+        examples = Examples(TRAIN, judged, fingerprint(TRAIN), fingerprint(judged), (*TRAIN, *judged))
         run = Run.of(settings.home / "runs", recipe, base, examples)
         registry = Registry(settings.home / "models", tracking)
         chosen = settings.model_copy(update={"engine": engine})
@@ -352,17 +355,42 @@ def test_an_interrupted_registration_leaves_nothing_in_what_a_version_is_compare
     (pipeline.run.reference / "half-written").touch()
     version = make().train_version()
     recorded = [record.path for record in pipeline.registry.manifest(version).reference]
-    files = ("gptq.jsonl", "heldout_tokens.jsonl", "merged.jsonl", "parity.html", "text_space.npz")
+    files = (
+        "drift_sample.jsonl",
+        "gptq.jsonl",
+        "heldout_tokens.jsonl",
+        "merged.jsonl",
+        "parity.html",
+        "text_space.npz",
+        "trained_prompts.npy",
+    )
     assert recorded == [f"reference/{file}" for file in files]
     kept = (pipeline.registry.folder(version) / "reference").iterdir()
     assert {f"reference/{path.name}" for path in kept} == set(recorded)
 
 
-def test_the_text_space_knows_the_words_of_the_training_prompts(pipeline: Pipeline) -> None:
+def test_what_prompts_are_compared_with_is_drawn_of_all_that_was_given(pipeline: Pipeline) -> None:
+    version = pipeline.train_version()
+    sample = read_examples(pipeline.registry.reference(version, DRIFT_SAMPLE_FILE))
+    assert sample == draw_drift_sample(pipeline.examples.given, pipeline.recipe.data.seed).sample
+
+
+def test_the_text_space_knows_the_words_of_all_prompts_but_those_that_are_compared(make: Make) -> None:
+    """Or every live prompt would have more unknown words than the reference."""
+    judged = tuple(make_example(word, "red") for word in ("xylophone", "marimba", "celesta", "timpani"))
+    pipeline = make(heldout=judged, data={"train": "train.jsonl", "seed": 0})
     version = pipeline.train_version()
     space = load_text_space(pipeline.registry.reference(version, TEXT_SPACE_FILE))
-    questions = [example.question for example in pipeline.examples.train]
-    assert space.unknown_words([*questions, "xylophone"]).tolist() == [0.0] * len(questions) + [1.0]
+    drawn = draw_drift_sample(pipeline.examples.given, 0)
+    sampled = [example.question for example in drawn.sample if example in judged]
+    assert sampled, "another seed is needed: only held-out prompts have words of their own"
+    assert space.unknown_words([example.question for example in drawn.rest]).tolist() == [0.0] * len(drawn.rest)
+    assert space.unknown_words(sampled).tolist() == [1.0] * len(sampled)
+
+
+def test_the_version_keeps_which_prompts_it_learnt(pipeline: Pipeline) -> None:
+    learnt = pipeline.registry.learnt_prompts(pipeline.train_version().name)
+    assert set(learnt.tolist()) == set(hash_prompts(TRAIN).tolist())
 
 
 def test_an_unserved_adapter_has_no_verification(pipeline: Pipeline) -> None:
