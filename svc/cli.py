@@ -23,7 +23,7 @@ COMMANDS = {
     "promote": ("serving.cli:promote", "Bring another version into production."),
     "rollback": ("serving.cli:rollback", "Go back to the version before."),
     "status": ("monitoring.cli:status", "Show what runs, and how well."),
-    "drift": ("monitoring.drift.cli:drift", "Compare live traffic with the held-out set."),
+    "drift": ("monitoring.drift.cli:drift", "Compare live traffic with a version's examples."),
     "monitor": ("monitoring.cli:monitor", "Export all metrics to Prometheus."),
     "dashboards": ("monitoring.dashboards.cli:dashboards", "Write the Grafana dashboards."),
     "chat": ("serving.cli:chat", "Talk to the served model in the terminal."),

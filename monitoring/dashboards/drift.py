@@ -118,7 +118,7 @@ def _signals() -> list[PanelBuilder]:
 def _input() -> list[PanelBuilder]:
     return [
         chart(
-            "Live prompts told from held-out ones",
+            "Live prompts told from the reference",
             "Area under the ROC curve of a classifier between the two: at 0.5 it cannot tell them apart, at 1 always.",
             "none",
             Query(f'svc_drift_score{{{_MODEL}, signal="input", feature="domain_classifier"}}', VERSION),

@@ -1,1 +1,1 @@
-"""Whether live traffic still looks like a version's held-out set."""
+"""Whether live traffic still looks like the examples that a version was made from."""

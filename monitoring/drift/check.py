@@ -126,7 +126,7 @@ class _Advance:
         comparison = Comparison.of(self._stream, reference, self._target)
         detector = comparison.detector
         if not detector.windows:
-            return SignalReport(signal, Status.OFF, f"the held-out set is too small: {reference.size} examples")
+            return SignalReport(signal, Status.OFF, f"there are too few examples to compare with: {reference.size}")
         items = self._take(comparison)
         watch = self._state.watch
         size = min(detector.memory, watch.fresh or detector.memory, items.sample.size)

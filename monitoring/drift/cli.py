@@ -1,4 +1,4 @@
-"""`svc drift`: whether live traffic still looks like the held-out set, and if not, what moved."""
+"""`svc drift`: whether live traffic still looks like what the version was made from, and if not, what moved."""
 
 from typing import TYPE_CHECKING
 
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 @json_option
 @click.pass_context
 def drift(ctx: click.Context, model: str, as_json: bool) -> None:
-    """Compare the live traffic of MODEL (NAME or NAME@N) with its held-out set.
+    """Compare the live traffic of MODEL (NAME or NAME@N) with the examples that it was made from.
 
     NAME is the version in production. What came since the last check is looked at first; that, and how often it is
     done, has no influence on when an alarm is called.

@@ -1,7 +1,8 @@
-"""A version's reference: what its held-out prompts and its answers to them look like, as samples.
+"""A version's reference: what the prompts that it was made for and its answers look like, as samples.
 
-Read from what the registry keeps. Held-out texts are redacted as live ones were when they were kept, so that a mail
-address is none in both.
+Read from what the registry keeps. Prompts are those of a random sample of all examples that it was made from; answers
+are those to the held-out examples, the only ones that it was asked and has not learnt. Both are redacted as live texts
+were when they were kept, so that a mail address is none in both.
 """
 
 import json
@@ -12,6 +13,8 @@ from typing import Any
 from monitoring.drift.features.answer import Answer, AnswerSampler, is_greedy
 from monitoring.drift.features.prompt import Prompt, PromptSampler
 from monitoring.drift.features.sample import Sample, evenly_picked, first_of_recent
+from svc.dataset.drift_sample import DRIFT_SAMPLE_FILE
+from svc.dataset.readers.reader import read_examples
 from svc.dataset.schema.example import ChatExample
 from svc.errors import NotFoundError
 from svc.evaluation.results import ExampleResult
@@ -19,10 +22,10 @@ from svc.redaction import Redactor
 from svc.registry.registry import Registry
 from svc.store.answered import AnsweredRequest
 from svc.text_embedding import TEXT_SPACE_FILE, load_text_space
-from svc.version import Target
+from svc.version import Target, VersionId
 
 _MOST_COMPARED = 1_000
-"""Held-out examples; ten times the largest window. More make no test sharper, and each slower by their square."""
+"""Examples; ten times the largest window. More make no test sharper, and each slower by their square."""
 
 
 @dataclass(frozen=True)
@@ -30,8 +33,8 @@ class Reference:
     """What live traffic of a version in a format is compared with.
 
     Attributes:
-        prompts: the held-out prompts; None where the version keeps no text space.
-        answers: what it answered to them; None where it keeps no answers.
+        prompts: None where the version keeps no text space.
+        answers: to the held-out examples; None where it keeps no answers.
         missing: why one of them is None.
         cut: where held-out answers were cut, tokens.
     """
@@ -44,7 +47,7 @@ class Reference:
     cut: int
 
     def live_prompts(self, rows: Sequence[AnsweredRequest]) -> Sample:
-        """Live prompts, to be compared with the held-out ones.
+        """Live prompts, to be compared with the reference's.
 
         Raises:
             NotFoundError: there is nothing to compare them with.
@@ -84,16 +87,31 @@ def read_reference(registry: Registry, target: Target, redactor: Redactor) -> Re
     prompt_sampler, prompts, answers = None, None, None
     try:
         prompt_sampler = PromptSampler(load_text_space(registry.reference(version, TEXT_SPACE_FILE)))
-        heldout = [_heldout_prompt(example, redactor) for example in examples]
-        places = evenly_picked(first_of_recent(heldout), _MOST_COMPARED)
-        prompts = prompt_sampler.sample([heldout[place] for place in places])
+        _, compared = _once_each(_drift_sample(registry, version) or examples, redactor)
+        prompts = prompt_sampler.sample(compared)
         results = registry.results(version, target.format)
+        places, _ = _once_each(examples, redactor)
         answers = answer_sampler.sample(
             [_heldout_answer(examples[place], results[place], redactor) for place in places if place < len(results)]
         )
     except NotFoundError as error:
         missing = error.wrong
     return Reference(prompt_sampler, answer_sampler, prompts, answers, missing, cut)
+
+
+def _drift_sample(registry: Registry, version: VersionId) -> list[ChatExample]:
+    """Empty for a version of an older release, whose prompts are compared with the held-out ones."""
+    try:
+        return read_examples(registry.reference(version, DRIFT_SAMPLE_FILE))
+    except NotFoundError:
+        return []
+
+
+def _once_each(examples: Sequence[ChatExample], redactor: Redactor) -> tuple[list[int], list[Prompt]]:
+    """The places that count, as of live requests, and their prompts."""
+    prompts = [_reference_prompt(example, redactor) for example in examples]
+    places = evenly_picked(first_of_recent(prompts), _MOST_COMPARED)
+    return places, [prompts[place] for place in places]
 
 
 def _heldout_answer(example: ChatExample, result: ExampleResult, redactor: Redactor) -> Answer:
@@ -115,7 +133,7 @@ def read_prompt(kept: str) -> Prompt:
     return _prompt([(str(message.get("role")), _text(message.get("content"))) for message in messages])
 
 
-def _heldout_prompt(example: ChatExample, redactor: Redactor) -> Prompt:
+def _reference_prompt(example: ChatExample, redactor: Redactor) -> Prompt:
     return _prompt([(message.role.value, redactor.text(message.content)) for message in example.prompt])
 
 

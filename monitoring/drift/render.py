@@ -56,7 +56,9 @@ def drift_screen(
         alarms: the newest first.
         examples: requests by their ids, of those that are still kept.
     """
-    parts: list[RenderableType] = [Text.assemble((str(target), "bold"), ": live traffic against the held-out set")]
+    parts: list[RenderableType] = [
+        Text.assemble((str(target), "bold"), ": live traffic against the version's examples")
+    ]
     parts += [_status(report) for report in reports]
     parts.append(_quality(quality))
     if any(report.lines for report in reports):

@@ -151,7 +151,7 @@ class PromptStream:
 
     @property
     def reference(self) -> Sample | None:
-        """The held-out prompts."""
+        """Those of the examples that the version was made from."""
         return self.held.prompts
 
     def tests(self, reference: Sample) -> Sequence[Test]:

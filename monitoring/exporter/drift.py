@@ -114,7 +114,7 @@ def _families() -> dict[str, GaugeMetricFamily]:
         "svc_drift_alarm": ("1 while drift is called", ["signal"]),
         "svc_drift_watched": ("1 when there is enough to compare, 0 when it is off or waits", ["signal"]),
         "svc_drift_items": ("Requests, or ratings, that were looked at since the version serves", ["signal"]),
-        "svc_drift_score": ("How large the difference from the held-out set is, newest window", ["signal", "feature"]),
+        "svc_drift_score": ("How large the difference from the reference is, newest window", ["signal", "feature"]),
         "svc_drift_pvalue": ("p-value of this one comparison, newest window", ["signal", "feature"]),
         "svc_drift_checked_timestamp_seconds": ("When drift was checked", []),
         "svc_holdout_changed": ("1 when the version is not what it was at registration: a fault of serving", []),

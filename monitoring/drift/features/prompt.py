@@ -25,7 +25,7 @@ class PromptFeature(StrEnum):
     DISTINCT_WORDS = "distinct_words"
     """Share of its words that are not said twice."""
     UNKNOWN_WORDS = "unknown_words"
-    """Share of its distinct words that no training prompt has."""
+    """Share of its distinct words that no prompt has of which the text space was made."""
     WORD_LENGTH = "word_length"
     """Mean, characters."""
     SYMBOLS = "symbols"
@@ -57,7 +57,7 @@ class PromptSampler:
     """Makes samples of prompts that can be compared with each other.
 
     Args:
-        space: made from the training examples of the version.
+        space: of the version; made from none of the prompts that are compared.
     """
 
     def __init__(self, space: TextSpace) -> None:

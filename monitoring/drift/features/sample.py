@@ -61,7 +61,7 @@ class Sample:
 def first_of_recent(keys: Sequence[Hashable], memory: Sequence[Hashable] = ()) -> list[int]:
     """Places of what does not come again within the newest `RECENT` that were taken.
 
-    The same rule for held-out and for live prompts, or one would be drawn otherwise than the other.
+    The same rule for the reference and for live prompts, or one would be drawn otherwise than the other.
 
     Args:
         memory: what was taken before.

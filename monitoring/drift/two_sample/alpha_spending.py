@@ -63,7 +63,7 @@ WINDOWS = (
     Window(size=100, every=25, share=0.15),
 )
 """A gross shift is found in ten requests, a fine one in fifty. Beyond a hundred there are none: a window that is larger
-than half of the held-out set finds above all the accident of which examples were held out."""
+than half of the reference finds above all the accident of which examples were drawn for it."""
 
 
 def usable(windows: Sequence[Window], reference: int, part: float = 0.5) -> tuple[Window, ...]:

@@ -1,10 +1,10 @@
-"""Can live prompts be told from held-out ones? A kernel classifier between the two, and a permutation test of it.
+"""Can live prompts be told from the reference? A kernel classifier between the two, and a permutation test of it.
 
-The classifier gives a prompt its mean similarity to the live prompts, less that to the held-out ones. How far it sets
+The classifier gives a prompt its mean similarity to the live prompts, less that to the reference. How far it sets
 the two apart is the maximum mean discrepancy (Gretton et al. 2012); to take that for a test of whether they differ is
 the idea of the classifier two-sample test (Lopez-Paz and Oquab 2017). The test shuffles who is live: where both are
 drawn alike, each shuffle is as likely as what was seen, so that its p-value holds whatever the texts are. (The kernel's
-width is taken from the held-out prompts alone; in simulations of eleven distributions that raised no level.)
+width is taken from the reference alone; in simulations of eleven distributions that raised no level.)
 """
 
 from collections.abc import Sequence
@@ -28,7 +28,7 @@ _FEW = 16
 class Similarity:
     """How alike two prompts are, 0 to 1: Gaussian kernels, one a view, their mean.
 
-    The width is the median distance between held-out prompts, as is customary; for a view of answers 0.55 of it, since
+    The width is the median distance within the reference, as is customary; for a view of answers 0.55 of it, since
     answers come in groups.
 
     Args:
@@ -66,7 +66,7 @@ def permutation_test(similarities: Floats, live: int, alpha: float, seed: Sequen
         seed: of the shuffles; the same seed, the same value.
 
     Returns:
-        At most `alpha` with probability at most `alpha`, where live and held-out prompts are drawn alike.
+        At most `alpha` with probability at most `alpha`, where live prompts and the reference are drawn alike.
     """
     generator = np.random.default_rng(seed)
     centred = similarities - similarities.mean(axis=0)
@@ -97,7 +97,7 @@ def _forecast(sums: NDArray[np.float32], threshold: float) -> float:
 
 
 def separation(similarities: Floats, live: int) -> float:
-    """How well the classifier tells a live prompt from a held-out one: the area under its ROC curve.
+    """How well the classifier tells a live prompt from one of the reference: the area under its ROC curve.
 
     Each prompt is judged by all others. 0.5 is not at all, 1 is always.
 
@@ -112,7 +112,7 @@ def separation(similarities: Floats, live: int) -> float:
 
 
 def typical(similarities: Floats, live: int, count: int) -> list[int]:
-    """The live prompts that are most like the live ones and least like the held-out ones, the most typical first.
+    """The live prompts that are most like the live ones and least like the reference, the most typical first.
 
     Returns:
         Their places among the live ones.

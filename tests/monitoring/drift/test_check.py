@@ -262,7 +262,36 @@ def test_a_small_heldout_set_is_told(registry: Registry, store: Store, traffic: 
     register(registry, 2, examples=12)
     checks = DriftCheck(registry, store, RequestLogSettings(), clock=lambda: traffic.now)
     reports = {report.signal: report for report in checks.run(target(2))}
-    assert reports[Signal.INPUT].why == "the held-out set is too small: 12 examples"
+    assert reports[Signal.INPUT].why == "there are too few examples to compare with: 12"
+
+
+def test_prompts_are_compared_with_the_sample_and_answers_with_those_to_held_out_ones(
+    registry: Registry, store: Store, traffic: Traffic
+) -> None:
+    """The held-out prompts of this version are not like its traffic; what it answered to them is."""
+    register(registry, 2, prompts=STRONG[:200], sample=ALIKE[:200])
+    traffic.ask(ALIKE[200:300], number=2)
+    checks = DriftCheck(registry, store, RequestLogSettings(), clock=lambda: traffic.now)
+    reports = {report.signal: report for report in checks.run(target(2))}
+    assert [reports[signal].status for signal in (Signal.INPUT, Signal.OUTPUT)] == [Status.STEADY] * 2
+
+
+def test_traffic_like_held_out_prompts_that_are_not_like_the_sample_is_an_alarm(
+    registry: Registry, store: Store, traffic: Traffic
+) -> None:
+    register(registry, 2, prompts=STRONG[:200], sample=ALIKE[:200])
+    traffic.ask(STRONG[200:240], number=2)
+    checks = DriftCheck(registry, store, RequestLogSettings(), clock=lambda: traffic.now)
+    assert {report.signal: report for report in checks.run(target(2))}[Signal.INPUT].status is Status.ALARM
+
+
+def test_a_mail_address_in_the_sample_is_none_either(registry: Registry, store: Store, traffic: Traffic) -> None:
+    register(registry, 2, sample=[f"{text} ada@example.com" for text in ALIKE[:200]])
+    traffic.ask([f"{text} [redacted]" for text in ALIKE[200:260]], number=2)
+    settings = RequestLogSettings(redact=("ada@example.com",))
+    checks = DriftCheck(registry, store, settings, clock=lambda: traffic.now)
+    reports = {report.signal: report for report in checks.run(target(2))}
+    assert reports[Signal.INPUT].status is Status.STEADY
 
 
 def test_another_system_prompt_is_seen(check: Check, traffic: Traffic, store: Store) -> None:

@@ -10,6 +10,7 @@ from tempfile import TemporaryDirectory
 from sqlalchemy import Engine as Store
 from sqlalchemy import select, update
 
+from svc.dataset.drift_sample import DRIFT_SAMPLE_FILE
 from svc.dataset.readers.reader import read_examples, write_examples
 from svc.dataset.schema.example import ChatExample, Message, Role
 from svc.engine.probes import Probe
@@ -67,12 +68,14 @@ def register(
     examples: int = 200,
     prompts: Sequence[str] = (),
     cut: bool = False,
+    sample: Sequence[str] = (),
 ) -> None:
     """Makes a version with the example's held-out set.
 
     Args:
         prompts: in place of those of the example.
         cut: answers were longer than they could be, and their JSON ends in the middle.
+        sample: prompts of its drift sample; none for a version of an older release.
     """
     folder = registry.folder(VersionId(NAME, number))
     (folder / REFERENCE_FOLDER).mkdir(parents=True)
@@ -80,6 +83,9 @@ def register(
     if prompts:
         heldout = [_asking(heldout[place % len(heldout)], text) for place, text in enumerate(prompts)]
     write_examples(folder / HELDOUT_FILE, heldout)
+    if sample:
+        drawn = [_asking(heldout[place % len(heldout)], text) for place, text in enumerate(sample)]
+        write_examples(folder / REFERENCE_FOLDER / DRIFT_SAMPLE_FILE, drawn)
     if space:
         (folder / REFERENCE_FOLDER / TEXT_SPACE_FILE).write_bytes(text_space())
         results = [result(example.answer, right=place % GOOD_SHARE > 0) for place, example in enumerate(heldout)]
