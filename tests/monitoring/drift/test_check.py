@@ -285,11 +285,11 @@ def test_traffic_like_held_out_prompts_that_are_not_like_the_sample_is_an_alarm(
     assert {report.signal: report for report in checks.run(target(2))}[Signal.INPUT].status is Status.ALARM
 
 
-def test_a_mail_address_in_the_sample_is_none_either(registry: Registry, store: Store, traffic: Traffic) -> None:
-    register(registry, 2, sample=[f"{text} ada@example.com" for text in ALIKE[:200]])
-    traffic.ask([f"{text} [redacted]" for text in ALIKE[200:260]], number=2)
-    settings = RequestLogSettings(redact=("ada@example.com",))
-    checks = DriftCheck(registry, store, settings, clock=lambda: traffic.now)
+def test_the_sample_is_redacted_as_live_prompts_are(registry: Registry, store: Store, traffic: Traffic) -> None:
+    register(registry, 2, sample=ALIKE[:200])
+    system = system_prompt().replace("package", "[redacted]")
+    traffic.ask([text.replace("package", "[redacted]") for text in ALIKE[200:260]], number=2, system=system)
+    checks = DriftCheck(registry, store, RequestLogSettings(redact=("package",)), clock=lambda: traffic.now)
     reports = {report.signal: report for report in checks.run(target(2))}
     assert reports[Signal.INPUT].status is Status.STEADY
 
