@@ -1,8 +1,8 @@
 """TRL's trainer with a loss that a CPU can afford: shared prompts once, the head at answer positions only.
 
 On the CPU TRL scores every position and computes entropy over the vocabulary; on other devices its own loss already
-scores answer positions alone, and is used as it is. There is no state but the trainer's own, so that a checkpoint goes
-on as if nothing had been. Imports torch and TRL.
+scores answer positions alone, and is used as it is where its logits are the model's. There is no state but the
+trainer's own, so that a checkpoint goes on as if nothing had been. Imports torch and TRL.
 """
 
 from collections.abc import Iterator
@@ -17,24 +17,33 @@ from torch.nn.functional import cross_entropy
 from torch.utils.checkpoint import checkpoint
 from transformers import DynamicCache, PreTrainedConfig, PreTrainedModel
 from transformers.cache_utils import DynamicLayer
-from transformers.modeling_outputs import CausalLMOutput, MoeModelOutputWithPast
+from transformers.modeling_outputs import CausalLMOutput, ModelOutput, MoeModelOutputWithPast
 from trl.trainer.sft_trainer import SFTTrainer
 
 from trainer.callbacks.divergence import diverged
 from trainer.cpu.fused_attention import fuse_attention
 from trainer.cpu.lora_autograd import fuse_lora
 from trainer.data.chat_template import IGNORED
+from trainer.model.experts import count_experts
 
 _WORTH_SHARING = 16  # tokens; a shorter prefix does not repay a second pass through the model
 _LOGITS_AT_ONCE = 2**26  # 256 MiB in float32, and as much for their gradient
+_TRIED, _LARGEST_TRIED = 16, 100.0  # hidden states on which TRL's head is tried, and the largest logit that they give
 
 
 class AnswerTrainer(SFTTrainer):
     """`SFTTrainer` on examples of `input_ids` and `labels`, padded on the right."""
 
+    aux_loss_enabled: bool  # TRL's
+
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        if self.args.device.type == "cpu":
+        on_cpu, config = self.args.device.type == "cpu", self.model.config.get_text_config()
+        if self.aux_loss_enabled and not count_experts(config):  # Granite 4's small ones are mixtures in name alone
+            self.aux_loss_enabled, config.output_router_logits = False, False
+        # A mixture of experts has a second loss, that TRL adds. TRL's head is right for each of them.
+        self._scores_answers = not self.aux_loss_enabled and (on_cpu or not fused_head_is_right(self.model))
+        if on_cpu:
             fuse_lora(self.model)
             fuse_attention(self.model)
 
@@ -50,14 +59,12 @@ class AnswerTrainer(SFTTrainer):
         Raises:
             TrainingError: the loss is not finite.
         """
-        input_ids, labels = inputs["input_ids"], inputs["labels"]
+        input_ids, labels, positions = inputs["input_ids"], inputs["labels"], inputs.get("position_ids")
         # With FlashAttention TRL keeps packed examples apart; without, only the mask that follows from positions does.
-        packed = None if self.padding_free else inputs.get("position_ids")
-        own = input_ids.device.type == "cpu" or packed is not None
+        packed = positions is not None and not self.padding_free
         outputs = None
-        # A mixture of experts has a second loss, that TRL adds.
-        if not own or return_outputs or self.aux_loss_enabled:
-            if packed is not None:
+        if return_outputs or self.aux_loss_enabled or not (self._scores_answers or packed):
+            if packed:
                 del inputs["attention_mask"]  # with one, transformers does not look for the examples in a row
             result = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
             loss, outputs = result if return_outputs else (result, None)
@@ -65,7 +72,7 @@ class AnswerTrainer(SFTTrainer):
             answer_tokens = (labels != IGNORED).sum() if num_items_in_batch is None else num_items_in_batch
             # NEFTune's noise is scaled by the length of what goes through the model at once.
             share = self.args.neftune_noise_alpha is None
-            loss = answer_loss(model, input_ids, labels, packed, share_prefix=share) / answer_tokens
+            loss = answer_loss(model, input_ids, labels, positions, share_prefix=share) / answer_tokens
         penalty = orthogonality_penalty(self.model)
         if penalty is not None and model.training:
             # Like TRL's second losses: the sum over accumulated batches is taken, so each brings its share.
@@ -77,6 +84,29 @@ class AnswerTrainer(SFTTrainer):
                 first_in_float16=self.args.fp16 and self.state.global_step == 0,
             )
         return (loss, outputs) if return_outputs else loss
+
+
+def fused_head_is_right(model: PreTrainedModel | PeftModel) -> bool:
+    """Whether TRL's head gives the log-probabilities that the model's own forward gives.
+
+    TRL multiplies hidden states by the head's weights itself, and knows by their names in a config what most models do
+    to logits: Granite's and Cohere's scale, Gemma's soft cap. What it does not know, as RecurrentGemma's cap and
+    Inkling's scale, it leaves out without a word. Hidden states that give logits of up to 100 tell the two apart, which
+    is far above the roundings of any number type.
+
+    Args:
+        model: to which TRL has added its head.
+    """
+    base = _without_adapter(model)
+    weight = base.get_output_embeddings().weight
+    hidden = torch.randn(_TRIED, weight.shape[1], generator=torch.Generator().manual_seed(0)).to(weight)
+    labels = torch.arange(_TRIED, device=weight.device).unsqueeze(dim=0)
+    with torch.no_grad():
+        hidden = hidden * (_LARGEST_TRIED / (hidden @ weight.T).abs().max())
+        own = _logits(base, hidden)[:-1].log_softmax(dim=-1).gather(1, labels[:, 1:].T)[:, 0]
+        with _forward_replaced(_decoder(base), _DecoderOutput(last_hidden_state=hidden.unsqueeze(dim=0))):
+            fused = base(input_ids=torch.zeros_like(labels), labels=labels, fused_lm_head=True).log_probs[0]
+    return torch.allclose(fused.float(), own, rtol=0.02, atol=1.0)
 
 
 def answer_loss(
@@ -134,7 +164,7 @@ def _hidden_states(
     cache: DynamicCache | None,
     position_ids: Tensor | None,
 ) -> Tensor:
-    """What the head gets at the positions before learnt tokens, [number of them, width].
+    """What the model makes logits of at the positions before learnt tokens, [number of them, width].
 
     `logits_to_keep` would score the same positions for all rows, or ten times as many: rows end at different places.
     What the head itself gives here is not used.
@@ -144,11 +174,12 @@ def _hidden_states(
     """
     found: list[Tensor] = []
 
-    def select(head: torch.nn.Module, inputs: tuple[Tensor]) -> tuple[Tensor]:
-        found.append(inputs[0][:, :-1][learnt])
-        return (inputs[0][:1, :1],)  # one, because for none PyTorch copies the head's weights
+    def select(decoder: torch.nn.Module, inputs: tuple[Any, ...], output: ModelOutput) -> ModelOutput:
+        found.append(output.last_hidden_state[:, :-1][learnt])
+        output.last_hidden_state = output.last_hidden_state[:1, :1]  # for none PyTorch copies the head's weights
+        return output
 
-    hook = model.get_output_embeddings().register_forward_pre_hook(select)
+    hook = _decoder(model).register_forward_hook(select)
     try:
         model(input_ids=input_ids, past_key_values=cache, use_cache=cache is not None, position_ids=position_ids)
     finally:
@@ -178,12 +209,45 @@ def _summed_cross_entropy(
 
 
 def _cross_entropy(model: PreTrainedModel | PeftModel, hidden: Tensor, targets: Tensor) -> Tensor:
-    """The model's own forward makes logits of hidden states: some scale or cap them after the head."""
-    base = model.get_base_model() if isinstance(model, PeftModel) else model
-    nothing = targets.new_zeros(1, 1)
-    with _forward_replaced(base.base_model, MoeModelOutputWithPast(last_hidden_state=hidden.unsqueeze(dim=0))):
-        logits = model(input_ids=nothing, use_cache=False).logits
-    return cross_entropy(logits[0].float(), targets, reduction="sum")
+    return cross_entropy(_logits(model, hidden), targets, reduction="sum")
+
+
+def _logits(model: PreTrainedModel | PeftModel, hidden: Tensor) -> Tensor:
+    """The model's own forward makes them: some models scale or cap them, or scale what they are made of.
+
+    Args:
+        hidden: [positions, width], as `_hidden_states` has it.
+
+    Returns:
+        [positions, vocabulary], in float32.
+    """
+    nothing = torch.zeros(1, 1, dtype=torch.long, device=hidden.device)
+    with _forward_replaced(_decoder(model), _DecoderOutput(last_hidden_state=hidden.unsqueeze(dim=0))):
+        logits: Tensor = model(input_ids=nothing, use_cache=False).logits
+    return logits[0].float()
+
+
+def _decoder(model: PreTrainedModel | PeftModel) -> torch.nn.Module:
+    """The part of the model that gives what logits are made of."""
+    base = _without_adapter(model)
+    decoder = base.get_decoder()
+    # transformers names a part of the head for ModernBERT's, and the whole for Llama 4's.
+    found: torch.nn.Module = decoder if isinstance(decoder, PreTrainedModel) and decoder is not base else base.model
+    return found
+
+
+def _without_adapter(model: PreTrainedModel | PeftModel) -> PreTrainedModel:
+    """The model that the adapter's layers are in."""
+    base: PreTrainedModel = model.get_base_model() if isinstance(model, PeftModel) else model
+    return base
+
+
+class _DecoderOutput(MoeModelOutputWithPast):
+    """Hidden states, and None for whatever else a model takes from its decoder."""
+
+    def __getattr__(self, name: str) -> None:
+        if name.startswith("__"):
+            raise AttributeError(name)
 
 
 @contextmanager
@@ -218,8 +282,7 @@ def shared_prefix(input_ids: Tensor, labels: Tensor) -> int:
 
 def _can_share(model: PreTrainedModel | PeftModel) -> bool:
     """Whether keys and values can be shared: not with checkpointed layers, which are run without a cache."""
-    base = model.get_base_model() if isinstance(model, PeftModel) else model
-    return not base.is_gradient_checkpointing and _keeps_all_keys(model.config)
+    return not _without_adapter(model).is_gradient_checkpointing and _keeps_all_keys(model.config)
 
 
 def _keeps_all_keys(config: PreTrainedConfig) -> bool:
