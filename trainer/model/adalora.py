@@ -1,7 +1,7 @@
 """What AdaLoRA needs besides its layers.
 
-After each step somebody must tell its allocator, which masks the directions that matter least, and neither
-transformers' trainer nor TRL's does. Imports torch and PEFT.
+Its ranks are shared out by a plan that must fit the run. After each step somebody must tell its allocator, which masks
+the directions that matter least, and neither transformers' trainer nor TRL's does. Imports torch and PEFT.
 """
 
 import json
@@ -14,6 +14,20 @@ from safetensors.torch import load_file, save_file
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 _ALLOCATOR_FILE = "rank_allocator.safetensors"
+_WARMUP, _FINAL = 0.1, 0.3
+"""Shares of all steps in which all ranks are kept at first, and those that were chosen at last."""
+
+
+def rank_plan(steps: int) -> dict[str, int]:
+    """When AdaLoRA shares out ranks in a run of so many steps, as PEFT's config names it.
+
+    Ranks are shared out for good by what at least one earlier step has measured, so that it takes two steps. The plan
+    of a run of one has its second step behind the end, and all ranks stay.
+    """
+    planned = max(steps, 2)
+    warmup = round(_WARMUP * steps) if steps > 1 else 1
+    final = min(round(_FINAL * steps), planned - 2)
+    return {"total_step": planned, "tinit": warmup, "tfinal": final, "deltaT": max(1, steps // 100)}
 
 
 class RankAllocation(TrainerCallback):
@@ -31,9 +45,13 @@ class RankAllocation(TrainerCallback):
     ) -> None:
         """`global_step` counts this step only afterwards."""
         step, config = state.global_step + 1, self._model.peft_config["default"]
-        measures = step < config.total_step - config.tfinal
-        # In float16 the optimizer leaves out a step whose gradients are not finite: means of importance would stay so.
-        if not (measures and kwargs["optimizer"].step_was_skipped):
+        if step < config.total_step - config.tfinal:
+            # In float16 the optimizer leaves out a step whose gradients are not finite: means of importance would stay
+            # so.
+            useful = not kwargs["optimizer"].step_was_skipped
+        else:  # where every step before was left out, nothing says what to share ranks out by
+            useful = bool(config.rank_pattern or self._model.base_model.rankallocator.exp_avg_ipt)
+        if useful:
             self._model.base_model.update_and_allocate(step)
 
     def save(self, folder: Path) -> None:

@@ -9,12 +9,9 @@ from pathlib import Path
 from peft import AdaLoraConfig, LoraConfig, PeftConfig, PeftModel, VeraConfig, get_peft_model
 from transformers import PreTrainedModel
 
-from svc.errors import TrainingError
+from trainer.model.adalora import rank_plan
 from trainer.model.target_modules import target_modules
 from trainer.recipe.sections import Method, Recipe
-
-_WARMUP, _FINAL = 0.1, 0.3
-"""Shares of all steps in which AdaLoRA keeps all ranks at first, and keeps the ranks that it has chosen at last."""
 
 
 def add_adapter(model: PreTrainedModel, recipe: Recipe, steps: int) -> PreTrainedModel | PeftModel:
@@ -25,7 +22,6 @@ def add_adapter(model: PreTrainedModel, recipe: Recipe, steps: int) -> PreTraine
 
     Raises:
         RecipeError: no layer is what `adapter.targets` asks for.
-        TrainingError: too few steps for AdaLoRA.
     """
     if recipe.method is Method.FULL:
         return model
@@ -46,9 +42,6 @@ def adapter_config(recipe: Recipe, targets: list[str] | str, steps: int) -> Peft
     Args:
         targets: ends of layer names, or `all-linear`.
         steps: of the whole run.
-
-    Raises:
-        TrainingError: too few steps for AdaLoRA.
     """
     adapter, common = recipe.adapter, {"target_modules": targets, "task_type": "CAUSAL_LM"}
     lora = common | {"lora_alpha": recipe.alpha, "lora_dropout": adapter.dropout}
@@ -58,15 +51,7 @@ def adapter_config(recipe: Recipe, targets: list[str] | str, steps: int) -> Peft
                 r=recipe.rank, vera_dropout=adapter.dropout, projection_prng_key=recipe.train.seed, **common
             )
         case Method.ADALORA:
-            warmup, final = round(_WARMUP * steps), round(_FINAL * steps)
-            if steps - warmup - final < 2:
-                raise TrainingError(
-                    f"the run has {steps} steps, too few for AdaLoRA to share out ranks",
-                    expected="at least 3 steps; some hundred are where it pays",
-                    todo="raise train.epochs, lower train.batch_size, or use method lora",
-                )
-            plan = {"total_step": steps, "tinit": warmup, "tfinal": final, "deltaT": max(1, steps // 100)}
-            return AdaLoraConfig(init_r=recipe.initial_rank, target_r=recipe.rank, **plan, **lora)
+            return AdaLoraConfig(init_r=recipe.initial_rank, target_r=recipe.rank, **rank_plan(steps), **lora)
         case _:
             dora = recipe.method is Method.DORA
             return LoraConfig(r=recipe.rank, use_dora=dora, use_rslora=adapter.rslora, **lora)

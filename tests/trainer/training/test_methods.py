@@ -201,9 +201,18 @@ def test_adalora_plans_by_the_real_number_of_steps() -> None:
     assert (config.total_step, config.tinit, config.tfinal, config.target_r, config.init_r) == (200, 20, 60, 4, 6)
 
 
-def test_adalora_needs_some_steps() -> None:
-    with pytest.raises(TrainingError, match="2 steps, too few for AdaLoRA"):
-        adapter_config(recipe(Method.ADALORA), "all-linear", steps=2)
+@pytest.mark.parametrize("batch_size", [4, 8, 16])
+def test_a_quick_trial_of_adalora_is_trained_and_merged(
+    batch_size: int, tiny_base: Path, examples: list[ChatExample], tmp_path: Path
+) -> None:
+    """In three steps, two or one."""
+    made = recipe(Method.ADALORA, train={"batch_size": batch_size, "learning_rate": 2e-2})
+    out = tmp_path / "trained"
+    summary = train_model(
+        tiny_base, TrainingData(examples), made, out, tmp_path / "checkpoints", number_type=NumberType.BFLOAT16
+    )
+    assert summary.steps == -(-len(examples) // batch_size)
+    assert merge_adapter(tiny_base, out, tmp_path / "merged").modules > 0
 
 
 def test_a_module_without_rank_may_keep_the_base_weights(tmp_path: Path) -> None:

@@ -1,0 +1,59 @@
+"""AdaLoRA's plan fits a run of any length, also one whose first steps an optimizer in float16 leaves out."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+from peft import PeftModel, get_peft_model
+from transformers import LlamaConfig, LlamaForCausalLM, TrainerControl, TrainerState, TrainingArguments, set_seed
+
+from tests.trainer.conftest import make_recipe
+from trainer.model.adalora import RankAllocation
+from trainer.model.peft_config import adapter_config
+
+RANK, INITIAL_RANK, LAYERS = 2, 4, 4
+SHAPE = {"vocab_size": 32, "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+
+
+def kept_ranks(model: PeftModel) -> int:
+    """Of all layers together."""
+    values = [weight for name, weight in model.named_parameters() if ".lora_E." in name]
+    assert len(values) == LAYERS
+    return sum(int(value.count_nonzero()) for value in values)
+
+
+def run(steps: int, *, skipped: int = 0) -> PeftModel:
+    """A model after so many steps with random gradients, of which the optimizer leaves out the first ones."""
+    set_seed(0)
+    recipe = make_recipe(method="adalora", adapter={"rank": RANK, "initial_rank": INITIAL_RANK})
+    config = adapter_config(recipe, ["q_proj", "v_proj"], steps)
+    model = get_peft_model(LlamaForCausalLM(LlamaConfig(**SHAPE)), config)
+    allocation, state = RankAllocation(model), TrainerState()
+    for step in range(steps):
+        for name, weight in model.named_parameters():
+            if "lora_" in name:
+                weight.grad = torch.randn_like(weight)
+                if ".lora_E." in name:
+                    weight.data.add_(1e-3)
+        state.global_step = step
+        optimizer = SimpleNamespace(step_was_skipped=step < skipped)
+        allocation.on_optimizer_step(TrainingArguments(use_cpu=True), state, TrainerControl(), optimizer=optimizer)
+    return model
+
+
+@pytest.mark.parametrize("steps", [2, 3, 4, 5, 6, 7, 10, 25])
+def test_a_run_of_some_steps_ends_with_the_rank_that_was_asked_for(steps: int) -> None:
+    assert kept_ranks(run(steps)) == LAYERS * RANK
+
+
+def test_a_run_of_one_step_keeps_all_ranks() -> None:
+    assert kept_ranks(run(1)) == LAYERS * INITIAL_RANK
+
+
+@pytest.mark.parametrize(("steps", "skipped"), [(1, 1), (2, 2), (3, 1), (10, 10)])
+def test_a_run_that_measures_nothing_before_ranks_are_shared_out_keeps_all(steps: int, skipped: int) -> None:
+    assert kept_ranks(run(steps, skipped=skipped)) == LAYERS * INITIAL_RANK
+
+
+def test_a_step_that_is_left_out_is_made_up_for_by_those_after_it() -> None:
+    assert kept_ranks(run(10, skipped=1)) == LAYERS * RANK
