@@ -5,7 +5,7 @@ from pathlib import Path
 
 from svc.terminal import waiting
 from trainer.base_model.content import copy_shipped_files
-from trainer.export.verify_merge import MergeSummary, compare_weights, load_weights, merge_failed
+from trainer.export.verify_merge import MergeSummary, adapted_tensors, compare_weights, load_weights, merge_failed
 from trainer.library_output import library_output_to_log
 
 _PEFT_PREFIX = "base_model.model."  # before every name in an adapter's file
@@ -40,21 +40,21 @@ def unused_modules(adapter: Path) -> set[str]:
 
 
 def _merge(base: Path, adapter: Path, out: Path) -> set[str]:
-    """Merges, writes, and returns the modules that the adapter's config or file names."""
+    """Merges, writes, and returns the modules and parameters that the adapter's config or file names."""
     import torch
-    from peft.tuners.tuners_utils import BaseTunerLayer
     from safetensors import safe_open
     from transformers import AutoModelForCausalLM
 
     from trainer.model.peft_config import load_adapter
 
     model = load_adapter(AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32), adapter)
-    layers = {name for name, module in model.named_modules() if isinstance(module, BaseTunerLayer)}
+    tensors = adapted_tensors(model)
     with safe_open(adapter / "adapter_model.safetensors", framework="pt") as file:
-        layers |= {name.partition(".lora_")[0] for name in file.keys() if ".lora_" in name}  # noqa: SIM118
+        named = {name.partition(".lora_")[0] for name in file.keys() if ".lora_" in name}  # noqa: SIM118
+    layers = {name.removeprefix(_PEFT_PREFIX) for name in named} | set(tensors)
     try:
         merged = model.merge_and_unload(safe_merge=True)
     except ValueError as error:
         raise merge_failed(f"{adapter} cannot be merged: {error}") from error
     merged.to(torch.bfloat16).save_pretrained(out)
-    return {name.removeprefix(_PEFT_PREFIX) for name in layers}
+    return {tensors.get(layer, layer) for layer in layers}

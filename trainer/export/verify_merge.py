@@ -12,10 +12,11 @@ from typing import TYPE_CHECKING
 from svc.errors import TrainingError
 from svc.terminal import waiting
 from trainer.library_output import library_output_to_log
-from trainer.model.layer_shapes import layer_widths
+from trainer.model.layer_shapes import expert_names, layer_widths
 
 if TYPE_CHECKING:
     import torch
+    from peft import PeftModel
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,7 +24,7 @@ class MergeSummary:
     """What training changed.
 
     Attributes:
-        modules: linear layers that changed.
+        modules: linear layers, and parameters of experts, that changed.
         smallest_changed_share: share of weights that differ, in the layer where it is smallest. A learnt change that
             is finer than bf16 is rounded away, so that it is below 1.
         largest_change: largest difference of one weight.
@@ -42,10 +43,25 @@ def verify_full(base: Path, trained: Path) -> MergeSummary:
         trained: folder of what became of it.
 
     Raises:
-        TrainingError: a linear layer has the base's weights still.
+        TrainingError: a linear layer or an expert's parameter has the base's weights still.
     """
     with waiting("Comparing the trained weights with the base's"), library_output_to_log():
-        return compare_weights(load_weights(base), load_weights(trained), set(layer_widths(base)), others_change=True)
+        learnt = {*layer_widths(base), *expert_names(base)}
+        return compare_weights(load_weights(base), load_weights(trained), learnt, others_change=True)
+
+
+def adapted_tensors(model: "PeftModel") -> dict[str, str]:
+    """What an adapter changes: a linear layer or a parameter of experts, by the name of the adapter's own layer."""
+    from peft.tuners.lora.layer import ParamWrapper
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    found = {}
+    for name, module in model.get_base_model().named_modules():
+        if isinstance(module, ParamWrapper):  # one around the other for each parameter of a module
+            found[name] = f"{name.replace('.base_layer', '')}.{module.parameter_name}"
+        elif isinstance(module, BaseTunerLayer):
+            found[name] = name
+    return found
 
 
 def compare_weights(
@@ -59,13 +75,13 @@ def compare_weights(
 
     Args:
         base, merged: tensors by parameter name.
-        targets: modules that the adapter names, as `model.layers.0.mlp.up_proj`.
+        targets: modules that the adapter names, as `model.layers.0.mlp.up_proj`, or parameters.
         others_change: embeddings, norms and biases may differ too.
 
     Raises:
         TrainingError: names the first module that is wrong.
     """
-    expected = {f"{module}.weight" for module in targets}
+    expected = {name if name in base else f"{name}.weight" for name in targets}
     if unknown := sorted(expected - set(base)):
         raise merge_failed(f"the adapter targets {unknown[0]!r}, which the base model does not have")
     if set(base) != set(merged):

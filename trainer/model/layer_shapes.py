@@ -1,6 +1,12 @@
-"""The shapes of a model's linear layers, from its config alone."""
+"""The shapes of a model's linear layers and the names of its experts, from its config alone."""
 
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+from trainer.model.experts import fused_experts
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 
 def layer_widths(model: Path) -> dict[str, int]:
@@ -8,16 +14,29 @@ def layer_widths(model: Path) -> dict[str, int]:
     return {name: inputs for name, (inputs, _) in layer_shapes(model).items()}
 
 
+def expert_names(model: Path) -> list[str]:
+    """Names of the parameters that hold the experts of a mixture; none of a model that is no mixture."""
+    return fused_experts(_empty(model))
+
+
 def layer_shapes(model: Path) -> dict[str, tuple[int, int]]:
     """Inputs and outputs of every linear layer but the output head, by name."""
     import torch
-    from transformers import AutoConfig, AutoModelForCausalLM
 
-    with torch.device("meta"):
-        empty = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(model))
+    empty = _empty(model)
     head = empty.get_output_embeddings()
     return {
         name: (module.in_features, module.out_features)
         for name, module in empty.named_modules()
         if isinstance(module, torch.nn.Linear) and module is not head
     }
+
+
+def _empty(model: Path) -> "PreTrainedModel":
+    """The model without weights."""
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    with torch.device("meta"):
+        empty: PreTrainedModel = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(model))
+    return empty

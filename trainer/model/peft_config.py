@@ -4,14 +4,22 @@ Knows nothing of data or of the optimizer's run. Imports torch and PEFT.
 """
 
 import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 from peft import AdaLoraConfig, LoraConfig, PeftConfig, PeftModel, VeraConfig, get_peft_model
+from peft.utils import transformers_weight_conversion
 from transformers import PreTrainedModel
 
+from svc.errors import RecipeError
 from trainer.model.adalora import rank_plan
-from trainer.model.target_modules import target_modules
+from trainer.model.experts import fused_experts
+from trainer.model.target_modules import linear_layers, target_modules
 from trainer.recipe.sections import Method, Recipe
+from trainer.recipe.targets import Targets
+
+_FOR_EXPERTS = (Method.LORA, Method.QLORA)
 
 
 def add_adapter(model: PreTrainedModel, recipe: Recipe, steps: int) -> PreTrainedModel | PeftModel:
@@ -21,27 +29,70 @@ def add_adapter(model: PreTrainedModel, recipe: Recipe, steps: int) -> PreTraine
         steps: of the whole run; AdaLoRA plans by it.
 
     Raises:
-        RecipeError: no layer is what `adapter.targets` asks for.
+        RecipeError: no layer is what `adapter.targets` asks for, or the method cannot train the experts of a mixture.
     """
     if recipe.method is Method.FULL:
         return model
-    return get_peft_model(model, adapter_config(recipe, target_modules(model, recipe.adapter.targets), steps))
+    targets = target_modules(model, recipe.adapter.targets)
+    experts = fused_experts(model) if recipe.adapter.targets is Targets.ALL_LINEAR else []
+    if experts:
+        _refuse_experts(recipe, experts)
+        targets = sorted(linear_layers(model))
+    with _targets_as_named():
+        return get_peft_model(model, adapter_config(recipe, targets, steps, experts))
 
 
 def load_adapter(model: PreTrainedModel, adapter: Path) -> PeftModel:
     """A model with a trained adapter on it."""
-    with warnings.catch_warnings():
+    with warnings.catch_warnings(), _targets_as_named():
         # PEFT reads AdaLoRA's masks as ranks of plain LoRA, and says that none applies; they are applied all the same.
         warnings.filterwarnings("ignore", "The following rank_pattern keys did not match", RuntimeWarning)
         return PeftModel.from_pretrained(model, str(adapter), use_safetensors=True)
 
 
-def adapter_config(recipe: Recipe, targets: list[str] | str, steps: int) -> PeftConfig:
+def _refuse_experts(recipe: Recipe, experts: list[str]) -> None:
+    """Refuses what PEFT has for linear layers alone.
+
+    Raises:
+        RecipeError: names the first of these experts.
+    """
+    named = f"{experts[0]!r} and {len(experts) - 1} others of this mixture of experts have one matrix for each expert"
+    if recipe.method not in _FOR_EXPERTS:
+        raise RecipeError(
+            f"{named}, and method {recipe.method} changes single matrices only",
+            expected=f"method {', '.join(_FOR_EXPERTS)} or {Method.FULL}",
+            todo=f"set method to {Method.LORA}, or adapter.targets to {Targets.ATTENTION}, which leaves experts alone",
+        )
+    if recipe.adapter.dropout > 0:
+        raise RecipeError(
+            f"{named}, and adapter.dropout is {recipe.adapter.dropout}",
+            expected="no dropout: PEFT adds an update to such weights themselves, not to what comes out of them",
+            todo=f"remove adapter.dropout, or set adapter.targets to {Targets.ATTENTION}, which leaves experts alone",
+        )
+
+
+@contextmanager
+def _targets_as_named() -> Iterator[None]:
+    """Inside, PEFT puts an adapter where its config says.
+
+    It takes targets of some mixtures for those of adapters from before transformers had experts in one parameter, and
+    changes them: shared experts and layers without experts drop out, the router comes in, and one rank doubles.
+    """
+    before = transformers_weight_conversion._MOE_TARGET_MODULE_MAPPING
+    transformers_weight_conversion._MOE_TARGET_MODULE_MAPPING = {}
+    try:
+        yield
+    finally:
+        transformers_weight_conversion._MOE_TARGET_MODULE_MAPPING = before
+
+
+def adapter_config(recipe: Recipe, targets: list[str] | str, steps: int, experts: Sequence[str] = ()) -> PeftConfig:
     """What PEFT is told.
 
     Args:
-        targets: ends of layer names, or `all-linear`.
+        targets: layer names or ends of them, or `all-linear`.
         steps: of the whole run.
+        experts: names of parameters that are no linear layers; LoRA's and QLoRA's only.
     """
     adapter, common = recipe.adapter, {"target_modules": targets, "task_type": "CAUSAL_LM"}
     lora = common | {"lora_alpha": recipe.alpha, "lora_dropout": adapter.dropout}
@@ -54,4 +105,7 @@ def adapter_config(recipe: Recipe, targets: list[str] | str, steps: int) -> Peft
             return AdaLoraConfig(init_r=recipe.initial_rank, target_r=recipe.rank, **rank_plan(steps), **lora)
         case _:
             dora = recipe.method is Method.DORA
-            return LoraConfig(r=recipe.rank, use_dora=dora, use_rslora=adapter.rslora, **lora)
+            parameters = list(experts) or None
+            return LoraConfig(
+                r=recipe.rank, use_dora=dora, use_rslora=adapter.rslora, target_parameters=parameters, **lora
+            )

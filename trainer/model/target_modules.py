@@ -35,7 +35,7 @@ def target_modules(model: "PreTrainedModel | PreTrainedConfig", preset: Targets)
     """
     if preset is Targets.ALL_LINEAR:
         return ALL_LINEAR
-    layers = _linear_layers(model)
+    layers = linear_layers(model)
     chosen = {name for name in layers if _ATTENTION.search(name.rpartition(".")[0].lower())}
     if preset is Targets.ATTENTION_MIN:
         chosen = {name for name in chosen if _QUERY_OR_VALUE.search(_end(name).lower())}
@@ -51,8 +51,8 @@ def target_modules(model: "PreTrainedModel | PreTrainedConfig", preset: Targets)
     return sorted({_end(name, 2 if _end(name) in elsewhere else 1) for name in chosen})
 
 
-def _linear_layers(model: "PreTrainedModel | PreTrainedConfig") -> set[str]:
-    """Names of all linear layers but the output head."""
+def linear_layers(model: "PreTrainedModel | PreTrainedConfig") -> set[str]:
+    """Names of all linear layers but the output head; experts of a mixture are none (trainer.model.experts)."""
     import torch
     from transformers import AutoModelForCausalLM, PreTrainedConfig
 

@@ -1,0 +1,165 @@
+"""Experts that are one three-dimensional parameter: adapted with all other layers, or refused by name."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import PeftModel
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    PreTrainedModel,
+    Qwen3MoeConfig,
+    Qwen3MoeForCausalLM,
+    set_seed,
+)
+
+from svc.dataset.schema.example import ChatExample
+from svc.engine.capabilities import NumberType
+from svc.errors import RecipeError, TrainingError
+from tests.trainer.conftest import make_recipe, make_tokenizer
+from trainer.export.merge import merge_adapter
+from trainer.export.verify_merge import adapted_tensors, verify_full
+from trainer.model.experts import fused_experts
+from trainer.model.peft_config import add_adapter, load_adapter
+from trainer.training.sft import train_model
+from trainer.training.summary import TrainingData, TrainingSummary
+
+SHAPE: dict[str, Any] = {
+    "vocab_size": len(make_tokenizer()),
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "moe_intermediate_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "head_dim": 32,
+    "num_experts_per_tok": 2,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+# With shared experts, with a dense layer before the others, with routers that are linear layers, with none of it.
+FAMILIES = {
+    "qwen3_moe": "num_experts",
+    "qwen2_moe": "num_experts",
+    "mixtral": "num_local_experts",
+    "gpt_oss": "num_local_experts",
+    "phimoe": "num_local_experts",
+    "granitemoe": "num_local_experts",
+    "glm4_moe": "n_routed_experts",
+}
+IDS = torch.arange(40).reshape(2, 20)
+
+
+def make_mixture(family: str) -> PreTrainedModel:
+    set_seed(0)
+    return AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **SHAPE, **{FAMILIES[family]: 4}))
+
+
+def adapted(model: PreTrainedModel, **sections: Any) -> set[str]:
+    """Names of the tensors that an adapter changes."""
+    with_adapter = add_adapter(model, make_recipe(**sections), steps=10)
+    assert isinstance(with_adapter, PeftModel)
+    return set(adapted_tensors(with_adapter).values())
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_all_linear_is_every_linear_layer_and_every_expert(family: str) -> None:
+    model = make_mixture(family)
+    experts = {name for name, weight in model.named_parameters() if weight.ndim == 3}
+    layers = {name for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)} - {"lm_head"}
+    assert experts
+    assert adapted(model, adapter={"rank": 2}) == layers | experts
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_all_linear_gives_all_of_them_one_rank(family: str) -> None:
+    model = add_adapter(make_mixture(family), make_recipe(adapter={"rank": 2}), steps=10)
+    ranks = {
+        rank for module in model.modules() if isinstance(getattr(module, "r", None), dict) for rank in module.r.values()
+    }
+    assert ranks == {2}
+
+
+@pytest.mark.parametrize("method", ["lora", "dora", "vera", "adalora"])
+def test_attention_leaves_experts_alone(method: str) -> None:
+    adapter = {"targets": "attention-min"}  # VeRA wants all layers of one shape
+    model = make_mixture("qwen3_moe")
+    assert not adapted(model, method=method, adapter=adapter) & set(fused_experts(make_mixture("qwen3_moe")))
+
+
+@pytest.mark.parametrize("method", ["dora", "vera", "adalora"])
+def test_a_method_that_cannot_train_experts_is_refused_by_their_name(method: str) -> None:
+    with pytest.raises(RecipeError) as caught:
+        adapted(make_mixture("qwen3_moe"), method=method)
+    assert "'model.layers.0.mlp.experts.gate_up_proj'" in caught.value.wrong
+    assert "attention" in caught.value.todo
+
+
+def test_dropout_is_refused_where_experts_are_trained() -> None:
+    with pytest.raises(RecipeError, match=r"adapter\.dropout"):
+        adapted(make_mixture("qwen3_moe"), adapter={"dropout": 0.1})
+
+
+def test_a_dense_model_has_no_experts() -> None:
+    assert not fused_experts(AutoModelForCausalLM.from_config(AutoConfig.for_model("llama", **SHAPE)))
+
+
+@pytest.fixture(scope="module")
+def mixture(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A complete chat model; read only."""
+    folder = tmp_path_factory.mktemp("mixture") / "base"
+    set_seed(0)
+    Qwen3MoeForCausalLM(Qwen3MoeConfig(**SHAPE, num_experts=4)).bfloat16().save_pretrained(folder)
+    make_tokenizer().save_pretrained(folder)
+    return folder
+
+
+def train(
+    base: Path, method: str, examples: list[ChatExample], out: Path, number_type: NumberType = NumberType.BFLOAT16
+) -> TrainingSummary:
+    recipe = make_recipe(
+        method=method,
+        adapter={} if method == "full" else {"rank": 4},
+        train={"batch_size": 4, "epochs": 8, "learning_rate": 3e-3 if method == "full" else 2e-2},
+    )
+    data = TrainingData(examples)
+    return train_model(base, data, recipe, out, out.with_name("checkpoints"), number_type=number_type)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("method", "number_type"),
+    [("lora", NumberType.BFLOAT16), ("lora", NumberType.FLOAT32), ("qlora", NumberType.BFLOAT16)],
+)
+def test_the_merged_mixture_answers_as_the_adapter_on_its_base(
+    method: str, number_type: NumberType, mixture: Path, examples: list[ChatExample], tmp_path: Path
+) -> None:
+    curve = train(mixture, method, examples, tmp_path / "adapter", number_type).loss_curve
+    assert curve[-1].loss < curve[0].loss - 0.2
+    assert merge_adapter(mixture, tmp_path / "adapter", tmp_path / "merged").modules == 2 * (4 + 2)
+    base = AutoModelForCausalLM.from_pretrained(mixture, dtype=torch.float32)
+    with torch.no_grad():
+        untrained = base(IDS).logits
+        merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged", dtype=torch.float32)(IDS).logits
+        beside = load_adapter(base, tmp_path / "adapter")(IDS).logits
+    # In the mean: rounding to bf16 sends a token now and then to another expert.
+    assert (merged - beside).abs().mean() < 0.1 * (merged - untrained).abs().mean()
+
+
+@pytest.mark.slow
+def test_full_fine_tuning_changes_experts_too(mixture: Path, examples: list[ChatExample], tmp_path: Path) -> None:
+    train(mixture, "full", examples, tmp_path / "trained")
+    assert verify_full(mixture, tmp_path / "trained").modules == 2 * (4 + 2)
+
+
+def test_experts_that_were_not_trained_are_found(mixture: Path, tmp_path: Path) -> None:
+    model = AutoModelForCausalLM.from_pretrained(mixture, dtype=torch.bfloat16)
+    for name, weight in model.named_parameters():
+        if "experts" not in name:
+            weight.data.add_(1.0)
+    model.save_pretrained(tmp_path / "trained")
+    with pytest.raises(TrainingError, match=r"experts\.\w+' still has the base's weights"):
+        verify_full(mixture, tmp_path / "trained")
