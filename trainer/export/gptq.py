@@ -8,6 +8,7 @@ files are the same kind of files. Knows nothing of what rounding costs in qualit
 import json
 import os
 import random
+import re
 import tempfile
 import time
 from collections import Counter
@@ -24,13 +25,14 @@ from svc.dataset.schema.example import ChatExample
 from svc.dataset.schema.tokenized_example import TokenizedExample
 from svc.engine.capabilities import NumberType
 from svc.errors import RecipeError, TrainingError
+from svc.registry.files import read_headers
 from svc.terminal import counting, waiting
 from trainer.base_model.content import copy_shipped_files
 from trainer.data.chat_template import load_tokenizer, stop_tokens, tokenize_examples
 from trainer.export.gate_up import join_fused_layers
 from trainer.library_output import library_output_to_log
 from trainer.model.attention import attention_implementation
-from trainer.model.layer_shapes import layer_shapes
+from trainer.model.layer_shapes import expert_names, layer_shapes
 from trainer.recipe.sections import Quantize, Recipe
 
 _IN_ONE = dict.fromkeys(("q_proj", "k_proj", "v_proj"), "qkv_proj") | dict.fromkeys(
@@ -43,6 +45,10 @@ _SCALE_ERROR = 2.0
 _SCALE_STEPS, _SMALLEST_SCALE = 20, 0.5
 """Tried are 1, 0.95, 0.9 and so on of the scale that reaches the largest weight. gptqmodel's own 80 steps, down to 0.2,
 take eight times as long, and 400 held-out examples of the example task showed no difference."""
+_QUANTIZED_MIXTURES = ("olmoe", "qwen3_moe")
+"""Mixtures of which gptqmodel 7.6 quantizes every expert and writes it under the base's own name. It leaves the experts
+of GraniteMoE and MiniMax M2 whole without a word, and renames those of Mixtral, Phi-3.5-MoE and gpt-oss."""
+_EXPERT = re.compile(r"(.+\.experts\.\d+\.\w+)\.weight")
 _PASSING = {"offload_to_disk_path"}  # of the metadata that gptqmodel writes: differs in every run
 
 
@@ -51,7 +57,7 @@ class QuantizeSummary:
     """How quantizing went.
 
     Attributes:
-        layers: linear layers that are 4-bit now.
+        layers: linear layers, and matrices of experts, that are 4-bit now.
         samples: calibration examples.
         tokens: of those examples.
         worst_layer: where rounding changed the output most.
@@ -120,16 +126,45 @@ def check_layers(model: Path, group_size: int, multiple: int = 1) -> list[str]:
 
     Args:
         group_size: of inputs; must divide each layer's.
-        multiple: of which the outputs of what the engine has as one layer must be one.
+        multiple: of which the outputs of what the engine has as one layer must be one; above 1 for an engine on a CPU.
 
     Raises:
         RecipeError: names the first layer whose width does not divide, and the sizes that would.
-        TrainingError: names the first layer that the engine's kernel for 4-bit weights does not take.
+        TrainingError: names the first layer that the engine's kernel for 4-bit weights does not take, or an expert that
+            cannot be quantized or served so.
     """
     shapes = layer_shapes(model)
+    if experts := expert_names(model):
+        _check_experts(model, experts[0], on_cpu=multiple > 1)
+        shapes |= _expert_shapes(model)
     _check_inputs({name: inputs for name, (inputs, _) in shapes.items()}, group_size)
     _check_outputs({name: outputs for name, (_, outputs) in shapes.items()}, multiple)
     return list(shapes)
+
+
+def _check_experts(model: Path, expert: str, *, on_cpu: bool) -> None:
+    import torch
+    from transformers import AutoConfig
+
+    family = AutoConfig.from_pretrained(model).get_text_config().model_type
+    if family not in _QUANTIZED_MIXTURES:
+        raise TrainingError(
+            f"{expert!r} holds the experts of a mixture, and those of {family!r} cannot be quantized for the engine",
+            expected=f"a mixture of experts of {' or '.join(_QUANTIZED_MIXTURES)}, or a model without experts",
+            todo="choose another base",
+        )
+    if on_cpu and not torch.cpu._is_amx_tile_supported():
+        raise TrainingError(
+            f"{expert!r} holds the experts of a mixture, and the engine multiplies by experts in 4 bits on no such CPU",
+            expected="a CPU with AMX, or a GPU",
+            todo="choose a base without experts, or train and serve on a GPU",
+        )
+
+
+def _expert_shapes(model: Path) -> dict[str, tuple[int, int]]:
+    """Inputs and outputs of each expert's matrices; files hold them one by one, unlike the model in memory."""
+    found = {match[1]: tensor.shape for tensor in read_headers(model) if (match := _EXPERT.fullmatch(tensor.name))}
+    return {name: (inputs, outputs) for name, (outputs, inputs) in found.items()}
 
 
 def _check_inputs(widths: dict[str, int], group_size: int) -> None:

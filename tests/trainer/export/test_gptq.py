@@ -12,12 +12,15 @@ import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from transformers import AutoConfig, AutoModelForCausalLM, set_seed
 
 from svc.dataset.schema.example import ChatExample
 from svc.engine.capabilities import NumberType
 from svc.errors import RecipeError, TrainingError
-from tests.trainer.conftest import make_example, make_model, make_recipe
+from svc.registry.files import read_headers
+from tests.trainer.conftest import make_example, make_model, make_recipe, make_tokenizer
 from trainer.export.gptq import (
+    _QUANTIZED_MIXTURES,
     calibration_type,
     check_layers,
     pick_calibration,
@@ -60,6 +63,71 @@ def test_a_layer_whose_outputs_the_engine_does_not_take_is_named(tmp_path: Path)
 
 def test_layers_that_the_engine_has_as_one_count_together(tmp_path: Path) -> None:
     check_layers(make_model(tmp_path / "base", intermediate_size=144), 8, 32)
+
+
+def make_mixture(folder: Path, family: str, width: int = 32) -> Path:
+    """Writes a chat model with four experts in each layer."""
+    tokenizer = make_tokenizer()
+    shape = {
+        "vocab_size": len(tokenizer),
+        "hidden_size": 64,
+        "intermediate_size": width,
+        "moe_intermediate_size": width,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 2,
+        "head_dim": 32,
+        "num_experts_per_tok": 2,
+        "eos_token_id": tokenizer.eos_token_id,
+        "pad_token_id": tokenizer.pad_token_id,
+    }
+    number = "num_local_experts" if family in {"mixtral", "granitemoe"} else "num_experts"
+    set_seed(0)
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **shape, **{number: 4}))
+    model.bfloat16().save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def test_every_expert_counts_as_a_layer(tmp_path: Path) -> None:
+    layers = check_layers(make_mixture(tmp_path / "base", "qwen3_moe"), 32)
+    assert len(layers) == 2 * (4 + 4 * 3)
+    assert "model.layers.1.mlp.experts.3.down_proj" in layers
+
+
+def test_a_group_size_that_does_not_fit_an_expert_names_it(tmp_path: Path) -> None:
+    with pytest.raises(RecipeError, match=r"'model\.layers\.0\.mlp\.experts\.0\.down_proj' is 32 wide"):
+        check_layers(make_mixture(tmp_path / "base", "qwen3_moe"), 64)
+
+
+@pytest.mark.parametrize("family", ["mixtral", "granitemoe"])
+def test_a_mixture_that_gptqmodel_does_not_quantize_is_refused_by_its_experts(family: str, tmp_path: Path) -> None:
+    with pytest.raises(TrainingError, match=rf"experts\.gate_up_proj' holds the experts .* of '{family}'"):
+        check_layers(make_mixture(tmp_path / "base", family), 32)
+
+
+def test_a_mixture_is_refused_where_the_engine_has_no_kernel_for_its_experts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base = make_mixture(tmp_path / "base", "qwen3_moe")
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: True)
+    check_layers(base, 32, 32)
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
+    with pytest.raises(TrainingError, match="on no such CPU"):
+        check_layers(base, 32, 32)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", _QUANTIZED_MIXTURES)
+def test_every_expert_is_quantized_under_its_name(family: str, examples: list[ChatExample], tmp_path: Path) -> None:
+    base = make_mixture(tmp_path / "base", family)
+    recipe = make_recipe(quantize={"group_size": 32, "samples": 8})
+    summary = quantize_gptq(base, examples, recipe, tmp_path / "gptq", number_type=NumberType.FLOAT32)
+    packed = {tensor.name for tensor in read_headers(tmp_path / "gptq") if tensor.name.endswith(".qweight")}
+    experts = [tensor.name for tensor in read_headers(base) if ".experts." in tensor.name]
+    assert len(experts) == 2 * 4 * 3
+    assert {f"{name.removesuffix('.weight')}.qweight" for name in experts} < packed
+    assert summary.layers == len(packed)
 
 
 def test_it_is_checked_before_quantizing(tiny_base: Path, examples: list[ChatExample], tmp_path: Path) -> None:
