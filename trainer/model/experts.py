@@ -14,19 +14,26 @@ _NAMES = (_COMMON, "num_local_experts", "n_routed_experts")
 
 
 def count_experts(config: "PreTrainedConfig") -> int:
-    """How many experts a layer of the model has; 0 in a model that is no mixture.
+    """How many experts a layer of the model has; 0 in a model that is no mixture."""
+    name = _name(config)
+    return int(getattr(config.get_text_config(), name)) if name else 0
 
-    From then on the config knows the number as `num_experts` too, as TRL asks each: transformers gave Mixtral's that
-    second name, and not Granite's. What the config is written as stays as it is.
+
+def name_experts(config: "PreTrainedConfig") -> None:
+    """Has configs of this kind know their number of experts as `num_experts`, as TRL asks each mixture.
+
+    transformers gave Mixtral's that second name, and not Granite's. What a config is written as stays as it is.
     """
-    text = config.get_text_config()
-    name = next((name for name in _NAMES if getattr(text, name, None) is not None), None)
-    if name is None:
-        return 0
-    if not hasattr(text, _COMMON):
+    text, name = config.get_text_config(), _name(config)
+    if name and not hasattr(text, _COMMON):
         kind = type(text)
-        kind.attribute_map = kind.attribute_map | {_COMMON: name}
-    return int(getattr(text, name))
+        known = kind.attribute_map
+        kind.attribute_map = known | {_COMMON: known.get(name, name)}  # a second name of a second name is not looked up
+
+
+def _name(config: "PreTrainedConfig") -> str | None:
+    text = config.get_text_config()
+    return next((name for name in _NAMES if getattr(text, name, None) is not None), None)
 
 
 def fused_experts(model: "PreTrainedModel") -> list[str]:

@@ -24,7 +24,7 @@ from trainer.callbacks.divergence import diverged
 from trainer.cpu.fused_attention import fuse_attention
 from trainer.cpu.lora_autograd import fuse_lora
 from trainer.data.chat_template import IGNORED
-from trainer.model.experts import count_experts
+from trainer.model.experts import count_experts, name_experts
 
 _WORTH_SHARING = 16  # tokens; a shorter prefix does not repay a second pass through the model
 _LOGITS_AT_ONCE = 2**26  # 256 MiB in float32, and as much for their gradient
@@ -39,6 +39,7 @@ class AnswerTrainer(SFTTrainer):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         on_cpu, config = self.args.device.type == "cpu", self.model.config.get_text_config()
+        name_experts(config)
         if self.aux_loss_enabled and not count_experts(config):  # Granite 4's small ones are mixtures in name alone
             self.aux_loss_enabled, config.output_router_logits = False, False
         # A mixture of experts has a second loss, that TRL adds. TRL's head is right for each of them.

@@ -21,7 +21,7 @@ from svc.errors import RecipeError, TrainingError
 from tests.trainer.conftest import make_recipe, make_tokenizer
 from trainer.export.merge import merge_adapter
 from trainer.export.verify_merge import adapted_tensors, verify_full
-from trainer.model.experts import fused_experts
+from trainer.model.experts import count_experts, fused_experts, name_experts
 from trainer.model.peft_config import add_adapter, load_adapter
 from trainer.training.sft import train_model
 from trainer.training.summary import TrainingData, TrainingSummary
@@ -103,7 +103,17 @@ def test_dropout_is_refused_where_experts_are_trained() -> None:
         adapted(make_mixture("qwen3_moe"), adapter={"dropout": 0.1})
 
 
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_config_knows_its_number_of_experts_by_the_common_name(family: str) -> None:
+    config = AutoConfig.for_model(family, **{FAMILIES[family]: 5})
+    written = config.to_json_string()
+    name_experts(config)
+    assert (config.num_experts, count_experts(config)) == (5, 5)
+    assert config.to_json_string() == written
+
+
 def test_a_dense_model_has_no_experts() -> None:
+    assert count_experts(AutoConfig.for_model("llama")) == 0
     assert not fused_experts(AutoModelForCausalLM.from_config(AutoConfig.for_model("llama", **SHAPE)))
 
 

@@ -36,7 +36,6 @@ from trl.trainer.utils import add_fused_lm_head
 
 from tests.trainer.conftest import make_tokenizer
 from trainer.data.chat_template import IGNORED
-from trainer.model.experts import count_experts
 from trainer.training.loss import AnswerTrainer, fused_head_is_right
 
 TOKENIZER = make_tokenizer()
@@ -164,13 +163,6 @@ def test_a_mixture_in_name_alone_has_no_second_loss(tmp_path: Path) -> None:
         GraniteMoeHybridConfig(**SHAPE, num_local_experts=0, layer_types=["attention"] * 2, mamba_n_heads=4)
     )
     assert make_trainer(dense, tmp_path)._scores_answers
-
-
-def test_counting_experts_leaves_the_config_as_it_is_written() -> None:
-    config = GraniteMoeConfig(num_local_experts=4)
-    before = config.to_json_string()
-    assert count_experts(config) == 4
-    assert config.to_json_string() == before
 
 
 @pytest.mark.parametrize("model", [LLAMA, MIXTURE, *SCALED.values()], ids=["plain", "mixture", *SCALED])
