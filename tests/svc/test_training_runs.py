@@ -55,7 +55,7 @@ def test_the_runs_are_those_that_the_trainer_makes(tmp_path: Path) -> None:
         tmp_path / "runs",
         recipe,
         Base(tmp_path, "./base", None, "sha256:0"),
-        Examples(examples, examples, "sha256:1", "sha256:2"),
+        Examples(examples, examples, "sha256:1", "sha256:2", examples),
     )
     with hold_lock(run.lock, "a run"):
         run.tracking.write_text(TrackedRun(run_id="abc").model_dump_json())

@@ -12,11 +12,11 @@ from typing import Any
 
 import torch
 from peft import PeftModel
-from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.tuners.lora.layer import ParamWrapper
 
+from trainer.export.verify_merge import adapted_tensors
 from trainer.recipe.sections import Method, Recipe
 
-_PEFT_PREFIX = "base_model.model."
 _ROUNDING = 2.0**-8
 """Of bf16, whose fraction has eight bits with the hidden one: a sum that is rounded to it is off by half of that share
 at most, and sums that differ in their last bit before may round to neighbours."""
@@ -48,7 +48,7 @@ def compare(model: PeftModel, merged: Mapping[str, torch.Tensor]) -> Applied:
     """
     times, off = [], [(0.0, "")]
     for name, base, change in _changes(model):
-        written = merged[f"{name}.weight"].to(base.device).float()
+        written = merged[name].to(base.device).float()
         total = base + change
         off.append((float(((written - total).abs() > _ROUNDING * total.abs() + 1e-30).float().mean()), name))
         wanted = total.to(torch.bfloat16).float() - base
@@ -59,19 +59,22 @@ def compare(model: PeftModel, merged: Mapping[str, torch.Tensor]) -> Applied:
 
 
 def _changes(model: PeftModel) -> Iterator[tuple[str, torch.Tensor, torch.Tensor]]:
-    """Each adapted module's name, the base's weights, and what the adapter adds to them."""
-    for name, layer in model.named_modules():
-        if not isinstance(layer, BaseTunerLayer):
-            continue
-        base = layer.get_base_layer().weight.float()
+    """Each adapted tensor's name, the base's weights, and what the adapter adds to them."""
+    whole = model.get_base_model()
+    for name, tensor in adapted_tensors(model).items():
+        layer: Any = whole.get_submodule(name)
         adapter = layer.active_adapters[0]
         change = layer.get_delta_weight(adapter).float()
+        if isinstance(layer, ParamWrapper):  # of experts, which are one parameter
+            yield tensor, layer.get_param().float(), change
+            continue
+        base = layer.get_base_layer().weight.float()
         magnitude: Any = getattr(layer, "lora_magnitude_vector", None)
         if magnitude:  # DoRA: a direction, and its length for each output (Liu et al. 2024, eq. 5)
             direction = base + change
             length = direction.norm(dim=1, keepdim=True)
             change = magnitude[adapter].weight.float()[:, None] / length * direction - base
-        yield name.removeprefix(_PEFT_PREFIX), base, change
+        yield f"{tensor}.weight", base, change
 
 
 def scale_of(adapter: Path, recipe: Recipe) -> tuple[float, float]:

@@ -132,7 +132,7 @@ def _compare(
         checks.append(_at_most("merged: log-probabilities beside the trained ones", merge, _MOST_FLOOR))
     if Format.GPTQ in made.formats:
         folder, quantized = made.formats[Format.GPTQ]
-        rounded = gptq_parity.compare(folder, merged)
+        rounded = gptq_parity.compare(folder, made.merged)
         found = f"{rounded.off:.3f} of a layer's length at most, in {rounded.layer}"
         passed = rounded.off <= gptq_parity.MOST_OFF
         checks.append(_check("gptq: rounding of weights", passed, found, f"at most {gptq_parity.MOST_OFF}"))
