@@ -93,7 +93,7 @@ JUDGED = {Stage.EVALUATE, Stage.QUALIFY, Stage.PARITY, Stage.REGISTER}
         ({"checkpoints": {"keep": 7}}, set()),
         ({"train": {"seed": 1}}, set(Stage)),
     ],
-    ids=str,
+    ids=lambda value: str(value) if isinstance(value, dict) else None,
 )
 def test_a_change_does_the_stages_again_that_read_it_and_those_that_go_on_from_them(
     change: dict[str, Any], again: set[Stage]
