@@ -199,7 +199,7 @@ def _machine_share(task: Task) -> tuple[float, float]:
     tokenizer = load_tokenizer(task.base)
     rows = tokenize_examples(tokenizer, task.examples, stop_tokens(task.base, tokenizer), {})
     batches = plan_batches(rows, task.recipe)
-    model = load_model(task.base, task.recipe.method, number_type=task.number_type)
+    model = load_model(task.base, task.recipe, number_type=task.number_type)
     shape = read_shape(add_adapter(model, task.recipe, count_steps(len(rows), task.recipe)))
     tokens = round(statistics.fmean(batch.computed for batch in batches))
     config = model.config

@@ -6,7 +6,9 @@ and nothing else shows it.
 """
 
 import json
+import re
 from collections.abc import Mapping
+from datetime import date
 from pathlib import Path
 
 from svc.disk import write_whole
@@ -15,12 +17,16 @@ from svc.json_file import read_json_object
 TEMPLATE_KWARGS_FILE = "chat_template_kwargs.json"
 """In a served model's folder; none where the template is given nothing."""
 
+_DATE = date(2024, 7, 26)
+"""What Llama's templates take where they cannot know the date."""
+_TODAY = re.compile(r"""strftime_now\(\s*(["'])(.*?)\1\s*\)""")
+
 TemplateValue = bool | int | float | str
 TemplateKwargs = Mapping[str, TemplateValue]
 
 _DEFAULTS: dict[str, TemplateValue] = {
     "enable_thinking": False,
-    "date_string": "26 Jul 2024",  # what Llama's templates take where they cannot know the date
+    "date_string": f"{_DATE:%d %b %Y}",
 }
 """Given to a template in which the word stands, and with which a prompt is the same on every day."""
 
@@ -41,6 +47,16 @@ def choose_template_kwargs(folder: Path, given: TemplateKwargs | None) -> dict[s
         return read_template_kwargs(folder)
     template = read_chat_template(folder) or ""
     return {name: value for name, value in _DEFAULTS.items() if name in template}
+
+
+def pin_date(template: str) -> str:
+    """A template with a fixed date in place of today's, where it takes none that it is given, as SmolLM3's.
+
+    Else a version would be trained with one prompt, and asked with another on each day.
+    """
+    if "date_string" in template:
+        return template
+    return _TODAY.sub(lambda found: json.dumps(_DATE.strftime(found[2])), template)
 
 
 def read_chat_template(folder: Path) -> str | None:

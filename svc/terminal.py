@@ -38,7 +38,7 @@ def quiet_libraries() -> None:
     Some switch on logging for the whole process, HTTP clients log each request, bars break into ours.
     """
     os.environ.setdefault("TQDM_DISABLE", "1")
-    for library in ("httpx", "httpcore", "alembic", "uvicorn.error", "tokenicer"):
+    for library in ("httpx", "httpcore", "alembic", "uvicorn.error", "tokenicer", "huggingface_hub"):
         logging.getLogger(library).setLevel(logging.WARNING)
 
 

@@ -31,6 +31,7 @@ from svc.evaluation.evaluator import ask_example, tokenize_bare
 from svc.evaluation.results import ExampleResult
 from svc.registry.registry import Registry
 from svc.store.holdouts import HoldoutCause, HoldoutOutcome, HoldoutRun, add_holdout_run, newest_holdout_run
+from svc.store.scores import MOST_TOKENS
 from svc.version import Target
 
 log = logging.getLogger(__name__)
@@ -223,8 +224,11 @@ class HoldoutRuns:
         examples = self._registry.heldout(target.version)
         tokenized = self._registry.heldout_tokens(target.version) or [None] * len(examples)
         max_tokens = self._registry.manifest(target.version).max_answer_tokens
-        places = _evenly(registered, MOST_EXAMPLES)
-        return _Set({place: (examples[place], tokenized[place]) for place in places}, max_tokens)
+        asked = {place: (examples[place], tokenized[place]) for place in _evenly(registered, MOST_EXAMPLES)}
+        fitting = {place: pair for place, pair in asked.items() if _fits(pair[1])}
+        if not fitting:
+            raise NotFoundError(f"all held-out examples of {target.version} have more than {MOST_TOKENS} tokens")
+        return _Set(fitting, max_tokens)
 
     async def _ask_each(self, weights: LoadedWeights, asked: _Set) -> dict[int, ExampleResult]:
         results: dict[int, ExampleResult] = {}
@@ -236,6 +240,11 @@ class HoldoutRuns:
         finally:
             self._progress = None
         return results
+
+
+def _fits(tokenized: TokenizedExample | None) -> bool:
+    """Whether its tokens can be scored: vLLM does not budget the memory for the logits of more."""
+    return tokenized is None or len(tokenized.input_ids) <= MOST_TOKENS
 
 
 def _evenly(total: int, most: int) -> list[int]:

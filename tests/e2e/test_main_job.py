@@ -3,6 +3,7 @@ versions, survive the engine's death. The tests of this folder share one server;
 test_shutdown ends it."""
 
 import asyncio
+import json
 import os
 import signal
 import time
@@ -144,6 +145,30 @@ def _wait_for(find: Callable[[], Found | None], timeout_s: float = 120) -> Found
         assert time.monotonic() < deadline
         time.sleep(0.2)
     return found
+
+
+def test_the_held_out_loss_of_training_is_the_likelihood_on_the_engine(server: Server, report: Report) -> None:
+    """The same tokens of the same examples, each counting the same; what differs is the engines' rounding."""
+    manifest = Registry.of(Settings(home=server.home)).manifest(VersionId("tiny", 1))
+    evaluation, parity = manifest.formats[Format.MERGED].evaluation, manifest.parity
+    assert evaluation is not None
+    assert parity is not None
+    result = json.loads((server.home / "runs" / manifest.run / "train.json").read_text())["result"]
+    loss = result["heldout_losses"][-1]
+    assert loss["step"] == result["steps"]
+    floor = parity.differences["merged on the engine beside trained"]
+    report(f"held-out loss {loss['loss']:.4f}, NLL on the engine {evaluation.nll.value:.4f}, floor {floor.mean:.4f}")
+    assert abs(loss["loss"] - evaluation.nll.value) <= max(0.02, 3 * floor.mean)
+
+
+def test_every_check_of_the_parity_report_passed_and_its_page_is_there(server: Server) -> None:
+    for version in ("tiny@1", "tiny@2"):
+        shown: Any = svc_json(server.home, "show", version, "--parity")
+        assert [check for check in shown["checks"] if not check["passed"]] == []
+        assert {"merged", "gptq", "merge"} == {check["name"].partition(":")[0] for check in shown["checks"]}
+        assert set(shown["speed"]) == {"merged", "gptq"}
+    registry = Registry.of(Settings(home=server.home))
+    assert registry.reference(VersionId("tiny", 1), "parity.html").stat().st_size > 1000
 
 
 def test_prompt_logprobs_are_refused(server: Server) -> None:

@@ -4,11 +4,13 @@ import hashlib
 import shutil
 from pathlib import Path
 
+from svc.chat_template import pin_date, read_chat_template
 from svc.terminal import waiting
 
+TEMPLATE_FILE = "chat_template.jinja"
 SHIPPED_FILES = (
     "added_tokens.json",
-    "chat_template.jinja",
+    TEMPLATE_FILE,
     "chat_template.json",
     "generation_config.json",
     "merges.txt",
@@ -19,7 +21,8 @@ SHIPPED_FILES = (
     "vocab.json",
     "vocab.txt",
 )
-"""What a model has beside its weights and config, and what is made of it takes over byte for byte."""
+"""What a model has beside its weights and config, and what is made of it takes over byte for byte; of a chat template
+that writes today's date, all but that."""
 _HASHED = (".safetensors", ".json", ".jinja", ".model", ".txt")
 
 
@@ -45,6 +48,15 @@ def copy_shipped_files(model: Path, out: Path) -> None:
         (out / name).unlink(missing_ok=True)
         if (model / name).is_file():
             shutil.copyfile(model / name, out / name)
+    if pinned := pinned_template(model):
+        (out / TEMPLATE_FILE).write_text(pinned, "utf-8")
+
+
+def pinned_template(model: Path) -> str | None:
+    """What is served in place of a model's chat template: one that writes today's date; None where that is not so."""
+    template = read_chat_template(model) or ""
+    pinned = pin_date(template)
+    return pinned if pinned != template else None
 
 
 def hash_files(files: list[Path]) -> str:

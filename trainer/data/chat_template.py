@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from svc.chat_template import TemplateKwargs
+from svc.chat_template import TemplateKwargs, pin_date
 from svc.dataset.schema.example import ChatExample, Message
 from svc.dataset.schema.tokenized_example import TokenizedExample
 from svc.errors import BaseModelError, DataError
@@ -46,6 +46,8 @@ def load_tokenizer(folder: Path) -> "PreTrainedTokenizerBase":
         raise BaseModelError(
             f"{folder} has no chat template", expected="an instruction-tuned model", todo="choose another base"
         )
+    if isinstance(tokenizer.chat_template, str):
+        tokenizer.chat_template = pin_date(tokenizer.chat_template)
     return tokenizer
 
 

@@ -151,13 +151,13 @@ def _check_experts(model: Path, expert: str, *, on_cpu: bool) -> None:
         raise TrainingError(
             f"{expert!r} holds the experts of a mixture, and those of {family!r} cannot be quantized for the engine",
             expected=f"a mixture of experts of {' or '.join(_QUANTIZED_MIXTURES)}, or a model without experts",
-            todo="choose another base",
+            todo="leave gptq out: formats: [merged]; or choose another base",
         )
     if on_cpu and not torch.cpu._is_amx_tile_supported():
         raise TrainingError(
             f"{expert!r} holds the experts of a mixture, and the engine multiplies by experts in 4 bits on no such CPU",
             expected="a CPU with AMX, or a GPU",
-            todo="choose a base without experts, or train and serve on a GPU",
+            todo="leave gptq out: formats: [merged]; or train and serve on a GPU",
         )
 
 

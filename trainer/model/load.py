@@ -1,4 +1,4 @@
-"""The base model in the form that a method trains on. Imports torch and transformers."""
+"""The base model in the form that a recipe trains on. Imports torch and transformers."""
 
 from pathlib import Path
 
@@ -8,20 +8,21 @@ from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig, P
 from svc.engine.capabilities import NumberType
 from trainer.model.acceleration import Attention
 from trainer.model.attention import attention_implementation
-from trainer.recipe.sections import Method
+from trainer.recipe.sections import Quantization, Recipe
 
 
 def load_model(
     base: Path,
-    method: Method,
+    recipe: Recipe,
     attention: Attention = Attention.SDPA,
     *,
     number_type: NumberType,
 ) -> PreTrainedModel:
-    """The base model in the form that the method trains on.
+    """The base model in the form that the recipe trains on.
 
     Full fine-tuning steps on float32 weights, which the forward pass rounds to the number type: Adam's small steps
-    vanish in 16 bits. Frozen weights are in the number type, or for QLoRA in NF4, whose scales are quantized too.
+    vanish in 16 bits. Frozen weights are in the number type, or where the recipe says so in NF4, whose scales are
+    quantized too.
 
     Args:
         base: folder of the base model.
@@ -29,21 +30,21 @@ def load_model(
         attention: the fastest that the machine has.
     """
     quantization = None
-    if method is Method.QLORA:
+    if recipe.base_quantization is Quantization.NF4:
         quantization = BitsAndBytesConfig(
             load_in_4bit=True,
             bnb_4bit_quant_type="nf4",
             bnb_4bit_use_double_quant=True,
             bnb_4bit_compute_dtype=getattr(torch, number_type),
         )
-    dtype = torch.float32 if method is Method.FULL else getattr(torch, number_type)
+    dtype = torch.float32 if recipe.adapter_type is None else getattr(torch, number_type)
     implementation: str | None = attention.value
     if attention is Attention.SDPA:  # FlashAttention knows soft caps
         implementation = attention_implementation(AutoConfig.from_pretrained(base)) or implementation
     model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
         base, dtype=dtype, quantization_config=quantization, attn_implementation=implementation
     )
-    if method is Method.QLORA:
+    if quantization is not None:
         _keep_layout(model)
     return model
 

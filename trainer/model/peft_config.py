@@ -16,10 +16,8 @@ from svc.errors import RecipeError
 from trainer.model.adalora import rank_plan
 from trainer.model.experts import fused_experts
 from trainer.model.target_modules import linear_layers, target_modules
-from trainer.recipe.sections import Method, Recipe
+from trainer.recipe.sections import AdapterType, Method, Recipe
 from trainer.recipe.targets import Targets
-
-_FOR_EXPERTS = (Method.LORA, Method.QLORA)
 
 
 def add_adapter(model: PreTrainedModel, recipe: Recipe, steps: int) -> PreTrainedModel | PeftModel:
@@ -31,7 +29,7 @@ def add_adapter(model: PreTrainedModel, recipe: Recipe, steps: int) -> PreTraine
     Raises:
         RecipeError: no layer is what `adapter.targets` asks for, or the method cannot train the experts of a mixture.
     """
-    if recipe.method is Method.FULL:
+    if recipe.adapter_type is None:
         return model
     targets = target_modules(model, recipe.adapter.targets)
     experts = fused_experts(model) if recipe.adapter.targets is Targets.ALL_LINEAR else []
@@ -57,10 +55,10 @@ def _refuse_experts(recipe: Recipe, experts: list[str]) -> None:
         RecipeError: names the first of these experts.
     """
     named = f"{experts[0]!r} and {len(experts) - 1} others of this mixture of experts have one matrix for each expert"
-    if recipe.method not in _FOR_EXPERTS:
+    if recipe.adapter_type is not AdapterType.LORA:
         raise RecipeError(
-            f"{named}, and method {recipe.method} changes single matrices only",
-            expected=f"method {', '.join(_FOR_EXPERTS)} or {Method.FULL}",
+            f"{named}, and {recipe.adapter_type} changes single matrices only",
+            expected=f"method {Method.LORA}, {Method.QLORA} or {Method.FULL}",
             todo=f"set method to {Method.LORA}, or adapter.targets to {Targets.ATTENTION}, which leaves experts alone",
         )
     if recipe.adapter.dropout > 0:
@@ -96,15 +94,15 @@ def adapter_config(recipe: Recipe, targets: list[str] | str, steps: int, experts
     """
     adapter, common = recipe.adapter, {"target_modules": targets, "task_type": "CAUSAL_LM"}
     lora = common | {"lora_alpha": recipe.alpha, "lora_dropout": adapter.dropout}
-    match recipe.method:
-        case Method.VERA:
+    match recipe.adapter_type:
+        case AdapterType.VERA:
             return VeraConfig(
                 r=recipe.rank, vera_dropout=adapter.dropout, projection_prng_key=recipe.train.seed, **common
             )
-        case Method.ADALORA:
+        case AdapterType.ADALORA:
             return AdaLoraConfig(init_r=recipe.initial_rank, target_r=recipe.rank, **rank_plan(steps), **lora)
         case _:
-            dora = recipe.method is Method.DORA
+            dora = recipe.adapter_type is AdapterType.DORA
             parameters = list(experts) or None
             return LoraConfig(
                 r=recipe.rank, use_dora=dora, use_rslora=adapter.rslora, target_parameters=parameters, **lora

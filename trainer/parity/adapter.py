@@ -15,7 +15,7 @@ from peft import PeftModel
 from peft.tuners.lora.layer import ParamWrapper
 
 from trainer.export.verify_merge import adapted_tensors
-from trainer.recipe.sections import Method, Recipe
+from trainer.recipe.sections import AdapterType, Recipe
 
 _ROUNDING = 2.0**-8
 """Of bf16, whose fraction has eight bits with the hidden one: a sum that is rounded to it is off by half of that share
@@ -79,7 +79,7 @@ def _changes(model: PeftModel) -> Iterator[tuple[str, torch.Tensor, torch.Tensor
 
 def scale_of(adapter: Path, recipe: Recipe) -> tuple[float, float]:
     """By what an adapter's update is multiplied, as its config says and as the recipe does; 1 where none is given."""
-    if recipe.method in (Method.VERA, Method.ADALORA):
+    if recipe.adapter_type in (AdapterType.VERA, AdapterType.ADALORA):
         return 1.0, 1.0
     config = json.loads((adapter / "adapter_config.json").read_text("utf-8"))
     rooted = bool(config.get("use_rslora"))

@@ -10,7 +10,7 @@ from typing import Any
 from svc.errors import IntegrityError
 from svc.json_file import read_json_object
 from svc.registry.files import read_headers
-from trainer.base_model.content import SHIPPED_FILES
+from trainer.base_model.content import SHIPPED_FILES, TEMPLATE_FILE, pinned_template
 
 _MAY_DIFFER = {
     "_name_or_path",
@@ -25,7 +25,10 @@ _MAY_DIFFER = {
 
 def other_files(base: Path, folder: Path) -> list[str]:
     """Names of the files, of those that a model ships beside its weights, that are not the base's byte for byte."""
-    return [name for name in SHIPPED_FILES if _content(base / name) != _content(folder / name)]
+    shipped = {name: _content(base / name) for name in SHIPPED_FILES}
+    if pinned := pinned_template(base):
+        shipped[TEMPLATE_FILE] = pinned.encode("utf-8")
+    return [name for name, content in shipped.items() if content != _content(folder / name)]
 
 
 def _content(path: Path) -> bytes | None:

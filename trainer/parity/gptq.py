@@ -14,9 +14,9 @@ from typing import Any
 import torch
 from safetensors import safe_open
 
-MOST_OFF = 0.35
-"""Length of a layer's change as a share of its weights'. Measured: at most 0.16 over models, group sizes and layers;
-scales that are off by half change it by 0.5."""
+MOST_OFF = 0.45
+"""Length of a layer's change as a share of its weights'. Measured: 0.12 of tiny models, 0.24 of SmolLM2's worst layer
+with 32 samples and groups of 64. Scales that are off by half change a layer by 0.5."""
 _ZERO_POINT = 8  # symmetric four bits
 _IN_ONE_NUMBER = 8
 

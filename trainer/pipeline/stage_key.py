@@ -41,7 +41,8 @@ def stage_keys(recipe: Recipe, base: Base, examples: Examples) -> StageKeys:
     """
     said = recipe.model_dump(mode="json")
     measured = examples.heldout_fingerprint if recipe.stopping.measures else None
-    learnt = [said[key] for key in ("method", "chat_template_kwargs", "adapter", "train", "stopping")]
+    adapter = said["adapter"] | {"type": recipe.adapter_type}  # a method is a name for this and for the next
+    learnt = [adapter, recipe.base_quantization, *(said[key] for key in ("chat_template_kwargs", "train", "stopping"))]
     train = _key(base.revision, examples.train_fingerprint, measured, learnt)
     merge = _key(train)
     asked = {key: value for key, value in said["evaluate"].items() if key not in _LIMITS}

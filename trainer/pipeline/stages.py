@@ -24,6 +24,7 @@ from svc.disk import is_full, write_whole
 from svc.engine.capabilities import Capabilities, NumberType, read_capabilities
 from svc.engine.model_facts import ModelFacts, read_model_facts
 from svc.engine.probes import engine_facts
+from svc.engine.vllm.engine_args import given
 from svc.engine.vllm.folders import runtime_folder
 from svc.engine.vllm.launch import EngineSpec
 from svc.engine.vllm.plan import choose_dtype, explain_gptq_kernel
@@ -40,6 +41,7 @@ from svc.registry.parity import ParityReport
 from svc.registry.parity_page import PARITY_PAGE, parity_page
 from svc.registry.registry import HELDOUT_FILE, HELDOUT_TOKENS_FILE, REFERENCE_FOLDER, Registry, results_file
 from svc.settings import Settings
+from svc.store.scores import MOST_TOKENS
 from svc.terminal import console
 from svc.version import Format, VersionId
 from trainer.base_model.content import copy_shipped_files
@@ -57,13 +59,14 @@ from trainer.pipeline.reference import write_data_reference
 from trainer.pipeline.run_folder import Run
 from trainer.pipeline.stage_key import Stage
 from trainer.qualification import Launch, Qualified, Qualifier, check_gptq
-from trainer.recipe.sections import Method, Recipe
+from trainer.recipe.sections import Recipe
 from trainer.training.summary import TrainingData, TrainingSummary
 
 log = logging.getLogger(__name__)
 
 _SCORED = "with the end of an answer"
 """What a log-likelihood of the evaluation cache is of: older releases left it out."""
+_SCORED_AT_ONCE = f"--max-num-batched-tokens={MOST_TOKENS}"
 _SPARE_BYTES = 200_000_000  # logs, results, the tracking database
 
 
@@ -174,7 +177,7 @@ class Pipeline:
     @property
     def _full(self) -> bool:
         """Whether there is no adapter: training writes the whole model."""
-        return self.recipe.method is Method.FULL
+        return self.recipe.adapter_type is None
 
     def _stages(self) -> dict[Stage, "_Step"]:
         """The stages that the recipe's formats need: merging and quantizing write no more than the base has.
@@ -457,6 +460,8 @@ class Pipeline:
         home, engine = self.settings.home, self.settings.engine
         # No more keys and values than an evaluation uses: to fill 3 GiB with zeros takes 4 s of each start.
         sequences = min(engine.max_concurrency, CONCURRENCY)
+        # vLLM makes logits of all tokens of a step that are scored, and does not budget the memory for them.
+        scored = [] if given(engine.args, "--max-num-batched-tokens") is not None else [_SCORED_AT_ONCE]
         spec = EngineSpec(
             model=model,
             served_name=self.recipe.name,
@@ -465,7 +470,7 @@ class Pipeline:
             log=self.run.folder / "engine.log",
             cache=home / "cache" / "vllm",
             capabilities=self.capabilities,
-            settings=engine.model_copy(update={"max_concurrency": sequences}),
+            settings=engine.model_copy(update={"max_concurrency": sequences, "args": (*engine.args, *scored)}),
             template_kwargs=self._template_kwargs,
         )
         return EngineProcess(spec)

@@ -78,8 +78,28 @@ class Data(_Section):
     limit: Annotated[int, Field(ge=2)] | None = Field(None, description="train on so many examples only; default all")
 
 
+class AdapterType(StrEnum):
+    """How an adapter changes a layer."""
+
+    LORA = "lora"
+    """A low-rank update beside frozen weights (Hu et al. 2021)."""
+    DORA = "dora"
+    """LoRA for the direction, and a magnitude for each output (Liu et al. 2024)."""
+    ADALORA = "adalora"
+    """LoRA whose ranks are shared out between layers while it trains (Zhang et al. 2023)."""
+    VERA = "vera"
+    """Two vectors a layer beside random matrices that all layers share (Kopiczko et al. 2023)."""
+
+
+class Quantization(StrEnum):
+    """In which form the frozen weights are kept while an adapter trains beside them."""
+
+    NF4 = "nf4"
+    """Four bits, with quantized scales (Dettmers et al. 2023)."""
+
+
 class Method(StrEnum):
-    """What of the model is trained, and in which form."""
+    """The customary name of an adapter's type and the base's quantization together, or of training all weights."""
 
     FULL = "full"
     """Every weight."""
@@ -98,6 +118,9 @@ class Method(StrEnum):
 class Adapter(_Section):
     """The adapter; nothing of it is used by `method: full`."""
 
+    type: AdapterType | None = Field(
+        None, description="how it changes a layer: lora, dora, adalora or vera; default as `method` says"
+    )
     rank: Annotated[int, Field(ge=1, le=1024)] | None = Field(
         None, description="width of the update: more learns more, and costs more memory; default 16, for vera 256"
     )
@@ -224,7 +247,10 @@ class Qualify(_Section):
 
 # Held-out loss after 240 examples of the section task (SmolLM2-135M, 15 steps): lora 0.45; full 0.43; adalora 0.37, at
 # 2e-3 2.52; vera 0.36, at 2e-2 0.73. Their vectors start at or near 0, and Adam moves each by no more than the rate.
-_LEARNING_RATES = {Method.FULL: 5e-5, Method.ADALORA: 1e-2, Method.VERA: 6e-2}
+_LEARNING_RATES = {None: 5e-5, AdapterType.ADALORA: 1e-2, AdapterType.VERA: 6e-2}
+_ADAPTER_TYPES = {Method.FULL: None, Method.QLORA: AdapterType.LORA} | {
+    method: AdapterType(method) for method in Method if method not in (Method.FULL, Method.QLORA)
+}
 
 
 class Recipe(_Section):
@@ -232,7 +258,14 @@ class Recipe(_Section):
 
     name: str = Field(pattern=NAME_PATTERN, description="the model's name for clients")
     base: str = Field(min_length=1, description="known id, hub id, NAME@N, local folder or GGUF file")
-    method: Method = Field(Method.LORA, description="full, lora, qlora, dora, adalora or vera")
+    method: Method = Field(
+        Method.LORA,
+        description="full, lora, qlora, dora, adalora or vera; or leave it out and say `adapter.type` and "
+        "`quantization`, as for QDoRA",
+    )
+    quantization: Quantization | None = Field(
+        None, description="nf4: the frozen weights in 4 bits while it trains; default as `method` says"
+    )
     chat_template_kwargs: dict[str, TemplateValue] | None = Field(
         None,
         description="given to the base's chat template in training, evaluation and serving; default: "
@@ -276,21 +309,30 @@ class Recipe(_Section):
         return self
 
     @model_validator(mode="after")
+    def _says_one_thing(self) -> "Recipe":
+        meant, said = _ADAPTER_TYPES[self.method], self.adapter.type
+        if "method" in self.model_fields_set and meant and said and said is not meant:
+            raise ValueError(f"method {self.method} means adapter.type {meant}, and adapter.type is {said}")
+        if self.method is Method.FULL and self.quantization:
+            raise ValueError(f"quantization {self.quantization} keeps weights frozen, and method full trains them all")
+        return self
+
+    @model_validator(mode="after")
     def _fits_method(self) -> "Recipe":
         """A key that the method has no use for would be believed to have one."""
         given = self.adapter.model_fields_set
-        match self.method:
-            case Method.FULL:
+        match self.adapter_type:
+            case None:
                 unused = given
-            case Method.VERA:
+            case AdapterType.VERA:
                 unused = given & {"alpha", "rslora", "initial_rank"}
-            case Method.ADALORA:
+            case AdapterType.ADALORA:
                 unused = given & {"rslora"}
             case _:
                 unused = given & {"initial_rank"}
         if unused:
-            raise ValueError(f"adapter.{min(unused)} means nothing for method {self.method}")
-        if self.method is Method.ADALORA and self.initial_rank <= self.rank:
+            raise ValueError(f"adapter.{min(unused)} means nothing for {self.adapter_type or f'method {self.method}'}")
+        if self.adapter_type is AdapterType.ADALORA and self.initial_rank <= self.rank:
             raise ValueError(f"adapter.initial_rank {self.initial_rank} is not above the final rank {self.rank}")
         return self
 
@@ -298,11 +340,12 @@ class Recipe(_Section):
         """What decides the result, by dotted key, as text; keys that were left to the method with what it chose."""
         sections = self.model_dump(mode="json", exclude={"checkpoints", "data"})
         chosen: dict[str, Any] = {"train.learning_rate": self.learning_rate}
-        if self.method is Method.FULL:
+        if self.adapter_type is None:
             sections.pop("adapter")
         else:
-            chosen |= {"adapter.rank": self.rank, "adapter.alpha": self.alpha}
-        if self.method is Method.ADALORA:
+            chosen |= {"adapter.type": self.adapter_type, "adapter.rank": self.rank, "adapter.alpha": self.alpha}
+            chosen |= {"quantization": self.base_quantization}
+        if self.adapter_type is AdapterType.ADALORA:
             chosen["adapter.initial_rank"] = self.initial_rank
         keys: dict[str, Any] = {}
         for name, section in sections.items():
@@ -314,14 +357,25 @@ class Recipe(_Section):
         return {key: str(value) for key, value in (keys | chosen).items()}
 
     @property
+    def adapter_type(self) -> AdapterType | None:
+        """As `adapter.type` says, else as the method does; None where every weight is trained."""
+        meant = _ADAPTER_TYPES[self.method]
+        return meant and (self.adapter.type or meant)
+
+    @property
+    def base_quantization(self) -> Quantization | None:
+        """Of the frozen weights while it trains."""
+        return self.quantization or (Quantization.NF4 if self.method is Method.QLORA else None)
+
+    @property
     def learning_rate(self) -> float:
-        """The recipe's, or the method's default."""
-        return self.train.learning_rate or _LEARNING_RATES.get(self.method, 5e-4)
+        """The recipe's, or the default of what is trained."""
+        return self.train.learning_rate or _LEARNING_RATES.get(self.adapter_type, 5e-4)
 
     @property
     def rank(self) -> int:
-        """The adapter's, or the method's default."""
-        return self.adapter.rank or (256 if self.method is Method.VERA else 16)
+        """The adapter's, or its type's default."""
+        return self.adapter.rank or (256 if self.adapter_type is AdapterType.VERA else 16)
 
     @property
     def alpha(self) -> int:

@@ -6,7 +6,7 @@ Imports torch.
 import torch
 
 from svc.errors import TrainingError
-from trainer.recipe.sections import Method, Recipe
+from trainer.recipe.sections import Recipe
 
 
 def out_of_memory(recipe: Recipe, error: Exception, *, checkpointing: bool) -> TrainingError | None:
@@ -37,8 +37,8 @@ def cheaper(recipe: Recipe, *, checkpointing: bool) -> str:
         )
     if not checkpointing:
         return "set train.gradient_checkpointing to true: slower by a third, and the result is the same"
-    if recipe.method not in (Method.QLORA, Method.FULL):
-        return "set method to qlora: the frozen weights take a quarter of the memory, or less"
-    if recipe.method is Method.FULL:
+    if recipe.adapter_type is not None and recipe.base_quantization is None:
+        return "set quantization to nf4: the frozen weights take a quarter of the memory, or less"
+    if recipe.adapter_type is None:
         return "set method to lora: an optimizer's state for all weights is what takes most"
     return f"set train.max_length to {train.max_length // 2} and drop the longer examples, or use a smaller base model"

@@ -36,7 +36,7 @@ from trainer.model.adalora import RankAllocation
 from trainer.model.attention import takes_flash_attention
 from trainer.model.load import load_model
 from trainer.model.peft_config import add_adapter
-from trainer.recipe.sections import Method, Recipe
+from trainer.recipe.sections import AdapterType, Recipe
 from trainer.training.arguments import checkpoints_layers, count_steps, training_arguments
 from trainer.training.checkpoints import CheckpointFolder
 from trainer.training.out_of_memory import out_of_memory
@@ -182,14 +182,14 @@ def _build_trainer(
         if not acceleration.padding_free:
             collator = partial(collate_packed, pad_token=tokenizer.pad_token_id or tokenizer.eos_token_id)
     set_seed(recipe.train.seed)  # the adapter's start
-    model = load_model(base, recipe.method, acceleration.attention, number_type=number_type)
+    model = load_model(base, recipe, acceleration.attention, number_type=number_type)
     steps = count_steps(len(dataset), recipe)
     model = add_adapter(model, recipe, steps)
     trainer = ResumableTrainer(
         checkpoints=CheckpointFolder(checkpoints, recipe.checkpoints.keep),
         number_type=number_type,
         heldout=[training_row(row) for row in heldout],
-        allocation=RankAllocation(model) if recipe.method is Method.ADALORA else None,
+        allocation=RankAllocation(model) if recipe.adapter_type is AdapterType.ADALORA else None,
         preemption=asked,
         model=model,
         args=training_arguments(recipe, out, acceleration, steps, number_type),
@@ -212,7 +212,7 @@ def _build_trainer(
 
 def _save(trainer: ResumableTrainer, recipe: Recipe, tokenizer: PreTrainedTokenizerBase, out: Path) -> None:
     model = trainer.model
-    if recipe.method is Method.FULL:
+    if recipe.adapter_type is None:
         model = model.to(torch.bfloat16)
     with warnings.catch_warnings():
         # AdaLoRA may leave a layer no rank; PEFT takes its empty tensors for shards that were not gathered.

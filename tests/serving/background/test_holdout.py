@@ -15,8 +15,10 @@ from sqlalchemy.orm import Session
 from serving.background import holdout
 from serving.background.holdout import HoldoutRuns
 from serving.background.scheduler import ID_PREFIX, BackgroundScheduler
+from svc.dataset.schema.tokenized_example import TokenizedExample
 from svc.engine.probes import EngineFacts
 from svc.engine.state import EngineState
+from svc.registry.registry import Registry
 from svc.settings import HoldoutSettings, SwapChoice
 from svc.store.holdouts import (
     HoldoutCause,
@@ -156,6 +158,26 @@ async def test_of_very_many_examples_some_are_asked(make: Make, monkeypatch: pyt
         chats = [body for body in control.double.requests if "messages" in body]
     assert (run.places, run.hits, len(run.nll)) == ((0, 2), (True, False), 2)
     assert [body["messages"] for body in chats] == [[m.as_dict() for m in HELDOUT[at].prompt] for at in (0, 2)]
+
+
+async def test_an_example_of_more_tokens_than_can_be_scored_is_left_out(
+    make: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first, second, third = map(tokenized, HELDOUT)
+    long = TokenizedExample(second.input_ids + (1,) * holdout.MOST_TOKENS, second.learnt)
+    monkeypatch.setattr(Registry, "heldout_tokens", lambda self, version: (first, long, third))
+    async with asked(make, tokens=True) as (control, _):
+        assert (await run_of(control, target(1))).places == (0, 2)
+
+
+async def test_where_no_example_can_be_scored_nothing_is_asked_and_that_is_said(
+    make: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(holdout, "MOST_TOKENS", 1)
+    async with asked(make, tokens=True) as (control, runs):
+        await until(lambda: runs.status(target(1))["reason"])
+        assert "more than 1 tokens" in runs.status(target(1))["reason"]
+        assert rows(control) == []
 
 
 @pytest.mark.parametrize(("total", "most"), [(1000, 200), (201, 200), (399, 200), (200, 200), (5, 200), (1, 1)])

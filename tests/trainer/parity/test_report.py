@@ -132,6 +132,16 @@ def test_a_right_version_passes_every_check(tmp_path: Path, tiny_base: Path, sec
     assert {check.name.partition(":")[0] for check in report.checks} == {"merged", "gptq", "merge"}
 
 
+def test_a_template_that_writes_todays_date_is_served_with_a_fixed_one(tmp_path: Path, tiny_base: Path) -> None:
+    base = shutil.copytree(tiny_base, tmp_path / "base")
+    template = base / "chat_template.jinja"
+    template.write_text("{{ strftime_now('%Y') }} " + template.read_text())
+    version = make_version(tmp_path, base)
+    assert version.report().failed == ()
+    for folder in (version.merged, version.gptq):
+        assert (folder / "chat_template.jinja").read_text().startswith('{{ "2024" }} ')
+
+
 @pytest.fixture
 def version(tmp_path: Path, tiny_base: Path) -> Version:
     base = shutil.copytree(tiny_base, tmp_path / "base")

@@ -57,6 +57,19 @@ def test_another_training_is_another_run(change: dict[str, Any]) -> None:
     assert folder(make_recipe(**change)) != folder(make_recipe())
 
 
+@pytest.mark.parametrize(
+    ("method", "said"),
+    [
+        ({"method": "lora"}, {}),
+        ({"method": "dora"}, {"adapter": {"type": "dora"}}),
+        ({"method": "qlora"}, {"quantization": "nf4"}),
+        ({"method": "qlora"}, {"method": "lora", "quantization": "nf4"}),
+    ],
+)
+def test_a_method_and_what_it_means_are_the_same_run(method: dict[str, Any], said: dict[str, Any]) -> None:
+    assert folder(make_recipe(**method)) == folder(make_recipe(**said))
+
+
 def test_another_base_is_another_run() -> None:
     assert folder(make_recipe(), base=replace(BASE, revision="sha256:9")) != folder(make_recipe())
 

@@ -226,3 +226,42 @@ def test_any_set_is_taken_or_refused(tmp_path_factory: pytest.TempPathFactory, o
         load_recipe(path, (override,))
     except RecipeError as error:
         assert error.wrong  # noqa: PT017 - either outcome is right
+
+
+@pytest.mark.parametrize(
+    ("sections", "kind", "quantization"),
+    [
+        ({}, "lora", None),
+        ({"method": "qlora"}, "lora", "nf4"),
+        ({"method": "full"}, None, None),
+        ({"adapter": {"type": "dora"}, "quantization": "nf4"}, "dora", "nf4"),
+        ({"method": "vera", "adapter": {"type": "vera"}}, "vera", None),
+        ({"method": "qlora", "adapter": {"type": "lora"}}, "lora", "nf4"),
+    ],
+    ids=str,
+)
+def test_a_method_is_a_name_for_an_adapters_type_and_a_quantization(
+    write: Write, sections: dict[str, Any], kind: str | None, quantization: str | None
+) -> None:
+    recipe = load_recipe(write(**sections))
+    assert (recipe.adapter_type, recipe.base_quantization) == (kind, quantization)
+
+
+@pytest.mark.parametrize(
+    ("sections", "told"),
+    [
+        (
+            {"method": "vera", "adapter": {"type": "dora"}},
+            "means adapter.type vera, and adapter.type is dora",
+        ),
+        ({"method": "full", "adapter": {"type": "lora"}}, "adapter.type means nothing for method full"),
+        ({"method": "full", "quantization": "nf4"}, "keeps weights frozen, and method full trains them all"),
+        ({"adapter": {"type": "vera", "alpha": 3}}, "adapter.alpha means nothing for vera"),
+        ({"formats": []}, "'formats' is []"),
+        ({"formats": ["gptq", "gptq"]}, "formats names one twice"),
+        ({"method": "full", "formats": ["adapter"]}, "formats names adapter, and method full trains none"),
+    ],
+    ids=str,
+)
+def test_two_keys_that_contradict_each_other_are_refused(write: Write, sections: dict[str, Any], told: str) -> None:
+    assert told in refusal(write(**sections))

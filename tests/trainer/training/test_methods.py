@@ -20,7 +20,7 @@ from trainer.export.merge import merge_adapter, unused_modules
 from trainer.export.verify_merge import verify_full
 from trainer.model.load import load_model
 from trainer.model.peft_config import adapter_config, load_adapter
-from trainer.recipe.sections import Method, Recipe
+from trainer.recipe.sections import AdapterType, Method, Recipe
 from trainer.training.sft import train_model
 from trainer.training.summary import TrainingData, TrainingSummary
 
@@ -98,8 +98,27 @@ def test_full_fine_tuning_writes_bf16(trained: Trained) -> None:
     assert {weight.dtype for weight in weights.values()} == {torch.bfloat16}
 
 
+@pytest.mark.parametrize("kind", [AdapterType.DORA, AdapterType.ADALORA, AdapterType.VERA])
+def test_every_type_of_adapter_learns_beside_weights_in_four_bits(
+    kind: AdapterType, tiny_base: Path, examples: list[ChatExample], tmp_path: Path
+) -> None:
+    """QDoRA and the like: no method has their name."""
+    rate = 0.1 if kind is AdapterType.VERA else 2e-2
+    made = make_recipe(
+        adapter={"type": kind, "rank": 4},
+        quantization="nf4",
+        train={"batch_size": 4, "epochs": 8, "learning_rate": rate},
+    )
+    adapter = tmp_path / "adapter"
+    summary = train_model(
+        tiny_base, TrainingData(examples), made, adapter, tmp_path / "checkpoints", number_type=NumberType.FLOAT32
+    )
+    assert summary.loss_curve[-1].loss < summary.loss_curve[0].loss - 0.2
+    assert merge_adapter(tiny_base, adapter, tmp_path / "merged").modules > 0
+
+
 def test_qlora_trains_on_four_bits(tiny_base: Path) -> None:
-    layer = load_model(tiny_base, Method.QLORA, number_type=NumberType.BFLOAT16).model.layers[0].mlp.up_proj
+    layer = load_model(tiny_base, recipe(Method.QLORA), number_type=NumberType.BFLOAT16).model.layers[0].mlp.up_proj
     assert layer.weight.quant_state.quant_type == "nf4"
     assert layer.weight.quant_state.nested
     assert layer.compute_dtype is torch.bfloat16
@@ -176,7 +195,7 @@ def test_measuring_held_out_loss_changes_nothing_in_qlora(
 
 def test_qlora_computes_in_the_type_that_was_asked_for(tiny_base: Path) -> None:
     for number_type in NumberType:
-        model = load_model(tiny_base, Method.QLORA, number_type=number_type).model
+        model = load_model(tiny_base, recipe(Method.QLORA), number_type=number_type).model
         assert model.layers[0].mlp.up_proj.compute_dtype is getattr(torch, number_type)
         assert model.embed_tokens.weight.dtype is getattr(torch, number_type)
 
@@ -231,8 +250,8 @@ def test_rslora_scales_by_the_root_of_the_rank(tiny_base: Path) -> None:
     ("method", "adapter", "told"),
     [
         ("full", {"rank": 8}, "adapter.rank means nothing for method full"),
-        ("vera", {"alpha": 8}, "adapter.alpha means nothing for method vera"),
-        ("lora", {"initial_rank": 8}, "adapter.initial_rank means nothing for method lora"),
+        ("vera", {"alpha": 8}, "adapter.alpha means nothing for vera"),
+        ("lora", {"initial_rank": 8}, "adapter.initial_rank means nothing for lora"),
         ("adalora", {"rank": 8, "initial_rank": 8}, "initial_rank 8 is not above the final rank 8"),
     ],
 )
