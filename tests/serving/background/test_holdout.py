@@ -27,6 +27,7 @@ from svc.store.holdouts import (
     add_holdout_run,
     newest_holdout_run,
 )
+from svc.store.scores import MOST_TOKENS
 from svc.store.swaps import SwapOutcome
 from svc.store.tables import HoldoutRunRow
 from svc.version import Target
@@ -164,7 +165,7 @@ async def test_an_example_of_more_tokens_than_can_be_scored_is_left_out(
     make: Make, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     first, second, third = map(tokenized, HELDOUT)
-    long = TokenizedExample(second.input_ids + (1,) * holdout.MOST_TOKENS, second.learnt)
+    long = TokenizedExample(second.input_ids + (1,) * MOST_TOKENS, second.learnt)
     monkeypatch.setattr(Registry, "heldout_tokens", lambda self, version: (first, long, third))
     async with asked(make, tokens=True) as (control, _):
         assert (await run_of(control, target(1))).places == (0, 2)
