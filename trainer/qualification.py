@@ -20,7 +20,7 @@ from svc.errors import TrainingError
 from svc.evaluation.evaluator import Evaluation, EvaluationReport, evaluate
 from svc.evaluation.metrics import Estimate, mean, paired_difference
 from svc.evaluation.results import ExampleResult, token_weights
-from svc.evaluation.throughput import STREAMS, decoding_speed, first_token_seconds, tokens_per_second
+from svc.evaluation.throughput import STREAMS, decoding_speed, first_token_seconds
 from svc.evaluation.token_scores import Scores, score_on_engine
 from svc.registry.parity import Speed
 from svc.terminal import advancing, console, counting, waiting
@@ -128,13 +128,12 @@ class Qualifier:
         client, options = engine.client, self._recipe.qualify
         loads = [await self._load(client, folder) for _ in range(_LOADS)]
         judged = await self._judge(client, text)
-        with waiting(f"probes and speed of {text}"):
-            picked = self._tokenized[:: self._stride()]
-            speed = await tokens_per_second(client, [example.prompt for example in picked])
+        picked = self._tokenized[:: self._stride()]
+        with waiting(f"probes of {text}"):
             sequences = choose_sequences([(example.prompt, example.answer) for example in picked], options.probes)
             measured = await measure_probes(client, sequences, repeats=options.repeats)
             probes = make_probes(sequences, measured, self._facts(folder))
-        with waiting(f"parity of {text}"):
+        with waiting(f"speed and parity of {text}"):
             reading = await self._read(engine, [example.prompt for example in picked], mean(loads))
         if options.restart:
             await engine.stop()
@@ -143,8 +142,8 @@ class Qualifier:
             evaluation=judged.report,
             results=judged.results,
             probes=probes,
-            load_seconds=loads[0],
-            tokens_per_second=speed,
+            load_seconds=reading.speed.load_seconds.value,
+            tokens_per_second=reading.speed.tokens_per_second[STREAMS].value,
             reading=reading,
         )
 

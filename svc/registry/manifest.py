@@ -54,7 +54,7 @@ class FormatRecord(_Record):
         fingerprint: versions with the same one can replace each other in a running engine.
         evaluation: on the engine; None for a format that was not served.
         load_seconds: reload in place into a running engine.
-        tokens_per_second: decoded, over 8 streams.
+        tokens_per_second: decoded, over 8 streams; of versions of older releases with the reading of their prompts.
     """
 
     files: tuple[FileRecord, ...]

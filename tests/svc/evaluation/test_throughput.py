@@ -1,20 +1,33 @@
 """Speed is measured under the same conditions each time."""
 
-from svc.evaluation.throughput import STREAMS, TOKENS, tokens_per_second
+import pytest
+
+from svc.evaluation.throughput import REPEATS, TOKENS, decoding_speed, first_token_seconds
 from tests.serving.engine_double import EngineDouble
 from tests.svc.engine.in_process import client_of
 
 
-async def test_every_stream_generates_its_tokens_from_a_cold_cache() -> None:
+@pytest.mark.parametrize("streams", [1, 8])
+async def test_every_stream_generates_its_tokens_of_a_prompt_that_was_read_before(streams: int) -> None:
     double = EngineDouble(tokens=TOKENS)
     async with client_of(double) as client:
-        assert await tokens_per_second(client, [[1, 2], [3, 4], [5, 6]]) > 0
-    assert double.calls[0] == "/reset_prefix_cache"
-    assert [body["max_tokens"] for body in double.requests] == [TOKENS] * STREAMS
-    assert {tuple(body["prompt"]) for body in double.requests} == {(1, 2), (3, 4), (5, 6)}
+        speed = await decoding_speed(client, [[1, 2], [3, 4], [5, 6]], streams)
+    assert 0 < speed.low <= speed.value <= speed.high
+    assert [body["max_tokens"] for body in double.requests] == [1] * streams + [TOKENS] * streams * REPEATS
+    read = {tuple(body["prompt"]) for body in double.requests[:streams]}
+    assert {tuple(body["prompt"]) for body in double.requests[streams:]} == read
+    assert "/reset_prefix_cache" not in double.calls
 
 
 async def test_a_slower_engine_has_fewer_tokens_a_second() -> None:
     async with client_of(EngineDouble(tokens=TOKENS, token_delay_s=0.004)) as client:
-        speed = await tokens_per_second(client, [[1, 2]])
-    assert speed <= STREAMS / 0.004
+        speed = await decoding_speed(client, [[1, 2]], 8)
+    assert speed.high <= 8 / 0.004
+
+
+async def test_the_first_token_is_waited_for_from_a_cold_cache_each_time() -> None:
+    double = EngineDouble(token_delay_s=0.01)
+    async with client_of(double) as client:
+        seconds = await first_token_seconds(client, [1, 2])
+    assert seconds.low >= 0.01
+    assert double.calls == ["/reset_prefix_cache", "/v1/completions"] * REPEATS
