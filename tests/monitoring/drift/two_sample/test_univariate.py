@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from numpy.typing import NDArray
-from scipy.stats import binom, ks_2samp
+from scipy.stats import binom, fisher_exact, ks_2samp
 
 from monitoring.drift.features.sample import NO, NOT_THERE, YES, Floats, Names
 from monitoring.drift.two_sample.univariate import (
@@ -17,6 +17,7 @@ from monitoring.drift.two_sample.univariate import (
     compare_numbers,
     compare_shares,
     false_discovery_rates,
+    fisher,
     number_stability,
 )
 
@@ -230,3 +231,13 @@ def test_a_stability_beyond_chance_is_about_zero_where_nothing_moved() -> None:
     found = [number_stability(generator.normal(size=200), generator.normal(size=50)) for _ in range(200)]
     assert np.mean([one.index for one in found]) == pytest.approx(found[0].by_chance, rel=0.15)
     assert np.median([one.beyond_chance for one in found]) < 0.02
+
+
+counts = st.integers(1, 3_000).flatmap(lambda size: st.tuples(st.integers(0, size), st.just(size)))
+
+
+@given(counts, counts)
+def test_fishers_test_is_scipys(first: tuple[int, int], second: tuple[int, int]) -> None:
+    (ones, size), (others, other_size) = first, second
+    expected = fisher_exact([[ones, size - ones], [others, other_size - others]]).pvalue
+    assert fisher(ones, size, others, other_size) == pytest.approx(float(expected), rel=1e-7, abs=1e-300)
