@@ -123,8 +123,7 @@ async def ask_example(
 
 def _is_reference(answer: Answer, tokenized: TokenizedExample) -> bool:
     """Whether the model gave the reference token by token, so that the answer's log-probability is the reference's."""
-    ((_, end),) = tokenized.learnt[-1:]
-    whole = len(tokenized.learnt) == 1 and end == len(tokenized.input_ids)
+    whole = len(tokenized.learnt) == 1 and tokenized.learnt[0][1] == len(tokenized.input_ids)
     return whole and answer.token_ids == tokenized.answer and len(answer.logprobs) == len(answer.token_ids)
 
 
@@ -134,10 +133,8 @@ async def score(client: EngineClient, tokenized: TokenizedExample) -> float:
     Raises:
         EngineError: the engine refused, or gave no finite number.
     """
-    first = tokenized.learnt[0][0]
-    logprobs = await client.logprobs(tokenized.input_ids, first)
-    learnt = [logprob for start, end in tokenized.learnt for logprob in logprobs[start - first : end - first]]
-    return _finite(statistics.fmean(learnt))
+    logprobs = await client.logprobs(tokenized.input_ids, tokenized.learnt[0][0])
+    return _finite(statistics.fmean(tokenized.of_learnt(logprobs)))
 
 
 async def tokenize_bare(client: EngineClient, example: ChatExample) -> TokenizedExample:

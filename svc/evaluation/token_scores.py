@@ -43,16 +43,6 @@ def choose_examples(tokenized: Sequence[TokenizedExample]) -> list[TokenizedExam
     return chosen
 
 
-def learnt(example: TokenizedExample, scores: Sequence[TokenScore]) -> tuple[TokenScore, ...]:
-    """Those of the tokens that are learnt.
-
-    Args:
-        scores: of all tokens from the first learnt one on.
-    """
-    first = example.learnt[0][0]
-    return tuple(score for start, end in example.learnt for score in scores[start - first : end - first])
-
-
 async def score_on_engine(client: EngineClient, examples: Sequence[TokenizedExample]) -> Scores:
     """What the engine finds of the examples' answers, one example after the other.
 
@@ -62,5 +52,5 @@ async def score_on_engine(client: EngineClient, examples: Sequence[TokenizedExam
     found = []
     for example in examples:
         scores = await client.likeliest(example.input_ids, example.learnt[0][0])
-        found.append(learnt(example, [TokenScore(*score) for score in scores]))
+        found.append(tuple(example.of_learnt([TokenScore(*score) for score in scores])))
     return tuple(found)

@@ -77,11 +77,13 @@ def _changes(model: PeftModel) -> Iterator[tuple[str, torch.Tensor, torch.Tensor
         yield f"{tensor}.weight", base, change
 
 
-def scale_of(adapter: Path, recipe: Recipe) -> tuple[float, float]:
-    """By what an adapter's update is multiplied, as its config says and as the recipe does; 1 where none is given."""
-    if recipe.adapter_type in (AdapterType.VERA, AdapterType.ADALORA):
-        return 1.0, 1.0
+def scale_of(adapter: Path, recipe: Recipe) -> tuple[float, float] | None:
+    """By what an adapter's update is multiplied, as its config says and as the recipe does; None of VeRA."""
+    if recipe.adapter_type is AdapterType.VERA:
+        return None
     config = json.loads((adapter / "adapter_config.json").read_text("utf-8"))
+    if recipe.adapter_type is AdapterType.ADALORA:  # each layer's is divided by the rank that it has in the end
+        return config["lora_alpha"], recipe.alpha
     rooted = bool(config.get("use_rslora"))
     said = config["lora_alpha"] / (config["r"] ** 0.5 if rooted else config["r"])
     return said, recipe.alpha / (recipe.rank**0.5 if recipe.adapter.rslora else recipe.rank)

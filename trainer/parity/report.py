@@ -140,15 +140,18 @@ def _compare(
     return checks, differences
 
 
-def _check_adapter(applied: adapter_parity.Applied, scale: tuple[float, float]) -> list[ParityCheck]:
+def _check_adapter(applied: adapter_parity.Applied, scale: tuple[float, float] | None) -> list[ParityCheck]:
     once = applied.lowest >= 1 - _ONCE and applied.highest <= 1 + _ONCE
     found = f"{applied.lowest:.3f} to {applied.highest:.3f} times, by module"
     off = f"{1 - applied.off:.4%} of the weights are the sum, in {applied.module or 'all'}"
-    return [
+    checks = [
         _check("merge: the adapter is applied once", once, found, f"1 within {_ONCE}"),
         _check("merge: base plus adapter", applied.off <= _NOT_THE_SUM, off, f"at least {1 - _NOT_THE_SUM:.1%}"),
-        _check("merge: scale", scale[0] == scale[1], f"{scale[0]:g}", f"{scale[1]:g}, of the recipe"),
     ]
+    if scale is not None:
+        written, wanted = scale
+        checks.append(_check("merge: scale", written == wanted, f"{written:g}", f"{wanted:g}, of the recipe"))
+    return checks
 
 
 def _check_served(floor: Differences, served: Differences) -> list[ParityCheck]:

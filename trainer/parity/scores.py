@@ -11,7 +11,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from svc.dataset.schema.tokenized_example import TokenizedExample
 from svc.engine.capabilities import NumberType
-from svc.evaluation.token_scores import Scores, TokenScore, learnt
+from svc.evaluation.token_scores import Scores, TokenScore
 from trainer.model.attention import attention_implementation
 
 
@@ -33,7 +33,7 @@ def score(model: torch.nn.Module, examples: Sequence[TokenizedExample]) -> Score
         model: takes token ids, and `logits_to_keep` as transformers' models do.
     """
     device = next(model.parameters()).device
-    return tuple(learnt(example, _score(model, example, device)) for example in examples)
+    return tuple(tuple(example.of_learnt(_score(model, example, device))) for example in examples)
 
 
 def _score(model: torch.nn.Module, example: TokenizedExample, device: torch.device) -> list[TokenScore]:

@@ -329,7 +329,7 @@ class Pipeline:
 
     def _register(self) -> Registered:
         failed = self._check()
-        manifest, qualified = self._published() or self._publish(failed), self._qualified()
+        manifest, qualified = self._published(failed) or self._publish(failed), self._qualified()
         figures = {f"exact_match_{format}": str(found.evaluation.exact_match) for format, found in qualified.items()}
         self.registry.tracking.annotate(
             manifest.id,
@@ -375,7 +375,7 @@ class Pipeline:
         if len(qualified) == 2:
             check_gptq(qualified[Format.MERGED], qualified[Format.GPTQ], self.recipe.evaluate)
 
-    def _published(self) -> Manifest | None:
+    def _published(self, failed: tuple[str, ...]) -> Manifest | None:
         """What a try published that was cut off before it could say so."""
         run_id = self._tracking_run()
         for made in reversed(self.registry.versions(self.recipe.name)):
@@ -384,7 +384,7 @@ class Pipeline:
             except IntegrityError:
                 log.warning("%s cannot be read", made, exc_info=True)  # it is damaged, and not what was made here
                 continue
-            if manifest.tracking_run == run_id and self._made(manifest):
+            if manifest.tracking_run == run_id and manifest.failed == failed and self._made(manifest):
                 return manifest
         return None
 

@@ -4,15 +4,16 @@ Written once, by the trainer: training, evaluation and every later run of the he
 loss and a log-likelihood speak of the same tokens. Knows no tokenizer.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from svc.errors import IntegrityError
 
+Value = TypeVar("Value")
 Place = Annotated[int, Field(ge=0)]
 
 
@@ -37,6 +38,15 @@ class TokenizedExample:
     def answer(self) -> tuple[int, ...]:
         """The last answer that is learnt, with the token that ends it."""
         return self.input_ids[slice(*self.learnt[-1])]
+
+    def of_learnt(self, values: Sequence[Value]) -> list[Value]:
+        """Those that belong to tokens that are learnt.
+
+        Args:
+            values: one for each token from the first learnt one on.
+        """
+        first = self.learnt[0][0]
+        return [value for start, end in self.learnt for value in values[start - first : end - first]]
 
     @property
     def scored(self) -> int:

@@ -461,6 +461,18 @@ def test_a_version_has_its_parity_report_and_its_page(make: Make, stages: Stages
     assert "All 1 checks passed" in page
 
 
+def test_a_check_that_passes_by_now_makes_a_version_beside_the_failed_one(make: Make, stages: Stages) -> None:
+    """As after a release that measures otherwise: the recipe is the same, and the failed version is not the answer."""
+    stages.unequal = ["another template"]
+    failed = replace(make(), register_failed=True).train_version()
+    stages.unequal = []
+    pipeline = make()
+    (pipeline.run.folder / "parity.json").unlink()
+    version = pipeline.train_version()
+    assert (failed.number, version.number) == (1, 2)
+    assert pipeline.registry.manifest(version).failed == ()
+
+
 def test_a_later_try_makes_the_next_number(make: Make) -> None:
     failed = replace(make(WORSE_QUANTIZED), register_failed=True).train_version()
     pipeline = make(WORSE_QUANTIZED, evaluate={"max_gptq_loss": 1.0})
