@@ -54,7 +54,7 @@ class EngineReading(BaseModel):
 
 
 class Qualified(BaseModel):
-    """A format that was verified on the engine; the fields are those of the manifest's FormatRecord.
+    """A format that was verified on the engine.
 
     Attributes:
         results: the answers behind the evaluation; none in a run that an older release began.
@@ -66,8 +66,6 @@ class Qualified(BaseModel):
     evaluation: EvaluationReport
     results: tuple[ExampleResult, ...] = ()
     probes: tuple[Probe, ...]
-    load_seconds: float
-    tokens_per_second: float
     reading: EngineReading
 
 
@@ -142,8 +140,6 @@ class Qualifier:
             evaluation=judged.report,
             results=judged.results,
             probes=probes,
-            load_seconds=reading.speed.load_seconds.value,
-            tokens_per_second=reading.speed.tokens_per_second[STREAMS].value,
             reading=reading,
         )
 

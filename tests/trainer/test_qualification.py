@@ -84,8 +84,10 @@ async def test_probes_are_those_of_the_weights_and_of_this_kind_of_engine() -> N
 
 async def test_time_and_speed_are_measured() -> None:
     qualified = await qualifier(Engines()).alone(GPTQ, "gptq")
-    assert qualified.load_seconds > 0
-    assert qualified.tokens_per_second > 0
+    speed = qualified.reading.speed
+    assert speed.load_seconds.low > 0
+    assert speed.first_token_seconds.low > 0
+    assert {streams: found.low > 0 for streams, found in speed.tokens_per_second.items()} == {1: True, 8: True}
 
 
 async def test_in_place_and_afresh_must_agree() -> None:
@@ -158,8 +160,6 @@ def qualified(hits: Sequence[bool], nll: Sequence[float], *, results: bool = Tru
         evaluation=report,
         results=tuple(answers) if results else (),
         probes=(),
-        load_seconds=1.0,
-        tokens_per_second=1.0,
         reading=EngineReading(prompts_differ=(), scores=(), speed=SPEED),
     )
 

@@ -6,6 +6,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 from svc.evaluation.evaluator import EvaluationReport
+from svc.evaluation.throughput import STREAMS
 from svc.registry.files import record_file, record_files
 from svc.registry.fingerprint import compatibility_fingerprint
 from svc.registry.manifest import BaseRecord, DataRecord, FormatRecord, Manifest
@@ -79,8 +80,8 @@ def _format_records(folder: Path, recipe: Recipe, qualified: Mapping[Format, Qua
             fingerprint=compatibility_fingerprint(folder / format),
             evaluation=found.evaluation,
             probes=found.probes,
-            load_seconds=found.load_seconds,
-            tokens_per_second=found.tokens_per_second,
+            load_seconds=found.reading.speed.load_seconds.value,
+            tokens_per_second=found.reading.speed.tokens_per_second[STREAMS].value,
         )
     return formats
 
