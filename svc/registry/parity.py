@@ -12,6 +12,9 @@ from pydantic import BaseModel, ConfigDict, Field
 from svc.evaluation.metrics import Estimate
 from svc.version import Format
 
+BESIDE_TRAINED = "merged: beside what was trained"
+"""The check of what rounding the merged weights to bf16 leaves of what was learnt."""
+
 
 class _Record(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -30,6 +33,9 @@ class ParityCheck(_Record):
     passed: bool
     found: str
     expected: str
+
+    def __str__(self) -> str:
+        return f"{self.name}: {self.found}, expected {self.expected}"
 
 
 class Differences(_Record):
@@ -102,6 +108,4 @@ class ParityReport(_Record):
     @property
     def failed(self) -> tuple[str, ...]:
         """What failed, as a person reads it."""
-        return tuple(
-            f"{check.name}: {check.found}, expected {check.expected}" for check in self.checks if not check.passed
-        )
+        return tuple(str(check) for check in self.checks if not check.passed)

@@ -13,7 +13,7 @@ from pathlib import Path
 from svc.dataset.schema.tokenized_example import TokenizedExample
 from svc.engine.capabilities import NumberType
 from svc.evaluation.token_scores import Scores
-from svc.registry.parity import Differences, ParityCheck, ParityReport
+from svc.registry.parity import BESIDE_TRAINED, Differences, ParityCheck, ParityReport
 from svc.terminal import waiting
 from svc.version import Format
 from trainer.export.verify_merge import load_weights
@@ -129,7 +129,7 @@ def _compare(
         checks += _check_served(floor, served)
     elif trained is not None:
         merge = differences["merged beside trained, both in transformers"]
-        checks.append(_at_most("merged: log-probabilities beside the trained ones", merge, _MOST_FLOOR))
+        checks.append(_at_most(BESIDE_TRAINED, merge, _MOST_FLOOR))
     if Format.GPTQ in made.formats:
         folder, quantized = made.formats[Format.GPTQ]
         rounded = gptq_parity.compare(folder, made.merged)
@@ -158,7 +158,7 @@ def _check_served(floor: Differences, served: Differences) -> list[ParityCheck]:
     limit = min(_MOST_FLOOR, max(_LEAST, _TIMES_FLOOR * floor.mean))
     return [
         _at_most("merged: the engine beside transformers, the same weights", floor, _MOST_FLOOR),
-        _at_most("merged: the engine beside what was trained", served, limit),
+        _at_most(BESIDE_TRAINED, served, limit),
     ]
 
 

@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM
 from svc.dataset.schema.tokenized_example import TokenizedExample
 from svc.engine.capabilities import NumberType
 from svc.evaluation.token_scores import Scores, choose_examples
-from svc.registry.parity import ParityReport
+from svc.registry.parity import BESIDE_TRAINED, ParityReport
 from svc.version import Format
 from tests.svc.registry.parity import SPEED
 from tests.trainer.conftest import make_example, make_model, make_recipe
@@ -253,7 +253,7 @@ def test_an_engine_that_computes_something_else_is_found(version: Version) -> No
     report = make_report(made, version.recipe, version.examples, 3, number_type=TYPE)
     assert [failure.split(": 0.")[0] for failure in report.failed] == [
         "merged: the engine beside transformers, the same weights",
-        "merged: the engine beside what was trained",
+        BESIDE_TRAINED,
     ]
 
 
