@@ -157,7 +157,8 @@ def promote_and_roll_back(url: str, prompts: list[list[dict[str, str]]], summary
     with Load(url, NAME, prompts, streams=STREAMS) as load:
         load.wait_for(2 * STREAMS)
         for command in (("promote", f"{NAME}@2"), ("rollback", NAME)):
-            swap = svc_json(HOME, *command)
+            with waiting(f"svc {' '.join(command)}"):
+                swap = svc_json(HOME, *command)
             summary.add(
                 " ".join(command),
                 f"admission closed {swap['queued_s']:.2f} s, {swap['running']} requests in flight, "
@@ -178,7 +179,8 @@ def refuse_bad_versions(url: str, prompts: list[list[dict[str, str]]], summary: 
     with Load(url, NAME, prompts, streams=STREAMS) as load:
         load.wait_for(STREAMS)
         for number, kind in BAD_VERSIONS.items():
-            refused = svc(HOME, "promote", f"{NAME}@{number}", capture_output=True)
+            with waiting(f"svc promote {NAME}@{number}"):
+                refused = svc(HOME, "promote", f"{NAME}@{number}", capture_output=True)
             console.print(refused.stderr.rstrip(), markup=False, soft_wrap=True)
             if refused.returncode == 0:
                 raise DemoError(f"{NAME}@{number} ({kind}) was promoted", expected="a refusal")

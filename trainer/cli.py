@@ -55,7 +55,7 @@ def train(
 
     base = find_base(loaded, settings)
     made = quick_trial(loaded, examples) if quick else (loaded, examples)
-    pipeline = open_pipeline(settings, *made, base, register_failed=register_failed, trial=quick)
+    pipeline = open_pipeline(settings, *made, base, register_failed=register_failed)
     manifest = pipeline.registry.manifest(pipeline.train_version())
     if quick:
         _foretell(loaded, pipeline.run)

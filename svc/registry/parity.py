@@ -12,9 +12,6 @@ from pydantic import BaseModel, ConfigDict, Field
 from svc.evaluation.metrics import Estimate
 from svc.version import Format
 
-BESIDE_TRAINED = "merged: beside what was trained"
-"""The check of what rounding the merged weights to bf16 leaves of what was learnt."""
-
 
 class _Record(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")

@@ -14,7 +14,7 @@ _PEFT_PREFIX = "base_model.model."  # before every name in an adapter's file
 def merge_adapter(base: Path, adapter: Path, out: Path) -> MergeSummary:
     """Writes base plus adapter as bf16 safetensors, with the base's tokenizer and templates as they are, to `out`.
 
-    The sum is taken in float32: in bf16 an adapter's small changes would be rounded before they are added.
+    The sum is taken in float32 and rounded so that an adapter's small changes are not lost (`trainer.model.rounding`).
 
     Args:
         base: folder of the model that the adapter was trained on.
@@ -24,10 +24,10 @@ def merge_adapter(base: Path, adapter: Path, out: Path) -> MergeSummary:
         TrainingError: a module that the adapter targets has the base's weights still, or another tensor differs.
     """
     with waiting("Merging the adapter into the base model"), library_output_to_log():
-        targets = _merge(base, adapter, out)
+        changed = _merge(base, adapter, out)
     copy_shipped_files(base, out)
     with waiting("Comparing the merged weights with the base's"):
-        return compare_weights(load_weights(base), load_weights(out), targets - unused_modules(adapter))
+        return compare_weights(load_weights(base), load_weights(out), changed)
 
 
 def unused_modules(adapter: Path) -> set[str]:
@@ -40,12 +40,13 @@ def unused_modules(adapter: Path) -> set[str]:
 
 
 def _merge(base: Path, adapter: Path, out: Path) -> set[str]:
-    """Merges, writes, and returns the modules and parameters that the adapter's config or file names."""
+    """Merges, writes, and returns the modules and parameters that must have changed."""
     import torch
     from safetensors import safe_open
     from transformers import AutoModelForCausalLM
 
     from trainer.model.peft_config import load_adapter
+    from trainer.model.rounding import round_to_bfloat16
 
     model = load_adapter(AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32), adapter)
     tensors = adapted_tensors(model)
@@ -56,5 +57,11 @@ def _merge(base: Path, adapter: Path, out: Path) -> set[str]:
         merged = model.merge_and_unload(safe_merge=True)
     except ValueError as error:
         raise merge_failed(f"{adapter} cannot be merged: {error}") from error
+    changed = {tensors.get(layer, layer) for layer in layers} - unused_modules(adapter)
+    round_to_bfloat16(
+        weight
+        for name, weight in merged.named_parameters(remove_duplicate=False)
+        if name in changed or name.removesuffix(".weight") in changed
+    )
     merged.to(torch.bfloat16).save_pretrained(out)
-    return {tensors.get(layer, layer) for layer in layers}
+    return changed

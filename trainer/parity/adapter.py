@@ -1,7 +1,7 @@
 """Whether a merged model holds its base plus the adapter, once, with the scale that the recipe says.
 
-Weight by weight: what was written is compared with the sum, which must be met but for the rounding of bf16. Imports
-torch.
+Weight by weight: what was written is compared with the sum, of which it must be one of the two bf16 neighbours, and
+its changes with the adapter's. Imports torch.
 """
 
 import json
@@ -15,11 +15,16 @@ from peft import PeftModel
 from peft.tuners.lora.layer import ParamWrapper
 
 from trainer.export.verify_merge import adapted_tensors
+from trainer.model.rounding import neighbours
 from trainer.recipe.sections import AdapterType, Recipe
 
-_ROUNDING = 2.0**-8
-"""Of bf16, whose fraction has eight bits with the hidden one: a sum that is rounded to it is off by half of that share
-at most, and sums that differ in their last bit before may round to neighbours."""
+_STEPS = 1.5
+"""Of bf16, that a weight may be off: one, as it is rounded up or down, and half a one where the base was rounded."""
+_ONCE = 0.02
+"""By how much an adapter may be in the weights more or less than once: rounding moves a trained one by less than a
+hundredth."""
+_SIGMAS = 5.0
+"""Of what chance does when it rounds a small change: beyond this one module of two millions lies."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,12 +33,14 @@ class Applied:
 
     Attributes:
         lowest, highest: of its modules: 1 where the change is the adapter's, 2 where it was added twice.
+        wrong: a module where this is not 1 within what rounding does, None if there is none.
         off: share of weights that are not the sum, in the module where it is largest.
         module: that module.
     """
 
     lowest: float
     highest: float
+    wrong: str | None
     off: float
     module: str
 
@@ -46,16 +53,20 @@ def compare(model: PeftModel, merged: Mapping[str, torch.Tensor]) -> Applied:
         model: the base with the adapter beside it; weights of the base in any number type that holds bf16.
         merged: tensors by parameter name.
     """
-    times, off = [], [(0.0, "")]
+    times, wrong, off = [], [], [(0.0, "")]
     for name, base, change in _changes(model):
         written = merged[name].to(base.device).float()
         total = base + change
-        off.append((float(((written - total).abs() > _ROUNDING * total.abs() + 1e-30).float().mean()), name))
-        wanted = total.to(torch.bfloat16).float() - base
-        if (size := float((wanted * wanted).sum())) > 0:
-            times.append(float((wanted * (written - base)).sum()) / size)
-    worst = max(off)
-    return Applied(min(times, default=0.0), max(times, default=0.0), *worst)
+        lower, upper = neighbours(total)
+        step = (upper - lower).abs()
+        off.append((float(((written - total).abs() > _STEPS * step).float().mean()), name))
+        if (size := float(change.square().sum())) > 0:
+            times.append(float((change * (written - base)).sum()) / size)
+            above = (total - lower).abs()  # rounded up with the probability above / step
+            variance = above * (step - above) + step.square() / 12  # the latter where the base was rounded
+            if abs(times[-1] - 1) > _ONCE + _SIGMAS * float((change.square() * variance).sum()) ** 0.5 / size:
+                wrong.append(name)
+    return Applied(min(times, default=0.0), max(times, default=0.0), min(wrong, default=None), *max(off))
 
 
 def _changes(model: PeftModel) -> Iterator[tuple[str, torch.Tensor, torch.Tensor]]:

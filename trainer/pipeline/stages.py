@@ -37,7 +37,7 @@ from svc.evaluation.token_scores import choose_examples
 from svc.lock import hold_lock
 from svc.registry.fingerprint import compatibility_fingerprint
 from svc.registry.manifest import Manifest
-from svc.registry.parity import BESIDE_TRAINED, ParityReport
+from svc.registry.parity import ParityReport
 from svc.registry.parity_page import PARITY_PAGE, parity_page
 from svc.registry.registry import HELDOUT_FILE, HELDOUT_TOKENS_FILE, REFERENCE_FOLDER, Registry, results_file
 from svc.settings import Settings
@@ -114,7 +114,6 @@ class Pipeline:
         capabilities: of this device.
         launch: makes engines; default: vLLM processes on this machine.
         register_failed: a version that fails a check is registered all the same, as one that cannot be promoted.
-        trial: a quick one: that rounding loses what so few steps have learnt is told, and refuses nothing.
     """
 
     settings: Settings
@@ -126,7 +125,6 @@ class Pipeline:
     run: Run
     launch: Launch | None = None
     register_failed: bool = False
-    trial: bool = False
 
     def train_version(self) -> VersionId:
         """Runs what is left to do, and returns the version.
@@ -366,20 +364,10 @@ class Pipeline:
         return tuple(failed)
 
     def _check_parity(self) -> None:
-        failed = [] if self._report is None else [check for check in self._report.checks if not check.passed]
-        lost = all(check.name == BESIDE_TRAINED for check in failed)  # what was learnt is finer than bf16
-        if failed and lost and self.trial:
-            console.print(f"[yellow]{failed[0]}: a trial's few steps; the whole run learns more[/yellow]")
-        elif failed:
+        if self._report is not None and self._report.failed:
             raise TrainingError(
-                f"what would be served is not what was trained: {'; '.join(map(str, failed))}",
-                todo=(
-                    "rounding the merged weights to bf16 loses what was learnt: train longer, or raise "
-                    "train.learning_rate"
-                    if lost
-                    else "see the numbers"
-                )
-                + "; --register-failed registers it with its report, and it cannot be promoted",
+                f"what would be served is not what was trained: {'; '.join(self._report.failed)}",
+                todo="see the numbers; --register-failed registers it with its report, and it cannot be promoted",
             )
 
     def _check_gptq(self) -> None:
@@ -516,17 +504,9 @@ def _say(what: str, choice: str, reason: str) -> None:
 
 
 def open_pipeline(
-    settings: Settings,
-    recipe: Recipe,
-    examples: Examples,
-    base: Base,
-    *,
-    register_failed: bool = False,
-    trial: bool = False,
+    settings: Settings, recipe: Recipe, examples: Examples, base: Base, *, register_failed: bool = False
 ) -> Pipeline:
     """The pipeline of a recipe, in the folder where an earlier try of it lies."""
     run, registry = Run.of(settings.home / "runs", recipe, base, examples), Registry.of(settings)
     capabilities = read_capabilities(settings.home)
-    return Pipeline(
-        settings, capabilities, registry, recipe, base, examples, run, register_failed=register_failed, trial=trial
-    )
+    return Pipeline(settings, capabilities, registry, recipe, base, examples, run, register_failed=register_failed)

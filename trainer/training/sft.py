@@ -36,6 +36,7 @@ from trainer.model.adalora import RankAllocation
 from trainer.model.attention import takes_flash_attention
 from trainer.model.load import load_model
 from trainer.model.peft_config import add_adapter
+from trainer.model.rounding import round_to_bfloat16
 from trainer.recipe.sections import AdapterType, Recipe
 from trainer.training.arguments import checkpoints_layers, count_steps, training_arguments
 from trainer.training.checkpoints import CheckpointFolder
@@ -213,7 +214,8 @@ def _build_trainer(
 def _save(trainer: ResumableTrainer, recipe: Recipe, tokenizer: PreTrainedTokenizerBase, out: Path) -> None:
     model = trainer.model
     if recipe.adapter_type is None:
-        model = model.to(torch.bfloat16)
+        round_to_bfloat16(model.parameters())
+        model = model.to(torch.bfloat16)  # buffers, and the config
     with warnings.catch_warnings():
         # AdaLoRA may leave a layer no rank; PEFT takes its empty tensors for shards that were not gathered.
         warnings.filterwarnings("ignore", r"Adapter 'default': \d+ LoRA tensor\(s\) have invalid shape")

@@ -1,5 +1,6 @@
 """Merging: exactly what the adapter targets changes."""
 
+import shutil
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from svc.errors import TrainingError
 from trainer.export.merge import merge_adapter
 from trainer.export.verify_merge import compare_weights
+from trainer.model.rounding import neighbours
 
 
 def make_adapter(base: Path, folder: Path) -> Path:
@@ -38,14 +40,41 @@ def test_every_linear_layer_is_merged(tiny_base: Path, adapter: Path, tmp_path: 
     assert merge_adapter(tiny_base, adapter, tmp_path / "merged").modules == 2 * 7
 
 
-def test_the_sum_is_taken_in_float32_and_rounded_once(tiny_base: Path, adapter: Path, tmp_path: Path) -> None:
-    merge_adapter(tiny_base, adapter, tmp_path / "merged")
+@pytest.mark.parametrize("size", [1.0, 1e-3])
+def test_the_sum_is_taken_in_float32_and_rounded_without_a_loss_in_the_mean(
+    tiny_base: Path, adapter: Path, tmp_path: Path, size: float
+) -> None:
     module = "model.layers.1.mlp.up_proj"
     base = load_file(tiny_base / "model.safetensors")[f"{module}.weight"].float()
     lora = load_file(adapter / "adapter_model.safetensors")
-    low, high = (lora[f"base_model.model.{module}.lora_{side}.weight"] for side in "AB")
-    merged = load_file(tmp_path / "merged" / "model.safetensors")[f"{module}.weight"]
-    assert torch.equal(merged, (base + 2 * (high @ low)).bfloat16())
+    low, high = (f"base_model.model.{module}.lora_{side}.weight" for side in "AB")
+    change_adapter(adapter, {high: size * lora[high]})
+    merge_adapter(tiny_base, adapter, tmp_path / "merged")
+    merged = load_file(tmp_path / "merged" / "model.safetensors")[f"{module}.weight"].float()
+    total = base + 2 * (size * lora[high] @ lora[low])
+    lower, upper = neighbours(total)
+    assert ((merged == lower) | (merged == upper)).all()
+    change = total - base
+    assert float((change * (merged - base)).sum() / change.square().sum()) == pytest.approx(1, abs=0.05)
+
+
+def test_merging_again_gives_the_same_bits(tiny_base: Path, adapter: Path, tmp_path: Path) -> None:
+    for folder in ("one", "other"):
+        merge_adapter(tiny_base, adapter, tmp_path / folder)
+    one, other = ((tmp_path / folder / "model.safetensors").read_bytes() for folder in ("one", "other"))
+    assert one == other
+
+
+def test_a_base_in_float32_keeps_its_nearest_weights_where_the_adapter_changes_nothing(
+    tiny_base: Path, adapter: Path, tmp_path: Path
+) -> None:
+    base = shutil.copytree(tiny_base, tmp_path / "base")
+    weights = {name: weight.float() * (1 + 1e-4) for name, weight in load_file(base / "model.safetensors").items()}
+    save_file(weights, base / "model.safetensors", {"format": "pt"})
+    merge_adapter(base, adapter, tmp_path / "merged")
+    merged = load_file(tmp_path / "merged" / "model.safetensors")
+    name = "model.embed_tokens.weight"
+    assert torch.equal(merged[name], weights[name].bfloat16())
 
 
 def test_the_merged_folder_is_a_whole_chat_model(tiny_base: Path, adapter: Path, tmp_path: Path) -> None:

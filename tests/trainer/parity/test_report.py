@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM
 from svc.dataset.schema.tokenized_example import TokenizedExample
 from svc.engine.capabilities import NumberType
 from svc.evaluation.token_scores import Scores, choose_examples
-from svc.registry.parity import BESIDE_TRAINED, ParityReport
+from svc.registry.parity import ParityReport
 from svc.version import Format
 from tests.svc.registry.parity import SPEED
 from tests.trainer.conftest import make_example, make_model, make_recipe
@@ -25,7 +25,7 @@ from trainer.export.merge import merge_adapter
 from trainer.model.peft_config import add_adapter
 from trainer.parity.files import unreadable_weights
 from trainer.parity.gptq import expand
-from trainer.parity.report import Made, make_report
+from trainer.parity.report import BESIDE_TRAINED, Made, make_report
 from trainer.parity.scores import load, score
 from trainer.qualification import EngineReading
 from trainer.recipe.sections import Recipe
@@ -105,14 +105,15 @@ def dequantized(folder: Path, base: Path) -> torch.nn.Module:
     return model
 
 
-def make_version(folder: Path, base: Path, **sections: Any) -> Version:
+def make_version(folder: Path, base: Path, *, trained: float = 0.3, **sections: Any) -> Version:
+    """A version whose adapter has changed by this share of its weights."""
     recipe = make_recipe(**sections)
     torch.manual_seed(1)
     model = add_adapter(AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32), recipe, steps=20)
     with torch.no_grad():
         for name, weight in model.named_parameters():
             if weight.requires_grad:
-                scale = 0.3 if "magnitude" not in name else 0.1
+                scale = trained if "magnitude" not in name else trained / 3
                 weight.add_(scale * torch.randn_like(weight) * (weight.abs().mean() + 0.1))
     model.save_pretrained(folder / "adapter")
     copy_shipped_files(base, folder / "adapter")
@@ -130,6 +131,15 @@ def test_a_right_version_passes_every_check(tmp_path: Path, tiny_base: Path, sec
     report = make_version(tmp_path, tiny_base, **sections).report()
     assert report.failed == ()
     assert {check.name.partition(":")[0] for check in report.checks} == {"merged", "gptq", "merge"}
+
+
+@pytest.mark.parametrize("kind", ["lora", "dora", "vera"])
+@pytest.mark.parametrize("trained", [1e-2, 1e-3])
+def test_what_little_was_learnt_is_served(tmp_path: Path, tiny_base: Path, kind: str, trained: float) -> None:
+    """Though it is finer than bf16."""
+    report = make_version(tmp_path, tiny_base, trained=trained, **KINDS[kind]).report()
+    assert report.failed == ()
+    assert report.differences["merged beside trained, both in transformers"].mean < 1e-3
 
 
 def test_a_template_that_writes_todays_date_is_served_with_a_fixed_one(tmp_path: Path, tiny_base: Path) -> None:
@@ -164,7 +174,8 @@ def scaled_update(times: float) -> Callable[[Version], None]:
         base = load_file(version.made.base / "model.safetensors")
 
         def change(merged: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-            return {name: (base[name] + times * (weight - base[name])).bfloat16() for name, weight in merged.items()}
+            sums = {name: base[name] + times * (weight.float() - base[name]) for name, weight in merged.items()}
+            return {name: total.bfloat16() for name, total in sums.items()}
 
         change_weights(version.merged, change)
 

@@ -32,7 +32,7 @@ from svc.errors import (
 from svc.lock import hold_lock
 from svc.registry.fingerprint import compatibility_fingerprint
 from svc.registry.housekeeping import remove_version
-from svc.registry.parity import BESIDE_TRAINED, ParityReport
+from svc.registry.parity import ParityReport
 from svc.registry.registry import Registry
 from svc.registry.tracking import Tracking
 from svc.settings import Device, EngineSettings, GptqKernel, Settings
@@ -459,28 +459,6 @@ def test_a_version_has_its_parity_report_and_its_page(make: Make, stages: Stages
     assert pipeline.registry.manifest(version).parity == make_parity()
     page = pipeline.registry.reference(version, "parity.html").read_text("utf-8")
     assert "All 1 checks passed" in page
-
-
-def test_what_rounding_loses_of_a_trials_few_steps_is_told_and_refuses_nothing(
-    make: Make, stages: Stages, capsys: pytest.CaptureFixture[str]
-) -> None:
-    stages.unequal = [BESIDE_TRAINED]
-    pipeline = replace(make(), trial=True)
-    assert pipeline.registry.manifest(pipeline.train_version()).failed == ()
-    assert f"{BESIDE_TRAINED}: <other>" in capsys.readouterr().err
-
-
-def test_a_trial_with_any_other_fault_is_refused(make: Make, stages: Stages) -> None:
-    stages.unequal = [BESIDE_TRAINED, "another template"]
-    with pytest.raises(TrainingError, match="another template"):
-        replace(make(), trial=True).train_version()
-
-
-def test_what_rounding_loses_of_a_whole_run_is_refused_with_what_helps(make: Make, stages: Stages) -> None:
-    stages.unequal = [BESIDE_TRAINED]
-    with pytest.raises(TrainingError) as caught:
-        make().train_version()
-    assert "train longer" in caught.value.todo
 
 
 def test_a_check_that_passes_by_now_makes_a_version_beside_the_failed_one(make: Make, stages: Stages) -> None:

@@ -1,0 +1,58 @@
+"""Rounding to bf16 by chance: to a neighbour, and to the number itself in the mean."""
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from trainer.model.rounding import neighbours, round_to_bfloat16
+
+LARGEST = float(torch.finfo(torch.bfloat16).max)
+NUMBERS = st.floats(-LARGEST, LARGEST, width=32)
+
+
+def rounded(weights: torch.Tensor) -> torch.Tensor:
+    parameter = torch.nn.Parameter(weights.clone())
+    round_to_bfloat16([parameter])
+    return parameter.detach()
+
+
+@given(st.lists(NUMBERS, min_size=1, max_size=20))
+def test_a_number_becomes_one_of_its_neighbours(numbers: list[float]) -> None:
+    weights = torch.tensor(numbers)
+    lower, upper = neighbours(weights)
+    result = rounded(weights).float()
+    assert ((result == lower) | (result == upper)).all()
+    assert (lower.abs() <= weights.abs()).all()
+    assert (weights.abs() < upper.abs()).all()
+
+
+@given(st.lists(NUMBERS, min_size=1, max_size=20))
+def test_what_bf16_holds_stays(numbers: list[float]) -> None:
+    weights = torch.tensor(numbers).bfloat16()
+    assert torch.equal(rounded(weights.float()), weights)
+
+
+@pytest.mark.parametrize("number", [1 + 1e-4, -1 - 1e-4, 3.1e-5, -0.0123])
+def test_the_mean_is_the_number(number: float) -> None:
+    weights = torch.full((200, 1000), number)
+    lower, upper = neighbours(weights[0, :1])
+    spread = float((upper - lower).abs()) / 2 / 200_000**0.5
+    assert float(rounded(weights).double().mean()) == pytest.approx(float(weights[0, 0]), abs=5 * spread)
+
+
+def test_the_same_weights_give_the_same_bits() -> None:
+    weights = torch.randn(1000)
+    assert torch.equal(rounded(weights), rounded(weights))
+
+
+def test_one_weight_is_not_rounded_as_another_is() -> None:
+    """Else errors would add up over layers."""
+    one, other = (torch.nn.Parameter(torch.full((1000,), 1 + 2e-3)) for _ in range(2))
+    round_to_bfloat16([one, other])
+    assert 0.3 < float((one == other).float().mean()) < 0.7
+
+
+def test_a_weight_in_16_bits_stays() -> None:
+    weights = torch.randn(10).half()
+    assert rounded(weights).dtype is torch.float16
