@@ -104,7 +104,7 @@ def _tokenize(template: "_Template", example: ChatExample, stops: set[int], numb
         if example.learnt[-1] != len(example.messages) - 1:
             earlier.append(last)
             last = _answer(template, example, len(example.messages) - 1, stops, number)
-    except TemplateError as error:
+    except (TemplateError, TypeError) as error:  # the latter of templates that need tools
         raise DataError(
             f"the base model's chat template refuses example {number}: {error}",
             expected="turns that the base model knows",

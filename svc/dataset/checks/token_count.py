@@ -52,7 +52,7 @@ class TokenCounter:
             encoding = self._tokenizer.apply_chat_template(
                 **example.templated(), return_dict=True, **self._template_kwargs
             )
-        except TemplateError as error:
+        except (TemplateError, TypeError) as error:  # the latter of templates that need tools
             raise RowError(
                 Code.TEMPLATE_REFUSES,
                 f"the base model's chat template refuses it: {error}",

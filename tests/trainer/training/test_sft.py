@@ -203,9 +203,17 @@ def test_an_end_that_the_template_leaves_out_is_added() -> None:
     assert row["input_ids"][-1] == row["labels"][-1] == tokenizer.eos_token_id
 
 
-def test_turns_that_the_template_refuses_are_named() -> None:
-    tokenizer = make_tokenizer("{{ raise_exception('no system turn') }}")
-    with pytest.raises(DataError, match="refuses example 1: no system turn"):
+@pytest.mark.parametrize(
+    ("template", "why"),
+    [
+        ("{{ raise_exception('no system turn') }}", "no system turn"),
+        ("{% for tool in tools %}{{ tool }}{% endfor %}", "'NoneType' object is not iterable"),
+    ],
+    ids=["turns", "no tools"],
+)
+def test_what_the_template_refuses_is_named(template: str, why: str) -> None:
+    tokenizer = make_tokenizer(template)
+    with pytest.raises(DataError, match=f"refuses example 1: {why}"):
         tokenize_examples(tokenizer, [make_example("which?", "red")], {tokenizer.eos_token_id}, {})
 
 

@@ -75,6 +75,13 @@ def test_a_refusal_of_the_template_says_why(tmp_path: Path) -> None:
     assert caught.value.code is Code.TEMPLATE_REFUSES
 
 
+def test_a_template_that_needs_tools_refuses_an_example_without(tmp_path: Path) -> None:
+    counter = TokenCounter(base(tmp_path / "base", "{% for tool in tools %}{{ tool }}{% endfor %}"))
+    with pytest.raises(RowError, match="not iterable") as caught:
+        counter.count(chat("q", "a"))
+    assert caught.value.code is Code.TEMPLATE_REFUSES
+
+
 def test_a_refused_example_is_an_error_of_its_line(tmp_path: Path) -> None:
     folder = base(tmp_path / "base", NO_SYSTEM)
     refused = ChatExample((Message(Role.SYSTEM, "s"), *chat("q", "a").messages))
