@@ -1,18 +1,20 @@
 """A chat example as token ids: what the model sees, and where its answers are.
 
 The base model's own chat template decides, so that training, calibration and serving see the same text. The engine
-writes the prompt and the model goes on: so the conversation must begin with the prompt, and what follows must be the
-answer. A template for which that is not so is refused, since the model would learn what nobody asks it for. Knows
-nothing of batches or losses.
+writes the prompt and the model goes on: so what is learnt is the prompt and, right after it, the answer with its end,
+also where the template writes the whole conversation otherwise. A template that lets the model think before it answers,
+or begin with anything else, is refused, since examples that only have answers do not teach that. Knows nothing of
+batches or losses.
 """
 
+import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from svc.chat_template import TemplateKwargs, pin_date
-from svc.dataset.schema.example import ChatExample, Message
+from svc.dataset.schema.example import ChatExample
 from svc.dataset.schema.tokenized_example import TokenizedExample
 from svc.errors import BaseModelError, DataError
 from svc.terminal import counting
@@ -22,6 +24,9 @@ if TYPE_CHECKING:
 
 IGNORED = -100  # PyTorch's label for positions that are not scored
 _SHOWN = 60
+_MARK = "\u241f"  # in place of an answer, to see where the template writes it: its own symbol for a separator
+_THINKS = re.compile(r"<\|?(start_)?think(ing)?\|?>\s*$", re.IGNORECASE)
+"""A prompt that lets the model think first."""
 
 
 def training_row(example: TokenizedExample) -> dict[str, list[int]]:
@@ -134,31 +139,37 @@ class _Answer:
 
 
 def _answer(template: "_Template", example: ChatExample, turn: int, stops: set[int], number: int) -> _Answer:
-    conversation = template.text(example, turn + 1)
     prompt = template.text(example, turn, add_generation_prompt=True)
-    _check_answer(example.messages[turn], prompt, conversation, number)
-    before, ids = template.ids(prompt), template.ids(conversation)
+    learnt = _after_prompt(template, example, turn, prompt, number)
+    before, ids = template.ids(prompt), template.ids(prompt + learnt)
     start = len(before)
     if ids[:start] != before:  # a token reaches over the place where the model goes on, and the engine has none such
-        ids = [*before, *template.ids(conversation[len(prompt) :])]
+        ids = [*before, *template.ids(learnt)]
     ends = [place for place in range(start, len(ids)) if ids[place] in stops]
     if not ends:
         ids = [*ids, min(stops)]
     return _Answer(ids, start, ends[-1] + 1 if ends else len(ids))
 
 
-def _check_answer(message: Message, prompt: str, conversation: str, number: int) -> None:
-    """Raises where the model would learn something else than it is asked for."""
+def _after_prompt(template: "_Template", example: ChatExample, turn: int, prompt: str, number: int) -> str:
+    """The answer with its end, as the template writes them; raises where the model would learn something else."""
+    message, conversation = example.messages[turn], template.text(example, turn + 1)
     todo = "set chat_template_kwargs in the recipe to what this template needs, or choose another base"
-    if not conversation.startswith(prompt):
-        same = _common_prefix(prompt, conversation)
-        raise DataError(
-            f"in example {number} the conversation does not begin with its prompt: the base model's chat template goes "
-            f"on with {conversation[same : same + _SHOWN]!r}, and asks with {prompt[same : same + _SHOWN]!r}",
-            expected="a template that writes a turn the same in a prompt and in a conversation",
-            todo=todo,
-        )
-    learnt = conversation[len(prompt) :]
+    if conversation.startswith(prompt):
+        learnt = conversation[len(prompt) :]
+    else:
+        # The prompt may end in a block of thoughts that is closed already, or have the system turn elsewhere.
+        marked = replace(example, messages=(*example.messages[:turn], replace(message, content=_MARK)))
+        before, *others = template.text(marked, turn + 1).split(_MARK)
+        if message.tool_calls or len(others) != 1 or not conversation.startswith(before) or _THINKS.search(prompt):
+            same = _common_prefix(prompt, conversation)
+            raise DataError(
+                f"in example {number} the conversation does not begin with its prompt: the base model's chat template "
+                f"goes on with {conversation[same : same + _SHOWN]!r}, and asks with {prompt[same : same + _SHOWN]!r}",
+                expected="a template that writes a turn the same in a prompt and in a conversation",
+                todo=todo,
+            )
+        learnt = conversation[len(before) :]
     # White space is the template's own matter; what a model calls, it writes in its own form.
     if not message.tool_calls and not "".join(learnt.split()).startswith("".join(message.content.split())):
         raise DataError(
@@ -167,6 +178,7 @@ def _check_answer(message: Message, prompt: str, conversation: str, number: int)
             expected="a template that writes the answer right after the prompt",
             todo=todo,
         )
+    return learnt
 
 
 @dataclass(frozen=True, slots=True)

@@ -73,6 +73,53 @@ def test_a_template_that_nothing_mends_is_refused_with_the_reason(family: str) -
         learnt(family, CONVERSATIONS["one turn"], {})
 
 
+CLOSED_THOUGHTS = """{% for m in messages %}<{{ m.role }}>{{ m.content }}<|im_end|>{% endfor %}
+{%- if add_generation_prompt %}<assistant><think></think>{% endif %}"""
+SYSTEM_IN_LAST_QUESTION = """{% if messages[0].role == 'system' %}{% set system = messages[0].content %}{% endif %}
+{%- for m in messages if m.role != 'system' %}
+{%- if m.role == 'user' %}[INST]{% if loop.last and system %}{{ system }} {% endif %}{{ m.content }}[/INST]
+{%- else %}{{ m.content }}<|im_end|>{% endif %}{% endfor %}"""
+
+
+@pytest.mark.parametrize(
+    ("template", "turns", "prompt"),
+    [
+        (
+            CLOSED_THOUGHTS,
+            [("user", "Which?"), ("assistant", "end")],
+            "<user>Which?<|im_end|><assistant><think></think>",
+        ),
+        (SYSTEM_IN_LAST_QUESTION, [("system", "s"), ("user", "a"), ("assistant", "end")], "[INST]s a[/INST]"),
+        (
+            SYSTEM_IN_LAST_QUESTION,
+            [("system", "s"), ("user", "a"), ("assistant", "b"), ("user", "c"), ("assistant", "end")],
+            "[INST]a[/INST]b<|im_end|>[INST]s c[/INST]",
+        ),
+    ],
+    ids=["a closed block of thoughts", "the system turn in the question", "the same, several turns"],
+)
+def test_the_answer_is_learnt_after_the_prompt_that_a_conversation_has_otherwise(
+    template: str, turns: list[tuple[str, str]], prompt: str
+) -> None:
+    """As Gemma 4's and Mistral Nemo's templates do. The answer is a word that stands in its end token, too."""
+    tokenizer = make_tokenizer(template)
+    example = parse_example({"messages": [{"role": role, "content": text} for role, text in turns]})
+    assert isinstance(tokenizer.eos_token_id, int)
+    [row] = tokenize_examples(tokenizer, [example], {tokenizer.eos_token_id}, {})
+    [(start, end)] = row.learnt
+    assert tokenizer.decode(row.input_ids[:start]) == prompt
+    assert tokenizer.decode(row.input_ids[start:end]) == "end<|im_end|>"
+
+
+@pytest.mark.parametrize("opened", ["<think>\n", "<|START_THINKING|>", "<thinking>"])
+def test_a_prompt_that_lets_the_model_think_is_refused(opened: str) -> None:
+    template = CLOSED_THOUGHTS.replace("<think></think>", opened)
+    tokenizer = make_tokenizer(template)
+    example = parse_example({"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]})
+    with pytest.raises(DataError, match="does not begin with its prompt"):
+        tokenize_examples(tokenizer, [example], {0}, {})
+
+
 def test_thoughts_in_the_examples_are_learnt_where_the_recipe_asks_for_thinking() -> None:
     turns = [("user", "Which?"), ("assistant", "<think>\nI look.\n</think>\n\nnet")]
     [text] = learnt("qwen3", turns, {"enable_thinking": True})
