@@ -45,7 +45,8 @@ def train(
         train_section = loaded.train.model_copy(update={"too_long": TooLong.DROP})
         loaded = loaded.model_copy(update={"train": train_section})
     bad_lines = BadLines(settings.home / "bad_lines" / loaded.name) if skip_bad else None
-    learnt = Registry.of(settings).learnt_prompts(loaded.name)
+    registry = Registry.of(settings)
+    learnt = registry.learnt_prompts(loaded.name)
     examples = read_run_examples(loaded, cache=settings.base_cache, bad_lines=bad_lines, learnt=learnt)
     if bad_lines and bad_lines.count:
         console.print(f"[yellow]left out {bad_lines.count} bad lines: they lie in {bad_lines.folder}[/yellow]")
@@ -55,18 +56,18 @@ def train(
 
     base = find_base(loaded, settings)
     made = quick_trial(loaded, examples) if quick else (loaded, examples)
-    pipeline = open_pipeline(settings, *made, base, register_failed=register_failed)
-    manifest = pipeline.registry.manifest(pipeline.train_version())
+    pipeline = open_pipeline(settings, registry, *made, base, register_failed=register_failed)
+    manifest = registry.manifest(pipeline.train_version())
     if quick:
         _foretell(loaded, pipeline.run)
     if as_json:
         from svc.terminal import print_json
 
-        print_json({"version": str(manifest.id), "folder": str(pipeline.registry.folder(manifest.id))})
+        print_json({"version": str(manifest.id), "folder": str(registry.folder(manifest.id))})
         sys.exit(0)
     from svc.registry.render import print_version
 
-    print_version(manifest, pipeline.registry.folder(manifest.id))
+    print_version(manifest, registry.folder(manifest.id))
 
 
 def _foretell(recipe: "Recipe", run: "Run") -> None:

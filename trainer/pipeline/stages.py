@@ -8,7 +8,6 @@ recipe's limits last, so that with other limits nothing is measured again.
 
 import asyncio
 import json
-import logging
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -18,30 +17,21 @@ from pathlib import Path
 from pydantic import BaseModel, ConfigDict
 
 from svc.chat_template import TemplateValue, choose_template_kwargs, write_template_kwargs
-from svc.dataset.readers.reader import write_examples
-from svc.dataset.schema.tokenized_example import TokenizedExample, write_tokenized
+from svc.dataset.schema.tokenized_example import TokenizedExample
 from svc.disk import is_full, write_whole
 from svc.engine.capabilities import Capabilities, NumberType, read_capabilities
 from svc.engine.model_facts import ModelFacts, read_model_facts
 from svc.engine.probes import engine_facts
-from svc.engine.vllm.engine_args import given
-from svc.engine.vllm.folders import runtime_folder
-from svc.engine.vllm.launch import EngineSpec
 from svc.engine.vllm.plan import choose_dtype, explain_gptq_kernel
-from svc.engine.vllm.process import EngineProcess
-from svc.errors import DiskSpaceError, IntegrityError, InterruptedRunError, SvcError, TrainingError
+from svc.errors import DiskSpaceError, InterruptedRunError, SvcError
 from svc.evaluation.cache import EvaluationCache
-from svc.evaluation.evaluator import CONCURRENCY, EvaluationReport, judge
-from svc.evaluation.results import write_results
+from svc.evaluation.evaluator import EvaluationReport, judge
 from svc.evaluation.token_scores import choose_examples
 from svc.lock import hold_lock
 from svc.registry.fingerprint import compatibility_fingerprint
-from svc.registry.manifest import Manifest
 from svc.registry.parity import ParityReport
-from svc.registry.parity_page import PARITY_PAGE, parity_page
-from svc.registry.registry import HELDOUT_FILE, HELDOUT_TOKENS_FILE, REFERENCE_FOLDER, Registry, results_file
+from svc.registry.registry import Registry
 from svc.settings import Settings
-from svc.store.scores import MOST_TOKENS
 from svc.terminal import console
 from svc.version import Format, VersionId
 from trainer.base_model.content import copy_shipped_files
@@ -51,22 +41,19 @@ from trainer.data.length import check_served_length
 from trainer.export.gptq import QuantizeSummary, calibration_type, check_layers, quantize_gptq
 from trainer.export.merge import merge_adapter
 from trainer.export.verify_merge import MergeSummary, verify_full
+from trainer.pipeline.evaluation_engine import evaluation_engine
 from trainer.pipeline.examples import Examples
 from trainer.pipeline.find_base import merged_revision
-from trainer.pipeline.manifest import build_manifest
 from trainer.pipeline.memory import release_memory
-from trainer.pipeline.reference import write_data_reference
+from trainer.pipeline.registration import Registration
 from trainer.pipeline.run_folder import Run
 from trainer.pipeline.stage_key import Stage
-from trainer.qualification import Launch, Qualified, Qualifier, check_gptq
+from trainer.qualification import Launch, Qualified, Qualifier
 from trainer.recipe.sections import Recipe
 from trainer.training.summary import TrainingData, TrainingSummary
 
-log = logging.getLogger(__name__)
-
 _SCORED = "with the end of an answer"
 """What a log-likelihood of the evaluation cache is of: older releases left it out."""
-_SCORED_AT_ONCE = f"--max-num-batched-tokens={MOST_TOKENS}"
 _SPARE_BYTES = 200_000_000  # logs, results, the tracking database
 
 
@@ -319,7 +306,8 @@ class Pipeline:
         number_type = calibration_type(self.capabilities.training_type)
         report = make_report(made, self.recipe, self._compared, judged, number_type=number_type)
         passed = sum(check.passed for check in report.checks)
-        console.print(f"  {passed} of {len(report.checks)} checks passed: what was trained is what is served")
+        found = f"  {passed} of {len(report.checks)} checks passed"
+        console.print(found if report.failed else f"{found}: what was trained is what is served")
         return self.run.save(Stage.PARITY, report)
 
     @property
@@ -328,14 +316,20 @@ class Pipeline:
         return self.run.load(Stage.PARITY, ParityReport) if self._qualified() else None
 
     def _register(self) -> Registered:
-        failed = self._check()
-        manifest, qualified = self._published(failed) or self._publish(failed), self._qualified()
-        figures = {f"exact_match_{format}": str(found.evaluation.exact_match) for format, found in qualified.items()}
-        self.registry.tracking.annotate(
-            manifest.id,
-            f"{manifest.base.origin} on {manifest.data.train_examples} examples",
-            {"source": str(self.registry.folder(manifest.id))} | figures,
-        )
+        qualified = self._qualified()
+        manifest = Registration(
+            registry=self.registry,
+            recipe=self.recipe,
+            base=self.base,
+            examples=self.examples,
+            tokenized=self._tokenized,
+            run=self.run,
+            tracking_run=self._tracking_run(),
+            adapter=None if self._full else self.run.adapter,
+            base_evaluation=self._evaluated.base if self._evaluated else None,
+            qualified=qualified,
+            report=self._report,
+        ).register(failed_too=self.register_failed)
         merged = qualified.get(Format.MERGED)
         if merged and merged.results:  # for a version that it is the base of
             cache = self._cache(merged_revision(manifest), self.registry.artifact(manifest.id, Format.MERGED))
@@ -345,87 +339,6 @@ class Pipeline:
         )
         self.run.clean()
         return registered
-
-    def _check(self) -> tuple[str, ...]:
-        """What the version fails.
-
-        Raises:
-            TrainingError: it fails a check, and failed versions are not registered.
-        """
-        failed = []
-        for check in (self._check_parity, self._check_gptq):
-            try:
-                check()
-            except TrainingError as error:
-                if not self.register_failed:
-                    raise
-                console.print(f"[yellow]{error.wrong}[/yellow]")
-                failed.append(error.wrong)
-        return tuple(failed)
-
-    def _check_parity(self) -> None:
-        if self._report is not None and self._report.failed:
-            raise TrainingError(
-                f"what would be served is not what was trained: {'; '.join(self._report.failed)}",
-                todo="see the numbers; --register-failed registers it with its report, and it cannot be promoted",
-            )
-
-    def _check_gptq(self) -> None:
-        qualified = self._qualified()
-        if len(qualified) == 2:
-            check_gptq(qualified[Format.MERGED], qualified[Format.GPTQ], self.recipe.evaluate)
-
-    def _published(self, failed: tuple[str, ...]) -> Manifest | None:
-        """What a try published that was cut off before it could say so."""
-        run_id = self._tracking_run()
-        for made in reversed(self.registry.versions(self.recipe.name)):
-            try:
-                manifest = self.registry.manifest(made)
-            except IntegrityError:
-                log.warning("%s cannot be read", made, exc_info=True)  # it is damaged, and not what was made here
-                continue
-            if manifest.tracking_run == run_id and manifest.failed == failed and self._made(manifest):
-                return manifest
-        return None
-
-    def _made(self, manifest: Manifest) -> bool:
-        """Whether a version of this training is what this recipe makes of it."""
-        judged = manifest.data.heldout_fingerprint == self.examples.heldout_fingerprint
-        return judged and manifest.recipe == self.recipe.model_dump(mode="json")
-
-    def _publish(self, failed: tuple[str, ...]) -> Manifest:
-        heldout = self.run.folder / HELDOUT_FILE
-        heldout.unlink(missing_ok=True)  # of an interrupted try: one file with its version's, which nobody may write
-        write_examples(heldout, self.examples.heldout)
-        content = {} if self._full else {Format.ADAPTER.value: self.run.adapter}
-        content |= {format.value: self.run.folder / format.value for format in self._qualified()}
-        content |= {HELDOUT_FILE: heldout, REFERENCE_FOLDER: self._reference()}
-        manifest = partial(
-            build_manifest,
-            run=self.run.folder.name,
-            tracking_run=self._tracking_run(),
-            recipe=self.recipe,
-            base=self.base,
-            examples=self.examples,
-            base_evaluation=self._evaluated.base if self._evaluated else None,
-            qualified=self._qualified(),
-            failed=failed,
-            parity=self._report,
-        )
-        return self.registry.publish(self.recipe.name, self._tracking_run(), content, manifest)
-
-    def _reference(self) -> Path:
-        """Puts together what later traffic and answers are compared with; anew, for the same reason as the above."""
-        folder = self.run.fresh(self.run.reference)
-        folder.mkdir()
-        if self._report is not None:
-            (folder / PARITY_PAGE).write_text(parity_page(self.recipe.name, self._report), "utf-8")
-        for format, qualified in self._qualified().items():
-            if qualified.results:
-                write_results(folder / results_file(format), qualified.results)
-        write_tokenized(folder / HELDOUT_TOKENS_FILE, self._tokenized)
-        write_data_reference(folder, self.examples, self.recipe.data.seed)
-        return folder
 
     def _qualified(self) -> dict[Format, Qualified]:
         """The formats that can be served."""
@@ -443,8 +356,15 @@ class Pipeline:
 
     def _qualifier(self) -> Qualifier:
         facts = partial(engine_facts, self.settings.engine, self.capabilities)
-        launch, heldout = self.launch or self._launch_process, self.examples.heldout
-        return Qualifier(launch, facts, self.recipe, heldout, self._tokenized, self._compared)
+        launch = self.launch or partial(
+            evaluation_engine,
+            settings=self.settings,
+            capabilities=self.capabilities,
+            run=self.run.folder,
+            name=self.recipe.name,
+            template_kwargs=self._template_kwargs,
+        )
+        return Qualifier(launch, facts, self.recipe, self.examples.heldout, self._tokenized, self._compared)
 
     @property
     def _compared(self) -> list[TokenizedExample]:
@@ -455,25 +375,6 @@ class Pipeline:
     def _tokenized(self) -> list[TokenizedExample]:
         """The held-out examples as they are trained on."""
         return tokenize_as_trained(self.base.folder, self.examples.heldout, self._template_kwargs)
-
-    def _launch_process(self, model: Path) -> EngineProcess:
-        home, engine = self.settings.home, self.settings.engine
-        # No more keys and values than an evaluation uses: to fill 3 GiB with zeros takes 4 s of each start.
-        sequences = min(engine.max_concurrency, CONCURRENCY)
-        # vLLM makes logits of all tokens of a step that are scored, and does not budget the memory for them.
-        scored = [] if given(engine.args, "--max-num-batched-tokens") is not None else [_SCORED_AT_ONCE]
-        spec = EngineSpec(
-            model=model,
-            served_name=self.recipe.name,
-            runtime=runtime_folder(home, self.run.folder.name),
-            state=self.run.folder,
-            log=self.run.folder / "engine.log",
-            cache=home / "cache" / "vllm",
-            capabilities=self.capabilities,
-            settings=engine.model_copy(update={"max_concurrency": sequences, "args": (*engine.args, *scored)}),
-            template_kwargs=self._template_kwargs,
-        )
-        return EngineProcess(spec)
 
     def _tracking_run(self) -> str:
         """The MLflow run of this folder; made once, so that a resumed run goes on in it."""
@@ -504,9 +405,14 @@ def _say(what: str, choice: str, reason: str) -> None:
 
 
 def open_pipeline(
-    settings: Settings, recipe: Recipe, examples: Examples, base: Base, *, register_failed: bool = False
+    settings: Settings,
+    registry: Registry,
+    recipe: Recipe,
+    examples: Examples,
+    base: Base,
+    *,
+    register_failed: bool = False,
 ) -> Pipeline:
     """The pipeline of a recipe, in the folder where an earlier try of it lies."""
-    run, registry = Run.of(settings.home / "runs", recipe, base, examples), Registry.of(settings)
-    capabilities = read_capabilities(settings.home)
+    run, capabilities = Run.of(settings.home / "runs", recipe, base, examples), read_capabilities(settings.home)
     return Pipeline(settings, capabilities, registry, recipe, base, examples, run, register_failed=register_failed)

@@ -1,0 +1,51 @@
+"""The engine that a run's models are asked on: as the server's, but with no more memory than an evaluation uses."""
+
+from pathlib import Path
+
+from svc.chat_template import TemplateKwargs
+from svc.engine.capabilities import Capabilities
+from svc.engine.vllm.engine_args import given
+from svc.engine.vllm.folders import runtime_folder
+from svc.engine.vllm.launch import EngineSpec
+from svc.engine.vllm.process import EngineProcess
+from svc.evaluation.evaluator import CONCURRENCY
+from svc.settings import Settings
+from svc.store.scores import MOST_TOKENS
+
+_SCORED_AT_ONCE = f"--max-num-batched-tokens={MOST_TOKENS}"
+
+
+def evaluation_engine(
+    model: Path,
+    *,
+    settings: Settings,
+    capabilities: Capabilities,
+    run: Path,
+    name: str,
+    template_kwargs: TemplateKwargs,
+) -> EngineProcess:
+    """A vLLM process on this machine, not started.
+
+    Args:
+        model: folder that it serves.
+        run: the run's folder, where it keeps its state and its log.
+        name: of the model in requests.
+        template_kwargs: what its chat template is given.
+    """
+    home, engine = settings.home, settings.engine
+    # No more keys and values than an evaluation uses: to fill 3 GiB with zeros takes 4 s of each start.
+    sequences = min(engine.max_concurrency, CONCURRENCY)
+    # vLLM makes logits of all tokens of a step that are scored, and does not budget the memory for them.
+    scored = [] if given(engine.args, "--max-num-batched-tokens") is not None else [_SCORED_AT_ONCE]
+    spec = EngineSpec(
+        model=model,
+        served_name=name,
+        runtime=runtime_folder(home, run.name),
+        state=run,
+        log=run / "engine.log",
+        cache=home / "cache" / "vllm",
+        capabilities=capabilities,
+        settings=engine.model_copy(update={"max_concurrency": sequences, "args": (*engine.args, *scored)}),
+        template_kwargs=template_kwargs,
+    )
+    return EngineProcess(spec)

@@ -1,0 +1,151 @@
+"""What a run has made becomes a version: checked against the recipe's limits, put together, and registered once.
+
+The checks come last, so that with other limits nothing is measured again.
+"""
+
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+from svc.dataset.readers.reader import write_examples
+from svc.dataset.schema.tokenized_example import TokenizedExample, write_tokenized
+from svc.errors import IntegrityError, TrainingError
+from svc.evaluation.evaluator import EvaluationReport
+from svc.evaluation.results import write_results
+from svc.registry.manifest import Manifest
+from svc.registry.parity import ParityReport
+from svc.registry.parity_page import PARITY_PAGE, parity_page
+from svc.registry.registry import HELDOUT_FILE, HELDOUT_TOKENS_FILE, REFERENCE_FOLDER, Registry, results_file
+from svc.terminal import console
+from svc.version import Format
+from trainer.base_model.resolve import Base
+from trainer.pipeline.examples import Examples
+from trainer.pipeline.manifest import build_manifest
+from trainer.pipeline.reference import write_data_reference
+from trainer.pipeline.run_folder import Run
+from trainer.qualification import Qualified, check_gptq
+from trainer.recipe.sections import Recipe
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Registration:
+    """Everything that a version is put together from.
+
+    Args:
+        tokenized: the held-out examples as they are trained on.
+        tracking_run: the MLflow run of this run.
+        adapter: its folder; None after full fine-tuning.
+        base_evaluation: None where the base was not asked.
+        qualified: the formats that can be served.
+        report: None where there are none.
+    """
+
+    registry: Registry
+    recipe: Recipe
+    base: Base
+    examples: Examples
+    tokenized: Sequence[TokenizedExample]
+    run: Run
+    tracking_run: str
+    adapter: Path | None
+    base_evaluation: EvaluationReport | None
+    qualified: Mapping[Format, Qualified]
+    report: ParityReport | None
+
+    def register(self, *, failed_too: bool) -> Manifest:
+        """Registers the version, or finds the one that an interrupted try has registered.
+
+        Args:
+            failed_too: a version that fails a check is registered all the same, as one that cannot be promoted.
+
+        Raises:
+            TrainingError: it fails a check.
+        """
+        failed = self._check(failed_too=failed_too)
+        manifest = self._published(failed) or self._publish(failed)
+        figures = {f"exact_match_{format}": str(one.evaluation.exact_match) for format, one in self.qualified.items()}
+        self.registry.tracking.annotate(
+            manifest.id,
+            f"{manifest.base.origin} on {manifest.data.train_examples} examples",
+            {"source": str(self.registry.folder(manifest.id))} | figures,
+        )
+        return manifest
+
+    def _check(self, *, failed_too: bool) -> tuple[str, ...]:
+        """What the version fails."""
+        failed = []
+        for check in (self._check_parity, self._check_gptq):
+            try:
+                check()
+            except TrainingError as error:
+                if not failed_too:
+                    raise
+                console.print(f"[yellow]{error.wrong}[/yellow]")
+                failed.append(error.wrong)
+        return tuple(failed)
+
+    def _check_parity(self) -> None:
+        if self.report is not None and self.report.failed:
+            raise TrainingError(
+                f"what would be served is not what was trained: {'; '.join(self.report.failed)}",
+                todo="see the numbers; --register-failed registers it with its report, and it cannot be promoted",
+            )
+
+    def _check_gptq(self) -> None:
+        if len(self.qualified) == 2:
+            check_gptq(self.qualified[Format.MERGED], self.qualified[Format.GPTQ], self.recipe.evaluate)
+
+    def _published(self, failed: tuple[str, ...]) -> Manifest | None:
+        """What a try published that was cut off before it could say so."""
+        for made in reversed(self.registry.versions(self.recipe.name)):
+            try:
+                manifest = self.registry.manifest(made)
+            except IntegrityError:
+                log.warning("%s cannot be read", made, exc_info=True)  # it is damaged, and not what was made here
+                continue
+            if manifest.tracking_run == self.tracking_run and manifest.failed == failed and self._made(manifest):
+                return manifest
+        return None
+
+    def _made(self, manifest: Manifest) -> bool:
+        """Whether a version of this training is what this recipe makes of it."""
+        judged = manifest.data.heldout_fingerprint == self.examples.heldout_fingerprint
+        return judged and manifest.recipe == self.recipe.model_dump(mode="json")
+
+    def _publish(self, failed: tuple[str, ...]) -> Manifest:
+        heldout = self.run.folder / HELDOUT_FILE
+        heldout.unlink(missing_ok=True)  # of an interrupted try: one file with its version's, which nobody may write
+        write_examples(heldout, self.examples.heldout)
+        content = {} if self.adapter is None else {Format.ADAPTER.value: self.adapter}
+        content |= {format.value: self.run.folder / format.value for format in self.qualified}
+        content |= {HELDOUT_FILE: heldout, REFERENCE_FOLDER: self._reference()}
+        manifest = partial(
+            build_manifest,
+            run=self.run.folder.name,
+            tracking_run=self.tracking_run,
+            recipe=self.recipe,
+            base=self.base,
+            examples=self.examples,
+            base_evaluation=self.base_evaluation,
+            qualified=self.qualified,
+            failed=failed,
+            parity=self.report,
+        )
+        return self.registry.publish(self.recipe.name, self.tracking_run, content, manifest)
+
+    def _reference(self) -> Path:
+        """Puts together what later traffic and answers are compared with; anew, for the same reason as the above."""
+        folder = self.run.fresh(self.run.reference)
+        folder.mkdir()
+        if self.report is not None:
+            (folder / PARITY_PAGE).write_text(parity_page(self.recipe.name, self.report), "utf-8")
+        for format, qualified in self.qualified.items():
+            if qualified.results:
+                write_results(folder / results_file(format), qualified.results)
+        write_tokenized(folder / HELDOUT_TOKENS_FILE, self.tokenized)
+        write_data_reference(folder, self.examples, self.recipe.data.seed)
+        return folder
