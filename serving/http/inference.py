@@ -143,6 +143,7 @@ class Exchange:
         self._gateway.metrics.request_ended(served, self._route, status, seconds, self._request_id)
         record = RequestRecord(
             request_id=self._request_id,
+            client_request_id=self._scope["state"].get("client_request_id"),
             started_at=self._arrived,
             model=served.version.name if served else UNKNOWN_MODEL,
             version=served.version if served else None,

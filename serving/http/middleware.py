@@ -1,7 +1,9 @@
 """The outermost layer: every answer carries its request's id and the version, and no exception gets past it.
 
-Pure ASGI, because the framework's middleware would sit between a stream and its client. Puts `request_id` into the
-state of the scope; what answers a completion puts `version` there.
+A request's id is the server's own, since feedback finds an answer by it and a client may use an id twice. The client's
+is kept beside it, and returned. Pure ASGI, because the framework's middleware would sit between a stream and its
+client. Puts `request_id` and `client_request_id` into the state of the scope; what answers a completion puts `version`
+there.
 """
 
 import re
@@ -12,7 +14,8 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from serving.http.errors import api_error
 from serving.router import Router
 
-_REQUEST_ID = re.compile(rb"[A-Za-z0-9._-]{1,128}")
+_CLIENT_HEADERS = (b"x-client-request-id", b"x-request-id")
+_CLIENT_ID = re.compile(rb"[A-Za-z0-9._-]{1,128}")  # fit for a log line
 
 
 class RequestMiddleware:
@@ -31,16 +34,19 @@ class RequestMiddleware:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        request_id = _request_id(scope)
+        ids = [(b"x-request-id", f"req-{uuid4().hex}".encode("ascii"))]
         state = scope.setdefault("state", {})
-        state["request_id"] = request_id
+        state["request_id"] = str(ids[0][1], "ascii")
+        if given := _client_request_id(scope):
+            state["client_request_id"] = str(given, "ascii")
+            ids.append((b"x-client-request-id", given))
         begun = False
 
         async def send_with_headers(message: Message) -> None:
             nonlocal begun
             if message["type"] == "http.response.start":
                 begun = True
-                headers = [*message.get("headers", ()), (b"x-request-id", request_id.encode("ascii"))]
+                headers = [*message.get("headers", ()), *ids]
                 version = state.get("version") or (self._router.served and self._router.served.version)
                 if version:
                     headers.append((b"x-model-version", str(version).encode("ascii")))
@@ -55,9 +61,7 @@ class RequestMiddleware:
             await api_error(error).response()(scope, receive, send_with_headers)
 
 
-def _request_id(scope: Scope) -> str:
-    """The client's own, when it is fit for a log line; else a fresh one."""
-    for name, value in scope["headers"]:
-        if name == b"x-request-id" and _REQUEST_ID.fullmatch(value):
-            return str(value, "ascii")
-    return f"req-{uuid4().hex}"
+def _client_request_id(scope: Scope) -> bytes | None:
+    headers: dict[bytes, bytes] = dict(scope["headers"])
+    given = (headers.get(name, b"") for name in _CLIENT_HEADERS)
+    return next((value for value in given if _CLIENT_ID.fullmatch(value)), None)

@@ -44,7 +44,6 @@ _BETWEEN_TOKENS_BUCKETS_S = (0.0025, 0.005, 0.01, 0.02, 0.035, 0.05, 0.075, 0.1,
 # where one is needed.
 _SWAP_BUCKETS_S = (0.5, 1, 1.5, 2, 3, 5, 10, 20, 30, 60, 120, 300, 600)
 _QUEUED_BUCKETS = (0, 1, 2, 4, 8, 16, 32, 64, 128, 256)
-_EXEMPLAR_CHARS = 100  # OpenMetrics allows 128 for names and values together
 
 
 class GatewayMetrics:
@@ -243,7 +242,7 @@ class GatewayMetrics:
             self._holdout_interval.labels(*_labels(served)).set(every_s)
 
     def _exemplar(self, request_id: str) -> dict[str, str] | None:
-        return {"request_id": request_id} if self._exemplars and len(request_id) <= _EXEMPLAR_CHARS else None
+        return {"request_id": request_id} if self._exemplars and request_id else None
 
 
 def _labels(served: Target | None) -> tuple[str, str]:

@@ -35,6 +35,8 @@ class RequestRecord:
     """One request that ended.
 
     Attributes:
+        request_id: the server's own.
+        client_request_id: what the client called it, if anything.
         model: the served name, or `unknown`.
         version: what answered; None where none did.
         key_id: of the caller's key; None for a server without keys.
@@ -67,11 +69,13 @@ class RequestRecord:
     answer: str | None = None
     temperature: float | None = None
     max_tokens: int | None = None
+    client_request_id: str | None = None
 
     @property
     def bytes(self) -> int:
         """Roughly what it takes in the store; its own id stands in an index too."""
-        content = sum(len(text.encode("utf-8")) for text in (self.prompt, self.answer) if text)
+        texts = (self.prompt, self.answer, self.client_request_id)
+        content = sum(len(text.encode("utf-8")) for text in texts if text)
         return _ROW_BYTES + 2 * len(self.request_id) + content
 
 

@@ -119,6 +119,7 @@ class RequestRow(Table):
     temperature: Mapped[float | None]
     max_tokens: Mapped[int | None]
     logprob: Mapped[float | None]
+    client_request_id: Mapped[str | None]
 
 
 class FeedbackRow(Table):

@@ -43,7 +43,7 @@ def row_of(server: Server, request_id: str) -> RequestRow:
     deadline = time.monotonic() + 10
     while time.monotonic() < deadline:
         with Session(open_database(server.home)) as session:
-            row = session.scalar(select(RequestRow).where(RequestRow.request_id == request_id))
+            row = session.scalar(select(RequestRow).where(RequestRow.client_request_id == request_id))
         if row:
             return row
         time.sleep(0.2)

@@ -101,18 +101,20 @@ async def test_every_answer_carries_its_request_and_the_version(client: httpx.As
     assert answer.headers["x-model-version"] == f"{NAME}@1"
 
 
-async def test_the_clients_request_id_is_kept_and_reaches_the_engine(
-    service: Service, client: httpx.AsyncClient
+@pytest.mark.parametrize("header", ["x-request-id", "x-client-request-id"])
+async def test_a_clients_request_id_is_returned_and_does_not_reach_the_engine(
+    service: Service, client: httpx.AsyncClient, header: str
 ) -> None:
-    answer = await client.post("/v1/chat/completions", json=CHAT, headers={"x-request-id": "Mine_1.2-3"})
-    assert answer.headers["x-request-id"] == "Mine_1.2-3"
-    assert service.double.request_ids == ["Mine_1.2-3"]
+    answer = await client.post("/v1/chat/completions", json=CHAT, headers={header: "Mine_1.2-3"})
+    assert answer.headers["x-client-request-id"] == "Mine_1.2-3"
+    assert service.double.request_ids == [answer.headers["x-request-id"]]
+    assert answer.headers["x-request-id"].startswith("req-")
 
 
 @pytest.mark.parametrize("given", ["", "a b", "x" * 129, "a\tb", "é".encode().decode("latin-1"), "a;b"])
-async def test_a_request_id_that_is_not_fit_for_a_log_is_replaced(client: httpx.AsyncClient, given: str) -> None:
+async def test_a_request_id_that_is_not_fit_for_a_log_is_left_out(client: httpx.AsyncClient, given: str) -> None:
     answer = await client.get("/health", headers=[(b"x-request-id", given.encode("latin-1"))])
-    assert answer.headers["x-request-id"].startswith("req-")
+    assert "x-client-request-id" not in answer.headers
 
 
 async def test_a_failure_of_our_own_is_answered_and_logged(

@@ -12,7 +12,7 @@ from sqlalchemy import select
 from sqlalchemy.orm import Session
 
 from serving.http.feedback import MAX_CORRECTION_CHARS, MAX_LABEL_CHARS
-from svc.store.tables import FeedbackRow
+from svc.store.tables import FeedbackRow, RequestRow
 from tests.serving.service import CHAT, Service
 
 PATH = "/v1/feedback"
@@ -51,6 +51,20 @@ async def test_feedback_on_an_answer_of_this_moment_is_kept(
     }
     (row,) = kept(store)
     assert (row.rating, row.correction, row.label) == ("bad", "Plug it in.", "hardware")
+
+
+async def test_a_request_id_that_a_client_uses_twice_reaches_the_right_answer(
+    client: httpx.AsyncClient, service: Service, store: Store
+) -> None:
+    asked: dict[str, Any] = {"json": CHAT, "headers": {"x-request-id": "again"}}
+    first, _ = [await client.post("/v1/chat/completions", **asked) for _ in range(2)]
+    await client.post(PATH, json={"request_id": first.headers["x-request-id"], "rating": "bad"})
+    answer = await client.post(PATH, json={"request_id": "again", "rating": "bad"})
+    assert answer.status_code == 404
+    assert service.request_log.flush(5)
+    with Session(store) as session:
+        oldest = session.scalar(select(RequestRow.id).order_by(RequestRow.id).limit(1))
+    assert [row.request for row in kept(store)] == [oldest]
 
 
 async def test_an_answer_is_counted_once_however_often_it_is_rated(

@@ -32,6 +32,7 @@ RECORD = RequestRecord(
     tokens_out=5,
     temperature=0.7,
     max_tokens=64,
+    client_request_id="mine",
 )
 
 
@@ -57,6 +58,7 @@ def test_a_row_holds_what_the_record_says(store: Store) -> None:
         assert (row.status, row.reason, row.finish_reason, row.key_id) == (200, None, "stop", None)
         assert (row.prompt, row.answer) == (None, None)
         assert (row.temperature, row.max_tokens, row.logprob) == (0.7, 64, None)
+        assert row.client_request_id == "mine"
 
 
 def test_a_request_that_no_version_answered_is_kept_too(store: Store) -> None:
