@@ -9,7 +9,7 @@ One event loop, no locks: every change of state happens between two awaits.
 """
 
 import asyncio
-from collections import deque
+from collections import Counter, deque
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager, contextmanager, suppress
 from typing import ClassVar
@@ -78,7 +78,7 @@ class Admission:
         self._max_queued = max_queued
         self._queue_timeout_s = queue_timeout_s
         self._running = 0
-        self._reading = 0
+        self._reading: Counter[str] = Counter()
         self._most_queued = 0
         self._waiting: deque[asyncio.Future[None]] = deque()
         self._closed = False
@@ -108,19 +108,28 @@ class Admission:
         return self._unavailable
 
     @contextmanager
-    def reading(self) -> Iterator[None]:
+    def reading(self, peer: str) -> Iterator[None]:
         """Before admission: a request whose body comes in during the body. As many at once as may run and wait.
+
+        Args:
+            peer: address that it comes from. One peer may send half of them: a client that sends slowly leaves room
+                for the others, and a proxy in front of all clients has enough.
 
         Raises:
             OverloadedError: so many come in already; their bodies take memory, and may never end.
         """
-        if self._reading >= self._max_running + self._max_queued:
-            raise OverloadedError(f"{self._reading} requests are being sent", todo="send the request again later")
-        self._reading += 1
+        most, coming = self._max_running + self._max_queued, self._reading.total()
+        if coming >= most or self._reading[peer] >= max(1, most // 2):
+            raise OverloadedError(
+                f"{coming} requests are being sent, {self._reading[peer]} of them from {peer or 'here'}",
+                todo="send the request again later",
+            )
+        self._reading[peer] += 1
         try:
             yield
         finally:
-            self._reading -= 1
+            self._reading[peer] -= 1
+            self._reading += Counter()  # forgets a peer of which none is left
 
     @asynccontextmanager
     async def admit(self) -> AsyncIterator[None]:

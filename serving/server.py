@@ -16,7 +16,9 @@ import uvicorn
 from sqlalchemy import Engine as Store
 
 from serving.assembly import Parts, assemble
+from serving.http.connections import limited_protocol, raise_descriptor_limit
 from svc.engine.capabilities import Capabilities
+from svc.errors import SvcError
 from svc.listening import address_family, http_url, listen_error
 from svc.lock import hold_lock
 from svc.registry.registry import Registry
@@ -131,10 +133,12 @@ class _Server:
         self._http = http = _Uvicorn(
             uvicorn.Config(
                 parts.app,
+                http=limited_protocol(raise_descriptor_limit()),
                 lifespan="off",
                 log_config=None,
                 access_log=False,
                 server_header=False,
+                proxy_headers=False,  # anybody can write them
                 timeout_graceful_shutdown=_GRACE_S,
             )
         )
@@ -142,9 +146,12 @@ class _Server:
         works = (self._control(on_ready), parts.alias.run(), parts.holdout.run(), parts.scores.run())
         control = [asyncio.create_task(work) for work in works]
         stopping = asyncio.create_task(self._stopping.wait())
+        defect = False
         try:
-            # The others never end by themselves but for a defect, which must end the server and not leave half of it.
+            # The others never end by themselves but for a defect, which must end the server and not leave half of it;
+            # engines that answer are no worse for it, and the next server takes them over.
             done, _ = await asyncio.wait({serving, stopping, *control}, return_when=asyncio.FIRST_COMPLETED)
+            defect = any(task.exception() and not isinstance(task.exception(), SvcError) for task in done)
         finally:
             # Control first: it would take the engine's end for a death.
             for task in (stopping, *control):
@@ -153,7 +160,7 @@ class _Server:
             http.should_exit = True
             await asyncio.wait({serving})
             try:
-                await parts.pool.stop(leave=self._leave)
+                await parts.pool.stop(leave=defect or self._leave)
             finally:
                 await asyncio.to_thread(parts.request_log.close)
         for task in done:

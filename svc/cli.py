@@ -5,6 +5,7 @@ keeps its traceback.
 """
 
 import importlib
+import os
 import signal
 import sys
 from pathlib import Path
@@ -69,6 +70,7 @@ def group(ctx: click.Context, home: Path | None, config: Path | None) -> None:
 def main() -> None:
     """Runs the command line. SIGTERM ends a command as Ctrl-C does: an engine that it started must not outlive it."""
     signal.signal(signal.SIGTERM, signal.default_int_handler)
+    os.umask(0o077)  # what a command writes is its user's alone
     try:
         sys.exit(group.main(standalone_mode=False) or 0)
     except SvcError as error:

@@ -6,6 +6,7 @@ Knows nothing of what is in the files.
 import errno
 import os
 import shutil
+from contextlib import suppress
 from pathlib import Path
 
 _FULL = 1_000_000  # bytes; a disk with less cannot take another file of weights
@@ -38,6 +39,14 @@ def sync_files(folder: Path) -> None:
             with path.open("rb") as file:
                 os.fsync(file.fileno())
     sync_folder(folder)
+
+
+def close_to_others(folder: Path) -> None:
+    """Takes a folder of ours, if it is there, from all other users, and with it what is in it."""
+    with suppress(FileNotFoundError):
+        found = folder.stat()
+        if found.st_uid == os.getuid() and found.st_mode & 0o077:
+            folder.chmod(0o700)
 
 
 def is_full(error: Exception, folder: Path) -> bool:

@@ -4,6 +4,7 @@ from typing import Any
 
 import click
 
+from svc.disk import close_to_others
 from svc.settings import Settings, load_settings
 
 json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON for machines.")
@@ -19,4 +20,6 @@ def settings_of(ctx: click.Context, **flags: Any) -> Settings:
         SettingsError: an unknown key or a wrong value.
     """
     given = ctx.find_root().obj or {}
-    return load_settings(given.get("config"), home=given.get("home"), **flags)
+    settings = load_settings(given.get("config"), home=given.get("home"), **flags)
+    close_to_others(settings.home)  # of an older release: prompts, answers and weights lie in it
+    return settings

@@ -95,6 +95,9 @@ class EngineSettings(_Section):
     replicas: int = Field(1, ge=1, le=64, description="engines that serve one model")
     start_timeout_s: float = Field(600.0, gt=0, description="longest start, seconds")
     args: tuple[str, ...] = Field((), description="further arguments for vLLM's server, as they are")
+    environment: tuple[str, ...] = Field(
+        (), description="names of variables that vLLM gets beside those of its libraries; secrets are withheld"
+    )
 
 
 class ServeSettings(_Section):
@@ -102,7 +105,13 @@ class ServeSettings(_Section):
 
     host: str = Field("127.0.0.1", description="address to listen on")
     port: int = Field(8000, ge=0, le=65535, description="port to listen on")
+    allowed_hosts: tuple[str, ...] = Field(
+        (), description="names that clients use for this server, beside localhost and addresses; *: any"
+    )
     max_body_bytes: int = Field(4 * 2**20, ge=1024, description="largest request body, bytes")
+    body_timeout_s: float = Field(
+        15.0, gt=0, description="longest time that a request's body takes to come in, seconds"
+    )
     max_running: int = Field(256, ge=1, description="requests in the engine at once; one more is answered 429")
     max_queued: int = Field(256, ge=0, description="requests that wait during a swap; one more is answered 503")
     queue_timeout_s: float = Field(60.0, gt=0, description="longest wait of a queued request, seconds")

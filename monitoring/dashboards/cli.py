@@ -1,5 +1,6 @@
 """`svc dashboards`: the Grafana dashboards as files."""
 
+import os
 from pathlib import Path
 
 import click
@@ -21,6 +22,7 @@ def dashboards(out: Path, as_json: bool) -> None:
     from monitoring.dashboards.export import write
     from svc.terminal import print_json
 
+    os.umask(0o022)  # Grafana reads them as another user
     paths = [str(path) for path in write(out)]
     if as_json:
         print_json({"dashboards": paths})

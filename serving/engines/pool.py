@@ -25,6 +25,7 @@ from svc.version import Target
 log = logging.getLogger(__name__)
 
 _CHANGING = {EngineState.DRAINING, EngineState.SWAPPING}
+_RETRY_S = 30.0
 _DOWN = {EngineState.FAILED, EngineState.STOPPED}
 
 
@@ -125,11 +126,12 @@ class EnginePool:
         return next((state for state in order if state in states), self.members[0].state)
 
     @contextmanager
-    def lease(self, model: str) -> Iterator[Lease]:
+    def lease(self, model: str, *, without: Lease | None = None) -> Iterator[Lease]:
         """An engine for a request, the one in which the fewest run, for the body.
 
         Args:
             model: a client's name for what it wants.
+            without: another one than this.
 
         Raises:
             ModelNotFoundError: nothing loaded answers to it.
@@ -138,6 +140,8 @@ class EnginePool:
         wanted = self._router.resolve(model)
         able = [(engine, engine.target) for engine in self.ready]
         able = [(engine, served) for engine, served in able if served and wanted in (None, served.version)]
+        if without is not None:
+            able = [(engine, served) for engine, served in able if engine.http is not without.http]
         if not able:
             raise EngineUnavailableError("no engine takes requests now", todo="send the request again later")
         engine, served = min(able, key=lambda pair: pair[0].running)
@@ -187,10 +191,19 @@ class EnginePool:
         for number in self._orphans.numbers():
             if len(taken) < len(self.members):
                 engine = self._make(number, self._on_change)
-                if await engine.adopt(target):
+                self._others.append(engine)  # where `stop` finds it, should this be cut off
+                try:
+                    adopted = await engine.adopt(target)
+                except Exception:
+                    self._others.remove(engine)
+                    raise
+                if adopted:
                     taken.append(engine)
+                else:
+                    self._others.remove(engine)
         if not taken:
             return False
+        self._others = [engine for engine in self._others if engine not in taken]
         size, self.members = len(self.members), taken
         await self.end_orphans()
         while len(self.members) < size:
@@ -226,11 +239,11 @@ class EnginePool:
         """Ends all engines.
 
         Args:
-            leave: members that are ready go on without us, for a server that starts later.
+            leave: those that are ready go on without us, for a server that starts later.
         """
         for task in [*self._watches.values(), *self._retirements]:
             task.cancel()
-        ready = set(self.ready) if leave else set()
+        ready = {engine for engine in self.all if leave and engine.state is EngineState.READY}
         await asyncio.gather(*(engine.leave() if engine in ready else engine.stop() for engine in self.all))
 
     async def _retire(self, engine: Replica) -> None:
@@ -240,7 +253,14 @@ class EnginePool:
             log.warning(
                 "replica %d: %d requests are cut off after %g s", engine.replica, engine.running, self._retire_timeout_s
             )
-        await self.drop(engine)
+        while True:
+            try:
+                await self.drop(engine)
+            except Exception:  # it may run still, and so its number stays taken
+                log.exception("replica %d cannot be ended; trying again in %g s", engine.replica, _RETRY_S)
+                await asyncio.sleep(_RETRY_S)
+            else:
+                return
 
     def _on_change(self, engine: Replica) -> None:
         watch = self._watches.pop(engine, None)

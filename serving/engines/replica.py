@@ -16,7 +16,7 @@ import httpx
 from serving.engines.verification import Verification
 from svc.engine.engine import LastingEngine
 from svc.engine.state import EngineState
-from svc.engine.vllm.client import EngineClient
+from svc.engine.vllm.client import EngineClient, Health
 from svc.engine.vllm.plan import EnginePlan
 from svc.engine.vllm.startup_phase import EnginePhase
 from svc.version import Target
@@ -247,7 +247,7 @@ class Replica:
                 done, _ = await asyncio.wait({ended}, timeout=_HEALTH_S)
                 if done:
                     return f"it ended with code {ended.result()}"
-                if await engine.client.healthy():
+                if await engine.client.health() is not Health.BAD:
                     answered = time.monotonic()
                 elif (silent_s := time.monotonic() - answered) >= _UNHEALTHY_S:
                     return f"no answer to health checks for {silent_s:.0f} s"

@@ -31,6 +31,10 @@ class EngineDiedError(EngineError):
     retry_after_s = ENGINE_RETRY_S
 
 
+class EngineUnreachableError(EngineDiedError):
+    """The engine took no connection: it has seen nothing of the request, and another may answer it."""
+
+
 class EngineSilentError(EngineError):
     """The engine said nothing for too long."""
 
@@ -68,6 +72,7 @@ async def call(engine: httpx.AsyncClient, path: str, payload: bytes, request_id:
     """Sends a request; the body of the `with` reads the answer, and leaving it early ends the work in the engine.
 
     Raises:
+        EngineUnreachableError: nothing was sent.
         EngineDiedError, EngineSilentError: also for what happens while the answer is read.
         EngineFailedError: the engine's answer is an error, or breaks off while the engine lives, as vLLM's streamed
             responses do when it fails on them.
@@ -81,8 +86,8 @@ async def call(engine: httpx.AsyncClient, path: str, payload: bytes, request_id:
                 raise refusal(response.status_code, _error_of(await response.aread()))
             begun = True
             yield response
-    except httpx.ConnectTimeout as error:
-        raise EngineDiedError("the engine does not take connections") from error
+    except (httpx.ConnectError, httpx.ConnectTimeout) as error:
+        raise EngineUnreachableError("the engine takes no connection; it is being restarted") from error
     except httpx.TimeoutException as error:
         raise EngineSilentError("the engine said nothing for too long") from error
     except EngineFailedError as error:

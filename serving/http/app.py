@@ -17,6 +17,7 @@ from starlette.routing import Route as Path
 from serving.admission import EngineUnavailableError
 from serving.http.errors import install_handlers
 from serving.http.feedback import FeedbackIntake
+from serving.http.host import AllowedHosts
 from serving.http.inference import Gateway
 from serving.http.middleware import RequestMiddleware
 from serving.http.models import add_models
@@ -51,7 +52,8 @@ def build_app(
     add_models(app, gateway.router)
     _add_operations(app, gateway, engine_metrics, status)
     install_handlers(app)
-    app.add_middleware(RequestMiddleware, router=gateway.router)
+    hosts = AllowedHosts((gateway.settings.host, *gateway.settings.allowed_hosts))
+    app.add_middleware(RequestMiddleware, router=gateway.router, hosts=hosts)
     return app
 
 

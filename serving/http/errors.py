@@ -26,6 +26,7 @@ from serving.engines.transport import (
     EngineSilentError,
 )
 from serving.http.feedback import RequestLogBusyError, RequestNotFoundError
+from serving.http.host import HostNotAllowedError
 from serving.http.models import ModelNotDeletableError
 from serving.protocols import request
 from serving.protocols.error_code import ErrorCode
@@ -74,6 +75,7 @@ _SHAPES: dict[type[SvcError], tuple[int, ErrorCode]] = {
     request.BodyTooLargeError: (413, ErrorCode.BODY_TOO_LARGE),
     request.BodyTimeoutError: (408, ErrorCode.BODY_TIMEOUT),
     request.MediaTypeError: (415, ErrorCode.UNSUPPORTED_MEDIA_TYPE),
+    HostNotAllowedError: (421, ErrorCode.HOST_NOT_ALLOWED),
     RequestNotFoundError: (404, ErrorCode.REQUEST_NOT_FOUND),
     RequestLogBusyError: (503, ErrorCode.REQUEST_LOG_BUSY),
     ModelNotFoundError: (404, ErrorCode.MODEL_NOT_FOUND),

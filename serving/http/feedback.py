@@ -13,6 +13,7 @@ from sqlalchemy import Engine as Store
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
+from serving.admission import OverloadedError
 from serving.protocols.request import ClientGoneError, InvalidJsonError, InvalidRequestError, read_body
 from serving.router import SHOWN_CHARS
 from serving.telemetry.metrics import CLIENT_GONE_STATUS
@@ -24,7 +25,8 @@ from svc.version import VersionId
 MAX_BODY_BYTES = 256 * 1024
 MAX_CORRECTION_CHARS = 32 * 1024
 MAX_LABEL_CHARS = 64
-_BODY_TIMEOUT_S = 30.0
+_MOST_AT_ONCE = 64
+_BODY_TIMEOUT_S = 15.0
 _FLUSH_S = 5.0
 
 
@@ -63,6 +65,7 @@ class FeedbackIntake:
         self._store = store
         self._request_log = request_log
         self._on_given = on_given
+        self._at_once = 0
         # Of its own: /metrics must not wait behind feedback that waits for the store.
         self._threads = ThreadPoolExecutor(max_workers=2, thread_name_prefix="feedback")
 
@@ -70,16 +73,22 @@ class FeedbackIntake:
         """The endpoint.
 
         Raises:
+            OverloadedError: as much feedback as may be is being taken.
             RequestNotFoundError: nothing is kept of such a request.
             RequestLogBusyError: that cannot be said now.
             InvalidJsonError, InvalidRequestError: the body is not what it must be.
         """
+        if self._at_once >= _MOST_AT_ONCE:
+            raise OverloadedError(f"feedback on {self._at_once} answers is being taken", todo="send it again later")
+        self._at_once += 1
         try:
             body = await read_body(request.scope, request.receive, max_bytes=MAX_BODY_BYTES, timeout_s=_BODY_TIMEOUT_S)
+            given = _parse(body)
+            kept = await asyncio.get_running_loop().run_in_executor(self._threads, self._keep, given)
         except ClientGoneError:
             return Response(status_code=CLIENT_GONE_STATUS)
-        given = _parse(body)
-        kept = await asyncio.get_running_loop().run_in_executor(self._threads, self._keep, given)
+        finally:
+            self._at_once -= 1
         if kept.replaced is None:
             self._on_given(kept.version, given.rating)
         return JSONResponse(
@@ -99,11 +108,9 @@ class FeedbackIntake:
             redactor.text(given.label) if given.label else None,
             redactor.text(given.correction) if given.correction else None,
         )
+        if self._request_log.is_queued(given.request_id) and not self._request_log.flush(_FLUSH_S):
+            raise RequestLogBusyError("the request is not stored yet", todo="send the feedback again")
         kept = keep_feedback(self._store, given.request_id, feedback)
-        if kept is None:
-            if not self._request_log.flush(_FLUSH_S):
-                raise RequestLogBusyError("the request may not be stored yet", todo="send the feedback again")
-            kept = keep_feedback(self._store, given.request_id, feedback)
         if kept is None:
             raise RequestNotFoundError(
                 "nothing is kept of this request", expected="the x-request-id of an answer that is not too old"

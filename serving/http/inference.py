@@ -12,13 +12,14 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from typing import Protocol
 
 import httpx
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from serving.admission import Admission
+from serving.admission import Admission, EngineUnavailableError
 from serving.engines.pool import Lease
-from serving.engines.transport import EngineDiedError, call, refusal
+from serving.engines.transport import EngineDiedError, EngineUnreachableError, call, refusal
 from serving.http.disconnect import while_connected
 from serving.http.errors import ApiError, api_error
 from serving.protocols.error_code import ErrorCode
@@ -37,6 +38,13 @@ from svc.version import Target
 _EVENT_STREAM = "text/event-stream"
 
 
+class Leases(Protocol):
+    """Gives an engine for a request; see serving.engines.pool.EnginePool.lease."""
+
+    def __call__(self, model: str, *, without: Lease | None = None) -> AbstractContextManager[Lease]:
+        """An engine for the body, and another one than `without`."""
+
+
 class Gateway:
     """Forwards completions to engines.
 
@@ -53,7 +61,7 @@ class Gateway:
     def __init__(
         self,
         *,
-        lease: Callable[[str], AbstractContextManager[Lease]],
+        lease: Leases,
         admission: Admission,
         router: Router,
         metrics: GatewayMetrics,
@@ -117,9 +125,10 @@ class Exchange:
         """Answers, with an error where it must be."""
         settings = self._gateway.settings
         try:
-            with self._gateway.admission.reading():
+            peer = self._scope.get("client")
+            with self._gateway.admission.reading(peer[0] if peer else ""):
                 body = await read_body(
-                    self._scope, receive, max_bytes=settings.max_body_bytes, timeout_s=settings.request_timeout_s
+                    self._scope, receive, max_bytes=settings.max_body_bytes, timeout_s=settings.body_timeout_s
                 )
             self._started = self._clock()
             self._request = request = parse_request(body, self._route, engine_model=self._gateway.router.name)
@@ -165,21 +174,34 @@ class Exchange:
         gateway = self._gateway
         async with gateway.admission.admit():
             with gateway.lease(request.model) as engine:
-                self._served = engine.served
-                self._scope["state"]["version"] = engine.served.version
-                body = await self._forward(engine, request)
+                try:
+                    body = await self._forward(engine, request)
+                except EngineUnreachableError as error:
+                    body = await self._forward_to_another(engine, request, error)
         if body is None:
             return
         # The engine is done with it: a client that reads slowly keeps no place.
         self.look_at(body)
         usage = self.format.usage(body)
-        if usage:
-            self.used(engine.served, usage)
+        if usage and self._served:
+            self.used(self._served, usage)
         await self.start(200, "application/json", len(body))
         await self.send(body, more=False)
 
+    async def _forward_to_another(
+        self, engine: Lease, request: CompletionRequest, refused: EngineUnreachableError
+    ) -> bytes | None:
+        """Once: where that one takes no connection either, something else is wrong."""
+        try:
+            with self._gateway.lease(request.model, without=engine) as other:
+                return await self._forward(other, request)
+        except EngineUnavailableError:
+            raise refused from None
+
     async def _forward(self, engine: Lease, request: CompletionRequest) -> bytes | None:
         """Asks the engine; the whole answer, or None where it was a stream, which has gone to the client then."""
+        self._served = engine.served
+        self._scope["state"]["version"] = engine.served.version
         async with call(engine.http, self._route.value, request.payload, self._request_id) as response:
             if response.headers.get("content-type", "").startswith(_EVENT_STREAM):
                 await _Stream(self, engine.served, wants_usage=request.wants_usage).forward(response)

@@ -12,6 +12,7 @@ from uuid import uuid4
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from serving.http.errors import api_error
+from serving.http.host import AllowedHosts
 from serving.router import Router
 
 _CLIENT_HEADERS = (b"x-client-request-id", b"x-request-id")
@@ -24,11 +25,13 @@ class RequestMiddleware:
     Args:
         app: what is wrapped.
         router: tells the version that is loaded, for answers that no version gave.
+        hosts: the names that are answered to.
     """
 
-    def __init__(self, app: ASGIApp, router: Router) -> None:
+    def __init__(self, app: ASGIApp, router: Router, hosts: AllowedHosts) -> None:
         self._app = app
         self._router = router
+        self._hosts = hosts
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -54,6 +57,7 @@ class RequestMiddleware:
             await send(message)
 
         try:
+            self._hosts.check(scope)
             await self._app(scope, receive, send_with_headers)
         except Exception as error:
             if begun:

@@ -97,6 +97,7 @@ _ENGINE = {
     504: "the engine said nothing for too long",
 }
 _DEFECT = {500: "a defect of the gateway"}
+_OTHER_HOST = {421: "the Host header has a name that is not this server's"}
 _MODEL_NAME: Json = {"name": "name", "in": "path", "required": True, "schema": {"type": "string", "minLength": 1}}
 _NO_MODEL = {404: "no loaded version answers to the name", 503: "nothing is loaded yet", **_DEFECT}
 
@@ -132,7 +133,8 @@ def _small_paths() -> Json:
         "properties": {"object": {"const": "list"}, "data": {"type": "array", "items": _ref("Model")}},
     }
     deletion = {403: "models are not deleted over HTTP", **_NO_MODEL}
-    feedback = {**_BAD_BODY, 404: "nothing is kept of the request", 503: "it may not be stored yet", **_DEFECT}
+    kept = {404: "nothing is kept of the request", 429: "too much feedback comes in", 503: "it is not stored yet"}
+    feedback = {**_BAD_BODY, **kept, **_DEFECT}
     health = _operation("Whether requests are taken", _json(_OBJECT), {})
     health["responses"]["503"] = _answer("no engine", _json(_OBJECT))
     page = {kind: {"schema": {"type": "string"}} for kind in ("text/plain", "application/openmetrics-text")}
@@ -161,7 +163,10 @@ def _operation(summary: str, content: Json, errors: Mapping[int, str]) -> Json:
 
 
 def _errors(descriptions: Mapping[int, str]) -> Json:
-    return {str(status): _answer(told, _json(_ref("Error"))) for status, told in sorted(descriptions.items())}
+    return {
+        str(status): _answer(told, _json(_ref("Error")))
+        for status, told in sorted({**descriptions, **_OTHER_HOST}.items())
+    }
 
 
 def _answer(description: str, content: Json) -> Json:

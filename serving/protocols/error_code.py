@@ -12,6 +12,7 @@ class ErrorCode(StrEnum):
     BODY_TOO_LARGE = "body_too_large"
     BODY_TIMEOUT = "body_timeout"
     UNSUPPORTED_MEDIA_TYPE = "unsupported_media_type"
+    HOST_NOT_ALLOWED = "host_not_allowed"
     MODEL_NOT_FOUND = "model_not_found"
     MODEL_NOT_DELETABLE = "model_not_deletable"
     REQUEST_NOT_FOUND = "request_not_found"

@@ -7,6 +7,7 @@ neither: what serves goes on, and the wish is read later.
 
 import asyncio
 import logging
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 
@@ -107,7 +108,10 @@ class Reconciler:
             await self._pool.members[0].start(self._actual.target)
         except SvcError as error:
             await self._end_cut_off(SwapResult(SwapOutcome.FAILED, str(error)))
-            previous, production = self._actual.previous, await reading
+            previous, production = self._actual.previous, None
+            with suppress(TimeoutError):
+                async with asyncio.timeout(_ALIAS_WAIT_S):
+                    production = await reading
             if previous is None or production != previous.version or previous.version == self._actual.target.version:
                 raise
             await asyncio.to_thread(change_desired, self._store, self._actual, previous, None)

@@ -22,6 +22,7 @@ from serving.engines.replica import Replica
 from serving.engines.verification import Verification
 from serving.router import Router
 from svc.engine.state import EngineState
+from svc.engine.vllm.client import Health
 from svc.errors import EngineError, ProbeError, SvcError
 from svc.registry.fingerprint import compatibility_fingerprint
 from svc.registry.registry import Registry
@@ -234,7 +235,7 @@ class Swap:
                 await self._drain(engine)
             except EngineError as error:
                 # Where requests run still, an engine that hangs is found by the pool, which is more patient.
-                if not isinstance(error, RequestsRunError) and not await engine.client.healthy():
+                if not isinstance(error, RequestsRunError) and await engine.client.health() is Health.BAD:
                     return await self._replace_engine(change, engine), str(error)
                 engine.enter(EngineState.READY)
                 raise

@@ -10,7 +10,7 @@ import queue
 import random
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
@@ -68,8 +68,9 @@ class RequestLog:
         self._on_dropped = on_dropped
         # An event is set when all before it is written; None is the end.
         self._queue: queue.Queue[_Entry | threading.Event | None] = queue.Queue(max_queued)
+        self._lock = threading.Lock()  # of these two
         self._content_bytes = 0
-        self._content_lock = threading.Lock()
+        self._queued_ids: set[str] = set()
         self._thread = threading.Thread(target=self._run, name="request-log", daemon=True)
 
     def start(self) -> None:
@@ -84,11 +85,23 @@ class RequestLog:
     def add(self, record: RequestRecord, content: Content | None = None) -> None:
         """Takes a record, or drops it; returns at once."""
         content = self._within_budget(content)
+        with self._lock:
+            self._queued_ids.add(record.request_id)
         try:
             self._queue.put_nowait(_Entry(record, content))
         except queue.Full:
             self._release(content)
+            self._forget([record.request_id])
             self._on_dropped(Dropped.QUEUE_FULL, 1)
+
+    def is_queued(self, request_id: str) -> bool:
+        """Whether a request's row is on its way to the store."""
+        with self._lock:
+            return request_id in self._queued_ids
+
+    def _forget(self, request_ids: Iterable[str]) -> None:
+        with self._lock:
+            self._queued_ids.difference_update(request_ids)
 
     def flush(self, timeout_s: float) -> bool:
         """Waits until all that was added before is in the store; False after `timeout_s`."""
@@ -113,7 +126,7 @@ class RequestLog:
     def _within_budget(self, content: Content | None) -> Content | None:
         if content is None:
             return None
-        with self._content_lock:
+        with self._lock:
             if not content.too_long and self._content_bytes + content.size <= MAX_QUEUED_CONTENT_BYTES:
                 self._content_bytes += content.size
                 return content
@@ -122,7 +135,7 @@ class RequestLog:
 
     def _release(self, content: Content | None) -> None:
         if content is not None:
-            with self._content_lock:
+            with self._lock:
                 self._content_bytes -= content.size
 
     def _run(self) -> None:
@@ -134,6 +147,7 @@ class RequestLog:
                 next_prune = time.monotonic() + _PRUNE_EVERY_S
             entries, waiting, ended = self._gather(next_prune - time.monotonic())
             self._write(entries)
+            self._forget(entry.record.request_id for entry in entries)
             for event in waiting:
                 event.set()
 

@@ -154,7 +154,7 @@ class Control:
         transport = socket_transport(socket, max_connections=None)
         async with (
             running(app, socket),
-            httpx.AsyncClient(transport=transport, base_url="http://gateway", timeout=20) as client,
+            httpx.AsyncClient(transport=transport, base_url="http://localhost", timeout=20) as client,
         ):
             yield client
 

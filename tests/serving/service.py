@@ -2,7 +2,7 @@
 
 import asyncio
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, asynccontextmanager, contextmanager
+from contextlib import asynccontextmanager, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +12,11 @@ from prometheus_client import CollectorRegistry
 from sqlalchemy import Engine as Store
 from sqlalchemy import create_engine
 
-from serving.admission import Admission
+from serving.admission import Admission, EngineUnavailableError
 from serving.engines.pool import Lease
 from serving.http.app import build_app
 from serving.http.feedback import FeedbackIntake
-from serving.http.inference import Gateway
+from serving.http.inference import Gateway, Leases
 from serving.router import Router
 from serving.telemetry.engine_metrics import EngineMetrics, EngineSource
 from serving.telemetry.metrics import GatewayMetrics
@@ -34,7 +34,7 @@ CHAT: dict[str, Any] = {"model": NAME, "messages": [{"role": "user", "content": 
 
 
 def application(
-    lease: Callable[[str], AbstractContextManager[Lease]],
+    lease: Leases,
     sources: Callable[[], Sequence[EngineSource]],
     *,
     admission: Admission,
@@ -132,9 +132,11 @@ class Service:
         self.router.set_loaded({served})
 
     @contextmanager
-    def lease(self, model: str) -> Iterator[Lease]:
+    def lease(self, model: str, *, without: Lease | None = None) -> Iterator[Lease]:
         """The one engine."""
         self.router.resolve(model)
+        if without is not None:
+            raise EngineUnavailableError("there is one engine")
         yield Lease(self.http, self.loaded)
 
     @asynccontextmanager
@@ -142,7 +144,7 @@ class Service:
         """Calls the application without a server; answers come whole."""
         assert self.app is not None
         transport = httpx.ASGITransport(self.app)
-        async with httpx.AsyncClient(transport=transport, base_url="http://gateway") as client:
+        async with httpx.AsyncClient(transport=transport, base_url="http://localhost") as client:
             yield client
 
     @asynccontextmanager
@@ -153,7 +155,7 @@ class Service:
         transport = socket_transport(socket, max_connections=None)
         async with (
             running(self.app, socket),
-            httpx.AsyncClient(transport=transport, base_url="http://gateway", timeout=20) as client,
+            httpx.AsyncClient(transport=transport, base_url="http://localhost", timeout=20) as client,
         ):
             yield client
 

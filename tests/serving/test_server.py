@@ -232,13 +232,20 @@ async def test_a_server_that_cannot_listen_ends_while_the_engine_starts(
     assert home.park.alive == 0
 
 
-async def test_a_defect_in_the_control_loop_ends_the_server(home: Home, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_defect_in_the_control_loop_ends_the_server_and_leaves_the_engine_to_the_next(
+    home: Home, monkeypatch: pytest.MonkeyPatch
+) -> None:
     async def fail(self: Reconciler) -> None:
         raise ZeroDivisionError
 
-    monkeypatch.setattr(Reconciler, "run", fail)
-    with server.claim(home.settings) as claim, pytest.raises(ZeroDivisionError):
-        await home.serve(claim, f"{NAME}@1")
+    with monkeypatch.context() as patch:
+        patch.setattr(Reconciler, "run", fail)
+        with server.claim(home.settings) as claim, pytest.raises(ZeroDivisionError):
+            await home.serve(claim, f"{NAME}@1")
+    (left,) = home.park.left.values()
+    async with home.serving(None) as client:
+        assert home.park.double is left.double
+        assert (await ask(client, stream=False)).words == {"1"}
     assert home.park.alive == 0
 
 

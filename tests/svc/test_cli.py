@@ -121,6 +121,22 @@ def test_sigterm_lets_a_command_clean_up_as_an_interruption_does() -> None:
     assert process.returncode == 130
 
 
+@pytest.mark.parametrize("existed", [False, True])
+def test_the_home_and_what_is_in_it_are_its_users_alone(tmp_path: Path, existed: bool) -> None:
+    home = tmp_path / "home"
+    if existed:
+        home.mkdir()
+        home.chmod(0o755)
+    subprocess.run([sys.executable, "-m", "svc.cli", "--home", home, "models"], check=True, capture_output=True)
+    assert [path for path in (home, *home.rglob("*")) if path.stat().st_mode & 0o077] == []
+
+
+def test_a_home_of_an_older_release_is_closed(tmp_path: Path) -> None:
+    (tmp_path / "home").mkdir(mode=0o755)
+    subprocess.run([sys.executable, "-m", "svc.cli", "--home", tmp_path / "home", "status"], capture_output=True)
+    assert (tmp_path / "home").stat().st_mode & 0o777 == 0o700
+
+
 @pytest.mark.parametrize(
     ("arguments", "code", "text"),
     [

@@ -5,6 +5,7 @@ versions.
 """
 
 import asyncio
+import errno
 import json
 import ssl
 import statistics
@@ -12,6 +13,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from enum import Enum, auto
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -29,6 +31,15 @@ _CONNECT_TIMEOUT_S = 5.0
 _TIMEOUT = httpx.Timeout(300.0, connect=_CONNECT_TIMEOUT_S)  # a reload reads the whole file of weights
 ENDED = "stop"
 """Finish reason of an answer that the model ended: with a token, because no stop strings are sent."""
+
+
+class Health(Enum):
+    """What a health check found."""
+
+    GOOD = auto()
+    BAD = auto()
+    UNKNOWN = auto()
+    """We could not ask: this process, or the machine, has no descriptor left."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,12 +128,17 @@ class EngineClient:
         """Closes the connections."""
         await self._http.aclose()
 
-    async def healthy(self) -> bool:
+    async def health(self) -> Health:
         """Whether the engine answers and its core lives."""
         try:
-            return (await self._http.get("/health", timeout=5.0)).status_code == httpx.codes.OK
-        except httpx.HTTPError:
-            return False
+            answer = await self._http.get("/health", timeout=5.0)
+        except httpx.HTTPError as error:
+            return Health.UNKNOWN if _no_descriptor(error) else Health.BAD
+        return Health.GOOD if answer.status_code == httpx.codes.OK else Health.BAD
+
+    async def healthy(self) -> bool:
+        """Whether it is known to be well."""
+        return await self.health() is Health.GOOD
 
     async def chat(self, messages: Sequence[Message], *, max_tokens: int, tools: Sequence[str] = ()) -> Answer:
         """Greedy answer to a prompt, as text.
@@ -265,3 +281,13 @@ def _reading(path: str) -> Iterator[None]:
             expected="what vLLM answers",
             todo="see the engine's log, and whether its version is one that is supported",
         ) from error
+
+
+def _no_descriptor(error: BaseException) -> bool:
+    """Whether it comes of a lack of file descriptors, here or on the whole machine."""
+    cause: BaseException | None = error
+    while cause is not None:
+        if isinstance(cause, OSError) and cause.errno in (errno.EMFILE, errno.ENFILE):
+            return True
+        cause = cause.__cause__ or cause.__context__
+    return False

@@ -20,6 +20,7 @@ from svc.engine.machine import read_machine
 from svc.engine.model_facts import ModelFacts, read_model_facts
 from svc.engine.vllm import plan
 from svc.engine.vllm.engine_args import given
+from svc.engine.vllm.environment import inherited_environment
 from svc.engine.vllm.plugin import INT4_LINEAR_VARIABLE
 from svc.settings import Device, EngineSettings, GptqKernel
 
@@ -114,7 +115,8 @@ def environment(spec: EngineSpec) -> dict[str, str]:
     }
     # vLLM would let the first, an older way to give the size of its cache, overrule an argument. The second is ours.
     withheld = ("VLLM_CPU_KVCACHE_SPACE", INT4_LINEAR_VARIABLE)
-    inherited = {name: value for name, value in os.environ.items() if name not in withheld}
+    ours = inherited_environment(spec.settings.environment)
+    inherited = {name: value for name, value in ours.items() if name not in withheld}
     # The phases of a start are read from its log; TRL, once imported, has every vLLM log errors alone.
     if inherited.get(_LOG_LEVEL) != "DEBUG":
         variables[_LOG_LEVEL] = "INFO"
@@ -135,6 +137,8 @@ def launch_digest(spec: EngineSpec) -> str:
     # How many share a GPU is part of how an engine was started, unless its share is given.
     shares = spec.device is Device.CUDA and spec.settings.gpu_memory_share is None
     without = {"start_timeout_s", "gptq_kernel"} if shares else {"start_timeout_s", "gptq_kernel", "replicas"}
+    if not spec.settings.environment:  # which older releases did not have
+        without.add("environment")
     settings, able = spec.settings.model_dump(mode="json", exclude=without), spec.capabilities
     parts: list[Any] = [able.engine_device.value, able.vllm, spec.served_name, settings]
     # What a release before this one always did is left out, so that its engines are known still.

@@ -6,6 +6,7 @@ restart anything: that is the supervisor's decision.
 
 import asyncio
 import contextlib
+import os
 import re
 import subprocess
 import time
@@ -14,7 +15,7 @@ from dataclasses import replace
 
 import psutil
 
-from svc.engine.orphans import EngineRecord, end_engine, find_engine, locked, read_record, runs, start_of, write_record
+from svc.engine.orphans import EngineRecord, end_engine, find_engine, locked, read_record, start_of, write_record
 from svc.engine.vllm.client import EngineClient, data_client
 from svc.engine.vllm.launch import EngineSpec, command, environment, launch_digest
 from svc.engine.vllm.plan import EnginePlan
@@ -43,6 +44,8 @@ class EngineProcess:
         self.plan: EnginePlan | None = None
         self._child: subprocess.Popen[bytes] | None = None
         self._process: psutil.Process | None = None
+        self._pidfd: int | None = None
+        self._ended = asyncio.Event()
 
     async def start(self, on_phase: Callable[[EnginePhase], None] = lambda phase: None) -> None:
         """Starts the server and returns when it answers. What an earlier one left in the folder is ended.
@@ -57,8 +60,8 @@ class EngineProcess:
         self.plan = await asyncio.to_thread(lambda: self.spec.plan)
         self._remove_sockets()
         self.spec.log.parent.mkdir(parents=True, exist_ok=True)
-        self._spawn()
         try:
+            self._spawn()
             await self._ready(on_phase)
         except BaseException:
             await self.stop()
@@ -81,11 +84,30 @@ class EngineProcess:
                 process_group=0,
                 pass_fds=[lock.fileno()],
             )
+        self._watch(self._child.pid)
         with contextlib.suppress(psutil.NoSuchProcess):  # it has ended already: nothing can be left behind
             self._process = process = psutil.Process(self._child.pid)
             started = start_of(process.pid)
             record = EngineRecord(process.pid, *started, launch_digest(self.spec), self.spec.plan.rows())
             write_record(self.spec.state, record)
+
+    def _watch(self, pid: int) -> None:
+        """Has the event loop notice its end, without looking: to look takes a descriptor, and there may be none left.
+
+        Raises:
+            ProcessLookupError: there is no such process.
+        """
+        self._unwatch()
+        self._ended = asyncio.Event()
+        self._pidfd = os.pidfd_open(pid)
+        asyncio.get_running_loop().add_reader(self._pidfd, self._unwatch)
+
+    def _unwatch(self) -> None:
+        if self._pidfd is not None:
+            asyncio.get_running_loop().remove_reader(self._pidfd)
+            os.close(self._pidfd)
+        self._pidfd = None
+        self._ended.set()
 
     def orphan_holds(self) -> str | None:
         """What an engine holds that was started alike by an earlier server and runs still; None where none does."""
@@ -105,6 +127,10 @@ class EngineProcess:
         self.plan = EnginePlan.of_rows(record.plan) if record else None
         if self._process is None or not await self.client.healthy():
             raise EngineError(f"the engine in {self.spec.state} does not answer", todo="start a new one")
+        try:
+            self._watch(self._process.pid)
+        except ProcessLookupError:
+            raise EngineError(f"the engine in {self.spec.state} ended just now", todo="start a new one") from None
 
     def record(self, holds: str | None) -> None:
         """Writes down what it holds, for a server that comes later; None while nobody knows."""
@@ -124,16 +150,16 @@ class EngineProcess:
 
     async def wait(self) -> int | None:
         """Returns the exit code when the server has ended: 0 when it was never started, None of one adopted."""
-        while self._process is not None and runs(self._process):
-            await asyncio.sleep(_POLL_S)
-        if self._child is None:
-            return None if self._process else 0
-        return self._child.wait()
+        if self._child is None and self._process is None:
+            return 0
+        await self._ended.wait()
+        return self._child.wait() if self._child else None
 
     async def stop(self) -> None:
         """Ends the server and all its processes: first asked, then killed."""
         if self._child or self._process or read_record(self.spec.state):
             await asyncio.shield(asyncio.to_thread(self._end))
+        self._unwatch()
         await self._close()
         self._remove_sockets()
 
@@ -153,6 +179,7 @@ class EngineProcess:
         if self._child:
             self._child.returncode = 0  # tells Python that nobody waits for it
         self._child = self._process = None
+        self._unwatch()
         await self._close()
 
     async def _close(self) -> None:

@@ -6,6 +6,7 @@ import pytest
 
 from serving.engines.replica import NO_WEIGHTS, Replica
 from svc.engine.state import EngineState
+from svc.engine.vllm.client import Health
 from svc.errors import EngineError, IntegrityError, NotFoundError, ProbeError
 from svc.store.swaps import SwapOutcome
 from tests.serving.control import Control, Make, until
@@ -136,6 +137,19 @@ async def test_silence_is_a_death_after_its_time(make: Make, monkeypatch: pytest
     async with asyncio.timeout(2):
         assert "no answer to health checks" in await control.replica.died()
     await control.replica.stop()
+
+
+async def test_an_engine_that_we_cannot_ask_is_not_taken_for_dead(
+    control: Control, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def unknown() -> Health:
+        return Health.UNKNOWN
+
+    monkeypatch.setattr("serving.engines.replica._UNHEALTHY_S", 0.1)
+    monkeypatch.setattr(control.replica.client, "health", unknown)
+    with pytest.raises(TimeoutError):
+        async with asyncio.timeout(0.5):
+            await control.replica.died()
 
 
 async def test_where_no_engine_runs_there_is_none_to_ask(replica: Replica) -> None:

@@ -75,7 +75,7 @@ async def test_the_status_is_what_was_passed_in(service: Service, client: httpx.
 )  # fmt: skip
 @pytest.mark.parametrize("method", ["GET", "POST"])
 async def test_all_else_is_closed(service: Service, client: httpx.AsyncClient, path: str, method: str) -> None:
-    answer = await client.request(method, f"http://gateway{path}")
+    answer = await client.request(method, f"http://localhost{path}")
     assert (answer.status_code, answer.json()["error"]["code"]) == (404, "not_found")
     assert service.double.calls == []
 

@@ -1,6 +1,8 @@
 """`POST /v1/feedback`: kept with the request, counted once, and nothing that a client sends can do harm."""
 
+import asyncio
 import json
+from collections import Counter
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
@@ -90,11 +92,32 @@ async def test_an_unknown_request_is_not_found(client: httpx.AsyncClient) -> Non
     assert answer.json()["error"]["code"] == "request_not_found"
 
 
+async def test_an_unknown_request_costs_no_flush(
+    client: httpx.AsyncClient, service: Service, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    flushed: list[float] = []
+    monkeypatch.setattr(service.request_log, "flush", flushed.append)
+    await client.post(PATH, json={"request_id": "req-other", "rating": "good"})
+    assert flushed == []
+
+
+async def test_so_much_feedback_is_taken_at_once(
+    client: httpx.AsyncClient, request_id: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("serving.http.feedback._MOST_AT_ONCE", 2)
+    given = {"request_id": request_id, "rating": "good"}
+    answers = await asyncio.gather(*(client.post(PATH, json=given) for _ in range(8)))
+    statuses = Counter(answer.status_code for answer in answers)
+    assert set(statuses) == {200, 429}
+    assert (await client.post(PATH, json=given)).status_code == 200
+
+
 async def test_a_store_that_is_behind_asks_to_send_it_again(
     client: httpx.AsyncClient, service: Service, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(service.request_log, "flush", lambda timeout_s: False)
-    answer = await client.post(PATH, json={"request_id": "req-new", "rating": "good"})
+    asked = await client.post("/v1/chat/completions", json=CHAT)
+    answer = await client.post(PATH, json={"request_id": asked.headers["x-request-id"], "rating": "good"})
     assert answer.status_code == 503
     assert answer.headers["retry-after"] == "2"
 

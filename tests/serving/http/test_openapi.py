@@ -64,7 +64,7 @@ async def test_every_error_of_a_completion_is_described_with_its_status(client: 
 @pytest.fixture
 def api(memory_folder: Path, store: Store) -> Iterator[Any]:
     """The document of an application over the double; a model name is one of those that are served, or another."""
-    registry, traffic_settings = CollectorRegistry(), ServeSettings()
+    registry, traffic_settings = CollectorRegistry(), ServeSettings(allowed_hosts=("*",))
     request_log = RequestLog(
         store, RequestLogSettings(), on_stored=lambda count: None, on_dropped=lambda reason, count: None
     )
@@ -73,7 +73,7 @@ def api(memory_folder: Path, store: Store) -> Iterator[Any]:
     router.set_loaded({ONE})
 
     @contextmanager
-    def lease(model: str) -> Iterator[Lease]:
+    def lease(model: str, *, without: Lease | None = None) -> Iterator[Lease]:
         router.resolve(model)
         yield Lease(engine, ONE)
 

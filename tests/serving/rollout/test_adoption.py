@@ -10,6 +10,7 @@ from svc.engine.state import EngineState
 from svc.errors import IntegrityError
 from svc.store.swaps import SwapOutcome, begin_swap, find_swap
 from tests.serving.control import Control, Make, ask, until
+from tests.serving.engine_park import DoubleEngine
 from tests.serving.versions import NAME, target
 
 ONE, TWO = f"{NAME}@1", f"{NAME}@2"
@@ -149,3 +150,27 @@ async def test_more_engines_than_before_are_started(make: Make) -> None:
         await until(lambda: len(control.pool.ready) == 2)
         assert sorted(engine.replica for engine in control.pool.members) == [0, 1]
         await asyncio.sleep(0)
+
+
+async def test_an_end_while_a_second_engine_is_adopted_leaves_none_running(
+    make: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    control = make(replicas=2)
+    control.leaves = True
+    async with control.run():
+        await until(lambda: len(control.pool.ready) == 2)
+    adopt = DoubleEngine.adopt
+
+    async def hanging(engine: DoubleEngine) -> None:
+        await adopt(engine)
+        if engine.replica == 1:
+            await asyncio.sleep(60)
+
+    monkeypatch.setattr(DoubleEngine, "adopt", hanging)
+    control.assemble()
+    adopting = asyncio.create_task(control.pool.adopt(target(1)))
+    await until(lambda: control.park.left == {})
+    adopting.cancel()
+    await asyncio.wait({adopting})
+    await control.pool.stop()
+    assert control.park.alive == 0

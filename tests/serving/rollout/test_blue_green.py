@@ -68,6 +68,26 @@ async def test_another_format_needs_a_second_engine(control: Control) -> None:
         assert (swap.outcome, swap.kind) == (SwapOutcome.SUCCEEDED, SwapKind.BLUEGREEN)
 
 
+async def test_a_replaced_engine_that_cannot_be_ended_is_tried_again(
+    control: Control, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr("serving.engines.pool._RETRY_S", 0.01)
+    async with control.run():
+        (old,) = control.park.engines
+        stop, faults = old.stop, [OSError("busy")]
+
+        async def stop_at_second_try() -> None:
+            if faults:
+                raise faults.pop()
+            await stop()
+
+        monkeypatch.setattr(old, "stop", stop_at_second_try)
+        await control.promote(4)
+        await until(lambda: control.pool.all == control.pool.members)
+        assert not old.alive
+    assert "replica 0 cannot be ended" in caplog.text
+
+
 async def test_where_it_is_set_a_version_that_fits_comes_so_too(make: Make) -> None:
     async with make(swap=SwapChoice.BLUEGREEN).run() as control:
         assert (await control.promote(2)).kind is SwapKind.BLUEGREEN

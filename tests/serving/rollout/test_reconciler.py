@@ -414,6 +414,21 @@ async def test_a_start_that_fails_with_a_version_that_never_served_desires_the_o
         assert control.reconciler.actual.target == target(1)
 
 
+async def test_a_start_that_fails_does_not_wait_for_mlflow(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("serving.rollout.reconciler._ALIAS_WAIT_S", 0.05)
+
+    async def silent(name: str) -> VersionId | None:
+        await asyncio.sleep(60)
+        return None
+
+    control = make()
+    control.park.failing_starts = 1
+    monkeypatch.setattr(control.alias, "read", silent)
+    async with asyncio.timeout(5):
+        with pytest.raises(EngineError, match="no memory"):
+            await control.reconciler.start()
+
+
 async def test_a_start_that_fails_with_the_version_that_served_keeps_the_wish(make: Make) -> None:
     control = make()
     async with control.run():

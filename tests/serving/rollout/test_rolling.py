@@ -50,6 +50,17 @@ async def test_the_first_engine_serves_before_the_second_has_started(control: Co
         assert control.pool.restarts == 0
 
 
+async def test_a_connection_that_one_engine_refuses_goes_to_the_other(control: Control) -> None:
+    async with control.run(), control.client() as client:
+        await both_ready(control)
+        server = control.park.engines[0]._server
+        assert server is not None
+        server.kill()  # and nobody has noticed yet
+        answers = [await ask(client, stream=number % 2 == 0) for number in range(4)]
+        assert {answer.status for answer in answers} == {200}
+        assert len(control.pool.ready) == 2
+
+
 async def test_requests_go_to_the_engine_in_which_the_fewest_run(control: Control) -> None:
     async with control.run(), control.client() as client:
         await both_ready(control)

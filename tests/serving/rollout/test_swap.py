@@ -10,6 +10,7 @@ import httpx
 import pytest
 
 from svc.engine.state import EngineState
+from svc.engine.vllm.client import Health
 from svc.errors import EngineError, NotFoundError
 from svc.store.swaps import SwapOutcome
 from svc.version import Format, Target
@@ -260,10 +261,10 @@ async def test_an_engine_that_is_slow_to_say_that_it_lives_keeps_what_runs_in_it
 ) -> None:
     async with overrunning(make) as (control, _, running):
 
-        async def silent() -> bool:
-            return False
+        async def silent() -> Health:
+            return Health.BAD
 
-        monkeypatch.setattr(control.replica.client, "healthy", silent)
+        monkeypatch.setattr(control.replica.client, "health", silent)
         assert (await control.promote(2)).outcome is SwapOutcome.REFUSED
         assert (await running).words == {"1"}
         assert len(control.park.engines) == 1

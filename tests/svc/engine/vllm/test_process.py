@@ -2,13 +2,15 @@
 
 import asyncio
 import json
+import os
 import re
+import resource
 import signal
 import socket
 import subprocess
 import sys
 from collections.abc import AsyncIterator, Callable, Iterator
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -18,6 +20,7 @@ import pytest
 
 from svc.engine import orphans
 from svc.engine.vllm import process as process_module
+from svc.engine.vllm.client import Health
 from svc.engine.vllm.launch import EngineSpec
 from svc.engine.vllm.process import EngineProcess
 from svc.engine.vllm.startup_phase import EnginePhase
@@ -99,6 +102,23 @@ def child_of(engine: EngineProcess) -> int:
     found = re.search(r"child (\d+)", engine.spec.log.read_text())
     assert found
     return int(found[1])
+
+
+@contextmanager
+def no_descriptors_left() -> Iterator[None]:
+    """This process can open nothing in the body."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (min(soft, 256), hard))
+    opened = []
+    try:
+        with suppress(OSError):
+            while True:
+                opened.append(os.open(os.devnull, os.O_RDONLY))
+        yield
+    finally:
+        for descriptor in opened:
+            os.close(descriptor)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
 
 
 async def test_it_is_started_when_it_answers(engine_in: Start) -> None:
@@ -186,6 +206,18 @@ async def test_its_death_is_noticed(engine_in: Start) -> None:
     psutil.Process(pid_of(engine)).kill()
     assert await asyncio.wait_for(engine.wait(), 5) == -signal.SIGKILL
     assert not await engine.client.healthy()
+
+
+async def test_without_a_descriptor_left_it_is_not_taken_for_dead_and_its_death_is_noticed(engine_in: Start) -> None:
+    engine = engine_in("ready")
+    await engine.start()
+    ended = asyncio.create_task(engine.wait())
+    with no_descriptors_left():
+        assert await engine.client.health() is Health.UNKNOWN
+        await asyncio.sleep(0.1)
+        assert not ended.done()
+        os.kill(pid_of(engine), signal.SIGKILL)
+        assert await asyncio.wait_for(ended, 5) == -signal.SIGKILL
 
 
 async def test_the_log_of_the_one_before_is_kept(engine_in: Start, folder: Path) -> None:

@@ -1,0 +1,72 @@
+"""Connections of clients: as many as there are file descriptors for, and none that sends no request.
+
+uvicorn accepts whatever comes, and waits for a first request without end. Where descriptors run out, the server could
+not reach its engines any more.
+"""
+
+import asyncio
+import resource
+
+from uvicorn.protocols.http.auto import AutoHTTPProtocol
+
+REQUEST_DEADLINE_S = 15.0
+"""From a connection, or its last answer, to the end of the next request's headers."""
+_OWN_DESCRIPTORS = 512
+"""For the store, logs, the registry and what the server asks its engines itself."""
+_MOST = 8192
+"""Each takes some ten kilobytes, whatever the machine allows."""
+
+
+def raise_descriptor_limit() -> int:
+    """Lets this process open as many files as it may.
+
+    Returns:
+        How many connections of clients there is room for: each may have one to an engine.
+    """
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+    room = _MOST if hard == resource.RLIM_INFINITY else (hard - _OWN_DESCRIPTORS) // 2
+    return max(1, min(_MOST, room))
+
+
+def limited_protocol(most: int, deadline_s: float = REQUEST_DEADLINE_S) -> type[asyncio.Protocol]:
+    """uvicorn's protocol with limits.
+
+    Args:
+        most: connections at once; further ones are closed.
+        deadline_s: see REQUEST_DEADLINE_S.
+    """
+
+    class LimitedProtocol(AutoHTTPProtocol):  # type: ignore[misc, valid-type]
+        _deadline: asyncio.TimerHandle | None = None
+
+        def connection_made(self, transport: asyncio.Transport) -> None:
+            super().connection_made(transport)
+            if len(self.connections) > most:
+                transport.abort()
+            else:
+                self._await_request()
+
+        def data_received(self, data: bytes) -> None:
+            super().data_received(data)
+            if self._deadline is None and not self._in_request:  # uvicorn closes what stays idle between requests
+                self._await_request()
+
+        def connection_lost(self, exc: Exception | None) -> None:
+            if self._deadline is not None:
+                self._deadline.cancel()
+            super().connection_lost(exc)
+
+        @property
+        def _in_request(self) -> bool:
+            return self.cycle is not None and not self.cycle.response_complete
+
+        def _await_request(self) -> None:
+            self._deadline = asyncio.get_running_loop().call_later(deadline_s, self._check, self.cycle)
+
+        def _check(self, before: object) -> None:
+            self._deadline = None
+            if self.cycle is before and not self.transport.is_closing():
+                self.transport.close()
+
+    return LimitedProtocol

@@ -1,0 +1,63 @@
+"""Which names this server answers to.
+
+A web page can have its own name lead to this machine (DNS rebinding), and then reads answers as if they were its own
+site's. The name stands in the request's Host header: so a name must be known here. An address needs not, since no page
+has one that is ours.
+"""
+
+import ipaddress
+from collections.abc import Iterable
+
+from starlette.types import Scope
+
+from serving.router import SHOWN_CHARS
+from svc.errors import SvcError
+
+ANY = "*"
+_LOOPBACK = "localhost"
+
+
+class HostNotAllowedError(SvcError):
+    """A request for a name that is not this server's."""
+
+
+class AllowedHosts:
+    """The names.
+
+    Args:
+        names: beside `localhost`; `*` allows all.
+    """
+
+    def __init__(self, names: Iterable[str]) -> None:
+        self._names = {_LOOPBACK, *(name.lower().rstrip(".") for name in names)}
+
+    def check(self, scope: Scope) -> None:
+        """Looks at a request's Host header; one without, as of HTTP/1.0, is let through.
+
+        Raises:
+            HostNotAllowedError: it is another's name.
+        """
+        given = next((value for name, value in scope["headers"] if name == b"host"), b"")
+        host = _name(str(given, "latin-1"))
+        if ANY in self._names or not host or host in self._names or _is_address(host):
+            return
+        raise HostNotAllowedError(
+            f"this server is not called {host[:SHOWN_CHARS]!r}",
+            expected="an address, localhost or a name in serve.allowed_hosts",
+            todo="add the name to serve.allowed_hosts",
+        )
+
+
+def _name(header: str) -> str:
+    """Without the port, and brackets around an IPv6 address."""
+    if header.startswith("["):
+        return header[1:].partition("]")[0]
+    return header.partition(":")[0].lower().rstrip(".")
+
+
+def _is_address(host: str) -> bool:
+    try:
+        ipaddress.ip_address(host)
+    except ValueError:
+        return False
+    return True

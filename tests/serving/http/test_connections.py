@@ -1,0 +1,126 @@
+"""Connections are limited in number, and closed where no request comes; those that ask are left alone."""
+
+import asyncio
+import resource
+import socket
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager, suppress
+from typing import Any
+
+import pytest
+import uvicorn
+from uvicorn.protocols.http.h11_impl import H11Protocol
+
+from serving.http import connections
+from serving.http.connections import limited_protocol, raise_descriptor_limit
+
+DEADLINE_S = 0.3
+ASK = b"GET / HTTP/1.1\r\nhost: x\r\n\r\n"
+Connect = Callable[[], Awaitable[tuple[asyncio.StreamReader, asyncio.StreamWriter]]]
+
+
+async def slow_app(scope: Any, receive: Any, send: Any) -> None:
+    """Takes longer than the deadline."""
+    await asyncio.sleep(2 * DEADLINE_S)
+    await send({"type": "http.response.start", "status": 200, "headers": [(b"content-length", b"2")]})
+    await send({"type": "http.response.body", "body": b"ok"})
+
+
+@asynccontextmanager
+async def serving(most: int) -> AsyncIterator[Connect]:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        protocol = limited_protocol(most, DEADLINE_S)
+        server = uvicorn.Server(uvicorn.Config(slow_app, http=protocol, lifespan="off", log_config=None))
+        task = asyncio.create_task(server.serve(sockets=[listener]))
+        while not server.started:
+            await asyncio.sleep(0.01)
+        writers: list[asyncio.StreamWriter] = []
+
+        async def connect() -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
+            reader, writer = await asyncio.open_connection(*listener.getsockname())
+            writers.append(writer)
+            return reader, writer
+
+        yield connect
+        for writer in writers:
+            writer.close()
+            with suppress(ConnectionError):
+                await writer.wait_closed()
+        server.should_exit = True
+        await task
+
+
+@pytest.fixture(params=["the fastest", "h11"], autouse=True)
+def implementation(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """uvicorn takes httptools where that is installed."""
+    if request.param == "h11":
+        monkeypatch.setattr(connections, "AutoHTTPProtocol", H11Protocol)
+
+
+async def ended(reader: asyncio.StreamReader) -> bool:
+    """Whether the server closed the connection, within a time that is long for it."""
+    try:
+        async with asyncio.timeout(5 * DEADLINE_S):
+            return await reader.read() == b""
+    except ConnectionResetError:
+        return True
+
+
+async def test_one_more_connection_than_may_be_is_closed() -> None:
+    async with serving(most=2) as connect:
+        held = [await connect() for _ in range(2)]
+        third, _ = await connect()
+        async with asyncio.timeout(DEADLINE_S / 2):
+            assert await ended(third)
+        held[0][1].write(ASK)
+        assert await held[0][0].readexactly(15) == b"HTTP/1.1 200 OK"
+
+
+@pytest.mark.parametrize("sent", [b"", b"GET / HT", b"GET / HTTP/1.1\r\nhost: x\r\n"], ids=["none", "half", "no end"])
+async def test_a_connection_without_a_request_is_closed(sent: bytes) -> None:
+    async with serving(most=2) as connect:
+        reader, writer = await connect()
+        writer.write(sent)
+        assert await ended(reader)
+
+
+async def test_headers_that_trickle_in_are_no_request() -> None:
+    async with serving(most=2) as connect:
+        reader, writer = await connect()
+        closed = asyncio.create_task(ended(reader))
+        for byte in b"GET / HTTP/1.1\r\nhost: a-long-name":
+            if closed.done():
+                break
+            writer.write(bytes([byte]))
+            await asyncio.sleep(DEADLINE_S / 10)
+        assert await closed
+
+
+async def test_a_request_that_takes_longer_is_answered_and_so_is_the_next() -> None:
+    async with serving(most=2) as connect:
+        reader, writer = await connect()
+        for _ in range(2):
+            writer.write(ASK)
+            answer = await reader.readuntil(b"\r\n\r\n") + await reader.readexactly(2)
+            assert answer.startswith(b"HTTP/1.1 200 OK")
+            assert answer.endswith(b"ok")
+
+
+async def test_a_second_request_that_does_not_end_is_cut_off_too() -> None:
+    async with serving(most=2) as connect:
+        reader, writer = await connect()
+        writer.write(ASK)
+        await reader.readuntil(b"ok")
+        writer.write(b"GET / HT")
+        assert await ended(reader)
+
+
+def test_there_are_half_as_many_connections_as_descriptors() -> None:
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    try:
+        room = raise_descriptor_limit()
+        assert resource.getrlimit(resource.RLIMIT_NOFILE) == (hard, hard)
+        assert 1 <= room <= max(1, hard // 2)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))

@@ -1,0 +1,51 @@
+"""A web page elsewhere whose name leads to this machine is not answered."""
+
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+import httpx
+import pytest
+
+from tests.serving.service import CHAT, Service
+
+
+@pytest.fixture
+async def service(socket_folder: Path) -> AsyncIterator[Service]:
+    async with Service(socket_folder, host="mine.lan", allowed_hosts=("Chat.example.org",)).run() as service:
+        yield service
+
+
+@pytest.mark.parametrize(
+    "host",
+    [
+        *("localhost", "localhost:8000", "LOCALHOST.", "127.0.0.1:8000", "[::1]:8000", "10.1.2.3", "mine.lan:80"),
+        *("chat.example.org", "chat.example.org:443"),
+    ],
+)
+async def test_this_servers_names_and_addresses_are_answered(client: httpx.AsyncClient, host: str) -> None:
+    assert (await client.get("/health", headers={"host": host})).status_code == 200
+
+
+@pytest.mark.parametrize(
+    "host", ["evil.example", "evil.example:8000", "localhost.evil.example", "127.0.0.1.evil.example"]
+)
+@pytest.mark.parametrize("path", ["/v1/models", "/metrics", "/svc/status", "/none"])
+async def test_other_names_are_refused_on_every_path(client: httpx.AsyncClient, host: str, path: str) -> None:
+    answer = await client.get(path, headers={"host": host})
+    assert answer.status_code == 421
+    assert answer.json()["error"]["code"] == "host_not_allowed"
+    assert "serve.allowed_hosts" in answer.json()["error"]["message"]
+    assert answer.headers["x-request-id"]
+
+
+async def test_a_completion_for_another_name_does_not_reach_the_engine(
+    client: httpx.AsyncClient, service: Service
+) -> None:
+    answer = await client.post("/v1/chat/completions", json=CHAT, headers={"host": "evil.example"})
+    assert answer.status_code == 421
+    assert service.double.requests == []
+
+
+async def test_a_star_allows_every_name(socket_folder: Path) -> None:
+    async with Service(socket_folder, allowed_hosts=("*",)).run() as service, service.client() as client:
+        assert (await client.get("/health", headers={"host": "any.example"})).status_code == 200

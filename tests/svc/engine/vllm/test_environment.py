@@ -1,0 +1,44 @@
+"""An engine inherits what its libraries read, and no secrets."""
+
+import os
+
+import pytest
+
+from svc.engine.vllm.environment import inherited_environment
+
+
+@pytest.fixture(autouse=True)
+def empty(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in os.environ:
+        monkeypatch.delenv(name)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("PATH", "HOME", "LANG", "LC_ALL", "TMPDIR", "LD_LIBRARY_PATH", "PYTHONPATH", "PYTHONHASHSEED", "VIRTUAL_ENV"),
+        *("CUDA_VISIBLE_DEVICES", "CUDA_HOME", "NCCL_DEBUG", "OMP_NUM_THREADS", "ATEN_CPU_CAPABILITY", "HF_HOME"),
+        *("ONEDNN_MAX_CPU_ISA", "MKL_ENABLE_INSTRUCTIONS", "TORCHINDUCTOR_CACHE_DIR", "VLLM_CPU_OMP_THREADS_BIND"),
+        *("VLLM_LOGGING_LEVEL", "TOKENIZERS_PARALLELISM", "XDG_CACHE_HOME"),
+    ],
+)
+def test_what_its_libraries_read_is_inherited(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    monkeypatch.setenv(name, "x")
+    assert inherited_environment() == {name: "x"}
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN", "GOOGLE_APPLICATION_CREDENTIALS", "HF_TOKEN", "HF_TOKEN_PATH"),
+        *("VLLM_API_KEY", "OPENAI_API_KEY", "MLFLOW_TRACKING_PASSWORD", "SVC_HOME", "DATABASE_URL", "PATHOLOGY"),
+    ],
+)
+def test_a_secret_and_what_is_nobodys_business_are_not(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    monkeypatch.setenv(name, "x")
+    assert inherited_environment() == {}
+
+
+def test_a_variable_that_a_person_names_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MY_PLUGIN_KEY", "x")
+    assert inherited_environment(["MY_PLUGIN_KEY"]) == {"MY_PLUGIN_KEY": "x"}
