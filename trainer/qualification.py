@@ -34,7 +34,10 @@ _NATS = 0.005
 """Nats a token. Where the merged model is nearly certain, a share of it is less than the engine's rounding."""
 _FEWEST_DIFFERENCES = 8
 """Of so few examples all differ in one direction by chance once in 256 times, and their interval says nothing."""
-_BETTER = "raise quantize.samples, or lower quantize.group_size to 32"
+_BETTER = (
+    "raise quantize.samples, lower quantize.group_size to 32, or serve the merged model alone: formats: [merged]; "
+    "training is not done again"
+)
 
 
 class EngineReading(BaseModel):
