@@ -24,6 +24,7 @@ CLIENT_GONE_STATUS = 499
 """nginx's code for a client that left before its answer began; it is counted and never sent."""
 UNKNOWN_MODEL = "unknown"
 _NOT_COMPLETIONS = {
+    ErrorCode.HOST_NOT_ALLOWED,
     ErrorCode.NOT_FOUND,
     ErrorCode.METHOD_NOT_ALLOWED,
     ErrorCode.MODEL_NOT_DELETABLE,
