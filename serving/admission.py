@@ -129,7 +129,8 @@ class Admission:
             yield
         finally:
             self._reading[peer] -= 1
-            self._reading += Counter()  # forgets a peer of which none is left
+            if not self._reading[peer]:
+                del self._reading[peer]
 
     @asynccontextmanager
     async def admit(self) -> AsyncIterator[None]:
