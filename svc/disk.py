@@ -6,6 +6,8 @@ Knows nothing of what is in the files.
 import errno
 import os
 import shutil
+import stat
+from collections.abc import Iterable
 from contextlib import suppress
 from pathlib import Path
 
@@ -41,11 +43,19 @@ def sync_files(folder: Path) -> None:
     sync_folder(folder)
 
 
-def close_to_others(folder: Path) -> None:
-    """Takes a folder of ours, if it is there, from all other users, and with it what is in it."""
+def close_to_others(folder: Path, marks: Iterable[str]) -> None:
+    """Takes a folder of ours, if it is there, from all other users, and with it what is in it.
+
+    A folder that is everybody's, as /tmp, or that holds other things stays as it is, whoever calls it ours.
+
+    Args:
+        marks: names one of which stands in a folder of ours that is not empty.
+    """
     with suppress(FileNotFoundError):
-        found = folder.stat()
-        if found.st_uid == os.getuid() and found.st_mode & 0o077:
+        found, names = folder.stat(), set(os.listdir(folder))
+        everybodys = found.st_mode & (stat.S_IWOTH | stat.S_ISVTX)
+        ours = found.st_uid == os.getuid() and not everybodys and (not names or names & set(marks))
+        if ours and found.st_mode & 0o077:
             folder.chmod(0o700)
 
 

@@ -7,6 +7,7 @@ import click
 from svc.disk import close_to_others
 from svc.settings import Settings, load_settings
 
+_OF_A_HOME = ("svc.db", "models", "runs")
 json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON for machines.")
 
 
@@ -21,5 +22,5 @@ def settings_of(ctx: click.Context, **flags: Any) -> Settings:
     """
     given = ctx.find_root().obj or {}
     settings = load_settings(given.get("config"), home=given.get("home"), **flags)
-    close_to_others(settings.home)  # of an older release: prompts, answers and weights lie in it
+    close_to_others(settings.home, _OF_A_HOME)  # of an older release: prompts, answers and weights lie in it
     return settings

@@ -8,7 +8,28 @@ from pathlib import Path
 
 import pytest
 
-from svc.disk import is_full, sync_files, write_whole
+from svc.disk import close_to_others, is_full, sync_files, write_whole
+
+
+@pytest.mark.parametrize(
+    ("mode", "names", "closed"),
+    [
+        (0o755, [], True),
+        (0o755, ["mine", "notes.txt"], True),
+        (0o755, ["notes.txt"], False),
+        (0o1777, ["mine"], False),
+        (0o777, [], False),
+    ],
+)
+def test_only_a_folder_of_ours_is_closed_to_others(tmp_path: Path, mode: int, names: list[str], closed: bool) -> None:
+    """Somebody may call /tmp a home."""
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    for name in names:
+        (folder / name).touch()
+    folder.chmod(mode)
+    close_to_others(folder, ["mine"])
+    assert (folder.stat().st_mode & 0o7777 == 0o700) is closed
 
 
 def test_a_file_is_replaced(tmp_path: Path) -> None:
