@@ -12,7 +12,7 @@ READY := .venv/.ready
 # The tests check the alert rules with it; serving needs none.
 PROMETHEUS := .venv/prometheus/.ready
 
-.PHONY: install newest check test test-fast test-matrix lock bench-drift bench-start bench-train demo serve docs clean
+.PHONY: install newest check test test-fast test-matrix soak lock bench-drift bench-start bench-train demo serve docs clean
 
 install: $(READY)
 
@@ -38,17 +38,22 @@ check: $(READY)
 	$(BIN)/lint-imports
 
 test-fast: $(READY) $(PROMETHEUS)
-	$(BIN)/pytest -m "not slow and not matrix" --hypothesis-profile=quick -n auto --dist worksteal
+	$(BIN)/pytest -m "not slow and not matrix and not soak" --hypothesis-profile=quick -n auto --dist worksteal
 
 # An engine takes all processors, so those with engines come one after the other.
 test: $(READY) $(PROMETHEUS)
-	$(BIN)/pytest -m "not matrix" --ignore tests/e2e -n auto --dist loadfile
-	$(BIN)/pytest -m "not matrix" tests/e2e
+	$(BIN)/pytest -m "not matrix and not soak" --ignore tests/e2e -n auto --dist loadfile
+	$(BIN)/pytest -m "not matrix and not soak" tests/e2e
 
 # What is killed when, on the real engine: about half an hour. Then other examples than the fast tests try each time.
 test-matrix: $(READY) $(PROMETHEUS)
 	$(BIN)/pytest -m matrix
-	$(BIN)/pytest -m "not slow and not matrix" --hypothesis-profile=random -n auto --dist worksteal
+	$(BIN)/pytest -m "not slow and not matrix and not soak" --hypothesis-profile=random -n auto --dist worksteal
+
+# A busy day on the real engine: good and bad clients, a swap every half minute, a killed engine every two minutes.
+MINUTES ?= 10
+soak: $(READY)
+	MINUTES=$(MINUTES) $(BIN)/pytest -m soak
 
 # False alarms and delays of drift detection, beside Kolmogorov-Smirnov and PSI; REPLAYS=20 for a quick look.
 REPLAYS ?= 200

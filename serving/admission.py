@@ -12,6 +12,7 @@ import asyncio
 from collections import Counter, deque
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager, contextmanager, suppress
+from dataclasses import dataclass
 from typing import ClassVar
 
 from svc.errors import SvcError
@@ -35,9 +36,13 @@ class AdmissionError(SvcError):
 
 
 class OverloadedError(AdmissionError):
-    """As many requests run as may run."""
+    """As many requests run as may run, or they may make as many tokens as may be made."""
 
     retry_after_s = OVERLOADED_RETRY_S
+
+
+class TooManyTokensError(SvcError):
+    """A request that asks for more than may run at all."""
 
 
 class QueueOverflowError(AdmissionError):
@@ -58,29 +63,45 @@ class BackgroundSlotEndedError(Exception):
     """The server's own request was cut off, for a swap or because the engine is gone; it may be asked again."""
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class _Place:
+    """One that waits.
+
+    Attributes:
+        given: settled when it gets its place, or none.
+        tokens: that its answers may have.
+    """
+
+    given: asyncio.Future[None]
+    tokens: int
+
+
 class Admission:
     """Who may run in the engine, who waits, and who is sent away.
 
-    Three facts decide: admission is closed (a swap), the engine is unavailable (starting, failed), or all places are
-    taken. Closed admission outranks an unavailable engine, so that a swap which has to restart the engine keeps the
-    requests that it queued. Starts unavailable.
+    Three facts decide: admission is closed (a swap), the engine is unavailable (starting, failed), or all places or all
+    tokens are taken: a request counts by what its answers may take, since one can ask for hundreds. Closed admission
+    outranks an unavailable engine, so that a swap which has to restart the engine keeps the requests that it queued.
+    Starts unavailable.
 
     Args:
         max_running: requests in the engine at once.
+        max_tokens: that their answers may have together.
         max_queued: requests that wait while admission is closed.
         queue_timeout_s: longest wait of one request, seconds.
     """
 
     _STARTING: ClassVar[str] = "the engine is starting"
 
-    def __init__(self, *, max_running: int, max_queued: int, queue_timeout_s: float) -> None:
+    def __init__(self, *, max_running: int, max_tokens: int, max_queued: int, queue_timeout_s: float) -> None:
         self._max_running = max_running
+        self._max_tokens = max_tokens
         self._max_queued = max_queued
         self._queue_timeout_s = queue_timeout_s
-        self._running = 0
+        self._running = self._tokens = 0
         self._reading: Counter[str] = Counter()
         self._most_queued = 0
-        self._waiting: deque[asyncio.Future[None]] = deque()
+        self._waiting: deque[_Place] = deque()
         self._closed = False
         self._unavailable: str | None = self._STARTING
         self._background_slot: asyncio.Timeout | None = None
@@ -133,21 +154,30 @@ class Admission:
                 del self._reading[peer]
 
     @asynccontextmanager
-    async def admit(self) -> AsyncIterator[None]:
+    async def admit(self, tokens: int = 1) -> AsyncIterator[None]:
         """Waits for a place in the engine and holds it for the body.
 
+        Args:
+            tokens: most that the answers may have.
+
         Raises:
+            TooManyTokensError: more than may ever run.
             EngineUnavailableError, OverloadedError, QueueOverflowError: refused at once.
             QueueTimeoutError: refused after `queue_timeout_s`.
         """
+        if tokens > self._max_tokens:
+            raise TooManyTokensError(
+                f"the answers may take {tokens} tokens",
+                expected=f"at most {self._max_tokens} in one request: a smaller 'n' or 'max_tokens'",
+            )
         if self._closed:
-            await self._wait()
+            await self._wait(tokens)
         else:
-            self._enter()
+            self._enter(tokens)
         try:
             yield
         finally:
-            self._leave()
+            self._leave(tokens)
 
     @asynccontextmanager
     async def background_slot(self, patience_s: float) -> AsyncIterator[None]:
@@ -220,21 +250,28 @@ class Admission:
         self._admit_waiting()
         self._show()
 
-    def _enter(self) -> None:
+    def _enter(self, tokens: int) -> None:
         if self._unavailable is not None:
             raise _no_engine(self._unavailable)
-        if self._running >= self._max_running:
+        if not self._fits(tokens):
             raise OverloadedError(
-                f"{self._running} requests are running, as many as may run at once", todo="send the request again later"
+                f"{self._running} requests are running, which may make {self._tokens} tokens; at most "
+                f"{self._max_running} and {self._max_tokens} may at once",
+                todo="send the request again later",
             )
-        self._take_place()
+        self._take_place(tokens)
 
-    def _take_place(self) -> None:
+    def _fits(self, tokens: int) -> bool:
+        return self._running < self._max_running and self._tokens + tokens <= self._max_tokens
+
+    def _take_place(self, tokens: int) -> None:
         self._running += 1
+        self._tokens += tokens
         self._show()
 
-    def _leave(self) -> None:
+    def _leave(self, tokens: int) -> None:
         self._running -= 1
+        self._tokens -= tokens
         self._admit_waiting()
         self._show()
 
@@ -251,7 +288,7 @@ class Admission:
                 await _until(self._quiet)
         await _until(self._open)
 
-    async def _wait(self) -> None:
+    async def _wait(self, tokens: int) -> None:
         """Returns with a place taken."""
         if len(self._waiting) >= self._max_queued:
             raise QueueOverflowError(
@@ -259,26 +296,26 @@ class Admission:
                 todo="send the request again in a moment",
             )
         loop = asyncio.get_running_loop()
-        place: asyncio.Future[None] = loop.create_future()
+        place = _Place(loop.create_future(), tokens)
         self._waiting.append(place)
         self._most_queued = max(self._most_queued, len(self._waiting))
         # The timer settles the future itself: with asyncio.timeout a place given in the same tick would be lost.
         timer = loop.call_later(self._queue_timeout_s, self._expire, place)
         try:
-            await place
+            await place.given
         except asyncio.CancelledError:
-            if place.cancelled():
+            if place.given.cancelled():
                 self._waiting.remove(place)
-            elif place.exception() is None:
-                self._leave()
+            elif place.given.exception() is None:
+                self._leave(tokens)
             raise
         finally:
             timer.cancel()
 
-    def _expire(self, place: asyncio.Future[None]) -> None:
-        if not place.done():
+    def _expire(self, place: "_Place") -> None:
+        if not place.given.done():
             self._waiting.remove(place)
-            place.set_exception(
+            place.given.set_exception(
                 QueueTimeoutError(
                     f"waited {self._queue_timeout_s:g} s for a change of version", todo="send the request again"
                 )
@@ -291,12 +328,12 @@ class Admission:
         """
         if self._closed:
             return
-        for place in [place for place in self._waiting if not place.done()]:
+        for place in [place for place in self._waiting if not place.given.done()]:
             if self._unavailable is not None:
-                place.set_exception(_no_engine(self._unavailable))
-            elif self._running < self._max_running:
-                self._take_place()
-                place.set_result(None)
+                place.given.set_exception(_no_engine(self._unavailable))
+            elif self._fits(place.tokens):
+                self._take_place(place.tokens)
+                place.given.set_result(None)
             else:
                 return
             self._waiting.remove(place)

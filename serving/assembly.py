@@ -17,6 +17,7 @@ from serving.engines.pool import EnginePool
 from serving.engines.replica import Replica
 from serving.engines.verification import Verification
 from serving.http.app import build_app
+from serving.http.delivery import AnswerBuffers
 from serving.http.feedback import FeedbackIntake
 from serving.http.inference import Gateway
 from serving.http.status import ServerStatus
@@ -90,7 +91,10 @@ class _Assembly:
         self._collector = CollectorRegistry()
         self._metrics = GatewayMetrics(self._collector, exemplars=limits.exemplars)
         self._admission = Admission(
-            max_running=limits.max_running, max_queued=limits.max_queued, queue_timeout_s=limits.queue_timeout_s
+            max_running=limits.max_running,
+            max_tokens=limits.max_running_tokens or limits.max_running * settings.engine.max_model_len,
+            max_queued=limits.max_queued,
+            queue_timeout_s=limits.queue_timeout_s,
         )
         self._router = Router(desired.name)
         self._verification = Verification(registry, store, partial(engine_facts, settings.engine, capabilities))
@@ -182,6 +186,10 @@ class _Assembly:
             metrics=self._metrics,
             request_log=request_log,
             settings=settings.serve,
+            buffers=AnswerBuffers(
+                max_bytes=settings.serve.max_buffered_bytes, max_answer_bytes=settings.serve.max_answer_bytes
+            ),
+            context=settings.engine.max_model_len,
         )
         feedback = FeedbackIntake(self._store, request_log, self._metrics.feedback_given)
         return build_app(gateway, feedback=feedback, engine_metrics=engine_metrics, status=status.read)

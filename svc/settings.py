@@ -113,6 +113,12 @@ class ServeSettings(_Section):
         15.0, gt=0, description="longest time that a request's body takes to come in, seconds"
     )
     max_running: int = Field(256, ge=1, description="requests in the engine at once; one more is answered 429")
+    max_running_tokens: int | None = Field(
+        None,
+        ge=1,
+        description="tokens that the answers of running requests may have together, n times max_tokens each; one more "
+        "is answered 429; default: max_running times engine.max_model_len",
+    )
     max_queued: int = Field(256, ge=0, description="requests that wait during a swap; one more is answered 503")
     queue_timeout_s: float = Field(60.0, gt=0, description="longest wait of a queued request, seconds")
     drain_timeout_s: float = Field(
@@ -123,6 +129,17 @@ class ServeSettings(_Section):
     )
     retire_timeout_s: float = Field(
         3600.0, gt=0, description="a replaced engine is kept so long for the requests that run in it, seconds"
+    )
+    max_answer_bytes: int = Field(
+        16 * 2**20, ge=64 * 1024, description="largest answer that is not streamed, and most of a stream that waits"
+    )
+    max_buffered_bytes: int = Field(
+        256 * 2**20, ge=64 * 1024, description="most of all answers together that waits for clients to read it, bytes"
+    )
+    client_timeout_s: float = Field(
+        30.0,
+        gt=0,
+        description="a client takes at least the next 64 KiB of its answer in so long, or is cut off, seconds",
     )
     request_timeout_s: float = Field(600.0, gt=0, description="longest silence of the engine within a request, seconds")
     exemplars: bool = Field(False, description="latency histograms carry request ids, for scrapers of OpenMetrics")

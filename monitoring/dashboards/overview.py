@@ -99,10 +99,10 @@ def _traffic() -> list[PanelBuilder]:
             Query(rate(requests, "model", "version"), VERSION),
         ),
         chart(
-            "Answers by status",
-            "Requests that ended, a second, by version and HTTP status; 499 is a client that left before its answer.",
+            "Answers by outcome",
+            "Requests that ended, a second, by version and how; a stream that breaks is not complete.",
             "reqps",
-            Query(rate(requests, "model", "version", "status"), f"{VERSION} {{{{status}}}}"),
+            Query(rate(requests, "model", "version", "outcome"), f"{VERSION} {{{{outcome}}}}"),
             stacked=True,
         ),
         chart(

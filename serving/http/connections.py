@@ -1,16 +1,19 @@
-"""Connections of clients: as many as there are file descriptors for, and none that sends no request.
+"""Connections of clients: as many as there are file descriptors for, and none that sends no request or reads nothing.
 
-uvicorn accepts whatever comes, and waits for a first request without end. Where descriptors run out, the server could
-not reach its engines any more.
+uvicorn accepts whatever comes, waits for a first request without end, and closes a connection only once its client has
+read what was sent. Where descriptors run out, the server could not reach its engines any more.
 """
 
 import asyncio
 import resource
+from typing import Any
 
 from uvicorn.protocols.http.auto import AutoHTTPProtocol
 
 REQUEST_DEADLINE_S = 15.0
 """From a connection, or its last answer, to the end of the next request's headers."""
+ABORT = "abort"
+"""Key in the state of a scope: a function that ends its connection at once, whatever was not read yet."""
 _OWN_DESCRIPTORS = 512
 """For the store, logs, the registry and what the server asks its engines itself."""
 _MOST = 8192
@@ -39,8 +42,10 @@ def limited_protocol(most: int, deadline_s: float = REQUEST_DEADLINE_S) -> type[
 
     class LimitedProtocol(AutoHTTPProtocol):  # type: ignore[misc, valid-type]
         _deadline: asyncio.TimerHandle | None = None
+        app_state: dict[str, Any]
 
         def connection_made(self, transport: asyncio.Transport) -> None:
+            self.app_state = {**self.app_state, ABORT: transport.abort}
             super().connection_made(transport)
             if len(self.connections) > most:
                 transport.abort()
@@ -57,6 +62,10 @@ def limited_protocol(most: int, deadline_s: float = REQUEST_DEADLINE_S) -> type[
                 self._deadline.cancel()
             super().connection_lost(exc)
 
+        def timeout_keep_alive_handler(self) -> None:
+            super().timeout_keep_alive_handler()
+            self._abort_later()
+
         @property
         def _in_request(self) -> bool:
             return self.cycle is not None and not self.cycle.response_complete
@@ -68,5 +77,10 @@ def limited_protocol(most: int, deadline_s: float = REQUEST_DEADLINE_S) -> type[
             self._deadline = None
             if self.cycle is before and not self.transport.is_closing():
                 self.transport.close()
+                self._abort_later()
+
+        def _abort_later(self) -> None:
+            """A closed connection stays until its client has read the rest."""
+            self._deadline = asyncio.get_running_loop().call_later(deadline_s, self.transport.abort)
 
     return LimitedProtocol

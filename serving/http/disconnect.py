@@ -18,7 +18,7 @@ async def while_connected(receive: Receive, work: Coroutine[object, object, None
         ClientGoneError: the client left first. Otherwise what `work` raises.
     """
     working = asyncio.create_task(work)
-    leaving = asyncio.create_task(_disconnected(receive))
+    leaving = asyncio.create_task(disconnected(receive))
     try:
         await asyncio.wait((working, leaving), return_when=asyncio.FIRST_COMPLETED)
     finally:
@@ -31,6 +31,7 @@ async def while_connected(receive: Receive, work: Coroutine[object, object, None
     working.result()
 
 
-async def _disconnected(receive: Receive) -> None:
+async def disconnected(receive: Receive) -> None:
+    """Returns when the client has gone."""
     while (await receive())["type"] != "http.disconnect":
         pass

@@ -16,7 +16,13 @@ from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
 from starlette.responses import Response
 
-from serving.admission import EngineUnavailableError, OverloadedError, QueueOverflowError, QueueTimeoutError
+from serving.admission import (
+    EngineUnavailableError,
+    OverloadedError,
+    QueueOverflowError,
+    QueueTimeoutError,
+    TooManyTokensError,
+)
 from serving.engines.transport import (
     ContextLengthError,
     EngineBusyError,
@@ -25,6 +31,7 @@ from serving.engines.transport import (
     EngineRefusedError,
     EngineSilentError,
 )
+from serving.http.delivery import AnswerTooLargeError
 from serving.http.feedback import RequestLogBusyError, RequestNotFoundError
 from serving.http.host import HostNotAllowedError
 from serving.http.models import ModelNotDeletableError
@@ -81,6 +88,8 @@ _SHAPES: dict[type[SvcError], tuple[int, ErrorCode]] = {
     ModelNotFoundError: (404, ErrorCode.MODEL_NOT_FOUND),
     ModelNotDeletableError: (403, ErrorCode.MODEL_NOT_DELETABLE),
     OverloadedError: (429, ErrorCode.OVERLOADED),
+    TooManyTokensError: (400, ErrorCode.TOO_MANY_TOKENS),
+    AnswerTooLargeError: (400, ErrorCode.ANSWER_TOO_LARGE),
     QueueOverflowError: (503, ErrorCode.QUEUE_OVERFLOW),
     QueueTimeoutError: (503, ErrorCode.QUEUE_TIMEOUT),
     EngineUnavailableError: (503, ErrorCode.ENGINE_UNAVAILABLE),

@@ -3,7 +3,8 @@
 read -> admit -> resolve -> forward -> answer. Bytes pass through as they came, with two exceptions: the model's name on
 the way in, and on the way out of a stream the chunk with token counts, for clients that did not ask for it.
 
-The answer's head is sent with the first complete event, not before: until then a failure can have its own status.
+The answer's head is sent with the first complete event, not before: until then a failure can have its own status. What
+a client does not take at once waits for it in a buffer (serving.http.delivery), outside admission: the engine is done.
 """
 
 import asyncio
@@ -20,7 +21,9 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from serving.admission import Admission, EngineUnavailableError
 from serving.engines.pool import Lease
 from serving.engines.transport import EngineDiedError, EngineUnreachableError, call, refusal
-from serving.http.disconnect import while_connected
+from serving.http.connections import ABORT
+from serving.http.delivery import AnswerBuffers, ClientSlowError, Delivery
+from serving.http.disconnect import disconnected, while_connected
 from serving.http.errors import ApiError, api_error
 from serving.protocols.error_code import ErrorCode
 from serving.protocols.request import ClientGoneError, CompletionRequest, parse_request, read_body
@@ -55,6 +58,8 @@ class Gateway:
         metrics: counts.
         request_log: keeps a row for each request.
         settings: the limits.
+        buffers: what of all answers waits for clients.
+        context: longest prompt and answer together, tokens: what an answer may take that the client sets no limit to.
         clock: monotonic time, seconds.
     """
 
@@ -67,6 +72,8 @@ class Gateway:
         metrics: GatewayMetrics,
         request_log: RequestLog,
         settings: ServeSettings,
+        buffers: AnswerBuffers,
+        context: int,
         clock: Callable[[], float] = time.perf_counter,
     ) -> None:
         self.lease = lease
@@ -75,7 +82,9 @@ class Gateway:
         self.metrics = metrics
         self.request_log = request_log
         self.settings = settings
+        self.context = context
         self.clock = clock
+        self.buffers = buffers
         metrics.watch_admission(lambda: admission.running, lambda: admission.queued)
 
     def endpoint(self, route: Route) -> ASGIApp:
@@ -107,6 +116,7 @@ class Exchange:
         self.format = wire_format(route)
         self._scope = scope
         self._asgi_send = send
+        self._delivery = Delivery(send, gateway.buffers, gateway.settings.client_timeout_s)
         self._clock = gateway.clock
         self._arrived = datetime.now(UTC)
         self._started = self._clock()
@@ -118,8 +128,8 @@ class Exchange:
         self._first_token_s: float | None = None
         self._finish_reason: str | None = None
         self._content: Content | None = None  # what passes, where it is to be kept
-        self.answered = False
-        """All of the answer was handed over: OpenAI's client closes the connection once it reads the last event."""
+        self.complete = False
+        """The engine has given all of the answer."""
 
     async def run(self, receive: Receive) -> None:
         """Answers, with an error where it must be."""
@@ -137,19 +147,23 @@ class Exchange:
                 self._content = Content(self._route, request.payload)
             await while_connected(receive, self._answer(request))
         except ClientGoneError:
-            if not self.answered:
+            if not self._delivered:
                 self._failed(ErrorCode.CLIENT_GONE)
+        except ClientSlowError:
+            self._failed(ErrorCode.CLIENT_SLOW)
+            await self._cut_off(receive)
         except asyncio.CancelledError:
-            self._failed(ErrorCode.ENGINE_DIED)  # the server ends, and with it the engine
+            if not self._delivered:
+                self._failed(ErrorCode.ENGINE_DIED)  # the server ends, and with it the engine
             raise
         except Exception as error:  # noqa: BLE001 - the boundary: api_error logs what is unexpected
-            await self._fail(api_error(error))
+            await self._fail(api_error(error), receive)
 
     def account(self) -> None:
         """Counts the request and keeps its row, once its end is known."""
         status = CLIENT_GONE_STATUS if self._status is None else self._status
         seconds, served, usage, request = self.elapsed(), self._served, self._usage, self._request
-        self._gateway.metrics.request_ended(served, self._route, status, seconds, self._request_id)
+        self._gateway.metrics.request_ended(served, self._route, status, seconds, self._request_id, reason=self._reason)
         record = RequestRecord(
             request_id=self._request_id,
             client_request_id=self._scope["state"].get("client_request_id"),
@@ -172,54 +186,73 @@ class Exchange:
 
     async def _answer(self, request: CompletionRequest) -> None:
         gateway = self._gateway
-        async with gateway.admission.admit():
+        # Delivered outside admission: the engine is done with it, and a client that reads slowly keeps no place.
+        async with self._delivery, gateway.admission.admit(request.work(gateway.context)):
             with gateway.lease(request.model) as engine:
                 try:
-                    body = await self._forward(engine, request)
+                    await self._forward(engine, request)
                 except EngineUnreachableError as error:
-                    body = await self._forward_to_another(engine, request, error)
-        if body is None:
-            return
-        # The engine is done with it: a client that reads slowly keeps no place.
-        self.look_at(body)
-        usage = self.format.usage(body)
-        if usage and self._served:
-            self.used(self._served, usage)
-        await self.start(200, "application/json", len(body))
-        await self.send(body, more=False)
+                    await self._forward_to_another(engine, request, error)
 
     async def _forward_to_another(
         self, engine: Lease, request: CompletionRequest, refused: EngineUnreachableError
-    ) -> bytes | None:
+    ) -> None:
         """Once: where that one takes no connection either, something else is wrong."""
         try:
             with self._gateway.lease(request.model, without=engine) as other:
-                return await self._forward(other, request)
+                await self._forward(other, request)
         except EngineUnavailableError:
             raise refused from None
 
-    async def _forward(self, engine: Lease, request: CompletionRequest) -> bytes | None:
-        """Asks the engine; the whole answer, or None where it was a stream, which has gone to the client then."""
+    async def _forward(self, engine: Lease, request: CompletionRequest) -> None:
+        """Asks the engine, and hands its answer to the delivery."""
         self._served = engine.served
         self._scope["state"]["version"] = engine.served.version
         async with call(engine.http, self._route.value, request.payload, self._request_id) as response:
             if response.headers.get("content-type", "").startswith(_EVENT_STREAM):
                 await _Stream(self, engine.served, wants_usage=request.wants_usage).forward(response)
-                return None
-            return await response.aread()
+            else:
+                await self._take_whole(engine.served, response)
 
-    async def _fail(self, error: ApiError) -> None:
+    async def _take_whole(self, served: Target, response: httpx.Response) -> None:
+        parts: list[bytes] = []
+        async for part in response.aiter_raw():
+            self._delivery.reserve(len(part))
+            parts.append(part)
+        body = b"".join(parts)
+        self.look_at(body)
+        if usage := self.format.usage(body):
+            self.used(served, usage)
+        self.complete = True
+        self.start("application/json", len(body))
+        self._delivery.put(body)
+
+    async def _fail(self, error: ApiError, receive: Receive) -> None:
         """Answers with an error; within a stream with an event, and without the one that ends a good answer."""
         self._failed(error.code)
-        if self._status is None:
+        if not self.begun:
             self._status = error.status
             await error.response()(self._scope, _no_receive, self._asgi_send)
-        else:
-            await self.send(self.format.error_event(error.body()), more=False)
+            return
+        try:
+            await self._delivery.send_last(self.format.error_event(error.body()))
+        except ClientSlowError:
+            await self._cut_off(receive)
+
+    async def _cut_off(self, receive: Receive) -> None:
+        """Ends the connection of a client that would not read its end either."""
+        if abort := self._scope["state"].get(ABORT):
+            abort()
+            await disconnected(receive)
 
     def _failed(self, code: ErrorCode) -> None:
         self._reason = code
         self._gateway.metrics.request_failed(self._served, code)
+
+    @property
+    def _delivered(self) -> bool:
+        """All of the answer was handed over: OpenAI's client closes the connection once it reads the last event."""
+        return self.complete and not self._delivery.pending
 
     @property
     def _request_id(self) -> str:
@@ -250,35 +283,26 @@ class Exchange:
 
     @property
     def begun(self) -> bool:
-        """The head of the answer was sent."""
+        """The head of the answer was given to the delivery, or sent."""
         return self._status is not None
 
     def elapsed(self) -> float:
         """Seconds since the request was read."""
         return self._clock() - self._started
 
-    async def start(self, status: int, content_type: str, length: int | None = None) -> None:
-        """Sends the head of the answer."""
+    def start(self, content_type: str, length: int | None = None) -> None:
+        """Begins a good answer."""
         headers = [(b"content-type", content_type.encode("latin-1"))]
         if length is None:
             headers.append((b"cache-control", b"no-cache"))
         else:
             headers.append((b"content-length", b"%d" % length))
-        self._status = status
-        await self._asgi_send({"type": "http.response.start", "status": status, "headers": headers})
+        self._status = 200
+        self._delivery.start({"type": "http.response.start", "status": 200, "headers": headers})
 
-    async def send(self, data: bytes, *, more: bool) -> None:
-        """Sends a part of the answer.
-
-        Raises:
-            ClientGoneError: the client did not read for as long as an engine may be silent; it would hold its place in
-                the engine, and every swap, for ever.
-        """
-        try:
-            async with asyncio.timeout(self._gateway.settings.request_timeout_s):
-                await self._asgi_send({"type": "http.response.body", "body": data, "more_body": more})
-        except TimeoutError as error:
-            raise ClientGoneError from error
+    async def send_event(self, data: bytes) -> None:
+        """Hands events of a stream to the delivery."""
+        await self._delivery.put_event(data)
 
 
 class _Stream:
@@ -291,7 +315,6 @@ class _Stream:
         self._wants_usage = wants_usage
         self._between_tokens = exchange.metrics.between_tokens(served)
         self._last_token: float | None = None
-        self._complete = False
 
     async def forward(self, response: httpx.Response) -> None:
         """Until the end of the answer.
@@ -305,11 +328,10 @@ class _Stream:
             if not passed:
                 continue
             if not self._exchange.begun:
-                await self._exchange.start(200, response.headers["content-type"])
-            await self._exchange.send(passed, more=True)
-        if not self._complete:
+                self._exchange.start(response.headers["content-type"])
+            await self._exchange.send_event(passed)
+        if not self._exchange.complete:
             raise EngineDiedError("the engine went away; it is being restarted")
-        await self._exchange.send(b"", more=False)
 
     def _passes(self, event: bytes) -> bool:
         """Looks at an event; whether the client gets it."""
@@ -322,7 +344,7 @@ class _Stream:
         if usage:
             self._exchange.used(self._served, usage)
         if self._format.is_end(event):
-            self._complete = self._exchange.answered = True
+            self._exchange.complete = True
         elif not usage and self._format.is_token(event):
             self._time_token()
         return self._wants_usage or not usage

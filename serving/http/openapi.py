@@ -182,7 +182,7 @@ def _ref(name: str) -> Json:
     return {"$ref": f"{_SCHEMAS}{name}"}
 
 
-_CODES = [code.value for code in ErrorCode if code is not ErrorCode.CLIENT_GONE]
+_CODES = [code.value for code in ErrorCode if code not in (ErrorCode.CLIENT_GONE, ErrorCode.CLIENT_SLOW)]
 _ERROR: Json = {
     "type": "object",
     "required": ["error"],

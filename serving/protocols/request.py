@@ -13,7 +13,7 @@ from typing import Any, NoReturn
 from starlette.types import Receive, Scope
 
 from serving.protocols.route import Route
-from serving.protocols.unsupported_fields import find_refusal
+from serving.protocols.unsupported_fields import count_answers, find_refusal
 from svc.errors import SvcError
 
 JSON_TYPE = b"application/json"
@@ -71,6 +71,7 @@ class CompletionRequest:
         wants_usage: the event with the token counts of a stream is the client's too.
         temperature: as sent; None where it was not, or is no number. The engine checks values, and has its defaults.
         max_tokens: longest answer, likewise.
+        answers: how many, of all prompts together.
     """
 
     model: str
@@ -79,6 +80,16 @@ class CompletionRequest:
     wants_usage: bool
     temperature: float | None = None
     max_tokens: int | None = None
+    answers: int = 1
+
+    def work(self, context: int) -> int:
+        """Most tokens that the engine may have to make for it.
+
+        Args:
+            context: longest prompt and answer together, tokens: what an answer without a limit may take.
+        """
+        longest = context if self.max_tokens is None else min(max(1, self.max_tokens), context)
+        return self.answers * longest
 
 
 async def read_body(scope: Scope, receive: Receive, *, max_bytes: int, timeout_s: float) -> bytes:
@@ -153,6 +164,7 @@ def parse_request(body: bytes, route: Route, *, engine_model: str) -> Completion
         wants_usage=wants_usage,
         temperature=_temperature(fields),
         max_tokens=_max_tokens(fields, route),
+        answers=count_answers(fields, route),
     )
 
 

@@ -11,8 +11,8 @@ from typing import Any
 from serving.protocols.route import Route
 
 MOST_ANSWERS = 1024
-"""Answers to one request: admission counts requests, and a swap waits for all that runs. vLLM's own limit on the
-prompts of one request is the same; its limit on `n` is 16,384, for each of them."""
+"""Answers to one request, however short; admission limits their tokens. vLLM's own limit on the prompts of one request
+is the same; its limit on `n` is 16,384, for each of them."""
 
 Fields = Mapping[str, Any]
 
@@ -99,17 +99,25 @@ def _many_answers(fields: Fields) -> Refusal | None:
         each = 1
     if isinstance(each, bool) or not isinstance(each, int):
         return Refusal("n", "'n' is no integer", "an integer", "")  # the engine would also take "2" and 2.0
-    if each * _prompts(fields.get("prompt")) > MOST_ANSWERS:
+    if each * _count_prompts(fields.get("prompt")) > MOST_ANSWERS:
         return Refusal("n", "too many answers in one request", f"'n' times prompts at most {MOST_ANSWERS}", "")
     return None
 
 
-def _prompts(prompt: Any) -> int:
+def count_answers(fields: Fields, route: Route) -> int:
+    """How many answers a request asks for; of one that `find_refusal` passes."""
+    if route not in _SEVERAL:
+        return 1
+    return max(1, fields.get("n") or 1) * max(1, _count_prompts(fields.get("prompt")))
+
+
+def _count_prompts(prompt: Any) -> int:
     """Prompts in one request; a list of numbers is one, of token ids."""
     several = isinstance(prompt, list) and prompt and not isinstance(prompt[0], int)
     return len(prompt) if several else 1
 
 
+_SEVERAL = frozenset({Route.CHAT_COMPLETIONS, Route.COMPLETIONS})
 _CHECKS: Mapping[Route, tuple[Callable[[Fields], Refusal | None], ...]] = {
     Route.CHAT_COMPLETIONS: (_prompt_logprobs, _echo_of_chat, _transfer, _many_answers),
     Route.COMPLETIONS: (_prompt_logprobs, _echo_with_logprobs, _transfer, _many_answers),

@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
 from serving.protocols.error_code import ErrorCode
+from serving.protocols.outcome import Outcome, outcome_of
 from serving.protocols.route import Route
 from serving.protocols.wire_formats import Usage
 from serving.telemetry.quantiles import VersionQuantiles
@@ -80,11 +81,11 @@ class GatewayMetrics:
     def _add_request_instruments(self, registry: CollectorRegistry) -> None:
         version = ("model", "version")
         self._requests = Counter(
-            "svc_requests_total", "Requests answered", (*version, "route", "status"), registry=registry
+            "svc_requests_total", "Requests answered", (*version, "route", "status", "outcome"), registry=registry
         )
         self._duration = Histogram(
             "svc_request_duration_seconds",
-            "From the request's last byte to the answer's last byte, answers with a status below 400",
+            "From the request's last byte to the answer's last byte, complete answers",
             (*version, "route"),
             buckets=_DURATION_BUCKETS_S,
             registry=registry,
@@ -162,19 +163,28 @@ class GatewayMetrics:
         self._queued.set_function(queued)
 
     def request_ended(
-        self, served: Target | None, route: Route, status: int, seconds: float, request_id: str = ""
+        self,
+        served: Target | None,
+        route: Route,
+        status: int,
+        seconds: float,
+        request_id: str = "",
+        *,
+        reason: ErrorCode | None = None,
     ) -> None:
-        """Counts an answer, and times it when it was none of an error.
+        """Counts an answer, and times it when it is complete.
 
         Args:
             served: the version that the model name resolved to; None where it did not.
             status: as sent, or `CLIENT_GONE_STATUS`.
             seconds: from the request's last byte to the answer's last.
             request_id: for the exemplar.
+            reason: why it failed, also in the middle of a stream; None where it did not.
         """
         model, version = _labels(served)
-        self._requests.labels(model, version, route.value, str(status)).inc()
-        if served and status < 400:
+        outcome = outcome_of(reason)
+        self._requests.labels(model, version, route.value, str(status), outcome.value).inc()
+        if served and outcome is Outcome.COMPLETE:
             self._duration.labels(model, version, route.value).observe(seconds, self._exemplar(request_id))
             self.duration_quantiles.observe(served.version, seconds)
 

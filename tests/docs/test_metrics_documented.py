@@ -18,6 +18,7 @@ from monitoring.exporter.server_page import ServerPage
 from monitoring.exporter.training import TrainingMetrics
 from monitoring.exporter.versions import BASE, VersionMetrics
 from serving.protocols.error_code import ErrorCode
+from serving.protocols.outcome import Outcome
 from serving.telemetry.machine_metrics import add_machine_metrics
 from serving.telemetry.metrics import _NOT_COMPLETIONS, GatewayMetrics
 from svc.engine.state import EngineState
@@ -88,7 +89,7 @@ def test_every_reason_is_explained() -> None:
 
 
 CLOSED: dict[str, set[str]] = {
-    "outcome": {*SwapOutcome, *HoldoutOutcome},
+    "outcome": {*Outcome, *SwapOutcome, *HoldoutOutcome},
     "state": set(EngineState),
     "format": {*Format, BASE},
     "rating": set(Rating),

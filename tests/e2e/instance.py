@@ -43,9 +43,18 @@ class Instance:
 
     def start(self, model: str = "tiny") -> float:
         """Starts the server; returns the seconds until it was ready."""
-        log, began = self.home / "logs" / "serve.log", time.monotonic()
+        began = time.monotonic()
+        wait_until_ready(self.url, self.launch(model), self._log, 300)
+        return time.monotonic() - began
+
+    @property
+    def _log(self) -> Path:
+        return self.home / "logs" / "serve.log"
+
+    def launch(self, model: str = "tiny") -> "subprocess.Popen[bytes]":
+        """Starts the server, and waits for nothing."""
         command = [Path(sys.executable).with_name("svc"), "--home", self.home, "serve", model, "--port", self._port]
-        with log.open("ab") as output:
+        with self._log.open("ab") as output:
             self._process = subprocess.Popen(
                 [str(part) for part in command],
                 stdout=output,
@@ -53,8 +62,7 @@ class Instance:
                 stdin=subprocess.DEVNULL,
                 env=os.environ | self._settings,
             )
-        wait_until_ready(self.url, self._process, log, 300)
-        return time.monotonic() - began
+        return self._process
 
     def end(self, number: signal.Signals = signal.SIGTERM) -> int:
         """Ends the server; returns its exit code. SIGKILL leaves its engines."""

@@ -33,7 +33,7 @@ from svc.store.swaps import SwapResult, find_swap
 from svc.version import Target
 from tests.serving.engine_double import EngineDouble
 from tests.serving.engine_park import EnginePark
-from tests.serving.service import application
+from tests.serving.service import CONTEXT, application
 from tests.serving.socket_server import running
 from tests.serving.versions import FACTS, NAME, AliasBook, target
 
@@ -81,7 +81,10 @@ class Control:
         self.collector = CollectorRegistry()
         self.metrics = GatewayMetrics(self.collector)
         self.admission = Admission(
-            max_running=limits.max_running, max_queued=limits.max_queued, queue_timeout_s=limits.queue_timeout_s
+            max_running=limits.max_running,
+            max_tokens=limits.max_running * CONTEXT,
+            max_queued=limits.max_queued,
+            queue_timeout_s=limits.queue_timeout_s,
         )
         self.router = Router(NAME)
         verification = Verification(self.registry, self.store, lambda folder: self.facts)

@@ -15,6 +15,7 @@ from sqlalchemy import create_engine
 from serving.admission import Admission, EngineUnavailableError
 from serving.engines.pool import Lease
 from serving.http.app import build_app
+from serving.http.delivery import AnswerBuffers
 from serving.http.feedback import FeedbackIntake
 from serving.http.inference import Gateway, Leases
 from serving.router import Router
@@ -28,6 +29,7 @@ from tests.serving.engine_double import EngineDouble, running_engine
 from tests.serving.socket_server import SocketServer, running
 
 NAME = "tuned"
+CONTEXT = 2048
 ONE = Target(VersionId(NAME, 1), Format.MERGED)
 TWO = Target(VersionId(NAME, 2), Format.GPTQ)
 CHAT: dict[str, Any] = {"model": NAME, "messages": [{"role": "user", "content": "one two three"}]}
@@ -41,6 +43,7 @@ def application(
     router: Router,
     metrics: GatewayMetrics,
     settings: ServeSettings,
+    buffers: AnswerBuffers | None = None,
     request_log: RequestLog | None = None,
     store: Store | None = None,
     status: Callable[[], Mapping[str, Any]] = dict,
@@ -51,7 +54,14 @@ def application(
         store, RequestLogSettings(), on_stored=lambda count: None, on_dropped=lambda reason, count: None
     )
     gateway = Gateway(
-        lease=lease, admission=admission, router=router, metrics=metrics, request_log=request_log, settings=settings
+        lease=lease,
+        admission=admission,
+        router=router,
+        metrics=metrics,
+        request_log=request_log,
+        settings=settings,
+        buffers=buffers or AnswerBuffers(max_bytes=2**28, max_answer_bytes=2**24),
+        context=CONTEXT,
     )
     engine_metrics = EngineMetrics(sources)
     metrics.registry.register(engine_metrics)
@@ -82,6 +92,7 @@ class Service:
         self.double = EngineDouble(name=NAME)
         self.admission = Admission(
             max_running=self.settings.max_running,
+            max_tokens=self.settings.max_running_tokens or self.settings.max_running * CONTEXT,
             max_queued=self.settings.max_queued,
             queue_timeout_s=self.settings.queue_timeout_s,
         )
@@ -93,6 +104,9 @@ class Service:
             keeping or RequestLogSettings(),
             on_stored=self.metrics.rows_stored,
             on_dropped=self.metrics.rows_dropped,
+        )
+        self.gateway_buffers = AnswerBuffers(
+            max_bytes=self.settings.max_buffered_bytes, max_answer_bytes=self.settings.max_answer_bytes
         )
         self.engine: SocketServer | None = None
         self.app: FastAPI | None = None
@@ -114,6 +128,7 @@ class Service:
                 metrics=self.metrics,
                 request_log=self.request_log,
                 settings=self.settings,
+                buffers=self.gateway_buffers,
                 store=self.store,
                 status=lambda: {"served": str(self.router.served)},
             )

@@ -17,11 +17,16 @@ from serving.admission import (
     OverloadedError,
     QueueOverflowError,
     QueueTimeoutError,
+    TooManyTokensError,
 )
 
 
-def open_admission(*, max_running: int = 8, max_queued: int = 8, queue_timeout_s: float = 60.0) -> Admission:
-    admission = Admission(max_running=max_running, max_queued=max_queued, queue_timeout_s=queue_timeout_s)
+def open_admission(
+    *, max_running: int = 8, max_tokens: int = 800, max_queued: int = 8, queue_timeout_s: float = 60.0
+) -> Admission:
+    admission = Admission(
+        max_running=max_running, max_tokens=max_tokens, max_queued=max_queued, queue_timeout_s=queue_timeout_s
+    )
     admission.available()
     return admission
 
@@ -170,7 +175,7 @@ async def test_the_door_is_closed_by_one_swap_at_a_time() -> None:
 
 
 async def test_without_an_engine_requests_are_refused_with_the_reason() -> None:
-    admission = Admission(max_running=1, max_queued=1, queue_timeout_s=1)
+    admission = Admission(max_running=1, max_tokens=100, max_queued=1, queue_timeout_s=1)
     with pytest.raises(EngineUnavailableError, match="starting"):
         async with admission.admit():
             pass
@@ -268,7 +273,7 @@ async def test_it_is_not_given_at_a_closed_door_however_long_it_waits() -> None:
 
 
 async def test_it_is_not_given_without_an_engine() -> None:
-    admission, end = Admission(max_running=1, max_queued=1, queue_timeout_s=1), asyncio.Event()
+    admission, end = Admission(max_running=1, max_tokens=100, max_queued=1, queue_timeout_s=1), asyncio.Event()
     end.set()
     question = asyncio.create_task(ask_in_background(admission, end, patience_s=0.0))
     await asyncio.sleep(0.02)
@@ -490,3 +495,47 @@ def test_counts_order_bounds_and_versions_hold_under_any_schedule(
 def _run(main: Callable[[], object]) -> None:
     with asyncio.Runner() as runner:
         runner.run(main())  # type: ignore[arg-type]
+
+
+class TestTokens:
+    """A request counts by what its answers may take."""
+
+    async def test_one_that_asks_for_what_is_left_runs(self) -> None:
+        admission = open_admission(max_tokens=100)
+        async with admission.admit(60), admission.admit(40):
+            assert admission.running == 2
+
+    async def test_one_that_asks_for_more_than_is_left_is_refused(self) -> None:
+        admission = open_admission(max_tokens=100)
+        async with admission.admit(60):
+            with pytest.raises(OverloadedError, match="may make 60 tokens"):
+                async with admission.admit(41):
+                    pass
+
+    async def test_what_has_ended_counts_no_more(self) -> None:
+        admission = open_admission(max_tokens=100)
+        for _ in range(3):
+            async with admission.admit(100):
+                assert admission.running == 1
+
+    async def test_one_that_could_never_run_is_told_so(self) -> None:
+        with pytest.raises(TooManyTokensError, match="101"):
+            async with open_admission(max_tokens=100).admit(101):
+                pass
+
+    async def test_queued_ones_run_as_tokens_are_given_back(self) -> None:
+        admission, end, began = open_admission(max_tokens=100), asyncio.Event(), list[int]()
+
+        async def run(tokens: int) -> None:
+            async with admission.admit(tokens):
+                began.append(tokens)
+                await end.wait()
+
+        async with admission.closed():
+            tasks = [asyncio.create_task(run(tokens)) for tokens in (70, 60, 20)]
+            await settle()
+        await settle()
+        assert began == [70]  # in arrival order: 20 would fit, and 60 might then never run
+        end.set()
+        await asyncio.gather(*tasks)
+        assert began == [70, 60, 20]

@@ -12,9 +12,10 @@ import uvicorn
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from serving.http import connections
-from serving.http.connections import limited_protocol, raise_descriptor_limit
+from serving.http.connections import ABORT, limited_protocol, raise_descriptor_limit
 
 DEADLINE_S = 0.3
+LARGE = 2**24
 ASK = b"GET / HTTP/1.1\r\nhost: x\r\n\r\n"
 Connect = Callable[[], Awaitable[tuple[asyncio.StreamReader, asyncio.StreamWriter]]]
 
@@ -26,12 +27,29 @@ async def slow_app(scope: Any, receive: Any, send: Any) -> None:
     await send({"type": "http.response.body", "body": b"ok"})
 
 
+async def large_app(scope: Any, receive: Any, send: Any) -> None:
+    """Answers with more than the buffers between here and there hold."""
+    await send({"type": "http.response.start", "status": 200, "headers": [(b"content-length", b"%d" % LARGE)]})
+    await send({"type": "http.response.body", "body": b"x" * LARGE})
+
+
+async def cutting_app(scope: Any, receive: Any, send: Any) -> None:
+    """Begins a large answer, and then ends the connection."""
+    await send({"type": "http.response.start", "status": 200, "headers": []})
+    await send({"type": "http.response.body", "body": b"x" * LARGE, "more_body": True})
+    scope["state"][ABORT]()
+    while (await receive())["type"] != "http.disconnect":
+        pass
+
+
 @asynccontextmanager
-async def serving(most: int) -> AsyncIterator[Connect]:
+async def serving(most: int, app: Any = slow_app) -> AsyncIterator[Connect]:
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         protocol = limited_protocol(most, DEADLINE_S)
-        server = uvicorn.Server(uvicorn.Config(slow_app, http=protocol, lifespan="off", log_config=None))
+        server = uvicorn.Server(
+            uvicorn.Config(app, http=protocol, lifespan="off", log_config=None, timeout_keep_alive=1)
+        )
         task = asyncio.create_task(server.serve(sockets=[listener]))
         while not server.started:
             await asyncio.sleep(0.01)
@@ -114,6 +132,17 @@ async def test_a_second_request_that_does_not_end_is_cut_off_too() -> None:
         await reader.readuntil(b"ok")
         writer.write(b"GET / HT")
         assert await ended(reader)
+
+
+@pytest.mark.parametrize("app", [large_app, cutting_app], ids=["left alone", "cut off"])
+async def test_a_client_that_reads_nothing_is_disconnected(app: Any) -> None:
+    async with serving(most=1, app=app) as connect:
+        _, writer = await connect()
+        writer.write(ASK)
+        await asyncio.sleep(1 + 4 * DEADLINE_S)  # uvicorn closes what stays idle, and waits for the client to read
+        other, asking = await connect()  # there is room for one
+        asking.write(ASK)
+        assert await other.readexactly(15) == b"HTTP/1.1 200 OK"
 
 
 def test_there_are_half_as_many_connections_as_descriptors() -> None:

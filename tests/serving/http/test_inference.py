@@ -13,6 +13,8 @@ from tests.serving.engine_double import Fault, running_engine
 from tests.serving.service import CHAT, NAME, TWO, Service
 
 CHAT_PATH = "/v1/chat/completions"
+MANY = 20_000
+"""Tokens; more bytes than the buffers between here and there hold."""
 STREAM = {**CHAT, "stream": True}
 COMPLETION = {"model": NAME, "prompt": "one two three"}
 
@@ -49,6 +51,12 @@ def reason(service: Service, code: str) -> float:
 
 def failed(service: Service, code: str, model: str = NAME, version: str = "1") -> float:
     return service.count("svc_request_errors_total", model=model, version=version, reason=code)
+
+
+def ended(service: Service, status: str, outcome: str) -> float:
+    """How many requests of version 1 ended so."""
+    labels = {"model": NAME, "version": "1", "route": CHAT_PATH, "status": status, "outcome": outcome}
+    return service.count("svc_requests_total", **labels)
 
 
 class TestAnswers:
@@ -98,7 +106,7 @@ class TestAnswers:
         await client.post(CHAT_PATH, json=CHAT)
         await client.post(CHAT_PATH, json=STREAM)
         version = {"model": NAME, "version": "1"}
-        assert service.count("svc_requests_total", **version, route=CHAT_PATH, status="200") == 2
+        assert ended(service, "200", "complete") == 2
         assert service.count("svc_tokens_total", **version, direction="in") == 6
         assert service.count("svc_tokens_total", **version, direction="out") == 8
         assert service.count("svc_time_to_first_token_seconds_count", **version) == 1
@@ -144,7 +152,8 @@ class TestRefusals:
         assert (answer.status_code, error_of(answer)["code"]) == (404, "model_not_found")
         assert NAME in error_of(answer)["message"]
         assert len(answer.content) < 500
-        assert service.count("svc_requests_total", model="unknown", version="", route=CHAT_PATH, status="404") == 1
+        labels = {"model": "unknown", "version": "", "route": CHAT_PATH, "status": "404", "outcome": "refused"}
+        assert service.count("svc_requests_total", **labels) == 1
 
     async def test_clients_create_no_series(self, service: Service, client: httpx.AsyncClient) -> None:
         await client.post(CHAT_PATH, json={**CHAT, "model": "first"})
@@ -339,15 +348,85 @@ class TestClientsThatLeave:
             task.cancel()
             await until(lambda: service.admission.queued == 0)
         assert service.double.requests == []
-        await until(
-            lambda: service.count("svc_requests_total", model="unknown", version="", route=CHAT_PATH, status="499") == 1
-        )
+        labels = {"model": "unknown", "version": "", "route": CHAT_PATH, "status": "499", "outcome": "client_gone"}
+        await until(lambda: service.count("svc_requests_total", **labels) == 1)
 
-    async def test_one_that_does_not_read_gives_up_its_place(self, socket_folder: Path) -> None:
-        async with Service(socket_folder, request_timeout_s=0.3).run() as service, service.socket_client() as client:
-            service.double.tokens = 200_000  # more than the buffers between here and there hold
-            async with client.stream("POST", CHAT_PATH, json=STREAM):
+    async def test_one_that_does_not_read_keeps_no_place(self, socket_folder: Path) -> None:
+        async with Service(socket_folder).run() as service, service.socket_client() as client:
+            service.double.tokens = MANY
+            async with client.stream("POST", CHAT_PATH, json=STREAM) as answer:
+                await until(lambda: service.double.running == 1)
                 await until(lambda: service.admission.running == 0)
+                assert "data: [DONE]" in [line async for line in answer.aiter_lines()]
+
+    async def test_one_that_does_not_read_is_cut_off(self, socket_folder: Path) -> None:
+        slow = Service(socket_folder, client_timeout_s=0.3, max_answer_bytes=64 * 1024)
+        async with slow.run() as service, service.socket_client() as client:
+            service.double.tokens = MANY
+            async with client.stream("POST", CHAT_PATH, json=STREAM):
+                await until(lambda: reason(service, "client_slow") == 1)
+                await until(lambda: service.admission.running == 0)
+                assert service.gateway_buffers.used == 0
+
+    async def test_one_that_reads_slowly_and_steadily_gets_all(self, socket_folder: Path) -> None:
+        slow = Service(socket_folder, client_timeout_s=0.5, max_answer_bytes=64 * 1024)
+        async with slow.run() as service, service.socket_client() as client:
+            service.double.tokens = MANY
+            async with client.stream("POST", CHAT_PATH, json=STREAM) as answer:
+                read = b""
+                async for part in answer.aiter_raw(64 * 1024):
+                    read += part
+                    await asyncio.sleep(0.005)
+            assert read.endswith(b"data: [DONE]\n\n")
+            assert reason(service, "client_slow") == 0
+
+
+class TestLargeAnswers:
+    async def test_one_over_the_limit_is_refused(self, socket_folder: Path) -> None:
+        async with Service(socket_folder, max_answer_bytes=64 * 1024).run() as service, service.client() as client:
+            service.double.tokens = MANY
+            answer = await client.post(CHAT_PATH, json=CHAT)
+            assert (answer.status_code, error_of(answer)["code"]) == (400, "answer_too_large")
+            assert service.gateway_buffers.used == 0
+
+    async def test_the_same_as_a_stream_is_answered(self, socket_folder: Path) -> None:
+        async with Service(socket_folder, max_answer_bytes=64 * 1024).run() as service, service.client() as client:
+            service.double.tokens = MANY
+            assert chunks_of((await client.post(CHAT_PATH, json=STREAM)).text)[-1] == "[DONE]"
+
+    async def test_more_than_may_wait_of_all_is_refused(self, socket_folder: Path) -> None:
+        async with Service(socket_folder, max_buffered_bytes=64 * 1024).run() as service, service.client() as client:
+            service.double.tokens = MANY
+            answer = await client.post(CHAT_PATH, json=CHAT)
+            assert (answer.status_code, error_of(answer)["code"]) == (429, "overloaded")
+
+    @pytest.mark.parametrize("asked", [{"n": 1024}, {"n": 2, "max_tokens": 2_000}], ids=["no limit", "a limit"])
+    async def test_more_tokens_than_may_ever_run(self, socket_folder: Path, asked: dict[str, int]) -> None:
+        async with Service(socket_folder, max_running_tokens=3_000).run() as service, service.client() as client:
+            answer = await client.post(CHAT_PATH, json={**CHAT, **asked})
+            assert (answer.status_code, error_of(answer)["code"]) == (400, "too_many_tokens")
+            assert service.double.requests == []
+
+
+class TestOutcomes:
+    """A status of 200 says that an answer began; the outcome, how it ended."""
+
+    async def test_a_broken_stream_is_an_error_of_the_engine(self, service: Service, client: httpx.AsyncClient) -> None:
+        service.double.fault = Fault.ERROR_IN_STREAM
+        await client.post(CHAT_PATH, json=STREAM)
+        assert ended(service, "200", "engine_error") == 1
+
+    async def test_a_broken_stream_has_no_duration(self, service: Service, client: httpx.AsyncClient) -> None:
+        service.double.fault = Fault.ERROR_IN_STREAM
+        await client.post(CHAT_PATH, json=STREAM)
+        labels = {"model": NAME, "version": "1", "route": CHAT_PATH}
+        assert service.count("svc_request_duration_seconds_count", **labels) == 0
+
+    async def test_a_client_that_left_its_stream(self, service: Service, live: httpx.AsyncClient) -> None:
+        service.double.tokens, service.double.token_delay_s = 1000, 0.01
+        async with live.stream("POST", CHAT_PATH, json=STREAM) as answer:
+            await anext(answer.aiter_lines())
+        await until(lambda: ended(service, "200", "client_gone") == 1)
 
 
 class TestLoad:

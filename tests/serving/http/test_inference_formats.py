@@ -76,7 +76,8 @@ async def test_the_row_says_what_it_says_of_a_chat(
 async def test_tokens_are_counted_and_timed(service: Service, client: httpx.AsyncClient, path: str) -> None:
     await client.post(path, json=BODIES[path])
     await client.post(path, json={**BODIES[path], "stream": True})
-    assert service.count("svc_requests_total", **VERSION, route=path, status="200") == 2
+    labels = {**VERSION, "route": path, "status": "200", "outcome": "complete"}
+    assert service.count("svc_requests_total", **labels) == 2
     assert service.count("svc_tokens_total", **VERSION, direction="in") == 6
     assert service.count("svc_tokens_total", **VERSION, direction="out") == 8
     assert service.count("svc_time_to_first_token_seconds_count", **VERSION) == 1
@@ -164,7 +165,8 @@ async def test_a_client_that_leaves_after_the_last_event_was_answered(service: S
         async for line in answer.aiter_lines():
             if line in ("event: response.completed", "event: message_stop"):
                 break
-    await until(lambda: service.count("svc_requests_total", **VERSION, route=path, status="200") == 1)
+    labels = {**VERSION, "route": path, "status": "200", "outcome": "complete"}
+    await until(lambda: service.count("svc_requests_total", **labels) == 1)
     assert reason(service, "client_gone") == 0
 
 

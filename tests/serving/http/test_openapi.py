@@ -68,7 +68,7 @@ def api(memory_folder: Path, store: Store) -> Iterator[Any]:
     request_log = RequestLog(
         store, RequestLogSettings(), on_stored=lambda count: None, on_dropped=lambda reason, count: None
     )
-    router, admission = Router(NAME), Admission(max_running=8, max_queued=8, queue_timeout_s=1)
+    router, admission = Router(NAME), Admission(max_running=8, max_tokens=8, max_queued=8, queue_timeout_s=1)
     engine = httpx.AsyncClient(transport=httpx.ASGITransport(EngineDouble(name=NAME)), base_url="http://engine")
     router.set_loaded({ONE})
 

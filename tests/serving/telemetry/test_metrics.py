@@ -40,13 +40,19 @@ def test_only_the_loaded_version_is_shown(registry: CollectorRegistry, metrics: 
 def test_answers_without_a_version_are_counted_under_unknown(
     registry: CollectorRegistry, metrics: GatewayMetrics
 ) -> None:
-    metrics.request_ended(None, Route.COMPLETIONS, 404, 0.1)
-    labels = {"model": "unknown", "version": "", "route": "/v1/completions", "status": "404"}
+    metrics.request_ended(None, Route.COMPLETIONS, 404, 0.1, reason=ErrorCode.MODEL_NOT_FOUND)
+    labels = {
+        "model": "unknown",
+        "version": "",
+        "route": "/v1/completions",
+        "status": "404",
+        "outcome": "refused",
+    }
     assert registry.get_sample_value("svc_requests_total", labels) == 1
 
 
 def test_errors_do_not_shorten_the_durations(registry: CollectorRegistry, metrics: GatewayMetrics) -> None:
-    metrics.request_ended(ONE, Route.COMPLETIONS, 503, 0.001)
+    metrics.request_ended(ONE, Route.COMPLETIONS, 503, 0.001, reason=ErrorCode.ENGINE_DIED)
     metrics.request_ended(ONE, Route.COMPLETIONS, 200, 1.0)
     labels = {"model": "tuned", "version": "1", "route": "/v1/completions"}
     assert registry.get_sample_value("svc_request_duration_seconds_count", labels) == 1

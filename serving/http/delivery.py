@@ -1,0 +1,212 @@
+"""Hands an answer to its client from a buffer, so that no engine, and no swap, waits for a client that reads slowly.
+
+What waits in buffers is bounded, for one answer and for all together: where there is no room, a stream is read from the
+engine no faster than its client takes it, and a whole answer is refused. A client that takes too little is cut off, so
+that what waits goes away. Knows nothing of engines or of what an answer says.
+"""
+
+import asyncio
+from collections import deque
+from types import TracebackType
+from typing import Self
+
+from starlette.types import Message, Send
+
+from serving.admission import OverloadedError
+from svc.errors import SvcError
+
+PART_BYTES = 64 * 1024
+"""Of one write to a connection. The server in front holds as much again, so that a client which is cut off took less
+than about twice that within `serve.client_timeout_s`."""
+
+
+class ClientSlowError(Exception):
+    """The client took too little of its answer; it is cut off."""
+
+
+class AnswerTooLargeError(SvcError):
+    """An answer, or an event of one, over the limit."""
+
+
+class AnswerBuffers:
+    """How much of all answers waits for clients.
+
+    Args:
+        max_bytes: of all answers together.
+        max_answer_bytes: of one.
+    """
+
+    def __init__(self, *, max_bytes: int, max_answer_bytes: int) -> None:
+        self.max_answer_bytes = max_answer_bytes
+        self._max_bytes = max_bytes
+        self._freed = asyncio.Event()
+        self.used = 0
+        """Bytes that wait now."""
+
+    def take(self, size: int, held: int) -> bool:
+        """Takes room for `size` bytes of an answer that has `held` already; whether there was any."""
+        if held + size > self.max_answer_bytes or self.used + size > self._max_bytes:
+            return False
+        self.used += size
+        return True
+
+    def free(self, size: int) -> None:
+        """Gives room back."""
+        self.used -= size
+        self._freed.set()
+
+    async def freed(self) -> None:
+        """Returns when room was given back since."""
+        self._freed.clear()
+        await self._freed.wait()
+
+
+class Delivery:
+    """One answer on its way to its client; leaving the `async with` waits until the client has what was given.
+
+    Where the body raised, the answer is not ended: `send_last` does that, or nobody.
+
+    Args:
+        send: the connection.
+        timeout_s: longest time for a part to find its way, seconds.
+
+    Attributes:
+        begun: the head of the answer was given.
+    """
+
+    def __init__(self, send: Send, buffers: AnswerBuffers, timeout_s: float) -> None:
+        self._send = send
+        self._buffers = buffers
+        self._timeout_s = timeout_s
+        self._head: Message | None = None
+        self._parts: deque[bytes] = deque()
+        self._held = 0
+        self._filled = asyncio.Event()
+        self._ended = self._whole = False
+        self._sending: asyncio.Task[None] | None = None
+        self.begun = False
+
+    @property
+    def pending(self) -> bool:
+        """Something was not handed over yet."""
+        return self._held > 0 or self._head is not None
+
+    async def __aenter__(self) -> Self:
+        self._sending = asyncio.create_task(self._run())
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """Waits for the client.
+
+        Raises:
+            ClientSlowError: it took too little.
+        """
+        assert self._sending is not None  # noqa: S101 - it was entered
+        if isinstance(error, asyncio.CancelledError):
+            self._sending.cancel()
+        self._ended, self._whole = True, error is None
+        self._filled.set()
+        try:
+            await self._sending
+        finally:
+            self._buffers.free(self._held)  # what will not be sent any more; it stays `pending`
+
+    def start(self, head: Message) -> None:
+        """The head of the answer; it goes out with the first part."""
+        self._head, self.begun = head, True
+
+    def reserve(self, size: int) -> None:
+        """Takes room for a part of a whole answer, which is `put` when it is complete.
+
+        Raises:
+            AnswerTooLargeError: the answer is larger than one may be.
+            OverloadedError: there is no room among all others. Not waited for: answers that are half read would wait
+                for each other.
+        """
+        if self._held + size > self._buffers.max_answer_bytes:
+            raise _too_large(self._held + size, self._buffers.max_answer_bytes)
+        if not self._buffers.take(size, self._held):
+            raise OverloadedError(
+                f"{self._buffers.used} bytes of answers wait for their clients", todo="send the request again later"
+            )
+        self._held += size
+
+    async def put_event(self, data: bytes) -> None:
+        """Adds a part of a stream, after a wait where there is no room for it.
+
+        Raises:
+            AnswerTooLargeError: it alone is larger than an answer may be.
+            ClientSlowError: the client was cut off.
+        """
+        if len(data) > self._buffers.max_answer_bytes:
+            raise _too_large(len(data), self._buffers.max_answer_bytes)
+        self._check()
+        while not self._buffers.take(len(data), self._held):
+            await self._buffers.freed()
+            self._check()
+        self._held += len(data)
+        self.put(data)
+
+    def put(self, data: bytes) -> None:
+        """Adds a part that has room: it was reserved."""
+        self._parts.append(data)
+        self._filled.set()
+
+    async def send_last(self, data: bytes) -> None:
+        """Ends an answer that broke, once the `async with` was left.
+
+        Raises:
+            ClientSlowError: the client took too little.
+        """
+        try:
+            await self._send_part(data, more=False)
+        except TimeoutError as error:
+            raise ClientSlowError from error
+
+    def _check(self) -> None:
+        if self._sending is not None and self._sending.done():
+            self._sending.result()
+
+    async def _run(self) -> None:
+        try:
+            while not (self._ended and not self._parts):
+                await self._filled.wait()
+                self._filled.clear()
+                while self._parts:
+                    await self._send_next()
+            if self._whole and self.begun:
+                await self._send_part(b"", more=False)
+        except TimeoutError as error:
+            raise ClientSlowError from error
+        finally:
+            self._buffers.free(0)  # wakes a `put_event` that waits for room
+
+    async def _send_next(self) -> None:
+        """What waits, up to a part's size: many small events make one write."""
+        some = [self._parts.popleft()]
+        size = len(some[0])
+        while self._parts and size + len(self._parts[0]) <= PART_BYTES:
+            some.append(self._parts.popleft())
+            size += len(some[-1])
+        data = some[0] if len(some) == 1 else b"".join(some)
+        for start in range(0, size, PART_BYTES):
+            part = data[start : start + PART_BYTES]
+            await self._send_part(part, more=True)
+            self._held -= len(part)
+            self._buffers.free(len(part))
+
+    async def _send_part(self, data: bytes, *, more: bool) -> None:
+        async with asyncio.timeout(self._timeout_s):
+            if self._head is not None:
+                head, self._head = self._head, None
+                await self._send(head)
+            await self._send({"type": "http.response.body", "body": data, "more_body": more})
+
+
+def _too_large(size: int, most: int) -> AnswerTooLargeError:
+    return AnswerTooLargeError(
+        f"the answer is larger than {most} bytes: {size} so far",
+        expected="fewer answers (n), tokens or log-probabilities in one request, or 'stream': true",
+    )

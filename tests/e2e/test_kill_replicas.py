@@ -1,0 +1,161 @@
+"""The same as test_kill_matrix.py for a server of two engines: in a rolling swap, and while a server adopts them."""
+
+import signal
+import time
+from collections.abc import Callable, Iterator
+from enum import Enum
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+from svc.engine.orphans import runs
+from svc.store.swaps import SwapOutcome
+from tests.e2e.conftest import PROMPTS, Report
+from tests.e2e.instance import Instance, core_of, group
+from tests.e2e.test_kill_matrix import is_engine
+
+pytestmark = [pytest.mark.matrix]
+
+PORT = 8947
+ONE, TWO = "tiny@1", "tiny@2"
+DONE, FAILED = SwapOutcome.SUCCEEDED, SwapOutcome.FAILED
+
+
+class Moment(Enum):
+    """Which engine is being changed."""
+
+    FIRST = "first engine changing"
+    SECOND = "second engine changing"
+
+
+class Killed(Enum):
+    """What gets SIGKILL."""
+
+    GATEWAY = "gateway"
+    CHANGING = "the engine that changes"
+    OTHER = "the other engine"
+    ALL = "gateway and engines"
+
+
+TABLE: dict[tuple[Moment, Killed], tuple[str, SwapOutcome]] = {
+    (Moment.FIRST, Killed.GATEWAY): (TWO, DONE),
+    (Moment.FIRST, Killed.CHANGING): (ONE, FAILED),
+    (Moment.FIRST, Killed.OTHER): (TWO, DONE),
+    (Moment.FIRST, Killed.ALL): (TWO, DONE),
+    (Moment.SECOND, Killed.GATEWAY): (TWO, DONE),
+    (Moment.SECOND, Killed.CHANGING): (ONE, FAILED),
+    (Moment.SECOND, Killed.OTHER): (TWO, DONE),
+    (Moment.SECOND, Killed.ALL): (TWO, DONE),
+}
+
+
+@pytest.fixture(scope="module")
+def instance(home: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Instance]:
+    """A server with two engines."""
+    folder = tmp_path_factory.mktemp("kill-replicas") / "home"
+    instance = Instance(home, folder, PORT, PROMPTS, SVC_ENGINE__REPLICAS="2")
+    try:
+        instance.start("tiny@1")
+        instance.until(settled)
+        yield instance
+    finally:
+        instance.close()
+
+
+@pytest.fixture(scope="module")
+def expected(instance: Instance) -> dict[str, list[tuple[str, str]]]:
+    """The answers of both versions."""
+    answers = {ONE: instance.answers()}
+    instance.promote(TWO)
+    return answers | {TWO: instance.answers()}
+
+
+@pytest.fixture
+def serving(instance: Instance, expected: dict[str, list[tuple[str, str]]]) -> Instance:
+    """Version 1 serves, in both."""
+    instance.until(settled)
+    if instance.status()["version"] != ONE:
+        instance.promote(ONE)
+    instance.until(settled)
+    return instance
+
+
+@pytest.mark.parametrize(("moment", "killed"), TABLE, ids=lambda value: value.value)
+def test_a_rolling_swap_ends_with_one_version_on_both(
+    serving: Instance, expected: dict[str, list[tuple[str, str]]], moment: Moment, killed: Killed, report: Report
+) -> None:
+    serves, outcome = TABLE[moment, killed]
+    engines = dict(enumerate(serving.engines()))
+    processes = {process for engine in engines.values() for process in group(engine)}
+    promotion = serving.try_to_promote(TWO)
+    number = changing(serving, moment)
+    victims: dict[Killed, Callable[[], list[psutil.Process]]] = {
+        Killed.GATEWAY: list,
+        Killed.CHANGING: lambda: [core_of(engines[number])],
+        Killed.OTHER: lambda: [core_of(engines[1 - number])],
+        Killed.ALL: lambda: [process for engine in engines.values() for process in group(engine)],
+    }
+    began = time.monotonic()
+    for process in victims[killed]():
+        process.kill()
+    if killed in (Killed.GATEWAY, Killed.ALL):
+        serving.end(signal.SIGKILL)
+        serving.start()
+    status = serving.until(settled)
+    promotion.kill()
+    promotion.wait()
+    report(f"{killed.value} killed, {moment.value}: {status['version']} on both after {time.monotonic() - began:.1f} s")
+    assert (status["version"], status["last_swap"]["outcome"]) == (serves, outcome.value)
+    assert {engine["version"] for engine in status["engines"]} == {serves}
+    assert serving.answers() == expected[serves]
+    now = {process for engine in serving.engines() for process in group(engine)}
+    assert {process for process in processes if runs(process)} <= now
+    assert {process for process in psutil.process_iter() if is_engine(process)} <= now
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM], ids=lambda number: number.name)
+def test_a_server_that_ends_while_it_adopts_loses_no_engine(
+    serving: Instance, expected: dict[str, list[tuple[str, str]]], number: signal.Signals
+) -> None:
+    engines = serving.engines()
+    serving.end(signal.SIGKILL)
+    log = serving.home / "logs" / "serve.log"
+    adopted = log.read_text("utf-8", errors="replace").count("was adopted")
+    adopting = serving.launch()
+    deadline = time.monotonic() + 60
+    while log.read_text("utf-8", errors="replace").count("was adopted") == adopted:  # the first of two
+        assert time.monotonic() < deadline
+        assert adopting.poll() is None
+        time.sleep(0.002)
+    serving.end(number)
+    if number is signal.SIGTERM:
+        assert not any(runs(engine) for engine in engines)
+    serving.start()
+    serving.until(settled)
+    assert serving.answers() == expected[ONE]
+    if number is signal.SIGKILL:
+        assert serving.engines() == engines
+
+
+def changing(instance: Instance, moment: Moment) -> int:
+    """Waits for a moment of a rolling swap; the number of the engine that is being changed."""
+
+    def found(status: Any) -> list[int]:
+        engines = status["engines"]
+        other = ONE if moment is Moment.FIRST else TWO
+        return [
+            index
+            for index, engine in enumerate(engines)
+            if engine["state"] in ("draining", "swapping") and engines[1 - index]["version"] == other
+        ]
+
+    (number,) = found(instance.until(found, timeout_s=60))
+    return number
+
+
+def settled(status: Any) -> bool:
+    """Both engines serve what is wanted, and nothing is under way."""
+    swap, states = status["last_swap"], [engine["state"] for engine in status["engines"]]
+    return states == ["ready", "ready"] and (swap is None or swap["outcome"] is not None)
