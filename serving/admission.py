@@ -1,14 +1,15 @@
 """Admission between HTTP and the engines: counts what runs, and queues what comes while no engine may take it.
 
-A swap in place of the only engine closes admission, waits until the running requests are done, changes the weights and
-opens again. Requests that come meanwhile wait, in arrival order, and none of them sees more than one version. The queue
-and the wait are bounded: whatever a client can grow has a limit. The server's own requests have a place beside all
-this, behind every request. Knows nothing of HTTP, of versions, or of why admission is closed.
+While an engine is changed and no other takes requests, those that come wait, in arrival order, and none of them sees
+more than one version. The queue and the wait are bounded: whatever a client can grow has a limit. The server's own
+requests have a place beside all this, behind every request. Knows nothing of HTTP, of versions, or of why an engine is
+changed.
 
 One event loop, no locks: every change of state happens between two awaits.
 """
 
 import asyncio
+import time
 from collections import Counter, deque
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager, contextmanager, suppress
@@ -79,10 +80,10 @@ class _Place:
 class Admission:
     """Who may run in the engine, who waits, and who is sent away.
 
-    Three facts decide: admission is closed (a swap), the engine is unavailable (starting, failed), or all places or all
-    tokens are taken: a request counts by what its answers may take, since one can ask for hundreds. Closed admission
-    outranks an unavailable engine, so that a swap which has to restart the engine keeps the requests that it queued.
-    Starts unavailable.
+    Three facts decide: whether an engine takes requests, whether one is being changed (a swap), and whether all places
+    or all tokens are taken: a request counts by what its answers may take, since one can ask for hundreds. Where no
+    engine takes requests, admission is closed while one is being changed, whatever becomes of it: a swap that has to
+    restart the engine keeps the requests that it queued. Otherwise they are refused. Starts with no engine.
 
     Args:
         max_running: requests in the engine at once.
@@ -102,8 +103,11 @@ class Admission:
         self._reading: Counter[str] = Counter()
         self._most_queued = 0
         self._waiting: deque[_Place] = deque()
-        self._closed = False
+        self._changing = False
+        self._ready = False
         self._unavailable: str | None = self._STARTING
+        self._closed_at: float | None = None
+        self._closed_s: float | None = None
         self._background_slot: asyncio.Timeout | None = None
         self._open, self._quiet = asyncio.Event(), asyncio.Event()
         self._show()
@@ -120,12 +124,21 @@ class Admission:
 
     @property
     def most_queued(self) -> int:
-        """Most requests that waited at once, since admission was closed last."""
+        """Most requests that waited at once, since a change began last."""
         return self._most_queued
 
     @property
+    def closed_s(self) -> float | None:
+        """How long admission was closed in the last change, seconds; None where it never was."""
+        return self._closed_s
+
+    @property
+    def _closed(self) -> bool:
+        return self._changing and not self._ready
+
+    @property
     def unavailable_reason(self) -> str | None:
-        """Why there is no engine; None when there is one."""
+        """Why there is no engine; None when there is one, also where it is being changed."""
         return self._unavailable
 
     @contextmanager
@@ -210,48 +223,56 @@ class Admission:
             self._show()
 
     @asynccontextmanager
-    async def closed(self) -> AsyncIterator[None]:
-        """Queues new requests for the body; opens again whatever happens in it.
+    async def changing(self) -> AsyncIterator[None]:
+        """An engine is changed in the body: requests that no engine takes meanwhile are queued and not refused.
 
         Raises:
-            RuntimeError: admission is closed already; swaps come one at a time.
+            RuntimeError: one is being changed already; swaps come one at a time.
         """
-        if self._closed:
-            raise RuntimeError("admission is closed already")
-        self._closed, self._most_queued = True, 0
-        self.end_background_slot()
-        self._show()
+        if self._changing:
+            raise RuntimeError("an engine is being changed already")
+        self._changing, self._most_queued, self._closed_s = True, 0, None
+        self._settle()
         try:
             yield
         finally:
-            self._closed = False
-            self._admit_waiting()
-            self._show()
+            self._changing = False
+            self._settle()
 
     def end_background_slot(self) -> None:
         """Cuts the server's own request off, if one runs: its engine is about to be changed."""
         if self._background_slot is not None and not self._background_slot.expired():
             self._background_slot.reschedule(asyncio.get_running_loop().time())
 
-    def unavailable(self, reason: str) -> None:
-        """There is no engine from now on: new requests are refused at once.
+    def unavailable(self, reason: str | None) -> None:
+        """No engine takes requests from now on: new ones are refused at once, or queued while one is being changed.
 
         Args:
-            reason: shown to clients, as "the engine is starting"; no paths.
+            reason: shown to clients, as "the engine is starting"; no paths. None of an engine that is being changed:
+                it was well, and is to be again.
         """
-        self._unavailable = reason
+        self._ready, self._unavailable = False, reason or self._unavailable
         self.end_background_slot()
-        self._admit_waiting()
-        self._show()
+        self._settle()
 
     def available(self) -> None:
-        """The engine takes requests from now on."""
-        self._unavailable = None
+        """An engine takes requests from now on."""
+        self._ready, self._unavailable = True, None
+        self._settle()
+
+    def _settle(self) -> None:
+        """Draws the conclusions of a change: for those that wait, for the background, for the clock."""
+        now = time.monotonic()
+        if self._closed and self._closed_at is None:
+            self._closed_at = now
+        elif not self._closed and self._closed_at is not None:
+            self._closed_s = (self._closed_s or 0.0) + now - self._closed_at
+            self._closed_at = None
         self._admit_waiting()
         self._show()
 
     def _enter(self, tokens: int) -> None:
-        if self._unavailable is not None:
+        if not self._ready:
             raise _no_engine(self._unavailable)
         if not self._fits(tokens):
             raise OverloadedError(
@@ -277,9 +298,8 @@ class Admission:
 
     def _show(self) -> None:
         """Shows what has changed to those who wait for it."""
-        is_open = not self._closed and self._unavailable is None
-        _set(self._open, is_open)
-        _set(self._quiet, is_open and not self._running)
+        _set(self._open, self._ready)
+        _set(self._quiet, self._ready and not self._running)
 
     async def _wait_for_quiet(self, patience_s: float) -> None:
         """Returns when admission is open and no request runs, or after `patience_s` when it is open."""
@@ -329,7 +349,7 @@ class Admission:
         if self._closed:
             return
         for place in [place for place in self._waiting if not place.given.done()]:
-            if self._unavailable is not None:
+            if not self._ready:
                 place.given.set_exception(_no_engine(self._unavailable))
             elif self._fits(place.tokens):
                 self._take_place(place.tokens)
@@ -352,5 +372,5 @@ async def _until(event: asyncio.Event) -> None:
         await event.wait()
 
 
-def _no_engine(reason: str) -> EngineUnavailableError:
-    return EngineUnavailableError(reason, todo="send the request again later")
+def _no_engine(reason: str | None) -> EngineUnavailableError:
+    return EngineUnavailableError(reason or "the engine is being changed", todo="send the request again later")

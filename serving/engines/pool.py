@@ -289,15 +289,17 @@ class EnginePool:
             drained = [member for member in self.members if member.state is EngineState.DRAINING]
             self._router.set_loaded({engine.target for engine in [*ready, *drained] if engine.target})
             self._admission.available()
-        elif not any(member.state in _CHANGING for member in self.members):
+        else:
             self._admission.unavailable(_why_none({member.state for member in self.members}))
         if self.primary is not self._primary:
             self._primary = self.primary
             self._admission.end_background_slot()
 
 
-def _why_none(states: set[EngineState]) -> str:
-    """Why no engine takes requests, for clients."""
+def _why_none(states: set[EngineState]) -> str | None:
+    """Why no engine takes requests, for clients; None where the last one is being changed."""
+    if states & _CHANGING:
+        return None
     if EngineState.STARTING in states:
         return "the engine is starting"
     return f"the engine has {EngineState.FAILED if EngineState.FAILED in states else EngineState.STOPPED}"

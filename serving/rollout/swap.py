@@ -1,7 +1,7 @@
 """Brings another version into the engines, with no request lost and none answered by two versions.
 
 One engine after the other, each in one of two ways. In place: no new requests for it -> let the running ones end ->
-reload -> reset the prefix cache -> check the probes. Where it is the only engine, requests wait meanwhile.
+reload -> reset the prefix cache -> check the probes. Where no other engine takes requests, they wait meanwhile.
 Blue-green: start a second engine with the version, check the probes, put it in the place of the first, let
 that answer its last requests. Nobody waits, but there must be memory for both.
 
@@ -35,6 +35,7 @@ log = logging.getLogger(__name__)
 Report = Callable[[str], None]
 
 _ROOM_POLL_S = 1.0
+_DRAIN_POLL_S = 0.1
 _DIFFERENT = "architecture, shapes, tokenizer, template or format differ"
 
 
@@ -70,7 +71,7 @@ class Swap:
         choice: whether a second engine is started where a reload in place would do.
         shortage: why there is no room for a second engine with a version; None where there is.
         drain_timeout_s: longest wait for the requests that run in an engine, in place.
-        retire_timeout_s: the same for an engine that serves and must be replaced.
+        retire_timeout_s: the same for an engine that must be replaced while others take the requests.
     """
 
     def __init__(
@@ -230,7 +231,6 @@ class Swap:
 
     async def _in_place(self, change: _Change, engine: Replica) -> tuple[SwapOutcome, str | None]:
         async with self._without(change, engine):
-            engine.enter(EngineState.DRAINING)
             try:
                 await self._drain(engine)
             except EngineError as error:
@@ -253,17 +253,16 @@ class Swap:
 
     @asynccontextmanager
     async def _without(self, change: _Change, engine: Replica) -> AsyncIterator[None]:
-        """Others take the requests meanwhile, or, where there are none, they wait."""
-        if any(other is not engine for other in self._pool.ready):
-            yield
-            return
-        closed = time.monotonic()
-        async with self._admission.closed():
-            change.report(f"queueing new requests, {self._admission.running} running")
-            try:
+        """Without new requests for the engine: others take them, or they wait from when there is no other."""
+        try:
+            async with self._admission.changing():
+                engine.enter(EngineState.DRAINING)
+                if not self._pool.ready:
+                    change.report(f"queueing new requests, {self._admission.running} running")
                 yield
-            finally:
-                change.queued_s = (change.queued_s or 0.0) + time.monotonic() - closed
+        finally:
+            if self._admission.closed_s is not None:
+                change.queued_s = (change.queued_s or 0.0) + self._admission.closed_s
                 change.queued = max(change.queued or 0, self._admission.most_queued)
 
     async def _drain(self, engine: Replica) -> None:
@@ -316,12 +315,21 @@ class Swap:
         return SwapOutcome.RESTORED
 
     async def _replace_serving(self, change: _Change, engine: Replica) -> SwapOutcome:
-        """A new engine with the version before for one that serves; it answers first what runs in it."""
+        """A new engine with the version before for one that serves; it answers first what runs in it, if it can."""
         async with self._without(change, engine):
-            engine.enter(EngineState.DRAINING)
-            with suppress(TimeoutError):
-                await engine.drained(self._retire_timeout_s)
+            await self._end_requests(engine)
+            if engine.running:
+                change.report(f"{engine.running} requests are cut off")
             return SwapOutcome.RESTORED if await self._start_before(change, engine) else SwapOutcome.FAILED
+
+    async def _end_requests(self, engine: Replica) -> None:
+        """Returns when nothing runs, or after `retire_timeout_s`; after `drain_timeout_s` where requests are queued."""
+        deadline, queueing = time.monotonic() + self._retire_timeout_s, False
+        while engine.running and time.monotonic() < deadline:
+            if not queueing and not self._pool.ready:
+                queueing, deadline = True, min(deadline, time.monotonic() + self._drain_timeout_s)
+            with suppress(TimeoutError):
+                await engine.drained(_DRAIN_POLL_S)
 
     async def _replace_engine(self, change: _Change, engine: Replica) -> SwapOutcome:
         """A new engine with the version before for one that is dead or cannot be trusted."""

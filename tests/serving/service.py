@@ -73,6 +73,17 @@ def application(
     )
 
 
+@asynccontextmanager
+async def closed(admission: Admission) -> AsyncIterator[None]:
+    """The only engine is changed in the body, and takes requests again at its end."""
+    async with admission.changing():
+        admission.unavailable(None)
+        try:
+            yield
+        finally:
+            admission.available()
+
+
 class Service:
     """Everything between a client and the engine.
 

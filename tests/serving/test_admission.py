@@ -19,6 +19,7 @@ from serving.admission import (
     QueueTimeoutError,
     TooManyTokensError,
 )
+from tests.serving.service import closed
 
 
 def open_admission(
@@ -77,14 +78,14 @@ def test_one_peer_sends_half_of_the_requests_at_once() -> None:
 
 async def test_the_most_that_waited_is_known_when_they_have_gone() -> None:
     admission = open_admission()
-    async with admission.closed():
+    async with closed(admission):
         waiting = [asyncio.create_task(run_until(admission, asyncio.Event())) for _ in range(3)]
         await settle()
         for task in waiting:
             task.cancel()
         await settle()
         assert (admission.queued, admission.most_queued) == (0, 3)
-    async with admission.closed():
+    async with closed(admission):
         assert admission.most_queued == 0
 
 
@@ -112,7 +113,7 @@ async def test_requests_at_a_closed_door_wait_and_enter_in_order() -> None:
         async with admission.admit():
             entered.append(number)
 
-    async with admission.closed():
+    async with closed(admission):
         tasks = [asyncio.create_task(client(number)) for number in range(5)]
         await settle()
         assert (admission.queued, entered) == (5, [])
@@ -122,7 +123,7 @@ async def test_requests_at_a_closed_door_wait_and_enter_in_order() -> None:
 
 async def test_one_more_than_may_wait_is_refused() -> None:
     admission, end = open_admission(max_queued=1), asyncio.Event()
-    async with admission.closed():
+    async with closed(admission):
         task = asyncio.create_task(run_until(admission, end))
         await settle()
         with pytest.raises(QueueOverflowError):
@@ -134,7 +135,7 @@ async def test_one_more_than_may_wait_is_refused() -> None:
 
 async def test_a_request_waits_no_longer_than_it_may() -> None:
     admission = open_admission(queue_timeout_s=0.01)
-    async with admission.closed():
+    async with closed(admission):
         with pytest.raises(QueueTimeoutError):
             async with admission.admit():
                 pass
@@ -150,7 +151,7 @@ async def test_more_requests_are_held_than_may_run_and_each_gets_its_turn() -> N
             assert admission.running <= 2
             await asyncio.sleep(0)
 
-    async with admission.closed():
+    async with closed(admission):
         tasks = [asyncio.create_task(client(number)) for number in range(7)]
         await settle()
     await asyncio.gather(*tasks)
@@ -160,7 +161,7 @@ async def test_more_requests_are_held_than_may_run_and_each_gets_its_turn() -> N
 async def test_the_door_opens_when_a_swap_fails() -> None:
     admission = open_admission()
     with suppress(ValueError):
-        async with admission.closed():
+        async with closed(admission):
             raise ValueError
     async with admission.admit():
         assert admission.running == 1
@@ -168,10 +169,38 @@ async def test_the_door_opens_when_a_swap_fails() -> None:
 
 async def test_the_door_is_closed_by_one_swap_at_a_time() -> None:
     admission = open_admission()
-    async with admission.closed():
+    async with closed(admission):
         with pytest.raises(RuntimeError):
-            async with admission.closed():
+            async with closed(admission):
                 pass
+
+
+async def test_where_another_engine_takes_requests_they_do_not_wait_for_the_one_that_is_changed() -> None:
+    admission = open_admission()
+    async with admission.changing(), admission.admit():
+        assert admission.running == 1
+    assert admission.closed_s is None
+
+
+async def test_requests_wait_from_the_moment_in_which_the_other_engine_is_gone() -> None:
+    admission, end = open_admission(), asyncio.Event()
+    end.set()
+    async with admission.changing():
+        admission.unavailable("the engine has failed")
+        task = asyncio.create_task(run_until(admission, end))
+        await settle()
+        assert admission.queued == 1
+        admission.available()
+        await task
+    assert admission.closed_s is not None
+
+
+async def test_without_a_change_nobody_waits_for_an_engine_to_come_back() -> None:
+    admission = open_admission()
+    admission.unavailable(None)
+    with pytest.raises(EngineUnavailableError, match="being changed"):
+        async with admission.admit():
+            pass
 
 
 async def test_without_an_engine_requests_are_refused_with_the_reason() -> None:
@@ -184,7 +213,8 @@ async def test_without_an_engine_requests_are_refused_with_the_reason() -> None:
 async def test_a_swap_that_restarts_the_engine_keeps_what_it_holds() -> None:
     admission, end = open_admission(), asyncio.Event()
     end.set()
-    async with admission.closed():
+    async with admission.changing():
+        admission.unavailable(None)
         task = asyncio.create_task(run_until(admission, end))
         await settle()
         admission.unavailable("the engine is starting")
@@ -196,7 +226,8 @@ async def test_a_swap_that_restarts_the_engine_keeps_what_it_holds() -> None:
 
 async def test_a_swap_that_ends_without_an_engine_sends_away_what_it_held() -> None:
     admission = open_admission()
-    async with admission.closed():
+    async with admission.changing():
+        admission.unavailable(None)
         task = asyncio.create_task(run_until(admission, asyncio.Event()))
         await settle()
         admission.unavailable("the engine failed")
@@ -207,7 +238,7 @@ async def test_a_swap_that_ends_without_an_engine_sends_away_what_it_held() -> N
 
 async def test_a_client_that_leaves_in_the_tick_it_is_admitted_leaves_no_trace() -> None:
     admission = open_admission()
-    async with admission.closed():
+    async with closed(admission):
         task = asyncio.create_task(run_until(admission, asyncio.Event()))
         await settle()
     task.cancel()
@@ -265,7 +296,7 @@ async def test_it_goes_beside_requests_when_its_patience_ends() -> None:
 async def test_it_is_not_given_at_a_closed_door_however_long_it_waits() -> None:
     admission, end = open_admission(), asyncio.Event()
     end.set()
-    async with admission.closed():
+    async with closed(admission):
         question = asyncio.create_task(ask_in_background(admission, end, patience_s=0.0))
         await asyncio.sleep(0.02)
         assert not question.done()
@@ -295,7 +326,7 @@ async def test_a_swap_cuts_it_off_and_waits_until_it_has_gone() -> None:
 
     question = asyncio.create_task(ask())
     await settle()
-    async with admission.closed():
+    async with closed(admission):
         gone = asyncio.create_task(drained(admission, 5))
         await settle()
         assert not gone.done()
@@ -311,7 +342,7 @@ async def test_the_end_of_the_engine_cuts_it_off() -> None:
     admission.unavailable("the engine failed")
     admission.unavailable("the engine is starting")
     assert await question == "cut off"
-    async with admission.closed():
+    async with closed(admission):
         await drained(admission, 0.1)
 
 
@@ -330,7 +361,7 @@ async def test_an_end_in_the_moment_of_its_answer_leaves_nothing_behind() -> Non
         end.set()
         for _ in range(turns):
             await asyncio.sleep(0)
-        async with admission.closed():
+        async with closed(admission):
             await drained(admission, 0.1)
         assert await question in ("answered", "cut off")
 
@@ -367,6 +398,7 @@ class World:
     swap: tuple[asyncio.Task[None], asyncio.Event] | None = None
     question: tuple[asyncio.Task[None], asyncio.Event] | None = None
     asking: bool = False
+    dead: bool = False
 
     async def client(self, number: int, end: asyncio.Event) -> None:
         waits = self.admission._closed
@@ -394,10 +426,15 @@ class World:
                     self.mixed |= self.version != seen
 
     async def change_version(self, end: asyncio.Event) -> None:
-        async with self.admission.closed():
-            await drained(self.admission, 60)
-            self.version += 1
-            await end.wait()
+        async with self.admission.changing():
+            self.admission.unavailable(None)
+            try:
+                await drained(self.admission, 60)
+                self.version += 1
+                await end.wait()
+            finally:
+                if not self.dead:
+                    self.admission.available()
 
     def act(self, action: str, choice: int) -> None:
         alive = [number for number, (task, _) in self.clients.items() if not task.done()]
@@ -418,7 +455,7 @@ class World:
                 end.set()
                 if choice % 2:  # a swap that is given up
                     task.cancel()
-                self.swap = None if self.admission._closed else self.swap
+                self.swap = None if self.admission._changing else self.swap
             case "ask" if self.question is None or self.question[0].done():
                 end = asyncio.Event()
                 self.question = asyncio.create_task(self.ask(end, 60.0 if choice % 2 else 0.0)), end
@@ -427,8 +464,10 @@ class World:
                 if choice % 3 == 0:  # the server ends
                     self.question[0].cancel()
             case "die":
+                self.dead = True
                 self.admission.unavailable("gone")
-            case "revive":
+            case "revive":  # by another engine, where one is being changed
+                self.dead = False
                 self.admission.available()
 
     def check(self) -> None:
@@ -531,7 +570,7 @@ class TestTokens:
                 began.append(tokens)
                 await end.wait()
 
-        async with admission.closed():
+        async with closed(admission):
             tasks = [asyncio.create_task(run(tokens)) for tokens in (70, 60, 20)]
             await settle()
         await settle()

@@ -6,7 +6,7 @@ import httpx
 import pytest
 
 from serving.router import Router
-from tests.serving.service import CHAT, NAME, Service
+from tests.serving.service import CHAT, NAME, Service, closed
 
 OPENMETRICS = "application/openmetrics-text; version=1.0.0"
 
@@ -51,7 +51,7 @@ async def test_health_follows_the_engine(service: Service, client: httpx.AsyncCl
 
 
 async def test_a_swap_does_not_make_the_service_unhealthy(service: Service, client: httpx.AsyncClient) -> None:
-    async with service.admission.closed():
+    async with closed(service.admission):
         assert (await client.get("/health")).status_code == 200
 
 

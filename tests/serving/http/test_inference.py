@@ -10,7 +10,7 @@ import httpx
 import pytest
 
 from tests.serving.engine_double import Fault, running_engine
-from tests.serving.service import CHAT, NAME, TWO, Service
+from tests.serving.service import CHAT, NAME, TWO, Service, closed
 
 CHAT_PATH = "/v1/chat/completions"
 MANY = 20_000
@@ -84,7 +84,7 @@ class TestAnswers:
     async def test_a_held_request_for_the_name_gets_the_new_version(
         self, service: Service, client: httpx.AsyncClient
     ) -> None:
-        async with service.admission.closed():
+        async with closed(service.admission):
             task = asyncio.create_task(client.post(CHAT_PATH, json=CHAT))
             await until(lambda: service.admission.queued == 1)
             service.double.weights = service.double._cached_weights = "/models/tuned/2"
@@ -96,7 +96,7 @@ class TestAnswers:
     async def test_a_held_request_for_the_old_version_is_told_that_it_left(
         self, service: Service, client: httpx.AsyncClient
     ) -> None:
-        async with service.admission.closed():
+        async with closed(service.admission):
             task = asyncio.create_task(client.post(CHAT_PATH, json={**CHAT, "model": f"{NAME}@1"}))
             await until(lambda: service.admission.queued == 1)
             service.load(TWO)
@@ -197,7 +197,7 @@ class TestRefusals:
             async with service.admission.admit():
                 answer = await client.post(CHAT_PATH, json=CHAT)
             assert (answer.status_code, error_of(answer)["code"]) == (429, "overloaded")
-            async with service.admission.closed():
+            async with closed(service.admission):
                 queued = asyncio.create_task(client.post(CHAT_PATH, json=CHAT))
                 await until(lambda: service.admission.queued == 1)
                 over = await client.post(CHAT_PATH, json=CHAT)
@@ -342,7 +342,7 @@ class TestClientsThatLeave:
         assert reason(service, "client_gone") == 0
 
     async def test_they_leave_their_place_in_the_queue(self, service: Service, live: httpx.AsyncClient) -> None:
-        async with service.admission.closed():
+        async with closed(service.admission):
             task = asyncio.create_task(live.post(CHAT_PATH, json=CHAT))
             await until(lambda: service.admission.queued == 1)
             task.cancel()
@@ -443,7 +443,7 @@ class TestLoad:
 
         asking = [asyncio.create_task(ask(number)) for number in range(60)]
         await asyncio.sleep(0.04)
-        async with service.admission.closed():
+        async with closed(service.admission):
             await until(lambda: not service.admission.running)
             await asyncio.sleep(0.02)
             service.double.weights = service.double._cached_weights = "/models/tuned/2"

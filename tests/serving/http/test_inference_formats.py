@@ -15,7 +15,7 @@ from svc.settings import RequestLogSettings
 from svc.store.tables import RequestRow
 from tests.serving.engine_double import Fault
 from tests.serving.http.test_inference import error_of, reason, until
-from tests.serving.service import NAME, TWO, Service
+from tests.serving.service import NAME, TWO, Service, closed
 
 MESSAGES, RESPONSES = "/v1/messages", "/v1/responses"
 BODIES: dict[str, dict[str, Any]] = {
@@ -86,7 +86,7 @@ async def test_tokens_are_counted_and_timed(service: Service, client: httpx.Asyn
 
 @both
 async def test_a_held_request_gets_the_new_version(service: Service, client: httpx.AsyncClient, path: str) -> None:
-    async with service.admission.closed():
+    async with closed(service.admission):
         task = asyncio.create_task(client.post(path, json=BODIES[path]))
         await until(lambda: service.admission.queued == 1)
         service.double.weights = service.double._cached_weights = "/models/tuned/2"

@@ -1,12 +1,16 @@
 """Several engines: changed one after the other while the others answer, and each of them may die."""
 
 import asyncio
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from pathlib import Path
 
+import httpx
 import pytest
 
 from svc.engine.state import EngineState
 from svc.settings import SwapChoice
+from svc.store.desired import Desired
 from svc.store.swaps import SwapKind, SwapOutcome
 from svc.version import Target
 from tests.serving.control import BODY, Control, Load, Make, ask, until
@@ -160,6 +164,69 @@ async def test_an_engine_that_dies_after_it_was_changed_comes_back_with_the_new_
         control.park.engines[0].kill()
         assert (await control.outcome(wish)).outcome is SwapOutcome.SUCCEEDED
         await both_ready(control, 2)
+
+
+@asynccontextmanager
+async def last_one_changed(control: Control) -> AsyncIterator[tuple[httpx.AsyncClient, Desired]]:
+    """While the first engine loads version 2, the second one dies, and does not come back."""
+    async with control.run(), control.client() as client:
+        await both_ready(control)
+        control.reconciler._backoff_s = (60.0,)
+        control.park.engines[0].double.reload_delay_s = 0.3
+        wish = control.wish(2)
+        await until(lambda: control.pool.members[0].state is EngineState.SWAPPING)
+        control.park.engines[1].kill()
+        await until(lambda: control.pool.members[1].state is EngineState.FAILED)
+        yield client, wish
+
+
+async def test_requests_wait_for_the_engine_that_is_changed_where_the_other_dies(control: Control) -> None:
+    async with last_one_changed(control) as (client, wish):
+        answer = await ask(client, stream=False)
+        assert (answer.status, answer.version) == (200, TWO)
+        assert (await control.outcome(wish)).queued == 1
+
+
+async def test_the_service_is_healthy_while_requests_wait_for_its_last_engine(control: Control) -> None:
+    async with last_one_changed(control) as (client, _):
+        assert (await client.get("/health")).status_code == 200
+        assert control.admission._closed
+
+
+async def test_requests_wait_through_the_restart_of_the_last_engine(control: Control) -> None:
+    async with last_one_changed(control) as (client, _):
+        control.park.engines[0].double.loadable = lambda folder: "/2/" not in folder
+        answer = await ask(client, stream=False)
+        assert (answer.status, answer.version) == (200, ONE)
+
+
+async def test_requests_wait_for_the_engine_that_is_changed_where_the_other_was_dead_before(control: Control) -> None:
+    async with control.run(), control.client() as client:
+        await both_ready(control)
+        control.reconciler._backoff_s = (60.0,)
+        control.park.engines[1].kill()
+        await until(lambda: control.pool.members[1].state is EngineState.FAILED)
+        control.park.engines[0].double.reload_delay_s = 0.3
+        control.wish(2)
+        await until(lambda: control.pool.members[0].state is EngineState.SWAPPING)
+        assert (await ask(client, stream=False)).version == TWO
+
+
+async def test_no_longer_than_a_drain_do_requests_wait_for_those_in_an_engine_that_must_go_back(make: Make) -> None:
+    """The second engine cannot be changed, there is no room for more, and it dies; the first one is left."""
+    control = make(replicas=2, drain_timeout_s=0.2)
+    control.park.room = "full"
+    async with control.run():
+        await both_ready(control)
+        control.reconciler._backoff_s = (60.0,)
+        first, second = control.pool.members
+        with second.occupied():
+            wish = control.wish(2)
+            await until(lambda: second.state is EngineState.DRAINING)
+            with first.occupied():
+                await until(lambda: any("back to" in step for step in control.steps))
+                control.park.engines[1].kill()
+                assert (await control.outcome(wish)).outcome is SwapOutcome.RESTORED
 
 
 async def test_another_shape_comes_by_a_new_engine_for_each(control: Control) -> None:
