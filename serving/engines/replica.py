@@ -147,8 +147,11 @@ class Replica:
         self.state = state
         self._on_change(self)
 
-    async def start(self, target: Target) -> None:
+    async def start(self, target: Target) -> str:
         """Starts an engine with a version, in place of the one before, and has it verified.
+
+        Returns:
+            What was found, for the journal.
 
         Raises:
             NotFoundError, IntegrityError: the version's files are not there or not right.
@@ -158,11 +161,12 @@ class Replica:
         try:
             self._engine = engine = self._launch(await self._verification.folder(target))
             await self._start_checked(engine, target)
-            await self.verify(target)
+            found = await self.verify(target, fresh=True)
         except BaseException:
             await self.stop(EngineState.FAILED)
             raise
         self.enter(EngineState.READY)
+        return found
 
     async def adopt(self, target: Target) -> bool:
         """Takes the engine that an earlier server left here, if it holds a version and the verification says so too.
@@ -209,16 +213,19 @@ class Replica:
         await self.client.reload_weights(folder)
         await self.client.reset_prefix_cache()
 
-    async def verify(self, target: Target) -> str:
+    async def verify(self, target: Target, *, fresh: bool = False) -> str:
         """Checks by probes that the engine holds a version, and remembers it, also for a server that comes after.
+
+        Args:
+            fresh: it was started with the version's files.
 
         Returns:
             What was found, for the journal.
 
         Raises:
-            ProbeError: it runs other weights.
+            ProbeError: it runs other weights, or an engine that ran before cannot be told to hold these.
         """
-        found = await self._verification.probes(self.client, target)
+        found = await self._verification.probes(self.client, target, fresh=fresh)
         self.target = target
         try:
             self._started.record(str(target))

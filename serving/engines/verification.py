@@ -21,6 +21,10 @@ _OTHER_WEIGHTS_NATS = 0.5
 """Mean difference. Kernels differ in the second decimal, other weights by whole nats."""
 
 
+class UnknownProbesError(ProbeError):
+    """No probes of this kind of engine are known for a version, and this engine cannot give any."""
+
+
 class Verification:
     """What a version must show before a client may reach it.
 
@@ -51,28 +55,54 @@ class Verification:
         await asyncio.to_thread(self._registry.verify, target.version, target.format)
         return await self.folder(target)
 
-    async def probes(self, client: EngineClient, target: Target) -> str:
+    async def probes(self, client: EngineClient, target: Target, *, fresh: bool) -> str:
         """Checks the probes on the engine, all at once.
 
         A kind of engine that has not seen this version yet has nothing to be compared with: there the probes are
-        taken again, and every later load is held against them.
+        taken again, and every later load is held against them. Versions of one base can differ by less than two kinds
+        of engine, so that a load that did nothing would pass: only an engine that began with the files gives probes.
+
+        Args:
+            fresh: the engine was started with the version's files; otherwise it ran before.
 
         Returns:
             What was found, for the journal.
 
         Raises:
+            UnknownProbesError: they would have to be taken again, in an engine that ran before.
             ProbeError: the engine runs other weights.
         """
-        recorded = (await asyncio.to_thread(self._registry.format, target.version, target.format)).probes
-        facts = await self.facts(target)
-        known = tuple(probe for probe in recorded if probe.engine == facts)
-        if recorded and not known:
-            retaken = await asyncio.to_thread(find_retaken_probes, self._store, target, facts)
-            if retaken is None:
-                return await self._retake(client, target, recorded, facts)
-            known = retaken
+        recorded, facts = await self._recorded(target), await self.facts(target)
+        known = await self._known(target, recorded, facts)
+        if known is None and fresh:
+            return await self._retake(client, target, recorded, facts)
+        if known is None:
+            raise UnknownProbesError(
+                f"no probes of this kind of engine are known for {target}, and the engine was not started with it",
+                expected=f"probes of {facts.key}",
+                todo="start an engine with it: they are taken then",
+            )
         difference = await check_probes(client, known)
         return f"{len(known)} probes passed, largest difference {difference:.4f} nats"
+
+    async def has_probes(self, target: Target) -> bool:
+        """Whether a version can be verified in an engine that ran before; if not, one must start with its files.
+
+        Raises:
+            EngineError: the format cannot be served here.
+            NotFoundError: no such version or format.
+        """
+        return await self._known(target, await self._recorded(target), await self.facts(target)) is not None
+
+    async def _recorded(self, target: Target) -> tuple[Probe, ...]:
+        return (await asyncio.to_thread(self._registry.format, target.version, target.format)).probes
+
+    async def _known(self, target: Target, recorded: tuple[Probe, ...], facts: EngineFacts) -> tuple[Probe, ...] | None:
+        """The probes of a kind of engine, of the registration or taken since; None where they are to be taken again."""
+        known = tuple(probe for probe in recorded if probe.engine == facts)
+        if known or not recorded:
+            return known
+        return await asyncio.to_thread(find_retaken_probes, self._store, target, facts)
 
     async def facts(self, target: Target) -> EngineFacts:
         """The kind of engine that serves a version in a format here.

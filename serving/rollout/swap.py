@@ -3,7 +3,8 @@
 One engine after the other, each in one of two ways. In place: no new requests for it -> let the running ones end ->
 reload -> reset the prefix cache -> check the probes. Where no other engine takes requests, they wait meanwhile.
 Blue-green: start a second engine with the version, check the probes, put it in the place of the first, let
-that answer its last requests. Nobody waits, but there must be memory for both.
+that answer its last requests. Nobody waits, but there must be memory for both. A version that this kind of engine has
+never loaded needs an engine that starts with it: a second one, or, without memory for it, the same one again.
 
 Whatever fails ends with the version before on every engine, verified again; where admission opens for any other
 reason, there is no engine behind it.
@@ -15,6 +16,8 @@ import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, replace
+
+from sqlalchemy.exc import SQLAlchemyError
 
 from serving.admission import Admission
 from serving.engines.pool import EnginePool
@@ -37,6 +40,7 @@ Report = Callable[[str], None]
 _ROOM_POLL_S = 1.0
 _DRAIN_POLL_S = 0.1
 _DIFFERENT = "architecture, shapes, tokenizer, template or format differ"
+_FIRST_LOAD = "it has no probes of this kind of engine yet, which only an engine that starts with it can give"
 
 
 class RequestsRunError(EngineError):
@@ -49,6 +53,7 @@ class _Change:
 
     Attributes:
         why: it is of this kind.
+        restart: in place the engine is started again with the version, and not reloaded.
         queued_s: how long admission was closed, all in all; None while it never was.
         running: requests in the engines when it began.
         queued: most requests that waited.
@@ -60,6 +65,7 @@ class _Change:
     why: str
     report: Report
     running: int
+    restart: bool = False
     queued_s: float | None = None
     queued: int | None = None
 
@@ -107,7 +113,7 @@ class Swap:
         began = time.monotonic()
         try:
             change = await self._plan(current, target, report)
-        except (SvcError, OSError) as error:
+        except (SvcError, OSError, SQLAlchemyError) as error:
             log.warning("%s refused", target, exc_info=error)
             return SwapResult(SwapOutcome.REFUSED, str(error))
         outcome, reason = await self._change_all(change)
@@ -127,8 +133,19 @@ class Swap:
             kind, why = SwapKind.ROLLING, "it fits in place, one engine after the other"
         else:
             kind, why = SwapKind.INPLACE, "same architecture, quantization, tokenizer and template"
-        report(f"{kind} swap: {why}")
-        return _Change(current, target, kind, why, report, self._admission.running)
+        change = _Change(current, target, kind, why, report, self._admission.running)
+        if kind is not SwapKind.BLUEGREEN and not await self._verification.has_probes(target):
+            await self._plan_first_load(change)
+        report(f"{change.kind} swap: {change.why}")
+        return change
+
+    async def _plan_first_load(self, change: _Change) -> None:
+        """A reload would be verified by nothing, so the version comes by an engine that starts with it."""
+        shortage = await self._find_shortage(change.target)
+        if shortage:
+            change.restart, change.why = True, f"{_FIRST_LOAD}; no room for a second engine: {shortage}"
+        else:
+            change.kind, change.why = SwapKind.BLUEGREEN, _FIRST_LOAD
 
     def _fits(self, current: Target, target: Target) -> bool:
         """Compares the fingerprints that were taken when the versions were made; their files were compared since.
@@ -165,7 +182,8 @@ class Swap:
     async def _back(self, change: _Change, changed: list[Replica]) -> SwapOutcome:
         """Brings the version before back to engines that were changed already, in the way in which they were."""
         worst = SwapOutcome.RESTORED
-        back = replace(change, target=change.current)  # and whatever fails, the version before is what comes
+        # Whatever fails, the version before is what comes.
+        back = replace(change, target=change.current, restart=False)
         for engine in changed:
             if engine.state is not EngineState.READY:
                 continue  # it died meanwhile: it is started again with the version before
@@ -204,12 +222,13 @@ class Swap:
         change.report(f"starting a second engine with {change.target}")
         new = self._pool.add()
         try:
-            await new.start(change.target)
+            found = await new.start(change.target)
         except Exception as error:  # whatever it was, the engine that serves was not touched
             log.warning("no second engine with %s", change.target, exc_info=error)
             change.report(f"failed: {_line(error)}")
             await self._pool.drop(new)
             return SwapOutcome.REFUSED, str(error) or repr(error), old
+        change.report(found)
         self._serve_if_only(change)
         self._pool.replace(old, new)
         change.report(f"requests go to it; {old.running} still run in the one before")
@@ -245,7 +264,7 @@ class Swap:
             change.report("running requests ended")
             engine.enter(EngineState.SWAPPING)
             try:
-                return await self._reload(change, engine)
+                return await (self._restart if change.restart else self._reload)(change, engine)
             except BaseException:
                 # Cancelled, or a defect. Nobody knows which weights the engine holds, so nobody may reach it.
                 engine.enter(EngineState.FAILED)
@@ -290,6 +309,19 @@ class Swap:
             return await self._restore(change, engine, error), str(error) or repr(error)
         self._serve_if_only(change)
         engine.enter(EngineState.READY)
+        return SwapOutcome.SUCCEEDED, None
+
+    async def _restart(self, change: _Change, engine: Replica) -> tuple[SwapOutcome, str | None]:
+        change.report(f"starting the engine again, with {change.target}")
+        try:
+            found = await engine.start(change.target)
+        except Exception as error:  # whatever it was, the engine was ended
+            log.warning("the engine did not start with %s", change.target, exc_info=error)
+            change.report(f"failed: {_line(error)}")
+            return await self._replace_engine(change, engine), str(error) or repr(error)
+        self._serve_if_only(change)
+        change.restart = False  # now it has probes, and the other engines can be reloaded
+        change.report(found)
         return SwapOutcome.SUCCEEDED, None
 
     async def _load(self, engine: Replica, target: Target, report: Report) -> None:
