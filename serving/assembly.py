@@ -26,6 +26,7 @@ from serving.rollout.reconciler import Reconciler
 from serving.rollout.swap import Swap
 from serving.router import Router
 from serving.telemetry.engine_metrics import EngineMetrics
+from serving.telemetry.loop_lag import LoopLag
 from serving.telemetry.machine_metrics import add_machine_metrics
 from serving.telemetry.metrics import GatewayMetrics
 from serving.telemetry.request_log import RequestLog
@@ -52,6 +53,7 @@ class Parts:
     alias: ProductionAlias
     holdout: HoldoutRuns
     scores: LiveScores
+    loop_lag: LoopLag
 
 
 def assemble(
@@ -112,7 +114,8 @@ class _Assembly:
         holdout, scores = self._background()
         status = ServerStatus(store, reconciler, self._pool, self._admission, holdout)
         app = self._app(request_log, status)
-        return Parts(app, request_log, self._pool, reconciler, alias, holdout, scores)
+        loop_lag = LoopLag(metrics.loop_lagged)
+        return Parts(app, request_log, self._pool, reconciler, alias, holdout, scores, loop_lag)
 
     def _engine_pool(self, on_phase: Callable[[str], None]) -> EnginePool:
         def make(number: int, on_change: Callable[[Replica], None]) -> Replica:

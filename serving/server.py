@@ -144,7 +144,7 @@ class _Server:
         )
         serving = asyncio.create_task(http.serve(sockets=[listener]))
         works = (self._control(on_ready), parts.alias.run(), parts.holdout.run(), parts.scores.run())
-        control = [asyncio.create_task(work) for work in works]
+        control = [asyncio.create_task(work) for work in (*works, parts.loop_lag.run())]
         stopping = asyncio.create_task(self._stopping.wait())
         defect = False
         try:

@@ -90,7 +90,7 @@ async def test_its_engine_is_adopted() -> None:
             record |= {"folder": str(folder.resolve()), "pid": engine.pid, "boot": boot, "ticks": ticks}
             (folder / RECORD_FILE).write_text(json.dumps(record))
             adopting = engine_in(folder)
-            assert adopting.orphan_holds() == "tuned@1 (merged)"
+            assert await adopting.orphan_holds() == "tuned@1 (merged)"
             await adopting.adopt()
             assert await adopting.client.healthy()
             assert adopting.plan is not None

@@ -9,7 +9,7 @@ from grafana_foundation_sdk.models.dashboard import Dashboard
 
 from monitoring.dashboards.board import MODEL, SERVED_MODEL, VERSION, Uid, board
 from monitoring.dashboards.panels import Limits, PanelBuilder, chart, number
-from monitoring.dashboards.promql import Query, quantiles, rate, share, total
+from monitoring.dashboards.promql import Query, quantile, quantiles, rate, share, total
 
 _BY: Final = ("model", "version")
 _MEMORY: Final = Query("process_resident_memory_bytes", "resident")
@@ -99,14 +99,14 @@ def _phases() -> list[PanelBuilder]:
 def _process() -> list[PanelBuilder]:
     files = "process_open_fds / process_max_fds"
     return [
-        chart("Memory", "Memory of the server's own process, without the engine's.", "bytes", _MEMORY, span=6),
+        chart("Memory", "Memory of the server's own process, without the engine's.", "bytes", _MEMORY, span=8),
         chart(
             "Processor",
             "Cores that the server's own process keeps busy, without the engine's.",
             "none",
             Query(rate("process_cpu_seconds_total"), "cores"),
             limits=Limits(warning=0.8, bad=1),
-            span=6,
+            span=8,
         ),
         chart(
             "Open files",
@@ -114,7 +114,7 @@ def _process() -> list[PanelBuilder]:
             "percentunit",
             Query(files, "open"),
             limits=Limits(warning=0.7, bad=0.9),
-            span=6,
+            span=8,
         ),
         chart(
             "Time of a scrape",
@@ -122,7 +122,15 @@ def _process() -> list[PanelBuilder]:
             "s",
             Query("svc_server_scrape_duration_seconds", "scrape"),
             limits=Limits(warning=1, bad=5),
-            span=6,
+            span=12,
+        ),
+        chart(
+            "Lag of the event loop",
+            "How much later than asked the server wakes up a task: what every stream waits for beside its engine.",
+            "s",
+            *(Query(quantile(q, "svc_event_loop_lag_seconds"), f"p{q * 100:g}") for q in (0.5, 0.99, 0.999)),
+            limits=Limits(warning=0.05, bad=0.25),
+            span=12,
         ),
     ]
 

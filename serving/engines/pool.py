@@ -46,7 +46,7 @@ class Orphans(Protocol):
     """What an earlier server left running."""
 
     def numbers(self) -> list[int]:
-        """The numbers of its engines that may run still."""
+        """The numbers of its engines that may run still; reads the disk."""
 
     def end(self, number: int) -> None:
         """Ends one; takes some seconds."""
@@ -188,7 +188,7 @@ class EnginePool:
             Whether there was one; where not, only those were ended that failed the verification.
         """
         taken: list[Replica] = []
-        for number in self._orphans.numbers():
+        for number in await asyncio.to_thread(self._orphans.numbers):
             if len(taken) < len(self.members):
                 engine = self._make(number, self._on_change)
                 self._others.append(engine)  # where `stop` finds it, should this be cut off
@@ -214,7 +214,7 @@ class EnginePool:
     async def end_orphans(self) -> None:
         """Ends what an earlier server left running and is no member."""
         members = {engine.replica for engine in self.members if engine.has_engine}
-        for number in self._orphans.numbers():
+        for number in await asyncio.to_thread(self._orphans.numbers):
             if number not in members:
                 await asyncio.to_thread(self._orphans.end, number)
 

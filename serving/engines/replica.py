@@ -159,7 +159,7 @@ class Replica:
         """
         await self.stop(EngineState.STARTING)
         try:
-            self._engine = engine = self._launch(await self._verification.folder(target))
+            self._engine = engine = await self._launched(target)
             await self._start_checked(engine, target)
             found = await self.verify(target, fresh=True)
         except BaseException:
@@ -174,8 +174,8 @@ class Replica:
         Returns:
             Whether it did. An engine that holds another version is left alone; one that fails is ended.
         """
-        engine = self._launch(await self._verification.folder(target))
-        if engine.orphan_holds() != str(target):
+        engine = await self._launched(target)
+        if await engine.orphan_holds() != str(target):
             await engine.leave()
             return False
         self._engine = engine
@@ -195,13 +195,17 @@ class Replica:
         self.enter(EngineState.READY)
         return True
 
-    def clear(self) -> None:
+    async def _launched(self, target: Target) -> LastingEngine:
+        """An unstarted engine; its folders are made."""
+        return await asyncio.to_thread(self._launch, await self._verification.folder(target))
+
+    async def clear(self) -> None:
         """From now on nobody knows what the engine holds; a later server would not adopt it.
 
         Raises:
             OSError: that cannot be written down.
         """
-        self._started.record(None)
+        await self._started.record(None)
         self.target = None
 
     async def reload(self, folder: Path) -> None:
@@ -228,7 +232,7 @@ class Replica:
         found = await self._verification.probes(self.client, target, fresh=fresh)
         self.target = target
         try:
-            self._started.record(str(target))
+            await self._started.record(str(target))
         except OSError:  # it serves all the same
             log.exception("replica %d: a later server cannot adopt it", self.replica)
         log.info("replica %d holds %s: %s", self.replica, target, found)

@@ -45,6 +45,8 @@ _BETWEEN_TOKENS_BUCKETS_S = (0.0025, 0.005, 0.01, 0.02, 0.035, 0.05, 0.075, 0.1,
 # A swap in place: one to two seconds for the weights, up to the drain timeout for long answers, and an engine start
 # where one is needed.
 _SWAP_BUCKETS_S = (0.5, 1, 1.5, 2, 3, 5, 10, 20, 30, 60, 120, 300, 600)
+# Below 1 ms is the clock's own; 20 ms is as long as a callback may compute; from 100 ms on people notice.
+_LAG_BUCKETS_S = (0.001, 0.002, 0.003, 0.005, 0.0075, 0.01, 0.015, 0.02, 0.03, 0.05, 0.075, 0.1, 0.25, 0.5, 1, 2, 5)
 _QUEUED_BUCKETS = (0, 1, 2, 4, 8, 16, 32, 64, 128, 256)
 
 
@@ -69,6 +71,12 @@ class GatewayMetrics:
         self._add_request_instruments(registry)
         self._add_engine_instruments(registry)
         self._add_request_log_instruments(registry)
+        self._loop_lag = Histogram(
+            "svc_event_loop_lag_seconds",
+            "How much later than asked the event loop wakes up a task, 50 times a second",
+            buckets=_LAG_BUCKETS_S,
+            registry=registry,
+        )
         self.duration_quantiles = VersionQuantiles(
             "svc_request_duration_quantile_seconds", "Duration of answered requests, last 5 minutes", clock
         )
@@ -245,6 +253,10 @@ class GatewayMetrics:
         self._version_info.clear()
         self._version_info.labels(*_labels(served), served.format.value).set(1)
         self._show_errors(served)
+
+    def loop_lagged(self, seconds: float) -> None:
+        """Takes how much later than asked the event loop woke up a task."""
+        self._loop_lag.observe(seconds)
 
     def holdout_due(self, served: Target | None, every_s: float) -> None:
         """Shows the version whose held-out set is to be asked, and how often; None where there is none to ask."""

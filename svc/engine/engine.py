@@ -41,14 +41,18 @@ class LastingEngine(Engine, Protocol):
     def http(self) -> httpx.AsyncClient:
         """For the requests of clients: its base URL is the engine. Closed when the engine is stopped or left."""
 
-    def orphan_holds(self) -> str | None:
+    async def orphan_holds(self) -> str | None:
         """What an engine holds that was started alike by an earlier server and runs still; None where none does."""
 
     async def adopt(self) -> None:
         """Takes that engine in place of a start."""
 
-    def record(self, holds: str | None) -> None:
-        """Writes down what it holds, for a server that comes later; None while nobody knows."""
+    async def record(self, holds: str | None) -> None:
+        """Writes down what it holds, for a server that comes later; None while nobody knows.
+
+        Raises:
+            OSError: that cannot be written down.
+        """
 
     async def leave(self) -> None:
         """Lets it run, for a later server."""

@@ -122,7 +122,7 @@ class DoubleEngine:
         self._server = SocketServer(self.double, self._socket)
         await self._server.start()
 
-    def orphan_holds(self) -> str | None:
+    async def orphan_holds(self) -> str | None:
         """What the one that was left holds."""
         left = self._park.left.get(self.replica)
         return left.holds if left and left.alive else None
@@ -135,7 +135,7 @@ class DoubleEngine:
         left.alive = False
         self._park.engines.append(self)
 
-    def record(self, holds: str | None) -> None:
+    async def record(self, holds: str | None) -> None:
         """Writes down what it holds."""
         if self._park.disk_full:
             raise OSError(errno.ENOSPC, "no space left on device")

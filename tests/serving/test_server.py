@@ -61,6 +61,13 @@ async def test_a_server_serves(home: Home) -> None:
     assert status["last_swap"] is None
 
 
+async def test_the_lag_of_the_event_loop_is_measured_from_the_start(home: Home) -> None:
+    async with home.serving() as client:
+        page = (await client.get("/metrics")).text
+    [count] = [line for line in page.splitlines() if line.startswith("svc_event_loop_lag_seconds_count")]
+    assert float(count.split()[1]) > 0
+
+
 async def test_a_swap_is_in_the_status(home: Home) -> None:
     async with home.serving() as client:
         seen = read_desired(home.store, NAME)
@@ -102,6 +109,7 @@ async def test_a_server_that_starts_answers_that_it_does(home: Home) -> None:
     async with started(home) as (task, client):
         answer = await ask(client, stream=False)
         assert (answer.status, answer.error) == (503, "engine_unavailable")
+        await until(lambda: home.park.engines)
         assert (await client.get("/svc/status")).json()["engine"]["state"] == "starting"
         task.cancel()
         await asyncio.wait({task})

@@ -1,7 +1,8 @@
 """The life of one vLLM process on this machine: started or adopted, ready, ended, and never forgotten.
 
 An engine outlives a server that is killed. The next one finds it in its folder, and adopts it or ends it. Does not
-restart anything: that is the supervisor's decision.
+restart anything: that is the supervisor's decision. Files, locks and processes are waited for in threads: clients'
+requests run in the event loop.
 """
 
 import asyncio
@@ -12,6 +13,7 @@ import subprocess
 import time
 from collections.abc import Callable
 from dataclasses import replace
+from typing import TypeVar
 
 import psutil
 
@@ -21,6 +23,8 @@ from svc.engine.vllm.launch import EngineSpec, command, environment, launch_dige
 from svc.engine.vllm.plan import EnginePlan
 from svc.engine.vllm.startup_phase import EnginePhase, PhaseReader
 from svc.errors import EngineError
+
+Result = TypeVar("Result")
 
 _POLL_S = 0.1
 
@@ -58,17 +62,17 @@ class EngineProcess:
         """
         await asyncio.to_thread(end_engine, self.spec.state)  # and its memory is free again for the plan
         self.plan = await asyncio.to_thread(lambda: self.spec.plan)
-        self._remove_sockets()
-        self.spec.log.parent.mkdir(parents=True, exist_ok=True)
         try:
-            self._spawn()
+            self._watch(await _to_its_end(self._spawn))
             await self._ready(on_phase)
         except BaseException:
             await self.stop()
             raise
 
-    def _spawn(self) -> None:
+    def _spawn(self) -> int:
+        self._remove_sockets()
         log = self.spec.log
+        log.parent.mkdir(parents=True, exist_ok=True)
         if log.exists():  # it may tell why the one before died
             log.replace(log.with_name(f"{log.name}.1"))
         # asyncio's own subprocesses are killed when their loop ends, and these need not be.
@@ -84,12 +88,12 @@ class EngineProcess:
                 process_group=0,
                 pass_fds=[lock.fileno()],
             )
-        self._watch(self._child.pid)
         with contextlib.suppress(psutil.NoSuchProcess):  # it has ended already: nothing can be left behind
             self._process = process = psutil.Process(self._child.pid)
             started = start_of(process.pid)
             record = EngineRecord(process.pid, *started, launch_digest(self.spec), self.spec.plan.rows())
             write_record(self.spec.state, record)
+        return self._child.pid
 
     def _watch(self, pid: int) -> None:
         """Has the event loop notice its end, without looking: to look takes a descriptor, and there may be none left.
@@ -109,8 +113,11 @@ class EngineProcess:
         self._pidfd = None
         self._ended.set()
 
-    def orphan_holds(self) -> str | None:
+    async def orphan_holds(self) -> str | None:
         """What an engine holds that was started alike by an earlier server and runs still; None where none does."""
+        return await asyncio.to_thread(self._orphan_holds)
+
+    def _orphan_holds(self) -> str | None:
         record = read_record(self.spec.state)
         if record is None or record.launch != launch_digest(self.spec) or not self.spec.socket.exists():
             return None
@@ -122,8 +129,8 @@ class EngineProcess:
         Raises:
             EngineError: it does not answer.
         """
-        self._process = find_engine(self.spec.state)
-        record = read_record(self.spec.state)
+        self._process = await asyncio.to_thread(find_engine, self.spec.state)
+        record = await asyncio.to_thread(read_record, self.spec.state)
         self.plan = EnginePlan.of_rows(record.plan) if record else None
         if self._process is None or not await self.client.healthy():
             raise EngineError(f"the engine in {self.spec.state} does not answer", todo="start a new one")
@@ -132,8 +139,15 @@ class EngineProcess:
         except ProcessLookupError:
             raise EngineError(f"the engine in {self.spec.state} ended just now", todo="start a new one") from None
 
-    def record(self, holds: str | None) -> None:
-        """Writes down what it holds, for a server that comes later; None while nobody knows."""
+    async def record(self, holds: str | None) -> None:
+        """Writes down what it holds, for a server that comes later; None while nobody knows.
+
+        Raises:
+            OSError: that cannot be written down.
+        """
+        await _to_its_end(lambda: self._record(holds))
+
+    def _record(self, holds: str | None) -> None:
         record = read_record(self.spec.state)
         if record is not None:
             write_record(self.spec.state, replace(record, holds=holds))
@@ -157,11 +171,9 @@ class EngineProcess:
 
     async def stop(self) -> None:
         """Ends the server and all its processes: first asked, then killed."""
-        if self._child or self._process or read_record(self.spec.state):
-            await asyncio.shield(asyncio.to_thread(self._end))
+        await asyncio.shield(asyncio.to_thread(self._end))
         self._unwatch()
         await self._close()
-        self._remove_sockets()
 
     def _remove_sockets(self) -> None:
         """Its own, and those between its processes: vLLM removes none."""
@@ -170,9 +182,11 @@ class EngineProcess:
                 path.unlink(missing_ok=True)
 
     def _end(self) -> None:
-        end_engine(self.spec.state, self._process)
+        if self._child or self._process or read_record(self.spec.state):
+            end_engine(self.spec.state, self._process)
         if self._child:
             self._child.wait()
+        self._remove_sockets()
 
     async def leave(self) -> None:
         """Lets it run, for a later server; this object is of no more use."""
@@ -192,8 +206,9 @@ class EngineProcess:
         on_phase(told)
         while time.monotonic() < deadline:
             if self._child.poll() is not None:
+                last_error = await asyncio.to_thread(self._last_error)
                 raise EngineError(
-                    f"vLLM ended with code {self._child.returncode} before it was ready: {self._last_error()}",
+                    f"vLLM ended with code {self._child.returncode} before it was ready: {last_error}",
                     todo=f"see {self.spec.log}",
                 )
             if self.spec.socket.exists() and await self.client.healthy():
@@ -212,3 +227,15 @@ class EngineProcess:
         lines = self.spec.log.read_text("utf-8", errors="replace").splitlines()
         errors = [line for line in lines if re.search(r"\b\w*(Error|Exception)\b: ", line)]
         return (errors or lines or ["no output"])[-1].strip()[-300:]
+
+
+async def _to_its_end(work: Callable[[], Result]) -> Result:
+    """Works in a thread. Who is cancelled meanwhile hears it at its end: what was begun can be undone then."""
+    working = asyncio.ensure_future(asyncio.to_thread(work))
+    try:
+        return await asyncio.shield(working)
+    except asyncio.CancelledError:
+        while not working.done():
+            with contextlib.suppress(asyncio.CancelledError):
+                await asyncio.wait({working})
+        raise

@@ -2,6 +2,7 @@
 
 import asyncio
 import threading
+import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -207,7 +208,7 @@ async def test_an_engine_that_does_not_come_back_is_failed_and_tried_again(contr
     control.park.failing_starts = 3
     seen = set[EngineState]()
     starts = list[float]()
-    control.park.prepare = lambda double: starts.append(asyncio.get_running_loop().time())
+    control.park.prepare = lambda double: starts.append(time.monotonic())
     control.park.engines[0].kill()
     async with control.client() as client, asyncio.timeout(5):
         while control.state is not EngineState.READY or len(control.park.engines) < 2:

@@ -43,7 +43,7 @@ spec = EngineSpec(folder / "one", "tuned", folder, folder, folder / "engine.log"
 async def main():
     engine = process.EngineProcess(spec)
     await engine.start()
-    engine.record("one")
+    await engine.record("one")
     print(engine._child.pid, flush=True)
     await asyncio.sleep(60)
 
@@ -92,7 +92,7 @@ def child(folder: Path) -> psutil.Process:
 async def test_it_runs_on_and_is_found_with_what_it_holds(folder: Path) -> None:
     async with orphan(folder) as engine:
         assert find_engine(folder) == engine
-        assert engine_in(folder).orphan_holds() == "one"
+        assert await engine_in(folder).orphan_holds() == "one"
 
 
 async def test_it_is_adopted_and_ended_like_an_own_one(folder: Path) -> None:
@@ -116,8 +116,8 @@ async def test_the_death_of_one_that_was_adopted_is_noticed(folder: Path) -> Non
 
 async def test_one_that_was_started_otherwise_is_not_adopted(folder: Path) -> None:
     async with orphan(folder):
-        assert engine_in(folder, args=("--seed", "1")).orphan_holds() is None
-        assert engine_in(folder, start_timeout_s=7).orphan_holds() == "one"
+        assert await engine_in(folder, args=("--seed", "1")).orphan_holds() is None
+        assert await engine_in(folder, start_timeout_s=7).orphan_holds() == "one"
 
 
 async def test_one_that_is_dead_holds_nothing(folder: Path) -> None:
@@ -125,7 +125,7 @@ async def test_one_that_is_dead_holds_nothing(folder: Path) -> None:
         engine.kill()
         await asyncio.sleep(0.1)
         adopting = engine_in(folder)
-        assert adopting.orphan_holds() is None
+        assert await adopting.orphan_holds() is None
         with pytest.raises(EngineError, match="does not answer"):
             await adopting.adopt()
 
@@ -208,11 +208,11 @@ async def test_one_that_is_left_runs_on(folder: Path, monkeypatch: pytest.Monkey
     )
     engine = engine_in(folder)
     await engine.start()
-    engine.record("two")
+    await engine.record("two")
     await engine.leave()
     adopting = engine_in(folder, "three")
     try:
-        assert adopting.orphan_holds() == "two"
+        assert await adopting.orphan_holds() == "two"
         await adopting.adopt()
         assert await adopting.client.healthy()
     finally:
@@ -233,10 +233,10 @@ async def test_one_that_was_adopted_is_ended_whatever_became_of_its_folder(folde
 async def test_what_is_noted_replaces_what_was(folder: Path) -> None:
     async with orphan(folder):
         adopting = engine_in(folder)
-        adopting.record(None)
-        assert adopting.orphan_holds() is None
-        adopting.record("three")
-        assert adopting.orphan_holds() == "three"
+        await adopting.record(None)
+        assert await adopting.orphan_holds() is None
+        await adopting.record("three")
+        assert await adopting.orphan_holds() == "three"
 
 
 @pytest.mark.parametrize(

@@ -9,11 +9,13 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
+import time
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import IO, Any
 
 import psutil
 import pytest
@@ -26,6 +28,7 @@ from svc.engine.vllm.process import EngineProcess
 from svc.engine.vllm.startup_phase import EnginePhase
 from svc.errors import EngineError
 from svc.settings import Device, EngineSettings
+from tests.event_loop import watched_loop
 from tests.svc.engine.devices import AVX512
 
 SERVER = Path(__file__).parents[1] / "fake_server.py"
@@ -252,6 +255,56 @@ async def test_a_start_that_is_given_up_leaves_nothing_behind(engine_in: Start) 
     with pytest.raises(asyncio.CancelledError):
         await start
     assert not lives(pid_of(engine))
+
+
+async def test_a_start_that_is_given_up_while_its_process_is_begun_leaves_nothing_behind(
+    engine_in: Start, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    begun = threading.Event()
+
+    @contextmanager
+    def slowly_locked(folder: Path) -> Iterator[IO[str]]:
+        begun.set()
+        time.sleep(0.2)
+        with orphans.locked(folder) as file:
+            yield file
+
+    monkeypatch.setattr(process_module, "locked", slowly_locked)
+    engine = engine_in("hang")
+    start = asyncio.create_task(engine.start())
+    await asyncio.to_thread(begun.wait)
+    for _ in range(3):  # as a server that is told again and again
+        start.cancel()
+        await asyncio.sleep(0.01)
+    with pytest.raises(asyncio.CancelledError):
+        await start
+    assert not lives(pid_of(engine))
+
+
+async def whole_life(engine_in: Start) -> None:
+    """Started, left, adopted and ended; and one that does not start."""
+    engine, later = engine_in("ready"), engine_in("ready")
+    await engine.start()
+    await engine.record("one")
+    await engine.leave()
+    assert await later.orphan_holds() == "one"
+    await later.adopt()
+    await later.stop()
+    with pytest.raises(EngineError):
+        await engine_in("crash").start()
+
+
+async def test_no_step_of_its_life_waits_in_the_event_loop(engine_in: Start) -> None:
+    with watched_loop() as watch:
+        await whole_life(engine_in)
+    assert watch.waits == []
+
+
+async def test_no_step_of_its_life_computes_for_long_in_the_event_loop(engine_in: Start) -> None:
+    await whole_life(engine_in)  # what is imported at its first use is imported
+    with watched_loop() as watch:
+        await whole_life(engine_in)
+    assert watch.slow == []
 
 
 async def test_the_engine_of_a_parent_that_was_killed_is_ended_at_the_next_start(

@@ -1,0 +1,87 @@
+"""Notices what keeps an event loop from its other work: a callback that computes for long, and a call that waits."""
+
+import asyncio
+import functools
+import os
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import pytest
+
+MOST_CPU_S = 0.02
+"""Of the loop's thread, in one callback."""
+_WAITING = {"open", "subprocess.Popen", "os.listdir", "os.scandir", "os.mkdir", "os.rename", "os.remove", "fcntl.flock"}
+"""Audit events of calls that wait for a disk, a lock or a process."""
+_OF_PYTHON = (".py", ".pyc")
+"""A module that is imported at its first use."""
+
+
+@dataclass
+class LoopWatch:
+    """What one thread's event loop did.
+
+    Attributes:
+        slow: callbacks that computed for longer than `MOST_CPU_S`.
+        waits: calls that wait.
+    """
+
+    thread: int = field(default_factory=threading.get_ident)
+    slow: list[str] = field(default_factory=list)
+    waits: list[str] = field(default_factory=list)
+
+    def called(self, what: str) -> None:
+        """Notes a call that waits, if the loop's thread makes it."""
+        if threading.get_ident() == self.thread:
+            self.waits.append(what)
+
+
+_watches: list[LoopWatch] = []
+
+
+@functools.cache
+def _listen() -> None:
+    """An audit hook stays for good, so there is one."""
+
+    def hear(event: str, arguments: tuple[Any, ...]) -> None:
+        if _watches and event in _WAITING and not str(arguments[0]).endswith(_OF_PYTHON):
+            for watch in _watches:
+                watch.called(f"{event} {arguments[0]}")
+
+    sys.addaudithook(hear)
+
+
+@contextmanager
+def watched_loop() -> Iterator[LoopWatch]:
+    """Watches the event loop of this thread in the body."""
+    _listen()
+    watch, run, sleep, fsync = LoopWatch(), asyncio.Handle._run, time.sleep, os.fsync
+
+    def timed(handle: asyncio.Handle) -> None:
+        began = time.thread_time()
+        run(handle)
+        took_s = time.thread_time() - began
+        if took_s > MOST_CPU_S:  # what its representation takes does not count
+            watch.slow.append(f"{took_s:.3f} s: {handle!r}")
+
+    def slept(seconds: float) -> None:
+        watch.called(f"time.sleep {seconds}")
+        sleep(seconds)
+
+    def synced(file: int) -> None:
+        watch.called("os.fsync")
+        fsync(file)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(asyncio.Handle, "_run", timed)
+        patch.setattr(time, "sleep", slept)
+        patch.setattr(os, "fsync", synced)
+        _watches.append(watch)
+        try:
+            yield watch
+        finally:
+            _watches.remove(watch)
