@@ -5,6 +5,7 @@ forty seconds.
 """
 
 import asyncio
+import gc
 import signal
 import socket
 from collections.abc import Callable, Iterator
@@ -28,6 +29,7 @@ from svc.store.desired import Desired
 from svc.version import Target
 
 _GRACE_S = 30  # running answers may end after SIGTERM
+_IMPORTED_S = 60  # whether MLflow answers or not
 
 
 @dataclass(frozen=True, slots=True)
@@ -170,4 +172,9 @@ class _Server:
         reconciler = self._parts.reconciler
         await reconciler.start()
         on_ready(reconciler.actual.target)
-        await reconciler.run()
+        await asyncio.gather(reconciler.run(), self._leave_out_of_collections())
+
+    async def _leave_out_of_collections(self) -> None:
+        """What was imported stays. To look through it again and again holds up every stream for 100 ms."""
+        await self._parts.alias.settled(_IMPORTED_S)  # MLflow is imported last
+        gc.freeze()

@@ -1,6 +1,7 @@
 """`svc serve` as a process: what it claims, how it starts, and that it leaves nothing behind however it ends."""
 
 import asyncio
+import gc
 import os
 import signal
 import socket
@@ -66,6 +67,12 @@ async def test_the_lag_of_the_event_loop_is_measured_from_the_start(home: Home) 
         page = (await client.get("/metrics")).text
     [count] = [line for line in page.splitlines() if line.startswith("svc_event_loop_lag_seconds_count")]
     assert float(count.split()[1]) > 0
+
+
+async def test_what_was_imported_is_left_out_of_collections(home: Home) -> None:
+    before = gc.get_freeze_count()
+    async with home.serving():
+        await until(lambda: gc.get_freeze_count() > before)
 
 
 async def test_a_swap_is_in_the_status(home: Home) -> None:
