@@ -24,6 +24,7 @@ from serving.http.status import ServerStatus
 from serving.rollout.production_alias import ProductionAlias
 from serving.rollout.reconciler import Reconciler
 from serving.rollout.swap import Swap
+from serving.rollout.swap_plan import SwapPlanner
 from serving.router import Router
 from serving.telemetry.engine_metrics import EngineMetrics
 from serving.telemetry.loop_lag import LoopLag
@@ -133,14 +134,20 @@ class _Assembly:
 
     def _reconciler(self, alias: ProductionAlias) -> Reconciler:
         limits, registry = self._settings.serve, self._registry
-        swap = Swap(
+        planner = SwapPlanner(
             registry=registry,
+            verification=self._verification,
+            pool=self._pool,
+            choice=limits.swap,
+            shortage=lambda target: self._slots.shortage(registry.artifact(target.version, target.format)),
+            patience_s=limits.drain_timeout_s,
+        )
+        swap = Swap(
+            planner=planner,
             verification=self._verification,
             pool=self._pool,
             admission=self._admission,
             router=self._router,
-            choice=limits.swap,
-            shortage=lambda target: self._slots.shortage(registry.artifact(target.version, target.format)),
             drain_timeout_s=limits.drain_timeout_s,
             retire_timeout_s=limits.retire_timeout_s,
         )

@@ -10,10 +10,9 @@ Whatever fails ends with the version before on every engine, verified again; whe
 reason, there is no engine behind it.
 """
 
-import asyncio
 import logging
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, replace
 
@@ -23,24 +22,17 @@ from serving.admission import Admission
 from serving.engines.pool import EnginePool
 from serving.engines.replica import Replica
 from serving.engines.verification import Verification
+from serving.rollout.swap_plan import Report, SwapPlanner
 from serving.router import Router
 from svc.engine.state import EngineState
 from svc.engine.vllm.client import Health
 from svc.errors import EngineError, ProbeError, SvcError
-from svc.registry.fingerprint import compatibility_fingerprint
-from svc.registry.registry import Registry
-from svc.settings import SwapChoice
 from svc.store.swaps import SwapKind, SwapOutcome, SwapResult
 from svc.version import Target
 
 log = logging.getLogger(__name__)
 
-Report = Callable[[str], None]
-
-_ROOM_POLL_S = 1.0
 _DRAIN_POLL_S = 0.1
-_DIFFERENT = "architecture, shapes, tokenizer, template or format differ"
-_FIRST_LOAD = "it has no probes of this kind of engine yet, which only an engine that starts with it can give"
 
 
 class RequestsRunError(EngineError):
@@ -52,8 +44,7 @@ class _Change:
     """One swap while it is under way.
 
     Attributes:
-        why: it is of this kind.
-        restart: in place the engine is started again with the version, and not reloaded.
+        kind, why, restart: see `Plan`; they change where what was planned cannot be done.
         queued_s: how long admission was closed, all in all; None while it never was.
         running: requests in the engines when it began.
         queued: most requests that waited.
@@ -63,9 +54,9 @@ class _Change:
     target: Target
     kind: SwapKind
     why: str
+    restart: bool
     report: Report
     running: int
-    restart: bool = False
     queued_s: float | None = None
     queued: int | None = None
 
@@ -74,8 +65,6 @@ class Swap:
     """Changes the version in the engines of a pool.
 
     Args:
-        choice: whether a second engine is started where a reload in place would do.
-        shortage: why there is no room for a second engine with a version; None where there is.
         drain_timeout_s: longest wait for the requests that run in an engine, in place.
         retire_timeout_s: the same for an engine that must be replaced while others take the requests.
     """
@@ -83,23 +72,19 @@ class Swap:
     def __init__(
         self,
         *,
-        registry: Registry,
+        planner: SwapPlanner,
         verification: Verification,
         pool: EnginePool,
         admission: Admission,
         router: Router,
-        choice: SwapChoice,
-        shortage: Callable[[Target], str | None],
         drain_timeout_s: float,
         retire_timeout_s: float,
     ) -> None:
-        self._registry = registry
+        self._planner = planner
         self._verification = verification
         self._pool = pool
         self._admission = admission
         self._router = router
-        self._choice = choice
-        self._shortage = shortage
         self._drain_timeout_s = drain_timeout_s
         self._retire_timeout_s = retire_timeout_s
 
@@ -112,53 +97,16 @@ class Swap:
         """
         began = time.monotonic()
         try:
-            change = await self._plan(current, target, report)
+            plan = await self._planner.plan(current, target, report)
         except (SvcError, OSError, SQLAlchemyError) as error:
             log.warning("%s refused", target, exc_info=error)
             return SwapResult(SwapOutcome.REFUSED, str(error))
+        change = _Change(current, target, plan.kind, plan.why, plan.restart, report, self._admission.running)
         outcome, reason = await self._change_all(change)
         took_s = time.monotonic() - began
         if change.queued_s is not None:
             report(f"queued requests for {change.queued_s:.2f} s, {change.queued} of them")
         return SwapResult(outcome, reason, change.queued_s, change.running, change.queued, change.kind, took_s)
-
-    async def _plan(self, current: Target, target: Target, report: Report) -> _Change:
-        """Everything that can be found wrong before an engine is touched. A reload that fails ends the engine."""
-        await self._verification.files(target)
-        report("files match the manifest")
-        fits = await asyncio.to_thread(self._fits, current, target)
-        if not fits or self._choice is SwapChoice.BLUEGREEN:
-            kind, why = SwapKind.BLUEGREEN, "as set" if fits else _DIFFERENT
-        elif len(self._pool.alive) > 1:
-            kind, why = SwapKind.ROLLING, "it fits in place, one engine after the other"
-        else:
-            kind, why = SwapKind.INPLACE, "same architecture, quantization, tokenizer and template"
-        change = _Change(current, target, kind, why, report, self._admission.running)
-        if kind is not SwapKind.BLUEGREEN and not await self._verification.has_probes(target):
-            await self._plan_first_load(change)
-        report(f"{change.kind} swap: {change.why}")
-        return change
-
-    async def _plan_first_load(self, change: _Change) -> None:
-        """A reload would be verified by nothing, so the version comes by an engine that starts with it."""
-        shortage = await self._find_shortage(change.target)
-        if shortage:
-            change.restart, change.why = True, f"{_FIRST_LOAD}; no room for a second engine: {shortage}"
-        else:
-            change.kind, change.why = SwapKind.BLUEGREEN, _FIRST_LOAD
-
-    def _fits(self, current: Target, target: Target) -> bool:
-        """Compares the fingerprints that were taken when the versions were made; their files were compared since.
-
-        Taking them again parses both tokenizers, which holds the interpreter, and with it every stream, for 100 ms or
-        more: that is for versions that have none, or one that another release took.
-        """
-        one, other = (self._registry.format(of.version, of.format).fingerprint for of in (current, target))
-        if one and one == other:
-            return True
-        folders = (self._registry.artifact(of.version, of.format) for of in (current, target))
-        one, other = (compatibility_fingerprint(folder) for folder in folders)
-        return one == other
 
     async def _change_all(self, change: _Change) -> tuple[SwapOutcome, str | None]:
         changed: list[Replica] = []
@@ -211,7 +159,7 @@ class Swap:
 
     async def _blue_green(self, change: _Change, old: Replica) -> tuple[SwapOutcome, str | None, Replica]:
         try:
-            shortage = await self._find_shortage(change.target)
+            shortage = await self._planner.shortage(change.target)
         except (SvcError, OSError) as error:
             log.warning("no second engine with %s", change.target, exc_info=True)
             return SwapOutcome.REFUSED, str(error), old
@@ -233,15 +181,6 @@ class Swap:
         self._pool.replace(old, new)
         change.report(f"requests go to it; {old.running} still run in the one before")
         return SwapOutcome.SUCCEEDED, None, new
-
-    async def _find_shortage(self, target: Target) -> str | None:
-        """Why there is no room, after engines that were replaced had some time to go."""
-        deadline = time.monotonic() + self._drain_timeout_s
-        while True:
-            shortage = await asyncio.to_thread(self._shortage, target)
-            if not shortage or not self._pool.retiring or time.monotonic() >= deadline:
-                return shortage
-            await asyncio.sleep(_ROOM_POLL_S)
 
     def _serve_if_only(self, change: _Change) -> None:
         """Where others still hold the version before, that one is in production until all are changed."""

@@ -20,6 +20,7 @@ from serving.engines.verification import Verification
 from serving.rollout.production_alias import ProductionAlias
 from serving.rollout.reconciler import Reconciler
 from serving.rollout.swap import Swap
+from serving.rollout.swap_plan import SwapPlanner
 from serving.router import Router
 from serving.telemetry.metrics import GatewayMetrics
 from svc.engine.probes import EngineFacts
@@ -102,14 +103,20 @@ class Control:
             metrics=self.metrics,
             retire_timeout_s=limits.retire_timeout_s,
         )
-        self.swap = Swap(
+        self.planner = SwapPlanner(
             registry=self.registry,
+            verification=verification,
+            pool=self.pool,
+            choice=limits.swap,
+            shortage=self.park.shortage,
+            patience_s=limits.drain_timeout_s,
+        )
+        self.swap = Swap(
+            planner=self.planner,
             verification=verification,
             pool=self.pool,
             admission=self.admission,
             router=self.router,
-            choice=limits.swap,
-            shortage=self.park.shortage,
             drain_timeout_s=limits.drain_timeout_s,
             retire_timeout_s=limits.retire_timeout_s,
         )

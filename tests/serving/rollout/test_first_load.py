@@ -3,6 +3,7 @@
 from collections.abc import Callable
 
 import pytest
+from sqlalchemy.exc import OperationalError
 
 from serving.engines.verification import Verification
 from svc.engine.state import EngineState
@@ -97,6 +98,19 @@ async def test_where_a_second_engine_is_set_the_only_one_is_not_started_again(el
         control.park.room = FULL
         assert (await control.promote(2)).outcome is SwapOutcome.REFUSED
         assert len(control.park.engines) == 1
+
+
+async def test_where_the_store_cannot_say_no_engine_is_touched(
+    elsewhere: Elsewhere, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def away(*_: object) -> None:
+        raise OperationalError("SELECT", {}, Exception("disk I/O error"))
+
+    async with elsewhere().run() as control:
+        monkeypatch.setattr("serving.engines.verification.find_retaken_probes", away)
+        swap = await control.swap.run(target(1), target(2), lambda step: None)
+        assert swap.outcome is SwapOutcome.REFUSED
+        assert (control.state, len(control.park.engines), reloads(control)) == (EngineState.READY, 1, 0)
 
 
 async def test_a_reload_without_probes_is_taken_back(elsewhere: Elsewhere, monkeypatch: pytest.MonkeyPatch) -> None:

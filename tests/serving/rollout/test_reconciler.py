@@ -341,7 +341,7 @@ async def test_nothing_reads_or_writes_a_disk_in_the_event_loop(
     event.listen(control.store, "before_cursor_execute", watched(lambda *_: None))
     for name in ("manifest", "verify"):
         monkeypatch.setattr(Registry, name, watched(getattr(Registry, name)))
-    monkeypatch.setattr("serving.rollout.swap.compatibility_fingerprint", watched(compatibility_fingerprint))
+    monkeypatch.setattr("serving.rollout.swap_plan.compatibility_fingerprint", watched(compatibility_fingerprint))
     monkeypatch.setattr(control.book, "set_alias", watched(control.book.set_alias))
     wish = await asyncio.to_thread(control.wish, number)
     async with asyncio.timeout(5):

@@ -312,7 +312,7 @@ async def test_a_version_whose_files_are_gone_before_its_engine_starts_is_refuse
     def gone(target: Target) -> str | None:
         raise NotFoundError(f"{target} is not there")
 
-    monkeypatch.setattr(control.swap, "_shortage", gone)
+    monkeypatch.setattr(control.planner, "_shortage", gone)
     swap = await control.promote(4)
     assert swap.outcome is SwapOutcome.REFUSED
     assert swap.reason is not None and "is not there" in swap.reason

@@ -1,0 +1,119 @@
+"""What a swap will do, and everything that can be found wrong with it, before an engine is touched."""
+
+import asyncio
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from serving.engines.pool import EnginePool
+from serving.engines.verification import Verification
+from svc.registry.fingerprint import compatibility_fingerprint
+from svc.registry.registry import Registry
+from svc.settings import SwapChoice
+from svc.store.swaps import SwapKind
+from svc.version import Target
+
+Report = Callable[[str], None]
+
+_ROOM_POLL_S = 1.0
+_DIFFERENT = "architecture, shapes, tokenizer, template or format differ"
+_FIRST_LOAD = "it has no probes of this kind of engine yet, which only an engine that starts with it can give"
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """How a version comes into the engines.
+
+    Attributes:
+        why: it is of this kind.
+        restart: in place the first engine is started again with the version, and not reloaded.
+    """
+
+    kind: SwapKind
+    why: str
+    restart: bool = False
+
+
+class SwapPlanner:
+    """Decides which swap it is.
+
+    Args:
+        choice: whether a second engine is started where a reload in place would do.
+        shortage: why there is no room for a second engine with a version; None where there is.
+        patience_s: how long engines that were replaced may take to make room, seconds.
+    """
+
+    def __init__(
+        self,
+        *,
+        registry: Registry,
+        verification: Verification,
+        pool: EnginePool,
+        choice: SwapChoice,
+        shortage: Callable[[Target], str | None],
+        patience_s: float,
+    ) -> None:
+        self._registry = registry
+        self._verification = verification
+        self._pool = pool
+        self._choice = choice
+        self._shortage = shortage
+        self._patience_s = patience_s
+
+    async def plan(self, current: Target, target: Target, report: Report) -> Plan:
+        """Compares files and versions. A reload that fails ends the engine, so nothing is left to it.
+
+        Args:
+            current: what the engines hold.
+            report: hears each step.
+
+        Raises:
+            NotFoundError, IntegrityError: the version's files are not there or not right.
+            EngineError: the format cannot be served here.
+            OSError, SQLAlchemyError: files or store cannot be read.
+        """
+        await self._verification.files(target)
+        report("files match the manifest")
+        plan = self._kind(await asyncio.to_thread(self._fits, current, target))
+        if plan.kind is not SwapKind.BLUEGREEN and not await self._verification.has_probes(target):
+            plan = await self._first_load(plan.kind, target)
+        report(f"{plan.kind} swap: {plan.why}")
+        return plan
+
+    def _kind(self, fits: bool) -> Plan:
+        if not fits:
+            return Plan(SwapKind.BLUEGREEN, _DIFFERENT)
+        if self._choice is SwapChoice.BLUEGREEN:
+            return Plan(SwapKind.BLUEGREEN, "as set")
+        if len(self._pool.alive) > 1:
+            return Plan(SwapKind.ROLLING, "it fits in place, one engine after the other")
+        return Plan(SwapKind.INPLACE, "same architecture, quantization, tokenizer and template")
+
+    async def _first_load(self, kind: SwapKind, target: Target) -> Plan:
+        """A reload would be verified by nothing, so the version comes by an engine that starts with it."""
+        shortage = await self.shortage(target)
+        if shortage:
+            return Plan(kind, f"{_FIRST_LOAD}; no room for a second engine: {shortage}", restart=True)
+        return Plan(SwapKind.BLUEGREEN, _FIRST_LOAD)
+
+    def _fits(self, current: Target, target: Target) -> bool:
+        """Compares the fingerprints that were taken when the versions were made; their files were compared since.
+
+        Taking them again parses both tokenizers, which holds the interpreter, and with it every stream, for 100 ms or
+        more: that is for versions that have none, or one that another release took.
+        """
+        one, other = (self._registry.format(of.version, of.format).fingerprint for of in (current, target))
+        if one and one == other:
+            return True
+        folders = (self._registry.artifact(of.version, of.format) for of in (current, target))
+        one, other = (compatibility_fingerprint(folder) for folder in folders)
+        return one == other
+
+    async def shortage(self, target: Target) -> str | None:
+        """Why there is no room, after engines that were replaced had some time to go."""
+        deadline = time.monotonic() + self._patience_s
+        while True:
+            shortage = await asyncio.to_thread(self._shortage, target)
+            if not shortage or not self._pool.retiring or time.monotonic() >= deadline:
+                return shortage
+            await asyncio.sleep(_ROOM_POLL_S)
