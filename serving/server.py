@@ -164,7 +164,9 @@ class _Server:
             try:
                 await parts.pool.stop(leave=defect or self._leave)
             finally:
-                await asyncio.to_thread(parts.request_log.close)
+                await asyncio.gather(
+                    asyncio.to_thread(parts.request_log.close), asyncio.to_thread(parts.reconciler.journal.close)
+                )
         for task in done:
             task.result()
 

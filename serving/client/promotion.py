@@ -2,7 +2,8 @@
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from contextlib import suppress
+from dataclasses import dataclass, fields
 from typing import Any
 
 import httpx
@@ -14,11 +15,13 @@ from svc.server_url import server_url
 from svc.settings import Settings
 from svc.store.database import open_database
 from svc.store.desired import Desired, change_desired, read_desired
-from svc.store.swaps import SwapResult, find_swap
+from svc.store.swaps import SwapKind, SwapOutcome, SwapResult, find_swap
 from svc.version import Target
 
 _POLL_S = 0.1
 _TIMEOUT_S = 10.0
+_UNWRITTEN_S = 30.0
+"""So long an end that the server knows may be on its way into the journal."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,7 +72,7 @@ class Promotion:
     def change(
         self, seen: Desired, target: Target, on_step: Callable[[str], None], *, forced: str | None = None
     ) -> SwapResult:
-        """Asks for a version, and returns when the server is done with it.
+        """Asks for a version, and returns when the server is done with it, also where it cannot write that down.
 
         Args:
             on_step: hears each step of the server once.
@@ -80,7 +83,8 @@ class Promotion:
             ServerNotRunningError: the server ended meanwhile; it takes the wish up when it starts again.
         """
         wanted = change_desired(self.store, seen, target, previous=seen.target, forced=forced)
-        told = 0
+        told, unwritten = 0, None
+        next_look = time.monotonic() + _UNWRITTEN_S
         while True:
             swap = find_swap(self.store, wanted.name, wanted.generation)
             if swap:
@@ -92,6 +96,12 @@ class Promotion:
             else:
                 self._refuse_overtaken(wanted)
             self._refuse_without_server(wanted)
+            if time.monotonic() >= next_look:
+                if unwritten:
+                    on_step("the server could not write the end into its journal, see its log; this is what it says")
+                    return unwritten
+                unwritten = self._told_result(wanted)
+                next_look = time.monotonic() + _UNWRITTEN_S
             time.sleep(_POLL_S)
 
     def _refuse_overtaken(self, wanted: Desired) -> None:
@@ -111,6 +121,16 @@ class Promotion:
                 f"the server ended before {wanted.target} served",
                 todo=f"start it again, it takes {wanted.target} up: svc serve {wanted.name}",
             ) from error
+
+    def _told_result(self, wanted: Desired) -> SwapResult | None:
+        """How a swap ended, as the server's status says it; None where it does not."""
+        with suppress(ServerNotRunningError):
+            swap = self._status()["last_swap"]
+            if swap and swap["generation"] == wanted.generation and swap["outcome"]:
+                told = {field.name: swap[field.name] for field in fields(SwapResult)}
+                kind = SwapKind(told["kind"]) if told["kind"] else None
+                return SwapResult(**told | {"outcome": SwapOutcome(told["outcome"]), "kind": kind})
+        return None
 
     def _status(self) -> dict[str, Any]:
         try:

@@ -27,6 +27,7 @@ class ServerStatus:
     def read(self) -> Mapping[str, Any]:
         """JSON values."""
         actual, previous = self.reconciler.actual.target, self.reconciler.actual.previous
+        unwritten = self.reconciler.journal.unwritten  # before the store is read: what is written meanwhile is there
         swap = find_swap(self.store, actual.version.name)
         return {
             "model": actual.version.name,
@@ -50,11 +51,12 @@ class ServerStatus:
             ],
             "requests": {"running": self.admission.running, "queued": self.admission.queued},
             "holdout": self.holdout.status(actual),
-            "last_swap": swap and _swap_row(swap),
+            "last_swap": swap and _swap_row(swap, swap.result or unwritten.get(swap.id)),
             "pid": os.getpid(),
         }
 
 
-def _swap_row(swap: SwapRecord) -> dict[str, Any]:
-    result = asdict(swap.result) if swap.result else dict.fromkeys(field.name for field in fields(SwapResult))
-    return {"to": str(swap.target), "started_at": swap.started_at.isoformat(timespec="seconds"), **result}
+def _swap_row(swap: SwapRecord, result: SwapResult | None) -> dict[str, Any]:
+    ended = asdict(result) if result else dict.fromkeys(field.name for field in fields(SwapResult))
+    started = swap.started_at.isoformat(timespec="seconds")
+    return {"to": str(swap.target), "generation": swap.generation, "started_at": started, **ended}

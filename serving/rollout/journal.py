@@ -2,12 +2,11 @@
 
 import asyncio
 import logging
-import time
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 
 from sqlalchemy import Engine as Store
-from sqlalchemy.exc import SQLAlchemyError
 
 from svc.store.desired import Desired
 from svc.store.swaps import SwapResult, add_step, begin_swap, end_swap
@@ -15,7 +14,10 @@ from svc.store.swaps import SwapResult, add_step, begin_swap, end_swap
 log = logging.getLogger(__name__)
 
 _ATTEMPTS = 5
+"""At a step, which may be lost; an end is tried until it is written."""
 _PAUSE_S = 1.0
+_LONGEST_PAUSE_S = 30.0
+_CLOSE_S = 20.0  # longer than the store waits for another writer
 
 
 class Journal:
@@ -24,35 +26,64 @@ class Journal:
     def __init__(self, store: Store) -> None:
         self._store = store
         self._writer = ThreadPoolExecutor(max_workers=1, thread_name_prefix="journal")
+        self._gave_up = threading.Event()
+        self._unwritten: dict[int, SwapResult] = {}
+
+    @property
+    def unwritten(self) -> Mapping[int, SwapResult]:
+        """How those swaps ended whose end is not in the store yet, by their ids; a copy."""
+        return self._unwritten.copy()
 
     async def begin(self, desired: Desired) -> int:
-        """Writes that a swap has begun; returns its id.
+        """Writes that a swap has begun; returns its id. Waits for no end of another swap that cannot be written.
 
         Raises:
             SQLAlchemyError: the store does not take it; a swap that nobody can follow is not begun.
         """
-        return await asyncio.get_running_loop().run_in_executor(self._writer, begin_swap, self._store, desired)
+        return await asyncio.to_thread(begin_swap, self._store, desired)
 
     def step(self, swap_id: int, text: str) -> None:
-        """Adds a step, soon."""
+        """Adds a step, soon; it is lost where the store takes it at none of a few attempts."""
         log.info("swap %d: %s", swap_id, text)
-        self._soon(lambda: add_step(self._store, swap_id, text))
+        self._writer.submit(self._write, lambda: add_step(self._store, swap_id, text), _ATTEMPTS)
 
     def end(self, swap_id: int, result: SwapResult) -> None:
-        """Writes how it ended, soon, and after all its steps."""
+        """Writes how it ended, soon, and after all its steps; again and again until the store takes it."""
         log.info("swap %d: %s", swap_id, result.outcome)
-        self._soon(lambda: end_swap(self._store, swap_id, result))
+        self._unwritten[swap_id] = result
+        self._writer.submit(self._write_end, swap_id, result)
 
-    def _soon(self, write: Callable[[], None]) -> None:
-        self._writer.submit(_write, write)
+    def close(self, timeout_s: float | None = None) -> None:
+        """Writes what waits, and ends. What is not written in time is lost: the next start ends such a swap's entry.
 
-
-def _write(write: Callable[[], None]) -> None:
-    for _ in range(_ATTEMPTS):
+        Args:
+            timeout_s: how long that may take, seconds; longer than a store is waited for by default.
+        """
+        last = self._writer.submit(lambda: None)
+        self._writer.shutdown(wait=False)
         try:
-            write()
-        except SQLAlchemyError:
-            log.exception("the journal of swaps cannot be written")
-            time.sleep(_PAUSE_S)
-        else:
-            return
+            last.result(_CLOSE_S if timeout_s is None else timeout_s)
+        except TimeoutError:
+            self._gave_up.set()
+            self._writer.shutdown(wait=False, cancel_futures=True)
+            log.error("the ends of %d swaps were not written in time; the next start does", len(self._unwritten))
+
+    def _write_end(self, swap_id: int, result: SwapResult) -> None:
+        if self._write(lambda: end_swap(self._store, swap_id, result)):
+            self._unwritten.pop(swap_id, None)
+
+    def _write(self, write: Callable[[], None], attempts: int | None = None) -> bool:
+        """Whether it was written; without a number of attempts it is, unless the journal is closed meanwhile."""
+        made, pause_s = 0, _PAUSE_S
+        while True:
+            try:
+                write()
+            except Exception:  # the boundary of this thread, which must outlive whatever keeps a store from writing
+                log.exception("the journal of swaps cannot be written")
+            else:
+                return True
+            made += 1
+            if made == attempts or self._gave_up.wait(pause_s):
+                return False
+            if attempts is None:
+                pause_s = min(2 * pause_s, _LONGEST_PAUSE_S)

@@ -89,6 +89,11 @@ class Reconciler:
         """What serves, or is being started."""
         return self._actual
 
+    @property
+    def journal(self) -> Journal:
+        """What it writes of swaps; closed by who ends the server."""
+        return self._journal
+
     async def start(self) -> None:
         """Adopts the engines that an earlier server left, or starts one with the desired version; others follow.
 

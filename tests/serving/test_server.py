@@ -85,6 +85,24 @@ async def test_a_swap_is_in_the_status(home: Home) -> None:
     assert (status["last_swap"]["to"], status["last_swap"]["outcome"]) == (str(target(2)), "succeeded")
 
 
+async def test_an_end_that_is_not_written_yet_is_in_the_status_and_holds_no_stop_up(
+    home: Home, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object) -> None:
+        raise OSError("disk full")
+
+    monkeypatch.setattr("serving.rollout.journal.end_swap", fail)
+    monkeypatch.setattr("serving.rollout.journal._CLOSE_S", 0.05)
+    async with home.serving() as client:
+        seen = read_desired(home.store, NAME)
+        assert seen is not None
+        wanted = change_desired(home.store, seen, target(2), seen.target)
+        status = await _status_with_outcome(client)
+    assert (status["last_swap"]["generation"], status["last_swap"]["outcome"]) == (wanted.generation, "succeeded")
+    swap = find_swap(home.store, NAME)
+    assert swap is not None and swap.result is None
+
+
 async def _status_with_outcome(client: httpx.AsyncClient) -> dict[str, Any]:
     async with asyncio.timeout(3):
         while True:

@@ -1,16 +1,17 @@
 """A promotion as its client sees it: it ends, and tells the truth."""
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterator
 
 import pytest
+from sqlalchemy.exc import OperationalError
 
 from serving.client.promotion import Promotion
 from svc.errors import BusyError, NotFoundError, ServerNotRunningError
 from svc.lock import hold_lock
 from svc.server_url import LOCK_FILE
 from svc.store.desired import Desired, change_desired, read_desired
-from svc.store.swaps import SwapOutcome, SwapResult, begin_swap, end_swap, find_swap
+from svc.store.swaps import SwapKind, SwapOutcome, SwapResult, begin_swap, end_swap, find_swap
 from svc.version import Format, Target, VersionId
 from tests.serving.control import until
 from tests.serving.home import Home
@@ -103,6 +104,45 @@ async def test_a_server_that_does_not_answer_is_told(home: Home) -> None:
         made = Promotion.of(home.settings)
         with pytest.raises(ServerNotRunningError, match="does not answer"):
             made.current(NAME)
+
+
+@pytest.fixture
+def unwritten(serving: Home, monkeypatch: pytest.MonkeyPatch) -> Iterator[Home]:
+    """A server that begins swaps and cannot write how they ended."""
+
+    def fail(*_: object) -> None:
+        raise OperationalError("update", {}, Exception("disk is full"))
+
+    monkeypatch.setattr("serving.client.promotion._UNWRITTEN_S", 0.05)
+    for pause in ("_PAUSE_S", "_LONGEST_PAUSE_S"):
+        monkeypatch.setattr(f"serving.rollout.journal.{pause}", 0.01)
+    with monkeypatch.context() as broken:
+        broken.setattr("serving.rollout.journal.end_swap", fail)
+        yield serving
+
+
+async def test_an_end_that_the_server_cannot_write_is_told_all_the_same(unwritten: Home) -> None:
+    steps = list[str]()
+    swap = await change(unwritten, 2, steps)
+    assert (swap.outcome, swap.kind) == (SwapOutcome.SUCCEEDED, SwapKind.INPLACE)
+    assert "could not write the end into its journal" in steps[-1]
+    assert find_swap(unwritten.store, NAME, 2).result is None  # type: ignore[union-attr]
+
+
+async def test_a_refusal_that_the_server_cannot_write_is_told_all_the_same(unwritten: Home) -> None:
+    make_version(unwritten.registry, 4, width=8)
+    unwritten.park.room = "full"
+    swap = await change(unwritten, 4)
+    assert swap.outcome is SwapOutcome.REFUSED
+    assert swap.reason is not None and "no room for a second engine: full" in swap.reason
+
+
+async def test_a_swap_that_takes_long_is_waited_for(serving: Home, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("serving.client.promotion._UNWRITTEN_S", 0.01)
+    serving.park.double.reload_delay_s = 0.3
+    steps = list[str]()
+    assert (await change(serving, 2, steps)).outcome is SwapOutcome.SUCCEEDED
+    assert not any("journal" in step for step in steps[:-1])
 
 
 async def test_the_reason_of_a_refusal_is_told(serving: Home) -> None:

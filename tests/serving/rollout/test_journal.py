@@ -2,6 +2,7 @@
 
 import asyncio
 import threading
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -57,20 +58,101 @@ async def test_what_the_store_does_not_take_is_written_again(store: Store, monke
     assert (await ended(store)).result == SwapResult(SwapOutcome.SUCCEEDED)
 
 
+@pytest.fixture
+def quick_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "_PAUSE_S", 0.01)
+    monkeypatch.setattr(module, "_LONGEST_PAUSE_S", 0.01)
+
+
+@pytest.mark.usefixtures("quick_pauses")
+async def test_an_end_is_tried_until_it_is_written_whatever_the_store_raises(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "end_swap", _fails(end_swap, 3 * module._ATTEMPTS, OSError("disk full")))
+    journal = Journal(store)
+    journal.end(await journal.begin(DESIRED), SwapResult(SwapOutcome.SUCCEEDED))
+    assert (await ended(store)).result == SwapResult(SwapOutcome.SUCCEEDED)
+    journal.close()
+
+
+@pytest.mark.usefixtures("quick_pauses")
+async def test_an_end_that_is_not_written_yet_can_be_asked_for(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    journal = Journal(store)
+    with monkeypatch.context() as broken:
+        broken.setattr(module, "end_swap", _fails(end_swap, 2**30, LOCKED))
+        swap_id = await journal.begin(DESIRED)
+        journal.end(swap_id, SwapResult(SwapOutcome.FAILED, "why"))
+        assert journal.unwritten == {swap_id: SwapResult(SwapOutcome.FAILED, "why")}
+        # Other swaps begin meanwhile.
+        assert await journal.begin(Desired(target(3), target(1), 2)) != swap_id
+    await asyncio.to_thread(journal.close)
+    assert journal.unwritten == {}
+
+
+@pytest.mark.usefixtures("quick_pauses")
+async def test_a_step_that_cannot_be_written_is_dropped_and_the_end_is_not(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "add_step", _fails(lambda *_: None, module._ATTEMPTS, LOCKED))
+    journal = Journal(store)
+    swap_id = await journal.begin(DESIRED)
+    journal.step(swap_id, "lost")
+    journal.end(swap_id, SwapResult(SwapOutcome.SUCCEEDED))
+    assert (await ended(store)).steps == ()
+
+
+async def test_closing_writes_what_waits(store: Store) -> None:
+    journal = Journal(store)
+    swap_id = await journal.begin(DESIRED)
+    for number in range(10):
+        journal.step(swap_id, str(number))
+    journal.end(swap_id, SwapResult(SwapOutcome.SUCCEEDED))
+    journal.close()
+    swap = find_swap(store, NAME)
+    assert swap is not None and swap.result is not None and len(swap.steps) == 10
+
+
+@pytest.mark.usefixtures("quick_pauses")
+async def test_closing_gives_up_on_a_store_that_takes_nothing(
+    store: Store, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(module, "end_swap", _fails(end_swap, 2**30, LOCKED))
+    others = set(threading.enumerate())
+    journal = Journal(store)
+    for generation in (1, 2):
+        swap_id = await journal.begin(Desired(target(2), target(1), generation))
+        journal.end(swap_id, SwapResult(SwapOutcome.SUCCEEDED))
+    started = time.monotonic()
+    journal.close(timeout_s=0.1)
+    assert time.monotonic() - started < 1
+    assert "the ends of 2 swaps were not written in time" in caplog.text
+    for thread in set(threading.enumerate()) - others:
+        if thread.name.startswith("journal"):
+            thread.join(1)
+            assert not thread.is_alive()  # or it would keep the process
+
+
 async def test_a_store_that_takes_nothing_begins_no_swap(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "begin_swap", _fails_once(begin_swap))
     with pytest.raises(OperationalError):
         await Journal(store).begin(DESIRED)
 
 
-def _fails_once(function: Callable[..., Any]) -> Callable[..., Any]:
-    failed = False
+LOCKED = OperationalError("insert", {}, Exception("database is locked"))
 
-    def fail_once(*arguments: Any) -> Any:
-        nonlocal failed
-        if not failed:
-            failed = True
-            raise OperationalError("insert", {}, Exception("database is locked"))
+
+def _fails_once(function: Callable[..., Any]) -> Callable[..., Any]:
+    return _fails(function, 1, LOCKED)
+
+
+def _fails(function: Callable[..., Any], times: int, error: Exception) -> Callable[..., Any]:
+    left = times
+
+    def fail(*arguments: Any) -> Any:
+        nonlocal left
+        if left:
+            left -= 1
+            raise error
         return function(*arguments)
 
-    return fail_once
+    return fail
