@@ -115,6 +115,7 @@ class FeedbackIntake:
             raise RequestNotFoundError(
                 "nothing is kept of this request", expected="the x-request-id of an answer that is not too old"
             )
+        self._request_log.has_grown(kept.grown_bytes)
         return kept
 
 

@@ -68,9 +68,11 @@ class RequestLog:
         self._on_dropped = on_dropped
         # An event is set when all before it is written; None is the end.
         self._queue: queue.Queue[_Entry | threading.Event | None] = queue.Queue(max_queued)
-        self._lock = threading.Lock()  # of these two
+        self._lock = threading.Lock()  # of these three
         self._content_bytes = 0
         self._queued_ids: set[str] = set()
+        self._grown_bytes = 0  # what was written since the last pruning
+        self._stored_bytes: int | None = None  # by all rows at the last pruning
         self._thread = threading.Thread(target=self._run, name="request-log", daemon=True)
 
     def start(self) -> None:
@@ -122,6 +124,11 @@ class RequestLog:
         if self._thread.is_alive():
             log.error("about %d rows of the request log were not written in time", self._queue.qsize())
             self._on_dropped(Dropped.STORE_FAILED, self._queue.qsize())
+
+    def has_grown(self, size: int) -> None:
+        """Hears how many bytes more the rows in the store take, of what this log did not write as well."""
+        with self._lock:
+            self._grown_bytes += size
 
     def _within_budget(self, content: Content | None) -> Content | None:
         if content is None:
@@ -175,11 +182,13 @@ class RequestLog:
         if not entries:
             return
         try:
-            add_requests(self._store, [self._with_content(entry) for entry in entries])
+            records = [self._with_content(entry) for entry in entries]
+            add_requests(self._store, records)
         except Exception:  # the boundary of this thread, which must outlive a full disk and an odd request alike
             log.exception("%d rows of the request log were not written", len(entries))
             self._on_dropped(Dropped.STORE_FAILED, len(entries))
         else:
+            self.has_grown(sum(record.bytes for record in records))
             self._on_stored(len(entries))
 
     def _with_content(self, entry: _Entry) -> RequestRecord:
@@ -203,11 +212,17 @@ class RequestLog:
         return dataclasses.replace(entry.record, prompt=prompt, answer=answer)
 
     def _prune(self) -> None:
+        with self._lock:
+            grown, self._grown_bytes = self._grown_bytes, 0
+        known = None if self._stored_bytes is None else self._stored_bytes + grown
+        before = datetime.now(UTC) - timedelta(days=self._settings.max_age_days)
+        max_bytes = self._settings.max_mib * 2**20
+        self._stored_bytes = None
         try:
-            before = datetime.now(UTC) - timedelta(days=self._settings.max_age_days)
-            gone = prune_requests(self._store, before=before, max_bytes=self._settings.max_mib * 2**20)
+            pruned = prune_requests(self._store, before=before, max_bytes=max_bytes, known_bytes=known)
         except Exception:  # the boundary of this thread, as above
             log.exception("old rows of the request log were not deleted")
         else:
-            if gone:
-                log.info("forgot %d old requests", gone)
+            self._stored_bytes = pruned.left_bytes
+            if pruned.rows:
+                log.info("forgot %d old requests", pruned.rows)

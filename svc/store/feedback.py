@@ -40,10 +40,12 @@ class KeptFeedback:
     Attributes:
         version: that gave the answer; None for a request that none answered.
         replaced: an earlier word on the same answer, which is forgotten.
+        grown_bytes: what the row of the request takes more than before; less than 0 for a shorter correction.
     """
 
     version: VersionId | None
     replaced: Rating | None
+    grown_bytes: int = 0
 
 
 def keep_feedback(store: Store, request_id: str, feedback: Feedback) -> KeptFeedback | None:
@@ -61,7 +63,8 @@ def keep_feedback(store: Store, request_id: str, feedback: Feedback) -> KeptFeed
             return None
         before = session.get(FeedbackRow, request.id)
         replaced = Rating(before.rating) if before else None
-        request.bytes += _size(feedback.correction) - _size(before.correction if before else None)
+        grown = _size(feedback.correction) - _size(before.correction if before else None)
+        request.bytes += grown
         session.merge(
             FeedbackRow(
                 request=request.id,
@@ -72,7 +75,7 @@ def keep_feedback(store: Store, request_id: str, feedback: Feedback) -> KeptFeed
             )
         )
         version = VersionId(request.model, request.number) if request.number is not None else None
-        return KeptFeedback(version, replaced)
+        return KeptFeedback(version, replaced, grown)
 
 
 def _size(text: str | None) -> int:

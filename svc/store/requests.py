@@ -15,7 +15,7 @@ from svc.version import Format, VersionId
 
 _ROW_BYTES = 170
 """What a row without content takes, with its share of the indexes; measured."""
-_KEPT_SHARE = 0.9  # of the size limit after a pruning, so that not each one has to sum up all rows
+_KEPT_SHARE = 0.9  # of the size limit after a pruning, so that not each one has to rank all rows
 _DELETED_TOGETHER = 2_000  # rows in one transaction: no other writer waits long for it
 
 
@@ -96,34 +96,57 @@ def _columns(record: RequestRecord) -> dict[str, Any]:
     }
 
 
-def prune_requests(store: Store, *, before: datetime, max_bytes: int) -> int:
+@dataclass(frozen=True, slots=True)
+class Pruned:
+    """What a pruning did.
+
+    Attributes:
+        rows: that went.
+        left_bytes: what those that stay take together.
+    """
+
+    rows: int
+    left_bytes: int
+
+
+def prune_requests(store: Store, *, before: datetime, max_bytes: int, known_bytes: int | None = None) -> Pruned:
     """Deletes rows by age, then the oldest ones by size; with each its feedback.
 
     Args:
         before: rows that started earlier go.
         max_bytes: of all rows together; past it, a tenth of it is made free.
-
-    Returns:
-        How many went.
+        known_bytes: what all rows take together or more, as who writes them reckons: within the limit they are not
+            summed up, for which all of them are read. None where nobody knows.
     """
     gone = _delete(store, RequestRow.started_at < before)
+    left = None if known_bytes is None else max(0, known_bytes - gone.bytes)
+    if left is not None and left <= max_bytes:
+        return Pruned(gone.rows, left)
     with Session(store) as session:
-        if (session.scalar(select(func.sum(RequestRow.bytes))) or 0) <= max_bytes:
-            return gone
+        left = int(session.scalar(select(func.sum(RequestRow.bytes))) or 0)
+        if left <= max_bytes:
+            return Pruned(gone.rows, left)
         # By id, the order in which they ended: a clock may have been wrong.
         newer = func.sum(RequestRow.bytes).over(order_by=RequestRow.id.desc()).label("newer")
         ranked = select(RequestRow.id, newer).subquery()
         last = session.scalar(select(func.max(ranked.c.id)).where(ranked.c.newer > _KEPT_SHARE * max_bytes))
-    return gone + (_delete(store, RequestRow.id <= last) if last is not None else 0)
+    oldest = _delete(store, RequestRow.id <= last)
+    return Pruned(gone.rows + oldest.rows, left - oldest.bytes)
 
 
-def _delete(store: Store, which: ColumnElement[bool]) -> int:
-    gone = 0
+@dataclass(frozen=True, slots=True)
+class _Deleted:
+    rows: int
+    bytes: int
+
+
+def _delete(store: Store, which: ColumnElement[bool]) -> _Deleted:
+    rows, size = 0, 0
     while True:
         oldest = select(RequestRow.id).where(which).order_by(RequestRow.id).limit(_DELETED_TOGETHER)
         with store.begin() as connection:
-            deleted = connection.execute(delete(RequestRow).where(RequestRow.id.in_(oldest))).rowcount
-        gone += deleted
-        if deleted < _DELETED_TOGETHER:
-            break
-    return gone
+            statement = delete(RequestRow).where(RequestRow.id.in_(oldest)).returning(RequestRow.bytes)
+            deleted = connection.scalars(statement).all()
+        rows, size = rows + len(deleted), size + sum(deleted)
+        if len(deleted) < _DELETED_TOGETHER:
+            return _Deleted(rows, size)

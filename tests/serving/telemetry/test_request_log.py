@@ -17,9 +17,11 @@ from serving.telemetry import request_log
 from serving.telemetry.content import Content
 from serving.telemetry.request_log import RequestLog
 from svc.settings import RequestLogSettings
-from svc.store.requests import Dropped, add_requests
+from svc.store.feedback import Feedback, Rating, keep_feedback
+from svc.store.requests import Dropped, Pruned, add_requests
 from svc.store.tables import RequestRow
 from tests.svc.store.test_requests import RECORD as OLD_RECORD
+from tests.svc.store.test_requests import statements
 
 RECORD = replace(OLD_RECORD, started_at=datetime.now(UTC))
 CONTENT = b'{"messages": [{"role": "user", "content": "I am a@b.de"}]}'
@@ -210,6 +212,60 @@ def test_old_rows_are_forgotten_at_the_start(store: Store) -> None:
     pen.writer.start()
     pen.writer.close()
     assert len(pen.rows()) == 1
+
+
+def test_rows_are_summed_up_once_and_the_size_limit_holds(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    add_requests(store, [RECORD] * 50)
+    monkeypatch.setattr(request_log, "_PRUNE_EVERY_S", 0.01)
+    pen = Pen(store, content_share=1.0, max_mib=1, max_content_kib=64)
+    with statements(store) as sent:
+        pen.writer.start()
+        for _ in range(10):
+            pen.writer.add(RECORD)
+            pen.writer.flush(5)
+            time.sleep(0.02)
+        assert sum("sum(" in statement for statement in sent) == 1
+    long = b'{"messages": "' + b"x" * 60_000 + b'"}'
+    for _ in range(40):
+        pen.writer.add(RECORD, content(long))
+    pen.writer.flush(5)
+    time.sleep(0.1)
+    pen.writer.close()
+    assert 0.8 * 2**20 < sum(row.bytes for row in pen.rows()) <= 2**20
+
+
+def test_corrections_count_for_the_size_limit(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(request_log, "_PRUNE_EVERY_S", 0.01)
+    pen = Pen(store, max_mib=1)
+    pen.writer.start()
+    for number in range(8):
+        pen.writer.add(replace(RECORD, request_id=f"req-{number}"))
+    pen.writer.flush(5)
+    for number in range(8):
+        kept = keep_feedback(store, f"req-{number}", Feedback(Rating.BAD, correction="c" * 2**18))
+        assert kept is not None
+        pen.writer.has_grown(kept.grown_bytes)
+    time.sleep(0.1)
+    pen.writer.close()
+    assert sum(row.bytes for row in pen.rows()) <= 2**20
+
+
+def test_after_a_pruning_that_failed_rows_are_summed_up_again(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(request_log, "_PRUNE_EVERY_S", 0.01)
+    known: list[int | None] = []
+
+    def prune(store: Store, *, known_bytes: int | None, **_: object) -> Pruned:
+        known.append(known_bytes)
+        if len(known) == 2:
+            raise OSError("disk full")
+        return Pruned(0, 1)
+
+    monkeypatch.setattr(request_log, "prune_requests", prune)
+    pen = Pen(store)
+    pen.writer.start()
+    time.sleep(0.1)
+    pen.writer.close()
+    assert known[:4] == [None, 1, None, 1]
 
 
 def test_rows_of_a_busy_moment_share_a_transaction(pen: Pen, monkeypatch: pytest.MonkeyPatch) -> None:

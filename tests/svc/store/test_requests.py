@@ -1,16 +1,18 @@
 """Rows of requests are written whole, and forgotten by age and by size, with what people said of them."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 
 import pytest
 from sqlalchemy import Engine as Store
-from sqlalchemy import func, select
+from sqlalchemy import event, func, select
 from sqlalchemy.orm import Session
 
 from svc.store import requests
 from svc.store.feedback import Feedback, Rating, keep_feedback
-from svc.store.requests import RequestRecord, add_requests, prune_requests
+from svc.store.requests import Pruned, RequestRecord, add_requests, prune_requests
 from svc.store.tables import FeedbackRow, RequestRow
 from svc.version import Format, VersionId
 
@@ -44,6 +46,19 @@ def fill(store: Store, count: int, **fields: object) -> None:
     add_requests(store, records)
 
 
+@contextmanager
+def statements(store: Store) -> Iterator[list[str]]:
+    """What is sent to the store in the body of the `with`."""
+    sent: list[str] = []
+
+    def hear(connection: object, cursor: object, statement: str, *_: object) -> None:
+        sent.append(statement)
+
+    event.listen(store, "before_cursor_execute", hear)
+    yield sent
+    event.remove(store, "before_cursor_execute", hear)
+
+
 def kept(store: Store) -> list[str]:
     with Session(store) as session:
         return list(session.scalars(select(RequestRow.request_id).order_by(RequestRow.id)))
@@ -70,7 +85,7 @@ def test_a_request_that_no_version_answered_is_kept_too(store: Store) -> None:
 
 def test_old_rows_are_forgotten(store: Store) -> None:
     fill(store, 10)
-    assert prune_requests(store, before=NOON - timedelta(minutes=3), max_bytes=PLENTY) == 6
+    assert prune_requests(store, before=NOON - timedelta(minutes=3), max_bytes=PLENTY).rows == 6
     assert kept(store) == ["req-6", "req-7", "req-8", "req-9"]
 
 
@@ -90,8 +105,33 @@ def test_the_oldest_rows_are_forgotten_when_all_are_too_large(store: Store) -> N
 
 def test_nothing_is_forgotten_within_the_limits(store: Store) -> None:
     fill(store, 3)
-    assert prune_requests(store, before=LONG_AGO, max_bytes=3 * RECORD.bytes) == 0
+    assert prune_requests(store, before=LONG_AGO, max_bytes=3 * RECORD.bytes).rows == 0
     assert len(kept(store)) == 3
+
+
+def test_what_is_left_is_told(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(requests, "_DELETED_TOGETHER", 2)
+    fill(store, 10)
+    size = RECORD.bytes
+    before = NOON - timedelta(minutes=7)
+    assert prune_requests(store, before=before, max_bytes=5 * size) == Pruned(6, 4 * size)
+    assert prune_requests(store, before=LONG_AGO, max_bytes=5 * size, known_bytes=4 * size) == Pruned(0, 4 * size)
+    assert prune_requests(store, before=NOON, max_bytes=5 * size, known_bytes=4 * size) == Pruned(3, size)
+    assert kept(store) == ["req-9"]
+
+
+def test_rows_are_not_summed_up_where_their_size_is_known_to_be_within_the_limit(store: Store) -> None:
+    fill(store, 3)
+    with statements(store) as sent:
+        prune_requests(store, before=LONG_AGO, max_bytes=3 * RECORD.bytes, known_bytes=3 * RECORD.bytes)
+    assert not [statement for statement in sent if "sum(" in statement]
+    assert all(statement.startswith("DELETE") for statement in sent)
+
+
+def test_a_size_that_was_reckoned_too_large_costs_no_row(store: Store) -> None:
+    fill(store, 3)
+    size = 3 * RECORD.bytes
+    assert prune_requests(store, before=LONG_AGO, max_bytes=size, known_bytes=size + 1) == Pruned(0, size)
 
 
 def test_content_counts_for_the_size(store: Store) -> None:
@@ -111,7 +151,7 @@ def test_corrections_count_for_the_size(store: Store) -> None:
 def test_many_rows_go_in_several_transactions(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(requests, "_DELETED_TOGETHER", 3)
     fill(store, 10)
-    assert prune_requests(store, before=NOON, max_bytes=PLENTY) == 9
+    assert prune_requests(store, before=NOON, max_bytes=PLENTY).rows == 9
     assert kept(store) == ["req-9"]
 
 
