@@ -3,7 +3,6 @@
 Knows vLLM's error texts, so that no other module has to.
 """
 
-import json
 import re
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -12,6 +11,7 @@ from typing import Any
 import httpx
 
 from serving.admission import ENGINE_RETRY_S, OVERLOADED_RETRY_S
+from svc.engine.vllm.error_text import error_of, without_values
 from svc.errors import EngineError
 
 _HEALTH_TIMEOUT_S = 2.0
@@ -40,7 +40,10 @@ class EngineSilentError(EngineError):
 
 
 class EngineFailedError(EngineError):
-    """The engine failed on this request, or refused what the gateway itself is to blame for."""
+    """The engine failed on this request, or refused what the gateway itself is to blame for.
+
+    It is logged, and so quotes nothing of the request.
+    """
 
 
 class EngineBusyError(EngineError):
@@ -83,7 +86,7 @@ async def call(engine: httpx.AsyncClient, path: str, payload: bytes, request_id:
     try:
         async with engine.stream("POST", path, content=payload, headers=headers) as response:
             if response.status_code >= 400:
-                raise refusal(response.status_code, _error_of(await response.aread()))
+                raise refusal(response.status_code, error_of(await response.aread()))
             begun = True
             yield response
     except (httpx.ConnectError, httpx.ConnectTimeout) as error:
@@ -123,7 +126,7 @@ def refusal(status: int, error: Any) -> EngineError:
     if _ENGINE_DEAD in message:
         return EngineDiedError("the engine went away; it is being restarted")
     if status not in PASSED_STATUSES:
-        return EngineFailedError(f"the engine answered {status}: {message[:_MESSAGE_CHARS]}")
+        return EngineFailedError(f"the engine answered {status}: {without_values(message)}")
     if status in (429, 503):
         return EngineBusyError("the engine takes no more requests now")
     text = for_clients(message) or "the engine refused the request"
@@ -139,11 +142,3 @@ def for_clients(message: str) -> str:
     trace = _TRACEBACK.search(message)
     told = _FIELDS.sub("", message[: trace.start()] if trace else message)
     return _PATH.sub("<path>", told)[:_MESSAGE_CHARS].strip()
-
-
-def _error_of(body: bytes) -> Any:
-    try:
-        answer = json.loads(body)
-    except ValueError:
-        return None
-    return answer.get("error", answer) if isinstance(answer, dict) else None

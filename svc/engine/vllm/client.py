@@ -22,6 +22,7 @@ from uuid import uuid4
 import httpx
 
 from svc.dataset.schema.example import Message
+from svc.engine.vllm.error_text import told_error
 from svc.errors import EngineError
 
 _RESET_PAUSE_S = 0.05
@@ -249,7 +250,7 @@ class EngineClient:
         except httpx.HTTPError as error:
             raise EngineError(f"no answer from the engine to {path}: {error!r}", todo="see the engine's log") from error
         if answer.is_error:
-            raise EngineError(f"the engine answered {path} with {answer.status_code}: {answer.text[:500]}")
+            raise EngineError(f"the engine answered {path} with {answer.status_code}: {told_error(answer.content)}")
         with _reading(path):
             return answer.json() if answer.content else None
 

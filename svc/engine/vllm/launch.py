@@ -19,9 +19,9 @@ from svc.engine.capabilities import CPU_LIMITS, Capabilities
 from svc.engine.machine import read_machine
 from svc.engine.model_facts import ModelFacts, read_model_facts
 from svc.engine.vllm import plan
-from svc.engine.vllm.engine_args import given
+from svc.engine.vllm.engine_args import given, given_flag
 from svc.engine.vllm.environment import inherited_environment
-from svc.engine.vllm.plugin import INT4_LINEAR_VARIABLE
+from svc.engine.vllm.plugin import INT4_LINEAR_VARIABLE, QUIET_VARIABLE
 from svc.settings import Device, EngineSettings, GptqKernel
 
 SOCKET_FILE = "engine.sock"
@@ -89,6 +89,9 @@ def command(spec: EngineSpec) -> list[str]:
     arguments += ["--model", str(spec.model), "--served-model-name", spec.served_name, "--uds", str(spec.socket)]
     if given(spec.settings.args, "--load-format") is None:
         arguments += ["--load-format", "safetensors"]
+    if given_flag(spec.settings.args, "log-error-stack") is None:
+        # The development mode switches it on, and the stack of a refused request ends with the text of the request.
+        arguments.append("--no-log-error-stack")
     return [*arguments, *spec.plan.arguments, *spec.settings.args]
 
 
@@ -112,6 +115,7 @@ def environment(spec: EngineSpec) -> dict[str, str]:
         "VLLM_NO_USAGE_STATS": "1",
         "HF_HUB_OFFLINE": "1",
         "PYTHONUNBUFFERED": "1",
+        QUIET_VARIABLE: "1",
     }
     # vLLM would let the first, an older way to give the size of its cache, overrule an argument. The second is ours.
     withheld = ("VLLM_CPU_KVCACHE_SPACE", INT4_LINEAR_VARIABLE)
@@ -121,7 +125,7 @@ def environment(spec: EngineSpec) -> dict[str, str]:
     if inherited.get(_LOG_LEVEL) != "DEBUG":
         variables[_LOG_LEVEL] = "INFO"
     chosen = spec.plan.variables
-    if INT4_LINEAR_VARIABLE in chosen and "VLLM_PLUGINS" in inherited:
+    if "VLLM_PLUGINS" in inherited:
         chosen["VLLM_PLUGINS"] = _PLUGIN  # a list that a person gave would leave ours out
     for name in _LISTS:
         if name in chosen and inherited.get(name):

@@ -1,19 +1,60 @@
 """The plugin that vLLM finds by its entry point `vllm.general_plugins`, in each of its processes.
 
-Does nothing in a vLLM that this project did not start: only `svc.engine.vllm.launch` sets the variable that it looks
+Does nothing in a vLLM that this project did not start: only `svc.engine.vllm.launch` sets the variables that it looks
 for.
 """
 
+import logging
 import os
+import traceback
+from collections.abc import Callable
+from typing import Any
 
 INT4_LINEAR_VARIABLE = "TUNESERVE_INT4_LINEAR"
 """Set to 1 in the environment of an engine that is to use our 4-bit kernel."""
+QUIET_VARIABLE = "TUNESERVE_QUIET_ERRORS"
+"""Set to 1 in the environment of an engine whose log is to hold no text of a request."""
+_TOLD_BY = ("vllm.entrypoints.", "uvicorn.")
+"""The loggers of what reads requests. Those of the core, whose errors say why an engine ends, are left as they are."""
 
 
 def register() -> None:
-    """Adds the 4-bit linear kernel to those that vLLM may choose on a CPU. vLLM may call it more than once."""
-    if os.environ.get(INT4_LINEAR_VARIABLE) != "1":
-        return
+    """Does what the variables ask for. vLLM may call it more than once."""
+    if os.environ.get(QUIET_VARIABLE) == "1" and not isinstance(logging.getLogRecordFactory(), _QuietRecords):
+        logging.setLogRecordFactory(_QuietRecords(logging.getLogRecordFactory()))
+    if os.environ.get(INT4_LINEAR_VARIABLE) == "1":
+        _register_int4_linear()
+
+
+class _QuietRecords:
+    """Makes log records in which an error of a request has its stack and its kind, and not its message.
+
+    vLLM logs the errors of `/v1/messages` and of streams, uvicorn those that nobody caught; pydantic's and vLLM's own
+    messages quote the request.
+
+    Args:
+        make: the factory of records that is used otherwise.
+    """
+
+    def __init__(self, make: Callable[..., logging.LogRecord]) -> None:
+        self._make = make
+
+    def __call__(self, *args: Any, **kwargs: Any) -> logging.LogRecord:
+        """A record, as `logging` asks for it."""
+        record = self._make(*args, **kwargs)
+        if not record.name.startswith(_TOLD_BY):
+            return record
+        if isinstance(record.args, tuple):
+            record.args = tuple(type(arg).__name__ if isinstance(arg, BaseException) else arg for arg in record.args)
+        if record.exc_info and record.exc_info[0]:
+            kind, _, trace = record.exc_info
+            record.exc_text = "".join(traceback.format_tb(trace)) + kind.__name__
+            record.exc_info = None
+        return record
+
+
+def _register_int4_linear() -> None:
+    """Adds the 4-bit linear kernel to those that vLLM may choose on a CPU."""
     from vllm.model_executor.kernels.linear import register_linear_kernel
     from vllm.platforms import PlatformEnum
 

@@ -48,6 +48,13 @@ def test_a_dead_core_is_a_dead_engine() -> None:
     assert isinstance(refusal(500, {"message": message}), EngineDiedError)
 
 
+def test_a_failure_quotes_nothing_of_the_request() -> None:
+    """It is logged, and a refusal is only told to who sent the request."""
+    message = "1 validation error:\n  {'type': 'x', 'loc': 'body.prompt', 'msg': 'no', 'input': 'my SECRET'}"
+    assert refusal(500, {"message": message}).wrong == "the engine answered 500: validation error x in prompt"
+    assert "SECRET" in refusal(400, {"message": message}).wrong
+
+
 @pytest.mark.parametrize("error", [None, [], "text", {}, {"message": None}, {"message": 1, "param": 2}])
 def test_an_error_of_any_shape_becomes_a_refusal(error: object) -> None:
     found = refusal(400, error)

@@ -104,6 +104,14 @@ async def test_ids_tell_one_askers_requests_from_anothers() -> None:
     assert all(request_id.startswith("holdout-") for request_id in ids)
 
 
+async def test_an_error_quotes_nothing_of_what_was_asked() -> None:
+    body = {"error": {"message": "Unsupported role: 'my SECRET'"}}
+    async with answering(lambda request: httpx.Response(400, json=body)) as client:
+        with pytest.raises(EngineError, match=r"answered /v1/chat/completions with 400: Unsupported role:…") as raised:
+            await client.chat(PROMPT, max_tokens=1)
+    assert "SECRET" not in str(raised.value)
+
+
 async def test_a_reload_brings_the_weights_of_the_folder() -> None:
     double = EngineDouble()
     async with client_of(double) as client:

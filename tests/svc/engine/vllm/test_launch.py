@@ -14,7 +14,7 @@ from svc.chat_template import write_template_kwargs
 from svc.engine.capabilities import CPU_LIMITS
 from svc.engine.vllm.launch import EngineSpec, command, entry_module, environment, launch_digest
 from svc.engine.vllm.plan import Origin
-from svc.engine.vllm.plugin import INT4_LINEAR_VARIABLE
+from svc.engine.vllm.plugin import INT4_LINEAR_VARIABLE, QUIET_VARIABLE
 from svc.settings import Device, EngineSettings, GptqKernel
 from tests.svc.engine.devices import AVX2, AVX512
 
@@ -178,6 +178,19 @@ def test_names_that_a_person_gave_vllm_stay_beside_ours(tmp_path: Path, monkeypa
     variables = environment(spec(tmp_path, gptq_kernel=GptqKernel.TORCH))
     assert variables["VLLM_DISABLED_KERNELS"] == "TheirKernel,CPUWNA16LinearKernel,ZentorchWNA16LinearKernel"
     assert variables["VLLM_PLUGINS"] == "theirs,tuneserve"
+
+
+def test_our_plugin_is_loaded_where_a_person_names_others(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("VLLM_PLUGINS", "theirs")
+    assert environment(spec(tmp_path))["VLLM_PLUGINS"] == "theirs,tuneserve"
+
+
+def test_its_log_holds_no_text_of_a_request(tmp_path: Path) -> None:
+    """The development mode alone would log the stacks of refused requests, which end with their texts."""
+    assert "--no-log-error-stack" in command(spec(tmp_path))
+    assert not any("log-requests" in argument or "log-outputs" in argument for argument in command(spec(tmp_path)))
+    assert environment(spec(tmp_path))[QUIET_VARIABLE] == "1"
+    assert "--no-log-error-stack" not in command(spec(tmp_path, args=("--log-error-stack",)))
 
 
 def test_without_a_list_of_plugins_vllm_loads_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,13 +1,16 @@
 """The plugin is silent in a vLLM that somebody else started."""
 
+import io
+import logging
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
 from importlib.metadata import entry_points
 
 import pytest
 
-from svc.engine.vllm.plugin import INT4_LINEAR_VARIABLE, register
+from svc.engine.vllm.plugin import INT4_LINEAR_VARIABLE, QUIET_VARIABLE, register
 
 
 def test_vllm_finds_it_by_its_entry_point() -> None:
@@ -18,7 +21,53 @@ def test_vllm_finds_it_by_its_entry_point() -> None:
 @pytest.mark.parametrize("value", ["", "0", None])
 def test_in_a_vllm_that_we_did_not_start_it_imports_nothing(value: str | None) -> None:
     code = "import sys; from svc.engine.vllm.plugin import register; register(); assert 'vllm' not in sys.modules"
-    subprocess.run([sys.executable, "-c", code], check=True, env={INT4_LINEAR_VARIABLE: value} if value else {})
+    names = (INT4_LINEAR_VARIABLE, QUIET_VARIABLE)
+    subprocess.run([sys.executable, "-c", code], check=True, env=dict.fromkeys(names, value) if value else {})
+
+
+@pytest.fixture
+def quiet(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """An engine that we started."""
+    factory = logging.getLogRecordFactory()
+    monkeypatch.setenv(QUIET_VARIABLE, "1")
+    register()
+    register()
+    yield
+    logging.setLogRecordFactory(factory)
+
+
+def logged(name: str) -> str:
+    """What a logger writes of an error."""
+    written = io.StringIO()
+    logger = logging.Logger(name)  # of nobody else, who may have silenced it
+    logger.addHandler(logging.StreamHandler(written))
+    text = "my SECRET"
+    try:
+        raise ValueError(text)
+    except ValueError as error:
+        logger.exception("Error in create_messages: %s", error)
+    return written.getvalue()
+
+
+@pytest.mark.usefixtures("quiet")
+@pytest.mark.parametrize("name", ["vllm.entrypoints.anthropic.api_router", "uvicorn.error"])
+def test_an_error_of_a_request_is_logged_without_its_message(name: str) -> None:
+    first, *stack = logged(name).splitlines()
+    assert first == "Error in create_messages: ValueError"
+    assert "in logged" in stack[0]
+    assert stack[-1] == "ValueError"
+    assert not any("SECRET" in line for line in stack)
+
+
+@pytest.mark.usefixtures("quiet")
+@pytest.mark.parametrize("name", ["vllm.v1.engine.core", "svc"])
+def test_an_error_of_the_core_is_logged_whole(name: str) -> None:
+    assert "ValueError: my SECRET" in logged(name)
+
+
+def test_in_a_vllm_that_we_did_not_start_errors_are_logged_whole() -> None:
+    register()
+    assert "ValueError: my SECRET" in logged("uvicorn.error")
 
 
 @pytest.mark.slow

@@ -1,0 +1,86 @@
+"""What an engine says of its errors reaches a log without what it quotes of a request."""
+
+import json
+
+import pytest
+
+from svc.engine.vllm.error_text import error_of, told_error, without_values
+
+PROMPT = "my SECRET is\n'hunter2'"
+PYDANTIC = (
+    "2 validation errors:\n  {'type': 'string_type', 'loc': 'body.messages.0.content', 'msg': 'Input should be a valid "
+    f"string', 'input': {PROMPT!r}}}\n  {{'type': 'missing', 'loc': 'body.model', 'input': {{'messages': {PROMPT!r}}}}}"
+)
+"""As vLLM 0.32 words a body of a wrong shape."""
+OWN_PYDANTIC = (
+    "1 validation error for ChatCompletionRequest\nmessages.0\n  Input should be a valid dictionary "
+    f"[type=dict_type, input_value={PROMPT!r}, input_type=str]"
+)
+
+
+@pytest.mark.parametrize(
+    ("message", "told"),
+    [
+        (PYDANTIC, "validation error string_type in messages"),
+        (
+            OWN_PYDANTIC,
+            "1 validation error for ChatCompletionRequest messages.0 Input should be a valid dictionary…",
+        ),
+        (f"Message has no 'role' key: {{'content': {PROMPT!r}}}", "Message has no…"),
+        (f"Invalid value for `tool_choice`: {PROMPT}! Use auto.", "Invalid value for…"),
+        (f"Unrecognized value: {PROMPT}", "Unrecognized…"),
+        (f"bad stop (parameter=stop, value={PROMPT})", "bad stop (parameter…"),
+        (
+            f"stop_token_ids must contain only integers, got [{PROMPT!r}].",
+            "stop_token_ids must contain only integers,…",
+        ),
+        (f"n must be an int, got {PROMPT}", "n must be an int,…"),
+        (f"reasoning_effort={PROMPT!r} is not supported by Harmony.", "reasoning_effort…"),
+        (f"Token ids [{', '.join(map(str, range(40)))}] are wrong", "Token ids…"),
+        (repr(PROMPT), "…"),
+    ],
+)
+def test_what_is_quoted_of_a_request_is_left_out(message: str, told: str) -> None:
+    assert without_values(message) == told
+
+
+@pytest.mark.parametrize(
+    "message",
+    [
+        "temperature must be in [0, 2], got 3.0.",
+        "top_p must be in (0, 1], got -2.0.",
+        "This model's maximum context length is 2048 tokens. However, your prompt contains 5000 input tokens",
+        "CUDA error: out of memory",
+        "EngineCore encountered an issue. See stack trace (above) for the root cause.",
+        "Conversation roles must alternate user/assistant/user/assistant/...",
+        "no room in /root/cache",
+        "",
+    ],
+)
+def test_what_quotes_nothing_stays(message: str) -> None:
+    assert without_values(message) == message
+
+
+def test_it_is_one_short_line() -> None:
+    told = without_values("a word\n" * 10_000)
+    assert len(told) < 250
+    assert "\n" not in told
+
+
+@pytest.mark.parametrize(
+    ("body", "told"),
+    [
+        (json.dumps({"error": {"message": "no model `x`", "code": 404}}).encode(), "no model…"),
+        (b'{"message": "plain"}', "plain"),
+        (b'{"error": "plain"}', "plain"),
+        (b'{"error": {"message": null}}', ""),
+        (b"<html>my SECRET</html>", ""),
+        (b"[" * 100_000, ""),
+    ],
+)
+def test_the_message_of_an_answer_is_found(body: bytes, told: str) -> None:
+    assert told_error(body) == told
+
+
+def test_an_answer_that_is_no_object_has_no_error() -> None:
+    assert error_of(b'"text"') is None
