@@ -6,7 +6,6 @@ model.
 """
 
 import os
-import re
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
@@ -146,9 +145,13 @@ class ServeSettings(_Section):
 
 
 def _pattern(text: str) -> str:
+    import regex
+
+    from svc.redaction import compile_pattern
+
     try:
-        re.compile(text)
-    except re.error as error:
+        compile_pattern(text)
+    except regex.error as error:
         raise ValueError(f"is no regular expression: {error}") from error
     return text
 
@@ -166,7 +169,7 @@ class RequestLogSettings(_Section):
     redact: tuple[Pattern, ...] = Field(
         (),
         description="regular expressions of what is blanked in content, beside mail addresses, phone and card numbers; "
-        "they run in the server on what clients write: no repetition inside a repetition",
+        "content on which they take longer than 0.25 s is not kept: no repetition inside a repetition",
     )
 
 

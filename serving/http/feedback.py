@@ -102,12 +102,8 @@ class FeedbackIntake:
         )
 
     def _keep(self, given: FeedbackRequest) -> KeptFeedback:
-        redactor = self._request_log.redactor
-        feedback = Feedback(
-            given.rating,
-            redactor.text(given.label) if given.label else None,
-            redactor.text(given.correction) if given.correction else None,
-        )
+        redacted = self._request_log.redacted
+        feedback = Feedback(given.rating, redacted(given.label), redacted(given.correction))
         if self._request_log.is_queued(given.request_id) and not self._request_log.flush(_FLUSH_S):
             raise RequestLogBusyError("the request is not stored yet", todo="send the feedback again")
         kept = keep_feedback(self._store, given.request_id, feedback)

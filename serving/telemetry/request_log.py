@@ -18,7 +18,7 @@ from datetime import UTC, datetime, timedelta
 from sqlalchemy import Engine as Store
 
 from serving.telemetry.content import Content, answer_text, prompt_text
-from svc.redaction import Redactor
+from svc.redaction import RedactionTimeoutError, Redactor
 from svc.settings import RequestLogSettings
 from svc.store.requests import Dropped, RequestRecord, add_requests, prune_requests
 
@@ -63,7 +63,8 @@ class RequestLog:
     ) -> None:
         self._store = store
         self._settings = settings
-        self.redactor = Redactor(settings.redact)
+        self._redactor = Redactor(settings.redact)
+        self._slow_patterns: set[str] = set()
         self._on_stored = on_stored
         self._on_dropped = on_dropped
         # An event is set when all before it is written; None is the end.
@@ -124,6 +125,22 @@ class RequestLog:
         if self._thread.is_alive():
             log.error("about %d rows of the request log were not written in time", self._queue.qsize())
             self._on_dropped(Dropped.STORE_FAILED, self._queue.qsize())
+
+    def redacted(self, text: str | None) -> str | None:
+        """A text that comes on another way, as it may be kept; None where it may not."""
+        try:
+            return self._redactor.text(text) if text else None
+        except RedactionTimeoutError as error:
+            self._count_unredacted(error)
+            return None
+
+    def _count_unredacted(self, error: RedactionTimeoutError) -> None:
+        with self._lock:
+            known = error.pattern in self._slow_patterns
+            self._slow_patterns.add(error.pattern)
+        if not known:
+            log.error("content is not kept: %s", error)
+        self._on_dropped(Dropped.CONTENT_UNREDACTED, 1)
 
     def has_grown(self, size: int) -> None:
         """Hears how many bytes more the rows in the store take, of what this log did not write as well."""
@@ -201,7 +218,10 @@ class RequestLog:
             return entry.record
         time.sleep(_BREATH_S)
         try:
-            prompt, answer = prompt_text(entry.content, self.redactor), answer_text(entry.content, self.redactor)
+            prompt, answer = prompt_text(entry.content, self._redactor), answer_text(entry.content, self._redactor)
+        except RedactionTimeoutError as error:
+            self._count_unredacted(error)
+            return entry.record
         except (ValueError, RecursionError):  # of one request, which must not cost the others their rows
             log.warning("the content of request %s cannot be kept", entry.record.request_id, exc_info=True)
             self._on_dropped(Dropped.CONTENT_UNREADABLE, 1)

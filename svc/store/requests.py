@@ -28,6 +28,8 @@ class Dropped(StrEnum):
     """The row is kept, its prompt and answer are not: they are too long, or too many wait."""
     CONTENT_UNREADABLE = "content_unreadable"
     """As above: they are not text, and so cannot be redacted."""
+    CONTENT_UNREDACTED = "content_unredacted"
+    """As above, or feedback without its correction and label: an own pattern took too long on them."""
 
 
 @dataclass(frozen=True, slots=True)

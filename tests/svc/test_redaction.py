@@ -1,12 +1,15 @@
 """What must not be kept is blanked, what only looks like it is not, and no text makes it slow."""
 
+import re
+import threading
 import time
+import warnings
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from svc.redaction import PLACEHOLDERS, Redactor
+from svc.redaction import LIMIT_S, PLACEHOLDERS, RedactionTimeoutError, Redactor
 
 REDACTOR = Redactor()
 
@@ -138,3 +141,47 @@ def test_no_text_makes_it_slow(unit: str) -> None:
 def test_a_text_that_was_blanked_shows_it(secret: str) -> None:
     blanked = Redactor([r"order \d+"]).text(f"It is {secret}.")
     assert [placeholder in blanked for placeholder in PLACEHOLDERS].count(True) == 1
+
+
+SLOW = "(a|aa)+$"
+ENDLESS = "a" * 200 + "!"
+"""A text on which the slow pattern would run for years."""
+
+
+def blank_endless() -> None:
+    with pytest.raises(RedactionTimeoutError) as raised:
+        Redactor(["b", SLOW]).text(ENDLESS)
+    assert raised.value.pattern == SLOW
+    assert SLOW in str(raised.value)
+    assert ENDLESS not in str(raised.value)
+
+
+def test_an_own_pattern_that_takes_too_long_is_ended() -> None:
+    began = time.monotonic()
+    blank_endless()
+    assert time.monotonic() - began < 8 * LIMIT_S
+
+
+def test_the_limit_is_of_all_texts_of_a_value_together() -> None:
+    began = time.monotonic()
+    with pytest.raises(RedactionTimeoutError):
+        Redactor([SLOW]).strings([{"content": "a" * 20 + "!"}] * 100_000)
+    assert time.monotonic() - began < 8 * LIMIT_S
+
+
+def test_other_threads_run_while_a_pattern_takes_long() -> None:
+    working = threading.Thread(target=blank_endless)
+    working.start()
+    turns = 0
+    while working.is_alive():
+        time.sleep(0.001)
+        turns += 1
+    assert turns > 20
+
+
+@pytest.mark.parametrize("pattern", [r"(?<!x)TICKET-\d+(?=\b)", r"(?i)ticket-\d{2,}", r"[[T]ICKET-12", r"\bT\w+-\d+\b"])
+def test_own_patterns_mean_what_they_do_to_python(pattern: str) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)
+        expected = re.sub(pattern, "[redacted]", "TICKET-12 and ticket-77")
+        assert Redactor([pattern]).text("TICKET-12 and ticket-77") == expected

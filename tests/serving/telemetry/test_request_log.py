@@ -214,6 +214,21 @@ def test_old_rows_are_forgotten_at_the_start(store: Store) -> None:
     assert len(pen.rows()) == 1
 
 
+def test_a_pattern_that_takes_too_long_costs_the_content_alone(store: Store, caplog: pytest.LogCaptureFixture) -> None:
+    pen = Pen(store, content_share=1.0, redact=("(a|aa)+$",))
+    pen.writer.start()
+    endless = b'{"messages": [{"role": "user", "content": "' + b"a" * 200 + b'!"}]}'
+    for payload in (endless, CONTENT, endless):
+        pen.writer.add(RECORD, content(payload))
+    assert pen.writer.redacted("a" * 200 + "!") is None
+    assert pen.writer.redacted("b@c.de") == "[mail]"
+    pen.writer.close()
+    assert [row.prompt is not None for row in pen.rows()] == [False, True, False]
+    assert pen.dropped == {Dropped.CONTENT_UNREDACTED: 3}
+    assert caplog.text.count("the pattern '(a|aa)+$' of request_log.redact") == 1
+    assert "aaaa" not in caplog.text
+
+
 def test_rows_are_summed_up_once_and_the_size_limit_holds(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
     add_requests(store, [RECORD] * 50)
     monkeypatch.setattr(request_log, "_PRUNE_EVERY_S", 0.01)
