@@ -93,6 +93,69 @@ def _kept_responses(fields: Fields) -> Refusal | None:
     return None
 
 
+def _priority(fields: Fields) -> Refusal | None:
+    """An engine with `--scheduling-policy priority` lets who sets it go before all others, and stops their answers for
+    it; another one refuses it."""
+    if fields.get("priority") in (None, 0):
+        return None
+    return Refusal("priority", "'priority' is not served: requests run in the order in which they come")
+
+
+_TEXT_PARTS = frozenset(
+    {
+        *("text", "input_text", "output_text", "refusal", "reasoning_text", "summary_text"),
+        *(
+            "thinking",
+            "redacted_thinking",
+            "tool_use",
+            "tool_result",
+            "tool_reference",
+            "tool_addition",
+            "tool_removal",
+        ),
+    }
+)
+_MEDIA_KEYS = frozenset(
+    {
+        *("image_url", "input_image", "image_pil", "image_embeds", "audio_url", "input_audio", "audio_embeds"),
+        *("video_url", "video_embeds", "prompt_embeds"),
+    }
+)
+"""What vLLM takes for media in a part without a type, or with a `uuid`."""
+
+
+def _media(fields: Fields) -> Refusal | None:
+    """For a model that takes media, vLLM fetches the address of an image, a sound or a film: also one of this machine,
+    or of a network that the client does not reach. Any other model refuses them itself."""
+    for name in ("mm_processor_kwargs", "media_io_kwargs"):
+        if fields.get(name) is not None:
+            return Refusal(name, f"'{name}' is not served: there is no content but text")
+    for name, key in (("messages", "content"), ("input", "content"), ("input", "output")):
+        turns = fields.get(name)
+        for number, turn in enumerate(turns if isinstance(turns, list) else ()):
+            if isinstance(turn, dict) and not _all_text(turn.get(key)):
+                return _no_text(f"{name}.{number}.{key}")
+    return None if _all_text(fields.get("system")) else _no_text("system")
+
+
+def _no_text(param: str) -> Refusal:
+    return Refusal(param, "content other than text is not served", "parts of text alone", "send what they say as text")
+
+
+def _all_text(content: Any) -> bool:
+    """Whether content has no part that is no text; what is no part at all is the engine's to refuse."""
+    if not isinstance(content, list):
+        return True
+    return all(_is_text(part) for part in content if isinstance(part, dict))
+
+
+def _is_text(part: Fields) -> bool:
+    kind = part.get("type")
+    if not isinstance(kind, str) or kind not in _TEXT_PARTS or _MEDIA_KEYS & part.keys():
+        return False
+    return _all_text(part.get("content"))  # of the result of a tool
+
+
 def _many_answers(fields: Fields) -> Refusal | None:
     each = fields.get("n")
     if each is None:
@@ -119,9 +182,9 @@ def _count_prompts(prompt: Any) -> int:
 
 _SEVERAL = frozenset({Route.CHAT_COMPLETIONS, Route.COMPLETIONS})
 _CHECKS: Mapping[Route, tuple[Callable[[Fields], Refusal | None], ...]] = {
-    Route.CHAT_COMPLETIONS: (_prompt_logprobs, _echo_of_chat, _transfer, _many_answers),
-    Route.COMPLETIONS: (_prompt_logprobs, _echo_with_logprobs, _transfer, _many_answers),
+    Route.CHAT_COMPLETIONS: (_prompt_logprobs, _echo_of_chat, _transfer, _many_answers, _priority, _media),
+    Route.COMPLETIONS: (_prompt_logprobs, _echo_with_logprobs, _transfer, _many_answers, _priority),
     # vLLM has no `echo` and no `n` there, and passes over what it does not know.
-    Route.RESPONSES: (_prompt_logprobs, _transfer, _kept_responses),
-    Route.MESSAGES: (_prompt_logprobs, _transfer),
+    Route.RESPONSES: (_prompt_logprobs, _transfer, _kept_responses, _priority, _media),
+    Route.MESSAGES: (_prompt_logprobs, _transfer, _media),
 }

@@ -76,6 +76,85 @@ def test_a_number_of_answers_that_is_no_integer(n: object) -> None:
     assert refused({"n": n}, CHAT) == "n"
 
 
+@pytest.mark.parametrize("route", [CHAT, PLAIN, RESPONSES])
+@pytest.mark.parametrize("value", [1, -1, 2**63, "5", 0.5, True])
+def test_a_place_before_all_others(route: Route, value: object) -> None:
+    assert refused({"priority": value}, route) == "priority"
+
+
+URL = "http://169.254.169.254/latest/meta-data"
+TEXT = {"type": "text", "text": "What is this?"}
+
+
+@pytest.mark.parametrize(
+    "part",
+    [
+        {"type": "image_url", "image_url": {"url": URL}},
+        {"image_url": URL},
+        {"type": None, "image_url": URL},
+        {"type": "text", "text": "x", "uuid": "1", "image_url": {"url": URL}},
+        {"type": "input_image", "image_url": URL},
+        {"type": "audio_url", "audio_url": {"url": URL}},
+        {"type": "video_url", "video_url": {"url": URL}},
+        {"type": "input_audio", "input_audio": {"data": "", "format": "wav"}},
+        {"type": "image_embeds", "image_embeds": ""},
+        {"type": "file", "file": {"file_id": "1"}},
+        {"type": "of tomorrow"},
+        {"type": ["text"]},
+    ],
+)
+def test_content_that_an_engine_would_fetch(part: dict[str, Any]) -> None:
+    assert refused({"messages": [{"role": "user", "content": [TEXT, part]}]}, CHAT) == "messages.0.content"
+    assert refused({"input": [{"role": "user", "content": [part]}]}, RESPONSES) == "input.0.content"
+    output = {"type": "function_call_output", "call_id": "1", "output": [part]}
+    assert refused({"input": ["hi", output]}, RESPONSES) == "input.1.output"
+
+
+def test_images_of_messages() -> None:
+    image = {"type": "image", "source": {"type": "url", "url": URL}}
+    result = {"type": "tool_result", "tool_use_id": "1", "content": [TEXT, image]}
+    for part in (image, result, {"type": "document", "source": {"type": "url", "url": URL}}):
+        turns = [{"role": "user", "content": "hi"}, {"role": "user", "content": [part]}]
+        assert refused({"messages": turns}, MESSAGES) == "messages.1.content"
+    assert refused({"system": [image], "messages": []}, MESSAGES) == "system"
+
+
+@pytest.mark.parametrize("route", [CHAT, RESPONSES, MESSAGES])
+@pytest.mark.parametrize("name", ["mm_processor_kwargs", "media_io_kwargs"])
+def test_options_of_media(route: Route, name: str) -> None:
+    assert refused({name: {}}, route) == name
+
+
+@pytest.mark.parametrize(
+    ("route", "fields"),
+    [
+        (CHAT, {"messages": [{"role": "user", "content": [TEXT, "plain", {"type": "refusal", "refusal": "no"}]}]}),
+        (CHAT, {"messages": [{"role": "assistant", "content": None, "tool_calls": [{"image_url": "x"}]}]}),
+        (CHAT, {"messages": "no list"}),
+        (CHAT, {"messages": ["no turn", {"role": "user"}, {"role": "user", "content": {"type": "image_url"}}]}),
+        (RESPONSES, {"input": "hi"}),
+        (RESPONSES, {"input": [{"type": "reasoning", "content": [{"type": "reasoning_text", "text": "hm"}]}]}),
+        (RESPONSES, {"input": [{"role": "user", "content": [{"type": "input_text", "text": "hi"}]}]}),
+        (RESPONSES, {"input": [{"type": "function_call_output", "call_id": "1", "output": "image_url"}]}),
+        (
+            MESSAGES,
+            {
+                "system": [TEXT],
+                "messages": [
+                    {
+                        "role": "assistant",
+                        "content": [{"type": "tool_use", "input": {"type": "image", "a": [{}]}}],
+                    },
+                    {"role": "user", "content": [{"type": "tool_result", "content": [TEXT]}, {"type": "thinking"}]},
+                ],
+            },
+        ),
+    ],
+)
+def test_text_in_all_its_forms_is_served(route: Route, fields: dict[str, Any]) -> None:
+    assert find_refusal(fields, route) is None
+
+
 @pytest.mark.parametrize(
     ("route", "fields"),
     [
