@@ -4,10 +4,11 @@ Only what lets one client harm the others: end the engine that they share, hold 
 it to other machines. All else is the engine's to check. Knows the fields of vLLM 0.32, and that its types are lax.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from serving.protocols.grammar_limits import excess, objects
 from serving.protocols.route import Route
 
 MOST_ANSWERS = 1024
@@ -156,6 +157,34 @@ def _is_text(part: Fields) -> bool:
     return _all_text(part.get("content"))  # of the result of a tool
 
 
+def _grammars(fields: Fields) -> Refusal | None:
+    """See serving.protocols.grammar_limits."""
+    for param, grammar in _all_grammars(fields):
+        if limit := excess(grammar):
+            wrong = f"'{param}' would keep the engine busy, which other clients share"
+            return Refusal(param, wrong, limit, "make it simpler")
+    return None
+
+
+def _all_grammars(fields: Fields) -> Iterator[tuple[str, Any]]:
+    """Every field that vLLM makes a grammar of, on whichever route."""
+    for name in ("response_format", "structured_outputs"):
+        yield name, fields.get(name)
+    for name in ("text", "output_config"):  # of responses, of messages
+        outer = fields.get(name)
+        yield f"{name}.format", outer.get("format") if isinstance(outer, dict) else None
+    tools = fields.get("tools")
+    if isinstance(tools, list) and (
+        _is_forced(fields.get("tool_choice")) or any(one.get("strict") for one in objects(tools))
+    ):
+        yield "tools", tools
+
+
+def _is_forced(choice: Any) -> bool:
+    kind = choice.get("type") if isinstance(choice, dict) else choice
+    return kind not in (None, "auto", "none")
+
+
 def _many_answers(fields: Fields) -> Refusal | None:
     each = fields.get("n")
     if each is None:
@@ -182,9 +211,9 @@ def _count_prompts(prompt: Any) -> int:
 
 _SEVERAL = frozenset({Route.CHAT_COMPLETIONS, Route.COMPLETIONS})
 _CHECKS: Mapping[Route, tuple[Callable[[Fields], Refusal | None], ...]] = {
-    Route.CHAT_COMPLETIONS: (_prompt_logprobs, _echo_of_chat, _transfer, _many_answers, _priority, _media),
-    Route.COMPLETIONS: (_prompt_logprobs, _echo_with_logprobs, _transfer, _many_answers, _priority),
+    Route.CHAT_COMPLETIONS: (_prompt_logprobs, _echo_of_chat, _transfer, _many_answers, _priority, _media, _grammars),
+    Route.COMPLETIONS: (_prompt_logprobs, _echo_with_logprobs, _transfer, _many_answers, _priority, _grammars),
     # vLLM has no `echo` and no `n` there, and passes over what it does not know.
-    Route.RESPONSES: (_prompt_logprobs, _transfer, _kept_responses, _priority, _media),
-    Route.MESSAGES: (_prompt_logprobs, _transfer, _media),
+    Route.RESPONSES: (_prompt_logprobs, _transfer, _kept_responses, _priority, _media, _grammars),
+    Route.MESSAGES: (_prompt_logprobs, _transfer, _media, _grammars),
 }

@@ -1,0 +1,131 @@
+"""What a grammar of a request may take of the engine that all clients share: its JSON schemas and regular expressions.
+
+vLLM reads a grammar in the loop that also answers all others and the health check, and compiles it beside, on threads
+that take processors from them. The limits are from measurements of xgrammar 0.2.8 with a vocabulary of 49,000 tokens,
+on a machine with two cores:
+
+- A pattern `[a-z]{0,N}` is read in 0.03 s for N = 500, 0.1 for 1,000, 1.7 for 4,000, and in more than 20 for 10,000.
+  Nested, `([a-z]{0,N},){0,N}` is compiled in 2 s for N = 30 and in more than 8 for 60; N times `[a-z]?` in 0.5 s for
+  N = 25, 3 for 50 and more than 6 for 100.
+- An object of N optional properties is compiled in 0.3 s for N = 300, 0.9 for 500, 3.5 for 1,000 and more than 20 for
+  3,000; where `maxProperties` is half of them, in 0.1 for 40, 2 for 100, and for 300 it is read in 1 s alone.
+- Each length of strings takes about 1.4 s to compile, however long.
+- Of EBNF, `choice`, `enum`, `anyOf` and nested objects 64 KiB are read in 0.1 s and compiled in half a second.
+"""
+
+import json
+import re
+from collections.abc import Iterator
+from typing import Any
+
+MOST_BYTES = 64 * 1024
+"""Of all grammars of a request, as JSON."""
+MOST_PROPERTIES = 500
+"""Of one object."""
+MOST_CHOICES_OF_PROPERTIES = 2_000
+"""Properties of an object times as many of them as `minProperties` or `maxProperties` let it have."""
+MOST_LENGTHS = 32
+"""Strings with a length, in a request."""
+MOST_ATOMS = 1_000
+"""Of one pattern, with its repetitions written out."""
+MOST_ATOMS_TOGETHER = 10_000
+
+_ATOM = re.compile(r"\\.?|\[(?:\\.|[^\]\\])*\]?|\{(\d+)(?:,(\d*))?\}|\{,(\d+)\}|.", re.DOTALL)
+_OPTIONAL = 20
+"""As many atoms an optional part counts for."""
+_LONGEST_NUMBER = 6  # digits; more are as good as these
+
+
+def excess(grammar: Any) -> str | None:
+    """Which limit a grammar is beyond, in words; None where it is within all.
+
+    Args:
+        grammar: a JSON value with schemas anywhere in it; text that is JSON is read, other text is EBNF.
+    """
+    try:
+        if len(json.dumps(grammar)) > MOST_BYTES:
+            return f"at most {MOST_BYTES // 1024} KiB"
+    except RecursionError:
+        return "at most 64 levels of objects and arrays"  # vLLM's own limit
+    lengths = atoms = 0
+    for node in objects(grammar):
+        if excessive := _excess_of_object(node):
+            return excessive
+        lengths += "maxLength" in node or "minLength" in node
+        for pattern in _patterns(node):
+            size = written_out(pattern)
+            atoms += size
+            if size > MOST_ATOMS:
+                return f"a pattern of at most {MOST_ATOMS} characters with its repetitions written out"
+    if lengths > MOST_LENGTHS:
+        return f"at most {MOST_LENGTHS} strings with a length"
+    return f"patterns of at most {MOST_ATOMS_TOGETHER} characters in all" if atoms > MOST_ATOMS_TOGETHER else None
+
+
+def _excess_of_object(node: dict[str, Any]) -> str | None:
+    properties = node.get("properties")
+    if not isinstance(properties, dict):
+        return None
+    if len(properties) > MOST_PROPERTIES:
+        return f"at most {MOST_PROPERTIES} properties of an object"
+    bounds = [node.get(name) for name in ("minProperties", "maxProperties")]
+    most = max((bound for bound in bounds if isinstance(bound, int | float)), default=0)
+    if len(properties) * min(most, len(properties)) > MOST_CHOICES_OF_PROPERTIES:
+        return f"properties of an object times 'maxProperties' at most {MOST_CHOICES_OF_PROPERTIES}"
+    return None
+
+
+def _patterns(node: dict[str, Any]) -> Iterator[str]:
+    for name in ("pattern", "regex", "whitespace_pattern"):
+        if isinstance(pattern := node.get(name), str):
+            yield pattern
+    if isinstance(named := node.get("patternProperties"), dict):
+        yield from named
+
+
+def objects(grammar: Any) -> Iterator[dict[str, Any]]:
+    """All objects in a JSON value, at any depth, and in text that is JSON itself."""
+    left = [grammar]
+    while left:
+        node = left.pop()
+        if isinstance(node, dict):
+            yield node
+            left += [_read(value) if name in ("json", "structural_tag") else value for name, value in node.items()]
+        elif isinstance(node, list):
+            left += node
+
+
+def _read(value: Any) -> Any:
+    try:
+        return json.loads(value) if isinstance(value, str) else value
+    except (ValueError, RecursionError):
+        return None  # vLLM refuses it
+
+
+def written_out(pattern: str) -> int:
+    """How many characters and classes a regular expression has when its repetitions with a bound are written out.
+
+    An optional part counts for many. Counts no further than to what is too many.
+    """
+    sums, last = [0], 0  # of each open group; of what a repetition would repeat
+    before = ""
+    for atom in _ATOM.finditer(pattern):
+        if bounds := [bound for bound in atom.groups() if bound]:
+            times = max(int(bound[:_LONGEST_NUMBER]) for bound in bounds)
+            sums[-1] += last * max(0, times - 1)
+            last *= max(1, times)
+        elif atom[0] == "(":
+            sums.append(0)
+        elif atom[0] == ")" and len(sums) > 1:
+            last = max(1, sums.pop())
+            sums[-1] += last
+        elif atom[0] == "?" and before != "(":
+            sums[-1] += _OPTIONAL - 1
+            last += _OPTIONAL - 1
+        elif atom[0] not in "*+?|":
+            sums[-1] += 1
+            last = 1
+        before = atom[0]
+        if sums[-1] > MOST_ATOMS:
+            break
+    return sum(sums)

@@ -1,0 +1,165 @@
+"""A grammar that would stall the engine of all clients is refused, and an ordinary one is not."""
+
+import json
+import time
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from serving.protocols.grammar_limits import MOST_ATOMS, MOST_LENGTHS, MOST_PROPERTIES, excess, written_out
+from serving.protocols.route import Route
+from serving.protocols.unsupported_fields import find_refusal
+
+TEXT = {"type": "string"}
+
+
+def optional(count: int, **more: int) -> dict[str, Any]:
+    return {"type": "object", "properties": {f"p{number}": TEXT for number in range(count)}, **more}
+
+
+def pattern(text: str) -> dict[str, Any]:
+    return {"type": "string", "pattern": text}
+
+
+TICKET = {
+    "type": "object",
+    "properties": {
+        "id": pattern(r"^[A-Z]{2,5}-\d{1,6}$"),
+        "mail": pattern(r"^[A-Za-z0-9._%+-]{1,64}@[A-Za-z0-9.-]{1,255}\.[A-Za-z]{2,63}$"),
+        "title": {"type": "string", "maxLength": 100_000},
+        "tags": {"type": "array", "items": {"enum": [f"tag {number}" for number in range(500)]}, "maxItems": 10_000},
+        "pattern": {"type": "object", "properties": {"properties": TEXT}, "maxProperties": 100_000},
+    },
+    "required": ["id"],
+}
+
+SLOW = [
+    (optional(MOST_PROPERTIES + 1), "properties of an object"),
+    (optional(300, maxProperties=150), "maxProperties"),
+    (optional(300, minProperties=150), "maxProperties"),
+    (pattern("^[a-z]{0,10000}$"), "pattern"),
+    (pattern("^[a-z]{10000,}$"), "pattern"),
+    (pattern("^([a-z]{0,60},){0,60}$"), "pattern"),
+    (pattern("^(([a-z]{0,20},){0,20};){0,20}$"), "pattern"),
+    (pattern("^" + "[a-z]?" * 60 + "$"), "pattern"),
+    (pattern("^([a-z]?){60}$"), "pattern"),
+    ({"type": "object", "patternProperties": {"^a{0,5000}$": TEXT}}, "pattern"),
+    ({"anyOf": [pattern("a{900}")] * 20}, "characters in all"),
+    ([{"type": "string", "maxLength": number} for number in range(MOST_LENGTHS + 1)], "strings with a length"),
+    ({"enum": ["x" * 1000] * 70}, "64 KiB"),
+    ({"$defs": {"deep": [[{"items": [pattern("a{9999}")]}]]}}, "pattern"),
+]
+
+
+@pytest.mark.parametrize(("schema", "limit"), SLOW)
+def test_a_schema_that_takes_seconds_is_known(schema: Any, limit: str) -> None:
+    told = excess({"json_schema": {"schema": schema}})
+    assert told is not None and limit in told
+    assert excess({"json": json.dumps(schema)}) == told
+
+
+@pytest.mark.parametrize(
+    "grammar", [None, "", [], TICKET, {"json": json.dumps(TICKET)}, {"json": "{no json"}, {"regex": r"\d{4}-\d{2}"}]
+)
+def test_an_ordinary_one_is_within_all_limits(grammar: Any) -> None:
+    assert excess(grammar) is None
+
+
+@pytest.mark.parametrize(
+    ("text", "size"),
+    [
+        ("abc", 3),
+        ("[a-z()]{3}", 3),
+        ("a{2,5}", 5),
+        ("a{,5}", 5),
+        ("a{5,}", 5),
+        ("a{0}", 1),
+        ("(ab){3}c", 7),
+        ("((a{2}b){3}){4}", 36),
+        (r"\(a{2}\)", 4),
+        ("a|b", 2),
+        ("a+b*", 2),
+        ("ab?c", 22),
+        ("(ab?){3}", 63),
+        ("(?:ab)", 3),
+        ("a{x}", 4),
+        ("(((", 0),
+        (")))", 3),
+    ],
+)
+def test_a_pattern_is_as_long_as_its_repetitions_written_out(text: str, size: int) -> None:
+    assert written_out(text) == size
+
+
+@pytest.mark.parametrize(
+    "text", ["a{99999999999999999999}", "(){9999}", "(a|){9999}", "(a{50}){50}?", "(?:a{50})+{50}"]
+)
+def test_no_spelling_hides_a_repetition(text: str) -> None:
+    assert written_out(text) > MOST_ATOMS
+
+
+@given(st.text(alphabet="a()[]{}\\,0123456789|*+?", max_size=60))
+def test_any_text_has_a_length(text: str) -> None:
+    assert written_out(text) >= 0
+
+
+@pytest.mark.parametrize("unit", ["[", "{1", "(", "\\", "((a){9}", "{", "1", "[\\"])
+def test_no_text_takes_long_to_look_at(unit: str) -> None:
+    started = time.perf_counter()
+    written_out((unit * 65_536)[:65_536])
+    assert time.perf_counter() - started < 1
+
+
+NESTED: dict[str, Any] = {}
+for _ in range(5000):
+    NESTED = {"a": NESTED}
+
+
+def test_what_is_nested_too_deeply_is_beyond_a_limit() -> None:
+    assert excess(NESTED) is not None
+
+
+BAD = pattern("a{9999}")
+FUNCTION = {"type": "function", "function": {"name": "f", "parameters": BAD}}
+
+
+@pytest.mark.parametrize(
+    ("route", "fields", "param"),
+    [
+        (Route.CHAT_COMPLETIONS, {"response_format": {"json_schema": {"schema": BAD}}}, "response_format"),
+        (Route.COMPLETIONS, {"structured_outputs": {"regex": "a{9999}"}}, "structured_outputs"),
+        (
+            Route.CHAT_COMPLETIONS,
+            {"structured_outputs": {"structural_tag": json.dumps({"x": BAD})}},
+            "structured_outputs",
+        ),
+        (Route.CHAT_COMPLETIONS, {"structured_outputs": {"grammar": "x" * 70_000}}, "structured_outputs"),
+        (Route.CHAT_COMPLETIONS, {"tools": [FUNCTION], "tool_choice": "required"}, "tools"),
+        (Route.CHAT_COMPLETIONS, {"tools": [FUNCTION], "tool_choice": {"type": "function"}}, "tools"),
+        (Route.CHAT_COMPLETIONS, {"tools": [{"function": {"strict": True, "parameters": BAD}}]}, "tools"),
+        (Route.RESPONSES, {"text": {"format": {"type": "json_schema", "schema": BAD}}}, "text.format"),
+        (Route.RESPONSES, {"tools": [{"type": "function", "parameters": BAD, "strict": True}]}, "tools"),
+        (Route.RESPONSES, {"tools": [{"type": "namespace", "tools": [{"strict": 1, "parameters": BAD}]}]}, "tools"),
+        (Route.MESSAGES, {"output_config": {"format": {"schema": BAD}}}, "output_config.format"),
+        (Route.MESSAGES, {"tools": [{"input_schema": BAD}], "tool_choice": {"type": "any"}}, "tools"),
+    ],
+)
+def test_every_field_with_a_grammar_is_looked_at(route: Route, fields: dict[str, Any], param: str) -> None:
+    refusal = find_refusal(fields, route)
+    assert refusal is not None and refusal.param == param
+
+
+@pytest.mark.parametrize(
+    ("route", "fields"),
+    [
+        (Route.CHAT_COMPLETIONS, {"tools": [FUNCTION]}),
+        (Route.CHAT_COMPLETIONS, {"tools": [FUNCTION], "tool_choice": "auto"}),
+        (Route.CHAT_COMPLETIONS, {"tools": [FUNCTION], "tool_choice": "none"}),
+        (Route.MESSAGES, {"tools": [{"input_schema": BAD}], "tool_choice": {"type": "auto"}}),
+        (Route.RESPONSES, {"text": "a{9999}", "tools": "none"}),
+    ],
+)
+def test_tools_that_may_be_called_make_no_grammar(route: Route, fields: dict[str, Any]) -> None:
+    assert find_refusal(fields, route) is None
