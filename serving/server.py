@@ -28,6 +28,7 @@ from svc.settings import Settings
 from svc.store.desired import Desired
 from svc.version import Target
 
+_SEND_BUFFER_BYTES = 128 * 1024
 _GRACE_S = 30  # running answers may end after SIGTERM
 _IMPORTED_S = 60  # whether MLflow answers or not
 
@@ -58,6 +59,8 @@ def claim(settings: Settings) -> Iterator[Claim]:
 def _bind(host: str, port: int) -> socket.socket:
     listener = socket.socket(address_family(host), socket.SOCK_STREAM)
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    # Connections inherit it. The kernel would take megabytes of each answer, and nobody could tell who reads slowly.
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _SEND_BUFFER_BYTES)
     try:
         listener.bind((host, port))
         listener.listen()  # a port is only taken by who listens

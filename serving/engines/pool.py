@@ -16,6 +16,7 @@ import httpx
 
 from serving.admission import Admission, EngineUnavailableError
 from serving.engines.replica import LoadedWeights, Replica
+from serving.engines.transport import EngineDiedError
 from serving.router import Router
 from serving.telemetry.engine_metrics import EngineSource
 from serving.telemetry.metrics import GatewayMetrics
@@ -147,7 +148,11 @@ class EnginePool:
         engine, served = min(able, key=lambda pair: pair[0].running)
         assert served is not None  # noqa: S101 - chosen so
         with engine.occupied():
-            yield Lease(engine.http, served)
+            try:
+                yield Lease(engine.http, served)
+            except EngineDiedError:
+                engine.suspect()
+                raise
 
     def sources(self) -> list[EngineSource]:
         """The engines whose metrics can be asked for, those that were replaced among them."""

@@ -7,7 +7,7 @@ import asyncio
 import logging
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -76,6 +76,7 @@ class Replica:
         self._idle.set()
         self.state = EngineState.STOPPED
         self.weights = NO_WEIGHTS
+        self._suspected = asyncio.Event()
         self.target: Target | None = None
         self.why = "it did not start"
 
@@ -248,6 +249,16 @@ class Replica:
             starting.cancel()
             await asyncio.gather(starting, return_exceptions=True)
 
+    def suspect(self) -> None:
+        """A request has found it dead: its health is checked now, so that the next request is told at once."""
+        self._suspected.set()
+
+    async def _next_check(self) -> None:
+        with suppress(TimeoutError):
+            async with asyncio.timeout(_HEALTH_S):
+                await self._suspected.wait()
+        self._suspected.clear()
+
     async def died(self) -> str:
         """Returns why, when the engine has died."""
         engine = self._started
@@ -255,10 +266,17 @@ class Replica:
         answered = time.monotonic()
         try:
             while True:
-                done, _ = await asyncio.wait({ended}, timeout=_HEALTH_S)
-                if done:
+                check = asyncio.create_task(self._next_check())
+                try:
+                    await asyncio.wait({ended, check}, return_when=asyncio.FIRST_COMPLETED)
+                finally:
+                    check.cancel()
+                if ended.done():
                     return f"it ended with code {ended.result()}"
-                if await engine.client.health() is not Health.BAD:
+                health = await engine.client.health()
+                if health is Health.DEAD:
+                    return "its engine core is dead"
+                if health is not Health.BAD:
                     answered = time.monotonic()
                 elif (silent_s := time.monotonic() - answered) >= _UNHEALTHY_S:
                     return f"no answer to health checks for {silent_s:.0f} s"

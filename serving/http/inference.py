@@ -10,13 +10,13 @@ a client does not take at once waits for it in a buffer (serving.http.delivery),
 import asyncio
 import time
 from collections.abc import Callable
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Protocol
 
 import httpx
-from starlette.types import ASGIApp, Receive, Scope, Send
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from serving.admission import Admission, EngineUnavailableError
 from serving.engines.pool import Lease
@@ -26,7 +26,7 @@ from serving.http.delivery import AnswerBuffers, ClientSlowError, Delivery
 from serving.http.disconnect import disconnected, while_connected
 from serving.http.errors import ApiError, api_error
 from serving.protocols.error_code import ErrorCode
-from serving.protocols.request import ClientGoneError, CompletionRequest, parse_request, read_body
+from serving.protocols.request import ClientGoneError, CompletionRequest, discard_body, parse_request, read_body
 from serving.protocols.route import Route
 from serving.protocols.server_sent_events import EventSplitter, find_error
 from serving.protocols.wire_formats import Usage, wire_format
@@ -39,6 +39,8 @@ from svc.store.requests import RequestRecord
 from svc.version import Target
 
 _EVENT_STREAM = "text/event-stream"
+_UNREAD_BODY = frozenset({ErrorCode.BODY_TOO_LARGE, ErrorCode.UNSUPPORTED_MEDIA_TYPE})
+_DISCARDED_BYTES = 64 * 2**20
 
 
 class Leases(Protocol):
@@ -232,12 +234,29 @@ class Exchange:
         self._failed(error.code)
         if not self.begun:
             self._status = error.status
-            await error.response()(self._scope, _no_receive, self._asgi_send)
+            if error.code in _UNREAD_BODY:
+                await self._answer_and_read_on(error, receive)
+            else:
+                await error.response()(self._scope, _no_receive, self._asgi_send)
             return
         try:
             await self._delivery.send_last(self.format.error_event(error.body()))
         except ClientSlowError:
             await self._cut_off(receive)
+
+    async def _answer_and_read_on(self, error: ApiError, receive: Receive) -> None:
+        """Answers, and takes the rest of the body: a connection that is closed before its client has sent all takes
+        the answer with it."""
+
+        async def send(message: Message) -> None:
+            more = {"more_body": True} if message["type"] == "http.response.body" else {}
+            await self._asgi_send({**message, **more})
+
+        await error.response()(self._scope, _no_receive, send)
+        with suppress(ClientGoneError, TimeoutError):
+            async with asyncio.timeout(self._gateway.settings.body_timeout_s):
+                await discard_body(receive, most=_DISCARDED_BYTES)
+        await self._asgi_send({"type": "http.response.body", "body": b"", "more_body": False})
 
     async def _cut_off(self, receive: Receive) -> None:
         """Ends the connection of a client that would not read its end either."""

@@ -129,6 +129,21 @@ async def _receive_all(receive: Receive, max_bytes: int) -> bytes:
             return b"".join(parts)
 
 
+async def discard_body(receive: Receive, *, most: int) -> None:
+    """Reads what is left of a body, up to `most` bytes.
+
+    Raises:
+        ClientGoneError: the client left before the end.
+    """
+    more = True
+    while more and most > 0:
+        message = await receive()
+        if message["type"] == "http.disconnect":
+            raise ClientGoneError
+        most -= len(message.get("body", b""))
+        more = message.get("more_body", False)
+
+
 def _too_large(max_bytes: int) -> BodyTooLargeError:
     return BodyTooLargeError("the request body is too large", expected=f"at most {max_bytes} bytes")
 

@@ -25,7 +25,7 @@ from serving.engines.verification import Verification
 from serving.rollout.swap_plan import Report, SwapPlanner
 from serving.router import Router
 from svc.engine.state import EngineState
-from svc.engine.vllm.client import Health
+from svc.engine.vllm.client import DOWN
 from svc.errors import EngineError, ProbeError, SvcError
 from svc.store.swaps import SwapKind, SwapOutcome, SwapResult
 from svc.version import Target
@@ -193,7 +193,7 @@ class Swap:
                 await self._drain(engine)
             except EngineError as error:
                 # Where requests run still, an engine that hangs is found by the pool, which is more patient.
-                if not isinstance(error, RequestsRunError) and await engine.client.health() is Health.BAD:
+                if not isinstance(error, RequestsRunError) and await engine.client.health() in DOWN:
                     return await self._replace_engine(change, engine), str(error)
                 engine.enter(EngineState.READY)
                 raise

@@ -78,6 +78,11 @@ class Instance:
             for process in group(engine):
                 process.kill()
 
+    def process(self) -> psutil.Process:
+        """The server's."""
+        assert self._process is not None
+        return psutil.Process(self._process.pid)
+
     def engines(self) -> list[psutil.Process]:
         """vLLM's first processes, by replica."""
         found = [find_engine(folder) for folder in state_folders(self.home).values()]

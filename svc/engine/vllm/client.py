@@ -39,8 +39,14 @@ class Health(Enum):
 
     GOOD = auto()
     BAD = auto()
+    """No answer, or one that says nothing."""
+    DEAD = auto()
+    """It says itself that its core is dead, and ends some seconds later."""
     UNKNOWN = auto()
     """We could not ask: this process, or the machine, has no descriptor left."""
+
+
+DOWN = frozenset({Health.BAD, Health.DEAD})
 
 
 @dataclass(frozen=True, slots=True)
@@ -135,7 +141,8 @@ class EngineClient:
             answer = await self._http.get("/health", timeout=5.0)
         except httpx.HTTPError as error:
             return Health.UNKNOWN if _no_descriptor(error) else Health.BAD
-        return Health.GOOD if answer.status_code == httpx.codes.OK else Health.BAD
+        found = {httpx.codes.OK: Health.GOOD, httpx.codes.SERVICE_UNAVAILABLE: Health.DEAD}
+        return found.get(httpx.codes(answer.status_code), Health.BAD)
 
     async def healthy(self) -> bool:
         """Whether it is known to be well."""

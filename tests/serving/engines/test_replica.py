@@ -139,6 +139,21 @@ async def test_silence_is_a_death_after_its_time(make: Make, monkeypatch: pytest
     await control.replica.stop()
 
 
+@pytest.mark.parametrize("health_s", [0.05, 60.0], ids=["at the next check", "at once, where a request found it"])
+async def test_an_engine_that_says_its_core_is_dead_is_believed(
+    control: Control, monkeypatch: pytest.MonkeyPatch, health_s: float
+) -> None:
+    monkeypatch.setattr("serving.engines.replica._HEALTH_S", health_s)
+    died = asyncio.create_task(control.replica.died())
+    await asyncio.sleep(0.01)
+    control.park.engines[0].double.dead = True
+    if health_s > 1:
+        control.replica.suspect()
+    async with asyncio.timeout(2):
+        await died
+    assert control.replica.state is not EngineState.READY
+
+
 async def test_an_engine_that_we_cannot_ask_is_not_taken_for_dead(
     control: Control, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -13,7 +13,7 @@ from tests.serving.engine_double import Fault, running_engine
 from tests.serving.service import CHAT, NAME, TWO, Service, closed
 
 CHAT_PATH = "/v1/chat/completions"
-MANY = 20_000
+MANY = 6_000
 """Tokens; more bytes than the buffers between here and there hold."""
 STREAM = {**CHAT, "stream": True}
 COMPLETION = {"model": NAME, "prompt": "one two three"}
@@ -190,6 +190,12 @@ class TestRefusals:
             for content in (b" " * 2000, parts()):
                 answer = await client.post(CHAT_PATH, content=content, headers=headers)
                 assert (answer.status_code, error_of(answer)["code"]) == (413, "body_too_large")
+
+    async def test_who_sends_a_large_body_to_its_end_reads_why_it_was_refused(self, socket_folder: Path) -> None:
+        """As OpenAI's client does, which reads nothing before."""
+        async with Service(socket_folder, max_body_bytes=1024).run() as service, service.socket_client() as client:
+            answer = await client.post(CHAT_PATH, content=b" " * 2**22, headers={"content-type": "application/json"})
+            assert (answer.status_code, error_of(answer)["code"]) == (413, "body_too_large")
 
     async def test_more_than_may_run_and_more_than_may_wait(self, socket_folder: Path) -> None:
         service = Service(socket_folder, max_running=1, max_queued=1, queue_timeout_s=0.2)
@@ -384,7 +390,7 @@ class TestClientsThatLeave:
 class TestLargeAnswers:
     async def test_one_over_the_limit_is_refused(self, socket_folder: Path) -> None:
         async with Service(socket_folder, max_answer_bytes=64 * 1024).run() as service, service.client() as client:
-            service.double.tokens = MANY
+            service.double.tokens = 20_000
             answer = await client.post(CHAT_PATH, json=CHAT)
             assert (answer.status_code, error_of(answer)["code"]) == (400, "answer_too_large")
             assert service.gateway_buffers.used == 0
@@ -396,7 +402,7 @@ class TestLargeAnswers:
 
     async def test_more_than_may_wait_of_all_is_refused(self, socket_folder: Path) -> None:
         async with Service(socket_folder, max_buffered_bytes=64 * 1024).run() as service, service.client() as client:
-            service.double.tokens = MANY
+            service.double.tokens = 20_000
             answer = await client.post(CHAT_PATH, json=CHAT)
             assert (answer.status_code, error_of(answer)["code"]) == (429, "overloaded")
 

@@ -201,7 +201,7 @@ async def test_a_dead_engine_is_started_again_and_clients_are_told(make: Make) -
     assert len(control.park.engines) == 2
     assert control.pool.restarts == 1
     assert control.sample("svc_engine_restarts_total") == 1
-    assert control.reconciler.last_error is not None and "ended with code" in control.reconciler.last_error
+    assert control.reconciler.last_error is not None and "replica 0 died" in control.reconciler.last_error
 
 
 async def test_an_engine_that_does_not_come_back_is_failed_and_tried_again(control: Control) -> None:
