@@ -45,7 +45,7 @@ test: $(READY) $(PROMETHEUS)
 	$(BIN)/pytest -m "not matrix and not soak" --ignore tests/e2e -n auto --dist loadfile
 	$(BIN)/pytest -m "not matrix and not soak" tests/e2e
 
-# What is killed when, on the real engine: about half an hour. Then other examples than the fast tests try each time.
+# What is killed when, and every method, family and template, on the real engine. Then other examples than the fast tests try each time.
 test-matrix: $(READY) $(PROMETHEUS)
 	$(BIN)/pytest -m matrix
 	$(BIN)/pytest -m "not slow and not matrix and not soak" --hypothesis-profile=random -n auto --dist worksteal

@@ -139,7 +139,7 @@ class EnginePool:
             EngineUnavailableError: no engine takes requests now.
         """
         wanted = self._router.resolve(model)
-        able = [(engine, engine.target) for engine in self.ready]
+        able = [(engine, engine.target) for engine in self.ready if not engine.suspected]
         able = [(engine, served) for engine, served in able if served and wanted in (None, served.version)]
         if without is not None:
             able = [(engine, served) for engine, served in able if engine.http is not without.http]

@@ -6,10 +6,11 @@ Decides nothing: what to load, and what to do after a death, is the reconciler's
 import asyncio
 import logging
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Coroutine, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, TypeVar
 
 import httpx
 
@@ -19,9 +20,12 @@ from svc.engine.state import EngineState
 from svc.engine.vllm.client import EngineClient, Health
 from svc.engine.vllm.plan import EnginePlan
 from svc.engine.vllm.startup_phase import EnginePhase
+from svc.errors import EngineError
 from svc.version import Target
 
 log = logging.getLogger(__name__)
+
+Result = TypeVar("Result")
 
 _HEALTH_S = 2.0
 _UNHEALTHY_S = 30.0
@@ -145,6 +149,8 @@ class Replica:
         """Shows a state to the pool, which decides who may enter."""
         if state is EngineState.READY and self.state is not EngineState.DRAINING:  # as where a swap was given up early
             self.weights = LoadedWeights(fresh=self.state is EngineState.STARTING)
+        if state is EngineState.READY:
+            self._suspected.clear()  # that was the engine before
         self.state = state
         self._on_change(self)
 
@@ -215,8 +221,8 @@ class Replica:
         Raises:
             EngineError: the engine did not take them; it counts as dead.
         """
-        await self.client.reload_weights(folder)
-        await self.client.reset_prefix_cache()
+        await self.unless_dead(self.client.reload_weights(folder))
+        await self.unless_dead(self.client.reset_prefix_cache())
 
     async def verify(self, target: Target, *, fresh: bool = False) -> str:
         """Checks by probes that the engine holds a version, and remembers it, also for a server that comes after.
@@ -230,7 +236,7 @@ class Replica:
         Raises:
             ProbeError: it runs other weights, or an engine that ran before cannot be told to hold these.
         """
-        found = await self._verification.probes(self.client, target, fresh=fresh)
+        found = await self.unless_dead(self._verification.probes(self.client, target, fresh=fresh))
         self.target = target
         try:
             await self._started.record(str(target))
@@ -250,14 +256,18 @@ class Replica:
             await asyncio.gather(starting, return_exceptions=True)
 
     def suspect(self) -> None:
-        """A request has found it dead: its health is checked now, so that the next request is told at once."""
+        """A request has found it dead: its health is checked now, and it takes no more until that is known."""
         self._suspected.set()
+
+    @property
+    def suspected(self) -> bool:
+        """Whether a request has found it dead, and its health was not checked since."""
+        return self._suspected.is_set()
 
     async def _next_check(self) -> None:
         with suppress(TimeoutError):
             async with asyncio.timeout(_HEALTH_S):
                 await self._suspected.wait()
-        self._suspected.clear()
 
     async def died(self) -> str:
         """Returns why, when the engine has died."""
@@ -274,14 +284,33 @@ class Replica:
                 if ended.done():
                     return f"it ended with code {ended.result()}"
                 health = await engine.client.health()
+                self._suspected.clear()
                 if health is Health.DEAD:
-                    return "its engine core is dead"
+                    return "its core is dead, or it takes no connection any more"
                 if health is not Health.BAD:
                     answered = time.monotonic()
                 elif (silent_s := time.monotonic() - answered) >= _UNHEALTHY_S:
                     return f"no answer to health checks for {silent_s:.0f} s"
         finally:
             ended.cancel()
+
+    async def unless_dead(self, work: Coroutine[Any, Any, Result]) -> Result:
+        """What we ask of the engine. vLLM's front, when its core is dead, waits for its last answers before it ends,
+        and an answer of the core never comes: both would wait for each other.
+
+        Raises:
+            EngineError: it died meanwhile.
+        """
+        working, dying = asyncio.create_task(work), asyncio.create_task(self.died())
+        try:
+            await asyncio.wait({working, dying}, return_when=asyncio.FIRST_COMPLETED)
+            if not working.done():
+                raise EngineError(f"the engine died: {dying.result()}", todo="see the engine's log")
+            return working.result()
+        finally:
+            for task in (working, dying):
+                task.cancel()
+            await asyncio.gather(working, dying, return_exceptions=True)
 
     async def stop(self, state: EngineState = EngineState.STOPPED) -> None:
         """Ends the engine, if there is one, and enters a state that admits nobody."""

@@ -26,6 +26,7 @@ from serving.http.delivery import AnswerBuffers, ClientSlowError, Delivery
 from serving.http.disconnect import disconnected, while_connected
 from serving.http.errors import ApiError, api_error
 from serving.protocols.error_code import ErrorCode
+from serving.protocols.outcome import outcome_of
 from serving.protocols.request import ClientGoneError, CompletionRequest, discard_body, parse_request, read_body
 from serving.protocols.route import Route
 from serving.protocols.server_sent_events import EventSplitter, find_error
@@ -177,6 +178,7 @@ class Exchange:
             status=status,
             seconds=seconds,
             reason=self._reason.value if self._reason else None,
+            outcome=outcome_of(self._reason),
             finish_reason=self._finish_reason,
             first_token_seconds=self._first_token_s,
             tokens_in=usage.prompt if usage else None,

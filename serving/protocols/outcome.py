@@ -1,22 +1,7 @@
-"""How a request ended, for the metric of requests: a stream that broke has the status 200 and is no good answer."""
-
-from enum import StrEnum
+"""How a request ended, by the reason of its failure."""
 
 from serving.protocols.error_code import ErrorCode
-
-
-class Outcome(StrEnum):
-    """`outcome` in svc_requests_total."""
-
-    COMPLETE = "complete"
-    REFUSED = "refused"
-    """Answered with an error, and not begun: the client's mistake, or no place for it now."""
-    CLIENT_GONE = "client_gone"
-    CLIENT_SLOW = "client_slow"
-    """Cut off, because it took too little of its answer."""
-    ENGINE_ERROR = "engine_error"
-    SERVER_ERROR = "server_error"
-
+from svc.store.requests import Outcome
 
 _OUTCOMES = {
     ErrorCode.CLIENT_GONE: Outcome.CLIENT_GONE,

@@ -236,7 +236,7 @@ class Swap:
         except TimeoutError:
             after = f"after {self._drain_timeout_s:g} s (serve.drain_timeout_s)"
             raise RequestsRunError(f"{engine.running} requests still ran {after}") from None
-        await engine.client.reset_prefix_cache()
+        await engine.unless_dead(engine.client.reset_prefix_cache())
         await engine.clear()
 
     async def _reload(self, change: _Change, engine: Replica) -> tuple[SwapOutcome, str | None]:

@@ -11,13 +11,13 @@ from collections.abc import Callable, Sequence
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
 from serving.protocols.error_code import ErrorCode
-from serving.protocols.outcome import Outcome, outcome_of
+from serving.protocols.outcome import outcome_of
 from serving.protocols.route import Route
 from serving.protocols.wire_formats import Usage
 from serving.telemetry.quantiles import VersionQuantiles
 from svc.engine.state import EngineState
 from svc.store.feedback import Rating
-from svc.store.requests import Dropped
+from svc.store.requests import Dropped, Outcome
 from svc.store.swaps import SwapOutcome, SwapResult
 from svc.version import Target, VersionId
 

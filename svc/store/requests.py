@@ -19,6 +19,19 @@ _KEPT_SHARE = 0.9  # of the size limit after a pruning, so that not each one has
 _DELETED_TOGETHER = 2_000  # rows in one transaction: no other writer waits long for it
 
 
+class Outcome(StrEnum):
+    """How a request ended: a stream that broke has the status 200 and is no good answer."""
+
+    COMPLETE = "complete"
+    REFUSED = "refused"
+    """Answered with an error, and not begun: the client's mistake, or no place for it now."""
+    CLIENT_GONE = "client_gone"
+    CLIENT_SLOW = "client_slow"
+    """Cut off, because it took too little of its answer."""
+    ENGINE_ERROR = "engine_error"
+    SERVER_ERROR = "server_error"
+
+
 class Dropped(StrEnum):
     """Why a row is not kept, or not all of it."""
 
@@ -51,6 +64,7 @@ class RequestRecord:
         answer: only where content is kept: text of the first choice; redacted.
         temperature: as the client sent it; None where it did not, or sent no number.
         max_tokens: the longest answer that the client asked for, likewise.
+        outcome: how it ended; None in rows of older releases.
     """
 
     request_id: str
@@ -72,6 +86,7 @@ class RequestRecord:
     temperature: float | None = None
     max_tokens: int | None = None
     client_request_id: str | None = None
+    outcome: Outcome | None = None
 
     @property
     def bytes(self) -> int:

@@ -120,6 +120,7 @@ class RequestRow(Table):
     max_tokens: Mapped[int | None]
     logprob: Mapped[float | None]
     client_request_id: Mapped[str | None]
+    outcome: Mapped[str | None]
 
 
 class FeedbackRow(Table):

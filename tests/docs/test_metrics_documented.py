@@ -18,7 +18,6 @@ from monitoring.exporter.server_page import ServerPage
 from monitoring.exporter.training import TrainingMetrics
 from monitoring.exporter.versions import BASE, VersionMetrics
 from serving.protocols.error_code import ErrorCode
-from serving.protocols.outcome import Outcome
 from serving.telemetry.machine_metrics import add_machine_metrics
 from serving.telemetry.metrics import _NOT_COMPLETIONS, GatewayMetrics
 from svc.engine.state import EngineState
@@ -28,7 +27,7 @@ from svc.settings import EngineSettings, Settings
 from svc.store.database import open_database
 from svc.store.feedback import Rating
 from svc.store.holdouts import HoldoutOutcome
-from svc.store.requests import Dropped
+from svc.store.requests import Dropped, Outcome
 from svc.store.swaps import SwapOutcome
 from svc.version import Format
 from tests.svc.engine.devices import AVX512

@@ -84,9 +84,13 @@ class Instance:
         return psutil.Process(self._process.pid)
 
     def engines(self) -> list[psutil.Process]:
-        """vLLM's first processes, by replica."""
-        found = [find_engine(folder) for folder in state_folders(self.home).values()]
-        return [engine for engine in found if engine is not None]
+        """vLLM's first processes, in the order of their replicas."""
+        return list(self.engines_by_replica().values())
+
+    def engines_by_replica(self) -> dict[int, psutil.Process]:
+        """The same, each with its replica's number."""
+        found = {number: find_engine(folder) for number, folder in state_folders(self.home).items()}
+        return {number: engine for number, engine in found.items() if engine is not None}
 
     def status(self) -> Any:
         """What the server says of itself."""

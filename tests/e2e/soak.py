@@ -47,6 +47,19 @@ _WRONG: tuple[tuple[str, bytes, str], ...] = (
 )
 
 
+@dataclass(frozen=True)
+class Failure:
+    """An error that a good client got.
+
+    Attributes:
+        began, ended: monotonic times, seconds.
+    """
+
+    code: str
+    began: float
+    ended: float
+
+
 @dataclass
 class Tally:
     """What all clients saw.
@@ -56,7 +69,7 @@ class Tally:
         running: requests of good clients that are under way.
         complete: good answers, by version.
         mixed: answers that are not those of the version that their header names.
-        errors: when each other answer came, and its code.
+        errors: all other answers.
         refused: statuses of wrong requests.
         slow: how connections that read or send slowly ended.
     """
@@ -65,7 +78,7 @@ class Tally:
     running: int = 0
     complete: Counter[str] = field(default_factory=Counter)
     mixed: list[str] = field(default_factory=list)
-    errors: list[tuple[float, str]] = field(default_factory=list)
+    errors: list["Failure"] = field(default_factory=list)
     refused: Counter[int] = field(default_factory=Counter)
     slow: Counter[str] = field(default_factory=Counter)
     feedback: Counter[int] = field(default_factory=Counter)
@@ -77,9 +90,9 @@ class Tally:
         if self.expected[version][prompt] != text:
             self.mixed.append(f"{version}, prompt {prompt}: {text!r}")
 
-    def failed(self, code: str) -> None:
-        """An error."""
-        self.errors.append((time.monotonic(), code))
+    def failed(self, code: str, began: float) -> None:
+        """An error, of a request that was sent then."""
+        self.errors.append(Failure(code, began, time.monotonic()))
 
 
 @dataclass(frozen=True)
@@ -109,23 +122,23 @@ class Clients:
     async def _again(
         self, ask: Callable[[httpx.AsyncClient], Awaitable[None]], http: httpx.AsyncClient, end: float
     ) -> None:
-        while time.monotonic() < end:
+        while (began := time.monotonic()) < end:
             try:
                 await ask(http)
             except (httpx.TransportError, OSError, asyncio.IncompleteReadError) as error:
-                self.tally.failed(f"connection: {error!r}")
+                self.tally.failed(f"connection: {error!r}", began)
             await asyncio.sleep(random.uniform(0.0, 0.2))
 
     async def _stream(self, http: httpx.AsyncClient) -> None:
         prompt = random.randrange(len(self.prompts))
-        with self._counted():
+        with self._counted() as began:
             async with http.stream("POST", CHAT, json=self._body(prompt, stream=True)) as answer:
                 lines = [line async for line in answer.aiter_lines() if line]
         if answer.status_code != 200:
-            self._refused(json.loads(lines[0]), answer.status_code)
+            self._refused(json.loads(lines[0]), answer.status_code, began)
             return
         if lines[-1] != "data: [DONE]":
-            self._refused(json.loads(lines[-1].removeprefix("data: ")), 200)
+            self._refused(json.loads(lines[-1].removeprefix("data: ")), 200, began)
             return
         chunks = [json.loads(line.removeprefix("data: ")) for line in lines[:-1]]
         text = "".join(chunk["choices"][0]["delta"].get("content") or "" for chunk in chunks)
@@ -133,10 +146,10 @@ class Clients:
 
     async def _whole(self, http: httpx.AsyncClient) -> None:
         prompt = random.randrange(len(self.prompts))
-        with self._counted():
+        with self._counted() as began:
             answer = await http.post(CHAT, json=self._body(prompt, stream=False))
         if answer.status_code != 200:
-            self._refused(answer.json(), answer.status_code)
+            self._refused(answer.json(), answer.status_code, began)
             return
         self._good(answer, prompt, answer.json()["choices"][0]["message"]["content"])
 
@@ -232,16 +245,17 @@ class Clients:
         if len(self.tally.ids) < 100:
             self.tally.ids.append(answer.headers["x-request-id"])
 
-    def _refused(self, answer: dict[str, Any], status: int) -> None:
-        self.tally.failed(str((answer.get("error") or {}).get("code", status)))
+    def _refused(self, answer: dict[str, Any], status: int, began: float) -> None:
+        self.tally.failed(str((answer.get("error") or {}).get("code", status)), began)
 
 
 @dataclass
 class _Running:
     tally: Tally
 
-    def __enter__(self) -> None:
+    def __enter__(self) -> float:
         self.tally.running += 1
+        return time.monotonic()
 
     def __exit__(self, *_: object) -> None:
         self.tally.running -= 1

@@ -234,12 +234,14 @@ def test_prometheus_counts_what_the_clients_got(watched: Watched) -> None:
 
 
 def test_every_request_has_a_row_that_agrees_with_the_counters(watched: Watched) -> None:
-    rows = select(RequestRow.number, RequestRow.status, func.count()).group_by(RequestRow.number, RequestRow.status)
+    columns = (RequestRow.number, RequestRow.status, RequestRow.outcome)
+    rows = select(*columns, func.count()).group_by(*columns)
     with Session(open_database(watched.server.home)) as session:
-        kept = {(str(number or ""), str(status)): count for number, status, count in session.execute(rows)}
+        kept = {(str(number or ""), str(status), how): count for number, status, how, count in session.execute(rows)}
+    labels = ("version", "status", "outcome")
     counted = {
-        (series["metric"].get("version", ""), series["metric"]["status"]): float(series["value"][1])
-        for series in watched.ask("sum by (version, status) (svc_requests_total)")
+        tuple(series["metric"].get(label, "") for label in labels): float(series["value"][1])
+        for series in watched.ask("sum by (version, status, outcome) (svc_requests_total)")
     }
     assert kept == counted
     assert watched.value("sum(svc_request_log_dropped_total)") == 0

@@ -10,6 +10,7 @@ from examples.load import Load
 from svc.engine.orphans import runs
 from tests.e2e.conftest import PROMPTS, Report
 from tests.e2e.instance import Instance, figures
+from tests.e2e.lag import lag_figure, read_lag
 
 pytestmark = [pytest.mark.slow]
 
@@ -33,7 +34,9 @@ def test_a_rolling_swap_under_load_lets_nobody_wait_and_mixes_nothing(instance: 
     expected = {"tiny@1": instance.answers()}
     with Load(instance.url, "tiny", instance.prompts) as load:
         load.wait_for(16)
+        before = read_lag(instance.url)
         swap = instance.promote("tiny@2")
+        report(lag_figure("rolling", read_lag(instance.url) - before))
         load.wait_for(16)
     expected["tiny@2"] = instance.answers()
     report(figures(load, swap))
@@ -65,7 +68,9 @@ def test_a_blue_green_swap_under_load_lets_nobody_wait(instance: Instance, repor
     old = instance.engines()
     with Load(instance.url, "tiny", instance.prompts, streams=2) as load:
         load.wait_for(4)
+        before = read_lag(instance.url)
         swap = instance.promote("tiny@2", "--format", "merged")
+        report(lag_figure("bluegreen", read_lag(instance.url) - before))
         load.wait_for(4)
     report(figures(load, swap))
     assert (swap["kind"], swap["queued"], load.failed) == ("bluegreen", None, [])

@@ -87,14 +87,14 @@ def test_a_rolling_swap_ends_with_one_version_on_both(
     serving: Instance, expected: dict[str, list[tuple[str, str]]], moment: Moment, killed: Killed, report: Report
 ) -> None:
     serves, outcome = TABLE[moment, killed]
-    engines = dict(enumerate(serving.engines()))
+    engines = serving.engines_by_replica()
     processes = {process for engine in engines.values() for process in group(engine)}
     promotion = serving.try_to_promote(TWO)
     number = changing(serving, moment)
     victims: dict[Killed, Callable[[], list[psutil.Process]]] = {
         Killed.GATEWAY: list,
         Killed.CHANGING: lambda: [core_of(engines[number])],
-        Killed.OTHER: lambda: [core_of(engines[1 - number])],
+        Killed.OTHER: lambda: [core_of(engine) for other, engine in engines.items() if other != number],
         Killed.ALL: lambda: [process for engine in engines.values() for process in group(engine)],
     }
     began = time.monotonic()
@@ -140,13 +140,13 @@ def test_a_server_that_ends_while_it_adopts_loses_no_engine(
 
 
 def changing(instance: Instance, moment: Moment) -> int:
-    """Waits for a moment of a rolling swap; the number of the engine that is being changed."""
+    """Waits for a moment of a rolling swap; the replica that is being changed."""
 
     def found(status: Any) -> list[int]:
         engines = status["engines"]
         other = ONE if moment is Moment.FIRST else TWO
         return [
-            index
+            engine["replica"]
             for index, engine in enumerate(engines)
             if engine["state"] in ("draining", "swapping") and engines[1 - index]["version"] == other
         ]

@@ -41,7 +41,7 @@ class Health(Enum):
     BAD = auto()
     """No answer, or one that says nothing."""
     DEAD = auto()
-    """It says itself that its core is dead, and ends some seconds later."""
+    """It says itself that its core is dead, or listens no more: it will end."""
     UNKNOWN = auto()
     """We could not ask: this process, or the machine, has no descriptor left."""
 
@@ -140,7 +140,7 @@ class EngineClient:
         try:
             answer = await self._http.get("/health", timeout=5.0)
         except httpx.HTTPError as error:
-            return Health.UNKNOWN if _no_descriptor(error) else Health.BAD
+            return _health_by(_errno(error))
         found = {httpx.codes.OK: Health.GOOD, httpx.codes.SERVICE_UNAVAILABLE: Health.DEAD}
         return found.get(httpx.codes(answer.status_code), Health.BAD)
 
@@ -291,11 +291,17 @@ def _reading(path: str) -> Iterator[None]:
         ) from error
 
 
-def _no_descriptor(error: BaseException) -> bool:
-    """Whether it comes of a lack of file descriptors, here or on the whole machine."""
+def _health_by(number: int | None) -> Health:
+    if number in (errno.EMFILE, errno.ENFILE):
+        return Health.UNKNOWN
+    return Health.DEAD if number in (errno.ECONNREFUSED, errno.ENOENT) else Health.BAD
+
+
+def _errno(error: BaseException) -> int | None:
+    """Of the operating system's error behind another one."""
     cause: BaseException | None = error
     while cause is not None:
-        if isinstance(cause, OSError) and cause.errno in (errno.EMFILE, errno.ENFILE):
-            return True
+        if isinstance(cause, OSError) and cause.errno is not None:
+            return cause.errno
         cause = cause.__cause__ or cause.__context__
-    return False
+    return None

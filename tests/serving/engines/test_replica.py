@@ -1,17 +1,21 @@
 """One engine: verified before anybody reaches it, and never left behind."""
 
 import asyncio
+from contextlib import suppress
+from pathlib import Path
 
 import pytest
 
+from serving.admission import EngineUnavailableError
 from serving.engines.replica import NO_WEIGHTS, Replica
+from serving.engines.transport import EngineDiedError
 from svc.engine.state import EngineState
 from svc.engine.vllm.client import Health
 from svc.errors import EngineError, IntegrityError, NotFoundError, ProbeError
 from svc.store.swaps import SwapOutcome
 from tests.serving.control import Control, Make, until
 from tests.serving.engine_park import KILLED
-from tests.serving.versions import make_version, target
+from tests.serving.versions import NAME, make_version, target
 
 
 @pytest.fixture
@@ -128,12 +132,13 @@ async def test_a_death_is_told_with_its_exit_code(control: Control) -> None:
 
 
 async def test_silence_is_a_death_after_its_time(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    async def silent() -> Health:
+        return Health.BAD
+
     monkeypatch.setattr("serving.engines.replica._UNHEALTHY_S", 0.2)
     control = make()
     await control.replica.start(target(1))
-    server = control.park.engines[0]._server
-    assert server is not None
-    server.kill()
+    monkeypatch.setattr(control.replica.client, "health", silent)
     async with asyncio.timeout(2):
         assert "no answer to health checks" in await control.replica.died()
     await control.replica.stop()
@@ -152,6 +157,44 @@ async def test_an_engine_that_says_its_core_is_dead_is_believed(
     async with asyncio.timeout(2):
         await died
     assert control.replica.state is not EngineState.READY
+
+
+async def test_one_that_a_request_found_dead_takes_no_other_until_it_was_asked(
+    control: Control, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = asyncio.Event()
+
+    async def late() -> Health:
+        await asked.wait()
+        return Health.GOOD
+
+    monkeypatch.setattr(control.replica.client, "health", late)
+    with suppress(EngineDiedError), control.pool.lease(NAME):
+        raise EngineDiedError("gone")
+    with pytest.raises(EngineUnavailableError), control.pool.lease(NAME):
+        pass
+    asked.set()
+    async with asyncio.timeout(2):
+        while control.replica.suspected:
+            await asyncio.sleep(0.01)
+    with control.pool.lease(NAME):
+        pass
+
+
+async def test_a_reload_that_a_dead_core_never_answers_is_given_up(
+    control: Control, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """vLLM's front then waits for that answer itself, and does not end."""
+    monkeypatch.setattr("serving.engines.replica._HEALTH_S", 0.05)
+    double = control.park.engines[0].double
+    double.reload_delay_s = 3600
+    control.replica.enter(EngineState.SWAPPING)
+    reloading = asyncio.create_task(control.replica.reload(Path("/models/tuned/2")))
+    await until(lambda: "/collective_rpc" in double.calls)
+    double.dead = True
+    async with asyncio.timeout(2):
+        with pytest.raises(EngineError, match="takes no connection"):
+            await reloading
 
 
 async def test_an_engine_that_we_cannot_ask_is_not_taken_for_dead(

@@ -48,6 +48,12 @@ async def test_a_good_answer(service: Service, client: httpx.AsyncClient, body: 
     assert 0 < row.seconds < 5
 
 
+async def test_a_broken_stream_is_no_good_answer(service: Service, client: httpx.AsyncClient) -> None:
+    service.double.fault = Fault.ERROR_IN_STREAM
+    row = await row_after(service, client, STREAM)
+    assert (row.status, row.reason, row.outcome) == (200, "engine_error", "engine_error")
+
+
 @pytest.mark.parametrize(
     ("sent", "kept"),
     [

@@ -1,0 +1,31 @@
+"""How late a server's event loop wakes up, from its metrics page."""
+
+from collections import Counter
+
+import httpx
+from prometheus_client.parser import text_string_to_metric_families
+
+_BUCKETS = "svc_event_loop_lag_seconds_bucket"
+
+
+def read_lag(url: str) -> Counter[float]:
+    """Wake-ups so far, by the upper bound of how late they were, seconds."""
+    page = httpx.get(f"{url}/metrics", timeout=30, trust_env=False).text
+    samples = [sample for family in text_string_to_metric_families(page) for sample in family.samples]
+    return Counter({float(one.labels["le"]): int(one.value) for one in samples if one.name == _BUCKETS})
+
+
+def lag_figure(what: str, counts: Counter[float]) -> str:
+    """The 50th, 99th and 99.9th percentile, as the bucket that it lies in.
+
+    Args:
+        counts: cumulative, as Prometheus has them; the difference of two readings.
+    """
+    total = counts[float("inf")]
+    bounds = [_bound(counts, share * total) for share in (0.5, 0.99, 0.999)]
+    p50, p99, p999 = (f"{bound * 1000:g}" for bound in bounds)
+    return f"lag of the event loop, {what}: p50 {p50}, p99 {p99}, p99.9 {p999} ms at most, of {total} wake-ups"
+
+
+def _bound(counts: Counter[float], wanted: float) -> float:
+    return next(bound for bound in sorted(counts) if counts[bound] >= wanted)
