@@ -111,7 +111,7 @@ class Swap:
     async def _change_all(self, change: _Change) -> tuple[SwapOutcome, str | None]:
         changed: list[Replica] = []
         for engine in self._pool.alive:
-            if changed and engine.state is not EngineState.READY:
+            if changed and not await _lives(engine):
                 continue  # it died meanwhile: it is started again with what serves then
             outcome, reason, engine = await self._change_one(change, engine)
             if outcome is not SwapOutcome.SUCCEEDED:
@@ -319,6 +319,15 @@ class Swap:
             return False
         change.report(f"a new engine runs {change.current}")
         return True
+
+
+async def _lives(engine: Replica) -> bool:
+    """Whether it takes requests; one whose death was not noticed yet is reported to its watch."""
+    if engine.state is not EngineState.READY:
+        return False
+    if dead := await engine.client.health() in DOWN:
+        engine.suspect()
+    return not dead
 
 
 def _severity(outcome: SwapOutcome) -> int:
