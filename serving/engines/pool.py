@@ -241,7 +241,7 @@ class EnginePool:
         self._metrics.engine_restarted()
 
     async def stop(self, *, leave: bool = False) -> None:
-        """Ends all engines.
+        """Ends all engines, also those of an earlier server that were not adopted yet.
 
         Args:
             leave: those that are ready go on without us, for a server that starts later.
@@ -250,6 +250,8 @@ class EnginePool:
             task.cancel()
         ready = {engine for engine in self.all if leave and engine.state is EngineState.READY}
         await asyncio.gather(*(engine.leave() if engine in ready else engine.stop() for engine in self.all))
+        if not leave:
+            await self.end_orphans()
 
     async def _retire(self, engine: Replica) -> None:
         try:

@@ -91,11 +91,12 @@ def test_a_rolling_swap_ends_with_one_version_on_both(
     processes = {process for engine in engines.values() for process in group(engine)}
     promotion = serving.try_to_promote(TWO)
     number = changing(serving, moment)
+    changed, (other,) = engines[number], [engine for replica, engine in engines.items() if replica != number]
     victims: dict[Killed, Callable[[], list[psutil.Process]]] = {
         Killed.GATEWAY: list,
-        Killed.CHANGING: lambda: [core_of(engines[number])],
-        Killed.OTHER: lambda: [core_of(engine) for other, engine in engines.items() if other != number],
-        Killed.ALL: lambda: [process for engine in engines.values() for process in group(engine)],
+        Killed.CHANGING: lambda: [core_of(changed)],
+        Killed.OTHER: lambda: [core_of(other)],
+        Killed.ALL: lambda: [*group(changed), *group(other)],
     }
     began = time.monotonic()
     for process in victims[killed]():
@@ -103,6 +104,8 @@ def test_a_rolling_swap_ends_with_one_version_on_both(
     if killed in (Killed.GATEWAY, Killed.ALL):
         serving.end(signal.SIGKILL)
         serving.start()
+    else:  # a front whose core is dead ends too: by itself, or by the server, which has noticed then
+        psutil.wait_procs([changed if killed is Killed.CHANGING else other], timeout=60)
     status = serving.until(settled)
     promotion.kill()
     promotion.wait()
