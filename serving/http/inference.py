@@ -40,7 +40,7 @@ from svc.store.requests import RequestRecord
 from svc.version import Target
 
 _EVENT_STREAM = "text/event-stream"
-_UNREAD_BODY = frozenset({ErrorCode.BODY_TOO_LARGE, ErrorCode.UNSUPPORTED_MEDIA_TYPE})
+_BODY_STILL_SENT = frozenset({ErrorCode.BODY_TOO_LARGE, ErrorCode.UNSUPPORTED_MEDIA_TYPE})
 _DISCARDED_BYTES = 64 * 2**20
 
 
@@ -236,7 +236,7 @@ class Exchange:
         self._failed(error.code)
         if not self.begun:
             self._status = error.status
-            if error.code in _UNREAD_BODY:
+            if error.code in _BODY_STILL_SENT:
                 await self._answer_and_read_on(error, receive)
             else:
                 await error.response()(self._scope, _no_receive, self._asgi_send)

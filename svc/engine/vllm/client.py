@@ -141,8 +141,8 @@ class EngineClient:
             answer = await self._http.get("/health", timeout=5.0)
         except httpx.HTTPError as error:
             return _health_by(_errno(error))
-        found = {httpx.codes.OK: Health.GOOD, httpx.codes.SERVICE_UNAVAILABLE: Health.DEAD}
-        return found.get(httpx.codes(answer.status_code), Health.BAD)
+        found: dict[int, Health] = {httpx.codes.OK: Health.GOOD, httpx.codes.SERVICE_UNAVAILABLE: Health.DEAD}
+        return found.get(answer.status_code, Health.BAD)
 
     async def healthy(self) -> bool:
         """Whether it is known to be well."""

@@ -9,7 +9,7 @@ import httpx
 import pytest
 
 from svc.dataset.schema.example import Message, Role
-from svc.engine.vllm.client import EngineClient
+from svc.engine.vllm.client import EngineClient, Health
 from svc.errors import EngineError
 from tests.serving.engine_double import EngineDouble, logprob_of
 from tests.svc.engine.in_process import client_of
@@ -146,6 +146,20 @@ async def test_an_engine_that_answers_is_healthy() -> None:
 async def test_an_engine_whose_core_died_is_not_healthy() -> None:
     async with answering(lambda request: httpx.Response(503)) as client:
         assert not await client.healthy()
+
+
+@pytest.mark.parametrize(
+    ("status", "health"), [(200, Health.GOOD), (503, Health.DEAD), (500, Health.BAD), (599, Health.BAD)]
+)
+async def test_a_health_check_is_read_by_its_status(status: int, health: Health) -> None:
+    """503 is what vLLM says when its core is dead."""
+    async with answering(lambda request: httpx.Response(status)) as client:
+        assert await client.health() is health
+
+
+async def test_an_engine_that_listens_no_more_is_dead(tmp_path: Path) -> None:
+    async with EngineClient.over_socket(tmp_path / "engine.sock", "tuned") as client:
+        assert await client.health() is Health.DEAD
 
 
 async def test_no_engine_is_not_healthy(tmp_path: Path) -> None:
