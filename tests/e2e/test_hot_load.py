@@ -2,6 +2,7 @@
 
 import signal
 from collections.abc import Iterator
+from contextlib import closing
 from pathlib import Path
 
 import pytest
@@ -21,13 +22,10 @@ PORT = 8944
 def instance(home: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Instance]:
     """A server with two engines; version 1 serves."""
     folder = tmp_path_factory.mktemp("hot-load") / "home"
-    instance = Instance(home, folder, PORT, PROMPTS, SVC_ENGINE__REPLICAS="2")
-    try:
+    with closing(Instance(home, folder, PORT, PROMPTS, SVC_ENGINE__REPLICAS="2")) as instance:
         instance.start("tiny@1")
         instance.until(lambda status: [engine["state"] for engine in status["engines"]] == ["ready", "ready"])
         yield instance
-    finally:
-        instance.close()
 
 
 def test_a_rolling_swap_under_load_lets_nobody_wait_and_mixes_nothing(instance: Instance, report: Report) -> None:

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import time
 from collections.abc import Callable, Iterator
+from contextlib import closing
 from enum import Enum
 from pathlib import Path
 from typing import Any
@@ -83,12 +84,9 @@ TABLE: dict[Moment, Row] = {
 @pytest.fixture(scope="module")
 def instance(home: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Instance]:
     """A server with one engine, and what each version answers in each format."""
-    instance = Instance(home, tmp_path_factory.mktemp("kill") / "home", PORT, PROMPTS)
-    try:
+    with closing(Instance(home, tmp_path_factory.mktemp("kill") / "home", PORT, PROMPTS)) as instance:
         instance.start("tiny@1")
         yield instance
-    finally:
-        instance.close()
 
 
 @pytest.fixture(scope="module")

@@ -3,6 +3,7 @@
 import signal
 import time
 from collections.abc import Callable, Iterator
+from contextlib import closing
 from enum import Enum
 from pathlib import Path
 from typing import Any
@@ -55,13 +56,10 @@ TABLE: dict[tuple[Moment, Killed], tuple[str, SwapOutcome]] = {
 def instance(home: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Instance]:
     """A server with two engines."""
     folder = tmp_path_factory.mktemp("kill-replicas") / "home"
-    instance = Instance(home, folder, PORT, PROMPTS, SVC_ENGINE__REPLICAS="2")
-    try:
+    with closing(Instance(home, folder, PORT, PROMPTS, SVC_ENGINE__REPLICAS="2")) as instance:
         instance.start("tiny@1")
         instance.until(settled)
         yield instance
-    finally:
-        instance.close()
 
 
 @pytest.fixture(scope="module")

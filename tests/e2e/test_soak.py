@@ -8,6 +8,7 @@ import os
 import time
 from collections import Counter
 from collections.abc import Iterator
+from contextlib import closing
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -108,12 +109,9 @@ async def sample(instance: Instance, watched: Watched, end: float) -> None:
 @pytest.fixture(scope="module")
 def instance(home: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Instance]:
     """A server with one engine, and version 1."""
-    instance = Instance(home, tmp_path_factory.mktemp("soak") / "home", PORT, PROMPTS)
-    try:
+    with closing(Instance(home, tmp_path_factory.mktemp("soak") / "home", PORT, PROMPTS)) as instance:
         instance.start("tiny@1")
         yield instance
-    finally:
-        instance.close()
 
 
 @pytest.fixture(scope="module")

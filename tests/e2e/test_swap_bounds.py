@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -22,12 +23,9 @@ MAX_QUEUED = 2
 def instance(home: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Instance]:
     """A server with narrow bounds; version 1 serves."""
     bounds = {"SVC_SERVE__DRAIN_TIMEOUT_S": str(DRAIN_S), "SVC_SERVE__MAX_QUEUED": str(MAX_QUEUED)}
-    instance = Instance(home, tmp_path_factory.mktemp("bounds") / "home", PORT, PROMPTS, **bounds)
-    try:
+    with closing(Instance(home, tmp_path_factory.mktemp("bounds") / "home", PORT, PROMPTS, **bounds)) as instance:
         instance.start("tiny@1")
         yield instance
-    finally:
-        instance.close()
 
 
 def ask(instance: Instance, tokens: int) -> httpx.Response:
