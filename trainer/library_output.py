@@ -36,7 +36,14 @@ class _LogLines(io.TextIOBase):
 def library_output_to_log() -> Iterator[None]:
     """Inside, stdout is this module's logger; progress, which goes to stderr, is not touched.
 
+    The root logger is afterwards as it was: tokenicer, which gptqmodel imports, has it print what every library logs.
     Enter it after a progress display: rich puts its own stdout in place when it starts.
     """
-    with redirect_stdout(_LogLines()):
-        yield
+    root = logging.getLogger()
+    level, handlers = root.level, root.handlers[:]
+    try:
+        with redirect_stdout(_LogLines()):
+            yield
+    finally:
+        root.setLevel(level)
+        root.handlers[:] = handlers
