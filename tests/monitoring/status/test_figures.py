@@ -39,8 +39,8 @@ def test_requests_of_all_routes_and_statuses_are_added_up(traffic: GatewayMetric
     traffic.request_ended(ONE, Route.CHAT_COMPLETIONS, 200, 0.1)
     traffic.request_ended(ONE, Route.CHAT_COMPLETIONS, 200, 0.1)
     traffic.request_ended(ONE, Route.COMPLETIONS, 200, 0.1)
-    traffic.request_ended(ONE, Route.CHAT_COMPLETIONS, 400, 0.1)
-    traffic.request_ended(ONE, Route.CHAT_COMPLETIONS, 503, 0.1)
+    traffic.request_ended(ONE, Route.CHAT_COMPLETIONS, 400, 0.1, reason=ErrorCode.INVALID_REQUEST)
+    traffic.request_ended(ONE, Route.CHAT_COMPLETIONS, 503, 0.1, reason=ErrorCode.ENGINE_UNAVAILABLE)
     assert read().versions["tiny@1"].requests == 5
 
 
@@ -57,14 +57,14 @@ def test_a_fault_of_the_server_is_the_versions_error_also_within_a_stream(traffi
 def test_what_a_client_did_wrong_is_not_the_versions_error(
     traffic: GatewayMetrics, read: Read, code: ErrorCode
 ) -> None:
-    traffic.request_ended(ONE, Route.CHAT_COMPLETIONS, 400, 0.1)
+    traffic.request_ended(ONE, Route.CHAT_COMPLETIONS, 400, 0.1, reason=ErrorCode.INVALID_REQUEST)
     traffic.request_failed(ONE, code)
     assert read().versions["tiny@1"].errors == 0
 
 
 def test_versions_are_kept_apart(traffic: GatewayMetrics, read: Read) -> None:
     traffic.request_ended(ONE, Route.CHAT_COMPLETIONS, 200, 0.1)
-    traffic.request_ended(TWO, Route.CHAT_COMPLETIONS, 500, 0.1)
+    traffic.request_ended(TWO, Route.CHAT_COMPLETIONS, 500, 0.1, reason=ErrorCode.ENGINE_ERROR)
     traffic.request_failed(TWO, ErrorCode.INTERNAL_ERROR)
     versions = read().versions
     assert {name: (figures.requests, figures.errors) for name, figures in versions.items()} == {
@@ -74,7 +74,7 @@ def test_versions_are_kept_apart(traffic: GatewayMetrics, read: Read) -> None:
 
 
 def test_requests_for_no_version_belong_to_none(traffic: GatewayMetrics, read: Read) -> None:
-    traffic.request_ended(None, Route.CHAT_COMPLETIONS, 404, 0.1)
+    traffic.request_ended(None, Route.CHAT_COMPLETIONS, 404, 0.1, reason=ErrorCode.MODEL_NOT_FOUND)
     assert read().versions == {}
 
 
@@ -96,7 +96,7 @@ def test_quantiles_are_those_of_the_answers(traffic: GatewayMetrics, read: Read)
 
 
 def test_a_version_without_answers_in_the_window_has_no_quantiles(traffic: GatewayMetrics, read: Read) -> None:
-    traffic.request_ended(ONE, Route.CHAT_COMPLETIONS, 500, 0.1)
+    traffic.request_ended(ONE, Route.CHAT_COMPLETIONS, 500, 0.1, reason=ErrorCode.ENGINE_ERROR)
     assert read().versions["tiny@1"].duration_s == {}
 
 
