@@ -22,7 +22,7 @@ from trainer.model.peft_config import load_adapter
 from trainer.parity import adapter as adapter_parity
 from trainer.parity import gptq as gptq_parity
 from trainer.parity.files import other_config, other_files, unreadable_weights
-from trainer.parity.scores import load, score
+from trainer.parity.scores import load, score, sum_in_float32
 from trainer.qualification import EngineReading
 from trainer.recipe.sections import Recipe
 
@@ -115,6 +115,7 @@ def _compare(
     if made.adapter is not None:
         model = load_adapter(load(made.base, number_type), made.adapter)
         checks += _check_adapter(adapter_parity.compare(model, merged), adapter_parity.scale_of(made.adapter, recipe))
+        sum_in_float32(model)
         trained = score(model, compared)
         del model
     whole = score(load(made.merged, number_type), compared)

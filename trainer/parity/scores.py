@@ -4,9 +4,12 @@ In transformers, with the adapter beside the base and not in it: the model that 
 """
 
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from svc.dataset.schema.tokenized_example import TokenizedExample
@@ -23,6 +26,32 @@ def load(folder: Path, number_type: NumberType) -> PreTrainedModel:
         attn_implementation=attention_implementation(AutoConfig.from_pretrained(folder)),
     )
     return model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
+
+
+def sum_in_float32(model: torch.nn.Module) -> None:
+    """Makes an adapted layer add its adapter before it rounds, as a merged layer does; of use where a model is in bf16.
+
+    PEFT adds to what the base's layer has rounded already. What an adapter adds is often finer than that, and vanishes
+    from most sums, always towards the base: SmolLM2 with a second adapter on a merged first one was off by 0.020 nats a
+    token in bf16, where base and adapter in float32 and the merged model in bf16 differ by 0.004.
+
+    Args:
+        model: with an adapter beside its linear layers; weights stay as they are.
+    """
+    for layer in model.modules():
+        base = layer.get_base_layer() if isinstance(layer, BaseTunerLayer) else None
+        if isinstance(base, torch.nn.Linear) and base.weight.dtype is not torch.float32:
+            base.forward = partial(_linear_in_float32, base)
+            layer.register_forward_hook(partial(_rounded, base.weight.dtype))
+
+
+def _linear_in_float32(layer: torch.nn.Linear, inputs: torch.Tensor) -> torch.Tensor:
+    bias = layer.bias.float() if layer.bias is not None else None
+    return torch.nn.functional.linear(inputs.float(), layer.weight.float(), bias)
+
+
+def _rounded(dtype: torch.dtype, layer: torch.nn.Module, inputs: Any, output: torch.Tensor) -> torch.Tensor:
+    return output.to(dtype)
 
 
 @torch.no_grad()

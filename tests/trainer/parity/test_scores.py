@@ -1,0 +1,63 @@
+"""In bf16, what an adapter adds reaches the sum, however fine it is: as it reaches the merged weights."""
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from peft import LoraConfig, PeftConfig, PeftModel, VeraConfig, get_peft_model
+
+from trainer.parity.scores import sum_in_float32
+
+WIDTH = 256
+SHARE_OF_A_STEP = 1 / 16
+"""What the adapter adds, in steps from one bf16 number to the next: 1/256 to 1/128 of a number."""
+KINDS: dict[str, Callable[[], PeftConfig]] = {
+    "lora": lambda: LoraConfig(r=4, target_modules=["0"], init_lora_weights=False),
+    "dora": lambda: LoraConfig(r=4, target_modules=["0"], init_lora_weights=False, use_dora=True),
+    "vera": lambda: VeraConfig(r=4, target_modules=["0"], init_weights=False),
+}
+
+
+def fine_adapter(kind: str, inputs: torch.Tensor) -> tuple[PeftModel, torch.Tensor, torch.Tensor]:
+    """A layer in bf16 with an adapter, what it gives without that, and what the adapter adds, both exactly."""
+    plain = torch.nn.Sequential(torch.nn.Linear(WIDTH, WIDTH, bias=False))
+    plain[0].weight.data = plain[0].weight.data.to(torch.bfloat16).float()
+    without = plain(inputs)
+    model = get_peft_model(plain, KINDS[kind]())
+    for _ in range(2):
+        added = model(inputs) - without
+        wanted = without.abs().mean() / 256 * SHARE_OF_A_STEP
+        for name, weight in model.named_parameters():
+            if "lora_B" in name or "lambda_b" in name:
+                weight.mul_(wanted / added.abs().mean())
+    layer = model.base_model.model[0].get_base_layer()
+    layer.weight.data = layer.weight.data.to(torch.bfloat16)
+    return model, without, added
+
+
+def arrived(model: PeftModel, inputs: torch.Tensor, without: torch.Tensor, added: torch.Tensor) -> float:
+    """Which part of what the adapter adds is in the output."""
+    found = model(inputs)
+    assert found.dtype is torch.bfloat16
+    change = found.float() - without.to(torch.bfloat16).float()
+    return float((change * added).sum() / (added * added).sum())
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@torch.no_grad()
+def test_a_change_finer_than_bf16_arrives(kind: str) -> None:
+    torch.manual_seed(0)
+    inputs = torch.randn(2048, WIDTH).to(torch.bfloat16)
+    model, without, added = fine_adapter(kind, inputs.float())
+    sum_in_float32(model)
+    assert arrived(model, inputs, without, added) == pytest.approx(1.0, abs=0.3)
+
+
+@pytest.mark.parametrize("kind", ["lora", "vera"])
+@torch.no_grad()
+def test_a_change_finer_than_bf16_does_not_arrive_as_peft_adds_it(kind: str) -> None:
+    """Why it is done: where this fails, PEFT has mended it, and `sum_in_float32` can go."""
+    torch.manual_seed(0)
+    inputs = torch.randn(2048, WIDTH).to(torch.bfloat16)
+    model, without, added = fine_adapter(kind, inputs.float())
+    assert arrived(model, inputs, without, added) < 0.3
