@@ -69,7 +69,7 @@ def _model_tables(model: type[BaseModel], *, variables: bool) -> Iterator[str]:
     sections: dict[str, dict[str, Any]] = {"": {**schema, "properties": {}}}
     for key, value in schema["properties"].items():
         target = _referred(value, schema)
-        if target.get("type") == "object":
+        if "properties" in target:
             sections[key] = target
         else:
             sections[""]["properties"][key] = value
@@ -109,6 +109,8 @@ def _type(value: dict[str, Any], schema: dict[str, Any]) -> str:
         return f"`{value['const']}`"
     if "enum" in value:
         return " or ".join(f"`{choice}`" for choice in value["enum"])
+    if isinstance(value.get("additionalProperties"), dict):
+        return "mapping"
     if value["type"] == "array":
         items = _type(value["items"], schema)
         return f"list of {items}" + ("" if "enum" in _referred(value["items"], schema) else "s")
@@ -125,7 +127,7 @@ def _default(value: Any) -> str:
         return f"`{str(value).lower()}`"
     if isinstance(value, list) and value:
         return f"`[{', '.join(map(str, value))}]`"
-    return "none" if value in (None, "", []) else f"`{value}`"
+    return "none" if value in (None, "", [], {}) else f"`{value}`"
 
 
 def _command_sections() -> Iterator[str]:

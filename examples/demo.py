@@ -191,7 +191,7 @@ def refuse_bad_versions(url: str, prompts: list[list[dict[str, str]]], summary: 
             )
             load.wait_for(STREAMS)
     report_load(load, summary, {f"{NAME}@1"})
-    if svc_json(HOME, "status")["version"] != f"{NAME}@1":
+    if svc_json(HOME, "status")["models"][0]["version"] != f"{NAME}@1":
         raise DemoError("production changed", expected=f"{NAME}@1")
 
 

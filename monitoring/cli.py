@@ -37,7 +37,7 @@ _TIMEOUT_S = 10.0
 @json_option
 @click.pass_context
 def status(ctx: click.Context, watch: bool, interval: float, verbose: bool, as_json: bool) -> None:
-    """Show version, engine, requests, latency and errors of the running server."""
+    """Show versions, engines, requests, latency and errors of the running server."""
     settings = settings_of(ctx)
     if watch:
         if as_json:
@@ -48,10 +48,8 @@ def status(ctx: click.Context, watch: bool, interval: float, verbose: bool, as_j
     if as_json:
         from svc.terminal import print_json
 
-        engine = look.state["engine"] if verbose else _without_plan(look.state["engine"])
-        print_json(
-            {"url": look.url, **look.state, "engine": engine, **dataclasses.asdict(look.figures), "drift": look.drift}
-        )
+        models = [_as_json(model, look.drift, verbose=verbose) for model in look.state["models"]]
+        print_json({"url": look.url, **look.state, "models": models, **dataclasses.asdict(look.figures)})
         return
     from monitoring.status.render import status_screen
     from svc.terminal import output
@@ -59,8 +57,9 @@ def status(ctx: click.Context, watch: bool, interval: float, verbose: bool, as_j
     output.print(status_screen(look, verbose=verbose))
 
 
-def _without_plan(engine: Mapping[str, Any]) -> dict[str, Any]:
-    return {key: value for key, value in engine.items() if key != "plan"}
+def _as_json(model: Mapping[str, Any], drift: Mapping[str, Any], *, verbose: bool) -> dict[str, Any]:
+    engine = {key: value for key, value in model["engine"].items() if verbose or key != "plan"}
+    return {**model, "engine": engine, "drift": drift.get(model["model"], {})}
 
 
 def _watch(settings: Settings, interval_s: float, *, verbose: bool) -> None:
@@ -145,7 +144,7 @@ def _look(settings: Settings) -> "Look":
             found, figures = state.json(), read_figures(metrics.text)
     except (httpx.HTTPError, httpx.InvalidURL, ValueError) as error:
         raise ServerNotRunningError(f"the server at {url} does not answer: {error}", todo="see its log") from error
-    return Look(url, found, figures, _drift(settings, found))
+    return Look(url, found, figures, {model["model"]: _drift(settings, model) for model in found["models"]})
 
 
 @cache
@@ -156,7 +155,7 @@ def _store(home: Path) -> "Store":
 
 
 def _drift(settings: Settings, state: Mapping[str, Any]) -> dict[str, str]:
-    """How drift and held-out quality of the version that serves stood at the last check of this home."""
+    """How drift and held-out quality of the version that a model serves stood at the last check of this home."""
     from monitoring.drift.production import read_drift
     from svc.registry.registry import Registry
     from svc.version import Format, Target, VersionId

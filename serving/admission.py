@@ -10,9 +10,9 @@ One event loop, no locks: every change of state happens between two awaits.
 
 import asyncio
 import time
-from collections import Counter, deque
-from collections.abc import AsyncIterator, Iterator
-from contextlib import asynccontextmanager, contextmanager, suppress
+from collections import deque
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -24,6 +24,7 @@ QUEUED_RETRY_S = 2
 """A swap in place takes one to two seconds once the running requests are done."""
 ENGINE_RETRY_S = 20
 """An engine start takes about 40 s; an OpenAI client that retries twice spans it."""
+_ENDED_POLL_S = 0.05
 
 
 class AdmissionError(SvcError):
@@ -100,7 +101,6 @@ class Admission:
         self._max_queued = max_queued
         self._queue_timeout_s = queue_timeout_s
         self._running = self._tokens = 0
-        self._reading: Counter[str] = Counter()
         self._most_queued = 0
         self._waiting: deque[_Place] = deque()
         self._changing = False
@@ -141,31 +141,6 @@ class Admission:
         """Why there is no engine; None when there is one, also where it is being changed."""
         return self._unavailable
 
-    @contextmanager
-    def reading(self, peer: str) -> Iterator[None]:
-        """Before admission: a request whose body comes in during the body. As many at once as may run and wait.
-
-        Args:
-            peer: address that it comes from. One peer may send half of them: a client that sends slowly leaves room
-                for the others, and a proxy in front of all clients has enough.
-
-        Raises:
-            OverloadedError: so many come in already; their bodies take memory, and may never end.
-        """
-        most, coming = self._max_running + self._max_queued, self._reading.total()
-        if coming >= most or self._reading[peer] >= max(1, most // 2):
-            raise OverloadedError(
-                f"{coming} requests are being sent, {self._reading[peer]} of them from {peer or 'here'}",
-                todo="send the request again later",
-            )
-        self._reading[peer] += 1
-        try:
-            yield
-        finally:
-            self._reading[peer] -= 1
-            if not self._reading[peer]:
-                del self._reading[peer]
-
     @asynccontextmanager
     async def admit(self, tokens: int = 1) -> AsyncIterator[None]:
         """Waits for a place in the engine and holds it for the body.
@@ -191,6 +166,11 @@ class Admission:
             yield
         finally:
             self._leave(tokens)
+
+    async def ended(self) -> None:
+        """Returns when no request runs or waits. Of use only where none comes any more."""
+        while self._running or self._waiting:
+            await asyncio.sleep(_ENDED_POLL_S)
 
     @asynccontextmanager
     async def background_slot(self, patience_s: float) -> AsyncIterator[None]:

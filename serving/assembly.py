@@ -1,6 +1,7 @@
 """Builds the parts of one server, once: who gets what, passed explicitly. Runs nothing."""
 
-from collections.abc import Callable
+import asyncio
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -13,19 +14,24 @@ from serving.admission import Admission
 from serving.background.holdout import HoldoutRuns
 from serving.background.scheduler import BackgroundScheduler, unfit_engine
 from serving.background.scoring import LiveScores
+from serving.deployment import Deployment
+from serving.deployments import Deployments, OnFailure, OnReady
+from serving.engines.places import EnginePlaces
 from serving.engines.pool import EnginePool
 from serving.engines.replica import Replica
 from serving.engines.verification import Verification
 from serving.http.app import build_app
+from serving.http.body_slots import BodySlots
 from serving.http.delivery import AnswerBuffers
 from serving.http.feedback import FeedbackIntake
 from serving.http.inference import Gateway
-from serving.http.status import ServerStatus
+from serving.model_names import ModelNames
 from serving.rollout.production_alias import ProductionAlias
 from serving.rollout.reconciler import Reconciler
 from serving.rollout.swap import Swap
 from serving.rollout.swap_plan import SwapPlanner
 from serving.router import Router
+from serving.telemetry.deployment_metrics import DeploymentInstruments, DeploymentMetrics
 from serving.telemetry.engine_metrics import EngineMetrics
 from serving.telemetry.loop_lag import LoopLag
 from serving.telemetry.machine_metrics import add_machine_metrics
@@ -38,9 +44,11 @@ from svc.engine.vllm.folders import socket_folder, state_folder, state_folders
 from svc.engine.vllm.headroom import shortage
 from svc.engine.vllm.launch import EngineSpec
 from svc.engine.vllm.process import EngineProcess
+from svc.errors import EngineError
 from svc.registry.registry import Registry
-from svc.settings import Settings
+from svc.settings import EngineSettings, Settings
 from svc.store.desired import Desired
+from svc.version import Target
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,11 +57,7 @@ class Parts:
 
     app: FastAPI
     request_log: RequestLog
-    pool: EnginePool
-    reconciler: Reconciler
-    alias: ProductionAlias
-    holdout: HoldoutRuns
-    scores: LiveScores
+    deployments: Deployments
     loop_lag: LoopLag
 
 
@@ -61,178 +65,239 @@ def assemble(
     settings: Settings,
     registry: Registry,
     store: Store,
-    desired: Desired,
     capabilities: Capabilities,
+    *,
     on_phase: Callable[[str], None],
+    on_ready: OnReady,
+    on_failure: OnFailure,
 ) -> Parts:
-    """All parts of a server of one model name.
+    """All parts of a server; which models it serves, its deployments are told when they run.
 
     Args:
-        desired: what it is to serve first.
         capabilities: of this device.
         on_phase: hears what an engine's start is doing.
+        on_ready: hears what is served, whenever a model has come.
+        on_failure: hears why a model cannot be served.
     """
-    return _Assembly(settings, registry, store, desired, capabilities, on_phase).parts()
+    limits = settings.serve
+    disable_created_metrics()  # type: ignore[no-untyped-call]
+    collector = CollectorRegistry()
+    metrics = GatewayMetrics(collector, exemplars=limits.exemplars)
+    add_machine_metrics(collector, settings.home, capabilities, settings.engine)
+    slots = _Slots(settings, capabilities)
+    places = EnginePlaces(slots)
+    router = Router()
+    build = _DeploymentBuilder(
+        settings, registry, store, capabilities, slots, places, metrics, DeploymentInstruments(collector), on_phase
+    )
+    deployments = Deployments(
+        build.build,
+        router=router,
+        places=places,
+        store=store,
+        check_memory=partial(_check_memory, slots, registry),
+        registered=registry.names,
+        on_ready=on_ready,
+        on_failure=on_failure,
+    )
+    request_log = RequestLog(
+        store, settings.request_log, on_stored=metrics.rows_stored, on_dropped=metrics.rows_dropped
+    )
+    engine_metrics = EngineMetrics(lambda: [source for each in deployments.all for source in each.pool.sources()])
+    collector.register(engine_metrics)
+    gateway = Gateway(
+        router=router,
+        body_slots=BodySlots(limits.max_running + limits.max_queued),
+        metrics=metrics,
+        request_log=request_log,
+        settings=limits,
+        buffers=AnswerBuffers(max_bytes=limits.max_buffered_bytes, max_answer_bytes=limits.max_answer_bytes),
+    )
+    feedback = FeedbackIntake(store, request_log, metrics.feedback_given)
+    app = build_app(gateway, feedback=feedback, engine_metrics=engine_metrics, status=deployments.status)
+    return Parts(app, request_log, deployments, LoopLag(metrics.loop_lagged))
 
 
-class _Assembly:
-    """What many parts get, and the parts one by one."""
+def _check_memory(slots: "_Slots", registry: Registry, targets: Sequence[Target]) -> None:
+    """Raises where there is no memory for the engines of these versions.
 
-    def __init__(
-        self,
-        settings: Settings,
-        registry: Registry,
-        store: Store,
-        desired: Desired,
-        capabilities: Capabilities,
-        on_phase: Callable[[str], None],
-    ) -> None:
-        self._settings, self._registry, self._store = settings, registry, store
-        self._desired, self._capabilities = desired, capabilities
-        limits = settings.serve
-        disable_created_metrics()  # type: ignore[no-untyped-call]
-        self._collector = CollectorRegistry()
-        self._metrics = GatewayMetrics(self._collector, exemplars=limits.exemplars)
-        self._admission = Admission(
+    Raises:
+        EngineError: with what they need, and what is free.
+        NotFoundError: no such version or format.
+    """
+    specs = [slots.spec(0, target.version.name, registry.artifact(target.version, target.format)) for target in targets]
+    missing = shortage([spec for spec in specs for _ in range(spec.settings.replicas)])
+    if missing:
+        raise EngineError(
+            f"no memory for {', '.join(str(target) for target in targets)}: {missing}",
+            todo="serve fewer models, or give each less: `models` in svc.yaml, `max_model_len` and `replicas` there",
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class _DeploymentBuilder:
+    """Builds what a model needs of its own, over what all have in common."""
+
+    settings: Settings
+    registry: Registry
+    store: Store
+    capabilities: Capabilities
+    slots: "_Slots"
+    places: EnginePlaces
+    gateway_metrics: GatewayMetrics
+    instruments: DeploymentInstruments
+    on_phase: Callable[[str], None]
+
+    def build(self, desired: Desired) -> Deployment:
+        """A deployment that serves nothing yet.
+
+        Args:
+            desired: what it is to serve first.
+        """
+        name, limits, engine = desired.name, self.settings.serve, self.settings.engine_for(desired.name)
+        metrics = DeploymentMetrics(self.instruments, name, on_loaded=self.gateway_metrics.show_errors)
+        names = ModelNames(name)
+        admission = Admission(
             max_running=limits.max_running,
-            max_tokens=limits.max_running_tokens or limits.max_running * settings.engine.max_model_len,
+            max_tokens=limits.max_running_tokens or limits.max_running * engine.max_model_len,
             max_queued=limits.max_queued,
             queue_timeout_s=limits.queue_timeout_s,
         )
-        self._router = Router(desired.name)
-        self._verification = Verification(registry, store, partial(engine_facts, settings.engine, capabilities))
-        self._slots = _Slots(settings, capabilities, desired.name)
-        self._pool = self._engine_pool(on_phase)
+        metrics.watch_admission(lambda: admission.running, lambda: admission.queued)
+        verification = Verification(self.registry, self.store, partial(engine_facts, engine, self.capabilities))
 
-    def parts(self) -> Parts:
-        """Everything, put together."""
-        store, metrics = self._store, self._metrics
-        request_log = RequestLog(
-            store, self._settings.request_log, on_stored=metrics.rows_stored, on_dropped=metrics.rows_dropped
-        )
-        alias = ProductionAlias(self._registry.tracking)
-        reconciler = self._reconciler(alias)
-        holdout, scores = self._background()
-        status = ServerStatus(store, reconciler, self._pool, self._admission, holdout)
-        app = self._app(request_log, status)
-        loop_lag = LoopLag(metrics.loop_lagged)
-        return Parts(app, request_log, self._pool, reconciler, alias, holdout, scores, loop_lag)
-
-    def _engine_pool(self, on_phase: Callable[[str], None]) -> EnginePool:
         def make(number: int, on_change: Callable[[Replica], None]) -> Replica:
-            return Replica(number, partial(self._slots.engine, number), self._verification, on_change, on_phase)
+            launch = partial(self.slots.engine, number, name)
+            return Replica(number, launch, verification, on_change, self.on_phase, turn=self.slots.turn)
 
-        return EnginePool(
+        pool = EnginePool(
             make,
-            orphans=self._slots,
-            size=self._settings.engine.replicas,
-            admission=self._admission,
-            router=self._router,
-            metrics=self._metrics,
-            retire_timeout_s=self._settings.serve.retire_timeout_s,
+            places=self.places,
+            size=engine.replicas,
+            admission=admission,
+            names=names,
+            metrics=metrics,
+            retire_timeout_s=limits.retire_timeout_s,
+        )
+        alias = ProductionAlias(self.registry.tracking)
+        reconciler = Reconciler(
+            desired,
+            store=self.store,
+            pool=pool,
+            swap=self._swap(name, pool, verification, admission, names),
+            names=names,
+            metrics=metrics,
+            alias=alias,
+        )
+        holdout, scores = self._background(engine, admission, pool, verification, metrics)
+        return Deployment(
+            names=names,
+            admission=admission,
+            pool=pool,
+            reconciler=reconciler,
+            alias=alias,
+            holdout=holdout,
+            scores=scores,
+            metrics=metrics,
+            store=self.store,
+            context=engine.max_model_len,
         )
 
-    def _reconciler(self, alias: ProductionAlias) -> Reconciler:
-        limits, registry = self._settings.serve, self._registry
+    def _swap(
+        self, name: str, pool: EnginePool, verification: Verification, admission: Admission, names: ModelNames
+    ) -> Swap:
+        limits, registry, slots = self.settings.serve, self.registry, self.slots
+
+        def missing(target: Target) -> str | None:
+            return shortage([slots.spec(0, name, registry.artifact(target.version, target.format))])
+
         planner = SwapPlanner(
             registry=registry,
-            verification=self._verification,
-            pool=self._pool,
+            verification=verification,
+            pool=pool,
             choice=limits.swap,
-            shortage=lambda target: self._slots.shortage(registry.artifact(target.version, target.format)),
+            shortage=missing,
             patience_s=limits.drain_timeout_s,
         )
-        swap = Swap(
+        return Swap(
             planner=planner,
-            verification=self._verification,
-            pool=self._pool,
-            admission=self._admission,
-            router=self._router,
+            verification=verification,
+            pool=pool,
+            admission=admission,
+            names=names,
             drain_timeout_s=limits.drain_timeout_s,
             retire_timeout_s=limits.retire_timeout_s,
         )
-        return Reconciler(
-            self._desired,
-            store=self._store,
-            pool=self._pool,
-            swap=swap,
-            router=self._router,
-            metrics=self._metrics,
-            alias=alias,
-        )
 
-    def _background(self) -> tuple[HoldoutRuns, LiveScores]:
-        settings, pool = self._settings, self._pool
-        off = unfit_engine(self._capabilities, settings.engine)
-        scheduler = BackgroundScheduler(self._admission, pool, settings.holdout, off=off)
+    def _background(
+        self,
+        engine: EngineSettings,
+        admission: Admission,
+        pool: EnginePool,
+        verification: Verification,
+        metrics: DeploymentMetrics,
+    ) -> tuple[HoldoutRuns, LiveScores]:
+        settings = self.settings
+        off = unfit_engine(self.capabilities, engine)
+        scheduler = BackgroundScheduler(admission, pool, settings.holdout, off=off)
         holdout = HoldoutRuns(
             scheduler,
             pool=pool,
-            registry=self._registry,
-            store=self._store,
-            metrics=self._metrics,
-            facts=self._verification.facts,
+            registry=self.registry,
+            store=self.store,
+            metrics=metrics,
+            facts=verification.facts,
             every_hours=settings.holdout.every_hours,
         )
         scores = LiveScores(
             scheduler,
             busy=lambda: holdout.under_way,
             pool=pool,
-            registry=self._registry,
-            store=self._store,
+            registry=self.registry,
+            store=self.store,
             per_hour=settings.holdout.scored_per_hour if settings.request_log.content_share else 0,
         )
         return holdout, scores
 
-    def _app(self, request_log: RequestLog, status: ServerStatus) -> FastAPI:
-        settings = self._settings
-        add_machine_metrics(self._collector, settings.home, self._capabilities, settings.engine)
-        engine_metrics = EngineMetrics(self._pool.sources)
-        self._collector.register(engine_metrics)
-        gateway = Gateway(
-            lease=self._pool.lease,
-            admission=self._admission,
-            router=self._router,
-            metrics=self._metrics,
-            request_log=request_log,
-            settings=settings.serve,
-            buffers=AnswerBuffers(
-                max_bytes=settings.serve.max_buffered_bytes, max_answer_bytes=settings.serve.max_answer_bytes
-            ),
-            context=settings.engine.max_model_len,
-        )
-        feedback = FeedbackIntake(self._store, request_log, self._metrics.feedback_given)
-        return build_app(gateway, feedback=feedback, engine_metrics=engine_metrics, status=status.read)
 
-
-@dataclass(frozen=True, slots=True)
 class _Slots:
-    """The places for engines of one home, by replica."""
+    """Where the engines of one home are, by number.
 
-    settings: Settings
-    capabilities: Capabilities
-    name: str
+    Attributes:
+        turn: held while an engine starts: engines on one device start one after the other.
+    """
 
-    def engine(self, number: int, model: Path) -> EngineProcess:
-        return EngineProcess(self._spec(number, model), silence_s=self.settings.serve.request_timeout_s)
+    def __init__(self, settings: Settings, capabilities: Capabilities) -> None:
+        self._settings = settings
+        self._capabilities = capabilities
+        self.turn = asyncio.Lock()
 
-    def shortage(self, model: Path) -> str | None:
-        return shortage(self._spec(0, model))
+    def engine(self, number: int, name: str, model: Path) -> EngineProcess:
+        """An unstarted engine for a model's folder."""
+        return EngineProcess(self.spec(number, name, model), silence_s=self._settings.serve.request_timeout_s)
 
     def numbers(self) -> list[int]:
-        return list(state_folders(self.settings.home))
+        """Engines that may have been left running."""
+        return list(state_folders(self._settings.home))
 
     def end(self, number: int) -> None:
-        end_engine(state_folder(self.settings.home, number))
+        """Ends one of them."""
+        end_engine(state_folder(self._settings.home, number))
 
-    def _spec(self, number: int, model: Path) -> EngineSpec:
+    def spec(self, number: int, name: str, model: Path) -> EngineSpec:
+        """How an engine for a model's folder is started.
+
+        Args:
+            name: what it calls its model.
+        """
+        home = self._settings.home
         return EngineSpec(
             model=model,
-            served_name=self.name,
-            runtime=socket_folder(self.settings.home, number),
-            state=state_folder(self.settings.home, number),
-            log=self.settings.home / "logs" / f"engine-{number}.log",
-            cache=self.settings.home / "cache" / "vllm",
-            capabilities=self.capabilities,
-            settings=self.settings.engine,
+            served_name=name,
+            runtime=socket_folder(home, number),
+            state=state_folder(home, number),
+            log=home / "logs" / f"engine-{number}.log",
+            cache=home / "cache" / "vllm",
+            capabilities=self._capabilities,
+            settings=self._settings.engine_for(name),
         )

@@ -1,4 +1,4 @@
-"""`svc serve`, `svc promote`, `svc rollback`, `svc chat`."""
+"""`svc serve`, `svc add`, `svc remove`, `svc promote`, `svc rollback`, `svc chat`."""
 
 import asyncio
 import logging
@@ -12,7 +12,10 @@ from serving.client.promotion import Promotion
 from serving.rollout.initial_state import require_promotable
 from svc.errors import BusyError, NotFoundError, RefusedError
 from svc.invocation import json_option, settings_of
+from svc.lock import lock_holder
 from svc.registry.registry import Registry
+from svc.server_url import LOCK_FILE
+from svc.settings import Settings
 from svc.store.desired import Desired
 from svc.store.swaps import SwapOutcome, SwapResult
 from svc.version import Format, Target, VersionId
@@ -26,21 +29,36 @@ _format_option = click.option(
 
 
 @click.command()
-@click.argument("model", required=False)
+@click.argument("models", nargs=-1)
+@click.option("--all", "every", is_flag=True, help="Every model that was ever served.")
 @_format_option
 @click.option("--host", help="Address to listen on.")
 @click.option("--port", type=int, help="Port to listen on.")
 @click.pass_context
-def serve(ctx: click.Context, model: str | None, format_name: str | None, host: str | None, port: int | None) -> None:
-    """Serve MODEL to OpenAI clients until SIGTERM or Ctrl-C.
+def serve(
+    ctx: click.Context,
+    models: tuple[str, ...],
+    every: bool,
+    format_name: str | None,
+    host: str | None,
+    port: int | None,
+) -> None:
+    """Serve MODELS to OpenAI clients until SIGTERM or Ctrl-C.
 
-    MODEL is NAME or NAME@N; without it, the only name that there is. A version that is named here becomes the
-    production version; without one, the version that served last goes on.
+    Each is NAME or NAME@N; without any, those that were served last, or the only one that there is. A version that is
+    named here becomes the production version; without one, the version that served last goes on. Where a server runs
+    on this home already, it serves MODELS too, as by `svc add`.
     """
+    if every and models:
+        raise click.UsageError("name models, or say --all")
     listen = {key: value for key, value in (("host", host), ("port", port)) if value is not None}
     settings = settings_of(ctx, serve=listen or None)
+    if models and not listen and lock_holder(settings.home / LOCK_FILE):
+        for model in models:
+            _add(settings, model, format_name)
+        return
     from serving import server
-    from serving.rollout.initial_state import choose_desired
+    from serving.rollout.initial_state import choose_deployments
     from svc.engine.capabilities import read_capabilities
     from svc.engine.vllm.startup_phase import EnginePhase
     from svc.store.database import open_database
@@ -53,28 +71,62 @@ def serve(ctx: click.Context, model: str | None, format_name: str | None, host: 
 
     async def run() -> None:
         with server.claim(settings) as claim, ExitStack() as bar:
-            desired = choose_desired(registry, store, model, Format(format_name) if format_name else None)
-            log = settings.home / "logs" / "engine-0.log"
-            console.print(f"{desired.target}: starting vLLM, about 40 s where none was left running; log {log}")
+            format = Format(format_name) if format_name else None
+            wanted = choose_deployments(registry, store, models, format, every=every)
+            named = ", ".join(str(desired.target) for desired in wanted)
+            console.print(
+                f"{named}: starting vLLM, about 40 s each where none was left running; logs {settings.home / 'logs'}"
+            )
             on_phase = bar.enter_context(advancing("engine", tuple(EnginePhase)))
+            coming = {desired.name for desired in wanted}
 
-            def on_ready(target: Target) -> None:
-                bar.close()
-                console.print(f"[green]serving {target} on {claim.url}/v1[/green]")
+            def came(target: Target, said: str) -> None:
+                coming.discard(target.version.name)
+                if not coming:
+                    bar.close()
+                console.print(said)
 
             await server.serve(
                 settings,
                 registry,
                 store,
-                desired,
+                wanted,
                 claim,
                 capabilities=capabilities,
                 on_phase=on_phase,
-                on_ready=on_ready,
+                on_ready=lambda target: came(target, f"[green]serving {target} on {claim.url}/v1[/green]"),
+                on_failure=lambda target, error: came(target, f"[red]{target} is not served:[/red] {error}"),
             )
 
     asyncio.run(run())
     console.print("stopped")
+
+
+@click.command()
+@click.argument("model")
+@_format_option
+@click.pass_context
+def add(ctx: click.Context, model: str, format_name: str | None) -> None:
+    """Have the running server serve MODEL (NAME or NAME@N) too."""
+    _add(settings_of(ctx), model, format_name)
+
+
+def _add(settings: Settings, model: str, format_name: str | None) -> None:
+    from serving.client.membership import Membership
+
+    target = Membership.of(settings).add(model, Format(format_name) if format_name else None)
+    click.secho(f"{target} serves", fg="green")
+
+
+@click.command()
+@click.argument("name")
+@click.pass_context
+def remove(ctx: click.Context, name: str) -> None:
+    """Have the running server serve NAME no more, once its last requests have ended."""
+    from serving.client.membership import Membership
+
+    Membership.of(settings_of(ctx)).remove(name)
+    click.echo(f"{name} is served no more; `svc add {name}` brings it back")
 
 
 @click.command()

@@ -1,7 +1,7 @@
-"""What a client's model name means at this moment.
+"""The names of one served model, and what each means at this moment.
 
 Knows which versions are loaded, and nothing of how they got there. A name is resolved after admission, so that a
-request which was queued through a swap gets the new version.
+request which was queued through a swap gets the new version. Which model a request is for, the router says.
 """
 
 import time
@@ -19,11 +19,11 @@ class ModelNotFoundError(NotFoundError):
     """A model name that nothing loaded answers to."""
 
 
-class Router:
+class ModelNames:
     """The names that clients may use: `NAME`, `NAME@production`, `NAME@N` of each loaded version.
 
     Args:
-        name: the served model name, without a version; also what the engines themselves call their model.
+        name: the served model name, without a version.
         clock: Unix time, seconds.
     """
 
@@ -53,8 +53,8 @@ class Router:
         """From now on engines hold these versions: two during a swap of several engines."""
         self._loaded = loaded
 
-    def names(self) -> tuple[str, ...]:
-        """The names that resolve now."""
+    def all(self) -> tuple[str, ...]:
+        """Those that resolve now."""
         if self._served is None:
             return ()
         versions = sorted({self._served.version, *(loaded.version for loaded in self._loaded)})
@@ -75,5 +75,5 @@ class Router:
             if model == str(loaded.version):
                 return loaded.version
         raise ModelNotFoundError(
-            f"model {model[:SHOWN_CHARS]!r} is not served here", expected=f"one of {', '.join(self.names())}"
+            f"model {model[:SHOWN_CHARS]!r} is not served here", expected=f"one of {', '.join(self.all())}"
         )

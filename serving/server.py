@@ -5,10 +5,9 @@ forty seconds.
 """
 
 import asyncio
-import gc
 import signal
 import socket
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -17,6 +16,7 @@ import uvicorn
 from sqlalchemy import Engine as Store
 
 from serving.assembly import Parts, assemble
+from serving.deployments import OnFailure, OnReady
 from serving.http.connections import limited_protocol, raise_descriptor_limit
 from svc.engine.capabilities import Capabilities
 from svc.errors import SvcError
@@ -26,11 +26,9 @@ from svc.registry.registry import Registry
 from svc.server_url import LOCK_FILE
 from svc.settings import Settings
 from svc.store.desired import Desired
-from svc.version import Target
 
 _SEND_BUFFER_BYTES = 128 * 1024
 _GRACE_S = 30  # running answers may end after SIGTERM
-_IMPORTED_S = 60  # whether MLflow answers or not
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,32 +72,37 @@ async def serve(
     settings: Settings,
     registry: Registry,
     store: Store,
-    desired: Desired,
+    wanted: Sequence[Desired],
     claim: Claim,
     *,
     capabilities: Capabilities,
     on_phase: Callable[[str], None],
-    on_ready: Callable[[Target], None],
+    on_ready: OnReady,
+    on_failure: OnFailure,
 ) -> None:
     """Serves until SIGTERM, SIGINT or SIGHUP; a second one ends it without waiting for the answers that run.
 
     SIGUSR1 ends it too, and leaves the engines to the next server, which takes them over.
 
     Args:
-        desired: what to load first.
+        wanted: what to load first, of each model.
         capabilities: of this device.
-        on_phase: hears what the start is doing.
-        on_ready: hears what is served, when requests are answered.
+        on_phase: hears what a start is doing.
+        on_ready: hears of each version when requests for it are answered.
+        on_failure: hears why a model cannot be served.
 
     Raises:
-        SvcError: the version cannot be loaded.
+        SvcError: no model can be served.
     """
-    server = _Server(assemble(settings, registry, store, desired, capabilities, on_phase))
+    parts = assemble(
+        settings, registry, store, capabilities, on_phase=on_phase, on_ready=on_ready, on_failure=on_failure
+    )
+    server = _Server(parts)
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
         if signal.getsignal(number) is not signal.SIG_IGN:  # as nohup leaves SIGHUP
             asyncio.get_running_loop().add_signal_handler(number, server.stop)
     asyncio.get_running_loop().add_signal_handler(signal.SIGUSR1, partial(server.stop, leave=True))
-    await server.run(claim.listener, on_ready)
+    await server.run(claim.listener, wanted)
 
 
 class _Uvicorn(uvicorn.Server):
@@ -131,8 +134,8 @@ class _Server:
             self._http.force_exit = True
         self._stopping.set()
 
-    async def run(self, listener: socket.socket, on_ready: Callable[[Target], None]) -> None:
-        """Answers from the first moment, with 503 until the engine has started; returns when it was told to stop."""
+    async def run(self, listener: socket.socket, wanted: Sequence[Desired]) -> None:
+        """Answers from the first moment, with 503 until an engine has started; returns when it was told to stop."""
         parts = self._parts
         parts.request_log.start()
         self._http = http = _Uvicorn(
@@ -148,8 +151,7 @@ class _Server:
             )
         )
         serving = asyncio.create_task(http.serve(sockets=[listener]))
-        works = (self._control(on_ready), parts.alias.run(), parts.holdout.run(), parts.scores.run())
-        control = [asyncio.create_task(work) for work in (*works, parts.loop_lag.run())]
+        control = [asyncio.create_task(work) for work in (parts.deployments.run(wanted), parts.loop_lag.run())]
         stopping = asyncio.create_task(self._stopping.wait())
         defect = False
         try:
@@ -165,21 +167,8 @@ class _Server:
             http.should_exit = True
             await asyncio.wait({serving})
             try:
-                await parts.pool.stop(leave=defect or self._leave)
+                await parts.deployments.stop(leave=defect or self._leave)
             finally:
-                await asyncio.gather(
-                    asyncio.to_thread(parts.request_log.close), asyncio.to_thread(parts.reconciler.journal.close)
-                )
+                await asyncio.to_thread(parts.request_log.close)
         for task in done:
             task.result()
-
-    async def _control(self, on_ready: Callable[[Target], None]) -> None:
-        reconciler = self._parts.reconciler
-        await reconciler.start()
-        on_ready(reconciler.actual.target)
-        await asyncio.gather(reconciler.run(), self._leave_out_of_collections())
-
-    async def _leave_out_of_collections(self) -> None:
-        """What was imported stays. To look through it again and again holds up every stream for 100 ms."""
-        await self._parts.alias.settled(_IMPORTED_S)  # MLflow is imported last
-        gc.freeze()

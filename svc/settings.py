@@ -202,6 +202,12 @@ class MonitorSettings(_Section):
     )
 
 
+class ModelSettings(_Section):
+    """What differs for one of the models that a server serves."""
+
+    engine: EngineSettings = Field(EngineSettings(), description="what of `engine` differs for this model")
+
+
 class Settings(BaseSettings):
     """All settings. `home` holds every byte of state except the cache of base models."""
 
@@ -219,6 +225,15 @@ class Settings(BaseSettings):
     request_log: RequestLogSettings = RequestLogSettings()
     holdout: HoldoutSettings = HoldoutSettings()
     monitor: MonitorSettings = MonitorSettings()
+    models: dict[str, ModelSettings] = Field(
+        {}, description="by model name: `{engine: {...}}` with what differs from `engine` for this model"
+    )
+
+    def engine_for(self, name: str) -> EngineSettings:
+        """How the engines of a model are started: the section `engine`, and over it what `models` says."""
+        own = self.models[name].engine if name in self.models else EngineSettings()
+        given = {key: getattr(own, key) for key in own.model_fields_set}
+        return self.engine.model_copy(update=given)
 
     @classmethod
     def settings_customise_sources(

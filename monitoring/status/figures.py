@@ -50,13 +50,13 @@ class Look:
     Attributes:
         state: the server's own word, from /svc/status.
         figures: what its metrics say.
-        drift: each signal's status, and the held-out quality; empty where nothing was checked.
+        drift: of each model each signal's status, and the held-out quality; empty where nothing was checked.
     """
 
     url: str
     state: Mapping[str, Any]
     figures: Figures
-    drift: Mapping[str, str] = field(default_factory=dict)
+    drift: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
 
 
 def read_figures(exposition: str) -> Figures:

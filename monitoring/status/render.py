@@ -19,15 +19,24 @@ def status_screen(look: Look, rates: Mapping[str, Rate] | None = None, *, verbos
 
     Args:
         rates: what each version does a second; None where there was only one look.
-        verbose: also how the engine was started.
+        verbose: also how each engine was started.
     """
     state, figures = look.state, look.figures
+    lines: list[RenderableType] = [Text(look.url)]
+    for model in state["models"]:
+        lines += _model(model, look.drift.get(model["model"], {}), verbose=verbose)
+    lines += [Text(f"{name} is not served: {why}", "red") for name, why in state["refused"].items()]
+    reasons = ", ".join(f"{reason} {count}" for reason, count in sorted(figures.errors.items()))
+    return Group(*lines, _table(figures, rates), Text(f"errors by reason: {reasons or 'none'}"))
+
+
+def _model(state: Mapping[str, Any], drift: Mapping[str, str], *, verbose: bool) -> list[RenderableType]:
     engine, requests = state["engine"], state["requests"]
     before = state["previous"] or "none"
     lines: list[RenderableType] = [
-        Text.assemble(f"{look.url}  ", (state["version"], "bold"), f" ({state['format']})  before: {before}"),
+        Text.assemble((state["version"], "bold"), f" ({state['format']})  before: {before}"),
         Text.assemble(
-            "engine ",
+            "  engine ",
             (engine["state"], "green" if engine["state"] == "ready" else "red"),
             f", {engine['restarts']} restarts; {requests['running']} requests running, {requests['queued']} queued",
         ),
@@ -35,14 +44,13 @@ def status_screen(look: Look, rates: Mapping[str, Rate] | None = None, *, verbos
     if len(state["engines"]) > 1:
         lines += [Text(_engine(one)) for one in state["engines"]]
     if engine["last_error"]:
-        lines.append(Text(f"last error: {engine['last_error']}", "yellow"))
+        lines.append(Text(f"  last error: {engine['last_error']}", "yellow"))
     if state["last_swap"]:
         lines.append(Text(_swap(state["last_swap"])))
-    reasons = ", ".join(f"{reason} {count}" for reason, count in sorted(figures.errors.items()))
-    lines += [_table(figures, rates), Text(f"errors by reason: {reasons or 'none'}"), _drift(look.drift)]
+    lines.append(_drift(drift))
     if verbose:
         lines.append(_plan(engine["plan"]))
-    return Group(*lines)
+    return lines
 
 
 def _plan(rows: Sequence[Mapping[str, Any]] | None) -> RenderableType:
@@ -56,8 +64,8 @@ def _plan(rows: Sequence[Mapping[str, Any]] | None) -> RenderableType:
 
 def _drift(drift: Mapping[str, str]) -> Text:
     if not drift:
-        return Text("drift: not checked; `svc monitor` does it", "dim")
-    text = Text("drift: ")
+        return Text("  drift: not checked; `svc monitor` does it", "dim")
+    text = Text("  drift: ")
     for name, status in drift.items():
         text.append(f"{name} ").append(status.replace("_", " "), _DRIFT_COLOURS.get(status, "")).append("  ")
     return text
@@ -70,11 +78,11 @@ def failure_screen(error: SvcError) -> RenderableType:
 
 def _engine(engine: Mapping[str, Any]) -> str:
     holds = f" with {engine['version']}" if engine["version"] else ""
-    return f"  replica {engine['replica']}: {engine['state']}{holds}, {engine['running']} running"
+    return f"    replica {engine['replica']}: {engine['state']}{holds}, {engine['running']} running"
 
 
 def _swap(swap: Mapping[str, Any]) -> str:
-    text = f"last swap: to {swap['to']}, {swap['outcome'] or 'under way'}, {swap['started_at']}"
+    text = f"  last swap: to {swap['to']}, {swap['outcome'] or 'under way'}, {swap['started_at']}"
     if swap["kind"] is not None:
         text += f", {swap['kind']} in {swap['took_s']:.1f} s, {swap['running']} running"
     if swap["queued_s"] is not None:

@@ -20,7 +20,7 @@ from sqlalchemy.exc import SQLAlchemyError
 from serving.background.scheduler import BackgroundScheduler, SupersededError
 from serving.engines.pool import EnginePool
 from serving.engines.replica import LoadedWeights
-from serving.telemetry.metrics import GatewayMetrics
+from serving.telemetry.deployment_metrics import DeploymentMetrics
 from svc.dataset.schema.example import ChatExample
 from svc.dataset.schema.tokenized_example import TokenizedExample
 from svc.engine.probes import EngineFacts
@@ -86,7 +86,7 @@ class HoldoutRuns:
         pool: EnginePool,
         registry: Registry,
         store: Store,
-        metrics: GatewayMetrics,
+        metrics: DeploymentMetrics,
         facts: Callable[[Target], Awaitable[EngineFacts]],
         every_hours: float,
     ) -> None:

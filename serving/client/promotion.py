@@ -1,17 +1,16 @@
 """The client's side of a promotion: change what is desired, then follow what the server does about it."""
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, fields
 from typing import Any
 
-import httpx
 from sqlalchemy import Engine as Store
 
 from svc.errors import BusyError, NotFoundError, ServerNotRunningError
 from svc.registry.registry import Registry
-from svc.server_url import server_url
+from svc.server_url import read_status, server_url
 from svc.settings import Settings
 from svc.store.database import open_database
 from svc.store.desired import Desired, change_desired, read_desired
@@ -19,7 +18,6 @@ from svc.store.swaps import SwapKind, SwapOutcome, SwapResult, find_swap
 from svc.version import Target
 
 _POLL_S = 0.1
-_TIMEOUT_S = 10.0
 _UNWRITTEN_S = 30.0
 """So long an end that the server knows may be on its way into the journal."""
 
@@ -51,13 +49,17 @@ class Promotion:
         """What a name shall serve now.
 
         Raises:
-            NotFoundError: the server serves another name.
+            NotFoundError: the server serves other names.
             ServerNotRunningError: it does not answer.
         """
-        serving = self._status()["model"]
-        desired = read_desired(self.store, name) if name == serving else None
+        served = [model["model"] for model in read_status(self.url)["models"]]
+        desired = read_desired(self.store, name) if name in served else None
         if desired is None:
-            raise NotFoundError(f"{name!r} is not served", expected=f"{serving}, which the server on {self.url} serves")
+            raise NotFoundError(
+                f"{name!r} is not served",
+                expected=f"what the server on {self.url} serves: {', '.join(served) or 'nothing'}",
+                todo=f"svc add {name}",
+            )
         return desired
 
     def serves(self, target: Target) -> bool:
@@ -66,8 +68,8 @@ class Promotion:
         Raises:
             ServerNotRunningError: it does not answer.
         """
-        status = self._status()
-        return bool((status["version"], status["format"]) == (str(target.version), target.format.value))
+        status = self._model_status(target.version.name)
+        return bool((status.get("version"), status.get("format")) == (str(target.version), target.format.value))
 
     def change(
         self, seen: Desired, target: Target, on_step: Callable[[str], None], *, forced: str | None = None
@@ -125,18 +127,12 @@ class Promotion:
     def _told_result(self, wanted: Desired) -> SwapResult | None:
         """How a swap ended, as the server's status says it; None where it does not."""
         with suppress(ServerNotRunningError):
-            swap = self._status()["last_swap"]
+            swap = self._model_status(wanted.name).get("last_swap")
             if swap and swap["generation"] == wanted.generation and swap["outcome"]:
                 told = {field.name: swap[field.name] for field in fields(SwapResult)}
                 kind = SwapKind(told["kind"]) if told["kind"] else None
                 return SwapResult(**told | {"outcome": SwapOutcome(told["outcome"]), "kind": kind})
         return None
 
-    def _status(self) -> dict[str, Any]:
-        try:
-            answer = httpx.get(f"{self.url}/svc/status", timeout=_TIMEOUT_S, trust_env=False).raise_for_status()
-            return dict(answer.json())
-        except (httpx.HTTPError, ValueError) as error:
-            raise ServerNotRunningError(
-                f"the server on {self.url} does not answer: {error!r}", todo="see its log, then try again"
-            ) from error
+    def _model_status(self, name: str) -> Mapping[str, Any]:
+        return next((model for model in read_status(self.url)["models"] if model["model"] == name), {})

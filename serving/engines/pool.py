@@ -5,22 +5,22 @@ made of, and decides about no engine's fate: that is the reconciler's.
 """
 
 import asyncio
-import itertools
 import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from typing import Protocol
 
 import httpx
 
 from serving.admission import Admission, EngineUnavailableError
-from serving.engines.replica import LoadedWeights, Replica
+from serving.engines.places import EnginePlaces
+from serving.engines.replica import NO_WEIGHTS, LoadedWeights, Replica
 from serving.engines.transport import EngineDiedError
-from serving.router import Router
+from serving.model_names import ModelNames
+from serving.telemetry.deployment_metrics import DeploymentMetrics
 from serving.telemetry.engine_metrics import EngineSource
-from serving.telemetry.metrics import GatewayMetrics
 from svc.engine.state import EngineState
+from svc.engine.vllm.plan import EnginePlan
 from svc.version import Target
 
 log = logging.getLogger(__name__)
@@ -37,30 +37,21 @@ class Lease:
     Attributes:
         http: a client whose base URL is the engine.
         served: the version that it holds.
+        engine_model: what the engine calls it.
     """
 
     http: httpx.AsyncClient
     served: Target
-
-
-class Orphans(Protocol):
-    """What an earlier server left running."""
-
-    def numbers(self) -> list[int]:
-        """The numbers of its engines that may run still; reads the disk."""
-
-    def end(self, number: int) -> None:
-        """Ends one; takes some seconds."""
+    engine_model: str
 
 
 class EnginePool:
     """A fixed number of members, and now and then an engine that comes to take a member's place, or that was replaced.
 
     Args:
-        make: a replica from its number and what shall hear its changes; none of another engine has the
-            number.
-        orphans: the engines that an earlier server left running.
-        size: how many members.
+        make: a replica from its number and what shall hear its changes.
+        places: the numbers that engines may have.
+        size: how many members, from `fill` on.
         retire_timeout_s: how long a replaced engine is kept for the requests that run in it.
     """
 
@@ -68,17 +59,18 @@ class EnginePool:
         self,
         make: Callable[[int, Callable[[Replica], None]], Replica],
         *,
-        orphans: Orphans,
+        places: EnginePlaces,
         size: int,
         admission: Admission,
-        router: Router,
-        metrics: GatewayMetrics,
+        names: ModelNames,
+        metrics: DeploymentMetrics,
         retire_timeout_s: float,
     ) -> None:
         self._make = make
-        self._orphans = orphans
+        self._places = places
+        self._size = size
         self._admission = admission
-        self._router = router
+        self._names = names
         self._metrics = metrics
         self._retire_timeout_s = retire_timeout_s
         self._others: list[Replica] = []
@@ -87,7 +79,7 @@ class EnginePool:
         self._changed = asyncio.Event()
         self._primary: Replica | None = None
         self.restarts = 0
-        self.members = [make(number, self._on_change) for number in range(size)]
+        self.members: list[Replica] = []
 
     @property
     def all(self) -> list[Replica]:
@@ -117,14 +109,21 @@ class EnginePool:
     @property
     def weights(self) -> LoadedWeights:
         """What the primary holds; where none takes requests, what the first member held last."""
-        return (self.primary or self.members[0]).weights
+        first = self.primary or next(iter(self.members), None)
+        return first.weights if first else NO_WEIGHTS
+
+    @property
+    def plan(self) -> EnginePlan | None:
+        """How the first member was started; None where none was."""
+        return next((member.plan for member in self.members), None)
 
     @property
     def state(self) -> EngineState:
         """Of the engines together: the best that one of them is in."""
         states = {member.state for member in self.members}
         order = (EngineState.READY, EngineState.SWAPPING, EngineState.DRAINING, EngineState.STARTING)
-        return next((state for state in order if state in states), self.members[0].state)
+        least = self.members[0].state if self.members else EngineState.STOPPED
+        return next((state for state in order if state in states), least)
 
     @contextmanager
     def lease(self, model: str, *, without: Lease | None = None) -> Iterator[Lease]:
@@ -138,7 +137,7 @@ class EnginePool:
             ModelNotFoundError: nothing loaded answers to it.
             EngineUnavailableError: no engine takes requests now.
         """
-        wanted = self._router.resolve(model)
+        wanted = self._names.resolve(model)
         able = [(engine, engine.target) for engine in self.ready if not engine.suspected]
         able = [(engine, served) for engine, served in able if served and wanted in (None, served.version)]
         if without is not None:
@@ -149,7 +148,7 @@ class EnginePool:
         assert served is not None  # noqa: S101 - chosen so
         with engine.occupied():
             try:
-                yield Lease(engine.http, served)
+                yield Lease(engine.http, served, self._names.name)
             except EngineDiedError:
                 engine.suspect()
                 raise
@@ -159,20 +158,24 @@ class EnginePool:
         engines = [(engine, engine.target) for engine in self.all]
         return [EngineSource(engine.http, served, engine.replica) for engine, served in engines if served]
 
+    def fill(self) -> None:
+        """Makes the members that there are not yet, unstarted."""
+        while len(self.members) < self._size:
+            self.members.append(self._make(self._places.take(), self._on_change))
+        if self.ready:
+            self._show()
+
     def add(self) -> Replica:
         """A new engine, unstarted, to `replace` a member with, or to `drop`."""
-        engine = self._make(self._free_number(), self._on_change)
+        engine = self._make(self._places.take(), self._on_change)
         self._others.append(engine)
         return engine
-
-    def _free_number(self) -> int:
-        taken = {engine.replica for engine in self.all}
-        return next(number for number in itertools.count() if number not in taken)
 
     async def drop(self, engine: Replica) -> None:
         """Ends an engine that is no member."""
         await engine.stop()
         self._others.remove(engine)
+        self._places.give_back(engine.replica)
         self._show()
 
     def replace(self, old: Replica, new: Replica) -> None:
@@ -187,41 +190,30 @@ class EnginePool:
         task.add_done_callback(self._retirements.discard)
 
     async def adopt(self, target: Target) -> bool:
-        """Adopts the engines with a version that an earlier server left running, and then ends all others of it.
+        """Makes members of the engines with a version that an earlier server left running.
 
         Returns:
-            Whether there was one; where not, only those were ended that failed the verification.
+            Whether there was one. Those that failed the verification were ended.
         """
-        taken: list[Replica] = []
-        for number in await asyncio.to_thread(self._orphans.numbers):
-            if len(taken) < len(self.members):
-                engine = self._make(number, self._on_change)
-                self._others.append(engine)  # where `stop` finds it, should this be cut off
-                try:
-                    adopted = await engine.adopt(target)
-                except Exception:
-                    self._others.remove(engine)
-                    raise
-                if adopted:
-                    taken.append(engine)
-                else:
-                    self._others.remove(engine)
-        if not taken:
-            return False
-        self._others = [engine for engine in self._others if engine not in taken]
-        size, self.members = len(self.members), taken
-        await self.end_orphans()
-        while len(self.members) < size:
-            self.members.append(self._make(self._free_number(), self._on_change))
-        self._show()
-        return True
-
-    async def end_orphans(self) -> None:
-        """Ends what an earlier server left running and is no member."""
-        members = {engine.replica for engine in self.members if engine.has_engine}
-        for number in await asyncio.to_thread(self._orphans.numbers):
-            if number not in members:
-                await asyncio.to_thread(self._orphans.end, number)
+        for number in await self._places.orphans():
+            if len(self.members) == self._size:
+                break
+            engine = self._make(self._places.take(number), self._on_change)
+            self._others.append(engine)  # where `stop` finds it, should this be cut off
+            try:
+                adopted = await engine.adopt(target)
+            except Exception:
+                self._others.remove(engine)
+                self._places.give_back(number)
+                raise
+            self._others.remove(engine)
+            if adopted:
+                self.members.append(engine)
+            else:
+                self._places.give_back(number)
+        if self.members:
+            self._show()
+        return bool(self.members)
 
     @property
     def down(self) -> list[Replica]:
@@ -241,7 +233,7 @@ class EnginePool:
         self._metrics.engine_restarted()
 
     async def stop(self, *, leave: bool = False) -> None:
-        """Ends all engines, also those of an earlier server that were not adopted yet.
+        """Ends all engines.
 
         Args:
             leave: those that are ready go on without us, for a server that starts later.
@@ -250,8 +242,8 @@ class EnginePool:
             task.cancel()
         ready = {engine for engine in self.all if leave and engine.state is EngineState.READY}
         await asyncio.gather(*(engine.leave() if engine in ready else engine.stop() for engine in self.all))
-        if not leave:
-            await self.end_orphans()
+        for engine in self.all:
+            self._places.give_back(engine.replica)
 
     async def _retire(self, engine: Replica) -> None:
         try:
@@ -294,7 +286,7 @@ class EnginePool:
         ready = self.ready
         if ready:
             drained = [member for member in self.members if member.state is EngineState.DRAINING]
-            self._router.set_loaded({engine.target for engine in [*ready, *drained] if engine.target})
+            self._names.set_loaded({engine.target for engine in [*ready, *drained] if engine.target})
             self._admission.available()
         else:
             self._admission.unavailable(_why_none({member.state for member in self.members}))

@@ -55,6 +55,7 @@ class Replica:
         launch: makes an engine for a model folder, unstarted.
         on_change: hears each change of state.
         on_phase: hears what a start is doing.
+        turn: held while it starts an engine, with others that would start at the same time.
 
     Attributes:
         target: what the engine was last verified to hold; None while nobody knows.
@@ -68,8 +69,11 @@ class Replica:
         verification: Verification,
         on_change: Callable[["Replica"], None],
         on_phase: Callable[[EnginePhase], None] = lambda phase: None,
+        *,
+        turn: asyncio.Lock | None = None,
     ) -> None:
         self.replica = replica
+        self._turn = turn or asyncio.Lock()
         self._launch = launch
         self._verification = verification
         self._on_change = on_change
@@ -167,7 +171,8 @@ class Replica:
         await self.stop(EngineState.STARTING)
         try:
             self._engine = engine = await self._launched(target)
-            await self._start_checked(engine, target)
+            async with self._turn:
+                await self._start_checked(engine, target)
             found = await self.verify(target, fresh=True)
         except BaseException:
             await self.stop(EngineState.FAILED)

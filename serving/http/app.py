@@ -39,7 +39,7 @@ def build_app(
     """The application for one gateway.
 
     Args:
-        gateway: answers completions; its admission, router and metrics stand behind the other paths.
+        gateway: answers completions; its router and metrics stand behind the other paths.
         feedback: answers /v1/feedback.
         engine_metrics: refreshed for each /metrics; registered where `gateway.metrics` is.
         status: what /svc/status shows, JSON values; called in a thread.
@@ -68,9 +68,10 @@ def _add_operations(
 
     @app.get("/health")
     async def health() -> JSONResponse:
-        reason = gateway.admission.unavailable_reason
-        if reason is None:
+        reasons = [backend.admission.unavailable_reason for backend in gateway.router.backends]
+        if None in reasons:  # one model that cannot be asked does not take the others out of service
             return JSONResponse({"status": "ready"})
+        reason = next(iter(reasons), "no model is served")
         headers = {"retry-after": str(EngineUnavailableError.retry_after_s)}
         return JSONResponse({"status": "unavailable", "reason": reason}, 503, headers)
 

@@ -35,9 +35,9 @@ from serving.http.delivery import AnswerTooLargeError
 from serving.http.feedback import RequestLogBusyError, RequestNotFoundError
 from serving.http.host import HostNotAllowedError
 from serving.http.models import ModelNotDeletableError
+from serving.model_names import SHOWN_CHARS, ModelNotFoundError
 from serving.protocols import request
 from serving.protocols.error_code import ErrorCode
-from serving.router import SHOWN_CHARS, ModelNotFoundError
 from svc.errors import SvcError
 
 log = logging.getLogger(__name__)

@@ -14,8 +14,8 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
 from serving.admission import OverloadedError
+from serving.model_names import SHOWN_CHARS
 from serving.protocols.request import ClientGoneError, InvalidJsonError, InvalidRequestError, read_body
-from serving.router import SHOWN_CHARS
 from serving.telemetry.metrics import CLIENT_GONE_STATUS
 from serving.telemetry.request_log import RequestLog
 from svc.errors import NotFoundError, SvcError

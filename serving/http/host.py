@@ -10,7 +10,7 @@ from collections.abc import Iterable
 
 from starlette.types import Scope
 
-from serving.router import SHOWN_CHARS
+from serving.model_names import SHOWN_CHARS
 from svc.errors import SvcError
 
 ANY = "*"

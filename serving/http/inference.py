@@ -1,7 +1,8 @@
 """The data plane: one request from its first byte to the last byte of its answer.
 
-read -> admit -> resolve -> forward -> answer. Bytes pass through as they came, with two exceptions: the model's name on
-the way in, and on the way out of a stream the chunk with token counts, for clients that did not ask for it.
+read -> route -> admit -> resolve -> forward -> answer. Bytes pass through as they came, with two exceptions: the
+model's name on the way in, and on the way out of a stream the chunk with token counts, for clients that did not ask for
+it.
 
 The answer's head is sent with the first complete event, not before: until then a failure can have its own status. What
 a client does not take at once waits for it in a buffer (serving.http.delivery), outside admission: the engine is done.
@@ -10,17 +11,17 @@ a client does not take at once waits for it in a buffer (serving.http.delivery),
 import asyncio
 import time
 from collections.abc import Callable
-from contextlib import AbstractContextManager, suppress
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from typing import Protocol
 
 import httpx
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from serving.admission import Admission, EngineUnavailableError
+from serving.admission import EngineUnavailableError
 from serving.engines.pool import Lease
 from serving.engines.transport import EngineDiedError, EngineUnreachableError, call, refusal
+from serving.http.body_slots import BodySlots
 from serving.http.connections import ABORT
 from serving.http.delivery import AnswerBuffers, ClientSlowError, Delivery
 from serving.http.disconnect import disconnected, while_connected
@@ -31,7 +32,7 @@ from serving.protocols.request import ClientGoneError, CompletionRequest, discar
 from serving.protocols.route import Route
 from serving.protocols.server_sent_events import EventSplitter, find_error
 from serving.protocols.wire_formats import Usage, wire_format
-from serving.router import Router
+from serving.router import Destination, Router
 from serving.telemetry.content import Content
 from serving.telemetry.metrics import CLIENT_GONE_STATUS, UNKNOWN_MODEL, GatewayMetrics
 from serving.telemetry.request_log import RequestLog
@@ -44,51 +45,37 @@ _BODY_STILL_SENT = frozenset({ErrorCode.BODY_TOO_LARGE, ErrorCode.UNSUPPORTED_ME
 _DISCARDED_BYTES = 64 * 2**20
 
 
-class Leases(Protocol):
-    """Gives an engine for a request; see serving.engines.pool.EnginePool.lease."""
-
-    def __call__(self, model: str, *, without: Lease | None = None) -> AbstractContextManager[Lease]:
-        """An engine for the body, and another one than `without`."""
-
-
 class Gateway:
     """Forwards completions to engines.
 
     Args:
-        lease: an engine for a model's name, see serving.engines.pool.
-        admission: admits and holds requests.
-        router: knows what the engines call their model.
+        router: finds the backend for a request.
+        body_slots: how many requests may come in at once.
         metrics: counts.
         request_log: keeps a row for each request.
         settings: the limits.
         buffers: what of all answers waits for clients.
-        context: longest prompt and answer together, tokens: what an answer may take that the client sets no limit to.
         clock: monotonic time, seconds.
     """
 
     def __init__(
         self,
         *,
-        lease: Leases,
-        admission: Admission,
         router: Router,
+        body_slots: BodySlots,
         metrics: GatewayMetrics,
         request_log: RequestLog,
         settings: ServeSettings,
         buffers: AnswerBuffers,
-        context: int,
         clock: Callable[[], float] = time.perf_counter,
     ) -> None:
-        self.lease = lease
-        self.admission = admission
         self.router = router
+        self.body_slots = body_slots
         self.metrics = metrics
         self.request_log = request_log
         self.settings = settings
-        self.context = context
         self.clock = clock
         self.buffers = buffers
-        metrics.watch_admission(lambda: admission.running, lambda: admission.queued)
 
     def endpoint(self, route: Route) -> ASGIApp:
         """The ASGI application for one path."""
@@ -139,15 +126,15 @@ class Exchange:
         settings = self._gateway.settings
         try:
             peer = self._scope.get("client")
-            with self._gateway.admission.reading(peer[0] if peer else ""):
+            with self._gateway.body_slots.reading(peer[0] if peer else ""):
                 body = await read_body(
                     self._scope, receive, max_bytes=settings.max_body_bytes, timeout_s=settings.body_timeout_s
                 )
             self._started = self._clock()
-            self._request = request = parse_request(body, self._route, engine_model=self._gateway.router.name)
+            self._request = request = parse_request(body, self._route)
             del body
             if self._gateway.request_log.wants_content():
-                self._content = Content(self._route, request.payload)
+                self._content = Content(self._route, request.members)
             await while_connected(receive, self._answer(request))
         except ClientGoneError:
             if not self._delivered:
@@ -189,21 +176,22 @@ class Exchange:
         self._gateway.request_log.add(record, self._content if served else None)
 
     async def _answer(self, request: CompletionRequest) -> None:
-        gateway = self._gateway
+        to = self._gateway.router.find(request.model, request.who)
+        self._scope["state"]["version"] = (served := to.backend.names.served) and served.version
         # Delivered outside admission: the engine is done with it, and a client that reads slowly keeps no place.
-        async with self._delivery, gateway.admission.admit(request.work(gateway.context)):
-            with gateway.lease(request.model) as engine:
+        async with self._delivery, to.backend.admission.admit(request.work(to.backend.context)):
+            with to.backend.lease(to.model) as engine:
                 try:
                     await self._forward(engine, request)
                 except EngineUnreachableError as error:
-                    await self._forward_to_another(engine, request, error)
+                    await self._forward_to_another(to, engine, request, error)
 
     async def _forward_to_another(
-        self, engine: Lease, request: CompletionRequest, refused: EngineUnreachableError
+        self, to: Destination, engine: Lease, request: CompletionRequest, refused: EngineUnreachableError
     ) -> None:
         """Once: where that one takes no connection either, something else is wrong."""
         try:
-            with self._gateway.lease(request.model, without=engine) as other:
+            with to.backend.lease(to.model, without=engine) as other:
                 await self._forward(other, request)
         except EngineUnavailableError:
             raise refused from None
@@ -212,7 +200,8 @@ class Exchange:
         """Asks the engine, and hands its answer to the delivery."""
         self._served = engine.served
         self._scope["state"]["version"] = engine.served.version
-        async with call(engine.http, self._route.value, request.payload, self._request_id) as response:
+        payload = request.payload(engine.engine_model)
+        async with call(engine.http, self._route.value, payload, self._request_id) as response:
             if response.headers.get("content-type", "").startswith(_EVENT_STREAM):
                 await _Stream(self, engine.served, wants_usage=request.wants_usage).forward(response)
             else:

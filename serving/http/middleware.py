@@ -24,7 +24,7 @@ class RequestMiddleware:
 
     Args:
         app: what is wrapped.
-        router: tells the version that is loaded, for answers that no version gave.
+        router: tells the version in production where there is one model, for answers that no version gave.
         hosts: the names that are answered to.
     """
 
@@ -50,7 +50,7 @@ class RequestMiddleware:
             if message["type"] == "http.response.start":
                 begun = True
                 headers = [*message.get("headers", ()), *ids]
-                version = state.get("version") or (self._router.served and self._router.served.version)
+                version = state.get("version") or self._router.only_version
                 if version:
                     headers.append((b"x-model-version", str(version).encode("ascii")))
                 message = {**message, "headers": headers}

@@ -9,7 +9,7 @@ from typing import Any, NoReturn
 from fastapi import FastAPI
 from starlette.responses import JSONResponse
 
-from serving.router import Router
+from serving.router import Backend, Router
 from svc.errors import SvcError
 
 OWNER = "tuneserve"
@@ -26,22 +26,22 @@ def add_models(app: FastAPI, router: Router) -> None:
         router: the names that resolve now.
     """
 
-    def model(name: str) -> dict[str, Any]:
-        return {"id": name, "object": "model", "created": router.since, "owned_by": OWNER}
+    def model(name: str, backend: Backend) -> dict[str, Any]:
+        return {"id": name, "object": "model", "created": backend.names.since, "owned_by": OWNER}
 
     @app.get("/v1/models")
     async def list_models() -> JSONResponse:
-        return JSONResponse({"object": "list", "data": [model(name) for name in router.names()]})
+        listed = [model(name, backend) for backend in router.backends for name in backend.names.all()]
+        return JSONResponse({"object": "list", "data": listed})
 
     # A slash in a name arrives as %2F, which is decoded before the path is matched.
     @app.get("/v1/models/{name:path}")
     async def show_model(name: str) -> JSONResponse:
-        router.resolve(name)
-        return JSONResponse(model(name))
+        return JSONResponse(model(name, router.find(name).backend))
 
     @app.delete("/v1/models/{name:path}", response_model=None)
     async def delete_model(name: str) -> NoReturn:
-        router.resolve(name)
+        router.find(name)
         raise ModelNotDeletableError(
             f"model {name!r} is served, and models are not deleted over HTTP",
             todo="ask the operator to promote another version, and to delete this one on disk",

@@ -25,6 +25,15 @@ _LONGEST = {
     Route.MESSAGES: ("max_tokens",),
 }
 """What each route calls the longest answer; the first that is set holds, as it does in the engine."""
+_SAID = {
+    Route.CHAT_COMPLETIONS: "messages",
+    Route.COMPLETIONS: "prompt",
+    Route.RESPONSES: "input",
+    Route.MESSAGES: "messages",
+}
+"""Where each route has the conversation."""
+_WHO_CHARS = 256
+_EMPTY = b"{}"
 _HAS_STREAM_OPTIONS = frozenset({Route.CHAT_COMPLETIONS, Route.COMPLETIONS})
 
 
@@ -66,21 +75,32 @@ class CompletionRequest:
 
     Attributes:
         model: the client's model name, as sent.
-        payload: the JSON that goes to the engine.
+        members: the JSON object that goes to the engine, without its model.
         stream: the client wants server-sent events.
         wants_usage: the event with the token counts of a stream is the client's too.
         temperature: as sent; None where it was not, or is no number. The engine checks values, and has its defaults.
         max_tokens: longest answer, likewise.
         answers: how many, of all prompts together.
+        who: tells one client or conversation from another; empty where the request does not say.
     """
 
     model: str
-    payload: bytes
+    members: bytes
     stream: bool
     wants_usage: bool
     temperature: float | None = None
     max_tokens: int | None = None
     answers: int = 1
+    who: str = ""
+
+    def payload(self, engine_model: str) -> bytes:
+        """The JSON that goes to the engine.
+
+        Args:
+            engine_model: what the engine calls the model.
+        """
+        head = b'{"model":' + json.dumps(engine_model).encode("ascii")
+        return head + (b"}" if self.members == _EMPTY else b"," + self.members[1:])
 
     def work(self, context: int) -> int:
         """Most tokens that the engine may have to make for it.
@@ -148,11 +168,8 @@ def _too_large(max_bytes: int) -> BodyTooLargeError:
     return BodyTooLargeError("the request body is too large", expected=f"at most {max_bytes} bytes")
 
 
-def parse_request(body: bytes, route: Route, *, engine_model: str) -> CompletionRequest:
+def parse_request(body: bytes, route: Route) -> CompletionRequest:
     """Reads a body and prepares what goes to the engine.
-
-    Args:
-        engine_model: what the engine calls its model.
 
     Raises:
         InvalidJsonError: not a JSON object.
@@ -160,7 +177,7 @@ def parse_request(body: bytes, route: Route, *, engine_model: str) -> Completion
             serving.protocols.unsupported_fields.
     """
     fields = _json_object(body)
-    model = fields.get("model")
+    model = fields.pop("model", None)
     if not isinstance(model, str):
         raise InvalidRequestError("'model' is missing or no string", param="model", expected="a model name")
     refusal = find_refusal(fields, route)
@@ -174,12 +191,13 @@ def parse_request(body: bytes, route: Route, *, engine_model: str) -> Completion
         fields |= {"store": False, "background": False}
     return CompletionRequest(
         model=model,
-        payload=_to_json({**fields, "model": engine_model}),
+        members=_to_json(fields),
         stream=stream,
         wants_usage=wants_usage,
         temperature=_temperature(fields),
         max_tokens=_max_tokens(fields, route),
         answers=count_answers(fields, route),
+        who=_who(fields, route),
     )
 
 
@@ -213,6 +231,20 @@ def _to_json(fields: dict[str, Any]) -> bytes:
         raise InvalidJsonError("the request body is not usable JSON: a number out of range") from error
     except RecursionError as error:
         raise InvalidJsonError("the request body is not usable JSON: nested too deeply") from error
+
+
+def _who(fields: Mapping[str, Any], route: Route) -> str:
+    """The `user`, else how the conversation begins: what a person said first stays, whatever is said later."""
+    user = fields.get("user")
+    if isinstance(user, str) and user:
+        return user[:_WHO_CHARS]
+    said = fields.get(_SAID[route])
+    if isinstance(said, list):
+        turns = (turn.get("content") for turn in said if isinstance(turn, dict) and turn.get("role") == "user")
+        said = next(turns, None)
+    if isinstance(said, list):
+        said = next((part.get("text") for part in said if isinstance(part, dict)), None)
+    return said[:_WHO_CHARS] if isinstance(said, str) else ""
 
 
 def _flag(fields: Mapping[str, Any], key: str, param: str) -> bool:

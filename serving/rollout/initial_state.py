@@ -1,30 +1,58 @@
-"""Which version a server starts with, and which may be served at all."""
+"""Which models and versions a server starts with, and which may be served at all."""
+
+from collections.abc import Sequence
 
 from sqlalchemy import Engine as Store
 
 from svc.errors import NotFoundError, RefusedError
 from svc.registry.manifest import Manifest
 from svc.registry.registry import Registry
+from svc.store.deployments import deployed_names, set_deployments
 from svc.store.desired import Desired, change_desired, desired_names, read_desired
 from svc.version import Format, Target, VersionId
 
 _PREFERRED = (Format.GPTQ, Format.MERGED)
 
 
-def choose_desired(registry: Registry, store: Store, model: str | None, format: Format | None) -> Desired:
+def choose_deployments(
+    registry: Registry, store: Store, models: Sequence[str], format: Format | None, *, every: bool = False
+) -> list[Desired]:
+    """What a server starts with, one desired state for each model; the store knows the set from then on.
+
+    Args:
+        models: see `choose_desired`; none: those that were served last, or the only one that there is.
+        format: of all that are named.
+        every: every model that was ever served.
+
+    Raises:
+        NotFoundError, RefusedError: see `choose_desired`; also for several names and none given, and for one twice.
+    """
+    named = list(models) or (desired_names(store) if every else deployed_names(store))
+    found = [choose_desired(registry, store, model, format) for model in named or [_only_name(registry, store)]]
+    names = [desired.name for desired in found]
+    if twice := sorted({name for name in names if names.count(name) > 1}):
+        raise RefusedError(
+            f"{', '.join(twice)} is named twice",
+            expected="one version of each model",
+            todo="serve one of them; `svc promote` brings another",
+        )
+    set_deployments(store, names)
+    return found
+
+
+def choose_desired(registry: Registry, store: Store, model: str, format: Format | None) -> Desired:
     """The desired state to start from, written to the store where it is new.
 
     Args:
-        model: NAME, NAME@N, NAME@alias, or None for the only name that there is.
+        model: NAME, NAME@N or NAME@alias.
         format: None for what served last, else GPTQ where the version has it.
 
     Raises:
-        NotFoundError: no such model, version or format, or several names and none given.
+        NotFoundError: no such model, version or format.
         RefusedError: a version that failed a check when it was registered.
     """
-    name = (model or _only_name(registry, store)).partition("@")[0]
-    seen = read_desired(store, name)
-    version = seen.target.version if seen and (not model or "@" not in model) else _resolve(registry, model or name)
+    seen = read_desired(store, model.partition("@")[0])
+    version = seen.target.version if seen and "@" not in model else _resolve(registry, model)
     if format is None and seen and seen.target.version == version:
         format = seen.target.format
     target = Target(version, format or _best_format(registry, version))
@@ -62,7 +90,7 @@ def _only_name(registry: Registry, store: Store) -> str:
     names = desired_names(store) or registry.names()
     if len(names) != 1:
         known = ", ".join(names) or "none: `svc train RECIPE` makes one"
-        raise NotFoundError("no model was named", expected=f"svc serve NAME, with one of: {known}")
+        raise NotFoundError("no model was named", expected=f"svc serve NAME..., of: {known}; or --all")
     return names[0]
 
 

@@ -16,11 +16,11 @@ from sqlalchemy.exc import SQLAlchemyError
 
 from serving.engines.pool import EnginePool
 from serving.engines.replica import Replica
+from serving.model_names import ModelNames
 from serving.rollout.journal import Journal
 from serving.rollout.production_alias import ProductionAlias
 from serving.rollout.swap import Swap
-from serving.router import Router
-from serving.telemetry.metrics import GatewayMetrics
+from serving.telemetry.deployment_metrics import DeploymentMetrics
 from svc.engine.state import EngineState
 from svc.errors import BusyError, SvcError, SwapError
 from svc.store.desired import Desired, change_desired, read_desired
@@ -66,8 +66,8 @@ class Reconciler:
         store: Store,
         pool: EnginePool,
         swap: Swap,
-        router: Router,
-        metrics: GatewayMetrics,
+        names: ModelNames,
+        metrics: DeploymentMetrics,
         alias: ProductionAlias,
         backoff_s: tuple[float, ...] = _BACKOFF_S,
     ) -> None:
@@ -77,7 +77,7 @@ class Reconciler:
         self._journal = Journal(store)
         self._pool = pool
         self._swap = swap
-        self._router = router
+        self._names = names
         self._metrics = metrics
         self._alias = alias
         self._backoff_s = backoff_s
@@ -95,18 +95,16 @@ class Reconciler:
         return self._journal
 
     async def start(self) -> None:
-        """Adopts the engines that an earlier server left, or starts one with the desired version; others follow.
-
-        Where only engines with the version before were left, as by a server that died during a swap, that version
-        serves at once, and `run` takes the wish up again.
+        """Starts an engine with the desired version, where none was adopted; others follow.
 
         Raises:
             SvcError: it cannot serve; at the first start a person is there to read it. SwapError where another version
                 served before: that one is desired again, and the next start comes up with it.
         """
-        if await self._adopt():
+        adopted = bool(self._pool.members)
+        self._pool.fill()
+        if adopted:
             return
-        await self._pool.end_orphans()
         # Beside the start: MLflow takes a second to import, and may be away.
         reading = asyncio.create_task(self._alias.read(self._actual.name))
         try:
@@ -130,7 +128,12 @@ class Reconciler:
         self._serves()
         await self._end_cut_off(SwapResult(SwapOutcome.SUCCEEDED))
 
-    async def _adopt(self) -> bool:
+    async def adopt(self) -> bool:
+        """Adopts the engines that an earlier server left; `start` comes next. Whether there was one.
+
+        Where only engines with the version before were left, as by a server that died during a swap, that version
+        serves at once, and `run` takes the wish up again.
+        """
         desired = self._actual
         if await self._found(desired.target):
             self._serves()
@@ -147,7 +150,7 @@ class Reconciler:
             return await self._pool.adopt(target)
         except SvcError:
             log.warning("no engine with %s can be adopted", target, exc_info=True)
-            return False
+            return bool(self._pool.members)
 
     async def run(self) -> None:
         """Runs until it is cancelled; `start` comes before."""
@@ -262,7 +265,7 @@ class Reconciler:
     def _serves(self) -> None:
         """Tells everybody what serves now."""
         target = self._actual.target
-        self._router.serve(target)
+        self._names.serve(target)
         self._metrics.version_loaded(target)
         self._alias.move(target.version)
 

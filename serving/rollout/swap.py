@@ -22,8 +22,8 @@ from serving.admission import Admission
 from serving.engines.pool import EnginePool
 from serving.engines.replica import Replica
 from serving.engines.verification import Verification
+from serving.model_names import ModelNames
 from serving.rollout.swap_plan import Report, SwapPlanner
-from serving.router import Router
 from svc.engine.state import EngineState
 from svc.engine.vllm.client import DOWN
 from svc.errors import EngineError, ProbeError, SvcError
@@ -76,7 +76,7 @@ class Swap:
         verification: Verification,
         pool: EnginePool,
         admission: Admission,
-        router: Router,
+        names: ModelNames,
         drain_timeout_s: float,
         retire_timeout_s: float,
     ) -> None:
@@ -84,7 +84,7 @@ class Swap:
         self._verification = verification
         self._pool = pool
         self._admission = admission
-        self._router = router
+        self._names = names
         self._drain_timeout_s = drain_timeout_s
         self._retire_timeout_s = retire_timeout_s
 
@@ -124,7 +124,7 @@ class Swap:
                 change.report(f"{len(changed)} of {len(self._pool.members)} engines hold {change.target}")
         if not changed:
             return SwapOutcome.FAILED, "the engine died before it was changed"
-        self._router.serve(change.target)
+        self._names.serve(change.target)
         return SwapOutcome.SUCCEEDED, None
 
     async def _back(self, change: _Change, changed: list[Replica]) -> SwapOutcome:
@@ -185,7 +185,7 @@ class Swap:
     def _serve_if_only(self, change: _Change) -> None:
         """Where others still hold the version before, that one is in production until all are changed."""
         if len(self._pool.alive) <= 1:
-            self._router.serve(change.target)
+            self._names.serve(change.target)
 
     async def _in_place(self, change: _Change, engine: Replica) -> tuple[SwapOutcome, str | None]:
         async with self._without(change, engine):

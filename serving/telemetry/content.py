@@ -20,7 +20,7 @@ class Content:
 
     Attributes:
         route: says how they are written.
-        payload: the JSON that went to the engine.
+        payload: the JSON that went to the engine, without its model.
         answer: a JSON body, or the events of a stream.
         size: what it holds in memory, bytes.
         too_long: the answer went past the limit, and is not kept in memory any more.

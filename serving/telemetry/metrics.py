@@ -2,23 +2,21 @@
 
 A client can create no series: models that are not served are counted under `unknown`, routes and reasons are enums,
 and a status is one that the gateway sends. Versions are the label that grows, one for each swap.
-Knows nothing of the engine's own metrics.
+Knows nothing of the engine's own metrics, and of engines and rollouts nothing (deployment_metrics).
 """
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
+from prometheus_client import CollectorRegistry, Counter, Histogram
 
 from serving.protocols.error_code import ErrorCode
 from serving.protocols.outcome import outcome_of
 from serving.protocols.route import Route
 from serving.protocols.wire_formats import Usage
 from serving.telemetry.quantiles import VersionQuantiles
-from svc.engine.state import EngineState
 from svc.store.feedback import Rating
 from svc.store.requests import Dropped, Outcome
-from svc.store.swaps import SwapOutcome, SwapResult
 from svc.version import Target, VersionId
 
 CLIENT_GONE_STATUS = 499
@@ -42,12 +40,8 @@ _FIRST_TOKEN_BUCKETS_S = (0.01, 0.025, 0.05, 0.1, 0.2, 0.35, 0.5, 0.75, 1, 2, 4,
 # 5 ms is a small model on a GPU, 250 ms is as slow as people read; beyond lie stalls: a long prompt of another
 # request, a preemption.
 _BETWEEN_TOKENS_BUCKETS_S = (0.0025, 0.005, 0.01, 0.02, 0.035, 0.05, 0.075, 0.1, 0.15, 0.25, 0.5, 1, 2.5, 10)
-# A swap in place: one to two seconds for the weights, up to the drain timeout for long answers, and an engine start
-# where one is needed.
-_SWAP_BUCKETS_S = (0.5, 1, 1.5, 2, 3, 5, 10, 20, 30, 60, 120, 300, 600)
 # Below 1 ms is the clock's own; 20 ms is as long as a callback may compute; from 100 ms on people notice.
 _LAG_BUCKETS_S = (0.001, 0.002, 0.003, 0.005, 0.0075, 0.01, 0.015, 0.02, 0.03, 0.05, 0.075, 0.1, 0.25, 0.5, 1, 2, 5)
-_QUEUED_BUCKETS = (0, 1, 2, 4, 8, 16, 32, 64, 128, 256)
 
 
 class GatewayMetrics:
@@ -69,7 +63,6 @@ class GatewayMetrics:
         self.registry = registry
         self._exemplars = exemplars
         self._add_request_instruments(registry)
-        self._add_engine_instruments(registry)
         self._add_request_log_instruments(registry)
         self._loop_lag = Histogram(
             "svc_event_loop_lag_seconds",
@@ -113,46 +106,19 @@ class GatewayMetrics:
             registry=registry,
         )
         self._tokens = Counter("svc_tokens_total", "Tokens", (*version, "direction"), registry=registry)
-        self._running = Gauge("svc_requests_running", "Requests in the engine", registry=registry)
-        self._queued = Gauge("svc_requests_queued", "Requests that wait for a change of version", registry=registry)
         self._errors = Counter(
             "svc_request_errors_total", "Requests that failed, by reason", (*version, "reason"), registry=registry
         )
-        self._show_errors(None)
+        self.show_errors(None)
 
-    def _show_errors(self, served: Target | None) -> None:
-        """From the start, so that the first error is seen as an increase."""
+    def show_errors(self, served: Target | None) -> None:
+        """Shows a version's errors before there is one, so that the first is seen as an increase.
+
+        Args:
+            served: None for requests that no version answers.
+        """
         for code in set(ErrorCode) - _NOT_COMPLETIONS:
             self._errors.labels(*_labels(served), code.value)
-
-    def _add_engine_instruments(self, registry: CollectorRegistry) -> None:
-        self._engine_state = Gauge("svc_engine_state", "Engines in a state", ("state",), registry=registry)
-        self._restarts = Counter("svc_engine_restarts_total", "Engine starts after the engine died", registry=registry)
-        self._swap_duration = Histogram(
-            "svc_swap_duration_seconds",
-            "From closing admission to opening it",
-            ("outcome",),
-            buckets=_SWAP_BUCKETS_S,
-            registry=registry,
-        )
-        self._swaps = Counter("svc_swaps_total", "Swaps, by outcome", ("outcome",), registry=registry)
-        for outcome in SwapOutcome:
-            self._swaps.labels(outcome.value)
-        self._swap_queued = Histogram(
-            "svc_swap_queued_requests", "Requests queued when a swap ended", buckets=_QUEUED_BUCKETS, registry=registry
-        )
-        self._version_info = Gauge(
-            "svc_model_version_info",
-            "1 for the version that is loaded",
-            ("model", "version", "format"),
-            registry=registry,
-        )
-        self._holdout_interval = Gauge(
-            "svc_holdout_interval_seconds",
-            "From one run of the held-out set to the next, where it is to be asked",
-            ("model", "version"),
-            registry=registry,
-        )
 
     def _add_request_log_instruments(self, registry: CollectorRegistry) -> None:
         self._rows = Counter("svc_request_log_rows_total", "Rows stored, one for each request", registry=registry)
@@ -164,11 +130,6 @@ class GatewayMetrics:
         self._feedback = Counter(
             "svc_feedback_total", "Answers that were rated", ("model", "version", "rating"), registry=registry
         )
-
-    def watch_admission(self, running: Callable[[], int], queued: Callable[[], int]) -> None:
-        """Reads the two gauges from admission itself whenever they are asked for."""
-        self._running.set_function(running)
-        self._queued.set_function(queued)
 
     def request_ended(
         self,
@@ -231,38 +192,9 @@ class GatewayMetrics:
         name, number = (version.name, str(version.number)) if version else (UNKNOWN_MODEL, "")
         self._feedback.labels(name, number, rating.value).inc()
 
-    def engine_states(self, states: Sequence[EngineState]) -> None:
-        """Shows how many engines are in each state."""
-        for state in EngineState:
-            self._engine_state.labels(state.value).set(states.count(state))
-
-    def engine_restarted(self) -> None:
-        """Counts a start after a death."""
-        self._restarts.inc()
-
-    def swap_ended(self, result: SwapResult) -> None:
-        """Counts a swap, and times it when admission was closed for it."""
-        self._swaps.labels(result.outcome.value).inc()
-        if result.queued_s is not None:
-            self._swap_duration.labels(result.outcome.value).observe(result.queued_s)
-        if result.queued is not None:
-            self._swap_queued.observe(result.queued)
-
-    def version_loaded(self, served: Target) -> None:
-        """Shows the version that is loaded, and only that one."""
-        self._version_info.clear()
-        self._version_info.labels(*_labels(served), served.format.value).set(1)
-        self._show_errors(served)
-
     def loop_lagged(self, seconds: float) -> None:
         """Takes how much later than asked the event loop woke up a task."""
         self._loop_lag.observe(seconds)
-
-    def holdout_due(self, served: Target | None, every_s: float) -> None:
-        """Shows the version whose held-out set is to be asked, and how often; None where there is none to ask."""
-        self._holdout_interval.clear()
-        if served:
-            self._holdout_interval.labels(*_labels(served)).set(every_s)
 
     def _exemplar(self, request_id: str) -> dict[str, str] | None:
         return {"request_id": request_id} if self._exemplars and request_id else None

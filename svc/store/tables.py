@@ -50,6 +50,15 @@ class DesiredRow(Table):
     forced: Mapped[str | None]
 
 
+class DeploymentRow(Table):
+    """A model that a server shall serve; with which version, its desired state says."""
+
+    __tablename__ = "deployments"
+
+    name: Mapped[str] = mapped_column(primary_key=True)
+    added_at: Mapped[datetime]
+
+
 class SwapRow(Table):
     """One attempt to bring a desired version into the engine. Without an outcome it is under way, or was cut off."""
 

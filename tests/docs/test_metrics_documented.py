@@ -18,6 +18,7 @@ from monitoring.exporter.server_page import ServerPage
 from monitoring.exporter.training import TrainingMetrics
 from monitoring.exporter.versions import BASE, VersionMetrics
 from serving.protocols.error_code import ErrorCode
+from serving.telemetry.deployment_metrics import DeploymentInstruments
 from serving.telemetry.machine_metrics import add_machine_metrics
 from serving.telemetry.metrics import _NOT_COMPLETIONS, GatewayMetrics
 from svc.engine.state import EngineState
@@ -42,6 +43,7 @@ def families(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[str, s
     registry = CollectorRegistry()
     home = tmp_path_factory.mktemp("home")
     GatewayMetrics(registry)
+    DeploymentInstruments(registry)
     add_machine_metrics(registry, home, AVX512, EngineSettings())
     versions = Registry.of(Settings(home=home))
     registry.register(ServerPage(httpx.Client(), _no_server))

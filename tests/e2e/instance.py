@@ -18,6 +18,7 @@ from examples.load import Load
 from examples.service import svc, svc_json, wait_until_ready
 from svc.engine.orphans import find_engine
 from svc.engine.vllm.folders import state_folders
+from tests.e2e.server import of_one_model
 
 Prompts = list[list[dict[str, str]]]
 
@@ -93,15 +94,15 @@ class Instance:
         return {number: engine for number, engine in found.items() if engine is not None}
 
     def status(self) -> Any:
-        """What the server says of itself."""
-        return httpx.get(f"{self.url}/svc/status", timeout=10, trust_env=False).json()
+        """What the server says of itself and of its one model."""
+        return of_one_model(httpx.get(f"{self.url}/svc/status", timeout=10, trust_env=False).json())
 
     def until(self, condition: Callable[[Any], object], timeout_s: float = 240) -> Any:
         """Waits until the status is so; looks a hundred times a second."""
         deadline = time.monotonic() + timeout_s
         with httpx.Client(base_url=self.url, timeout=10, trust_env=False) as client:
             while time.monotonic() < deadline:
-                status = client.get("/svc/status").json()
+                status = of_one_model(client.get("/svc/status").json())
                 if condition(status):
                     return status
                 time.sleep(0.01)

@@ -13,6 +13,11 @@ HELDOUT_EXAMPLES = 24
 """Twice the smallest window of the drift tests, and a few."""
 
 
+def of_one_model(status: dict[str, Any]) -> dict[str, Any]:
+    """A server's status with what its only model says beside it."""
+    return {**status, **(status["models"] or [{}])[0]}
+
+
 @dataclass(frozen=True)
 class Server:
     """The server under test."""
@@ -33,7 +38,8 @@ class Server:
         return [self.answer(index) for index in range(len(self.prompts))]
 
     def status(self) -> Any:
-        return svc_json(self.home, "status")
+        """Of the server and of its one model."""
+        return of_one_model(svc_json(self.home, "status"))
 
     def folder(self, number: int) -> Path:
         return self.home / "models" / "tiny" / str(number)

@@ -246,7 +246,7 @@ def test_a_second_server_on_the_same_home_or_port_is_refused(server: Server, tmp
 
 
 def test_status_shows_number_type_and_kernel_of_the_engine(server: Server) -> None:
-    plan = {row["name"]: row for row in svc_json(server.home, "status", "--verbose")["engine"]["plan"]}
+    plan = {row["name"]: row for row in svc_json(server.home, "status", "--verbose")["models"][0]["engine"]["plan"]}
     kernel = read_capabilities(server.home).gptq_kernel(EngineSettings())
     assert plan["gptq_kernel"]["value"] == kernel
     assert plan["dtype"]["value"] == "bfloat16"
@@ -260,8 +260,8 @@ def test_status_and_metrics_tell_of_the_requests(server: Server) -> None:
     assert 0 < figures["duration_s"]["0.5"] <= figures["duration_s"]["0.99"]
     assert figures["first_token_s"]["0.5"] > 0
     page = httpx.get(f"{server.url}/metrics").text
-    assert 'svc_engine_state{state="ready"} 1.0' in page
-    assert 'svc_swaps_total{outcome="restored"} 1.0' in page
+    assert 'svc_engine_state{model="tiny",state="ready"} 1.0' in page
+    assert 'svc_swaps_total{model="tiny",outcome="restored"} 1.0' in page
 
 
 def test_an_engine_that_dies_comes_back_and_serving_goes_on(server: Server) -> None:

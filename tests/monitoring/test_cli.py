@@ -43,8 +43,8 @@ STATE: dict[str, Any] = {
         "running": 5,
         "queued": 6,
     },
-    "pid": 1,
 }
+SERVER: dict[str, Any] = {"models": [STATE], "refused": {}, "pid": 1}
 METRICS = """
 # TYPE svc_requests_total counter
 svc_requests_total{model="tiny",version="2",route="chat",status="200"} 41
@@ -95,7 +95,7 @@ def status(svc: Svc, tmp_path: Path) -> Status:
     """`svc status` beside a server with this state, or with these pages."""
 
     def status(*options: str, pages: dict[str, tuple[int, str]] | None = None, **state: Any) -> Any:
-        good = {"/svc/status": (200, json.dumps(STATE | state)), "/metrics": (200, METRICS)}
+        good = {"/svc/status": (200, json.dumps(SERVER | {"models": [STATE | state]})), "/metrics": (200, METRICS)}
         with serving(good | (pages or {})) as url, hold_lock(tmp_path / "home" / LOCK_FILE, "the home", url=url):
             return svc("--home", "home", "status", *options)
 
@@ -124,8 +124,9 @@ def test_requests_and_errors_of_a_version_stand_in_its_row(status: Status) -> No
 
 def test_a_machine_gets_the_same_as_json(status: Status) -> None:
     found = json.loads(status("--json").out)
-    assert found["version"] == "tiny@2"
-    assert found["engine"] == {"state": "ready", "restarts": 1, "last_error": None}
+    (model,) = found["models"]
+    assert model["version"] == "tiny@2"
+    assert model["engine"] == {"state": "ready", "restarts": 1, "last_error": None}
     assert found["versions"]["tiny@2"]["requests"] == 42
     assert found["errors"] == {"engine_died": 1, "queue_overflow": 1}
     assert found["url"].startswith("http://127.0.0.1:")
@@ -139,7 +140,7 @@ def test_how_the_engine_was_started_is_shown_on_demand(status: Status) -> None:
 
 
 def test_how_the_engine_was_started_is_there_for_machines(status: Status) -> None:
-    assert json.loads(status("--verbose", "--json").out)["engine"] == STATE["engine"]
+    assert json.loads(status("--verbose", "--json").out)["models"][0]["engine"] == STATE["engine"]
 
 
 def test_an_engine_that_was_not_started_has_nothing_to_show(status: Status) -> None:
@@ -158,6 +159,15 @@ def test_a_new_server_has_neither_swap_nor_error(status: Status) -> None:
 def test_a_swap_under_way_is_told(status: Status) -> None:
     swap = STATE["last_swap"] | {"outcome": None, "kind": None, "queued_s": None, "running": None, "queued": None}
     assert "last swap: to tiny@2 (gptq), under way" in status(last_swap=swap).out
+
+
+def test_every_model_is_shown_and_those_that_were_refused(status: Status) -> None:
+    other = STATE | {"model": "other", "version": "other@7", "previous": None}
+    server = {"models": [STATE, other], "refused": {"large": "no memory for large@1"}, "pid": 1}
+    out = status(pages={"/svc/status": (200, json.dumps(server))}).out
+    assert "tiny@2 (gptq)  before: tiny@1 (gptq)" in out
+    assert "other@7 (gptq)  before: none" in out
+    assert "large is not served: no memory for large@1" in out
 
 
 def test_the_last_error_is_shown_as_it_is(status: Status) -> None:
@@ -218,7 +228,7 @@ def test_watching_shows_it_again_and_again_with_rates(svc: Svc, tmp_path: Path) 
     class Pages(dict[str, tuple[int, str]]):
         def __getitem__(self, path: str) -> tuple[int, str]:
             if path == "/svc/status":
-                return 200, json.dumps(STATE)
+                return 200, json.dumps(SERVER)
             page = next(looks, "stop")
             if page == "stop":
                 os.kill(os.getpid(), signal.SIGINT)

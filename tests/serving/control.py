@@ -14,14 +14,16 @@ import httpx
 from prometheus_client import CollectorRegistry
 
 from serving.admission import Admission
+from serving.engines.places import EnginePlaces
 from serving.engines.pool import EnginePool
 from serving.engines.replica import Replica
 from serving.engines.verification import Verification
+from serving.model_names import ModelNames
 from serving.rollout.production_alias import ProductionAlias
 from serving.rollout.reconciler import Reconciler
 from serving.rollout.swap import Swap
 from serving.rollout.swap_plan import SwapPlanner
-from serving.router import Router
+from serving.telemetry.deployment_metrics import DeploymentInstruments, DeploymentMetrics
 from serving.telemetry.metrics import GatewayMetrics
 from svc.engine.probes import EngineFacts
 from svc.engine.state import EngineState
@@ -34,7 +36,7 @@ from svc.store.swaps import SwapResult, find_swap
 from svc.version import Target
 from tests.serving.engine_double import EngineDouble
 from tests.serving.engine_park import EnginePark
-from tests.serving.service import CONTEXT, application
+from tests.serving.service import CONTEXT, OneBackend, application
 from tests.serving.socket_server import running
 from tests.serving.versions import FACTS, NAME, AliasBook, target
 
@@ -87,8 +89,11 @@ class Control:
             max_queued=limits.max_queued,
             queue_timeout_s=limits.queue_timeout_s,
         )
-        self.router = Router(NAME)
+        self.deployment_metrics = DeploymentMetrics(DeploymentInstruments(self.collector), NAME)
+        self.deployment_metrics.watch_admission(lambda: self.admission.running, lambda: self.admission.queued)
+        self.names = ModelNames(NAME)
         verification = Verification(self.registry, self.store, lambda folder: self.facts)
+        self.places = EnginePlaces(self.park)
         self.pool = EnginePool(
             lambda replica, on_change: Replica(
                 replica,
@@ -96,11 +101,11 @@ class Control:
                 verification,
                 on_change,
             ),
-            orphans=self.park,
+            places=self.places,
             size=self.replicas,
             admission=self.admission,
-            router=self.router,
-            metrics=self.metrics,
+            names=self.names,
+            metrics=self.deployment_metrics,
             retire_timeout_s=limits.retire_timeout_s,
         )
         self.planner = SwapPlanner(
@@ -116,7 +121,7 @@ class Control:
             verification=verification,
             pool=self.pool,
             admission=self.admission,
-            router=self.router,
+            names=self.names,
             drain_timeout_s=limits.drain_timeout_s,
             retire_timeout_s=limits.retire_timeout_s,
         )
@@ -127,8 +132,8 @@ class Control:
             store=self.store,
             pool=self.pool,
             swap=self.swap,
-            router=self.router,
-            metrics=self.metrics,
+            names=self.names,
+            metrics=self.deployment_metrics,
             alias=self.alias,
             backoff_s=(0.02, 0.05),
         )
@@ -136,7 +141,7 @@ class Control:
     @asynccontextmanager
     async def run(self) -> AsyncIterator["Control"]:
         """Serves for the body of the `with`; a defect that ends the loop fails the test."""
-        await self.reconciler.start()
+        await self.start()
         tasks = [asyncio.create_task(self.reconciler.run()), asyncio.create_task(self.alias.run())]
         try:
             yield self
@@ -146,17 +151,27 @@ class Control:
             for task in tasks:
                 task.cancel()
             await asyncio.wait(tasks)
-            await self.pool.stop(leave=self.leaves)
+            await self.stop(leave=self.leaves)
             assert self.park.alive == len(self.park.left)
+
+    async def start(self) -> None:
+        """What a server does for a model before requests come."""
+        await self.reconciler.adopt()
+        await self.places.end_orphans()
+        await self.reconciler.start()
+
+    async def stop(self, *, leave: bool = False) -> None:
+        """What it does at its end."""
+        await self.pool.stop(leave=leave)
+        if not leave:
+            await self.places.end_orphans()
 
     @asynccontextmanager
     async def client(self) -> AsyncIterator[httpx.AsyncClient]:
         """Calls the gateway through a real server."""
         app = application(
-            self.pool.lease,
+            OneBackend(self.names, self.admission, self.pool.lease),
             self.pool.sources,
-            admission=self.admission,
-            router=self.router,
             metrics=self.metrics,
             settings=self.settings,
         )
@@ -175,7 +190,9 @@ class Control:
 
     @property
     def replica(self) -> Replica:
-        """The first engine's."""
+        """The first engine's; made where there is none yet."""
+        if not self.pool.members:
+            self.pool.fill()
         return self.pool.members[0]
 
     @property

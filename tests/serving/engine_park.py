@@ -38,6 +38,7 @@ class EnginePark:
         unable: replicas that do not start.
         disk_full: nothing can be written down.
         silence_s: longest silence within a client's request, seconds.
+        starting, most_starting: engines that start now, and most that ever started together.
     """
 
     def __init__(self, sockets: Path, name: str, *, silence_s: float = 600.0) -> None:
@@ -53,14 +54,17 @@ class EnginePark:
         self.unable: set[int] = set()
         self.disk_full = False
         self.silence_s = silence_s
+        self.starting = self.most_starting = 0
 
     def socket(self, replica: int) -> Path:
         """Where a replica listens."""
         return self.sockets / f"engine-{replica}.sock"
 
-    def launch(self, replica: int, model: Path, socket: Path | None = None) -> LastingEngine:
+    def launch(
+        self, replica: int, model: Path, socket: Path | None = None, *, name: str | None = None
+    ) -> LastingEngine:
         """A new, unstarted engine."""
-        return DoubleEngine(self, replica, model, socket or self.socket(replica))
+        return DoubleEngine(self, replica, model, socket or self.socket(replica), name or self.name)
 
     def numbers(self) -> list[int]:
         """Replicas that a server left."""
@@ -89,15 +93,15 @@ class EnginePark:
 class DoubleEngine:
     """One engine of the park; a version's folder is its weights."""
 
-    def __init__(self, park: EnginePark, replica: int, model: Path, socket: Path) -> None:
+    def __init__(self, park: EnginePark, replica: int, model: Path, socket: Path, name: str) -> None:
         self._park = park
         self.replica = replica
         self._socket = socket
         self.holds: str | None = None
-        self.double = EngineDouble(weights=str(model), name=park.name, label=lambda folder: Path(folder).parent.name)
+        self.double = EngineDouble(weights=str(model), name=name, label=lambda folder: Path(folder).parent.name)
         park.prepare(self.double)
         self.double.die = self.kill
-        self.client = EngineClient.over_socket(socket, park.name)
+        self.client = EngineClient.over_socket(socket, name)
         self.http = data_client(socket, silence_s=park.silence_s)
         self.plan: EnginePlan | None = PLAN
         self._server: SocketServer | None = None
@@ -114,7 +118,12 @@ class DoubleEngine:
         self._park.engines.append(self)
         on_phase(EnginePhase.WEIGHTS)
         self.alive = True
-        await asyncio.sleep(self._park.start_delay_s)
+        self._park.starting += 1
+        self._park.most_starting = max(self._park.most_starting, self._park.starting)
+        try:
+            await asyncio.sleep(self._park.start_delay_s)
+        finally:
+            self._park.starting -= 1
         if self._park.failing_starts > 0 or self.replica in self._park.unable:
             self._park.failing_starts = max(0, self._park.failing_starts - 1)
             self.kill()

@@ -9,9 +9,10 @@ import httpx
 import pytest
 
 from serving import assembly, server
-from serving.rollout.initial_state import choose_desired
+from serving.rollout.initial_state import choose_deployments
 from svc.engine.engine import LastingEngine
 from svc.engine.vllm.launch import EngineSpec
+from svc.errors import SvcError
 from svc.registry.registry import Registry
 from svc.settings import Settings
 from svc.store.database import open_database
@@ -36,34 +37,41 @@ class Home:
         self.store = open_database(folder)
         self.park = EnginePark(folder, NAME)
         self.ready = asyncio.Event()
+        self.failures: list[SvcError] = []
         monkeypatch.setattr(assembly, "EngineProcess", self._launch)
-        monkeypatch.setattr(assembly, "shortage", lambda spec: self.park.room)
+        monkeypatch.setattr(assembly, "shortage", lambda specs: self.park.room if self.park.alive else None)
+        monkeypatch.setattr(assembly, "end_engine", self._end)
         monkeypatch.setattr(assembly, "engine_facts", lambda settings, capabilities, folder: FACTS)
         monkeypatch.setattr(Registry, "of", lambda settings: self.registry)
 
     def _launch(self, spec: EngineSpec, *, silence_s: float) -> LastingEngine:
-        return self.park.launch(int(spec.state.name), spec.model, spec.socket)
+        return self.park.launch(int(spec.state.name), spec.model, spec.socket, name=spec.served_name)
 
-    async def serve(self, claim: server.Claim, model: str | None = None) -> None:
+    def _end(self, folder: Path) -> None:
+        if int(folder.name) in self.park.left:
+            self.park.end(int(folder.name))
+
+    async def serve(self, claim: server.Claim, *models: str) -> None:
         """What `svc serve` does with a claim."""
         self.ready.clear()
-        desired = choose_desired(self.registry, self.store, model, None)
+        wanted = choose_deployments(self.registry, self.store, models, None)
         await server.serve(
             self.settings,
             self.registry,
             self.store,
-            desired,
+            wanted,
             claim,
             capabilities=AVX512,
             on_phase=lambda phase: None,
             on_ready=lambda target: self.ready.set(),
+            on_failure=lambda target, error: self.failures.append(error),
         )
 
     @asynccontextmanager
-    async def serving(self, model: str | None = f"{NAME}@1") -> AsyncIterator[httpx.AsyncClient]:
-        """A server that is ready, for the body of the `with`."""
+    async def serving(self, *models: str) -> AsyncIterator[httpx.AsyncClient]:
+        """A server of which one model is ready, for the body of the `with`."""
         with server.claim(self.settings) as claim:
-            task = asyncio.create_task(self.serve(claim, model))
+            task = asyncio.create_task(self.serve(claim, *models))
             waiting = asyncio.create_task(self.ready.wait())
             await asyncio.wait({task, waiting}, return_when=asyncio.FIRST_COMPLETED)
             waiting.cancel()

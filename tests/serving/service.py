@@ -2,9 +2,10 @@
 
 import asyncio
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
-from contextlib import asynccontextmanager, contextmanager
+from contextlib import AbstractContextManager, asynccontextmanager, contextmanager
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import httpx
 from fastapi import FastAPI
@@ -15,10 +16,13 @@ from sqlalchemy import create_engine
 from serving.admission import Admission, EngineUnavailableError
 from serving.engines.pool import Lease
 from serving.http.app import build_app
+from serving.http.body_slots import BodySlots
 from serving.http.delivery import AnswerBuffers
 from serving.http.feedback import FeedbackIntake
-from serving.http.inference import Gateway, Leases
-from serving.router import Router
+from serving.http.inference import Gateway
+from serving.model_names import ModelNames
+from serving.router import Backend, Router, Share
+from serving.telemetry.deployment_metrics import DeploymentInstruments, DeploymentMetrics
 from serving.telemetry.engine_metrics import EngineMetrics, EngineSource
 from serving.telemetry.metrics import GatewayMetrics
 from serving.telemetry.request_log import RequestLog
@@ -35,12 +39,31 @@ TWO = Target(VersionId(NAME, 2), Format.GPTQ)
 CHAT: dict[str, Any] = {"model": NAME, "messages": [{"role": "user", "content": "one two three"}]}
 
 
+class Leases(Protocol):
+    """Gives an engine for a request."""
+
+    def __call__(self, model: str, *, without: Lease | None = None) -> AbstractContextManager[Lease]:
+        """An engine for the body, and another one than `without`."""
+
+
+@dataclass(frozen=True, slots=True)
+class OneBackend:
+    """A backend of which each part is given."""
+
+    names: ModelNames
+    admission: Admission
+    leases: Leases
+    context: int = CONTEXT
+
+    def lease(self, model: str, *, without: Lease | None = None) -> AbstractContextManager[Lease]:
+        """An engine for the body."""
+        return self.leases(model, without=without)
+
+
 def application(
-    lease: Leases,
+    backend: Backend,
     sources: Callable[[], Sequence[EngineSource]],
     *,
-    admission: Admission,
-    router: Router,
     metrics: GatewayMetrics,
     settings: ServeSettings,
     buffers: AnswerBuffers | None = None,
@@ -48,20 +71,20 @@ def application(
     store: Store | None = None,
     status: Callable[[], Mapping[str, Any]] = dict,
 ) -> FastAPI:
-    """The application over these parts; rows are taken and not written where no request log is given."""
+    """The application over one backend; rows are taken and not written where no request log is given."""
     store = store or create_engine("sqlite://")
     request_log = request_log or RequestLog(
         store, RequestLogSettings(), on_stored=lambda count: None, on_dropped=lambda reason, count: None
     )
+    router = Router()
+    router.serve(backend.names.name, [Share(backend)])
     gateway = Gateway(
-        lease=lease,
-        admission=admission,
         router=router,
+        body_slots=BodySlots(settings.max_running + settings.max_queued),
         metrics=metrics,
         request_log=request_log,
         settings=settings,
         buffers=buffers or AnswerBuffers(max_bytes=2**28, max_answer_bytes=2**24),
-        context=CONTEXT,
     )
     engine_metrics = EngineMetrics(sources)
     metrics.registry.register(engine_metrics)
@@ -107,9 +130,12 @@ class Service:
             max_queued=self.settings.max_queued,
             queue_timeout_s=self.settings.queue_timeout_s,
         )
-        self.router = Router(NAME, clock=lambda: 1_700_000_000.0)
+        self.names = ModelNames(NAME, clock=lambda: 1_700_000_000.0)
         self.registry = CollectorRegistry()
         self.metrics = GatewayMetrics(self.registry, exemplars=self.settings.exemplars)
+        DeploymentMetrics(DeploymentInstruments(self.registry), NAME).watch_admission(
+            lambda: self.admission.running, lambda: self.admission.queued
+        )
         self.request_log = RequestLog(
             store or create_engine("sqlite://"),
             keeping or RequestLogSettings(),
@@ -132,16 +158,14 @@ class Service:
         ):
             self.http = engine
             self.app = application(
-                self.lease,
+                OneBackend(self.names, self.admission, self.lease),
                 lambda: [EngineSource(engine, self.loaded, 0)],
-                admission=self.admission,
-                router=self.router,
                 metrics=self.metrics,
                 request_log=self.request_log,
                 settings=self.settings,
                 buffers=self.gateway_buffers,
                 store=self.store,
-                status=lambda: {"served": str(self.router.served)},
+                status=lambda: {"served": str(self.names.served)},
             )
             self.load(ONE)
             self.admission.available()
@@ -154,16 +178,16 @@ class Service:
     def load(self, served: Target) -> None:
         """The engine holds a version from now on."""
         self.loaded = served
-        self.router.serve(served)
-        self.router.set_loaded({served})
+        self.names.serve(served)
+        self.names.set_loaded({served})
 
     @contextmanager
     def lease(self, model: str, *, without: Lease | None = None) -> Iterator[Lease]:
         """The one engine."""
-        self.router.resolve(model)
+        self.names.resolve(model)
         if without is not None:
             raise EngineUnavailableError("there is one engine")
-        yield Lease(self.http, self.loaded)
+        yield Lease(self.http, self.loaded, NAME)
 
     @asynccontextmanager
     async def client(self) -> AsyncIterator[httpx.AsyncClient]:

@@ -56,26 +56,6 @@ async def test_a_request_is_counted_while_it_runs() -> None:
     assert admission.running == 0
 
 
-def test_as_many_requests_are_read_at_once_as_may_run_and_wait() -> None:
-    admission = open_admission(max_running=1, max_queued=1)
-    with admission.reading("one"):
-        with admission.reading("other"), pytest.raises(OverloadedError), admission.reading("third"):
-            pass
-        with admission.reading("third"):
-            pass
-
-
-def test_one_peer_sends_half_of_the_requests_at_once() -> None:
-    admission = open_admission(max_running=2, max_queued=2)
-    with admission.reading("slow"), admission.reading("slow"):
-        with pytest.raises(OverloadedError, match="2 of them from slow"), admission.reading("slow"):
-            pass
-        with admission.reading("other"):
-            pass
-    with admission.reading("slow"):
-        pass
-
-
 async def test_the_most_that_waited_is_known_when_they_have_gone() -> None:
     admission = open_admission()
     async with closed(admission):

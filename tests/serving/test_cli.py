@@ -7,6 +7,7 @@ import signal
 import threading
 import time
 from collections.abc import AsyncIterator
+from typing import Any
 
 import httpx
 import pytest
@@ -14,7 +15,7 @@ from click.testing import CliRunner, Result
 
 from svc.cli import group
 from svc.errors import BusyError, NotFoundError, RefusedError, ServerNotRunningError, SvcError
-from svc.server_url import server_url
+from svc.server_url import read_status, server_url
 from svc.store.desired import read_desired
 from tests.serving.control import until
 from tests.serving.home import Home
@@ -36,8 +37,75 @@ def error_of(result: Result) -> SvcError:
 
 @pytest.fixture
 async def serving(home: Home) -> AsyncIterator[Home]:
-    async with home.serving():
+    async with home.serving(f"{NAME}@1"):
         yield home
+
+
+@pytest.fixture
+def other(home: Home) -> str:
+    """Another registered model."""
+    make_version(home.registry, 7, name="other")
+    return "other"
+
+
+@pytest.mark.parametrize("command", ["add", "serve"])
+async def test_a_model_is_added_to_the_running_server(serving: Home, other: str, command: str) -> None:
+    result = await type_in(serving, command, other)
+    assert result.exit_code == 0, result.output
+    assert "other@7 (merged) serves" in result.output
+    assert [model["model"] for model in await asyncio.to_thread(models_of, serving)] == [NAME, "other"]
+
+
+async def test_a_model_that_is_served_already_is_not_added(serving: Home) -> None:
+    error = error_of(await type_in(serving, "add", NAME))
+    assert isinstance(error, RefusedError)
+    assert f"svc promote {NAME}@N" in error.todo
+
+
+async def test_a_model_that_cannot_be_added_says_why(
+    serving: Home, other: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("serving.assembly.shortage", lambda specs: "it needs 9 GiB")
+    error = error_of(await type_in(serving, "add", other))
+    assert isinstance(error, RefusedError)
+    assert "it needs 9 GiB" in error.wrong
+
+
+async def test_an_unknown_model_is_not_added(serving: Home) -> None:
+    assert isinstance(error_of(await type_in(serving, "add", "nothing")), NotFoundError)
+
+
+async def test_a_model_is_removed(serving: Home, other: str) -> None:
+    await type_in(serving, "add", other)
+    result = await type_in(serving, "remove", NAME)
+    assert result.exit_code == 0, result.output
+    assert [model["model"] for model in await asyncio.to_thread(models_of, serving)] == ["other"]
+
+
+async def test_what_is_not_served_is_not_removed(serving: Home) -> None:
+    error = error_of(await type_in(serving, "remove", "nothing"))
+    assert isinstance(error, NotFoundError)
+    assert NAME in error.expected
+
+
+async def test_promote_and_rollback_are_of_one_model(serving: Home, other: str) -> None:
+    make_version(serving.registry, 8, name="other")
+    await type_in(serving, "add", f"{other}@7")
+    assert (await type_in(serving, "promote", f"{other}@8")).exit_code == 0
+    versions = {model["model"]: model["version"] for model in await asyncio.to_thread(models_of, serving)}
+    assert versions == {NAME: f"{NAME}@1", "other": "other@8"}
+    assert (await type_in(serving, "rollback", other)).exit_code == 0
+    versions = {model["model"]: model["version"] for model in await asyncio.to_thread(models_of, serving)}
+    assert versions == {NAME: f"{NAME}@1", "other": "other@7"}
+
+
+def test_all_models_or_some(home: Home) -> None:
+    assert "say --all" in type_now(home, "serve", NAME, "--all").output
+
+
+def models_of(home: Home) -> list[dict[str, Any]]:
+    """What the server says of its models."""
+    return list(read_status(server_url(home.settings))["models"])
 
 
 async def test_promote_says_what_serves(serving: Home) -> None:

@@ -1,61 +1,154 @@
-"""Names that clients use, and what they mean."""
+"""Which model a request is for, and how the requests of a name are shared out."""
+
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
-from serving.admission import EngineUnavailableError
-from serving.router import ModelNotFoundError, Router
-from tests.serving.service import ONE, TWO
+from serving.admission import Admission, EngineUnavailableError
+from serving.engines.pool import Lease
+from serving.model_names import ModelNames, ModelNotFoundError
+from serving.router import Router, Share
+from svc.version import Format, Target, VersionId
+from tests.serving.service import OneBackend
+
+CLIENTS = [f"client {number}" for number in range(2000)]
 
 
-def router() -> Router:
-    found = Router("tuned", clock=lambda: 7.9)
-    found.serve(ONE)
-    found.set_loaded({ONE})
+@contextmanager
+def _no_lease(model: str, *, without: Lease | None = None) -> Iterator[Lease]:
+    raise NotImplementedError
+    yield
+
+
+def backend(name: str, *numbers: int) -> OneBackend:
+    """One that has these versions loaded; the first is in production."""
+    names = ModelNames(name)
+    targets = [Target(VersionId(name, number), Format.MERGED) for number in numbers]
+    if targets:
+        names.serve(targets[0])
+        names.set_loaded(set(targets))
+    return OneBackend(names, Admission(max_running=1, max_tokens=1, max_queued=0, queue_timeout_s=1), _no_lease)
+
+
+def router(*backends: OneBackend) -> Router:
+    found = Router()
+    for each in backends:
+        found.serve(each.names.name, [Share(each)])
     return found
 
 
-@pytest.mark.parametrize("model", ["tuned", "tuned@production"])
-def test_the_name_means_whatever_serves(model: str) -> None:
-    assert router().resolve(model) is None
+@pytest.mark.parametrize("model", ["b", "b@7", "b@production"])
+def test_a_name_goes_to_its_model(model: str) -> None:
+    a, b = backend("a", 1), backend("b", 7)
+    found = router(a, b).find(model)
+    assert (found.backend, found.model) == (b, model)
 
 
-def test_a_number_means_that_version() -> None:
-    assert router().resolve("tuned@1") == ONE.version
+def test_all_names_of_all_models_are_listed() -> None:
+    names = router(backend("a", 1), backend("b", 7)).names()
+    assert names == ("a", "a@1", "a@production", "b", "b@7", "b@production")
 
 
-def test_during_a_swap_of_several_engines_both_versions_are_served() -> None:
-    found = router()
-    found.set_loaded({ONE, TWO})
-    assert found.names() == ("tuned", "tuned@1", "tuned@2", "tuned@production")
-    assert found.resolve("tuned@2") == TWO.version
-
-
-@pytest.mark.parametrize("model", ["", "other", "tuned@2", "tuned@candidate", "tuned@", "tuned@01", "TUNED", " tuned"])
-def test_other_names_are_refused_with_the_names_that_are_served(model: str) -> None:
-    with pytest.raises(ModelNotFoundError) as caught:
-        router().resolve(model)
-    assert "tuned, tuned@1, tuned@production" in caught.value.expected
-
-
-def test_after_a_swap_the_old_number_is_unknown_and_the_name_means_the_new_one() -> None:
-    found = router()
-    found.serve(TWO)
-    found.set_loaded({TWO})
-    assert found.names() == ("tuned", "tuned@2", "tuned@production")
+@pytest.mark.parametrize("model", ["", "c", "a@7", "b@1", "A"])
+def test_other_names_are_refused(model: str) -> None:
     with pytest.raises(ModelNotFoundError):
-        found.resolve("tuned@1")
+        router(backend("a", 1), backend("b", 7)).find(model)
 
 
-def test_a_long_name_is_cut_in_the_error() -> None:
-    with pytest.raises(ModelNotFoundError) as caught:
-        router().resolve("x" * 10_000)
-    assert len(caught.value.wrong) < 200
+def test_a_model_that_is_registered_but_not_served_is_told_so() -> None:
+    found = router(backend("a", 1))
+    found.set_registered(["a", "b"])
+    with pytest.raises(ModelNotFoundError, match="registered, but not served") as caught:
+        found.find("b@3")
+    assert "svc add b" in caught.value.todo
 
 
-def test_before_the_first_version_there_is_no_engine() -> None:
+def test_a_model_that_was_removed_is_unknown() -> None:
+    found = router(backend("a", 1), backend("b", 7))
+    found.remove("b")
+    assert found.names() == ("a", "a@1", "a@production")
+    with pytest.raises(ModelNotFoundError):
+        found.find("b")
+
+
+def test_a_model_that_is_starting_is_unavailable_and_not_unknown() -> None:
     with pytest.raises(EngineUnavailableError):
-        Router("tuned").resolve("tuned")
+        router(backend("a", 1), backend("b")).find("b")
 
 
-def test_the_time_of_loading_is_kept_in_whole_seconds() -> None:
-    assert router().since == 7
+def test_a_server_without_models_says_so() -> None:
+    with pytest.raises(ModelNotFoundError) as caught:
+        Router().find("a")
+    assert "none yet" in caught.value.expected
+
+
+def test_the_version_of_the_only_model_is_known() -> None:
+    assert router(backend("a", 3)).only_version == VersionId("a", 3)
+    assert router(backend("a")).only_version is None
+    assert router(backend("a", 3), backend("b", 1)).only_version is None
+
+
+@given(st.text(min_size=1), st.floats(0.01, 100), st.floats(0.01, 100))
+def test_who_asks_again_comes_to_the_same_backend(who: str, one: float, other: float) -> None:
+    first, second = backend("a", 1), backend("a", 2)
+    results = []
+    for _ in range(2):
+        found = Router()
+        found.serve("a", [Share(first, one), Share(second, other)])
+        results.append(found.find("a", who).backend)
+    assert results[0] is results[1]
+
+
+@pytest.mark.parametrize("weights", [(1, 1), (95, 5), (3, 1)])
+def test_clients_are_shared_out_by_weight(weights: tuple[float, float]) -> None:
+    backends = backend("a", 1), backend("a", 2)
+    found = Router()
+    found.serve("a", [Share(*pair) for pair in zip(backends, weights, strict=True)])
+    counts = Counter(found.find("a", who).backend is backends[1] for who in CLIENTS)
+    expected = len(CLIENTS) * weights[1] / sum(weights)
+    assert counts[True] == pytest.approx(expected, abs=4 * (expected * (1 - expected / len(CLIENTS))) ** 0.5)
+
+
+def test_a_larger_share_keeps_the_clients_that_it_had() -> None:
+    """A canary that grows takes clients from the others, and gives none back."""
+    stable, canary = backend("a", 1), backend("a", 2)
+    found = Router()
+    had: set[str] = set()
+    for percent in (5, 25, 100):
+        found.serve("a", [Share(canary, percent), Share(stable, 100 - percent)])
+        has = {who for who in CLIENTS if found.find("a", who).backend is canary}
+        assert had <= has
+        had = has
+    assert had == set(CLIENTS)
+
+
+def test_requests_of_nobody_are_drawn() -> None:
+    drawn = iter([0.0, 0.49, 0.51, 0.99])
+    first, second = backend("a", 1), backend("a", 2)
+    found = Router(draw=lambda: next(drawn))
+    found.serve("a", [Share(first), Share(second)])
+    assert [found.find("a").backend is second for _ in range(4)] == [False, False, True, True]
+
+
+def test_a_share_may_be_a_version_of_one_backend() -> None:
+    both = backend("a", 1, 2)
+    found = Router()
+    found.serve("a", [Share(both, 1, VersionId("a", 1)), Share(both, 1, VersionId("a", 2))])
+    assert {found.find("a", who).model for who in CLIENTS} == {"a@1", "a@2"}
+
+
+def test_a_version_that_is_named_goes_where_it_is_loaded_whatever_the_weights() -> None:
+    first, second = backend("a", 1), backend("a", 2)
+    found = Router()
+    found.serve("a", [Share(first, 0), Share(second, 1)])
+    assert {found.find("a@1", who).backend is first for who in CLIENTS} == {True}
+
+
+@pytest.mark.parametrize("weights", [(), (0,), (0, 0), (1, -1)])
+def test_shares_without_a_weight_are_a_mistake(weights: tuple[float, ...]) -> None:
+    with pytest.raises(ValueError, match="weights"):
+        Router().serve("a", [Share(backend("a", 1), weight) for weight in weights])

@@ -53,17 +53,17 @@ def slow(double: EngineDouble) -> None:
 
 
 async def test_a_server_serves(home: Home) -> None:
-    async with home.serving() as client:
+    async with home.serving(f"{NAME}@1") as client:
         answer = await ask(client, stream=True)
         assert (answer.status, answer.version, answer.words) == (200, f"{NAME}@1", {"1"})
-        status = (await client.get("/svc/status")).json()
+        status = await _status(client)
     assert (status["model"], status["version"], status["format"]) == (NAME, f"{NAME}@1", "merged")
     assert status["engine"] == {"state": "ready", "restarts": 0, "last_error": None, "plan": PLAN.rows()}
     assert status["last_swap"] is None
 
 
 async def test_the_lag_of_the_event_loop_is_measured_from_the_start(home: Home) -> None:
-    async with home.serving() as client:
+    async with home.serving(f"{NAME}@1") as client:
         page = (await client.get("/metrics")).text
     [count] = [line for line in page.splitlines() if line.startswith("svc_event_loop_lag_seconds_count")]
     assert float(count.split()[1]) > 0
@@ -71,12 +71,12 @@ async def test_the_lag_of_the_event_loop_is_measured_from_the_start(home: Home) 
 
 async def test_what_was_imported_is_left_out_of_collections(home: Home) -> None:
     before = gc.get_freeze_count()
-    async with home.serving():
+    async with home.serving(f"{NAME}@1"):
         await until(lambda: gc.get_freeze_count() > before)
 
 
 async def test_a_swap_is_in_the_status(home: Home) -> None:
-    async with home.serving() as client:
+    async with home.serving(f"{NAME}@1") as client:
         seen = read_desired(home.store, NAME)
         assert seen is not None
         change_desired(home.store, seen, target(2), seen.target)
@@ -93,7 +93,7 @@ async def test_an_end_that_is_not_written_yet_is_in_the_status_and_holds_no_stop
 
     monkeypatch.setattr("serving.rollout.journal.end_swap", fail)
     monkeypatch.setattr("serving.rollout.journal._CLOSE_S", 0.05)
-    async with home.serving() as client:
+    async with home.serving(f"{NAME}@1") as client:
         seen = read_desired(home.store, NAME)
         assert seen is not None
         wanted = change_desired(home.store, seen, target(2), seen.target)
@@ -103,28 +103,34 @@ async def test_an_end_that_is_not_written_yet_is_in_the_status_and_holds_no_stop
     assert swap is not None and swap.result is None
 
 
+async def _status(client: httpx.AsyncClient) -> dict[str, Any]:
+    """Of the only model."""
+    (status,) = (await client.get("/svc/status")).json()["models"]
+    return dict(status)
+
+
 async def _status_with_outcome(client: httpx.AsyncClient) -> dict[str, Any]:
     async with asyncio.timeout(3):
         while True:
-            status: dict[str, Any] = (await client.get("/svc/status")).json()
+            status: dict[str, Any] = await _status(client)
             if status["last_swap"] and status["last_swap"]["outcome"]:
                 return status
 
 
 async def test_a_death_is_in_status_and_metrics(home: Home) -> None:
-    async with home.serving() as client:
+    async with home.serving(f"{NAME}@1") as client:
         home.park.failing_starts = 1000
         home.park.engines[0].kill()
         async with asyncio.timeout(3):
-            while (status := (await client.get("/svc/status")).json())["engine"]["state"] != "failed":
+            while (status := await _status(client))["engine"]["state"] != "failed":
                 pass
         metrics = (await client.get("/metrics")).text
     assert "ended with code" in status["engine"]["last_error"]
-    assert 'svc_engine_state{state="failed"} 1.0' in metrics
+    assert 'svc_engine_state{model="tuned",state="failed"} 1.0' in metrics
 
 
 async def test_metrics_have_no_series_for_creation_times(home: Home) -> None:
-    async with home.serving() as client:
+    async with home.serving(f"{NAME}@1") as client:
         await ask(client, stream=False)
         assert "_created" not in (await client.get("/metrics")).text
 
@@ -135,7 +141,7 @@ async def test_a_server_that_starts_answers_that_it_does(home: Home) -> None:
         answer = await ask(client, stream=False)
         assert (answer.status, answer.error) == (503, "engine_unavailable")
         await until(lambda: home.park.engines)
-        assert (await client.get("/svc/status")).json()["engine"]["state"] == "starting"
+        assert (await _status(client))["engine"]["state"] == "starting"
         task.cancel()
         await asyncio.wait({task})
 
@@ -198,7 +204,7 @@ async def test_a_signal_ends_a_swap_and_the_next_start_takes_it_up(home: Home, p
         await end(task)
     assert (home.park.alive, len(home.park.engines)) == (0, 1)
     assert read_desired(home.store, NAME) == wish
-    async with home.serving(None) as client:
+    async with home.serving() as client:
         assert (await ask(client, stream=False)).words == {"2"}
         await until(lambda: _outcome(home, wish) is SwapOutcome.SUCCEEDED)
         await until(lambda: home.book.book[Alias.PRODUCTION] == target(2).version)
@@ -215,7 +221,7 @@ async def test_a_signal_ends_a_server_whose_engine_does_not_come_back(home: Home
         home.park.failing_starts = 1000
         home.park.engines[0].kill()
         async with asyncio.timeout(3):
-            while (await client.get("/svc/status")).json()["engine"]["state"] != "failed":
+            while (await _status(client))["engine"]["state"] != "failed":
                 pass
         terminate()
         await end(task)
@@ -241,11 +247,11 @@ async def test_a_start_that_fails_is_told_and_gives_the_port_back(home: Home) ->
 
 
 async def test_a_version_named_at_the_start_is_desired_from_then_on(home: Home) -> None:
-    async with home.serving():
+    async with home.serving(f"{NAME}@1"):
         pass
     async with home.serving(f"{NAME}@3"):
         pass
-    async with home.serving(None) as client:
+    async with home.serving() as client:
         assert (await ask(client, stream=False)).words == {"3"}
     desired = read_desired(home.store, NAME)
     assert desired is not None and desired.previous == target(1)
@@ -276,14 +282,14 @@ async def test_a_defect_in_the_control_loop_ends_the_server_and_leaves_the_engin
         with server.claim(home.settings) as claim, pytest.raises(ZeroDivisionError):
             await home.serve(claim, f"{NAME}@1")
     (left,) = home.park.left.values()
-    async with home.serving(None) as client:
+    async with home.serving() as client:
         assert home.park.double is left.double
         assert (await ask(client, stream=False)).words == {"1"}
     assert home.park.alive == 0
 
 
 async def test_a_second_server_on_a_home_is_told_at_once(home: Home) -> None:
-    async with home.serving():
+    async with home.serving(f"{NAME}@1"):
         with pytest.raises(BusyError, match="in use by process"), server.claim(home.settings):
             pass
         assert len(home.park.engines) == 1

@@ -168,7 +168,7 @@ def test_setting_keys_name_every_leaf() -> None:
     leaves = {
         f"{key}.{inner}" if inner else key
         for key, value in dumped.items()
-        for inner in (value if isinstance(value, dict) else [""])
+        for inner in (value if isinstance(value, dict) and value else [""])
     }
     assert set(setting_keys()) == leaves
 
@@ -208,3 +208,23 @@ def test_a_setting_by_its_old_name_is_told_the_new_one(
 def test_a_new_name_is_a_setting() -> None:
     names = [*setting_keys(), *Settings.model_fields]
     assert all(new in names and old not in names for old, new in RENAMED.items())
+
+
+def test_a_models_own_engine_settings_go_before_those_of_all() -> None:
+    settings = Settings.model_validate(
+        {"engine": {"max_model_len": 1024, "replicas": 2}, "models": {"a": {"engine": {"max_model_len": 64}}}}
+    )
+    assert (settings.engine_for("a").max_model_len, settings.engine_for("a").replicas) == (64, 2)
+    assert settings.engine_for("b") == settings.engine
+
+
+def test_a_model_whose_own_setting_is_the_default_has_it() -> None:
+    settings = Settings.model_validate({"engine": {"replicas": 2}, "models": {"a": {"engine": {"replicas": 1}}}})
+    assert settings.engine_for("a").replicas == 1
+
+
+def test_a_models_unknown_setting_is_an_error(tmp_path: Path) -> None:
+    file = tmp_path / "svc.yaml"
+    file.write_text("models: {a: {engine: {replica: 2}}}")
+    with pytest.raises(SettingsError, match=r"models\.a\.engine\.replica"):
+        load_settings(file)

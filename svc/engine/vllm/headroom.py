@@ -1,10 +1,12 @@
-"""Whether there is memory for one more engine beside those that run.
+"""Whether there is memory for more engines beside those that run.
 
-An estimate made before a start, so that a swap says what is missing and does not find out from the kernel or
-from CUDA.
+An estimate made before a start, so that a server or a swap says what is missing and does not find out from the kernel
+or from CUDA.
 """
 
-from svc.engine.machine import read_machine
+from collections.abc import Sequence
+
+from svc.engine.machine import Machine, read_machine
 from svc.engine.vllm.launch import EngineSpec
 from svc.engine.vllm.plan import GIB, Origin, choose_dtype, is_wide, plan_engine, weight_bytes
 from svc.settings import Device
@@ -15,29 +17,40 @@ few megabytes: Python and torch in three processes, as where vLLM binds threads;
 not measured: what the CUDA context and a long prompt need."""
 
 
-def shortage(spec: EngineSpec) -> str | None:
-    """Why an engine would not find the memory that it needs; None where it would.
+def shortage(specs: Sequence[EngineSpec]) -> str | None:
+    """Why engines would not find the memory that they need together; None where they would.
 
-    It needs its weights, keys and values of one sequence, and what any engine takes. Where the share of a GPU is given,
-    vLLM wants all of that share to be free.
+    Each needs its weights, keys and values of one sequence, and what any engine takes. Where the share of a GPU is
+    given, vLLM wants all of that share to be free.
 
     Args:
-        spec: the engine.
+        specs: the engines, all on one device.
     """
-    machine, model = read_machine(gpus=spec.device is Device.CUDA), spec.facts
+    if not specs:
+        return None
+    machine = read_machine(gpus=specs[0].device is Device.CUDA)
+    needs = [_needed(spec, machine) for spec in specs]
+    needed, free, where = sum(need for need, _ in needs), max(free for _, free in needs), ""
+    if machine.gpus:
+        where = "of the GPU "
+    if needed <= free:
+        return None
+    one = "it needs" if len(specs) == 1 else f"{len(specs)} engines need"
+    return f"{one} about {needed / GIB:.1f} GiB, {free / GIB:.1f} GiB {where}are free"
+
+
+def _needed(spec: EngineSpec, machine: Machine) -> tuple[int, int]:
+    """What an engine needs, and what is free where it would run, bytes."""
+    model = spec.facts
     wide = is_wide(choose_dtype(spec.settings, spec.capabilities, model))
     length = min(spec.settings.max_model_len, model.context or spec.settings.max_model_len)
     needed = weight_bytes(model, wide=wide) + (model.token_bytes or 0) * (1 + wide) * length + _OVERHEAD_BYTES
-    if machine.gpus:
-        plan = plan_engine(spec.settings, spec.capabilities, machine, model, spec.cache)
-        ranks, share = plan["tensor_parallel_size"].value, plan["gpu_memory_utilization"]
-        gpus = machine.gpus[: ranks if isinstance(ranks, int) else None]
-        fullest = min(gpus, key=lambda gpu: gpu.free)
-        free, where = len(gpus) * fullest.free, "of the GPU "
-        if share.origin in (Origin.ARGS, Origin.SETTING) and isinstance(share.value, float):
-            needed = max(needed, int(len(gpus) * share.value * fullest.memory))
-    else:
-        free, where = machine.free, ""
-    if needed <= free:
-        return None
-    return f"it needs about {needed / GIB:.1f} GiB, {free / GIB:.1f} GiB {where}are free"
+    if not machine.gpus:
+        return needed, machine.free
+    plan = plan_engine(spec.settings, spec.capabilities, machine, model, spec.cache)
+    ranks, share = plan["tensor_parallel_size"].value, plan["gpu_memory_utilization"]
+    gpus = machine.gpus[: ranks if isinstance(ranks, int) else None]
+    fullest = min(gpus, key=lambda gpu: gpu.free)
+    if share.origin in (Origin.ARGS, Origin.SETTING) and isinstance(share.value, float):
+        needed = max(needed, int(len(gpus) * share.value * fullest.memory))
+    return needed, len(gpus) * fullest.free

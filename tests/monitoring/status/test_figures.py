@@ -113,7 +113,7 @@ def test_errors_of_one_reason_are_added_up_over_the_versions(traffic: GatewayMet
 
 
 def test_the_loaded_version_alone_is_no_request(traffic: GatewayMetrics, read: Read) -> None:
-    traffic.version_loaded(ONE)
+    traffic.show_errors(ONE)
     assert all(figures.requests == 0 for figures in read().versions.values())
 
 

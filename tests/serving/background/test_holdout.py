@@ -46,7 +46,7 @@ def runs_of(control: Control, off: str | None = None, **settings: Any) -> Holdou
         pool=control.pool,
         registry=control.registry,
         store=control.store,
-        metrics=control.metrics,
+        metrics=control.deployment_metrics,
         facts=_facts,
         every_hours=chosen.every_hours,
     )
@@ -449,7 +449,7 @@ async def test_a_server_asks_and_tells(home: Home, monkeypatch: pytest.MonkeyPat
     home.settings = home.settings.model_copy(update={"holdout": HoldoutSettings.model_validate(FAST)})
     async with home.serving(f"{NAME}@4") as client:
         async with asyncio.timeout(5):
-            while not (status := (await client.get("/svc/status")).json()["holdout"])["last_run"]:
+            while not (status := (await client.get("/svc/status")).json()["models"][0]["holdout"])["last_run"]:
                 await asyncio.sleep(0.01)
     assert (status["state"], status["last_run"]["outcome"]) == ("waiting", "completed")
     with Session(home.store) as session:
@@ -474,7 +474,7 @@ async def test_of_several_engines_the_one_that_is_asked_says_whose_figures_they_
         control.park.start_delay_s = 0.3
         wish = control.wish(2)
         first = await run_of(control, target(2))
-        assert control.router.served == Target(target(1).version, target(1).format), "too late to tell"
+        assert control.names.served == Target(target(1).version, target(1).format), "too late to tell"
         await control.outcome(wish)
         assert first.nll != (await run_of(control, target(1))).nll
         assert [row.number for row in rows(control)] == [1, 2]

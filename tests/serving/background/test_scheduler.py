@@ -13,7 +13,7 @@ from svc.settings import Device, EngineSettings, HoldoutSettings
 from svc.store.swaps import SwapOutcome
 from tests.serving.control import Control, Make, ask, until
 from tests.serving.engine_double import Fault
-from tests.serving.versions import target
+from tests.serving.versions import NAME, target
 from tests.svc.engine.devices import AVX512
 
 PROMPT = [Message(Role.USER, "one two three")]
@@ -31,7 +31,7 @@ async def put(client: EngineClient) -> Answer:
 async def test_an_answer_comes_from_the_engine_and_shows_in_no_metric(control: Control) -> None:
     answer = await questions(control).ask(control.replica.weights, put)
     assert answer.text == "1.0 1.1 "
-    assert control.sample("svc_requests_running") == 0
+    assert control.sample("svc_requests_running", model=NAME) == 0
     families = [family for family in control.collector.collect() if family.name in ("svc_requests", "svc_tokens")]
     assert [family.samples for family in families] == [[], []]
 

@@ -16,13 +16,13 @@ async def say(conversation: Conversation, text: str) -> list[str]:
 
 
 async def test_an_answer_comes_in_pieces(home: Home) -> None:
-    async with home.serving() as client:
+    async with home.serving(f"{NAME}@1") as client:
         pieces = await say(Conversation(str(client.base_url).rstrip("/"), NAME), "hello")
     assert pieces == ["1.0 ", "1.1 ", "1.2 ", "1.3 "]
 
 
 async def test_the_turns_so_far_are_sent(home: Home) -> None:
-    async with home.serving() as client:
+    async with home.serving(f"{NAME}@1") as client:
         conversation = Conversation(str(client.base_url).rstrip("/"), NAME, system="be short")
         await say(conversation, "hello")
         await say(conversation, "and then?")
@@ -32,7 +32,7 @@ async def test_the_turns_so_far_are_sent(home: Home) -> None:
 
 
 async def test_a_refusal_says_why_and_takes_the_turn_back(home: Home) -> None:
-    async with home.serving() as client:
+    async with home.serving(f"{NAME}@1") as client:
         conversation = Conversation(str(client.base_url).rstrip("/"), NAME)
         home.park.double.max_model_len = 3
         with pytest.raises(EngineError, match="maximum context length"):
@@ -42,20 +42,20 @@ async def test_a_refusal_says_why_and_takes_the_turn_back(home: Home) -> None:
 
 
 async def test_a_model_that_is_not_served_is_an_error(home: Home) -> None:
-    async with home.serving() as client:
+    async with home.serving(f"{NAME}@1") as client:
         with pytest.raises(EngineError, match=r"404.*is not served here"):
             await say(Conversation(str(client.base_url).rstrip("/"), "other"), "hello")
 
 
 async def test_an_answer_that_breaks_off_is_an_error(home: Home) -> None:
-    async with home.serving() as client:
+    async with home.serving(f"{NAME}@1") as client:
         home.park.double.fault = Fault.DIE_IN_STREAM
         with pytest.raises(EngineError, match="broke off"):
             await say(Conversation(str(client.base_url).rstrip("/"), NAME), "hello")
 
 
 async def test_no_server_is_an_error(home: Home) -> None:
-    async with home.serving() as client:
+    async with home.serving(f"{NAME}@1") as client:
         url = str(client.base_url).rstrip("/")
     with pytest.raises(EngineError, match="does not answer"):
         await say(Conversation(url, NAME), "hello")

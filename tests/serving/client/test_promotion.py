@@ -20,7 +20,7 @@ from tests.serving.versions import NAME, make_version, target
 
 @pytest.fixture
 async def serving(home: Home) -> AsyncIterator[Home]:
-    async with home.serving():
+    async with home.serving(f"{NAME}@1"):
         yield home
 
 
@@ -87,7 +87,7 @@ async def test_one_that_was_overtaken_is_told(home: Home) -> None:
 
 
 async def test_a_server_that_ends_meanwhile_is_told(home: Home) -> None:
-    async with home.serving() as _:
+    async with home.serving(f"{NAME}@1") as _:
         home.park.double.reload_delay_s = 10
         made, current = await promotion(home)
         following = asyncio.create_task(asyncio.to_thread(made.change, current, target(2), lambda step: None))

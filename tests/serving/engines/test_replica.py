@@ -228,7 +228,7 @@ async def test_only_ready_admits(make: Make) -> None:
 async def test_the_state_is_in_the_metrics(make: Make) -> None:
     control = make()
     control.replica.enter(EngineState.DRAINING)
-    shown = {state: control.sample("svc_engine_state", state=state) for state in EngineState}
+    shown = {state: control.sample("svc_engine_state", model=NAME, state=state) for state in EngineState}
     assert shown == {state: float(state is EngineState.DRAINING) for state in EngineState}
 
 

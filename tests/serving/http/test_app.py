@@ -58,14 +58,14 @@ async def test_a_swap_does_not_make_the_service_unhealthy(service: Service, clie
 async def test_metrics_are_text_and_openmetrics_when_asked(client: httpx.AsyncClient) -> None:
     plain = await client.get("/metrics")
     assert plain.headers["content-type"].startswith("text/plain")
-    assert "svc_requests_running 0.0" in plain.text
+    assert 'svc_requests_running{model="tuned"} 0.0' in plain.text
     openmetrics = await client.get("/metrics", headers={"accept": OPENMETRICS})
     assert openmetrics.headers["content-type"].startswith("application/openmetrics-text")
     assert openmetrics.text.endswith("# EOF\n")
 
 
 async def test_the_status_is_what_was_passed_in(service: Service, client: httpx.AsyncClient) -> None:
-    assert (await client.get("/svc/status")).json() == {"served": str(service.router.served)}
+    assert (await client.get("/svc/status")).json() == {"served": str(service.names.served)}
 
 
 @pytest.mark.parametrize(
@@ -120,10 +120,10 @@ async def test_a_request_id_that_is_not_fit_for_a_log_is_left_out(client: httpx.
 async def test_a_failure_of_our_own_is_answered_and_logged(
     service: Service, client: httpx.AsyncClient, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    def broken(self: Router, model: str) -> None:
+    def broken(self: Router, model: str, who: str = "") -> None:
         raise ZeroDivisionError("in /root/secret.py")
 
-    monkeypatch.setattr(Router, "resolve", broken)
+    monkeypatch.setattr(Router, "find", broken)
     for answer in (
         await client.post("/v1/chat/completions", json=CHAT),
         await client.get("/v1/models/x"),

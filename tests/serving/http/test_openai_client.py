@@ -90,11 +90,11 @@ async def test_a_failure_of_the_gateway_is_not_asked_for_again(
 ) -> None:
     tried = list[str]()
 
-    def broken(self: Router, model: str) -> None:
+    def broken(self: Router, model: str, who: str = "") -> None:
         tried.append(model)
         raise ZeroDivisionError
 
-    monkeypatch.setattr(Router, "resolve", broken)
+    monkeypatch.setattr(Router, "find", broken)
     with pytest.raises(openai.InternalServerError):
         await official.with_options(max_retries=2).models.retrieve(NAME)
     assert tried == [NAME]

@@ -24,14 +24,14 @@ from serving.admission import Admission
 from serving.engines.pool import Lease
 from serving.http.errors import _SHAPES
 from serving.http.openapi import openapi_document
+from serving.model_names import ModelNames
 from serving.protocols.error_code import ErrorCode
 from serving.protocols.route import Route
-from serving.router import Router
 from serving.telemetry.metrics import GatewayMetrics
 from serving.telemetry.request_log import RequestLog
 from svc.settings import RequestLogSettings, ServeSettings
 from tests.serving.engine_double import EngineDouble
-from tests.serving.service import NAME, ONE, Service, application
+from tests.serving.service import NAME, ONE, OneBackend, Service, application
 
 EXAMPLES = 30
 CHECKS = [not_a_server_error, status_code_conformance, response_schema_conformance, content_type_conformance]
@@ -68,34 +68,32 @@ def api(memory_folder: Path, store: Store) -> Iterator[Any]:
     request_log = RequestLog(
         store, RequestLogSettings(), on_stored=lambda count: None, on_dropped=lambda reason, count: None
     )
-    router, admission = Router(NAME), Admission(max_running=8, max_tokens=8, max_queued=8, queue_timeout_s=1)
+    names, admission = ModelNames(NAME), Admission(max_running=8, max_tokens=8, max_queued=8, queue_timeout_s=1)
     engine = httpx.AsyncClient(transport=httpx.ASGITransport(EngineDouble(name=NAME)), base_url="http://engine")
-    router.set_loaded({ONE})
+    names.set_loaded({ONE})
 
     @contextmanager
     def lease(model: str, *, without: Lease | None = None) -> Iterator[Lease]:
-        router.resolve(model)
-        yield Lease(engine, ONE)
+        names.resolve(model)
+        yield Lease(engine, ONE, NAME)
 
     app = application(
-        lease,
+        OneBackend(names, admission, lease),
         list,
-        admission=admission,
-        router=router,
         metrics=GatewayMetrics(registry),
         request_log=request_log,
         settings=traffic_settings,
         store=store,
     )
-    router.serve(ONE)
+    names.serve(ONE)
     admission.available()
     request_log.start()
     found = schemathesis.openapi.from_asgi("/openapi.json", app)
-    names = {"enum": [*router.names(), "other"]}
-    found.raw_schema["paths"]["/v1/models/{name}"]["parameters"][0]["schema"] = names
+    schema = {"enum": [*names.all(), "other"]}
+    found.raw_schema["paths"]["/v1/models/{name}"]["parameters"][0]["schema"] = schema
     for route in Route:
         body = found.raw_schema["paths"][route.value]["post"]["requestBody"]["content"]["application/json"]["schema"]
-        body["properties"]["model"] = names
+        body["properties"]["model"] = schema
     yield found
     request_log.close()
 

@@ -32,7 +32,7 @@ JSON_VALUES = st.recursive(
 
 def parse(fields: Any, route: Route = Route.CHAT_COMPLETIONS) -> CompletionRequest:
     body = fields if isinstance(fields, bytes) else json.dumps(fields).encode()
-    return parse_request(body, route, engine_model="tuned")
+    return parse_request(body, route)
 
 
 def scope(**headers: str) -> Scope:
@@ -121,11 +121,11 @@ def test_what_is_no_json_object_is_refused(body: bytes) -> None:
 
 @given(st.dictionaries(st.text(max_size=8).map(lambda key: "x" + key), JSON_VALUES, max_size=5))
 def test_all_fields_reach_the_engine_as_they_came_but_the_model(fields: dict[str, Any]) -> None:
-    assert json.loads(parse({**fields, "model": "tuned@1"}).payload) == {**fields, "model": "tuned"}
+    assert json.loads(parse({**fields, "model": "tuned@1"}).payload("tuned")) == {**fields, "model": "tuned"}
 
 
 def test_a_lone_surrogate_passes() -> None:
-    assert json.loads(parse(b'{"model": "tuned", "prompt": "\\ud800"}').payload)["prompt"] == "\ud800"
+    assert json.loads(parse(b'{"model": "tuned", "prompt": "\\ud800"}').payload("tuned"))["prompt"] == "\ud800"
 
 
 @pytest.mark.parametrize(
@@ -146,7 +146,7 @@ def test_a_lone_surrogate_passes() -> None:
 def test_the_sampling_is_read_as_it_was_sent(fields: dict[str, Any], kept: tuple[float | None, int | None]) -> None:
     request = parse({"model": "tuned", **fields})
     assert (request.temperature, request.max_tokens) == kept
-    assert json.loads(request.payload) == {"model": "tuned", **fields}
+    assert json.loads(request.payload("tuned")) == {"model": "tuned", **fields}
 
 
 @pytest.mark.parametrize("fields", [{}, {"model": None}, {"model": 1}, {"model": ["tuned"]}])
@@ -165,14 +165,14 @@ def test_a_field_that_is_not_served_is_named() -> None:
 @pytest.mark.parametrize("sent", [{}, {"store": None, "background": None}, {"store": False, "background": False}])
 def test_the_engine_is_always_told_to_keep_nothing_after_the_answer(sent: dict[str, Any]) -> None:
     request = parse({"model": "tuned", "input": "a", **sent}, Route.RESPONSES)
-    assert json.loads(request.payload) == {"model": "tuned", "input": "a", "store": False, "background": False}
+    assert json.loads(request.payload("tuned")) == {"model": "tuned", "input": "a", "store": False, "background": False}
 
 
 @pytest.mark.parametrize("route", [Route.RESPONSES, Route.MESSAGES])
 def test_the_token_counts_of_their_streams_are_the_clients(route: Route) -> None:
     request = parse({"model": "tuned", "stream": True}, route)
     assert request.wants_usage
-    assert "stream_options" not in json.loads(request.payload)
+    assert "stream_options" not in json.loads(request.payload("tuned"))
 
 
 @pytest.mark.parametrize(
@@ -223,9 +223,53 @@ def test_the_engine_is_always_asked_for_the_token_counts_of_a_stream(
 ) -> None:
     request = parse({"model": "tuned", "stream": True, "stream_options": options})
     assert request.wants_usage is wants_usage
-    assert json.loads(request.payload)["stream_options"] == sent
+    assert json.loads(request.payload("tuned"))["stream_options"] == sent
 
 
 def test_without_a_stream_nothing_is_added() -> None:
     request = parse({"model": "tuned", "stream": False})
-    assert (request.stream, json.loads(request.payload)) == (False, {"model": "tuned", "stream": False})
+    assert (request.stream, json.loads(request.payload("tuned"))) == (False, {"model": "tuned", "stream": False})
+
+
+@given(st.dictionaries(st.text(max_size=5), JSON_VALUES, max_size=3), st.text(min_size=1))
+def test_the_engine_is_asked_for_its_own_name_of_the_model(fields: dict[str, Any], engine_model: str) -> None:
+    body = json.dumps({"model": "tuned", "prompt": "a"} | {f"x_{key}": value for key, value in fields.items()}).encode()
+    sent = json.loads(parse(body, Route.COMPLETIONS).payload(engine_model))
+    assert sent == json.loads(body) | {"model": engine_model}
+
+
+def test_a_request_of_its_model_alone_stays_one() -> None:
+    assert parse({"model": "tuned"}).payload("other") == b'{"model":"other"}'
+
+
+TURNS = [
+    {"role": "system", "content": "Be brief."},
+    {"role": "user", "content": "Hello"},
+    {"role": "assistant", "content": "Hi"},
+    {"role": "user", "content": "And now?"},
+]
+
+
+@pytest.mark.parametrize(
+    ("route", "fields", "who"),
+    [
+        (Route.CHAT_COMPLETIONS, {"user": "ann", "messages": TURNS}, "ann"),
+        (Route.CHAT_COMPLETIONS, {"messages": TURNS}, "Hello"),
+        (Route.CHAT_COMPLETIONS, {"messages": [{"role": "user", "content": [{"type": "text", "text": "Hi"}]}]}, "Hi"),
+        (Route.CHAT_COMPLETIONS, {"messages": [{"role": "user"}, "odd"]}, ""),
+        (Route.CHAT_COMPLETIONS, {"user": "", "messages": 7}, ""),
+        (Route.MESSAGES, {"messages": TURNS[:2]}, "Hello"),
+        (Route.COMPLETIONS, {"prompt": "Once"}, "Once"),
+        (Route.COMPLETIONS, {"prompt": [1, 2]}, ""),
+        (Route.RESPONSES, {"input": "Once"}, "Once"),
+        (Route.RESPONSES, {"input": TURNS}, "Hello"),
+    ],
+)
+def test_who_asks_is_told_by_the_user_or_by_how_the_conversation_began(
+    route: Route, fields: dict[str, Any], who: str
+) -> None:
+    assert parse({"model": "tuned", **fields}, route).who == who
+
+
+def test_of_a_long_beginning_a_part_is_enough() -> None:
+    assert len(parse({"model": "tuned", "user": "x" * 10_000}).who) < 1000

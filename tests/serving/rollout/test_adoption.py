@@ -114,7 +114,7 @@ async def test_after_a_death_between_the_swap_and_its_entry_the_swap_has_succeed
     begin_swap(left.store, wish)
     async with again(left) as control:
         assert (await control.outcome(wish)).outcome is SwapOutcome.SUCCEEDED
-        assert control.router.served is not None and control.router.served.version == target(2).version
+        assert control.names.served is not None and control.names.served.version == target(2).version
 
 
 async def test_of_two_engines_only_the_one_that_is_wanted_goes_on(make: Make) -> None:
@@ -174,6 +174,6 @@ async def test_an_end_while_an_engine_is_adopted_leaves_none_running(
     await hangs.wait()
     adopting.cancel()
     await asyncio.wait({adopting})
-    await control.pool.stop()
+    await control.stop()
     assert control.park.alive == 0
     await asyncio.sleep(0.05)  # a double that was killed closes its socket a few turns of the loop later

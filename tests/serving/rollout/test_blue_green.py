@@ -56,7 +56,7 @@ async def test_requests_are_answered_while_the_second_engine_starts(control: Con
         wish = control.wish(4)
         await until(lambda: len(control.park.engines) == 2)
         assert (await ask(client, stream=True)).version == ONE
-        assert control.sample("svc_engine_state", state="starting") == 1
+        assert control.sample("svc_engine_state", model=NAME, state="starting") == 1
         assert (await control.outcome(wish)).outcome is SwapOutcome.SUCCEEDED
 
 
@@ -172,7 +172,7 @@ async def test_a_replaced_engine_ends_at_last_whatever_still_runs_in_it(make: Ma
         await control.promote(2)
         assert (await endless).error == "engine_died"
         await until(lambda: control.park.alive == 1)
-        assert control.sample("svc_engine_state", state="retiring") == 0
+        assert control.sample("svc_engine_state", model=NAME, state="retiring") == 0
 
 
 async def test_it_waits_for_the_room_of_an_engine_that_still_answers(make: Make) -> None:

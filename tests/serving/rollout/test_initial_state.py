@@ -2,8 +2,9 @@
 
 import pytest
 
-from serving.rollout.initial_state import choose_desired
+from serving.rollout.initial_state import choose_deployments, choose_desired
 from svc.errors import NotFoundError, RefusedError
+from svc.store.deployments import deployed_names
 from svc.store.desired import change_desired, read_desired
 from svc.version import Alias, Format, VersionId
 from tests.serving.home import Home
@@ -11,7 +12,8 @@ from tests.serving.versions import NAME, make_version, target
 
 
 def choose(home: Home, model: str | None = None, format: Format | None = None) -> tuple[str, Format]:
-    desired = choose_desired(home.registry, home.store, model, format)
+    (desired,) = choose_deployments(home.registry, home.store, [model] if model else [], format)
+    assert deployed_names(home.store) == [desired.name]
     assert read_desired(home.store, desired.name) == desired
     return str(desired.target.version), desired.target.format
 

@@ -97,8 +97,8 @@ async def test_a_rollback_brings_back_the_version_before(control: Control) -> No
 async def test_what_serves_is_in_the_metrics(control: Control) -> None:
     await control.promote(2)
     assert control.sample("svc_model_version_info", model=NAME, version="2", format="merged") == 1
-    assert control.sample("svc_swaps_total", outcome="succeeded") == 1
-    assert control.sample("svc_engine_state", state="ready") == 1
+    assert control.sample("svc_swaps_total", model=NAME, outcome="succeeded") == 1
+    assert control.sample("svc_engine_state", model=NAME, state="ready") == 1
 
 
 async def test_a_refused_promotion_is_put_back_with_its_reason(control: Control) -> None:
@@ -200,7 +200,7 @@ async def test_a_dead_engine_is_started_again_and_clients_are_told(make: Make) -
         assert (await ask(client, stream=True)).words == {"1"}
     assert len(control.park.engines) == 2
     assert control.pool.restarts == 1
-    assert control.sample("svc_engine_restarts_total") == 1
+    assert control.sample("svc_engine_restarts_total", model=NAME) == 1
     assert control.reconciler.last_error is not None and "replica 0 died" in control.reconciler.last_error
 
 

@@ -107,7 +107,7 @@ async def test_meanwhile_both_versions_can_be_asked_by_number(make: Make) -> Non
         await until(lambda: len(control.pool.ready) == 3)
         control.park.engines[1].double.reload_delay_s = 0.3
         wish = control.wish(2)
-        await until(lambda: control.router.names() == (NAME, ONE, TWO, f"{NAME}@production"))
+        await until(lambda: control.names.all() == (NAME, ONE, TWO, f"{NAME}@production"))
         for version in (ONE, TWO):
             answer = await client.post("/v1/chat/completions", json=BODY | {"model": version})
             assert answer.headers["x-model-version"] == version
@@ -128,7 +128,7 @@ async def test_a_probe_that_fails_on_one_engine_brings_all_back(control: Control
             await both_ready(control)
         assert weights(control) == ["1", "1"]
         assert control.desired().target == target(1)
-        assert control.router.names() == (NAME, ONE, f"{NAME}@production")
+        assert control.names.all() == (NAME, ONE, f"{NAME}@production")
     load.check()
     assert swap.outcome is SwapOutcome.RESTORED
     assert len(control.park.engines) == 2
@@ -302,7 +302,7 @@ async def test_on_the_way_back_no_engine_is_started_with_the_version_that_was_re
         swap = await control.promote(2)
         await both_ready(control)
         assert [Path(engine.double.weights).parent.name for engine in control.park.engines[2:]] == ["1", "1"]
-        assert control.router.served == Target(target(1).version, target(1).format)
+        assert control.names.served == Target(target(1).version, target(1).format)
     assert swap.outcome is SwapOutcome.FAILED
 
 
@@ -312,9 +312,9 @@ async def test_the_version_before_is_in_production_until_all_are_changed(control
         control.park.engines[1].double.reload_delay_s = 0.2
         wish = control.wish(2)
         await until(lambda: control.pool.members[0].target == target(2) and len(control.pool.ready) == 1)
-        assert control.router.served == Target(target(1).version, target(1).format)
+        assert control.names.served == Target(target(1).version, target(1).format)
         await control.outcome(wish)
-        assert control.router.served == Target(target(2).version, target(2).format)
+        assert control.names.served == Target(target(2).version, target(2).format)
 
 
 async def test_an_engine_that_cannot_start_keeps_no_other_from_it(control: Control) -> None:
@@ -331,6 +331,7 @@ async def test_an_engine_that_cannot_start_keeps_no_other_from_it(control: Contr
 
 async def test_a_death_that_came_while_nobody_waited_for_it_is_not_overlooked(control: Control) -> None:
     """As while what another engine left is being ended, which takes seconds."""
+    control.pool.fill()
     control.pool.members[1].enter(EngineState.FAILED)
     async with asyncio.timeout(1):
         await control.pool.changed(None)
@@ -346,5 +347,5 @@ async def test_the_state_of_all_is_the_best_of_them(control: Control) -> None:
         control.park.engines[0].kill()
         await until(lambda: control.pool.members[0].state is EngineState.FAILED)
         assert control.pool.state is EngineState.READY
-        assert control.sample("svc_engine_state", state="failed") == 1
-        assert control.sample("svc_engine_state", state="ready") == 1
+        assert control.sample("svc_engine_state", model=NAME, state="failed") == 1
+        assert control.sample("svc_engine_state", model=NAME, state="ready") == 1

@@ -161,7 +161,7 @@ async def test_an_answer_without_logprobs_is_no_proof(control: Control, monkeypa
     swap = await control.promote(2)
     assert swap.outcome is SwapOutcome.FAILED
     assert control.state is EngineState.READY
-    assert control.router.served is not None and control.router.served.version == target(1).version
+    assert control.names.served is not None and control.names.served.version == target(1).version
 
 
 async def test_a_reload_that_fails_brings_a_new_engine_with_the_version_before(make: Make) -> None:

@@ -26,11 +26,14 @@ def model(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def shortage(monkeypatch: pytest.MonkeyPatch, model: Path, machine: Machine, **settings: Any) -> str | None:
+def shortage(
+    monkeypatch: pytest.MonkeyPatch, model: Path, machine: Machine, *, engines: int = 1, **settings: Any
+) -> str | None:
     monkeypatch.setattr(headroom, "read_machine", lambda **_: machine)
     chosen = EngineSettings(device="cuda" if machine.gpus else "cpu", **settings)
     capable = HOPPER if machine.gpus else AVX512
-    return headroom.shortage(EngineSpec(model, "tuned", model, model, model / "engine.log", model, capable, chosen))
+    spec = EngineSpec(model, "tuned", model, model, model / "engine.log", model, capable, chosen)
+    return headroom.shortage([spec] * engines)
 
 
 def host(free: int, *gpus: int) -> Machine:
@@ -42,6 +45,14 @@ def test_there_is_room_for_weights_one_sequence_and_an_engine(monkeypatch: pytes
     sequence = 2 * 2 * 256 * 2 * 1024
     assert shortage(monkeypatch, model, host(3 * GIB + ENGINE + sequence)) is None
     assert shortage(monkeypatch, model, host(3 * GIB + ENGINE + sequence - 1)) is not None
+
+
+def test_several_engines_need_it_several_times(monkeypatch: pytest.MonkeyPatch, model: Path) -> None:
+    one = 3 * GIB + ENGINE + 2 * 2 * 256 * 2 * 1024
+    assert shortage(monkeypatch, model, host(2 * one), engines=2) is None
+    said = shortage(monkeypatch, model, host(2 * one - 1), engines=2)
+    assert said == "2 engines need about 10.0 GiB, 10.0 GiB are free"
+    assert shortage(monkeypatch, model, host(0), engines=0) is None
 
 
 def test_a_longer_context_needs_more(monkeypatch: pytest.MonkeyPatch, model: Path) -> None:

@@ -1,0 +1,110 @@
+"""One model that a server serves: who may run in it, its engines, its rollouts, and what it asks them itself."""
+
+import asyncio
+from collections.abc import Mapping
+from contextlib import AbstractContextManager
+from dataclasses import asdict, dataclass, fields
+from typing import Any
+
+from sqlalchemy import Engine as Store
+
+from serving.admission import Admission
+from serving.background.holdout import HoldoutRuns
+from serving.background.scoring import LiveScores
+from serving.engines.pool import EnginePool, Lease
+from serving.model_names import ModelNames
+from serving.rollout.production_alias import ProductionAlias
+from serving.rollout.reconciler import Reconciler
+from serving.telemetry.deployment_metrics import DeploymentMetrics
+from svc.store.swaps import SwapRecord, SwapResult, find_swap
+
+
+@dataclass(frozen=True, slots=True)
+class Deployment:
+    """Everything of one model name.
+
+    Attributes:
+        context: longest prompt and answer together, tokens.
+    """
+
+    names: ModelNames
+    admission: Admission
+    pool: EnginePool
+    reconciler: Reconciler
+    alias: ProductionAlias
+    holdout: HoldoutRuns
+    scores: LiveScores
+    metrics: DeploymentMetrics
+    store: Store
+    context: int
+
+    @property
+    def name(self) -> str:
+        """The model's name."""
+        return self.names.name
+
+    def lease(self, model: str, *, without: Lease | None = None) -> AbstractContextManager[Lease]:
+        """An engine for the body; see serving.engines.pool.EnginePool.lease."""
+        return self.pool.lease(model, without=without)
+
+    async def run(self) -> None:
+        """Keeps it as it is desired, until it is cancelled; `reconciler.start` comes before.
+
+        Raises:
+            Exception: a defect of one of its parts.
+        """
+        parts = (self.reconciler.run(), self.alias.run(), self.holdout.run(), self.scores.run())
+        tasks = [asyncio.create_task(part) for part in parts]
+        try:
+            await asyncio.gather(*tasks)
+        finally:
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+
+    async def stop(self, *, leave: bool = False) -> None:
+        """Ends its engines, once `run` has ended, and writes what its journal has.
+
+        Args:
+            leave: engines that are ready go on, for a server that starts later.
+        """
+        try:
+            await self.pool.stop(leave=leave)
+        finally:
+            await asyncio.to_thread(self.reconciler.journal.close)
+
+    def status(self) -> Mapping[str, Any]:
+        """What /svc/status shows of it, JSON values; reads the store."""
+        actual, previous = self.reconciler.actual.target, self.reconciler.actual.previous
+        unwritten = self.reconciler.journal.unwritten  # before the store is read: what is written meanwhile is there
+        swap = find_swap(self.store, self.name)
+        return {
+            "model": self.name,
+            "version": str(actual.version),
+            "format": actual.format.value,
+            "previous": str(previous) if previous else None,
+            "engine": {
+                "state": self.pool.state.value,
+                "restarts": self.pool.restarts,
+                "last_error": self.reconciler.last_error,
+                "plan": plan.rows() if (plan := self.pool.plan) else None,
+            },
+            "engines": [
+                {
+                    "replica": engine.replica,
+                    "state": engine.state.value,
+                    "version": str(target.version) if (target := engine.target) else None,
+                    "running": engine.running,
+                }
+                for engine in self.pool.all
+            ],
+            "requests": {"running": self.admission.running, "queued": self.admission.queued},
+            "holdout": self.holdout.status(actual),
+            "last_swap": swap and _swap_row(swap, swap.result or unwritten.get(swap.id)),
+        }
+
+
+def _swap_row(swap: SwapRecord, result: SwapResult | None) -> dict[str, Any]:
+    ended = asdict(result) if result else dict.fromkeys(field.name for field in fields(SwapResult))
+    started = swap.started_at.isoformat(timespec="seconds")
+    return {"to": str(swap.target), "generation": swap.generation, "started_at": started, **ended}

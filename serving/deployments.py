@@ -1,0 +1,199 @@
+"""The models that a server serves, and how one comes or goes while it runs.
+
+All start in turn, because engines on one device would take each other's memory and cores. What an earlier server left
+is looked for before anything starts; whether there is memory for the rest, too. A model that cannot be served does
+not keep the others from it.
+"""
+
+import asyncio
+import gc
+import logging
+import os
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from typing import Any
+
+from sqlalchemy import Engine as Store
+from sqlalchemy.exc import SQLAlchemyError
+
+from serving.deployment import Deployment
+from serving.engines.places import EnginePlaces
+from serving.router import Router, Share
+from svc.errors import NotFoundError, SvcError
+from svc.store.deployments import deployed_names, remove_deployment
+from svc.store.desired import Desired, read_desired
+from svc.version import Target
+
+log = logging.getLogger(__name__)
+
+_POLL_S = 0.5
+_DRAIN_S = 30.0
+_IMPORTED_S = 60.0  # whether MLflow answers or not
+
+OnReady = Callable[[Target], None]
+OnFailure = Callable[[Target, SvcError], None]
+
+
+class Deployments:
+    """A set of deployments, kept as the store says.
+
+    Args:
+        build: makes a deployment from what it shall serve first.
+        check_memory: of engines with these versions beside those that run.
+        registered: the names of all models, for who asks for one that is not served; reads the disk.
+        on_ready: hears what is served, whenever a model has come.
+        on_failure: hears why one cannot be served.
+    """
+
+    def __init__(
+        self,
+        build: Callable[[Desired], Deployment],
+        *,
+        router: Router,
+        places: EnginePlaces,
+        store: Store,
+        check_memory: Callable[[Sequence[Target]], None],
+        registered: Callable[[], Sequence[str]],
+        on_ready: OnReady,
+        on_failure: OnFailure,
+    ) -> None:
+        self._build = build
+        self._router = router
+        self._places = places
+        self._store = store
+        self._check_memory = check_memory
+        self._registered = registered
+        self._on_ready = on_ready
+        self._on_failure = on_failure
+        self._all: dict[str, Deployment] = {}
+        self._tasks: dict[str, asyncio.Task[None]] = {}
+        self._refused: dict[str, str] = {}
+
+    @property
+    def all(self) -> list[Deployment]:
+        """Those that there are, whether they serve or not."""
+        return list(self._all.values())
+
+    def status(self) -> Mapping[str, Any]:
+        """What /svc/status shows, JSON values; reads the store, in a thread beside the event loop."""
+        models = [deployment.status() for deployment in self.all]
+        return {"models": models, "refused": dict(self._refused), "pid": os.getpid()}
+
+    async def run(self, wanted: Sequence[Desired]) -> None:
+        """Starts these, and then follows the store until it is cancelled.
+
+        Raises:
+            SvcError: none of them can be served, or there is no memory for all.
+        """
+        try:
+            await self._start_first(wanted)
+            works = [asyncio.create_task(work) for work in (self._follow(), self._leave_out_of_collections())]
+            try:
+                while True:
+                    watched = {*works, *self._tasks.values()}
+                    done, _ = await asyncio.wait(watched, timeout=_POLL_S, return_when=asyncio.FIRST_COMPLETED)
+                    for task in done:
+                        if task in works or task in self._tasks.values():  # and not of one that was removed
+                            task.result()
+                    works = [task for task in works if not task.done()]
+            finally:
+                for task in works:
+                    task.cancel()
+                await asyncio.gather(*works, return_exceptions=True)
+        finally:
+            for task in self._tasks.values():
+                task.cancel()
+            await asyncio.gather(*self._tasks.values(), return_exceptions=True)
+
+    async def stop(self, *, leave: bool = False) -> None:
+        """Ends all engines, once `run` has ended; also those of an earlier server that nobody took over.
+
+        Args:
+            leave: those that are ready go on without us, for a server that starts later.
+        """
+        try:
+            await asyncio.gather(*(deployment.stop(leave=leave) for deployment in self.all))
+        finally:
+            if not leave:
+                await self._places.end_orphans()
+
+    async def _start_first(self, wanted: Sequence[Desired]) -> None:
+        for desired in wanted:
+            self._add(desired)
+        missing = [deployment for deployment in self.all if not await deployment.reconciler.adopt()]
+        await self._places.end_orphans()
+        await asyncio.to_thread(self._check_memory, [deployment.reconciler.actual.target for deployment in missing])
+        failed: list[SvcError] = []
+        for deployment in sorted(self.all, key=missing.__contains__):  # those that answer already come first
+            error = await self._start(deployment)
+            failed += [error] if error else []
+        if len(failed) == len(self._all):
+            raise failed[0]
+
+    async def _leave_out_of_collections(self) -> None:
+        """What was imported stays. To look through it again and again holds up every stream for 100 ms."""
+        await asyncio.gather(*(each.alias.settled(_IMPORTED_S) for each in self.all))  # MLflow is imported last
+        gc.freeze()
+
+    def _add(self, desired: Desired) -> Deployment:
+        self._all[desired.name] = deployment = self._build(desired)
+        self._router.serve(desired.name, [Share(deployment)])
+        return deployment
+
+    async def _start(self, deployment: Deployment) -> SvcError | None:
+        """Starts one, and keeps it; one that does not start is tried again and again. Why it did not."""
+        target, failed = deployment.reconciler.actual.target, None
+        try:
+            await deployment.reconciler.start()
+        except SvcError as error:
+            log.exception("%s is not served", target)
+            failed = error
+            self._on_failure(target, error)
+        else:
+            self._on_ready(deployment.reconciler.actual.target)
+        self._tasks[deployment.name] = asyncio.create_task(deployment.run())
+        return failed
+
+    async def _follow(self) -> None:
+        while True:
+            try:
+                names = await asyncio.to_thread(deployed_names, self._store)
+                self._router.set_registered(await asyncio.to_thread(self._registered))
+                for name in names:
+                    if name not in self._all:
+                        await self._bring(name)
+                for name in set(self._all) - set(names):
+                    await self._take_away(name)
+            except (SQLAlchemyError, OSError):
+                log.exception("which models shall be served cannot be read; those that are served go on")
+            await asyncio.sleep(_POLL_S)
+
+    async def _bring(self, name: str) -> None:
+        """Starts a model that was added; one that cannot be served is not wanted any more, and the status says why."""
+        self._refused.pop(name, None)
+        try:
+            desired = await asyncio.to_thread(read_desired, self._store, name)
+            if desired is None:
+                raise NotFoundError(f"nothing says which version of {name} shall be served", todo=f"svc add {name}@N")
+            await asyncio.to_thread(self._check_memory, [desired.target])
+            failed = await self._start(self._add(desired))
+        except SvcError as error:
+            failed = error
+        if failed:
+            self._refused[name] = str(failed)
+            await asyncio.to_thread(remove_deployment, self._store, name)
+
+    async def _take_away(self, name: str) -> None:
+        """Ends a model that was removed, after its last request."""
+        deployment = self._all[name]
+        self._router.remove(name)
+        with suppress(TimeoutError):
+            async with asyncio.timeout(_DRAIN_S):
+                await deployment.admission.ended()
+        task = self._tasks.pop(name)
+        task.cancel()
+        await asyncio.gather(task, return_exceptions=True)
+        await deployment.stop()
+        deployment.metrics.remove()
+        del self._all[name]
+        log.info("%s is served no more", name)

@@ -1,0 +1,137 @@
+"""Prometheus instruments of the models that are served: their engines, their rollouts, and what waits for them."""
+
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
+
+from svc.engine.state import EngineState
+from svc.store.swaps import SwapOutcome, SwapResult
+from svc.version import Target
+
+# A swap in place: one to two seconds for the weights, up to the drain timeout for long answers, and an engine start
+# where one is needed.
+_SWAP_BUCKETS_S = (0.5, 1, 1.5, 2, 3, 5, 10, 20, 30, 60, 120, 300, 600)
+_QUEUED_BUCKETS = (0, 1, 2, 4, 8, 16, 32, 64, 128, 256)
+
+
+class DeploymentInstruments:
+    """The instruments, each with the label `model`.
+
+    Args:
+        registry: where they are registered; one of these for each registry.
+    """
+
+    def __init__(self, registry: CollectorRegistry) -> None:
+        model = ("model",)
+        self.running = Gauge("svc_requests_running", "Requests in the engine", model, registry=registry)
+        self.queued = Gauge("svc_requests_queued", "Requests that wait for an engine", model, registry=registry)
+        self.engine_state = Gauge("svc_engine_state", "Engines in a state", (*model, "state"), registry=registry)
+        self.restarts = Counter(
+            "svc_engine_restarts_total", "Engine starts after the engine died", model, registry=registry
+        )
+        self.swap_duration = Histogram(
+            "svc_swap_duration_seconds",
+            "From closing admission to opening it",
+            (*model, "outcome"),
+            buckets=_SWAP_BUCKETS_S,
+            registry=registry,
+        )
+        self.swaps = Counter("svc_swaps_total", "Swaps, by outcome", (*model, "outcome"), registry=registry)
+        self.swap_queued = Histogram(
+            "svc_swap_queued_requests",
+            "Requests queued when a swap ended",
+            model,
+            buckets=_QUEUED_BUCKETS,
+            registry=registry,
+        )
+        self.version_info = Gauge(
+            "svc_model_version_info",
+            "1 for the version that is loaded",
+            (*model, "version", "format"),
+            registry=registry,
+        )
+        self.holdout_interval = Gauge(
+            "svc_holdout_interval_seconds",
+            "From one run of the held-out set to the next, where it is to be asked",
+            (*model, "version"),
+            registry=registry,
+        )
+
+
+class DeploymentMetrics:
+    """What one model shows.
+
+    Args:
+        instruments: of all models.
+        model: its name.
+        on_loaded: hears each version that is loaded.
+    """
+
+    def __init__(
+        self,
+        instruments: DeploymentInstruments,
+        model: str,
+        on_loaded: Callable[[Target], None] = lambda served: None,
+    ) -> None:
+        self._instruments = instruments
+        self._on_loaded = on_loaded
+        self._model = model
+        self._version: tuple[str, ...] | None = None
+        self._holdout: tuple[str, ...] | None = None
+        instruments.restarts.labels(model)
+        for outcome in SwapOutcome:  # from the start, so that the first one is seen as an increase
+            instruments.swaps.labels(model, outcome.value)
+
+    def watch_admission(self, running: Callable[[], int], queued: Callable[[], int]) -> None:
+        """Reads the two gauges from admission itself whenever they are asked for."""
+        self._instruments.running.labels(self._model).set_function(running)
+        self._instruments.queued.labels(self._model).set_function(queued)
+
+    def engine_states(self, states: Sequence[EngineState]) -> None:
+        """Shows how many engines are in each state."""
+        for state in EngineState:
+            self._instruments.engine_state.labels(self._model, state.value).set(states.count(state))
+
+    def engine_restarted(self) -> None:
+        """Counts a start after a death."""
+        self._instruments.restarts.labels(self._model).inc()
+
+    def swap_ended(self, result: SwapResult) -> None:
+        """Counts a swap, and times it when admission was closed for it."""
+        self._instruments.swaps.labels(self._model, result.outcome.value).inc()
+        if result.queued_s is not None:
+            self._instruments.swap_duration.labels(self._model, result.outcome.value).observe(result.queued_s)
+        if result.queued is not None:
+            self._instruments.swap_queued.labels(self._model).observe(result.queued)
+
+    def version_loaded(self, served: Target) -> None:
+        """Shows the version that is loaded, and only that one."""
+        _forget(self._instruments.version_info, self._version)
+        self._version = (self._model, str(served.version.number), served.format.value)
+        self._instruments.version_info.labels(*self._version).set(1)
+        self._on_loaded(served)
+
+    def holdout_due(self, served: Target | None, every_s: float) -> None:
+        """Shows the version whose held-out set is to be asked, and how often; None where there is none to ask."""
+        _forget(self._instruments.holdout_interval, self._holdout)
+        self._holdout = None
+        if served:
+            self._holdout = (self._model, str(served.version.number))
+            self._instruments.holdout_interval.labels(*self._holdout).set(every_s)
+
+    def remove(self) -> None:
+        """Shows nothing any more of what it was at the moment; counters stay, as Prometheus expects."""
+        _forget(self._instruments.version_info, self._version)
+        _forget(self._instruments.holdout_interval, self._holdout)
+        self._version = self._holdout = None
+        for gauge in (self._instruments.running, self._instruments.queued):
+            _forget(gauge, (self._model,))
+        for state in EngineState:
+            _forget(self._instruments.engine_state, (self._model, state.value))
+
+
+def _forget(gauge: Gauge, labels: tuple[str, ...] | None) -> None:
+    if labels is not None:
+        with suppress(KeyError):
+            gauge.remove(*labels)

@@ -1,0 +1,258 @@
+"""Several models on one server: how they start, how one comes or goes, and that none disturbs another."""
+
+import asyncio
+import os
+import signal
+
+import httpx
+import pytest
+
+from serving import server
+from svc.errors import EngineError
+from svc.store.deployments import add_deployment, deployed_names, remove_deployment
+from svc.store.desired import change_desired, read_desired
+from svc.store.swaps import find_swap
+from svc.version import Format, Target, VersionId
+from tests.serving.control import BODY, until
+from tests.serving.engine_park import DoubleEngine
+from tests.serving.home import Home
+from tests.serving.versions import NAME, make_version
+
+OTHER = "other"
+
+
+@pytest.fixture
+def two(home: Home) -> Home:
+    """A home with three versions of one model and two of another."""
+    for number in (7, 8):
+        make_version(home.registry, number, name=OTHER)
+    return home
+
+
+async def answer_of(client: httpx.AsyncClient, model: str) -> tuple[int, str, str]:
+    """Status, the version in the header, and the number in the text or the error's code."""
+    answer = await client.post("/v1/chat/completions", json=BODY | {"model": model})
+    body = answer.json()
+    text = body["error"]["code"] if "error" in body else body["choices"][0]["message"]["content"].partition(".")[0]
+    return answer.status_code, answer.headers.get("x-model-version", ""), text
+
+
+async def states(client: httpx.AsyncClient) -> dict[str, str]:
+    """Of each model's engine."""
+    models = (await client.get("/svc/status")).json()["models"]
+    return {model["model"]: model["engine"]["state"] for model in models}
+
+
+async def all_ready(client: httpx.AsyncClient, *names: str) -> None:
+    """Waits until these models serve and no others."""
+    async with asyncio.timeout(5):
+        while await states(client) != dict.fromkeys(names, "ready"):
+            await asyncio.sleep(0.01)
+
+
+def engine_of(home: Home, name: str) -> DoubleEngine:
+    """The one that runs."""
+    (found,) = [engine for engine in home.park.engines if engine.alive and engine.double.name == name]
+    return found
+
+
+async def test_each_model_answers_to_its_names(two: Home) -> None:
+    async with two.serving(f"{NAME}@1", f"{OTHER}@7") as client:
+        await all_ready(client, NAME, OTHER)
+        assert await answer_of(client, NAME) == (200, f"{NAME}@1", "1")
+        assert await answer_of(client, OTHER) == (200, f"{OTHER}@7", "7")
+        assert await answer_of(client, f"{OTHER}@7") == (200, f"{OTHER}@7", "7")
+        listed = [model["id"] for model in (await client.get("/v1/models")).json()["data"]]
+    assert {NAME, f"{NAME}@1", OTHER, f"{OTHER}@7"} <= set(listed)
+
+
+async def test_engines_of_two_models_start_in_turn(two: Home) -> None:
+    two.park.start_delay_s = 0.05
+    async with two.serving(f"{NAME}@1", f"{OTHER}@7") as client:
+        await all_ready(client, NAME, OTHER)
+    assert two.park.most_starting == 1
+
+
+async def test_the_first_model_answers_while_the_second_starts(two: Home) -> None:
+    async with two.serving(f"{NAME}@1", f"{OTHER}@7") as client:
+        two.park.start_delay_s = 0.0
+        assert (await answer_of(client, NAME))[0] == 200
+
+
+async def test_a_version_of_a_model_that_is_swapped_disturbs_no_other(two: Home) -> None:
+    async with two.serving(f"{NAME}@1", f"{OTHER}@7") as client:
+        await all_ready(client, NAME, OTHER)
+        seen = read_desired(two.store, OTHER)
+        assert seen is not None
+        wish = change_desired(two.store, seen, Target(VersionId(OTHER, 8), Format.MERGED), seen.target)
+        untouched = engine_of(two, NAME).double.weights
+        await until(lambda: (swap := find_swap(two.store, OTHER, wish.generation)) and swap.result)
+        assert await answer_of(client, OTHER) == (200, f"{OTHER}@8", "8")
+        assert await answer_of(client, NAME) == (200, f"{NAME}@1", "1")
+        assert engine_of(two, NAME).double.weights == untouched
+
+
+async def test_a_dead_engine_takes_its_model_alone_out_of_service(two: Home) -> None:
+    async with two.serving(f"{NAME}@1", f"{OTHER}@7") as client:
+        await all_ready(client, NAME, OTHER)
+        two.park.failing_starts = 1000
+        engine_of(two, OTHER).kill()
+        await until(lambda: len([engine for engine in two.park.engines if engine.alive]) == 1)
+        async with asyncio.timeout(5):
+            while (await states(client))[OTHER] == "ready":
+                await asyncio.sleep(0.01)
+        assert (await answer_of(client, OTHER))[::2] == (503, "engine_unavailable")
+        assert await answer_of(client, NAME) == (200, f"{NAME}@1", "1")
+        assert (await client.get("/health")).status_code == 200
+
+
+async def test_a_model_that_cannot_be_served_keeps_no_other_from_it(two: Home) -> None:
+    (two.registry.folder(VersionId(OTHER, 7)) / "merged" / "config.json").write_text("{}")
+    async with two.serving(f"{NAME}@1", f"{OTHER}@7") as client:
+        assert await answer_of(client, NAME) == (200, f"{NAME}@1", "1")
+        await until(lambda: two.failures)
+    assert "was changed after registration" in str(two.failures[0])
+
+
+async def test_where_no_model_can_be_served_the_server_says_why_and_ends(two: Home) -> None:
+    two.park.failing_starts = 2
+    with server.claim(two.settings) as claim, pytest.raises(EngineError, match="no memory"):
+        await two.serve(claim, f"{NAME}@1", f"{OTHER}@7")
+    assert two.park.alive == 0
+
+
+async def test_two_models_without_memory_for_both_start_no_engine(two: Home, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("serving.assembly.shortage", lambda specs: "no room" if len(specs) > 1 else None)
+    with server.claim(two.settings) as claim, pytest.raises(EngineError, match=r"no memory for tuned@1.*other@7"):
+        await two.serve(claim, f"{NAME}@1", f"{OTHER}@7")
+    assert two.park.engines == []
+
+
+async def test_a_server_without_names_serves_what_it_served_last(two: Home) -> None:
+    async with two.serving(f"{NAME}@1", f"{OTHER}@7") as client:
+        await all_ready(client, NAME, OTHER)
+    async with two.serving() as client:
+        await all_ready(client, NAME, OTHER)
+        assert await answer_of(client, OTHER) == (200, f"{OTHER}@7", "7")
+
+
+async def test_engines_that_were_left_are_adopted_by_their_models_whatever_the_order(two: Home) -> None:
+    def at_their_places() -> dict[int, str]:
+        return {engine.replica: engine.double.name for engine in two.park.engines if engine.alive}
+
+    with server.claim(two.settings) as claim:
+        async with httpx.AsyncClient(base_url=claim.url, timeout=10) as client:
+            task = asyncio.create_task(two.serve(claim, f"{NAME}@1", f"{OTHER}@7"))
+            await all_ready(client, NAME, OTHER)
+            before = at_their_places()
+            os.kill(os.getpid(), signal.SIGUSR1)
+            await asyncio.wait({task})
+    assert len(two.park.left) == 2
+    started = len(two.park.engines)
+    async with two.serving(OTHER, NAME) as client:
+        await all_ready(client, OTHER, NAME)
+        assert at_their_places() == before
+        assert await answer_of(client, NAME) == (200, f"{NAME}@1", "1")
+        assert await answer_of(client, OTHER) == (200, f"{OTHER}@7", "7")
+    assert len(two.park.engines) == started + 2, "adopted, and none started"
+
+
+async def test_an_engine_of_a_model_that_is_served_no_more_is_ended(two: Home) -> None:
+    with server.claim(two.settings) as claim:
+        async with httpx.AsyncClient(base_url=claim.url, timeout=10) as client:
+            task = asyncio.create_task(two.serve(claim, f"{NAME}@1", f"{OTHER}@7"))
+            await all_ready(client, NAME, OTHER)
+            os.kill(os.getpid(), signal.SIGUSR1)
+            await asyncio.wait({task})
+    async with two.serving(NAME) as client:
+        await all_ready(client, NAME)
+        await until(lambda: two.park.alive == 1)
+
+
+async def test_a_model_is_added_while_the_server_runs(two: Home) -> None:
+    async with two.serving(f"{NAME}@1") as client:
+        assert (await answer_of(client, OTHER))[0] == 404
+        change_desired(two.store, None, Target(VersionId(OTHER, 7), Format.MERGED), None)
+        add_deployment(two.store, OTHER)
+        await all_ready(client, NAME, OTHER)
+        assert await answer_of(client, OTHER) == (200, f"{OTHER}@7", "7")
+
+
+async def test_a_model_that_is_registered_but_not_served_is_told_so(two: Home) -> None:
+    async with two.serving(f"{NAME}@1") as client:
+        async with asyncio.timeout(5):
+            while "registered, but not served" not in (message := await _message(client, OTHER)):
+                await asyncio.sleep(0.01)
+    assert f"svc add {OTHER}" in message
+
+
+async def _message(client: httpx.AsyncClient, model: str) -> str:
+    answer = await client.post("/v1/chat/completions", json=BODY | {"model": model})
+    return str(answer.json()["error"]["message"])
+
+
+async def test_a_model_without_memory_is_not_added_and_the_status_says_why(
+    two: Home, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with two.serving(f"{NAME}@1") as client:
+        monkeypatch.setattr("serving.assembly.shortage", lambda specs: "no room")
+        change_desired(two.store, None, Target(VersionId(OTHER, 7), Format.MERGED), None)
+        add_deployment(two.store, OTHER)
+        async with asyncio.timeout(5):
+            while not (refused := (await client.get("/svc/status")).json()["refused"]):
+                await asyncio.sleep(0.01)
+        assert "no memory for other@7" in refused[OTHER]
+        await until(lambda: deployed_names(two.store) == [NAME])
+        assert await states(client) == {NAME: "ready"}
+        assert two.park.alive == 1
+
+
+async def test_a_model_that_does_not_start_is_not_added(two: Home) -> None:
+    async with two.serving(f"{NAME}@1") as client:
+        two.park.failing_starts = 1000
+        change_desired(two.store, None, Target(VersionId(OTHER, 7), Format.MERGED), None)
+        add_deployment(two.store, OTHER)
+        async with asyncio.timeout(5):
+            while not (refused := (await client.get("/svc/status")).json()["refused"]):
+                await asyncio.sleep(0.01)
+        assert "before it was ready" in refused[OTHER]
+        await all_ready(client, NAME)
+        assert await answer_of(client, NAME) == (200, f"{NAME}@1", "1")
+
+
+async def test_a_model_is_removed_after_its_last_answer(two: Home) -> None:
+    async with two.serving(f"{NAME}@1", f"{OTHER}@7") as client:
+        await all_ready(client, NAME, OTHER)
+        engine_of(two, OTHER).double.token_delay_s = 0.1
+        running = asyncio.create_task(answer_of(client, OTHER))
+        await until(lambda: engine_of(two, OTHER).double.calls)
+        remove_deployment(two.store, OTHER)
+        assert await running == (200, f"{OTHER}@7", "7")
+        await all_ready(client, NAME)
+        assert (await answer_of(client, OTHER))[0] == 404
+        assert two.park.alive == 1
+        page = (await client.get("/metrics")).text
+        assert f'svc_model_version_info{{format="merged",model="{OTHER}"' not in page
+        assert await answer_of(client, NAME) == (200, f"{NAME}@1", "1")
+
+
+async def test_a_model_that_was_removed_comes_back(two: Home) -> None:
+    async with two.serving(f"{NAME}@1", f"{OTHER}@7") as client:
+        await all_ready(client, NAME, OTHER)
+        remove_deployment(two.store, OTHER)
+        await all_ready(client, NAME)
+        add_deployment(two.store, OTHER)
+        await all_ready(client, NAME, OTHER)
+        assert await answer_of(client, OTHER) == (200, f"{OTHER}@7", "7")
+
+
+async def test_each_models_figures_have_its_name(two: Home) -> None:
+    async with two.serving(f"{NAME}@1", f"{OTHER}@7") as client:
+        await all_ready(client, NAME, OTHER)
+        await answer_of(client, OTHER)
+        page = (await client.get("/metrics")).text
+    for name, number in ((NAME, 1), (OTHER, 7)):
+        assert f'svc_engine_state{{model="{name}",state="ready"}} 1.0' in page
+        assert f'svc_model_version_info{{format="merged",model="{name}",version="{number}"}} 1.0' in page
+    assert 'svc_requests_total{model="other",outcome="complete"' in page
+    assert 'svc_requests_total{model="tuned",outcome="complete"' not in page
