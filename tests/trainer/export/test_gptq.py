@@ -275,22 +275,26 @@ def test_ctrl_c_is_heard_while_layers_are_quantized_and_leaves_nothing(tmp_path:
 
 
 SEARCH = """
+import inspect
 from gptqmodel import QuantizeConfig
+from gptqmodel.quantization.gptq import GPTQ
 from gptqmodel.quantization.quantizer import Quantizer
-from trainer.export.gptq import coarse_scale_search
-def steps():
+from trainer.export.gptq import faster_rounding
+def found():
     quantizer = Quantizer(QuantizeConfig(bits=4, group_size=32))
     quantizer.configure(perchannel=True)
-    return quantizer.grid, quantizer.maxshrink
-with coarse_scale_search():
-    print("steps", *steps())
-print("steps", *steps())
+    block = inspect.signature(GPTQ.__dict__["quantize"].__get__(object())).parameters["blocksize"].default
+    return quantizer.grid, quantizer.maxshrink, block
+for cpu in (True, False):
+    with faster_rounding(cpu=cpu):
+        print("found", *found())
+print("found", *found())
 """
 
 
 @pytest.mark.slow
-def test_gptqmodel_searches_scales_in_our_steps_while_we_quantize() -> None:
-    """Of its own: a release that has the steps elsewhere would search in as many as it likes, eight times slower."""
+def test_gptqmodel_rounds_in_our_steps_and_blocks_while_we_quantize() -> None:
+    """Of its own: a release that has them elsewhere would take its own, and eight times as long."""
     done = subprocess.run([sys.executable, "-c", SEARCH], capture_output=True, text=True, check=True)
-    told = [line for line in done.stdout.splitlines() if line.startswith("steps")]
-    assert told == ["steps 20 0.5", "steps 100 0.8"]
+    told = [line for line in done.stdout.splitlines() if line.startswith("found")]
+    assert told == ["found 20 0.5 32", "found 20 0.5 128", "found 100 0.8 128"]
