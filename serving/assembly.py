@@ -156,6 +156,7 @@ class _DeploymentBuilder:
         """
         name, limits, engine = desired.name, self.settings.serve, self.settings.engine_for(desired.name)
         metrics = DeploymentMetrics(self.instruments, name, on_loaded=self.gateway_metrics.show_errors)
+        self.gateway_metrics.show_errors(None, name)
         names = ModelNames(name)
         admission = Admission(
             max_running=limits.max_running,

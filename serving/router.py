@@ -111,6 +111,15 @@ class Router:
         """The names that resolve now."""
         return tuple(name for backend in self.backends for name in backend.names.all())
 
+    def served_name(self, model: str) -> str | None:
+        """The model that a request is for, also one that cannot be asked now; None where it is not served.
+
+        Args:
+            model: as the client names it.
+        """
+        name = model.partition("@")[0]
+        return name if name in self._shares else None
+
     def find(self, model: str, who: str = "") -> Destination:
         """The backend for a request.
 

@@ -110,6 +110,7 @@ class Exchange:
         self._clock = gateway.clock
         self._arrived = datetime.now(UTC)
         self._started = self._clock()
+        self._model = UNKNOWN_MODEL
         self._served: Target | None = None
         self._status: int | None = None
         self._reason: ErrorCode | None = None
@@ -153,12 +154,14 @@ class Exchange:
         """Counts the request and keeps its row, once its end is known."""
         status = CLIENT_GONE_STATUS if self._status is None else self._status
         seconds, served, usage, request = self.elapsed(), self._served, self._usage, self._request
-        self._gateway.metrics.request_ended(served, self._route, status, seconds, self._request_id, reason=self._reason)
+        self._gateway.metrics.request_ended(
+            served, self._route, status, seconds, self._request_id, reason=self._reason, model=self._model
+        )
         record = RequestRecord(
             request_id=self._request_id,
             client_request_id=self._scope["state"].get("client_request_id"),
             started_at=self._arrived,
-            model=served.version.name if served else UNKNOWN_MODEL,
+            model=served.version.name if served else self._model,
             version=served.version if served else None,
             format=served.format if served else None,
             route=self._route.value,
@@ -176,6 +179,7 @@ class Exchange:
         self._gateway.request_log.add(record, self._content if served else None)
 
     async def _answer(self, request: CompletionRequest) -> None:
+        self._model = self._gateway.router.served_name(request.model) or UNKNOWN_MODEL
         to = self._gateway.router.find(request.model, request.who)
         self._scope["state"]["version"] = (served := to.backend.names.served) and served.version
         # Delivered outside admission: the engine is done with it, and a client that reads slowly keeps no place.
@@ -257,7 +261,7 @@ class Exchange:
 
     def _failed(self, code: ErrorCode) -> None:
         self._reason = code
-        self._gateway.metrics.request_failed(self._served, code)
+        self._gateway.metrics.request_failed(self._served, code, self._model)
 
     @property
     def _delivered(self) -> bool:

@@ -111,14 +111,15 @@ class GatewayMetrics:
         )
         self.show_errors(None)
 
-    def show_errors(self, served: Target | None) -> None:
+    def show_errors(self, served: Target | None, model: str = UNKNOWN_MODEL) -> None:
         """Shows a version's errors before there is one, so that the first is seen as an increase.
 
         Args:
             served: None for requests that no version answers.
+            model: whose requests those are.
         """
         for code in set(ErrorCode) - _NOT_COMPLETIONS:
-            self._errors.labels(*_labels(served), code.value)
+            self._errors.labels(*_labels(served, model), code.value)
 
     def _add_request_log_instruments(self, registry: CollectorRegistry) -> None:
         self._rows = Counter("svc_request_log_rows_total", "Rows stored, one for each request", registry=registry)
@@ -140,17 +141,19 @@ class GatewayMetrics:
         request_id: str = "",
         *,
         reason: ErrorCode | None = None,
+        model: str = UNKNOWN_MODEL,
     ) -> None:
         """Counts an answer, and times it when it is complete.
 
         Args:
-            served: the version that the model name resolved to; None where it did not.
+            served: the version that took the request; None where none did.
             status: as sent, or `CLIENT_GONE_STATUS`.
             seconds: from the request's last byte to the answer's last.
             request_id: for the exemplar.
             reason: why it failed, also in the middle of a stream; None where it did not.
+            model: where no version took it: the served model that it was for, one of a bounded set.
         """
-        model, version = _labels(served)
+        model, version = _labels(served, model)
         outcome = outcome_of(reason)
         self._requests.labels(model, version, route.value, str(status), outcome.value).inc()
         if served and outcome is Outcome.COMPLETE:
@@ -171,13 +174,13 @@ class GatewayMetrics:
         self._tokens.labels(*_labels(served), "in").inc(usage.prompt)
         self._tokens.labels(*_labels(served), "out").inc(usage.completion)
 
-    def request_failed(self, served: Target | None, code: ErrorCode) -> None:
+    def request_failed(self, served: Target | None, code: ErrorCode, model: str = UNKNOWN_MODEL) -> None:
         """Counts an error under its reason; also one that ends a stream whose status was 200.
 
         Args:
-            served: as for `request_ended`.
+            served, model: as for `request_ended`.
         """
-        self._errors.labels(*_labels(served), code.value).inc()
+        self._errors.labels(*_labels(served, model), code.value).inc()
 
     def rows_stored(self, count: int) -> None:
         """Counts rows written to the store."""
@@ -200,5 +203,5 @@ class GatewayMetrics:
         return {"request_id": request_id} if self._exemplars and request_id else None
 
 
-def _labels(served: Target | None) -> tuple[str, str]:
-    return (served.version.name, str(served.version.number)) if served else (UNKNOWN_MODEL, "")
+def _labels(served: Target | None, model: str = UNKNOWN_MODEL) -> tuple[str, str]:
+    return (served.version.name, str(served.version.number)) if served else (model, "")

@@ -254,5 +254,6 @@ async def test_each_models_figures_have_its_name(two: Home) -> None:
     for name, number in ((NAME, 1), (OTHER, 7)):
         assert f'svc_engine_state{{model="{name}",state="ready"}} 1.0' in page
         assert f'svc_model_version_info{{format="merged",model="{name}",version="{number}"}} 1.0' in page
+        assert f'svc_request_errors_total{{model="{name}",reason="queue_overflow",version=""}} 0.0' in page
     assert 'svc_requests_total{model="other",outcome="complete"' in page
     assert 'svc_requests_total{model="tuned",outcome="complete"' not in page

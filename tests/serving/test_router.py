@@ -48,6 +48,12 @@ def test_a_name_goes_to_its_model(model: str) -> None:
     assert (found.backend, found.model) == (b, model)
 
 
+def test_a_request_is_of_the_model_that_it_names_whether_that_can_be_asked_or_not() -> None:
+    found = router(backend("a", 1), backend("b"))
+    names = ("a", "a@1", "a@99", "b", "b@production", "c", "")
+    assert [found.served_name(model) for model in names] == ["a", "a", "a", "b", "b", None, None]
+
+
 def test_all_names_of_all_models_are_listed() -> None:
     names = router(backend("a", 1), backend("b", 7)).names()
     assert names == ("a", "a@1", "a@production", "b", "b@7", "b@production")

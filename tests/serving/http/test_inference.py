@@ -45,7 +45,7 @@ def chunks_of(text: str) -> list[Any]:
 
 def reason(service: Service, code: str) -> float:
     """How many requests failed so, of all versions and of none."""
-    versions = ((NAME, "1"), (NAME, "2"), ("unknown", ""))
+    versions = ((NAME, "1"), (NAME, "2"), (NAME, ""), ("unknown", ""))
     return sum(failed(service, code, model, version) for model, version in versions)
 
 
@@ -154,6 +154,18 @@ class TestRefusals:
         assert len(answer.content) < 500
         labels = {"model": "unknown", "version": "", "route": CHAT_PATH, "status": "404", "outcome": "refused"}
         assert service.count("svc_requests_total", **labels) == 1
+
+    async def test_a_version_that_is_not_loaded_is_of_its_model(
+        self, service: Service, client: httpx.AsyncClient
+    ) -> None:
+        await client.post(CHAT_PATH, json={**CHAT, "model": f"{NAME}@99"})
+        assert failed(service, "model_not_found", NAME, "") == 1
+
+    async def test_a_model_of_which_no_version_is_loaded_yet(self, socket_folder: Path) -> None:
+        async with Service(socket_folder).run() as service, service.client() as client:
+            service.names._served = None
+            assert (await client.post(CHAT_PATH, json=CHAT)).status_code == 503
+        assert failed(service, "engine_unavailable", NAME, "") == 1
 
     async def test_clients_create_no_series(self, service: Service, client: httpx.AsyncClient) -> None:
         await client.post(CHAT_PATH, json={**CHAT, "model": "first"})
@@ -295,11 +307,13 @@ class TestEngineDeaths:
         await client.post(CHAT_PATH, json=STREAM)
         assert failed(service, "engine_error") == 1
 
-    async def test_a_request_that_reached_no_version_is_no_versions_error(self, socket_folder: Path) -> None:
+    async def test_a_request_that_reached_no_version_is_its_models_error(self, socket_folder: Path) -> None:
         service = Service(socket_folder, max_running=1)
         async with service.run(), service.client() as client, service.admission.admit():
             await client.post(CHAT_PATH, json=CHAT)
-        assert failed(service, "overloaded", "unknown", "") == 1
+        assert failed(service, "overloaded", NAME, "") == 1
+        labels = {"model": NAME, "version": "", "route": CHAT_PATH, "status": "429", "outcome": "refused"}
+        assert service.count("svc_requests_total", **labels) == 1
 
     async def test_a_new_engine_on_the_same_socket_is_found_at_once(self, service: Service) -> None:
         async with service.client() as client:
@@ -354,7 +368,7 @@ class TestClientsThatLeave:
             task.cancel()
             await until(lambda: service.admission.queued == 0)
         assert service.double.requests == []
-        labels = {"model": "unknown", "version": "", "route": CHAT_PATH, "status": "499", "outcome": "client_gone"}
+        labels = {"model": NAME, "version": "", "route": CHAT_PATH, "status": "499", "outcome": "client_gone"}
         await until(lambda: service.count("svc_requests_total", **labels) == 1)
 
     async def test_one_that_does_not_read_keeps_no_place(self, socket_folder: Path) -> None:

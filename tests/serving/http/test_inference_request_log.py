@@ -105,6 +105,12 @@ async def test_an_unknown_model(service: Service, client: httpx.AsyncClient) -> 
     assert row.prompt is None
 
 
+async def test_a_request_that_no_version_took_is_of_its_model(service: Service, client: httpx.AsyncClient) -> None:
+    row = await row_after(service, client, {**CHAT, "model": f"{NAME}@99"})
+    assert (row.model, row.number, row.status, row.reason) == (NAME, None, 404, "model_not_found")
+    assert row.prompt is None
+
+
 async def test_a_stream_that_breaks(service: Service, client: httpx.AsyncClient) -> None:
     service.double.fault = Fault.ERROR_IN_STREAM
     row = await row_after(service, client, STREAM)

@@ -69,9 +69,25 @@ def test_an_error_is_counted_for_the_version_that_was_asked(
     assert counts == [1, 0]
 
 
-def test_an_error_without_a_version_is_counted_under_unknown(
+def test_every_reason_of_a_model_exists_before_a_version_is_loaded(
     registry: CollectorRegistry, metrics: GatewayMetrics
 ) -> None:
-    metrics.request_failed(None, ErrorCode.QUEUE_OVERFLOW)
-    labels = {"model": "unknown", "version": "", "reason": "queue_overflow"}
+    metrics.show_errors(None, "tuned")
+    labels = {"model": "tuned", "version": "", "reason": "engine_unavailable"}
+    assert registry.get_sample_value("svc_request_errors_total", labels) == 0
+
+
+def test_an_error_without_a_version_is_counted_for_the_model_that_was_asked(
+    registry: CollectorRegistry, metrics: GatewayMetrics
+) -> None:
+    metrics.request_failed(None, ErrorCode.QUEUE_OVERFLOW, "tuned")
+    labels = {"model": "tuned", "version": "", "reason": "queue_overflow"}
+    assert registry.get_sample_value("svc_request_errors_total", labels) == 1
+
+
+def test_an_error_without_a_model_is_counted_under_unknown(
+    registry: CollectorRegistry, metrics: GatewayMetrics
+) -> None:
+    metrics.request_failed(None, ErrorCode.BODY_TIMEOUT)
+    labels = {"model": "unknown", "version": "", "reason": "body_timeout"}
     assert registry.get_sample_value("svc_request_errors_total", labels) == 1
