@@ -5,7 +5,7 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack, nullcontext
 from functools import cache
 from pathlib import Path
@@ -29,6 +29,7 @@ _TIMEOUT_S = 10.0
 
 
 @click.command()
+@click.argument("models", nargs=-1)
 @click.option("--watch", is_flag=True, help="Show it until Ctrl-C, always anew.")
 @click.option(
     "--interval", type=click.FloatRange(0.2), default=2.0, show_default=True, help="Seconds between two looks."
@@ -36,20 +37,25 @@ _TIMEOUT_S = 10.0
 @click.option("--verbose", is_flag=True, help="Also how the engine was started: each choice, and where it came from.")
 @json_option
 @click.pass_context
-def status(ctx: click.Context, watch: bool, interval: float, verbose: bool, as_json: bool) -> None:
-    """Show versions, engines, requests, latency and errors of the running server."""
+def status(
+    ctx: click.Context, models: tuple[str, ...], watch: bool, interval: float, verbose: bool, as_json: bool
+) -> None:
+    """Show versions, engines, requests, latency and errors of the running server.
+
+    MODELS are names; without any, all that it serves are shown.
+    """
     settings = settings_of(ctx)
     if watch:
         if as_json:
             raise click.UsageError("--watch is for people; ask again and again for --json")
-        _watch(settings, interval, verbose=verbose)
+        _watch(settings, models, interval, verbose=verbose)
         return
-    look = _look(settings)
+    look = _look(settings, models)
     if as_json:
         from svc.terminal import print_json
 
-        models = [_as_json(model, look.drift, verbose=verbose) for model in look.state["models"]]
-        print_json({"url": look.url, **look.state, "models": models, **dataclasses.asdict(look.figures)})
+        shown = [_as_json(model, look.drift, verbose=verbose) for model in look.state["models"]]
+        print_json({"url": look.url, **look.state, "models": shown, **dataclasses.asdict(look.figures)})
         return
     from monitoring.status.render import status_screen
     from svc.terminal import output
@@ -62,8 +68,8 @@ def _as_json(model: Mapping[str, Any], drift: Mapping[str, Any], *, verbose: boo
     return {**model, "engine": engine, "drift": drift.get(model["model"], {})}
 
 
-def _watch(settings: Settings, interval_s: float, *, verbose: bool) -> None:
-    """Until Ctrl-C; a server that goes away is waited for."""
+def _watch(settings: Settings, models: Sequence[str], interval_s: float, *, verbose: bool) -> None:
+    """Until Ctrl-C; a server or a model that goes away is waited for."""
     from rich.live import Live
 
     from monitoring.status.rates import Rates
@@ -74,8 +80,8 @@ def _watch(settings: Settings, interval_s: float, *, verbose: bool) -> None:
 
     def screen() -> "RenderableType":
         try:
-            look = _look(settings)
-        except ServerNotRunningError as error:
+            look = _look(settings, models)
+        except (ServerNotRunningError, NotFoundError) as error:
             return failure_screen(error)
         return status_screen(look, rates.between(look.figures, time.monotonic()), verbose=verbose)
 
@@ -129,7 +135,16 @@ def monitor(ctx: click.Context, server: str | None, host: str | None, port: int 
     console.print("stopped")
 
 
-def _look(settings: Settings) -> "Look":
+def _look(settings: Settings, models: Sequence[str]) -> "Look":
+    """Asks the server.
+
+    Args:
+        models: names of those that are looked at; none: all.
+
+    Raises:
+        ServerNotRunningError: there is none, or it does not answer.
+        NotFoundError: one of the models is neither served nor refused.
+    """
     import httpx
 
     from monitoring.status.figures import Look, read_figures
@@ -141,10 +156,25 @@ def _look(settings: Settings) -> "Look":
             state, metrics = client.get("/svc/status"), client.get("/metrics")
             state.raise_for_status()
             metrics.raise_for_status()
-            found, figures = state.json(), read_figures(metrics.text)
+            found, figures = state.json(), read_figures(metrics.text, models)
     except (httpx.HTTPError, httpx.InvalidURL, ValueError) as error:
         raise ServerNotRunningError(f"the server at {url} does not answer: {error}", todo="see its log") from error
+    if models:
+        found = _only(found, models)
     return Look(url, found, figures, {model["model"]: _drift(settings, model) for model in found["models"]})
+
+
+def _only(state: Mapping[str, Any], names: Sequence[str]) -> dict[str, Any]:
+    """What a server says of some of its models."""
+    served = [model["model"] for model in state["models"]]
+    for name in names:
+        if name not in served and name not in state["refused"]:
+            raise NotFoundError(f"{name!r} is not served", expected=f"one of {', '.join(served) or 'none yet'}")
+    return {
+        **state,
+        "models": [model for model in state["models"] if model["model"] in names],
+        "refused": {name: why for name, why in state["refused"].items() if name in names},
+    }
 
 
 @cache

@@ -3,7 +3,7 @@
 Knows the names of the metrics (docs/metrics.md) and nothing of how they are made.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -59,11 +59,17 @@ class Look:
     drift: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
 
 
-def read_figures(exposition: str) -> Figures:
-    """Reads a page in Prometheus' text format."""
+def read_figures(exposition: str, models: Collection[str] = ()) -> Figures:
+    """Reads a page in Prometheus' text format.
+
+    Args:
+        models: names of those whose figures are wanted; none: of all, and of requests that were for no model.
+    """
     versions: dict[str, VersionFigures] = {}
     errors: dict[str, int] = {}
     for sample in _samples(exposition):
+        if models and sample.labels.get("model") not in models:
+            continue
         if sample.name == "svc_request_errors_total":
             reason = sample.labels["reason"]
             errors[reason] = errors.get(reason, 0) + int(sample.value)

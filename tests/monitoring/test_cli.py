@@ -162,12 +162,65 @@ def test_a_swap_under_way_is_told(status: Status) -> None:
 
 
 def test_every_model_is_shown_and_those_that_were_refused(status: Status) -> None:
-    other = STATE | {"model": "other", "version": "other@7", "previous": None}
-    server = {"models": [STATE, other], "refused": {"large": "no memory for large@1"}, "pid": 1}
-    out = status(pages={"/svc/status": (200, json.dumps(server))}).out
+    out = status(pages=TWO_MODELS).out
     assert "tiny@2 (gptq)  before: tiny@1 (gptq)" in out
     assert "other@7 (gptq)  before: none" in out
     assert "large is not served: no memory for large@1" in out
+
+
+OTHER = STATE | {"model": "other", "version": "other@7", "previous": None, "last_swap": None}
+TWO_MODELS: dict[str, tuple[int, str]] = {
+    "/svc/status": (
+        200,
+        json.dumps({"models": [STATE, OTHER], "refused": {"large": "no memory for large@1"}, "pid": 1}),
+    ),
+    "/metrics": (
+        200,
+        METRICS
+        + """svc_request_errors_total{model="other",version="7",reason="engine_timeout"} 1
+svc_request_errors_total{model="other",version="",reason="engine_unavailable"} 5
+svc_requests_total{model="other",version="7",route="chat",status="200"} 12
+""",
+    ),
+}
+
+
+def test_a_model_that_is_named_is_shown_alone(status: Status) -> None:
+    out = status("other", pages=TWO_MODELS).out
+    assert "other@7 (gptq)  before: none" in out
+    assert "tiny@2" not in out
+    assert "large" not in out
+    assert "errors by reason: engine_timeout 1, engine_unavailable 5" in out
+
+
+def test_several_models_are_shown_as_named(status: Status) -> None:
+    out = status("tiny", "other", pages=TWO_MODELS).out
+    assert "tiny@2 (gptq)" in out
+    assert "other@7 (gptq)" in out
+    assert "large" not in out
+
+
+def test_machines_get_the_models_that_are_named(status: Status) -> None:
+    found = json.loads(status("other", "--json", pages=TWO_MODELS).out)
+    assert [model["version"] for model in found["models"]] == ["other@7"]
+    assert found["refused"] == {}
+    assert set(found["versions"]) == {"other@7"}
+    assert found["errors"] == {"engine_timeout": 1, "engine_unavailable": 5}
+
+
+def test_why_a_model_was_refused_is_told_of_it_alone(status: Status) -> None:
+    ended = status("large", pages=TWO_MODELS)
+    assert ended.code == 0
+    assert "large is not served: no memory for large@1" in ended.out
+    assert "tiny@2" not in ended.out
+
+
+@pytest.mark.parametrize("named", [("unserved",), ("tiny", "unserved"), ("tiny@2",)])
+def test_a_model_that_is_not_served_is_told_with_those_that_are(status: Status, named: tuple[str, ...]) -> None:
+    ended = status(*named, pages=TWO_MODELS)
+    assert ended.code == 8
+    assert f"{named[-1]!r} is not served" in ended.err
+    assert "tiny, other" in ended.err
 
 
 def test_the_last_error_is_shown_as_it_is(status: Status) -> None:
@@ -243,3 +296,22 @@ def test_watching_shows_it_again_and_again_with_rates(svc: Svc, tmp_path: Path) 
 
 def test_watching_is_for_people(svc: Svc) -> None:
     assert svc("status", "--watch", "--json").code == 2
+
+
+def test_watching_waits_for_a_model_that_is_not_served(svc: Svc, tmp_path: Path) -> None:
+    looks = iter([[], [STATE]])
+
+    class Pages(dict[str, tuple[int, str]]):
+        def __getitem__(self, path: str) -> tuple[int, str]:
+            if path == "/metrics":
+                return 200, METRICS
+            models = next(looks, None)
+            if models is None:
+                os.kill(os.getpid(), signal.SIGINT)
+            return 200, json.dumps(SERVER | {"models": models or []})
+
+    with serving(Pages()) as url, hold_lock(tmp_path / "home" / LOCK_FILE, "the home", url=url):
+        ended = svc("--home", "home", "status", "tiny", "--watch", "--interval", "0.2")
+    assert ended.code == 130
+    assert "'tiny' is not served" in ended.out
+    assert "tiny@2 (gptq)" in ended.out

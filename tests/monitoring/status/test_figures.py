@@ -112,6 +112,18 @@ def test_errors_of_one_reason_are_added_up_over_the_versions(traffic: GatewayMet
     assert read().errors == {"engine_died": 3}
 
 
+def test_of_a_model_that_is_named_nothing_else_is_read(traffic: GatewayMetrics) -> None:
+    other = Target(VersionId("other", 7), Format.GPTQ)
+    for served, model in ((ONE, "tiny"), (other, "other"), (None, "other"), (None, "unknown")):
+        traffic.request_ended(served, Route.CHAT_COMPLETIONS, 503, 0.1, reason=ErrorCode.ENGINE_DIED, model=model)
+        traffic.request_failed(served, ErrorCode.ENGINE_DIED, model)
+    page = generate_latest(traffic.registry).decode()
+    figures = read_figures(page, ["other"])
+    assert (set(figures.versions), figures.errors) == ({"other@7"}, {"engine_died": 2})
+    assert set(read_figures(page, ["tiny", "other"]).versions) == {"tiny@1", "other@7"}
+    assert read_figures(page, ["unserved"]) == Figures({}, {})
+
+
 def test_the_loaded_version_alone_is_no_request(traffic: GatewayMetrics, read: Read) -> None:
     traffic.show_errors(ONE)
     assert all(figures.requests == 0 for figures in read().versions.values())
