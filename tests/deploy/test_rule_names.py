@@ -19,6 +19,7 @@ EXPORTED = {
 }
 RECORDED = {rule["record"] for rule in rules("record")}
 SCRAPED = {"job", "instance"}  # what Prometheus itself adds
+ENGINE = {"model", "version", "replica"}  # what the server adds to vLLM's own metrics
 RULES = [pytest.param(rule, id=rule.get("alert") or rule["record"]) for rule in rules("alert") + rules("record")]
 
 
@@ -45,7 +46,15 @@ def test_every_metric_that_a_rule_reads_is_exported_or_recorded(rule: dict[str, 
 def test_every_label_that_a_rule_reads_is_there(rule: dict[str, Any]) -> None:
     known = {name: _labels(name) for name in metrics(rule["expr"])}
     assert not [(name, label) for name, label, _ in matchers(rule["expr"]) if label not in known[name]]
-    assert grouped_by(rule["expr"]) <= SCRAPED.union(*known.values())
+    engine = ENGINE if "vllm:" in rule["expr"] else set()
+    assert grouped_by(rule["expr"]) <= SCRAPED.union(engine, *known.values())
+
+
+@pytest.mark.parametrize("rule", [pytest.param(rule, id=rule["alert"]) for rule in rules("alert")])
+def test_an_alert_on_what_each_model_has_names_the_model(rule: dict[str, Any]) -> None:
+    if all("model" in _labels(name) for name in metrics(rule["expr"])):
+        assert "{{ $labels.model }}" in rule["annotations"]["description"]
+        assert not [by for by in re.findall(r"\bby \(([^)]*)\)", rule["expr"]) if "model" not in by]
 
 
 @pytest.mark.parametrize("rule", RULES)
@@ -62,7 +71,7 @@ def test_a_fault_of_the_server_is_what_is_answered_with_429_or_5xx() -> None:
     selections = [
         {reason for reason in reasons if re.fullmatch(pattern, reason)}
         for rule in rules("record")
-        if rule["record"].startswith("job:svc_request_faults:")
+        if rule["record"].startswith("job_model:svc_request_faults:")
         for _, label, pattern in matchers(rule["expr"])
         if label == "reason"
     ]
