@@ -12,7 +12,6 @@ from grafana_foundation_sdk.models import dashboard
 from monitoring.dashboards.panels import DATASOURCE, PanelBuilder
 
 _TAG = "tuneserve"
-_CHANGES: Final = "svc_model_version_info unless svc_model_version_info offset 1m"
 
 
 class Uid(Enum):
@@ -44,9 +43,13 @@ class Choice:
 
 MODEL: Final = '{model=~"$model"}'
 """Matchers of the chosen model, or of all."""
+NAME: Final = "{{model}}"
+"""A series' name: the model."""
 VERSION: Final = "{{model}}@{{version}}"
 """A series' name: the version."""
-SERVED_MODEL: Final = Choice("model", "Model", "svc_model_version_info", "model", every=True)
+SERVED_MODEL: Final = Choice("model", "Model", "svc_requests_running", "model", every=True)
+"""Also one that waits for its first engine, and has no version yet."""
+_CHANGES: Final = f"svc_model_version_info{MODEL} unless svc_model_version_info{MODEL} offset 1m"
 
 
 def board(

@@ -1,4 +1,4 @@
-"""What the engine does with the machine: vLLM's own metrics, the server's process, the disk.
+"""What the engines do with the machine: vLLM's own metrics, the server's process, the disk.
 
 `vllm:` names are those that vLLM exports without any option (vllm/v1/metrics/loggers.py).
 """
@@ -7,7 +7,7 @@ from typing import Final
 
 from grafana_foundation_sdk.models.dashboard import Dashboard
 
-from monitoring.dashboards.board import MODEL, SERVED_MODEL, VERSION, Uid, board
+from monitoring.dashboards.board import MODEL, NAME, SERVED_MODEL, VERSION, Uid, board
 from monitoring.dashboards.panels import Limits, PanelBuilder, chart, number
 from monitoring.dashboards.promql import Query, quantile, quantiles, rate, share, total
 
@@ -20,7 +20,7 @@ def engine() -> Dashboard:
     """The dashboard."""
     return board(
         Uid.ENGINE,
-        "What the engine does with the machine: queue, cache, tokens, latency by phase, process, disk.",
+        "What the engines do with the machine: queue, cache, tokens, latency by phase, process, disk.",
         [SERVED_MODEL],
         {"Load": _load(), "Latency by phase": _phases(), "Process": _process(), "Disk and records": _disk()},
     )
@@ -30,7 +30,7 @@ def _load() -> list[PanelBuilder]:
     hits = share(
         rate(f"vllm:prefix_cache_hits_total{MODEL}", *_BY), rate(f"vllm:prefix_cache_queries_total{MODEL}", *_BY)
     )
-    finished = rate(f"vllm:request_success_total{MODEL}", "finished_reason")
+    finished = rate(f"vllm:request_success_total{MODEL}", "model", "finished_reason")
     return [
         chart(
             "Requests in the engine",
@@ -63,7 +63,7 @@ def _load() -> list[PanelBuilder]:
             "Finished requests",
             "Answers a second by their end: stop is the model's own, length a limit, abort a client that left.",
             "reqps",
-            Query(finished, "{{finished_reason}}"),
+            Query(finished, f"{NAME} {{{{finished_reason}}}}"),
             stacked=True,
         ),
         chart(

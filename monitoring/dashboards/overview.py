@@ -1,10 +1,10 @@
-"""Is the service well, right now: traffic, errors, latency, and the version that serves."""
+"""Is the service well, right now: traffic, errors, latency, and the version that serves, of each model."""
 
 from typing import Final
 
 from grafana_foundation_sdk.models.dashboard import Dashboard
 
-from monitoring.dashboards.board import MODEL, SERVED_MODEL, VERSION, Uid, board
+from monitoring.dashboards.board import MODEL, NAME, SERVED_MODEL, VERSION, Uid, board
 from monitoring.dashboards.panels import Limits, PanelBuilder, chart, labels, number, timeline
 from monitoring.dashboards.promql import Query, increase, quantile_since_start, rate, share, total
 from monitoring.faults import SERVER_FAULTS
@@ -14,25 +14,28 @@ AVAILABILITY_OBJECTIVE: Final = 0.999
 FIRST_TOKEN_OBJECTIVE: Final = 0.99
 """Share of streamed answers whose first token comes within 2 s; the alerts hold it too."""
 
-_FAULTS: Final = f'svc_request_errors_total{{reason=~"{SERVER_FAULTS}"}}'
+_KNOWN: Final = 'model=~"$model", model!="unknown"'
+"""Requests of which the model is known; nearly all of the others ask for a model that is not served."""
+_REQUESTS: Final = f"svc_requests_total{{{_KNOWN}}}"
+_FAULTS: Final = f'svc_request_errors_total{{{_KNOWN}, reason=~"{SERVER_FAULTS}"}}'
 _AVAILABILITY: Final = Limits(warning=AVAILABILITY_OBJECTIVE, bad=0.99)
 _FIRST_TOKEN: Final = Limits(warning=FIRST_TOKEN_OBJECTIVE, bad=0.9)
 _UP: Final = {0: "does not answer", 1: "up"}
-_READY: Final = Query('svc_engine_state{state="ready"}', "engine")
+_READY: Final = Query('svc_engine_state{model=~"$model", state="ready"}', NAME)
 
 
 def overview() -> Dashboard:
     """The dashboard."""
     return board(
         Uid.OVERVIEW,
-        "Is the service well: traffic, errors, latency, the version that serves.",
+        "Is the service well: traffic, errors, latency, the version that serves, of each model.",
         [SERVED_MODEL],
         {"Now": _now(), "Traffic": _traffic(), "Latency": _latency(), "Versions": _versions()},
     )
 
 
 def _now() -> list[PanelBuilder]:
-    failed = _failed(increase(_FAULTS), increase("svc_requests_total"))
+    failed = _failed(increase(_FAULTS, "model"), increase(_REQUESTS, "model"))
     left = f"1 - {failed} / {1 - AVAILABILITY_OBJECTIVE:.4g}"
     versions = Query(f"svc_model_version_info{MODEL}", f"{VERSION} ({{{{format}}}})")
     build = Query("svc_build_info", "tuneserve {{release}}, {{engine}}, {{device}}")
@@ -40,7 +43,7 @@ def _now() -> list[PanelBuilder]:
         number("Server", "Whether the server answers.", "none", Query("svc_server_up", "server"), names=_UP, span=3),
         number(
             "Engine",
-            "Whether the engine is ready to answer.",
+            "Whether the model's engine is ready to answer.",
             "none",
             _READY,
             names={0: "not ready", 1: "ready"},
@@ -50,9 +53,10 @@ def _now() -> list[PanelBuilder]:
         labels("Build", "The release of the server, its engine and its device.", build, span=3),
         number(
             "Availability",
-            f"Requests without a fault of the server in the time shown; objective: {AVAILABILITY_OBJECTIVE:.1%}.",
+            f"Requests without a fault of the server in the time shown; objective of each model: "
+            f"{AVAILABILITY_OBJECTIVE:.1%}.",
             "percentunit",
-            Query(f"1 - {failed}", "availability"),
+            Query(f"1 - {failed}", NAME),
             limits=_AVAILABILITY,
             span=3,
         ),
@@ -60,7 +64,7 @@ def _now() -> list[PanelBuilder]:
             "Error budget left",
             "What is left of the failures that the objective allows in the time shown; below 0 it is missed.",
             "percentunit",
-            Query(left, "left"),
+            Query(left, NAME),
             limits=Limits(warning=0.25, bad=0),
             span=3,
         ),
@@ -89,7 +93,8 @@ def _failed(faults: str, requests: str) -> str:
 
 
 def _traffic() -> list[PanelBuilder]:
-    failed = _failed(rate(_FAULTS), rate("svc_requests_total"))
+    failed = _failed(rate(_FAULTS, "model"), rate(_REQUESTS, "model"))
+    errors = rate(f"svc_request_errors_total{MODEL}", "model", "reason")
     requests, tokens = f"svc_requests_total{MODEL}", f"svc_tokens_total{MODEL}"
     return [
         chart(
@@ -109,14 +114,14 @@ def _traffic() -> list[PanelBuilder]:
             "Errors by reason",
             "Requests that failed, a second, broken streams among them; docs/metrics.md says what each reason means.",
             "reqps",
-            Query(rate("svc_request_errors_total", "reason"), "{{reason}}"),
+            Query(errors, f"{NAME} {{{{reason}}}}"),
             stacked=True,
         ),
         chart(
             "Availability",
-            "Requests without a fault of the server; the green line is the objective.",
+            "Requests without a fault of the server, by model; the green line is the objective.",
             "percentunit",
-            Query(f"1 - {failed}", "availability"),
+            Query(f"1 - {failed}", NAME),
             limits=_AVAILABILITY,
         ),
         chart(
@@ -129,8 +134,8 @@ def _traffic() -> list[PanelBuilder]:
             "Requests running and queued",
             "Requests in the engine, and requests that wait for a change of version.",
             "none",
-            Query("svc_requests_running", "running"),
-            Query("svc_requests_queued", "queued"),
+            Query(f"svc_requests_running{MODEL}", f"{NAME} running"),
+            Query(f"svc_requests_queued{MODEL}", f"{NAME} queued"),
         ),
     ]
 
@@ -167,36 +172,37 @@ def _latency() -> list[PanelBuilder]:
 
 def _versions() -> list[PanelBuilder]:
     shown = {0: "no", 1: "yes"}
-    waits = quantile_since_start(0.95, "svc_swap_duration_seconds", "outcome")
+    waits = quantile_since_start(0.95, f"svc_swap_duration_seconds{MODEL}", "model", "outcome")
+    queued = quantile_since_start(0.95, f"svc_swap_queued_requests{MODEL}", "model")
     feedback = total(f"svc_feedback_total{MODEL}", "model", "version", "rating")
     versions = Query(total(f"svc_model_version_info{MODEL}", "model", "version", "format"), f"{VERSION} {{{{format}}}}")
     return [
         timeline("Version that serves", "The version that was loaded, over time.", versions, names=shown),
         timeline(
             "Engine state",
-            "The state that the engine was in, over time.",
-            Query("svc_engine_state", "{{state}}"),
+            "The state that the model's engine was in, over time.",
+            Query(f"svc_engine_state{MODEL}", f"{NAME} {{{{state}}}}"),
             names=shown,
         ),
         chart(
             "Swaps and restarts",
             "Changes of version by outcome, and starts of the engine after it died, since the server started.",
             "none",
-            Query(total("svc_swaps_total", "outcome"), "swap {{outcome}}"),
-            Query("svc_engine_restarts_total", "engine restarted"),
+            Query(total(f"svc_swaps_total{MODEL}", "model", "outcome"), f"{NAME} swap {{{{outcome}}}}"),
+            Query(f"svc_engine_restarts_total{MODEL}", f"{NAME} engine restarted"),
         ),
         chart(
             "Time of a swap",
             "How long requests had to wait in 95 of 100 changes of version since the server started.",
             "s",
-            Query(waits, "{{outcome}}"),
+            Query(waits, f"{NAME} {{{{outcome}}}}"),
             limits=Limits(warning=10, bad=60),
         ),
         chart(
             "Requests queued by a swap",
             "How many requests waited at the end of 95 of 100 changes of version since the server started.",
             "none",
-            Query(quantile_since_start(0.95, "svc_swap_queued_requests"), "queued"),
+            Query(queued, NAME),
             limits=Limits(warning=64, bad=256),
         ),
         chart(

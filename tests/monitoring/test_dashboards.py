@@ -31,7 +31,11 @@ SUFFIX = re.compile(r"_(bucket|sum|count)$")
 
 # Documented metrics that nobody needs to look at, each with the reason.
 NOT_SHOWN: dict[str, str] = {}
-DOCUMENTED = set(re.findall(r"^\| `(svc_\w+)` \|", (ROOT / "docs" / "metrics.md").read_text("utf-8"), re.MULTILINE))
+PAGE = (ROOT / "docs" / "metrics.md").read_text("utf-8")
+DOCUMENTED = set(re.findall(r"^\| `(svc_\w+)` \|", PAGE, re.MULTILINE))
+OF_EACH_MODEL = set(re.findall(r"^\| `(svc_\w+)` \| \w+ \| model\b", PAGE, re.MULTILINE))
+SELECTOR = re.compile(METRIC.pattern + r"(?:\{[^}]*\})?")
+ADDED_UP = re.compile(r"\b(?:sum|min|max|avg|count) (?:by \(([^)]*)\))?")
 
 
 def _panels(name: str) -> list[dict[str, Any]]:
@@ -86,6 +90,34 @@ def test_every_panel_says_what_it_shows(name: str) -> None:
 def test_every_series_has_a_name(name: str) -> None:
     for panel in _panels(name):
         assert panel["targets"] and all(target["legendFormat"] for target in panel["targets"]), panel["title"]
+
+
+def _of_models(expr: str) -> list[str]:
+    """The selectors of metrics that each model has."""
+    found = []
+    for selector in SELECTOR.findall(expr):
+        metric = SUFFIX.sub("", selector.partition("{")[0])
+        if metric in OF_EACH_MODEL or metric.startswith("vllm:"):
+            found.append(selector)
+    return found
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_what_each_model_has_is_shown_of_the_chosen_ones_alone(name: str) -> None:
+    dashboard = json.loads(files()[name])
+    asked = [(panel["title"], target["expr"]) for panel in _panels(name) for target in panel["targets"]]
+    asked += [(annotation["name"], annotation["expr"]) for annotation in dashboard["annotations"]["list"]]
+    assert [(title, one) for title, expr in asked for one in _of_models(expr) if '"$model"' not in one] == []
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_models_are_not_added_up_and_every_line_names_its_own(name: str) -> None:
+    for panel in _panels(name):
+        for target in panel["targets"]:
+            if any('model=~"$model"' in selector for selector in _of_models(target["expr"])):
+                by = ADDED_UP.findall(target["expr"])
+                assert [labels for labels in by if "model" not in labels.split(", ")] == [], panel["title"]
+                assert panel["type"] == "table" or "{{model}}" in target["legendFormat"], panel["title"]
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -188,9 +220,10 @@ def test_variables_are_replaced_in_queries() -> None:
 
 
 def test_queries_are_those_of_panels_variables_and_annotations() -> None:
-    change = "svc_model_version_info unless svc_model_version_info offset 1m"
-    assert PanelQuery("overview", "Requests running and queued", "svc_requests_queued") in QUERIES
-    assert PanelQuery("overview", "variable model", "count by (model) (svc_model_version_info)") in QUERIES
+    info, queued = (f'{metric}{{model=~"tiny"}}' for metric in ("svc_model_version_info", "svc_requests_queued"))
+    change = f"{info} unless {info} offset 1m"
+    assert PanelQuery("overview", "Requests running and queued", queued) in QUERIES
+    assert PanelQuery("overview", "variable model", "count by (model) (svc_requests_running)") in QUERIES
     assert PanelQuery("overview", "annotation Version changes", change) in QUERIES
 
 
