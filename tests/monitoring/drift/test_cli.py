@@ -13,8 +13,8 @@ from svc.server_url import LOCK_FILE as SERVER_LOCK
 from svc.store.desired import change_desired
 from tests.command_line import Ended, Svc
 from tests.monitoring.drift.conftest import Check
-from tests.monitoring.drift.traffic import Traffic, prompts, target
-from tests.monitoring.test_cli import STATE, serving
+from tests.monitoring.drift.traffic import Traffic, prompts, register, target
+from tests.monitoring.test_cli import SERVER, STATE, serving
 
 pytestmark = pytest.mark.slow
 
@@ -88,6 +88,18 @@ def test_an_unknown_model_is_told(drift: Drift) -> None:
     assert drift("other@1").code == 8
 
 
+def test_a_name_is_the_version_of_that_name(drift: Drift, traffic: Traffic, registry: Registry, store: Store) -> None:
+    for number in (1, 2):
+        register(registry, number, name="other")
+    change_desired(store, None, target(1, "other"), None)
+    traffic.ask(prompts("strong")[:30])
+    traffic.ask(prompts("none")[:12], name="other")
+    other, triage = (json.loads(drift(name, "--json").out) for name in ("other", "triage"))
+    assert (other["version"], triage["version"]) == ("other@1", "triage@1")
+    assert [alarm["signal"] for alarm in other["alarms"]] == []
+    assert "input" in [alarm["signal"] for alarm in triage["alarms"]]
+
+
 def test_examples_whose_rows_are_gone_are_no_trouble(drift: Drift, traffic: Traffic, store: Store) -> None:
     traffic.ask(prompts("strong")[:30])
     drift("triage@1")
@@ -99,10 +111,13 @@ def test_examples_whose_rows_are_gone_are_no_trouble(drift: Drift, traffic: Traf
 def test_status_says_it_in_a_line(svc: Svc, home: Path, traffic: Traffic, check: Check) -> None:
     traffic.ask(prompts("strong")[:30])
     check()
-    state = STATE | {"version": "triage@1", "holdout": {"state": "off"}}
-    pages = {"/svc/status": (200, json.dumps(state)), "/metrics": (200, "")}
+    checked = STATE | {"model": "triage", "version": "triage@1", "holdout": {"state": "off"}}
+    server = SERVER | {"models": [checked, STATE | {"model": "other", "version": "other@1"}]}
+    pages = {"/svc/status": (200, json.dumps(server)), "/metrics": (200, "")}
     with serving(pages) as url, hold_lock(home / SERVER_LOCK, "the home", url=url):
         shown = svc("--home", home, "status").out
         found = json.loads(svc("--home", home, "status", "--json").out)
+    drift = {"input": "alarm", "output": "steady", "people": "waiting", "quality": "unknown"}
     assert "drift: input alarm  output steady  people waiting  quality unknown" in shown
-    assert found["drift"] == {"input": "alarm", "output": "steady", "people": "waiting", "quality": "unknown"}
+    assert "drift: not checked" in shown
+    assert {model["model"]: model["drift"] for model in found["models"]} == {"triage": drift, "other": {}}

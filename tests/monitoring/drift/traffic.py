@@ -37,9 +37,9 @@ MAX_TOKENS = 16
 CUT = {"answer": '{"section": "net", "why": "it', "tokens": MAX_TOKENS, "finish_reason": "length"}
 
 
-def target(number: int = 1) -> Target:
-    """A version of the one name."""
-    return Target(VersionId(NAME, number), Format.GPTQ)
+def target(number: int = 1, name: str = NAME) -> Target:
+    """A version."""
+    return Target(VersionId(name, number), Format.GPTQ)
 
 
 @cache
@@ -64,6 +64,7 @@ def register(
     registry: Registry,
     number: int = 1,
     *,
+    name: str = NAME,
     space: bool = True,
     examples: int = 200,
     prompts: Sequence[str] = (),
@@ -77,7 +78,7 @@ def register(
         cut: answers were longer than they could be, and their JSON ends in the middle.
         sample: prompts of its drift sample; none for a version of an older release.
     """
-    folder = registry.folder(VersionId(NAME, number))
+    folder = registry.folder(VersionId(name, number))
     (folder / REFERENCE_FOLDER).mkdir(parents=True)
     heldout = read_examples(TASK / HELDOUT_FILE)[:examples]
     if prompts:
@@ -94,10 +95,10 @@ def register(
         write_results(folder / REFERENCE_FOLDER / results_file(Format.GPTQ), results)
     (folder / Format.GPTQ.value).mkdir()
     (folder / Format.GPTQ.value / "config.json").write_text("{}")
-    recipe = {"name": NAME, "evaluate": {"max_tokens": MAX_TOKENS}}
+    recipe = {"name": name, "evaluate": {"max_tokens": MAX_TOKENS}}
     probe = Probe(token_ids=(1, 2), start=1, logprobs=(-0.5,), tolerance=1e-3, engine=FACTS)
     formats = {Format.GPTQ: FormatRecord(files=record_files(folder, folder / Format.GPTQ), probes=(probe,))}
-    write_manifest(folder, make_manifest(VersionId(NAME, number), folder, recipe=recipe, formats=formats))
+    write_manifest(folder, make_manifest(VersionId(name, number), folder, recipe=recipe, formats=formats))
 
 
 def _asking(example: ChatExample, text: str) -> ChatExample:
@@ -139,6 +140,7 @@ class Traffic:
         texts: Sequence[str],
         answers: Sequence[str] | None = None,
         *,
+        name: str = NAME,
         number: int = 1,
         content: bool = True,
         system: str | None = None,
@@ -157,8 +159,8 @@ class Traffic:
                 RequestRecord(
                     request_id=self.asked[-1],
                     started_at=self.now,
-                    model=NAME,
-                    version=VersionId(NAME, number),
+                    model=name,
+                    version=VersionId(name, number),
                     format=Format.GPTQ,
                     route="/v1/chat/completions",
                     status=200,

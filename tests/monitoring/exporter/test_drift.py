@@ -7,17 +7,22 @@ import pytest
 from prometheus_client import CollectorRegistry
 from sqlalchemy import Engine as Store
 
+from monitoring.drift.check import DriftCheck
 from monitoring.drift.production import ProductionChecks
 from monitoring.exporter.drift import DriftMetrics
 from svc.registry.registry import Registry
 from svc.settings import Settings
 from svc.store.database import open_database
+from svc.store.deployments import add_deployment, remove_deployment
 from svc.store.desired import change_desired
+from svc.store.drift import read_drift_states
 from svc.store.holdouts import HoldoutOutcome, add_holdout_run
-from tests.monitoring.drift.traffic import Traffic, open_registry, prompts, register, target
+from svc.version import Target
+from tests.monitoring.drift.traffic import NAME, Traffic, open_registry, prompts, register, target
 from tests.monitoring.test_quality import run
 
 VERSION = {"model": "triage", "version": "1"}
+OTHER = {"model": "other", "version": "1"}
 
 
 @pytest.fixture
@@ -30,6 +35,7 @@ def registry(tmp_path: Path, store: Store) -> Registry:
     registry = open_registry(tmp_path)
     register(registry)
     change_desired(store, None, target(), None)
+    add_deployment(store, NAME)
     return registry
 
 
@@ -43,6 +49,59 @@ def metrics(registry: Registry, store: Store) -> CollectorRegistry:
 @pytest.fixture
 def checks(tmp_path: Path, registry: Registry) -> ProductionChecks:
     return ProductionChecks(Settings(home=tmp_path))
+
+
+@pytest.fixture
+def other(registry: Registry, store: Store) -> Target:
+    """A second model, served beside the first."""
+    second = target(name="other")
+    register(registry, name="other")
+    change_desired(store, None, second, None)
+    add_deployment(store, "other")
+    return second
+
+
+def test_every_model_that_is_served_is_checked_and_shown(
+    metrics: CollectorRegistry, checks: ProductionChecks, store: Store, registry: Registry, other: Target
+) -> None:
+    Traffic(store).ask(prompts("strong")[:30], name="other")
+    checks()
+    for version, items, alarm in ((VERSION, 0, 0), (OTHER, 30, 1)):
+        signal = {**version, "signal": "input"}
+        assert metrics.get_sample_value("svc_drift_items", signal) == items
+        assert metrics.get_sample_value("svc_drift_alarm", signal) == alarm
+        assert metrics.get_sample_value("svc_drift_checked_timestamp_seconds", version)
+    registered = registry.results(other.version, other.format)
+    worse = run([one.nll + 1 for one in registered], [one.hit for one in registered])
+    add_holdout_run(store, replace(worse, target=other))
+    assert metrics.get_sample_value("svc_holdout_changed", OTHER) == 1
+    assert metrics.get_sample_value("svc_holdout_changed", VERSION) is None
+
+
+def test_a_model_that_is_served_no_more_is_neither_checked_nor_shown(
+    metrics: CollectorRegistry, checks: ProductionChecks, store: Store, other: Target
+) -> None:
+    remove_deployment(store, other.version.name)
+    checks()
+    assert read_drift_states(store, other) == {}
+    assert read_drift_states(store, target()) != {}
+    assert metrics.get_sample_value("svc_drift_checked_timestamp_seconds", OTHER) is None
+    assert metrics.get_sample_value("svc_drift_checked_timestamp_seconds", VERSION)
+
+
+def test_a_defect_in_the_check_of_one_model_keeps_no_other_from_being_checked(
+    checks: ProductionChecks, store: Store, other: Target, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    unpatched = DriftCheck.run
+
+    def run(check: DriftCheck, target: Target) -> object:
+        if target.version.name == NAME:
+            raise ValueError("a defect")
+        return unpatched(check, target)
+
+    monkeypatch.setattr(DriftCheck, "run", run)
+    checks()
+    assert read_drift_states(store, other) != {}
 
 
 def test_a_version_that_was_never_checked_is_seen_to_be(metrics: CollectorRegistry) -> None:
