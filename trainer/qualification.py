@@ -109,7 +109,7 @@ class Qualifier:
         engine = await self._start(base)
         try:
             base_evaluation = await self._judge(engine.client, "base", trained=False)
-            if not same_fingerprint:
+            if not same_fingerprint or not engine.reloads:
                 await engine.stop()
                 engine = await self._start(merged)
             return base_evaluation, await self._qualify(engine, merged, "merged")
@@ -125,9 +125,9 @@ class Qualifier:
             await engine.stop()
 
     async def _qualify(self, engine: Engine, folder: Path, text: str) -> Qualified:
-        """Loads in place, measures, and measures again on a fresh engine; ends the engine that it was given."""
+        """Loads in place where it can, measures, and measures again on a fresh engine; ends the given one."""
         client, options = engine.client, self._recipe.qualify
-        loads = [await self._load(client, folder) for _ in range(_LOADS)]
+        loads = [await self._load(client, folder) for _ in range(_LOADS if engine.reloads else 0)]
         judged = await self._judge(client, text)
         picked = self._tokenized[:: self._stride()]
         with waiting(f"probes of {text}"):
@@ -135,7 +135,7 @@ class Qualifier:
             measured = await measure_probes(client, sequences, repeats=options.repeats)
             probes = make_probes(sequences, measured, self._facts(folder))
         with waiting(f"speed and parity of {text}"):
-            reading = await self._read(engine, [example.prompt for example in picked], mean(loads))
+            reading = await self._read(engine, [example.prompt for example in picked], mean(loads) if loads else None)
         if options.restart:
             await engine.stop()
             await self._check_on_fresh_engine(folder, probes, text)
@@ -154,7 +154,9 @@ class Qualifier:
         await client.reset_prefix_cache()
         return seconds
 
-    async def _read(self, engine: Engine, prompts: Sequence[Sequence[int]], load_seconds: Estimate) -> EngineReading:
+    async def _read(
+        self, engine: Engine, prompts: Sequence[Sequence[int]], load_seconds: Estimate | None
+    ) -> EngineReading:
         client = engine.client
         asked = [await client.prompt_tokens(example.prompt, example.tools) for example in self.judged]
         pairs = enumerate(zip(asked, self._tokenized, strict=True))

@@ -21,6 +21,10 @@ class Engine(Protocol):
     def plan(self) -> EnginePlan | None:
         """How it was started; None before."""
 
+    @property
+    def reloads(self) -> bool:
+        """Whether other weights of the same shapes can be loaded into it in place."""
+
     def memory(self) -> int | None:
         """Bytes that its processes hold of the machine's memory; None where that cannot be known."""
 

@@ -15,6 +15,9 @@ from svc.chat_template import TemplateValue, read_template_kwargs
 _BYTES_PER_VALUE = 2
 """vLLM keeps keys and values in the numbers in which it computes: 16 bits, unless it is told to take float32."""
 
+_EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
+"""How many experts a layer has, as one family or another calls it."""
+
 
 @dataclass(frozen=True, slots=True)
 class ModelFacts:
@@ -31,6 +34,7 @@ class ModelFacts:
         quantization: how its weights are quantized, as `gptq`; None where they are not.
         group_size: weights that share one scale, in a quantized model.
         template_kwargs: names and values that its chat template is given.
+        experts: it is a mixture, of which each token passes some experts alone.
     """
 
     weights: int = 0
@@ -43,6 +47,7 @@ class ModelFacts:
     quantization: str | None = None
     group_size: int | None = None
     template_kwargs: tuple[tuple[str, TemplateValue], ...] = ()
+    experts: bool = False
 
     def divides(self, ranks: int) -> bool:
         """Whether so many GPUs can share its layers: whole heads, and whole groups of a quantized weight."""
@@ -88,6 +93,7 @@ def read_model_facts(folder: Path) -> ModelFacts:
         quantization=method if isinstance(method, str) else None,
         group_size=_number(quantized, "group_size"),
         template_kwargs=tuple(sorted(read_template_kwargs(folder).items())),
+        experts=any((_number(config, key) or 1) > 1 for key in _EXPERTS),
     )
 
 

@@ -73,13 +73,13 @@ class Speed(_Record):
     """How a format runs on the engine, each measured several times.
 
     Attributes:
-        load_seconds: reload in place.
+        load_seconds: reload in place; None of a model that only a new engine loads.
         first_token_seconds: from a prompt that is in no cache to the first token, alone.
         tokens_per_second: decoded, by the number of streams.
         memory_bytes: of the engine's processes; None where that cannot be told.
     """
 
-    load_seconds: Estimate
+    load_seconds: Estimate | None
     first_token_seconds: Estimate
     tokens_per_second: dict[int, Estimate]
     memory_bytes: int | None

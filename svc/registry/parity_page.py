@@ -56,9 +56,8 @@ def _speed(report: ParityReport) -> str:
     for format, speed in report.speed.items():
         memory = f"{speed.memory_bytes / 2**20:.0f} MiB" if speed.memory_bytes is not None else "unknown"
         tokens = (f"{streams} at once: {found}" for streams, found in speed.tokens_per_second.items())
-        rows.append(
-            (format.value, str(speed.load_seconds), str(speed.first_token_seconds), "<br>".join(tokens), memory)
-        )
+        load = str(speed.load_seconds) if speed.load_seconds else "only by a new engine"
+        rows.append((format.value, load, str(speed.first_token_seconds), "<br>".join(tokens), memory))
     return _table(("format", "load in place, s", "first token, s", "tokens/s", "memory"), rows)
 
 

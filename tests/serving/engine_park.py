@@ -107,6 +107,7 @@ class DoubleEngine:
         self._server: SocketServer | None = None
         self._ended = asyncio.Event()
         self.alive = False
+        self.reloads = True
         self.stops = 0
 
     def memory(self) -> int | None:

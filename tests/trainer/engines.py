@@ -21,6 +21,7 @@ class DoubleEngine:
         self.client: EngineClient = client_of(double, double.name)
         self.plan: EnginePlan | None = None
         self.runs = False
+        self.reloads = True
 
     def memory(self) -> int | None:
         """Some."""
@@ -49,12 +50,14 @@ class Engines:
         launched: all of them.
         change: changes a double before it starts; is told how many were launched before.
         refusals: so many launches fail.
+        reload: whether they load other weights in place.
     """
 
     def __init__(self) -> None:
         self.launched: list[DoubleEngine] = []
         self.change: Callable[[int, EngineDouble], None] = lambda number, double: None
         self.refusals = 0
+        self.reload = True
 
     def __call__(self, folder: Path) -> DoubleEngine:
         if self.refusals:
@@ -64,6 +67,7 @@ class Engines:
         double = EngineDouble(weights=str(folder), name="tiny")
         self.change(len(self.launched), double)
         self.launched.append(DoubleEngine(double))
+        self.launched[-1].reloads = self.reload
         return self.launched[-1]
 
     @property

@@ -50,6 +50,15 @@ async def test_a_model_that_does_not_fit_in_place_gets_an_engine_of_its_own() ->
     assert engines.started_with == ["base", "merged", "merged"]
 
 
+async def test_what_an_engine_cannot_load_in_place_gets_an_engine_of_its_own() -> None:
+    engines = Engines()
+    engines.reload = False
+    _, merged = await qualifier(engines).base_and_merged(BASE, MERGED, same_fingerprint=True)
+    assert engines.started_with == ["base", "merged", "merged"]
+    assert not any("/collective_rpc" in engine.double.calls for engine in engines.launched)
+    assert merged.reading.speed.load_seconds is None
+
+
 async def test_the_quantized_model_is_loaded_in_place_and_afresh() -> None:
     engines = Engines()
     await qualifier(engines).alone(GPTQ, "gptq")
@@ -85,7 +94,7 @@ async def test_probes_are_those_of_the_weights_and_of_this_kind_of_engine() -> N
 async def test_time_and_speed_are_measured() -> None:
     qualified = await qualifier(Engines()).alone(GPTQ, "gptq")
     speed = qualified.reading.speed
-    assert speed.load_seconds.low > 0
+    assert speed.load_seconds is not None and speed.load_seconds.low > 0
     assert speed.first_token_seconds.low > 0
     assert {streams: found.low > 0 for streams, found in speed.tokens_per_second.items()} == {1: True, 8: True}
 

@@ -75,10 +75,10 @@ def _changes(model: PeftModel) -> Iterator[tuple[str, torch.Tensor, torch.Tensor
     for name, tensor in adapted_tensors(model).items():
         layer: Any = whole.get_submodule(name)
         adapter = layer.active_adapters[0]
-        change = layer.get_delta_weight(adapter).float()
         if isinstance(layer, ParamWrapper):  # of experts, which are one parameter
-            yield tensor, layer.get_param().float(), change
+            yield tensor, *_change_of_experts(layer, adapter)
             continue
+        change = layer.get_delta_weight(adapter).float()
         base = layer.get_base_layer().weight.float()
         magnitude: Any = getattr(layer, "lora_magnitude_vector", None)
         if magnitude:  # DoRA: a direction, and its length for each output (Liu et al. 2024, eq. 5)
@@ -86,6 +86,16 @@ def _changes(model: PeftModel) -> Iterator[tuple[str, torch.Tensor, torch.Tensor
             length = direction.norm(dim=1, keepdim=True)
             change = magnitude[adapter].weight.float()[:, None] / length * direction - base
         yield f"{tensor}.weight", base, change
+
+
+def _change_of_experts(layer: ParamWrapper, adapter: str) -> tuple[torch.Tensor, torch.Tensor]:
+    """The base's weights, and what the adapter adds: PEFT gives that in the weights' own type, where bf16 rounds it."""
+    parameter = layer.get_param()
+    stored, parameter.data = parameter.data, parameter.data.float()
+    try:
+        return parameter.data, layer.get_delta_weight(adapter)
+    finally:
+        parameter.data = stored
 
 
 def scale_of(adapter: Path, recipe: Recipe) -> tuple[float, float] | None:

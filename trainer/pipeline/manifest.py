@@ -80,7 +80,7 @@ def _format_records(folder: Path, recipe: Recipe, qualified: Mapping[Format, Qua
             fingerprint=compatibility_fingerprint(folder / format),
             evaluation=found.evaluation,
             probes=found.probes,
-            load_seconds=found.reading.speed.load_seconds.value,
+            load_seconds=load.value if (load := found.reading.speed.load_seconds) else None,
             tokens_per_second=found.reading.speed.tokens_per_second[STREAMS].value,
         )
     return formats

@@ -51,6 +51,11 @@ class EngineProcess:
         self._pidfd: int | None = None
         self._ended = asyncio.Event()
 
+    @property
+    def reloads(self) -> bool:
+        """Whether other weights of the same shapes can be loaded into it in place."""
+        return self.spec.reloads
+
     async def start(self, on_phase: Callable[[EnginePhase], None] = lambda phase: None) -> None:
         """Starts the server and returns when it answers. What an earlier one left in the folder is ended.
 

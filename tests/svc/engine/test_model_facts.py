@@ -32,6 +32,17 @@ def test_facts_are_those_of_the_config(tmp_path: Path) -> None:
     assert (facts.context, facts.dtype, facts.heads, facts.kv_heads) == (8192, "bfloat16", 9, 3)
 
 
+@pytest.mark.parametrize("key", ["num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts"])
+def test_a_mixture_has_experts(tmp_path: Path, key: str) -> None:
+    assert read(tmp_path, {**SMOLLM2, key: 8}).experts
+    assert read(tmp_path, {"text_config": {**SMOLLM2, key: 8}}).experts
+
+
+@pytest.mark.parametrize("said", [{}, {"num_experts": 1}, {"num_experts": 0}, {"num_experts": None}])
+def test_a_dense_model_has_none(tmp_path: Path, said: dict[str, Any]) -> None:
+    assert not read(tmp_path, {**SMOLLM2, **said}).experts
+
+
 def test_a_token_keeps_a_key_and_a_value_in_each_layer(tmp_path: Path) -> None:
     assert read(tmp_path, SMOLLM2).token_bytes == 2 * 30 * 3 * 64 * 2
 

@@ -54,6 +54,15 @@ def test_it_loads_safetensors_and_no_code_of_a_model(tmp_path: Path) -> None:
     assert "--trust-remote-code" not in arguments
 
 
+@pytest.mark.parametrize(
+    ("config", "device", "reloads"),
+    [("{}", Device.CPU, True), ('{"num_experts": 4}', Device.CPU, False), ('{"num_experts": 4}', Device.CUDA, True)],
+)
+def test_experts_are_not_loaded_in_place_on_a_cpu(tmp_path: Path, config: str, device: Device, reloads: bool) -> None:
+    write_config(tmp_path, config)
+    assert spec(tmp_path, device=device).reloads is reloads
+
+
 def test_it_answers_to_one_name(tmp_path: Path) -> None:
     arguments = command(spec(tmp_path))
     assert option(arguments, "--served-model-name") == "tuned"
