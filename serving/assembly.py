@@ -180,15 +180,16 @@ class _DeploymentBuilder:
             metrics=metrics,
             retire_timeout_s=limits.retire_timeout_s,
         )
-        alias = ProductionAlias(self.registry.tracking)
+        alias, missing = ProductionAlias(self.registry.tracking), partial(self._missing, name)
         reconciler = Reconciler(
             desired,
             store=self.store,
             pool=pool,
-            swap=self._swap(name, pool, verification, admission, names),
+            swap=self._swap(missing, pool, verification, admission, names),
             names=names,
             metrics=metrics,
             alias=alias,
+            shortage=missing,
         )
         holdout, scores = self._background(engine, admission, pool, verification, metrics)
         return Deployment(
@@ -204,16 +205,21 @@ class _DeploymentBuilder:
             context=engine.max_model_len,
         )
 
+    def _missing(self, name: str, target: Target, engines: int) -> str | None:
+        """Why there is no memory for so many engines more; None where there is."""
+        return shortage([self.slots.spec(0, name, self.registry.artifact(target.version, target.format))] * engines)
+
     def _swap(
-        self, name: str, pool: EnginePool, verification: Verification, admission: Admission, names: ModelNames
+        self,
+        missing: Callable[[Target, int], str | None],
+        pool: EnginePool,
+        verification: Verification,
+        admission: Admission,
+        names: ModelNames,
     ) -> Swap:
-        limits, registry, slots = self.settings.serve, self.registry, self.slots
-
-        def missing(target: Target) -> str | None:
-            return shortage([slots.spec(0, name, registry.artifact(target.version, target.format))])
-
+        limits = self.settings.serve
         planner = SwapPlanner(
-            registry=registry,
+            registry=self.registry,
             verification=verification,
             pool=pool,
             choice=limits.swap,

@@ -6,9 +6,10 @@ made of, and decides about no engine's fate: that is the reconciler's.
 
 import asyncio
 import logging
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
+from contextlib import asynccontextmanager, contextmanager, suppress
 from dataclasses import dataclass
+from typing import Any
 
 import httpx
 
@@ -76,6 +77,7 @@ class EnginePool:
         self._others: list[Replica] = []
         self._watches: dict[Replica, asyncio.Task[None]] = {}
         self._retirements: set[asyncio.Task[None]] = set()
+        self._cut_starts: set[asyncio.Task[Any]] = set()
         self._changed = asyncio.Event()
         self._primary: Replica | None = None
         self.restarts = 0
@@ -98,8 +100,18 @@ class EnginePool:
 
     @property
     def retiring(self) -> bool:
-        """Whether engines that were replaced still answer."""
-        return any(engine.state is EngineState.RETIRING for engine in self._others)
+        """Whether engines that were replaced, or are not wanted any more, have yet to end."""
+        return bool(self._retirements)
+
+    @property
+    def starting(self) -> int:
+        """How many engines start now, and have yet to take their memory."""
+        return sum(engine.state is EngineState.STARTING for engine in self.all)
+
+    @property
+    def has_others(self) -> bool:
+        """Whether there are engines that are no members."""
+        return bool(self._others)
 
     @property
     def primary(self) -> Replica | None:
@@ -185,7 +197,26 @@ class EnginePool:
         self._others.append(old)
         old.enter(EngineState.RETIRING)
         self._on_change(new)
-        task = asyncio.create_task(self._retire(old))
+        self._end_later(self._retire(old))
+
+    def discard(self, engine: Replica, starting: asyncio.Task[Any]) -> None:
+        """Ends an engine that is no member while it starts, which takes seconds: not in the caller's time.
+
+        Args:
+            starting: its start.
+        """
+        starting.cancel()
+        self._cut_starts.add(starting)
+        starting.add_done_callback(self._forget_start)
+        self._end_later(self._drop_after(starting, engine))
+
+    def _forget_start(self, start: asyncio.Task[Any]) -> None:
+        self._cut_starts.discard(start)
+        if not start.cancelled() and start.exception():
+            log.info("a start that nobody waits for failed", exc_info=start.exception())
+
+    def _end_later(self, work: Coroutine[Any, Any, None]) -> None:
+        task = asyncio.create_task(work)
         self._retirements.add(task)
         task.add_done_callback(self._retirements.discard)
 
@@ -220,6 +251,15 @@ class EnginePool:
         """Members that have no engine that works: it died, or was never started."""
         return [member for member in self.members if member.state in _DOWN]
 
+    @asynccontextmanager
+    async def held(self, engine: Replica) -> AsyncIterator[None]:
+        """In the body nobody else starts, changes or ends the engine."""
+        try:
+            async with engine.lock:
+                yield
+        finally:
+            self._changed.set()  # it may be down, and nobody's any more
+
     async def changed(self, timeout_s: float | None) -> None:
         """Returns when an engine has changed its state since the last return, or after so many seconds."""
         with suppress(TimeoutError):
@@ -240,6 +280,8 @@ class EnginePool:
         """
         for task in [*self._watches.values(), *self._retirements]:
             task.cancel()
+        if self._cut_starts:  # they end their engines themselves
+            await asyncio.wait(self._cut_starts)
         ready = {engine for engine in self.all if leave and engine.state is EngineState.READY}
         await asyncio.gather(*(engine.leave() if engine in ready else engine.stop() for engine in self.all))
         for engine in self.all:
@@ -252,6 +294,13 @@ class EnginePool:
             log.warning(
                 "replica %d: %d requests are cut off after %g s", engine.replica, engine.running, self._retire_timeout_s
             )
+        await self._drop_at_last(engine)
+
+    async def _drop_after(self, starting: asyncio.Task[Any], engine: Replica) -> None:
+        await asyncio.wait({starting})  # which is not cancelled with us: it ends its engine
+        await self._drop_at_last(engine)
+
+    async def _drop_at_last(self, engine: Replica) -> None:
         while True:
             try:
                 await self.drop(engine)

@@ -60,6 +60,7 @@ class Replica:
     Attributes:
         target: what the engine was last verified to hold; None while nobody knows.
         why: of its last death.
+        lock: held by who starts, changes or ends it; see `EnginePool.held`.
     """
 
     def __init__(
@@ -74,6 +75,7 @@ class Replica:
     ) -> None:
         self.replica = replica
         self._turn = turn or asyncio.Lock()
+        self.lock = asyncio.Lock()
         self._launch = launch
         self._verification = verification
         self._on_change = on_change

@@ -1,27 +1,29 @@
-"""Makes what serves equal to what is desired, and keeps it so: the only task that touches the engines.
+"""Makes what serves equal to what is desired, and keeps it so: the only owner of the engines' fate.
 
-One loop: an engine is missing -> start it, slower after each failure; the desired version changed -> swap, and where
-that fails put the desired state back, so that it always names what truly serves. A store that does not answer stops
-neither: what serves goes on, and the wish is read later.
+Two loops, which never touch one engine at a time: an engine is missing -> start it, slower after each failure; the
+desired version changed -> swap, and where that fails put the desired state back, so that it always names what truly
+serves. A swap hears a newer wish for another version, and ends. A store that does not answer stops neither: what serves
+goes on, and the wish is read later.
 """
 
 import asyncio
 import logging
+from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import dataclass
 from functools import partial
 
 from sqlalchemy import Engine as Store
 from sqlalchemy.exc import SQLAlchemyError
 
 from serving.engines.pool import EnginePool
-from serving.engines.replica import Replica
 from serving.model_names import ModelNames
+from serving.rollout.cancellation import Cancellation, SupersededError
 from serving.rollout.journal import Journal
 from serving.rollout.production_alias import ProductionAlias
+from serving.rollout.reviver import Reviver, start_engine
 from serving.rollout.swap import Swap
+from serving.rollout.swap_plan import Report
 from serving.telemetry.deployment_metrics import DeploymentMetrics
-from svc.engine.state import EngineState
 from svc.errors import BusyError, SvcError, SwapError
 from svc.store.desired import Desired, change_desired, read_desired
 from svc.store.swaps import SwapOutcome, SwapResult, find_swap
@@ -36,26 +38,12 @@ _ALIAS_WAIT_S = 5.0
 _BACKOFF_S = (1.0, 2.0, 4.0, 8.0, 16.0, 32.0, 60.0)
 
 
-@dataclass(slots=True)
-class _Turn:
-    """When a member without an engine gets one.
-
-    Attributes:
-        at: loop time, seconds.
-        attempts: starts that failed.
-        died: it had an engine.
-    """
-
-    at: float
-    attempts: int
-    died: bool
-
-
 class Reconciler:
     """Owns the engines' fate.
 
     Args:
         desired: what shall serve when the server starts.
+        shortage: why there is no room for so many engines more with a version; None where there is.
         backoff_s: pauses before the first, second, ... start after a death; the last one goes on.
     """
 
@@ -69,6 +57,7 @@ class Reconciler:
         names: ModelNames,
         metrics: DeploymentMetrics,
         alias: ProductionAlias,
+        shortage: Callable[[Target, int], str | None],
         backoff_s: tuple[float, ...] = _BACKOFF_S,
     ) -> None:
         self._actual = desired
@@ -80,9 +69,15 @@ class Reconciler:
         self._names = names
         self._metrics = metrics
         self._alias = alias
-        self._backoff_s = backoff_s
-        self._turns: dict[Replica, _Turn] = {}
         self.last_error: str | None = None
+        # Until a swap has ended, what served before it is all that is known to work.
+        self.reviver = Reviver(
+            pool,
+            target=lambda: self._actual.target,
+            shortage=shortage,
+            on_error=self._note_error,
+            backoff_s=backoff_s,
+        )
 
     @property
     def actual(self) -> Desired:
@@ -154,27 +149,27 @@ class Reconciler:
 
     async def run(self) -> None:
         """Runs until it is cancelled; `start` comes before."""
+        tasks = [asyncio.create_task(part) for part in (self.reviver.run(), self._follow())]
+        try:
+            await asyncio.gather(*tasks)
+        finally:
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+
+    async def _follow(self) -> None:
+        """Takes up each wish."""
         while True:
-            due = asyncio.create_task(self._due())
-            changed = asyncio.create_task(self._changed())
+            desired = await self._changed()
             try:
-                done, _ = await asyncio.wait({due, changed}, return_when=asyncio.FIRST_COMPLETED)
-            finally:
-                due.cancel()
-                changed.cancel()
-                # Not beside what comes now: it may be ending an engine.
-                await asyncio.gather(due, changed, return_exceptions=True)
-            try:
-                if changed in done:
-                    await self._promote(changed.result())
-                else:
-                    await self._revive(due.result())
+                await self._promote(desired)
             except SQLAlchemyError as error:
                 self.last_error = f"the store does not answer: {error}"
                 log.exception("the store does not answer; what serves goes on")
                 await asyncio.sleep(_STORE_PAUSE_S)
 
     async def _changed(self) -> Desired:
+        """Returns a wish that was not taken up yet."""
         while True:
             try:
                 found = await asyncio.to_thread(read_desired, self._store, self._actual.name)
@@ -187,39 +182,19 @@ class Reconciler:
                 await asyncio.sleep(_STORE_PAUSE_S)
             await asyncio.sleep(_POLL_S)
 
-    async def _due(self) -> Replica:
-        """Returns a member without an engine when its turn has come; what is left of the engine was ended."""
-        now = asyncio.get_running_loop().time
+    async def _cancel_superseded(self, desired: Desired, cancellation: Cancellation) -> None:
+        """Asks for the cancellation when another version is wanted; the same one, wanted again, is on its way."""
         while True:
-            down = self._pool.down
-            self._turns = {engine: turn for engine, turn in self._turns.items() if engine in down}
-            for engine in down:
-                if engine not in self._turns:
-                    died = engine.state is EngineState.FAILED
-                    if died:
-                        self.last_error = f"replica {engine.replica} died: {engine.why}"
-                    self._turns[engine] = _Turn(now() + self._backoff_s[0], 0, died)
-                if engine.has_engine:
-                    await engine.stop(engine.state)
-            first = min(down, key=lambda engine: self._turns[engine].at, default=None)
-            wait_s = self._turns[first].at - now() if first else None
-            if first and wait_s is not None and wait_s <= 0:
-                return first
-            await self._pool.changed(wait_s)
-
-    async def _revive(self, engine: Replica) -> None:
-        """Starts an engine; where it fails, its next turn comes later than this one did."""
-        turn = self._turns[engine]
-        if turn.died:
-            self._pool.count_restart()
-        error = await self._start(engine, self._actual.target)
-        if error is None:
-            self._serves()
-            return
-        self.last_error = error
-        turn.attempts += 1
-        pause_s = self._backoff_s[min(turn.attempts, len(self._backoff_s) - 1)]
-        turn.at = asyncio.get_running_loop().time() + pause_s
+            try:
+                found = await asyncio.to_thread(read_desired, self._store, desired.name)
+            except SQLAlchemyError:
+                log.exception("the desired state cannot be read; the swap goes on")
+                await asyncio.sleep(_STORE_PAUSE_S)
+            else:
+                if found is not None and found.target != desired.target:
+                    cancellation.ask(f"superseded by {found.target}")
+                    return
+            await asyncio.sleep(_POLL_S)
 
     async def _promote(self, desired: Desired) -> None:
         before = self._actual
@@ -228,39 +203,49 @@ class Reconciler:
         report(f"{before.target} serves, {desired.target} is wanted")
         if desired.forced:
             report(f"it failed a check, and is wanted all the same: {desired.forced}")
-        if not self._pool.alive:
-            error = await self._start(self._pool.members[0], desired.target)
-            result = SwapResult(SwapOutcome.FAILED if error else SwapOutcome.SUCCEEDED, error)
-        elif desired.target == before.target:
-            result = SwapResult(SwapOutcome.SUCCEEDED)
-        else:
-            result = await self._swap.run(before.target, desired.target, report)
-            self._metrics.swap_ended(result)
+        cancellation = Cancellation()
+        listening = asyncio.create_task(self._cancel_superseded(desired, cancellation))
         try:
-            await self._settle(desired, before, result)
+            result = await self._bring(desired, before, report, cancellation)
+            try:
+                await self._settle(desired, before, result, cancellation)
+            finally:
+                self._journal.end(swap_id, result)
         finally:
-            self._journal.end(swap_id, result)
+            listening.cancel()
+            await asyncio.gather(listening, return_exceptions=True)
 
-    async def _settle(self, desired: Desired, before: Desired, result: SwapResult) -> None:
+    async def _bring(self, desired: Desired, before: Desired, report: Report, cancellation: Cancellation) -> SwapResult:
+        """Has the desired version serve, by an engine that starts with it where none serves."""
+        try:
+            if not self._pool.ready:
+                async with cancellation.holding(self._pool, self._pool.members):
+                    if not self._pool.ready:
+                        starting = start_engine(self._pool.members[0], desired.target)
+                        error = await cancellation.interrupting(starting)
+                        return SwapResult(SwapOutcome.FAILED if error else SwapOutcome.SUCCEEDED, error)
+        except SupersededError as error:
+            return SwapResult(SwapOutcome.CANCELLED, str(error))
+        if desired.target == before.target:
+            return SwapResult(SwapOutcome.SUCCEEDED)
+        result = await self._swap.run(before.target, desired.target, report, cancellation)
+        self._metrics.swap_ended(result)
+        return result
+
+    async def _settle(self, desired: Desired, before: Desired, result: SwapResult, cancellation: Cancellation) -> None:
         if result.outcome is SwapOutcome.SUCCEEDED:
             self._actual = desired
             self._serves()
             await self._correct_previous(before)
-            await self._alias.settled(_ALIAS_WAIT_S)
-        else:
-            self._failed = desired
+            if desired.target != before.target:
+                with suppress(SupersededError):
+                    await cancellation.interrupting(self._alias.settled(_ALIAS_WAIT_S))
+            return
+        self._failed = desired
+        self._serves()
+        if result.outcome is not SwapOutcome.CANCELLED:  # then another wish is there already
             self.last_error = result.reason
-            self._serves()
             await self._put_back(desired, before)
-
-    async def _start(self, engine: Replica, target: Target) -> str | None:
-        """Starts an engine where none runs; returns why it could not."""
-        try:
-            await engine.start(target)
-        except Exception as error:  # whatever keeps an engine from starting now may be gone later
-            log.exception("the engine did not start with %s", target)
-            return str(error) if isinstance(error, SvcError) else repr(error)
-        return None
 
     def _serves(self) -> None:
         """Tells everybody what serves now."""
@@ -268,6 +253,9 @@ class Reconciler:
         self._names.serve(target)
         self._metrics.version_loaded(target)
         self._alias.move(target.version)
+
+    def _note_error(self, error: str) -> None:
+        self.last_error = error
 
     async def _put_back(self, failed: Desired, before: Desired) -> None:
         try:

@@ -39,8 +39,8 @@ class SwapPlanner:
 
     Args:
         choice: whether a second engine is started where a reload in place would do.
-        shortage: why there is no room for a second engine with a version; None where there is.
-        patience_s: how long engines that were replaced may take to make room, seconds.
+        shortage: why there is no room for so many engines more with a version; None where there is.
+        patience_s: how long engines that end may take to make room, and those that start to take theirs, seconds.
     """
 
     def __init__(
@@ -50,7 +50,7 @@ class SwapPlanner:
         verification: Verification,
         pool: EnginePool,
         choice: SwapChoice,
-        shortage: Callable[[Target], str | None],
+        shortage: Callable[[Target, int], str | None],
         patience_s: float,
     ) -> None:
         self._registry = registry
@@ -110,10 +110,11 @@ class SwapPlanner:
         return one == other
 
     async def shortage(self, target: Target) -> str | None:
-        """Why there is no room, after engines that were replaced had some time to go."""
+        """Why there is no room for one more, after engines that end, or that a dead member gets, had some time."""
         deadline = time.monotonic() + self._patience_s
         while True:
-            shortage = await asyncio.to_thread(self._shortage, target)
-            if not shortage or not self._pool.retiring or time.monotonic() >= deadline:
+            starting = self._pool.starting
+            shortage = await asyncio.to_thread(self._shortage, target, 1 + starting)
+            if not shortage or not (self._pool.retiring or starting) or time.monotonic() >= deadline:
                 return shortage
             await asyncio.sleep(_ROOM_POLL_S)

@@ -21,6 +21,8 @@ class SwapOutcome(StrEnum):
     """Found unfit before the engine was touched."""
     RESTORED = "restored"
     """Found unfit after the load; the version before is back, and its probes were right."""
+    CANCELLED = "cancelled"
+    """Another version was wanted meanwhile; the version before serves until that comes."""
     FAILED = "failed"
     """The engine died, or the version before could be brought back only by a new one."""
 

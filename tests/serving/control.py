@@ -135,6 +135,7 @@ class Control:
             names=self.names,
             metrics=self.deployment_metrics,
             alias=self.alias,
+            shortage=self.park.shortage,
             backoff_s=(0.02, 0.05),
         )
 

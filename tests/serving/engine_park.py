@@ -75,8 +75,8 @@ class EnginePark:
         self.ended.append(number)
         self.left.pop(number).kill()
 
-    def shortage(self, target: Target) -> str | None:
-        """Why there is no room for one more."""
+    def shortage(self, target: Target, engines: int) -> str | None:
+        """Why there is no room for more."""
         return self.room
 
     @property

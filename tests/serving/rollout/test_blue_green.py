@@ -184,7 +184,7 @@ async def test_it_waits_for_the_room_of_an_engine_that_still_answers(make: Make)
         await control.promote(2)
         first = control.park.engines[0]
         assert first.alive
-        object.__setattr__(control.planner, "_shortage", lambda target: "full" if first.alive else None)
+        object.__setattr__(control.planner, "_shortage", lambda target, engines: "full" if first.alive else None)
         assert (await control.promote(3)).outcome is SwapOutcome.SUCCEEDED
         assert (await long).words == {"1"}
 

@@ -160,7 +160,7 @@ async def test_an_engine_that_dies_costs_only_what_ran_in_it(control: Control) -
 async def test_an_engine_that_is_down_during_a_promotion_comes_back_with_the_new_version(control: Control) -> None:
     async with control.run():
         await both_ready(control)
-        control.reconciler._backoff_s = (0.3,)
+        control.reconciler.reviver.backoff_s = (0.3,)
         control.park.engines[0].kill()
         await until(lambda: len(control.pool.ready) == 1)
         assert (await control.promote(2)).outcome is SwapOutcome.SUCCEEDED
@@ -184,7 +184,7 @@ async def last_one_changed(control: Control) -> AsyncIterator[tuple[httpx.AsyncC
     """While the first engine loads version 2, the second one dies, and does not come back."""
     async with control.run(), control.client() as client:
         await both_ready(control)
-        control.reconciler._backoff_s = (60.0,)
+        control.reconciler.reviver.backoff_s = (60.0,)
         control.park.engines[0].double.reload_delay_s = 0.3
         wish = control.wish(2)
         await until(lambda: control.pool.members[0].state is EngineState.SWAPPING)
@@ -216,7 +216,7 @@ async def test_requests_wait_through_the_restart_of_the_last_engine(control: Con
 async def test_requests_wait_for_the_engine_that_is_changed_where_the_other_was_dead_before(control: Control) -> None:
     async with control.run(), control.client() as client:
         await both_ready(control)
-        control.reconciler._backoff_s = (60.0,)
+        control.reconciler.reviver.backoff_s = (60.0,)
         control.park.engines[1].kill()
         await until(lambda: control.pool.members[1].state is EngineState.FAILED)
         control.park.engines[0].double.reload_delay_s = 0.3
@@ -231,7 +231,7 @@ async def test_no_longer_than_a_drain_do_requests_wait_for_those_in_an_engine_th
     control.park.room = "full"
     async with control.run():
         await both_ready(control)
-        control.reconciler._backoff_s = (60.0,)
+        control.reconciler.reviver.backoff_s = (60.0,)
         first, second = control.pool.members
         with second.occupied():
             wish = control.wish(2)
@@ -320,7 +320,7 @@ async def test_the_version_before_is_in_production_until_all_are_changed(control
 async def test_an_engine_that_cannot_start_keeps_no_other_from_it(control: Control) -> None:
     async with control.run():
         await both_ready(control)
-        control.reconciler._backoff_s = (0.01, 60.0)
+        control.reconciler.reviver.backoff_s = (0.01, 60.0)
         control.park.unable = {0}
         control.park.engines[0].kill()
         await until(lambda: len(control.park.engines) == 3 and len(control.pool.down) == 1)
@@ -343,7 +343,7 @@ async def test_a_death_that_came_while_nobody_waited_for_it_is_not_overlooked(co
 async def test_the_state_of_all_is_the_best_of_them(control: Control) -> None:
     async with control.run():
         await both_ready(control)
-        control.reconciler._backoff_s = (10.0,)
+        control.reconciler.reviver.backoff_s = (10.0,)
         control.park.engines[0].kill()
         await until(lambda: control.pool.members[0].state is EngineState.FAILED)
         assert control.pool.state is EngineState.READY

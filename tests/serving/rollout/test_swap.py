@@ -283,6 +283,7 @@ async def test_a_version_that_no_engine_has_loaded_is_not_taken_for_served(
         verify(*version)
 
     wait_until_failed = threading.Event()
+    control.reconciler.reviver.backoff_s = (0.5,)
     async with control.run():
         monkeypatch.setattr(control.registry, "verify", dies)
         wish = control.wish(2)
@@ -309,7 +310,7 @@ async def test_a_version_whose_files_are_gone_before_its_engine_starts_is_refuse
 ) -> None:
     make_version(control.registry, 4, width=8)
 
-    def gone(target: Target) -> str | None:
+    def gone(target: Target, engines: int) -> str | None:
         raise NotFoundError(f"{target} is not there")
 
     monkeypatch.setattr(control.planner, "_shortage", gone)

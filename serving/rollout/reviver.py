@@ -1,0 +1,129 @@
+"""Gives members an engine that have none: it died, or was never started. Leaves alone what a swap holds."""
+
+import asyncio
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from serving.engines.pool import EnginePool
+from serving.engines.replica import Replica
+from svc.engine.state import EngineState
+from svc.errors import SvcError
+from svc.version import Target
+
+log = logging.getLogger(__name__)
+
+_ROOM_PAUSE_S = 1.0
+
+
+@dataclass(slots=True)
+class _Turn:
+    """When a member without an engine gets one.
+
+    Attributes:
+        at: loop time, seconds.
+        attempts: starts that failed.
+        died: it had an engine.
+    """
+
+    at: float
+    attempts: int
+    died: bool
+
+
+class Reviver:
+    """One start after the other, each member's later after each failure.
+
+    Args:
+        target: what a member is started with: what served before a swap that is under way, until that has ended.
+        shortage: why there is no room for so many engines more with a version; None where there is.
+        on_error: hears why a member has no engine.
+        backoff_s: pauses before the first, second, ... start after a death; the last one goes on.
+    """
+
+    def __init__(
+        self,
+        pool: EnginePool,
+        *,
+        target: Callable[[], Target],
+        shortage: Callable[[Target, int], str | None],
+        on_error: Callable[[str], None],
+        backoff_s: tuple[float, ...],
+    ) -> None:
+        self._pool = pool
+        self._target = target
+        self._shortage = shortage
+        self._on_error = on_error
+        self.backoff_s = backoff_s
+        self._turns: dict[Replica, _Turn] = {}
+
+    async def run(self) -> None:
+        """Runs until it is cancelled."""
+        while True:
+            engine = await self._due()
+            async with self._pool.held(engine):
+                if engine in self._pool.down and await self._has_room(engine):
+                    await self._revive(engine)
+
+    async def _due(self) -> Replica:
+        """Returns a member without an engine when its turn has come; what is left of the engine was ended."""
+        now = asyncio.get_running_loop().time
+        while True:
+            self._note_deaths(now())
+            down = [engine for engine in self._turns if not engine.lock.locked()]
+            for engine in down:
+                if engine.has_engine and not engine.lock.locked():
+                    async with self._pool.held(engine):
+                        await engine.stop(engine.state)
+            first = min(down, key=lambda engine: self._turns[engine].at, default=None)
+            wait_s = self._turns[first].at - now() if first else None
+            if first and wait_s is not None and wait_s <= 0:
+                return first
+            await self._pool.changed(wait_s)
+
+    def _note_deaths(self, now: float) -> None:
+        down = self._pool.down
+        self._turns = {engine: turn for engine, turn in self._turns.items() if engine in down}
+        for engine in down:
+            # One that a swap holds may be dead for a moment, and the swap's to replace.
+            if engine not in self._turns and not engine.lock.locked():
+                died = engine.state is EngineState.FAILED
+                if died:
+                    self._on_error(f"replica {engine.replica} died: {engine.why}")
+                self._turns[engine] = _Turn(now + self.backoff_s[0], 0, died)
+
+    async def _has_room(self, engine: Replica) -> bool:
+        """Beside engines that are no members: a swap's second one was given the room that was free then."""
+        if not self._pool.has_others:
+            return True
+        try:
+            shortage = await asyncio.to_thread(self._shortage, self._target(), 1 + self._pool.starting)
+        except (SvcError, OSError):
+            return True  # the start finds it out too, and says so
+        if shortage:
+            log.info("replica %d waits for room: %s", engine.replica, shortage)
+            self._turns[engine].at = asyncio.get_running_loop().time() + _ROOM_PAUSE_S
+        return not shortage
+
+    async def _revive(self, engine: Replica) -> None:
+        """Starts an engine; where it fails, its next turn comes later than this one did."""
+        turn = self._turns[engine]
+        if turn.died:
+            self._pool.count_restart()
+        error = await start_engine(engine, self._target())
+        if error is None:
+            return
+        self._on_error(error)
+        turn.attempts += 1
+        pause_s = self.backoff_s[min(turn.attempts, len(self.backoff_s) - 1)]
+        turn.at = asyncio.get_running_loop().time() + pause_s
+
+
+async def start_engine(engine: Replica, target: Target) -> str | None:
+    """Starts an engine where none runs; returns why it could not."""
+    try:
+        await engine.start(target)
+    except Exception as error:  # whatever keeps an engine from starting now may be gone later
+        log.exception("the engine did not start with %s", target)
+        return str(error) if isinstance(error, SvcError) else repr(error)
+    return None

@@ -1,0 +1,261 @@
+"""Members that die before or during a swap get an engine beside it, and hold in the end what all hold."""
+
+import asyncio
+import random
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
+
+import pytest
+
+from serving.engines.replica import Replica
+from svc.engine.state import EngineState
+from svc.engine.vllm.client import Health
+from svc.errors import EngineError
+from svc.settings import SwapChoice
+from svc.store.swaps import SwapOutcome
+from svc.version import Target
+from tests.serving.control import Control, Make, until
+from tests.serving.engine_double import EngineDouble
+from tests.serving.versions import NAME, make_version, target
+
+
+def slow(double: EngineDouble) -> None:
+    double.reload_delay_s = 0.5
+
+
+@pytest.fixture(autouse=True)
+def alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No two tasks start, reload or verify one replica at a time."""
+    touched = set[Replica]()
+
+    def guard(name: str) -> None:
+        original = getattr(Replica, name)
+
+        async def guarded(replica: Replica, *arguments: object, **named: object) -> object:
+            inner = name == "verify" and replica.state is EngineState.STARTING  # as part of a start
+            assert inner or replica not in touched
+            touched.add(replica)
+            try:
+                return await original(replica, *arguments, **named)
+            finally:
+                if not inner:
+                    touched.discard(replica)
+
+        monkeypatch.setattr(Replica, name, guarded)
+
+    for name in ("start", "reload", "verify"):
+        guard(name)
+
+
+@asynccontextmanager
+async def serving(make: Make, replicas: int, **settings: object) -> AsyncIterator[Control]:
+    control = make(replicas=replicas, **settings)
+    control.park.prepare = slow
+    make_version(control.registry, 4, width=8)
+    async with control.run():
+        await until(lambda: len(control.pool.ready) == replicas)
+        yield control
+
+
+def kill(control: Control, member: int) -> Replica:
+    """Kills a member's engine."""
+    engine = control.pool.members[member]
+    next(one for one in control.park.engines if one.alive and one.replica == engine.replica).kill()
+    return engine
+
+
+def held(control: Control) -> list[Target | None]:
+    """What the ready members hold."""
+    return [member.target for member in control.pool.ready]
+
+
+def weights(control: Control) -> list[str]:
+    """What the engines hold truly."""
+    return [engine.double.weights.split("/")[-2] for engine in control.park.engines if engine.alive]
+
+
+async def test_one_that_dies_before_its_turn_serves_the_version_before_and_is_changed_then(make: Make) -> None:
+    async with serving(make, 3) as control:
+        wish = control.wish(2)
+        await until(lambda: control.pool.members[0].state is EngineState.SWAPPING)
+        last = kill(control, 2)
+        await until(lambda: last.state is EngineState.FAILED)
+        await until(lambda: last.state is EngineState.READY)
+        assert control.pool.members[0].state is EngineState.SWAPPING
+        assert last.target == target(1)
+        assert control.pool.restarts == 1
+        assert (await control.outcome(wish)).outcome is SwapOutcome.SUCCEEDED
+        assert held(control) == [target(2)] * 3
+        assert weights(control) == ["2"] * 3
+
+
+async def test_one_that_was_dead_before_is_changed_in_its_turn(make: Make) -> None:
+    async with serving(make, 3) as control:
+        control.reconciler.reviver.backoff_s = (0.3,)
+        first = kill(control, 0)
+        await until(lambda: first.state is EngineState.FAILED)
+        wish = control.wish(2)
+        await until(lambda: first.target == target(1))
+        assert control.pool.members[1].state is EngineState.SWAPPING
+        assert (await control.outcome(wish)).outcome is SwapOutcome.SUCCEEDED
+        assert held(control) == [target(2)] * 3
+
+
+async def test_one_that_dies_after_it_was_changed_is_changed_again(make: Make) -> None:
+    async with serving(make, 2) as control:
+        wish = control.wish(2)
+        await until(lambda: control.pool.members[1].state is EngineState.SWAPPING)
+        kill(control, 0)
+        assert (await control.outcome(wish)).outcome is SwapOutcome.SUCCEEDED
+        assert held(control) == [target(2)] * 2
+
+
+async def test_one_that_still_starts_at_the_end_is_waited_for(make: Make) -> None:
+    async with serving(make, 2) as control:
+        control.park.start_delay_s = 1.0
+        wish = control.wish(2)
+        await until(lambda: control.pool.members[0].state is EngineState.SWAPPING)
+        last = kill(control, 1)
+        swap = await control.outcome(wish)
+        assert swap.outcome is SwapOutcome.SUCCEEDED
+        assert held(control) == [target(2)] * 2
+        assert any(f"replica {last.replica} died and is being started" in step for step in control.steps)
+
+
+async def test_one_that_does_not_start_holds_up_nothing(make: Make) -> None:
+    async with serving(make, 2) as control:
+        control.reconciler.reviver.backoff_s = (0.01, 1.0)
+        control.park.failing_starts = 1
+        wish = control.wish(2)
+        await until(lambda: control.pool.members[0].state is EngineState.SWAPPING)
+        kill(control, 1)
+        assert (await control.outcome(wish)).outcome is SwapOutcome.SUCCEEDED
+        assert held(control) == [target(2)]
+        await until(lambda: held(control) == [target(2)] * 2)
+
+
+async def test_beside_a_second_engine_that_starts(make: Make) -> None:
+    async with serving(make, 2) as control:
+        control.park.start_delay_s = 0.5
+        wish = control.wish(4)
+        await until(lambda: control.park.starting)
+        control.park.start_delay_s = 0.0
+        last = kill(control, 1)
+        await until(lambda: last.state is EngineState.FAILED)
+        await until(lambda: last.state is EngineState.READY)
+        assert control.park.starting == 1
+        assert (await control.outcome(wish)).outcome is SwapOutcome.SUCCEEDED
+        assert held(control) == [target(4)] * 2
+        await until(lambda: control.park.alive == 2)
+
+
+async def test_without_room_beside_a_second_engine_it_waits(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("serving.rollout.reviver._ROOM_PAUSE_S", 0.01)
+    asked = list[int]()
+
+    def shortage(target: Target, engines: int) -> str | None:
+        asked.append(engines)
+        return "full" if control.park.starting else None
+
+    async with serving(make, 2) as control:
+        monkeypatch.setattr(control.reconciler.reviver, "_shortage", shortage)
+        control.park.start_delay_s = 0.5
+        wish = control.wish(4)
+        await until(lambda: control.park.starting)
+        last = kill(control, 1)
+        await until(lambda: len(asked) > 3)
+        assert (last.state, set(asked)) == (EngineState.FAILED, {2})
+        assert (await control.outcome(wish)).outcome is SwapOutcome.SUCCEEDED
+        await until(lambda: held(control) == [target(4)] * 2)
+
+
+async def test_one_that_was_revived_stays_where_the_swap_fails(make: Make) -> None:
+    async with serving(make, 3) as control:
+        second = control.park.engines[1].double
+        second.on_call = lambda path: setattr(second, "probe_noise", 9.0 if "/2/" in second.weights else 0.0)
+        wish = control.wish(2)
+        await until(lambda: control.pool.members[0].state is EngineState.SWAPPING)
+        kill(control, 2)
+        assert (await control.outcome(wish)).outcome is SwapOutcome.RESTORED
+        await until(lambda: held(control) == [target(1)] * 3)
+        assert weights(control) == ["1"] * 3
+
+
+async def test_one_whose_health_cannot_be_told_for_a_moment_is_not_left_behind(
+    make: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with serving(make, 2) as control:
+        client = control.pool.members[1].client
+        health, bad = client.health, 4
+
+        async def health_or_silence() -> Health:
+            nonlocal bad
+            bad -= 1
+            return Health.BAD if bad >= 0 else await health()
+
+        wish = control.wish(2)
+        await until(lambda: control.pool.members[0].state is EngineState.SWAPPING)
+        monkeypatch.setattr(client, "health", health_or_silence)
+        assert (await control.outcome(wish)).outcome is SwapOutcome.SUCCEEDED
+        assert held(control) == [target(2)] * 2
+
+
+@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("choice", [SwapChoice.AUTO, SwapChoice.BLUEGREEN])
+async def test_whatever_dies_and_whatever_is_wanted_in_the_end_all_hold_it(
+    make: Make, seed: int, choice: SwapChoice
+) -> None:
+    chance = random.Random(seed)
+    async with serving(make, 3, swap=choice) as control:
+        control.park.prepare = lambda double: setattr(double, "reload_delay_s", 0.05)
+        for engine in control.park.engines:
+            engine.double.reload_delay_s = 0.05
+        control.park.start_delay_s = 0.1
+
+        async def wish() -> None:
+            control.wish(chance.choice((1, 2, 3, 4)))
+
+        async def die() -> None:
+            living = [engine for engine in control.park.engines if engine.alive]
+            if living:
+                chance.choice(living).kill()
+
+        deeds: list[Callable[[], Awaitable[None]]] = [wish, wish, die]
+        for _ in range(12):
+            await chance.choice(deeds)()
+            await asyncio.sleep(chance.uniform(0.0, 0.2))
+        last = control.wish(2)
+        await control.outcome(last)
+        await until(lambda: len(held(control)) == 3, 10)
+        wanted = control.desired().target
+        await until(lambda: held(control) == [wanted] * 3, 10)
+        await until(lambda: control.park.alive == 3 and control.pool.all == control.pool.members, 10)
+        assert weights(control) == [str(wanted.version.number)] * 3
+        assert control.names.served == wanted == control.reconciler.actual.target
+        assert not control.admission._closed
+        assert control.names.all() == (NAME, str(wanted.version), f"{NAME}@production")
+
+
+async def test_what_cannot_start_is_said(make: Make) -> None:
+    async with serving(make, 2) as control:
+        control.park.failing_starts = 1
+        kill(control, 1)
+        await until(lambda: "no memory" in (control.reconciler.last_error or ""))
+        await until(lambda: len(control.pool.ready) == 2)
+
+
+async def test_a_shortage_that_cannot_be_told_keeps_nobody_from_starting(
+    make: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def shortage(target: Target, engines: int) -> str | None:
+        raise EngineError("the files are gone")
+
+    async with serving(make, 2) as control:
+        control.park.start_delay_s = 0.5
+        monkeypatch.setattr(control.reconciler.reviver, "_shortage", shortage)
+        control.wish(4)
+        await until(lambda: control.park.starting)
+        control.park.start_delay_s = 0.0
+        last = kill(control, 1)
+        await until(lambda: last.target is None)
+        await until(lambda: last.state is EngineState.READY)
