@@ -3,14 +3,14 @@
 import asyncio
 import logging
 import sys
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import asdict
 
 import click
 
 from serving.client.promotion import Promotion
 from serving.rollout.initial_state import require_promotable
-from svc.errors import BusyError, NotFoundError, RefusedError
+from svc.errors import BusyError, NotFoundError, RefusedError, ServerNotRunningError
 from svc.invocation import json_option, settings_of
 from svc.lock import lock_holder
 from svc.registry.registry import Registry
@@ -158,19 +158,21 @@ def promote(
 @json_option
 @click.pass_context
 def rollback(ctx: click.Context, name: str, as_json: bool) -> None:
-    """Bring back the version that NAME served before."""
+    """Bring back the version that NAME served before; while another is on its way, keep the one that serves."""
     promotion = Promotion.of(settings_of(ctx))
-    current = promotion.current(name)
-    if current.previous is None:
+    current, served = promotion.current(name), promotion.served(name)
+    # While another version is on its way, the one that serves stays: what was wanted before may never have served.
+    target = served if served != current.target else current.previous
+    if target is None:
         raise NotFoundError(f"{name} served no version before {current.target}", todo="promote one: svc promote NAME@N")
-    _change(promotion, current, current.previous, as_json)
+    _change(promotion, current, target, as_json)
 
 
 def _change(
     promotion: Promotion, current: Desired, target: Target, as_json: bool, *, forced: str | None = None
 ) -> None:
     if target == current.target:
-        if not promotion.serves(target):
+        if promotion.served(target.version.name) != target:
             raise BusyError(f"{target} is on its way already", todo="see `svc status`")
         if as_json:
             from svc.terminal import print_json
@@ -192,7 +194,8 @@ def _change(
         print_json({"target": str(target), **asdict(result), "steps": steps})
     if result.outcome is not SwapOutcome.SUCCEEDED:
         raise RefusedError(
-            f"{target} was not promoted ({result.outcome}), {_left(result.outcome, current)}\n  why: {result.reason}"
+            f"{target} was not promoted ({result.outcome}), {_left(promotion, result.outcome, current)}\n"
+            f"  why: {result.reason}"
         )
     if not as_json:
         click.secho(f"{target} serves", fg="green")
@@ -200,11 +203,14 @@ def _change(
             click.echo(f"  {result.kind} swap in {result.took_s:.1f} s; {_waits(result)}")
 
 
-def _left(outcome: SwapOutcome, current: Desired) -> str:
+def _left(promotion: Promotion, outcome: SwapOutcome, current: Desired) -> str:
     """What a promotion that was not completed leaves behind."""
+    served = current.target
+    with suppress(ServerNotRunningError):  # what was desired before may never have served
+        served = promotion.served(current.name) or served
     if outcome is SwapOutcome.FAILED:
-        return f"and the engine had to be replaced; `svc status` shows whether {current.target} serves again"
-    return f"{current.target} serves"
+        return f"and the engine had to be replaced; `svc status` shows whether {served} serves again"
+    return f"{served} serves"
 
 
 def _waits(result: SwapResult) -> str:

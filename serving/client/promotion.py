@@ -15,7 +15,7 @@ from svc.settings import Settings
 from svc.store.database import open_database
 from svc.store.desired import Desired, change_desired, read_desired
 from svc.store.swaps import SwapKind, SwapOutcome, SwapResult, find_swap
-from svc.version import Target
+from svc.version import Format, Target, VersionId
 
 _POLL_S = 0.1
 _UNWRITTEN_S = 30.0
@@ -62,14 +62,14 @@ class Promotion:
             )
         return desired
 
-    def serves(self, target: Target) -> bool:
-        """Whether the server has come to a target, rather than being on its way.
+    def served(self, name: str) -> Target | None:
+        """What serves under a name until the server has come to what is desired; None where it serves none of it.
 
         Raises:
             ServerNotRunningError: it does not answer.
         """
-        status = self._model_status(target.version.name)
-        return bool((status.get("version"), status.get("format")) == (str(target.version), target.format.value))
+        status = self._model_status(name)
+        return Target(VersionId.parse(status["version"]), Format(status["format"])) if status else None
 
     def change(
         self, seen: Desired, target: Target, on_step: Callable[[str], None], *, forced: str | None = None

@@ -158,6 +158,48 @@ async def test_rollback_and_back(serving: Home) -> None:
     assert "tuned@2 (merged) serves" in result.output
 
 
+@pytest.fixture
+def starting(serving: Home) -> Home:
+    """Versions 4 and 5 need a second engine, whose start takes long."""
+    make_version(serving.registry, 4, width=8)
+    make_version(serving.registry, 5, width=16)
+    serving.park.start_delay_s = 30.0
+    return serving
+
+
+async def promote_beside(home: Home, number: int) -> SvcError:
+    """How a promotion failed that runs beside other commands: of those, only one can have its output caught."""
+    arguments = ["--home", str(home.settings.home), "promote", f"{NAME}@{number}"]
+    with pytest.raises(SvcError) as failure:
+        await asyncio.to_thread(group.main, arguments, standalone_mode=False)
+    return failure.value
+
+
+async def test_a_rollback_during_a_promotion_keeps_what_serves(starting: Home) -> None:
+    promotion = asyncio.create_task(promote_beside(starting, 4))
+    await until(lambda: starting.park.alive == 2)
+    began = time.monotonic()
+    result = await type_in(starting, "rollback", NAME)
+    assert time.monotonic() - began < 2.0
+    assert (result.exit_code, "tuned@1 (merged) serves" in result.output) == (0, True)
+    error = await promotion
+    assert isinstance(error, RefusedError)
+    assert "tuned@4 (merged) was not promoted (cancelled), tuned@1 (merged) serves" in error.wrong
+    assert "superseded by tuned@1 (merged)" in error.wrong
+
+
+async def test_a_rollback_never_goes_to_a_version_that_was_superseded(starting: Home) -> None:
+    first = asyncio.create_task(promote_beside(starting, 4))
+    await until(lambda: len(starting.park.engines) == 2)
+    second = asyncio.create_task(promote_beside(starting, 5))
+    await until(lambda: len(starting.park.engines) == 3)
+    result = await type_in(starting, "rollback", NAME)
+    assert "tuned@1 (merged) serves" in result.output
+    for promotion in (first, second):
+        assert "tuned@1 (merged) serves" in (await promotion).wrong
+    assert isinstance(error_of(await type_in(starting, "rollback", NAME)), NotFoundError)
+
+
 async def test_nothing_before_is_nothing_to_roll_back_to(serving: Home) -> None:
     error = error_of(await type_in(serving, "rollback", NAME))
     assert isinstance(error, NotFoundError)
