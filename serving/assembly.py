@@ -205,9 +205,13 @@ class _DeploymentBuilder:
             context=engine.max_model_len,
         )
 
+    def _spec(self, name: str, target: Target) -> EngineSpec:
+        """How an engine for a version would be started."""
+        return self.slots.spec(0, name, self.registry.artifact(target.version, target.format))
+
     def _missing(self, name: str, target: Target, engines: int) -> str | None:
         """Why there is no memory for so many engines more; None where there is."""
-        return shortage([self.slots.spec(0, name, self.registry.artifact(target.version, target.format))] * engines)
+        return shortage([self._spec(name, target)] * engines)
 
     def _swap(
         self,
@@ -224,6 +228,7 @@ class _DeploymentBuilder:
             pool=pool,
             choice=limits.swap,
             shortage=missing,
+            reloads=lambda target: self._spec(target.version.name, target).reloads,
             patience_s=limits.drain_timeout_s,
         )
         return Swap(

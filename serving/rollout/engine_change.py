@@ -47,7 +47,7 @@ class SwapInProgress:
     """One swap while it is under way.
 
     Attributes:
-        kind, why, restart: see `Plan`; they change where what was planned cannot be done.
+        kind, why, restart, reloads: see `Plan`; they change where what was planned cannot be done.
         queued_s: how long admission was closed, all in all; None while it never was.
         running: requests in the engines when it began.
         queued: most requests that waited.
@@ -58,6 +58,7 @@ class SwapInProgress:
     kind: SwapKind
     why: str
     restart: bool
+    reloads: bool
     report: Report
     cancellation: Cancellation
     running: int
@@ -236,7 +237,7 @@ class EngineChange:
             change.report(f"failed: {_line(error)}")
             return await self._replace_engine(change, engine), str(error) or repr(error)
         self._serve_if_only(change)
-        change.restart = False  # now it has probes, and the other engines can be reloaded
+        change.restart = not change.reloads  # where it had no probes: now it has, and the others can be reloaded
         change.report(found)
         return SwapOutcome.SUCCEEDED, None
 

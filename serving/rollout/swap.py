@@ -83,7 +83,9 @@ class Swap:
             log.warning("%s refused", target, exc_info=error)
             return SwapResult(SwapOutcome.REFUSED, str(error))
         running = self._admission.running
-        change = SwapInProgress(current, target, plan.kind, plan.why, plan.restart, report, cancellation, running)
+        change = SwapInProgress(
+            current, target, plan.kind, plan.why, plan.restart, plan.reloads, report, cancellation, running
+        )
         outcome, reason = await self._change_all(change)
         took_s = time.monotonic() - began
         if change.queued_s is not None:
@@ -133,7 +135,7 @@ class Swap:
         """
         worst = SwapOutcome.SUCCEEDED
         # Whatever fails, the version before is what comes, and nobody wants it to stop.
-        back = replace(change, target=change.current, restart=False, cancellation=Cancellation())
+        back = replace(change, target=change.current, restart=not change.reloads, cancellation=Cancellation())
         for engine in [member for member in self._pool.ready if member.target == change.target]:
             if worst is SwapOutcome.SUCCEEDED:
                 change.report(f"back to {change.current} on the engines that were changed")

@@ -17,6 +17,7 @@ Report = Callable[[str], None]
 
 _ROOM_POLL_S = 1.0
 _DIFFERENT = "architecture, shapes, tokenizer, template or format differ"
+_NO_RELOAD = "engines of this kind do not load it rightly in place"
 _FIRST_LOAD = "it has no probes of this kind of engine yet, which only an engine that starts with it can give"
 
 
@@ -27,11 +28,13 @@ class Plan:
     Attributes:
         why: it is of this kind.
         restart: in place the first engine is started again with the version, and not reloaded.
+        reloads: the others are reloaded then.
     """
 
     kind: SwapKind
     why: str
     restart: bool = False
+    reloads: bool = True
 
 
 class SwapPlanner:
@@ -40,6 +43,7 @@ class SwapPlanner:
     Args:
         choice: whether a second engine is started where a reload in place would do.
         shortage: why there is no room for so many engines more with a version; None where there is.
+        reloads: whether engines load a version rightly in place.
         patience_s: how long engines that end may take to make room, and those that start to take theirs, seconds.
     """
 
@@ -51,6 +55,7 @@ class SwapPlanner:
         pool: EnginePool,
         choice: SwapChoice,
         shortage: Callable[[Target, int], str | None],
+        reloads: Callable[[Target], bool],
         patience_s: float,
     ) -> None:
         self._registry = registry
@@ -58,6 +63,7 @@ class SwapPlanner:
         self._pool = pool
         self._choice = choice
         self._shortage = shortage
+        self._reloads = reloads
         self._patience_s = patience_s
 
     async def plan(self, current: Target, target: Target, report: Report) -> Plan:
@@ -75,8 +81,10 @@ class SwapPlanner:
         await self._verification.files(target)
         report("files match the manifest")
         plan = self._kind(await asyncio.to_thread(self._fits, current, target))
-        if plan.kind is not SwapKind.BLUEGREEN and not await self._verification.has_probes(target):
-            plan = await self._first_load(plan.kind, target)
+        if plan.kind is not SwapKind.BLUEGREEN and not await asyncio.to_thread(self._reloads, target):
+            plan = await self._by_start(plan.kind, target, _NO_RELOAD, reloads=False)
+        elif plan.kind is not SwapKind.BLUEGREEN and not await self._verification.has_probes(target):
+            plan = await self._by_start(plan.kind, target, _FIRST_LOAD, reloads=True)
         report(f"{plan.kind} swap: {plan.why}")
         return plan
 
@@ -89,12 +97,12 @@ class SwapPlanner:
             return Plan(SwapKind.ROLLING, "it fits in place, one engine after the other")
         return Plan(SwapKind.INPLACE, "same architecture, quantization, tokenizer and template")
 
-    async def _first_load(self, kind: SwapKind, target: Target) -> Plan:
-        """A reload would be verified by nothing, so the version comes by an engine that starts with it."""
+    async def _by_start(self, kind: SwapKind, target: Target, why: str, *, reloads: bool) -> Plan:
+        """The version comes by an engine that starts with it: a second one, or without room the same one again."""
         shortage = await self.shortage(target)
         if shortage:
-            return Plan(kind, f"{_FIRST_LOAD}; no room for a second engine: {shortage}", restart=True)
-        return Plan(SwapKind.BLUEGREEN, _FIRST_LOAD)
+            return Plan(kind, f"{why}; no room for a second engine: {shortage}", restart=True, reloads=reloads)
+        return Plan(SwapKind.BLUEGREEN, why)
 
     def _fits(self, current: Target, target: Target) -> bool:
         """Compares the fingerprints that were taken when the versions were made; their files were compared since.

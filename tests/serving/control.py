@@ -114,6 +114,7 @@ class Control:
             pool=self.pool,
             choice=limits.swap,
             shortage=self.park.shortage,
+            reloads=lambda target: self.park.reloads,
             patience_s=limits.drain_timeout_s,
         )
         self.swap = Swap(

@@ -38,6 +38,7 @@ class EnginePark:
         unable: replicas that do not start.
         disk_full: nothing can be written down.
         silence_s: longest silence within a client's request, seconds.
+        reloads: whether engines load other weights in place.
         starting, most_starting: engines that start now, and most that ever started together.
     """
 
@@ -55,6 +56,7 @@ class EnginePark:
         self.disk_full = False
         self.silence_s = silence_s
         self.starting = self.most_starting = 0
+        self.reloads = True
 
     def socket(self, replica: int) -> Path:
         """Where a replica listens."""
@@ -107,7 +109,7 @@ class DoubleEngine:
         self._server: SocketServer | None = None
         self._ended = asyncio.Event()
         self.alive = False
-        self.reloads = True
+        self.reloads = park.reloads
         self.stops = 0
 
     def memory(self) -> int | None:
