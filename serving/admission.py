@@ -91,15 +91,27 @@ class Admission:
         max_tokens: that their answers may have together.
         max_queued: requests that wait while admission is closed.
         queue_timeout_s: longest wait of one request, seconds.
+        wake_timeout_s: the same for an engine that was ended because nobody asked, seconds.
     """
 
     _STARTING: ClassVar[str] = "the engine is starting"
 
-    def __init__(self, *, max_running: int, max_tokens: int, max_queued: int, queue_timeout_s: float) -> None:
+    def __init__(
+        self,
+        *,
+        max_running: int,
+        max_tokens: int,
+        max_queued: int,
+        queue_timeout_s: float,
+        wake_timeout_s: float | None = None,
+    ) -> None:
         self._max_running = max_running
         self._max_tokens = max_tokens
         self._max_queued = max_queued
         self._queue_timeout_s = queue_timeout_s
+        self._wake_timeout_s = wake_timeout_s or queue_timeout_s
+        self._asleep = False
+        self._last_ended_at = time.monotonic()
         self._running = self._tokens = 0
         self._most_queued = 0
         self._waiting: deque[_Place] = deque()
@@ -109,7 +121,7 @@ class Admission:
         self._closed_at: float | None = None
         self._closed_s: float | None = None
         self._background_slot: asyncio.Timeout | None = None
-        self._open, self._quiet = asyncio.Event(), asyncio.Event()
+        self._open, self._quiet, self._wanted = asyncio.Event(), asyncio.Event(), asyncio.Event()
         self._show()
 
     @property
@@ -134,12 +146,17 @@ class Admission:
 
     @property
     def _closed(self) -> bool:
-        return self._changing and not self._ready
+        return (self._changing or self._asleep) and not self._ready
+
+    @property
+    def idle_s(self) -> float:
+        """How long no request has run or waited, seconds."""
+        return 0.0 if self._running or self._waiting else time.monotonic() - self._last_ended_at
 
     @property
     def unavailable_reason(self) -> str | None:
-        """Why there is no engine; None when there is one, also where it is being changed."""
-        return self._unavailable
+        """Why there is no engine; None when there is one, also where it is being changed or comes when it is asked."""
+        return None if self._asleep else self._unavailable
 
     @asynccontextmanager
     async def admit(self, tokens: int = 1) -> AsyncIterator[None]:
@@ -219,6 +236,20 @@ class Admission:
             self._changing = False
             self._settle()
 
+    def sleep(self) -> None:
+        """From now on requests that no engine takes are queued, for as long as a start may take: one comes for them."""
+        self._asleep = True
+        self._settle()
+
+    def wake(self) -> None:
+        """From now on requests that no engine takes are refused, those that wait too."""
+        self._asleep = False
+        self._settle()
+
+    async def wanted(self) -> None:
+        """Returns when a request waits."""
+        await _until(self._wanted)
+
     def end_background_slot(self) -> None:
         """Cuts the server's own request off, if one runs: its engine is about to be changed."""
         if self._background_slot is not None and not self._background_slot.expired():
@@ -273,6 +304,7 @@ class Admission:
     def _leave(self, tokens: int) -> None:
         self._running -= 1
         self._tokens -= tokens
+        self._last_ended_at = time.monotonic()
         self._admit_waiting()
         self._show()
 
@@ -280,6 +312,7 @@ class Admission:
         """Shows what has changed to those who wait for it."""
         _set(self._open, self._ready)
         _set(self._quiet, self._ready and not self._running)
+        _set(self._wanted, bool(self._waiting))
 
     async def _wait_for_quiet(self, patience_s: float) -> None:
         """Returns when admission is open and no request runs, or after `patience_s` when it is open."""
@@ -292,34 +325,35 @@ class Admission:
         """Returns with a place taken."""
         if len(self._waiting) >= self._max_queued:
             raise QueueOverflowError(
-                f"{len(self._waiting)} requests wait for a change of version, as many as may wait",
+                f"{len(self._waiting)} requests wait for an engine, as many as may wait",
                 todo="send the request again in a moment",
             )
         loop = asyncio.get_running_loop()
         place = _Place(loop.create_future(), tokens)
         self._waiting.append(place)
+        self._show()
         self._most_queued = max(self._most_queued, len(self._waiting))
         # The timer settles the future itself: with asyncio.timeout a place given in the same tick would be lost.
-        timer = loop.call_later(self._queue_timeout_s, self._expire, place)
+        timeout_s = self._wake_timeout_s if self._asleep else self._queue_timeout_s
+        timer = loop.call_later(timeout_s, self._expire, place, timeout_s)
         try:
             await place.given
         except asyncio.CancelledError:
             if place.given.cancelled():
                 self._waiting.remove(place)
+                self._show()
             elif place.given.exception() is None:
                 self._leave(tokens)
             raise
         finally:
             timer.cancel()
 
-    def _expire(self, place: "_Place") -> None:
+    def _expire(self, place: "_Place", after_s: float) -> None:
         if not place.given.done():
             self._waiting.remove(place)
-            place.given.set_exception(
-                QueueTimeoutError(
-                    f"waited {self._queue_timeout_s:g} s for a change of version", todo="send the request again"
-                )
-            )
+            self._show()
+            error = QueueTimeoutError(f"waited {after_s:g} s for an engine", todo="send the request again")
+            place.given.set_exception(error)
 
     def _admit_waiting(self) -> None:
         """Gives free places to the requests that came first; with no engine, sends all away.

@@ -15,7 +15,7 @@ from serving.background.holdout import HoldoutRuns
 from serving.background.scheduler import BackgroundScheduler, unfit_engine
 from serving.background.scoring import LiveScores
 from serving.deployment import Deployment
-from serving.deployments import Deployments, OnFailure, OnReady
+from serving.deployments import Deployments, MakeRoom, OnFailure, OnReady
 from serving.engines.places import EnginePlaces
 from serving.engines.pool import EnginePool
 from serving.engines.replica import Replica
@@ -26,6 +26,7 @@ from serving.http.delivery import AnswerBuffers
 from serving.http.feedback import FeedbackIntake
 from serving.http.inference import Gateway
 from serving.model_names import ModelNames
+from serving.rollout.idling import Idling
 from serving.rollout.production_alias import ProductionAlias
 from serving.rollout.reconciler import Reconciler
 from serving.rollout.swap import Swap
@@ -148,38 +149,20 @@ class _DeploymentBuilder:
     instruments: DeploymentInstruments
     on_phase: Callable[[str], None]
 
-    def build(self, desired: Desired) -> Deployment:
+    def build(self, desired: Desired, make_room: MakeRoom) -> Deployment:
         """A deployment that serves nothing yet.
 
         Args:
             desired: what it is to serve first.
+            make_room: for its engines.
         """
-        name, limits, engine = desired.name, self.settings.serve, self.settings.engine_for(desired.name)
+        name, engine = desired.name, self.settings.engine_for(desired.name)
         metrics = DeploymentMetrics(self.instruments, name, on_loaded=self.gateway_metrics.show_errors)
         self.gateway_metrics.show_errors(None, name)
-        names = ModelNames(name)
-        admission = Admission(
-            max_running=limits.max_running,
-            max_tokens=limits.max_running_tokens or limits.max_running * engine.max_model_len,
-            max_queued=limits.max_queued,
-            queue_timeout_s=limits.queue_timeout_s,
-        )
+        names, admission = ModelNames(name), self._admission(engine)
         metrics.watch_admission(lambda: admission.running, lambda: admission.queued)
         verification = Verification(self.registry, self.store, partial(engine_facts, engine, self.capabilities))
-
-        def make(number: int, on_change: Callable[[Replica], None]) -> Replica:
-            launch = partial(self.slots.engine, number, name)
-            return Replica(number, launch, verification, on_change, self.on_phase, turn=self.slots.turn)
-
-        pool = EnginePool(
-            make,
-            places=self.places,
-            size=engine.replicas,
-            admission=admission,
-            names=names,
-            metrics=metrics,
-            retire_timeout_s=limits.retire_timeout_s,
-        )
+        pool = self._pool(engine, names, admission, verification, metrics)
         alias, missing = ProductionAlias(self.registry.tracking), partial(self._missing, name)
         reconciler = Reconciler(
             desired,
@@ -191,18 +174,60 @@ class _DeploymentBuilder:
             alias=alias,
             shortage=missing,
         )
+        idling = Idling(
+            pool,
+            admission,
+            metrics,
+            target=lambda: reconciler.actual.target,
+            idle_s=self.settings.idle_s_of(name),
+            make_room=lambda: make_room(reconciler.actual.target),
+            on_error=reconciler.note_error,
+        )
         holdout, scores = self._background(engine, admission, pool, verification, metrics)
         return Deployment(
             names=names,
             admission=admission,
             pool=pool,
             reconciler=reconciler,
+            idling=idling,
             alias=alias,
             holdout=holdout,
             scores=scores,
             metrics=metrics,
             store=self.store,
             context=engine.max_model_len,
+        )
+
+    def _admission(self, engine: EngineSettings) -> Admission:
+        limits = self.settings.serve
+        return Admission(
+            max_running=limits.max_running,
+            max_tokens=limits.max_running_tokens or limits.max_running * engine.max_model_len,
+            max_queued=limits.max_queued,
+            queue_timeout_s=limits.queue_timeout_s,
+            wake_timeout_s=engine.start_timeout_s,
+        )
+
+    def _pool(
+        self,
+        engine: EngineSettings,
+        names: ModelNames,
+        admission: Admission,
+        verification: Verification,
+        metrics: DeploymentMetrics,
+    ) -> EnginePool:
+        def make(number: int, on_change: Callable[[Replica], None]) -> Replica:
+            launch = partial(self.slots.engine, number, names.name)
+            return Replica(number, launch, verification, on_change, self.on_phase, turn=self.slots.turn)
+
+        return EnginePool(
+            make,
+            places=self.places,
+            size=engine.replicas,
+            admission=admission,
+            names=names,
+            metrics=metrics,
+            retire_timeout_s=self.settings.serve.retire_timeout_s,
         )
 
     def _spec(self, name: str, target: Target) -> EngineSpec:

@@ -13,6 +13,7 @@ from serving.background.holdout import HoldoutRuns
 from serving.background.scoring import LiveScores
 from serving.engines.pool import EnginePool, Lease
 from serving.model_names import ModelNames
+from serving.rollout.idling import Idling
 from serving.rollout.production_alias import ProductionAlias
 from serving.rollout.reconciler import Reconciler
 from serving.telemetry.deployment_metrics import DeploymentMetrics
@@ -31,6 +32,7 @@ class Deployment:
     admission: Admission
     pool: EnginePool
     reconciler: Reconciler
+    idling: Idling
     alias: ProductionAlias
     holdout: HoldoutRuns
     scores: LiveScores
@@ -53,8 +55,8 @@ class Deployment:
         Raises:
             Exception: a defect of one of its parts.
         """
-        parts = (self.reconciler.run(), self.alias.run(), self.holdout.run(), self.scores.run())
-        tasks = [asyncio.create_task(part) for part in parts]
+        control = (self.reconciler.run(), self.idling.run(), self.alias.run())
+        tasks = [asyncio.create_task(part) for part in (*control, self.holdout.run(), self.scores.run())]
         try:
             await asyncio.gather(*tasks)
         finally:

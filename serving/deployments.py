@@ -9,8 +9,9 @@ import asyncio
 import gc
 import logging
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from contextlib import suppress
+from operator import itemgetter
 from typing import Any
 
 from sqlalchemy import Engine as Store
@@ -19,7 +20,7 @@ from sqlalchemy.exc import SQLAlchemyError
 from serving.deployment import Deployment
 from serving.engines.places import EnginePlaces
 from serving.router import Router, Share
-from svc.errors import NotFoundError, SvcError
+from svc.errors import EngineError, NotFoundError, SvcError
 from svc.store.deployments import deployed_names, remove_deployment
 from svc.store.desired import Desired, read_desired
 from svc.version import Target
@@ -30,6 +31,7 @@ _POLL_S = 0.5
 _DRAIN_S = 30.0
 _IMPORTED_S = 60.0  # whether MLflow answers or not
 
+MakeRoom = Callable[[Target], Awaitable[None]]
 OnReady = Callable[[Target], None]
 OnFailure = Callable[[Target, SvcError], None]
 
@@ -38,7 +40,7 @@ class Deployments:
     """A set of deployments, kept as the store says.
 
     Args:
-        build: makes a deployment from what it shall serve first.
+        build: makes a deployment from what it shall serve first, and from what makes room for its engines.
         check_memory: of engines with these versions beside those that run.
         registered: the names of all models, for who asks for one that is not served; reads the disk.
         on_ready: hears what is served, whenever a model has come.
@@ -47,7 +49,7 @@ class Deployments:
 
     def __init__(
         self,
-        build: Callable[[Desired], Deployment],
+        build: Callable[[Desired, MakeRoom], Deployment],
         *,
         router: Router,
         places: EnginePlaces,
@@ -136,7 +138,7 @@ class Deployments:
         gc.freeze()
 
     def _add(self, desired: Desired) -> Deployment:
-        self._all[desired.name] = deployment = self._build(desired)
+        self._all[desired.name] = deployment = self._build(desired, self._make_room)
         self._router.serve(desired.name, [Share(deployment)])
         return deployment
 
@@ -175,13 +177,29 @@ class Deployments:
             desired = await asyncio.to_thread(read_desired, self._store, name)
             if desired is None:
                 raise NotFoundError(f"nothing says which version of {name} shall be served", todo=f"svc add {name}@N")
-            await asyncio.to_thread(self._check_memory, [desired.target])
+            await self._make_room(desired.target)
             failed = await self._start(self._add(desired))
         except SvcError as error:
             failed = error
         if failed:
             self._refused[name] = str(failed)
             await asyncio.to_thread(remove_deployment, self._store, name)
+
+    async def _make_room(self, target: Target) -> None:
+        """Ends the engines of idle models, the longest idle first, until there is memory for a version's.
+
+        Raises:
+            SvcError: there is none, and nothing more to end.
+        """
+        while True:
+            try:
+                return await asyncio.to_thread(self._check_memory, [target])
+            except EngineError as error:
+                idle = [(idle_s, each) for each in self.all if (idle_s := each.idling.idle_s) is not None]
+                longest = max(idle, key=itemgetter(0), default=None)
+                if longest is None or not await longest[1].idling.sleep():
+                    raise
+                log.info("%s gave way to %s: %s", longest[1].name, target, error.wrong)
 
     async def _take_away(self, name: str) -> None:
         """Ends a model that was removed, after its last request."""

@@ -140,6 +140,12 @@ class ServeSettings(_Section):
         gt=0,
         description="a client takes at least the next 64 KiB of its answer in so long, or is cut off, seconds",
     )
+    idle_s: float | None = Field(
+        None,
+        gt=0,
+        description="a model's engines are ended after so long without a request, seconds, and come back with the next "
+        "one, which waits for them; default: never",
+    )
     request_timeout_s: float = Field(600.0, gt=0, description="longest silence of the engine within a request, seconds")
     exemplars: bool = Field(False, description="latency histograms carry request ids, for scrapers of OpenMetrics")
 
@@ -206,6 +212,7 @@ class ModelSettings(_Section):
     """What differs for one of the models that a server serves."""
 
     engine: EngineSettings = Field(EngineSettings(), description="what of `engine` differs for this model")
+    idle_s: float | None = Field(None, gt=0, description="in place of `serve.idle_s`, seconds")
 
 
 class Settings(BaseSettings):
@@ -226,8 +233,13 @@ class Settings(BaseSettings):
     holdout: HoldoutSettings = HoldoutSettings()
     monitor: MonitorSettings = MonitorSettings()
     models: dict[str, ModelSettings] = Field(
-        {}, description="by model name: `{engine: {...}}` with what differs from `engine` for this model"
+        {}, description="by model name: `{engine: {...}, idle_s: ...}` with what differs for this model"
     )
+
+    def idle_s_of(self, name: str) -> float | None:
+        """After how long without a request a model's engines are ended, seconds; None for never."""
+        own = self.models[name].idle_s if name in self.models else None
+        return own or self.serve.idle_s
 
     def engine_for(self, name: str) -> EngineSettings:
         """How the engines of a model are started: the section `engine`, and over it what `models` says."""

@@ -174,6 +174,7 @@ def _versions() -> list[PanelBuilder]:
     shown = {0: "no", 1: "yes"}
     waits = quantile_since_start(0.95, f"svc_swap_duration_seconds{MODEL}", "model", "outcome")
     queued = quantile_since_start(0.95, f"svc_swap_queued_requests{MODEL}", "model")
+    wakes = quantile_since_start(0.95, f"svc_engine_wake_seconds{MODEL}", "model")
     feedback = total(f"svc_feedback_total{MODEL}", "model", "version", "rating")
     versions = Query(total(f"svc_model_version_info{MODEL}", "model", "version", "format"), f"{VERSION} {{{{format}}}}")
     return [
@@ -197,6 +198,12 @@ def _versions() -> list[PanelBuilder]:
             "s",
             Query(waits, f"{NAME} {{{{outcome}}}}"),
             limits=Limits(warning=10, bad=60),
+        ),
+        chart(
+            "Time to wake an idle model",
+            "How long the first request had to wait in 95 of 100 starts of an idle engine since the server started.",
+            "s",
+            Query(wakes, NAME),
         ),
         chart(
             "Requests queued by a swap",

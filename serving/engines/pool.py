@@ -27,6 +27,7 @@ from svc.version import Target
 log = logging.getLogger(__name__)
 
 _CHANGING = {EngineState.DRAINING, EngineState.SWAPPING}
+_ASKED_FOR = _CHANGING | {EngineState.IDLE}
 _RETRY_S = 30.0
 _DOWN = {EngineState.FAILED, EngineState.STOPPED}
 
@@ -345,8 +346,8 @@ class EnginePool:
 
 
 def _why_none(states: set[EngineState]) -> str | None:
-    """Why no engine takes requests, for clients; None where the last one is being changed."""
-    if states & _CHANGING:
+    """Why no engine takes requests, for clients; None where the last one is being changed, or comes when asked."""
+    if states & _ASKED_FOR:
         return None
     if EngineState.STARTING in states:
         return "the engine is starting"

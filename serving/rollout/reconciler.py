@@ -75,7 +75,7 @@ class Reconciler:
             pool,
             target=lambda: self._actual.target,
             shortage=shortage,
-            on_error=self._note_error,
+            on_error=self.note_error,
             backoff_s=backoff_s,
         )
 
@@ -254,7 +254,8 @@ class Reconciler:
         self._metrics.version_loaded(target)
         self._alias.move(target.version)
 
-    def _note_error(self, error: str) -> None:
+    def note_error(self, error: str) -> None:
+        """Keeps why there is no engine, for the status."""
         self.last_error = error
 
     async def _put_back(self, failed: Desired, before: Desired) -> None:

@@ -12,6 +12,8 @@ from svc.version import Target
 # A swap in place: one to two seconds for the weights, up to the drain timeout for long answers, and an engine start
 # where one is needed.
 _SWAP_BUCKETS_S = (0.5, 1, 1.5, 2, 3, 5, 10, 20, 30, 60, 120, 300, 600)
+# An engine's start: 20 s for a small model on a GPU, minutes for a large one.
+_WAKE_BUCKETS_S = (1, 2, 5, 10, 20, 30, 45, 60, 90, 120, 300, 600)
 _QUEUED_BUCKETS = (0, 1, 2, 4, 8, 16, 32, 64, 128, 256)
 
 
@@ -43,6 +45,13 @@ class DeploymentInstruments:
             "Requests queued when a swap ended",
             model,
             buckets=_QUEUED_BUCKETS,
+            registry=registry,
+        )
+        self.wake_duration = Histogram(
+            "svc_engine_wake_seconds",
+            "From the request for which an idle engine was started to its readiness",
+            model,
+            buckets=_WAKE_BUCKETS_S,
             registry=registry,
         )
         self.version_info = Gauge(
@@ -104,6 +113,10 @@ class DeploymentMetrics:
             self._instruments.swap_duration.labels(self._model, result.outcome.value).observe(result.queued_s)
         if result.queued is not None:
             self._instruments.swap_queued.labels(self._model).observe(result.queued)
+
+    def woke(self, seconds: float) -> None:
+        """Times the start of an engine that was idle."""
+        self._instruments.wake_duration.labels(self._model).observe(seconds)
 
     def version_loaded(self, served: Target) -> None:
         """Shows the version that is loaded, and only that one."""

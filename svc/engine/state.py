@@ -12,5 +12,7 @@ class EngineState(StrEnum):
     DRAINING = "draining"
     RETIRING = "retiring"
     """Another engine took its place; it answers its last requests."""
+    IDLE = "idle"
+    """It was ended because nobody asked; the next request starts it again."""
     STOPPED = "stopped"
     FAILED = "failed"

@@ -1,6 +1,7 @@
 """Admission: order, bounds, and exact counts whatever is cancelled when."""
 
 import asyncio
+import time
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -558,3 +559,56 @@ class TestTokens:
         end.set()
         await asyncio.gather(*tasks)
         assert began == [70, 60, 20]
+
+
+async def test_requests_for_an_engine_that_comes_when_it_is_asked_wait_for_it() -> None:
+    admission = open_admission()
+    admission.sleep()
+    admission.unavailable(None)
+    assert admission.unavailable_reason is None
+    waiting = asyncio.create_task(admit_once(admission))
+    async with asyncio.timeout(1):
+        await admission.wanted()
+    admission.available()
+    await waiting
+    admission.wake()
+    admission.unavailable("the engine has failed")
+    with pytest.raises(EngineUnavailableError):
+        await admit_once(admission)
+
+
+async def test_those_that_wait_are_sent_away_where_it_does_not_come() -> None:
+    admission = open_admission()
+    admission.sleep()
+    admission.unavailable(None)
+    waiting = asyncio.create_task(admit_once(admission))
+    await admission.wanted()
+    admission.unavailable("the engine has failed")
+    admission.wake()
+    with pytest.raises(EngineUnavailableError, match="has failed"):
+        await waiting
+
+
+async def test_they_wait_as_long_as_a_start_may_take() -> None:
+    admission = Admission(max_running=1, max_tokens=9, max_queued=9, queue_timeout_s=0.01, wake_timeout_s=0.2)
+    admission.sleep()
+    admission.unavailable(None)
+    began = time.monotonic()
+    with pytest.raises(QueueTimeoutError, match=r"0\.2 s for an engine"):
+        await admit_once(admission)
+    assert time.monotonic() - began >= 0.2
+
+
+async def test_idle_is_the_time_since_the_last_request_ended() -> None:
+    admission = open_admission()
+    async with admission.admit():
+        await asyncio.sleep(0.05)
+        assert admission.idle_s == 0
+    assert admission.idle_s < 0.04
+    await asyncio.sleep(0.05)
+    assert admission.idle_s >= 0.05
+
+
+async def admit_once(admission: Admission) -> None:
+    async with admission.admit():
+        pass

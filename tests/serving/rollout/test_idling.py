@@ -1,0 +1,190 @@
+"""Engines that nobody asks are ended, and come back for the next request, which waits and is not refused."""
+
+import asyncio
+from typing import Any
+
+import httpx
+import pytest
+
+from svc.store.deployments import add_deployment
+from svc.store.desired import change_desired, read_desired
+from svc.store.swaps import SwapOutcome, find_swap
+from svc.version import Format, Target, VersionId
+from tests.serving.control import BODY, until
+from tests.serving.home import Home
+from tests.serving.versions import NAME, make_version, target
+
+OTHER = "other"
+IDLE_S = 0.2
+
+
+@pytest.fixture
+def idling(home: Home) -> Home:
+    """A home whose models are idle soon, and a second model."""
+    for number in (7, 8):
+        make_version(home.registry, number, name=OTHER)
+    configure(home, serve={"port": 0, "idle_s": IDLE_S})
+    return home
+
+
+def configure(home: Home, **settings: Any) -> None:
+    home.settings = home.settings.model_validate({"home": home.settings.home, **settings})
+
+
+async def answer(client: httpx.AsyncClient, model: str = NAME) -> tuple[int, str]:
+    """Status, and the version in the header."""
+    found = await client.post("/v1/chat/completions", json=BODY | {"model": model})
+    return found.status_code, found.headers.get("x-model-version", "")
+
+
+async def states(client: httpx.AsyncClient) -> dict[str, str]:
+    models = (await client.get("/svc/status")).json()["models"]
+    return {model["model"]: model["engine"]["state"] for model in models}
+
+
+async def become(client: httpx.AsyncClient, **wanted: str) -> None:
+    """Waits until models are in these states."""
+    async with asyncio.timeout(5):
+        while await states(client) != wanted:
+            await asyncio.sleep(0.01)
+
+
+async def test_an_engine_that_nobody_asks_is_ended(idling: Home) -> None:
+    async with idling.serving(f"{NAME}@1") as client:
+        await become(client, tuned="idle")
+        assert idling.park.alive == 0
+
+
+async def test_the_next_request_waits_for_it_and_is_answered(idling: Home) -> None:
+    async with idling.serving(f"{NAME}@1") as client:
+        await become(client, tuned="idle")
+        idling.park.start_delay_s = 0.3
+        assert await asyncio.gather(*(answer(client) for _ in range(5))) == [(200, f"{NAME}@1")] * 5
+        assert idling.park.most_starting == 1
+        page = (await client.get("/metrics")).text
+    assert 'svc_engine_wake_seconds_count{model="tuned"} 1.0' in page
+    assert 'svc_engine_restarts_total{model="tuned"} 0.0' in page
+
+
+async def test_an_idle_model_is_healthy_and_listed(idling: Home) -> None:
+    async with idling.serving(f"{NAME}@1") as client:
+        await become(client, tuned="idle")
+        assert (await client.get("/health")).status_code == 200
+        assert f"{NAME}@1" in {model["id"] for model in (await client.get("/v1/models")).json()["data"]}
+
+
+async def test_a_request_by_number_wakes_it_too(idling: Home) -> None:
+    async with idling.serving(f"{NAME}@1") as client:
+        await become(client, tuned="idle")
+        assert await answer(client, f"{NAME}@1") == (200, f"{NAME}@1")
+
+
+async def test_requests_keep_it_awake(idling: Home) -> None:
+    async with idling.serving(f"{NAME}@1") as client:
+        for _ in range(8):
+            assert await answer(client) == (200, f"{NAME}@1")
+            await asyncio.sleep(IDLE_S / 4)
+        assert len(idling.park.engines) == 1
+
+
+async def test_a_running_answer_keeps_it_awake(idling: Home) -> None:
+    async with idling.serving(f"{NAME}@1") as client:
+        idling.park.double.token_delay_s = 2 * IDLE_S
+        assert await answer(client) == (200, f"{NAME}@1")
+        assert len(idling.park.engines) == 1
+
+
+async def test_it_goes_and_comes_again_and_again(idling: Home) -> None:
+    async with idling.serving(f"{NAME}@1") as client:
+        for _ in range(3):
+            await become(client, tuned="idle")
+            assert await answer(client) == (200, f"{NAME}@1")
+        assert len(idling.park.engines) == 4
+
+
+async def test_all_engines_of_several_go_and_come(idling: Home) -> None:
+    configure(idling, serve={"port": 0, "idle_s": 2.0}, engine={"replicas": 2})  # the second starts after a second
+    async with idling.serving(f"{NAME}@1") as client:
+        await until(lambda: idling.park.alive == 2)
+        await become(client, tuned="idle")
+        assert idling.park.alive == 0
+        async with asyncio.timeout(5):
+            while idling.park.alive < 2:
+                assert await answer(client) == (200, f"{NAME}@1")
+
+
+async def test_a_start_that_fails_refuses_what_waited_and_is_tried_again(idling: Home) -> None:
+    async with idling.serving(f"{NAME}@1") as client:
+        await become(client, tuned="idle")
+        idling.park.failing_starts = 1
+        assert (await answer(client))[0] == 503
+        async with asyncio.timeout(5):
+            while (await answer(client))[0] != 200:
+                await asyncio.sleep(0.01)
+
+
+async def test_a_promotion_wakes_it_with_the_new_version(idling: Home) -> None:
+    async with idling.serving(f"{NAME}@1") as client:
+        await become(client, tuned="idle")
+        seen = read_desired(idling.store, NAME)
+        assert seen is not None
+        wish = change_desired(idling.store, seen, target(2), seen.target)
+        await until(lambda: (swap := find_swap(idling.store, NAME, wish.generation)) and swap.result)
+        swap = find_swap(idling.store, NAME, wish.generation)
+        assert swap is not None and swap.result is not None
+        assert swap.result.outcome is SwapOutcome.SUCCEEDED
+        assert await answer(client) == (200, f"{NAME}@2")
+        await become(client, tuned="idle")
+        assert await answer(client) == (200, f"{NAME}@2")
+
+
+async def test_one_idle_model_leaves_the_other_alone(idling: Home) -> None:
+    configure(idling, serve={"port": 0}, models={OTHER: {"idle_s": IDLE_S}})
+    async with idling.serving(f"{NAME}@1", f"{OTHER}@7") as client:
+        await become(client, tuned="ready", other="idle")
+        assert await answer(client) == (200, f"{NAME}@1")
+        assert await answer(client, OTHER) == (200, f"{OTHER}@7")
+
+
+async def test_a_server_ends_while_a_model_is_idle_or_wakes(idling: Home) -> None:
+    async with idling.serving(f"{NAME}@1") as client:
+        await become(client, tuned="idle")
+        idling.park.start_delay_s = 10
+        asking = asyncio.create_task(answer(client))
+        await until(lambda: idling.park.starting)
+    asking.cancel()
+    await asyncio.gather(asking, return_exceptions=True)
+    assert idling.park.alive == 0
+
+
+async def test_the_longest_idle_model_gives_way_where_memory_is_short(
+    idling: Home, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make_version(idling.registry, 9, name="third")
+    configure(idling, serve={"port": 0, "idle_s": 60})
+    monkeypatch.setattr(
+        "serving.assembly.shortage", lambda specs: "full" if idling.park.alive + len(specs) > 2 else None
+    )
+    async with idling.serving(f"{NAME}@1", f"{OTHER}@7") as client:
+        await become(client, tuned="ready", other="ready")
+        await answer(client, OTHER)
+        await asyncio.sleep(0.01)
+        await answer(client, NAME)  # so that the other is the one that has been idle longer
+        change_desired(idling.store, None, Target(VersionId("third", 9), Format.MERGED), None)
+        add_deployment(idling.store, "third")
+        await become(client, tuned="ready", other="idle", third="ready")
+        await answer(client, "third")
+        assert await answer(client, OTHER) == (200, f"{OTHER}@7")
+        await become(client, tuned="idle", other="ready", third="ready")
+
+
+async def test_where_no_model_may_be_idle_none_gives_way(idling: Home, monkeypatch: pytest.MonkeyPatch) -> None:
+    configure(idling, serve={"port": 0})
+    monkeypatch.setattr("serving.assembly.shortage", lambda specs: "full" if idling.park.alive else None)
+    async with idling.serving(f"{NAME}@1") as client:
+        change_desired(idling.store, None, Target(VersionId(OTHER, 7), Format.MERGED), None)
+        add_deployment(idling.store, OTHER)
+        async with asyncio.timeout(5):
+            while not (await client.get("/svc/status")).json()["refused"]:
+                await asyncio.sleep(0.01)
+        assert await states(client) == {NAME: "ready"}
