@@ -19,6 +19,11 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "gemma3_text": {"head_dim": 32, "sliding_window": 64, "query_pre_attn_scalar": 32},
     "smollm3": {"num_hidden_layers": 4},
 }
+MIXTURES: dict[str, dict[str, Any]] = {
+    "qwen3_moe": {"head_dim": 32, "moe_intermediate_size": 64, "num_experts": 4, "num_experts_per_tok": 2},
+    "mixtral": {"num_local_experts": 4, "num_experts_per_tok": 2},
+}
+"""Models of which each token passes some experts alone."""
 
 
 def build_tiny_model(folder: Path, tokenizer: Path, seed: int = 0, *, family: str = "llama") -> Path:
@@ -48,7 +53,7 @@ def build_tiny_model(folder: Path, tokenizer: Path, seed: int = 0, *, family: st
         # Larger than the default of 0.02, so that the model's answers differ from uniform noise.
         "initializer_range": 0.1,
     }
-    config = AutoConfig.for_model(family, **{**shape, **FAMILIES[family]})
+    config = AutoConfig.for_model(family, **{**shape, **(FAMILIES | MIXTURES)[family]})
     AutoModelForCausalLM.from_config(config).to(torch.bfloat16).save_pretrained(folder)
     for name in _TOKENIZER_FILES:
         shutil.copy(tokenizer / name, folder / name)

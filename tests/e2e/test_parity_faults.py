@@ -1,0 +1,85 @@
+"""A fault in what is served is found on the engine that serves it, before a version is registered."""
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from examples.service import svc, svc_json
+
+pytestmark = [pytest.mark.matrix]
+
+LAYER = "model.layers.1.mlp.up_proj"
+Weights = dict[str, torch.Tensor]
+
+
+def change_weights(folder: Path, change: Callable[[Weights], Weights]) -> None:
+    path = folder / "model.safetensors"
+    save_file(change(load_file(path)), path, {"format": "pt"})
+
+
+def apply_adapter_again(run: Path, base: Path) -> None:
+    before = load_file(base / "model.safetensors")
+    change_weights(
+        run / "merged",
+        lambda merged: {
+            name: (2 * weight.float() - before[name].float()).bfloat16() for name, weight in merged.items()
+        },
+    )
+
+
+def forget_adapter(run: Path, base: Path) -> None:
+    change_weights(run / "merged", lambda _: load_file(base / "model.safetensors"))
+
+
+def shuffle_layer(run: Path, base: Path) -> None:
+    name = f"{LAYER}.weight"
+    change_weights(run / "merged", lambda merged: merged | {name: merged[name].flip(0).contiguous()})
+
+
+def change_template(run: Path, base: Path) -> None:
+    path = run / "merged" / "chat_template.jinja"
+    path.write_text(path.read_text("utf-8").replace("<|im_start|>", "<|im_start|> "), "utf-8")
+
+
+def corrupt_scales(run: Path, base: Path) -> None:
+    name = f"{LAYER}.scales"
+    change_weights(run / "gptq", lambda gptq: gptq | {name: gptq[name] * 2})
+
+
+FAULTS: dict[str, tuple[Callable[[Path, Path], None], str]] = {
+    "adapter applied twice": (apply_adapter_again, "merged: beside what was trained"),
+    "adapter not applied": (forget_adapter, "merged: beside what was trained"),
+    "one layer shuffled": (shuffle_layer, "merged: beside what was trained"),
+    "another template": (change_template, "merged: tokens of the engine"),
+    "GPTQ scales corrupted": (corrupt_scales, "gptq: rounding of weights"),
+}
+
+
+@pytest.fixture(scope="module")
+def trained(workplace: Path) -> Path:
+    """A home with one version, whose run still has its weights."""
+    home = workplace / "faults-home"
+    svc_json(home, "train", str(workplace / "recipe.yaml"), "--set", "qualify.restart=false")
+    return home
+
+
+@pytest.mark.parametrize(("plant", "check"), FAULTS.values(), ids=FAULTS)
+def test_what_is_served_otherwise_than_trained_is_not_registered(
+    trained: Path, workplace: Path, tmp_path: Path, plant: Callable[[Path, Path], None], check: str
+) -> None:
+    home = shutil.copytree(trained, tmp_path / "home")
+    shutil.rmtree(home / "models" / "tiny")
+    (run,) = (home / "runs").iterdir()
+    for stage in ("evaluate", "qualify", "parity"):
+        (run / f"{stage}.json").unlink()
+    plant(run, workplace / "base")
+    done = svc(home, "train", str(workplace / "recipe.yaml"), "--set", "qualify.restart=false", capture_output=True)
+    assert done.returncode != 0
+    said = " ".join(done.stderr.split())
+    assert "what would be served is not what was trained" in said
+    assert check in said
+    assert svc_json(home, "models") == []
