@@ -52,6 +52,8 @@ _QUANTIZED_MIXTURES = ("olmoe", "qwen3_moe")
 """Mixtures of which gptqmodel 7.6 quantizes every expert and writes it under the base's own name. It leaves the experts
 of GraniteMoE and MiniMax M2 whole without a word, and renames those of Mixtral, Phi-3.5-MoE and gpt-oss."""
 _EXPERT = re.compile(r"(.+\.experts\.\d+\.\w+)\.weight")
+_OF_QUANTIZED = {"quantization_config", "dtype", "torch_dtype", "transformers_version"}
+"""What of a quantized model's config is its own."""
 _PASSING = {"offload_to_disk_path"}  # of the metadata that gptqmodel writes: differs in every run
 
 
@@ -112,6 +114,7 @@ def quantize_gptq(
     _check_written(out, layers)
     copy_shipped_files(model, out)
     (out / "quant_log.csv").unlink(missing_ok=True)
+    restore_config(model, out)
     strip_passing_values(out)
     worst = max(log, key=lambda entry: float(entry["loss"]))
     return QuantizeSummary(
@@ -228,6 +231,18 @@ def write_bfloat16(folder: Path) -> None:
     path = folder / "config.json"
     config: dict[str, Any] = json.loads(path.read_text("utf-8"))
     path.write_text(json.dumps(config | {"dtype": NumberType.BFLOAT16}, indent=2), "utf-8")
+
+
+def restore_config(model: Path, quantized: Path) -> None:
+    """Writes the model's own config to its quantized form, with how that is quantized, and nothing else of gptqmodel's.
+
+    gptqmodel writes the config as its loader has changed it: Gemma 3's `rope_parameters` had the frequencies twice, in
+    two shapes, of which a reader may take either.
+    """
+    path = quantized / "config.json"
+    own, written = (json.loads((folder / path.name).read_text("utf-8")) for folder in (model, quantized))
+    kept = {key: written[key] for key in _OF_QUANTIZED & written.keys()}
+    path.write_text(json.dumps(own | kept, indent=2, sort_keys=True) + "\n", "utf-8")
 
 
 def strip_passing_values(folder: Path) -> None:

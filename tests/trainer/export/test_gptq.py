@@ -25,6 +25,7 @@ from trainer.export.gptq import (
     check_layers,
     pick_calibration,
     quantize_gptq,
+    restore_config,
     strip_passing_values,
     write_bfloat16,
 )
@@ -174,6 +175,17 @@ def test_what_was_quantized_is_kept(tmp_path: Path, name: str) -> None:
     strip_passing_values(folder)
     config: dict[str, Any] = json.loads((folder / name).read_text("utf-8"))
     assert config.get("quantization_config", config) == {"bits": 4, "meta": {"quantizer": ["gptqmodel:7.6.0"]}}
+
+
+def test_the_config_is_the_models_own_but_for_how_it_is_quantized(tmp_path: Path) -> None:
+    own = {"model_type": "gemma3_text", "rope_parameters": {"full": {"theta": 1e6}}, "dtype": "float32"}
+    changed = own | {"rope_parameters": {"full": {"theta": 1e6}, "theta": {"global": 1e6}}, "added": 1}
+    quantized = {"dtype": "bfloat16", "quantization_config": {"bits": 4}}
+    for side, config in (("model", own), ("gptq", changed | quantized)):
+        (tmp_path / side).mkdir()
+        (tmp_path / side / "config.json").write_text(json.dumps(config))
+    restore_config(tmp_path / "model", tmp_path / "gptq")
+    assert json.loads((tmp_path / "gptq" / "config.json").read_text()) == own | quantized
 
 
 @pytest.mark.parametrize("number_type", NumberType)
