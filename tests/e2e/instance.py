@@ -39,29 +39,34 @@ class Instance:
         self.url = f"http://127.0.0.1:{port}"
         self.prompts = prompts
         self._port = port
-        self._settings = {"SVC_HOLDOUT__EVERY_HOURS": "0"} | settings
+        self.settings = {"SVC_HOLDOUT__EVERY_HOURS": "0"} | settings
         self._process: subprocess.Popen[bytes] | None = None
 
-    def start(self, model: str = "tiny") -> float:
-        """Starts the server; returns the seconds until it was ready."""
+    def start(self, *models: str) -> float:
+        """Starts the server; returns the seconds until one of its models was ready.
+
+        Args:
+            models: `tiny` where none is given.
+        """
         began = time.monotonic()
-        wait_until_ready(self.url, self.launch(model), self._log, 300)
+        wait_until_ready(self.url, self.launch(*models), self._log, 300)
         return time.monotonic() - began
 
     @property
     def _log(self) -> Path:
         return self.home / "logs" / "serve.log"
 
-    def launch(self, model: str = "tiny") -> "subprocess.Popen[bytes]":
+    def launch(self, *models: str) -> "subprocess.Popen[bytes]":
         """Starts the server, and waits for nothing."""
-        command = [Path(sys.executable).with_name("svc"), "--home", self.home, "serve", model, "--port", self._port]
+        command = [Path(sys.executable).with_name("svc"), "--home", self.home, "serve", *(models or ("tiny",))]
+        command += ["--port", self._port]
         with self._log.open("ab") as output:
             self._process = subprocess.Popen(
                 [str(part) for part in command],
                 stdout=output,
                 stderr=output,
                 stdin=subprocess.DEVNULL,
-                env=os.environ | self._settings,
+                env=os.environ | self.settings,
             )
         return self._process
 
@@ -78,6 +83,24 @@ class Instance:
         for engine in self.engines():
             for process in group(engine):
                 process.kill()
+
+    def said(self) -> str:
+        """What the server has written, also before its last start."""
+        return self._log.read_text("utf-8")
+
+    def models(self) -> dict[str, Any]:
+        """What the server says of each model."""
+        status = httpx.get(f"{self.url}/svc/status", timeout=10, trust_env=False).json()
+        return {model["model"]: model for model in status["models"]}
+
+    def all_ready(self, *names: str, timeout_s: float = 240) -> None:
+        """Waits until these models serve, and no others."""
+        deadline = time.monotonic() + timeout_s
+        while (states := {name: model["engine"]["state"] for name, model in self.models().items()}) != dict.fromkeys(
+            names, "ready"
+        ):
+            assert time.monotonic() < deadline, states
+            time.sleep(0.1)
 
     def process(self) -> psutil.Process:
         """The server's."""

@@ -1,0 +1,169 @@
+"""Two models on one server, with the real engine: asked, swapped, added, removed and killed, each without the other."""
+
+import json
+import shutil
+import signal
+import time
+from collections.abc import Iterator
+from contextlib import closing
+from pathlib import Path
+from typing import Any
+
+import httpx
+import openai
+import psutil
+import pytest
+
+from examples.load import Answer, Load
+from svc.registry.manifest import MANIFEST_FILE
+from svc.registry.registry import Registry
+from svc.settings import Settings
+from tests.e2e.conftest import PROMPTS, Report
+from tests.e2e.instance import Instance, figures, group
+
+pytestmark = [pytest.mark.slow]
+
+PORT = 8948
+TINY, OTHER = "tiny", "other"
+AT_REST_S = 10
+
+
+def copy_model(home: Path, name: str) -> None:
+    """Registers all versions of `tiny` under another name."""
+    registry = Registry.of(Settings(home=home))
+    for version in registry.versions(TINY):
+        manifest = json.loads((registry.folder(version) / MANIFEST_FILE).read_text("utf-8"))
+        copied = registry.tracking.allocate(name, str(registry.folder(version)), manifest["tracking_run"])
+        folder = shutil.copytree(registry.folder(version), registry.folder(copied))
+        for path in [folder, folder / MANIFEST_FILE]:
+            path.chmod(0o755)
+        (folder / MANIFEST_FILE).write_text(json.dumps(manifest | {"name": name, "number": copied.number}), "utf-8")
+
+
+@pytest.fixture(scope="module")
+def instance(home: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Instance]:
+    """A server of `tiny@1` and `other@2`."""
+    with closing(Instance(home, tmp_path_factory.mktemp("deployments") / "home", PORT, PROMPTS)) as instance:
+        copy_model(instance.home, OTHER)
+        instance.start(f"{TINY}@1", f"{OTHER}@2")
+        instance.all_ready(TINY, OTHER)
+        yield instance
+
+
+def check(answers: list[Answer], expected: dict[str, list[tuple[str, str]]]) -> None:
+    """None failed, and each is what its version answers alone.
+
+    Args:
+        expected: of each version, the version and text for each prompt.
+    """
+    assert answers
+    for answer in answers:
+        assert answer.error is None, answer
+        assert (answer.version, answer.text) == expected[answer.version][answer.prompt]
+
+
+def test_both_models_answer_the_official_client(instance: Instance) -> None:
+    messages: Any = PROMPTS[0]
+    with openai.OpenAI(base_url=f"{instance.url}/v1", api_key="none", max_retries=0) as client:
+        assert {TINY, f"{TINY}@1", OTHER, f"{OTHER}@2"} <= {model.id for model in client.models.list()}
+        for model, version in ((TINY, f"{TINY}@1"), (OTHER, f"{OTHER}@2"), (f"{OTHER}@2", f"{OTHER}@2")):
+            raw = client.chat.completions.with_raw_response.create(model=model, messages=messages, max_tokens=8)
+            assert raw.headers["x-model-version"] == version
+        with pytest.raises(openai.NotFoundError):
+            client.chat.completions.create(model=f"{OTHER}@1", messages=messages)
+
+
+def test_a_swap_of_one_fails_no_request_of_either(instance: Instance, report: Report) -> None:
+    expected = {f"{TINY}@1": instance.answers(TINY), f"{OTHER}@2": instance.answers(OTHER)}
+    with (
+        Load(instance.url, TINY, PROMPTS, streams=4) as tiny,
+        Load(instance.url, OTHER, PROMPTS, streams=4) as other,
+    ):
+        tiny.wait_for(8)
+        swap = instance.promote(f"{TINY}@2")
+        tiny.wait_for(8)
+        other.wait_for(8)
+    expected[f"{TINY}@2"] = instance.answers(TINY)
+    report(f"one of two models: {figures(tiny, swap)}; the other: {len(other.answers)} answers")
+    check(tiny.answers, expected)
+    check(other.answers, expected)
+    assert {answer.version for answer in tiny.answers} == {f"{TINY}@1", f"{TINY}@2"}
+
+
+@pytest.mark.matrix
+def test_a_killed_engine_fails_no_request_of_the_other_model(instance: Instance, report: Report) -> None:
+    expected = {f"{OTHER}@2": instance.answers(OTHER)}
+    engine = instance.engines_by_replica()[instance.models()[TINY]["engines"][0]["replica"]]
+    with Load(instance.url, OTHER, PROMPTS, streams=4) as other:
+        other.wait_for(4)
+        began = time.monotonic()
+        for process in group(engine):
+            process.kill()
+        while instance.models()[TINY]["engine"]["state"] == "ready":
+            time.sleep(0.05)
+        instance.all_ready(TINY, OTHER)
+        report(f"an engine that was killed beside another model's is back after {time.monotonic() - began:.0f} s")
+    check(other.answers, expected)
+    assert instance.models()[TINY]["engine"]["restarts"] == 1
+    assert instance.models()[OTHER]["engine"]["restarts"] == 0
+
+
+@pytest.mark.matrix
+def test_a_model_goes_and_comes_while_the_other_answers(instance: Instance, report: Report) -> None:
+    expected = {f"{OTHER}@2": instance.answers(OTHER)}
+    answers = instance.answers(TINY)
+    with Load(instance.url, OTHER, PROMPTS, streams=2) as other:
+        other.wait_for(2)
+        assert instance.command("remove", TINY).returncode == 0
+        body = {"model": TINY, "messages": PROMPTS[0]}
+        refused = httpx.post(f"{instance.url}/v1/chat/completions", json=body, trust_env=False)
+        assert (refused.status_code, refused.json()["error"]["code"]) == (404, "model_not_found")
+        assert len(instance.engines()) == 1
+        began = time.monotonic()
+        added = instance.command("add", TINY)
+        assert added.returncode == 0, added.stderr
+        report(f"a model is added under load in {time.monotonic() - began:.0f} s")
+    check(other.answers, expected)
+    assert instance.answers(TINY) == answers
+
+
+def test_a_killed_server_comes_back_to_the_engines_of_both(instance: Instance, report: Report) -> None:
+    before, engines = {name: instance.answers(name) for name in (TINY, OTHER)}, instance.engines()
+    assert instance.end(signal.SIGKILL) == -signal.SIGKILL
+    began = time.monotonic()
+    instance.start(OTHER, TINY)
+    instance.all_ready(OTHER, TINY)
+    report(f"a killed server is ready again with two models after {time.monotonic() - began:.1f} s")
+    assert instance.engines() == engines
+    assert {name: instance.answers(name) for name in (TINY, OTHER)} == before
+
+
+@pytest.mark.matrix
+def test_what_one_more_model_costs_at_rest(instance: Instance, report: Report) -> None:
+    """A figure, and that it is no more than a little of the server's own."""
+
+    def at_rest() -> tuple[float, int]:
+        process: psutil.Process = instance.process()
+        before = process.cpu_times()
+        time.sleep(AT_REST_S)
+        after = process.cpu_times()
+        seconds = after.user + after.system - before.user - before.system
+        return seconds / AT_REST_S, process.memory_full_info().uss
+
+    both, memory_both = at_rest()
+    assert instance.command("remove", OTHER).returncode == 0
+    one, memory_one = at_rest()
+    report(
+        f"at rest the server takes {one:.2%} of a core and {memory_one / 2**20:.0f} MiB with one model, {both:.2%} and "
+        f"{memory_both / 2**20:.0f} MiB with two"
+    )
+    assert both - one < 0.05
+
+
+def test_two_models_without_memory_for_both_start_no_engine(instance: Instance) -> None:
+    instance.end()
+    instance.settings |= {"SVC_ENGINE__REPLICAS": "64"}
+    server = instance.launch(TINY, OTHER)
+    assert server.wait(60) != 0
+    assert "128 engines need about" in " ".join(instance.said().split())
+    assert instance.engines() == []
