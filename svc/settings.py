@@ -99,6 +99,18 @@ class EngineSettings(_Section):
     )
 
 
+class AdapterSettings(_Section):
+    """Versions that are served as adapters beside one base: `svc serve NAME --format adapter`."""
+
+    max_loaded: int = Field(8, ge=1, le=10_000, description="adapters in an engine's memory; the least used one goes")
+    max_batched: int | None = Field(
+        None, ge=1, description="adapters in one batch, each with room in the engine; default: max_loaded, at most 8"
+    )
+    max_rank: int | None = Field(
+        None, ge=1, le=512, description="largest rank; default: that of the version an engine starts with, at least 16"
+    )
+
+
 class ServeSettings(_Section):
     """The gateway's address and its limits: all that a client could grow has one."""
 
@@ -228,6 +240,7 @@ class Settings(BaseSettings):
     )
     tracking_uri: str = Field("", description="MLflow tracking server; default: SQLite under home")
     engine: EngineSettings = EngineSettings()
+    adapters: AdapterSettings = AdapterSettings()
     serve: ServeSettings = ServeSettings()
     request_log: RequestLogSettings = RequestLogSettings()
     holdout: HoldoutSettings = HoldoutSettings()

@@ -17,7 +17,7 @@ from serving.engines.replica import LoadedWeights
 from svc.engine.capabilities import Capabilities
 from svc.engine.state import EngineState
 from svc.engine.vllm.client import EngineClient
-from svc.engine.vllm.engine_args import given_flag
+from svc.engine.vllm.engine_args import given, given_flag
 from svc.errors import EngineError
 from svc.settings import EngineSettings, HoldoutSettings
 
@@ -26,6 +26,7 @@ log = logging.getLogger(__name__)
 Result = TypeVar("Result")
 
 ID_PREFIX = "holdout-"
+_OUTPUT_LAYER = "lm_head"
 _POLL_S = 1.0
 _MOST_DEATHS = 3
 _DEATHS_WITHIN_S = 24 * 3600.0
@@ -39,8 +40,14 @@ class SupersededError(Exception):
 
 
 def unfit_engine(capabilities: Capabilities, settings: EngineSettings) -> str | None:
-    """Why an engine cannot be asked for log-probabilities beside requests; None where it can."""
-    return capabilities.adapters_refusal(settings) if given_flag(settings.args, "enable-lora") else None
+    """Why an engine cannot be asked for log-probabilities beside requests; None where it can.
+
+    Where we start it with room for adapters ourselves, none of them may change the output layer.
+    """
+    if not given_flag(settings.args, "enable-lora"):
+        return None
+    every_layer = given(settings.args, "--lora-target-modules") is None
+    return capabilities.adapters_refusal(settings, output_layer=every_layer or _OUTPUT_LAYER in settings.args)
 
 
 class BackgroundScheduler:

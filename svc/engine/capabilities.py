@@ -146,9 +146,13 @@ class Capabilities(BaseModel):
         """Of what a layer's inputs and outputs must be multiples to be served in 4 bits; 1 where vLLM fills them up."""
         return _CPU_MULTIPLE if self.device(settings) is Device.CPU else 1
 
-    def adapters_refusal(self, settings: EngineSettings) -> str | None:
-        """Why an engine with `--enable-lora` cannot be probed; None where it can. As vLLM 0.32 is."""
-        if self.device(settings) is Device.CPU:
+    def adapters_refusal(self, settings: EngineSettings, *, output_layer: bool = True) -> str | None:
+        """Why an engine with `--enable-lora` cannot be probed; None where it can. As vLLM 0.32 is.
+
+        Args:
+            output_layer: whether an adapter may change it, as where `--lora-target-modules` is not given.
+        """
+        if output_layer and self.device(settings) is Device.CPU:
             return "with --enable-lora, log-probabilities of a prompt can end vLLM on a CPU"
         return None
 

@@ -2,12 +2,13 @@
 
 Its answers are a function of the weights folder that it holds, token by token, so that an answer of two versions shows.
 Like vLLM it dies when a reload fails, answers from a stale prefix cache until that is reset, and does not reset it
-while requests run.
+while requests run. It takes adapters beside its weights, and answers as the merged weights of the same version would.
 """
 
 import asyncio
 import hashlib
 import json
+from collections import Counter
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
@@ -70,6 +71,12 @@ class EngineDouble:
         calls: paths of all requests, in order.
         cancelled: completions whose client left.
         running: completions in work.
+        adapters: folders of the adapters that are loaded, by name.
+        most_adapters: most that ever were.
+        adapter_loads: folders of all that were loaded, in order.
+        adapter_delay_s: seconds for a load.
+        broken_adapters: ends of the folders of those that it does not take.
+        dropped_in_use: adapters that were unloaded while an answer of theirs was under way.
     """
 
     weights: str = "/models/tuned/1"
@@ -94,10 +101,18 @@ class EngineDouble:
     calls: list[str] = field(default_factory=list)
     cancelled: int = 0
     running: int = 0
+    adapters: dict[str, str] = field(default_factory=dict)
+    most_adapters: int = 0
+    adapter_loads: list[str] = field(default_factory=list)
+    adapter_delay_s: float = 0.0
+    broken_adapters: set[str] = field(default_factory=set)
+    dropped_in_use: list[str] = field(default_factory=list)
     dead: bool = False
     die: Callable[[], None] = lambda: None
     """Ends it as SIGKILL would; `running_engine` sets it."""
     _cached_weights: str = ""
+    _in_use: Counter[str] = field(default_factory=Counter)
+    _first_use: dict[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self._cached_weights = self.weights
@@ -115,6 +130,10 @@ class EngineDouble:
                 await Response(self.metrics, media_type="text/plain")(scope, receive, send)
             case "/collective_rpc":
                 await self._collective_rpc(send, await request.json())
+            case "/v1/load_lora_adapter":
+                await self._load_adapter(send, await request.json())
+            case "/v1/unload_lora_adapter":
+                await self._unload_adapter(send, await request.json())
             case "/tokenize":
                 await self._tokenize(send, await request.json())
             case "/v1/chat/completions" | "/v1/completions" | "/v1/responses" | "/v1/messages":
@@ -129,7 +148,9 @@ class EngineDouble:
                 return {"success": False}
             self._cached_weights = self.weights
             return {"success": True}
-        models = {"object": "list", "data": [{"id": self.name, "object": "model"}]}
+        listed: list[dict[str, Any]] = [{"id": self.name, "object": "model", "parent": None}]
+        listed += [{"id": name, "object": "model", "parent": self.name} for name in self.adapters]
+        models = {"object": "list", "data": listed}
         return {"/version": {"version": "0.32.0"}, "/v1/models": models}.get(path)
 
     async def _collective_rpc(self, send: Send, body: dict[str, Any]) -> None:
@@ -144,6 +165,36 @@ class EngineDouble:
         self.weights = folder
         await _json(send, 200, {"results": [None]})
 
+    async def _load_adapter(self, send: Send, body: dict[str, Any]) -> None:
+        name, folder = body["lora_name"], body["lora_path"]
+        await asyncio.sleep(self.adapter_delay_s)
+        if name in self.adapters:
+            await _error(send, 400, f"The lora adapter '{name}' has already been loaded.", kind="InvalidUserInput")
+        elif any(folder.endswith(end) for end in self.broken_adapters):
+            await _error(send, 500, f"no adapter in {folder}", kind="InternalServerError")
+        else:
+            self.adapters[name] = folder
+            self._first_use.setdefault(name, folder)
+            self.adapter_loads.append(folder)
+            self.most_adapters = max(self.most_adapters, len(self.adapters))
+            await _json(send, 200, "Success")
+
+    async def _unload_adapter(self, send: Send, body: dict[str, Any]) -> None:
+        name = body["lora_name"]
+        if self._in_use[name]:
+            self.dropped_in_use.append(name)
+        if self.adapters.pop(name, None) is None:
+            await _error(send, 404, f"The lora adapter '{name}' cannot be found.", kind="NotFoundError")
+        else:
+            await _json(send, 200, "Success")
+
+    def _weights_of(self, model: str) -> str:
+        """What answers for a model: of an adapter the merged weights of its version; a name that is used again gets
+        what the prefix cache has of its first use."""
+        if model == self.name:
+            return self.weights
+        return str(Path(self._first_use[model]).with_name("merged"))
+
     async def _tokenize(self, send: Send, body: dict[str, Any]) -> None:
         text = body.get("prompt") or " ".join(message["content"] for message in body["messages"])
         tokens = [_token_id(word) for word in text.split()]
@@ -157,7 +208,7 @@ class EngineDouble:
         if self.refuse_with:
             status, error = self.refuse_with
             await _json(send, status, {"error": error})
-        elif body["model"] != self.name:
+        elif body["model"] not in (self.name, *self.adapters):
             await _error(send, 404, f"The model `{body['model']}` does not exist.", kind="NotFoundError")
         elif (wrong := _wrong_field(body)) is not None:
             message = f"1 validation error:\n  {{'loc': 'body.{wrong}', 'msg': 'Input should be valid'}}"
@@ -177,6 +228,7 @@ class EngineDouble:
 
     async def _run_until_disconnect(self, request: Request, body: dict[str, Any]) -> None:
         self.running += 1
+        self._in_use[body["model"]] += 1
         wire = wire_of(request.url.path, self.name, body)
         work = asyncio.create_task(self._answer(request._send, body, wire))
         leaving = asyncio.create_task(_gone(request.receive))
@@ -189,6 +241,7 @@ class EngineDouble:
             leaving.cancel()
             await asyncio.wait((work, leaving))
             self.running -= 1
+            self._in_use[body["model"]] -= 1
         if not work.cancelled():
             work.result()
 
@@ -207,13 +260,13 @@ class EngineDouble:
         answer = wire.whole(words, counts, self.finish_reason)
         for choice in answer.get("choices", ()):
             if body.get("logprobs") and "message" in choice:
-                choice["logprobs"] = {"content": self._logprobs(words, _prompt_length(body))}
+                choice["logprobs"] = {"content": self._logprobs(words, _prompt_length(body), body["model"])}
             if body.get("return_token_ids"):
                 choice["token_ids"] = [_token_id(word.strip()) for word in self._ended(words)]
             if self.message and "message" in choice:
                 choice["message"] |= self.message
             if body.get("prompt_logprobs") is not None:
-                choice["prompt_logprobs"] = self._prompt_logprobs(body["prompt"])
+                choice["prompt_logprobs"] = self._prompt_logprobs(body["prompt"], body["model"])
         await _json(send, 200, answer)
 
     async def _stream(self, send: Send, body: dict[str, Any], wire: Wire) -> None:
@@ -258,26 +311,28 @@ class EngineDouble:
                 await asyncio.sleep(self.token_delay_s)
             # Asked for each token: weights that change under a running answer show in it.
             stale = "" if self._cached_weights == self.weights else "stale-"
-            yield f"{stale}{self.label(self.weights)}.{index} "
+            yield f"{stale}{self.label(self._weights_of(body['model']))}.{index} "
 
     def _counts(self, body: dict[str, Any]) -> Counts:
         longest = body.get("max_tokens") or body.get("max_output_tokens") or self.tokens
         return Counts(_prompt_length(body), min(longest, self.tokens))
 
-    def _logprobs(self, words: list[str], start: int) -> list[dict[str, Any]]:
+    def _logprobs(self, words: list[str], start: int, model: str) -> list[dict[str, Any]]:
         """Of the tokens of an answer: the same as those of its text, when that is scored as a prompt."""
+        weights = self._weights_of(model)
         return [
-            {"token": word, "logprob": logprob_of(self.weights, _token_id(word.strip()), at) + self.probe_noise}
+            {"token": word, "logprob": logprob_of(weights, _token_id(word.strip()), at) + self.probe_noise}
             for at, word in enumerate(self._ended(words), start=start)
         ]
 
     def _ended(self, words: list[str]) -> list[str]:
         return [*words, END_TOKEN] if self.finish_reason == "stop" else words
 
-    def _prompt_logprobs(self, prompt: list[int]) -> list[dict[str, Any] | None]:
+    def _prompt_logprobs(self, prompt: list[int], model: str) -> list[dict[str, Any] | None]:
+        weights = self._weights_of(model)
         first: list[dict[str, Any] | None] = [None]
         return first + [
-            {str(token): {"logprob": logprob_of(self.weights, token, position) + self.probe_noise, "rank": 1}}
+            {str(token): {"logprob": logprob_of(weights, token, position) + self.probe_noise, "rank": 1}}
             for position, token in enumerate(prompt[1:], start=1)
         ]
 

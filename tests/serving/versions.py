@@ -1,8 +1,10 @@
 """A registry with versions small enough to be made in a millisecond, whose probes are those of the engine's double."""
 
 import json
+from collections.abc import Mapping
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from safetensors.numpy import save_file
@@ -13,6 +15,7 @@ from svc.engine.probes import EngineFacts, Probe
 from svc.evaluation.evaluator import EvaluationReport
 from svc.evaluation.metrics import Estimate
 from svc.evaluation.results import ExampleResult, write_results
+from svc.registry.adapter import CONFIG_FILE
 from svc.registry.files import record_file, record_files
 from svc.registry.fingerprint import compatibility_fingerprint
 from svc.registry.manifest import BaseRecord, DataRecord, FormatRecord, Manifest, write_manifest
@@ -82,6 +85,7 @@ def make_version(
     tokens: bool = False,
     failed: tuple[str, ...] = (),
     name: str = NAME,
+    adapter: Mapping[str, Any] | None = None,
 ) -> VersionId:
     """Puts a version into the registry.
 
@@ -94,6 +98,7 @@ def make_version(
         probes: whether it has any.
         answered: so many of its three held-out examples have registered answers; without any, it keeps none.
         failed: checks that it failed.
+        adapter: what its adapter's config says otherwise than that of plain LoRA of rank 16; its base is made, too.
         tokens: whether it keeps the held-out examples' token ids, which one of an older release does not.
     """
     version = VersionId(name, number)
@@ -103,8 +108,11 @@ def make_version(
     (folder / REFERENCE_FOLDER).mkdir()
     if tokens:
         write_tokenized(folder / REFERENCE_FOLDER / HELDOUT_TOKENS_FILE, map(tokenized, HELDOUT))
-    records = {}
+    records: dict[Format, FormatRecord] = {}
     for format in formats:
+        if format is Format.ADAPTER:
+            records[format] = _adapter(registry, folder, adapter or {})
+            continue
         if answered:
             write_results(folder / REFERENCE_FOLDER / results_file(format), [RESULT] * answered)
         model = folder / format.value
@@ -123,6 +131,28 @@ def make_version(
         )
     write_manifest(folder, _manifest(version, folder, records).model_copy(update={"failed": failed}))
     return version
+
+
+def base_folder(registry: Registry) -> Path:
+    """The base of all adapters, made where it is not there."""
+    base = registry.models.parent / "base"
+    base.mkdir(exist_ok=True)
+    (base / "config.json").write_text("{}")
+    return base
+
+
+def _adapter(registry: Registry, version: Path, said: Mapping[str, Any]) -> FormatRecord:
+    folder = version / Format.ADAPTER.value
+    folder.mkdir()
+    config = {
+        "peft_type": "LORA",
+        "base_model_name_or_path": str(base_folder(registry)),
+        "r": 16,
+        "target_modules": ["q_proj", "v_proj"],
+    }
+    (folder / CONFIG_FILE).write_text(json.dumps(config | dict(said)))
+    save_file({"weight": np.zeros((1,), dtype=np.float32)}, folder / "adapter_model.safetensors")
+    return FormatRecord(files=record_files(version, folder))
 
 
 def _manifest(version: VersionId, folder: Path, formats: dict[Format, FormatRecord]) -> Manifest:

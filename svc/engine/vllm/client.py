@@ -10,7 +10,7 @@ import json
 import ssl
 import statistics
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from enum import Enum, auto
@@ -122,6 +122,10 @@ class EngineClient:
     def with_ids(self, prefix: str) -> "EngineClient":
         """The same client, and closed with it, whose requests can be told apart in the engine's log."""
         return EngineClient(self._http, self.model, prefix)
+
+    def named(self, model: str) -> "EngineClient":
+        """The same client, and closed with it, that asks for another of the engine's models: an adapter."""
+        return EngineClient(self._http, model, self._id_prefix)
 
     async def __aenter__(self) -> Self:
         return self
@@ -246,20 +250,52 @@ class EngineClient:
                 )
             await asyncio.sleep(_RESET_PAUSE_S)
 
+    async def load_adapter(self, name: str, folder: Path) -> None:
+        """Makes an adapter one of the engine's models.
+
+        Args:
+            name: one that was never used before: what the prefix cache keeps of an adapter, it keeps by its name.
+
+        Raises:
+            EngineError: the engine did not take it.
+        """
+        await self._request("POST", "/v1/load_lora_adapter", {"lora_name": name, "lora_path": str(folder)})
+
+    async def unload_adapter(self, name: str) -> None:
+        """Makes it none; it need not be one.
+
+        Raises:
+            EngineError: the engine did not answer, or refused.
+        """
+        await self._request("POST", "/v1/unload_lora_adapter", {"lora_name": name}, fine={httpx.codes.NOT_FOUND})
+
+    async def adapters(self) -> list[str]:
+        """Names of the adapters that are the engine's models."""
+        answer = await self._request("GET", "/v1/models")
+        with _reading("/v1/models"):
+            return [str(model["id"]) for model in answer.json()["data"] if model.get("parent")]
+
     async def _tokenize(self, body: dict[str, Any]) -> list[int]:
         with _reading("/tokenize"):
             return [int(token) for token in (await self._post("/tokenize", body))["tokens"]]
 
     async def _post(self, path: str, body: dict[str, Any] | None) -> Any:
-        headers = {"x-request-id": f"{self._id_prefix}{uuid4().hex}"} if self._id_prefix else None
-        try:
-            answer = await self._http.post(path, json=body, headers=headers)
-        except httpx.HTTPError as error:
-            raise EngineError(f"no answer from the engine to {path}: {error!r}", todo="see the engine's log") from error
-        if answer.is_error:
-            raise EngineError(f"the engine answered {path} with {answer.status_code}: {told_error(answer.content)}")
+        answer = await self._request("POST", path, body)
         with _reading(path):
             return answer.json() if answer.content else None
+
+    async def _request(
+        self, method: str, path: str, body: dict[str, Any] | None = None, fine: Collection[int] = ()
+    ) -> httpx.Response:
+        """The engine's answer; one with a status of `fine` is no error."""
+        headers = {"x-request-id": f"{self._id_prefix}{uuid4().hex}"} if self._id_prefix else None
+        try:
+            answer = await self._http.request(method, path, json=body, headers=headers)
+        except httpx.HTTPError as error:
+            raise EngineError(f"no answer from the engine to {path}: {error!r}", todo="see the engine's log") from error
+        if answer.is_error and answer.status_code not in fine:
+            raise EngineError(f"the engine answered {path} with {answer.status_code}: {told_error(answer.content)}")
+        return answer
 
 
 def _answer(completion: Any) -> Answer:

@@ -20,8 +20,8 @@ not measured: what the CUDA context and a long prompt need."""
 def shortage(specs: Sequence[EngineSpec]) -> str | None:
     """Why engines would not find the memory that they need together; None where they would.
 
-    Each needs its weights, keys and values of one sequence, and what any engine takes. Where the share of a GPU is
-    given, vLLM wants all of that share to be free.
+    Each needs its weights, room for its adapters, keys and values of one sequence, and what any engine takes. Where the
+    share of a GPU is given, vLLM wants all of that share to be free.
 
     Args:
         specs: the engines, all on one device.
@@ -45,6 +45,7 @@ def _needed(spec: EngineSpec, machine: Machine) -> tuple[int, int]:
     wide = is_wide(choose_dtype(spec.settings, spec.capabilities, model))
     length = min(spec.settings.max_model_len, model.context or spec.settings.max_model_len)
     needed = weight_bytes(model, wide=wide) + (model.token_bytes or 0) * (1 + wide) * length + _OVERHEAD_BYTES
+    needed += spec.lora.memory if spec.lora else 0
     if not machine.gpus:
         return needed, machine.free
     plan = plan_engine(spec.settings, spec.capabilities, machine, model, spec.cache)

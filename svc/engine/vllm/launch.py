@@ -21,6 +21,7 @@ from svc.engine.model_facts import ModelFacts, read_model_facts
 from svc.engine.vllm import plan
 from svc.engine.vllm.engine_args import given, given_flag
 from svc.engine.vllm.environment import inherited_environment
+from svc.engine.vllm.lora import RUNTIME_VARIABLE, LoraSlots, lora_choices
 from svc.engine.vllm.plugin import INT4_LINEAR_VARIABLE, QUIET_VARIABLE
 from svc.settings import Device, EngineSettings, GptqKernel
 
@@ -46,6 +47,7 @@ class EngineSpec:
         cache: folder for compiled kernels.
         capabilities: of this device.
         template_kwargs: what the chat template is given; None: what the model's folder says.
+        lora: room for adapters beside the model; None: it takes none.
     """
 
     model: Path
@@ -57,6 +59,7 @@ class EngineSpec:
     capabilities: Capabilities
     settings: EngineSettings = field(default_factory=EngineSettings)
     template_kwargs: TemplateKwargs | None = None
+    lora: LoraSlots | None = None
 
     @property
     def socket(self) -> Path:
@@ -67,7 +70,10 @@ class EngineSpec:
     def plan(self) -> plan.EnginePlan:
         """What is chosen for it, by the machine as it is when this is first asked; takes up to seconds on a GPU."""
         machine = read_machine(gpus=self.device is Device.CUDA)
-        return plan.plan_engine(self.settings, self.capabilities, machine, self.facts, self.cache)
+        planned = plan.plan_engine(self.settings, self.capabilities, machine, self.facts, self.cache)
+        if self.lora is None:
+            return planned
+        return plan.EnginePlan((*planned.choices, *lora_choices(self.lora, self.settings.args)))
 
     @property
     def device(self) -> Device:
@@ -127,7 +133,8 @@ def environment(spec: EngineSpec) -> dict[str, str]:
         QUIET_VARIABLE: "1",
     }
     # vLLM would let the first, an older way to give the size of its cache, overrule an argument. The second is ours.
-    withheld = ("VLLM_CPU_KVCACHE_SPACE", INT4_LINEAR_VARIABLE)
+    # The third opens endpoints that nobody needs where no adapters are served.
+    withheld = ("VLLM_CPU_KVCACHE_SPACE", INT4_LINEAR_VARIABLE, RUNTIME_VARIABLE)
     ours = inherited_environment(spec.settings.environment)
     inherited = {name: value for name, value in ours.items() if name not in withheld}
     # The phases of a start are read from its log; TRL, once imported, has every vLLM log errors alone.
@@ -161,6 +168,8 @@ def launch_digest(spec: EngineSpec) -> str:
         parts.append({"gptq_kernel": GptqKernel.TORCH.value})
     if spec.facts.template_kwargs:
         parts.append({"chat_template_kwargs": dict(spec.facts.template_kwargs)})
+    if spec.lora is not None:  # then its folder is the base, which no reload changes
+        parts.append({"base": str(spec.model), "lora": spec.lora.parts()})
     if any(name in os.environ for name in CPU_LIMITS):  # the engine rounds as it was limited when it was started
         parts.append(able.hardware(spec.settings))
     return hashlib.sha256(json.dumps(parts).encode("utf-8")).hexdigest()

@@ -212,6 +212,8 @@ async def test_cancelled_questions_leave_nothing(control: Control) -> None:
         (Device.CPU, ("--seed", "1", "--enable-lora"), False),
         (Device.CPU, ("--enable_lora",), False),
         (Device.CPU, ("--enable-lora=true",), False),
+        (Device.CPU, ("--enable-lora", "--lora-target-modules", "q_proj", "v_proj"), True),
+        (Device.CPU, ("--enable-lora", "--lora-target-modules", "q_proj", "lm_head"), False),
         (Device.CUDA, ("--enable-lora",), True),
     ],
 )

@@ -154,8 +154,8 @@ async def test_logprobs_that_are_no_numbers_are_no_proof(control: Control) -> No
 async def test_an_answer_without_logprobs_is_no_proof(control: Control, monkeypatch: pytest.MonkeyPatch) -> None:
     verification = control.double._prompt_logprobs
 
-    def prompt_logprobs(prompt: list[int]) -> list[dict[str, object] | None]:
-        return [] if control.double.weights.endswith("/2/merged") else verification(prompt)
+    def prompt_logprobs(prompt: list[int], model: str) -> list[dict[str, object] | None]:
+        return [] if control.double.weights.endswith("/2/merged") else verification(prompt, model)
 
     monkeypatch.setattr(control.double, "_prompt_logprobs", prompt_logprobs)
     swap = await control.promote(2)

@@ -97,8 +97,9 @@ def test_a_kernel_that_is_not_there_is_refused_before_an_engine_dies_of_it(
 
 
 @pytest.mark.parametrize(("device", "fit"), [(AVX512, False), (AVX2, False), (HOPPER, True)])
-def test_adapters_beside_probes_need_a_gpu(device: Capabilities, fit: bool) -> None:
+def test_adapters_of_the_output_layer_beside_probes_need_a_gpu(device: Capabilities, fit: bool) -> None:
     assert (device.adapters_refusal(AUTO) is None) is fit
+    assert device.adapters_refusal(AUTO, output_layer=False) is None
 
 
 def test_kernels_of_cpus_take_whole_blocks_alone() -> None:

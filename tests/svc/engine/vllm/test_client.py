@@ -248,3 +248,28 @@ async def test_an_engine_that_dies_over_a_request_is_an_engine_error() -> None:
     async with answering(cut) as client:
         with pytest.raises(EngineError, match="Server disconnected"):
             await client.logprobs([1, 2], 1)
+
+
+async def test_adapters_come_and_go_by_name() -> None:
+    double = EngineDouble()
+    async with client_of(double) as client:
+        await client.load_adapter("tuned@2#a", Path("/models/tuned/2/adapter"))
+        assert await client.adapters() == ["tuned@2#a"]
+        assert (await client.named("tuned@2#a").chat(PROMPT, max_tokens=1)).text.endswith(".0 ")
+        await client.unload_adapter("tuned@2#a")
+        await client.unload_adapter("tuned@2#a")  # it need not be there
+        assert await client.adapters() == []
+
+
+async def test_an_adapter_is_scored_by_its_own_weights() -> None:
+    double = EngineDouble()
+    async with client_of(double) as client:
+        await client.load_adapter("a", Path("/models/tuned/2/adapter"))
+        assert await client.named("a").logprobs((5, 6), 1) == (logprob_of("/models/tuned/2/merged", 6, 1),)
+        assert await client.logprobs((5, 6), 1) == (logprob_of(double.weights, 6, 1),)
+
+
+async def test_an_adapter_that_the_engine_does_not_take_is_an_error() -> None:
+    async with client_of(EngineDouble(broken_adapters={"2/adapter"})) as client:
+        with pytest.raises(EngineError, match="load_lora_adapter with 500"):
+            await client.load_adapter("a", Path("/models/tuned/2/adapter"))

@@ -1,6 +1,7 @@
 """A second engine is started only where its weights, one sequence and the engine itself find memory."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ import pytest
 from svc.engine.machine import Gpu, Machine
 from svc.engine.vllm import headroom
 from svc.engine.vllm.launch import EngineSpec
+from svc.engine.vllm.lora import LoraSlots
 from svc.engine.vllm.plan import GIB
 from svc.settings import EngineSettings
 from tests.svc.engine.devices import AVX512, HOPPER
@@ -82,3 +84,11 @@ def test_a_share_that_was_set_must_be_free(monkeypatch: pytest.MonkeyPatch, mode
     said = shortage(monkeypatch, model, host(0, 39 * GIB), gpu_memory_share=0.5)
     assert said == "it needs about 40.0 GiB, 39.0 GiB of the GPU are free"
     assert shortage(monkeypatch, model, host(0, 39 * GIB), args=("--gpu-memory-utilization", "0.5")) is not None
+
+
+def test_room_for_adapters_is_needed_too(monkeypatch: pytest.MonkeyPatch, model: Path) -> None:
+    monkeypatch.setattr(headroom, "read_machine", lambda **_: host(3 * GIB + ENGINE + 2 * 2 * 256 * 2 * 1024))
+    spec = EngineSpec(model, "tuned", model, model, model / "engine.log", model, AVX512, EngineSettings(device="cpu"))
+    assert headroom.shortage([spec]) is None
+    slots = LoraSlots(max_loaded=1, max_batched=1, max_rank=16, targets=(), bytes=GIB)
+    assert headroom.shortage([replace(spec, lora=slots)]) == "it needs about 7.0 GiB, 5.0 GiB are free"

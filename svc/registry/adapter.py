@@ -1,0 +1,135 @@
+"""What the adapter of a version is, and why vLLM could not apply it beside its base while it runs.
+
+vLLM takes LoRA and rsLoRA so (vllm/lora/peft_helper.py). What trains anything else is served merged.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from svc.chat_template import TemplateValue, choose_template_kwargs, pin_date, read_chat_template
+from svc.errors import NotFoundError, RefusedError
+from svc.json_file import read_json_object
+from svc.registry.registry import Registry
+from svc.version import Format, VersionId
+
+CONFIG_FILE = "adapter_config.json"
+_KINDS = {"ADALORA": "AdaLoRA", "VERA": "VeRA"}
+_FEATURES = {
+    "use_dora": "DoRA",
+    "lora_bias": "LoRA with a bias",
+    "modules_to_save": "LoRA with further layers that were trained whole",
+    "trainable_token_indices": "LoRA with trained embeddings",
+    "target_parameters": "LoRA of the experts of a mixture",
+    "alora_invocation_tokens": "activated LoRA",
+    "layer_replication": "LoRA with layers that stand in the model several times",
+    "use_bdlora": "block-diagonal LoRA",
+    "use_qalora": "QALoRA",
+}
+"""Names in PEFT's config, and what an adapter is where they say anything but no."""
+_PLAIN_STARTS = ("gaussian", "eva", "orthogonal", "mica", "lora_ga")
+"""Ways to begin the training that leave the base's weights alone; the others, as PiSSA and OLoRA, do not."""
+_NOT_TARGETS = frozenset({"lm_head", "embed_tokens"})
+"""Adapted, they would have vLLM keep an output layer for each adapter, which ends its CPU engine at the next probe."""
+
+
+@dataclass(frozen=True, slots=True)
+class AdapterBase:
+    """What has to be the same for two adapters to be applied beside one engine.
+
+    Attributes:
+        folder: of the base model.
+        revision: what pins its content.
+        template_kwargs: what its chat template is given.
+    """
+
+    folder: Path
+    revision: str
+    template_kwargs: tuple[tuple[str, TemplateValue], ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class AdapterFacts:
+    """One version's adapter.
+
+    Attributes:
+        folder: its files.
+        rank: the largest of any layer.
+        targets: ends of the names of the layers that it changes, as `q_proj`.
+        bytes: size of its files.
+    """
+
+    version: VersionId
+    folder: Path
+    base: AdapterBase
+    rank: int
+    targets: frozenset[str]
+    bytes: int
+
+
+def read_adapter(registry: Registry, version: VersionId) -> AdapterFacts:
+    """Reads a version's adapter; not its weights.
+
+    Raises:
+        NotFoundError: no such version, it has no adapter, or its base is gone.
+        RefusedError: vLLM cannot apply it beside its base; says why.
+        IntegrityError: its config is missing or damaged.
+    """
+    folder, manifest = registry.artifact(version, Format.ADAPTER), registry.manifest(version)
+    config = read_json_object(folder / CONFIG_FILE)
+    if reason := adapter_refusal(config):
+        raise _refused(version, reason)
+    base = Path(str(config.get("base_model_name_or_path")))
+    if not (base / "config.json").is_file():
+        raise NotFoundError(
+            f"the base model of {version} is not in {base} any more",
+            expected="the folder on which the adapter was trained",
+            todo=f"put it back, or serve the version without it: --format {Format.MERGED}",
+        )
+    template = read_chat_template(base) or ""
+    if pin_date(template) != template:
+        raise _refused(version, "its base's chat template writes today's date, which it was trained without")
+    kwargs = choose_template_kwargs(base, manifest.recipe.get("chat_template_kwargs"))
+    return AdapterFacts(
+        version=version,
+        folder=folder,
+        base=AdapterBase(base, manifest.base.revision, tuple(sorted(kwargs.items()))),
+        rank=max([1, config["r"], *(config.get("rank_pattern") or {}).values()]),
+        targets=_targets(config),
+        bytes=manifest.formats[Format.ADAPTER].bytes,
+    )
+
+
+def adapter_refusal(config: Mapping[str, Any]) -> str | None:
+    """Why vLLM cannot apply an adapter beside its base; None where it can.
+
+    Args:
+        config: PEFT's, of the adapter.
+    """
+    kind, start = str(config.get("peft_type")), config.get("init_lora_weights", True)
+    if kind != "LORA":
+        return f"it is {_KINDS.get(kind, kind)}"
+    if found := [name for key, name in _FEATURES.items() if config.get(key)]:
+        return f"it is {found[0]}"
+    if config.get("bias", "none") != "none":
+        return "it has trained biases"
+    if isinstance(start, str) and start.lower() not in _PLAIN_STARTS:
+        return f"it began with {start}, which changes the base's weights"
+    if not isinstance(config.get("target_modules"), list) or not isinstance(config.get("r"), int):
+        return "its config does not name the layers that it changes, and its rank"
+    if changed := sorted(_NOT_TARGETS & _targets(config)):
+        return f"it changes {', '.join(changed)}"
+    return None
+
+
+def _targets(config: Mapping[str, Any]) -> frozenset[str]:
+    return frozenset(str(name).rpartition(".")[2] for name in config["target_modules"])
+
+
+def _refused(version: VersionId, reason: str) -> RefusedError:
+    return RefusedError(
+        f"{version} cannot be served as an adapter: {reason}",
+        expected="LoRA or rsLoRA",
+        todo=f"serve it merged: --format {Format.MERGED}",
+    )
