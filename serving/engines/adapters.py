@@ -1,0 +1,270 @@
+"""The adapters that one engine has loaded: one that is asked for comes, and the least recently used one goes.
+
+An adapter is loaded at its first use, once for all who ask for it meanwhile. One that a request uses stays. Where all
+are in use, the requests for one that is not loaded wait in their order, and the least recently used ones, as many as
+adapters are waited for, take no new requests until they were replaced: nobody waits for longer than what runs takes.
+
+A name in the engine is used once: its prefix cache knows an adapter by its name. Knows neither HTTP nor what a version
+is made of.
+"""
+
+import asyncio
+import time
+from collections import OrderedDict
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager, suppress
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+from uuid import uuid4
+
+from serving.admission import EngineUnavailableError, QueueTimeoutError
+from svc.version import VersionId
+
+
+@dataclass(frozen=True, slots=True)
+class Checked:
+    """What the verification of a loaded adapter found.
+
+    Attributes:
+        found: for the journal.
+        verified: whether there was anything to compare with.
+    """
+
+    found: str
+    verified: bool = True
+
+
+@dataclass(frozen=True, slots=True)
+class LoadedAdapter:
+    """One that requests may use.
+
+    Attributes:
+        name: what the engine calls it.
+    """
+
+    version: VersionId
+    name: str
+    checked: Checked
+
+
+class AdapterLoader(Protocol):
+    """How an adapter comes into the engine."""
+
+    async def check(self, version: VersionId) -> None:
+        """Raises where a version has no adapter that this engine can apply; before anything makes room for it."""
+
+    async def load(self, version: VersionId, name: str) -> Checked:
+        """Loads it under a name and verifies it; raises where either fails."""
+
+    async def unload(self, name: str) -> None:
+        """Removes it; it need not be there."""
+
+
+def _future() -> "asyncio.Future[LoadedAdapter]":
+    future: asyncio.Future[LoadedAdapter] = asyncio.get_running_loop().create_future()
+    future.add_done_callback(lambda done: done.cancelled() or done.exception())  # nobody may have waited for it
+    return future
+
+
+@dataclass(slots=True, eq=False)
+class _Slot:
+    """One adapter's place.
+
+    Attributes:
+        users: requests that use it, or will when it is loaded; the load itself is one.
+        closing: takes no new requests, because another adapter is waited for.
+    """
+
+    version: VersionId
+    name: str
+    users: int = 1
+    closing: bool = False
+    loaded: "asyncio.Future[LoadedAdapter]" = field(default_factory=_future)
+
+
+@dataclass(slots=True, eq=False)
+class _Wait:
+    """Requests that wait for an adapter's place.
+
+    Attributes:
+        given: the place, in which they are counted already.
+    """
+
+    count: int = 0
+    given: "asyncio.Future[_Slot]" = field(default_factory=lambda: asyncio.get_running_loop().create_future())
+
+
+class AdapterCache:
+    """The adapters of one engine, from its start to its end.
+
+    Args:
+        max_loaded: most at once.
+        patience_s: longest wait of a request for a place, seconds.
+        on_change: hears when one has come, with the seconds that it took, or has gone, with None.
+    """
+
+    def __init__(
+        self,
+        loader: AdapterLoader,
+        *,
+        max_loaded: int,
+        patience_s: float,
+        on_change: Callable[[float | None], None] = lambda seconds: None,
+    ) -> None:
+        self._loader = loader
+        self._max_loaded = max_loaded
+        self._patience_s = patience_s
+        self._on_change = on_change
+        self._slots: OrderedDict[VersionId, _Slot] = OrderedDict()  # the least recently used one first
+        self._waiting: OrderedDict[VersionId, _Wait] = OrderedDict()
+        self._to_unload: list[str] = []
+        self._turn = asyncio.Lock()
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._closed = False
+
+    @property
+    def loaded(self) -> list[LoadedAdapter]:
+        """Those that requests may use now, the least recently used one first."""
+        done = [slot.loaded for slot in self._slots.values() if slot.loaded.done()]
+        return [loaded.result() for loaded in done if not loaded.exception()]
+
+    def has(self, version: VersionId) -> bool:
+        """Whether it is loaded, or is being loaded."""
+        return version in self._slots
+
+    @asynccontextmanager
+    async def use(self, version: VersionId) -> AsyncIterator[LoadedAdapter]:
+        """A loaded adapter for the body; loaded first where it must be.
+
+        Raises:
+            QueueTimeoutError: all that are loaded were in use for too long.
+            EngineUnavailableError: the engine ended meanwhile.
+            Exception: what the loader raises.
+        """
+        if not self.has(version):
+            await self._loader.check(version)
+        slot = await self._occupy(version)
+        try:
+            yield await asyncio.shield(slot.loaded)
+        finally:
+            self._leave(slot)
+
+    def close(self) -> None:
+        """The engine ends: whoever waits hears it, and nothing is loaded any more."""
+        self._closed = True
+        for task in self._tasks:
+            task.cancel()
+        futures: list[asyncio.Future[Any]] = [slot.loaded for slot in self._slots.values()]
+        futures += [wait.given for wait in self._waiting.values()]
+        for future in futures:
+            if not future.done():
+                future.set_exception(_ended())
+        self._slots.clear()
+        self._waiting.clear()
+        self._on_change(None)
+
+    async def _occupy(self, version: VersionId) -> _Slot:
+        """The version's place, when there is one for it; whoever gets it must leave it."""
+        if self._closed:
+            raise _ended()
+        slot = self._slots.get(version)
+        if slot is not None and not slot.closing:
+            slot.users += 1
+            self._slots.move_to_end(version)
+            return slot
+        wait = self._waiting.setdefault(version, _Wait())
+        wait.count += 1
+        self._give_places()
+        try:
+            async with asyncio.timeout(self._patience_s):
+                return await asyncio.shield(wait.given)
+        except BaseException as error:
+            self._give_up(version, wait)
+            if isinstance(error, TimeoutError):
+                raise QueueTimeoutError(
+                    f"waited {self._patience_s:g} s for a place for the adapter of {version}: all are in use",
+                    todo="send the request again",
+                ) from None
+            raise
+
+    def _give_up(self, version: VersionId, wait: _Wait) -> None:
+        if not wait.given.done():
+            wait.count -= 1
+            if not wait.count:
+                wait.given.cancel()
+                del self._waiting[version]
+                self._give_places()
+        elif not wait.given.exception():
+            self._leave(wait.given.result())
+
+    def _leave(self, slot: _Slot) -> None:
+        slot.users -= 1
+        self._give_places()
+
+    def _give_places(self) -> None:
+        """Gives places to the versions that were asked for first; makes the others' come free."""
+        while self._waiting:
+            version, wait = next(iter(self._waiting.items()))
+            slot = self._slots.get(version) or self._new_slot(version)
+            if slot is None:
+                break
+            slot.users += wait.count
+            self._slots.move_to_end(version)
+            del self._waiting[version]
+            wait.given.set_result(slot)
+        for place, slot in enumerate(self._slots.values()):
+            slot.closing = place < len(self._waiting)
+
+    def _new_slot(self, version: VersionId) -> _Slot | None:
+        """A place for a version, whose load begins; None where all are in use."""
+        if len(self._slots) >= self._max_loaded:
+            idle = next((slot for slot in self._slots.values() if not slot.users), None)
+            if idle is None:
+                return None
+            del self._slots[idle.version]
+            self._to_unload.append(idle.name)
+            self._on_change(None)
+        slot = self._slots[version] = _Slot(version, f"{version}#{uuid4().hex}")
+        task = asyncio.create_task(self._load(slot))
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+        return slot
+
+    async def _load(self, slot: _Slot) -> None:
+        """Loads it, one at a time; not cut off where nobody waits for it any more, since another one may come."""
+        try:
+            async with self._turn:
+                checked = await self._loaded(slot)
+        except Exception as error:  # noqa: BLE001 - whatever it is, those hear it who wait
+            if self._slots.get(slot.version) is slot:
+                del self._slots[slot.version]
+            if not slot.loaded.done():
+                slot.loaded.set_exception(error)
+        else:
+            if not slot.loaded.done():
+                slot.loaded.set_result(LoadedAdapter(slot.version, slot.name, checked))
+        self._leave(slot)
+
+    async def _loaded(self, slot: _Slot) -> Checked:
+        await self._unload()  # before: there are never more than may be
+        began = time.monotonic()
+        try:
+            checked = await self._loader.load(slot.version, slot.name)
+        except Exception:
+            self._to_unload.append(slot.name)  # it may be there, or not
+            with suppress(Exception):  # then the next load does it
+                await self._unload()
+            raise
+        # Told a turn of the loop later, when it can be used.
+        asyncio.get_running_loop().call_soon(self._on_change, time.monotonic() - began)
+        return checked
+
+    async def _unload(self) -> None:
+        """Removes what has lost its place; what the engine does not let go is tried again at the next load."""
+        while self._to_unload:
+            await self._loader.unload(self._to_unload[0])
+            del self._to_unload[0]
+
+
+def _ended() -> EngineUnavailableError:
+    return EngineUnavailableError("the engine ended", todo="send the request again later")
