@@ -4,7 +4,6 @@ import asyncio
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 
 from fastapi import FastAPI
 from prometheus_client import CollectorRegistry, disable_created_metrics
@@ -19,6 +18,7 @@ from serving.deployments import Deployments, MakeRoom, OnFailure, OnReady
 from serving.engines.places import EnginePlaces
 from serving.engines.pool import EnginePool
 from serving.engines.replica import Replica
+from serving.engines.served_model import ServedModel, served_model
 from serving.engines.verification import Verification
 from serving.http.app import build_app
 from serving.http.body_slots import BodySlots
@@ -126,7 +126,8 @@ def _check_memory(slots: "_Slots", registry: Registry, targets: Sequence[Target]
         EngineError: with what they need, and what is free.
         NotFoundError: no such version or format.
     """
-    specs = [slots.spec(0, target.version.name, registry.artifact(target.version, target.format)) for target in targets]
+    adapters = slots.settings.adapters
+    specs = [slots.spec(0, target.version.name, served_model(registry, target, adapters)) for target in targets]
     missing = shortage([spec for spec in specs for _ in range(spec.settings.replicas)])
     if missing:
         raise EngineError(
@@ -161,7 +162,8 @@ class _DeploymentBuilder:
         self.gateway_metrics.show_errors(None, name)
         names, admission = ModelNames(name), self._admission(engine)
         metrics.watch_admission(lambda: admission.running, lambda: admission.queued)
-        verification = Verification(self.registry, self.store, partial(engine_facts, engine, self.capabilities))
+        facts = partial(engine_facts, engine, self.capabilities)
+        verification = Verification(self.registry, self.store, facts, self.settings.adapters)
         pool = self._pool(engine, names, admission, verification, metrics)
         alias, missing = ProductionAlias(self.registry.tracking), partial(self._missing, name)
         reconciler = Reconciler(
@@ -217,8 +219,15 @@ class _DeploymentBuilder:
         metrics: DeploymentMetrics,
     ) -> EnginePool:
         def make(number: int, on_change: Callable[[Replica], None]) -> Replica:
-            launch = partial(self.slots.engine, number, names.name)
-            return Replica(number, launch, verification, on_change, self.on_phase, turn=self.slots.turn)
+            return Replica(
+                number,
+                partial(self.slots.engine, number, names.name),
+                verification,
+                on_change,
+                self.on_phase,
+                turn=self.slots.turn,
+                adapter_patience_s=self.settings.serve.queue_timeout_s,
+            )
 
         return EnginePool(
             make,
@@ -232,7 +241,7 @@ class _DeploymentBuilder:
 
     def _spec(self, name: str, target: Target) -> EngineSpec:
         """How an engine for a version would be started."""
-        return self.slots.spec(0, name, self.registry.artifact(target.version, target.format))
+        return self.slots.spec(0, name, served_model(self.registry, target, self.settings.adapters))
 
     def _missing(self, name: str, target: Target, engines: int) -> str | None:
         """Why there is no memory for so many engines more; None where there is."""
@@ -305,36 +314,38 @@ class _Slots:
     """
 
     def __init__(self, settings: Settings, capabilities: Capabilities) -> None:
-        self._settings = settings
+        self.settings = settings
         self._capabilities = capabilities
         self.turn = asyncio.Lock()
 
-    def engine(self, number: int, name: str, model: Path) -> EngineProcess:
-        """An unstarted engine for a model's folder."""
-        return EngineProcess(self.spec(number, name, model), silence_s=self._settings.serve.request_timeout_s)
+    def engine(self, number: int, name: str, model: ServedModel) -> EngineProcess:
+        """An unstarted engine for a model."""
+        return EngineProcess(self.spec(number, name, model), silence_s=self.settings.serve.request_timeout_s)
 
     def numbers(self) -> list[int]:
         """Engines that may have been left running."""
-        return list(state_folders(self._settings.home))
+        return list(state_folders(self.settings.home))
 
     def end(self, number: int) -> None:
         """Ends one of them."""
-        end_engine(state_folder(self._settings.home, number))
+        end_engine(state_folder(self.settings.home, number))
 
-    def spec(self, number: int, name: str, model: Path) -> EngineSpec:
-        """How an engine for a model's folder is started.
+    def spec(self, number: int, name: str, model: ServedModel) -> EngineSpec:
+        """How an engine for a model is started.
 
         Args:
             name: what it calls its model.
         """
-        home = self._settings.home
+        home = self.settings.home
         return EngineSpec(
-            model=model,
+            model=model.folder,
             served_name=name,
             runtime=socket_folder(home, number),
             state=state_folder(home, number),
             log=home / "logs" / f"engine-{number}.log",
             cache=home / "cache" / "vllm",
             capabilities=self._capabilities,
-            settings=self._settings.engine_for(name),
+            settings=self.settings.engine_for(name),
+            template_kwargs=model.template_kwargs,
+            lora=model.lora,
         )

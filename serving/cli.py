@@ -9,7 +9,7 @@ from dataclasses import asdict
 import click
 
 from serving.client.promotion import Promotion
-from serving.rollout.initial_state import require_promotable
+from serving.rollout.initial_state import require_promotable, require_servable
 from svc.errors import BusyError, NotFoundError, RefusedError, ServerNotRunningError
 from svc.invocation import json_option, settings_of
 from svc.lock import lock_holder
@@ -23,8 +23,8 @@ from svc.version import Format, Target, VersionId
 _format_option = click.option(
     "--format",
     "format_name",
-    type=click.Choice([Format.GPTQ.value, Format.MERGED.value]),
-    help="How the version is served.",
+    type=click.Choice([Format.GPTQ.value, Format.MERGED.value, Format.ADAPTER.value]),
+    help="How the version is served; as an adapter, many beside one base.",
 )
 
 
@@ -146,7 +146,7 @@ def promote(
     wanted = VersionId.parse(version)
     current = promotion.current(wanted.name)
     format = Format(format_name) if format_name else current.target.format
-    promotion.registry.format(wanted, format)
+    require_servable(promotion.registry, Target(wanted, format))
     manifest = promotion.registry.manifest(wanted)
     if not force:
         require_promotable(manifest)

@@ -2,7 +2,7 @@
 
 import asyncio
 from collections.abc import Mapping
-from contextlib import AbstractContextManager
+from contextlib import AbstractAsyncContextManager
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
@@ -11,6 +11,7 @@ from sqlalchemy import Engine as Store
 from serving.admission import Admission
 from serving.background.holdout import HoldoutRuns
 from serving.background.scoring import LiveScores
+from serving.engines.engine_adapters import EngineAdapters
 from serving.engines.pool import EnginePool, Lease
 from serving.model_names import ModelNames
 from serving.rollout.idling import Idling
@@ -45,7 +46,11 @@ class Deployment:
         """The model's name."""
         return self.names.name
 
-    def lease(self, model: str, *, without: Lease | None = None) -> AbstractContextManager[Lease]:
+    async def check(self, model: str) -> None:
+        """Raises where a name means nothing; see serving.engines.pool.EnginePool.check."""
+        await self.pool.check(model)
+
+    def lease(self, model: str, *, without: Lease | None = None) -> AbstractAsyncContextManager[Lease]:
         """An engine for the body; see serving.engines.pool.EnginePool.lease."""
         return self.pool.lease(model, without=without)
 
@@ -97,6 +102,7 @@ class Deployment:
                     "state": engine.state.value,
                     "version": str(target.version) if (target := engine.target) else None,
                     "running": engine.running,
+                    "adapters": _adapters(engine.adapters),
                 }
                 for engine in self.pool.all
             ],
@@ -104,6 +110,13 @@ class Deployment:
             "holdout": self.holdout.status(actual),
             "last_swap": swap and _swap_row(swap, swap.result or unwritten.get(swap.id)),
         }
+
+
+def _adapters(adapters: EngineAdapters | None) -> list[dict[str, Any]] | None:
+    """Those that an engine has loaded; None where it holds a version itself."""
+    if adapters is None:
+        return None
+    return [{"version": str(each.version), "verified": each.checked.verified} for each in adapters.loaded]
 
 
 def _swap_row(swap: SwapRecord, result: SwapResult | None) -> dict[str, Any]:

@@ -9,7 +9,7 @@ from collections.abc import Callable
 
 from serving.admission import EngineUnavailableError
 from svc.errors import NotFoundError
-from svc.version import Alias, Target, VersionId
+from svc.version import Alias, Format, Target, VersionId
 
 SHOWN_CHARS = 100
 """How much of a client's own text comes back in an error."""
@@ -20,7 +20,7 @@ class ModelNotFoundError(NotFoundError):
 
 
 class ModelNames:
-    """The names that clients may use: `NAME`, `NAME@production`, `NAME@N` of each loaded version.
+    """The names that clients may use: `NAME`, `NAME@production`, `NAME@N` of each loaded version; of any as an adapter.
 
     Args:
         name: the served model name, without a version.
@@ -63,8 +63,10 @@ class ModelNames:
     def resolve(self, model: str) -> VersionId | None:
         """The version that a client's model name means; None for whichever an engine holds that takes requests.
 
+        Where versions are served as adapters it may be one that is not loaded yet, or that there is not.
+
         Raises:
-            ModelNotFoundError: no loaded version answers to it.
+            ModelNotFoundError: no version answers to it.
             EngineUnavailableError: nothing is loaded yet.
         """
         if self._served is None:
@@ -74,6 +76,16 @@ class ModelNames:
         for loaded in self._loaded:
             if model == str(loaded.version):
                 return loaded.version
+        if self._served.format is Format.ADAPTER and (version := self._parsed(model)):
+            return version
         raise ModelNotFoundError(
             f"model {model[:SHOWN_CHARS]!r} is not served here", expected=f"one of {', '.join(self.all())}"
         )
+
+    def _parsed(self, model: str) -> VersionId | None:
+        """Any version of the name, where those that are not loaded can be loaded as adapters."""
+        try:
+            version = VersionId.parse(model)
+        except NotFoundError:
+            return None
+        return version if version.name == self.name else None

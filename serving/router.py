@@ -6,7 +6,7 @@ conversation, comes to the same one. Which version a backend then answers with i
 
 import random
 from collections.abc import Callable, Collection, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass
 from hashlib import blake2b
 from typing import Protocol
@@ -34,7 +34,10 @@ class Backend(Protocol):
     def context(self) -> int:
         """Longest prompt and answer together, tokens: what an answer may take that the client sets no limit to."""
 
-    def lease(self, model: str, *, without: Lease | None = None) -> AbstractContextManager[Lease]:
+    async def check(self, model: str) -> None:
+        """Raises where a name means nothing, also where only the registry knows that."""
+
+    def lease(self, model: str, *, without: Lease | None = None) -> AbstractAsyncContextManager[Lease]:
         """An engine for the body; see serving.engines.pool.EnginePool.lease."""
 
 

@@ -43,6 +43,7 @@ def _model(state: Mapping[str, Any], drift: Mapping[str, str], *, verbose: bool)
     ]
     if len(state["engines"]) > 1:
         lines += [Text(_engine(one)) for one in state["engines"]]
+    lines += [Text(_adapters(one)) for one in state["engines"] if one.get("adapters") is not None]
     if engine["last_error"]:
         lines.append(Text(f"  last error: {engine['last_error']}", "yellow"))
     if state["last_swap"]:
@@ -79,6 +80,11 @@ def failure_screen(error: SvcError) -> RenderableType:
 def _engine(engine: Mapping[str, Any]) -> str:
     holds = f" with {engine['version']}" if engine["version"] else ""
     return f"    replica {engine['replica']}: {engine['state']}{holds}, {engine['running']} running"
+
+
+def _adapters(engine: Mapping[str, Any]) -> str:
+    loaded = [f"{one['version']}{'' if one['verified'] else ' (not verified)'}" for one in engine["adapters"]]
+    return f"    replica {engine['replica']}: adapters loaded: {', '.join(loaded) or 'none'}"
 
 
 def _swap(swap: Mapping[str, Any]) -> str:

@@ -51,7 +51,7 @@ class AdapterLoader(Protocol):
     """How an adapter comes into the engine."""
 
     async def check(self, version: VersionId) -> None:
-        """Raises where a version has no adapter that this engine can apply; before anything makes room for it."""
+        """Raises where a version has no adapter that clients may ask this engine for; before anything makes room."""
 
     async def load(self, version: VersionId, name: str) -> Checked:
         """Loads it under a name and verifies it; raises where either fails."""
@@ -115,7 +115,7 @@ class AdapterCache:
         self._max_loaded = max_loaded
         self._patience_s = patience_s
         self._on_change = on_change
-        self._slots: OrderedDict[VersionId, _Slot] = OrderedDict()  # the least recently used one first
+        self._slots: dict[VersionId, _Slot] = {}  # the least recently used one first
         self._waiting: OrderedDict[VersionId, _Wait] = OrderedDict()
         self._to_unload: list[str] = []
         self._turn = asyncio.Lock()
@@ -124,8 +124,8 @@ class AdapterCache:
 
     @property
     def loaded(self) -> list[LoadedAdapter]:
-        """Those that requests may use now, the least recently used one first."""
-        done = [slot.loaded for slot in self._slots.values() if slot.loaded.done()]
+        """Those that requests may use now, the least recently used one first; may be asked in another thread."""
+        done = [slot.loaded for slot in list(self._slots.values()) if slot.loaded.done()]
         return [loaded.result() for loaded in done if not loaded.exception()]
 
     def has(self, version: VersionId) -> bool:
@@ -133,15 +133,18 @@ class AdapterCache:
         return version in self._slots
 
     @asynccontextmanager
-    async def use(self, version: VersionId) -> AsyncIterator[LoadedAdapter]:
+    async def use(self, version: VersionId, *, check: bool = True) -> AsyncIterator[LoadedAdapter]:
         """A loaded adapter for the body; loaded first where it must be.
+
+        Args:
+            check: whether to ask the loader first: not of what the operator wants.
 
         Raises:
             QueueTimeoutError: all that are loaded were in use for too long.
             EngineUnavailableError: the engine ended meanwhile.
             Exception: what the loader raises.
         """
-        if not self.has(version):
+        if check and not self.has(version):
             await self._loader.check(version)
         slot = await self._occupy(version)
         try:
@@ -170,7 +173,7 @@ class AdapterCache:
         slot = self._slots.get(version)
         if slot is not None and not slot.closing:
             slot.users += 1
-            self._slots.move_to_end(version)
+            self._used(slot)
             return slot
         wait = self._waiting.setdefault(version, _Wait())
         wait.count += 1
@@ -186,6 +189,9 @@ class AdapterCache:
                     todo="send the request again",
                 ) from None
             raise
+
+    def _used(self, slot: _Slot) -> None:
+        self._slots[slot.version] = self._slots.pop(slot.version)
 
     def _give_up(self, version: VersionId, wait: _Wait) -> None:
         if not wait.given.done():
@@ -209,7 +215,7 @@ class AdapterCache:
             if slot is None:
                 break
             slot.users += wait.count
-            self._slots.move_to_end(version)
+            self._used(slot)
             del self._waiting[version]
             wait.given.set_result(slot)
         for place, slot in enumerate(self._slots.values()):

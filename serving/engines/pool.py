@@ -6,23 +6,24 @@ made of, and decides about no engine's fate: that is the reconciler's.
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
-from contextlib import asynccontextmanager, contextmanager, suppress
+from collections.abc import AsyncIterator, Callable, Coroutine
+from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
 
 import httpx
 
-from serving.admission import Admission, EngineUnavailableError
+from serving.admission import ENGINE_RETRY_S, Admission, AdmissionError, EngineUnavailableError
 from serving.engines.places import EnginePlaces
 from serving.engines.replica import NO_WEIGHTS, LoadedWeights, Replica
 from serving.engines.transport import EngineDiedError
-from serving.model_names import ModelNames
+from serving.model_names import ModelNames, ModelNotFoundError
 from serving.telemetry.deployment_metrics import DeploymentMetrics
 from serving.telemetry.engine_metrics import EngineSource
 from svc.engine.state import EngineState
 from svc.engine.vllm.plan import EnginePlan
-from svc.version import Target
+from svc.errors import EngineError
+from svc.version import Format, Target, VersionId
 
 log = logging.getLogger(__name__)
 
@@ -32,13 +33,19 @@ _RETRY_S = 30.0
 _DOWN = {EngineState.FAILED, EngineState.STOPPED}
 
 
+class AdapterFailedError(EngineError):
+    """A version's adapter could not be loaded, or is not what it should be; the next request tries again."""
+
+    retry_after_s = ENGINE_RETRY_S
+
+
 @dataclass(frozen=True, slots=True)
 class Lease:
     """An engine for one request.
 
     Attributes:
         http: a client whose base URL is the engine.
-        served: the version that it holds.
+        served: the version that answers.
         engine_model: what the engine calls it.
     """
 
@@ -138,49 +145,91 @@ class EnginePool:
         least = self.members[0].state if self.members else EngineState.STOPPED
         return next((state for state in order if state in states), least)
 
-    @contextmanager
-    def lease(self, model: str, *, without: Lease | None = None) -> Iterator[Lease]:
-        """An engine for a request, the one in which the fewest run, for the body.
+    async def check(self, model: str) -> None:
+        """Raises where a name means nothing, also where only the registry knows that.
+
+        Raises:
+            ModelNotFoundError: nothing answers to it.
+            EngineUnavailableError: nothing is loaded yet.
+        """
+        wanted, ready = self._names.resolve(model), self.ready
+        if wanted is None or any(engine.target and engine.target.version == wanted for engine in ready):
+            return
+        adapters = [engine.adapters for engine in ready if engine.adapters]
+        if adapters and not any(each.has(wanted) for each in adapters):
+            await adapters[0].check(wanted)
+
+    @asynccontextmanager
+    async def lease(self, model: str, *, without: Lease | None = None) -> AsyncIterator[Lease]:
+        """An engine for a request, the one in which the fewest run, for the body; its adapter is loaded first.
+
+        Of engines that apply adapters one is preferred that has the version's.
 
         Args:
             model: a client's name for what it wants.
             without: another one than this.
 
         Raises:
-            ModelNotFoundError: nothing loaded answers to it.
+            ModelNotFoundError: nothing answers to it.
             EngineUnavailableError: no engine takes requests now.
+            QueueTimeoutError: all places for adapters were in use for too long.
+            AdapterFailedError: the version's adapter could not be loaded, or is not what it should be.
         """
-        wanted = self._names.resolve(model)
-        able = [(engine, engine.target) for engine in self.ready if not engine.suspected]
-        able = [(engine, served) for engine, served in able if served and wanted in (None, served.version)]
-        if without is not None:
-            able = [(engine, served) for engine, served in able if engine.http is not without.http]
-        if not able:
-            raise EngineUnavailableError("no engine takes requests now", todo="send the request again later")
-        engine, served = min(able, key=lambda pair: pair[0].running)
-        assert served is not None  # noqa: S101 - chosen so
+        engine, served = self._choose(self._names.resolve(model), without)
         with engine.occupied():
             try:
-                yield Lease(engine.http, served, self._names.name)
+                async with AsyncExitStack() as used:
+                    name = await _enter(used, engine, served)
+                    yield Lease(engine.http, served, name)
             except EngineDiedError:
                 engine.suspect()
                 raise
+
+    def _choose(self, wanted: VersionId | None, without: Lease | None) -> tuple[Replica, Target]:
+        able = [(engine, engine.serves(wanted)) for engine in self.ready if not engine.suspected]
+        if without is not None:
+            able = [(engine, served) for engine, served in able if engine.http is not without.http]
+        found = [(engine, served) for engine, served in able if served]
+        if not found:
+            raise EngineUnavailableError("no engine takes requests now", todo="send the request again later")
+        return min(found, key=lambda pair: (_lacks_adapter(*pair), pair[0].running))
+
+    def _on_adapter(self, seconds: float | None) -> None:
+        loaded = [engine.adapters.loaded for engine in self.all if engine.adapters]
+        self._metrics.adapters_loaded(sum(map(len, loaded)))
+        if seconds is not None:
+            self._metrics.adapter_loaded(seconds)
+        self._show_loaded()
+
+    def _show_loaded(self) -> None:
+        """Shows which versions resolve: those that an engine holds, or has loaded as adapters."""
+        ready = self.ready
+        drained = [member for member in self.members if member.state is EngineState.DRAINING]
+        if ready:
+            held = {engine.target for engine in [*ready, *drained] if engine.target}
+            loaded = [adapter for engine in ready if engine.adapters for adapter in engine.adapters.loaded]
+            self._names.set_loaded(held | {Target(adapter.version, Format.ADAPTER) for adapter in loaded})
 
     def sources(self) -> list[EngineSource]:
         """The engines whose metrics can be asked for, those that were replaced among them."""
         engines = [(engine, engine.target) for engine in self.all]
         return [EngineSource(engine.http, served, engine.replica) for engine, served in engines if served]
 
+    def _made(self, number: int) -> Replica:
+        engine = self._make(number, self._on_change)
+        engine.on_adapter = self._on_adapter
+        return engine
+
     def fill(self) -> None:
         """Makes the members that there are not yet, unstarted."""
         while len(self.members) < self._size:
-            self.members.append(self._make(self._places.take(), self._on_change))
+            self.members.append(self._made(self._places.take()))
         if self.ready:
             self._show()
 
     def add(self) -> Replica:
         """A new engine, unstarted, to `replace` a member with, or to `drop`."""
-        engine = self._make(self._places.take(), self._on_change)
+        engine = self._made(self._places.take())
         self._others.append(engine)
         return engine
 
@@ -230,7 +279,7 @@ class EnginePool:
         for number in await self._places.orphans():
             if len(self.members) == self._size:
                 break
-            engine = self._make(self._places.take(number), self._on_change)
+            engine = self._made(self._places.take(number))
             self._others.append(engine)  # where `stop` finds it, should this be cut off
             try:
                 adopted = await engine.adopt(target)
@@ -335,14 +384,34 @@ class EnginePool:
         self._metrics.engine_states([engine.state for engine in self.all])
         ready = self.ready
         if ready:
-            drained = [member for member in self.members if member.state is EngineState.DRAINING]
-            self._names.set_loaded({engine.target for engine in [*ready, *drained] if engine.target})
+            self._show_loaded()
             self._admission.available()
         else:
             self._admission.unavailable(_why_none({member.state for member in self.members}))
         if self.primary is not self._primary:
             self._primary = self.primary
             self._admission.end_background_slot()
+
+
+def _lacks_adapter(engine: Replica, served: Target) -> bool:
+    return engine.adapters is not None and not engine.adapters.has(served.version)
+
+
+async def _enter(used: AsyncExitStack, engine: Replica, served: Target) -> str:
+    """What the engine calls a version, from now on until the end of `used`.
+
+    Raises:
+        AdapterFailedError: for clients; the log has the reason.
+    """
+    try:
+        return await used.enter_async_context(engine.use(served.version))
+    except (AdmissionError, ModelNotFoundError):
+        raise
+    except Exception as error:
+        raise AdapterFailedError(
+            f"the adapter of {served.version} could not be loaded; the server's log says why",
+            todo="send the request again later",
+        ) from error
 
 
 def _why_none(states: set[EngineState]) -> str | None:

@@ -6,14 +6,16 @@ Decides nothing: what to load, and what to do after a death, is the reconciler's
 import asyncio
 import logging
 import time
-from collections.abc import Callable, Coroutine, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
+from contextlib import asynccontextmanager, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
 import httpx
 
+from serving.engines.engine_adapters import EngineAdapters
+from serving.engines.served_model import ServedModel
 from serving.engines.verification import Verification
 from svc.engine.engine import LastingEngine
 from svc.engine.state import EngineState
@@ -21,7 +23,7 @@ from svc.engine.vllm.client import EngineClient, Health
 from svc.engine.vllm.plan import EnginePlan
 from svc.engine.vllm.startup_phase import EnginePhase
 from svc.errors import EngineError
-from svc.version import Target
+from svc.version import Format, Target, VersionId
 
 log = logging.getLogger(__name__)
 
@@ -52,26 +54,30 @@ class Replica:
 
     Args:
         replica: its number; the engine's folder and log are named after it.
-        launch: makes an engine for a model folder, unstarted.
+        launch: makes an engine for a model, unstarted.
         on_change: hears each change of state.
         on_phase: hears what a start is doing.
         turn: held while it starts an engine, with others that would start at the same time.
+        adapter_patience_s: longest wait of a request for a place for its adapter, seconds.
 
     Attributes:
-        target: what the engine was last verified to hold; None while nobody knows.
+        target: what the engine was last verified to hold; None while nobody knows. Of adapters the one in production.
         why: of its last death.
         lock: held by who starts, changes or ends it; see `EnginePool.held`.
+        adapters: those that it applies beside its base; None where it holds a version itself.
+        on_adapter: hears when an adapter has come, with the seconds that it took, or has gone, with None.
     """
 
     def __init__(
         self,
         replica: int,
-        launch: Callable[[Path], LastingEngine],
+        launch: Callable[[ServedModel], LastingEngine],
         verification: Verification,
         on_change: Callable[["Replica"], None],
         on_phase: Callable[[EnginePhase], None] = lambda phase: None,
         *,
         turn: asyncio.Lock | None = None,
+        adapter_patience_s: float = 60.0,
     ) -> None:
         self.replica = replica
         self._turn = turn or asyncio.Lock()
@@ -89,6 +95,10 @@ class Replica:
         self._suspected = asyncio.Event()
         self.target: Target | None = None
         self.why = "it did not start"
+        self._adapter_patience_s = adapter_patience_s
+        self._model: ServedModel | None = None
+        self.adapters: EngineAdapters | None = None
+        self.on_adapter: Callable[[float | None], None] = lambda seconds: None
 
     @property
     def client(self) -> EngineClient:
@@ -115,6 +125,11 @@ class Replica:
         return self._engine
 
     @property
+    def model(self) -> ServedModel | None:
+        """What the engine was started with; None before the first start."""
+        return self._model
+
+    @property
     def plan(self) -> EnginePlan | None:
         """How the engine was started; None where none was."""
         engine = self._engine  # once: the status is made in another thread
@@ -129,6 +144,32 @@ class Replica:
     def running(self) -> int:
         """What runs in it, the server's own request among it."""
         return self._running
+
+    def serves(self, wanted: VersionId | None) -> Target | None:
+        """What a request for a version gets here; None where it cannot be asked here.
+
+        Args:
+            wanted: None for whichever it holds.
+        """
+        if self.target is None or wanted in (None, self.target.version):
+            return self.target
+        return Target(wanted, Format.ADAPTER) if wanted and self.target.format is Format.ADAPTER else None
+
+    @asynccontextmanager
+    async def use(self, version: VersionId) -> AsyncIterator[str]:
+        """What the engine calls a version, for the body; its adapter is loaded where it must be.
+
+        Raises:
+            QueueTimeoutError: all places for adapters were in use for too long.
+            ModelNotFoundError: the engine cannot take it.
+            SvcError: it could not be loaded, or is not what it should be.
+        """
+        if self.adapters is None:
+            yield self.client.model
+            return
+        in_production = self.target is not None and self.target.version == version
+        async with self.adapters.use(version, check=not in_production) as loaded:
+            yield loaded.name
 
     @contextmanager
     def occupied(self) -> Iterator[None]:
@@ -173,6 +214,7 @@ class Replica:
         await self.stop(EngineState.STARTING)
         try:
             self._engine = engine = await self._launched(target)
+            self._make_adapters()
             async with self._turn:
                 await self._start_checked(engine, target)
             found = await self.verify(target, fresh=True)
@@ -197,6 +239,9 @@ class Replica:
         try:
             await self._verification.files(target)
             await engine.adopt()
+            self._make_adapters()
+            if self.adapters is not None:
+                await self.adapters.unload_all()
             await self.verify(target)
         except Exception:  # whatever is wrong with it, a new one may do better, or say what it is
             log.warning("the engine of an earlier server cannot be adopted", exc_info=True)
@@ -211,7 +256,27 @@ class Replica:
 
     async def _launched(self, target: Target) -> LastingEngine:
         """An unstarted engine; its folders are made."""
-        return await asyncio.to_thread(self._launch, await self._verification.folder(target))
+        self._model = await self._verification.model(target)
+        return await asyncio.to_thread(self._launch, self._model)
+
+    def _make_adapters(self) -> None:
+        """Room for adapters in a new engine, if it takes any; what another engine had is forgotten."""
+        self._end_adapters()
+        if self._model and self._model.lora:
+            self.adapters = EngineAdapters(
+                self.client,
+                self._model,
+                self._model.lora,
+                self._verification,
+                self.unless_dead,
+                patience_s=self._adapter_patience_s,
+                on_change=lambda seconds: self.on_adapter(seconds),
+            )
+
+    def _end_adapters(self) -> None:
+        adapters, self.adapters = self.adapters, None
+        if adapters is not None:
+            adapters.close()
 
     async def clear(self) -> None:
         """From now on nobody knows what the engine holds; a later server would not adopt it.
@@ -243,13 +308,31 @@ class Replica:
         Raises:
             ProbeError: it runs other weights, or an engine that ran before cannot be told to hold these.
         """
-        found = await self.unless_dead(self._verification.probes(self.client, target, fresh=fresh))
+        if self.adapters is not None:
+            async with self.adapters.use(target.version, check=False) as loaded:
+                found = loaded.checked.found
+        else:
+            found = await self.unless_dead(self._verification.probes(self.client, target, fresh=fresh))
         self.target = target
         try:
             await self._started.record(str(target))
         except OSError:  # it serves all the same
             log.exception("replica %d: a later server cannot adopt it", self.replica)
         log.info("replica %d holds %s: %s", self.replica, target, found)
+        return found
+
+    async def bring(self, target: Target) -> str:
+        """Puts another adapter of the same base into production here: loaded and verified first, beside requests.
+
+        Returns:
+            What was found, for the journal.
+
+        Raises:
+            SvcError: what it held stays.
+        """
+        found = await self.verify(target)
+        self.weights = LoadedWeights(fresh=False)
+        self.on_adapter(None)
         return found
 
     async def _start_checked(self, engine: LastingEngine, target: Target) -> None:
@@ -323,6 +406,7 @@ class Replica:
         """Ends the engine, if there is one, and enters a state that admits nobody."""
         self.target = None
         self.enter(state)
+        self._end_adapters()
         if self._engine is not None:
             # Forgotten only once it has ended: whoever is cancelled here leaves it to the next call.
             await self._engine.stop()
@@ -330,6 +414,7 @@ class Replica:
 
     async def leave(self) -> None:
         """Lets the engine run without us: a server that starts later can adopt it."""
+        self._end_adapters()
         if self._engine is not None:
             await self._engine.leave()
             self._engine = None

@@ -7,16 +7,22 @@ from pathlib import Path
 
 from sqlalchemy import Engine as Store
 
-from svc.engine.probes import EngineFacts, Probe, check_probes, make_probes, measure_probes
+from serving.engines.adapters import Checked
+from serving.engines.served_model import ServedModel, require_fit, served_model
+from svc.engine.probes import MIN_TOLERANCE, EngineFacts, Probe, check_probes, make_probes, measure_probes
 from svc.engine.vllm.client import EngineClient
 from svc.errors import ProbeError
+from svc.registry.adapter import AdapterFacts, read_adapter
 from svc.registry.registry import Registry
+from svc.settings import AdapterSettings
 from svc.store.retaken_probes import find_retaken_probes, keep_retaken_probes
-from svc.version import Target
+from svc.version import Format, Target, VersionId
 
 log = logging.getLogger(__name__)
 
 _RETAKE_REPEATS = 5
+_ADAPTER_REPEATS = 2
+"""Of an adapter at its first use, for which a request waits."""
 _OTHER_WEIGHTS_NATS = 0.5
 """Mean difference. Kernels differ in the second decimal, other weights by whole nats."""
 
@@ -30,12 +36,41 @@ class Verification:
 
     Args:
         facts: the kind of engine that serves a model folder here.
+        adapters: how versions are served as adapters.
     """
 
-    def __init__(self, registry: Registry, store: Store, facts: Callable[[Path], EngineFacts]) -> None:
+    def __init__(
+        self,
+        registry: Registry,
+        store: Store,
+        facts: Callable[[Path], EngineFacts],
+        adapters: AdapterSettings | None = None,
+    ) -> None:
         self._registry = registry
         self._store = store
         self._facts = facts
+        self._adapters = adapters or AdapterSettings()
+
+    async def model(self, target: Target) -> ServedModel:
+        """What an engine is started with for a version, unchecked.
+
+        Raises:
+            NotFoundError, RefusedError, IntegrityError: see serving.engines.served_model.
+        """
+        return await asyncio.to_thread(served_model, self._registry, target, self._adapters)
+
+    async def adapter(self, version: VersionId, model: ServedModel) -> AdapterFacts:
+        """A version's adapter, its files unchecked.
+
+        Args:
+            model: of the engine that shall apply it.
+
+        Raises:
+            NotFoundError, RefusedError, IntegrityError: there is none, or the engine cannot apply it.
+        """
+        adapter = await asyncio.to_thread(read_adapter, self._registry, version)
+        require_fit(model, adapter)
+        return adapter
 
     async def folder(self, target: Target) -> Path:
         """A version's model folder, unchecked.
@@ -85,6 +120,35 @@ class Verification:
         difference = await check_probes(client, known)
         return f"{len(known)} probes passed, largest difference {difference:.4f} nats"
 
+    async def adapter_probes(self, client: EngineClient, name: str, target: Target) -> Checked:
+        """Checks a loaded adapter as `probes` does, also beside requests.
+
+        No adapter has probes of its own from its registration: the first time on a kind of engine, it is held against
+        those of the version's merged weights, and must not be what the base is.
+
+        Args:
+            name: what the engine calls it.
+
+        Raises:
+            ProbeError: the engine applies other weights, or none.
+        """
+        reference, facts = await self._reference(target), await self.facts(target)
+        if not reference:
+            log.warning("%s is not verified: the version has no probes in any format", target)
+            return Checked("not verified: the version has no probes in any format", verified=False)
+        adapter = client.named(name)
+        known = await asyncio.to_thread(find_retaken_probes, self._store, target, facts)
+        if known is None:
+            return Checked(await self._retake(adapter, target, reference, facts, without=client))
+        difference = await check_probes(adapter, known)
+        return Checked(f"{len(known)} probes passed, largest difference {difference:.4f} nats")
+
+    async def _reference(self, target: Target) -> tuple[Probe, ...]:
+        """The recorded probes that are nearest to a version's adapter."""
+        formats = (await asyncio.to_thread(self._registry.manifest, target.version)).formats
+        found = (formats[format].probes for format in (Format.MERGED, Format.GPTQ) if format in formats)
+        return next((probes for probes in found if probes), ())
+
     async def has_probes(self, target: Target) -> bool:
         """Whether a version can be verified in an engine that ran before; if not, one must start with its files.
 
@@ -111,17 +175,35 @@ class Verification:
             EngineError: the format cannot be served here.
             NotFoundError: no such version or format.
         """
-        return await asyncio.to_thread(self._facts, await self.folder(target))
+        return await asyncio.to_thread(self._facts, (await self.model(target)).folder)
 
     async def _retake(
-        self, client: EngineClient, target: Target, recorded: tuple[Probe, ...], facts: EngineFacts
+        self,
+        client: EngineClient,
+        target: Target,
+        recorded: tuple[Probe, ...],
+        facts: EngineFacts,
+        *,
+        without: EngineClient | None = None,
     ) -> str:
+        """Takes probes again, and keeps them.
+
+        Args:
+            without: asks the same engine for what it gives without the adapter that `client` asks for.
+        """
         sequences = [(probe.token_ids, probe.start) for probe in recorded]
-        measured = await measure_probes(client, sequences, repeats=_RETAKE_REPEATS)
+        repeats = _ADAPTER_REPEATS if without else _RETAKE_REPEATS
+        measured = await measure_probes(client, sequences, repeats=repeats)
         _refuse_other_weights(recorded, measured[0])
+        if without is not None:
+            base = await asyncio.gather(*(without.logprobs(token_ids, start) for token_ids, start in sequences))
+            _refuse_base(recorded, measured[0], base)
         probes = make_probes(sequences, measured, facts)
         await asyncio.to_thread(keep_retaken_probes, self._store, target, facts, probes)
-        log.warning("%s was qualified on another kind of engine (%s): probes taken again", target, recorded[0].engine)
+        if without is None:
+            log.warning(
+                "%s was qualified on another kind of engine (%s): probes taken again", target, recorded[0].engine
+            )
         return f"{len(probes)} probes taken again: this kind of engine sees the version for the first time"
 
 
@@ -131,15 +213,32 @@ def _refuse_other_weights(recorded: Sequence[Probe], measured: Sequence[Sequence
     Raises:
         ProbeError: the difference is more than another kind of engine explains.
     """
-    pairs = [
-        (expected, found)
-        for probe, logprobs in zip(recorded, measured, strict=True)
-        for expected, found in zip(probe.logprobs, logprobs, strict=True)
-    ]
-    difference = sum(abs(expected - found) for expected, found in pairs) / len(pairs)
+    difference = _mean_difference([probe.logprobs for probe in recorded], measured)
     if not difference <= _OTHER_WEIGHTS_NATS:  # also what is not a number
         raise ProbeError(
             f"the probes differ by {difference:.2f} nats in the mean: not the version's weights",
             expected=f"at most {_OTHER_WEIGHTS_NATS} between two kinds of engine",
             todo="qualify the version on this kind of engine",
         )
+
+
+def _refuse_base(
+    recorded: Sequence[Probe], measured: Sequence[Sequence[float]], base: Sequence[Sequence[float]]
+) -> None:
+    """Keeps an adapter that the engine took, and does not apply, from becoming what it is held against.
+
+    Raises:
+        ProbeError: the engine gives what it gives without it, which is not what the version gives.
+    """
+    own = _mean_difference([probe.logprobs for probe in recorded], measured)
+    if own > MIN_TOLERANCE >= _mean_difference(base, measured):
+        raise ProbeError(
+            f"the probes are those of the base, {own:.4f} nats from the version's in the mean: it is not applied",
+            expected=f"at most {MIN_TOLERANCE} nats from the version's, or more than that from the base's",
+            todo=f"serve the version with --format {Format.MERGED}",
+        )
+
+
+def _mean_difference(expected: Sequence[Sequence[float]], found: Sequence[Sequence[float]]) -> float:
+    pairs = [pair for one, other in zip(expected, found, strict=True) for pair in zip(one, other, strict=True)]
+    return sum(abs(one - other) for one, other in pairs) / len(pairs)

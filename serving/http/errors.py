@@ -23,6 +23,7 @@ from serving.admission import (
     QueueTimeoutError,
     TooManyTokensError,
 )
+from serving.engines.pool import AdapterFailedError
 from serving.engines.transport import (
     ContextLengthError,
     EngineBusyError,
@@ -96,6 +97,7 @@ _SHAPES: dict[type[SvcError], tuple[int, ErrorCode]] = {
     ContextLengthError: (400, ErrorCode.CONTEXT_LENGTH_EXCEEDED),
     EngineRefusedError: (400, ErrorCode.INVALID_REQUEST),
     EngineBusyError: (503, ErrorCode.OVERLOADED),
+    AdapterFailedError: (503, ErrorCode.ENGINE_ADAPTER_FAILED),
     EngineDiedError: (503, ErrorCode.ENGINE_DIED),
     EngineSilentError: (504, ErrorCode.ENGINE_TIMEOUT),
     EngineFailedError: (502, ErrorCode.ENGINE_ERROR),

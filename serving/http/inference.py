@@ -181,21 +181,22 @@ class Exchange:
     async def _answer(self, request: CompletionRequest) -> None:
         self._model = self._gateway.router.served_name(request.model) or UNKNOWN_MODEL
         to = self._gateway.router.find(request.model, request.who)
+        await to.backend.check(to.model)
         self._scope["state"]["version"] = (served := to.backend.names.served) and served.version
         # Delivered outside admission: the engine is done with it, and a client that reads slowly keeps no place.
-        async with self._delivery, to.backend.admission.admit(request.work(to.backend.context)):
-            with to.backend.lease(to.model) as engine:
-                try:
-                    await self._forward(engine, request)
-                except EngineUnreachableError as error:
-                    await self._forward_to_another(to, engine, request, error)
+        work = request.work(to.backend.context)
+        async with self._delivery, to.backend.admission.admit(work), to.backend.lease(to.model) as engine:
+            try:
+                await self._forward(engine, request)
+            except EngineUnreachableError as error:
+                await self._forward_to_another(to, engine, request, error)
 
     async def _forward_to_another(
         self, to: Destination, engine: Lease, request: CompletionRequest, refused: EngineUnreachableError
     ) -> None:
         """Once: where that one takes no connection either, something else is wrong."""
         try:
-            with to.backend.lease(to.model, without=engine) as other:
+            async with to.backend.lease(to.model, without=engine) as other:
                 await self._forward(other, request)
         except EngineUnavailableError:
             raise refused from None

@@ -29,6 +29,11 @@ def add_models(app: FastAPI, router: Router) -> None:
     def model(name: str, backend: Backend) -> dict[str, Any]:
         return {"id": name, "object": "model", "created": backend.names.since, "owned_by": OWNER}
 
+    async def found(name: str) -> Backend:
+        to = router.find(name)
+        await to.backend.check(to.model)
+        return to.backend
+
     @app.get("/v1/models")
     async def list_models() -> JSONResponse:
         listed = [model(name, backend) for backend in router.backends for name in backend.names.all()]
@@ -37,11 +42,11 @@ def add_models(app: FastAPI, router: Router) -> None:
     # A slash in a name arrives as %2F, which is decoded before the path is matched.
     @app.get("/v1/models/{name:path}")
     async def show_model(name: str) -> JSONResponse:
-        return JSONResponse(model(name, router.find(name).backend))
+        return JSONResponse(model(name, await found(name)))
 
     @app.delete("/v1/models/{name:path}", response_model=None)
     async def delete_model(name: str) -> NoReturn:
-        router.find(name)
+        await found(name)
         raise ModelNotDeletableError(
             f"model {name!r} is served, and models are not deleted over HTTP",
             todo="ask the operator to promote another version, and to delete this one on disk",

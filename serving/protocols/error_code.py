@@ -26,6 +26,7 @@ class ErrorCode(StrEnum):
     QUEUE_TIMEOUT = "queue_timeout"
     ENGINE_UNAVAILABLE = "engine_unavailable"
     ENGINE_DIED = "engine_died"
+    ENGINE_ADAPTER_FAILED = "engine_adapter_failed"
     ENGINE_TIMEOUT = "engine_timeout"
     ENGINE_ERROR = "engine_error"
     INTERNAL_ERROR = "internal_error"

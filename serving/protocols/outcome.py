@@ -7,6 +7,7 @@ _OUTCOMES = {
     ErrorCode.CLIENT_GONE: Outcome.CLIENT_GONE,
     ErrorCode.CLIENT_SLOW: Outcome.CLIENT_SLOW,
     ErrorCode.ENGINE_DIED: Outcome.ENGINE_ERROR,
+    ErrorCode.ENGINE_ADAPTER_FAILED: Outcome.ENGINE_ERROR,
     ErrorCode.ENGINE_TIMEOUT: Outcome.ENGINE_ERROR,
     ErrorCode.ENGINE_ERROR: Outcome.ENGINE_ERROR,
     ErrorCode.INTERNAL_ERROR: Outcome.SERVER_ERROR,

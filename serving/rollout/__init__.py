@@ -1,1 +1,1 @@
-"""Makes what serves equal to what is desired: the reconciler, the three kinds of swap, and their journal."""
+"""Makes what serves equal to what is desired: the reconciler, the four kinds of swap, and their journal."""

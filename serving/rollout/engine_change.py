@@ -4,7 +4,7 @@ In place: no new requests for it -> let the running ones end -> reload -> reset 
 Where no other engine takes requests, they wait meanwhile. Blue-green: start a second engine with the version, check the
 probes, put it in the place of the first, let that answer its last requests. Nobody waits, but there must be memory for
 both. A version that this kind of engine has never loaded needs an engine that starts with it: a second one, or, without
-memory for it, the same one again.
+memory for it, the same one again. An adapter of the same base is loaded and checked beside the requests.
 
 A change that is superseded ends where it can: while it waits, while an engine starts, after a reload. A reload is not
 cut off, because nobody would know what the engine holds.
@@ -97,6 +97,8 @@ class EngineChange:
         """One engine, in place or by another that takes its place."""
         if change.kind is SwapKind.BLUEGREEN:
             return await self._blue_green(change, engine)
+        if change.kind is SwapKind.ADAPTER:
+            return await self._by_adapter(change, engine)
         try:
             return await self._in_place(change, engine)
         except EngineError as error:
@@ -106,6 +108,20 @@ class EngineChange:
         except OSError as error:
             log.warning("%s cannot be noted for an engine", change.target, exc_info=True)
             return SwapOutcome.REFUSED, str(error)
+
+    async def _by_adapter(self, change: SwapInProgress, engine: Replica) -> Result:
+        """Loads and verifies an adapter beside the requests; then what comes next is for it."""
+        try:
+            found = await change.cancellation.interrupting(engine.bring(change.target))
+        except SupersededError:
+            raise
+        except Exception as error:  # whatever it was, what serves was not touched
+            log.warning("no adapter of %s", change.target, exc_info=error)
+            change.report(f"failed: {_line(error)}")
+            return SwapOutcome.REFUSED, str(error) or repr(error)
+        change.report(f"adapter loaded: {found}")
+        self._serve_if_only(change)
+        return SwapOutcome.SUCCEEDED, None
 
     async def _blue_green(self, change: SwapInProgress, old: Replica) -> Result:
         try:

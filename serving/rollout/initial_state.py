@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from sqlalchemy import Engine as Store
 
 from svc.errors import NotFoundError, RefusedError
+from svc.registry.adapter import read_adapter
 from svc.registry.manifest import Manifest
 from svc.registry.registry import Registry
 from svc.store.deployments import deployed_names, set_deployments
@@ -49,18 +50,30 @@ def choose_desired(registry: Registry, store: Store, model: str, format: Format 
 
     Raises:
         NotFoundError: no such model, version or format.
-        RefusedError: a version that failed a check when it was registered.
+        RefusedError: a version that failed a check when it was registered, or an adapter that vLLM cannot apply.
     """
     seen = read_desired(store, model.partition("@")[0])
     version = seen.target.version if seen and "@" not in model else _resolve(registry, model)
     if format is None and seen and seen.target.version == version:
         format = seen.target.format
     target = Target(version, format or _best_format(registry, version))
-    registry.format(version, target.format)
+    require_servable(registry, target)
     if seen and seen.target == target:
         return seen
     require_promotable(registry.manifest(version))
     return change_desired(store, seen, target, previous=seen.target if seen else None)
+
+
+def require_servable(registry: Registry, target: Target) -> None:
+    """Raises where a version cannot be served in a format.
+
+    Raises:
+        NotFoundError: no such version or format, or the base of its adapter is gone.
+        RefusedError: vLLM cannot apply its adapter beside its base.
+    """
+    registry.format(target.version, target.format)
+    if target.format is Format.ADAPTER:
+        read_adapter(registry, target.version)
 
 
 def require_promotable(manifest: Manifest) -> None:
@@ -100,6 +113,7 @@ def _best_format(registry: Registry, version: VersionId) -> Format:
         if format in formats:
             return format
     raise NotFoundError(
-        f"{version} has no format that can be served",
+        f"{version} has no format that can be served by itself",
         expected=f"{' or '.join(_PREFERRED)}, it has {', '.join(formats)}",
+        todo=f"serve it beside its base: --format {Format.ADAPTER}" if Format.ADAPTER in formats else "",
     )

@@ -7,11 +7,12 @@ from dataclasses import dataclass
 
 from serving.engines.pool import EnginePool
 from serving.engines.verification import Verification
+from svc.errors import RefusedError
 from svc.registry.fingerprint import compatibility_fingerprint
 from svc.registry.registry import Registry
 from svc.settings import SwapChoice
 from svc.store.swaps import SwapKind
-from svc.version import Target
+from svc.version import Format, Target
 
 Report = Callable[[str], None]
 
@@ -75,11 +76,16 @@ class SwapPlanner:
 
         Raises:
             NotFoundError, IntegrityError: the version's files are not there or not right.
+            RefusedError: it cannot be served as an adapter.
             EngineError: the format cannot be served here.
             OSError, SQLAlchemyError: files or store cannot be read.
         """
         await self._verification.files(target)
         report("files match the manifest")
+        if Format.ADAPTER in (current.format, target.format):
+            plan = await self._with_adapter(current, target)
+            report(f"{plan.kind} swap: {plan.why}")
+            return plan
         plan = self._kind(await asyncio.to_thread(self._fits, current, target))
         if plan.kind is not SwapKind.BLUEGREEN and not await asyncio.to_thread(self._reloads, target):
             plan = await self._by_start(plan.kind, target, _NO_RELOAD, reloads=False)
@@ -87,6 +93,20 @@ class SwapPlanner:
             plan = await self._by_start(plan.kind, target, _FIRST_LOAD, reloads=True)
         report(f"{plan.kind} swap: {plan.why}")
         return plan
+
+    async def _with_adapter(self, current: Target, target: Target) -> Plan:
+        """An adapter comes beside the base that the engines hold, where it fits every one of them."""
+        await self._verification.model(target)
+        if current.format is not target.format:
+            return Plan(SwapKind.BLUEGREEN, _DIFFERENT)
+        if self._choice is SwapChoice.BLUEGREEN:
+            return Plan(SwapKind.BLUEGREEN, "as set")
+        try:
+            for model in [engine.model for engine in self._pool.alive if engine.model]:
+                await self._verification.adapter(target.version, model)
+        except RefusedError as error:
+            return Plan(SwapKind.BLUEGREEN, error.wrong)
+        return Plan(SwapKind.ADAPTER, "an adapter of the same base")
 
     def _kind(self, fits: bool) -> Plan:
         if not fits:

@@ -14,6 +14,7 @@ from svc.version import Target
 _SWAP_BUCKETS_S = (0.5, 1, 1.5, 2, 3, 5, 10, 20, 30, 60, 120, 300, 600)
 # An engine's start: 20 s for a small model on a GPU, minutes for a large one.
 _WAKE_BUCKETS_S = (1, 2, 5, 10, 20, 30, 45, 60, 90, 120, 300, 600)
+_ADAPTER_LOAD_BUCKETS_S = (0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 60)
 _QUEUED_BUCKETS = (0, 1, 2, 4, 8, 16, 32, 64, 128, 256)
 
 
@@ -66,6 +67,17 @@ class DeploymentInstruments:
             (*model, "version"),
             registry=registry,
         )
+        self.adapters_loaded = Gauge("svc_adapters_loaded", "Adapters in the engines' memory", model, registry=registry)
+        self.adapter_loads = Counter(
+            "svc_adapter_loads_total", "Adapters that were loaded and verified", model, registry=registry
+        )
+        self.adapter_load = Histogram(
+            "svc_adapter_load_seconds",
+            "From an adapter's turn to load to its probes' passing",
+            model,
+            buckets=_ADAPTER_LOAD_BUCKETS_S,
+            registry=registry,
+        )
 
 
 class DeploymentMetrics:
@@ -106,6 +118,15 @@ class DeploymentMetrics:
         """Counts a start after a death."""
         self._instruments.restarts.labels(self._model).inc()
 
+    def adapters_loaded(self, count: int) -> None:
+        """Shows how many adapters the engines have loaded."""
+        self._instruments.adapters_loaded.labels(self._model).set(count)
+
+    def adapter_loaded(self, seconds: float) -> None:
+        """Counts and times the load of an adapter."""
+        self._instruments.adapter_loads.labels(self._model).inc()
+        self._instruments.adapter_load.labels(self._model).observe(seconds)
+
     def swap_ended(self, result: SwapResult) -> None:
         """Counts a swap, and times it when admission was closed for it."""
         self._instruments.swaps.labels(self._model, result.outcome.value).inc()
@@ -138,7 +159,7 @@ class DeploymentMetrics:
         _forget(self._instruments.version_info, self._version)
         _forget(self._instruments.holdout_interval, self._holdout)
         self._version = self._holdout = None
-        for gauge in (self._instruments.running, self._instruments.queued):
+        for gauge in (self._instruments.running, self._instruments.queued, self._instruments.adapters_loaded):
             _forget(gauge, (self._model,))
         for state in EngineState:
             _forget(self._instruments.engine_state, (self._model, state.value))

@@ -19,6 +19,8 @@ from svc.version import Target
 log = logging.getLogger(__name__)
 
 _PREFIX = "vllm:"
+_NOT_SHOWN = frozenset({"vllm:lora_requests_info"})
+"""Has the names of adapters in its labels, which are new at each load: series without end."""
 _TIMEOUT_S = 2.0
 """Our own figures do not wait for an engine that hangs: that is when they are needed."""
 
@@ -91,6 +93,8 @@ def _merged(pages: Sequence[tuple[EngineSource, str]]) -> list[Metric]:
             continue
         for family in found:
             # When a series began is a gauge of its own in this format, under a name that OpenMetrics reserves.
+            if family.name in _NOT_SHOWN:
+                continue
             if family.name.startswith(_PREFIX) and not family.name.endswith("_created"):
                 samples = [sample._replace(labels=added | sample.labels) for sample in family.samples]
                 family.samples = []

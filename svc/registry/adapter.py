@@ -58,6 +58,7 @@ class AdapterFacts:
         rank: the largest of any layer.
         targets: ends of the names of the layers that it changes, as `q_proj`.
         bytes: size of its files.
+        failed: checks that the version failed when it was registered.
     """
 
     version: VersionId
@@ -66,6 +67,7 @@ class AdapterFacts:
     rank: int
     targets: frozenset[str]
     bytes: int
+    failed: tuple[str, ...] = ()
 
 
 def read_adapter(registry: Registry, version: VersionId) -> AdapterFacts:
@@ -98,6 +100,7 @@ def read_adapter(registry: Registry, version: VersionId) -> AdapterFacts:
         rank=max([1, config["r"], *(config.get("rank_pattern") or {}).values()]),
         targets=_targets(config),
         bytes=manifest.formats[Format.ADAPTER].bytes,
+        failed=manifest.failed,
     )
 
 

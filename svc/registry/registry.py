@@ -178,9 +178,11 @@ class Registry:
         """What a version answered to its held-out examples at registration: the first ones, in the file's order.
 
         Raises:
-            NotFoundError: no such version, or its answers in this format were not kept.
+            NotFoundError: no such version, or its answers in this format were not kept, as those of an adapter.
             IntegrityError: the file is missing or was changed.
         """
+        if format is Format.ADAPTER:
+            raise NotFoundError(f"{version} has registered answers as a whole model, and none as an adapter")
         return read_results(self.reference(version, results_file(format)))
 
     def heldout_tokens(self, version: VersionId) -> tuple[TokenizedExample, ...] | None:

@@ -36,6 +36,8 @@ class SwapKind(StrEnum):
     """A second engine takes the place of the first."""
     ROLLING = "rolling"
     """In place, one engine after the other; the others answer meanwhile."""
+    ADAPTER = "adapter"
+    """Another adapter beside the base that the engines hold; nobody waits."""
 
 
 @dataclass(frozen=True, slots=True)

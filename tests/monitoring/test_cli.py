@@ -31,7 +31,7 @@ STATE: dict[str, Any] = {
         ],
     },
     "requests": {"running": 3, "queued": 4},
-    "engines": [{"replica": 0, "state": "ready", "version": "tiny@2", "running": 5}],
+    "engines": [{"replica": 0, "state": "ready", "version": "tiny@2", "running": 5, "adapters": None}],
     "last_swap": {
         "to": "tiny@2 (gptq)",
         "started_at": "2026-01-02T03:04:05+00:00",
@@ -154,6 +154,13 @@ def test_a_new_server_has_neither_swap_nor_error(status: Status) -> None:
     assert "before: none" in ended.out
     assert "errors by reason: none" in ended.out
     assert "last swap" not in ended.out
+
+
+def test_the_adapters_of_each_engine_are_shown_with_those_that_nothing_verifies(status: Status) -> None:
+    loaded = [{"version": "tiny@2", "verified": True}, {"version": "tiny@3", "verified": False}]
+    out = status(engines=[STATE["engines"][0] | {"adapters": loaded}]).out
+    assert "replica 0: adapters loaded: tiny@2, tiny@3 (not verified)" in out
+    assert "adapters loaded" not in status().out
 
 
 def test_a_swap_under_way_is_told(status: Status) -> None:

@@ -10,6 +10,7 @@ import pytest
 from sqlalchemy import Engine as Store
 
 from svc.store.database import open_database
+from svc.version import Format
 from tests.serving.control import Control, Make
 from tests.serving.home import Home
 from tests.serving.service import Service
@@ -71,8 +72,9 @@ def make(memory_folder: Path, socket_folder: Path, quick: None) -> Make:
 
     def make(answered: int = 0, *, tokens: bool = False, **settings: Any) -> Control:
         control = Control(memory_folder, socket_folder, **settings)
+        formats = tuple(dict.fromkeys((Format.MERGED, control.format)))
         for number in (1, 2, 3):
-            make_version(control.registry, number, answered=answered, tokens=tokens)
+            make_version(control.registry, number, answered=answered, tokens=tokens, formats=formats)
         return control
 
     return make

@@ -29,11 +29,11 @@ from svc.engine.probes import EngineFacts
 from svc.engine.state import EngineState
 from svc.engine.vllm.client import socket_transport
 from svc.registry.registry import Registry
-from svc.settings import ServeSettings
+from svc.settings import AdapterSettings, ServeSettings
 from svc.store.database import open_database
 from svc.store.desired import Desired, change_desired, read_desired
 from svc.store.swaps import SwapResult, find_swap
-from svc.version import Target
+from svc.version import Format, Target
 from tests.serving.engine_double import EngineDouble
 from tests.serving.engine_park import EnginePark
 from tests.serving.service import CONTEXT, OneBackend, application
@@ -57,6 +57,8 @@ class Control:
         home: of the registry and the store.
         sockets: a folder with a short path.
         replicas: engines.
+        format: in which versions are served.
+        adapters: how they are served as adapters.
         settings: fields of ServeSettings that differ from the default.
 
     Attributes:
@@ -64,11 +66,21 @@ class Control:
     """
 
     def __init__(
-        self, home: Path, sockets: Path, *, facts: EngineFacts = FACTS, replicas: int = 1, **settings: Any
+        self,
+        home: Path,
+        sockets: Path,
+        *,
+        facts: EngineFacts = FACTS,
+        replicas: int = 1,
+        format: Format = Format.MERGED,
+        adapters: AdapterSettings | None = None,
+        **settings: Any,
     ) -> None:
         self.home = home
         self.sockets = sockets
         self.facts = facts
+        self.format = format
+        self.adapters = adapters or AdapterSettings()
         self.settings = ServeSettings(**settings)
         self.book = AliasBook()
         self.registry = Registry(home / "models", self.book)
@@ -92,7 +104,7 @@ class Control:
         self.deployment_metrics = DeploymentMetrics(DeploymentInstruments(self.collector), NAME)
         self.deployment_metrics.watch_admission(lambda: self.admission.running, lambda: self.admission.queued)
         self.names = ModelNames(NAME)
-        verification = Verification(self.registry, self.store, lambda folder: self.facts)
+        verification = Verification(self.registry, self.store, lambda folder: self.facts, self.adapters)
         self.places = EnginePlaces(self.park)
         self.pool = EnginePool(
             lambda replica, on_change: Replica(
@@ -100,6 +112,7 @@ class Control:
                 partial(self.park.launch, replica),
                 verification,
                 on_change,
+                adapter_patience_s=limits.queue_timeout_s,
             ),
             places=self.places,
             size=self.replicas,
@@ -127,7 +140,7 @@ class Control:
             retire_timeout_s=limits.retire_timeout_s,
         )
         self.alias = ProductionAlias(self.book, retry_s=0.01)
-        desired = read_desired(self.store, NAME) or change_desired(self.store, None, target(1), None)
+        desired = read_desired(self.store, NAME) or change_desired(self.store, None, target(1, self.format), None)
         self.reconciler = Reconciler(
             desired,
             store=self.store,
@@ -172,7 +185,7 @@ class Control:
     async def client(self) -> AsyncIterator[httpx.AsyncClient]:
         """Calls the gateway through a real server."""
         app = application(
-            OneBackend(self.names, self.admission, self.pool.lease),
+            OneBackend(self.names, self.admission, self.pool.lease, checks=self.pool.check),
             self.pool.sources,
             metrics=self.metrics,
             settings=self.settings,
@@ -211,7 +224,7 @@ class Control:
     def wish(self, number: int) -> Desired:
         """Asks for a version, as `svc promote` does."""
         seen = self.desired()
-        return change_desired(self.store, seen, target(number), previous=seen.target)
+        return change_desired(self.store, seen, target(number, self.format), previous=seen.target)
 
     async def outcome(self, desired: Desired) -> SwapResult:
         """The end of the swap for a wish."""

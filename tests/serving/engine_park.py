@@ -5,6 +5,7 @@ import errno
 from collections.abc import Callable
 from pathlib import Path
 
+from serving.engines.served_model import ServedModel
 from svc.engine.engine import LastingEngine
 from svc.engine.vllm.client import EngineClient, data_client
 from svc.engine.vllm.plan import Choice, EnginePlan, Origin
@@ -63,10 +64,10 @@ class EnginePark:
         return self.sockets / f"engine-{replica}.sock"
 
     def launch(
-        self, replica: int, model: Path, socket: Path | None = None, *, name: str | None = None
+        self, replica: int, model: ServedModel, socket: Path | None = None, *, name: str | None = None
     ) -> LastingEngine:
         """A new, unstarted engine."""
-        return DoubleEngine(self, replica, model, socket or self.socket(replica), name or self.name)
+        return DoubleEngine(self, replica, model.folder, socket or self.socket(replica), name or self.name)
 
     def numbers(self) -> list[int]:
         """Replicas that a server left."""

@@ -9,6 +9,7 @@ import httpx
 import pytest
 
 from serving import assembly, server
+from serving.engines.served_model import ServedModel
 from serving.rollout.initial_state import choose_deployments
 from svc.engine.engine import LastingEngine
 from svc.engine.vllm.launch import EngineSpec
@@ -45,7 +46,7 @@ class Home:
         monkeypatch.setattr(Registry, "of", lambda settings: self.registry)
 
     def _launch(self, spec: EngineSpec, *, silence_s: float) -> LastingEngine:
-        return self.park.launch(int(spec.state.name), spec.model, spec.socket, name=spec.served_name)
+        return self.park.launch(int(spec.state.name), ServedModel(spec.model), spec.socket, name=spec.served_name)
 
     def _end(self, folder: Path) -> None:
         if int(folder.name) in self.park.left:

@@ -1,8 +1,8 @@
 """The gateway in front of a double of the engine, put together as the server does it."""
 
 import asyncio
-from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, asynccontextmanager, contextmanager
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -42,7 +42,7 @@ CHAT: dict[str, Any] = {"model": NAME, "messages": [{"role": "user", "content": 
 class Leases(Protocol):
     """Gives an engine for a request."""
 
-    def __call__(self, model: str, *, without: Lease | None = None) -> AbstractContextManager[Lease]:
+    def __call__(self, model: str, *, without: Lease | None = None) -> AbstractAsyncContextManager[Lease]:
         """An engine for the body, and another one than `without`."""
 
 
@@ -54,8 +54,14 @@ class OneBackend:
     admission: Admission
     leases: Leases
     context: int = CONTEXT
+    checks: Callable[[str], Awaitable[None]] | None = None
 
-    def lease(self, model: str, *, without: Lease | None = None) -> AbstractContextManager[Lease]:
+    async def check(self, model: str) -> None:
+        """Raises where a name means nothing, also where only the registry knows that."""
+        if self.checks:
+            await self.checks(model)
+
+    def lease(self, model: str, *, without: Lease | None = None) -> AbstractAsyncContextManager[Lease]:
         """An engine for the body."""
         return self.leases(model, without=without)
 
@@ -181,8 +187,8 @@ class Service:
         self.names.serve(served)
         self.names.set_loaded({served})
 
-    @contextmanager
-    def lease(self, model: str, *, without: Lease | None = None) -> Iterator[Lease]:
+    @asynccontextmanager
+    async def lease(self, model: str, *, without: Lease | None = None) -> AsyncIterator[Lease]:
         """The one engine."""
         self.names.resolve(model)
         if without is not None:

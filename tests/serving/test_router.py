@@ -1,8 +1,8 @@
 """Which model a request is for, and how the requests of a name are shared out."""
 
 from collections import Counter
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 
 import pytest
 from hypothesis import given
@@ -18,8 +18,8 @@ from tests.serving.service import OneBackend
 CLIENTS = [f"client {number}" for number in range(2000)]
 
 
-@contextmanager
-def _no_lease(model: str, *, without: Lease | None = None) -> Iterator[Lease]:
+@asynccontextmanager
+async def _no_lease(model: str, *, without: Lease | None = None) -> AsyncIterator[Lease]:
     raise NotImplementedError
     yield
 

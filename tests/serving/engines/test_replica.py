@@ -169,15 +169,17 @@ async def test_one_that_a_request_found_dead_takes_no_other_until_it_was_asked(
         return Health.GOOD
 
     monkeypatch.setattr(control.replica.client, "health", late)
-    with suppress(EngineDiedError), control.pool.lease(NAME):
-        raise EngineDiedError("gone")
-    with pytest.raises(EngineUnavailableError), control.pool.lease(NAME):
-        pass
+    with suppress(EngineDiedError):
+        async with control.pool.lease(NAME):
+            raise EngineDiedError("gone")
+    with pytest.raises(EngineUnavailableError):
+        async with control.pool.lease(NAME):
+            pass
     asked.set()
     async with asyncio.timeout(2):
         while control.replica.suspected:
             await asyncio.sleep(0.01)
-    with control.pool.lease(NAME):
+    async with control.pool.lease(NAME):
         pass
 
 

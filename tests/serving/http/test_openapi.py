@@ -1,7 +1,7 @@
 """The OpenAPI document says what the server does."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
@@ -72,8 +72,8 @@ def api(memory_folder: Path, store: Store) -> Iterator[Any]:
     engine = httpx.AsyncClient(transport=httpx.ASGITransport(EngineDouble(name=NAME)), base_url="http://engine")
     names.set_loaded({ONE})
 
-    @contextmanager
-    def lease(model: str, *, without: Lease | None = None) -> Iterator[Lease]:
+    @asynccontextmanager
+    async def lease(model: str, *, without: Lease | None = None) -> AsyncIterator[Lease]:
         names.resolve(model)
         yield Lease(engine, ONE, NAME)
 

@@ -111,7 +111,17 @@ def test_a_format_that_the_version_lacks_is_not_desired(home: Home) -> None:
     assert read_desired(home.store, NAME) is None
 
 
-def test_a_version_that_only_has_an_adapter_cannot_be_served(home: Home) -> None:
+def test_a_version_that_only_has_an_adapter_is_served_as_one_where_that_is_asked_for(home: Home) -> None:
     make_version(home.registry, 4, formats=(Format.ADAPTER,))
-    with pytest.raises(NotFoundError, match="no format that can be served"):
+    with pytest.raises(NotFoundError, match="no format that can be served by itself") as caught:
         choose(home, f"{NAME}@4")
+    assert "--format adapter" in caught.value.todo
+    assert choose(home, f"{NAME}@4", Format.ADAPTER) == (f"{NAME}@4", Format.ADAPTER)
+
+
+def test_an_adapter_that_vllm_cannot_apply_is_not_desired(home: Home) -> None:
+    make_version(home.registry, 4, formats=(Format.MERGED, Format.ADAPTER), adapter={"use_dora": True})
+    with pytest.raises(RefusedError, match="cannot be served as an adapter: it is DoRA") as caught:
+        choose(home, f"{NAME}@4", Format.ADAPTER)
+    assert "--format merged" in caught.value.todo
+    assert read_desired(home.store, NAME) is None

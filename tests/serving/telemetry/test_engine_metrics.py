@@ -11,6 +11,9 @@ from tests.serving.service import CHAT, ONE, TWO, Service
 PAGE = """# HELP vllm:num_requests_running Number of requests.
 # TYPE vllm:num_requests_running gauge
 vllm:num_requests_running{engine="0",model_name="tuned"} 3.0
+# HELP vllm:lora_requests_info Running stats on LoRA requests.
+# TYPE vllm:lora_requests_info gauge
+vllm:lora_requests_info{max_lora="8",running_lora_adapters="tuned@1#ab",waiting_lora_adapters=""} 1790000000.0
 # HELP vllm:prompt_tokens_total Tokens.
 # TYPE vllm:prompt_tokens_total counter
 vllm:prompt_tokens_total{engine="0",model_name="tuned"} 42.0
@@ -54,6 +57,12 @@ async def test_each_sample_says_model_and_version() -> None:
     assert registry.get_sample_value("vllm:num_requests_running", labels) == 3
     assert registry.get_sample_value("vllm:prompt_tokens_total", labels) == 42
     assert registry.get_sample_value("vllm:e2e_request_latency_seconds_bucket", {**labels, "le": "+Inf"}) == 2
+
+
+async def test_names_of_adapters_which_are_without_end_make_no_series() -> None:
+    found, registry = metrics(httpx.Response(200, text=PAGE))
+    await found.refresh()
+    assert b"lora_requests_info" not in generate_latest(registry)
 
 
 async def test_the_engines_process_is_not_taken_for_ours() -> None:

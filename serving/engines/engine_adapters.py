@@ -1,0 +1,132 @@
+"""The adapters beside the base of one engine: how each comes into it, and which are loaded.
+
+The files of a version are compared with its manifest, loaded under a new name, and held against its probes before a
+request may use them.
+"""
+
+import asyncio
+import logging
+from collections.abc import Callable, Coroutine
+from contextlib import AbstractAsyncContextManager
+from typing import Any, Protocol, TypeVar
+
+from serving.engines.adapters import AdapterCache, Checked, LoadedAdapter
+from serving.engines.served_model import ServedModel
+from serving.engines.verification import Verification
+from serving.model_names import SHOWN_CHARS, ModelNotFoundError
+from svc.engine.vllm.client import EngineClient
+from svc.engine.vllm.lora import LoraSlots
+from svc.errors import IntegrityError, NotFoundError, RefusedError
+from svc.version import Format, Target, VersionId
+
+log = logging.getLogger(__name__)
+
+_MOST_READS = 4
+
+Result = TypeVar("Result")
+
+
+class _UnlessDead(Protocol):
+    """See serving.engines.replica.Replica.unless_dead."""
+
+    async def __call__(self, work: Coroutine[Any, Any, Result]) -> Result: ...
+
+
+class EngineAdapters:
+    """What one engine applies, from its start to its end.
+
+    Args:
+        client: of the engine.
+        model: what it was started with.
+        unless_dead: ends what is asked of an engine that died.
+        patience_s, on_change: see AdapterCache.
+    """
+
+    def __init__(
+        self,
+        client: EngineClient,
+        model: ServedModel,
+        slots: LoraSlots,
+        verification: Verification,
+        unless_dead: _UnlessDead,
+        *,
+        patience_s: float,
+        on_change: Callable[[float | None], None],
+    ) -> None:
+        self._client = client
+        self._model = model
+        self._verification = verification
+        self._unless_dead = unless_dead
+        self._reads = asyncio.Semaphore(_MOST_READS)
+        self._cache = AdapterCache(self, max_loaded=slots.max_loaded, patience_s=patience_s, on_change=on_change)
+
+    @property
+    def loaded(self) -> list[LoadedAdapter]:
+        """Those that requests may use now."""
+        return self._cache.loaded
+
+    def has(self, version: VersionId) -> bool:
+        """Whether one is loaded, or is being loaded."""
+        return self._cache.has(version)
+
+    def use(self, version: VersionId, *, check: bool = True) -> AbstractAsyncContextManager[LoadedAdapter]:
+        """One for the body; see AdapterCache.use."""
+        return self._cache.use(version, check=check)
+
+    def close(self) -> None:
+        """The engine ends."""
+        self._cache.close()
+
+    async def check(self, version: VersionId) -> None:
+        """Raises where there is nothing that a client may have loaded.
+
+        Raises:
+            ModelNotFoundError: for clients: says why, without paths.
+        """
+        if self.has(version):
+            return
+        try:
+            async with self._reads:  # clients can ask for as many as they like, and others use these threads too
+                adapter = await self._verification.adapter(version, self._model)
+            if adapter.failed:
+                raise RefusedError(
+                    f"{version} failed a check when it was registered",
+                    expected="a version that passed every check, or the one in production",
+                )
+        except RefusedError as error:
+            raise ModelNotFoundError(error.wrong, expected=error.expected, todo=error.todo) from error
+        except (NotFoundError, IntegrityError) as error:
+            log.info("%s was asked for: %s", version, error.wrong)
+            raise ModelNotFoundError(
+                f"model {str(version)[:SHOWN_CHARS]!r} has no adapter that can be served here",
+                expected="a registered version that was trained as one",
+            ) from error
+
+    async def load(self, version: VersionId, name: str) -> Checked:
+        """Loads one and verifies it.
+
+        Raises:
+            SvcError: which of both failed, and why.
+        """
+        target = Target(version, Format.ADAPTER)
+        try:
+            adapter = await self._verification.adapter(version, self._model)
+            await self._verification.files(target)
+            await self._unless_dead(self._client.load_adapter(name, adapter.folder))
+            checked = await self._unless_dead(self._verification.adapter_probes(self._client, name, target))
+        except asyncio.CancelledError:
+            raise
+        except Exception:
+            log.exception("the adapter of %s cannot be used", version)
+            raise
+        log.info("the adapter of %s is loaded as %s: %s", version, name, checked.found)
+        return checked
+
+    async def unload(self, name: str) -> None:
+        """Removes one."""
+        await self._unless_dead(self._client.unload_adapter(name))
+
+    async def unload_all(self) -> None:
+        """Removes those that an earlier server left: nobody knows what they hold."""
+        for name in await self._client.adapters():
+            await self._client.unload_adapter(name)

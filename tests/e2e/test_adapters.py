@@ -1,0 +1,147 @@
+"""Two versions as adapters beside their base, in one real engine: by name, beside merged weights, and under load."""
+
+import asyncio
+import signal
+import time
+from collections.abc import Iterator
+from contextlib import closing
+from pathlib import Path
+from typing import Any
+
+import openai
+import pytest
+
+from examples.load import Load
+from examples.service import svc_json
+from svc.dataset.readers.reader import read_examples
+from svc.engine.vllm.client import EngineClient
+from svc.engine.vllm.folders import socket_folder
+from svc.engine.vllm.launch import SOCKET_FILE
+from tests.e2e.conftest import DATA, PROMPTS, Report
+from tests.e2e.instance import Instance, figures
+
+pytestmark = [pytest.mark.matrix]
+
+PORT = 8951
+ONE, TWO = "tiny@1", "tiny@2"
+Texts = dict[str, list[tuple[str, str]]]
+
+
+@pytest.fixture(scope="module")
+def adapters_home(workplace: Path) -> Path:
+    """A home with two versions, of LoRA and of rsLoRA."""
+    home, recipe = workplace / "adapters-home", str(workplace / "recipe.yaml")
+    common = ["--set", "formats=[adapter, merged]", "--set", "qualify.restart=false"]
+    svc_json(home, "train", recipe, *common)
+    svc_json(home, "train", recipe, *common, "--set", "adapter.rslora=true", "--set", "train.seed=1")
+    return home
+
+
+@pytest.fixture(scope="module")
+def instance(adapters_home: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Instance]:
+    """A server; version 1 serves, merged."""
+    with closing(Instance(adapters_home, tmp_path_factory.mktemp("adapters") / "home", PORT, PROMPTS)) as instance:
+        instance.start(ONE)
+        yield instance
+
+
+@pytest.fixture(scope="module")
+def merged(instance: Instance) -> Texts:
+    """What the merged weights of both answer; afterwards version 1 serves as an adapter."""
+    found = {ONE: instance.answers()}
+    instance.promote(TWO)
+    found[TWO] = instance.answers()
+    swap = instance.promote(ONE, "--format", "adapter")
+    assert swap["kind"] == "bluegreen"
+    return found
+
+
+@pytest.fixture(scope="module")
+def own(instance: Instance, merged: Texts) -> Texts:
+    """What the adapters of both answer."""
+    return {version: instance.answers(version) for version in merged}
+
+
+@pytest.fixture(scope="module")
+def client(instance: Instance) -> Iterator[openai.OpenAI]:
+    with openai.OpenAI(base_url=f"{instance.url}/v1", api_key="none", max_retries=0) as client:
+        yield client
+
+
+def test_the_first_use_of_an_adapter_loads_it(
+    instance: Instance, merged: Texts, client: openai.OpenAI, report: Report
+) -> None:
+    began, messages = time.monotonic(), list[Any](PROMPTS[0])
+    first = client.chat.completions.with_raw_response.create(model=TWO, messages=messages, max_tokens=1, temperature=0)
+    report(f"first answer of an adapter that was not loaded, with its first probes: {time.monotonic() - began:.2f} s")
+    assert first.headers["x-model-version"] == TWO
+    assert {"tiny", ONE, TWO} <= {model.id for model in client.models.list()}
+    with pytest.raises(openai.NotFoundError):
+        client.models.retrieve("tiny@3")
+
+
+def test_each_name_answers_as_the_merged_weights_of_its_version(
+    instance: Instance, merged: Texts, own: Texts, report: Report
+) -> None:
+    """Merged weights are rounded to 16 bits, and what an adapter adds is not: late tokens may differ."""
+    assert instance.answers("tiny") == own[ONE]
+    for version, texts in merged.items():
+        same = [one == other for one, other in zip(own[version], texts, strict=True)]
+        report(f"{version}: {sum(same)} of {len(same)} answers of 24 tokens are the same as by the merged weights")
+        assert [text[:24] for _, text in own[version]] == [text[:24] for _, text in texts]
+        assert sum(same) >= len(same) - 2
+    assert own[ONE] != own[TWO]
+
+
+def test_prompts_are_scored_by_an_adapter_beside_requests(instance: Instance, own: Texts, report: Report) -> None:
+    """What ended vLLM on a CPU before the output layer was left out."""
+    (number,) = instance.engines_by_replica()
+    examples = read_examples(DATA / "heldout.jsonl")[:24]
+
+    async def run() -> tuple[list[Any], list[Any]]:
+        async with EngineClient.over_socket(socket_folder(instance.home, number) / SOCKET_FILE, "tiny") as engine:
+            names = {name.partition("#")[0]: name for name in await engine.adapters()}
+            adapter = engine.named(names[TWO])
+            prompts = [await engine.prompt_tokens(example.messages) for example in examples]
+            scored = [await asyncio.gather(*(adapter.logprobs(ids, 1) for ids in prompts)) for _ in range(2)]
+            assert await engine.healthy()
+            return scored[0], scored[1]
+
+    with Load(instance.url, "tiny", instance.prompts) as load:
+        load.wait_for(4)
+        one, other = asyncio.run(run())
+        load.wait_for(4)
+    pairs = [pair for first, second in zip(one, other, strict=True) for pair in zip(first, second, strict=True)]
+    report(f"24 prompts scored by an adapter, twice: largest difference {max(abs(a - b) for a, b in pairs):.6f} nats")
+    assert load.failed == []
+
+
+def test_a_promotion_of_an_adapter_under_load_lets_nobody_wait(instance: Instance, own: Texts, report: Report) -> None:
+    engines = instance.engines()
+    with Load(instance.url, "tiny", instance.prompts) as load:
+        load.wait_for(8)
+        swap = instance.promote(TWO)
+        load.wait_for(8)
+    report(figures(load, swap))
+    assert (swap["kind"], swap["queued"], load.failed) == ("adapter", None, [])
+    assert {answer.version for answer in load.answers} == {ONE, TWO}
+    for answer in load.answers:
+        assert (answer.version, answer.text) == own[answer.version][answer.prompt]
+    assert instance.engines() == engines
+
+
+def test_a_server_that_was_killed_comes_back_to_its_engine(instance: Instance, own: Texts) -> None:
+    engines = instance.engines()
+    assert instance.end(signal.SIGKILL) == -signal.SIGKILL
+    instance.start()
+    assert instance.engines() == engines
+    assert instance.answers() == own[TWO]
+    assert instance.answers(ONE) == own[ONE]
+
+
+def test_a_new_engine_starts_with_its_adapter(instance: Instance, own: Texts, report: Report) -> None:
+    instance.end()
+    report(f"a server with an adapter is ready after {instance.start():.1f} s")
+    (engine,) = instance.status()["engines"]
+    assert engine["adapters"] == [{"version": TWO, "verified": True}]
+    assert instance.answers() == own[TWO]

@@ -1,0 +1,387 @@
+"""Versions that are served as adapters beside one base: by name, verified, promoted under load, back after a death."""
+
+import asyncio
+import shutil
+from collections.abc import AsyncIterator
+from typing import Any
+
+import httpx
+import pytest
+
+from serving import assembly
+from serving.admission import QueueTimeoutError
+from svc.engine.probes import EngineFacts
+from svc.engine.vllm.launch import EngineSpec
+from svc.settings import AdapterSettings, SwapChoice
+from svc.store.desired import change_desired
+from svc.store.retaken_probes import find_retaken_probes
+from svc.store.swaps import SwapKind, SwapOutcome
+from svc.version import Format, VersionId
+from tests.serving.control import BODY, Control, Load, Make, until
+from tests.serving.engine_double import EngineDouble
+from tests.serving.home import Home
+from tests.serving.versions import FACTS, NAME, base_folder, make_version, target
+
+BOTH = (Format.MERGED, Format.ADAPTER)
+
+
+def adapter(number: int) -> Any:
+    return target(number, Format.ADAPTER)
+
+
+def versions(control: Control, *numbers: int, **said: Any) -> None:
+    """More of them."""
+    for number in numbers:
+        make_version(control.registry, number, formats=BOTH, **said)
+
+
+@pytest.fixture
+async def served(make: Make) -> AsyncIterator[Control]:
+    """Version 1 in production as an adapter; at most two are loaded."""
+    async with make(format=Format.ADAPTER, adapters=AdapterSettings(max_loaded=2)).run() as control:
+        yield control
+
+
+async def ask(client: httpx.AsyncClient, model: str, **said: Any) -> tuple[int, str, str]:
+    """Status, the version in the header, and the number in the text or the error's code."""
+    answer = await client.post("/v1/chat/completions", json=BODY | {"model": model} | said)
+    body = answer.json()
+    text = body["error"]["code"] if "error" in body else body["choices"][0]["message"]["content"].partition(".")[0]
+    return answer.status_code, answer.headers.get("x-model-version", ""), text
+
+
+def numbers(double: EngineDouble) -> list[int]:
+    """The versions that an engine has loaded."""
+    return sorted(int(folder.split("/")[-2]) for folder in double.adapters.values())
+
+
+async def test_the_engine_holds_the_base_and_the_name_means_the_version_in_production(served: Control) -> None:
+    assert served.double.weights == str(base_folder(served.registry))
+    async with served.client() as client:
+        assert await ask(client, NAME) == (200, f"{NAME}@1", "1")
+        assert await ask(client, f"{NAME}@production") == (200, f"{NAME}@1", "1")
+    assert numbers(served.double) == [1]
+
+
+async def test_any_registered_version_answers_and_is_loaded_for_it(served: Control) -> None:
+    async with served.client() as client:
+        assert await ask(client, f"{NAME}@3") == (200, f"{NAME}@3", "3")
+        assert await ask(client, f"{NAME}@2") == (200, f"{NAME}@2", "2")
+        assert await ask(client, f"{NAME}@2") == (200, f"{NAME}@2", "2")
+    assert (numbers(served.double), len(served.double.adapter_loads)) == ([2, 3], 3)
+    assert served.sample("svc_adapter_loads_total", model=NAME) == 3
+    assert served.sample("svc_adapters_loaded", model=NAME) == 2
+
+
+async def test_those_that_are_loaded_are_listed_and_any_can_be_shown(served: Control) -> None:
+    async with served.client() as client:
+        await ask(client, f"{NAME}@2")
+        listed = [model["id"] for model in (await client.get("/v1/models")).json()["data"]]
+        shown = await client.get(f"/v1/models/{NAME}@3")
+        unknown = await client.get(f"/v1/models/{NAME}@77")
+    assert listed == [NAME, f"{NAME}@1", f"{NAME}@2", f"{NAME}@production"]
+    assert (shown.status_code, shown.json()["id"]) == (200, f"{NAME}@3")
+    assert unknown.status_code == 404
+
+
+@pytest.mark.parametrize("model", [f"{NAME}@9", f"{NAME}@x", f"{NAME}@", f"{NAME}@1/../2", f"{NAME}@0", f"{NAME}@2#a"])
+async def test_what_names_no_version_reaches_no_engine(served: Control, model: str) -> None:
+    before = len(served.double.calls)
+    async with served.client() as client:
+        assert (await ask(client, model))[::2] == (404, "model_not_found")
+    assert served.double.calls[before:] == []
+    assert numbers(served.double) == [1]
+
+
+async def test_two_hundred_are_asked_in_turn_with_four_places(make: Make) -> None:
+    control = make(format=Format.ADAPTER, adapters=AdapterSettings(max_loaded=4))
+    versions(control, *range(4, 201))
+    async with control.run(), control.client() as client:
+        for number in range(1, 201):
+            assert await ask(client, f"{NAME}@{number}") == (200, f"{NAME}@{number}", str(number))
+        assert (control.double.most_adapters, len(control.double.adapter_loads)) == (4, 200)
+
+
+async def test_many_first_requests_for_one_load_it_once(served: Control) -> None:
+    served.double.adapter_delay_s = 0.05
+    async with served.client() as client:
+        found = await asyncio.gather(*(ask(client, f"{NAME}@2") for _ in range(30)))
+    assert set(found) == {(200, f"{NAME}@2", "2")}
+    assert len(served.double.adapter_loads) == 2
+
+
+async def test_none_that_answers_is_unloaded_whoever_else_is_asked(served: Control) -> None:
+    versions(served, 4, 5, 6)
+    served.double.token_delay_s = 0.005
+    async with served.client() as client:
+        asked = [f"{NAME}@{number}" for number in (1, 2, 3, 4, 5, 6)] * 6
+        found = await asyncio.gather(*(ask(client, model, stream=False) for model in asked))
+    assert found == [(200, model, model.partition("@")[2]) for model in asked]
+    assert (served.double.dropped_in_use, served.double.most_adapters) == ([], 2)
+
+
+async def test_who_finds_no_place_in_time_is_told_to_come_again(make: Make) -> None:
+    control = make(format=Format.ADAPTER, adapters=AdapterSettings(max_loaded=1), queue_timeout_s=0.05)
+    async with control.run(), control.client() as client:
+        control.double.token_delay_s = 0.1
+        first = asyncio.create_task(ask(client, NAME))
+        await until(lambda: control.double.running)
+        answer = await client.post("/v1/chat/completions", json=BODY | {"model": f"{NAME}@2"})
+        assert (answer.status_code, answer.json()["error"]["code"]) == (503, "queue_timeout")
+        assert answer.headers["retry-after"] == str(QueueTimeoutError.retry_after_s)
+        assert await first == (200, f"{NAME}@1", "1")
+
+
+async def test_an_adapter_that_is_not_the_versions_is_unloaded_and_not_answered_with(served: Control) -> None:
+    versions(served, 4, probes_of="/elsewhere")
+    async with served.client() as client:
+        assert (await ask(client, f"{NAME}@4"))[::2] == (503, "engine_adapter_failed")
+        assert await ask(client, NAME) == (200, f"{NAME}@1", "1")
+    assert numbers(served.double) == [1]
+
+
+async def test_an_adapter_that_the_engine_does_not_apply_is_refused(served: Control) -> None:
+    """It then gives what the base gives, which can be nearer to the version than half a nat."""
+    versions(served, 4, probes_of=served.double.weights, noise=0.1)
+    served.double._weights_of = lambda model: served.double.weights  # type: ignore[method-assign]
+    async with served.client() as client:
+        assert (await ask(client, f"{NAME}@4"))[::2] == (503, "engine_adapter_failed")
+
+
+async def test_one_that_the_engine_does_not_take_is_tried_again(served: Control) -> None:
+    served.double.broken_adapters = {"2/adapter"}
+    async with served.client() as client:
+        assert (await ask(client, f"{NAME}@2"))[::2] == (503, "engine_adapter_failed")
+        served.double.broken_adapters = set()
+        assert await ask(client, f"{NAME}@2") == (200, f"{NAME}@2", "2")
+
+
+async def test_changed_files_are_not_loaded(served: Control) -> None:
+    file = served.registry.folder(VersionId(NAME, 2)) / "adapter" / "adapter_model.safetensors"
+    file.write_bytes(b"other")
+    async with served.client() as client:
+        assert (await ask(client, f"{NAME}@2"))[::2] == (503, "engine_adapter_failed")
+    assert len(served.double.adapter_loads) == 1
+
+
+async def test_probes_are_kept_for_the_next_load(served: Control) -> None:
+    async with served.client() as client:
+        await ask(client, f"{NAME}@2")
+        assert find_retaken_probes(served.store, adapter(2), FACTS)
+        for number in (3, 1):  # in its place
+            await ask(client, f"{NAME}@{number}")
+        served.double.probe_noise = 0.01  # less than between two kinds of engine, and more than on one
+        assert (await ask(client, f"{NAME}@2"))[::2] == (503, "engine_adapter_failed")
+
+
+async def test_a_version_without_any_probes_serves_and_is_called_unverified(served: Control) -> None:
+    make_version(served.registry, 4, formats=(Format.ADAPTER,))
+    async with served.client() as client:
+        assert (await ask(client, f"{NAME}@4"))[:2] == (200, f"{NAME}@4")
+    found = {str(each.version): each.checked.verified for each in served.pool.members[0].adapters.loaded}  # type: ignore[union-attr]
+    assert found == {f"{NAME}@1": True, f"{NAME}@4": False}
+
+
+@pytest.mark.parametrize(
+    ("said", "told"),
+    [
+        ({"use_dora": True}, "it is DoRA"),
+        ({"base_model_name_or_path": "other"}, "another base model"),
+        ({"r": 64}, "has rank 64"),
+        ({"target_modules": ["c_attn"]}, "layers c_attn"),
+    ],
+)
+async def test_one_that_cannot_be_applied_beside_the_base_is_refused_with_the_reason(
+    served: Control, said: dict[str, Any], told: str
+) -> None:
+    if "base_model_name_or_path" in said:
+        other = served.home / "other"
+        shutil.copytree(base_folder(served.registry), other)
+        said = {"base_model_name_or_path": str(other)}
+    versions(served, 4, adapter=said)
+    async with served.client() as client:
+        answer = await client.post("/v1/chat/completions", json=BODY | {"model": f"{NAME}@4"})
+    assert answer.status_code == 404
+    assert told in answer.json()["error"]["message"] and str(served.home) not in answer.text
+
+
+async def test_one_that_failed_a_check_is_for_those_alone_who_bring_it_into_production(served: Control) -> None:
+    versions(served, 4, failed=("parity",))
+    async with served.client() as client:
+        assert (await ask(client, f"{NAME}@4"))[::2] == (404, "model_not_found")
+        assert (await served.promote(4)).kind is SwapKind.ADAPTER  # by force
+        for number in (2, 3):  # in its place
+            await ask(client, f"{NAME}@{number}")
+        assert await ask(client, NAME) == (200, f"{NAME}@4", "4")
+
+
+async def test_a_version_that_only_has_merged_weights_is_not_found(served: Control) -> None:
+    make_version(served.registry, 4)
+    async with served.client() as client:
+        assert (await ask(client, f"{NAME}@4"))[::2] == (404, "model_not_found")
+
+
+async def test_a_promotion_of_an_adapter_lets_nobody_wait(served: Control) -> None:
+    served.double.token_delay_s = 0.005
+    async with served.client() as client, Load(client).run(streams=4, plain=2) as load:
+        await until(lambda: len(load.answers) > 6)
+        result = await served.promote(2)
+        await until(lambda: load.versions[f"{NAME}@2"] > 6)
+    load.check()
+    assert (result.outcome, result.kind, result.queued_s) == (SwapOutcome.SUCCEEDED, SwapKind.ADAPTER, None)
+    assert (len(served.park.engines), served.park.engines[0].holds) == (1, str(adapter(2)))
+    assert served.book.book["production"] == VersionId(NAME, 2)  # type: ignore[index]
+
+
+async def test_a_promotion_that_fails_its_probes_leaves_what_serves(served: Control) -> None:
+    versions(served, 4, probes_of="/elsewhere")
+    result = await served.promote(4)
+    assert (result.outcome, served.desired().target) == (SwapOutcome.REFUSED, adapter(1))
+    async with served.client() as client:
+        assert await ask(client, NAME) == (200, f"{NAME}@1", "1")
+
+
+async def test_a_promotion_hears_that_another_version_is_wanted(served: Control) -> None:
+    served.double.adapter_delay_s = 0.3
+    wish = served.wish(2)
+    await until(lambda: "/v1/load_lora_adapter" in served.double.calls[-1])
+    served.wish(1)
+    assert (await served.outcome(wish)).outcome is SwapOutcome.CANCELLED
+    async with served.client() as client:
+        assert await ask(client, NAME) == (200, f"{NAME}@1", "1")
+
+
+async def test_a_promotion_to_another_base_is_blue_green(served: Control) -> None:
+    other = served.home / "other"
+    shutil.copytree(base_folder(served.registry), other)
+    versions(served, 4, adapter={"base_model_name_or_path": str(other)})
+    result = await served.promote(4)
+    assert (result.outcome, result.kind) == (SwapOutcome.SUCCEEDED, SwapKind.BLUEGREEN)
+    assert served.double.weights == str(other)
+    async with served.client() as client:
+        assert await ask(client, NAME) == (200, f"{NAME}@4", "4")
+
+
+async def test_a_promotion_to_a_larger_rank_is_blue_green(served: Control) -> None:
+    versions(served, 4, adapter={"r": 64})
+    result = await served.promote(4)
+    assert (result.outcome, result.kind) == (SwapOutcome.SUCCEEDED, SwapKind.BLUEGREEN)
+
+
+async def test_a_rank_above_the_setting_is_refused_with_what_to_do(make: Make) -> None:
+    control = make(format=Format.ADAPTER, adapters=AdapterSettings(max_rank=32))
+    versions(control, 4, adapter={"r": 64})
+    async with control.run():
+        result = await control.promote(4)
+    assert result.outcome is SwapOutcome.REFUSED and result.reason and "raise adapters.max_rank" in result.reason
+
+
+async def test_where_it_is_set_a_promotion_is_always_blue_green(make: Make) -> None:
+    async with make(format=Format.ADAPTER, swap=SwapChoice.BLUEGREEN).run() as control:
+        assert (await control.promote(2)).kind is SwapKind.BLUEGREEN
+
+
+async def test_every_engine_of_several_gets_the_adapter(make: Make) -> None:
+    async with make(format=Format.ADAPTER, replicas=2).run() as control:
+        await until(lambda: len(control.pool.ready) == 2)
+        result = await control.promote(2)
+        assert (result.outcome, result.kind) == (SwapOutcome.SUCCEEDED, SwapKind.ADAPTER)
+        assert [member.target for member in control.pool.members] == [adapter(2)] * 2
+
+
+async def test_where_the_second_engine_does_not_take_it_the_first_goes_back(make: Make) -> None:
+    async with make(format=Format.ADAPTER, replicas=2).run() as control:
+        await until(lambda: len(control.pool.ready) == 2)
+        control.park.engines[1].double.broken_adapters = {"2/adapter"}
+        result = await control.promote(2)
+        assert result.outcome is SwapOutcome.RESTORED
+        assert [member.target for member in control.pool.members] == [adapter(1)] * 2
+
+
+async def test_after_a_death_adapters_come_back_when_they_are_asked_for(served: Control) -> None:
+    async with served.client() as client:
+        await ask(client, f"{NAME}@2")
+        served.double.die()
+        await until(lambda: len(served.park.engines) == 2 and served.pool.ready)
+        assert numbers(served.double) == [1]
+        assert await ask(client, f"{NAME}@2") == (200, f"{NAME}@2", "2")
+    assert set(served.park.engines[0].double.adapters).isdisjoint(served.double.adapters)
+
+
+async def test_an_engine_that_was_left_is_adopted_and_its_adapters_come_under_new_names(make: Make) -> None:
+    control = make(format=Format.ADAPTER)
+    control.leaves = True
+    async with control.run(), control.client() as client:
+        await ask(client, f"{NAME}@2")
+        before = set(control.double.adapters)
+    control.leaves = False
+    control.assemble()
+    async with control.run(), control.client() as client:
+        assert len(control.park.engines) == 2  # the second took over the first
+        assert await ask(client, NAME) == (200, f"{NAME}@1", "1")
+        assert numbers(control.double) == [1] and before.isdisjoint(control.double.adapters)
+
+
+async def test_a_swap_between_formats_goes_by_a_second_engine(make: Make) -> None:
+    control = make(format=Format.ADAPTER)
+    async with control.run(), control.client() as client:
+        control.format = Format.MERGED
+        result = await control.promote(2)
+        assert (result.outcome, result.kind) == (SwapOutcome.SUCCEEDED, SwapKind.BLUEGREEN)
+        assert await ask(client, NAME) == (200, f"{NAME}@2", "2")
+        assert (await ask(client, f"{NAME}@3"))[::2] == (404, "model_not_found")
+        control.format = Format.ADAPTER
+        assert (await control.promote(3)).kind is SwapKind.BLUEGREEN
+        assert await ask(client, f"{NAME}@1") == (200, f"{NAME}@1", "1")
+
+
+async def test_the_base_that_is_gone_is_told(make: Make) -> None:
+    control = make(format=Format.ADAPTER)
+    shutil.rmtree(base_folder(control.registry))
+    with pytest.raises(Exception, match="the base model of tuned@1 is not in"):
+        await control.start()
+
+
+async def test_another_kind_of_engine_takes_its_own_probes(make: Make) -> None:
+    other: EngineFacts = FACTS.model_copy(update={"vllm": "0.33.0"})
+    control = make(format=Format.ADAPTER, facts=other)
+    control.park.prepare = lambda double: setattr(double, "probe_noise", 0.01)
+    async with control.run():
+        assert find_retaken_probes(control.store, adapter(1), other)
+
+
+async def test_a_whole_server_serves_adapters_beside_their_base(home: Home, monkeypatch: pytest.MonkeyPatch) -> None:
+    for number in (4, 5):
+        make_version(home.registry, number, formats=BOTH)
+    change_desired(home.store, None, adapter(4), None)
+    specs = list[EngineSpec]()
+    launch = home._launch
+
+    def remembered(spec: EngineSpec, *, silence_s: float) -> Any:
+        specs.append(spec)
+        return launch(spec, silence_s=silence_s)
+
+    monkeypatch.setattr(assembly, "EngineProcess", remembered)
+    async with home.serving(NAME) as client:
+        assert await ask(client, NAME) == (200, f"{NAME}@4", "4")
+        assert await ask(client, f"{NAME}@5") == (200, f"{NAME}@5", "5")
+        (status,) = (await client.get("/svc/status")).json()["models"]
+        page = (await client.get("/metrics")).text
+    assert (specs[0].model, specs[0].lora and specs[0].lora.max_rank) == (base_folder(home.registry), 16)
+    assert (status["version"], status["format"]) == (f"{NAME}@4", "adapter")
+    loaded = [{"version": f"{NAME}@{number}", "verified": True} for number in (4, 5)]
+    assert status["engines"][0]["adapters"] == loaded
+    assert 'svc_adapters_loaded{model="tuned"} 2.0' in page
+
+
+async def test_the_held_out_set_is_not_asked_of_adapters_and_it_is_said_so(home: Home) -> None:
+    make_version(home.registry, 4, formats=BOTH, answered=3)
+    change_desired(home.store, None, adapter(4), None)
+    async with home.serving(NAME) as client:
+        async with asyncio.timeout(5):
+            while True:
+                holdout = (await client.get("/svc/status")).json()["models"][0]["holdout"]
+                if holdout["state"] == "off":
+                    break
+                await asyncio.sleep(0.01)
+    assert "none as an adapter" in holdout["reason"]
