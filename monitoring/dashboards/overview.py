@@ -174,6 +174,7 @@ def _versions() -> list[PanelBuilder]:
     shown = {0: "no", 1: "yes"}
     waits = quantile_since_start(0.95, f"svc_swap_duration_seconds{MODEL}", "model", "outcome")
     queued = quantile_since_start(0.95, f"svc_swap_queued_requests{MODEL}", "model")
+    loads = quantile_since_start(0.95, f"svc_adapter_load_seconds{MODEL}", "model")
     wakes = quantile_since_start(0.95, f"svc_engine_wake_seconds{MODEL}", "model")
     feedback = total(f"svc_feedback_total{MODEL}", "model", "version", "rating")
     versions = Query(total(f"svc_model_version_info{MODEL}", "model", "version", "format"), f"{VERSION} {{{{format}}}}")
@@ -204,6 +205,19 @@ def _versions() -> list[PanelBuilder]:
             "How long the first request had to wait in 95 of 100 starts of an idle engine since the server started.",
             "s",
             Query(wakes, NAME),
+        ),
+        chart(
+            "Adapters",
+            "Those that are loaded, and loads in ten minutes: many loads say that more adapters are in use than fit.",
+            "none",
+            Query(f"svc_adapters_loaded{MODEL}", f"{NAME} loaded"),
+            Query(f"increase(svc_adapter_loads_total{MODEL}[10m])", f"{NAME} loads"),
+        ),
+        chart(
+            "Time to load an adapter",
+            "How long the first request for an adapter had to wait in 95 of 100 loads since the server started.",
+            "s",
+            Query(loads, NAME),
         ),
         chart(
             "Requests queued by a swap",
