@@ -77,6 +77,10 @@ class Watched:
         return float(series["value"][1])
 
 
+DID_NOT_HAPPEN = {"Time to wake an idle model", "Adapters", "Time to load an adapter"}
+"""Panels of what this server does not do: its model is never idle, and is served merged and in 4 bits."""
+
+
 @contextmanager
 def process(command: list[str | Path], log: Path, environment: Mapping[str, str] | None = None) -> Iterator[None]:
     """Runs a command for the body.
@@ -199,8 +203,8 @@ def _rate(server: Server, request_id: str, rating: str, **more: str) -> None:
 @pytest.mark.parametrize("query", PANELS, ids=lambda query: f"{query.dashboard}: {query.panel}")
 def test_every_panel_has_data(watched: Watched, query: PanelQuery) -> None:
     found = watched.ask(query.expr)
-    if query.panel.startswith("annotation"):
-        return  # has data only at the moment of a change
+    if query.panel.startswith("annotation") or query.panel in DID_NOT_HAPPEN:
+        return  # has data only at the moment of a change, or nothing to tell here; the query is valid
     assert found, query.expr
     assert not all(math.isnan(float(series["value"][1])) for series in found), query.expr
 
