@@ -26,6 +26,7 @@ from serving.http.delivery import AnswerBuffers
 from serving.http.feedback import FeedbackIntake
 from serving.http.inference import Gateway
 from serving.model_names import ModelNames
+from serving.rollout.engine_change import EngineChange
 from serving.rollout.idling import Idling
 from serving.rollout.production_alias import ProductionAlias
 from serving.rollout.reconciler import Reconciler
@@ -265,7 +266,7 @@ class _DeploymentBuilder:
             reloads=lambda target: self._spec(target.version.name, target).reloads,
             patience_s=limits.drain_timeout_s,
         )
-        return Swap(
+        engine_change = EngineChange(
             planner=planner,
             verification=verification,
             pool=pool,
@@ -274,6 +275,7 @@ class _DeploymentBuilder:
             drain_timeout_s=limits.drain_timeout_s,
             retire_timeout_s=limits.retire_timeout_s,
         )
+        return Swap(planner=planner, engine_change=engine_change, pool=pool, admission=admission, names=names)
 
     def _background(
         self,

@@ -9,6 +9,7 @@ import asyncio
 import gc
 import logging
 import os
+import time
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from contextlib import suppress
 from operator import itemgetter
@@ -28,6 +29,7 @@ from svc.version import Target
 log = logging.getLogger(__name__)
 
 _POLL_S = 0.5
+_REGISTERED_S = 5.0
 _DRAIN_S = 30.0
 _IMPORTED_S = 60.0  # whether MLflow answers or not
 
@@ -147,20 +149,23 @@ class Deployments:
         target, failed = deployment.reconciler.actual.target, None
         try:
             await deployment.reconciler.start()
-        except SvcError as error:
+        except Exception as error:  # whatever keeps one model from being served keeps no other from it
             log.exception("%s is not served", target)
-            failed = error
-            self._on_failure(target, error)
+            failed = error if isinstance(error, SvcError) else EngineError(f"{target} does not start: {error!r}")
+            self._on_failure(target, failed)
         else:
             self._on_ready(deployment.reconciler.actual.target)
         self._tasks[deployment.name] = asyncio.create_task(deployment.run())
         return failed
 
     async def _follow(self) -> None:
+        look_at = 0.0
         while True:
             try:
                 names = await asyncio.to_thread(deployed_names, self._store)
-                self._router.set_registered(await asyncio.to_thread(self._registered))
+                if time.monotonic() >= look_at:  # less often: it reads a folder for each model
+                    self._router.set_registered(await asyncio.to_thread(self._registered))
+                    look_at = time.monotonic() + _REGISTERED_S
                 for name in names:
                     if name not in self._all:
                         await self._bring(name)

@@ -63,7 +63,8 @@ class Membership:
         with waiting(f"starting {target}"):
             while True:
                 status = read_status(self.url)
-                if why := status["refused"].get(name):
+                # While it is in the set, the reason is that of an earlier attempt.
+                if (why := status["refused"].get(name)) and name not in deployed_names(self.store):
                     raise RefusedError(f"{target} is not served\n  why: {why}")
                 if _model(status, name).get("engine", {}).get("state") == EngineState.READY:
                     return target

@@ -11,6 +11,7 @@ from contextlib import AsyncExitStack
 
 from serving.admission import Admission
 from serving.engines.pool import EnginePool
+from serving.engines.replica import Replica
 from serving.rollout.reviver import start_engine
 from serving.telemetry.deployment_metrics import DeploymentMetrics
 from svc.engine.state import EngineState
@@ -70,7 +71,10 @@ class Idling:
         return self._admission.idle_s if may_end and self._admission.idle_s > 0 else None
 
     async def sleep(self) -> bool:
-        """Ends its engines, unless somebody asks meanwhile or they are being changed; whether it did."""
+        """Ends its engines, unless somebody asks meanwhile or they are being changed; whether it did.
+
+        One that cannot be ended is tried again before it is started again.
+        """
         members = self._pool.members
         if any(member.lock.locked() for member in members):
             return False
@@ -85,7 +89,15 @@ class Idling:
                 member.enter(EngineState.IDLE)
             self._asleep.set()
             log.info("%s: nobody asks, its engines are ended", self._target())
-            await asyncio.gather(*(member.stop(EngineState.IDLE) for member in members))
+            ends = await asyncio.gather(*(self._end(member) for member in members))
+        return all(ends)
+
+    async def _end(self, member: Replica) -> bool:
+        try:
+            await member.stop(EngineState.IDLE)
+        except Exception:  # whatever it was, the model is asked again some day, and others go on
+            log.exception("replica %d cannot be ended", member.replica)
+            return False
         return True
 
     async def _watch(self) -> None:

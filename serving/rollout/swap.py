@@ -16,7 +16,6 @@ from sqlalchemy.exc import SQLAlchemyError
 from serving.admission import Admission
 from serving.engines.pool import EnginePool
 from serving.engines.replica import Replica
-from serving.engines.verification import Verification
 from serving.model_names import ModelNames
 from serving.rollout.cancellation import Cancellation, SupersededError
 from serving.rollout.engine_change import EngineChange, Result, SwapInProgress
@@ -36,33 +35,24 @@ class Swap:
     """Changes the version in the engines of a pool.
 
     Args:
-        drain_timeout_s, retire_timeout_s: see `EngineChange`.
+        planner: decides which swap it is.
+        engine_change: changes one engine.
     """
 
     def __init__(
         self,
         *,
         planner: SwapPlanner,
-        verification: Verification,
+        engine_change: EngineChange,
         pool: EnginePool,
         admission: Admission,
         names: ModelNames,
-        drain_timeout_s: float,
-        retire_timeout_s: float,
     ) -> None:
         self._planner = planner
+        self._engine_change = engine_change
         self._pool = pool
         self._admission = admission
         self._names = names
-        self._engine_change = EngineChange(
-            planner=planner,
-            verification=verification,
-            pool=pool,
-            admission=admission,
-            names=names,
-            drain_timeout_s=drain_timeout_s,
-            retire_timeout_s=retire_timeout_s,
-        )
 
     async def run(
         self, current: Target, target: Target, report: Report, cancellation: Cancellation | None = None

@@ -19,6 +19,7 @@ from serving.engines.pool import EnginePool
 from serving.engines.replica import Replica
 from serving.engines.verification import Verification
 from serving.model_names import ModelNames
+from serving.rollout.engine_change import EngineChange
 from serving.rollout.production_alias import ProductionAlias
 from serving.rollout.reconciler import Reconciler
 from serving.rollout.swap import Swap
@@ -130,7 +131,7 @@ class Control:
             reloads=lambda target: self.park.reloads,
             patience_s=limits.drain_timeout_s,
         )
-        self.swap = Swap(
+        engine_change = EngineChange(
             planner=self.planner,
             verification=verification,
             pool=self.pool,
@@ -138,6 +139,13 @@ class Control:
             names=self.names,
             drain_timeout_s=limits.drain_timeout_s,
             retire_timeout_s=limits.retire_timeout_s,
+        )
+        self.swap = Swap(
+            planner=self.planner,
+            engine_change=engine_change,
+            pool=self.pool,
+            admission=self.admission,
+            names=self.names,
         )
         self.alias = ProductionAlias(self.book, retry_s=0.01)
         desired = read_desired(self.store, NAME) or change_desired(self.store, None, target(1, self.format), None)

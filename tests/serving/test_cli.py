@@ -71,6 +71,16 @@ async def test_a_model_that_cannot_be_added_says_why(
     assert "it needs 9 GiB" in error.wrong
 
 
+async def test_a_model_is_added_after_an_attempt_that_failed(
+    serving: Home, other: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as short:
+        short.setattr("serving.assembly.shortage", lambda specs: "it needs 9 GiB")
+        error_of(await type_in(serving, "add", other))
+    result = await type_in(serving, "add", other)
+    assert result.exit_code == 0, result.output
+
+
 async def test_an_unknown_model_is_not_added(serving: Home) -> None:
     assert isinstance(error_of(await type_in(serving, "add", "nothing")), NotFoundError)
 

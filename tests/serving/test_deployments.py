@@ -3,11 +3,13 @@
 import asyncio
 import os
 import signal
+from typing import Any
 
 import httpx
 import pytest
 
-from serving import server
+from serving import assembly, server
+from svc.engine.vllm.launch import EngineSpec
 from svc.errors import EngineError
 from svc.store.deployments import add_deployment, deployed_names, remove_deployment
 from svc.store.desired import change_desired, read_desired
@@ -112,6 +114,24 @@ async def test_a_model_that_cannot_be_served_keeps_no_other_from_it(two: Home) -
         assert await answer_of(client, NAME) == (200, f"{NAME}@1", "1")
         await until(lambda: two.failures)
     assert "was changed after registration" in str(two.failures[0])
+
+
+async def test_a_start_that_the_disk_refuses_keeps_no_other_model_from_being_served(
+    two: Home, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    launch, failures = two._launch, [OSError("no space left on device")]
+
+    def launching(spec: EngineSpec, *, silence_s: float) -> Any:
+        if spec.served_name == OTHER and failures:
+            raise failures.pop()
+        return launch(spec, silence_s=silence_s)
+
+    monkeypatch.setattr(assembly, "EngineProcess", launching)
+    async with two.serving(f"{NAME}@1", f"{OTHER}@7") as client:
+        assert await answer_of(client, NAME) == (200, f"{NAME}@1", "1")
+        await until(lambda: two.failures)
+        assert "no space left on device" in str(two.failures[0])
+        await all_ready(client, NAME, OTHER)  # it is tried again
 
 
 async def test_where_no_model_can_be_served_the_server_says_why_and_ends(two: Home) -> None:

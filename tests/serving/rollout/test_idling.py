@@ -11,6 +11,7 @@ from svc.store.desired import change_desired, read_desired
 from svc.store.swaps import SwapOutcome, find_swap
 from svc.version import Format, Target, VersionId
 from tests.serving.control import BODY, until
+from tests.serving.engine_park import DoubleEngine
 from tests.serving.home import Home
 from tests.serving.versions import NAME, make_version, target
 
@@ -121,6 +122,25 @@ async def test_a_start_that_fails_refuses_what_waited_and_is_tried_again(idling:
         async with asyncio.timeout(5):
             while (await answer(client))[0] != 200:
                 await asyncio.sleep(0.01)
+
+
+async def test_an_engine_that_cannot_be_ended_is_ended_before_the_next_start(
+    idling: Home, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stop, failures = DoubleEngine.stop, [OSError("too many open files")]
+
+    async def stopping(engine: DoubleEngine) -> None:
+        if failures:
+            raise failures.pop()
+        await stop(engine)
+
+    monkeypatch.setattr(DoubleEngine, "stop", stopping)
+    async with idling.serving(f"{NAME}@1") as client:
+        await become(client, tuned="idle")
+        assert not failures
+        assert await answer(client) == (200, f"{NAME}@1")
+        assert idling.park.alive == 1
+        await become(client, tuned="idle")
 
 
 async def test_a_promotion_wakes_it_with_the_new_version(idling: Home) -> None:
