@@ -86,9 +86,9 @@ def assemble(
     collector = CollectorRegistry()
     metrics = GatewayMetrics(collector, exemplars=limits.exemplars)
     add_machine_metrics(collector, settings.home, capabilities, settings.engine)
-    slots = _Slots(settings, capabilities)
-    places = EnginePlaces(slots)
     router = Router()
+    slots = _Slots(settings, capabilities, router)
+    places = EnginePlaces(slots)
     build = _DeploymentBuilder(
         settings, registry, store, capabilities, slots, places, metrics, DeploymentInstruments(collector), on_phase
     )
@@ -315,9 +315,10 @@ class _Slots:
         turn: held while an engine starts: engines on one device start one after the other.
     """
 
-    def __init__(self, settings: Settings, capabilities: Capabilities) -> None:
+    def __init__(self, settings: Settings, capabilities: Capabilities, router: Router) -> None:
         self.settings = settings
         self._capabilities = capabilities
+        self._router = router
         self.turn = asyncio.Lock()
 
     def engine(self, number: int, name: str, model: ServedModel) -> EngineProcess:
@@ -338,7 +339,7 @@ class _Slots:
         Args:
             name: what it calls its model.
         """
-        home = self.settings.home
+        home, served = self.settings.home, {*self._router.served, name}
         return EngineSpec(
             model=model.folder,
             served_name=name,
@@ -350,4 +351,5 @@ class _Slots:
             settings=self.settings.engine_for(name),
             template_kwargs=model.template_kwargs,
             lora=model.lora,
+            engines=sum(self.settings.engine_for(each).replicas for each in served),
         )

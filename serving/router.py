@@ -99,6 +99,11 @@ class Router:
         self._registered = names
 
     @property
+    def served(self) -> list[str]:
+        """The models that are served, or shall be once their engines have started."""
+        return list(self._shares)
+
+    @property
     def backends(self) -> list[Backend]:
         """All that answer, each once."""
         found = [share.backend for shares in self._shares.values() for share in shares]

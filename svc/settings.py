@@ -91,6 +91,12 @@ class EngineSettings(_Section):
         description="vllm, torch (on any CPU), or auto: vLLM's own, and PyTorch's on a CPU for which vLLM has none",
     )
     max_concurrency: int = Field(64, ge=1, description="sequences decoded together")
+    cores: int | None = Field(
+        None,
+        ge=1,
+        description="cores for each engine on a CPU; default: those of this process, shared out between the engines "
+        "that are served when it starts",
+    )
     replicas: int = Field(1, ge=1, le=64, description="engines that serve one model")
     start_timeout_s: float = Field(600.0, gt=0, description="longest start, seconds")
     args: tuple[str, ...] = Field((), description="further arguments for vLLM's server, as they are")

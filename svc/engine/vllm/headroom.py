@@ -48,7 +48,7 @@ def _needed(spec: EngineSpec, machine: Machine) -> tuple[int, int]:
     needed += spec.lora.memory if spec.lora else 0
     if not machine.gpus:
         return needed, machine.free
-    plan = plan_engine(spec.settings, spec.capabilities, machine, model, spec.cache)
+    plan = plan_engine(spec.settings, spec.capabilities, machine, model, spec.cache, engines=spec.engines)
     ranks, share = plan["tensor_parallel_size"].value, plan["gpu_memory_utilization"]
     gpus = machine.gpus[: ranks if isinstance(ranks, int) else None]
     fullest = min(gpus, key=lambda gpu: gpu.free)

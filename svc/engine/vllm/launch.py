@@ -48,6 +48,7 @@ class EngineSpec:
         capabilities: of this device.
         template_kwargs: what the chat template is given; None: what the model's folder says.
         lora: room for adapters beside the model; None: it takes none.
+        engines: how many share the machine, this one among them.
     """
 
     model: Path
@@ -60,6 +61,7 @@ class EngineSpec:
     settings: EngineSettings = field(default_factory=EngineSettings)
     template_kwargs: TemplateKwargs | None = None
     lora: LoraSlots | None = None
+    engines: int = 1
 
     @property
     def socket(self) -> Path:
@@ -70,7 +72,9 @@ class EngineSpec:
     def plan(self) -> plan.EnginePlan:
         """What is chosen for it, by the machine as it is when this is first asked; takes up to seconds on a GPU."""
         machine = read_machine(gpus=self.device is Device.CUDA)
-        planned = plan.plan_engine(self.settings, self.capabilities, machine, self.facts, self.cache)
+        planned = plan.plan_engine(
+            self.settings, self.capabilities, machine, self.facts, self.cache, engines=self.engines
+        )
         if self.lora is None:
             return planned
         return plan.EnginePlan((*planned.choices, *lora_choices(self.lora, self.settings.args)))
@@ -157,8 +161,8 @@ def launch_digest(spec: EngineSpec) -> str:
     # How many share a GPU is part of how an engine was started, unless its share is given.
     shares = spec.device is Device.CUDA and spec.settings.gpu_memory_share is None
     without = {"start_timeout_s", "gptq_kernel"} if shares else {"start_timeout_s", "gptq_kernel", "replicas"}
-    if not spec.settings.environment:  # which older releases did not have
-        without.add("environment")
+    older = {"environment": (), "cores": None}  # settings that older releases did not have
+    without |= {key for key, value in older.items() if getattr(spec.settings, key) == value}
     settings, able = spec.settings.model_dump(mode="json", exclude=without), spec.capabilities
     parts: list[Any] = [able.engine_device.value, able.vllm, spec.served_name, settings]
     # What a release before this one always did is left out, so that its engines are known still.

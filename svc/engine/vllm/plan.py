@@ -111,7 +111,13 @@ class EnginePlan:
 
 
 def plan_engine(
-    settings: EngineSettings, capabilities: Capabilities, machine: Machine, model: ModelFacts, cache: Path
+    settings: EngineSettings,
+    capabilities: Capabilities,
+    machine: Machine,
+    model: ModelFacts,
+    cache: Path,
+    *,
+    engines: int = 1,
 ) -> EnginePlan:
     """Chooses everything for one engine.
 
@@ -119,16 +125,23 @@ def plan_engine(
         capabilities: of the device on which it will run.
         machine: as it is now.
         cache: folder for compiled kernels.
+        engines: how many share the machine, this one among them.
 
     Raises:
-        EngineError: the model's format cannot be served there.
+        EngineError: the model's format cannot be served there, or the engine is to have more cores than there are.
     """
-    return _Planner(settings, capabilities, machine, model, cache).plan()
+    return _Planner(settings, capabilities, machine, model, cache, engines).plan()
 
 
 class _Planner:
     def __init__(
-        self, settings: EngineSettings, capabilities: Capabilities, machine: Machine, model: ModelFacts, cache: Path
+        self,
+        settings: EngineSettings,
+        capabilities: Capabilities,
+        machine: Machine,
+        model: ModelFacts,
+        cache: Path,
+        engines: int,
     ) -> None:
         self._settings = settings
         self._args = settings.args
@@ -138,6 +151,7 @@ class _Planner:
         self._machine = machine
         self._model = model
         self._cache = cache
+        self._engines = engines
 
     def plan(self) -> EnginePlan:
         length, concurrency, parallel = self._max_model_len(), self._max_num_seqs(), self._tensor_parallel()
@@ -218,15 +232,24 @@ class _Planner:
             return Choice(name, bound, Origin.ENVIRONMENT, variable, variables=((variable, bound),))
         if ranks > 1:
             return Choice(name, AUTO, Origin.VLLM, "one memory node for each rank")
-        if quota is not None and quota < len(cores):
-            # Bound to numbered cores, all containers of a host would crowd on its first ones.
-            count, reason, bindable = max(1, int(quota)), f"a quota of {quota:g} cores", False
-        else:
-            # vLLM's own choice leaves a core unused; all of them decode half as fast again.
-            count, reason = len(cores), f"{_counted(len(cores), 'core')} of this process"
+        limited = quota is not None and quota < len(cores)
+        # vLLM's own choice leaves a core unused; all of them decode half as fast again.
+        most, reason = len(cores), f"{_counted(len(cores), 'core')} of this process"
+        if quota is not None and limited:
+            most, reason = max(1, int(quota)), f"a quota of {quota:g} cores"
+        count, origin = self._settings.cores, Origin.SETTING
+        if count is None:
+            # Threads of two engines that wait for each other on one core slow both to a tenth.
+            count, origin = max(1, most // self._engines), Origin.MACHINE
+            reason += f"; {self._engines} engines share them" if self._engines > 1 else ""
+        elif count > most:
+            raise EngineError(f"engine.cores is {count}", expected=f"at most {most}: {reason}")
+        if limited or count < len(cores) or not bindable:
+            # Bound to numbered cores, all engines of a machine, or containers of a host, would crowd on the first ones.
+            free = ((variable, "nobind"), ("OMP_NUM_THREADS", str(count)))
+            return Choice(name, count, origin, reason, variables=free)
         numbers = ",".join(str(core) for core in cores)
-        free = ((variable, "nobind"), ("OMP_NUM_THREADS", str(count)))
-        return Choice(name, count, Origin.MACHINE, reason, variables=((variable, numbers),) if bindable else free)
+        return Choice(name, count, origin, reason, variables=((variable, numbers),))
 
     def _kv_cache(self, length: Choice, concurrency: Choice, block: Choice, ranks: int, *, wide: bool) -> Choice:
         name, setting = "kv_cache_memory_bytes", self._settings.kv_cache_gib
@@ -267,7 +290,7 @@ class _Planner:
             return _argument(Choice(name, setting, Origin.SETTING))
         if not gpus:
             return Choice(name, AUTO, Origin.VLLM, "nvidia-smi shows no GPU")
-        fullest, engines = min(gpus, key=lambda gpu: gpu.free / gpu.memory), self._settings.replicas
+        fullest, engines = min(gpus, key=lambda gpu: gpu.free / gpu.memory), self._engines
         free = int(100 * (fullest.free - _GPU_MARGIN) / fullest.memory) / 100
         share = max(_LEAST_GPU_SHARE, min(int(100 * _GPU_SHARE / engines) / 100, free))
         reason = f"{_gib(fullest.free)} of {_gib(fullest.memory)} is free"

@@ -39,10 +39,12 @@ def plan(
     model: ModelFacts = MODEL,
     args: tuple[str, ...] = (),
     capabilities: Capabilities | None = None,
+    engines: int = 1,
     **settings: Any,
 ) -> EnginePlan:
     chosen = EngineSettings(args=args, **({"device": device} | settings))
-    return plan_engine(chosen, capabilities or (AVX512 if device is CPU else HOPPER), machine, model, CACHE)
+    able = capabilities or (AVX512 if device is CPU else HOPPER)
+    return plan_engine(chosen, able, machine, model, CACHE, engines=engines)
 
 
 def origin_and_value(plan: EnginePlan, name: str) -> tuple[Origin, object]:
@@ -88,6 +90,32 @@ def test_under_a_quota_threads_are_few_and_bound_to_no_core(quota: float, thread
     made = plan(machine=replace(HOST, cores=tuple(range(64)), quota=quota))
     assert made.variables["OMP_NUM_THREADS"] == threads
     assert made.variables["VLLM_CPU_OMP_THREADS_BIND"] == "nobind"
+
+
+@pytest.mark.parametrize(("engines", "threads"), [(1, "8"), (2, "4"), (3, "2"), (9, "1")])
+@pytest.mark.parametrize("nodes", [1, 2])
+def test_engines_share_out_the_cores(engines: int, threads: str, nodes: int) -> None:
+    variables = plan(machine=replace(HOST, nodes=nodes), engines=engines).variables
+    bound = variables["VLLM_CPU_OMP_THREADS_BIND"]
+    assert variables.get("OMP_NUM_THREADS", str(len(bound.split(",")))) == threads
+    # Bound to cores by number they would all have the same ones.
+    assert engines == 1 or bound == "nobind"
+
+
+def test_a_quota_is_shared_out_too() -> None:
+    assert plan(machine=replace(HOST, quota=5.0), engines=2).variables["OMP_NUM_THREADS"] == "2"
+
+
+def test_the_setting_for_cores_goes_before_the_share() -> None:
+    made = plan(cores=6, engines=2)
+    assert origin_and_value(made, "threads") == (Origin.SETTING, 6)
+    assert made.variables["OMP_NUM_THREADS"] == "6"
+
+
+@pytest.mark.parametrize(("quota", "most"), [(None, 8), (3.5, 3)])
+def test_more_cores_than_there_are_are_refused(quota: float | None, most: int) -> None:
+    with pytest.raises(EngineError, match=rf"cores is {most + 1}\n  expected: at most {most}"):
+        plan(machine=replace(HOST, quota=quota), cores=most + 1)
 
 
 def test_a_quota_above_the_cores_changes_nothing() -> None:
@@ -204,8 +232,8 @@ def test_the_fullest_of_the_gpus_that_are_used_decides() -> None:
 
 
 def test_several_engines_share_the_gpu() -> None:
-    assert plan(GPU, gpus(1), replicas=2)["gpu_memory_utilization"].value == 0.45
-    assert plan(GPU, gpus(1), replicas=3)["gpu_memory_utilization"].value == 0.3
+    assert plan(GPU, gpus(1), engines=2)["gpu_memory_utilization"].value == 0.45
+    assert plan(GPU, gpus(1), engines=3)["gpu_memory_utilization"].value == 0.3
 
 
 def test_the_setting_for_gpu_memory_goes_before_the_machine() -> None:
