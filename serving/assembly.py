@@ -11,7 +11,7 @@ from sqlalchemy import Engine as Store
 
 from serving.admission import Admission
 from serving.background.holdout import HoldoutRuns
-from serving.background.scheduler import BackgroundScheduler, unfit_engine
+from serving.background.scheduler import BackgroundScheduler
 from serving.background.scoring import LiveScores
 from serving.deployment import Deployment
 from serving.deployments import Deployments, MakeRoom, OnFailure, OnReady
@@ -186,7 +186,7 @@ class _DeploymentBuilder:
             make_room=lambda: make_room(reconciler.actual.target),
             on_error=reconciler.note_error,
         )
-        holdout, scores = self._background(engine, admission, pool, verification, metrics)
+        holdout, scores = self._background(admission, pool, verification, metrics)
         return Deployment(
             names=names,
             admission=admission,
@@ -263,7 +263,7 @@ class _DeploymentBuilder:
             pool=pool,
             choice=limits.swap,
             shortage=missing,
-            reloads=lambda target: self._spec(target.version.name, target).reloads,
+            capabilities=lambda target: self._spec(target.version.name, target).engine_capabilities,
             patience_s=limits.drain_timeout_s,
         )
         engine_change = EngineChange(
@@ -279,15 +279,13 @@ class _DeploymentBuilder:
 
     def _background(
         self,
-        engine: EngineSettings,
         admission: Admission,
         pool: EnginePool,
         verification: Verification,
         metrics: DeploymentMetrics,
     ) -> tuple[HoldoutRuns, LiveScores]:
         settings = self.settings
-        off = unfit_engine(self.capabilities, engine)
-        scheduler = BackgroundScheduler(admission, pool, settings.holdout, off=off)
+        scheduler = BackgroundScheduler(admission, pool, settings.holdout)
         holdout = HoldoutRuns(
             scheduler,
             pool=pool,

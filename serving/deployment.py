@@ -101,6 +101,8 @@ class Deployment:
                     "replica": engine.replica,
                     "state": engine.state.value,
                     "version": str(target.version) if (target := engine.target) else None,
+                    "verified": checked.verified if (checked := engine.checked) else None,
+                    "verification": checked.found if checked else None,
                     "running": engine.running,
                     "adapters": _adapters(engine.adapters),
                 }

@@ -109,7 +109,7 @@ class Qualifier:
         engine = await self._start(base)
         try:
             base_evaluation = await self._judge(engine.client, "base", trained=False)
-            if not same_fingerprint or not engine.reloads:
+            if not same_fingerprint or not engine.capabilities.reloads:
                 await engine.stop()
                 engine = await self._start(merged)
             return base_evaluation, await self._qualify(engine, merged, "merged")
@@ -127,7 +127,7 @@ class Qualifier:
     async def _qualify(self, engine: Engine, folder: Path, text: str) -> Qualified:
         """Loads in place where it can, measures, and measures again on a fresh engine; ends the given one."""
         client, options = engine.client, self._recipe.qualify
-        loads = [await self._load(client, folder) for _ in range(_LOADS if engine.reloads else 0)]
+        loads = [await self._load(client, folder) for _ in range(_LOADS if engine.capabilities.reloads else 0)]
         judged = await self._judge(client, text)
         picked = self._tokenized[:: self._stride()]
         with waiting(f"probes of {text}"):

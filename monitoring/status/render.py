@@ -43,6 +43,8 @@ def _model(state: Mapping[str, Any], drift: Mapping[str, str], *, verbose: bool)
     ]
     if len(state["engines"]) > 1:
         lines += [Text(_engine(one)) for one in state["engines"]]
+    unverified = [one for one in state["engines"] if one.get("verified") is False]
+    lines += [Text(f"    replica {one['replica']}: {one['verification']}", "yellow") for one in unverified]
     lines += [Text(_adapters(one)) for one in state["engines"] if one.get("adapters") is not None]
     if engine["last_error"]:
         lines.append(Text(f"  last error: {engine['last_error']}", "yellow"))

@@ -97,7 +97,7 @@ class HoldoutRuns:
         self._metrics = metrics
         self._facts = facts
         self._every_s = every_hours * 3600
-        self._never = scheduler.off or ("holdout.every_hours is 0" if not every_hours else None)
+        self._never = "holdout.every_hours is 0" if not every_hours else None
         self._done: LoadedWeights | None = None
         self._next_at = 0.0
         self._progress: _Progress | None = None
@@ -150,7 +150,7 @@ class HoldoutRuns:
     def _due(self) -> HoldoutCause | None:
         """Why the set is to be asked now, if it is."""
         weights = self._pool.weights
-        if self._never or self._pool.state is not EngineState.READY:
+        if self._never or self._scheduler.unfit or self._pool.state is not EngineState.READY:
             return None
         if weights != self._done:
             return HoldoutCause.START if weights.fresh else HoldoutCause.SWAP

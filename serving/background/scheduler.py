@@ -14,19 +14,16 @@ from typing import TypeVar
 from serving.admission import Admission, BackgroundSlotEndedError
 from serving.engines.pool import EnginePool
 from serving.engines.replica import LoadedWeights
-from svc.engine.capabilities import Capabilities
 from svc.engine.state import EngineState
 from svc.engine.vllm.client import EngineClient
-from svc.engine.vllm.engine_args import given, given_flag
 from svc.errors import EngineError
-from svc.settings import EngineSettings, HoldoutSettings
+from svc.settings import HoldoutSettings
 
 log = logging.getLogger(__name__)
 
 Result = TypeVar("Result")
 
 ID_PREFIX = "holdout-"
-_OUTPUT_LAYER = "lm_head"
 _POLL_S = 1.0
 _MOST_DEATHS = 3
 _DEATHS_WITHIN_S = 24 * 3600.0
@@ -39,34 +36,29 @@ class SupersededError(Exception):
     """The engine was loaded again since the request was sent, or takes none any more."""
 
 
-def unfit_engine(capabilities: Capabilities, settings: EngineSettings) -> str | None:
-    """Why an engine cannot be asked for log-probabilities beside requests; None where it can.
-
-    Where we start it with room for adapters ourselves, none of them may change the output layer.
-    """
-    if not given_flag(settings.args, "enable-lora"):
-        return None
-    every_layer = given(settings.args, "--lora-target-modules") is None
-    return capabilities.adapters_refusal(settings, output_layer=every_layer or _OUTPUT_LAYER in settings.args)
-
-
 class BackgroundScheduler:
-    """Where those who ask get their turn.
+    """Where those who ask get their turn."""
 
-    Args:
-        off: why nothing is asked here; None where it is.
-    """
-
-    def __init__(
-        self, admission: Admission, pool: EnginePool, settings: HoldoutSettings, off: str | None = None
-    ) -> None:
+    def __init__(self, admission: Admission, pool: EnginePool, settings: HoldoutSettings) -> None:
         self._admission = admission
         self._pool = pool
         self._settings = settings
         self._turn = asyncio.Lock()
         self._next_at = 0.0
         self._deaths: deque[float] = deque(maxlen=_MOST_DEATHS)
-        self.off = off
+        self._given_up: str | None = None
+
+    @property
+    def unfit(self) -> str | None:
+        """Why the engine that would be asked cannot be; None where it can, or there is none."""
+        primary = self._pool.primary
+        able = primary.capabilities if primary else None
+        return able.unprobed if able else None
+
+    @property
+    def off(self) -> str | None:
+        """Why nothing is asked here; None where it is."""
+        return self._given_up or self.unfit
 
     async def ask(self, weights: LoadedWeights, send: Callable[[EngineClient], Awaitable[Result]]) -> Result:
         """Asks when it is its turn; again, where it was cut off and the engine still holds what it held.
@@ -120,5 +112,5 @@ class BackgroundScheduler:
         recent = sum(now - at < _DEATHS_WITHIN_S for at in self._deaths)
         log.warning("the engine died during a background request, %d of %d", recent, _MOST_DEATHS)
         if recent >= _MOST_DEATHS:
-            self.off = f"the engine died {recent} times in a day during such a request; see its log"
-            log.error("no more background requests: %s", self.off)
+            self._given_up = f"the engine died {recent} times in a day during such a request; see its log"
+            log.error("no more background requests: %s", self._given_up)

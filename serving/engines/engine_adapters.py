@@ -14,8 +14,7 @@ from serving.engines.adapters import AdapterCache, Checked, LoadedAdapter
 from serving.engines.served_model import ServedModel
 from serving.engines.verification import Verification
 from serving.model_names import SHOWN_CHARS, ModelNotFoundError
-from svc.engine.vllm.client import EngineClient
-from svc.engine.vllm.lora import LoraSlots
+from svc.engine.engine import Engine
 from svc.errors import IntegrityError, NotFoundError, RefusedError
 from svc.version import Format, Target, VersionId
 
@@ -36,29 +35,29 @@ class EngineAdapters:
     """What one engine applies, from its start to its end.
 
     Args:
-        client: of the engine.
-        model: what it was started with.
+        model: what the engine was started with.
         unless_dead: ends what is asked of an engine that died.
         patience_s, on_change: see AdapterCache.
     """
 
     def __init__(
         self,
-        client: EngineClient,
+        engine: Engine,
         model: ServedModel,
-        slots: LoraSlots,
         verification: Verification,
         unless_dead: _UnlessDead,
         *,
         patience_s: float,
         on_change: Callable[[float | None], None],
     ) -> None:
-        self._client = client
+        self._engine = engine
+        self._client = engine.client
         self._model = model
         self._verification = verification
         self._unless_dead = unless_dead
         self._reads = asyncio.Semaphore(_MOST_READS)
-        self._cache = AdapterCache(self, max_loaded=slots.max_loaded, patience_s=patience_s, on_change=on_change)
+        most = engine.capabilities.adapters
+        self._cache = AdapterCache(self, max_loaded=most, patience_s=patience_s, on_change=on_change)
 
     @property
     def loaded(self) -> list[LoadedAdapter]:
@@ -113,7 +112,7 @@ class EngineAdapters:
             adapter = await self._verification.adapter(version, self._model)
             await self._verification.files(target)
             await self._unless_dead(self._client.load_adapter(name, adapter.folder))
-            checked = await self._unless_dead(self._verification.adapter_probes(self._client, name, target))
+            checked = await self._unless_dead(self._verification.adapter_probes(self._engine, name, target))
         except asyncio.CancelledError:
             raise
         except Exception:

@@ -202,7 +202,8 @@ class EnginePool:
         self._show_loaded()
 
     def _show_loaded(self) -> None:
-        """Shows which versions resolve: those that an engine holds, or has loaded as adapters."""
+        """Shows which versions resolve: held by an engine, or loaded as adapters; and how many are unverified."""
+        self._metrics.unverified({version for engine in self.all for version in engine.unverified})
         ready = self.ready
         drained = [member for member in self.members if member.state is EngineState.DRAINING]
         if ready:
@@ -383,8 +384,8 @@ class EnginePool:
         """Shows to admission, names and metrics what has changed."""
         self._metrics.engine_states([engine.state for engine in self.all])
         ready = self.ready
+        self._show_loaded()
         if ready:
-            self._show_loaded()
             self._admission.available()
         else:
             self._admission.unavailable(_why_none({member.state for member in self.members}))

@@ -14,10 +14,12 @@ from typing import Any, TypeVar
 
 import httpx
 
+from serving.engines.adapters import Checked
 from serving.engines.engine_adapters import EngineAdapters
 from serving.engines.served_model import ServedModel
 from serving.engines.verification import Verification
 from svc.engine.engine import LastingEngine
+from svc.engine.engine_capabilities import EngineCapabilities
 from svc.engine.state import EngineState
 from svc.engine.vllm.client import EngineClient, Health
 from svc.engine.vllm.plan import EnginePlan
@@ -62,6 +64,7 @@ class Replica:
 
     Attributes:
         target: what the engine was last verified to hold; None while nobody knows. Of adapters the one in production.
+        checked: how that was verified.
         why: of its last death.
         lock: held by who starts, changes or ends it; see `EnginePool.held`.
         adapters: those that it applies beside its base; None where it holds a version itself.
@@ -94,6 +97,7 @@ class Replica:
         self.weights = NO_WEIGHTS
         self._suspected = asyncio.Event()
         self.target: Target | None = None
+        self.checked: Checked | None = None
         self.why = "it did not start"
         self._adapter_patience_s = adapter_patience_s
         self._model: ServedModel | None = None
@@ -125,6 +129,12 @@ class Replica:
         return self._engine
 
     @property
+    def capabilities(self) -> EngineCapabilities | None:
+        """What the engine can do; None where there is none."""
+        engine = self._engine
+        return engine.capabilities if engine else None
+
+    @property
     def model(self) -> ServedModel | None:
         """What the engine was started with; None before the first start."""
         return self._model
@@ -144,6 +154,13 @@ class Replica:
     def running(self) -> int:
         """What runs in it, the server's own request among it."""
         return self._running
+
+    @property
+    def unverified(self) -> set[VersionId]:
+        """What it answers with and nothing has verified; of adapters also others than the one in production."""
+        loaded = self.adapters.loaded if self.adapters else []
+        found = {each.version for each in loaded if not each.checked.verified}
+        return found | {self.target.version} if self.target and self.checked and not self.checked.verified else found
 
     def serves(self, wanted: VersionId | None) -> Target | None:
         """What a request for a version gets here; None where it cannot be asked here.
@@ -262,11 +279,10 @@ class Replica:
     def _make_adapters(self) -> None:
         """Room for adapters in a new engine, if it takes any; what another engine had is forgotten."""
         self._end_adapters()
-        if self._model and self._model.lora:
+        if self._model and self._started.capabilities.adapters:
             self.adapters = EngineAdapters(
-                self.client,
+                self._started,
                 self._model,
-                self._model.lora,
                 self._verification,
                 self.unless_dead,
                 patience_s=self._adapter_patience_s,
@@ -285,7 +301,7 @@ class Replica:
             OSError: that cannot be written down.
         """
         await self._started.record(None)
-        self.target = None
+        self.target = self.checked = None
 
     async def reload(self, folder: Path) -> None:
         """Loads other weights in place and forgets what the older ones computed; `clear` comes before, `verify` next.
@@ -299,6 +315,8 @@ class Replica:
     async def verify(self, target: Target, *, fresh: bool = False) -> str:
         """Checks by probes that the engine holds a version, and remembers it, also for a server that comes after.
 
+        An engine that cannot be probed is believed to hold what it was started with.
+
         Args:
             fresh: it was started with the version's files.
 
@@ -310,16 +328,16 @@ class Replica:
         """
         if self.adapters is not None:
             async with self.adapters.use(target.version, check=False) as loaded:
-                found = loaded.checked.found
+                checked = loaded.checked
         else:
-            found = await self.unless_dead(self._verification.probes(self.client, target, fresh=fresh))
-        self.target = target
+            checked = await self.unless_dead(self._verification.probes(self._started, target, fresh=fresh))
+        self.target, self.checked = target, checked
         try:
             await self._started.record(str(target))
         except OSError:  # it serves all the same
             log.exception("replica %d: a later server cannot adopt it", self.replica)
-        log.info("replica %d holds %s: %s", self.replica, target, found)
-        return found
+        log.info("replica %d holds %s: %s", self.replica, target, checked.found)
+        return checked.found
 
     async def bring(self, target: Target) -> str:
         """Puts another adapter of the same base into production here: loaded and verified first, beside requests.
@@ -404,7 +422,7 @@ class Replica:
 
     async def stop(self, state: EngineState = EngineState.STOPPED) -> None:
         """Ends the engine, if there is one, and enters a state that admits nobody."""
-        self.target = None
+        self.target = self.checked = None
         self.enter(state)
         self._end_adapters()
         if self._engine is not None:

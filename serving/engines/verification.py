@@ -9,6 +9,7 @@ from sqlalchemy import Engine as Store
 
 from serving.engines.adapters import Checked
 from serving.engines.served_model import ServedModel, require_fit, served_model
+from svc.engine.engine import Engine
 from svc.engine.probes import MIN_TOLERANCE, EngineFacts, Probe, check_probes, make_probes, measure_probes
 from svc.engine.vllm.client import EngineClient
 from svc.errors import ProbeError
@@ -90,37 +91,36 @@ class Verification:
         await asyncio.to_thread(self._registry.verify, target.version, target.format)
         return await self.folder(target)
 
-    async def probes(self, client: EngineClient, target: Target, *, fresh: bool) -> str:
+    async def probes(self, engine: Engine, target: Target, *, fresh: bool) -> Checked:
         """Checks the probes on the engine, all at once.
 
         A kind of engine that has not seen this version yet has nothing to be compared with: there the probes are
         taken again, and every later load is held against them. Versions of one base can differ by less than two kinds
         of engine, so that a load that did nothing would pass: only an engine that began with the files gives probes.
+        For the same reason an engine that cannot be probed may hold only what it began with.
 
         Args:
             fresh: the engine was started with the version's files; otherwise it ran before.
 
-        Returns:
-            What was found, for the journal.
-
         Raises:
-            UnknownProbesError: they would have to be taken again, in an engine that ran before.
+            UnknownProbesError: they would have to be taken again, in an engine that ran before; or it is not probed.
             ProbeError: the engine runs other weights.
         """
-        recorded, facts = await self._recorded(target), await self.facts(target)
+        if why := engine.capabilities.unprobed:
+            return _unprobed(target, why, fresh=fresh)
+        client, recorded, facts = engine.client, await self._recorded(target), await self.facts(target)
         known = await self._known(target, recorded, facts)
         if known is None and fresh:
-            return await self._retake(client, target, recorded, facts)
+            return Checked(await self._retake(client, target, recorded, facts))
         if known is None:
             raise UnknownProbesError(
                 f"no probes of this kind of engine are known for {target}, and the engine was not started with it",
                 expected=f"probes of {facts.key}",
                 todo="start an engine with it: they are taken then",
             )
-        difference = await check_probes(client, known)
-        return f"{len(known)} probes passed, largest difference {difference:.4f} nats"
+        return await _compared(client, known)
 
-    async def adapter_probes(self, client: EngineClient, name: str, target: Target) -> Checked:
+    async def adapter_probes(self, engine: Engine, name: str, target: Target) -> Checked:
         """Checks a loaded adapter as `probes` does, also beside requests.
 
         No adapter has probes of its own from its registration: the first time on a kind of engine, it is held against
@@ -132,16 +132,16 @@ class Verification:
         Raises:
             ProbeError: the engine applies other weights, or none.
         """
+        if why := engine.capabilities.unprobed:
+            return _unverified(target, why)
         reference, facts = await self._reference(target), await self.facts(target)
         if not reference:
-            log.warning("%s is not verified: the version has no probes in any format", target)
-            return Checked("not verified: the version has no probes in any format", verified=False)
-        adapter = client.named(name)
+            return _unverified(target, "the version has no probes in any format")
+        adapter = engine.client.named(name)
         known = await asyncio.to_thread(find_retaken_probes, self._store, target, facts)
         if known is None:
-            return Checked(await self._retake(adapter, target, reference, facts, without=client))
-        difference = await check_probes(adapter, known)
-        return Checked(f"{len(known)} probes passed, largest difference {difference:.4f} nats")
+            return Checked(await self._retake(adapter, target, reference, facts, without=engine.client))
+        return await _compared(adapter, known)
 
     async def _reference(self, target: Target) -> tuple[Probe, ...]:
         """The recorded probes that are nearest to a version's adapter."""
@@ -205,6 +205,31 @@ class Verification:
                 "%s was qualified on another kind of engine (%s): probes taken again", target, recorded[0].engine
             )
         return f"{len(probes)} probes taken again: this kind of engine sees the version for the first time"
+
+
+def _unverified(target: Target, why: str) -> Checked:
+    log.warning("%s is not verified: %s", target, why)
+    return Checked(f"not verified: {why}", verified=False)
+
+
+def _unprobed(target: Target, why: str, *, fresh: bool) -> Checked:
+    """What an engine that cannot be probed is taken for: it holds the files, whose hashes were compared, if any.
+
+    Raises:
+        UnknownProbesError: it ran before, and may hold something else.
+    """
+    if not fresh:
+        raise UnknownProbesError(
+            f"nothing can tell whether an engine that ran holds {target}: {why}",
+            expected="an engine that was started with the version, or one that can be probed",
+            todo="start an engine with it",
+        )
+    return _unverified(target, why)
+
+
+async def _compared(client: EngineClient, known: Sequence[Probe]) -> Checked:
+    difference = await check_probes(client, known)
+    return Checked(f"{len(known)} probes passed, largest difference {difference:.4f} nats")
 
 
 def _refuse_other_weights(recorded: Sequence[Probe], measured: Sequence[Sequence[float]]) -> None:

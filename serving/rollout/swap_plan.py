@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from serving.engines.pool import EnginePool
 from serving.engines.verification import Verification
+from svc.engine.engine_capabilities import EngineCapabilities
 from svc.errors import RefusedError
 from svc.registry.fingerprint import compatibility_fingerprint
 from svc.registry.registry import Registry
@@ -19,6 +20,7 @@ Report = Callable[[str], None]
 _ROOM_POLL_S = 1.0
 _DIFFERENT = "architecture, shapes, tokenizer, template or format differ"
 _NO_RELOAD = "engines of this kind do not load it rightly in place"
+_UNPROBED = "nothing could tell what it holds after a reload"
 _FIRST_LOAD = "it has no probes of this kind of engine yet, which only an engine that starts with it can give"
 
 
@@ -44,7 +46,7 @@ class SwapPlanner:
     Args:
         choice: whether a second engine is started where a reload in place would do.
         shortage: why there is no room for so many engines more with a version; None where there is.
-        reloads: whether engines load a version rightly in place.
+        capabilities: of an engine that would be started with a version.
         patience_s: how long engines that end may take to make room, and those that start to take theirs, seconds.
     """
 
@@ -56,7 +58,7 @@ class SwapPlanner:
         pool: EnginePool,
         choice: SwapChoice,
         shortage: Callable[[Target, int], str | None],
-        reloads: Callable[[Target], bool],
+        capabilities: Callable[[Target], EngineCapabilities],
         patience_s: float,
     ) -> None:
         self._registry = registry
@@ -64,7 +66,7 @@ class SwapPlanner:
         self._pool = pool
         self._choice = choice
         self._shortage = shortage
-        self._reloads = reloads
+        self._capabilities = capabilities
         self._patience_s = patience_s
 
     async def plan(self, current: Target, target: Target, report: Report) -> Plan:
@@ -87,10 +89,8 @@ class SwapPlanner:
             report(f"{plan.kind} swap: {plan.why}")
             return plan
         plan = self._kind(await asyncio.to_thread(self._fits, current, target))
-        if plan.kind is not SwapKind.BLUEGREEN and not await asyncio.to_thread(self._reloads, target):
-            plan = await self._by_start(plan.kind, target, _NO_RELOAD, reloads=False)
-        elif plan.kind is not SwapKind.BLUEGREEN and not await self._verification.has_probes(target):
-            plan = await self._by_start(plan.kind, target, _FIRST_LOAD, reloads=True)
+        if plan.kind is not SwapKind.BLUEGREEN:
+            plan = await self._within(plan, target)
         report(f"{plan.kind} swap: {plan.why}")
         return plan
 
@@ -116,6 +116,17 @@ class SwapPlanner:
         if len(self._pool.alive) > 1:
             return Plan(SwapKind.ROLLING, "it fits in place, one engine after the other")
         return Plan(SwapKind.INPLACE, "same architecture, quantization, tokenizer and template")
+
+    async def _within(self, plan: Plan, target: Target) -> Plan:
+        """A swap in place, as far as engines of this kind can do it."""
+        able = await asyncio.to_thread(self._capabilities, target)
+        if not able.reloads:
+            return await self._by_start(plan.kind, target, _NO_RELOAD, reloads=False)
+        if able.unprobed:
+            return await self._by_start(plan.kind, target, f"{_UNPROBED}: {able.unprobed}", reloads=False)
+        if not await self._verification.has_probes(target):
+            return await self._by_start(plan.kind, target, _FIRST_LOAD, reloads=True)
+        return plan
 
     async def _by_start(self, kind: SwapKind, target: Target, why: str, *, reloads: bool) -> Plan:
         """The version comes by an engine that starts with it: a second one, or without room the same one again."""

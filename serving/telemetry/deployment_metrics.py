@@ -1,13 +1,13 @@
 """Prometheus instruments of the models that are served: their engines, their rollouts, and what waits for them."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from contextlib import suppress
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
 from svc.engine.state import EngineState
 from svc.store.swaps import SwapOutcome, SwapResult
-from svc.version import Target
+from svc.version import Target, VersionId
 
 # A swap in place: one to two seconds for the weights, up to the drain timeout for long answers, and an engine start
 # where one is needed.
@@ -59,6 +59,12 @@ class DeploymentInstruments:
             "svc_model_version_info",
             "1 for the version that is loaded",
             (*model, "version", "format"),
+            registry=registry,
+        )
+        self.unverified = Gauge(
+            "svc_versions_unverified",
+            "Versions that are served, and that no probe has verified on the engine",
+            model,
             registry=registry,
         )
         self.holdout_interval = Gauge(
@@ -127,6 +133,10 @@ class DeploymentMetrics:
         self._instruments.adapter_loads.labels(self._model).inc()
         self._instruments.adapter_load.labels(self._model).observe(seconds)
 
+    def unverified(self, versions: Collection[VersionId]) -> None:
+        """Shows how many versions are served that nothing has verified."""
+        self._instruments.unverified.labels(self._model).set(len(versions))
+
     def swap_ended(self, result: SwapResult) -> None:
         """Counts a swap, and times it when admission was closed for it."""
         self._instruments.swaps.labels(self._model, result.outcome.value).inc()
@@ -159,7 +169,8 @@ class DeploymentMetrics:
         _forget(self._instruments.version_info, self._version)
         _forget(self._instruments.holdout_interval, self._holdout)
         self._version = self._holdout = None
-        for gauge in (self._instruments.running, self._instruments.queued, self._instruments.adapters_loaded):
+        of_now = self._instruments
+        for gauge in (of_now.running, of_now.queued, of_now.adapters_loaded, of_now.unverified):
             _forget(gauge, (self._model,))
         for state in EngineState:
             _forget(self._instruments.engine_state, (self._model, state.value))

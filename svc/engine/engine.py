@@ -5,6 +5,7 @@ from typing import Protocol
 
 import httpx
 
+from svc.engine.engine_capabilities import EngineCapabilities
 from svc.engine.vllm.client import EngineClient
 from svc.engine.vllm.plan import EnginePlan
 from svc.engine.vllm.startup_phase import EnginePhase
@@ -22,8 +23,8 @@ class Engine(Protocol):
         """How it was started; None before."""
 
     @property
-    def reloads(self) -> bool:
-        """Whether other weights of the same shapes can be loaded into it in place."""
+    def capabilities(self) -> EngineCapabilities:
+        """What it can do; known before it starts."""
 
     def memory(self) -> int | None:
         """Bytes that its processes hold of the machine's memory; None where that cannot be known."""

@@ -163,6 +163,13 @@ def test_the_adapters_of_each_engine_are_shown_with_those_that_nothing_verifies(
     assert "adapters loaded" not in status().out
 
 
+def test_an_engine_that_nothing_verifies_is_told_with_the_reason(status: Status) -> None:
+    unverified = {"verified": False, "verification": "not verified: it would end it"}
+    assert "replica 0: not verified: it would end it" in status(engines=[STATE["engines"][0] | unverified]).out
+    verified = {"verified": True, "verification": "8 probes passed"}
+    assert "8 probes" not in status(engines=[STATE["engines"][0] | verified]).out
+
+
 def test_a_swap_under_way_is_told(status: Status) -> None:
     swap = STATE["last_swap"] | {"outcome": None, "kind": None, "queued_s": None, "running": None, "queued": None}
     assert "last swap: to tiny@2 (gptq), under way" in status(last_swap=swap).out

@@ -128,7 +128,7 @@ class Control:
             pool=self.pool,
             choice=limits.swap,
             shortage=self.park.shortage,
-            reloads=lambda target: self.park.reloads,
+            capabilities=lambda target: self.park.capabilities(),
             patience_s=limits.drain_timeout_s,
         )
         engine_change = EngineChange(

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from serving.engines.served_model import ServedModel
 from svc.engine.engine import LastingEngine
+from svc.engine.engine_capabilities import EngineCapabilities
 from svc.engine.vllm.client import EngineClient, data_client
 from svc.engine.vllm.plan import Choice, EnginePlan, Origin
 from svc.engine.vllm.startup_phase import EnginePhase
@@ -39,7 +40,7 @@ class EnginePark:
         unable: replicas that do not start.
         disk_full: nothing can be written down.
         silence_s: longest silence within a client's request, seconds.
-        reloads: whether engines load other weights in place.
+        reloads, unprobed: see svc.engine.engine_capabilities.
         starting, most_starting: engines that start now, and most that ever started together.
     """
 
@@ -58,6 +59,7 @@ class EnginePark:
         self.silence_s = silence_s
         self.starting = self.most_starting = 0
         self.reloads = True
+        self.unprobed: str | None = None
 
     def socket(self, replica: int) -> Path:
         """Where a replica listens."""
@@ -67,7 +69,12 @@ class EnginePark:
         self, replica: int, model: ServedModel, socket: Path | None = None, *, name: str | None = None
     ) -> LastingEngine:
         """A new, unstarted engine."""
-        return DoubleEngine(self, replica, model.folder, socket or self.socket(replica), name or self.name)
+        return DoubleEngine(self, replica, model, socket or self.socket(replica), name or self.name)
+
+    def capabilities(self, model: ServedModel | None = None) -> EngineCapabilities:
+        """Of an engine that is launched now."""
+        adapters = model.lora.max_loaded if model and model.lora else 0
+        return EngineCapabilities(self.reloads, adapters, self.unprobed)
 
     def numbers(self) -> list[int]:
         """Replicas that a server left."""
@@ -96,12 +103,12 @@ class EnginePark:
 class DoubleEngine:
     """One engine of the park; a version's folder is its weights."""
 
-    def __init__(self, park: EnginePark, replica: int, model: Path, socket: Path, name: str) -> None:
+    def __init__(self, park: EnginePark, replica: int, model: ServedModel, socket: Path, name: str) -> None:
         self._park = park
         self.replica = replica
         self._socket = socket
         self.holds: str | None = None
-        self.double = EngineDouble(weights=str(model), name=name, label=lambda folder: Path(folder).parent.name)
+        self.double = EngineDouble(weights=str(model.folder), name=name, label=lambda folder: Path(folder).parent.name)
         park.prepare(self.double)
         self.double.die = self.kill
         self.client = EngineClient.over_socket(socket, name)
@@ -110,7 +117,7 @@ class DoubleEngine:
         self._server: SocketServer | None = None
         self._ended = asyncio.Event()
         self.alive = False
-        self.reloads = park.reloads
+        self.capabilities = park.capabilities(model)
         self.stops = 0
 
     def memory(self) -> int | None:

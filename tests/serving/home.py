@@ -46,7 +46,9 @@ class Home:
         monkeypatch.setattr(Registry, "of", lambda settings: self.registry)
 
     def _launch(self, spec: EngineSpec, *, silence_s: float) -> LastingEngine:
-        return self.park.launch(int(spec.state.name), ServedModel(spec.model), spec.socket, name=spec.served_name)
+        return self.park.launch(
+            int(spec.state.name), ServedModel(spec.model, lora=spec.lora), spec.socket, name=spec.served_name
+        )
 
     def _end(self, folder: Path) -> None:
         if int(folder.name) in self.park.left:

@@ -180,6 +180,17 @@ async def test_a_version_without_any_probes_serves_and_is_called_unverified(serv
         assert (await ask(client, f"{NAME}@4"))[:2] == (200, f"{NAME}@4")
     found = {str(each.version): each.checked.verified for each in served.pool.members[0].adapters.loaded}  # type: ignore[union-attr]
     assert found == {f"{NAME}@1": True, f"{NAME}@4": False}
+    assert served.sample("svc_versions_unverified", model=NAME) == 1
+
+
+async def test_one_that_was_promoted_unverified_is_called_so_in_the_journal_and_of_the_engine(served: Control) -> None:
+    make_version(served.registry, 4, formats=(Format.ADAPTER,))
+    assert (await served.promote(4)).outcome is SwapOutcome.SUCCEEDED
+    assert served.steps[-1] == "adapter loaded: not verified: the version has no probes in any format"
+    checked = served.pool.members[0].checked
+    assert checked and not checked.verified
+    await served.promote(2)
+    assert served.pool.members[0].checked and served.pool.members[0].checked.verified
 
 
 @pytest.mark.parametrize(

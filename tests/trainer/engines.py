@@ -4,6 +4,7 @@ import asyncio
 from collections.abc import Callable
 from pathlib import Path
 
+from svc.engine.engine_capabilities import EngineCapabilities
 from svc.engine.vllm.client import EngineClient
 from svc.engine.vllm.plan import EnginePlan
 from svc.engine.vllm.startup_phase import EnginePhase
@@ -21,7 +22,7 @@ class DoubleEngine:
         self.client: EngineClient = client_of(double, double.name)
         self.plan: EnginePlan | None = None
         self.runs = False
-        self.reloads = True
+        self.capabilities = EngineCapabilities()
 
     def memory(self) -> int | None:
         """Some."""
@@ -67,7 +68,7 @@ class Engines:
         double = EngineDouble(weights=str(folder), name="tiny")
         self.change(len(self.launched), double)
         self.launched.append(DoubleEngine(double))
-        self.launched[-1].reloads = self.reload
+        self.launched[-1].capabilities = EngineCapabilities(reloads=self.reload)
         return self.launched[-1]
 
     @property

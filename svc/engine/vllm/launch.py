@@ -16,6 +16,7 @@ from typing import Any
 
 from svc.chat_template import TemplateKwargs
 from svc.engine.capabilities import CPU_LIMITS, Capabilities
+from svc.engine.engine_capabilities import EngineCapabilities
 from svc.engine.machine import read_machine
 from svc.engine.model_facts import ModelFacts, read_model_facts
 from svc.engine.vllm import plan
@@ -29,6 +30,7 @@ SOCKET_FILE = "engine.sock"
 _ENTRY, _OLD_ENTRY = "vllm.entrypoints.launchers.api_server.entry", "vllm.entrypoints.openai.api_server"
 _LISTS = ("VLLM_DISABLED_KERNELS", "VLLM_PLUGINS")
 """Variables of vLLM that hold names with commas between them."""
+_OUTPUT_LAYER = "lm_head"
 _LOG_LEVEL = "VLLM_LOGGING_LEVEL"
 _PLUGIN = "tuneserve"
 """The name of our entry point in `vllm.general_plugins`."""
@@ -84,14 +86,26 @@ class EngineSpec:
         """Where it will run."""
         return self.capabilities.device(self.settings)
 
-    @property
-    def reloads(self) -> bool:
-        """Whether other weights can be loaded into the engine in place.
+    @cached_property
+    def engine_capabilities(self) -> EngineCapabilities:
+        """What the engine will be able to do; reads the model's folder when this is first asked.
 
         vLLM packs experts for a CPU when it loads them, and not when it loads them again: 0.32 was off by 2.5 nats a
         token after a reload (Qwen3-MoE, Mixtral), and by 0.01 in an engine that started with the same files.
         """
-        return self.device is not Device.CPU or not self.facts.experts
+        return EngineCapabilities(
+            reloads=self.device is not Device.CPU or not self.facts.experts,
+            adapters=self.lora.max_loaded if self.lora else 0,
+            unprobed=self._unprobed(),
+        )
+
+    def _unprobed(self) -> str | None:
+        """Why it cannot be probed: adapters may change the output layer. Where room for them is ours, none does."""
+        args = self.settings.args
+        if self.lora is None and not given_flag(args, "enable-lora"):
+            return None
+        every_layer = self.lora is None and given(args, "--lora-target-modules") is None
+        return self.capabilities.adapters_refusal(self.settings, output_layer=every_layer or _OUTPUT_LAYER in args)
 
     @cached_property
     def facts(self) -> ModelFacts:

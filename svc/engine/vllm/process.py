@@ -17,6 +17,7 @@ from typing import TypeVar
 
 import psutil
 
+from svc.engine.engine_capabilities import EngineCapabilities
 from svc.engine.orphans import EngineRecord, end_engine, find_engine, locked, read_record, start_of, write_record
 from svc.engine.vllm.client import EngineClient, data_client
 from svc.engine.vllm.launch import EngineSpec, command, environment, launch_digest
@@ -52,9 +53,9 @@ class EngineProcess:
         self._ended = asyncio.Event()
 
     @property
-    def reloads(self) -> bool:
-        """Whether other weights of the same shapes can be loaded into it in place."""
-        return self.spec.reloads
+    def capabilities(self) -> EngineCapabilities:
+        """What it can do; known before it starts."""
+        return self.spec.engine_capabilities
 
     async def start(self, on_phase: Callable[[EnginePhase], None] = lambda phase: None) -> None:
         """Starts the server and returns when it answers. What an earlier one left in the folder is ended.

@@ -5,16 +5,15 @@ import time
 
 import pytest
 
-from serving.background.scheduler import ID_PREFIX, BackgroundScheduler, SupersededError, unfit_engine
+from serving.background.scheduler import ID_PREFIX, BackgroundScheduler, SupersededError
 from svc.dataset.schema.example import Message, Role
 from svc.engine.vllm.client import Answer, EngineClient
 from svc.errors import EngineError
-from svc.settings import Device, EngineSettings, HoldoutSettings
+from svc.settings import HoldoutSettings
 from svc.store.swaps import SwapOutcome
 from tests.serving.control import Control, Make, ask, until
 from tests.serving.engine_double import Fault
 from tests.serving.versions import NAME, target
-from tests.svc.engine.devices import AVX512
 
 PROMPT = [Message(Role.USER, "one two three")]
 
@@ -202,20 +201,3 @@ async def test_cancelled_questions_leave_nothing(control: Control) -> None:
     assert asking.cancelled()
     await until(lambda: not control.double.running)
     await control.replica.drained(0.1)
-
-
-@pytest.mark.parametrize(
-    ("device", "arguments", "fit"),
-    [
-        (Device.CPU, (), True),
-        (Device.CPU, ("--seed", "1"), True),
-        (Device.CPU, ("--seed", "1", "--enable-lora"), False),
-        (Device.CPU, ("--enable_lora",), False),
-        (Device.CPU, ("--enable-lora=true",), False),
-        (Device.CPU, ("--enable-lora", "--lora-target-modules", "q_proj", "v_proj"), True),
-        (Device.CPU, ("--enable-lora", "--lora-target-modules", "q_proj", "lm_head"), False),
-        (Device.CUDA, ("--enable-lora",), True),
-    ],
-)
-def test_an_engine_that_dies_of_such_questions_is_known(device: Device, arguments: tuple[str, ...], fit: bool) -> None:
-    assert (unfit_engine(AVX512, EngineSettings(device=device, args=arguments)) is None) == fit

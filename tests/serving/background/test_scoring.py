@@ -49,11 +49,11 @@ def kept(*, minutes_ago: float = 1, **fields: Any) -> RequestRecord:
 
 @asynccontextmanager
 async def scoring_of(
-    control: Control, *, busy: Callable[[], bool] = lambda: False, off: str | None = None, **settings: Any
+    control: Control, *, busy: Callable[[], bool] = lambda: False, **settings: Any
 ) -> AsyncIterator[LiveScores]:
     chosen = HoldoutSettings.model_validate(FAST | settings)
     scores = LiveScores(
-        BackgroundScheduler(control.admission, control.pool, chosen, off),
+        BackgroundScheduler(control.admission, control.pool, chosen),
         busy=busy,
         pool=control.pool,
         registry=control.registry,
@@ -177,13 +177,16 @@ async def test_only_answers_of_what_serves_are_scored(control: Control) -> None:
         assert logprobs(control)[1] is None
 
 
-@pytest.mark.parametrize(("off", "settings"), [("the engine dies of it", {}), (None, {"scored_per_hour": 0})])
-async def test_where_it_is_off_nothing_is_asked(control: Control, off: str | None, settings: dict[str, Any]) -> None:
-    add_requests(control.store, [kept()])
-    asked = len(control.double.requests)
-    async with scoring_of(control, off=off, **settings):
-        await asyncio.sleep(0.05)
-    assert len(control.double.requests) == asked
+@pytest.mark.parametrize(("unprobed", "settings"), [("the engine dies of it", {}), (None, {"scored_per_hour": 0})])
+async def test_where_it_is_off_nothing_is_asked(make: Make, unprobed: str | None, settings: dict[str, Any]) -> None:
+    control = make(answered=3)
+    control.park.unprobed = unprobed
+    async with control.run():
+        add_requests(control.store, [kept()])
+        asked = len(control.double.requests)
+        async with scoring_of(control, **settings):
+            await asyncio.sleep(0.05)
+        assert len(control.double.requests) == asked
 
 
 async def test_without_registered_answers_there_is_nothing_to_compare_with(

@@ -49,22 +49,22 @@ async def test_an_altered_file_is_an_error(make: Make) -> None:
 async def test_a_difference_within_the_tolerance_passes(control: Control) -> None:
     control.double.probe_noise = 0.0009
     verification = Verification(control.registry, control.store, kind_of(FACTS))
-    found = await verification.probes(control.replica.client, target(1), fresh=False)
-    assert found.startswith("1 probes passed")
+    found = await verification.probes(control.park.engines[-1], target(1), fresh=False)
+    assert found.verified and found.found.startswith("1 probes passed")
 
 
 async def test_a_difference_beyond_the_tolerance_is_an_error(control: Control) -> None:
     control.double.probe_noise = 0.0011
     with pytest.raises(ProbeError):
         await Verification(control.registry, control.store, kind_of(FACTS)).probes(
-            control.replica.client, target(1), fresh=True
+            control.park.engines[-1], target(1), fresh=True
         )
 
 
 async def test_the_probes_of_another_version_are_an_error(control: Control) -> None:
     with pytest.raises(ProbeError):
         await Verification(control.registry, control.store, kind_of(FACTS)).probes(
-            control.replica.client, target(2), fresh=True
+            control.park.engines[-1], target(2), fresh=True
         )
 
 
@@ -77,10 +77,11 @@ async def test_probes_are_taken_again_on_another_kind_of_engine_and_kept(elsewhe
 
 async def test_kept_probes_are_checked_the_next_time(elsewhere: Control) -> None:
     verification = Verification(elsewhere.registry, elsewhere.store, kind_of(OTHER_FACTS))
-    assert "probes passed" in await verification.probes(elsewhere.replica.client, target(1), fresh=False)
+    found = await verification.probes(elsewhere.park.engines[-1], target(1), fresh=False)
+    assert "probes passed" in found.found
     elsewhere.double.probe_noise = 0.02
     with pytest.raises(ProbeError):
-        await verification.probes(elsewhere.replica.client, target(1), fresh=False)
+        await verification.probes(elsewhere.park.engines[-1], target(1), fresh=False)
 
 
 async def test_an_engine_that_was_not_started_with_a_version_gives_it_no_probes(elsewhere: Control) -> None:
@@ -89,7 +90,7 @@ async def test_an_engine_that_was_not_started_with_a_version_gives_it_no_probes(
     verification = Verification(elsewhere.registry, elsewhere.store, kind_of(OTHER_FACTS))
     wanted = Target(sibling, Format.MERGED)
     with pytest.raises(UnknownProbesError, match="was not started with it"):
-        await verification.probes(elsewhere.replica.client, wanted, fresh=False)
+        await verification.probes(elsewhere.park.engines[-1], wanted, fresh=False)
     assert find_retaken_probes(elsewhere.store, wanted, OTHER_FACTS) is None
 
 
@@ -104,7 +105,7 @@ async def test_where_probes_are_not_known_yet_it_can_be_asked_before(
 async def test_probes_that_are_taken_again_are_not_those_of_other_weights(elsewhere: Control) -> None:
     verification = Verification(elsewhere.registry, elsewhere.store, kind_of(OTHER_FACTS))
     with pytest.raises(ProbeError, match="not the version's weights"):
-        await verification.probes(elsewhere.replica.client, target(2), fresh=True)
+        await verification.probes(elsewhere.park.engines[-1], target(2), fresh=True)
     assert find_retaken_probes(elsewhere.store, target(2), OTHER_FACTS) is None
 
 
@@ -112,12 +113,12 @@ async def test_numbers_that_are_none_are_not_kept(elsewhere: Control) -> None:
     elsewhere.double.probe_noise = float("nan")
     verification = Verification(elsewhere.registry, elsewhere.store, kind_of(OTHER_FACTS))
     with pytest.raises(ProbeError):
-        await verification.probes(elsewhere.replica.client, target(2), fresh=True)
+        await verification.probes(elsewhere.park.engines[-1], target(2), fresh=True)
 
 
 async def test_a_version_without_probes_proves_nothing(control: Control) -> None:
     make_version(control.registry, 4, probes=False)
     with pytest.raises(ProbeError, match="no probes"):
         await Verification(control.registry, control.store, kind_of(FACTS)).probes(
-            control.replica.client, target(4), fresh=True
+            control.park.engines[-1], target(4), fresh=True
         )

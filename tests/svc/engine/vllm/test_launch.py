@@ -13,10 +13,13 @@ import pytest
 from svc.chat_template import write_template_kwargs
 from svc.engine.capabilities import CPU_LIMITS
 from svc.engine.vllm.launch import EngineSpec, command, entry_module, environment, launch_digest
+from svc.engine.vllm.lora import LoraSlots
 from svc.engine.vllm.plan import Origin
 from svc.engine.vllm.plugin import INT4_LINEAR_VARIABLE, QUIET_VARIABLE
 from svc.settings import Device, EngineSettings, GptqKernel
 from tests.svc.engine.devices import AVX2, AVX512
+
+SLOTS = LoraSlots(max_loaded=3, max_batched=2, max_rank=16, targets=("q_proj",))
 
 
 def spec(folder: Path, **settings: Any) -> EngineSpec:
@@ -55,12 +58,47 @@ def test_it_loads_safetensors_and_no_code_of_a_model(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("config", "device", "reloads"),
+    ("config", "device", "able"),
     [("{}", Device.CPU, True), ('{"num_experts": 4}', Device.CPU, False), ('{"num_experts": 4}', Device.CUDA, True)],
 )
-def test_experts_are_not_loaded_in_place_on_a_cpu(tmp_path: Path, config: str, device: Device, reloads: bool) -> None:
+def test_experts_are_not_loaded_in_place_on_a_cpu(tmp_path: Path, config: str, device: Device, able: bool) -> None:
     write_config(tmp_path, config)
-    assert spec(tmp_path, device=device).reloads is reloads
+    assert spec(tmp_path, device=device).engine_capabilities.reloads is able
+
+
+@pytest.mark.parametrize(
+    ("device", "arguments", "probed"),
+    [
+        (Device.CPU, (), True),
+        (Device.CPU, ("--seed", "1"), True),
+        (Device.CPU, ("--seed", "1", "--enable-lora"), False),
+        (Device.CPU, ("--enable_lora",), False),
+        (Device.CPU, ("--enable-lora=true",), False),
+        (Device.CPU, ("--enable-lora", "--lora-target-modules", "q_proj", "v_proj"), True),
+        (Device.CPU, ("--enable-lora", "--lora-target-modules", "q_proj", "lm_head"), False),
+        (Device.CUDA, ("--enable-lora",), True),
+    ],
+)
+def test_an_engine_that_dies_of_probes_is_known(
+    tmp_path: Path, device: Device, arguments: tuple[str, ...], probed: bool
+) -> None:
+    able = spec(tmp_path, device=device, args=arguments).engine_capabilities
+    assert (able.unprobed is None) is probed
+
+
+@pytest.mark.parametrize(
+    ("arguments", "probed"),
+    [((), True), (("--enable-lora",), True), (("--lora-target-modules", "q_proj", "lm_head"), False)],
+)
+def test_room_for_adapters_that_is_ours_leaves_the_output_layer_alone(
+    tmp_path: Path, arguments: tuple[str, ...], probed: bool
+) -> None:
+    able = replace(spec(tmp_path, args=arguments), lora=SLOTS).engine_capabilities
+    assert (able.adapters, able.unprobed is None) == (SLOTS.max_loaded, probed)
+
+
+def test_without_room_for_adapters_it_takes_none(tmp_path: Path) -> None:
+    assert spec(tmp_path).engine_capabilities.adapters == 0
 
 
 def test_it_answers_to_one_name(tmp_path: Path) -> None:

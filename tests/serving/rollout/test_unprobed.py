@@ -1,0 +1,120 @@
+"""Engines that cannot be probed, as with adapters of the output layer on a CPU: they serve, unverified, and say so."""
+
+import asyncio
+from collections.abc import AsyncIterator
+
+import pytest
+
+from svc.store.swaps import SwapKind, SwapOutcome
+from svc.version import Format
+from tests.serving.control import Control, Load, Make, until
+from tests.serving.home import Home
+from tests.serving.versions import NAME, target
+
+WHY = "log-probabilities of a prompt end it"
+RELOAD = "/collective_rpc"
+FULL = "it needs 2 GiB, 1 GiB is free"
+
+
+def unprobed(control: Control) -> Control:
+    """No engine of it can be asked for log-probabilities of a prompt: it would end."""
+    control.park.unprobed = WHY
+    return control
+
+
+def probed(control: Control) -> list[object]:
+    """What engines were asked for log-probabilities of prompts."""
+    return [body for engine in control.park.engines for body in engine.double.requests if "prompt_logprobs" in body]
+
+
+@pytest.fixture
+async def serving(make: Make) -> AsyncIterator[Control]:
+    async with unprobed(make()).run() as control:
+        yield control
+
+
+async def test_it_serves_unverified_and_is_never_asked_for_a_probe(serving: Control) -> None:
+    async with serving.client() as client, Load(client).run() as load:
+        await asyncio.sleep(0.05)
+    load.check()
+    checked = serving.replica.checked
+    assert checked and (checked.verified, checked.found) == (False, f"not verified: {WHY}")
+    assert probed(serving) == []
+
+
+async def test_the_metric_counts_it(serving: Control) -> None:
+    assert serving.sample("svc_versions_unverified", model=NAME) == 1
+
+
+async def test_of_verified_engines_the_metric_counts_none(control: Control) -> None:
+    assert probed(control)
+    assert control.collector.get_sample_value("svc_versions_unverified", {"model": NAME}) == 0
+
+
+async def test_an_engine_that_ended_is_not_counted(serving: Control) -> None:
+    await serving.pool.stop()
+    assert serving.sample("svc_versions_unverified", model=NAME) == 0
+
+
+async def test_a_version_comes_by_an_engine_that_starts_with_it_and_the_journal_says_why(serving: Control) -> None:
+    result = await serving.promote(2)
+    assert (result.outcome, result.kind) == (SwapOutcome.SUCCEEDED, SwapKind.BLUEGREEN)
+    steps = "\n".join(serving.steps)
+    assert f"nothing could tell what it holds after a reload: {WHY}" in steps
+    assert f"not verified: {WHY}" in steps
+    assert [engine.double.calls.count(RELOAD) for engine in serving.park.engines] == [0, 0]
+
+
+async def test_without_room_the_only_engine_starts_again_with_it(serving: Control) -> None:
+    serving.park.room = FULL
+    result = await serving.promote(2)
+    assert (result.outcome, result.kind) == (SwapOutcome.SUCCEEDED, SwapKind.INPLACE)
+    assert [engine.double.calls.count(RELOAD) for engine in serving.park.engines] == [0, 0]
+
+
+async def test_without_room_every_engine_of_several_starts_again(make: Make) -> None:
+    async with unprobed(make(replicas=2)).run() as control:
+        await until(lambda: len(control.pool.ready) == 2)
+        control.park.room = FULL
+        result = await control.promote(2)
+        assert (result.outcome, result.kind) == (SwapOutcome.SUCCEEDED, SwapKind.ROLLING)
+        assert {member.target for member in control.pool.members} == {target(2)}
+
+
+async def test_one_that_was_left_is_not_believed(make: Make) -> None:
+    """Its record alone would say what it holds."""
+    control = unprobed(make())
+    control.leaves = True
+    async with control.run():
+        pass
+    control.leaves = False
+    control.assemble()
+    async with control.run():
+        assert [engine.alive for engine in control.park.engines] == [False, False, True]
+        assert control.replica.target == target(1)
+
+
+async def test_damaged_files_do_not_serve_unverified(serving: Control) -> None:
+    file = serving.registry.folder(target(2).version) / "merged" / "tokenizer.json"
+    file.write_text('{"a": 1}')
+    assert (await serving.promote(2)).outcome is SwapOutcome.REFUSED
+
+
+async def test_adapters_are_loaded_unverified(make: Make) -> None:
+    async with unprobed(make(format=Format.ADAPTER)).run() as control:
+        result = await control.promote(2)
+        assert (result.outcome, result.kind) == (SwapOutcome.SUCCEEDED, SwapKind.ADAPTER)
+        assert control.steps[-1] == f"adapter loaded: not verified: {WHY}"
+        assert control.sample("svc_versions_unverified", model=NAME) == 2
+        assert probed(control) == []
+
+
+async def test_a_whole_server_says_so(home: Home) -> None:
+    home.park.unprobed = WHY
+    async with home.serving(NAME) as client:
+        (status,) = (await client.get("/svc/status")).json()["models"]
+        page = (await client.get("/metrics")).text
+    (engine,) = status["engines"]
+    assert (engine["verified"], engine["verification"]) == (False, f"not verified: {WHY}")
+    assert (status["holdout"]["state"], status["holdout"]["reason"]) == ("off", WHY)
+    assert 'svc_versions_unverified{model="tuned"} 1.0' in page
