@@ -9,7 +9,7 @@ from fastapi import FastAPI
 from prometheus_client import CollectorRegistry, disable_created_metrics
 from sqlalchemy import Engine as Store
 
-from serving.admission import Admission
+from serving.admission.admission import Admission
 from serving.background.holdout import HoldoutRuns
 from serving.background.scheduler import BackgroundScheduler
 from serving.background.scoring import LiveScores

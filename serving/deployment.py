@@ -8,7 +8,7 @@ from typing import Any
 
 from sqlalchemy import Engine as Store
 
-from serving.admission import Admission
+from serving.admission.admission import Admission
 from serving.background.holdout import HoldoutRuns
 from serving.background.scoring import LiveScores
 from serving.engines.engine_adapters import EngineAdapters

@@ -7,7 +7,7 @@ request which was queued through a swap gets the new version. Which model a requ
 import time
 from collections.abc import Callable
 
-from serving.admission import EngineUnavailableError
+from serving.admission.errors import EngineUnavailableError
 from svc.errors import NotFoundError
 from svc.version import Alias, Format, Target, VersionId
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from hashlib import blake2b
 from typing import Protocol
 
-from serving.admission import Admission
+from serving.admission.admission import Admission
 from serving.engines.pool import Lease
 from serving.model_names import SHOWN_CHARS, ModelNames, ModelNotFoundError
 from svc.version import VersionId

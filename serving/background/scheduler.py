@@ -11,7 +11,8 @@ from collections import deque
 from collections.abc import Awaitable, Callable
 from typing import TypeVar
 
-from serving.admission import Admission, BackgroundSlotEndedError
+from serving.admission.admission import Admission
+from serving.admission.background_slot import BackgroundSlotEndedError
 from serving.engines.pool import EnginePool
 from serving.engines.replica import LoadedWeights
 from svc.engine.state import EngineState
@@ -75,7 +76,7 @@ class BackgroundScheduler:
             while True:
                 await self._pace()
                 try:
-                    async with self._admission.background_slot(self._settings.patience_s):
+                    async with self._admission.background_slot.take(self._settings.patience_s):
                         primary = self._pool.primary
                         if primary is None or primary.weights != weights or self.off:
                             raise SupersededError

@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol
 from uuid import uuid4
 
-from serving.admission import EngineUnavailableError, QueueTimeoutError
+from serving.admission.errors import EngineUnavailableError, QueueTimeoutError
 from svc.version import VersionId
 
 

@@ -13,7 +13,8 @@ from typing import Any
 
 import httpx
 
-from serving.admission import ENGINE_RETRY_S, Admission, AdmissionError, EngineUnavailableError
+from serving.admission.admission import Admission
+from serving.admission.errors import ENGINE_RETRY_S, AdmissionError, EngineUnavailableError
 from serving.engines.places import EnginePlaces
 from serving.engines.replica import NO_WEIGHTS, LoadedWeights, Replica
 from serving.engines.transport import EngineDiedError
@@ -391,7 +392,7 @@ class EnginePool:
             self._admission.unavailable(_why_none({member.state for member in self.members}))
         if self.primary is not self._primary:
             self._primary = self.primary
-            self._admission.end_background_slot()
+            self._admission.background_slot.end()
 
 
 def _lacks_adapter(engine: Replica, served: Target) -> bool:

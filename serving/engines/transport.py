@@ -10,7 +10,7 @@ from typing import Any
 
 import httpx
 
-from serving.admission import ENGINE_RETRY_S, OVERLOADED_RETRY_S
+from serving.admission.errors import ENGINE_RETRY_S, OVERLOADED_RETRY_S
 from svc.engine.vllm.error_text import error_of, without_values
 from svc.errors import EngineError
 

@@ -14,7 +14,7 @@ from prometheus_client.exposition import choose_encoder
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route as Path
 
-from serving.admission import EngineUnavailableError
+from serving.admission.errors import EngineUnavailableError
 from serving.http.errors import install_handlers
 from serving.http.feedback import FeedbackIntake
 from serving.http.host import AllowedHosts

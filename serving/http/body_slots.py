@@ -4,7 +4,7 @@ from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from serving.admission import OverloadedError
+from serving.admission.errors import OverloadedError
 
 
 class BodySlots:

@@ -12,7 +12,7 @@ from typing import Self
 
 from starlette.types import Message, Send
 
-from serving.admission import OverloadedError
+from serving.admission.errors import OverloadedError
 from svc.errors import SvcError
 
 PART_BYTES = 64 * 1024

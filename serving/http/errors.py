@@ -16,7 +16,7 @@ from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
 from starlette.responses import Response
 
-from serving.admission import (
+from serving.admission.errors import (
     EngineUnavailableError,
     OverloadedError,
     QueueOverflowError,

@@ -13,7 +13,7 @@ from sqlalchemy import Engine as Store
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
-from serving.admission import OverloadedError
+from serving.admission.errors import OverloadedError
 from serving.model_names import SHOWN_CHARS
 from serving.protocols.request import ClientGoneError, InvalidJsonError, InvalidRequestError, read_body
 from serving.telemetry.metrics import CLIENT_GONE_STATUS

@@ -18,7 +18,7 @@ from datetime import UTC, datetime
 import httpx
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from serving.admission import EngineUnavailableError
+from serving.admission.errors import EngineUnavailableError
 from serving.engines.pool import Lease
 from serving.engines.transport import EngineDiedError, EngineUnreachableError, call, refusal
 from serving.http.body_slots import BodySlots

@@ -17,7 +17,7 @@ from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
 
-from serving.admission import Admission
+from serving.admission.admission import Admission
 from serving.engines.pool import EnginePool
 from serving.engines.replica import Replica
 from serving.engines.verification import Verification
@@ -206,7 +206,7 @@ class EngineChange:
         finally:
             if self._admission.closed_s is not None:
                 change.queued_s = (change.queued_s or 0.0) + self._admission.closed_s
-                change.queued = max(change.queued or 0, self._admission.most_queued)
+                change.queued = max(change.queued or 0, self._admission.queue.most)
 
     async def _drain(self, engine: Replica) -> None:
         """Returns when no request runs: none that a client waits for, and none that one left behind in the engine.

@@ -9,7 +9,7 @@ import time
 from collections.abc import Awaitable, Callable
 from contextlib import AsyncExitStack
 
-from serving.admission import Admission
+from serving.admission.admission import Admission
 from serving.engines.pool import EnginePool
 from serving.engines.replica import Replica
 from serving.rollout.reviver import start_engine
@@ -138,7 +138,7 @@ class Idling:
     async def _wanted(self) -> None:
         """Returns when a request waits, or an engine was started for something else."""
         while not self._pool.ready:
-            wanted = asyncio.create_task(self._admission.wanted())
+            wanted = asyncio.create_task(self._admission.queue.wanted())
             try:
                 done, _ = await asyncio.wait({wanted}, timeout=_LONGEST_LOOK_S)
             finally:

@@ -13,7 +13,7 @@ from dataclasses import replace
 
 from sqlalchemy.exc import SQLAlchemyError
 
-from serving.admission import Admission
+from serving.admission.admission import Admission
 from serving.engines.pool import EnginePool
 from serving.engines.replica import Replica
 from serving.model_names import ModelNames

@@ -13,7 +13,7 @@ from typing import Any
 import httpx
 from prometheus_client import CollectorRegistry
 
-from serving.admission import Admission
+from serving.admission.admission import Admission
 from serving.engines.places import EnginePlaces
 from serving.engines.pool import EnginePool
 from serving.engines.replica import Replica

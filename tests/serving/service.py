@@ -13,7 +13,8 @@ from prometheus_client import CollectorRegistry
 from sqlalchemy import Engine as Store
 from sqlalchemy import create_engine
 
-from serving.admission import Admission, EngineUnavailableError
+from serving.admission.admission import Admission
+from serving.admission.errors import EngineUnavailableError
 from serving.engines.pool import Lease
 from serving.http.app import build_app
 from serving.http.body_slots import BodySlots

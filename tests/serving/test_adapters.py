@@ -9,7 +9,7 @@ import httpx
 import pytest
 
 from serving import assembly
-from serving.admission import QueueTimeoutError
+from serving.admission.errors import QueueTimeoutError
 from svc.engine.probes import EngineFacts
 from svc.engine.vllm.launch import EngineSpec
 from svc.settings import AdapterSettings, SwapChoice

@@ -2,7 +2,7 @@
 
 import pytest
 
-from serving.admission import EngineUnavailableError
+from serving.admission.errors import EngineUnavailableError
 from serving.model_names import ModelNames, ModelNotFoundError
 from tests.serving.service import ONE, TWO
 

@@ -8,7 +8,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from serving.admission import Admission, EngineUnavailableError
+from serving.admission.admission import Admission
+from serving.admission.errors import EngineUnavailableError
 from serving.engines.pool import Lease
 from serving.model_names import ModelNames, ModelNotFoundError
 from serving.router import Router, Share

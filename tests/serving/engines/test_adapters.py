@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from serving.admission import EngineUnavailableError, QueueTimeoutError
+from serving.admission.errors import EngineUnavailableError, QueueTimeoutError
 from serving.engines.adapters import AdapterCache, Checked, LoadedAdapter
 from svc.errors import EngineError, NotFoundError
 from svc.version import VersionId

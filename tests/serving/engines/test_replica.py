@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from serving.admission import EngineUnavailableError
+from serving.admission.errors import EngineUnavailableError
 from serving.engines.replica import NO_WEIGHTS, Replica
 from serving.engines.transport import EngineDiedError
 from svc.engine.state import EngineState

@@ -2,7 +2,7 @@
 
 import pytest
 
-from serving.admission import OverloadedError
+from serving.admission.errors import OverloadedError
 from serving.http.body_slots import BodySlots
 
 

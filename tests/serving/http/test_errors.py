@@ -6,7 +6,7 @@ import logging
 import pytest
 from starlette.exceptions import HTTPException
 
-from serving.admission import EngineUnavailableError, OverloadedError, QueueOverflowError, QueueTimeoutError
+from serving.admission.errors import EngineUnavailableError, OverloadedError, QueueOverflowError, QueueTimeoutError
 from serving.engines.transport import EngineFailedError
 from serving.http.errors import ApiError, api_error
 from serving.protocols.error_code import ErrorCode

@@ -1,0 +1,171 @@
+"""Who runs, who is refused, and what a change of the engine means for both: exact counts whatever happens."""
+
+import asyncio
+from contextlib import suppress
+
+import pytest
+
+from serving.admission.admission import Admission
+from serving.admission.errors import (
+    EngineUnavailableError,
+    OverloadedError,
+    TooManyTokensError,
+)
+from tests.serving.admission.opened import open_admission, run_until, settle
+from tests.serving.service import closed
+
+
+async def test_a_request_is_counted_while_it_runs() -> None:
+    admission = open_admission()
+    async with admission.admit():
+        assert admission.running == 1
+    assert admission.running == 0
+
+
+async def test_a_request_that_fails_gives_its_place_back() -> None:
+    admission = open_admission()
+    with suppress(ValueError):
+        async with admission.admit():
+            raise ValueError
+    assert admission.running == 0
+
+
+async def test_one_more_than_may_run_is_refused() -> None:
+    admission = open_admission(max_running=1)
+    async with admission.admit():
+        with pytest.raises(OverloadedError):
+            async with admission.admit():
+                pass
+    assert admission.running == 0
+
+
+async def test_the_door_opens_when_a_swap_fails() -> None:
+    admission = open_admission()
+    with suppress(ValueError):
+        async with closed(admission):
+            raise ValueError
+    async with admission.admit():
+        assert admission.running == 1
+
+
+async def test_the_door_is_closed_by_one_swap_at_a_time() -> None:
+    admission = open_admission()
+    async with closed(admission):
+        with pytest.raises(RuntimeError):
+            async with closed(admission):
+                pass
+
+
+async def test_where_another_engine_takes_requests_they_do_not_wait_for_the_one_that_is_changed() -> None:
+    admission = open_admission()
+    async with admission.changing(), admission.admit():
+        assert admission.running == 1
+    assert admission.closed_s is None
+
+
+async def test_requests_wait_from_the_moment_in_which_the_other_engine_is_gone() -> None:
+    admission, end = open_admission(), asyncio.Event()
+    end.set()
+    async with admission.changing():
+        admission.unavailable("the engine has failed")
+        task = asyncio.create_task(run_until(admission, end))
+        await settle()
+        assert admission.queued == 1
+        admission.available()
+        await task
+    assert admission.closed_s is not None
+
+
+async def test_without_a_change_nobody_waits_for_an_engine_to_come_back() -> None:
+    admission = open_admission()
+    admission.unavailable(None)
+    with pytest.raises(EngineUnavailableError, match="being changed"):
+        async with admission.admit():
+            pass
+
+
+async def test_without_an_engine_requests_are_refused_with_the_reason() -> None:
+    admission = Admission(max_running=1, max_tokens=100, max_queued=1, queue_timeout_s=1)
+    with pytest.raises(EngineUnavailableError, match="starting"):
+        async with admission.admit():
+            pass
+
+
+async def test_a_swap_that_restarts_the_engine_keeps_what_it_holds() -> None:
+    admission, end = open_admission(), asyncio.Event()
+    end.set()
+    async with admission.changing():
+        admission.unavailable(None)
+        task = asyncio.create_task(run_until(admission, end))
+        await settle()
+        admission.unavailable("the engine is starting")
+        await settle()
+        assert admission.queued == 1
+        admission.available()
+    await task
+
+
+async def test_a_swap_that_ends_without_an_engine_sends_away_what_it_held() -> None:
+    admission = open_admission()
+    async with admission.changing():
+        admission.unavailable(None)
+        task = asyncio.create_task(run_until(admission, asyncio.Event()))
+        await settle()
+        admission.unavailable("the engine failed")
+    with pytest.raises(EngineUnavailableError):
+        await task
+    assert (admission.running, admission.queued) == (0, 0)
+
+
+class TestTokens:
+    """A request counts by what its answers may take."""
+
+    async def test_one_that_asks_for_what_is_left_runs(self) -> None:
+        admission = open_admission(max_tokens=100)
+        async with admission.admit(60), admission.admit(40):
+            assert admission.running == 2
+
+    async def test_one_that_asks_for_more_than_is_left_is_refused(self) -> None:
+        admission = open_admission(max_tokens=100)
+        async with admission.admit(60):
+            with pytest.raises(OverloadedError, match="may make 60 tokens"):
+                async with admission.admit(41):
+                    pass
+
+    async def test_what_has_ended_counts_no_more(self) -> None:
+        admission = open_admission(max_tokens=100)
+        for _ in range(3):
+            async with admission.admit(100):
+                assert admission.running == 1
+
+    async def test_one_that_could_never_run_is_told_so(self) -> None:
+        with pytest.raises(TooManyTokensError, match="101"):
+            async with open_admission(max_tokens=100).admit(101):
+                pass
+
+    async def test_queued_ones_run_as_tokens_are_given_back(self) -> None:
+        admission, end, began = open_admission(max_tokens=100), asyncio.Event(), list[int]()
+
+        async def run(tokens: int) -> None:
+            async with admission.admit(tokens):
+                began.append(tokens)
+                await end.wait()
+
+        async with closed(admission):
+            tasks = [asyncio.create_task(run(tokens)) for tokens in (70, 60, 20)]
+            await settle()
+        await settle()
+        assert began == [70]  # in arrival order: 20 would fit, and 60 might then never run
+        end.set()
+        await asyncio.gather(*tasks)
+        assert began == [70, 60, 20]
+
+
+async def test_idle_is_the_time_since_the_last_request_ended() -> None:
+    admission = open_admission()
+    async with admission.admit():
+        await asyncio.sleep(0.05)
+        assert admission.idle_s == 0
+    assert admission.idle_s < 0.04
+    await asyncio.sleep(0.05)
+    assert admission.idle_s >= 0.05

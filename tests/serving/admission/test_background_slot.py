@@ -1,0 +1,149 @@
+"""The server's own request: beside those of clients, behind every one of them, and cut off by swaps."""
+
+import asyncio
+from contextlib import suppress
+
+import pytest
+
+from serving.admission.admission import Admission
+from serving.admission.background_slot import BackgroundSlotEndedError
+from tests.serving.admission.opened import drained, open_admission, run_until, settle
+from tests.serving.service import closed
+
+
+async def ask_in_background(admission: Admission, end: asyncio.Event, patience_s: float = 60.0) -> str:
+    """A question of the server's own; how it ended."""
+    try:
+        async with admission.background_slot.take(patience_s):
+            await end.wait()
+    except BackgroundSlotEndedError:
+        return "cut off"
+    return "answered"
+
+
+async def test_a_question_of_the_servers_own_is_no_request() -> None:
+    admission = open_admission(max_running=1)
+    async with admission.background_slot.take(1):
+        assert admission.running == 0
+        async with admission.admit():
+            assert admission.running == 1
+    assert admission.running == 0
+
+
+async def test_it_waits_for_a_moment_without_requests() -> None:
+    admission, last, end = open_admission(), asyncio.Event(), asyncio.Event()
+    first = asyncio.create_task(run_until(admission, end))
+    second = asyncio.create_task(run_until(admission, last))
+    await settle()
+    question = asyncio.create_task(ask_in_background(admission, asyncio.Event()))
+    end.set()
+    await first
+    await settle()
+    assert not admission.background_slot.taken
+    last.set()
+    await second
+    await settle()
+    assert admission.background_slot.taken
+    question.cancel()
+    await asyncio.wait([question])
+
+
+async def test_it_goes_beside_requests_when_its_patience_ends() -> None:
+    admission, end = open_admission(), asyncio.Event()
+    async with admission.admit():
+        question = asyncio.create_task(ask_in_background(admission, end, patience_s=0.01))
+        await settle()
+        assert not admission.background_slot.taken
+        end.set()
+        assert await question == "answered"
+
+
+async def test_it_is_not_given_at_a_closed_door_however_long_it_waits() -> None:
+    admission, end = open_admission(), asyncio.Event()
+    end.set()
+    async with closed(admission):
+        question = asyncio.create_task(ask_in_background(admission, end, patience_s=0.0))
+        await asyncio.sleep(0.02)
+        assert not question.done()
+    assert await question == "answered"
+
+
+async def test_it_is_not_given_without_an_engine() -> None:
+    admission, end = Admission(max_running=1, max_tokens=100, max_queued=1, queue_timeout_s=1), asyncio.Event()
+    end.set()
+    question = asyncio.create_task(ask_in_background(admission, end, patience_s=0.0))
+    await asyncio.sleep(0.02)
+    assert not question.done()
+    admission.available()
+    assert await question == "answered"
+
+
+async def test_a_swap_cuts_it_off_and_waits_until_it_has_gone() -> None:
+    admission, left = open_admission(), asyncio.Event()
+
+    async def ask() -> None:
+        with suppress(BackgroundSlotEndedError):
+            async with admission.background_slot.take(60):
+                try:
+                    await asyncio.sleep(60)
+                finally:
+                    await left.wait()  # the connection to the engine takes a moment to close
+
+    question = asyncio.create_task(ask())
+    await settle()
+    async with closed(admission):
+        gone = asyncio.create_task(drained(admission, 5))
+        await settle()
+        assert not gone.done()
+        left.set()
+        await gone
+    await question
+
+
+async def test_the_end_of_the_engine_cuts_it_off() -> None:
+    admission = open_admission()
+    question = asyncio.create_task(ask_in_background(admission, asyncio.Event()))
+    await settle()
+    admission.unavailable("the engine failed")
+    admission.unavailable("the engine is starting")
+    assert await question == "cut off"
+    async with closed(admission):
+        await drained(admission, 0.1)
+
+
+async def test_an_end_in_the_moment_of_its_answer_leaves_nothing_behind() -> None:
+    """A cancellation that comes too late must not reach what the task does next."""
+    for turns in range(6):
+        admission, end = open_admission(), asyncio.Event()
+
+        async def ask_and_go_on(admission: Admission = admission, end: asyncio.Event = end) -> str:
+            how = await ask_in_background(admission, end)
+            await asyncio.sleep(0.001)
+            return how
+
+        question = asyncio.create_task(ask_and_go_on())
+        await settle()
+        end.set()
+        for _ in range(turns):
+            await asyncio.sleep(0)
+        async with closed(admission):
+            await drained(admission, 0.1)
+        assert await question in ("answered", "cut off")
+
+
+async def test_a_timeout_of_its_own_is_no_end_of_the_engine() -> None:
+    admission = open_admission()
+    with pytest.raises(TimeoutError):
+        async with admission.background_slot.take(1), asyncio.timeout(0.001):
+            await asyncio.sleep(1)
+    async with admission.background_slot.take(1):
+        pass
+
+
+async def test_questions_come_one_at_a_time() -> None:
+    admission = open_admission()
+    async with admission.background_slot.take(1):
+        with pytest.raises(RuntimeError, match="already"):
+            async with admission.background_slot.take(1):
+                pass
+        assert admission.background_slot.taken

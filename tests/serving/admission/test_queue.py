@@ -1,0 +1,128 @@
+"""Those that wait: order, bounds, and no trace of who has gone."""
+
+import asyncio
+import time
+
+import pytest
+
+from serving.admission.admission import Admission
+from serving.admission.errors import (
+    EngineUnavailableError,
+    QueueOverflowError,
+    QueueTimeoutError,
+)
+from tests.serving.admission.opened import admit_once, open_admission, run_until, settle
+from tests.serving.service import closed
+
+
+async def test_the_most_that_waited_is_known_when_they_have_gone() -> None:
+    admission = open_admission()
+    async with closed(admission):
+        waiting = [asyncio.create_task(run_until(admission, asyncio.Event())) for _ in range(3)]
+        await settle()
+        for task in waiting:
+            task.cancel()
+        await settle()
+        assert (admission.queued, admission.queue.most) == (0, 3)
+    async with closed(admission):
+        assert admission.queue.most == 0
+
+
+async def test_requests_at_a_closed_door_wait_and_enter_in_order() -> None:
+    admission, entered = open_admission(), list[int]()
+
+    async def client(number: int) -> None:
+        async with admission.admit():
+            entered.append(number)
+
+    async with closed(admission):
+        tasks = [asyncio.create_task(client(number)) for number in range(5)]
+        await settle()
+        assert (admission.queued, entered) == (5, [])
+    await asyncio.gather(*tasks)
+    assert entered == [0, 1, 2, 3, 4]
+
+
+async def test_one_more_than_may_wait_is_refused() -> None:
+    admission, end = open_admission(max_queued=1), asyncio.Event()
+    async with closed(admission):
+        task = asyncio.create_task(run_until(admission, end))
+        await settle()
+        with pytest.raises(QueueOverflowError):
+            async with admission.admit():
+                pass
+    end.set()
+    await task
+
+
+async def test_a_request_waits_no_longer_than_it_may() -> None:
+    admission = open_admission(queue_timeout_s=0.01)
+    async with closed(admission):
+        with pytest.raises(QueueTimeoutError):
+            async with admission.admit():
+                pass
+        assert admission.queued == 0
+
+
+async def test_more_requests_are_held_than_may_run_and_each_gets_its_turn() -> None:
+    admission, entered = open_admission(max_running=2), list[int]()
+
+    async def client(number: int) -> None:
+        async with admission.admit():
+            entered.append(number)
+            assert admission.running <= 2
+            await asyncio.sleep(0)
+
+    async with closed(admission):
+        tasks = [asyncio.create_task(client(number)) for number in range(7)]
+        await settle()
+    await asyncio.gather(*tasks)
+    assert entered == list(range(7))
+
+
+async def test_a_client_that_leaves_in_the_tick_it_is_admitted_leaves_no_trace() -> None:
+    admission = open_admission()
+    async with closed(admission):
+        task = asyncio.create_task(run_until(admission, asyncio.Event()))
+        await settle()
+    task.cancel()
+    await asyncio.wait([task])
+    assert (admission.running, admission.queued) == (0, 0)
+
+
+async def test_requests_for_an_engine_that_comes_when_it_is_asked_wait_for_it() -> None:
+    admission = open_admission()
+    admission.sleep()
+    admission.unavailable(None)
+    assert admission.unavailable_reason is None
+    waiting = asyncio.create_task(admit_once(admission))
+    async with asyncio.timeout(1):
+        await admission.queue.wanted()
+    admission.available()
+    await waiting
+    admission.wake()
+    admission.unavailable("the engine has failed")
+    with pytest.raises(EngineUnavailableError):
+        await admit_once(admission)
+
+
+async def test_those_that_wait_are_sent_away_where_it_does_not_come() -> None:
+    admission = open_admission()
+    admission.sleep()
+    admission.unavailable(None)
+    waiting = asyncio.create_task(admit_once(admission))
+    await admission.queue.wanted()
+    admission.unavailable("the engine has failed")
+    admission.wake()
+    with pytest.raises(EngineUnavailableError, match="has failed"):
+        await waiting
+
+
+async def test_they_wait_as_long_as_a_start_may_take() -> None:
+    admission = Admission(max_running=1, max_tokens=9, max_queued=9, queue_timeout_s=0.01, wake_timeout_s=0.2)
+    admission.sleep()
+    admission.unavailable(None)
+    began = time.monotonic()
+    with pytest.raises(QueueTimeoutError, match=r"0\.2 s for an engine"):
+        await admit_once(admission)
+    assert time.monotonic() - began >= 0.2
