@@ -1,6 +1,5 @@
 """Builds the parts of one server, once: who gets what, passed explicitly. Runs nothing."""
 
-import asyncio
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -15,10 +14,12 @@ from serving.background.scheduler import BackgroundScheduler
 from serving.background.scoring import LiveScores
 from serving.deployment import Deployment
 from serving.deployments import Deployments, MakeRoom, OnFailure, OnReady
+from serving.engines.balancer import Balancer
 from serving.engines.places import EnginePlaces
 from serving.engines.pool import EnginePool
 from serving.engines.replica import Replica
-from serving.engines.served_model import ServedModel, served_model
+from serving.engines.served_model import served_model
+from serving.engines.slots import EngineSlots
 from serving.engines.verification import Verification
 from serving.http.app import build_app
 from serving.http.body_slots import BodySlots
@@ -40,12 +41,9 @@ from serving.telemetry.machine_metrics import add_machine_metrics
 from serving.telemetry.metrics import GatewayMetrics
 from serving.telemetry.request_log import RequestLog
 from svc.engine.capabilities import Capabilities
-from svc.engine.orphans import end_engine
 from svc.engine.probes import engine_facts
-from svc.engine.vllm.folders import socket_folder, state_folder, state_folders
 from svc.engine.vllm.headroom import shortage
 from svc.engine.vllm.launch import EngineSpec
-from svc.engine.vllm.process import EngineProcess
 from svc.errors import EngineError
 from svc.registry.registry import Registry
 from svc.settings import EngineSettings, Settings
@@ -87,7 +85,7 @@ def assemble(
     metrics = GatewayMetrics(collector, exemplars=limits.exemplars)
     add_machine_metrics(collector, settings.home, capabilities, settings.engine)
     router = Router()
-    slots = _Slots(settings, capabilities, router)
+    slots = EngineSlots(settings, capabilities, served=lambda: router.served)
     places = EnginePlaces(slots)
     build = _DeploymentBuilder(
         settings, registry, store, capabilities, slots, places, metrics, DeploymentInstruments(collector), on_phase
@@ -120,7 +118,7 @@ def assemble(
     return Parts(app, request_log, deployments, LoopLag(metrics.loop_lagged))
 
 
-def _check_memory(slots: "_Slots", registry: Registry, targets: Sequence[Target]) -> None:
+def _check_memory(slots: EngineSlots, registry: Registry, targets: Sequence[Target]) -> None:
     """Raises where there is no memory for the engines of these versions.
 
     Raises:
@@ -145,7 +143,7 @@ class _DeploymentBuilder:
     registry: Registry
     store: Store
     capabilities: Capabilities
-    slots: "_Slots"
+    slots: EngineSlots
     places: EnginePlaces
     gateway_metrics: GatewayMetrics
     instruments: DeploymentInstruments
@@ -191,6 +189,7 @@ class _DeploymentBuilder:
             names=names,
             admission=admission,
             pool=pool,
+            balancer=Balancer(pool, names),
             reconciler=reconciler,
             idling=idling,
             alias=alias,
@@ -304,50 +303,3 @@ class _DeploymentBuilder:
             per_hour=settings.holdout.scored_per_hour if settings.request_log.content_share else 0,
         )
         return holdout, scores
-
-
-class _Slots:
-    """Where the engines of one home are, by number.
-
-    Attributes:
-        turn: held while an engine starts: engines on one device start one after the other.
-    """
-
-    def __init__(self, settings: Settings, capabilities: Capabilities, router: Router) -> None:
-        self.settings = settings
-        self._capabilities = capabilities
-        self._router = router
-        self.turn = asyncio.Lock()
-
-    def engine(self, number: int, name: str, model: ServedModel) -> EngineProcess:
-        """An unstarted engine for a model."""
-        return EngineProcess(self.spec(number, name, model), silence_s=self.settings.serve.request_timeout_s)
-
-    def numbers(self) -> list[int]:
-        """Engines that may have been left running."""
-        return list(state_folders(self.settings.home))
-
-    def end(self, number: int) -> None:
-        """Ends one of them."""
-        end_engine(state_folder(self.settings.home, number))
-
-    def spec(self, number: int, name: str, model: ServedModel) -> EngineSpec:
-        """How an engine for a model is started.
-
-        Args:
-            name: what it calls its model.
-        """
-        home, served = self.settings.home, {*self._router.served, name}
-        return EngineSpec(
-            model=model.folder,
-            served_name=name,
-            runtime=socket_folder(home, number),
-            state=state_folder(home, number),
-            log=home / "logs" / f"engine-{number}.log",
-            cache=home / "cache" / "vllm",
-            capabilities=self._capabilities,
-            settings=self.settings.engine_for(name),
-            template_kwargs=model.template_kwargs,
-            lora=model.lora,
-            engines=sum(self.settings.engine_for(each).replicas for each in served),
-        )

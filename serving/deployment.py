@@ -11,8 +11,9 @@ from sqlalchemy import Engine as Store
 from serving.admission.admission import Admission
 from serving.background.holdout import HoldoutRuns
 from serving.background.scoring import LiveScores
+from serving.engines.balancer import Balancer, Lease
 from serving.engines.engine_adapters import EngineAdapters
-from serving.engines.pool import EnginePool, Lease
+from serving.engines.pool import EnginePool
 from serving.model_names import ModelNames
 from serving.rollout.idling import Idling
 from serving.rollout.production_alias import ProductionAlias
@@ -32,6 +33,7 @@ class Deployment:
     names: ModelNames
     admission: Admission
     pool: EnginePool
+    balancer: Balancer
     reconciler: Reconciler
     idling: Idling
     alias: ProductionAlias
@@ -47,12 +49,12 @@ class Deployment:
         return self.names.name
 
     async def check(self, model: str) -> None:
-        """Raises where a name means nothing; see serving.engines.pool.EnginePool.check."""
-        await self.pool.check(model)
+        """Raises where a name means nothing; see serving.engines.balancer.Balancer.check."""
+        await self.balancer.check(model)
 
     def lease(self, model: str, *, without: Lease | None = None) -> AbstractAsyncContextManager[Lease]:
-        """An engine for the body; see serving.engines.pool.EnginePool.lease."""
-        return self.pool.lease(model, without=without)
+        """An engine for the body; see serving.engines.balancer.Balancer.lease."""
+        return self.balancer.lease(model, without=without)
 
     async def run(self) -> None:
         """Keeps it as it is desired, until it is cancelled; `reconciler.start` comes before.

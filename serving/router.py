@@ -12,7 +12,7 @@ from hashlib import blake2b
 from typing import Protocol
 
 from serving.admission.admission import Admission
-from serving.engines.pool import Lease
+from serving.engines.balancer import Lease
 from serving.model_names import SHOWN_CHARS, ModelNames, ModelNotFoundError
 from svc.version import VersionId
 
@@ -38,7 +38,7 @@ class Backend(Protocol):
         """Raises where a name means nothing, also where only the registry knows that."""
 
     def lease(self, model: str, *, without: Lease | None = None) -> AbstractAsyncContextManager[Lease]:
-        """An engine for the body; see serving.engines.pool.EnginePool.lease."""
+        """An engine for the body; see serving.engines.balancer.Balancer.lease."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -26,7 +26,7 @@ Result = TypeVar("Result")
 
 
 class _UnlessDead(Protocol):
-    """See serving.engines.replica.Replica.unless_dead."""
+    """See serving.engines.engine_watch.EngineWatch.unless_dead."""
 
     async def __call__(self, work: Coroutine[Any, Any, Result]) -> Result: ...
 

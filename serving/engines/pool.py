@@ -1,4 +1,4 @@
-"""The engines behind one model name: which of them takes a request, which is being changed, which ends.
+"""The engines behind one model name: which of them take requests, which is being changed, which ends.
 
 Who takes requests is who is ready; admission is told when that becomes nobody. Knows neither HTTP nor what a version is
 made of, and decides about no engine's fate: that is the reconciler's.
@@ -6,53 +6,25 @@ made of, and decides about no engine's fate: that is the reconciler's.
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator, Callable, Coroutine
-from contextlib import AsyncExitStack, asynccontextmanager, suppress
-from dataclasses import dataclass
-from typing import Any
-
-import httpx
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager, suppress
 
 from serving.admission.admission import Admission
-from serving.admission.errors import ENGINE_RETRY_S, AdmissionError, EngineUnavailableError
 from serving.engines.places import EnginePlaces
 from serving.engines.replica import NO_WEIGHTS, LoadedWeights, Replica
-from serving.engines.transport import EngineDiedError
-from serving.model_names import ModelNames, ModelNotFoundError
+from serving.engines.retirement import Retirement
+from serving.model_names import ModelNames
 from serving.telemetry.deployment_metrics import DeploymentMetrics
 from serving.telemetry.engine_metrics import EngineSource
 from svc.engine.state import EngineState
 from svc.engine.vllm.plan import EnginePlan
-from svc.errors import EngineError
-from svc.version import Format, Target, VersionId
+from svc.version import Format, Target
 
 log = logging.getLogger(__name__)
 
 _CHANGING = {EngineState.DRAINING, EngineState.SWAPPING}
 _ASKED_FOR = _CHANGING | {EngineState.IDLE}
-_RETRY_S = 30.0
 _DOWN = {EngineState.FAILED, EngineState.STOPPED}
-
-
-class AdapterFailedError(EngineError):
-    """A version's adapter could not be loaded, or is not what it should be; the next request tries again."""
-
-    retry_after_s = ENGINE_RETRY_S
-
-
-@dataclass(frozen=True, slots=True)
-class Lease:
-    """An engine for one request.
-
-    Attributes:
-        http: a client whose base URL is the engine.
-        served: the version that answers.
-        engine_model: what the engine calls it.
-    """
-
-    http: httpx.AsyncClient
-    served: Target
-    engine_model: str
 
 
 class EnginePool:
@@ -63,6 +35,11 @@ class EnginePool:
         places: the numbers that engines may have.
         size: how many members, from `fill` on.
         retire_timeout_s: how long a replaced engine is kept for the requests that run in it.
+
+    Attributes:
+        members: they take requests when they are ready.
+        retirement: ends those that are no members any more.
+        restarts: starts after a death.
     """
 
     def __init__(
@@ -82,13 +59,11 @@ class EnginePool:
         self._admission = admission
         self._names = names
         self._metrics = metrics
-        self._retire_timeout_s = retire_timeout_s
         self._others: list[Replica] = []
         self._watches: dict[Replica, asyncio.Task[None]] = {}
-        self._retirements: set[asyncio.Task[None]] = set()
-        self._cut_starts: set[asyncio.Task[Any]] = set()
         self._changed = asyncio.Event()
         self._primary: Replica | None = None
+        self.retirement = Retirement(self.drop, timeout_s=retire_timeout_s)
         self.restarts = 0
         self.members: list[Replica] = []
 
@@ -106,11 +81,6 @@ class EnginePool:
     def alive(self) -> list[Replica]:
         """Members that have an engine and are not known to be dead."""
         return [member for member in self.members if member.has_engine and member.state not in _DOWN]
-
-    @property
-    def retiring(self) -> bool:
-        """Whether engines that were replaced, or are not wanted any more, have yet to end."""
-        return bool(self._retirements)
 
     @property
     def starting(self) -> int:
@@ -145,55 +115,6 @@ class EnginePool:
         order = (EngineState.READY, EngineState.SWAPPING, EngineState.DRAINING, EngineState.STARTING)
         least = self.members[0].state if self.members else EngineState.STOPPED
         return next((state for state in order if state in states), least)
-
-    async def check(self, model: str) -> None:
-        """Raises where a name means nothing, also where only the registry knows that.
-
-        Raises:
-            ModelNotFoundError: nothing answers to it.
-            EngineUnavailableError: nothing is loaded yet.
-        """
-        wanted, ready = self._names.resolve(model), self.ready
-        if wanted is None or any(engine.target and engine.target.version == wanted for engine in ready):
-            return
-        adapters = [engine.adapters for engine in ready if engine.adapters]
-        if adapters and not any(each.has(wanted) for each in adapters):
-            await adapters[0].check(wanted)
-
-    @asynccontextmanager
-    async def lease(self, model: str, *, without: Lease | None = None) -> AsyncIterator[Lease]:
-        """An engine for a request, the one in which the fewest run, for the body; its adapter is loaded first.
-
-        Of engines that apply adapters one is preferred that has the version's.
-
-        Args:
-            model: a client's name for what it wants.
-            without: another one than this.
-
-        Raises:
-            ModelNotFoundError: nothing answers to it.
-            EngineUnavailableError: no engine takes requests now.
-            QueueTimeoutError: all places for adapters were in use for too long.
-            AdapterFailedError: the version's adapter could not be loaded, or is not what it should be.
-        """
-        engine, served = self._choose(self._names.resolve(model), without)
-        with engine.occupied():
-            try:
-                async with AsyncExitStack() as used:
-                    name = await _enter(used, engine, served)
-                    yield Lease(engine.http, served, name)
-            except EngineDiedError:
-                engine.suspect()
-                raise
-
-    def _choose(self, wanted: VersionId | None, without: Lease | None) -> tuple[Replica, Target]:
-        able = [(engine, engine.serves(wanted)) for engine in self.ready if not engine.suspected]
-        if without is not None:
-            able = [(engine, served) for engine, served in able if engine.http is not without.http]
-        found = [(engine, served) for engine, served in able if served]
-        if not found:
-            raise EngineUnavailableError("no engine takes requests now", todo="send the request again later")
-        return min(found, key=lambda pair: (_lacks_adapter(*pair), pair[0].running))
 
     def _on_adapter(self, seconds: float | None) -> None:
         loaded = [engine.adapters.loaded for engine in self.all if engine.adapters]
@@ -249,28 +170,7 @@ class EnginePool:
         self._others.append(old)
         old.enter(EngineState.RETIRING)
         self._on_change(new)
-        self._end_later(self._retire(old))
-
-    def discard(self, engine: Replica, starting: asyncio.Task[Any]) -> None:
-        """Ends an engine that is no member while it starts, which takes seconds: not in the caller's time.
-
-        Args:
-            starting: its start.
-        """
-        starting.cancel()
-        self._cut_starts.add(starting)
-        starting.add_done_callback(self._forget_start)
-        self._end_later(self._drop_after(starting, engine))
-
-    def _forget_start(self, start: asyncio.Task[Any]) -> None:
-        self._cut_starts.discard(start)
-        if not start.cancelled() and start.exception():
-            log.info("a start that nobody waits for failed", exc_info=start.exception())
-
-    def _end_later(self, work: Coroutine[Any, Any, None]) -> None:
-        task = asyncio.create_task(work)
-        self._retirements.add(task)
-        task.add_done_callback(self._retirements.discard)
+        self.retirement.after_requests(old)
 
     async def adopt(self, target: Target) -> bool:
         """Makes members of the engines with a version that an earlier server left running.
@@ -330,37 +230,13 @@ class EnginePool:
         Args:
             leave: those that are ready go on without us, for a server that starts later.
         """
-        for task in [*self._watches.values(), *self._retirements]:
+        for task in self._watches.values():
             task.cancel()
-        if self._cut_starts:  # they end their engines themselves
-            await asyncio.wait(self._cut_starts)
+        await self.retirement.cut_off()
         ready = {engine for engine in self.all if leave and engine.state is EngineState.READY}
         await asyncio.gather(*(engine.leave() if engine in ready else engine.stop() for engine in self.all))
         for engine in self.all:
             self._places.give_back(engine.replica)
-
-    async def _retire(self, engine: Replica) -> None:
-        try:
-            await engine.drained(self._retire_timeout_s)
-        except TimeoutError:
-            log.warning(
-                "replica %d: %d requests are cut off after %g s", engine.replica, engine.running, self._retire_timeout_s
-            )
-        await self._drop_at_last(engine)
-
-    async def _drop_after(self, starting: asyncio.Task[Any], engine: Replica) -> None:
-        await asyncio.wait({starting})  # which is not cancelled with us: it ends its engine
-        await self._drop_at_last(engine)
-
-    async def _drop_at_last(self, engine: Replica) -> None:
-        while True:
-            try:
-                await self.drop(engine)
-            except Exception:  # it may run still, and so its number stays taken
-                log.exception("replica %d cannot be ended; trying again in %g s", engine.replica, _RETRY_S)
-                await asyncio.sleep(_RETRY_S)
-            else:
-                return
 
     def _on_change(self, engine: Replica) -> None:
         watch = self._watches.pop(engine, None)
@@ -373,7 +249,7 @@ class EnginePool:
 
     async def _watch(self, engine: Replica) -> None:
         try:
-            why = await engine.died()
+            why = await engine.watch.died()
         except Exception as error:  # what cannot be watched must not be trusted
             log.exception("replica %d cannot be watched", engine.replica)
             why = repr(error)
@@ -393,27 +269,6 @@ class EnginePool:
         if self.primary is not self._primary:
             self._primary = self.primary
             self._admission.background_slot.end()
-
-
-def _lacks_adapter(engine: Replica, served: Target) -> bool:
-    return engine.adapters is not None and not engine.adapters.has(served.version)
-
-
-async def _enter(used: AsyncExitStack, engine: Replica, served: Target) -> str:
-    """What the engine calls a version, from now on until the end of `used`.
-
-    Raises:
-        AdapterFailedError: for clients; the log has the reason.
-    """
-    try:
-        return await used.enter_async_context(engine.use(served.version))
-    except (AdmissionError, ModelNotFoundError):
-        raise
-    except Exception as error:
-        raise AdapterFailedError(
-            f"the adapter of {served.version} could not be loaded; the server's log says why",
-            todo="send the request again later",
-        ) from error
 
 
 def _why_none(states: set[EngineState]) -> str | None:

@@ -5,35 +5,30 @@ Decides nothing: what to load, and what to do after a death, is the reconciler's
 
 import asyncio
 import logging
-import time
-from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
-from contextlib import asynccontextmanager, contextmanager, suppress
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import httpx
 
 from serving.engines.adapters import Checked
 from serving.engines.engine_adapters import EngineAdapters
+from serving.engines.engine_watch import EngineWatch
 from serving.engines.served_model import ServedModel
 from serving.engines.verification import Verification
 from svc.engine.engine import LastingEngine
 from svc.engine.engine_capabilities import EngineCapabilities
 from svc.engine.state import EngineState
-from svc.engine.vllm.client import EngineClient, Health
+from svc.engine.vllm.client import EngineClient
 from svc.engine.vllm.plan import EnginePlan
 from svc.engine.vllm.startup_phase import EnginePhase
-from svc.errors import EngineError
 from svc.version import Format, Target, VersionId
 
 log = logging.getLogger(__name__)
 
 Result = TypeVar("Result")
-
-_HEALTH_S = 2.0
-_UNHEALTHY_S = 30.0
-"""The front answers health checks even under load; half a minute without an answer is a death."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -67,6 +62,7 @@ class Replica:
         checked: how that was verified.
         why: of its last death.
         lock: held by who starts, changes or ends it; see `EnginePool.held`.
+        watch: notices the engine's death.
         adapters: those that it applies beside its base; None where it holds a version itself.
         on_adapter: hears when an adapter has come, with the seconds that it took, or has gone, with None.
     """
@@ -95,7 +91,7 @@ class Replica:
         self._idle.set()
         self.state = EngineState.STOPPED
         self.weights = NO_WEIGHTS
-        self._suspected = asyncio.Event()
+        self.watch = EngineWatch(lambda: self._started)
         self.target: Target | None = None
         self.checked: Checked | None = None
         self.why = "it did not start"
@@ -214,7 +210,7 @@ class Replica:
         if state is EngineState.READY and self.state is not EngineState.DRAINING:  # as where a swap was given up early
             self.weights = LoadedWeights(fresh=self.state is EngineState.STARTING)
         if state is EngineState.READY:
-            self._suspected.clear()  # that was the engine before
+            self.watch.clear()
         self.state = state
         self._on_change(self)
 
@@ -284,7 +280,7 @@ class Replica:
                 self._started,
                 self._model,
                 self._verification,
-                self.unless_dead,
+                self.watch.unless_dead,
                 patience_s=self._adapter_patience_s,
                 on_change=lambda seconds: self.on_adapter(seconds),
             )
@@ -309,8 +305,8 @@ class Replica:
         Raises:
             EngineError: the engine did not take them; it counts as dead.
         """
-        await self.unless_dead(self.client.reload_weights(folder))
-        await self.unless_dead(self.client.reset_prefix_cache())
+        await self.watch.unless_dead(self.client.reload_weights(folder))
+        await self.watch.unless_dead(self.client.reset_prefix_cache())
 
     async def verify(self, target: Target, *, fresh: bool = False) -> str:
         """Checks by probes that the engine holds a version, and remembers it, also for a server that comes after.
@@ -330,7 +326,7 @@ class Replica:
             async with self.adapters.use(target.version, check=False) as loaded:
                 checked = loaded.checked
         else:
-            checked = await self.unless_dead(self._verification.probes(self._started, target, fresh=fresh))
+            checked = await self.watch.unless_dead(self._verification.probes(self._started, target, fresh=fresh))
         self.target, self.checked = target, checked
         try:
             await self._started.record(str(target))
@@ -362,63 +358,6 @@ class Replica:
         finally:
             starting.cancel()
             await asyncio.gather(starting, return_exceptions=True)
-
-    def suspect(self) -> None:
-        """A request has found it dead: its health is checked now, and it takes no more until that is known."""
-        self._suspected.set()
-
-    @property
-    def suspected(self) -> bool:
-        """Whether a request has found it dead, and its health was not checked since."""
-        return self._suspected.is_set()
-
-    async def _next_check(self) -> None:
-        with suppress(TimeoutError):
-            async with asyncio.timeout(_HEALTH_S):
-                await self._suspected.wait()
-
-    async def died(self) -> str:
-        """Returns why, when the engine has died."""
-        engine = self._started
-        ended = asyncio.create_task(engine.wait())
-        answered = time.monotonic()
-        try:
-            while True:
-                check = asyncio.create_task(self._next_check())
-                try:
-                    await asyncio.wait({ended, check}, return_when=asyncio.FIRST_COMPLETED)
-                finally:
-                    check.cancel()
-                if ended.done():
-                    return f"it ended with code {ended.result()}"
-                health = await engine.client.health()
-                self._suspected.clear()
-                if health is Health.DEAD:
-                    return "its core is dead, or it takes no connection any more"
-                if health is not Health.BAD:
-                    answered = time.monotonic()
-                elif (silent_s := time.monotonic() - answered) >= _UNHEALTHY_S:
-                    return f"no answer to health checks for {silent_s:.0f} s"
-        finally:
-            ended.cancel()
-
-    async def unless_dead(self, work: Coroutine[Any, Any, Result]) -> Result:
-        """What we ask of the engine. vLLM's front, when its core is dead, waits for its last answers before it ends,
-        and an answer of the core never comes: both would wait for each other.
-
-        Raises:
-            EngineError: it died meanwhile.
-        """
-        working, dying = asyncio.create_task(work), asyncio.create_task(self.died())
-        try:
-            await asyncio.wait({working, dying}, return_when=asyncio.FIRST_COMPLETED)
-            if not working.done():
-                raise EngineError(f"the engine died: {dying.result()}", todo="see the engine's log")
-            return working.result()
-        finally:
-            for task in (working, dying):
-                task.cancel()
-            await asyncio.gather(working, dying, return_exceptions=True)
 
     async def stop(self, state: EngineState = EngineState.STOPPED) -> None:
         """Ends the engine, if there is one, and enters a state that admits nobody."""

@@ -23,7 +23,7 @@ from serving.admission.errors import (
     QueueTimeoutError,
     TooManyTokensError,
 )
-from serving.engines.pool import AdapterFailedError
+from serving.engines.balancer import AdapterFailedError
 from serving.engines.transport import (
     ContextLengthError,
     EngineBusyError,

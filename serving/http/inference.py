@@ -19,7 +19,7 @@ import httpx
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from serving.admission.errors import EngineUnavailableError
-from serving.engines.pool import Lease
+from serving.engines.balancer import Lease
 from serving.engines.transport import EngineDiedError, EngineUnreachableError, call, refusal
 from serving.http.body_slots import BodySlots
 from serving.http.connections import ABORT

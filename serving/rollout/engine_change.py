@@ -157,7 +157,7 @@ class EngineChange:
             found = await change.cancellation.outcome_of(starting)
             change.cancellation.check()
         except SupersededError:
-            self._pool.discard(new, starting)
+            self._pool.retirement.after_start(new, starting)
             raise
         except asyncio.CancelledError:
             starting.cancel()
@@ -220,7 +220,7 @@ class EngineChange:
         except TimeoutError:
             after = f"after {self._drain_timeout_s:g} s (serve.drain_timeout_s)"
             raise RequestsRunError(f"{engine.running} requests still ran {after}") from None
-        await engine.unless_dead(engine.client.reset_prefix_cache())
+        await engine.watch.unless_dead(engine.client.reset_prefix_cache())
 
     async def _reload(self, change: SwapInProgress, engine: Replica) -> Result:
         try:

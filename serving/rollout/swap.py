@@ -146,7 +146,7 @@ async def _lives(engine: Replica) -> bool:
     while engine.state is EngineState.READY:
         if await engine.client.health() not in DOWN:
             return True
-        engine.suspect()
+        engine.watch.suspect()
         await asyncio.sleep(_HEALTH_POLL_S)
     return False
 

@@ -154,6 +154,6 @@ class SwapPlanner:
         while True:
             starting = self._pool.starting
             shortage = await asyncio.to_thread(self._shortage, target, 1 + starting)
-            if not shortage or not (self._pool.retiring or starting) or time.monotonic() >= deadline:
+            if not shortage or not (self._pool.retirement.under_way or starting) or time.monotonic() >= deadline:
                 return shortage
             await asyncio.sleep(_ROOM_POLL_S)

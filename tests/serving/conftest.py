@@ -57,7 +57,7 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     """Everything that polls does it often."""
     monkeypatch.setattr("serving.rollout.reconciler._POLL_S", 0.005)
     monkeypatch.setattr("serving.rollout.reconciler._STORE_PAUSE_S", 0.01)
-    monkeypatch.setattr("serving.engines.replica._HEALTH_S", 0.05)
+    monkeypatch.setattr("serving.engines.engine_watch._HEALTH_S", 0.05)
     monkeypatch.setattr("serving.client.promotion._POLL_S", 0.01)
     monkeypatch.setattr("serving.background.holdout._POLL_S", 0.005)
     monkeypatch.setattr("serving.background.holdout._PAUSE_S", 0.01)

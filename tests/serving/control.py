@@ -14,6 +14,7 @@ import httpx
 from prometheus_client import CollectorRegistry
 
 from serving.admission.admission import Admission
+from serving.engines.balancer import Balancer
 from serving.engines.places import EnginePlaces
 from serving.engines.pool import EnginePool
 from serving.engines.replica import Replica
@@ -122,6 +123,7 @@ class Control:
             metrics=self.deployment_metrics,
             retire_timeout_s=limits.retire_timeout_s,
         )
+        self.balancer = Balancer(self.pool, self.names)
         self.planner = SwapPlanner(
             registry=self.registry,
             verification=verification,
@@ -193,7 +195,7 @@ class Control:
     async def client(self) -> AsyncIterator[httpx.AsyncClient]:
         """Calls the gateway through a real server."""
         app = application(
-            OneBackend(self.names, self.admission, self.pool.lease, checks=self.pool.check),
+            OneBackend(self.names, self.admission, self.balancer.lease, checks=self.balancer.check),
             self.pool.sources,
             metrics=self.metrics,
             settings=self.settings,

@@ -9,6 +9,7 @@ import httpx
 import pytest
 
 from serving import assembly, server
+from serving.engines import slots
 from serving.engines.served_model import ServedModel
 from serving.rollout.initial_state import choose_deployments
 from svc.engine.engine import LastingEngine
@@ -39,9 +40,9 @@ class Home:
         self.park = EnginePark(folder, NAME)
         self.ready = asyncio.Event()
         self.failures: list[SvcError] = []
-        monkeypatch.setattr(assembly, "EngineProcess", self._launch)
+        monkeypatch.setattr(slots, "EngineProcess", self._launch)
         monkeypatch.setattr(assembly, "shortage", lambda specs: self.park.room if self.park.alive else None)
-        monkeypatch.setattr(assembly, "end_engine", self._end)
+        monkeypatch.setattr(slots, "end_engine", self._end)
         monkeypatch.setattr(assembly, "engine_facts", lambda settings, capabilities, folder: FACTS)
         monkeypatch.setattr(Registry, "of", lambda settings: self.registry)
 

@@ -15,7 +15,7 @@ from sqlalchemy import create_engine
 
 from serving.admission.admission import Admission
 from serving.admission.errors import EngineUnavailableError
-from serving.engines.pool import Lease
+from serving.engines.balancer import Lease
 from serving.http.app import build_app
 from serving.http.body_slots import BodySlots
 from serving.http.delivery import AnswerBuffers

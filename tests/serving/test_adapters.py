@@ -8,8 +8,8 @@ from typing import Any
 import httpx
 import pytest
 
-from serving import assembly
 from serving.admission.errors import QueueTimeoutError
+from serving.engines import slots
 from svc.engine.probes import EngineFacts
 from svc.engine.vllm.launch import EngineSpec
 from svc.settings import AdapterSettings, SwapChoice
@@ -372,7 +372,7 @@ async def test_a_whole_server_serves_adapters_beside_their_base(home: Home, monk
         specs.append(spec)
         return launch(spec, silence_s=silence_s)
 
-    monkeypatch.setattr(assembly, "EngineProcess", remembered)
+    monkeypatch.setattr(slots, "EngineProcess", remembered)
     async with home.serving(NAME) as client:
         assert await ask(client, NAME) == (200, f"{NAME}@4", "4")
         assert await ask(client, f"{NAME}@5") == (200, f"{NAME}@5", "5")

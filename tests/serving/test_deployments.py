@@ -8,7 +8,8 @@ from typing import Any
 import httpx
 import pytest
 
-from serving import assembly, server
+from serving import server
+from serving.engines import slots
 from svc.engine.vllm.launch import EngineSpec
 from svc.errors import EngineError
 from svc.store.deployments import add_deployment, deployed_names, remove_deployment
@@ -126,7 +127,7 @@ async def test_a_start_that_the_disk_refuses_keeps_no_other_model_from_being_ser
             raise failures.pop()
         return launch(spec, silence_s=silence_s)
 
-    monkeypatch.setattr(assembly, "EngineProcess", launching)
+    monkeypatch.setattr(slots, "EngineProcess", launching)
     async with two.serving(f"{NAME}@1", f"{OTHER}@7") as client:
         assert await answer_of(client, NAME) == (200, f"{NAME}@1", "1")
         await until(lambda: two.failures)

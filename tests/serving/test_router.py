@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from serving.admission.admission import Admission
 from serving.admission.errors import EngineUnavailableError
-from serving.engines.pool import Lease
+from serving.engines.balancer import Lease
 from serving.model_names import ModelNames, ModelNotFoundError
 from serving.router import Router, Share
 from svc.version import Format, Target, VersionId

@@ -125,7 +125,7 @@ async def test_an_engine_whose_stop_is_cancelled_is_ended_by_the_next_stop(
 
 
 async def test_a_death_is_told_with_its_exit_code(control: Control) -> None:
-    died = asyncio.create_task(control.replica.died())
+    died = asyncio.create_task(control.replica.watch.died())
     await asyncio.sleep(0.01)
     control.park.engines[0].kill()
     assert str(KILLED) in await died
@@ -135,12 +135,12 @@ async def test_silence_is_a_death_after_its_time(make: Make, monkeypatch: pytest
     async def silent() -> Health:
         return Health.BAD
 
-    monkeypatch.setattr("serving.engines.replica._UNHEALTHY_S", 0.2)
+    monkeypatch.setattr("serving.engines.engine_watch._UNHEALTHY_S", 0.2)
     control = make()
     await control.replica.start(target(1))
     monkeypatch.setattr(control.replica.client, "health", silent)
     async with asyncio.timeout(2):
-        assert "no answer to health checks" in await control.replica.died()
+        assert "no answer to health checks" in await control.replica.watch.died()
     await control.replica.stop()
 
 
@@ -148,12 +148,12 @@ async def test_silence_is_a_death_after_its_time(make: Make, monkeypatch: pytest
 async def test_an_engine_that_says_its_core_is_dead_is_believed(
     control: Control, monkeypatch: pytest.MonkeyPatch, health_s: float
 ) -> None:
-    monkeypatch.setattr("serving.engines.replica._HEALTH_S", health_s)
-    died = asyncio.create_task(control.replica.died())
+    monkeypatch.setattr("serving.engines.engine_watch._HEALTH_S", health_s)
+    died = asyncio.create_task(control.replica.watch.died())
     await asyncio.sleep(0.01)
     control.park.engines[0].double.dead = True
     if health_s > 1:
-        control.replica.suspect()
+        control.replica.watch.suspect()
     async with asyncio.timeout(2):
         await died
     assert control.replica.state is not EngineState.READY
@@ -170,16 +170,16 @@ async def test_one_that_a_request_found_dead_takes_no_other_until_it_was_asked(
 
     monkeypatch.setattr(control.replica.client, "health", late)
     with suppress(EngineDiedError):
-        async with control.pool.lease(NAME):
+        async with control.balancer.lease(NAME):
             raise EngineDiedError("gone")
     with pytest.raises(EngineUnavailableError):
-        async with control.pool.lease(NAME):
+        async with control.balancer.lease(NAME):
             pass
     asked.set()
     async with asyncio.timeout(2):
-        while control.replica.suspected:
+        while control.replica.watch.suspected:
             await asyncio.sleep(0.01)
-    async with control.pool.lease(NAME):
+    async with control.balancer.lease(NAME):
         pass
 
 
@@ -187,7 +187,7 @@ async def test_a_reload_that_a_dead_core_never_answers_is_given_up(
     control: Control, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """vLLM's front then waits for that answer itself, and does not end."""
-    monkeypatch.setattr("serving.engines.replica._HEALTH_S", 0.05)
+    monkeypatch.setattr("serving.engines.engine_watch._HEALTH_S", 0.05)
     double = control.park.engines[0].double
     double.reload_delay_s = 3600
     control.replica.enter(EngineState.SWAPPING)
@@ -205,11 +205,11 @@ async def test_an_engine_that_we_cannot_ask_is_not_taken_for_dead(
     async def unknown() -> Health:
         return Health.UNKNOWN
 
-    monkeypatch.setattr("serving.engines.replica._UNHEALTHY_S", 0.1)
+    monkeypatch.setattr("serving.engines.engine_watch._UNHEALTHY_S", 0.1)
     monkeypatch.setattr(control.replica.client, "health", unknown)
     with pytest.raises(TimeoutError):
         async with asyncio.timeout(0.5):
-            await control.replica.died()
+            await control.replica.watch.died()
 
 
 async def test_where_no_engine_runs_there_is_none_to_ask(replica: Replica) -> None:

@@ -21,7 +21,7 @@ from schemathesis.specs.openapi.checks import (
 from sqlalchemy import Engine as Store
 
 from serving.admission.admission import Admission
-from serving.engines.pool import Lease
+from serving.engines.balancer import Lease
 from serving.http.errors import _SHAPES
 from serving.http.openapi import openapi_document
 from serving.model_names import ModelNames

@@ -194,7 +194,7 @@ async def test_an_engine_that_does_not_come_back_is_failed_and_tried_again(contr
 
 
 async def test_an_engine_that_answers_no_more_is_replaced(control: Control, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("serving.engines.replica._UNHEALTHY_S", 0.1)
+    monkeypatch.setattr("serving.engines.engine_watch._UNHEALTHY_S", 0.1)
     first = control.park.engines[0]
     assert first._server is not None
     first._server.kill()
