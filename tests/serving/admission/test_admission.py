@@ -6,11 +6,7 @@ from contextlib import suppress
 import pytest
 
 from serving.admission.admission import Admission
-from serving.admission.errors import (
-    EngineUnavailableError,
-    OverloadedError,
-    TooManyTokensError,
-)
+from serving.admission.errors import EngineUnavailableError, OverloadedError, TooManyTokensError
 from tests.serving.admission.opened import open_admission, run_until, settle
 from tests.serving.service import closed
 

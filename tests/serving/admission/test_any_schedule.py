@@ -10,9 +10,7 @@ from hypothesis import strategies as st
 
 from serving.admission.admission import Admission
 from serving.admission.background_slot import BackgroundSlotEndedError
-from serving.admission.errors import (
-    AdmissionError,
-)
+from serving.admission.errors import AdmissionError
 from tests.serving.admission.opened import drained, open_admission, settle
 
 

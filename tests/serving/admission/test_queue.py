@@ -6,11 +6,7 @@ import time
 import pytest
 
 from serving.admission.admission import Admission
-from serving.admission.errors import (
-    EngineUnavailableError,
-    QueueOverflowError,
-    QueueTimeoutError,
-)
+from serving.admission.errors import EngineUnavailableError, QueueOverflowError, QueueTimeoutError
 from tests.serving.admission.opened import admit_once, open_admission, run_until, settle
 from tests.serving.service import closed
 

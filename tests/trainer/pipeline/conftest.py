@@ -1,0 +1,78 @@
+"""A pipeline with stages that take no time."""
+
+import itertools
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from svc.dataset.fingerprint import fingerprint
+from svc.dataset.schema.example import ChatExample
+from svc.engine.capabilities import Capabilities
+from svc.registry.registry import Registry
+from svc.registry.tracking import Tracking
+from svc.settings import Device, EngineSettings, Settings
+from tests.serving.engine_double import tokenized
+from tests.svc.engine.devices import AVX512
+from tests.svc.registry.model_folder import write_model
+from tests.trainer.conftest import make_example, make_recipe
+from tests.trainer.engines import Engines
+from tests.trainer.pipeline.stand_ins import TRAIN, Make, Stages
+from trainer.base_model.resolve import Base
+from trainer.parity import report as parity_module
+from trainer.pipeline import stages as stages_module
+from trainer.pipeline.examples import Examples
+from trainer.pipeline.run_folder import Run
+from trainer.pipeline.stages import Pipeline
+from trainer.training import sft
+
+_names = (f"pipeline-{number}" for number in itertools.count(1))
+
+
+@pytest.fixture
+def stages(monkeypatch: pytest.MonkeyPatch) -> Stages:
+    stages = Stages()
+    monkeypatch.setattr(sft, "train_model", stages.train_model)
+    monkeypatch.setattr(
+        stages_module, "tokenize_as_trained", lambda folder, examples, kwargs: list(map(tokenized, examples))
+    )
+    monkeypatch.setattr(parity_module, "make_report", stages.make_report)
+    for name in ("check_layers", "merge_adapter", "quantize_gptq"):
+        monkeypatch.setattr(stages_module, name, getattr(stages, name))
+    return stages
+
+
+@pytest.fixture
+def engines() -> Engines:
+    return Engines()
+
+
+@pytest.fixture
+def make(tmp_path: Path, tracking: Tracking, stages: Stages, engines: Engines) -> Iterator[Make]:
+    """The pipeline of one recipe; made again, it goes on in the same folder, as a new process would."""
+    name = next(_names)
+    base = Base(write_model(tmp_path / "base"), "./base", "Apache-2.0", "sha256:0")
+    settings = Settings(home=tmp_path / "home", engine=EngineSettings(device=Device.CPU))
+
+    def make(
+        heldout: tuple[ChatExample, ...] | None = None,
+        capabilities: Capabilities = AVX512,
+        engine: EngineSettings = settings.engine,
+        **sections: Any,
+    ) -> Pipeline:
+        recipe = make_recipe(**({"name": name, "qualify": {"repeats": 1}} | sections))
+        judged = heldout or (make_example("one", "red"), make_example("two", "blue"))
+        examples = Examples(TRAIN, judged, fingerprint(TRAIN), fingerprint(judged), (*TRAIN, *judged))
+        run = Run.of(settings.home / "runs", recipe, base, examples)
+        registry = Registry(settings.home / "models", tracking)
+        chosen = settings.model_copy(update={"engine": engine})
+        return Pipeline(chosen, capabilities, registry, recipe, base, examples, run, engines)
+
+    yield make
+    assert engines.running == 0
+
+
+@pytest.fixture
+def pipeline(make: Make) -> Pipeline:
+    return make()

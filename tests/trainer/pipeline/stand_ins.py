@@ -1,0 +1,94 @@
+"""What stands in for the stages that need a real model, and the examples of a recipe."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from svc.engine.capabilities import NumberType
+from svc.errors import RecipeError
+from svc.registry.parity import ParityReport
+from svc.version import Format
+from tests.svc.registry.model_folder import GPTQ, write_model
+from tests.svc.registry.parity import make_parity
+from tests.trainer.conftest import make_example
+from trainer.callbacks.loss_point import LossPoint
+from trainer.export.gptq import QuantizeSummary
+from trainer.export.verify_merge import MergeSummary
+from trainer.parity.report import Made
+from trainer.pipeline.stage_key import Stage
+from trainer.pipeline.stages import Pipeline
+from trainer.recipe.sections import Method
+from trainer.training.summary import TrainingSummary
+
+TRAIN = tuple(make_example(f"q {number}", "yes") for number in range(3))
+WORSE_QUANTIZED = tuple(make_example(asked, "merged.0 merged.1 merged.2 merged.3") for asked in ("one", "two"))
+"""Examples that the double answers rightly when it holds the merged weights, and wrongly with any other."""
+
+
+Make = Callable[..., Pipeline]
+
+
+@dataclass
+class Stages:
+    """The stages that need a real model, in its place: each writes a little and says that it ran.
+
+    Attributes:
+        ran: which ran, in order.
+        broken: stages that are interrupted in the middle.
+        number_types: those that they were told to compute in.
+        compared: the formats of each parity report.
+        unequal: checks of the parity report that fail.
+    """
+
+    ran: list[Stage] = field(default_factory=list)
+    broken: set[Stage] = field(default_factory=set)
+    number_types: list[NumberType] = field(default_factory=list)
+    compared: list[list[Format]] = field(default_factory=list)
+    unequal: list[str] = field(default_factory=list)
+
+    def train_model(
+        self, base: Path, data: Any, recipe: Any, out: Path, checkpoints: Path, report: Any, *, number_type: NumberType
+    ) -> Any:
+        """Writes an adapter, or a trained model."""
+        self.number_types.append(number_type)
+        self._run(Stage.TRAIN, out)
+        if recipe.method is Method.FULL:
+            write_model(out, seed=1)
+        else:
+            (out / "adapter_model.safetensors").write_bytes(b"adapter")
+        report(1, {"loss": 0.5})
+        return TrainingSummary(3, 30, 10.0, 0.5, 3.0, (LossPoint(1, 0.5),))
+
+    def merge_adapter(self, base: Path, adapter: Path, out: Path) -> MergeSummary:
+        """Writes other weights of the same shape."""
+        self._run(Stage.MERGE, out)
+        write_model(out, seed=1)
+        return MergeSummary(2, 0.5, 0.1)
+
+    def check_layers(self, model: Path, group_size: int, multiple: int) -> list[str]:
+        """Finds that 128 does not fit."""
+        if group_size == 128:
+            raise RecipeError("quantize.group_size is 128")
+        return []
+
+    def quantize_gptq(
+        self, merged: Path, examples: Any, recipe: Any, out: Path, *, number_type: NumberType
+    ) -> QuantizeSummary:
+        """Writes a quantized model."""
+        self.number_types.append(number_type)
+        self._run(Stage.QUANTIZE, out)
+        write_model(out, quantization=GPTQ)
+        return QuantizeSummary(2, 8, 80, "layer.0", 0.01, 2.0)
+
+    def make_report(self, made: Made, recipe: Any, compared: Any, judged: int, *, number_type: Any) -> ParityReport:
+        """Finds what it is told to."""
+        self.compared.append(sorted(made.formats))
+        return make_parity(*self.unequal)
+
+    def _run(self, stage: Stage, out: Path) -> None:
+        self.ran.append(stage)
+        out.mkdir(parents=True, exist_ok=True)
+        if stage in self.broken:
+            (out / "half-written").touch()
+            raise KeyboardInterrupt

@@ -1,0 +1,49 @@
+"""Registering goes on where it was cut off, and minds no version that is gone or damaged."""
+
+from pathlib import Path
+
+import pytest
+
+from svc.errors import InterruptedRunError
+from svc.registry.housekeeping import remove_version
+from svc.registry.tracking import Tracking
+from svc.store.database import open_database
+from svc.version import VersionId
+from tests.trainer.pipeline.stand_ins import Make
+
+
+def test_a_registration_that_was_interrupted_goes_on_with_the_version_that_it_published(
+    make: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pipeline = make()
+
+    def interrupt(self: Tracking, *arguments: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Tracking, "annotate", interrupt)
+        with pytest.raises(InterruptedRunError):
+            pipeline.train_version()
+    (published,) = pipeline.registry.versions()
+    files = sorted(path for path in pipeline.registry.folder(published).rglob("*") if path.is_file())
+    before = [(path, path.stat().st_mtime_ns) for path in files]
+    assert make().train_version() == published
+    assert pipeline.registry.versions() == [published]
+    assert [(path, path.stat().st_mtime_ns) for path in files] == before
+
+
+def test_a_recipe_whose_version_was_removed_makes_another(make: Make, tmp_path: Path) -> None:
+    pipeline = make()
+    first = pipeline.train_version()
+    remove_version(pipeline.registry, open_database(tmp_path), first)
+    assert make().train_version() == VersionId(first.name, first.number + 1)
+    assert make().train_version() == VersionId(first.name, first.number + 1)
+
+
+def test_a_damaged_version_of_the_name_is_in_nobodys_way(make: Make) -> None:
+    pipeline = make()
+    first = pipeline.train_version()
+    manifest = pipeline.registry.folder(first) / "manifest.json"
+    manifest.chmod(0o644)
+    manifest.write_text("{", "utf-8")
+    assert make(train={"seed": 1}).train_version().number == first.number + 1

@@ -1,0 +1,175 @@
+"""What a version keeps of the run that made it."""
+
+import json
+
+import pytest
+
+from svc.chat_template import read_template_kwargs
+from svc.dataset.drift_sample import DRIFT_SAMPLE_FILE, draw_drift_sample
+from svc.dataset.prompt_hashes import hash_prompts
+from svc.dataset.readers.reader import read_examples
+from svc.errors import InterruptedRunError, NotFoundError
+from svc.registry.fingerprint import compatibility_fingerprint
+from svc.registry.registry import Registry
+from svc.text_embedding import TEXT_SPACE_FILE, load_text_space
+from svc.version import Format
+from tests.trainer.conftest import make_example
+from tests.trainer.engines import Engines
+from tests.trainer.pipeline.stand_ins import TRAIN, Make, Stages
+from trainer.pipeline.stage_key import Stage
+from trainer.pipeline.stages import Evaluated, Pipeline
+
+
+def test_a_version_keeps_what_its_chat_template_was_given(make: Make, engines: Engines) -> None:
+    pipeline = make(chat_template_kwargs={"enable_thinking": False})
+    version = pipeline.train_version()
+    for format in (Format.MERGED, Format.GPTQ):
+        folder = pipeline.registry.artifact(version, format)
+        assert read_template_kwargs(folder) == {"enable_thinking": False}
+        assert pipeline.registry.manifest(version).formats[format].fingerprint == compatibility_fingerprint(folder)
+        pipeline.registry.verify(version, format)
+    assert engines.started_with[:2] == ["base", "merged"], "the merged model was not judged in the base's engine"
+
+
+def test_a_template_that_is_given_nothing_leaves_no_file(pipeline: Pipeline) -> None:
+    folder = pipeline.registry.artifact(pipeline.train_version(), Format.MERGED)
+    assert not (folder / "chat_template_kwargs.json").exists()
+
+
+def test_the_manifest_says_what_it_was_made_of(pipeline: Pipeline) -> None:
+    manifest = pipeline.registry.manifest(pipeline.train_version())
+    assert (manifest.base.origin, manifest.base.revision, manifest.base.licence) == ("./base", "sha256:0", "Apache-2.0")
+    assert manifest.data.train_fingerprint == pipeline.examples.train_fingerprint
+    assert (manifest.data.train_examples, manifest.data.heldout_examples) == (3, 2)
+    assert manifest.recipe == pipeline.recipe.model_dump(mode="json")
+    assert manifest.run == pipeline.run.folder.name
+    assert "torch" in manifest.libraries
+
+
+def test_the_manifest_has_the_verification_of_each_served_format(pipeline: Pipeline) -> None:
+    version = pipeline.train_version()
+    for format in (Format.MERGED, Format.GPTQ):
+        record = pipeline.registry.format(version, format)
+        assert record.evaluation is not None
+        assert record.probes
+        assert record.fingerprint == compatibility_fingerprint(pipeline.registry.artifact(version, format))
+
+
+def test_the_version_keeps_what_each_served_format_answered(pipeline: Pipeline) -> None:
+    version = pipeline.train_version()
+    for format in (Format.MERGED, Format.GPTQ):
+        results = pipeline.registry.results(version, format)
+        assert [result.answer.split()[0] for result in results] == [f"{format}.0"] * 2
+        evaluation = pipeline.registry.format(version, format).evaluation
+        assert evaluation is not None
+        tokens = sum(result.scored or 0 for result in results)
+        total = sum(result.nll * (result.scored or 0) for result in results)
+        assert total / tokens == pytest.approx(evaluation.nll.value)
+
+
+def test_of_a_limited_evaluation_the_first_answers_are_kept(make: Make) -> None:
+    pipeline = make(evaluate={"limit": 1})
+    version = pipeline.train_version()
+    assert len(pipeline.registry.results(version, Format.GPTQ)) == 1
+    assert len(pipeline.registry.heldout(version)) == 2
+
+
+def test_answers_survive_an_interruption(make: Make, stages: Stages) -> None:
+    stages.broken = {Stage.QUANTIZE}
+    with pytest.raises(InterruptedRunError):
+        make().train_version()
+    stages.broken = set()
+    pipeline = make()
+    answered = pipeline.run.load(Stage.EVALUATE, Evaluated).merged.results
+    assert len(answered) == 2
+    assert pipeline.registry.results(pipeline.train_version(), Format.MERGED) == answered
+
+
+def test_a_run_that_an_older_release_began_makes_a_version_without_its_answers(make: Make, stages: Stages) -> None:
+    stages.broken = {Stage.QUANTIZE}
+    with pytest.raises(InterruptedRunError):
+        make().train_version()
+    stages.broken = set()
+    pipeline = make()
+    result = pipeline.run.folder / f"{Stage.EVALUATE}.json"
+    content = json.loads(result.read_text("utf-8"))
+    del content["result"]["merged"]["results"]
+    result.write_text(json.dumps(content), "utf-8")
+    version = pipeline.train_version()
+    with pytest.raises(NotFoundError):
+        pipeline.registry.results(version, Format.MERGED)
+    assert len(pipeline.registry.results(version, Format.GPTQ)) == 2
+
+
+def test_an_interrupted_registration_leaves_nothing_in_what_a_version_is_compared_with(
+    make: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupt(self: Registry, *arguments: object) -> None:
+        raise KeyboardInterrupt
+
+    pipeline = make()
+    with monkeypatch.context() as patch:
+        patch.setattr(Registry, "publish", interrupt)
+        with pytest.raises(InterruptedRunError):
+            pipeline.train_version()
+    (pipeline.run.reference / "half-written").touch()
+    version = make().train_version()
+    recorded = [record.path for record in pipeline.registry.manifest(version).reference]
+    files = (
+        "drift_sample.jsonl",
+        "gptq.jsonl",
+        "heldout_tokens.jsonl",
+        "merged.jsonl",
+        "parity.html",
+        "text_space.npz",
+        "trained_prompts.npy",
+    )
+    assert recorded == [f"reference/{file}" for file in files]
+    kept = (pipeline.registry.folder(version) / "reference").iterdir()
+    assert {f"reference/{path.name}" for path in kept} == set(recorded)
+
+
+def test_what_prompts_are_compared_with_is_drawn_of_all_that_was_given(pipeline: Pipeline) -> None:
+    version = pipeline.train_version()
+    sample = read_examples(pipeline.registry.reference(version, DRIFT_SAMPLE_FILE))
+    assert sample == draw_drift_sample(pipeline.examples.given, pipeline.recipe.data.seed).sample
+
+
+def test_the_text_space_knows_the_words_of_all_prompts_but_those_that_are_compared(make: Make) -> None:
+    """Or every live prompt would have more unknown words than the reference."""
+    judged = tuple(make_example(word, "red") for word in ("xylophone", "marimba", "celesta", "timpani"))
+    pipeline = make(heldout=judged, data={"train": "train.jsonl", "seed": 0})
+    version = pipeline.train_version()
+    space = load_text_space(pipeline.registry.reference(version, TEXT_SPACE_FILE))
+    drawn = draw_drift_sample(pipeline.examples.given, 0)
+    sampled = [example.question for example in drawn.sample if example in judged]
+    assert sampled, "another seed is needed: only held-out prompts have words of their own"
+    assert space.unknown_words([example.question for example in drawn.rest]).tolist() == [0.0] * len(drawn.rest)
+    assert space.unknown_words(sampled).tolist() == [1.0] * len(sampled)
+
+
+def test_the_version_keeps_which_prompts_it_learnt(pipeline: Pipeline) -> None:
+    learnt = pipeline.registry.learnt_prompts(pipeline.train_version().name)
+    assert set(learnt.tolist()) == set(hash_prompts(TRAIN).tolist())
+
+
+def test_an_unserved_adapter_has_no_verification(pipeline: Pipeline) -> None:
+    record = pipeline.registry.format(pipeline.train_version(), Format.ADAPTER)
+    assert (record.evaluation, record.probes) == (None, ())
+
+
+def test_the_weights_of_a_finished_run_take_no_room_beside_the_registrys(pipeline: Pipeline) -> None:
+    pipeline.train_version()
+    assert all(path.stat().st_nlink > 1 for path in pipeline.run.folder.rglob("*.safetensors"))
+
+
+def test_mlflow_shows_what_a_version_is(pipeline: Pipeline) -> None:
+    from mlflow import MlflowClient
+
+    version = pipeline.train_version()
+    found = MlflowClient(pipeline.registry.tracking.uri, pipeline.registry.tracking.uri).get_model_version(
+        version.name, str(version.number)
+    )
+    assert found.description == "./base on 3 examples"
+    assert found.tags["source"] == str(pipeline.registry.folder(version))
+    assert found.tags["exact_match_gptq"].startswith("0.000")
