@@ -17,6 +17,7 @@ from serving.deployments import Deployments, MakeRoom, OnFailure, OnReady
 from serving.engines.balancer import Balancer
 from serving.engines.places import EnginePlaces
 from serving.engines.pool import EnginePool
+from serving.engines.removed_adapters import RemovedAdapters
 from serving.engines.replica import Replica
 from serving.engines.served_model import served_model
 from serving.engines.slots import EngineSlots
@@ -192,6 +193,7 @@ class _DeploymentBuilder:
             balancer=Balancer(pool, names),
             reconciler=reconciler,
             idling=idling,
+            removed=RemovedAdapters(pool, partial(verification.registered, name)),
             alias=alias,
             holdout=holdout,
             scores=scores,

@@ -14,6 +14,7 @@ from serving.background.scoring import LiveScores
 from serving.engines.balancer import Balancer, Lease
 from serving.engines.engine_adapters import EngineAdapters
 from serving.engines.pool import EnginePool
+from serving.engines.removed_adapters import RemovedAdapters
 from serving.model_names import ModelNames
 from serving.rollout.idling import Idling
 from serving.rollout.production_alias import ProductionAlias
@@ -36,6 +37,7 @@ class Deployment:
     balancer: Balancer
     reconciler: Reconciler
     idling: Idling
+    removed: RemovedAdapters
     alias: ProductionAlias
     holdout: HoldoutRuns
     scores: LiveScores
@@ -62,7 +64,7 @@ class Deployment:
         Raises:
             Exception: a defect of one of its parts.
         """
-        control = (self.reconciler.run(), self.idling.run(), self.alias.run())
+        control = (self.reconciler.run(), self.idling.run(), self.removed.run(), self.alias.run())
         tasks = [asyncio.create_task(part) for part in (*control, self.holdout.run(), self.scores.run())]
         try:
             await asyncio.gather(*tasks)

@@ -11,7 +11,7 @@ is made of.
 import asyncio
 import time
 from collections import OrderedDict
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Coroutine
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -73,12 +73,14 @@ class _Slot:
     Attributes:
         users: requests that use it, or will when it is loaded; the load itself is one.
         closing: takes no new requests, because another adapter is waited for.
+        dropped: its version was removed; it goes when no request uses it.
     """
 
     version: VersionId
     name: str
     users: int = 1
     closing: bool = False
+    dropped: bool = False
     loaded: "asyncio.Future[LoadedAdapter]" = field(default_factory=_future)
 
 
@@ -125,12 +127,13 @@ class AdapterCache:
     @property
     def loaded(self) -> list[LoadedAdapter]:
         """Those that requests may use now, the least recently used one first; may be asked in another thread."""
-        done = [slot.loaded for slot in list(self._slots.values()) if slot.loaded.done()]
+        done = [slot.loaded for slot in list(self._slots.values()) if slot.loaded.done() and not slot.dropped]
         return [loaded.result() for loaded in done if not loaded.exception()]
 
     def has(self, version: VersionId) -> bool:
         """Whether it is loaded, or is being loaded."""
-        return version in self._slots
+        slot = self._slots.get(version)
+        return slot is not None and not slot.dropped
 
     @asynccontextmanager
     async def use(self, version: VersionId, *, check: bool = True) -> AsyncIterator[LoadedAdapter]:
@@ -152,6 +155,14 @@ class AdapterCache:
         finally:
             self._leave(slot)
 
+    def drop(self, version: VersionId) -> None:
+        """A version was removed: whoever asks for it is checked again, and it goes when no request uses it."""
+        slot = self._slots.get(version)
+        if slot is not None:
+            slot.dropped = True
+            self._give_places()
+            self._on_change(None)
+
     def close(self) -> None:
         """The engine ends: whoever waits hears it, and nothing is loaded any more."""
         self._closed = True
@@ -172,6 +183,7 @@ class AdapterCache:
             raise _ended()
         slot = self._slots.get(version)
         if slot is not None and not slot.closing:
+            slot.dropped = False  # who comes here was checked: its removal was given up
             slot.users += 1
             self._used(slot)
             return slot
@@ -209,12 +221,16 @@ class AdapterCache:
 
     def _give_places(self) -> None:
         """Gives places to the versions that were asked for first; makes the others' come free."""
+        for gone in [slot for slot in self._slots.values() if slot.dropped and not slot.users]:
+            self._evict(gone)
+            self._start(self._unload_now())
         while self._waiting:
             version, wait = next(iter(self._waiting.items()))
             slot = self._slots.get(version) or self._new_slot(version)
             if slot is None:
                 break
             slot.users += wait.count
+            slot.dropped = False
             self._used(slot)
             del self._waiting[version]
             wait.given.set_result(slot)
@@ -227,14 +243,20 @@ class AdapterCache:
             idle = next((slot for slot in self._slots.values() if not slot.users), None)
             if idle is None:
                 return None
-            del self._slots[idle.version]
-            self._to_unload.append(idle.name)
-            self._on_change(None)
+            self._evict(idle)
         slot = self._slots[version] = _Slot(version, f"{version}#{uuid4().hex}")
-        task = asyncio.create_task(self._load(slot))
+        self._start(self._load(slot))
+        return slot
+
+    def _evict(self, slot: _Slot) -> None:
+        del self._slots[slot.version]
+        self._to_unload.append(slot.name)
+        self._on_change(None)
+
+    def _start(self, work: Coroutine[Any, Any, None]) -> None:
+        task = asyncio.create_task(work)
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
-        return slot
 
     async def _load(self, slot: _Slot) -> None:
         """Loads it, one at a time; not cut off where nobody waits for it any more, since another one may come."""
@@ -264,6 +286,11 @@ class AdapterCache:
         # Told a turn of the loop later, when it can be used.
         asyncio.get_running_loop().call_soon(self._on_change, time.monotonic() - began)
         return checked
+
+    async def _unload_now(self) -> None:
+        async with self._turn:
+            with suppress(Exception):  # then the next load does it
+                await self._unload()
 
     async def _unload(self) -> None:
         """Removes what has lost its place; what the engine does not let go is tried again at the next load."""

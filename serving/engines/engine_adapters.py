@@ -72,6 +72,10 @@ class EngineAdapters:
         """One for the body; see AdapterCache.use."""
         return self._cache.use(version, check=check)
 
+    def drop(self, version: VersionId) -> None:
+        """A version was removed; see AdapterCache.drop."""
+        self._cache.drop(version)
+
     def close(self) -> None:
         """The engine ends."""
         self._cache.close()
@@ -96,15 +100,13 @@ class EngineAdapters:
             raise ModelNotFoundError(error.wrong, expected=error.expected, todo=error.todo) from error
         except (NotFoundError, IntegrityError) as error:
             log.info("%s was asked for: %s", version, error.wrong)
-            raise ModelNotFoundError(
-                f"model {str(version)[:SHOWN_CHARS]!r} has no adapter that can be served here",
-                expected="a registered version that was trained as one",
-            ) from error
+            raise _no_adapter(version) from error
 
     async def load(self, version: VersionId, name: str) -> Checked:
         """Loads one and verifies it.
 
         Raises:
+            ModelNotFoundError: the version was removed meanwhile.
             SvcError: which of both failed, and why.
         """
         target = Target(version, Format.ADAPTER)
@@ -115,8 +117,10 @@ class EngineAdapters:
             checked = await self._unless_dead(self._verification.adapter_probes(self._engine, name, target))
         except asyncio.CancelledError:
             raise
-        except Exception:
+        except Exception as error:
             log.exception("the adapter of %s cannot be used", version)
+            if version not in await self._verification.registered(version.name):
+                raise _no_adapter(version) from error
             raise
         log.info("the adapter of %s is loaded as %s: %s", version, name, checked.found)
         return checked
@@ -129,3 +133,10 @@ class EngineAdapters:
         """Removes those that an earlier server left: nobody knows what they hold."""
         for name in await self._client.adapters():
             await self._client.unload_adapter(name)
+
+
+def _no_adapter(version: VersionId) -> ModelNotFoundError:
+    return ModelNotFoundError(
+        f"model {str(version)[:SHOWN_CHARS]!r} has no adapter that can be served here",
+        expected="a registered version that was trained as one",
+    )

@@ -73,6 +73,10 @@ class Verification:
         require_fit(model, adapter)
         return adapter
 
+    async def registered(self, name: str) -> set[VersionId]:
+        """The versions of a name that there are."""
+        return set(await asyncio.to_thread(self._registry.versions, name))
+
     async def folder(self, target: Target) -> Path:
         """A version's model folder, unchecked.
 

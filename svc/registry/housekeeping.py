@@ -1,6 +1,8 @@
 """Frees disk: versions that nobody needs, what runs, logs and caches have left. Never what is served or may be again.
 
-A version is needed where an alias means it, where a name serves it or is about to, and where a rollback would go.
+A version is needed where an alias means it, where a name serves it or is about to, where a rollback would go, and where
+one of these is an adapter and it is the base. A version that a server has loaded beside these as an adapter is not: the
+server lets it go when it is removed.
 """
 
 import logging
@@ -8,15 +10,16 @@ import os
 import shutil
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 from sqlalchemy import Engine as Store
 
-from svc.errors import BusyError, IntegrityError
+from svc.errors import BusyError, IntegrityError, NotFoundError
 from svc.lock import hold_lock, lock_holder
 from svc.registry.registry import Registry
-from svc.store.desired import read_desired
+from svc.store.desired import desired_names, read_desired
 from svc.store.swaps import find_swap
 from svc.training_runs import RUN_LOCK, RUNS_FOLDER
 from svc.version import Format, VersionId
@@ -54,6 +57,19 @@ def protected(registry: Registry, store: Store, name: str) -> dict[VersionId, st
         if desired.previous is not None:
             found[desired.previous.version] = "is where a rollback goes"
         found[desired.target.version] = "is served, or is about to be"
+    return _bases(registry, store, name) | found
+
+
+def _bases(registry: Registry, store: Store, name: str) -> dict[VersionId, str]:
+    """The versions of a name that are bases of adapters which some name serves, or would after a rollback."""
+    found: dict[VersionId, str] = {}
+    wishes = [wish for of in desired_names(store) if (wish := read_desired(store, of))]
+    for target in [target for wish in wishes for target in (wish.previous, wish.target) if target]:
+        if target.format is Format.ADAPTER:
+            with suppress(NotFoundError, IntegrityError):  # it is gone or damaged: what its base was, nobody knows
+                base = VersionId.parse(registry.manifest(target.version).base.origin)
+                if base.name == name:
+                    found[base] = f"is the base of the adapter {target.version}"
     return found
 
 

@@ -17,6 +17,7 @@ from serving.admission.admission import Admission
 from serving.engines.balancer import Balancer
 from serving.engines.places import EnginePlaces
 from serving.engines.pool import EnginePool
+from serving.engines.removed_adapters import RemovedAdapters
 from serving.engines.replica import Replica
 from serving.engines.verification import Verification
 from serving.model_names import ModelNames
@@ -124,6 +125,7 @@ class Control:
             retire_timeout_s=limits.retire_timeout_s,
         )
         self.balancer = Balancer(self.pool, self.names)
+        self.removed = RemovedAdapters(self.pool, partial(verification.registered, NAME))
         self.planner = SwapPlanner(
             registry=self.registry,
             verification=verification,
@@ -167,7 +169,8 @@ class Control:
     async def run(self) -> AsyncIterator["Control"]:
         """Serves for the body of the `with`; a defect that ends the loop fails the test."""
         await self.start()
-        tasks = [asyncio.create_task(self.reconciler.run()), asyncio.create_task(self.alias.run())]
+        parts = (self.reconciler.run(), self.alias.run(), self.removed.run())
+        tasks = [asyncio.create_task(part) for part in parts]
         try:
             yield self
             for task in tasks:

@@ -59,6 +59,9 @@ class AliasBook(Tracking):
         self._fail()
         self.book[alias] = version
 
+    def discard(self, version: VersionId) -> None:
+        """It knows no versions."""
+
     def _fail(self) -> None:
         if self.failures > 0:
             self.failures -= 1

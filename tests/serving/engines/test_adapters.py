@@ -234,6 +234,57 @@ async def test_an_engine_that_ends_is_told_to_all_who_wait() -> None:
     assert cache.loaded == []
 
 
+async def test_one_whose_version_was_removed_goes_at_once_where_nobody_uses_it() -> None:
+    shelf, told = Shelf(2), list[float | None]()
+    cache = cache_of(shelf, on_change=told.append)
+    await use(shelf, cache, 1)
+    await asyncio.sleep(0)
+    cache.drop(version(1))
+    assert (cache.loaded, cache.has(version(1)), told[-1]) == ([], False, None)
+    await turns(lambda: not shelf.holds)
+
+
+async def test_who_uses_one_that_is_removed_keeps_it_and_its_place_to_the_end() -> None:
+    shelf = Shelf(1)
+    cache = cache_of(shelf)
+    async with shelf.using(cache, 1):
+        cache.drop(version(1))
+        assert cache.loaded == []
+        waiting = asyncio.create_task(use(shelf, cache, 2))
+        await asyncio.sleep(0.01)
+        assert list(shelf.holds.values()) == [version(1)]
+    await waiting
+    assert list(shelf.holds.values()) == [version(2)]
+
+
+async def test_who_asks_for_one_that_was_removed_is_told_so_also_while_others_use_it() -> None:
+    shelf = Shelf(1)
+    cache = cache_of(shelf)
+    async with shelf.using(cache, 1):
+        cache.drop(version(1))
+        shelf.unknown = {version(1)}
+        with pytest.raises(NotFoundError):
+            await use(shelf, cache, 1)
+
+
+async def test_one_whose_removal_was_given_up_serves_on() -> None:
+    shelf = Shelf(2)
+    cache = cache_of(shelf)
+    async with shelf.using(cache, 1) as before:
+        cache.drop(version(1))
+        assert await use(shelf, cache, 1) == before.name
+        assert cache.has(version(1))
+    assert [loaded.version for loaded in cache.loaded] == [version(1)]
+
+
+async def test_to_drop_what_is_not_loaded_does_nothing() -> None:
+    shelf = Shelf(1)
+    cache = cache_of(shelf)
+    await use(shelf, cache, 1)
+    cache.drop(version(2))
+    assert cache.has(version(1))
+
+
 async def test_what_comes_and_goes_is_told() -> None:
     shelf, told = Shelf(1), list[float | None]()
     cache = cache_of(shelf, on_change=told.append)
@@ -248,10 +299,15 @@ async def test_what_comes_and_goes_is_told() -> None:
     most=st.integers(1, 4),
     asked=st.lists(st.tuples(st.integers(1, 6), st.integers(0, 6), st.integers(0, 8), st.booleans()), max_size=40),
     failing=st.sets(st.integers(1, 6), max_size=2),
+    dropped=st.lists(st.tuples(st.integers(1, 6), st.integers(0, 12)), max_size=6),
     stuck=st.integers(0, 2),
 )
 def test_whatever_is_asked_in_whatever_order_the_rules_are_kept(
-    most: int, asked: list[tuple[int, int, int, bool]], failing: set[int], stuck: int
+    most: int,
+    asked: list[tuple[int, int, int, bool]],
+    failing: set[int],
+    dropped: list[tuple[int, int]],
+    stuck: int,
 ) -> None:
     """The shelf checks them: never more than may be, none that is used goes, no name twice, the right one answers."""
 
@@ -271,10 +327,15 @@ def test_whatever_is_asked_in_whatever_order_the_rules_are_kept(
             with suppress(EngineError, asyncio.CancelledError):
                 await asking
 
+        async def drop(number: int, before: int) -> None:
+            for _ in range(before):
+                await asyncio.sleep(0)
+            cache.drop(version(number))
+
         async with asyncio.timeout(10):
-            await asyncio.gather(*(ask(*one) for one in asked))
+            await asyncio.gather(*(ask(*one) for one in asked), *(drop(*one) for one in dropped))
             await turns(lambda: not cache._tasks)
         assert not cache._waiting and all(not slot.users for slot in cache._slots.values())
-        assert not any(slot.closing for slot in cache._slots.values())
+        assert not any(slot.closing or slot.dropped for slot in cache._slots.values())
 
     asyncio.run(run())

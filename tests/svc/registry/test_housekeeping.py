@@ -14,7 +14,7 @@ from svc.errors import BusyError, NotFoundError, RegistryError
 from svc.lock import hold_lock
 from svc.registry import housekeeping
 from svc.registry.housekeeping import find_reclaimable, reclaim, remove_version
-from svc.registry.manifest import Manifest
+from svc.registry.manifest import BaseRecord, Manifest
 from svc.registry.registry import Registry
 from svc.registry.tracking import Tracking
 from svc.store.database import open_database
@@ -22,6 +22,7 @@ from svc.store.desired import change_desired, read_desired
 from svc.store.swaps import begin_swap
 from svc.version import Alias, Format, Target, VersionId
 from tests.command_line import Svc
+from tests.svc.registry.manifests import make_manifest
 
 Publish = Callable[[], Manifest]
 
@@ -101,6 +102,38 @@ def test_what_is_served_and_what_was_before_stay(
         remove_version(registry, store, before)
     remove_version(registry, store, other)
     assert registry.versions(served.name) == [before, served]
+
+
+@pytest.mark.parametrize("served", [True, False])
+@pytest.mark.parametrize("format", Format)
+def test_the_base_of_an_adapter_that_is_served_or_was_before_stays(
+    registry: Registry, store: Store, name: str, content: dict[str, Path], run: str, format: Format, served: bool
+) -> None:
+    base = registry.publish(name, run, content, make_manifest).id
+    record = BaseRecord(origin=str(base), revision="sha256:1", licence=None)
+    built = [
+        registry.publish(f"{name}-b", run, content, lambda *made: make_manifest(*made, base=record)).id
+        for _ in range(2)
+    ]
+    targets = [Target(built[0], format), Target(built[1], Format.MERGED)]
+    change_desired(store, None, *(targets if served else reversed(targets)))
+    if format is Format.ADAPTER:
+        with pytest.raises(BusyError, match=f"is the base of the adapter {built[0]}"):
+            remove_version(registry, store, base)
+    else:
+        remove_version(registry, store, base)
+
+
+def test_where_what_is_served_is_damaged_others_can_be_removed_still(
+    registry: Registry, store: Store, publish: Publish
+) -> None:
+    damaged, other = publish().id, publish().id
+    change_desired(store, None, Target(damaged, Format.ADAPTER), None)
+    manifest = registry.folder(damaged) / "manifest.json"
+    manifest.chmod(0o644)
+    manifest.write_text("{", "utf-8")
+    remove_version(registry, store, other)
+    assert registry.versions(damaged.name) == [damaged]
 
 
 def test_a_version_that_is_promoted_in_that_moment_stays(
