@@ -25,12 +25,12 @@ from svc.engine.state import EngineState
 from svc.errors import ServerNotRunningError
 from svc.registry.registry import Registry
 from svc.settings import EngineSettings, Settings
-from svc.store.database import open_database
 from svc.store.feedback import Rating
 from svc.store.holdouts import HoldoutOutcome
 from svc.store.requests import Dropped, Outcome
 from svc.store.swaps import SwapOutcome
 from svc.version import Format
+from tests.new_store import new_store
 from tests.svc.engine.devices import AVX512
 
 PAGE = (Path(__file__).parents[2] / "docs" / "metrics.md").read_text("utf-8")
@@ -49,7 +49,7 @@ def families(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[str, s
     registry.register(ServerPage(httpx.Client(), _no_server))
     registry.register(VersionMetrics(versions))
     registry.register(TrainingMetrics(versions, home))
-    registry.register(DriftMetrics(versions, open_database(home)))
+    registry.register(DriftMetrics(versions, new_store(home)))
     found = {}
     for collector in list(registry._collector_to_names):
         for family in collector.collect():

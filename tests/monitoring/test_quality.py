@@ -11,9 +11,9 @@ import pytest
 from monitoring.quality import Figures, Quality, judge, read_quality
 from svc.engine.probes import EngineFacts
 from svc.registry.registry import Registry
-from svc.store.database import open_database
 from svc.store.holdouts import HoldoutCause, HoldoutOutcome, HoldoutRun, add_holdout_run
 from tests.monitoring.drift.traffic import open_registry, register, target
+from tests.new_store import new_store
 from tests.serving.versions import FACTS, OTHER_FACTS
 
 NOW = datetime(2026, 11, 2, tzinfo=UTC)
@@ -99,7 +99,7 @@ def registry(tmp_path: Path) -> Registry:
 
 
 def test_the_newest_completed_run_is_judged(registry: Registry, tmp_path: Path) -> None:
-    store = open_database(tmp_path)
+    store = new_store(tmp_path)
     registered = registry.results(target().version, target().format)
     good = run([one.nll for one in registered], [one.hit for one in registered])
     add_holdout_run(store, replace(good, nll=tuple(value + 1 for value in good.nll)))
@@ -113,14 +113,14 @@ def test_the_newest_completed_run_is_judged(registry: Registry, tmp_path: Path) 
 
 
 def test_before_the_first_run_quality_is_unknown(registry: Registry, tmp_path: Path) -> None:
-    report = read_quality(registry, open_database(tmp_path), target())
+    report = read_quality(registry, new_store(tmp_path), target())
     assert report.quality is Quality.UNKNOWN
     assert "not asked again yet" in report.why
 
 
 def test_of_a_version_of_an_older_release_quality_is_unknown(registry: Registry, tmp_path: Path) -> None:
     register(registry, 2, space=False)
-    report = read_quality(registry, open_database(tmp_path), target(2))
+    report = read_quality(registry, new_store(tmp_path), target(2))
     assert report.quality is Quality.UNKNOWN
     assert "triage@2 has no" in report.why
 
@@ -132,7 +132,7 @@ def test_only_examples_that_were_asked_are_compared() -> None:
 
 
 def test_another_kind_of_engine_is_held_against_its_own_first_run(registry: Registry, tmp_path: Path) -> None:
-    store = open_database(tmp_path)
+    store = new_store(tmp_path)
     registered = registry.results(target().version, target().format)
     first = run([one.nll + 0.3 for one in registered], [one.hit for one in registered], OTHER_FACTS)
     add_holdout_run(store, first)

@@ -9,8 +9,8 @@ import httpx
 import pytest
 from sqlalchemy import Engine as Store
 
-from svc.store.database import open_database
 from svc.version import Format
+from tests.new_store import new_store
 from tests.serving.control import Control, Make
 from tests.serving.home import Home
 from tests.serving.service import Service
@@ -49,7 +49,7 @@ def memory_folder() -> Iterator[Path]:
 @pytest.fixture
 def store(memory_folder: Path) -> Store:
     """An empty store."""
-    return open_database(memory_folder)
+    return new_store(memory_folder)
 
 
 @pytest.fixture

@@ -33,10 +33,10 @@ from svc.engine.state import EngineState
 from svc.engine.vllm.client import socket_transport
 from svc.registry.registry import Registry
 from svc.settings import AdapterSettings, ServeSettings
-from svc.store.database import open_database
 from svc.store.desired import Desired, change_desired, read_desired
 from svc.store.swaps import SwapResult, find_swap
 from svc.version import Format, Target
+from tests.new_store import new_store
 from tests.serving.engine_double import EngineDouble
 from tests.serving.engine_park import EnginePark
 from tests.serving.service import CONTEXT, OneBackend, application
@@ -87,7 +87,7 @@ class Control:
         self.settings = ServeSettings(**settings)
         self.book = AliasBook()
         self.registry = Registry(home / "models", self.book)
-        self.store = open_database(home)
+        self.store = new_store(home)
         self.replicas = replicas
         self.leaves = False
         self.park = EnginePark(sockets, NAME, silence_s=self.settings.request_timeout_s)

@@ -17,7 +17,7 @@ from svc.engine.vllm.launch import EngineSpec
 from svc.errors import SvcError
 from svc.registry.registry import Registry
 from svc.settings import Settings
-from svc.store.database import open_database
+from tests.new_store import new_store
 from tests.serving.engine_park import EnginePark
 from tests.serving.versions import FACTS, NAME, AliasBook, make_version
 from tests.svc.engine.devices import AVX512
@@ -36,7 +36,7 @@ class Home:
         self.registry = Registry(folder / "models", self.book)
         for number in (1, 2, 3):
             make_version(self.registry, number)
-        self.store = open_database(folder)
+        self.store = new_store(folder)
         self.park = EnginePark(folder, NAME)
         self.ready = asyncio.Event()
         self.failures: list[SvcError] = []

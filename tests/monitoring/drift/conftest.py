@@ -11,8 +11,8 @@ from monitoring.drift.report import SignalReport
 from monitoring.drift.two_sample.alpha_spending import Signal
 from svc.registry.registry import Registry
 from svc.settings import RequestLogSettings
-from svc.store.database import open_database
 from tests.monitoring.drift.traffic import Traffic, open_registry, register, target
+from tests.new_store import new_store
 
 Check = Callable[[], dict[Signal, SignalReport]]
 
@@ -26,7 +26,7 @@ def home(tmp_path: Path) -> Path:
 @pytest.fixture
 def store(home: Path) -> Store:
     """Its store."""
-    return open_database(home)
+    return new_store(home)
 
 
 @pytest.fixture

@@ -13,10 +13,10 @@ from monitoring.drift.report import Status
 from monitoring.drift.two_sample.alpha_spending import BURST, REQUESTS_PER_DAY, Signal
 from svc.registry.registry import Registry
 from svc.settings import RequestLogSettings
-from svc.store.database import open_database
 from svc.store.drift import DriftAlarm, read_drift_alarms, read_drift_states
 from tests.monitoring.drift.conftest import Check
 from tests.monitoring.drift.traffic import NOON, Traffic, prompts, register, system_prompt, target
+from tests.new_store import new_store
 
 pytestmark = pytest.mark.slow
 
@@ -77,7 +77,7 @@ def test_an_alarm_is_called_once_and_ends_when_traffic_is_as_before(
 def test_who_checks_often_finds_the_same(
     registry: Registry, store: Store, check: Check, traffic: Traffic, tmp_path: Path
 ) -> None:
-    once_store = open_database(tmp_path / "other")
+    once_store = new_store(tmp_path / "other")
     once = Traffic(once_store)
     for start in range(0, 90, 7):
         texts = [*ALIKE[:60], *STRONG[:30]][start : start + 7]

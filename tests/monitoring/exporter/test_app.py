@@ -17,9 +17,9 @@ from svc.errors import BusyError, ServerNotRunningError, SettingsError
 from svc.lock import hold_lock
 from svc.registry.registry import Registry
 from svc.server_url import LOCK_FILE
-from svc.store.database import open_database
 from tests.monitoring.exporter.tracked_runs import RUN, TrackedRuns
 from tests.monitoring.test_cli import serving
+from tests.new_store import new_store
 from tests.serving.versions import make_version
 
 SERVER_PAGE = """# HELP svc_requests Requests answered
@@ -59,7 +59,7 @@ def page_of(registry: Registry, page: tuple[int, str] | None) -> Iterator[str]:
 
 
 def _store(registry: Registry) -> Store:
-    return open_database(_home(registry))
+    return new_store(_home(registry))
 
 
 def _home(registry: Registry) -> Path:

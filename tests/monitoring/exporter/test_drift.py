@@ -12,7 +12,6 @@ from monitoring.drift.production import ProductionChecks
 from monitoring.exporter.drift import DriftMetrics
 from svc.registry.registry import Registry
 from svc.settings import Settings
-from svc.store.database import open_database
 from svc.store.deployments import add_deployment, remove_deployment
 from svc.store.desired import change_desired
 from svc.store.drift import read_drift_states
@@ -20,6 +19,7 @@ from svc.store.holdouts import HoldoutOutcome, add_holdout_run
 from svc.version import Target
 from tests.monitoring.drift.traffic import NAME, Traffic, open_registry, prompts, register, target
 from tests.monitoring.test_quality import run
+from tests.new_store import new_store
 
 VERSION = {"model": "triage", "version": "1"}
 OTHER = {"model": "other", "version": "1"}
@@ -27,7 +27,7 @@ OTHER = {"model": "other", "version": "1"}
 
 @pytest.fixture
 def store(tmp_path: Path) -> Store:
-    return open_database(tmp_path)
+    return new_store(tmp_path)
 
 
 @pytest.fixture

@@ -17,11 +17,11 @@ from svc.registry.housekeeping import find_reclaimable, reclaim, remove_version
 from svc.registry.manifest import BaseRecord, Manifest
 from svc.registry.registry import Registry
 from svc.registry.tracking import Tracking
-from svc.store.database import open_database
 from svc.store.desired import change_desired, read_desired
 from svc.store.swaps import begin_swap
 from svc.version import Alias, Format, Target, VersionId
 from tests.command_line import Svc
+from tests.new_store import new_store
 from tests.svc.registry.manifests import make_manifest
 
 Publish = Callable[[], Manifest]
@@ -29,7 +29,7 @@ Publish = Callable[[], Manifest]
 
 @pytest.fixture
 def store(tmp_path: Path) -> Store:
-    return open_database(tmp_path)
+    return new_store(tmp_path)
 
 
 def test_a_version_goes_with_its_files_and_its_number_stays_used(

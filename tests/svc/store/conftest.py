@@ -5,10 +5,10 @@ from pathlib import Path
 import pytest
 from sqlalchemy import Engine as Store
 
-from svc.store.database import open_database
+from tests.new_store import new_store
 
 
 @pytest.fixture
 def store(tmp_path: Path) -> Store:
     """An empty store."""
-    return open_database(tmp_path / "home")
+    return new_store(tmp_path / "home")

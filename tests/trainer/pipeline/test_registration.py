@@ -7,8 +7,8 @@ import pytest
 from svc.errors import InterruptedRunError
 from svc.registry.housekeeping import remove_version
 from svc.registry.tracking import Tracking
-from svc.store.database import open_database
 from svc.version import VersionId
+from tests.new_store import new_store
 from tests.trainer.pipeline.stand_ins import Make
 
 
@@ -35,7 +35,7 @@ def test_a_registration_that_was_interrupted_goes_on_with_the_version_that_it_pu
 def test_a_recipe_whose_version_was_removed_makes_another(make: Make, tmp_path: Path) -> None:
     pipeline = make()
     first = pipeline.train_version()
-    remove_version(pipeline.registry, open_database(tmp_path), first)
+    remove_version(pipeline.registry, new_store(tmp_path), first)
     assert make().train_version() == VersionId(first.name, first.number + 1)
     assert make().train_version() == VersionId(first.name, first.number + 1)
 
