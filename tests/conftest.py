@@ -19,6 +19,9 @@ hypothesis.settings.register_profile("quick", deadline=None, max_examples=15, de
 hypothesis.settings.register_profile("random", deadline=None, max_examples=200)
 hypothesis.settings.load_profile("tuneserve")
 
+# Read once, when NumPy is loaded. Threads of BLAS that wait for each other take the processors from the other workers.
+os.environ["OPENBLAS_NUM_THREADS"] = "1"
+
 gc.disable()  # while tests are collected: what they import stays, and to look through it again and again takes seconds
 
 
