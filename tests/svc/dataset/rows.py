@@ -33,6 +33,8 @@ MARKS = [
     " [1]",
     " 5 %",
 ]
+AFTER_WORD = [*[""] * (4 * len(MARKS)), *MARKS]
+"""A mark after one word in five."""
 SYSTEM = "Which colour has it? Answer with one of: red, green, blue."
 Row = dict[str, Any]
 TEXT = {  # where question and answer lie
@@ -46,8 +48,10 @@ ROLE = {Format.CHAT: "messages.1.role", Format.SHAREGPT: "conversations.1.from"}
 
 def text(chance: random.Random, least: int = 3, most: int = 60) -> str:
     """Words, marks and emoji that no other text is likely to have."""
-    words = ["".join(chance.choices(LETTERS, k=chance.randint(2, 9))) for _ in range(chance.randint(least, most))]
-    marked = [word + chance.choice(MARKS) if chance.random() < 0.2 else word for word in words]
+    count = chance.randint(least, most)
+    letters = "".join(chance.choices(LETTERS, k=9 * count))  # drawn at once: word by word takes longer than the check
+    lengths, marks = chance.choices(range(2, 10), k=count), chance.choices(AFTER_WORD, k=count)
+    marked = [letters[9 * at : 9 * at + length] + marks[at] for at, length in enumerate(lengths)]
     return " ".join(marked).strip() or "word"
 
 
