@@ -129,9 +129,9 @@ def test_no_text_makes_it_slow(unit: str) -> None:
 
     def seconds(length: int) -> float:
         text = (unit * length)[:length]
-        started = time.perf_counter()
+        started = time.thread_time()  # a busy machine is no slow text
         REDACTOR.text(text)
-        return time.perf_counter() - started
+        return time.thread_time() - started
 
     seconds(1000)
     assert seconds(200_000) < 40 * seconds(20_000) + 0.05
