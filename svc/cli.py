@@ -32,6 +32,8 @@ COMMANDS = {
     "monitor": ("monitoring.cli:monitor", "Export all metrics to Prometheus."),
     "dashboards": ("monitoring.dashboards.cli:dashboards", "Write the Grafana dashboards."),
     "chat": ("serving.cli:chat", "Talk to the served model in the terminal."),
+    "keys": ("svc.access.cli:keys", "Make, list, rotate and revoke keys."),
+    "usage": ("svc.access.cli:usage", "Show tokens and requests by key and model."),
     "gc": ("svc.registry.cli:gc", "Remove what old runs, logs and caches have left."),
     "ui": ("svc.registry.cli:ui", "Look at runs, versions and aliases in MLflow's pages."),
 }

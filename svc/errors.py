@@ -125,3 +125,15 @@ class InterruptedRunError(SvcError):
     """A training run that was asked to end before it was done; the same command goes on."""
 
     exit_code = 16
+
+
+class AuthenticationError(SvcError):
+    """A key that is missing, wrong, expired or revoked. Never says more of a secret than the id of its key."""
+
+    exit_code = 17
+
+
+class PermissionDeniedError(SvcError):
+    """A key that is right, and may not do this."""
+
+    exit_code = 18

@@ -9,6 +9,25 @@ from svc.settings import Settings, load_settings
 
 _OF_A_HOME = ("svc.db", "models", "runs")
 json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON for machines.")
+reason_option = click.option("--reason", metavar="TEXT", help="Why: kept in the audit log.")
+yes_option = click.option("--yes", is_flag=True, help="Do not ask whether it is meant.")
+
+
+def confirm(question: str, *, yes: bool, as_json: bool = False) -> None:
+    """Asks on the terminal before something is destroyed.
+
+    Args:
+        yes: it was confirmed on the command line.
+        as_json: a machine asks, which answers no question.
+
+    Raises:
+        click.Abort: it was not meant.
+    """
+    if yes:
+        return
+    if as_json:
+        raise click.UsageError("--json needs --yes here: nobody is asked")
+    click.confirm(question, abort=True, err=True)
 
 
 def settings_of(ctx: click.Context, **flags: Any) -> Settings:

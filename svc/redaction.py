@@ -1,4 +1,5 @@
-"""Blanks what must not be kept in prompts and answers: mail addresses, phone and card numbers, and own patterns.
+"""Blanks what must not be kept in prompts and answers: keys of this service, mail addresses, phone and card numbers,
+and own patterns.
 
 It does what patterns can: a number that only looks like a phone number is lost from the record, never from the answer,
 and one that is written in an unusual way stays. Names and places have no pattern. Who must keep all of that out keeps
@@ -15,11 +16,14 @@ from typing import Any
 import regex  # has a limit of time, and lets other threads run meanwhile
 
 from svc.errors import SvcError
+from svc.key_secret import KEY_ID_PATTERN, PREFIX
 
 LIMIT_S = 0.25
 """Of own patterns on one text or JSON value, in processor time, seconds. A linear one reads a MiB in 1 to 100 ms."""
 
 _GAP = " \u00a0\u202f\u2010\u2011-"  # spaces and hyphens, those that do not break a line among them
+# Also one that was cut short or mistyped: most of a secret is a secret.
+_KEY = re.compile(rf"(?<![0-9A-Za-z]){PREFIX}{KEY_ID_PATTERN}_[0-9A-Za-z]{{8,}}")
 _MAIL = re.compile(r"(?<![\w.%+-])[\w.%+-]{1,64}@(?:[\w-]{1,63}\.)+\w{2,63}")
 _CARD = re.compile(rf"(?<!\d)(?:\d{{4}}(?:\.\d{{4}}){{3}}|\d(?:[{_GAP}]?\d){{12,18}})(?!\d)")
 # Seven to fifteen digits (E.164). What keeps dates, versions, sizes and IP addresses out is how it begins: with + or
@@ -29,8 +33,8 @@ _PHONE = re.compile(
     rf"|\(?\d{{3}}(?:\)[{_GAP}]?|[.{_GAP}])\d{{3}}[.{_GAP}]\d{{4}})(?!\w)"
 )
 _LEAST_CARD_DIGITS = 13
-_OWN_BLANK, _MAIL_BLANK, _CARD_BLANK, _PHONE_BLANK = "[redacted]", "[mail]", "[card]", "[phone]"
-PLACEHOLDERS = (_OWN_BLANK, _MAIL_BLANK, _CARD_BLANK, _PHONE_BLANK)
+_OWN_BLANK, _KEY_BLANK, _MAIL_BLANK, _CARD_BLANK, _PHONE_BLANK = "[redacted]", "[key]", "[mail]", "[card]", "[phone]"
+PLACEHOLDERS = (_OWN_BLANK, _KEY_BLANK, _MAIL_BLANK, _CARD_BLANK, _PHONE_BLANK)
 """What stands in place of what was blanked: a text with one of them is not the one that a model saw or wrote."""
 
 
@@ -54,7 +58,7 @@ class Redactor:
     """Replaces what matches by its kind in brackets.
 
     Args:
-        own: further patterns, tried first.
+        own: further patterns, tried before all but keys: what such a pattern leaves of one would not be found.
     """
 
     def __init__(self, own: Sequence[str] = ()) -> None:
@@ -77,6 +81,7 @@ class Redactor:
         return self._strings(value, _Budget())
 
     def _text(self, text: str, budget: "_Budget") -> str:
+        text = _KEY.sub(_KEY_BLANK, text)
         for pattern in self._own:
             text = budget.blank(pattern, text)
         text = _MAIL.sub(_MAIL_BLANK, text)

@@ -1,12 +1,15 @@
 """Opens the SQL store: SQLite in WAL mode under the home, brought to the newest schema before use."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from sqlalchemy import Engine as Store
-from sqlalchemy import create_engine, event
+from sqlalchemy import create_engine, event, func, select
 from sqlalchemy.engine.interfaces import DBAPIConnection
+from sqlalchemy.orm import Session
 from sqlalchemy.pool import ConnectionPoolEntry
 
 if TYPE_CHECKING:
@@ -14,6 +17,8 @@ if TYPE_CHECKING:
 
 _MIGRATIONS = Path(__file__).parent / "migrations"
 _BUSY_MS = 10_000  # two processes write: the server and the command line
+_LOCK = 0x74756E65
+"""On PostgreSQL the number of the lock that `exclusive` takes."""
 
 
 def open_database(home: Path) -> Store:
@@ -25,6 +30,17 @@ def open_database(home: Path) -> Store:
     event.listen(store, "connect", _prepare_sqlite)
     _migrate(store)
     return store
+
+
+@contextmanager
+def exclusive(store: Store) -> Iterator[Session]:
+    """A transaction for the body that runs beside no other one of these: what it reads holds until it has written."""
+    with Session(store) as session, session.begin():
+        if store.dialect.name == "sqlite":
+            session.connection().exec_driver_sql("BEGIN IMMEDIATE")
+        else:
+            session.execute(select(func.pg_advisory_xact_lock(_LOCK)))
+        yield session
 
 
 def _prepare_sqlite(connection: DBAPIConnection, record: ConnectionPoolEntry) -> None:

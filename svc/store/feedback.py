@@ -48,13 +48,20 @@ class KeptFeedback:
     grown_bytes: int = 0
 
 
-def keep_feedback(store: Store, request_id: str, feedback: Feedback) -> KeptFeedback | None:
+def keep_feedback(
+    store: Store, request_id: str, feedback: Feedback, *, key_id: str | None = None
+) -> KeptFeedback | None:
     """Keeps it with its request, the newest of that id.
 
+    Args:
+        key_id: only a request of this key is found; None: of any, as where there are no keys.
+
     Returns:
-        None when no such request is kept.
+        None when no such request is kept: who asks does not learn whether another key has one.
     """
     newest = select(RequestRow).where(RequestRow.request_id == request_id).order_by(RequestRow.id.desc()).limit(1)
+    if key_id is not None:
+        newest = newest.where(RequestRow.key_id == key_id)
     with Session(store) as session, session.begin():
         # A second word at the same moment waits here, and finds the first.
         session.connection().exec_driver_sql("BEGIN IMMEDIATE")

@@ -2,7 +2,7 @@
 
 from datetime import UTC, datetime
 
-from sqlalchemy import DateTime, ForeignKey, MetaData, TypeDecorator
+from sqlalchemy import BigInteger, DateTime, ForeignKey, MetaData, TypeDecorator
 from sqlalchemy.engine import Dialect
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
 
@@ -130,6 +130,7 @@ class RequestRow(Table):
     logprob: Mapped[float | None]
     client_request_id: Mapped[str | None]
     outcome: Mapped[str | None]
+    user_hash: Mapped[str | None]
 
 
 class FeedbackRow(Table):
@@ -191,3 +192,73 @@ class DriftAlarmRow(Table):
     ended_at: Mapped[datetime | None]
     moved: Mapped[str]
     examples: Mapped[str]
+
+
+class KeyRow(Table):
+    """A key, revoked ones too. `revision` grows with every change to any of them; lists are separated by spaces."""
+
+    __tablename__ = "keys"
+
+    id: Mapped[str] = mapped_column(primary_key=True)
+    revision: Mapped[int] = mapped_column(index=True)
+    name: Mapped[str]
+    hash: Mapped[str]
+    scopes: Mapped[str]
+    models: Mapped[str | None]
+    requests_per_minute: Mapped[int | None]
+    tokens_in_per_minute: Mapped[int | None]
+    tokens_out_per_minute: Mapped[int | None]
+    concurrent: Mapped[int | None]
+    tokens_per_day: Mapped[int | None] = mapped_column(BigInteger)
+    weight: Mapped[int]
+    created_at: Mapped[datetime]
+    expires_at: Mapped[datetime | None]
+    revoked_at: Mapped[datetime | None]
+    previous_hash: Mapped[str | None]
+    previous_until: Mapped[datetime | None]
+
+
+class AuditRow(Table):
+    """What somebody did. Never changed and never deleted; `at` is a text, because the hash covers it as it stands."""
+
+    __tablename__ = "audit"
+
+    id: Mapped[int] = mapped_column(primary_key=True, autoincrement=False)
+    at: Mapped[str]
+    action: Mapped[str]
+    subject: Mapped[str]
+    actor: Mapped[str]
+    origin: Mapped[str]
+    reason: Mapped[str | None]
+    details: Mapped[str]
+    previous_hash: Mapped[str]
+    hash: Mapped[str]
+
+
+class UsageRow(Table):
+    """What a key used of a model in an hour. `key_id` is empty where there was none."""
+
+    __tablename__ = "usage"
+
+    hour: Mapped[datetime] = mapped_column(primary_key=True)
+    key_id: Mapped[str] = mapped_column(primary_key=True)
+    model: Mapped[str] = mapped_column(primary_key=True)
+    requests: Mapped[int] = mapped_column(BigInteger)
+    tokens_in: Mapped[int] = mapped_column(BigInteger)
+    tokens_out: Mapped[int] = mapped_column(BigInteger)
+
+
+class ServedRow(Table):
+    """A time in which a version served under its name. Without an end it lasts, or its server died."""
+
+    __tablename__ = "served"
+
+    id: Mapped[int] = mapped_column(primary_key=True)
+    name: Mapped[str] = mapped_column(index=True)
+    number: Mapped[int]
+    format: Mapped[str]
+    generation: Mapped[int]
+    began_at: Mapped[datetime]
+    began_by: Mapped[str]
+    ended_at: Mapped[datetime | None]
+    ended_by: Mapped[str | None]

@@ -80,6 +80,30 @@ def test_what_is_no_private_number_stays(text: str) -> None:
     assert REDACTOR.text(text) == text
 
 
+@pytest.mark.parametrize("around", ["{}", "Bearer {}", "'{}'", "key={}&x=1", "{}.", "https://x:{}@host/"])
+@pytest.mark.parametrize(
+    "secret",
+    [
+        "ts_abcd0123_0123456789abcdefghijklmnopqrstuvWXYZ01",
+        "ts_abcd0123_0123456789abcdefghij",  # cut short
+        "ts_00000000_41111111111111111111111111111111111111",  # a card number in it
+    ],
+)
+def test_keys_of_this_service_are_blanked(around: str, secret: str) -> None:
+    assert REDACTOR.text(around.replace("{}", secret)) == around.replace("{}", "[key]")
+
+
+@pytest.mark.parametrize(
+    "text", ["ts_abcd0123", "ts_config_file", "its_abcd0123_0123456789abcdef", "ts_abcd0123_short"]
+)
+def test_what_only_begins_like_a_key_stays(text: str) -> None:
+    assert REDACTOR.text(text) == text
+
+
+def test_an_own_pattern_leaves_nothing_of_a_key() -> None:
+    assert Redactor([r"\d+"]).text("ts_abcd0123_0a1b2c3d4e5f6789abcdefgh") == "[key]"
+
+
 @pytest.mark.parametrize("around", ["id-{}", "{}-", "{} 12", "{},{}"])
 def test_what_stands_close_by_does_not_hide_a_card(around: str) -> None:
     assert REDACTOR.text(around.replace("{}", "4111111111111111")) == around.replace("{}", "[card]")
@@ -123,7 +147,9 @@ def test_blanking_twice_changes_nothing_more(text: str) -> None:
     assert REDACTOR.text(once) == once
 
 
-@pytest.mark.parametrize("unit", ["a", "a.", "1", "1 ", "a@", "+1", "0", "(1", "- ", "a@b.", "00"])
+@pytest.mark.parametrize(
+    "unit", ["a", "a.", "1", "1 ", "a@", "+1", "0", "(1", "- ", "a@b.", "00", "ts_", "ts_abcd0123_"]
+)
 def test_no_text_makes_it_slow(unit: str) -> None:
     """Ten times the text takes about ten times as long, not a hundred times."""
 
@@ -137,7 +163,9 @@ def test_no_text_makes_it_slow(unit: str) -> None:
     assert seconds(200_000) < 40 * seconds(20_000) + 0.05
 
 
-@pytest.mark.parametrize("secret", ["a@b.de", "4111 1111 1111 1111", "+49 30 901820", "order 77"])
+@pytest.mark.parametrize(
+    "secret", ["a@b.de", "4111 1111 1111 1111", "+49 30 901820", "order 77", "ts_abcd0123_0123456789abcdefghijkl"]
+)
 def test_a_text_that_was_blanked_shows_it(secret: str) -> None:
     blanked = Redactor([r"order \d+"]).text(f"It is {secret}.")
     assert [placeholder in blanked for placeholder in PLACEHOLDERS].count(True) == 1

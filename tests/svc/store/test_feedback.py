@@ -52,3 +52,21 @@ def test_of_two_requests_with_one_id_the_newer_is_meant(store: Store) -> None:
     kept = keep_feedback(store, "req-1", Feedback(Rating.GOOD))
     assert kept is not None
     assert kept.version == VersionId("tiny", 3)
+
+
+def test_a_key_rates_its_own_answers_alone(store: Store) -> None:
+    add_requests(store, [replace(RECORD, key_id="mine")])
+    assert keep_feedback(store, "req-1", Feedback(Rating.GOOD), key_id="other") is None
+    assert keep_feedback(store, "req-1", Feedback(Rating.GOOD), key_id="mine") is not None
+
+
+def test_a_request_of_no_key_is_no_keys_own(store: Store) -> None:
+    add_requests(store, [RECORD])
+    assert keep_feedback(store, "req-1", Feedback(Rating.GOOD), key_id="mine") is None
+
+
+def test_another_keys_request_of_the_same_id_hides_nothing(store: Store) -> None:
+    add_requests(store, [replace(RECORD, key_id="mine"), replace(RECORD, key_id="other", version=VersionId("tiny", 3))])
+    kept = keep_feedback(store, "req-1", Feedback(Rating.GOOD), key_id="mine")
+    assert kept is not None
+    assert kept.version == RECORD.version

@@ -1,0 +1,212 @@
+"""The audit log: who did what, when, from where, why. Rows are added and never changed, and each one's hash covers the
+hash before it, so that a row that was changed, removed or put between is found.
+
+The database refuses changes by triggers. Whoever may drop those can also write all later hashes anew, or cut off the
+newest rows: that is found by whoever has kept a hash of before elsewhere.
+"""
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from enum import StrEnum
+from typing import Any
+
+from sqlalchemy import Engine as Store
+from sqlalchemy import or_, select
+from sqlalchemy.orm import Session
+
+from svc.actor import Actor
+from svc.store.database import exclusive
+from svc.store.tables import AuditRow
+
+FIRST_HASH = "0" * 64
+"""What the first row has for the hash before it."""
+_READ_TOGETHER = 1_000
+
+
+class Action(StrEnum):
+    """What was done."""
+
+    SERVE = "serve"
+    """A server was started with another version than it served last, or a model was added with one."""
+    PROMOTE = "promote"
+    ROLLBACK = "rollback"
+    CREATE_KEY = "key.create"
+    ROTATE_KEY = "key.rotate"
+    REVOKE_KEY = "key.revoke"
+    REMOVE_VERSION = "version.remove"
+    COLLECT = "gc"
+    FORGET = "forget"
+
+
+@dataclass(frozen=True, slots=True)
+class AuditEntry:
+    """What is to be written.
+
+    Attributes:
+        subject: what it was done to: a version, a key, a path.
+        details: JSON values.
+    """
+
+    action: Action
+    subject: str
+    actor: Actor
+    reason: str | None = None
+    details: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class AuditEvent:
+    """What was written.
+
+    Attributes:
+        id: 1 of the first, and one more of each.
+        at: ISO 8601, UTC.
+        action: of `Action`, or of another release.
+        actor: see `Actor.name`.
+    """
+
+    id: int
+    at: str
+    action: str
+    subject: str
+    actor: str
+    origin: str
+    reason: str | None
+    details: Mapping[str, Any]
+    hash: str
+
+
+@dataclass(frozen=True, slots=True)
+class ChainFault:
+    """The first row that is not what was written."""
+
+    id: int
+    wrong: str
+
+
+@dataclass(frozen=True, slots=True)
+class ChainReport:
+    """What a verification found.
+
+    Attributes:
+        events: that are as they were written, from the first one on.
+        head: the hash of the last of them.
+    """
+
+    events: int
+    head: str
+    fault: ChainFault | None = None
+
+
+def record_event(store: Store, entry: AuditEntry) -> int:
+    """Writes an event by itself; returns its id."""
+    with exclusive(store) as session:
+        return append_event(session, entry)
+
+
+def append_event(session: Session, entry: AuditEntry) -> int:
+    """Writes an event in the transaction of what it tells of, which is an `exclusive` one; returns its id."""
+    last = session.scalar(select(AuditRow).order_by(AuditRow.id.desc()).limit(1))
+    row = AuditRow(
+        id=last.id + 1 if last else 1,
+        at=datetime.now(UTC).isoformat(timespec="microseconds"),
+        action=entry.action.value,
+        subject=_storable(entry.subject),
+        actor=_storable(entry.actor.name),
+        origin=_storable(entry.actor.origin),
+        reason=_storable(entry.reason) if entry.reason else None,
+        details=json.dumps(entry.details, sort_keys=True),
+        previous_hash=last.hash if last else FIRST_HASH,
+    )
+    row.hash = _hash(row)
+    session.add(row)
+    session.flush()
+    return row.id
+
+
+def read_events(
+    store: Store, *, newest: int, action: str | None = None, subject: str | None = None, since: datetime | None = None
+) -> list[AuditEvent]:
+    """The newest events, in order.
+
+    Args:
+        newest: so many at most.
+        subject: exactly this, or all versions of this name.
+    """
+    query = select(AuditRow).order_by(AuditRow.id.desc()).limit(newest)
+    if action is not None:
+        query = query.where(AuditRow.action == action)
+    if subject is not None:
+        query = query.where(
+            or_(AuditRow.subject == subject, AuditRow.subject.startswith(f"{subject}@", autoescape=True))
+        )
+    if since is not None:
+        query = query.where(AuditRow.at >= since.astimezone(UTC).isoformat(timespec="microseconds"))
+    with Session(store) as session:
+        return [_event(row) for row in session.scalars(query)][::-1]
+
+
+def verify_chain(store: Store, *, expected: str | None = None) -> ChainReport:
+    """Reads all rows, and computes every hash again.
+
+    Args:
+        expected: a hash that was kept elsewhere; some row must have it.
+    """
+    head, count, seen = FIRST_HASH, 0, expected is None
+    query = select(AuditRow).order_by(AuditRow.id).execution_options(yield_per=_READ_TOGETHER)
+    with Session(store) as session:
+        for row in session.scalars(query):
+            if wrong := _wrong(row, count + 1, head):
+                return ChainReport(count, head, wrong)
+            head, count, seen = row.hash, row.id, seen or row.hash == expected
+    if not seen:
+        return ChainReport(
+            count, head, ChainFault(count + 1, f"no row has the hash {expected}: rows were cut off or written anew")
+        )
+    return ChainReport(count, head)
+
+
+def _wrong(row: AuditRow, id: int, previous_hash: str) -> ChainFault | None:
+    if row.id != id:
+        return ChainFault(id, f"it is missing; row {row.id} comes next")
+    if row.previous_hash != previous_hash:
+        return ChainFault(id, "it does not follow the row before")
+    if row.hash != _hash(row):
+        return ChainFault(id, "it was changed: its hash is not that of its content")
+    return None
+
+
+def _hash(row: AuditRow) -> str:
+    content = [row.id, row.at, row.action, row.subject, row.actor, row.origin, row.reason, row.details]
+    return hashlib.sha256(json.dumps([*content, row.previous_hash]).encode("ascii")).hexdigest()
+
+
+def _event(row: AuditRow) -> AuditEvent:
+    return AuditEvent(
+        id=row.id,
+        at=row.at,
+        action=row.action,
+        subject=row.subject,
+        actor=row.actor,
+        origin=row.origin,
+        reason=row.reason,
+        details=_details(row.details),
+        hash=row.hash,
+    )
+
+
+def _details(text: str) -> dict[str, Any]:
+    """Also of a row that somebody has changed, which is to be seen."""
+    try:
+        found = json.loads(text)
+    except ValueError:
+        found = None
+    return found if isinstance(found, dict) else {"unreadable": text}
+
+
+def _storable(text: str) -> str:
+    """Without what UTF-8 or PostgreSQL cannot hold, as bytes of a command line that are no text."""
+    return text.encode("utf-8", "replace").decode("utf-8").replace("\0", "?")

@@ -1,0 +1,172 @@
+"""Keys: one row each, changed only together with an event of the audit log. Of secrets there are hashes alone."""
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field, fields
+from datetime import datetime
+
+from sqlalchemy import Engine as Store
+from sqlalchemy import func, or_, select
+from sqlalchemy.orm import Session
+
+from svc.errors import NotFoundError, RefusedError
+from svc.principal import Limits, Principal, Scope
+from svc.store.audit import AuditEntry, append_event
+from svc.store.database import exclusive
+from svc.store.tables import KeyRow
+
+_LIMITS = [each.name for each in fields(Limits)]
+
+
+@dataclass(frozen=True, slots=True)
+class Key:
+    """One key.
+
+    Attributes:
+        hash: of its secret.
+        expires_at: None: never.
+        previous_hash: of the secret before the last rotation, which is right until `previous_until`.
+    """
+
+    principal: Principal
+    hash: str = field(repr=False)
+    created_at: datetime
+    expires_at: datetime | None = None
+    revoked_at: datetime | None = None
+    previous_hash: str | None = field(default=None, repr=False)
+    previous_until: datetime | None = None
+
+    @property
+    def id(self) -> str:
+        """Its id."""
+        return self.principal.key_id
+
+    def usable(self, now: datetime) -> bool:
+        """Whether its secret is right now."""
+        return self.revoked_at is None and not self.expired(now)
+
+    def expired(self, now: datetime) -> bool:
+        """Whether its time is over."""
+        return self.expires_at is not None and self.expires_at <= now
+
+
+def add_key(store: Store, key: Key, entry: AuditEntry) -> None:
+    """Adds a key.
+
+    Raises:
+        RefusedError: its name is that of a key which is not revoked, or its id is taken.
+    """
+    principal = key.principal
+    with exclusive(store) as session:
+        alike = or_(KeyRow.id == key.id, (KeyRow.name == principal.name) & KeyRow.revoked_at.is_(None))
+        if session.scalar(select(KeyRow.id).where(alike).limit(1)):
+            raise RefusedError(
+                f"there is a key {principal.name!r} already",
+                todo="choose another name, or give that one a new secret: svc keys rotate",
+            )
+        session.add(
+            KeyRow(
+                id=key.id,
+                revision=_next_revision(session),
+                name=principal.name,
+                hash=key.hash,
+                scopes=" ".join(sorted(principal.scopes)),
+                models=None if principal.models is None else " ".join(sorted(principal.models)),
+                weight=principal.weight,
+                created_at=key.created_at,
+                expires_at=key.expires_at,
+                **asdict(principal.limits),
+            )
+        )
+        append_event(session, entry)
+
+
+def replace_secret(store: Store, key_id: str, hash: str, *, previous_until: datetime, entry: AuditEntry) -> None:
+    """From now on a key has another secret.
+
+    Args:
+        previous_until: so long the one before is right too; one before that is not.
+
+    Raises:
+        RefusedError: the key is revoked.
+    """
+    with exclusive(store) as session:
+        row = _unrevoked(session, key_id)
+        row.previous_hash, row.previous_until = row.hash, previous_until
+        row.hash, row.revision = hash, _next_revision(session)
+        append_event(session, entry)
+
+
+def revoke_key(store: Store, key_id: str, *, at: datetime, entry: AuditEntry) -> None:
+    """From now on a key is right no more, for ever.
+
+    Raises:
+        RefusedError: it is revoked already.
+    """
+    with exclusive(store) as session:
+        row = _unrevoked(session, key_id)
+        row.revoked_at, row.revision = at, _next_revision(session)
+        append_event(session, entry)
+
+
+def keys_revision(store: Store) -> int:
+    """Grows with every change to any key; 0 where there never was one. Cheap: one entry of an index."""
+    with Session(store) as session:
+        return session.scalar(select(func.max(KeyRow.revision))) or 0
+
+
+def read_keys(store: Store) -> list[Key]:
+    """All keys, the oldest first."""
+    with Session(store) as session:
+        return [_key(row) for row in session.scalars(select(KeyRow).order_by(KeyRow.created_at, KeyRow.id))]
+
+
+def find_key(store: Store, text: str) -> Key:
+    """The key with an id, or the one with a name that is not revoked.
+
+    Raises:
+        NotFoundError: there is none.
+    """
+    named = (KeyRow.name == text) & KeyRow.revoked_at.is_(None)
+    with Session(store) as session:
+        rows: Sequence[KeyRow] = session.scalars(select(KeyRow).where(or_(KeyRow.id == text, named))).all()
+    found = sorted(rows, key=lambda row: row.id != text)  # an id goes before a name
+    if not found:
+        raise NotFoundError(
+            f"there is no key {_shown(text)!r}", expected="its id or its name", todo="see `svc keys list`"
+        )
+    return _key(found[0])
+
+
+def _shown(text: str) -> str:
+    """Who gives a whole secret in place of an id finds no more than its beginning in an error or a log."""
+    return f"{text[:11]}..." if len(text) > 63 or text.startswith("ts_") else text
+
+
+def _next_revision(session: Session) -> int:
+    return (session.scalar(select(func.max(KeyRow.revision))) or 0) + 1
+
+
+def _unrevoked(session: Session, key_id: str) -> KeyRow:
+    row = session.get_one(KeyRow, key_id)
+    if row.revoked_at is not None:
+        raise RefusedError(f"the key {key_id} is revoked", todo="make another: svc keys create")
+    return row
+
+
+def _key(row: KeyRow) -> Key:
+    return Key(
+        principal=Principal(
+            key_id=row.id,
+            name=row.name,
+            scopes=frozenset(Scope(scope) for scope in row.scopes.split()),
+            models=None if row.models is None else frozenset(row.models.split()),
+            limits=Limits(**{name: getattr(row, name) for name in _LIMITS}),
+            weight=row.weight,
+        ),
+        hash=row.hash,
+        created_at=row.created_at,
+        expires_at=row.expires_at,
+        revoked_at=row.revoked_at,
+        previous_hash=row.previous_hash,
+        previous_until=row.previous_until,
+    )

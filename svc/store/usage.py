@@ -1,0 +1,96 @@
+"""What keys used: requests and tokens by hour, key and model. Figures alone, which outlive the rows of requests."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from typing import NamedTuple
+
+from sqlalchemy import Engine as Store
+from sqlalchemy import func, select
+from sqlalchemy.dialects.postgresql import insert as insert_postgresql
+from sqlalchemy.dialects.sqlite import insert as insert_sqlite
+from sqlalchemy.orm import Session
+
+from svc.store.tables import UsageRow
+
+
+class UsageOf(NamedTuple):
+    """What a figure is of.
+
+    Attributes:
+        hour: its beginning.
+        key_id: empty where there was none.
+    """
+
+    hour: datetime
+    key_id: str
+    model: str
+
+
+@dataclass(frozen=True, slots=True)
+class Usage:
+    """How much."""
+
+    requests: int = 0
+    tokens_in: int = 0
+    tokens_out: int = 0
+
+    def __add__(self, other: "Usage") -> "Usage":
+        return Usage(
+            self.requests + other.requests, self.tokens_in + other.tokens_in, self.tokens_out + other.tokens_out
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class UsageTotal:
+    """What a key used of a model; see `UsageOf`."""
+
+    key_id: str
+    model: str
+    usage: Usage
+
+
+def hour_of(moment: datetime) -> datetime:
+    """The beginning of its hour."""
+    return moment.astimezone(UTC).replace(minute=0, second=0, microsecond=0)
+
+
+def add_usage(store: Store, used: Mapping[UsageOf, Usage]) -> None:
+    """Adds to what is there, all or nothing; several processes may at once."""
+    if not used:
+        return
+    rows = [
+        {**of._asdict(), "requests": each.requests, "tokens_in": each.tokens_in, "tokens_out": each.tokens_out}
+        for of, each in sorted(used.items())  # in one order, so that two of these do not wait for each other
+    ]
+    insert = (insert_sqlite if store.dialect.name == "sqlite" else insert_postgresql)(UsageRow)
+    figures = ("requests", "tokens_in", "tokens_out")
+    added = insert.on_conflict_do_update(
+        index_elements=["hour", "key_id", "model"],
+        set_={name: getattr(UsageRow, name) + insert.excluded[name] for name in figures},
+    )
+    with store.begin() as connection:
+        connection.execute(added, rows)
+
+
+def usage_since(store: Store, since: datetime) -> list[UsageTotal]:
+    """What was used by each key of each model from the hour of a moment on, the most first."""
+    tokens_in, tokens_out = func.sum(UsageRow.tokens_in), func.sum(UsageRow.tokens_out)
+    query = (
+        select(UsageRow.key_id, UsageRow.model, func.sum(UsageRow.requests), tokens_in, tokens_out)
+        .where(UsageRow.hour >= hour_of(since))
+        .group_by(UsageRow.key_id, UsageRow.model)
+        .order_by((tokens_in + tokens_out).desc(), UsageRow.key_id, UsageRow.model)
+    )
+    with Session(store) as session:
+        return [
+            UsageTotal(key_id, model, Usage(*(int(figure) for figure in figures)))  # PostgreSQL sums to decimals
+            for key_id, model, *figures in session.execute(query)
+        ]
+
+
+def last_used(store: Store) -> dict[str, datetime]:
+    """The hour in which each key was used last."""
+    with Session(store) as session:
+        query = select(UsageRow.key_id, func.max(UsageRow.hour, type_=UsageRow.hour.type)).group_by(UsageRow.key_id)
+        return {row[0]: row[1] for row in session.execute(query)}

@@ -1,0 +1,243 @@
+"""Right secrets are let in at once, all others are told why not, and a change is heard at the next look."""
+
+import asyncio
+import logging
+from contextlib import suppress
+from datetime import timedelta
+
+import pytest
+from sqlalchemy import Engine as Store
+from sqlalchemy import event
+from sqlalchemy.exc import OperationalError
+
+from svc.access import authenticator as authenticator_module
+from svc.access.authenticator import LOOK_S, Authenticator, InvalidKeyError, KeyFault, KeysUnavailableError
+from svc.access.keyring import IssuedKey, Keyring
+from svc.key_secret import new_secret
+from svc.principal import Scope
+from svc.store.keys import keys_revision
+from tests.svc.access.conftest import ALICE, Clock
+
+INFER = frozenset({Scope.INFER})
+
+
+@pytest.fixture
+def issued(keyring: Keyring, clock: Clock) -> IssuedKey:
+    return keyring.create(INFER, name="ci", expires_at=clock.at + timedelta(days=1))
+
+
+@pytest.fixture
+def authenticator(store: Store, clock: Clock, issued: IssuedKey) -> Authenticator:
+    """Has looked once."""
+    made = Authenticator(store, now=clock.now, clock=clock.monotonic)
+    made.look()
+    return made
+
+
+def fault_of(authenticator: Authenticator, secret: str | None) -> KeyFault:
+    with pytest.raises(InvalidKeyError) as raised:
+        authenticator.authenticate(secret)
+    if secret:
+        assert secret[12:] not in f"{raised.value} {raised.value!r} {raised.value.args}" or len(secret) < 13
+    return raised.value.fault
+
+
+def test_a_right_secret_is_its_principal(authenticator: Authenticator, issued: IssuedKey) -> None:
+    assert authenticator.authenticate(issued.secret) == issued.key.principal
+
+
+@pytest.mark.parametrize("secret", [None, ""])
+def test_no_secret_is_told(authenticator: Authenticator, secret: str | None) -> None:
+    assert fault_of(authenticator, secret) is KeyFault.MISSING
+
+
+@pytest.mark.parametrize("secret", ["none", "sk-0123456789abcdef0123456789", "ts_", "é", "Bearer x", "x" * 100_000])
+def test_what_is_no_secret_is_told(authenticator: Authenticator, secret: str) -> None:
+    assert fault_of(authenticator, secret) is KeyFault.MALFORMED
+
+
+def test_a_typo_is_told(authenticator: Authenticator, issued: IssuedKey) -> None:
+    last = issued.secret[-1]
+    assert fault_of(authenticator, issued.secret[:-1] + ("a" if last != "a" else "b")) is KeyFault.MALFORMED
+
+
+@pytest.mark.parametrize("key_id", [None, "nobody00"])
+def test_a_secret_of_nobody_is_told(authenticator: Authenticator, issued: IssuedKey, key_id: str | None) -> None:
+    assert fault_of(authenticator, new_secret(key_id or issued.key.id)) is KeyFault.UNKNOWN
+
+
+def test_whoever_has_a_wrong_secret_does_not_learn_what_became_of_the_key(
+    authenticator: Authenticator, issued: IssuedKey, keyring: Keyring
+) -> None:
+    keyring.revoke(issued.key.id)
+    authenticator.look()
+    assert fault_of(authenticator, new_secret(issued.key.id)) is KeyFault.UNKNOWN
+
+
+def test_a_revocation_is_heard_at_the_next_look(
+    authenticator: Authenticator, issued: IssuedKey, keyring: Keyring
+) -> None:
+    keyring.revoke("ci")
+    authenticator.look()
+    assert fault_of(authenticator, issued.secret) is KeyFault.REVOKED
+
+
+def test_a_new_key_is_heard_at_the_next_look(authenticator: Authenticator, keyring: Keyring) -> None:
+    made = keyring.create(INFER)
+    authenticator.look()
+    assert authenticator.authenticate(made.secret) == made.key.principal
+
+
+def test_a_key_expires_without_a_look(authenticator: Authenticator, issued: IssuedKey, clock: Clock) -> None:
+    clock.forward(days=1)
+    authenticator._looked_at = clock.monotonic()
+    assert fault_of(authenticator, issued.secret) is KeyFault.EXPIRED
+
+
+def test_a_rotated_secret_is_wrong_at_the_next_look(
+    authenticator: Authenticator, issued: IssuedKey, keyring: Keyring
+) -> None:
+    rotated = keyring.rotate("ci")
+    authenticator.look()
+    assert fault_of(authenticator, issued.secret) is KeyFault.UNKNOWN
+    assert authenticator.authenticate(rotated.secret) == issued.key.principal
+
+
+def test_a_rotated_secret_is_right_until_its_grace_has_passed(
+    authenticator: Authenticator, issued: IssuedKey, keyring: Keyring, clock: Clock
+) -> None:
+    keyring.rotate("ci", grace=timedelta(seconds=30))
+    authenticator.look()
+    assert authenticator.authenticate(issued.secret) == issued.key.principal
+    clock.forward(seconds=30)
+    assert fault_of(authenticator, issued.secret) is KeyFault.UNKNOWN
+
+
+def test_a_second_rotation_ends_the_first_secret(
+    authenticator: Authenticator, issued: IssuedKey, keyring: Keyring
+) -> None:
+    second = keyring.rotate("ci", grace=timedelta(hours=1))
+    keyring.rotate("ci", grace=timedelta(hours=1))
+    authenticator.look()
+    assert fault_of(authenticator, issued.secret) is KeyFault.UNKNOWN
+    assert authenticator.authenticate(second.secret) == issued.key.principal
+
+
+def queries(store: Store) -> list[str]:
+    """What is sent to the store from now on."""
+    sent: list[str] = []
+    event.listen(store, "before_cursor_execute", lambda *arguments: sent.append(arguments[2]))
+    return sent
+
+
+def test_no_key_right_or_wrong_asks_the_store(authenticator: Authenticator, issued: IssuedKey, store: Store) -> None:
+    sent = queries(store)
+    authenticator.authenticate(issued.secret)
+    for wrong in ("x", new_secret("nobody00"), new_secret(issued.key.id)):
+        fault_of(authenticator, wrong)
+    assert sent == []
+
+
+def test_a_look_without_a_change_reads_one_number(authenticator: Authenticator, store: Store) -> None:
+    sent = queries(store)
+    authenticator.look()
+    assert [statement.split("\n")[0] for statement in sent] == ["SELECT max(keys.revision) AS max_1 "]
+
+
+def test_only_a_secret_of_a_key_that_there_is_costs_a_hash(
+    authenticator: Authenticator, issued: IssuedKey, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hashed: list[str] = []
+
+    def hash_of(secret: str) -> str:
+        hashed.append(secret)
+        return ""
+
+    monkeypatch.setattr(authenticator_module, "hash_secret", hash_of)
+    for wrong in ("", "x", issued.secret[:-1], new_secret("nobody00")):
+        fault_of(authenticator, wrong)
+    assert hashed == []
+    fault_of(authenticator, issued.secret)
+    assert hashed == [issued.secret]
+
+
+def test_who_never_looked_lets_nobody_in(store: Store, issued: IssuedKey) -> None:
+    with pytest.raises(KeysUnavailableError):
+        Authenticator(store).authenticate(issued.secret)
+
+
+def test_what_was_known_is_right_for_a_minute_and_no_longer(
+    authenticator: Authenticator, issued: IssuedKey, clock: Clock
+) -> None:
+    clock.forward(seconds=60)
+    assert authenticator.authenticate(issued.secret)
+    clock.forward(seconds=1)
+    with pytest.raises(KeysUnavailableError):
+        authenticator.authenticate(issued.secret)
+    authenticator.look()
+    assert authenticator.authenticate(issued.secret)
+
+
+def test_a_backup_of_before_is_heard(authenticator: Authenticator, issued: IssuedKey, store: Store) -> None:
+    with store.begin() as connection:
+        connection.exec_driver_sql("DELETE FROM keys")
+    authenticator.look()
+    assert authenticator.empty
+    assert fault_of(authenticator, issued.secret) is KeyFault.UNKNOWN
+
+
+async def test_a_revocation_is_heard_within_a_second(store: Store) -> None:
+    keyring, authenticator = Keyring(store, ALICE), Authenticator(store)
+    issued = keyring.create(INFER)
+    following = asyncio.create_task(authenticator.follow())
+    try:
+        async with asyncio.timeout(5):
+            while authenticator.empty:
+                await asyncio.sleep(0.01)
+        assert authenticator.authenticate(issued.secret)
+        await asyncio.to_thread(keyring.revoke, issued.key.id)
+        await asyncio.sleep(LOOK_S + 0.4)
+        assert fault_of(authenticator, issued.secret) is KeyFault.REVOKED
+    finally:
+        following.cancel()
+        await asyncio.gather(following, return_exceptions=True)
+
+
+async def test_a_store_that_fails_does_not_end_the_looking(
+    authenticator: Authenticator,
+    keyring: Keyring,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    monkeypatch.setattr(authenticator_module, "LOOK_S", 0.01)
+    failures = [OperationalError("SELECT", {}, OSError("disk I/O error"))] * 2
+
+    def failing(store: Store) -> int:
+        if failures:
+            raise failures.pop()
+        return keys_revision(store)
+
+    monkeypatch.setattr(authenticator_module, "keys_revision", failing)
+    made = keyring.create(INFER)
+    following = asyncio.create_task(authenticator.follow())
+    with caplog.at_level(logging.ERROR):
+        async with asyncio.timeout(5):
+            while True:
+                with suppress(InvalidKeyError):
+                    assert authenticator.authenticate(made.secret)
+                    break
+                await asyncio.sleep(0.01)
+    following.cancel()
+    await asyncio.gather(following, return_exceptions=True)
+    assert caplog.text.count("keys cannot be read") == 2
+
+
+def test_no_log_has_a_secret_or_a_hash(
+    authenticator: Authenticator, issued: IssuedKey, caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level(logging.DEBUG):
+        authenticator.look()
+        authenticator.authenticate(issued.secret)
+        fault_of(authenticator, new_secret(issued.key.id))
+    assert issued.secret not in caplog.text
+    assert issued.key.hash not in caplog.text

@@ -1,0 +1,207 @@
+"""`svc keys` and `svc usage` as they are typed."""
+
+import csv
+import io
+import json
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from svc.access.authenticator import Authenticator, InvalidKeyError
+from svc.errors import NotFoundError, RefusedError, SettingsError
+from svc.key_secret import key_id_of
+from svc.principal import Limits, Scope
+from svc.store.audit import read_events
+from svc.store.database import open_database
+from svc.store.usage import Usage, UsageOf, add_usage, hour_of
+from tests.command_line import Svc
+
+
+def create(svc: Svc, *options: str) -> dict[str, Any]:
+    """A new key, as machines get it."""
+    ended = svc("keys", "create", *options, "--json")
+    assert ended.code == 0, ended.err
+    found: dict[str, Any] = json.loads(ended.out)
+    return found
+
+
+def authenticator(home: Path = Path(".svc")) -> Authenticator:
+    """As a server that has just looked."""
+    made = Authenticator(open_database(home))
+    made.look()
+    return made
+
+
+def test_the_first_admin_key_is_made_on_the_machine_in_a_home_that_is_its_owners_alone(
+    svc: Svc, tmp_path: Path
+) -> None:
+    ended = svc("keys", "create", "--scope", "admin")
+    assert ended.code == 0
+    assert authenticator().authenticate(ended.out.strip()).may(Scope.TRAIN)
+    assert (tmp_path / ".svc").stat().st_mode & 0o077 == 0
+    assert (tmp_path / ".svc" / "svc.db").stat().st_mode & 0o077 == 0
+
+
+def test_a_pipe_gets_the_secret_and_nothing_else(svc: Svc) -> None:
+    ended = svc("keys", "create")
+    assert key_id_of(ended.out.removesuffix("\n")) is not None
+    assert "shown this once" in ended.err
+    assert ended.out.strip() not in ended.err
+
+
+def test_a_key_without_options_is_a_clients(svc: Svc) -> None:
+    made = create(svc)
+    principal = authenticator().authenticate(made["secret"])
+    assert (principal.scopes, principal.models) == (frozenset({Scope.INFER, Scope.FEEDBACK}), None)
+    assert (principal.limits, principal.weight) == (Limits(), 1)
+
+
+def test_a_key_has_what_its_options_say(svc: Svc) -> None:
+    options = ["--name", "ci", "--scope", "infer", "--scope", "metrics", "--model", "tickets", "--model", "reviews"]
+    limits = ["--requests-per-minute", "60", "--tokens-in-per-minute", "1000", "--tokens-out-per-minute", "500"]
+    made = create(svc, *options, *limits, "--concurrent", "4", "--tokens-per-day", "10000", "--weight", "3")
+    principal = authenticator().authenticate(made["secret"])
+    assert (principal.key_id, principal.name, principal.weight) == (made["key_id"], "ci", 3)
+    assert principal.scopes == {Scope.INFER, Scope.METRICS}
+    assert principal.models == frozenset({"tickets", "reviews"})
+    assert principal.limits == Limits(60, 1000, 500, 4, 10_000)
+
+
+@pytest.mark.parametrize("when", ["90d", (datetime.now(UTC) + timedelta(days=90)).isoformat()])
+def test_a_key_ends_when_it_was_told_to(svc: Svc, when: str) -> None:
+    ends = datetime.fromisoformat(create(svc, "--expires", when)["expires_at"])
+    assert abs(ends - datetime.now(UTC) - timedelta(days=90)) < timedelta(minutes=1)
+
+
+@pytest.mark.parametrize(
+    "options", [["--scope", "root"], ["--expires", "soon"], ["--concurrent", "0"], ["--weight", "0"]]
+)
+def test_an_option_that_is_wrong_is_an_error_of_the_command_line(svc: Svc, options: list[str]) -> None:
+    ended = svc("keys", "create", *options)
+    assert ended.code == 2
+    assert options[0] in ended.err
+
+
+def test_a_key_that_has_expired_before_it_began_is_refused(svc: Svc) -> None:
+    assert svc("keys", "create", "--expires", "2020-01-01").code == SettingsError.exit_code
+
+
+def test_keys_are_listed_without_secrets(svc: Svc) -> None:
+    made = create(svc, "--name", "ci", "--model", "tickets", "--concurrent", "4")
+    plain, rows = svc("keys", "list"), svc("keys", "list", "--json")
+    assert "ci" in plain.out and made["key_id"] in plain.out and "concurrent 4" in plain.out
+    (row,) = json.loads(rows.out)
+    assert row == {key: value for key, value in made.items() if key != "secret"} | {"last_used": None}
+    (key,) = authenticator()._keys.values()
+    for ended in (plain, rows):
+        assert made["secret"][12:] not in ended.out + ended.err
+        assert key.hash not in ended.out + ended.err
+
+
+def test_a_list_of_none_says_how_to_make_the_first(svc: Svc) -> None:
+    assert "svc keys create --scope admin" in svc("keys", "list").out
+
+
+def test_when_a_key_was_used_last_is_listed(svc: Svc) -> None:
+    hour = hour_of(datetime.now(UTC))
+    add_usage(open_database(Path(".svc")), {UsageOf(hour, create(svc)["key_id"], "tickets"): Usage(1, 1, 1)})
+    assert json.loads(svc("keys", "list", "--json").out)[0]["last_used"] == hour.isoformat()
+
+
+def test_a_revoked_key_is_wrong_and_is_listed_where_all_are(svc: Svc) -> None:
+    made = create(svc, "--name", "ci")
+    ended = svc("keys", "revoke", "ci", "--yes", "--reason", "leaked")
+    assert "is revoked" in ended.out
+    with pytest.raises(InvalidKeyError, match="is revoked"):
+        authenticator().authenticate(made["secret"])
+    assert json.loads(svc("keys", "list", "--json").out) == []
+    assert json.loads(svc("keys", "list", "--all", "--json").out)[0]["state"] == "revoked"
+    assert read_events(open_database(Path(".svc")), newest=1)[0].reason == "leaked"
+    assert svc("keys", "revoke", made["key_id"], "--yes").code == RefusedError.exit_code
+
+
+def test_a_key_that_there_is_not_is_named(svc: Svc) -> None:
+    ended = svc("keys", "revoke", "nobody", "--yes")
+    assert ended.code == NotFoundError.exit_code
+    assert "'nobody'" in ended.err
+
+
+@pytest.mark.parametrize("command", ["revoke", "rotate"])
+def test_what_ends_a_secret_at_once_is_asked_about(svc: Svc, command: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    made = create(svc, "--name", "ci")
+    monkeypatch.setattr("sys.stdin", io.StringIO("n\n"))
+    ended = svc("keys", command, "ci")
+    assert ended.code == 130
+    assert "Go on?" in ended.err
+    assert authenticator().authenticate(made["secret"])
+
+
+@pytest.mark.parametrize("command", ["revoke", "rotate"])
+def test_a_machine_is_asked_nothing(svc: Svc, command: str) -> None:
+    made = create(svc, "--name", "ci")
+    ended = svc("keys", command, "ci", "--json")
+    assert ended.code == 2
+    assert "--yes" in ended.err
+    assert authenticator().authenticate(made["secret"])
+
+
+def test_a_rotation_gives_another_secret_and_ends_the_old_one(svc: Svc) -> None:
+    made = create(svc, "--name", "ci")
+    rotated = svc("keys", "rotate", "ci", "--yes").out.strip()
+    assert authenticator().authenticate(rotated).key_id == made["key_id"]
+    with pytest.raises(InvalidKeyError):
+        authenticator().authenticate(made["secret"])
+
+
+def test_a_rotation_with_a_grace_asks_nothing_and_leaves_both_right(svc: Svc) -> None:
+    made = create(svc, "--name", "ci")
+    ended = svc("keys", "rotate", "ci", "--grace", "1h")
+    assert "the old secret is right until" in ended.err
+    for secret in (made["secret"], ended.out.strip()):
+        assert authenticator().authenticate(secret).key_id == made["key_id"]
+
+
+@pytest.fixture
+def used(svc: Svc) -> str:
+    """The id of a key that used two models, in a store in which somebody without a key used one."""
+    key_id: str = create(svc, "--name", "ci")["key_id"]
+    hour = hour_of(datetime.now(UTC))
+    add_usage(
+        open_database(Path(".svc")),
+        {
+            UsageOf(hour, key_id, "tickets"): Usage(3, 3000, 500),
+            UsageOf(hour, key_id, "reviews"): Usage(1, 10, 5),
+            UsageOf(hour - timedelta(days=2), "", "tickets"): Usage(7, 70, 7),
+        },
+    )
+    return key_id
+
+
+def test_usage_is_told_by_key_and_model(svc: Svc, used: str) -> None:
+    rows = json.loads(svc("usage", "--json").out)
+    assert rows[0] == {
+        "key_id": used, "name": "ci", "model": "tickets", "requests": 3, "tokens_in": 3000, "tokens_out": 500
+    }  # fmt: skip
+    assert [(row["key_id"], row["model"]) for row in rows] == [(used, "tickets"), (None, "tickets"), (used, "reviews")]
+
+
+def test_usage_since_a_day_leaves_out_what_was_before(svc: Svc, used: str) -> None:
+    assert {row["key_id"] for row in json.loads(svc("usage", "--since", "1d", "--json").out)} == {used}
+
+
+def test_a_table_of_usage_has_the_sum(svc: Svc, used: str) -> None:
+    last = svc("usage").out.splitlines()[-1].split()
+    assert last == ["all", "11", "3,080", "512"]
+
+
+def test_usage_as_csv_is_read_by_others(svc: Svc, used: str) -> None:
+    rows = list(csv.DictReader(io.StringIO(svc("usage", "--csv").out)))
+    assert [row["tokens_in"] for row in rows] == ["3000", "70", "10"]
+    assert rows[1]["key_id"] == ""
+
+
+def test_no_usage_is_no_error(svc: Svc) -> None:
+    ended = svc("usage")
+    assert (ended.code, "nothing was used" in ended.out) == (0, True)

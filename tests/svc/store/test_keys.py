@@ -1,0 +1,118 @@
+"""Keys are kept without their secrets, and change only together with an event."""
+
+from dataclasses import replace
+from datetime import UTC, datetime, timedelta
+
+import pytest
+from sqlalchemy import Engine as Store
+from sqlalchemy import select
+from sqlalchemy.orm import Session
+
+from svc.actor import Actor
+from svc.errors import NotFoundError, RefusedError
+from svc.principal import Limits, Principal, Scope
+from svc.store.audit import Action, AuditEntry, read_events
+from svc.store.keys import Key, add_key, find_key, keys_revision, read_keys, replace_secret, revoke_key
+from svc.store.tables import KeyRow
+
+NOON = datetime(2026, 1, 2, 12, tzinfo=UTC)
+CI = Principal(
+    "abcd0123",
+    "ci",
+    frozenset({Scope.INFER, Scope.FEEDBACK}),
+    frozenset({"tickets", "reviews"}),
+    Limits(60, 10_000, 5_000, 4, 2**40),
+    weight=3,
+)
+KEY = Key(CI, "hash-1", created_at=NOON, expires_at=NOON + timedelta(days=1))
+ENTRY = AuditEntry(Action.CREATE_KEY, "key:abcd0123", Actor("user:alice", "box"))
+
+
+def test_there_is_no_key_at_first(store: Store) -> None:
+    assert (read_keys(store), keys_revision(store)) == ([], 0)
+
+
+def test_a_key_is_read_as_it_was_written(store: Store) -> None:
+    add_key(store, KEY, ENTRY)
+    assert read_keys(store) == [KEY]
+
+
+def test_a_key_without_limits_or_models_is_read_as_it_was_written(store: Store) -> None:
+    key = Key(Principal("abcd0123", "x", frozenset({Scope.ADMIN})), "hash", created_at=NOON)
+    add_key(store, key, ENTRY)
+    assert read_keys(store) == [key]
+
+
+def test_every_limit_has_a_column() -> None:
+    assert set(Limits.__dataclass_fields__) <= set(KeyRow.__table__.columns.keys())
+
+
+def test_every_change_is_in_the_audit_log_and_changes_the_revision(store: Store) -> None:
+    add_key(store, KEY, ENTRY)
+    replace_secret(store, KEY.id, "hash-2", previous_until=NOON, entry=replace(ENTRY, action=Action.ROTATE_KEY))
+    revoke_key(store, KEY.id, at=NOON, entry=replace(ENTRY, action=Action.REVOKE_KEY))
+    assert keys_revision(store) == 3
+    assert [event.action for event in read_events(store, newest=9)] == ["key.create", "key.rotate", "key.revoke"]
+
+
+def test_a_rotated_key_knows_the_secret_of_before(store: Store) -> None:
+    add_key(store, KEY, ENTRY)
+    replace_secret(store, KEY.id, "hash-2", previous_until=NOON, entry=ENTRY)
+    assert find_key(store, KEY.id) == replace(KEY, hash="hash-2", previous_hash="hash-1", previous_until=NOON)
+
+
+@pytest.mark.parametrize("principal", [replace(CI, key_id="other000"), replace(CI, name="other")])
+def test_neither_an_id_nor_a_name_is_given_twice(store: Store, principal: Principal) -> None:
+    add_key(store, KEY, ENTRY)
+    with pytest.raises(RefusedError, match="already"):
+        add_key(store, replace(KEY, principal=principal), ENTRY)
+    assert len(read_events(store, newest=9)) == len(read_keys(store)) == 1
+
+
+def test_the_name_of_a_revoked_key_is_free_and_means_the_new_one(store: Store) -> None:
+    add_key(store, KEY, ENTRY)
+    revoke_key(store, KEY.id, at=NOON, entry=ENTRY)
+    with pytest.raises(NotFoundError):
+        find_key(store, "ci")
+    add_key(store, replace(KEY, principal=replace(CI, key_id="other000")), ENTRY)
+    assert find_key(store, "ci").id == "other000"
+    assert find_key(store, KEY.id).revoked_at == NOON
+
+
+def test_an_id_goes_before_a_name(store: Store) -> None:
+    add_key(store, KEY, ENTRY)
+    add_key(store, replace(KEY, principal=replace(CI, key_id="other000", name=KEY.id)), ENTRY)
+    assert find_key(store, KEY.id).principal.name == "ci"
+
+
+def test_a_revoked_key_is_neither_rotated_nor_revoked_again(store: Store) -> None:
+    add_key(store, KEY, ENTRY)
+    revoke_key(store, KEY.id, at=NOON, entry=ENTRY)
+    with pytest.raises(RefusedError, match="is revoked"):
+        revoke_key(store, KEY.id, at=NOON, entry=ENTRY)
+    with pytest.raises(RefusedError, match="is revoked"):
+        replace_secret(store, KEY.id, "hash-2", previous_until=NOON, entry=ENTRY)
+    assert len(read_events(store, newest=9)) == 2
+
+
+def test_a_secret_in_place_of_an_id_is_not_repeated_in_the_error(store: Store) -> None:
+    secret = "ts_abcd0123_0123456789abcdefghijklmnopqrstuvwxyz01"
+    with pytest.raises(NotFoundError) as raised:
+        find_key(store, secret)
+    assert "0123456789abc" not in str(raised.value)
+
+
+def test_no_hash_is_shown_where_a_key_is(store: Store) -> None:
+    assert "hash-1" not in repr(replace(KEY, previous_hash="hash-1"))
+
+
+def test_the_table_holds_a_hash_and_no_scope_that_was_not_given(store: Store) -> None:
+    add_key(store, KEY, ENTRY)
+    with Session(store) as session:
+        row = session.scalars(select(KeyRow)).one()
+        assert (row.hash, row.scopes, row.models) == ("hash-1", "feedback infer", "reviews tickets")
+
+
+@pytest.mark.parametrize(("when", "usable"), [(NOON, True), (NOON + timedelta(days=1), False)])
+def test_a_key_is_right_until_it_expires(when: datetime, usable: bool) -> None:
+    assert KEY.usable(when) is usable

@@ -1,0 +1,67 @@
+"""Figures are added up by hour, key and model, whoever writes at the same time."""
+
+from concurrent.futures import ThreadPoolExecutor
+from datetime import UTC, datetime, timedelta, timezone
+
+from sqlalchemy import Engine as Store
+
+from svc.store.usage import Usage, UsageOf, UsageTotal, add_usage, hour_of, last_used, usage_since
+
+NOON = datetime(2026, 1, 2, 12, tzinfo=UTC)
+OF = UsageOf(NOON, "abcd0123", "tickets")
+
+
+def test_nothing_was_used_at_first(store: Store) -> None:
+    add_usage(store, {})
+    assert (usage_since(store, NOON), last_used(store)) == ([], {})
+
+
+def test_what_is_added_is_added_to_what_is_there(store: Store) -> None:
+    for _ in range(3):
+        add_usage(store, {OF: Usage(1, 10, 5)})
+    assert usage_since(store, NOON) == [UsageTotal("abcd0123", "tickets", Usage(3, 30, 15))]
+
+
+def test_keys_and_models_are_told_apart_and_the_most_comes_first(store: Store) -> None:
+    add_usage(
+        store,
+        {
+            OF: Usage(1, 10, 5),
+            OF._replace(key_id=""): Usage(1, 100, 0),
+            OF._replace(model="reviews"): Usage(2, 0, 50),
+            OF._replace(hour=NOON + timedelta(hours=1)): Usage(1, 1, 1),
+        },
+    )
+    assert usage_since(store, NOON) == [
+        UsageTotal("", "tickets", Usage(1, 100, 0)),
+        UsageTotal("abcd0123", "reviews", Usage(2, 0, 50)),
+        UsageTotal("abcd0123", "tickets", Usage(2, 11, 6)),
+    ]
+
+
+def test_what_was_used_before_is_left_out_by_whole_hours(store: Store) -> None:
+    add_usage(store, {OF: Usage(1, 10, 5), OF._replace(hour=NOON - timedelta(hours=1)): Usage(1, 1000, 0)})
+    assert usage_since(store, NOON + timedelta(minutes=59)) == [UsageTotal("abcd0123", "tickets", Usage(1, 10, 5))]
+
+
+def test_more_tokens_than_32_bits_hold_are_counted(store: Store) -> None:
+    add_usage(store, {OF: Usage(1, 2**40, 2**40)})
+    add_usage(store, {OF: Usage(1, 2**40, 2**40)})
+    assert usage_since(store, NOON)[0].usage.tokens_in == 2**41
+
+
+def test_of_many_additions_at_once_none_is_lost(store: Store) -> None:
+    with ThreadPoolExecutor(8) as threads:
+        list(threads.map(lambda _: add_usage(store, {OF: Usage(1, 2, 3)}), range(64)))
+    assert usage_since(store, NOON)[0].usage == Usage(64, 128, 192)
+
+
+def test_the_last_hour_of_each_key_is_known(store: Store) -> None:
+    later = NOON + timedelta(hours=5)
+    add_usage(store, {OF: Usage(1), OF._replace(hour=later): Usage(1), OF._replace(key_id="x"): Usage(1)})
+    assert last_used(store) == {"abcd0123": later, "x": NOON}
+
+
+def test_an_hour_is_one_of_utc() -> None:
+    india = timezone(timedelta(hours=5, minutes=30))
+    assert hour_of(datetime(2026, 1, 2, 17, 45, tzinfo=india)) == NOON

@@ -1,0 +1,69 @@
+"""A secret says whose it is, cannot be guessed, and shows a typo."""
+
+import re
+import string
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from svc.key_secret import hash_secret, is_hash_of, key_id_of, new_key_id, new_secret
+from svc.redaction import Redactor
+
+LETTERS = string.digits + string.ascii_letters
+
+
+def test_a_secret_says_whose_it_is() -> None:
+    key_id = new_key_id()
+    assert key_id_of(new_secret(key_id)) == key_id
+
+
+def test_a_secret_has_the_form_that_scanners_look_for() -> None:
+    assert re.fullmatch(r"ts_[0-9a-z]{8}_[0-9A-Za-z]{38}", new_secret(new_key_id()))
+
+
+def test_secrets_of_one_key_have_nothing_but_its_id_in_common() -> None:
+    parts = {new_secret("abcd0123").removeprefix("ts_abcd0123_")[:32] for _ in range(200)}
+    assert len(parts) == 200
+    assert {part[place] for part in parts for place in range(32)} == set(LETTERS)
+
+
+@given(st.integers(0, 49), st.sampled_from(LETTERS))
+def test_one_wrong_letter_is_found(place: int, letter: str) -> None:
+    secret = new_secret("abcd0123")
+    typo = secret[:place] + letter + secret[place + 1 :]
+    assert (key_id_of(typo) is None) == (typo != secret)
+
+
+@given(st.integers(12, 48))
+def test_two_letters_the_wrong_way_round_are_found(place: int) -> None:
+    secret = new_secret("abcd0123")
+    typo = secret[:place] + secret[place + 1] + secret[place] + secret[place + 2 :]
+    assert (key_id_of(typo) is None) == (typo != secret)
+
+
+@pytest.mark.parametrize("text", ["", "none", "sk-1234", "ts_abcd0123_", " " + new_secret("abcd0123"), "ts_é"])
+def test_other_texts_are_no_secrets(text: str) -> None:
+    assert key_id_of(text) is None
+
+
+@given(st.text())
+def test_no_text_is_an_error(text: str) -> None:
+    assert key_id_of(text) is None
+    assert len(hash_secret(text.encode("utf-8", "replace").decode())) == 64
+
+
+def test_a_line_end_after_it_is_no_part_of_a_secret() -> None:
+    assert key_id_of(new_secret("abcd0123") + "\n") is None
+
+
+def test_the_hash_of_a_secret_is_its_own() -> None:
+    one, other = new_secret("abcd0123"), new_secret("abcd0123")
+    assert is_hash_of(hash_secret(one), hash_secret(one))
+    assert not is_hash_of(hash_secret(one), hash_secret(other))
+
+
+@given(st.text(max_size=20), st.text(alphabet=st.characters(exclude_categories=["L", "N"]), max_size=5))
+def test_no_secret_survives_redaction(before: str, after: str) -> None:
+    secret = new_secret(new_key_id())
+    assert secret not in Redactor([r"\d{4}"]).text(f"{before}:{secret}{after}")
