@@ -75,6 +75,7 @@ class Reconciler:
             pool,
             target=lambda: self._actual.target,
             shortage=shortage,
+            on_start=self._revived,
             on_error=self.note_error,
             backoff_s=backoff_s,
         )
@@ -253,6 +254,11 @@ class Reconciler:
         self._names.serve(target)
         self._metrics.version_loaded(target)
         self._alias.move(target.version)
+
+    def _revived(self) -> None:
+        """An engine was started beside all swaps: where the first start had failed, a version serves from now on."""
+        if self._names.served is None:
+            self._serves()
 
     def note_error(self, error: str) -> None:
         """Keeps why there is no engine, for the status."""

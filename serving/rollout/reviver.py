@@ -37,6 +37,7 @@ class Reviver:
     Args:
         target: what a member is started with: what served before a swap that is under way, until that has ended.
         shortage: why there is no room for so many engines more with a version; None where there is.
+        on_start: hears that a member has an engine again.
         on_error: hears why a member has no engine.
         backoff_s: pauses before the first, second, ... start after a death; the last one goes on.
     """
@@ -47,12 +48,14 @@ class Reviver:
         *,
         target: Callable[[], Target],
         shortage: Callable[[Target, int], str | None],
+        on_start: Callable[[], None],
         on_error: Callable[[str], None],
         backoff_s: tuple[float, ...],
     ) -> None:
         self._pool = pool
         self._target = target
         self._shortage = shortage
+        self._on_start = on_start
         self._on_error = on_error
         self.backoff_s = backoff_s
         self._turns: dict[Replica, _Turn] = {}
@@ -112,6 +115,7 @@ class Reviver:
             self._pool.count_restart()
         error = await start_engine(engine, self._target())
         if error is None:
+            self._on_start()
             return
         self._on_error(error)
         turn.attempts += 1

@@ -133,6 +133,7 @@ async def test_a_start_that_the_disk_refuses_keeps_no_other_model_from_being_ser
         await until(lambda: two.failures)
         assert "no space left on device" in str(two.failures[0])
         await all_ready(client, NAME, OTHER)  # it is tried again
+        assert await answer_of(client, OTHER) == (200, f"{OTHER}@7", "7")
 
 
 async def test_where_no_model_can_be_served_the_server_says_why_and_ends(two: Home) -> None:
