@@ -60,7 +60,14 @@ def add_usage(store: Store, used: Mapping[UsageOf, Usage]) -> None:
     if not used:
         return
     rows = [
-        {**of._asdict(), "requests": each.requests, "tokens_in": each.tokens_in, "tokens_out": each.tokens_out}
+        {
+            "hour": of.hour,
+            "key_id": of.key_id,
+            "model": of.model,
+            "requests": each.requests,
+            "tokens_in": each.tokens_in,
+            "tokens_out": each.tokens_out,
+        }
         for of, each in sorted(used.items())  # in one order, so that two of these do not wait for each other
     ]
     insert = (insert_sqlite if store.dialect.name == "sqlite" else insert_postgresql)(UsageRow)
