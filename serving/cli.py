@@ -10,12 +10,14 @@ import click
 
 from serving.client.promotion import Promotion
 from serving.rollout.initial_state import require_promotable, require_servable
+from svc.actor import Actor
 from svc.errors import BusyError, NotFoundError, RefusedError, ServerNotRunningError
-from svc.invocation import json_option, settings_of
+from svc.invocation import json_option, reason_option, settings_of
 from svc.lock import lock_holder
 from svc.registry.registry import Registry
 from svc.server_url import LOCK_FILE
 from svc.settings import Settings
+from svc.store.audit import Action, AuditEntry
 from svc.store.desired import Desired
 from svc.store.swaps import SwapOutcome, SwapResult
 from svc.version import Format, Target, VersionId
@@ -133,15 +135,16 @@ def remove(ctx: click.Context, name: str) -> None:
 @click.argument("version")
 @_format_option
 @click.option("--force", is_flag=True, help="Though it failed a check when it was registered; with --reason.")
-@click.option("--reason", metavar="TEXT", help="Why it is forced: kept with the swap.")
+@reason_option
 @json_option
 @click.pass_context
 def promote(
     ctx: click.Context, version: str, format_name: str | None, force: bool, reason: str | None, as_json: bool
 ) -> None:
     """Bring VERSION (NAME@N) into production, without losing a request."""
-    if force != bool(reason and reason.strip()):
-        raise click.UsageError("--force needs a --reason, and --reason has a use with --force alone")
+    reason = reason and reason.strip()
+    if force and not reason:
+        raise click.UsageError("--force needs a --reason")
     promotion = Promotion.of(settings_of(ctx))
     wanted = VersionId.parse(version)
     current = promotion.current(wanted.name)
@@ -150,14 +153,16 @@ def promote(
     manifest = promotion.registry.manifest(wanted)
     if not force:
         require_promotable(manifest)
-    _change(promotion, current, Target(wanted, format), as_json, forced=reason if manifest.failed else None)
+    entry = AuditEntry(Action.PROMOTE, str(wanted), Actor.local(), reason)
+    _change(promotion, current, Target(wanted, format), entry, as_json, forced=reason if manifest.failed else None)
 
 
 @click.command()
 @click.argument("name")
+@reason_option
 @json_option
 @click.pass_context
-def rollback(ctx: click.Context, name: str, as_json: bool) -> None:
+def rollback(ctx: click.Context, name: str, reason: str | None, as_json: bool) -> None:
     """Bring back the version that NAME served before; while another is on its way, keep the one that serves."""
     promotion = Promotion.of(settings_of(ctx))
     current, served = promotion.current(name), promotion.served(name)
@@ -165,11 +170,18 @@ def rollback(ctx: click.Context, name: str, as_json: bool) -> None:
     target = served if served != current.target else current.previous
     if target is None:
         raise NotFoundError(f"{name} served no version before {current.target}", todo="promote one: svc promote NAME@N")
-    _change(promotion, current, target, as_json)
+    entry = AuditEntry(Action.ROLLBACK, str(target.version), Actor.local(), reason)
+    _change(promotion, current, target, entry, as_json)
 
 
 def _change(
-    promotion: Promotion, current: Desired, target: Target, as_json: bool, *, forced: str | None = None
+    promotion: Promotion,
+    current: Desired,
+    target: Target,
+    entry: AuditEntry,
+    as_json: bool,
+    *,
+    forced: str | None = None,
 ) -> None:
     if target == current.target:
         if promotion.served(target.version.name) != target:
@@ -187,7 +199,7 @@ def _change(
         click.echo(f"  {step}", err=True)
         steps.append(step)
 
-    result = promotion.change(current, target, on_step=show, forced=forced)
+    result = promotion.change(current, target, on_step=show, forced=forced, entry=entry)
     if as_json:
         from svc.terminal import print_json
 

@@ -82,6 +82,7 @@ class Deployment:
         try:
             await self.pool.stop(leave=leave)
         finally:
+            self.reconciler.journal.stopped(self.name)
             await asyncio.to_thread(self.reconciler.journal.close)
 
     def status(self) -> Mapping[str, Any]:

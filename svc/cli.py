@@ -34,6 +34,9 @@ COMMANDS = {
     "chat": ("serving.cli:chat", "Talk to the served model in the terminal."),
     "keys": ("svc.access.cli:keys", "Make, list, rotate and revoke keys."),
     "usage": ("svc.access.cli:usage", "Show tokens and requests by key and model."),
+    "audit": ("svc.audit.cli:audit", "Show who changed what, and verify that nobody changed the log."),
+    "history": ("svc.audit.cli:history", "Show which version of a model served when."),
+    "forget": ("svc.audit.cli:forget", "Remove what is kept of requests: of a user, of a key, of a time."),
     "gc": ("svc.registry.cli:gc", "Remove what old runs, logs and caches have left."),
     "ui": ("svc.registry.cli:ui", "Look at runs, versions and aliases in MLflow's pages."),
 }

@@ -12,6 +12,7 @@ from svc.errors import BusyError, NotFoundError, ServerNotRunningError
 from svc.registry.registry import Registry
 from svc.server_url import read_status, server_url
 from svc.settings import Settings
+from svc.store.audit import AuditEntry
 from svc.store.database import open_database
 from svc.store.desired import Desired, change_desired, read_desired
 from svc.store.swaps import SwapKind, SwapOutcome, SwapResult, find_swap
@@ -72,19 +73,26 @@ class Promotion:
         return Target(VersionId.parse(status["version"]), Format(status["format"])) if status else None
 
     def change(
-        self, seen: Desired, target: Target, on_step: Callable[[str], None], *, forced: str | None = None
+        self,
+        seen: Desired,
+        target: Target,
+        on_step: Callable[[str], None],
+        *,
+        forced: str | None = None,
+        entry: AuditEntry | None = None,
     ) -> SwapResult:
         """Asks for a version, and returns when the server is done with it, also where it cannot write that down.
 
         Args:
             on_step: hears each step of the server once.
             forced: why, where the version failed a check.
+            entry: of the audit log.
 
         Raises:
             BusyError: somebody else promoted at the same moment.
             ServerNotRunningError: the server ended meanwhile; it takes the wish up when it starts again.
         """
-        wanted = change_desired(self.store, seen, target, previous=seen.target, forced=forced)
+        wanted = change_desired(self.store, seen, target, previous=seen.target, forced=forced, entry=entry)
         told, unwritten = 0, None
         next_look = time.monotonic() + _UNWRITTEN_S
         while True:

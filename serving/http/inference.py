@@ -37,7 +37,7 @@ from serving.telemetry.content import Content
 from serving.telemetry.metrics import CLIENT_GONE_STATUS, UNKNOWN_MODEL, GatewayMetrics
 from serving.telemetry.request_log import RequestLog
 from svc.settings import ServeSettings
-from svc.store.requests import RequestRecord
+from svc.store.requests import RequestRecord, hash_user
 from svc.version import Target
 
 _EVENT_STREAM = "text/event-stream"
@@ -175,6 +175,7 @@ class Exchange:
             tokens_out=usage.completion if usage else None,
             temperature=request.temperature if request else None,
             max_tokens=request.max_tokens if request else None,
+            user_hash=hash_user(request.user) if request and request.user else None,
         )
         self._gateway.request_log.add(record, self._content if served else None)
 

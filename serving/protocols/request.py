@@ -82,6 +82,7 @@ class CompletionRequest:
         max_tokens: longest answer, likewise.
         answers: how many, of all prompts together.
         who: tells one client or conversation from another; empty where the request does not say.
+        user: what the client calls its user; None where it does not say.
     """
 
     model: str
@@ -92,6 +93,7 @@ class CompletionRequest:
     max_tokens: int | None = None
     answers: int = 1
     who: str = ""
+    user: str | None = None
 
     def payload(self, engine_model: str) -> bytes:
         """The JSON that goes to the engine.
@@ -198,6 +200,7 @@ def parse_request(body: bytes, route: Route) -> CompletionRequest:
         max_tokens=_max_tokens(fields, route),
         answers=count_answers(fields, route),
         who=_who(fields, route),
+        user=_user(fields),
     )
 
 
@@ -245,6 +248,14 @@ def _who(fields: Mapping[str, Any], route: Route) -> str:
     if isinstance(said, list):
         said = next((part.get("text") for part in said if isinstance(part, dict)), None)
     return said[:_WHO_CHARS] if isinstance(said, str) else ""
+
+
+def _user(fields: Mapping[str, Any]) -> str | None:
+    """OpenAI's `user`, which is called `safety_identifier` now; Anthropic's `metadata.user_id`."""
+    metadata = fields.get("metadata")
+    named = (fields.get("user"), fields.get("safety_identifier"))
+    said = (*named, metadata.get("user_id") if isinstance(metadata, dict) else None)
+    return next((user for user in said if isinstance(user, str) and user), None)
 
 
 def _flag(fields: Mapping[str, Any], key: str, param: str) -> bool:

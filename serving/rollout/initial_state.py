@@ -4,10 +4,12 @@ from collections.abc import Sequence
 
 from sqlalchemy import Engine as Store
 
+from svc.actor import Actor
 from svc.errors import NotFoundError, RefusedError
 from svc.registry.adapter import read_adapter
 from svc.registry.manifest import Manifest
 from svc.registry.registry import Registry
+from svc.store.audit import Action, AuditEntry
 from svc.store.deployments import deployed_names, set_deployments
 from svc.store.desired import Desired, change_desired, desired_names, read_desired
 from svc.version import Format, Target, VersionId
@@ -42,7 +44,9 @@ def choose_deployments(
 
 
 def choose_desired(registry: Registry, store: Store, model: str, format: Format | None) -> Desired:
-    """The desired state to start from, written to the store where it is new.
+    """The desired state to start from, written to the store and into the audit log where it is new.
+
+    Only a person on this machine chooses it.
 
     Args:
         model: NAME, NAME@N or NAME@alias.
@@ -61,7 +65,8 @@ def choose_desired(registry: Registry, store: Store, model: str, format: Format 
     if seen and seen.target == target:
         return seen
     require_promotable(registry.manifest(version))
-    return change_desired(store, seen, target, previous=seen.target if seen else None)
+    entry = AuditEntry(Action.SERVE, str(version), Actor.local())
+    return change_desired(store, seen, target, previous=seen.target if seen else None, entry=entry)
 
 
 def require_servable(registry: Registry, target: Target) -> None:

@@ -1,20 +1,24 @@
-"""Writes swaps into the store from one thread, in order, so that neither the event loop nor a swap waits for a disk."""
+"""Writes swaps, and what serves, into the store from one thread, in order, so that neither the event loop nor a swap
+waits for a disk.
+"""
 
 import asyncio
 import logging
 import threading
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from datetime import UTC, datetime
 
 from sqlalchemy import Engine as Store
 
 from svc.store.desired import Desired
+from svc.store.served import Began, begin_serving, end_serving
 from svc.store.swaps import SwapResult, add_step, begin_swap, end_swap
 
 log = logging.getLogger(__name__)
 
 _ATTEMPTS = 5
-"""At a step, which may be lost; an end is tried until it is written."""
+"""At a step, which may be lost; all else is tried until it is written."""
 _PAUSE_S = 1.0
 _LONGEST_PAUSE_S = 30.0
 _CLOSE_S = 20.0  # longer than the store waits for another writer
@@ -52,6 +56,16 @@ class Journal:
         log.info("swap %d: %s", swap_id, result.outcome)
         self._unwritten[swap_id] = result
         self._writer.submit(self._write_end, swap_id, result)
+
+    def serves(self, desired: Desired, began_by: Began) -> None:
+        """Writes that a version serves from now on, soon; again and again until the store takes it."""
+        now = datetime.now(UTC)
+        self._writer.submit(self._write, lambda: begin_serving(self._store, desired, began_by, now))
+
+    def stopped(self, name: str) -> None:
+        """Writes that nothing serves under a name any more, likewise."""
+        now = datetime.now(UTC)
+        self._writer.submit(self._write, lambda: end_serving(self._store, name, now))
 
     def close(self, timeout_s: float | None = None) -> None:
         """Writes what waits, and ends. What is not written in time is lost: the next start ends such a swap's entry.

@@ -26,6 +26,7 @@ from serving.rollout.swap_plan import Report
 from serving.telemetry.deployment_metrics import DeploymentMetrics
 from svc.errors import BusyError, SvcError, SwapError
 from svc.store.desired import Desired, change_desired, read_desired
+from svc.store.served import Began
 from svc.store.swaps import SwapOutcome, SwapResult, find_swap
 from svc.version import Target
 
@@ -121,7 +122,7 @@ class Reconciler:
             ) from error
         finally:
             reading.cancel()
-        self._serves()
+        self._serves(Began.START)
         await self._end_cut_off(SwapResult(SwapOutcome.SUCCEEDED))
 
     async def adopt(self) -> bool:
@@ -132,13 +133,13 @@ class Reconciler:
         """
         desired = self._actual
         if await self._found(desired.target):
-            self._serves()
+            self._serves(Began.ADOPTED)
             await self._end_cut_off(SwapResult(SwapOutcome.SUCCEEDED))
             return True
         if desired.previous is None or not await self._found(desired.previous):
             return False
         self._actual = Desired(desired.previous, None, desired.generation - 1)
-        self._serves()
+        self._serves(Began.ADOPTED)
         return True
 
     async def _found(self, target: Target) -> bool:
@@ -236,7 +237,7 @@ class Reconciler:
     async def _settle(self, desired: Desired, before: Desired, result: SwapResult, cancellation: Cancellation) -> None:
         if result.outcome is SwapOutcome.SUCCEEDED:
             self._actual = desired
-            self._serves()
+            self._serves(Began.SWAP)
             await self._correct_previous(before)
             if desired.target != before.target:
                 with suppress(SupersededError):
@@ -248,17 +249,23 @@ class Reconciler:
             self.last_error = result.reason
             await self._put_back(desired, before)
 
-    def _serves(self) -> None:
-        """Tells everybody what serves now."""
+    def _serves(self, began_by: Began | None = None) -> None:
+        """Tells everybody what serves now.
+
+        Args:
+            began_by: why; None where it is what served before.
+        """
         target = self._actual.target
         self._names.serve(target)
         self._metrics.version_loaded(target)
         self._alias.move(target.version)
+        if began_by is not None:
+            self._journal.serves(self._actual, began_by)
 
     def _revived(self) -> None:
         """An engine was started beside all swaps: where the first start had failed, a version serves from now on."""
         if self._names.served is None:
-            self._serves()
+            self._serves(Began.START)
 
     def note_error(self, error: str) -> None:
         """Keeps why there is no engine, for the status."""

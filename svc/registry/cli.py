@@ -4,8 +4,9 @@ import sys
 
 import click
 
+from svc.actor import Actor
 from svc.errors import BusyError, NotFoundError
-from svc.invocation import json_option, settings_of
+from svc.invocation import json_option, reason_option, settings_of
 from svc.registry.manifest import Manifest
 from svc.registry.registry import Registry
 from svc.version import VersionId
@@ -44,11 +45,13 @@ def models(ctx: click.Context, as_json: bool) -> None:
 
 @models.command()
 @click.argument("versions", nargs=-1, required=True, metavar="NAME@N...")
+@reason_option
 @json_option
 @click.pass_context
-def rm(ctx: click.Context, versions: tuple[str, ...], as_json: bool) -> None:
+def rm(ctx: click.Context, versions: tuple[str, ...], reason: str | None, as_json: bool) -> None:
     """Remove versions that no alias, no server and no rollback needs."""
     from svc.registry.housekeeping import remove_version
+    from svc.store.audit import Action, AuditEntry, record_event
     from svc.store.database import open_database
 
     settings = settings_of(ctx)
@@ -57,6 +60,7 @@ def rm(ctx: click.Context, versions: tuple[str, ...], as_json: bool) -> None:
     removed = []
     for version in parsed:
         size = remove_version(registry, store, version)
+        record_event(store, AuditEntry(Action.REMOVE_VERSION, str(version), Actor.local(), reason, {"bytes": size}))
         removed.append({"version": str(version), "bytes": size})
         if not as_json:
             click.echo(f"removed {version}: {size / 1e6:.0f} MB")
@@ -71,18 +75,24 @@ def rm(ctx: click.Context, versions: tuple[str, ...], as_json: bool) -> None:
     "--older-than", default=14.0, show_default=True, type=click.FloatRange(0), help="Days since the last use."
 )
 @click.option("--dry-run", is_flag=True, help="Show what would go, and remove nothing.")
+@reason_option
 @json_option
 @click.pass_context
-def gc(ctx: click.Context, older_than: float, dry_run: bool, as_json: bool) -> None:
+def gc(ctx: click.Context, older_than: float, dry_run: bool, reason: str | None, as_json: bool) -> None:
     """Remove what old runs, interrupted work, logs and caches have left; versions stay."""
     from svc.registry.housekeeping import find_reclaimable, reclaim
+    from svc.store.audit import Action, AuditEntry, record_event
+    from svc.store.database import open_database
 
     settings = settings_of(ctx)
+    store = open_database(settings.home)
     gone, failed = [], 0
     for found in list(find_reclaimable(Registry.of(settings), settings.home, older_than)):
         try:
             if not dry_run:
                 reclaim(found)
+                details = {"bytes": found.size, "why": found.why}
+                record_event(store, AuditEntry(Action.COLLECT, str(found.path), Actor.local(), reason, details))
         except (BusyError, OSError) as error:
             failed += 1
             click.echo(f"kept {found.path}: {error}", err=True)

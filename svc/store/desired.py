@@ -1,6 +1,6 @@
 """Desired states: one row a name, changed by compare-and-set, so that of two promotions at once one is told to wait."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 
 from sqlalchemy import Engine as Store
@@ -9,6 +9,8 @@ from sqlalchemy.exc import IntegrityError as RowExistsError
 from sqlalchemy.orm import Session
 
 from svc.errors import BusyError
+from svc.store.audit import AuditEntry, append_event
+from svc.store.database import exclusive
 from svc.store.tables import DesiredRow
 from svc.version import Format, Target, VersionId
 
@@ -48,13 +50,21 @@ def desired_names(store: Store) -> list[str]:
 
 
 def change_desired(
-    store: Store, seen: Desired | None, target: Target, previous: Target | None, *, forced: str | None = None
+    store: Store,
+    seen: Desired | None,
+    target: Target,
+    previous: Target | None,
+    *,
+    forced: str | None = None,
+    entry: AuditEntry | None = None,
 ) -> Desired:
     """Compare-and-set.
 
     Args:
         seen: the state that the decision was made on; None when there was none.
         forced: why, where the version failed a check.
+        entry: goes into the audit log with the change, and gets its details here; None where nobody asked for it, as
+            where a server puts back what it could not bring.
 
     Raises:
         BusyError: somebody else changed it since.
@@ -69,7 +79,7 @@ def change_desired(
         "changed_at": datetime.now(UTC),
         "forced": forced,
     }
-    with Session(store) as session, session.begin():
+    with exclusive(store) as session:
         if seen is None:
             session.add(DesiredRow(name=name, **values))
             try:
@@ -80,6 +90,10 @@ def change_desired(
             unchanged = update(DesiredRow).where(DesiredRow.name == name, DesiredRow.generation == seen.generation)
             if session.execute(unchanged.values(**values)).rowcount != 1:  # type: ignore[attr-defined]
                 raise _changed(name)
+        if entry is not None:
+            before = str(seen.target) if seen else None
+            details = {"generation": generation, "format": target.format, "before": before, "forced": bool(forced)}
+            append_event(session, replace(entry, details=details))
     return Desired(target, previous, generation, forced)
 
 

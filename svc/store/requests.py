@@ -1,12 +1,13 @@
 """Requests that ended, one row each, and how long they are kept. Knows nothing of HTTP."""
 
+import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from datetime import datetime
 from enum import StrEnum
 from typing import Any
 
-from sqlalchemy import ColumnElement, delete, func, insert, select
+from sqlalchemy import ColumnElement, Connection, delete, func, insert, select
 from sqlalchemy import Engine as Store
 from sqlalchemy.orm import Session
 
@@ -65,6 +66,7 @@ class RequestRecord:
         temperature: as the client sent it; None where it did not, or sent no number.
         max_tokens: the longest answer that the client asked for, likewise.
         outcome: how it ended; None in rows of older releases.
+        user_hash: `hash_user` of what the client called its user, if anything.
     """
 
     request_id: str
@@ -87,16 +89,22 @@ class RequestRecord:
     max_tokens: int | None = None
     client_request_id: str | None = None
     outcome: Outcome | None = None
+    user_hash: str | None = None
 
     @property
     def bytes(self) -> int:
         """Roughly what it takes in the store; its own id stands in an index too."""
-        texts = (self.prompt, self.answer, self.client_request_id)
+        texts = (self.prompt, self.answer, self.client_request_id, self.user_hash)
         content = sum(len(text.encode("utf-8")) for text in texts if text)
         return _ROW_BYTES + 2 * len(self.request_id) + content
 
 
 _AS_THEY_ARE = [field.name for field in fields(RequestRecord) if field.name not in ("version", "format")]
+
+
+def hash_user(user: str) -> str:
+    """What is kept of a client's own name for a user, often a mail address: enough to find what is to be forgotten."""
+    return hashlib.sha256(user.encode("utf-8", "surrogatepass")).hexdigest()[:32]
 
 
 def add_requests(store: Store, records: Sequence[RequestRecord]) -> None:
@@ -135,7 +143,8 @@ def prune_requests(store: Store, *, before: datetime, max_bytes: int, known_byte
         known_bytes: what all rows take together or more, as who writes them reckons: within the limit they are not
             summed up, for which all of them are read. None where nobody knows.
     """
-    gone = _delete(store, RequestRow.started_at < before)
+    with store.connect() as connection:
+        gone = delete_requests(connection, RequestRow.started_at < before)
     left = None if known_bytes is None else max(0, known_bytes - gone.bytes)
     if left is not None and left <= max_bytes:
         return Pruned(gone.rows, left)
@@ -147,23 +156,27 @@ def prune_requests(store: Store, *, before: datetime, max_bytes: int, known_byte
         newer = func.sum(RequestRow.bytes).over(order_by=RequestRow.id.desc()).label("newer")
         ranked = select(RequestRow.id, newer).subquery()
         last = session.scalar(select(func.max(ranked.c.id)).where(ranked.c.newer > _KEPT_SHARE * max_bytes))
-    oldest = _delete(store, RequestRow.id <= last)
+    with store.connect() as connection:
+        oldest = delete_requests(connection, RequestRow.id <= last)
     return Pruned(gone.rows + oldest.rows, left - oldest.bytes)
 
 
 @dataclass(frozen=True, slots=True)
-class _Deleted:
+class Deleted:
+    """Rows that went, and what they took."""
+
     rows: int
     bytes: int
 
 
-def _delete(store: Store, which: ColumnElement[bool]) -> _Deleted:
+def delete_requests(connection: Connection, which: ColumnElement[bool]) -> Deleted:
+    """Deletes rows with their feedback, the oldest first, some in each transaction of the connection."""
     rows, size = 0, 0
     while True:
         oldest = select(RequestRow.id).where(which).order_by(RequestRow.id).limit(_DELETED_TOGETHER)
-        with store.begin() as connection:
+        with connection.begin():
             statement = delete(RequestRow).where(RequestRow.id.in_(oldest)).returning(RequestRow.bytes)
             deleted = connection.scalars(statement).all()
         rows, size = rows + len(deleted), size + sum(deleted)
         if len(deleted) < _DELETED_TOGETHER:
-            return _Deleted(rows, size)
+            return Deleted(rows, size)

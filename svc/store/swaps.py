@@ -1,7 +1,8 @@
 """The journal of swaps: the server writes it, `svc promote` follows it, `svc status` shows the last one."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from enum import StrEnum
 
 from sqlalchemy import Engine as Store
@@ -122,14 +123,28 @@ def find_swap(store: Store, name: str, generation: int | None = None) -> SwapRec
         if row is None:
             return None
         steps = session.scalars(select(SwapStepRow).where(SwapStepRow.swap_id == row.id).order_by(SwapStepRow.id))
-        return SwapRecord(
-            id=row.id,
-            target=Target(VersionId(row.name, row.number), Format(row.format)),
-            generation=row.generation,
-            started_at=row.started_at,
-            result=_result(row),
-            steps=tuple(step.text for step in steps),
-        )
+        return _record(row, [step.text for step in steps])
+
+
+def succeeded_swaps(store: Store, name: str) -> list[tuple[SwapRecord, datetime]]:
+    """The swaps of a name that succeeded, in order and without their steps, and about when each did."""
+    query = select(SwapRow).where(SwapRow.name == name, SwapRow.outcome == SwapOutcome.SUCCEEDED.value)
+    with Session(store) as session:
+        return [
+            (_record(row, ()), row.started_at + timedelta(seconds=row.took_s or 0))
+            for row in session.scalars(query.order_by(SwapRow.id))
+        ]
+
+
+def _record(row: SwapRow, steps: Sequence[str]) -> SwapRecord:
+    return SwapRecord(
+        id=row.id,
+        target=Target(VersionId(row.name, row.number), Format(row.format)),
+        generation=row.generation,
+        started_at=row.started_at,
+        result=_result(row),
+        steps=tuple(steps),
+    )
 
 
 def _result(row: SwapRow) -> SwapResult | None:

@@ -13,10 +13,14 @@ import httpx
 import pytest
 from click.testing import CliRunner, Result
 
+from svc.actor import Actor
 from svc.cli import group
 from svc.errors import BusyError, NotFoundError, RefusedError, ServerNotRunningError, SvcError
 from svc.server_url import read_status, server_url
+from svc.store.audit import read_events
 from svc.store.desired import read_desired
+from svc.store.served import served_spans
+from svc.version import VersionId
 from tests.serving.control import until
 from tests.serving.home import Home
 from tests.serving.versions import NAME, make_version, target
@@ -146,7 +150,7 @@ async def test_a_version_that_failed_a_check_is_promoted_by_force_and_the_swap_s
     assert "it failed a check, and is wanted all the same: the demo of Monday" in result.output
 
 
-@pytest.mark.parametrize("options", [["--force"], ["--reason", "why"], ["--force", "--reason", " "]])
+@pytest.mark.parametrize("options", [["--force"], ["--force", "--reason", " "]])
 async def test_force_goes_with_a_reason(serving: Home, options: list[str]) -> None:
     result = await type_in(serving, "promote", f"{NAME}@2", *options)
     assert result.exit_code == 2
@@ -158,6 +162,40 @@ async def test_force_of_a_version_that_passed_forces_nothing(serving: Home) -> N
     desired = read_desired(serving.store, NAME)
     assert desired is not None
     assert desired.forced is None
+
+
+async def test_who_promoted_and_rolled_back_and_why_is_in_the_audit_log(serving: Home) -> None:
+    await type_in(serving, "promote", f"{NAME}@2", "--reason", "it is better")
+    await type_in(serving, "rollback", NAME, "--reason", "it is not")
+    await type_in(serving, "promote", f"{NAME}@1")  # it serves already
+    events = read_events(serving.store, newest=9)
+    me = Actor.local()
+    assert [(event.action, event.subject, event.reason) for event in events] == [
+        ("serve", f"{NAME}@1", None),
+        ("promote", f"{NAME}@2", "it is better"),
+        ("rollback", f"{NAME}@1", "it is not"),
+    ]
+    assert {(event.actor, event.origin) for event in events} == {(me.name, me.origin)}
+
+
+async def test_a_promotion_that_is_not_carried_out_was_asked_for_and_never_served(serving: Home) -> None:
+    weights = serving.registry.folder(VersionId(NAME, 2)) / "merged" / "model.safetensors"
+    weights.chmod(0o644)
+    weights.write_bytes(weights.read_bytes()[:-1] + b"?")
+    error_of(await type_in(serving, "promote", f"{NAME}@2"))
+    assert [event.subject for event in read_events(serving.store, newest=1)] == [f"{NAME}@2"]
+    assert {span.target.version.number for span in served_spans(serving.store, NAME)} == {1}
+
+
+async def test_the_history_has_the_start_the_swaps_and_the_stop(home: Home) -> None:
+    async with home.serving(f"{NAME}@1"):
+        await type_in(home, "promote", f"{NAME}@2", "--reason", "it is better")
+    rows = json.loads((await type_in(home, "history", NAME, "--json")).stdout)
+    assert [(row["version"], row["began_by"], row["ended_by"], row["action"], row["why"]) for row in rows] == [
+        (f"{NAME}@1", "start", "swap", "serve", None),
+        (f"{NAME}@2", "swap", "stop", "promote", "it is better"),
+    ]
+    assert rows[0]["until"] == rows[1]["from"] < rows[1]["until"]
 
 
 async def test_rollback_and_back(serving: Home) -> None:

@@ -13,6 +13,7 @@ from sqlalchemy import select
 from sqlalchemy.orm import Session
 
 from svc.settings import RequestLogSettings
+from svc.store.requests import hash_user
 from svc.store.tables import RequestRow
 from tests.serving.engine_double import Fault
 from tests.serving.http.test_inference import failed, until
@@ -68,6 +69,13 @@ async def test_how_it_was_sampled(
 ) -> None:
     row = await row_after(service, client, {**CHAT, **sent})
     assert (row.temperature, row.max_tokens, row.logprob) == (*kept, None)
+
+
+@pytest.mark.parametrize(("sent", "kept"), [({}, None), ({"user": "a@b.de"}, hash_user("a@b.de"))])
+async def test_of_a_user_a_hash_is_kept(
+    service: Service, client: httpx.AsyncClient, sent: dict[str, str], kept: str | None
+) -> None:
+    assert (await row_after(service, client, {**CHAT, **sent})).user_hash == kept
 
 
 async def test_only_a_stream_has_a_first_token(service: Service, client: httpx.AsyncClient) -> None:

@@ -273,3 +273,20 @@ def test_who_asks_is_told_by_the_user_or_by_how_the_conversation_began(
 
 def test_of_a_long_beginning_a_part_is_enough() -> None:
     assert len(parse({"model": "tuned", "user": "x" * 10_000}).who) < 1000
+
+
+@pytest.mark.parametrize(
+    ("fields", "user"),
+    [
+        ({}, None),
+        ({"user": "ann"}, "ann"),
+        ({"safety_identifier": "ann"}, "ann"),
+        ({"metadata": {"user_id": "ann"}}, "ann"),
+        ({"user": "", "safety_identifier": "ann"}, "ann"),
+        ({"user": 7, "metadata": ["user_id"]}, None),
+        ({"metadata": {"user_id": None}}, None),
+    ],
+)
+def test_what_a_client_calls_its_user_is_known(fields: dict[str, Any], user: str | None) -> None:
+    body = json.dumps({"model": "m", "messages": TURNS, **fields}).encode()
+    assert parse_request(body, Route.CHAT_COMPLETIONS).user == user

@@ -8,6 +8,7 @@ import pytest
 
 from svc.engine.state import EngineState
 from svc.errors import IntegrityError
+from svc.store.served import Began, Ended, served_spans
 from svc.store.swaps import SwapOutcome, begin_swap, find_swap
 from tests.serving.control import Control, Make, ask, until
 from tests.serving.engine_park import DoubleEngine
@@ -43,6 +44,13 @@ async def test_it_goes_on_with_the_engine_that_runs(left: Control) -> None:
         assert not any("/1/" not in engine.double.weights for engine in control.park.engines)
         assert control.double.calls.count("/v1/completions") == probes + 1
         assert control.park.alive == 1
+
+
+async def test_the_history_says_that_the_server_was_lost_and_the_engine_adopted(left: Control) -> None:
+    async with again(left) as control:
+        await until(lambda: len(served_spans(control.store, NAME)) == 2)
+        spans = served_spans(control.store, NAME)
+    assert [(span.began_by, span.ended_by) for span in spans] == [(Began.START, Ended.LOST), (Began.ADOPTED, None)]
 
 
 async def test_it_swaps_and_watches_an_engine_that_it_took_over(left: Control) -> None:

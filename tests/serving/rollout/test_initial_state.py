@@ -3,7 +3,9 @@
 import pytest
 
 from serving.rollout.initial_state import choose_deployments, choose_desired
+from svc.actor import Actor
 from svc.errors import NotFoundError, RefusedError
+from svc.store.audit import read_events
 from svc.store.deployments import deployed_names
 from svc.store.desired import change_desired, read_desired
 from svc.version import Alias, Format, VersionId
@@ -125,3 +127,15 @@ def test_an_adapter_that_vllm_cannot_apply_is_not_desired(home: Home) -> None:
         choose(home, f"{NAME}@4", Format.ADAPTER)
     assert "--format merged" in caught.value.todo
     assert read_desired(home.store, NAME) is None
+
+
+def test_who_serves_another_version_is_in_the_audit_log(home: Home) -> None:
+    choose(home, f"{NAME}@1")
+    choose(home, f"{NAME}@1")
+    choose(home, f"{NAME}@2")
+    events = read_events(home.store, newest=9)
+    assert [(event.action, event.subject, event.details["generation"]) for event in events] == [
+        ("serve", f"{NAME}@1", 1),
+        ("serve", f"{NAME}@2", 2),
+    ]
+    assert {event.actor for event in events} == {Actor.local().name}

@@ -13,6 +13,7 @@ from sqlalchemy.exc import OperationalError
 from serving.rollout import journal as module
 from serving.rollout.journal import Journal
 from svc.store.desired import Desired
+from svc.store.served import Began, Ended, begin_serving, served_spans
 from svc.store.swaps import SwapOutcome, SwapRecord, SwapResult, begin_swap, end_swap, find_swap
 from tests.serving.versions import NAME, target
 
@@ -156,3 +157,21 @@ def _fails(function: Callable[..., Any], times: int, error: Exception) -> Callab
         return function(*arguments)
 
     return fail
+
+
+async def test_what_serves_is_written_in_order_also_where_the_store_fails_for_a_while(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "_PAUSE_S", 0.01)
+    monkeypatch.setattr(module, "begin_serving", _fails_once(begin_serving))
+    journal = Journal(store)
+    journal.serves(Desired(target(1), None, 1), Began.START)
+    journal.serves(DESIRED, Began.SWAP)
+    journal.stopped(NAME)
+    await asyncio.to_thread(journal.close)
+    spans = served_spans(store, NAME)
+    assert [(span.target, span.began_by, span.ended_by) for span in spans] == [
+        (target(1), Began.START, Ended.SWAP),
+        (target(2), Began.SWAP, Ended.STOP),
+    ]
+    assert spans[0].ended_at == spans[1].began_at

@@ -17,6 +17,8 @@ from svc.registry.housekeeping import find_reclaimable, reclaim, remove_version
 from svc.registry.manifest import BaseRecord, Manifest
 from svc.registry.registry import Registry
 from svc.registry.tracking import Tracking
+from svc.store.audit import read_events
+from svc.store.database import open_database
 from svc.store.desired import change_desired, read_desired
 from svc.store.swaps import begin_swap
 from svc.version import Alias, Format, Target, VersionId
@@ -308,9 +310,29 @@ def test_a_dry_run_removes_nothing(svc: Svc, tmp_path: Path) -> None:
     assert ended.code == 0
     assert "nothing was removed" in ended.out
     assert old.is_dir()
+    assert read_events(open_database(tmp_path / ".svc"), newest=9) == []
     ended = svc("gc", "--json")
     assert [Path(row["path"]).name for row in json.loads(ended.out)] == ["old"]
     assert not old.exists()
+
+
+def test_what_was_removed_and_why_is_in_the_audit_log(svc: Svc, tmp_path: Path) -> None:
+    old = make_run(tmp_path / ".svc", "old", 15)
+    svc("gc", "--reason", "the disk is full")
+    (event,) = read_events(open_database(tmp_path / ".svc"), newest=9)
+    assert (event.action, event.subject, event.reason) == ("gc", str(old), "the disk is full")
+    assert event.details["bytes"] >= 1000
+
+
+def test_a_version_that_was_removed_is_in_the_audit_log_and_one_that_stays_is_not(
+    svc: Svc, registry: Registry, tmp_path: Path, publish: Publish, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Registry, "of", lambda settings: registry)
+    needed, gone = publish().id, publish().id
+    registry.tracking.set_alias(needed, Alias.PRODUCTION)
+    assert svc("models", "rm", str(gone), str(needed), "--reason", "too old").code == BusyError.exit_code
+    (event,) = read_events(open_database(tmp_path / ".svc"), newest=9)
+    assert (event.action, event.subject, event.reason) == ("version.remove", str(gone), "too old")
 
 
 def test_rm_says_which_version_does_not_exist(svc: Svc) -> None:

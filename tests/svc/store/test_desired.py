@@ -6,7 +6,9 @@ from dataclasses import replace
 import pytest
 from sqlalchemy import Engine as Store
 
+from svc.actor import Actor
 from svc.errors import BusyError
+from svc.store.audit import Action, AuditEntry, read_events
 from svc.store.desired import Desired, change_desired, desired_names, read_desired
 from svc.version import Format, Target, VersionId
 
@@ -108,3 +110,21 @@ def test_of_many_changes_at_once_exactly_one_wins(store: Store, exists: bool) ->
 
 def test_a_target_reads_as_version_and_format() -> None:
     assert str(target(3, Format.MERGED)) == "tiny@3 (merged)"
+
+
+PROMOTION = AuditEntry(Action.PROMOTE, "tiny@2", Actor("user:alice", "box"), "it is better")
+
+
+def test_who_changes_it_is_in_the_audit_log_with_what_was_before(store: Store) -> None:
+    first = change_desired(store, None, target(1), None)
+    change_desired(store, first, target(2), first.target, entry=PROMOTION)
+    (event,) = read_events(store, newest=9)
+    assert (event.action, event.subject, event.reason) == ("promote", "tiny@2", "it is better")
+    assert event.details == {"before": "tiny@1 (gptq)", "forced": False, "format": "gptq", "generation": 2}
+
+
+def test_a_change_that_is_refused_is_not_in_the_audit_log(store: Store) -> None:
+    change_desired(store, None, target(1), None)
+    with pytest.raises(BusyError):
+        change_desired(store, None, target(2), None, entry=PROMOTION)
+    assert read_events(store, newest=9) == []

@@ -1,0 +1,1 @@
+"""What happened: who changed what, which version served when; and what is to be forgotten."""

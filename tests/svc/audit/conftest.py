@@ -1,0 +1,14 @@
+"""A store in a folder of the test."""
+
+from pathlib import Path
+
+import pytest
+from sqlalchemy import Engine as Store
+
+from svc.store.database import open_database
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> Store:
+    """An empty store, where `svc` in the same folder finds it."""
+    return open_database(tmp_path / ".svc")

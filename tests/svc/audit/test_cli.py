@@ -1,0 +1,180 @@
+"""`svc audit`, `svc history` and `svc forget` as they are typed."""
+
+import io
+import json
+from dataclasses import replace
+from datetime import UTC, datetime, timedelta
+
+import pytest
+from sqlalchemy import Engine as Store
+
+from svc.actor import Actor
+from svc.errors import IntegrityError, NotFoundError
+from svc.store.audit import Action, AuditEntry, read_events, record_event, verify_chain
+from svc.store.desired import change_desired
+from svc.store.requests import add_requests, hash_user
+from svc.store.served import Began, begin_serving
+from svc.version import Format, Target, VersionId
+from tests.command_line import Svc
+from tests.svc.store.test_requests import RECORD, kept
+
+ALICE = Actor("user:alice", "box")
+
+
+@pytest.fixture
+def three(store: Store) -> Store:
+    """A log of three events."""
+    for number in (1, 2):
+        record_event(store, AuditEntry(Action.PROMOTE, f"tickets@{number}", ALICE, "[bold]", {"before": None}))
+    record_event(store, AuditEntry(Action.REVOKE_KEY, "key:abcd0123", ALICE, "leaked", {"name": "ci"}))
+    return store
+
+
+def test_an_empty_log_is_no_error(svc: Svc) -> None:
+    ended = svc("audit")
+    assert (ended.code, ended.out) == (0, "no such event yet\n")
+
+
+def test_people_see_who_did_what_from_where_and_why(svc: Svc, three: Store) -> None:
+    lines = svc("audit").out.splitlines()
+    assert len(lines) == 4
+    for text in ("user:alice", "box", "promote", "tickets@2", "[bold]"):
+        assert text in lines[2]
+    assert "name ci" in lines[3]
+
+
+def test_machines_get_everything(svc: Svc, three: Store) -> None:
+    rows = json.loads(svc("audit", "--json").out)
+    assert [(row["id"], row["subject"]) for row in rows] == [(1, "tickets@1"), (2, "tickets@2"), (3, "key:abcd0123")]
+    assert rows[2]["details"] == {"name": "ci"}
+
+
+@pytest.mark.parametrize(
+    ("options", "found"),
+    [
+        (["--last", "1"], [3]),
+        (["--action", "promote"], [1, 2]),
+        (["--subject", "tickets"], [1, 2]),
+        (["--since", "1h"], [1, 2, 3]),
+        (["--since", "2999-01-01"], []),
+    ],
+)
+def test_events_are_chosen(svc: Svc, three: Store, options: list[str], found: list[int]) -> None:
+    assert [row["id"] for row in json.loads(svc("audit", "--json", *options).out)] == found
+
+
+def test_a_log_that_nobody_changed_is_verified(svc: Svc, three: Store) -> None:
+    ended = svc("audit", "--verify")
+    assert ended.code == 0
+    assert "3 events are as they were written" in ended.out
+    assert verify_chain(three).head in ended.out
+
+
+def test_a_log_that_was_changed_says_which_row_is_wrong_first(svc: Svc, three: Store) -> None:
+    with three.begin() as connection:
+        connection.exec_driver_sql("DROP TRIGGER audit_no_UPDATE")
+        connection.exec_driver_sql("UPDATE audit SET actor = 'user:bob' WHERE id >= 2")
+    ended = svc("audit", "--verify")
+    assert ended.code == IntegrityError.exit_code
+    assert "row 2 is wrong first" in ended.err
+    told = svc("audit", "--verify", "--json")
+    assert told.code == IntegrityError.exit_code
+    assert json.loads(told.out)["fault"]["id"] == 2
+
+
+def test_a_hash_that_was_kept_is_looked_for(svc: Svc, three: Store) -> None:
+    assert svc("audit", "--verify", "--expect", verify_chain(three).head).code == 0
+    assert svc("audit", "--verify", "--expect", "0" * 64).code == IntegrityError.exit_code
+    assert svc("audit", "--expect", "x").code == 2
+
+
+@pytest.fixture
+def served(store: Store) -> Store:
+    """Two versions, of which the second serves."""
+    first = change_desired(store, None, Target(VersionId("tickets", 1), Format.GPTQ), None)
+    begin_serving(store, first, Began.START, at=datetime(2026, 1, 2, 12, tzinfo=UTC))
+    entry = AuditEntry(Action.PROMOTE, "tickets@2", ALICE, "it is better")
+    second = change_desired(store, first, Target(VersionId("tickets", 2), Format.GPTQ), first.target, entry=entry)
+    begin_serving(store, second, Began.SWAP, at=datetime(2026, 1, 3, 12, tzinfo=UTC))
+    return store
+
+
+def test_people_see_which_version_served_when(svc: Svc, served: Store) -> None:
+    first, second = svc("history", "tickets").out.splitlines()[1:]
+    assert first.split() == ["2026-01-02", "12:00:00", "2026-01-03", "12:00:00", "tickets@1", "gptq", "start", "swap"]
+    assert second.split() == ["2026-01-03", "12:00:00", "tickets@2", "gptq", "swap", "user:alice", "it", "is", "better"]
+
+
+def test_machines_see_it_too(svc: Svc, served: Store) -> None:
+    rows = json.loads(svc("history", "tickets", "--json").out)
+    assert [(row["version"], row["who"], row["until"]) for row in rows] == [
+        ("tickets@1", None, "2026-01-03T12:00:00.000+00:00"),
+        ("tickets@2", "user:alice", None),
+    ]
+
+
+def test_a_model_that_never_served_has_no_history(svc: Svc) -> None:
+    assert svc("history", "nobody").code == NotFoundError.exit_code
+    assert json.loads(svc("history", "nobody", "--json").out) == []
+
+
+@pytest.fixture
+def requested(svc: Svc, store: Store) -> str:
+    """The id of a key with one request, of a user; another request has neither, and is of today."""
+    key_id: str = json.loads(svc("keys", "create", "--name", "ci", "--json").out)["key_id"]
+    mine = replace(RECORD, request_id="mine", key_id=key_id, user_hash=hash_user("a@b.de"), prompt="secret")
+    add_requests(store, [mine, replace(RECORD, request_id="other", started_at=datetime.now(UTC))])
+    return key_id
+
+
+@pytest.mark.parametrize(
+    "options",
+    [["--user", "a@b.de"], ["--key", "ci"], ["--before", "1h"], ["--before", f"{datetime.now(UTC):%Y-%m-%d}"]],
+)
+def test_what_is_meant_is_removed_counted_and_in_the_audit_log(
+    svc: Svc, store: Store, requested: str, options: list[str]
+) -> None:
+    ended = svc("forget", *options, "--yes", "--reason", "article 17")
+    assert ended.out == "removed 1 requests, 1 with content, 0 with feedback\n"
+    assert kept(store) == ["other"]
+    event = read_events(store, newest=1)[0]
+    assert (event.action, event.reason) == ("forget", "article 17")
+    assert event.details == {"requests": 1, "contents": 1, "feedback": 0}
+
+
+def test_the_audit_log_does_not_name_a_user_who_was_forgotten(svc: Svc, store: Store, requested: str) -> None:
+    svc("forget", "--user", "a@b.de", "--yes")
+    assert read_events(store, newest=1)[0].subject == f"user:{hash_user('a@b.de')}"
+    assert "a@b.de" not in svc("audit", "--json").out
+
+
+def test_nothing_is_removed_before_it_is_confirmed(
+    svc: Svc, store: Store, requested: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("sys.stdin", io.StringIO("n\n"))
+    ended = svc("forget", "--key", requested)
+    assert ended.code == 130
+    assert "1 requests will be removed, 1 with their content" in ended.err
+    assert len(kept(store)) == 2
+    assert read_events(store, newest=1)[0].action == "key.create"
+
+
+def test_machines_get_the_figures_and_are_asked_nothing(svc: Svc, requested: str) -> None:
+    assert svc("forget", "--key", requested, "--json").code == 2
+    told = json.loads(svc("forget", "--key", requested, "--yes", "--json").out)
+    assert told == {"requests": 1, "contents": 1, "feedback": 0}
+
+
+@pytest.mark.parametrize("options", [[], ["--user", "a", "--key", "b"], ["--before", "1d", "--user", ""]])
+def test_one_thing_is_forgotten_at_a_time(svc: Svc, options: list[str]) -> None:
+    ended = svc("forget", *options, "--yes")
+    assert (ended.code, "say one of" in ended.err) == (2, True)
+
+
+def test_a_key_that_there_is_not_is_named(svc: Svc) -> None:
+    assert svc("forget", "--key", "nobody", "--yes").code == NotFoundError.exit_code
+
+
+def test_what_is_of_a_day_to_come_is_everything(svc: Svc, store: Store, requested: str) -> None:
+    tomorrow = datetime.now(UTC) + timedelta(days=1)
+    assert "removed 2 requests" in svc("forget", "--before", tomorrow.isoformat(), "--yes").out

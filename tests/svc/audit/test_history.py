@@ -1,0 +1,85 @@
+"""Which version served when, who wanted it, and what is known of the time before it was written down."""
+
+from datetime import UTC, datetime, timedelta
+
+import pytest
+from sqlalchemy import Engine as Store
+from sqlalchemy.orm import Session
+
+from svc.actor import Actor
+from svc.audit.history import read_history
+from svc.store.audit import Action, AuditEntry, record_event
+from svc.store.desired import Desired, change_desired
+from svc.store.served import Began, Ended, begin_serving
+from svc.store.swaps import SwapOutcome, SwapResult, begin_swap, end_swap
+from svc.store.tables import SwapRow
+from svc.version import Format, Target, VersionId
+
+NOON = datetime(2026, 1, 2, 12, tzinfo=UTC)
+ALICE = Actor("user:alice", "box")
+
+
+def target(number: int) -> Target:
+    return Target(VersionId("tickets", number), Format.GPTQ)
+
+
+def minute(number: int) -> datetime:
+    return NOON + timedelta(minutes=number)
+
+
+def swapped(store: Store, number: int, at: datetime, outcome: SwapOutcome = SwapOutcome.SUCCEEDED) -> None:
+    """A swap in the journal."""
+    swap = begin_swap(store, Desired(target(number), None, generation=number))
+    end_swap(store, swap, SwapResult(outcome, took_s=30.0))
+    with Session(store) as session, session.begin():
+        session.get_one(SwapRow, swap).started_at = at - timedelta(seconds=30)
+
+
+def test_nothing_ever_served(store: Store) -> None:
+    assert read_history(store, "tickets") == []
+
+
+def test_who_wanted_a_version_and_why_is_told(store: Store) -> None:
+    first = change_desired(store, None, target(1), None, entry=AuditEntry(Action.SERVE, "tickets@1", ALICE))
+    begin_serving(store, first, Began.START)
+    entry = AuditEntry(Action.PROMOTE, "tickets@2", ALICE, "it is better")
+    begin_serving(store, change_desired(store, first, target(2), first.target, entry=entry), Began.SWAP)
+    found = read_history(store, "tickets")
+    assert [entry.asked and (entry.asked.action, entry.asked.reason) for entry in found] == [
+        ("serve", None),
+        ("promote", "it is better"),
+    ]
+
+
+@pytest.mark.parametrize("subject", ["reviews@1", "tickets2@1"])
+def test_another_model_has_another_history(store: Store, subject: str) -> None:
+    begin_serving(store, Desired(target(1), None, 1), Began.START)
+    record_event(store, AuditEntry(Action.PROMOTE, subject, ALICE, details={"generation": 1}))
+    (entry,) = read_history(store, "tickets")
+    assert entry.asked is None
+
+
+def test_the_removal_of_a_version_is_no_wish_for_it(store: Store) -> None:
+    begin_serving(store, Desired(target(1), None, 1), Began.START)
+    record_event(store, AuditEntry(Action.REMOVE_VERSION, "tickets@9", ALICE, details={"generation": 1}))
+    assert read_history(store, "tickets")[0].asked is None
+
+
+def test_swaps_tell_of_the_time_before(store: Store) -> None:
+    swapped(store, 1, minute(0))
+    swapped(store, 2, minute(10), SwapOutcome.RESTORED)
+    swapped(store, 3, minute(20))
+    begin_serving(store, Desired(target(3), None, 3), Began.START, at=minute(60))
+    spans = [entry.span for entry in read_history(store, "tickets")]
+    assert [(span.target, span.began_at, span.ended_at, span.ended_by) for span in spans] == [
+        (target(1), minute(0), minute(20), Ended.SWAP),
+        (target(3), minute(20), minute(60), Ended.LOST),
+        (target(3), minute(60), None, None),
+    ]
+
+
+def test_swaps_that_were_written_down_are_told_once(store: Store) -> None:
+    begin_serving(store, Desired(target(1), None, 1), Began.START, at=minute(0))
+    swapped(store, 2, minute(10))
+    begin_serving(store, Desired(target(2), None, 2), Began.SWAP, at=minute(10))
+    assert [entry.span.began_at for entry in read_history(store, "tickets")] == [minute(0), minute(10)]

@@ -1,0 +1,61 @@
+"""From when to when a version served, also where a server died."""
+
+from datetime import UTC, datetime, timedelta
+
+import pytest
+from sqlalchemy import Engine as Store
+
+from svc.store.desired import Desired
+from svc.store.served import Began, Ended, ServedSpan, begin_serving, end_serving, served_spans
+from svc.version import Format, Target, VersionId
+
+NOON = datetime(2026, 1, 2, 12, tzinfo=UTC)
+ONE, TWO = (Desired(Target(VersionId("tickets", number), Format.GPTQ), None, generation=number) for number in (1, 2))
+
+
+def minute(number: int) -> datetime:
+    return NOON + timedelta(minutes=number)
+
+
+def test_nothing_served_at_first(store: Store) -> None:
+    end_serving(store, "tickets")
+    assert served_spans(store, "tickets") == []
+
+
+def test_a_version_serves_from_a_start_to_a_stop(store: Store) -> None:
+    begin_serving(store, ONE, Began.START, at=minute(0))
+    end_serving(store, "tickets", at=minute(5))
+    assert served_spans(store, "tickets") == [ServedSpan(ONE.target, 1, minute(0), Began.START, minute(5), Ended.STOP)]
+
+
+def test_a_swap_ends_one_and_begins_another(store: Store) -> None:
+    begin_serving(store, ONE, Began.START, at=minute(0))
+    begin_serving(store, TWO, Began.SWAP, at=minute(1))
+    assert served_spans(store, "tickets") == [
+        ServedSpan(ONE.target, 1, minute(0), Began.START, minute(1), Ended.SWAP),
+        ServedSpan(TWO.target, 2, minute(1), Began.SWAP, None, None),
+    ]
+
+
+def test_a_swap_to_what_serves_already_changes_nothing(store: Store) -> None:
+    begin_serving(store, ONE, Began.START, at=minute(0))
+    begin_serving(store, ONE, Began.SWAP, at=minute(1))
+    assert served_spans(store, "tickets") == [ServedSpan(ONE.target, 1, minute(0), Began.START, None, None)]
+
+
+@pytest.mark.parametrize("began_by", [Began.START, Began.ADOPTED])
+def test_a_server_that_died_is_told_by_the_next_one(store: Store, began_by: Began) -> None:
+    begin_serving(store, ONE, Began.START, at=minute(0))
+    begin_serving(store, ONE, began_by, at=minute(9))
+    assert served_spans(store, "tickets") == [
+        ServedSpan(ONE.target, 1, minute(0), Began.START, minute(9), Ended.LOST),
+        ServedSpan(ONE.target, 1, minute(9), began_by, None, None),
+    ]
+
+
+def test_names_do_not_touch_each_other(store: Store) -> None:
+    other = Desired(Target(VersionId("reviews", 1), Format.MERGED), None, 1)
+    begin_serving(store, ONE, Began.START, at=minute(0))
+    begin_serving(store, other, Began.START, at=minute(1))
+    end_serving(store, "tickets", at=minute(2))
+    assert [span.ended_at for span in served_spans(store, "reviews")] == [None]
