@@ -2,8 +2,8 @@
 
 A wrong key costs no more than a right one: what is no secret, or has a typo, ends at its checksum, and an id that there
 is not at a look into a dictionary; neither is hashed, and nothing asks the store. An id is no secret, so it may take
-its own time; hashes are compared in constant time. A SHA-256 takes half a microsecond: what is cached is the rows, and
-no secret stays in memory.
+its own time; hashes are compared in constant time. A SHA-256 takes a microsecond: what is cached is the rows, and no
+secret stays in memory.
 
 What it does not know: how often somebody has tried.
 """
