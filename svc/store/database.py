@@ -72,7 +72,8 @@ def _newest_revision() -> str | None:
     """Read once: every script is executed for it, and none changes while the process runs."""
     from alembic.script import ScriptDirectory
 
-    return ScriptDirectory.from_config(_configuration()).get_current_head()
+    newest: str | None = ScriptDirectory.from_config(_configuration()).get_current_head()
+    return newest
 
 
 def _configuration() -> "Config":
