@@ -1,5 +1,6 @@
 """A server of its own on a copy of the trained home, that can be killed, together with its engines or without them."""
 
+import json
 import os
 import shutil
 import signal
@@ -18,6 +19,9 @@ from examples.load import Load
 from examples.service import svc, svc_json, wait_until_ready
 from svc.engine.orphans import find_engine
 from svc.engine.vllm.folders import state_folders
+from svc.registry.manifest import MANIFEST_FILE
+from svc.registry.registry import Registry
+from svc.settings import Settings
 from tests.e2e.server import of_one_model
 
 Prompts = list[list[dict[str, str]]]
@@ -116,8 +120,13 @@ class Instance:
         found = {number: find_engine(folder) for number, folder in state_folders(self.home).items()}
         return {number: engine for number, engine in found.items() if engine is not None}
 
+    def engines_of(self, model: str) -> list[psutil.Process]:
+        """Those of one model."""
+        engines = self.engines_by_replica()
+        return [engines[one["replica"]] for one in self.models()[model]["engines"] if one["replica"] in engines]
+
     def status(self) -> Any:
-        """What the server says of itself and of its one model."""
+        """What the server says of itself and of its first model."""
         return of_one_model(httpx.get(f"{self.url}/svc/status", timeout=10, trust_env=False).json())
 
     def until(self, condition: Callable[[Any], object], timeout_s: float = 240) -> Any:
@@ -154,6 +163,18 @@ class Instance:
     def command(self, *arguments: str) -> "subprocess.CompletedProcess[str]":
         """Any command."""
         return svc(self.home, *arguments, capture_output=True)
+
+
+def copy_model(home: Path, name: str) -> None:
+    """Registers all versions of `tiny` under another name."""
+    registry = Registry.of(Settings(home=home))
+    for version in registry.versions("tiny"):
+        manifest = json.loads((registry.folder(version) / MANIFEST_FILE).read_text("utf-8"))
+        copied = registry.tracking.allocate(name, str(registry.folder(version)), manifest["tracking_run"])
+        folder = shutil.copytree(registry.folder(version), registry.folder(copied))
+        for path in [folder, folder / MANIFEST_FILE]:
+            path.chmod(0o755)
+        (folder / MANIFEST_FILE).write_text(json.dumps(manifest | {"name": name, "number": copied.number}), "utf-8")
 
 
 def group(engine: psutil.Process) -> list[psutil.Process]:

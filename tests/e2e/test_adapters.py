@@ -1,10 +1,10 @@
-"""Two versions as adapters beside their base, in one real engine: by name, beside merged weights, and under load."""
+"""Versions as adapters beside their base, in one real engine: by name, beside merged weights, and under load."""
 
 import asyncio
 import signal
 import time
 from collections.abc import Iterator
-from contextlib import closing
+from contextlib import ExitStack, closing
 from pathlib import Path
 from typing import Any
 
@@ -18,22 +18,24 @@ from svc.engine.vllm.client import EngineClient
 from svc.engine.vllm.folders import socket_folder
 from svc.engine.vllm.launch import SOCKET_FILE
 from tests.e2e.conftest import DATA, PROMPTS, Report
-from tests.e2e.instance import Instance, figures
+from tests.e2e.instance import Instance, copy_model, figures
 
 pytestmark = [pytest.mark.matrix]
 
 PORT = 8951
-ONE, TWO = "tiny@1", "tiny@2"
+ONE, TWO, THREE = "tiny@1", "tiny@2", "tiny@3"
+OTHER = "other"
 Texts = dict[str, list[tuple[str, str]]]
 
 
 @pytest.fixture(scope="module")
 def adapters_home(workplace: Path) -> Path:
-    """A home with two versions, of LoRA and of rsLoRA."""
+    """A home with three versions, of LoRA, of rsLoRA and of LoRA."""
     home, recipe = workplace / "adapters-home", str(workplace / "recipe.yaml")
     common = ["--set", "formats=[adapter, merged]", "--set", "qualify.restart=false"]
     svc_json(home, "train", recipe, *common)
     svc_json(home, "train", recipe, *common, "--set", "adapter.rslora=true", "--set", "train.seed=1")
+    svc_json(home, "train", recipe, *common, "--set", "train.seed=2")
     return home
 
 
@@ -137,6 +139,36 @@ def test_a_server_that_was_killed_comes_back_to_its_engine(instance: Instance, o
     assert instance.engines() == engines
     assert instance.answers() == own[TWO]
     assert instance.answers(ONE) == own[ONE]
+
+
+def test_three_adapters_and_two_models_answer_at_once(instance: Instance, own: Texts, report: Report) -> None:
+    """Each under its name, through the official client; one model is swapped meanwhile."""
+    alone = own | {THREE: instance.answers(THREE)}
+    copy_model(instance.home, OTHER)
+    assert instance.command("add", f"{OTHER}@1").returncode == 0
+    alone |= {f"{OTHER}@1": instance.answers(OTHER)}
+    with ExitStack() as open_loads:
+        loads = {
+            name: open_loads.enter_context(Load(instance.url, name, instance.prompts, streams=2))
+            for name in ("tiny", ONE, TWO, THREE, OTHER)
+        }
+        for load in loads.values():
+            load.wait_for(4)
+        swap = instance.promote(f"{OTHER}@2")
+        for load in loads.values():
+            load.wait_for(4)
+    alone |= {f"{OTHER}@2": instance.answers(OTHER)}
+    report(f"beside three adapters: {figures(loads[OTHER], swap)}")
+    for name, load in loads.items():
+        assert load.failed == []
+        assert {answer.version.partition("@")[0] for answer in load.answers} == {name.partition("@")[0]}
+        for answer in load.answers:
+            assert (answer.version, answer.text) == alone[answer.version][answer.prompt]
+    assert {answer.version for answer in loads[OTHER].answers} == {f"{OTHER}@1", f"{OTHER}@2"}
+    (engine,) = instance.models()["tiny"]["engines"]
+    assert {adapter["version"] for adapter in engine["adapters"]} == {ONE, TWO, THREE}
+    assert len(instance.engines()) == 2
+    assert instance.command("remove", OTHER).returncode == 0
 
 
 def test_a_new_engine_starts_with_its_adapter(instance: Instance, own: Texts, report: Report) -> None:

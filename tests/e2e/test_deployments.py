@@ -1,7 +1,6 @@
 """Two models on one server, with the real engine: asked, swapped, added, removed and killed, each without the other."""
 
-import json
-import shutil
+import os
 import signal
 import time
 from collections.abc import Iterator
@@ -15,29 +14,14 @@ import psutil
 import pytest
 
 from examples.load import Answer, Load
-from svc.registry.manifest import MANIFEST_FILE
-from svc.registry.registry import Registry
-from svc.settings import Settings
 from tests.e2e.conftest import PROMPTS, Report
-from tests.e2e.instance import Instance, figures, group
+from tests.e2e.instance import Instance, copy_model, figures, group
 
 pytestmark = [pytest.mark.slow]
 
 PORT = 8948
 TINY, OTHER = "tiny", "other"
 AT_REST_S = 10
-
-
-def copy_model(home: Path, name: str) -> None:
-    """Registers all versions of `tiny` under another name."""
-    registry = Registry.of(Settings(home=home))
-    for version in registry.versions(TINY):
-        manifest = json.loads((registry.folder(version) / MANIFEST_FILE).read_text("utf-8"))
-        copied = registry.tracking.allocate(name, str(registry.folder(version)), manifest["tracking_run"])
-        folder = shutil.copytree(registry.folder(version), registry.folder(copied))
-        for path in [folder, folder / MANIFEST_FILE]:
-            path.chmod(0o755)
-        (folder / MANIFEST_FILE).write_text(json.dumps(manifest | {"name": name, "number": copied.number}), "utf-8")
 
 
 @pytest.fixture(scope="module")
@@ -71,6 +55,12 @@ def test_both_models_answer_the_official_client(instance: Instance) -> None:
             assert raw.headers["x-model-version"] == version
         with pytest.raises(openai.NotFoundError):
             client.chat.completions.create(model=f"{OTHER}@1", messages=messages)
+
+
+def test_the_engines_of_both_share_out_the_cores(instance: Instance) -> None:
+    shown = [{choice["name"]: choice for choice in model["plan"]} for model in instance.models().values()]
+    cores = len(os.sched_getaffinity(0))
+    assert [choices["threads"]["value"] for choices in shown] == [max(1, cores // 2)] * 2
 
 
 def test_a_swap_of_one_fails_no_request_of_either(instance: Instance, report: Report) -> None:

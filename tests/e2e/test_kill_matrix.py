@@ -1,13 +1,13 @@
 """Whatever is killed, at whatever moment: the next state is one that serves the right version, and nothing is left.
 
-The table of docs/swaps.md, on the real engine. `make test-matrix` runs it.
+The table of docs/swaps.md, on the real engine, for one of two models; the other goes on. `make test-matrix` runs it.
 """
 
 import signal
 import subprocess
 import time
 from collections.abc import Callable, Iterator
-from contextlib import closing
+from contextlib import ExitStack, closing
 from enum import Enum
 from pathlib import Path
 from typing import Any
@@ -15,16 +15,18 @@ from typing import Any
 import psutil
 import pytest
 
+from examples.load import Load
 from svc.engine.orphans import runs
 from svc.store.database import open_database
 from svc.store.desired import read_desired
 from svc.store.swaps import SwapOutcome
 from tests.e2e.conftest import PROMPTS, Report
-from tests.e2e.instance import Instance, core_of, group
+from tests.e2e.instance import Instance, copy_model, core_of, group
 
 pytestmark = [pytest.mark.matrix]
 
 PORT = 8945
+TINY, OTHER = "tiny", "other"
 
 
 class Killed(Enum):
@@ -83,16 +85,18 @@ TABLE: dict[Moment, Row] = {
 
 @pytest.fixture(scope="module")
 def instance(home: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Instance]:
-    """A server with one engine, and what each version answers in each format."""
+    """A server of two models, each with one engine."""
     with closing(Instance(home, tmp_path_factory.mktemp("kill") / "home", PORT, PROMPTS)) as instance:
-        instance.start("tiny@1")
+        copy_model(instance.home, OTHER)
+        instance.start(f"{TINY}@1", f"{OTHER}@2")
+        instance.all_ready(TINY, OTHER)
         yield instance
 
 
 @pytest.fixture(scope="module")
 def expected(instance: Instance) -> dict[str, list[tuple[str, str]]]:
-    """The answers of both versions."""
-    answers = {ONE: instance.answers()}
+    """What each version answers in each format, and the other model."""
+    answers = {OTHER: instance.answers(OTHER), ONE: instance.answers()}
     instance.promote("tiny@2")
     answers[TWO] = instance.answers()
     instance.promote("tiny@2", "--format", "merged")
@@ -102,7 +106,8 @@ def expected(instance: Instance) -> dict[str, list[tuple[str, str]]]:
 
 @pytest.fixture
 def serving(instance: Instance, expected: dict[str, list[tuple[str, str]]]) -> Instance:
-    """Version 1 serves, in one engine."""
+    """Version 1 serves, in one engine, and the other model in another."""
+    instance.all_ready(TINY, OTHER)
     instance.until(lambda status: [engine["state"] for engine in status["engines"]] == ["ready"])
     status = instance.status()
     if (status["version"], status["format"]) != ("tiny@1", "gptq"):
@@ -117,24 +122,29 @@ def test_the_right_version_serves_afterwards(
     serving: Instance, expected: dict[str, list[tuple[str, str]]], killed: Killed, moment: Moment, report: Report
 ) -> None:
     serves, outcome, which = TABLE[moment][killed]
-    (before,) = serving.engines()
+    (before,), (untouched,) = serving.engines_of(TINY), serving.engines_of(OTHER)
     promotions = serving.status()["last_swap"]["started_at"]
-    promotion, long = at(serving, moment)
-    began, engines = time.monotonic(), serving.engines()
-    processes = {process for engine in engines for process in group(engine)}
-    kill(serving, before, killed)
-    if killed in (Killed.GATEWAY, Killed.ALL):
-        serving.start()
-    if killed in (Killed.FRONT, Killed.CORE):
-        psutil.wait_procs([before], timeout=60)  # vLLM's front ends by itself when its core is dead
-    status = serving.until(lambda status: settled(status) and len(serving.engines()) == 1)
-    ready_s = time.monotonic() - began
-    for client in (promotion, long):
-        if client is not None:
-            client.kill()
-            client.wait()
+    lives, load = killed in (Killed.FRONT, Killed.CORE), Load(serving.url, OTHER, PROMPTS, streams=1)
+    with ExitStack() as loaded:
+        if lives:
+            loaded.enter_context(load)
+        promotion, long = at(serving, moment)
+        began, engines = time.monotonic(), serving.engines_of(TINY)
+        processes = {process for engine in engines for process in group(engine)}
+        kill(serving, before, killed)
+        if lives:
+            psutil.wait_procs([before], timeout=60)  # vLLM's front ends by itself when its core is dead
+        else:
+            serving.start(TINY, OTHER)
+        status = serving.until(lambda status: settled(status) and len(serving.engines()) == 2)
+        ready_s = time.monotonic() - began
+        for client in (promotion, long):
+            if client is not None:
+                client.kill()
+                client.wait()
+    serving.all_ready(TINY, OTHER)
     answers = serving.answers()
-    (engine,) = serving.engines()
+    (engine,) = serving.engines_of(TINY)
     report(f"{killed.value} killed, {moment.value}: {status['version']} ({status['format']}) after {ready_s:.1f} s")
     desired = read_desired(open_database(serving.home), "tiny")
     assert desired is not None
@@ -144,10 +154,14 @@ def test_the_right_version_serves_afterwards(
         assert status["last_swap"]["started_at"] == promotions
     else:
         assert status["last_swap"]["outcome"] == outcome.value
+    assert serving.engines_of(OTHER) == [untouched]
+    assert serving.answers(OTHER) == expected[OTHER]
+    assert load.failed == []
+    assert bool(load.answers) is lives
     found = Serving.BEFORE if engine == before else Serving.SECOND if engine in engines else Serving.NEW
     assert found is which
     assert {process for process in processes if runs(process)} <= set(group(engine))
-    assert {process for process in psutil.process_iter() if is_engine(process)} <= set(group(engine))
+    assert {process for process in psutil.process_iter() if is_engine(process)} <= {*group(engine), *group(untouched)}
 
 
 def at(instance: Instance, moment: Moment) -> tuple["subprocess.Popen[bytes] | None", "subprocess.Popen[bytes] | None"]:
