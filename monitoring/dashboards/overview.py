@@ -214,6 +214,12 @@ def _versions() -> list[PanelBuilder]:
             Query(f"increase(svc_adapter_loads_total{MODEL}[10m])", f"{NAME} loads"),
         ),
         chart(
+            "Unverified versions",
+            "Those that are served though no probe could verify them on the engine; `svc status` says why.",
+            "none",
+            Query(f"svc_versions_unverified{MODEL}", NAME),
+        ),
+        chart(
             "Time to load an adapter",
             "How long the first request for an adapter had to wait in 95 of 100 loads since the server started.",
             "s",

@@ -89,7 +89,7 @@ async def test_what_names_no_version_reaches_no_engine(served: Control, model: s
     before = len(served.double.calls)
     async with served.client() as client:
         assert (await ask(client, model))[::2] == (404, "model_not_found")
-    assert served.double.calls[before:] == []
+    assert set(served.double.calls[before:]) <= {"/health"}  # which the server asks by itself
     assert numbers(served.double) == [1]
 
 
