@@ -9,7 +9,8 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from peft import AdaLoraConfig, LoraConfig, PeftConfig, PeftModel, VeraConfig, get_peft_model
-from peft.utils import transformers_weight_conversion
+from peft.utils import SAFETENSORS_WEIGHTS_NAME, transformers_weight_conversion
+from safetensors.torch import load_file
 from transformers import PreTrainedModel
 
 from svc.errors import RecipeError
@@ -41,11 +42,24 @@ def add_adapter(model: PreTrainedModel, recipe: Recipe, steps: int) -> PreTraine
 
 
 def load_adapter(model: PreTrainedModel, adapter: Path) -> PeftModel:
-    """A model with a trained adapter on it."""
+    """A model with a trained adapter on it, whose numbers are those of its file also where the model's are bf16."""
     with warnings.catch_warnings(), _targets_as_named():
         # PEFT reads AdaLoRA's masks as ranks of plain LoRA, and says that none applies; they are applied all the same.
         warnings.filterwarnings("ignore", "The following rank_pattern keys did not match", RuntimeWarning)
-        return PeftModel.from_pretrained(model, str(adapter), use_safetensors=True)
+        loaded = PeftModel.from_pretrained(model, str(adapter), use_safetensors=True)
+    if isinstance(loaded.active_peft_config, AdaLoraConfig):
+        _load_unrounded(loaded, adapter)
+    return loaded
+
+
+def _load_unrounded(model: PeftModel, adapter: Path) -> None:
+    """Loads AdaLoRA's matrices once more: for the ranks that were kept PEFT makes them anew in the base's number type,
+    loads, and makes them float32 afterwards, when bf16 has rounded them."""
+    weights = dict(model.named_parameters())
+    name = model.active_adapter
+    for key, trained in load_file(adapter / SAFETENSORS_WEIGHTS_NAME).items():
+        weight = weights[f"{key}.{name}"]
+        weight.data = trained.to(weight.device)
 
 
 def _refuse_experts(recipe: Recipe, experts: list[str]) -> None:

@@ -1,0 +1,52 @@
+"""A trained adapter on a model again: as it was saved, whatever the model's own number type."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from peft import get_peft_model, get_peft_model_state_dict
+from safetensors.torch import load_file
+from transformers import LlamaConfig, LlamaForCausalLM, set_seed
+
+from tests.trainer.conftest import make_recipe
+from trainer.model.peft_config import adapter_config, load_adapter
+from trainer.recipe.sections import Method
+
+SHAPE = {"vocab_size": 32, "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+KEPT = [True, False, True, True]
+
+
+@pytest.fixture
+def base(tmp_path: Path) -> Path:
+    set_seed(0)
+    LlamaForCausalLM(LlamaConfig(**SHAPE)).to(torch.bfloat16).save_pretrained(tmp_path / "base")
+    return tmp_path / "base"
+
+
+def trained_adapter(base: Path, folder: Path, method: Method) -> Path:
+    """An adapter with random numbers; of AdaLoRA's ranks one was taken away."""
+    recipe = make_recipe(method=method, adapter={"rank": 2} | ({"initial_rank": 4} if method is Method.ADALORA else {}))
+    model = LlamaForCausalLM.from_pretrained(base, dtype=torch.float32)
+    tuned = get_peft_model(model, adapter_config(recipe, ["q_proj", "v_proj"], 10))
+    for name, weight in tuned.named_parameters():
+        if "lora_" in name or "vera_" in name:
+            torch.nn.init.normal_(weight)
+    if method is Method.ADALORA:
+        names = [name.removesuffix(".default") for name, _ in tuned.base_model.model.named_parameters()]
+        tuned.active_peft_config.rank_pattern = {name: KEPT for name in names if name.endswith("lora_E")}
+    tuned.save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize("number_type", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("method", [method for method in Method if method not in (Method.FULL, Method.QLORA)])
+def test_its_numbers_are_those_of_the_file(
+    base: Path, tmp_path: Path, method: Method, number_type: torch.dtype
+) -> None:
+    adapter = trained_adapter(base, tmp_path / "adapter", method)
+    saved = load_file(adapter / "adapter_model.safetensors")
+    model = load_adapter(LlamaForCausalLM.from_pretrained(base, dtype=number_type), adapter)
+    held = get_peft_model_state_dict(model)
+    assert saved
+    for name, weight in saved.items():
+        assert torch.equal(held[name], weight), name
