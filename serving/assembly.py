@@ -9,6 +9,7 @@ from prometheus_client import CollectorRegistry, disable_created_metrics
 from sqlalchemy import Engine as Store
 
 from serving.admission.admission import Admission
+from serving.admission.rate_limiter import RateLimiter
 from serving.background.holdout import HoldoutRuns
 from serving.background.scheduler import BackgroundScheduler
 from serving.background.scoring import LiveScores
@@ -113,6 +114,7 @@ def assemble(
         request_log=request_log,
         settings=limits,
         buffers=AnswerBuffers(max_bytes=limits.max_buffered_bytes, max_answer_bytes=limits.max_answer_bytes),
+        limiter=RateLimiter(),
     )
     feedback = FeedbackIntake(store, request_log, metrics.feedback_given)
     app = build_app(gateway, feedback=feedback, engine_metrics=engine_metrics, status=deployments.status)

@@ -30,6 +30,20 @@ class TooManyTokensError(SvcError):
     """A request that asks for more than may run at all."""
 
 
+class RateLimitedError(SvcError):
+    """A limit of the caller's key is reached.
+
+    Args:
+        limit: which.
+        retry_after_s: until there is enough of it again, seconds; None where the same request can never run.
+    """
+
+    def __init__(self, wrong: str, *, limit: str, retry_after_s: int | None, todo: str = "") -> None:
+        super().__init__(wrong, todo=todo)
+        self.limit = limit
+        self.retry_after_s = retry_after_s
+
+
 class QueueOverflowError(AdmissionError):
     """The queue is full."""
 

@@ -53,7 +53,7 @@ def build_app(
     _add_operations(app, gateway, engine_metrics, status)
     install_handlers(app)
     hosts = AllowedHosts((gateway.settings.host, *gateway.settings.allowed_hosts))
-    app.add_middleware(RequestMiddleware, router=gateway.router, hosts=hosts)
+    app.add_middleware(RequestMiddleware, router=gateway.router, hosts=hosts, limiter=gateway.limiter)
     return app
 
 

@@ -1,6 +1,7 @@
 """The one map from errors to what a client sees: status, type, code, headers.
 
-Clients get `{"error": {"message", "type", "param", "code"}}` for every status, which is what the official client reads.
+Clients get `{"error": {"message", "type", "param", "code"}}` for every status, which is what OpenAI's client reads. On
+Anthropic's paths `type` has Anthropic's words, and there is `"type": "error"` beside `error`.
 The code is also the reason under which the error is counted. A message never holds a path or a traceback: only errors
 named here speak for themselves, all others are logged and answered as `internal_error`.
 """
@@ -21,6 +22,7 @@ from serving.admission.errors import (
     OverloadedError,
     QueueOverflowError,
     QueueTimeoutError,
+    RateLimitedError,
     TooManyTokensError,
 )
 from serving.engines.balancer import AdapterFailedError
@@ -39,9 +41,22 @@ from serving.http.models import ModelNotDeletableError
 from serving.model_names import SHOWN_CHARS, ModelNotFoundError
 from serving.protocols import request
 from serving.protocols.error_code import ErrorCode
+from serving.protocols.route import ANTHROPIC_PATHS
 from svc.errors import SvcError
 
 log = logging.getLogger(__name__)
+
+
+ANTHROPIC_TYPES = {
+    401: "authentication_error",
+    403: "permission_error",
+    404: "not_found_error",
+    413: "request_too_large",
+    429: "rate_limit_error",
+    504: "timeout_error",
+}
+_LONGEST_RETRY_S = 120
+"""OpenAI's client does not wait longer than this for a retry, and Anthropic's waits as long as it is told."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,20 +76,38 @@ class ApiError:
             return "rate_limit_error"
         return "server_error" if self.status >= 500 else "invalid_request_error"
 
-    def body(self) -> bytes:
-        """The JSON of the answer; in a stream, the data of the event."""
+    @property
+    def anthropic_type(self) -> str:
+        """Anthropic's word for the kind of error."""
+        return ANTHROPIC_TYPES.get(self.status, "api_error" if self.status >= 500 else "invalid_request_error")
+
+    def body(self, path: str = "") -> bytes:
+        """The JSON of the answer; in a stream, the data of the event.
+
+        Args:
+            path: of the request.
+        """
         error = {"message": self.message, "type": self.type, "param": self.param, "code": self.code.value}
+        if path in ANTHROPIC_PATHS:
+            return json.dumps({"type": "error", "error": {**error, "type": self.anthropic_type}}).encode("ascii")
         return json.dumps({"error": error}).encode("ascii")
 
-    def response(self) -> Response:
+    def response(self, path: str = "") -> Response:
         """The whole answer.
 
-        OpenAI's client sends a request again after any 5xx; where that would end the same way, it is told not to.
+        Clients send a request again after 429 and any 5xx; where that would end the same way, or not soon, they are
+        told not to.
+
+        Args:
+            path: of the request.
         """
         headers = dict(self.headers)
-        if self.code is ErrorCode.INTERNAL_ERROR:
+        if self.code is ErrorCode.INTERNAL_ERROR or (
+            self.code is ErrorCode.RATE_LIMIT_EXCEEDED
+            and not 0 < int(headers.get("retry-after", "0")) <= _LONGEST_RETRY_S
+        ):
             headers["x-should-retry"] = "false"
-        return Response(self.body(), self.status, headers, media_type="application/json")
+        return Response(self.body(path), self.status, headers, media_type="application/json")
 
 
 _SHAPES: dict[type[SvcError], tuple[int, ErrorCode]] = {
@@ -88,6 +121,7 @@ _SHAPES: dict[type[SvcError], tuple[int, ErrorCode]] = {
     RequestLogBusyError: (503, ErrorCode.REQUEST_LOG_BUSY),
     ModelNotFoundError: (404, ErrorCode.MODEL_NOT_FOUND),
     ModelNotDeletableError: (403, ErrorCode.MODEL_NOT_DELETABLE),
+    RateLimitedError: (429, ErrorCode.RATE_LIMIT_EXCEEDED),
     OverloadedError: (429, ErrorCode.OVERLOADED),
     TooManyTokensError: (400, ErrorCode.TOO_MANY_TOKENS),
     AnswerTooLargeError: (400, ErrorCode.ANSWER_TOO_LARGE),
@@ -152,8 +186,8 @@ def _framework_error(error: HTTPException) -> ApiError:
 def install_handlers(app: FastAPI) -> None:
     """Gives the framework's own errors and those of the small routes the OpenAI shape."""
 
-    async def answer(_: Request, error: Exception) -> Response:
-        return api_error(error).response()
+    async def answer(request: Request, error: Exception) -> Response:
+        return api_error(error).response(request.url.path)
 
     for kind in (HTTPException, RequestValidationError, SvcError):
         app.add_exception_handler(kind, answer)

@@ -1,8 +1,8 @@
 """The data plane: one request from its first byte to the last byte of its answer.
 
-read -> route -> admit -> resolve -> forward -> answer. Bytes pass through as they came, with two exceptions: the
-model's name on the way in, and on the way out of a stream the chunk with token counts, for clients that did not ask for
-it.
+read -> route -> reserve -> admit -> resolve -> forward -> answer. Bytes pass through as they came, with two exceptions:
+the model's name on the way in, and on the way out of a stream the chunk with token counts, for clients that did not ask
+for it.
 
 The answer's head is sent with the first complete event, not before: until then a failure can have its own status. What
 a client does not take at once waits for it in a buffer (serving.http.delivery), outside admission: the engine is done.
@@ -19,9 +19,11 @@ import httpx
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from serving.admission.errors import EngineUnavailableError
+from serving.admission.rate_limiter import Demand, RateLimiter, Reservation, estimated_tokens
 from serving.engines.balancer import Lease
 from serving.engines.transport import EngineDiedError, EngineUnreachableError, call, refusal
 from serving.http.body_slots import BodySlots
+from serving.http.caller import principal_of
 from serving.http.connections import ABORT
 from serving.http.delivery import AnswerBuffers, ClientSlowError, Delivery
 from serving.http.disconnect import disconnected, while_connected
@@ -37,7 +39,7 @@ from serving.telemetry.content import Content
 from serving.telemetry.metrics import CLIENT_GONE_STATUS, UNKNOWN_MODEL, GatewayMetrics
 from serving.telemetry.request_log import RequestLog
 from svc.settings import ServeSettings
-from svc.store.requests import RequestRecord, hash_user
+from svc.store.requests import Outcome, RequestRecord, hash_user
 from svc.version import Target
 
 _EVENT_STREAM = "text/event-stream"
@@ -55,6 +57,7 @@ class Gateway:
         request_log: keeps a row for each request.
         settings: the limits.
         buffers: what of all answers waits for clients.
+        limiter: holds keys to their limits.
         clock: monotonic time, seconds.
     """
 
@@ -67,6 +70,7 @@ class Gateway:
         request_log: RequestLog,
         settings: ServeSettings,
         buffers: AnswerBuffers,
+        limiter: RateLimiter,
         clock: Callable[[], float] = time.perf_counter,
     ) -> None:
         self.router = router
@@ -76,6 +80,7 @@ class Gateway:
         self.settings = settings
         self.clock = clock
         self.buffers = buffers
+        self.limiter = limiter
 
     def endpoint(self, route: Route) -> ASGIApp:
         """The ASGI application for one path."""
@@ -119,6 +124,9 @@ class Exchange:
         self._first_token_s: float | None = None
         self._finish_reason: str | None = None
         self._content: Content | None = None  # what passes, where it is to be kept
+        self._principal = principal_of(scope)
+        self._reservation: Reservation | None = None
+        self._body_bytes = self._token_events = 0
         self.complete = False
         """The engine has given all of the answer."""
 
@@ -133,6 +141,7 @@ class Exchange:
                 )
             self._started = self._clock()
             self._request = request = parse_request(body, self._route)
+            self._body_bytes = len(body)
             del body
             if self._gateway.request_log.wants_content():
                 self._content = Content(self._route, request.members)
@@ -151,12 +160,13 @@ class Exchange:
             await self._fail(api_error(error), receive)
 
     def account(self) -> None:
-        """Counts the request and keeps its row, once its end is known."""
+        """Counts the request, settles with its key and keeps its row, once its end is known."""
         status = CLIENT_GONE_STATUS if self._status is None else self._status
         seconds, served, usage, request = self.elapsed(), self._served, self._usage, self._request
         self._gateway.metrics.request_ended(
             served, self._route, status, seconds, self._request_id, reason=self._reason, model=self._model
         )
+        self._settle()
         record = RequestRecord(
             request_id=self._request_id,
             client_request_id=self._scope["state"].get("client_request_id"),
@@ -186,11 +196,33 @@ class Exchange:
         self._scope["state"]["version"] = (served := to.backend.names.served) and served.version
         # Delivered outside admission: the engine is done with it, and a client that reads slowly keeps no place.
         work = request.work(to.backend.context)
+        if self._principal:
+            demand = Demand(estimated_tokens(self._body_bytes), work, said=request.max_tokens is not None)
+            self._reservation = self._gateway.limiter.reserve(self._principal, demand)
         async with self._delivery, to.backend.admission.admit(work), to.backend.lease(to.model) as engine:
             try:
                 await self._forward(engine, request)
             except EngineUnreachableError as error:
                 await self._forward_to_another(to, engine, request, error)
+
+    def _settle(self) -> None:
+        """Gives back what the request held of its key's limits."""
+        if self._reservation:
+            if spent := self._spent():
+                self._reservation.settle(spent.prompt, spent.completion)
+            else:
+                self._reservation.release()
+
+    def _spent(self) -> Usage | None:
+        """What the request used; None of one that was refused, or failed before it had a token.
+
+        The engine tells at the end of an answer. Of one that its client left before, the prompt is estimated, and the
+        events with tokens are counted: leaving early makes nothing free.
+        """
+        left = outcome_of(self._reason) in (Outcome.CLIENT_GONE, Outcome.CLIENT_SLOW)
+        if not self._served or (self._reason and not left and not self._token_events):
+            return None
+        return self._usage or Usage(estimated_tokens(self._body_bytes), self._token_events)
 
     async def _forward_to_another(
         self, to: Destination, engine: Lease, request: CompletionRequest, refused: EngineUnreachableError
@@ -234,10 +266,10 @@ class Exchange:
             if error.code in _BODY_STILL_SENT:
                 await self._answer_and_read_on(error, receive)
             else:
-                await error.response()(self._scope, _no_receive, self._asgi_send)
+                await error.response(self._route)(self._scope, _no_receive, self._asgi_send)
             return
         try:
-            await self._delivery.send_last(self.format.error_event(error.body()))
+            await self._delivery.send_last(self.format.error_event(error.body(self._route)))
         except ClientSlowError:
             await self._cut_off(receive)
 
@@ -249,7 +281,7 @@ class Exchange:
             more = {"more_body": True} if message["type"] == "http.response.body" else {}
             await self._asgi_send({**message, **more})
 
-        await error.response()(self._scope, _no_receive, send)
+        await error.response(self._route)(self._scope, _no_receive, send)
         with suppress(ClientGoneError, TimeoutError):
             async with asyncio.timeout(self._gateway.settings.body_timeout_s):
                 await discard_body(receive, most=_DISCARDED_BYTES)
@@ -291,6 +323,10 @@ class Exchange:
         """Counts the tokens of the answer."""
         self._usage = usage
         self.metrics.tokens(served, usage)
+
+    def token_passed(self) -> None:
+        """Counts an event with tokens, for an answer whose tokens the engine will not tell."""
+        self._token_events += 1
 
     def first_token(self, served: Target, seconds: float) -> None:
         """Times the first token of the answer."""
@@ -362,6 +398,7 @@ class _Stream:
         if self._format.is_end(event):
             self._exchange.complete = True
         elif not usage and self._format.is_token(event):
+            self._exchange.token_passed()
             self._time_token()
         return self._wants_usage or not usage
 

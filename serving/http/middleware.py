@@ -1,4 +1,5 @@
-"""The outermost layer: every answer carries its request's id and the version, and no exception gets past it.
+"""The outermost layer: every answer carries its request's id, the version, how long it took and what is left of its
+key's limits, and no exception gets past it.
 
 A request's id is the server's own, since feedback finds an answer by it and a client may use an id twice. The client's
 is kept beside it, and returned. Pure ASGI, because the framework's middleware would sit between a stream and its
@@ -7,12 +8,17 @@ there.
 """
 
 import re
+import time
+from collections.abc import Callable
 from uuid import uuid4
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from serving.admission.rate_limiter import RateLimiter
+from serving.http.caller import principal_of
 from serving.http.errors import api_error
 from serving.http.host import AllowedHosts
+from serving.http.rate_limit_headers import rate_limit_headers
 from serving.router import Router
 
 _CLIENT_HEADERS = (b"x-client-request-id", b"x-request-id")
@@ -26,12 +32,23 @@ class RequestMiddleware:
         app: what is wrapped.
         router: tells the version in production where there is one model, for answers that no version gave.
         hosts: the names that are answered to.
+        limiter: knows what is left of a key's limits.
+        clock: monotonic time, seconds.
     """
 
-    def __init__(self, app: ASGIApp, router: Router, hosts: AllowedHosts) -> None:
+    def __init__(
+        self,
+        app: ASGIApp,
+        router: Router,
+        hosts: AllowedHosts,
+        limiter: RateLimiter,
+        clock: Callable[[], float] = time.perf_counter,
+    ) -> None:
         self._app = app
         self._router = router
         self._hosts = hosts
+        self._limiter = limiter
+        self._clock = clock
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -43,7 +60,7 @@ class RequestMiddleware:
         if given := _client_request_id(scope):
             state["client_request_id"] = str(given, "ascii")
             ids.append((b"x-client-request-id", given))
-        begun = False
+        begun, started = False, self._clock()
 
         async def send_with_headers(message: Message) -> None:
             nonlocal begun
@@ -53,6 +70,9 @@ class RequestMiddleware:
                 version = state.get("version") or self._router.only_version
                 if version:
                     headers.append((b"x-model-version", str(version).encode("ascii")))
+                headers.append((b"openai-processing-ms", b"%d" % ((self._clock() - started) * 1000)))
+                if principal := principal_of(scope):
+                    headers += rate_limit_headers(self._limiter.allowances(principal), scope["path"])
                 message = {**message, "headers": headers}
             await send(message)
 
@@ -62,7 +82,7 @@ class RequestMiddleware:
         except Exception as error:
             if begun:
                 raise  # the server in front logs it and cuts the connection: the client sees that it is not complete
-            await api_error(error).response()(scope, receive, send_with_headers)
+            await api_error(error).response(scope["path"])(scope, receive, send_with_headers)
 
 
 def _client_request_id(scope: Scope) -> bytes | None:

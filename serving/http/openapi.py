@@ -9,9 +9,10 @@ from collections.abc import Mapping
 from importlib.metadata import version
 from typing import Any
 
+from serving.http.errors import ANTHROPIC_TYPES
 from serving.http.feedback import FeedbackRequest
 from serving.protocols.error_code import ErrorCode
-from serving.protocols.route import Route
+from serving.protocols.route import ANTHROPIC_PATHS, Route
 from serving.protocols.unsupported_fields import MOST_ANSWERS
 
 JSON = "application/json"
@@ -91,7 +92,7 @@ _BAD_BODY = {
 _ENGINE = {
     404: "no loaded version answers to the name",
     422: "the engine refused the request",
-    429: "too many requests run; see retry-after",
+    429: "too many requests run, or a limit of the key is reached; see retry-after",
     502: "the engine failed on this request",
     503: "no engine, or no place; see retry-after",
     504: "the engine said nothing for too long",
@@ -105,7 +106,13 @@ _NO_MODEL = {404: "no loaded version answers to the name", 503: "nothing is load
 def openapi_document() -> Json:
     """The document, as JSON values."""
     feedback = FeedbackRequest.model_json_schema(ref_template=f"{_SCHEMAS}{{model}}")
-    schemas = {"Error": _ERROR, "Model": _MODEL, "FeedbackRequest": feedback, **feedback.pop("$defs")}
+    schemas = {
+        "Error": _ERROR,
+        "MessagesError": _MESSAGES_ERROR,
+        "Model": _MODEL,
+        "FeedbackRequest": feedback,
+        **feedback.pop("$defs"),
+    }
     return {
         "openapi": "3.1.0",
         "info": {"title": "tuneserve", "version": version("tuneserve")},
@@ -118,11 +125,12 @@ def _completion(route: Route) -> Json:
     summary, required, properties = _REQUESTS[route]
     body = {**_OBJECT, "required": required, "properties": {**_COMMON, **properties}}
     answers = {JSON: {"schema": _OBJECT}, "text/event-stream": {}}
+    errors = _errors({**_BAD_BODY, **_ENGINE, **_DEFECT}, route)
     return {
         "operationId": route.name.lower(),
         "summary": f"{summary}; with `stream` as server-sent events",
         "requestBody": {"required": True, "content": {JSON: {"schema": body}}},
-        "responses": {"200": _answer("the engine's answer", answers), **_errors({**_BAD_BODY, **_ENGINE, **_DEFECT})},
+        "responses": {"200": _answer("the engine's answer", answers), **errors},
     }
 
 
@@ -162,10 +170,10 @@ def _operation(summary: str, content: Json, errors: Mapping[int, str]) -> Json:
     return {"summary": summary, "responses": {"200": _answer(summary, content), **_errors(errors)}}
 
 
-def _errors(descriptions: Mapping[int, str]) -> Json:
+def _errors(descriptions: Mapping[int, str], path: str = "") -> Json:
+    shape = _ref("MessagesError" if path in ANTHROPIC_PATHS else "Error")
     return {
-        str(status): _answer(told, _json(_ref("Error")))
-        for status, told in sorted({**descriptions, **_OTHER_HOST}.items())
+        str(status): _answer(told, _json(shape)) for status, told in sorted({**descriptions, **_OTHER_HOST}.items())
     }
 
 
@@ -183,22 +191,35 @@ def _ref(name: str) -> Json:
 
 
 _CODES = [code.value for code in ErrorCode if code not in (ErrorCode.CLIENT_GONE, ErrorCode.CLIENT_SLOW)]
+
+
+def _error(types: list[str]) -> Json:
+    return {
+        "type": "object",
+        "required": ["message", "type", "param", "code"],
+        "additionalProperties": False,
+        "properties": {
+            "message": {"type": "string"},
+            "type": {"enum": types},
+            "param": {"type": ["string", "null"]},
+            "code": {"enum": _CODES},
+        },
+    }
+
+
 _ERROR: Json = {
     "type": "object",
     "required": ["error"],
     "additionalProperties": False,
+    "properties": {"error": _error(["invalid_request_error", "rate_limit_error", "server_error"])},
+}
+_MESSAGES_ERROR: Json = {
+    "type": "object",
+    "required": ["type", "error"],
+    "additionalProperties": False,
     "properties": {
-        "error": {
-            "type": "object",
-            "required": ["message", "type", "param", "code"],
-            "additionalProperties": False,
-            "properties": {
-                "message": {"type": "string"},
-                "type": {"enum": ["invalid_request_error", "rate_limit_error", "server_error"]},
-                "param": {"type": ["string", "null"]},
-                "code": {"enum": _CODES},
-            },
-        }
+        "type": {"const": "error"},
+        "error": _error(["invalid_request_error", "api_error", *ANTHROPIC_TYPES.values()]),
     },
 }
 _MODEL: Json = {

@@ -21,6 +21,7 @@ class ErrorCode(StrEnum):
     REQUEST_LOG_BUSY = "request_log_busy"
     NOT_FOUND = "not_found"
     METHOD_NOT_ALLOWED = "method_not_allowed"
+    RATE_LIMIT_EXCEEDED = "rate_limit_exceeded"
     OVERLOADED = "overloaded"
     QUEUE_OVERFLOW = "queue_overflow"
     QUEUE_TIMEOUT = "queue_timeout"

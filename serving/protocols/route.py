@@ -10,3 +10,7 @@ class Route(StrEnum):
     COMPLETIONS = "/v1/completions"
     RESPONSES = "/v1/responses"
     MESSAGES = "/v1/messages"
+
+
+ANTHROPIC_PATHS = frozenset({Route.MESSAGES.value})
+"""Those that Anthropic's clients ask, which read other headers and errors than OpenAI's."""

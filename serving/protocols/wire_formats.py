@@ -58,13 +58,13 @@ class WireFormat(ABC):
     def text(self, parts: Iterable[bytes]) -> str:
         """What the model wrote; empty where there is no text, as in tool calls."""
 
+    @abstractmethod
     def error_event(self, error: bytes) -> bytes:
         """The event that ends a broken answer.
 
         Args:
-            error: JSON of an object with `error`.
+            error: JSON of an object with `error`, as an answer on the route would have it.
         """
-        return b'event: error\ndata: {"type": "error", ' + error[1:] + b"\n\n"
 
 
 class CompletionsFormat(WireFormat):
@@ -145,6 +145,9 @@ class ResponsesFormat(WireFormat):
     def text(self, parts: Iterable[bytes]) -> str:
         return "".join(self._part_text(part) for part in parts)
 
+    def error_event(self, error: bytes) -> bytes:
+        return b'event: error\ndata: {"type": "error", ' + error[1:] + b"\n\n"
+
     def _part_text(self, part: bytes) -> str:
         if is_event(part):
             return json_of(part).get("delta") or "" if name_of(part) == "response.output_text.delta" else ""
@@ -189,6 +192,9 @@ class MessagesFormat(WireFormat):
 
     def text(self, parts: Iterable[bytes]) -> str:
         return "".join(self._part_text(part) for part in parts)
+
+    def error_event(self, error: bytes) -> bytes:
+        return b"event: error\ndata: " + error + b"\n\n"
 
     def _part_text(self, part: bytes) -> str:
         if is_event(part):

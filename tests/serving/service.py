@@ -12,9 +12,11 @@ from fastapi import FastAPI
 from prometheus_client import CollectorRegistry
 from sqlalchemy import Engine as Store
 from sqlalchemy import create_engine
+from starlette.types import ASGIApp
 
 from serving.admission.admission import Admission
 from serving.admission.errors import EngineUnavailableError
+from serving.admission.rate_limiter import RateLimiter
 from serving.engines.balancer import Lease
 from serving.http.app import build_app
 from serving.http.body_slots import BodySlots
@@ -28,9 +30,11 @@ from serving.telemetry.engine_metrics import EngineMetrics, EngineSource
 from serving.telemetry.metrics import GatewayMetrics
 from serving.telemetry.request_log import RequestLog
 from svc.engine.vllm.client import data_client, socket_transport
+from svc.principal import Principal
 from svc.settings import RequestLogSettings, ServeSettings
 from svc.version import Format, Target, VersionId
 from tests.serving.engine_double import EngineDouble, running_engine
+from tests.serving.keyed import Keyed
 from tests.serving.socket_server import SocketServer, running
 
 NAME = "tuned"
@@ -76,6 +80,7 @@ def application(
     buffers: AnswerBuffers | None = None,
     request_log: RequestLog | None = None,
     store: Store | None = None,
+    limiter: RateLimiter | None = None,
     status: Callable[[], Mapping[str, Any]] = dict,
 ) -> FastAPI:
     """The application over one backend; rows are taken and not written where no request log is given."""
@@ -92,6 +97,7 @@ def application(
         request_log=request_log,
         settings=settings,
         buffers=buffers or AnswerBuffers(max_bytes=2**28, max_answer_bytes=2**24),
+        limiter=limiter or RateLimiter(),
     )
     engine_metrics = EngineMetrics(sources)
     metrics.registry.register(engine_metrics)
@@ -121,13 +127,25 @@ class Service:
         folder: for sockets.
         store: where rows go; without one they are taken and not written.
         keeping: what is kept of each request.
+        limiter: holds keys to their limits.
         settings: fields of ServeSettings that differ from the default.
+
+    Attributes:
+        principals: whose key each secret is; who sends none of them has no key.
     """
 
     def __init__(
-        self, folder: Path, *, store: Store | None = None, keeping: RequestLogSettings | None = None, **settings: Any
+        self,
+        folder: Path,
+        *,
+        store: Store | None = None,
+        keeping: RequestLogSettings | None = None,
+        limiter: RateLimiter | None = None,
+        **settings: Any,
     ) -> None:
         self.folder = folder
+        self.limiter = limiter or RateLimiter()
+        self.principals: dict[str, Principal] = {}
         self.store = store
         self.settings = ServeSettings(**settings)
         self.double = EngineDouble(name=NAME)
@@ -172,6 +190,7 @@ class Service:
                 settings=self.settings,
                 buffers=self.gateway_buffers,
                 store=self.store,
+                limiter=self.limiter,
                 status=lambda: {"served": str(self.names.served)},
             )
             self.load(ONE)
@@ -196,22 +215,26 @@ class Service:
             raise EngineUnavailableError("there is one engine")
         yield Lease(self.http, self.loaded, NAME)
 
+    @property
+    def asgi(self) -> ASGIApp:
+        """The application, which knows its callers' keys."""
+        assert self.app is not None
+        return Keyed(self.app, self.principals)
+
     @asynccontextmanager
     async def client(self) -> AsyncIterator[httpx.AsyncClient]:
         """Calls the application without a server; answers come whole."""
-        assert self.app is not None
-        transport = httpx.ASGITransport(self.app)
+        transport = httpx.ASGITransport(self.asgi)
         async with httpx.AsyncClient(transport=transport, base_url="http://localhost") as client:
             yield client
 
     @asynccontextmanager
     async def socket_client(self) -> AsyncIterator[httpx.AsyncClient]:
         """Calls the application through a real server, so that streams stream and connections break."""
-        assert self.app is not None
         socket = self.folder / "gateway.sock"
         transport = socket_transport(socket, max_connections=None)
         async with (
-            running(self.app, socket),
+            running(self.asgi, socket),
             httpx.AsyncClient(transport=transport, base_url="http://localhost", timeout=20) as client,
         ):
             yield client

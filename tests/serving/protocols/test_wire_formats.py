@@ -7,6 +7,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from serving.http.errors import ApiError
+from serving.protocols.error_code import ErrorCode
 from serving.protocols.route import Route
 from serving.protocols.server_sent_events import EventSplitter
 from serving.protocols.wire_formats import Usage, WireFormat, wire_format
@@ -208,10 +210,13 @@ class TestMessages:
 @pytest.mark.parametrize(
     ("route", "sent"),
     [
-        (Route.CHAT_COMPLETIONS, b'data: {"error": {"code": "x"}}\n\n'),
-        (Route.RESPONSES, b'event: error\ndata: {"type": "error", "error": {"code": "x"}}\n\n'),
-        (Route.MESSAGES, b'event: error\ndata: {"type": "error", "error": {"code": "x"}}\n\n'),
+        (Route.CHAT_COMPLETIONS, b'data: {"error": {"message": "x"'),
+        (Route.RESPONSES, b'event: error\ndata: {"type": "error", "error": {"message": "x"'),
+        (Route.MESSAGES, b'event: error\ndata: {"type": "error", "error": {"message": "x"'),
     ],
 )
 def test_an_error_within_a_stream_is_written_as_its_clients_read_it(route: Route, sent: bytes) -> None:
-    assert wire_format(route).error_event(b'{"error": {"code": "x"}}') == sent
+    error = ApiError(502, ErrorCode.ENGINE_ERROR, "x").body(route)
+    event = wire_format(route).error_event(error)
+    assert event.startswith(sent)
+    assert event.endswith(b"}}\n\n")

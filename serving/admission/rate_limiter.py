@@ -1,0 +1,213 @@
+"""Holds keys to their limits: requests and tokens a minute, tokens a day, requests at once.
+
+A request reserves what it may use before it waits for anything, and settles for what it used when it has ended; one
+that is refused costs nothing. In memory alone, with one entry for each key that asked; keys come from the store, and no
+client can make one. What was used today is told at the start of a server.
+
+The tokens of a prompt are known once the engine has counted them. Until then they are estimated from the bytes of the
+request: text in most languages has three to five bytes a token, and a request more for its JSON. An estimate that is
+too low is corrected when the request ends, and keeps the next one waiting.
+"""
+
+import math
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from enum import StrEnum
+
+from serving.admission.errors import RateLimitedError
+from serving.admission.quotas import DayQuota, MinuteQuota, Quota, RunningQuota
+from svc.principal import Limits, Principal
+
+_BYTES_PER_TOKEN = 4
+
+
+class Limit(StrEnum):
+    """One limit of a key; the name is that of the field of `svc.principal.Limits`."""
+
+    REQUESTS_PER_MINUTE = "requests_per_minute"
+    TOKENS_IN_PER_MINUTE = "tokens_in_per_minute"
+    TOKENS_OUT_PER_MINUTE = "tokens_out_per_minute"
+    CONCURRENT = "concurrent"
+    TOKENS_PER_DAY = "tokens_per_day"
+
+
+_NAMED = {limit: limit.value.replace("_", " ") for limit in Limit} | {Limit.CONCURRENT: "requests at once"}
+
+
+@dataclass(frozen=True, slots=True)
+class Demand:
+    """What a request may use.
+
+    Attributes:
+        tokens_in: an estimate, see `estimated_tokens`.
+        tokens_out: most that all of its answers may have.
+        said: the client said how long an answer may be. Where it did not, the longest that the model can give counts,
+            but never more than there is of a limit: whoever says nothing waits for the whole limit, and is not refused.
+    """
+
+    tokens_in: int
+    tokens_out: int
+    said: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Allowance:
+    """What is left of a limit.
+
+    Attributes:
+        reset_s: until it is whole again, seconds.
+    """
+
+    limit: int
+    remaining: int
+    reset_s: float
+
+
+def estimated_tokens(size: int) -> int:
+    """About how many tokens the prompt of a request has.
+
+    Args:
+        size: bytes of its body.
+    """
+    return size // _BYTES_PER_TOKEN + 1
+
+
+class Reservation:
+    """What a request holds of its key's limits until it ends; to be settled once."""
+
+    __slots__ = ("_held",)
+
+    def __init__(self, held: Mapping[Limit, tuple[Quota, int]]) -> None:
+        self._held = held
+
+    def settle(self, tokens_in: int, tokens_out: int) -> None:
+        """The request has ended and used so much."""
+        used = {
+            Limit.REQUESTS_PER_MINUTE: 1,
+            Limit.TOKENS_IN_PER_MINUTE: tokens_in,
+            Limit.TOKENS_OUT_PER_MINUTE: tokens_out,
+            Limit.TOKENS_PER_DAY: tokens_in + tokens_out,
+        }
+        for limit, (quota, amount) in self._held.items():
+            quota.settle(amount, used.get(limit, 0))
+
+    def release(self) -> None:
+        """The request was refused, and costs nothing."""
+        for quota, amount in self._held.values():
+            quota.settle(amount, 0)
+
+
+class RateLimiter:
+    """The limits of all keys.
+
+    Args:
+        clock: monotonic time, seconds.
+        wall: seconds since 1970.
+    """
+
+    def __init__(self, *, clock: Callable[[], float] = time.monotonic, wall: Callable[[], float] = time.time) -> None:
+        self._clock = clock
+        self._wall = wall
+        self._keys: dict[str, dict[Limit, Quota]] = {}
+
+    def reserve(self, principal: Principal, demand: Demand) -> Reservation:
+        """Takes what a request may use.
+
+        Raises:
+            RateLimitedError: there is not so much left of a limit; of several the one that takes longest is named.
+        """
+        held, longest, refused = dict[Limit, tuple[Quota, int]](), 0.0, None
+        for limit, (most, quota, now) in self._quotas(principal).items():
+            amount = _amount(limit, demand, most, quota)
+            wait_s = quota.wait_s(amount, now, most)
+            if wait_s > longest:
+                longest, refused = wait_s, limit
+            held[limit] = quota, amount
+        if refused:
+            raise self._refusal(refused, principal, longest)
+        for quota, amount in held.values():
+            quota.reserve(amount)
+        return Reservation(held)
+
+    def allowances(self, principal: Principal) -> dict[Limit, Allowance]:
+        """What is left of each limit that a key has."""
+        return {
+            limit: Allowance(most, quota.remaining(most), quota.reset_s(now, most))
+            for limit, (most, quota, now) in self._quotas(principal).items()
+        }
+
+    def add_used_today(self, tokens: Mapping[str, int]) -> None:
+        """Adds what keys used today before this server started, in and out together."""
+        for key_id, used in tokens.items():
+            quota = self._keys.setdefault(key_id, _quotas())[Limit.TOKENS_PER_DAY]
+            quota.pass_to(self._wall(), used)
+            quota.settle(0, used)
+
+    def _quotas(self, principal: Principal) -> dict[Limit, tuple[int, Quota, float]]:
+        """Each limit that a key has, with what is taken of it now, and the time."""
+        limits = _limits(principal.limits)
+        if not limits:
+            return {}
+        quotas = self._keys.get(principal.key_id)
+        if quotas is None:
+            quotas = self._keys[principal.key_id] = _quotas()
+        now, wall = self._clock(), self._wall()
+        found = {}
+        for limit, most in limits.items():
+            quota, at = quotas[limit], wall if limit is Limit.TOKENS_PER_DAY else now
+            quota.pass_to(at, most)
+            found[limit] = most, quota, at
+        return found
+
+    def _refusal(self, limit: Limit, principal: Principal, wait_s: float) -> RateLimitedError:
+        most: int = getattr(principal.limits, limit)
+        return RateLimitedError(
+            f"the limit of this key is reached: {most} {_NAMED[limit]}",
+            todo="send the request again later",
+            limit=limit.value,
+            retry_after_s=max(1, math.ceil(wait_s)),
+        )
+
+
+def _quotas() -> dict[Limit, Quota]:
+    return {
+        Limit.REQUESTS_PER_MINUTE: MinuteQuota(),
+        Limit.TOKENS_IN_PER_MINUTE: MinuteQuota(),
+        Limit.TOKENS_OUT_PER_MINUTE: MinuteQuota(),
+        Limit.CONCURRENT: RunningQuota(),
+        Limit.TOKENS_PER_DAY: DayQuota(),
+    }
+
+
+def _limits(limits: Limits) -> dict[Limit, int]:
+    """Those that there are."""
+    return {limit: most for limit in Limit if (most := getattr(limits, limit)) is not None}
+
+
+def _amount(limit: Limit, demand: Demand, most: int, quota: Quota) -> int:
+    """What a request reserves of a limit.
+
+    Raises:
+        RateLimitedError: it asks for more than there ever is.
+    """
+    match limit:
+        case Limit.TOKENS_IN_PER_MINUTE:
+            return min(demand.tokens_in, most)
+        case Limit.TOKENS_OUT_PER_MINUTE if not demand.said:
+            return min(demand.tokens_out, most)
+        case Limit.TOKENS_OUT_PER_MINUTE if demand.tokens_out > most:
+            raise RateLimitedError(
+                f"the answers may take {demand.tokens_out} tokens, more than the limit of this key: {most} "
+                f"{_NAMED[limit]}",
+                todo="send a smaller 'n' or 'max_tokens'",
+                limit=limit.value,
+                retry_after_s=None,
+            )
+        case Limit.TOKENS_OUT_PER_MINUTE:
+            return demand.tokens_out
+        case Limit.TOKENS_PER_DAY:
+            asked = demand.tokens_in + demand.tokens_out
+            return asked if demand.said else max(1, min(asked, quota.unused(most)))
+        case _:
+            return 1

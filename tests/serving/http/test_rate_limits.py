@@ -1,0 +1,227 @@
+"""The limits of keys over HTTP: what a client is told, and what its clients make of it, unmodified."""
+
+import asyncio
+from collections.abc import AsyncIterator
+from typing import Any
+
+import httpx
+import httpx2
+import openai
+import pytest
+from anthropic import AsyncAnthropic, RateLimitError
+from openai import AsyncOpenAI
+
+from serving.admission.rate_limiter import Limit, RateLimiter
+from tests.serving.engine_double import Fault
+from tests.serving.http.test_inference import CHAT_PATH, STREAM, error_of, until
+from tests.serving.keyed import principal
+from tests.serving.service import CHAT, NAME, Service
+
+LIMITED = {"authorization": "Bearer limited"}
+MESSAGE: dict[str, Any] = {"model": NAME, "max_tokens": 4, "messages": [{"role": "user", "content": "one two three"}]}
+SHORT = {**CHAT, "max_tokens": 4}
+
+
+class Time:
+    """Of the limiter: stands still."""
+
+    now = 0.0
+
+
+@pytest.fixture
+def time() -> Time:
+    return Time()
+
+
+@pytest.fixture
+async def service(socket_folder: Any, time: Time) -> AsyncIterator[Service]:
+    limiter = RateLimiter(clock=lambda: time.now, wall=lambda: 1e9 + time.now)
+    async with Service(socket_folder, limiter=limiter).run() as service:
+        service.principals["other"] = principal("other")
+        yield service
+
+
+@pytest.fixture
+async def live(service: Service) -> AsyncIterator[httpx.AsyncClient]:
+    """Calls the service through a real server."""
+    async with service.socket_client() as client:
+        yield client
+
+
+def limit(service: Service, **limits: int) -> None:
+    service.principals["limited"] = principal("limited", **limits)
+
+
+def left(service: Service, of: Limit) -> int:
+    return service.limiter.allowances(service.principals["limited"])[of].remaining
+
+
+async def test_too_many_requests_are_told_which_limit_and_when(service: Service, client: httpx.AsyncClient) -> None:
+    limit(service, requests_per_minute=1)
+    assert (await client.post(CHAT_PATH, json=SHORT, headers=LIMITED)).status_code == 200
+    answer = await client.post(CHAT_PATH, json=SHORT, headers=LIMITED)
+    error = error_of(answer)
+    assert (answer.status_code, error["code"], error["type"]) == (429, "rate_limit_exceeded", "rate_limit_error")
+    assert "1 requests per minute" in error["message"]
+    assert answer.headers["retry-after"] == "60"
+    assert "x-should-retry" not in answer.headers
+
+
+async def test_the_headers_are_on_every_answer(service: Service, client: httpx.AsyncClient) -> None:
+    limit(service, requests_per_minute=60, tokens_out_per_minute=100)
+    good = await client.post(CHAT_PATH, json=SHORT, headers=LIMITED)
+    assert good.headers["x-ratelimit-limit-requests"] == "60"
+    assert good.headers["x-ratelimit-remaining-requests"] == "59"
+    assert good.headers["x-ratelimit-limit-tokens"] == "100"
+    assert good.headers["x-ratelimit-remaining-tokens"] == "96"
+    assert (await client.get("/v1/models", headers=LIMITED)).headers["x-ratelimit-reset-requests"] == "1s"
+    for path, body in ((CHAT_PATH, {"model": 1}), ("/nowhere", {})):
+        bad = await client.post(path, json=body, headers=LIMITED)
+        assert bad.status_code >= 400
+        assert bad.headers["x-ratelimit-remaining-tokens"] == "96"
+
+
+@pytest.mark.parametrize("path", [CHAT_PATH, "/v1/models", "/health", "/nowhere"])
+async def test_every_answer_says_how_long_it_took(client: httpx.AsyncClient, path: str) -> None:
+    took = (await client.post(path, json=CHAT)).headers["openai-processing-ms"]
+    assert 0 <= int(took) < 5000
+
+
+async def test_without_a_key_there_are_no_limits_to_show(client: httpx.AsyncClient) -> None:
+    answer = await client.post(CHAT_PATH, json=CHAT)
+    assert not [name for name in answer.headers if "ratelimit" in name]
+
+
+@pytest.mark.parametrize("body", [SHORT, {**SHORT, "stream": True}], ids=["whole", "streamed"])
+async def test_an_answer_is_settled_by_what_the_engine_counted(
+    service: Service, client: httpx.AsyncClient, body: Any
+) -> None:
+    limit(service, tokens_in_per_minute=100, tokens_out_per_minute=100, tokens_per_day=1000, concurrent=1)
+    await client.post(CHAT_PATH, json={**body, "max_tokens": 60}, headers=LIMITED)
+    assert left(service, Limit.TOKENS_IN_PER_MINUTE) == 97
+    assert left(service, Limit.TOKENS_OUT_PER_MINUTE) == 96
+    assert left(service, Limit.TOKENS_PER_DAY) == 993
+    assert left(service, Limit.CONCURRENT) == 1
+
+
+async def test_answers_count_n_times(service: Service, client: httpx.AsyncClient) -> None:
+    limit(service, tokens_out_per_minute=100)
+    answer = await client.post(CHAT_PATH, json={**CHAT, "max_tokens": 30, "n": 4}, headers=LIMITED)
+    assert error_of(answer)["code"] == "rate_limit_exceeded"
+    assert answer.headers["x-should-retry"] == "false"
+    assert "retry-after" not in answer.headers
+
+
+@pytest.mark.parametrize("status", [400, 503])
+async def test_what_the_engine_refuses_costs_nothing(service: Service, client: httpx.AsyncClient, status: int) -> None:
+    limit(service, requests_per_minute=1, tokens_per_day=10_000)
+    service.double.refuse_with = status, {"message": "no"}
+    assert (await client.post(CHAT_PATH, json=SHORT, headers=LIMITED)).status_code == status
+    assert left(service, Limit.REQUESTS_PER_MINUTE) == 1
+    assert left(service, Limit.TOKENS_PER_DAY) == 10_000
+
+
+async def test_what_admission_refuses_costs_nothing(service: Service, client: httpx.AsyncClient) -> None:
+    limit(service, requests_per_minute=1)
+    service.admission.unavailable("the engine is starting")
+    assert (await client.post(CHAT_PATH, json=SHORT, headers=LIMITED)).status_code == 503
+    assert left(service, Limit.REQUESTS_PER_MINUTE) == 1
+
+
+async def test_a_stream_that_its_client_left_costs_the_tokens_that_passed(
+    service: Service, live: httpx.AsyncClient
+) -> None:
+    limit(service, tokens_out_per_minute=100, concurrent=1)
+    service.double.tokens, service.double.token_delay_s = 50, 0.02
+    async with live.stream("POST", CHAT_PATH, json={**STREAM, "max_tokens": 50}, headers=LIMITED) as answer:
+        async for line in answer.aiter_lines():
+            if "1.1" in line:
+                break
+    await until(lambda: left(service, Limit.CONCURRENT) == 1)
+    assert 50 < left(service, Limit.TOKENS_OUT_PER_MINUTE) < 100
+
+
+async def test_a_stream_that_the_engine_broke_costs_the_tokens_that_passed(
+    service: Service, client: httpx.AsyncClient
+) -> None:
+    limit(service, tokens_out_per_minute=100, concurrent=1)
+    service.double.fault = Fault.ERROR_IN_STREAM
+    await client.post(CHAT_PATH, json={**STREAM, "max_tokens": 50}, headers=LIMITED)
+    assert (left(service, Limit.TOKENS_OUT_PER_MINUTE), left(service, Limit.CONCURRENT)) == (98, 1)
+
+
+async def test_one_more_at_once_is_refused_until_one_has_ended(service: Service, client: httpx.AsyncClient) -> None:
+    limit(service, concurrent=1)
+    service.double.token_delay_s = 0.05
+    first = asyncio.create_task(client.post(CHAT_PATH, json=SHORT, headers=LIMITED))
+    await until(lambda: service.double.running == 1)
+    second = await client.post(CHAT_PATH, json=SHORT, headers=LIMITED)
+    assert "1 requests at once" in error_of(second)["message"]
+    assert (await client.post(CHAT_PATH, json=SHORT, headers={"x-api-key": "other"})).status_code == 200
+    await first
+    assert (await client.post(CHAT_PATH, json=SHORT, headers=LIMITED)).status_code == 200
+
+
+async def test_a_limit_of_the_day_is_not_waited_for_by_clients(service: Service, client: httpx.AsyncClient) -> None:
+    limit(service, tokens_per_day=100)
+    service.limiter.add_used_today({"limited": 100})
+    answer = await client.post(CHAT_PATH, json=SHORT, headers=LIMITED)
+    assert 120 < int(answer.headers["retry-after"]) <= 86_400
+    assert answer.headers["x-should-retry"] == "false"
+    assert answer.headers["x-ratelimit-remaining-tokens"] == "0"
+
+
+async def test_anthropics_paths_have_anthropics_errors_and_headers(service: Service, client: httpx.AsyncClient) -> None:
+    limit(service, requests_per_minute=1)
+    await client.post("/v1/messages", json=MESSAGE, headers={"x-api-key": "limited"})
+    answer = await client.post("/v1/messages", json=MESSAGE, headers={"x-api-key": "limited"})
+    assert answer.json()["type"] == "error"
+    assert answer.json()["error"]["type"] == "rate_limit_error"
+    assert answer.headers["anthropic-ratelimit-requests-remaining"] == "0"
+    assert answer.headers["retry-after"] == "60"
+
+
+class TestClients:
+    """Unmodified, with the waits that they choose themselves."""
+
+    @pytest.fixture
+    def waits(self, monkeypatch: pytest.MonkeyPatch, time: Time) -> list[float]:
+        """How long clients wait before they ask again; the limiter's time passes, and nobody's else."""
+        waited: list[float] = []
+
+        async def sleep(seconds: float) -> None:
+            waited.append(seconds)
+            time.now += seconds
+
+        monkeypatch.setattr("openai._base_client.anyio.sleep", sleep)
+        return waited
+
+    async def test_openais_client_asks_again_when_it_was_told(self, service: Service, waits: list[float]) -> None:
+        limit(service, requests_per_minute=2)
+        http = httpx2.AsyncClient(transport=httpx2.ASGITransport(service.asgi))
+        async with AsyncOpenAI(api_key="limited", base_url="http://localhost/v1", http_client=http) as official:
+            for _ in range(4):
+                await official.chat.completions.create(
+                    model=NAME, messages=[{"role": "user", "content": "one"}], max_tokens=4
+                )
+        assert waits == [30.0, 30.0]
+
+    async def test_openais_client_does_not_wait_for_the_next_day(self, service: Service, waits: list[float]) -> None:
+        limit(service, tokens_per_day=1)
+        service.limiter.add_used_today({"limited": 1})
+        http = httpx2.AsyncClient(transport=httpx2.ASGITransport(service.asgi))
+        async with AsyncOpenAI(api_key="limited", base_url="http://localhost/v1", http_client=http) as official:
+            with pytest.raises(openai.RateLimitError) as caught:
+                await official.chat.completions.create(model=NAME, messages=[{"role": "user", "content": "one"}])
+        assert (caught.value.code, waits) == ("rate_limit_exceeded", [])
+
+    async def test_anthropics_client_asks_again_when_it_was_told(self, service: Service, waits: list[float]) -> None:
+        limit(service, requests_per_minute=2)
+        http = httpx2.AsyncClient(transport=httpx2.ASGITransport(service.asgi))
+        async with AsyncAnthropic(api_key="limited", base_url="http://localhost", http_client=http) as official:
+            for _ in range(3):
+                await official.messages.create(**MESSAGE)
+            with pytest.raises(RateLimitError) as caught:
+                await official.with_options(max_retries=0).messages.create(**MESSAGE)
+        assert waits == [30.0]
+        assert caught.value.type == "rate_limit_error"
