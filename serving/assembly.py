@@ -42,6 +42,8 @@ from serving.telemetry.loop_lag import LoopLag
 from serving.telemetry.machine_metrics import add_machine_metrics
 from serving.telemetry.metrics import GatewayMetrics
 from serving.telemetry.request_log import RequestLog
+from serving.telemetry.usage_writer import UsageWriter
+from svc.access.usage_meter import UsageMeter
 from svc.engine.capabilities import Capabilities
 from svc.engine.probes import engine_facts
 from svc.engine.vllm.headroom import shortage
@@ -61,6 +63,7 @@ class Parts:
     request_log: RequestLog
     deployments: Deployments
     loop_lag: LoopLag
+    usage_writer: UsageWriter
 
 
 def assemble(
@@ -107,6 +110,7 @@ def assemble(
     )
     engine_metrics = EngineMetrics(lambda: [source for each in deployments.all for source in each.pool.sources()])
     collector.register(engine_metrics)
+    limiter, usage = RateLimiter(), UsageMeter(store)
     gateway = Gateway(
         router=router,
         body_slots=BodySlots(limits.max_running + limits.max_queued),
@@ -114,11 +118,13 @@ def assemble(
         request_log=request_log,
         settings=limits,
         buffers=AnswerBuffers(max_bytes=limits.max_buffered_bytes, max_answer_bytes=limits.max_answer_bytes),
-        limiter=RateLimiter(),
+        limiter=limiter,
+        usage=usage,
     )
     feedback = FeedbackIntake(store, request_log, metrics.feedback_given)
     app = build_app(gateway, feedback=feedback, engine_metrics=engine_metrics, status=deployments.status)
-    return Parts(app, request_log, deployments, LoopLag(metrics.loop_lagged))
+    usage_writer = UsageWriter(store, usage, on_known=limiter.add_used_today)
+    return Parts(app, request_log, deployments, LoopLag(metrics.loop_lagged), usage_writer)
 
 
 def _check_memory(slots: EngineSlots, registry: Registry, targets: Sequence[Target]) -> None:

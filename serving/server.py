@@ -151,7 +151,8 @@ class _Server:
             )
         )
         serving = asyncio.create_task(http.serve(sockets=[listener]))
-        control = [asyncio.create_task(work) for work in (parts.deployments.run(wanted), parts.loop_lag.run())]
+        works = (parts.deployments.run(wanted), parts.loop_lag.run(), parts.usage_writer.run())
+        control = [asyncio.create_task(work) for work in works]
         stopping = asyncio.create_task(self._stopping.wait())
         defect = False
         try:
@@ -169,6 +170,7 @@ class _Server:
             try:
                 await parts.deployments.stop(leave=defect or self._leave)
             finally:
+                await asyncio.to_thread(parts.usage_writer.close)
                 await asyncio.to_thread(parts.request_log.close)
         for task in done:
             task.result()

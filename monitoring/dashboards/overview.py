@@ -30,7 +30,7 @@ def overview() -> Dashboard:
         Uid.OVERVIEW,
         "Is the service well: traffic, errors, latency, the version that serves, of each model.",
         [SERVED_MODEL],
-        {"Now": _now(), "Traffic": _traffic(), "Latency": _latency(), "Versions": _versions()},
+        {"Now": _now(), "Traffic": _traffic(), "Latency": _latency(), "Keys": _keys(), "Versions": _versions()},
     )
 
 
@@ -166,6 +166,34 @@ def _latency() -> list[PanelBuilder]:
             "percentunit",
             Query(in_time, VERSION),
             limits=_FIRST_TOKEN,
+        ),
+    ]
+
+
+def _keys() -> list[PanelBuilder]:
+    requests, tokens = f"svc_key_requests_total{MODEL}", f"svc_key_tokens_total{MODEL}"
+    refused = rate(f"svc_key_refused_total{MODEL}", "model", "key_id", "limit")
+    return [
+        chart(
+            "Requests by key",
+            "Requests that an engine took, a second, by the id of the key; no id is a request without a key.",
+            "reqps",
+            Query(rate(requests, "model", "key_id"), f"{NAME} {{{{key_id}}}}"),
+            stacked=True,
+        ),
+        chart(
+            "Tokens by key",
+            "Tokens used, a second, by the id of the key: in is the prompt, out is the answer.",
+            "none",
+            Query(rate(tokens, "model", "key_id", "direction"), f"{NAME} {{{{key_id}}}} {{{{direction}}}}"),
+            stacked=True,
+        ),
+        chart(
+            "Requests beyond limits of keys",
+            "Requests that were answered 429, a second, by the id of the key and the limit that was reached.",
+            "reqps",
+            Query(refused, f"{NAME} {{{{key_id}}}} {{{{limit}}}}"),
+            stacked=True,
         ),
     ]
 

@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from enum import StrEnum
+from functools import lru_cache
 
 from serving.admission.errors import RateLimitedError
 from serving.admission.quotas import DayQuota, MinuteQuota, Quota, RunningQuota
@@ -180,8 +181,9 @@ def _quotas() -> dict[Limit, Quota]:
     }
 
 
-def _limits(limits: Limits) -> dict[Limit, int]:
-    """Those that there are."""
+@lru_cache(maxsize=1024)
+def _limits(limits: Limits) -> Mapping[Limit, int]:
+    """Those that there are; most keys have the same few."""
     return {limit: most for limit in Limit if (most := getattr(limits, limit)) is not None}
 
 

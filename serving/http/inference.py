@@ -18,7 +18,7 @@ from datetime import UTC, datetime
 import httpx
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from serving.admission.errors import EngineUnavailableError
+from serving.admission.errors import EngineUnavailableError, RateLimitedError
 from serving.admission.rate_limiter import Demand, RateLimiter, Reservation, estimated_tokens
 from serving.engines.balancer import Lease
 from serving.engines.transport import EngineDiedError, EngineUnreachableError, call, refusal
@@ -38,6 +38,7 @@ from serving.router import Destination, Router
 from serving.telemetry.content import Content
 from serving.telemetry.metrics import CLIENT_GONE_STATUS, UNKNOWN_MODEL, GatewayMetrics
 from serving.telemetry.request_log import RequestLog
+from svc.access.usage_meter import UsageMeter
 from svc.settings import ServeSettings
 from svc.store.requests import Outcome, RequestRecord, hash_user
 from svc.version import Target
@@ -58,6 +59,7 @@ class Gateway:
         settings: the limits.
         buffers: what of all answers waits for clients.
         limiter: holds keys to their limits.
+        usage: counts what keys use.
         clock: monotonic time, seconds.
     """
 
@@ -71,6 +73,7 @@ class Gateway:
         settings: ServeSettings,
         buffers: AnswerBuffers,
         limiter: RateLimiter,
+        usage: UsageMeter,
         clock: Callable[[], float] = time.perf_counter,
     ) -> None:
         self.router = router
@@ -81,6 +84,7 @@ class Gateway:
         self.clock = clock
         self.buffers = buffers
         self.limiter = limiter
+        self.usage = usage
 
     def endpoint(self, route: Route) -> ASGIApp:
         """The ASGI application for one path."""
@@ -179,6 +183,7 @@ class Exchange:
             seconds=seconds,
             reason=self._reason.value if self._reason else None,
             outcome=outcome_of(self._reason),
+            key_id=self._principal.key_id if self._principal else None,
             finish_reason=self._finish_reason,
             first_token_seconds=self._first_token_s,
             tokens_in=usage.prompt if usage else None,
@@ -196,22 +201,40 @@ class Exchange:
         self._scope["state"]["version"] = (served := to.backend.names.served) and served.version
         # Delivered outside admission: the engine is done with it, and a client that reads slowly keeps no place.
         work = request.work(to.backend.context)
-        if self._principal:
-            demand = Demand(estimated_tokens(self._body_bytes), work, said=request.max_tokens is not None)
-            self._reservation = self._gateway.limiter.reserve(self._principal, demand)
+        self._reserve(request, work)
         async with self._delivery, to.backend.admission.admit(work), to.backend.lease(to.model) as engine:
             try:
                 await self._forward(engine, request)
             except EngineUnreachableError as error:
                 await self._forward_to_another(to, engine, request, error)
 
+    def _reserve(self, request: CompletionRequest, work: int) -> None:
+        """Takes what the request may use of its key's limits.
+
+        Raises:
+            RateLimitedError: there is not so much left.
+        """
+        if self._principal is None:
+            return
+        demand = Demand(estimated_tokens(self._body_bytes), work, said=request.max_tokens is not None)
+        try:
+            self._reservation = self._gateway.limiter.reserve(self._principal, demand)
+        except RateLimitedError as error:
+            self.metrics.key_refused(self._principal.key_id, self._model, error.limit)
+            raise
+
     def _settle(self) -> None:
-        """Gives back what the request held of its key's limits."""
+        """Counts what the request used, and gives back what it held of its key's limits."""
+        spent = self._spent()
         if self._reservation:
-            if spent := self._spent():
+            if spent:
                 self._reservation.settle(spent.prompt, spent.completion)
             else:
                 self._reservation.release()
+        if spent and self._served:
+            key_id, model = self._principal.key_id if self._principal else None, self._served.version.name
+            self.metrics.key_used(key_id or "", model, spent)
+            self._gateway.usage.add(key_id, model, tokens_in=spent.prompt, tokens_out=spent.completion)
 
     def _spent(self) -> Usage | None:
         """What the request used; None of one that was refused, or failed before it had a token.

@@ -1,7 +1,8 @@
 """The gateway's own Prometheus instruments, on a registry that is passed in.
 
 A client can create no series: models that are not served are counted under `unknown`, routes and reasons are enums,
-and a status is one that the gateway sends. Versions are the label that grows, one for each swap.
+and a status is one that the gateway sends. Versions are a label that grows, one for each swap, and so are ids of keys,
+which only the operator makes.
 Knows nothing of the engine's own metrics, and of engines and rollouts nothing (deployment_metrics).
 """
 
@@ -64,6 +65,7 @@ class GatewayMetrics:
         self._exemplars = exemplars
         self._add_request_instruments(registry)
         self._add_request_log_instruments(registry)
+        self._add_key_instruments(registry)
         self._loop_lag = Histogram(
             "svc_event_loop_lag_seconds",
             "How much later than asked the event loop wakes up a task, 50 times a second",
@@ -131,6 +133,33 @@ class GatewayMetrics:
         self._feedback = Counter(
             "svc_feedback_total", "Answers that were rated", ("model", "version", "rating"), registry=registry
         )
+
+    def _add_key_instruments(self, registry: CollectorRegistry) -> None:
+        key = ("model", "key_id")
+        self._key_requests = Counter(
+            "svc_key_requests_total", "Requests that an engine took, by key", key, registry=registry
+        )
+        self._key_tokens = Counter(
+            "svc_key_tokens_total", "Tokens used, by key", (*key, "direction"), registry=registry
+        )
+        self._key_refused = Counter(
+            "svc_key_refused_total", "Requests beyond a limit of their key", (*key, "limit"), registry=registry
+        )
+
+    def key_used(self, key_id: str, model: str, usage: Usage) -> None:
+        """Counts what a request used.
+
+        Args:
+            key_id: empty where there was no key.
+            model: one of a bounded set.
+        """
+        self._key_requests.labels(model, key_id).inc()
+        self._key_tokens.labels(model, key_id, "in").inc(usage.prompt)
+        self._key_tokens.labels(model, key_id, "out").inc(usage.completion)
+
+    def key_refused(self, key_id: str, model: str, limit: str) -> None:
+        """Counts a request that a limit of its key refused."""
+        self._key_refused.labels(model, key_id, limit).inc()
 
     def request_ended(
         self,

@@ -29,6 +29,7 @@ from serving.telemetry.deployment_metrics import DeploymentInstruments, Deployme
 from serving.telemetry.engine_metrics import EngineMetrics, EngineSource
 from serving.telemetry.metrics import GatewayMetrics
 from serving.telemetry.request_log import RequestLog
+from svc.access.usage_meter import UsageMeter
 from svc.engine.vllm.client import data_client, socket_transport
 from svc.principal import Principal
 from svc.settings import RequestLogSettings, ServeSettings
@@ -81,6 +82,7 @@ def application(
     request_log: RequestLog | None = None,
     store: Store | None = None,
     limiter: RateLimiter | None = None,
+    usage: UsageMeter | None = None,
     status: Callable[[], Mapping[str, Any]] = dict,
 ) -> FastAPI:
     """The application over one backend; rows are taken and not written where no request log is given."""
@@ -98,6 +100,7 @@ def application(
         settings=settings,
         buffers=buffers or AnswerBuffers(max_bytes=2**28, max_answer_bytes=2**24),
         limiter=limiter or RateLimiter(),
+        usage=usage or UsageMeter(store),
     )
     engine_metrics = EngineMetrics(sources)
     metrics.registry.register(engine_metrics)
@@ -167,6 +170,7 @@ class Service:
             on_stored=self.metrics.rows_stored,
             on_dropped=self.metrics.rows_dropped,
         )
+        self.usage = UsageMeter(store or create_engine("sqlite://"))
         self.gateway_buffers = AnswerBuffers(
             max_bytes=self.settings.max_buffered_bytes, max_answer_bytes=self.settings.max_answer_bytes
         )
@@ -191,6 +195,7 @@ class Service:
                 buffers=self.gateway_buffers,
                 store=self.store,
                 limiter=self.limiter,
+                usage=self.usage,
                 status=lambda: {"served": str(self.names.served)},
             )
             self.load(ONE)

@@ -2,6 +2,8 @@
 
 import asyncio
 from collections.abc import AsyncIterator
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -10,8 +12,13 @@ import openai
 import pytest
 from anthropic import AsyncAnthropic, RateLimitError
 from openai import AsyncOpenAI
+from sqlalchemy import Engine as Store
+from sqlalchemy import select
+from sqlalchemy.orm import Session
 
 from serving.admission.rate_limiter import Limit, RateLimiter
+from svc.store.tables import RequestRow
+from svc.store.usage import Usage, UsageTotal, usage_since
 from tests.serving.engine_double import Fault
 from tests.serving.http.test_inference import CHAT_PATH, STREAM, error_of, until
 from tests.serving.keyed import principal
@@ -179,6 +186,43 @@ async def test_anthropics_paths_have_anthropics_errors_and_headers(service: Serv
     assert answer.json()["error"]["type"] == "rate_limit_error"
     assert answer.headers["anthropic-ratelimit-requests-remaining"] == "0"
     assert answer.headers["retry-after"] == "60"
+
+
+def used(service: Service, key_id: str) -> tuple[float, ...]:
+    """Requests, tokens in and out."""
+    of = {"model": NAME, "key_id": key_id}
+    tokens = (service.count("svc_key_tokens_total", **of, direction=direction) for direction in ("in", "out"))
+    return service.count("svc_key_requests_total", **of), *tokens
+
+
+class TestUsage:
+    async def test_what_a_key_used_is_counted_by_its_id(self, service: Service, client: httpx.AsyncClient) -> None:
+        limit(service, requests_per_minute=2)
+        for body in (SHORT, {**SHORT, "stream": True}, SHORT):
+            await client.post(CHAT_PATH, json=body, headers=LIMITED)
+        await client.post(CHAT_PATH, json=SHORT)
+        assert used(service, "limited") == (2, 6, 8)
+        assert used(service, "") == (1, 3, 4)
+        refused = {"model": NAME, "key_id": "limited", "limit": "requests_per_minute"}
+        assert service.count("svc_key_refused_total", **refused) == 1
+
+    async def test_it_goes_to_the_store_by_key_and_model(self, socket_folder: Path, store: Store) -> None:
+        async with Service(socket_folder, store=store).run() as service, service.client() as client:
+            limit(service)
+            await client.post(CHAT_PATH, json=SHORT, headers=LIMITED)
+            await client.post(CHAT_PATH, json={**SHORT, "model": "unknown"}, headers=LIMITED)
+            await asyncio.to_thread(service.usage.flush)
+        found = usage_since(store, datetime.now(UTC) - timedelta(hours=1))
+        assert found == [UsageTotal("limited", NAME, Usage(1, 3, 4))]
+
+    async def test_the_row_of_a_request_has_the_id_of_its_key(self, socket_folder: Path, store: Store) -> None:
+        async with Service(socket_folder, store=store).run() as service, service.client() as client:
+            limit(service)
+            await client.post(CHAT_PATH, json=SHORT, headers=LIMITED)
+            await client.post(CHAT_PATH, json=SHORT)
+        with Session(store) as session:
+            rows = session.scalars(select(RequestRow).order_by(RequestRow.started_at)).all()
+        assert [row.key_id for row in rows] == ["limited", None]
 
 
 class TestClients:
