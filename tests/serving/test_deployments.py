@@ -247,7 +247,7 @@ async def test_a_model_is_removed_after_its_last_answer(two: Home) -> None:
         await all_ready(client, NAME, OTHER)
         engine_of(two, OTHER).double.token_delay_s = 0.1
         running = asyncio.create_task(answer_of(client, OTHER))
-        await until(lambda: engine_of(two, OTHER).double.calls)
+        await until(lambda: "/v1/chat/completions" in engine_of(two, OTHER).double.calls)
         remove_deployment(two.store, OTHER)
         assert await running == (200, f"{OTHER}@7", "7")
         await all_ready(client, NAME)
