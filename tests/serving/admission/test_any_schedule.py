@@ -138,7 +138,7 @@ ACTIONS = st.sampled_from(
 BATCH = st.lists(st.tuples(ACTIONS, st.integers(0, 20)), min_size=1, max_size=4)
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=6 * settings().max_examples, deadline=None)
 @given(
     schedule=st.lists(BATCH, max_size=25),
     limits=st.tuples(st.integers(1, 4), st.integers(0, 5)),

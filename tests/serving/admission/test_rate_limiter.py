@@ -187,7 +187,7 @@ STEPS = st.lists(
 )
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=4 * settings().max_examples, deadline=None)
 @given(steps=STEPS, limit=st.integers(1, 100))
 def test_no_more_is_ever_used_than_the_limit_and_a_minute_of_it_for_each_minute(
     steps: list[tuple[float, int, float, bool]], limit: int
@@ -208,7 +208,7 @@ def test_no_more_is_ever_used_than_the_limit_and_a_minute_of_it_for_each_minute(
         assert used + held <= limit + (clock.now - since) * limit / 60 + 1e-6
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=4 * settings().max_examples, deadline=None)
 @given(amounts=st.lists(st.integers(1, 50), min_size=1, max_size=20), limit=st.integers(50, 200))
 def test_who_waits_as_long_as_it_was_told_is_served(amounts: list[int], limit: int) -> None:
     clock, key = Clock(), principal(tokens_out_per_minute=limit, requests_per_minute=7)

@@ -294,7 +294,7 @@ async def test_what_comes_and_goes_is_told() -> None:
     assert [seconds is None for seconds in told] == [False, True, False]
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=3 * settings().max_examples, deadline=None)
 @given(
     most=st.integers(1, 4),
     asked=st.lists(st.tuples(st.integers(1, 6), st.integers(0, 6), st.integers(0, 8), st.booleans()), max_size=40),

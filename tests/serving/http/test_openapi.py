@@ -33,7 +33,7 @@ from svc.settings import RequestLogSettings, ServeSettings
 from tests.serving.engine_double import EngineDouble
 from tests.serving.service import NAME, ONE, OneBackend, Service, application
 
-EXAMPLES = 30
+EXAMPLES = min(30, settings().max_examples)
 CHECKS = [not_a_server_error, status_code_conformance, response_schema_conformance, content_type_conformance]
 
 
