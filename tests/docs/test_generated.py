@@ -14,4 +14,5 @@ def test_a_generated_page_is_current(name: str) -> None:
 
 @pytest.mark.parametrize(("name", "keys"), [("configuration.md", setting_keys()), ("recipe.md", recipe_keys())])
 def test_every_key_has_a_row(name: str, keys: list[str]) -> None:
-    assert [key for key in keys if f"| `{key}` |" not in pages()[name]] == []
+    page = pages()[name]
+    assert [key for key in keys if f"| `{key}` |" not in page] == []
