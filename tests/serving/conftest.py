@@ -55,14 +55,14 @@ def store(memory_folder: Path) -> Store:
 @pytest.fixture
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     """Everything that polls does it often."""
-    monkeypatch.setattr("serving.rollout.reconciler._POLL_S", 0.005)
+    monkeypatch.setattr("serving.rollout.reconciler._POLL_S", 0.02)
     monkeypatch.setattr("serving.rollout.reconciler._STORE_PAUSE_S", 0.01)
     monkeypatch.setattr("serving.engines.engine_watch._HEALTH_S", 0.05)
     monkeypatch.setattr("serving.client.promotion._POLL_S", 0.01)
-    monkeypatch.setattr("serving.background.holdout._POLL_S", 0.005)
+    monkeypatch.setattr("serving.background.holdout._POLL_S", 0.02)
     monkeypatch.setattr("serving.background.holdout._PAUSE_S", 0.01)
-    monkeypatch.setattr("serving.background.scheduler._POLL_S", 0.01)
-    monkeypatch.setattr("serving.background.scoring._POLL_S", 0.005)
+    monkeypatch.setattr("serving.background.scheduler._POLL_S", 0.02)
+    monkeypatch.setattr("serving.background.scoring._POLL_S", 0.02)
     monkeypatch.setattr("serving.background.scoring._PAUSE_S", 0.01)
 
 

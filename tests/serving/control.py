@@ -246,7 +246,7 @@ class Control:
                 swap = find_swap(self.store, NAME, desired.generation)
                 if swap and swap.result:
                     return swap.result
-                await asyncio.sleep(0.005)
+                await asyncio.sleep(0.02)
 
     async def promote(self, number: int) -> SwapResult:
         """Asks for a version and waits for the end."""
