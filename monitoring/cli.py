@@ -16,7 +16,7 @@ from pydantic import ValidationError
 
 from svc.errors import IntegrityError, NotFoundError, ServerNotRunningError
 from svc.invocation import json_option, settings_of
-from svc.server_url import server_url
+from svc.server_url import ServerAddress, server_address
 from svc.settings import Settings
 
 if TYPE_CHECKING:
@@ -24,8 +24,6 @@ if TYPE_CHECKING:
     from sqlalchemy import Engine as Store
 
     from monitoring.status.figures import Look
-
-_TIMEOUT_S = 10.0
 
 
 @click.command()
@@ -122,7 +120,7 @@ def monitor(ctx: click.Context, server: str | None, host: str | None, port: int 
                 Registry.of(settings),
                 open_database(settings.home),
                 settings.home,
-                lambda: watched or server_url(settings),
+                lambda: ServerAddress(watched) if watched else server_address(settings),
                 settings.monitor.host,
                 settings.monitor.port,
                 checking=settings.monitor.drift_every_s > 0,
@@ -149,19 +147,20 @@ def _look(settings: Settings, models: Sequence[str]) -> "Look":
 
     from monitoring.status.figures import Look, read_figures
 
-    url = server_url(settings)
+    server = server_address(settings)
     try:
-        # The server is on this machine: a proxy from the environment would look for it elsewhere.
-        with httpx.Client(base_url=url, timeout=_TIMEOUT_S, trust_env=False) as client:
+        with server.client() as client:
             state, metrics = client.get("/svc/status"), client.get("/metrics")
             state.raise_for_status()
             metrics.raise_for_status()
             found, figures = state.json(), read_figures(metrics.text, models)
     except (httpx.HTTPError, httpx.InvalidURL, ValueError) as error:
-        raise ServerNotRunningError(f"the server at {url} does not answer: {error}", todo="see its log") from error
+        raise ServerNotRunningError(
+            f"the server at {server.url} does not answer: {error}", todo="see its log"
+        ) from error
     if models:
         found = _only(found, models)
-    return Look(url, found, figures, {model["model"]: _drift(settings, model) for model in found["models"]})
+    return Look(server.url, found, figures, {model["model"]: _drift(settings, model) for model in found["models"]})
 
 
 def _only(state: Mapping[str, Any], names: Sequence[str]) -> dict[str, Any]:

@@ -24,6 +24,7 @@ from serving.engines.served_model import served_model
 from serving.engines.slots import EngineSlots
 from serving.engines.verification import Verification
 from serving.http.app import build_app
+from serving.http.authentication import Authentication
 from serving.http.body_slots import BodySlots
 from serving.http.delivery import AnswerBuffers
 from serving.http.feedback import FeedbackIntake
@@ -43,12 +44,14 @@ from serving.telemetry.machine_metrics import add_machine_metrics
 from serving.telemetry.metrics import GatewayMetrics
 from serving.telemetry.request_log import RequestLog
 from serving.telemetry.usage_writer import UsageWriter
+from svc.access.authenticator import Authenticator
 from svc.access.usage_meter import UsageMeter
 from svc.engine.capabilities import Capabilities
 from svc.engine.probes import engine_facts
 from svc.engine.vllm.headroom import shortage
 from svc.engine.vllm.launch import EngineSpec
 from svc.errors import EngineError
+from svc.listening import is_loopback
 from svc.registry.registry import Registry
 from svc.settings import EngineSettings, Settings
 from svc.store.desired import Desired
@@ -64,6 +67,7 @@ class Parts:
     deployments: Deployments
     loop_lag: LoopLag
     usage_writer: UsageWriter
+    authentication: Authentication
 
 
 def assemble(
@@ -71,6 +75,7 @@ def assemble(
     registry: Registry,
     store: Store,
     capabilities: Capabilities,
+    authenticator: Authenticator,
     *,
     on_phase: Callable[[str], None],
     on_ready: OnReady,
@@ -80,6 +85,7 @@ def assemble(
 
     Args:
         capabilities: of this device.
+        authenticator: has looked at the store's keys.
         on_phase: hears what an engine's start is doing.
         on_ready: hears what is served, whenever a model has come.
         on_failure: hears why a model cannot be served.
@@ -122,9 +128,18 @@ def assemble(
         usage=usage,
     )
     feedback = FeedbackIntake(store, request_log, metrics.feedback_given)
-    app = build_app(gateway, feedback=feedback, engine_metrics=engine_metrics, status=deployments.status)
+    authentication = Authentication(
+        authenticator, keys_needed=not is_loopback(limits.host), on_failure=metrics.authentication_failed
+    )
+    app = build_app(
+        gateway,
+        feedback=feedback,
+        engine_metrics=engine_metrics,
+        status=deployments.status,
+        authentication=authentication,
+    )
     usage_writer = UsageWriter(store, usage, on_known=limiter.add_used_today)
-    return Parts(app, request_log, deployments, LoopLag(metrics.loop_lagged), usage_writer)
+    return Parts(app, request_log, deployments, LoopLag(metrics.loop_lagged), usage_writer, authentication)
 
 
 def _check_memory(slots: EngineSlots, registry: Registry, targets: Sequence[Target]) -> None:

@@ -64,6 +64,7 @@ def serve(
     from svc.engine.capabilities import read_capabilities
     from svc.engine.vllm.startup_phase import EnginePhase
     from svc.store.database import open_database
+    from svc.store.keys import keys_revision
     from svc.terminal import advancing, console, quiet_libraries
 
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
@@ -72,7 +73,7 @@ def serve(
     capabilities = read_capabilities(settings.home)
 
     async def run() -> None:
-        with server.claim(settings) as claim, ExitStack() as bar:
+        with server.claim(settings, has_keys=keys_revision(store) > 0) as claim, ExitStack() as bar:
             format = Format(format_name) if format_name else None
             wanted = choose_deployments(registry, store, models, format, every=every)
             named = ", ".join(str(desired.target) for desired in wanted)
@@ -238,9 +239,9 @@ def _waits(result: SwapResult) -> str:
 def chat(ctx: click.Context, model: str, system: str | None) -> None:
     """Talk to MODEL; an empty line or Ctrl-D ends it."""
     from serving.client.conversation import Conversation
-    from svc.server_url import server_url
+    from svc.server_url import server_address
 
-    conversation = Conversation(server_url(settings_of(ctx)), model, system)
+    conversation = Conversation(server_address(settings_of(ctx)), model, system)
     while True:
         try:
             text = click.prompt("you", prompt_suffix="> ", default="", show_default=False)

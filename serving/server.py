@@ -11,47 +11,82 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 
 import uvicorn
 from sqlalchemy import Engine as Store
+from starlette.types import ASGIApp
 
 from serving.assembly import Parts, assemble
 from serving.deployments import OnFailure, OnReady
 from serving.http.connections import limited_protocol, raise_descriptor_limit
+from svc.access.authenticator import Authenticator
 from svc.engine.capabilities import Capabilities
-from svc.errors import SvcError
-from svc.listening import address_family, http_url, listen_error
+from svc.engine.vllm.folders import runtime_folder
+from svc.errors import SettingsError, SvcError
+from svc.listening import address_family, http_url, is_loopback, listen_error
 from svc.lock import hold_lock
 from svc.registry.registry import Registry
 from svc.server_url import LOCK_FILE
-from svc.settings import Settings
+from svc.settings import ServeSettings, Settings
 from svc.store.desired import Desired
 
 _SEND_BUFFER_BYTES = 128 * 1024
+_SOCKET = "http.sock"
+_LOCAL_CONNECTIONS = 64
+"""Beside those of clients, so that whoever is on the machine gets through however many those are."""
 _GRACE_S = 30  # running answers may end after SIGTERM
 
 
 @dataclass(frozen=True, slots=True)
 class Claim:
-    """A home and a port that this process holds."""
+    """A home and a port that this process holds.
+
+    Attributes:
+        local: the socket in the home; who can open it needs no key.
+    """
 
     listener: socket.socket
     url: str
+    local: socket.socket
 
 
 @contextmanager
-def claim(settings: Settings) -> Iterator[Claim]:
+def claim(settings: Settings, *, has_keys: bool = False) -> Iterator[Claim]:
     """Takes the port and the home, before anything is read or started.
+
+    Args:
+        has_keys: nobody is let in without one.
 
     Raises:
         BusyError: another server uses this home or this port.
-        SettingsError: the address is none of this machine's.
+        SettingsError: the address is none of this machine's, or is not safe to listen on.
+        EngineError: the folder for the socket is not this user's alone.
     """
+    require_safe(settings.serve, has_keys=has_keys)
     host, port = settings.serve.host, settings.serve.port
+    path = runtime_folder(settings.home, "http") / _SOCKET
     with _bind(host, port) as listener:
         url = http_url(host, listener.getsockname()[1])
-        with hold_lock(settings.home / LOCK_FILE, f"the home {settings.home}", url=url):
-            yield Claim(listener, url)
+        lock = hold_lock(settings.home / LOCK_FILE, f"the home {settings.home}", url=url, socket=str(path))
+        with lock, _bind_local(path) as local:
+            yield Claim(listener, url, local)
+
+
+def require_safe(serve: ServeSettings, *, has_keys: bool) -> None:
+    """Raises where others than this machine could use the server without a key, or read keys on their way.
+
+    Raises:
+        SettingsError: says what is missing.
+    """
+    if is_loopback(serve.host):
+        return
+    if not has_keys:
+        raise SettingsError(
+            f"serve.host is {serve.host}, and there is no key yet: everybody there could ask and change everything",
+            expected="a loopback address, as 127.0.0.1, while there is no key",
+            todo="make a key first: svc keys create --scope admin",
+        )
 
 
 def _bind(host: str, port: int) -> socket.socket:
@@ -66,6 +101,21 @@ def _bind(host: str, port: int) -> socket.socket:
         listener.close()
         raise listen_error(host, port, error) from error
     return listener
+
+
+@contextmanager
+def _bind_local(path: Path) -> Iterator[socket.socket]:
+    """The socket in the home; whoever holds the home may remove what an earlier server left."""
+    path.unlink(missing_ok=True)
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as listener:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _SEND_BUFFER_BYTES)
+        listener.bind(str(path))
+        path.chmod(0o600)
+        listener.listen()
+        try:
+            yield listener
+        finally:
+            path.unlink(missing_ok=True)
 
 
 async def serve(
@@ -94,15 +144,24 @@ async def serve(
     Raises:
         SvcError: no model can be served.
     """
+    authenticator = Authenticator(store)
+    await asyncio.to_thread(authenticator.look)  # nobody is let in before
     parts = assemble(
-        settings, registry, store, capabilities, on_phase=on_phase, on_ready=on_ready, on_failure=on_failure
+        settings,
+        registry,
+        store,
+        capabilities,
+        authenticator,
+        on_phase=on_phase,
+        on_ready=on_ready,
+        on_failure=on_failure,
     )
     server = _Server(parts)
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
         if signal.getsignal(number) is not signal.SIG_IGN:  # as nohup leaves SIGHUP
             asyncio.get_running_loop().add_signal_handler(number, server.stop)
     asyncio.get_running_loop().add_signal_handler(signal.SIGUSR1, partial(server.stop, leave=True))
-    await server.run(claim.listener, wanted)
+    await server.run(claim, wanted)
 
 
 class _Uvicorn(uvicorn.Server):
@@ -114,6 +173,26 @@ class _Uvicorn(uvicorn.Server):
         yield
 
 
+def _http(app: ASGIApp, most: int) -> _Uvicorn:
+    """What answers on one listener.
+
+    Args:
+        most: connections at once.
+    """
+    return _Uvicorn(
+        uvicorn.Config(
+            app,
+            http=limited_protocol(most),
+            lifespan="off",
+            log_config=None,
+            access_log=False,
+            server_header=False,
+            proxy_headers=False,  # anybody can write them
+            timeout_graceful_shutdown=_GRACE_S,
+        )
+    )
+
+
 class _Server:
     """Runs the parts of one server, and ends them in order."""
 
@@ -121,7 +200,7 @@ class _Server:
         self._parts = parts
         self._stopping = asyncio.Event()
         self._leave = False
-        self._http: _Uvicorn | None = None
+        self._http: list[_Uvicorn] = []
 
     def stop(self, *, leave: bool = False) -> None:
         """Ends `run`: running answers may end; called again, they are cut off.
@@ -130,43 +209,43 @@ class _Server:
             leave: the engines run on, for the next server.
         """
         self._leave = leave
-        if self._stopping.is_set() and self._http is not None:
-            self._http.force_exit = True
+        if self._stopping.is_set():
+            for http in self._http:
+                http.force_exit = True
         self._stopping.set()
 
-    async def run(self, listener: socket.socket, wanted: Sequence[Desired]) -> None:
+    async def run(self, claim: Claim, wanted: Sequence[Desired]) -> None:
         """Answers from the first moment, with 503 until an engine has started; returns when it was told to stop."""
         parts = self._parts
         parts.request_log.start()
-        self._http = http = _Uvicorn(
-            uvicorn.Config(
-                parts.app,
-                http=limited_protocol(raise_descriptor_limit()),
-                lifespan="off",
-                log_config=None,
-                access_log=False,
-                server_header=False,
-                proxy_headers=False,  # anybody can write them
-                timeout_graceful_shutdown=_GRACE_S,
-            )
+        self._http = [_http(parts.app, raise_descriptor_limit()), _http(parts.app, _LOCAL_CONNECTIONS)]
+        listeners = (claim.listener, claim.local)
+        serving = {
+            asyncio.create_task(http.serve(sockets=[listener]))
+            for http, listener in zip(self._http, listeners, strict=True)
+        }
+        works = (
+            parts.deployments.run(wanted),
+            parts.loop_lag.run(),
+            parts.usage_writer.run(),
+            parts.authentication.run(),
         )
-        serving = asyncio.create_task(http.serve(sockets=[listener]))
-        works = (parts.deployments.run(wanted), parts.loop_lag.run(), parts.usage_writer.run())
         control = [asyncio.create_task(work) for work in works]
         stopping = asyncio.create_task(self._stopping.wait())
         defect = False
         try:
             # The others never end by themselves but for a defect, which must end the server and not leave half of it;
             # engines that answer are no worse for it, and the next server takes them over.
-            done, _ = await asyncio.wait({serving, stopping, *control}, return_when=asyncio.FIRST_COMPLETED)
+            done, _ = await asyncio.wait({*serving, stopping, *control}, return_when=asyncio.FIRST_COMPLETED)
             defect = any(task.exception() and not isinstance(task.exception(), SvcError) for task in done)
         finally:
             # Control first: it would take the engine's end for a death.
             for task in (stopping, *control):
                 task.cancel()
             await asyncio.wait({stopping, *control})
-            http.should_exit = True
-            await asyncio.wait({serving})
+            for http in self._http:
+                http.should_exit = True
+            await asyncio.wait(serving)
             try:
                 await parts.deployments.stop(leave=defect or self._leave)
             finally:

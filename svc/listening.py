@@ -1,6 +1,7 @@
 """Addresses that a command of ours listens on: their URL, and why they cannot be had."""
 
 import errno
+import ipaddress
 import socket
 
 from svc.errors import BusyError, SettingsError, SvcError
@@ -11,9 +12,17 @@ def address_family(host: str) -> socket.AddressFamily:
     return socket.AF_INET6 if ":" in host else socket.AF_INET
 
 
-def http_url(host: str, port: int) -> str:
+def is_loopback(host: str) -> bool:
+    """Whether only this machine can reach what listens there. A name is none, but for localhost."""
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host.lower() == "localhost"
+
+
+def http_url(host: str, port: int, *, tls: bool = False) -> str:
     """The URL of a server there."""
-    return f"http://{f'[{host}]' if ':' in host else host}:{port}"
+    return f"{'https' if tls else 'http'}://{f'[{host}]' if ':' in host else host}:{port}"
 
 
 def listen_error(host: str, port: int, error: OSError) -> SvcError:

@@ -1,18 +1,57 @@
-"""Where the server of a home listens: what it says in the lock that it holds. And what it says when asked."""
+"""Where the server of a home listens: what it says in the lock that it holds. And what it says when asked.
+
+On the machine it is asked through the socket in its home, which needs no key.
+"""
 
 from collections.abc import Mapping
-from typing import Any
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from svc.errors import ServerNotRunningError
 from svc.lock import lock_holder
 from svc.settings import Settings
 
+if TYPE_CHECKING:
+    import httpx
+
 LOCK_FILE = "serve.lock"
 _TIMEOUT_S = 10.0
+_CONNECT_S = 5.0
 
 
-def server_url(settings: Settings) -> str:
-    """The URL of the server that uses this home.
+@dataclass(frozen=True, slots=True)
+class ServerAddress:
+    """How to reach a server.
+
+    Attributes:
+        url: its root, for people too.
+        socket: the one in its home; None where it is reached by the URL.
+    """
+
+    url: str
+    socket: Path | None = None
+
+    def client(self, timeout_s: float = _TIMEOUT_S) -> "httpx.Client":
+        """What asks it.
+
+        Args:
+            timeout_s: longest silence.
+        """
+        import httpx
+
+        # A server on this machine is asked by no name that a proxy from the environment could know.
+        transport = httpx.HTTPTransport(uds=str(self.socket)) if self.socket else None
+        return httpx.Client(
+            base_url="http://localhost" if self.socket else self.url,
+            transport=transport,
+            timeout=httpx.Timeout(timeout_s, connect=min(timeout_s, _CONNECT_S)),
+            trust_env=False,
+        )
+
+
+def server_address(settings: Settings) -> ServerAddress:
+    """Where the server listens that uses this home.
 
     Raises:
         ServerNotRunningError: there is none.
@@ -20,10 +59,11 @@ def server_url(settings: Settings) -> str:
     holder = lock_holder(settings.home / LOCK_FILE)
     if holder is None or "url" not in holder:
         raise ServerNotRunningError(f"no server runs on {settings.home}", todo="start it: svc serve NAME")
-    return str(holder["url"])
+    socket = holder.get("socket")
+    return ServerAddress(str(holder["url"]), Path(socket) if socket else None)
 
 
-def read_status(url: str) -> Mapping[str, Any]:
+def read_status(address: ServerAddress) -> Mapping[str, Any]:
     """What a server's /svc/status says.
 
     Raises:
@@ -32,10 +72,9 @@ def read_status(url: str) -> Mapping[str, Any]:
     import httpx
 
     try:
-        # The server is on this machine: a proxy from the environment would look for it elsewhere.
-        answer = httpx.get(f"{url}/svc/status", timeout=_TIMEOUT_S, trust_env=False).raise_for_status()
-        return dict(answer.json())
+        with address.client() as client:
+            return dict(client.get("/svc/status").raise_for_status().json())
     except (httpx.HTTPError, ValueError) as error:
         raise ServerNotRunningError(
-            f"the server on {url} does not answer: {error!r}", todo="see its log, then try again"
+            f"the server on {address.url} does not answer: {error!r}", todo="see its log, then try again"
         ) from error

@@ -122,7 +122,7 @@ def _process() -> list[PanelBuilder]:
             "s",
             Query("svc_server_scrape_duration_seconds", "scrape"),
             limits=Limits(warning=1, bad=5),
-            span=12,
+            span=8,
         ),
         chart(
             "Lag of the event loop",
@@ -130,7 +130,15 @@ def _process() -> list[PanelBuilder]:
             "s",
             *(Query(quantile(q, "svc_event_loop_lag_seconds"), f"p{q * 100:g}") for q in (0.5, 0.99, 0.999)),
             limits=Limits(warning=0.05, bad=0.25),
-            span=12,
+            span=8,
+        ),
+        chart(
+            "Wrong keys",
+            "Requests without a right key, a second, by what was wrong with it.",
+            "reqps",
+            Query(rate("svc_authentication_failures_total", "fault"), "{{fault}}"),
+            stacked=True,
+            span=8,
         ),
     ]
 

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 from wsgiref.simple_server import WSGIRequestHandler, WSGIServer, make_server
 
-import httpx
 from prometheus_client import CollectorRegistry, make_wsgi_app
 from prometheus_client.exposition import ThreadingWSGIServer
 from sqlalchemy import Engine as Store
@@ -21,6 +20,7 @@ from monitoring.exporter.training import TrainingMetrics
 from monitoring.exporter.versions import VersionMetrics
 from svc.listening import address_family, http_url, listen_error
 from svc.registry.registry import Registry
+from svc.server_url import ServerAddress
 
 if TYPE_CHECKING:
     from wsgiref.types import StartResponse, WSGIApplication, WSGIEnvironment
@@ -34,7 +34,7 @@ def exporting(
     registry: Registry,
     store: Store,
     home: Path,
-    find_server: Callable[[], str],
+    find_server: Callable[[], ServerAddress],
     host: str,
     port: int,
     *,
@@ -44,7 +44,7 @@ def exporting(
 
     Args:
         home: where training runs are looked for.
-        find_server: the server's URL now; raises ServerNotRunningError.
+        find_server: where the server is now; raises ServerNotRunningError.
         port: 0 for any free one.
         checking: somebody checks for drift.
 
@@ -52,24 +52,22 @@ def exporting(
         BusyError: the port is in use.
         SettingsError: the address is none of this machine's.
     """
-    # A proxy from the environment would look for a server on this machine elsewhere.
-    with httpx.Client(trust_env=False) as client:
-        metrics = CollectorRegistry()
-        for collector in (
-            ServerPage(client, find_server),
-            VersionMetrics(registry),
-            TrainingMetrics(registry, home),
-            DriftMetrics(registry, store, checking=checking),
-        ):
-            metrics.register(collector)
-        with _listen(host, port, _page(metrics)) as server:
-            thread = threading.Thread(target=server.serve_forever, args=(_POLL_S,), name="exporter")
-            thread.start()
-            try:
-                yield f"{http_url(host, server.server_port)}/metrics"
-            finally:
-                server.shutdown()
-                thread.join()
+    metrics = CollectorRegistry()
+    for collector in (
+        ServerPage(find_server),
+        VersionMetrics(registry),
+        TrainingMetrics(registry, home),
+        DriftMetrics(registry, store, checking=checking),
+    ):
+        metrics.register(collector)
+    with _listen(host, port, _page(metrics)) as server:
+        thread = threading.Thread(target=server.serve_forever, args=(_POLL_S,), name="exporter")
+        thread.start()
+        try:
+            yield f"{http_url(host, server.server_port)}/metrics"
+        finally:
+            server.shutdown()
+            thread.join()
 
 
 def _listen(host: str, port: int, page: "WSGIApplication") -> WSGIServer:

@@ -11,6 +11,7 @@ from prometheus_client.openmetrics.parser import text_string_to_metric_families
 from prometheus_client.registry import Collector
 
 from svc.errors import ServerNotRunningError
+from svc.server_url import ServerAddress
 
 log = logging.getLogger(__name__)
 
@@ -23,12 +24,10 @@ class ServerPage(Collector):
     """Asks the server whenever it is asked itself.
 
     Args:
-        client: for the request; its timeout is not used.
-        find: the server's URL now. Raises ServerNotRunningError where none runs.
+        find: where the server is now. Raises ServerNotRunningError where none runs.
     """
 
-    def __init__(self, client: httpx.Client, find: Callable[[], str]) -> None:
-        self._client = client
+    def __init__(self, find: Callable[[], ServerAddress]) -> None:
         self._find = find
 
     def describe(self) -> Iterable[Metric]:
@@ -46,9 +45,9 @@ class ServerPage(Collector):
 
     def _fetch(self) -> list[Metric] | None:
         try:
-            url = self._find()
-            # OpenMetrics, because exemplars are in no other text format.
-            answer = self._client.get(f"{url}/metrics", headers=_OPENMETRICS, timeout=_TIMEOUT_S)
+            with self._find().client(_TIMEOUT_S) as client:
+                # OpenMetrics, because exemplars are in no other text format.
+                answer = client.get("/metrics", headers=_OPENMETRICS)
             answer.raise_for_status()
             families: list[Metric] = list(text_string_to_metric_families(answer.text))  # type: ignore[no-untyped-call]
             return families

@@ -7,21 +7,23 @@ from typing import Any
 import httpx
 
 from svc.errors import EngineError
+from svc.server_url import ServerAddress
 
-_TIMEOUT = httpx.Timeout(600.0, connect=5.0)
+_PATH = "/v1/chat/completions"
+_TIMEOUT_S = 600.0
 
 
 class Conversation:
     """Turns so far, and how to add one.
 
     Args:
-        url: the server's root.
+        server: answers.
         model: a name that the server knows.
         system: the system turn, if any.
     """
 
-    def __init__(self, url: str, model: str, system: str | None = None) -> None:
-        self._url = f"{url}/v1/chat/completions"
+    def __init__(self, server: ServerAddress, model: str, system: str | None = None) -> None:
+        self._server = server
         self._model = model
         self._turns = [{"role": "system", "content": system}] if system else []
 
@@ -42,7 +44,7 @@ class Conversation:
         self._turns = [*turns, {"role": "assistant", "content": answer}]
 
     def _stream(self, body: dict[str, Any]) -> Iterator[str]:
-        with httpx.stream("POST", self._url, json=body, timeout=_TIMEOUT, trust_env=False) as response:
+        with self._server.client(_TIMEOUT_S) as client, client.stream("POST", _PATH, json=body) as response:
             if response.is_error:
                 response.read()
                 raise EngineError(f"the server answered {response.status_code}: {_message(response.text)}")

@@ -11,7 +11,7 @@ from serving.rollout.initial_state import choose_desired
 from svc.engine.state import EngineState
 from svc.errors import NotFoundError, RefusedError
 from svc.registry.registry import Registry
-from svc.server_url import read_status, server_url
+from svc.server_url import ServerAddress, read_status, server_address
 from svc.settings import Settings
 from svc.store.database import open_database
 from svc.store.deployments import add_deployment, deployed_names, remove_deployment
@@ -26,12 +26,12 @@ class Membership:
     """The set of models of a running server.
 
     Attributes:
-        url: the server's root.
+        server: where it is asked.
     """
 
     registry: Registry
     store: Store
-    url: str
+    server: ServerAddress
 
     @classmethod
     def of(cls, settings: Settings) -> "Membership":
@@ -40,8 +40,8 @@ class Membership:
         Raises:
             ServerNotRunningError: nobody would change it.
         """
-        url = server_url(settings)
-        return cls(Registry.of(settings), open_database(settings.home), url)
+        server = server_address(settings)
+        return cls(Registry.of(settings), open_database(settings.home), server)
 
     def add(self, model: str, format: Format | None) -> Target:
         """Returns when the model is served.
@@ -62,7 +62,7 @@ class Membership:
         add_deployment(self.store, name)
         with waiting(f"starting {target}"):
             while True:
-                status = read_status(self.url)
+                status = read_status(self.server)
                 # While it is in the set, the reason is that of an earlier attempt.
                 if (why := status["refused"].get(name)) and name not in deployed_names(self.store):
                     raise RefusedError(f"{target} is not served\n  why: {why}")
@@ -81,7 +81,7 @@ class Membership:
             served = ", ".join(deployed_names(self.store)) or "nothing"
             raise NotFoundError(f"{name!r} is not served", expected=f"what is served: {served}")
         with waiting(f"ending {name}"):
-            while _model(read_status(self.url), name):
+            while _model(read_status(self.server), name):
                 time.sleep(_POLL_S)
 
 

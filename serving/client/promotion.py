@@ -10,7 +10,7 @@ from sqlalchemy import Engine as Store
 
 from svc.errors import BusyError, NotFoundError, ServerNotRunningError
 from svc.registry.registry import Registry
-from svc.server_url import read_status, server_url
+from svc.server_url import ServerAddress, read_status, server_address
 from svc.settings import Settings
 from svc.store.audit import AuditEntry
 from svc.store.database import open_database
@@ -28,13 +28,13 @@ class Promotion:
     """A change of what a running server serves.
 
     Attributes:
-        url: the server's root.
+        server: where it is asked.
     """
 
     settings: Settings
     registry: Registry
     store: Store
-    url: str
+    server: ServerAddress
 
     @classmethod
     def of(cls, settings: Settings) -> "Promotion":
@@ -43,8 +43,8 @@ class Promotion:
         Raises:
             ServerNotRunningError: nobody would carry it out.
         """
-        url = server_url(settings)
-        return cls(settings, Registry.of(settings), open_database(settings.home), url)
+        server = server_address(settings)
+        return cls(settings, Registry.of(settings), open_database(settings.home), server)
 
     def current(self, name: str) -> Desired:
         """What a name shall serve now.
@@ -53,12 +53,12 @@ class Promotion:
             NotFoundError: the server serves other names.
             ServerNotRunningError: it does not answer.
         """
-        served = [model["model"] for model in read_status(self.url)["models"]]
+        served = [model["model"] for model in read_status(self.server)["models"]]
         desired = read_desired(self.store, name) if name in served else None
         if desired is None:
             raise NotFoundError(
                 f"{name!r} is not served",
-                expected=f"what the server on {self.url} serves: {', '.join(served) or 'nothing'}",
+                expected=f"what the server on {self.server.url} serves: {', '.join(served) or 'nothing'}",
                 todo=f"svc add {name}",
             )
         return desired
@@ -125,7 +125,7 @@ class Promotion:
 
     def _refuse_without_server(self, wanted: Desired) -> None:
         try:
-            server_url(self.settings)
+            server_address(self.settings)
         except ServerNotRunningError as error:
             raise ServerNotRunningError(
                 f"the server ended before {wanted.target} served",
@@ -143,4 +143,4 @@ class Promotion:
         return None
 
     def _model_status(self, name: str) -> Mapping[str, Any]:
-        return next((model for model in read_status(self.url)["models"] if model["model"] == name), {})
+        return next((model for model in read_status(self.server)["models"] if model["model"] == name), {})

@@ -15,6 +15,7 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import Route as Path
 
 from serving.admission.errors import EngineUnavailableError
+from serving.http.authentication import Authentication, AuthenticationMiddleware, principal_of
 from serving.http.errors import install_handlers
 from serving.http.feedback import FeedbackIntake
 from serving.http.host import AllowedHosts
@@ -22,8 +23,10 @@ from serving.http.inference import Gateway
 from serving.http.middleware import RequestMiddleware
 from serving.http.models import add_models
 from serving.http.openapi import openapi_document
+from serving.http.status import without_inside
 from serving.protocols.route import Route
 from serving.telemetry.engine_metrics import EngineMetrics
+from svc.principal import Scope
 
 _OPENMETRICS = "application/openmetrics-text"
 
@@ -34,6 +37,7 @@ def build_app(
     feedback: FeedbackIntake,
     engine_metrics: EngineMetrics,
     status: Callable[[], Mapping[str, Any]],
+    authentication: Authentication,
     lifespan: Callable[[FastAPI], AbstractAsyncContextManager[None]] | None = None,
 ) -> FastAPI:
     """The application for one gateway.
@@ -43,6 +47,7 @@ def build_app(
         feedback: answers /v1/feedback.
         engine_metrics: refreshed for each /metrics; registered where `gateway.metrics` is.
         status: what /svc/status shows, JSON values; called in a thread.
+        authentication: lets requests in.
         lifespan: starts and stops what lives as long as the server.
     """
     app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None, redirect_slashes=False, lifespan=lifespan)
@@ -53,6 +58,7 @@ def build_app(
     _add_operations(app, gateway, engine_metrics, status)
     install_handlers(app)
     hosts = AllowedHosts((gateway.settings.host, *gateway.settings.allowed_hosts))
+    app.add_middleware(AuthenticationMiddleware, authentication=authentication)
     app.add_middleware(RequestMiddleware, router=gateway.router, hosts=hosts, limiter=gateway.limiter)
     return app
 
@@ -85,6 +91,8 @@ def _add_operations(
         return Response(page, headers={"content-type": content_type})
 
     @app.get("/svc/status")
-    async def show_status() -> JSONResponse:
+    async def show_status(request: Request) -> JSONResponse:
+        principal = principal_of(request.scope)
         # It reads the store, and no stream waits for that.
-        return JSONResponse(dict(await asyncio.to_thread(status)))
+        found = await asyncio.to_thread(status)
+        return JSONResponse(dict(found if principal is None or principal.may(Scope.ADMIN) else without_inside(found)))

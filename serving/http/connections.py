@@ -6,6 +6,7 @@ read what was sent. Where descriptors run out, the server could not reach its en
 
 import asyncio
 import resource
+import socket
 from typing import Any
 
 from uvicorn.protocols.http.auto import AutoHTTPProtocol
@@ -14,6 +15,8 @@ REQUEST_DEADLINE_S = 15.0
 """From a connection, or its last answer, to the end of the next request's headers."""
 ABORT = "abort"
 """Key in the state of a scope: a function that ends its connection at once, whatever was not read yet."""
+THROUGH_SOCKET = "through_socket"
+"""Key in the state of a scope: the connection came through a unix socket, which only its owner can open."""
 _OWN_DESCRIPTORS = 512
 """For the store, logs, the registry and what the server asks its engines itself."""
 _MOST = 8192
@@ -45,7 +48,9 @@ def limited_protocol(most: int, deadline_s: float = REQUEST_DEADLINE_S) -> type[
         app_state: dict[str, Any]
 
         def connection_made(self, transport: asyncio.Transport) -> None:
-            self.app_state = {**self.app_state, ABORT: transport.abort}
+            connected = transport.get_extra_info("socket")
+            through_socket = connected is not None and connected.family == socket.AF_UNIX
+            self.app_state = {**self.app_state, ABORT: transport.abort, THROUGH_SOCKET: through_socket}
             super().connection_made(transport)
             if len(self.connections) > most:
                 transport.abort()

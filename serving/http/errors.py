@@ -35,6 +35,7 @@ from serving.engines.transport import (
     EngineSilentError,
 )
 from serving.http.delivery import AnswerTooLargeError
+from serving.http.failed_keys import TooManyWrongKeysError
 from serving.http.feedback import RequestLogBusyError, RequestNotFoundError
 from serving.http.host import HostNotAllowedError
 from serving.http.models import ModelNotDeletableError
@@ -42,7 +43,8 @@ from serving.model_names import SHOWN_CHARS, ModelNotFoundError
 from serving.protocols import request
 from serving.protocols.error_code import ErrorCode
 from serving.protocols.route import ANTHROPIC_PATHS
-from svc.errors import SvcError
+from svc.access.authenticator import KeysUnavailableError
+from svc.errors import AuthenticationError, PermissionDeniedError, SvcError
 
 log = logging.getLogger(__name__)
 
@@ -116,6 +118,10 @@ _SHAPES: dict[type[SvcError], tuple[int, ErrorCode]] = {
     request.BodyTooLargeError: (413, ErrorCode.BODY_TOO_LARGE),
     request.BodyTimeoutError: (408, ErrorCode.BODY_TIMEOUT),
     request.MediaTypeError: (415, ErrorCode.UNSUPPORTED_MEDIA_TYPE),
+    AuthenticationError: (401, ErrorCode.INVALID_API_KEY),
+    PermissionDeniedError: (403, ErrorCode.PERMISSION_DENIED),
+    TooManyWrongKeysError: (429, ErrorCode.TOO_MANY_WRONG_KEYS),
+    KeysUnavailableError: (503, ErrorCode.KEYS_UNAVAILABLE),
     HostNotAllowedError: (421, ErrorCode.HOST_NOT_ALLOWED),
     RequestNotFoundError: (404, ErrorCode.REQUEST_NOT_FOUND),
     RequestLogBusyError: (503, ErrorCode.REQUEST_LOG_BUSY),
@@ -171,6 +177,8 @@ def _shaped(error: SvcError, status: int, code: ErrorCode) -> ApiError:
     retry_after_s = getattr(error, "retry_after_s", None)
     if retry_after_s is not None:
         headers["retry-after"] = str(retry_after_s)
+    if code is ErrorCode.INVALID_API_KEY:
+        headers["www-authenticate"] = "Bearer"
     if code in _UNREAD_BODY:
         headers["connection"] = "close"
     return ApiError(status, code, message, getattr(error, "param", None), headers)

@@ -1,5 +1,6 @@
 """`POST /v1/feedback`: what a person said of an answer, by the id that came with it in `x-request-id`.
 
+A key rates the answers that it got itself; an admin, and whoever needs no key, all of them.
 One word for each request; a second one replaces the first and is not counted again. A correction is kept whether or
 not content is: who sends it wants it to be; it is redacted like content.
 """
@@ -14,11 +15,13 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
 from serving.admission.errors import OverloadedError
+from serving.http.authentication import principal_of
 from serving.model_names import SHOWN_CHARS
 from serving.protocols.request import ClientGoneError, InvalidJsonError, InvalidRequestError, read_body
 from serving.telemetry.metrics import CLIENT_GONE_STATUS
 from serving.telemetry.request_log import RequestLog
 from svc.errors import NotFoundError, SvcError
+from svc.principal import Scope
 from svc.store.feedback import Feedback, KeptFeedback, Rating, keep_feedback
 from svc.version import VersionId
 
@@ -84,7 +87,9 @@ class FeedbackIntake:
         try:
             body = await read_body(request.scope, request.receive, max_bytes=MAX_BODY_BYTES, timeout_s=_BODY_TIMEOUT_S)
             given = _parse(body)
-            kept = await asyncio.get_running_loop().run_in_executor(self._threads, self._keep, given)
+            principal = principal_of(request.scope)
+            key_id = None if principal is None or principal.may(Scope.ADMIN) else principal.key_id
+            kept = await asyncio.get_running_loop().run_in_executor(self._threads, self._keep, given, key_id)
         except ClientGoneError:
             return Response(status_code=CLIENT_GONE_STATUS)
         finally:
@@ -101,12 +106,12 @@ class FeedbackIntake:
             }
         )
 
-    def _keep(self, given: FeedbackRequest) -> KeptFeedback:
+    def _keep(self, given: FeedbackRequest, key_id: str | None) -> KeptFeedback:
         redacted = self._request_log.redacted
         feedback = Feedback(given.rating, redacted(given.label), redacted(given.correction))
         if self._request_log.is_queued(given.request_id) and not self._request_log.flush(_FLUSH_S):
             raise RequestLogBusyError("the request is not stored yet", todo="send the feedback again")
-        kept = keep_feedback(self._store, given.request_id, feedback)
+        kept = keep_feedback(self._store, given.request_id, feedback, key_id=key_id)
         if kept is None:
             raise RequestNotFoundError(
                 "nothing is kept of this request", expected="the x-request-id of an answer that is not too old"

@@ -22,12 +22,13 @@ from serving.admission.errors import EngineUnavailableError, RateLimitedError
 from serving.admission.rate_limiter import Demand, RateLimiter, Reservation, estimated_tokens
 from serving.engines.balancer import Lease
 from serving.engines.transport import EngineDiedError, EngineUnreachableError, call, refusal
+from serving.http.authentication import principal_of
 from serving.http.body_slots import BodySlots
-from serving.http.caller import principal_of
 from serving.http.connections import ABORT
 from serving.http.delivery import AnswerBuffers, ClientSlowError, Delivery
 from serving.http.disconnect import disconnected, while_connected
 from serving.http.errors import ApiError, api_error
+from serving.http.models import require_model
 from serving.protocols.error_code import ErrorCode
 from serving.protocols.outcome import outcome_of
 from serving.protocols.request import ClientGoneError, CompletionRequest, discard_body, parse_request, read_body
@@ -114,6 +115,7 @@ class Exchange:
         self._route = route
         self.format = wire_format(route)
         self._scope = scope
+        self._principal = principal_of(scope)
         self._asgi_send = send
         self._delivery = Delivery(send, gateway.buffers, gateway.settings.client_timeout_s)
         self._clock = gateway.clock
@@ -128,7 +130,6 @@ class Exchange:
         self._first_token_s: float | None = None
         self._finish_reason: str | None = None
         self._content: Content | None = None  # what passes, where it is to be kept
-        self._principal = principal_of(scope)
         self._reservation: Reservation | None = None
         self._body_bytes = self._token_events = 0
         self.complete = False
@@ -149,7 +150,7 @@ class Exchange:
             del body
             if self._gateway.request_log.wants_content():
                 self._content = Content(self._route, request.members)
-            await while_connected(receive, self._answer(request))
+            await while_connected(receive, self._answer(request), self._scope["state"].get("key_ended"))
         except ClientGoneError:
             if not self._delivered:
                 self._failed(ErrorCode.CLIENT_GONE)
@@ -196,6 +197,7 @@ class Exchange:
 
     async def _answer(self, request: CompletionRequest) -> None:
         self._model = self._gateway.router.served_name(request.model) or UNKNOWN_MODEL
+        require_model(self._gateway.router, self._principal, request.model)
         to = self._gateway.router.find(request.model, request.who)
         await to.backend.check(to.model)
         self._scope["state"]["version"] = (served := to.backend.names.served) and served.version

@@ -2,24 +2,27 @@
 key's limits, and no exception gets past it.
 
 A request's id is the server's own, since feedback finds an answer by it and a client may use an id twice. The client's
-is kept beside it, and returned. Pure ASGI, because the framework's middleware would sit between a stream and its
-client. Puts `request_id` and `client_request_id` into the state of the scope; what answers a completion puts `version`
-there.
+is kept beside it, and returned. A version is told to whom it may be. Pure ASGI, because the framework's middleware
+would sit between a stream and its client. Puts `request_id` and `client_request_id` into the state of the scope; what
+answers a completion puts `version` there.
 """
 
 import re
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from typing import Any
 from uuid import uuid4
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from serving.admission.rate_limiter import RateLimiter
-from serving.http.caller import principal_of
+from serving.http.connections import THROUGH_SOCKET
 from serving.http.errors import api_error
 from serving.http.host import AllowedHosts
 from serving.http.rate_limit_headers import rate_limit_headers
 from serving.router import Router
+from svc.principal import Principal
+from svc.version import VersionId
 
 _CLIENT_HEADERS = (b"x-client-request-id", b"x-request-id")
 _CLIENT_ID = re.compile(rb"[A-Za-z0-9._-]{1,128}")  # fit for a log line
@@ -67,22 +70,30 @@ class RequestMiddleware:
             if message["type"] == "http.response.start":
                 begun = True
                 headers = [*message.get("headers", ()), *ids]
-                version = state.get("version") or self._router.only_version
+                version = self._shown_version(state)
                 if version:
                     headers.append((b"x-model-version", str(version).encode("ascii")))
                 headers.append((b"openai-processing-ms", b"%d" % ((self._clock() - started) * 1000)))
-                if principal := principal_of(scope):
+                if principal := state.get("principal"):
                     headers += rate_limit_headers(self._limiter.allowances(principal), scope["path"])
                 message = {**message, "headers": headers}
             await send(message)
 
         try:
-            self._hosts.check(scope)
+            if not state.get(THROUGH_SOCKET):  # no page can open it
+                self._hosts.check(scope)
             await self._app(scope, receive, send_with_headers)
         except Exception as error:
             if begun:
                 raise  # the server in front logs it and cuts the connection: the client sees that it is not complete
             await api_error(error).response(scope["path"])(scope, receive, send_with_headers)
+
+    def _shown_version(self, state: Mapping[str, Any]) -> VersionId | None:
+        version = state.get("version") or self._router.only_version
+        if version is None or "principal" not in state:  # nobody knows who asks, or they need not say it
+            return None
+        principal: Principal | None = state["principal"]
+        return version if principal is None or principal.may_ask(version.name) else None
 
 
 def _client_request_id(scope: Scope) -> bytes | None:

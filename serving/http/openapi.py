@@ -97,8 +97,18 @@ _ENGINE = {
     503: "no engine, or no place; see retry-after",
     504: "the engine said nothing for too long",
 }
+_KEYS = {
+    401: "there is no key, or it is not right",
+    403: "the key is not for this",
+    429: "too many wrong keys came from this address; see retry-after",
+    503: "keys cannot be checked now",
+}
 _DEFECT = {500: "a defect of the gateway"}
 _OTHER_HOST = {421: "the Host header has a name that is not this server's"}
+_KEY_HEADERS: Json = {
+    "bearer": {"type": "http", "scheme": "bearer"},
+    "x-api-key": {"type": "apiKey", "in": "header", "name": "x-api-key"},
+}
 _MODEL_NAME: Json = {"name": "name", "in": "path", "required": True, "schema": {"type": "string", "minLength": 1}}
 _NO_MODEL = {404: "no loaded version answers to the name", 503: "nothing is loaded yet", **_DEFECT}
 
@@ -117,7 +127,8 @@ def openapi_document() -> Json:
         "openapi": "3.1.0",
         "info": {"title": "tuneserve", "version": version("tuneserve")},
         "paths": {**{route.value: {"post": _completion(route)} for route in Route}, **_small_paths()},
-        "components": {"schemas": schemas},
+        "components": {"schemas": schemas, "securitySchemes": _KEY_HEADERS},
+        "security": [{}, *({name: []} for name in _KEY_HEADERS)],  # none, where there are no keys
     }
 
 
@@ -173,7 +184,8 @@ def _operation(summary: str, content: Json, errors: Mapping[int, str]) -> Json:
 def _errors(descriptions: Mapping[int, str], path: str = "") -> Json:
     shape = _ref("MessagesError" if path in ANTHROPIC_PATHS else "Error")
     return {
-        str(status): _answer(told, _json(shape)) for status, told in sorted({**descriptions, **_OTHER_HOST}.items())
+        str(status): _answer(told, _json(shape))
+        for status, told in sorted({**_KEYS, **descriptions, **_OTHER_HOST}.items())
     }
 
 

@@ -16,6 +16,7 @@ from serving.protocols.outcome import outcome_of
 from serving.protocols.route import Route
 from serving.protocols.wire_formats import Usage
 from serving.telemetry.quantiles import VersionQuantiles
+from svc.access.authenticator import KeyFault
 from svc.store.feedback import Rating
 from svc.store.requests import Dropped, Outcome
 from svc.version import Target, VersionId
@@ -24,6 +25,9 @@ CLIENT_GONE_STATUS = 499
 """nginx's code for a client that left before its answer began; it is counted and never sent."""
 UNKNOWN_MODEL = "unknown"
 _NOT_COMPLETIONS = {
+    ErrorCode.PERMISSION_DENIED,
+    ErrorCode.TOO_MANY_WRONG_KEYS,
+    ErrorCode.KEYS_UNAVAILABLE,
     ErrorCode.HOST_NOT_ALLOWED,
     ErrorCode.NOT_FOUND,
     ErrorCode.METHOD_NOT_ALLOWED,
@@ -112,6 +116,14 @@ class GatewayMetrics:
             "svc_request_errors_total", "Requests that failed, by reason", (*version, "reason"), registry=registry
         )
         self.show_errors(None)
+        self._wrong_keys = Counter(
+            "svc_authentication_failures_total",
+            "Requests without a right key, by what was wrong with it",
+            ("fault",),
+            registry=registry,
+        )
+        for fault in KeyFault:
+            self._wrong_keys.labels(fault.value)
 
     def show_errors(self, served: Target | None, model: str = UNKNOWN_MODEL) -> None:
         """Shows a version's errors before there is one, so that the first is seen as an increase.
@@ -223,6 +235,10 @@ class GatewayMetrics:
         """Counts a rated answer."""
         name, number = (version.name, str(version.number)) if version else (UNKNOWN_MODEL, "")
         self._feedback.labels(name, number, rating.value).inc()
+
+    def authentication_failed(self, fault: KeyFault) -> None:
+        """Counts a request without a right key."""
+        self._wrong_keys.labels(fault.value).inc()
 
     def loop_lagged(self, seconds: float) -> None:
         """Takes how much later than asked the event loop woke up a task."""

@@ -1,4 +1,4 @@
-"""Turns a secret into a principal, from memory. What changes in the store is heard by a look at it twice a second.
+"""Turns a secret into a principal, from memory. What changes in the store is heard by a look at it four times a second.
 
 A wrong key costs no more than a right one: what is no secret, or has a typo, ends at its checksum, and an id that there
 is not at a look into a dictionary; neither is hashed, and nothing asks the store. An id is no secret, so it may take
@@ -12,6 +12,7 @@ import asyncio
 import logging
 import time
 from collections.abc import Callable
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from enum import StrEnum
 
@@ -25,7 +26,7 @@ from svc.store.keys import Key, keys_revision, read_keys
 
 log = logging.getLogger(__name__)
 
-LOOK_S = 0.5
+LOOK_S = 0.25
 """From one look at the store to the next: a revocation is heard within a second."""
 _STALE_S = 60.0
 """Without a look for so long, no key is right: one that was revoked meanwhile must not be."""
@@ -59,6 +60,18 @@ class KeysUnavailableError(SvcError):
     """The store has not answered for so long that no key can be called right."""
 
     retry_after_s = 2
+
+
+@dataclass(frozen=True, slots=True)
+class Grant:
+    """What a right secret gave: somebody, until `Authenticator.check` says otherwise.
+
+    Attributes:
+        hash: of the secret, which is not kept.
+    """
+
+    principal: Principal
+    hash: str = field(repr=False)
 
 
 class Authenticator:
@@ -101,16 +114,25 @@ class Authenticator:
             self._revision = revision
         self._looked_at = began
 
-    async def follow(self) -> None:
-        """Looks again and again, in a thread, until it is cancelled."""
+    async def follow(self, on_look: Callable[[], None] = lambda: None) -> None:
+        """Looks again and again, in a thread, until it is cancelled.
+
+        Args:
+            on_look: called after each look, in the event loop: a key may be right no more.
+        """
         while True:
             try:
                 await asyncio.to_thread(self.look)
             except SQLAlchemyError:
                 log.exception("keys cannot be read; those that were known go on for %.0f s", _STALE_S)
+            on_look()
             await asyncio.sleep(LOOK_S)
 
     def authenticate(self, secret: str | None) -> Principal:
+        """Who a secret is of; see `grant`."""
+        return self.grant(secret).principal
+
+    def grant(self, secret: str | None) -> Grant:
         """Who a secret is of; touches neither disk nor network.
 
         Raises:
@@ -126,20 +148,39 @@ class Authenticator:
             )
         if self._looked_at is None or self._clock() - self._looked_at > _STALE_S:
             raise KeysUnavailableError("keys cannot be checked now", todo="send the request again later")
-        key, now = self._keys.get(key_id), self._now()
-        if key is None or not _is_of(secret, key, now):
-            raise InvalidKeyError(
-                KeyFault.UNKNOWN, "this key is not right", todo="use the newest one that you were given"
-            )
+        key = self._keys.get(key_id)
+        if key is None:
+            raise _unknown()
+        grant = Grant(key.principal, hash_secret(secret))
+        self._check(key, grant.hash)
+        return grant
+
+    def check(self, grant: Grant) -> None:
+        """Whether a grant is still right, as far as is known: for what has begun with it, and goes on.
+
+        Raises:
+            InvalidKeyError: its key was revoked or has expired, or the secret was rotated away.
+        """
+        key = self._keys.get(grant.principal.key_id)
+        if key is None:
+            raise _unknown()
+        self._check(key, grant.hash)
+
+    def _check(self, key: Key, hash: str) -> None:
+        now = self._now()
+        if not _is_of(hash, key, now):
+            raise _unknown()
         if key.revoked_at is not None:
             raise InvalidKeyError(KeyFault.REVOKED, f"the key {key.id} is revoked", todo="ask for another")
         if key.expired(now):
             raise InvalidKeyError(KeyFault.EXPIRED, f"the key {key.id} has expired", todo="ask for another")
-        return key.principal
 
 
-def _is_of(secret: str, key: Key, now: datetime) -> bool:
-    found = hash_secret(secret)
+def _unknown() -> InvalidKeyError:
+    return InvalidKeyError(KeyFault.UNKNOWN, "this key is not right", todo="use the newest one that you were given")
+
+
+def _is_of(found: str, key: Key, now: datetime) -> bool:
     if is_hash_of(key.hash, found):
         return True
     return (

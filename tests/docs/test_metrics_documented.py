@@ -3,7 +3,6 @@
 import re
 from pathlib import Path
 
-import httpx
 import pytest
 from prometheus_client import CollectorRegistry
 from prometheus_client.metrics import MetricWrapperBase
@@ -21,9 +20,11 @@ from serving.protocols.error_code import ErrorCode
 from serving.telemetry.deployment_metrics import DeploymentInstruments
 from serving.telemetry.machine_metrics import add_machine_metrics
 from serving.telemetry.metrics import _NOT_COMPLETIONS, GatewayMetrics
+from svc.access.authenticator import KeyFault
 from svc.engine.state import EngineState
 from svc.errors import ServerNotRunningError
 from svc.registry.registry import Registry
+from svc.server_url import ServerAddress
 from svc.settings import EngineSettings, Settings
 from svc.store.feedback import Rating
 from svc.store.holdouts import HoldoutOutcome
@@ -46,7 +47,7 @@ def families(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[str, s
     DeploymentInstruments(registry)
     add_machine_metrics(registry, home, AVX512, EngineSettings())
     versions = Registry.of(Settings(home=home))
-    registry.register(ServerPage(httpx.Client(), _no_server))
+    registry.register(ServerPage(_no_server))
     registry.register(VersionMetrics(versions))
     registry.register(TrainingMetrics(versions, home))
     registry.register(DriftMetrics(versions, new_store(home)))
@@ -59,7 +60,7 @@ def families(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[str, s
     return found
 
 
-def _no_server() -> str:
+def _no_server() -> ServerAddress:
     raise ServerNotRunningError("no server")
 
 
@@ -93,6 +94,7 @@ CLOSED: dict[str, set[str]] = {
     "outcome": {*Outcome, *SwapOutcome, *HoldoutOutcome},
     "state": set(EngineState),
     "format": {*Format, BASE},
+    "fault": set(KeyFault),
     "rating": set(Rating),
     "signal": set(Signal),
 }

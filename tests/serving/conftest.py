@@ -3,6 +3,7 @@
 import tempfile
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import httpx
@@ -90,5 +91,6 @@ async def control(make: Make) -> AsyncIterator[Control]:
 @pytest.fixture
 def home(memory_folder: Path, socket_folder: Path, quick: None, monkeypatch: pytest.MonkeyPatch) -> Home:
     """A home with the versions 1, 2 and 3 that `svc serve` can run on."""
-    monkeypatch.setenv("XDG_RUNTIME_DIR", str(socket_folder))
+    sockets = SimpleNamespace(gettempdir=lambda: str(socket_folder))
+    monkeypatch.setattr("svc.engine.vllm.folders.tempfile", sockets)  # of engines and of the server
     return Home(memory_folder, monkeypatch)

@@ -1,30 +1,45 @@
-"""What the check of keys leaves for what stands behind it: a principal in the state of the scope."""
+"""Keys that no store has: a principal for a secret, so that limits are tested without either."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
-from starlette.types import ASGIApp, Receive, Scope, Send
+from starlette.types import Scope
 
-from serving.http.caller import PRINCIPAL
+from serving.http.authentication import Authentication
+from svc.access.authenticator import Authenticator, Grant, KeyFault
 from svc.principal import Limits, Principal
 from svc.principal import Scope as Permission
 
 
-class Keyed:
-    """An application whose callers are known by the secret that they send.
+class KnownCallers(Authentication):
+    """Knows some callers by the secret that they send, beside those of the store.
 
     Args:
-        principals: by secret; who sends none of them has no key.
+        principals: by secret.
     """
 
-    def __init__(self, app: ASGIApp, principals: Mapping[str, Principal]) -> None:
-        self._app = app
+    def __init__(
+        self,
+        authenticator: Authenticator,
+        principals: Mapping[str, Principal],
+        *,
+        on_failure: Callable[[KeyFault], None],
+    ) -> None:
+        super().__init__(authenticator, on_failure=on_failure)
         self._principals = principals
 
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        headers = dict(scope.get("headers", ()))
+    def needs_key(self, connection: Scope) -> bool:
+        """Whether there is one, or must be."""
+        return self._caller(connection) is not None or super().needs_key(connection)
+
+    def admit(self, connection: Scope) -> Grant:
+        """Who it is."""
+        caller = self._caller(connection)
+        return Grant(caller, "") if caller else super().admit(connection)
+
+    def _caller(self, connection: Scope) -> Principal | None:
+        headers = dict(connection.get("headers", ()))
         secret = headers.get(b"authorization", b"").removeprefix(b"Bearer ") or headers.get(b"x-api-key", b"")
-        scope.setdefault("state", {})[PRINCIPAL] = self._principals.get(secret.decode())
-        await self._app(scope, receive, send)
+        return self._principals.get(secret.decode())
 
 
 def principal(key_id: str = "k1", *, weight: int = 1, **limits: int) -> Principal:

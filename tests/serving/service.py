@@ -19,6 +19,7 @@ from serving.admission.errors import EngineUnavailableError
 from serving.admission.rate_limiter import RateLimiter
 from serving.engines.balancer import Lease
 from serving.http.app import build_app
+from serving.http.authentication import Authentication
 from serving.http.body_slots import BodySlots
 from serving.http.delivery import AnswerBuffers
 from serving.http.feedback import FeedbackIntake
@@ -29,13 +30,14 @@ from serving.telemetry.deployment_metrics import DeploymentInstruments, Deployme
 from serving.telemetry.engine_metrics import EngineMetrics, EngineSource
 from serving.telemetry.metrics import GatewayMetrics
 from serving.telemetry.request_log import RequestLog
+from svc.access.authenticator import Authenticator
 from svc.access.usage_meter import UsageMeter
 from svc.engine.vllm.client import data_client, socket_transport
 from svc.principal import Principal
 from svc.settings import RequestLogSettings, ServeSettings
 from svc.version import Format, Target, VersionId
 from tests.serving.engine_double import EngineDouble, running_engine
-from tests.serving.keyed import Keyed
+from tests.serving.keyed import KnownCallers
 from tests.serving.socket_server import SocketServer, running
 
 NAME = "tuned"
@@ -84,6 +86,7 @@ def application(
     limiter: RateLimiter | None = None,
     usage: UsageMeter | None = None,
     status: Callable[[], Mapping[str, Any]] = dict,
+    authentication: Authentication | None = None,
 ) -> FastAPI:
     """The application over one backend; rows are taken and not written where no request log is given."""
     store = store or create_engine("sqlite://")
@@ -109,6 +112,7 @@ def application(
         feedback=FeedbackIntake(store, request_log, metrics.feedback_given),
         engine_metrics=engine_metrics,
         status=status,
+        authentication=authentication or Authentication(Authenticator(store), on_failure=metrics.authentication_failed),
     )
 
 
@@ -174,6 +178,10 @@ class Service:
         self.gateway_buffers = AnswerBuffers(
             max_bytes=self.settings.max_buffered_bytes, max_answer_bytes=self.settings.max_answer_bytes
         )
+        self.authenticator = Authenticator(store or create_engine("sqlite://"))
+        self.authentication = KnownCallers(
+            self.authenticator, self.principals, on_failure=self.metrics.authentication_failed
+        )
         self.engine: SocketServer | None = None
         self.app: FastAPI | None = None
 
@@ -197,6 +205,7 @@ class Service:
                 limiter=self.limiter,
                 usage=self.usage,
                 status=lambda: {"served": str(self.names.served)},
+                authentication=self.authentication,
             )
             self.load(ONE)
             self.admission.available()
@@ -224,7 +233,7 @@ class Service:
     def asgi(self) -> ASGIApp:
         """The application, which knows its callers' keys."""
         assert self.app is not None
-        return Keyed(self.app, self.principals)
+        return self.app
 
     @asynccontextmanager
     async def client(self) -> AsyncIterator[httpx.AsyncClient]:

@@ -16,7 +16,7 @@ from click.testing import CliRunner, Result
 from svc.actor import Actor
 from svc.cli import group
 from svc.errors import BusyError, NotFoundError, RefusedError, ServerNotRunningError, SvcError
-from svc.server_url import read_status, server_url
+from svc.server_url import read_status, server_address
 from svc.store.audit import read_events
 from svc.store.desired import read_desired
 from svc.store.served import served_spans
@@ -119,7 +119,7 @@ def test_all_models_or_some(home: Home) -> None:
 
 def models_of(home: Home) -> list[dict[str, Any]]:
     """What the server says of its models."""
-    return list(read_status(server_url(home.settings))["models"])
+    return list(read_status(server_address(home.settings))["models"])
 
 
 async def test_promote_says_what_serves(serving: Home) -> None:
@@ -323,7 +323,8 @@ def test_serve_runs_until_it_is_told_to_stop(home: Home) -> None:
         deadline = time.monotonic() + 60  # a signal that comes before the server hears it ends the tests
         while time.monotonic() < deadline and not answers:
             try:
-                health = httpx.get(f"{server_url(home.settings)}/health", timeout=2)
+                with server_address(home.settings).client(2) as client:
+                    health = client.get("/health")
             except (ServerNotRunningError, httpx.HTTPError):
                 time.sleep(0.02)
                 continue
@@ -338,7 +339,7 @@ def test_serve_runs_until_it_is_told_to_stop(home: Home) -> None:
     assert (result.exit_code, result.exception, answers) == (0, None, [200])
     assert home.park.alive == 0
     with pytest.raises(ServerNotRunningError):
-        server_url(home.settings)
+        server_address(home.settings)
 
 
 @pytest.mark.slow

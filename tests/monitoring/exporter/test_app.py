@@ -16,7 +16,7 @@ from monitoring.exporter.app import exporting
 from svc.errors import BusyError, ServerNotRunningError, SettingsError
 from svc.lock import hold_lock
 from svc.registry.registry import Registry
-from svc.server_url import LOCK_FILE
+from svc.server_url import LOCK_FILE, ServerAddress
 from tests.monitoring.exporter.tracked_runs import RUN, TrackedRuns
 from tests.monitoring.test_cli import serving
 from tests.new_store import new_store
@@ -53,7 +53,7 @@ def page_of(registry: Registry, page: tuple[int, str] | None) -> Iterator[str]:
         return
     with (
         serving({"/metrics": page}) as url,
-        exporting(registry, _store(registry), _home(registry), lambda: url, "127.0.0.1", 0) as exported,
+        exporting(registry, _store(registry), _home(registry), lambda: ServerAddress(url), "127.0.0.1", 0) as exported,
     ):
         yield exported
 
@@ -66,7 +66,7 @@ def _home(registry: Registry) -> Path:
     return registry.models.parent
 
 
-def _nowhere() -> str:
+def _nowhere() -> ServerAddress:
     raise ServerNotRunningError("no server runs")
 
 

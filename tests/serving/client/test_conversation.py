@@ -6,6 +6,7 @@ import pytest
 
 from serving.client.conversation import Conversation
 from svc.errors import EngineError
+from svc.server_url import ServerAddress
 from tests.serving.engine_double import Fault
 from tests.serving.home import Home
 from tests.serving.versions import NAME
@@ -17,13 +18,13 @@ async def say(conversation: Conversation, text: str) -> list[str]:
 
 async def test_an_answer_comes_in_pieces(home: Home) -> None:
     async with home.serving(f"{NAME}@1") as client:
-        pieces = await say(Conversation(str(client.base_url).rstrip("/"), NAME), "hello")
+        pieces = await say(Conversation(ServerAddress(str(client.base_url)), NAME), "hello")
     assert pieces == ["1.0 ", "1.1 ", "1.2 ", "1.3 "]
 
 
 async def test_the_turns_so_far_are_sent(home: Home) -> None:
     async with home.serving(f"{NAME}@1") as client:
-        conversation = Conversation(str(client.base_url).rstrip("/"), NAME, system="be short")
+        conversation = Conversation(ServerAddress(str(client.base_url)), NAME, system="be short")
         await say(conversation, "hello")
         await say(conversation, "and then?")
         sent = home.park.double.requests[-1]["messages"]
@@ -33,7 +34,7 @@ async def test_the_turns_so_far_are_sent(home: Home) -> None:
 
 async def test_a_refusal_says_why_and_takes_the_turn_back(home: Home) -> None:
     async with home.serving(f"{NAME}@1") as client:
-        conversation = Conversation(str(client.base_url).rstrip("/"), NAME)
+        conversation = Conversation(ServerAddress(str(client.base_url)), NAME)
         home.park.double.max_model_len = 3
         with pytest.raises(EngineError, match="maximum context length"):
             await say(conversation, "one two three four")
@@ -44,18 +45,18 @@ async def test_a_refusal_says_why_and_takes_the_turn_back(home: Home) -> None:
 async def test_a_model_that_is_not_served_is_an_error(home: Home) -> None:
     async with home.serving(f"{NAME}@1") as client:
         with pytest.raises(EngineError, match=r"404.*is not served here"):
-            await say(Conversation(str(client.base_url).rstrip("/"), "other"), "hello")
+            await say(Conversation(ServerAddress(str(client.base_url)), "other"), "hello")
 
 
 async def test_an_answer_that_breaks_off_is_an_error(home: Home) -> None:
     async with home.serving(f"{NAME}@1") as client:
         home.park.double.fault = Fault.DIE_IN_STREAM
         with pytest.raises(EngineError, match="broke off"):
-            await say(Conversation(str(client.base_url).rstrip("/"), NAME), "hello")
+            await say(Conversation(ServerAddress(str(client.base_url)), NAME), "hello")
 
 
 async def test_no_server_is_an_error(home: Home) -> None:
     async with home.serving(f"{NAME}@1") as client:
-        url = str(client.base_url).rstrip("/")
+        server = ServerAddress(str(client.base_url))
     with pytest.raises(EngineError, match="does not answer"):
-        await say(Conversation(url, NAME), "hello")
+        await say(Conversation(server, NAME), "hello")

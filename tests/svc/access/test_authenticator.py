@@ -241,3 +241,30 @@ def test_no_log_has_a_secret_or_a_hash(
         fault_of(authenticator, new_secret(issued.key.id))
     assert issued.secret not in caplog.text
     assert issued.key.hash not in caplog.text
+
+
+def test_what_was_granted_is_right_until_its_key_is_revoked(
+    authenticator: Authenticator, issued: IssuedKey, keyring: Keyring
+) -> None:
+    grant = authenticator.grant(issued.secret)
+    authenticator.check(grant)
+    keyring.revoke("ci")
+    authenticator.look()
+    with pytest.raises(InvalidKeyError) as raised:
+        authenticator.check(grant)
+    assert raised.value.fault is KeyFault.REVOKED
+
+
+def test_what_was_granted_to_a_secret_ends_with_the_secret(
+    authenticator: Authenticator, issued: IssuedKey, keyring: Keyring
+) -> None:
+    grant = authenticator.grant(issued.secret)
+    keyring.rotate("ci")
+    authenticator.look()
+    with pytest.raises(InvalidKeyError):
+        authenticator.check(grant)
+
+
+def test_a_grant_shows_no_hash(authenticator: Authenticator, issued: IssuedKey) -> None:
+    grant = authenticator.grant(issued.secret)
+    assert issued.key.hash not in repr(grant)

@@ -1,0 +1,170 @@
+"""Who sends a request, and whether they may: before anything else of it is looked at, its body least of all.
+
+Keys are demanded as soon as there is one. What comes through the socket in the home needs none: only who owns the home
+can open it. Puts `principal` into the state of the scope, None where no key was needed, and `key_ended`: a future that
+has an error as soon as the key is right no more, so that what runs with it ends.
+"""
+
+import asyncio
+import logging
+from collections import defaultdict
+from collections.abc import Callable
+from typing import Final
+
+from starlette.types import ASGIApp, Receive, Send
+from starlette.types import Scope as Connection
+
+from serving.http.connections import THROUGH_SOCKET
+from serving.http.failed_keys import FailedKeys
+from serving.protocols.route import Route
+from svc.access.authenticator import Authenticator, Grant, InvalidKeyError, KeyFault
+from svc.principal import Principal, Scope
+
+log = logging.getLogger(__name__)
+
+KeyEnd = asyncio.Future[InvalidKeyError]
+_OPEN: Final = frozenset({"/health"})
+"""What load balancers and orchestrators ask, which hold no secrets. It says of the inside only whether it is there."""
+_SCOPES: Final = {
+    **dict.fromkeys((route.value for route in Route), Scope.INFER),
+    "/v1/models": Scope.INFER,
+    "/v1/feedback": Scope.FEEDBACK,
+    "/metrics": Scope.METRICS,
+    "/svc/status": Scope.METRICS,
+}
+_MODEL = "/v1/models/"
+_ADMINISTRATION = "/svc/"
+_BEARER = b"bearer "
+
+
+def principal_of(connection: Connection) -> Principal | None:
+    """Who sent a request that was let in; None where no key was needed, who may do everything.
+
+    Raises:
+        KeyError: nobody has looked; nothing is answered then.
+    """
+    principal: Principal | None = connection["state"]["principal"]
+    return principal
+
+
+class Authentication:
+    """Lets requests in, and knows which are in.
+
+    Args:
+        authenticator: has looked at the store.
+        keys_needed: also where there is no key yet, because others than this machine can reach the server.
+        on_failure: hears of each key that is not right.
+    """
+
+    def __init__(
+        self, authenticator: Authenticator, *, keys_needed: bool = False, on_failure: Callable[[KeyFault], None]
+    ) -> None:
+        self._authenticator = authenticator
+        self._keys_needed = keys_needed
+        self._on_failure = on_failure
+        self._failed = FailedKeys()
+        self._running: defaultdict[tuple[str, str], dict[KeyEnd, Grant]] = defaultdict(dict)
+
+    async def run(self) -> None:
+        """Follows the store, and ends what runs with a key that is right no more, until it is cancelled."""
+        await self._authenticator.follow(self._end_running)
+
+    def needs_key(self, connection: Connection) -> bool:
+        """Whether a request must come with a key."""
+        if connection["state"].get(THROUGH_SOCKET):
+            return False
+        return self._keys_needed or not self._authenticator.empty
+
+    def admit(self, connection: Connection) -> Grant:
+        """Who sends a request that must come with a key.
+
+        Raises:
+            InvalidKeyError: there is no key, or it is not right.
+            TooManyWrongKeysError: nor were many before it.
+            KeysUnavailableError: nobody can say.
+            PermissionDeniedError: the key is not for this.
+        """
+        try:
+            grant = self._authenticator.grant(_secret(connection))
+        except InvalidKeyError as error:
+            self._count(error.fault, connection)
+            raise
+        needed = _needed_scope(connection["path"])
+        if needed is not None:
+            grant.principal.require(needed)
+        return grant
+
+    def begin(self, grant: Grant) -> KeyEnd:
+        """Something runs with a key from now on until `end`."""
+        ended: KeyEnd = asyncio.get_running_loop().create_future()
+        self._running[grant.principal.key_id, grant.hash][ended] = grant
+        return ended
+
+    def end(self, grant: Grant, ended: KeyEnd) -> None:
+        """It runs no more."""
+        of_key = (grant.principal.key_id, grant.hash)
+        del self._running[of_key][ended]
+        if not self._running[of_key]:
+            del self._running[of_key]
+
+    def _end_running(self) -> None:
+        for running in self._running.values():
+            grant = next(iter(running.values()))
+            try:
+                self._authenticator.check(grant)
+            except InvalidKeyError as error:
+                for ended in running:
+                    if not ended.done():
+                        ended.set_result(error)
+
+    def _count(self, fault: KeyFault, connection: Connection) -> None:
+        self._on_failure(fault)
+        peer = connection.get("client")
+        address = peer[0] if peer else ""
+        if self._failed.add(address):
+            log.warning("many wrong keys from %s, the last one %s; more are answered 429", address or "here", fault)
+
+
+class AuthenticationMiddleware:
+    """Wraps the application; its errors are answered by what is around it."""
+
+    def __init__(self, app: ASGIApp, authentication: Authentication) -> None:
+        self._app = app
+        self._authentication = authentication
+
+    async def __call__(self, scope: Connection, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        state = scope["state"]
+        if not self._authentication.needs_key(scope):
+            state["principal"] = None
+            await self._app(scope, receive, send)
+            return
+        if scope["path"] in _OPEN:
+            await self._app(scope, receive, send)
+            return
+        grant = self._authentication.admit(scope)
+        state["principal"] = grant.principal
+        state["key_ended"] = ended = self._authentication.begin(grant)
+        try:
+            await self._app(scope, receive, send)
+        finally:
+            self._authentication.end(grant, ended)
+
+
+def _needed_scope(path: str) -> Scope | None:
+    """None where any key will do: as for what does not exist."""
+    if path.startswith(_MODEL):
+        return Scope.INFER
+    return _SCOPES.get(path, Scope.ADMIN if path.startswith(_ADMINISTRATION) else None)
+
+
+def _secret(connection: Connection) -> str | None:
+    """From where OpenAI's clients put it, else Anthropic's."""
+    headers = dict(reversed(connection["headers"]))  # of two of a name the first
+    bearer: bytes = headers.get(b"authorization", b"")
+    if bearer[: len(_BEARER)].lower() == _BEARER:
+        return bearer[len(_BEARER) :].strip().decode("latin-1")
+    given: bytes = headers.get(b"x-api-key", b"")
+    return given.strip().decode("latin-1")

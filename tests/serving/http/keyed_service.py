@@ -1,0 +1,44 @@
+"""A service with keys."""
+
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from typing import Any
+
+import httpx
+
+from serving.protocols.route import Route
+from svc.access.keyring import IssuedKey, Keyring
+from svc.actor import Actor
+from svc.principal import Scope
+from tests.serving.service import CHAT, NAME, Service
+
+BODIES: dict[Route, dict[str, Any]] = {
+    Route.CHAT_COMPLETIONS: CHAT,
+    Route.COMPLETIONS: {"model": NAME, "prompt": "one two three", "max_tokens": 1000},
+    Route.MESSAGES: {**CHAT, "max_tokens": 1000},
+    Route.RESPONSES: {"model": NAME, "input": "one two three"},
+}
+CLIENT = frozenset({Scope.INFER, Scope.FEEDBACK})
+
+
+class KeyedService(Service):
+    """Demands keys from the first one on."""
+
+    def key(self, *scopes: Scope, **given: Any) -> IssuedKey:
+        """A new key, which the service has heard of."""
+        assert self.store is not None
+        issued = Keyring(self.store, Actor("user:alice", "box")).create(frozenset(scopes) or CLIENT, **given)
+        self.authenticator.look()
+        return issued
+
+    def revoke(self, issued: IssuedKey) -> None:
+        """Ends a key; the service hears of it at its next look."""
+        assert self.store is not None
+        Keyring(self.store, Actor("user:alice", "box")).revoke(issued.key.id)
+
+    @asynccontextmanager
+    async def client_of(self, issued: IssuedKey) -> AsyncIterator[httpx.AsyncClient]:
+        """Calls the application with a key; answers come whole."""
+        async with self.client() as client:
+            client.headers["authorization"] = f"Bearer {issued.secret}"
+            yield client

@@ -1,0 +1,343 @@
+"""Who is let in, to what, and for how long."""
+
+import asyncio
+import json
+import time
+from collections import Counter
+from collections.abc import AsyncIterator, Callable
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+from sqlalchemy import Engine as Store
+from starlette.types import Message
+
+from serving.http.authentication import Authentication
+from serving.http.failed_keys import MOST_A_MINUTE
+from serving.http.inference import _Endpoint
+from serving.protocols.route import Route
+from svc.access.authenticator import InvalidKeyError, KeyFault
+from svc.access.keyring import Keyring
+from svc.actor import Actor
+from svc.key_secret import new_secret
+from svc.principal import Scope
+from tests.serving.control import until
+from tests.serving.http.keyed_service import BODIES, KeyedService
+from tests.serving.service import CHAT, NAME, closed
+
+CHAT_PATH = Route.CHAT_COMPLETIONS.value
+
+
+@pytest.fixture
+async def service(socket_folder: Path, store: Store) -> AsyncIterator[KeyedService]:
+    service = KeyedService(socket_folder, store=store)
+    async with service.run():
+        yield service
+
+
+@pytest.fixture
+async def client(service: KeyedService) -> AsyncIterator[httpx.AsyncClient]:
+    async with service.client() as client:
+        yield client
+
+
+def bearer(secret: str) -> dict[str, str]:
+    return {"authorization": f"Bearer {secret}"}
+
+
+def code_of(answer: httpx.Response) -> tuple[int, str]:
+    return answer.status_code, answer.json()["error"]["code"]
+
+
+async def test_without_any_key_none_is_needed(client: httpx.AsyncClient) -> None:
+    assert (await client.post(CHAT_PATH, json=CHAT)).status_code == 200
+
+
+async def test_from_the_first_key_on_one_is_needed(service: KeyedService, client: httpx.AsyncClient) -> None:
+    service.key()
+    answer = await client.post(CHAT_PATH, json=CHAT)
+    assert code_of(answer) == (401, "invalid_api_key")
+    assert answer.headers["www-authenticate"] == "Bearer"
+    assert answer.headers["x-request-id"].startswith("req-")
+    assert service.double.requests == []
+
+
+async def test_a_revoked_key_opens_nothing_to_others(service: KeyedService, client: httpx.AsyncClient) -> None:
+    service.revoke(service.key())
+    service.authenticator.look()
+    assert (await client.post(CHAT_PATH, json=CHAT)).status_code == 401
+
+
+@pytest.mark.parametrize("headers", [
+    lambda secret: {"authorization": f"Bearer {secret}"},
+    lambda secret: {"authorization": f"bearer  {secret} "},
+    lambda secret: {"x-api-key": secret},
+    lambda secret: {"x-api-key": secret, "authorization": "Basic eDp5"},
+], ids=["OpenAI", "in small letters", "Anthropic", "beside a proxy's own"])  # fmt: skip
+@pytest.mark.parametrize("route", Route)
+async def test_a_key_is_taken_from_where_clients_put_it(
+    service: KeyedService, client: httpx.AsyncClient, route: Route, headers: Callable[[str], dict[str, str]]
+) -> None:
+    answer = await client.post(route.value, json=BODIES[route], headers=headers(service.key().secret))
+    assert answer.status_code == 200, answer.text
+
+
+@pytest.mark.parametrize("route", Route)
+async def test_a_wrong_key_is_refused_on_every_route(
+    service: KeyedService, client: httpx.AsyncClient, route: Route
+) -> None:
+    wrong = new_secret(service.key().key.id)
+    answer = await client.post(route.value, json=BODIES[route], headers=bearer(wrong))
+    assert code_of(answer) == (401, "invalid_api_key")
+    assert wrong not in answer.text
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "needed"),
+    [
+        ("POST", CHAT_PATH, Scope.INFER),
+        ("GET", "/v1/models", Scope.INFER),
+        ("GET", f"/v1/models/{NAME}", Scope.INFER),
+        ("POST", "/v1/feedback", Scope.FEEDBACK),
+        ("GET", "/metrics", Scope.METRICS),
+        ("GET", "/svc/status", Scope.METRICS),
+        ("POST", "/svc/promote", Scope.ADMIN),
+        ("GET", "/svc/keys", Scope.ADMIN),
+        ("GET", "/svc/what-is-not-there", Scope.ADMIN),
+    ],
+)
+@pytest.mark.parametrize("scope", Scope)
+async def test_a_key_may_what_its_scopes_say(
+    service: KeyedService, client: httpx.AsyncClient, method: str, path: str, needed: Scope, scope: Scope
+) -> None:
+    answer = await client.request(method, path, headers=bearer(service.key(scope).secret))
+    if scope in (needed, Scope.ADMIN):
+        assert answer.status_code not in (401, 403)
+    else:
+        assert code_of(answer) == (403, "permission_denied")
+
+
+async def test_health_needs_no_key_and_tells_no_version(service: KeyedService, client: httpx.AsyncClient) -> None:
+    service.key()
+    answer = await client.get("/health")
+    assert answer.status_code == 200
+    assert NAME not in f"{answer.text}{answer.headers}"
+
+
+@pytest.mark.parametrize("path", ["/openapi.json", "/nothing", "/", "//svc/status", "/svc/../metrics", "/health/"])
+async def test_what_is_not_named_needs_a_key(service: KeyedService, client: httpx.AsyncClient, path: str) -> None:
+    service.key()
+    assert (await client.get(f"http://localhost{path}")).status_code == 401
+
+
+async def test_who_is_not_let_in_is_not_told_of_any_version(service: KeyedService, client: httpx.AsyncClient) -> None:
+    service.key()
+    assert NAME not in str((await client.get("/v1/models")).headers)
+
+
+async def test_only_an_admin_reads_the_status_in_full(service: KeyedService, client: httpx.AsyncClient) -> None:
+    inside = await client.get("/svc/status", headers=bearer(service.key(Scope.ADMIN).secret))
+    outside = await client.get("/svc/status", headers=bearer(service.key(Scope.METRICS).secret))
+    assert "pid" not in inside.json()  # the double has none to hide
+    assert outside.json()["pid"] is None
+
+
+async def test_an_expired_key_is_refused(service: KeyedService, client: httpx.AsyncClient) -> None:
+    issued = service.key(expires_at=datetime.now(UTC) + timedelta(seconds=0.05))
+    await asyncio.sleep(0.06)
+    answer = await client.post(CHAT_PATH, json=CHAT, headers=bearer(issued.secret))
+    assert code_of(answer) == (401, "invalid_api_key")
+    assert "expired" in answer.json()["error"]["message"]
+
+
+async def test_a_key_sees_and_asks_the_models_that_it_may(service: KeyedService) -> None:
+    async with service.client_of(service.key(models=frozenset({NAME}))) as mine:
+        assert len((await mine.get("/v1/models")).json()["data"]) == 3
+        assert (await mine.post(CHAT_PATH, json=CHAT)).headers["x-model-version"] == f"{NAME}@1"
+        answer = await mine.post(CHAT_PATH, json=CHAT | {"model": "other"})
+        assert code_of(answer) == (404, "model_not_found")
+
+
+@pytest.mark.parametrize("model", [NAME, f"{NAME}@1", f"{NAME}@production", "mine", "nothing"])
+async def test_a_key_learns_nothing_of_models_that_it_may_not_ask(service: KeyedService, model: str) -> None:
+    async with service.client_of(service.key(models=frozenset({"mine"}))) as mine:
+        answers = [
+            await mine.get("/v1/models"),
+            await mine.get(f"/v1/models/{model}"),
+            await mine.delete(f"/v1/models/{model}"),
+            await mine.post(CHAT_PATH, json=CHAT | {"model": model}),
+        ]
+    assert answers[0].json()["data"] == []
+    for answer in answers[1:]:
+        assert code_of(answer) == (404, "model_not_found")
+    for answer in answers:
+        told = f"{answer.text}{answer.headers}".replace(f"{model!r}", "")
+        assert NAME not in told
+    assert service.double.requests == []
+
+
+async def test_two_keys_rate_their_own_answers_only(service: KeyedService) -> None:
+    one, other, admin = service.key(), service.key(), service.key(Scope.ADMIN)
+    async with service.client_of(one) as client:
+        request_id = (await client.post(CHAT_PATH, json=CHAT)).headers["x-request-id"]
+    rating = {"request_id": request_id, "rating": "good"}
+    async with service.client_of(other) as client:
+        answer = await client.post("/v1/feedback", json=rating)
+        nothing = await client.post("/v1/feedback", json=rating | {"request_id": "req-none"})
+    assert code_of(answer) == code_of(nothing) == (404, "request_not_found")
+    assert answer.json() == nothing.json()
+    for issued in (one, admin):
+        async with service.client_of(issued) as client:
+            assert (await client.post("/v1/feedback", json=rating)).status_code == 200
+
+
+async def test_wrong_keys_are_limited_and_a_right_one_is_let_in_all_the_same(
+    service: KeyedService, client: httpx.AsyncClient, caplog: pytest.LogCaptureFixture
+) -> None:
+    issued = service.key()
+    statuses = [
+        (await client.get("/v1/models", headers=bearer(new_secret("nobody00")))).status_code
+        for _ in range(MOST_A_MINUTE + 5)
+    ]
+    assert statuses == [401] * MOST_A_MINUTE + [429] * 5
+    limited = await client.get("/v1/models")
+    assert code_of(limited) == (429, "too_many_wrong_keys")
+    assert 0 < int(limited.headers["retry-after"]) <= 60
+    assert (await client.get("/v1/models", headers=bearer(issued.secret))).status_code == 200
+    assert caplog.text.count("many wrong keys from 127.0.0.1") == 1
+    assert service.count("svc_authentication_failures_total", fault=KeyFault.UNKNOWN) == MOST_A_MINUTE + 5
+    assert service.count("svc_authentication_failures_total", fault=KeyFault.MISSING) == 1
+
+
+async def call(service: KeyedService, secret: str, address: str) -> int:
+    """The status of a chat, without a client's own work around it."""
+    body, statuses = json.dumps(CHAT).encode(), list[int]()
+    coming = asyncio.Event()
+
+    async def receive() -> Message:
+        nonlocal body
+        if not body:
+            await coming.wait()
+        sent, body = body, b""
+        return {"type": "http.request", "body": sent, "more_body": False}
+
+    async def send(message: Message) -> None:
+        statuses.extend([message["status"]] if "status" in message else [])
+
+    headers = [(b"host", b"localhost"), (b"content-type", b"application/json"), (b"x-api-key", secret.encode())]
+    scope = {"type": "http", "method": "POST", "path": CHAT_PATH, "client": (address, 1), "headers": headers}
+    assert service.app is not None
+    await service.app(scope | {"query_string": b"", "root_path": "", "app": service.app}, receive, send)
+    return statuses[0]
+
+
+async def cost(service: KeyedService, secret: str, count: int, addresses: int = 1) -> tuple[float, Counter[int]]:
+    """Processor time of one request, and how often each status came."""
+    began, statuses = time.process_time(), Counter[int]()
+    for number in range(count):
+        statuses[await call(service, secret, f"10.{addresses}.{count // 1000}.{number % addresses}")] += 1
+    return (time.process_time() - began) / count, statuses
+
+
+async def test_ten_thousand_wrong_keys_cost_less_than_right_ones(service: KeyedService) -> None:
+    """Also where the id in them is that of a key, so that they are hashed."""
+    issued = service.key()
+    right, statuses = await cost(service, issued.secret, 200)
+    assert statuses == {200: 200}
+    wrong = ((new_secret(issued.key.id), 10_000, 1), (new_secret("nobody00"), 2_000, 50), ("x" * 4000, 1_000, 1))
+    for secret, count, addresses in wrong:
+        each, statuses = await cost(service, secret, count, addresses)
+        assert each < right
+        assert statuses[401] == addresses * MOST_A_MINUTE
+        assert statuses[429] == count - statuses[401]
+
+
+@pytest.mark.parametrize("route", Route)
+async def test_a_stream_ends_within_a_second_when_its_key_is_revoked(service: KeyedService, route: Route) -> None:
+    issued = service.key()
+    service.double.token_delay_s = 0.05
+    service.double.tokens = 1000
+    following = asyncio.create_task(service.authentication.run())
+    async with service.socket_client() as client:
+        body = {**BODIES[route], "stream": True}
+        async with client.stream("POST", route.value, json=body, headers=bearer(issued.secret)) as answer:
+            assert answer.status_code == 200
+            parts = answer.aiter_text()
+            text = await anext(parts)
+            service.revoke(issued)
+            began = time.monotonic()
+            text += "".join([part async for part in parts])
+    assert time.monotonic() - began < 1.0
+    error = json.loads(text.strip().splitlines()[-1].removeprefix("data: "))["error"]
+    assert error["code"] == "invalid_api_key"
+    assert issued.key.id in error["message"]
+    assert "[DONE]" not in text
+    await until(lambda: service.admission.running == 0)
+    assert not service.authentication._running
+    following.cancel()
+    await asyncio.wait({following})
+
+
+async def test_a_queued_request_ends_when_its_key_is_revoked_and_those_of_others_go_on(service: KeyedService) -> None:
+    issued, other = service.key(), service.key()
+    following = asyncio.create_task(service.authentication.run())
+    async with service.client() as client:
+        async with closed(service.admission):
+            asked = [
+                asyncio.create_task(client.post(CHAT_PATH, json=CHAT, headers=bearer(each.secret)))
+                for each in (issued, other)
+            ]
+            await until(lambda: service.admission.queued == 2)
+            service.revoke(issued)
+            async with asyncio.timeout(1):
+                answer = await asked[0]
+            assert code_of(answer) == (401, "invalid_api_key")
+        assert (await asked[1]).status_code == 200
+    following.cancel()
+    await asyncio.wait({following})
+
+
+async def test_a_rotation_without_grace_ends_what_runs_with_the_old_secret(service: KeyedService, store: Store) -> None:
+    issued = service.key()
+    following = asyncio.create_task(service.authentication.run())
+    async with service.client_of(issued) as client, closed(service.admission):
+        asked = asyncio.create_task(client.post(CHAT_PATH, json=CHAT))
+        await until(lambda: service.admission.queued)
+        Keyring(store, Actor("user:alice", "box")).rotate(issued.key.id)
+        async with asyncio.timeout(1):
+            assert (await asked).status_code == 401
+    following.cancel()
+    await asyncio.wait({following})
+
+
+async def test_where_keys_are_needed_nobody_is_let_in_before_there_is_one(service: KeyedService) -> None:
+    """As of a server that others can reach, whose store was lost."""
+    authentication = Authentication(service.authenticator, keys_needed=True, on_failure=lambda fault: None)
+    assert authentication.needs_key({"state": {}})
+    with pytest.raises(InvalidKeyError):
+        authentication.admit({"state": {}, "headers": [], "path": "/metrics"})
+
+
+async def test_the_row_of_a_request_has_the_id_of_its_key(service: KeyedService, store: Store) -> None:
+    issued = service.key()
+    async with service.client_of(issued) as client:
+        await client.post(CHAT_PATH, json=CHAT)
+    await asyncio.to_thread(service.request_log.flush, 5)
+    with store.connect() as connection:
+        rows = connection.exec_driver_sql("SELECT key_id FROM requests").all()
+    assert rows == [(issued.key.id,)]
+
+
+async def test_a_request_that_nobody_looked_at_is_not_answered(service: KeyedService) -> None:
+    """As an endpoint that was mounted past the layer."""
+    assert service.app is not None
+    endpoints = [getattr(route, "endpoint", None) for route in service.app.router.routes]
+    endpoint = next(each for each in endpoints if isinstance(each, _Endpoint))
+    with pytest.raises(KeyError):
+        await endpoint({"type": "http", "state": {}, "headers": []}, _unused, _unused)
+
+
+async def _unused(*_: object) -> Any:
+    raise AssertionError

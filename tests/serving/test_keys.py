@@ -1,0 +1,152 @@
+"""A server with keys: what it demands of whom, and that the machine itself goes on without one."""
+
+import asyncio
+import socket
+import stat
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+import httpx
+import pytest
+
+from serving import server
+from svc.access.keyring import IssuedKey, Keyring
+from svc.actor import Actor
+from svc.errors import SettingsError
+from svc.principal import Scope
+from svc.server_url import ServerAddress, server_address
+from svc.settings import ServeSettings
+from tests.serving.control import BODY, ask, until
+from tests.serving.home import Home
+from tests.serving.test_cli import type_in
+from tests.serving.versions import NAME
+
+
+def make_key(home: Home, *scopes: Scope) -> IssuedKey:
+    return Keyring(home.store, Actor("user:alice", "box")).create(frozenset(scopes or {Scope.INFER}))
+
+
+@pytest.fixture
+async def client(home: Home) -> AsyncIterator[httpx.AsyncClient]:
+    """Of a server whose home has a key."""
+    make_key(home, Scope.ADMIN)
+    async with home.serving(f"{NAME}@1") as client:
+        yield client
+
+
+def local(home: Home) -> ServerAddress:
+    address = server_address(home.settings)
+    assert address.socket is not None
+    return address
+
+
+async def test_a_server_lets_nobody_in_without_a_key_from_its_first_moment_on(home: Home) -> None:
+    make_key(home)
+    home.park.start_delay_s = 0.2
+    with server.claim(home.settings) as claim:
+        task = asyncio.create_task(home.serve(claim, f"{NAME}@1"))
+        async with httpx.AsyncClient(base_url=claim.url, timeout=10) as client:
+            assert (await client.post("/v1/chat/completions", json=BODY)).status_code == 401
+        task.cancel()
+        await asyncio.wait({task})
+
+
+async def test_a_key_that_is_made_while_it_runs_is_demanded_and_let_in(home: Home) -> None:
+    async with home.serving(f"{NAME}@1") as client:
+        assert (await ask(client, stream=False)).status == 200
+        issued = make_key(home)
+        async with asyncio.timeout(1.5):
+            while (await ask(client, stream=False)).status != 401:
+                await asyncio.sleep(0.05)
+        client.headers["x-api-key"] = issued.secret
+        assert (await ask(client, stream=True)).words == {"1"}
+
+
+async def test_a_revocation_is_heard_within_a_second_without_a_restart(home: Home, client: httpx.AsyncClient) -> None:
+    issued = make_key(home)
+    client.headers["x-api-key"] = issued.secret
+    async with asyncio.timeout(1.5):
+        while (await ask(client, stream=False)).status != 200:
+            await asyncio.sleep(0.05)
+    Keyring(home.store, Actor("user:alice", "box")).revoke(issued.key.id)
+    async with asyncio.timeout(1):
+        while (await ask(client, stream=False)).status != 401:
+            await asyncio.sleep(0.05)
+
+
+@pytest.mark.parametrize(
+    ("command", "said"),
+    [
+        (("status",), f"{NAME}@1"),
+        (("promote", f"{NAME}@2"), "tuned@2 (merged) serves"),
+        (("chat", NAME), "1.0 1.1"),
+    ],
+)
+async def test_on_the_machine_commands_need_no_key(
+    home: Home, client: httpx.AsyncClient, command: tuple[str, ...], said: str
+) -> None:
+    result = await type_in(home, *command, answers="hello\n\n")
+    assert result.exit_code == 0, result.output
+    assert said in result.output
+
+
+async def test_the_socket_is_its_owners_alone_and_goes_with_the_server(home: Home) -> None:
+    async with home.serving(f"{NAME}@1"):
+        path = local(home).socket
+        assert path is not None
+        assert stat.S_IMODE(path.stat().st_mode) == 0o600
+        assert stat.S_IMODE(path.parent.stat().st_mode) == 0o700
+    assert not path.exists()
+
+
+async def test_a_socket_that_a_killed_server_left_is_replaced(home: Home) -> None:
+    async with home.serving(f"{NAME}@1"):
+        path = local(home).socket
+    assert path is not None
+    with socket.socket(socket.AF_UNIX) as left:
+        left.bind(str(path))
+    async with home.serving(f"{NAME}@1"):
+        assert (await asyncio.to_thread(get, local(home), "/svc/status")).status_code == 200
+
+
+async def test_through_the_socket_a_server_has_any_name(home: Home, client: httpx.AsyncClient) -> None:
+    answer = await asyncio.to_thread(get, local(home), "/v1/models", host="evil.example")
+    assert answer.status_code == 200
+    assert (await client.get("/v1/models", headers={"host": "evil.example"})).status_code == 421
+
+
+def get(address: ServerAddress, path: str, **headers: str) -> httpx.Response:
+    with address.client() as client:
+        return client.get(path, headers=headers)
+
+
+async def test_a_header_makes_nobody_come_through_the_socket(client: httpx.AsyncClient) -> None:
+    headers = {"through_socket": "true", "x-forwarded-for": "127.0.0.1", "x-forwarded-proto": "unix"}
+    assert (await client.get("/svc/status", headers=headers)).status_code == 401
+
+
+async def test_a_signal_ends_what_comes_through_the_socket_too(home: Home) -> None:
+    async with home.serving(f"{NAME}@1"):
+        home.park.double.token_delay_s = 0.02
+        result = asyncio.create_task(type_in(home, "chat", NAME, answers="hello\n\n"))
+        await until(lambda: home.park.double.running)
+    assert "1.0" in (await result).output
+
+
+@pytest.mark.parametrize("host", ["0.0.0.0", "::", "192.0.2.1", "example.org"])
+def test_without_a_key_only_the_machine_itself_is_listened_to(home: Home, host: str) -> None:
+    settings = home.settings.model_copy(update={"serve": ServeSettings(host=host, port=0)})
+    with pytest.raises(SettingsError, match="there is no key yet") as raised, server.claim(settings):
+        pass
+    assert "svc keys create --scope admin" in raised.value.todo
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "127.0.0.2", "::1", "localhost"])
+def test_the_machine_itself_is_listened_to(home: Home, host: str) -> None:
+    server.require_safe(ServeSettings(host=host), has_keys=False)
+
+
+def test_a_home_with_a_long_path_has_a_socket(home: Home, tmp_path: Path) -> None:
+    deep = tmp_path / ("deep" * 30)
+    with server.claim(home.settings.model_copy(update={"home": deep})) as claim:
+        assert claim.local.getsockname()
