@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any, cast
 
 import uvicorn
 from sqlalchemy import Engine as Store
@@ -19,7 +20,13 @@ from starlette.types import ASGIApp
 
 from serving.assembly import Parts, assemble
 from serving.deployments import OnFailure, OnReady
-from serving.http.connections import limited_protocol, raise_descriptor_limit
+from serving.http.connections import (
+    REQUEST_DEADLINE_S,
+    CountingListener,
+    limited_protocol,
+    raise_descriptor_limit,
+)
+from serving.http.tls import Certificate
 from svc.access.authenticator import Authenticator
 from svc.engine.capabilities import Capabilities
 from svc.engine.vllm.folders import runtime_folder
@@ -46,7 +53,7 @@ class Claim:
         local: the socket in the home; who can open it needs no key.
     """
 
-    listener: socket.socket
+    listener: CountingListener
     url: str
     local: socket.socket
 
@@ -67,7 +74,7 @@ def claim(settings: Settings, *, has_keys: bool = False) -> Iterator[Claim]:
     host, port = settings.serve.host, settings.serve.port
     path = runtime_folder(settings.home, "http") / _SOCKET
     with _bind(host, port) as listener:
-        url = http_url(host, listener.getsockname()[1])
+        url = http_url(host, listener.getsockname()[1], tls=settings.serve.tls_certificate is not None)
         lock = hold_lock(settings.home / LOCK_FILE, f"the home {settings.home}", url=url, socket=str(path))
         with lock, _bind_local(path) as local:
             yield Claim(listener, url, local)
@@ -87,10 +94,16 @@ def require_safe(serve: ServeSettings, *, has_keys: bool) -> None:
             expected="a loopback address, as 127.0.0.1, while there is no key",
             todo="make a key first: svc keys create --scope admin",
         )
+    if serve.tls_certificate is None and not serve.behind_proxy:
+        raise SettingsError(
+            f"serve.host is {serve.host}, and keys would cross the network in plain text",
+            expected="serve.tls_certificate and serve.tls_key, or serve.behind_proxy",
+            todo="name a certificate and its key, or the addresses of the proxy in front that speaks TLS",
+        )
 
 
-def _bind(host: str, port: int) -> socket.socket:
-    listener = socket.socket(address_family(host), socket.SOCK_STREAM)
+def _bind(host: str, port: int) -> CountingListener:
+    listener = CountingListener(address_family(host), socket.SOCK_STREAM)
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     # Connections inherit it. The kernel would take megabytes of each answer, and nobody could tell who reads slowly.
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _SEND_BUFFER_BYTES)
@@ -156,7 +169,7 @@ async def serve(
         on_ready=on_ready,
         on_failure=on_failure,
     )
-    server = _Server(parts)
+    server = _Server(parts, settings.serve)
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
         if signal.getsignal(number) is not signal.SIG_IGN:  # as nohup leaves SIGHUP
             asyncio.get_running_loop().add_signal_handler(number, server.stop)
@@ -172,32 +185,60 @@ class _Uvicorn(uvicorn.Server):
         """Captures none."""
         yield
 
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        """As uvicorn's, with a shorter time for the handshake of TLS."""
+        await super().startup(sockets=[])
+        config = self.config
 
-def _http(app: ASGIApp, most: int) -> _Uvicorn:
+        def protocol() -> asyncio.Protocol:
+            make: Any = config.http_protocol_class
+            made = make(config=config, server_state=self.server_state, app_state=self.lifespan.state)
+            return cast(asyncio.Protocol, made)
+
+        for listener in sockets or ():
+            server = await asyncio.get_running_loop().create_server(
+                protocol,
+                sock=listener,
+                ssl=config.ssl,
+                ssl_handshake_timeout=REQUEST_DEADLINE_S if config.ssl else None,
+                backlog=config.backlog,
+            )
+            self.servers.append(server)
+
+
+def _http(app: ASGIApp, most: int, *, certificate: Certificate | None = None, proxies: Sequence[str] = ()) -> _Uvicorn:
     """What answers on one listener.
 
     Args:
         most: connections at once.
+        certificate: None for plain HTTP.
+        proxies: what they say of their clients is believed; anybody else can write that too.
     """
-    return _Uvicorn(
-        uvicorn.Config(
-            app,
-            http=limited_protocol(most),
-            lifespan="off",
-            log_config=None,
-            access_log=False,
-            server_header=False,
-            proxy_headers=False,  # anybody can write them
-            timeout_graceful_shutdown=_GRACE_S,
-        )
+    config = uvicorn.Config(
+        app,
+        http=limited_protocol(most),
+        lifespan="off",
+        log_config=None,
+        access_log=False,
+        server_header=False,
+        proxy_headers=bool(proxies),
+        forwarded_allow_ips=list(proxies),
+        timeout_graceful_shutdown=_GRACE_S,
     )
+    config.load()
+    config.ssl = certificate.context if certificate else None
+    return _Uvicorn(config)
 
 
 class _Server:
     """Runs the parts of one server, and ends them in order."""
 
-    def __init__(self, parts: Parts) -> None:
+    def __init__(self, parts: Parts, settings: ServeSettings) -> None:
         self._parts = parts
+        self._proxies = settings.behind_proxy
+        self._certificate: Certificate | None = None
+        if settings.tls_certificate and settings.tls_key:
+            self._certificate = Certificate(settings.tls_certificate, settings.tls_key)
         self._stopping = asyncio.Event()
         self._leave = False
         self._http: list[_Uvicorn] = []
@@ -218,18 +259,24 @@ class _Server:
         """Answers from the first moment, with 503 until an engine has started; returns when it was told to stop."""
         parts = self._parts
         parts.request_log.start()
-        self._http = [_http(parts.app, raise_descriptor_limit()), _http(parts.app, _LOCAL_CONNECTIONS)]
+        most = claim.listener.most = raise_descriptor_limit()
+        self._http = [
+            _http(parts.app, most, certificate=self._certificate, proxies=self._proxies),
+            _http(parts.app, _LOCAL_CONNECTIONS),
+        ]
         listeners = (claim.listener, claim.local)
         serving = {
             asyncio.create_task(http.serve(sockets=[listener]))
             for http, listener in zip(self._http, listeners, strict=True)
         }
-        works = (
+        works = [
             parts.deployments.run(wanted),
             parts.loop_lag.run(),
             parts.usage_writer.run(),
             parts.authentication.run(),
-        )
+        ]
+        if self._certificate:
+            works.append(self._certificate.follow())
         control = [asyncio.create_task(work) for work in works]
         stopping = asyncio.create_task(self._stopping.wait())
         defect = False

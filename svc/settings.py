@@ -5,12 +5,13 @@ morning. What a recipe says (trainer/recipe/sections.py) is not a setting: setti
 model.
 """
 
+import ipaddress
 import os
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Self
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 from pydantic_settings import BaseSettings, EnvSettingsSource, PydanticBaseSettingsSource, SettingsConfigDict
 from pydantic_settings import SettingsError as SourceError
 
@@ -37,6 +38,13 @@ def _absolute(path: Path) -> Path:
 
 
 AbsolutePath = Annotated[Path, AfterValidator(_absolute)]
+
+
+def _network(text: str) -> str:
+    return str(ipaddress.ip_network(text))
+
+
+Network = Annotated[str, AfterValidator(_network)]
 
 
 class Device(StrEnum):
@@ -125,6 +133,17 @@ class ServeSettings(_Section):
     allowed_hosts: tuple[str, ...] = Field(
         (), description="names that clients use for this server, beside localhost and addresses; *: any"
     )
+    tls_certificate: AbsolutePath | None = Field(
+        None, description="file with the certificate and its chain, in PEM; read again when it changes"
+    )
+    tls_key: AbsolutePath | None = Field(
+        None, description="file with the certificate's key, in PEM, without a password"
+    )
+    behind_proxy: tuple[Network, ...] = Field(
+        (),
+        description="addresses or networks of the proxies in front, which speak TLS with clients; their "
+        "`X-Forwarded-For` and `-Proto` are believed",
+    )
     max_body_bytes: int = Field(4 * 2**20, ge=1024, description="largest request body, bytes")
     body_timeout_s: float = Field(
         15.0, gt=0, description="longest time that a request's body takes to come in, seconds"
@@ -166,6 +185,12 @@ class ServeSettings(_Section):
     )
     request_timeout_s: float = Field(600.0, gt=0, description="longest silence of the engine within a request, seconds")
     exemplars: bool = Field(False, description="latency histograms carry request ids, for scrapers of OpenMetrics")
+
+    @model_validator(mode="after")
+    def _check_tls(self) -> Self:
+        if (self.tls_certificate is None) != (self.tls_key is None):
+            raise ValueError("tls_certificate and tls_key go together")
+        return self
 
 
 def _pattern(text: str) -> str:

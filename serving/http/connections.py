@@ -1,10 +1,12 @@
 """Connections of clients: as many as there are file descriptors for, and none that sends no request or reads nothing.
 
-uvicorn accepts whatever comes, waits for a first request without end, and closes a connection only once its client has
-read what was sent. Where descriptors run out, the server could not reach its engines any more.
+uvicorn accepts whatever comes, waits for a first request without end and for headers of any size, and closes a
+connection only once its client has read what was sent. Where descriptors run out, the server could not reach its
+engines any more.
 """
 
 import asyncio
+import os
 import resource
 import socket
 from typing import Any
@@ -13,6 +15,8 @@ from uvicorn.protocols.http.auto import AutoHTTPProtocol
 
 REQUEST_DEADLINE_S = 15.0
 """From a connection, or its last answer, to the end of the next request's headers."""
+MOST_HEAD_BYTES = 64 * 1024
+"""Of one request's headers, and what one read may bring beyond."""
 ABORT = "abort"
 """Key in the state of a scope: a function that ends its connection at once, whatever was not read yet."""
 THROUGH_SOCKET = "through_socket"
@@ -35,6 +39,51 @@ def raise_descriptor_limit() -> int:
     return max(1, min(_MOST, room))
 
 
+class CountingListener(socket.socket):
+    """Accepts so many connections at once; further ones are closed.
+
+    Counted here, because a connection that never gets through its TLS handshake reaches no protocol.
+
+    Attributes:
+        most: connections at once.
+    """
+
+    most = _MOST
+    _open = 0
+
+    def accept(self) -> tuple[socket.socket, Any]:
+        """The next connection.
+
+        Raises:
+            ConnectionAbortedError: there were enough; it was closed.
+        """
+        descriptor, address = self._accept()  # type: ignore[attr-defined]
+        if self._open >= self.most:
+            os.close(descriptor)
+            raise ConnectionAbortedError
+        self._open += 1
+        return _CountedSocket(self, descriptor), address
+
+    def closed(self) -> None:
+        """One of them has ended."""
+        self._open -= 1
+
+
+class _CountedSocket(socket.socket):
+    """Tells its listener when it is closed."""
+
+    def __init__(self, listener: CountingListener, descriptor: int) -> None:
+        super().__init__(listener.family, listener.type, listener.proto, fileno=descriptor)
+        self._listener: CountingListener | None = listener
+
+    def close(self) -> None:
+        """Closes it."""
+        super().close()
+        listener, self._listener = self._listener, None
+        if listener is not None:
+            listener.closed()
+
+
 def limited_protocol(most: int, deadline_s: float = REQUEST_DEADLINE_S) -> type[asyncio.Protocol]:
     """uvicorn's protocol with limits.
 
@@ -45,6 +94,7 @@ def limited_protocol(most: int, deadline_s: float = REQUEST_DEADLINE_S) -> type[
 
     class LimitedProtocol(AutoHTTPProtocol):  # type: ignore[misc, valid-type]
         _deadline: asyncio.TimerHandle | None = None
+        _head_bytes = 0
         app_state: dict[str, Any]
 
         def connection_made(self, transport: asyncio.Transport) -> None:
@@ -58,7 +108,13 @@ def limited_protocol(most: int, deadline_s: float = REQUEST_DEADLINE_S) -> type[
                 self._await_request()
 
         def data_received(self, data: bytes) -> None:
+            before = self.cycle
+            is_head = before is None or not before.more_body  # also of a request that waits behind one that is answered
             super().data_received(data)
+            self._head_bytes = self._head_bytes + len(data) if is_head and self.cycle is before else 0
+            if self._head_bytes > MOST_HEAD_BYTES:
+                self.transport.abort()
+                return
             if self._deadline is None and not self._in_request:  # uvicorn closes what stays idle between requests
                 self._await_request()
 

@@ -12,7 +12,7 @@ import uvicorn
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from serving.http import connections
-from serving.http.connections import ABORT, limited_protocol, raise_descriptor_limit
+from serving.http.connections import ABORT, MOST_HEAD_BYTES, limited_protocol, raise_descriptor_limit
 
 DEADLINE_S = 0.3
 LARGE = 2**24
@@ -43,10 +43,10 @@ async def cutting_app(scope: Any, receive: Any, send: Any) -> None:
 
 
 @asynccontextmanager
-async def serving(most: int, app: Any = slow_app) -> AsyncIterator[Connect]:
+async def serving(most: int, app: Any = slow_app, deadline_s: float = DEADLINE_S) -> AsyncIterator[Connect]:
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
-        protocol = limited_protocol(most, DEADLINE_S)
+        protocol = limited_protocol(most, deadline_s)
         server = uvicorn.Server(
             uvicorn.Config(app, http=protocol, lifespan="off", log_config=None, timeout_keep_alive=1)
         )
@@ -153,3 +153,48 @@ def test_there_are_half_as_many_connections_as_descriptors() -> None:
         assert 1 <= room <= max(1, hard // 2)
     finally:
         resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+
+
+@pytest.mark.parametrize("name", [b"x: " + b"y" * 1000, b"x-%d: y"], ids=["long", "many"])
+async def test_headers_without_end_are_cut_off(name: bytes) -> None:
+    """Also behind a request that is being answered."""
+    async with serving(most=2, deadline_s=30) as connect:
+        for begun in (b"", ASK):
+            reader, writer = await connect()
+            writer.write(begun + b"GET / HTTP/1.1\r\nhost: x\r\n")
+            sent = 0
+            with suppress(ConnectionError):
+                while sent < 8 * MOST_HEAD_BYTES:
+                    line = name.replace(b"%d", b"%d" % sent) + b"\r\n"
+                    writer.write(line)
+                    sent += len(line)
+                    await writer.drain()
+            assert await cut(reader)
+        other, asking = await connect()
+        asking.write(ASK)
+        assert await other.readexactly(15) == b"HTTP/1.1 200 OK"
+
+
+async def cut(reader: asyncio.StreamReader) -> bool:
+    """Whether the connection ended, whatever was answered."""
+    with suppress(ConnectionResetError):
+        async with asyncio.timeout(10 * DEADLINE_S):
+            await reader.read()
+    return True
+
+
+async def test_a_large_body_is_no_head() -> None:
+    async with serving(most=2, app=large_body_app) as connect:
+        reader, writer = await connect()
+        size = 16 * MOST_HEAD_BYTES
+        writer.write(b"POST / HTTP/1.1\r\nhost: x\r\ncontent-length: %d\r\n\r\n" % size)
+        for _ in range(16):
+            writer.write(b"x" * MOST_HEAD_BYTES)
+            await writer.drain()
+        assert await reader.readexactly(15) == b"HTTP/1.1 401 Un"
+
+
+async def large_body_app(scope: Any, receive: Any, send: Any) -> None:
+    """Answers before it has read anything."""
+    await send({"type": "http.response.start", "status": 401, "headers": [(b"content-length", b"0")]})
+    await send({"type": "http.response.body", "body": b""})

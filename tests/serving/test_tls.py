@@ -1,0 +1,181 @@
+"""A server with a certificate, or behind a proxy that has one."""
+
+import asyncio
+import os
+import ssl
+from pathlib import Path
+from typing import Any
+
+import httpx
+import httpx2
+import openai
+import pytest
+from pydantic import ValidationError
+
+from serving import server
+from serving.http.failed_keys import MOST_A_MINUTE
+from svc.errors import SettingsError
+from svc.principal import Scope
+from svc.settings import ServeSettings
+from tests.serving.certificates import make_certificate
+from tests.serving.control import ask
+from tests.serving.home import Home
+from tests.serving.test_cli import type_in
+from tests.serving.test_keys import make_key
+from tests.serving.versions import NAME
+
+
+def configure(home: Home, **serve: Any) -> None:
+    home.settings = home.settings.model_copy(update={"serve": ServeSettings(port=0, **serve)})
+
+
+@pytest.fixture
+def files(home: Home, tmp_path: Path) -> tuple[Path, Path]:
+    """A certificate that the server of the home shows, and its key."""
+    certificate, key = make_certificate(tmp_path)
+    configure(home, tls_certificate=certificate, tls_key=key)
+    return certificate, key
+
+
+def trusting(certificate: Path) -> ssl.SSLContext:
+    return ssl.create_default_context(cafile=str(certificate))
+
+
+async def test_the_official_client_speaks_tls_with_a_key(home: Home, files: tuple[Path, Path]) -> None:
+    issued = make_key(home)
+    async with home.serving(f"{NAME}@1") as plain:
+        assert plain.base_url.scheme == "https"
+        url = f"https://localhost:{plain.base_url.port}/v1"
+        async with openai.AsyncOpenAI(
+            api_key=issued.secret,
+            base_url=url,
+            http_client=httpx2.AsyncClient(verify=trusting(files[0])),
+            max_retries=0,
+        ) as official:
+            stream = await official.chat.completions.create(
+                model=NAME, messages=[{"role": "user", "content": "one"}], stream=True
+            )
+            text = "".join([chunk.choices[0].delta.content or "" async for chunk in stream])
+            assert text == "1.0 1.1 1.2 1.3 "
+            with pytest.raises(openai.AuthenticationError) as raised:
+                await official.with_options(api_key="none").models.list()
+            assert raised.value.code == "invalid_api_key"
+
+
+async def test_who_does_not_trust_the_certificate_or_speaks_no_tls_gets_nothing(
+    home: Home, files: tuple[Path, Path]
+) -> None:
+    async with home.serving(f"{NAME}@1") as client:
+        with pytest.raises(httpx.ConnectError, match="certificate verify failed"):
+            await client.get("/health")
+        with pytest.raises(httpx.HTTPError):
+            await client.get(f"http://localhost:{client.base_url.port}/health")
+
+
+async def test_a_new_certificate_is_shown_without_a_restart(
+    home: Home, files: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("serving.http.tls._LOOK_S", 0.02)
+    new, new_key = make_certificate(tmp_path, "new")
+    context = trusting(new)
+    async with home.serving(f"{NAME}@1") as client:
+        url = f"https://localhost:{client.base_url.port}/health"
+        os.replace(new, files[0])
+        os.replace(new_key, files[1])
+        async with asyncio.timeout(5):
+            while True:
+                async with httpx.AsyncClient(verify=context) as other:
+                    try:
+                        assert (await other.get(url)).status_code == 200
+                        break
+                    except httpx.ConnectError:
+                        await asyncio.sleep(0.02)
+
+
+async def test_on_the_machine_commands_need_no_certificate(home: Home, files: tuple[Path, Path]) -> None:
+    make_key(home)
+    async with home.serving(f"{NAME}@1"):
+        result = await type_in(home, "status")
+    assert result.exit_code == 0, result.output
+    assert f"{NAME}@1" in result.output
+
+
+async def test_connections_that_begin_no_handshake_keep_nobody_out_for_long(
+    home: Home, files: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("serving.server.raise_descriptor_limit", lambda: 3)
+    monkeypatch.setattr("serving.server.REQUEST_DEADLINE_S", 0.5)
+    async with home.serving(f"{NAME}@1") as client:
+        port = client.base_url.port
+        silent = [await asyncio.open_connection("127.0.0.1", port) for _ in range(3)]
+        reader, writer = await asyncio.open_connection("127.0.0.1", port)
+        async with asyncio.timeout(0.4):
+            assert await closed(reader)
+        async with asyncio.timeout(5):
+            for each, _ in silent:
+                assert await closed(each)
+        async with httpx.AsyncClient(verify=trusting(files[0])) as other:
+            assert (await other.get(f"https://localhost:{port}/health")).status_code == 200
+        for writing in (writer, *(each[1] for each in silent)):
+            writing.close()
+
+
+async def closed(reader: asyncio.StreamReader) -> bool:
+    try:
+        return await reader.read() == b""
+    except ConnectionResetError:
+        return True
+
+
+@pytest.mark.parametrize("host", ["0.0.0.0", "::", "192.0.2.1"])
+def test_keys_do_not_cross_the_network_in_plain_text(host: str) -> None:
+    with pytest.raises(SettingsError, match="plain text") as raised:
+        server.require_safe(ServeSettings(host=host), has_keys=True)
+    assert "serve.behind_proxy" in raised.value.expected
+
+
+@pytest.mark.parametrize(
+    "given",
+    [{"tls_certificate": Path("/c.pem"), "tls_key": Path("/c.key")}, {"behind_proxy": ("10.0.0.0/8",)}],
+    ids=["tls", "proxy"],
+)
+def test_with_keys_and_tls_every_address_is_listened_to(given: dict[str, Any]) -> None:
+    server.require_safe(ServeSettings(host="0.0.0.0", **given), has_keys=True)
+    with pytest.raises(SettingsError, match="no key yet"):
+        server.require_safe(ServeSettings(host="0.0.0.0", **given), has_keys=False)
+
+
+@pytest.mark.parametrize("given", [{"tls_certificate": "/c.pem"}, {"tls_key": "/c.key"}, {"behind_proxy": ("proxy",)}])
+def test_settings_that_are_half_or_wrong_are_refused(given: dict[str, Any]) -> None:
+    with pytest.raises(ValidationError):
+        ServeSettings(**given)
+
+
+async def spend(client: httpx.AsyncClient, address: str) -> int:
+    """The last status of as many wrong keys as an address has, and one more."""
+    headers = {"x-forwarded-for": address, "x-api-key": "wrong"}
+    answers = [await client.get("/v1/models", headers=headers) for _ in range(MOST_A_MINUTE + 1)]
+    return answers[-1].status_code
+
+
+async def test_a_trusted_proxy_says_who_its_clients_are(home: Home) -> None:
+    configure(home, behind_proxy=("127.0.0.0/8",))
+    make_key(home)
+    async with home.serving(f"{NAME}@1") as client:
+        assert await spend(client, "192.0.2.1") == 429
+        answer = await client.get("/v1/models", headers={"x-forwarded-for": "192.0.2.2", "x-api-key": "wrong"})
+        assert answer.status_code == 401
+        # What a client writes itself stands before what the proxy adds.
+        forged = await client.get("/v1/models", headers={"x-forwarded-for": "198.51.100.7, 192.0.2.1"})
+        assert forged.status_code == 429
+
+
+@pytest.mark.parametrize("proxies", [(), ("10.0.0.0/8",)])
+async def test_nobody_else_is_believed(home: Home, proxies: tuple[str, ...]) -> None:
+    configure(home, behind_proxy=proxies)
+    make_key(home, Scope.ADMIN)
+    async with home.serving(f"{NAME}@1") as client:
+        assert await spend(client, "192.0.2.1") == 429
+        answer = await client.get("/v1/models", headers={"x-forwarded-for": "192.0.2.2", "x-api-key": "wrong"})
+        assert answer.status_code == 429
+        assert (await ask(client, stream=False)).status == 429
