@@ -148,14 +148,20 @@ class ServeSettings(_Section):
     body_timeout_s: float = Field(
         15.0, gt=0, description="longest time that a request's body takes to come in, seconds"
     )
-    max_running: int = Field(256, ge=1, description="requests in the engine at once; one more is answered 429")
+    max_running: int = Field(
+        256, ge=1, description="requests in the engine at once; one more is answered 429, or waits if it has a key"
+    )
     max_running_tokens: int | None = Field(
         None,
         ge=1,
         description="tokens that the answers of running requests may have together, n times max_tokens each; one more "
-        "is answered 429; default: max_running times engine.max_model_len",
+        "is answered 429, or waits if it has a key; default: max_running times engine.max_model_len",
     )
-    max_queued: int = Field(256, ge=0, description="requests that wait during a swap; one more is answered 503")
+    max_queued: int = Field(
+        256,
+        ge=0,
+        description="requests that wait, during a swap or for a place; one more is answered 503 or 429",
+    )
     queue_timeout_s: float = Field(60.0, gt=0, description="longest wait of a queued request, seconds")
     drain_timeout_s: float = Field(
         30.0, gt=0, description="longest wait for running requests before a reload, seconds; then blue-green"

@@ -132,7 +132,7 @@ def _traffic() -> list[PanelBuilder]:
         ),
         chart(
             "Requests running and queued",
-            "Requests in the engine, and requests that wait for a change of version.",
+            "Requests in the engine, and requests that wait for a change of version or, of keys, for a place.",
             "none",
             Query(f"svc_requests_running{MODEL}", f"{NAME} running"),
             Query(f"svc_requests_queued{MODEL}", f"{NAME} queued"),

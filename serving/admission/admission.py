@@ -1,9 +1,10 @@
 """Admission between HTTP and the engines: counts what runs, and queues what comes while no engine may take it.
 
-While an engine is changed and no other takes requests, those that come wait, in arrival order, and none of them sees
-more than one version. The queue and the wait are bounded: whatever a client can grow has a limit. The server's own
-requests have a place beside all this, behind every request. Knows nothing of HTTP, of versions, or of why an engine is
-changed.
+While an engine is changed and no other takes requests, those that come wait, and none of them sees more than one
+version. Where all places are taken, those of keys wait too, and share what comes free by the weights of their keys;
+without a key a request is refused, unless others wait, behind which it has its share. The queue and the wait are
+bounded: whatever a client can grow has a limit. The server's own requests have a place beside all this, behind every
+request. Knows nothing of HTTP, of versions, or of why an engine is changed.
 
 One event loop, no locks: every change of state happens between two awaits.
 """
@@ -15,7 +16,14 @@ from contextlib import asynccontextmanager
 from typing import ClassVar
 
 from serving.admission.background_slot import BackgroundSlot
-from serving.admission.errors import OverloadedError, TooManyTokensError, no_engine
+from serving.admission.errors import (
+    OverloadedError,
+    QueueOverflowError,
+    QueueTimeoutError,
+    TooManyTokensError,
+    no_engine,
+)
+from serving.admission.party import NO_KEY, Party
 from serving.admission.queue import RequestQueue
 
 _ENDED_POLL_S = 0.05
@@ -32,7 +40,7 @@ class Admission:
     Args:
         max_running: requests in the engine at once.
         max_tokens: that their answers may have together.
-        max_queued: requests that wait while admission is closed.
+        max_queued: requests that wait.
         queue_timeout_s: longest wait of one request, seconds.
         wake_timeout_s: the same for an engine that was ended because nobody asked, seconds.
 
@@ -97,26 +105,27 @@ class Admission:
         return None if self._asleep else self._unavailable
 
     @asynccontextmanager
-    async def admit(self, tokens: int = 1) -> AsyncIterator[None]:
+    async def admit(self, tokens: int = 1, party: Party = NO_KEY) -> AsyncIterator[None]:
         """Waits for a place in the engine and holds it for the body.
 
         Args:
-            tokens: most that the answers may have.
+            tokens: most that the answers may have; what a place costs.
+            party: whose request it is.
 
         Raises:
             TooManyTokensError: more than may ever run.
-            EngineUnavailableError, OverloadedError, QueueOverflowError: refused at once.
-            QueueTimeoutError: refused after `queue_timeout_s`.
+            EngineUnavailableError: there is no engine.
+            QueueOverflowError, QueueTimeoutError: came while an engine was changed; too many wait, or it waited
+                `queue_timeout_s`.
+            OverloadedError: came while requests were taken; all places are taken, and it may not wait, or did in vain.
         """
         if tokens > self._max_tokens:
             raise TooManyTokensError(
                 f"the answers may take {tokens} tokens",
                 expected=f"at most {self._max_tokens} in one request: a smaller 'n' or 'max_tokens'",
             )
-        if self._closed:
-            await self._wait(tokens)
-        else:
-            self._enter(tokens)
+        if self._closed or not self._enter(tokens, party):
+            await self._wait(tokens, party)
         try:
             yield
         finally:
@@ -136,7 +145,7 @@ class Admission:
         """
         if self._changing:
             raise RuntimeError("an engine is being changed already")
-        self._changing, self.queue.most, self._closed_s = True, 0, None
+        self._changing, self.queue.most, self._closed_s = True, len(self.queue), None
         self._settle()
         try:
             yield
@@ -181,15 +190,25 @@ class Admission:
         self._admit_waiting()
         self._show()
 
-    def _enter(self, tokens: int) -> None:
+    def _enter(self, tokens: int, party: Party) -> bool:
+        """Takes a place; False where the request has to wait for one, behind others that do or because it may."""
         if not self._ready:
             raise no_engine(self._unavailable)
-        if not self._take_place(tokens):
-            raise OverloadedError(
-                f"{self._running} requests are running, which may make {self._tokens} tokens; at most "
-                f"{self._max_running} and {self._max_tokens} may at once",
-                todo="send the request again later",
-            )
+        if self.queue:
+            return False
+        if self._take_place(tokens):
+            self.queue.charge(party, tokens)
+            return True
+        if party.has_key:
+            return False
+        raise OverloadedError(self._full, todo="send the request again later")
+
+    @property
+    def _full(self) -> str:
+        return (
+            f"{self._running} requests are running, which may make {self._tokens} tokens; at most "
+            f"{self._max_running} and {self._max_tokens} may at once"
+        )
 
     def _take_place(self, tokens: int) -> bool:
         """Takes a place; False where there is none."""
@@ -207,13 +226,20 @@ class Admission:
         self._admit_waiting()
         self._show()
 
-    async def _wait(self, tokens: int) -> None:
+    async def _wait(self, tokens: int, party: Party) -> None:
         """Returns with a place taken."""
-        timeout_s = self._wake_timeout_s if self._asleep else self._queue_timeout_s
-        await self.queue.wait(tokens, timeout_s, lambda: self._leave(tokens))
+        timeout_s, closed = self._wake_timeout_s if self._asleep else self._queue_timeout_s, self._closed
+        try:
+            place = self.queue.join(party, tokens)
+            self._admit_waiting()  # it may be its turn at once, and fit where the one before it does not
+            await self.queue.until_given(place, timeout_s, lambda: self._leave(tokens))
+        except (QueueOverflowError, QueueTimeoutError) as error:
+            if closed:
+                raise
+            raise OverloadedError(f"{error.wrong}; {self._full}", todo=error.todo) from error
 
     def _admit_waiting(self) -> None:
-        """Gives free places to the requests that came first; with no engine, sends all away."""
+        """Gives free places to the requests whose turn it is; with no engine, sends all away."""
         if self._closed:
             return
         if self._ready:

@@ -19,6 +19,7 @@ import httpx
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from serving.admission.errors import EngineUnavailableError, RateLimitedError
+from serving.admission.party import NO_KEY, Party
 from serving.admission.rate_limiter import Demand, RateLimiter, Reservation, estimated_tokens
 from serving.engines.balancer import Lease
 from serving.engines.transport import EngineDiedError, EngineUnreachableError, call, refusal
@@ -130,6 +131,7 @@ class Exchange:
         self._first_token_s: float | None = None
         self._finish_reason: str | None = None
         self._content: Content | None = None  # what passes, where it is to be kept
+        self._party = Party(self._principal.key_id, self._principal.weight) if self._principal else NO_KEY
         self._reservation: Reservation | None = None
         self._body_bytes = self._token_events = 0
         self.complete = False
@@ -204,7 +206,7 @@ class Exchange:
         # Delivered outside admission: the engine is done with it, and a client that reads slowly keeps no place.
         work = request.work(to.backend.context)
         self._reserve(request, work)
-        async with self._delivery, to.backend.admission.admit(work), to.backend.lease(to.model) as engine:
+        async with self._delivery, to.backend.admission.admit(work, self._party), to.backend.lease(to.model) as engine:
             try:
                 await self._forward(engine, request)
             except EngineUnreachableError as error:

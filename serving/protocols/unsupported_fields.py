@@ -99,7 +99,7 @@ def _priority(fields: Fields) -> Refusal | None:
     it; another one refuses it."""
     if fields.get("priority") in (None, 0):
         return None
-    return Refusal("priority", "'priority' is not served: requests run in the order in which they come")
+    return Refusal("priority", "'priority' is not served: the server decides who is next")
 
 
 _TEXT_PARTS = frozenset(

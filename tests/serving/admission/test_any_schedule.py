@@ -11,7 +11,10 @@ from hypothesis import strategies as st
 from serving.admission.admission import Admission
 from serving.admission.background_slot import BackgroundSlotEndedError
 from serving.admission.errors import AdmissionError
+from serving.admission.party import NO_KEY, Party
 from tests.serving.admission.opened import drained, open_admission, settle
+
+PARTIES = (NO_KEY, Party("a"), Party("b", weight=3))
 
 
 @dataclass
@@ -20,25 +23,26 @@ class World:
 
     admission: Admission
     max_queued: int
+    keys: bool
     version: int = 1
     arrived: int = 0
     clients: dict[int, tuple[asyncio.Task[None], asyncio.Event]] = field(default_factory=dict)
     inside: set[int] = field(default_factory=set)
-    admitted_after_wait: list[int] = field(default_factory=list)
+    admitted_after_wait: dict[str, list[int]] = field(default_factory=lambda: {party.name: [] for party in PARTIES})
     mixed: bool = False
     swap: tuple[asyncio.Task[None], asyncio.Event] | None = None
     question: tuple[asyncio.Task[None], asyncio.Event] | None = None
     asking: bool = False
     dead: bool = False
 
-    async def client(self, number: int, end: asyncio.Event) -> None:
+    async def client(self, number: int, party: Party, end: asyncio.Event) -> None:
         waits = self.admission._closed
         with suppress(AdmissionError):
-            async with self.admission.admit():
+            async with self.admission.admit(1, party):
                 seen = self.version
                 self.inside.add(number)
                 if waits:
-                    self.admitted_after_wait.append(number)
+                    self.admitted_after_wait[party.name].append(number)
                 try:
                     await end.wait()
                 finally:
@@ -72,7 +76,8 @@ class World:
         match action:
             case "arrive":
                 end = asyncio.Event()
-                self.clients[self.arrived] = asyncio.create_task(self.client(self.arrived, end)), end
+                party = PARTIES[choice % len(PARTIES)] if self.keys else NO_KEY
+                self.clients[self.arrived] = asyncio.create_task(self.client(self.arrived, party, end)), end
                 self.arrived += 1
             case "finish" if alive:
                 self.clients[alive[choice % len(alive)]][1].set()
@@ -108,7 +113,8 @@ class World:
         assert admission.queued == len(alive - self.inside)
         assert 0 <= admission.running <= admission._max_running
         assert 0 <= admission.queued <= self.max_queued
-        assert self.admitted_after_wait == sorted(self.admitted_after_wait)
+        assert all(admitted == sorted(admitted) for admitted in self.admitted_after_wait.values())
+        assert admission._closed or not admission.queued or admission.running == admission._max_running
         assert not self.mixed
         assert admission.background_slot.taken == self.asking
         assert not (self.asking and admission._closed)
@@ -143,12 +149,13 @@ BATCH = st.lists(st.tuples(ACTIONS, st.integers(0, 20)), min_size=1, max_size=4)
     schedule=st.lists(BATCH, max_size=25),
     limits=st.tuples(st.integers(1, 4), st.integers(0, 5)),
     ticks=st.integers(1, 3),
+    keys=st.booleans(),
 )
 def test_counts_order_bounds_and_versions_hold_under_any_schedule(
-    schedule: list[list[tuple[str, int]]], limits: tuple[int, int], ticks: int
+    schedule: list[list[tuple[str, int]]], limits: tuple[int, int], ticks: int, keys: bool
 ) -> None:
     async def run() -> None:
-        world = World(open_admission(max_running=limits[0], max_queued=limits[1]), limits[1])
+        world = World(open_admission(max_running=limits[0], max_queued=limits[1]), limits[1], keys)
         for batch in schedule:
             for action, choice in batch:
                 world.act(action, choice)

@@ -188,6 +188,45 @@ async def test_anthropics_paths_have_anthropics_errors_and_headers(service: Serv
     assert answer.headers["retry-after"] == "60"
 
 
+class TestFull:
+    """More requests than may run."""
+
+    @pytest.fixture
+    async def service(self, socket_folder: Any) -> AsyncIterator[Service]:
+        async with Service(socket_folder, max_running=2, max_queued=40).run() as service:
+            service.double.token_delay_s = 0.002
+            service.principals |= {"light": principal("light"), "heavy": principal("heavy", weight=3)}
+            yield service
+
+    async def test_those_of_keys_wait_and_share_by_weight(self, service: Service, client: httpx.AsyncClient) -> None:
+        ended = list[str]()
+
+        async def ask(key: str) -> int:
+            answer = await client.post(CHAT_PATH, json=SHORT, headers={"x-api-key": key})
+            ended.append(key)
+            return answer.status_code
+
+        statuses = await asyncio.gather(*(ask(key) for key in ["light"] * 16 + ["heavy"] * 16))
+        assert set(statuses) == {200}
+        assert 10 <= ended[:16].count("heavy") <= 13
+
+    async def test_those_without_a_key_are_refused_as_ever(self, service: Service, client: httpx.AsyncClient) -> None:
+        answers = await asyncio.gather(*(client.post(CHAT_PATH, json=SHORT) for _ in range(8)))
+        codes = [error_of(answer)["code"] for answer in answers if answer.status_code == 429]
+        assert codes == ["overloaded"] * 6
+
+    async def test_a_key_that_floods_is_refused_and_no_other_one(
+        self, service: Service, client: httpx.AsyncClient
+    ) -> None:
+        async def ask(key: str) -> tuple[str, int]:
+            answer = await client.post(CHAT_PATH, json=SHORT, headers={"x-api-key": key})
+            return key, answer.status_code
+
+        answers = await asyncio.gather(*(ask(key) for key in ["heavy"] * 80 + ["light"] * 4))
+        assert answers.count(("light", 200)) == 4
+        assert answers.count(("heavy", 429)) == 84 - 42
+
+
 def used(service: Service, key_id: str) -> tuple[float, ...]:
     """Requests, tokens in and out."""
     of = {"model": NAME, "key_id": key_id}

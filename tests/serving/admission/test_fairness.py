@@ -1,0 +1,347 @@
+"""Keys share what there is by their weights, and none of them is kept from its share by what another one asks for."""
+
+import asyncio
+import heapq
+import random
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from serving.admission.admission import Admission
+from serving.admission.errors import OverloadedError, QueueOverflowError, QueueTimeoutError
+from serving.admission.party import NO_KEY, Party
+from serving.admission.queue import Place, RequestQueue
+from tests.serving.admission.opened import open_admission, settle
+from tests.serving.service import closed
+
+A, B = Party("a"), Party("b")
+
+
+@dataclass
+class Engine:
+    """A model of an engine: each request takes as long as it has tokens; so many run, with so many tokens in all.
+
+    Attributes:
+        parties: those that flood: each has always `deep` requests in the queue.
+        order: whose requests were given a place, one after the other.
+        served: tokens of each party's requests.
+    """
+
+    parties: Sequence[Party]
+    costs: random.Random
+    most_running: int = 16
+    most_tokens: int = 4_000
+    deep: int = 2
+    now: float = 0.0
+    tokens: int = 0
+    order: list[str] = field(default_factory=list)
+    served: Counter[str] = field(default_factory=Counter)
+    waiting: Counter[str] = field(default_factory=Counter)
+    running: list[tuple[float, int, int]] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.queue = RequestQueue(max_queued=10_000)
+
+    def ask(self, party: Party, tokens: int = 0) -> Place:
+        self.waiting[party.name] += 1
+        return self.queue.join(party, tokens or self.costs.randint(1, 1_000))
+
+    def step(self) -> None:
+        """Until the next request ends, and what comes free is given."""
+        for party in self.parties:
+            for _ in range(self.deep - self.waiting[party.name]):
+                self.ask(party)
+        if self.running:
+            self.now, _, ended = heapq.heappop(self.running)
+            self.tokens -= ended
+        self.queue.give(self._take)
+
+    def fits(self, tokens: int) -> bool:
+        return len(self.running) < self.most_running and self.tokens + tokens <= self.most_tokens
+
+    def _take(self, tokens: int) -> bool:
+        if not self.fits(tokens):
+            return False
+        place = self.queue._next()
+        assert place is not None
+        self.tokens += tokens
+        self.order.append(place.party.name)
+        self.served[place.party.name] += tokens
+        self.waiting[place.party.name] -= 1
+        heapq.heappush(self.running, (self.now + tokens, place.number, tokens))
+        return True
+
+
+@settings(max_examples=10, deadline=None)
+@given(weights=st.lists(st.integers(1, 5), min_size=50, max_size=50), seed=st.integers(0, 2**32))
+def test_fifty_keys_at_full_load_share_by_their_weights_within_ten_percent(weights: list[int], seed: int) -> None:
+    async def run() -> None:
+        parties = [Party(f"k{number}", weight) for number, weight in enumerate(weights)]
+        engine = Engine(parties, random.Random(seed))
+        for _ in range(10_000):
+            engine.step()
+        total = engine.served.total()
+        for party in parties:
+            due = total * party.weight / sum(weights)
+            assert abs(engine.served[party.name] - due) <= 0.1 * due
+
+    asyncio.run(run())
+
+
+@settings(max_examples=50, deadline=None)
+@given(
+    weights=st.lists(st.integers(1, 10), min_size=2, max_size=8),
+    seed=st.integers(0, 2**32),
+    before=st.integers(0, 200),
+    weight=st.integers(1, 10),
+)
+def test_who_asks_for_little_comes_after_at_most_one_request_of_each_other(
+    weights: list[int], seed: int, before: int, weight: int
+) -> None:
+    async def run() -> None:
+        engine = Engine([Party(f"k{number}", each) for number, each in enumerate(weights)], random.Random(seed))
+        for _ in range(before):
+            engine.step()
+        engine.order.clear()
+        little = engine.ask(Party("little", weight), 1)
+        while not little.given.done():
+            engine.step()
+        passed = Counter(engine.order[: engine.order.index("little")])
+        assert max(passed.values(), default=0) <= 1
+
+    asyncio.run(run())
+
+
+@settings(max_examples=60, deadline=None)
+@given(seed=st.integers(0, 2**32), keys=st.integers(1, 6), steps=st.integers(1, 120))
+def test_nothing_stands_idle_while_the_next_one_fits(seed: int, keys: int, steps: int) -> None:
+    async def run() -> None:
+        chance = random.Random(seed)
+        engine = Engine([], chance)
+        for _ in range(steps):
+            for _ in range(chance.randint(0, 3)):
+                engine.ask(Party(f"k{chance.randrange(keys)}", chance.randint(1, 5)))
+            engine.step()
+            if head := engine.queue._next():
+                assert not engine.fits(head.tokens)
+
+    asyncio.run(run())
+
+
+async def served_in_order(admission: Admission, asked: Sequence[tuple[Party, int]]) -> list[str]:
+    """Who gets its place when, of requests that come together while admission is closed and end at once."""
+    order = list[str]()
+
+    async def client(party: Party, tokens: int) -> None:
+        async with admission.admit(tokens, party):
+            order.append(party.name)
+            await asyncio.sleep(0)
+
+    async with closed(admission):
+        tasks = [asyncio.create_task(client(party, tokens)) for party, tokens in asked]
+        await settle()
+    await asyncio.gather(*tasks)
+    return order
+
+
+class TestAfterASwap:
+    """Requests that waited for an engine."""
+
+    async def test_keys_take_turns(self) -> None:
+        order = await served_in_order(open_admission(max_running=1), [(A, 10)] * 4 + [(B, 10)] * 2)
+        assert order == ["a", "b", "a", "b", "a", "a"]
+
+    async def test_turns_go_by_what_is_asked_for(self) -> None:
+        order = await served_in_order(open_admission(max_running=1), [(A, 40), (A, 40), *[(B, 10)] * 4])
+        assert order == ["a", "b", "b", "b", "b", "a"]
+
+    async def test_and_by_weights(self) -> None:
+        heavy = Party("b", weight=2)
+        order = await served_in_order(open_admission(max_running=1), [(A, 10)] * 2 + [(heavy, 10)] * 4)
+        assert order == ["a", "b", "b", "a", "b", "b"]
+
+    async def test_all_without_a_key_are_one_party(self) -> None:
+        order = await served_in_order(open_admission(max_running=1), [(NO_KEY, 10)] * 3 + [(A, 10)])
+        assert order == ["", "a", "", ""]
+
+
+class TestFull:
+    """Where all places are taken."""
+
+    async def test_a_request_of_a_key_waits_for_a_place(self) -> None:
+        admission, order = open_admission(max_running=1), list[str]()
+        async with admission.admit(1, A):
+            waiting = asyncio.create_task(enter(admission, B, order))
+            await settle()
+            assert (admission.queued, order) == (1, [])
+        await waiting
+        assert order == ["b"]
+
+    async def test_a_request_without_a_key_is_refused_at_once(self) -> None:
+        admission = open_admission(max_running=1)
+        async with admission.admit(1, A):
+            with pytest.raises(OverloadedError, match="1 requests are running"):
+                async with admission.admit(1):
+                    pass
+
+    async def test_but_behind_others_that_wait_it_has_its_share(self) -> None:
+        admission, order = open_admission(max_running=1), list[str]()
+        async with admission.admit(1, A):
+            waiting = [asyncio.create_task(enter(admission, party, order)) for party in (A, A, A, NO_KEY)]
+            await settle()
+        await asyncio.gather(*waiting)
+        assert order == ["", "a", "a", "a"]
+
+    async def test_a_flood_keeps_nobody_else_waiting(self) -> None:
+        admission, order = open_admission(max_running=1, max_queued=100), list[str]()
+        async with admission.admit(1, A):
+            flood = [asyncio.create_task(enter(admission, A, order)) for _ in range(50)]
+            await settle()
+            other = asyncio.create_task(enter(admission, B, order))
+            await settle()
+        await asyncio.gather(*flood, other)
+        assert order.index("b") <= 1
+
+    async def test_nobody_passes_the_one_whose_turn_it_is(self) -> None:
+        admission, order = open_admission(max_tokens=100), list[str]()
+        async with admission.admit(60, A):
+            large = asyncio.create_task(enter(admission, B, order, 60))
+            await settle()
+            small = asyncio.create_task(enter(admission, B, order, 10))
+            await settle()
+            assert order == []
+        await asyncio.gather(large, small)
+
+    async def test_one_whose_turn_it_is_at_once_does_not_wait(self) -> None:
+        admission, order = open_admission(max_tokens=100), list[str]()
+        async with admission.admit(60, A):
+            large = asyncio.create_task(enter(admission, A, order, 60))
+            await settle()
+            await enter(admission, B, order, 10)
+            assert order == ["b"]
+        await large
+
+    async def test_who_waited_in_vain_is_told_that_too_much_runs(self) -> None:
+        admission = open_admission(max_running=1, queue_timeout_s=0.01)
+        async with admission.admit(1, A):
+            with pytest.raises(OverloadedError, match=r"waited 0\.01 s.*1 requests are running"):
+                async with admission.admit(1, B):
+                    pass
+        assert admission.queued == 0
+
+    async def test_where_nobody_may_wait_it_is_refused_at_once(self) -> None:
+        admission = open_admission(max_running=1, max_queued=0)
+        async with admission.admit(1, A):
+            with pytest.raises(OverloadedError):
+                async with admission.admit(1, B):
+                    pass
+
+    async def test_during_a_swap_the_refusal_is_of_the_swap(self) -> None:
+        admission = open_admission(max_queued=0)
+        async with closed(admission):
+            with pytest.raises(QueueOverflowError):
+                async with admission.admit(1, A):
+                    pass
+        admission = open_admission(queue_timeout_s=0.01)
+        async with closed(admission):
+            with pytest.raises(QueueTimeoutError):
+                async with admission.admit(1, A):
+                    pass
+
+
+class TestFullQueue:
+    """One key cannot fill it."""
+
+    async def test_the_newest_of_who_has_most_gives_way(self) -> None:
+        queue = RequestQueue(max_queued=4)
+        places = [queue.join(A, 1) for _ in range(4)]
+        mine = queue.join(B, 1)
+        assert isinstance(places[3].given.exception(), QueueOverflowError)
+        assert len(queue) == 4
+        assert not any(place.given.done() for place in (*places[:3], mine))
+
+    async def test_until_each_has_its_share(self) -> None:
+        queue = RequestQueue(max_queued=4)
+        places = [queue.join(A, 1) for _ in range(4)]
+        queue.join(B, 1)
+        queue.join(B, 1)
+        with pytest.raises(QueueOverflowError):
+            queue.join(B, 1)
+        assert [place.given.done() for place in places] == [False, False, True, True]
+        for place in places[2:]:
+            place.given.exception()
+
+    async def test_shares_of_it_go_by_weights(self) -> None:
+        queue = RequestQueue(max_queued=4)
+        places = [queue.join(A, 1) for _ in range(4)]
+        heavy = [queue.join(Party("b", weight=3), 1) for _ in range(3)]
+        assert sum(place.given.done() for place in places) == 3
+        assert not any(place.given.done() for place in heavy)
+        for place in places[1:]:
+            place.given.exception()
+
+    async def test_its_own_request_is_refused_where_nobody_has_more(self) -> None:
+        queue = RequestQueue(max_queued=1)
+        first = queue.join(A, 1)
+        for party in (A, B):
+            with pytest.raises(QueueOverflowError):
+                queue.join(party, 1)
+        assert not first.given.done()
+
+
+async def test_who_was_away_has_saved_nothing_and_owes_nothing() -> None:
+    queue, order = RequestQueue(max_queued=100), list[str]()
+    for _ in range(1000):
+        queue.charge(A, 10)
+    waiting = [queue.join(party, 10) for party in (A, A, B, B)]
+
+    def take(tokens: int) -> bool:
+        return True
+
+    for place in waiting:
+        place.given.add_done_callback(lambda _, name=place.party.name: order.append(name))  # type: ignore[misc]
+    queue.give(take)
+    await settle()
+    assert order == ["b", "a", "b", "a"]
+
+
+async def test_what_waited_and_left_costs_its_party_nothing() -> None:
+    queue, admitted = RequestQueue(max_queued=100), list[Place]()
+    gone = [asyncio.create_task(queue.until_given(queue.join(A, 1000), 60, lambda: None)) for _ in range(5)]
+    await settle()
+    for task in gone:
+        task.cancel()
+    await asyncio.wait(gone)
+    waiting = [queue.join(A, 10), queue.join(B, 10)]
+
+    def take(tokens: int) -> bool:
+        admitted.extend(place for place in waiting if place not in admitted and queue._next() is place)
+        return True
+
+    queue.give(take)
+    assert [place.party.name for place in admitted] == ["a", "b"]
+    assert len(queue) == 0
+
+
+async def test_who_comes_and_leaves_again_and_again_leaves_no_trace() -> None:
+    queue = RequestQueue(max_queued=100)
+    queue.join(A, 10)
+    for _ in range(1000):
+        task = asyncio.create_task(queue.until_given(queue.join(B, 10), 60, lambda: None))
+        await asyncio.sleep(0)
+        task.cancel()
+        await asyncio.wait([task])
+    assert len(queue) == 1
+    assert len(queue._turns) < 100
+    assert len(queue._lines) == 1
+
+
+async def enter(admission: Admission, party: Party, order: list[str], tokens: int = 1) -> None:
+    """A request that notes its turn."""
+    async with admission.admit(tokens, party):
+        order.append(party.name)
+        await asyncio.sleep(0)
