@@ -24,7 +24,8 @@ from serving.http.middleware import RequestMiddleware
 from serving.http.models import add_models
 from serving.http.openapi import openapi_document
 from serving.http.status import without_inside
-from serving.protocols.route import Route
+from serving.http.token_counts import TokenCounts
+from serving.protocols.route import Route, TokenRoute
 from serving.telemetry.engine_metrics import EngineMetrics
 from svc.principal import Scope
 
@@ -53,6 +54,9 @@ def build_app(
     app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None, redirect_slashes=False, lifespan=lifespan)
     for route in Route:
         app.router.routes.append(Path(route.value, gateway.endpoint(route), methods=["POST"]))
+    counts = TokenCounts(gateway)
+    for token_route in TokenRoute:
+        app.router.routes.append(Path(token_route.value, counts.endpoint(token_route), methods=["POST"]))
     app.router.routes.append(Path("/v1/feedback", feedback.answer, methods=["POST"]))
     add_models(app, gateway.router)
     _add_operations(app, gateway, engine_metrics, status)

@@ -16,7 +16,7 @@ from starlette.types import Scope as Connection
 
 from serving.http.connections import THROUGH_SOCKET
 from serving.http.failed_keys import FailedKeys
-from serving.protocols.route import Route
+from serving.protocols.route import Route, TokenRoute
 from svc.access.authenticator import Authenticator, Grant, InvalidKeyError, KeyFault
 from svc.principal import Principal, Scope
 
@@ -26,7 +26,7 @@ KeyEnd = asyncio.Future[InvalidKeyError]
 _OPEN: Final = frozenset({"/health"})
 """What load balancers and orchestrators ask, which hold no secrets. It says of the inside only whether it is there."""
 _SCOPES: Final = {
-    **dict.fromkeys((route.value for route in Route), Scope.INFER),
+    **dict.fromkeys((route.value for route in (*Route, *TokenRoute)), Scope.INFER),
     "/v1/models": Scope.INFER,
     "/v1/feedback": Scope.FEEDBACK,
     "/metrics": Scope.METRICS,

@@ -13,10 +13,12 @@ class BodySlots:
     Args:
         most: of all clients together. One peer may have half of them: a client that sends slowly leaves room for the
             others, and a proxy in front of all clients has enough.
+        doing: what requests are doing there, for the error.
     """
 
-    def __init__(self, most: int) -> None:
+    def __init__(self, most: int, doing: str = "being sent") -> None:
         self._most = most
+        self._doing = doing
         self._reading: Counter[str] = Counter()
 
     @contextmanager
@@ -24,7 +26,7 @@ class BodySlots:
         """A body comes in during the body of the `with`.
 
         Args:
-            peer: address that it comes from.
+            peer: key or address that it comes from.
 
         Raises:
             OverloadedError: so many come in already; they may never end.
@@ -32,7 +34,7 @@ class BodySlots:
         coming = self._reading.total()
         if coming >= self._most or self._reading[peer] >= max(1, self._most // 2):
             raise OverloadedError(
-                f"{coming} requests are being sent, {self._reading[peer]} of them from {peer or 'here'}",
+                f"{coming} requests are {self._doing}, {self._reading[peer]} of them from {peer or 'here'}",
                 todo="send the request again later",
             )
         self._reading[peer] += 1

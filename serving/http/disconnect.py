@@ -3,9 +3,10 @@
 import asyncio
 from collections.abc import Coroutine
 
-from starlette.types import Receive
+from starlette.types import Receive, Scope
 
 from serving.http.authentication import KeyEnd
+from serving.http.connections import ABORT
 from serving.protocols.request import ClientGoneError
 
 
@@ -37,6 +38,13 @@ async def while_connected(
             raise key_ended.result()
         raise ClientGoneError
     working.result()
+
+
+async def cut_off(scope: Scope, receive: Receive) -> None:
+    """Ends the connection of a client that would not read its end either."""
+    if abort := scope["state"].get(ABORT):
+        abort()
+        await disconnected(receive)
 
 
 async def disconnected(receive: Receive) -> None:

@@ -11,28 +11,27 @@ a client does not take at once waits for it in a buffer (serving.http.delivery),
 import asyncio
 import time
 from collections.abc import Callable
-from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 
 import httpx
-from starlette.types import ASGIApp, Message, Receive, Scope, Send
+from starlette.types import ASGIApp, Receive, Scope, Send
 
-from serving.admission.errors import EngineUnavailableError, RateLimitedError
-from serving.admission.party import NO_KEY, Party
-from serving.admission.rate_limiter import Demand, RateLimiter, Reservation, estimated_tokens
+from serving.admission.errors import EngineUnavailableError
+from serving.admission.rate_limiter import RateLimiter
 from serving.engines.balancer import Lease
 from serving.engines.transport import EngineDiedError, EngineUnreachableError, call, refusal
 from serving.http.authentication import principal_of
 from serving.http.body_slots import BodySlots
-from serving.http.connections import ABORT
 from serving.http.delivery import AnswerBuffers, ClientSlowError, Delivery
-from serving.http.disconnect import disconnected, while_connected
+from serving.http.disconnect import cut_off, while_connected
+from serving.http.error_answer import answer_error
 from serving.http.errors import ApiError, api_error
+from serving.http.key_account import KeyAccount
 from serving.http.models import require_model
 from serving.protocols.error_code import ErrorCode
 from serving.protocols.outcome import outcome_of
-from serving.protocols.request import ClientGoneError, CompletionRequest, discard_body, parse_request, read_body
+from serving.protocols.request import ClientGoneError, CompletionRequest, parse_request, read_body
 from serving.protocols.route import Route
 from serving.protocols.server_sent_events import EventSplitter, find_error
 from serving.protocols.wire_formats import Usage, wire_format
@@ -42,12 +41,10 @@ from serving.telemetry.metrics import CLIENT_GONE_STATUS, UNKNOWN_MODEL, Gateway
 from serving.telemetry.request_log import RequestLog
 from svc.access.usage_meter import UsageMeter
 from svc.settings import ServeSettings
-from svc.store.requests import Outcome, RequestRecord, hash_user
+from svc.store.requests import RequestRecord, hash_user
 from svc.version import Target
 
 _EVENT_STREAM = "text/event-stream"
-_BODY_STILL_SENT = frozenset({ErrorCode.BODY_TOO_LARGE, ErrorCode.UNSUPPORTED_MEDIA_TYPE})
-_DISCARDED_BYTES = 64 * 2**20
 
 
 class Gateway:
@@ -131,9 +128,7 @@ class Exchange:
         self._first_token_s: float | None = None
         self._finish_reason: str | None = None
         self._content: Content | None = None  # what passes, where it is to be kept
-        self._party = Party(self._principal.key_id, self._principal.weight) if self._principal else NO_KEY
-        self._reservation: Reservation | None = None
-        self._body_bytes = self._token_events = 0
+        self._key = KeyAccount(principal_of(scope), gateway.limiter, gateway.usage, gateway.metrics)
         self.complete = False
         """The engine has given all of the answer."""
 
@@ -148,7 +143,7 @@ class Exchange:
                 )
             self._started = self._clock()
             self._request = request = parse_request(body, self._route)
-            self._body_bytes = len(body)
+            self._key.body_bytes = len(body)
             del body
             if self._gateway.request_log.wants_content():
                 self._content = Content(self._route, request.members)
@@ -158,7 +153,7 @@ class Exchange:
                 self._failed(ErrorCode.CLIENT_GONE)
         except ClientSlowError:
             self._failed(ErrorCode.CLIENT_SLOW)
-            await self._cut_off(receive)
+            await cut_off(self._scope, receive)
         except asyncio.CancelledError:
             if not self._delivered:
                 self._failed(ErrorCode.ENGINE_DIED)  # the server ends, and with it the engine
@@ -173,7 +168,7 @@ class Exchange:
         self._gateway.metrics.request_ended(
             served, self._route, status, seconds, self._request_id, reason=self._reason, model=self._model
         )
-        self._settle()
+        self._key.settle(served, self._reason, usage)
         record = RequestRecord(
             request_id=self._request_id,
             client_request_id=self._scope["state"].get("client_request_id"),
@@ -186,7 +181,7 @@ class Exchange:
             seconds=seconds,
             reason=self._reason.value if self._reason else None,
             outcome=outcome_of(self._reason),
-            key_id=self._principal.key_id if self._principal else None,
+            key_id=self._key.key_id,
             finish_reason=self._finish_reason,
             first_token_seconds=self._first_token_s,
             tokens_in=usage.prompt if usage else None,
@@ -205,51 +200,16 @@ class Exchange:
         self._scope["state"]["version"] = (served := to.backend.names.served) and served.version
         # Delivered outside admission: the engine is done with it, and a client that reads slowly keeps no place.
         work = request.work(to.backend.context)
-        self._reserve(request, work)
-        async with self._delivery, to.backend.admission.admit(work, self._party), to.backend.lease(to.model) as engine:
+        self._key.reserve(request, work, self._model)
+        async with (
+            self._delivery,
+            to.backend.admission.admit(work, self._key.party),
+            to.backend.lease(to.model) as engine,
+        ):
             try:
                 await self._forward(engine, request)
             except EngineUnreachableError as error:
                 await self._forward_to_another(to, engine, request, error)
-
-    def _reserve(self, request: CompletionRequest, work: int) -> None:
-        """Takes what the request may use of its key's limits.
-
-        Raises:
-            RateLimitedError: there is not so much left.
-        """
-        if self._principal is None:
-            return
-        demand = Demand(estimated_tokens(self._body_bytes), work, said=request.max_tokens is not None)
-        try:
-            self._reservation = self._gateway.limiter.reserve(self._principal, demand)
-        except RateLimitedError as error:
-            self.metrics.key_refused(self._principal.key_id, self._model, error.limit)
-            raise
-
-    def _settle(self) -> None:
-        """Counts what the request used, and gives back what it held of its key's limits."""
-        spent = self._spent()
-        if self._reservation:
-            if spent:
-                self._reservation.settle(spent.prompt, spent.completion)
-            else:
-                self._reservation.release()
-        if spent and self._served:
-            key_id, model = self._principal.key_id if self._principal else None, self._served.version.name
-            self.metrics.key_used(key_id or "", model, spent)
-            self._gateway.usage.add(key_id, model, tokens_in=spent.prompt, tokens_out=spent.completion)
-
-    def _spent(self) -> Usage | None:
-        """What the request used; None of one that was refused, or failed before it had a token.
-
-        The engine tells at the end of an answer. Of one that its client left before, the prompt is estimated, and the
-        events with tokens are counted: leaving early makes nothing free.
-        """
-        left = outcome_of(self._reason) in (Outcome.CLIENT_GONE, Outcome.CLIENT_SLOW)
-        if not self._served or (self._reason and not left and not self._token_events):
-            return None
-        return self._usage or Usage(estimated_tokens(self._body_bytes), self._token_events)
 
     async def _forward_to_another(
         self, to: Destination, engine: Lease, request: CompletionRequest, refused: EngineUnreachableError
@@ -290,35 +250,13 @@ class Exchange:
         self._failed(error.code)
         if not self.begun:
             self._status = error.status
-            if error.code in _BODY_STILL_SENT:
-                await self._answer_and_read_on(error, receive)
-            else:
-                await error.response(self._route)(self._scope, _no_receive, self._asgi_send)
+            timeout_s = self._gateway.settings.body_timeout_s
+            await answer_error(error, self._scope, receive, self._asgi_send, body_timeout_s=timeout_s)
             return
         try:
             await self._delivery.send_last(self.format.error_event(error.body(self._route)))
         except ClientSlowError:
-            await self._cut_off(receive)
-
-    async def _answer_and_read_on(self, error: ApiError, receive: Receive) -> None:
-        """Answers, and takes the rest of the body: a connection that is closed before its client has sent all takes
-        the answer with it."""
-
-        async def send(message: Message) -> None:
-            more = {"more_body": True} if message["type"] == "http.response.body" else {}
-            await self._asgi_send({**message, **more})
-
-        await error.response(self._route)(self._scope, _no_receive, send)
-        with suppress(ClientGoneError, TimeoutError):
-            async with asyncio.timeout(self._gateway.settings.body_timeout_s):
-                await discard_body(receive, most=_DISCARDED_BYTES)
-        await self._asgi_send({"type": "http.response.body", "body": b"", "more_body": False})
-
-    async def _cut_off(self, receive: Receive) -> None:
-        """Ends the connection of a client that would not read its end either."""
-        if abort := self._scope["state"].get(ABORT):
-            abort()
-            await disconnected(receive)
+            await cut_off(self._scope, receive)
 
     def _failed(self, code: ErrorCode) -> None:
         self._reason = code
@@ -353,7 +291,7 @@ class Exchange:
 
     def token_passed(self) -> None:
         """Counts an event with tokens, for an answer whose tokens the engine will not tell."""
-        self._token_events += 1
+        self._key.token_events += 1
 
     def first_token(self, served: Target, seconds: float) -> None:
         """Times the first token of the answer."""
@@ -436,7 +374,3 @@ class _Stream:
         else:
             self._between_tokens(now - self._last_token)
         self._last_token = now
-
-
-async def _no_receive() -> dict[str, str]:
-    return {"type": "http.disconnect"}

@@ -12,7 +12,7 @@ from typing import Any
 from serving.http.errors import ANTHROPIC_TYPES
 from serving.http.feedback import FeedbackRequest
 from serving.protocols.error_code import ErrorCode
-from serving.protocols.route import ANTHROPIC_PATHS, Route
+from serving.protocols.route import ANTHROPIC_PATHS, Route, TokenRoute
 from serving.protocols.unsupported_fields import MOST_ANSWERS
 
 JSON = "application/json"
@@ -83,6 +83,18 @@ _REQUESTS: Mapping[Route, tuple[str, list[str], Json]] = {
         {"messages": _TURNS, "max_tokens": {**_COUNT, "type": "integer"}},
     ),
 }
+_TOKEN_REQUESTS: Mapping[TokenRoute, tuple[str, list[str], Json]] = {
+    TokenRoute.COUNT_TOKENS: (
+        "How many tokens a message's prompt has, as Anthropic's API has it",
+        ["model", "messages"],
+        {"messages": _TURNS},
+    ),
+    TokenRoute.TOKENIZE: (
+        "The tokens of `prompt`, or of a chat's `messages`",
+        ["model"],
+        {"prompt": {"type": "string"}, "messages": _TURNS},
+    ),
+}
 _BAD_BODY = {
     400: "the body is no JSON object, a field is not served, or the engine refused it",
     408: "the body did not arrive in time",
@@ -126,7 +138,11 @@ def openapi_document() -> Json:
     return {
         "openapi": "3.1.0",
         "info": {"title": "tuneserve", "version": version("tuneserve")},
-        "paths": {**{route.value: {"post": _completion(route)} for route in Route}, **_small_paths()},
+        "paths": {
+            **{route.value: {"post": _completion(route)} for route in Route},
+            **{route.value: {"post": _token_count(route)} for route in TokenRoute},
+            **_small_paths(),
+        },
         "components": {"schemas": schemas, "securitySchemes": _KEY_HEADERS},
         "security": [{}, *({name: []} for name in _KEY_HEADERS)],  # none, where there are no keys
     }
@@ -142,6 +158,18 @@ def _completion(route: Route) -> Json:
         "summary": f"{summary}; with `stream` as server-sent events",
         "requestBody": {"required": True, "content": {JSON: {"schema": body}}},
         "responses": {"200": _answer("the engine's answer", answers), **errors},
+    }
+
+
+def _token_count(route: TokenRoute) -> Json:
+    summary, required, properties = _TOKEN_REQUESTS[route]
+    body = {**_OBJECT, "required": required, "properties": {"model": _COMMON["model"], **properties}}
+    errors = _errors({**_BAD_BODY, **_ENGINE, **_DEFECT}, route)
+    return {
+        "operationId": route.name.lower(),
+        "summary": summary,
+        "requestBody": {"required": True, "content": {JSON: {"schema": body}}},
+        "responses": {"200": _answer("the engine's answer", _json(_OBJECT)), **errors},
     }
 
 

@@ -12,5 +12,12 @@ class Route(StrEnum):
     MESSAGES = "/v1/messages"
 
 
-ANTHROPIC_PATHS = frozenset({Route.MESSAGES.value})
+class TokenRoute(StrEnum):
+    """Counts the tokens of a prompt; the engine's own paths are the same."""
+
+    COUNT_TOKENS = "/v1/messages/count_tokens"
+    TOKENIZE = "/tokenize"
+
+
+ANTHROPIC_PATHS = frozenset({Route.MESSAGES.value, TokenRoute.COUNT_TOKENS.value})
 """Those that Anthropic's clients ask, which read other headers and errors than OpenAI's."""

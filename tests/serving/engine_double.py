@@ -54,6 +54,7 @@ class EngineDouble:
         name: its one model.
         tokens: length of an answer.
         token_delay_s: seconds for each token.
+        tokenize_delay_s: seconds to count the tokens of a prompt.
         linger_s: seconds between the last event of a stream and its end.
         max_model_len: longest prompt, words.
         finish_reason: of an answer that is not streamed; `stop` for one more token, which is not in its text.
@@ -83,6 +84,7 @@ class EngineDouble:
     name: str = "tuned"
     tokens: int = 4
     token_delay_s: float = 0.0
+    tokenize_delay_s: float = 0.0
     linger_s: float = 0.0
     max_model_len: int = 1000
     finish_reason: str = "length"
@@ -134,8 +136,8 @@ class EngineDouble:
                 await self._load_adapter(send, await request.json())
             case "/v1/unload_lora_adapter":
                 await self._unload_adapter(send, await request.json())
-            case "/tokenize":
-                await self._tokenize(send, await request.json())
+            case "/tokenize" | "/v1/messages/count_tokens":
+                await self._tokenize(send, path, await request.json())
             case "/v1/chat/completions" | "/v1/completions" | "/v1/responses" | "/v1/messages":
                 await self._completion(request)
             case _:
@@ -195,10 +197,16 @@ class EngineDouble:
             return self.weights
         return str(Path(self._first_use[model]).with_name("merged"))
 
-    async def _tokenize(self, send: Send, body: dict[str, Any]) -> None:
-        text = body.get("prompt") or " ".join(message["content"] for message in body["messages"])
-        tokens = [_token_id(word) for word in text.split()]
-        await _json(send, 200, {"count": len(tokens), "max_model_len": self.max_model_len, "tokens": tokens})
+    async def _tokenize(self, send: Send, path: str, body: dict[str, Any]) -> None:
+        await asyncio.sleep(self.tokenize_delay_s)
+        if (wrong := _wrong_field(body)) is not None:
+            await _error(send, 400, f"no {wrong}", kind="Bad Request", param=f"body.{wrong}")
+            return
+        turns = body.get("messages") or []
+        text = body.get("prompt") or " ".join(str(turn.get("content") or "") for turn in turns)
+        tokens = [_token_id(word) for word in str(text).split()]
+        count = {"count": len(tokens), "max_model_len": self.max_model_len, "tokens": tokens}
+        await _json(send, 200, count if path == "/tokenize" else {"input_tokens": len(tokens)})
 
     async def _completion(self, request: Request) -> None:
         send = request._send

@@ -70,7 +70,7 @@ async def test_the_status_is_what_was_passed_in(service: Service, client: httpx.
 
 @pytest.mark.parametrize(
     "path",
-    ["/", "/docs", "/redoc", "/v1", "/v1/", "/v1/chat/completions/", "/v1/embeddings", "/tokenize",
+    ["/", "/docs", "/redoc", "/v1", "/v1/", "/v1/chat/completions/", "/v1/embeddings", "/detokenize",
      "/collective_rpc", "/v1/load_lora_adapter", "/pause", "//v1/models", "/health/"],
 )  # fmt: skip
 @pytest.mark.parametrize("method", ["GET", "POST"])

@@ -98,6 +98,8 @@ async def test_a_wrong_key_is_refused_on_every_route(
     ("method", "path", "needed"),
     [
         ("POST", CHAT_PATH, Scope.INFER),
+        ("POST", "/tokenize", Scope.INFER),
+        ("POST", "/v1/messages/count_tokens", Scope.INFER),
         ("GET", "/v1/models", Scope.INFER),
         ("GET", f"/v1/models/{NAME}", Scope.INFER),
         ("POST", "/v1/feedback", Scope.FEEDBACK),
@@ -117,6 +119,16 @@ async def test_a_key_may_what_its_scopes_say(
         assert answer.status_code not in (401, 403)
     else:
         assert code_of(answer) == (403, "permission_denied")
+
+
+@pytest.mark.parametrize("path", [CHAT_PATH, "/tokenize"])
+async def test_a_key_asks_only_the_models_that_it_names(
+    service: KeyedService, client: httpx.AsyncClient, path: str
+) -> None:
+    other = service.key(models=frozenset({"mine"}))
+    answer = await client.post(path, json=CHAT, headers=bearer(other.secret))
+    assert code_of(answer) == (404, "model_not_found")
+    assert service.double.requests == []
 
 
 async def test_health_needs_no_key_and_tells_no_version(service: KeyedService, client: httpx.AsyncClient) -> None:

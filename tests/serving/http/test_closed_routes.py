@@ -98,7 +98,9 @@ OURS = {
     "GET /v1/models",
     "POST /v1/chat/completions",
     "POST /v1/completions",
+    "POST /tokenize",
     "POST /v1/messages",
+    "POST /v1/messages/count_tokens",
     "POST /v1/responses",
 }
 CLOSED = sorted(set(VLLM_ROUTES.split("\n")) - OURS - {""})

@@ -1,0 +1,40 @@
+"""Sends an error as the whole answer to a request, such that its client can read it."""
+
+import asyncio
+from contextlib import suppress
+
+from starlette.types import Message, Receive, Scope, Send
+
+from serving.http.errors import ApiError
+from serving.protocols.error_code import ErrorCode
+from serving.protocols.request import ClientGoneError, discard_body
+
+_BODY_STILL_SENT = frozenset({ErrorCode.BODY_TOO_LARGE, ErrorCode.UNSUPPORTED_MEDIA_TYPE})
+_DISCARDED_BYTES = 64 * 2**20
+
+
+async def answer_error(error: ApiError, scope: Scope, receive: Receive, send: Send, *, body_timeout_s: float) -> None:
+    """Answers.
+
+    Args:
+        body_timeout_s: longest time to wait for the rest of a body that was refused while it came in, seconds.
+    """
+    response = error.response(scope["path"])
+    if error.code not in _BODY_STILL_SENT:
+        await response(scope, _no_receive, send)
+        return
+
+    async def send_more(message: Message) -> None:
+        more = {"more_body": True} if message["type"] == "http.response.body" else {}
+        await send({**message, **more})
+
+    # The rest of the body is taken: a connection closed before its client has sent all takes the answer with it.
+    await response(scope, _no_receive, send_more)
+    with suppress(ClientGoneError, TimeoutError):
+        async with asyncio.timeout(body_timeout_s):
+            await discard_body(receive, most=_DISCARDED_BYTES)
+    await send({"type": "http.response.body", "body": b"", "more_body": False})
+
+
+async def _no_receive() -> dict[str, str]:
+    return {"type": "http.disconnect"}

@@ -1,0 +1,93 @@
+"""What one request takes of its key's limits, and what it used in the end."""
+
+from serving.admission.errors import RateLimitedError
+from serving.admission.party import NO_KEY, Party
+from serving.admission.rate_limiter import Demand, RateLimiter, Reservation, estimated_tokens
+from serving.protocols.error_code import ErrorCode
+from serving.protocols.outcome import outcome_of
+from serving.protocols.request import CompletionRequest
+from serving.protocols.wire_formats import Usage
+from serving.telemetry.metrics import GatewayMetrics
+from svc.access.usage_meter import UsageMeter
+from svc.principal import Principal
+from svc.store.requests import Outcome
+from svc.version import Target
+
+_LEFT = (Outcome.CLIENT_GONE, Outcome.CLIENT_SLOW)
+
+
+class KeyAccount:
+    """Of one request; also of one without a key, which has no limits and is counted too.
+
+    Attributes:
+        body_bytes: size of the request.
+        token_events: events with tokens that passed, for an answer whose tokens the engine will not tell.
+    """
+
+    def __init__(
+        self, principal: Principal | None, limiter: RateLimiter, usage: UsageMeter, metrics: GatewayMetrics
+    ) -> None:
+        self._principal = principal
+        self._limiter = limiter
+        self._usage = usage
+        self._metrics = metrics
+        self._reservation: Reservation | None = None
+        self.body_bytes = self.token_events = 0
+
+    @property
+    def key_id(self) -> str | None:
+        """None where there is no key."""
+        return self._principal.key_id if self._principal else None
+
+    @property
+    def party(self) -> Party:
+        """Who has a share of the model."""
+        return Party(self._principal.key_id, self._principal.weight) if self._principal else NO_KEY
+
+    def reserve(self, request: CompletionRequest, work: int, model: str) -> None:
+        """Takes what the request may use of its key's limits.
+
+        Args:
+            work: most tokens that its answers may have.
+            model: that it asks, one of a bounded set.
+
+        Raises:
+            RateLimitedError: there is not so much left.
+        """
+        if self._principal is None:
+            return
+        demand = Demand(estimated_tokens(self.body_bytes), work, said=request.max_tokens is not None)
+        try:
+            self._reservation = self._limiter.reserve(self._principal, demand)
+        except RateLimitedError as error:
+            self._metrics.key_refused(self._principal.key_id, model, error.limit)
+            raise
+
+    def settle(self, served: Target | None, reason: ErrorCode | None, usage: Usage | None) -> None:
+        """Counts what the request used, and gives back what it held; to be called once, at its end.
+
+        Args:
+            served: the version that took it; None where none did.
+            reason: why it failed; None where it did not.
+            usage: as the engine tells it at the end of an answer.
+        """
+        spent = self._spent(reason, usage) if served else None
+        if self._reservation:
+            if spent:
+                self._reservation.settle(spent.prompt, spent.completion)
+            else:
+                self._reservation.release()
+        if spent and served:
+            model = served.version.name
+            self._metrics.key_used(self.key_id or "", model, spent)
+            self._usage.add(self.key_id, model, tokens_in=spent.prompt, tokens_out=spent.completion)
+
+    def _spent(self, reason: ErrorCode | None, usage: Usage | None) -> Usage | None:
+        """None of a request that was refused, or failed before it had a token.
+
+        Of an answer that its client left, the prompt is estimated and the events with tokens are counted: leaving early
+        makes nothing free.
+        """
+        if reason and not self.token_events and outcome_of(reason) not in _LEFT:
+            return None
+        return usage or Usage(estimated_tokens(self.body_bytes), self.token_events)

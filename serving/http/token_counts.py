@@ -1,0 +1,101 @@
+"""`POST /v1/messages/count_tokens` and `POST /tokenize`: how many tokens a prompt has, before it is asked.
+
+An engine counts without its model, so these take no place in admission and nothing of a key's limits, and leave no row.
+They keep its processors busy all the same: so many are answered at once, and half of them for one caller.
+"""
+
+from dataclasses import dataclass
+
+import httpx
+from starlette.types import ASGIApp, Receive, Scope, Send
+
+from serving.engines.balancer import Lease
+from serving.engines.transport import call
+from serving.http.authentication import principal_of
+from serving.http.body_slots import BodySlots
+from serving.http.delivery import ClientSlowError, Delivery
+from serving.http.disconnect import cut_off, while_connected
+from serving.http.error_answer import answer_error
+from serving.http.errors import api_error
+from serving.http.inference import Gateway
+from serving.http.models import require_model
+from serving.protocols.request import ClientGoneError, CompletionRequest, parse_request, read_body
+from serving.protocols.route import Route, TokenRoute
+
+MOST_AT_ONCE = 16
+_CHECKED_AS = {TokenRoute.COUNT_TOKENS: Route.MESSAGES, TokenRoute.TOKENIZE: Route.CHAT_COMPLETIONS}
+"""Whose fields each has: those that are not served there are not served here either."""
+
+
+class TokenCounts:
+    """Counts tokens for the models of a gateway."""
+
+    def __init__(self, gateway: Gateway) -> None:
+        self.gateway = gateway
+        self.slots = BodySlots(MOST_AT_ONCE, "having their tokens counted")
+
+    def endpoint(self, route: TokenRoute) -> ASGIApp:
+        """The ASGI application for one path."""
+        return _Endpoint(self, route)
+
+
+@dataclass(frozen=True, slots=True)
+class _Endpoint:
+    """An object rather than a function, which Starlette would wrap in its request machinery."""
+
+    counts: TokenCounts
+    route: TokenRoute
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        gateway = self.counts.gateway
+        settings = gateway.settings
+        delivery = Delivery(send, gateway.buffers, settings.client_timeout_s)
+        try:
+            with gateway.body_slots.reading(_peer(scope)):
+                body = await read_body(
+                    scope, receive, max_bytes=settings.max_body_bytes, timeout_s=settings.body_timeout_s
+                )
+            request = parse_request(body, _CHECKED_AS[self.route])
+            del body
+            await while_connected(receive, self._answer(request, scope, delivery), scope["state"].get("key_ended"))
+        except ClientGoneError:
+            return
+        except ClientSlowError:
+            await cut_off(scope, receive)
+        except Exception as error:
+            if delivery.begun:
+                raise
+            await answer_error(api_error(error), scope, receive, send, body_timeout_s=settings.body_timeout_s)
+
+    async def _answer(self, request: CompletionRequest, scope: Scope, delivery: Delivery) -> None:
+        principal = principal_of(scope)
+        require_model(self.counts.gateway.router, principal, request.model)
+        to = self.counts.gateway.router.find(request.model, request.who)
+        await to.backend.check(to.model)
+        caller = principal.key_id if principal else _peer(scope)
+        async with delivery:  # a client that reads slowly keeps no place
+            with self.counts.slots.reading(caller):
+                async with to.backend.lease(to.model) as engine:
+                    await self._count(engine, request, scope, delivery)
+
+    async def _count(self, engine: Lease, request: CompletionRequest, scope: Scope, delivery: Delivery) -> None:
+        scope["state"]["version"] = engine.served.version
+        payload = request.payload(engine.engine_model)
+        async with call(engine.http, self.route.value, payload, scope["state"]["request_id"]) as response:
+            await _deliver(response, delivery)
+
+
+async def _deliver(response: httpx.Response, delivery: Delivery) -> None:
+    parts: list[bytes] = []
+    async for part in response.aiter_raw():
+        delivery.reserve(len(part))
+        parts.append(part)
+    body = b"".join(parts)
+    headers = [(b"content-type", b"application/json"), (b"content-length", b"%d" % len(body))]
+    delivery.start({"type": "http.response.start", "status": 200, "headers": headers})
+    delivery.put(body)
+
+
+def _peer(scope: Scope) -> str:
+    peer = scope.get("client")
+    return str(peer[0]) if peer else ""

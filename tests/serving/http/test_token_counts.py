@@ -1,0 +1,137 @@
+"""Tokens are counted beside admission, and cost a key nothing."""
+
+import asyncio
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import httpx2
+import pytest
+from anthropic import AsyncAnthropic
+
+from serving.admission.rate_limiter import Limit
+from serving.http.token_counts import MOST_AT_ONCE
+from svc.principal import Principal
+from tests.serving.http.test_inference import CHAT_PATH, error_of
+from tests.serving.keyed import principal
+from tests.serving.service import CHAT, NAME, Service
+
+COUNT, TOKENIZE = "/v1/messages/count_tokens", "/tokenize"
+BODY: dict[str, Any] = {"model": NAME, "messages": [{"role": "user", "content": "one two three"}]}
+both = pytest.mark.parametrize("path", [COUNT, TOKENIZE])
+
+
+@pytest.fixture
+async def service(socket_folder: Path) -> AsyncIterator[Service]:
+    async with Service(socket_folder, max_running=1).run() as service:
+        yield service
+
+
+async def test_anthropics_client_counts(service: Service) -> None:
+    http = httpx2.AsyncClient(transport=httpx2.ASGITransport(service.asgi))
+    async with AsyncAnthropic(api_key="none", base_url="http://localhost", http_client=http) as official:
+        counted = await official.messages.count_tokens(**BODY)
+    assert counted.input_tokens == 3
+
+
+@pytest.mark.parametrize("body", [BODY, {"model": f"{NAME}@1", "prompt": "one two three"}], ids=["chat", "plain"])
+async def test_tokens_are_the_engines(client: httpx.AsyncClient, body: Any) -> None:
+    answer = await client.post(TOKENIZE, json=body)
+    assert (answer.json()["count"], len(answer.json()["tokens"])) == (3, 3)
+    assert answer.headers["x-model-version"] == f"{NAME}@1"
+
+
+@both
+async def test_it_takes_no_place(service: Service, client: httpx.AsyncClient, path: str) -> None:
+    service.double.tokenize_delay_s = 0.05
+    counting = [asyncio.create_task(client.post(path, json=BODY)) for _ in range(4)]
+    await asyncio.sleep(0.02)
+    assert service.admission.running == 0
+    assert (await client.post(CHAT_PATH, json=CHAT)).status_code == 200
+    async with service.admission.admit():
+        assert (await client.post(path, json=BODY)).status_code == 200
+    assert {answer.status_code for answer in await asyncio.gather(*counting)} == {200}
+
+
+@both
+async def test_it_costs_a_key_nothing(service: Service, client: httpx.AsyncClient, path: str) -> None:
+    key = principal("k", requests_per_minute=1, tokens_in_per_minute=10, tokens_per_day=10, concurrent=1)
+    service.principals["k"] = key
+    answers = [await client.post(path, json=BODY, headers={"x-api-key": "k"}) for _ in range(3)]
+    assert {answer.status_code for answer in answers} == {200}
+    assert service.limiter.allowances(key)[Limit.REQUESTS_PER_MINUTE].remaining == 1
+    assert service.limiter.allowances(key)[Limit.TOKENS_PER_DAY].remaining == 10
+    assert service.count("svc_key_requests_total", model=NAME, key_id="k") == 0
+    assert answers[0].headers["x-ratelimit-remaining-requests"] == "1"
+
+
+@both
+async def test_so_many_at_once_and_half_of_them_for_one_key(
+    service: Service, client: httpx.AsyncClient, path: str
+) -> None:
+    service.principals |= {name: principal(name) for name in ("one", "other")}
+    service.double.tokenize_delay_s = 0.2
+
+    async def ask(key: str) -> int:
+        return (await client.post(path, json=BODY, headers={"x-api-key": key})).status_code
+
+    statuses = await asyncio.gather(*(ask("one") for _ in range(MOST_AT_ONCE)), ask("other"))
+    assert statuses.count(429) == MOST_AT_ONCE // 2
+    assert statuses[-1] == 200
+    assert await ask("one") == 200
+
+
+@both
+async def test_a_key_counts_for_no_model_that_it_may_not_ask(
+    service: Service, client: httpx.AsyncClient, path: str
+) -> None:
+    key = principal("k")
+    service.principals["k"] = Principal(key.key_id, key.name, key.scopes, frozenset({"other"}))
+    answer = await client.post(path, json=BODY, headers={"x-api-key": "k"})
+    assert answer.status_code >= 400
+    assert service.double.calls == []
+
+
+@both
+async def test_what_is_not_served_elsewhere_is_not_served_here(
+    service: Service, client: httpx.AsyncClient, path: str
+) -> None:
+    image = {"type": "image_url", "image_url": {"url": "http://10.0.0.1/"}}
+    body = {**BODY, "messages": [{"role": "user", "content": [image]}]}
+    answer = await client.post(path, json=body)
+    assert (answer.status_code, error_of(answer)["code"]) == (400, "invalid_request")
+    assert service.double.calls == []
+
+
+@both
+@pytest.mark.parametrize(
+    ("body", "status", "code"),
+    [
+        ({**BODY, "model": "other"}, 404, "model_not_found"),
+        ({"model": NAME}, 400, "invalid_request"),
+        ([], 400, "invalid_json"),
+    ],
+)
+async def test_what_is_wrong_is_told(client: httpx.AsyncClient, path: str, body: Any, status: int, code: str) -> None:
+    answer = await client.post(path, json=body)
+    assert (answer.status_code, error_of(answer)["code"]) == (status, code)
+    assert ("type" in answer.json()) == (path == COUNT)
+
+
+@both
+async def test_a_body_that_is_too_large_is_refused_and_read(socket_folder: Path, path: str) -> None:
+    async with Service(socket_folder, max_body_bytes=2048).run() as service, service.socket_client() as client:
+        answer = await client.post(path, json={**BODY, "messages": [{"role": "user", "content": "a" * 100_000}]})
+        assert (answer.status_code, error_of(answer)["code"]) == (413, "body_too_large")
+
+
+@both
+async def test_without_an_engine_it_is_told_when_to_come_again(
+    service: Service, client: httpx.AsyncClient, path: str
+) -> None:
+    assert service.engine is not None
+    service.engine.kill()
+    answer = await client.post(path, json=BODY)
+    assert (answer.status_code, error_of(answer)["code"]) == (503, "engine_died")
+    assert answer.headers["retry-after"]
