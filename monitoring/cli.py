@@ -15,7 +15,7 @@ import click
 from pydantic import ValidationError
 
 from svc.errors import IntegrityError, NotFoundError, ServerNotRunningError
-from svc.invocation import json_option, settings_of
+from svc.invocation import json_option, remote_of, settings_of
 from svc.server_url import ServerAddress, server_address
 from svc.settings import Settings
 
@@ -42,13 +42,13 @@ def status(
 
     MODELS are names; without any, all that it serves are shown.
     """
-    settings = settings_of(ctx)
+    of = remote_of(ctx) or settings_of(ctx)
     if watch:
         if as_json:
             raise click.UsageError("--watch is for people; ask again and again for --json")
-        _watch(settings, models, interval, verbose=verbose)
+        _watch(of, models, interval, verbose=verbose)
         return
-    look = _look(settings, models)
+    look = _look(of, models)
     if as_json:
         from svc.terminal import print_json
 
@@ -66,7 +66,7 @@ def _as_json(model: Mapping[str, Any], drift: Mapping[str, Any], *, verbose: boo
     return {**model, "engine": engine, "drift": drift.get(model["model"], {})}
 
 
-def _watch(settings: Settings, models: Sequence[str], interval_s: float, *, verbose: bool) -> None:
+def _watch(of: ServerAddress | Settings, models: Sequence[str], interval_s: float, *, verbose: bool) -> None:
     """Until Ctrl-C; a server or a model that goes away is waited for."""
     from rich.live import Live
 
@@ -78,7 +78,7 @@ def _watch(settings: Settings, models: Sequence[str], interval_s: float, *, verb
 
     def screen() -> "RenderableType":
         try:
-            look = _look(settings, models)
+            look = _look(of, models)
         except (ServerNotRunningError, NotFoundError) as error:
             return failure_screen(error)
         return status_screen(look, rates.between(look.figures, time.monotonic()), verbose=verbose)
@@ -110,7 +110,8 @@ def monitor(ctx: click.Context, server: str | None, host: str | None, port: int 
 
     # A tracking server that hangs must not cost the server's figures: Prometheus gives up after ten seconds.
     os.environ |= {"MLFLOW_HTTP_REQUEST_TIMEOUT": "1", "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0"}
-    watched = settings.monitor.server.rstrip("/")
+    watch = settings.monitor
+    watched = ServerAddress.with_key(watch.server, watch.key_file, watch.authority) if watch.server else None
     stop = threading.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: stop.set())
@@ -120,7 +121,7 @@ def monitor(ctx: click.Context, server: str | None, host: str | None, port: int 
                 Registry.of(settings),
                 open_database(settings.home),
                 settings.home,
-                lambda: ServerAddress(watched) if watched else server_address(settings),
+                lambda: watched or server_address(settings),
                 settings.monitor.host,
                 settings.monitor.port,
                 checking=settings.monitor.drift_every_s > 0,
@@ -133,10 +134,11 @@ def monitor(ctx: click.Context, server: str | None, host: str | None, port: int 
     console.print("stopped")
 
 
-def _look(settings: Settings, models: Sequence[str]) -> "Look":
+def _look(of: ServerAddress | Settings, models: Sequence[str]) -> "Look":
     """Asks the server.
 
     Args:
+        of: a server elsewhere, or the settings of a home; drift is known in a home alone.
         models: names of those that are looked at; none: all.
 
     Raises:
@@ -146,13 +148,16 @@ def _look(settings: Settings, models: Sequence[str]) -> "Look":
     import httpx
 
     from monitoring.status.figures import Look, read_figures
+    from svc.remote_server import told_error
 
-    server = server_address(settings)
+    server = server_address(of) if isinstance(of, Settings) else of
     try:
         with server.client() as client:
             state, metrics = client.get("/svc/status"), client.get("/metrics")
-            state.raise_for_status()
-            metrics.raise_for_status()
+            for answer in (state, metrics):
+                if answer.status_code in (401, 403):
+                    raise told_error(server.url, answer.status_code, answer.json())
+                answer.raise_for_status()
             found, figures = state.json(), read_figures(metrics.text, models)
     except (httpx.HTTPError, httpx.InvalidURL, ValueError) as error:
         raise ServerNotRunningError(
@@ -160,7 +165,8 @@ def _look(settings: Settings, models: Sequence[str]) -> "Look":
         ) from error
     if models:
         found = _only(found, models)
-    return Look(server.url, found, figures, {model["model"]: _drift(settings, model) for model in found["models"]})
+    drift = {model["model"]: _drift(of, model) for model in found["models"]} if isinstance(of, Settings) else {}
+    return Look(server.url, found, figures, drift)
 
 
 def _only(state: Mapping[str, Any], names: Sequence[str]) -> dict[str, Any]:

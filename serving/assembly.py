@@ -23,6 +23,7 @@ from serving.engines.replica import Replica
 from serving.engines.served_model import served_model
 from serving.engines.slots import EngineSlots
 from serving.engines.verification import Verification
+from serving.http.administration import Administration
 from serving.http.app import build_app
 from serving.http.authentication import Authentication
 from serving.http.body_slots import BodySlots
@@ -36,6 +37,7 @@ from serving.rollout.production_alias import ProductionAlias
 from serving.rollout.reconciler import Reconciler
 from serving.rollout.swap import Swap
 from serving.rollout.swap_plan import SwapPlanner
+from serving.rollout.version_changes import VersionChanges
 from serving.router import Router
 from serving.telemetry.deployment_metrics import DeploymentInstruments, DeploymentMetrics
 from serving.telemetry.engine_metrics import EngineMetrics
@@ -137,6 +139,7 @@ def assemble(
         engine_metrics=engine_metrics,
         status=deployments.status,
         authentication=authentication,
+        administration=Administration(store, VersionChanges(registry, store, deployments.served)),
     )
     usage_writer = UsageWriter(store, usage, on_known=limiter.add_used_today)
     return Parts(app, request_log, deployments, LoopLag(metrics.loop_lagged), usage_writer, authentication)

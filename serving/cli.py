@@ -8,17 +8,14 @@ from dataclasses import asdict
 
 import click
 
-from serving.client.promotion import Promotion
-from serving.rollout.initial_state import require_promotable, require_servable
-from svc.actor import Actor
-from svc.errors import BusyError, NotFoundError, RefusedError, ServerNotRunningError
-from svc.invocation import json_option, reason_option, settings_of
+from serving.client.promotion import Administration, LocalAdministration, follow, read_served
+from serving.rollout.version_changes import VersionChange
+from svc.errors import RefusedError, ServerNotRunningError
+from svc.invocation import json_option, reason_option, remote_of, settings_of
 from svc.lock import lock_holder
 from svc.registry.registry import Registry
 from svc.server_url import LOCK_FILE
 from svc.settings import Settings
-from svc.store.audit import Action, AuditEntry
-from svc.store.desired import Desired
 from svc.store.swaps import SwapOutcome, SwapResult
 from svc.version import Format, Target, VersionId
 
@@ -146,16 +143,10 @@ def promote(
     reason = reason and reason.strip()
     if force and not reason:
         raise click.UsageError("--force needs a --reason")
-    promotion = Promotion.of(settings_of(ctx))
-    wanted = VersionId.parse(version)
-    current = promotion.current(wanted.name)
-    format = Format(format_name) if format_name else current.target.format
-    require_servable(promotion.registry, Target(wanted, format))
-    manifest = promotion.registry.manifest(wanted)
-    if not force:
-        require_promotable(manifest)
-    entry = AuditEntry(Action.PROMOTE, str(wanted), Actor.local(), reason)
-    _change(promotion, current, Target(wanted, format), entry, as_json, forced=reason if manifest.failed else None)
+    administration = _administration(ctx)
+    format = Format(format_name) if format_name else None
+    change = administration.promote(VersionId.parse(version), format, force=force, reason=reason)
+    _follow(administration, change, as_json=as_json)
 
 
 @click.command()
@@ -165,28 +156,21 @@ def promote(
 @click.pass_context
 def rollback(ctx: click.Context, name: str, reason: str | None, as_json: bool) -> None:
     """Bring back the version that NAME served before; while another is on its way, keep the one that serves."""
-    promotion = Promotion.of(settings_of(ctx))
-    current, served = promotion.current(name), promotion.served(name)
-    # While another version is on its way, the one that serves stays: what was wanted before may never have served.
-    target = served if served != current.target else current.previous
-    if target is None:
-        raise NotFoundError(f"{name} served no version before {current.target}", todo="promote one: svc promote NAME@N")
-    entry = AuditEntry(Action.ROLLBACK, str(target.version), Actor.local(), reason)
-    _change(promotion, current, target, entry, as_json)
+    administration = _administration(ctx)
+    _follow(administration, administration.rollback(name, reason=reason), as_json=as_json)
 
 
-def _change(
-    promotion: Promotion,
-    current: Desired,
-    target: Target,
-    entry: AuditEntry,
-    as_json: bool,
-    *,
-    forced: str | None = None,
-) -> None:
-    if target == current.target:
-        if promotion.served(target.version.name) != target:
-            raise BusyError(f"{target} is on its way already", todo="see `svc status`")
+def _administration(ctx: click.Context) -> Administration:
+    if remote := remote_of(ctx):
+        from serving.client.remote import RemoteAdministration
+
+        return RemoteAdministration(remote)
+    return LocalAdministration.of(settings_of(ctx))
+
+
+def _follow(administration: Administration, change: VersionChange, *, as_json: bool) -> None:
+    target = change.target
+    if change.generation is None:
         if as_json:
             from svc.terminal import print_json
 
@@ -200,14 +184,14 @@ def _change(
         click.echo(f"  {step}", err=True)
         steps.append(step)
 
-    result = promotion.change(current, target, on_step=show, forced=forced, entry=entry)
+    result = follow(administration, change, show)
     if as_json:
         from svc.terminal import print_json
 
         print_json({"target": str(target), **asdict(result), "steps": steps})
     if result.outcome is not SwapOutcome.SUCCEEDED:
         raise RefusedError(
-            f"{target} was not promoted ({result.outcome}), {_left(promotion, result.outcome, current)}\n"
+            f"{target} was not promoted ({result.outcome}), {_left(administration, result.outcome, change)}\n"
             f"  why: {result.reason}"
         )
     if not as_json:
@@ -216,11 +200,11 @@ def _change(
             click.echo(f"  {result.kind} swap in {result.took_s:.1f} s; {_waits(result)}")
 
 
-def _left(promotion: Promotion, outcome: SwapOutcome, current: Desired) -> str:
+def _left(administration: Administration, outcome: SwapOutcome, change: VersionChange) -> str:
     """What a promotion that was not completed leaves behind."""
-    served = current.target
+    served = change.before
     with suppress(ServerNotRunningError):  # what was desired before may never have served
-        served = promotion.served(current.name) or served
+        served = read_served(administration.server).get(served.version.name, served)
     if outcome is SwapOutcome.FAILED:
         return f"and the engine had to be replaced; `svc status` shows whether {served} serves again"
     return f"{served} serves"

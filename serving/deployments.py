@@ -78,6 +78,10 @@ class Deployments:
         """Those that there are, whether they serve or not."""
         return list(self._all.values())
 
+    def served(self) -> Mapping[str, Target]:
+        """What is served under each name, until it has come to what is desired."""
+        return {deployment.name: deployment.reconciler.actual.target for deployment in self.all}
+
     def status(self) -> Mapping[str, Any]:
         """What /svc/status shows, JSON values; reads the store, in a thread beside the event loop."""
         models = [deployment.status() for deployment in self.all]

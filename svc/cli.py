@@ -69,11 +69,21 @@ class LazyGroup(click.Group):
     "--home", type=click.Path(path_type=Path), help="Folder for all state.  [default: $SVC_HOME, else ./.svc]"
 )
 @click.option("--config", type=click.Path(path_type=Path), help="Settings file.  [default: ./svc.yaml, if there]")
+@click.option("--server", metavar="URL", help="A server elsewhere, for status, promote, rollback and keys.")
+@click.option("--key-file", type=click.Path(path_type=Path), help="File with the key for --server.")
+@click.option("--ca", type=click.Path(path_type=Path), help="File with the certificates that --server is checked by.")
 @click.version_option(package_name="tuneserve")
 @click.pass_context
-def group(ctx: click.Context, home: Path | None, config: Path | None) -> None:
+def group(
+    ctx: click.Context,
+    home: Path | None,
+    config: Path | None,
+    server: str | None,
+    key_file: Path | None,
+    ca: Path | None,
+) -> None:
     """Fine-tune a model on chat examples, serve it to OpenAI clients, promote and watch its versions."""
-    ctx.obj = {"home": home, "config": config}
+    ctx.obj = {"home": home, "config": config, "server": server, "key_file": key_file, "ca": ca}
 
 
 def main() -> None:

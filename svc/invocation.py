@@ -5,6 +5,7 @@ from typing import Any
 import click
 
 from svc.disk import close_to_others
+from svc.server_url import ServerAddress
 from svc.settings import Settings, load_settings
 
 _OF_A_HOME = ("svc.db", "models", "runs")
@@ -30,8 +31,23 @@ def confirm(question: str, *, yes: bool, as_json: bool = False) -> None:
     click.confirm(question, abort=True, err=True)
 
 
+def remote_of(ctx: click.Context) -> ServerAddress | None:
+    """The server that `svc --server` names; None without one.
+
+    Raises:
+        SettingsError: the key file cannot be used.
+    """
+    given = ctx.find_root().obj or {}
+    url, key_file, authority = (given.get(name) for name in ("server", "key_file", "ca"))
+    if not url:
+        if key_file or authority:
+            raise click.UsageError("--key-file and --ca go with --server")
+        return None
+    return ServerAddress.with_key(url, key_file, authority)
+
+
 def settings_of(ctx: click.Context, **flags: Any) -> Settings:
-    """The settings of one invocation.
+    """The settings of one invocation, which is on the machine of its home.
 
     Args:
         flags: a command's own flags, as `load_settings` takes them.
@@ -40,6 +56,8 @@ def settings_of(ctx: click.Context, **flags: Any) -> Settings:
         SettingsError: an unknown key or a wrong value.
     """
     given = ctx.find_root().obj or {}
+    if given.get("server"):
+        raise click.UsageError("--server goes with status, promote, rollback and keys; this is done in a home")
     settings = load_settings(given.get("config"), home=given.get("home"), **flags)
     close_to_others(settings.home, _OF_A_HOME)  # of an older release: prompts, answers and weights lie in it
     return settings

@@ -4,15 +4,19 @@ On the machine it is asked through the socket in its home, which needs no key.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from svc.errors import ServerNotRunningError
+from svc.errors import ServerNotRunningError, SettingsError
+from svc.key_file import read_key
+from svc.listening import is_loopback
 from svc.lock import lock_holder
 from svc.settings import Settings
 
 if TYPE_CHECKING:
+    import ssl
+
     import httpx
 
 LOCK_FILE = "serve.lock"
@@ -27,10 +31,32 @@ class ServerAddress:
     Attributes:
         url: its root, for people too.
         socket: the one in its home; None where it is reached by the URL.
+        key: sent with each request; None where none is needed.
+        authority: file with the certificates that the server's is checked by; None for those of the machine.
     """
 
     url: str
     socket: Path | None = None
+    key: str | None = field(default=None, repr=False)
+    authority: Path | None = None
+
+    @classmethod
+    def with_key(cls, url: str, key_file: Path | None, authority: Path | None) -> "ServerAddress":
+        """A server that is reached by its URL.
+
+        Raises:
+            SettingsError: the key would cross a network in plain text, others can read its file, or it is no URL.
+        """
+        from urllib.parse import urlsplit
+
+        parts = urlsplit(url)
+        if parts.scheme not in ("http", "https") or not parts.hostname or parts.username or parts.query:
+            raise SettingsError("this is no URL of a server", expected="https://HOST:PORT")
+        if key_file and parts.scheme == "http" and not is_loopback(parts.hostname):
+            raise SettingsError(
+                f"the key would cross the network to {parts.hostname} in plain text", todo="use https://, or a tunnel"
+            )
+        return cls(url.rstrip("/"), key=read_key(key_file) if key_file else None, authority=authority)
 
     def client(self, timeout_s: float = _TIMEOUT_S) -> "httpx.Client":
         """What asks it.
@@ -43,11 +69,25 @@ class ServerAddress:
         # A server on this machine is asked by no name that a proxy from the environment could know.
         transport = httpx.HTTPTransport(uds=str(self.socket)) if self.socket else None
         return httpx.Client(
+            headers={"authorization": f"Bearer {self.key}"} if self.key else None,
+            verify=self._trusted(),
             base_url="http://localhost" if self.socket else self.url,
             transport=transport,
             timeout=httpx.Timeout(timeout_s, connect=min(timeout_s, _CONNECT_S)),
             trust_env=False,
         )
+
+    def _trusted(self) -> "ssl.SSLContext | bool":
+        if self.authority is None:
+            return self.socket is None
+        import ssl
+
+        try:
+            return ssl.create_default_context(cafile=str(self.authority))
+        except OSError as error:
+            raise SettingsError(
+                f"{self.authority} cannot be used to check the server: {error}", expected="certificates in PEM"
+            ) from error
 
 
 def server_address(settings: Settings) -> ServerAddress:

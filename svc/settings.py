@@ -249,6 +249,12 @@ class MonitorSettings(_Section):
     host: str = Field("127.0.0.1", description="address to listen on")
     port: int = Field(9464, ge=0, le=65535, description="port to listen on")
     server: str = Field("", description="URL of the server to watch; default: the one that runs on this home")
+    key_file: AbsolutePath | None = Field(
+        None, description="file with a key for `monitor.server`, whose scope is metrics; on its machine none is needed"
+    )
+    authority: AbsolutePath | None = Field(
+        None, description="file with the certificates that `monitor.server` is checked by; default: the machine's"
+    )
     drift_every_s: float = Field(
         60.0,
         ge=0,

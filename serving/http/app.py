@@ -15,6 +15,7 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import Route as Path
 
 from serving.admission.errors import EngineUnavailableError
+from serving.http.administration import Administration
 from serving.http.authentication import Authentication, AuthenticationMiddleware, principal_of
 from serving.http.errors import install_handlers
 from serving.http.feedback import FeedbackIntake
@@ -39,6 +40,7 @@ def build_app(
     engine_metrics: EngineMetrics,
     status: Callable[[], Mapping[str, Any]],
     authentication: Authentication,
+    administration: Administration,
     lifespan: Callable[[FastAPI], AbstractAsyncContextManager[None]] | None = None,
 ) -> FastAPI:
     """The application for one gateway.
@@ -49,6 +51,7 @@ def build_app(
         engine_metrics: refreshed for each /metrics; registered where `gateway.metrics` is.
         status: what /svc/status shows, JSON values; called in a thread.
         authentication: lets requests in.
+        administration: answers what changes the service.
         lifespan: starts and stops what lives as long as the server.
     """
     app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None, redirect_slashes=False, lifespan=lifespan)
@@ -60,6 +63,7 @@ def build_app(
     app.router.routes.append(Path("/v1/feedback", feedback.answer, methods=["POST"]))
     add_models(app, gateway.router)
     _add_operations(app, gateway, engine_metrics, status)
+    administration.add_to(app)
     install_handlers(app)
     hosts = AllowedHosts((gateway.settings.host, *gateway.settings.allowed_hosts))
     app.add_middleware(AuthenticationMiddleware, authentication=authentication)

@@ -1,8 +1,8 @@
 """Who sends a request, and whether they may: before anything else of it is looked at, its body least of all.
 
-Keys are demanded as soon as there is one. What comes through the socket in the home needs none: only who owns the home
-can open it. Puts `principal` into the state of the scope, None where no key was needed, and `key_ended`: a future that
-has an error as soon as the key is right no more, so that what runs with it ends.
+Keys are demanded as soon as there is one, and always for what changes the service. What comes through the socket in the
+home needs none: only who owns the home can open it. Puts `principal` into the state of the scope, None where no key was
+needed, and `key_ended`: a future that has an error as soon as the key is right no more, so that what runs with it ends.
 """
 
 import asyncio
@@ -73,7 +73,9 @@ class Authentication:
         """Whether a request must come with a key."""
         if connection["state"].get(THROUGH_SOCKET):
             return False
-        return self._keys_needed or not self._authenticator.empty
+        # The first key is made on the machine, by its owner: others are there, too.
+        administration = _needed_scope(connection["path"]) is Scope.ADMIN
+        return administration or self._keys_needed or not self._authenticator.empty
 
     def admit(self, connection: Connection) -> Grant:
         """Who sends a request that must come with a key.

@@ -34,6 +34,12 @@ from serving.engines.transport import (
     EngineRefusedError,
     EngineSilentError,
 )
+from serving.http.administration import (
+    ChangeConflictError,
+    ChangeInvalidError,
+    ChangeRefusedError,
+    NothingToChangeError,
+)
 from serving.http.delivery import AnswerTooLargeError
 from serving.http.failed_keys import TooManyWrongKeysError
 from serving.http.feedback import RequestLogBusyError, RequestNotFoundError
@@ -123,6 +129,10 @@ _SHAPES: dict[type[SvcError], tuple[int, ErrorCode]] = {
     TooManyWrongKeysError: (429, ErrorCode.TOO_MANY_WRONG_KEYS),
     KeysUnavailableError: (503, ErrorCode.KEYS_UNAVAILABLE),
     HostNotAllowedError: (421, ErrorCode.HOST_NOT_ALLOWED),
+    NothingToChangeError: (404, ErrorCode.NOT_FOUND),
+    ChangeConflictError: (409, ErrorCode.CHANGE_CONFLICT),
+    ChangeRefusedError: (409, ErrorCode.CHANGE_REFUSED),
+    ChangeInvalidError: (400, ErrorCode.INVALID_REQUEST),
     RequestNotFoundError: (404, ErrorCode.REQUEST_NOT_FOUND),
     RequestLogBusyError: (503, ErrorCode.REQUEST_LOG_BUSY),
     ModelNotFoundError: (404, ErrorCode.MODEL_NOT_FOUND),

@@ -9,15 +9,15 @@ import asyncio
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field
 from sqlalchemy import Engine as Store
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
 from serving.admission.errors import OverloadedError
 from serving.http.authentication import principal_of
-from serving.model_names import SHOWN_CHARS
-from serving.protocols.request import ClientGoneError, InvalidJsonError, InvalidRequestError, read_body
+from serving.http.json_body import read_json
+from serving.protocols.request import ClientGoneError
 from serving.telemetry.metrics import CLIENT_GONE_STATUS
 from serving.telemetry.request_log import RequestLog
 from svc.errors import NotFoundError, SvcError
@@ -29,7 +29,7 @@ MAX_BODY_BYTES = 256 * 1024
 MAX_CORRECTION_CHARS = 32 * 1024
 MAX_LABEL_CHARS = 64
 _MOST_AT_ONCE = 64
-_BODY_TIMEOUT_S = 15.0
+_EXAMPLE = '{"request_id": ..., "rating": "good" or "bad"}, and if you like "correction" and "label"'
 _FLUSH_S = 5.0
 
 
@@ -85,8 +85,7 @@ class FeedbackIntake:
             raise OverloadedError(f"feedback on {self._at_once} answers is being taken", todo="send it again later")
         self._at_once += 1
         try:
-            body = await read_body(request.scope, request.receive, max_bytes=MAX_BODY_BYTES, timeout_s=_BODY_TIMEOUT_S)
-            given = _parse(body)
+            given = await read_json(request, FeedbackRequest, max_bytes=MAX_BODY_BYTES, expected=_EXAMPLE)
             principal = principal_of(request.scope)
             key_id = None if principal is None or principal.may(Scope.ADMIN) else principal.key_id
             kept = await asyncio.get_running_loop().run_in_executor(self._threads, self._keep, given, key_id)
@@ -118,18 +117,3 @@ class FeedbackIntake:
             )
         self._request_log.has_grown(kept.grown_bytes)
         return kept
-
-
-def _parse(body: bytes) -> FeedbackRequest:
-    try:
-        return FeedbackRequest.model_validate_json(body)
-    except ValidationError as error:
-        first = error.errors()[0]
-        if first["type"] == "json_invalid":
-            raise InvalidJsonError(f"the request body is not JSON: {first['msg']}") from error
-        param = ".".join(str(part) for part in first["loc"])[:SHOWN_CHARS]
-        raise InvalidRequestError(
-            f"'{param}' is not right: {first['msg']}" if param else first["msg"],
-            param=param,
-            expected='{"request_id": ..., "rating": "good" or "bad"}, and if you like "correction" and "label"',
-        ) from error

@@ -11,6 +11,7 @@ from typing import Any
 
 from serving.http.errors import ANTHROPIC_TYPES
 from serving.http.feedback import FeedbackRequest
+from serving.http.openapi_administration import REFUSED, SWAP_PARAMETERS, posts
 from serving.protocols.error_code import ErrorCode
 from serving.protocols.route import ANTHROPIC_PATHS, Route, TokenRoute
 from serving.protocols.unsupported_fields import MOST_ANSWERS
@@ -135,6 +136,8 @@ def openapi_document() -> Json:
         "FeedbackRequest": feedback,
         **feedback.pop("$defs"),
     }
+    for _, _, referred in posts().values():
+        schemas |= referred
     return {
         "openapi": "3.1.0",
         "info": {"title": "tuneserve", "version": version("tuneserve")},
@@ -142,6 +145,7 @@ def openapi_document() -> Json:
             **{route.value: {"post": _completion(route)} for route in Route},
             **{route.value: {"post": _token_count(route)} for route in TokenRoute},
             **_small_paths(),
+            **_administration(),
         },
         "components": {"schemas": schemas, "securitySchemes": _KEY_HEADERS},
         "security": [{}, *({name: []} for name in _KEY_HEADERS)],  # none, where there are no keys
@@ -203,6 +207,24 @@ def _small_paths() -> Json:
         "/svc/status": {"get": _operation("What `svc status` shows", _json(_OBJECT), _DEFECT)},
         "/openapi.json": {"get": _operation("This document", _json(_OBJECT), {})},
     }
+
+
+def _administration() -> Json:
+    paths: Json = {
+        path: {
+            "post": {
+                **_operation(summary, _json(_OBJECT), REFUSED),
+                "requestBody": {"required": True, "content": _json(schema)},
+            }
+        }
+        for path, (summary, schema, _) in posts().items()
+    }
+    paths["/svc/keys"]["get"] = _operation("All keys, without secrets", _json(_OBJECT), _DEFECT)
+    swap = _operation(
+        "The last swap of a model, or that of a generation", _json(_OBJECT), {**_DEFECT, 400: "no number"}
+    )
+    paths["/svc/swaps/{name}"] = {"get": {**swap, "parameters": SWAP_PARAMETERS}}
+    return paths
 
 
 def _operation(summary: str, content: Json, errors: Mapping[int, str]) -> Json:

@@ -20,6 +20,8 @@ class ErrorCode(StrEnum):
     KEYS_UNAVAILABLE = "keys_unavailable"
     HOST_NOT_ALLOWED = "host_not_allowed"
     MODEL_NOT_FOUND = "model_not_found"
+    CHANGE_CONFLICT = "change_conflict"
+    CHANGE_REFUSED = "change_refused"
     MODEL_NOT_DELETABLE = "model_not_deletable"
     REQUEST_NOT_FOUND = "request_not_found"
     REQUEST_LOG_BUSY = "request_log_busy"

@@ -31,6 +31,8 @@ _NOT_COMPLETIONS = {
     ErrorCode.HOST_NOT_ALLOWED,
     ErrorCode.NOT_FOUND,
     ErrorCode.METHOD_NOT_ALLOWED,
+    ErrorCode.CHANGE_CONFLICT,
+    ErrorCode.CHANGE_REFUSED,
     ErrorCode.MODEL_NOT_DELETABLE,
     ErrorCode.REQUEST_NOT_FOUND,
     ErrorCode.REQUEST_LOG_BUSY,

@@ -9,13 +9,13 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from svc.invocation import confirm, json_option, reason_option, settings_of, yes_option
+from svc.invocation import confirm, json_option, reason_option, remote_of, settings_of, yes_option
 from svc.principal import Limits, Scope
 from svc.time_options import duration, time_past, time_to_come
 
 if TYPE_CHECKING:
     from svc.access.keyring import IssuedKey, Keyring
-    from svc.store.keys import Key
+    from svc.access.remote_keyring import RemoteKeyring
 
 _count = click.IntRange(1, 2**31 - 1)
 _LIMITS = (
@@ -95,12 +95,11 @@ def create(
 @click.pass_context
 def list_keys(ctx: click.Context, every: bool, as_json: bool) -> None:
     """List keys with their scopes and limits; secrets are not kept, and cannot be shown."""
-    from svc.store.database import open_database
-    from svc.store.usage import last_used
+    from svc.access.key_row import iso_seconds, key_row
 
-    found = [key for key in _keyring(ctx).all() if every or key.revoked_at is None]
-    used = last_used(open_database(settings_of(ctx).home))
-    rows = [{**_row(key), "last_used": _text(used.get(key.id))} for key in found]
+    keyring = _keyring(ctx)
+    found, used = [key for key in keyring.all() if every or key.revoked_at is None], keyring.last_used()
+    rows = [{**key_row(key), "last_used": iso_seconds(used.get(key.id))} for key in found]
     if as_json:
         from svc.terminal import print_json
 
@@ -165,9 +164,10 @@ def revoke(ctx: click.Context, key: str, reason: str | None, yes: bool, as_json:
     confirm(f"{found.name} ({found.key_id}) will be wrong for ever. Go on?", yes=yes, as_json=as_json)
     revoked = keyring.revoke(found.key_id, reason=reason)
     if as_json:
+        from svc.access.key_row import key_row
         from svc.terminal import print_json
 
-        print_json(_row(revoked))
+        print_json(key_row(revoked))
     else:
         click.echo(f"{found.name} ({found.key_id}) is revoked")
 
@@ -229,7 +229,12 @@ def _print_usage(rows: list[dict[str, Any]]) -> None:
     output.print(table)
 
 
-def _keyring(ctx: click.Context) -> "Keyring":
+def _keyring(ctx: click.Context) -> "Keyring | RemoteKeyring":
+    if remote := remote_of(ctx):
+        from svc.access.remote_keyring import RemoteKeyring
+        from svc.remote_server import RemoteServer
+
+        return RemoteKeyring(RemoteServer(remote))
     from svc.access.keyring import Keyring
     from svc.actor import Actor
     from svc.store.database import open_database
@@ -239,38 +244,16 @@ def _keyring(ctx: click.Context) -> "Keyring":
 
 def _print_issued(issued: "IssuedKey", *, as_json: bool) -> None:
     if as_json:
+        from svc.access.key_row import key_row
         from svc.terminal import print_json
 
-        print_json({**_row(issued.key), "secret": issued.secret})
+        print_json({**key_row(issued.key), "secret": issued.secret})
         return
     until = issued.key.previous_until
     if until is not None and until > datetime.now(UTC):
         click.echo(f"the old secret is right until {until.isoformat(timespec='seconds')}", err=True)
     click.echo(f"the key {issued.key.id}; its secret is shown this once:", err=True)
     click.echo(issued.secret)
-
-
-def _row(key: "Key") -> dict[str, Any]:
-    """A key for machines; without any hash."""
-    principal, now = key.principal, datetime.now(UTC)
-    rotating = key.previous_until is not None and key.previous_until > now
-    return {
-        "key_id": key.id,
-        "name": principal.name,
-        "state": "revoked" if key.revoked_at else "expired" if key.expired(now) else "active",
-        "scopes": sorted(principal.scopes),
-        "models": None if principal.models is None else sorted(principal.models),
-        "limits": asdict(principal.limits),
-        "weight": principal.weight,
-        "created_at": _text(key.created_at),
-        "expires_at": _text(key.expires_at),
-        "revoked_at": _text(key.revoked_at),
-        "old_secret_until": _text(key.previous_until) if rotating else None,
-    }
-
-
-def _text(moment: datetime | None) -> str | None:
-    return moment.isoformat(timespec="seconds") if moment else None
 
 
 def _minute(text: str | None) -> str:

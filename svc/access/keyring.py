@@ -14,6 +14,7 @@ from svc.key_secret import PREFIX, hash_secret, new_key_id, new_secret
 from svc.principal import Limits, Principal, Scope
 from svc.store.audit import Action, AuditEntry
 from svc.store.keys import Key, add_key, find_key, read_keys, replace_secret, revoke_key
+from svc.store.usage import last_used
 from svc.version import NAME_PATTERN
 
 _KEY_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._@-]{0,62}")
@@ -43,6 +44,10 @@ class Keyring:
     def all(self) -> list[Key]:
         """All keys, revoked ones too."""
         return read_keys(self._store)
+
+    def last_used(self) -> dict[str, datetime]:
+        """The hour in which each key was used last."""
+        return last_used(self._store)
 
     def find(self, text: str) -> Key:
         """A key by its id, or its name.

@@ -131,15 +131,14 @@ def find_key(store: Store, text: str) -> Key:
         rows: Sequence[KeyRow] = session.scalars(select(KeyRow).where(or_(KeyRow.id == text, named))).all()
     found = sorted(rows, key=lambda row: row.id != text)  # an id goes before a name
     if not found:
-        raise NotFoundError(
-            f"there is no key {_shown(text)!r}", expected="its id or its name", todo="see `svc keys list`"
-        )
+        raise no_such_key(text)
     return _key(found[0])
 
 
-def _shown(text: str) -> str:
+def no_such_key(text: str) -> NotFoundError:
     """Who gives a whole secret in place of an id finds no more than its beginning in an error or a log."""
-    return f"{text[:11]}..." if len(text) > 63 or text.startswith("ts_") else text
+    shown = f"{text[:11]}..." if len(text) > 63 or text.startswith("ts_") else text
+    return NotFoundError(f"there is no key {shown!r}", expected="its id or its name", todo="see `svc keys list`")
 
 
 def _next_revision(session: Session) -> int:

@@ -48,7 +48,9 @@ def test_every_svc_command_parses(line: str) -> None:
     words = _words(line, "svc") or []
     command: click.Command = group
     while isinstance(command, click.Group) and (words or not command.invoke_without_command):
-        found = command.get_command(click.Context(command), words.pop(0))
+        context = click.Context(command)
+        _, words, _ = command.make_parser(context).parse_args(words)  # its own options stand before
+        found = command.get_command(context, words.pop(0))
         assert found is not None
         command = found
     command.make_context(

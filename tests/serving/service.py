@@ -18,6 +18,7 @@ from serving.admission.admission import Admission
 from serving.admission.errors import EngineUnavailableError
 from serving.admission.rate_limiter import RateLimiter
 from serving.engines.balancer import Lease
+from serving.http.administration import Administration
 from serving.http.app import build_app
 from serving.http.authentication import Authentication
 from serving.http.body_slots import BodySlots
@@ -25,6 +26,7 @@ from serving.http.delivery import AnswerBuffers
 from serving.http.feedback import FeedbackIntake
 from serving.http.inference import Gateway
 from serving.model_names import ModelNames
+from serving.rollout.version_changes import VersionChanges
 from serving.router import Backend, Router, Share
 from serving.telemetry.deployment_metrics import DeploymentInstruments, DeploymentMetrics
 from serving.telemetry.engine_metrics import EngineMetrics, EngineSource
@@ -34,11 +36,13 @@ from svc.access.authenticator import Authenticator
 from svc.access.usage_meter import UsageMeter
 from svc.engine.vllm.client import data_client, socket_transport
 from svc.principal import Principal
+from svc.registry.registry import Registry
 from svc.settings import RequestLogSettings, ServeSettings
 from svc.version import Format, Target, VersionId
 from tests.serving.engine_double import EngineDouble, running_engine
 from tests.serving.keyed import KnownCallers
 from tests.serving.socket_server import SocketServer, running
+from tests.serving.versions import AliasBook
 
 NAME = "tuned"
 CONTEXT = 2048
@@ -87,6 +91,7 @@ def application(
     usage: UsageMeter | None = None,
     status: Callable[[], Mapping[str, Any]] = dict,
     authentication: Authentication | None = None,
+    changes: VersionChanges | None = None,
 ) -> FastAPI:
     """The application over one backend; rows are taken and not written where no request log is given."""
     store = store or create_engine("sqlite://")
@@ -113,6 +118,9 @@ def application(
         engine_metrics=engine_metrics,
         status=status,
         authentication=authentication or Authentication(Authenticator(store), on_failure=metrics.authentication_failed),
+        administration=Administration(
+            store, changes or VersionChanges(Registry(Path("/none"), AliasBook()), store, dict)
+        ),
     )
 
 

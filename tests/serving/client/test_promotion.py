@@ -1,15 +1,18 @@
 """A promotion as its client sees it: it ends, and tells the truth."""
 
 import asyncio
+import threading
 from collections.abc import AsyncIterator, Iterator
 
 import pytest
+from sqlalchemy import Engine as Store
 from sqlalchemy.exc import OperationalError
 
-from serving.client.promotion import Promotion
+from serving.client.promotion import LocalAdministration, follow, read_served
+from serving.rollout.version_changes import VersionChange
 from svc.errors import BusyError, NotFoundError, ServerNotRunningError
 from svc.lock import hold_lock
-from svc.server_url import LOCK_FILE
+from svc.server_url import LOCK_FILE, server_address
 from svc.store.desired import Desired, change_desired, read_desired
 from svc.store.swaps import SwapKind, SwapOutcome, SwapResult, begin_swap, end_swap, find_swap
 from svc.version import Format, Target, VersionId
@@ -24,23 +27,23 @@ async def serving(home: Home) -> AsyncIterator[Home]:
         yield home
 
 
-async def promotion(home: Home) -> tuple[Promotion, Desired]:
-    made = await asyncio.to_thread(Promotion.of, home.settings)
-    return made, await asyncio.to_thread(made.current, NAME)
+def wish(home: Home, number: int) -> VersionChange:
+    return LocalAdministration.of(home.settings).promote(target(number).version, None, force=False, reason=None)
+
+
+def follow_in(home: Home, change: VersionChange, steps: list[str] | None = None) -> SwapResult:
+    return follow(LocalAdministration.of(home.settings), change, (steps if steps is not None else []).append)
 
 
 async def change(home: Home, number: int, steps: list[str] | None = None) -> SwapResult:
-    made, current = await promotion(home)
-    told = steps if steps is not None else []
-    return await asyncio.to_thread(made.change, current, target(number), told.append)
+    return await asyncio.to_thread(lambda: follow_in(home, wish(home, number), steps))
 
 
 async def test_it_returns_when_the_version_serves(serving: Home) -> None:
     swap = await change(serving, 2)
     assert swap.outcome is SwapOutcome.SUCCEEDED
-    made, current = await promotion(serving)
-    assert current.target == target(2)
-    assert await asyncio.to_thread(made.served, NAME) == target(2)
+    served = await asyncio.to_thread(read_served, server_address(serving.settings))
+    assert served == {NAME: target(2)}
 
 
 async def test_each_step_is_told_once(serving: Home) -> None:
@@ -54,24 +57,29 @@ async def test_each_step_is_told_once(serving: Home) -> None:
 
 async def test_without_a_server_nothing_is_changed(home: Home) -> None:
     with pytest.raises(ServerNotRunningError):
-        Promotion.of(home.settings)
+        LocalAdministration.of(home.settings)
 
 
 async def test_another_name_than_the_served_one_cannot_be_promoted(serving: Home) -> None:
     """Also one that served here once: nobody would carry it out."""
     make_version(serving.registry, 1, name="other")
     change_desired(serving.store, None, Target(VersionId("other", 1), Format.MERGED), None)
-    made, _ = await promotion(serving)
+    made = LocalAdministration.of(serving.settings)
     with pytest.raises(NotFoundError, match="'other' is not served"):
-        await asyncio.to_thread(made.current, "other")
+        await asyncio.to_thread(made.rollback, "other", reason=None)
 
 
-async def test_of_two_promotions_at_once_one_is_told_to_wait(serving: Home) -> None:
-    made, current = await promotion(serving)
-    results = await asyncio.gather(
-        *(asyncio.to_thread(made.change, current, target(number), lambda step: None) for number in (2, 3)),
-        return_exceptions=True,
-    )
+async def test_of_two_promotions_at_once_one_is_told_to_wait(serving: Home, monkeypatch: pytest.MonkeyPatch) -> None:
+    barrier = threading.Barrier(2)
+    read = read_desired
+
+    def read_together(store: Store, name: str) -> Desired | None:
+        found = read(store, name)
+        barrier.wait(5)
+        return found
+
+    monkeypatch.setattr("serving.rollout.version_changes.read_desired", read_together)
+    results = await asyncio.gather(*(change(serving, number) for number in (2, 3)), return_exceptions=True)
     assert sorted(type(result).__name__ for result in results) == ["BusyError", "SwapResult"]
 
 
@@ -79,17 +87,16 @@ async def test_one_that_was_overtaken_is_told(home: Home) -> None:
     """The server saw only what came after it."""
     seen = change_desired(home.store, None, target(1), None)
     begin_swap(home.store, Desired(target(3), target(2), seen.generation + 2))
-    with hold_lock(home.settings.home / LOCK_FILE, "the home", url="http://127.0.0.1:9"):
-        made = Promotion.of(home.settings)
-        with pytest.raises(BusyError, match="somebody else promoted tuned@3"):
-            made.change(seen, target(2), lambda step: None)
+    asked = VersionChange(target(2), target(1), seen.generation + 1)
+    lock = hold_lock(home.settings.home / LOCK_FILE, "the home", url="http://127.0.0.1:9")
+    with lock, pytest.raises(BusyError, match="somebody else promoted tuned@3"):
+        follow_in(home, asked)
 
 
 async def test_a_server_that_ends_meanwhile_is_told(home: Home) -> None:
     async with home.serving(f"{NAME}@1") as _:
         home.park.double.reload_delay_s = 10
-        made, current = await promotion(home)
-        following = asyncio.create_task(asyncio.to_thread(made.change, current, target(2), lambda step: None))
+        following = asyncio.create_task(change(home, 2))
         await until(lambda: "/collective_rpc" in home.park.double.calls)
     with pytest.raises(ServerNotRunningError, match=r"ended before tuned@2"):
         await following
@@ -99,10 +106,9 @@ async def test_a_server_that_ends_meanwhile_is_told(home: Home) -> None:
 
 async def test_a_server_that_does_not_answer_is_told(home: Home) -> None:
     change_desired(home.store, None, target(1), None)
-    with hold_lock(home.settings.home / LOCK_FILE, "the home", url="http://127.0.0.1:9"):
-        made = Promotion.of(home.settings)
-        with pytest.raises(ServerNotRunningError, match="does not answer"):
-            made.current(NAME)
+    lock = hold_lock(home.settings.home / LOCK_FILE, "the home", url="http://127.0.0.1:9")
+    with lock, pytest.raises(ServerNotRunningError, match="does not answer"):
+        wish(home, 2)
 
 
 @pytest.fixture
@@ -154,9 +160,9 @@ async def test_the_reason_of_a_refusal_is_told(serving: Home) -> None:
 
 async def test_an_outcome_that_is_there_already_is_returned(home: Home) -> None:
     """A swap that is quicker than the first look."""
-    seen = change_desired(home.store, None, target(1), None)
+    change_desired(home.store, None, target(1), None)
     wanted = Desired(target(2), target(1), 2)
     end_swap(home.store, begin_swap(home.store, wanted), SwapResult(SwapOutcome.SUCCEEDED))
     with hold_lock(home.settings.home / LOCK_FILE, "the home", url="http://127.0.0.1:9"):
-        made = Promotion.of(home.settings)
-        assert made.change(seen, target(2), lambda step: None).outcome is SwapOutcome.SUCCEEDED
+        asked = VersionChange(target(2), target(1), wanted.generation)
+        assert follow_in(home, asked).outcome is SwapOutcome.SUCCEEDED

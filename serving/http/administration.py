@@ -1,0 +1,254 @@
+"""What an admin changes from another machine: the same desired state, journal, keys and audit log as on the machine.
+
+Every path here needs a key with `admin`, also while there is none yet (serving.http.authentication): the first key is
+made on the machine.
+"""
+
+import asyncio
+from collections.abc import Awaitable, Callable
+from dataclasses import asdict, fields
+from datetime import UTC, datetime, timedelta
+from typing import Any
+
+from fastapi import FastAPI, Request
+from pydantic import BaseModel, ConfigDict, Field
+from sqlalchemy import Engine as Store
+from starlette.responses import JSONResponse, Response
+
+from serving.http.authentication import principal_of
+from serving.http.json_body import Body, read_json
+from serving.protocols.request import ClientGoneError
+from serving.rollout.version_changes import VersionChange, VersionChanges
+from serving.telemetry.metrics import CLIENT_GONE_STATUS
+from svc.access.key_row import key_row
+from svc.access.keyring import IssuedKey, Keyring
+from svc.actor import Actor
+from svc.errors import BusyError, NotFoundError, RefusedError, SettingsError, SvcError
+from svc.principal import Limits, Scope
+from svc.store.swaps import SwapResult, find_swap
+from svc.version import Format, VersionId
+
+MAX_BODY_BYTES = 16 * 1024
+_MOST = 2**31 - 1
+_MOST_TOKENS = 2**62
+_NEW_SECRET = {"cache-control": "no-store"}
+
+
+class NothingToChangeError(NotFoundError):
+    """A change of what there is not."""
+
+
+class ChangeConflictError(BusyError):
+    """A change beside another one."""
+
+
+class ChangeRefusedError(RefusedError):
+    """A change that is not made."""
+
+
+class ChangeInvalidError(SettingsError):
+    """A change to what cannot be."""
+
+
+class _Request(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    reason: str | None = Field(None, max_length=500)
+
+
+class PromoteRequest(_Request):
+    """Brings a version into production."""
+
+    version: str = Field(max_length=100)
+    format: Format | None = None
+    force: bool = False
+
+
+class RollbackRequest(_Request):
+    """Brings back the version before."""
+
+    model: str = Field(max_length=100)
+
+
+class KeyLimits(BaseModel):
+    """As `svc.principal.Limits`."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    requests_per_minute: int | None = Field(None, ge=1, le=_MOST)
+    tokens_in_per_minute: int | None = Field(None, ge=1, le=_MOST)
+    tokens_out_per_minute: int | None = Field(None, ge=1, le=_MOST)
+    concurrent: int | None = Field(None, ge=1, le=_MOST)
+    tokens_per_day: int | None = Field(None, ge=1, le=_MOST_TOKENS)
+
+
+class CreateKeyRequest(_Request):
+    """Makes a key."""
+
+    name: str | None = Field(None, max_length=63)
+    scopes: frozenset[Scope] = Field(frozenset({Scope.INFER, Scope.FEEDBACK}), min_length=1)
+    models: frozenset[str] | None = Field(None, min_length=1, max_length=1000)
+    expires_at: datetime | None = None
+    limits: KeyLimits = KeyLimits()
+    weight: int = Field(1, ge=1, le=1000)
+
+
+class RotateKeyRequest(_Request):
+    """Gives a key another secret."""
+
+    key: str = Field(max_length=63)
+    grace_s: float = Field(0.0, ge=0, le=10 * 365 * 86_400, allow_inf_nan=False)
+
+
+class RevokeKeyRequest(_Request):
+    """Ends a key."""
+
+    key: str = Field(max_length=63)
+
+
+class Administration:
+    """The endpoints.
+
+    Args:
+        changes: of versions.
+    """
+
+    def __init__(self, store: Store, changes: VersionChanges) -> None:
+        self._store = store
+        self._changes = changes
+
+    def add_to(self, app: FastAPI) -> None:
+        """Adds the paths to an application."""
+        app.add_api_route("/svc/promote", _told(self._promote), methods=["POST"])
+        app.add_api_route("/svc/rollback", _told(self._rollback), methods=["POST"])
+        app.add_api_route("/svc/swaps/{name}", _told(self._show_swap), methods=["GET"])
+        app.add_api_route("/svc/keys", _told(self._list_keys), methods=["GET"])
+        app.add_api_route("/svc/keys", _told(self._create_key), methods=["POST"])
+        app.add_api_route("/svc/keys/rotate", _told(self._rotate_key), methods=["POST"])
+        app.add_api_route("/svc/keys/revoke", _told(self._revoke_key), methods=["POST"])
+
+    async def _promote(self, request: Request) -> Response:
+        given = await _read(request, PromoteRequest, '{"version": "tickets@2", "reason": "..."}')
+        reason = given.reason and given.reason.strip()
+        if given.force and not reason:
+            raise SettingsError("'force' needs a 'reason'", expected="why a version that failed a check shall serve")
+        actor = _actor(request)
+        change = await asyncio.to_thread(
+            lambda: self._changes.promote(
+                VersionId.parse(given.version), given.format, force=given.force, reason=reason, actor=actor
+            )
+        )
+        return JSONResponse(_change_row(change))
+
+    async def _rollback(self, request: Request) -> Response:
+        given, actor = await _read(request, RollbackRequest, '{"model": "tickets"}'), _actor(request)
+        change = await asyncio.to_thread(lambda: self._changes.rollback(given.model, reason=given.reason, actor=actor))
+        return JSONResponse(_change_row(change))
+
+    async def _show_swap(self, request: Request) -> Response:
+        name, generation = request.path_params["name"], request.query_params.get("generation")
+        if generation is not None and not (generation.isdecimal() and len(generation) < 10):
+            raise SettingsError("'generation' is not right", expected="the number that the change was answered with")
+        swap = await asyncio.to_thread(find_swap, self._store, name, int(generation) if generation else None)
+        if swap is None:
+            return JSONResponse({"swap": None})
+        result = asdict(swap.result) if swap.result else dict.fromkeys(field.name for field in fields(SwapResult))
+        row = {
+            "version": str(swap.target.version),
+            "format": swap.target.format.value,
+            "generation": swap.generation,
+            "started_at": swap.started_at.isoformat(timespec="seconds"),
+            "steps": list(swap.steps),
+            **result,
+        }
+        return JSONResponse({"swap": row})
+
+    async def _list_keys(self, request: Request) -> Response:
+        keyring = self._keyring(request)
+        keys, used = await asyncio.to_thread(lambda: (keyring.all(), keyring.last_used()))
+        rows = [{**key_row(key), "last_used": at.isoformat() if (at := used.get(key.id)) else None} for key in keys]
+        return JSONResponse({"keys": rows})
+
+    async def _create_key(self, request: Request) -> Response:
+        given = await _read(request, CreateKeyRequest, '{"name": "ci", "scopes": ["infer"]}')
+        expires_at = given.expires_at
+        if expires_at is not None and expires_at.tzinfo is None:
+            expires_at = expires_at.replace(tzinfo=UTC)
+        keyring = self._keyring(request)
+        issued = await asyncio.to_thread(
+            lambda: keyring.create(
+                given.scopes,
+                name=given.name,
+                models=given.models,
+                limits=Limits(**given.limits.model_dump()),
+                weight=given.weight,
+                expires_at=expires_at,
+                reason=given.reason,
+            )
+        )
+        return _issued(issued)
+
+    async def _rotate_key(self, request: Request) -> Response:
+        given = await _read(request, RotateKeyRequest, '{"key": "ci", "grace_s": 3600}')
+        keyring, grace = self._keyring(request), timedelta(seconds=given.grace_s)
+        return _issued(await asyncio.to_thread(lambda: keyring.rotate(given.key, grace=grace, reason=given.reason)))
+
+    async def _revoke_key(self, request: Request) -> Response:
+        given, keyring = await _read(request, RevokeKeyRequest, '{"key": "ci"}'), self._keyring(request)
+        revoked = await asyncio.to_thread(lambda: keyring.revoke(given.key, reason=given.reason))
+        return JSONResponse(key_row(revoked))
+
+    def _keyring(self, request: Request) -> Keyring:
+        return Keyring(self._store, _actor(request))
+
+
+def _told(endpoint: Callable[[Request], Awaitable[Response]]) -> Callable[[Request], Awaitable[Response]]:
+    """An endpoint whose errors are told in full: whoever is let in here may know what is on the machine."""
+
+    async def answer(request: Request) -> Response:
+        try:
+            return await endpoint(request)
+        except ClientGoneError:
+            return Response(status_code=CLIENT_GONE_STATUS)
+        except NotFoundError as error:
+            raise _as(NothingToChangeError, error) from error
+        except BusyError as error:
+            raise _as(ChangeConflictError, error) from error
+        except SettingsError as error:
+            raise _as(ChangeInvalidError, error) from error
+        except (RefusedError, OSError) as error:
+            raise _as(ChangeRefusedError, error) from error
+
+    return answer
+
+
+def _as(kind: type[SvcError], error: Exception) -> SvcError:
+    if not isinstance(error, SvcError):
+        return kind(str(error))
+    return kind(error.wrong, expected=error.expected, todo=error.todo)
+
+
+async def _read(request: Request, kind: type[Body], expected: str) -> Body:
+    return await read_json(request, kind, max_bytes=MAX_BODY_BYTES, expected=expected)
+
+
+def _actor(request: Request) -> Actor:
+    """Whoever has the key; through the socket in the home the user whose socket it is."""
+    principal = principal_of(request.scope)
+    if principal is None:
+        return Actor.local()
+    return Actor.of(principal, request.client.host[:64] if request.client else "")
+
+
+def _change_row(change: VersionChange) -> dict[str, Any]:
+    target, before = change.target, change.before
+    return {
+        "version": str(target.version),
+        "format": target.format.value,
+        "before": {"version": str(before.version), "format": before.format.value},
+        "generation": change.generation,
+    }
+
+
+def _issued(issued: IssuedKey) -> Response:
+    return JSONResponse({**key_row(issued.key), "secret": issued.secret}, headers=_NEW_SECRET)

@@ -1,0 +1,35 @@
+"""The small JSON bodies that this server reads itself: each by its schema, and an unknown key is an error."""
+
+from typing import TypeVar
+
+from pydantic import BaseModel, ValidationError
+from starlette.requests import Request
+
+from serving.model_names import SHOWN_CHARS
+from serving.protocols.request import InvalidJsonError, InvalidRequestError, read_body
+
+_TIMEOUT_S = 15.0
+Body = TypeVar("Body", bound=BaseModel)
+
+
+async def read_json(request: Request, kind: type[Body], *, max_bytes: int, expected: str) -> Body:
+    """The body of a request.
+
+    Args:
+        expected: what an error shows for an example.
+
+    Raises:
+        InvalidJsonError, InvalidRequestError: it is not what it must be.
+        MediaTypeError, BodyTooLargeError, BodyTimeoutError, ClientGoneError: see `read_body`.
+    """
+    body = await read_body(request.scope, request.receive, max_bytes=max_bytes, timeout_s=_TIMEOUT_S)
+    try:
+        return kind.model_validate_json(body)
+    except ValidationError as error:
+        first = error.errors()[0]
+        if first["type"] == "json_invalid":
+            raise InvalidJsonError(f"the request body is not JSON: {first['msg']}") from error
+        param = ".".join(str(part) for part in first["loc"])[:SHOWN_CHARS]
+        raise InvalidRequestError(
+            f"'{param}' is not right: {first['msg']}" if param else first["msg"], param=param, expected=expected
+        ) from error

@@ -1,0 +1,247 @@
+"""A server is administered from another machine as on its own, with a key."""
+
+import asyncio
+import json
+from collections.abc import AsyncIterator, Callable, Coroutine
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+from click.testing import CliRunner, Result
+
+from svc.access.keyring import IssuedKey
+from svc.cli import group
+from svc.errors import (
+    AuthenticationError,
+    BusyError,
+    NotFoundError,
+    PermissionDeniedError,
+    RefusedError,
+    ServerNotRunningError,
+    SettingsError,
+)
+from svc.principal import Scope
+from svc.server_url import ServerAddress, server_address
+from svc.store.audit import read_events
+from svc.store.desired import read_desired
+from svc.store.keys import read_keys
+from tests.serving.certificates import make_certificate
+from tests.serving.control import until
+from tests.serving.home import Home
+from tests.serving.test_cli import error_of, type_in
+from tests.serving.test_keys import make_key
+from tests.serving.test_tls import configure
+from tests.serving.versions import NAME, make_version, target
+
+Remote = Callable[..., Coroutine[Any, Any, Result]]
+
+
+@pytest.fixture
+def admin(home: Home) -> IssuedKey:
+    return make_key(home, Scope.ADMIN)
+
+
+@pytest.fixture
+async def client(home: Home, admin: IssuedKey) -> AsyncIterator[httpx.AsyncClient]:
+    async with home.serving(f"{NAME}@1") as client:
+        client.headers["authorization"] = f"Bearer {admin.secret}"
+        yield client
+
+
+def write_key(folder: Path, issued: IssuedKey) -> Path:
+    path = folder / f"{issued.key.id}.key"
+    path.touch(mode=0o600)
+    path.write_text(issued.secret)
+    return path
+
+
+@pytest.fixture
+def remote(client: httpx.AsyncClient, admin: IssuedKey, tmp_path: Path) -> Remote:
+    """`svc` on another machine, which has no home."""
+
+    def type_now(*arguments: str, issued: IssuedKey = admin) -> Result:
+        key_file = str(write_key(tmp_path, issued))
+        elsewhere = ["--server", str(client.base_url), "--key-file", key_file, "--home", str(tmp_path / "none")]
+        return CliRunner().invoke(group, [*elsewhere, *arguments])
+
+    async def type_in(*arguments: str, issued: IssuedKey = admin) -> Result:
+        return await asyncio.to_thread(type_now, *arguments, issued=issued)
+
+    return type_in
+
+
+async def test_promote_and_rollback_say_what_they_say_on_the_machine(home: Home, remote: Remote) -> None:
+    result = await remote("promote", f"{NAME}@2")
+    assert result.exit_code == 0, result.output
+    assert "tuned@2 (merged) serves\n  inplace swap in " in result.output
+    assert "files match the manifest" in result.output
+    assert "tuned@2 (merged) serves already" in (await remote("promote", f"{NAME}@2")).output
+    assert "tuned@1 (merged) serves" in (await remote("rollback", NAME)).output
+    found = read_desired(home.store, NAME)
+    assert found is not None and found.target == target(1)
+
+
+async def test_the_audit_log_has_the_key_and_the_peer(home: Home, remote: Remote, admin: IssuedKey) -> None:
+    await remote("promote", f"{NAME}@2", "--reason", "it is better")
+    await remote("keys", "create", "--name", "ci")
+    promoted, created = read_events(home.store, newest=2)
+    assert (promoted.action, promoted.subject, promoted.reason) == ("promote", f"{NAME}@2", "it is better")
+    assert created.action == "key.create"
+    for event in (promoted, created):
+        assert (event.actor, event.origin) == (f"key:{admin.key.id}", "127.0.0.1")
+
+
+async def test_status_is_shown(remote: Remote) -> None:
+    result = await remote("status")
+    assert result.exit_code == 0, result.output
+    assert f"{NAME}@1" in result.output
+
+
+async def test_a_key_for_metrics_shows_the_status_and_changes_nothing(home: Home, remote: Remote) -> None:
+    issued = make_key(home, Scope.METRICS)
+    await asyncio.sleep(0.6)
+    assert f"{NAME}@1" in (await remote("status", issued=issued)).output
+    for command in (("promote", f"{NAME}@2"), ("rollback", NAME), ("keys", "list"), ("keys", "create")):
+        error = error_of(await remote(*command, issued=issued))
+        assert isinstance(error, PermissionDeniedError)
+    assert len(read_keys(home.store)) == 2
+    found = read_desired(home.store, NAME)
+    assert found is not None and found.target == target(1)
+
+
+async def test_keys_are_made_listed_rotated_and_revoked(home: Home, remote: Remote) -> None:
+    made = json.loads((await remote("keys", "create", "--name", "ci", "--model", NAME, "--json")).stdout)
+    assert (made["name"], made["models"], made["scopes"]) == ("ci", [NAME], ["feedback", "infer"])
+    listed = json.loads((await remote("keys", "list", "--json")).stdout)
+    assert [row["name"] for row in listed if row["key_id"] == made["key_id"]] == ["ci"]
+    assert "secret" not in listed[0]
+    rotated = json.loads((await remote("keys", "rotate", "ci", "--grace", "1h", "--json")).stdout)
+    assert rotated["secret"] != made["secret"]
+    assert rotated["old_secret_until"]
+    assert (await remote("keys", "revoke", "ci", "--yes")).exit_code == 0
+    assert [key.revoked_at is not None for key in read_keys(home.store)] == [False, True]
+    again = error_of(await remote("keys", "revoke", made["key_id"], "--yes"))
+    assert isinstance(again, RefusedError)
+
+
+@pytest.mark.parametrize(
+    ("command", "kind"),
+    [
+        (("promote", f"{NAME}@9"), NotFoundError),
+        (("promote", "other@1"), NotFoundError),
+        (("promote", NAME), NotFoundError),
+        (("promote", f"{NAME}@4"), RefusedError),
+        (("rollback", "other"), NotFoundError),
+        (("rollback", NAME), NotFoundError),
+        (("keys", "revoke", "nobody", "--yes"), NotFoundError),
+        (("keys", "create", "--name", "no name"), SettingsError),
+        (("keys", "create", "--model", "tuned@1"), SettingsError),
+    ],
+)
+async def test_an_error_is_that_of_the_machine(
+    home: Home, remote: Remote, command: tuple[str, ...], kind: type[Exception]
+) -> None:
+    make_version(home.registry, 4, failed=("GPTQ lost 0.3",))
+    local = error_of(await type_in(home, *command))
+    there = error_of(await remote(*command))
+    assert type(local) is type(there) is kind
+    assert local.wrong in there.wrong
+
+
+async def test_a_refusal_says_why_and_what_serves(home: Home, remote: Remote) -> None:
+    make_version(home.registry, 4, probes_of="/elsewhere")
+    error = error_of(await remote("promote", f"{NAME}@4"))
+    assert isinstance(error, RefusedError)
+    assert "tuned@1 (merged) serves" in error.wrong
+    assert "not the version's weights" in error.wrong
+
+
+async def test_a_promotion_beside_one_that_is_on_its_way_is_told(home: Home, remote: Remote) -> None:
+    home.park.double.reload_delay_s = 0.5
+    first = asyncio.create_task(type_in(home, "promote", f"{NAME}@2"))
+    await until(lambda: "/collective_rpc" in home.park.double.calls)
+    error = error_of(await remote("promote", f"{NAME}@2"))
+    assert isinstance(error, BusyError)
+    assert "on its way" in error.wrong
+    assert (await first).exit_code == 0
+
+
+async def test_a_wrong_key_is_told(remote: Remote, home: Home, client: httpx.AsyncClient) -> None:
+    issued = make_key(home, Scope.ADMIN)
+    home_keys = await type_in(home, "keys", "revoke", issued.key.id, "--yes")
+    assert home_keys.exit_code == 0
+    await asyncio.sleep(0.6)
+    for command in (("status",), ("promote", f"{NAME}@2")):
+        error = error_of(await remote(*command, issued=issued))
+        assert isinstance(error, AuthenticationError)
+        assert issued.secret not in str(error)
+
+
+@pytest.mark.parametrize(
+    ("path", "body"),
+    [
+        ("/svc/promote", {"version": f"{NAME}@2", "unknown": 1}),
+        ("/svc/promote", {}),
+        ("/svc/promote", {"version": f"{NAME}@2", "force": True}),
+        ("/svc/promote", {"version": f"{NAME}@2", "format": "onnx"}),
+        ("/svc/rollback", {"name": NAME}),
+        ("/svc/keys", {"scopes": []}),
+        ("/svc/keys", {"limits": {"per_second": 1}}),
+        ("/svc/keys/rotate", {"key": "ci", "grace_s": -1}),
+        ("/svc/keys/revoke", []),
+    ],
+)
+async def test_a_body_that_is_not_right_is_refused(client: httpx.AsyncClient, path: str, body: Any) -> None:
+    answer = await client.post(path, json=body)
+    assert (answer.status_code, answer.json()["error"]["code"]) == (400, "invalid_request")
+
+
+async def test_a_secret_is_not_cached(client: httpx.AsyncClient) -> None:
+    assert (await client.post("/svc/keys", json={})).headers["cache-control"] == "no-store"
+
+
+async def test_without_any_key_nothing_is_changed_from_elsewhere(home: Home) -> None:
+    """Nor by another user of the machine: the first key is made by the owner of the home."""
+    async with home.serving(f"{NAME}@1") as client:
+        for path in ("/svc/keys", "/svc/promote"):
+            assert (await client.post(path, json={})).status_code == 401
+        answer = await asyncio.to_thread(post, server_address(home.settings), "/svc/keys", {"scopes": ["admin"]})
+    assert answer.status_code == 200
+    (event,) = read_events(home.store, newest=1)
+    assert event.actor.startswith("user:")
+
+
+def post(address: ServerAddress, path: str, body: Any) -> httpx.Response:
+    with address.client() as client:
+        return client.post(path, json=body)
+
+
+async def test_over_tls_with_an_authority_of_ones_own(home: Home, admin: IssuedKey, tmp_path: Path) -> None:
+    certificate, key = make_certificate(tmp_path)
+    configure(home, tls_certificate=certificate, tls_key=key)
+    async with home.serving(f"{NAME}@1") as client:
+        options = ["--server", f"https://localhost:{client.base_url.port}", "--key-file", write_key(tmp_path, admin)]
+        trusting = [*map(str, options), "--ca", str(certificate), "promote", f"{NAME}@2"]
+        result = await asyncio.to_thread(CliRunner().invoke, group, trusting)
+        assert "tuned@2 (merged) serves" in result.output
+        result = await asyncio.to_thread(CliRunner().invoke, group, [*map(str, options), "status"])
+        assert isinstance(error_of(result), ServerNotRunningError)
+
+
+@pytest.mark.parametrize("url", ["http://192.0.2.1:8000", "http://models.example.org", "ftp://x", "x", "https://u@h"])
+def test_a_key_goes_to_no_url_that_is_not_safe(admin: IssuedKey, tmp_path: Path, url: str) -> None:
+    with pytest.raises(SettingsError):
+        ServerAddress.with_key(url, write_key(tmp_path, admin), None)
+
+
+def test_an_address_does_not_show_its_key(admin: IssuedKey, tmp_path: Path) -> None:
+    address = ServerAddress.with_key("https://h", write_key(tmp_path, admin), None)
+    assert address.key == admin.secret
+    assert admin.secret not in repr(address)
+
+
+def test_what_is_done_in_a_home_is_not_done_elsewhere(home: Home) -> None:
+    result = CliRunner().invoke(group, ["--server", "https://h", "add", NAME])
+    assert result.exit_code == 2
+    assert "--server goes with status, promote" in result.output
