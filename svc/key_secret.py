@@ -20,6 +20,7 @@ import string
 PREFIX = "ts_"
 KEY_ID_PATTERN = r"[0-9a-z]{8}"
 _SECRET = re.compile(rf"{PREFIX}({KEY_ID_PATTERN})_[0-9A-Za-z]{{38}}")
+_PART = re.compile(rf"(?<![0-9A-Za-z]){PREFIX}{KEY_ID_PATTERN}_[0-9A-Za-z]{{8,}}")
 _ID_LETTERS = string.digits + string.ascii_lowercase
 _LETTERS = string.digits + string.ascii_uppercase + string.ascii_lowercase
 _ID_LENGTH, _RANDOM_LENGTH, _CHECKSUM_LENGTH = 8, 32, 6
@@ -42,6 +43,11 @@ def key_id_of(secret: str) -> str | None:
     if match is None or secret[-_CHECKSUM_LENGTH:] != _checksum(secret[:-_CHECKSUM_LENGTH]):
         return None
     return match[1]
+
+
+def hide_secrets(text: str) -> str:
+    """A text with `[key]` in place of each secret, or a good part of one: for what is told or kept."""
+    return _PART.sub("[key]", text) if PREFIX in text else text
 
 
 def hash_secret(secret: str) -> str:

@@ -51,6 +51,7 @@ from serving.protocols.error_code import ErrorCode
 from serving.protocols.route import ANTHROPIC_PATHS
 from svc.access.authenticator import KeysUnavailableError
 from svc.errors import AuthenticationError, PermissionDeniedError, SvcError
+from svc.key_secret import hide_secrets
 
 log = logging.getLogger(__name__)
 
@@ -90,12 +91,13 @@ class ApiError:
         return ANTHROPIC_TYPES.get(self.status, "api_error" if self.status >= 500 else "invalid_request_error")
 
     def body(self, path: str = "") -> bytes:
-        """The JSON of the answer; in a stream, the data of the event.
+        """The JSON of the answer; in a stream, the data of the event. Who sent a secret in a wrong place finds none.
 
         Args:
             path: of the request.
         """
-        error = {"message": self.message, "type": self.type, "param": self.param, "code": self.code.value}
+        param = self.param and hide_secrets(self.param)
+        error = {"message": hide_secrets(self.message), "type": self.type, "param": param, "code": self.code.value}
         if path in ANTHROPIC_PATHS:
             return json.dumps({"type": "error", "error": {**error, "type": self.anthropic_type}}).encode("ascii")
         return json.dumps({"error": error}).encode("ascii")

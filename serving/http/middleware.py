@@ -21,6 +21,7 @@ from serving.http.errors import api_error
 from serving.http.host import AllowedHosts
 from serving.http.rate_limit_headers import rate_limit_headers
 from serving.router import Router
+from svc.key_secret import hide_secrets
 from svc.principal import Principal
 from svc.version import VersionId
 
@@ -99,4 +100,10 @@ class RequestMiddleware:
 def _client_request_id(scope: Scope) -> bytes | None:
     headers: dict[bytes, bytes] = dict(scope["headers"])
     given = (headers.get(name, b"") for name in _CLIENT_HEADERS)
-    return next((value for value in given if _CLIENT_ID.fullmatch(value)), None)
+    return next((value for value in given if _CLIENT_ID.fullmatch(value) and not _has_secret(value)), None)
+
+
+def _has_secret(value: bytes) -> bool:
+    """The id is kept and returned, and a secret is neither."""
+    text = value.decode("ascii")
+    return hide_secrets(text) != text

@@ -18,6 +18,7 @@ from sqlalchemy import or_, select
 from sqlalchemy.orm import Session
 
 from svc.actor import Actor
+from svc.key_secret import hide_secrets
 from svc.store.database import exclusive
 from svc.store.tables import AuditRow
 
@@ -208,5 +209,6 @@ def _details(text: str) -> dict[str, Any]:
 
 
 def _storable(text: str) -> str:
-    """Without what UTF-8 or PostgreSQL cannot hold, as bytes of a command line that are no text."""
-    return text.encode("utf-8", "replace").decode("utf-8").replace("\0", "?")
+    """Without secrets, which nobody could take out again, and what UTF-8 or PostgreSQL cannot hold, as bytes of a
+    command line that are no text."""
+    return hide_secrets(text).encode("utf-8", "replace").decode("utf-8").replace("\0", "?")

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from svc.key_secret import hash_secret, is_hash_of, key_id_of, new_key_id, new_secret
+from svc.key_secret import hash_secret, hide_secrets, is_hash_of, key_id_of, new_key_id, new_secret
 from svc.redaction import Redactor
 
 LETTERS = string.digits + string.ascii_letters
@@ -67,3 +67,13 @@ def test_the_hash_of_a_secret_is_its_own() -> None:
 def test_no_secret_survives_redaction(before: str, after: str) -> None:
     secret = new_secret(new_key_id())
     assert secret not in Redactor([r"\d{4}"]).text(f"{before}:{secret}{after}")
+
+
+def test_secrets_are_hidden_in_a_text() -> None:
+    one, other = new_secret("abcd0123"), new_secret("abcd0124")
+    assert hide_secrets(f"say {one}, {other[:30]} and ts_abcd0123") == "say [key], [key] and ts_abcd0123"
+
+
+@pytest.mark.parametrize("text", ["", "nothing", "rts_abcd0123_0123456789", "ts_short_0123456789"])
+def test_nothing_else_is_hidden(text: str) -> None:
+    assert hide_secrets(text) == text
