@@ -8,11 +8,11 @@ from pathlib import Path
 import pytest
 
 from examples.load import Load
-from serving.client.promotion import Promotion
+from serving.client.promotion import LocalAdministration, follow
 from svc.settings import Settings
 from svc.store.database import open_database
+from svc.store.desired import read_desired
 from svc.store.swaps import SwapOutcome, find_swap
-from svc.version import Format, Target, VersionId
 from tests.e2e.conftest import PROMPTS, Report
 from tests.e2e.instance import Instance
 from tests.e2e.test_kill_matrix import long_answer
@@ -21,7 +21,6 @@ pytestmark = [pytest.mark.matrix]
 
 PORT = 8953
 WITHIN_S = 2.0
-ONE = Target(VersionId("tiny", 1), Format.GPTQ)
 
 
 @pytest.fixture(params=[1, 2], ids=["one engine", "two engines"], scope="module")
@@ -37,9 +36,9 @@ def instance(
 
 def roll_back(instance: Instance) -> float:
     """Seconds from the wish until version 1 serves alone."""
-    client = Promotion.of(Settings(home=instance.home))
+    here = LocalAdministration.of(Settings(home=instance.home))
     began = time.monotonic()
-    result = client.change(client.current("tiny"), ONE, lambda step: None)
+    result = follow(here, here.rollback("tiny", reason=None), lambda step: None)
     took_s = time.monotonic() - began
     assert result.outcome is SwapOutcome.SUCCEEDED
     return took_s
@@ -63,7 +62,7 @@ def test_it_is_done_within_two_seconds(
         promotion = instance.try_to_promote(*arguments)
         instance.until(lambda status: any(engine["state"] == state for engine in status["engines"]))
         time.sleep(after_s)
-        generation = Promotion.of(Settings(home=instance.home)).current("tiny").generation
+        desired = read_desired(open_database(instance.home), "tiny")
         took_s = roll_back(instance)
         load.wait_for(4)
     assert promotion.wait(30) != 0
@@ -72,7 +71,8 @@ def test_it_is_done_within_two_seconds(
         long.wait()
     report(f"rolled back in {took_s:.2f} s, {state} ({len(engines)} engines), {len(load.answers)} answers")
     assert took_s < WITHIN_S
-    swap = find_swap(open_database(instance.home), "tiny", generation)
+    assert desired is not None
+    swap = find_swap(open_database(instance.home), "tiny", desired.generation)
     assert swap is not None
     assert swap.result is not None
     assert swap.result.outcome is SwapOutcome.CANCELLED
