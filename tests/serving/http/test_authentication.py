@@ -327,7 +327,7 @@ async def test_a_rotation_without_grace_ends_what_runs_with_the_old_secret(servi
 async def test_where_keys_are_needed_nobody_is_let_in_before_there_is_one(service: KeyedService) -> None:
     """As of a server that others can reach, whose store was lost."""
     authentication = Authentication(service.authenticator, keys_needed=True, on_failure=lambda fault: None)
-    assert authentication.needs_key({"state": {}})
+    assert authentication.needs_key({"state": {}, "path": "/metrics"})
     with pytest.raises(InvalidKeyError):
         authentication.admit({"state": {}, "headers": [], "path": "/metrics"})
 
