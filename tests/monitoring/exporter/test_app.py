@@ -1,8 +1,10 @@
 """`svc monitor`: the server's page passed on whole, what only the registry knows, and a server that is away."""
 
+import http.server
 import socket
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,7 +15,9 @@ from prometheus_client.parser import text_string_to_metric_families
 from sqlalchemy import Engine as Store
 
 from monitoring.exporter.app import exporting
+from monitoring.exporter.server_page import ServerPage
 from svc.errors import BusyError, ServerNotRunningError, SettingsError
+from svc.key_secret import new_secret
 from svc.lock import hold_lock
 from svc.registry.registry import Registry
 from svc.server_url import LOCK_FILE, ServerAddress
@@ -149,3 +153,30 @@ def test_the_command_watches_a_server_and_ends_when_told(tmp_path: Path, elsewhe
         assert "svc_server_up 1.0" in httpx.get(page, timeout=30).text
         process.terminate()
         assert process.wait(10) == 0
+
+
+def test_a_server_elsewhere_is_asked_with_its_key(tmp_path: Path) -> None:
+    secret, asked = new_secret("abcd0123"), list[str]()
+
+    class Page(http.server.BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            asked.append(self.headers.get("authorization", ""))
+            self.send_response(200)
+            self.send_header("content-length", "6")
+            self.end_headers()
+            self.wfile.write(b"# EOF\n")
+
+        def log_message(self, *arguments: object) -> None:
+            """Stays silent."""
+
+    key_file = tmp_path / "key"
+    key_file.touch(mode=0o600)
+    key_file.write_text(secret)
+    with http.server.HTTPServer(("127.0.0.1", 0), Page) as server:
+        thread = threading.Thread(target=server.handle_request)
+        thread.start()
+        address = ServerAddress.with_key(f"http://127.0.0.1:{server.server_port}", key_file, None)
+        up, *_ = ServerPage(lambda: address).collect()
+        thread.join()
+    assert asked == [f"Bearer {secret}"]
+    assert up.samples[0].value == 1
