@@ -110,6 +110,7 @@ class Deployment:
                     "verification": checked.found if checked else None,
                     "running": engine.running,
                     "adapters": _adapters(engine.adapters),
+                    "asleep": engine.asleep,
                 }
                 for engine in self.pool.all
             ],

@@ -195,7 +195,9 @@ class Deployments:
             await asyncio.to_thread(remove_deployment, self._store, name)
 
     async def _make_room(self, target: Target) -> None:
-        """Ends the engines of idle models, the longest idle first, until there is memory for a version's.
+        """Has idle models give way, the longest idle first, until there is memory for a version's engines.
+
+        Those that sleep already come last: to end them frees little of a GPU, and they come back slowly then.
 
         Raises:
             SvcError: there is none, and nothing more to end.
@@ -206,9 +208,18 @@ class Deployments:
             except EngineError as error:
                 idle = [(idle_s, each) for each in self.all if (idle_s := each.idling.idle_s) is not None]
                 longest = max(idle, key=itemgetter(0), default=None)
-                if longest is None or not await longest[1].idling.sleep():
+                if longest is not None and await longest[1].idling.sleep():
+                    log.info("%s gave way to %s: %s", longest[1].name, target, error.wrong)
+                elif not await self._end_asleep():
                     raise
-                log.info("%s gave way to %s: %s", longest[1].name, target, error.wrong)
+
+    async def _end_asleep(self) -> bool:
+        """Ends the engines of a model that sleeps, of the one that was asked least lately; whether there was one."""
+        for each in sorted(self.all, key=lambda each: each.admission.idle_s, reverse=True):
+            if await each.idling.end_asleep():
+                log.info("%s sleeps no more, and is ended", each.name)
+                return True
+        return False
 
     async def _take_away(self, name: str) -> None:
         """Ends a model that was removed, after its last request."""

@@ -186,8 +186,8 @@ class ServeSettings(_Section):
     idle_s: float | None = Field(
         None,
         gt=0,
-        description="a model's engines are ended after so long without a request, seconds, and come back with the next "
-        "one, which waits for them; default: never",
+        description="a model's engines are ended, or sleep on a GPU, after so long without a request, seconds, and "
+        "come back with the next one, which waits for them; default: never",
     )
     request_timeout_s: float = Field(600.0, gt=0, description="longest silence of the engine within a request, seconds")
     exemplars: bool = Field(False, description="latency histograms carry request ids, for scrapers of OpenMetrics")
@@ -293,7 +293,7 @@ class Settings(BaseSettings):
     )
 
     def idle_s_of(self, name: str) -> float | None:
-        """After how long without a request a model's engines are ended, seconds; None for never."""
+        """After how long without a request a model's engines sleep or are ended, seconds; None for never."""
         own = self.models[name].idle_s if name in self.models else None
         return own or self.serve.idle_s
 

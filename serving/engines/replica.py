@@ -63,6 +63,7 @@ class Replica:
         why: of its last death.
         lock: held by who starts, changes or ends it; see `EnginePool.held`.
         watch: notices the engine's death.
+        asleep: the engine has freed its GPU.
         adapters: those that it applies beside its base; None where it holds a version itself.
         on_adapter: hears when an adapter has come, with the seconds that it took, or has gone, with None.
     """
@@ -95,6 +96,7 @@ class Replica:
         self.target: Target | None = None
         self.checked: Checked | None = None
         self.why = "it did not start"
+        self.asleep = False
         self._adapter_patience_s = adapter_patience_s
         self._model: ServedModel | None = None
         self.adapters: EngineAdapters | None = None
@@ -252,10 +254,7 @@ class Replica:
         try:
             await self._verification.files(target)
             await engine.adopt()
-            self._make_adapters()
-            if self.adapters is not None:
-                await self.adapters.unload_all()
-            await self.verify(target)
+            await self._verify_again(target)
         except Exception:  # whatever is wrong with it, a new one may do better, or say what it is
             log.warning("the engine of an earlier server cannot be adopted", exc_info=True)
             await self.stop()
@@ -335,6 +334,44 @@ class Replica:
         log.info("replica %d holds %s: %s", self.replica, target, checked.found)
         return checked.found
 
+    async def _verify_again(self, target: Target) -> None:
+        """The same of an engine that ran without us: of what adapters it has, nobody knows what they hold."""
+        self._make_adapters()
+        if self.adapters is not None:
+            await self.watch.unless_dead(self.adapters.unload_all())
+        await self.verify(target)
+
+    async def sleep(self) -> None:
+        """Has the engine free its GPU, and enters a state that admits nobody. A later server does not adopt it.
+
+        Raises:
+            SvcError, OSError: it does not sleep, and is to be ended.
+        """
+        await self.clear()
+        self.enter(EngineState.IDLE)
+        self._end_adapters()
+        # vLLM measures free memory when it starts and when it sleeps, and fails where another engine changes it.
+        async with self._turn:
+            await self.watch.unless_dead(self._started.sleep())
+        self.asleep = True
+
+    async def wake(self, target: Target) -> None:
+        """Has the engine take its GPU again, and verified to hold a version; one that fails is ended.
+
+        Raises:
+            SvcError: it did not wake, or holds other weights (ProbeError).
+        """
+        self.enter(EngineState.STARTING)
+        try:
+            async with self._turn:
+                await self.watch.unless_dead(self._started.wake())
+            self.asleep = False
+            await self._verify_again(target)
+        except BaseException:
+            await self.stop(EngineState.IDLE)
+            raise
+        self.enter(EngineState.READY)
+
     async def bring(self, target: Target) -> str:
         """Puts another adapter of the same base into production here: loaded and verified first, beside requests.
 
@@ -362,6 +399,7 @@ class Replica:
     async def stop(self, state: EngineState = EngineState.STOPPED) -> None:
         """Ends the engine, if there is one, and enters a state that admits nobody."""
         self.target = self.checked = None
+        self.asleep = False
         self.enter(state)
         self._end_adapters()
         if self._engine is not None:

@@ -61,4 +61,5 @@ class EngineSlots:
             template_kwargs=model.template_kwargs,
             lora=model.lora,
             engines=sum(self.settings.engine_for(each).replicas for each in served),
+            idles=self.settings.idle_s_of(name) is not None,
         )

@@ -1,6 +1,7 @@
 """Ends a model's engines when nobody has asked for a while, and starts one again with the next request.
 
 That request waits, and is not refused. What is saved is memory and, on a GPU, the device; a start takes as long as any.
+An engine that can sleep does that and is not ended: it keeps its process, and its weights in the machine's memory.
 """
 
 import asyncio
@@ -28,9 +29,9 @@ class Idling:
 
     Args:
         target: what an engine is started with.
-        idle_s: how long nobody has asked, seconds; None: its engines are never ended.
-        make_room: ends the engines of other idle models where this one's would find no memory.
-        on_error: hears why an engine did not start again.
+        idle_s: how long nobody has asked, seconds; None: its engines are never ended, and never sleep.
+        make_room: has other idle models give way where this one's would find no memory.
+        on_error: hears why an engine did not come back.
     """
 
     def __init__(
@@ -71,7 +72,7 @@ class Idling:
         return self._admission.idle_s if may_end and self._admission.idle_s > 0 else None
 
     async def sleep(self) -> bool:
-        """Ends its engines, unless somebody asks meanwhile or they are being changed; whether it did.
+        """Has its engines sleep, or ends them, unless somebody asks or they are being changed; whether it did.
 
         One that cannot be ended is tried again before it is started again.
         """
@@ -88,9 +89,30 @@ class Idling:
             for member in members:
                 member.enter(EngineState.IDLE)
             self._asleep.set()
-            log.info("%s: nobody asks, its engines are ended", self._target())
+            log.info("%s: nobody asks, its engines sleep or are ended", self._target())
+            rests = await asyncio.gather(*(self._rest(member) for member in members))
+        return all(rests)
+
+    async def end_asleep(self) -> bool:
+        """Ends its engines that sleep, and hold some of the GPU still, unless they are being woken; whether it did."""
+        members = [member for member in self._pool.members if member.asleep]
+        if not members or any(member.lock.locked() for member in self._pool.members):
+            return False
+        async with AsyncExitStack() as stack:
+            for member in members:
+                await stack.enter_async_context(self._pool.held(member))
             ends = await asyncio.gather(*(self._end(member) for member in members))
         return all(ends)
+
+    async def _rest(self, member: Replica) -> bool:
+        if member.capabilities and member.capabilities.sleeps:
+            try:
+                await member.sleep()
+            except Exception:  # whatever it was, it may be half asleep
+                log.warning("replica %d does not sleep, and is ended", member.replica, exc_info=True)
+            else:
+                return True
+        return await self._end(member)
 
     async def _end(self, member: Replica) -> bool:
         try:
@@ -110,24 +132,43 @@ class Idling:
             await asyncio.sleep(min(_LONGEST_LOOK_S, max(self._idle_s - idle_s, self._idle_s / 10)))
 
     async def _wake(self) -> None:
-        """Starts an engine for the first request that waits; or does nothing where a promotion has started one."""
+        """Brings engines back for the first request that waits; or does nothing where a promotion has started one."""
         await self._wanted()
         began = time.monotonic()
         try:
-            first = self._pool.members[0]
-            async with self._pool.held(first):
+            async with AsyncExitStack() as stack:
+                for member in self._pool.members:
+                    await stack.enter_async_context(self._pool.held(member))
                 if not self._pool.ready:
                     await self._try_to_make_room()
-                    if error := await start_engine(first, self._target()):
-                        self._on_error(error)
-                    else:
-                        self._metrics.woke(time.monotonic() - began)
+                    await self._bring_back(began)
         finally:
             self._asleep.clear()
             self._admission.wake()
             for member in self._pool.members:
                 if member.state is EngineState.IDLE:
                     member.enter(EngineState.STOPPED)  # which the reviver starts
+
+    async def _bring_back(self, began: float) -> None:
+        """Wakes all that sleep; where none of them takes requests then, starts the first."""
+        for member in self._pool.members:
+            none_ready = not self._pool.ready
+            if member.asleep and await self._woke(member) and none_ready:
+                self._metrics.woke(time.monotonic() - began)
+        if self._pool.ready:
+            return
+        if error := await start_engine(self._pool.members[0], self._target()):
+            self._on_error(error)
+        else:
+            self._metrics.woke(time.monotonic() - began)
+
+    async def _woke(self, member: Replica) -> bool:
+        try:
+            await member.wake(self._target())
+        except Exception:  # whatever it was, a new engine may do better
+            log.warning("replica %d does not wake, and is started again", member.replica, exc_info=True)
+            return False
+        return True
 
     async def _try_to_make_room(self) -> None:
         try:

@@ -50,7 +50,7 @@ class DeploymentInstruments:
         )
         self.wake_duration = Histogram(
             "svc_engine_wake_seconds",
-            "From the request for which an idle engine was started to its readiness",
+            "From the request for which an idle engine was started or woken to its readiness",
             model,
             buckets=_WAKE_BUCKETS_S,
             registry=registry,
@@ -146,7 +146,7 @@ class DeploymentMetrics:
             self._instruments.swap_queued.labels(self._model).observe(result.queued)
 
     def woke(self, seconds: float) -> None:
-        """Times the start of an engine that was idle."""
+        """Times the start, or the wake, of an engine that was idle."""
         self._instruments.wake_duration.labels(self._model).observe(seconds)
 
     def version_loaded(self, served: Target) -> None:

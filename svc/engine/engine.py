@@ -59,5 +59,19 @@ class LastingEngine(Engine, Protocol):
             OSError: that cannot be written down.
         """
 
+    async def sleep(self) -> None:
+        """Frees its GPU; of one whose capabilities say so. No request may reach it until it is awake.
+
+        Raises:
+            EngineError: it does not sleep, and is of no more use.
+        """
+
+    async def wake(self) -> None:
+        """Takes its GPU again; what it holds then is to be verified.
+
+        Raises:
+            EngineError: it does not wake, and is of no more use.
+        """
+
     async def leave(self) -> None:
         """Lets it run, for a later server."""

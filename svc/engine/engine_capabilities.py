@@ -14,8 +14,10 @@ class EngineCapabilities:
         adapters: most that it has loaded beside its base, while it runs; 0: it takes none.
         unprobed: why it cannot be asked for log-probabilities of a prompt, and so not be verified by probes; None where
             it can.
+        sleeps: it can free its GPU while nobody asks, and take it again.
     """
 
     reloads: bool = True
     adapters: int = 0
     unprobed: str | None = None
+    sleeps: bool = False

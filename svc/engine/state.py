@@ -13,6 +13,6 @@ class EngineState(StrEnum):
     RETIRING = "retiring"
     """Another engine took its place; it answers its last requests."""
     IDLE = "idle"
-    """It was ended because nobody asked; the next request starts it again."""
+    """Nobody asks: it was ended, or sleeps on its GPU; the next request brings it back."""
     STOPPED = "stopped"
     FAILED = "failed"

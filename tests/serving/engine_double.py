@@ -3,6 +3,7 @@
 Its answers are a function of the weights folder that it holds, token by token, so that an answer of two versions shows.
 Like vLLM it dies when a reload fails, answers from a stale prefix cache until that is reset, and does not reset it
 while requests run. It takes adapters beside its weights, and answers as the merged weights of the same version would.
+Asleep it says that it is healthy, and lets a completion wait until it is awake.
 """
 
 import asyncio
@@ -78,6 +79,9 @@ class EngineDouble:
         adapter_delay_s: seconds for a load.
         broken_adapters: ends of the folders of those that it does not take.
         dropped_in_use: adapters that were unloaded while an answer of theirs was under way.
+        asleep: it has freed its GPU.
+        sleepless, wakeless: it does not fall asleep, or not wake; it stays as it is and says so.
+        wakes_with: folder that it "holds" after the next wake; None for the one before.
     """
 
     weights: str = "/models/tuned/1"
@@ -109,6 +113,10 @@ class EngineDouble:
     adapter_delay_s: float = 0.0
     broken_adapters: set[str] = field(default_factory=set)
     dropped_in_use: list[str] = field(default_factory=list)
+    asleep: bool = False
+    sleepless: bool = False
+    wakeless: bool = False
+    wakes_with: str | None = None
     dead: bool = False
     die: Callable[[], None] = lambda: None
     """Ends it as SIGKILL would; `running_engine` sets it."""
@@ -130,6 +138,10 @@ class EngineDouble:
                 await _json(send, 503 if self.dead else 200, self._simple(path))
             case "/metrics":
                 await Response(self.metrics, media_type="text/plain")(scope, receive, send)
+            case "/sleep":
+                await self._sleep(request)
+            case "/wake_up":
+                await self._wake(send)
             case "/collective_rpc":
                 await self._collective_rpc(send, await request.json())
             case "/v1/load_lora_adapter":
@@ -166,6 +178,21 @@ class EngineDouble:
             return
         self.weights = folder
         await _json(send, 200, {"results": [None]})
+
+    async def _sleep(self, request: Request) -> None:
+        assert request.query_params["level"] == "1"
+        if self.sleepless:
+            await _error(request._send, 500, "CUDA error: out of memory", kind="InternalServerError")
+        else:
+            self.asleep, self._cached_weights = True, self.weights
+            await _json(request._send, 200, {"status": "sleeping", "level": 1})
+
+    async def _wake(self, send: Send) -> None:
+        if self.wakeless:
+            await _error(send, 500, "CUDA error: out of memory", kind="InternalServerError")
+        else:
+            self.asleep, self.weights = False, self.wakes_with or self.weights
+            await _json(send, 200, {"status": "awake", "tags": None})
 
     async def _load_adapter(self, send: Send, body: dict[str, Any]) -> None:
         name, folder = body["lora_name"], body["lora_path"]
@@ -254,6 +281,8 @@ class EngineDouble:
             work.result()
 
     async def _answer(self, send: Send, body: dict[str, Any], wire: Wire) -> None:
+        while self.asleep:
+            await asyncio.sleep(0.01)
         if self.fault is Fault.DIE_BEFORE_ANSWER:
             self.die()
             await asyncio.sleep(3600)

@@ -40,7 +40,7 @@ class EnginePark:
         unable: replicas that do not start.
         disk_full: nothing can be written down.
         silence_s: longest silence within a client's request, seconds.
-        reloads, unprobed: see svc.engine.engine_capabilities.
+        reloads, unprobed, sleeps: see svc.engine.engine_capabilities.
         starting, most_starting: engines that start now, and most that ever started together.
     """
 
@@ -60,6 +60,7 @@ class EnginePark:
         self.starting = self.most_starting = 0
         self.reloads = True
         self.unprobed: str | None = None
+        self.sleeps = False
 
     def socket(self, replica: int) -> Path:
         """Where a replica listens."""
@@ -74,7 +75,7 @@ class EnginePark:
     def capabilities(self, model: ServedModel | None = None) -> EngineCapabilities:
         """Of an engine that is launched now."""
         adapters = model.lora.max_loaded if model and model.lora else 0
-        return EngineCapabilities(self.reloads, adapters, self.unprobed)
+        return EngineCapabilities(self.reloads, adapters, self.unprobed, self.sleeps)
 
     def numbers(self) -> list[int]:
         """Replicas that a server left."""
@@ -98,6 +99,11 @@ class EnginePark:
     def alive(self) -> int:
         """How many run."""
         return sum(engine.alive for engine in self.engines)
+
+    @property
+    def asleep(self) -> int:
+        """How many of them have freed their GPU."""
+        return sum(engine.alive and engine.double.asleep for engine in self.engines)
 
 
 class DoubleEngine:
@@ -160,6 +166,14 @@ class DoubleEngine:
         if self._park.disk_full:
             raise OSError(errno.ENOSPC, "no space left on device")
         self.holds = holds
+
+    async def sleep(self) -> None:
+        """Frees its GPU."""
+        await self.client.sleep()
+
+    async def wake(self) -> None:
+        """Takes it again."""
+        await self.client.wake()
 
     async def leave(self) -> None:
         """Lets it run."""

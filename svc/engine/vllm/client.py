@@ -250,6 +250,24 @@ class EngineClient:
                 )
             await asyncio.sleep(_RESET_PAUSE_S)
 
+    async def sleep(self) -> None:
+        """Has it copy its weights to the machine's memory, forget keys and values, and free the GPU: vLLM's level 1.
+
+        What runs is cut off. Asleep, vLLM 0.32 answers `/health` as ever, and lets a request wait until it is awake.
+
+        Raises:
+            EngineError: it may be half asleep now.
+        """
+        await self._post("/sleep?level=1", None)
+
+    async def wake(self) -> None:
+        """Has it take back all that it freed: no `tags`, by which vLLM would take back a part.
+
+        Raises:
+            EngineError: it may be half awake now.
+        """
+        await self._post("/wake_up", None)
+
     async def load_adapter(self, name: str, folder: Path) -> None:
         """Makes an adapter one of the engine's models.
 

@@ -39,6 +39,20 @@ def shortage(specs: Sequence[EngineSpec]) -> str | None:
     return f"{one} about {needed / GIB:.1f} GiB, {free / GIB:.1f} GiB {where}are free"
 
 
+def backup_shortage(spec: EngineSpec) -> str | None:
+    """Why the machine cannot keep what an engine frees when it sleeps; None where it can.
+
+    vLLM copies weights and room for adapters to pinned memory, block by block, and torch rounds each block up to a
+    power of two: up to twice as much.
+    """
+    wide = is_wide(choose_dtype(spec.settings, spec.capabilities, spec.facts))
+    needed = 2 * (weight_bytes(spec.facts, wide=wide) + (spec.lora.memory if spec.lora else 0))
+    free = read_machine(gpus=False).free
+    if needed <= free:
+        return None
+    return f"its weights may need {needed / GIB:.1f} GiB of the machine's memory, {free / GIB:.1f} GiB are free"
+
+
 def _needed(spec: EngineSpec, machine: Machine) -> tuple[int, int]:
     """What an engine needs, and what is free where it would run, bytes."""
     model = spec.facts

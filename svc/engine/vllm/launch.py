@@ -8,6 +8,7 @@ import hashlib
 import json
 import os
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import cache, cached_property
 from importlib.util import find_spec
@@ -32,6 +33,7 @@ _LISTS = ("VLLM_DISABLED_KERNELS", "VLLM_PLUGINS")
 """Variables of vLLM that hold names with commas between them."""
 _OUTPUT_LAYER = "lm_head"
 _LOG_LEVEL = "VLLM_LOGGING_LEVEL"
+_SLEEP_FLAG, _SLEEP_MODE = "enable-sleep-mode", "enable_sleep_mode"
 _PLUGIN = "tuneserve"
 """The name of our entry point in `vllm.general_plugins`."""
 
@@ -51,6 +53,7 @@ class EngineSpec:
         template_kwargs: what the chat template is given; None: what the model's folder says.
         lora: room for adapters beside the model; None: it takes none.
         engines: how many share the machine, this one among them.
+        idles: its model has an idle time.
     """
 
     model: Path
@@ -64,6 +67,7 @@ class EngineSpec:
     template_kwargs: TemplateKwargs | None = None
     lora: LoraSlots | None = None
     engines: int = 1
+    idles: bool = False
 
     @property
     def socket(self) -> Path:
@@ -77,9 +81,9 @@ class EngineSpec:
         planned = plan.plan_engine(
             self.settings, self.capabilities, machine, self.facts, self.cache, engines=self.engines
         )
-        if self.lora is None:
-            return planned
-        return plan.EnginePlan((*planned.choices, *lora_choices(self.lora, self.settings.args)))
+        lora = lora_choices(self.lora, self.settings.args) if self.lora else ()
+        sleep = (_sleep_choice(self.settings.args),) if self.engine_capabilities.sleeps else ()
+        return plan.EnginePlan((*planned.choices, *lora, *sleep))
 
     @property
     def device(self) -> Device:
@@ -97,6 +101,10 @@ class EngineSpec:
             reloads=self.device is not Device.CPU or not self.facts.experts,
             adapters=self.lora.max_loaded if self.lora else 0,
             unprobed=self._unprobed(),
+            # With the flag vLLM 0.32 does not start on a CPU, and takes a GPU's memory by an allocator of its own.
+            sleeps=self.idles
+            and self.device is Device.CUDA
+            and given_flag(self.settings.args, _SLEEP_FLAG) is not False,
         )
 
     def _unprobed(self) -> str | None:
@@ -114,6 +122,13 @@ class EngineSpec:
         if self.template_kwargs is None:
             return facts
         return replace(facts, template_kwargs=tuple(sorted(self.template_kwargs.items())))
+
+
+def _sleep_choice(args: Sequence[str]) -> plan.Choice:
+    if given_flag(args, _SLEEP_FLAG):
+        return plan.Choice(_SLEEP_MODE, True, plan.Origin.ARGS)
+    why = "idle_s: it frees the GPU when nobody asks"
+    return plan.Choice(_SLEEP_MODE, True, plan.Origin.SETTING, why, (f"--{_SLEEP_FLAG}",))
 
 
 def command(spec: EngineSpec) -> list[str]:
@@ -188,6 +203,8 @@ def launch_digest(spec: EngineSpec) -> str:
         parts.append({"chat_template_kwargs": dict(spec.facts.template_kwargs)})
     if spec.lora is not None:  # then its folder is the base, which no reload changes
         parts.append({"base": str(spec.model), "lora": spec.lora.parts()})
+    if spec.engine_capabilities.sleeps:  # without the flag vLLM would say that it sleeps, and free nothing
+        parts.append("sleeps")
     if any(name in os.environ for name in CPU_LIMITS):  # the engine rounds as it was limited when it was started
         parts.append(able.hardware(spec.settings))
     return hashlib.sha256(json.dumps(parts).encode("utf-8")).hexdigest()

@@ -20,6 +20,7 @@ import psutil
 from svc.engine.engine_capabilities import EngineCapabilities
 from svc.engine.orphans import EngineRecord, end_engine, find_engine, locked, read_record, start_of, write_record
 from svc.engine.vllm.client import EngineClient, data_client
+from svc.engine.vllm.headroom import backup_shortage
 from svc.engine.vllm.launch import EngineSpec, command, environment, launch_digest
 from svc.engine.vllm.plan import EnginePlan
 from svc.engine.vllm.startup_phase import EnginePhase, PhaseReader
@@ -51,6 +52,7 @@ class EngineProcess:
         self._process: psutil.Process | None = None
         self._pidfd: int | None = None
         self._ended = asyncio.Event()
+        self._has_backup = False
 
     @property
     def capabilities(self) -> EngineCapabilities:
@@ -193,6 +195,26 @@ class EngineProcess:
         if self._child:
             self._child.wait()
         self._remove_sockets()
+
+    async def sleep(self) -> None:
+        """Frees its GPU.
+
+        Raises:
+            EngineError: the machine has no memory for its weights, or it does not sleep.
+        """
+        # Torch keeps the memory of the first sleep for the next one.
+        if not self._has_backup and (shortage := await asyncio.to_thread(backup_shortage, self.spec)):
+            raise EngineError(f"the engine does not sleep: {shortage}")
+        await self.client.sleep()
+        self._has_backup = True
+
+    async def wake(self) -> None:
+        """Takes its GPU again.
+
+        Raises:
+            EngineError: it does not wake.
+        """
+        await self.client.wake()
 
     async def leave(self) -> None:
         """Lets it run, for a later server; this object is of no more use."""

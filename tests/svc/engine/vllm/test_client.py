@@ -125,6 +125,24 @@ async def test_a_failed_reload_is_an_engine_error() -> None:
             await client.reload_weights(Path("/models/tuned/2"))
 
 
+async def test_it_sleeps_and_wakes() -> None:
+    double = EngineDouble()
+    async with client_of(double) as client:
+        await client.sleep()
+        assert double.asleep
+        assert await client.healthy()
+        await client.wake()
+    assert not double.asleep
+
+
+async def test_an_engine_that_neither_sleeps_nor_wakes_says_so() -> None:
+    async with client_of(EngineDouble(sleepless=True, wakeless=True)) as client:
+        with pytest.raises(EngineError, match=r"/sleep.* with 500: CUDA error"):
+            await client.sleep()
+        with pytest.raises(EngineError, match="/wake_up with 500: CUDA error"):
+            await client.wake()
+
+
 async def test_a_cache_that_could_not_be_reset_is_tried_again() -> None:
     answers = iter([{"success": False}, {"success": False}, {"success": True}])
     async with answering(lambda request: httpx.Response(200, json=next(answers))) as client:

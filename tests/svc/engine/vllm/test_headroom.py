@@ -92,3 +92,20 @@ def test_room_for_adapters_is_needed_too(monkeypatch: pytest.MonkeyPatch, model:
     assert headroom.shortage([spec]) is None
     slots = LoraSlots(max_loaded=1, max_batched=1, max_rank=16, targets=(), bytes=GIB)
     assert headroom.shortage([replace(spec, lora=slots)]) == "it needs about 7.0 GiB, 5.0 GiB are free"
+
+
+@pytest.mark.parametrize(("free", "enough"), [(6 * GIB, True), (6 * GIB - 1, False)])
+def test_an_engine_sleeps_where_the_machine_has_twice_its_weights(
+    monkeypatch: pytest.MonkeyPatch, model: Path, free: int, enough: bool
+) -> None:
+    monkeypatch.setattr(headroom, "read_machine", lambda **_: host(free))
+    spec = EngineSpec(model, "tuned", model, model, model / "engine.log", model, HOPPER)
+    assert (headroom.backup_shortage(spec) is None) is enough
+
+
+def test_room_for_adapters_sleeps_with_the_weights(monkeypatch: pytest.MonkeyPatch, model: Path) -> None:
+    monkeypatch.setattr(headroom, "read_machine", lambda **_: host(6 * GIB))
+    slots = LoraSlots(max_loaded=1, max_batched=1, max_rank=16, targets=(), bytes=GIB)
+    spec = EngineSpec(model, "tuned", model, model, model / "engine.log", model, HOPPER, lora=slots)
+    said = headroom.backup_shortage(spec)
+    assert said == "its weights may need 10.0 GiB of the machine's memory, 6.0 GiB are free"

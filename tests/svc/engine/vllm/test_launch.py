@@ -101,6 +101,44 @@ def test_without_room_for_adapters_it_takes_none(tmp_path: Path) -> None:
     assert spec(tmp_path).engine_capabilities.adapters == 0
 
 
+def idle(folder: Path, **settings: Any) -> EngineSpec:
+    """Of a model with an idle time."""
+    return replace(spec(folder, **settings), idles=True)
+
+
+@pytest.mark.parametrize(
+    ("device", "idles", "arguments", "sleeps"),
+    [
+        (Device.CUDA, True, (), True),
+        (Device.CUDA, False, (), False),
+        (Device.CPU, True, (), False),
+        (Device.CUDA, True, ("--enable-sleep-mode",), True),
+        (Device.CUDA, True, ("--no-enable-sleep-mode",), False),
+        (Device.CUDA, False, ("--enable-sleep-mode",), False),
+    ],
+)
+def test_an_engine_sleeps_on_a_gpu_where_its_model_has_an_idle_time(
+    tmp_path: Path, device: Device, idles: bool, arguments: tuple[str, ...], sleeps: bool
+) -> None:
+    made = replace(spec(tmp_path, device=device, args=arguments), idles=idles)
+    assert made.engine_capabilities.sleeps is sleeps
+    assert ("--enable-sleep-mode" in command(made)) is ("--enable-sleep-mode" in arguments or sleeps)
+
+
+def test_the_sleep_mode_in_the_arguments_is_not_passed_twice(tmp_path: Path) -> None:
+    given = idle(tmp_path, device=Device.CUDA, args=("--enable_sleep_mode",))
+    assert "--enable-sleep-mode" not in command(given)
+    assert given.plan["enable_sleep_mode"].origin is Origin.ARGS
+
+
+def test_an_engine_that_sleeps_was_started_otherwise_than_one_that_cannot(tmp_path: Path) -> None:
+    def differs(device: Device) -> bool:
+        return launch_digest(spec(tmp_path, device=device)) != launch_digest(idle(tmp_path, device=device))
+
+    assert differs(Device.CUDA)
+    assert not differs(Device.CPU)
+
+
 def test_it_answers_to_one_name(tmp_path: Path) -> None:
     arguments = command(spec(tmp_path))
     assert option(arguments, "--served-model-name") == "tuned"

@@ -344,3 +344,33 @@ async def test_a_record_that_is_damaged_does_not_stop_a_start(engine_in: Start, 
     engine = engine_in("ready")
     await engine.start()
     assert await engine.client.healthy()
+
+
+async def test_an_engine_whose_weights_the_machine_cannot_keep_is_not_asked_to_sleep(
+    engine_in: Start, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked, engine = list[str](), engine_in("ready")
+
+    async def sleep() -> None:
+        asked.append("sleep")
+
+    monkeypatch.setattr(engine.client, "sleep", sleep)
+    monkeypatch.setattr(process_module, "backup_shortage", lambda spec: "2 GiB are needed, 1 GiB is free")
+    with pytest.raises(EngineError, match="does not sleep: 2 GiB are needed"):
+        await engine.sleep()
+    assert asked == []
+
+
+async def test_the_memory_of_the_first_sleep_is_there_for_the_next(
+    engine_in: Start, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked, engine, answers = list[str](), engine_in("ready"), iter([None, "full"])
+
+    async def sleep() -> None:
+        asked.append("sleep")
+
+    monkeypatch.setattr(engine.client, "sleep", sleep)
+    monkeypatch.setattr(process_module, "backup_shortage", lambda spec: next(answers))
+    await engine.sleep()
+    await engine.sleep()
+    assert asked == ["sleep", "sleep"]
