@@ -58,7 +58,7 @@ def test_both_models_answer_the_official_client(instance: Instance) -> None:
 
 
 def test_the_engines_of_both_share_out_the_cores(instance: Instance) -> None:
-    shown = [{choice["name"]: choice for choice in model["plan"]} for model in instance.models().values()]
+    shown = [{choice["name"]: choice for choice in model["engine"]["plan"]} for model in instance.models().values()]
     cores = len(os.sched_getaffinity(0))
     assert [choices["threads"]["value"] for choices in shown] == [max(1, cores // 2)] * 2
 
