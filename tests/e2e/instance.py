@@ -22,6 +22,7 @@ from svc.engine.vllm.folders import state_folders
 from svc.registry.manifest import MANIFEST_FILE
 from svc.registry.registry import Registry
 from svc.settings import Settings
+from svc.version import VersionId
 from tests.e2e.server import of_one_model
 
 Prompts = list[list[dict[str, str]]]
@@ -169,12 +170,25 @@ def copy_model(home: Path, name: str) -> None:
     """Registers all versions of `tiny` under another name."""
     registry = Registry.of(Settings(home=home))
     for version in registry.versions("tiny"):
-        manifest = json.loads((registry.folder(version) / MANIFEST_FILE).read_text("utf-8"))
-        copied = registry.tracking.allocate(name, str(registry.folder(version)), manifest["tracking_run"])
-        folder = shutil.copytree(registry.folder(version), registry.folder(copied))
-        for path in [folder, folder / MANIFEST_FILE]:
-            path.chmod(0o755)
-        (folder / MANIFEST_FILE).write_text(json.dumps(manifest | {"name": name, "number": copied.number}), "utf-8")
+        _copy_version(registry, version, name)
+
+
+def copy_versions(home: Path, count: int) -> None:
+    """Registers the versions of `tiny` again, in turn, until there are so many."""
+    registry = Registry.of(Settings(home=home))
+    versions = registry.versions("tiny")
+    for number in range(len(versions), count):
+        _copy_version(registry, versions[number % len(versions)], "tiny")
+
+
+def _copy_version(registry: Registry, version: VersionId, name: str) -> None:
+    """Files are linked, since none of them ever changes, but the manifest."""
+    manifest = json.loads((registry.folder(version) / MANIFEST_FILE).read_text("utf-8"))
+    copied = registry.tracking.allocate(name, str(registry.folder(version)), manifest["tracking_run"])
+    folder = shutil.copytree(registry.folder(version), registry.folder(copied), copy_function=os.link)
+    folder.chmod(0o755)
+    (folder / MANIFEST_FILE).unlink()
+    (folder / MANIFEST_FILE).write_text(json.dumps(manifest | {"name": name, "number": copied.number}), "utf-8")
 
 
 def group(engine: psutil.Process) -> list[psutil.Process]:

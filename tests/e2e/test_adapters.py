@@ -18,13 +18,14 @@ from svc.engine.vllm.client import EngineClient
 from svc.engine.vllm.folders import socket_folder
 from svc.engine.vllm.launch import SOCKET_FILE
 from tests.e2e.conftest import DATA, PROMPTS, Report
-from tests.e2e.instance import Instance, copy_model, figures
+from tests.e2e.instance import Instance, copy_model, copy_versions, figures
 
 pytestmark = [pytest.mark.matrix]
 
 PORT = 8951
 ONE, TWO, THREE = "tiny@1", "tiny@2", "tiny@3"
 OTHER = "other"
+REGISTERED, LOADED = 200, 4
 Texts = dict[str, list[tuple[str, str]]]
 
 
@@ -177,3 +178,29 @@ def test_a_new_engine_starts_with_its_adapter(instance: Instance, own: Texts, re
     (engine,) = instance.status()["engines"]
     assert engine["adapters"] == [{"version": TWO, "verified": True}]
     assert instance.answers() == own[TWO]
+
+
+def test_two_hundred_are_asked_in_turn_with_four_loaded(
+    instance: Instance, own: Texts, client: openai.OpenAI, report: Report
+) -> None:
+    texts = [own[ONE][0][1], own[TWO][0][1], instance.answers(THREE)[0][1]]
+    instance.end()
+    copy_versions(instance.home, REGISTERED)
+    instance.settings["SVC_ADAPTERS__MAX_LOADED"] = str(LOADED)
+    instance.start()
+    messages, began, most = list[Any](PROMPTS[0]), time.monotonic(), 0
+    with Load(instance.url, "tiny", instance.prompts, streams=1) as load:
+        for number in range(1, REGISTERED + 1):
+            raw = client.chat.completions.with_raw_response.create(
+                model=f"tiny@{number}", messages=messages, max_tokens=24, temperature=0
+            )
+            assert raw.headers["x-model-version"] == f"tiny@{number}"
+            assert raw.parse().choices[0].message.content == texts[(number - 1) % len(texts)]
+            (engine,) = instance.status()["engines"]
+            most = max(most, len(engine["adapters"]))
+    seconds = (time.monotonic() - began) / REGISTERED
+    report(
+        f"{REGISTERED} adapters asked in turn, at most {most} loaded: {seconds:.2f} s each; {len(load.answers)} others"
+    )
+    assert most == LOADED
+    assert load.failed == []

@@ -150,6 +150,25 @@ def test_what_one_more_model_costs_at_rest(instance: Instance, report: Report) -
     assert both - one < 0.05
 
 
+@pytest.mark.matrix
+def test_an_idle_model_ends_and_comes_back_with_the_next_requests(instance: Instance, report: Report) -> None:
+    expected = {f"{TINY}@2": instance.answers(TINY)}
+    instance.end()
+    instance.settings |= {"SVC_SERVE__IDLE_S": "3"}
+    instance.start(TINY)
+    while instance.models()[TINY]["engine"]["state"] != "idle":
+        time.sleep(0.2)
+    instance.until(lambda status: not instance.engines())
+    assert httpx.get(f"{instance.url}/health", trust_env=False).status_code == 200
+    began = time.monotonic()
+    with Load(instance.url, TINY, PROMPTS, streams=3) as load:
+        load.wait_for(3)
+        report(f"an idle model's first three answers after {time.monotonic() - began:.1f} s")
+    check(load.answers, expected)
+    page = httpx.get(f"{instance.url}/metrics", trust_env=False).text
+    assert f'svc_engine_wake_seconds_count{{model="{TINY}"}} 1.0' in page
+
+
 def test_two_models_without_memory_for_both_start_no_engine(instance: Instance) -> None:
     instance.end()
     instance.settings |= {"SVC_ENGINE__REPLICAS": "64"}
