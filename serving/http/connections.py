@@ -6,7 +6,6 @@ engines any more.
 """
 
 import asyncio
-import os
 import resource
 import socket
 from typing import Any
@@ -57,12 +56,12 @@ class CountingListener(socket.socket):
         Raises:
             ConnectionAbortedError: there were enough; it was closed.
         """
-        descriptor, address = self._accept()  # type: ignore[attr-defined]
+        accepted, address = super().accept()
         if self._open >= self.most:
-            os.close(descriptor)
+            accepted.close()
             raise ConnectionAbortedError
         self._open += 1
-        return _CountedSocket(self, descriptor), address
+        return _CountedSocket(self, accepted.detach()), address
 
     def closed(self) -> None:
         """One of them has ended."""
