@@ -77,8 +77,14 @@ class Watched:
         return float(series["value"][1])
 
 
-DID_NOT_HAPPEN = {"Time to wake an idle model", "Adapters", "Time to load an adapter"}
-"""Panels of what this server does not do: its model is never idle, and is served merged and in 4 bits."""
+DID_NOT_HAPPEN = {
+    "Time to wake an idle model",
+    "Adapters",
+    "Time to load an adapter",
+    "Requests beyond limits of keys",
+}
+"""Panels of what this server does not do: its model is never idle, and is served merged and in 4 bits, to who has no
+key."""
 
 
 @contextmanager
