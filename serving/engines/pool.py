@@ -172,8 +172,11 @@ class EnginePool:
         self._on_change(new)
         self.retirement.after_requests(old)
 
-    async def adopt(self, target: Target) -> bool:
+    async def adopt(self, target: Target, on_first: Callable[[], None]) -> bool:
         """Makes members of the engines with a version that an earlier server left running.
+
+        Args:
+            on_first: called once there is one, and before it takes requests: others are adopted beside them.
 
         Returns:
             Whether there was one. Those that failed the verification were ended.
@@ -191,11 +194,12 @@ class EnginePool:
                 raise
             self._others.remove(engine)
             if adopted:
+                if not self.members:
+                    on_first()
                 self.members.append(engine)
+                self._show()
             else:
                 self._places.give_back(number)
-        if self.members:
-            self._show()
         return bool(self.members)
 
     @property

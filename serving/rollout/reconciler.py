@@ -132,21 +132,22 @@ class Reconciler:
         serves at once, and `run` takes the wish up again.
         """
         desired = self._actual
-        if await self._found(desired.target):
-            self._serves(Began.ADOPTED)
+        if await self._found(desired):
             await self._end_cut_off(SwapResult(SwapOutcome.SUCCEEDED))
             return True
-        if desired.previous is None or not await self._found(desired.previous):
+        if desired.previous is None:
             return False
-        self._actual = Desired(desired.previous, None, desired.generation - 1)
-        self._serves(Began.ADOPTED)
-        return True
+        return await self._found(Desired(desired.previous, None, desired.generation - 1))
 
-    async def _found(self, target: Target) -> bool:
+    async def _found(self, found: Desired) -> bool:
+        def serve() -> None:
+            self._actual = found
+            self._serves(Began.ADOPTED)
+
         try:
-            return await self._pool.adopt(target)
+            return await self._pool.adopt(found.target, serve)
         except SvcError:
-            log.warning("no engine with %s can be adopted", target, exc_info=True)
+            log.warning("no engine with %s can be adopted", found.target, exc_info=True)
             return bool(self._pool.members)
 
     async def run(self) -> None:

@@ -178,10 +178,37 @@ async def test_an_end_while_an_engine_is_adopted_leaves_none_running(
 
     monkeypatch.setattr(DoubleEngine, "adopt", hanging)
     control.assemble()
-    adopting = asyncio.create_task(control.pool.adopt(target(1)))
+    adopting = asyncio.create_task(control.pool.adopt(target(1), lambda: None))
     await hangs.wait()
     adopting.cancel()
     await asyncio.wait({adopting})
     await control.stop()
     assert control.park.alive == 0
     await asyncio.sleep(0.05)  # a double that was killed closes its socket a few turns of the loop later
+
+
+async def test_the_first_engine_answers_while_another_is_adopted(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    control = make(replicas=2)
+    control.leaves = True
+    async with control.run():
+        await until(lambda: len(control.pool.ready) == 2)
+    control.leaves, adopt, first, go = False, DoubleEngine.adopt, asyncio.Event(), asyncio.Event()
+
+    async def adopt_in_turn(engine: DoubleEngine) -> None:
+        if first.is_set():
+            await go.wait()
+        first.set()
+        await adopt(engine)
+
+    monkeypatch.setattr(DoubleEngine, "adopt", adopt_in_turn)
+    control.assemble()
+    starting = asyncio.create_task(control.start())
+    try:
+        await until(lambda: control.pool.ready)
+        async with control.client() as client:
+            answer = await ask(client, stream=False)
+        assert (answer.status, answer.version) == (200, ONE)
+    finally:
+        go.set()
+        await starting
+        await control.stop()

@@ -42,7 +42,7 @@ async def test_no_adoption_waits_in_the_event_loop(make: Make) -> None:
     control.leaves = False
     control.assemble()
     with watched_loop() as watch:
-        assert await control.pool.adopt(target(1))
+        assert await control.pool.adopt(target(1), lambda: None)
     assert watch.waits == []
     assert control.state is EngineState.READY
     await control.pool.stop()
