@@ -16,7 +16,8 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 from svc.engine.capabilities import Capabilities
 from svc.engine.model_facts import read_model_facts
 from svc.engine.vllm.client import EngineClient
-from svc.engine.vllm.plan import choose_dtype, choose_gptq_kernel, is_eager
+from svc.engine.vllm.number_type import choose_dtype, choose_gptq_kernel
+from svc.engine.vllm.plan import is_eager
 from svc.errors import ProbeError
 from svc.settings import Device, EngineSettings, GptqKernel
 

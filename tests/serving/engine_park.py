@@ -5,11 +5,14 @@ import errno
 from collections.abc import Callable
 from pathlib import Path
 
+import pytest
+
 from serving.engines.served_model import ServedModel
 from svc.engine.engine import LastingEngine
 from svc.engine.engine_capabilities import EngineCapabilities
+from svc.engine.vllm.choice import Choice, Origin
 from svc.engine.vllm.client import EngineClient, data_client
-from svc.engine.vllm.plan import Choice, EnginePlan, Origin
+from svc.engine.vllm.plan import EnginePlan
 from svc.engine.vllm.startup_phase import EnginePhase
 from svc.errors import EngineError
 from svc.version import Target
@@ -205,3 +208,16 @@ class DoubleEngine:
     async def _close(self) -> None:
         await self.client.close()
         await self.http.aclose()
+
+
+def fail_to_end_once(monkeypatch: pytest.MonkeyPatch) -> list[OSError]:
+    """The next engine that is to end does not; what is returned is empty once that has happened."""
+    stop, failures = DoubleEngine.stop, [OSError("too many open files")]
+
+    async def stopping(engine: DoubleEngine) -> None:
+        if failures:
+            raise failures.pop()
+        await stop(engine)
+
+    monkeypatch.setattr(DoubleEngine, "stop", stopping)
+    return failures

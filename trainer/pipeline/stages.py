@@ -22,7 +22,7 @@ from svc.disk import is_full, write_whole
 from svc.engine.capabilities import Capabilities, NumberType, read_capabilities
 from svc.engine.model_facts import ModelFacts, read_model_facts
 from svc.engine.probes import engine_facts
-from svc.engine.vllm.plan import choose_dtype, explain_gptq_kernel
+from svc.engine.vllm.number_type import choose_dtype, explain_gptq_kernel
 from svc.errors import DiskSpaceError, InterruptedRunError, SvcError
 from svc.evaluation.cache import EvaluationCache
 from svc.evaluation.evaluator import EvaluationReport, judge

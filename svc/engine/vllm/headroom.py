@@ -7,8 +7,10 @@ or from CUDA.
 from collections.abc import Sequence
 
 from svc.engine.machine import Machine, read_machine
+from svc.engine.vllm.choice import Origin
 from svc.engine.vllm.launch import EngineSpec
-from svc.engine.vllm.plan import GIB, Origin, choose_dtype, is_wide, plan_engine, weight_bytes
+from svc.engine.vllm.number_type import choose_dtype, is_wide, weight_bytes
+from svc.engine.vllm.plan import GIB, plan_engine
 from svc.settings import Device
 
 _OVERHEAD_BYTES = 2 * GIB

@@ -21,9 +21,11 @@ from svc.engine.engine_capabilities import EngineCapabilities
 from svc.engine.machine import read_machine
 from svc.engine.model_facts import ModelFacts, read_model_facts
 from svc.engine.vllm import plan
+from svc.engine.vllm.choice import Choice, Origin
 from svc.engine.vllm.engine_args import given, given_flag
 from svc.engine.vllm.environment import inherited_environment
 from svc.engine.vllm.lora import RUNTIME_VARIABLE, LoraSlots, lora_choices
+from svc.engine.vllm.number_type import choose_dtype, choose_gptq_kernel
 from svc.engine.vllm.plugin import INT4_LINEAR_VARIABLE, QUIET_VARIABLE
 from svc.settings import Device, EngineSettings, GptqKernel
 
@@ -124,11 +126,11 @@ class EngineSpec:
         return replace(facts, template_kwargs=tuple(sorted(self.template_kwargs.items())))
 
 
-def _sleep_choice(args: Sequence[str]) -> plan.Choice:
+def _sleep_choice(args: Sequence[str]) -> Choice:
     if given_flag(args, _SLEEP_FLAG):
-        return plan.Choice(_SLEEP_MODE, True, plan.Origin.ARGS)
+        return Choice(_SLEEP_MODE, True, Origin.ARGS)
     why = "idle_s: it frees the GPU when nobody asks"
-    return plan.Choice(_SLEEP_MODE, True, plan.Origin.SETTING, why, (f"--{_SLEEP_FLAG}",))
+    return Choice(_SLEEP_MODE, True, Origin.SETTING, why, (f"--{_SLEEP_FLAG}",))
 
 
 def command(spec: EngineSpec) -> list[str]:
@@ -195,9 +197,9 @@ def launch_digest(spec: EngineSpec) -> str:
     settings, able = spec.settings.model_dump(mode="json", exclude=without), spec.capabilities
     parts: list[Any] = [able.engine_device.value, able.vllm, spec.served_name, settings]
     # What a release before this one always did is left out, so that its engines are known still.
-    if (dtype := plan.choose_dtype(spec.settings, able, spec.facts)).origin is plan.Origin.MACHINE:
+    if (dtype := choose_dtype(spec.settings, able, spec.facts)).origin is Origin.MACHINE:
         parts.append({dtype.name: dtype.value})
-    if plan.choose_gptq_kernel(spec.settings, able, spec.facts) is GptqKernel.TORCH:
+    if choose_gptq_kernel(spec.settings, able, spec.facts) is GptqKernel.TORCH:
         parts.append({"gptq_kernel": GptqKernel.TORCH.value})
     if spec.facts.template_kwargs:
         parts.append({"chat_template_kwargs": dict(spec.facts.template_kwargs)})

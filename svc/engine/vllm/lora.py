@@ -3,8 +3,8 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from svc.engine.vllm.choice import Choice, Origin, Value
 from svc.engine.vllm.engine_args import given
-from svc.engine.vllm.plan import Choice, Origin, Value
 
 RUNTIME_VARIABLE = "VLLM_ALLOW_RUNTIME_LORA_UPDATING"
 """Opens the endpoints that load and unload adapters; only the private socket reaches them."""

@@ -7,21 +7,20 @@ vLLM decides well by itself is left to it. Knows no process and reads nothing: f
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from enum import StrEnum
 from math import prod
 from pathlib import Path
 from typing import Any
 
-from svc.engine.capabilities import Capabilities, NumberType
+from svc.engine.capabilities import Capabilities
 from svc.engine.machine import Machine
 from svc.engine.model_facts import ModelFacts
+from svc.engine.vllm.choice import AUTO, Choice, Origin, Value, as_argument
 from svc.engine.vllm.engine_args import given, given_flag
-from svc.engine.vllm.plugin import INT4_LINEAR_VARIABLE
+from svc.engine.vllm.number_type import GPTQ, choose_dtype, explain_gptq_kernel, is_wide, weight_bytes
 from svc.errors import EngineError
-from svc.settings import Device, EngineSettings, GptqKernel
+from svc.settings import Device, EngineSettings
 
 GIB = 2**30
-AUTO = "auto"
 _BLOCK_SIZE = 32
 _MEMORY_SHARE = 2
 """Keys and values get one half of what is free beside the weights; the other is for what a long prompt needs."""
@@ -32,50 +31,10 @@ _GPU_MARGIN = GIB // 2
 """vLLM compares its share with what is free after it has made its CUDA context, which takes about this."""
 _LEAST_GPU_SHARE = 0.01
 _SHARE_OPTIONS = ("--gpu-memory-utilization", "--device-memory-utilization")
-_GPTQ = "gptq"
-_WIDE = (NumberType.FLOAT32.value, "float")
-"""vLLM's names for numbers of 32 bits."""
-_VLLM_KERNELS = "CPUWNA16LinearKernel,ZentorchWNA16LinearKernel"
-"""vLLM's own kernels for 4-bit weights on a CPU. The first says yes also where its operator is missing, the second
-where the package zentorch is installed; both are asked before a plugin's."""
 _ONE_PROCESS = "vllm.v1.executor.uniproc_executor.UniProcExecutor"
 """vLLM's executor for a model in the process of its scheduler. By the short name, `uni`, a CPU gets `mp` in its place,
 a process of its own in which vLLM sets how OpenMP binds its threads."""
 _OTHER_PARALLELISM = (("--pipeline-parallel-size", "-pp"), ("--data-parallel-size", "-dp"))
-
-
-class Origin(StrEnum):
-    """Where a choice came from."""
-
-    ARGS = "engine.args"
-    SETTING = "setting"
-    ENVIRONMENT = "environment"
-    MACHINE = "machine"
-    MODEL = "model"
-    DEFAULT = "default"
-    VLLM = "vLLM's default"
-
-
-Value = str | int | float | bool
-
-
-@dataclass(frozen=True, slots=True)
-class Choice:
-    """One choice.
-
-    Attributes:
-        name: vLLM's name for it, where it has one.
-        reason: in a few words; empty where the origin says it all.
-        arguments: for vLLM's command line; none where it was given there already, or is vLLM's own choice.
-        variables: for its environment.
-    """
-
-    name: str
-    value: Value
-    origin: Origin
-    reason: str = ""
-    arguments: tuple[str, ...] = ()
-    variables: tuple[tuple[str, str], ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -157,7 +116,7 @@ class _Planner:
         length, concurrency, parallel = self._max_model_len(), self._max_num_seqs(), self._tensor_parallel()
         block, ranks = self._block_size(), _integer(parallel.value) or 1
         dtype = choose_dtype(self._settings, self._capabilities, self._model)
-        kernel = explain_gptq_kernel(self._settings, self._capabilities) if self._model.quantization == _GPTQ else None
+        kernel = explain_gptq_kernel(self._settings, self._capabilities) if self._model.quantization == GPTQ else None
         kernels = [] if kernel is None else [kernel]
         common = [self._which_device(), length, concurrency, dtype, *kernels, self._eager(), block]
         if self._cpu:
@@ -183,15 +142,15 @@ class _Planner:
             return Choice(name, _plain(value), Origin.ARGS)
         if own is not None and own < self._settings.max_model_len:
             # vLLM refuses to start with more.
-            return _argument(Choice(name, own, Origin.MODEL, f"made for {own:,} tokens"))
-        return _argument(Choice(name, self._settings.max_model_len, self._origin(name), "tokens"))
+            return as_argument(Choice(name, own, Origin.MODEL, f"made for {own:,} tokens"))
+        return as_argument(Choice(name, self._settings.max_model_len, self._origin(name), "tokens"))
 
     def _max_num_seqs(self) -> Choice:
         name = "max_num_seqs"
         if (value := given(self._args, "--max-num-seqs")) is not None:
             return Choice(name, _plain(value), Origin.ARGS)
         origin = self._origin("max_concurrency")
-        return _argument(Choice(name, self._settings.max_concurrency, origin, "sequences decoded together"))
+        return as_argument(Choice(name, self._settings.max_concurrency, origin, "sequences decoded together"))
 
     def _eager(self) -> Choice:
         name, eager = "enforce_eager", is_eager(self._settings, self._device)
@@ -212,7 +171,7 @@ class _Planner:
         if not self._cpu:
             return Choice(name, AUTO, Origin.VLLM, "what the attention kernel of this GPU takes")
         # The prefix cache keeps whole blocks: with vLLM's 128 tokens most of a short prompt is read again each time.
-        return _argument(Choice(name, _BLOCK_SIZE, Origin.DEFAULT, "tokens; short prompts share whole blocks"))
+        return as_argument(Choice(name, _BLOCK_SIZE, Origin.DEFAULT, "tokens; short prompts share whole blocks"))
 
     def _executor(self, ranks: int) -> Choice:
         name, machine = "distributed_executor_backend", self._machine
@@ -223,7 +182,7 @@ class _Planner:
         if machine.threads_bind is not None or machine.nodes > 1:
             return Choice(name, AUTO, Origin.VLLM, "binds threads to cores")
         # One import of torch and vLLM less, 8 of 32 s; its tokens come a tenth faster, and it takes 0.7 GiB less.
-        return _argument(Choice(name, _ONE_PROCESS, Origin.MACHINE, "no thread is far from its memory"))
+        return as_argument(Choice(name, _ONE_PROCESS, Origin.MACHINE, "no thread is far from its memory"))
 
     def _threads(self, ranks: int, *, bindable: bool) -> Choice:
         name, variable = "threads", "VLLM_CPU_OMP_THREADS_BIND"
@@ -258,7 +217,7 @@ class _Planner:
         if given(self._args, *_SHARE_OPTIONS) is not None:
             return Choice(name, AUTO, Origin.ARGS, f"what {_SHARE_OPTIONS[0]} leaves")
         if setting is not None:
-            return _argument(Choice(name, int(setting * GIB), Origin.SETTING, _gib(setting * GIB)))
+            return as_argument(Choice(name, int(setting * GIB), Origin.SETTING, _gib(setting * GIB)))
         free = max(0, self._machine.free - weight_bytes(self._model, wide=wide))
         one = self._sequence_bytes(length, block, wide=wide)
         # One sequence must fit, or vLLM does not start; but never into more than there is.
@@ -273,7 +232,7 @@ class _Planner:
             if room == least:
                 why = f"one sequence; only {_gib(free)} is free beside the weights"
         size = max(1, most // ranks)
-        return _argument(Choice(name, size, origin, f"{_gib(size)}: {why}"))
+        return as_argument(Choice(name, size, origin, f"{_gib(size)}: {why}"))
 
     def _sequence_bytes(self, length: Choice, block: Choice, *, wide: bool) -> int | None:
         """Keys and values of the longest sequence, in whole blocks."""
@@ -287,7 +246,7 @@ class _Planner:
         if (value := given(self._args, *_SHARE_OPTIONS)) is not None:
             return Choice(name, _plain(value), Origin.ARGS)
         if setting is not None:
-            return _argument(Choice(name, setting, Origin.SETTING))
+            return as_argument(Choice(name, setting, Origin.SETTING))
         if not gpus:
             return Choice(name, AUTO, Origin.VLLM, "nvidia-smi shows no GPU")
         fullest, engines = min(gpus, key=lambda gpu: gpu.free / gpu.memory), self._engines
@@ -296,14 +255,14 @@ class _Planner:
         reason = f"{_gib(fullest.free)} of {_gib(fullest.memory)} is free"
         if engines > 1:
             reason += f"; {engines} engines share it"
-        return _argument(Choice(name, share, Origin.MACHINE, reason))
+        return as_argument(Choice(name, share, Origin.MACHINE, reason))
 
     def _tensor_parallel(self) -> Choice:
         name, setting, model = "tensor_parallel_size", self._settings.tensor_parallel, self._model
         if (value := given(self._args, "--tensor-parallel-size", "-tp")) is not None:
             return Choice(name, _plain(value), Origin.ARGS)
         if setting is not None:
-            return _argument(Choice(name, setting, Origin.SETTING))
+            return as_argument(Choice(name, setting, Origin.SETTING))
         if self._cpu:
             return Choice(name, 1, Origin.VLLM)
         gpus = len(self._machine.gpus)
@@ -313,7 +272,7 @@ class _Planner:
         if ranks == 1:
             return Choice(name, 1, Origin.MACHINE if gpus < 2 else Origin.MODEL, seen)
         reason = f"{seen}; {model.heads} attention heads and {model.kv_heads} of keys and values"
-        return _argument(Choice(name, ranks, Origin.MACHINE, reason))
+        return as_argument(Choice(name, ranks, Origin.MACHINE, reason))
 
     def _left_to_vllm(self, flag: str) -> Choice:
         name, value = flag.replace("-", "_"), given_flag(self._args, flag)
@@ -326,7 +285,7 @@ class _Planner:
         if (value := given(self._args, "--chat-template-content-format")) is not None:
             return Choice(name, value, Origin.ARGS)
         # By itself vLLM gives texts as lists of parts to a template that can take them, which need not trim those.
-        return _argument(Choice(name, "string", Origin.DEFAULT, "as in training"))
+        return as_argument(Choice(name, "string", Origin.DEFAULT, "as in training"))
 
     def _template_kwargs(self) -> list[Choice]:
         name = "default_chat_template_kwargs"
@@ -334,7 +293,9 @@ class _Planner:
             return [Choice(name, value, Origin.ARGS)]
         if not self._model.template_kwargs:
             return []
-        return [_argument(Choice(name, json.dumps(dict(self._model.template_kwargs)), Origin.MODEL, "as in training"))]
+        return [
+            as_argument(Choice(name, json.dumps(dict(self._model.template_kwargs)), Origin.MODEL, "as in training"))
+        ]
 
     def _compile_cache(self) -> Choice:
         path = str(self._cache)
@@ -344,99 +305,11 @@ class _Planner:
         return Origin.SETTING if setting in self._settings.model_fields_set else Origin.DEFAULT
 
 
-def choose_dtype(settings: EngineSettings, capabilities: Capabilities, model: ModelFacts) -> Choice:
-    """In which numbers an engine computes: as the model is stored, unless the device is slow in them.
-
-    Raises:
-        EngineError: the model is in GPTQ, which cannot be served there.
-    """
-    name, own, kernel = "dtype", model.dtype, choose_gptq_kernel(settings, capabilities, model)
-    cpu = capabilities.device(settings) is Device.CPU
-    if (value := given(settings.args, "--dtype")) is not None:
-        _check_gptq_dtype(value, kernel, own)
-        return Choice(name, value, Origin.ARGS)
-    if kernel is GptqKernel.TORCH:
-        return _argument(Choice(name, NumberType.BFLOAT16.value, Origin.MACHINE, "what PyTorch's 4-bit kernel takes"))
-    if cpu and not capabilities.cpu_bfloat16 and model.quantization is None:
-        reason = f"{capabilities.instruction_set} has no fast numbers of 16 bits"
-        return _argument(Choice(name, NumberType.FLOAT32.value, Origin.MACHINE, reason))
-    if own is None or own == NumberType.FLOAT32:
-        return Choice(name, AUTO, Origin.VLLM, "16 bits")
-    if cpu:
-        return Choice(name, own, Origin.MODEL, "as it is stored")
-    return Choice(name, own, Origin.MODEL, "as it is stored; vLLM takes float16 on a GPU that has no bfloat16")
-
-
-def _check_gptq_dtype(value: str, kernel: GptqKernel | None, own: str | None) -> None:
-    """Refuses a number type in which the kernel does not multiply.
-
-    Args:
-        value: what `engine.args` say.
-        own: in which the model is stored; what vLLM takes for `auto`.
-
-    Raises:
-        EngineError: vLLM would not start with it.
-    """
-    taken = {GptqKernel.VLLM: ("bfloat16", "float16", "half", AUTO), GptqKernel.TORCH: ("bfloat16", AUTO)}
-    if kernel is None or ((own if value == AUTO else value) or AUTO) in taken[kernel]:
-        return
-    raise EngineError(
-        f"--dtype {value} in engine.args, and a model in GPTQ",
-        expected=f"{' or '.join(taken[kernel])}: what the kernel of {kernel} takes",
-        todo="leave --dtype out of engine.args: where float32 is faster, merged versions get it by themselves",
-    )
-
-
-def choose_gptq_kernel(settings: EngineSettings, capabilities: Capabilities, model: ModelFacts) -> GptqKernel | None:
-    """Whose kernel multiplies by 4-bit weights; None for a model that has none.
-
-    Raises:
-        EngineError: there is no kernel for it.
-    """
-    return capabilities.gptq_kernel(settings) if model.quantization == _GPTQ else None
-
-
-def explain_gptq_kernel(settings: EngineSettings, capabilities: Capabilities) -> Choice:
-    """Whose kernel multiplies by 4-bit weights, and why.
-
-    Raises:
-        EngineError: there is no kernel for it.
-    """
-    name, kernel = "gptq_kernel", capabilities.gptq_kernel(settings)
-    asked = settings.gptq_kernel is not GptqKernel.AUTO
-    origin = Origin.SETTING if asked else Origin.MACHINE
-    if kernel is GptqKernel.VLLM:
-        return Choice(name, kernel.value, origin, "" if asked else "vLLM's own")
-    reason = "" if asked else f"vLLM has none for {capabilities.hardware(settings)}"
-    variables = ((INT4_LINEAR_VARIABLE, "1"), ("VLLM_DISABLED_KERNELS", _VLLM_KERNELS))
-    return Choice(name, kernel.value, origin, reason, variables=variables)
-
-
-def is_wide(dtype: Choice) -> bool:
-    """Whether an engine computes in 32 bits."""
-    return dtype.value in _WIDE
-
-
-def weight_bytes(model: ModelFacts, *, wide: bool) -> int:
-    """What a model's weights take in memory, bytes: in 32 bits twice what they take on disk in 16.
-
-    Args:
-        wide: the engine computes in 32 bits.
-    """
-    return model.weights * 2 if wide and model.dtype != NumberType.FLOAT32 else model.weights
-
-
 def is_eager(settings: EngineSettings, device: Device) -> bool:
     """Whether compilation is skipped: by `engine.args`, else by the setting, else on the CPU."""
     said = given_flag(settings.args, "enforce-eager")
     said = settings.eager if said is None else said
     return device is Device.CPU if said is None else said
-
-
-def _argument(choice: Choice) -> Choice:
-    """The choice, passed to vLLM under its own name."""
-    option = f"--{choice.name.replace('_', '-')}"
-    return Choice(choice.name, choice.value, choice.origin, choice.reason, (option, str(choice.value)))
 
 
 def _plain(text: str) -> int | float | str:

@@ -11,7 +11,7 @@ from svc.store.desired import change_desired, read_desired
 from svc.store.swaps import SwapOutcome, find_swap
 from svc.version import Format, Target, VersionId
 from tests.serving.control import BODY, until
-from tests.serving.engine_park import DoubleEngine
+from tests.serving.engine_park import fail_to_end_once
 from tests.serving.home import Home
 from tests.serving.versions import NAME, make_version, target
 
@@ -127,14 +127,7 @@ async def test_a_start_that_fails_refuses_what_waited_and_is_tried_again(idling:
 async def test_an_engine_that_cannot_be_ended_is_ended_before_the_next_start(
     idling: Home, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    stop, failures = DoubleEngine.stop, [OSError("too many open files")]
-
-    async def stopping(engine: DoubleEngine) -> None:
-        if failures:
-            raise failures.pop()
-        await stop(engine)
-
-    monkeypatch.setattr(DoubleEngine, "stop", stopping)
+    failures = fail_to_end_once(monkeypatch)
     async with idling.serving(f"{NAME}@1") as client:
         await become(client, tuned="idle")
         assert not failures

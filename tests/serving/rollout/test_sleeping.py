@@ -16,7 +16,7 @@ from svc.store.desired import change_desired, read_desired
 from svc.store.swaps import find_swap
 from svc.version import Format, Target, VersionId
 from tests.serving.control import BODY, Make, until
-from tests.serving.engine_park import DoubleEngine
+from tests.serving.engine_park import fail_to_end_once
 from tests.serving.home import Home
 from tests.serving.rollout.test_idling import IDLE_S, OTHER, configure
 from tests.serving.versions import NAME, make_version, target
@@ -315,14 +315,7 @@ async def test_a_model_that_wakes_does_not_end_itself_to_make_room(
 async def test_an_engine_that_cannot_be_ended_either_is_ended_before_the_next_start(
     sleeping: Home, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    stop, failures = DoubleEngine.stop, [OSError("too many open files")]
-
-    async def stopping(engine: DoubleEngine) -> None:
-        if failures:
-            raise failures.pop()
-        await stop(engine)
-
-    monkeypatch.setattr(DoubleEngine, "stop", stopping)
+    fail_to_end_once(monkeypatch)
     async with sleeping.serving(f"{NAME}@1") as client:
         await asleep(client)
         sleeping.park.double.wakeless = True

@@ -12,7 +12,9 @@ from hypothesis import strategies as st
 from svc.engine.capabilities import Capabilities
 from svc.engine.machine import Gpu, Machine
 from svc.engine.model_facts import ModelFacts
-from svc.engine.vllm.plan import GIB, EnginePlan, Origin, plan_engine, weight_bytes
+from svc.engine.vllm.choice import Origin
+from svc.engine.vllm.number_type import weight_bytes
+from svc.engine.vllm.plan import GIB, EnginePlan, plan_engine
 from svc.engine.vllm.plugin import INT4_LINEAR_VARIABLE
 from svc.errors import EngineError
 from svc.settings import Device, EngineSettings
