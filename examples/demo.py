@@ -212,9 +212,9 @@ def show_summary(summary: Summary, seconds: float) -> None:
     registry = Registry.of(Settings(home=HOME))
     for number in (1, 2):
         manifest = registry.manifest(VersionId(NAME, number))
-        asked = manifest.base_evaluation.examples if manifest.base_evaluation else 0
         console.print(
-            f"\n{manifest.id}, from {manifest.base.origin}, judged by {asked} held-out examples", markup=False
+            f"\n{manifest.id}, from {manifest.base.origin}, judged by {manifest.judged_examples} held-out examples",
+            markup=False,
         )
         console.print(evaluation_table(manifest))
     console.print()

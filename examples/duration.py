@@ -1,7 +1,7 @@
 """How long the demo takes on this machine, from two measurements of some seconds.
 
 About half of the time is products of matrices, and most of the rest is processes that start: each loads torch, and much
-else. Both are measured here and compared with a machine of two cores with AVX-512 on which a whole demo took 12.5
+else. Both are measured here and compared with a machine of two cores with AVX-512 on which a whole demo took 10.9
 minutes; how those divide was added up from its log. Knows nothing of what an earlier, interrupted demo has done
 already, nor of how fast packages and the base model come over the network.
 """
@@ -16,9 +16,9 @@ from svc.engine.capabilities import NumberType, read_capabilities
 
 _TOKENS, _WIDTH, _HEIGHT = 1_000, 576, 1_536
 """A batch of the example task, and the largest layer of its model."""
-_PRODUCTS = 1.5e14
+_PRODUCTS = 1.35e14
 """Floating-point operations, in products of that shape, that take as long as all that is computed."""
-_IMPORTS = 300.0
+_IMPORTS = 250.0
 """Imports of torch that take as long as all the rest."""
 
 

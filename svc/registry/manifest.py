@@ -103,6 +103,11 @@ class Manifest(_Record):
         return VersionId(self.name, self.number)
 
     @property
+    def judged_examples(self) -> int:
+        """By how many held-out examples its formats were judged; 0 of an adapter alone."""
+        return next((record.evaluation.examples for record in self.formats.values() if record.evaluation), 0)
+
+    @property
     def max_answer_tokens(self) -> int:
         """Where answers to held-out examples were cut, tokens."""
         return int(self.recipe.get("evaluate", {}).get("max_tokens", _MAX_ANSWER_TOKENS))

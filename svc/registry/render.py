@@ -18,8 +18,7 @@ def print_version(manifest: Manifest, folder: Path) -> None:
     output.print(
         f"base {base.origin} (licence: {base.licence or 'unknown'}), trained on {data.train_examples} examples"
     )
-    judged = next((record.evaluation.examples for record in manifest.formats.values() if record.evaluation), 0)
-    output.print(f"judged by {judged} of {data.heldout_examples} held-out examples\n")
+    output.print(f"judged by {manifest.judged_examples} of {data.heldout_examples} held-out examples\n")
     output.print(evaluation_table(manifest))
     for failure in manifest.failed:
         output.print(f"[red]cannot be promoted, it failed a check:[/red] {failure}")

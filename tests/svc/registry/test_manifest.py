@@ -9,9 +9,10 @@ from typing import Any
 import pytest
 
 from svc.errors import IntegrityError
-from svc.registry.manifest import MANIFEST_FILE, Manifest, read_manifest, write_manifest
-from svc.version import VersionId
-from tests.svc.registry.manifests import make_manifest
+from svc.evaluation.evaluator import EvaluationReport
+from svc.registry.manifest import MANIFEST_FILE, FormatRecord, Manifest, read_manifest, write_manifest
+from svc.version import Format, VersionId
+from tests.svc.registry.manifests import make_manifest, report
 from trainer.recipe.sections import Evaluate
 
 
@@ -33,6 +34,19 @@ def test_what_is_written_is_read(folder: Path, manifest: Manifest) -> None:
     write_manifest(folder, manifest)
     assert read_manifest(folder) == manifest
     assert manifest.id == VersionId("tiny", 3)
+
+
+@pytest.mark.parametrize("base_evaluation", [report(), None], ids=["beside its base", "in the format that is served"])
+def test_it_says_by_how_many_examples_it_was_judged(folder: Path, base_evaluation: EvaluationReport | None) -> None:
+    (folder / "gptq").mkdir()
+    made = make_manifest(VersionId("tiny", 3), folder, base_evaluation=base_evaluation)
+    assert made.judged_examples == 2
+
+
+def test_an_adapter_alone_was_judged_by_none(folder: Path) -> None:
+    (folder / "adapter").mkdir()
+    adapter = FormatRecord(files=())
+    assert make_manifest(VersionId("tiny", 3), folder, formats={Format.ADAPTER: adapter}).judged_examples == 0
 
 
 def test_nothing_is_left_beside_it(folder: Path, manifest: Manifest) -> None:
