@@ -186,29 +186,32 @@ class _Planner:
 
     def _threads(self, ranks: int, *, bindable: bool) -> Choice:
         name, variable = "threads", "VLLM_CPU_OMP_THREADS_BIND"
-        cores, quota, bound = self._machine.cores, self._machine.quota, self._machine.threads_bind
+        cores, bound = self._machine.cores, self._machine.threads_bind
         if bound is not None:
             return Choice(name, bound, Origin.ENVIRONMENT, variable, variables=((variable, bound),))
         if ranks > 1:
             return Choice(name, AUTO, Origin.VLLM, "one memory node for each rank")
-        limited = quota is not None and quota < len(cores)
-        # vLLM's own choice leaves a core unused; all of them decode half as fast again.
-        most, reason = len(cores), f"{_counted(len(cores), 'core')} of this process"
-        if quota is not None and limited:
-            most, reason = max(1, int(quota)), f"a quota of {quota:g} cores"
-        count, origin = self._settings.cores, Origin.SETTING
+        (most, reason), count, origin = self._most_cores(), self._settings.cores, Origin.SETTING
         if count is None:
-            # Threads of two engines that wait for each other on one core slow both to a tenth.
+            # Threads of two engines that wait for each other on one core slow both to a quarter.
             count, origin = max(1, most // self._engines), Origin.MACHINE
             reason += f"; {self._engines} engines share them" if self._engines > 1 else ""
         elif count > most:
             raise EngineError(f"engine.cores is {count}", expected=f"at most {most}: {reason}")
-        if limited or count < len(cores) or not bindable:
-            # Bound to numbered cores, all engines of a machine, or containers of a host, would crowd on the first ones.
-            free = ((variable, "nobind"), ("OMP_NUM_THREADS", str(count)))
-            return Choice(name, count, origin, reason, variables=free)
-        numbers = ",".join(str(core) for core in cores)
-        return Choice(name, count, origin, reason, variables=((variable, numbers),))
+        if count == len(cores) and bindable:
+            numbers = ",".join(str(core) for core in cores)
+            return Choice(name, count, origin, reason, variables=((variable, numbers),))
+        # Bound to numbered cores, all engines of a machine, or containers of a host, would crowd on the first ones.
+        free = ((variable, "nobind"), ("OMP_NUM_THREADS", str(count)))
+        return Choice(name, count, origin, reason, variables=free)
+
+    def _most_cores(self) -> tuple[int, str]:
+        """How many this process may keep busy, and why."""
+        cores, quota = len(self._machine.cores), self._machine.quota
+        if quota is not None and quota < cores:
+            return max(1, int(quota)), f"a quota of {quota:g} cores"
+        # vLLM's own choice leaves a core unused; all of them decode half as fast again.
+        return cores, f"{_counted(cores, 'core')} of this process"
 
     def _kv_cache(self, length: Choice, concurrency: Choice, block: Choice, ranks: int, *, wide: bool) -> Choice:
         name, setting = "kv_cache_memory_bytes", self._settings.kv_cache_gib
