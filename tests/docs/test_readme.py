@@ -47,8 +47,10 @@ def test_every_make_target_exists(line: str) -> None:
 def test_every_svc_command_parses(line: str) -> None:
     words = _words(line, "svc") or []
     command: click.Command = group
+    context: click.Context | None = None
     while isinstance(command, click.Group) and (words or not command.invoke_without_command):
-        context = click.Context(command)
+        # A group keeps the help option of the first context that asks: so these have their parents, as in a real run.
+        context = click.Context(command, context, **command.context_settings)
         _, words, _ = command.make_parser(context).parse_args(words)  # its own options stand before
         found = command.get_command(context, words.pop(0))
         assert found is not None
