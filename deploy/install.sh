@@ -50,7 +50,7 @@ if ! .venv/bin/python -m pip --version >/dev/null 2>&1; then
     exit 1
   fi
 fi
-echo "installing packages into .venv: about 3.3 GB, some minutes" >&2
+echo "installing packages into .venv: about 3.6 GB, some minutes" >&2
 .venv/bin/python -m pip install --quiet --upgrade 'pip>=25.1'
 chosen=(--constraint "$constraints")
 [ -z "${NEWEST:-}" ] || chosen=(--upgrade --upgrade-strategy eager)

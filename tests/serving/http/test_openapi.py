@@ -22,6 +22,7 @@ from sqlalchemy import Engine as Store
 
 from serving.admission.admission import Admission
 from serving.engines.balancer import Lease
+from serving.http.authentication import Authentication
 from serving.http.errors import _SHAPES
 from serving.http.openapi import openapi_document
 from serving.model_names import ModelNames
@@ -29,11 +30,17 @@ from serving.protocols.error_code import ErrorCode
 from serving.protocols.route import Route
 from serving.telemetry.metrics import GatewayMetrics
 from serving.telemetry.request_log import RequestLog
+from svc.access.authenticator import Authenticator
+from svc.access.keyring import Keyring
+from svc.actor import Actor
+from svc.principal import Limits, Scope
 from svc.settings import RequestLogSettings, ServeSettings
 from tests.serving.engine_double import EngineDouble
 from tests.serving.service import NAME, ONE, OneBackend, Service, application
 
 EXAMPLES = min(30, settings().max_examples)
+OPEN = {"/health"}
+"""For this nobody needs a key."""
 CHECKS = [not_a_server_error, status_code_conformance, response_schema_conformance, content_type_conformance]
 
 
@@ -71,6 +78,7 @@ def api(memory_folder: Path, store: Store) -> Iterator[Any]:
     names, admission = ModelNames(NAME), Admission(max_running=8, max_tokens=8, max_queued=8, queue_timeout_s=1)
     engine = httpx.AsyncClient(transport=httpx.ASGITransport(EngineDouble(name=NAME)), base_url="http://engine")
     names.set_loaded({ONE})
+    authenticator = Authenticator(store)
 
     @asynccontextmanager
     async def lease(model: str, *, without: Lease | None = None) -> AsyncIterator[Lease]:
@@ -84,11 +92,13 @@ def api(memory_folder: Path, store: Store) -> Iterator[Any]:
         request_log=request_log,
         settings=traffic_settings,
         store=store,
+        authentication=Authentication(authenticator, on_failure=lambda fault: None),
     )
     names.serve(ONE)
     admission.available()
     request_log.start()
     found = schemathesis.openapi.from_asgi("/openapi.json", app)
+    authenticator.look()  # from here on it demands keys, where there are some
     schema = {"enum": [*names.all(), "other"]}
     found.raw_schema["paths"]["/v1/models/{name}"]["parameters"][0]["schema"] = schema
     for route in Route:
@@ -109,9 +119,51 @@ def cases() -> Iterator[tuple[str, str, GenerationMode]]:
 
 @pytest.mark.parametrize(("method", "path", "mode"), sorted(cases()))
 def test_every_answer_is_one_that_it_describes(api: Any, method: str, path: str, mode: GenerationMode) -> None:
-    @settings(max_examples=EXAMPLES, deadline=None, suppress_health_check=list(HealthCheck))
-    @given(api[path][method].as_strategy(generation_mode=mode))
+    ask_all(api[path][method], mode)
+
+
+class TestWithKeys:
+    """The same of a server that demands a key; from callers that it lets in, in part, or not at all."""
+
+    @pytest.fixture(params=["admin", "limited", "wrong"])
+    def caller(self, request: pytest.FixtureRequest) -> str:
+        return str(request.param)
+
+    @pytest.fixture
+    def headers(self, caller: str, store: Store) -> dict[str, str]:
+        scopes, limits = frozenset({Scope.ADMIN}), Limits()
+        if caller == "limited":
+            scopes, limits = frozenset({Scope.INFER, Scope.FEEDBACK}), Limits(requests_per_minute=3)
+        issued = Keyring(store, Actor("user:alice", "box")).create(scopes, limits=limits)
+        return {"authorization": f"Bearer {'none-of-yours' if caller == 'wrong' else issued.secret}"}
+
+    @pytest.mark.parametrize(("method", "path", "mode"), sorted(cases()))
+    def test_every_answer_is_one_that_it_describes(
+        self, caller: str, headers: dict[str, str], api: Any, method: str, path: str, mode: GenerationMode
+    ) -> None:
+        found = ask_all(api[path][method], mode, headers)
+        if path in OPEN:
+            assert found == {200}
+        elif caller == "wrong":
+            assert found <= {401, 429}
+        elif caller == "limited" and path.startswith(("/svc/", "/metrics")):
+            assert found == {403}
+        elif method != "delete":
+            assert not found & {401, 403}
+
+
+def ask_all(operation: Any, mode: GenerationMode, headers: dict[str, str] | None = None) -> set[int]:
+    """The statuses of its answers, each of which was as it is described."""
+    found = set()
+
+    @settings(
+        max_examples=EXAMPLES if headers is None else EXAMPLES // 3,
+        deadline=None,
+        suppress_health_check=list(HealthCheck),
+    )
+    @given(operation.as_strategy(generation_mode=mode))
     def ask(case: schemathesis.Case[Any]) -> None:
-        case.call_and_validate(checks=CHECKS)
+        found.add(case.call_and_validate(checks=CHECKS, headers=headers).status_code)
 
     ask()
+    return found
