@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 from svc.engine.vllm.choice import Choice, Origin, Value
 from svc.engine.vllm.engine_args import given
+from svc.engine.vllm.plugin import LORA_VARIABLE
 
 RUNTIME_VARIABLE = "VLLM_ALLOW_RUNTIME_LORA_UPDATING"
 """Opens the endpoints that load and unload adapters; only the private socket reaches them."""
@@ -84,8 +85,8 @@ def lora_choices(slots: LoraSlots, args: Sequence[str]) -> tuple[Choice, ...]:
         "max_cpu_loras": slots.max_loaded,
         "max_lora_rank": slots.max_rank,
     }
-    why, flag, variable = "adapters beside the base", ("--enable-lora",), ((RUNTIME_VARIABLE, "True"),)
-    enabled = Choice("enable_lora", True, Origin.DEFAULT, why, flag, variable)
+    variables = ((RUNTIME_VARIABLE, "True"), (LORA_VARIABLE, "1"))
+    enabled = Choice("enable_lora", True, Origin.DEFAULT, "adapters beside the base", ("--enable-lora",), variables)
     targets = ("--lora-target-modules", *slots.targets)
     layers = Choice("lora_target_modules", " ".join(slots.targets), Origin.MODEL, "never the output layer", targets)
     return (enabled, *(_choice(name, value, args) for name, value in values.items()), layers)

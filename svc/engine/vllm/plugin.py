@@ -12,6 +12,8 @@ from typing import Any
 
 INT4_LINEAR_VARIABLE = "TUNESERVE_INT4_LINEAR"
 """Set to 1 in the environment of an engine that is to use our 4-bit kernel."""
+LORA_VARIABLE = "TUNESERVE_LORA"
+"""Set to 1 in the environment of an engine that applies adapters."""
 QUIET_VARIABLE = "TUNESERVE_QUIET_ERRORS"
 """Set to 1 in the environment of an engine whose log is to hold no text of a request."""
 _TOLD_BY = ("vllm.entrypoints.", "uvicorn.")
@@ -24,6 +26,8 @@ def register() -> None:
         logging.setLogRecordFactory(_QuietRecords(logging.getLogRecordFactory()))
     if os.environ.get(INT4_LINEAR_VARIABLE) == "1":
         _register_int4_linear()
+    if os.environ.get(LORA_VARIABLE) == "1":
+        _apply_no_adapter_to_the_base()
 
 
 class _QuietRecords:
@@ -61,3 +65,27 @@ def _register_int4_linear() -> None:
     from svc.engine.vllm.int4_linear import Int4LinearKernel
 
     register_linear_kernel(Int4LinearKernel, PlatformEnum.CPU, "mp")
+
+
+def _apply_no_adapter_to_the_base() -> None:
+    """Has vLLM answer the base's requests with the base on a CPU, also beside requests of adapters.
+
+    In a batch of both, the tokens of the base have the slot -1, which its kernels for GPUs skip. Those for CPUs take it
+    as an index, that of the last slot, and answer with the adapter there (vllm-project/vllm#48421). Zeros between the
+    two halves of an adapter make it add nothing.
+    """
+    from vllm.lora.ops import torch_ops
+    from vllm.lora.ops.torch_ops import lora_ops
+
+    shrink = lora_ops.bgmv_shrink
+    if getattr(shrink, "skips_base", False):
+        return
+
+    def bgmv_shrink(
+        inputs: Any, lora_b_weights: Any, output_tensor: Any, lora_indices_tensor: Any, scaling: float = 1.0
+    ) -> None:
+        shrink(inputs, lora_b_weights, output_tensor, lora_indices_tensor, scaling)
+        output_tensor[lora_indices_tensor < 0] = 0
+
+    bgmv_shrink.skips_base = True  # type: ignore[attr-defined]
+    lora_ops.bgmv_shrink = torch_ops.bgmv_shrink = bgmv_shrink

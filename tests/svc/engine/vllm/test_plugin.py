@@ -10,7 +10,7 @@ from importlib.metadata import entry_points
 
 import pytest
 
-from svc.engine.vllm.plugin import INT4_LINEAR_VARIABLE, QUIET_VARIABLE, register
+from svc.engine.vllm.plugin import INT4_LINEAR_VARIABLE, LORA_VARIABLE, QUIET_VARIABLE, register
 
 
 def test_vllm_finds_it_by_its_entry_point() -> None:
@@ -21,7 +21,7 @@ def test_vllm_finds_it_by_its_entry_point() -> None:
 @pytest.mark.parametrize("value", ["", "0", None])
 def test_in_a_vllm_that_we_did_not_start_it_imports_nothing(value: str | None) -> None:
     code = "import sys; from svc.engine.vllm.plugin import register; register(); assert 'vllm' not in sys.modules"
-    names = (INT4_LINEAR_VARIABLE, QUIET_VARIABLE)
+    names = (INT4_LINEAR_VARIABLE, LORA_VARIABLE, QUIET_VARIABLE)
     subprocess.run([sys.executable, "-c", code], check=True, env=dict.fromkeys(names, value) if value else {})
 
 
@@ -90,3 +90,29 @@ def test_in_an_engine_that_asks_for_it_the_kernel_is_registered() -> None:
         "assert _POSSIBLE_KERNELS[PlatformEnum.CPU][-1].__name__ == 'Int4LinearKernel'"
     )
     subprocess.run([sys.executable, "-c", code], check=True, env=os.environ | {INT4_LINEAR_VARIABLE: "1"})
+
+
+MIXED_BATCH = """
+import os, sys, torch
+import svc.engine.vllm.plugin as plugin
+plugin.register()
+plugin.register()  # vLLM may do so
+from vllm.lora.ops.torch_ops import bgmv_shrink, sgmv_shrink
+slots, inputs = torch.rand(4, 1, 8, 16), torch.rand(3, 16)  # each slot has an adapter of rank 8 over 16 features
+whole, parts = torch.rand(3, 8), torch.rand(3, 8)
+bgmv_shrink(inputs, slots, whole, torch.tensor([2, -1, 0]), 0.5)
+sgmv_shrink(inputs, slots, parts, None, torch.tensor([2, 1]), torch.tensor([-1, 0]), 2, 2, 3, 0.5)
+expected = torch.stack([0.5 * slots[2, 0] @ inputs[0], torch.zeros(8), 0.5 * slots[0, 0] @ inputs[2]])
+of_base = torch.stack([torch.zeros(8), torch.zeros(8), expected[2]])
+print(torch.allclose(whole, expected), torch.allclose(parts, of_base))
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("ours", [True, False])
+def test_in_a_batch_with_adapters_the_base_is_answered_by_the_base(ours: bool) -> None:
+    """Where a release does so by itself, the second case fails, and the plugin has nothing left to do there."""
+    environment = os.environ | ({LORA_VARIABLE: "1"} if ours else {})
+    command = [sys.executable, "-c", MIXED_BATCH]
+    ended = subprocess.run(command, check=True, env=environment, stdout=subprocess.PIPE, text=True)
+    assert ended.stdout.split()[-2:] == (["True", "True"] if ours else ["False", "False"])
