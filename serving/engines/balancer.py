@@ -7,13 +7,12 @@ from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
 
-import httpx
-
 from serving.admission.errors import ENGINE_RETRY_S, AdmissionError, EngineUnavailableError
 from serving.engines.pool import EnginePool
 from serving.engines.replica import Replica
 from serving.engines.transport import EngineDiedError
 from serving.model_names import ModelNames, ModelNotFoundError
+from svc.engine.vllm.connection_pool import EngineConnections
 from svc.errors import EngineError
 from svc.version import Target, VersionId
 
@@ -29,12 +28,12 @@ class Lease:
     """An engine for one request.
 
     Attributes:
-        http: a client whose base URL is the engine.
+        http: connections to the engine.
         served: the version that answers.
         engine_model: what the engine calls it.
     """
 
-    http: httpx.AsyncClient
+    http: EngineConnections
     served: Target
     engine_model: str
 

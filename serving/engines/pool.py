@@ -136,7 +136,7 @@ class EnginePool:
     def sources(self) -> list[EngineSource]:
         """The engines whose metrics can be asked for, those that were replaced among them."""
         engines = [(engine, engine.target) for engine in self.all]
-        return [EngineSource(engine.http, served, engine.replica) for engine, served in engines if served]
+        return [EngineSource(engine.client, served, engine.replica) for engine, served in engines if served]
 
     def _made(self, number: int) -> Replica:
         engine = self._make(number, self._on_change)

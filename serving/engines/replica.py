@@ -11,8 +11,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
-import httpx
-
 from serving.engines.adapters import Checked
 from serving.engines.engine_adapters import EngineAdapters
 from serving.engines.engine_watch import EngineWatch
@@ -22,6 +20,7 @@ from svc.engine.engine import LastingEngine
 from svc.engine.engine_capabilities import EngineCapabilities
 from svc.engine.state import EngineState
 from svc.engine.vllm.client import EngineClient
+from svc.engine.vllm.connection_pool import EngineConnections
 from svc.engine.vllm.plan import EnginePlan
 from svc.engine.vllm.startup_phase import EnginePhase
 from svc.version import Format, Target, VersionId
@@ -112,7 +111,7 @@ class Replica:
         return self._started.client
 
     @property
-    def http(self) -> httpx.AsyncClient:
+    def http(self) -> EngineConnections:
         """For the requests of clients.
 
         Raises:

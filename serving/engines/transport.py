@@ -3,14 +3,21 @@
 Knows vLLM's error texts, so that no other module has to.
 """
 
+import asyncio
 import re
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from http import HTTPStatus
 from typing import Any
 
-import httpx
-
 from serving.admission.errors import ENGINE_RETRY_S, OVERLOADED_RETRY_S
+from svc.engine.vllm.connection import (
+    BrokenConnectionError,
+    ConnectionFailedError,
+    SilenceError,
+    UnreachableError,
+)
+from svc.engine.vllm.connection_pool import EngineAnswer, EngineConnections
 from svc.engine.vllm.error_text import error_of, without_values
 from svc.errors import EngineError
 
@@ -71,7 +78,7 @@ class ContextLengthError(EngineRefusedError):
 
 
 @asynccontextmanager
-async def call(engine: httpx.AsyncClient, path: str, payload: bytes, request_id: str) -> AsyncIterator[httpx.Response]:
+async def call(engine: EngineConnections, path: str, payload: bytes, request_id: str) -> AsyncIterator[EngineAnswer]:
     """Sends a request; the body of the `with` reads the answer, and leaving it early ends the work in the engine.
 
     Raises:
@@ -82,34 +89,34 @@ async def call(engine: httpx.AsyncClient, path: str, payload: bytes, request_id:
         EngineBusyError, EngineRefusedError: the engine's answer is an error.
     """
     begun = False
-    headers = {"content-type": "application/json", "accept-encoding": "identity", "x-request-id": request_id}
     try:
-        async with engine.stream("POST", path, content=payload, headers=headers) as response:
-            if response.status_code >= 400:
-                raise refusal(response.status_code, error_of(await response.aread()))
+        async with engine.post(path, payload, request_id) as answer:
+            if answer.status >= 400:
+                raise refusal(answer.status, error_of(await answer.read()))
             begun = True
-            yield response
-    except (httpx.ConnectError, httpx.ConnectTimeout) as error:
+            yield answer
+    except UnreachableError as error:
         raise EngineUnreachableError("the engine takes no connection; it is being restarted") from error
-    except httpx.TimeoutException as error:
+    except SilenceError as error:
         raise EngineSilentError("the engine said nothing for too long") from error
     except EngineFailedError as error:
         # In a stream of messages vLLM words its own death so.
         if begun and not await _lives(engine):
             raise EngineDiedError("the engine went away; it is being restarted") from error
         raise
-    except httpx.TransportError as error:
+    except BrokenConnectionError as error:
         if begun and await _lives(engine):
             raise EngineFailedError("the engine broke off its answer") from error
         raise EngineDiedError("the engine went away; it is being restarted") from error
 
 
-async def _lives(engine: httpx.AsyncClient) -> bool:
+async def _lives(engine: EngineConnections) -> bool:
     if engine.is_closed:  # the engine was ended, and the request with it
         return False
     try:
-        return (await engine.get("/health", timeout=_HEALTH_TIMEOUT_S)).is_success
-    except httpx.TransportError:
+        async with asyncio.timeout(_HEALTH_TIMEOUT_S), engine.get("/health") as answer:
+            return answer.status == HTTPStatus.OK
+    except (ConnectionFailedError, TimeoutError):
         return False
 
 

@@ -14,7 +14,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import UTC, datetime
 
-import httpx
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from serving.admission.errors import EngineUnavailableError
@@ -40,11 +39,10 @@ from serving.telemetry.content import Content
 from serving.telemetry.metrics import CLIENT_GONE_STATUS, UNKNOWN_MODEL, GatewayMetrics
 from serving.telemetry.request_log import RequestLog
 from svc.access.usage_meter import UsageMeter
+from svc.engine.vllm.connection_pool import EngineAnswer
 from svc.settings import ServeSettings
 from svc.store.requests import RequestRecord, hash_user
 from svc.version import Target
-
-_EVENT_STREAM = "text/event-stream"
 
 
 class Gateway:
@@ -226,15 +224,15 @@ class Exchange:
         self._served = engine.served
         self._scope["state"]["version"] = engine.served.version
         payload = request.payload(engine.engine_model)
-        async with call(engine.http, self._route.value, payload, self._request_id) as response:
-            if response.headers.get("content-type", "").startswith(_EVENT_STREAM):
-                await _Stream(self, engine.served, wants_usage=request.wants_usage).forward(response)
+        async with call(engine.http, self._route.value, payload, self._request_id) as answer:
+            if answer.is_event_stream:
+                await _Stream(self, engine.served, wants_usage=request.wants_usage).forward(answer)
             else:
-                await self._take_whole(engine.served, response)
+                await self._take_whole(engine.served, answer)
 
-    async def _take_whole(self, served: Target, response: httpx.Response) -> None:
+    async def _take_whole(self, served: Target, answer: EngineAnswer) -> None:
         parts: list[bytes] = []
-        async for part in response.aiter_raw():
+        while part := await answer.read_some():
             self._delivery.reserve(len(part))
             parts.append(part)
         body = b"".join(parts)
@@ -333,20 +331,24 @@ class _Stream:
         self._between_tokens = exchange.metrics.between_tokens(served)
         self._last_token: float | None = None
 
-    async def forward(self, response: httpx.Response) -> None:
+    async def forward(self, answer: EngineAnswer) -> None:
         """Until the end of the answer.
 
         Raises:
             EngineError: an error of the engine within the stream, or an end before the last event.
         """
         splitter = EventSplitter()
-        async for chunk in response.aiter_raw():
-            passed = b"".join([event for event in splitter.feed(chunk) if self._passes(event)])
-            if not passed:
-                continue
-            if not self._exchange.begun:
-                self._exchange.start(response.headers["content-type"])
-            await self._exchange.send_event(passed)
+        while chunk := await answer.read_some():
+            passed: list[bytes] = []
+            try:
+                for event in splitter.feed(chunk):
+                    if self._passes(event):
+                        passed.append(event)
+            finally:  # what came together with an error, and before it
+                if passed:
+                    if not self._exchange.begun:
+                        self._exchange.start(answer.content_type)
+                    await self._exchange.send_event(b"".join(passed))
         if not self._exchange.complete:
             raise EngineDiedError("the engine went away; it is being restarted")
 

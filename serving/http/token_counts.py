@@ -6,7 +6,6 @@ They keep its processors busy all the same: so many are answered at once, and ha
 
 from dataclasses import dataclass
 
-import httpx
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from serving.engines.balancer import Lease
@@ -21,6 +20,7 @@ from serving.http.inference import Gateway
 from serving.http.models import require_model
 from serving.protocols.request import ClientGoneError, CompletionRequest, parse_request, read_body
 from serving.protocols.route import Route, TokenRoute
+from svc.engine.vllm.connection_pool import EngineAnswer
 
 MOST_AT_ONCE = 16
 _CHECKED_AS = {TokenRoute.COUNT_TOKENS: Route.MESSAGES, TokenRoute.TOKENIZE: Route.CHAT_COMPLETIONS}
@@ -81,13 +81,13 @@ class _Endpoint:
     async def _count(self, engine: Lease, request: CompletionRequest, scope: Scope, delivery: Delivery) -> None:
         scope["state"]["version"] = engine.served.version
         payload = request.payload(engine.engine_model)
-        async with call(engine.http, self.route.value, payload, scope["state"]["request_id"]) as response:
-            await _deliver(response, delivery)
+        async with call(engine.http, self.route.value, payload, scope["state"]["request_id"]) as answer:
+            await _deliver(answer, delivery)
 
 
-async def _deliver(response: httpx.Response, delivery: Delivery) -> None:
+async def _deliver(answer: EngineAnswer, delivery: Delivery) -> None:
     parts: list[bytes] = []
-    async for part in response.aiter_raw():
+    while part := await answer.read_some():
         delivery.reserve(len(part))
         parts.append(part)
     body = b"".join(parts)

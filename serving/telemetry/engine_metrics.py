@@ -9,11 +9,12 @@ import logging
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
-import httpx
 from prometheus_client import Metric
 from prometheus_client.parser import text_string_to_metric_families
 from prometheus_client.registry import Collector
 
+from svc.engine.vllm.client import EngineClient
+from svc.errors import EngineError
 from svc.version import Target
 
 log = logging.getLogger(__name__)
@@ -30,12 +31,12 @@ class EngineSource:
     """An engine that has metrics.
 
     Attributes:
-        http: a client whose base URL is the engine.
+        client: asks the engine.
         served: the version that it holds.
         replica: its number.
     """
 
-    http: httpx.AsyncClient
+    client: EngineClient
     served: Target
     replica: int
 
@@ -69,12 +70,10 @@ class EngineMetrics(Collector):
 
 async def _page(source: EngineSource) -> str:
     try:
-        answer = await source.http.get("/metrics", timeout=_TIMEOUT_S)
-        answer.raise_for_status()
-    except httpx.HTTPError as error:
+        return await source.client.metrics(timeout_s=_TIMEOUT_S)
+    except EngineError as error:
         log.debug("replica %d shows no metrics: %r", source.replica, error)
         return ""
-    return answer.text
 
 
 def _merged(pages: Sequence[tuple[EngineSource, str]]) -> list[Metric]:

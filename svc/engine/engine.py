@@ -3,10 +3,9 @@
 from collections.abc import Callable
 from typing import Protocol
 
-import httpx
-
 from svc.engine.engine_capabilities import EngineCapabilities
 from svc.engine.vllm.client import EngineClient
+from svc.engine.vllm.connection_pool import EngineConnections
 from svc.engine.vllm.plan import EnginePlan
 from svc.engine.vllm.startup_phase import EnginePhase
 
@@ -43,8 +42,8 @@ class LastingEngine(Engine, Protocol):
     """One that answers clients, outlives its server, and is adopted by the next."""
 
     @property
-    def http(self) -> httpx.AsyncClient:
-        """For the requests of clients: its base URL is the engine. Closed when the engine is stopped or left."""
+    def http(self) -> EngineConnections:
+        """For the requests of clients. Closed when the engine is stopped or left."""
 
     async def orphan_holds(self) -> str | None:
         """What an engine holds that was started alike by an earlier server and runs still; None where none does."""

@@ -70,8 +70,9 @@ async def prompt_length(engine: EngineProcess, example: ChatExample) -> int:
     """How many tokens a client's request has, by the engine that answers it."""
     tools = {"tools": [json.loads(tool) for tool in example.tools], "tool_choice": "none"} if example.tools else {}
     body = {"model": "tiny", "messages": [message.spoken() for message in example.prompt], "max_tokens": 1, **tools}
-    answer = await engine.http.post("/v1/chat/completions", json=body)
-    return int(answer.raise_for_status().json()["usage"]["prompt_tokens"])
+    async with engine.http.post("/v1/chat/completions", json.dumps(body).encode(), "test") as answer:
+        assert answer.status == 200
+        return int(json.loads(await answer.read())["usage"]["prompt_tokens"])
 
 
 @pytest.mark.parametrize(

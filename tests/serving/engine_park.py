@@ -11,7 +11,8 @@ from serving.engines.served_model import ServedModel
 from svc.engine.engine import LastingEngine
 from svc.engine.engine_capabilities import EngineCapabilities
 from svc.engine.vllm.choice import Choice, Origin
-from svc.engine.vllm.client import EngineClient, data_client
+from svc.engine.vllm.client import EngineClient
+from svc.engine.vllm.connection_pool import EngineConnections
 from svc.engine.vllm.plan import EnginePlan
 from svc.engine.vllm.startup_phase import EnginePhase
 from svc.errors import EngineError
@@ -121,7 +122,7 @@ class DoubleEngine:
         park.prepare(self.double)
         self.double.die = self.kill
         self.client = EngineClient.over_socket(socket, name)
-        self.http = data_client(socket, silence_s=park.silence_s)
+        self.http = EngineConnections(socket, silence_s=park.silence_s)
         self.plan: EnginePlan | None = PLAN
         self._server: SocketServer | None = None
         self._ended = asyncio.Event()
@@ -206,8 +207,8 @@ class DoubleEngine:
         await self._close()
 
     async def _close(self) -> None:
+        self.http.close()
         await self.client.close()
-        await self.http.aclose()
 
 
 def fail_to_end_once(monkeypatch: pytest.MonkeyPatch) -> list[OSError]:

@@ -2,7 +2,7 @@
 
 import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
-from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from contextlib import AbstractAsyncContextManager, asynccontextmanager, closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -34,7 +34,8 @@ from serving.telemetry.metrics import GatewayMetrics
 from serving.telemetry.request_log import RequestLog
 from svc.access.authenticator import Authenticator
 from svc.access.usage_meter import UsageMeter
-from svc.engine.vllm.client import data_client, socket_transport
+from svc.engine.vllm.client import EngineClient, socket_transport
+from svc.engine.vllm.connection_pool import EngineConnections
 from svc.principal import Principal
 from svc.registry.registry import Registry
 from svc.settings import RequestLogSettings, ServeSettings
@@ -135,6 +136,13 @@ async def closed(admission: Admission) -> AsyncIterator[None]:
             admission.available()
 
 
+@asynccontextmanager
+async def connections(socket: Path, *, silence_s: float) -> AsyncIterator[EngineConnections]:
+    """Connections to an engine for the body."""
+    with closing(EngineConnections(socket, silence_s=silence_s)) as engine:
+        yield engine
+
+
 class Service:
     """Everything between a client and the engine.
 
@@ -199,9 +207,9 @@ class Service:
         socket = self.folder / "engine.sock"
         async with (
             running_engine(self.double, socket) as self.engine,
-            data_client(socket, silence_s=self.settings.request_timeout_s) as engine,
+            EngineClient.over_socket(socket, NAME) as engine,
+            connections(socket, silence_s=self.settings.request_timeout_s) as self.http,
         ):
-            self.http = engine
             self.app = application(
                 OneBackend(self.names, self.admission, self.lease),
                 lambda: [EngineSource(engine, self.loaded, 0)],

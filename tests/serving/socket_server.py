@@ -1,9 +1,10 @@
 """Runs an ASGI application behind a real unix socket, in the loop of the test, and kills it when asked."""
 
 import asyncio
-from collections.abc import AsyncIterator
+import threading
+from collections.abc import AsyncIterator, Iterator
 from concurrent.futures import Future
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, contextmanager
 from pathlib import Path
 
 import uvicorn
@@ -78,3 +79,24 @@ async def running(app: ASGIApp, socket: Path) -> AsyncIterator[SocketServer]:
         yield server
     finally:
         await server.stop()
+
+
+@contextmanager
+def running_in_thread(app: ASGIApp, socket: Path) -> Iterator[None]:
+    """The same for a test without a loop of its own."""
+    loop, listening, ending = asyncio.new_event_loop(), threading.Event(), asyncio.Event()
+
+    async def run() -> None:
+        async with running(app, socket):
+            listening.set()
+            await ending.wait()
+
+    thread = threading.Thread(target=loop.run_until_complete, args=(run(),))
+    thread.start()
+    try:
+        assert listening.wait(timeout=10)
+        yield
+    finally:
+        loop.call_soon_threadsafe(ending.set)
+        thread.join()
+        loop.close()

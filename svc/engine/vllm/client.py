@@ -1,7 +1,7 @@
 """What we ask an engine over HTTP: log-probabilities, tokens, health, and its development endpoints.
 
-Clients' requests go over connections of their own, so that a reload never queues behind streams. Knows nothing of
-versions.
+Clients' requests go over connections of their own (svc.engine.vllm.connection_pool), so that a reload never queues
+behind streams. Knows nothing of versions.
 """
 
 import asyncio
@@ -27,9 +27,7 @@ from svc.errors import EngineError
 
 _RESET_PAUSE_S = 0.05
 _CONNECTIONS = 100  # at once; further requests wait
-_CONNECT_TIMEOUT_S = 5.0
-"""A local socket answers at once or not at all."""
-_TIMEOUT = httpx.Timeout(300.0, connect=_CONNECT_TIMEOUT_S)  # a reload reads the whole file of weights
+_TIMEOUT = httpx.Timeout(300.0, connect=5.0)  # a reload reads the whole file of weights
 ENDED = "stop"
 """Finish reason of an answer that the model ended: with a token, because no stop strings are sent."""
 
@@ -87,18 +85,6 @@ def socket_transport(socket: Path, *, max_connections: int | None) -> httpx.Asyn
     return httpx.AsyncHTTPTransport(uds=str(socket), limits=limits, verify=no_tls)
 
 
-def data_client(socket: Path, *, silence_s: float) -> httpx.AsyncClient:
-    """For the requests of clients: as many connections as requests. How many may run is for the gateway to say.
-
-    Args:
-        socket: the engine's unix socket.
-        silence_s: longest wait for the next bytes, seconds.
-    """
-    transport = socket_transport(socket, max_connections=None)
-    timeout = httpx.Timeout(silence_s, connect=_CONNECT_TIMEOUT_S, pool=None)
-    return httpx.AsyncClient(transport=transport, base_url="http://engine", timeout=timeout, trust_env=False)
-
-
 class EngineClient:
     """Asks one OpenAI-compatible endpoint that also has vLLM's `/tokenize` and `prompt_logprobs`.
 
@@ -151,6 +137,14 @@ class EngineClient:
     async def healthy(self) -> bool:
         """Whether it is known to be well."""
         return await self.health() is Health.GOOD
+
+    async def metrics(self, *, timeout_s: float) -> str:
+        """Its page of metrics, in Prometheus's format.
+
+        Raises:
+            EngineError: the engine did not answer within `timeout_s` seconds, or refused.
+        """
+        return (await self._request("GET", "/metrics", timeout_s=timeout_s)).text
 
     async def chat(self, messages: Sequence[Message], *, max_tokens: int, tools: Sequence[str] = ()) -> Answer:
         """Greedy answer to a prompt, as text.
@@ -303,12 +297,18 @@ class EngineClient:
             return answer.json() if answer.content else None
 
     async def _request(
-        self, method: str, path: str, body: dict[str, Any] | None = None, fine: Collection[int] = ()
+        self,
+        method: str,
+        path: str,
+        body: dict[str, Any] | None = None,
+        fine: Collection[int] = (),
+        timeout_s: float | None = None,
     ) -> httpx.Response:
         """The engine's answer; one with a status of `fine` is no error."""
         headers = {"x-request-id": f"{self._id_prefix}{uuid4().hex}"} if self._id_prefix else None
+        timeout = httpx.USE_CLIENT_DEFAULT if timeout_s is None else timeout_s
         try:
-            answer = await self._http.request(method, path, json=body, headers=headers)
+            answer = await self._http.request(method, path, json=body, headers=headers, timeout=timeout)
         except httpx.HTTPError as error:
             raise EngineError(f"no answer from the engine to {path}: {error!r}", todo="see the engine's log") from error
         if answer.is_error and answer.status_code not in fine:

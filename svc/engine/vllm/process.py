@@ -19,7 +19,8 @@ import psutil
 
 from svc.engine.engine_capabilities import EngineCapabilities
 from svc.engine.orphans import EngineRecord, end_engine, find_engine, locked, read_record, start_of, write_record
-from svc.engine.vllm.client import EngineClient, data_client
+from svc.engine.vllm.client import EngineClient
+from svc.engine.vllm.connection_pool import EngineConnections
 from svc.engine.vllm.headroom import backup_shortage
 from svc.engine.vllm.launch import EngineSpec, command, environment, launch_digest
 from svc.engine.vllm.plan import EnginePlan
@@ -46,7 +47,7 @@ class EngineProcess:
     def __init__(self, spec: EngineSpec, *, silence_s: float = 600.0) -> None:
         self.spec = spec
         self.client = EngineClient.over_socket(spec.socket, spec.served_name)
-        self.http = data_client(spec.socket, silence_s=silence_s)
+        self.http = EngineConnections(spec.socket, silence_s=silence_s)
         self.plan: EnginePlan | None = None
         self._child: subprocess.Popen[bytes] | None = None
         self._process: psutil.Process | None = None
@@ -225,7 +226,8 @@ class EngineProcess:
         await self._close()
 
     async def _close(self) -> None:
-        await asyncio.gather(self.client.close(), self.http.aclose())
+        self.http.close()
+        await self.client.close()
 
     async def _ready(self, on_phase: Callable[[EnginePhase], None]) -> None:
         assert self._child is not None  # noqa: S101 - it was spawned just now

@@ -36,7 +36,8 @@ from svc.actor import Actor
 from svc.principal import Limits, Scope
 from svc.settings import RequestLogSettings, ServeSettings
 from tests.serving.engine_double import EngineDouble
-from tests.serving.service import NAME, ONE, OneBackend, Service, application
+from tests.serving.service import NAME, ONE, OneBackend, Service, application, connections
+from tests.serving.socket_server import running_in_thread
 
 EXAMPLES = min(30, settings().max_examples)
 OPEN = {"/health"}
@@ -69,21 +70,28 @@ async def test_every_error_of_a_completion_is_described_with_its_status(client: 
 
 
 @pytest.fixture
-def api(memory_folder: Path, store: Store) -> Iterator[Any]:
+def engine_socket(socket_folder: Path) -> Iterator[Path]:
+    """Of a double that runs in a thread."""
+    with running_in_thread(EngineDouble(name=NAME), socket_folder / "engine.sock"):
+        yield socket_folder / "engine.sock"
+
+
+@pytest.fixture
+def api(memory_folder: Path, store: Store, engine_socket: Path) -> Iterator[Any]:
     """The document of an application over the double; a model name is one of those that are served, or another."""
     registry, traffic_settings = CollectorRegistry(), ServeSettings(allowed_hosts=("*",))
     request_log = RequestLog(
         store, RequestLogSettings(), on_stored=lambda count: None, on_dropped=lambda reason, count: None
     )
     names, admission = ModelNames(NAME), Admission(max_running=8, max_tokens=8, max_queued=8, queue_timeout_s=1)
-    engine = httpx.AsyncClient(transport=httpx.ASGITransport(EngineDouble(name=NAME)), base_url="http://engine")
     names.set_loaded({ONE})
     authenticator = Authenticator(store)
 
     @asynccontextmanager
     async def lease(model: str, *, without: Lease | None = None) -> AsyncIterator[Lease]:
         names.resolve(model)
-        yield Lease(engine, ONE, NAME)
+        async with connections(engine_socket, silence_s=10) as engine:  # each request comes in a loop of its own
+            yield Lease(engine, ONE, NAME)
 
     app = application(
         OneBackend(names, admission, lease),

@@ -1,12 +1,15 @@
 """vLLM's own metrics on our page: labelled, under their own names in every format, and never in our way."""
 
+from collections.abc import Callable
+
 import httpx
 import pytest
 from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.openmetrics.parser import text_string_to_metric_families
 
 from serving.telemetry.engine_metrics import EngineMetrics, EngineSource
-from tests.serving.service import CHAT, ONE, TWO, Service
+from svc.engine.vllm.client import EngineClient
+from tests.serving.service import CHAT, NAME, ONE, TWO, Service
 
 PAGE = """# HELP vllm:num_requests_running Number of requests.
 # TYPE vllm:num_requests_running gauge
@@ -34,6 +37,11 @@ OPENMETRICS = {"accept": "application/openmetrics-text;version=1.0.0;q=0.5,text/
 """What Prometheus 2.53 sends, shortened."""
 
 
+def client(reply: Callable[[httpx.Request], httpx.Response]) -> EngineClient:
+    """A client of an engine that answers so."""
+    return EngineClient(httpx.AsyncClient(transport=httpx.MockTransport(reply), base_url="http://engine"), NAME)
+
+
 def metrics(*answers: httpx.Response | Exception) -> tuple[EngineMetrics, CollectorRegistry]:
     """The engine's metrics, before an engine that gives these answers in turn."""
     coming = iter(answers)
@@ -44,7 +52,7 @@ def metrics(*answers: httpx.Response | Exception) -> tuple[EngineMetrics, Collec
             raise answer
         return answer
 
-    engine = httpx.AsyncClient(transport=httpx.MockTransport(reply), base_url="http://engine")
+    engine = client(reply)
     found, registry = EngineMetrics(lambda: [EngineSource(engine, TWO, 0)]), CollectorRegistry()
     registry.register(found)
     return found, registry
@@ -99,8 +107,7 @@ async def test_before_an_engine_holds_a_version_there_is_nothing() -> None:
 
 
 async def test_each_of_several_engines_has_its_series_in_one_family() -> None:
-    transport = httpx.MockTransport(lambda request: httpx.Response(200, text=PAGE))
-    engine = httpx.AsyncClient(transport=transport, base_url="http://engine")
+    engine = client(lambda request: httpx.Response(200, text=PAGE))
     found = EngineMetrics(lambda: [EngineSource(engine, ONE, 0), EngineSource(engine, TWO, 1)])
     await found.refresh()
     (family,) = [family for family in found.collect() if family.name == "vllm:prompt_tokens"]
