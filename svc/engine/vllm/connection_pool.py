@@ -1,8 +1,8 @@
 """Clients' requests to one engine, over connections that are kept: most requests need no new one.
 
 What the server asks the engine itself goes over others (svc.engine.vllm.client), so that a reload never queues behind
-streams. Own code, because it costs a third of the next cheapest client's time for a request, and tells whether an
-engine can have seen a request that failed: see docs/engine.md.
+streams. Our own, because the cheapest library takes three times as long for a request, and does not tell whether an
+engine can have seen one that failed: docs/engine.md has the figures.
 """
 
 import asyncio

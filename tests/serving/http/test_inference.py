@@ -10,7 +10,9 @@ import httpx
 import pytest
 
 from tests.serving.engine_double import Fault, running_engine
-from tests.serving.service import CHAT, NAME, TWO, Service, closed
+from tests.serving.service import CHAT, NAME, TWO, Service, closed, connections
+from tests.svc.engine.raw_server import LAST_CHUNK, chunk, raw_server, say
+from tests.svc.engine.raw_server import STREAM as STREAMED
 
 CHAT_PATH = "/v1/chat/completions"
 MANY = 6_000
@@ -299,6 +301,22 @@ class TestEngineDeaths:
         assert "secret" not in answer.text
         assert reason(service, code) == 1
         assert service.admission.running == 0
+
+    async def test_what_comes_together_with_an_error_and_before_it_is_passed(
+        self, service: Service, socket_folder: Path
+    ) -> None:
+        token = b'data: {"choices":[{"index":0,"delta":{"content":"one"}}]}\n\n'
+        error = b'data: {"error":{"message":"no room","code":500}}\n\n'
+        socket = socket_folder / "raw.sock"
+        async with (
+            raw_server(socket, say(STREAMED + chunk(token + error) + LAST_CHUNK)),
+            connections(socket, silence_s=5) as service.http,
+            service.client() as client,
+        ):
+            answer = await client.post(CHAT_PATH, json=STREAM)
+        told, failure = chunks_of(answer.text)
+        assert told["choices"][0]["delta"]["content"] == "one"
+        assert failure["error"]["code"] == "engine_error"
 
     async def test_a_stream_that_breaks_is_the_versions_error(
         self, service: Service, client: httpx.AsyncClient
