@@ -6,6 +6,7 @@ nothing of versions, nor of what a request or an answer says.
 
 import asyncio
 from collections import deque
+from typing import cast
 
 _MOST_WAITING_BYTES = 256 * 1024
 """Of an answer, not taken yet. As much again may come with the last read."""
@@ -188,8 +189,7 @@ class EngineConnection(asyncio.Protocol):
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         """Begins."""
-        assert isinstance(transport, asyncio.Transport)  # noqa: S101 - of a stream socket
-        self._transport = transport
+        self._transport = cast(asyncio.Transport, transport)  # uvloop's are none by their class
         self._usable = True
         self._all_open.add(self)
 

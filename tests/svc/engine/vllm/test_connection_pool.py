@@ -261,8 +261,10 @@ class TestUnreachable:
                 await asyncio.sleep(0.05)
                 listener.accept()[0].close()
                 listener.setblocking(False)
-                taken, _ = await asyncio.get_running_loop().sock_accept(listener)
+                loop = asyncio.get_running_loop()
+                taken, _ = await loop.sock_accept(listener)
                 with taken:
+                    await loop.sock_recv(taken, 1000)
                     taken.sendall(ANSWER)
                     assert await asking == b"{}"
 
