@@ -64,6 +64,7 @@ class EngineConnection(asyncio.Protocol):
         self._transport: asyncio.Transport  # from `connection_made` on
         self._waiter: asyncio.Future[None] | None = None
         self._timer: asyncio.TimerHandle | None = None
+        self._error: ConnectionFailedError | None = None  # once there is one, the connection is closed for good
         self._heard = self.idle_since = 0.0
         self._asked = self._paused = self._usable = False
         self._reset()
@@ -71,7 +72,6 @@ class EngineConnection(asyncio.Protocol):
     def _reset(self) -> None:
         self._parts = deque[bytes]()
         self._waiting_bytes = self._stray_bytes = 0
-        self._error: ConnectionFailedError | None = None
         self._has_head = self._has_length = False
         self.status = 0
         self.content_type = ""
@@ -88,6 +88,8 @@ class EngineConnection(asyncio.Protocol):
         Raises:
             BrokenConnectionError, SilenceError: there is no answer; the connection is closed.
         """
+        if self._error is not None:
+            raise self._error
         self._reset()
         self._asked = True
         self._heard = self._loop.time()

@@ -516,6 +516,14 @@ async def test_also_at_every_byte() -> None:
     assert await answer_of([bytes([byte]) for byte in said]) == b"onetwo"
 
 
+async def test_a_connection_that_was_lost_before_it_was_asked_is_an_error_at_once() -> None:
+    connection = EngineConnection(10, set())
+    connection.connection_made(Wire())
+    connection.connection_lost(None)
+    with pytest.raises(BrokenConnectionError):
+        await asyncio.wait_for(connection.ask(b""), 1)
+
+
 def cut(data: bytes, at: list[int]) -> list[bytes]:
     """The data in pieces."""
     return [data[start:end] for start, end in zip([0, *at], [*at, len(data)], strict=True)]
