@@ -149,8 +149,13 @@ class DoubleEngine:
             self._park.failing_starts = max(0, self._park.failing_starts - 1)
             self.kill()
             raise EngineError("vLLM ended with code 1 before it was ready: no memory")
-        self._server = SocketServer(self.double, self._socket)
-        await self._server.start()
+        server = SocketServer(self.double, self._socket)
+        try:
+            await server.start()
+        finally:  # it listens, also where the start was cancelled
+            self._server = server
+            if not self.alive:  # killed in the middle of it
+                server.kill()
 
     async def orphan_holds(self) -> str | None:
         """What the one that was left holds."""
