@@ -1,0 +1,251 @@
+"""Many clients in one process, each as cheap as can be: fixed bytes out, and of what comes in only what is measured."""
+
+import asyncio
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Final, cast
+
+from benchmarks.gateway.upstream import MODEL
+
+_HEAD_END = b"\r\n\r\n"
+_LAST_CHUNK = b"0\r\n\r\n"
+_EVENT = b"data: "
+_DONE = b"data: [DONE]"
+_PATIENCE_S = 120.0
+"""For the last answers."""
+_PROMPT: Final = "Say in one sentence what the following customer wants: I ordered a red kettle on Monday and it leaks."
+
+
+@dataclass(frozen=True, slots=True)
+class Address:
+    """Where a gateway answers.
+
+    Attributes:
+        key: sent with each request; none where it is empty.
+    """
+
+    port: int
+    key: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Ask:
+    """What every client asks.
+
+    Attributes:
+        chunks: tokens of the answer.
+    """
+
+    chunks: int
+    stream: bool = False
+
+    def request(self, address: Address) -> bytes:
+        """The bytes of one request."""
+        more = ',"stream":true' if self.stream else ""
+        body = (
+            f'{{"model":"{MODEL}","messages":[{{"role":"user","content":"{_PROMPT}"}}],'
+            f'"max_tokens":{self.chunks},"temperature":0{more}}}'
+        )
+        key = f"authorization: Bearer {address.key}\r\n" if address.key else ""
+        return (
+            f"POST /v1/chat/completions HTTP/1.1\r\nhost: 127.0.0.1:{address.port}\r\n{key}"
+            f"content-type: application/json\r\naccept: */*\r\ncontent-length: {len(body)}\r\n\r\n{body}"
+        ).encode()
+
+    def answered(self, status: int, body: bytes) -> bool:
+        """Whether an answer is whole."""
+        if status != 200:
+            return False
+        return not self.stream or (body.count(_EVENT) > self.chunks and _DONE in body)
+
+
+@dataclass(slots=True)
+class Load:
+    """What became of some requests.
+
+    Attributes:
+        seconds: from the first request to the end of the last answer.
+        reads: how often something came.
+        first: seconds from each request to the first event of its answer, or to its body.
+        wrong: the first answer that was not as it should be.
+    """
+
+    done: int = 0
+    failed: int = 0
+    seconds: float = 0.0
+    reads: int = 0
+    first: list[float] = field(default_factory=list)
+    wrong: str = ""
+
+    @property
+    def rate(self) -> float:
+        """Requests a second."""
+        return self.done / self.seconds
+
+
+class Client(asyncio.Protocol):
+    """One keep-alive connection: a request, and after its answer the next, until there are no more."""
+
+    def __init__(self, ask: Ask, request: bytes, load: Load, turns: "Turns") -> None:
+        self._ask = ask
+        self._request = request
+        self._load = load
+        self._turns = turns
+        self.ended: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._transport: asyncio.Transport | None = None
+        self._parts: list[bytes] = []
+        self._body_at = self._length = 0  # where the body begins, 0 while unknown; -1: its chunks say where it ends
+        self._began = 0.0
+        self._waits = self._seen = False
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        """Waits for `send`."""
+        self._transport = cast(asyncio.Transport, transport)
+
+    def send(self) -> None:
+        """Sends the next request; ends where there is none left."""
+        assert self._transport is not None
+        if not self._turns.take():
+            self.close()
+            return
+        self._parts.clear()
+        self._body_at, self._waits, self._seen = 0, True, False
+        self._began = time.perf_counter()
+        self._transport.write(self._request)
+
+    def close(self) -> None:
+        """Sends nothing more."""
+        self._waits = False
+        if self._transport is not None:
+            self._transport.close()
+        if not self.ended.done():
+            self.ended.set_result(None)
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        """An answer that was under way will not come; the next client's request may do better."""
+        if self._waits:
+            self._fail(f"the connection was closed: {exc}")
+        self.close()
+
+    def data_received(self, data: bytes) -> None:
+        """Looks whether the answer has begun, and whether it is complete."""
+        parts = self._parts
+        parts.append(data)
+        self._load.reads += 1
+        if not self._body_at or not self._seen:
+            data = b"".join(parts)
+            parts[:] = [data]
+            if not self._body_at and not self._read_head(data):
+                return
+            if not self._seen and (_EVENT in data if self._ask.stream else len(data) > self._body_at):
+                self._load.first.append(time.perf_counter() - self._began)
+                self._seen = True
+        if self._length >= 0:
+            if sum(map(len, parts)) >= self._body_at + self._length:
+                self._complete()
+        elif data.endswith(_LAST_CHUNK) or (
+            len(data) < len(_LAST_CHUNK) and b"".join(parts[-5:]).endswith(_LAST_CHUNK)
+        ):
+            self._complete()
+
+    def _read_head(self, data: bytes) -> bool:
+        end = data.find(_HEAD_END)
+        if end < 0:
+            return False
+        self._body_at = end + len(_HEAD_END)
+        self._length = content_length(data[:end])
+        return True
+
+    def _complete(self) -> None:
+        answer = b"".join(self._parts)
+        self._waits = False
+        if self._ask.answered(int(answer[9:12]), answer[self._body_at :]):
+            self._load.done += 1
+        else:
+            self._fail(answer[:600].decode("utf-8", "replace"))
+        if b"\r\nconnection: close\r\n" in answer[: self._body_at].lower():
+            self.close()
+        else:
+            self.send()
+
+    def _fail(self, wrong: str) -> None:
+        self._load.failed += 1
+        self._load.wrong = self._load.wrong or wrong
+
+
+class Turns:
+    """How many requests all clients together may still send.
+
+    Args:
+        most: that many; None: as many as there is time for.
+    """
+
+    def __init__(self, most: int | None) -> None:
+        self._left = most
+        self._deadline = 0.0
+
+    def begin(self, seconds: float) -> None:
+        """From now on there are some, for so long."""
+        self._deadline = time.perf_counter() + seconds
+
+    def take(self) -> bool:
+        """Takes one."""
+        if time.perf_counter() >= self._deadline or self._left == 0:
+            return False
+        if self._left is not None:
+            self._left -= 1
+        return True
+
+
+def content_length(head: bytes) -> int:
+    """Of an answer; -1 where its chunks say where it ends."""
+    lower = head.lower() + b"\r\n"
+    at = lower.find(b"\r\ncontent-length:")
+    return int(lower[at + 17 : lower.index(b"\r\n", at + 2)]) if at >= 0 else -1
+
+
+async def send(
+    address: Address,
+    ask: Ask,
+    *,
+    clients: int,
+    requests: int | None = None,
+    seconds: float = _PATIENCE_S,
+    patience_s: float = _PATIENCE_S,
+    on_connected: Callable[[], None] = lambda: None,
+) -> Load:
+    """Has so many clients ask at once, each one request after the other.
+
+    Args:
+        requests: of all together; None: as many as there is time for.
+        seconds: after so long no more begins.
+        on_connected: called before the first request.
+    """
+    loop, load = asyncio.get_running_loop(), Load()
+    request, turns = ask.request(address), Turns(requests)
+    made: list[Client] = []
+    for _ in range(clients):
+        _, client = await loop.create_connection(lambda: Client(ask, request, load, turns), "127.0.0.1", address.port)
+        made.append(client)
+    on_connected()
+    began = time.perf_counter()
+    turns.begin(seconds)
+    for client in made:
+        client.send()
+    _, late = await asyncio.wait({client.ended for client in made}, timeout=min(seconds, _PATIENCE_S) + patience_s)
+    load.seconds = time.perf_counter() - began
+    if late:
+        load.failed += len(late)
+        load.wrong = load.wrong or f"no whole answer within {seconds + _PATIENCE_S:.0f} s"
+        for client in made:
+            client.close()
+    return load
+
+
+async def answers(address: Address) -> bool:
+    """Whether there is a good answer to one request."""
+    try:
+        return (await send(address, Ask(chunks=1), clients=1, requests=1, patience_s=5.0)).done == 1
+    except OSError:
+        return False

@@ -1,0 +1,224 @@
+"""The gateways that are measured, and how each is started in front of the upstream."""
+
+import os
+import secrets
+import shutil
+import socket
+import sys
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from benchmarks.gateway.load import Address
+from benchmarks.gateway.upstream import MODEL
+
+MOST_STREAMS = 2048
+"""More than are ever opened at once: no gateway's limit shall bite."""
+
+
+@dataclass(frozen=True, slots=True)
+class Upstream:
+    """Where the upstream answers."""
+
+    socket: Path
+    port: int
+
+
+@dataclass(frozen=True, slots=True)
+class Command:
+    """What starts a gateway."""
+
+    arguments: Sequence[str]
+    address: Address
+    variables: Mapping[str, str]
+
+
+class Peer(ABC):
+    """One gateway.
+
+    Attributes:
+        name: in the table, and for `--only`.
+    """
+
+    name: str
+
+    @property
+    def missing(self) -> str:
+        """Why it cannot be started here; empty where it can."""
+        return ""
+
+    @abstractmethod
+    def command(self, upstream: Upstream, folder: Path) -> Command | None:
+        """What starts it; None where there is nothing to start.
+
+        Args:
+            folder: an empty one, for its files.
+        """
+
+
+class Direct(Peer):
+    """No gateway at all."""
+
+    name = "direct"
+
+    def command(self, upstream: Upstream, folder: Path) -> None:
+        """The upstream runs already."""
+
+
+@dataclass(frozen=True)
+class Ours(Peer):
+    """`svc serve` with request rows and metrics.
+
+    Args:
+        home: that is copied for each start.
+        key: of the only key there; none where it is empty.
+    """
+
+    name: str
+    home: Path
+    key: str = ""
+
+    def command(self, upstream: Upstream, folder: Path) -> Command:
+        """The server's own command, in front of another engine."""
+        home, port = folder / "home", free_port()
+        shutil.copytree(self.home, home)
+        arguments = [sys.executable, "-m", "benchmarks.gateway.ours", str(upstream.socket), "--home", str(home)]
+        arguments += ["serve", MODEL, "--port", str(port)]
+        variables = {
+            "TMPDIR": str(folder),  # for the folders of sockets
+            "SVC_SERVE__MAX_RUNNING": str(MOST_STREAMS),
+            "SVC_HOLDOUT__EVERY_HOURS": "0",  # the engine's own examples are no client's requests
+        }
+        return Command(arguments, Address(port, self.key), variables)
+
+
+@dataclass(frozen=True)
+class Installed(Peer):
+    """A program of `install_peers.sh`."""
+
+    bin: Path
+    program: str
+
+    @property
+    def path(self) -> Path:
+        """The program."""
+        return self.bin / self.program
+
+    @property
+    def missing(self) -> str:
+        """Whether it was installed."""
+        return "" if os.access(self.path, os.X_OK) else f"{self.path} is not there"
+
+
+@dataclass(frozen=True)
+class Nginx(Installed):
+    """A reverse proxy that knows nothing of models."""
+
+    program: str = "nginx"
+    name: str = "nginx"
+
+    def command(self, upstream: Upstream, folder: Path) -> Command:
+        """One worker, connections to the upstream kept open, nothing buffered."""
+        port = free_port()
+        config = folder / "nginx.conf"
+        config.write_text(_NGINX.format(folder=folder, socket=upstream.socket, port=port, user=_user()))
+        arguments = [str(self.path), "-p", str(folder), "-c", str(config), "-e", str(folder / "error.log")]
+        return Command(arguments, Address(port), {})
+
+
+@dataclass(frozen=True)
+class VllmRouter(Installed):
+    """vLLM's own router, in Rust."""
+
+    program: str = "vllm-router"
+    name: str = "vllm-router"
+
+    def command(self, upstream: Upstream, folder: Path) -> Command:
+        """One worker, by turns: its other policies look at prompts to choose between several."""
+        port = free_port()
+        arguments = [str(self.path), "--host", "127.0.0.1", "--port", str(port), "--policy", "round_robin"]
+        arguments += ["--worker-urls", f"http://127.0.0.1:{upstream.port}"]
+        arguments += ["--prometheus-port", str(free_port()), "--log-level", "warning"]
+        return Command(arguments, Address(port), {})
+
+
+@dataclass(frozen=True)
+class LiteLLM(Installed):
+    """LiteLLM's proxy, without a database: it knows one key, without which it does not start."""
+
+    program: str = "litellm"
+    name: str = "LiteLLM"
+
+    def command(self, upstream: Upstream, folder: Path) -> Command:
+        """One worker."""
+        port, key = free_port(), f"sk-{secrets.token_hex(32)}"
+        config = folder / "litellm.yaml"
+        config.write_text(_LITELLM.format(model=MODEL, port=upstream.port))
+        arguments = [str(self.path), "--config", str(config), "--host", "127.0.0.1", "--port", str(port)]
+        variables = {
+            "LITELLM_MASTER_KEY": key,
+            "LITELLM_LOG": "ERROR",
+            "LITELLM_MODE": "PRODUCTION",
+            "LITELLM_LOCAL_MODEL_COST_MAP": "True",  # else it is fetched at each start
+            "NO_DOCS": "True",
+        }
+        return Command([*arguments, "--telemetry", "False"], Address(port, key), variables)
+
+
+_NGINX = """\
+{user}
+daemon off;
+worker_processes 1;
+worker_rlimit_nofile 65536;
+pid {folder}/nginx.pid;
+error_log {folder}/error.log;
+events {{ worker_connections 16384; }}
+http {{
+  access_log off;
+  keepalive_requests 1000000000;
+  client_body_temp_path {folder}/body;
+  proxy_temp_path {folder}/proxy;
+  fastcgi_temp_path {folder}/fastcgi;
+  uwsgi_temp_path {folder}/uwsgi;
+  scgi_temp_path {folder}/scgi;
+  upstream engine {{
+    server unix:{socket};
+    keepalive 2048;
+    keepalive_requests 1000000000;
+  }}
+  server {{
+    listen 127.0.0.1:{port} backlog=4096;
+    location / {{
+      proxy_pass http://engine;
+      proxy_http_version 1.1;
+      proxy_set_header Connection "";
+      proxy_buffering off;
+      proxy_read_timeout 600s;
+    }}
+  }}
+}}
+"""
+_LITELLM = """\
+model_list:
+  - model_name: {model}
+    litellm_params:
+      model: hosted_vllm/{model}
+      api_base: http://127.0.0.1:{port}/v1
+      api_key: none
+litellm_settings:
+  telemetry: false
+"""
+
+
+def _user() -> str:
+    """Root's workers would run as another user, who may not open the upstream's socket."""
+    return "user root;" if os.getuid() == 0 else ""
+
+
+def free_port() -> int:
+    """A port that nobody listens on now."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port: int = free.getsockname()[1]
+        return port

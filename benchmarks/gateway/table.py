@@ -1,0 +1,98 @@
+"""Rounds into medians, intervals and ratios."""
+
+import statistics
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, replace
+from typing import Any
+
+from rich.table import Table
+
+from benchmarks.gateway.measure import FULL, Figures
+from benchmarks.interval import interval
+
+Round = Mapping[str, Figures]
+"""The figures of one round, by gateway."""
+DIRECT = "direct"
+_ADDED = ("first_ms_p50", "first_ms_p99", "first_64_ms_p50", "first_64_ms_p99")
+_COLUMNS = {
+    "request_ms_1": ("CPU, ms/request, 1 client", 3),
+    "request_ms_64": ("64 clients", 3),
+    "chunk_us_16": ("CPU, us/chunk, 16 streams", 0),
+    "chunk_us_100": ("100 streams", 0),
+    "first_ms_p50": ("TTFT added, ms, p50", 2),
+    "first_ms_p99": ("p99", 2),
+    "first_64_ms_p50": ("64 streams, p50", 1),
+    "first_64_ms_p99": ("p99", 1),
+    "rate": ("requests/s", 0),
+    "many_failed": ("1,024 streams: failed", 0),
+    "many_chunk_us": ("us/chunk", 0),
+    "many_mib": ("MiB", 0),
+    "idle_mib": ("MiB after start", 0),
+}
+_RATIOS = (("tuneserve", "vllm-router"), ("LiteLLM", "tuneserve"))
+_COMPARED = ("request_ms_1", "request_ms_64", "chunk_us_16", "chunk_us_100", "first_ms_p50", "rate", "many_mib")
+
+
+def added(measured: Round) -> dict[str, Figures]:
+    """The same round, with times to the first token less the upstream's own in that round."""
+    if DIRECT not in measured:
+        return dict(measured)
+    own = asdict(measured[DIRECT])
+    return {
+        name: figures
+        if name == DIRECT
+        else replace(figures, **{key: getattr(figures, key) - own[key] for key in _ADDED})
+        for name, figures in measured.items()
+    }
+
+
+def summary(rounds: Sequence[Round]) -> dict[str, Any]:
+    """Medians and the intervals of the means, of each gateway; and the ratios of two within the rounds."""
+    rounds = [added(each) for each in rounds]
+    figures = {
+        name: {key: _spread([asdict(each[name])[key] for each in rounds]) for key in asdict(rounds[0][name])}
+        for name in rounds[0]
+    }
+    ratios = {
+        f"{upper} / {lower}": {
+            key: _spread([_ratio(asdict(each[upper])[key], asdict(each[lower])[key]) for each in rounds])
+            for key in _COMPARED
+        }
+        for upper, lower in _RATIOS
+        if upper in rounds[0] and lower in rounds[0]
+    }
+    return {"gateways": figures, "ratios": ratios}
+
+
+def _spread(values: Sequence[float]) -> dict[str, Any]:
+    low, high = interval(values)
+    return {"median": statistics.median(values), "low": low, "high": high}
+
+
+def _ratio(upper: float, lower: float) -> float:
+    return upper / lower if lower else float("nan")
+
+
+def tables(found: Mapping[str, Any]) -> list[Table]:
+    """What is printed: figures and ratios, each gateway in a column."""
+    gateways = found["gateways"]
+    figures = Table("median (95 % interval of the mean)", *gateways, box=None)
+    for key, (title, digits) in _COLUMNS.items():
+        figures.add_row(title, *(_cell(key, name, gateway, digits) for name, gateway in gateways.items()))
+    ratios = Table("ratio within rounds", *found["ratios"], box=None)
+    for key in _COMPARED:
+        ratios.add_row(_COLUMNS[key][0], *(_text(each[key], 2) for each in found["ratios"].values()))
+    return [figures, ratios] if found["ratios"] else [figures]
+
+
+def _cell(key: str, name: str, gateway: Mapping[str, Any], digits: int) -> str:
+    if name == DIRECT and key not in _ADDED and key not in ("rate", "many_failed"):
+        return "-"
+    limited = key == "rate" and gateway["busy"]["median"] < FULL
+    return ("at least " if limited else "") + _text(gateway[key], digits)
+
+
+def _text(spread: Mapping[str, float], digits: int) -> str:
+    if spread["low"] == -float("inf"):
+        return f"{spread['median']:,.{digits}f}"
+    return f"{spread['median']:,.{digits}f} ({spread['low']:,.{digits}f} to {spread['high']:,.{digits}f})"

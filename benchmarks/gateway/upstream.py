@@ -1,0 +1,242 @@
+"""A vLLM server that costs next to nothing: fixed answers in vLLM's bytes, at the pace that is asked for.
+
+It must never be what limits a gateway. So it reads no more of a request than it must, every answer is made once, and
+only the times between the chunks of a stream are real. `/pace` sets them; nothing but this benchmark calls it.
+"""
+
+import asyncio
+import json
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any, cast
+
+import click
+import uvloop
+
+MODEL = "tuned"
+DEFAULT_CHUNKS = 16
+_HEAD_END = b"\r\n\r\n"
+_ID = "chatcmpl-7f3c1e0b9a5d4c60a8e2f41d6b9c3e57"
+_WORD = " token"
+_PROMPT_TOKENS = 32
+_BACKLOG = 4096
+_STREAM_HEAD = (
+    b"HTTP/1.1 200 OK\r\nserver: uvicorn\r\ncontent-type: text/event-stream; charset=utf-8\r\n"
+    b"transfer-encoding: chunked\r\n\r\n"
+)
+_LAST_CHUNK = b"0\r\n\r\n"
+
+
+@dataclass(slots=True)
+class Pace:
+    """How fast all streams go.
+
+    Attributes:
+        seconds: from one chunk to the next.
+    """
+
+    seconds: float = 0.01
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """What the answer to a completion depends on.
+
+    Attributes:
+        chunks: tokens of the answer, each in a chunk of its own.
+    """
+
+    stream: bool
+    chunks: int
+    usage: bool
+
+    @classmethod
+    def of(cls, body: bytes) -> "Request":
+        """Reads a request's body."""
+        found = json.loads(body)
+        chunks = found.get("max_completion_tokens") or found.get("max_tokens") or DEFAULT_CHUNKS
+        usage = (found.get("stream_options") or {}).get("include_usage")
+        return cls(bool(found.get("stream")), int(chunks), bool(usage))
+
+
+@cache
+def whole(chunks: int) -> bytes:
+    """The body of an answer that is not streamed."""
+    message = {
+        "role": "assistant",
+        "content": (_WORD * chunks).strip(),
+        "refusal": None,
+        "annotations": None,
+        "audio": None,
+        "function_call": None,
+        "reasoning": None,
+    }
+    choice = {"index": 0, "message": message, "logprobs": None, "finish_reason": "length", "stop_reason": None}
+    answer = _envelope("chat.completion") | {
+        "choices": [choice | {"token_ids": None}],
+        "service_tier": None,
+        "system_fingerprint": None,
+        "usage": _usage(chunks) | {"prompt_tokens_details": None},
+        "prompt_logprobs": None,
+        "prompt_token_ids": None,
+        "kv_transfer_params": None,
+    }
+    return _json(answer)
+
+
+def events(request: Request) -> list[bytes]:
+    """The events of a stream, by the moments at which they are sent: one moment for each token.
+
+    The first token comes with the event that says the role, as vLLM sends both at once; the last with all that ends a
+    stream.
+    """
+    role = _chunk({"role": "assistant", "content": ""}, None, prompt_token_ids=None)
+    token, last = _chunk({"content": _WORD}, None), _chunk({"content": _WORD}, "length")
+    sent = [token] * (request.chunks - 1) + [last]
+    sent[0] = role + sent[0]
+    if request.usage:
+        sent[-1] += _event(_envelope("chat.completion.chunk") | {"choices": [], "usage": _usage(request.chunks)})
+    sent[-1] += b"data: [DONE]\n\n"
+    return sent
+
+
+def _envelope(kind: str) -> dict[str, Any]:
+    return {"id": _ID, "object": kind, "created": 1_760_000_000, "model": MODEL}
+
+
+def _chunk(delta: dict[str, str], reason: str | None, **more: Any) -> bytes:
+    choice = {"index": 0, "delta": delta, "logprobs": None, "finish_reason": reason}
+    if reason:
+        choice["stop_reason"] = None
+    elif "role" not in delta:
+        choice["token_ids"] = None
+    return _event(_envelope("chat.completion.chunk") | {"choices": [choice], **more})
+
+
+def _usage(chunks: int) -> dict[str, Any]:
+    return {"prompt_tokens": _PROMPT_TOKENS, "total_tokens": _PROMPT_TOKENS + chunks, "completion_tokens": chunks}
+
+
+def _json(value: Any) -> bytes:
+    return json.dumps(value, separators=(",", ":")).encode()
+
+
+def _event(value: Any) -> bytes:
+    return b"data: %b\n\n" % _json(value)
+
+
+@cache
+def _writes(request: Request) -> tuple[bytes, ...]:
+    """What is written to the connection at each moment of a stream."""
+    framed = [b"%x\r\n%b\r\n" % (len(event), event) for event in events(request)]
+    framed[0] = _STREAM_HEAD + framed[0]
+    framed[-1] += _LAST_CHUNK
+    return tuple(framed)
+
+
+@cache
+def _response(body: bytes, status: str = "200 OK", kind: str = "application/json") -> bytes:
+    head = f"HTTP/1.1 {status}\r\nserver: uvicorn\r\ncontent-length: {len(body)}\r\ncontent-type: {kind}\r\n\r\n"
+    return head.encode() + body
+
+
+_MODELS = _json(
+    {
+        "object": "list",
+        "data": [{"id": MODEL, "object": "model", "created": 1_760_000_000, "owned_by": "vllm", "max_model_len": 2048}],
+    }
+)
+_FIXED = {
+    b"/health": _response(b""),
+    b"/ping": _response(b""),
+    b"/metrics": _response(b"", kind="text/plain"),
+    b"/v1/models": _response(_MODELS),
+    b"/version": _response(b'{"version":"0.32.0"}'),
+}
+_NOT_FOUND = _response(b'{"detail":"Not Found"}', status="404 Not Found")
+
+
+class Connection(asyncio.Protocol):
+    """One connection: requests one after the other, each with its length in its head."""
+
+    def __init__(self, pace: Pace) -> None:
+        self._pace = pace
+        self._transport: asyncio.Transport | None = None
+        self._received = b""
+        self._timer: asyncio.TimerHandle | None = None
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        """Begins."""
+        self._transport = cast(asyncio.Transport, transport)  # uvloop's are no subclass of it
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        """Ends, and with it the answer that was under way."""
+        if self._timer:
+            self._timer.cancel()
+
+    def data_received(self, data: bytes) -> None:
+        """Answers as soon as a request is complete."""
+        self._received = data = self._received + data if self._received else data
+        end = data.find(_HEAD_END)
+        if end < 0:
+            return
+        body = end + len(_HEAD_END)
+        length = _content_length(data[:body])
+        if len(data) < body + length:
+            return
+        self._received = data[body + length :]
+        self._answer(data[: data.index(b"\r\n")], data[body : body + length])
+
+    def _answer(self, line: bytes, body: bytes) -> None:
+        assert self._transport is not None
+        path = line.split(b" ")[1].partition(b"?")[0]
+        if path == b"/v1/chat/completions":
+            request = Request.of(body)
+            if request.stream:
+                self._stream(_writes(request))
+            else:
+                self._transport.write(_response(whole(request.chunks)))
+        elif path == b"/pace":
+            self._pace.seconds = float(body)
+            self._transport.write(_response(b""))
+        else:
+            self._transport.write(_FIXED.get(path, _NOT_FOUND))
+
+    def _stream(self, writes: tuple[bytes, ...]) -> None:
+        loop, pace = asyncio.get_running_loop(), self._pace.seconds
+        began = loop.time()
+
+        def send(number: int) -> None:
+            assert self._transport is not None
+            self._transport.write(writes[number])
+            if number + 1 < len(writes):
+                self._timer = loop.call_at(began + (number + 1) * pace, send, number + 1)
+
+        send(0)
+
+
+def _content_length(head: bytes) -> int:
+    at = head.lower().find(b"\r\ncontent-length:")
+    return int(head[at + 17 : head.index(b"\r\n", at + 17)]) if at >= 0 else 0
+
+
+async def serve(socket: Path, port: int) -> None:
+    """Answers on a unix socket and on a port of this machine, until it is cancelled."""
+    loop, pace = asyncio.get_running_loop(), Pace()
+    local = await loop.create_unix_server(lambda: Connection(pace), str(socket), backlog=_BACKLOG)
+    server = await loop.create_server(lambda: Connection(pace), "127.0.0.1", port, backlog=_BACKLOG)
+    async with local, server:
+        await asyncio.Event().wait()
+
+
+@click.command()
+@click.option("--socket", type=click.Path(path_type=Path), required=True)
+@click.option("--port", type=int, required=True)
+def main(socket: Path, port: int) -> None:
+    """Answer on a unix socket and on a port."""
+    uvloop.run(serve(socket, port))
+
+
+if __name__ == "__main__":
+    main()
