@@ -11,8 +11,10 @@ BIN := .venv/bin
 READY := .venv/.ready
 # The tests check the alert rules with it; serving needs none.
 PROMETHEUS := .venv/prometheus/.ready
+# What the gateway is measured beside; nothing else needs it.
+PEERS := .venv/peers/.ready
 
-.PHONY: install newest check test test-fast test-matrix soak lock bench-drift bench-start bench-train demo serve docs clean
+.PHONY: install newest check test test-fast test-matrix soak lock bench-drift bench-gateway bench-start bench-train demo serve docs clean
 
 install: $(READY)
 
@@ -25,6 +27,10 @@ $(READY): pyproject.toml deploy/install.sh $(wildcard deploy/constraints/*.txt) 
 
 $(PROMETHEUS): deploy/prometheus/install.sh | $(READY)
 	@bash $<
+	@touch $@
+
+$(PEERS): benchmarks/gateway/install_peers.sh | $(READY)
+	@PYTHON=$(PYTHON) bash $<
 	@touch $@
 
 # The releases that `make install` takes from now on: the newest. See docs/dependencies.md.
@@ -66,6 +72,13 @@ MODEL ?=
 PAIRS ?= 5
 bench-start: $(READY)
 	$(BIN)/python -m benchmarks.start_time $(MODEL) --home $(HOME_FOLDER) --pairs $(PAIRS)
+
+# What a request costs on its way through ours, LiteLLM, vllm-router and nginx: 25 minutes, on a quiet machine with two
+# cores; ROUNDS=1 for a quick look, ONLY=tuneserve,vllm-router for some.
+ROUNDS ?= 5
+ONLY ?=
+bench-gateway: $(READY) $(PEERS)
+	$(BIN)/python -m benchmarks.gateway --rounds $(ROUNDS) $(if $(ONLY),--only "$(ONLY)")
 
 # Training beside a plain TRL script, in speed, memory and loss: 25 minutes, on a quiet machine.
 bench-train: $(READY)

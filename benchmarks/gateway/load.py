@@ -4,6 +4,7 @@ import asyncio
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Final, cast
 
 from benchmarks.gateway.upstream import MODEL
@@ -19,14 +20,15 @@ _PROMPT: Final = "Say in one sentence what the following customer wants: I order
 
 @dataclass(frozen=True, slots=True)
 class Address:
-    """Where a gateway answers.
+    """Where a gateway answers: on a port of this machine, or on a unix socket.
 
     Attributes:
         key: sent with each request; none where it is empty.
     """
 
-    port: int
+    port: int = 0
     key: str = ""
+    socket: Path | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,17 +36,20 @@ class Ask:
     """What every client asks.
 
     Attributes:
-        chunks: tokens of the answer.
+        chunks: tokens of the answer, each in a chunk of its own but from a real engine, which may send several in one.
+        real: the upstream is a real engine, which would end its answer where it liked.
     """
 
     chunks: int
     stream: bool = False
+    model: str = MODEL
+    real: bool = False
 
     def request(self, address: Address) -> bytes:
         """The bytes of one request."""
-        more = ',"stream":true' if self.stream else ""
+        more = (',"stream":true' if self.stream else "") + (',"ignore_eos":true' if self.real else "")
         body = (
-            f'{{"model":"{MODEL}","messages":[{{"role":"user","content":"{_PROMPT}"}}],'
+            f'{{"model":"{self.model}","messages":[{{"role":"user","content":"{_PROMPT}"}}],'
             f'"max_tokens":{self.chunks},"temperature":0{more}}}'
         )
         key = f"authorization: Bearer {address.key}\r\n" if address.key else ""
@@ -57,7 +62,8 @@ class Ask:
         """Whether an answer is whole."""
         if status != 200:
             return False
-        return not self.stream or (body.count(_EVENT) > self.chunks and _DONE in body)
+        least = 1 if self.real else self.chunks
+        return not self.stream or (body.count(_EVENT) > least and _DONE in body)
 
 
 @dataclass(slots=True)
@@ -213,6 +219,7 @@ async def send(
     requests: int | None = None,
     seconds: float = _PATIENCE_S,
     patience_s: float = _PATIENCE_S,
+    spread_s: float = 0.0,
     on_connected: Callable[[], None] = lambda: None,
 ) -> Load:
     """Has so many clients ask at once, each one request after the other.
@@ -220,19 +227,23 @@ async def send(
     Args:
         requests: of all together; None: as many as there is time for.
         seconds: after so long no more begins.
+        patience_s: how long the last answers may take.
+        spread_s: the clients begin one after the other within so long.
         on_connected: called before the first request.
     """
     loop, load = asyncio.get_running_loop(), Load()
     request, turns = ask.request(address), Turns(requests)
     made: list[Client] = []
     for _ in range(clients):
-        _, client = await loop.create_connection(lambda: Client(ask, request, load, turns), "127.0.0.1", address.port)
-        made.append(client)
+        made.append(await _connect(address, lambda: Client(ask, request, load, turns)))
     on_connected()
     began = time.perf_counter()
     turns.begin(seconds)
-    for client in made:
-        client.send()
+    for number, client in enumerate(made):
+        if spread_s:
+            loop.call_later(spread_s * number / clients, client.send)
+        else:
+            client.send()
     _, late = await asyncio.wait({client.ended for client in made}, timeout=min(seconds, _PATIENCE_S) + patience_s)
     load.seconds = time.perf_counter() - began
     if late:
@@ -243,9 +254,16 @@ async def send(
     return load
 
 
-async def answers(address: Address) -> bool:
+async def _connect(address: Address, make: Callable[[], Client]) -> Client:
+    loop = asyncio.get_running_loop()
+    if address.socket:
+        return (await loop.create_unix_connection(make, str(address.socket)))[1]
+    return (await loop.create_connection(make, "127.0.0.1", address.port))[1]
+
+
+async def answers(address: Address, ask: Ask) -> bool:
     """Whether there is a good answer to one request."""
     try:
-        return (await send(address, Ask(chunks=1), clients=1, requests=1, patience_s=5.0)).done == 1
+        return (await send(address, ask, clients=1, requests=1, patience_s=5.0)).done == 1
     except OSError:
         return False

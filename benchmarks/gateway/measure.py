@@ -1,15 +1,16 @@
 """What one gateway costs in one round: the loads, one after the other, and what its processes used for each."""
 
 import asyncio
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from benchmarks.gateway.load import Address, Ask, Load, send
-from benchmarks.gateway.processes import cpu_seconds, resident_bytes
+from benchmarks.gateway.processes import core_seconds, cpu_seconds, resident_bytes
 
 _SETTLE_S = 1.0
 """What a gateway does after an answer, as writing rows down, counts too."""
-_LOAD_S = 3.0
+_LOAD_S, _MOST_S = 3.0, 60.0
 _WHOLE = Ask(chunks=16)
 _SHORT_STREAM = Ask(chunks=3, stream=True)
 _HALF_SECOND = Ask(chunks=50, stream=True)
@@ -36,6 +37,7 @@ class Figures:
         many_chunk_us: processor time of each of their chunks.
         idle_mib, many_mib: memory after the start, and after those 1,024.
         failed: of all other requests.
+        taken: share of its core that went to others all the while: then rates and times say little.
     """
 
     request_ms_1: float
@@ -55,6 +57,7 @@ class Figures:
     idle_mib: float
     many_mib: float
     failed: float
+    taken: float
 
 
 class Measurement:
@@ -62,14 +65,21 @@ class Measurement:
 
     Args:
         pid: of its first process; None where it has none.
+        core: its own.
         set_pace: has the upstream wait so long between chunks, seconds.
         tell: hears of what went wrong.
     """
 
     def __init__(
-        self, address: Address, pid: int | None, set_pace: Callable[[float], None], tell: Callable[[str], None]
+        self,
+        address: Address,
+        pid: int | None,
+        core: int,
+        set_pace: Callable[[float], None],
+        tell: Callable[[str], None],
     ) -> None:
         self._address = address
+        self._core = core
         self._pid = pid
         self._set_pace = set_pace
         self._tell = tell
@@ -80,17 +90,19 @@ class Measurement:
         """Takes all figures, in half a minute where the gateway is quick."""
         await self._warm()
         idle = self._memory()
+        began, core, own = time.monotonic(), core_seconds(self._core), self._used()
         one, one_cpu = await self._load(_WHOLE, clients=1, seconds=_LOAD_S)
         some, some_cpu = await self._load(_WHOLE, clients=16, seconds=_LOAD_S)
         most, most_cpu = await self._load(_WHOLE, clients=64, seconds=_LOAD_S)
         few, few_cpu = await self._load(_SECOND, clients=16, requests=32)
         hundred, hundred_cpu = await self._load(_SECOND, clients=100, requests=100)
         alone, _ = await self._load(_SHORT_STREAM, clients=1, requests=200)
-        beside, _ = await self._load(_HALF_SECOND, clients=64, requests=256)
+        beside, _ = await self._load(_HALF_SECOND, clients=64, requests=512, spread_s=0.5)
         failed = self._failed
         self._set_pace(_SLOW_PACE_S)
         many, many_cpu = await self._load(_MANY, clients=1024, requests=1024)
         self._set_pace(_PACE_S)
+        taken = (core_seconds(self._core) - core) - (self._used() - own)
         return Figures(
             request_ms_1=1e3 * _each(one_cpu, one.done),
             request_ms_16=1e3 * _each(some_cpu, some.done),
@@ -109,6 +121,7 @@ class Measurement:
             idle_mib=idle,
             many_mib=self._memory(),
             failed=failed,
+            taken=taken / (time.monotonic() - began),
         )
 
     async def _warm(self) -> None:
@@ -118,11 +131,23 @@ class Measurement:
         self._failed = 0
 
     async def _load(
-        self, ask: Ask, *, clients: int, requests: int | None = None, seconds: float = 60.0
+        self,
+        ask: Ask,
+        *,
+        clients: int,
+        requests: int | None = None,
+        seconds: float = _MOST_S,
+        spread_s: float = 0.0,
     ) -> tuple[Load, float]:
         """What became of the requests, and what they took of the processor."""
         load = await send(
-            self._address, ask, clients=clients, requests=requests, seconds=seconds, on_connected=self._start
+            self._address,
+            ask,
+            clients=clients,
+            requests=requests,
+            seconds=seconds,
+            spread_s=spread_s,
+            on_connected=self._start,
         )
         await asyncio.sleep(_SETTLE_S)
         self._failed += load.failed

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from benchmarks.gateway.load import Address
+from benchmarks.gateway.table import DIRECT
 from benchmarks.gateway.upstream import MODEL
 
 MOST_STREAMS = 2048
@@ -60,7 +61,7 @@ class Peer(ABC):
 class Direct(Peer):
     """No gateway at all."""
 
-    name = "direct"
+    name = DIRECT
 
     def command(self, upstream: Upstream, folder: Path) -> None:
         """The upstream runs already."""

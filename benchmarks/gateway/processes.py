@@ -22,6 +22,12 @@ def cpu_seconds(pid: int) -> float:
     return total
 
 
+def core_seconds(core: int) -> float:
+    """Time that a core has worked for any process, or for another machine on the same host, seconds."""
+    times = psutil.cpu_times(percpu=True)[core]
+    return float(times.user + times.nice + times.system + times.steal)
+
+
 def resident_bytes(pid: int) -> int:
     """Memory that a process and its children hold; what they share counts once for each."""
     total = 0
@@ -41,9 +47,14 @@ def _tree(pid: int) -> list[psutil.Process]:
 
 @contextmanager
 def running(
-    arguments: Sequence[str], *, core: int, log: Path, variables: Mapping[str, str] | None = None
+    arguments: Sequence[str], *, core: int | None = None, log: Path, variables: Mapping[str, str] | None = None
 ) -> Iterator["subprocess.Popen[bytes]"]:
-    """A process on one core for the body of the `with`, that is ended with all its children."""
+    """A process for the body of the `with`, that is ended with all its children.
+
+    Args:
+        core: the only one that it may use; None: all that this process may.
+    """
+    cores = os.sched_getaffinity(0) if core is None else {core}
     with log.open("wb") as output:
         process = subprocess.Popen(
             arguments,
@@ -51,7 +62,7 @@ def running(
             stdout=output,
             stderr=output,
             env=dict(os.environ) | dict(variables or {}),
-            preexec_fn=partial(os.sched_setaffinity, 0, {core}),  # children and threads inherit it
+            preexec_fn=partial(os.sched_setaffinity, 0, cores),  # children and threads inherit it
             process_group=0,  # so that Ctrl-C reaches this process alone, which ends the others in order
         )
     try:

@@ -5,16 +5,16 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from typing import Any
 
-from rich.table import Table
+from rich.table import Column, Table
 
 from benchmarks.gateway.measure import FULL, Figures
 from benchmarks.interval import interval
 
 Round = Mapping[str, Figures]
 """The figures of one round, by gateway."""
-DIRECT = "direct"
+DIRECT, OURS, KEYLESS = "direct", "tuneserve", "tuneserve without keys"
 _ADDED = ("first_ms_p50", "first_ms_p99", "first_64_ms_p50", "first_64_ms_p99")
-_COLUMNS = {
+_ROWS = {
     "request_ms_1": ("CPU, ms/request, 1 client", 3),
     "request_ms_64": ("64 clients", 3),
     "chunk_us_16": ("CPU, us/chunk, 16 streams", 0),
@@ -28,9 +28,16 @@ _COLUMNS = {
     "many_chunk_us": ("us/chunk", 0),
     "many_mib": ("MiB", 0),
     "idle_mib": ("MiB after start", 0),
+    "taken": ("others' share of its core", 2),
 }
-_RATIOS = (("tuneserve", "vllm-router"), ("LiteLLM", "tuneserve"))
+_RATIOS = ((OURS, "vllm-router"), ("LiteLLM", OURS))
 _COMPARED = ("request_ms_1", "request_ms_64", "chunk_us_16", "chunk_us_100", "first_ms_p50", "rate", "many_mib")
+
+
+def complete(rounds: Sequence[Round]) -> list[Round]:
+    """The rounds with those gateways alone that were measured in each, in the order of the first round."""
+    names = [name for name in rounds[0] if all(name in each for each in rounds)]
+    return [{name: each[name] for name in names} for each in rounds]
 
 
 def added(measured: Round) -> dict[str, Figures]:
@@ -65,7 +72,7 @@ def summary(rounds: Sequence[Round]) -> dict[str, Any]:
 
 
 def _spread(values: Sequence[float]) -> dict[str, Any]:
-    low, high = interval(values)
+    low, high = interval(values) if len(values) > 1 else (None, None)
     return {"median": statistics.median(values), "low": low, "high": high}
 
 
@@ -76,23 +83,22 @@ def _ratio(upper: float, lower: float) -> float:
 def tables(found: Mapping[str, Any]) -> list[Table]:
     """What is printed: figures and ratios, each gateway in a column."""
     gateways = found["gateways"]
-    figures = Table("median (95 % interval of the mean)", *gateways, box=None)
-    for key, (title, digits) in _COLUMNS.items():
+    figures = Table(Column("median ± half of the mean's 95 %", no_wrap=True), *gateways, box=None)
+    for key, (title, digits) in _ROWS.items():
         figures.add_row(title, *(_cell(key, name, gateway, digits) for name, gateway in gateways.items()))
-    ratios = Table("ratio within rounds", *found["ratios"], box=None)
+    ratios = Table(Column("ratio within rounds", no_wrap=True), *found["ratios"], box=None)
     for key in _COMPARED:
-        ratios.add_row(_COLUMNS[key][0], *(_text(each[key], 2) for each in found["ratios"].values()))
+        ratios.add_row(_ROWS[key][0], *(_text(each[key], 2) for each in found["ratios"].values()))
     return [figures, ratios] if found["ratios"] else [figures]
 
 
 def _cell(key: str, name: str, gateway: Mapping[str, Any], digits: int) -> str:
-    if name == DIRECT and key not in _ADDED and key not in ("rate", "many_failed"):
+    if name == DIRECT and key not in _ADDED and key not in ("rate", "many_failed", "taken"):
         return "-"
     limited = key == "rate" and gateway["busy"]["median"] < FULL
-    return ("at least " if limited else "") + _text(gateway[key], digits)
+    return ("≥ " if limited else "") + _text(gateway[key], digits)
 
 
-def _text(spread: Mapping[str, float], digits: int) -> str:
-    if spread["low"] == -float("inf"):
-        return f"{spread['median']:,.{digits}f}"
-    return f"{spread['median']:,.{digits}f} ({spread['low']:,.{digits}f} to {spread['high']:,.{digits}f})"
+def _text(spread: Mapping[str, Any], digits: int) -> str:
+    median = f"{spread['median']:,.{digits}f}"
+    return median if spread["low"] is None else f"{median} ± {(spread['high'] - spread['low']) / 2:,.{digits}f}"

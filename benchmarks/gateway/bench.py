@@ -1,0 +1,148 @@
+"""One machine for all measurements: two cores, the upstream, and gateways that are started and ended in turn.
+
+The gateway has one core, and what asks it and what answers it have another.
+"""
+
+import gc
+import os
+import resource
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import httpx
+import uvloop
+
+from benchmarks.gateway.load import Address, Ask, answers
+from benchmarks.gateway.measure import Figures, Measurement
+from benchmarks.gateway.peers import Ours, Peer, Upstream, free_port
+from benchmarks.gateway.processes import running
+from benchmarks.gateway.table import KEYLESS, OURS
+from svc.errors import EngineError, SettingsError
+from svc.terminal import console
+
+_ONCE = Ask(chunks=1)
+_POLL_S = 0.2
+_LOG_CHARS = 2000
+_KEY_LIMITS = ("requests-per-minute", "tokens-in-per-minute", "tokens-out-per-minute", "concurrent", "tokens-per-day")
+_NEVER = str(2**31 - 1)
+
+
+@dataclass(frozen=True, slots=True)
+class Cores:
+    """Which core is whose."""
+
+    gateway: int
+    others: int
+
+    @classmethod
+    def of_machine(cls) -> "Cores":
+        """Two of those that this process may use.
+
+        Raises:
+            SettingsError: there is one alone.
+        """
+        found = sorted(os.sched_getaffinity(0))
+        if len(found) < 2:
+            raise SettingsError("this process has one core", expected="two: one for the gateway, one for the rest")
+        return cls(gateway=found[1], others=found[0])
+
+
+@dataclass(frozen=True, slots=True)
+class Bench:
+    """What all measurements have in common."""
+
+    cores: Cores
+    folder: Path
+    upstream: Upstream
+
+    def measure(self, peer: Peer, name: str) -> Figures:
+        """One gateway, freshly started, and ended afterwards.
+
+        Args:
+            name: of its folder.
+        """
+        folder = self.folder / name
+        folder.mkdir()
+        command = peer.command(self.upstream, folder)
+        with ExitStack() as stack:
+            address, pid = Address(self.upstream.port), None
+            if command:
+                log = self.folder / f"{name}.log"
+                address = command.address
+                process = stack.enter_context(
+                    running(command.arguments, core=self.cores.gateway, log=log, variables=command.variables)
+                )
+                pid = process.pid
+                until_answered(process, log, address, _ONCE)
+            gc.collect()
+            gc.disable()
+            try:
+                return uvloop.run(self._measurement(address, pid, peer).run())
+            finally:
+                gc.enable()
+
+    def _measurement(self, address: Address, pid: int | None, peer: Peer) -> Measurement:
+        return Measurement(address, pid, self.cores.gateway, self._set_pace, partial(_tell, peer))
+
+    def _set_pace(self, seconds: float) -> None:
+        httpx.post(f"http://127.0.0.1:{self.upstream.port}/pace", content=str(seconds))
+
+
+def _tell(peer: Peer, text: str) -> None:
+    console.print(f"  {peer.name}: {text}", markup=False)
+
+
+@contextmanager
+def bench(folder: Path) -> Iterator[Bench]:
+    """The upstream, for the body of the `with`; this process is pinned beside it."""
+    cores, upstream = Cores.of_machine(), Upstream(folder / "upstream.sock", free_port())
+    os.sched_setaffinity(0, {cores.others})
+    hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+    arguments = [sys.executable, "-m", "benchmarks.gateway.upstream"]
+    arguments += ["--socket", str(upstream.socket), "--port", str(upstream.port)]
+    log = folder / "upstream.log"
+    with running(arguments, core=cores.others, log=log) as process:
+        until_answered(process, log, Address(upstream.port), _ONCE)
+        yield Bench(cores, folder, upstream)
+
+
+def until_answered(
+    process: "subprocess.Popen[bytes]", log: Path, address: Address, ask: Ask, *, seconds: float = 60.0
+) -> None:
+    """Waits until a server answers what is asked.
+
+    Raises:
+        EngineError: it has ended, or takes longer than it may; with the end of its log.
+    """
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline:
+        if process.poll() is not None:
+            raise EngineError(f"it ended with code {process.returncode}: {_end_of(log)}")
+        if uvloop.run(answers(address, ask)):
+            return
+        time.sleep(_POLL_S)
+    raise EngineError(f"no answer within {seconds:.0f} s: {_end_of(log)}")
+
+
+def _end_of(log: Path) -> str:
+    return log.read_text("utf-8", "replace")[-_LOG_CHARS:]
+
+
+def make_ours(folder: Path) -> list[Peer]:
+    """Ours, with a key and without: the homes are alike but for that."""
+    console.print("a home for ours")
+    keyless, keyed = folder / "keyless", folder / "keyed"
+    subprocess.run([sys.executable, "-m", "benchmarks.gateway.home", str(keyless)], check=True)
+    shutil.copytree(keyless, keyed)
+    arguments = [sys.executable, "-m", "svc.cli", "--home", str(keyed), "keys", "create", "--scope", "infer"]
+    arguments += [argument for limit in _KEY_LIMITS for argument in (f"--{limit}", _NEVER)]
+    made = subprocess.run(arguments, check=True, capture_output=True, text=True)
+    return [Ours(OURS, keyed, made.stdout.strip()), Ours(KEYLESS, keyless)]
