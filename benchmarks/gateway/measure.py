@@ -30,7 +30,8 @@ class Figures:
         rate: requests a second of 64 clients.
         busy: share of its core that it used for that.
         chunk_us_16, chunk_us_100: processor time of a stream of 100 chunks, by chunk, with so many streams.
-        reads_100: how often a client had to read for a chunk: less than 1 where chunks came several at once.
+        reads_16, reads_100: how often a client had to read for a chunk: less than 1 where chunks came several at once,
+            as from a gateway that had no time for each.
         first_ms_p50, first_ms_p99: time to the first event, of one stream at a time.
         first_64_ms_p50, first_64_ms_p99: of 64 streams at once.
         many_failed: of 1,024 streams at once, those without a whole answer.
@@ -46,6 +47,7 @@ class Figures:
     rate: float
     busy: float
     chunk_us_16: float
+    reads_16: float
     chunk_us_100: float
     reads_100: float
     first_ms_p50: float
@@ -110,6 +112,7 @@ class Measurement:
             rate=most.rate,
             busy=most_cpu / most.seconds,
             chunk_us_16=1e6 * _each(few_cpu, few.done * _SECOND.chunks),
+            reads_16=_each(few.reads, few.done * _SECOND.chunks),
             chunk_us_100=1e6 * _each(hundred_cpu, hundred.done * _SECOND.chunks),
             reads_100=_each(hundred.reads, hundred.done * _SECOND.chunks),
             first_ms_p50=1e3 * quantile(alone.first, 0.5),

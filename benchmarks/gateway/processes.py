@@ -1,7 +1,6 @@
 """What a process and all that it has started use: processor time and memory. Pinned, and ended whatever happens."""
 
 import os
-import signal
 import subprocess
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
@@ -72,12 +71,13 @@ def running(
 
 
 def _end(process: "subprocess.Popen[bytes]") -> None:
+    """Asks the first one, which ends the others in its own way; what is left then is killed."""
     tree = _tree(process.pid)
-    for number in (signal.SIGTERM, signal.SIGKILL):
-        for each in tree if number == signal.SIGKILL else tree[:1]:
-            with suppress(psutil.NoSuchProcess):
-                each.send_signal(number)
-        _, tree = psutil.wait_procs(tree, timeout=_STOP_S)
-        if not tree:
-            break
+    process.terminate()
+    with suppress(subprocess.TimeoutExpired):
+        process.wait(_STOP_S)
+    for each in tree:
+        with suppress(psutil.NoSuchProcess):
+            each.kill()
+    psutil.wait_procs(tree, timeout=_STOP_S)
     process.wait()

@@ -16,20 +16,23 @@ DIRECT, OURS, KEYLESS = "direct", "tuneserve", "tuneserve without keys"
 _ADDED = ("first_ms_p50", "first_ms_p99", "first_64_ms_p50", "first_64_ms_p99")
 _ROWS = {
     "request_ms_1": ("CPU, ms/request, 1 client", 3),
-    "request_ms_64": ("64 clients", 3),
+    "request_ms_64": ("CPU, ms/request, 64 clients", 3),
     "chunk_us_16": ("CPU, us/chunk, 16 streams", 0),
-    "chunk_us_100": ("100 streams", 0),
+    "reads_16": ("  reads/chunk", 2),
+    "chunk_us_100": ("CPU, us/chunk, 100 streams", 0),
+    "reads_100": ("  reads/chunk", 2),
     "first_ms_p50": ("TTFT added, ms, p50", 2),
-    "first_ms_p99": ("p99", 2),
-    "first_64_ms_p50": ("64 streams, p50", 1),
-    "first_64_ms_p99": ("p99", 1),
+    "first_ms_p99": ("TTFT added, ms, p99", 2),
+    "first_64_ms_p50": ("  beside 64 streams, p50", 1),
+    "first_64_ms_p99": ("  beside 64 streams, p99", 1),
     "rate": ("requests/s", 0),
     "many_failed": ("1,024 streams: failed", 0),
-    "many_chunk_us": ("us/chunk", 0),
-    "many_mib": ("MiB", 0),
+    "many_chunk_us": ("1,024 streams: us/chunk", 0),
+    "many_mib": ("1,024 streams: MiB", 0),
     "idle_mib": ("MiB after start", 0),
     "taken": ("others' share of its core", 2),
 }
+_OF_DIRECT = ("rate", "reads_16", "reads_100", "many_failed", "taken")
 _RATIOS = ((OURS, "vllm-router"), ("LiteLLM", OURS))
 _COMPARED = ("request_ms_1", "request_ms_64", "chunk_us_16", "chunk_us_100", "first_ms_p50", "rate", "many_mib")
 
@@ -93,7 +96,7 @@ def tables(found: Mapping[str, Any]) -> list[Table]:
 
 
 def _cell(key: str, name: str, gateway: Mapping[str, Any], digits: int) -> str:
-    if name == DIRECT and key not in _ADDED and key not in ("rate", "many_failed", "taken"):
+    if name == DIRECT and key not in _ADDED and key not in _OF_DIRECT:
         return "-"
     limited = key == "rate" and gateway["busy"]["median"] < FULL
     return ("≥ " if limited else "") + _text(gateway[key], digits)

@@ -6,6 +6,7 @@ only the times between the chunks of a stream are real. `/pace` sets them; nothi
 
 import asyncio
 import json
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -221,12 +222,13 @@ def _content_length(head: bytes) -> int:
     return int(head[at + 17 : head.index(b"\r\n", at + 17)]) if at >= 0 else 0
 
 
-async def serve(socket: Path, port: int) -> None:
+async def serve(socket: Path, port: int, on_ready: Callable[[], None] = lambda: None) -> None:
     """Answers on a unix socket and on a port of this machine, until it is cancelled."""
     loop, pace = asyncio.get_running_loop(), Pace()
     local = await loop.create_unix_server(lambda: Connection(pace), str(socket), backlog=_BACKLOG)
     server = await loop.create_server(lambda: Connection(pace), "127.0.0.1", port, backlog=_BACKLOG)
     async with local, server:
+        on_ready()
         await asyncio.Event().wait()
 
 

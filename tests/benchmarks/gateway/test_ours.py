@@ -1,0 +1,45 @@
+"""What the benchmark measures as ours is `svc serve`: it asks the upstream, and keeps a row and the key's account."""
+
+import sys
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import pytest
+import uvloop
+
+from benchmarks.gateway.bench import make_ours, until_answered
+from benchmarks.gateway.load import Address, Ask, send
+from benchmarks.gateway.peers import Ours, Upstream, free_port
+from benchmarks.gateway.processes import running
+from svc.store.answered import answered_ids
+from svc.store.database import open_database
+from svc.store.usage import usage_since
+from svc.version import Format, Target, VersionId
+
+pytestmark = pytest.mark.slow
+
+
+def test_requests_go_through_a_whole_server_to_the_upstream() -> None:
+    with TemporaryDirectory(prefix="gw") as name:
+        folder = Path(name)
+        upstream = Upstream(folder / "upstream.sock", free_port())
+        arguments = [sys.executable, "-m", "benchmarks.gateway.upstream", "--socket", str(upstream.socket)]
+        with running([*arguments, "--port", str(upstream.port)], log=folder / "upstream.log"):
+            keyed, _ = make_ours(folder)
+            assert isinstance(keyed, Ours)
+            (folder / "files").mkdir()
+            command, log = keyed.command(upstream, folder / "files"), folder / "ours.log"
+            with running(command.arguments, log=log, variables=command.variables) as process:
+                until_answered(process, log, command.address, Ask(chunks=1))
+                stream = uvloop.run(send(command.address, Ask(chunks=5, stream=True), clients=2, requests=4))
+                keyless = uvloop.run(send(Address(command.address.port), Ask(chunks=1), clients=1, requests=1))
+        assert (stream.done, stream.failed) == (4, 0), stream.wrong
+        assert keyless.failed == 1 and "401" in keyless.wrong
+        store = open_database(folder / "files" / "home")
+        rows = answered_ids(
+            store, Target(VersionId("tuned", 1), Format.MERGED), after=0, newest=100, with_content=False
+        )
+        assert len(rows) == 1 + 4
+        [used] = usage_since(store, datetime.now(UTC) - timedelta(hours=2))
+        assert used.key_id and (used.usage.requests, used.usage.tokens_out) == (5, 1 + 4 * 5)

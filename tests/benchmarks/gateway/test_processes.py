@@ -1,0 +1,73 @@
+"""What a gateway uses is that of all its processes, and none of them outlives the benchmark."""
+
+import os
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+
+from benchmarks.gateway.processes import cpu_seconds, resident_bytes, running
+
+BUSY = "import time\nend = time.process_time() + 0.3\nwhile time.process_time() < end: pass\n"
+SLEEP = "import time; print(1, flush=True); time.sleep(60)"
+"""Says when it begins to sleep."""
+HOLD = "held = b'x' * 50_000_000\n"
+CHILD = """import subprocess, sys, time
+def begin(code):
+    return subprocess.Popen([sys.executable, "-S", "-c", code], stdout=subprocess.PIPE)
+"""
+
+
+def python(code: str) -> list[str]:
+    """A process that says `ready` when it is."""
+    return [sys.executable, "-S", "-c", f"{code}print('ready', flush=True)\ntime.sleep(60)"]
+
+
+def wait_until_ready(log: Path) -> None:
+    deadline = time.monotonic() + 20
+    while "ready" not in log.read_text():
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
+@pytest.mark.parametrize(
+    "code",
+    [
+        BUSY,
+        f"{CHILD}begin({BUSY!r}).wait()\n",
+        f"{CHILD}begin({BUSY + SLEEP!r}).stdout.readline()\n",
+    ],
+    ids=["its own", "of a child that has ended", "of a child that runs"],
+)
+def test_processor_time_is_that_of_all_processes(tmp_path: Path, code: str) -> None:
+    log = tmp_path / "log"
+    with running(python(code), log=log) as process:
+        wait_until_ready(log)
+        assert 0.3 <= cpu_seconds(process.pid) < 1.0
+
+
+def test_memory_is_that_of_children_too(tmp_path: Path) -> None:
+    log = tmp_path / "log"
+    code = f"{CHILD}begin({HOLD + SLEEP!r}).stdout.readline()\n"
+    with running(python(code), log=log) as process:
+        wait_until_ready(log)
+        assert resident_bytes(process.pid) > 50_000_000 > psutil.Process(process.pid).memory_info().rss
+
+
+def test_no_process_is_left(tmp_path: Path) -> None:
+    log = tmp_path / "log"
+    code = f"{CHILD}child = begin({SLEEP!r})\n"
+    with running(python(code), log=log) as process:
+        wait_until_ready(log)
+        tree = [psutil.Process(process.pid), *psutil.Process(process.pid).children()]
+    assert len(tree) == 2
+    assert not any(each.is_running() for each in tree)
+
+
+def test_a_process_has_the_core_that_it_was_given(tmp_path: Path) -> None:
+    log, core = tmp_path / "log", max(os.sched_getaffinity(0))
+    with running(python("import time\n"), core=core, log=log) as process:
+        wait_until_ready(log)
+        assert psutil.Process(process.pid).cpu_affinity() == [core]

@@ -1,0 +1,64 @@
+"""The benchmark's table: medians, what a gateway adds within its round, ratios within rounds."""
+
+from dataclasses import fields, replace
+
+import pytest
+from rich.console import Console
+
+from benchmarks.gateway.measure import Figures, quantile
+from benchmarks.gateway.table import complete, summary, tables
+
+ONES = Figures(**{each.name: 1.0 for each in fields(Figures)})
+
+
+def figures(**values: float) -> Figures:
+    """Ones, but for these."""
+    return replace(ONES, **values)
+
+
+def printed(rounds: list[dict[str, Figures]]) -> list[str]:
+    """The lines of the tables."""
+    console = Console(width=200)
+    with console.capture() as capture:
+        for table in tables(summary(rounds)):
+            console.print(table)
+    return capture.get().splitlines()
+
+
+@pytest.mark.parametrize(("share", "value"), [(0.5, 50.0), (0.99, 99.0), (1.0, 100.0), (0.001, 1.0)])
+def test_a_quantile_is_one_of_the_values(share: float, value: float) -> None:
+    assert quantile([float(number) for number in range(100, 0, -1)], share) == value
+
+
+def test_the_time_to_the_first_token_is_less_that_of_the_upstream_in_the_same_round() -> None:
+    rounds = [
+        {"direct": figures(first_ms_p50=own), "nginx": figures(first_ms_p50=through)}
+        for own, through in [(1.0, 1.5), (5.0, 5.25), (2.0, 4.0)]
+    ]
+    assert summary(rounds)["gateways"]["nginx"]["first_ms_p50"]["median"] == pytest.approx(0.5)
+
+
+def test_ratios_are_those_within_rounds() -> None:
+    rounds = [
+        {"tuneserve": figures(request_ms_64=ours), "vllm-router": figures(request_ms_64=router)}
+        for ours, router in [(2.0, 1.0), (12.0, 4.0), (40.0, 10.0)]
+    ]
+    ratio = summary(rounds)["ratios"]["tuneserve / vllm-router"]["request_ms_64"]
+    assert ratio["median"] == 3.0
+    assert ratio["low"] < 3.0 < ratio["high"]
+
+
+def test_one_round_has_no_interval() -> None:
+    found = summary([{"nginx": ONES}])["gateways"]["nginx"]["rate"]
+    assert found == {"median": 1.0, "low": None, "high": None}
+
+
+def test_a_gateway_that_was_not_measured_in_each_round_is_left_out() -> None:
+    rounds = complete([{"direct": ONES, "nginx": ONES, "LiteLLM": ONES}, {"nginx": ONES, "direct": ONES}])
+    assert [list(each) for each in rounds] == [["direct", "nginx"]] * 2
+
+
+@pytest.mark.parametrize(("busy", "told"), [(0.5, "≥ 7"), (0.95, "7")])
+def test_a_rate_that_the_gateway_did_not_limit_is_a_lower_bound(busy: float, told: str) -> None:
+    [line] = [line for line in printed([{"nginx": figures(rate=7.0, busy=busy)}]) if "requests/s" in line]
+    assert line.split("requests/s")[1].strip() == told
