@@ -12,7 +12,7 @@ READY := .venv/.ready
 # The tests check the alert rules with it; serving needs none.
 PROMETHEUS := .venv/prometheus/.ready
 # What the gateway is measured beside; nothing else needs it.
-PEERS := .venv/peers/.ready
+GATEWAYS := .venv/peers/.ready
 
 .PHONY: install newest check test test-fast test-matrix soak lock bench-drift bench-gateway bench-start bench-train demo serve docs clean
 
@@ -29,7 +29,7 @@ $(PROMETHEUS): deploy/prometheus/install.sh | $(READY)
 	@bash $<
 	@touch $@
 
-$(PEERS): benchmarks/gateway/install_peers.sh | $(READY)
+$(GATEWAYS): benchmarks/gateway/install_peers.sh | $(READY)
 	@PYTHON=$(PYTHON) bash $<
 	@touch $@
 
@@ -77,7 +77,7 @@ bench-start: $(READY)
 # cores; ROUNDS=1 for a quick look, ONLY=tuneserve,vllm-router for some.
 ROUNDS ?= 5
 ONLY ?=
-bench-gateway: $(READY) $(PEERS)
+bench-gateway: $(READY) $(GATEWAYS)
 	$(BIN)/python -m benchmarks.gateway --rounds $(ROUNDS) $(if $(ONLY),--only "$(ONLY)")
 
 # Training beside a plain TRL script, in speed, memory and loss: 25 minutes, on a quiet machine.

@@ -10,7 +10,7 @@ from benchmarks.gateway.processes import core_seconds, cpu_seconds, resident_byt
 
 _SETTLE_S = 1.0
 """What a gateway does after an answer, as writing rows down, counts too."""
-_LOAD_S, _MOST_S = 3.0, 60.0
+_REST_S, _LOAD_S, _MOST_S = 2.0, 3.0, 60.0
 _WHOLE = Ask(chunks=16)
 _SHORT_STREAM = Ask(chunks=3, stream=True)
 _HALF_SECOND = Ask(chunks=50, stream=True)
@@ -36,6 +36,7 @@ class Figures:
         first_64_ms_p50, first_64_ms_p99: of 64 streams at once.
         many_failed: of 1,024 streams at once, those without a whole answer.
         many_chunk_us: processor time of each of their chunks.
+        rest_ms: processor time of a second without requests. A part of it is in all that is told of few requests.
         idle_mib, many_mib: memory after the start, and after those 1,024.
         failed: of all other requests.
         taken: share of its core that went to others all the while: then rates and times say little.
@@ -56,6 +57,7 @@ class Figures:
     first_64_ms_p99: float
     many_failed: float
     many_chunk_us: float
+    rest_ms: float
     idle_mib: float
     many_mib: float
     failed: float
@@ -93,6 +95,8 @@ class Measurement:
         await self._warm()
         idle = self._memory()
         began, core, own = time.monotonic(), core_seconds(self._core), self._used()
+        await asyncio.sleep(_REST_S)
+        rest = (self._used() - own) / _REST_S
         one, one_cpu = await self._load(_WHOLE, clients=1, seconds=_LOAD_S)
         some, some_cpu = await self._load(_WHOLE, clients=16, seconds=_LOAD_S)
         most, most_cpu = await self._load(_WHOLE, clients=64, seconds=_LOAD_S)
@@ -121,6 +125,7 @@ class Measurement:
             first_64_ms_p99=1e3 * quantile(beside.first, 0.99),
             many_failed=many.failed,
             many_chunk_us=1e6 * _each(many_cpu, many.done * _MANY.chunks),
+            rest_ms=1e3 * rest,
             idle_mib=idle,
             many_mib=self._memory(),
             failed=failed,

@@ -29,7 +29,8 @@ _ROWS = {
     "many_failed": ("1,024 streams: failed", 0),
     "many_chunk_us": ("1,024 streams: us/chunk", 0),
     "many_mib": ("1,024 streams: MiB", 0),
-    "idle_mib": ("MiB after start", 0),
+    "rest_ms": ("at rest: CPU, ms/s", 1),
+    "idle_mib": ("at rest: MiB", 0),
     "taken": ("others' share of its core", 2),
 }
 _OF_DIRECT = ("rate", "reads_16", "reads_100", "many_failed", "taken")
