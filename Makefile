@@ -73,7 +73,7 @@ PAIRS ?= 5
 bench-start: $(READY)
 	$(BIN)/python -m benchmarks.start_time $(MODEL) --home $(HOME_FOLDER) --pairs $(PAIRS)
 
-# What a request costs on its way through ours, LiteLLM, vllm-router and nginx: 25 minutes, on a quiet machine with two
+# What a request costs on its way through ours, LiteLLM, vllm-router and nginx: half an hour, on a quiet machine with two
 # cores; ROUNDS=1 for a quick look, ONLY=tuneserve,vllm-router for some.
 ROUNDS ?= 5
 ONLY ?=

@@ -100,8 +100,8 @@ class Measurement:
         one, one_cpu = await self._load(_WHOLE, clients=1, seconds=_LOAD_S)
         some, some_cpu = await self._load(_WHOLE, clients=16, seconds=_LOAD_S)
         most, most_cpu = await self._load(_WHOLE, clients=64, seconds=_LOAD_S)
-        few, few_cpu = await self._load(_SECOND, clients=16, requests=32)
-        hundred, hundred_cpu = await self._load(_SECOND, clients=100, requests=100)
+        few, few_cpu = await self._load(_SECOND, clients=16, requests=96)
+        hundred, hundred_cpu = await self._load(_SECOND, clients=100, requests=200)
         alone, _ = await self._load(_SHORT_STREAM, clients=1, requests=200)
         beside, _ = await self._load(_HALF_SECOND, clients=64, requests=512, spread_s=0.5)
         failed = self._failed
