@@ -56,6 +56,8 @@ def serve(
         for model in models:
             _add(settings, model, format_name)
         return
+    import uvloop
+
     from serving import server
     from serving.rollout.initial_state import choose_deployments
     from svc.engine.capabilities import read_capabilities
@@ -98,7 +100,8 @@ def serve(
                 on_failure=lambda target, error: came(target, f"[red]{target} is not served:[/red] {error}"),
             )
 
-    asyncio.run(run())
+    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+        runner.run(run())
     console.print("stopped")
 
 

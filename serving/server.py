@@ -12,20 +12,13 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, cast
 
-import uvicorn
 from sqlalchemy import Engine as Store
-from starlette.types import ASGIApp
 
 from serving.assembly import Parts, assemble
 from serving.deployments import OnFailure, OnReady
-from serving.http.connections import (
-    REQUEST_DEADLINE_S,
-    CountingListener,
-    limited_protocol,
-    raise_descriptor_limit,
-)
+from serving.http.connections import raise_descriptor_limit
+from serving.http.http_server import HttpServer, http_server
 from serving.http.tls import Certificate
 from svc.access.authenticator import Authenticator
 from svc.engine.capabilities import Capabilities
@@ -42,7 +35,6 @@ _SEND_BUFFER_BYTES = 128 * 1024
 _SOCKET = "http.sock"
 _LOCAL_CONNECTIONS = 64
 """Beside those of clients, so that whoever is on the machine gets through however many those are."""
-_GRACE_S = 30  # running answers may end after SIGTERM
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,7 +45,7 @@ class Claim:
         local: the socket in the home; who can open it needs no key.
     """
 
-    listener: CountingListener
+    listener: socket.socket
     url: str
     local: socket.socket
 
@@ -102,10 +94,12 @@ def require_safe(serve: ServeSettings, *, has_keys: bool) -> None:
         )
 
 
-def _bind(host: str, port: int) -> CountingListener:
-    listener = CountingListener(address_family(host), socket.SOCK_STREAM)
+def _bind(host: str, port: int) -> socket.socket:
+    listener = socket.socket(address_family(host), socket.SOCK_STREAM)
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-    # Connections inherit it. The kernel would take megabytes of each answer, and nobody could tell who reads slowly.
+    # Connections inherit these. A token that waits for the acknowledgement of the one before comes 40 ms late.
+    listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    # The kernel would take megabytes of each answer, and nobody could tell who reads slowly.
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _SEND_BUFFER_BYTES)
     try:
         listener.bind((host, port))
@@ -177,59 +171,6 @@ async def serve(
     await server.run(claim, wanted)
 
 
-class _Uvicorn(uvicorn.Server):
-    """Leaves signals to `serve`: they must also end a start that is under way."""
-
-    @contextmanager
-    def capture_signals(self) -> Iterator[None]:
-        """Captures none."""
-        yield
-
-    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
-        """As uvicorn's, with a shorter time for the handshake of TLS."""
-        await super().startup(sockets=[])
-        config = self.config
-
-        def protocol() -> asyncio.Protocol:
-            make: Any = config.http_protocol_class
-            made = make(config=config, server_state=self.server_state, app_state=self.lifespan.state)
-            return cast(asyncio.Protocol, made)
-
-        for listener in sockets or ():
-            server = await asyncio.get_running_loop().create_server(
-                protocol,
-                sock=listener,
-                ssl=config.ssl,
-                ssl_handshake_timeout=REQUEST_DEADLINE_S if config.ssl else None,
-                backlog=config.backlog,
-            )
-            self.servers.append(server)
-
-
-def _http(app: ASGIApp, most: int, *, certificate: Certificate | None = None, proxies: Sequence[str] = ()) -> _Uvicorn:
-    """What answers on one listener.
-
-    Args:
-        most: connections at once.
-        certificate: None for plain HTTP.
-        proxies: what they say of their clients is believed; anybody else can write that too.
-    """
-    config = uvicorn.Config(
-        app,
-        http=limited_protocol(most),
-        lifespan="off",
-        log_config=None,
-        access_log=False,
-        server_header=False,
-        proxy_headers=bool(proxies),
-        forwarded_allow_ips=list(proxies),
-        timeout_graceful_shutdown=_GRACE_S,
-    )
-    config.load()
-    config.ssl = certificate.context if certificate else None
-    return _Uvicorn(config)
-
-
 class _Server:
     """Runs the parts of one server, and ends them in order."""
 
@@ -241,7 +182,7 @@ class _Server:
             self._certificate = Certificate(settings.tls_certificate, settings.tls_key)
         self._stopping = asyncio.Event()
         self._leave = False
-        self._http: list[_Uvicorn] = []
+        self._http: list[HttpServer] = []
 
     def stop(self, *, leave: bool = False) -> None:
         """Ends `run`: running answers may end; called again, they are cut off.
@@ -259,10 +200,10 @@ class _Server:
         """Answers from the first moment, with 503 until an engine has started; returns when it was told to stop."""
         parts = self._parts
         parts.request_log.start()
-        most = claim.listener.most = raise_descriptor_limit()
+        most = raise_descriptor_limit()
         self._http = [
-            _http(parts.app, most, certificate=self._certificate, proxies=self._proxies),
-            _http(parts.app, _LOCAL_CONNECTIONS),
+            http_server(parts.app, most, certificate=self._certificate, proxies=self._proxies),
+            http_server(parts.app, _LOCAL_CONNECTIONS),
         ]
         listeners = (claim.listener, claim.local)
         serving = {

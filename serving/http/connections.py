@@ -18,6 +18,10 @@ MOST_HEAD_BYTES = 64 * 1024
 """Of one request's headers, and what one read may bring beyond."""
 ABORT = "abort"
 """Key in the state of a scope: a function that ends its connection at once, whatever was not read yet."""
+LOST = "lost"
+"""Key in the state of a scope: a future that is done once its connection has ended."""
+WRITABLE = "writable"
+"""Key in the state of a scope: a function that says whether its connection takes more without a wait."""
 THROUGH_SOCKET = "through_socket"
 """Key in the state of a scope: the connection came through a unix socket, which only its owner can open."""
 _OWN_DESCRIPTORS = 512
@@ -38,73 +42,32 @@ def raise_descriptor_limit() -> int:
     return max(1, min(_MOST, room))
 
 
-class CountingListener(socket.socket):
-    """Accepts so many connections at once; further ones are closed.
-
-    Counted here, because a connection that never gets through its TLS handshake reaches no protocol.
-
-    Attributes:
-        most: connections at once.
-    """
-
-    most = _MOST
-    _open = 0
-
-    def accept(self) -> tuple[socket.socket, Any]:
-        """The next connection.
-
-        Raises:
-            ConnectionAbortedError: there were enough; it was closed.
-        """
-        accepted, address = super().accept()
-        if self._open >= self.most:
-            accepted.close()
-            raise ConnectionAbortedError
-        self._open += 1
-        return _CountedSocket(self, accepted.detach()), address
-
-    def closed(self) -> None:
-        """One of them has ended."""
-        self._open -= 1
-
-
-class _CountedSocket(socket.socket):
-    """Tells its listener when it is closed."""
-
-    def __init__(self, listener: CountingListener, descriptor: int) -> None:
-        super().__init__(listener.family, listener.type, listener.proto, fileno=descriptor)
-        self._listener: CountingListener | None = listener
-
-    def close(self) -> None:
-        """Closes it."""
-        super().close()
-        listener, self._listener = self._listener, None
-        if listener is not None:
-            listener.closed()
-
-
-def limited_protocol(most: int, deadline_s: float = REQUEST_DEADLINE_S) -> type[asyncio.Protocol]:
+def limited_protocol(deadline_s: float = REQUEST_DEADLINE_S) -> type[asyncio.Protocol]:
     """uvicorn's protocol with limits.
 
     Args:
-        most: connections at once; further ones are closed.
         deadline_s: see REQUEST_DEADLINE_S.
     """
 
     class LimitedProtocol(AutoHTTPProtocol):  # type: ignore[misc, valid-type]
         _deadline: asyncio.TimerHandle | None = None
         _head_bytes = 0
+        _lost: asyncio.Future[None]
         app_state: dict[str, Any]
 
         def connection_made(self, transport: asyncio.Transport) -> None:
+            self._lost = asyncio.get_running_loop().create_future()
             connected = transport.get_extra_info("socket")
             through_socket = connected is not None and connected.family == socket.AF_UNIX
-            self.app_state = {**self.app_state, ABORT: transport.abort, THROUGH_SOCKET: through_socket}
+            self.app_state = {
+                **self.app_state,
+                ABORT: transport.abort,
+                LOST: self._lost,
+                WRITABLE: self._is_writable,
+                THROUGH_SOCKET: through_socket,
+            }
             super().connection_made(transport)
-            if len(self.connections) > most:
-                transport.abort()
-            else:
-                self._await_request()
+            self._await_request()
 
         def data_received(self, data: bytes) -> None:
             before = self.cycle
@@ -121,10 +84,14 @@ def limited_protocol(most: int, deadline_s: float = REQUEST_DEADLINE_S) -> type[
             if self._deadline is not None:
                 self._deadline.cancel()
             super().connection_lost(exc)
+            self._lost.set_result(None)
 
         def timeout_keep_alive_handler(self) -> None:
             super().timeout_keep_alive_handler()
             self._abort_later()
+
+        def _is_writable(self) -> bool:
+            return not self.flow.write_paused
 
         @property
         def _in_request(self) -> bool:

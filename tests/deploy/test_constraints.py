@@ -9,7 +9,7 @@ from packaging.utils import canonicalize_name
 
 ROOT = Path(__file__).parents[2]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))
-EXTRAS = {"cpu": ("train", "monitor", "serve-cpu"), "gpu": ("train", "monitor", "serve")}
+EXTRAS = {"cpu": ("train", "monitor", "gateway", "serve-cpu"), "gpu": ("train", "monitor", "gateway", "serve")}
 
 
 def asked(extras: tuple[str, ...]) -> list[Requirement]:

@@ -14,6 +14,7 @@ import httpx
 import pytest
 
 from serving import server
+from serving.http.http_server import HttpServer
 from serving.rollout.reconciler import Reconciler
 from svc.errors import BusyError, EngineError, IntegrityError, SettingsError
 from svc.settings import Settings
@@ -259,13 +260,20 @@ async def test_a_version_named_at_the_start_is_desired_from_then_on(home: Home) 
     assert desired is not None and desired.previous == target(1)
 
 
+def test_no_token_waits_for_the_acknowledgement_of_the_one_before(home: Home) -> None:
+    with server.claim(home.settings) as claim, socket.create_connection(claim.listener.getsockname()):
+        accepted, _ = claim.listener.accept()
+        with accepted:
+            assert accepted.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)
+
+
 async def test_a_server_that_cannot_listen_ends_while_the_engine_starts(
     home: Home, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     async def refuse(*_: object, **__: object) -> None:
         raise OSError("address already in use")
 
-    monkeypatch.setattr(server._Uvicorn, "serve", refuse)
+    monkeypatch.setattr(HttpServer, "serve", refuse)
     home.park.start_delay_s = 10
     with server.claim(home.settings) as claim, pytest.raises(OSError, match="already in use"):
         async with asyncio.timeout(3):

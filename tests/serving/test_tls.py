@@ -104,7 +104,7 @@ async def test_connections_that_begin_no_handshake_keep_nobody_out_for_long(
     home: Home, files: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("serving.server.raise_descriptor_limit", lambda: 3)
-    monkeypatch.setattr("serving.server.REQUEST_DEADLINE_S", 0.5)
+    monkeypatch.setattr("serving.http.http_server.REQUEST_DEADLINE_S", 0.5)
     async with home.serving(f"{NAME}@1") as client:
         port = client.base_url.port
         silent = [await asyncio.open_connection("127.0.0.1", port) for _ in range(3)]

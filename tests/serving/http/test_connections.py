@@ -8,11 +8,11 @@ from contextlib import asynccontextmanager, suppress
 from typing import Any
 
 import pytest
-import uvicorn
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from serving.http import connections
-from serving.http.connections import ABORT, MOST_HEAD_BYTES, limited_protocol, raise_descriptor_limit
+from serving.http.connections import ABORT, MOST_HEAD_BYTES, raise_descriptor_limit
+from serving.http.http_server import http_server
 
 DEADLINE_S = 0.3
 LARGE = 2**24
@@ -46,10 +46,7 @@ async def cutting_app(scope: Any, receive: Any, send: Any) -> None:
 async def serving(most: int, app: Any = slow_app, deadline_s: float = DEADLINE_S) -> AsyncIterator[Connect]:
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
-        protocol = limited_protocol(most, deadline_s)
-        server = uvicorn.Server(
-            uvicorn.Config(app, http=protocol, lifespan="off", log_config=None, timeout_keep_alive=1)
-        )
+        server = http_server(app, most, deadline_s=deadline_s, idle_s=1)
         task = asyncio.create_task(server.serve(sockets=[listener]))
         while not server.started:
             await asyncio.sleep(0.01)

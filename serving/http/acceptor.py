@@ -1,0 +1,94 @@
+"""Accepts connections, up to a number at once.
+
+An event loop's own server accepts whatever comes and counts nothing, and a connection that never gets through its TLS
+handshake reaches no protocol that could.
+"""
+
+import asyncio
+import logging
+import socket
+import ssl
+from collections.abc import Callable
+
+log = logging.getLogger(__name__)
+
+_BACKLOG = 2048
+_PAUSE_S = 1.0
+
+
+class Acceptor:
+    """Gives the connections that come to a listener to protocols; further ones than there may be are closed.
+
+    Args:
+        make_protocol: a new protocol.
+        count: connections that have a protocol.
+        most: at once, with those in their handshake.
+        context: of TLS; None for plain connections.
+        handshake_s: longest time for a handshake, seconds.
+    """
+
+    def __init__(
+        self,
+        listener: socket.socket,
+        make_protocol: Callable[[], asyncio.BaseProtocol],
+        *,
+        count: Callable[[], int],
+        most: int,
+        context: ssl.SSLContext | None,
+        handshake_s: float,
+    ) -> None:
+        self._listener = listener
+        self._make_protocol = make_protocol
+        self._count = count
+        self._most = most
+        self._context = context
+        self._handshake_s = handshake_s if context else None
+        self._beginning: set[asyncio.Task[None]] = set()
+        self._accepting: asyncio.Task[None] | None = None
+
+    def start(self) -> None:
+        """Accepts from now on."""
+        self._listener.setblocking(False)
+        self._listener.listen(_BACKLOG)
+        self._accepting = asyncio.create_task(self._run())
+
+    def close(self) -> None:
+        """Accepts no more."""
+        for task in (self._accepting, *self._beginning):
+            if task is not None:
+                task.cancel()
+
+    async def wait_closed(self) -> None:
+        """Returns when nothing runs any more."""
+        tasks = {task for task in (self._accepting, *self._beginning) if task is not None}
+        if tasks:
+            await asyncio.wait(tasks)
+
+    async def _run(self) -> None:
+        loop = asyncio.get_running_loop()
+        while True:
+            try:
+                accepted, _ = await loop.sock_accept(self._listener)
+            except ConnectionAbortedError:  # its client has gone
+                continue
+            except OSError:  # no descriptors, no memory
+                log.exception("no connection can be accepted; trying again in %g s", _PAUSE_S)
+                await asyncio.sleep(_PAUSE_S)
+                continue
+            if self._count() + len(self._beginning) >= self._most:
+                accepted.close()
+                await asyncio.sleep(0)
+            elif self._context is None:
+                await self._begin(accepted)
+            else:
+                task = asyncio.create_task(self._begin(accepted))
+                self._beginning.add(task)
+                task.add_done_callback(self._beginning.discard)
+
+    async def _begin(self, accepted: socket.socket) -> None:
+        try:
+            await asyncio.get_running_loop().connect_accepted_socket(
+                self._make_protocol, accepted, ssl=self._context, ssl_handshake_timeout=self._handshake_s
+            )
+        except OSError as error:  # a handshake that failed, or came to no end; ssl.SSLError is one
+            log.debug("a connection did not begin: %s", error)

@@ -1,0 +1,90 @@
+"""uvicorn with our limits, for one listener."""
+
+import asyncio
+import socket
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, cast
+
+import uvicorn
+from starlette.types import ASGIApp
+
+from serving.http.acceptor import Acceptor
+from serving.http.connections import REQUEST_DEADLINE_S, limited_protocol
+from serving.http.tls import Certificate
+
+_GRACE_S = 30  # running answers may end after SIGTERM
+
+
+class HttpServer(uvicorn.Server):
+    """Leaves signals to `serve`: they must also end a start that is under way.
+
+    Args:
+        most: connections at once.
+    """
+
+    def __init__(self, config: uvicorn.Config, most: int) -> None:
+        super().__init__(config)
+        self._most = most
+
+    @contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        """Captures none."""
+        yield
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        """As uvicorn's, with a limit on connections."""
+        await super().startup(sockets=[])
+        config, state = self.config, self.server_state
+
+        def protocol() -> asyncio.BaseProtocol:
+            make: Any = config.http_protocol_class
+            made = make(config=config, server_state=state, app_state=self.lifespan.state)
+            return cast(asyncio.BaseProtocol, made)
+
+        for listener in sockets or ():
+            acceptor = Acceptor(
+                listener,
+                protocol,
+                count=lambda: len(state.connections),
+                most=self._most,
+                context=config.ssl,
+                handshake_s=REQUEST_DEADLINE_S,
+            )
+            acceptor.start()
+            self.servers.append(cast(asyncio.Server, acceptor))
+
+
+def http_server(
+    app: ASGIApp,
+    most: int,
+    *,
+    certificate: Certificate | None = None,
+    proxies: Sequence[str] = (),
+    deadline_s: float = REQUEST_DEADLINE_S,
+    idle_s: int = 5,
+) -> HttpServer:
+    """What answers on one listener.
+
+    Args:
+        most: connections at once.
+        certificate: None for plain HTTP.
+        proxies: what they say of their clients is believed; anybody else can write that too.
+        deadline_s: see serving.http.connections.
+        idle_s: so long a connection may be idle between two requests.
+    """
+    config = uvicorn.Config(
+        app,
+        http=limited_protocol(deadline_s),
+        lifespan="off",
+        log_config=None,
+        access_log=False,
+        server_header=False,
+        proxy_headers=bool(proxies),
+        forwarded_allow_ips=list(proxies),
+        timeout_keep_alive=idle_s,
+        timeout_graceful_shutdown=_GRACE_S,
+    )
+    config.load()
+    config.ssl = certificate.context if certificate else None
+    return HttpServer(config, most)
