@@ -11,16 +11,16 @@ too low is corrected when the request ends, and keeps the next one waiting.
 
 import math
 import time
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
 from enum import StrEnum
-from functools import lru_cache
+from typing import NamedTuple
 
 from serving.admission.errors import RateLimitedError
 from serving.admission.quotas import DayQuota, MinuteQuota, Quota, RunningQuota
 from svc.principal import Limits, Principal
 
 _BYTES_PER_TOKEN = 4
+_NONE = Limits()
 
 
 class Limit(StrEnum):
@@ -36,8 +36,7 @@ class Limit(StrEnum):
 _NAMED = {limit: limit.value.replace("_", " ") for limit in Limit} | {Limit.CONCURRENT: "requests at once"}
 
 
-@dataclass(frozen=True, slots=True)
-class Demand:
+class Demand(NamedTuple):
     """What a request may use.
 
     Attributes:
@@ -52,8 +51,7 @@ class Demand:
     said: bool
 
 
-@dataclass(frozen=True, slots=True)
-class Allowance:
+class Allowance(NamedTuple):
     """What is left of a limit.
 
     Attributes:
@@ -79,7 +77,7 @@ class Reservation:
 
     __slots__ = ("_held",)
 
-    def __init__(self, held: Mapping[Limit, tuple[Quota, int]]) -> None:
+    def __init__(self, held: Sequence[tuple[Limit, Quota, int]]) -> None:
         self._held = held
 
     def settle(self, tokens_in: int, tokens_out: int) -> None:
@@ -90,12 +88,12 @@ class Reservation:
             Limit.TOKENS_OUT_PER_MINUTE: tokens_out,
             Limit.TOKENS_PER_DAY: tokens_in + tokens_out,
         }
-        for limit, (quota, amount) in self._held.items():
+        for limit, quota, amount in self._held:
             quota.settle(amount, used.get(limit, 0))
 
     def release(self) -> None:
         """The request was refused, and costs nothing."""
-        for quota, amount in self._held.values():
+        for _, quota, amount in self._held:
             quota.settle(amount, 0)
 
 
@@ -110,7 +108,7 @@ class RateLimiter:
     def __init__(self, *, clock: Callable[[], float] = time.monotonic, wall: Callable[[], float] = time.time) -> None:
         self._clock = clock
         self._wall = wall
-        self._keys: dict[str, dict[Limit, Quota]] = {}
+        self._keys: dict[str, _KeyQuotas] = {}
 
     def reserve(self, principal: Principal, demand: Demand) -> Reservation:
         """Takes what a request may use.
@@ -118,48 +116,48 @@ class RateLimiter:
         Raises:
             RateLimitedError: there is not so much left of a limit; of several the one that takes longest is named.
         """
-        held, longest, refused = dict[Limit, tuple[Quota, int]](), 0.0, None
-        for limit, (most, quota, now) in self._quotas(principal).items():
+        held, longest, refused = list[tuple[Limit, Quota, int]](), 0.0, None
+        now, wall = self._clock(), self._wall()
+        for limit, most, quota in self._quotas(principal, now, wall):
             amount = _amount(limit, demand, most, quota)
-            wait_s = quota.wait_s(amount, now, most)
+            wait_s = quota.wait_s(amount, wall if limit is Limit.TOKENS_PER_DAY else now, most)
             if wait_s > longest:
                 longest, refused = wait_s, limit
-            held[limit] = quota, amount
+            held.append((limit, quota, amount))
         if refused:
             raise self._refusal(refused, principal, longest)
-        for quota, amount in held.values():
+        for _, quota, amount in held:
             quota.reserve(amount)
         return Reservation(held)
 
     def allowances(self, principal: Principal) -> dict[Limit, Allowance]:
         """What is left of each limit that a key has."""
+        now, wall = self._clock(), self._wall()
         return {
-            limit: Allowance(most, quota.remaining(most), quota.reset_s(now, most))
-            for limit, (most, quota, now) in self._quotas(principal).items()
+            limit: Allowance(
+                most, quota.remaining(most), quota.reset_s(wall if limit is Limit.TOKENS_PER_DAY else now, most)
+            )
+            for limit, most, quota in self._quotas(principal, now, wall)
         }
 
     def add_used_today(self, tokens: Mapping[str, int]) -> None:
         """Adds what keys used today before this server started, in and out together."""
         for key_id, used in tokens.items():
-            quota = self._keys.setdefault(key_id, _quotas())[Limit.TOKENS_PER_DAY]
+            quota = self._keys.setdefault(key_id, _KeyQuotas()).quotas[Limit.TOKENS_PER_DAY]
             quota.pass_to(self._wall(), used)
             quota.settle(0, used)
 
-    def _quotas(self, principal: Principal) -> dict[Limit, tuple[int, Quota, float]]:
-        """Each limit that a key has, with what is taken of it now, and the time."""
-        limits = _limits(principal.limits)
-        if not limits:
-            return {}
-        quotas = self._keys.get(principal.key_id)
-        if quotas is None:
-            quotas = self._keys[principal.key_id] = _quotas()
-        now, wall = self._clock(), self._wall()
-        found = {}
-        for limit, most in limits.items():
-            quota, at = quotas[limit], wall if limit is Limit.TOKENS_PER_DAY else now
-            quota.pass_to(at, most)
-            found[limit] = most, quota, at
-        return found
+    def _quotas(self, principal: Principal, now: float, wall: float) -> Sequence[tuple[Limit, int, Quota]]:
+        """Each limit that a key has, with what is taken of it now."""
+        key = self._keys.get(principal.key_id)
+        if key is None:
+            if principal.limits == _NONE:
+                return ()
+            key = self._keys[principal.key_id] = _KeyQuotas()
+        held = key.held(principal.limits)
+        for limit, most, quota in held:
+            quota.pass_to(wall if limit is Limit.TOKENS_PER_DAY else now, most)
+        return held
 
     def _refusal(self, limit: Limit, principal: Principal, wait_s: float) -> RateLimitedError:
         most: int = getattr(principal.limits, limit)
@@ -171,20 +169,30 @@ class RateLimiter:
         )
 
 
-def _quotas() -> dict[Limit, Quota]:
-    return {
-        Limit.REQUESTS_PER_MINUTE: MinuteQuota(),
-        Limit.TOKENS_IN_PER_MINUTE: MinuteQuota(),
-        Limit.TOKENS_OUT_PER_MINUTE: MinuteQuota(),
-        Limit.CONCURRENT: RunningQuota(),
-        Limit.TOKENS_PER_DAY: DayQuota(),
-    }
+class _KeyQuotas:
+    """What is taken of the limits of one key."""
 
+    def __init__(self) -> None:
+        self.quotas: Mapping[Limit, Quota] = {
+            Limit.REQUESTS_PER_MINUTE: MinuteQuota(),
+            Limit.TOKENS_IN_PER_MINUTE: MinuteQuota(),
+            Limit.TOKENS_OUT_PER_MINUTE: MinuteQuota(),
+            Limit.CONCURRENT: RunningQuota(),
+            Limit.TOKENS_PER_DAY: DayQuota(),
+        }
+        self._limits = _NONE
+        self._held: Sequence[tuple[Limit, int, Quota]] = ()
 
-@lru_cache(maxsize=1024)
-def _limits(limits: Limits) -> Mapping[Limit, int]:
-    """Those that there are; most keys have the same few."""
-    return {limit: most for limit in Limit if (most := getattr(limits, limit)) is not None}
+    def held(self, limits: Limits) -> Sequence[tuple[Limit, int, Quota]]:
+        """Those that there are; they change when the operator changes them."""
+        if limits is not self._limits:
+            self._limits = limits
+            self._held = tuple(
+                (limit, most, quota)
+                for limit, quota in self.quotas.items()
+                if (most := getattr(limits, limit)) is not None
+            )
+        return self._held
 
 
 def _amount(limit: Limit, demand: Demand, most: int, quota: Quota) -> int:

@@ -7,6 +7,7 @@ has one that is ours.
 
 import ipaddress
 from collections.abc import Iterable
+from functools import lru_cache
 
 from starlette.types import Scope
 
@@ -15,6 +16,8 @@ from svc.errors import SvcError
 
 ANY = "*"
 _LOOPBACK = "localhost"
+_LONGEST_ADDRESS = 45
+"""Characters, of IPv6 with an IPv4 address at its end."""
 
 
 class HostNotAllowedError(SvcError):
@@ -55,7 +58,10 @@ def _name(header: str) -> str:
     return header.partition(":")[0].lower().rstrip(".")
 
 
+@lru_cache(maxsize=256)
 def _is_address(host: str) -> bool:
+    if len(host) > _LONGEST_ADDRESS:
+        return False
     try:
         ipaddress.ip_address(host)
     except ValueError:

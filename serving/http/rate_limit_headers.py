@@ -13,6 +13,10 @@ from serving.protocols.route import ANTHROPIC_PATHS
 
 Headers = list[tuple[bytes, bytes]]
 
+_OPENAI = {
+    of: tuple(f"x-ratelimit-{what}-{of}".encode() for what in ("limit", "remaining", "reset"))
+    for of in ("requests", "tokens")
+}
 _TOKENS = (Limit.TOKENS_IN_PER_MINUTE, Limit.TOKENS_OUT_PER_MINUTE, Limit.TOKENS_PER_DAY)
 
 
@@ -60,10 +64,11 @@ def _tightest(allowances: Mapping[Limit, Allowance]) -> Allowance | None:
 def _openai(name: str, allowance: Allowance | None) -> Headers:
     if allowance is None:
         return []
+    limit, remaining, reset = _OPENAI[name]
     return [
-        (b"x-ratelimit-limit-" + name.encode(), b"%d" % allowance.limit),
-        (b"x-ratelimit-remaining-" + name.encode(), b"%d" % allowance.remaining),
-        (b"x-ratelimit-reset-" + name.encode(), duration(allowance.reset_s).encode()),
+        (limit, b"%d" % allowance.limit),
+        (remaining, b"%d" % allowance.remaining),
+        (reset, duration(allowance.reset_s).encode()),
     ]
 
 

@@ -6,10 +6,12 @@ that no second reading of the client's bytes can differ from what was checked he
 
 import asyncio
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any, NoReturn
 
+import msgspec
 from starlette.types import Receive, Scope
 
 from serving.protocols.route import Route
@@ -101,8 +103,7 @@ class CompletionRequest:
         Args:
             engine_model: what the engine calls the model.
         """
-        head = b'{"model":' + json.dumps(engine_model).encode("ascii")
-        return head + (b"}" if self.members == _EMPTY else b"," + self.members[1:])
+        return _head(engine_model) + (b"}" if self.members == _EMPTY else b"," + self.members[1:])
 
     def work(self, context: int) -> int:
         """Most tokens that the engine may have to make for it.
@@ -112,6 +113,12 @@ class CompletionRequest:
         """
         longest = context if self.max_tokens is None else min(max(1, self.max_tokens), context)
         return self.answers * longest
+
+
+@lru_cache(maxsize=1024)
+def _head(engine_model: str) -> bytes:
+    """The beginning of a payload; an engine has few names."""
+    return b'{"model":' + json.dumps(engine_model).encode("ascii")
 
 
 async def read_body(scope: Scope, receive: Receive, *, max_bytes: int, timeout_s: float) -> bytes:
@@ -178,7 +185,7 @@ def parse_request(body: bytes, route: Route) -> CompletionRequest:
         InvalidRequestError: `model`, `stream` or `stream_options` of a wrong type, or a field that is not served, see
             serving.protocols.unsupported_fields.
     """
-    fields = _json_object(body)
+    fields, to_json = _read_json(body)
     model = fields.pop("model", None)
     if not isinstance(model, str):
         raise InvalidRequestError("'model' is missing or no string", param="model", expected="a model name")
@@ -193,7 +200,7 @@ def parse_request(body: bytes, route: Route) -> CompletionRequest:
         fields |= {"store": False, "background": False}
     return CompletionRequest(
         model=model,
-        members=_to_json(fields),
+        members=to_json(fields),
         stream=stream,
         wants_usage=wants_usage,
         temperature=_temperature(fields),
@@ -204,9 +211,28 @@ def parse_request(body: bytes, route: Route) -> CompletionRequest:
     )
 
 
-def _json_object(body: bytes) -> dict[str, Any]:
+def _read_json(body: bytes) -> tuple[dict[str, Any], Callable[[dict[str, Any]], bytes]]:
+    """The object in a body, and what writes it out again.
+
+    msgspec is several times as fast, and refuses more than is wrong: lone surrogates, and numbers that Python can hold.
+    So what it does not take is read by the standard library, which can also say where a fault is.
+    """
     try:
-        fields = json.loads(body.decode("utf-8"), parse_constant=_refuse_constant)
+        fields = msgspec.json.decode(body)
+    except (msgspec.MsgspecError, ValueError, RecursionError):
+        return _object(_decode(body)), _encode
+    return _object(fields), _encode_as_it_came
+
+
+def _object(fields: Any) -> dict[str, Any]:
+    if not isinstance(fields, dict):
+        raise InvalidJsonError("the request body is JSON, but no object", expected="a JSON object")
+    return fields
+
+
+def _decode(body: bytes) -> Any:
+    try:
+        return json.loads(body.decode("utf-8"), parse_constant=_refuse_constant)
     except UnicodeDecodeError as error:
         raise InvalidJsonError(f"the request body is not UTF-8 at byte {error.start}") from error
     except json.JSONDecodeError as error:
@@ -217,16 +243,20 @@ def _json_object(body: bytes) -> dict[str, Any]:
         raise InvalidJsonError("the request body is not usable JSON: a number with too many digits") from error
     except RecursionError as error:
         raise InvalidJsonError("the request body is not usable JSON: nested too deeply") from error
-    if not isinstance(fields, dict):
-        raise InvalidJsonError("the request body is JSON, but no object", expected="a JSON object")
-    return fields
 
 
 def _refuse_constant(name: str) -> NoReturn:
     raise InvalidJsonError(f"the request body is not JSON: {name}", expected="JSON knows no NaN and no Infinity")
 
 
-def _to_json(fields: dict[str, Any]) -> bytes:
+def _encode_as_it_came(fields: dict[str, Any]) -> bytes:
+    try:
+        return msgspec.json.encode(fields)
+    except (ValueError, RecursionError):
+        return _encode(fields)
+
+
+def _encode(fields: dict[str, Any]) -> bytes:
     try:
         # Escapes all but ASCII, so that a lone surrogate, which UTF-8 cannot hold, reaches the engine as it came.
         return json.dumps(fields, allow_nan=False, separators=(",", ":")).encode("ascii")

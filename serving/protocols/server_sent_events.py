@@ -20,6 +20,8 @@ class EventSplitter:
 
     def feed(self, chunk: bytes) -> list[bytes]:
         """The events that are complete now, each with its blank line: joined, they are the stream."""
+        if not self._rest and chunk.find(b"\n\n") == len(chunk) - 2 >= 0 and b"\r" not in chunk:
+            return [chunk]  # as nearly all chunks are
         data = self._rest + chunk if self._rest else chunk
         # A blank line can begin up to three bytes before the new chunk.
         ends = _BLANK_LINE.finditer(data, max(0, len(self._rest) - 3))

@@ -160,7 +160,7 @@ def _is_text(part: Fields) -> bool:
 def _grammars(fields: Fields) -> Refusal | None:
     """See serving.protocols.grammar_limits."""
     for param, grammar in _all_grammars(fields):
-        if limit := excess(grammar):
+        if grammar is not None and (limit := excess(grammar)):
             wrong = f"'{param}' would keep the engine busy, which other clients share"
             return Refusal(param, wrong, limit, "make it simpler")
     return None

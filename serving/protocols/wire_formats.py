@@ -3,6 +3,9 @@
 Three formats: completions (chat and plain) end with `[DONE]`, responses and messages with an event of their own. What
 is read of them is said in the same words for all, those of chat completions. A part of an answer is a JSON body or one
 event of a stream. Knows the bytes that vLLM writes, and changes none.
+
+Nearly all events of a stream bring one piece of text and nothing else. Each format knows those by one look, and looks
+closer at all others only.
 """
 
 import json
@@ -13,8 +16,15 @@ from dataclasses import dataclass
 from typing import Any
 
 from serving.protocols.route import Route
-from serving.protocols.server_sent_events import data_of, is_event, json_of, name_of
+from serving.protocols.server_sent_events import data_of, find_error, is_event, json_of, name_of
 
+_TEXT = rb'"[^"\\]*(?:\\.[^"\\]*)*"'
+_NULLS = rb'(?:,"[a-z_]+":null)*'
+_PLAIN_TOKEN = re.compile(
+    rb'data: \{"id":"[^"\\]*","object":"[a-z_.]+","created":\d+,"model":' + _TEXT + rb',"choices":\[\{"index":\d+,'
+    rb'(?:"delta":\{"content":' + _TEXT + rb'\}|"text":' + _TEXT + rb")" + _NULLS + rb"\}\]" + _NULLS + rb"\}\n\n"
+)
+"""The whole event: there is no room in it for anything else."""
 _USAGE = re.compile(rb'"usage"\s*:\s*(\{(?:[^{}]|\{[^{}]*\})*\})')
 _FINISH_REASON = re.compile(rb'"finish_reason"\s*:\s*"([a-z_]{1,40})"')
 _DONE = b"[DONE]"
@@ -31,8 +41,43 @@ class Usage:
     completion: int
 
 
+@dataclass(frozen=True, slots=True)
+class Seen:
+    """What an event of a stream says.
+
+    Attributes:
+        token: it brings generated tokens, and is not the one with token counts.
+        end: it ends a complete answer.
+        usage: see `WireFormat.usage`.
+        finish_reason: see `WireFormat.finish_reason`.
+        error: what stands under `error` at its top; None where it is no error.
+    """
+
+    token: bool = False
+    end: bool = False
+    usage: Usage | None = None
+    finish_reason: str | None = None
+    error: Any | None = None
+
+
+TOKEN = Seen(token=True)
+"""Tokens and nothing else."""
+
+
 class WireFormat(ABC):
     """What the gateway reads of the requests and answers of a route."""
+
+    def classify(self, event: bytes) -> Seen:
+        """All that an event says."""
+        if self._is_plain_token(event):
+            return TOKEN
+        usage, end = self.usage(event), self.is_end(event)
+        token = not usage and not end and self.is_token(event)
+        return Seen(token, end, usage, self.finish_reason(event), find_error(event))
+
+    @abstractmethod
+    def _is_plain_token(self, event: bytes) -> bool:
+        """One look, without parsing; False also where that does not suffice."""
 
     @abstractmethod
     def usage(self, part: bytes) -> Usage | None:
@@ -69,6 +114,9 @@ class WireFormat(ABC):
 
 class CompletionsFormat(WireFormat):
     """Chat and plain completions."""
+
+    def _is_plain_token(self, event: bytes) -> bool:
+        return _PLAIN_TOKEN.fullmatch(event) is not None
 
     def usage(self, part: bytes) -> Usage | None:
         """Of a stream in the one chunk that has no choices; found without parsing: log-probabilities make megabytes."""
@@ -114,6 +162,9 @@ class ResponsesFormat(WireFormat):
 
     Parsed and not searched: tools, which the client wrote, come back in it.
     """
+
+    def _is_plain_token(self, event: bytes) -> bool:
+        return event.startswith(b"event: response.output_text.delta\ndata: ") and b'"error"' not in event
 
     def usage(self, part: bytes) -> Usage | None:
         return _usage(self._whole(part).get("usage"), "input_tokens", "output_tokens")
@@ -165,6 +216,9 @@ class MessagesFormat(WireFormat):
 
     Parsed and not searched: the input of a tool, which the model wrote, is an object in them.
     """
+
+    def _is_plain_token(self, event: bytes) -> bool:
+        return event.startswith(b"event: content_block_delta\ndata: ") and b'"error"' not in event
 
     def usage(self, part: bytes) -> Usage | None:
         """Of a stream in its `message_delta`: its first event has counts too, of an answer without tokens."""

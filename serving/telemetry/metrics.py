@@ -8,6 +8,7 @@ Knows nothing of the engine's own metrics, and of engines and rollouts nothing (
 
 import time
 from collections.abc import Callable
+from functools import cache
 
 from prometheus_client import CollectorRegistry, Counter, Histogram
 
@@ -15,6 +16,7 @@ from serving.protocols.error_code import ErrorCode
 from serving.protocols.outcome import outcome_of
 from serving.protocols.route import Route
 from serving.protocols.wire_formats import Usage
+from serving.telemetry.loop_histogram import LoopHistogram
 from serving.telemetry.quantiles import VersionQuantiles
 from svc.access.authenticator import KeyFault
 from svc.store.feedback import Rating
@@ -89,31 +91,34 @@ class GatewayMetrics:
 
     def _add_request_instruments(self, registry: CollectorRegistry) -> None:
         version = ("model", "version")
-        self._requests = Counter(
+        requests = Counter(
             "svc_requests_total", "Requests answered", (*version, "route", "status", "outcome"), registry=registry
         )
-        self._duration = Histogram(
+        duration = Histogram(
             "svc_request_duration_seconds",
             "From the request's last byte to the answer's last byte, complete answers",
             (*version, "route"),
             buckets=_DURATION_BUCKETS_S,
             registry=registry,
         )
-        self._first_token = Histogram(
+        first_token = Histogram(
             "svc_time_to_first_token_seconds",
             "From the request's last byte to the first token, streamed answers",
             version,
             buckets=_FIRST_TOKEN_BUCKETS_S,
             registry=registry,
         )
-        self._between_tokens = Histogram(
+        self._between_tokens = LoopHistogram(
             "svc_time_between_tokens_seconds",
             "Between two tokens of one streamed answer",
             version,
             buckets=_BETWEEN_TOKENS_BUCKETS_S,
-            registry=registry,
         )
-        self._tokens = Counter("svc_tokens_total", "Tokens", (*version, "direction"), registry=registry)
+        registry.register(self._between_tokens)
+        tokens = Counter("svc_tokens_total", "Tokens", (*version, "direction"), registry=registry)
+        # To look a series up takes longer than to count; none of these is ever removed.
+        self._requests_of, self._duration_of = cache(requests.labels), cache(duration.labels)
+        self._first_token_of, self._tokens_of = cache(first_token.labels), cache(tokens.labels)
         self._errors = Counter(
             "svc_request_errors_total", "Requests that failed, by reason", (*version, "reason"), registry=registry
         )
@@ -150,12 +155,9 @@ class GatewayMetrics:
 
     def _add_key_instruments(self, registry: CollectorRegistry) -> None:
         key = ("model", "key_id")
-        self._key_requests = Counter(
-            "svc_key_requests_total", "Requests that an engine took, by key", key, registry=registry
-        )
-        self._key_tokens = Counter(
-            "svc_key_tokens_total", "Tokens used, by key", (*key, "direction"), registry=registry
-        )
+        requests = Counter("svc_key_requests_total", "Requests that an engine took, by key", key, registry=registry)
+        tokens = Counter("svc_key_tokens_total", "Tokens used, by key", (*key, "direction"), registry=registry)
+        self._key_requests_of, self._key_tokens_of = cache(requests.labels), cache(tokens.labels)
         self._key_refused = Counter(
             "svc_key_refused_total", "Requests beyond a limit of their key", (*key, "limit"), registry=registry
         )
@@ -167,9 +169,9 @@ class GatewayMetrics:
             key_id: empty where there was no key.
             model: one of a bounded set.
         """
-        self._key_requests.labels(model, key_id).inc()
-        self._key_tokens.labels(model, key_id, "in").inc(usage.prompt)
-        self._key_tokens.labels(model, key_id, "out").inc(usage.completion)
+        self._key_requests_of(model, key_id).inc()
+        self._key_tokens_of(model, key_id, "in").inc(usage.prompt)
+        self._key_tokens_of(model, key_id, "out").inc(usage.completion)
 
     def key_refused(self, key_id: str, model: str, limit: str) -> None:
         """Counts a request that a limit of its key refused."""
@@ -198,24 +200,24 @@ class GatewayMetrics:
         """
         model, version = _labels(served, model)
         outcome = outcome_of(reason)
-        self._requests.labels(model, version, route.value, str(status), outcome.value).inc()
+        self._requests_of(model, version, route.value, str(status), outcome.value).inc()
         if served and outcome is Outcome.COMPLETE:
-            self._duration.labels(model, version, route.value).observe(seconds, self._exemplar(request_id))
+            self._duration_of(model, version, route.value).observe(seconds, self._exemplar(request_id))
             self.duration_quantiles.observe(served.version, seconds)
 
     def first_token(self, served: Target, seconds: float, request_id: str = "") -> None:
         """Times the first token of a streamed answer."""
-        self._first_token.labels(*_labels(served)).observe(seconds, self._exemplar(request_id))
+        self._first_token_of(*_labels(served)).observe(seconds, self._exemplar(request_id))
         self.first_token_quantiles.observe(served.version, seconds)
 
     def between_tokens(self, served: Target) -> Callable[[float], None]:
         """What observes the seconds between two tokens; looked up once for each answer, since tokens are many."""
-        return self._between_tokens.labels(*_labels(served)).observe
+        return self._between_tokens.series(*_labels(served)).observe
 
     def tokens(self, served: Target, usage: Usage) -> None:
         """Counts the tokens of an answer."""
-        self._tokens.labels(*_labels(served), "in").inc(usage.prompt)
-        self._tokens.labels(*_labels(served), "out").inc(usage.completion)
+        self._tokens_of(*_labels(served), "in").inc(usage.prompt)
+        self._tokens_of(*_labels(served), "out").inc(usage.completion)
 
     def request_failed(self, served: Target | None, code: ErrorCode, model: str = UNKNOWN_MODEL) -> None:
         """Counts an error under its reason; also one that ends a stream whose status was 200.

@@ -32,6 +32,7 @@ class RollingQuantiles:
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self._clock = clock
         self._slots: dict[int, DDSketch] = {}
+        self._slot = 0
 
     def observe(self, value: float) -> None:
         """Adds a sample."""
@@ -54,7 +55,8 @@ class RollingQuantiles:
     def _drop_old(self) -> int:
         """Forgets the slots that left the window; returns the present one."""
         now = int(self._clock() // SLOT_S)
-        if any(slot <= now - SLOTS for slot in self._slots):
+        if now != self._slot:
+            self._slot = now
             self._slots = {slot: sketch for slot, sketch in self._slots.items() if slot > now - SLOTS}
         return now
 

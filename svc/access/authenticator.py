@@ -15,6 +15,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from enum import StrEnum
+from functools import lru_cache
 
 from sqlalchemy import Engine as Store
 from sqlalchemy.exc import SQLAlchemyError
@@ -28,6 +29,8 @@ log = logging.getLogger(__name__)
 
 LOOK_S = 0.25
 """From one look at the store to the next: a revocation is heard within a second."""
+_LONGEST = 64
+"""Characters; a secret has fewer."""
 _STALE_S = 60.0
 """Without a look for so long, no key is right: one that was revoked meanwhile must not be."""
 
@@ -141,7 +144,7 @@ class Authenticator:
         """
         if not secret:
             raise InvalidKeyError(KeyFault.MISSING, "there is no key", expected="Authorization: Bearer KEY")
-        key_id = key_id_of(secret)
+        key_id = _id_of(secret) if len(secret) <= _LONGEST else None
         if key_id is None:
             raise InvalidKeyError(
                 KeyFault.MALFORMED, "this is no key of this service", expected="all of what `svc keys create` has shown"
@@ -151,9 +154,9 @@ class Authenticator:
         key = self._keys.get(key_id)
         if key is None:
             raise _unknown()
-        grant = Grant(key.principal, hash_secret(secret))
-        self._check(key, grant.hash)
-        return grant
+        found = _hash_of(secret)
+        self._check(key, found)
+        return Grant(key.principal, found)
 
     def check(self, grant: Grant) -> None:
         """Whether a grant is still right, as far as is known: for what has begun with it, and goes on.
@@ -174,6 +177,10 @@ class Authenticator:
             raise InvalidKeyError(KeyFault.REVOKED, f"the key {key.id} is revoked", todo="ask for another")
         if key.expired(now):
             raise InvalidKeyError(KeyFault.EXPIRED, f"the key {key.id} has expired", todo="ask for another")
+
+
+# The same few secrets come again and again.
+_id_of, _hash_of = lru_cache(maxsize=1024)(key_id_of), lru_cache(maxsize=1024)(hash_secret)
 
 
 def _unknown() -> InvalidKeyError:

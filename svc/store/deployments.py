@@ -4,7 +4,7 @@ from collections.abc import Collection
 from datetime import UTC, datetime
 
 from sqlalchemy import Engine as Store
-from sqlalchemy import delete
+from sqlalchemy import delete, select
 from sqlalchemy.orm import Session
 
 from svc.store.tables import DeploymentRow
@@ -12,8 +12,9 @@ from svc.store.tables import DeploymentRow
 
 def deployed_names(store: Store) -> list[str]:
     """The names, in the order in which they were added."""
-    with Session(store) as session:
-        return [row.name for row in session.query(DeploymentRow).order_by(DeploymentRow.added_at, DeploymentRow.name)]
+    names = select(DeploymentRow.name).order_by(DeploymentRow.added_at, DeploymentRow.name)
+    with store.connect() as connection:
+        return list(connection.scalars(names))
 
 
 def set_deployments(store: Store, names: Collection[str]) -> None:

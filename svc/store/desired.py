@@ -2,9 +2,10 @@
 
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
+from typing import Any
 
 from sqlalchemy import Engine as Store
-from sqlalchemy import update
+from sqlalchemy import Row, select, update
 from sqlalchemy.exc import IntegrityError as RowExistsError
 from sqlalchemy.orm import Session
 
@@ -38,8 +39,8 @@ class Desired:
 
 def read_desired(store: Store, name: str) -> Desired | None:
     """The desired state of a name, or None when nothing was ever promoted."""
-    with Session(store) as session:
-        row = session.get(DesiredRow, name)
+    with store.connect() as connection:
+        row = connection.execute(select(DesiredRow.__table__).where(DesiredRow.name == name)).one_or_none()
         return _desired(row) if row else None
 
 
@@ -101,7 +102,7 @@ def _changed(name: str) -> BusyError:
     return BusyError(f"somebody else changed what {name} serves just now", todo="see `svc status`, then try again")
 
 
-def _desired(row: DesiredRow) -> Desired:
+def _desired(row: DesiredRow | Row[Any]) -> Desired:
     previous = None
     if row.previous_number is not None and row.previous_format is not None:
         previous = Target(VersionId(row.name, row.previous_number), Format(row.previous_format))

@@ -110,8 +110,8 @@ def revoke_key(store: Store, key_id: str, *, at: datetime, entry: AuditEntry) ->
 
 def keys_revision(store: Store) -> int:
     """Grows with every change to any key; 0 where there never was one. Cheap: one entry of an index."""
-    with Session(store) as session:
-        return session.scalar(select(func.max(KeyRow.revision))) or 0
+    with store.connect() as connection:  # looked at several times a second: without the ORM, a third of the time
+        return connection.scalar(select(func.max(KeyRow.revision))) or 0
 
 
 def read_keys(store: Store) -> list[Key]:

@@ -4,7 +4,6 @@ import asyncio
 import json
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
-from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from statistics import fmean
 from typing import Any
@@ -31,8 +30,7 @@ from tests.serving.versions import MAX_TOKENS, NAME, make_version, target
 from tests.svc.store.test_requests import RECORD
 
 PROMPT = [{"role": "user", "content": "one two three"}]
-KEPT = replace(
-    RECORD,
+KEPT = RECORD._replace(
     model=NAME,
     version=target(1).version,
     format=Format.MERGED,
@@ -44,7 +42,7 @@ FAST: dict[str, Any] = {"requests_per_minute": 1e6, "patience_s": 5.0, "scored_p
 
 
 def kept(*, minutes_ago: float = 1, **fields: Any) -> RequestRecord:
-    return replace(KEPT, started_at=datetime.now(UTC) - timedelta(minutes=minutes_ago), **fields)
+    return KEPT._replace(started_at=datetime.now(UTC) - timedelta(minutes=minutes_ago), **fields)
 
 
 @asynccontextmanager

@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 from serving.http.errors import ApiError
 from serving.protocols.error_code import ErrorCode
 from serving.protocols.route import Route
-from serving.protocols.server_sent_events import EventSplitter
-from serving.protocols.wire_formats import Usage, WireFormat, wire_format
+from serving.protocols.server_sent_events import EventSplitter, find_error
+from serving.protocols.wire_formats import TOKEN, Seen, Usage, WireFormat, wire_format
 from tests.serving.vllm_wire import Counts, Wire, wire_of
 
 TEXT = st.text(max_size=20)
@@ -36,6 +36,20 @@ def stream_of(wire: Wire, words: list[str], counts: Counts) -> list[bytes]:
     *most, last = words
     tokens = [*(wire.token(word, None) for word in most), wire.token(last, "length")]
     return EventSplitter().feed(b"".join([*wire.opening(counts), *tokens, *wire.closing(words, counts)]))
+
+
+def without_spaces(event: bytes) -> bytes:
+    """As vLLM writes JSON."""
+    head, brace, data = event.partition(b"{")
+    if not brace:
+        return event
+    return (
+        head
+        + json.dumps(json.loads(brace + data), separators=(",", ":"), ensure_ascii=False).encode(
+            "utf-8", "surrogatepass"
+        )
+        + b"\n\n"
+    )
 
 
 def usages(format: WireFormat, parts: list[bytes]) -> list[Usage]:
@@ -103,6 +117,43 @@ class TestEveryRoute:
         format = wire_format(route)
         assert (format.usage(part), format.finish_reason(part), format.text([part])) == (None, None, "")
         assert not format.is_end(part)
+
+
+class TestClassify:
+    """One look and a closer one come to the same."""
+
+    @staticmethod
+    def closely(format: WireFormat, event: bytes) -> Seen:
+        usage, end = format.usage(event), format.is_end(event)
+        token = not usage and not end and format.is_token(event)
+        return Seen(token, end, usage, format.finish_reason(event), find_error(event))
+
+    @routes
+    @given(words=WORDS, counts=COUNTS, compact=st.booleans())
+    def test_a_stream_is_seen_as_by_a_closer_look(
+        self, route: Route, words: list[str], counts: Counts, compact: bool
+    ) -> None:
+        wire = wire_of(route.value, "tuned", {"stream_options": {"include_usage": True}})
+        events = stream_of(wire, words, counts)
+        if compact:
+            events = [without_spaces(event) for event in events]
+        format = wire_format(route)
+        assert [format.classify(event) for event in events] == [self.closely(format, event) for event in events]
+        assert sum(format.classify(event).token for event in events) == len(words)
+
+    @given(TEXT, st.sampled_from(["chat", "plain"]), st.sampled_from([None, "stop", {"content": []}]), st.booleans())
+    def test_a_plain_token_has_nothing_else(self, text: str, kind: str, reason: object, more: bool) -> None:
+        part = {"delta": {"content": text}} if kind == "chat" else {"text": text}
+        choice = {"index": 0, **part, "logprobs": None, "finish_reason": reason, "token_ids": None}
+        data = {"id": "cmpl-1", "object": "text_completion", "created": 1, "model": 'a"b', "choices": [choice]}
+        event = without_spaces(chunk(data | ({"usage": {"prompt_tokens": 1, "completion_tokens": 1}} if more else {})))
+        assert (CHAT.classify(event) is TOKEN) == (reason is None and not more)
+
+    @pytest.mark.parametrize("format", [RESPONSES, MESSAGES])
+    def test_a_token_of_a_named_event_is_known_by_its_name(self, format: WireFormat) -> None:
+        name = "response.output_text.delta" if format is RESPONSES else "content_block_delta"
+        assert format.classify(event(name, delta='an "error": no')) is TOKEN
+        assert format.classify(event(name, delta="", error={"code": 500})).error == {"code": 500}
 
 
 class TestCompletions:

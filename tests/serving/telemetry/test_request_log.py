@@ -4,7 +4,6 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 
 import pytest
@@ -23,7 +22,7 @@ from svc.store.tables import RequestRow
 from tests.svc.store.test_requests import RECORD as OLD_RECORD
 from tests.svc.store.test_requests import statements
 
-RECORD = replace(OLD_RECORD, started_at=datetime.now(UTC))
+RECORD = OLD_RECORD._replace(started_at=datetime.now(UTC))
 CONTENT = b'{"messages": [{"role": "user", "content": "I am a@b.de"}]}'
 ANSWER = b'{"choices": [{"index": 0, "message": {"content": "call 030 901820"}}]}'
 
@@ -78,7 +77,7 @@ def test_what_was_added_before_a_flush_is_there_after_it(pen: Pen) -> None:
 def test_closing_writes_what_is_queued(store: Store) -> None:
     pen = Pen(store)
     for index in range(50):
-        pen.writer.add(replace(RECORD, request_id=f"req-{index}"))
+        pen.writer.add(RECORD._replace(request_id=f"req-{index}"))
     pen.writer.start()
     pen.writer.close()
     assert [row.request_id for row in pen.rows()] == [f"req-{index}" for index in range(50)]
@@ -207,7 +206,7 @@ def test_a_share_is_a_share(store: Store) -> None:
 
 
 def test_old_rows_are_forgotten_at_the_start(store: Store) -> None:
-    add_requests(store, [replace(RECORD, started_at=RECORD.started_at - timedelta(days=2)), RECORD])
+    add_requests(store, [RECORD._replace(started_at=RECORD.started_at - timedelta(days=2)), RECORD])
     pen = Pen(store, max_age_days=1.0)
     pen.writer.start()
     pen.writer.close()
@@ -254,7 +253,7 @@ def test_corrections_count_for_the_size_limit(store: Store, monkeypatch: pytest.
     pen = Pen(store, max_mib=1)
     pen.writer.start()
     for number in range(8):
-        pen.writer.add(replace(RECORD, request_id=f"req-{number}"))
+        pen.writer.add(RECORD._replace(request_id=f"req-{number}"))
     pen.writer.flush(5)
     for number in range(8):
         kept = keep_feedback(store, f"req-{number}", Feedback(Rating.BAD, correction="c" * 2**18))

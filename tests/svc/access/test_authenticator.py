@@ -153,7 +153,7 @@ def test_only_a_secret_of_a_key_that_there_is_costs_a_hash(
         hashed.append(secret)
         return ""
 
-    monkeypatch.setattr(authenticator_module, "hash_secret", hash_of)
+    monkeypatch.setattr(authenticator_module, "_hash_of", hash_of)
     for wrong in ("", "x", issued.secret[:-1], new_secret("nobody00")):
         fault_of(authenticator, wrong)
     assert hashed == []

@@ -2,7 +2,6 @@
 
 import io
 import json
-from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 
 import pytest
@@ -122,8 +121,8 @@ def test_a_model_that_never_served_has_no_history(svc: Svc) -> None:
 def requested(svc: Svc, store: Store) -> str:
     """The id of a key with one request, of a user; another request has neither, and is of today."""
     key_id: str = json.loads(svc("keys", "create", "--name", "ci", "--json").out)["key_id"]
-    mine = replace(RECORD, request_id="mine", key_id=key_id, user_hash=hash_user("a@b.de"), prompt="secret")
-    add_requests(store, [mine, replace(RECORD, request_id="other", started_at=datetime.now(UTC))])
+    mine = RECORD._replace(request_id="mine", key_id=key_id, user_hash=hash_user("a@b.de"), prompt="secret")
+    add_requests(store, [mine, RECORD._replace(request_id="other", started_at=datetime.now(UTC))])
     return key_id
 
 

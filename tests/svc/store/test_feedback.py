@@ -1,7 +1,6 @@
 """One word for each request, the last one counts."""
 
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
 
 from sqlalchemy import Engine as Store
 from sqlalchemy import select
@@ -20,7 +19,7 @@ def test_it_says_which_version_was_rated(store: Store) -> None:
 
 
 def test_a_request_that_no_version_answered_can_be_rated(store: Store) -> None:
-    add_requests(store, [replace(RECORD, version=None)])
+    add_requests(store, [RECORD._replace(version=None)])
     assert keep_feedback(store, "req-1", Feedback(Rating.BAD)) == KeptFeedback(None, None)
 
 
@@ -48,14 +47,14 @@ def test_two_words_at_once_are_both_taken(store: Store) -> None:
 
 
 def test_of_two_requests_with_one_id_the_newer_is_meant(store: Store) -> None:
-    add_requests(store, [RECORD, replace(RECORD, version=VersionId("tiny", 3))])
+    add_requests(store, [RECORD, RECORD._replace(version=VersionId("tiny", 3))])
     kept = keep_feedback(store, "req-1", Feedback(Rating.GOOD))
     assert kept is not None
     assert kept.version == VersionId("tiny", 3)
 
 
 def test_a_key_rates_its_own_answers_alone(store: Store) -> None:
-    add_requests(store, [replace(RECORD, key_id="mine")])
+    add_requests(store, [RECORD._replace(key_id="mine")])
     assert keep_feedback(store, "req-1", Feedback(Rating.GOOD), key_id="other") is None
     assert keep_feedback(store, "req-1", Feedback(Rating.GOOD), key_id="mine") is not None
 
@@ -66,7 +65,7 @@ def test_a_request_of_no_key_is_no_keys_own(store: Store) -> None:
 
 
 def test_another_keys_request_of_the_same_id_hides_nothing(store: Store) -> None:
-    add_requests(store, [replace(RECORD, key_id="mine"), replace(RECORD, key_id="other", version=VersionId("tiny", 3))])
+    add_requests(store, [RECORD._replace(key_id="mine"), RECORD._replace(key_id="other", version=VersionId("tiny", 3))])
     kept = keep_feedback(store, "req-1", Feedback(Rating.GOOD), key_id="mine")
     assert kept is not None
     assert kept.version == RECORD.version

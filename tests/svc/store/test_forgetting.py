@@ -1,7 +1,6 @@
 """What is to be forgotten goes, all of it and nothing else."""
 
 from collections.abc import Callable
-from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
 
@@ -18,11 +17,11 @@ from svc.store.tables import FeedbackRow
 from tests.svc.store.test_requests import NOON, RECORD, kept
 
 MARK = "my mother's maiden name"
-MINE = replace(RECORD, request_id="mine", key_id="abcd0123", user_hash=hash_user("a@b.de"), prompt=MARK, answer="so?")
-OTHERS = replace(
-    RECORD, request_id="other", key_id="other000", user_hash=hash_user("c@d.de"), started_at=NOON + timedelta(days=1)
+MINE = RECORD._replace(request_id="mine", key_id="abcd0123", user_hash=hash_user("a@b.de"), prompt=MARK, answer="so?")
+OTHERS = RECORD._replace(
+    request_id="other", key_id="other000", user_hash=hash_user("c@d.de"), started_at=NOON + timedelta(days=1)
 )
-NOBODYS = replace(OTHERS, request_id="nobody", key_id=None, user_hash=None)
+NOBODYS = OTHERS._replace(request_id="nobody", key_id=None, user_hash=None)
 
 
 @pytest.fixture(params=[of_user("a@b.de"), of_key("abcd0123"), before(NOON + timedelta(hours=1))])
@@ -60,7 +59,7 @@ def test_where_there_is_nothing_nothing_goes(three: Store) -> None:
 
 def test_many_go_in_several_transactions(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(requests, "_DELETED_TOGETHER", 3)
-    add_requests(store, [replace(MINE, request_id=str(number)) for number in range(10)])
+    add_requests(store, [MINE._replace(request_id=str(number)) for number in range(10)])
     assert forget_requests(store, of_key("abcd0123")).requests == 10
     assert kept(store) == []
 
@@ -90,4 +89,4 @@ def test_any_name_of_a_user_has_a_hash() -> None:
 
 
 def test_the_hash_of_a_user_counts_for_the_size() -> None:
-    assert MINE.bytes - replace(MINE, user_hash=None).bytes == 32
+    assert MINE.bytes - MINE._replace(user_hash=None).bytes == 32

@@ -2,7 +2,6 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 
 import pytest
@@ -42,7 +41,7 @@ def fill(store: Store, count: int, **fields: object) -> None:
     """Rows a minute apart, the newest at noon."""
     started = [NOON - timedelta(minutes=count - 1 - index) for index in range(count)]
     ids = [f"req-{index}" for index in range(count)]
-    records = [replace(RECORD, request_id=id, started_at=at, **fields) for id, at in zip(ids, started, strict=True)]  # type: ignore[arg-type]
+    records = [RECORD._replace(request_id=id, started_at=at, **fields) for id, at in zip(ids, started, strict=True)]  # type: ignore[arg-type]
     add_requests(store, records)
 
 
@@ -77,7 +76,7 @@ def test_a_row_holds_what_the_record_says(store: Store) -> None:
 
 
 def test_a_request_that_no_version_answered_is_kept_too(store: Store) -> None:
-    add_requests(store, [replace(RECORD, model="unknown", version=None, format=None, status=404, reason="x")])
+    add_requests(store, [RECORD._replace(model="unknown", version=None, format=None, status=404, reason="x")])
     with Session(store) as session:
         row = session.scalars(select(RequestRow)).one()
         assert (row.model, row.number, row.format) == ("unknown", None, None)
@@ -91,7 +90,7 @@ def test_old_rows_are_forgotten(store: Store) -> None:
 
 def test_one_row_with_a_wrong_clock_takes_no_other_with_it(store: Store) -> None:
     fill(store, 3)
-    add_requests(store, [replace(RECORD, request_id="at boot", started_at=datetime(1970, 1, 1, tzinfo=UTC))])
+    add_requests(store, [RECORD._replace(request_id="at boot", started_at=datetime(1970, 1, 1, tzinfo=UTC))])
     prune_requests(store, before=LONG_AGO, max_bytes=PLENTY)
     assert kept(store) == ["req-0", "req-1", "req-2"]
 
@@ -169,7 +168,7 @@ def test_a_row_takes_about_what_is_reckoned_for_it(store: Store) -> None:
     with store.connect() as connection:
         before = connection.exec_driver_sql("PRAGMA page_count").scalar_one()
         size = connection.exec_driver_sql("PRAGMA page_size").scalar_one()
-    records = [replace(RECORD, request_id=f"req-{index:032x}") for index in range(5000)]
+    records = [RECORD._replace(request_id=f"req-{index:032x}") for index in range(5000)]
     add_requests(store, records)
     with store.connect() as connection:
         pages = connection.exec_driver_sql("PRAGMA page_count").scalar_one() - before

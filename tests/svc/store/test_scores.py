@@ -1,7 +1,6 @@
 """Only greedy answers whose text is whole are scored, the newest first."""
 
 from collections.abc import Collection
-from dataclasses import replace
 from datetime import timedelta
 from typing import Any
 
@@ -19,7 +18,7 @@ from tests.svc.store.test_requests import NOON, RECORD
 
 CHAT = "/v1/chat/completions"
 TARGET = Target(VersionId("tiny", 2), Format.GPTQ)
-KEPT = replace(RECORD, temperature=0.0, prompt='[{"role": "user", "content": "hi"}]', answer="hello")
+KEPT = RECORD._replace(temperature=0.0, prompt='[{"role": "user", "content": "hi"}]', answer="hello")
 
 
 def newest(store: Store, passed: Collection[int] = (), target: Target = TARGET) -> KeptAnswer | None:
@@ -28,7 +27,7 @@ def newest(store: Store, passed: Collection[int] = (), target: Target = TARGET) 
 
 
 def at(minutes: int, **fields: Any) -> RequestRecord:
-    return replace(KEPT, started_at=NOON + timedelta(minutes=minutes), **fields)
+    return KEPT._replace(started_at=NOON + timedelta(minutes=minutes), **fields)
 
 
 def test_the_newest_comes_first_and_then_the_one_before(store: Store) -> None:
@@ -77,7 +76,7 @@ def test_what_was_tried_is_passed_over(store: Store) -> None:
     ],
 )
 def test_what_cannot_be_compared_is_not_scored(store: Store, fields: dict[str, Any]) -> None:
-    add_requests(store, [replace(KEPT, **fields)])
+    add_requests(store, [KEPT._replace(**fields)])
     assert newest(store) is None
 
 
@@ -91,7 +90,7 @@ def test_what_cannot_be_compared_is_not_scored(store: Store, fields: dict[str, A
     ],
 )
 def test_what_can_be_is(store: Store, fields: dict[str, Any]) -> None:
-    add_requests(store, [replace(KEPT, **fields)])
+    add_requests(store, [KEPT._replace(**fields)])
     assert newest(store) is not None
 
 
