@@ -78,6 +78,9 @@ class Balancer:
         engine, served = self._choose(self._names.resolve(model), without)
         with engine.occupied():
             try:
+                if engine.adapters is None:
+                    yield Lease(engine.http, served, engine.client.model)
+                    return
                 async with AsyncExitStack() as used:
                     name = await _enter(used, engine, served)
                     yield Lease(engine.http, served, name)

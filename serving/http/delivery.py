@@ -2,17 +2,20 @@
 
 What waits in buffers is bounded, for one answer and for all together: where there is no room, a stream is read from the
 engine no faster than its client takes it, and a whole answer is refused. A client that takes too little is cut off, so
-that what waits goes away. Knows nothing of engines or of what an answer says.
+that what waits goes away. A connection that takes what comes gets it at once: the buffer, and the task that empties it,
+are for those that do not. Knows nothing of engines or of what an answer says.
 """
 
 import asyncio
 from collections import deque
+from collections.abc import Callable
 from types import TracebackType
 from typing import Self
 
-from starlette.types import Message, Send
+from starlette.types import Message, Scope, Send
 
 from serving.admission.errors import OverloadedError
+from serving.http.connections import WRITABLE
 from svc.errors import SvcError
 
 PART_BYTES = 64 * 1024
@@ -69,13 +72,15 @@ class Delivery:
     Args:
         send: the connection.
         timeout_s: longest time for a part to find its way, seconds.
+        is_writable: whether `send` returns at once now.
 
     Attributes:
         begun: the head of the answer was given.
     """
 
-    def __init__(self, send: Send, buffers: AnswerBuffers, timeout_s: float) -> None:
+    def __init__(self, send: Send, buffers: AnswerBuffers, timeout_s: float, is_writable: Callable[[], bool]) -> None:
         self._send = send
+        self._is_writable = is_writable
         self._buffers = buffers
         self._timeout_s = timeout_s
         self._head: Message | None = None
@@ -92,7 +97,6 @@ class Delivery:
         return self._held > 0 or self._head is not None
 
     async def __aenter__(self) -> Self:
-        self._sending = asyncio.create_task(self._run())
         return self
 
     async def __aexit__(
@@ -103,13 +107,16 @@ class Delivery:
         Raises:
             ClientSlowError: it took too little.
         """
-        assert self._sending is not None  # noqa: S101 - it was entered
-        if isinstance(error, asyncio.CancelledError):
-            self._sending.cancel()
-        self._ended, self._whole = True, error is None
-        self._filled.set()
+        whole = error is None
         try:
-            await self._sending
+            if self._sending is not None:
+                if isinstance(error, asyncio.CancelledError):
+                    self._sending.cancel()
+                self._ended, self._whole = True, whole
+                self._filled.set()
+                await self._sending
+            elif whole and self.begun:
+                await self._end()
         finally:
             self._buffers.free(self._held)  # what will not be sent any more; it stays `pending`
 
@@ -140,14 +147,30 @@ class Delivery:
             AnswerTooLargeError: it alone is larger than an answer may be.
             ClientSlowError: the client was cut off.
         """
+        if self.put_at_once(data):
+            return
         if len(data) > self._buffers.max_answer_bytes:
             raise _too_large(len(data), self._buffers.max_answer_bytes)
+        if self._sending is None:
+            self._sending = asyncio.create_task(self._run())
         self._check()
         while not self._buffers.take(len(data), self._held):
             await self._buffers.freed()
             self._check()
         self._held += len(data)
         self.put(data)
+
+    def put_at_once(self, data: bytes) -> bool:
+        """Hands a part of a stream to the connection, if that takes it without a wait; whether it did."""
+        if not self._takes_at_once(len(data)):
+            return False
+        passing = self._pass_on(data, more=True)
+        try:
+            passing.send(None)
+        except StopIteration:
+            return True
+        passing.close()
+        raise RuntimeError("a connection that takes what comes had to wait")
 
     def put(self, data: bytes) -> None:
         """Adds a part that has room: it was reserved."""
@@ -168,6 +191,23 @@ class Delivery:
     def _check(self) -> None:
         if self._sending is not None and self._sending.done():
             self._sending.result()
+
+    def _takes_at_once(self, size: int) -> bool:
+        """Nothing waits that would have to go first, and the connection takes so much without a wait."""
+        return not self._held and size <= PART_BYTES and self._is_writable()
+
+    async def _end(self) -> None:
+        """What there is of a whole answer, and the end."""
+        data, held = b"".join(self._parts), self._held
+        if held <= PART_BYTES and self._is_writable():
+            self._parts.clear()
+            await self._pass_on(data, more=False)
+            self._held = 0
+            self._buffers.free(held)
+            return
+        self._ended = self._whole = True
+        self._filled.set()
+        await self._run()
 
     async def _run(self) -> None:
         try:
@@ -199,10 +239,28 @@ class Delivery:
 
     async def _send_part(self, data: bytes, *, more: bool) -> None:
         async with asyncio.timeout(self._timeout_s):
-            if self._head is not None:
-                head, self._head = self._head, None
-                await self._send(head)
-            await self._send({"type": "http.response.body", "body": data, "more_body": more})
+            await self._pass_on(data, more=more)
+
+    async def _pass_on(self, data: bytes, *, more: bool) -> None:
+        # To a connection that is writable without an `await` that waits: see `put_at_once`.
+        if self._head is not None:
+            head, self._head = self._head, None
+            await self._send(head)
+        await self._send({"type": "http.response.body", "body": data, "more_body": more})
+
+
+def delivery_of(scope: Scope, send: Send, buffers: AnswerBuffers, timeout_s: float) -> Delivery:
+    """The delivery of the answer to a request.
+
+    Args:
+        scope: its connection, which may tell whether it takes what comes.
+    """
+    return Delivery(send, buffers, timeout_s, scope["state"].get(WRITABLE, _never))
+
+
+def _never() -> bool:
+    """Nobody knows: everything goes through the buffer."""
+    return False
 
 
 def _too_large(size: int, most: int) -> AnswerTooLargeError:

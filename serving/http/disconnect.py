@@ -6,38 +6,56 @@ from collections.abc import Coroutine
 from starlette.types import Receive, Scope
 
 from serving.http.authentication import KeyEnd
-from serving.http.connections import ABORT
+from serving.http.connections import ABORT, LOST
 from serving.protocols.request import ClientGoneError
 
 
-async def while_connected(
-    receive: Receive, work: Coroutine[object, object, None], key_ended: KeyEnd | None = None
-) -> None:
+async def while_connected(scope: Scope, receive: Receive, work: Coroutine[object, object, None]) -> None:
     """Runs `work` to its end, or cancels it at once when the client leaves or its key is right no more.
 
+    It runs in the task of the caller.
+
     Args:
+        scope: of the request. Where it does not have the end of its connection, a task of its own waits for that.
         receive: the connection, after its body was read.
-        key_ended: None where there is no key.
 
     Raises:
         ClientGoneError: the client left first.
         InvalidKeyError: its key ended first. Otherwise what `work` raises.
     """
-    working = asyncio.create_task(work)
-    leaving = asyncio.create_task(disconnected(receive))
+    key_ended: KeyEnd | None = scope["state"].get("key_ended")
+    lost: asyncio.Future[None] | None = scope["state"].get(LOST)
+    leaving = lost or asyncio.create_task(disconnected(receive))
+    working, running, cancelled = asyncio.current_task(), True, False
+    assert working is not None  # noqa: S101 - it runs in one
+    before = working.cancelling()
+
+    def cancel(_: object) -> None:
+        nonlocal cancelled
+        if running and not cancelled:
+            cancelled = True
+            working.cancel()
+
+    leaving.add_done_callback(cancel)
+    if key_ended is not None:
+        key_ended.add_done_callback(cancel)
     try:
-        ends = (working, leaving) if key_ended is None else (working, leaving, key_ended)
-        await asyncio.wait(ends, return_when=asyncio.FIRST_COMPLETED)
-    finally:
-        working.cancel()
-        leaving.cancel()
-        # The work gives back its place and its connection before this returns.
-        await asyncio.wait((working, leaving))
-    if working.cancelled():
+        await work
+    except asyncio.CancelledError:
+        if not cancelled or working.cancelling() > before + 1:
+            raise  # somebody else ends it, too
         if key_ended is not None and key_ended.done():
-            raise key_ended.result()
-        raise ClientGoneError
-    working.result()
+            raise key_ended.result() from None
+        raise ClientGoneError from None
+    finally:
+        running = False
+        if cancelled:
+            working.uncancel()
+        if key_ended is not None:
+            key_ended.remove_done_callback(cancel)
+        leaving.remove_done_callback(cancel)
+        if leaving is not lost:
+            leaving.cancel()
 
 
 async def cut_off(scope: Scope, receive: Receive) -> None:

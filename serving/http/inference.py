@@ -22,7 +22,7 @@ from serving.engines.balancer import Lease
 from serving.engines.transport import EngineDiedError, EngineUnreachableError, call, refusal
 from serving.http.authentication import principal_of
 from serving.http.body_slots import BodySlots
-from serving.http.delivery import AnswerBuffers, ClientSlowError, Delivery
+from serving.http.delivery import AnswerBuffers, ClientSlowError, delivery_of
 from serving.http.disconnect import cut_off, while_connected
 from serving.http.error_answer import answer_error
 from serving.http.errors import ApiError, api_error
@@ -32,14 +32,15 @@ from serving.protocols.error_code import ErrorCode
 from serving.protocols.outcome import outcome_of
 from serving.protocols.request import ClientGoneError, CompletionRequest, parse_request, read_body
 from serving.protocols.route import Route
-from serving.protocols.server_sent_events import EventSplitter, find_error
-from serving.protocols.wire_formats import Usage, wire_format
+from serving.protocols.server_sent_events import EventSplitter
+from serving.protocols.wire_formats import TOKEN, Usage, wire_format
 from serving.router import Destination, Router
 from serving.telemetry.content import Content
 from serving.telemetry.metrics import CLIENT_GONE_STATUS, UNKNOWN_MODEL, GatewayMetrics
 from serving.telemetry.request_log import RequestLog
 from svc.access.usage_meter import UsageMeter
 from svc.engine.vllm.connection_pool import EngineAnswer
+from svc.errors import EngineError
 from svc.settings import ServeSettings
 from svc.store.requests import RequestRecord, hash_user
 from svc.version import Target
@@ -113,7 +114,7 @@ class Exchange:
         self._scope = scope
         self._principal = principal_of(scope)
         self._asgi_send = send
-        self._delivery = Delivery(send, gateway.buffers, gateway.settings.client_timeout_s)
+        self._delivery = delivery_of(scope, send, gateway.buffers, gateway.settings.client_timeout_s)
         self._clock = gateway.clock
         self._arrived = datetime.now(UTC)
         self._started = self._clock()
@@ -123,6 +124,7 @@ class Exchange:
         self._reason: ErrorCode | None = None
         self._request: CompletionRequest | None = None
         self._usage: Usage | None = None
+        self._others_s = self._asked = 0.0  # waited for a place and an engine; when the engine was asked
         self._first_token_s: float | None = None
         self._finish_reason: str | None = None
         self._content: Content | None = None  # what passes, where it is to be kept
@@ -145,7 +147,7 @@ class Exchange:
             del body
             if self._gateway.request_log.wants_content():
                 self._content = Content(self._route, request.members)
-            await while_connected(receive, self._answer(request), self._scope["state"].get("key_ended"))
+            await while_connected(self._scope, receive, self._answer(request))
         except ClientGoneError:
             if not self._delivered:
                 self._failed(ErrorCode.CLIENT_GONE)
@@ -199,11 +201,13 @@ class Exchange:
         # Delivered outside admission: the engine is done with it, and a client that reads slowly keeps no place.
         work = request.work(to.backend.context)
         self._key.reserve(request, work, self._model)
+        began = self._clock()
         async with (
             self._delivery,
             to.backend.admission.admit(work, self._key.party),
             to.backend.lease(to.model) as engine,
         ):
+            self._others_s = self._clock() - began
             try:
                 await self._forward(engine, request)
             except EngineUnreachableError as error:
@@ -224,6 +228,7 @@ class Exchange:
         self._served = engine.served
         self._scope["state"]["version"] = engine.served.version
         payload = request.payload(engine.engine_model)
+        self._asked = self._clock()
         async with call(engine.http, self._route.value, payload, self._request_id) as answer:
             if answer.is_event_stream:
                 await _Stream(self, engine.served, wants_usage=request.wants_usage).forward(answer)
@@ -235,8 +240,11 @@ class Exchange:
         while part := await answer.read_some():
             self._delivery.reserve(len(part))
             parts.append(part)
+        self.heard()
         body = b"".join(parts)
-        self.look_at(body)
+        self.keep(body)
+        if reason := self.format.finish_reason(body):
+            self.finished(reason)
         if usage := self.format.usage(body):
             self.used(served, usage)
         self.complete = True
@@ -275,12 +283,14 @@ class Exchange:
         """Where the exchange is counted."""
         return self._gateway.metrics
 
-    def look_at(self, part: bytes) -> None:
-        """Takes what its record needs from a part of the answer: a body, or an event."""
+    def keep(self, part: bytes) -> None:
+        """Takes a part of the answer, a body or an event, where its content is to be kept."""
         if self._content:
             self._content.add(part)
-        if self._finish_reason is None:
-            self._finish_reason = self.format.finish_reason(part)
+
+    def finished(self, reason: str) -> None:
+        """Takes why the answer ended: the first that is said."""
+        self._finish_reason = self._finish_reason or reason
 
     def used(self, served: Target, usage: Usage) -> None:
         """Counts the tokens of the answer."""
@@ -305,9 +315,14 @@ class Exchange:
         """Seconds since the request was read."""
         return self._clock() - self._started
 
+    def heard(self) -> None:
+        """The engine has said what the answer can begin with."""
+        self._others_s += self._clock() - self._asked
+
     def start(self, content_type: str, length: int | None = None) -> None:
         """Begins a good answer."""
-        headers = [(b"content-type", content_type.encode("latin-1"))]
+        own_ms = (self.elapsed() - self._others_s) * 1000
+        headers = [(b"content-type", content_type.encode("latin-1")), (b"x-svc-overhead-ms", b"%.2f" % own_ms)]
         if length is None:
             headers.append((b"cache-control", b"no-cache"))
         else:
@@ -315,8 +330,12 @@ class Exchange:
         self._status = 200
         self._delivery.start({"type": "http.response.start", "status": 200, "headers": headers})
 
+    def send_at_once(self, data: bytes) -> bool:
+        """Hands events of a stream to a client that takes them without a wait; whether it did."""
+        return self._delivery.put_at_once(data)
+
     async def send_event(self, data: bytes) -> None:
-        """Hands events of a stream to the delivery."""
+        """Hands events of a stream to the delivery, which keeps them for the client."""
         await self._delivery.put_event(data)
 
 
@@ -329,7 +348,11 @@ class _Stream:
         self._served = served
         self._wants_usage = wants_usage
         self._between_tokens = exchange.metrics.between_tokens(served)
+        self._splitter = EventSplitter()
         self._last_token: float | None = None
+        self._content_type = ""
+        self._left = b""  # what the client did not take at once
+        self._error: EngineError | None = None
 
     async def forward(self, answer: EngineAnswer) -> None:
         """Until the end of the answer.
@@ -337,39 +360,62 @@ class _Stream:
         Raises:
             EngineError: an error of the engine within the stream, or an end before the last event.
         """
-        splitter = EventSplitter()
-        while chunk := await answer.read_some():
-            passed: list[bytes] = []
-            try:
-                for event in splitter.feed(chunk):
-                    if self._passes(event):
-                        passed.append(event)
-            finally:  # what came together with an error, and before it
-                if passed:
-                    if not self._exchange.begun:
-                        self._exchange.start(answer.content_type)
-                    await self._exchange.send_event(b"".join(passed))
+        self._content_type = answer.content_type
+        while not await answer.pass_to(self._take):
+            await self._exchange.send_event(self._left)
+            if self._error is not None:
+                raise self._error
         if not self._exchange.complete:
             raise EngineDiedError("the engine went away; it is being restarted")
 
+    def _take(self, chunk: bytes) -> bool:
+        """Passes on what has come; whether the client took it at once.
+
+        Raises:
+            EngineError: one within the stream.
+        """
+        if not self._exchange.begun:
+            self._exchange.heard()
+        passed: list[bytes] = []
+        try:
+            for event in self._splitter.feed(chunk):
+                if self._passes(event):
+                    passed.append(event)
+        except EngineError as error:
+            self._error = error  # after what came together with it, and before it
+        if passed:
+            if not self._exchange.begun:
+                self._exchange.start(self._content_type)
+            data = passed[0] if len(passed) == 1 else b"".join(passed)
+            if not self._exchange.send_at_once(data):
+                self._left = data
+                return False
+        if self._error is not None:
+            raise self._error
+        return True
+
     def _passes(self, event: bytes) -> bool:
         """Looks at an event; whether the client gets it."""
-        error = find_error(event)
-        if error is not None:
-            code = error.get("code") if isinstance(error, dict) else None
-            raise refusal(code if isinstance(code, int) else 500, error)
-        self._exchange.look_at(event)
-        usage = self._format.usage(event)
-        if usage:
-            self._exchange.used(self._served, usage)
-        if self._format.is_end(event):
-            self._exchange.complete = True
-        elif not usage and self._format.is_token(event):
-            self._exchange.token_passed()
+        seen = self._format.classify(event)
+        if seen.error is not None:
+            code = seen.error.get("code") if isinstance(seen.error, dict) else None
+            raise refusal(code if isinstance(code, int) else 500, seen.error)
+        self._exchange.keep(event)
+        if seen is TOKEN:
             self._time_token()
-        return self._wants_usage or not usage
+            return True
+        if seen.finish_reason:
+            self._exchange.finished(seen.finish_reason)
+        if seen.usage:
+            self._exchange.used(self._served, seen.usage)
+        if seen.end:
+            self._exchange.complete = True
+        if seen.token:
+            self._time_token()
+        return self._wants_usage or not seen.usage
 
     def _time_token(self) -> None:
+        self._exchange.token_passed()
         now = self._exchange.elapsed()
         if self._last_token is None:
             self._exchange.first_token(self._served, now)

@@ -12,7 +12,7 @@ from serving.engines.balancer import Lease
 from serving.engines.transport import call
 from serving.http.authentication import principal_of
 from serving.http.body_slots import BodySlots
-from serving.http.delivery import ClientSlowError, Delivery
+from serving.http.delivery import ClientSlowError, Delivery, delivery_of
 from serving.http.disconnect import cut_off, while_connected
 from serving.http.error_answer import answer_error
 from serving.http.errors import api_error
@@ -49,7 +49,7 @@ class _Endpoint:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         gateway = self.counts.gateway
         settings = gateway.settings
-        delivery = Delivery(send, gateway.buffers, settings.client_timeout_s)
+        delivery = delivery_of(scope, send, gateway.buffers, settings.client_timeout_s)
         try:
             with gateway.body_slots.reading(_peer(scope)):
                 body = await read_body(
@@ -57,7 +57,7 @@ class _Endpoint:
                 )
             request = parse_request(body, _CHECKED_AS[self.route])
             del body
-            await while_connected(receive, self._answer(request, scope, delivery), scope["state"].get("key_ended"))
+            await while_connected(scope, receive, self._answer(request, scope, delivery))
         except ClientGoneError:
             return
         except ClientSlowError:

@@ -11,7 +11,13 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
-from svc.engine.vllm.connection import BrokenConnectionError, EngineConnection, MalformedAnswerError, UnreachableError
+from svc.engine.vllm.connection import (
+    BrokenConnectionError,
+    Consumer,
+    EngineConnection,
+    MalformedAnswerError,
+    UnreachableError,
+)
 
 _CONNECT_TIMEOUT_S = 5.0
 """A local socket answers at once, or its engine has hundreds of connections to take first."""
@@ -207,6 +213,10 @@ class EngineAnswer:
             BrokenConnectionError, SilenceError: the rest will not come.
         """
         return await self._connection.read_some()
+
+    async def pass_to(self, consume: Consumer) -> bool:
+        """See `EngineConnection.pass_to`."""
+        return await self._connection.pass_to(consume)
 
     async def read(self) -> bytes:
         """The rest of the body; raises as `read_some`."""

@@ -115,6 +115,28 @@ class TestAnswers:
         assert service.count("svc_time_between_tokens_seconds_count", **version) == 3
 
 
+class TestOverhead:
+    """What the gateway itself took, as the answer says it, milliseconds."""
+
+    async def test_the_engines_time_is_not_in_it(self, service: Service, client: httpx.AsyncClient) -> None:
+        service.double.token_delay_s = 0.2
+        answer = await client.post(CHAT_PATH, json=CHAT)
+        assert float(answer.headers["openai-processing-ms"]) >= 200
+        assert 0 < float(answer.headers["x-svc-overhead-ms"]) < 150
+
+    async def test_a_stream_says_it_too(self, client: httpx.AsyncClient) -> None:
+        answer = await client.post(CHAT_PATH, json=STREAM)
+        assert 0 < float(answer.headers["x-svc-overhead-ms"]) < 150
+
+    async def test_the_wait_for_a_place_is_not_in_it(self, service: Service, client: httpx.AsyncClient) -> None:
+        async with closed(service.admission):
+            asking = asyncio.create_task(client.post(CHAT_PATH, json=CHAT))
+            await asyncio.sleep(0.3)
+        answer = await asking
+        assert float(answer.headers["openai-processing-ms"]) >= 250
+        assert 0 < float(answer.headers["x-svc-overhead-ms"]) < 150
+
+
 class TestStreams:
     async def test_the_chunk_with_token_counts_is_dropped_for_who_did_not_ask(self, client: httpx.AsyncClient) -> None:
         chunks = chunks_of((await client.post(CHAT_PATH, json=STREAM)).text)

@@ -1,0 +1,119 @@
+"""What is given to a delivery reaches the connection whole and in order, whether or not that takes it at once."""
+
+import asyncio
+from collections.abc import Iterator, Sequence
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from starlette.types import Message
+
+from serving.http.delivery import PART_BYTES, AnswerBuffers, Delivery
+
+HEAD: Message = {"type": "http.response.start", "status": 200, "headers": []}
+
+
+class Connection:
+    """Takes messages; for as long as it is not writable, each keeps its sender waiting for a turn of the loop.
+
+    Args:
+        writable: what it says each time when it is asked, at last always yes.
+    """
+
+    def __init__(self, writable: Iterator[bool]) -> None:
+        self._answers = writable
+        self._writable = True
+        self.messages: list[Message] = []
+        self.waited = 0
+
+    def is_writable(self) -> bool:
+        self._writable = next(self._answers, True)
+        return self._writable
+
+    async def send(self, message: Message) -> None:
+        if not self._writable:
+            self.waited += 1
+            await asyncio.sleep(0)
+        self.messages.append(message)
+
+    @property
+    def body(self) -> bytes:
+        return b"".join(message["body"] for message in self.messages[1:])
+
+
+def delivery(connection: Connection, buffers: AnswerBuffers) -> Delivery:
+    return Delivery(connection.send, buffers, 5, connection.is_writable)
+
+
+@pytest.fixture
+def buffers() -> AnswerBuffers:
+    return AnswerBuffers(max_bytes=4 * PART_BYTES, max_answer_bytes=3 * PART_BYTES)
+
+
+SIZES = st.sampled_from([1, 10, PART_BYTES, PART_BYTES + 1])
+
+
+@given(st.lists(SIZES, min_size=1, max_size=8), st.lists(st.booleans(), max_size=12))
+def test_a_stream_comes_whole_and_in_order(sizes: Sequence[int], writable: Sequence[bool]) -> None:
+    async def pass_on() -> None:
+        connection = Connection(iter(writable))
+        buffers = AnswerBuffers(max_bytes=4 * PART_BYTES, max_answer_bytes=3 * PART_BYTES)
+        events = [bytes([number]) * size for number, size in enumerate(sizes)]
+        async with delivery(connection, buffers) as given:
+            given.start(HEAD)
+            for event in events:
+                await given.put_event(event)
+        assert connection.messages[0] is HEAD
+        assert connection.body == b"".join(events)
+        assert [message["more_body"] for message in connection.messages[1:]] == [True] * (
+            len(connection.messages) - 2
+        ) + [False]
+        assert (buffers.used, given.pending) == (0, False)
+
+    asyncio.run(pass_on())
+
+
+@pytest.mark.parametrize("writable", [True, False])
+@pytest.mark.parametrize("size", [10, PART_BYTES + 1])
+async def test_a_whole_answer_comes_whole(buffers: AnswerBuffers, size: int, writable: bool) -> None:
+    connection = Connection(iter([writable] * 9))
+    async with delivery(connection, buffers) as given:
+        given.reserve(size)
+        given.start(HEAD)
+        given.put(b"x" * size)
+        assert connection.messages == []  # what the body still holds is given back first
+    assert connection.body == b"x" * size
+    assert connection.messages[-1]["more_body"] is False
+    assert (buffers.used, given.pending) == (0, False)
+
+
+async def test_a_connection_that_takes_what_comes_gets_it_at_once(buffers: AnswerBuffers) -> None:
+    connection, tasks = Connection(iter(())), len(asyncio.all_tasks())
+    async with delivery(connection, buffers) as given:
+        given.start(HEAD)
+        await given.put_event(b"one")
+        assert (connection.body, buffers.used, len(asyncio.all_tasks())) == (b"one", 0, tasks)
+
+
+async def test_what_comes_behind_something_that_waits_waits_too(buffers: AnswerBuffers) -> None:
+    connection = Connection(iter([False]))
+    async with delivery(connection, buffers) as given:
+        given.start(HEAD)
+        await given.put_event(b"one")
+        await given.put_event(b"two")  # it would be taken now
+        assert connection.messages == []
+    assert connection.body == b"onetwo"
+
+
+async def test_an_answer_that_breaks_is_not_ended_and_keeps_no_room(buffers: AnswerBuffers) -> None:
+    connection = Connection(iter(()))
+
+    async def break_off() -> None:
+        async with delivery(connection, buffers) as given:
+            given.start(HEAD)
+            given.reserve(10)
+            raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        await break_off()
+    assert (connection.messages, buffers.used) == ([], 0)
