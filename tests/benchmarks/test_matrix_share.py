@@ -41,6 +41,7 @@ def test_attention_is_needed_up_to_each_token() -> None:
     assert needed_flops(Shape(linear=0, adapter=0, head=0, attention=8), BATCH) == 12 * 8 * pairs
 
 
+@pytest.mark.slow
 def test_the_shape_is_the_models(tiny_base: Path) -> None:
     recipe = make_recipe()
     model = add_adapter(load_model(tiny_base, recipe, number_type=NumberType.FLOAT32), recipe, 1)

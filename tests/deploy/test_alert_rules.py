@@ -49,6 +49,7 @@ def _cases() -> list[Any]:
     return [pytest.param(file, id=file.stem, marks=slow.get(file.stem, ())) for file in files]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("file", _cases())
 def test_the_rules_record_and_fire_as_they_must(promtool: Path, file: Path) -> None:
     _run(promtool, "test", "rules", file)

@@ -22,6 +22,8 @@ from tests.serving.engine_double import EngineDouble
 from tests.serving.home import Home
 from tests.serving.versions import FACTS, NAME, base_folder, make_version, target
 
+pytestmark = pytest.mark.slow
+
 BOTH = (Format.MERGED, Format.ADAPTER)
 
 

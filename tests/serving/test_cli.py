@@ -25,6 +25,8 @@ from tests.serving.control import until
 from tests.serving.home import Home
 from tests.serving.versions import NAME, make_version, target
 
+pytestmark = pytest.mark.slow
+
 
 def type_now(home: Home, *arguments: str, answers: str | None = None) -> Result:
     return CliRunner().invoke(group, ["--home", str(home.settings.home), *arguments], input=answers)
@@ -315,7 +317,6 @@ async def test_chat_ends_at_the_end_of_its_input(serving: Home) -> None:
     assert (await type_in(serving, "chat", NAME, answers="")).exit_code == 0
 
 
-@pytest.mark.slow
 def test_serve_runs_until_it_is_told_to_stop(home: Home) -> None:
     answers = list[int]()
 
@@ -342,7 +343,6 @@ def test_serve_runs_until_it_is_told_to_stop(home: Home) -> None:
         server_address(home.settings)
 
 
-@pytest.mark.slow
 async def test_serve_beside_another_server_starts_no_engine(serving: Home) -> None:
     error = error_of(await type_in(serving, "serve", f"{NAME}@2", "--port", "0"))
     assert isinstance(error, BusyError)
@@ -351,7 +351,6 @@ async def test_serve_beside_another_server_starts_no_engine(serving: Home) -> No
     assert desired is not None and desired.target == target(1)
 
 
-@pytest.mark.slow
 def test_serve_of_nothing_that_exists_starts_no_engine(home: Home) -> None:
     assert isinstance(error_of(type_now(home, "serve", f"{NAME}@9", "--port", "0")), NotFoundError)
     assert home.park.engines == []

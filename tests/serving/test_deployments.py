@@ -21,6 +21,8 @@ from tests.serving.engine_park import DoubleEngine
 from tests.serving.home import Home
 from tests.serving.versions import NAME, make_version
 
+pytestmark = pytest.mark.slow
+
 OTHER = "other"
 
 

@@ -34,6 +34,8 @@ from tests.serving.test_keys import make_key
 from tests.serving.test_tls import configure
 from tests.serving.versions import NAME, make_version, target
 
+pytestmark = pytest.mark.slow
+
 Remote = Callable[..., Coroutine[Any, Any, Result]]
 
 

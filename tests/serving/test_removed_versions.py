@@ -18,6 +18,8 @@ from tests.serving.home import Home
 from tests.serving.test_adapters import adapter, ask, numbers
 from tests.serving.versions import NAME, make_version
 
+pytestmark = pytest.mark.slow
+
 TWO = VersionId(NAME, 2)
 GONE = (404, "model_not_found")
 

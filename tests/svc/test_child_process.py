@@ -14,6 +14,8 @@ import pytest
 from svc.child_process import in_child_process
 from svc.errors import RecipeError, TrainingError
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parents[2]
 
 

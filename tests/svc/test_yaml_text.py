@@ -27,6 +27,7 @@ def test_a_mapping_is_read() -> None:
         ":".join("9" * 400) + ".5",
     ],
 )
+@pytest.mark.slow
 def test_what_cannot_be_is_a_value_error(text: str) -> None:
     with pytest.raises(ValueError, match=r"."):
         parse_yaml(text)

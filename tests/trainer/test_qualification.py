@@ -236,6 +236,7 @@ def test_a_limit_of_the_recipe_holds() -> None:
     check_gptq(likely(2.0), likely(2.1), Evaluate(max_gptq_nll=0.1))
 
 
+@pytest.mark.slow
 def test_noise_refuses_no_more_than_one_in_twenty() -> None:
     """The interval is of 95 %, and only one of its ends refuses."""
     refused = 0

@@ -10,6 +10,8 @@ import pytest
 
 from benchmarks.gateway.processes import cpu_seconds, resident_bytes, running
 
+pytestmark = pytest.mark.slow
+
 BUSY = "import time\nend = time.process_time() + 0.3\nwhile time.process_time() < end: pass\n"
 SLEEP = "import time; print(1, flush=True); time.sleep(60)"
 """Says when it begins to sleep."""

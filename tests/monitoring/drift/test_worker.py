@@ -60,6 +60,7 @@ def settings(home: Path) -> Settings:
     return Settings(home=home, monitor=MonitorSettings(drift_every_s=0.01))
 
 
+@pytest.mark.slow
 def test_checks_go_on_in_one_process_after_one_failed(tmp_path: Path) -> None:
     with DriftWorker(settings(tmp_path), note).running():
         processes = noted(tmp_path, 2)
@@ -67,11 +68,13 @@ def test_checks_go_on_in_one_process_after_one_failed(tmp_path: Path) -> None:
     assert len(set(processes)) == 1
 
 
+@pytest.mark.slow
 def test_a_process_that_dies_is_begun_anew(tmp_path: Path) -> None:
     with DriftWorker(settings(tmp_path), die).running():
         assert len(set(noted(tmp_path, 2))) == 2
 
 
+@pytest.mark.slow
 def test_the_process_ends_with_it(tmp_path: Path) -> None:
     with DriftWorker(settings(tmp_path), note).running():
         (process, *_) = noted(tmp_path, 1)

@@ -21,6 +21,8 @@ from tests.monitoring.drift.traffic import NAME, Traffic, open_registry, prompts
 from tests.monitoring.test_quality import run
 from tests.new_store import new_store
 
+pytestmark = pytest.mark.slow
+
 VERSION = {"model": "triage", "version": "1"}
 OTHER = {"model": "other", "version": "1"}
 

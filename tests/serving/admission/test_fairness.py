@@ -76,6 +76,7 @@ class Engine:
         return True
 
 
+@pytest.mark.slow
 @settings(max_examples=10, deadline=None)
 @given(weights=st.lists(st.integers(1, 5), min_size=50, max_size=50), seed=st.integers(0, 2**32))
 def test_fifty_keys_at_full_load_share_by_their_weights_within_ten_percent(weights: list[int], seed: int) -> None:

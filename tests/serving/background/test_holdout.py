@@ -260,6 +260,7 @@ async def test_a_death_in_the_middle_drops_the_run_and_begins_another(make: Make
         assert len(rows(control)) == 1
 
 
+@pytest.mark.slow
 async def test_a_run_under_load_is_whole_and_costs_no_request(make: Make) -> None:
     control = make(answered=3)
     control.park.prepare = lambda double: setattr(double, "token_delay_s", 0.002)

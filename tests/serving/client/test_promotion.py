@@ -20,6 +20,8 @@ from tests.serving.control import until
 from tests.serving.home import Home
 from tests.serving.versions import NAME, make_version, target
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture
 async def serving(home: Home) -> AsyncIterator[Home]:

@@ -253,6 +253,7 @@ async def cost(service: KeyedService, secret: str, count: int, addresses: int = 
     return (time.process_time() - began) / count, statuses
 
 
+@pytest.mark.slow
 async def test_ten_thousand_wrong_keys_cost_less_than_right_ones(service: KeyedService) -> None:
     """Also where the id in them is that of a key, so that they are hashed."""
     issued = service.key()

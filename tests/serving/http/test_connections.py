@@ -14,6 +14,8 @@ from serving.http import connections
 from serving.http.connections import ABORT, MOST_HEAD_BYTES, raise_descriptor_limit
 from serving.http.http_server import http_server
 
+pytestmark = pytest.mark.slow
+
 DEADLINE_S = 0.3
 LARGE = 2**24
 ASK = b"GET / HTTP/1.1\r\nhost: x\r\n\r\n"

@@ -130,6 +130,7 @@ def test_every_answer_is_one_that_it_describes(api: Any, method: str, path: str,
     ask_all(api[path][method], mode)
 
 
+@pytest.mark.slow
 class TestWithKeys:
     """The same of a server that demands a key; from callers that it lets in, in part, or not at all."""
 

@@ -12,6 +12,8 @@ from tests.serving.control import Control, Load, Make, ask, until
 from tests.serving.engine_double import EngineDouble
 from tests.serving.versions import NAME, make_version, target
 
+pytestmark = pytest.mark.slow
+
 ONE, TWO, FOUR = f"{NAME}@1", f"{NAME}@2", f"{NAME}@4"
 RELOAD = "/collective_rpc"
 

@@ -15,6 +15,8 @@ from tests.serving.engine_park import fail_to_end_once
 from tests.serving.home import Home
 from tests.serving.versions import NAME, make_version, target
 
+pytestmark = pytest.mark.slow
+
 OTHER = "other"
 IDLE_S = 0.2
 

@@ -6,6 +6,8 @@ from svc.store.swaps import SwapKind, SwapOutcome
 from tests.serving.control import Control, Load, Make, until
 from tests.serving.versions import target
 
+pytestmark = pytest.mark.slow
+
 RELOAD = "/collective_rpc"
 FULL = "it needs 2 GiB, 1 GiB is free"
 

@@ -23,6 +23,8 @@ from tests.serving.control import Control, Load, Make, ask, until
 from tests.serving.engine_double import EngineDouble
 from tests.serving.versions import NAME, make_version, target
 
+pytestmark = pytest.mark.slow
+
 ONE, TWO, THREE = (VersionId(NAME, number) for number in (1, 2, 3))
 
 

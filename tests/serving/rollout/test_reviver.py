@@ -19,6 +19,8 @@ from tests.serving.control import Control, Make, until
 from tests.serving.engine_double import EngineDouble
 from tests.serving.versions import NAME, make_version, target
 
+pytestmark = pytest.mark.slow
+
 
 def slow(double: EngineDouble) -> None:
     double.reload_delay_s = 0.5

@@ -17,6 +17,8 @@ from tests.serving.control import BODY, Control, Load, Make, ask, until
 from tests.serving.engine_double import EngineDouble
 from tests.serving.versions import NAME, make_version, target
 
+pytestmark = pytest.mark.slow
+
 ONE, TWO = f"{NAME}@1", f"{NAME}@2"
 RELOAD = "/collective_rpc"
 

@@ -21,6 +21,8 @@ from tests.serving.home import Home
 from tests.serving.rollout.test_idling import IDLE_S, OTHER, configure
 from tests.serving.versions import NAME, make_version, target
 
+pytestmark = pytest.mark.slow
+
 ONE = (200, f"{NAME}@1", "1")
 
 

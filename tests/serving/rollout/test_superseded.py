@@ -21,6 +21,8 @@ from tests.serving.engine_double import EngineDouble
 from tests.serving.engine_park import DoubleEngine
 from tests.serving.versions import NAME, OTHER_FACTS, make_version, target
 
+pytestmark = pytest.mark.slow
+
 ONE, TWO = f"{NAME}@1", f"{NAME}@2"
 RELOAD, RESET, PROBE = "/collective_rpc", "/reset_prefix_cache", "/v1/completions"
 LONG_S = 30.0

@@ -197,6 +197,7 @@ async def test_an_engine_that_dies_in_a_swap_costs_no_held_request(make: Make, p
     assert [(answer.status, answer.error, answer.version) for answer in queued] == [(200, None, ONE)] * 4
 
 
+@pytest.mark.slow
 async def test_an_engine_that_dies_while_requests_end_is_replaced(make: Make) -> None:
     control = make()
     control.park.prepare = first_only(endless)

@@ -54,6 +54,7 @@ def test_of_real_examples_the_share_is_held_out(share: float) -> None:
     assert abs(len(split.heldout) / len(examples) - share) < 4 * (share * (1 - share) / len(examples)) ** 0.5
 
 
+@pytest.mark.slow
 def test_a_group_is_held_out_as_often_as_the_smallest_of_its_hashes_is_below_the_share() -> None:
     """Of its copies one differs in case alone, and has no hash of its own: three hashes, and 1 - 0.9 ** 3 is 0.271."""
     examples = with_copies(1)

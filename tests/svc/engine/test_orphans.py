@@ -24,6 +24,8 @@ from svc.errors import EngineError
 from svc.settings import Device, EngineSettings
 from tests.svc.engine.devices import AVX512
 
+pytestmark = pytest.mark.slow
+
 SERVER = Path(__file__).with_name("fake_server.py")
 PARENT = """
 import asyncio, sys

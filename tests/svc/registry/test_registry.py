@@ -114,6 +114,7 @@ def test_a_missing_source_leaves_no_version(
     assert registry.versions() == []
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("moment", ["at the manifest", "at the last step"])
 def test_a_kill_in_the_middle_leaves_no_version_and_the_next_one_works(
     registry: Registry, name: str, content: dict[str, Path], publish: Publish, moment: str

@@ -162,6 +162,7 @@ for number in range(25):
 """
 
 
+@pytest.mark.slow
 def test_processes_that_write_at_once_make_one_chain(tmp_path: Path) -> None:
     processes = [
         subprocess.Popen(

@@ -62,6 +62,7 @@ print(read_desired(open_database(Path(sys.argv[1])), "tiny"))
 """
 
 
+@pytest.mark.slow
 def test_two_processes_that_open_a_new_store_at_once_both_get_it(tmp_path: Path) -> None:
     """`svc serve` and `svc promote` on a new home."""
     arguments = [sys.executable, "-c", OPENER, str(tmp_path)]

@@ -30,6 +30,8 @@ from trainer.parity.scores import load, score
 from trainer.qualification import EngineReading
 from trainer.recipe.sections import Recipe
 
+pytestmark = pytest.mark.slow
+
 TYPE = NumberType.FLOAT32
 KINDS: dict[str, dict[str, Any]] = {
     "lora": {},

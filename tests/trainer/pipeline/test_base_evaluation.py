@@ -2,12 +2,16 @@
 
 from dataclasses import replace
 
+import pytest
+
 from svc.version import Format
 from tests.trainer.conftest import make_example
 from tests.trainer.engines import Engines
 from tests.trainer.pipeline.stand_ins import Make
 from trainer.base_model.resolve import Base
 from trainer.pipeline.find_base import merged_revision
+
+pytestmark = pytest.mark.slow
 
 
 def test_a_base_that_was_judged_on_these_examples_is_not_asked_again(make: Make, engines: Engines) -> None:

@@ -11,6 +11,8 @@ from svc.version import VersionId
 from tests.new_store import new_store
 from tests.trainer.pipeline.stand_ins import Make
 
+pytestmark = pytest.mark.slow
+
 
 def test_a_registration_that_was_interrupted_goes_on_with_the_version_that_it_published(
     make: Make, monkeypatch: pytest.MonkeyPatch

@@ -15,6 +15,8 @@ from trainer.pipeline.run_folder import Run
 from trainer.pipeline.stage_key import Stage
 from trainer.pipeline.stages import Pipeline
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.mark.parametrize(("capabilities", "number_type"), [(AVX512, NumberType.BFLOAT16), (AVX2, NumberType.FLOAT32)])
 def test_training_and_quantizing_compute_in_numbers_that_are_fast_here(

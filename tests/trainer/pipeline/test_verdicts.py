@@ -11,6 +11,8 @@ from tests.trainer.engines import Engines
 from tests.trainer.pipeline.stand_ins import WORSE_QUANTIZED, Make, Stages
 from trainer.pipeline.stage_key import Stage
 
+pytestmark = pytest.mark.slow
+
 
 def test_what_is_compared_with_other_limits_is_not_measured_again(make: Make, stages: Stages, engines: Engines) -> None:
     with pytest.raises(TrainingError, match=r"GPTQ lost 1\.000"):

@@ -19,6 +19,8 @@ from tests.trainer.pipeline.stand_ins import TRAIN, Make, Stages
 from trainer.pipeline.stage_key import Stage
 from trainer.pipeline.stages import Evaluated, Pipeline
 
+pytestmark = pytest.mark.slow
+
 
 def test_a_version_keeps_what_its_chat_template_was_given(make: Make, engines: Engines) -> None:
     pipeline = make(chat_template_kwargs={"enable_thinking": False})

@@ -32,6 +32,8 @@ from trainer.training.loss import answer_loss
 from trainer.training.sft import train_model
 from trainer.training.summary import TrainingData, TrainingSummary
 
+pytestmark = pytest.mark.slow
+
 SHAPE = {
     "vocab_size": 50,
     "hidden_size": 32,
@@ -272,7 +274,6 @@ def test_it_is_the_real_one_with_sliding_windows_and_capped_logits(batch: tuple[
     torch.testing.assert_close(answer_loss(model, *batch), whole_loss(model, *batch), rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.slow
 def test_the_best_weights_are_those_of_the_best_step(
     tiny_base: Path, examples: list[ChatExample], tmp_path: Path
 ) -> None:
@@ -339,7 +340,6 @@ def test_accumulated_batches_are_one_batch(tiny_base: Path, examples: list[ChatE
     assert losses[0] == pytest.approx(losses[1], rel=0.01)
 
 
-@pytest.mark.slow
 def test_packed_rows_learn_as_much_in_fewer_steps(tiny_base: Path, examples: list[ChatExample], tmp_path: Path) -> None:
     apart = train(tiny_base, examples, tmp_path / "a" / "adapter", batch_size=1, epochs=2)
     packed = train(tiny_base, examples, tmp_path / "b" / "adapter", batch_size=1, epochs=2, packing=True)

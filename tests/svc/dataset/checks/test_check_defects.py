@@ -252,6 +252,7 @@ def test_fields_are_named_as_the_file_names_them(tmp_path: Path) -> None:
     assert get(rows[0], "conversations.1.value") == "a </s> b"
 
 
+@pytest.mark.slow
 def test_many_problems_come_back_whole_and_in_order(tmp_path: Path) -> None:
     rows = good_rows(Format.CHAT, random.Random(1), 3)
     rows[0] = put(rows[0], TEXT[Format.CHAT][1], text(random.Random(1), 40))  # too long for a label, though so frequent

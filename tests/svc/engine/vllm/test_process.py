@@ -307,6 +307,7 @@ async def test_no_step_of_its_life_computes_for_long_in_the_event_loop(engine_in
     assert watch.slow == []
 
 
+@pytest.mark.slow
 async def test_the_engine_of_a_parent_that_was_killed_is_ended_at_the_next_start(
     engine_in: Start, folder: Path
 ) -> None:
