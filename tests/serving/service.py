@@ -22,6 +22,7 @@ from serving.http.administration import Administration
 from serving.http.app import build_app
 from serving.http.authentication import Authentication
 from serving.http.body_slots import BodySlots
+from serving.http.connections import THROUGH_SOCKET, limited_protocol
 from serving.http.delivery import AnswerBuffers
 from serving.http.feedback import FeedbackIntake
 from serving.http.inference import Gateway
@@ -141,6 +142,14 @@ async def connections(socket: Path, *, silence_s: float) -> AsyncIterator[Engine
     """Connections to an engine for the body."""
     with closing(EngineConnections(socket, silence_s=silence_s)) as engine:
         yield engine
+
+
+class _ClientsProtocol(limited_protocol()):  # type: ignore[misc]
+    """As `svc serve` has it for clients, who do not come through the socket in the home."""
+
+    def connection_made(self, transport: asyncio.Transport) -> None:
+        super().connection_made(transport)
+        self.app_state[THROUGH_SOCKET] = False
 
 
 class Service:
@@ -264,7 +273,7 @@ class Service:
         socket = self.folder / "gateway.sock"
         transport = socket_transport(socket, max_connections=None)
         async with (
-            running(self.asgi, socket),
+            running(self.asgi, socket, _ClientsProtocol),
             httpx.AsyncClient(transport=transport, base_url="http://localhost", timeout=20) as client,
         ):
             yield client

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import uvicorn
 from starlette.types import ASGIApp
+from uvicorn.protocols.http.auto import AutoHTTPProtocol
 
 _ACCEPT_TICKS = 3
 """Turns of the loop until a connection that was accepted is one that uvicorn knows. asyncio's server must not be closed
@@ -16,11 +17,17 @@ before: a connection that comes too late is then left open for ever."""
 
 
 class SocketServer:
-    """A uvicorn server that ends with its test."""
+    """A uvicorn server that ends with its test.
 
-    def __init__(self, app: ASGIApp, socket: Path) -> None:
+    Args:
+        protocol: of its connections; None for uvicorn's own.
+    """
+
+    def __init__(self, app: ASGIApp, socket: Path, protocol: type[asyncio.Protocol] | None = None) -> None:
         self.socket = socket
-        config = uvicorn.Config(app, uds=str(socket), log_level="critical", lifespan="off")
+        config = uvicorn.Config(
+            app, uds=str(socket), log_level="critical", lifespan="off", http=protocol or AutoHTTPProtocol
+        )
         config.load()
         self._server = uvicorn.Server(config)
         self._server.lifespan = config.lifespan_class(config)
@@ -71,9 +78,11 @@ class SocketServer:
 
 
 @asynccontextmanager
-async def running(app: ASGIApp, socket: Path) -> AsyncIterator[SocketServer]:
-    """The application on a socket for the body of the `with`."""
-    server = SocketServer(app, socket)
+async def running(
+    app: ASGIApp, socket: Path, protocol: type[asyncio.Protocol] | None = None
+) -> AsyncIterator[SocketServer]:
+    """The application on a socket for the body of the `with`; see `SocketServer`."""
+    server = SocketServer(app, socket, protocol)
     await server.start()
     try:
         yield server

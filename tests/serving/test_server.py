@@ -27,6 +27,8 @@ from tests.serving.engine_park import PLAN
 from tests.serving.home import Home
 from tests.serving.versions import NAME, target
 
+pytestmark = pytest.mark.slow
+
 
 @asynccontextmanager
 async def started(home: Home) -> AsyncIterator[tuple[asyncio.Task[None], httpx.AsyncClient]]:
@@ -72,7 +74,6 @@ async def test_the_lag_of_the_event_loop_is_measured_from_the_start(home: Home) 
             count = line.split()[1]
 
 
-@pytest.mark.slow
 async def test_what_was_imported_is_left_out_of_collections(home: Home) -> None:
     before = gc.get_freeze_count()
     async with home.serving(f"{NAME}@1"):

@@ -24,6 +24,8 @@ from tests.serving.test_cli import type_in
 from tests.serving.test_keys import make_key
 from tests.serving.versions import NAME
 
+pytestmark = pytest.mark.slow
+
 
 def configure(home: Home, **serve: Any) -> None:
     home.settings = home.settings.model_copy(update={"serve": ServeSettings(port=0, **serve)})

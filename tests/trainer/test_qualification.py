@@ -21,6 +21,8 @@ from tests.trainer.engines import Engines
 from trainer.qualification import EngineReading, Qualified, Qualifier, check_gptq
 from trainer.recipe.sections import Evaluate
 
+pytestmark = pytest.mark.slow
+
 FACTS = EngineFacts(vllm="0.32.0", device=Device.CPU, instruction_set="x86_64-avx2", mode="eager")
 BASE, MERGED, GPTQ = Path("/run/base"), Path("/run/merged"), Path("/run/gptq")
 
@@ -236,7 +238,6 @@ def test_a_limit_of_the_recipe_holds() -> None:
     check_gptq(likely(2.0), likely(2.1), Evaluate(max_gptq_nll=0.1))
 
 
-@pytest.mark.slow
 def test_noise_refuses_no_more_than_one_in_twenty() -> None:
     """The interval is of 95 %, and only one of its ends refuses."""
     refused = 0

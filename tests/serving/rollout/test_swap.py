@@ -18,6 +18,8 @@ from tests.serving.control import Answer, Control, Load, Make, ask, until
 from tests.serving.engine_double import EngineDouble
 from tests.serving.versions import NAME, make_version, target
 
+pytestmark = pytest.mark.slow
+
 ONE = f"{NAME}@1"
 RELOAD, RESET, PROBE = "/collective_rpc", "/reset_prefix_cache", "/v1/completions"
 
@@ -197,7 +199,6 @@ async def test_an_engine_that_dies_in_a_swap_costs_no_held_request(make: Make, p
     assert [(answer.status, answer.error, answer.version) for answer in queued] == [(200, None, ONE)] * 4
 
 
-@pytest.mark.slow
 async def test_an_engine_that_dies_while_requests_end_is_replaced(make: Make) -> None:
     control = make()
     control.park.prepare = first_only(endless)

@@ -31,6 +31,8 @@ from svc.settings import Device, EngineSettings
 from tests.event_loop import watched_loop
 from tests.svc.engine.devices import AVX512
 
+pytestmark = pytest.mark.slow
+
 SERVER = Path(__file__).parents[1] / "fake_server.py"
 PARENT = """
 import asyncio, sys
@@ -130,7 +132,6 @@ async def test_it_is_started_when_it_answers(engine_in: Start) -> None:
     assert await engine.client.healthy()
 
 
-@pytest.mark.slow
 async def test_a_person_hears_what_it_is_doing(engine_in: Start, monkeypatch: pytest.MonkeyPatch) -> None:
     heard: list[EnginePhase] = []
     engine = engine_in("hang", start_timeout_s=2)  # a busy machine starts Python slowly
@@ -307,7 +308,6 @@ async def test_no_step_of_its_life_computes_for_long_in_the_event_loop(engine_in
     assert watch.slow == []
 
 
-@pytest.mark.slow
 async def test_the_engine_of_a_parent_that_was_killed_is_ended_at_the_next_start(
     engine_in: Start, folder: Path
 ) -> None:
