@@ -117,10 +117,9 @@ class RateLimiter:
             RateLimitedError: there is not so much left of a limit; of several the one that takes longest is named.
         """
         held, longest, refused = list[tuple[Limit, Quota, int]](), 0.0, None
-        now, wall = self._clock(), self._wall()
-        for limit, most, quota in self._quotas(principal, now, wall):
+        for limit, most, quota, now in self._quotas(principal):
             amount = _amount(limit, demand, most, quota)
-            wait_s = quota.wait_s(amount, wall if limit is Limit.TOKENS_PER_DAY else now, most)
+            wait_s = quota.wait_s(amount, now, most)
             if wait_s > longest:
                 longest, refused = wait_s, limit
             held.append((limit, quota, amount))
@@ -132,12 +131,9 @@ class RateLimiter:
 
     def allowances(self, principal: Principal) -> dict[Limit, Allowance]:
         """What is left of each limit that a key has."""
-        now, wall = self._clock(), self._wall()
         return {
-            limit: Allowance(
-                most, quota.remaining(most), quota.reset_s(wall if limit is Limit.TOKENS_PER_DAY else now, most)
-            )
-            for limit, most, quota in self._quotas(principal, now, wall)
+            limit: Allowance(most, quota.remaining(most), quota.reset_s(now, most))
+            for limit, most, quota, now in self._quotas(principal)
         }
 
     def add_used_today(self, tokens: Mapping[str, int]) -> None:
@@ -147,17 +143,20 @@ class RateLimiter:
             quota.pass_to(self._wall(), used)
             quota.settle(0, used)
 
-    def _quotas(self, principal: Principal, now: float, wall: float) -> Sequence[tuple[Limit, int, Quota]]:
-        """Each limit that a key has, with what is taken of it now."""
+    def _quotas(self, principal: Principal) -> list[tuple[Limit, int, Quota, float]]:
+        """Each limit that a key has, with what is taken of it now, and the time in its own clock, seconds."""
         key = self._keys.get(principal.key_id)
         if key is None:
             if principal.limits == _NONE:
-                return ()
+                return []
             key = self._keys[principal.key_id] = _KeyQuotas()
-        held = key.held(principal.limits)
-        for limit, most, quota in held:
-            quota.pass_to(wall if limit is Limit.TOKENS_PER_DAY else now, most)
-        return held
+        now, wall = self._clock(), self._wall()
+        found = []
+        for limit, most, quota in key.held(principal.limits):
+            at = wall if limit is Limit.TOKENS_PER_DAY else now
+            quota.pass_to(at, most)
+            found.append((limit, most, quota, at))
+        return found
 
     def _refusal(self, limit: Limit, principal: Principal, wait_s: float) -> RateLimitedError:
         most: int = getattr(principal.limits, limit)

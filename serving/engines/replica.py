@@ -171,16 +171,16 @@ class Replica:
 
     @asynccontextmanager
     async def use(self, version: VersionId) -> AsyncIterator[str]:
-        """What the engine calls a version, for the body; its adapter is loaded where it must be.
+        """What an engine that applies adapters calls a version, for the body; its adapter is loaded where it must be.
 
         Raises:
+            RuntimeError: the engine holds a version itself.
             QueueTimeoutError: all places for adapters were in use for too long.
             ModelNotFoundError: the engine cannot take it.
             SvcError: it could not be loaded, or is not what it should be.
         """
         if self.adapters is None:
-            yield self.client.model
-            return
+            raise RuntimeError("the engine holds a version itself")
         in_production = self.target is not None and self.target.version == version
         async with self.adapters.use(version, check=not in_production) as loaded:
             yield loaded.name

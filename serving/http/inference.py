@@ -124,7 +124,8 @@ class Exchange:
         self._reason: ErrorCode | None = None
         self._request: CompletionRequest | None = None
         self._usage: Usage | None = None
-        self._others_s = self._asked = 0.0  # waited for a place and an engine; when the engine was asked
+        self._asked = 0.0  # when the engine was
+        self._place_s = self._engine_s = 0.0  # waited for a place, and for the beginning of the engine's answer
         self._first_token_s: float | None = None
         self._finish_reason: str | None = None
         self._content: Content | None = None  # what passes, where it is to be kept
@@ -207,7 +208,7 @@ class Exchange:
             to.backend.admission.admit(work, self._key.party),
             to.backend.lease(to.model) as engine,
         ):
-            self._others_s = self._clock() - began
+            self._place_s = self._clock() - began
             try:
                 await self._forward(engine, request)
             except EngineUnreachableError as error:
@@ -316,12 +317,12 @@ class Exchange:
         return self._clock() - self._started
 
     def heard(self) -> None:
-        """The engine has said what the answer can begin with."""
-        self._others_s += self._clock() - self._asked
+        """The engine has said something; what it said last before the answer begins counts."""
+        self._engine_s = self._clock() - self._asked
 
     def start(self, content_type: str, length: int | None = None) -> None:
         """Begins a good answer."""
-        own_ms = (self.elapsed() - self._others_s) * 1000
+        own_ms = (self.elapsed() - self._place_s - self._engine_s) * 1000
         headers = [(b"content-type", content_type.encode("latin-1")), (b"x-svc-overhead-ms", b"%.2f" % own_ms)]
         if length is None:
             headers.append((b"cache-control", b"no-cache"))

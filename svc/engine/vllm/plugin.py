@@ -8,6 +8,7 @@ import logging
 import os
 import traceback
 from collections.abc import Callable
+from functools import cache
 from typing import Any
 
 INT4_LINEAR_VARIABLE = "TUNESERVE_INT4_LINEAR"
@@ -67,6 +68,7 @@ def _register_int4_linear() -> None:
     register_linear_kernel(Int4LinearKernel, PlatformEnum.CPU, "mp")
 
 
+@cache  # once a process, however often vLLM asks
 def _apply_no_adapter_to_the_base() -> None:
     """Has vLLM answer the base's requests with the base on a CPU, also beside requests of adapters.
 
@@ -78,8 +80,6 @@ def _apply_no_adapter_to_the_base() -> None:
     from vllm.lora.ops.torch_ops import lora_ops
 
     shrink = lora_ops.bgmv_shrink
-    if getattr(shrink, "skips_base", False):
-        return
 
     def bgmv_shrink(
         inputs: Any, lora_b_weights: Any, output_tensor: Any, lora_indices_tensor: Any, scaling: float = 1.0
@@ -87,5 +87,4 @@ def _apply_no_adapter_to_the_base() -> None:
         shrink(inputs, lora_b_weights, output_tensor, lora_indices_tensor, scaling)
         output_tensor[lora_indices_tensor < 0] = 0
 
-    bgmv_shrink.skips_base = True  # type: ignore[attr-defined]
     lora_ops.bgmv_shrink = torch_ops.bgmv_shrink = bgmv_shrink

@@ -3,15 +3,17 @@
 import asyncio
 import json
 from collections.abc import AsyncIterator, Callable
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
 
+from svc.engine.vllm.connection_pool import EngineConnections
 from tests.serving.engine_double import Fault, running_engine
 from tests.serving.service import CHAT, NAME, TWO, Service, closed, connections
-from tests.svc.engine.raw_server import LAST_CHUNK, chunk, raw_server, say
+from tests.svc.engine.raw_server import LAST_CHUNK, Peer, chunk, raw_server, say
 from tests.svc.engine.raw_server import STREAM as STREAMED
 
 CHAT_PATH = "/v1/chat/completions"
@@ -127,6 +129,24 @@ class TestOverhead:
     async def test_a_stream_says_it_too(self, client: httpx.AsyncClient) -> None:
         answer = await client.post(CHAT_PATH, json=STREAM)
         assert 0 < float(answer.headers["x-svc-overhead-ms"]) < 150
+
+    async def test_the_wait_for_the_rest_of_the_first_event_is_the_engines(
+        self, service: Service, client: httpx.AsyncClient, socket_folder: Path
+    ) -> None:
+        async def reply(peer: Peer) -> None:
+            await peer.say(STREAMED)
+            for part in (b"data: {", b'"choices":[]', b"}\n\ndata: [DONE]\n\n"):
+                await asyncio.sleep(0.1)
+                await peer.say(chunk(part))
+            await peer.say(LAST_CHUNK)
+
+        path = socket_folder / "parts.sock"
+        async with raw_server(path, reply):
+            with closing(EngineConnections(path, silence_s=5)) as service.http:
+                answer = await client.post(CHAT_PATH, json=STREAM)
+        assert answer.text.endswith("data: [DONE]\n\n")
+        assert float(answer.headers["openai-processing-ms"]) >= 300
+        assert 0 < float(answer.headers["x-svc-overhead-ms"]) < 90
 
     async def test_the_wait_for_a_place_is_not_in_it(self, service: Service, client: httpx.AsyncClient) -> None:
         async with closed(service.admission):
