@@ -4,9 +4,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 
-from fastapi import FastAPI
 from prometheus_client import CollectorRegistry, disable_created_metrics
 from sqlalchemy import Engine as Store
+from starlette.types import ASGIApp
 
 from serving.admission.admission import Admission
 from serving.admission.rate_limiter import RateLimiter
@@ -64,7 +64,7 @@ from svc.version import Target
 class Parts:
     """What of a server runs, or is to be ended."""
 
-    app: FastAPI
+    app: ASGIApp
     request_log: RequestLog
     deployments: Deployments
     loop_lag: LoopLag

@@ -1,6 +1,7 @@
 """`svc serve`, `svc add`, `svc remove`, `svc promote`, `svc rollback`, `svc chat`."""
 
 import asyncio
+import gc
 import logging
 import sys
 from contextlib import ExitStack, suppress
@@ -18,6 +19,9 @@ from svc.server_url import LOCK_FILE
 from svc.settings import Settings
 from svc.store.swaps import SwapOutcome, SwapResult
 from svc.version import Format, Target, VersionId
+
+_COLLECTED_AFTER = 10_000
+"""New objects that hold others. A request makes some hundred, and few of them outlive it."""
 
 _format_option = click.option(
     "--format",
@@ -100,9 +104,20 @@ def serve(
                 on_failure=lambda target, error: came(target, f"[red]{target} is not served:[/red] {error}"),
             )
 
+    _spare_collector()
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
         runner.run(run())
     console.print("stopped")
+
+
+def _spare_collector() -> None:
+    """Has Python's garbage collector look less often, and never at what is here now, which stays until the end.
+
+    It took a twelfth of what a request costs; nearly all that a request leaves is freed without it.
+    """
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(_COLLECTED_AFTER)
 
 
 @click.command()

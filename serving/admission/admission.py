@@ -13,6 +13,7 @@ import asyncio
 import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from dataclasses import dataclass
 from typing import ClassVar
 
 from serving.admission.background_slot import BackgroundSlot
@@ -104,13 +105,17 @@ class Admission:
         """Why there is no engine; None when there is one, also where it is being changed or comes when it is asked."""
         return None if self._asleep else self._unavailable
 
-    @asynccontextmanager
-    async def admit(self, tokens: int = 1, party: Party = NO_KEY) -> AsyncIterator[None]:
-        """Waits for a place in the engine and holds it for the body.
+    def admit(self, tokens: int = 1, party: Party = NO_KEY) -> "Admitted":
+        """Waits for a place in the engine and holds it for the body; entering raises as `enter` does.
 
         Args:
             tokens: most that the answers may have; what a place costs.
             party: whose request it is.
+        """
+        return Admitted(self, tokens, party)
+
+    async def enter(self, tokens: int, party: Party) -> None:
+        """Takes a place until `leave`, after a wait where there is none.
 
         Raises:
             TooManyTokensError: more than may ever run.
@@ -126,10 +131,6 @@ class Admission:
             )
         if self._closed or not self._enter(tokens, party):
             await self._wait(tokens, party)
-        try:
-            yield
-        finally:
-            self._leave(tokens)
 
     async def ended(self) -> None:
         """Returns when no request runs or waits. Of use only where none comes any more."""
@@ -219,7 +220,8 @@ class Admission:
         self._show()
         return True
 
-    def _leave(self, tokens: int) -> None:
+    def leave(self, tokens: int) -> None:
+        """Gives the place back."""
         self._running -= 1
         self._tokens -= tokens
         self._last_ended_at = time.monotonic()
@@ -232,7 +234,7 @@ class Admission:
         try:
             place = self.queue.join(party, tokens)
             self._admit_waiting()  # it may be its turn at once, and fit where the one before it does not
-            await self.queue.until_given(place, timeout_s, lambda: self._leave(tokens))
+            await self.queue.until_given(place, timeout_s, lambda: self.leave(tokens))
         except (QueueOverflowError, QueueTimeoutError) as error:
             if closed:
                 raise
@@ -249,3 +251,18 @@ class Admission:
 
     def _show(self) -> None:
         self.background_slot.show(open=self._ready, running=self._running)
+
+
+@dataclass(slots=True)
+class Admitted:
+    """A place for the body of an `async with`. A class, since a generator costs several times as much."""
+
+    admission: Admission
+    tokens: int
+    party: Party
+
+    async def __aenter__(self) -> None:
+        await self.admission.enter(self.tokens, self.party)
+
+    async def __aexit__(self, *_: object) -> None:
+        self.admission.leave(self.tokens)

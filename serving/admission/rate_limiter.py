@@ -117,9 +117,12 @@ class RateLimiter:
             RateLimitedError: there is not so much left of a limit; of several the one that takes longest is named.
         """
         held, longest, refused = list[tuple[Limit, Quota, int]](), 0.0, None
-        for limit, most, quota, now in self._quotas(principal):
+        now, wall = self._clock(), self._wall()
+        for limit, most, quota in self._quotas(principal):
+            at = wall if limit is Limit.TOKENS_PER_DAY else now
+            quota.pass_to(at, most)
             amount = _amount(limit, demand, most, quota)
-            wait_s = quota.wait_s(amount, now, most)
+            wait_s = quota.wait_s(amount, at, most)
             if wait_s > longest:
                 longest, refused = wait_s, limit
             held.append((limit, quota, amount))
@@ -131,10 +134,13 @@ class RateLimiter:
 
     def allowances(self, principal: Principal) -> dict[Limit, Allowance]:
         """What is left of each limit that a key has."""
-        return {
-            limit: Allowance(most, quota.remaining(most), quota.reset_s(now, most))
-            for limit, most, quota, now in self._quotas(principal)
-        }
+        found = {}
+        now, wall = self._clock(), self._wall()
+        for limit, most, quota in self._quotas(principal):
+            at = wall if limit is Limit.TOKENS_PER_DAY else now
+            quota.pass_to(at, most)
+            found[limit] = Allowance(most, quota.remaining(most), quota.reset_s(at, most))
+        return found
 
     def add_used_today(self, tokens: Mapping[str, int]) -> None:
         """Adds what keys used today before this server started, in and out together."""
@@ -143,20 +149,14 @@ class RateLimiter:
             quota.pass_to(self._wall(), used)
             quota.settle(0, used)
 
-    def _quotas(self, principal: Principal) -> list[tuple[Limit, int, Quota, float]]:
-        """Each limit that a key has, with what is taken of it now, and the time in its own clock, seconds."""
+    def _quotas(self, principal: Principal) -> Sequence[tuple[Limit, int, Quota]]:
+        """Each limit that a key has, with what is taken of it."""
         key = self._keys.get(principal.key_id)
         if key is None:
             if principal.limits == _NONE:
-                return []
+                return ()
             key = self._keys[principal.key_id] = _KeyQuotas()
-        now, wall = self._clock(), self._wall()
-        found = []
-        for limit, most, quota in key.held(principal.limits):
-            at = wall if limit is Limit.TOKENS_PER_DAY else now
-            quota.pass_to(at, most)
-            found.append((limit, most, quota, at))
-        return found
+        return key.held(principal.limits)
 
     def _refusal(self, limit: Limit, principal: Principal, wait_s: float) -> RateLimitedError:
         most: int = getattr(principal.limits, limit)

@@ -3,9 +3,9 @@
 Knows neither HTTP nor how engines come and go.
 """
 
-from collections.abc import AsyncIterator
-from contextlib import AsyncExitStack, asynccontextmanager
-from dataclasses import dataclass
+from contextlib import AsyncExitStack
+from types import TracebackType
+from typing import NamedTuple
 
 from serving.admission.errors import ENGINE_RETRY_S, AdmissionError, EngineUnavailableError
 from serving.engines.pool import EnginePool
@@ -14,7 +14,7 @@ from serving.engines.transport import EngineDiedError
 from serving.model_names import ModelNames, ModelNotFoundError
 from svc.engine.vllm.connection_pool import EngineConnections
 from svc.errors import EngineError
-from svc.version import Target, VersionId
+from svc.version import Target
 
 
 class AdapterFailedError(EngineError):
@@ -23,8 +23,7 @@ class AdapterFailedError(EngineError):
     retry_after_s = ENGINE_RETRY_S
 
 
-@dataclass(frozen=True, slots=True)
-class Lease:
+class Lease(NamedTuple):
     """An engine for one request.
 
     Attributes:
@@ -59,8 +58,7 @@ class Balancer:
         if adapters and not any(each.has(wanted) for each in adapters):
             await adapters[0].check(wanted)
 
-    @asynccontextmanager
-    async def lease(self, model: str, *, without: Lease | None = None) -> AsyncIterator[Lease]:
+    def lease(self, model: str, *, without: Lease | None = None) -> "Leasing":
         """An engine for a request, the one in which the fewest run, for the body; its adapter is loaded first.
 
         Of engines that apply adapters one is preferred that has the version's.
@@ -69,33 +67,69 @@ class Balancer:
             model: a client's name for what it wants.
             without: another one than this.
 
-        Raises:
+        Entering raises:
             ModelNotFoundError: nothing answers to it.
             EngineUnavailableError: no engine takes requests now.
             QueueTimeoutError: all places for adapters were in use for too long.
             AdapterFailedError: the version's adapter could not be loaded, or is not what it should be.
         """
-        engine, served = self._choose(self._names.resolve(model), without)
-        with engine.occupied():
-            try:
-                if engine.adapters is None:
-                    yield Lease(engine.http, served, engine.client.model)
-                    return
-                async with AsyncExitStack() as used:
-                    name = await _enter(used, engine, served)
-                    yield Lease(engine.http, served, name)
-            except EngineDiedError:
-                engine.watch.suspect()
-                raise
+        return Leasing(self, model, without)
 
-    def _choose(self, wanted: VersionId | None, without: Lease | None) -> tuple[Replica, Target]:
+    def choose(self, model: str, without: Lease | None) -> tuple[Replica, Target]:
+        """An engine, and what it answers with.
+
+        Raises:
+            ModelNotFoundError, EngineUnavailableError: as `lease` says.
+        """
+        wanted = self._names.resolve(model)
         able = [(engine, engine.serves(wanted)) for engine in self._pool.ready if not engine.watch.suspected]
         if without is not None:
             able = [(engine, served) for engine, served in able if engine.http is not without.http]
         found = [(engine, served) for engine, served in able if served]
         if not found:
             raise EngineUnavailableError("no engine takes requests now", todo="send the request again later")
+        if len(found) == 1:
+            return found[0]
         return min(found, key=lambda pair: (_lacks_adapter(*pair), pair[0].running))
+
+
+class Leasing:
+    """A lease for the body of an `async with`. A class, since a generator costs several times as much."""
+
+    __slots__ = ("_adapter", "_balancer", "_engine", "_model", "_without")
+
+    def __init__(self, balancer: Balancer, model: str, without: Lease | None) -> None:
+        self._balancer = balancer
+        self._model = model
+        self._without = without
+        self._engine: Replica
+        self._adapter: AsyncExitStack | None = None
+
+    async def __aenter__(self) -> Lease:
+        self._engine, served = self._balancer.choose(self._model, self._without)
+        self._engine.occupy()
+        try:
+            if self._engine.adapters is None:
+                return Lease(self._engine.http, served, self._engine.client.model)
+            self._adapter = AsyncExitStack()
+            return Lease(self._engine.http, served, await _enter(self._adapter, self._engine, served))
+        except BaseException as error:
+            self._ended(error)
+            raise
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        try:
+            if self._adapter is not None:
+                await self._adapter.__aexit__(kind, error, trace)
+        finally:
+            self._ended(error)
+
+    def _ended(self, error: BaseException | None) -> None:
+        if isinstance(error, EngineDiedError):
+            self._engine.watch.suspect()
+        self._engine.vacate()
 
 
 def _lacks_adapter(engine: Replica, served: Target) -> bool:

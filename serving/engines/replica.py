@@ -188,14 +188,22 @@ class Replica:
     @contextmanager
     def occupied(self) -> Iterator[None]:
         """Something runs in the engine for the body."""
-        self._running += 1
-        self._idle.clear()
+        self.occupy()
         try:
             yield
         finally:
-            self._running -= 1
-            if not self._running:
-                self._idle.set()
+            self.vacate()
+
+    def occupy(self) -> None:
+        """Something runs in the engine until `vacate`."""
+        self._running += 1
+        self._idle.clear()
+
+    def vacate(self) -> None:
+        """It runs no more."""
+        self._running -= 1
+        if not self._running:
+            self._idle.set()
 
     async def drained(self, timeout_s: float) -> None:
         """Returns when nothing runs in it. Of use only while it takes nothing new.

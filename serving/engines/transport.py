@@ -5,9 +5,8 @@ Knows vLLM's error texts, so that no other module has to.
 
 import asyncio
 import re
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
 from http import HTTPStatus
+from types import TracebackType
 from typing import Any
 
 from serving.admission.errors import ENGINE_RETRY_S, OVERLOADED_RETRY_S
@@ -26,6 +25,7 @@ PASSED_STATUSES = frozenset({400, 413, 422, 429, 503})
 """Refusals of the client's request or for the engine's load; others are between the gateway and the engine."""
 _MESSAGE_CHARS = 1000
 _TOO_LONG = ("maximum context length", "maximum model length", "cannot be greater than max_model_len")
+_GONE = "the engine went away; it is being restarted"
 _ENGINE_DEAD = "EngineCore encountered an issue"
 _FIELDS = re.compile(r" \(parameter=([\w.]{1,100})(, value=.*)?\)$", re.DOTALL)
 _PATH = re.compile(r"(?<![\w:/.])/(?:[\w.@-]+/)+[\w.@-]*|(?<![\w/])~/[\w./@-]+")
@@ -77,37 +77,58 @@ class ContextLengthError(EngineRefusedError):
     """More tokens than the model has room for."""
 
 
-@asynccontextmanager
-async def call(engine: EngineConnections, path: str, payload: bytes, request_id: str) -> AsyncIterator[EngineAnswer]:
-    """Sends a request; the body of the `with` reads the answer, and leaving it early ends the work in the engine.
+class EngineCall:
+    """Sends a request; the body of the `async with` reads the answer, and leaving it early ends the engine's work.
 
-    Raises:
+    A class, since a generator costs several times as much in every request.
+
+    Entering and leaving raises:
         EngineUnreachableError: nothing was sent.
         EngineDiedError, EngineSilentError: also for what happens while the answer is read.
         EngineFailedError: the engine's answer is an error, or breaks off while the engine lives, as vLLM's streamed
             responses do when it fails on them.
         EngineBusyError, EngineRefusedError: the engine's answer is an error.
     """
-    begun = False
-    try:
-        async with engine.post(path, payload, request_id) as answer:
-            if answer.status >= 400:
-                raise refusal(answer.status, error_of(await answer.read()))
-            begun = True
-            yield answer
-    except UnreachableError as error:
-        raise EngineUnreachableError("the engine takes no connection; it is being restarted") from error
-    except SilenceError as error:
-        raise EngineSilentError("the engine said nothing for too long") from error
-    except EngineFailedError as error:
-        # In a stream of messages vLLM words its own death so.
-        if begun and not await _lives(engine):
-            raise EngineDiedError("the engine went away; it is being restarted") from error
-        raise
-    except BrokenConnectionError as error:
-        if begun and await _lives(engine):
+
+    __slots__ = ("_answer", "_engine")
+
+    def __init__(self, engine: EngineConnections, path: str, payload: bytes, request_id: str) -> None:
+        self._engine = engine
+        self._answer = engine.post(path, payload, request_id)
+
+    async def __aenter__(self) -> EngineAnswer:
+        try:
+            answer = await self._answer.__aenter__()
+        except ConnectionFailedError as error:
+            raise _failure(error) from error
+        if answer.status < 400:
+            return answer
+        try:
+            raise refusal(answer.status, error_of(await answer.read()))
+        except ConnectionFailedError as error:
+            raise _failure(error) from error
+        finally:
+            await answer.__aexit__(None, None, None)
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        await self._answer.__aexit__(kind, error, trace)
+        if isinstance(error, BrokenConnectionError) and await _lives(self._engine):
             raise EngineFailedError("the engine broke off its answer") from error
-        raise EngineDiedError("the engine went away; it is being restarted") from error
+        if isinstance(error, ConnectionFailedError):
+            raise _failure(error) from error
+        # In a stream of messages vLLM words its own death so.
+        if isinstance(error, EngineFailedError) and not await _lives(self._engine):
+            raise EngineDiedError(_GONE) from error
+
+
+def _failure(error: ConnectionFailedError) -> EngineError:
+    if isinstance(error, UnreachableError):
+        return EngineUnreachableError("the engine takes no connection; it is being restarted")
+    if isinstance(error, SilenceError):
+        return EngineSilentError("the engine said nothing for too long")
+    return EngineDiedError(_GONE)
 
 
 async def _lives(engine: EngineConnections) -> bool:
@@ -131,7 +152,7 @@ def refusal(status: int, error: Any) -> EngineError:
     message = str(fields.get("message") or "")
     param = fields.get("param")
     if _ENGINE_DEAD in message:
-        return EngineDiedError("the engine went away; it is being restarted")
+        return EngineDiedError(_GONE)
     if status not in PASSED_STATUSES:
         return EngineFailedError(f"the engine answered {status}: {without_values(message)}")
     if status in (429, 503):

@@ -16,8 +16,8 @@ from sqlalchemy import Engine as Store
 from starlette.responses import JSONResponse, Response
 
 from serving.http.authentication import principal_of
+from serving.http.body import ClientGoneError
 from serving.http.json_body import Body, read_json
-from serving.protocols.request import ClientGoneError
 from serving.rollout.version_changes import VersionChange, VersionChanges
 from serving.telemetry.metrics import CLIENT_GONE_STATUS
 from svc.access.key_row import key_row

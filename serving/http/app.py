@@ -1,13 +1,13 @@
 """The HTTP surface: which paths exist, and nothing else answers.
 
 No documentation pages, no CORS, no redirects. Small routes are FastAPI's. Completions and token counts are pure ASGI,
-see serving.http.inference; they are looked up by their path before the framework's layers, which cost several times as
-much as they do themselves.
+see serving.http.inference; they are looked up by their path, and go around the framework, which costs several times as
+much as they do themselves. Both ways lead through the same layers of ours.
 """
 
 import asyncio
 from collections.abc import Callable, Mapping
-from contextlib import AbstractAsyncContextManager
+from dataclasses import dataclass
 from typing import Any
 
 from fastapi import FastAPI, Request
@@ -43,8 +43,7 @@ def build_app(
     status: Callable[[], Mapping[str, Any]],
     authentication: Authentication,
     administration: Administration,
-    lifespan: Callable[[FastAPI], AbstractAsyncContextManager[None]] | None = None,
-) -> FastAPI:
+) -> "Application":
     """The application for one gateway.
 
     Args:
@@ -54,9 +53,8 @@ def build_app(
         status: what /svc/status shows, JSON values; called in a thread.
         authentication: lets requests in.
         administration: answers what changes the service.
-        lifespan: starts and stops what lives as long as the server.
     """
-    app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None, redirect_slashes=False, lifespan=lifespan)
+    app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None, redirect_slashes=False)
     counts = TokenCounts(gateway)
     endpoints = {route.value: gateway.endpoint(route) for route in Route}
     endpoints |= {route.value: counts.endpoint(route) for route in TokenRoute}
@@ -68,22 +66,27 @@ def build_app(
     administration.add_to(app)
     install_handlers(app)
     hosts = AllowedHosts((gateway.settings.host, *gateway.settings.allowed_hosts))
-    app.add_middleware(_Shortcut, endpoints=endpoints)
     app.add_middleware(AuthenticationMiddleware, authentication=authentication)
     app.add_middleware(RequestMiddleware, router=gateway.router, hosts=hosts, limiter=gateway.limiter)
-    return app
+    direct = {
+        path: RequestMiddleware(
+            AuthenticationMiddleware(endpoint, authentication), gateway.router, hosts, gateway.limiter
+        )
+        for path, endpoint in endpoints.items()
+    }
+    return Application(app, direct)
 
 
-class _Shortcut:
-    """Answers by path and method alone, before the framework's own layers and its table of routes."""
+@dataclass(frozen=True, slots=True)
+class Application:
+    """The framework's application, and what goes around it: by path and method alone."""
 
-    def __init__(self, app: ASGIApp, endpoints: Mapping[str, ASGIApp]) -> None:
-        self._app = app
-        self._endpoints = endpoints
+    framework: FastAPI
+    direct: Mapping[str, ASGIApp]
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        endpoint = self._endpoints.get(scope["path"]) if scope.get("method") == "POST" else None
-        await (endpoint or self._app)(scope, receive, send)
+        endpoint = self.direct.get(scope["path"]) if scope.get("method") == "POST" else None
+        await (endpoint or self.framework)(scope, receive, send)
 
 
 def _add_operations(

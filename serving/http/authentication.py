@@ -16,6 +16,7 @@ from starlette.types import Scope as Connection
 
 from serving.http.connections import THROUGH_SOCKET
 from serving.http.failed_keys import FailedKeys
+from serving.http.headers import headers_of
 from serving.protocols.route import Route, TokenRoute
 from svc.access.authenticator import Authenticator, Grant, InvalidKeyError, KeyFault
 from svc.principal import Principal, Scope
@@ -164,9 +165,8 @@ def _needed_scope(path: str) -> Scope | None:
 
 def _secret(connection: Connection) -> str | None:
     """From where OpenAI's clients put it, else Anthropic's."""
-    headers = dict(reversed(connection["headers"]))  # of two of a name the first
-    bearer: bytes = headers.get(b"authorization", b"")
+    headers = headers_of(connection)
+    bearer = headers.get(b"authorization", b"")
     if bearer[: len(_BEARER)].lower() == _BEARER:
         return bearer[len(_BEARER) :].strip().decode("latin-1")
-    given: bytes = headers.get(b"x-api-key", b"")
-    return given.strip().decode("latin-1")
+    return headers.get(b"x-api-key", b"").strip().decode("latin-1")

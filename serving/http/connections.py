@@ -22,6 +22,8 @@ LOST = "lost"
 """Key in the state of a scope: a future that is done once its connection has ended."""
 WRITABLE = "writable"
 """Key in the state of a scope: a function that says whether its connection takes more without a wait."""
+BODY_HERE = "body_here"
+"""Key in the state of a scope: a function that says whether all of the request's body has come."""
 THROUGH_SOCKET = "through_socket"
 """Key in the state of a scope: the connection came through a unix socket, which only its owner can open."""
 _OWN_DESCRIPTORS = 512
@@ -64,6 +66,7 @@ def limited_protocol(deadline_s: float = REQUEST_DEADLINE_S) -> type[asyncio.Pro
                 ABORT: transport.abort,
                 LOST: self._lost,
                 WRITABLE: self._is_writable,
+                BODY_HERE: self._is_body_here,
                 THROUGH_SOCKET: through_socket,
             }
             super().connection_made(transport)
@@ -92,6 +95,10 @@ def limited_protocol(deadline_s: float = REQUEST_DEADLINE_S) -> type[asyncio.Pro
 
         def _is_writable(self) -> bool:
             return not self.flow.write_paused
+
+        def _is_body_here(self) -> bool:
+            # Of a request behind this one in a pipeline, too: where its headers have come, all of this one has.
+            return self.cycle is not None and not self.cycle.more_body
 
         @property
         def _in_request(self) -> bool:

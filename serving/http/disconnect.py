@@ -6,8 +6,8 @@ from collections.abc import Coroutine
 from starlette.types import Receive, Scope
 
 from serving.http.authentication import KeyEnd
+from serving.http.body import ClientGoneError
 from serving.http.connections import ABORT, LOST
-from serving.protocols.request import ClientGoneError
 
 
 async def while_connected(scope: Scope, receive: Receive, work: Coroutine[object, object, None]) -> None:

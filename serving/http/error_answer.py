@@ -5,9 +5,9 @@ from contextlib import suppress
 
 from starlette.types import Message, Receive, Scope, Send
 
+from serving.http.body import ClientGoneError, discard_body
 from serving.http.errors import ApiError
 from serving.protocols.error_code import ErrorCode
-from serving.protocols.request import ClientGoneError, discard_body
 
 _BODY_STILL_SENT = frozenset({ErrorCode.BODY_TOO_LARGE, ErrorCode.UNSUPPORTED_MEDIA_TYPE})
 _DISCARDED_BYTES = 64 * 2**20

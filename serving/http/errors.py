@@ -34,6 +34,7 @@ from serving.engines.transport import (
     EngineRefusedError,
     EngineSilentError,
 )
+from serving.http import body
 from serving.http.administration import (
     ChangeConflictError,
     ChangeInvalidError,
@@ -123,9 +124,9 @@ class ApiError:
 _SHAPES: dict[type[SvcError], tuple[int, ErrorCode]] = {
     request.InvalidJsonError: (400, ErrorCode.INVALID_JSON),
     request.InvalidRequestError: (400, ErrorCode.INVALID_REQUEST),
-    request.BodyTooLargeError: (413, ErrorCode.BODY_TOO_LARGE),
-    request.BodyTimeoutError: (408, ErrorCode.BODY_TIMEOUT),
-    request.MediaTypeError: (415, ErrorCode.UNSUPPORTED_MEDIA_TYPE),
+    body.BodyTooLargeError: (413, ErrorCode.BODY_TOO_LARGE),
+    body.BodyTimeoutError: (408, ErrorCode.BODY_TIMEOUT),
+    body.MediaTypeError: (415, ErrorCode.UNSUPPORTED_MEDIA_TYPE),
     AuthenticationError: (401, ErrorCode.INVALID_API_KEY),
     PermissionDeniedError: (403, ErrorCode.PERMISSION_DENIED),
     TooManyWrongKeysError: (429, ErrorCode.TOO_MANY_WRONG_KEYS),

@@ -16,8 +16,8 @@ from starlette.responses import JSONResponse, Response
 
 from serving.admission.errors import OverloadedError
 from serving.http.authentication import principal_of
+from serving.http.body import ClientGoneError
 from serving.http.json_body import read_json
-from serving.protocols.request import ClientGoneError
 from serving.telemetry.metrics import CLIENT_GONE_STATUS
 from serving.telemetry.request_log import RequestLog
 from svc.errors import NotFoundError, SvcError

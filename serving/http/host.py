@@ -11,6 +11,7 @@ from functools import lru_cache
 
 from starlette.types import Scope
 
+from serving.http.headers import headers_of
 from serving.model_names import SHOWN_CHARS
 from svc.errors import SvcError
 
@@ -40,8 +41,7 @@ class AllowedHosts:
         Raises:
             HostNotAllowedError: it is another's name.
         """
-        given = next((value for name, value in scope["headers"] if name == b"host"), b"")
-        host = _name(str(given, "latin-1"))
+        host = _name(headers_of(scope).get(b"host", b""))
         if ANY in self._names or not host or host in self._names or _is_address(host):
             return
         raise HostNotAllowedError(
@@ -51,8 +51,10 @@ class AllowedHosts:
         )
 
 
-def _name(header: str) -> str:
+@lru_cache(maxsize=256)
+def _name(given: bytes) -> str:
     """Without the port, and brackets around an IPv6 address."""
+    header = str(given, "latin-1")
     if header.startswith("["):
         return header[1:].partition("]")[0]
     return header.partition(":")[0].lower().rstrip(".")

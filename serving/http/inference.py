@@ -19,8 +19,9 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from serving.admission.errors import EngineUnavailableError
 from serving.admission.rate_limiter import RateLimiter
 from serving.engines.balancer import Lease
-from serving.engines.transport import EngineDiedError, EngineUnreachableError, call, refusal
+from serving.engines.transport import EngineCall, EngineDiedError, EngineUnreachableError, refusal
 from serving.http.authentication import principal_of
+from serving.http.body import ClientGoneError, read_body
 from serving.http.body_slots import BodySlots
 from serving.http.delivery import AnswerBuffers, ClientSlowError, delivery_of
 from serving.http.disconnect import cut_off, while_connected
@@ -30,7 +31,7 @@ from serving.http.key_account import KeyAccount
 from serving.http.models import require_model
 from serving.protocols.error_code import ErrorCode
 from serving.protocols.outcome import outcome_of
-from serving.protocols.request import ClientGoneError, CompletionRequest, parse_request, read_body
+from serving.protocols.request import CompletionRequest, parse_request
 from serving.protocols.route import Route
 from serving.protocols.server_sent_events import EventSplitter
 from serving.protocols.wire_formats import TOKEN, Usage, wire_format
@@ -230,7 +231,7 @@ class Exchange:
         self._scope["state"]["version"] = engine.served.version
         payload = request.payload(engine.engine_model)
         self._asked = self._clock()
-        async with call(engine.http, self._route.value, payload, self._request_id) as answer:
+        async with EngineCall(engine.http, self._route.value, payload, self._request_id) as answer:
             if answer.is_event_stream:
                 await _Stream(self, engine.served, wants_usage=request.wants_usage).forward(answer)
             else:

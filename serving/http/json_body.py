@@ -5,8 +5,9 @@ from typing import TypeVar
 from pydantic import BaseModel, ValidationError
 from starlette.requests import Request
 
+from serving.http.body import read_body
 from serving.model_names import SHOWN_CHARS
-from serving.protocols.request import InvalidJsonError, InvalidRequestError, read_body
+from serving.protocols.request import InvalidJsonError, InvalidRequestError
 
 _TIMEOUT_S = 15.0
 Body = TypeVar("Body", bound=BaseModel)

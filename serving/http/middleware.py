@@ -18,6 +18,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from serving.admission.rate_limiter import RateLimiter
 from serving.http.connections import THROUGH_SOCKET
 from serving.http.errors import api_error
+from serving.http.headers import headers_of
 from serving.http.host import AllowedHosts
 from serving.http.rate_limit_headers import rate_limit_headers
 from serving.router import Router
@@ -115,8 +116,8 @@ class _Randomness:
 
 
 def _client_request_id(scope: Scope) -> bytes | None:
-    headers: dict[bytes, bytes] = dict(scope["headers"])
-    given = (headers.get(name, b"") for name in _CLIENT_HEADERS)
+    headers = headers_of(scope)
+    given = [headers[name] for name in _CLIENT_HEADERS if name in headers]
     return next((value for value in given if _CLIENT_ID.fullmatch(value) and not _has_secret(value)), None)
 
 

@@ -9,8 +9,9 @@ from dataclasses import dataclass
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from serving.engines.balancer import Lease
-from serving.engines.transport import call
+from serving.engines.transport import EngineCall
 from serving.http.authentication import principal_of
+from serving.http.body import ClientGoneError, read_body
 from serving.http.body_slots import BodySlots
 from serving.http.delivery import ClientSlowError, Delivery, delivery_of
 from serving.http.disconnect import cut_off, while_connected
@@ -18,7 +19,7 @@ from serving.http.error_answer import answer_error
 from serving.http.errors import api_error
 from serving.http.inference import Gateway
 from serving.http.models import require_model
-from serving.protocols.request import ClientGoneError, CompletionRequest, parse_request, read_body
+from serving.protocols.request import CompletionRequest, parse_request
 from serving.protocols.route import Route, TokenRoute
 from svc.engine.vllm.connection_pool import EngineAnswer
 
@@ -81,7 +82,7 @@ class _Endpoint:
     async def _count(self, engine: Lease, request: CompletionRequest, scope: Scope, delivery: Delivery) -> None:
         scope["state"]["version"] = engine.served.version
         payload = request.payload(engine.engine_model)
-        async with call(engine.http, self.route.value, payload, scope["state"]["request_id"]) as answer:
+        async with EngineCall(engine.http, self.route.value, payload, scope["state"]["request_id"]) as answer:
             await _deliver(answer, delivery)
 
 

@@ -1,24 +1,20 @@
-"""Reads a completion request once: its size, its JSON, and the few fields that the gateway must understand.
+"""Reads a completion request once: its JSON, and the few fields that the gateway must understand.
 
 Everything else is the engine's to check. What was parsed is written out again and only that reaches the engine, so
 that no second reading of the client's bytes can differ from what was checked here.
 """
 
-import asyncio
 import json
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any, NoReturn
+from typing import Any, NamedTuple, NoReturn
 
 import msgspec
-from starlette.types import Receive, Scope
 
 from serving.protocols.route import Route
 from serving.protocols.unsupported_fields import count_answers, find_refusal
 from svc.errors import SvcError
 
-JSON_TYPE = b"application/json"
 _MOST_KEPT = 2**31 - 1
 _LONGEST = {
     Route.CHAT_COMPLETIONS: ("max_completion_tokens", "max_tokens"),
@@ -55,25 +51,8 @@ class InvalidRequestError(SvcError):
         self.param = param
 
 
-class BodyTooLargeError(SvcError):
-    """A body over the limit."""
-
-
-class BodyTimeoutError(SvcError):
-    """A body that did not arrive in time."""
-
-
-class MediaTypeError(SvcError):
-    """A body that does not say it is JSON."""
-
-
-class ClientGoneError(Exception):
-    """The client closed the connection; nobody is left to answer."""
-
-
-@dataclass(frozen=True, slots=True)
-class CompletionRequest:
-    """What the gateway knows of a request.
+class CompletionRequest(NamedTuple):
+    """What the gateway knows of a request. A tuple, since it is made for each request.
 
     Attributes:
         model: the client's model name, as sent.
@@ -119,62 +98,6 @@ class CompletionRequest:
 def _head(engine_model: str) -> bytes:
     """The beginning of a payload; an engine has few names."""
     return b'{"model":' + json.dumps(engine_model).encode("ascii")
-
-
-async def read_body(scope: Scope, receive: Receive, *, max_bytes: int, timeout_s: float) -> bytes:
-    """The whole body; its size is checked before and while it is read.
-
-    Raises:
-        MediaTypeError: not `application/json`. A web page elsewhere can send any other type to a local port without
-            asking first, and that one not.
-        BodyTooLargeError, BodyTimeoutError: over `max_bytes`, or not here after `timeout_s` seconds.
-        ClientGoneError: the client left before the end.
-    """
-    headers = dict(scope["headers"])
-    if headers.get(b"content-type", b"").partition(b";")[0].strip().lower() != JSON_TYPE:
-        raise MediaTypeError("the content type is not JSON", expected="content-type: application/json")
-    # The server in front has checked that the header is a number.
-    if int(headers.get(b"content-length", b"0")) > max_bytes:
-        raise _too_large(max_bytes)
-    try:
-        async with asyncio.timeout(timeout_s):
-            return await _receive_all(receive, max_bytes)
-    except TimeoutError as error:
-        raise BodyTimeoutError(f"the request body did not arrive within {timeout_s:g} s") from error
-
-
-async def _receive_all(receive: Receive, max_bytes: int) -> bytes:
-    parts: list[bytes] = []
-    size = 0
-    while True:
-        message = await receive()
-        if message["type"] == "http.disconnect":
-            raise ClientGoneError
-        parts.append(message.get("body", b""))
-        size += len(parts[-1])
-        if size > max_bytes:
-            raise _too_large(max_bytes)
-        if not message.get("more_body", False):
-            return b"".join(parts)
-
-
-async def discard_body(receive: Receive, *, most: int) -> None:
-    """Reads what is left of a body, up to `most` bytes.
-
-    Raises:
-        ClientGoneError: the client left before the end.
-    """
-    more = True
-    while more and most > 0:
-        message = await receive()
-        if message["type"] == "http.disconnect":
-            raise ClientGoneError
-        most -= len(message.get("body", b""))
-        more = message.get("more_body", False)
-
-
-def _too_large(max_bytes: int) -> BodyTooLargeError:
-    return BodyTooLargeError("the request body is too large", expected=f"at most {max_bytes} bytes")
 
 
 def parse_request(body: bytes, route: Route) -> CompletionRequest:

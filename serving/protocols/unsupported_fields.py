@@ -6,7 +6,7 @@ it to other machines. All else is the engine's to check. Knows the fields of vLL
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from serving.protocols.grammar_limits import excess, objects
 from serving.protocols.route import Route
@@ -37,9 +37,8 @@ class Refusal:
 
 def find_refusal(fields: Fields, route: Route) -> Refusal | None:
     """The first reason not to serve a request; None where there is none."""
-    for check in _CHECKS[route]:
-        refusal = check(fields)
-        if refusal:
+    for check in CHECKS[route]:
+        if not check.names.isdisjoint(fields) and (refusal := check.look(fields)):
             return refusal
     return None
 
@@ -209,11 +208,34 @@ def _count_prompts(prompt: Any) -> int:
     return len(prompt) if several else 1
 
 
+class Check(NamedTuple):
+    """One reason not to serve requests.
+
+    Attributes:
+        names: the fields that it looks at; without any of them there is nothing to look at.
+    """
+
+    names: frozenset[str]
+    look: Callable[[Fields], Refusal | None]
+
+
+_PROMPT_LOGPROBS = Check(frozenset({"prompt_logprobs"}), _prompt_logprobs)
+_ECHO_OF_CHAT = Check(frozenset({"echo"}), _echo_of_chat)
+_ECHO_WITH_LOGPROBS = Check(frozenset({"echo"}), _echo_with_logprobs)
+_TRANSFER = Check(frozenset({"vllm_xargs", "kv_transfer_params", "ec_transfer_params"}), _transfer)
+_KEPT_RESPONSES = Check(frozenset({"background", "store", "previous_response_id", "conversation"}), _kept_responses)
+_PRIORITY = Check(frozenset({"priority"}), _priority)
+_MANY_ANSWERS = Check(frozenset({"n", "prompt"}), _many_answers)
+_MEDIA = Check(frozenset({"mm_processor_kwargs", "media_io_kwargs", "messages", "input", "system"}), _media)
+_GRAMMARS = Check(frozenset({"response_format", "structured_outputs", "text", "output_config", "tools"}), _grammars)
+
 _SEVERAL = frozenset({Route.CHAT_COMPLETIONS, Route.COMPLETIONS})
-_CHECKS: Mapping[Route, tuple[Callable[[Fields], Refusal | None], ...]] = {
-    Route.CHAT_COMPLETIONS: (_prompt_logprobs, _echo_of_chat, _transfer, _many_answers, _priority, _media, _grammars),
-    Route.COMPLETIONS: (_prompt_logprobs, _echo_with_logprobs, _transfer, _many_answers, _priority, _grammars),
+CHECKS: Mapping[Route, tuple[Check, ...]] = {
+    Route.CHAT_COMPLETIONS: (
+        *(_PROMPT_LOGPROBS, _ECHO_OF_CHAT, _TRANSFER, _MANY_ANSWERS, _PRIORITY, _MEDIA, _GRAMMARS),
+    ),
+    Route.COMPLETIONS: (_PROMPT_LOGPROBS, _ECHO_WITH_LOGPROBS, _TRANSFER, _MANY_ANSWERS, _PRIORITY, _GRAMMARS),
     # vLLM has no `echo` and no `n` there, and passes over what it does not know.
-    Route.RESPONSES: (_prompt_logprobs, _transfer, _kept_responses, _priority, _media, _grammars),
-    Route.MESSAGES: (_prompt_logprobs, _transfer, _media, _grammars),
+    Route.RESPONSES: (_PROMPT_LOGPROBS, _TRANSFER, _KEPT_RESPONSES, _PRIORITY, _MEDIA, _GRAMMARS),
+    Route.MESSAGES: (_PROMPT_LOGPROBS, _TRANSFER, _MEDIA, _GRAMMARS),
 }

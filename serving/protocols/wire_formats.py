@@ -13,7 +13,7 @@ import re
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from serving.protocols.route import Route
 from serving.protocols.server_sent_events import data_of, find_error, is_event, json_of, name_of
@@ -33,8 +33,7 @@ _RESPONSE_ENDS = frozenset({"response.completed", "response.incomplete"})
 _STOP_REASONS = {"end_turn": "stop", "stop_sequence": "stop", "max_tokens": "length", "tool_use": "tool_calls"}
 
 
-@dataclass(frozen=True, slots=True)
-class Usage:
+class Usage(NamedTuple):
     """Token counts of one answer."""
 
     prompt: int

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import httpx
-from fastapi import FastAPI
 from prometheus_client import CollectorRegistry
 from sqlalchemy import Engine as Store
 from sqlalchemy import create_engine
@@ -19,7 +18,7 @@ from serving.admission.errors import EngineUnavailableError
 from serving.admission.rate_limiter import RateLimiter
 from serving.engines.balancer import Lease
 from serving.http.administration import Administration
-from serving.http.app import build_app
+from serving.http.app import Application, build_app
 from serving.http.authentication import Authentication
 from serving.http.body_slots import BodySlots
 from serving.http.connections import THROUGH_SOCKET, limited_protocol
@@ -94,7 +93,7 @@ def application(
     status: Callable[[], Mapping[str, Any]] = dict,
     authentication: Authentication | None = None,
     changes: VersionChanges | None = None,
-) -> FastAPI:
+) -> Application:
     """The application over one backend; rows are taken and not written where no request log is given."""
     store = store or create_engine("sqlite://")
     request_log = request_log or RequestLog(
@@ -208,7 +207,7 @@ class Service:
             self.authenticator, self.principals, on_failure=self.metrics.authentication_failed
         )
         self.engine: SocketServer | None = None
-        self.app: FastAPI | None = None
+        self.app: Application | None = None
 
     @asynccontextmanager
     async def run(self) -> AsyncIterator["Service"]:

@@ -346,7 +346,7 @@ async def test_the_row_of_a_request_has_the_id_of_its_key(service: KeyedService,
 async def test_a_request_that_nobody_looked_at_is_not_answered(service: KeyedService) -> None:
     """As an endpoint that was mounted past the layer."""
     assert service.app is not None
-    endpoints = [getattr(route, "endpoint", None) for route in service.app.router.routes]
+    endpoints = [getattr(route, "endpoint", None) for route in service.app.framework.router.routes]
     endpoint = next(each for each in endpoints if isinstance(each, _Endpoint))
     with pytest.raises(KeyError):
         await endpoint({"type": "http", "state": {}, "headers": []}, _unused, _unused)

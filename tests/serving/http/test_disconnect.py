@@ -5,9 +5,9 @@ import asyncio
 import pytest
 from starlette.types import Message, Scope
 
+from serving.http.body import ClientGoneError
 from serving.http.connections import LOST
 from serving.http.disconnect import while_connected
-from serving.protocols.request import ClientGoneError
 from svc.access.authenticator import InvalidKeyError, KeyFault
 
 

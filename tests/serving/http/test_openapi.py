@@ -58,7 +58,7 @@ async def test_it_describes_every_path_and_no_other(service: Service, client: ht
     paths = (await client.get("/openapi.json")).json()["paths"]
     described = {(method, path) for path, methods in paths.items() for method in methods if method != "parameters"}
     assert service.app is not None
-    assert described == operations(service.app)
+    assert described == operations(service.app.framework)
 
 
 async def test_every_error_of_a_completion_is_described_with_its_status(client: httpx.AsyncClient) -> None:

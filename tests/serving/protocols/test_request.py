@@ -1,24 +1,17 @@
 """What is read of a request, and what is refused before it costs anything."""
 
-import asyncio
 import json
 from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from starlette.types import Message, Receive, Scope
 
 from serving.protocols.request import (
-    BodyTimeoutError,
-    BodyTooLargeError,
-    ClientGoneError,
     CompletionRequest,
     InvalidJsonError,
     InvalidRequestError,
-    MediaTypeError,
     parse_request,
-    read_body,
 )
 from serving.protocols.route import Route
 
@@ -33,65 +26,6 @@ JSON_VALUES = st.recursive(
 def parse(fields: Any, route: Route = Route.CHAT_COMPLETIONS) -> CompletionRequest:
     body = fields if isinstance(fields, bytes) else json.dumps(fields).encode()
     return parse_request(body, route)
-
-
-def scope(**headers: str) -> Scope:
-    given = {"content-type": "application/json"} | {name.replace("_", "-"): value for name, value in headers.items()}
-    return {"type": "http", "headers": [(name.encode(), value.encode()) for name, value in given.items()]}
-
-
-def receiving(*parts: bytes, gone: bool = False) -> Receive:
-    messages: list[Message] = [{"type": "http.request", "body": part, "more_body": True} for part in parts]
-    if gone:
-        messages.append({"type": "http.disconnect"})
-    else:
-        messages[-1]["more_body"] = False
-
-    async def receive() -> Message:
-        return messages.pop(0)
-
-    return receive
-
-
-async def test_a_body_in_parts_is_read_whole() -> None:
-    assert await read_body(scope(), receiving(b"ab", b"", b"c"), max_bytes=3, timeout_s=1) == b"abc"
-
-
-async def test_a_body_that_says_it_is_too_large_is_not_read() -> None:
-    with pytest.raises(BodyTooLargeError):
-        await read_body(scope(content_length="4"), receiving(b""), max_bytes=3, timeout_s=1)
-
-
-async def test_a_body_that_turns_out_too_large_is_refused_while_it_comes() -> None:
-    receive = receiving(b"ab", b"cd", b"ef")
-    with pytest.raises(BodyTooLargeError):
-        await read_body(scope(), receive, max_bytes=3, timeout_s=1)
-    assert (await receive())["body"] == b"ef"
-
-
-async def test_a_body_that_does_not_come_is_given_up() -> None:
-    async def never() -> Message:
-        await asyncio.sleep(60)
-        raise AssertionError
-
-    with pytest.raises(BodyTimeoutError):
-        await read_body(scope(), never, max_bytes=3, timeout_s=0.01)
-
-
-async def test_a_client_that_leaves_within_its_body_is_gone() -> None:
-    with pytest.raises(ClientGoneError):
-        await read_body(scope(), receiving(b"a", gone=True), max_bytes=3, timeout_s=1)
-
-
-@pytest.mark.parametrize("media_type", ["text/plain", "application/x-www-form-urlencoded", ""])
-async def test_other_types_than_json_are_refused(media_type: str) -> None:
-    with pytest.raises(MediaTypeError):
-        await read_body(scope(content_type=media_type), receiving(b"{}"), max_bytes=3, timeout_s=1)
-
-
-async def test_a_charset_beside_the_type_is_no_matter() -> None:
-    headers = scope(content_type="Application/JSON; charset=utf-8")
-    assert await read_body(headers, receiving(b"{}"), max_bytes=3, timeout_s=1) == b"{}"
 
 
 @pytest.mark.parametrize(
