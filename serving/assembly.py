@@ -3,6 +3,8 @@
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
+from importlib.metadata import version
+from typing import TYPE_CHECKING
 
 from prometheus_client import CollectorRegistry, disable_created_metrics
 from sqlalchemy import Engine as Store
@@ -55,9 +57,12 @@ from svc.engine.vllm.launch import EngineSpec
 from svc.errors import EngineError
 from svc.listening import is_loopback
 from svc.registry.registry import Registry
-from svc.settings import EngineSettings, Settings
+from svc.settings import EngineSettings, Settings, TelemetrySettings
 from svc.store.desired import Desired
 from svc.version import Target
+
+if TYPE_CHECKING:
+    from serving.telemetry.traces.traces import Traces
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,6 +75,7 @@ class Parts:
     loop_lag: LoopLag
     usage_writer: UsageWriter
     authentication: Authentication
+    traces: "Traces | None"
 
 
 def assemble(
@@ -113,8 +119,9 @@ def assemble(
         on_ready=on_ready,
         on_failure=on_failure,
     )
+    traces = make_traces(settings.telemetry, metrics)
     request_log = RequestLog(
-        store, settings.request_log, on_stored=metrics.rows_stored, on_dropped=metrics.rows_dropped
+        store, settings.request_log, on_stored=metrics.rows_stored, on_dropped=metrics.rows_dropped, spans=traces
     )
     engine_metrics = EngineMetrics(lambda: [source for each in deployments.all for source in each.pool.sources()])
     collector.register(engine_metrics)
@@ -128,6 +135,7 @@ def assemble(
         buffers=AnswerBuffers(max_bytes=limits.max_buffered_bytes, max_answer_bytes=limits.max_answer_bytes),
         limiter=limiter,
         usage=usage,
+        begin_trace=traces.begin if traces else None,
     )
     feedback = FeedbackIntake(store, request_log, metrics.feedback_given)
     authentication = Authentication(
@@ -142,7 +150,27 @@ def assemble(
         administration=Administration(store, VersionChanges(registry, store, deployments.served)),
     )
     usage_writer = UsageWriter(store, usage, on_known=limiter.add_used_today)
-    return Parts(app, request_log, deployments, LoopLag(metrics.loop_lagged), usage_writer, authentication)
+    return Parts(app, request_log, deployments, LoopLag(metrics.loop_lagged), usage_writer, authentication, traces)
+
+
+def make_traces(settings: TelemetrySettings, metrics: GatewayMetrics) -> "Traces | None":
+    """Where they are sent; None, and nothing of OpenTelemetry is loaded, where no receiver is set.
+
+    Raises:
+        SettingsError: a variable with headers for the receiver is malformed.
+    """
+    if settings.otlp_endpoint is None:
+        return None
+    from serving.telemetry.traces.exporter import otlp_exporter
+    from serving.telemetry.traces.traces import Traces
+
+    return Traces(
+        otlp_exporter(settings.otlp_endpoint),
+        sample_share=settings.sample_share,
+        release=version("tuneserve"),
+        on_sent=metrics.spans_sent,
+        on_dropped=metrics.spans_dropped,
+    )
 
 
 def _check_memory(slots: EngineSlots, registry: Registry, targets: Sequence[Target]) -> None:

@@ -239,5 +239,7 @@ class _Server:
             finally:
                 await asyncio.to_thread(parts.usage_writer.close)
                 await asyncio.to_thread(parts.request_log.close)
+                if parts.traces:
+                    await asyncio.to_thread(parts.traces.close)
         for task in done:
             task.result()

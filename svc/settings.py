@@ -7,9 +7,11 @@ model.
 
 import ipaddress
 import os
+import re
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any, Self
+from urllib.parse import urlsplit
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 from pydantic_settings import BaseSettings, EnvSettingsSource, PydanticBaseSettingsSource, SettingsConfigDict
@@ -28,6 +30,8 @@ RENAMED = {
 }
 """Settings and sections by the names that an earlier release had for them."""
 DEFAULT_FILE = Path("svc.yaml")
+_PASSWORD = re.compile(r"//[^/\s]*@")
+"""In a URL that is refused, and told."""
 
 
 def _absolute(path: Path) -> Path:
@@ -228,6 +232,28 @@ class RequestLogSettings(_Section):
     )
 
 
+def _otlp_endpoint(text: str) -> str:
+    url = urlsplit(text)
+    if url.scheme not in ("http", "https") or not url.hostname or url.query or url.fragment:
+        raise ValueError("is no URL as http://collector:4318")
+    if "@" in url.netloc:
+        raise ValueError("has a password in it, which everybody would see; see docs/traces.md for headers")
+    return text
+
+
+class TelemetrySettings(_Section):
+    """Traces of requests by OpenTelemetry, for a collector, Langfuse, Phoenix and others."""
+
+    otlp_endpoint: Annotated[str, AfterValidator(_otlp_endpoint)] | None = Field(
+        None,
+        description="URL of the receiver of spans by OTLP over HTTP, to which `/v1/traces` is added where it does not "
+        "end so; its headers stand in OTEL_EXPORTER_OTLP_HEADERS; default: no traces",
+    )
+    sample_share: float = Field(
+        1.0, ge=0, le=1, description="share of requests with a span; a client's `traceparent` decides for its own"
+    )
+
+
 class HoldoutSettings(_Section):
     """The server's own requests to its engine, behind those of clients: what drift is measured by.
 
@@ -286,6 +312,7 @@ class Settings(BaseSettings):
     adapters: AdapterSettings = AdapterSettings()
     serve: ServeSettings = ServeSettings()
     request_log: RequestLogSettings = RequestLogSettings()
+    telemetry: TelemetrySettings = TelemetrySettings()
     holdout: HoldoutSettings = HoldoutSettings()
     monitor: MonitorSettings = MonitorSettings()
     models: dict[str, ModelSettings] = Field(
@@ -336,7 +363,7 @@ def load_settings(config: Path | None = None, **flags: Any) -> Settings:
         if key in RENAMED:
             raise SettingsError(f"there is no setting {key!r}", todo=f"call it {RENAMED[key]!r}") from error
         raise SettingsError(
-            f"setting {key!r} is {first['input']!r}: {first['msg']}",
+            f"setting {key!r} is {_PASSWORD.sub('//***@', repr(first['input']))}: {first['msg']}",
             todo="see docs/configuration.md for every setting and its type",
         ) from error
 

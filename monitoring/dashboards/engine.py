@@ -146,6 +146,7 @@ def _process() -> list[PanelBuilder]:
 def _disk() -> list[PanelBuilder]:
     free = "svc_home_free_bytes / svc_home_size_bytes"
     dropped = total("svc_request_log_dropped_total", "reason")
+    spans_dropped = total("svc_spans_dropped_total", "reason")
     return [
         number("Up since", "When the server started.", "dateTimeFromNow", _STARTED),
         number(
@@ -176,5 +177,18 @@ def _disk() -> list[PanelBuilder]:
             Query(dropped, "{{reason}}"),
             limits=Limits(warning=1, bad=100),
             span=4,
+        ),
+        chart(
+            "Spans sent",
+            "Spans a second that the receiver of traces took; none where telemetry.otlp_endpoint is not set.",
+            "none",
+            Query(rate("svc_spans_total"), "sent"),
+        ),
+        chart(
+            "Spans dropped",
+            "Spans that were lost since the server started; with content_limit only their content was.",
+            "none",
+            Query(spans_dropped, "{{reason}}"),
+            limits=Limits(warning=1, bad=100),
         ),
     ]

@@ -82,6 +82,9 @@ class EngineCall:
 
     A class, since a generator costs several times as much in every request.
 
+    Args:
+        header_lines: further ones of its head, each with its end.
+
     Entering and leaving raises:
         EngineUnreachableError: nothing was sent.
         EngineDiedError, EngineSilentError: also for what happens while the answer is read.
@@ -92,9 +95,11 @@ class EngineCall:
 
     __slots__ = ("_answer", "_engine")
 
-    def __init__(self, engine: EngineConnections, path: str, payload: bytes, request_id: str) -> None:
+    def __init__(
+        self, engine: EngineConnections, path: str, payload: bytes, request_id: str, header_lines: str = ""
+    ) -> None:
         self._engine = engine
-        self._answer = engine.post(path, payload, request_id)
+        self._answer = engine.post(path, payload, request_id, header_lines)
 
     async def __aenter__(self) -> EngineAnswer:
         try:

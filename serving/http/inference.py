@@ -10,7 +10,7 @@ a client does not take at once waits for it in a buffer (serving.http.delivery),
 
 import asyncio
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 
@@ -39,12 +39,15 @@ from serving.router import Destination, Router
 from serving.telemetry.content import Content
 from serving.telemetry.metrics import CLIENT_GONE_STATUS, UNKNOWN_MODEL, GatewayMetrics
 from serving.telemetry.request_log import RequestLog
+from serving.telemetry.traces.request_trace import RequestTrace
 from svc.access.usage_meter import UsageMeter
 from svc.engine.vllm.connection_pool import EngineAnswer
 from svc.errors import EngineError
 from svc.settings import ServeSettings
 from svc.store.requests import RequestRecord, hash_user
 from svc.version import Target
+
+BeginTrace = Callable[[Sequence[tuple[bytes, bytes]]], RequestTrace]
 
 
 class Gateway:
@@ -59,6 +62,7 @@ class Gateway:
         buffers: what of all answers waits for clients.
         limiter: holds keys to their limits.
         usage: counts what keys use.
+        begin_trace: places a request in its trace, by its headers; None where there are no traces.
         clock: monotonic time, seconds.
     """
 
@@ -73,6 +77,7 @@ class Gateway:
         buffers: AnswerBuffers,
         limiter: RateLimiter,
         usage: UsageMeter,
+        begin_trace: BeginTrace | None = None,
         clock: Callable[[], float] = time.perf_counter,
     ) -> None:
         self.router = router
@@ -84,6 +89,7 @@ class Gateway:
         self.buffers = buffers
         self.limiter = limiter
         self.usage = usage
+        self.begin_trace = begin_trace
 
     def endpoint(self, route: Route) -> ASGIApp:
         """The ASGI application for one path."""
@@ -118,6 +124,8 @@ class Exchange:
         self._delivery = delivery_of(scope, send, gateway.buffers, gateway.settings.client_timeout_s)
         self._clock = gateway.clock
         self._arrived = datetime.now(UTC)
+        self._trace = gateway.begin_trace(scope["headers"]) if gateway.begin_trace else None
+        self._own_s: float | None = None  # the gateway's time before the answer began
         self._started = self._clock()
         self._model = UNKNOWN_MODEL
         self._served: Target | None = None
@@ -192,7 +200,17 @@ class Exchange:
             max_tokens=request.max_tokens if request else None,
             user_hash=hash_user(request.user) if request and request.user else None,
         )
-        self._gateway.request_log.add(record, self._content if served else None)
+        if trace := self._trace:
+            # A name that no version answers to is the client's own text.
+            model = request.model if request and served else self._model
+            trace.end(
+                model=model,
+                stream=request.stream if request else None,
+                queue_s=self._place_s,
+                overhead_s=self._own_s,
+            )
+        traced = trace if trace and trace.sampled else None
+        self._gateway.request_log.add(record, self._content if served else None, traced)
 
     async def _answer(self, request: CompletionRequest) -> None:
         self._model = self._gateway.router.served_name(request.model) or UNKNOWN_MODEL
@@ -231,7 +249,8 @@ class Exchange:
         self._scope["state"]["version"] = engine.served.version
         payload = request.payload(engine.engine_model)
         self._asked = self._clock()
-        async with EngineCall(engine.http, self._route.value, payload, self._request_id) as answer:
+        trace = self._trace.header_lines if self._trace else ""
+        async with EngineCall(engine.http, self._route.value, payload, self._request_id, trace) as answer:
             if answer.is_event_stream:
                 await _Stream(self, engine.served, wants_usage=request.wants_usage).forward(answer)
             else:
@@ -323,8 +342,11 @@ class Exchange:
 
     def start(self, content_type: str, length: int | None = None) -> None:
         """Begins a good answer."""
-        own_ms = (self.elapsed() - self._place_s - self._engine_s) * 1000
-        headers = [(b"content-type", content_type.encode("latin-1")), (b"x-svc-overhead-ms", b"%.2f" % own_ms)]
+        self._own_s = self.elapsed() - self._place_s - self._engine_s
+        headers = [
+            (b"content-type", content_type.encode("latin-1")),
+            (b"x-svc-overhead-ms", b"%.2f" % (self._own_s * 1000)),
+        ]
         if length is None:
             headers.append((b"cache-control", b"no-cache"))
         else:

@@ -18,6 +18,7 @@ from serving.protocols.route import Route
 from serving.protocols.wire_formats import Usage
 from serving.telemetry.loop_histogram import LoopHistogram
 from serving.telemetry.quantiles import VersionQuantiles
+from serving.telemetry.traces.request_trace import SpanDropped
 from svc.access.authenticator import KeyFault
 from svc.store.feedback import Rating
 from svc.store.requests import Dropped, Outcome
@@ -73,6 +74,7 @@ class GatewayMetrics:
         self._exemplars = exemplars
         self._add_request_instruments(registry)
         self._add_request_log_instruments(registry)
+        self._add_span_instruments(registry)
         self._add_key_instruments(registry)
         self._loop_lag = Histogram(
             "svc_event_loop_lag_seconds",
@@ -152,6 +154,14 @@ class GatewayMetrics:
         self._feedback = Counter(
             "svc_feedback_total", "Answers that were rated", ("model", "version", "rating"), registry=registry
         )
+
+    def _add_span_instruments(self, registry: CollectorRegistry) -> None:
+        self._spans = Counter("svc_spans_total", "Spans that the receiver of traces took", registry=registry)
+        self._spans_dropped = Counter(
+            "svc_spans_dropped_total", "Spans, or their content, not sent, by reason", ("reason",), registry=registry
+        )
+        for reason in SpanDropped:
+            self._spans_dropped.labels(reason.value)
 
     def _add_key_instruments(self, registry: CollectorRegistry) -> None:
         key = ("model", "key_id")
@@ -234,6 +244,14 @@ class GatewayMetrics:
     def rows_dropped(self, reason: Dropped, count: int) -> None:
         """Counts what was not kept."""
         self._rows_dropped.labels(reason.value).inc(count)
+
+    def spans_sent(self, count: int) -> None:
+        """Counts spans that the receiver took."""
+        self._spans.inc(count)
+
+    def spans_dropped(self, reason: SpanDropped, count: int) -> None:
+        """Counts what was not sent."""
+        self._spans_dropped.labels(reason.value).inc(count)
 
     def feedback_given(self, version: VersionId | None, rating: Rating) -> None:
         """Counts a rated answer."""

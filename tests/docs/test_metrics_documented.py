@@ -20,6 +20,7 @@ from serving.protocols.error_code import ErrorCode
 from serving.telemetry.deployment_metrics import DeploymentInstruments
 from serving.telemetry.machine_metrics import add_machine_metrics
 from serving.telemetry.metrics import _NOT_COMPLETIONS, GatewayMetrics
+from serving.telemetry.traces.request_trace import SpanDropped
 from svc.access.authenticator import KeyFault
 from svc.engine.state import EngineState
 from svc.errors import ServerNotRunningError
@@ -108,7 +109,7 @@ def test_every_value_of_a_closed_label_is_named(label: str) -> None:
 
 def test_every_reason_of_a_dropped_record_is_named() -> None:
     row = PAGE.partition("| `reason` | ")[2].partition(" |\n")[0]
-    assert {reason.value for reason in Dropped} <= set(re.findall(r"`(\w+)`", row))
+    assert {reason.value for reason in (*Dropped, *SpanDropped)} <= set(re.findall(r"`(\w+)`", row))
 
 
 def test_every_feature_that_is_compared_is_explained() -> None:

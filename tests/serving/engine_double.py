@@ -70,6 +70,7 @@ class EngineDouble:
         metrics: its metrics page.
         on_call: hears the path of each request before it is answered.
         requests: bodies of the completions that came.
+        heads: their headers.
         calls: paths of all requests, in order.
         cancelled: completions whose client left.
         running: completions in work.
@@ -103,6 +104,7 @@ class EngineDouble:
     metrics: str = ""
     on_call: Callable[[str], None] = lambda path: None
     requests: list[dict[str, Any]] = field(default_factory=list)
+    heads: list[dict[str, str]] = field(default_factory=list)
     request_ids: list[str] = field(default_factory=list)
     calls: list[str] = field(default_factory=list)
     cancelled: int = 0
@@ -239,6 +241,7 @@ class EngineDouble:
         send = request._send
         body = await request.json()
         self.requests.append(body)
+        self.heads.append(dict(request.headers))
         self.request_ids.append(request.headers.get("x-request-id", ""))
         if self.refuse_with:
             status, error = self.refuse_with

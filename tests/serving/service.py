@@ -16,6 +16,7 @@ from starlette.types import ASGIApp
 from serving.admission.admission import Admission
 from serving.admission.errors import EngineUnavailableError
 from serving.admission.rate_limiter import RateLimiter
+from serving.assembly import make_traces
 from serving.engines.balancer import Lease
 from serving.http.administration import Administration
 from serving.http.app import Application, build_app
@@ -24,7 +25,7 @@ from serving.http.body_slots import BodySlots
 from serving.http.connections import THROUGH_SOCKET, limited_protocol
 from serving.http.delivery import AnswerBuffers
 from serving.http.feedback import FeedbackIntake
-from serving.http.inference import Gateway
+from serving.http.inference import BeginTrace, Gateway
 from serving.model_names import ModelNames
 from serving.rollout.version_changes import VersionChanges
 from serving.router import Backend, Router, Share
@@ -38,7 +39,7 @@ from svc.engine.vllm.client import EngineClient, socket_transport
 from svc.engine.vllm.connection_pool import EngineConnections
 from svc.principal import Principal
 from svc.registry.registry import Registry
-from svc.settings import RequestLogSettings, ServeSettings
+from svc.settings import RequestLogSettings, ServeSettings, TelemetrySettings
 from svc.version import Format, Target, VersionId
 from tests.serving.engine_double import EngineDouble, running_engine
 from tests.serving.keyed import KnownCallers
@@ -87,6 +88,7 @@ def application(
     settings: ServeSettings,
     buffers: AnswerBuffers | None = None,
     request_log: RequestLog | None = None,
+    begin_trace: BeginTrace | None = None,
     store: Store | None = None,
     limiter: RateLimiter | None = None,
     usage: UsageMeter | None = None,
@@ -110,6 +112,7 @@ def application(
         buffers=buffers or AnswerBuffers(max_bytes=2**28, max_answer_bytes=2**24),
         limiter=limiter or RateLimiter(),
         usage=usage or UsageMeter(store),
+        begin_trace=begin_trace,
     )
     engine_metrics = EngineMetrics(sources)
     metrics.registry.register(engine_metrics)
@@ -158,6 +161,7 @@ class Service:
         folder: for sockets.
         store: where rows go; without one they are taken and not written.
         keeping: what is kept of each request.
+        telemetry: where spans go; they are made of rows, so it needs a store too.
         limiter: holds keys to their limits.
         settings: fields of ServeSettings that differ from the default.
 
@@ -171,6 +175,7 @@ class Service:
         *,
         store: Store | None = None,
         keeping: RequestLogSettings | None = None,
+        telemetry: TelemetrySettings | None = None,
         limiter: RateLimiter | None = None,
         **settings: Any,
     ) -> None:
@@ -192,11 +197,13 @@ class Service:
         DeploymentMetrics(DeploymentInstruments(self.registry), NAME).watch_admission(
             lambda: self.admission.running, lambda: self.admission.queued
         )
+        self.traces = make_traces(telemetry or TelemetrySettings(), self.metrics)
         self.request_log = RequestLog(
             store or create_engine("sqlite://"),
             keeping or RequestLogSettings(),
             on_stored=self.metrics.rows_stored,
             on_dropped=self.metrics.rows_dropped,
+            spans=self.traces,
         )
         self.usage = UsageMeter(store or create_engine("sqlite://"))
         self.gateway_buffers = AnswerBuffers(
@@ -223,6 +230,7 @@ class Service:
                 lambda: [EngineSource(engine, self.loaded, 0)],
                 metrics=self.metrics,
                 request_log=self.request_log,
+                begin_trace=self.traces.begin if self.traces else None,
                 settings=self.settings,
                 buffers=self.gateway_buffers,
                 store=self.store,
@@ -238,6 +246,8 @@ class Service:
             yield self
             if self.store is not None:
                 await asyncio.to_thread(self.request_log.close)
+            if self.traces:
+                await asyncio.to_thread(self.traces.close)
 
     def load(self, served: Target) -> None:
         """The engine holds a version from now on."""

@@ -228,3 +228,25 @@ def test_a_models_unknown_setting_is_an_error(tmp_path: Path) -> None:
     file.write_text("models: {a: {engine: {replica: 2}}}")
     with pytest.raises(SettingsError, match=r"models\.a\.engine\.replica"):
         load_settings(file)
+
+
+def test_without_a_receiver_there_are_no_traces() -> None:
+    telemetry = load_settings().telemetry
+    assert (telemetry.otlp_endpoint, telemetry.sample_share) == (None, 1.0)
+
+
+@pytest.mark.parametrize("url", ["http://c:4318", "https://c/api/public/otel", "http://[::1]:6006/v1/traces"])
+def test_a_receiver_is_named_by_its_url(url: str) -> None:
+    assert load_settings(telemetry={"otlp_endpoint": url}).telemetry.otlp_endpoint == url
+
+
+@pytest.mark.parametrize("url", ["", "c:4318", "grpc://c:4317", "http://", "http://c?key=1", "http://c/#a"])
+def test_what_leads_to_no_receiver_is_refused(url: str) -> None:
+    assert "'telemetry.otlp_endpoint'" in refusal(telemetry={"otlp_endpoint": url})
+
+
+@pytest.mark.parametrize("url", ["http://user:passw0rd@c", "https://passw0rd@c/v1/traces", "ftp://u:passw0rd@c"])
+def test_a_password_in_a_url_is_refused_and_not_told(url: str) -> None:
+    refused = refusal(telemetry={"otlp_endpoint": url})
+    assert "telemetry.otlp_endpoint" in refused
+    assert "passw0rd" not in refused

@@ -58,11 +58,15 @@ class EngineConnections:
         self._sweeping: asyncio.TimerHandle | None = None
         self.is_closed = False
 
-    def post(self, path: str, payload: bytes, request_id: str) -> "EngineAnswer":
-        """A request with JSON, sent when its `async with` is entered."""
+    def post(self, path: str, payload: bytes, request_id: str, header_lines: str = "") -> "EngineAnswer":
+        """A request with JSON, sent when its `async with` is entered.
+
+        Args:
+            header_lines: further ones of its head, each with its end.
+        """
         head = (
             f"POST {path} HTTP/1.1\r\nhost: engine\r\naccept-encoding: identity\r\ncontent-type: application/json\r\n"
-            f"x-request-id: {request_id}\r\ncontent-length: {len(payload)}\r\n\r\n"
+            f"x-request-id: {request_id}\r\n{header_lines}content-length: {len(payload)}\r\n\r\n"
         )
         return EngineAnswer(self, head.encode("latin-1") + payload)
 

@@ -1,0 +1,76 @@
+"""The span of a request that ended, in the words of OpenTelemetry's conventions for GenAI and HTTP.
+
+The names are written out: the package of the conventions has those of GenAI as deprecated, since they moved to a
+repository of their own (open-telemetry/semantic-conventions-genai), which has no package yet. What the conventions
+have no name for is under `tuneserve.`.
+"""
+
+from http import HTTPStatus
+
+from opentelemetry.trace import Status, StatusCode
+from opentelemetry.util.types import AttributeValue
+
+from serving.protocols.route import Route
+from serving.telemetry.traces.messages import input_messages, output_messages
+from serving.telemetry.traces.request_trace import RequestTrace
+from svc.store.requests import Outcome, RequestRecord
+
+PROVIDER = "vllm"
+INPUT_MESSAGES, OUTPUT_MESSAGES = "gen_ai.input.messages", "gen_ai.output.messages"
+_SERVER_FAULTS = frozenset({Outcome.ENGINE_ERROR, Outcome.SERVER_ERROR})
+
+
+def operation(record: RequestRecord) -> str:
+    """The convention's word for what a route does."""
+    return "text_completion" if record.route == Route.COMPLETIONS else "chat"
+
+
+def span_name(record: RequestRecord) -> str:
+    """One of a bounded set."""
+    return f"{operation(record)} {record.model}"
+
+
+def span_status(record: RequestRecord) -> Status:
+    """An error where the server is at fault: what a client does wrong, or leaves, makes no span of a server one."""
+    if record.outcome in _SERVER_FAULTS or record.status >= 500:
+        return Status(StatusCode.ERROR, record.reason)
+    return Status(StatusCode.UNSET)
+
+
+def _was_sent(record: RequestRecord) -> bool:
+    """To a client that left before its answer began, no status was."""
+    return record.outcome is not Outcome.CLIENT_GONE or record.status == HTTPStatus.OK
+
+
+def span_attributes(trace: RequestTrace, record: RequestRecord) -> dict[str, AttributeValue]:
+    """All that is known of a request."""
+    found: dict[str, AttributeValue | None] = {
+        "gen_ai.operation.name": operation(record),
+        "gen_ai.provider.name": PROVIDER,
+        "gen_ai.request.model": trace.model,
+        "gen_ai.request.stream": trace.stream,
+        "gen_ai.request.temperature": record.temperature,
+        "gen_ai.request.max_tokens": record.max_tokens,
+        "gen_ai.response.model": str(record.version) if record.version else None,
+        "gen_ai.response.finish_reasons": (record.finish_reason,) if record.finish_reason else None,
+        "gen_ai.response.time_to_first_chunk": record.first_token_seconds,
+        "gen_ai.usage.input_tokens": record.tokens_in,
+        "gen_ai.usage.output_tokens": record.tokens_out,
+        "http.request.method": "POST",
+        "http.route": record.route,
+        "http.response.status_code": record.status if _was_sent(record) else None,
+        "error.type": record.reason,
+        "tuneserve.request.id": record.request_id,
+        "tuneserve.client_request.id": record.client_request_id,
+        "tuneserve.key.id": record.key_id,
+        "tuneserve.model.version": record.version.number if record.version else None,
+        "tuneserve.model.format": record.format.value if record.format else None,
+        "tuneserve.outcome": record.outcome.value if record.outcome else None,
+        "tuneserve.queue.duration": trace.queue_s,
+        "tuneserve.gateway.overhead": trace.overhead_s,
+    }
+    if record.prompt is not None:
+        found[INPUT_MESSAGES] = input_messages(record.prompt)
+    if record.answer is not None:
+        found[OUTPUT_MESSAGES] = output_messages(record.answer, record.finish_reason)
+    return {name: value for name, value in found.items() if value is not None}

@@ -1,0 +1,69 @@
+"""What leads to a receiver, and what of it is logged."""
+
+import logging
+
+import pytest
+
+from serving.telemetry.traces.exporter import LogLimit, otlp_exporter, traces_url
+from svc.errors import SettingsError
+
+SECRET = "cHVibGljOnNlY3JldA"
+
+
+@pytest.mark.parametrize(
+    ("given", "used"),
+    [
+        ("http://c:4318", "http://c:4318/v1/traces"),
+        ("http://c:4318/", "http://c:4318/v1/traces"),
+        ("https://c/api/public/otel", "https://c/api/public/otel/v1/traces"),
+        ("http://p:6006/v1/traces", "http://p:6006/v1/traces"),
+        ("http://p:6006/v1/traces/", "http://p:6006/v1/traces"),
+    ],
+)
+def test_where_traces_go(given: str, used: str) -> None:
+    assert traces_url(given) == used
+
+
+@pytest.mark.parametrize("variable", ["OTEL_EXPORTER_OTLP_HEADERS", "OTEL_EXPORTER_OTLP_TRACES_HEADERS"])
+@pytest.mark.parametrize(
+    "text",
+    [
+        f"authorization {SECRET}",
+        f"a=b,{SECRET}",
+        f'authorization="{SECRET}"',
+        f"authorization={SECRET};x",
+        f"authorization={SECRET}é",
+        f"authorization={SECRET}%0Aa",
+        f"authorization={SECRET}%C3%A9",
+        f"auth orization={SECRET}",
+        f"authorization={SECRET}\n",
+    ],
+)
+def test_a_malformed_header_is_refused_and_not_told(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, variable: str, text: str
+) -> None:
+    caplog.set_level(logging.DEBUG)
+    monkeypatch.setenv(variable, text)
+    with pytest.raises(SettingsError) as caught:
+        otlp_exporter("http://127.0.0.1:1")
+    assert variable in str(caught.value)
+    assert SECRET not in str(caught.value) + caplog.text
+
+
+@pytest.mark.parametrize(
+    "text", ["", ",", f"authorization=Basic%20{SECRET}%3D%3D", f"authorization=Basic {SECRET}==, x-project = p", "a="]
+)
+def test_headers_that_the_sdk_reads_are_none_of_our_business(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, text: str
+) -> None:
+    caplog.set_level(logging.DEBUG)
+    monkeypatch.setenv("OTEL_EXPORTER_OTLP_HEADERS", text)
+    otlp_exporter("http://127.0.0.1:1").shutdown()
+    assert caplog.records == []
+
+
+def test_a_minute_has_one_line() -> None:
+    times = iter((0.0, 1.0, 59.9, 60.0, 60.1, 1000.0))
+    limit = LogLimit(lambda: next(times))
+    record = logging.LogRecord("a", logging.ERROR, "", 0, "down", None, None)
+    assert [limit.filter(record) for _ in range(6)] == [True, False, False, True, False, True]

@@ -1,0 +1,93 @@
+"""Prompts of every route in the one form that the conventions have."""
+
+import json
+from typing import Any
+
+import pytest
+from hypothesis import given
+
+from serving.telemetry.traces.messages import input_messages, output_messages
+from tests.svc.json_values import json_values
+
+
+def text(content: str) -> dict[str, Any]:
+    return {"type": "text", "content": content}
+
+
+CALL = {"type": "tool_call", "id": "c1", "name": "weather", "arguments": '{"in": "Oslo"}'}
+RESULT = {"type": "tool_call_response", "id": "c1", "response": "rain"}
+FUNCTION = {"name": "weather", "arguments": '{"in": "Oslo"}'}
+
+
+@pytest.mark.parametrize(
+    ("prompt", "expected"),
+    [
+        ("one", [{"role": "user", "parts": [text("one")]}]),
+        (["one", "two"], [{"role": "user", "parts": [text("one")]}, {"role": "user", "parts": [text("two")]}]),
+        ([{"role": "system", "content": "one"}], [{"role": "system", "parts": [text("one")]}]),
+        (
+            [{"role": "user", "content": [{"type": "text", "text": "one"}, {"type": "input_text", "text": "two"}]}],
+            [{"role": "user", "parts": [text("one"), text("two")]}],
+        ),
+        (
+            [
+                {
+                    "role": "assistant",
+                    "content": None,
+                    "tool_calls": [{"id": "c1", "type": "function", "function": FUNCTION}],
+                },
+                {"role": "tool", "tool_call_id": "c1", "content": "rain"},
+            ],
+            [{"role": "assistant", "parts": [CALL]}, {"role": "tool", "parts": [RESULT]}],
+        ),
+        (
+            [
+                {"type": "function_call", "call_id": "c1", **FUNCTION},
+                {"type": "function_call_output", "call_id": "c1", "output": "rain"},
+            ],
+            [{"role": "assistant", "parts": [CALL]}, {"role": "tool", "parts": [RESULT]}],
+        ),
+        (
+            [
+                {"role": "assistant", "content": [{"type": "tool_use", "id": "c1", "name": "weather", "input": {}}]},
+                {"role": "user", "content": [{"type": "tool_result", "tool_use_id": "c1", "content": "rain"}]},
+            ],
+            [{"role": "assistant", "parts": [{**CALL, "arguments": {}}]}, {"role": "user", "parts": [RESULT]}],
+        ),
+        (
+            [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}]}],
+            [{"role": "user", "parts": [{"type": "image_url", "image_url": {"url": "x"}}]}],
+        ),
+    ],
+    ids=["plain", "plains", "chat", "parts", "chat tools", "responses tools", "messages tools", "other"],
+)
+def test_a_prompt(prompt: Any, expected: Any) -> None:
+    assert json.loads(input_messages(json.dumps(prompt))) == expected
+
+
+@given(json_values)
+def test_whatever_a_client_sends_becomes_messages_that_can_be_written(prompt: Any) -> None:
+    written = input_messages(json.dumps(prompt))
+    assert written.encode("utf-8")
+    for message in json.loads(written):
+        assert isinstance(message["role"], str)
+        assert all(isinstance(part["type"], str) for part in message["parts"])
+
+
+def test_an_answer_is_one_message() -> None:
+    [message] = json.loads(output_messages("é", "stop"))
+    assert message == {"role": "assistant", "parts": [text("é")], "finish_reason": "stop"}
+
+
+def test_an_answer_of_tool_calls_alone_has_no_text() -> None:
+    [message] = json.loads(output_messages("", "tool_calls"))
+    assert message == {"role": "assistant", "parts": [], "finish_reason": "tool_calls"}
+
+
+def test_an_answer_that_broke_off_says_so() -> None:
+    assert json.loads(output_messages("on", None))[0]["finish_reason"] == "error"
+
+
+def test_half_a_character_is_no_reason_to_lose_a_batch() -> None:
+    assert input_messages('"\\ud800"').encode("utf-8")
+    assert output_messages("\udfff", "stop").encode("utf-8")

@@ -1,0 +1,95 @@
+"""`svc serve` with traces: over TCP, to a receiver over TCP, until its end; and without them."""
+
+import asyncio
+import json
+import os
+import subprocess
+import sys
+from typing import Any
+
+import pytest
+
+from svc.settings import RequestLogSettings, TelemetrySettings
+from tests.command_line import Svc
+from tests.serving.home import Home
+from tests.serving.otlp_receiver import otlp_receiver
+from tests.serving.versions import NAME
+
+CHAT: dict[str, Any] = {"model": NAME, "messages": [{"role": "user", "content": "one two three"}]}
+TRACE, PARENT = "4bf92f3577b34da6a3ce929d0e0e4736", "00f067aa0ba902b7"
+SECRET = "cHVibGljOnNlY3JldA"
+
+
+def with_traces(home: Home, endpoint: str) -> None:
+    update = {
+        "telemetry": TelemetrySettings(otlp_endpoint=endpoint),
+        "request_log": RequestLogSettings(content_share=1.0),
+    }
+    home.settings = home.settings.model_copy(update=update)
+
+
+async def test_a_server_sends_the_spans_of_its_requests_before_it_ends(home: Home) -> None:
+    with otlp_receiver() as receiver:
+        with_traces(home, receiver.url)
+        async with home.serving(f"{NAME}@1") as client:
+            headers = {"traceparent": f"00-{TRACE}-{PARENT}-01"}
+            answers = [
+                await client.post("/v1/chat/completions", json={**CHAT, "stream": stream}, headers=headers)
+                for stream in (False, True)
+            ]
+            page = (await client.get("/metrics")).text
+    spans = {span.attributes["tuneserve.request.id"]: span for span in receiver.spans}
+    for answer in answers:
+        span = spans.pop(answer.headers["x-request-id"])
+        assert (span.trace, span.parent) == (TRACE, PARENT)
+        assert span.attributes["gen_ai.response.model"] == answer.headers["x-model-version"]
+        assert json.loads(span.attributes["gen_ai.input.messages"])[0]["parts"][0]["content"] == "one two three"
+    assert spans == {}
+    assert "svc_spans_total" in page
+
+
+async def test_a_server_starts_answers_and_ends_without_its_receiver(home: Home) -> None:
+    with_traces(home, "http://127.0.0.1:1")
+    async with asyncio.timeout(30), home.serving(f"{NAME}@1") as client:
+        assert (await client.post("/v1/chat/completions", json=CHAT)).status_code == 200
+
+
+async def test_no_status_and_no_metric_tells_the_receivers_headers(
+    home: Home, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setenv("OTEL_EXPORTER_OTLP_HEADERS", f"authorization=Basic%20{SECRET}")
+    caplog.set_level("DEBUG")
+    with otlp_receiver() as receiver:
+        with_traces(home, receiver.url)
+        async with home.serving(f"{NAME}@1") as client:
+            await client.post("/v1/chat/completions", json=CHAT)
+            pages = [(await client.get(path)).text for path in ("/svc/status", "/metrics", "/openapi.json")]
+    assert receiver.heads[0]["authorization"] == f"Basic {SECRET}"
+    assert SECRET not in "".join(pages) + caplog.text
+    assert SECRET.encode() not in b"".join(receiver.bodies)
+
+
+def test_a_malformed_header_is_an_error_before_anything_starts(
+    svc: Svc, home: Home, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("OTEL_EXPORTER_OTLP_HEADERS", SECRET)
+    monkeypatch.setenv("SVC_TELEMETRY__OTLP_ENDPOINT", "http://127.0.0.1:1")
+    ended = svc("--home", home.settings.home, "serve", NAME, "--port", "0")
+    assert ended.code == 2
+    assert "OTEL_EXPORTER_OTLP_HEADERS" in ended.err
+    assert SECRET not in ended.out + ended.err
+
+
+LOADED = """
+import sys
+import serving.server
+from serving.assembly import make_traces
+from svc.settings import TelemetrySettings
+assert make_traces(TelemetrySettings(), None) is None
+print([name for name in sys.modules if name.startswith("opentelemetry")])
+"""
+
+
+def test_without_a_receiver_nothing_of_opentelemetry_is_loaded() -> None:
+    done = subprocess.run([sys.executable, "-c", LOADED], capture_output=True, text=True, check=True, env=os.environ)
+    assert done.stdout == "[]\n"
