@@ -23,7 +23,7 @@ from benchmarks.gateway.load import Address, Ask, answers
 from benchmarks.gateway.measure import Figures, Measurement
 from benchmarks.gateway.peers import Ours, Peer, Upstream, free_port
 from benchmarks.gateway.processes import running
-from benchmarks.gateway.table import KEYLESS, OURS
+from benchmarks.gateway.table import KEYLESS, OURS, TRACED
 from svc.errors import EngineError, SettingsError
 from svc.terminal import console
 
@@ -137,7 +137,7 @@ def _end_of(log: Path) -> str:
 
 
 def make_ours(folder: Path) -> list[Peer]:
-    """Ours, with a key and without: the homes are alike but for that."""
+    """Ours, with a key and without, and with traces: the homes are alike but for that."""
     console.print("a home for ours")
     keyless, keyed = folder / "keyless", folder / "keyed"
     subprocess.run([sys.executable, "-m", "benchmarks.gateway.home", str(keyless)], check=True)
@@ -145,4 +145,5 @@ def make_ours(folder: Path) -> list[Peer]:
     arguments = [sys.executable, "-m", "svc.cli", "--home", str(keyed), "keys", "create", "--scope", "infer"]
     arguments += [argument for limit in _KEY_LIMITS for argument in (f"--{limit}", _NEVER)]
     made = subprocess.run(arguments, check=True, capture_output=True, text=True)
-    return [Ours(OURS, keyed, made.stdout.strip()), Ours(KEYLESS, keyless)]
+    key = made.stdout.strip()
+    return [Ours(OURS, keyed, key), Ours(KEYLESS, keyless), Ours(TRACED, keyed, key, traced=True)]

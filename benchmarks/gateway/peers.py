@@ -74,11 +74,13 @@ class Ours(Peer):
     Args:
         home: that is copied for each start.
         key: of the only key there; none where it is empty.
+        traced: each request has a span, which the upstream's port takes.
     """
 
     name: str
     home: Path
     key: str = ""
+    traced: bool = False
 
     def command(self, upstream: Upstream, folder: Path) -> Command:
         """The server's own command, in front of another engine."""
@@ -91,6 +93,8 @@ class Ours(Peer):
             "SVC_SERVE__MAX_RUNNING": str(MOST_STREAMS),
             "SVC_HOLDOUT__EVERY_HOURS": "0",  # the engine's own examples are no client's requests
         }
+        if self.traced:
+            variables["SVC_TELEMETRY__OTLP_ENDPOINT"] = f"http://127.0.0.1:{upstream.port}"
         return Command(arguments, Address(port, self.key), variables)
 
 

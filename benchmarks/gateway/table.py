@@ -12,7 +12,7 @@ from benchmarks.interval import interval
 
 Round = Mapping[str, Figures]
 """The figures of one round, by gateway."""
-DIRECT, OURS, KEYLESS = "direct", "tuneserve", "tuneserve without keys"
+DIRECT, OURS, KEYLESS, TRACED = "direct", "tuneserve", "tuneserve without keys", "tuneserve with traces"
 _ADDED = ("first_ms_p50", "first_ms_p99", "first_64_ms_p50", "first_64_ms_p99")
 _ROWS = {
     "request_ms_1": ("CPU, ms/request, 1 client", 3),

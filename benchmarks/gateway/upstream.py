@@ -154,6 +154,7 @@ _FIXED = {
     b"/metrics": _response(b"", kind="text/plain"),
     b"/v1/models": _response(_MODELS),
     b"/version": _response(b'{"version":"0.32.0"}'),
+    b"/v1/traces": _response(b"", kind="application/x-protobuf"),  # it takes all spans, and forgets them
 }
 _NOT_FOUND = _response(b'{"detail":"Not Found"}', status="404 Not Found")
 

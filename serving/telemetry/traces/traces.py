@@ -6,7 +6,7 @@ the content of spans beyond what may wait.
 
 import logging
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 
 from opentelemetry.context import Context
 from opentelemetry.sdk.resources import SERVICE_NAME, SERVICE_VERSION, OTELResourceDetector, Resource
@@ -15,7 +15,6 @@ from opentelemetry.sdk.trace.export import BatchSpanProcessor, SpanExporter
 from opentelemetry.sdk.trace.id_generator import IdGenerator
 from opentelemetry.sdk.trace.sampling import ALWAYS_ON
 from opentelemetry.trace import NonRecordingSpan, SpanContext, SpanKind, TraceFlags, TraceState, set_span_in_context
-from opentelemetry.util.types import AttributeValue
 
 from serving.telemetry.traces.exporter import CountedExporter
 from serving.telemetry.traces.request_trace import RequestTrace, SpanDropped
@@ -62,8 +61,9 @@ class Traces:
         self._on_dropped = on_dropped
         self._max_queued = max_queued
         self._max_content = max_content
-        self._lock = threading.Lock()  # of these two
+        self._lock = threading.Lock()  # of these three
         self._queued = self._content_size = 0
+        self._sizes: dict[int, int] = {}  # of content, by the id of its span: the SDK may have cut it
         self._exporter = CountedExporter(exporter, self._done)
         self._processor = BatchSpanProcessor(
             self._exporter,
@@ -88,7 +88,8 @@ class Traces:
         if not self._take_place():
             self.drop()
             return
-        if not self._take_room(_content_size(attributes)):
+        size = sum(len(str(attributes.get(name, ""))) for name in (INPUT_MESSAGES, OUTPUT_MESSAGES))
+        if size and not self._take_room(trace.span_id, size):
             del attributes[INPUT_MESSAGES], attributes[OUTPUT_MESSAGES]
             self._on_dropped(SpanDropped.CONTENT_LIMIT, 1)
         self._ids.trace_id, self._ids.span_id = trace.trace_id, trace.span_id
@@ -110,12 +111,13 @@ class Traces:
             self._queued += 1
             return True
 
-    def _take_room(self, size: int) -> bool:
+    def _take_room(self, span_id: int, size: int) -> bool:
         """Whether there is any for content of so many characters."""
         with self._lock:
-            if size and self._content_size + size > self._max_content:
+            if self._content_size + size > self._max_content:
                 return False
             self._content_size += size
+            self._sizes[span_id] = size
             return True
 
     def drop(self) -> None:
@@ -134,10 +136,10 @@ class Traces:
 
     def _done(self, spans: Sequence[ReadableSpan], taken: bool) -> None:
         """Hears of a batch, in the thread that sends."""
-        size = sum(_content_size(span.attributes or {}) for span in spans)
+        ids = [span.context.span_id for span in spans if span.context]
         with self._lock:
             self._queued -= len(spans)
-            self._content_size -= size
+            self._content_size -= sum(self._sizes.pop(span_id, 0) for span_id in ids)
         if taken:
             self._on_sent(len(spans))
         else:
@@ -165,7 +167,3 @@ def _parent(trace: RequestTrace) -> Context:
     state = TraceState.from_header([trace.state]) if trace.state else None
     client = SpanContext(trace.trace_id, trace.parent_id, True, TraceFlags(TraceFlags.SAMPLED), state)
     return set_span_in_context(NonRecordingSpan(client), Context())
-
-
-def _content_size(attributes: Mapping[str, AttributeValue]) -> int:
-    return sum(len(str(attributes.get(name, ""))) for name in (INPUT_MESSAGES, OUTPUT_MESSAGES))

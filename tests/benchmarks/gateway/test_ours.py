@@ -26,7 +26,7 @@ def test_requests_go_through_a_whole_server_to_the_upstream() -> None:
         upstream = Upstream(folder / "upstream.sock", free_port())
         arguments = [sys.executable, "-m", "benchmarks.gateway.upstream", "--socket", str(upstream.socket)]
         with running([*arguments, "--port", str(upstream.port)], log=folder / "upstream.log"):
-            keyed, _ = make_ours(folder)
+            keyed, *_ = make_ours(folder)
             assert isinstance(keyed, Ours)
             (folder / "files").mkdir()
             command, log = keyed.command(upstream, folder / "files"), folder / "ours.log"

@@ -137,6 +137,18 @@ def test_content_that_was_sent_takes_no_room() -> None:
     assert sent.counts == {"sent": 3}
 
 
+def test_content_that_the_sdk_has_cut_gives_back_all_its_room(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OTEL_SPAN_ATTRIBUTE_VALUE_LENGTH_LIMIT", "20")
+    sent = Sent(max_content=500)
+    sent.exporter.gate.set()
+    for number in range(1, 4):
+        sent.add('"' + "x" * 300 + '"')
+        _until_told(sent, "sent", number)
+    sent.traces.close()
+    assert sent.counts == {"sent": 3}
+    assert [len(str((span.attributes or {})["gen_ai.input.messages"])) for span in sent.exporter.taken] == [20] * 3
+
+
 def test_a_batch_that_is_refused_is_counted_and_makes_room() -> None:
     sent = Sent(max_queued=1)
     sent.exporter.result = SpanExportResult.FAILURE
