@@ -66,17 +66,22 @@ def serve(
     from serving.rollout.initial_state import choose_deployments
     from svc.engine.capabilities import read_capabilities
     from svc.engine.vllm.startup_phase import EnginePhase
+    from svc.service_manager import ServiceManager, inherited_listener
     from svc.store.database import open_database
     from svc.store.keys import keys_revision
     from svc.terminal import advancing, console, quiet_libraries
 
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     quiet_libraries()
+    inherited = inherited_listener()
+    if inherited:
+        settings = server.at_address(settings, inherited)
     registry, store = Registry.of(settings), open_database(settings.home)
     capabilities = read_capabilities(settings.home)
 
     async def run() -> None:
-        with server.claim(settings, has_keys=keys_revision(store) > 0) as claim, ExitStack() as bar:
+        has_keys = keys_revision(store) > 0
+        with server.claim(settings, has_keys=has_keys, inherited=inherited) as claim, ExitStack() as bar:
             format = Format(format_name) if format_name else None
             wanted = choose_deployments(registry, store, models, format, every=every)
             named = ", ".join(str(desired.target) for desired in wanted)
@@ -102,6 +107,7 @@ def serve(
                 on_phase=on_phase,
                 on_ready=lambda target: came(target, f"[green]serving {target} on {claim.url}/v1[/green]"),
                 on_failure=lambda target, error: came(target, f"[red]{target} is not served:[/red] {error}"),
+                manager=ServiceManager.of(),
             )
 
     _spare_collector()

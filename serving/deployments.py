@@ -47,6 +47,9 @@ class Deployments:
         registered: the names of all models, for who asks for one that is not served; reads the disk.
         on_ready: hears what is served, whenever a model has come.
         on_failure: hears why one cannot be served.
+
+    Attributes:
+        looked: set once what an earlier server left is adopted, or is found not to be there.
     """
 
     def __init__(
@@ -72,6 +75,7 @@ class Deployments:
         self._all: dict[str, Deployment] = {}
         self._tasks: dict[str, asyncio.Task[None]] = {}
         self._refused: dict[str, str] = {}
+        self.looked = asyncio.Event()
 
     @property
     def all(self) -> list[Deployment]:
@@ -126,9 +130,12 @@ class Deployments:
                 await self._places.end_orphans()
 
     async def _start_first(self, wanted: Sequence[Desired]) -> None:
-        for desired in wanted:
-            self._add(desired)
-        missing = [deployment for deployment in self.all if not await deployment.reconciler.adopt()]
+        try:
+            for desired in wanted:
+                self._add(desired)
+            missing = [deployment for deployment in self.all if not await deployment.reconciler.adopt()]
+        finally:
+            self.looked.set()
         await self._places.end_orphans()
         await asyncio.to_thread(self._check_memory, [deployment.reconciler.actual.target for deployment in missing])
         failed: list[SvcError] = []

@@ -28,8 +28,10 @@ from svc.listening import address_family, http_url, is_loopback, listen_error
 from svc.lock import hold_lock
 from svc.registry.registry import Registry
 from svc.server_url import LOCK_FILE
+from svc.service_manager import ServiceManager
 from svc.settings import ServeSettings, Settings
 from svc.store.desired import Desired
+from svc.version import Target
 
 _SEND_BUFFER_BYTES = 128 * 1024
 _SOCKET = "http.sock"
@@ -51,11 +53,13 @@ class Claim:
 
 
 @contextmanager
-def claim(settings: Settings, *, has_keys: bool = False) -> Iterator[Claim]:
+def claim(settings: Settings, *, has_keys: bool = False, inherited: socket.socket | None = None) -> Iterator[Claim]:
     """Takes the port and the home, before anything is read or started.
 
     Args:
+        settings: whose address is that of `inherited`, see `at_address`.
         has_keys: nobody is let in without one.
+        inherited: what the service manager listens on already.
 
     Raises:
         BusyError: another server uses this home or this port.
@@ -65,11 +69,18 @@ def claim(settings: Settings, *, has_keys: bool = False) -> Iterator[Claim]:
     require_safe(settings.serve, has_keys=has_keys)
     host, port = settings.serve.host, settings.serve.port
     path = runtime_folder(settings.home, "http") / _SOCKET
-    with _bind(host, port) as listener:
+    with inherited or _bind(host, port) as listener:
+        _prepare(listener)
         url = http_url(host, listener.getsockname()[1], tls=settings.serve.tls_certificate is not None)
         lock = hold_lock(settings.home / LOCK_FILE, f"the home {settings.home}", url=url, socket=str(path))
         with lock, _bind_local(path) as local:
             yield Claim(listener, url, local)
+
+
+def at_address(settings: Settings, listener: socket.socket) -> Settings:
+    """The settings of a server that clients reach where somebody else listens for it, whatever they said before."""
+    host, port = listener.getsockname()[:2]
+    return settings.model_copy(update={"serve": settings.serve.model_copy(update={"host": host, "port": port})})
 
 
 def require_safe(serve: ServeSettings, *, has_keys: bool) -> None:
@@ -97,10 +108,6 @@ def require_safe(serve: ServeSettings, *, has_keys: bool) -> None:
 def _bind(host: str, port: int) -> socket.socket:
     listener = socket.socket(address_family(host), socket.SOCK_STREAM)
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-    # Connections inherit these. A token that waits for the acknowledgement of the one before comes 40 ms late.
-    listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-    # The kernel would take megabytes of each answer, and nobody could tell who reads slowly.
-    listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _SEND_BUFFER_BYTES)
     try:
         listener.bind((host, port))
         listener.listen()  # a port is only taken by who listens
@@ -108,6 +115,14 @@ def _bind(host: str, port: int) -> socket.socket:
         listener.close()
         raise listen_error(host, port, error) from error
     return listener
+
+
+def _prepare(listener: socket.socket) -> None:
+    """Sets what its connections inherit."""
+    # A token that waits for the acknowledgement of the one before comes 40 ms late.
+    listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    # The kernel would take megabytes of each answer, and nobody could tell who reads slowly.
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _SEND_BUFFER_BYTES)
 
 
 @contextmanager
@@ -136,6 +151,7 @@ async def serve(
     on_phase: Callable[[str], None],
     on_ready: OnReady,
     on_failure: OnFailure,
+    manager: ServiceManager | None = None,
 ) -> None:
     """Serves until SIGTERM, SIGINT or SIGHUP; a second one ends it without waiting for the answers that run.
 
@@ -147,10 +163,17 @@ async def serve(
         on_phase: hears what a start is doing.
         on_ready: hears of each version when requests for it are answered.
         on_failure: hears why a model cannot be served.
+        manager: hears when the first model serves, and that the server lives; None where there is none.
 
     Raises:
         SvcError: no model can be served.
     """
+    manager = manager or ServiceManager(None)
+
+    def served(target: Target) -> None:
+        manager.ready(f"serving {target}")
+        on_ready(target)
+
     authenticator = Authenticator(store)
     await asyncio.to_thread(authenticator.look)  # nobody is let in before
     parts = assemble(
@@ -160,10 +183,10 @@ async def serve(
         capabilities,
         authenticator,
         on_phase=on_phase,
-        on_ready=on_ready,
+        on_ready=served,
         on_failure=on_failure,
     )
-    server = _Server(parts, settings.serve)
+    server = _Server(parts, settings.serve, manager)
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
         if signal.getsignal(number) is not signal.SIG_IGN:  # as nohup leaves SIGHUP
             asyncio.get_running_loop().add_signal_handler(number, server.stop)
@@ -174,8 +197,9 @@ async def serve(
 class _Server:
     """Runs the parts of one server, and ends them in order."""
 
-    def __init__(self, parts: Parts, settings: ServeSettings) -> None:
+    def __init__(self, parts: Parts, settings: ServeSettings, manager: ServiceManager) -> None:
         self._parts = parts
+        self._manager = manager
         self._proxies = settings.behind_proxy
         self._certificate: Certificate | None = None
         if settings.tls_certificate and settings.tls_key:
@@ -197,24 +221,25 @@ class _Server:
         self._stopping.set()
 
     async def run(self, claim: Claim, wanted: Sequence[Desired]) -> None:
-        """Answers from the first moment, with 503 until an engine has started; returns when it was told to stop."""
+        """Answers as soon as engines that were left are adopted, with 503 until one has started; returns when it was
+        told to stop.
+        """
         parts = self._parts
         parts.request_log.start()
         most = raise_descriptor_limit()
-        self._http = [
-            http_server(parts.app, most, certificate=self._certificate, proxies=self._proxies),
-            http_server(parts.app, _LOCAL_CONNECTIONS),
-        ]
-        listeners = (claim.listener, claim.local)
+        public = http_server(parts.app, most, certificate=self._certificate, proxies=self._proxies)
+        local = http_server(parts.app, _LOCAL_CONNECTIONS)
+        self._http = [public, local]
         serving = {
-            asyncio.create_task(http.serve(sockets=[listener]))
-            for http, listener in zip(self._http, listeners, strict=True)
+            asyncio.create_task(self._let_in(public, claim.listener)),
+            asyncio.create_task(local.serve(sockets=[claim.local])),
         }
         works = [
             parts.deployments.run(wanted),
             parts.loop_lag.run(),
             parts.usage_writer.run(),
             parts.authentication.run(),
+            self._manager.run(),
         ]
         if self._certificate:
             works.append(self._certificate.follow())
@@ -227,6 +252,7 @@ class _Server:
             done, _ = await asyncio.wait({*serving, stopping, *control}, return_when=asyncio.FIRST_COMPLETED)
             defect = any(task.exception() and not isinstance(task.exception(), SvcError) for task in done)
         finally:
+            self._manager.stopping()
             # Control first: it would take the engine's end for a death.
             for task in (stopping, *control):
                 task.cancel()
@@ -243,3 +269,9 @@ class _Server:
                     await asyncio.to_thread(parts.traces.close)
         for task in done:
             task.result()
+
+    async def _let_in(self, http: HttpServer, listener: socket.socket) -> None:
+        """Lets clients in. They wait in the listener while engines that serve are adopted, and are not sent away."""
+        await self._parts.deployments.looked.wait()
+        if not self._stopping.is_set():
+            await http.serve(sockets=[listener])

@@ -52,8 +52,19 @@ class Acceptor:
         self._listener.listen(_BACKLOG)
         self._accepting = asyncio.create_task(self._run())
 
+    async def pause(self, patience_s: float) -> None:
+        """Accepts no more; what has been accepted comes to its protocol.
+
+        Args:
+            patience_s: longest wait for handshakes.
+        """
+        if self._accepting is not None:
+            self._accepting.cancel()
+        if self._beginning:
+            await asyncio.wait(self._beginning, timeout=patience_s)
+
     def close(self) -> None:
-        """Accepts no more."""
+        """Accepts no more, and ends handshakes."""
         for task in (self._accepting, *self._beginning):
             if task is not None:
                 task.cancel()
@@ -65,11 +76,12 @@ class Acceptor:
             await asyncio.wait(tasks)
 
     async def _run(self) -> None:
-        loop = asyncio.get_running_loop()
         while True:
+            # Waits first and accepts then: who ends `loop.sock_accept` may lose a connection that it has accepted.
+            await self._connection_waits()
             try:
-                accepted, _ = await loop.sock_accept(self._listener)
-            except ConnectionAbortedError:  # its client has gone
+                accepted, _ = self._listener.accept()
+            except (ConnectionAbortedError, BlockingIOError):  # its client has gone, or another process took it
                 continue
             except OSError:  # no descriptors, no memory
                 log.exception("no connection can be accepted; trying again in %g s", _PAUSE_S)
@@ -78,12 +90,20 @@ class Acceptor:
             if self._count() + len(self._beginning) >= self._most:
                 accepted.close()
                 await asyncio.sleep(0)
-            elif self._context is None:
-                await self._begin(accepted)
-            else:
-                task = asyncio.create_task(self._begin(accepted))
-                self._beginning.add(task)
-                task.add_done_callback(self._beginning.discard)
+                continue
+            accepted.setblocking(False)
+            task = asyncio.create_task(self._begin(accepted))
+            self._beginning.add(task)
+            task.add_done_callback(self._beginning.discard)
+
+    async def _connection_waits(self) -> None:
+        loop = asyncio.get_running_loop()
+        waits = loop.create_future()
+        loop.add_reader(self._listener, lambda: None if waits.done() else waits.set_result(None))
+        try:
+            await waits
+        finally:
+            loop.remove_reader(self._listener)
 
     async def _begin(self, accepted: socket.socket) -> None:
         try:

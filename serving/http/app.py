@@ -107,6 +107,10 @@ def _add_operations(
         headers = {"retry-after": str(EngineUnavailableError.retry_after_s)}
         return JSONResponse({"status": "unavailable", "reason": reason}, 503, headers)
 
+    @app.get("/health/live")
+    async def live() -> JSONResponse:
+        return JSONResponse({"status": "live"})  # that it is said is the answer: a start may take half an hour
+
     @app.get("/metrics")
     async def metrics(request: Request) -> Response:
         # The encoder for OpenMetrics writes `vllm:` as `vllm_` to who does not say that it knows better.

@@ -24,7 +24,7 @@ from svc.principal import Principal, Scope
 log = logging.getLogger(__name__)
 
 KeyEnd = asyncio.Future[InvalidKeyError]
-_OPEN: Final = frozenset({"/health"})
+_OPEN: Final = frozenset({"/health", "/health/live"})
 """What load balancers and orchestrators ask, which hold no secrets. It says of the inside only whether it is there."""
 _SCOPES: Final = {
     **dict.fromkeys((route.value for route in (*Route, *TokenRoute)), Scope.INFER),

@@ -14,6 +14,8 @@ from uvicorn.protocols.http.auto import AutoHTTPProtocol
 
 REQUEST_DEADLINE_S = 15.0
 """From a connection, or its last answer, to the end of the next request's headers."""
+LAST_REQUEST_S = 1.0
+"""When the server ends, a request that is on its way on an open connection has so long to arrive, and is answered."""
 MOST_HEAD_BYTES = 64 * 1024
 """Of one request's headers, and what one read may bring beyond."""
 ABORT = "abort"
@@ -54,6 +56,7 @@ def limited_protocol(deadline_s: float = REQUEST_DEADLINE_S) -> type[asyncio.Pro
     class LimitedProtocol(AutoHTTPProtocol):  # type: ignore[misc, valid-type]
         _deadline: asyncio.TimerHandle | None = None
         _head_bytes = 0
+        _ending = False
         _lost: asyncio.Future[None]
         app_state: dict[str, Any]
 
@@ -76,6 +79,8 @@ def limited_protocol(deadline_s: float = REQUEST_DEADLINE_S) -> type[asyncio.Pro
             before = self.cycle
             is_head = before is None or not before.more_body  # also of a request that waits behind one that is answered
             super().data_received(data)
+            if self._ending and self._in_request:
+                self.cycle.keep_alive = False
             self._head_bytes = self._head_bytes + len(data) if is_head and self.cycle is before else 0
             if self._head_bytes > MOST_HEAD_BYTES:
                 self.transport.abort()
@@ -88,6 +93,17 @@ def limited_protocol(deadline_s: float = REQUEST_DEADLINE_S) -> type[asyncio.Pro
                 self._deadline.cancel()
             super().connection_lost(exc)
             self._lost.set_result(None)
+
+        def shutdown(self) -> None:
+            self._ending = True
+            if self._in_request:
+                super().shutdown()
+                return
+            asyncio.get_running_loop().call_later(LAST_REQUEST_S, self._end_idle)
+
+        def _end_idle(self) -> None:
+            if not self.transport.is_closing():
+                super().shutdown()
 
         def timeout_keep_alive_handler(self) -> None:
             super().timeout_keep_alive_handler()

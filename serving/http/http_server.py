@@ -14,6 +14,7 @@ from serving.http.connections import REQUEST_DEADLINE_S, limited_protocol
 from serving.http.tls import Certificate
 
 _GRACE_S = 30  # running answers may end after SIGTERM
+_HANDSHAKE_GRACE_S = 1.0  # so may handshakes
 
 
 class HttpServer(uvicorn.Server):
@@ -26,6 +27,7 @@ class HttpServer(uvicorn.Server):
     def __init__(self, config: uvicorn.Config, most: int) -> None:
         super().__init__(config)
         self._most = most
+        self._acceptors: list[Acceptor] = []
 
     @contextmanager
     def capture_signals(self) -> Iterator[None]:
@@ -52,7 +54,13 @@ class HttpServer(uvicorn.Server):
                 handshake_s=REQUEST_DEADLINE_S,
             )
             acceptor.start()
+            self._acceptors.append(acceptor)
             self.servers.append(cast(asyncio.Server, acceptor))
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        """As uvicorn's; no connection that was accepted is lost."""
+        await asyncio.gather(*(acceptor.pause(_HANDSHAKE_GRACE_S) for acceptor in self._acceptors))
+        await super().shutdown(sockets=sockets)
 
 
 def http_server(

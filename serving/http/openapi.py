@@ -203,6 +203,7 @@ def _small_paths() -> Json:
             }
         },
         "/health": {"get": health},
+        "/health/live": {"get": _operation("That the server runs, whatever its engines do", _json(_OBJECT), {})},
         "/metrics": {"get": _operation("Metrics for Prometheus", page, _DEFECT)},
         "/svc/status": {"get": _operation("What `svc status` shows", _json(_OBJECT), _DEFECT)},
         "/openapi.json": {"get": _operation("This document", _json(_OBJECT), {})},

@@ -50,6 +50,12 @@ async def test_health_follows_the_engine(service: Service, client: httpx.AsyncCl
     assert "retry-after" in answer.headers
 
 
+async def test_the_server_is_live_whatever_its_engine_does(service: Service, client: httpx.AsyncClient) -> None:
+    service.admission.unavailable("the engine is starting")
+    answer = await client.get("/health/live")
+    assert (answer.status_code, answer.json()) == (200, {"status": "live"})
+
+
 async def test_a_swap_does_not_make_the_service_unhealthy(service: Service, client: httpx.AsyncClient) -> None:
     async with closed(service.admission):
         assert (await client.get("/health")).status_code == 200

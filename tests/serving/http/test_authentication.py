@@ -131,9 +131,12 @@ async def test_a_key_asks_only_the_models_that_it_names(
     assert service.double.requests == []
 
 
-async def test_health_needs_no_key_and_tells_no_version(service: KeyedService, client: httpx.AsyncClient) -> None:
+@pytest.mark.parametrize("path", ["/health", "/health/live"])
+async def test_health_needs_no_key_and_tells_no_version(
+    service: KeyedService, client: httpx.AsyncClient, path: str
+) -> None:
     service.key()
-    answer = await client.get("/health")
+    answer = await client.get(path)
     assert answer.status_code == 200
     assert NAME not in f"{answer.text}{answer.headers}"
 

@@ -40,7 +40,7 @@ from tests.serving.service import NAME, ONE, OneBackend, Service, application, c
 from tests.serving.socket_server import running_in_thread
 
 EXAMPLES = min(30, settings().max_examples)
-OPEN = {"/health"}
+OPEN = {"/health", "/health/live"}
 """For this nobody needs a key."""
 CHECKS = [not_a_server_error, status_code_conformance, response_schema_conformance, content_type_conformance]
 

@@ -1,0 +1,108 @@
+"""The units hold together, and say of the server what it does."""
+
+import re
+import shutil
+import signal
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from serving.http.http_server import _GRACE_S
+from svc import service_manager
+from svc.cli import COMMANDS
+from svc.errors import SettingsError
+from svc.settings import Settings, load_settings
+from tests.docs.pages import ROOT
+
+FOLDER = ROOT / "deploy" / "systemd"
+SERVICES = sorted(FOLDER.glob("*.service"))
+UNITS = sorted([*SERVICES, *FOLDER.glob("*.socket"), *FOLDER.glob("*.timer")])
+MOST_EXPOSED = 20
+"""Tenths of what `systemd-analyze security` gives; it calls less than 25 OK."""
+_EXECUTABLE = re.compile(r"/opt/tuneserve/\.venv/bin/svc")
+needs_systemd = pytest.mark.skipif(shutil.which("systemd-analyze") is None, reason="no systemd-analyze here")
+
+
+def unit(name: str) -> dict[str, dict[str, str]]:
+    """Its sections; what stands more than once is in lines."""
+    sections: dict[str, dict[str, str]] = {}
+    for line in (FOLDER / name).read_text("utf-8").splitlines():
+        if line.startswith("["):
+            section = sections.setdefault(line.strip("[]"), {})
+        elif line and not line.startswith("#"):
+            key, _, value = line.partition("=")
+            section[key] = f"{section[key]}\n{value}" if key in section else value
+    return sections
+
+
+def runnable(folder: Path) -> None:
+    """The units, with a program that exists everywhere."""
+    for path in UNITS:
+        (folder / path.name).write_text(_EXECUTABLE.sub("/bin/true", path.read_text("utf-8")), "utf-8")
+
+
+@needs_systemd
+def test_systemd_finds_no_fault(tmp_path: Path) -> None:
+    runnable(tmp_path)
+    command = ["systemd-analyze", "verify", "--man=no", "--recursive-errors=no", *(path.name for path in UNITS)]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=60)
+    ours = [line for line in done.stderr.splitlines() if "tuneserve" in line]
+    assert (done.returncode, ours) == (0, [])
+
+
+@needs_systemd
+@pytest.mark.parametrize("path", SERVICES, ids=lambda path: path.name)
+def test_systemd_calls_the_exposure_ok(path: Path) -> None:
+    command = ["systemd-analyze", "security", "--offline=true", f"--threshold={MOST_EXPOSED}", str(path)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stdout[-200:]
+
+
+def test_a_stop_has_the_server_leave_its_engines_and_kills_nobody_else() -> None:
+    service = unit("tuneserve.service")["Service"]
+    assert (service["KillMode"], service["KillSignal"]) == ("process", signal.SIGUSR1.name)
+    assert service["OOMPolicy"] == "continue"  # an engine that is killed for its memory does not end the server
+    assert service["RuntimeDirectoryPreserve"] == "yes"
+    assert service.get("PrivateTmp", "no") == "no"
+
+
+def test_a_stop_waits_for_running_answers() -> None:
+    assert int(unit("tuneserve.service")["Service"]["TimeoutStopSec"]) > 2 * _GRACE_S
+
+
+def test_a_start_and_a_watchdog_wait_longer_than_the_server_is_silent() -> None:
+    service = unit("tuneserve.service")["Service"]
+    assert service["Type"] == "notify"
+    assert int(service["WatchdogSec"]) > 3 * service_manager._BEAT_S
+    assert int(service["TimeoutStartSec"]) >= service_manager._PATIENCE_S
+
+
+def test_a_wrong_setting_is_not_tried_again() -> None:
+    for path in (FOLDER / "tuneserve.service", FOLDER / "tuneserve-monitor.service"):
+        assert unit(path.name)["Service"]["RestartPreventExitStatus"] == str(SettingsError.exit_code)
+
+
+def test_the_socket_listens_where_the_server_would() -> None:
+    host, _, port = unit("tuneserve.socket")["Socket"]["ListenStream"].rpartition(":")
+    assert (host, int(port)) == (Settings().serve.host, Settings().serve.port)
+
+
+@pytest.mark.parametrize("path", SERVICES, ids=lambda path: path.name)
+def test_every_unit_runs_a_command_with_settings_that_exist(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    service = unit(path.name)["Service"]
+    program, *words = service["ExecStart"].split()
+    assert program.endswith("/bin/svc")
+    assert next(word for word in words if word in COMMANDS)
+    for line in service["Environment"].splitlines():
+        variable, _, value = line.partition("=")
+        monkeypatch.setenv(variable, value)
+    settings = load_settings(FOLDER / "svc.yaml")
+    assert settings.home == Path(f"/var/lib/{service['StateDirectory']}")
+    assert settings.base_cache.is_relative_to(f"/var/cache/{service['CacheDirectory']}")
+
+
+def test_server_and_exporter_find_each_other() -> None:
+    of = [unit(name)["Service"] for name in ("tuneserve.service", "tuneserve-monitor.service")]
+    for key in ("User", "Environment", "RuntimeDirectory", "WorkingDirectory"):
+        assert of[0][key] == of[1][key]

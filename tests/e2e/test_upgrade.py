@@ -1,0 +1,84 @@
+"""A server is replaced on a socket that a service manager holds: real vLLM, real processes, the official client."""
+
+import subprocess
+import sys
+import tempfile
+import threading
+from collections.abc import Iterator
+from contextlib import closing
+from pathlib import Path
+from signal import SIGUSR1
+
+import openai
+import pytest
+
+from examples.load import Load
+from tests.e2e.conftest import PROMPTS, Report
+from tests.e2e.instance import Instance
+from tests.service_manager import ServiceManager, service_manager
+
+pytestmark = [pytest.mark.slow]
+
+RESTARTS = 2
+
+
+class Managed(Instance):
+    """An instance that a service manager starts."""
+
+    def __init__(self, home: Path, folder: Path, manager: ServiceManager) -> None:
+        super().__init__(home, folder, 0, PROMPTS)
+        self.url = manager.url
+        self._manager = manager
+
+    def launch(self, *models: str) -> "subprocess.Popen[bytes]":
+        """Starts the server on the manager's socket."""
+        command = [str(Path(sys.executable).with_name("svc")), "--home", str(self.home), "serve", *models]
+        with self._log.open("ab") as output:
+            self._process = self._manager.start(command, output, self.settings)
+        return self._process
+
+
+@pytest.fixture
+def managed(home: Path, tmp_path: Path) -> Iterator[Managed]:
+    """Version 1 serves."""
+    with (
+        tempfile.TemporaryDirectory(prefix="svc") as folder,
+        service_manager(Path(folder)) as manager,
+        closing(Managed(home, tmp_path / "home", manager)) as managed,
+    ):
+        managed.start("tiny@1")
+        yield managed
+
+
+def test_an_upgrade_under_load_refuses_nobody_and_keeps_the_engine(managed: Managed, report: Report) -> None:
+    expected, engines, errors = managed.answers(), managed.engines(), list[str]()
+    asked, ended = 0, threading.Event()
+
+    def ask_over_new_connections() -> None:
+        nonlocal asked
+        while not ended.is_set():
+            try:
+                with openai.OpenAI(base_url=f"{managed.url}/v1", api_key="none", max_retries=0, timeout=60) as client:
+                    client.models.list()
+                asked += 1
+            except openai.OpenAIError as error:
+                errors.append(repr(error))
+
+    asking = threading.Thread(target=ask_over_new_connections)
+    asking.start()
+    with Load(managed.url, "tiny", managed.prompts) as load:
+        load.wait_for(16)
+        for _ in range(RESTARTS):
+            assert managed.end(SIGUSR1) == 0
+            managed.start()
+            load.wait_for(16)
+    ended.set()
+    asking.join()
+    longest = max(answer.seconds for answer in load.answers)
+    report(
+        f"{RESTARTS} upgrades under load: {len(load.answers)} answers, the longest in {longest:.1f} s, and {asked} "
+        f"requests over new connections; {len(load.failed) + len(errors)} failed"
+    )
+    assert (load.failed, errors) == ([], [])
+    assert {(answer.version, answer.text) for answer in load.answers} <= set(expected)
+    assert managed.engines() == engines

@@ -1,0 +1,103 @@
+"""A server that ends loses no connection, and no request that is on its way on one."""
+
+import asyncio
+import socket
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from typing import Any
+
+import pytest
+
+from serving.http import connections
+from serving.http.acceptor import Acceptor
+from serving.http.http_server import HttpServer, http_server
+
+LAST_REQUEST_S = 0.4
+ASK = b"GET / HTTP/1.1\r\nhost: x\r\n\r\n"
+Connection = tuple[asyncio.StreamReader, asyncio.StreamWriter]
+
+
+async def app(scope: Any, receive: Any, send: Any) -> None:
+    await send({"type": "http.response.start", "status": 200, "headers": [(b"content-length", b"2")]})
+    await send({"type": "http.response.body", "body": b"ok"})
+
+
+@asynccontextmanager
+async def ending() -> AsyncIterator[tuple[HttpServer, Connection]]:
+    """A server with one connection; at the end of the body it has ended."""
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        server = http_server(app, most=8)
+        task = asyncio.create_task(server.serve(sockets=[listener]))
+        while not server.started:
+            await asyncio.sleep(0.01)
+        reader, writer = await asyncio.open_connection(*listener.getsockname())
+        while not server.server_state.connections:
+            await asyncio.sleep(0.01)
+        yield server, (reader, writer)
+        server.should_exit = True
+        writer.close()
+        await task
+
+
+@pytest.fixture(autouse=True)
+def short(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(connections, "LAST_REQUEST_S", LAST_REQUEST_S)
+
+
+async def told_to_end(server: HttpServer) -> None:
+    """Returns when it has told its connections."""
+    server.should_exit = True
+    await asyncio.sleep(0.15)  # it looks ten times a second
+
+
+async def answer(connection: Connection) -> bytes:
+    reader, writer = connection
+    writer.write(ASK)
+    async with asyncio.timeout(3):
+        return await reader.readuntil(b"\r\n\r\n") + await reader.readexactly(2)
+
+
+@pytest.mark.parametrize("asked_before", [False, True], ids=["new", "kept"])
+async def test_a_request_on_an_open_connection_is_answered_and_is_the_last_one(asked_before: bool) -> None:
+    async with ending() as (server, connection):
+        if asked_before:
+            await answer(connection)
+        await told_to_end(server)
+        last = await answer(connection)
+        assert last.startswith(b"HTTP/1.1 200 OK")
+        assert b"connection: close" in last.lower()
+        assert await connection[0].read() == b""
+
+
+async def test_a_connection_without_a_request_ends_soon() -> None:
+    async with ending() as (server, (reader, _)):
+        await told_to_end(server)
+        async with asyncio.timeout(2 * LAST_REQUEST_S):
+            assert await reader.read() == b""
+
+
+@pytest.mark.parametrize("ticks", range(6))
+async def test_a_connection_has_a_protocol_or_still_waits_in_the_listener(ticks: int) -> None:
+    made = []
+
+    class Noting(asyncio.Protocol):
+        def connection_made(self, transport: asyncio.BaseTransport) -> None:
+            made.append(transport)
+
+    with socket.socket() as listener, socket.socket() as client:
+        listener.bind(("127.0.0.1", 0))
+        acceptor = Acceptor(listener, Noting, count=lambda: 0, most=8, context=None, handshake_s=1)
+        acceptor.start()
+        await asyncio.sleep(0)
+        client.connect(listener.getsockname())
+        for _ in range(ticks):
+            await asyncio.sleep(0)
+        await acceptor.pause(1.0)
+        if not made:
+            listener.accept()[0].close()  # raises where none waits
+        acceptor.close()
+        await acceptor.wait_closed()
+        for transport in made:
+            transport.close()
+        await asyncio.sleep(0)

@@ -1,0 +1,41 @@
+"""`svc serve` as a process, with engines' doubles as processes in place of vLLM: `server_process.py HOME`."""
+
+import os
+import sys
+from pathlib import Path
+
+from serving import assembly
+from svc import cli
+from svc.engine import capabilities
+from svc.engine.model_facts import ModelFacts
+from svc.engine.vllm import launch, process
+from svc.engine.vllm.launch import EngineSpec
+from svc.registry.registry import Registry
+from tests.serving.versions import FACTS, AliasBook
+from tests.svc.engine.devices import AVX512
+
+
+def _command(spec: EngineSpec) -> list[str]:
+    return [sys.executable, "-m", "tests.serving.engine_process", str(spec.socket), str(spec.model), spec.served_name]
+
+
+def main(home: Path) -> None:
+    """Serves until it is ended."""
+    registry = Registry(home / "models", AliasBook())
+    replaced: list[tuple[object, str, object]] = [
+        (Registry, "of", lambda settings: registry),
+        (process, "command", _command),
+        (process, "environment", lambda spec: dict(os.environ)),
+        (launch, "read_model_facts", lambda folder: ModelFacts()),
+        (assembly, "engine_facts", lambda settings, capabilities, folder: FACTS),
+        (assembly, "shortage", lambda specs: None),
+        (capabilities, "read_capabilities", lambda home: AVX512),
+    ]
+    for where, name, double in replaced:
+        setattr(where, name, double)
+    sys.argv = ["svc", "--home", str(home), "serve"]
+    cli.main()
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))

@@ -1,0 +1,140 @@
+"""A server is replaced by the next one, as after the installation of a release, and nobody who asks notices.
+
+Real processes on a socket that outlives them, as under systemd; the engine's double is a process too.
+"""
+
+import signal
+import subprocess
+import sys
+import threading
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import httpx
+import psutil
+import pytest
+
+from svc.engine.orphans import end_engine, find_engine
+from svc.engine.vllm.folders import state_folder
+from svc.registry.registry import Registry
+from tests.service_manager import ServiceManager, service_manager
+from tests.serving.versions import NAME, AliasBook, make_version
+
+pytestmark = pytest.mark.slow
+
+CLIENTS = 8
+RESTARTS = 3
+BODY = {"model": NAME, "messages": [{"role": "user", "content": "one two three"}]}
+
+
+class Clients:
+    """Ask again and again, each time over a new connection, until they are told to stop.
+
+    Attributes:
+        answers: how many there were of each kind: a version, or what went wrong.
+    """
+
+    def __init__(self, url: str, *, kept: int = 0) -> None:
+        self._url = url
+        self._going = threading.Event()
+        self._threads = [threading.Thread(target=self._ask, args=(number < kept,)) for number in range(CLIENTS)]
+        self.answers: Counter[str] = Counter()
+
+    @contextmanager
+    def asking(self) -> Iterator[None]:
+        """For the body of the `with`."""
+        for thread in self._threads:
+            thread.start()
+        try:
+            yield
+        finally:
+            self._going.set()
+            for thread in self._threads:
+                thread.join()
+
+    def _ask(self, keep: bool) -> None:
+        limits = httpx.Limits(max_keepalive_connections=int(keep))
+        with httpx.Client(timeout=60, trust_env=False, limits=limits) as client:
+            while not self._going.is_set():
+                try:
+                    answer = client.post(f"{self._url}/v1/chat/completions", json=BODY)
+                    self.answers[answer.headers["x-model-version"] if answer.is_success else answer.text] += 1
+                except httpx.HTTPError as error:
+                    self.answers[repr(error)] += 1
+
+
+class Service:
+    """The server of one home under a service manager."""
+
+    def __init__(self, manager: ServiceManager, home: Path, sockets: Path) -> None:
+        self.manager = manager
+        self.home = home
+        self._sockets = sockets
+        self._log = home / "serve.log"
+        self.process: subprocess.Popen[bytes] | None = None
+
+    def start(self) -> None:
+        """Returns when it says that it is ready."""
+        command = [sys.executable, "-m", "tests.serving.server_process", str(self.home)]
+        with self._log.open("ab") as output:
+            self.process = self.manager.start(command, output, {"TMPDIR": str(self._sockets)})
+        try:
+            self.manager.wait_for("READY=1")
+        except TimeoutError:
+            raise AssertionError(self._log.read_text("utf-8")) from None
+
+    def end(self, number: signal.Signals) -> None:
+        """Returns when it has ended."""
+        assert self.process is not None
+        self.process.send_signal(number)
+        assert self.process.wait(60) == 0, self._log.read_text("utf-8")
+
+    @property
+    def engine(self) -> psutil.Process | None:
+        """Of its model."""
+        return find_engine(state_folder(self.home, 0))
+
+
+@pytest.fixture
+def service(memory_folder: Path, socket_folder: Path) -> Iterator[Service]:
+    """A server that serves version 1."""
+    make_version(Registry(memory_folder / "models", AliasBook()), 1)
+    with service_manager(socket_folder) as manager:
+        service = Service(manager, memory_folder, socket_folder)
+        try:
+            service.start()
+            yield service
+        finally:
+            if service.process and service.process.poll() is None:
+                service.process.kill()
+                service.process.wait()
+            end_engine(state_folder(memory_folder, 0))
+
+
+def test_no_request_of_a_new_connection_is_refused_or_fails_while_servers_replace_each_other(service: Service) -> None:
+    clients, engine = Clients(service.manager.url), service.engine
+    assert engine is not None
+    with clients.asking():
+        for _ in range(RESTARTS):
+            service.end(signal.SIGUSR1)
+            service.start()
+    assert set(clients.answers) == {f"{NAME}@1"}
+    assert clients.answers.total() > RESTARTS * CLIENTS
+    assert service.engine == engine
+
+
+def test_connections_that_are_kept_lose_no_request_either(service: Service) -> None:
+    clients = Clients(service.manager.url, kept=CLIENTS)
+    with clients.asking():
+        service.end(signal.SIGUSR1)
+        service.start()
+    assert set(clients.answers) == {f"{NAME}@1"}
+
+
+def test_the_manager_hears_that_it_lives_and_that_it_ends(service: Service) -> None:
+    service.manager.wait_for("WATCHDOG=1", timeout_s=5)
+    service.end(signal.SIGTERM)
+    service.manager.wait_for("STOPPING=1", timeout_s=5)
+    assert service.engine is None
