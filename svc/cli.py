@@ -38,6 +38,8 @@ COMMANDS = {
     "history": ("svc.audit.cli:history", "Show which version of a model served when."),
     "forget": ("svc.audit.cli:forget", "Remove what is kept of requests: of a user, of a key, of a time."),
     "gc": ("svc.registry.cli:gc", "Remove what old runs, logs and caches have left."),
+    "backup": ("svc.backup.cli:backup", "Copy the home, while it is used."),
+    "restore": ("svc.backup.cli:restore", "Make a home of a backup."),
     "ui": ("svc.registry.cli:ui", "Look at runs, versions and aliases in MLflow's pages."),
 }
 

@@ -40,6 +40,9 @@ class Action(StrEnum):
     REMOVE_VERSION = "version.remove"
     COLLECT = "gc"
     FORGET = "forget"
+    BACKUP = "backup"
+    """Before it begins: whoever has the copy can read what is in the home."""
+    RESTORE = "restore"
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,0 +1,115 @@
+"""Copies files so that a copy is whole and right, or not there."""
+
+import os
+import shutil
+import sqlite3
+from collections.abc import Callable
+from contextlib import closing
+from functools import partial
+from pathlib import Path
+
+from svc.disk import sync_folder
+from svc.errors import IntegrityError
+from svc.registry.files import FileRecord, verify_files
+from svc.registry.manifest import MANIFEST_FILE, Manifest, read_manifest
+
+_AT_ONCE = 2**22  # bytes
+_BUSY_S = 30.0
+
+OnBytes = Callable[[int], None]
+
+
+def files_of(manifest: Manifest) -> tuple[FileRecord, ...]:
+    """Every file of a version whose hash its manifest has."""
+    return (manifest.heldout, *manifest.reference, *(file for each in manifest.formats.values() for file in each.files))
+
+
+def is_copied(manifest: Manifest, target: Path) -> bool:
+    """Whether a version has been copied: the same manifest, and files of the right size.
+
+    Raises:
+        IntegrityError: what is there is another version of this name and number, or its manifest is damaged.
+    """
+    if not (target / MANIFEST_FILE).exists():
+        return False
+    if read_manifest(target) != manifest:
+        raise IntegrityError(
+            f"{target} is another version than {manifest.id} of this home",
+            expected="backups of one home in a folder",
+            todo="choose another folder",
+        )
+    return all(_size(target / file.path) == file.bytes for file in files_of(manifest))
+
+
+def copy_version(manifest: Manifest, source: Path, target: Path, on_bytes: OnBytes) -> None:
+    """Copies a version's folder, and compares what was written with the manifest.
+
+    Args:
+        on_bytes: hears how many more were copied.
+
+    Raises:
+        FileNotFoundError: it was removed meanwhile.
+        IntegrityError: a file is not what the manifest says.
+    """
+    staging = target.with_name(f".{target.name}")
+    shutil.rmtree(staging, ignore_errors=True)
+    target.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+    try:
+        try:
+            shutil.copytree(source, staging, copy_function=partial(_copy_named, on_bytes))
+        except shutil.Error as error:
+            if not source.exists():
+                raise FileNotFoundError(source) from error
+            raise
+        verify_files(staging, files_of(manifest))
+        shutil.rmtree(target, ignore_errors=True)  # one whose files have another size
+        staging.rename(target)
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
+    sync_folder(target.parent)
+
+
+def copy_file(source: Path, target: Path, on_bytes: OnBytes = lambda count: None) -> None:
+    """Copies a file with its mode, to the disk."""
+    with source.open("rb") as reading, target.open("wb") as writing:
+        os.fchmod(writing.fileno(), os.fstat(reading.fileno()).st_mode & 0o777)
+        while part := reading.read(_AT_ONCE):
+            writing.write(part)
+            on_bytes(len(part))
+        writing.flush()
+        os.fsync(writing.fileno())
+
+
+def copy_database(source: Path, target: Path) -> None:
+    """Copies an SQLite database as it is at one moment, whoever writes to it meanwhile.
+
+    In one step: one of several begins anew whenever somebody writes.
+
+    Raises:
+        IntegrityError: the copy is damaged, as the database is then.
+    """
+    target.touch(mode=0o600)
+    with (
+        closing(sqlite3.connect(f"{source.absolute().as_uri()}?mode=ro", uri=True, timeout=_BUSY_S)) as reading,
+        closing(sqlite3.connect(target)) as writing,
+    ):
+        try:
+            reading.backup(writing)
+            told = writing.execute("PRAGMA quick_check").fetchone()[0]
+        except sqlite3.DatabaseError as error:
+            told = str(error)
+        if told != "ok":
+            raise IntegrityError(f"the database {source} is damaged: {told}", todo="restore an older snapshot")
+    with target.open("rb") as file:
+        os.fsync(file.fileno())
+
+
+def _copy_named(on_bytes: OnBytes, source: str, target: str) -> None:
+    copy_file(Path(source), Path(target), on_bytes)
+
+
+def _size(path: Path) -> int | None:
+    try:
+        return path.stat().st_size
+    except FileNotFoundError:
+        return None

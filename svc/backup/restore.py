@@ -1,0 +1,93 @@
+"""Makes a home of a snapshot. The databases come last: until then it is an empty home that no server may use."""
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from svc.backup.archive import OTHER_FILES, STORE_FILE, TRACKING_FILE, Archive, Snapshot
+from svc.backup.copying import OnBytes, copy_file, copy_version, files_of, is_copied
+from svc.disk import sync_folder, write_whole
+from svc.errors import IntegrityError, SettingsError
+from svc.lock import hold_lock
+from svc.registry.files import verify_files
+from svc.registry.manifest import read_manifest
+from svc.server_url import LOCK_FILE
+
+_MARK = ".restoring"
+_NO_CONTENT = {LOCK_FILE, _MARK, "lost+found"}
+
+
+@dataclass(frozen=True, slots=True)
+class Restore:
+    """Restores one snapshot.
+
+    Attributes:
+        home: that it becomes.
+        on_start: hears how many bytes of weights will be copied.
+        on_bytes: hears how many more were.
+    """
+
+    archive: Archive
+    home: Path
+    on_start: Callable[[int], None] = lambda total: None
+    on_bytes: OnBytes = lambda count: None
+
+    def run(self, snapshot: Snapshot) -> None:
+        """Restores it; one that was cut off goes on.
+
+        Raises:
+            BusyError: a server uses the home, or a backup is made.
+            SettingsError: the home is not empty.
+            IntegrityError: the snapshot is damaged; nothing of it is used then.
+        """
+        self.home.mkdir(mode=0o700, parents=True, exist_ok=True)
+        with (
+            hold_lock(self.home / LOCK_FILE, f"the home {self.home}"),
+            hold_lock(self.archive.lock, f"the backup in {self.archive}"),
+        ):
+            self._require_empty(snapshot)
+            self._check(snapshot)
+            write_whole(self.home / _MARK, snapshot.name.encode())
+            self._copy_versions(snapshot)
+            own = self.archive.folder(snapshot)
+            for path in sorted((own / OTHER_FILES).iterdir()):
+                copy_file(path, self.home / path.name)
+            for name in (TRACKING_FILE, STORE_FILE):
+                if (own / name).exists():
+                    copy_file(own / name, self.home / name)
+            sync_folder(self.home)
+            (self.home / _MARK).unlink()
+
+    def _require_empty(self, snapshot: Snapshot) -> None:
+        mark = self.home / _MARK
+        begun = mark.read_text("utf-8") if mark.exists() else None
+        if begun not in (None, snapshot.name):
+            raise SettingsError(
+                f"the snapshot {begun} was being restored into {self.home}",
+                todo=f"go on with it: --snapshot {begun}; or restore into another home",
+            )
+        if begun is None and (content := set(os.listdir(self.home)) - _NO_CONTENT):
+            raise SettingsError(
+                f"the home {self.home} is not empty: it has {', '.join(sorted(content)[:3])}",
+                expected="a new or an empty folder",
+                todo="restore into another: svc --home NEW restore DIR; or move this one away",
+            )
+
+    def _check(self, snapshot: Snapshot) -> None:
+        """The snapshot's own files; versions are checked as they are copied."""
+        try:
+            verify_files(self.archive.folder(snapshot), snapshot.files)
+        except IntegrityError as error:
+            raise IntegrityError(error.wrong, todo="restore an older snapshot: --snapshot NAME") from error
+
+    def _copy_versions(self, snapshot: Snapshot) -> None:
+        to_copy = []
+        for version in snapshot.version_ids:
+            source, target = self.archive.version(version), self.home / "models" / version.name / str(version.number)
+            manifest = read_manifest(source)
+            if not is_copied(manifest, target):
+                to_copy.append((manifest, source, target))
+        self.on_start(sum(file.bytes for manifest, _, _ in to_copy for file in files_of(manifest)))
+        for manifest, source, target in to_copy:
+            copy_version(manifest, source, target, self.on_bytes)

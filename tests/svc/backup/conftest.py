@@ -1,0 +1,102 @@
+"""A home with an MLflow and a store of its own, and what makes versions in it."""
+
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+from sqlalchemy import Engine as Store
+
+from svc.actor import Actor
+from svc.backup.archive import Archive
+from svc.backup.backup import Backup, BackupReport
+from svc.backup.restore import Restore
+from svc.dataset.readers.reader import write_examples
+from svc.registry.registry import HELDOUT_FILE, Registry
+from svc.registry.tracking import Tracking
+from svc.settings import Settings
+from svc.store.audit import Action, AuditEntry
+from svc.store.desired import change_desired, read_desired
+from svc.version import Alias, Format, Target, VersionId
+from tests.new_store import new_store
+from tests.svc.chats import chat
+from tests.svc.registry.manifests import make_manifest
+from tests.svc.registry.model_folder import write_model
+
+NAME = "tickets"
+
+
+@dataclass
+class UsedHome:
+    """A home, and what is done to it.
+
+    Attributes:
+        content: of every version.
+        run: of MLflow, which makes them.
+    """
+
+    settings: Settings
+    registry: Registry
+    store: Store
+    content: dict[str, Path]
+    run: str
+
+    def publish(self) -> VersionId:
+        """Registers a version."""
+        return self.registry.publish(NAME, self.run, self.content, make_manifest).id
+
+    def promote(self, version: VersionId) -> None:
+        """Has it serve, as a server does."""
+        seen, target = read_desired(self.store, NAME), Target(version, Format.MERGED)
+        entry = AuditEntry(Action.PROMOTE, str(version), Actor.local())
+        change_desired(self.store, seen, target, seen.target if seen else None, entry=entry)
+        self.registry.tracking.set_alias(version, Alias.PRODUCTION)
+
+
+@pytest.fixture(scope="session")
+def new_mlflow(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+    """The database of an MLflow with one run, and the run."""
+    path = tmp_path_factory.mktemp("new-mlflow") / "mlflow.db"
+    return path, Tracking(f"sqlite:///{path}").start_run("tests", {})
+
+
+@pytest.fixture
+def used(tmp_path: Path, new_mlflow: tuple[Path, str]) -> UsedHome:
+    """Without versions."""
+    settings = Settings(home=tmp_path / "home")
+    store = new_store(settings.home)
+    shutil.copyfile(new_mlflow[0], settings.home / "mlflow.db")
+    write_examples(tmp_path / HELDOUT_FILE, [chat("a"), chat("b")])
+    content = {"merged": write_model(tmp_path / "work" / "merged"), HELDOUT_FILE: tmp_path / HELDOUT_FILE}
+    return UsedHome(settings, Registry.of(settings), store, content, new_mlflow[1])
+
+
+@pytest.fixture
+def archive(tmp_path: Path) -> Archive:
+    """An empty one."""
+    return Archive(tmp_path / "backups")
+
+
+BackUp = Callable[..., BackupReport]
+
+
+@pytest.fixture
+def back_up(used: UsedHome, archive: Archive) -> BackUp:
+    """Backs the home up; takes what `Backup` takes."""
+    return lambda **options: Backup(used.settings, archive, **options).run(keep=9)
+
+
+RestoreAs = Callable[[str], Settings]
+
+
+@pytest.fixture
+def restore_as(archive: Archive, tmp_path: Path) -> RestoreAs:
+    """Restores the newest snapshot into a new home."""
+
+    def restore(name: str) -> Settings:
+        settings = Settings(home=tmp_path / name)
+        Restore(archive, settings.home).run(archive.find(None))
+        return settings
+
+    return restore

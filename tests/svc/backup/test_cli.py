@@ -1,0 +1,59 @@
+"""What `svc backup` and `svc restore` say, and that both are in the audit log."""
+
+import json
+from pathlib import Path
+
+from svc.errors import IntegrityError, NotFoundError, SettingsError
+from svc.store.audit import read_events
+from svc.store.database import open_database
+from tests.command_line import Svc
+from tests.svc.backup.conftest import UsedHome
+
+
+def test_a_backup_and_a_restore_say_what_they_did(svc: Svc, used: UsedHome, tmp_path: Path) -> None:
+    version = used.publish()
+    made = svc("--home", used.settings.home, "backup", "backups", "--json")
+    assert made.code == 0, made.err
+    said = json.loads(made.out)
+    assert (said["versions"], said["copied"], said["left_out"]) == ([str(version)], [str(version)], {})
+    assert [event.action for event in read_events(used.store, newest=9)] == ["backup"]
+    restored = svc("--home", "again", "restore", "backups", "--json")
+    assert restored.code == 0, restored.err
+    assert json.loads(restored.out)["name"] == said["snapshot"]
+    events = read_events(open_database(tmp_path / "again"), newest=9)
+    assert sorted(event.action for event in events) == ["backup", "restore"]
+
+
+def test_people_are_told_too(svc: Svc, used: UsedHome) -> None:
+    version = used.publish()
+    assert "1 versions, 1 of them copied now" in svc("--home", used.settings.home, "backup", "backups").out
+    assert str(version) in svc("restore", "backups", "--list").out
+    assert "1 versions" in svc("--home", "again", "restore", "backups").out
+
+
+def test_a_backup_without_a_needed_version_is_an_error_that_names_it(svc: Svc, used: UsedHome, tmp_path: Path) -> None:
+    version = used.publish()
+    used.promote(version)
+    used.registry.folder(version).rename(tmp_path / "elsewhere")
+    ended = svc("--home", used.settings.home, "backup", "backups")
+    assert ended.code == IntegrityError.exit_code
+    assert f"{version}: it is needed" in ended.err
+    assert svc("--home", "again", "restore", "backups").code == 0
+
+
+def test_a_home_that_is_not_there_is_not_made(svc: Svc, tmp_path: Path) -> None:
+    assert svc("--home", "nowhere", "backup", "backups").code == NotFoundError.exit_code
+    assert not (tmp_path / "nowhere").exists()
+
+
+def test_a_folder_in_the_home_is_refused(svc: Svc, used: UsedHome) -> None:
+    ended = svc("--home", used.settings.home, "backup", used.settings.home / "backups")
+    assert ended.code == 2
+    assert "lies in the home" in ended.err
+
+
+def test_a_restore_over_a_home_is_refused(svc: Svc, used: UsedHome) -> None:
+    svc("--home", used.settings.home, "backup", "backups")
+    ended = svc("--home", used.settings.home, "restore", "backups")
+    assert ended.code == SettingsError.exit_code
+    assert "is not empty" in ended.err

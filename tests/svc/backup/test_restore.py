@@ -1,0 +1,93 @@
+"""A home is as it was, or is not used: what is damaged, not empty or in use is refused."""
+
+from pathlib import Path
+
+import pytest
+
+from svc.backup.archive import Archive
+from svc.backup.restore import Restore
+from svc.errors import BusyError, IntegrityError, NotFoundError, SettingsError
+from svc.lock import hold_lock
+from svc.registry.registry import Registry
+from svc.settings import Settings
+from svc.version import Format
+from tests.svc.backup.conftest import BackUp, RestoreAs, UsedHome
+from tests.svc.registry.manifests import make_manifest
+
+
+def test_a_home_that_is_not_empty_is_refused(used: UsedHome, archive: Archive, back_up: BackUp) -> None:
+    back_up()
+    with pytest.raises(SettingsError, match="is not empty"):
+        Restore(archive, used.settings.home).run(archive.find(None))
+
+
+def test_a_home_in_use_is_refused(archive: Archive, back_up: BackUp, tmp_path: Path) -> None:
+    back_up()
+    home = tmp_path / "again"
+    with hold_lock(home / "serve.lock", "the home"), pytest.raises(BusyError):
+        Restore(archive, home).run(archive.find(None))
+
+
+def test_a_restore_that_was_cut_off_goes_on(used: UsedHome, archive: Archive, back_up: BackUp, tmp_path: Path) -> None:
+    first, second = used.publish(), used.publish()
+    snapshot, home, totals = back_up().snapshot, tmp_path / "again", list[int]()
+
+    def cut_off(count: int) -> None:
+        if (home / "models" / first.name / str(first.number)).exists():
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        Restore(archive, home, totals.append, cut_off).run(snapshot)
+    assert not (home / "svc.db").exists()
+    Restore(archive, home, totals.append).run(snapshot)
+    assert Registry.of(Settings(home=home)).versions() == [first, second]
+    assert totals[1] < totals[0]
+    with pytest.raises(SettingsError, match="is not empty"):
+        Restore(archive, home).run(snapshot)
+
+
+def test_a_snapshot_with_another_database_is_refused(archive: Archive, back_up: BackUp, tmp_path: Path) -> None:
+    snapshot = back_up().snapshot
+    with (archive.folder(snapshot) / "svc.db").open("ab") as file:
+        file.write(b"x")
+    with pytest.raises(IntegrityError, match="older snapshot"):
+        Restore(archive, tmp_path / "again").run(snapshot)
+    assert not (tmp_path / "again" / "svc.db").exists()
+
+
+def test_a_version_that_was_altered_in_the_backup_is_refused(
+    used: UsedHome, archive: Archive, back_up: BackUp, restore_as: RestoreAs, tmp_path: Path
+) -> None:
+    version = used.publish()
+    back_up()
+    weights = archive.version(version) / "merged" / "model.safetensors"
+    weights.chmod(0o600)
+    weights.write_bytes(b"x" * weights.stat().st_size)
+    with pytest.raises(IntegrityError):
+        restore_as("again")
+    assert not (tmp_path / "again" / "svc.db").exists()
+
+
+def test_an_older_snapshot_can_be_chosen(used: UsedHome, archive: Archive, back_up: BackUp, tmp_path: Path) -> None:
+    first = used.publish()
+    older = back_up().snapshot
+    used.publish()
+    back_up()
+    Restore(archive, tmp_path / "again").run(archive.find(older.name))
+    assert Registry.of(Settings(home=tmp_path / "again")).versions() == [first]
+    with pytest.raises(NotFoundError, match=older.name):
+        archive.find("19990101T000000.000Z")
+
+
+def test_a_folder_that_is_no_backup_is_told(tmp_path: Path) -> None:
+    with pytest.raises(NotFoundError, match="no snapshot"):
+        Archive(tmp_path / "nothing").find(None)
+
+
+def test_a_restored_home_registers_further_versions(used: UsedHome, back_up: BackUp, restore_as: RestoreAs) -> None:
+    first = used.publish()
+    back_up()
+    registry = Registry.of(restore_as("again"))
+    second = registry.publish(first.name, used.run, used.content, make_manifest).id
+    assert second.number == first.number + 1
+    registry.verify(second, Format.MERGED)
