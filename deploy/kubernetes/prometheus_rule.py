@@ -1,0 +1,40 @@
+"""Writes monitoring/prometheus_rule.yaml, for Prometheus's operator, of the rules in deploy/prometheus/rules, which are
+the ones that are tested: `make rules`."""
+
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+_FOLDER = Path(__file__).parent
+_RULES = _FOLDER.parent / "prometheus" / "rules"
+FILE = _FOLDER / "monitoring" / "prometheus_rule.yaml"
+_HEAD = "# Made of deploy/prometheus/rules by `make rules`.\n"
+
+
+class _Dumper(yaml.SafeDumper):
+    """Expressions of several lines stay so."""
+
+
+def _text(dumper: yaml.SafeDumper, text: str) -> yaml.ScalarNode:
+    return dumper.represent_scalar("tag:yaml.org,2002:str", text, style="|" if "\n" in text else None)
+
+
+_Dumper.add_representer(str, _text)
+
+
+def content() -> str:
+    """What the file must hold."""
+    files = [yaml.safe_load(path.read_text("utf-8")) for path in sorted(_RULES.glob("*.yml"))]
+    rule: dict[str, Any] = {
+        "apiVersion": "monitoring.coreos.com/v1",
+        "kind": "PrometheusRule",
+        "metadata": {"name": "tuneserve", "labels": {"app.kubernetes.io/name": "tuneserve"}},
+        "spec": {"groups": [group for file in files for group in file["groups"]]},
+    }
+    return _HEAD + yaml.dump(rule, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=120)
+
+
+if __name__ == "__main__":
+    FILE.write_text(content(), "utf-8")
+    print(FILE)

@@ -1,0 +1,75 @@
+"""The services are hardened, listen where nobody else reaches them, and Docker's command line accepts the files."""
+
+import json
+import os
+import shutil
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.deploy.deploy_files import COMPOSE, DEPLOY, compose
+
+HAS_COMPOSE = (
+    shutil.which("docker") is not None
+    and subprocess.run(["docker", "compose", "version"], capture_output=True).returncode == 0
+)
+SERVICES = compose()["services"]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """deploy/, with secrets."""
+    copied = shutil.copytree(DEPLOY, tmp_path_factory.mktemp("compose") / "deploy")
+    for name in ("grafana_password", "tls_certificate.pem", "tls_key.pem"):
+        (copied / "compose" / "secrets" / name).write_text("secret")
+    return copied / "compose"
+
+
+@pytest.mark.skipif(not HAS_COMPOSE, reason="no docker compose here")
+@pytest.mark.parametrize("profile", ["cpu", "gpu"])
+@pytest.mark.parametrize("files", [COMPOSE[:1], COMPOSE], ids=["loopback", "tls"])
+def test_docker_compose_accepts_it(folder: Path, profile: str, files: list[Path]) -> None:
+    given = [word for file in files for word in ("--file", file.name)]
+    done = subprocess.run(
+        ["docker", "compose", *given, "config", "--format", "json"],
+        cwd=folder,
+        env=os.environ | {"COMPOSE_PROFILES": profile},
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert done.returncode == 0, done.stderr
+    services: dict[str, Any] = json.loads(done.stdout)["services"]
+    assert set(services) == {f"server-{profile}", "monitor", "prometheus", "grafana"}
+    assert {services[name]["image"] for name in (f"server-{profile}", "monitor")} == {f"tuneserve:{profile}"}
+    assert ("SVC_SERVE__HOST" in services[f"server-{profile}"].get("environment", {})) == (len(files) == 2)
+
+
+@pytest.mark.parametrize("name", SERVICES)
+def test_a_service_has_no_more_rights_than_it_needs(name: str) -> None:
+    service = SERVICES[name]
+    assert service["read_only"] and service["cap_drop"] == ["ALL"]
+    assert "no-new-privileges:true" in service["security_opt"]
+    assert "privileged" not in service and "ports" not in service
+
+
+@pytest.mark.parametrize("name", ["prometheus", "grafana"])
+def test_what_is_not_ours_is_pinned_and_listens_on_loopback(name: str) -> None:
+    service = SERVICES[name]
+    assert service["image"].rpartition(":")[2] not in ("", "latest")
+    said = [*service.get("command", []), *service.get("environment", {}).values()]
+    assert any("127.0.0.1" in text for text in said)
+
+
+def test_a_stop_waits_for_running_answers() -> None:
+    from serving.http.http_server import _GRACE_S
+
+    for name in ("server-cpu", "server-gpu"):
+        assert int(SERVICES[name]["stop_grace_period"].removesuffix("s")) > 2 * _GRACE_S
+
+
+def test_no_secret_can_be_committed() -> None:
+    rules = (DEPLOY / "compose" / "secrets" / ".gitignore").read_text("utf-8").splitlines()
+    assert rules == ["*", "!.gitignore"]

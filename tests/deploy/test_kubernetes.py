@@ -1,0 +1,111 @@
+"""kustomize builds every overlay, no pod has more rights than it needs, and the rules are those that are tested."""
+
+import importlib.util
+import shutil
+import subprocess
+from collections.abc import Iterator
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from serving.http.http_server import _GRACE_S
+from svc.errors import InterruptedRunError
+from tests.deploy.deploy_files import KUBERNETES, objects, pod_specs
+
+BUILT = sorted(path.parent for path in KUBERNETES.rglob("kustomization.yaml") if path.parent.name != "base")
+PODS = [pytest.param(spec, id=where) for where, spec in pod_specs()]
+needs_kubectl = pytest.mark.skipif(shutil.which("kubectl") is None, reason="no kubectl here")
+
+
+@cache
+def built(folder: Path) -> list[dict[str, Any]]:
+    """What `kubectl apply` would send."""
+    command = ["kubectl", "kustomize", "--load-restrictor", "LoadRestrictionsNone", str(folder)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+    return list(yaml.safe_load_all(done.stdout))
+
+
+def _pods(found: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+    for one in found:
+        spec = one.get("spec", {})
+        spec = spec.get("jobTemplate", {}).get("spec", spec)
+        if "template" in spec:
+            yield spec["template"]["spec"]
+
+
+@needs_kubectl
+@pytest.mark.parametrize("folder", BUILT, ids=lambda folder: folder.name)
+def test_kustomize_builds_it_with_an_image_that_has_a_tag(folder: Path) -> None:
+    for pod in _pods(built(folder)):
+        for container in [*pod.get("initContainers", []), *pod["containers"]]:
+            assert container["image"] in ("tuneserve:cpu", "tuneserve:gpu")
+    assert {one["metadata"].get("namespace", "tuneserve") for one in built(folder)} == {"tuneserve"}
+
+
+@needs_kubectl
+@pytest.mark.parametrize(("overlay", "gpus"), [("cpu", None), ("gpu", "1"), ("gpus", "4")])
+def test_an_overlay_asks_for_its_gpus_and_keeps_the_rest_of_the_server(overlay: str, gpus: str | None) -> None:
+    (pod,) = [pod for pod in _pods(built(KUBERNETES / "overlays" / overlay)) if len(pod["containers"]) > 1]
+    (server,) = [container for container in pod["containers"] if container["name"] == "server"]
+    assert server["resources"]["limits"].get("nvidia.com/gpu") == gpus
+    assert server["image"] == f"tuneserve:{'gpu' if gpus else 'cpu'}"
+    assert {"startupProbe", "livenessProbe", "readinessProbe"} <= set(server)
+    assert {volume["name"] for volume in pod["volumes"]} >= {"home", "base", "tmp", "shm"}
+
+
+@pytest.mark.parametrize("spec", PODS)
+def test_a_pod_has_no_more_rights_than_it_needs(spec: dict[str, Any]) -> None:
+    pod = spec["securityContext"]
+    assert pod["runAsNonRoot"] and pod["seccompProfile"] == {"type": "RuntimeDefault"}
+    assert spec["automountServiceAccountToken"] is False
+    for container in [*spec.get("initContainers", []), *spec["containers"]]:
+        own = container["securityContext"]
+        assert own["readOnlyRootFilesystem"] and own["allowPrivilegeEscalation"] is False
+        assert own["capabilities"] == {"drop": ["ALL"]}
+
+
+def _server() -> dict[str, Any]:
+    (spec,) = [spec for where, spec in pod_specs() if "StatefulSet" in where]
+    return spec
+
+
+def test_a_long_start_is_no_death_and_a_dead_engine_no_dead_server() -> None:
+    (server,) = [container for container in _server()["containers"] if container["name"] == "server"]
+    asked = {kind: server[kind]["httpGet"]["path"] for kind in ("startupProbe", "livenessProbe", "readinessProbe")}
+    assert asked == {"startupProbe": "/health/live", "livenessProbe": "/health/live", "readinessProbe": "/health"}
+
+
+def test_a_stop_waits_for_running_answers() -> None:
+    assert _server()["terminationGracePeriodSeconds"] > 2 * _GRACE_S
+
+
+def test_the_sockets_of_engines_are_in_the_memory_of_the_pod() -> None:
+    (tmp,) = [volume for volume in _server()["volumes"] if volume["name"] == "tmp"]
+    assert tmp["emptyDir"]["medium"] == "Memory"
+    mounts = [mount for container in _server()["containers"] for mount in container["volumeMounts"]]
+    assert {mount["name"] for mount in mounts if mount["mountPath"] == "/tmp"} == {"tmp"}
+
+
+def test_there_is_one_server_for_one_home() -> None:
+    (found,) = [one for _, one in objects() if one["kind"] == "StatefulSet" and "replicas" in one["spec"]]
+    assert found["spec"]["replicas"] == 1
+
+
+def test_a_job_goes_on_after_a_drain_and_ends_with_any_other_failure() -> None:
+    (found,) = [one for _, one in objects() if one["kind"] == "Job"]
+    (rule,) = [one["onExitCodes"] for one in found["spec"]["podFailurePolicy"]["rules"] if "onExitCodes" in one]
+    assert rule["operator"] == "NotIn"
+    assert InterruptedRunError.exit_code in rule["values"]
+    assert found["spec"]["template"]["spec"]["restartPolicy"] == "Never"
+
+
+def test_the_rules_of_the_operator_are_those_of_prometheus() -> None:
+    source = importlib.util.spec_from_file_location("prometheus_rule", KUBERNETES / "prometheus_rule.py")
+    assert source is not None and source.loader is not None
+    module = importlib.util.module_from_spec(source)
+    source.loader.exec_module(module)
+    assert module.FILE.read_text("utf-8") == module.content(), "run `make rules`"

@@ -1,0 +1,213 @@
+"""Every setting, command, port, path, metric and secret that deploy/ names exists, and means the same everywhere."""
+
+import re
+from pathlib import Path
+from typing import Any
+
+import click
+import pytest
+import yaml
+
+from serving.http.openapi import openapi_document
+from svc.cli import group
+from svc.server_url import LOCK_FILE
+from svc.settings import ENV_PREFIX, Settings, load_settings, setting_keys
+from tests.deploy.deploy_files import (
+    COMPOSE,
+    DEPLOY,
+    KUBERNETES,
+    Container,
+    compose,
+    compose_services,
+    documents,
+    image,
+    objects,
+    pod_containers,
+    pod_specs,
+)
+from tests.deploy.test_rule_names import EXPORTED, RECORDED
+from tests.docs.pages import ROOT
+
+CONTAINERS = [pytest.param(one, id=one.where) for one in (*compose_services(), *pod_containers())]
+VARIABLES = {ENV_PREFIX + key.upper().replace(".", "__") for key in [*setting_keys(), *Settings.model_fields]}
+TEXTS = [path for path in sorted(DEPLOY.rglob("*")) if path.is_file() and "secrets" not in path.parts]
+PORTS = {str(Settings().serve.port), str(Settings().monitor.port)}
+PATHS = set(openapi_document()["paths"])
+
+
+@pytest.mark.parametrize("path", TEXTS, ids=lambda path: str(path.relative_to(DEPLOY)))
+def test_every_variable_is_a_setting(path: Path) -> None:
+    named = set(re.findall(rf"\b{ENV_PREFIX}[A-Z][A-Z0-9_]*", path.read_text("utf-8", errors="replace")))
+    assert named - VARIABLES - {"SVC_SERVER"} == set()
+
+
+@pytest.mark.parametrize("container", CONTAINERS)
+def test_every_container_runs_a_command_that_exists(container: Container) -> None:
+    words, context = list(container.words), None
+    command: click.Command = group
+    if not words:
+        return
+    while isinstance(command, click.Group):
+        context = click.Context(command, context, **command.context_settings)
+        _, words, _ = command.make_parser(context).parse_args(words)
+        found = command.get_command(context, words.pop(0))
+        assert found is not None
+        command = found
+    command.make_context(command.name, words, **group.context_settings)
+
+
+@pytest.mark.parametrize("container", CONTAINERS)
+def test_every_container_has_a_place_for_all_that_it_writes(container: Container) -> None:
+    """The rest of its file system is read-only."""
+    if not container.mounts:  # compose.tls.yaml adds to a service
+        return
+    home, temporary = Path(image()["SVC_HOME"]), image()["TMPDIR"]
+    assert any(home.is_relative_to(mount) for mount in container.mounts)
+    assert temporary in container.mounts
+    if {"serve", "train"} & set(container.words):
+        assert any(Path(image()["SVC_BASE_CACHE"]).is_relative_to(mount) for mount in container.mounts)
+
+
+@pytest.mark.parametrize("container", CONTAINERS)
+def test_every_path_that_is_probed_is_answered_without_a_key(container: Container) -> None:
+    from serving.http.authentication import _OPEN
+
+    assert set(container.probes) <= PATHS & _OPEN
+
+
+@pytest.mark.parametrize(
+    "path", [DEPLOY / "systemd" / "svc.yaml", KUBERNETES / "base" / "svc.yaml"], ids=lambda path: path.parent.name
+)
+def test_the_settings_files_are_accepted(path: Path) -> None:
+    settings = load_settings(path)
+    assert {str(settings.serve.port), str(settings.monitor.port)} == PORTS
+
+
+def test_the_settings_of_compose_are_accepted(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.chdir(tmp_path)
+    for service in compose_services():
+        for name, value in service.variables.items():
+            monkeypatch.setenv(name, re.sub(r"\$\{\w+:-(.*)\}", r"\1", value))
+    assert load_settings().serve.tls_certificate == Path("/run/secrets/tls_certificate")
+
+
+def test_the_image_exposes_the_ports_of_the_settings() -> None:
+    text = (DEPLOY / "docker" / "Dockerfile").read_text("utf-8")
+    assert set(re.findall(r"^EXPOSE (.*)$", text, re.MULTILINE)[0].split()) == PORTS
+
+
+def test_pods_and_services_listen_on_the_ports_of_the_settings() -> None:
+    of_containers = {
+        str(port["containerPort"])
+        for _, spec in pod_specs()
+        for container in spec["containers"]
+        for port in container.get("ports", [])
+    }
+    of_services = {
+        str(port["port"]) for _, one in objects() if one["kind"] == "Service" for port in one["spec"]["ports"]
+    }
+    (policy,) = [one for _, one in objects() if one["kind"] == "NetworkPolicy"]
+    of_policy = {str(port["port"]) for rule in policy["spec"]["ingress"] for port in rule["ports"]}
+    assert of_containers == of_services == of_policy == PORTS
+
+
+def test_prometheus_scrapes_the_exporter() -> None:
+    (found,) = documents(DEPLOY / "prometheus" / "prometheus.yml")
+    targets = [target for job in found["scrape_configs"] for one in job["static_configs"] for target in one["targets"]]
+    assert targets == [f"{Settings().monitor.host}:{Settings().monitor.port}"]
+
+
+def test_the_job_is_the_one_that_the_rules_know() -> None:
+    (found,) = documents(DEPLOY / "prometheus" / "prometheus.yml")
+    (monitor,) = [one for _, one in objects() if one["kind"] == "ServiceMonitor"]
+    label, wanted = monitor["spec"]["jobLabel"], monitor["spec"]["selector"]["matchLabels"]
+    services = [one["metadata"].get("labels", {}) for _, one in objects() if one["kind"] == "Service"]
+    (chosen,) = [labels for labels in services if wanted.items() <= labels.items()]
+    assert [chosen[label]] == [job["job_name"] for job in found["scrape_configs"]]
+
+
+@pytest.mark.parametrize("path", TEXTS, ids=lambda path: str(path.relative_to(DEPLOY)))
+def test_every_metric_is_exported_or_recorded(path: Path) -> None:
+    names = set(re.findall(r"\bsvc_[a-z_]+\b", path.read_text("utf-8", errors="replace")))
+    known = {f"{name}{end}" for name in EXPORTED for end in ("", "_bucket", "_sum", "_count")}
+    known |= {part for name in RECORDED for part in re.findall(r"svc_\w+", name)}
+    assert names - known == set()
+
+
+@pytest.mark.parametrize("path", COMPOSE, ids=lambda path: path.name)
+def test_every_secret_of_compose_is_defined_and_mounted_where_it_is_read(path: Path) -> None:
+    (found,) = documents(path)
+    services = [service for service in found["services"].values() if service.get("secrets")]
+    assert {secret for service in services for secret in service["secrets"]} == set(found["secrets"])
+    for service in services:
+        read = {Path(value).name for value in service["environment"].values() if value.startswith("/run/secrets/")}
+        assert read == set(service["secrets"])
+    assert all("file" in secret for secret in found["secrets"].values())
+
+
+@pytest.mark.parametrize(
+    ("where", "spec"), list(pod_specs()), ids=lambda value: value if isinstance(value, str) else ""
+)
+def test_every_volume_of_a_pod_is_there_and_used(where: str, spec: dict[str, Any]) -> None:
+    containers = [*spec.get("initContainers", []), *spec["containers"]]
+    mounted = {mount["name"] for container in containers for mount in container["volumeMounts"]}
+    assert mounted == {volume["name"] for volume in spec["volumes"]}
+
+
+def test_every_claim_is_made_here_or_named_in_the_docs() -> None:
+    made = {one["metadata"]["name"] for _, one in objects() if one["kind"] == "PersistentVolumeClaim"}
+    claims = {
+        volume["persistentVolumeClaim"]["claimName"]
+        for _, spec in pod_specs()
+        for volume in spec["volumes"]
+        if "persistentVolumeClaim" in volume
+    }
+    secrets = {
+        volume["secret"]["secretName"] for _, spec in pod_specs() for volume in spec["volumes"] if "secret" in volume
+    }
+    page = (ROOT / "docs" / "deploy.md").read_text("utf-8")
+    assert {name for name in (claims - made) | secrets if name not in page} == set()
+
+
+def test_secrets_are_references() -> None:
+    assert [one for _, one in objects() if one["kind"] == "Secret"] == []
+
+
+def test_the_certificate_is_read_where_the_secret_is_mounted() -> None:
+    serve = load_settings(KUBERNETES / "base" / "svc.yaml").serve
+    servers = [one for one in pod_containers() if "serve" in one.words]
+    assert servers
+    for server in servers:
+        assert serve.tls_certificate is not None and str(serve.tls_certificate.parent) in server.mounts
+
+
+def test_the_names_of_the_service_are_those_that_the_server_answers_to() -> None:
+    hosts = set(load_settings(KUBERNETES / "base" / "svc.yaml").serve.allowed_hosts)
+    (namespace,) = [one["metadata"]["name"] for _, one in objects() if one["kind"] == "Namespace"]
+    services = [one["metadata"]["name"] for _, one in objects() if one["kind"] == "Service"]
+    service = next(name for name in services if not name.endswith("-metrics"))
+    full = f"{service}.{namespace}.svc.cluster.local"
+    assert hosts == {service, f"{service}.{namespace}", f"{service}.{namespace}.svc", full}
+
+
+def test_what_compose_mounts_of_the_repository_is_there() -> None:
+    for service in compose()["services"].values():
+        for volume in service.get("volumes", []):
+            source = volume.split(":")[0]
+            assert not source.startswith(".") or (COMPOSE[0].parent / source).exists(), source
+
+
+def test_dashboards_lie_where_grafana_looks() -> None:
+    (provider,) = documents(DEPLOY / "grafana" / "provisioning" / "dashboards" / "tuneserve.yml")
+    mounts = compose()["services"]["grafana"]["volumes"]
+    folder = provider["providers"][0]["options"]["path"]
+    assert f"../grafana/dashboards:{folder}:ro" in mounts
+    listed = yaml.safe_load((KUBERNETES / "monitoring" / "kustomization.yaml").read_text("utf-8"))
+    named = {Path(file).name for file in listed["configMapGenerator"][0]["files"]}
+    assert named == {path.name for path in (DEPLOY / "grafana" / "dashboards").glob("*.json")}
+
+
+def test_the_health_check_reads_the_lock_of_the_server() -> None:
+    text = (DEPLOY / "docker" / "health.py").read_text("utf-8")
+    assert f'"{LOCK_FILE}"' in text
+    assert set(re.findall(r'"(/health\S*)"', text)) <= PATHS
