@@ -90,7 +90,8 @@ class Traces:
             return
         size = sum(len(str(attributes.get(name, ""))) for name in (INPUT_MESSAGES, OUTPUT_MESSAGES))
         if size and not self._take_room(trace.span_id, size):
-            del attributes[INPUT_MESSAGES], attributes[OUTPUT_MESSAGES]
+            for name in (INPUT_MESSAGES, OUTPUT_MESSAGES):
+                attributes.pop(name, None)
             self._on_dropped(SpanDropped.CONTENT_LIMIT, 1)
         self._ids.trace_id, self._ids.span_id = trace.trace_id, trace.span_id
         span = self._tracer.start_span(
