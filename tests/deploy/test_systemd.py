@@ -11,7 +11,7 @@ import pytest
 from serving.http.http_server import _GRACE_S
 from svc import service_manager
 from svc.cli import COMMANDS
-from svc.errors import SettingsError
+from svc.errors import NotFoundError, SettingsError
 from svc.settings import Settings, load_settings
 from tests.docs.pages import ROOT
 
@@ -78,9 +78,10 @@ def test_a_start_and_a_watchdog_wait_longer_than_the_server_is_silent() -> None:
     assert int(service["TimeoutStartSec"]) >= service_manager._PATIENCE_S
 
 
-def test_a_wrong_setting_is_not_tried_again() -> None:
-    for path in (FOLDER / "tuneserve.service", FOLDER / "tuneserve-monitor.service"):
-        assert unit(path.name)["Service"]["RestartPreventExitStatus"] == str(SettingsError.exit_code)
+def test_what_fails_the_next_time_too_is_not_tried_again() -> None:
+    server, monitor = (unit(name)["Service"] for name in ("tuneserve.service", "tuneserve-monitor.service"))
+    assert server["RestartPreventExitStatus"] == f"{SettingsError.exit_code} {NotFoundError.exit_code}"
+    assert monitor["RestartPreventExitStatus"] == str(SettingsError.exit_code)
 
 
 def test_the_socket_listens_where_the_server_would() -> None:

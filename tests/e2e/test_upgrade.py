@@ -1,18 +1,21 @@
-"""A server is replaced on a socket that a service manager holds: real vLLM, real processes, the official client."""
+"""A server is replaced on a socket that a service manager holds, and backed up while it serves: real vLLM, real
+processes, the official client."""
 
 import subprocess
 import sys
 import tempfile
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import closing
 from pathlib import Path
-from signal import SIGUSR1
+from signal import SIGTERM, SIGUSR1
 
 import openai
 import pytest
 
 from examples.load import Load
+from examples.service import svc_json
 from tests.e2e.conftest import PROMPTS, Report
 from tests.e2e.instance import Instance
 from tests.service_manager import ServiceManager, service_manager
@@ -30,6 +33,11 @@ class Managed(Instance):
         self.url = manager.url
         self._manager = manager
 
+    def move_to(self, home: Path) -> None:
+        """The next server serves this home."""
+        (home / "logs").mkdir()
+        self.home = home
+
     def launch(self, *models: str) -> "subprocess.Popen[bytes]":
         """Starts the server on the manager's socket."""
         command = [str(Path(sys.executable).with_name("svc")), "--home", str(self.home), "serve", *models]
@@ -38,13 +46,13 @@ class Managed(Instance):
         return self._process
 
 
-@pytest.fixture
-def managed(home: Path, tmp_path: Path) -> Iterator[Managed]:
+@pytest.fixture(scope="module")
+def managed(home: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Managed]:
     """Version 1 serves."""
     with (
         tempfile.TemporaryDirectory(prefix="svc") as folder,
         service_manager(Path(folder)) as manager,
-        closing(Managed(home, tmp_path / "home", manager)) as managed,
+        closing(Managed(home, tmp_path_factory.mktemp("upgrade") / "home", manager)) as managed,
     ):
         managed.start("tiny@1")
         yield managed
@@ -82,3 +90,23 @@ def test_an_upgrade_under_load_refuses_nobody_and_keeps_the_engine(managed: Mana
     assert (load.failed, errors) == ([], [])
     assert {(answer.version, answer.text) for answer in load.answers} <= set(expected)
     assert managed.engines() == engines
+
+
+def test_a_backup_under_load_becomes_a_home_that_serves_the_same(
+    managed: Managed, tmp_path: Path, report: Report
+) -> None:
+    expected = managed.answers()
+    with Load(managed.url, "tiny", managed.prompts) as load:
+        load.wait_for(8)
+        began = time.monotonic()
+        made = svc_json(managed.home, "backup", str(tmp_path / "backups"))
+        report(f"a backup under load: {time.monotonic() - began:.1f} s, {len(made['copied'])} versions")
+        load.wait_for(8)
+    assert load.failed == []
+    assert managed.end(SIGTERM) == 0  # there are processors for one engine
+    restored = tmp_path / "home"
+    svc_json(restored, "restore", str(tmp_path / "backups"))
+    svc_json(restored, "audit", "--verify")
+    managed.move_to(restored)
+    managed.start()
+    assert managed.answers() == expected
