@@ -17,8 +17,8 @@ from svc.engine.probes import EngineFacts, Probe, check_probes, choose_sequences
 from svc.engine.vllm.client import EngineClient
 from svc.engine.vllm.startup_phase import EnginePhase
 from svc.errors import TrainingError
+from svc.evaluation.estimate import Estimate, mean, paired_difference
 from svc.evaluation.evaluator import Evaluation, EvaluationReport, evaluate
-from svc.evaluation.metrics import Estimate, mean, paired_difference
 from svc.evaluation.results import ExampleResult, token_weights
 from svc.evaluation.throughput import STREAMS, decoding_speed, first_token_seconds
 from svc.evaluation.token_scores import Scores, score_on_engine

@@ -8,8 +8,8 @@ from prometheus_client.core import GaugeMetricFamily
 from prometheus_client.registry import Collector
 
 from svc.errors import IntegrityError, NotFoundError
+from svc.evaluation.estimate import Estimate
 from svc.evaluation.evaluator import EvaluationReport
-from svc.evaluation.metrics import Estimate
 from svc.registry.manifest import Manifest
 from svc.registry.registry import Registry
 from svc.version import VersionId

@@ -43,9 +43,10 @@ class EvaluationCache:
         return tuple(result for result in found if result is not None) if all(found) else None
 
     def add(self, examples: Sequence[ChatExample], results: Sequence[ExampleResult]) -> None:
-        """Keeps the results of examples, in the same order."""
+        """Keeps the results of examples, in the same order, without scores: other metrics would give others."""
         known = self._read()
-        known |= {fingerprint([example]): result for example, result in zip(examples, results, strict=True)}
+        answers = [result.model_copy(update={"scores": {}}) for result in results]
+        known |= {fingerprint([example]): result for example, result in zip(examples, answers, strict=True)}
         lines = (_Line(example=name, result=result).model_dump_json() for name, result in known.items())
         self._path.parent.mkdir(parents=True, exist_ok=True)
         write_whole(self._path, "".join(f"{line}\n" for line in lines).encode("utf-8"))

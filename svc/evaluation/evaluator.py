@@ -18,11 +18,33 @@ from svc.dataset.schema.example import ChatExample
 from svc.dataset.schema.tokenized_example import TokenizedExample
 from svc.engine.vllm.client import Answer, EngineClient
 from svc.errors import EngineError
-from svc.evaluation.metrics import Estimate, is_json, matches, mean, proportion
+from svc.evaluation.estimate import Estimate, mean, proportion
+from svc.evaluation.metrics.choose import MetricSet, choose_metrics
+from svc.evaluation.metrics.exact_match import ExactMatch, matches
+from svc.evaluation.metrics.metric import Answered, Better, Unit
+from svc.evaluation.metrics.valid_json import ValidJson, is_json
 from svc.evaluation.results import ExampleResult, token_weights
 
 CONCURRENCY = 16
 """So many requests are under way together."""
+
+
+class MetricReport(BaseModel):
+    """What one metric says of the answers.
+
+    Attributes:
+        title: the metric's, for people.
+        estimate: with its 95 % interval.
+        better: which values are.
+        unit: what is counted.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    title: str
+    estimate: Estimate
+    better: Better = Better.HIGHER
+    unit: Unit = Unit.SHARE
 
 
 class EvaluationReport(BaseModel):
@@ -36,6 +58,8 @@ class EvaluationReport(BaseModel):
             an older release the mean over examples, without the tokens that end an answer.
         hits: exact match of each example, for paired comparison.
         seconds: time for all answers and scores; 0 where they were known.
+        metrics: by name; none in a report of an older release, which `figures` has some for.
+        primary: name of the metric that gates, and that monitoring repeats.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -46,6 +70,21 @@ class EvaluationReport(BaseModel):
     nll: Estimate
     hits: tuple[bool, ...]
     seconds: float
+    metrics: dict[str, MetricReport] = {}
+    primary: str = ExactMatch.name
+
+    @property
+    def figures(self) -> dict[str, MetricReport]:
+        """What each metric says, by its name, the primary one first."""
+        metrics = self.metrics or self._older()
+        return {self.primary: metrics[self.primary]} | metrics
+
+    def _older(self) -> dict[str, MetricReport]:
+        """Of a report of an older release."""
+        metrics = {ExactMatch.name: MetricReport(title=ExactMatch.title, estimate=self.exact_match)}
+        if self.valid_json:
+            metrics[ValidJson.name] = MetricReport(title=ValidJson.title, estimate=self.valid_json)
+        return metrics
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,6 +102,7 @@ async def evaluate(
     *,
     max_tokens: int,
     trained: bool = True,
+    metrics: MetricSet | None = None,
     on_done: Callable[[], None] = lambda: None,
 ) -> Evaluation:
     """Asks all examples and scores the answers.
@@ -71,6 +111,7 @@ async def evaluate(
         tokenized: the same examples, in their order, as they are trained on.
         max_tokens: longest answer, tokens.
         trained: on such examples, so that many answers will be the reference; decides the time and nothing else.
+        metrics: None: those of the task.
         on_done: called after each example.
 
     Raises:
@@ -87,7 +128,7 @@ async def evaluate(
     started = time.monotonic()
     pairs = zip(examples, tokenized, strict=True)
     results = tuple(await asyncio.gather(*(ask(example, tokens) for example, tokens in pairs)))
-    return judge(examples, results, time.monotonic() - started)
+    return judge(examples, results, time.monotonic() - started, metrics)
 
 
 async def ask_example(
@@ -169,13 +210,25 @@ def _finite(logprob: float) -> float:
     return logprob
 
 
-def judge(examples: Sequence[ChatExample], results: Sequence[ExampleResult], seconds: float) -> Evaluation:
-    """The figures of results.
+def judge(
+    examples: Sequence[ChatExample],
+    results: Sequence[ExampleResult],
+    seconds: float,
+    metrics: MetricSet | None = None,
+) -> Evaluation:
+    """The figures of results; all scores are made anew from the answers.
 
     Args:
         results: one for each example, in the same order.
         seconds: that asking took; 0 where all were known.
+        metrics: None: those of the task.
+
+    Raises:
+        SvcError: a metric failed.
     """
+    metrics = metrics or choose_metrics(examples)
+    results = _scored(metrics, examples, results)
+    answered = Answered(examples, results)
     hits = tuple(result.hit for result in results)
     wants_json = all(is_json(example.answer) for example in examples)
     valid = proportion(sum(is_json(result.answer) for result in results), len(results)) if wants_json else None
@@ -186,5 +239,22 @@ def judge(examples: Sequence[ChatExample], results: Sequence[ExampleResult], sec
         nll=mean([result.nll for result in results], token_weights(results)),
         hits=hits,
         seconds=seconds,
+        metrics={
+            metric.name: MetricReport(
+                title=metric.title, estimate=metric.estimate(answered), better=metric.better, unit=metric.unit
+            )
+            for metric in metrics
+        },
+        primary=metrics.primary.name,
     )
-    return Evaluation(report, tuple(results))
+    return Evaluation(report, results)
+
+
+def _scored(
+    metrics: MetricSet, examples: Sequence[ChatExample], results: Sequence[ExampleResult]
+) -> tuple[ExampleResult, ...]:
+    """The results with what each metric gives them."""
+    answered = Answered(examples, results)
+    columns = {metric.name: metric.score(answered) for metric in metrics if metric.scored}
+    rows = ({name: scores[place] for name, scores in columns.items()} for place in range(len(results)))
+    return tuple(result.model_copy(update={"scores": row}) for result, row in zip(results, rows, strict=True))

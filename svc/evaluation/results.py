@@ -24,6 +24,7 @@ class ExampleResult(BaseModel):
         scored: tokens that `nll` is the mean of; None in a file of an older release, which left out the token that ends
             an answer.
         hit: the answer is the reference, but for white space around.
+        scores: what each metric that scores examples gives this one, by its name; none in a file of an older release.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
@@ -35,6 +36,7 @@ class ExampleResult(BaseModel):
     nll: float
     scored: int | None = Field(None, ge=1)
     hit: bool
+    scores: dict[str, float] = {}
 
 
 def token_weights(results: Sequence[ExampleResult]) -> list[float] | None:

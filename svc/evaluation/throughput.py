@@ -5,7 +5,7 @@ import time
 from collections.abc import Sequence
 
 from svc.engine.vllm.client import EngineClient
-from svc.evaluation.metrics import Estimate, mean
+from svc.evaluation.estimate import Estimate, mean
 
 STREAMS = 8
 """So many at once are what a format's speed is told for."""

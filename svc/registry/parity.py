@@ -9,7 +9,7 @@ from statistics import fmean
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from svc.evaluation.metrics import Estimate
+from svc.evaluation.estimate import Estimate
 from svc.version import Format
 
 

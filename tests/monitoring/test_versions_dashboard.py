@@ -9,7 +9,7 @@ import pytest
 import yaml
 
 from monitoring.dashboards.promql import quantile_interval, share_interval
-from svc.evaluation.metrics import Estimate, proportion
+from svc.evaluation.estimate import Estimate, proportion
 from tests.monitoring.panel_queries import panel_queries
 
 ROOT = Path(__file__).parents[2]

@@ -12,8 +12,8 @@ from safetensors.numpy import save_file
 from svc.dataset.readers.reader import write_examples
 from svc.dataset.schema.tokenized_example import write_tokenized
 from svc.engine.probes import EngineFacts, Probe
+from svc.evaluation.estimate import Estimate
 from svc.evaluation.evaluator import EvaluationReport
-from svc.evaluation.metrics import Estimate
 from svc.evaluation.results import ExampleResult, write_results
 from svc.registry.adapter import CONFIG_FILE
 from svc.registry.files import record_file, record_files

@@ -1,14 +1,15 @@
 """What decides the result of each stage of a run, as one short key a stage.
 
 A stage's key is made of what the stage reads: keys of the recipe, data, and the keys of the stages before it whose
-files it takes. So a change of `quantize` leaves training, merging and their evaluation done. Limits are only compared
-with what was measured: with other ones nothing is measured again. Knows no files.
+files it takes. So a change of `quantize` leaves training, merging and their evaluation done. Answers are
+judged, and compared with limits, when the version is registered: with other metrics and limits nothing is asked again.
 """
 
 import hashlib
 import json
 from collections.abc import Mapping
 from enum import StrEnum
+from pathlib import Path
 from typing import Any
 
 from trainer.base_model.resolve import Base
@@ -16,7 +17,8 @@ from trainer.pipeline.examples import Examples
 from trainer.recipe.sections import Recipe
 
 _LIMITS = ("max_gptq_loss", "max_gptq_nll")
-"""Of the section `evaluate`: only compared, when the version is registered."""
+_METRICS = ("metrics", "primary", "json_schema", "metric_seconds")
+"""Of the section `evaluate`: what judges the answers at registration, and what the figures are compared with."""
 
 
 class Stage(StrEnum):
@@ -45,13 +47,14 @@ def stage_keys(recipe: Recipe, base: Base, examples: Examples) -> StageKeys:
     learnt = [adapter, recipe.base_quantization, *(said[key] for key in ("chat_template_kwargs", "train", "stopping"))]
     train = _key(base.revision, examples.train_fingerprint, measured, learnt)
     merge = _key(train)
-    asked = {key: value for key, value in said["evaluate"].items() if key not in _LIMITS}
+    asked = {key: value for key, value in said["evaluate"].items() if key not in _LIMITS + _METRICS}
     judged = [examples.heldout_fingerprint, asked, said["qualify"]]
     evaluate = _key(merge, judged)
     quantize = _key(merge, said["quantize"])
     qualify = _key(quantize, judged)
     parity = _key(evaluate, qualify, said["formats"])
-    limits = [said["evaluate"][limit] for limit in _LIMITS]
+    limits = [said["evaluate"][key] for key in _LIMITS + _METRICS]
+    judging = [_content(path) for path in recipe.evaluate.metric_files]
     return {
         Stage.TRAIN: train,
         Stage.MERGE: merge,
@@ -59,8 +62,16 @@ def stage_keys(recipe: Recipe, base: Base, examples: Examples) -> StageKeys:
         Stage.QUANTIZE: quantize,
         Stage.QUALIFY: qualify,
         Stage.PARITY: parity,
-        Stage.REGISTER: _key(parity, recipe.name, limits),
+        Stage.REGISTER: _key(parity, recipe.name, limits, judging),
     }
+
+
+def _content(path: Path) -> str | None:
+    """Of a function that was mended, the key is another one; None for what cannot be read, which is told later."""
+    try:
+        return hashlib.sha256(path.read_bytes()).hexdigest()
+    except OSError:
+        return None
 
 
 def _key(*parts: Any) -> str:

@@ -22,6 +22,8 @@ from pydantic import (
 
 from svc.chat_template import TemplateValue
 from svc.dataset.readers.source import HUB_PREFIX
+from svc.evaluation.metrics.choose import MetricOptions
+from svc.evaluation.metrics.function import FunctionSpec
 from svc.version import NAME_PATTERN, Format
 from trainer.recipe.targets import Targets
 
@@ -59,6 +61,26 @@ Sources = Annotated[
     WithJsonSchema({"anyOf": [{"type": "string"}, {"type": "array", "items": {"type": "string"}}]}),
 ]
 """Files, folders, or hub datasets as hf:ORG/NAME; one of them may stand alone."""
+
+
+def _metric_beside_recipe(name: str | None, info: ValidationInfo) -> str | None:
+    """A metric that is a function has its file beside the recipe; any other is a name."""
+    spec = name and FunctionSpec.parse(name)
+    return f"{_beside_recipe(spec.path, info)}:{spec.function}" if spec else name
+
+
+def _metrics_beside_recipe(names: tuple[str, ...] | None, info: ValidationInfo) -> tuple[str, ...] | None:
+    return names and tuple(_metric_beside_recipe(name, info) or name for name in names)
+
+
+Metrics = Annotated[
+    tuple[_NAME, ...],
+    BeforeValidator(_as_sources),
+    AfterValidator(_metrics_beside_recipe),
+    Field(min_length=1),
+    WithJsonSchema({"anyOf": [{"type": "string"}, {"type": "array", "items": {"type": "string"}}]}),
+]
+"""Names, or functions as `./FILE.py:FUNCTION`; one of them may stand alone."""
 
 
 class Data(_Section):
@@ -226,8 +248,24 @@ class Evaluate(_Section):
         None, description="so many of the held-out examples, drawn at random by `data.seed`; default all"
     )
     max_tokens: int = Field(64, ge=1, description="longest answer, tokens")
+    metrics: Metrics | None = Field(
+        None,
+        description="what the answers are judged by: names, `rouge` for all three, functions as `./FILE.py:FUNCTION`; "
+        "default by the task, see [evaluation](evaluation.md)",
+    )
+    primary: Annotated[_NAME, AfterValidator(_metric_beside_recipe)] | None = Field(
+        None, description="the metric that gates GPTQ and that monitoring measures again; default the task's"
+    )
+    json_schema: Annotated[Path, AfterValidator(_beside_recipe)] | None = Field(
+        None, description="file of the JSON Schema for `schema_valid`; default inferred from the held-out answers"
+    )
+    metric_seconds: float = Field(60.0, gt=0, description="longest time that a function may take for all answers")
     max_gptq_loss: float = Field(
-        0.05, ge=0, le=1, description="exact match that quantizing may cost; more is refused when it is beyond doubt"
+        0.05,
+        ge=0,
+        le=1,
+        description="of the primary metric, what quantizing may cost; of one that is no share, as perplexity, relative "
+        "to the merged model's; more is refused when it is beyond doubt",
     )
     max_gptq_nll: float = Field(
         0.02,
@@ -235,6 +273,18 @@ class Evaluate(_Section):
         description="negative log-likelihood that quantizing may add, as a share of the merged model's; at least 0.005 "
         "nats; more is refused when it is beyond doubt",
     )
+
+    @property
+    def metric_options(self) -> MetricOptions:
+        """What is said of metrics."""
+        return MetricOptions(self.metrics, self.primary, self.json_schema, self.metric_seconds)
+
+    @property
+    def metric_files(self) -> tuple[Path, ...]:
+        """The files of the user's that judge."""
+        named = (*(self.metrics or ()), *([self.primary] if self.primary else []))
+        functions = [spec.path for name in named if (spec := FunctionSpec.parse(name))]
+        return (*functions, *([self.json_schema] if self.json_schema else []))
 
 
 class Qualify(_Section):

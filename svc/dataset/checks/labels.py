@@ -75,6 +75,12 @@ def look_at_answer(example: ChatExample) -> Answer:
     return Answer(kind | AnswerKind.LISTED if listed else kind, label)
 
 
+def find_label(answer: str) -> str | None:
+    """What an answer says when it is a label: of JSON, the value in it; None for what is no label."""
+    answer = answer.strip()
+    return _label(answer, _json(answer))
+
+
 def odd_answers(
     tasks: NDArray[np.uint64],
     answers: NDArray[np.uint64],

@@ -25,6 +25,12 @@ def test_results_come_in_the_order_of_the_examples(cache: EvaluationCache) -> No
     assert cache.find(EXAMPLES[::-1]) == tuple(RESULTS[::-1])
 
 
+def test_scores_are_not_kept(cache: EvaluationCache) -> None:
+    scored = RESULTS[0].model_copy(update={"scores": {"accuracy": 1.0}})
+    cache.add([chat("d", "4")], [scored])
+    assert cache.find([chat("d", "4")]) == (RESULTS[0],)
+
+
 def test_a_part_of_the_examples_is_known_too(cache: EvaluationCache) -> None:
     assert cache.find(EXAMPLES[1:]) == tuple(RESULTS[1:])
 

@@ -11,11 +11,15 @@ import pytest
 from svc.dataset.schema.example import ChatExample, Message, Role
 from svc.engine.vllm.client import EngineClient
 from svc.errors import EngineError
-from svc.evaluation.evaluator import Evaluation, ask_example, evaluate, score, tokenize_bare
+from svc.evaluation.evaluator import Evaluation, EvaluationReport, ask_example, evaluate, judge, score, tokenize_bare
+from svc.evaluation.metrics.choose import MetricSet
+from svc.evaluation.metrics.exact_match import ExactMatch
+from svc.evaluation.metrics.metric import Answered
 from svc.evaluation.results import ExampleResult
 from tests.serving.engine_double import EngineDouble, logprob_of, tokenized
 from tests.svc.chats import chat
 from tests.svc.engine.in_process import client_of
+from tests.svc.evaluation.answered import answered
 
 ONE = "1.0 1.1 1.2 1.3"  # what the double answers with the weights of version 1
 
@@ -43,7 +47,7 @@ async def test_every_example_has_its_result_in_their_order() -> None:
     async with client_of(EngineDouble(finish_reason="stop")) as client:
         evaluation = await judged(client, examples, max_tokens=8)
         alone = [await asked(client, example, max_tokens=8) for example in examples]
-    assert list(evaluation.results) == alone
+    assert [result.model_copy(update={"scores": {}}) for result in evaluation.results] == alone
     assert [result.hit for result in alone] == list(evaluation.report.hits) == [True, False]
     assert [(result.answer.strip(), result.tokens, result.finish_reason) for result in alone] == [(ONE, 5, "stop")] * 2
 
@@ -203,3 +207,35 @@ async def test_a_report_survives_its_journey_to_disk() -> None:
     async with client_of(EngineDouble()) as client:
         report = (await judged(client, [chat("a", ONE)], max_tokens=4)).report
     assert type(report).model_validate_json(report.model_dump_json()) == report
+
+
+async def test_a_report_has_the_metrics_of_the_task_the_primary_one_first() -> None:
+    async with client_of(EngineDouble()) as client:
+        examples = [chat("a", ONE), chat("b", ONE), chat("c", "other"), chat("d", "other")]
+        evaluation = await judged(client, examples, max_tokens=8)
+    report = evaluation.report
+    assert (report.primary, next(iter(report.figures))) == ("accuracy", "accuracy")
+    assert report.figures["accuracy"].estimate == report.exact_match
+    assert [result.scores["accuracy"] for result in evaluation.results] == [1.0, 1.0, 0.0, 0.0]
+
+
+def test_scores_are_made_of_the_answers_whatever_is_said_of_them() -> None:
+    given = answered([("a", "a"), ("b", "c")])
+    wrong = [result.model_copy(update={"scores": {"exact_match": 0.5}}) for result in given.results]
+    evaluation = judge(given.examples, wrong, 0.0, MetricSet(ExactMatch()))
+    assert [result.scores for result in evaluation.results] == [{"exact_match": 1.0}, {"exact_match": 0.0}]
+
+
+def test_a_report_of_an_older_release_has_its_figures() -> None:
+    report = judge(*parts(answered([("{}", "{}"), ("b", "{}")]))).report
+    older = report.model_dump(exclude={"metrics", "primary"})
+    read = EvaluationReport.model_validate(older)
+    assert {name: figure.estimate.value for name, figure in read.figures.items()} == {
+        "exact_match": 0.5,
+        "valid_json": 0.5,
+    }
+    assert read.primary == "exact_match"
+
+
+def parts(given: Answered) -> tuple[Sequence[ChatExample], Sequence[ExampleResult], float]:
+    return given.examples, given.results, 0.0

@@ -4,8 +4,8 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from svc.evaluation.estimate import mean, proportion
 from svc.evaluation.evaluator import EvaluationReport
-from svc.evaluation.metrics import mean, proportion
 from svc.evaluation.results import ExampleResult
 from svc.registry.files import record_file, record_files
 from svc.registry.manifest import BaseRecord, DataRecord, FormatRecord, Manifest

@@ -1,6 +1,6 @@
 """Parity reports, without a model."""
 
-from svc.evaluation.metrics import Estimate
+from svc.evaluation.estimate import Estimate
 from svc.registry.parity import Differences, ParityCheck, ParityReport, Speed
 from svc.version import Format
 

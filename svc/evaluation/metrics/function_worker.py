@@ -1,0 +1,73 @@
+"""Calls one function of one file: a program of its own, which must import nothing of ours.
+
+    python function_worker.py FILE FUNCTION SECONDS < {"answers": [...], "references": [...], "prompts": [...]}
+
+Writes {"scores": [...]} or {"error": TEXT}. What the function prints goes to stderr.
+"""
+
+import importlib.util
+import inspect
+import json
+import os
+import signal
+import sys
+import traceback
+from typing import Any
+
+_LINES = 8
+_SPARE_S = 10
+
+
+def main(path: str, function: str, seconds: str) -> None:
+    """Reads, calls, writes."""
+    signal.alarm(int(seconds) + _SPARE_S)  # it ends of itself, where whoever waits for it was killed
+    given = json.load(sys.stdin)
+    answer = os.dup(1)
+    os.dup2(2, 1)
+    try:
+        said = {"scores": _call(path, function, given)}
+    except BaseException as error:  # noqa: BLE001 - the boundary of this process: it is told to the caller
+        said = {"error": _tail(error)}
+    sys.stdout.flush()
+    with os.fdopen(answer, "w") as out:
+        json.dump(said, out)
+    os._exit(0)  # threads that the function left would hold the process
+
+
+def _call(path: str, function: str, given: dict[str, Any]) -> Any:
+    sys.path[0] = os.path.dirname(os.path.abspath(path))
+    spec = importlib.util.spec_from_file_location(os.path.basename(path).removesuffix(".py"), path)
+    if spec is None or spec.loader is None:
+        raise ImportError(f"{path} is no Python file")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
+    spec.loader.exec_module(module)
+    score = getattr(module, function)
+    texts = [given["answers"], given["references"]]
+    if len(inspect.signature(score).parameters) > 2:
+        texts.append(given["prompts"])
+    scores = score(*texts)
+    if isinstance(scores, (str, dict)) or not hasattr(scores, "__iter__"):
+        return f"{type(scores).__name__}: {scores!r:.80}"
+    return [_number(value) for value in scores]
+
+
+def _number(value: Any) -> float | str:
+    """A float of Python; what is none as its text, which the caller refuses."""
+    try:
+        return float(value)
+    except (TypeError, ValueError):
+        return repr(value)[:80]
+
+
+def _tail(error: BaseException) -> str:
+    """The last lines of the traceback, without the frames of this file."""
+    frames = error.__traceback__
+    while frames is not None and frames.tb_frame.f_code.co_filename == __file__ and frames.tb_next is not None:
+        frames = frames.tb_next
+    lines = "".join(traceback.format_exception(type(error), error, frames)).splitlines()
+    return "\n".join(lines[-_LINES:])
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

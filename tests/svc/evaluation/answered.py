@@ -1,0 +1,36 @@
+"""Answers beside references, without a model."""
+
+from collections.abc import Sequence
+
+from svc.evaluation.evaluator import judge
+from svc.evaluation.metrics.choose import MetricSet
+from svc.evaluation.metrics.metric import Answered, Metric
+from svc.evaluation.results import ExampleResult
+from tests.svc.chats import chat
+
+
+def answered(pairs: Sequence[tuple[str, str]], nll: Sequence[float] = (), scored: int | None = 3) -> Answered:
+    """Answers and references.
+
+    Args:
+        nll: of each reference; default 1.
+        scored: tokens behind it.
+    """
+    results = [
+        ExampleResult(
+            answer=answer,
+            tokens=len(answer.split()) + 1,
+            finish_reason="stop",
+            logprob=-0.5,
+            nll=nll[place] if nll else 1.0,
+            scored=scored,
+            hit=answer.strip() == reference.strip(),
+        )
+        for place, (answer, reference) in enumerate(pairs)
+    ]
+    return Answered([chat(f"q {place}", reference) for place, (_, reference) in enumerate(pairs)], results)
+
+
+def with_scores(metric: Metric, given: Answered) -> Answered:
+    """The same with the metric's scores."""
+    return Answered(given.examples, judge(given.examples, given.results, 0.0, MetricSet(metric)).results)

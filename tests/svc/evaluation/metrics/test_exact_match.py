@@ -1,0 +1,12 @@
+"""An answer is the reference, or it is not."""
+
+import pytest
+
+from svc.evaluation.metrics.exact_match import matches
+
+
+@pytest.mark.parametrize(
+    ("answer", "same"), [("net", True), (" net\n", True), ("Net", False), ("", False), ("net.", False)]
+)
+def test_an_answer_matches_but_for_space_around(answer: str, same: bool) -> None:
+    assert matches(answer, "net") is same

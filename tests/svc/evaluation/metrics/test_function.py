@@ -1,0 +1,123 @@
+"""A function of the user's judges, in a process of its own; whatever it does is an error that names it."""
+
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from svc.errors import RecipeError
+from svc.evaluation.metrics.function import FunctionMetric, FunctionSpec
+from svc.evaluation.metrics.metric import Answered
+from tests.svc.evaluation.answered import answered
+
+GIVEN = answered([("a", "a"), ("b", "c")])
+Write = Callable[..., FunctionMetric]
+
+
+@pytest.fixture
+def write(tmp_path: Path) -> Write:
+    def write(body: str, seconds: float = 30.0, signature: str = "answers, references") -> FunctionMetric:
+        path = tmp_path / "my_metric.py"
+        indented = body.replace("\n", "\n    ")
+        path.write_text(f"def score({signature}):\n    {indented}\n", "utf-8")
+        return FunctionMetric(FunctionSpec(path, "score"), seconds)
+
+    return write
+
+
+def test_it_gives_each_answer_a_score(write: Write) -> None:
+    assert write("return [len(a) + (a == r) for a, r in zip(answers, references)]").score(GIVEN) == [2.0, 1.0]
+
+
+def test_it_may_see_the_prompts(write: Write) -> None:
+    metric = write(
+        "return [p[-1]['content'] == f'q {i}' for i, p in enumerate(prompts)]", signature="answers, _, prompts"
+    )
+    assert metric.score(GIVEN) == [1.0, 1.0]
+
+
+def test_what_it_prints_breaks_nothing(write: Write, capfd: pytest.CaptureFixture[str]) -> None:
+    assert write("print('{\"scores\": [9]}')\nreturn [0.5, 1]").score(GIVEN) == [0.5, 1.0]
+    assert "scores" in capfd.readouterr().err
+
+
+def test_it_may_return_an_array(write: Write) -> None:
+    assert write("import numpy\nreturn numpy.array([0.25, 1])").score(GIVEN) == [0.25, 1.0]
+
+
+def test_it_imports_what_lies_beside_it(write: Write, tmp_path: Path) -> None:
+    (tmp_path / "length.py").write_text("two = 2", "utf-8")
+    assert write("import length\nreturn [length.two] * 2").score(GIVEN) == [2.0, 2.0]
+
+
+def test_texts_of_any_language_arrive(write: Write) -> None:
+    metric = write("return [ord(a) for a in answers]")
+    assert metric.score(answered([("日", "x")])) == [float(ord("日"))]
+
+
+@pytest.mark.parametrize(
+    ("body", "wrong"),
+    [
+        ("raise ValueError('no such word')", "ValueError: no such word"),
+        ("import no_such_module", "No module named 'no_such_module'"),
+        ("return [1.0]", "returned 1 scores for 2 answers"),
+        ("return 0.5", "returned float: 0.5"),
+        ("return 'high'", "returned str: 'high'"),
+        ("return None", "returned NoneType"),
+        ("return [1.0, float('nan')]", "gave answer 1 the score nan"),
+        ("return [1.0, float('inf')]", "gave answer 1 the score inf"),
+        ("return [1.0, 'good']", "gave answer 1 the score 'good'"),
+        ("raise SystemExit(3)", "SystemExit: 3"),
+        ("import os\nos._exit(3)", "exit code 3"),
+        ("import os\nos.kill(os.getpid(), 9)", "exit code -9"),
+    ],
+)
+def test_whatever_goes_wrong_is_told_with_the_file_and_the_function(write: Write, body: str, wrong: str) -> None:
+    with pytest.raises(RecipeError) as caught:
+        write(body).score(GIVEN)
+    assert wrong in caught.value.wrong
+    assert "my_metric.py:score" in caught.value.wrong
+    assert caught.value.todo or caught.value.expected
+
+
+def test_a_traceback_is_of_the_users_lines(write: Write) -> None:
+    with pytest.raises(RecipeError) as caught:
+        write("value = {}\nreturn value['score']").score(GIVEN)
+    assert "return value['score']" in caught.value.wrong
+    assert "function_worker" not in caught.value.wrong
+
+
+@pytest.mark.parametrize("body", ["while True: pass", "import subprocess\nsubprocess.run(['sleep', '60'])"])
+def test_it_ends_when_its_time_is_over(write: Write, body: str) -> None:
+    started = time.monotonic()
+    with pytest.raises(RecipeError, match=r"not done after 1 s"):
+        write(body, seconds=1.0).score(GIVEN)
+    assert time.monotonic() - started < 10
+
+
+@pytest.mark.parametrize("name", ["missing.py:score", "my_metric.py:other"])
+def test_a_function_that_is_not_there_is_named(write: Write, tmp_path: Path, name: str) -> None:
+    write("return []")
+    spec = FunctionSpec.parse(str(tmp_path / name))
+    assert spec is not None
+    with pytest.raises(RecipeError, match=name.rpartition(":")[0 if "missing" in name else 2]):
+        FunctionMetric(spec, 30.0).score(GIVEN)
+
+
+@pytest.mark.parametrize(
+    ("text", "name"),
+    [("./my_metric.py:score", "my_metric_score"), ("/a/Score.py:score", "score"), ("b-c.py:f", "b_c_f")],
+)
+def test_its_name_is_that_of_the_file_and_the_function(text: str, name: str) -> None:
+    spec = FunctionSpec.parse(text)
+    assert spec is not None and spec.name == name
+
+
+@pytest.mark.parametrize("text", ["rouge", "my_metric:score", "x.py", "x.py:"])
+def test_other_names_are_no_functions(text: str) -> None:
+    assert FunctionSpec.parse(text) is None
+
+
+def test_no_answers_are_no_question(write: Write) -> None:
+    assert write("return []").score(Answered([], [])) == []

@@ -1,0 +1,90 @@
+"""JSON answers are compared field by field, and with the schema that references have."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from svc.errors import RecipeError
+from svc.evaluation.metrics.field_accuracy import FieldAccuracy
+from svc.evaluation.metrics.schema_valid import SchemaValid, infer_schema, read_schema
+from tests.svc.evaluation.answered import answered
+
+keys = st.sampled_from(["a", "b", "c"])
+leaves = st.none() | st.booleans() | st.integers(-3, 3) | st.floats(allow_nan=False, allow_infinity=False) | st.text()
+values = st.recursive(leaves, lambda inner: st.lists(inner, max_size=3) | st.dictionaries(keys, inner), max_leaves=8)
+objects = st.dictionaries(keys, values)
+
+
+@pytest.mark.parametrize(
+    ("answer", "reference", "share"),
+    [
+        ('{"a": 1, "b": "x"}', '{"b":"x","a":1}', 1.0),
+        ('{"a": 2, "b": "x"}', '{"a": 1, "b": "x"}', 0.5),
+        ('{"a": 1, "b": "x", "c": 3}', '{"a": 1, "b": "x"}', 1.0),
+        ('{"a": {"b": [1, 2, 4]}}', '{"a": {"b": [1, 2, 3]}}', 2 / 3),
+        ('{"a": true}', '{"a": 1}', 0.0),
+        ('{"a": 1.0}', '{"a": 1}', 1.0),
+        ('{"a": null}', '{"a": null}', 1.0),
+        ('{"a": []}', '{"a": {}}', 0.0),
+        ("[1]", '{"a": 1}', 0.0),
+        ("no JSON", '{"a": 1}', 0.0),
+        ("{}", "{}", 1.0),
+    ],
+)
+def test_a_field_counts_where_it_has_the_references_value(answer: str, reference: str, share: float) -> None:
+    assert FieldAccuracy().score(answered([(answer, reference)])) == [pytest.approx(share)]
+
+
+@given(objects)
+def test_an_object_has_all_of_its_own_fields(value: dict[str, Any]) -> None:
+    text = json.dumps(value)
+    assert FieldAccuracy().score(answered([(text, text)])) == [1.0]
+
+
+@given(st.lists(objects, min_size=1, max_size=5))
+def test_the_inferred_schema_accepts_all_references(references: list[dict[str, Any]]) -> None:
+    metric = SchemaValid(infer_schema(references))
+    assert all(metric.accepts(json.dumps(reference)) for reference in references)
+
+
+@pytest.mark.parametrize(
+    ("answer", "valid"),
+    [
+        ('{"name": "other", "size": 3}', True),
+        ('{"name": "x", "size": 3, "tags": ["a"]}', True),
+        ('{"name": "x"}', False),
+        ('{"name": "x", "size": "3"}', False),
+        ('{"name": "x", "size": 3, "colour": "red"}', False),
+        ('{"name": "x", "size": 3, "tags": [1]}', False),
+        ("name: x", False),
+    ],
+)
+def test_an_answer_needs_the_keys_and_types_of_the_references(answer: str, valid: bool) -> None:
+    schema = infer_schema([{"name": "a", "size": 1}, {"name": "b", "size": 2, "tags": ["t"]}])
+    assert SchemaValid(schema).score(answered([(answer, "{}")])) == [float(valid)]
+
+
+def test_whole_numbers_stand_where_fractions_do() -> None:
+    assert SchemaValid(infer_schema([{"a": 1}, {"a": 1.5}])).accepts('{"a": 2}')
+
+
+@pytest.mark.parametrize(
+    ("content", "wrong"),
+    [("{", "cannot read the JSON schema"), ("[]", "an object"), ('{"type": "strnig"}', "is no JSON schema")],
+)
+def test_a_file_that_is_no_schema_is_named(tmp_path: Path, content: str, wrong: str) -> None:
+    path = tmp_path / "schema.json"
+    path.write_text(content, "utf-8")
+    with pytest.raises(RecipeError) as caught:
+        read_schema(path)
+    assert wrong in str(caught.value)
+    assert str(path) in str(caught.value)
+
+
+def test_a_schema_that_is_not_there_is_named(tmp_path: Path) -> None:
+    with pytest.raises(RecipeError, match=r"missing\.json"):
+        read_schema(tmp_path / "missing.json")

@@ -1,0 +1,71 @@
+"""Accuracy and macro-F1 are scikit-learn's on the same labels."""
+
+import time
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from sklearn.metrics import accuracy_score, f1_score
+
+from svc.evaluation.metrics.accuracy import Accuracy
+from svc.evaluation.metrics.label import label_of
+from svc.evaluation.metrics.macro_f1 import MacroF1
+from tests.svc.evaluation.answered import answered, with_scores
+
+labels = st.sampled_from(["net", "admin", "doc", "x11"])
+answers = st.one_of(labels, st.sampled_from(["nonsense", "", "Net", '{"section": "doc"}', '{"section":"java"}']))
+pairs = st.lists(st.tuples(answers, labels), min_size=1, max_size=40)
+
+
+@pytest.mark.parametrize(
+    "answer", ["net", " net\n", "NET", '{"section":"net"}', '{ "section": "Net" }', '{"other":"net"}']
+)
+def test_a_label_is_found_in_whatever_spacing_case_or_json(answer: str) -> None:
+    assert label_of(answer) == "net"
+
+
+@pytest.mark.parametrize("answer", ["", "nets", '["net"]', '{"a":"net","b":1}', "net " * 20])
+def test_what_is_no_label_is_none_of_the_labels(answer: str) -> None:
+    assert label_of(answer) != "net"
+
+
+@given(pairs)
+def test_accuracy_is_scikit_learns(given_pairs: list[tuple[str, str]]) -> None:
+    judged = with_scores(Accuracy(), answered(given_pairs))
+    right = [label_of(reference) for reference in judged.references]
+    expected = accuracy_score(right, [label_of(answer) for answer in judged.answers])
+    assert Accuracy().estimate(judged).value == pytest.approx(expected)
+
+
+@given(pairs)
+def test_macro_f1_is_scikit_learns_over_the_labels_of_the_references(given_pairs: list[tuple[str, str]]) -> None:
+    judged = answered(given_pairs)
+    right = [label_of(reference) for reference in judged.references]
+    given_labels = [label_of(answer) for answer in judged.answers]
+    expected = f1_score(right, given_labels, labels=sorted(set(right)), average="macro", zero_division=0)
+    estimate = MacroF1().estimate(judged)
+    assert estimate.value == pytest.approx(expected)
+    assert 0 <= estimate.low <= estimate.high <= 1
+
+
+def test_a_label_that_is_never_found_costs_macro_f1_what_accuracy_hides() -> None:
+    judged = with_scores(Accuracy(), answered([("net", "net")] * 95 + [("net", "doc")] * 5))
+    assert Accuracy().estimate(judged).value == 0.95
+    assert MacroF1().estimate(judged).value < 0.5
+
+
+def test_macro_f1_of_two_models_is_compared_on_the_same_examples() -> None:
+    before = answered([("net", "net"), ("doc", "doc")] * 20)
+    after = answered([("net", "net"), ("net", "doc")] * 20)
+    difference = MacroF1().difference(before, after)
+    assert difference.value == pytest.approx(1 / 3 - 1)
+    assert difference.high < 0
+    assert MacroF1().difference(before, before).high == 0
+
+
+def test_macro_f1_of_a_thousand_answers_takes_no_time() -> None:
+    judged = answered([(f"label {place % 20}", f"label {place % 19}") for place in range(1000)])
+    MacroF1().estimate(judged)
+    started = time.process_time()
+    MacroF1().estimate(judged)
+    assert time.process_time() - started < 0.4  # two cores' worth of one product of matrices

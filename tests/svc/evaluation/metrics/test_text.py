@@ -1,0 +1,61 @@
+"""ROUGE, chrF, perplexity and length are those of their libraries and formulas."""
+
+import math
+from statistics import fmean
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from rouge_score.rouge_scorer import RougeScorer
+from sacrebleu import sentence_chrf
+
+from svc.evaluation.metrics.chrf import Chrf
+from svc.evaluation.metrics.length import Length
+from svc.evaluation.metrics.perplexity import Perplexity
+from svc.evaluation.metrics.rouge import Rouge, RougeKind
+from tests.svc.evaluation.answered import answered, with_scores
+
+words = st.lists(st.sampled_from(["kernel", "module", "for", "the", "Library", "naïve", "日本", "42"]), max_size=8)
+texts = words.map(" ".join) | st.text(max_size=20)
+pairs = st.lists(st.tuples(texts, texts), min_size=1, max_size=10)
+
+
+@settings(deadline=None)  # the first call imports
+@given(pairs, st.sampled_from(RougeKind))
+def test_rouge_is_rouge_scores_own(given_pairs: list[tuple[str, str]], kind: RougeKind) -> None:
+    scorer, name = RougeScorer(["rouge1", "rouge2", "rougeL"]), kind.value[0]
+    expected = [scorer.score(reference, answer)[name].fmeasure for answer, reference in given_pairs]
+    metric = Rouge(kind)
+    judged = answered(given_pairs)
+    assert metric.score(judged) == expected
+    assert metric.estimate(with_scores(metric, judged)).value == pytest.approx(fmean(expected))
+
+
+@settings(deadline=None)
+@given(pairs)
+def test_chrf_is_sacrebleus_as_a_share(given_pairs: list[tuple[str, str]]) -> None:
+    expected = [sentence_chrf(answer, [reference]).score / 100 for answer, reference in given_pairs]
+    scores = Chrf().score(answered(given_pairs))
+    assert scores == pytest.approx(expected)
+    assert all(0 <= score <= 1 for score in scores)
+
+
+def test_perplexity_is_the_exponential_of_the_mean_over_tokens() -> None:
+    judged = answered([("a", "a")] * 3, nll=[0.5, 1.0, 3.0])
+    estimate = Perplexity().estimate(judged)
+    assert estimate.value == pytest.approx(math.exp(1.5))
+    assert math.exp(0.5) <= estimate.low < estimate.value < estimate.high <= math.exp(3)
+
+
+def test_an_unlikely_answer_has_a_perplexity_all_the_same() -> None:
+    assert math.isfinite(Perplexity().estimate(answered([("a", "a")], nll=[1e6])).value)
+
+
+def test_perplexities_are_compared_example_by_example() -> None:
+    before, after = (answered([("a", "a")] * 30, nll=[nll + place for place in range(30)]) for nll in (0.0, 0.1))
+    assert Perplexity().difference(before, after).low > 0
+
+
+def test_length_is_that_of_the_answers_in_tokens() -> None:
+    judged = with_scores(Length(), answered([("one", "x"), ("one two three", "y")]))
+    assert Length().estimate(judged).value == 3.0

@@ -1,0 +1,32 @@
+"""What is JSON, and what is none."""
+
+import json
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from svc.evaluation.metrics.valid_json import is_json
+from tests.svc.json_values import json_values
+
+
+@pytest.mark.parametrize(
+    "text", ["", "net", "5", '"net"', "null", "{", "[NaN]", '{"a": Infinity}', "[" * 5000, "{} {}", "[" + "9" * 5000]
+)
+def test_what_is_no_json_object_or_list_is_told(text: str) -> None:
+    assert not is_json(text)
+
+
+@given(st.lists(json_values) | st.dictionaries(st.text(), json_values))
+def test_json_is_told(value: Any) -> None:
+    try:
+        text = json.dumps(value, allow_nan=False)
+    except ValueError:
+        return
+    assert is_json(f" {text}\n")
+
+
+@given(st.text() | st.text(alphabet='[]{}",:0eE+-. nulltrueNaN'))
+def test_any_answer_is_json_or_not(text: str) -> None:
+    assert is_json(text) in (True, False)
