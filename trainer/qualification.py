@@ -16,28 +16,18 @@ from svc.engine.engine import Engine
 from svc.engine.probes import EngineFacts, Probe, check_probes, choose_sequences, make_probes, measure_probes
 from svc.engine.vllm.client import EngineClient
 from svc.engine.vllm.startup_phase import EnginePhase
-from svc.errors import TrainingError
-from svc.evaluation.estimate import Estimate, mean, paired_difference
+from svc.evaluation.estimate import Estimate, mean
 from svc.evaluation.evaluator import Evaluation, EvaluationReport, evaluate
-from svc.evaluation.results import ExampleResult, token_weights
+from svc.evaluation.results import ExampleResult
 from svc.evaluation.throughput import STREAMS, decoding_speed, first_token_seconds
 from svc.evaluation.token_scores import Scores, score_on_engine
 from svc.registry.parity import Speed
 from svc.terminal import advancing, console, counting, waiting
-from trainer.recipe.sections import Evaluate, Recipe
+from trainer.recipe.sections import Recipe
 
 Launch = Callable[[Path], Engine]
 
 _LOADS = 3
-_ROUNDING = 1e-9  # 0.745 - 0.695 is a little more than 0.05 to a computer
-_NATS = 0.005
-"""Nats a token. Where the merged model is nearly certain, a share of it is less than the engine's rounding."""
-_FEWEST_DIFFERENCES = 8
-"""Of so few examples all differ in one direction by chance once in 256 times, and their interval says nothing."""
-_BETTER = (
-    "raise quantize.samples, lower quantize.group_size to 32, or serve the merged model alone: formats: [merged]; "
-    "training is not done again"
-)
 
 
 class EngineReading(BaseModel):
@@ -201,37 +191,3 @@ def _begins_with(example: TokenizedExample, prompt: Sequence[int]) -> bool:
     """Whether training had the prompt in the engine's tokens, and the last answer after it, where that is learnt."""
     answered = example.learnt[-1][1] == len(example.input_ids)
     return example.input_ids[: len(prompt)] == tuple(prompt) and (not answered or example.prompt == tuple(prompt))
-
-
-def check_gptq(merged: Qualified, gptq: Qualified, limits: Evaluate) -> None:
-    """Refuses a quantized model that is worse than the merged one beyond doubt: both are asked the same examples.
-
-    Exact match alone would pass a broken model whose task is free text, where both have none.
-
-    Args:
-        limits: what quantizing may cost.
-
-    Raises:
-        TrainingError: with both figures and the interval of their difference, example by example.
-    """
-    before, after = merged.evaluation, gptq.evaluation
-    hits = paired_difference(before.hits, after.hits)
-    if hits.high < -limits.max_gptq_loss - _ROUNDING:
-        raise TrainingError(
-            f"GPTQ lost {-hits.value:.3f} of exact match: {before.exact_match} merged, {after.exact_match} quantized, "
-            f"difference {hits}",
-            expected=f"at most {limits.max_gptq_loss:.3f} (evaluate.max_gptq_loss)",
-            todo=_BETTER,
-        )
-    if len(merged.results) < _FEWEST_DIFFERENCES:
-        return
-    weights = token_weights(merged.results)
-    nll = paired_difference([one.nll for one in merged.results], [one.nll for one in gptq.results], weights)
-    most = max(limits.max_gptq_nll * before.nll.value, _NATS)
-    if nll.low > most:
-        raise TrainingError(
-            f"GPTQ finds the right answers less likely: {before.nll} nats a token merged, {after.nll} quantized, "
-            f"difference {nll}",
-            expected=f"at most {most:.3f} more (evaluate.max_gptq_nll of the merged model's, or {_NATS} nats)",
-            todo=_BETTER,
-        )

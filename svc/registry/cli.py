@@ -37,9 +37,10 @@ def models(ctx: click.Context, as_json: bool) -> None:
 
     from svc.terminal import output
 
-    table = Table("version", "aliases", "created", "base", "formats", "exact match", box=None)
+    shown = ("version", "aliases", "created", "base", "formats", "checks", "quality")
+    table = Table(*shown, box=None)
     for row in rows:
-        table.add_row(*(str(value) for value in row.values()))
+        table.add_row(*(row[column] for column in shown))
     output.print(table)
 
 
@@ -111,7 +112,8 @@ def gc(ctx: click.Context, older_than: float, dry_run: bool, reason: str | None,
 
 
 def _row(manifest: Manifest, aliases: list[str]) -> dict[str, str]:
-    scores = (record.evaluation for record in manifest.formats.values())
+    reports = [record.evaluation for record in manifest.formats.values() if record.evaluation]
+    primary = " / ".join(f"{report.figures[report.primary].estimate.value:.3f}" for report in reports)
     return {
         "version": str(manifest.id),
         "aliases": ", ".join(aliases),
@@ -119,7 +121,8 @@ def _row(manifest: Manifest, aliases: list[str]) -> dict[str, str]:
         "base": manifest.base.origin,
         "formats": ", ".join(manifest.formats),
         "checks": "failed" if manifest.failed else "passed",
-        "exact_match": " / ".join(f"{score.exact_match.value:.3f}" for score in scores if score),
+        "quality": f"{manifest.primary_title} {primary}".strip(),
+        "exact_match": " / ".join(f"{report.exact_match.value:.3f}" for report in reports),
     }
 
 

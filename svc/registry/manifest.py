@@ -108,6 +108,12 @@ class Manifest(_Record):
         return next((record.evaluation.examples for record in self.formats.values() if record.evaluation), 0)
 
     @property
+    def primary_title(self) -> str:
+        """The metric that it was judged by first of all; empty of an adapter alone."""
+        report = next((record.evaluation for record in self.formats.values() if record.evaluation), None)
+        return report.figures[report.primary].title if report else ""
+
+    @property
     def max_answer_tokens(self) -> int:
         """Where answers to held-out examples were cut, tokens."""
         return int(self.recipe.get("evaluate", {}).get("max_tokens", _MAX_ANSWER_TOKENS))

@@ -1,5 +1,6 @@
 """A version on one screen: what it is made of, how good it is, how large and how fast in each format."""
 
+from collections.abc import Callable
 from pathlib import Path
 
 from rich.markup import escape
@@ -18,7 +19,8 @@ def print_version(manifest: Manifest, folder: Path) -> None:
     output.print(
         f"base {base.origin} (licence: {base.licence or 'unknown'}), trained on {data.train_examples} examples"
     )
-    output.print(f"judged by {manifest.judged_examples} of {data.heldout_examples} held-out examples\n")
+    judged = f"judged by {manifest.judged_examples} of {data.heldout_examples} held-out examples"
+    output.print(f"{judged}, first of all by {manifest.primary_title}\n" if manifest.judged_examples else f"{judged}\n")
     output.print(evaluation_table(manifest))
     for failure in manifest.failed:
         output.print(f"[red]cannot be promoted, it failed a check:[/red] {failure}")
@@ -36,21 +38,38 @@ def print_parity(report: ParityReport, page: Path) -> None:
 
 
 def evaluation_table(manifest: Manifest) -> Table:
-    """The table of base, merged and GPTQ: quality with 95 % intervals, size, load time, speed."""
-    table = Table("", "exact match", "valid JSON", "NLL / token", "size", "load", "tokens/s", box=None)
-    if manifest.base_evaluation:
-        table.add_row("base", *_quality(manifest.base_evaluation), "", "", "")
-    for format, record in manifest.formats.items():
-        if record.evaluation:
-            table.add_row(format.value, *_quality(record.evaluation), *_files(record))
+    """Base, merged and GPTQ beside each other: quality with 95 % intervals, primary metric first; size, speed."""
+    records = {format.value: record for format, record in manifest.formats.items() if record.evaluation}
+    reports = {"base": manifest.base_evaluation} | {name: record.evaluation for name, record in records.items()}
+    judged = {name: report for name, report in reports.items() if report}
+    table = Table("", *judged, box=None)
+    for title, cells in _quality(judged).items():
+        table.add_row(title, *cells)
+    for title, cell in _FILES.items():
+        table.add_row(title, *(cell(records[name]) if name in records else "" for name in judged))
     return table
 
 
-def _quality(report: EvaluationReport) -> tuple[str, str, str]:
-    return str(report.exact_match), str(report.valid_json or "-"), str(report.nll)
+def _quality(judged: dict[str, EvaluationReport]) -> dict[str, list[str]]:
+    """The cells of each metric, by its title."""
+    titles = {name: figure.title for report in reversed(judged.values()) for name, figure in report.figures.items()}
+    rows = {}
+    for name, title in titles.items():
+        found = (report.figures.get(name) for report in judged.values())
+        rows[escape(title)] = [str(figure.estimate) if figure else "-" for figure in found]
+    return rows | {"NLL / token": [str(report.nll) for report in judged.values()]}
 
 
-def _files(record: FormatRecord) -> tuple[str, str, str]:
-    load = f"{record.load_seconds:.1f} s" if record.load_seconds is not None else "-"
-    speed = f"{record.tokens_per_second:.0f}" if record.tokens_per_second is not None else "-"
-    return f"{record.bytes / 1e6:.0f} MB", load, speed
+def _load(record: FormatRecord) -> str:
+    return f"{record.load_seconds:.1f} s" if record.load_seconds is not None else "-"
+
+
+def _speed(record: FormatRecord) -> str:
+    return f"{record.tokens_per_second:.0f}" if record.tokens_per_second is not None else "-"
+
+
+_FILES: dict[str, Callable[[FormatRecord], str]] = {
+    "size": lambda record: f"{record.bytes / 1e6:.0f} MB",
+    "load": _load,
+    "tokens/s": _speed,
+}

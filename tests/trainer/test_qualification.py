@@ -1,7 +1,5 @@
 """A format is judged as it will be served: loaded in place, and verified on an engine of its own."""
 
-import random
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -9,17 +7,13 @@ import pytest
 
 from svc.dataset.schema.example import ChatExample
 from svc.engine.probes import EngineFacts
-from svc.errors import EngineError, ProbeError, TrainingError
-from svc.evaluation.evaluator import judge
-from svc.evaluation.results import ExampleResult
+from svc.errors import EngineError, ProbeError
 from svc.evaluation.token_scores import choose_examples
 from svc.settings import Device
 from tests.serving.engine_double import EngineDouble, logprob_of, tokenized
-from tests.svc.registry.parity import SPEED
 from tests.trainer.conftest import make_example, make_recipe
 from tests.trainer.engines import Engines
-from trainer.qualification import EngineReading, Qualified, Qualifier, check_gptq
-from trainer.recipe.sections import Evaluate
+from trainer.qualification import Qualifier
 
 pytestmark = pytest.mark.slow
 
@@ -158,97 +152,3 @@ async def test_an_engine_that_answers_nonsense_is_told_at_once() -> None:
     engines.change = refuse
     with pytest.raises(EngineError, match="with 500"):
         await qualifier(engines).alone(GPTQ, "gptq")
-
-
-def qualified(hits: Sequence[bool], nll: Sequence[float], *, results: bool = True) -> Qualified:
-    """What was found of a format; one hit and one negative log-likelihood for each example."""
-    answers = [
-        ExampleResult(answer="a", tokens=2, finish_reason="stop", logprob=-0.5, nll=one, hit=hit)
-        for hit, one in zip(hits, nll, strict=True)
-    ]
-    report = judge([make_example("q", "free text")] * len(answers), answers, 1.0).report
-    return Qualified(
-        evaluation=report,
-        results=tuple(answers) if results else (),
-        probes=(),
-        reading=EngineReading(prompts_differ=(), scores=(), speed=SPEED),
-    )
-
-
-def won(hits: int, total: int) -> Qualified:
-    """A format that gives so many of the right answers, and finds all equally likely."""
-    return qualified([index < hits for index in range(total)], [1.0] * total)
-
-
-def likely(mean: float, *, spread: float = 0.02, seed: int = 0, total: int = 40, **options: Any) -> Qualified:
-    """A format that never gives the reference, as with free text, and finds it likely around a mean, nats a token."""
-    generator = random.Random(seed)
-    return qualified([False] * total, [mean + generator.uniform(-spread, spread) for _ in range(total)], **options)
-
-
-@pytest.mark.parametrize(
-    ("merged", "gptq", "total", "most"),
-    [
-        *((156, 156, 200, 0.0), (156, 160, 200, 0.0), (200, 0, 200, 1.0), (0, 0, 200, 0.0)),
-        (156, 145, 200, 0.05),  # 0.055, and it may as well be 0.03
-        (10, 9, 10, 0.05),
-    ],
-)
-def test_lost_answers_within_the_limit_or_within_doubt_pass(merged: int, gptq: int, total: int, most: float) -> None:
-    check_gptq(won(merged, total), won(gptq, total), Evaluate(max_gptq_loss=most))
-
-
-@pytest.mark.parametrize(("merged", "gptq", "most"), [(160, 100, 0.05), (156, 130, 0.05), (20, 0, 0.0)])
-def test_lost_answers_beyond_doubt_are_refused(merged: int, gptq: int, most: float) -> None:
-    with pytest.raises(TrainingError, match="of exact match"):
-        check_gptq(won(merged, 200), won(gptq, 200), Evaluate(max_gptq_loss=most))
-
-
-def test_a_refused_loss_gives_both_figures_and_their_difference() -> None:
-    with pytest.raises(TrainingError) as caught:
-        check_gptq(won(160, 200), won(100, 200), Evaluate())
-    assert "GPTQ lost 0.300 of exact match: 0.800 [" in caught.value.wrong
-    assert "0.500 [" in caught.value.wrong
-    assert "difference -0.300 [" in caught.value.wrong
-    assert caught.value.expected == "at most 0.050 (evaluate.max_gptq_loss)"
-    assert caught.value.todo
-
-
-@pytest.mark.parametrize(("merged", "gptq"), [(0.1, 0.104), (2.0, 2.03), (2.0, 1.0)])
-def test_less_likely_answers_within_the_limits_pass(merged: float, gptq: float) -> None:
-    check_gptq(likely(merged), likely(gptq), Evaluate())
-
-
-@pytest.mark.parametrize(("merged", "gptq"), [(0.1, 0.12), (2.0, 2.1), (2.0, 8.0)])
-def test_a_model_of_free_text_that_finds_the_right_answers_less_likely_is_refused(merged: float, gptq: float) -> None:
-    with pytest.raises(TrainingError, match="finds the right answers less likely"):
-        check_gptq(likely(merged), likely(gptq), Evaluate())
-
-
-def test_a_refused_likelihood_gives_both_figures_and_the_limit() -> None:
-    with pytest.raises(TrainingError) as caught:
-        check_gptq(likely(2.0), likely(2.5), Evaluate(max_gptq_nll=0.1))
-    assert "nats a token merged" in caught.value.wrong
-    assert "difference 0.500 [0.500, 0.500]" in caught.value.wrong
-    assert caught.value.expected.startswith("at most 0.200 more")
-    assert caught.value.todo
-
-
-def test_a_limit_of_the_recipe_holds() -> None:
-    check_gptq(likely(2.0), likely(2.1), Evaluate(max_gptq_nll=0.1))
-
-
-def test_noise_refuses_no_more_than_one_in_twenty() -> None:
-    """The interval is of 95 %, and only one of its ends refuses."""
-    refused = 0
-    for seed in range(40):
-        try:
-            check_gptq(likely(2.0, spread=1.0, seed=seed), likely(2.0, spread=1.0, seed=1000 + seed), Evaluate())
-        except TrainingError:
-            refused += 1
-    assert refused <= 2
-
-
-@pytest.mark.parametrize("options", [{"total": 7}, {"results": False}])
-def test_too_few_examples_and_runs_of_an_older_release_are_not_judged_by_likelihood(options: dict[str, Any]) -> None:
-    check_gptq(likely(2.0, **options), likely(9.0, **options), Evaluate())

@@ -12,7 +12,9 @@ from pathlib import Path
 from svc.dataset.readers.reader import write_examples
 from svc.dataset.schema.tokenized_example import TokenizedExample, write_tokenized
 from svc.errors import IntegrityError, TrainingError
+from svc.evaluation.estimate import Estimate
 from svc.evaluation.evaluator import EvaluationReport
+from svc.evaluation.metrics.metric import Metric
 from svc.evaluation.results import write_results
 from svc.registry.manifest import Manifest
 from svc.registry.parity import ParityReport
@@ -22,10 +24,11 @@ from svc.terminal import console
 from svc.version import Format
 from trainer.base_model.resolve import Base
 from trainer.pipeline.examples import Examples
+from trainer.pipeline.gptq_gate import check_gptq
 from trainer.pipeline.manifest import build_manifest
 from trainer.pipeline.reference import write_data_reference
 from trainer.pipeline.run_folder import Run
-from trainer.qualification import Qualified, check_gptq
+from trainer.qualification import Qualified
 from trainer.recipe.sections import Recipe
 
 log = logging.getLogger(__name__)
@@ -41,6 +44,7 @@ class Registration:
         adapter: its folder; None after full fine-tuning.
         base_evaluation: None where the base was not asked.
         qualified: the formats that can be served.
+        primary: the metric that gates.
         report: None where there are none.
     """
 
@@ -54,6 +58,7 @@ class Registration:
     adapter: Path | None
     base_evaluation: EvaluationReport | None
     qualified: Mapping[Format, Qualified]
+    primary: Metric
     report: ParityReport | None
 
     def register(self, *, failed_too: bool) -> Manifest:
@@ -67,7 +72,9 @@ class Registration:
         """
         failed = self._check(failed_too=failed_too)
         manifest = self._published(failed) or self._publish(failed)
-        figures = {f"exact_match_{format}": str(one.evaluation.exact_match) for format, one in self.qualified.items()}
+        reports = {format: one.evaluation for format, one in self.qualified.items()}
+        figures = {f"exact_match_{format}": str(report.exact_match) for format, report in reports.items()}
+        figures |= {f"{self.primary.name}_{format}": str(_primary(report)) for format, report in reports.items()}
         self.registry.tracking.annotate(
             manifest.id,
             f"{manifest.base.origin} on {manifest.data.train_examples} examples",
@@ -97,7 +104,9 @@ class Registration:
 
     def _check_gptq(self) -> None:
         if len(self.qualified) == 2:
-            check_gptq(self.qualified[Format.MERGED], self.qualified[Format.GPTQ], self.recipe.evaluate)
+            merged, gptq = self.qualified[Format.MERGED], self.qualified[Format.GPTQ]
+            judged = self.examples.heldout[: merged.evaluation.examples]
+            check_gptq(self.primary, judged, merged, gptq, self.recipe.evaluate)
 
     def _published(self, failed: tuple[str, ...]) -> Manifest | None:
         """What a try published that was cut off before it could say so."""
@@ -114,7 +123,9 @@ class Registration:
     def _made(self, manifest: Manifest) -> bool:
         """Whether a version of this training is what this recipe makes of it."""
         judged = manifest.data.heldout_fingerprint == self.examples.heldout_fingerprint
-        return judged and manifest.recipe == self.recipe.model_dump(mode="json")
+        found = {format: record.evaluation for format, record in manifest.formats.items() if record.evaluation}
+        same = found == {format: one.evaluation for format, one in self.qualified.items()}  # a metric may be mended
+        return judged and same and manifest.recipe == self.recipe.model_dump(mode="json")
 
     def _publish(self, failed: tuple[str, ...]) -> Manifest:
         heldout = self.run.folder / HELDOUT_FILE
@@ -149,3 +160,7 @@ class Registration:
         write_tokenized(folder / HELDOUT_TOKENS_FILE, self.tokenized)
         write_data_reference(folder, self.examples, self.recipe.data.seed)
         return folder
+
+
+def _primary(report: EvaluationReport) -> Estimate:
+    return report.figures[report.primary].estimate

@@ -9,7 +9,7 @@ recipe's limits last, so that with other limits nothing is measured again.
 import asyncio
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
@@ -25,7 +25,9 @@ from svc.engine.probes import engine_facts
 from svc.engine.vllm.number_type import choose_dtype, explain_gptq_kernel
 from svc.errors import DiskSpaceError, InterruptedRunError, SvcError
 from svc.evaluation.cache import EvaluationCache
-from svc.evaluation.evaluator import EvaluationReport, judge
+from svc.evaluation.evaluator import Evaluation, EvaluationReport, judge
+from svc.evaluation.metrics.choose import MetricSet, choose_metrics, try_on_references
+from svc.evaluation.results import ExampleResult
 from svc.evaluation.token_scores import choose_examples
 from svc.lock import hold_lock
 from svc.registry.fingerprint import compatibility_fingerprint
@@ -58,11 +60,16 @@ _SPARE_BYTES = 200_000_000  # logs, results, the tracking database
 
 
 class Evaluated(BaseModel):
-    """Result of the stage `evaluate`."""
+    """Result of the stage `evaluate`.
+
+    Attributes:
+        base_results: the answers behind the report; none in a run that an older release began.
+    """
 
     model_config = ConfigDict(frozen=True)
 
     base: EvaluationReport
+    base_results: tuple[ExampleResult, ...] = ()
     merged: Qualified
 
 
@@ -202,6 +209,7 @@ class Pipeline:
         if served is not None:
             room = self.recipe.evaluate.max_tokens
             check_served_length(self._tokenized, served, "held-out", room=room)
+            try_on_references(self._metrics, self.examples.heldout[: self.recipe.evaluate.limit])
         from trainer.training.sft import train_model  # torch and TRL with it
 
         tracking, run_id = self.registry.tracking, self._tracking_run()
@@ -268,7 +276,7 @@ class Pipeline:
             work = qualifier.base_and_merged(self.base.folder, self.run.merged, same_fingerprint=prints[0] == prints[1])
             base, merged = asyncio.run(work)
             cache.add(qualifier.judged, base.results)
-        return self.run.save(Stage.EVALUATE, Evaluated(base=base.report, merged=merged))
+        return self.run.save(Stage.EVALUATE, Evaluated(base=base.report, base_results=base.results, merged=merged))
 
     def _cache(self, revision: str, model: Path) -> EvaluationCache:
         """What a model has answered before, on an engine as it is started now."""
@@ -316,7 +324,7 @@ class Pipeline:
         return self.run.load(Stage.PARITY, ParityReport) if self._qualified() else None
 
     def _register(self) -> Registered:
-        qualified = self._qualified()
+        qualified = {format: self._judged(found) for format, found in self._qualified().items()}
         manifest = Registration(
             registry=self.registry,
             recipe=self.recipe,
@@ -326,8 +334,9 @@ class Pipeline:
             run=self.run,
             tracking_run=self._tracking_run(),
             adapter=None if self._full else self.run.adapter,
-            base_evaluation=self._evaluated.base if self._evaluated else None,
+            base_evaluation=self._base_report,
             qualified=qualified,
+            primary=self._metrics.primary,
             report=self._report,
         ).register(failed_too=self.register_failed)
         merged = qualified.get(Format.MERGED)
@@ -339,6 +348,31 @@ class Pipeline:
         )
         self.run.clean()
         return registered
+
+    @cached_property
+    def _metrics(self) -> MetricSet:
+        """What the answers are judged by: chosen by all held-out examples, as later where they are asked again."""
+        return choose_metrics(self.examples.heldout, self.recipe.evaluate.metric_options)
+
+    def _judged(self, found: Qualified) -> Qualified:
+        """A format, judged by the metrics that the recipe names now: the answers are what was measured."""
+        if not found.results:
+            return found
+        judged = self._judge(found.evaluation, found.results)
+        return found.model_copy(update={"evaluation": judged.report, "results": judged.results})
+
+    @property
+    def _base_report(self) -> EvaluationReport | None:
+        """Of the base, by the same metrics; None where it was not asked."""
+        found = self._evaluated
+        if found is None:
+            return None
+        if not found.base_results:
+            return found.base
+        return self._judge(found.base, found.base_results).report
+
+    def _judge(self, report: EvaluationReport, results: Sequence[ExampleResult]) -> Evaluation:
+        return judge(self.examples.heldout[: len(results)], results, report.seconds, self._metrics)
 
     def _qualified(self) -> dict[Format, Qualified]:
         """The formats that can be served."""

@@ -1,12 +1,14 @@
 """Checks that a version fails: it becomes none, or one that says so."""
 
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
-from svc.errors import TrainingError
+from svc.errors import RecipeError, TrainingError
 from svc.version import Format
 from tests.svc.registry.parity import make_parity
+from tests.trainer.conftest import make_example
 from tests.trainer.engines import Engines
 from tests.trainer.pipeline.stand_ins import WORSE_QUANTIZED, Make, Stages
 from trainer.pipeline.stage_key import Stage
@@ -25,7 +27,7 @@ def test_what_is_compared_with_other_limits_is_not_measured_again(make: Make, st
 def test_a_version_that_fails_is_registered_where_that_is_asked_for(make: Make) -> None:
     pipeline = replace(make(WORSE_QUANTIZED), register_failed=True)
     (failure,) = pipeline.registry.manifest(pipeline.train_version()).failed
-    assert failure.startswith("GPTQ lost 1.000 of exact match")
+    assert failure.startswith("GPTQ lost 1.000 of accuracy")
     assert pipeline.train_version().number == 1
 
 
@@ -82,7 +84,7 @@ def test_a_later_try_makes_the_next_number(make: Make) -> None:
 
 def test_a_quantized_model_that_is_worse_becomes_no_version(make: Make) -> None:
     pipeline = make(WORSE_QUANTIZED)
-    with pytest.raises(TrainingError, match=r"GPTQ lost 1\.000 of exact match"):
+    with pytest.raises(TrainingError, match=r"GPTQ lost 1\.000 of accuracy"):
         pipeline.train_version()
     assert pipeline.registry.versions() == []
     assert not pipeline.run.done(Stage.REGISTER)
@@ -90,3 +92,47 @@ def test_a_quantized_model_that_is_worse_becomes_no_version(make: Make) -> None:
 
 def test_a_loss_that_the_recipe_allows_becomes_a_version(make: Make) -> None:
     assert make(WORSE_QUANTIZED, evaluate={"max_gptq_loss": 1.0}).train_version().number == 1
+
+
+PREFIX = "merged.0 merged.1 merged.2 merged.3"
+
+
+def test_a_quantized_model_of_free_text_that_is_broken_becomes_no_version(make: Make) -> None:
+    """The double answers with the name of its weights: near the references when it holds the merged ones."""
+    heldout = tuple(make_example(f"write {place}", f"{PREFIX} and more of {place}") for place in range(4))
+    with pytest.raises(TrainingError, match=r"GPTQ lost 0\.\d+ of ROUGE-L"):
+        make(heldout).train_version()
+
+
+def test_other_metrics_ask_nothing_again(make: Make, stages: Stages, engines: Engines) -> None:
+    version = make().train_version()
+    ran, launched = len(stages.ran), len(engines.launched)
+    pipeline = make(evaluate={"metrics": ["chrf", "exact_match"]})
+    other = pipeline.train_version()
+    assert (len(stages.ran), len(engines.launched)) == (ran, launched)
+    assert other.number == version.number + 1
+    manifest = pipeline.registry.manifest(other)
+    report = manifest.formats[Format.MERGED].evaluation
+    assert report is not None and manifest.base_evaluation is not None
+    assert list(report.figures) == list(manifest.base_evaluation.figures) == ["chrf", "exact_match"]
+    assert set(pipeline.registry.results(other, Format.MERGED)[0].scores) == {"chrf", "exact_match"}
+
+
+def test_a_metric_that_fails_is_told_before_training(make: Make, stages: Stages, tmp_path: Path) -> None:
+    path = tmp_path / "mine.py"
+    path.write_text("def score(answers, references):\n    return []\n", "utf-8")
+    with pytest.raises(RecipeError, match="returned 0 scores for 2 answers"):
+        make(evaluate={"metrics": f"{path}:score"}).train_version()
+    assert stages.ran == []
+
+
+def test_a_metric_that_was_mended_judges_anew(make: Make, tmp_path: Path) -> None:
+    path = tmp_path / "mine.py"
+    found = []
+    for score in (0.25, 0.75):
+        path.write_text(f"def score(answers, references):\n    return [{score}] * len(answers)\n", "utf-8")
+        pipeline = make(evaluate={"metrics": f"{path}:score"})
+        report = pipeline.registry.manifest(pipeline.train_version()).formats[Format.MERGED].evaluation
+        assert report is not None
+        found.append(report.figures["mine_score"].estimate.value)
+    assert found == [0.25, 0.75]

@@ -175,3 +175,6 @@ def test_mlflow_shows_what_a_version_is(pipeline: Pipeline) -> None:
     assert found.description == "./base on 3 examples"
     assert found.tags["source"] == str(pipeline.registry.folder(version))
     assert found.tags["exact_match_gptq"].startswith("0.000")
+    report = pipeline.registry.manifest(version).formats[Format.GPTQ].evaluation
+    assert report is not None
+    assert found.tags[f"{report.primary}_gptq"] == str(report.figures[report.primary].estimate)

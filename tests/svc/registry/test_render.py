@@ -1,0 +1,68 @@
+"""A version on one screen: the primary metric heads its figures, by its name."""
+
+from io import StringIO
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+from rich.table import Table
+
+from svc.evaluation.evaluator import EvaluationReport, judge
+from svc.registry.files import record_files
+from svc.registry.manifest import FormatRecord, Manifest
+from svc.registry.render import evaluation_table
+from svc.version import Format, VersionId
+from tests.command_line import Svc
+from tests.svc.evaluation.answered import answered
+from tests.svc.registry.manifests import make_manifest, report
+from tests.svc.registry.test_show import Register, register
+
+__all__ = ["register"]
+
+
+def text_report(answer: str) -> EvaluationReport:
+    given = answered([(f"{answer} {place}", f"a line of text, number {place}") for place in range(6)])
+    return judge(given.examples, given.results, 1.0).report
+
+
+def shown(table: Table) -> list[list[str]]:
+    """The cells of each row."""
+    out = StringIO()
+    Console(file=out, width=120).print(table)
+    return [[cell for cell in line.split("  ") if cell.strip()] for line in out.getvalue().splitlines()]
+
+
+@pytest.fixture
+def manifest(tmp_path: Path) -> Manifest:
+    (tmp_path / "merged").mkdir()
+    (tmp_path / "heldout.jsonl").touch()
+    (tmp_path / "reference").mkdir()
+    (tmp_path / "merged" / "config.json").write_text("{}")
+    files = record_files(tmp_path, tmp_path / "merged")
+    formats = {Format.MERGED: FormatRecord(files=files, evaluation=text_report("a line of text, number"))}
+    return make_manifest(VersionId("tiny", 1), tmp_path, base_evaluation=text_report("what"), formats=formats)
+
+
+def test_the_primary_metric_stands_first_and_every_figure_has_its_interval(manifest: Manifest) -> None:
+    heads, first, *others = shown(evaluation_table(manifest))
+    assert [head.strip() for head in heads] == ["base", "merged"]
+    assert first[0].strip() == "ROUGE-L"
+    assert first[2].strip().startswith("1.000 [")
+    titles = [row[0].strip() for row in others]
+    assert titles == [
+        *("ROUGE-1", "ROUGE-2", "chrF", "exact match", "perplexity", "length"),
+        *("NLL / token", "size", "load", "tokens/s"),
+    ]
+
+
+def test_a_figure_that_only_one_of_them_has_is_missing_of_the_other(manifest: Manifest) -> None:
+    older = manifest.model_copy(update={"base_evaluation": report()})
+    rows = {row[0].strip(): [cell.strip() for cell in row[1:]] for row in shown(evaluation_table(older))[1:]}
+    assert rows["ROUGE-L"][0] == "-"
+    assert rows["exact match"][0].startswith("0.500 [")
+
+
+def test_a_version_of_an_older_release_is_shown_by_exact_match(svc: Svc, register: Register) -> None:
+    made = register(None)
+    assert "first of all by exact match" in svc("show", str(made.id)).out
+    assert "exact match 0.500" in " ".join(svc("models").out.split())

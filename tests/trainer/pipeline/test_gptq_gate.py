@@ -1,0 +1,182 @@
+"""A quantized model that is worse beyond doubt is refused, by the primary metric and by the log-likelihood."""
+
+import random
+from collections.abc import Sequence
+from typing import Any
+
+import pytest
+
+from svc.errors import TrainingError
+from svc.evaluation.evaluator import judge
+from svc.evaluation.metrics.choose import MetricSet
+from svc.evaluation.metrics.exact_match import ExactMatch
+from svc.evaluation.metrics.macro_f1 import MacroF1
+from svc.evaluation.metrics.metric import Better, Metric, Unit
+from svc.evaluation.metrics.perplexity import Perplexity
+from svc.evaluation.metrics.rouge import Rouge, RougeKind
+from svc.evaluation.results import ExampleResult
+from tests.svc.registry.parity import SPEED
+from tests.trainer.conftest import make_example
+from trainer.pipeline.gptq_gate import check_gptq
+from trainer.qualification import EngineReading, Qualified
+from trainer.recipe.sections import Evaluate
+
+REFERENCE = "a short line that says what the package is for"
+
+
+def qualified(
+    answers: Sequence[str], nll: Sequence[float], *, results: bool = True, metric: Metric | None = None
+) -> Qualified:
+    """What was found of a format; one answer and one negative log-likelihood for each example."""
+    found = [
+        ExampleResult(answer=answer, tokens=2, finish_reason="stop", logprob=-0.5, nll=one, hit=answer == REFERENCE)
+        for answer, one in zip(answers, nll, strict=True)
+    ]
+    judged = judge(examples(len(found)), found, 1.0, MetricSet(metric or ExactMatch()))
+    return Qualified(
+        evaluation=judged.report,
+        results=judged.results if results else (),
+        probes=(),
+        reading=EngineReading(prompts_differ=(), scores=(), speed=SPEED),
+    )
+
+
+def examples(total: int) -> list[Any]:
+    return [make_example("q", REFERENCE)] * total
+
+
+def check(merged: Qualified, gptq: Qualified, metric: Metric | None = None, **limits: float) -> None:
+    total = merged.evaluation.examples
+    check_gptq(metric or ExactMatch(), examples(total), merged, gptq, Evaluate(**limits))
+
+
+def won(hits: int, total: int) -> Qualified:
+    """A format that gives so many of the right answers, and finds all equally likely."""
+    return qualified([REFERENCE if index < hits else "no" for index in range(total)], [1.0] * total)
+
+
+def likely(mean: float, *, spread: float = 0.02, seed: int = 0, total: int = 40, **options: Any) -> Qualified:
+    """A format that never gives the reference, as with free text, and finds it likely around a mean, nats a token."""
+    generator = random.Random(seed)
+    return qualified(["no"] * total, [mean + generator.uniform(-spread, spread) for _ in range(total)], **options)
+
+
+@pytest.mark.parametrize(
+    ("merged", "gptq", "total", "most"),
+    [
+        *((156, 156, 200, 0.0), (156, 160, 200, 0.0), (200, 0, 200, 1.0), (0, 0, 200, 0.0)),
+        (156, 145, 200, 0.05),  # 0.055, and it may as well be 0.03
+        (10, 9, 10, 0.05),
+    ],
+)
+def test_lost_answers_within_the_limit_or_within_doubt_pass(merged: int, gptq: int, total: int, most: float) -> None:
+    check(won(merged, total), won(gptq, total), max_gptq_loss=most)
+
+
+@pytest.mark.parametrize(("merged", "gptq", "most"), [(160, 100, 0.05), (156, 130, 0.05), (20, 0, 0.0)])
+def test_lost_answers_beyond_doubt_are_refused(merged: int, gptq: int, most: float) -> None:
+    with pytest.raises(TrainingError, match="of exact match"):
+        check(won(merged, 200), won(gptq, 200), max_gptq_loss=most)
+
+
+def test_a_refused_loss_gives_both_figures_and_their_difference() -> None:
+    with pytest.raises(TrainingError) as caught:
+        check(won(160, 200), won(100, 200))
+    assert "GPTQ lost 0.300 of exact match: 0.800 [" in caught.value.wrong
+    assert "0.500 [" in caught.value.wrong
+    assert "difference -0.300 [" in caught.value.wrong
+    assert caught.value.expected == "at most 0.050 (evaluate.max_gptq_loss)"
+    assert caught.value.todo
+
+
+@pytest.mark.parametrize(("merged", "gptq"), [(0.1, 0.104), (2.0, 2.03), (2.0, 1.0)])
+def test_less_likely_answers_within_the_limits_pass(merged: float, gptq: float) -> None:
+    check(likely(merged), likely(gptq))
+
+
+@pytest.mark.parametrize(("merged", "gptq"), [(0.1, 0.12), (2.0, 2.1), (2.0, 8.0)])
+def test_a_model_of_free_text_that_finds_the_right_answers_less_likely_is_refused(merged: float, gptq: float) -> None:
+    with pytest.raises(TrainingError, match="finds the right answers less likely"):
+        check(likely(merged), likely(gptq))
+
+
+def test_a_refused_likelihood_gives_both_figures_and_the_limit() -> None:
+    with pytest.raises(TrainingError) as caught:
+        check(likely(2.0), likely(2.5), max_gptq_nll=0.1)
+    assert "nats a token merged" in caught.value.wrong
+    assert "difference 0.500 [0.500, 0.500]" in caught.value.wrong
+    assert caught.value.expected.startswith("at most 0.200 more")
+    assert caught.value.todo
+
+
+def test_a_limit_of_the_recipe_holds() -> None:
+    check(likely(2.0), likely(2.1), max_gptq_nll=0.1)
+
+
+def test_noise_refuses_no_more_than_one_in_twenty() -> None:
+    """The interval is of 95 %, and only one of its ends refuses."""
+    refused = 0
+    for seed in range(40):
+        try:
+            check(likely(2.0, spread=1.0, seed=seed), likely(2.0, spread=1.0, seed=1000 + seed))
+        except TrainingError:
+            refused += 1
+    assert refused <= 2
+
+
+@pytest.mark.parametrize("options", [{"total": 7}, {"results": False}])
+def test_too_few_examples_and_runs_of_an_older_release_are_not_judged_by_likelihood(options: dict[str, Any]) -> None:
+    check(likely(2.0, **options), likely(9.0, **options))
+
+
+def written(kept: float, metric: Metric, nll: float = 1.0, total: int = 40) -> Qualified:
+    """A format whose every answer has that share of the reference's words, and never all of them."""
+    words = REFERENCE.split()
+    answers = [" ".join([*words[: round(kept * len(words))], f"other{place}"]) for place in range(total)]
+    return qualified(answers, [nll] * total, metric=metric)
+
+
+def test_a_broken_model_of_free_text_is_refused_where_exact_match_sees_nothing() -> None:
+    metric = Rouge(RougeKind.L)
+    merged, broken = written(0.8, metric), written(0.0, metric)
+    assert merged.evaluation.exact_match.value == broken.evaluation.exact_match.value == 0.0
+    with pytest.raises(TrainingError, match=r"GPTQ lost 0\.\d+ of ROUGE-L: 0\.\d+ \["):
+        check(merged, broken, metric)
+
+
+def test_a_model_of_free_text_that_writes_as_well_passes() -> None:
+    metric = Rouge(RougeKind.L)
+    check(written(0.8, metric), written(0.8, metric), metric)
+
+
+def test_a_perplexity_may_rise_by_a_share_of_the_merged_models() -> None:
+    metric, merged = Perplexity(), likely(2.0)
+    check(merged, likely(2.04), metric, max_gptq_nll=1.0)
+    with pytest.raises(TrainingError, match=r"GPTQ added .* to the perplexity") as caught:
+        check(merged, likely(2.1), metric, max_gptq_nll=1.0)
+    assert "of the merged model" in caught.value.expected
+
+
+def test_a_metric_without_scores_of_examples_gates_too() -> None:
+    with pytest.raises(TrainingError, match="of macro-F1"):
+        check(won(160, 200), won(100, 200), MacroF1())
+
+
+class Points(Metric):
+    """A metric of the user's, on a scale of its own."""
+
+    name = "points"
+    title = "points"
+    better = Better.HIGHER
+    unit = Unit.NUMBER
+
+    def score(self, answered: Any) -> list[float]:
+        return [100.0 * len(answer.split()) for answer in answered.answers]
+
+
+def test_the_users_own_metric_may_lose_a_share_of_the_merged_models() -> None:
+    metric = Points()
+    check(written(0.8, metric), written(0.8, metric), metric)
+    with pytest.raises(TrainingError, match=r"GPTQ lost 100\.000 of points: 900\.000") as caught:
+        check(written(0.8, metric), written(0.7, metric), metric)
+    assert caught.value.expected.startswith("at most 45.000")
