@@ -7,20 +7,25 @@ Another kind of engine than that of the registration rounds otherwise. There the
 against, and what it is worth is not judged here: the probes have been (serving/engines/verification.py).
 
 A change of the log-likelihood is called when its mean is beyond what rounding explains, and large enough to matter; a
-change of exact match when McNemar's exact test finds it. Each at one false alarm in 10,000 runs; at the default pace
-that is one in more than three years for both.
+change of the primary metric when an exact test of its scores finds it, example by example. Each at one false alarm in
+10,000 runs; at the default pace that is one in more than three years for both.
+
+The test flips signs (Fisher 1935): where nothing changed, a score is as often higher as it is lower by as much. Equal
+answers have equal scores and say nothing. Of scores that are 0 or 1 it is McNemar's exact test.
 """
 
-from collections.abc import Mapping
-from dataclasses import astuple, dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import astuple, dataclass, replace
 from datetime import datetime
 from enum import StrEnum
 
 import numpy as np
+from numpy.typing import NDArray
 from sqlalchemy import Engine as Store
 
 from svc.errors import NotFoundError
-from svc.evaluation.results import token_weights
+from svc.evaluation.metrics.exact_match import ExactMatch
+from svc.evaluation.results import ExampleResult, token_weights
 from svc.registry.registry import Registry
 from svc.store.holdouts import HoldoutRun, first_holdout_run, newest_holdout_run
 from svc.version import Target
@@ -32,6 +37,10 @@ registration, differ by 0.01 in the mean: the engine rounds otherwise in a batch
 _ROUNDING_NATS = 0.05
 """Standard deviation of that difference, of one example; 0.03 was measured."""
 
+_SAME = 1e-9
+"""Scores of equal answers differ by less, on whatever machine they are computed."""
+_FLIPS = 99_999
+
 
 @dataclass(frozen=True, slots=True)
 class Figures:
@@ -40,11 +49,13 @@ class Figures:
     Attributes:
         nll: negative log-likelihood of the reference, nats a token.
         weight: tokens of the reference; 1 for a version of an older release, whose examples all count the same.
+        score: by the metric that is watched.
     """
 
     nll: float
     hit: bool
     weight: float
+    score: float
 
 
 class Quality(StrEnum):
@@ -66,7 +77,10 @@ class QualityReport:
             than the registration's, in place of registered figures those of the first run there.
         nll_p: of the mean change, were it rounding.
         exact_match, registered_exact_match: shares.
-        exact_match_p: of McNemar's exact test.
+        exact_match_p: of McNemar's exact test; it is shown, and judges nothing where another metric is watched.
+        metric: name of the metric that is watched: the version's primary one, or what that is made of.
+        score, registered_score: its figures.
+        score_p: of the exact test of its scores.
         examples: how many were asked.
         asked_at: when the run ended.
     """
@@ -79,6 +93,10 @@ class QualityReport:
     exact_match: float = 0.0
     registered_exact_match: float = 0.0
     exact_match_p: float = 1.0
+    metric: str = ExactMatch.name
+    score: float = 0.0
+    registered_score: float = 0.0
+    score_p: float = 1.0
     examples: int = 0
     asked_at: datetime | None = None
 
@@ -93,20 +111,40 @@ def read_quality(registry: Registry, store: Store, target: Target) -> QualityRep
         results = registry.results(target.version, target.format)
     except NotFoundError as error:
         return QualityReport(Quality.UNKNOWN, error.wrong)
-    weights = token_weights(results) or [1.0] * len(results)
-    pairs = zip(results, weights, strict=True)
-    registered = {at: Figures(result.nll, result.hit, weight) for at, (result, weight) in enumerate(pairs)}
     run = newest_holdout_run(store, target)
     if run is None:
         return QualityReport(Quality.UNKNOWN, "the held-out set was not asked again yet")
+    run = _by_known_metric(run, results)
+    registered = _registered(results, run.metric)
     probes = registry.format(target.version, target.format).probes
     if not probes or probes[0].engine == run.engine:
         return judge(registered, run)
     first = first_holdout_run(store, target, run.engine)
     if first is None or first.id == run.id:
         return QualityReport(Quality.UNKNOWN, "the first run on this kind of engine; later ones are held against it")
-    there = zip(first.places, first.nll, first.hits, strict=True)
-    return judge({place: Figures(nll, hit, registered[place].weight) for place, nll, hit in there}, run)
+    if first.metric != run.metric:  # of an older release, or of a time when the metric could not be had here
+        first, run = _by_exact_match(first), _by_exact_match(run)
+    there = zip(first.places, first.nll, first.hits, first.scores, strict=True)
+    before = {place: Figures(nll, hit, registered[place].weight, score) for place, nll, hit, score in there}
+    return judge(before, run)
+
+
+def _registered(results: Sequence[ExampleResult], metric: str | None) -> dict[int, Figures]:
+    """What the version gave at its registration, by the places of the examples."""
+    weights = token_weights(results) or [1.0] * len(results)
+    scores = [float(one.hit) if metric == ExactMatch.name else one.scores[str(metric)] for one in results]
+    columns = zip(results, weights, scores, strict=True)
+    return {at: Figures(one.nll, one.hit, weight, score) for at, (one, weight, score) in enumerate(columns)}
+
+
+def _by_known_metric(run: HoldoutRun, results: Sequence[ExampleResult]) -> HoldoutRun:
+    """A run with scores that the registered results have too."""
+    known = run.metric is not None and all(run.metric in result.scores for result in results)
+    return run if known else _by_exact_match(run)
+
+
+def _by_exact_match(run: HoldoutRun) -> HoldoutRun:
+    return replace(run, metric=ExactMatch.name, scores=tuple(map(float, run.hits)))
 
 
 def judge(before: Mapping[int, Figures], run: HoldoutRun) -> QualityReport:
@@ -115,23 +153,29 @@ def judge(before: Mapping[int, Figures], run: HoldoutRun) -> QualityReport:
     Args:
         before: of registration, or of an earlier run, by their places in the held-out file; examples that it has not
             are left out.
+        run: with the scores of the same metric.
     """
-    now = zip(run.places, run.nll, run.hits, strict=True)
-    pairs = [(*astuple(before[place]), nll, hit) for place, nll, hit in now if place in before]
-    nll_before, hits_before, weights, nll_now, hits_now = (np.array(column) for column in zip(*pairs, strict=True))
+    now = zip(run.places, run.nll, run.hits, run.scores, strict=True)
+    pairs = [(*astuple(before[place]), *figures) for place, *figures in now if place in before]
+    columns = [np.array(column) for column in zip(*pairs, strict=True)]
+    nll_before, hits_before, weights, scores_before, nll_now, hits_now, scores_now = columns
     weights = weights / weights.sum()
     change = float(weights @ (nll_now - nll_before))
-    lost, won = int((hits_before & ~hits_now).sum()), int((~hits_before & hits_now).sum())
-    nll_p, exact_match_p = _rounding(change, float(np.sqrt(weights @ weights))), _mcnemar(lost, won)
+    nll_p = _rounding(change, float(np.sqrt(weights @ weights)))
     nll_changed = nll_p <= ALPHA and abs(change) >= LEAST_NLL_CHANGE
+    score_p = _sign_flips(scores_now - scores_before)
     return QualityReport(
-        Quality.CHANGED if nll_changed or exact_match_p <= ALPHA else Quality.AS_REGISTERED,
+        Quality.CHANGED if nll_changed or score_p <= ALPHA else Quality.AS_REGISTERED,
         nll=float(weights @ nll_now),
         registered_nll=float(weights @ nll_before),
         nll_p=nll_p,
         exact_match=float(hits_now.mean()),
         registered_exact_match=float(hits_before.mean()),
-        exact_match_p=exact_match_p,
+        exact_match_p=_sign_flips(hits_now.astype(float) - hits_before),
+        metric=run.metric or ExactMatch.name,
+        score=float(scores_now.mean()),
+        registered_score=float(scores_before.mean()),
+        score_p=score_p,
         examples=len(pairs),
         asked_at=run.ended_at,
     )
@@ -149,8 +193,20 @@ def _rounding(change: float, spread: float) -> float:
     return float(2 * norm.sf(abs(change) / spread / _ROUNDING_NATS))
 
 
-def _mcnemar(lost: int, won: int) -> float:
-    """McNemar's exact test: where nothing changed, an answer is lost as often as one is won."""
-    from scipy.stats import binomtest
+def _sign_flips(changes: NDArray[np.float64]) -> float:
+    """The chance of a sum so far from 0, were each change as likely to be its opposite; exact at any level.
 
-    return float(binomtest(lost, lost + won).pvalue) if lost + won else 1.0
+    All combinations of signs up to 16 changes. Of more, 100,000 drawn ones, with the observed one counted among them,
+    by which no level is exceeded (Phipson and Smyth 2010).
+    """
+    from scipy.stats import binomtest, permutation_test
+
+    changes = changes[np.abs(changes) > _SAME]
+    if not len(changes):
+        return 1.0
+    if np.ptp(np.abs(changes)) <= _SAME:  # McNemar's
+        return float(binomtest(int((changes < 0).sum()), len(changes)).pvalue)
+    found = permutation_test(
+        (changes,), np.sum, permutation_type="samples", vectorized=True, n_resamples=_FLIPS, batch=_FLIPS // 10, rng=0
+    )
+    return float(found.pvalue)

@@ -154,6 +154,7 @@ def _features(signal: str, things: str, *, span: int = 12) -> list[PanelBuilder]
 def _quality() -> list[PanelBuilder]:
     legend = f"{VERSION} {{{{when}}}}"
     nll = f"job_instance_model_version:svc_holdout_nll:change{{{_MODEL}}}"
+    score = f"job_instance_model_version_metric:svc_holdout_score:change{{{_MODEL}}}"
     exact_match = f"job_instance_model_version:svc_holdout_exact_match:change{{{_MODEL}}}"
     return [
         chart(
@@ -161,6 +162,12 @@ def _quality() -> list[PanelBuilder]:
             "Nats a token of the held-out answers, now and at registration; less is better.",
             "none",
             Query(f"svc_holdout_nll{{{_MODEL}}}", legend),
+        ),
+        chart(
+            "Primary metric",
+            "The version's primary metric on the held-out answers, by its name, now and at registration.",
+            "none",
+            Query(f"svc_holdout_score{{{_MODEL}}}", f"{VERSION} {{{{metric}}}} {{{{when}}}}"),
         ),
         chart(
             "Exactly right",
@@ -182,6 +189,13 @@ def _quality() -> list[PanelBuilder]:
             axis=Axis.FREE,
         ),
         chart(
+            "Change of the primary metric",
+            "Since registration, in the metric's own unit.",
+            "none",
+            Query(score, f"{VERSION} {{{{metric}}}}"),
+            axis=Axis.FREE,
+        ),
+        chart(
             "Change of exactly right answers",
             "Share of the held-out answers that were won, or below 0 lost, since registration.",
             "percentunit",
@@ -190,7 +204,8 @@ def _quality() -> list[PanelBuilder]:
         ),
         chart(
             "Surprise of the change",
-            "p-value: how often rounding alone would change so much; below 0.0001 the version counts as changed.",
+            "p-value: how often rounding alone would change so much; below 0.0001 of the log-likelihood or the primary "
+            "metric, the version counts as changed.",
             "sci",
             Query(f"clamp_min(svc_holdout_pvalue{{{_MODEL}}}, {_SMALLEST_P})", f"{VERSION} {{{{metric}}}}"),
             axis=Axis.LOGARITHMIC,

@@ -63,6 +63,12 @@ def _versions() -> list[PanelBuilder]:
     size = total(f"svc_registry_version_size_bytes{{{_MODEL}}}", "model", "version", "format")
     return [
         figures(
+            "Primary metric",
+            "What each version was judged by first of all at registration, by its name, to be compared where `heldout` "
+            "is the same; `base` is the model before training.",
+            Column("value", _primary(), "none"),
+        ),
+        figures(
             "Evaluation",
             "Figures on the held-out examples at registration, to be compared where `heldout` is the same; `base` is "
             "the model before training.",
@@ -78,3 +84,8 @@ def _versions() -> list[PanelBuilder]:
 def _evaluation(metric: str) -> str:
     selector = f'svc_registry_version_evaluation{{{_MODEL}, metric="{metric}"}}'
     return f"max by (model, version, heldout, format) ({selector})"
+
+
+def _primary() -> str:
+    selector = f'svc_registry_version_evaluation{{{_MODEL}, primary="true"}}'
+    return f"max by (model, version, heldout, format, metric) ({selector})"

@@ -28,6 +28,7 @@ _REGISTERED: Final = "svc_registry_version_created_timestamp_seconds"
 _EVALUATION: Final = "svc_registry_version_evaluation"
 _BOTH: Final = 'model="$model", version=~"$version_a|$version_b"'
 _SIDES: Final = {"A": "$version_a", "B": "$version_b"}
+_SHARES: Final = "exact_match|accuracy|macro_f1|field_accuracy|schema_valid|valid_json|rouge_.+|chrf"
 _LEGEND: Final = "@{{version}}"
 _FAULTY: Final = f'reason=~"{SERVER_FAULTS}"'
 _LOW, _HIGH = "from (95 %)", "to (95 %)"
@@ -166,10 +167,16 @@ def _feedback() -> PanelBuilder:
 def _evaluations() -> list[PanelBuilder]:
     return [
         figures(
+            "Primary metric",
+            "By its name, of the answers to the chosen held-out set at registration, with 95 % intervals; a version "
+            "that was judged on another set is not shown.",
+            *_columns("value", _evaluation(".+", primary=True), "none"),
+        ),
+        figures(
             "Answers",
-            "Answers to the chosen held-out set that were exactly right, and that were valid JSON, at registration, "
-            "with 95 % intervals; a version that was judged on another set is not shown.",
-            *_columns("share", _evaluation("exact_match|valid_json"), "percentunit"),
+            "Shares of the answers to the chosen held-out set at registration, as those that were exactly right, with "
+            "95 % intervals; a version that was judged on another set is not shown.",
+            *_columns("share", _evaluation(_SHARES), "percentunit"),
             span=12,
         ),
         figures(
@@ -182,8 +189,9 @@ def _evaluations() -> list[PanelBuilder]:
     ]
 
 
-def _evaluation(metric: str) -> Interval:
-    chosen = f'{{{_BOTH}, heldout="$heldout", metric=~"{metric}"}}'
+def _evaluation(metric: str, *, primary: bool = False) -> Interval:
+    of_primary = ', primary="true"' if primary else ""
+    chosen = f'{{{_BOTH}, heldout="$heldout", metric=~"{metric}"{of_primary}}}'
     value, low, high = (
         f"max by (version, format, metric) ({_EVALUATION}{suffix}{chosen})" for suffix in ("", "_low", "_high")
     )

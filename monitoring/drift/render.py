@@ -128,8 +128,8 @@ def _quality(report: QualityReport) -> Text:
         return text.append(f": {report.why}")
     text.append(
         f": NLL {report.nll:.3f}, was {report.registered_nll:.3f} (p {_p(report.nll_p)});"
-        f" exact match {report.exact_match:.3f}, was {report.registered_exact_match:.3f}"
-        f" (p {_p(report.exact_match_p)})"
+        f" {report.metric.replace('_', ' ')} {report.score:.3f}, was {report.registered_score:.3f}"
+        f" (p {_p(report.score_p)})"
     )
     return text.append(f"  ({report.examples} held-out examples, {report.asked_at:{_TIME}})", "dim")
 

@@ -94,13 +94,15 @@ def _add_signal(families: dict[str, GaugeMetricFamily], version: list[str], repo
 def _add_quality(families: dict[str, GaugeMetricFamily], version: list[str], report: QualityReport) -> None:
     families["svc_holdout_changed"].add_metric(version, float(report.quality is Quality.CHANGED))
     families["svc_holdout_examples"].add_metric(version, report.examples)
-    for when, nll, exact_match in (
-        ("registration", report.registered_nll, report.registered_exact_match),
-        ("now", report.nll, report.exact_match),
+    for when, nll, exact_match, score in (
+        ("registration", report.registered_nll, report.registered_exact_match, report.registered_score),
+        ("now", report.nll, report.exact_match, report.score),
     ):
         families["svc_holdout_nll"].add_metric([*version, when], nll)
         families["svc_holdout_exact_match"].add_metric([*version, when], exact_match)
-    for metric, p in (("nll", report.nll_p), ("exact_match", report.exact_match_p)):
+        families["svc_holdout_score"].add_metric([*version, report.metric, when], score)
+    pvalues = {"nll": report.nll_p, "exact_match": report.exact_match_p, report.metric: report.score_p}
+    for metric, p in pvalues.items():
         families["svc_holdout_pvalue"].add_metric([*version, metric], p)
 
 
@@ -120,6 +122,7 @@ def _families() -> dict[str, GaugeMetricFamily]:
         "svc_holdout_changed": ("1 when the version is not what it was at registration: a fault of serving", []),
         "svc_holdout_nll": ("Held-out negative log-likelihood, nats a token", ["when"]),
         "svc_holdout_exact_match": ("Share of held-out answers that are exactly right", ["when"]),
+        "svc_holdout_score": ("The primary metric of the held-out answers, by its name", ["metric", "when"]),
         "svc_holdout_pvalue": ("p-value of the change since registration", ["metric"]),
         "svc_holdout_examples": ("Held-out examples that were asked", []),
         "svc_holdout_run_timestamp_seconds": ("When the newest run of the held-out set ended, by outcome", ["outcome"]),

@@ -47,7 +47,7 @@ class VersionMetrics(Collector):
             for judged, report in reports.items():
                 heldout = heldout_set(manifest.data.heldout_fingerprint, report.examples)
                 for metric, estimate in _figures(report).items():
-                    of_metric = [*labels, heldout, judged, metric]
+                    of_metric = [*labels, heldout, judged, metric, str(metric == report.primary).lower()]
                     value.add_metric(of_metric, estimate.value)
                     low.add_metric(of_metric, estimate.low)
                     high.add_metric(of_metric, estimate.high)
@@ -81,7 +81,7 @@ def heldout_set(fingerprint: str, examples: int) -> str:
 
 def _families() -> tuple[GaugeMetricFamily, ...]:
     version = ["model", "version"]
-    evaluation = [*version, "heldout", "format", "metric"]
+    evaluation = [*version, "heldout", "format", "metric", "primary"]
     documentation = {
         "svc_registry_version_created_timestamp_seconds": ("When the version was registered", version),
         "svc_registry_version_size_bytes": ("Size on disk", [*version, "format"]),
@@ -95,4 +95,5 @@ def _families() -> tuple[GaugeMetricFamily, ...]:
 def _figures(report: EvaluationReport) -> dict[str, Estimate]:
     """Without those that were not measured."""
     figures = {"exact_match": report.exact_match, "valid_json": report.valid_json, "nll": report.nll}
+    figures |= {name: figure.estimate for name, figure in report.figures.items()}
     return {name: estimate for name, estimate in figures.items() if estimate is not None}

@@ -9,7 +9,7 @@ import logging
 import math
 import time
 from collections.abc import Awaitable, Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from enum import StrEnum
 from typing import Any
@@ -28,7 +28,10 @@ from svc.engine.state import EngineState
 from svc.engine.vllm.client import EngineClient
 from svc.errors import EngineError, NotFoundError, SvcError
 from svc.evaluation.evaluator import ask_example, tokenize_bare
+from svc.evaluation.metrics.exact_match import ExactMatch
+from svc.evaluation.metrics.metric import Answered
 from svc.evaluation.results import ExampleResult
+from svc.registry.primary_metric import watched_metric
 from svc.registry.registry import Registry
 from svc.store.holdouts import HoldoutCause, HoldoutOutcome, HoldoutRun, add_holdout_run, newest_holdout_run
 from svc.store.scores import MOST_TOKENS
@@ -187,7 +190,20 @@ class HoldoutRuns:
             hits=tuple(result.hit for result in results.values()),
             nll=tuple(result.nll for result in results.values()),
         )
-        await self._keep(run)
+        await self._keep(await asyncio.to_thread(self._scored, run, results))
+
+    def _scored(self, run: HoldoutRun, results: dict[int, ExampleResult]) -> HoldoutRun:
+        """With what the version's primary metric gives each answer; by exact match where it cannot be had here."""
+        if not results:
+            return run
+        try:
+            metric = watched_metric(self._registry, run.target)
+            examples = self._registry.heldout(run.target.version)
+            scores = metric.score(Answered([examples[place] for place in results], list(results.values())))
+        except (SvcError, ImportError):
+            log.warning("the primary metric of %s cannot judge here: exact match does", run.target, exc_info=True)
+            return replace(run, metric=ExactMatch.name, scores=tuple(map(float, run.hits)))
+        return replace(run, metric=metric.name, scores=tuple(scores))
 
     async def _keep(self, run: HoldoutRun) -> None:
         """Again and again, until the store takes it: a moment in which it is busy must not lose what took an hour."""

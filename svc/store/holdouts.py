@@ -49,6 +49,8 @@ class HoldoutRun:
             failed run.
         hits: whether the answer to each is its reference.
         nll: negative log-likelihood of each reference answer, nats a token.
+        metric: name of the metric that `scores` are of; None for a run of an older release, which has none.
+        scores: of each answer.
         id: of its row; None before it has one. A later row has a greater one.
     """
 
@@ -62,6 +64,8 @@ class HoldoutRun:
     places: tuple[int, ...] = ()
     hits: tuple[bool, ...] = ()
     nll: tuple[float, ...] = ()
+    metric: str | None = None
+    scores: tuple[float, ...] = ()
     id: int | None = None
 
 
@@ -78,7 +82,15 @@ def add_holdout_run(store: Store, run: HoldoutRun) -> None:
         ended_at=run.ended_at,
         outcome=run.outcome.value,
         reason=run.reason,
-        results=json.dumps({"places": run.places, "hits": [int(hit) for hit in run.hits], "nll": run.nll}),
+        results=json.dumps(
+            {
+                "places": run.places,
+                "hits": [int(hit) for hit in run.hits],
+                "nll": run.nll,
+                "metric": run.metric,
+                "scores": run.scores,
+            }
+        ),
     )
     newest = select(HoldoutRunRow.id).where(HoldoutRunRow.name == name).order_by(HoldoutRunRow.id.desc())
     with Session(store) as session, session.begin():
@@ -137,5 +149,7 @@ def _run(row: HoldoutRunRow) -> HoldoutRun:
         places=tuple(results.get("places", range(len(results["hits"])))),
         hits=tuple(bool(hit) for hit in results["hits"]),
         nll=tuple(float(value) for value in results["nll"]),
+        metric=results.get("metric"),
+        scores=tuple(float(value) for value in results.get("scores", ())),
         id=row.id,
     )

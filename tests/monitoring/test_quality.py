@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from monitoring.quality import Figures, Quality, judge, read_quality
+from monitoring.quality import Figures, Quality, QualityReport, judge, read_quality
 from svc.engine.probes import EngineFacts
 from svc.registry.registry import Registry
 from svc.store.holdouts import HoldoutCause, HoldoutOutcome, HoldoutRun, add_holdout_run
@@ -20,7 +20,7 @@ NOW = datetime(2026, 11, 2, tzinfo=UTC)
 
 
 def figures(nll: Sequence[float], hits: Sequence[bool], weight: Sequence[float] = ()) -> dict[int, Figures]:
-    columns = zip(nll, hits, weight or [1.0] * len(nll), strict=True)
+    columns = zip(nll, hits, weight or [1.0] * len(nll), map(float, hits), strict=True)
     return {place: Figures(*column) for place, column in enumerate(columns)}
 
 
@@ -35,6 +35,8 @@ def run(nll: Sequence[float], hits: Sequence[bool], engine: EngineFacts = FACTS)
         places=tuple(range(len(nll))),
         hits=tuple(hits),
         nll=tuple(nll),
+        metric="exact_match",
+        scores=tuple(map(float, hits)),
     )
 
 
@@ -105,7 +107,9 @@ def test_the_newest_completed_run_is_judged(registry: Registry, tmp_path: Path) 
     add_holdout_run(store, replace(good, nll=tuple(value + 1 for value in good.nll)))
     assert read_quality(registry, store, target()).quality is Quality.CHANGED
     add_holdout_run(store, good)
-    add_holdout_run(store, replace(good, outcome=HoldoutOutcome.FAILED, reason="away", places=(), nll=(), hits=()))
+    add_holdout_run(
+        store, replace(good, outcome=HoldoutOutcome.FAILED, reason="away", places=(), nll=(), hits=(), scores=())
+    )
     report = read_quality(registry, store, target())
     assert report.quality is Quality.AS_REGISTERED
     assert report.examples == 200
@@ -142,3 +146,54 @@ def test_another_kind_of_engine_is_held_against_its_own_first_run(registry: Regi
     assert read_quality(registry, store, target()).quality is Quality.AS_REGISTERED
     add_holdout_run(store, replace(first, nll=tuple(value + 1 for value in first.nll)))
     assert read_quality(registry, store, target()).quality is Quality.CHANGED
+
+
+def by_rouge(before: Sequence[float], now: Sequence[float]) -> QualityReport:
+    """Of free text: no answer is the reference, and all are as likely as they were."""
+    misses = [False] * len(before)
+    registered = {
+        place: replace(one, score=before[place]) for place, one in figures([1.0] * len(before), misses).items()
+    }
+    ran = run([1.0] * len(now), misses)
+    return judge(registered, replace(ran, metric="rouge_l", scores=tuple(now)))
+
+
+def test_worse_texts_are_a_change_where_exact_match_sees_none() -> None:
+    before = [0.3 + place / 1000 for place in range(200)]
+    report = by_rouge(before, [score - 0.2 if place % 4 == 0 else score for place, score in enumerate(before)])
+    assert (report.quality, report.metric) == (Quality.CHANGED, "rouge_l")
+    assert report.registered_score - report.score == pytest.approx(0.05)
+    assert report.exact_match_p == 1.0
+
+
+def test_texts_that_are_as_often_better_as_worse_are_none() -> None:
+    before = [0.5] * 200
+    noise = np.random.default_rng(0).normal(0, 0.2, 60).tolist()
+    assert by_rouge(before, [0.5 + one for one in noise] + before[60:]).quality is Quality.AS_REGISTERED
+
+
+def test_equal_texts_change_nothing() -> None:
+    report = by_rouge([0.3] * 200, [0.3] * 200)
+    assert (report.quality, report.score_p) == (Quality.AS_REGISTERED, 1.0)
+
+
+def test_the_test_raises_no_more_false_alarms_than_it_says() -> None:
+    """At the level 0.05, which shows it in few runs; of 14 changes all combinations are counted."""
+    generator = np.random.default_rng(1)
+    found = [by_rouge([0.0] * 14, generator.normal(0, 1, 14).tolist()).score_p <= 0.05 for _ in range(300)]
+    assert 0.02 < np.mean(found) < 0.09
+
+
+@pytest.mark.parametrize("changed", [16, 17, 200])
+def test_the_least_chance_is_below_the_level_from_few_changes_on(changed: int) -> None:
+    worse = [-0.1 - place / 1000 for place in range(changed)]
+    assert by_rouge([0.0] * changed, worse).quality is Quality.CHANGED
+
+
+def test_a_run_of_an_older_release_is_compared_by_exact_match(registry: Registry, tmp_path: Path) -> None:
+    store = new_store(tmp_path)
+    registered = registry.results(target().version, target().format)
+    older = run([one.nll for one in registered], [False] * len(registered))
+    add_holdout_run(store, replace(older, metric=None, scores=()))
+    report = read_quality(registry, store, target())
+    assert (report.quality, report.metric, report.score) == (Quality.CHANGED, "exact_match", 0.0)

@@ -115,7 +115,7 @@ def test_a_figure_in_the_time_shown_stands_between_the_ends_of_its_interval(show
 
 
 def judged(version: str, heldout: str, suffix: str = "") -> str:
-    labels = f'model="tiny",version="{version}",heldout="{heldout}",format="merged",metric="exact_match"'
+    labels = f'model="tiny",version="{version}",heldout="{heldout}",format="merged",metric="exact_match",primary="true"'
     return f"svc_registry_version_evaluation{suffix}{{{labels}}}"
 
 

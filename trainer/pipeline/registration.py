@@ -19,6 +19,7 @@ from svc.evaluation.results import write_results
 from svc.registry.manifest import Manifest
 from svc.registry.parity import ParityReport
 from svc.registry.parity_page import PARITY_PAGE, parity_page
+from svc.registry.primary_metric import write_primary_metric
 from svc.registry.registry import HELDOUT_FILE, HELDOUT_TOKENS_FILE, REFERENCE_FOLDER, Registry, results_file
 from svc.terminal import console
 from svc.version import Format
@@ -157,6 +158,7 @@ class Registration:
         for format, qualified in self.qualified.items():
             if qualified.results:
                 write_results(folder / results_file(format), qualified.results)
+        write_primary_metric(folder, self.primary)
         write_tokenized(folder / HELDOUT_TOKENS_FILE, self.tokenized)
         write_data_reference(folder, self.examples, self.recipe.data.seed)
         return folder

@@ -128,6 +128,16 @@ def choose_metrics(examples: Sequence[ChatExample], options: MetricOptions | Non
     return MetricSet(chosen, tuple(metric for name, metric in metrics.items() if name != chosen.name))
 
 
+def named_metric(name: str) -> Metric:
+    """A metric that needs nothing but its name.
+
+    Raises:
+        RecipeError: no metric has it, or it cannot be loaded.
+    """
+    options = MetricOptions()
+    return _make(name, _known((), options), (), options)
+
+
 def try_on_references(metrics: MetricSet, examples: Sequence[ChatExample]) -> None:
     """Lets each metric judge the references as if they were answers: a fault shows before an hour of training.
 

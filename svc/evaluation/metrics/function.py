@@ -58,14 +58,15 @@ class FunctionMetric(Metric):
 
     Args:
         seconds: that one call may take.
+        name: of the metric; None: as the function's place says.
     """
 
     unit = Unit.NUMBER
 
-    def __init__(self, spec: FunctionSpec, seconds: float) -> None:
-        self.name = spec.name
-        self.title = spec.name
-        self._spec = spec
+    def __init__(self, spec: FunctionSpec, seconds: float, name: str | None = None) -> None:
+        self.name = name or spec.name
+        self.title = self.name
+        self.spec = spec
         self._seconds = seconds
 
     def score(self, answered: Answered) -> list[float]:
@@ -73,7 +74,7 @@ class FunctionMetric(Metric):
         texts = {"answers": answered.answers, "references": answered.references, "prompts": prompts}
         said = self._call(json.dumps(texts).encode())
         if "error" in said:
-            raise RecipeError(f"the metric {self._spec} failed:\n{said['error']}", todo="mend the function")
+            raise RecipeError(f"the metric {self.spec} failed:\n{said['error']}", todo="mend the function")
         return self._checked(said["scores"], len(answered.results))
 
     def _call(self, given: bytes) -> dict[str, Any]:
@@ -82,9 +83,9 @@ class FunctionMetric(Metric):
         Raises:
             RecipeError: it took too long, or died.
         """
-        if not self._spec.path.is_file():
-            raise RecipeError(f"the metric {self._spec}: there is no such file", todo="correct evaluate.metrics")
-        arguments = [function_worker.__file__, str(self._spec.path), self._spec.function, str(math.ceil(self._seconds))]
+        if not self.spec.path.is_file():
+            raise RecipeError(f"the metric {self.spec}: there is no such file", todo="correct evaluate.metrics")
+        arguments = [function_worker.__file__, str(self.spec.path), self.spec.function, str(math.ceil(self._seconds))]
         process = subprocess.Popen(
             [sys.executable, *arguments], stdin=subprocess.PIPE, stdout=subprocess.PIPE, start_new_session=True
         )
@@ -92,7 +93,7 @@ class FunctionMetric(Metric):
             said, _ = process.communicate(given, timeout=self._seconds)
         except subprocess.TimeoutExpired as error:
             raise RecipeError(
-                f"the metric {self._spec} was not done after {self._seconds:g} s",
+                f"the metric {self.spec} was not done after {self._seconds:g} s",
                 todo="make it faster, raise evaluate.metric_seconds, or judge fewer examples: evaluate.limit",
             ) from error
         finally:
@@ -101,21 +102,21 @@ class FunctionMetric(Metric):
             return dict(json.loads(said))
         except ValueError as error:
             raise RecipeError(
-                f"the metric {self._spec} ended its process, exit code {process.returncode}",
+                f"the metric {self.spec} ended its process, exit code {process.returncode}",
                 todo="see what it printed above; it must return its scores",
             ) from error
 
     def _checked(self, scores: object, examples: int) -> list[float]:
         expected = "a list of one finite number for each answer"
         if not isinstance(scores, list):
-            raise RecipeError(f"the metric {self._spec} returned {scores}", expected=expected)
+            raise RecipeError(f"the metric {self.spec} returned {scores}", expected=expected)
         if len(scores) != examples:
             raise RecipeError(
-                f"the metric {self._spec} returned {len(scores)} scores for {examples} answers", expected=expected
+                f"the metric {self.spec} returned {len(scores)} scores for {examples} answers", expected=expected
             )
         for place, score in enumerate(scores):
             if isinstance(score, str) or not math.isfinite(score):
-                raise RecipeError(f"the metric {self._spec} gave answer {place} the score {score}", expected=expected)
+                raise RecipeError(f"the metric {self.spec} gave answer {place} the score {score}", expected=expected)
         return [float(score) for score in scores]
 
 

@@ -149,6 +149,8 @@ def test_a_run_of_the_heldout_set_is_shown(metrics: CollectorRegistry, registry:
     assert metrics.get_sample_value("svc_holdout_examples", VERSION) == 200
     assert metrics.get_sample_value("svc_holdout_nll", {**VERSION, "when": "now"}) == pytest.approx(0.2)
     assert metrics.get_sample_value("svc_holdout_exact_match", {**VERSION, "when": "registration"}) == 0.75
+    by_name = {**VERSION, "metric": "exact_match", "when": "now"}
+    assert metrics.get_sample_value("svc_holdout_score", by_name) == 0.75
     assert metrics.get_sample_value("svc_holdout_pvalue", {**VERSION, "metric": "nll"}) == 1
     add_holdout_run(store, replace(good, nll=tuple(value + 1 for value in good.nll)))
     assert metrics.get_sample_value("svc_holdout_changed", VERSION) == 1

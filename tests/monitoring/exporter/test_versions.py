@@ -8,7 +8,7 @@ from prometheus_client import CollectorRegistry
 
 from monitoring.exporter.versions import SHOWN_VERSIONS, VersionMetrics
 from svc.evaluation.estimate import mean, proportion
-from svc.evaluation.evaluator import EvaluationReport
+from svc.evaluation.evaluator import EvaluationReport, MetricReport
 from svc.registry.manifest import Manifest, write_manifest
 from svc.registry.registry import Registry
 from svc.version import Format, VersionId
@@ -54,6 +54,7 @@ def judge(registry: Registry, version: VersionId, report: EvaluationReport) -> M
 def evaluation(metrics: CollectorRegistry, metric: str, suffix: str = "", **labels: str) -> float | None:
     """One figure of version 1."""
     where = {"model": "tuned", "version": "1", "heldout": "0123456789ab:4", "format": "merged", "metric": metric}
+    where["primary"] = str(metric == REPORT.primary).lower()
     return metrics.get_sample_value(f"svc_registry_version_evaluation{suffix}", where | labels)
 
 
@@ -81,6 +82,19 @@ def test_every_figure_of_an_evaluation_is_shown_with_its_interval(
     estimate = getattr(REPORT, metric)
     shown = tuple(evaluation(metrics, metric, suffix, format=format) for suffix in ("", "_low", "_high"))
     assert shown == (estimate.value, estimate.low, estimate.high)
+
+
+def test_each_metric_is_shown_by_its_name_and_one_is_the_primary_one(
+    registry: Registry, metrics: CollectorRegistry
+) -> None:
+    figures = {
+        "rouge_l": MetricReport(title="ROUGE-L", estimate=proportion(1, 4)),
+        "exact_match": MetricReport(title="exact match", estimate=REPORT.exact_match),
+    }
+    judge(registry, make_version(registry, 1), REPORT.model_copy(update={"metrics": figures, "primary": "rouge_l"}))
+    assert evaluation(metrics, "rouge_l", primary="true") == 0.25
+    assert evaluation(metrics, "exact_match", primary="false") == 0.75
+    assert evaluation(metrics, "rouge_l", primary="false") is None
 
 
 def test_what_was_not_measured_is_not_shown(registry: Registry, metrics: CollectorRegistry) -> None:

@@ -18,6 +18,9 @@ from serving.background.scheduler import ID_PREFIX, BackgroundScheduler
 from svc.dataset.schema.tokenized_example import TokenizedExample
 from svc.engine.probes import EngineFacts
 from svc.engine.state import EngineState
+from svc.errors import RecipeError
+from svc.evaluation.metrics.metric import Metric
+from svc.evaluation.metrics.rouge import Rouge, RougeKind
 from svc.registry.registry import Registry
 from svc.settings import HoldoutSettings, SwapChoice
 from svc.store.holdouts import (
@@ -124,6 +127,35 @@ async def test_the_figures_are_those_of_the_weights_that_serve(make: Make) -> No
             prompt, answer = await client.prompt_tokens(example.prompt), await client.tokens(example.answer)
             logprobs = [logprob_of(control.double.weights, t, len(prompt) + i) for i, t in enumerate(answer)]
             assert nll == pytest.approx(-sum(logprobs) / len(logprobs))
+
+
+async def test_each_answer_has_the_score_of_the_versions_metric(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    rouge = Rouge(RougeKind.ONE)
+    monkeypatch.setattr(holdout, "watched_metric", lambda registry, target: rouge)
+    async with asked(make) as (control, _):
+        run = await run_of(control, target(1))
+    assert (run.metric, run.scores[0]) == ("rouge_1", 1.0)
+    assert all(0 < score < 1 for score in run.scores[1:])
+    assert run.hits == (True, False, False)
+
+
+async def test_a_version_of_an_older_release_is_scored_by_exact_match(make: Make) -> None:
+    async with asked(make) as (control, _):
+        run = await run_of(control, target(1))
+    assert (run.metric, run.scores) == ("exact_match", (1.0, 0.0, 0.0))
+
+
+async def test_a_metric_that_cannot_judge_here_costs_no_run(
+    make: Make, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def refuse(registry: Registry, target: Target) -> Metric:
+        raise RecipeError("there is no metric 'own'")
+
+    monkeypatch.setattr(holdout, "watched_metric", refuse)
+    async with asked(make) as (control, _):
+        run = await run_of(control, target(1))
+    assert (run.outcome, run.metric, run.scores) == (HoldoutOutcome.COMPLETED, "exact_match", (1.0, 0.0, 0.0))
+    assert "there is no metric 'own'" in caplog.text
 
 
 async def test_the_figures_are_of_the_tokens_that_the_version_was_judged_by(make: Make) -> None:

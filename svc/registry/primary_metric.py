@@ -1,0 +1,61 @@
+"""The primary metric of a version, as it is kept with it: what judged it once must judge it again, on any machine.
+
+Most metrics are a name. A schema and a function of the user's are a file beside the held-out answers.
+"""
+
+import json
+import shutil
+from pathlib import Path
+
+from svc.evaluation.metrics.choose import named_metric
+from svc.evaluation.metrics.exact_match import ExactMatch
+from svc.evaluation.metrics.function import FunctionMetric, FunctionSpec
+from svc.evaluation.metrics.metric import Metric
+from svc.evaluation.metrics.schema_valid import SchemaValid, read_schema
+from svc.registry.registry import Registry
+from svc.version import Target
+
+_SCHEMA = "json_schema.json"
+_FUNCTION = "metric-{name}.py"
+
+
+def write_primary_metric(folder: Path, metric: Metric) -> None:
+    """Keeps what a metric needs.
+
+    Args:
+        folder: what is to be `REFERENCE_FOLDER` of a version.
+    """
+    match metric:
+        case SchemaValid():
+            (folder / _SCHEMA).write_text(json.dumps(metric.schema, indent=1), "utf-8")
+        case FunctionMetric():
+            shutil.copyfile(metric.spec.path, folder / _FUNCTION.format(name=metric.name))
+
+
+def watched_metric(registry: Registry, target: Target) -> Metric:
+    """What says of each held-out example how good its answer is: the primary metric, or what that is made of.
+
+    Raises:
+        NotFoundError: no such version or format.
+        RecipeError: the metric is not installed here.
+        IntegrityError: a file of it is missing or was changed.
+    """
+    report = registry.format(target.version, target.format).evaluation
+    name = report.primary if report else ExactMatch.name
+    kept = {Path(record.path).name for record in registry.manifest(target.version).reference}
+    if name == SchemaValid.name and _SCHEMA in kept:
+        return SchemaValid(read_schema(registry.reference(target.version, _SCHEMA)))
+    function = _FUNCTION.format(name=name)
+    if function in kept:
+        return _function(registry, target, function, name)
+    metric = named_metric(name)
+    return metric if metric.watched_by == name else named_metric(metric.watched_by)
+
+
+def _function(registry: Registry, target: Target, file: str, name: str) -> Metric:
+    said = registry.manifest(target.version).recipe.get("evaluate", {})
+    named = [said.get("primary"), *(said.get("metrics") or ())]
+    specs = (FunctionSpec.parse(one) for one in named if one)
+    spec = next(spec for spec in specs if spec and spec.name == name)
+    copy = FunctionSpec(registry.reference(target.version, file), spec.function)
+    return FunctionMetric(copy, said.get("metric_seconds", 60.0), name)

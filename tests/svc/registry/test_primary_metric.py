@@ -1,0 +1,78 @@
+"""A version is judged again by what judged it, from what it keeps alone."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from svc.evaluation.metrics.choose import MetricOptions, choose_metrics
+from svc.evaluation.metrics.metric import Answered, Metric
+from svc.registry.files import record_files
+from svc.registry.manifest import FormatRecord
+from svc.registry.primary_metric import watched_metric, write_primary_metric
+from svc.registry.registry import Registry
+from svc.version import Format, Target, VersionId
+from tests.svc.evaluation.answered import answered
+from tests.svc.registry.manifests import make_manifest, report
+
+OBJECTS = answered([('{"size": 1}', '{"size": 2}'), ('{"size": "1"}', '{"size": 1}')])
+Keep = Callable[..., Target]
+
+
+@pytest.fixture
+def keep(tmp_path: Path, registry: Registry, run: str, name: str, content: dict[str, Path]) -> Keep:
+    """Registers a version that was judged by a metric."""
+
+    def keep(metric: Metric | None, primary: str, **recipe: Any) -> Target:
+        reference = tmp_path / "kept"
+        reference.mkdir()
+        if metric:
+            write_primary_metric(reference, metric)
+
+        def manifest(version: VersionId, folder: Path) -> Any:
+            files = record_files(folder, folder / Format.MERGED)
+            judged = report().model_copy(update={"primary": primary})
+            formats = {Format.MERGED: FormatRecord(files=files, evaluation=judged)}
+            records = record_files(folder, folder / "reference")
+            return make_manifest(version, folder, formats=formats, reference=records, recipe={"evaluate": recipe})
+
+        return Target(registry.publish(name, run, content | {"reference": reference}, manifest).id, Format.MERGED)
+
+    return keep
+
+
+@pytest.mark.parametrize(
+    ("primary", "watched"),
+    [
+        ("exact_match", "exact_match"),
+        ("rouge_l", "rouge_l"),
+        ("accuracy", "accuracy"),
+        ("macro_f1", "accuracy"),
+        ("perplexity", "exact_match"),
+        ("field_accuracy", "field_accuracy"),
+    ],
+)
+def test_it_is_watched_by_its_metric_or_by_what_that_is_made_of(
+    registry: Registry, keep: Keep, primary: str, watched: str
+) -> None:
+    assert watched_metric(registry, keep(None, primary)).name == watched
+
+
+def test_the_schema_that_judged_it_is_kept(registry: Registry, keep: Keep) -> None:
+    metric = choose_metrics(OBJECTS.examples, MetricOptions(primary="schema_valid")).primary
+    again = watched_metric(registry, keep(metric, "schema_valid"))
+    assert again.score(OBJECTS) == metric.score(OBJECTS) == [1.0, 0.0]
+
+
+def test_the_function_that_judged_it_is_kept_whatever_becomes_of_its_file(
+    registry: Registry, keep: Keep, tmp_path: Path
+) -> None:
+    path = tmp_path / "mine.py"
+    path.write_text("def score(answers, references):\n    return [len(answer) for answer in answers]\n", "utf-8")
+    metric = choose_metrics(OBJECTS.examples, MetricOptions((f"{path}:score",))).primary
+    target = keep(metric, metric.name, metrics=["rouge", f"{path}:score"], metric_seconds=30.0)
+    path.unlink()
+    again = watched_metric(registry, target)
+    assert again.name == "mine_score"
+    assert again.score(Answered(OBJECTS.examples, OBJECTS.results)) == [11.0, 13.0]
