@@ -137,3 +137,9 @@ class PermissionDeniedError(SvcError):
     """A key that is right, and may not do this."""
 
     exit_code = 18
+
+
+class JudgeError(SvcError):
+    """A judge that cannot be reached, refused, or answered what is no verdict."""
+
+    exit_code = 19

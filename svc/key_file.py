@@ -9,10 +9,27 @@ from svc.key_secret import key_id_of
 
 
 def read_key(path: Path) -> str:
-    """The secret in a file.
+    """The key of this service in a file.
 
     Raises:
         SettingsError: it cannot be read, others can read it too, or it holds no secret.
+    """
+    secret = read_secret(path, "svc keys rotate")
+    if key_id_of(secret) is None:
+        raise SettingsError(
+            f"the key file {path} holds no key of this service", expected="what `svc keys create` has printed"
+        )
+    return secret
+
+
+def read_secret(path: Path, renew: str) -> str:
+    """The key in a file, of whatever service.
+
+    Args:
+        renew: what to do where others may have it.
+
+    Raises:
+        SettingsError: it cannot be read, others can read it too, or it is empty.
     """
     try:
         with path.open(encoding="utf-8") as file:
@@ -26,10 +43,8 @@ def read_key(path: Path) -> str:
         raise SettingsError(
             f"others can read the key file {path} (mode {mode:04o})",
             expected="a file that only its owner can read",
-            todo=f"chmod 600 {path}; who may have read it, has it: svc keys rotate",
+            todo=f"chmod 600 {path}; who may have read it, has it: {renew}",
         )
-    if key_id_of(secret) is None:
-        raise SettingsError(
-            f"the key file {path} holds no key of this service", expected="what `svc keys create` has printed"
-        )
+    if not secret:
+        raise SettingsError(f"the key file {path} holds no key", expected="a file that holds the key")
     return secret

@@ -11,6 +11,7 @@ from svc.disk import write_whole
 from svc.engine.probes import MAX_PROBES, Probe
 from svc.errors import IntegrityError
 from svc.evaluation.evaluator import EvaluationReport
+from svc.evaluation.judge import JudgeReport
 from svc.registry.files import FileRecord
 from svc.registry.parity import ParityReport
 from svc.version import NAME_PATTERN, Format, VersionId
@@ -78,6 +79,7 @@ class Manifest(_Record):
         base_evaluation: None where the base was not asked: it is compared with the merged model alone.
         failed: checks that the version failed; one that has any was registered on request, and cannot be promoted.
         parity: that what was trained is what is served; None for a version of an older release.
+        judge: what a judge says of the merged model beside the base; None where none was named.
     """
 
     schema_version: Literal[1] = 1
@@ -96,6 +98,7 @@ class Manifest(_Record):
     libraries: dict[str, str]
     failed: tuple[str, ...] = ()
     parity: ParityReport | None = None
+    judge: JudgeReport | None = None
 
     @property
     def id(self) -> VersionId:

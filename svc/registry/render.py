@@ -7,6 +7,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from svc.evaluation.evaluator import EvaluationReport
+from svc.evaluation.judge import JudgeReport
 from svc.registry.manifest import FormatRecord, Manifest
 from svc.registry.parity import ParityReport
 from svc.terminal import output
@@ -22,8 +23,17 @@ def print_version(manifest: Manifest, folder: Path) -> None:
     judged = f"judged by {manifest.judged_examples} of {data.heldout_examples} held-out examples"
     output.print(f"{judged}, first of all by {manifest.primary_title}\n" if manifest.judged_examples else f"{judged}\n")
     output.print(evaluation_table(manifest))
+    if manifest.judge:
+        output.print(f"\n{_judge(manifest.judge)}", markup=False)
     for failure in manifest.failed:
         output.print(f"[red]cannot be promoted, it failed a check:[/red] {failure}")
+
+
+def _judge(report: JudgeReport) -> str:
+    return (
+        f"the judge {report.model} at {report.url}: merged wins {report.win_rate} of {report.pairs} pairs "
+        f"with the base (ties count half), the same in both orders {report.agreement}"
+    )
 
 
 def print_parity(report: ParityReport, page: Path) -> None:

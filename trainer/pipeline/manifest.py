@@ -6,6 +6,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 from svc.evaluation.evaluator import EvaluationReport
+from svc.evaluation.judge import JudgeReport
 from svc.evaluation.throughput import STREAMS
 from svc.registry.files import record_file, record_files
 from svc.registry.fingerprint import compatibility_fingerprint
@@ -34,6 +35,7 @@ def build_manifest(
     qualified: Mapping[Format, Qualified],
     failed: tuple[str, ...],
     parity: ParityReport | None,
+    judge: JudgeReport | None,
 ) -> Manifest:
     """The manifest of a version whose files are in their place.
 
@@ -45,6 +47,7 @@ def build_manifest(
         qualified: the formats that can be served.
         failed: the checks that the version fails.
         parity: None where no format is served.
+        judge: None where the recipe names no judge.
     """
     return Manifest(
         name=made.name,
@@ -67,6 +70,7 @@ def build_manifest(
         libraries=_library_versions(),
         failed=failed,
         parity=parity,
+        judge=judge,
     )
 
 

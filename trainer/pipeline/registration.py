@@ -14,6 +14,7 @@ from svc.dataset.schema.tokenized_example import TokenizedExample, write_tokeniz
 from svc.errors import IntegrityError, TrainingError
 from svc.evaluation.estimate import Estimate
 from svc.evaluation.evaluator import EvaluationReport
+from svc.evaluation.judge import JudgeReport
 from svc.evaluation.metrics.metric import Metric
 from svc.evaluation.results import write_results
 from svc.registry.manifest import Manifest
@@ -47,6 +48,7 @@ class Registration:
         qualified: the formats that can be served.
         primary: the metric that gates.
         report: None where there are none.
+        judge: None where the recipe names no judge.
     """
 
     registry: Registry
@@ -61,6 +63,7 @@ class Registration:
     qualified: Mapping[Format, Qualified]
     primary: Metric
     report: ParityReport | None
+    judge: JudgeReport | None
 
     def register(self, *, failed_too: bool) -> Manifest:
         """Registers the version, or finds the one that an interrupted try has registered.
@@ -146,6 +149,7 @@ class Registration:
             qualified=self.qualified,
             failed=failed,
             parity=self.report,
+            judge=self.judge,
         )
         return self.registry.publish(self.recipe.name, self.tracking_run, content, manifest)
 

@@ -30,6 +30,7 @@ class Stage(StrEnum):
     QUANTIZE = "quantize"
     QUALIFY = "qualify"
     PARITY = "parity"
+    JUDGE = "judge"
     REGISTER = "register"
 
 
@@ -53,6 +54,8 @@ def stage_keys(recipe: Recipe, base: Base, examples: Examples) -> StageKeys:
     quantize = _key(merge, said["quantize"])
     qualify = _key(quantize, judged)
     parity = _key(evaluate, qualify, said["formats"])
+    judge = _key(evaluate, said["judge"]["url"], said["judge"]["model"])
+    compared = [judge] if recipe.judge.url else []
     limits = [said["evaluate"][key] for key in _LIMITS + _METRICS]
     judging = [_content(path) for path in recipe.evaluate.metric_files]
     return {
@@ -62,7 +65,8 @@ def stage_keys(recipe: Recipe, base: Base, examples: Examples) -> StageKeys:
         Stage.QUANTIZE: quantize,
         Stage.QUALIFY: qualify,
         Stage.PARITY: parity,
-        Stage.REGISTER: _key(parity, recipe.name, limits, judging),
+        Stage.JUDGE: judge,
+        Stage.REGISTER: _key(parity, recipe.name, limits, judging, compared),
     }
 
 

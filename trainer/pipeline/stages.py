@@ -1,6 +1,6 @@
 """From a recipe to a registered version, stage by stage; each stage goes on from the files of the one before.
 
-train -> merge -> evaluate (base, merged) -> quantize -> qualify (gptq) -> parity -> register
+train -> merge -> evaluate (base, merged) -> quantize -> qualify (gptq) -> parity -> judge -> register
 
 Which of them there are follows from the formats that the recipe asks for. What was measured is compared with the
 recipe's limits last, so that with other limits nothing is measured again.
@@ -23,18 +23,20 @@ from svc.engine.capabilities import Capabilities, NumberType, read_capabilities
 from svc.engine.model_facts import ModelFacts, read_model_facts
 from svc.engine.probes import engine_facts
 from svc.engine.vllm.number_type import choose_dtype, explain_gptq_kernel
-from svc.errors import DiskSpaceError, InterruptedRunError, SvcError
+from svc.errors import DiskSpaceError, InterruptedRunError, SvcError, TrainingError
 from svc.evaluation.cache import EvaluationCache
 from svc.evaluation.evaluator import Evaluation, EvaluationReport, judge
+from svc.evaluation.judge import JudgeEndpoint, JudgeReport, Pair, judge_pairs
 from svc.evaluation.metrics.choose import MetricSet, choose_metrics, try_on_references
 from svc.evaluation.results import ExampleResult
 from svc.evaluation.token_scores import choose_examples
+from svc.key_file import read_secret
 from svc.lock import hold_lock
 from svc.registry.fingerprint import compatibility_fingerprint
 from svc.registry.parity import ParityReport
 from svc.registry.registry import Registry
 from svc.settings import Settings
-from svc.terminal import console
+from svc.terminal import console, counting
 from svc.version import Format, VersionId
 from trainer.base_model.content import copy_shipped_files
 from trainer.base_model.resolve import Base
@@ -193,6 +195,8 @@ class Pipeline:
             steps[Stage.QUALIFY] = _Step(self._qualify)
         if Stage.MERGE in steps:
             steps[Stage.PARITY] = _Step(self._compare)
+        if self.recipe.judge.url and Format.MERGED in formats:
+            steps[Stage.JUDGE] = _Step(self._judge_pairs)
         return steps | {Stage.REGISTER: _Step(self._register)}
 
     @property
@@ -209,6 +213,7 @@ class Pipeline:
         if served is not None:
             room = self.recipe.evaluate.max_tokens
             check_served_length(self._tokenized, served, "held-out", room=room)
+            self._judge_endpoint()
             try_on_references(self._metrics, self.examples.heldout[: self.recipe.evaluate.limit])
         from trainer.training.sft import train_model  # torch and TRL with it
 
@@ -323,6 +328,33 @@ class Pipeline:
         """None where nothing is served."""
         return self.run.load(Stage.PARITY, ParityReport) if self._qualified() else None
 
+    def _judge_endpoint(self) -> JudgeEndpoint | None:
+        """Where the judge is; None where the recipe names none.
+
+        Raises:
+            SettingsError: it is no endpoint, or others can read the file of its key.
+        """
+        said = self.recipe.judge
+        if said.url is None or said.model is None:
+            return None
+        key = read_secret(said.key_file, "ask for another one") if said.key_file else None
+        endpoint = JudgeEndpoint(said.url, said.model, key)
+        endpoint.check()
+        return endpoint
+
+    def _judge_pairs(self) -> JudgeReport:
+        endpoint, found = self._judge_endpoint(), self.run.load(Stage.EVALUATE, Evaluated)
+        assert endpoint is not None  # noqa: S101 - without one there is no such stage
+        if not found.base_results:
+            raise TrainingError(
+                "the answers of the base were not kept by the release that asked it",
+                todo=f"remove {self.run.folder / 'evaluate.json'} and run the same command again",
+            )
+        answers = zip(self.examples.heldout, found.base_results, found.merged.results, strict=False)
+        pairs = [Pair(example, base.answer, merged.answer) for example, base, merged in answers]
+        with counting("judging merged beside base", len(pairs)) as advance:
+            return self.run.save(Stage.JUDGE, asyncio.run(judge_pairs(pairs, endpoint, on_done=advance)))
+
     def _register(self) -> Registered:
         qualified = {format: self._judged(found) for format, found in self._qualified().items()}
         manifest = Registration(
@@ -338,6 +370,7 @@ class Pipeline:
             qualified=qualified,
             primary=self._metrics.primary,
             report=self._report,
+            judge=self.run.load(Stage.JUDGE, JudgeReport) if Stage.JUDGE in self._stages() else None,
         ).register(failed_too=self.register_failed)
         merged = qualified.get(Format.MERGED)
         if merged and merged.results:  # for a version that it is the base of

@@ -241,6 +241,26 @@ class Quantize(_Section):
     )
 
 
+class Judge(_Section):
+    """A model that compares the merged model's answers with the base's; see [evaluation](evaluation.md#a-judge)."""
+
+    url: str | None = Field(
+        None,
+        description="OpenAI endpoint, as `https://api.openai.com/v1`: prompts, references and answers are sent there; "
+        "default: there is no judge",
+    )
+    model: str | None = Field(None, description="its name there")
+    key_file: Annotated[Path, AfterValidator(_beside_recipe)] | None = Field(
+        None, description="file with its key, which only its owner may read; default: it needs none"
+    )
+
+    @model_validator(mode="after")
+    def _is_whole(self) -> "Judge":
+        if (self.url is None) is not (self.model is None) or (self.key_file and self.url is None):
+            raise ValueError("a judge needs both, judge.url and judge.model")
+        return self
+
+
 class Evaluate(_Section):
     """How base, merged and GPTQ are judged, on the engine."""
 
@@ -333,6 +353,7 @@ class Recipe(_Section):
     checkpoints: Checkpoints = Checkpoints()
     quantize: Quantize = Quantize()
     evaluate: Evaluate = Evaluate()
+    judge: Judge = Judge()
     qualify: Qualify = Qualify()
 
     @model_validator(mode="after")
@@ -388,7 +409,7 @@ class Recipe(_Section):
 
     def flat(self) -> dict[str, str]:
         """What decides the result, by dotted key, as text; keys that were left to the method with what it chose."""
-        sections = self.model_dump(mode="json", exclude={"checkpoints", "data"})
+        sections = self.model_dump(mode="json", exclude={"checkpoints", "data", "judge"})
         chosen: dict[str, Any] = {"train.learning_rate": self.learning_rate}
         if self.adapter_type is None:
             sections.pop("adapter")

@@ -90,7 +90,7 @@ def test_other_heldout_data_are_another_run_where_training_looks_at_them() -> No
     assert folder(looks, examples=OTHER_HELDOUT) != folder(looks)
 
 
-JUDGED = {Stage.EVALUATE, Stage.QUALIFY, Stage.PARITY, Stage.REGISTER}
+JUDGED = {Stage.EVALUATE, Stage.QUALIFY, Stage.PARITY, Stage.JUDGE, Stage.REGISTER}
 
 
 @pytest.mark.parametrize(
@@ -102,6 +102,9 @@ JUDGED = {Stage.EVALUATE, Stage.QUALIFY, Stage.PARITY, Stage.REGISTER}
         ({"qualify": {"probes": 2}}, JUDGED),
         ({"evaluate": {"max_gptq_loss": 0.5}}, {Stage.REGISTER}),
         ({"evaluate": {"max_gptq_nll": 0.5}}, {Stage.REGISTER}),
+        ({"evaluate": {"metrics": ["chrf"]}}, {Stage.REGISTER}),
+        ({"evaluate": {"primary": "chrf"}}, {Stage.REGISTER}),
+        ({"judge": {"url": "http://127.0.0.1/v1", "model": "m"}}, {Stage.JUDGE, Stage.REGISTER}),
         ({"formats": ["merged"]}, {Stage.PARITY, Stage.REGISTER}),
         ({"checkpoints": {"keep": 7}}, set()),
         ({"train": {"seed": 1}}, set(Stage)),

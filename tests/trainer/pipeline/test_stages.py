@@ -59,7 +59,7 @@ def test_others_see_that_a_run_is_worked_on_in_every_stage(pipeline: Pipeline, m
 
     monkeypatch.setattr(Run, "require_space", look)
     pipeline.train_version()
-    assert seen == [(stage, True) for stage in Stage]
+    assert seen == [(stage, True) for stage in Stage if stage is not Stage.JUDGE]
 
 
 def test_another_quantization_trains_nothing_again_and_makes_the_next_version(make: Make, stages: Stages) -> None:

@@ -5,8 +5,9 @@ from pathlib import Path
 
 import pytest
 
-from svc.errors import RecipeError, TrainingError
+from svc.errors import RecipeError, SettingsError, TrainingError
 from svc.version import Format
+from tests.svc.evaluation.judge_server import judge_server
 from tests.svc.registry.parity import make_parity
 from tests.trainer.conftest import make_example
 from tests.trainer.engines import Engines
@@ -136,3 +137,35 @@ def test_a_metric_that_was_mended_judges_anew(make: Make, tmp_path: Path) -> Non
         assert report is not None
         found.append(report.figures["mine_score"].estimate.value)
     assert found == [0.25, 0.75]
+
+
+def test_a_judge_is_asked_once_and_its_verdict_stays_with_the_version(
+    make: Make, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    key = tmp_path / "judge.key"
+    key.write_text("secret\n")
+    key.chmod(0o600)
+    with judge_server(lambda first, second: "A" if first.startswith("merged") else "B") as server:
+        said = {"url": server.url, "model": "wise", "key_file": str(key)}
+        make(WORSE_QUANTIZED, judge=said, evaluate={"max_gptq_loss": 1.0}).train_version()
+        asked = len(server.requests)
+        pipeline = make(WORSE_QUANTIZED, judge=said, evaluate={"max_gptq_loss": 1.0, "metrics": "exact_match"})
+        report = pipeline.registry.manifest(pipeline.train_version()).judge
+    assert (asked, len(server.requests), set(server.keys)) == (4, 4, {"Bearer secret"})
+    assert report is not None
+    assert (report.model, report.pairs, report.win_rate.value, report.agreement.value) == ("wise", 2, 1.0, 1.0)
+    assert server.url in capsys.readouterr().err
+
+
+def test_without_a_judge_nothing_is_compared(make: Make) -> None:
+    pipeline = make()
+    assert pipeline.registry.manifest(pipeline.train_version()).judge is None
+
+
+def test_a_key_that_others_can_read_is_told_before_training(make: Make, stages: Stages, tmp_path: Path) -> None:
+    key = tmp_path / "judge.key"
+    key.write_text("secret")
+    key.chmod(0o644)
+    with pytest.raises(SettingsError, match="others can read the key file"):
+        make(judge={"url": "http://127.0.0.1:1/v1", "model": "wise", "key_file": str(key)}).train_version()
+    assert stages.ran == []

@@ -1,0 +1,77 @@
+"""An OpenAI endpoint on a real socket, whose model judges as it is told."""
+
+import json
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Any
+
+Answer = Callable[[str, str], str]
+"""From what stands as A and as B to what the model says."""
+
+
+@dataclass
+class JudgeServer:
+    """What it does, and what it was sent.
+
+    Attributes:
+        answer: of the model.
+        failures: status codes with headers that the first requests get in place of an answer.
+        requests: bodies, in order.
+        keys: the header `authorization` of each.
+    """
+
+    answer: Answer
+    failures: list[tuple[int, dict[str, str], str]] = field(default_factory=list)
+    requests: list[dict[str, Any]] = field(default_factory=list)
+    keys: list[str | None] = field(default_factory=list)
+    url: str = ""
+    body: bytes | None = None
+
+    def respond(self, body: dict[str, Any], key: str | None) -> tuple[int, dict[str, str], bytes]:
+        """Of one request."""
+        self.requests.append(body)
+        self.keys.append(key)
+        if self.failures:
+            status, headers, text = self.failures.pop(0)
+            return status, headers, text.encode()
+        if self.body is not None:
+            return 200, {}, self.body
+        question = body["messages"][-1]["content"]
+        first, second = question.split("# Answer A\n\n")[1].split("\n\n# Answer B\n\n")
+        message = {"role": "assistant", "content": self.answer(first, second)}
+        return 200, {}, json.dumps({"choices": [{"index": 0, "message": message}]}).encode()
+
+
+@contextmanager
+def judge_server(answer: Answer, **options: Any) -> Iterator[JudgeServer]:
+    """Serves while the body runs."""
+    judge = JudgeServer(answer, **options)
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_POST(self) -> None:
+            body = json.loads(self.rfile.read(int(self.headers["content-length"])))
+            right = self.path == "/v1/chat/completions"
+            status, headers, content = (
+                judge.respond(body, self.headers["authorization"]) if right else (404, {}, b"no such path")
+            )
+            self.send_response(status)
+            for name, value in (headers | {"content-length": str(len(content))}).items():
+                self.send_header(name, value)
+            self.end_headers()
+            self.wfile.write(content)
+
+        def log_message(self, *args: Any) -> None:
+            """Says nothing."""
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
+        thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
+        thread.start()
+        judge.url = f"http://127.0.0.1:{server.server_port}/v1"
+        try:
+            yield judge
+        finally:
+            server.shutdown()
+            thread.join()

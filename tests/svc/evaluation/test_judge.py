@@ -1,0 +1,171 @@
+"""A judge compares two answers in both orders, over a real socket, and says where it sends them."""
+
+import pytest
+
+from svc.errors import JudgeError, SettingsError
+from svc.evaluation import judge as judge_module
+from svc.evaluation.judge import JudgeEndpoint, Pair, Verdict, judge_pairs
+from tests.svc.chats import chat
+from tests.svc.evaluation.judge_server import JudgeServer, judge_server
+
+PAIRS = [Pair(chat(f"question {place}", f"reference {place}"), "poor", f"good {place}") for place in range(6)]
+
+
+def prefer_good(first: str, second: str) -> str:
+    return "A" if first.startswith("good") else "B"
+
+
+def endpoint(server: JudgeServer, key: str | None = None) -> JudgeEndpoint:
+    return JudgeEndpoint(server.url, "wise", key)
+
+
+@pytest.fixture(autouse=True)
+def _no_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(judge_module, "_LONGEST_PAUSE_S", 0.01)
+
+
+async def test_a_judge_with_an_opinion_has_the_same_in_both_orders() -> None:
+    with judge_server(prefer_good) as server:
+        report = await judge_pairs(PAIRS, endpoint(server))
+    assert (report.pairs, report.unread) == (6, 0)
+    assert (report.win_rate.value, report.agreement.value) == (1.0, 1.0)
+    assert report.verdicts == ((Verdict.SECOND, Verdict.SECOND),) * 6
+    assert len(server.requests) == 12
+
+
+async def test_a_judge_that_looks_at_the_order_alone_decides_nothing_and_that_shows() -> None:
+    with judge_server(lambda first, second: "A") as server:
+        report = await judge_pairs(PAIRS, endpoint(server))
+    assert (report.win_rate.value, report.agreement.value) == (0.5, 0.0)
+
+
+async def test_ties_count_half() -> None:
+    with judge_server(lambda first, second: "TIE") as server:
+        report = await judge_pairs(PAIRS, endpoint(server))
+    assert (report.win_rate.value, report.agreement.value) == (0.5, 1.0)
+
+
+async def test_every_figure_has_its_interval() -> None:
+    pairs = [*PAIRS, *(Pair(pair.example, pair.second, pair.first) for pair in PAIRS[:2])]
+    with judge_server(prefer_good) as server:
+        report = await judge_pairs(pairs, endpoint(server))
+    assert report.win_rate.low < report.win_rate.value == 0.75 < report.win_rate.high
+    assert report.agreement.low < 1.0
+
+
+async def test_equal_answers_are_a_tie_that_is_not_asked() -> None:
+    with judge_server(prefer_good) as server:
+        report = await judge_pairs([Pair(chat(), "same", " same\n"), PAIRS[0]], endpoint(server))
+    assert report.verdicts[0] == (Verdict.TIE, Verdict.TIE)
+    assert len(server.requests) == 2
+
+
+async def test_it_is_shown_the_conversation_the_reference_and_both_answers() -> None:
+    with judge_server(prefer_good) as server:
+        await judge_pairs(PAIRS[:1], endpoint(server, "secret"))
+    question = server.requests[0]["messages"][-1]["content"]
+    assert all(text in question for text in ("question 0", "reference 0", "poor", "good 0"))
+    assert server.requests[0]["model"] == "wise"
+    assert server.keys == ["Bearer secret"] * 2
+
+
+async def test_without_a_key_none_is_sent() -> None:
+    with judge_server(prefer_good) as server:
+        await judge_pairs(PAIRS[:1], endpoint(server))
+    assert server.keys == [None, None]
+
+
+async def test_where_data_goes_is_said_before_it_does(capsys: pytest.CaptureFixture[str]) -> None:
+    with judge_server(prefer_good, failures=[(401, {}, "wrong key")] * 9) as server, pytest.raises(JudgeError):
+        await judge_pairs(PAIRS, endpoint(server))
+    assert f"the judge wise at {server.url} is sent 6 prompts" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "text", ["A", " a.", "**A**", "a", "The second is longer, so B at first sight. On reflection:\n\nA", "Verdict: A"]
+)
+async def test_a_verdict_is_read_in_whatever_way_it_is_written(text: str) -> None:
+    with judge_server(lambda first, second: text) as server:
+        report = await judge_pairs(PAIRS[:1], endpoint(server))
+    assert report.verdicts[0][0] is Verdict.FIRST
+
+
+@pytest.mark.parametrize("text", ["", "B is a better answer", "Both are good.", "C", "neither", "Answer: Apple"])
+async def test_what_is_no_verdict_is_not_read_as_one(text: str) -> None:
+    with judge_server(lambda first, second: text) as server, pytest.raises(JudgeError, match="gave no verdict"):
+        await judge_pairs(PAIRS[:1], endpoint(server))
+
+
+async def test_a_few_pairs_without_a_verdict_are_left_out() -> None:
+    pairs = [Pair(chat(str(place), "r"), "poor" if place else "odd", f"good {place}") for place in range(12)]
+    with judge_server(
+        lambda first, second: "both!" if "odd" in (first, second) else prefer_good(first, second)
+    ) as server:
+        report = await judge_pairs(pairs, endpoint(server))
+    assert (report.pairs, report.unread, report.verdicts[0]) == (11, 1, ())
+
+
+async def test_a_judge_that_gives_no_verdicts_is_none() -> None:
+    with (
+        judge_server(lambda first, second: "both are fine") as server,
+        pytest.raises(JudgeError, match="no verdict for 6 of 6 pairs"),
+    ):
+        await judge_pairs(PAIRS, endpoint(server))
+
+
+@pytest.mark.parametrize("failure", [(429, {"retry-after": "0"}, "slow"), (503, {}, "busy"), (500, {}, "oh")])
+async def test_what_may_pass_is_tried_again(failure: tuple[int, dict[str, str], str]) -> None:
+    with judge_server(prefer_good, failures=[failure] * 2) as server:
+        report = await judge_pairs(PAIRS[:1], endpoint(server))
+    assert report.win_rate.value == 1.0
+    assert len(server.requests) == 4
+
+
+async def test_it_is_not_tried_for_ever() -> None:
+    with (
+        judge_server(prefer_good, failures=[(429, {}, "out of quota")] * 100) as server,
+        pytest.raises(JudgeError, match="429 out of quota"),
+    ):
+        await judge_pairs(PAIRS[:1], endpoint(server))
+    assert len(server.requests) == 5
+
+
+async def test_a_refusal_is_told_at_once_with_what_to_check() -> None:
+    with (
+        judge_server(prefer_good, failures=[(401, {}, "no such key")] * 100) as server,
+        pytest.raises(JudgeError, match="401 no such key") as caught,
+    ):
+        await judge_pairs(PAIRS[:1], endpoint(server, "secret"))
+    assert len(server.requests) == 1
+    assert "judge.key_file" in caught.value.todo
+    assert "secret" not in str(caught.value)
+
+
+async def test_a_model_that_takes_no_temperature_is_asked_without() -> None:
+    with judge_server(prefer_good, failures=[(400, {}, "'temperature' does not support 0")]) as server:
+        report = await judge_pairs(PAIRS[:1], endpoint(server))
+    assert report.pairs == 1
+    assert ["temperature" in body for body in server.requests] == [True, False, False]
+
+
+async def test_what_is_no_chat_completion_is_told() -> None:
+    with judge_server(prefer_good, body=b"<html>") as server, pytest.raises(JudgeError, match="<html>"):
+        await judge_pairs(PAIRS[:1], endpoint(server))
+
+
+async def test_an_endpoint_that_is_away_is_told() -> None:
+    with judge_server(prefer_good) as server:
+        pass
+    with pytest.raises(JudgeError, match="ConnectError"):
+        await judge_pairs(PAIRS[:1], endpoint(server))
+
+
+@pytest.mark.parametrize("url", ["api.openai.com", "ftp://host/v1", "https://user:pass@host/v1", "https://"])
+async def test_what_is_no_endpoint_is_refused(url: str) -> None:
+    with pytest.raises(SettingsError, match="judge's URL"):
+        await judge_pairs(PAIRS, JudgeEndpoint(url, "wise"))
+
+
+async def test_a_key_crosses_no_network_in_plain_text() -> None:
+    with pytest.raises(SettingsError, match="in plain text"):
+        await judge_pairs(PAIRS, JudgeEndpoint("http://example.org/v1", "wise", "secret"))
