@@ -17,11 +17,11 @@ from pydantic import BaseModel, ConfigDict
 from svc.dataset.schema.example import ChatExample
 from svc.dataset.schema.tokenized_example import TokenizedExample
 from svc.engine.vllm.client import Answer, EngineClient
-from svc.errors import EngineError
+from svc.errors import EngineError, RecipeError
 from svc.evaluation.estimate import Estimate, mean, proportion
 from svc.evaluation.metrics.choose import MetricSet, choose_metrics
 from svc.evaluation.metrics.exact_match import ExactMatch, matches
-from svc.evaluation.metrics.metric import Answered, Better, Unit
+from svc.evaluation.metrics.metric import Answered, Better, Metric, Unit
 from svc.evaluation.metrics.valid_json import ValidJson, is_json
 from svc.evaluation.results import ExampleResult, token_weights
 
@@ -255,6 +255,18 @@ def _scored(
 ) -> tuple[ExampleResult, ...]:
     """The results with what each metric gives them."""
     answered = Answered(examples, results)
-    columns = {metric.name: metric.score(answered) for metric in metrics if metric.scored}
+    columns = {metric.name: _checked(metric, answered) for metric in metrics if metric.scored}
     rows = ({name: scores[place] for name, scores in columns.items()} for place in range(len(results)))
     return tuple(result.model_copy(update={"scores": row}) for result, row in zip(results, rows, strict=True))
+
+
+def _checked(metric: Metric, answered: Answered) -> list[float]:
+    """The scores of a metric, which may be of a package that we do not know."""
+    scores = metric.score(answered)
+    if len(scores) != len(answered.results) or not all(map(math.isfinite, scores)):
+        raise RecipeError(
+            f"the metric {metric.name} gave {len(scores)} scores for {len(answered.results)} answers: {scores!r:.80}",
+            expected="one finite number for each answer",
+            todo="mend the metric, or name others: evaluate.metrics",
+        )
+    return scores

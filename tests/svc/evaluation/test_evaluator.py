@@ -10,7 +10,7 @@ import pytest
 
 from svc.dataset.schema.example import ChatExample, Message, Role
 from svc.engine.vllm.client import EngineClient
-from svc.errors import EngineError
+from svc.errors import EngineError, RecipeError
 from svc.evaluation.evaluator import Evaluation, EvaluationReport, ask_example, evaluate, judge, score, tokenize_bare
 from svc.evaluation.metrics.choose import MetricSet
 from svc.evaluation.metrics.exact_match import ExactMatch
@@ -224,6 +224,19 @@ def test_scores_are_made_of_the_answers_whatever_is_said_of_them() -> None:
     wrong = [result.model_copy(update={"scores": {"exact_match": 0.5}}) for result in given.results]
     evaluation = judge(given.examples, wrong, 0.0, MetricSet(ExactMatch()))
     assert [result.scores for result in evaluation.results] == [{"exact_match": 1.0}, {"exact_match": 0.0}]
+
+
+@pytest.mark.parametrize("scores", [[1.0], [1.0, math.nan], [1.0, math.inf], [1.0, 1.0, 1.0]])
+def test_scores_that_are_not_one_finite_number_each_are_refused(scores: list[float]) -> None:
+    class Own(ExactMatch):
+        name = "own"
+
+        def score(self, answered: Answered) -> list[float]:
+            return scores
+
+    given = answered([("a", "a"), ("b", "c")])
+    with pytest.raises(RecipeError, match=f"the metric own gave {len(scores)} scores for 2 answers"):
+        judge(given.examples, given.results, 0.0, MetricSet(Own()))
 
 
 def test_a_report_of_an_older_release_has_its_figures() -> None:
