@@ -9,7 +9,7 @@ recipe's limits last, so that with other limits nothing is measured again.
 import asyncio
 import json
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
@@ -25,18 +25,16 @@ from svc.engine.probes import engine_facts
 from svc.engine.vllm.number_type import choose_dtype, explain_gptq_kernel
 from svc.errors import DiskSpaceError, InterruptedRunError, SvcError, TrainingError
 from svc.evaluation.cache import EvaluationCache
-from svc.evaluation.evaluator import Evaluation, EvaluationReport, judge
-from svc.evaluation.judge import JudgeEndpoint, JudgeReport, Pair, judge_pairs
-from svc.evaluation.metrics.choose import MetricSet, choose_metrics, try_on_references
+from svc.evaluation.evaluator import EvaluationReport, judge
+from svc.evaluation.judge import JudgeReport
 from svc.evaluation.results import ExampleResult
 from svc.evaluation.token_scores import choose_examples
-from svc.key_file import read_secret
 from svc.lock import hold_lock
 from svc.registry.fingerprint import compatibility_fingerprint
 from svc.registry.parity import ParityReport
 from svc.registry.registry import Registry
 from svc.settings import Settings
-from svc.terminal import console, counting
+from svc.terminal import console
 from svc.version import Format, VersionId
 from trainer.base_model.content import copy_shipped_files
 from trainer.base_model.resolve import Base
@@ -48,6 +46,7 @@ from trainer.export.verify_merge import MergeSummary, verify_full
 from trainer.pipeline.evaluation_engine import evaluation_engine
 from trainer.pipeline.examples import Examples
 from trainer.pipeline.find_base import merged_revision
+from trainer.pipeline.judging import Judging, compare_answers, judge_endpoint
 from trainer.pipeline.memory import release_memory
 from trainer.pipeline.registration import Registration
 from trainer.pipeline.run_folder import Run
@@ -213,8 +212,8 @@ class Pipeline:
         if served is not None:
             room = self.recipe.evaluate.max_tokens
             check_served_length(self._tokenized, served, "held-out", room=room)
-            self._judge_endpoint()
-            try_on_references(self._metrics, self.examples.heldout[: self.recipe.evaluate.limit])
+            judge_endpoint(self.recipe.judge)
+            self._judging.check()
         from trainer.training.sft import train_model  # torch and TRL with it
 
         tracking, run_id = self.registry.tracking, self._tracking_run()
@@ -328,35 +327,19 @@ class Pipeline:
         """None where nothing is served."""
         return self.run.load(Stage.PARITY, ParityReport) if self._qualified() else None
 
-    def _judge_endpoint(self) -> JudgeEndpoint | None:
-        """Where the judge is; None where the recipe names none.
-
-        Raises:
-            SettingsError: it is no endpoint, or others can read the file of its key.
-        """
-        said = self.recipe.judge
-        if said.url is None or said.model is None:
-            return None
-        key = read_secret(said.key_file, "ask for another one") if said.key_file else None
-        endpoint = JudgeEndpoint(said.url, said.model, key)
-        endpoint.check()
-        return endpoint
-
     def _judge_pairs(self) -> JudgeReport:
-        endpoint, found = self._judge_endpoint(), self.run.load(Stage.EVALUATE, Evaluated)
-        assert endpoint is not None  # noqa: S101 - without one there is no such stage
+        found = self.run.load(Stage.EVALUATE, Evaluated)
         if not found.base_results:
             raise TrainingError(
                 "the answers of the base were not kept by the release that asked it",
                 todo=f"remove {self.run.folder / 'evaluate.json'} and run the same command again",
             )
-        answers = zip(self.examples.heldout, found.base_results, found.merged.results, strict=False)
-        pairs = [Pair(example, base.answer, merged.answer) for example, base, merged in answers]
-        with counting("judging merged beside base", len(pairs)) as advance:
-            return self.run.save(Stage.JUDGE, asyncio.run(judge_pairs(pairs, endpoint, on_done=advance)))
+        report = compare_answers(self.recipe.judge, self.examples.heldout, found.base_results, found.merged.results)
+        return self.run.save(Stage.JUDGE, report)
 
     def _register(self) -> Registered:
-        qualified = {format: self._judged(found) for format, found in self._qualified().items()}
+        judging, evaluated = self._judging, self._evaluated
+        qualified = {format: judging.judge_format(found) for format, found in self._qualified().items()}
         manifest = Registration(
             registry=self.registry,
             recipe=self.recipe,
@@ -366,9 +349,9 @@ class Pipeline:
             run=self.run,
             tracking_run=self._tracking_run(),
             adapter=None if self._full else self.run.adapter,
-            base_evaluation=self._base_report,
+            base_evaluation=judging.judge_report(evaluated.base, evaluated.base_results) if evaluated else None,
             qualified=qualified,
-            primary=self._metrics.primary,
+            primary=judging.metrics.primary,
             report=self._report,
             judge=self.run.load(Stage.JUDGE, JudgeReport) if Stage.JUDGE in self._stages() else None,
         ).register(failed_too=self.register_failed)
@@ -383,29 +366,8 @@ class Pipeline:
         return registered
 
     @cached_property
-    def _metrics(self) -> MetricSet:
-        """What the answers are judged by: chosen by all held-out examples, as later where they are asked again."""
-        return choose_metrics(self.examples.heldout, self.recipe.evaluate.metric_options)
-
-    def _judged(self, found: Qualified) -> Qualified:
-        """A format, judged by the metrics that the recipe names now: the answers are what was measured."""
-        if not found.results:
-            return found
-        judged = self._judge(found.evaluation, found.results)
-        return found.model_copy(update={"evaluation": judged.report, "results": judged.results})
-
-    @property
-    def _base_report(self) -> EvaluationReport | None:
-        """Of the base, by the same metrics; None where it was not asked."""
-        found = self._evaluated
-        if found is None:
-            return None
-        if not found.base_results:
-            return found.base
-        return self._judge(found.base, found.base_results).report
-
-    def _judge(self, report: EvaluationReport, results: Sequence[ExampleResult]) -> Evaluation:
-        return judge(self.examples.heldout[: len(results)], results, report.seconds, self._metrics)
+    def _judging(self) -> Judging:
+        return Judging(self.examples.heldout, self.recipe.evaluate)
 
     def _qualified(self) -> dict[Format, Qualified]:
         """The formats that can be served."""
