@@ -21,12 +21,17 @@ build() {
   install -m 644 deploy/docker/health.py "$prefix/health.py"
   # A root file system that is read-only takes no bytecode later. Some packages bring files for other Pythons.
   "$prefix/bin/python" -m compileall -q -j 0 --invalidation-mode unchecked-hash "$prefix/lib" >/dev/null 2>&1 || true
-  "$prefix/bin/python" -m pip uninstall --quiet --yes pip
 }
 
 check() {
   local prefix=$1
   "$prefix/bin/svc" --version
+  "$prefix/bin/python" -m pip --version >/dev/null # brings the base models that come from PyPI
+  # On processors vLLM asks it which there are.
+  if ! command -v lscpu >/dev/null; then
+    echo "error: there is no lscpu; do: install util-linux" >&2
+    exit 1
+  fi
   # vLLM alone imports libraries that pip does not bring.
   "$prefix/bin/python" -c 'import numpy, pyarrow, safetensors, sqlalchemy, torch, transformers, uvloop, vllm._version'
   "$prefix/bin/python" - <<'PYTHON'
