@@ -32,8 +32,8 @@ log = logging.getLogger(__name__)
 
 HELDOUT_FILE = "heldout.jsonl"
 REFERENCE_FOLDER = "reference"
-"""What the registration leaves for later comparisons: `results_file` of each format, a sample of the prompts, the text
-space, and which prompts were learnt."""
+"""What the registration leaves for later comparisons: `results_file` of each format, the training's curve, a sample of
+the prompts, the text space, and which prompts were learnt."""
 HELDOUT_TOKENS_FILE = "heldout_tokens.jsonl"
 """In `REFERENCE_FOLDER`: the examples of `HELDOUT_FILE` as token ids, in their order."""
 

@@ -1,4 +1,4 @@
-"""Held-out loss while a run trains: when it is measured, which weights are best, and when to stop.
+"""Held-out loss while a run trains: it is measured when it is due, says which weights are best, and when to stop.
 
 All of it follows from the losses in the trainer's state, so that a resumed run decides as an uninterrupted one.
 transformers' EarlyStoppingCallback counts in itself, and wants its own checkpoints for the best weights. Imports
@@ -10,10 +10,9 @@ from typing import Any
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from trainer.callbacks.heldout_schedule import HeldoutSchedule
 from trainer.callbacks.loss_log import heldout_losses
 from trainer.recipe.sections import Stopping
-
-_MEASUREMENTS = 10  # in a run whose recipe does not say how often
 
 
 class EarlyStopping(TrainerCallback):
@@ -21,23 +20,27 @@ class EarlyStopping(TrainerCallback):
 
     Args:
         stopping: the recipe's section.
-        measure: makes up for a measurement before which a run was cut off.
+        schedule: when held-out loss is measured.
+        measure: makes the measurement before the first step, and one before which a run was cut off.
     """
 
-    def __init__(self, stopping: Stopping, measure: Callable[[], object] = lambda: None) -> None:
+    def __init__(
+        self, stopping: Stopping, schedule: HeldoutSchedule, measure: Callable[[], object] = lambda: None
+    ) -> None:
         self._stopping = stopping
+        self._schedule = schedule
         self._measure = measure
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Weights and state are those of the checkpoint already."""
-        if misses_measurement(state, self._stopping):
+        if misses_measurement(state, self._schedule):
             self._measure()
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Measures at fixed steps and at the last."""
-        if _due(state, self._stopping):
+        if self._schedule.due(state):
             control.should_evaluate = True
 
     def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
@@ -48,19 +51,14 @@ class EarlyStopping(TrainerCallback):
             control.should_save = control.should_training_stop = True
 
 
-def misses_measurement(state: TrainerState, stopping: Stopping) -> bool:
-    """Whether the run was cut off between its last step and the measurement that belongs to it."""
-    return state.global_step > 0 and _due(state, stopping) and state.global_step not in heldout_losses(state)
-
-
-def _due(state: TrainerState, stopping: Stopping) -> bool:
-    every = stopping.every_steps or max(1, state.max_steps // _MEASUREMENTS)
-    return state.global_step % every == 0 or state.global_step == state.max_steps
+def misses_measurement(state: TrainerState, schedule: HeldoutSchedule) -> bool:
+    """Whether a measurement is due that is not there: at the start, and where a run was cut off before it."""
+    return schedule.due(state) and state.global_step not in heldout_losses(state)
 
 
 def best_step(state: TrainerState) -> int | None:
-    """The step of the lowest held-out loss, the first of equals; None when none was measured."""
-    losses = heldout_losses(state)
+    """The step of the lowest held-out loss, the first of equals; None when none was measured after a step."""
+    losses = _after_a_step(state)
     return min(losses, key=lambda step: losses[step]) if losses else None
 
 
@@ -70,3 +68,8 @@ def out_of_patience(state: TrainerState, patience: int | None) -> bool:
     if patience is None or best is None:
         return False
     return sum(step > best for step in heldout_losses(state)) >= patience
+
+
+def _after_a_step(state: TrainerState) -> dict[int, float]:
+    """Measurements of weights that were trained: those of the base are no result of a run."""
+    return {step: loss for step, loss in heldout_losses(state).items() if step > 0}

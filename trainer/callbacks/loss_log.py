@@ -5,15 +5,20 @@ steps, so that a resumed run draws the curve of one that was never interrupted. 
 transformers.
 """
 
+import math
 from collections.abc import Callable
 from statistics import fmean
 from typing import Any
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from svc.registry.training_curve import TrainingPoint
 from trainer.callbacks.loss_point import LossPoint
 
 LOSS, HELDOUT_LOSS = "loss", "heldout_loss"
+TOKENS_PER_SECOND = "tokens_per_second"
+HELDOUT_EACH, HELDOUT_SET = "heldout_each", "heldout_set"
+"""In the trainer's state beside a held-out loss: that of each example, and which examples they are."""
 _POINTS = 100
 
 Report = Callable[[int, dict[str, float]], None]
@@ -41,6 +46,32 @@ def step_losses(state: TrainerState) -> dict[int, float]:
 def heldout_losses(state: TrainerState) -> dict[int, float]:
     """Held-out loss at each step where it was measured, nats a token."""
     return {entry["step"]: entry[HELDOUT_LOSS] for entry in state.log_history if HELDOUT_LOSS in entry}
+
+
+def training_points(state: TrainerState) -> tuple[TrainingPoint, ...]:
+    """Every step, and what was measured before the first.
+
+    A run that went on with other held-out examples has only those measurements that can be compared with the last.
+    """
+    measured = {entry["step"]: entry for entry in state.log_history if HELDOUT_LOSS in entry}
+    current = list(measured.values())[-1].get(HELDOUT_SET) if measured else None
+    measured = {step: entry for step, entry in measured.items() if entry.get(HELDOUT_SET) == current}
+    taken = {entry["step"]: entry for entry in state.log_history if LOSS in entry}
+    return tuple(_point(step, taken.get(step, {}), measured.get(step, {})) for step in sorted({*taken, *measured}))
+
+
+def _point(step: int, taken: dict[str, Any], measured: dict[str, Any]) -> TrainingPoint:
+    norm = taken.get("grad_norm")
+    return TrainingPoint(
+        step=step,
+        epoch=taken.get("epoch", 0.0),
+        loss=taken.get(LOSS),
+        heldout_loss=measured.get(HELDOUT_LOSS),
+        heldout_each=measured.get(HELDOUT_EACH, ()),
+        learning_rate=taken.get("learning_rate"),
+        grad_norm=norm if norm is not None and math.isfinite(norm) else None,
+        tokens_per_second=taken.get(TOKENS_PER_SECOND),
+    )
 
 
 class LossReport(TrainerCallback):

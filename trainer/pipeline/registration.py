@@ -22,6 +22,7 @@ from svc.registry.parity import ParityReport
 from svc.registry.parity_page import PARITY_PAGE, parity_page
 from svc.registry.primary_metric import write_primary_metric
 from svc.registry.registry import HELDOUT_FILE, HELDOUT_TOKENS_FILE, REFERENCE_FOLDER, Registry, results_file
+from svc.registry.training_curve import TRAINING_CURVE_FILE, TrainingPoint, write_training_curve
 from svc.terminal import console
 from svc.version import Format
 from trainer.base_model.resolve import Base
@@ -43,6 +44,7 @@ class Registration:
     Args:
         tokenized: the held-out examples as they are trained on.
         tracking_run: the MLflow run of this run.
+        curve: of the training; empty in a run of an older release.
         adapter: its folder; None after full fine-tuning.
         base_evaluation: None where the base was not asked.
         qualified: the formats that can be served.
@@ -58,6 +60,7 @@ class Registration:
     tokenized: Sequence[TokenizedExample]
     run: Run
     tracking_run: str
+    curve: Sequence[TrainingPoint]
     adapter: Path | None
     base_evaluation: EvaluationReport | None
     qualified: Mapping[Format, Qualified]
@@ -163,6 +166,8 @@ class Registration:
             if qualified.results:
                 write_results(folder / results_file(format), qualified.results)
         write_primary_metric(folder, self.primary)
+        if self.curve:
+            write_training_curve(folder / TRAINING_CURVE_FILE, self.curve)
         write_tokenized(folder / HELDOUT_TOKENS_FILE, self.tokenized)
         write_data_reference(folder, self.examples, self.recipe.data.seed)
         return folder

@@ -40,11 +40,12 @@ StageKeys = Mapping[Stage, str]
 def stage_keys(recipe: Recipe, base: Base, examples: Examples) -> StageKeys:
     """The key of each stage.
 
-    Where data lie, and how often a training is saved, decides no result.
+    Where data lie, how often a training is saved, and whether it draws a curve of held-out loss, decides no result.
     """
     said = recipe.model_dump(mode="json")
     measured = examples.heldout_fingerprint if recipe.stopping.measures else None
     adapter = said["adapter"] | {"type": recipe.adapter_type}  # a method is a name for this and for the next
+    said["stopping"].pop("curve")
     learnt = [adapter, recipe.base_quantization, *(said[key] for key in ("chat_template_kwargs", "train", "stopping"))]
     train = _key(base.revision, examples.train_fingerprint, measured, learnt)
     merge = _key(train)

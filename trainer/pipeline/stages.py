@@ -348,6 +348,7 @@ class Pipeline:
             tokenized=self._tokenized,
             run=self.run,
             tracking_run=self._tracking_run(),
+            curve=self.run.load(Stage.TRAIN, TrainingSummary).points,
             adapter=None if self._full else self.run.adapter,
             base_evaluation=judging.judge_report(evaluated.base, evaluated.base_results) if evaluated else None,
             qualified=qualified,

@@ -130,6 +130,29 @@ def answer_loss(
         position_ids: [batch, length]; of packed rows, where they begin anew with each example.
         share_prefix: false takes every row by itself.
     """
+    hidden, targets = _before_answers(model, input_ids, labels, position_ids, share_prefix=share_prefix)
+    return _summed_cross_entropy(model, hidden, targets, _LOGITS_AT_ONCE)
+
+
+def answer_token_losses(
+    model: PreTrainedModel | PeftModel, input_ids: Tensor, labels: Tensor, position_ids: Tensor | None = None
+) -> Tensor:
+    """Cross entropy of each answer token, nats, row after row; without a gradient. Arguments as of `answer_loss`."""
+    hidden, targets = _before_answers(model, input_ids, labels, position_ids, share_prefix=True)
+    size = max(1, _LOGITS_AT_ONCE // model.config.get_text_config().vocab_size)
+    parts = zip(hidden.split(size), targets.split(size), strict=True)
+    return torch.cat([cross_entropy(_logits(model, part), wanted, reduction="none") for part, wanted in parts])
+
+
+def _before_answers(
+    model: PreTrainedModel | PeftModel,
+    input_ids: Tensor,
+    labels: Tensor,
+    position_ids: Tensor | None,
+    *,
+    share_prefix: bool,
+) -> tuple[Tensor, Tensor]:
+    """Hidden states before the answer tokens, and these tokens."""
     share_prefix = share_prefix and position_ids is None and _can_share(model)
     shared = shared_prefix(input_ids, labels) if share_prefix else 0
     cache = None
@@ -139,8 +162,7 @@ def answer_loss(
         cache.batch_repeat_interleave(len(input_ids))
     targets = labels[:, shared + 1 :]
     learnt = targets != IGNORED
-    hidden = _hidden_states(model, learnt, input_ids[:, shared:], cache, position_ids)
-    return _summed_cross_entropy(model, hidden, targets[learnt], _LOGITS_AT_ONCE)
+    return _hidden_states(model, learnt, input_ids[:, shared:], cache, position_ids), targets[learnt]
 
 
 def orthogonality_penalty(model: torch.nn.Module) -> Tensor | None:

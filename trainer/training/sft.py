@@ -23,7 +23,8 @@ from svc.terminal import console, waiting
 from trainer.callbacks.checkpoint_schedule import CheckpointSchedule
 from trainer.callbacks.divergence import DivergenceWatch
 from trainer.callbacks.early_stopping import EarlyStopping, best_step, misses_measurement, out_of_patience
-from trainer.callbacks.loss_log import LossReport, Report, heldout_losses, loss_curve
+from trainer.callbacks.heldout_schedule import HeldoutCurve, HeldoutSchedule
+from trainer.callbacks.loss_log import LossReport, Report, heldout_losses, loss_curve, training_points
 from trainer.callbacks.loss_point import LossPoint
 from trainer.callbacks.preemption import Preemption, StepAbandoned, preemption
 from trainer.callbacks.progress import training_progress
@@ -83,7 +84,8 @@ def train_model(
     rows = fit_length(tokenize_examples(tokenizer, data.train, stops, kwargs), recipe.train)
     if data.served_length is not None:
         check_served_length(rows, data.served_length, "training")
-    heldout = tokenize_examples(tokenizer, data.heldout, stops, kwargs) if recipe.stopping.measures else []
+    measured = recipe.stopping.measures or recipe.stopping.curve
+    heldout = tokenize_examples(tokenizer, data.heldout, stops, kwargs) if measured else []
     try:
         with preemption() as asked:
             with asked.interruptible(), waiting("Loading the base model"), library_output_to_log():
@@ -113,7 +115,7 @@ def _run(trainer: ResumableTrainer, recipe: Recipe, asked: Preemption, number_ty
     ):
         trainer.load_weights(newest)
         trainer.state = state
-        if recipe.stopping.measures and misses_measurement(state, recipe.stopping):
+        if trainer.heldout_schedule and misses_measurement(state, trainer.heldout_schedule):
             trainer.evaluate()
     else:
         if newest is not None and (before := number_type_of(newest)) is not number_type:
@@ -157,6 +159,7 @@ def _summarize(trainer: ResumableTrainer, recipe: Recipe, seconds: float) -> Tra
         loss_curve=curve,
         heldout_losses=tuple(LossPoint(step, loss) for step, loss in heldout_losses(state).items()),
         best_step=best_step(state) if recipe.stopping.keep_best else None,
+        points=training_points(state),
     )
 
 
@@ -186,10 +189,16 @@ def _build_trainer(
     model = load_model(base, recipe, acceleration.attention, number_type=number_type)
     steps = count_steps(len(dataset), recipe)
     model = add_adapter(model, recipe, steps)
+    measured = [training_row(row) for row in heldout]
+    schedule = HeldoutSchedule.of(recipe.stopping)
+    if not recipe.stopping.measures:
+        curve = HeldoutCurve.affordable(measured, _trained_tokens(rows, len(dataset), steps, recipe))
+        measured, schedule = curve.rows, curve.schedule
     trainer = ResumableTrainer(
         checkpoints=CheckpointFolder(checkpoints, recipe.checkpoints.keep),
         number_type=number_type,
-        heldout=[training_row(row) for row in heldout],
+        heldout=measured,
+        heldout_schedule=schedule if measured else None,
         allocation=RankAllocation(model) if recipe.adapter_type is AdapterType.ADALORA else None,
         preemption=asked,
         model=model,
@@ -204,11 +213,17 @@ def _build_trainer(
     trainer.remove_callback(PrinterCallback)
     trainer.add_callback(DivergenceWatch(recipe.learning_rate))
     trainer.add_callback(CheckpointSchedule(recipe.checkpoints, asked))
-    if heldout:
-        trainer.add_callback(EarlyStopping(recipe.stopping, trainer.evaluate))
+    if measured:
+        trainer.add_callback(EarlyStopping(recipe.stopping, schedule, trainer.evaluate))
     if report is not None:
         trainer.add_callback(LossReport(report))
     return trainer
+
+
+def _trained_tokens(rows: list[TokenizedExample], dataset_rows: int, steps: int, recipe: Recipe) -> float:
+    """About how many tokens all steps see."""
+    in_a_step = min(recipe.train.batch_size * recipe.train.gradient_accumulation, dataset_rows)
+    return steps * in_a_step / dataset_rows * sum(len(row.input_ids) for row in rows)
 
 
 def _save(trainer: ResumableTrainer, recipe: Recipe, tokenizer: PreTrainedTokenizerBase, out: Path) -> None:

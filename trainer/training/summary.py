@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from svc.dataset.schema.example import ChatExample
+from svc.registry.training_curve import TrainingPoint
 from trainer.callbacks.loss_point import LossPoint
 
 
@@ -20,6 +21,7 @@ class TrainingSummary:
         loss_curve: means over the steps between its points.
         heldout_losses: step and nats an answer token, where held-out loss was measured.
         best_step: the step whose weights these are, where the best were asked for.
+        points: every step; none in a run of an older release.
     """
 
     steps: int
@@ -30,6 +32,7 @@ class TrainingSummary:
     loss_curve: tuple[LossPoint, ...]
     heldout_losses: tuple[LossPoint, ...] = ()
     best_step: int | None = None
+    points: tuple[TrainingPoint, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

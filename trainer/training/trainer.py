@@ -6,7 +6,9 @@ computed; trained weights are in float32 in any case, so that a machine with oth
 torch and TRL.
 """
 
+import hashlib
 import random
+import time
 from pathlib import Path
 from typing import Any
 
@@ -20,13 +22,14 @@ from svc.engine.capabilities import NumberType
 from svc.errors import IntegrityError
 from trainer.callbacks.divergence import diverged
 from trainer.callbacks.early_stopping import best_step
-from trainer.callbacks.loss_log import HELDOUT_LOSS
+from trainer.callbacks.heldout_schedule import HeldoutSchedule
+from trainer.callbacks.loss_log import HELDOUT_EACH, HELDOUT_LOSS, HELDOUT_SET, LOSS, TOKENS_PER_SECOND
 from trainer.callbacks.preemption import Preemption
 from trainer.data.chat_template import IGNORED
 from trainer.data.length_grouped_sampler import LengthGroupedSampler
 from trainer.model.adalora import RankAllocation
 from trainer.training.checkpoints import CheckpointFolder
-from trainer.training.loss import AnswerTrainer, answer_loss
+from trainer.training.loss import AnswerTrainer, answer_token_losses
 
 _WEIGHTS, _STATE = "weights.safetensors", "trainer_state.json"
 _NUMBER_TYPE = "number_type"  # in the header of the weights' file
@@ -38,7 +41,8 @@ class ResumableTrainer(AnswerTrainer):
     Args:
         checkpoints: where they go.
         number_type: in which the run computes here.
-        heldout: rows as those that are trained on; empty when held-out loss is not asked for.
+        heldout: rows as those that are trained on; empty when held-out loss is not measured.
+        heldout_schedule: when it is; None for never.
         allocation: AdaLoRA's, which has a state of its own.
         preemption: a signal that it hears of ends a step, or a measurement of held-out loss, in the middle.
     """
@@ -49,6 +53,7 @@ class ResumableTrainer(AnswerTrainer):
         checkpoints: CheckpointFolder,
         number_type: NumberType,
         heldout: list[dict[str, Any]],
+        heldout_schedule: HeldoutSchedule | None = None,
         allocation: RankAllocation | None = None,
         preemption: Preemption | None = None,
         **options: Any,
@@ -60,7 +65,9 @@ class ResumableTrainer(AnswerTrainer):
         hear_signals_between_layers(self.model)
         self.checkpoints = checkpoints
         self._number_type = number_type
+        self.heldout_schedule = heldout_schedule
         self._heldout = sorted(heldout, key=lambda row: len(row["input_ids"]))
+        self._heldout_set = hashlib.sha256(repr([row["input_ids"] for row in self._heldout]).encode()).hexdigest()[:12]
         self._allocation = allocation
         if allocation is not None:
             self.add_callback(allocation)
@@ -68,23 +75,39 @@ class ResumableTrainer(AnswerTrainer):
     def evaluate(self, *args: Any, **options: Any) -> dict[str, float]:
         """Mean loss of the held-out answers' tokens, nats. Draws no random number."""
         with self._preemption.interruptible():
-            figures = {HELDOUT_LOSS: self._heldout_loss()}
+            sums = self._heldout_sums()
+        tokens = [sum(label != IGNORED for label in row["labels"]) for row in self._heldout]
+        figures = {HELDOUT_LOSS: sum(sums) / sum(tokens)}
         self.log(figures)
+        # Beside the figure, and not among what is reported: so that two measurements are compared example by example.
+        self.state.log_history[-1] |= {
+            HELDOUT_EACH: [total / count for total, count in zip(sums, tokens, strict=True)],
+            HELDOUT_SET: self._heldout_set,
+        }
         self.callback_handler.on_evaluate(self.args, self.state, self.control, figures)  # changes control in place
         return figures
 
-    def _heldout_loss(self) -> float:
+    def _heldout_sums(self) -> list[float]:
+        """Loss of each held-out example, summed over its answers' tokens."""
         self.model.eval()
-        total, tokens = torch.zeros((), device=self.args.device), 0
+        sums: list[float] = []
         size = self.args.per_device_train_batch_size
         # Autocast is on already but after a resume at the end of a run, which prepares no model.
         with torch.no_grad(), self.accelerator.autocast(), self.compute_loss_context_manager():
             for start in range(0, len(self._heldout), size):
-                batch = self._prepare_inputs(self.data_collator(self._heldout[start : start + size]))
-                total += answer_loss(self.model, batch["input_ids"], batch["labels"], batch.get("position_ids"))
-                tokens += int((batch["labels"] != IGNORED).sum())
+                rows = self._heldout[start : start + size]
+                batch = self._prepare_inputs(self.data_collator(rows))
+                losses = answer_token_losses(self.model, batch["input_ids"], batch["labels"], batch.get("position_ids"))
+                counts = [sum(label != IGNORED for label in row["labels"]) for row in rows]
+                sums += [float(part.sum()) for part in losses.split(counts)]
         self.model.train()
-        return float(total) / tokens
+        return sums
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Adds the speed of the step to what is said of it."""
+        if LOSS in logs:
+            logs[TOKENS_PER_SECOND] = self._step_start.tokens_per_second
+        super().log(logs, start_time)
 
     def training_step(self, *args: Any, **options: Any) -> torch.Tensor:
         """Forward and backward of a batch, which change nothing that a checkpoint holds but for random numbers.
@@ -170,17 +193,26 @@ class NoStepLeftError(Exception):
 
 
 class _StepStart(TrainerCallback):
-    """What a step changes before its weights: random numbers, and the count of tokens."""
+    """What a step changes before its weights: random numbers, and the count of tokens. And how fast it was."""
 
     def __init__(self) -> None:
         self._random: tuple[Any, Any, torch.Tensor, list[torch.Tensor]] | None = None
         self._tokens = 0
+        self._tokens_before, self._began = 0, 0.0
+        self.tokens_per_second = 0.0
+
+    def on_step_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Starts the clock: no token of the step is counted yet."""
+        self._tokens_before, self._began = int(state.num_input_tokens_seen), time.monotonic()
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Keeps them for the next one."""
         on_gpus = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
         self._random = random.getstate(), np.random.get_state(), torch.get_rng_state(), on_gpus
         self._tokens = int(state.num_input_tokens_seen)
+        self.tokens_per_second = (self._tokens - self._tokens_before) / max(time.monotonic() - self._began, 1e-9)
 
     def restore(self, state: TrainerState) -> bool:
         """Puts them back; false where this process has taken no step."""

@@ -11,6 +11,7 @@ from svc.errors import TrainingError
 from trainer.callbacks.checkpoint_schedule import CheckpointSchedule
 from trainer.callbacks.divergence import DivergenceWatch, diverged
 from trainer.callbacks.early_stopping import EarlyStopping, best_step, out_of_patience
+from trainer.callbacks.heldout_schedule import HeldoutSchedule
 from trainer.callbacks.loss_log import LossReport, loss_curve
 from trainer.callbacks.loss_point import LossPoint
 from trainer.callbacks.preemption import Preemption
@@ -132,7 +133,7 @@ def test_the_best_step_is_the_first_of_the_lowest() -> None:
 
 
 def test_held_out_loss_is_measured_at_fixed_steps_and_at_the_last() -> None:
-    watch, measured = EarlyStopping(Stopping(every_steps=4)), []
+    watch, measured = EarlyStopping(Stopping(), HeldoutSchedule(every_steps=4, points=10)), []
     for step in range(1, 11):
         control = TrainerControl()
         watch.on_step_end(ARGS, TrainerState(global_step=step, max_steps=10), control)

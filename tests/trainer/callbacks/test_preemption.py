@@ -3,7 +3,6 @@
 import os
 import signal
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +13,7 @@ from svc.dataset.schema.example import ChatExample
 from svc.engine.capabilities import NumberType
 from svc.errors import InterruptedRunError
 from tests.trainer.conftest import make_recipe
+from tests.trainer.without_clock import without_clock
 from trainer.callbacks.preemption import Preemption, StepAbandoned, preemption
 from trainer.recipe.sections import Method, Recipe
 from trainer.training import sft
@@ -50,7 +50,7 @@ def train(
 ) -> TrainingSummary:
     out, checkpoints = folder / "trained", folder / "checkpoints"
     summary = train_model(base, data, recipe, out, checkpoints, number_type=number_type)
-    return replace(summary, seconds=0, tokens_per_second=0)
+    return without_clock(summary)
 
 
 def weights(folder: Path) -> bytes:
@@ -147,7 +147,7 @@ def check_measurement(
 ) -> TrainingSummary:
     whole = train(base, data, recipe, folder / "a")
     with monkeypatch.context() as patch:
-        signal_at_call(patch, trainer_module, "answer_loss", 2 * measurement)
+        signal_at_call(patch, trainer_module, "answer_token_losses", 2 * (1 + measurement))
         with pytest.raises(InterruptedRunError, match=f"SIGTERM after step {2 * measurement} of"):
             train(base, data, recipe, folder / "b")
     assert train(base, data, recipe, folder / "b") == whole

@@ -8,6 +8,7 @@ from typing import Any
 from svc.engine.capabilities import NumberType
 from svc.errors import RecipeError
 from svc.registry.parity import ParityReport
+from svc.registry.training_curve import TrainingPoint
 from svc.version import Format
 from tests.svc.registry.model_folder import GPTQ, write_model
 from tests.svc.registry.parity import make_parity
@@ -24,6 +25,10 @@ from trainer.training.summary import TrainingSummary
 TRAIN = tuple(make_example(f"q {number}", "yes") for number in range(3))
 WORSE_QUANTIZED = tuple(make_example(asked, "merged.0 merged.1 merged.2 merged.3") for asked in ("one", "two"))
 """Examples that the double answers rightly when it holds the merged weights, and wrongly with any other."""
+
+
+CURVE = tuple(TrainingPoint(step=step, epoch=step / 3, loss=1 / step) for step in (1, 2, 3))
+"""Of a training that took place in a double."""
 
 
 Make = Callable[..., Pipeline]
@@ -58,7 +63,7 @@ class Stages:
         else:
             (out / "adapter_model.safetensors").write_bytes(b"adapter")
         report(1, {"loss": 0.5})
-        return TrainingSummary(3, 30, 10.0, 0.5, 3.0, (LossPoint(1, 0.5),))
+        return TrainingSummary(3, 30, 10.0, 0.5, 3.0, (LossPoint(1, 0.5),), points=CURVE)
 
     def merge_adapter(self, base: Path, adapter: Path, out: Path) -> MergeSummary:
         """Writes other weights of the same shape."""

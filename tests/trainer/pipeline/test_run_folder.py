@@ -107,6 +107,7 @@ JUDGED = {Stage.EVALUATE, Stage.QUALIFY, Stage.PARITY, Stage.JUDGE, Stage.REGIST
         ({"judge": {"url": "http://127.0.0.1/v1", "model": "m"}}, {Stage.JUDGE, Stage.REGISTER}),
         ({"formats": ["merged"]}, {Stage.PARITY, Stage.REGISTER}),
         ({"checkpoints": {"keep": 7}}, set()),
+        ({"stopping": {"curve": False}}, set()),
         ({"train": {"seed": 1}}, set(Stage)),
     ],
     ids=lambda value: str(value) if isinstance(value, dict) else None,

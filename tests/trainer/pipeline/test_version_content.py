@@ -11,11 +11,12 @@ from svc.dataset.readers.reader import read_examples
 from svc.errors import InterruptedRunError, NotFoundError
 from svc.registry.fingerprint import compatibility_fingerprint
 from svc.registry.registry import Registry
+from svc.registry.training_curve import TRAINING_CURVE_FILE, read_training_curve
 from svc.text_embedding import TEXT_SPACE_FILE, load_text_space
 from svc.version import Format
 from tests.trainer.conftest import make_example
 from tests.trainer.engines import Engines
-from tests.trainer.pipeline.stand_ins import TRAIN, Make, Stages
+from tests.trainer.pipeline.stand_ins import CURVE, TRAIN, Make, Stages
 from trainer.pipeline.stage_key import Stage
 from trainer.pipeline.stages import Evaluated, Pipeline
 
@@ -55,6 +56,11 @@ def test_the_manifest_has_the_verification_of_each_served_format(pipeline: Pipel
         assert record.evaluation is not None
         assert record.probes
         assert record.fingerprint == compatibility_fingerprint(pipeline.registry.artifact(version, format))
+
+
+def test_the_version_keeps_the_curve_of_its_training(pipeline: Pipeline) -> None:
+    version = pipeline.train_version()
+    assert read_training_curve(pipeline.registry.reference(version, TRAINING_CURVE_FILE)) == CURVE
 
 
 def test_the_version_keeps_what_each_served_format_answered(pipeline: Pipeline) -> None:
@@ -125,6 +131,7 @@ def test_an_interrupted_registration_leaves_nothing_in_what_a_version_is_compare
         "parity.html",
         "text_space.npz",
         "trained_prompts.npy",
+        "training.jsonl",
     )
     assert recorded == [f"reference/{file}" for file in files]
     kept = (pipeline.registry.folder(version) / "reference").iterdir()

@@ -6,7 +6,6 @@ import os
 import signal
 import subprocess
 import sys
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +20,7 @@ from svc.dataset.schema.example import ChatExample
 from svc.engine.capabilities import NumberType
 from svc.errors import InterruptedRunError
 from tests.trainer.conftest import make_recipe
+from tests.trainer.without_clock import without_clock
 from trainer.recipe.sections import Method, Recipe
 from trainer.training import sft
 from trainer.training import trainer as trainer_module
@@ -83,11 +83,6 @@ def weights(folder: Path) -> bytes:
     return next((folder / "trained").glob("*.safetensors")).read_bytes()
 
 
-def figures(summary: TrainingSummary) -> TrainingSummary:
-    """Without what depends on the clock."""
-    return replace(summary, seconds=0, tokens_per_second=0)
-
-
 @pytest.fixture
 def data(examples: list[ChatExample]) -> TrainingData:
     return TrainingData(examples, examples[:5])
@@ -116,7 +111,7 @@ def test_it_ends_as_if_it_had_not_been_cut_off(
         tmp_path / "b" / "checkpoints",
         number_type=NumberType.BFLOAT16,
     )
-    assert figures(resumed) == figures(whole)
+    assert without_clock(resumed) == without_clock(whole)
     assert weights(tmp_path / "b") == weights(tmp_path / "a")
 
 
@@ -127,7 +122,7 @@ def test_so_it_is_in_float32(
     whole = train_in(FLOAT32, tiny_base, data, recipe(method), tmp_path / "a")
     train_until(tiny_base, data, recipe(method), tmp_path / "b", 6, monkeypatch, FLOAT32)
     resumed = train_in(FLOAT32, tiny_base, data, recipe(method), tmp_path / "b")
-    assert figures(resumed) == figures(whole)
+    assert without_clock(resumed) == without_clock(whole)
     assert weights(tmp_path / "b") == weights(tmp_path / "a")
 
 
@@ -165,7 +160,7 @@ def test_so_it_is_in_float16_with_a_scaled_loss(
         train_until(tiny_base, data, recipe(method), tmp_path / "b", step, monkeypatch, FLOAT16)
     resumed = train_in(FLOAT16, tiny_base, data, recipe(method), tmp_path / "b")
     assert left_out(tmp_path / "a", STEPS), "no step was left out, which was to be tried"
-    assert figures(resumed) == figures(whole)
+    assert without_clock(resumed) == without_clock(whole)
     assert weights(tmp_path / "b") == weights(tmp_path / "a")
 
 
@@ -230,9 +225,10 @@ def test_a_checkpoint_that_does_not_say_its_numbers_is_in_bfloat16(tmp_path: Pat
         {"train": {"batch_size": 2, "gradient_accumulation": 2, "epochs": 2.5, "learning_rate": 1e-2}},
         {"train": {"batch_size": 3, "steps": 10, "schedule": "cosine", "learning_rate": 1e-2}},
         {"stopping": {"every_steps": 2, "keep_best": True, "patience": 2}},
+        {"train": {"batch_size": 12, "steps": 20, "learning_rate": 1e-2}},
         {"train": {"batch_size": 1, "epochs": 3, "packing": True, "max_length": 300, "learning_rate": 1e-2}},
     ],
-    ids=["accumulation", "steps", "stopping", "packing"],
+    ids=["accumulation", "steps", "stopping", "curve", "packing"],
 )
 def test_so_it_is_with_other_settings(
     sections: dict[str, Any], tiny_base: Path, data: TrainingData, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -256,7 +252,7 @@ def test_so_it_is_with_other_settings(
         tmp_path / "b" / "checkpoints",
         number_type=NumberType.BFLOAT16,
     )
-    assert figures(resumed) == figures(whole)
+    assert without_clock(resumed) == without_clock(whole)
     assert weights(tmp_path / "b") == weights(tmp_path / "a")
 
 
@@ -284,7 +280,7 @@ def test_cut_off_after_its_last_step_it_takes_no_other(
     again = train_model(
         tiny_base, data, recipe(), tmp_path / "trained", tmp_path / "checkpoints", number_type=NumberType.BFLOAT16
     )
-    assert figures(again) == figures(whole)
+    assert without_clock(again) == without_clock(whole)
     assert (tmp_path / "trained" / "adapter_model.safetensors").read_bytes() == first
 
 

@@ -309,6 +309,39 @@ def test_a_run_stops_when_held_out_loss_no_longer_falls(
     assert summary.steps == best + 3 < 200
 
 
+def test_every_run_has_a_curve_of_held_out_loss_that_changes_no_weights(
+    tiny_base: Path, examples: list[ChatExample], tmp_path: Path
+) -> None:
+    data = TrainingData(examples, [make_example(f"number {letter}", "blue") for letter in "abc"])
+    curves = {}
+    for curve in (True, False):
+        recipe = make_recipe(train={"batch_size": 12, "steps": 30, "learning_rate": 1e-2}, stopping={"curve": curve})
+        out = tmp_path / f"{curve}"
+        curves[curve] = train_model(
+            tiny_base, data, recipe, out, tmp_path / f"{curve}-checkpoints", number_type=NumberType.BFLOAT16
+        ).points
+    measured = {point.step: point for point in curves[True] if point.heldout_loss is not None}
+    assert list(measured) == [0, 15, 30]
+    assert measured[30].heldout_loss == pytest.approx(sum(measured[30].heldout_each) / 3)  # all have five tokens
+    assert [point.step for point in curves[False]] == list(range(1, 31))
+    assert all(point.heldout_loss is None for point in curves[False])
+    files = [tmp_path / name / "adapter_model.safetensors" for name in ("True", "False")]
+    assert files[0].read_bytes() == files[1].read_bytes()
+
+
+def test_a_curve_knows_rate_gradient_and_speed_of_every_step(
+    tiny_base: Path, examples: list[ChatExample], tmp_path: Path
+) -> None:
+    first, second, third = train(tiny_base, examples, tmp_path / "adapter", learning_rate=1e-2).points
+    assert [first.epoch, second.epoch, third.epoch] == pytest.approx([1 / 3, 2 / 3, 1])
+    assert first.learning_rate == 1e-2
+    assert third.learning_rate == pytest.approx(1e-2 / 3)
+    for point in (first, second, third):
+        assert point.grad_norm
+        assert point.tokens_per_second
+        assert point.loss
+
+
 @pytest.mark.parametrize("schedule", ["linear", "cosine", "constant"])
 def test_a_schedule_warms_up_and_ends_as_it_says(
     schedule: str, tiny_base: Path, examples: list[ChatExample], tmp_path: Path

@@ -1,0 +1,30 @@
+"""A training's curve is read as it was written, and a damaged file is told."""
+
+from pathlib import Path
+
+import pytest
+
+from svc.errors import IntegrityError
+from svc.registry.training_curve import TrainingPoint, read_training_curve, write_training_curve
+
+CURVE = (
+    TrainingPoint(step=0, epoch=0.0, heldout_loss=3.0, heldout_each=(2.5, 3.5)),
+    TrainingPoint(step=1, epoch=0.5, loss=2.9, learning_rate=1e-4, grad_norm=1.5, tokens_per_second=200.0),
+)
+
+
+def test_it_is_read_as_it_was_written(tmp_path: Path) -> None:
+    write_training_curve(tmp_path / "training.jsonl", CURVE)
+    assert read_training_curve(tmp_path / "training.jsonl") == CURVE
+
+
+def test_what_was_not_measured_takes_no_room(tmp_path: Path) -> None:
+    write_training_curve(tmp_path / "training.jsonl", [TrainingPoint(step=2, epoch=1.0, loss=0.5)])
+    assert (tmp_path / "training.jsonl").read_text("utf-8") == '{"step":2,"epoch":1.0,"loss":0.5}\n'
+
+
+@pytest.mark.parametrize("content", ["{", '{"step":-1,"epoch":0}\n', '{"step":1,"epoch":0,"other":1}\n'])
+def test_a_damaged_file_is_told(content: str, tmp_path: Path) -> None:
+    (tmp_path / "training.jsonl").write_text(content, "utf-8")
+    with pytest.raises(IntegrityError, match=r"cannot read .*training\.jsonl"):
+        read_training_curve(tmp_path / "training.jsonl")

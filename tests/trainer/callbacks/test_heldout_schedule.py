@@ -1,0 +1,89 @@
+"""When held-out loss is measured, and that a curve that nobody asked for is cheap."""
+
+from typing import Any
+
+import pytest
+from transformers import TrainerState
+
+from trainer.callbacks.heldout_schedule import HeldoutCurve, HeldoutSchedule
+from trainer.callbacks.loss_log import training_points
+
+
+def measured(schedule: HeldoutSchedule, steps: int) -> list[int]:
+    return [step for step in range(steps + 1) if schedule.due(TrainerState(global_step=step, max_steps=steps))]
+
+
+def rows(count: int, tokens: int = 10) -> list[dict[str, Any]]:
+    return [{"input_ids": [number] * tokens, "labels": [number] * tokens} for number in range(count)]
+
+
+@pytest.mark.parametrize(
+    ("schedule", "steps", "at"),
+    [
+        (HeldoutSchedule(None, 5), 83, [0, 17, 34, 50, 67, 83]),
+        (HeldoutSchedule(None, 5), 10, [0, 2, 4, 6, 8, 10]),
+        (HeldoutSchedule(None, 5), 3, [0, 1, 2, 3]),
+        (HeldoutSchedule(None, 1), 7, [0, 7]),
+        (HeldoutSchedule(4, 5), 10, [0, 4, 8, 10]),
+    ],
+)
+def test_it_is_measured_before_the_first_step_at_even_distances_and_at_the_end(
+    schedule: HeldoutSchedule, steps: int, at: list[int]
+) -> None:
+    assert measured(schedule, steps) == at
+
+
+@pytest.mark.parametrize(("trained", "heldout"), [(3_000, 20), (8_000, 200), (50_000, 200), (10**7, 500)])
+def test_a_curve_measures_a_twelfth_of_what_is_trained_on_and_no_more(trained: int, heldout: int) -> None:
+    curve = HeldoutCurve.affordable(rows(heldout), trained)
+    measurements = len(measured(curve.schedule, 1000))
+    assert 2 <= measurements <= 6
+    assert 8 <= len(curve.rows) <= 64
+    assert measurements * len(curve.rows) * 10 <= trained / 12
+
+
+@pytest.mark.parametrize(("trained", "heldout"), [(1_000, 200), (10**6, 0)])
+def test_a_short_run_and_one_without_held_out_examples_have_none(trained: int, heldout: int) -> None:
+    assert HeldoutCurve.affordable(rows(heldout), trained).rows == []
+
+
+def test_the_measured_examples_are_from_the_whole_file_and_always_the_same() -> None:
+    first = HeldoutCurve.affordable(rows(500), 10**6).rows
+    assert first == HeldoutCurve.affordable(rows(500), 10**6).rows
+    places = sorted(row["input_ids"][0] for row in first)
+    assert places[0] < 50
+    assert places[-1] > 450
+
+
+def history(*entries: dict[str, Any]) -> TrainerState:
+    return TrainerState(log_history=list(entries))
+
+
+def test_a_step_and_its_measurement_are_one_point() -> None:
+    (start, step) = training_points(
+        history(
+            {"step": 0, "heldout_loss": 3.0, "heldout_each": [2.0, 4.0], "heldout_set": "a", "epoch": 0},
+            {"step": 1, "loss": 2.0, "learning_rate": 0.1, "grad_norm": 1.0, "epoch": 0.5, "tokens_per_second": 9.0},
+            {"step": 1, "heldout_loss": 2.5, "heldout_each": [2.0, 3.0], "heldout_set": "a", "epoch": 0.5},
+        )
+    )
+    assert (start.step, start.loss, start.heldout_loss, start.heldout_each) == (0, None, 3.0, (2.0, 4.0))
+    assert (step.step, step.loss, step.heldout_loss, step.epoch, step.learning_rate) == (1, 2.0, 2.5, 0.5, 0.1)
+    assert (step.grad_norm, step.tokens_per_second) == (1.0, 9.0)
+
+
+def test_a_gradient_that_is_not_finite_is_none() -> None:
+    (point,) = training_points(history({"step": 1, "loss": 2.0, "grad_norm": float("inf"), "epoch": 1.0}))
+    assert point.grad_norm is None
+
+
+def test_measurements_of_other_examples_than_the_last_are_left_out() -> None:
+    points = training_points(
+        history(
+            {"step": 1, "loss": 2.0, "epoch": 0.5},
+            {"step": 1, "heldout_loss": 2.5, "heldout_each": [2.5], "heldout_set": "a"},
+            {"step": 2, "loss": 1.5, "epoch": 1.0},
+            {"step": 2, "heldout_loss": 1.0, "heldout_each": [1.0], "heldout_set": "b"},
+        )
+    )
+    assert [point.heldout_loss for point in points] == [None, 1.0]

@@ -1,0 +1,80 @@
+"""At which steps held-out loss is measured, and on how many examples.
+
+Where the recipe asks for it, on all of them. Else on a few, so that every run has a curve of it that costs less than a
+twentieth of its time. Follows from the recipe, the data and the trainer's state, so that a resumed run measures as an
+uninterrupted one. Imports transformers.
+"""
+
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from transformers import TrainerState
+
+from trainer.recipe.sections import Stopping
+
+_MEASUREMENTS = 10  # in a run whose recipe asks for some, and does not say how often
+_SHARE = 0.08
+"""Tokens that are measured for the curve, for each that is trained on. A forward pass costs two fifths to a half of a
+step of training (SmolLM2-135M, LoRA, a CPU): docs/training.md."""
+_FEWEST, _MOST = 8, 64
+"""Examples on which the curve is measured."""
+_POINTS = 6
+"""Measurements that a curve has at most, with the one before the first step."""
+
+
+@dataclass(frozen=True, slots=True)
+class HeldoutSchedule:
+    """When held-out loss is measured after step 0: so often in a run, at even distances, and at its end.
+
+    Attributes:
+        every_steps: steps between two; None: `points` in the whole run.
+    """
+
+    every_steps: int | None
+    points: int
+
+    @classmethod
+    def of(cls, stopping: Stopping) -> "HeldoutSchedule":
+        """As the recipe asks."""
+        return cls(stopping.every_steps, _MEASUREMENTS)
+
+    def due(self, state: TrainerState) -> bool:
+        """Whether the step that was taken last is one."""
+        step, last = state.global_step, state.max_steps
+        if step in (0, last):
+            return True
+        if self.every_steps is not None:
+            return step % self.every_steps == 0
+        return step * self.points // last > (step - 1) * self.points // last
+
+
+@dataclass(frozen=True, slots=True)
+class HeldoutCurve:
+    """The measurements that every run has.
+
+    Attributes:
+        rows: those that are measured; none where the run is too short for it.
+        schedule: when.
+    """
+
+    rows: list[dict[str, Any]]
+    schedule: HeldoutSchedule
+
+    @classmethod
+    def affordable(cls, heldout: Sequence[dict[str, Any]], trained_tokens: float) -> "HeldoutCurve":
+        """What costs less than a twentieth of the run: two to six measurements of 8 to 64 examples.
+
+        Args:
+            heldout: all rows.
+            trained_tokens: in all steps together.
+        """
+        tokens = sum(len(row["input_ids"]) for row in heldout) / max(1, len(heldout))
+        passes = int(_SHARE * trained_tokens / tokens) if heldout else 0
+        measurements = min(_POINTS, passes // _FEWEST)
+        if measurements < 2:
+            return cls([], HeldoutSchedule(None, 1))
+        count = min(_MOST, passes // measurements, len(heldout))
+        chosen = random.Random(0).sample(list(heldout), count)  # noqa: S311 - no secret; files are often sorted
+        return cls(chosen, HeldoutSchedule(None, measurements - 1))
