@@ -10,6 +10,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from svc.disk import write_whole
 from svc.engine.probes import MAX_PROBES, Probe
 from svc.errors import IntegrityError
+from svc.evaluation.diagnosis.finding import Finding
 from svc.evaluation.evaluator import EvaluationReport
 from svc.evaluation.judge import JudgeReport
 from svc.registry.files import FileRecord
@@ -80,6 +81,7 @@ class Manifest(_Record):
         failed: checks that the version failed; one that has any was registered on request, and cannot be promoted.
         parity: that what was trained is what is served; None for a version of an older release.
         judge: what a judge says of the merged model beside the base; None where none was named.
+        findings: what is wrong with its training; None for a version of an older release, which was not diagnosed.
     """
 
     schema_version: Literal[1] = 1
@@ -99,6 +101,7 @@ class Manifest(_Record):
     failed: tuple[str, ...] = ()
     parity: ParityReport | None = None
     judge: JudgeReport | None = None
+    findings: tuple[Finding, ...] | None = None
 
     @property
     def id(self) -> VersionId:

@@ -27,6 +27,12 @@ def print_version(manifest: Manifest, folder: Path) -> None:
         output.print(f"\n{_judge(manifest.judge)}", markup=False)
     for failure in manifest.failed:
         output.print(f"[red]cannot be promoted, it failed a check:[/red] {failure}")
+    for finding in manifest.findings or ():
+        output.print(f"\n[yellow]{finding.kind.words}:[/yellow] {escape(finding.what)}")
+        output.print(f"  try: {escape(str(finding.advice))}")
+        output.print(f"  rule: {escape(finding.rule)}", style="dim")
+    if manifest.findings == ():
+        output.print("\ndiagnosis: no fault was found in the training")
 
 
 def _judge(report: JudgeReport) -> str:

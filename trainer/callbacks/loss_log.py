@@ -12,7 +12,7 @@ from typing import Any
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from svc.registry.training_curve import TrainingPoint
+from svc.evaluation.training_curve import TrainingPoint
 from trainer.callbacks.loss_point import LossPoint
 
 LOSS, HELDOUT_LOSS = "loss", "heldout_loss"

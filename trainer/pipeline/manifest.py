@@ -5,6 +5,7 @@ from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
+from svc.evaluation.diagnosis.finding import Finding
 from svc.evaluation.evaluator import EvaluationReport
 from svc.evaluation.judge import JudgeReport
 from svc.evaluation.throughput import STREAMS
@@ -36,6 +37,7 @@ def build_manifest(
     failed: tuple[str, ...],
     parity: ParityReport | None,
     judge: JudgeReport | None,
+    findings: tuple[Finding, ...],
 ) -> Manifest:
     """The manifest of a version whose files are in their place.
 
@@ -48,6 +50,7 @@ def build_manifest(
         failed: the checks that the version fails.
         parity: None where no format is served.
         judge: None where the recipe names no judge.
+        findings: the diagnosis of the training.
     """
     return Manifest(
         name=made.name,
@@ -71,6 +74,7 @@ def build_manifest(
         failed=failed,
         parity=parity,
         judge=judge,
+        findings=findings,
     )
 
 

@@ -17,15 +17,16 @@ from svc.evaluation.evaluator import EvaluationReport
 from svc.evaluation.judge import JudgeReport
 from svc.evaluation.metrics.metric import Metric
 from svc.evaluation.results import write_results
+from svc.evaluation.training_curve import TRAINING_CURVE_FILE, TrainingPoint, write_training_curve
 from svc.registry.manifest import Manifest
 from svc.registry.parity import ParityReport
 from svc.registry.parity_page import PARITY_PAGE, parity_page
 from svc.registry.primary_metric import write_primary_metric
 from svc.registry.registry import HELDOUT_FILE, HELDOUT_TOKENS_FILE, REFERENCE_FOLDER, Registry, results_file
-from svc.registry.training_curve import TRAINING_CURVE_FILE, TrainingPoint, write_training_curve
 from svc.terminal import console
 from svc.version import Format
 from trainer.base_model.resolve import Base
+from trainer.pipeline.diagnosis import diagnose_training
 from trainer.pipeline.examples import Examples
 from trainer.pipeline.gptq_gate import check_gptq
 from trainer.pipeline.manifest import build_manifest
@@ -153,6 +154,7 @@ class Registration:
             failed=failed,
             parity=self.report,
             judge=self.judge,
+            findings=diagnose_training(self.recipe, self.examples, self.curve, self.qualified),
         )
         return self.registry.publish(self.recipe.name, self.tracking_run, content, manifest)
 

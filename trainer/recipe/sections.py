@@ -446,7 +446,12 @@ class Recipe(_Section):
     @property
     def learning_rate(self) -> float:
         """The recipe's, or the default of what is trained."""
-        return self.train.learning_rate or _LEARNING_RATES.get(self.adapter_type, 5e-4)
+        return self.train.learning_rate or self.usual_learning_rate
+
+    @property
+    def usual_learning_rate(self) -> float:
+        """The default of what is trained."""
+        return _LEARNING_RATES.get(self.adapter_type, 5e-4)
 
     @property
     def rank(self) -> int:

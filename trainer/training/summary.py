@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from svc.dataset.schema.example import ChatExample
-from svc.registry.training_curve import TrainingPoint
+from svc.evaluation.training_curve import TrainingPoint
 from trainer.callbacks.loss_point import LossPoint
 
 

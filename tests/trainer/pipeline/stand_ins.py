@@ -7,8 +7,8 @@ from typing import Any
 
 from svc.engine.capabilities import NumberType
 from svc.errors import RecipeError
+from svc.evaluation.training_curve import TrainingPoint
 from svc.registry.parity import ParityReport
-from svc.registry.training_curve import TrainingPoint
 from svc.version import Format
 from tests.svc.registry.model_folder import GPTQ, write_model
 from tests.svc.registry.parity import make_parity

@@ -9,9 +9,9 @@ from svc.dataset.drift_sample import DRIFT_SAMPLE_FILE, draw_drift_sample
 from svc.dataset.prompt_hashes import hash_prompts
 from svc.dataset.readers.reader import read_examples
 from svc.errors import InterruptedRunError, NotFoundError
+from svc.evaluation.training_curve import TRAINING_CURVE_FILE, read_training_curve
 from svc.registry.fingerprint import compatibility_fingerprint
 from svc.registry.registry import Registry
-from svc.registry.training_curve import TRAINING_CURVE_FILE, read_training_curve
 from svc.text_embedding import TEXT_SPACE_FILE, load_text_space
 from svc.version import Format
 from tests.trainer.conftest import make_example

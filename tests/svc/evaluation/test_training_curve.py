@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from svc.errors import IntegrityError
-from svc.registry.training_curve import TrainingPoint, read_training_curve, write_training_curve
+from svc.evaluation.training_curve import TrainingPoint, read_training_curve, write_training_curve
 
 CURVE = (
     TrainingPoint(step=0, epoch=0.0, heldout_loss=3.0, heldout_each=(2.5, 3.5)),

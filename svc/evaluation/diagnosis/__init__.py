@@ -1,0 +1,1 @@
+"""What was wrong with a training, in words, from its numbers."""

@@ -1,0 +1,60 @@
+"""What a diagnosis finds: the fault, the numbers that show it, the rule, and the key to change."""
+
+from enum import StrEnum
+
+from pydantic import BaseModel, ConfigDict
+
+
+class FindingKind(StrEnum):
+    """The faults of a training that its numbers show. docs/diagnosis.md has the rule of each; a test compares."""
+
+    DIVERGENCE = "divergence"
+    LEARNING_RATE_HIGH = "learning_rate_high"
+    LEARNING_RATE_LOW = "learning_rate_low"
+    UNDERFITTING = "underfitting"
+    OVERFITTING = "overfitting"
+    TOO_LITTLE_DATA = "too_little_data"
+    LABEL_NOISE = "label_noise"
+    FORGETTING = "forgetting"
+    HELDOUT_TOO_SMALL = "heldout_too_small"
+
+    @property
+    def words(self) -> str:
+        """As people say it."""
+        return self.value.replace("_", " ")
+
+
+class _Said(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class Advice(_Said):
+    """What to change.
+
+    Attributes:
+        key: of the recipe, dotted.
+        before: its value in the run; empty where it has none.
+        value: the one to try.
+    """
+
+    key: str
+    before: str = ""
+    value: str
+
+    def __str__(self) -> str:
+        return f"{self.key} from {self.before} to {self.value}" if self.before else f"{self.key}: {self.value}"
+
+
+class Finding(_Said):
+    """One fault.
+
+    Attributes:
+        what: in a sentence, with the numbers.
+        advice: the change to try first.
+        rule: by which it was found.
+    """
+
+    kind: FindingKind
+    what: str
+    advice: Advice
+    rule: str

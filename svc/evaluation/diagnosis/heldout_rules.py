@@ -1,0 +1,147 @@
+"""What the held-out set shows: overfitting, too little data, and that it is too small to tell."""
+
+import math
+from collections.abc import Sequence
+from statistics import fmean, stdev
+
+from svc.evaluation.diagnosis.finding import Advice, Finding, FindingKind
+from svc.evaluation.diagnosis.training_run import TrainingRun, TrainingSettings
+from svc.evaluation.diagnosis.window import start_of, taken, width, window_of, windows
+from svc.evaluation.training_curve import TrainingPoint
+
+FALSE_ALARMS = 0.02
+"""Share of healthy runs in which the paired test alone may find a rise; shared out between the measurements."""
+RISE = 0.05
+"""Of the lowest held-out loss: a smaller rise is not worth another run."""
+FEWEST_MEASURED = 8
+FEW_EXAMPLES = 50
+"""OpenAI's guide to fine-tuning sees clear improvements from 50 to 100 examples on."""
+MANY_EXAMPLES = 1000
+GAP = 2.0
+"""Times the training loss: what was learnt by heart beside what was learnt."""
+WIDEST = 0.2
+"""Of an interval of exact match: with a wider one, a version that is ten points worse looks the same."""
+
+
+def find_overfitting(run: TrainingRun) -> Finding | None:
+    """Held-out loss rose since its lowest point while the training loss went on falling."""
+    measured = _measured(run.curve)
+    if run.settings.keeps_best or len(measured) < 2:
+        return None
+    lowest, last = min(measured, key=lambda point: point.heldout_loss or 0.0), measured[-1]
+    rise = [after - before for before, after in zip(lowest.heldout_each, last.heldout_each, strict=True)]
+    mean_rise = fmean(rise)
+    if lowest is last or mean_rise <= RISE * fmean(lowest.heldout_each) or not _fell_between(run, lowest, last):
+        return None
+    error = stdev(rise) / math.sqrt(len(rise))
+    if mean_rise <= _critical(len(rise), len(measured) - 1) * error:
+        return None
+    return Finding(
+        kind=FindingKind.OVERFITTING,
+        what=f"held-out loss rose from {lowest.heldout_loss:.3f} at epoch {lowest.epoch:.1f} to "
+        f"{last.heldout_loss:.3f} at the end, by {mean_rise:.3f} [±{2 * error:.3f}] on the same {len(rise)} examples, "
+        "while the training loss fell",
+        advice=_stop_earlier(run.settings, lowest),
+        rule=f"held-out loss rose by more than {RISE:.0%} since its lowest point, which chance does in less than one "
+        f"of {1 / FALSE_ALARMS:.0f} runs (paired t-test over the examples, Bonferroni over the measurements), and the "
+        "training loss fell",
+    )
+
+
+def find_too_little_data(run: TrainingRun) -> Finding | None:
+    """Few examples, learnt by heart."""
+    settings, count = run.settings, run.train_examples
+    if count < FEW_EXAMPLES:
+        what = f"{count} training examples"
+    elif count < MANY_EXAMPLES and (gap := _gap(run)) and gap[1] > GAP * gap[0]:
+        what = (
+            f"{count} training examples were learnt by heart: their loss is {gap[0]:.3f} at the end, that of held-out "
+            f"examples at least {gap[1]:.3f}"
+        )
+    else:
+        return None
+    wanted = max(2 * FEW_EXAMPLES, 4 * count)
+    limited = settings.limit is not None and count >= settings.limit
+    return Finding(
+        kind=FindingKind.TOO_LITTLE_DATA,
+        what=what,
+        advice=Advice(
+            key="data.limit" if limited else "data.train",
+            before=str(count) if limited else f"{count} examples",
+            value=str(wanted) if limited else f"{wanted} examples",
+        ),
+        rule=f"fewer than {FEW_EXAMPLES} training examples; or fewer than {MANY_EXAMPLES}, several epochs, and "
+        f"a held-out loss whose 95 % interval begins above {GAP:g} times the training loss at the end",
+    )
+
+
+def find_small_heldout(run: TrainingRun) -> Finding | None:
+    """The figures are too uncertain to compare versions by."""
+    if run.evaluation is None:
+        return None
+    match, asked, settings = run.evaluation.exact_match, run.evaluation.examples, run.settings
+    if match.high - match.low <= WIDEST:
+        return None
+    # Where the interval is wide because few were asked, so is the estimate of its width: half is the worst case.
+    wanted = math.ceil((2 * 1.96 * 0.5 / WIDEST) ** 2)
+    if settings.evaluate_limit is not None and settings.evaluate_limit <= asked:
+        advice = Advice(key="evaluate.limit", before=str(settings.evaluate_limit), value=str(wanted))
+    elif settings.heldout_share is not None:
+        share = min(0.3, settings.heldout_share * wanted / asked)
+        advice = Advice(key="data.heldout_share", before=f"{settings.heldout_share:g}", value=f"{share:.2g}")
+    else:
+        advice = Advice(key="data.heldout", before=f"{asked} examples", value=f"{wanted} examples")
+    return Finding(
+        kind=FindingKind.HELDOUT_TOO_SMALL,
+        what=f"{asked} held-out examples cannot tell good from worse: exact match is {match}",
+        advice=advice,
+        rule=f"the 95 % interval of exact match is wider than {WIDEST:g}",
+    )
+
+
+def _measured(curve: Sequence[TrainingPoint]) -> list[TrainingPoint]:
+    """The points with held-out losses of examples enough, all of the same."""
+    found = [point for point in curve if len(point.heldout_each) >= FEWEST_MEASURED]
+    return [point for point in found if len(point.heldout_each) == len(found[-1].heldout_each)]
+
+
+def _critical(examples: int, comparisons: int) -> float:
+    from scipy.stats import t
+
+    return float(t.isf(FALSE_ALARMS / comparisons, examples - 1))
+
+
+def _fell_between(run: TrainingRun, lowest: TrainingPoint, last: TrainingPoint) -> bool:
+    """Whether the training loss around the end is below that around the lowest point, and below that of the base."""
+    steps = taken(run.curve)
+    size = width(len(steps))
+    until = [point for point in steps if point.step <= max(lowest.step, size)][-size:]
+    after = [point for point in steps if point.step <= last.step][-size:]
+    if min(len(until), len(after)) < 2:
+        return False
+    return window_of(after).mean < min(window_of(until).mean, start_of(run.curve).mean)
+
+
+def _stop_earlier(settings: TrainingSettings, lowest: TrainingPoint) -> Advice:
+    if lowest.step == 0:
+        return Advice(key="stopping.keep_best", before="false", value="true")
+    if settings.steps is not None:
+        return Advice(key="train.steps", before=str(settings.steps), value=str(lowest.step))
+    return Advice(key="train.epochs", before=f"{settings.epochs:g}", value=f"{lowest.epoch:.2g}")
+
+
+def _gap(run: TrainingRun) -> tuple[float, float] | None:
+    """Training loss at the end, and the least that held-out loss is, both nats a token; None in the first epoch.
+
+    Until an example has come twice its training loss is a held-out one.
+    """
+    found = windows(run.curve)
+    if not found or run.curve[-1].epoch <= 1.0:
+        return None
+    if run.evaluation is not None:
+        return found[-1].mean, run.evaluation.nll.low
+    measured = _measured(run.curve)
+    if not measured:
+        return None
+    each = measured[-1].heldout_each
+    return found[-1].mean, fmean(each) - 2 * stdev(each) / math.sqrt(len(each))

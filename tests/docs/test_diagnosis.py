@@ -1,0 +1,44 @@
+"""The page of the diagnosis has the rule of every fault, and its thresholds are those of the code."""
+
+import re
+
+import pytest
+
+from docs.generate import FOLDER
+from svc.evaluation.diagnosis import curve_rules, heldout_rules, label_rules
+from svc.evaluation.diagnosis.finding import FindingKind
+
+PAGE = (FOLDER / "diagnosis.md").read_text("utf-8")
+
+
+def section(kind: FindingKind) -> str:
+    parts = re.split(r"^## (.+)$", PAGE, flags=re.MULTILINE)
+    return " ".join(dict(zip(parts[1::2], parts[2::2], strict=True))[kind].split())
+
+
+@pytest.mark.parametrize("kind", FindingKind)
+def test_every_fault_has_its_section_with_what_to_change(kind: FindingKind) -> None:
+    assert "**Change** `" in section(kind)
+
+
+@pytest.mark.parametrize(
+    ("kind", "said"),
+    [
+        (FindingKind.DIVERGENCE, f"{curve_rules.SURE:g} standard errors and {curve_rules.ABOVE_START:.0%}"),
+        (FindingKind.UNDERFITTING, f"{curve_rules.UNFINISHED_SHARE:.0%} of the whole fall"),
+        (FindingKind.UNDERFITTING, f"by {curve_rules.STILL_SURE:g} standard errors"),
+        (FindingKind.OVERFITTING, f"by more than {heldout_rules.RISE:.0%}"),
+        (FindingKind.OVERFITTING, f"at {heldout_rules.FALSE_ALARMS:.0%}"),
+        (FindingKind.OVERFITTING, f"{heldout_rules.FEWEST_MEASURED} measured examples"),
+        (FindingKind.TOO_LITTLE_DATA, f"Fewer than {heldout_rules.FEW_EXAMPLES} training examples"),
+        (FindingKind.TOO_LITTLE_DATA, f"fewer than {heldout_rules.MANY_EXAMPLES:,}"),
+        (FindingKind.LABEL_NOISE, f"{label_rules.FEWEST_ASKED} or more held-out answers"),
+        (FindingKind.LABEL_NOISE, f"of {label_rules.LEARNT:g} or more"),
+        (FindingKind.LABEL_NOISE, f"More than {label_rules.WRONG:.0%} of the surest third"),
+        (FindingKind.LABEL_NOISE, f"below {label_rules.SURE:g}"),
+        (FindingKind.LABEL_NOISE, f"more than {label_rules.CONTRADICTED:.0%} of the training examples"),
+        (FindingKind.HELDOUT_TOO_SMALL, f"wider than {heldout_rules.WIDEST:g}"),
+    ],
+)
+def test_the_thresholds_are_those_of_the_code(kind: FindingKind, said: str) -> None:
+    assert said.replace("%", " %") in section(kind)

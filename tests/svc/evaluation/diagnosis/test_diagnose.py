@@ -1,0 +1,205 @@
+"""Each fault is found in a run that was simulated to have it, and next to none in healthy ones."""
+
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+
+from svc.evaluation.diagnosis.diagnose import diagnose
+from svc.evaluation.diagnosis.finding import Finding, FindingKind
+from svc.evaluation.evaluator import EvaluationReport
+from svc.evaluation.metrics import Estimate, proportion
+from tests.svc.evaluation.diagnosis.simulated_run import SETTINGS, answered, falling, simulate
+
+LABELS = ["a", "b", "c", "d"] * 50
+
+
+def kinds(run: Any) -> list[FindingKind]:
+    return [finding.kind for finding in diagnose(run)]
+
+
+def evaluation(hits: int, asked: int, nll: float = 0.2) -> EvaluationReport:
+    return EvaluationReport(
+        examples=asked,
+        exact_match=proportion(hits, asked),
+        valid_json=None,
+        nll=Estimate(value=nll, low=nll * 0.9, high=nll * 1.1),
+        hits=(True,) * hits + (False,) * (asked - hits),
+        seconds=1.0,
+    )
+
+
+def healthy(seed: int) -> Any:
+    """A run as they come: short or long, with large or small batches, of an easy or a hard task."""
+    random = np.random.default_rng([seed, 1])
+    start, speed = random.uniform(1, 4), random.uniform(5, 40)
+    end = start * random.uniform(0.02, 0.4)
+    gap = random.uniform(1.0, 1.5)
+    return simulate(
+        falling(start, end, speed),
+        seed,
+        steps=int(random.integers(20, 400)),
+        noise=random.uniform(0.05, 0.6),
+        heldout=falling(start, gap * end, speed),
+        measured=int(random.choice([8, 16, 64])),
+        spread=random.uniform(0.3, 1.0),
+        evaluation=evaluation(150, 200, nll=gap * end),
+        results=answered(200, seed, right=lambda place: 0.98 - 0.6 * place),
+        answers=LABELS,
+    )
+
+
+def test_of_six_hundred_healthy_runs_fewer_than_one_in_fifty_are_called_faulty() -> None:
+    false = {seed: found for seed in range(600) if (found := kinds(healthy(seed)))}
+    assert len(false) < 12, false
+
+
+def found_in(runs: int, kind: FindingKind, make: Any) -> int:
+    return sum(kind in kinds(make(seed)) for seed in range(runs))
+
+
+FAULTS = [
+    (FindingKind.DIVERGENCE, lambda seed: simulate(lambda share: 2.0 + 0.8 * share, seed)),
+    (FindingKind.LEARNING_RATE_HIGH, lambda seed: simulate(lambda share: 2.0 if 0.3 < share < 0.6 else 0.7, seed)),
+    (FindingKind.LEARNING_RATE_HIGH, lambda seed: simulate(lambda share: 1.0 + 3 * share * (1 - share), seed)),
+    (FindingKind.UNDERFITTING, lambda seed: simulate(falling(3, 0.1, 0.5), seed)),
+    (
+        FindingKind.LEARNING_RATE_LOW,
+        lambda seed: simulate(falling(3, 0.1, 0.5), seed, settings=replace(SETTINGS, learning_rate=1e-5)),
+    ),
+    (
+        FindingKind.LEARNING_RATE_LOW,
+        lambda seed: simulate(lambda share: 3.0, seed, settings=replace(SETTINGS, learning_rate=1e-6)),
+    ),
+    (
+        FindingKind.OVERFITTING,
+        lambda seed: simulate(falling(3, 0.1, 5), seed, heldout=lambda share: falling(3, 1, 15)(share) + 0.4 * share),
+    ),
+    (
+        FindingKind.TOO_LITTLE_DATA,
+        lambda seed: simulate(
+            falling(3, 0.02, 10), seed, heldout=falling(3, 0.5, 10), train_examples=120, evaluation=evaluation(90, 200)
+        ),
+    ),
+    (
+        FindingKind.LABEL_NOISE,
+        lambda seed: simulate(
+            falling(3, 0.3, 10),
+            seed,
+            results=answered(200, seed, right=lambda place: 0.98 - 0.6 * place, noise=0.2),
+            answers=LABELS,
+        ),
+    ),
+]
+
+
+@pytest.mark.parametrize(("kind", "make"), FAULTS, ids=lambda value: str(value) if isinstance(value, str) else None)
+def test_a_fault_is_found_in_nine_of_ten_runs_that_have_it(kind: FindingKind, make: Any) -> None:
+    assert found_in(100, kind, make) >= 90
+
+
+def only(run: Any) -> Finding:
+    (finding,) = diagnose(run)
+    return finding
+
+
+WELL = falling(3, 0.2, 12)
+
+
+def test_advice_names_the_key_its_value_and_another() -> None:
+    finding = only(simulate(lambda share: 2.0 + 0.8 * share, 0))
+    assert str(finding.advice) == "train.learning_rate from 0.0005 to 0.0002"
+    assert "the training loss rose from " in finding.what
+    assert "3 standard errors" in finding.rule
+
+
+def test_a_run_that_overfits_is_told_the_epoch_of_its_lowest_loss() -> None:
+    settings = replace(SETTINGS, epochs=10.0)
+    run = simulate(
+        falling(3, 0.1, 5), 0, heldout=lambda share: 1 + abs(share - 0.36), settings=settings, train_examples=5000
+    )
+    assert str(only(run).advice) == "train.epochs from 10 to 2"
+
+
+def test_a_run_of_so_many_steps_is_told_steps() -> None:
+    settings = replace(SETTINGS, steps=100)
+    run = simulate(falling(3, 0.1, 5), 0, heldout=lambda share: 1 + abs(share - 0.36), settings=settings)
+    assert str(only(run).advice) == "train.steps from 100 to 20"
+
+
+def test_a_run_that_keeps_its_best_weights_is_not_overfitted() -> None:
+    settings = replace(SETTINGS, keeps_best=True)
+    run = simulate(falling(3, 0.1, 5), 0, heldout=lambda share: 1 + abs(share - 0.36), settings=settings)
+    assert kinds(run) == []
+
+
+def test_below_fifty_examples_there_is_too_little_data_whatever_the_curve() -> None:
+    finding = only(simulate(WELL, 0, train_examples=49))
+    assert finding.kind is FindingKind.TOO_LITTLE_DATA
+    assert str(finding.advice) == "data.train from 49 examples to 196 examples"
+    limited = replace(SETTINGS, limit=49)
+    assert str(only(simulate(WELL, 0, train_examples=49, settings=limited)).advice) == "data.limit from 49 to 196"
+
+
+@pytest.mark.parametrize(
+    ("settings", "advice"),
+    [
+        ({"evaluate_limit": 30}, "evaluate.limit from 30 to 97"),
+        ({"heldout_share": 0.05}, "data.heldout_share from 0.05 to 0.16"),
+        ({}, "data.heldout from 30 examples to 97 examples"),
+    ],
+)
+def test_a_held_out_set_that_is_too_small_is_told_how_large_it_must_be(settings: dict[str, Any], advice: str) -> None:
+    run = simulate(WELL, 0, evaluation=evaluation(15, 30), settings=replace(SETTINGS, **settings))
+    assert only(run).kind is FindingKind.HELDOUT_TOO_SMALL
+    assert str(only(run).advice) == advice
+
+
+@pytest.mark.parametrize(("hits", "asked"), [(60, 120), (29, 30), (0, 30)])
+def test_an_interval_that_is_narrow_enough_is_none(hits: int, asked: int) -> None:
+    if (hits, asked) == (29, 30):
+        assert kinds(simulate(WELL, 0, evaluation=evaluation(29, 30))) == []
+    else:
+        assert kinds(simulate(WELL, 0, evaluation=evaluation(hits, asked))) == []
+
+
+@pytest.mark.parametrize(
+    ("value", "low", "high", "forgotten"),
+    [(-0.1, -0.15, -0.05, True), (-0.1, -0.25, 0.05, False), (-0.01, -0.015, -0.005, False), (0.1, 0.05, 0.15, False)],
+)
+def test_what_is_forgotten_beyond_doubt_is_told(value: float, low: float, high: float, forgotten: bool) -> None:
+    run = simulate(WELL, 0, general_change=Estimate(value=value, low=low, high=high))
+    assert (kinds(run) == [FindingKind.FORGETTING]) is forgotten
+
+
+def test_who_mixes_general_examples_in_is_told_to_mix_in_more() -> None:
+    lost = Estimate(value=-0.1, low=-0.15, high=-0.05)
+    assert only(simulate(WELL, 0, general_change=lost)).advice.key == "data.general"
+    mixed = simulate(WELL, 0, general_change=lost, settings=replace(SETTINGS, general_share=0.1))
+    assert str(only(mixed).advice) == "data.general_share from 0.1 to 0.2"
+
+
+def test_examples_that_contradict_each_other_are_noise() -> None:
+    run = simulate(WELL, 0, contradictions=40, answers=LABELS)
+    assert only(run).kind is FindingKind.LABEL_NOISE
+    assert "40 of 1200 training examples" in only(run).what
+    assert kinds(simulate(WELL, 0, contradictions=20, answers=LABELS)) == []
+
+
+def test_several_answers_to_one_prompt_are_no_noise_where_answers_are_free_text() -> None:
+    assert kinds(simulate(WELL, 0, contradictions=600, answers=[f"text {place}" for place in range(200)])) == []
+
+
+def test_a_model_that_has_not_learnt_its_task_says_nothing_of_the_labels() -> None:
+    results = answered(200, 0, right=lambda place: 0.6 - 0.3 * place)
+    assert kinds(simulate(WELL, 0, results=results, answers=LABELS)) == []
+
+
+def test_of_a_run_without_a_curve_only_the_rest_is_said() -> None:
+    run = replace(simulate(WELL, 0), curve=(), train_examples=20)
+    assert kinds(run) == [FindingKind.TOO_LITTLE_DATA]
+
+
+def test_of_a_few_steps_nothing_is_said() -> None:
+    assert kinds(simulate(lambda share: 1 + share, 0, steps=19)) == []

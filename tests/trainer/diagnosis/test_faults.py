@@ -1,0 +1,130 @@
+"""Runs that were made to have a fault are diagnosed with it, and healthy ones with nothing.
+
+Each is a real run of the trainer on a model of two layers. The figures of docs/diagnosis.md are from here.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from svc.dataset.schema.example import ChatExample
+from svc.errors import TrainingError
+from svc.evaluation.diagnosis.diagnose import diagnose
+from svc.evaluation.diagnosis.finding import Finding, FindingKind
+from tests.trainer.diagnosis.letter_task import colours, mislabel, questions, train_and_judge, train_base
+
+pytestmark = pytest.mark.matrix
+
+HARD = 0.1
+USUAL = {"lora": 4e-3, "dora": 4e-3, "full": 1e-3}
+"""Rates that were tried for this model: at four times of them the loss jumps, at a hundredth nothing falls."""
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return train_base(tmp_path_factory.mktemp("letters"))
+
+
+def task(
+    seed: int, train: int = 800, heldout: int = 200, hard: float = HARD
+) -> tuple[list[ChatExample], list[ChatExample]]:
+    drawn = questions(train + heldout, seed, colours(seed), hard=hard)
+    return drawn[:train], drawn[train:]
+
+
+def findings(
+    base: Path,
+    folder: Path,
+    train: Sequence[ChatExample],
+    heldout: Sequence[ChatExample],
+    method: str = "lora",
+    **settings: Any,
+) -> dict[FindingKind, Finding]:
+    made = {"batch_size": 16, "learning_rate": USUAL[method], "epochs": 2.5} | settings
+    run = train_and_judge(base, folder, train, heldout, usual_learning_rate=USUAL[method], method=method, train=made)
+    return {finding.kind: finding for finding in diagnose(run)}
+
+
+HEALTHY: list[tuple[str, int, dict[str, Any]]] = [
+    *[("lora", seed, {}) for seed in range(1, 9)],
+    *[("lora", seed, {"epochs": 4}) for seed in (9, 10)],
+    *[("lora", seed, {"schedule": "cosine"}) for seed in (11, 12)],
+    *[("lora", seed, {"batch_size": 8, "learning_rate": 2e-3}) for seed in (13, 14)],
+    *[("dora", seed, {}) for seed in (15, 16)],
+    *[("full", seed, {}) for seed in (17, 18, 19, 20)],
+]
+
+
+def test_of_twenty_healthy_runs_at_most_one_is_called_faulty(base: Path, tmp_path: Path) -> None:
+    """Each with colours, examples and a seed of its own."""
+    false = {}
+    for method, seed, settings in HEALTHY:
+        train, heldout = task(seed)
+        found = findings(base, tmp_path / f"{seed}", train, heldout, method, seed=seed, **settings)
+        if found:
+            false[seed] = found
+    assert len(HEALTHY) == 20
+    assert len(false) <= 1, false
+
+
+def test_a_rate_at_which_nothing_is_learnt_is_too_low(base: Path, tmp_path: Path) -> None:
+    found = findings(base, tmp_path, *task(1), learning_rate=4e-5)
+    assert list(found) == [FindingKind.LEARNING_RATE_LOW]
+    advice = found[FindingKind.LEARNING_RATE_LOW].advice
+    assert (advice.key, advice.before, advice.value) == ("train.learning_rate", "4e-05", "0.004")
+
+
+def test_a_rate_at_which_the_loss_jumps_is_too_high(base: Path, tmp_path: Path) -> None:
+    found = findings(base, tmp_path, *task(1), learning_rate=1.6e-2)
+    assert list(found) == [FindingKind.LEARNING_RATE_HIGH]
+    assert found[FindingKind.LEARNING_RATE_HIGH].advice.value == "0.005"
+
+
+def test_a_run_that_ends_worse_than_it_began_has_diverged(base: Path, tmp_path: Path) -> None:
+    found = findings(base, tmp_path, *task(1), learning_rate=4e-2)
+    assert list(found) == [FindingKind.DIVERGENCE]
+    assert found[FindingKind.DIVERGENCE].advice.key == "train.learning_rate"
+
+
+def test_a_run_that_explodes_is_ended_with_the_same_advice(base: Path, tmp_path: Path) -> None:
+    with pytest.raises(TrainingError) as caught:
+        findings(base, tmp_path, *task(1), learning_rate=1.0)
+    assert "lower train.learning_rate from 1 to 0.3" in caught.value.todo
+
+
+def test_a_run_that_was_still_learning_is_underfitted(base: Path, tmp_path: Path) -> None:
+    found = findings(base, tmp_path, *task(1), "full", learning_rate=4e-4, steps=24, schedule="constant")
+    assert list(found) == [FindingKind.UNDERFITTING]
+    assert (found[FindingKind.UNDERFITTING].advice.key, found[FindingKind.UNDERFITTING].advice.value) == (
+        "train.steps",
+        "48",
+    )
+
+
+def test_many_epochs_on_what_cannot_be_known_are_overfitted(base: Path, tmp_path: Path) -> None:
+    found = findings(base, tmp_path, *task(1, train=120, hard=0.5), epochs=40)
+    assert FindingKind.OVERFITTING in found
+    advice = found[FindingKind.OVERFITTING].advice
+    assert (advice.key, advice.before) == ("train.epochs", "40")
+    assert float(advice.value) < 20
+
+
+def test_sixty_examples_that_are_learnt_by_heart_are_too_few(base: Path, tmp_path: Path) -> None:
+    found = findings(base, tmp_path, *task(1, train=60), epochs=20, batch_size=8)
+    assert FindingKind.TOO_LITTLE_DATA in found
+    assert found[FindingKind.TOO_LITTLE_DATA].advice.value == "240 examples"
+
+
+def test_a_fifth_of_wrong_labels_is_noise(base: Path, tmp_path: Path) -> None:
+    """In all data, as where the held-out set is split off."""
+    train, heldout = task(1)
+    found = findings(base, tmp_path, mislabel(train, 0.2, seed=1), mislabel(heldout, 0.2, seed=2))
+    assert list(found) == [FindingKind.LABEL_NOISE]
+
+
+def test_thirty_held_out_examples_of_a_hard_task_cannot_tell(base: Path, tmp_path: Path) -> None:
+    found = findings(base, tmp_path, *task(1, heldout=30, hard=0.3))
+    assert FindingKind.HELDOUT_TOO_SMALL in found
+    assert found[FindingKind.HELDOUT_TOO_SMALL].advice.key == "data.heldout_share"

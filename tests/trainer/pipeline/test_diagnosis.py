@@ -1,0 +1,72 @@
+"""A run's numbers reach its diagnosis, and what is found is kept and shown with the version."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from svc.dataset.fingerprint import fingerprint
+from svc.dataset.schema.example import ChatExample
+from svc.evaluation.diagnosis.finding import FindingKind
+from svc.evaluation.metrics import Estimate
+from svc.registry.render import print_version
+from tests.svc.evaluation.diagnosis.simulated_run import Shape, falling, simulate
+from tests.trainer.conftest import make_example, make_recipe
+from tests.trainer.pipeline.stand_ins import Make
+from trainer.pipeline.diagnosis import count_contradictions, diagnose_training
+from trainer.pipeline.examples import Examples
+from trainer.recipe.file import recipe_keys
+
+MANY = tuple(make_example(f"q {number}", "yes") for number in range(1200))
+
+
+def examples(train: tuple[ChatExample, ...] = MANY) -> Examples:
+    heldout = tuple(make_example(f"h {number}", "yes") for number in range(5))
+    return Examples(train, heldout, fingerprint(train), fingerprint(heldout), (*train, *heldout))
+
+
+def found(shape: Shape, **sections: Any) -> dict[FindingKind, str]:
+    recipe = make_recipe(**sections)
+    curve = simulate(shape, 0).curve
+    return {one.kind: str(one.advice) for one in diagnose_training(recipe, examples(), curve, {})}
+
+
+WELL = falling(3, 0.2, 12)
+
+
+def test_a_healthy_curve_has_no_finding() -> None:
+    assert found(WELL) == {}
+
+
+@pytest.mark.parametrize(("method", "rate"), [("lora", "0.0005"), ("full", "5e-05"), ("vera", "0.06")])
+def test_the_usual_rate_is_that_of_the_method(method: str, rate: str) -> None:
+    advice = found(lambda share: 3.0, method=method, train={"learning_rate": 1e-6})
+    assert advice == {FindingKind.LEARNING_RATE_LOW: f"train.learning_rate from 1e-06 to {rate}"}
+
+
+def test_every_advice_names_a_key_of_the_recipe() -> None:
+    keys = recipe_keys()
+    lost = Estimate(value=-0.1, low=-0.2, high=-0.05)
+    for shape in (lambda share: 2 + share, falling(3, 0.1, 0.5), WELL):
+        curve = simulate(shape, 0, heldout=lambda share: 1 + share).curve
+        for finding in diagnose_training(make_recipe(), examples(MANY[:40]), curve, {}, lost):
+            assert finding.advice.key in keys
+
+
+def test_same_prompts_with_other_answers_contradict_each_other() -> None:
+    asked = [make_example("one", "a"), make_example("ONE ", "b"), make_example("two", "a"), make_example("two", "a ")]
+    assert count_contradictions(asked) == 2
+
+
+@pytest.mark.slow
+def test_a_version_keeps_its_diagnosis_and_shows_it(make: Make, capsys: pytest.CaptureFixture[str]) -> None:
+    pipeline = make()
+    version = pipeline.train_version()
+    manifest = pipeline.registry.manifest(version)
+    assert manifest.findings
+    assert {one.kind for one in manifest.findings} == {FindingKind.TOO_LITTLE_DATA, FindingKind.HELDOUT_TOO_SMALL}
+    capsys.readouterr()
+    print_version(manifest, Path("folder"))
+    told = " ".join(capsys.readouterr().out.split())
+    assert "too little data: 3 training examples try: data.train from 3 examples to 100 examples" in told
+    assert "rule: fewer than 50 training examples" in told

@@ -1,0 +1,64 @@
+"""A run's numbers, gathered from its stages, for its diagnosis."""
+
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+
+from svc.dataset.schema.example import ChatExample
+from svc.dataset.schema.normal_prompt import normal_prompt
+from svc.evaluation.diagnosis.diagnose import diagnose
+from svc.evaluation.diagnosis.finding import Finding
+from svc.evaluation.diagnosis.training_run import TrainingRun, TrainingSettings
+from svc.evaluation.metrics import Estimate
+from svc.evaluation.training_curve import TrainingPoint
+from svc.version import Format
+from trainer.pipeline.examples import Examples
+from trainer.qualification import Qualified
+from trainer.recipe.sections import Recipe
+
+
+def diagnose_training(
+    recipe: Recipe,
+    examples: Examples,
+    curve: Sequence[TrainingPoint],
+    qualified: Mapping[Format, Qualified],
+    general_change: Estimate | None = None,
+) -> tuple[Finding, ...]:
+    """What is wrong with a training.
+
+    Args:
+        curve: of the training.
+        qualified: the formats that can be served; the merged one is what was trained.
+        general_change: of the score on general tasks, by the training.
+    """
+    data, merged = recipe.data, qualified.get(Format.MERGED)
+    return diagnose(
+        TrainingRun(
+            settings=TrainingSettings(
+                learning_rate=recipe.learning_rate,
+                usual_learning_rate=recipe.usual_learning_rate,
+                epochs=recipe.train.epochs,
+                steps=recipe.train.steps,
+                keeps_best=recipe.stopping.keep_best,
+                limit=data.limit,
+                heldout_share=None if data.heldout else data.heldout_share,
+                evaluate_limit=recipe.evaluate.limit,
+                general_share=data.general_share if data.general else None,
+            ),
+            curve=curve,
+            train_examples=len(examples.train),
+            contradictions=count_contradictions(examples.train),
+            evaluation=merged.evaluation if merged else None,
+            results=merged.results if merged else (),
+            answers=[example.answer for example in examples.heldout],
+            general_change=general_change,
+        )
+    )
+
+
+def count_contradictions(examples: Sequence[ChatExample]) -> int:
+    """Examples whose prompt and tools stand among them with another answer too."""
+    answers: dict[object, set[str]] = defaultdict(set)
+    keys = [(normal_prompt(example), example.tools) for example in examples]
+    for key, example in zip(keys, examples, strict=True):
+        answers[key].add(example.answer.strip())
+    return sum(len(answers[key]) > 1 for key in keys)
