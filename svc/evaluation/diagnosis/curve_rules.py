@@ -13,12 +13,10 @@ ABOVE_START = 0.1
 """Of the loss before the first step; a smaller rise is not worth another run."""
 GIVEN_BACK = 0.25
 """Of what was gained: a loss that gives back so much was thrown off, not shaken by hard batches."""
-UNFINISHED_SHARE = 0.15
-"""Of the whole fall, in the last third of the learning: a loss that approaches its end exponentially is then less than
-six sevenths of the way there."""
-STILL_SURE = 1.5
-FINAL_TIMES = 2
-"""Windows at which the last third is judged: of a fifth of the steps, since its fall is small beside the noise."""
+UNFINISHED_SHARE, HELDOUT_SHARE = 0.15, 0.12
+"""Of the whole fall of the training loss, and of held-out loss, in the last third of the learning. A loss that
+approaches its end exponentially, and has a share of 0.15 there, is six sevenths of the way to it."""
+STILL_SURE = 1.0
 USUAL_TIMES = 3.0
 """Times the usual rate, from which on the rate is to blame: neighbouring rates of a search differ by as much."""
 
@@ -103,7 +101,8 @@ def find_underfitting(run: TrainingRun) -> Finding | None:
         f"{two_thirds.mean:.3f} after two thirds of the learning, {last.mean:.3f} at the end",
         advice=advice,
         rule=f"the last third of the learning, by the sum of the learning rates, brought more than "
-        f"{UNFINISHED_SHARE:.0%} of the fall of the training loss, by {STILL_SURE:g} standard errors",
+        f"{UNFINISHED_SHARE:.0%} of the fall of the training loss, by {STILL_SURE:g} standard error, and more than "
+        f"{HELDOUT_SHARE:.0%} of that of held-out loss",
     )
 
 
@@ -115,17 +114,28 @@ def _unfinished(run: TrainingRun) -> tuple[Window, Window, Window] | None:
     steps = taken(run.curve)
     if not windows(run.curve) or find_high_rate(run):  # what was thrown off falls for as long as it comes back
         return None
-    size = FINAL_TIMES * width(len(steps))
+    size = width(len(steps))
     sums = list(accumulate(point.learning_rate or 0.0 for point in steps))
     end = next(place for place, total in enumerate(sums, start=1) if total >= sums[-1] * 2 / 3)
-    if not size <= end <= len(steps) - size:
+    if not 2 * size <= end <= len(steps) - size:
         return None
     first, second, last = (window_of(steps[at - size : at]) for at in (size, end, len(steps)))
     fall, error = first.above(last)
     late, late_error = second.above(last)
-    if fall <= SURE * error or late - UNFINISHED_SHARE * fall <= STILL_SURE * (late_error + UNFINISHED_SHARE * error):
+    if fall <= SURE * error or late <= UNFINISHED_SHARE * fall + STILL_SURE * late_error:
         return None
-    return first, second, last
+    share = _late_heldout_share(run, steps[end - 1].step)
+    return None if share is not None and share <= HELDOUT_SHARE else (first, second, last)
+
+
+def _late_heldout_share(run: TrainingRun, step: int) -> float | None:
+    """Which share of the fall of held-out loss came after a step; None where it was not measured before and after."""
+    measured = [point for point in run.curve if point.heldout_loss is not None]
+    before = [point.heldout_loss or 0.0 for point in measured if point.step <= step]
+    if len(before) < 2 or measured[0].step > 0 or measured[-1].step <= step:
+        return None
+    start, end = before[0], measured[-1].heldout_loss or 0.0
+    return (before[-1] - end) / (start - end) if start > end else 0.0
 
 
 def _pairs(found: list[Window]) -> list[tuple[Window, Window]]:

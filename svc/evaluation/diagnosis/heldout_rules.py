@@ -9,9 +9,9 @@ from svc.evaluation.diagnosis.training_run import TrainingRun, TrainingSettings
 from svc.evaluation.diagnosis.window import start_of, taken, width, window_of, windows
 from svc.evaluation.training_curve import TrainingPoint
 
-FALSE_ALARMS = 0.02
+FALSE_ALARMS = 0.05
 """Share of healthy runs in which the paired test alone may find a rise; shared out between the measurements."""
-RISE = 0.05
+RISE = 0.1
 """Of the lowest held-out loss: a smaller rise is not worth another run."""
 FEWEST_MEASURED = 8
 FEW_EXAMPLES = 50
