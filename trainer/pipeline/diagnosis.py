@@ -8,7 +8,7 @@ from svc.dataset.schema.normal_prompt import normal_prompt
 from svc.evaluation.diagnosis.diagnose import diagnose
 from svc.evaluation.diagnosis.finding import Finding
 from svc.evaluation.diagnosis.training_run import TrainingRun, TrainingSettings
-from svc.evaluation.metrics import Estimate
+from svc.evaluation.estimate import Estimate
 from svc.evaluation.training_curve import TrainingPoint
 from svc.version import Format
 from trainer.pipeline.examples import Examples

@@ -6,7 +6,7 @@ from statistics import fmean
 
 from svc.evaluation.diagnosis.finding import Advice, Finding, FindingKind
 from svc.evaluation.diagnosis.training_run import TrainingRun
-from svc.evaluation.metrics import proportion
+from svc.evaluation.estimate import proportion
 from svc.evaluation.results import ExampleResult
 
 MOST_LABELS = 50

@@ -3,8 +3,8 @@
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+from svc.evaluation.estimate import Estimate
 from svc.evaluation.evaluator import EvaluationReport
-from svc.evaluation.metrics import Estimate
 from svc.evaluation.results import ExampleResult
 from svc.evaluation.training_curve import TrainingPoint
 

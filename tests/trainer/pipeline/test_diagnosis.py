@@ -8,7 +8,7 @@ import pytest
 from svc.dataset.fingerprint import fingerprint
 from svc.dataset.schema.example import ChatExample
 from svc.evaluation.diagnosis.finding import FindingKind
-from svc.evaluation.metrics import Estimate
+from svc.evaluation.estimate import Estimate
 from svc.registry.render import print_version
 from tests.svc.evaluation.diagnosis.simulated_run import Shape, falling, simulate
 from tests.trainer.conftest import make_example, make_recipe

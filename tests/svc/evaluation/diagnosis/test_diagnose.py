@@ -8,8 +8,8 @@ import pytest
 
 from svc.evaluation.diagnosis.diagnose import diagnose
 from svc.evaluation.diagnosis.finding import Finding, FindingKind
+from svc.evaluation.estimate import Estimate, proportion
 from svc.evaluation.evaluator import EvaluationReport
-from svc.evaluation.metrics import Estimate, proportion
 from tests.svc.evaluation.diagnosis.simulated_run import SETTINGS, answered, falling, simulate
 
 LABELS = ["a", "b", "c", "d"] * 50
