@@ -32,10 +32,14 @@ log = logging.getLogger(__name__)
 
 HELDOUT_FILE = "heldout.jsonl"
 REFERENCE_FOLDER = "reference"
-"""What the registration leaves for later comparisons: `results_file` of each format, the training's curve, a sample of
-the prompts, the text space, and which prompts were learnt."""
+"""What the registration leaves for later comparisons: `BASE_RESULTS_FILE`, `results_file` of each format, the
+training's curve, a sample of the prompts, the text space, and which prompts were learnt."""
 HELDOUT_TOKENS_FILE = "heldout_tokens.jsonl"
 """In `REFERENCE_FOLDER`: the examples of `HELDOUT_FILE` as token ids, in their order."""
+
+
+BASE_RESULTS_FILE = "base.jsonl"
+"""In `REFERENCE_FOLDER`: what the base answered to the held-out examples that the merged model was asked too."""
 
 
 def results_file(format: Format) -> str:
@@ -184,6 +188,15 @@ class Registry:
         if format is Format.ADAPTER:
             raise NotFoundError(f"{version} has registered answers as a whole model, and none as an adapter")
         return read_results(self.reference(version, results_file(format)))
+
+    def base_results(self, version: VersionId) -> tuple[ExampleResult, ...]:
+        """What the base of a version answered to the held-out examples, as `results`.
+
+        Raises:
+            NotFoundError: no such version, its base was not asked, or an older release did not keep the answers.
+            IntegrityError: the file is missing or was changed.
+        """
+        return read_results(self.reference(version, BASE_RESULTS_FILE))
 
     def heldout_tokens(self, version: VersionId) -> tuple[TokenizedExample, ...] | None:
         """The examples of `heldout` as the trainer tokenized them; None of a version of an older release.

@@ -16,13 +16,20 @@ from svc.evaluation.estimate import Estimate
 from svc.evaluation.evaluator import EvaluationReport
 from svc.evaluation.judge import JudgeReport
 from svc.evaluation.metrics.metric import Metric
-from svc.evaluation.results import write_results
+from svc.evaluation.results import ExampleResult, write_results
 from svc.evaluation.training_curve import TRAINING_CURVE_FILE, TrainingPoint, write_training_curve
 from svc.registry.manifest import Manifest
 from svc.registry.parity import ParityReport
 from svc.registry.parity_page import PARITY_PAGE, parity_page
 from svc.registry.primary_metric import write_primary_metric
-from svc.registry.registry import HELDOUT_FILE, HELDOUT_TOKENS_FILE, REFERENCE_FOLDER, Registry, results_file
+from svc.registry.registry import (
+    BASE_RESULTS_FILE,
+    HELDOUT_FILE,
+    HELDOUT_TOKENS_FILE,
+    REFERENCE_FOLDER,
+    Registry,
+    results_file,
+)
 from svc.terminal import console
 from svc.version import Format
 from trainer.base_model.resolve import Base
@@ -48,6 +55,7 @@ class Registration:
         curve: of the training; empty in a run of an older release.
         adapter: its folder; None after full fine-tuning.
         base_evaluation: None where the base was not asked.
+        base_results: the answers behind it; none in a run that an older release began.
         qualified: the formats that can be served.
         primary: the metric that gates.
         report: None where there are none.
@@ -64,6 +72,7 @@ class Registration:
     curve: Sequence[TrainingPoint]
     adapter: Path | None
     base_evaluation: EvaluationReport | None
+    base_results: Sequence[ExampleResult]
     qualified: Mapping[Format, Qualified]
     primary: Metric
     report: ParityReport | None
@@ -164,6 +173,8 @@ class Registration:
         folder.mkdir()
         if self.report is not None:
             (folder / PARITY_PAGE).write_text(parity_page(self.recipe.name, self.report), "utf-8")
+        if self.base_results:
+            write_results(folder / BASE_RESULTS_FILE, self.base_results)
         for format, qualified in self.qualified.items():
             if qualified.results:
                 write_results(folder / results_file(format), qualified.results)

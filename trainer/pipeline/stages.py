@@ -351,6 +351,7 @@ class Pipeline:
             curve=self.run.load(Stage.TRAIN, TrainingSummary).points,
             adapter=None if self._full else self.run.adapter,
             base_evaluation=judging.judge_report(evaluated.base, evaluated.base_results) if evaluated else None,
+            base_results=evaluated.base_results if evaluated else (),
             qualified=qualified,
             primary=judging.metrics.primary,
             report=self._report,

@@ -75,6 +75,22 @@ def test_the_version_keeps_what_each_served_format_answered(pipeline: Pipeline) 
         assert total / tokens == pytest.approx(evaluation.nll.value)
 
 
+def test_the_version_keeps_what_its_base_answered(make: Make) -> None:
+    first = make()
+    asked = first.registry.base_results(first.train_version())
+    again = make(train={"seed": 1})
+    known = again.registry.base_results(again.train_version())
+    assert [result.answer.split()[0] for result in asked] == ["base.0"] * 2
+    assert known == asked, "what was found in the cache is not what was answered"
+
+
+def test_where_the_base_is_not_asked_it_has_no_answers(make: Make) -> None:
+    pipeline = make(formats=["gptq"])
+    version = pipeline.train_version()
+    with pytest.raises(NotFoundError, match=r"has no reference/base\.jsonl"):
+        pipeline.registry.base_results(version)
+
+
 def test_of_a_limited_evaluation_the_first_answers_are_kept(make: Make) -> None:
     pipeline = make(evaluate={"limit": 1})
     version = pipeline.train_version()
@@ -101,11 +117,13 @@ def test_a_run_that_an_older_release_began_makes_a_version_without_its_answers(m
     pipeline = make()
     result = pipeline.run.folder / f"{Stage.EVALUATE}.json"
     content = json.loads(result.read_text("utf-8"))
-    del content["result"]["merged"]["results"]
+    del content["result"]["merged"]["results"], content["result"]["base_results"]
     result.write_text(json.dumps(content), "utf-8")
     version = pipeline.train_version()
     with pytest.raises(NotFoundError):
         pipeline.registry.results(version, Format.MERGED)
+    with pytest.raises(NotFoundError):
+        pipeline.registry.base_results(version)
     assert len(pipeline.registry.results(version, Format.GPTQ)) == 2
 
 
@@ -124,6 +142,7 @@ def test_an_interrupted_registration_leaves_nothing_in_what_a_version_is_compare
     version = make().train_version()
     recorded = [record.path for record in pipeline.registry.manifest(version).reference]
     files = (
+        "base.jsonl",
         "drift_sample.jsonl",
         "gptq.jsonl",
         "heldout_tokens.jsonl",
