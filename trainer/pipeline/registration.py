@@ -30,6 +30,7 @@ from svc.registry.registry import (
     Registry,
     results_file,
 )
+from svc.registry.run_record import RUN_RECORD_FILE, RunRecord
 from svc.terminal import console
 from svc.version import Format
 from trainer.base_model.resolve import Base
@@ -52,6 +53,7 @@ class Registration:
     Args:
         tokenized: the held-out examples as they are trained on.
         tracking_run: the MLflow run of this run.
+        record: what the training took.
         curve: of the training; empty in a run of an older release.
         adapter: its folder; None after full fine-tuning.
         base_evaluation: None where the base was not asked.
@@ -69,6 +71,7 @@ class Registration:
     tokenized: Sequence[TokenizedExample]
     run: Run
     tracking_run: str
+    record: RunRecord
     curve: Sequence[TrainingPoint]
     adapter: Path | None
     base_evaluation: EvaluationReport | None
@@ -179,6 +182,7 @@ class Registration:
             if qualified.results:
                 write_results(folder / results_file(format), qualified.results)
         write_primary_metric(folder, self.primary)
+        (folder / RUN_RECORD_FILE).write_text(self.record.model_dump_json(), "utf-8")
         if self.curve:
             write_training_curve(folder / TRAINING_CURVE_FILE, self.curve)
         write_tokenized(folder / HELDOUT_TOKENS_FILE, self.tokenized)

@@ -33,6 +33,7 @@ from svc.lock import hold_lock
 from svc.registry.fingerprint import compatibility_fingerprint
 from svc.registry.parity import ParityReport
 from svc.registry.registry import Registry
+from svc.registry.run_record import MachineRecord, RunRecord
 from svc.settings import Settings
 from svc.terminal import console
 from svc.version import Format, VersionId
@@ -340,6 +341,7 @@ class Pipeline:
     def _register(self) -> Registered:
         judging, evaluated = self._judging, self._evaluated
         qualified = {format: judging.judge_format(found) for format, found in self._qualified().items()}
+        training = self.run.load(Stage.TRAIN, TrainingSummary)
         manifest = Registration(
             registry=self.registry,
             recipe=self.recipe,
@@ -348,7 +350,8 @@ class Pipeline:
             tokenized=self._tokenized,
             run=self.run,
             tracking_run=self._tracking_run(),
-            curve=self.run.load(Stage.TRAIN, TrainingSummary).points,
+            record=self._record(training),
+            curve=training.points,
             adapter=None if self._full else self.run.adapter,
             base_evaluation=judging.judge_report(evaluated.base, evaluated.base_results) if evaluated else None,
             base_results=evaluated.base_results if evaluated else (),
@@ -370,6 +373,18 @@ class Pipeline:
     @cached_property
     def _judging(self) -> Judging:
         return Judging(self.examples.heldout, self.recipe.evaluate)
+
+    def _record(self, training: TrainingSummary) -> RunRecord:
+        """What the training took, for the version to keep."""
+        return RunRecord(
+            machine=MachineRecord.of_this_one(),
+            number_type=self.capabilities.training_type,
+            steps=training.steps,
+            tokens=training.tokens,
+            tokens_per_second=training.tokens_per_second,
+            seconds=training.seconds,
+            best_step=training.best_step,
+        )
 
     def _qualified(self) -> dict[Format, Qualified]:
         """The formats that can be served."""

@@ -8,10 +8,12 @@ from svc.chat_template import read_template_kwargs
 from svc.dataset.drift_sample import DRIFT_SAMPLE_FILE, draw_drift_sample
 from svc.dataset.prompt_hashes import hash_prompts
 from svc.dataset.readers.reader import read_examples
+from svc.dataset.summary import DATA_SUMMARY_FILE, read_data_summary, summarize_data
 from svc.errors import InterruptedRunError, NotFoundError
 from svc.evaluation.training_curve import TRAINING_CURVE_FILE, read_training_curve
 from svc.registry.fingerprint import compatibility_fingerprint
 from svc.registry.registry import Registry
+from svc.registry.run_record import RUN_RECORD_FILE, MachineRecord, read_run_record
 from svc.text_embedding import TEXT_SPACE_FILE, load_text_space
 from svc.version import Format
 from tests.trainer.conftest import make_example
@@ -143,11 +145,13 @@ def test_an_interrupted_registration_leaves_nothing_in_what_a_version_is_compare
     recorded = [record.path for record in pipeline.registry.manifest(version).reference]
     files = (
         "base.jsonl",
+        "data_summary.json",
         "drift_sample.jsonl",
         "gptq.jsonl",
         "heldout_tokens.jsonl",
         "merged.jsonl",
         "parity.html",
+        "run.json",
         "text_space.npz",
         "trained_prompts.npy",
         "training.jsonl",
@@ -179,6 +183,19 @@ def test_the_text_space_knows_the_words_of_all_prompts_but_those_that_are_compar
 def test_the_version_keeps_which_prompts_it_learnt(pipeline: Pipeline) -> None:
     learnt = pipeline.registry.learnt_prompts(pipeline.train_version().name)
     assert set(learnt.tolist()) == set(hash_prompts(TRAIN).tolist())
+
+
+def test_the_version_keeps_a_summary_of_its_data(make: Make) -> None:
+    pipeline = make()
+    kept = read_data_summary(pipeline.registry.reference(pipeline.train_version(), DATA_SUMMARY_FILE))
+    assert kept == summarize_data(pipeline.examples.train, pipeline.examples.heldout)
+
+
+def test_the_version_keeps_what_its_training_took(pipeline: Pipeline) -> None:
+    record = read_run_record(pipeline.registry.reference(pipeline.train_version(), RUN_RECORD_FILE))
+    assert (record.steps, record.tokens, record.seconds) == (3, 30, 3.0)
+    assert record.number_type == pipeline.capabilities.training_type
+    assert record.machine == MachineRecord.of_this_one()
 
 
 def test_an_unserved_adapter_has_no_verification(pipeline: Pipeline) -> None:

@@ -1,0 +1,90 @@
+"""Where and how long a version was trained: kept with it, for whoever asks what it took. Decides nothing."""
+
+import platform
+from pathlib import Path
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from svc.engine.machine import read_machine
+from svc.errors import IntegrityError
+
+RUN_RECORD_FILE = "run.json"
+"""In a version's reference folder."""
+_CPUS = Path("/proc/cpuinfo")
+
+
+class MachineRecord(BaseModel):
+    """The machine.
+
+    Attributes:
+        processor: as the kernel names it.
+        cores: logical ones that this process may use.
+        memory: that it may use, bytes.
+        gpus: names of those that it may use.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    processor: str
+    cores: int
+    memory: int
+    gpus: tuple[str, ...]
+    system: str
+    python: str
+
+    @classmethod
+    def of_this_one(cls) -> "MachineRecord":
+        """Of the machine that this runs on."""
+        machine = read_machine(gpus=True)
+        return cls(
+            processor=_processor(),
+            cores=len(machine.cores),
+            memory=machine.memory,
+            gpus=tuple(gpu.name for gpu in machine.gpus),
+            system=f"{platform.system()} {platform.release()}",
+            python=platform.python_version(),
+        )
+
+
+class RunRecord(BaseModel):
+    """The training.
+
+    Attributes:
+        machine: that registered the version; stages of an interrupted run may have run elsewhere.
+        number_type: in which matrix products were computed.
+        steps: of the optimizer.
+        tokens: prompt and answer tokens seen, without padding.
+        tokens_per_second, seconds: of the optimizer's run, in the process that ended it.
+        best_step: the step whose weights these are, where the best were asked for.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    machine: MachineRecord
+    number_type: str
+    steps: int
+    tokens: int
+    tokens_per_second: float
+    seconds: float
+    best_step: int | None = None
+
+
+def read_run_record(path: Path) -> RunRecord:
+    """Reads what `model_dump_json` wrote.
+
+    Raises:
+        IntegrityError: there is no such file, or it is no record.
+    """
+    try:
+        return RunRecord.model_validate_json(path.read_bytes())
+    except (OSError, ValidationError) as error:
+        raise IntegrityError(f"cannot read {path}: {error}", todo="restore it from a backup, or train again") from error
+
+
+def _processor() -> str:
+    try:
+        lines = _CPUS.read_text("utf-8").splitlines()
+    except OSError:
+        lines = []
+    named = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    return next(named, platform.machine())

@@ -1,0 +1,71 @@
+"""A data set in numbers."""
+
+import json
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from svc.dataset.summary import Lengths, read_data_summary, summarize_data
+from svc.errors import IntegrityError
+from tests.svc.chats import chat
+
+SENTENCE = (
+    "the quick brown fox jumps over the lazy dog beside a river that is wide and slow in the evening light of May"
+)
+SECRET = "the launch code is tangerine"
+
+
+@given(st.lists(st.integers(0, 10**7), min_size=1))
+def test_every_text_is_in_a_bar(lengths: list[int]) -> None:
+    found = Lengths.of(lengths)
+    assert sum(found.counts) == len(lengths)
+    assert len(found.edges) == len(found.counts) + 1
+    assert found.median <= found.p95 <= found.longest == max(1, *lengths)
+
+
+def test_quantiles_are_lengths_that_stand_in_the_data() -> None:
+    found = Lengths.of([1] * 50 + [7] * 45 + [100] * 5)
+    assert (found.median, found.p95, found.longest) == (1, 7, 100)
+
+
+def test_labels_are_counted_without_regard_to_how_they_are_written() -> None:
+    answers = ["Net", '{"section": "net"}', "games", "net", "games", "net"]
+    summary = summarize_data([chat(f"q {place}", answer) for place, answer in enumerate(answers)], [])
+    assert summary.labels == {"net": 4, "games": 2}
+
+
+def test_general_examples_have_no_labels() -> None:
+    train = [chat(f"q {place}", ("yes", "no")[place % 2]) for place in range(6)]
+    assert summarize_data([*train, chat("q", "Paris")], [], general=1).labels == {"yes": 3, "no": 3}
+
+
+def test_answers_that_are_all_different_are_no_labels() -> None:
+    assert summarize_data([chat(f"q {place}", f"a {place}") for place in range(6)], []).labels == {}
+
+
+def test_near_duplicates_are_counted_within_training_and_across() -> None:
+    train = [chat(SENTENCE), chat(SENTENCE.upper()), chat("another question altogether, and what of it?")]
+    summary = summarize_data(train, [chat(f"{SENTENCE}!"), chat("what is new here was never asked before")])
+    assert (summary.near_duplicates, summary.near_heldout) == (1, 1)
+
+
+def test_no_text_of_an_example_is_kept() -> None:
+    train = [chat(f"{SECRET} {place}", SECRET + " x" * place) for place in range(60)]
+    assert "tangerine" not in summarize_data(train, train[:2]).model_dump_json()
+
+
+def test_what_was_written_is_read(tmp_path: Path) -> None:
+    summary, path = summarize_data([chat("a"), chat("b")], [chat("c")]), tmp_path / "summary.json"
+    path.write_text(summary.model_dump_json(), "utf-8")
+    assert read_data_summary(path) == summary
+
+
+@pytest.mark.parametrize("content", [None, "{", json.dumps({"train": 1})])
+def test_what_is_no_summary_is_refused(tmp_path: Path, content: str | None) -> None:
+    path = tmp_path / "summary.json"
+    if content is not None:
+        path.write_text(content)
+    with pytest.raises(IntegrityError, match=r"summary\.json"):
+        read_data_summary(path)

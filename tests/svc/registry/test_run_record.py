@@ -1,0 +1,41 @@
+"""What a training took, as the version keeps it."""
+
+import os
+import platform
+from pathlib import Path
+
+import pytest
+
+from svc.errors import IntegrityError
+from svc.registry.run_record import MachineRecord, RunRecord, read_run_record
+
+
+def test_this_machine_is_described() -> None:
+    machine = MachineRecord.of_this_one()
+    assert machine.processor
+    assert machine.cores == len(os.sched_getaffinity(0))
+    assert machine.memory > 2**28
+    assert machine.python == platform.python_version()
+
+
+def test_what_was_written_is_read(tmp_path: Path) -> None:
+    record = RunRecord(
+        machine=MachineRecord.of_this_one(),
+        number_type="bfloat16",
+        steps=3,
+        tokens=30,
+        tokens_per_second=10.0,
+        seconds=3.0,
+    )
+    path = tmp_path / "run.json"
+    path.write_text(record.model_dump_json(), "utf-8")
+    assert read_run_record(path) == record
+
+
+@pytest.mark.parametrize("content", [None, "{", '{"steps": 1}'])
+def test_what_is_no_record_is_refused(tmp_path: Path, content: str | None) -> None:
+    path = tmp_path / "run.json"
+    if content is not None:
+        path.write_text(content)
+    with pytest.raises(IntegrityError, match=r"run\.json"):
+        read_run_record(path)
