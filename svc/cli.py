@@ -22,6 +22,7 @@ COMMANDS = {
     "train": ("trainer.cli:train", "Train, evaluate, merge, quantize, register a version."),
     "models": ("svc.registry.cli:models", "List versions and aliases, or remove versions."),
     "show": ("svc.registry.cli:show", "Show one version."),
+    "report": ("svc.report.cli:report", "Write the report of a version as one HTML file."),
     "serve": ("serving.cli:serve", "Serve models to OpenAI clients."),
     "add": ("serving.cli:add", "Have the running server serve a model too."),
     "remove": ("serving.cli:remove", "Have the running server serve a model no more."),

@@ -56,7 +56,8 @@ def _no_settings_in_the_environment() -> Iterator[None]:
 @pytest.fixture(scope="session")
 def tracking(tmp_path_factory: pytest.TempPathFactory) -> Tracking:
     """A real MLflow on SQLite. Making one takes seconds, so tests share it and each uses names of its own."""
-    return Tracking(f"sqlite:///{tmp_path_factory.mktemp('mlflow') / 'mlflow.db'}")
+    folder = tmp_path_factory.mktemp("mlflow")
+    return Tracking(f"sqlite:///{folder / 'mlflow.db'}", folder / "artifacts")
 
 
 @pytest.fixture

@@ -63,8 +63,10 @@ class Registry:
     def of(cls, settings: Settings) -> "Registry":
         """The registry that the settings name."""
         settings.home.mkdir(parents=True, exist_ok=True)
-        uri = settings.tracking_uri or f"sqlite:///{settings.home / 'mlflow.db'}"
-        return cls(settings.home / "models", Tracking(uri))
+        if settings.tracking_uri:
+            return cls(settings.home / "models", Tracking(settings.tracking_uri))
+        tracking = Tracking(f"sqlite:///{settings.home / 'mlflow.db'}", settings.home / "mlflow-artifacts")
+        return cls(settings.home / "models", tracking)
 
     def names(self) -> list[str]:
         """All names that have a version."""

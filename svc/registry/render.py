@@ -33,6 +33,7 @@ def print_version(manifest: Manifest, folder: Path) -> None:
         output.print(f"  rule: {escape(finding.rule)}", style="dim")
     if manifest.findings == ():
         output.print("\ndiagnosis: no fault was found in the training")
+    output.print(f"\nall of it with pictures and answers: svc report {manifest.id}")
 
 
 def _judge(report: JudgeReport) -> str:

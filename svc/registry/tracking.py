@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import cached_property
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from svc.errors import RegistryError
@@ -43,10 +44,13 @@ class Tracking:
 
     Args:
         uri: `sqlite:////absolute/path` or the URL of a tracking server.
+        artifacts: folder for pages of new experiments; None: where the tracking server has them. Without a server and
+            without this, MLflow would write below whatever folder a command is started in.
     """
 
-    def __init__(self, uri: str) -> None:
+    def __init__(self, uri: str, artifacts: Path | None = None) -> None:
         self.uri = uri
+        self._artifacts = artifacts
 
     @cached_property
     def _client(self) -> "MlflowClient":
@@ -62,7 +66,8 @@ class Tracking:
     def start_run(self, experiment: str, tags: dict[str, str]) -> str:
         """Creates a run and returns its id; `attach` makes it the active one."""
         found = self._client.get_experiment_by_name(experiment)
-        experiment_id = found.experiment_id if found else self._client.create_experiment(experiment)
+        folder = str(self._artifacts / experiment) if self._artifacts else None
+        experiment_id = found.experiment_id if found else self._client.create_experiment(experiment, folder)
         return str(self._client.create_run(experiment_id, tags=tags).info.run_id)
 
     @contextmanager
@@ -91,6 +96,21 @@ class Tracking:
         from mlflow.entities import Param
 
         self._client.log_batch(run_id, params=[Param(key, value) for key, value in parameters.items()])
+
+    def log_page(self, version: VersionId, run_id: str, page: str) -> str:
+        """Puts the page of a version beside the figures of its run; returns where MLflow's own pages have it.
+
+        Raises:
+            RegistryError: MLflow does not take it.
+        """
+        from mlflow.exceptions import MlflowException
+
+        try:
+            self._client.log_text(run_id, page, _page_name(version))
+            experiment = self._client.get_run(run_id).info.experiment_id
+        except (MlflowException, OSError) as error:
+            raise RegistryError(f"MLflow at {self.uri} does not take the page of {version}: {error}") from error
+        return f"#/experiments/{experiment}/runs/{run_id}/artifacts/{_page_name(version)}"
 
     def experiments(self) -> list[str]:
         """Names of everything that was ever trained, but MLflow's own default.
@@ -152,7 +172,7 @@ class Tracking:
         return VersionId(name, int(version.version))
 
     def discard(self, version: VersionId) -> None:
-        """Takes back an allocation; the number stays used. One that MLflow does not know is no error.
+        """Takes back an allocation with its page; the number stays used. One that MLflow does not know is no error.
 
         Raises:
             RegistryError: MLflow does not answer.
@@ -160,10 +180,18 @@ class Tracking:
         from mlflow.exceptions import MlflowException
 
         try:
+            self._remove_page(version, self._client.get_model_version(version.name, str(version.number)).run_id)
             self._client.delete_model_version(version.name, str(version.number))
         except MlflowException as error:
             if error.error_code != "RESOURCE_DOES_NOT_EXIST":
                 raise RegistryError(f"MLflow at {self.uri} does not answer: {error.message}") from error
+
+    def _remove_page(self, version: VersionId, run_id: str) -> None:
+        from mlflow.store.artifact.artifact_repository_registry import get_artifact_repository
+
+        if any(artifact.path == _page_name(version) for artifact in self._client.list_artifacts(run_id)):
+            folder = self._client.get_run(run_id).info.artifact_uri
+            get_artifact_repository(folder, tracking_uri=self.uri).delete_artifacts(_page_name(version))
 
     def annotate(self, version: VersionId, description: str, tags: dict[str, str]) -> None:
         """What MLflow's page shows of a version."""
@@ -190,6 +218,10 @@ class Tracking:
     def set_alias(self, version: VersionId, alias: Alias) -> None:
         """Moves an alias."""
         self._client.set_registered_model_alias(version.name, alias.value, str(version.number))
+
+
+def _page_name(version: VersionId) -> str:
+    return f"{version.name}-{version.number}.html"
 
 
 def _figures(run: "Run") -> RunFigures:

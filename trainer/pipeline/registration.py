@@ -31,6 +31,8 @@ from svc.registry.registry import (
     results_file,
 )
 from svc.registry.run_record import RUN_RECORD_FILE, RunRecord
+from svc.report.page import report_page
+from svc.report.report import gather_report
 from svc.terminal import console
 from svc.version import Format
 from trainer.base_model.resolve import Base
@@ -95,12 +97,23 @@ class Registration:
         reports = {format: one.evaluation for format, one in self.qualified.items()}
         figures = {f"exact_match_{format}": str(report.exact_match) for format, report in reports.items()}
         figures |= {f"{self.primary.name}_{format}": str(_primary(report)) for format, report in reports.items()}
+        link = self._log_report(manifest)
         self.registry.tracking.annotate(
             manifest.id,
-            f"{manifest.base.origin} on {manifest.data.train_examples} examples",
+            f"{manifest.base.origin} on {manifest.data.train_examples} examples"
+            + (f". [Report]({link})" if link else ""),
             {"source": str(self.registry.folder(manifest.id))} | figures,
         )
         return manifest
+
+    def _log_report(self, manifest: Manifest) -> str | None:
+        """Has MLflow show the report, and returns where; None where it does not: a version is whole without."""
+        try:
+            page = report_page(gather_report(self.registry, manifest.id))
+            return self.registry.tracking.log_page(manifest.id, self.tracking_run, page)
+        except Exception:  # the version is finished, and `svc report` tells what is wrong
+            log.warning("MLflow has no report of %s", manifest.id, exc_info=True)
+            return None
 
     def _check(self, *, failed_too: bool) -> tuple[str, ...]:
         """What the version fails."""

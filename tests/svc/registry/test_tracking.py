@@ -1,10 +1,14 @@
 """MLflow gives numbers once, keeps aliases, and says so when it is not there."""
 
+from pathlib import Path
+
 import pytest
 from mlflow import MlflowClient
 
 from svc.errors import RegistryError
+from svc.registry.registry import Registry
 from svc.registry.tracking import Tracking
+from svc.settings import Settings
 from svc.version import Alias, VersionId
 
 
@@ -29,6 +33,42 @@ def test_a_version_leads_to_its_run(tracking: Tracking, name: str, run: str, mlf
     tracking.annotate(version, "tiny on 12 examples", {"exact_match_gptq": "0.5"})
     found = mlflow.get_model_version(name, "1")
     assert (found.run_id, found.description, found.tags) == (run, "tiny on 12 examples", {"exact_match_gptq": "0.5"})
+
+
+def test_a_version_has_its_page_beside_its_run(tracking: Tracking, name: str, mlflow: MlflowClient) -> None:
+    run = tracking.start_run(name, {})
+    one, two = (tracking.allocate(name, "/models", run) for _ in range(2))
+    tracking.log_page(one, run, "<p>first</p>")
+    where = tracking.log_page(two, run, "<p>second</p>")
+    experiment = mlflow.get_run(run).info.experiment_id
+    assert where == f"#/experiments/{experiment}/runs/{run}/artifacts/{name}-2.html"
+    assert mlflow.download_artifacts(run, f"{name}-2.html").endswith(f"{name}-2.html")
+
+
+def test_a_version_that_is_taken_back_takes_its_page_with_it(
+    tracking: Tracking, name: str, mlflow: MlflowClient
+) -> None:
+    run = tracking.start_run(name, {})
+    one, two = (tracking.allocate(name, "/models", run) for _ in range(2))
+    for version in (one, two):
+        tracking.log_page(version, run, "<p>text of somebody</p>")
+    tracking.discard(one)
+    assert [artifact.path for artifact in mlflow.list_artifacts(run)] == [f"{name}-2.html"]
+
+
+def test_pages_lie_in_the_folder_for_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    registry = Registry.of(Settings(home=tmp_path / "home"))
+    run = registry.tracking.start_run("tiny", {})
+    registry.tracking.log_page(VersionId("tiny", 1), run, "<p>page</p>")
+    [page] = (tmp_path / "home" / "mlflow-artifacts").rglob("tiny-1.html")
+    assert page.read_text() == "<p>page</p>"
+    assert [path.name for path in tmp_path.iterdir()] == ["home"]
+
+
+def test_a_page_that_mlflow_does_not_take_is_an_error(tracking: Tracking, name: str) -> None:
+    with pytest.raises(RegistryError, match="does not take the page of"):
+        tracking.log_page(VersionId(name, 1), "no-such-run", "<p>page</p>")
 
 
 def test_a_name_that_mlflow_does_not_know_has_no_aliases(tracking: Tracking, name: str) -> None:

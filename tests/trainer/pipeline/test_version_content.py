@@ -19,6 +19,7 @@ from svc.version import Format
 from tests.trainer.conftest import make_example
 from tests.trainer.engines import Engines
 from tests.trainer.pipeline.stand_ins import CURVE, TRAIN, Make, Stages
+from trainer.pipeline import registration
 from trainer.pipeline.stage_key import Stage
 from trainer.pipeline.stages import Evaluated, Pipeline
 
@@ -208,6 +209,19 @@ def test_the_weights_of_a_finished_run_take_no_room_beside_the_registrys(pipelin
     assert all(path.stat().st_nlink > 1 for path in pipeline.run.folder.rglob("*.safetensors"))
 
 
+def test_a_version_is_registered_where_its_report_cannot_be_made(
+    make: Make, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def fail(*arguments: object) -> None:
+        raise OSError("no room")
+
+    monkeypatch.setattr(registration, "report_page", fail)
+    pipeline = make()
+    version = pipeline.train_version()
+    assert version in pipeline.registry.versions()
+    assert f"MLflow has no report of {version}" in caplog.text
+
+
 def test_mlflow_shows_what_a_version_is(pipeline: Pipeline) -> None:
     from mlflow import MlflowClient
 
@@ -215,7 +229,12 @@ def test_mlflow_shows_what_a_version_is(pipeline: Pipeline) -> None:
     found = MlflowClient(pipeline.registry.tracking.uri, pipeline.registry.tracking.uri).get_model_version(
         version.name, str(version.number)
     )
-    assert found.description == "./base on 3 examples"
+    client = MlflowClient(pipeline.registry.tracking.uri, pipeline.registry.tracking.uri)
+    run = client.get_run(found.run_id)
+    [page] = client.list_artifacts(found.run_id)
+    where = f"#/experiments/{run.info.experiment_id}/runs/{found.run_id}/artifacts/{page.path}"
+    assert page.path == f"{version.name}-{version.number}.html"
+    assert found.description == f"./base on 3 examples. [Report]({where})"
     assert found.tags["source"] == str(pipeline.registry.folder(version))
     assert found.tags["exact_match_gptq"].startswith("0.000")
     report = pipeline.registry.manifest(version).formats[Format.GPTQ].evaluation

@@ -1,0 +1,42 @@
+"""`svc report`: everything that is known of a version, as one page."""
+
+from pathlib import Path
+
+import click
+
+from svc.invocation import json_option, settings_of
+from svc.registry.registry import Registry
+
+
+@click.command()
+@click.argument("version")
+@click.option(
+    "--output",
+    type=click.Path(path_type=Path, dir_okay=False),
+    help="File to write.  [default: NAME-N.html in the working folder]",
+)
+@click.option("--open", "show", is_flag=True, help="Show it in the browser.")
+@json_option
+@click.pass_context
+def report(ctx: click.Context, version: str, output: Path | None, show: bool, as_json: bool) -> None:
+    """Write the report of a version, NAME, NAME@N or NAME@alias, as one HTML file that needs no network."""
+    from svc.report.page import report_page
+    from svc.report.report import gather_report
+
+    registry = Registry.of(settings_of(ctx))
+    found = registry.resolve(version)
+    gathered = gather_report(registry, found)
+    path = (output or Path(f"{found.name}-{found.number}.html")).absolute()
+    try:
+        path.write_text(report_page(gathered), "utf-8")
+    except OSError as error:
+        raise click.UsageError(f"cannot write {path}: {error.strerror}") from error
+    if as_json:
+        from svc.report.figures import report_figures
+        from svc.terminal import print_json
+
+        print_json({"path": str(path), **report_figures(gathered)})
+    else:
+        click.echo(path)
+    if show:
+        click.launch(path.as_uri())

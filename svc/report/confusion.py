@@ -1,0 +1,49 @@
+"""Which label was given in place of which: the confusion matrix of a task whose answers are labels."""
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from svc.dataset.schema.example import ChatExample
+from svc.evaluation.metrics.choose import Task, find_task
+from svc.evaluation.metrics.label import label_of
+from svc.evaluation.results import ExampleResult
+
+_MOST_LABELS = 25
+_OTHERS = "(other labels)"
+_NONE = "(no label)"
+
+
+@dataclass(frozen=True, slots=True)
+class ConfusionMatrix:
+    """Counts of examples.
+
+    Attributes:
+        labels: of the references, by row; the rare ones of many are one.
+        given: what was answered, by column: the labels, then what is no label of the references, where there is any.
+        counts: by row and column.
+    """
+
+    labels: tuple[str, ...]
+    given: tuple[str, ...]
+    counts: tuple[tuple[int, ...], ...]
+
+
+def confusion_matrix(examples: Sequence[ChatExample], results: Sequence[ExampleResult]) -> ConfusionMatrix | None:
+    """The matrix; None where the references are no labels.
+
+    Args:
+        results: one for each example, in their order.
+    """
+    if not results or find_task(examples) is not Task.LABELS:
+        return None
+    frequency = Counter(label_of(example.answer) for example in examples)
+    labels = sorted(label for label, _ in frequency.most_common(_MOST_LABELS))
+    if len(frequency) > len(labels):
+        labels.append(_OTHERS)
+    place = {label: labels.index(label if label in labels else _OTHERS) for label in frequency}
+    counts = [[0] * (len(labels) + 1) for _ in labels]
+    for example, result in zip(examples, results, strict=True):
+        counts[place[label_of(example.answer)]][place.get(label_of(result.answer), len(labels))] += 1
+    width = len(labels) + any(row[-1] for row in counts)
+    return ConfusionMatrix(tuple(labels), (*labels, _NONE)[:width], tuple(tuple(row[:width]) for row in counts))

@@ -1,0 +1,46 @@
+"""The report's figures for machines: no texts, which are in the version's own files."""
+
+from dataclasses import asdict
+from typing import Any
+
+from svc.report.report import Report
+from svc.report.shown_example import ShownExample
+
+
+def report_figures(report: Report) -> dict[str, Any]:
+    """As JSON takes it; examples by their line in the held-out file."""
+    return {
+        "version": str(report.manifest.id),
+        "models": list(report.models),
+        "verdicts": [
+            asdict(verdict)
+            | {"change": _values(verdict.change), "value": _values(verdict.value)}
+            | {"before": _values(verdict.before)}
+            for verdict in report.verdicts
+        ],
+        "metrics": {
+            row.name: {
+                "estimates": {model: _values(found) for model, found in row.estimates.items()},
+                "changes": {model: _values(found) for model, found in row.changes.items()},
+                "better": row.better.value,
+            }
+            for row in report.metrics
+        },
+        "failed": list(report.manifest.failed),
+        "confusion": asdict(report.confusion) if report.confusion else None,
+        "curve": [point.model_dump(exclude={"heldout_each"}) for point in report.curve],
+        "worst": _numbers(report.worst),
+        "lost": _numbers(report.lost),
+        "side_by_side": _numbers(report.side_by_side),
+        "data": report.data.model_dump() if report.data else None,
+        "run": report.run.model_dump() if report.run else None,
+        "findings": [asdict(finding) for finding in report.findings],
+    }
+
+
+def _numbers(shown: tuple[ShownExample, ...]) -> list[int]:
+    return [one.number for one in shown]
+
+
+def _values(estimate: Any) -> dict[str, float] | None:
+    return None if estimate is None else estimate.model_dump()

@@ -1,0 +1,108 @@
+"""How a training went: its loss with the held-out loss, and its learning rate."""
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from svc.evaluation.training_curve import TrainingPoint
+from svc.report.plots.svg import Colour, draw_svg
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+    from numpy.typing import NDArray
+
+    Floats = NDArray[np.float64]
+
+_HEIGHT = 250
+_MOST_POINTS = 300
+"""More are drawn as means of neighbours: a figure of 100,000 steps would be as many megabytes as the page has now."""
+_FEW_POINTS = 40
+_WINDOW = 0.05
+_STEEP = 20
+"""Where the largest loss is so many times the median one, only a logarithmic axis shows both."""
+
+
+def plot_loss(curve: Sequence[TrainingPoint]) -> str | None:
+    """Loss of each step, smoothed where there are many, and held-out loss; None where there is no point."""
+    steps, losses = _series(curve, "loss")
+    held_steps, held = _series(curve, "heldout_loss")
+    if not len(steps) and not len(held_steps):
+        return None
+
+    def draw(figure: "Figure") -> None:
+        axes = figure.subplots()
+        _draw_loss(axes, steps, losses)
+        if len(held):
+            mark = "s" if len(held) <= _FEW_POINTS else ""
+            shown = _thinned(held_steps, held)
+            axes.plot(*shown, color=Colour.GPTQ.value, marker=mark, markersize=5, label="held-out", clip_on=False)
+        everything = np.concatenate([losses, held])
+        if everything.max() > _STEEP * np.median(everything) > 0 and everything.min() > 0:
+            axes.set_yscale("log")
+        else:
+            axes.set_ylim(bottom=0)
+        _finish(axes)
+        axes.legend(loc="upper right")
+
+    parts = []
+    if len(losses):
+        parts.append(f"training loss from {losses[0]:.3f} to {losses[-1]:.3f} in {int(steps[-1])} steps")
+    if len(held):
+        parts.append(f"held-out loss from {held[0]:.3f} to {held[-1]:.3f}, lowest {held.min():.3f}")
+    return draw_svg("loss", "; ".join(parts), _HEIGHT, draw)
+
+
+def plot_learning_rate(curve: Sequence[TrainingPoint]) -> str | None:
+    """The learning rate of each step; None where there is none."""
+    steps, rates = _series(curve, "learning_rate")
+    if not len(steps):
+        return None
+
+    def draw(figure: "Figure") -> None:
+        axes = figure.subplots()
+        axes.plot(*_thinned(steps, rates), color=Colour.MERGED.value)
+        axes.set_ylim(bottom=0)
+        axes.ticklabel_format(axis="y", style="sci", scilimits=(-2, 3))
+        axes.yaxis.get_offset_text().set_color(Colour.MUTED.value)
+        _finish(axes)
+
+    return draw_svg("learning-rate", f"learning rate, {rates.max():.2g} at most", _HEIGHT, draw)
+
+
+def _draw_loss(axes: "Axes", steps: "Floats", losses: "Floats") -> None:
+    if len(steps) <= _FEW_POINTS:
+        axes.plot(steps, losses, color=Colour.MERGED.value, marker="o", markersize=3, label="training")
+        return
+    axes.plot(*_thinned(steps, losses), color=Colour.MERGED.value, alpha=0.35, linewidth=0.8)
+    axes.plot(*_thinned(steps, _smoothed(losses)), color=Colour.MERGED.value, linewidth=1.8, label="training, smoothed")
+
+
+def _finish(axes: "Axes") -> None:
+    axes.set_xlabel("step")
+    axes.set_xlim(left=0)
+    axes.locator_params(axis="x", nbins=6, integer=True)
+
+
+def _series(curve: Sequence[TrainingPoint], name: str) -> tuple["Floats", "Floats"]:
+    """Steps and values of one figure, where it has any."""
+    found = [(point.step, value) for point in curve if (value := getattr(point, name)) is not None]
+    return np.array([step for step, _ in found], dtype=float), np.array([value for _, value in found], dtype=float)
+
+
+def _smoothed(values: "Floats") -> "Floats":
+    """Means over a twentieth of all steps, around each; of fewer at both ends."""
+    half = max(1, round(len(values) * _WINDOW / 2))
+    sums = np.concatenate([[0.0], np.cumsum(values)])
+    places = np.arange(len(values))
+    low, high = np.maximum(places - half, 0), np.minimum(places + half + 1, len(values))
+    return np.asarray((sums[high] - sums[low]) / (high - low))
+
+
+def _thinned(steps: "Floats", values: "Floats") -> tuple["Floats", "Floats"]:
+    if len(steps) <= _MOST_POINTS:
+        return steps, values
+    parts = zip(np.array_split(steps, _MOST_POINTS), np.array_split(values, _MOST_POINTS), strict=True)
+    means = np.array([(part.mean(), found.mean()) for part, found in parts])
+    return means[:, 0], means[:, 1]

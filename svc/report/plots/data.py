@@ -1,0 +1,76 @@
+"""The data of a training: how long its texts are, and how often each label stands."""
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
+
+from svc.dataset.summary import DataSummary
+from svc.report.plots.svg import Colour, draw_svg
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+_HEIGHT = 250
+_ROW = 21
+_MANY_DECADES = 10**3.5
+_MOST_LABELS = 25
+
+
+def plot_lengths(data: DataSummary) -> str:
+    """Two histograms over one logarithmic axis: prompts, and answers."""
+    parts = {"prompts": (data.prompts, Colour.MERGED), "answers": (data.answers, Colour.GPTQ)}
+
+    def draw(figure: "Figure") -> None:
+        from matplotlib.ticker import LogLocator, NullLocator
+
+        axes = figure.subplots()
+        for at, (name, (lengths, colour)) in enumerate(parts.items()):
+            axes.stairs(lengths.counts, lengths.edges, fill=True, color=colour.value, alpha=0.35)
+            style = ("-", "--")[at]
+            axes.stairs(lengths.counts, lengths.edges, color=colour.value, linewidth=1.6, linestyle=style, label=name)
+        axes.set_xscale("log")
+        low, high = axes.get_xlim()
+        axes.xaxis.set_major_locator(LogLocator(subs=(1, 3) if high / low < _MANY_DECADES else (1,)))
+        axes.xaxis.set_minor_locator(NullLocator())
+        axes.xaxis.set_major_formatter(lambda value, place: f"{value:,.0f}")
+        axes.set_xlabel("characters")
+        axes.set_ylabel("training examples")
+        axes.set_ylim(bottom=0)
+        figure.legend(loc="outside upper left", ncols=2)
+
+    text = "; ".join(
+        f"{name}: half have at most {lengths.median} characters, 95 % at most {lengths.p95}, the longest has "
+        f"{lengths.longest}"
+        for name, (lengths, _) in parts.items()
+    )
+    return draw_svg("lengths", text, _HEIGHT, draw)
+
+
+def plot_labels(trained: Mapping[str, int], heldout: Mapping[str, int]) -> str | None:
+    """Share of each label in training and held-out examples; None where there are no labels.
+
+    Args:
+        trained: counts, the most frequent first; so many as fit are drawn.
+    """
+    if not trained:
+        return None
+    labels = list(trained)[:_MOST_LABELS]
+    series = (
+        ("training", trained, Colour.MERGED, "s"),
+        ("held-out", heldout, Colour.GPTQ, "D"),
+    )
+
+    def draw(figure: "Figure") -> None:
+        axes = figure.subplots()
+        for name, counts, colour, mark in series:
+            total = max(1, sum(counts.values()))
+            shares = [100 * counts.get(label, 0) / total for label in labels]
+            axes.plot(shares, range(len(labels)), mark, color=colour.value, markersize=6, label=name, clip_on=False)
+        axes.set_ylim(len(labels) - 0.5, -0.5)
+        axes.set_yticks(range(len(labels)), labels)
+        axes.tick_params(axis="y", length=0, labelcolor=Colour.INK.value)
+        axes.set_xlim(left=0)
+        axes.set_xlabel("% of examples")
+        figure.legend(loc="outside upper left", ncols=2, handletextpad=0.4)
+
+    counts = ", ".join(f"{label} {trained[label]} and {heldout.get(label, 0)}" for label in labels)
+    return draw_svg("labels", f"examples in training and held out by label: {counts}", 90 + _ROW * len(labels), draw)

@@ -1,0 +1,113 @@
+"""The figures of base, merged and GPTQ as dots with their intervals."""
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from svc.evaluation.estimate import Estimate
+from svc.evaluation.metrics.metric import Better, Unit
+from svc.evaluation.metrics.perplexity import Perplexity
+from svc.report.judged import BASE, MetricRow
+from svc.report.plots.svg import Colour, draw_svg
+from svc.version import Format
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+_LOOKS = {
+    BASE: (Colour.BASE, "o"),
+    Format.MERGED.value: (Colour.MERGED, "s"),
+    Format.GPTQ.value: (Colour.GPTQ, "D"),
+}
+"""Colour and mark of a model: either tells it from the others."""
+_ROW = 46
+_LONGEST_TITLE = 24
+
+
+def plot_shares(rows: Sequence[MetricRow]) -> str | None:
+    """All metrics that are shares, on one axis from 0 to 1; None where there is none."""
+    shares = [row for row in rows if row.unit is Unit.SHARE]
+    if not shares:
+        return None
+
+    def draw(figure: "Figure") -> None:
+        axes = figure.subplots()
+        _dots(axes, shares)
+        axes.set_xlim(-0.02, 1.02)
+        axes.set_xticks([0, 0.25, 0.5, 0.75, 1], ["0", "0.25", "0.5", "0.75", "1"])
+        _legend(figure, axes, shares)
+
+    return draw_svg("shares", describe(shares), 60 + _ROW * len(shares), draw)
+
+
+def plot_numbers(rows: Sequence[MetricRow]) -> str | None:
+    """All that are no shares and say which is better, each on an axis of its own; None where there is none.
+
+    Perplexity is left out: it says what the log-likelihood says.
+    """
+    numbers = [
+        row
+        for row in rows
+        if row.unit is not Unit.SHARE and row.better is not Better.NEITHER and row.name != Perplexity.name
+    ]
+    if not numbers:
+        return None
+
+    def draw(figure: "Figure") -> None:
+        all_axes = figure.subplots(len(numbers), 1, squeeze=False).ravel()
+        for axes, row in zip(all_axes, numbers, strict=True):
+            _dots(axes, [row])
+            axes.set_xlim(left=min(0, axes.get_xlim()[0]))
+            axes.locator_params(axis="x", nbins=5)
+        _legend(figure, all_axes[0], numbers)
+
+    return draw_svg("numbers", describe(numbers), 40 + 2 * _ROW * len(numbers), draw)
+
+
+def describe(rows: Sequence[MetricRow]) -> str:
+    """All figures as text."""
+    return "; ".join(
+        f"{row.title}: {', '.join(f'{model} {estimate}' for model, estimate in row.estimates.items())}" for row in rows
+    )
+
+
+def _dots(axes: "Axes", rows: Sequence[MetricRow]) -> None:
+    """Rows from the top down, in each the models from the top down."""
+    models = [model for model in _LOOKS if any(model in row.estimates for row in rows)]
+    for at, model in enumerate(models):
+        offset = (at - (len(models) - 1) / 2) * 0.24
+        found = [(place + offset, row.estimates[model]) for place, row in enumerate(rows) if model in row.estimates]
+        _dots_of(axes, model, found)
+    axes.set_ylim(len(rows) - 0.5, -0.5)
+    axes.set_yticks(range(len(rows)), [_title(row) for row in rows])
+    axes.tick_params(axis="y", length=0, labelcolor=Colour.INK.value)
+    axes.grid(visible=False, axis="y")
+    axes.spines["left"].set_visible(False)
+
+
+def _dots_of(axes: "Axes", model: str, found: Sequence[tuple[float, Estimate]]) -> None:
+    colour, mark = _LOOKS[model]
+    values = [estimate.value for _, estimate in found]
+    below = [max(0.0, estimate.value - estimate.low) for _, estimate in found]
+    above = [max(0.0, estimate.high - estimate.value) for _, estimate in found]
+    axes.errorbar(
+        values,
+        [place for place, _ in found],
+        xerr=[below, above],
+        fmt=mark,
+        markersize=6,
+        color=colour.value,
+        elinewidth=2,
+        capsize=0,
+        label=model,
+        clip_on=False,
+    )
+
+
+def _legend(figure: "Figure", axes: "Axes", rows: Sequence[MetricRow]) -> None:
+    marks, labels = axes.get_legend_handles_labels()
+    figure.legend(marks, labels, loc="outside upper left", ncols=len(labels), handletextpad=0.4, columnspacing=1.4)
+
+
+def _title(row: MetricRow) -> str:
+    return row.title if len(row.title) <= _LONGEST_TITLE else f"{row.title[: _LONGEST_TITLE - 1]}…"

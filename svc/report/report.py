@@ -1,0 +1,157 @@
+"""All that a version keeps of itself, gathered for one page. Knows nothing of how it is shown.
+
+A version of an older release keeps less: what is missing is None or empty, and the page says so or leaves it out.
+"""
+
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TypeVar
+
+from svc.dataset.summary import DATA_SUMMARY_FILE, DataSummary, read_data_summary
+from svc.errors import NotFoundError
+from svc.evaluation.estimate import Estimate
+from svc.evaluation.evaluator import EvaluationReport
+from svc.evaluation.metrics.label import label_of
+from svc.evaluation.results import ExampleResult
+from svc.evaluation.training_curve import TRAINING_CURVE_FILE, TrainingPoint, read_training_curve
+from svc.registry.manifest import Manifest
+from svc.registry.registry import Registry
+from svc.registry.run_record import RUN_RECORD_FILE, RunRecord, read_run_record
+from svc.report.confusion import ConfusionMatrix, confusion_matrix
+from svc.report.judged import BASE, Judged, MetricRow, Verdict
+from svc.report.shown_example import ShownExample, lost_examples, side_by_side, worst_examples
+from svc.version import Format, VersionId
+
+Kept = TypeVar("Kept")
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """Something that a diagnosis of the training found.
+
+    Attributes:
+        advice: what to change.
+    """
+
+    kind: str
+    what: str
+    advice: str
+
+
+@dataclass(frozen=True, slots=True)
+class GeneralTask:
+    """What a version still can of what its base could.
+
+    Attributes:
+        change: from the base, example by example.
+    """
+
+    name: str
+    base: Estimate
+    tuned: Estimate
+    change: Estimate
+
+
+@dataclass(frozen=True, slots=True)
+class Report:
+    """The report.
+
+    Attributes:
+        tuned: the format that stands for the version; None where none was judged.
+        models: that were judged, the base first.
+        metrics: the primary one first.
+        confusion: of `tuned`; None where answers are no labels.
+        curve: empty where it was not kept.
+        worst, lost, side_by_side: examples, see `svc.report.shown_example`.
+        heldout_labels: how often each label stands in the held-out examples, where `data` has labels.
+        data, run: None where they were not kept.
+    """
+
+    manifest: Manifest
+    tuned: str | None
+    models: tuple[str, ...]
+    metrics: tuple[MetricRow, ...]
+    verdicts: tuple[Verdict, ...]
+    confusion: ConfusionMatrix | None
+    curve: tuple[TrainingPoint, ...]
+    worst: tuple[ShownExample, ...]
+    lost: tuple[ShownExample, ...]
+    side_by_side: tuple[ShownExample, ...]
+    data: DataSummary | None
+    heldout_labels: dict[str, int]
+    run: RunRecord | None
+    findings: tuple[Finding, ...]
+    general: tuple[GeneralTask, ...]
+
+
+def gather_report(
+    registry: Registry,
+    version: VersionId,
+    findings: Sequence[Finding] = (),
+    general: Sequence[GeneralTask] = (),
+) -> Report:
+    """Reads what a version keeps.
+
+    Args:
+        findings: of its diagnosis.
+        general: what it still can of what its base could.
+
+    Raises:
+        NotFoundError: no such version.
+        IntegrityError: a file of it is missing or was changed.
+    """
+    manifest = registry.manifest(version)
+    judged = _judged(registry, manifest)
+    rows = judged.rows()
+    answered = judged.results.get(judged.tuned or "", ())
+
+    def kept(file: str, read: Callable[[Path], Kept]) -> Kept | None:
+        return _or_none(lambda: read(registry.reference(version, file)))
+
+    data = kept(DATA_SUMMARY_FILE, read_data_summary)
+    return Report(
+        manifest=manifest,
+        tuned=judged.tuned,
+        models=tuple(judged.evaluations),
+        metrics=rows,
+        verdicts=judged.verdicts(),
+        confusion=confusion_matrix(judged.examples, answered) if answered else None,
+        curve=kept(TRAINING_CURVE_FILE, read_training_curve) or (),
+        worst=worst_examples(judged, rows[0].better) if rows else (),
+        lost=lost_examples(judged, rows[0].better) if rows else (),
+        side_by_side=side_by_side(judged),
+        data=data,
+        heldout_labels=_labels(registry, version) if data and data.labels else {},
+        run=kept(RUN_RECORD_FILE, read_run_record),
+        findings=tuple(findings),
+        general=tuple(general),
+    )
+
+
+def _judged(registry: Registry, manifest: Manifest) -> Judged:
+    evaluations: dict[str, EvaluationReport] = {}
+    results: dict[str, tuple[ExampleResult, ...]] = {}
+    if manifest.base_evaluation:
+        evaluations[BASE] = manifest.base_evaluation
+        results[BASE] = _or_none(lambda: registry.base_results(manifest.id)) or ()
+    for format in (Format.MERGED, Format.GPTQ):
+        record = manifest.formats.get(format)
+        if record and record.evaluation:
+            evaluations[format] = record.evaluation
+            results[format] = _or_none(lambda format=format: registry.results(manifest.id, format)) or ()  # type: ignore[misc]
+    examples = registry.heldout(manifest.id)[: manifest.judged_examples]
+    return Judged(examples, evaluations, {model: found for model, found in results.items() if found})
+
+
+def _labels(registry: Registry, version: VersionId) -> dict[str, int]:
+    return dict(Counter(label_of(example.answer) for example in registry.heldout(version)))
+
+
+def _or_none(read: Callable[[], Kept]) -> Kept | None:
+    """What an older release did not keep is None."""
+    try:
+        return read()
+    except NotFoundError:
+        return None

@@ -1,0 +1,24 @@
+"""Versions of a name that no other test uses."""
+
+import itertools
+from pathlib import Path
+
+import pytest
+
+from svc.registry.registry import Registry
+from svc.registry.tracking import Tracking
+from tests.svc.report.judged_versions import JudgedVersions
+
+_numbers = itertools.count(1)
+
+
+@pytest.fixture(scope="session")
+def run(tracking: Tracking) -> str:
+    """An MLflow run that makes versions."""
+    return tracking.start_run("reports", {})
+
+
+@pytest.fixture
+def versions(tmp_path: Path, tracking: Tracking, run: str) -> JudgedVersions:
+    """An empty registry, and what publishes into it."""
+    return JudgedVersions(Registry(tmp_path / "models", tracking), f"report-{next(_numbers)}", run)

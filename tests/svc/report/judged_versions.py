@@ -1,0 +1,165 @@
+"""Versions that keep everything, with answers as they are given."""
+
+import itertools
+import math
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from svc.dataset.readers.reader import write_examples
+from svc.dataset.schema.example import ChatExample
+from svc.dataset.summary import DATA_SUMMARY_FILE, summarize_data
+from svc.evaluation.evaluator import Evaluation, judge
+from svc.evaluation.results import ExampleResult, write_results
+from svc.evaluation.training_curve import TRAINING_CURVE_FILE, TrainingPoint, write_training_curve
+from svc.registry.files import record_files
+from svc.registry.manifest import DataRecord, FormatRecord, Manifest
+from svc.registry.registry import BASE_RESULTS_FILE, HELDOUT_FILE, REFERENCE_FOLDER, Registry
+from svc.registry.run_record import RUN_RECORD_FILE, MachineRecord, RunRecord
+from svc.report.judged import BASE
+from svc.version import Format, VersionId
+from tests.svc.registry.manifests import make_manifest
+from tests.svc.registry.model_folder import write_model
+from tests.svc.registry.parity import make_parity
+
+MACHINE = MachineRecord(processor="Some CPU", cores=2, memory=2**33, gpus=(), system="Linux 6.1", python="3.11.2")
+RUN = RunRecord(
+    machine=MACHINE, number_type="bfloat16", steps=80, tokens=40_000, tokens_per_second=250.0, seconds=160.0
+)
+
+
+def curve(steps: int = 80) -> list[TrainingPoint]:
+    """A loss that falls, with a held-out loss every tenth step."""
+    return [
+        TrainingPoint(
+            step=step,
+            epoch=step / steps,
+            loss=None if step == 0 else 0.4 + 2.5 * math.exp(-step / 12) + 0.1 * math.sin(step * 2.4),
+            heldout_loss=0.5 + 2.4 * math.exp(-step / 12) if step % 10 == 0 else None,
+            learning_rate=None if step == 0 else 5e-4 * (1 - step / steps),
+            grad_norm=None if step == 0 else 1.0,
+        )
+        for step in range(steps + 1)
+    ]
+
+
+def answer(text: str, reference: str, nll: float = 1.0) -> ExampleResult:
+    """What a model said to one example."""
+    hit = text.strip() == reference.strip()
+    return ExampleResult(
+        answer=text, tokens=len(text) // 4 + 1, finish_reason="stop", logprob=-0.5, nll=nll, scored=4, hit=hit
+    )
+
+
+def evaluation(examples: Sequence[ChatExample], answers: Sequence[str], nlls: Sequence[float] = ()) -> Evaluation:
+    """What comes of answers, by the metrics of the task."""
+    nll = itertools.chain(nlls, itertools.repeat(1.0))
+    results = [answer(text, one.answer, next(nll)) for one, text in zip(examples, answers, strict=True)]
+    return judge(examples, results, 2.0)
+
+
+@dataclass(frozen=True)
+class JudgedVersions:
+    """Publishes them.
+
+    Args:
+        name: of the model.
+        run: an MLflow run.
+    """
+
+    registry: Registry
+    name: str
+    run: str
+
+    def publish(
+        self,
+        examples: Sequence[ChatExample],
+        answers: Mapping[str, Sequence[str]],
+        *,
+        nlls: Mapping[str, Sequence[float]] | None = None,
+        train: Sequence[ChatExample] = (),
+        older: bool = False,
+        judged: int | None = None,
+        **changes: Any,
+    ) -> Manifest:
+        """A version.
+
+        Args:
+            answers: of base, merged, gptq: those that were judged.
+            nlls: of the references, by model.
+            train: default: the same as `examples`.
+            judged: so many of the examples were asked; default all.
+            older: an older release made it, which kept no more than the formats' answers, without scores.
+            changes: of the manifest.
+        """
+        found = {
+            model: evaluation(examples[:judged], texts[:judged], (nlls or {}).get(model, ()))
+            for model, texts in answers.items()
+        }
+        with tempfile.TemporaryDirectory() as folder:
+            made = partial(self._manifest, judged=found, count=len(examples), older=older, changes=changes)
+            content = self._content(Path(folder), examples, found, train or examples, older=older)
+            return self.registry.publish(self.name, self.run, content, made)
+
+    def _content(
+        self,
+        folder: Path,
+        examples: Sequence[ChatExample],
+        judged: Mapping[str, Evaluation],
+        train: Sequence[ChatExample],
+        *,
+        older: bool,
+    ) -> dict[str, Path]:
+        write_examples(folder / HELDOUT_FILE, examples)
+        reference = folder / REFERENCE_FOLDER
+        reference.mkdir()
+        for model, found in judged.items():
+            results = [one.model_copy(update={"scores": {}}) for one in found.results] if older else found.results
+            if model != BASE or not older:
+                write_results(reference / (BASE_RESULTS_FILE if model == BASE else f"{model}.jsonl"), results)
+        if not older:
+            write_training_curve(reference / TRAINING_CURVE_FILE, curve())
+            summary = summarize_data(train, examples)
+            (reference / DATA_SUMMARY_FILE).write_text(summary.model_dump_json(), "utf-8")
+            (reference / RUN_RECORD_FILE).write_text(RUN.model_dump_json(), "utf-8")
+        formats = {format for format in Format if format in judged} or {Format.ADAPTER}
+        content = {format.value: write_model(folder / "work" / format) for format in formats}
+        return {**content, HELDOUT_FILE: folder / HELDOUT_FILE, REFERENCE_FOLDER: reference}
+
+    def _manifest(
+        self,
+        version: VersionId,
+        folder: Path,
+        judged: Mapping[str, Evaluation],
+        count: int,
+        older: bool,
+        changes: Mapping[str, Any],
+    ) -> Manifest:
+        reports = {model: found.report for model, found in judged.items()}
+        if older:
+            plain = {"metrics": {}, "primary": "exact_match"}
+            reports = {model: report.model_copy(update=plain) for model, report in reports.items()}
+        formats = {
+            format: FormatRecord(
+                files=record_files(folder, folder / format),
+                evaluation=reports.get(format),
+                load_seconds=0.3,
+                tokens_per_second=150.0,
+            )
+            for format in Format
+            if (folder / format).is_dir()
+        }
+        data = DataRecord(
+            train_fingerprint="sha256:1", train_examples=count, heldout_fingerprint="sha256:2", heldout_examples=count
+        )
+        values = {
+            "formats": formats,
+            "base_evaluation": reports.get(BASE),
+            "data": data,
+            "parity": make_parity(),
+            "recipe": {"name": version.name, "train": {"epochs": 1.0}},
+        }
+        return make_manifest(version, folder, **(values | dict(changes)))

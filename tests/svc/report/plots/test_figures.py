@@ -1,0 +1,90 @@
+"""What each figure shows."""
+
+import math
+import re
+
+import pytest
+
+from svc.dataset.summary import summarize_data
+from svc.evaluation.estimate import Estimate
+from svc.evaluation.metrics.metric import Better, Unit
+from svc.evaluation.training_curve import TrainingPoint
+from svc.report.judged import BASE, MetricRow
+from svc.report.plots.curve import plot_learning_rate, plot_loss
+from svc.report.plots.data import plot_labels, plot_lengths
+from svc.report.plots.metrics import plot_numbers, plot_shares
+from tests.svc.chats import chat
+from tests.svc.report.judged_versions import curve
+
+
+def label_of(svg: str | None) -> str:
+    """What it says in words."""
+    assert svg is not None
+    [found] = re.findall('aria-label="([^"]*)"', svg)
+    return str(found)
+
+
+def row(name: str, value: float, unit: Unit = Unit.SHARE, better: Better = Better.HIGHER) -> MetricRow:
+    """A metric of two models."""
+    estimate = Estimate(value=value, low=value * 0.9, high=value * 1.1)
+    return MetricRow(name, name, unit, better, {BASE: estimate, "gptq": estimate}, {})
+
+
+ROWS = [
+    row("accuracy", 0.5),
+    row("nll", 2.0, Unit.NUMBER, Better.LOWER),
+    row("perplexity", 7.4, Unit.NUMBER, Better.LOWER),
+    row("length", 12.0, Unit.TOKENS, Better.NEITHER),
+]
+
+
+def test_shares_and_numbers_are_apart() -> None:
+    shares, numbers = plot_shares(ROWS), plot_numbers(ROWS)
+    assert label_of(shares) == "accuracy: base 0.500 [0.450, 0.550], gptq 0.500 [0.450, 0.550]"
+    assert label_of(numbers).startswith("nll: base 2.000")
+    assert "perplexity" not in (numbers or "")
+    assert "length" not in (numbers or "")
+
+
+def test_a_figure_of_nothing_is_none() -> None:
+    assert plot_shares(ROWS[1:]) is None
+    assert plot_numbers([ROWS[0], ROWS[3]]) is None
+    assert plot_loss([]) is None
+    assert plot_learning_rate([TrainingPoint(step=0, epoch=0, heldout_loss=1.0)]) is None
+    assert plot_labels({}, {}) is None
+
+
+def test_the_curve_says_where_it_began_and_ended() -> None:
+    said = label_of(plot_loss(curve()))
+    assert re.fullmatch(
+        r"training loss from 2\.\d+ to 0\.\d+ in 80 steps; held-out loss from 2\.900 to 0\.503, lowest 0\.503", said
+    )
+    assert label_of(plot_learning_rate(curve())) == "learning rate, 0.00049 at most"
+
+
+def test_a_run_without_held_out_loss_has_a_curve() -> None:
+    points = [TrainingPoint(step=step, epoch=1, loss=1 / step) for step in (1, 2)]
+    assert label_of(plot_loss(points)) == "training loss from 1.000 to 0.500 in 2 steps"
+
+
+def test_a_figure_of_many_steps_is_no_larger_than_one_of_some() -> None:
+    many = plot_loss(curve(50_000))
+    assert many is not None
+    assert len(many) < 3 * len(plot_loss(curve(300)) or "")
+
+
+@pytest.mark.parametrize("exploded", [False, True])
+def test_a_loss_that_exploded_is_drawn_on_a_logarithmic_axis(exploded: bool) -> None:
+    points = [TrainingPoint(step=step, epoch=1, loss=2 + math.sin(step)) for step in range(1, 60)]
+    points += [TrainingPoint(step=60, epoch=1, loss=5000.0)] * exploded
+    assert ("10^" in (plot_loss(points) or "") or "mathdefault" in (plot_loss(points) or "")) == exploded
+
+
+def test_lengths_are_told_of_prompts_and_answers() -> None:
+    said = label_of(plot_lengths(summarize_data([chat("x" * 100, "y" * 7)] * 3, [])))
+    assert said.startswith("prompts: half have at most 100 characters")
+    assert "answers: half have at most 7 characters" in said
+
+
+def test_labels_stand_beside_those_that_are_held_out() -> None:
+    assert label_of(plot_labels({"net": 5, "games": 2}, {"net": 1})).endswith("by label: net 5 and 1, games 2 and 0")

@@ -1,0 +1,62 @@
+"""`svc report`: a file in the working folder."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from svc.errors import NotFoundError
+from svc.registry.registry import Registry
+from svc.report.judged import BASE
+from tests.command_line import Svc
+from tests.svc.report.judged_versions import JudgedVersions
+from tests.svc.report.test_judged import LABELS, right
+
+
+@pytest.fixture
+def version(versions: JudgedVersions, monkeypatch: pytest.MonkeyPatch) -> str:
+    """A version where the command finds it."""
+    monkeypatch.setattr(Registry, "of", lambda settings: versions.registry)
+    return str(versions.publish(LABELS, {BASE: right(LABELS, 9), "merged": right(LABELS, 50)}).id)
+
+
+def test_it_writes_a_page_into_the_working_folder_and_says_where(svc: Svc, version: str, tmp_path: Path) -> None:
+    ended = svc("report", version)
+    path = tmp_path / f"{version.replace('@', '-')}.html"
+    assert (ended.code, ended.out) == (0, f"{path}\n")
+    assert f"<title>{version}</title>" in path.read_text("utf-8")
+
+
+def test_it_writes_where_it_is_told_to(svc: Svc, version: str, tmp_path: Path) -> None:
+    assert svc("report", version, "--output", "other.html").out == f"{tmp_path / 'other.html'}\n"
+    assert (tmp_path / "other.html").is_file()
+
+
+def test_a_name_alone_is_its_newest_version(svc: Svc, version: str) -> None:
+    assert svc("report", version.partition("@")[0]).out.endswith("-1.html\n")
+
+
+def test_machines_get_the_path_and_all_figures(svc: Svc, version: str, tmp_path: Path) -> None:
+    told = json.loads(svc("report", version, "--json").out)
+    assert told["path"] == str(tmp_path / f"{version.replace('@', '-')}.html")
+    assert told["version"] == version
+    assert told["metrics"]["accuracy"]["estimates"]["merged"]["value"] == pytest.approx(50 / 60)
+    assert told["metrics"]["accuracy"]["changes"]["merged"]["value"] == pytest.approx(41 / 60)
+    assert told["verdicts"][0]["outcome"] == "better"
+    assert len(told["side_by_side"]) == 20
+
+
+def test_a_folder_that_is_not_there_is_a_plain_error(svc: Svc, version: str) -> None:
+    ended = svc("report", version, "--output", "nowhere/page.html")
+    assert ended.code == 2
+    assert "nowhere" in ended.err
+
+
+def test_a_version_that_is_not_there_is_not_found(svc: Svc, version: str, tmp_path: Path) -> None:
+    ended = svc("report", version.replace("@1", "@7"))
+    assert ended.code == NotFoundError.exit_code
+    assert list(tmp_path.glob("*.html")) == []
+
+
+def test_show_says_how_to_get_it(svc: Svc, version: str) -> None:
+    assert f"svc report {version}" in svc("show", version).out

@@ -1,0 +1,56 @@
+"""The confusion matrix, beside scikit-learn's."""
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from sklearn.metrics import confusion_matrix as of_sklearn
+
+from svc.report.confusion import ConfusionMatrix, confusion_matrix
+from tests.svc.chats import chat
+from tests.svc.report.judged_versions import answer
+
+LABELS = ("admin", "games", "net")
+
+
+def matrix(pairs: list[tuple[str, str]]) -> ConfusionMatrix | None:
+    """Of references and answers."""
+    examples = [chat(f"q {place}", reference) for place, (reference, _) in enumerate(pairs)]
+    return confusion_matrix(examples, [answer(given, reference) for reference, given in pairs])
+
+
+@given(st.lists(st.tuples(st.sampled_from(LABELS), st.sampled_from(LABELS)), min_size=6))
+def test_it_is_that_of_scikit_learn(pairs: list[tuple[str, str]]) -> None:
+    pairs += [(label, label) for label in LABELS]
+    found = matrix(pairs)
+    assert found is not None
+    assert (found.labels, found.given) == (LABELS, LABELS)
+    wanted = of_sklearn([one for one, _ in pairs], [other for _, other in pairs], labels=LABELS)
+    assert [list(row) for row in found.counts] == wanted.tolist()
+
+
+def test_what_is_no_label_has_a_column_of_its_own() -> None:
+    found = matrix([("net", "net"), ("net", "I do not know"), ("games", "games"), ("games", "net")] * 2)
+    assert found is not None
+    assert found.given == ("games", "net", "(no label)")
+    assert found.counts == ((2, 2, 0), (0, 2, 2))
+
+
+def test_how_a_label_is_written_does_not_count() -> None:
+    found = matrix([("net", '{"section": "Net"}'), ("net", "NET "), ("games", "games"), ("games", "Games")])
+    assert found is not None
+    assert found.counts == ((2, 0), (0, 2))
+
+
+def test_the_rare_ones_of_many_labels_are_one() -> None:
+    pairs = [(f"label {place:02}", f"label {place:02}") for place in range(30) for _ in range(2 + (place < 25))]
+    found = matrix(pairs)
+    assert found is not None
+    assert len(found.labels) == 26
+    assert found.labels[-1] == "(other labels)"
+    assert found.counts[-1][-1] == 10
+    assert sum(map(sum, found.counts)) == len(pairs)
+
+
+@pytest.mark.parametrize("pairs", [[], [(f"a long answer, number {place}", "a") for place in range(9)]])
+def test_texts_have_none(pairs: list[tuple[str, str]]) -> None:
+    assert matrix(pairs) is None

@@ -1,0 +1,108 @@
+"""Is it better than its base, and by how much?"""
+
+from collections.abc import Mapping, Sequence
+
+import pytest
+
+from svc.dataset.schema.example import ChatExample
+from svc.evaluation.metrics.metric import Answered
+from svc.report.judged import BASE, Judged, Outcome
+from tests.svc.chats import chat
+from tests.svc.report.judged_versions import evaluation
+
+LABELS = [chat(f"q {place}", ("net", "games", "java")[place % 3]) for place in range(60)]
+TEXTS = [chat(f"q {place}", f"a tool that does number {place} of all things") for place in range(30)]
+
+
+def judged(
+    examples: Sequence[ChatExample], answers: Mapping[str, Sequence[str]], *, kept: Sequence[str] | None = None
+) -> Judged:
+    """What these answers make.
+
+    Args:
+        kept: models whose answers are known; default all.
+    """
+    made = {model: evaluation(examples, texts) for model, texts in answers.items()}
+    return Judged(
+        examples,
+        {model: one.report for model, one in made.items()},
+        {model: one.results for model, one in made.items() if kept is None or model in kept},
+    )
+
+
+def right(examples: Sequence[ChatExample], count: int) -> list[str]:
+    """Answers of which the first so many are right."""
+    return [one.answer if place < count else "none of them" for place, one in enumerate(examples)]
+
+
+@pytest.mark.parametrize(
+    ("base", "merged", "outcome"),
+    [(10, 50, Outcome.BETTER), (50, 10, Outcome.WORSE), (30, 31, Outcome.OPEN)],
+)
+def test_a_verdict_is_what_the_interval_of_the_change_says(base: int, merged: int, outcome: Outcome) -> None:
+    found = judged(LABELS, {BASE: right(LABELS, base), "merged": right(LABELS, merged)})
+    [verdict] = found.verdicts()
+    assert (verdict.model, verdict.other, verdict.outcome) == ("merged", BASE, outcome)
+    assert verdict.change is not None
+    assert verdict.change.value == pytest.approx((merged - base) / 60)
+
+
+def test_gptq_stands_beside_the_base_and_beside_merged() -> None:
+    found = judged(LABELS, {BASE: right(LABELS, 5), "merged": right(LABELS, 50), "gptq": right(LABELS, 49)})
+    pairs = [(verdict.model, verdict.other) for verdict in found.verdicts()]
+    assert pairs == [("merged", BASE), ("gptq", BASE), ("gptq", "merged")]
+
+
+def test_the_primary_metric_decides_and_comes_first() -> None:
+    found = judged(TEXTS, {BASE: right(TEXTS, 0), "merged": right(TEXTS, 20)})
+    assert found.primary == "rouge_l"
+    assert found.rows()[0].name == "rouge_l"
+    assert found.rows()[-1].name == "nll"
+
+
+def test_every_metric_has_its_change_example_by_example() -> None:
+    found = judged(LABELS, {BASE: right(LABELS, 10), "merged": right(LABELS, 40)})
+    changes = {row.name: row.changes["merged"].value for row in found.rows()}
+    assert set(changes) == {"accuracy", "macro_f1", "exact_match", "perplexity", "length", "nll"}
+    for row in found.rows():
+        difference = row.estimates["merged"].value - row.estimates[BASE].value
+        assert changes[row.name] == pytest.approx(difference, abs=1e-9)
+
+
+def test_without_the_answers_of_the_base_exact_match_alone_is_compared_example_by_example() -> None:
+    found = judged(LABELS, {BASE: right(LABELS, 10), "merged": right(LABELS, 40)}, kept=["merged"])
+    assert [row.name for row in found.rows() if row.changes] == ["exact_match"]
+
+
+@pytest.mark.parametrize(("base", "outcome"), [(0, Outcome.BETTER), (20, Outcome.OPEN)])
+def test_without_them_the_intervals_must_not_touch(base: int, outcome: Outcome) -> None:
+    found = judged(LABELS, {BASE: right(LABELS, base), "merged": right(LABELS, 24)}, kept=["merged"])
+    [verdict] = found.verdicts()
+    assert (verdict.outcome, verdict.change) == (outcome, None)
+
+
+def test_gptq_stands_for_a_version_without_merged() -> None:
+    assert judged(LABELS, {"gptq": right(LABELS, 10)}).tuned == "gptq"
+
+
+def test_of_a_version_that_was_not_served_nothing_is_said() -> None:
+    found = Judged([], {}, {})
+    assert (found.tuned, found.rows(), found.verdicts()) == (None, (), ())
+
+
+def test_lower_is_better_where_the_metric_says_so() -> None:
+    made = {
+        BASE: evaluation(LABELS, right(LABELS, 9), [3.0] * 60),
+        "merged": evaluation(LABELS, right(LABELS, 9), [1.0] * 60),
+    }
+    reports = {model: one.report.model_copy(update={"primary": "perplexity"}) for model, one in made.items()}
+    [verdict] = Judged(LABELS, reports, {model: one.results for model, one in made.items()}).verdicts()
+    assert verdict.outcome is Outcome.BETTER
+
+
+def test_the_change_of_macro_f1_is_that_of_its_metric() -> None:
+    from svc.evaluation.metrics.macro_f1 import MacroF1
+
+    found = judged(LABELS, {BASE: right(LABELS, 10), "merged": right(LABELS, 40)})
+    before, after = (Answered(LABELS, found.results[model]) for model in (BASE, "merged"))
+    assert found.change("macro_f1", BASE, "merged") == MacroF1().difference(before, after)

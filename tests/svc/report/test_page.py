@@ -1,0 +1,224 @@
+"""The report as a page: complete, harmless, and the same wherever it is looked at."""
+
+import itertools
+import re
+from collections import Counter
+from html.parser import HTMLParser
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from svc.dataset.schema.example import ChatExample
+from svc.evaluation.estimate import Estimate
+from svc.registry.manifest import Manifest
+from svc.report.judged import BASE, Outcome, Verdict
+from svc.report.page import duration, report_page, say_verdict
+from svc.report.report import Finding, GeneralTask, gather_report
+from tests.svc.chats import chat
+from tests.svc.registry.parity import make_parity
+from tests.svc.report.judged_versions import JudgedVersions
+from tests.svc.report.test_judged import LABELS, TEXTS, right
+
+ANSWERS = {BASE: right(LABELS, 10), "merged": right(LABELS, 50), "gptq": right(LABELS, 45)}
+SCRIPT = "<script>alert(1)</script>"
+_VOID = {"meta", "use", "path", "link", "br", "img"}
+
+
+class Page(HTMLParser):
+    """What a browser finds."""
+
+    def __init__(self, html: str) -> None:
+        super().__init__()
+        self.tags: Counter[str] = Counter()
+        self.attributes: list[tuple[str, str, str]] = []
+        self.text = ""
+        self.ids: Counter[str] = Counter()
+        self.open: list[str] = []
+        self.feed(html)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags[tag] += 1
+        self.attributes += [(tag, name, value or "") for name, value in attrs]
+        self.ids.update(value for name, value in attrs if name == "id" and value)
+        if tag not in _VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.handle_starttag(tag, attrs)
+        if tag not in _VOID:
+            self.open.pop()
+
+    def handle_endtag(self, tag: str) -> None:
+        if tag not in _VOID:
+            assert self.open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        self.text += data
+
+
+def page_of(versions: JudgedVersions, made: Manifest) -> str:
+    """Its page."""
+    return report_page(gather_report(versions.registry, made.id))
+
+
+def section(page: str, name: str) -> str:
+    """One of its sections."""
+    [found] = re.findall(rf'<section id="{name}">.*?</section>', page, re.DOTALL)
+    return str(found)
+
+
+@pytest.fixture
+def page(versions: JudgedVersions) -> str:
+    """Of a version that keeps everything."""
+    return page_of(versions, versions.publish(LABELS, ANSWERS))
+
+
+def test_the_page_is_well_formed_and_every_link_leads_somewhere(page: str) -> None:
+    found = Page(page)
+    assert found.open == []
+    assert max(found.ids.values()) == 1
+    links = {value for _, name, value in found.attributes if name in ("href", "xlink:href")}
+    assert links <= {f"#{name}" for name in found.ids}
+
+
+def test_the_page_loads_nothing_and_runs_nothing(page: str) -> None:
+    found = Page(page)
+    assert not found.tags.keys() & {"script", "iframe", "object", "embed", "link", "img", "form", "base"}
+    assert not [name for _, name, _ in found.attributes if name.startswith("on") or name in ("src", "srcset", "action")]
+    assert not re.findall(r"@import|url\((?!#)|https?://(?!www\.w3\.org/)", page)
+    [policy] = re.findall(r'Content-Security-Policy" content="([^"]*)"', page)
+    assert policy.startswith("default-src 'none'; style-src 'unsafe-inline'; img-src data:")
+    assert "script-src" not in policy
+
+
+ATTACKS = [
+    SCRIPT,
+    '"><img src=x onerror=alert(1)>',
+    "</div></section></main><style>*{display:none}</style>",
+    "{{ 7*7 }}{% include 'style.css' %}",
+    "</title><svg onload=alert(1)>",
+    "&lt;script&gt;",
+]
+
+
+@pytest.mark.parametrize("attack", ATTACKS)
+def test_what_a_model_or_a_user_wrote_is_text(versions: JudgedVersions, attack: str) -> None:
+    label = attack[:40]
+    examples = [chat(f"{attack} {place}", (label, "net")[place % 2]) for place in range(20)]
+    answers = {BASE: [attack] * 20, "merged": [attack] * 10 + ["net"] * 10}
+    made = versions.publish(examples, answers, failed=(attack,), recipe={"name": attack}, libraries={attack: attack})
+    plain = versions.publish(LABELS[:20], {BASE: ["net"] * 20, "merged": ["x"] * 20}, failed=("x",))
+    found, other = Page(page_of(versions, made)), Page(page_of(versions, plain))
+    assert found.open == []
+    assert attack in found.text
+    assert found.tags.keys() <= other.tags.keys(), "an attack made elements"
+    assert not [name for _, name, _ in found.attributes if name.startswith("on")]
+
+
+@settings(max_examples=10, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(texts=st.lists(st.text(st.characters(exclude_categories=["Cs"]), min_size=1), min_size=3, max_size=5))
+def test_whatever_is_answered_the_page_is_well_formed(versions: JudgedVersions, texts: list[str]) -> None:
+    examples = [chat(f"q {place}", "a") for place in range(len(texts))]
+    assert Page(page_of(versions, versions.publish(examples, {"merged": texts}))).open == []
+
+
+def test_a_long_answer_is_cut_and_says_so(versions: JudgedVersions) -> None:
+    answers = ["z" * 300_000, *(example.answer for example in TEXTS[1:])]
+    page = page_of(versions, versions.publish(TEXTS, {"merged": answers}))
+    assert len(page) < 200_000
+    assert "296,000 more characters are not shown" in page
+
+
+def test_nothing_is_shown_as_nothing(versions: JudgedVersions) -> None:
+    page = page_of(versions, versions.publish(TEXTS[:4], {"merged": ["", "\n ", "x", "y"]}))
+    assert page.count(">nothing<") == page.count(">only white space<") > 0
+
+
+def test_one_version_has_one_page(versions: JudgedVersions) -> None:
+    made = versions.publish(LABELS, ANSWERS)
+    assert page_of(versions, made) == page_of(versions, made)
+
+
+def test_sections_come_in_the_order_in_which_a_person_asks(versions: JudgedVersions) -> None:
+    made = versions.publish(LABELS, {BASE: right(LABELS, 10), "merged": ["x", *right(LABELS, 50)[1:]]})
+    estimate = Estimate(value=0.5, low=0.4, high=0.6)
+    report = gather_report(
+        versions.registry,
+        made.id,
+        [Finding("label_noise", "two answers to one prompt", "data.train: drop line 7")],
+        [GeneralTask("arithmetic", estimate, estimate, estimate)],
+    )
+    page = report_page(report)
+    wanted = "diagnosis metrics labels training worst lost side-by-side forgetting parity data made"
+    assert re.findall(r'<section id="([^"]*)"', page) == wanted.split()
+    assert "data.train: drop line 7" in section(page, "diagnosis")
+    assert "arithmetic" in section(page, "forgetting")
+
+
+def test_what_there_is_not_is_left_out(versions: JudgedVersions) -> None:
+    page = page_of(versions, versions.publish(TEXTS, {}, parity=None))
+    assert re.findall(r'<section id="([^"]*)"', page) == ["training", "data", "made"]
+    assert "only an adapter is registered" in page
+
+
+def test_an_older_version_says_what_it_did_not_keep(versions: JudgedVersions) -> None:
+    made = versions.publish(LABELS, ANSWERS, older=True)
+    page = page_of(versions, made)
+    assert f"MLflow has one under run {made.tracking_run}" in section(page, "training")
+    assert "did not keep the base's answers" in section(page, "side-by-side")
+    assert "kept no more of its data" in section(page, "data")
+
+
+def test_a_failed_check_stands_at_the_beginning(versions: JudgedVersions) -> None:
+    made = versions.publish(LABELS, ANSWERS, failed=("gptq lost 0.1",), parity=make_parity("template"))
+    head, _, rest = page_of(versions, made).partition("<main>")
+    assert "it failed a check:</span> gptq lost 0.1" in head
+    assert "Every parity check passed" not in head
+    assert '<span class="bad">failed</span>' in section(rest, "parity")
+
+
+def test_every_figure_says_in_words_what_it_shows(page: str) -> None:
+    labels = [value for tag, name, value in Page(page).attributes if tag == "svg" and name == "aria-label"]
+    assert len(labels) == Page(page).tags["svg"] == 6
+    assert all(len(label) > 20 for label in labels)
+
+
+def test_headings_do_not_skip_a_level(page: str) -> None:
+    levels = [int(level) for level in re.findall(r"<h(\d)", page)]
+    assert levels[0] == 1
+    assert all(after <= before + 1 for before, after in itertools.pairwise(levels))
+
+
+def test_every_table_has_a_caption_and_scrolls_alone(page: str) -> None:
+    tags = Page(page).tags
+    assert tags["table"] == tags["caption"] == page.count('<div class="scroll" tabindex="0"><table')
+
+
+def test_all_turns_of_a_prompt_are_there(versions: JudgedVersions) -> None:
+    from svc.dataset.schema.example import Message, Role
+
+    turns = (Message(Role.SYSTEM, "be brief"), Message(Role.USER, "what is it?"), Message(Role.ASSISTANT, "a tool"))
+    page = page_of(versions, versions.publish([ChatExample(turns)] * 2, {"merged": ["a tool", "x"]}))
+    assert "whole prompt, 2 turns" in page
+    assert "be brief" in page
+
+
+@pytest.mark.parametrize(
+    ("verdict", "said"),
+    [
+        (("merged", BASE, Outcome.BETTER), "The merged model is better than its base: accuracy 0.500 [0.400, 0.600]"),
+        (("gptq", "merged", Outcome.WORSE), "The gptq model is worse than the merged model: accuracy"),
+        (("gptq", "merged", Outcome.OPEN), "No difference beyond doubt between the gptq model and the merged model: "),
+    ],
+)
+def test_a_verdict_is_a_sentence(verdict: tuple[str, str, Outcome], said: str) -> None:
+    estimate, change = Estimate(value=0.5, low=0.4, high=0.6), Estimate(value=-0.1, low=-0.2, high=0.0)
+    sentence = say_verdict(Verdict(*verdict, estimate, estimate, change), "accuracy")
+    assert sentence.startswith(said)
+    assert sentence.endswith("a change of −0.100 [−0.200, +0.000].")  # noqa: RUF001 - the sign is meant
+
+
+@pytest.mark.parametrize(("seconds", "said"), [(9.6, "10 s"), (150, "2 min"), (3 * 3600 + 300, "3 h 5 min")])
+def test_a_duration_is_said_as_a_person_does(seconds: float, said: str) -> None:
+    assert duration(seconds) == said

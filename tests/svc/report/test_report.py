@@ -1,0 +1,65 @@
+"""All that a version keeps, gathered."""
+
+import pytest
+
+from svc.dataset.summary import summarize_data
+from svc.errors import IntegrityError, NotFoundError
+from svc.report.judged import BASE
+from svc.report.report import gather_report
+from svc.version import VersionId
+from tests.svc.report.judged_versions import RUN, JudgedVersions, curve
+from tests.svc.report.test_judged import LABELS, right
+
+ANSWERS = {BASE: right(LABELS, 10), "merged": right(LABELS, 50), "gptq": right(LABELS, 45)}
+
+
+def test_everything_is_there(versions: JudgedVersions) -> None:
+    made = versions.publish(LABELS, ANSWERS)
+    report = gather_report(versions.registry, made.id)
+    assert report.manifest == made
+    assert (report.models, report.tuned) == ((BASE, "merged", "gptq"), "merged")
+    assert report.metrics[0].name == "accuracy"
+    assert report.curve == tuple(curve())
+    assert report.data == summarize_data(LABELS, LABELS)
+    assert report.heldout_labels == {"net": 20, "games": 20, "java": 20}
+    assert report.run == RUN
+    assert report.confusion is not None
+    assert sum(map(sum, report.confusion.counts)) == len(LABELS)
+    assert len(report.worst) == 10
+    assert len(report.side_by_side) == 20
+
+
+def test_of_a_limited_evaluation_the_examples_are_those_that_were_asked(versions: JudgedVersions) -> None:
+    made = versions.publish(LABELS, {"merged": right(LABELS, 50)}, judged=21)
+    report = gather_report(versions.registry, made.id)
+    assert [one.number for one in report.side_by_side][-1] == 20
+    assert report.heldout_labels == {"net": 20, "games": 20, "java": 20}
+
+
+def test_an_older_version_has_what_its_release_kept(versions: JudgedVersions) -> None:
+    made = versions.publish(LABELS, ANSWERS, older=True)
+    report = gather_report(versions.registry, made.id)
+    assert report.metrics[0].name == "exact_match"
+    assert [answer.model for answer in report.side_by_side[0].answers] == ["merged", "gptq"]
+    assert (report.curve, report.data, report.run, report.lost) == ((), None, None, ())
+    assert report.verdicts[0].change is not None, "its hits are compared example by example"
+
+
+def test_an_adapter_alone_was_not_judged(versions: JudgedVersions) -> None:
+    report = gather_report(versions.registry, versions.publish(LABELS, {}).id)
+    assert (report.tuned, report.metrics, report.verdicts, report.confusion) == (None, (), (), None)
+
+
+def test_a_version_that_is_not_there_is_not_found(versions: JudgedVersions) -> None:
+    with pytest.raises(NotFoundError, match="there is no version"):
+        gather_report(versions.registry, VersionId(versions.name, 7))
+
+
+@pytest.mark.parametrize("file", ["base.jsonl", "training.jsonl", "data_summary.json", "run.json"])
+def test_a_file_that_was_changed_is_refused(versions: JudgedVersions, file: str) -> None:
+    made = versions.publish(LABELS, ANSWERS)
+    path = versions.registry.folder(made.id) / "reference" / file
+    path.chmod(0o644)
+    path.write_bytes(path.read_bytes() + b"\n")
+    with pytest.raises(IntegrityError, match="was changed after registration"):
+        gather_report(versions.registry, made.id)
