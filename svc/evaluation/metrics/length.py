@@ -10,6 +10,7 @@ class Length(Metric):
     title = "length"
     better = Better.NEITHER
     unit = Unit.TOKENS
+    in_tokens = True
 
     def score(self, answered: Answered) -> list[float]:
         return [float(result.tokens) for result in answered.results]

@@ -58,6 +58,8 @@ class Metric(ABC):
         title: for people.
         scored: whether each example has a score of its own.
         watched_by: name of the metric that monitoring repeats in its place; its own where examples have scores.
+        in_tokens: whether it counts tokens of the model's own tokenizer, so that it says nothing beside a model that
+            has another one.
     """
 
     name: str
@@ -65,6 +67,7 @@ class Metric(ABC):
     better: Better = Better.HIGHER
     unit: Unit = Unit.SHARE
     scored: bool = True
+    in_tokens: bool = False
 
     @property
     def watched_by(self) -> str:

@@ -21,6 +21,7 @@ class Perplexity(Metric):
     better = Better.LOWER
     unit = Unit.NUMBER
     scored = False
+    in_tokens = True
 
     @property
     def watched_by(self) -> str:

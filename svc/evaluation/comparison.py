@@ -1,0 +1,245 @@
+"""Two models on the same examples: how much each metric differs, with its interval, and where the answers differ most.
+
+Paired: the difference is taken example by example, so that what both find hard cancels out. All is said of the second
+model against the first. Knows nothing of who was asked, and how.
+"""
+
+from collections.abc import Iterator, Sequence
+from enum import StrEnum
+
+from pydantic import BaseModel, ConfigDict
+
+from svc.dataset.schema.example import ChatExample
+from svc.errors import DataError
+from svc.evaluation.edit_distance import edit_distance
+from svc.evaluation.estimate import Estimate, mean, paired_difference
+from svc.evaluation.evaluator import judge
+from svc.evaluation.metrics.choose import MetricSet
+from svc.evaluation.metrics.metric import Answered, Better, Metric, Unit
+from svc.evaluation.results import ExampleResult, token_weights
+
+SHOWN = 20
+"""Examples that are shown side by side."""
+NLL = "nll"
+_FEWEST_DIFFERENT = 6
+"""Of fewer examples that differ, all do in one direction by chance more often than once in twenty times."""
+_EQUAL = 1e-9
+
+
+class Verdict(StrEnum):
+    """What the second model is against the first, by one metric."""
+
+    BETTER = "better"
+    WORSE = "worse"
+    UNDECIDED = "undecided"
+    """The interval of the difference has 0 in it, or too few examples differ."""
+    DIFFERENT = "different"
+    """Beyond doubt, by a metric that says nothing of better or worse."""
+
+
+class _Part(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class MetricComparison(_Part):
+    """Two models by one metric.
+
+    Attributes:
+        difference: the second's figure minus the first's, paired.
+    """
+
+    title: str
+    better: Better
+    unit: Unit
+    first: Estimate
+    second: Estimate
+    difference: Estimate
+    verdict: Verdict
+
+
+class Tally(_Part):
+    """On how many examples the second model is the better one.
+
+    Attributes:
+        metric: by whose scores.
+        p_value: of the exact sign test, both sides: how often chance alone gives a lead as large. 1 without a lead.
+    """
+
+    metric: str
+    wins: int
+    losses: int
+    ties: int
+    p_value: float
+
+
+class DifferentAnswers(_Part):
+    """One example that the two answer otherwise.
+
+    Attributes:
+        place: of the example, from 0.
+        asked: its last user turn.
+        gain: the second's score minus the first's, positive where the second is better.
+        edits: characters to change in one answer to make it the other.
+    """
+
+    place: int
+    asked: str
+    reference: str
+    first: str
+    second: str
+    gain: float
+    edits: int
+
+
+class Comparison(_Part):
+    """The second model against the first.
+
+    Attributes:
+        metrics: by name, the primary one first; beside them the negative log-likelihood of the references as `nll`.
+        left_out: why a metric is not among them, by its name.
+        different: those that differ most, by the tally's scores and then by edits.
+    """
+
+    examples: int
+    primary: str
+    metrics: dict[str, MetricComparison]
+    left_out: dict[str, str]
+    tally: Tally
+    different: tuple[DifferentAnswers, ...]
+
+    @property
+    def verdict(self) -> Verdict:
+        """By the primary metric."""
+        return self.metrics[self.primary].verdict
+
+
+def compare(
+    examples: Sequence[ChatExample],
+    first: Sequence[ExampleResult],
+    second: Sequence[ExampleResult],
+    metrics: MetricSet,
+    *,
+    no_tokens: str = "",
+) -> Comparison:
+    """Compares two models' results.
+
+    Args:
+        first, second: one result for each example, in the same order; their scores are made anew.
+        no_tokens: why nothing that counts in a model's own tokens can be compared: log-likelihoods are not known, or
+            the two have different tokenizers. Empty: it can.
+
+    Raises:
+        DataError: no metric is left to compare by.
+        SvcError: a metric failed.
+    """
+    usable = [metric for metric in metrics if not (no_tokens and metric.in_tokens)]
+    primary = next((metric for metric in usable if metric.better is not Better.NEITHER), None)
+    if primary is None:
+        raise DataError(
+            f"nothing is left to compare by: {no_tokens}", todo="name a metric of the answers: --metric exact_match"
+        )
+    chosen = MetricSet(primary, tuple(metric for metric in usable if metric is not primary))
+    one, other = (Answered(examples, judge(examples, results, 0.0, chosen).results) for results in (first, second))
+    compared = {metric.name: _by_metric(metric, one, other) for metric in chosen}
+    left_out = {metric.name: no_tokens for metric in metrics if metric not in usable}
+    if no_tokens:
+        left_out[NLL] = no_tokens
+    else:
+        compared[NLL] = _by_likelihood(one, other)
+    gains, by = _gains(primary, one, other)
+    return Comparison(
+        examples=len(examples),
+        primary=primary.name,
+        metrics=compared,
+        left_out=left_out,
+        tally=_tally(by, gains),
+        different=tuple(_most_different(one, other, gains)),
+    )
+
+
+def _by_metric(metric: Metric, one: Answered, other: Answered) -> MetricComparison:
+    before, after = _scores(metric, one), _scores(metric, other)
+    differing = sum(abs(b - a) > _EQUAL for a, b in zip(before, after, strict=True)) if metric.scored else len(before)
+    difference = metric.difference(one, other)
+    return MetricComparison(
+        title=metric.title,
+        better=metric.better,
+        unit=metric.unit,
+        first=metric.estimate(one),
+        second=metric.estimate(other),
+        difference=difference,
+        verdict=_verdict(difference, metric.better, differing),
+    )
+
+
+def _by_likelihood(one: Answered, other: Answered) -> MetricComparison:
+    """Nats a token, weighted by the tokens of each reference, as in an evaluation report."""
+    weights = token_weights(one.results)
+    before, after = ([result.nll for result in answered.results] for answered in (one, other))
+    difference = paired_difference(before, after, weights)
+    return MetricComparison(
+        title="NLL / token",
+        better=Better.LOWER,
+        unit=Unit.NUMBER,
+        first=mean(before, weights),
+        second=mean(after, weights),
+        difference=difference,
+        verdict=_verdict(difference, Better.LOWER, len(before)),
+    )
+
+
+def _verdict(difference: Estimate, better: Better, differing: int) -> Verdict:
+    if difference.low <= 0 <= difference.high or differing < _FEWEST_DIFFERENT:
+        return Verdict.UNDECIDED
+    if better is Better.NEITHER:
+        return Verdict.DIFFERENT
+    return Verdict.BETTER if (difference.value > 0) is (better is Better.HIGHER) else Verdict.WORSE
+
+
+def _scores(metric: Metric, answered: Answered) -> list[float]:
+    """One for each example; of a metric that has none, whether the answer is the reference."""
+    if metric.scored:
+        return [result.scores[metric.name] for result in answered.results]
+    return [float(result.hit) for result in answered.results]
+
+
+def _gains(primary: Metric, one: Answered, other: Answered) -> tuple[list[float], str]:
+    """By how much the second is better on each example, and by whose scores.
+
+    A metric of all examples together has none of its own: it gets those of the metric that monitoring watches in its
+    place, if that is among them, or exact match.
+    """
+    watched = primary.watched_by
+    if primary.scored or watched not in one.results[0].scores:
+        by = primary.name if primary.scored else "exact_match"
+        before, after = _scores(primary, one), _scores(primary, other)
+    else:
+        by = watched
+        before, after = ([result.scores[watched] for result in answered.results] for answered in (one, other))
+    sign = -1 if primary.scored and primary.better is Better.LOWER else 1
+    return [sign * (b - a) for a, b in zip(before, after, strict=True)], by
+
+
+def _tally(metric: str, gains: Sequence[float]) -> Tally:
+    from scipy.stats import binomtest
+
+    wins, losses = (sum(sign * gain > _EQUAL for gain in gains) for sign in (1, -1))
+    p_value = float(binomtest(wins, wins + losses).pvalue) if wins + losses else 1.0
+    return Tally(metric=metric, wins=wins, losses=losses, ties=len(gains) - wins - losses, p_value=p_value)
+
+
+def _most_different(one: Answered, other: Answered, gains: Sequence[float]) -> Iterator[DifferentAnswers]:
+    texts = list(zip(one.answers, other.answers, strict=True))
+    different = [place for place, (a, b) in enumerate(texts) if a != b]
+    edits = {place: edit_distance(*texts[place]) for place in different}
+    for place in sorted(different, key=lambda place: (-abs(gains[place]), -edits[place], place))[:SHOWN]:
+        example, (first, second) = one.examples[place], texts[place]
+        yield DifferentAnswers(
+            place=place,
+            asked=example.question,
+            reference=example.answer,
+            first=first,
+            second=second,
+            gain=gains[place],
+            edits=edits[place],
+        )

@@ -1,0 +1,23 @@
+"""Levenshtein's distance of two texts: so many characters are put in, left out or replaced to make one the other."""
+
+
+def edit_distance(first: str, second: str) -> int:
+    """By Myers' bit vectors (1999, as Hyyrö 2003 has it): a column of the usual table is one Python integer.
+
+    Answers of thousands of characters take milliseconds, and not the seconds of a loop over both.
+    """
+    if not first or not second:
+        return len(first) + len(second)
+    places: dict[str, int] = {}
+    for place, letter in enumerate(first):
+        places[letter] = places.get(letter, 0) | 1 << place
+    last, every = 1 << (len(first) - 1), (1 << len(first)) - 1
+    rises, falls, distance = every, 0, len(first)  # down the column, from one row to the next
+    for letter in second:
+        equal = places.get(letter, 0)
+        diagonal = ((((equal & rises) + rises) ^ rises) | equal | falls) & every
+        right_rises, right_falls = (falls | ~(diagonal | rises)) & every, diagonal & rises
+        distance += bool(right_rises & last) - bool(right_falls & last)
+        right_rises, right_falls = (right_rises << 1 | 1) & every, (right_falls << 1) & every
+        rises, falls = (right_falls | ~(diagonal | right_rises)) & every, right_rises & diagonal
+    return distance

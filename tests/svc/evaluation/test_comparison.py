@@ -1,0 +1,168 @@
+"""The second model against the first: what holds whatever they answered, and what is said of clear cases."""
+
+import math
+from collections.abc import Sequence
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from svc.dataset.schema.example import ChatExample
+from svc.errors import DataError
+from svc.evaluation.comparison import NLL, SHOWN, Comparison, Verdict, compare
+from svc.evaluation.metrics.accuracy import Accuracy
+from svc.evaluation.metrics.choose import MetricOptions, MetricSet, choose_metrics
+from svc.evaluation.metrics.exact_match import ExactMatch
+from svc.evaluation.metrics.length import Length
+from svc.evaluation.metrics.macro_f1 import MacroF1
+from svc.evaluation.metrics.metric import Answered
+from svc.evaluation.metrics.perplexity import Perplexity
+from svc.evaluation.metrics.rouge import Rouge, RougeKind
+from svc.evaluation.results import ExampleResult
+from tests.svc.chats import chat
+
+ALL = MetricSet(Rouge(RougeKind.L), (ExactMatch(), Accuracy(), MacroF1(), Perplexity(), Length()))
+MIRRORED = {
+    Verdict.BETTER: Verdict.WORSE,
+    Verdict.WORSE: Verdict.BETTER,
+    Verdict.UNDECIDED: Verdict.UNDECIDED,
+    Verdict.DIFFERENT: Verdict.DIFFERENT,
+}
+answers = st.sampled_from(["net", "mail", "the net", "none of these", ""])
+rows = st.lists(
+    st.tuples(st.sampled_from(["net", "mail"]), answers, answers, st.floats(0, 5), st.floats(0, 5)),
+    min_size=1,
+    max_size=12,
+)
+
+
+def result(answer: str, reference: str, nll: float = 1.0) -> ExampleResult:
+    hit = answer == reference
+    return ExampleResult(answer=answer, tokens=len(answer) + 1, finish_reason="stop", logprob=None, nll=nll, hit=hit)
+
+
+def pairs(given: Sequence[tuple[str, str, str, float, float]]) -> tuple[list[ChatExample], Answered, Answered]:
+    examples = [chat(f"q {place}", reference) for place, (reference, *_) in enumerate(given)]
+    first = [result(answer, reference, nll) for reference, answer, _, nll, _ in given]
+    second = [result(answer, reference, nll) for reference, _, answer, _, nll in given]
+    return examples, Answered(examples, first), Answered(examples, second)
+
+
+def against(first: Sequence[str], second: Sequence[str], reference: str = "net", **options: object) -> Comparison:
+    """By exact match, of models that find all references equally likely."""
+    examples, one, other = pairs([(reference, a, b, 1.0, 1.0) for a, b in zip(first, second, strict=True)])
+    return compare(examples, one.results, other.results, MetricSet(ExactMatch(), (Perplexity(),)), **options)  # type: ignore[arg-type]
+
+
+@settings(max_examples=30)
+@given(rows)
+def test_the_other_way_round_all_differences_are_mirrored(given: list[tuple[str, str, str, float, float]]) -> None:
+    examples, one, other = pairs(given)
+    there = compare(examples, one.results, other.results, ALL)
+    back = compare(examples, other.results, one.results, ALL)
+    for name, found in there.metrics.items():
+        mirrored = back.metrics[name]
+        assert (found.first, found.second) == (mirrored.second, mirrored.first)
+        assert math.isclose(found.difference.value, -mirrored.difference.value, abs_tol=1e-12)
+        assert math.isclose(found.difference.low, -mirrored.difference.high, abs_tol=1e-12)
+        assert mirrored.verdict is MIRRORED[found.verdict]
+    assert (there.tally.wins, there.tally.losses) == (back.tally.losses, back.tally.wins)
+    assert there.tally.p_value == back.tally.p_value
+    assert [one.place for one in there.different] == [one.place for one in back.different]
+
+
+@settings(max_examples=20)
+@given(rows)
+def test_a_model_against_itself_differs_nowhere(given: list[tuple[str, str, str, float, float]]) -> None:
+    examples, one, _ = pairs(given)
+    found = compare(examples, one.results, one.results, ALL)
+    for compared in found.metrics.values():
+        assert (compared.difference.low, compared.difference.value, compared.difference.high) == (0, 0, 0)
+        assert compared.verdict is Verdict.UNDECIDED
+    assert (found.tally.wins, found.tally.losses, found.tally.ties) == (0, 0, len(examples))
+    assert found.tally.p_value == 1
+    assert found.different == ()
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "verdict"),
+    [
+        (["mail"] * 20, ["net"] * 15 + ["mail"] * 5, Verdict.BETTER),
+        (["net"] * 20, ["net"] * 5 + ["mail"] * 15, Verdict.WORSE),
+        (["net", "mail"] * 10, ["mail", "net"] * 10, Verdict.UNDECIDED),
+    ],
+)
+def test_what_the_second_is_by_the_primary_metric(first: list[str], second: list[str], verdict: Verdict) -> None:
+    assert against(first, second).verdict is verdict
+
+
+@pytest.mark.parametrize(("differing", "verdict"), [(5, Verdict.UNDECIDED), (6, Verdict.BETTER)])
+def test_what_chance_gives_once_in_twenty_times_is_not_beyond_doubt(differing: int, verdict: Verdict) -> None:
+    first = ["mail"] * differing + ["net"] * 20
+    found = against(first, ["net"] * len(first))
+    assert found.metrics["exact_match"].difference.low > 0
+    assert found.verdict is verdict
+    assert (found.tally.p_value < 0.05) is (verdict is Verdict.BETTER)
+
+
+def test_less_is_better_for_a_log_likelihood() -> None:
+    examples, one, other = pairs([("net", "net", "net", 2.0 + place / 10, 1.0) for place in range(10)])
+    found = compare(examples, one.results, other.results, MetricSet(ExactMatch(), (Perplexity(),)))
+    assert found.metrics[NLL].verdict is Verdict.BETTER
+    assert found.metrics["perplexity"].verdict is Verdict.BETTER
+    assert found.verdict is Verdict.UNDECIDED
+
+
+def test_a_longer_answer_is_another_one_and_no_better_one() -> None:
+    examples, one, other = pairs([("net", "net", "net" + "t" * (place + 1), 1.0, 1.0) for place in range(10)])
+    found = compare(examples, one.results, other.results, MetricSet(ExactMatch(), (Length(),)))
+    assert found.metrics["length"].verdict is Verdict.DIFFERENT
+
+
+def test_wins_losses_and_ties_with_the_exact_sign_test() -> None:
+    first = ["mail"] * 8 + ["net"] * 2 + ["net"] * 10
+    second = ["net"] * 8 + ["mail"] * 2 + ["net"] * 10
+    tally = against(first, second).tally
+    assert (tally.metric, tally.wins, tally.losses, tally.ties) == ("exact_match", 8, 2, 10)
+    assert tally.p_value == pytest.approx(0.109375)  # 2 * (1 + 10 + 45) / 1024
+
+
+def test_a_metric_of_all_examples_together_is_tallied_by_the_one_that_is_watched_in_its_place() -> None:
+    examples, one, other = pairs([("net", "mail", '{"s": "net"}', 1.0, 1.0)] * 3 + [("mail", "x", "y", 1.0, 1.0)])
+    with_it = compare(examples, one.results, other.results, MetricSet(MacroF1(), (Accuracy(),)))
+    without = compare(examples, one.results, other.results, MetricSet(MacroF1()))
+    assert (with_it.primary, with_it.tally.metric, with_it.tally.wins) == ("macro_f1", "accuracy", 3)
+    assert (without.tally.metric, without.tally.wins) == ("exact_match", 0)
+
+
+def test_the_examples_that_differ_most_come_first_then_those_with_most_edits() -> None:
+    first = ["net", "net", "no", "mail", "net"]
+    second = ["a long other answer", "mail", "no, and more", "mail", "net"]
+    found = against(first, second).different
+    assert [one.place for one in found] == [0, 1, 2]
+    assert [one.gain for one in found] == [-1, -1, 0]
+    assert found[2].edits == len(", and more")
+    assert (found[1].asked, found[1].reference, found[1].first, found[1].second) == ("q 1", "net", "net", "mail")
+
+
+def test_no_more_examples_are_shown_than_are_read() -> None:
+    assert len(against(["net"] * 50, ["mail"] * 50).different) == SHOWN
+
+
+def test_models_with_other_tokens_are_not_compared_by_them() -> None:
+    found = against(["net"], ["mail"], no_tokens="the two have different tokenizers")
+    assert set(found.metrics) == {"exact_match"}
+    assert found.left_out == dict.fromkeys(("perplexity", NLL), "the two have different tokenizers")
+
+
+def test_a_primary_metric_that_is_left_out_leaves_its_place_to_another() -> None:
+    examples, one, other = pairs([("net", "net", "mail", 1.0, 1.0)])
+    metrics = choose_metrics(examples, MetricOptions(names=("perplexity", "length", "exact_match")))
+    found = compare(examples, one.results, other.results, metrics, no_tokens="elsewhere")
+    assert found.primary == "exact_match"
+
+
+def test_where_nothing_is_left_that_is_told() -> None:
+    examples, one, other = pairs([("net", "net", "mail", 1.0, 1.0)])
+    with pytest.raises(DataError, match="nothing is left to compare by: elsewhere"):
+        compare(examples, one.results, other.results, MetricSet(Perplexity(), (Length(),)), no_tokens="elsewhere")
