@@ -23,6 +23,7 @@ COMMANDS = {
     "models": ("svc.registry.cli:models", "List versions and aliases, or remove versions."),
     "show": ("svc.registry.cli:show", "Show one version."),
     "report": ("svc.report.cli:report", "Write the report of a version as one HTML file."),
+    "compare": ("trainer.comparison.cli:compare", "Ask two models the same examples: which is better?"),
     "serve": ("serving.cli:serve", "Serve models to OpenAI clients."),
     "add": ("serving.cli:add", "Have the running server serve a model too."),
     "remove": ("serving.cli:remove", "Have the running server serve a model no more."),

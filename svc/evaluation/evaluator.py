@@ -117,6 +117,21 @@ async def evaluate(
     Raises:
         EngineError: the engine failed a request; there is no report over a part of the examples.
     """
+    started = time.monotonic()
+    results = await ask_examples(client, examples, tokenized, max_tokens=max_tokens, trained=trained, on_done=on_done)
+    return judge(examples, results, time.monotonic() - started, metrics)
+
+
+async def ask_examples(
+    client: EngineClient,
+    examples: Sequence[ChatExample],
+    tokenized: Sequence[TokenizedExample],
+    *,
+    max_tokens: int,
+    trained: bool = True,
+    on_done: Callable[[], None] = lambda: None,
+) -> tuple[ExampleResult, ...]:
+    """Asks all examples, and judges nothing; arguments and errors as for `evaluate`."""
     places = asyncio.Semaphore(CONCURRENCY)
 
     async def ask(example: ChatExample, tokens: TokenizedExample) -> ExampleResult:
@@ -125,10 +140,8 @@ async def evaluate(
             on_done()
             return result
 
-    started = time.monotonic()
     pairs = zip(examples, tokenized, strict=True)
-    results = tuple(await asyncio.gather(*(ask(example, tokens) for example, tokens in pairs)))
-    return judge(examples, results, time.monotonic() - started, metrics)
+    return tuple(await asyncio.gather(*(ask(example, tokens) for example, tokens in pairs)))
 
 
 async def ask_example(

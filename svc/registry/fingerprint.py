@@ -56,8 +56,7 @@ def compatibility_fingerprint(folder: Path, template_kwargs: TemplateKwargs | No
         "quantization": normal_quantization(_quantization(folder, config)),
         "tensors": [(tensor.name, tensor.dtype, tensor.shape) for tensor in tensors],
         "shared_embedding": _shared_embedding(folder, config, [tensor.name for tensor in tensors]),
-        # Truncation and padding are what the last caller set, not what the tokenizer is.
-        "tokenizer": {key: value for key, value in tokenizer.items() if key not in ("truncation", "padding")},
+        "tokenizer": _settled(tokenizer),
         "special_tokens": {key: _content(tokenizer_config.get(key)) for key in _SPECIAL_TOKENS},
         "chat_template": template.strip() if (template := read_chat_template(folder)) else None,
         "generation": _stable(read_json_object(folder / "generation_config.json", default={})),
@@ -67,6 +66,21 @@ def compatibility_fingerprint(folder: Path, template_kwargs: TemplateKwargs | No
         parts["chat_template_kwargs"] = dict(kwargs)
     text = json.dumps(parts, sort_keys=True, ensure_ascii=False)
     return f"sha256:{hashlib.sha256(text.encode('utf-8')).hexdigest()}"
+
+
+def tokenizer_fingerprint(folder: Path) -> str:
+    """SHA-256 of a model folder's tokenizer: equal where two models write a text in the same tokens.
+
+    Raises:
+        IntegrityError: its file is missing or damaged.
+    """
+    text = json.dumps(_settled(read_json_object(folder / "tokenizer.json")), sort_keys=True, ensure_ascii=False)
+    return f"sha256:{hashlib.sha256(text.encode('utf-8')).hexdigest()}"
+
+
+def _settled(tokenizer: dict[str, Any]) -> dict[str, Any]:
+    """Without truncation and padding, which are what the last caller set, not what the tokenizer is."""
+    return {key: value for key, value in tokenizer.items() if key not in ("truncation", "padding")}
 
 
 def _shared_embedding(folder: Path, config: dict[str, Any], names: list[str]) -> str | None:

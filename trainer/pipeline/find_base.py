@@ -30,5 +30,10 @@ def find_base(recipe: Recipe, settings: Settings) -> Base:
 
 def merged_revision(manifest: Manifest) -> str:
     """What names the content of a version's merged model where it is the base of another, as `sha256:<hex>`."""
-    hashes = " ".join(file.sha256 for file in manifest.formats[Format.MERGED].files)
+    return format_revision(manifest, Format.MERGED)
+
+
+def format_revision(manifest: Manifest, format: Format) -> str:
+    """What names the content of a version in a format, as `sha256:<hex>`."""
+    hashes = " ".join(file.sha256 for file in manifest.formats[format].files)
     return f"sha256:{hashlib.sha256(hashes.encode()).hexdigest()}"

@@ -7,7 +7,6 @@ recipe's limits last, so that with other limits nothing is measured again.
 """
 
 import asyncio
-import json
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -44,6 +43,7 @@ from trainer.data.length import check_served_length
 from trainer.export.gptq import QuantizeSummary, calibration_type, check_layers, quantize_gptq
 from trainer.export.merge import merge_adapter
 from trainer.export.verify_merge import MergeSummary, verify_full
+from trainer.pipeline.evaluation_cache import evaluation_cache
 from trainer.pipeline.evaluation_engine import evaluation_engine
 from trainer.pipeline.examples import Examples
 from trainer.pipeline.find_base import merged_revision
@@ -56,8 +56,6 @@ from trainer.qualification import Launch, Qualified, Qualifier
 from trainer.recipe.sections import Recipe
 from trainer.training.summary import TrainingData, TrainingSummary
 
-_SCORED = "with the end of an answer"
-"""What a log-likelihood of the evaluation cache is of: older releases left it out."""
 _SPARE_BYTES = 200_000_000  # logs, results, the tracking database
 
 
@@ -285,11 +283,14 @@ class Pipeline:
 
     def _cache(self, revision: str, model: Path) -> EvaluationCache:
         """What a model has answered before, on an engine as it is started now."""
-        facts = engine_facts(self.settings.engine, self.capabilities, model)
-        folder = self.settings.home / "cache" / "evaluations"
-        longest, arguments = str(self.recipe.evaluate.max_tokens), " ".join(self.settings.engine.args)
-        template = [json.dumps(self._template_kwargs, sort_keys=True)] if self._template_kwargs else []
-        return EvaluationCache(folder, revision, facts.key, arguments, longest, _SCORED, *template)
+        return evaluation_cache(
+            self.settings,
+            self.capabilities,
+            revision,
+            model,
+            max_tokens=self.recipe.evaluate.max_tokens,
+            template_kwargs=self._template_kwargs,
+        )
 
     @property
     def _template_kwargs(self) -> dict[str, TemplateValue]:

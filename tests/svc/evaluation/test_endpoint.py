@@ -1,0 +1,154 @@
+"""An endpoint elsewhere is asked as its provider wants it, and its key shows nowhere."""
+
+import asyncio
+import json
+from collections.abc import Callable
+from typing import Any
+
+import httpx
+import pytest
+
+from svc.errors import EngineError, SettingsError
+from svc.evaluation.endpoint import Endpoint, ask_endpoint
+from svc.evaluation.results import ExampleResult
+from tests.svc.chats import chat
+
+KEY = "sk-very-secret"
+ENDPOINT = Endpoint("https://elsewhere.example/v1", "big-model", KEY)
+EXAMPLES = [chat("one", "yes"), chat("two", "no")]
+Answer = Callable[[dict[str, Any]], httpx.Response]
+
+
+class Provider:
+    """Answers `yes` to everything, unless it is told otherwise.
+
+    Attributes:
+        answers: what the first requests get instead.
+    """
+
+    def __init__(self, *answers: Answer) -> None:
+        self.answers = list(answers)
+        self.requests: list[httpx.Request] = []
+        self.bodies: list[dict[str, Any]] = []
+
+    def __call__(self, request: httpx.Request) -> httpx.Response:
+        self.requests.append(request)
+        self.bodies.append(json.loads(request.content))
+        return (self.answers.pop(0) if self.answers else yes)(self.bodies[-1])
+
+
+def yes(body: dict[str, Any]) -> httpx.Response:
+    choice = {"message": {"role": "assistant", "content": "yes"}, "finish_reason": "stop"}
+    return httpx.Response(200, json={"choices": [choice], "usage": {"completion_tokens": 2}})
+
+
+def refused_option(text: str, option: str) -> Answer:
+    """Of a provider that refuses it whenever it comes."""
+    return lambda body: httpx.Response(400, text=text) if option in body else yes(body)
+
+
+def refusal(status: int, text: str, **headers: str) -> Answer:
+    return lambda body: httpx.Response(status, text=text, headers=headers)
+
+
+async def ask(provider: Provider, endpoint: Endpoint = ENDPOINT) -> tuple[ExampleResult, ...]:
+    return await ask_endpoint(endpoint, EXAMPLES, max_tokens=8, transport=httpx.MockTransport(provider))
+
+
+@pytest.fixture(autouse=True)
+def pauses(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    made: list[float] = []
+
+    async def sleep(seconds: float) -> None:
+        made.append(seconds)
+
+    monkeypatch.setattr(asyncio, "sleep", sleep)
+    return made
+
+
+async def test_every_example_is_asked_and_its_answer_compared_with_the_reference() -> None:
+    provider = Provider()
+    results = await ask(provider)
+    assert [result.hit for result in results] == [True, False]
+    assert [str(request.url) for request in provider.requests] == ["https://elsewhere.example/v1/chat/completions"] * 2
+    assert {request.headers["authorization"] for request in provider.requests} == {f"Bearer {KEY}"}
+    first = provider.bodies[0]
+    assert (first["model"], first["max_tokens"], first["temperature"]) == ("big-model", 8, 0)
+    assert first["messages"] == [{"role": "user", "content": "one"}]
+
+
+async def test_without_a_key_none_is_sent() -> None:
+    provider = Provider()
+    await ask(provider, Endpoint("http://127.0.0.1:8000/v1", "mine"))
+    assert "authorization" not in provider.requests[0].headers
+
+
+@pytest.mark.parametrize(
+    ("refused", "gone", "instead"),
+    [
+        ("'max_tokens' is not supported: use 'max_completion_tokens'", "max_tokens", "max_completion_tokens"),
+        ("'temperature' does not support 0 with this model", "temperature", None),
+    ],
+)
+async def test_an_option_that_is_refused_is_asked_for_otherwise(
+    refused: str, gone: str, instead: str | None, pauses: list[float]
+) -> None:
+    provider = Provider(*[refused_option(refused, gone)] * 4)
+    results = await ask(provider)
+    assert [result.answer for result in results] == ["yes", "yes"]
+    for body in provider.bodies[-2:]:
+        assert gone not in body
+        assert instead is None or body[instead] == 8
+    assert pauses == []
+
+
+async def test_a_busy_endpoint_is_asked_again_when_it_says(pauses: list[float]) -> None:
+    provider = Provider(refusal(429, "slow down", **{"retry-after": "7"}), refusal(503, "overloaded"))
+    assert len(await ask(provider)) == 2
+    assert pauses == [7, 2]
+
+
+async def test_one_that_stays_busy_is_given_up() -> None:
+    provider = Provider(*[refusal(503, "overloaded")] * 20)
+    with pytest.raises(EngineError, match="answered 503: overloaded"):
+        await ask(provider)
+
+
+async def test_a_refusal_is_told_without_the_key_and_not_repeated() -> None:
+    provider = Provider(*[refusal(401, f"Incorrect API key provided: {KEY}")] * 20)
+    with pytest.raises(EngineError, match=r"big-model at https://elsewhere\.example/v1 answered 401") as raised:
+        await ask(provider)
+    assert KEY not in str(raised.value) + repr(raised.value) + repr(ENDPOINT)
+    assert len(provider.requests) <= len(EXAMPLES)
+
+
+@pytest.mark.parametrize("body", [{}, {"choices": []}, {"choices": [{"message": None}]}, []])
+async def test_an_answer_of_another_shape_is_told(body: Any) -> None:
+    with pytest.raises(EngineError, match="cannot be understood"):
+        await ask(Provider(lambda _: httpx.Response(200, json=body)))
+
+
+async def test_no_answer_is_told() -> None:
+    def away(request: httpx.Request) -> httpx.Response:
+        raise httpx.ConnectError("refused")
+
+    with pytest.raises(EngineError, match="no answer from big-model"):
+        await ask_endpoint(ENDPOINT, EXAMPLES, max_tokens=8, transport=httpx.MockTransport(away))
+
+
+@pytest.mark.parametrize("slash", ["", "/"])
+def test_an_endpoint_is_a_url_with_its_model(slash: str) -> None:
+    assert Endpoint.parse(f"https://host/v1{slash}#org/model-1", None) == Endpoint("https://host/v1", "org/model-1")
+
+
+@pytest.mark.parametrize("text", ["https://host/v1", "ftp://host/v1#m", "https://#m", "https://me:pw@host/v1#m"])
+def test_another_url_is_refused_and_not_repeated(text: str) -> None:
+    with pytest.raises(SettingsError) as raised:
+        Endpoint.parse(text, None)
+    assert text not in str(raised.value)
+
+
+def test_a_key_crosses_no_network_in_plain_text() -> None:
+    with pytest.raises(SettingsError, match="in plain text"):
+        Endpoint.parse("http://host/v1#m", KEY)
+    assert Endpoint.parse("http://127.0.0.1:8000/v1#m", KEY).key == KEY

@@ -1,0 +1,82 @@
+"""`svc compare` on the command line: where keys come from, and what its exit code means."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from svc.evaluation.comparison import compare
+from svc.evaluation.metrics.choose import MetricOptions, MetricSet
+from svc.evaluation.metrics.exact_match import ExactMatch
+from svc.settings import Settings
+from tests.command_line import Svc
+from tests.svc.evaluation.answered import answered
+from trainer.comparison import job
+from trainer.comparison.ask import Answers
+from trainer.comparison.job import Compared, Wanted
+from trainer.comparison.model import LocalModel
+from trainer.comparison.questions import Questions
+
+
+@pytest.fixture
+def asked(monkeypatch: pytest.MonkeyPatch) -> list[Wanted]:
+    """What was wanted. A model whose name ends in "bad" answers wrongly."""
+    wishes: list[Wanted] = []
+
+    def compare_models(settings: Settings, wanted: Wanted) -> Compared:
+        wishes.append(wanted)
+        names = [wanted.first, wanted.second]
+        said = [answered([("no" if name.endswith("bad") else "yes", "yes")] * 10) for name in names]
+        models = [LocalModel(name, Path(name), "sha256:0", {}) for name in names]
+        answers = [Answers(tuple(one.results), kept=False) for one in said]
+        questions = Questions(said[0].examples, "FILE", 8, MetricOptions())
+        found = compare(said[0].examples, said[0].results, said[1].results, MetricSet(ExactMatch()))
+        return Compared(models, questions, answers, found)
+
+    monkeypatch.setattr(job, "compare_models", compare_models)
+    return wishes
+
+
+@pytest.mark.parametrize(
+    ("models", "options", "code"),
+    [
+        (("good", "bad"), (), 0),
+        (("good", "bad"), ("--fail-if-worse",), 1),
+        (("bad", "good"), ("--fail-if-worse",), 0),
+        (("good", "good"), ("--fail-if-worse",), 0),
+    ],
+)
+@pytest.mark.usefixtures("asked")
+def test_the_exit_code_tells_of_a_worse_model_where_that_is_asked_for(
+    svc: Svc, models: tuple[str, str], options: tuple[str, ...], code: int
+) -> None:
+    assert svc("compare", *models, *options).code == code
+
+
+@pytest.mark.usefixtures("asked")
+def test_a_machine_is_told_everything(svc: Svc) -> None:
+    said = json.loads(svc("compare", "good", "bad", "--json").out)
+    assert said["verdict"] == "worse"
+    assert said["tally"] == {"metric": "exact_match", "wins": 0, "losses": 10, "ties": 0, "p_value": 0.001953125}
+    assert len(said["answers"]) == 10
+    assert said["answers"][0]["b"]["answer"] == "no"
+
+
+def test_a_key_comes_from_a_private_file_or_from_a_variable(
+    svc: Svc, asked: list[Wanted], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "key").write_text("sk-file\n")
+    (tmp_path / "key").chmod(0o600)
+    monkeypatch.setenv("ELSEWHERE_KEY", "sk-variable")
+    svc("compare", "a", "b", "--endpoint-key-file", tmp_path / "key")
+    svc("compare", "a", "b", "--endpoint-key-variable", "ELSEWHERE_KEY")
+    svc("compare", "a", "b")
+    assert [wanted.key for wanted in asked] == ["sk-file", "sk-variable", None]
+    assert "sk-" not in repr(asked)
+
+
+def test_a_key_that_is_not_there_is_told(svc: Svc, asked: list[Wanted]) -> None:
+    ended = svc("compare", "a", "b", "--endpoint-key-variable", "NO_SUCH_KEY")
+    assert ended.code == 2
+    assert "NO_SUCH_KEY is not set" in ended.err
+    assert asked == []

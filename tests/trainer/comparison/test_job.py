@@ -1,0 +1,262 @@
+"""Two models are asked the same examples on the engine, and what is known is not asked again."""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+
+from svc.chat_template import TemplateKwargs
+from svc.dataset.prompt_hashes import TRAINED_PROMPTS_FILE, hash_prompts, write_prompt_hashes
+from svc.dataset.readers.reader import write_examples
+from svc.dataset.schema.example import ChatExample
+from svc.dataset.schema.tokenized_example import TokenizedExample
+from svc.engine.probes import engine_facts
+from svc.errors import BusyError, DataError, EngineError, NotFoundError
+from svc.evaluation.comparison import NLL
+from svc.lock import hold_lock
+from svc.registry.files import record_files
+from svc.registry.manifest import write_manifest
+from svc.registry.registry import REFERENCE_FOLDER, Registry
+from svc.settings import Device, EngineSettings, Settings
+from svc.version import Alias, Format, VersionId
+from tests.serving.engine_double import EngineDouble, tokenized
+from tests.serving.versions import HELDOUT, NAME, AliasBook, make_version
+from tests.svc.chats import chat
+from tests.svc.engine.devices import AVX512
+from tests.trainer.engines import Engines
+from trainer.comparison.job import FOLDER, Compared, Wanted, compare_models
+from trainer.comparison.render import everything, print_compared
+
+
+class Bench:
+    """A home with versions 1 and 2, each of which answers the question of its number, and engines for them."""
+
+    def __init__(self, folder: Path) -> None:
+        self.settings = Settings(home=folder / "home", engine=EngineSettings(device=Device.CPU))
+        self.book = AliasBook()
+        self.registry = Registry(self.settings.home / "models", self.book)
+        self.engines = Engines()
+        self.engines.change = self._name_answers
+        self.provider: httpx.MockTransport | None = None
+        for number in (1, 2):
+            make_version(self.registry, number)
+
+    def compare(self, first: str, second: str, **options: Any) -> Compared:
+        return compare_models(
+            self.settings,
+            Wanted(first, second, **options),
+            registry=self.registry,
+            capabilities=AVX512,
+            launch=self._launch,
+            tokenize=_tokenize,
+            transport=self.provider,
+        )
+
+    def change(self, number: int, **changes: Any) -> None:
+        """Changes a version's manifest, and records what was put into its reference folder."""
+        version = VersionId(NAME, number)
+        folder = self.registry.folder(version)
+        reference = record_files(folder, folder / REFERENCE_FOLDER)
+        write_manifest(folder, self.registry.manifest(version).model_copy(update={"reference": reference} | changes))
+
+    def _launch(self, folder: Path, kwargs: TemplateKwargs) -> Any:
+        return self.engines(folder)
+
+    def _name_answers(self, number: int, double: EngineDouble) -> None:
+        double.label = lambda folder: Path(folder).parent.name
+
+
+def _tokenize(folder: Path, examples: Sequence[ChatExample], kwargs: TemplateKwargs) -> list[TokenizedExample]:
+    return list(map(tokenized, examples))
+
+
+@pytest.fixture
+def bench(tmp_path: Path) -> Bench:
+    return Bench(tmp_path)
+
+
+def yes(request: httpx.Request) -> httpx.Response:
+    return httpx.Response(200, json={"choices": [{"message": {"content": "yes"}, "finish_reason": "stop"}]})
+
+
+def test_each_answers_with_its_own_weights_in_one_engine(bench: Bench) -> None:
+    compared = bench.compare("tuned@1", "tuned@2", metrics=["exact_match"])
+    tally = compared.comparison.tally
+    assert (tally.wins, tally.losses, tally.ties) == (1, 1, 1)
+    assert [[result.hit for result in one.results] for one in compared.answers] == [
+        [True, False, False],
+        [False, True, False],
+    ]
+    assert len(bench.engines.launched) == 1
+    assert bench.engines.running == 0
+
+
+def test_what_does_not_fit_in_place_gets_an_engine_of_its_own(bench: Bench) -> None:
+    make_version(bench.registry, 3, width=8)
+    bench.compare("tuned@1", "tuned@3")
+    assert len(bench.engines.launched) == 2
+    assert bench.engines.running == 0
+
+
+def test_what_was_asked_is_kept_and_asked_again_only_when_that_is_said(bench: Bench) -> None:
+    first = bench.compare("tuned@1", "tuned@2")
+    again = bench.compare("tuned@2", "tuned@1")
+    assert len(bench.engines.launched) == 1
+    assert [one.kept for one in first.answers] == [False, False]
+    assert [one.kept for one in again.answers] == [True, True]
+    assert again.answers[0].results == first.answers[1].results
+    fresh = bench.compare("tuned@1", "tuned@2", fresh=True)
+    assert [one.kept for one in fresh.answers] == [False, False]
+    assert len(bench.engines.launched) == 2
+
+
+def registered(bench: Bench) -> None:
+    """Version 3 has the answers of its registration, from such an engine as runs here."""
+    folder = bench.registry.artifact(VersionId(NAME, 1), Format.MERGED)
+    facts = engine_facts(bench.settings.engine, AVX512, folder)
+    make_version(bench.registry, 3, answered=3, facts=facts)
+
+
+def test_answers_of_the_registration_are_taken(bench: Bench) -> None:
+    registered(bench)
+    compared = bench.compare("tuned@3", "tuned@1")
+    assert [one.kept for one in compared.answers] == [True, False]
+    assert {result.answer for result in compared.answers[0].results} == {"a"}
+
+
+@pytest.mark.parametrize("options", [{"max_tokens": 2}, {"fresh": True}, {"data": ["other.jsonl"]}], ids=str)
+def test_those_of_other_questions_are_not(
+    bench: Bench, options: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    write_examples(tmp_path / "other.jsonl", [HELDOUT[0], chat("another one")])
+    registered(bench)
+    assert not bench.compare("tuned@3", "tuned@1", **options).answers[0].kept
+
+
+def test_those_of_another_kind_of_engine_are_not(bench: Bench) -> None:
+    make_version(bench.registry, 3, answered=3)
+    assert not bench.compare("tuned@3", "tuned@1").answers[0].kept
+
+
+def test_a_name_is_what_is_in_production(bench: Bench) -> None:
+    bench.book.set_alias(VersionId(NAME, 1), Alias.PRODUCTION)
+    compared = bench.compare("tuned", "tuned@2", limit=1)
+    assert [result.hit for one in compared.answers for result in one.results] == [True, False]
+
+
+def test_a_version_is_compared_as_it_is_served_or_as_is_said(bench: Bench) -> None:
+    make_version(bench.registry, 3, formats=(Format.MERGED, Format.GPTQ))
+    served = everything(bench.compare("tuned@3", "tuned@3"))
+    merged = everything(bench.compare("tuned@3", "tuned@3", format="merged"))
+    assert served["a"]["name"] == "tuned@3 (gptq)"
+    assert merged["a"]["name"] == "tuned@3 (merged)"
+    with pytest.raises(NotFoundError, match="tuned@1 has no format gptq"):
+        bench.compare("tuned@3", "tuned@1", format="gptq")
+
+
+def test_versions_with_different_held_out_sets_need_to_be_told_what_to_answer(bench: Bench, tmp_path: Path) -> None:
+    data = bench.registry.manifest(VersionId(NAME, 2)).data.model_copy(update={"heldout_fingerprint": "other"})
+    bench.change(2, data=data)
+    with pytest.raises(DataError, match="tuned@1 and tuned@2 have different held-out sets"):
+        bench.compare("tuned@1", "tuned@2")
+    write_examples(tmp_path / "data.jsonl", HELDOUT[:2])
+    assert bench.compare("tuned@1", "tuned@2", data=[str(tmp_path / "data.jsonl")]).comparison.examples == 2
+
+
+@pytest.mark.parametrize(("learnt", "told"), [(HELDOUT[:2], "trained on 2 of 3 prompts"), ((), None)])
+def test_a_version_that_was_trained_on_the_questions_is_told(
+    bench: Bench, learnt: Sequence[ChatExample], told: str | None, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for number, prompts in ((1, ()), (2, learnt)):
+        folder = bench.registry.folder(VersionId(NAME, number)) / REFERENCE_FOLDER
+        write_prompt_hashes(folder / TRAINED_PROMPTS_FILE, hash_prompts(prompts))
+        bench.change(number)
+    bench.compare("tuned@1", "tuned@2")
+    err = capsys.readouterr().err
+    assert f"tuned@2 (merged) was {told}" in err if told else "prompts" not in err
+
+
+def test_what_the_version_before_has_learnt_counts_too(bench: Bench, capsys: pytest.CaptureFixture[str]) -> None:
+    for number, prompts in ((1, HELDOUT[:1]), (2, HELDOUT[1:2])):
+        folder = bench.registry.folder(VersionId(NAME, number)) / REFERENCE_FOLDER
+        write_prompt_hashes(folder / TRAINED_PROMPTS_FILE, hash_prompts(prompts))
+        bench.change(number)
+    base = bench.registry.manifest(VersionId(NAME, 2)).base.model_copy(update={"origin": "tuned@1"})
+    bench.change(2, base=base)
+    bench.compare("tuned@1", "tuned@2")
+    err = capsys.readouterr().err
+    assert "tuned@1 (merged) was trained on 1 of 3" in err
+    assert "tuned@2 (merged) was trained on 2 of 3" in err
+
+
+def test_an_endpoint_elsewhere_is_asked_after_that_was_told(bench: Bench, capsys: pytest.CaptureFixture[str]) -> None:
+    told: list[str] = []
+
+    def answer(request: httpx.Request) -> httpx.Response:
+        told.append(capsys.readouterr().err)
+        return yes(request)
+
+    bench.provider = httpx.MockTransport(answer)
+    compared = bench.compare("tuned@1", "https://host.example/v1#big", key="sk-secret")
+    assert "the prompts of 3 examples are sent to https://host.example/v1" in told[0]
+    assert set(compared.comparison.left_out) == {"perplexity", "length", NLL}
+    assert {result.answer for result in compared.answers[1].results} == {"yes"}
+    said = everything(compared)
+    assert "nll" not in said["answers"][0]["a"]
+    assert "sk-secret" not in json.dumps(said)
+
+
+def test_an_endpoint_beside_a_base_needs_data(bench: Bench) -> None:
+    with pytest.raises(DataError, match="neither of the two has a held-out set"):
+        bench.compare("https://host.example/v1#big", "https://host.example/v1#small")
+
+
+def test_models_with_other_tokenizers_are_not_compared_by_tokens(bench: Bench) -> None:
+    other = make_version(bench.registry, 3)
+    folder = bench.registry.folder(other)
+    (folder / "merged" / "tokenizer.json").write_text('{"model": {"vocab": {"a": 0}}}')
+    record = bench.registry.manifest(other).formats[Format.MERGED]
+    files = {"files": record_files(folder, folder / "merged")}
+    bench.change(3, formats={Format.MERGED: record.model_copy(update=files)})
+    left_out = bench.compare("tuned@1", "tuned@3").comparison.left_out
+    assert left_out == dict.fromkeys(("perplexity", "length", NLL), "the two have different tokenizers")
+
+
+def test_no_engine_is_left_behind_by_a_failure(bench: Bench) -> None:
+    bench.engines.change = lambda number, double: setattr(double, "refuse_with", (500, {"message": "no"}))
+    with pytest.raises(EngineError, match="with 500"):
+        bench.compare("tuned@1", "tuned@2")
+    assert bench.engines.running == 0
+
+
+def test_one_comparison_runs_at_a_time(bench: Bench) -> None:
+    with hold_lock(bench.settings.home / FOLDER / "lock", "it"), pytest.raises(BusyError, match="svc compare"):
+        bench.compare("tuned@1", "tuned@2")
+
+
+def test_what_is_no_model_is_told_with_those_that_there_are(bench: Bench) -> None:
+    with pytest.raises(NotFoundError, match="'tunde' is no version and no base model") as raised:
+        bench.compare("tunde", "tuned@2")
+    assert "a version of tuned" in raised.value.expected
+    assert "smollm2-135m-instruct" in raised.value.expected
+
+
+def test_a_person_sees_figures_verdict_and_answers(bench: Bench, capsys: pytest.CaptureFixture[str]) -> None:
+    compared = bench.compare("tuned@1", "tuned@2", metrics=["exact_match"])
+    capsys.readouterr()
+    print_compared(compared)
+    out = " ".join(capsys.readouterr().out.split())
+    for text in (
+        "A tuned@1 (merged)",
+        "3 examples of the held-out set of tuned@1, answers of at most 3 tokens",
+        "exact match 0.333 [0.061, 0.792] 0.333 [0.061, 0.792] 0.000 [-1.000, 1.000]",
+        "By exact match: cannot be told apart",
+        "B wins 1, loses 1, ties 1; sign test p = 1",
+        "The 3 examples that differ most, by exact_match, then by edits between the answers:",
+        "1 A by 1 exact_match, 3 edits asked question 1 right 1.0 1.1 1.2 A 1.0 1.1 1.2 B 2.0 2.1 2.2",
+    ):
+        assert text in out

@@ -1,0 +1,1 @@
+"""`svc compare`: two models are asked the same examples, and their answers compared."""

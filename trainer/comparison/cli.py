@@ -1,0 +1,72 @@
+"""`svc compare`."""
+
+import os
+from pathlib import Path
+from typing import Any
+
+import click
+
+from svc.errors import SettingsError
+from svc.invocation import json_option, settings_of
+
+
+@click.command()
+@click.argument("first", metavar="A")
+@click.argument("second", metavar="B")
+@click.option("--data", multiple=True, metavar="FILE", help="What to ask.  [default: the versions' held-out set]")
+@click.option("--limit", type=click.IntRange(min=1), help="Ask so many of the first examples.")
+@click.option(
+    "--format", type=click.Choice(["merged", "gptq"]), help="Of versions.  [default: gptq where there is one]"
+)
+@click.option("--max-tokens", type=click.IntRange(min=1), help="Longest answer.  [default: as a version was asked]")
+@click.option("--metric", "metrics", multiple=True, metavar="NAME", help="Judge by it.  [default: those of the task]")
+@click.option("--primary", metavar="NAME", help="The metric that says which is better.")
+@click.option("--fresh", is_flag=True, help="Ask again what was answered before.")
+@click.option("--endpoint-key-file", type=click.Path(path_type=Path), help="File with the key of an endpoint.")
+@click.option("--endpoint-key-variable", metavar="NAME", help="Environment variable with the key of an endpoint.")
+@click.option("--fail-if-worse", is_flag=True, help="Exit with code 1 if B is worse than A beyond doubt.")
+@json_option
+@click.pass_context
+def compare(
+    ctx: click.Context,
+    /,
+    endpoint_key_file: Path | None,
+    endpoint_key_variable: str | None,
+    fail_if_worse: bool,
+    as_json: bool,
+    **wanted: Any,
+) -> None:
+    """Ask A and B the same examples, and say which answers better.
+
+    Each is a version (NAME, NAME@N, NAME@alias), a base as in a recipe, or a model elsewhere as
+    https://HOST/v1#MODEL, to which the prompts are sent.
+    """
+    from svc.evaluation.comparison import Verdict
+    from svc.terminal import print_json, quiet_libraries
+    from trainer.comparison.job import Wanted, compare_models
+    from trainer.comparison.render import everything, print_compared
+
+    quiet_libraries()
+    key = _key(endpoint_key_file, endpoint_key_variable)
+    compared = compare_models(settings_of(ctx), Wanted(key=key, **wanted))
+    if as_json:
+        print_json(everything(compared))
+    else:
+        print_compared(compared)
+    ctx.exit(1 if fail_if_worse and compared.comparison.verdict is Verdict.WORSE else 0)
+
+
+def _key(file: Path | None, variable: str | None) -> str | None:
+    """Never from the command line, which everybody on a machine can read."""
+    from svc.key_file import read_secret
+
+    if file and variable:
+        raise click.UsageError("--endpoint-key-file and --endpoint-key-variable say the same")
+    if file:
+        return read_secret(file, "make another key where it is from")
+    if not variable:
+        return None
+    key = os.environ.get(variable, "").strip()
+    if not key:
+        raise SettingsError(f"the environment variable {variable} is not set", expected="one that holds the key")
+    return key

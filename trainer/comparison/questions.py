@@ -1,0 +1,103 @@
+"""What two models are asked: a file, or the held-out set that both versions have in common; and by which metrics."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from pydantic import ValidationError
+
+from svc.dataset.prompt_hashes import TRAINED_PROMPTS_FILE, hash_prompts, read_prompt_hashes
+from svc.dataset.readers.reader import read_examples
+from svc.dataset.schema.example import ChatExample
+from svc.errors import DataError, NotFoundError
+from svc.evaluation.metrics.choose import MetricOptions
+from svc.registry.manifest import Manifest
+from svc.registry.registry import Registry
+from svc.version import VersionId
+from trainer.comparison.model import LocalModel, Model
+from trainer.recipe.sections import Evaluate
+
+
+@dataclass(frozen=True, slots=True)
+class Questions:
+    """What is asked.
+
+    Attributes:
+        origin: where the examples are from, for people.
+        max_tokens: longest answer, tokens.
+        options: which metrics judge the answers.
+    """
+
+    examples: Sequence[ChatExample]
+    origin: str
+    max_tokens: int
+    options: MetricOptions
+
+
+def choose_questions(
+    models: Sequence[Model],
+    registry: Registry,
+    *,
+    data: Sequence[str],
+    cache: Path,
+    limit: int | None,
+    max_tokens: int | None,
+    options: MetricOptions,
+) -> Questions:
+    """The examples, and how they are asked.
+
+    Args:
+        data: files, folders or hub datasets; none: the held-out set of the versions among the models.
+        limit: so many of the first examples; None: as many as the versions were judged by.
+        max_tokens: None: as the first version was asked, else the recipe's default.
+        options: of the command line; where it says nothing of metrics, a held-out set is judged as its version was.
+
+    Raises:
+        DataError: the versions have different held-out sets, there is none, or the data cannot be read.
+    """
+    versions = [model.manifest for model in models if isinstance(model, LocalModel) and model.manifest]
+    longest = max_tokens or (versions[0].max_answer_tokens if versions else Evaluate().max_tokens)
+    if data:
+        return Questions(read_examples(data, cache=cache)[:limit], ", ".join(data), longest, options)
+    if not versions:
+        raise DataError("neither of the two has a held-out set", todo="say what to ask: --data FILE")
+    if len({version.data.heldout_fingerprint for version in versions}) > 1:
+        raise DataError(
+            f"{versions[0].id} and {versions[1].id} have different held-out sets",
+            expected="versions that were judged by the same examples",
+            todo="say what to ask: --data FILE",
+        )
+    counts = [count for count in (limit, *(version.judged_examples for version in versions)) if count]
+    examples = registry.heldout(versions[0].id)[: min(counts, default=None)]
+    if options == MetricOptions():
+        options = _as_judged(versions[0])
+    return Questions(examples, f"the held-out set of {versions[0].id}", longest, options)
+
+
+def _as_judged(version: Manifest) -> MetricOptions:
+    """What the version's recipe says of metrics; nothing, where it was written for another release."""
+    try:
+        return Evaluate.model_validate(version.recipe.get("evaluate", {})).metric_options
+    except ValidationError:
+        return MetricOptions()
+
+
+def count_learnt(version: Manifest, examples: Sequence[ChatExample], registry: Registry) -> int | None:
+    """How many prompts a version was trained on, or the versions that it continues; None where that was not kept."""
+    prompts, learnt = hash_prompts(examples), np.zeros(len(examples), bool)
+    continued: Manifest | None = version
+    while continued is not None:
+        try:
+            learnt |= np.isin(prompts, read_prompt_hashes(registry.reference(continued.id, TRAINED_PROMPTS_FILE)))
+        except NotFoundError:
+            return None
+        continued = _base_version(continued, registry)
+    return int(learnt.sum())
+
+
+def _base_version(version: Manifest, registry: Registry) -> Manifest | None:
+    try:
+        return registry.manifest(VersionId.parse(version.base.origin))
+    except NotFoundError:  # its base is no version, or one that was removed
+        return None

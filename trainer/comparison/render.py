@@ -1,0 +1,112 @@
+"""A comparison on the terminal, and as JSON with everything that was answered."""
+
+from typing import Any
+
+from rich.markup import escape
+from rich.table import Table
+
+from svc.evaluation.comparison import NLL, Comparison, DifferentAnswers, MetricComparison, Verdict
+from svc.evaluation.results import ExampleResult
+from svc.terminal import output
+from trainer.comparison.ask import Answers
+from trainer.comparison.job import Compared
+from trainer.comparison.model import LocalModel, Model
+
+_SHOWN = 160
+"""Characters of a text that are shown."""
+_SAID = {
+    Verdict.BETTER: "[green]B is better[/green]",
+    Verdict.WORSE: "[red]B is worse[/red]",
+    Verdict.UNDECIDED: "cannot be told apart",
+    Verdict.DIFFERENT: "differs",
+}
+
+
+def name_of(model: Model) -> str:
+    """For people."""
+    return model.name if isinstance(model, LocalModel) else str(model)
+
+
+def print_compared(compared: Compared) -> None:
+    """Prints it to stdout."""
+    comparison, questions = compared.comparison, compared.questions
+    for letter, model, said in zip("AB", compared.models, compared.answers, strict=True):
+        output.print(f"[bold]{letter}[/bold]  {escape(name_of(model))}{'  (kept answers)' if said.kept else ''}")
+    output.print(
+        f"{comparison.examples} examples of {escape(questions.origin)}, answers of at most {questions.max_tokens} "
+        "tokens\n"
+    )
+    table = Table("", "A", "B", "B - A", "", box=None)
+    for figures in comparison.metrics.values():
+        table.add_row(*_row(figures))
+    output.print(table)
+    for name, reason in comparison.left_out.items():
+        output.print(f"[dim]{escape(name)} is left out: {escape(reason)}[/dim]")
+    _print_verdict(comparison)
+    if comparison.different:
+        output.print(f"\nThe {len(comparison.different)} examples that differ most, by {_order(comparison)}:")
+    for one in comparison.different:
+        _print_example(one, comparison.tally.metric)
+
+
+def _row(compared: MetricComparison) -> tuple[str, ...]:
+    said = "" if compared.verdict is Verdict.UNDECIDED else _SAID[compared.verdict]
+    figures = (str(estimate) for estimate in (compared.first, compared.second, compared.difference))
+    return escape(compared.title), *(escape(figure) for figure in figures), said
+
+
+def _print_verdict(comparison: Comparison) -> None:
+    primary, tally = comparison.metrics[comparison.primary], comparison.tally
+    output.print(f"\nBy {escape(primary.title)}: [bold]{_SAID[comparison.verdict]}[/bold] (95 %)")
+    output.print(
+        f"By {escape(tally.metric)} B wins {tally.wins}, loses {tally.losses}, ties {tally.ties}; sign test "
+        f"p = {tally.p_value:.2g}"
+    )
+
+
+def _order(comparison: Comparison) -> str:
+    return f"{escape(comparison.tally.metric)}, then by edits between the answers"
+
+
+def _print_example(one: DifferentAnswers, metric: str) -> None:
+    lead = "tie" if one.gain == 0 else f"{'B' if one.gain > 0 else 'A'} by {abs(one.gain):.3g} {metric}"
+    output.print(f"\n[bold]{one.place + 1}[/bold]  {escape(lead)}, {one.edits} edits", soft_wrap=True)
+    table = Table(show_header=False, box=None, padding=(0, 1, 0, 2))
+    for title, text in (("asked", one.asked), ("right", one.reference), ("A", one.first), ("B", one.second)):
+        table.add_row(f"[dim]{title}[/dim]", escape(_short(text)))
+    output.print(table)
+
+
+def _short(text: str) -> str:
+    """On one line, its end cut off."""
+    line = " ".join(text.split())
+    return line if len(line) <= _SHOWN else f"{line[:_SHOWN]}…"
+
+
+def everything(compared: Compared) -> dict[str, Any]:
+    """Figures, and what each model answered to each example."""
+    likely = NLL in compared.comparison.metrics
+    first, second = compared.answers
+    rows = zip(compared.questions.examples, first.results, second.results, strict=True)
+    return {
+        "a": _model(compared.models[0], first),
+        "b": _model(compared.models[1], second),
+        "data": compared.questions.origin,
+        "max_tokens": compared.questions.max_tokens,
+        "verdict": compared.comparison.verdict.value,
+        **compared.comparison.model_dump(mode="json"),
+        "answers": [
+            {"example": example.as_dict(), "a": _result(one, likely=likely), "b": _result(other, likely=likely)}
+            for example, one, other in rows
+        ],
+    }
+
+
+def _model(model: Model, answers: Answers) -> dict[str, Any]:
+    revision = model.revision if isinstance(model, LocalModel) else None
+    return {"name": name_of(model), "revision": revision, "kept": answers.kept}
+
+
+def _result(result: ExampleResult, *, likely: bool) -> dict[str, Any]:
+    """Without the likelihood of the reference where it is not known of both."""
+    return result.model_dump(mode="json", exclude={"scores"} if likely else {"scores", "nll", "scored", "logprob"})

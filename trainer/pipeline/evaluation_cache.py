@@ -1,0 +1,37 @@
+"""Where answers are kept that no model needs to be asked for again: one place for training and for comparing."""
+
+import json
+from pathlib import Path
+
+from svc.chat_template import TemplateKwargs
+from svc.engine.capabilities import Capabilities
+from svc.engine.probes import engine_facts
+from svc.evaluation.cache import EvaluationCache
+from svc.settings import Settings
+
+_SCORED = "with the end of an answer"
+"""What a log-likelihood of the cache is of: older releases left it out."""
+
+
+def evaluation_cache(
+    settings: Settings,
+    capabilities: Capabilities,
+    revision: str,
+    model: Path,
+    *,
+    max_tokens: int,
+    template_kwargs: TemplateKwargs,
+) -> EvaluationCache:
+    """What a model has answered before, on an engine as it is started now.
+
+    Args:
+        revision: names the model's content.
+        model: its folder.
+        max_tokens: longest answer, tokens.
+        template_kwargs: what its chat template is given.
+    """
+    facts = engine_facts(settings.engine, capabilities, model)
+    arguments = " ".join(settings.engine.args)
+    template = [json.dumps(dict(template_kwargs), sort_keys=True)] if template_kwargs else []
+    folder = settings.home / "cache" / "evaluations"
+    return EvaluationCache(folder, revision, facts.key, arguments, str(max_tokens), _SCORED, *template)
