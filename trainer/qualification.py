@@ -6,6 +6,7 @@ same log-probabilities. This verifies that a hot swap serves what was evaluated.
 
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict
@@ -17,7 +18,8 @@ from svc.engine.probes import EngineFacts, Probe, check_probes, choose_sequences
 from svc.engine.vllm.client import EngineClient
 from svc.engine.vllm.startup_phase import EnginePhase
 from svc.evaluation.estimate import Estimate, mean
-from svc.evaluation.evaluator import Evaluation, EvaluationReport, evaluate
+from svc.evaluation.evaluator import Evaluation, EvaluationReport, ask_examples, evaluate
+from svc.evaluation.general.general_set import MAX_TOKENS
 from svc.evaluation.results import ExampleResult
 from svc.evaluation.throughput import STREAMS, decoding_speed, first_token_seconds
 from svc.evaluation.token_scores import Scores, score_on_engine
@@ -51,6 +53,7 @@ class Qualified(BaseModel):
 
     Attributes:
         results: the answers behind the evaluation; none in a run that an older release began.
+        general: the answers to general questions; none where none were asked.
         reading: for the parity report.
     """
 
@@ -58,8 +61,35 @@ class Qualified(BaseModel):
 
     evaluation: EvaluationReport
     results: tuple[ExampleResult, ...] = ()
+    general: tuple[ExampleResult, ...] = ()
     probes: tuple[Probe, ...]
     reading: EngineReading
+
+
+@dataclass(frozen=True, slots=True)
+class GeneralQuestions:
+    """What base and merged model are asked beside the task.
+
+    Attributes:
+        tokenized: the same, as they would be trained on.
+        of_base: what the base answered earlier; None: it is asked.
+    """
+
+    examples: Sequence[ChatExample]
+    tokenized: Sequence[TokenizedExample]
+    of_base: tuple[ExampleResult, ...] | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class BaseAnswers:
+    """What the base answered.
+
+    Attributes:
+        general: to the general questions; none where none were asked.
+    """
+
+    evaluation: Evaluation
+    general: tuple[ExampleResult, ...] = ()
 
 
 class Qualifier:
@@ -71,6 +101,7 @@ class Qualifier:
         heldout: examples to judge by.
         tokenized: the same examples, as they are trained on.
         compared: those of them that the parity report compares token by token.
+        general: asked of base and merged model too; None for nothing.
 
     Attributes:
         judged: those that are asked.
@@ -84,6 +115,7 @@ class Qualifier:
         heldout: Sequence[ChatExample],
         tokenized: Sequence[TokenizedExample],
         compared: Sequence[TokenizedExample],
+        general: GeneralQuestions | None = None,
     ) -> None:
         self._launch = launch
         self._facts = facts
@@ -91,34 +123,42 @@ class Qualifier:
         self.judged = heldout[: recipe.evaluate.limit]
         self._tokenized = tokenized[: recipe.evaluate.limit]
         self._compared = compared
+        self._general = general
 
     async def base_and_merged(
         self, base: Path, merged: Path, *, same_fingerprint: bool
-    ) -> tuple[Evaluation, Qualified]:
+    ) -> tuple[BaseAnswers, Qualified]:
         """Judges the base, then the merged model: in one engine where they fit in place of each other."""
         engine = await self._start(base)
         try:
-            base_evaluation = await self._judge(engine.client, "base", trained=False)
+            evaluation = await self._judge(engine.client, "base", trained=False)
+            known = self._general.of_base if self._general else None
+            base_answers = BaseAnswers(evaluation, known or await self._ask_general(engine.client, "base"))
             if not same_fingerprint or not engine.capabilities.reloads:
                 await engine.stop()
                 engine = await self._start(merged)
-            return base_evaluation, await self._qualify(engine, merged, "merged")
+            return base_answers, await self._qualify(engine, merged, "merged", general=True)
         finally:
             await engine.stop()
 
-    async def alone(self, folder: Path, text: str) -> Qualified:
-        """Judges a format in an engine of its own."""
+    async def alone(self, folder: Path, text: str, *, general: bool = False) -> Qualified:
+        """Judges a format in an engine of its own.
+
+        Args:
+            general: ask it the general questions too.
+        """
         engine = await self._start(folder)
         try:
-            return await self._qualify(engine, folder, text)
+            return await self._qualify(engine, folder, text, general=general)
         finally:
             await engine.stop()
 
-    async def _qualify(self, engine: Engine, folder: Path, text: str) -> Qualified:
+    async def _qualify(self, engine: Engine, folder: Path, text: str, *, general: bool) -> Qualified:
         """Loads in place where it can, measures, and measures again on a fresh engine; ends the given one."""
         client, options = engine.client, self._recipe.qualify
         loads = [await self._load(client, folder) for _ in range(_LOADS if engine.capabilities.reloads else 0)]
         judged = await self._judge(client, text)
+        answered = await self._ask_general(client, text) if general else ()
         picked = self._tokenized[:: self._stride()]
         with waiting(f"probes of {text}"):
             sequences = choose_sequences([(example.prompt, example.answer) for example in picked], options.probes)
@@ -132,6 +172,7 @@ class Qualifier:
         return Qualified(
             evaluation=judged.report,
             results=judged.results,
+            general=answered,
             probes=probes,
             reading=reading,
         )
@@ -175,6 +216,16 @@ class Qualifier:
         with counting(f"evaluating {text}", len(self.judged)) as advance:
             return await evaluate(
                 client, self.judged, self._tokenized, max_tokens=longest, trained=trained, on_done=advance
+            )
+
+    async def _ask_general(self, client: EngineClient, text: str) -> tuple[ExampleResult, ...]:
+        """Of both alike: neither was trained on them."""
+        if self._general is None:
+            return ()
+        examples, tokenized = self._general.examples, self._general.tokenized
+        with counting(f"general questions to {text}", len(examples)) as advance:
+            return await ask_examples(
+                client, examples, tokenized, max_tokens=MAX_TOKENS, trained=False, on_done=advance
             )
 
     async def _start(self, folder: Path) -> Engine:

@@ -12,6 +12,7 @@ from svc.engine.probes import MAX_PROBES, Probe
 from svc.errors import IntegrityError
 from svc.evaluation.diagnosis.finding import Finding
 from svc.evaluation.evaluator import EvaluationReport
+from svc.evaluation.forgetting import Forgetting
 from svc.evaluation.judge import JudgeReport
 from svc.registry.files import FileRecord
 from svc.registry.parity import ParityReport
@@ -82,6 +83,7 @@ class Manifest(_Record):
         parity: that what was trained is what is served; None for a version of an older release.
         judge: what a judge says of the merged model beside the base; None where none was named.
         findings: what is wrong with its training; None for a version of an older release, which was not diagnosed.
+        forgetting: None where no general questions were asked, as of a version of an older release.
     """
 
     schema_version: Literal[1] = 1
@@ -102,6 +104,7 @@ class Manifest(_Record):
     parity: ParityReport | None = None
     judge: JudgeReport | None = None
     findings: tuple[Finding, ...] | None = None
+    forgetting: Forgetting | None = None
 
     @property
     def id(self) -> VersionId:

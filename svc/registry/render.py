@@ -7,6 +7,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from svc.evaluation.evaluator import EvaluationReport
+from svc.evaluation.forgetting import Forgetting
 from svc.evaluation.judge import JudgeReport
 from svc.registry.manifest import FormatRecord, Manifest
 from svc.registry.parity import ParityReport
@@ -23,6 +24,8 @@ def print_version(manifest: Manifest, folder: Path) -> None:
     judged = f"judged by {manifest.judged_examples} of {data.heldout_examples} held-out examples"
     output.print(f"{judged}, first of all by {manifest.primary_title}\n" if manifest.judged_examples else f"{judged}\n")
     output.print(evaluation_table(manifest))
+    if manifest.forgetting:
+        _print_forgetting(manifest.forgetting)
     if manifest.judge:
         output.print(f"\n{_judge(manifest.judge)}", markup=False)
     for failure in manifest.failed:
@@ -34,6 +37,18 @@ def print_version(manifest: Manifest, folder: Path) -> None:
     if manifest.findings == ():
         output.print("\ndiagnosis: no fault was found in the training")
     output.print(f"\nall of it with pictures and answers: svc report {manifest.id}")
+
+
+def _print_forgetting(found: Forgetting) -> None:
+    output.print(
+        f"\n{found.examples} general questions: {found.before} right before training, {found.after} after, difference "
+        f"{found.difference}; {found.lost} lost, {found.gained} gained",
+        soft_wrap=True,
+    )
+    output.print(
+        f"their NLL / token: {found.nll_before} before, {found.nll_after} after, difference {found.nll_difference}",
+        soft_wrap=True,
+    )
 
 
 def _judge(report: JudgeReport) -> str:

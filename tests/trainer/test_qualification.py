@@ -8,12 +8,13 @@ import pytest
 from svc.dataset.schema.example import ChatExample
 from svc.engine.probes import EngineFacts
 from svc.errors import EngineError, ProbeError
+from svc.evaluation.results import ExampleResult
 from svc.evaluation.token_scores import choose_examples
 from svc.settings import Device
 from tests.serving.engine_double import EngineDouble, logprob_of, tokenized
 from tests.trainer.conftest import make_example, make_recipe
 from tests.trainer.engines import Engines
-from trainer.qualification import Qualifier
+from trainer.qualification import GeneralQuestions, Qualifier
 
 pytestmark = pytest.mark.slow
 
@@ -65,7 +66,7 @@ async def test_the_quantized_model_is_loaded_in_place_and_afresh() -> None:
 async def test_each_is_judged_with_its_own_weights() -> None:
     heldout = [make_example("a", answered_by("base")), make_example("b", answered_by("merged"))]
     base, merged = await qualifier(Engines(), heldout).base_and_merged(BASE, MERGED, same_fingerprint=True)
-    assert base.report.hits == (True, False)
+    assert base.evaluation.report.hits == (True, False)
     assert merged.evaluation.hits == (False, True)
 
 
@@ -117,6 +118,37 @@ async def test_the_second_engine_can_be_left_out() -> None:
 async def test_no_more_examples_are_asked_than_the_recipe_says() -> None:
     qualified = await qualifier(Engines(), evaluate={"limit": 2}).alone(GPTQ, "gptq")
     assert qualified.evaluation.examples == 2
+
+
+def asking_general(engines: Engines, **options: Any) -> Qualifier:
+    """One that asks two general questions too, of which the base answers the first and the merged model the second."""
+    heldout = [make_example("q", "free text")]
+    questions = [make_example("one", answered_by("base")), make_example("two", answered_by("merged"))]
+    general = GeneralQuestions(questions, list(map(tokenized, questions)), **options)
+    seen = list(map(tokenized, heldout))
+    recipe = make_recipe(qualify={"repeats": 1})
+    return Qualifier(engines, lambda folder: FACTS, recipe, heldout, seen, choose_examples(seen), general)
+
+
+@pytest.mark.parametrize("same", [True, False])
+async def test_general_questions_are_asked_before_and_after(same: bool) -> None:
+    base, merged = await asking_general(Engines()).base_and_merged(BASE, MERGED, same_fingerprint=same)
+    assert [result.hit for result in base.general] == [True, False]
+    assert [result.hit for result in merged.general] == [False, True]
+
+
+async def test_what_the_base_answered_to_them_before_is_not_asked_again() -> None:
+    known = (ExampleResult(answer="known", tokens=2, finish_reason="stop", logprob=-0.5, nll=1.0, hit=True),) * 2
+    engines = Engines()
+    base, merged = await asking_general(engines, of_base=known).base_and_merged(BASE, MERGED, same_fingerprint=False)
+    assert base.general == known
+    assert len(merged.general) == 2
+    asked = [body for body in engines.launched[0].double.requests if "messages" in body]
+    assert len(asked) == 1
+
+
+async def test_the_quantized_model_is_not_asked_them() -> None:
+    assert (await asking_general(Engines()).alone(GPTQ, "gptq")).general == ()
 
 
 async def test_a_single_example_is_enough() -> None:

@@ -42,6 +42,7 @@ def compare(
     https://HOST/v1#MODEL, to which the prompts are sent.
     """
     from svc.evaluation.comparison import Verdict
+
     from svc.terminal import print_json, quiet_libraries
     from trainer.comparison.job import Wanted, compare_models
     from trainer.comparison.render import everything, print_compared

@@ -7,11 +7,11 @@ from functools import partial
 from pathlib import Path
 
 import httpx
+from svc.evaluation.comparison import Comparison, compare
 
 from svc.chat_template import TemplateKwargs
 from svc.engine.capabilities import Capabilities, read_capabilities
 from svc.engine.engine import Engine
-from svc.evaluation.comparison import Comparison, compare
 from svc.evaluation.endpoint import Endpoint
 from svc.evaluation.metrics.choose import MetricOptions, choose_metrics, try_on_references
 from svc.lock import hold_lock

@@ -4,8 +4,8 @@ from typing import Any
 
 from rich.markup import escape
 from rich.table import Table
-
 from svc.evaluation.comparison import NLL, Comparison, DifferentAnswers, MetricComparison, Verdict
+
 from svc.evaluation.results import ExampleResult
 from svc.terminal import output
 from trainer.comparison.ask import Answers

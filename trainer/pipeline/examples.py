@@ -14,8 +14,9 @@ from svc.dataset.readers.reader import read_examples
 from svc.dataset.schema.example import ChatExample
 from svc.dataset.split import mix_general, near_leaks, put_sample_first, split_heldout
 from svc.errors import DataError
+from svc.evaluation.general.general_set import GeneralSet, read_general_set, shipped_general_set
 from svc.terminal import console
-from trainer.recipe.sections import Data, Recipe
+from trainer.recipe.sections import Data, Evaluate, Recipe
 
 _MANY_HELD = 2.0
 """Times the share that was asked for, from which on it is told."""
@@ -32,6 +33,7 @@ class Examples:
         heldout: those that are asked come first.
         given: the task's examples as the files have them, before any was held out or left out.
         general: how many of `train`, at its end, are general.
+        questions: general ones, which none of `train` is; None where none are asked.
     """
 
     train: tuple[ChatExample, ...]
@@ -40,6 +42,7 @@ class Examples:
     heldout_fingerprint: str
     given: tuple[ChatExample, ...]
     general: int = 0
+    questions: GeneralSet | None = None
 
 
 def read_run_examples(
@@ -78,9 +81,43 @@ def read_run_examples(
             todo="lower data.skip",
         )
     _refuse_leaks(data, train, heldout)
-    general = mix_general(train, read(data.general), heldout, data.general_share, data.seed) if data.general else []
+    questions = _questions(recipe.evaluate)
+    train = _leave_out(train, questions)
+    kept_back = (*heldout, *(questions.examples if questions else ()))
+    general = mix_general(train, read(data.general), kept_back, data.general_share, data.seed) if data.general else []
     whole = (*train, *general)
-    return Examples(whole, tuple(heldout), fingerprint(whole), fingerprint(heldout), given, len(general))
+    prints = fingerprint(whole), fingerprint(heldout)
+    return Examples(whole, tuple(heldout), *prints, given, len(general), questions)
+
+
+def _questions(evaluate: Evaluate) -> GeneralSet | None:
+    """The general questions that a recipe asks."""
+    if evaluate.general is False:
+        return None
+    whole = shipped_general_set() if evaluate.general is True else read_general_set(evaluate.general)
+    return whole.first(evaluate.general_limit)
+
+
+def _leave_out(train: list[ChatExample], questions: GeneralSet | None) -> list[ChatExample]:
+    """The training examples but those that ask a general question; says how many.
+
+    Raises:
+        DataError: fewer than two are left.
+    """
+    asked = set(shared_prompts(train, questions.examples)) if questions else set()
+    if not asked:
+        return train
+    console.print(
+        f"[yellow]{len(asked)} training examples are left out: they are among the general questions "
+        "(evaluate.general), which are never trained on[/yellow]"
+    )
+    if len(train) - len(asked) < 2:
+        raise DataError(
+            f"all but {len(train) - len(asked)} of {len(train)} training examples are general questions",
+            expected="at least 2 others",
+            todo="set evaluate.general to false, or to a file with other questions",
+        )
+    return [example for place, example in enumerate(train) if place not in asked]
 
 
 def _split(

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from svc.evaluation.diagnosis.finding import Finding
 from svc.evaluation.evaluator import EvaluationReport
+from svc.evaluation.forgetting import Forgetting
 from svc.evaluation.judge import JudgeReport
 from svc.evaluation.throughput import STREAMS
 from svc.registry.files import record_file, record_files
@@ -38,6 +39,7 @@ def build_manifest(
     parity: ParityReport | None,
     judge: JudgeReport | None,
     findings: tuple[Finding, ...],
+    forgetting: Forgetting | None,
 ) -> Manifest:
     """The manifest of a version whose files are in their place.
 
@@ -51,6 +53,7 @@ def build_manifest(
         parity: None where no format is served.
         judge: None where the recipe names no judge.
         findings: the diagnosis of the training.
+        forgetting: None where no general questions were asked.
     """
     return Manifest(
         name=made.name,
@@ -75,6 +78,7 @@ def build_manifest(
         parity=parity,
         judge=judge,
         findings=findings,
+        forgetting=forgetting,
     )
 
 

@@ -25,8 +25,10 @@ def quick_trial(recipe: Recipe, examples: Examples) -> tuple[Recipe, Examples]:
     content = recipe.model_dump(exclude_unset=True)
     content["name"] = recipe.name[: _LONGEST_NAME - len(_SUFFIX)] + _SUFFIX
     content["train"] = content.get("train", {}) | {"epochs": 1.0, "steps": None}
-    # It is trained too little to say what quantizing costs.
-    content["evaluate"] = content.get("evaluate", {}) | {"max_gptq_loss": 1.0, "max_gptq_nll": 1.0}
+    # It is trained too little to say what quantizing costs, and what is forgotten.
+    limits = {"max_gptq_loss": 1.0, "max_gptq_nll": 1.0, "max_forgetting": None}
+    content["evaluate"] = content.get("evaluate", {}) | limits
+    questions = examples.questions
     cut = replace(
         examples,
         train=train,
@@ -34,6 +36,7 @@ def quick_trial(recipe: Recipe, examples: Examples) -> tuple[Recipe, Examples]:
         train_fingerprint=fingerprint(train),
         heldout_fingerprint=fingerprint(heldout),
         general=max(0, len(train) + examples.general - len(examples.train)),
+        questions=questions and questions.first(max(_FEWEST, math.ceil(_SHARE * len(questions.examples)))),
     )
     return Recipe.model_validate(content), cut
 

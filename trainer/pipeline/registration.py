@@ -14,6 +14,7 @@ from svc.dataset.schema.tokenized_example import TokenizedExample, write_tokeniz
 from svc.errors import IntegrityError, TrainingError
 from svc.evaluation.estimate import Estimate
 from svc.evaluation.evaluator import EvaluationReport
+from svc.evaluation.forgetting import Forgetting, tracked
 from svc.evaluation.judge import JudgeReport
 from svc.evaluation.metrics.metric import Metric
 from svc.evaluation.results import ExampleResult, write_results
@@ -38,6 +39,7 @@ from svc.version import Format
 from trainer.base_model.resolve import Base
 from trainer.pipeline.diagnosis import diagnose_training
 from trainer.pipeline.examples import Examples
+from trainer.pipeline.forgetting_gate import check_forgetting
 from trainer.pipeline.gptq_gate import check_gptq
 from trainer.pipeline.manifest import build_manifest
 from trainer.pipeline.reference import write_data_reference
@@ -62,6 +64,7 @@ class Registration:
         base_results: the answers behind it; none in a run that an older release began.
         qualified: the formats that can be served.
         primary: the metric that gates.
+        forgetting: None where no general questions were asked.
         report: None where there are none.
         judge: None where the recipe names no judge.
     """
@@ -80,6 +83,7 @@ class Registration:
     base_results: Sequence[ExampleResult]
     qualified: Mapping[Format, Qualified]
     primary: Metric
+    forgetting: Forgetting | None
     report: ParityReport | None
     judge: JudgeReport | None
 
@@ -98,6 +102,9 @@ class Registration:
         figures = {f"exact_match_{format}": str(report.exact_match) for format, report in reports.items()}
         figures |= {f"{self.primary.name}_{format}": str(_primary(report)) for format, report in reports.items()}
         link = self._log_report(manifest)
+        if self.forgetting:
+            figures["forgetting"] = str(self.forgetting.difference)
+            self.registry.tracking.log_metrics(self.tracking_run, tracked(self.forgetting))
         self.registry.tracking.annotate(
             manifest.id,
             f"{manifest.base.origin} on {manifest.data.train_examples} examples"
@@ -118,7 +125,7 @@ class Registration:
     def _check(self, *, failed_too: bool) -> tuple[str, ...]:
         """What the version fails."""
         failed = []
-        for check in (self._check_parity, self._check_gptq):
+        for check in (self._check_parity, self._check_gptq, self._check_forgetting):
             try:
                 check()
             except TrainingError as error:
@@ -141,6 +148,10 @@ class Registration:
             judged = self.examples.heldout[: merged.evaluation.examples]
             check_gptq(self.primary, judged, merged, gptq, self.recipe.evaluate)
 
+    def _check_forgetting(self) -> None:
+        if self.forgetting is not None:
+            check_forgetting(self.forgetting, self.recipe.evaluate)
+
     def _published(self, failed: tuple[str, ...]) -> Manifest | None:
         """What a try published that was cut off before it could say so."""
         for made in reversed(self.registry.versions(self.recipe.name)):
@@ -158,6 +169,7 @@ class Registration:
         judged = manifest.data.heldout_fingerprint == self.examples.heldout_fingerprint
         found = {format: record.evaluation for format, record in manifest.formats.items() if record.evaluation}
         same = found == {format: one.evaluation for format, one in self.qualified.items()}  # a metric may be mended
+        same = same and manifest.forgetting == self.forgetting
         return judged and same and manifest.recipe == self.recipe.model_dump(mode="json")
 
     def _publish(self, failed: tuple[str, ...]) -> Manifest:
@@ -180,6 +192,7 @@ class Registration:
             parity=self.report,
             judge=self.judge,
             findings=diagnose_training(self.recipe, self.examples, self.curve, self.qualified),
+            forgetting=self.forgetting,
         )
         return self.registry.publish(self.recipe.name, self.tracking_run, content, manifest)
 

@@ -16,9 +16,12 @@ from trainer.base_model.resolve import Base
 from trainer.pipeline.examples import Examples
 from trainer.recipe.sections import Recipe
 
-_LIMITS = ("max_gptq_loss", "max_gptq_nll")
+_LIMITS = ("max_gptq_loss", "max_gptq_nll", "max_forgetting")
 _METRICS = ("metrics", "primary", "json_schema", "metric_seconds")
 """Of the section `evaluate`: what judges the answers at registration, and what the figures are compared with."""
+
+_GENERAL = ("general", "general_limit")
+"""Of the same: which questions are asked, of which the content decides."""
 
 
 class Stage(StrEnum):
@@ -49,9 +52,10 @@ def stage_keys(recipe: Recipe, base: Base, examples: Examples) -> StageKeys:
     learnt = [adapter, recipe.base_quantization, *(said[key] for key in ("chat_template_kwargs", "train", "stopping"))]
     train = _key(base.revision, examples.train_fingerprint, measured, learnt)
     merge = _key(train)
-    asked = {key: value for key, value in said["evaluate"].items() if key not in _LIMITS + _METRICS}
+    asked = {key: value for key, value in said["evaluate"].items() if key not in _LIMITS + _METRICS + _GENERAL}
     judged = [examples.heldout_fingerprint, asked, said["qualify"]]
-    evaluate = _key(merge, judged)
+    questions = [examples.questions.fingerprint] if examples.questions else []
+    evaluate = _key(merge, judged, *questions)
     quantize = _key(merge, said["quantize"])
     qualify = _key(quantize, judged)
     parity = _key(evaluate, qualify, said["formats"])

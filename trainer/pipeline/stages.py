@@ -8,7 +8,7 @@ recipe's limits last, so that with other limits nothing is measured again.
 
 import asyncio
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
@@ -25,6 +25,8 @@ from svc.engine.vllm.number_type import choose_dtype, explain_gptq_kernel
 from svc.errors import DiskSpaceError, InterruptedRunError, SvcError, TrainingError
 from svc.evaluation.cache import EvaluationCache
 from svc.evaluation.evaluator import EvaluationReport, judge
+from svc.evaluation.forgetting import Forgetting, measure_forgetting
+from svc.evaluation.general.general_set import MAX_TOKENS
 from svc.evaluation.judge import JudgeReport
 from svc.evaluation.results import ExampleResult
 from svc.evaluation.token_scores import choose_examples
@@ -52,7 +54,7 @@ from trainer.pipeline.memory import release_memory
 from trainer.pipeline.registration import Registration
 from trainer.pipeline.run_folder import Run
 from trainer.pipeline.stage_key import Stage
-from trainer.qualification import Launch, Qualified, Qualifier
+from trainer.qualification import BaseAnswers, GeneralQuestions, Launch, Qualified, Qualifier
 from trainer.recipe.sections import Recipe
 from trainer.training.summary import TrainingData, TrainingSummary
 
@@ -64,12 +66,14 @@ class Evaluated(BaseModel):
 
     Attributes:
         base_results: the answers behind the report; none in a run that an older release began.
+        base_general: to the general questions; none where none were asked.
     """
 
     model_config = ConfigDict(frozen=True)
 
     base: EvaluationReport
     base_results: tuple[ExampleResult, ...] = ()
+    base_general: tuple[ExampleResult, ...] = ()
     merged: Qualified
 
 
@@ -211,6 +215,8 @@ class Pipeline:
         if served is not None:
             room = self.recipe.evaluate.max_tokens
             check_served_length(self._tokenized, served, "held-out", room=room)
+            if Format.MERGED in self.recipe.formats:
+                check_served_length(self._tokenized_questions, served, "general", room=MAX_TOKENS)
             judge_endpoint(self.recipe.judge)
             self._judging.check()
         from trainer.training.sft import train_model  # torch and TRL with it
@@ -268,27 +274,44 @@ class Pipeline:
         return self.run.save(Stage.MERGE, summary)
 
     def _evaluate(self) -> Evaluated:
-        qualifier, cache = self._qualifier(), self._cache(self.base.revision, self.base.folder)
-        if known := cache.find(qualifier.judged):
+        general = self._general_questions()
+        qualifier, cache = self._qualifier(general), self._cache(self.base.revision, self.base.folder)
+        known, known_general = cache.find(qualifier.judged), general.of_base if general else ()
+        if known and known_general is not None:
             console.print("  base: judged before on these examples")
-            base = judge(qualifier.judged, known, seconds=0.0)
-            merged = asyncio.run(qualifier.alone(self.run.merged, "merged"))
+            base = BaseAnswers(judge(qualifier.judged, known, seconds=0.0), known_general)
+            merged = asyncio.run(qualifier.alone(self.run.merged, "merged", general=True))
         else:
             kwargs = self._template_kwargs
             prints = [compatibility_fingerprint(folder, kwargs) for folder in (self.base.folder, self.run.merged)]
             work = qualifier.base_and_merged(self.base.folder, self.run.merged, same_fingerprint=prints[0] == prints[1])
             base, merged = asyncio.run(work)
-            cache.add(qualifier.judged, base.results)
-        return self.run.save(Stage.EVALUATE, Evaluated(base=base.report, base_results=base.results, merged=merged))
+            cache.add(qualifier.judged, base.evaluation.results)
+            self._keep_general(self.base.revision, self.base.folder, base.general)
+        judged = base.evaluation
+        evaluated = Evaluated(base=judged.report, base_results=judged.results, base_general=base.general, merged=merged)
+        return self.run.save(Stage.EVALUATE, evaluated)
 
-    def _cache(self, revision: str, model: Path) -> EvaluationCache:
+    def _general_questions(self) -> GeneralQuestions | None:
+        """With what the base answered to them before."""
+        questions = self.examples.questions
+        if questions is None:
+            return None
+        cache = self._cache(self.base.revision, self.base.folder, MAX_TOKENS)
+        return GeneralQuestions(questions.examples, self._tokenized_questions, cache.find(questions.examples))
+
+    def _keep_general(self, revision: str, model: Path, answers: Sequence[ExampleResult]) -> None:
+        if answers and self.examples.questions:
+            self._cache(revision, model, MAX_TOKENS).add(self.examples.questions.examples, answers)
+
+    def _cache(self, revision: str, model: Path, max_tokens: int | None = None) -> EvaluationCache:
         """What a model has answered before, on an engine as it is started now."""
         return evaluation_cache(
             self.settings,
             self.capabilities,
             revision,
             model,
-            max_tokens=self.recipe.evaluate.max_tokens,
+            max_tokens=max_tokens or self.recipe.evaluate.max_tokens,
             template_kwargs=self._template_kwargs,
         )
 
@@ -358,13 +381,15 @@ class Pipeline:
             base_results=evaluated.base_results if evaluated else (),
             qualified=qualified,
             primary=judging.metrics.primary,
+            forgetting=self._forgetting,
             report=self._report,
             judge=self.run.load(Stage.JUDGE, JudgeReport) if Stage.JUDGE in self._stages() else None,
         ).register(failed_too=self.register_failed)
         merged = qualified.get(Format.MERGED)
         if merged and merged.results:  # for a version that it is the base of
-            cache = self._cache(merged_revision(manifest), self.registry.artifact(manifest.id, Format.MERGED))
-            cache.add(self._qualifier().judged, merged.results)
+            revision, folder = merged_revision(manifest), self.registry.artifact(manifest.id, Format.MERGED)
+            self._cache(revision, folder).add(self._qualifier().judged, merged.results)
+            self._keep_general(revision, folder, merged.general)
         registered = self.run.save(
             Stage.REGISTER, Registered(name=manifest.name, number=manifest.number, failed=manifest.failed)
         )
@@ -387,6 +412,14 @@ class Pipeline:
             best_step=training.best_step,
         )
 
+    @property
+    def _forgetting(self) -> Forgetting | None:
+        """None where no general questions were asked of both."""
+        found, questions = self._evaluated, self.examples.questions
+        if found is None or questions is None or not found.base_general or not found.merged.general:
+            return None
+        return measure_forgetting(questions, found.base_general, found.merged.general)
+
     def _qualified(self) -> dict[Format, Qualified]:
         """The formats that can be served."""
         found = {}
@@ -401,7 +434,7 @@ class Pipeline:
         """What was found of base and merged model; None where they are not asked for."""
         return self.run.load(Stage.EVALUATE, Evaluated) if Format.MERGED in self.recipe.formats else None
 
-    def _qualifier(self) -> Qualifier:
+    def _qualifier(self, general: GeneralQuestions | None = None) -> Qualifier:
         facts = partial(engine_facts, self.settings.engine, self.capabilities)
         launch = self.launch or partial(
             evaluation_engine,
@@ -411,7 +444,8 @@ class Pipeline:
             name=self.recipe.name,
             template_kwargs=self._template_kwargs,
         )
-        return Qualifier(launch, facts, self.recipe, self.examples.heldout, self._tokenized, self._compared)
+        heldout = self.examples.heldout
+        return Qualifier(launch, facts, self.recipe, heldout, self._tokenized, self._compared, general)
 
     @property
     def _compared(self) -> list[TokenizedExample]:
@@ -422,6 +456,11 @@ class Pipeline:
     def _tokenized(self) -> list[TokenizedExample]:
         """The held-out examples as they are trained on."""
         return tokenize_as_trained(self.base.folder, self.examples.heldout, self._template_kwargs)
+
+    @cached_property
+    def _tokenized_questions(self) -> list[TokenizedExample]:
+        questions = self.examples.questions
+        return tokenize_as_trained(self.base.folder, questions.examples if questions else (), self._template_kwargs)
 
     def _tracking_run(self) -> str:
         """The MLflow run of this folder; made once, so that a resumed run goes on in it."""

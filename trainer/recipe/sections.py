@@ -52,6 +52,10 @@ def _sources_beside_recipe(sources: tuple[str, ...], info: ValidationInfo) -> tu
     )
 
 
+def _file_beside_recipe(value: bool | Path, info: ValidationInfo) -> bool | Path:
+    return value if isinstance(value, bool) else _beside_recipe(value, info) or value
+
+
 _NAME = Annotated[str, Field(min_length=1)]
 Sources = Annotated[
     tuple[_NAME, ...],
@@ -297,6 +301,20 @@ class Evaluate(_Section):
         ge=0,
         description="negative log-likelihood that quantizing may add, as a share of the merged model's; at least 0.005 "
         "nats; more is refused when it is beyond doubt",
+    )
+
+    general: Annotated[bool | Path, AfterValidator(_file_beside_recipe)] = Field(
+        True,
+        description="ask base and merged model general questions, which are never trained on: true for those of this "
+        "package, a file for your own, false for none; see [evaluation](evaluation.md#forgetting)",
+    )
+    general_limit: Annotated[int, Field(ge=1)] | None = Field(
+        60, description="so many of the first general questions; null: all"
+    )
+    max_forgetting: Annotated[float, Field(ge=0, le=1)] | None = Field(
+        None,
+        description="share of right general answers that training may cost; more is refused when it is beyond doubt; "
+        "default: no limit",
     )
 
     @property

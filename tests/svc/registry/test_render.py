@@ -8,11 +8,14 @@ from rich.console import Console
 from rich.table import Table
 
 from svc.evaluation.evaluator import EvaluationReport, judge
+from svc.evaluation.forgetting import measure_forgetting
+from svc.evaluation.general.general_set import GeneralSet
 from svc.registry.files import record_files
 from svc.registry.manifest import FormatRecord, Manifest
-from svc.registry.render import evaluation_table
+from svc.registry.render import evaluation_table, print_version
 from svc.version import Format, VersionId
 from tests.command_line import Svc
+from tests.svc.chats import chat
 from tests.svc.evaluation.answered import answered
 from tests.svc.registry.manifests import make_manifest, report
 from tests.svc.registry.test_show import Register, register
@@ -60,6 +63,20 @@ def test_a_figure_that_only_one_of_them_has_is_missing_of_the_other(manifest: Ma
     rows = {row[0].strip(): [cell.strip() for cell in row[1:]] for row in shown(evaluation_table(older))[1:]}
     assert rows["ROUGE-L"][0] == "-"
     assert rows["exact match"][0].startswith("0.500 [")
+
+
+def test_what_was_forgotten_is_shown_where_it_was_measured(
+    manifest: Manifest, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before, after = (answered([(text, "right")] * 10).results for text in ("so: right", "wrong"))
+    questions = GeneralSet("own.jsonl", (chat("q", "right"),) * 10, (("right",),) * 10)
+    found = measure_forgetting(questions, before, after)
+    print_version(manifest.model_copy(update={"forgetting": found}), Path())
+    with_it = " ".join(capsys.readouterr().out.split())
+    assert "10 general questions: 1.000 [0.722, 1.000] right before training, 0.000 [0.000, 0.278] after" in with_it
+    assert "difference -1.000 [-1.000, -1.000]; 10 lost, 0 gained" in with_it
+    print_version(manifest, Path())
+    assert "general questions" not in capsys.readouterr().out
 
 
 def test_a_version_of_an_older_release_is_shown_by_exact_match(svc: Svc, register: Register) -> None:

@@ -4,8 +4,8 @@ import json
 from pathlib import Path
 
 import pytest
-
 from svc.evaluation.comparison import compare
+
 from svc.evaluation.metrics.choose import MetricOptions, MetricSet
 from svc.evaluation.metrics.exact_match import ExactMatch
 from svc.settings import Settings

@@ -7,6 +7,7 @@ from typing import Any
 
 import httpx
 import pytest
+from svc.evaluation.comparison import NLL
 
 from svc.chat_template import TemplateKwargs
 from svc.dataset.prompt_hashes import TRAINED_PROMPTS_FILE, hash_prompts, write_prompt_hashes
@@ -15,7 +16,6 @@ from svc.dataset.schema.example import ChatExample
 from svc.dataset.schema.tokenized_example import TokenizedExample
 from svc.engine.probes import engine_facts
 from svc.errors import BusyError, DataError, EngineError, NotFoundError
-from svc.evaluation.comparison import NLL
 from svc.lock import hold_lock
 from svc.registry.files import record_files
 from svc.registry.manifest import write_manifest

@@ -234,3 +234,54 @@ def test_a_file_that_is_cut_off_stops_a_run_that_leaves_bad_lines_out(tmp_path: 
     with pytest.raises(DataError, match=r"t\.jsonl\.gz.* cannot be read on") as caught:
         read_run_examples(recipe, bad_lines=BadLines(tmp_path / "bad"))
     assert "fetch or unpack the file again" in caught.value.todo
+
+
+QUESTIONS = [make_example("what is red?", "a colour"), make_example("what is two?", "a number")]
+
+
+def with_questions(folder: Path, train: list[ChatExample], **evaluate: Any) -> Examples:
+    """Read with a file of general questions."""
+    for name, rows in {"t": train, "h": HELDOUT, "g": QUESTIONS}.items():
+        write_examples(folder / f"{name}.jsonl", rows)
+    paths = {"train": folder / "t.jsonl", "heldout": folder / "h.jsonl"}
+    return read_run_examples(make_recipe(data=paths, evaluate={"general": folder / "g.jsonl"} | evaluate))
+
+
+def test_general_questions_are_never_trained_on(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    trained_on = make_example("What is  RED?", "some other answer")
+    examples = with_questions(tmp_path, [*TRAIN, trained_on])
+    assert examples.train == tuple(TRAIN)
+    assert examples.train_fingerprint == with_questions(tmp_path, TRAIN).train_fingerprint
+    assert "1 training examples are left out" in capsys.readouterr().err
+
+
+def test_they_are_not_mixed_in_either(tmp_path: Path) -> None:
+    write_examples(tmp_path / "mixed.jsonl", [*QUESTIONS, make_example("what is three?", "a number")])
+    for name, rows in {"t": TRAIN, "h": HELDOUT, "g": QUESTIONS}.items():
+        write_examples(tmp_path / f"{name}.jsonl", rows)
+    data = {"train": tmp_path / "t.jsonl", "heldout": tmp_path / "h.jsonl", "general": tmp_path / "mixed.jsonl"}
+    recipe = make_recipe(data={**data, "general_share": 0.15}, evaluate={"general": tmp_path / "g.jsonl"})
+    assert read_run_examples(recipe).train[-1].question == "what is three?"
+
+
+def test_training_on_nothing_but_general_questions_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="all but 1 of 3 training examples are general questions") as raised:
+        with_questions(tmp_path, [*QUESTIONS, TRAIN[0]])
+    assert "evaluate.general" in raised.value.todo
+
+
+@pytest.mark.parametrize(("limit", "asked"), [(1, 1), (None, 2)])
+def test_so_many_of_them_are_asked_as_the_recipe_says(tmp_path: Path, limit: int | None, asked: int) -> None:
+    questions = with_questions(tmp_path, TRAIN, general_limit=limit).questions
+    assert questions is not None
+    assert questions.examples == tuple(QUESTIONS[:asked])
+
+
+def test_none_are_asked_where_the_recipe_says_so(tmp_path: Path) -> None:
+    assert with_questions(tmp_path, [*TRAIN, QUESTIONS[0]], general=False).questions is None
+
+
+def test_those_of_the_package_are_asked_by_default(tmp_path: Path) -> None:
+    questions = read(tmp_path, TRAIN, HELDOUT).questions
+    assert questions is not None
+    assert questions.name == "general.jsonl"

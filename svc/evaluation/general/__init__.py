@@ -1,0 +1,1 @@
+"""General questions that no version is trained on: what a model forgets by learning a task."""

@@ -1,0 +1,38 @@
+"""Whether an answer has one of the texts that would be right in it: fair to models that answer in sentences."""
+
+import re
+from collections.abc import Sequence
+
+from svc.evaluation.metrics.metric import Answered, Metric
+
+_WORD = re.compile(r"\d{1,3}(?:,\d{3})+(?!\w)|\d+(?:\.\d+)?(?!\w)|\w+|[^\w\s]")
+"""A number, a word, or a sign: `1,000` is not 1, `1,2` is 1 and 2, and `{"a":1}` is `{"a": 1}`."""
+
+
+class Contains(Metric):
+    """Share of answers with an accepted text as whole words in them, without regard to case and spacing.
+
+    Args:
+        accepted: for each example, in their order.
+    """
+
+    name = "contains"
+    title = "right answers"
+
+    def __init__(self, accepted: Sequence[Sequence[str]]) -> None:
+        self._accepted = [[_words(text) for text in texts] for texts in accepted]
+
+    def score(self, answered: Answered) -> list[float]:
+        return [
+            float(any(_has(_words(answer), text) for text in texts))
+            for answer, texts in zip(answered.answers, self._accepted, strict=True)
+        ]
+
+
+def _words(text: str) -> list[str]:
+    return _WORD.findall(text.casefold())
+
+
+def _has(words: list[str], wanted: list[str]) -> bool:
+    ends = range(len(words) - len(wanted) + 1)
+    return bool(wanted) and any(words[start : start + len(wanted)] == wanted for start in ends)

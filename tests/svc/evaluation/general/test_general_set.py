@@ -1,0 +1,96 @@
+"""The general questions: the shipped set is sound, and the user's own are read."""
+
+import json
+from collections import Counter
+from pathlib import Path
+
+import pytest
+
+from svc.dataset.schema.normal_prompt import normal_prompt
+from svc.errors import DataError
+from svc.evaluation.general.contains import Contains
+from svc.evaluation.general.general_set import GeneralSet, read_general_set, shipped_general_set
+from svc.evaluation.metrics.metric import Answered
+from tests.svc.chats import write_lines
+from tests.svc.evaluation.answered import answered
+
+SHIPPED = shipped_general_set()
+HALF = len(SHIPPED.examples) // 2
+
+
+def right(questions: GeneralSet, answers: list[str]) -> list[float]:
+    """The score of each answer."""
+    given = answered([(answer, "any") for answer in answers])
+    return Contains(questions.accepted).score(Answered(questions.examples, given.results))
+
+
+def line(question: str, answer: str, **more: object) -> dict[str, object]:
+    turns = [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
+    return {"messages": turns, **more}
+
+
+def test_every_reference_of_the_package_is_right() -> None:
+    assert right(SHIPPED, [example.answer for example in SHIPPED.examples]) == [1.0] * 120
+
+
+def test_every_accepted_text_is_right_alone() -> None:
+    for example, texts in zip(SHIPPED.examples, SHIPPED.accepted, strict=True):
+        for text in texts:
+            assert right(GeneralSet("", (example,), (texts,)), [text]) == [1.0], text
+
+
+def test_no_question_is_answered_by_being_repeated_unless_that_is_asked_for() -> None:
+    repeated = right(SHIPPED, [example.question for example in SHIPPED.examples])
+    found = [example.question for example, score in zip(SHIPPED.examples, repeated, strict=True) if score]
+    assert all("banana" in question or "OK" in question for question in found), found
+
+
+def test_no_question_is_asked_twice() -> None:
+    assert len({normal_prompt(example) for example in SHIPPED.examples}) == len(SHIPPED.examples)
+
+
+def test_an_answer_to_everything_is_rarely_right() -> None:
+    for answer in ("yes", "1", "I do not know.", "The answer is a number.", ""):
+        assert sum(right(SHIPPED, [answer] * len(SHIPPED.examples))) <= 2
+
+
+def test_the_first_half_has_the_same_kinds_as_the_whole() -> None:
+    path = Path(__file__).parents[4] / "svc" / "evaluation" / "general" / "general.jsonl"
+    kinds = [json.loads(row)["kind"] for row in path.read_text("utf-8").splitlines()]
+    whole, half = Counter(kinds), Counter(kinds[:HALF])
+    assert all(abs(half[kind] - whole[kind] / 2) <= 1 for kind in whole)
+
+
+def test_a_file_says_what_is_accepted_or_the_reference_is(tmp_path: Path) -> None:
+    rows = [line("one", "It is a.", accepted=["a", "b"]), line("two", "c")]
+    questions = read_general_set(write_lines(tmp_path / "own.jsonl", *rows))
+    assert questions.accepted == (("a", "b"), ("c",))
+    assert right(questions, ["maybe b", "It is C!"]) == [1, 1]
+
+
+def test_any_data_file_will_do(tmp_path: Path) -> None:
+    (tmp_path / "own.csv").write_text("prompt,completion\nwhat is red?,a colour\n", "utf-8")
+    questions = read_general_set(tmp_path / "own.csv")
+    assert questions.accepted == (("a colour",),)
+
+
+@pytest.mark.parametrize("accepted", ["a", [], [1], [" "], {}])
+def test_accepted_answers_of_another_form_are_refused_by_line(tmp_path: Path, accepted: object) -> None:
+    rows = [line("one", "a"), line("two", "b", accepted=accepted)]
+    with pytest.raises(DataError, match=r"own\.jsonl:2: accepted is"):
+        read_general_set(write_lines(tmp_path / "own.jsonl", *rows))
+
+
+@pytest.mark.parametrize("rows", [[], [{"messages": []}]])
+def test_a_file_without_questions_is_refused(tmp_path: Path, rows: list[dict[str, object]]) -> None:
+    with pytest.raises(DataError, match=r"own\.jsonl"):
+        read_general_set(write_lines(tmp_path / "own.jsonl", *rows))
+
+
+def test_other_questions_or_other_right_answers_have_another_fingerprint() -> None:
+    (first, *others), accepted = SHIPPED.examples, SHIPPED.accepted
+    same = GeneralSet("elsewhere.jsonl", SHIPPED.examples, accepted)
+    fewer = GeneralSet(SHIPPED.name, tuple(others), accepted[1:])
+    laxer = GeneralSet(SHIPPED.name, (first, *others), ((*accepted[0], "x"), *accepted[1:]))
+    assert same.fingerprint == SHIPPED.fingerprint
+    assert len({SHIPPED.fingerprint, fewer.fingerprint, laxer.fingerprint}) == 3

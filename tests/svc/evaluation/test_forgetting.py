@@ -1,0 +1,19 @@
+"""The same questions before and after training: how many right answers were lost."""
+
+from svc.evaluation.forgetting import measure_forgetting, tracked
+from svc.evaluation.general.general_set import GeneralSet
+from tests.svc.evaluation.answered import answered
+
+QUESTIONS = 20
+
+
+def test_what_was_lost_and_gained_with_the_figures_of_both() -> None:
+    before = answered([("so: right", "right")] * 10 + [("no", "right")] * 10, [1.0] * QUESTIONS)
+    after = answered([("right", "right")] * 4 + [("no", "right")] * 15 + [("right", "right")], [1.5] * QUESTIONS)
+    questions = GeneralSet("own.jsonl", tuple(before.examples), (("right",),) * QUESTIONS)
+    found = measure_forgetting(questions, before.results, after.results)
+    assert (found.questions, found.fingerprint, found.examples) == ("own.jsonl", questions.fingerprint, QUESTIONS)
+    assert (found.before.value, found.after.value, found.lost, found.gained) == (0.5, 0.25, 6, 1)
+    assert found.difference.low <= found.difference.value == -0.25 <= found.difference.high
+    assert (found.nll_before.value, found.nll_after.value, found.nll_difference.low) == (1.0, 1.5, 0.5)
+    assert tracked(found)["general_difference"] == -0.25

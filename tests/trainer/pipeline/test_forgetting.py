@@ -1,0 +1,132 @@
+"""A version says what was forgotten by training it, and is refused where that is more than the recipe allows."""
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+
+from svc.errors import TrainingError
+from svc.evaluation.estimate import Estimate, paired_difference, proportion
+from svc.evaluation.forgetting import Forgetting
+from svc.evaluation.general.general_set import GeneralSet
+from svc.version import Format
+from tests.trainer.conftest import make_example
+from tests.trainer.engines import Engines
+from tests.trainer.pipeline.stand_ins import Make
+from trainer.base_model.resolve import Base
+from trainer.pipeline.find_base import merged_revision
+from trainer.pipeline.forgetting_gate import check_forgetting
+from trainer.pipeline.stages import Pipeline
+from trainer.recipe.sections import Evaluate
+
+NONE = Estimate(value=0.0, low=0.0, high=0.0)
+
+
+def questions(*right: str) -> GeneralSet:
+    """Ten, all answered rightly by who says such words: the double says the name of its weights."""
+    asked = tuple(make_example(f"general {number}", " ".join(right)) for number in range(10))
+    return GeneralSet("own.jsonl", asked, (right,) * 10)
+
+
+def asking(pipeline: Pipeline, general: GeneralSet) -> Pipeline:
+    return replace(pipeline, examples=replace(pipeline.examples, questions=general))
+
+
+@pytest.mark.slow
+def test_a_version_says_what_was_forgotten(make: Make) -> None:
+    pipeline = asking(make(), questions("base.0"))
+    manifest = pipeline.registry.manifest(pipeline.train_version())
+    found = manifest.forgetting
+    assert found is not None
+    assert (found.before.value, found.after.value, found.lost, found.gained) == (1, 0, 10, 0)
+    assert found.difference.value == -1
+    run = pipeline.registry.tracking.run(manifest.tracking_run)
+    assert run is not None
+    assert run.metrics["general_difference"] == -1
+
+
+@pytest.mark.slow
+def test_without_questions_it_says_nothing(make: Make, engines: Engines) -> None:
+    pipeline = make()
+    assert pipeline.registry.manifest(pipeline.train_version()).forgetting is None
+
+
+@pytest.mark.slow
+def test_more_than_the_recipe_allows_is_refused_and_with_another_limit_nothing_is_asked_again(
+    make: Make, engines: Engines
+) -> None:
+    with pytest.raises(TrainingError, match=r"training lost 1\.000 of the right answers to 10 general questions"):
+        asking(make(evaluate={"max_forgetting": 0.5}), questions("base.0")).train_version()
+    launched = len(engines.launched)
+    asking(make(), questions("base.0")).train_version()
+    assert len(engines.launched) == launched
+
+
+@pytest.mark.slow
+def test_a_base_is_asked_once(make: Make, engines: Engines) -> None:
+    general = questions("base.0")
+    asking(make(), general).train_version()
+    launched = len(engines.launched)
+    again = asking(make(train={"seed": 1}), general)
+    found = again.registry.manifest(again.train_version()).forgetting
+    assert found is not None
+    assert found.before.value == 1
+    assert "base" not in engines.started_with[launched:]
+
+
+@pytest.mark.slow
+def test_a_version_that_is_a_base_was_asked_when_it_was_made(make: Make, engines: Engines) -> None:
+    general = questions("merged.0")
+    first = asking(make(), general)
+    manifest, launched = first.registry.manifest(first.train_version()), len(engines.launched)
+    folder = first.registry.artifact(manifest.id, Format.MERGED)
+    base = Base(folder, str(manifest.id), None, merged_revision(manifest))
+    found = asking(replace(make(train={"seed": 1}), base=base), general)
+    forgetting = found.registry.manifest(found.train_version()).forgetting
+    assert forgetting is not None
+    assert forgetting.before.value == 1
+    assert str(folder) not in [engine.double.weights for engine in engines.launched[launched:]]
+
+
+def lost(before: int, after: int, total: int = 100) -> Forgetting:
+    """So many right answers before and after, the first ones."""
+    first, second = ([index < hits for index in range(total)] for hits in (before, after))
+    return Forgetting(
+        questions="own.jsonl",
+        fingerprint="sha256:0",
+        examples=total,
+        before=proportion(before, total),
+        after=proportion(after, total),
+        difference=paired_difference(first, second),
+        nll_before=NONE,
+        nll_after=NONE,
+        nll_difference=NONE,
+        lost=max(0, before - after),
+        gained=max(0, after - before),
+    )
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "most"),
+    [
+        *((50, 0, None), (50, 50, 0.0), (50, 60, 0.0), (50, 30, 0.3)),
+        (50, 42, 0.05),  # 0.08, and it may as well be 0.03
+        (50, 45, 0.0),  # five lost and none gained: by chance more often than once in twenty times
+    ],
+)
+def test_what_is_within_the_limit_or_within_doubt_passes(before: int, after: int, most: float | None) -> None:
+    check_forgetting(lost(before, after), Evaluate(max_forgetting=most))
+
+
+@pytest.mark.parametrize(("before", "after", "most"), [(50, 20, 0.1), (50, 44, 0.0), (10, 0, 0.02)])
+def test_what_is_beyond_doubt_is_refused(before: int, after: int, most: float) -> None:
+    with pytest.raises(TrainingError, match="of the right answers to 100 general questions") as raised:
+        check_forgetting(lost(before, after), Evaluate(max_forgetting=most))
+    assert raised.value.expected == f"at most {most:.3f} (evaluate.max_forgetting)"
+    assert "data.general" in raised.value.todo
+
+
+@pytest.mark.parametrize("value", [-0.1, 1.5])
+def test_a_limit_is_a_share(value: Any) -> None:
+    with pytest.raises(ValueError, match="max_forgetting"):
+        Evaluate(max_forgetting=value)
