@@ -89,7 +89,12 @@ async def ask_endpoint(
                 on_done()
                 return result
 
-        return tuple(await asyncio.gather(*map(ask, examples)))
+        tasks = [asyncio.create_task(ask(example)) for example in examples]
+        try:
+            return tuple(await asyncio.gather(*tasks))
+        finally:
+            for task in tasks:  # where one fails, the others ask no more: it costs money
+                task.cancel()
 
 
 class _Chat:

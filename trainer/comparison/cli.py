@@ -2,12 +2,17 @@
 
 import os
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from svc.errors import SettingsError
 from svc.invocation import json_option, settings_of
+
+if TYPE_CHECKING:
+    from svc.evaluation.judge import JudgeEndpoint
+
+_RENEW = "have it replaced where it is from"
 
 
 @click.command()
@@ -24,6 +29,9 @@ from svc.invocation import json_option, settings_of
 @click.option("--fresh", is_flag=True, help="Ask again what was answered before.")
 @click.option("--endpoint-key-file", type=click.Path(path_type=Path), help="File with the key of an endpoint.")
 @click.option("--endpoint-key-variable", metavar="NAME", help="Environment variable with the key of an endpoint.")
+@click.option("--judge-url", metavar="URL", help="OpenAI endpoint of a judge: prompts, references, answers go there.")
+@click.option("--judge-model", metavar="NAME", help="Its name there.")
+@click.option("--judge-key-file", type=click.Path(path_type=Path), help="File with its key.")
 @click.option("--fail-if-worse", is_flag=True, help="Exit with code 1 if B is worse than A beyond doubt.")
 @json_option
 @click.pass_context
@@ -32,6 +40,9 @@ def compare(
     /,
     endpoint_key_file: Path | None,
     endpoint_key_variable: str | None,
+    judge_url: str | None,
+    judge_model: str | None,
+    judge_key_file: Path | None,
     fail_if_worse: bool,
     as_json: bool,
     **wanted: Any,
@@ -42,19 +53,32 @@ def compare(
     https://HOST/v1#MODEL, to which the prompts are sent.
     """
     from svc.evaluation.comparison import Verdict
-
     from svc.terminal import print_json, quiet_libraries
     from trainer.comparison.job import Wanted, compare_models
     from trainer.comparison.render import everything, print_compared
 
     quiet_libraries()
     key = _key(endpoint_key_file, endpoint_key_variable)
-    compared = compare_models(settings_of(ctx), Wanted(key=key, **wanted))
+    judge = _judge(judge_url, judge_model, judge_key_file)
+    compared = compare_models(settings_of(ctx), Wanted(key=key, judge=judge, **wanted))
     if as_json:
         print_json(everything(compared))
     else:
         print_compared(compared)
     ctx.exit(1 if fail_if_worse and compared.comparison.verdict is Verdict.WORSE else 0)
+
+
+def _judge(url: str | None, model: str | None, key_file: Path | None) -> "JudgeEndpoint | None":
+    from svc.evaluation.judge import JudgeEndpoint
+    from svc.key_file import read_secret
+
+    if not url and not model and not key_file:
+        return None
+    if not url or not model:
+        raise click.UsageError("a judge needs both, --judge-url and --judge-model")
+    judge = JudgeEndpoint(url, model, read_secret(key_file, _RENEW) if key_file else None)
+    judge.check()
+    return judge
 
 
 def _key(file: Path | None, variable: str | None) -> str | None:
@@ -64,7 +88,7 @@ def _key(file: Path | None, variable: str | None) -> str | None:
     if file and variable:
         raise click.UsageError("--endpoint-key-file and --endpoint-key-variable say the same")
     if file:
-        return read_secret(file, "make another key where it is from")
+        return read_secret(file, _RENEW)
     if not variable:
         return None
     key = os.environ.get(variable, "").strip()

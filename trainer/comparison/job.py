@@ -7,18 +7,20 @@ from functools import partial
 from pathlib import Path
 
 import httpx
-from svc.evaluation.comparison import Comparison, compare
 
 from svc.chat_template import TemplateKwargs
 from svc.engine.capabilities import Capabilities, read_capabilities
 from svc.engine.engine import Engine
+from svc.evaluation.comparison import Comparison, compare
 from svc.evaluation.endpoint import Endpoint
+from svc.evaluation.judge import JudgeEndpoint, JudgeReport, Pair, judge_pairs
 from svc.evaluation.metrics.choose import MetricOptions, choose_metrics, try_on_references
+from svc.evaluation.results import ExampleResult
 from svc.lock import hold_lock
 from svc.registry.fingerprint import tokenizer_fingerprint
 from svc.registry.registry import Registry
 from svc.settings import Settings
-from svc.terminal import console
+from svc.terminal import console, counting
 from svc.version import Format
 from trainer.comparison.ask import Answers, Interview, LaunchModel, Tokenize
 from trainer.comparison.model import LocalModel, Model, asked_alike, find_model
@@ -32,7 +34,12 @@ FOLDER = "compare"
 
 @dataclass(frozen=True, slots=True)
 class Wanted:
-    """What the command line says; its options have the same names."""
+    """What the command line says; its options have the same names.
+
+    Attributes:
+        key: for endpoints among the models.
+        judge: compares the answers too; None for none.
+    """
 
     first: str
     second: str
@@ -44,6 +51,7 @@ class Wanted:
     primary: str | None = None
     fresh: bool = False
     key: str | None = field(default=None, repr=False)
+    judge: JudgeEndpoint | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,6 +62,7 @@ class Compared:
     questions: Questions
     answers: Sequence[Answers]
     comparison: Comparison
+    judge: JudgeReport | None = None
 
 
 def compare_models(
@@ -108,7 +117,8 @@ def compare_models(
         answers = asyncio.run(interview.ask(models))
     first, second = (one.results for one in answers)
     comparison = compare(questions.examples, first, second, metrics, no_tokens=_why_no_tokens(models))
-    return Compared(models, questions, answers, comparison)
+    judge = _ask_judge(wanted.judge, questions, first, second) if wanted.judge else None
+    return Compared(models, questions, answers, comparison, judge)
 
 
 def _find_models(settings: Settings, wanted: Wanted, registry: Registry) -> list[Model]:
@@ -121,6 +131,15 @@ def _find_models(settings: Settings, wanted: Wanted, registry: Registry) -> list
         asked_alike(model, other) if isinstance(model, LocalModel) else model
         for model, other in zip(found, others, strict=True)
     ]
+
+
+def _ask_judge(
+    judge: JudgeEndpoint, questions: Questions, first: Sequence[ExampleResult], second: Sequence[ExampleResult]
+) -> JudgeReport:
+    answers = zip(questions.examples, first, second, strict=True)
+    pairs = [Pair(example, one.answer, other.answer) for example, one, other in answers]
+    with counting("judging B beside A", len(pairs)) as advance:
+        return asyncio.run(judge_pairs(pairs, judge, on_done=advance))
 
 
 def _launch(

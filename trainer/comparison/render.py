@@ -4,8 +4,9 @@ from typing import Any
 
 from rich.markup import escape
 from rich.table import Table
-from svc.evaluation.comparison import NLL, Comparison, DifferentAnswers, MetricComparison, Verdict
 
+from svc.evaluation.comparison import NLL, Comparison, DifferentAnswers, MetricComparison, Verdict
+from svc.evaluation.judge import JudgeReport
 from svc.evaluation.results import ExampleResult
 from svc.terminal import output
 from trainer.comparison.ask import Answers
@@ -43,6 +44,8 @@ def print_compared(compared: Compared) -> None:
     for name, reason in comparison.left_out.items():
         output.print(f"[dim]{escape(name)} is left out: {escape(reason)}[/dim]")
     _print_verdict(comparison)
+    if compared.judge:
+        output.print(_judged(compared.judge), markup=False, soft_wrap=True)
     if comparison.different:
         output.print(f"\nThe {len(comparison.different)} examples that differ most, by {_order(comparison)}:")
     for one in comparison.different:
@@ -61,6 +64,13 @@ def _print_verdict(comparison: Comparison) -> None:
     output.print(
         f"By {escape(tally.metric)} B wins {tally.wins}, loses {tally.losses}, ties {tally.ties}; sign test "
         f"p = {tally.p_value:.2g}"
+    )
+
+
+def _judged(report: JudgeReport) -> str:
+    return (
+        f"The judge {report.model} at {report.url}: B wins {report.win_rate} of {report.pairs} pairs "
+        f"(ties count half), the same in both orders {report.agreement}"
     )
 
 
@@ -95,6 +105,7 @@ def everything(compared: Compared) -> dict[str, Any]:
         "max_tokens": compared.questions.max_tokens,
         "verdict": compared.comparison.verdict.value,
         **compared.comparison.model_dump(mode="json"),
+        "judge": compared.judge and compared.judge.model_dump(mode="json"),
         "answers": [
             {"example": example.as_dict(), "a": _result(one, likely=likely), "b": _result(other, likely=likely)}
             for example, one, other in rows

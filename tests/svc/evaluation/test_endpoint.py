@@ -119,7 +119,23 @@ async def test_a_refusal_is_told_without_the_key_and_not_repeated() -> None:
     with pytest.raises(EngineError, match=r"big-model at https://elsewhere\.example/v1 answered 401") as raised:
         await ask(provider)
     assert KEY not in str(raised.value) + repr(raised.value) + repr(ENDPOINT)
-    assert len(provider.requests) <= len(EXAMPLES)
+
+
+async def test_after_a_refusal_nothing_more_is_asked() -> None:
+    asked: list[httpx.Request] = []
+
+    async def refuse(request: httpx.Request) -> httpx.Response:
+        asked.append(request)
+        loop = asyncio.get_running_loop()
+        answered = loop.create_future()
+        loop.call_later(0.001, answered.set_result, None)  # as a network does, it takes a moment
+        await answered
+        return httpx.Response(401, text="no")
+
+    examples = [chat(f"question {number}") for number in range(100)]
+    with pytest.raises(EngineError, match="answered 401"):
+        await ask_endpoint(ENDPOINT, examples, max_tokens=8, transport=httpx.MockTransport(refuse))
+    assert len(asked) < 30
 
 
 @pytest.mark.parametrize("body", [{}, {"choices": []}, {"choices": [{"message": None}]}, []])

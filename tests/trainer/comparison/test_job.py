@@ -7,7 +7,6 @@ from typing import Any
 
 import httpx
 import pytest
-from svc.evaluation.comparison import NLL
 
 from svc.chat_template import TemplateKwargs
 from svc.dataset.prompt_hashes import TRAINED_PROMPTS_FILE, hash_prompts, write_prompt_hashes
@@ -16,6 +15,8 @@ from svc.dataset.schema.example import ChatExample
 from svc.dataset.schema.tokenized_example import TokenizedExample
 from svc.engine.probes import engine_facts
 from svc.errors import BusyError, DataError, EngineError, NotFoundError
+from svc.evaluation.comparison import NLL
+from svc.evaluation.judge import JudgeEndpoint
 from svc.lock import hold_lock
 from svc.registry.files import record_files
 from svc.registry.manifest import write_manifest
@@ -26,6 +27,7 @@ from tests.serving.engine_double import EngineDouble, tokenized
 from tests.serving.versions import HELDOUT, NAME, AliasBook, make_version
 from tests.svc.chats import chat
 from tests.svc.engine.devices import AVX512
+from tests.svc.evaluation.judge_server import judge_server
 from tests.trainer.engines import Engines
 from trainer.comparison.job import FOLDER, Compared, Wanted, compare_models
 from trainer.comparison.render import everything, print_compared
@@ -260,3 +262,18 @@ def test_a_person_sees_figures_verdict_and_answers(bench: Bench, capsys: pytest.
         "1 A by 1 exact_match, 3 edits asked question 1 right 1.0 1.1 1.2 A 1.0 1.1 1.2 B 2.0 2.1 2.2",
     ):
         assert text in out
+
+
+def test_a_judge_is_asked_where_one_is_named(bench: Bench, capsys: pytest.CaptureFixture[str]) -> None:
+    def prefer_two(first: str, second: str) -> str:
+        return "A" if first.startswith("2") else "B"
+
+    with judge_server(prefer_two) as server:
+        judge = JudgeEndpoint(server.url, "judge-model")
+        compared = bench.compare("tuned@1", "tuned@2", judge=judge)
+    assert compared.judge is not None
+    assert (compared.judge.win_rate.value, compared.judge.agreement.value) == (1, 1)
+    assert everything(compared)["judge"]["model"] == "judge-model"
+    capsys.readouterr()
+    print_compared(compared)
+    assert "The judge judge-model at http://127.0.0.1" in capsys.readouterr().out

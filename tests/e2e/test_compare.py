@@ -1,0 +1,48 @@
+"""`svc compare` with the real engine: kept answers, a base and its version in one engine, an endpoint elsewhere."""
+
+from pathlib import Path
+
+import pytest
+
+from examples.service import svc, svc_json
+from tests.e2e.server import HELDOUT_EXAMPLES, Server
+
+pytestmark = [pytest.mark.slow]
+
+
+def test_versions_are_compared_by_what_they_answered_when_they_were_registered(home: Path) -> None:
+    compared = svc_json(home, "compare", "tiny@1", "tiny@2")
+    assert (compared["a"]["name"], compared["b"]["name"]) == ("tiny@1 (gptq)", "tiny@2 (gptq)")
+    assert [compared[side]["kept"] for side in "ab"] == [True, True]
+    assert compared["examples"] == len(compared["answers"]) == HELDOUT_EXAMPLES
+    shown = svc_json(home, "show", "tiny@1")["formats"]["gptq"]["evaluation"]
+    primary = compared["primary"]
+    assert compared["metrics"][primary]["first"] == shown["metrics"][primary]["estimate"]
+    assert compared["metrics"]["nll"]["first"] == shown["nll"]
+
+
+def test_a_base_and_its_version_are_asked_in_one_engine(home: Path, workplace: Path) -> None:
+    options = ("--format", "merged", "--limit", "6", "--fresh", "--json")
+    asked = svc(home, "compare", str(workplace / "base"), "tiny@1", *options, capture_output=True)
+    assert asked.returncode == 0, asked.stderr
+    assert asked.stderr.count("engine …") == 1
+    compared = svc_json(home, "compare", str(workplace / "base"), "tiny@1", "--format", "merged", "--limit", "6")
+    assert [compared[side]["kept"] for side in "ab"] == [True, True]
+    assert compared["metrics"]["nll"]["second"]["value"] < compared["metrics"]["nll"]["first"]["value"]
+
+
+def test_an_endpoint_elsewhere_gives_the_answers_that_the_version_gave(server: Server) -> None:
+    endpoint = f"{server.url}/v1#tiny@1"
+    said = svc(server.home, "compare", "tiny@1", endpoint, "--limit", "6", capture_output=True)
+    assert f"the prompts of 6 examples are sent to {server.url}/v1" in said.stderr
+    assert "perplexity is left out" in said.stdout
+    compared = svc_json(server.home, "compare", "tiny@1", endpoint, "--limit", "6")
+    assert [row["a"]["answer"] for row in compared["answers"]] == [row["b"]["answer"] for row in compared["answers"]]
+    assert compared["verdict"] == "undecided"
+
+
+def test_a_version_says_what_was_forgotten(home: Path) -> None:
+    found = svc_json(home, "show", "tiny@1")["forgetting"]
+    assert found["examples"] == 60
+    assert 0 < found["nll_before"]["low"] <= found["nll_before"]["value"]
+    assert found["nll_difference"]["low"] <= found["nll_difference"]["value"] <= found["nll_difference"]["high"]
