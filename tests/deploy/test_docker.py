@@ -58,6 +58,10 @@ def test_the_compiler_of_the_image_for_gpus_is_the_one_that_triton_needs() -> No
     assert set(COMPILERS.findall(stages()["gpu"])) == {"gcc"}
 
 
+def test_the_image_takes_no_gpu_by_itself() -> None:
+    assert "NVIDIA_VISIBLE_DEVICES=" not in TEXT
+
+
 def test_what_goes_to_the_builder_is_listed_and_is_there() -> None:
     lines = [line for line in (ROOT / ".dockerignore").read_text("utf-8").splitlines() if line and line[0] != "#"]
     assert lines[0] == "*"
