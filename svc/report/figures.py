@@ -3,7 +3,9 @@
 from dataclasses import asdict
 from typing import Any
 
-from svc.report.report import Report
+from svc.evaluation.estimate import Estimate
+from svc.report.judged import Verdict
+from svc.report.report import GeneralTask, Report
 from svc.report.shown_example import ShownExample
 
 
@@ -12,12 +14,7 @@ def report_figures(report: Report) -> dict[str, Any]:
     return {
         "version": str(report.manifest.id),
         "models": list(report.models),
-        "verdicts": [
-            asdict(verdict)
-            | {"change": _values(verdict.change), "value": _values(verdict.value)}
-            | {"before": _values(verdict.before)}
-            for verdict in report.verdicts
-        ],
+        "verdicts": [_verdict(verdict) for verdict in report.verdicts],
         "metrics": {
             row.name: {
                 "estimates": {model: _values(found) for model, found in row.estimates.items()},
@@ -35,6 +32,27 @@ def report_figures(report: Report) -> dict[str, Any]:
         "data": report.data.model_dump() if report.data else None,
         "run": report.run.model_dump() if report.run else None,
         "findings": [asdict(finding) for finding in report.findings],
+        "general": [_task(task) for task in report.general],
+    }
+
+
+def _verdict(verdict: Verdict) -> dict[str, Any]:
+    return {
+        "model": verdict.model,
+        "other": verdict.other,
+        "outcome": verdict.outcome.value,
+        "value": _values(verdict.value),
+        "before": _values(verdict.before),
+        "change": _values(verdict.change),
+    }
+
+
+def _task(task: GeneralTask) -> dict[str, Any]:
+    return {
+        "name": task.name,
+        "base": _values(task.base),
+        "tuned": _values(task.tuned),
+        "change": _values(task.change),
     }
 
 
@@ -42,5 +60,5 @@ def _numbers(shown: tuple[ShownExample, ...]) -> list[int]:
     return [one.number for one in shown]
 
 
-def _values(estimate: Any) -> dict[str, float] | None:
+def _values(estimate: Estimate | None) -> dict[str, float] | None:
     return None if estimate is None else estimate.model_dump()

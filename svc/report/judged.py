@@ -112,7 +112,8 @@ class Judged:
         pairs = [(format, BASE) for format in formats if BASE in self.evaluations]
         if {Format.MERGED, Format.GPTQ} <= set(formats):
             pairs.append((Format.GPTQ.value, Format.MERGED.value))
-        return tuple(self._verdict(model, other) for model, other in pairs)
+        judged = {model for model, evaluation in self.evaluations.items() if self.primary in evaluation.figures}
+        return tuple(self._verdict(model, other) for model, other in pairs if {model, other} <= judged)
 
     def _verdict(self, model: str, other: str) -> Verdict:
         primary = self.evaluations[model].figures[self.primary]
@@ -127,8 +128,9 @@ class Judged:
 
     def change(self, metric: str, before: str, after: str) -> Estimate | None:
         """What a metric of one model has more than of another, example by example; None where that cannot be told."""
-        if metric == ExactMatch.name and {before, after} <= set(self.evaluations):
-            return paired_difference(self.evaluations[before].hits, self.evaluations[after].hits)
+        if metric == ExactMatch.name:
+            hits = [self.evaluations[model].hits for model in (before, after) if model in self.evaluations]
+            return paired_difference(*hits) if len(hits) == 2 and len(hits[0]) == len(hits[1]) else None
         first, second = self.results.get(before), self.results.get(after)
         if not first or not second or len(first) != len(second):
             return None

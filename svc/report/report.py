@@ -6,6 +6,7 @@ A version of an older release keeps less: what is missing is None or empty, and 
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TypeVar
 
@@ -135,12 +136,12 @@ def _judged(registry: Registry, manifest: Manifest) -> Judged:
     results: dict[str, tuple[ExampleResult, ...]] = {}
     if manifest.base_evaluation:
         evaluations[BASE] = manifest.base_evaluation
-        results[BASE] = _or_none(lambda: registry.base_results(manifest.id)) or ()
+        results[BASE] = _or_none(partial(registry.base_results, manifest.id)) or ()
     for format in (Format.MERGED, Format.GPTQ):
         record = manifest.formats.get(format)
         if record and record.evaluation:
             evaluations[format] = record.evaluation
-            results[format] = _or_none(lambda format=format: registry.results(manifest.id, format)) or ()  # type: ignore[misc]
+            results[format] = _or_none(partial(registry.results, manifest.id, format)) or ()
     examples = registry.heldout(manifest.id)[: manifest.judged_examples]
     return Judged(examples, evaluations, {model: found for model, found in results.items() if found})
 

@@ -85,6 +85,16 @@ def test_gptq_stands_for_a_version_without_merged() -> None:
     assert judged(LABELS, {"gptq": right(LABELS, 10)}).tuned == "gptq"
 
 
+def test_a_format_that_was_judged_by_other_metrics_gets_no_verdict() -> None:
+    """A run that an older release began, and this one ended."""
+    found = judged(LABELS, {BASE: right(LABELS, 9), "merged": right(LABELS, 50), "gptq": right(LABELS, 50)})
+    gptq = found.evaluations["gptq"]
+    other = gptq.model_copy(update={"metrics": {"chrf": gptq.metrics["accuracy"]}, "primary": "chrf"})
+    mixed = Judged(LABELS, {**found.evaluations, "gptq": other}, found.results)
+    assert [(verdict.model, verdict.other) for verdict in mixed.verdicts()] == [("merged", BASE)]
+    assert set(mixed.rows()[0].estimates) == {BASE, "merged"}
+
+
 def test_of_a_version_that_was_not_served_nothing_is_said() -> None:
     found = Judged([], {}, {})
     assert (found.tuned, found.rows(), found.verdicts()) == (None, (), ())
