@@ -191,7 +191,13 @@ class Registration:
             failed=failed,
             parity=self.report,
             judge=self.judge,
-            findings=diagnose_training(self.recipe, self.examples, self.curve, self.qualified),
+            findings=diagnose_training(
+                self.recipe,
+                self.examples,
+                self.curve,
+                self.qualified,
+                self.forgetting.difference if self.forgetting else None,
+            ),
             forgetting=self.forgetting,
         )
         return self.registry.publish(self.recipe.name, self.tracking_run, content, manifest)
