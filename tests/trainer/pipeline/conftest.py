@@ -21,6 +21,7 @@ from tests.trainer.engines import Engines
 from tests.trainer.pipeline.stand_ins import TRAIN, Make, Stages
 from trainer.base_model.resolve import Base
 from trainer.parity import report as parity_module
+from trainer.pipeline import registration as registration_module
 from trainer.pipeline import stages as stages_module
 from trainer.pipeline.examples import Examples
 from trainer.pipeline.run_folder import Run
@@ -38,6 +39,7 @@ def stages(monkeypatch: pytest.MonkeyPatch) -> Stages:
         stages_module, "tokenize_as_trained", lambda folder, examples, kwargs: list(map(tokenized, examples))
     )
     monkeypatch.setattr(parity_module, "make_report", stages.make_report)
+    monkeypatch.setattr(registration_module, "report_page", lambda report: f"<p>{report.manifest.id}</p>")
     for name in ("check_layers", "merge_adapter", "quantize_gptq"):
         monkeypatch.setattr(stages_module, name, getattr(stages, name))
     return stages

@@ -1,6 +1,7 @@
 """What a version keeps of the run that made it."""
 
 import json
+from pathlib import Path
 
 import pytest
 
@@ -14,6 +15,8 @@ from svc.evaluation.training_curve import TRAINING_CURVE_FILE, read_training_cur
 from svc.registry.fingerprint import compatibility_fingerprint
 from svc.registry.registry import Registry
 from svc.registry.run_record import RUN_RECORD_FILE, MachineRecord, read_run_record
+from svc.report.page import report_page
+from svc.report.report import gather_report
 from svc.text_embedding import TEXT_SPACE_FILE, load_text_space
 from svc.version import Format
 from tests.trainer.conftest import make_example
@@ -207,6 +210,16 @@ def test_an_unserved_adapter_has_no_verification(pipeline: Pipeline) -> None:
 def test_the_weights_of_a_finished_run_take_no_room_beside_the_registrys(pipeline: Pipeline) -> None:
     pipeline.train_version()
     assert all(path.stat().st_nlink > 1 for path in pipeline.run.folder.rglob("*.safetensors"))
+
+
+def test_mlflow_has_the_page_that_svc_report_writes(pipeline: Pipeline, monkeypatch: pytest.MonkeyPatch) -> None:
+    from mlflow import MlflowClient
+
+    monkeypatch.setattr(registration, "report_page", report_page)
+    version, tracking = pipeline.train_version(), pipeline.registry.tracking
+    run = pipeline.registry.manifest(version).tracking_run
+    page = MlflowClient(tracking.uri, tracking.uri).download_artifacts(run, f"{version.name}-{version.number}.html")
+    assert Path(page).read_text("utf-8") == report_page(gather_report(pipeline.registry, version))
 
 
 def test_a_version_is_registered_where_its_report_cannot_be_made(
