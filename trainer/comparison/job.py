@@ -97,7 +97,7 @@ def compare_models(
         max_tokens=wanted.max_tokens,
         options=MetricOptions(tuple(wanted.metrics) or None, wanted.primary),
     )
-    metrics = choose_metrics(questions.examples, questions.options)
+    metrics = choose_metrics(questions.whole, questions.options)
     try_on_references(metrics, questions.examples)
     _tell(models, questions, registry)
     folder = settings.home / FOLDER

@@ -27,12 +27,14 @@ class Questions:
         origin: where the examples are from, for people.
         max_tokens: longest answer, tokens.
         options: which metrics judge the answers.
+        whole: all examples of the origin, which decide what kind of task it is however few are asked.
     """
 
     examples: Sequence[ChatExample]
     origin: str
     max_tokens: int
     options: MetricOptions
+    whole: Sequence[ChatExample]
 
 
 def choose_questions(
@@ -59,7 +61,8 @@ def choose_questions(
     versions = [model.manifest for model in models if isinstance(model, LocalModel) and model.manifest]
     longest = max_tokens or (versions[0].max_answer_tokens if versions else Evaluate().max_tokens)
     if data:
-        return Questions(read_examples(data, cache=cache)[:limit], ", ".join(data), longest, options)
+        whole = read_examples(data, cache=cache)
+        return Questions(whole[:limit], ", ".join(data), longest, options, whole)
     if not versions:
         raise DataError("neither of the two has a held-out set", todo="say what to ask: --data FILE")
     if len({version.data.heldout_fingerprint for version in versions}) > 1:
@@ -69,10 +72,11 @@ def choose_questions(
             todo="say what to ask: --data FILE",
         )
     counts = [count for count in (limit, *(version.judged_examples for version in versions)) if count]
-    examples = registry.heldout(versions[0].id)[: min(counts, default=None)]
+    whole = registry.heldout(versions[0].id)
     if options == MetricOptions():
         options = _as_judged(versions[0])
-    return Questions(examples, f"the held-out set of {versions[0].id}", longest, options)
+    origin = f"the held-out set of {versions[0].id}"
+    return Questions(whole[: min(counts, default=None)], origin, longest, options, whole)
 
 
 def _as_judged(version: Manifest) -> MetricOptions:

@@ -30,7 +30,7 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> list[Wanted]:
         said = [answered([("no" if name.endswith("bad") else "yes", "yes")] * 10) for name in names]
         models = [LocalModel(name, Path(name), "sha256:0", {}) for name in names]
         answers = [Answers(tuple(one.results), kept=False) for one in said]
-        questions = Questions(said[0].examples, "FILE", 8, MetricOptions())
+        questions = Questions(said[0].examples, "FILE", 8, MetricOptions(), said[0].examples)
         found = compare(said[0].examples, said[0].results, said[1].results, MetricSet(ExactMatch()))
         return Compared(models, questions, answers, found)
 

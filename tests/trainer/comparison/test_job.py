@@ -169,6 +169,16 @@ def test_versions_with_different_held_out_sets_need_to_be_told_what_to_answer(be
     assert bench.compare("tuned@1", "tuned@2", data=[str(tmp_path / "data.jsonl")]).comparison.examples == 2
 
 
+@pytest.mark.parametrize("limit", [None, 1])
+def test_however_few_are_asked_they_are_judged_as_what_they_are(
+    bench: Bench, tmp_path: Path, limit: int | None
+) -> None:
+    labels = [chat(f"is {number} even?", "yes" if number % 2 == 0 else "no") for number in range(8)]
+    write_examples(tmp_path / "labels.jsonl", labels)
+    compared = bench.compare("tuned@1", "tuned@2", data=[str(tmp_path / "labels.jsonl")], limit=limit)
+    assert compared.comparison.primary == "accuracy"
+
+
 @pytest.mark.parametrize(("learnt", "told"), [(HELDOUT[:2], "trained on 2 of 3 prompts"), ((), None)])
 def test_a_version_that_was_trained_on_the_questions_is_told(
     bench: Bench, learnt: Sequence[ChatExample], told: str | None, capsys: pytest.CaptureFixture[str]
