@@ -1,17 +1,15 @@
-"""Any OpenAI endpoint, asked for answers to examples: one of another provider, or this service's own gateway.
+"""A model at any OpenAI endpoint: of another provider, or this service's own gateway. It answers examples, or judges.
 
 What differs between providers is found out by asking: some take no temperature, or call the length of an answer
-otherwise. It gives no log-probabilities of a prompt, so that a reference's likelihood is not known. The key goes into
-no message, no log and no file.
+otherwise. None gives log-probabilities of a prompt, so that a reference's likelihood is not known. The key goes into no
+message, no log and no file.
 """
 
 import asyncio
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Coroutine, Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeVar
 from urllib.parse import urlsplit
-
-import httpx
 
 from svc.dataset.schema.example import ChatExample
 from svc.errors import EngineError, SettingsError
@@ -19,11 +17,16 @@ from svc.evaluation.metrics.exact_match import matches
 from svc.evaluation.results import ExampleResult
 from svc.listening import is_loopback
 
-_CONCURRENCY = 8
+if TYPE_CHECKING:
+    import httpx
+
+Result = TypeVar("Result")
+
+CONCURRENCY = 8
 """Less than of our own engine: providers limit the rate."""
+_TIMEOUT_S, _CONNECT_S = 300.0, 10.0
 _TRIES = 5
 _LONGEST_PAUSE_S = 60.0
-_BUSY = (408, 409, 429, 500, 502, 503, 504)
 _SHOWN = 300
 
 
@@ -32,8 +35,9 @@ class Endpoint:
     """A model behind a URL.
 
     Attributes:
-        url: up to and with `/v1`.
-        key: sent as bearer token; None where none is needed.
+        url: what `/chat/completions` is appended to, as `https://api.openai.com/v1`.
+        model: its name there.
+        key: sent as a bearer token; None for an endpoint that needs none.
     """
 
     url: str
@@ -47,16 +51,135 @@ class Endpoint:
         Raises:
             SettingsError: it is no such URL, or the key would cross a network in plain text.
         """
-        parts = urlsplit(text)
-        host = parts.hostname
-        if parts.scheme not in ("http", "https") or not host or parts.username or parts.query or not parts.fragment:
-            raise SettingsError("this is no endpoint with a model", expected="https://HOST/v1#MODEL")
-        if key and parts.scheme == "http" and not is_loopback(host):
-            raise SettingsError(f"the key would cross the network to {host} in plain text", todo="use https://")
-        return cls(text.partition("#")[0].rstrip("/"), parts.fragment, key)
+        url, _, model = text.partition("#")
+        if not model:
+            raise SettingsError("this endpoint names no model", expected="https://HOST/v1#MODEL")
+        endpoint = cls(url.rstrip("/"), model, key)
+        endpoint.check()
+        return endpoint
+
+    def check(self) -> None:
+        """Refuses what cannot be an endpoint, or would show the key.
+
+        Raises:
+            SettingsError: it is no URL, or the key would cross a network in plain text.
+        """
+        parts = urlsplit(self.url)
+        if parts.scheme not in ("http", "https") or not parts.hostname or parts.username or parts.query:
+            raise SettingsError(
+                f"the URL of the model {self.model} is no endpoint's", expected="https://HOST/v1, the key in a file"
+            )
+        if self.key and parts.scheme == "http" and not is_loopback(parts.hostname):
+            raise SettingsError(
+                f"the key would cross the network to {parts.hostname} in plain text", todo="use https://"
+            )
+
+    def client(self, transport: "httpx.AsyncBaseTransport | None" = None) -> "httpx.AsyncClient":
+        """What asks it.
+
+        Args:
+            transport: in place of the network.
+        """
+        import httpx
+
+        headers = {"authorization": f"Bearer {self.key}"} if self.key else None
+        return httpx.AsyncClient(
+            headers=headers, timeout=httpx.Timeout(_TIMEOUT_S, connect=_CONNECT_S), transport=transport
+        )
 
     def __str__(self) -> str:
         return f"{self.model} at {self.url}"
+
+
+@dataclass(frozen=True, slots=True)
+class Completion:
+    """What it answered.
+
+    Attributes:
+        tokens: of the answer, in its own tokens; 0 where it does not say.
+    """
+
+    text: str
+    tokens: int
+    finish_reason: str
+
+
+class Chat:
+    """Asks one endpoint as it wants to be asked, and again where that may help.
+
+    Args:
+        http: closed by whoever made it.
+        options: of a request, as `temperature`; those that are refused are left out, or asked for by another name.
+    """
+
+    def __init__(self, http: "httpx.AsyncClient", endpoint: Endpoint, **options: Any) -> None:
+        self._http = http
+        self._endpoint = endpoint
+        self._options = options
+
+    async def complete(self, messages: Sequence[Any], **more: Any) -> Completion:
+        """The answer to a conversation.
+
+        Args:
+            messages: in OpenAI's form.
+            more: of this request alone.
+
+        Raises:
+            EngineError: it did not answer, or refused, or answered something else.
+        """
+        answer = await self._post({"model": self._endpoint.model, "messages": list(messages), **more})
+        try:
+            said = answer.json()
+            choice, usage = said["choices"][0], said.get("usage") or {}
+            return Completion(
+                text=str(choice["message"]["content"] or ""),
+                tokens=int(usage.get("completion_tokens", 0)),
+                finish_reason=str(choice.get("finish_reason")),
+            )
+        except (LookupError, TypeError, ValueError, AttributeError) as error:
+            raise EngineError(
+                f"{self._endpoint} answered {self._told(answer)}", expected="a chat completion of OpenAI's API"
+            ) from error
+
+    async def _post(self, body: dict[str, Any]) -> "httpx.Response":
+        import httpx
+
+        why = ""
+        for tried in range(_TRIES):
+            options, pause = dict(self._options), 2.0**tried
+            try:
+                answer = await self._http.post(
+                    f"{self._endpoint.url.rstrip('/')}/chat/completions", json=body | options
+                )
+            except httpx.HTTPError as error:
+                why = f"does not answer: {type(error).__name__} {error}".strip()
+            else:
+                if answer.is_success:
+                    return answer
+                why = f"answered {answer.status_code} {self._told(answer)}"
+                # Another request may have found out meanwhile what this one was refused for.
+                if self._options != options or self._adapt(answer):
+                    continue
+                if answer.status_code != httpx.codes.TOO_MANY_REQUESTS and not answer.is_server_error:
+                    break
+                pause = _wanted_pause(answer, pause)
+            if tried + 1 < _TRIES:
+                await asyncio.sleep(min(pause, _LONGEST_PAUSE_S))
+        raise EngineError(f"{self._endpoint} {why}", todo="check its URL, its model and the key")
+
+    def _adapt(self, answer: "httpx.Response") -> bool:
+        """Whether it refused an option that can be had otherwise; later requests have it so."""
+        if answer.status_code not in (400, 422):
+            return False
+        if "max_completion_tokens" in answer.text and "max_tokens" in self._options:
+            self._options["max_completion_tokens"] = self._options.pop("max_tokens")
+            return True
+        return "temperature" in answer.text and self._options.pop("temperature", None) is not None
+
+    def _told(self, answer: "httpx.Response") -> str:
+        """Some answer with the key that they were sent."""
+        text = answer.text.replace(self._endpoint.key, "…") if self._endpoint.key else answer.text
+        return " ".join(text.split())[:_SHOWN]
 
 
 async def ask_endpoint(
@@ -65,7 +188,7 @@ async def ask_endpoint(
     *,
     max_tokens: int,
     on_done: Callable[[], None] = lambda: None,
-    transport: httpx.AsyncBaseTransport | None = None,
+    transport: "httpx.AsyncBaseTransport | None" = None,
 ) -> tuple[ExampleResult, ...]:
     """The greedy answers to examples, in their order. Their `nll` says nothing: it is 0.
 
@@ -75,100 +198,36 @@ async def ask_endpoint(
         transport: in place of the network.
 
     Raises:
-        EngineError: it did not answer, or refused.
+        EngineError: see `Chat.complete`.
     """
-    headers = {"authorization": f"Bearer {endpoint.key}"} if endpoint.key else None
-    timeout = httpx.Timeout(300.0, connect=10.0)
-    async with httpx.AsyncClient(headers=headers, timeout=timeout, transport=transport) as http:
-        chat = _Chat(http, endpoint, max_tokens)
-        places = asyncio.Semaphore(_CONCURRENCY)
+    async with endpoint.client(transport) as http:
+        chat = Chat(http, endpoint, max_tokens=max_tokens, temperature=0)
+        places = asyncio.Semaphore(CONCURRENCY)
 
         async def ask(example: ChatExample) -> ExampleResult:
             async with places:
-                result = await chat.ask(example)
-                on_done()
-                return result
-
-        tasks = [asyncio.create_task(ask(example)) for example in examples]
-        try:
-            return tuple(await asyncio.gather(*tasks))
-        finally:
-            for task in tasks:  # where one fails, the others ask no more: it costs money
-                task.cancel()
-
-
-class _Chat:
-    """What has been learnt of how this endpoint wants to be asked."""
-
-    def __init__(self, http: httpx.AsyncClient, endpoint: Endpoint, max_tokens: int) -> None:
-        self._http = http
-        self._endpoint = endpoint
-        self._options: dict[str, Any] = {"max_tokens": max_tokens, "temperature": 0}
-
-    async def ask(self, example: ChatExample) -> ExampleResult:
-        body = {"messages": [message.spoken() for message in example.prompt]}
-        said = await self._post(body | _tools(example))
-        try:
-            choice = said["choices"][0]
-            text, tokens = str(choice["message"].get("content") or ""), (said.get("usage") or {})
+                answer = await chat.complete([message.spoken() for message in example.prompt], **_tools(example))
+            on_done()
             return ExampleResult(
-                answer=text,
-                tokens=int(tokens.get("completion_tokens", 0)),
-                finish_reason=str(choice.get("finish_reason")),
+                answer=answer.text,
+                tokens=answer.tokens,
+                finish_reason=answer.finish_reason,
                 logprob=None,
                 nll=0.0,
-                hit=matches(text, example.answer),
+                hit=matches(answer.text, example.answer),
             )
-        except (LookupError, TypeError, ValueError, AttributeError) as error:
-            raise EngineError(f"the answer of {self._endpoint} cannot be understood: {error!r}") from error
 
-    async def _post(self, body: dict[str, Any]) -> Any:
-        pause = 1.0
-        for last in (*[False] * (_TRIES - 1), True):
-            options, wanted = dict(self._options), None
-            try:
-                answer = await self._http.post(
-                    f"{self._endpoint.url}/chat/completions", json={"model": self._endpoint.model, **body, **options}
-                )
-            except httpx.HTTPError as error:
-                if last:
-                    raise EngineError(f"no answer from {self._endpoint}: {error!r}") from error
-            else:
-                if answer.is_success:
-                    return self._json(answer)
-                # Another request may have found out meanwhile what this one was refused for.
-                asked_anew = self._options != options or self._adapt(answer)
-                if last or not (asked_anew or answer.status_code in _BUSY):
-                    raise EngineError(
-                        f"{self._endpoint} answered {answer.status_code}: {self._told(answer)}",
-                        todo="correct the URL, the model or the key" if answer.status_code < 500 else "try again later",
-                    )
-                if asked_anew:
-                    continue
-                wanted = _wanted_pause(answer)
-            await asyncio.sleep(min(pause if wanted is None else wanted, _LONGEST_PAUSE_S))
-            pause *= 2
-        raise AssertionError("the last try returns or raises")
+        return tuple(await all_or_none(map(ask, examples)))
 
-    def _adapt(self, answer: httpx.Response) -> bool:
-        """Whether it refused an option that can be had otherwise; later requests have it so."""
-        if answer.status_code not in (400, 422):
-            return False
-        if "max_completion_tokens" in answer.text and "max_tokens" in self._options:
-            self._options["max_completion_tokens"] = self._options.pop("max_tokens")
-            return True
-        return "temperature" in answer.text and self._options.pop("temperature", None) is not None
 
-    def _json(self, answer: httpx.Response) -> Any:
-        try:
-            return answer.json()
-        except ValueError as error:
-            raise EngineError(f"{self._endpoint} answered no JSON", expected="an OpenAI endpoint") from error
-
-    def _told(self, answer: httpx.Response) -> str:
-        """Some answer with the key that they were sent."""
-        text = answer.text.replace(self._endpoint.key, "…") if self._endpoint.key else answer.text
-        return " ".join(text.split())[:_SHOWN]
+async def all_or_none(work: Iterable[Coroutine[Any, Any, Result]]) -> list[Result]:
+    """What all give; where one fails, the others ask no more: it costs money."""
+    tasks = [asyncio.create_task(one) for one in work]
+    try:
+        return await asyncio.gather(*tasks)
+    finally:
+        for task in tasks:
+            task.cancel()
 
 
 def _tools(example: ChatExample) -> dict[str, Any]:
@@ -178,8 +237,9 @@ def _tools(example: ChatExample) -> dict[str, Any]:
     return {"tools": example.as_dict()["tools"], "tool_choice": "none"}
 
 
-def _wanted_pause(answer: httpx.Response) -> float | None:
+def _wanted_pause(answer: "httpx.Response", default: float) -> float:
+    """What `Retry-After` says; a date in it is passed over."""
     try:
         return max(0.0, float(answer.headers["retry-after"]))
     except (KeyError, ValueError):
-        return None
+        return default

@@ -8,27 +8,18 @@ is part of the report.
 import asyncio
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from enum import StrEnum
 from statistics import fmean
-from typing import TYPE_CHECKING, Any
-from urllib.parse import urlsplit
 
 from pydantic import BaseModel, ConfigDict
 
 from svc.dataset.schema.example import ChatExample
-from svc.errors import JudgeError, SettingsError
+from svc.errors import EngineError, JudgeError
+from svc.evaluation.endpoint import CONCURRENCY, Chat, Endpoint, all_or_none
 from svc.evaluation.estimate import Estimate, mean, proportion
-from svc.listening import is_loopback
 from svc.terminal import console
 
-if TYPE_CHECKING:
-    import httpx
-
-CONCURRENCY = 8
-_TIMEOUT_S = 120.0
-_TRIES = 5
-_LONGEST_PAUSE_S = 30.0
 _UNREAD = 0.1
 """A judge that gives no verdict more often is none."""
 _LAST_WORD = re.compile(r"\b(A|B|TIE)\W*$")
@@ -48,35 +39,6 @@ class Verdict(StrEnum):
 
 _OPPOSITE = {Verdict.FIRST: Verdict.SECOND, Verdict.SECOND: Verdict.FIRST, Verdict.TIE: Verdict.TIE}
 _POINTS = {Verdict.FIRST: 0.0, Verdict.TIE: 0.5, Verdict.SECOND: 1.0}
-
-
-@dataclass(frozen=True, slots=True)
-class JudgeEndpoint:
-    """Where the judge is.
-
-    Attributes:
-        url: what `/chat/completions` is appended to, as `https://api.openai.com/v1`.
-        model: its name there.
-        key: sent as a bearer token; None for an endpoint that needs none.
-    """
-
-    url: str
-    model: str
-    key: str | None = field(default=None, repr=False)
-
-    def check(self) -> None:
-        """Refuses what cannot be an endpoint, or would show the key.
-
-        Raises:
-            SettingsError: it is no URL, or the key would cross a network in plain text.
-        """
-        parts = urlsplit(self.url)
-        if parts.scheme not in ("http", "https") or not parts.hostname or parts.username or parts.query:
-            raise SettingsError("the judge's URL is none", expected="https://HOST/v1, the key in a file")
-        if self.key and parts.scheme == "http" and not is_loopback(parts.hostname):
-            raise SettingsError(
-                f"the judge's key would cross the network to {parts.hostname} in plain text", todo="use https://"
-            )
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,7 +74,7 @@ class JudgeReport(BaseModel):
 
 
 async def judge_pairs(
-    pairs: Sequence[Pair], endpoint: JudgeEndpoint, *, on_done: Callable[[], None] = lambda: None
+    pairs: Sequence[Pair], endpoint: Endpoint, *, on_done: Callable[[], None] = lambda: None
 ) -> JudgeReport:
     """Asks the judge for each pair, in both orders. An equal pair is a tie, and is not asked.
 
@@ -123,8 +85,6 @@ async def judge_pairs(
         SettingsError: the endpoint is none.
         JudgeError: it refused, or gave too few verdicts.
     """
-    import httpx
-
     endpoint.check()
     asked = sum(pair.first.strip() != pair.second.strip() for pair in pairs)
     console.print(
@@ -132,29 +92,19 @@ async def judge_pairs(
         markup=False,
         soft_wrap=True,
     )
-    headers = {"authorization": f"Bearer {endpoint.key}"} if endpoint.key else {}
-    async with httpx.AsyncClient(headers=headers, timeout=_TIMEOUT_S) as http:
-        judge = _Judge(http, endpoint)
+    async with endpoint.client() as http:
+        judge = _Judge(Chat(http, endpoint, temperature=0), endpoint)
 
         async def compare(pair: Pair) -> tuple[Verdict, ...]:
             verdicts = await judge.compare(pair)
             on_done()
             return verdicts
 
-        verdicts = await _all_or_none([asyncio.create_task(compare(pair)) for pair in pairs])
+        verdicts = await all_or_none(map(compare, pairs))
     return _report(endpoint, verdicts)
 
 
-async def _all_or_none(tasks: "Sequence[asyncio.Task[tuple[Verdict, ...]]]") -> list[tuple[Verdict, ...]]:
-    """What all give; where one fails, the others ask no more: it costs money."""
-    try:
-        return await asyncio.gather(*tasks)
-    finally:
-        for task in tasks:
-            task.cancel()
-
-
-def _report(endpoint: JudgeEndpoint, verdicts: Sequence[tuple[Verdict, ...]]) -> JudgeReport:
+def _report(endpoint: Endpoint, verdicts: Sequence[tuple[Verdict, ...]]) -> JudgeReport:
     read = [both for both in verdicts if both]
     unread = len(verdicts) - len(read)
     if not read or unread > _UNREAD * len(verdicts):
@@ -175,14 +125,12 @@ def _report(endpoint: JudgeEndpoint, verdicts: Sequence[tuple[Verdict, ...]]) ->
 
 
 class _Judge:
-    """Asks one endpoint, so many at once, and again where that may help."""
+    """Asks one endpoint, so many at once."""
 
-    def __init__(self, http: "httpx.AsyncClient", endpoint: JudgeEndpoint) -> None:
-        self._http = http
+    def __init__(self, chat: Chat, endpoint: Endpoint) -> None:
+        self._chat = chat
         self._endpoint = endpoint
-        self._url = f"{endpoint.url.rstrip('/')}/chat/completions"
         self._places = asyncio.Semaphore(CONCURRENCY)
-        self._options: dict[str, Any] = {"temperature": 0}
 
     async def compare(self, pair: Pair) -> tuple[Verdict, ...]:
         """The verdicts of both orders, both in the pair's own; empty where one of them is none."""
@@ -204,32 +152,14 @@ class _Judge:
         Raises:
             JudgeError: it refused, or failed so often.
         """
-        import httpx
-
-        why = ""
-        for tried in range(_TRIES):
-            body = {"model": self._endpoint.model, "messages": turns, **self._options}
-            pause = min(_LONGEST_PAUSE_S, 2.0**tried)
-            try:
-                response = await self._http.post(self._url, json=body)
-            except httpx.HTTPError as error:
-                why = f"{type(error).__name__} {error}".strip()
-            else:
-                if response.is_success:
-                    return _answer(response, self._endpoint)
-                why = f"{response.status_code} {response.text[:200]}"
-                if response.status_code == httpx.codes.BAD_REQUEST and self._options and "temperature" in response.text:
-                    self._options = {}  # models that reason first take their own alone
-                    continue
-                if response.status_code != httpx.codes.TOO_MANY_REQUESTS and not response.is_server_error:
-                    break
-                pause = min(_LONGEST_PAUSE_S, _seconds(response.headers.get("retry-after"), pause))
-            if tried + 1 < _TRIES:
-                await asyncio.sleep(pause)
-        raise JudgeError(
-            f"the judge {self._endpoint.model} at {self._endpoint.url} gives no answer: {why}",
-            todo="check judge.url, judge.model and judge.key_file",
-        )
+        try:
+            return (await self._chat.complete(turns)).text
+        except EngineError as error:
+            raise JudgeError(
+                f"the judge {self._endpoint.model} gives no answer: {error.wrong}",
+                expected=error.expected,
+                todo="check judge.url, judge.model and judge.key_file",
+            ) from error
 
 
 def _read_verdict(text: str) -> Verdict | None:
@@ -239,26 +169,7 @@ def _read_verdict(text: str) -> Verdict | None:
     return named[found[1]] if found else None
 
 
-def _answer(response: "httpx.Response", endpoint: JudgeEndpoint) -> str:
-    try:
-        return str(response.json()["choices"][0]["message"]["content"] or "")
-    except (ValueError, LookupError, TypeError) as error:
-        raise JudgeError(
-            f"{endpoint.url} answered {response.text[:200]!r}",
-            expected="a chat completion of OpenAI's API",
-            todo="check judge.url: as https://api.openai.com/v1",
-        ) from error
-
-
 def _question(example: ChatExample, first: str, second: str) -> str:
     conversation = "\n\n".join(f"[{message.role}]\n{message.content}" for message in example.prompt)
     parts = {"Conversation": conversation, "A right answer": example.answer, "Answer A": first, "Answer B": second}
     return "\n\n".join(f"# {title}\n\n{text}" for title, text in parts.items())
-
-
-def _seconds(header: str | None, default: float) -> float:
-    """What `Retry-After` says; a date in it is passed over."""
-    try:
-        return float(header) if header else default
-    except ValueError:
-        return default

@@ -10,7 +10,7 @@ from svc.errors import SettingsError
 from svc.invocation import json_option, settings_of
 
 if TYPE_CHECKING:
-    from svc.evaluation.judge import JudgeEndpoint
+    from svc.evaluation.endpoint import Endpoint
 
 _RENEW = "have it replaced where it is from"
 
@@ -68,15 +68,15 @@ def compare(
     ctx.exit(1 if fail_if_worse and compared.comparison.verdict is Verdict.WORSE else 0)
 
 
-def _judge(url: str | None, model: str | None, key_file: Path | None) -> "JudgeEndpoint | None":
-    from svc.evaluation.judge import JudgeEndpoint
+def _judge(url: str | None, model: str | None, key_file: Path | None) -> "Endpoint | None":
+    from svc.evaluation.endpoint import Endpoint
     from svc.key_file import read_secret
 
     if not url and not model and not key_file:
         return None
     if not url or not model:
         raise click.UsageError("a judge needs both, --judge-url and --judge-model")
-    judge = JudgeEndpoint(url, model, read_secret(key_file, _RENEW) if key_file else None)
+    judge = Endpoint(url, model, read_secret(key_file, _RENEW) if key_file else None)
     judge.check()
     return judge
 

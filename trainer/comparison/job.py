@@ -13,7 +13,7 @@ from svc.engine.capabilities import Capabilities, read_capabilities
 from svc.engine.engine import Engine
 from svc.evaluation.comparison import Comparison, compare
 from svc.evaluation.endpoint import Endpoint
-from svc.evaluation.judge import JudgeEndpoint, JudgeReport, Pair, judge_pairs
+from svc.evaluation.judge import JudgeReport, Pair, judge_pairs
 from svc.evaluation.metrics.choose import MetricOptions, choose_metrics, try_on_references
 from svc.evaluation.results import ExampleResult
 from svc.lock import hold_lock
@@ -51,7 +51,7 @@ class Wanted:
     primary: str | None = None
     fresh: bool = False
     key: str | None = field(default=None, repr=False)
-    judge: JudgeEndpoint | None = None
+    judge: Endpoint | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -134,7 +134,7 @@ def _find_models(settings: Settings, wanted: Wanted, registry: Registry) -> list
 
 
 def _ask_judge(
-    judge: JudgeEndpoint, questions: Questions, first: Sequence[ExampleResult], second: Sequence[ExampleResult]
+    judge: Endpoint, questions: Questions, first: Sequence[ExampleResult], second: Sequence[ExampleResult]
 ) -> JudgeReport:
     answers = zip(questions.examples, first, second, strict=True)
     pairs = [Pair(example, one.answer, other.answer) for example, one, other in answers]

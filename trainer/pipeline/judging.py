@@ -5,8 +5,9 @@ from collections.abc import Sequence
 from functools import cached_property
 
 from svc.dataset.schema.example import ChatExample
+from svc.evaluation.endpoint import Endpoint
 from svc.evaluation.evaluator import EvaluationReport, judge
-from svc.evaluation.judge import JudgeEndpoint, JudgeReport, Pair, judge_pairs
+from svc.evaluation.judge import JudgeReport, Pair, judge_pairs
 from svc.evaluation.metrics.choose import MetricSet, choose_metrics, try_on_references
 from svc.evaluation.results import ExampleResult
 from svc.key_file import read_secret
@@ -58,7 +59,7 @@ class Judging:
         return judge(self._heldout[: len(results)], results, report.seconds, self.metrics).report
 
 
-def judge_endpoint(judge: Judge) -> JudgeEndpoint | None:
+def judge_endpoint(judge: Judge) -> Endpoint | None:
     """Where the recipe's judge is; None where it names none.
 
     Raises:
@@ -67,7 +68,7 @@ def judge_endpoint(judge: Judge) -> JudgeEndpoint | None:
     if judge.url is None or judge.model is None:
         return None
     key = read_secret(judge.key_file, "ask for another one") if judge.key_file else None
-    endpoint = JudgeEndpoint(judge.url, judge.model, key)
+    endpoint = Endpoint(judge.url, judge.model, key)
     endpoint.check()
     return endpoint
 

@@ -110,7 +110,7 @@ async def test_a_busy_endpoint_is_asked_again_when_it_says(pauses: list[float]) 
 
 async def test_one_that_stays_busy_is_given_up() -> None:
     provider = Provider(*[refusal(503, "overloaded")] * 20)
-    with pytest.raises(EngineError, match="answered 503: overloaded"):
+    with pytest.raises(EngineError, match="answered 503 overloaded"):
         await ask(provider)
 
 
@@ -140,7 +140,7 @@ async def test_after_a_refusal_nothing_more_is_asked() -> None:
 
 @pytest.mark.parametrize("body", [{}, {"choices": []}, {"choices": [{"message": None}]}, []])
 async def test_an_answer_of_another_shape_is_told(body: Any) -> None:
-    with pytest.raises(EngineError, match="cannot be understood"):
+    with pytest.raises(EngineError, match="answered "):
         await ask(Provider(lambda _: httpx.Response(200, json=body)))
 
 
@@ -148,7 +148,7 @@ async def test_no_answer_is_told() -> None:
     def away(request: httpx.Request) -> httpx.Response:
         raise httpx.ConnectError("refused")
 
-    with pytest.raises(EngineError, match="no answer from big-model"):
+    with pytest.raises(EngineError, match="does not answer: ConnectError refused"):
         await ask_endpoint(ENDPOINT, EXAMPLES, max_tokens=8, transport=httpx.MockTransport(away))
 
 

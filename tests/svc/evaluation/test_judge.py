@@ -3,8 +3,9 @@
 import pytest
 
 from svc.errors import JudgeError, SettingsError
-from svc.evaluation import judge as judge_module
-from svc.evaluation.judge import JudgeEndpoint, Pair, Verdict, judge_pairs
+from svc.evaluation import endpoint as endpoint_module
+from svc.evaluation.endpoint import Endpoint
+from svc.evaluation.judge import Pair, Verdict, judge_pairs
 from tests.svc.chats import chat
 from tests.svc.evaluation.judge_server import JudgeServer, judge_server
 
@@ -15,13 +16,13 @@ def prefer_good(first: str, second: str) -> str:
     return "A" if first.startswith("good") else "B"
 
 
-def endpoint(server: JudgeServer, key: str | None = None) -> JudgeEndpoint:
-    return JudgeEndpoint(server.url, "wise", key)
+def endpoint(server: JudgeServer, key: str | None = None) -> Endpoint:
+    return Endpoint(server.url, "wise", key)
 
 
 @pytest.fixture(autouse=True)
 def _no_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(judge_module, "_LONGEST_PAUSE_S", 0.01)
+    monkeypatch.setattr(endpoint_module, "_LONGEST_PAUSE_S", 0.01)
 
 
 async def test_a_judge_with_an_opinion_has_the_same_in_both_orders() -> None:
@@ -162,10 +163,10 @@ async def test_an_endpoint_that_is_away_is_told() -> None:
 
 @pytest.mark.parametrize("url", ["api.openai.com", "ftp://host/v1", "https://user:pass@host/v1", "https://"])
 async def test_what_is_no_endpoint_is_refused(url: str) -> None:
-    with pytest.raises(SettingsError, match="judge's URL"):
-        await judge_pairs(PAIRS, JudgeEndpoint(url, "wise"))
+    with pytest.raises(SettingsError, match="no endpoint's"):
+        await judge_pairs(PAIRS, Endpoint(url, "wise"))
 
 
 async def test_a_key_crosses_no_network_in_plain_text() -> None:
     with pytest.raises(SettingsError, match="in plain text"):
-        await judge_pairs(PAIRS, JudgeEndpoint("http://example.org/v1", "wise", "secret"))
+        await judge_pairs(PAIRS, Endpoint("http://example.org/v1", "wise", "secret"))

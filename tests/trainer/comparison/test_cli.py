@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from svc.evaluation.comparison import compare
-from svc.evaluation.judge import JudgeEndpoint
+from svc.evaluation.endpoint import Endpoint
 from svc.evaluation.metrics.choose import MetricOptions, MetricSet
 from svc.evaluation.metrics.exact_match import ExactMatch
 from svc.settings import Settings
@@ -85,7 +85,7 @@ def test_a_key_that_is_not_there_is_told(svc: Svc, asked: list[Wanted]) -> None:
 
 def test_a_judge_is_a_url_with_a_model(svc: Svc, asked: list[Wanted]) -> None:
     svc("compare", "a", "b", "--judge-url", "https://judge.example/v1", "--judge-model", "m")
-    assert asked[0].judge == JudgeEndpoint("https://judge.example/v1", "m")
+    assert asked[0].judge == Endpoint("https://judge.example/v1", "m")
     ended = svc("compare", "a", "b", "--judge-url", "https://judge.example/v1")
     assert ended.code == 2
     assert "a judge needs both" in ended.err

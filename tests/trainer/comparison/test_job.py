@@ -16,7 +16,7 @@ from svc.dataset.schema.tokenized_example import TokenizedExample
 from svc.engine.probes import engine_facts
 from svc.errors import BusyError, DataError, EngineError, NotFoundError
 from svc.evaluation.comparison import NLL
-from svc.evaluation.judge import JudgeEndpoint
+from svc.evaluation.endpoint import Endpoint
 from svc.lock import hold_lock
 from svc.registry.files import record_files
 from svc.registry.manifest import write_manifest
@@ -279,7 +279,7 @@ def test_a_judge_is_asked_where_one_is_named(bench: Bench, capsys: pytest.Captur
         return "A" if first.startswith("2") else "B"
 
     with judge_server(prefer_two) as server:
-        judge = JudgeEndpoint(server.url, "judge-model")
+        judge = Endpoint(server.url, "judge-model")
         compared = bench.compare("tuned@1", "tuned@2", judge=judge)
     assert compared.judge is not None
     assert (compared.judge.win_rate.value, compared.judge.agreement.value) == (1, 1)
