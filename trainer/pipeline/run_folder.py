@@ -72,6 +72,11 @@ class Run:
         return self.folder / "reference"
 
     @property
+    def reports(self) -> Path:
+        """What the recipe's `report_to` writes beside MLflow."""
+        return self.folder / "reports"
+
+    @property
     def tracking(self) -> Path:
         """Says which run of MLflow it is."""
         return self.folder / "mlflow.json"

@@ -8,10 +8,12 @@ recipe's limits last, so that with other limits nothing is measured again.
 
 import asyncio
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from pydantic import BaseModel, ConfigDict
 
@@ -52,11 +54,15 @@ from trainer.pipeline.find_base import merged_revision
 from trainer.pipeline.judging import Judging, compare_answers, judge_endpoint
 from trainer.pipeline.memory import release_memory
 from trainer.pipeline.registration import Registration
+from trainer.pipeline.reports import check_reports, open_reports
 from trainer.pipeline.run_folder import Run
 from trainer.pipeline.stage_key import Stage
 from trainer.qualification import BaseAnswers, GeneralQuestions, Launch, Qualified, Qualifier
 from trainer.recipe.sections import Recipe
 from trainer.training.summary import TrainingData, TrainingSummary
+
+if TYPE_CHECKING:
+    from trainer.callbacks.loss_log import Report  # torch with it
 
 _SPARE_BYTES = 200_000_000  # logs, results, the tracking database
 
@@ -132,6 +138,7 @@ class Pipeline:
             InterruptedRunError: a signal came; the same command goes on.
             SvcError: a stage failed; what was finished before it is kept.
         """
+        check_reports(self.recipe.report_to)
         self.run.folder.mkdir(parents=True, exist_ok=True)
         with hold_lock(self.run.lock, f"the run {self.run.folder.name}"):
             self._forget_if_removed()
@@ -223,17 +230,42 @@ class Pipeline:
 
         tracking, run_id = self.registry.tracking, self._tracking_run()
         tracking.log_parameters(run_id, self.recipe.flat())
-        with tracking.attach(run_id):
+        with tracking.attach(run_id), self._report_to() as report:
             summary = train_model(
                 self.base.folder,
                 TrainingData(self.examples.train, self.examples.heldout, served),
                 self.recipe,
                 self.run.fresh(self._trained),
                 self.run.checkpoints,
-                lambda step, figures: tracking.log_metrics(run_id, figures, step),
+                report,
                 number_type=self.capabilities.training_type,
             )
         return self.run.save(Stage.TRAIN, summary)
+
+    @contextmanager
+    def _report_to(self) -> Iterator["Report"]:
+        """Takes figures to all that the recipe names, as one run in each whatever cuts this one off."""
+        parameters, run_id = self.recipe.flat(), self._tracking_run()
+        wanted, run = self.recipe.report_to, self.run
+        with open_reports(wanted, run.reports, self.recipe.name, run.folder.name, parameters) as reporters:
+
+            def report(step: int, figures: dict[str, float]) -> None:
+                self.registry.tracking.log_metrics(run_id, figures, step)
+                for reporter in reporters:
+                    reporter.log(step, figures)
+
+            yield report
+
+    def _report_evaluations(self, qualified: dict[Format, Qualified]) -> None:
+        """The figures of base and formats, at the last step."""
+        reports = {format.value: one.evaluation for format, one in qualified.items()}
+        if self._evaluated:
+            reports["base"] = self._evaluated.base
+        figures = {f"exact_match_{name}": report.exact_match.value for name, report in reports.items()}
+        figures |= {f"nll_{name}": report.nll.value for name, report in reports.items()}
+        if figures:
+            with self._report_to() as report:
+                report(self.run.load(Stage.TRAIN, TrainingSummary).steps, figures)
 
     @property
     def _served_length(self) -> int | None:
@@ -385,6 +417,7 @@ class Pipeline:
             report=self._report,
             judge=self.run.load(Stage.JUDGE, JudgeReport) if Stage.JUDGE in self._stages() else None,
         ).register(failed_too=self.register_failed)
+        self._report_evaluations(qualified)
         merged = qualified.get(Format.MERGED)
         if merged and merged.results:  # for a version that it is the base of
             revision, folder = merged_revision(manifest), self.registry.artifact(manifest.id, Format.MERGED)

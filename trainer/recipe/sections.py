@@ -338,6 +338,14 @@ class Qualify(_Section):
     restart: bool = Field(True, description="measure on a second engine too: in place and freshly loaded must agree")
 
 
+class ReportTo(StrEnum):
+    """Where a run's parameters, curves and figures go."""
+
+    MLFLOW = "mlflow"
+    WANDB = "wandb"
+    TENSORBOARD = "tensorboard"
+
+
 # Held-out loss after 240 examples of the section task (SmolLM2-135M, 15 steps): lora 0.45; full 0.43; adalora 0.37, at
 # 2e-3 2.52; vera 0.36, at 2e-2 0.73. Their vectors start at or near 0, and Adam moves each by no more than the rate.
 _LEARNING_RATES = {None: 5e-5, AdapterType.ADALORA: 1e-2, AdapterType.VERA: 6e-2}
@@ -368,6 +376,10 @@ class Recipe(_Section):
         (Format.MERGED, Format.GPTQ),
         description="adapter, merged, gptq: what is made, judged and registered; an adapter is always kept. "
         "Without merged the base is not judged either",
+    )
+    report_to: tuple[ReportTo, ...] = Field(
+        (ReportTo.MLFLOW,),
+        description="mlflow, wandb, tensorboard: where parameters, losses and figures go; MLflow always has them",
     )
     data: Data
     adapter: Adapter = Adapter()
@@ -432,7 +444,7 @@ class Recipe(_Section):
 
     def flat(self) -> dict[str, str]:
         """What decides the result, by dotted key, as text; keys that were left to the method with what it chose."""
-        sections = self.model_dump(mode="json", exclude={"checkpoints", "data", "judge"})
+        sections = self.model_dump(mode="json", exclude={"checkpoints", "data", "judge", "report_to"})
         chosen: dict[str, Any] = {"train.learning_rate": self.learning_rate}
         if self.adapter_type is None:
             sections.pop("adapter")

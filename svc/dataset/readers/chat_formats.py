@@ -12,6 +12,7 @@ from enum import StrEnum
 from typing import Any
 
 from svc.dataset.problem.problem import Code, RowError
+from svc.dataset.readers.openai_evals import turns_of_item, turns_of_line, turns_of_output
 from svc.dataset.schema.example import ChatExample, parse_example
 from svc.dataset.schema.tool_calls import decode_inner, json_text, kind_of
 
@@ -42,6 +43,9 @@ class Format(StrEnum):
     SHAREGPT = "sharegpt"
     ALPACA = "alpaca"
     PROMPT_COMPLETION = "prompt_completion"
+    OPENAI_EVALS = "openai_evals"
+    OPENAI_EVALS_ITEM = "openai_evals_item"
+    OPENAI_EVALS_OUTPUT = "openai_evals_output"
 
 
 KEYS: dict[Format, tuple[str, ...]] = {
@@ -49,14 +53,20 @@ KEYS: dict[Format, tuple[str, ...]] = {
     Format.SHAREGPT: ("conversations",),
     Format.ALPACA: ("instruction", "output"),
     Format.PROMPT_COMPLETION: ("prompt", "completion"),
+    Format.OPENAI_EVALS: ("input", "ideal"),
+    Format.OPENAI_EVALS_OUTPUT: ("datasource_item",),
+    Format.OPENAI_EVALS_ITEM: ("item",),
 }
-"""The keys that a row of the format has."""
+"""The keys that a row of the format has; one with the keys of several has the first."""
+_OWN_KEYS = {Format.OPENAI_EVALS_ITEM, Format.OPENAI_EVALS_OUTPUT}
+"""Formats whose key may as well be one of somebody's own beside another format's."""
 READ_KEYS = frozenset(key for keys in KEYS.values() for key in keys) | {
     "input",
     "system",
     "history",
     "tools",
     "functions",
+    "sample",
 }
 """All keys of a row that are looked at."""
 
@@ -114,6 +124,8 @@ def parse_row(value: Any, form: Format) -> tuple[ChatExample, tuple[str, ...]]:
     _check_keys(value, form)
     if form is Format.CHAT:
         return _read_chat(value)
+    if form in _EVALS:
+        return _read_evals(value, form)
     chat = _Turns([], [])
     _READERS[form](value, chat)
     try:
@@ -130,7 +142,12 @@ def _check_keys(value: dict[str, Any], form: Format) -> None:
             Code.WRONG_FORMAT, f"no {_quoted(missing)}, only {sorted(value)!r:.200}", expected=_quoted(KEYS[form])
         )
     for other, keys in KEYS.items():
-        if other is not form and keys[0] in value and all(value.get(key) is not None for key in keys):
+        if (
+            other is not form
+            and other not in _OWN_KEYS
+            and keys[0] in value
+            and all(value.get(key) is not None for key in keys)
+        ):
             raise RowError(
                 Code.MIXED_FORMATS, f"{_quoted(KEYS[form])} beside {_quoted(keys)}", expected="one format in a line"
             )
@@ -147,6 +164,19 @@ def _read_chat(value: dict[str, Any]) -> tuple[ChatExample, tuple[str, ...]]:
     except RowError as error:
         raise error.at(_PLACE.sub(_without_system, error.field)) from error
     return example, ("system", *(f"messages[{place}].content" for place in range(len(turns))))
+
+
+def _read_evals(value: dict[str, Any], form: Format) -> tuple[ChatExample, tuple[str, ...]]:
+    """Turns are named as they are made: they come from several places of a row."""
+    example = parse_example({"messages": _EVALS[form](value)})
+    return example, tuple(f"messages[{place}].content" for place in range(len(example.messages)))
+
+
+_EVALS: dict[Format, Callable[[dict[str, Any]], list[dict[str, Any]]]] = {
+    Format.OPENAI_EVALS: turns_of_line,
+    Format.OPENAI_EVALS_ITEM: turns_of_item,
+    Format.OPENAI_EVALS_OUTPUT: turns_of_output,
+}
 
 
 def _without_system(place: re.Match[str]) -> str:

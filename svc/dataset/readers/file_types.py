@@ -15,11 +15,14 @@ from svc.dataset.readers.csv import read_csv
 from svc.dataset.readers.json_array import read_list, starts_with_list
 from svc.dataset.readers.jsonl import read_jsonl
 from svc.dataset.readers.parquet import read_parquet
+from svc.dataset.readers.promptfoo import read_promptfoo
 from svc.dataset.readers.row import Row
 from svc.errors import DataError
 
 COMPRESSIONS = (".gz", ".bz2", ".xz", ".zst")
 CONTAINERS = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet")
+SUITES = (".yaml", ".yml")
+"""Read where such a file is named itself; in a folder it may be a recipe."""
 _TOLD_EVERY = 256  # rows
 
 
@@ -73,6 +76,8 @@ def _records(path: Path, stream: io.BufferedReader) -> Iterator[Row]:
         return read_csv(stream)
     if name.endswith(".json") and starts_with_list(stream.peek(4096)):
         return read_list(stream)
+    if name.endswith(SUITES):
+        return read_promptfoo(path, stream)
     return read_jsonl(stream)
 
 

@@ -42,6 +42,9 @@ TEXT = {  # where question and answer lie
     Format.SHAREGPT: ("conversations.1.value", "conversations.2.value"),
     Format.ALPACA: ("instruction", "output"),
     Format.PROMPT_COMPLETION: ("prompt", "completion"),
+    Format.OPENAI_EVALS: ("input.1.content", "ideal"),
+    Format.OPENAI_EVALS_ITEM: ("item.input.1.content", "item.ideal"),
+    Format.OPENAI_EVALS_OUTPUT: ("sample.input.1.content", "datasource_item.ideal"),
 }
 ROLE = {Format.CHAT: "messages.1.role", Format.SHAREGPT: "conversations.1.from"}
 
@@ -68,6 +71,16 @@ def row(form: Format, system: str, user: str, answer: str) -> Row:
             return {"instruction": user, "input": "", "output": answer, "system": system}
         case Format.PROMPT_COMPLETION:
             return {"prompt": user, "completion": answer, "system": system}
+        case Format.OPENAI_EVALS:
+            return {"input": _asked(system, user), "ideal": answer}
+        case Format.OPENAI_EVALS_ITEM:
+            return {"item": {"input": _asked(system, user), "ideal": answer}}
+        case Format.OPENAI_EVALS_OUTPUT:
+            return {"datasource_item": {"ideal": answer}, "sample": {"input": _asked(system, user)}}
+
+
+def _asked(system: str, user: str) -> list[Row]:
+    return [{"role": "system", "content": system}, {"role": "user", "content": user}]
 
 
 def good_rows(form: Format, chance: random.Random, count: int, *, labels: bool = False) -> list[Row]:

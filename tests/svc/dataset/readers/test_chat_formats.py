@@ -99,7 +99,11 @@ def test_sharegpt_calls_are_tool_calls() -> None:
     assert example.tools == (json.dumps(TOOL),)
 
 
-@pytest.mark.parametrize("form", list(Format))
+BESIDE = (Format.CHAT, Format.SHAREGPT, Format.ALPACA, Format.PROMPT_COMPLETION)
+"""Formats with a key for it; in those of OpenAI's evals it is a turn."""
+
+
+@pytest.mark.parametrize("form", BESIDE)
 def test_a_system_prompt_may_stand_beside_the_turns(form: Format) -> None:
     value = row(form, "be short", "which", "that")
     if form in (Format.CHAT, Format.SHAREGPT):

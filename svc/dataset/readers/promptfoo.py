@@ -1,0 +1,210 @@
+"""Promptfoo's YAML as rows in the chat format: every test with every prompt, its variables and its reference answer.
+
+Templates are Nunjucks, which is a language: only names are replaced here, and anything else in braces is refused. So is
+code in other files; text in a file beside the YAML or below is read. What becomes no example is an error of its test.
+"""
+
+import io
+import json
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import yaml
+
+from svc.dataset.problem.problem import Code, RowError
+from svc.dataset.readers.row import MAX_ROW_BYTES, Row, too_large
+from svc.yaml_text import parse_yaml
+
+_NAME = re.compile(r"\{\{-?\s*([A-Za-z_]\w*(?:\.\w+)*)\s*-?\}\}")
+_CODE = re.compile(r"\{\{|\{%|\{#")
+_FILE = "file://"
+_TEXT_FILES = (".txt", ".md", ".json")
+_REFERENCES = ("equals", "similar", "levenshtein", "rouge-n", "bleu", "meteor", "factuality", "contains", "icontains")
+"""Assertions whose value is an answer; the first that a test has is its reference."""
+
+
+def read_promptfoo(path: Path, stream: BinaryIO) -> Iterator[Row]:
+    """Yields a row for each test and prompt, by the line at which the test begins.
+
+    Args:
+        path: of the file; files that it names are beside it.
+    """
+    raw = stream.read(MAX_ROW_BYTES + 1)
+    if len(raw) > MAX_ROW_BYTES:
+        yield Row(1, raw[:MAX_ROW_BYTES], error=too_large())
+        return
+    try:
+        text = raw.decode("utf-8-sig")
+        value = parse_yaml(text)
+        suite = _read_suite(path.absolute().parent, value)
+        lines = _test_lines(text)
+    except UnicodeDecodeError as error:
+        wrong = f"byte 0x{raw[error.start]:02x} is not UTF-8"
+        yield Row(1, raw, error=RowError(Code.NOT_UTF8, wrong, expected="text in UTF-8"))
+        return
+    except RowError as error:
+        yield Row(1, raw, error=error)
+        return
+    except ValueError as error:
+        yield Row(1, raw, error=RowError(Code.WRONG_FORMAT, f"not YAML: {error}", expected="Promptfoo's YAML"))
+        return
+    for place, test in enumerate(value["tests"]):
+        written = json.dumps(test, ensure_ascii=False, default=str).encode("utf-8", "surrogatepass")
+        for prompt in suite.prompts:
+            try:
+                yield Row(lines[place], written, suite.example(prompt, test))
+            except RowError as error:
+                yield Row(lines[place], written, error=error)
+
+
+@dataclass(frozen=True, slots=True)
+class _Suite:
+    """What all tests share.
+
+    Attributes:
+        folder: of the file.
+        prompts: each a text, or turns.
+    """
+
+    folder: Path
+    prompts: tuple[Any, ...]
+    variables: dict[str, Any]
+    assertions: list[Any]
+
+    def example(self, prompt: Any, test: Any) -> dict[str, Any]:
+        """A row in the chat format.
+
+        Raises:
+            RowError: the test has no reference, or needs code.
+        """
+        if not isinstance(test, dict):
+            raise _fault("tests", f"is {test!r:.80}", "a mapping with vars and assert")
+        own = _mapping(test.get("vars"), "vars")
+        variables = {key: self._variable(key, value) for key, value in (self.variables | own).items()}
+        turns = prompt if isinstance(prompt, list) else [{"role": "user", "content": prompt}]
+        messages = [turn | {"content": render(turn["content"], variables, "prompts")} for turn in turns]
+        answer = self._reference([*_list(test.get("assert"), "assert"), *self.assertions], variables)
+        return {"messages": [*messages, {"role": "assistant", "content": answer}]}
+
+    def _variable(self, name: str, value: Any) -> Any:
+        if isinstance(value, str) and value.startswith(_FILE):
+            return read_beside(self.folder, value, f"vars.{name}")
+        if isinstance(value, list):
+            raise _fault(f"vars.{name}", "is a list, of which Promptfoo makes several tests", "one value for each test")
+        return value
+
+    @staticmethod
+    def _reference(assertions: list[Any], variables: dict[str, Any]) -> str:
+        given = [one for one in assertions if isinstance(one, dict)]
+        for kind in _REFERENCES:
+            values = {str(one.get("value")) for one in given if one.get("type") == kind}
+            if len(values) > 1:
+                raise _fault("assert", f"has {len(values)} different values of type {kind}", "one reference answer")
+            if values:
+                return render(values.pop(), variables, "assert")
+        kinds = ", ".join(sorted({str(one.get("type")) for one in given})) or "none"
+        raise _fault("assert", f"has no reference answer, only {kinds:.200}", f"one of type {', '.join(_REFERENCES)}")
+
+
+def render(template: str, variables: dict[str, Any], field: str) -> str:
+    """Puts variables in place of their names, and nothing else: what they hold is no template.
+
+    Raises:
+        RowError: a name that is not known, or code.
+    """
+    if _CODE.search(_NAME.sub("", template)):
+        raise _fault(field, f"has code in its template: {template!r:.120}", "names alone, as {{question}}")
+
+    def value_of(name: re.Match[str]) -> str:
+        value: Any = variables
+        for key in name[1].split("."):
+            if not isinstance(value, dict) or key not in value:
+                raise _fault(field, f"has {name[0]}, which vars does not have", f"one of {', '.join(variables) or '-'}")
+            value = value[key]
+        return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)
+
+    return _NAME.sub(value_of, template)
+
+
+def read_beside(folder: Path, reference: str, field: str) -> str:
+    """The text of a file that the YAML names.
+
+    Raises:
+        RowError: it lies elsewhere, holds code, or cannot be read.
+    """
+    path = (folder / reference.removeprefix(_FILE)).resolve()
+    if not path.is_relative_to(folder.resolve()) or path.suffix not in _TEXT_FILES:
+        raise _fault(
+            field,
+            f"is {reference!r:.120}",
+            f"a file in the folder of the YAML or below, which ends in {', '.join(_TEXT_FILES)}",
+        )
+    try:
+        with path.open("rb") as file:
+            return file.read(MAX_ROW_BYTES).decode("utf-8").strip()
+    except (OSError, UnicodeDecodeError) as error:
+        raise _fault(field, f"is {reference!r:.120}, which cannot be read", "a text file in UTF-8") from error
+
+
+def _read_suite(folder: Path, value: Any) -> _Suite:
+    if not isinstance(value, dict) or "tests" not in value:
+        raise _fault("", "is no Promptfoo file", "a mapping with prompts and tests")
+    if not isinstance(value["tests"], list):
+        raise _fault("tests", f"is {value['tests']!r:.80}", "a list of tests in this file")
+    default = _mapping(value.get("defaultTest"), "defaultTest")
+    prompts = [_prompt(folder, prompt) for prompt in _list(value.get("prompts"), "prompts")]
+    if not prompts:
+        raise _fault("prompts", "is missing", "a list of prompts")
+    shared = _mapping(default.get("vars"), "defaultTest.vars")
+    return _Suite(folder, tuple(prompts), shared, _list(default.get("assert"), "defaultTest.assert"))
+
+
+def _prompt(folder: Path, prompt: Any) -> Any:
+    """A text, or the turns that a text is when it is JSON."""
+    if isinstance(prompt, dict):
+        prompt = prompt.get("raw", prompt.get("id"))
+    if not isinstance(prompt, str):
+        raise _fault("prompts", f"has {prompt!r:.80}", "texts")
+    text = read_beside(folder, prompt, "prompts") if prompt.startswith(_FILE) else prompt
+    try:
+        turns = json.loads(text)
+    except (ValueError, RecursionError):
+        return text
+    if isinstance(turns, list):
+        good = (isinstance(turn, dict) and isinstance(turn.get("content"), str) for turn in turns)
+        if not turns or not all(good):
+            raise _fault("prompts", f"has {text!r:.80}", "turns with role and content")
+        return turns
+    return text
+
+
+def _test_lines(text: str) -> list[int]:
+    """Where each test begins, from 1."""
+    root: Any = yaml.compose(io.StringIO(text), Loader=yaml.SafeLoader)
+    tests = next(node for key, node in root.value if key.value == "tests")
+    return [node.start_mark.line + 1 for node in tests.value]
+
+
+def _mapping(value: Any, field: str) -> dict[str, Any]:
+    if value is None:
+        return {}
+    if not isinstance(value, dict):
+        raise _fault(field, f"is {value!r:.80}", "a mapping in this file")
+    return value
+
+
+def _list(value: Any, field: str) -> list[Any]:
+    if value is None:
+        return []
+    if isinstance(value, str):
+        return [value]
+    if not isinstance(value, list):
+        raise _fault(field, f"is {value!r:.80}", "a list")
+    return value
+
+
+def _fault(field: str, wrong: str, expected: str) -> RowError:
+    return RowError(Code.WRONG_FORMAT, wrong, field=field, expected=expected)

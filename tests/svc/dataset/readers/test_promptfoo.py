@@ -1,0 +1,78 @@
+"""Promptfoo's YAML: tests become examples, templates run no code, and what is none is told by its line."""
+
+from pathlib import Path
+
+import pytest
+
+from svc.dataset.problem.problem import Code
+from svc.dataset.readers.reader import Line, read_examples, read_lines
+
+SUITE = """\
+description: colours
+prompts:
+  - "Which colour has {{ thing }}?"
+  - '[{"role": "system", "content": "Be short."}, {"role": "user", "content": "{{thing}}?"}]'
+defaultTest:
+  vars: {thing: snow}
+tests:
+  - vars: {thing: "{{ grass }}"}
+    assert:
+      - {type: llm-rubric, value: is polite}
+      - {type: equals, value: green}
+  - assert: [{type: contains, value: "white"}]
+"""
+
+
+def lines(folder: Path, text: str) -> list[Line]:
+    (folder / "promptfooconfig.yaml").write_text(text, "utf-8")
+    return list(read_lines(folder / "promptfooconfig.yaml"))
+
+
+def test_every_test_with_every_prompt_is_an_example(tmp_path: Path) -> None:
+    read = lines(tmp_path, SUITE)
+    assert [line.number for line in read] == [8, 8, 12, 12]
+    assert [(line.example.question, line.example.answer) for line in read if line.example] == [
+        ("Which colour has {{ grass }}?", "green"),  # what a variable holds is no template
+        ("{{ grass }}?", "green"),
+        ("Which colour has snow?", "white"),
+        ("snow?", "white"),
+    ]
+    assert len(read_examples(tmp_path / "promptfooconfig.yaml")) == 4
+
+
+@pytest.mark.parametrize(
+    ("prompt", "test", "wrong"),
+    [
+        ("{% for x in y %}", "{vars: {x: a}, assert: [{type: equals, value: b}]}", "code in its template"),
+        ("{{ x | upper }}", "{vars: {x: a}, assert: [{type: equals, value: b}]}", "code in its template"),
+        ("{{ y }}", "{vars: {x: a}, assert: [{type: equals, value: b}]}", "which vars does not have"),
+        ("{{ x }}", "{vars: {x: a}, assert: [{type: llm-rubric, value: b}]}", "no reference answer, only llm-rubric"),
+        ("{{ x }}", "{vars: {x: a}}", "no reference answer"),
+        ("{{ x }}", "{vars: {x: [a, b]}, assert: [{type: equals, value: b}]}", "is a list"),
+        ("{{ x }}", "{vars: {x: 'file://../secret.txt'}, assert: [{type: equals, value: b}]}", "secret.txt"),
+        ("{{ x }}", "{vars: {x: 'file://code.js'}, assert: [{type: equals, value: b}]}", "code.js"),
+        ("{{ x }}", "{vars: {x: a}, assert: [{type: equals, value: b}, {type: equals, value: c}]}", "different values"),
+        ("{{ x }}", "oops", "is 'oops'"),
+    ],
+)
+def test_what_becomes_no_example_is_an_error_of_its_line(prompt: str, test: str, wrong: str, tmp_path: Path) -> None:
+    (tmp_path.parent / "secret.txt").write_text("secret", "utf-8")
+    (line,) = lines(tmp_path, f'prompts: ["{prompt}"]\ntests:\n  - {test}\n')
+    assert line.example is None
+    assert line.error is not None
+    assert line.error.code is Code.WRONG_FORMAT
+    assert wrong in str(line.error)
+    assert line.number == 3
+
+
+def test_text_beside_the_file_is_read(tmp_path: Path) -> None:
+    (tmp_path / "p.txt").write_text("Ask {{x}}\n", "utf-8")
+    (line,) = lines(tmp_path, "prompts: ['file://p.txt']\ntests: [{vars: {x: a}, assert: [{type: equals, value: b}]}]")
+    assert line.example is not None
+    assert line.example.question == "Ask a"
+
+
+@pytest.mark.parametrize("text", ["- a", "tests: file://x.csv", "prompts: [a\n", "tests: []"])
+def test_what_is_no_suite_is_one_error(text: str, tmp_path: Path) -> None:
+    (line,) = lines(tmp_path, text)
+    assert line.error is not None
