@@ -137,7 +137,7 @@ class Run:
         training; others go.
         """
         for folder in self.folder.iterdir():
-            if folder.is_dir() and (folder not in self._weights or not _is_linked(folder)):
+            if folder.is_dir() and folder != self.reports and (folder not in self._weights or not _is_linked(folder)):
                 shutil.rmtree(folder)
 
     @property

@@ -46,7 +46,7 @@ def _read(path: Path) -> OfflineRun:
 
 
 def _records(content: bytes) -> Iterator[bytes]:
-    """LevelDB's log format after a header of 7 bytes: blocks of 32 KiB, parts with checksum, length and kind."""
+    """LevelDB's log format after a header of 7 bytes: blocks of 32 KiB of parts with checksum, length and kind."""
     assert content.startswith(b":W&B")
     at, whole = 7, b""
     while at + 7 <= len(content):
