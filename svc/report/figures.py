@@ -5,7 +5,7 @@ from typing import Any
 
 from svc.evaluation.estimate import Estimate
 from svc.report.judged import Verdict
-from svc.report.report import GeneralTask, Report
+from svc.report.report import Report
 from svc.report.shown_example import ShownExample
 
 
@@ -31,8 +31,8 @@ def report_figures(report: Report) -> dict[str, Any]:
         "side_by_side": _numbers(report.side_by_side),
         "data": report.data.model_dump() if report.data else None,
         "run": report.run.model_dump() if report.run else None,
-        "findings": [asdict(finding) for finding in report.findings],
-        "general": [_task(task) for task in report.general],
+        "findings": [finding.model_dump(mode="json") for finding in report.manifest.findings or ()],
+        "forgetting": report.manifest.forgetting.model_dump() if report.manifest.forgetting else None,
     }
 
 
@@ -44,15 +44,6 @@ def _verdict(verdict: Verdict) -> dict[str, Any]:
         "value": _values(verdict.value),
         "before": _values(verdict.before),
         "change": _values(verdict.change),
-    }
-
-
-def _task(task: GeneralTask) -> dict[str, Any]:
-    return {
-        "name": task.name,
-        "base": _values(task.base),
-        "tuned": _values(task.tuned),
-        "change": _values(task.change),
     }
 
 

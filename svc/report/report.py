@@ -4,7 +4,7 @@ A version of an older release keeps less: what is missing is None or empty, and 
 """
 
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -12,7 +12,6 @@ from typing import TypeVar
 
 from svc.dataset.summary import DATA_SUMMARY_FILE, DataSummary, read_data_summary
 from svc.errors import NotFoundError
-from svc.evaluation.estimate import Estimate
 from svc.evaluation.evaluator import EvaluationReport
 from svc.evaluation.metrics.label import label_of
 from svc.evaluation.results import ExampleResult
@@ -26,33 +25,6 @@ from svc.report.shown_example import ShownExample, lost_examples, side_by_side, 
 from svc.version import Format, VersionId
 
 Kept = TypeVar("Kept")
-
-
-@dataclass(frozen=True, slots=True)
-class Finding:
-    """Something that a diagnosis of the training found.
-
-    Attributes:
-        advice: what to change.
-    """
-
-    kind: str
-    what: str
-    advice: str
-
-
-@dataclass(frozen=True, slots=True)
-class GeneralTask:
-    """What a version still can of what its base could.
-
-    Attributes:
-        change: from the base, example by example.
-    """
-
-    name: str
-    base: Estimate
-    tuned: Estimate
-    change: Estimate
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,21 +55,10 @@ class Report:
     data: DataSummary | None
     heldout_labels: dict[str, int]
     run: RunRecord | None
-    findings: tuple[Finding, ...]
-    general: tuple[GeneralTask, ...]
 
 
-def gather_report(
-    registry: Registry,
-    version: VersionId,
-    findings: Sequence[Finding] = (),
-    general: Sequence[GeneralTask] = (),
-) -> Report:
+def gather_report(registry: Registry, version: VersionId) -> Report:
     """Reads what a version keeps.
-
-    Args:
-        findings: of its diagnosis.
-        general: what it still can of what its base could.
 
     Raises:
         NotFoundError: no such version.
@@ -126,8 +87,6 @@ def gather_report(
         data=data,
         heldout_labels=_labels(registry, version) if data and data.labels else {},
         run=kept(RUN_RECORD_FILE, read_run_record),
-        findings=tuple(findings),
-        general=tuple(general),
     )
 
 

@@ -10,11 +10,13 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from svc.dataset.schema.example import ChatExample
+from svc.evaluation.diagnosis.finding import Advice, Finding, FindingKind
 from svc.evaluation.estimate import Estimate
+from svc.evaluation.forgetting import Forgetting
 from svc.registry.manifest import Manifest
 from svc.report.judged import BASE, Outcome, Verdict
 from svc.report.page import duration, report_page, say_verdict
-from svc.report.report import Finding, GeneralTask, gather_report
+from svc.report.report import gather_report
 from tests.svc.chats import chat
 from tests.svc.registry.parity import make_parity
 from tests.svc.report.judged_versions import JudgedVersions
@@ -55,6 +57,28 @@ class Page(HTMLParser):
 
     def handle_data(self, data: str) -> None:
         self.text += data
+
+
+NOISE = Finding(
+    kind=FindingKind.LABEL_NOISE,
+    what="two answers to one prompt",
+    advice=Advice(key="data.train", value="drop line 7"),
+    rule="one prompt, one answer",
+)
+_SHARE = Estimate(value=0.5, low=0.4, high=0.6)
+FORGETTING = Forgetting(
+    questions="general.jsonl",
+    fingerprint="f",
+    examples=60,
+    before=_SHARE,
+    after=_SHARE,
+    difference=_SHARE,
+    nll_before=_SHARE,
+    nll_after=_SHARE,
+    nll_difference=_SHARE,
+    lost=3,
+    gained=1,
+)
 
 
 def page_of(versions: JudgedVersions, made: Manifest) -> str:
@@ -141,19 +165,18 @@ def test_one_version_has_one_page(versions: JudgedVersions) -> None:
 
 
 def test_sections_come_in_the_order_in_which_a_person_asks(versions: JudgedVersions) -> None:
-    made = versions.publish(LABELS, {BASE: right(LABELS, 10), "merged": ["x", *right(LABELS, 50)[1:]]})
-    estimate = Estimate(value=0.5, low=0.4, high=0.6)
-    report = gather_report(
-        versions.registry,
-        made.id,
-        [Finding("label_noise", "two answers to one prompt", "data.train: drop line 7")],
-        [GeneralTask("arithmetic", estimate, estimate, estimate)],
-    )
-    page = report_page(report)
+    answers = {BASE: right(LABELS, 10), "merged": ["x", *right(LABELS, 50)[1:]]}
+    made = versions.publish(LABELS, answers, findings=(NOISE,), forgetting=FORGETTING)
+    page = page_of(versions, made)
     wanted = "diagnosis metrics labels training worst lost side-by-side forgetting parity data made"
     assert re.findall(r'<section id="([^"]*)"', page) == wanted.split()
     assert "data.train: drop line 7" in section(page, "diagnosis")
-    assert "arithmetic" in section(page, "forgetting")
+    assert "3 that only the base answers rightly" in section(page, "forgetting")
+
+
+def test_a_training_without_a_fault_is_said_to_have_none(versions: JudgedVersions) -> None:
+    page = page_of(versions, versions.publish(LABELS, ANSWERS, findings=()))
+    assert "No fault was found in the training" in section(page, "diagnosis")
 
 
 def test_what_there_is_not_is_left_out(versions: JudgedVersions) -> None:
