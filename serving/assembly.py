@@ -349,6 +349,7 @@ class _DeploymentBuilder:
             metrics=metrics,
             facts=verification.facts,
             every_hours=settings.holdout.every_hours,
+            run_functions=settings.holdout.run_functions,
         )
         scores = LiveScores(
             scheduler,

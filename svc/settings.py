@@ -267,6 +267,11 @@ class HoldoutSettings(_Section):
         30.0, ge=0, description="one waits so long for a moment without other requests, then runs beside them, seconds"
     )
     scored_per_hour: int = Field(200, ge=0, description="live answers that are scored, the newest first; 0: none")
+    run_functions: bool = Field(
+        False,
+        description="run the metric function that a version brought: code of whoever registered it; otherwise, such "
+        "a version is watched by exact match",
+    )
 
 
 class MonitorSettings(_Section):

@@ -80,6 +80,7 @@ class HoldoutRuns:
     Args:
         facts: the kind of engine that answers for a version in a format.
         every_hours: from the start of one run to that of the next; 0 for none at all.
+        run_functions: whether a metric function that a version brought may run.
     """
 
     def __init__(
@@ -92,6 +93,7 @@ class HoldoutRuns:
         metrics: DeploymentMetrics,
         facts: Callable[[Target], Awaitable[EngineFacts]],
         every_hours: float,
+        run_functions: bool = False,
     ) -> None:
         self._scheduler = scheduler
         self._pool = pool
@@ -100,6 +102,7 @@ class HoldoutRuns:
         self._metrics = metrics
         self._facts = facts
         self._every_s = every_hours * 3600
+        self._run_functions = run_functions
         self._never = "holdout.every_hours is 0" if not every_hours else None
         self._done: LoadedWeights | None = None
         self._next_at = 0.0
@@ -197,7 +200,7 @@ class HoldoutRuns:
         if not results:
             return run
         try:
-            metric = watched_metric(self._registry, run.target)
+            metric = watched_metric(self._registry, run.target, run_functions=self._run_functions)
             examples = self._registry.heldout(run.target.version)
             scores = metric.score(Answered([examples[place] for place in results], list(results.values())))
         except Exception:  # the boundary: a metric may be of a package, or a function of the user's

@@ -131,7 +131,7 @@ async def test_the_figures_are_those_of_the_weights_that_serve(make: Make) -> No
 
 async def test_each_answer_has_the_score_of_the_versions_metric(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
     rouge = Rouge(RougeKind.ONE)
-    monkeypatch.setattr(holdout, "watched_metric", lambda registry, target: rouge)
+    monkeypatch.setattr(holdout, "watched_metric", lambda registry, target, run_functions: rouge)
     async with asked(make) as (control, _):
         run = await run_of(control, target(1))
     assert (run.metric, run.scores[0]) == ("rouge_1", 1.0)
@@ -148,7 +148,7 @@ async def test_a_version_of_an_older_release_is_scored_by_exact_match(make: Make
 async def test_a_metric_that_cannot_judge_here_costs_no_run(
     make: Make, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    def refuse(registry: Registry, target: Target) -> Metric:
+    def refuse(registry: Registry, target: Target, *, run_functions: bool) -> Metric:
         raise RecipeError("there is no metric 'own'")
 
     monkeypatch.setattr(holdout, "watched_metric", refuse)

@@ -56,12 +56,12 @@ def keep(tmp_path: Path, registry: Registry, run: str, name: str, content: dict[
 def test_it_is_watched_by_its_metric_or_by_what_that_is_made_of(
     registry: Registry, keep: Keep, primary: str, watched: str
 ) -> None:
-    assert watched_metric(registry, keep(None, primary)).name == watched
+    assert watched_metric(registry, keep(None, primary), run_functions=False).name == watched
 
 
 def test_the_schema_that_judged_it_is_kept(registry: Registry, keep: Keep) -> None:
     metric = choose_metrics(OBJECTS.examples, MetricOptions(primary="schema_valid")).primary
-    again = watched_metric(registry, keep(metric, "schema_valid"))
+    again = watched_metric(registry, keep(metric, "schema_valid"), run_functions=False)
     assert again.score(OBJECTS) == metric.score(OBJECTS) == [1.0, 0.0]
 
 
@@ -73,6 +73,16 @@ def test_the_function_that_judged_it_is_kept_whatever_becomes_of_its_file(
     metric = choose_metrics(OBJECTS.examples, MetricOptions((f"{path}:score",))).primary
     target = keep(metric, metric.name, metrics=["rouge", f"{path}:score"], metric_seconds=30.0)
     path.unlink()
-    again = watched_metric(registry, target)
+    again = watched_metric(registry, target, run_functions=True)
     assert again.name == "mine_score"
     assert again.score(Answered(OBJECTS.examples, OBJECTS.results)) == [11.0, 13.0]
+
+
+def test_a_function_that_a_version_brought_does_not_run_unless_the_operator_lets_it(
+    registry: Registry, keep: Keep, tmp_path: Path
+) -> None:
+    path = tmp_path / "mine.py"
+    path.write_text("def score(answers, references):\n    return [1.0 for _ in answers]\n", "utf-8")
+    metric = choose_metrics(OBJECTS.examples, MetricOptions((f"{path}:score",))).primary
+    target = keep(metric, metric.name, metrics=[f"{path}:score"])
+    assert watched_metric(registry, target, run_functions=False).name == "exact_match"
