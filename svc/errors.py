@@ -127,6 +127,12 @@ class InterruptedRunError(SvcError):
     exit_code = 16
 
 
+class InsufficientMemoryError(SvcError):
+    """A training that cannot fit into the memory that there is; raised before it starts."""
+
+    exit_code = 20
+
+
 class AuthenticationError(SvcError):
     """A key that is missing, wrong, expired or revoked. Never says more of a secret than the id of its key."""
 

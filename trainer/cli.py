@@ -1,4 +1,4 @@
-"""`svc train`."""
+"""`svc train` and `svc estimate`."""
 
 import sys
 from pathlib import Path
@@ -9,16 +9,25 @@ import click
 from svc.invocation import json_option, settings_of
 
 if TYPE_CHECKING:
+    from svc.settings import Settings
+    from trainer.estimate.estimate import DeviceEstimate, Estimate
+    from trainer.pipeline.examples import Examples
     from trainer.pipeline.run_folder import Run
     from trainer.recipe.sections import Recipe
 
 
+_set_option = click.option(
+    "--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Change a recipe's key: train.epochs=2."
+)
+
+
 @click.command()
 @click.argument("recipe", type=click.Path(path_type=Path))
-@click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Change a recipe's key: train.epochs=2.")
+@_set_option
 @click.option("--quick", is_flag=True, help="First try the set-up: a tenth of the data, one epoch, -> NAME-quick.")
 @click.option("--register-failed", is_flag=True, help="Register what fails a check too; it cannot be promoted.")
 @click.option("--skip-bad", is_flag=True, help="Leave out lines that cannot be trained on, and keep them in a folder.")
+@click.option("--anyway", is_flag=True, help="Begin also what cannot fit into this machine.")
 @json_option
 @click.pass_context
 def train(
@@ -28,6 +37,7 @@ def train(
     quick: bool,
     register_failed: bool,
     skip_bad: bool,
+    anyway: bool,
     as_json: bool,
 ) -> None:
     """Make a version of RECIPE, from where an earlier try was interrupted."""
@@ -54,9 +64,10 @@ def train(
     from trainer.pipeline.quick_trial import quick_trial
     from trainer.pipeline.stages import open_pipeline
 
-    base = find_base(loaded, settings)
     made = quick_trial(loaded, examples) if quick else (loaded, examples)
-    pipeline = open_pipeline(settings, registry, *made, base, register_failed=register_failed)
+    expected = _estimate_here(*made, settings, anyway=anyway)
+    base = find_base(loaded, settings)
+    pipeline = open_pipeline(settings, registry, *made, base, register_failed=register_failed, expected=expected)
     manifest = registry.manifest(pipeline.train_version())
     if quick:
         _foretell(loaded, pipeline.run)
@@ -68,6 +79,76 @@ def train(
     from svc.registry.render import print_version
 
     print_version(manifest, registry.folder(manifest.id))
+
+
+@click.command()
+@click.argument("recipe", type=click.Path(path_type=Path))
+@_set_option
+@click.option(
+    "--device", "names", multiple=True, metavar="NAME", help="Only these: here, rtx-4090, ...  [default: all]"
+)
+@json_option
+@click.pass_context
+def estimate(
+    ctx: click.Context, recipe: Path, overrides: tuple[str, ...], names: tuple[str, ...], as_json: bool
+) -> None:
+    """Memory, time and cost of RECIPE here and on GPUs, from the base's config alone."""
+    from svc.terminal import print_json, quiet_libraries
+    from trainer.estimate.render import as_json as to_json
+    from trainer.estimate.render import print_estimate
+    from trainer.pipeline.examples import read_run_examples
+    from trainer.recipe.file import load_recipe
+
+    quiet_libraries()
+    settings = settings_of(ctx)
+    loaded = load_recipe(recipe, overrides)
+    made = _estimate(loaded, read_run_examples(loaded, cache=settings.base_cache), settings, names)
+    if as_json:
+        print_json(to_json(made))
+    else:
+        print_estimate(made)
+
+
+def _estimate(recipe: "Recipe", examples: "Examples", settings: "Settings", names: tuple[str, ...]) -> "Estimate":
+    """What a recipe takes on these devices; on all where none is named."""
+    from trainer.estimate.batches import read_workload
+    from trainer.estimate.devices import choose_devices
+    from trainer.estimate.estimate import estimate_recipe
+    from trainer.estimate.model_shape import read_model_shape
+    from trainer.pipeline.find_base import find_config
+
+    devices = choose_devices(names, settings.home)  # a wrong name is told before anything is read
+    folder = find_config(recipe, settings)
+    shape = read_model_shape(folder, recipe.adapter.targets)
+    workload = read_workload(examples.train, recipe, folder)
+    return estimate_recipe(recipe, shape, workload, devices, settings.engine.max_model_len)
+
+
+def _estimate_here(
+    recipe: "Recipe", examples: "Examples", settings: "Settings", *, anyway: bool
+) -> "DeviceEstimate | None":
+    """Says what training will take here, and refuses what cannot be; None where the base's config is not understood.
+
+    Raises:
+        InsufficientMemoryError: it cannot fit.
+        DiskSpaceError: there is no room for what it writes.
+    """
+    from svc.engine.machine import read_machine
+    from svc.errors import SvcError
+    from svc.terminal import console
+    from trainer.estimate.devices import HERE
+    from trainer.estimate.refusal import refuse_impossible
+    from trainer.estimate.render import print_short
+
+    try:
+        made = _estimate(recipe, examples, settings, (HERE,))
+    except SvcError as error:  # what is wrong with base or data, training says itself
+        console.print(f"  [dim]no estimate: {error.wrong}[/dim]")
+        return None
+    print_short(made)
+    if not anyway:
+        refuse_impossible(made, read_machine(gpus=True), settings.home)
+    return made.here
 
 
 def _foretell(recipe: "Recipe", run: "Run") -> None:

@@ -10,12 +10,34 @@ from trainer.base_model.pypi_wheel import KNOWN
 _HUB_FILES = ["*.safetensors", "*.json", "*.jinja", "tokenizer.model", "merges.txt", "README.md"]
 
 
+_CONFIG_FILES = [name for name in _HUB_FILES if name != "*.safetensors"]
+
+
 def fetch_snapshot(base: str, cache: Path) -> Path:
     """A folder of the cache with a model's files; named by its commit.
 
     Raises:
         BaseModelError: no network, or the hub refuses it.
     """
+    return _fetch(base, cache / "hub", _HUB_FILES)
+
+
+def fetch_config(base: str, cache: Path) -> Path:
+    """A folder of the cache with a model's config and tokenizer; its weights are not fetched.
+
+    Raises:
+        BaseModelError: no network, or the hub refuses it.
+    """
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import LocalEntryNotFoundError
+
+    try:
+        return Path(snapshot_download(base, cache_dir=cache / "hub", local_files_only=True))
+    except LocalEntryNotFoundError:  # a place of its own: what lies beside the weights would pass for the whole model
+        return _fetch(base, cache / "configs", _CONFIG_FILES)
+
+
+def _fetch(base: str, folder: Path, patterns: list[str]) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
     from huggingface_hub.utils.tqdm import tqdm
@@ -29,13 +51,14 @@ def fetch_snapshot(base: str, cache: Path) -> Path:
     try:
         with waiting(f"Fetching {base} from the Hugging Face hub"):
             snapshot = snapshot_download(
-                base, cache_dir=cache / "hub", allow_patterns=_HUB_FILES, ignore_patterns=["*/*"], tqdm_class=Bar
+                base, cache_dir=folder, allow_patterns=patterns, ignore_patterns=["*/*"], tqdm_class=Bar
             )
     except LocalEntryNotFoundError as error:
         raise BaseModelError(
             f"{base} is not in the cache and the Hugging Face hub cannot be reached",
             expected="a network, or the model as a local folder",
-            todo=f"check the network, or copy the model here and set `base` to its folder, or use {', '.join(KNOWN)}",
+            todo="check the network, or copy the model here and set `base` to its folder (for `svc estimate` its "
+            f"config.json is enough), or use {', '.join(KNOWN)}",
         ) from error
     except (HfHubHTTPError, HFValidationError) as error:
         raise BaseModelError(

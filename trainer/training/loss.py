@@ -305,9 +305,9 @@ def shared_prefix(input_ids: Tensor, labels: Tensor) -> int:
 
 def _can_share(model: PreTrainedModel | PeftModel) -> bool:
     """Whether keys and values can be shared: not with checkpointed layers, which are run without a cache."""
-    return not _without_adapter(model).is_gradient_checkpointing and _keeps_all_keys(model.config)
+    return not _without_adapter(model).is_gradient_checkpointing and keeps_all_keys(model.config)
 
 
-def _keeps_all_keys(config: PreTrainedConfig) -> bool:
+def keeps_all_keys(config: PreTrainedConfig) -> bool:
     """Whether every layer attends to all earlier positions: a sliding window or a recurrent state cannot be shared."""
     return all(type(layer) is DynamicLayer for layer in DynamicCache(config=config).layers)

@@ -5,6 +5,7 @@ examples come from, of registered versions, or of how good the result is. Import
 """
 
 import logging
+import resource
 import time
 import warnings
 from dataclasses import replace
@@ -160,7 +161,14 @@ def _summarize(trainer: ResumableTrainer, recipe: Recipe, seconds: float) -> Tra
         heldout_losses=tuple(LossPoint(step, loss) for step, loss in heldout_losses(state).items()),
         best_step=best_step(state) if recipe.stopping.keep_best else None,
         points=training_points(state),
+        peak_memory=_peak_memory(),
     )
+
+
+def _peak_memory() -> int:
+    if torch.cuda.is_available():
+        return int(torch.cuda.max_memory_allocated())
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # it is told in KiB
 
 
 def _build_trainer(

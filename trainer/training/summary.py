@@ -22,6 +22,8 @@ class TrainingSummary:
         heldout_losses: step and nats an answer token, where held-out loss was measured.
         best_step: the step whose weights these are, where the best were asked for.
         points: every step; none in a run of an older release.
+        peak_memory: bytes that the process had at most until the end of training, or had of the GPU's memory.
+        estimated_memory, estimated_seconds: what was said before it began.
     """
 
     steps: int
@@ -33,6 +35,9 @@ class TrainingSummary:
     heldout_losses: tuple[LossPoint, ...] = ()
     best_step: int | None = None
     points: tuple[TrainingPoint, ...] = ()
+    peak_memory: int | None = None
+    estimated_memory: float | None = None
+    estimated_seconds: float | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,7 +13,7 @@ from svc.engine.vllm.number_type import choose_dtype, is_wide, weight_bytes
 from svc.engine.vllm.plan import GIB, plan_engine
 from svc.settings import Device
 
-_OVERHEAD_BYTES = 2 * GIB
+ENGINE_OVERHEAD = 2 * GIB
 """What one engine takes beside weights, keys and values. On a CPU 1.8 GiB were measured with vLLM 0.32 and a model of a
 few megabytes: Python and torch in three processes, as where vLLM binds threads; in two it is 0.7 less. On a GPU it was
 not measured: what the CUDA context and a long prompt need."""
@@ -60,7 +60,7 @@ def _needed(spec: EngineSpec, machine: Machine) -> tuple[int, int]:
     model = spec.facts
     wide = is_wide(choose_dtype(spec.settings, spec.capabilities, model))
     length = min(spec.settings.max_model_len, model.context or spec.settings.max_model_len)
-    needed = weight_bytes(model, wide=wide) + (model.token_bytes or 0) * (1 + wide) * length + _OVERHEAD_BYTES
+    needed = weight_bytes(model, wide=wide) + (model.token_bytes or 0) * (1 + wide) * length + ENGINE_OVERHEAD
     needed += spec.lora.memory if spec.lora else 0
     if not machine.gpus:
         return needed, machine.free

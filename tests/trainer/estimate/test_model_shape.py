@@ -1,0 +1,62 @@
+"""Sizes of published models, from their config.json alone."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from svc.errors import BaseModelError
+from tests.trainer.estimate.configs import published
+from trainer.estimate.model_shape import read_model_shape
+from trainer.recipe.targets import Targets
+
+
+@pytest.mark.parametrize(
+    ("name", "parameters"),
+    [
+        ("llama-2-7b", 6_738_415_616),
+        ("llama-2-13b", 13_015_864_320),
+        ("llama-2-70b", 68_976_648_192),
+        ("llama-3.1-8b", 8_030_261_248),
+        ("qwen2.5-7b", 7_615_616_512),
+        ("mistral-7b", 7_241_732_096),
+        ("mixtral-8x7b", 46_702_792_704),
+    ],
+)
+def test_parameters_are_those_of_the_published_weights(name: str, parameters: int) -> None:
+    assert published(name).parameters == parameters
+
+
+def test_a_token_passes_two_of_mixtrals_eight_experts() -> None:
+    shape = published("mixtral-8x7b")
+    assert shape.experts_share == 2 / 8
+    assert shape.used_weights + 2 * shape.head == pytest.approx(12.88e9, rel=0.01)  # 12.9B active, as published
+
+
+def test_the_head_is_no_layer_that_an_adapter_changes() -> None:
+    assert len(published("llama-2-7b").targets) == 7 * 32
+
+
+def test_a_preset_takes_its_layers_alone() -> None:
+    assert len(published("llama-2-7b", Targets.ATTENTION_MIN).targets) == 2 * 32
+
+
+def test_an_unknown_architecture_is_counted_as_a_llama_and_that_is_said(tmp_path: Path) -> None:
+    widths = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 100}
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "brand-new", **widths}))
+    shape = read_model_shape(tmp_path)
+    assert shape.parameters > 0
+    assert "brand-new" in shape.notes[0]
+
+
+def test_a_config_that_says_nothing_of_the_width_is_an_error_that_names_the_key(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text('{"model_type": "brand-new", "vocab_size": 5}')
+    with pytest.raises(BaseModelError, match="hidden_size"):
+        read_model_shape(tmp_path)
+
+
+@pytest.mark.parametrize("content", ["", "[]", "not json"])
+def test_what_is_no_config_is_an_error(tmp_path: Path, content: str) -> None:
+    (tmp_path / "config.json").write_text(content)
+    with pytest.raises(BaseModelError):
+        read_model_shape(tmp_path)

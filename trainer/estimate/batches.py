@@ -1,0 +1,217 @@
+"""The batches that a training will be made of: what decides its memory and its time.
+
+They are the trainer's own, of the examples' real lengths: padding, grouping by length and shared prompts count as they
+will. Without the base's tokenizer, texts are cut into pieces of 4.2 characters, which is what tokens of English text
+come to; other languages and code take more tokens.
+"""
+
+import math
+import zlib
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+
+from svc.chat_template import choose_template_kwargs
+from svc.dataset.schema.example import ChatExample
+from svc.dataset.schema.tokenized_example import TokenizedExample
+from trainer.data.chat_template import load_tokenizer, stop_tokens, tokenize_examples, training_row
+from trainer.recipe.sections import Recipe, TooLong
+
+CHARACTERS_A_TOKEN = 4.2
+_TURN = 5
+"""Tokens by which a chat template marks a turn."""
+_MOST = 1000
+"""Examples that are looked at; more are drawn from."""
+_TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """What goes through the model at once.
+
+    Attributes:
+        rows: examples.
+        length: of the longest, tokens.
+        shared: tokens that all begin with, and that are computed once.
+        answers: tokens that are learnt.
+    """
+
+    rows: int
+    length: int
+    shared: int
+    answers: int
+
+    @property
+    def computed(self) -> int:
+        """Tokens that go through the model."""
+        return self.shared + self.rows * (self.length - self.shared)
+
+
+@dataclass(frozen=True)
+class Workload:
+    """All batches of a run.
+
+    Attributes:
+        examples: that are trained on.
+        tokens: of them all, in one epoch, without padding.
+        batches: of one epoch, or of a sample of its examples.
+        repeats: how often `batches` go through the model in the whole run.
+        largest: the batch that takes most memory.
+        counted: whether the base's own tokenizer counted the tokens.
+    """
+
+    examples: int
+    tokens: float
+    batches: tuple[Batch, ...]
+    repeats: float
+    largest: Batch
+    counted: bool
+
+
+def read_workload(examples: Sequence[ChatExample], recipe: Recipe, folder: Path) -> Workload:
+    """What a recipe's examples come to.
+
+    Args:
+        folder: with the base's tokenizer, if it has one.
+
+    Raises:
+        DataError: the chat template refuses an example.
+    """
+    counted = any((folder / name).is_file() for name in _TOKENIZER_FILES)
+    longest = sorted(examples, key=_characters)[-recipe.train.batch_size :]
+    chosen = np.random.default_rng(recipe.data.seed).permutation(len(examples))[:_MOST]
+    drawn = [examples[index] for index in sorted(chosen)]
+    rows, long_rows = (_tokenize(some, folder, recipe, counted=counted) for some in (drawn, longest))
+    return _workload(rows, long_rows, len(examples), recipe, counted=counted)
+
+
+def even_workload(
+    examples: int, length: int, recipe: Recipe, *, answers: int | None = None, shared: int = 0
+) -> Workload:
+    """A run on examples of one length, as published figures are of.
+
+    Args:
+        answers: tokens of each that are learnt; default all.
+    """
+    size = min(recipe.train.batch_size, examples)
+    batch = Batch(size, length, shared, size * (answers or length))
+    epochs = recipe.train.epochs
+    repeats = recipe.train.steps * recipe.train.gradient_accumulation if recipe.train.steps else None
+    return Workload(examples, examples * length, (batch,), repeats or epochs * examples / size, batch, counted=True)
+
+
+def with_batch_size(workload: Workload, size: int) -> Workload:
+    """The same examples with another number of them at once; for memory, and near enough for time."""
+    largest = workload.largest
+    answers = math.ceil(largest.answers * size / largest.rows)
+    shared = largest.shared if size > 1 else 0
+    return replace(workload, largest=Batch(size, largest.length, shared, answers))
+
+
+def shortened(workload: Workload, longest: int) -> Workload:
+    """The largest batch where no example is longer; for memory alone."""
+    largest = workload.largest
+    length = min(largest.length, longest)
+    cut = Batch(largest.rows, length, min(largest.shared, length), min(largest.answers, largest.rows * length))
+    return replace(workload, largest=cut)
+
+
+def unshared(workload: Workload) -> Workload:
+    """The same batches where each example goes through the model by itself."""
+    batches = tuple(replace(batch, shared=0) for batch in workload.batches)
+    return replace(workload, batches=batches, largest=replace(workload.largest, shared=0))
+
+
+def _workload(
+    rows: list[TokenizedExample],
+    long_rows: list[TokenizedExample],
+    examples: int,
+    recipe: Recipe,
+    *,
+    counted: bool,
+) -> Workload:
+    train = recipe.train
+    batches: tuple[Batch, ...]
+    tokens = sum(len(row.input_ids) for row in rows) * examples / len(rows)
+    if train.packing:
+        count = max(1, math.ceil(tokens / train.max_length))
+        learnt = sum(end - start for row in rows for start, end in row.learnt) / sum(len(row.input_ids) for row in rows)
+        packed = Batch(train.batch_size, train.max_length, 0, math.ceil(train.batch_size * train.max_length * learnt))
+        batches, in_epoch, largest = (packed,), count / train.batch_size, packed
+    else:
+        batches = tuple(plan_batches(rows, recipe))
+        in_epoch = math.ceil(examples / train.batch_size)
+        # A sample says nothing of the largest batch: then it is that of the longest examples.
+        whole_set = len(rows) == examples
+        largest = max(batches, key=lambda batch: batch.computed) if whole_set else measure_batch(long_rows)
+    accumulation = train.gradient_accumulation
+    whole = train.steps * accumulation if train.steps else train.epochs * in_epoch
+    return Workload(examples, tokens, batches, whole / len(batches), largest, counted)
+
+
+def plan_batches(rows: Sequence[TokenizedExample], recipe: Recipe) -> list[Batch]:
+    """The batches of our trainer's first epoch, of its steps where none are accumulated."""
+    from trainer.data.length_grouped_sampler import LengthGroupedSampler
+
+    size, step = recipe.train.batch_size, recipe.train.batch_size * recipe.train.gradient_accumulation
+    order = list(LengthGroupedSampler([len(row.input_ids) for row in rows], step, recipe.train.seed))
+    return [
+        measure_batch([rows[index] for index in order[start : start + size]]) for start in range(0, len(order), size)
+    ]
+
+
+def measure_batch(rows: Sequence[TokenizedExample]) -> Batch:
+    """What these examples come to, side by side."""
+    import torch
+    from torch.nn.utils.rnn import pad_sequence
+
+    from trainer.data.chat_template import IGNORED
+    from trainer.training.loss import shared_prefix
+
+    some = [training_row(row) for row in rows]
+    ids, labels = (
+        pad_sequence([torch.tensor(row[key]) for row in some], batch_first=True, padding_value=padding)
+        for key, padding in (("input_ids", 0), ("labels", IGNORED))
+    )
+    return Batch(len(some), ids.shape[1], shared_prefix(ids, labels), int((labels != IGNORED).sum()))
+
+
+def _tokenize(
+    examples: Sequence[ChatExample], folder: Path, recipe: Recipe, *, counted: bool
+) -> list[TokenizedExample]:
+    if counted:
+        tokenizer = load_tokenizer(folder)
+        kwargs = choose_template_kwargs(folder, recipe.chat_template_kwargs)
+        rows = tokenize_examples(tokenizer, examples, stop_tokens(folder, tokenizer), kwargs)
+    else:
+        rows = [cut_into_pieces(example) for example in examples]
+    longest = recipe.train.max_length
+    fitting = [row for row in rows if len(row.input_ids) <= longest or recipe.train.too_long is not TooLong.DROP]
+    return [_shorten(row, longest) for row in fitting or rows]
+
+
+def _shorten(row: TokenizedExample, longest: int) -> TokenizedExample:
+    learnt = tuple((start, min(end, longest)) for start, end in row.learnt if start < longest)
+    return replace(row, input_ids=row.input_ids[:longest], learnt=learnt)
+
+
+def cut_into_pieces(example: ChatExample) -> TokenizedExample:
+    """An example as it might be tokenized, where no tokenizer is at hand: equal beginnings stay equal."""
+    ids: list[int] = []
+    learnt = []
+    for turn, message in enumerate(example.messages):
+        ids += [-1] * _TURN
+        start = len(ids)
+        text = message.content + "".join(str(call) for call in message.tool_calls or ())
+        pieces = math.ceil(len(text) / CHARACTERS_A_TOKEN)
+        cuts = [math.ceil(number * CHARACTERS_A_TOKEN) for number in range(pieces + 1)]
+        ids += [zlib.crc32(text[cuts[number] : cuts[number + 1]].encode("utf-8")) for number in range(pieces)]
+        if turn in example.learnt:
+            learnt.append((start, len(ids)))
+    return TokenizedExample(tuple(ids), tuple(learnt))
+
+
+def _characters(example: ChatExample) -> int:
+    return sum(len(message.content) for message in example.messages)

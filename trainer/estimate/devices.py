@@ -1,0 +1,230 @@
+"""The devices that an estimate is made for: GPUs of devices.yaml, and this machine.
+
+This machine's matrix speed is measured once, in the number type that training uses, and kept under `$SVC_HOME/cache` by
+what the processor is. A measurement on a busy machine is too low, and so are estimates from it: delete the file then.
+"""
+
+import hashlib
+import json
+import logging
+import os
+import statistics
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from enum import StrEnum
+from pathlib import Path
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from svc.disk import write_whole
+from svc.engine.capabilities import Capabilities, NumberType, read_capabilities
+from svc.engine.machine import Machine, read_machine
+from svc.errors import SettingsError
+from svc.settings import Device
+from svc.terminal import waiting
+from trainer.recipe.sections import AdapterType, Quantization, Recipe
+
+log = logging.getLogger(__name__)
+
+DEVICES_FILE = Path(__file__).with_name("devices.yaml")
+HERE = "here"
+"""The name of this machine."""
+_GIB = 2**30
+_USABLE = 0.97
+"""Share of a GPU's memory that a process gets: the driver keeps some."""
+_CPU_BANDWIDTH = 10.0
+"""GB/s of a CPU's memory by a few cores, in passes over whole tensors."""
+
+
+class Kind(StrEnum):
+    """What training spends its time on."""
+
+    LORA = "lora"
+    QLORA = "qlora"
+    DORA = "dora"
+    ADALORA = "adalora"
+    VERA = "vera"
+    FULL = "full"
+
+    @classmethod
+    def of(cls, recipe: Recipe) -> "Kind":
+        """Of a recipe; what is trained decides, and of LoRA whether the base is quantized."""
+        if recipe.adapter_type is None:
+            return cls.FULL
+        if recipe.adapter_type is AdapterType.LORA and recipe.base_quantization is Quantization.NF4:
+            return cls.QLORA
+        return cls(recipe.adapter_type.value)
+
+
+CPU_UTILIZATION: dict[NumberType, dict[Kind, float]] = {
+    NumberType.BFLOAT16: {Kind.LORA: 0.61},
+    NumberType.FLOAT32: {Kind.LORA: 0.60},
+}
+
+
+class _Listed(BaseModel):
+    """A GPU as devices.yaml has it."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    label: str
+    memory_gib: float = Field(gt=0)
+    tflops: float = Field(gt=0)
+    bandwidth: float = Field(gt=0)
+    utilization: dict[Kind, float]
+    dollars: float = Field(ge=0)
+    speed_source: str
+    price_source: str
+
+
+class _Catalogue(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    utilization_source: str
+    devices: dict[str, _Listed]
+
+
+@dataclass(frozen=True, slots=True)
+class ComputeDevice:
+    """Where training may run.
+
+    Attributes:
+        memory: bytes that training may take.
+        speed: operations a second of bare matrix products.
+        bandwidth: bytes a second from memory.
+        utilization: the share of `speed` that training reaches; a kind that is not there is as LoRA.
+        dollars: an hour; None for this machine.
+        here: whether it is this machine.
+    """
+
+    name: str
+    label: str
+    cpu: bool
+    number_type: NumberType
+    memory: float
+    speed: float
+    bandwidth: float
+    utilization: Mapping[Kind, float]
+    dollars: float | None = None
+    here: bool = False
+
+    def effective_speed(self, kind: Kind) -> float:
+        """Operations a second that training gets."""
+        return self.speed * self.utilization.get(kind, self.utilization[Kind.LORA])
+
+
+def read_devices(path: Path = DEVICES_FILE) -> dict[str, ComputeDevice]:
+    """The GPUs that are listed, by name.
+
+    Raises:
+        SettingsError: the file is not as it should be.
+    """
+    try:
+        listed = _Catalogue.model_validate(yaml.safe_load(path.read_text("utf-8"))).devices
+    except (OSError, yaml.YAMLError, ValidationError) as error:
+        raise SettingsError(f"{path} cannot be used: {error}", expected="devices as those that came with it") from error
+    return {name: _as_device(name, one) for name, one in listed.items()}
+
+
+def _as_device(name: str, listed: _Listed) -> ComputeDevice:
+    return ComputeDevice(
+        name=name,
+        label=listed.label,
+        cpu=False,
+        number_type=NumberType.BFLOAT16,
+        memory=listed.memory_gib * _GIB * _USABLE,
+        speed=listed.tflops * 1e12,
+        bandwidth=listed.bandwidth * 1e9,
+        utilization=listed.utilization,
+        dollars=listed.dollars,
+    )
+
+
+def choose_devices(names: Sequence[str], home: Path) -> list[ComputeDevice]:
+    """This machine and all GPUs that are listed, or those that are named.
+
+    Raises:
+        SettingsError: no device has this name.
+        EngineError: this machine cannot be asked.
+    """
+    listed = read_devices()
+    known = (HERE, *listed)
+    if unknown := [name for name in names if name not in known]:
+        raise SettingsError(f"no device {unknown[0]!r}", expected=", ".join(known), todo=f"add it to {DEVICES_FILE}")
+    chosen = names or known
+    return [
+        this_machine(read_capabilities(home), read_machine(gpus=True), home) if name == HERE else listed[name]
+        for name in chosen
+    ]
+
+
+def this_machine(capabilities: Capabilities, machine: Machine, home: Path) -> ComputeDevice:
+    """Where `svc train` would run.
+
+    Args:
+        machine: as it is now; its first GPU counts where training uses one.
+        home: keeps the measured speed in its cache.
+    """
+    cpu = capabilities.training_device is Device.CPU
+    number_type = capabilities.training_type
+    speed = measured_speed(capabilities, number_type, home)
+    utilization: Mapping[Kind, float] = CPU_UTILIZATION.get(number_type, CPU_UTILIZATION[NumberType.FLOAT32])
+    memory, bandwidth = float(machine.free), _CPU_BANDWIDTH
+    if not cpu:
+        # Shares of a measured speed, which is nine tenths of the listed one.
+        similar = next(iter(read_devices().values()))
+        utilization, bandwidth = similar.utilization, similar.bandwidth / 1e9
+        memory = float(machine.gpus[0].free) if machine.gpus else 0.0
+    label = (
+        capabilities.gpu.name if capabilities.gpu else f"{len(machine.cores)} cores of {capabilities.instruction_set}"
+    )
+    return ComputeDevice(
+        HERE, f"this machine ({label})", cpu, number_type, memory, speed, bandwidth * 1e9, utilization, here=True
+    )
+
+
+def measured_speed(capabilities: Capabilities, number_type: NumberType, home: Path) -> float:
+    """Of bare matrix products here: as it was measured before, or by measuring now, a second or two."""
+    cores = len(os.sched_getaffinity(0))
+    identity = f"{capabilities.model_dump_json()}{number_type}{cores}"
+    path = home / "cache" / f"matrix-speed-{hashlib.sha256(identity.encode('utf-8')).hexdigest()[:12]}.json"
+    try:
+        return float(json.loads(path.read_bytes())["operations_per_second"])
+    except (OSError, ValueError, KeyError, TypeError):
+        pass  # not measured yet, or what is there is not whole
+    with waiting("measuring how fast this machine multiplies (once)"):
+        speed = measure_matrix_speed(2048, 1024, 2816, number_type)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_whole(path, json.dumps({"operations_per_second": speed, "number_type": number_type}).encode("utf-8"))
+    except OSError:
+        log.warning("%s cannot be written: the speed is measured again the next time", path, exc_info=True)
+    return speed
+
+
+def measure_matrix_speed(tokens: int, width: int, height: int, number_type: NumberType, repeats: int = 15) -> float:
+    """Operations a second of a layer's product and of its two gradients', one after the other; the median.
+
+    Args:
+        tokens: rows of the layer's input.
+        width: of the input.
+        height: of the output.
+    """
+    import torch
+
+    dtype = getattr(torch, number_type)
+    device = torch.accelerator.current_accelerator() or torch.device("cpu")
+    x, weight, gradient = (
+        torch.randn(*shape, dtype=dtype, device=device)
+        for shape in ((tokens, width), (height, width), (tokens, height))
+    )
+    seconds = []
+    for _ in range(repeats):
+        started = time.perf_counter()
+        torch.mm(x, weight.T), torch.mm(gradient, weight), torch.mm(gradient.T, x)
+        if device.type != "cpu":
+            torch.accelerator.synchronize()
+        seconds.append(time.perf_counter() - started)
+    return 3 * 2 * tokens * width * height / statistics.median(seconds)

@@ -1,0 +1,243 @@
+"""How large a base model is, from its config.json alone: the model is built without weights, and its layers are
+counted.
+
+So every architecture that transformers knows is counted exactly, mixtures too. Of any other one the widths in its
+config are taken for those of a Llama with full attention, and that is said: `notes` tell what is not known.
+"""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from math import prod
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from svc.errors import BaseModelError
+from trainer.model.experts import fused_experts
+from trainer.model.target_modules import ALL_LINEAR, target_modules
+from trainer.recipe.targets import Targets
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig, PreTrainedModel
+
+_USED_EXPERTS = ("num_experts_per_tok", "num_experts_per_token", "moe_topk", "top_k_experts")
+_NEEDED = ("hidden_size", "num_hidden_layers", "num_attention_heads", "vocab_size")
+
+
+@dataclass(frozen=True)
+class ModelShape:
+    """Layers and widths of a model.
+
+    Attributes:
+        architecture: as its config names it.
+        parameters: all weights; those that two layers share count once.
+        hidden: width of what goes from layer to layer.
+        inner: width inside of a feed-forward block that a token passes, of all experts that it passes together.
+        layers: how many.
+        heads, kv_heads, head_width: of attention.
+        vocabulary: tokens.
+        linear: inputs and outputs of each linear layer but the output head, by name.
+        targets: those of them that an adapter changes.
+        experts: shapes [experts, rows, columns] of the parameters that hold all experts of a layer.
+        experts_share: of the experts that a token passes.
+        adapts_experts: whether an adapter changes them too.
+        context: tokens that the model was made for; None where its config does not say.
+        shares_keys: whether every layer attends to all earlier tokens, so that a common beginning can be computed once.
+        notes: what is not known, as sentences.
+    """
+
+    architecture: str
+    parameters: int
+    hidden: int
+    inner: int
+    layers: int
+    heads: int
+    kv_heads: int
+    head_width: int
+    vocabulary: int
+    linear: Mapping[str, tuple[int, int]]
+    targets: tuple[str, ...]
+    experts: tuple[tuple[int, int, int], ...] = ()
+    experts_share: float = 1.0
+    adapts_experts: bool = False
+    context: int | None = None
+    shares_keys: bool = True
+    notes: tuple[str, ...] = ()
+
+    @property
+    def head(self) -> int:
+        """Weights of the output head."""
+        return self.hidden * self.vocabulary
+
+    @cached_property
+    def linear_weights(self) -> int:
+        """Of all linear layers but the head: what NF4 quantizes."""
+        return sum(inputs * outputs for inputs, outputs in self.linear.values())
+
+    @cached_property
+    def expert_weights(self) -> int:
+        """Of all experts."""
+        return sum(prod(shape) for shape in self.experts)
+
+    @property
+    def used_weights(self) -> float:
+        """Of the layers that one token is multiplied by, without the head."""
+        return self.linear_weights + self.expert_weights * self.experts_share
+
+    @cached_property
+    def largest_layer(self) -> int:
+        """Weights of the largest linear layer."""
+        return max((inputs * outputs for inputs, outputs in self.linear.values()), default=0)
+
+    @property
+    def queries(self) -> int:
+        """Width of all queries of a layer."""
+        return self.heads * self.head_width
+
+    @property
+    def keys(self) -> int:
+        """Width of all keys of a layer, and of all values."""
+        return self.kv_heads * self.head_width
+
+    @property
+    def target_shapes(self) -> list[tuple[int, int]]:
+        """Inputs and outputs of the linear layers that an adapter changes."""
+        return [self.linear[name] for name in self.targets]
+
+
+def read_model_shape(folder: Path, preset: Targets = Targets.ALL_LINEAR) -> ModelShape:
+    """Counts the model of a folder's config.json; no weights are read.
+
+    Args:
+        preset: which layers an adapter changes.
+
+    Raises:
+        BaseModelError: there is no config, or it does not even say how wide the model is.
+        RecipeError: no layer is what the preset asks for.
+    """
+    config, notes = _read_config(folder)
+    try:
+        model = _without_weights(config)
+    except (ValueError, KeyError, AttributeError, TypeError, RuntimeError, ImportError) as error:
+        raise BaseModelError(
+            f"transformers cannot build the {config.model_type} model of {folder / 'config.json'}: {error}",
+            expected="a language model that transformers knows",
+            todo="choose another base, or update transformers",
+        ) from error
+    return _count(model, preset, notes)
+
+
+def _read_config(folder: Path) -> tuple["PreTrainedConfig", tuple[str, ...]]:
+    """The config, and what had to be guessed for it."""
+    from transformers import AutoConfig
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+    path = folder / "config.json"
+    try:
+        content = json.loads(path.read_text("utf-8"))
+    except (OSError, ValueError) as error:
+        raise BaseModelError(f"cannot read {path}: {error}", expected="the config of a base model") from error
+    if not isinstance(content, dict):
+        raise BaseModelError(f"{path} holds a {type(content).__name__}", expected="a JSON object")
+    kind = content.get("model_type")
+    if kind in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
+        return AutoConfig.for_model(**content).get_text_config(), ()
+    return _as_llama(path, content)
+
+
+def _as_llama(path: Path, content: dict[str, Any]) -> tuple["PreTrainedConfig", tuple[str, ...]]:
+    """What an unknown architecture would be if it were a Llama: no smaller, unless it has more than one part."""
+    from transformers import LlamaConfig
+
+    text = content.get("text_config")
+    widths = content | text if isinstance(text, dict) else content
+    if missing := [name for name in _NEEDED if not isinstance(widths.get(name), int)]:
+        raise BaseModelError(
+            f"{path} has model_type {content.get('model_type')!r}, which transformers does not know, and does not say "
+            f"{', '.join(missing)}",
+            expected="an architecture that transformers knows",
+            todo="choose another base, or update transformers",
+        )
+    inner = widths.get("intermediate_size") or 4 * widths["hidden_size"]
+    named = {name: widths[name] for name in (*_NEEDED, "head_dim") if isinstance(widths.get(name), int)}
+    config = LlamaConfig(**named, intermediate_size=inner, tie_word_embeddings=False)
+    note = (
+        f"transformers does not know model_type {content.get('model_type')!r}: counted as a Llama of the same widths "
+        "with keys and values for every head; experts and other parts are not counted"
+    )
+    return config, (note,)
+
+
+def _without_weights(config: "PreTrainedConfig") -> "PreTrainedModel":
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    with torch.device("meta"):
+        model: PreTrainedModel = AutoModelForCausalLM.from_config(config)
+    model.tie_weights()
+    return model
+
+
+def _count(model: "PreTrainedModel", preset: Targets, notes: tuple[str, ...]) -> ModelShape:
+    import torch
+
+    from trainer.training.loss import keeps_all_keys
+
+    config, head = model.config.get_text_config(), model.get_output_embeddings()
+    linear = {
+        name: (module.in_features, module.out_features)
+        for name, module in model.named_modules()
+        if isinstance(module, torch.nn.Linear) and module is not head
+    }
+    ends = target_modules(model, preset)
+    all_linear = ends == ALL_LINEAR
+    targets = linear if all_linear else [name for name in linear if any(name.endswith(f".{end}") for end in ends)]
+    weights = dict(model.named_parameters())
+    experts = tuple((weight.shape[0], weight.shape[1], weight.shape[2]) for weight in _experts(model, weights))
+    many = max((shape[0] for shape in experts), default=0)
+    used = next((found for name in _USED_EXPERTS if (found := getattr(config, name, None))), many)
+    if many and used == many:
+        notes += ("the config does not say how many experts a token passes: all are counted",)
+    heads = config.num_attention_heads
+    kv_heads = getattr(config, "num_key_value_heads", None) or heads
+    layers = config.num_hidden_layers
+    return ModelShape(
+        architecture=config.model_type,
+        parameters=sum(weight.numel() for weight in weights.values()),
+        hidden=config.hidden_size,
+        inner=_inner(config, linear, experts, used),
+        layers=layers,
+        heads=heads,
+        kv_heads=kv_heads,
+        head_width=getattr(config, "head_dim", None) or config.hidden_size // heads,
+        vocabulary=config.vocab_size,
+        linear=linear,
+        targets=tuple(targets),
+        experts=experts,
+        experts_share=used / many if many else 1.0,
+        adapts_experts=bool(experts) and all_linear,
+        context=getattr(config, "max_position_embeddings", None),
+        shares_keys=keeps_all_keys(config),
+        notes=notes,
+    )
+
+
+def _experts(model: "PreTrainedModel", weights: Mapping[str, Any]) -> list[Any]:
+    return [weights[name] for name in fused_experts(model)]
+
+
+def _inner(
+    config: "PreTrainedConfig",
+    linear: Mapping[str, tuple[int, int]],
+    experts: tuple[tuple[int, int, int], ...],
+    used: int,
+) -> int:
+    """The width of a feed-forward block as its layers have it: configs name it in many ways, or not at all."""
+    if experts:
+        # Gate and up stand in one parameter, [experts, 2 x inner, hidden] or the other way round.
+        widest = max(max(shape[1:]) for shape in experts)
+        own = getattr(config, "moe_intermediate_size", None) or getattr(config, "intermediate_size", None) or widest
+        return int(own * used)
+    widths = [size for shape in linear.values() for size in shape]
+    return int(getattr(config, "intermediate_size", None) or max(widths, default=4 * config.hidden_size))

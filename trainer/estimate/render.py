@@ -1,0 +1,139 @@
+"""An estimate for people, and for machines."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from rich.table import Table
+
+from svc.terminal import console, output
+from trainer.estimate.advice import advise, as_text
+from trainer.estimate.devices import ComputeDevice
+from trainer.estimate.estimate import DeviceEstimate, EnginePart, Estimate
+from trainer.estimate.memory import Part
+
+_GB = 1e9
+
+
+def print_estimate(estimate: Estimate) -> None:
+    """A table of memory by part, then one line a device, and what to change where it does not fit."""
+    _print_head(estimate)
+    output.print(_parts_table(estimate))
+    output.print(_devices_table(estimate))
+    for one in estimate.devices:
+        if not one.fits:
+            output.print(f"{one.device.label}: {advice_text(estimate, one.device)}")
+    output.print(f"Disk: {_size(estimate.disk)} beside the base. Time and cost are of training alone, on one GPU.")
+
+
+def print_short(estimate: Estimate) -> None:
+    """What `svc train` says before it begins."""
+    if (here := estimate.here) is None:
+        return
+    console.print(
+        f"  estimate: {_size(here.memory)} of memory, {_size(here.device.memory)} are free; training takes about "
+        f"{_duration(here.seconds)}; {_size(estimate.disk)} on disk"
+    )
+    if not here.fits:
+        console.print(f"  [yellow]it may not fit: {advice_text(estimate, here.device)}[/yellow]")
+
+
+def advice_text(estimate: Estimate, device: ComputeDevice) -> str:
+    """What to change so that it fits."""
+    changes = advise(estimate.recipe, estimate.shape, estimate.workload, device)
+    if changes is None:
+        return "nothing in the recipe makes it fit: take a smaller base or another device"
+    return f"fits with {as_text(changes)}"
+
+
+def as_json(estimate: Estimate) -> dict[str, Any]:
+    """All figures, in bytes, seconds and dollars."""
+    shape, workload = estimate.shape, estimate.workload
+    return {
+        "base": {
+            "architecture": shape.architecture,
+            "parameters": shape.parameters,
+            "trained": estimate.trained,
+            "notes": list(shape.notes),
+        },
+        "data": {"examples": workload.examples, "tokens": round(workload.tokens), "tokenizer": workload.counted},
+        "disk": round(estimate.disk),
+        "devices": [_device_json(estimate, one) for one in estimate.devices],
+    }
+
+
+def _device_json(estimate: Estimate, one: DeviceEstimate) -> dict[str, Any]:
+    changes = {} if one.fits else advise(estimate.recipe, estimate.shape, estimate.workload, one.device)
+    return {
+        "name": one.device.name,
+        "label": one.device.label,
+        "available": round(one.device.memory),
+        "memory": round(one.memory),
+        "parts": {part.value: round(size) for part, size in one.parts.items()},
+        "engine": {part.value: round(size) for part, size in one.engine.items()},
+        "ram": round(one.ram),
+        "fits": one.fits,
+        "engine_fits": one.engine_fits,
+        "largest_batch": one.largest_batch,
+        "seconds": round(one.seconds, 1),
+        "dollars": None if one.dollars is None else round(one.dollars, 2),
+        "changes": changes,
+    }
+
+
+def _print_head(estimate: Estimate) -> None:
+    shape, workload, recipe = estimate.shape, estimate.workload, estimate.recipe
+    kind = recipe.adapter_type.value if recipe.adapter_type else recipe.method.value
+    quantized = f" beside {recipe.base_quantization}" if recipe.base_quantization else ""
+    output.print(
+        f"{recipe.base}: {shape.parameters:,} parameters ({shape.architecture}); {kind}{quantized} trains "
+        f"{estimate.trained:,}"
+    )
+    counted = "counted by its tokenizer" if workload.counted else "at 4.2 characters each: no tokenizer is at hand"
+    output.print(f"{workload.examples:,} examples, {workload.tokens:,.0f} tokens an epoch, {counted}")
+    for note in shape.notes:
+        output.print(f"[yellow]{note}[/yellow]")
+
+
+def _parts_table(estimate: Estimate) -> Table:
+    devices = estimate.devices
+    table = Table("memory, GB", box=None)
+    for one in devices:
+        table.add_column(one.device.label, justify="right")
+    for part in Part:
+        if any(one.parts.get(part) for one in devices):
+            table.add_row(part.value, *(_cell(one.parts, part) for one in devices))
+    table.add_row("[bold]training[/bold]", *(f"{one.memory / _GB:.2f}" for one in devices))
+    for engine_part in EnginePart:
+        table.add_row(f"engine: {engine_part.value}", *(_cell(one.engine, engine_part) for one in devices))
+    table.add_row("[bold]engine[/bold]", *(f"{sum(one.engine.values()) / _GB:.2f}" for one in devices))
+    if any(one.ram for one in devices):
+        table.add_row("RAM beside the GPU", *(f"{one.ram / _GB:.2f}" if one.ram else "" for one in devices))
+    return table
+
+
+def _devices_table(estimate: Estimate) -> Table:
+    table = Table("device", "training fits", "engine fits", "memory, GB", "largest batch", "time", "cost", box=None)
+    for one in estimate.devices:
+        memory = f"{one.memory / _GB:.1f} of {one.device.memory / _GB:.1f}"
+        fits = [_yes(one.fits), _yes(one.engine_fits)]
+        cost = "" if one.dollars is None else f"${one.dollars:.2f}"
+        table.add_row(one.device.label, *fits, memory, str(one.largest_batch or "none"), _duration(one.seconds), cost)
+    return table
+
+
+def _yes(fits: bool) -> str:
+    return "yes" if fits else "[red]no[/red]"
+
+
+def _cell(parts: Mapping[Any, float], part: Any) -> str:
+    return f"{parts[part] / _GB:.2f}" if parts.get(part) else ""
+
+
+def _size(size: float) -> str:
+    return f"{size / _GB:.1f} GB"
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
