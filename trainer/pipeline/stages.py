@@ -8,7 +8,7 @@ recipe's limits last, so that with other limits nothing is measured again.
 
 import asyncio
 import shutil
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property, partial
@@ -27,7 +27,6 @@ from svc.engine.vllm.number_type import choose_dtype, explain_gptq_kernel
 from svc.errors import DiskSpaceError, InterruptedRunError, SvcError, TrainingError
 from svc.evaluation.cache import EvaluationCache
 from svc.evaluation.evaluator import EvaluationReport, judge
-from svc.evaluation.forgetting import Forgetting, measure_forgetting
 from svc.evaluation.general.general_set import MAX_TOKENS
 from svc.evaluation.judge import JudgeReport
 from svc.evaluation.results import ExampleResult
@@ -53,6 +52,7 @@ from trainer.pipeline.evaluation_cache import evaluation_cache
 from trainer.pipeline.evaluation_engine import evaluation_engine
 from trainer.pipeline.examples import Examples
 from trainer.pipeline.find_base import merged_revision
+from trainer.pipeline.forgetting import ForgettingTest
 from trainer.pipeline.judging import Judging, compare_answers, judge_endpoint
 from trainer.pipeline.memory import release_memory
 from trainer.pipeline.registration import Registration
@@ -226,8 +226,8 @@ class Pipeline:
         if served is not None:
             room = self.recipe.evaluate.max_tokens
             check_served_length(self._tokenized, served, "held-out", room=room)
-            if Format.MERGED in self.recipe.formats:
-                check_served_length(self._tokenized_questions, served, "general", room=MAX_TOKENS)
+            if self._forgetting_test:
+                check_served_length(self._forgetting_test.tokenized, served, "general", room=MAX_TOKENS)
             judge_endpoint(self.recipe.judge)
             self._judging.check()
         from trainer.training.sft import train_model  # torch and TRL with it
@@ -313,35 +313,27 @@ class Pipeline:
         return self.run.save(Stage.MERGE, summary)
 
     def _evaluate(self) -> Evaluated:
-        general = self._general_questions()
-        qualifier, cache = self._qualifier(general), self._cache(self.base.revision, self.base.folder)
+        test, base = self._forgetting_test, self.base
+        general = test.prepare(base.revision, base.folder) if test else None
+        qualifier, cache = self._qualifier(general), self._cache(base.revision, base.folder)
         known, known_general = cache.find(qualifier.judged), general.of_base if general else ()
         if known and known_general is not None:
             console.print("  base: judged before on these examples")
-            base = BaseAnswers(judge(qualifier.judged, known, seconds=0.0), known_general)
+            answers = BaseAnswers(judge(qualifier.judged, known, seconds=0.0), known_general)
             merged = asyncio.run(qualifier.alone(self.run.merged, "merged", general=True))
         else:
             kwargs = self._template_kwargs
-            prints = [compatibility_fingerprint(folder, kwargs) for folder in (self.base.folder, self.run.merged)]
-            work = qualifier.base_and_merged(self.base.folder, self.run.merged, same_fingerprint=prints[0] == prints[1])
-            base, merged = asyncio.run(work)
-            cache.add(qualifier.judged, base.evaluation.results)
-            self._keep_general(self.base.revision, self.base.folder, base.general)
-        judged = base.evaluation
-        evaluated = Evaluated(base=judged.report, base_results=judged.results, base_general=base.general, merged=merged)
+            prints = [compatibility_fingerprint(folder, kwargs) for folder in (base.folder, self.run.merged)]
+            work = qualifier.base_and_merged(base.folder, self.run.merged, same_fingerprint=prints[0] == prints[1])
+            answers, merged = asyncio.run(work)
+            cache.add(qualifier.judged, answers.evaluation.results)
+            if test:
+                test.keep(base.revision, base.folder, answers.general)
+        of_base = answers.evaluation
+        evaluated = Evaluated(
+            base=of_base.report, base_results=of_base.results, base_general=answers.general, merged=merged
+        )
         return self.run.save(Stage.EVALUATE, evaluated)
-
-    def _general_questions(self) -> GeneralQuestions | None:
-        """With what the base answered to them before."""
-        questions = self.examples.questions
-        if questions is None:
-            return None
-        cache = self._cache(self.base.revision, self.base.folder, MAX_TOKENS)
-        return GeneralQuestions(questions.examples, self._tokenized_questions, cache.find(questions.examples))
-
-    def _keep_general(self, revision: str, model: Path, answers: Sequence[ExampleResult]) -> None:
-        if answers and self.examples.questions:
-            self._cache(revision, model, MAX_TOKENS).add(self.examples.questions.examples, answers)
 
     def _cache(self, revision: str, model: Path, max_tokens: int | None = None) -> EvaluationCache:
         """What a model has answered before, on an engine as it is started now."""
@@ -402,7 +394,7 @@ class Pipeline:
         return self.run.save(Stage.JUDGE, report)
 
     def _register(self) -> Registered:
-        judging, evaluated = self._judging, self._evaluated
+        judging, evaluated, test = self._judging, self._evaluated, self._forgetting_test
         qualified = {format: judging.judge_format(found) for format, found in self._qualified().items()}
         training = self.run.load(Stage.TRAIN, TrainingSummary)
         manifest = Registration(
@@ -420,7 +412,7 @@ class Pipeline:
             base_results=evaluated.base_results if evaluated else (),
             qualified=qualified,
             primary=judging.metrics.primary,
-            forgetting=self._forgetting,
+            forgetting=test.compare(evaluated.base_general, evaluated.merged.general) if test and evaluated else None,
             report=self._report,
             judge=self.run.load(Stage.JUDGE, JudgeReport) if Stage.JUDGE in self._stages() else None,
         ).register(failed_too=self.register_failed)
@@ -429,7 +421,8 @@ class Pipeline:
         if merged and merged.results:  # for a version that it is the base of
             revision, folder = merged_revision(manifest), self.registry.artifact(manifest.id, Format.MERGED)
             self._cache(revision, folder).add(self._qualifier().judged, merged.results)
-            self._keep_general(revision, folder, merged.general)
+            if test:
+                test.keep(revision, folder, merged.general)
         registered = self.run.save(
             Stage.REGISTER, Registered(name=manifest.name, number=manifest.number, failed=manifest.failed)
         )
@@ -452,13 +445,14 @@ class Pipeline:
             best_step=training.best_step,
         )
 
-    @property
-    def _forgetting(self) -> Forgetting | None:
-        """None where no general questions were asked of both."""
-        found, questions = self._evaluated, self.examples.questions
-        if found is None or questions is None or not found.base_general or not found.merged.general:
+    @cached_property
+    def _forgetting_test(self) -> ForgettingTest | None:
+        """None where no general questions are asked: by the recipe, or since the base is not judged either."""
+        questions = self.examples.questions
+        if questions is None or Format.MERGED not in self.recipe.formats:
             return None
-        return measure_forgetting(questions, found.base_general, found.merged.general)
+        tokenized = tokenize_as_trained(self.base.folder, questions.examples, self._template_kwargs)
+        return ForgettingTest(questions, tokenized, partial(self._cache, max_tokens=MAX_TOKENS))
 
     def _qualified(self) -> dict[Format, Qualified]:
         """The formats that can be served."""
@@ -496,11 +490,6 @@ class Pipeline:
     def _tokenized(self) -> list[TokenizedExample]:
         """The held-out examples as they are trained on."""
         return tokenize_as_trained(self.base.folder, self.examples.heldout, self._template_kwargs)
-
-    @cached_property
-    def _tokenized_questions(self) -> list[TokenizedExample]:
-        questions = self.examples.questions
-        return tokenize_as_trained(self.base.folder, questions.examples if questions else (), self._template_kwargs)
 
     def _tracking_run(self) -> str:
         """The MLflow run of this folder; made once, so that a resumed run goes on in it."""

@@ -46,8 +46,14 @@ def test_a_version_says_what_was_forgotten(make: Make) -> None:
 
 
 @pytest.mark.slow
-def test_without_questions_it_says_nothing(make: Make, engines: Engines) -> None:
+def test_without_questions_it_says_nothing(make: Make) -> None:
     pipeline = make()
+    assert pipeline.registry.manifest(pipeline.train_version()).forgetting is None
+
+
+@pytest.mark.slow
+def test_nothing_is_asked_where_the_base_is_not_judged(make: Make) -> None:
+    pipeline = asking(make(formats=["gptq"]), questions("base.0"))
     assert pipeline.registry.manifest(pipeline.train_version()).forgetting is None
 
 
