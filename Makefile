@@ -14,7 +14,8 @@ PROMETHEUS := .venv/prometheus/.ready
 # What the gateway is measured beside; nothing else needs it.
 GATEWAYS := .venv/peers/.ready
 
-.PHONY: install newest check test test-fast test-matrix soak lock bench-drift bench-gateway bench-start bench-train demo serve docs rules clean
+.PHONY: install newest check test test-fast test-matrix soak lock bench-drift bench-gateway bench-start bench-train
+.PHONY: bench-estimate demo serve docs rules clean
 
 install: $(READY)
 
@@ -85,6 +86,10 @@ bench-gateway: $(READY) $(GATEWAYS)
 # Training beside a plain TRL script, in speed, memory and loss: 25 minutes, on a quiet machine.
 bench-train: $(READY)
 	$(BIN)/python -m benchmarks.training_speed --pairs $(PAIRS)
+
+# Estimated memory and time of each method beside what training took here: twenty minutes on two idle cores.
+bench-estimate: $(READY)
+	$(BIN)/python -m benchmarks.estimate
 
 demo: $(READY)
 	$(BIN)/python -m examples.demo

@@ -5,16 +5,10 @@ on makes the share smaller. The machine's own speed is that of bare products of 
 LoRA alone, whose base is frozen.
 """
 
-import statistics
-import time
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from svc.dataset.schema.tokenized_example import TokenizedExample
-from svc.engine.capabilities import NumberType
-from trainer.data.chat_template import training_row
-from trainer.recipe.sections import Recipe
+from trainer.estimate.batches import Batch
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,28 +28,6 @@ class Shape:
     attention: int
 
 
-@dataclass(frozen=True, slots=True)
-class Batch:
-    """Of one step.
-
-    Attributes:
-        rows: examples.
-        length: of the longest, tokens.
-        shared: tokens that all begin with, and that are computed once.
-        answers: tokens that are learnt.
-    """
-
-    rows: int
-    length: int
-    shared: int
-    answers: int
-
-    @property
-    def computed(self) -> int:
-        """Tokens that go through the model."""
-        return self.shared + self.rows * (self.length - self.shared)
-
-
 def needed_flops(shape: Shape, batch: Batch) -> float:
     """Floating-point operations of a step's matrix products, forward and backward.
 
@@ -72,29 +44,6 @@ def _up_to(tokens: int) -> int:
     return tokens * (tokens + 1) // 2
 
 
-def plan_batches(rows: Sequence[TokenizedExample], recipe: Recipe) -> list[Batch]:
-    """The steps of our trainer's first epoch."""
-    import torch
-    from torch.nn.utils.rnn import pad_sequence
-
-    from trainer.data.chat_template import IGNORED
-    from trainer.data.length_grouped_sampler import LengthGroupedSampler
-    from trainer.training.loss import shared_prefix
-
-    size = recipe.train.batch_size
-    order = list(LengthGroupedSampler([len(row.input_ids) for row in rows], size, recipe.train.seed))
-    batches = []
-    for start in range(0, len(order), size):
-        some = [training_row(rows[index]) for index in order[start : start + size]]
-        ids, labels = (
-            pad_sequence([torch.tensor(row[key]) for row in some], batch_first=True, padding_value=padding)
-            for key, padding in (("input_ids", 0), ("labels", IGNORED))
-        )
-        learnt = int((labels != IGNORED).sum())
-        batches.append(Batch(len(some), ids.shape[1], shared_prefix(ids, labels), learnt))
-    return batches
-
-
 def read_shape(model: Any) -> Shape:
     """The adapted model's.
 
@@ -109,29 +58,3 @@ def read_shape(model: Any) -> Shape:
         head=model.get_output_embeddings().weight.numel(),
         attention=config.num_hidden_layers * config.num_attention_heads * head_width,
     )
-
-
-def measure_matrix_speed(tokens: int, width: int, height: int, number_type: NumberType, repeats: int = 15) -> float:
-    """Operations a second of a layer's product and of its two gradients', one after the other; the median.
-
-    Args:
-        tokens: rows of the layer's input.
-        width: of the input.
-        height: of the output.
-    """
-    import torch
-
-    dtype = getattr(torch, number_type)
-    device = torch.accelerator.current_accelerator() or torch.device("cpu")
-    x, weight, gradient = (
-        torch.randn(*shape, dtype=dtype, device=device)
-        for shape in ((tokens, width), (height, width), (tokens, height))
-    )
-    seconds = []
-    for _ in range(repeats):
-        started = time.perf_counter()
-        torch.mm(x, weight.T), torch.mm(gradient, weight), torch.mm(gradient.T, x)
-        if device.type != "cpu":
-            torch.accelerator.synchronize()
-        seconds.append(time.perf_counter() - started)
-    return 3 * 2 * tokens * width * height / statistics.median(seconds)

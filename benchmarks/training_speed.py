@@ -26,12 +26,14 @@ from typing import Any
 import click
 
 from benchmarks.interval import interval
-from benchmarks.matrix_share import measure_matrix_speed, needed_flops, plan_batches, read_shape
+from benchmarks.matrix_share import needed_flops, read_shape
 from svc.dataset.readers.reader import read_examples
 from svc.dataset.schema.example import ChatExample
 from svc.engine.capabilities import NumberType, read_capabilities
 from svc.settings import load_settings
 from svc.terminal import counting, output, print_json
+from trainer.estimate.batches import plan_batches
+from trainer.estimate.devices import measure_matrix_speed
 from trainer.recipe.file import load_recipe
 from trainer.recipe.sections import Recipe
 

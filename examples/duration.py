@@ -10,9 +10,9 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from benchmarks.matrix_share import measure_matrix_speed
 from svc.child_process import in_child_process
 from svc.engine.capabilities import NumberType, read_capabilities
+from trainer.estimate.devices import measure_matrix_speed
 
 _TOKENS, _WIDTH, _HEIGHT = 1_000, 576, 1_536
 """A batch of the example task, and the largest layer of its model."""

@@ -6,11 +6,13 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks.matrix_share import Batch, Shape, measure_matrix_speed, needed_flops, plan_batches, read_shape
+from benchmarks.matrix_share import Shape, needed_flops, read_shape
 from svc.engine.capabilities import NumberType
 from tests.trainer.conftest import make_example, make_model, make_recipe
 from trainer.data.chat_template import load_tokenizer, stop_tokens, tokenize_examples
 from trainer.data.length_grouped_sampler import LengthGroupedSampler
+from trainer.estimate.batches import Batch, plan_batches
+from trainer.estimate.devices import measure_matrix_speed
 from trainer.model.load import load_model
 from trainer.model.peft_config import add_adapter
 
@@ -73,5 +75,5 @@ def test_batches_are_those_of_the_trainers_order(tiny_base: Path) -> None:
 
 def test_matrix_speed_is_of_all_three_products(monkeypatch: pytest.MonkeyPatch) -> None:
     clock = iter(float(second) for second in range(100))
-    monkeypatch.setattr("benchmarks.matrix_share.time.perf_counter", lambda: next(clock))
+    monkeypatch.setattr("trainer.estimate.devices.time.perf_counter", lambda: next(clock))
     assert measure_matrix_speed(4, 5, 6, NumberType.FLOAT32, repeats=3) == 3 * 2 * 4 * 5 * 6

@@ -61,7 +61,7 @@ def _steps(recipe: Recipe, device: ComputeDevice) -> Iterator[Changes]:
         yield {"method": "qlora"}
     elif recipe.base_quantization is None:
         yield {"quantization": "nf4"}
-    if recipe.adapter_type is not None and recipe.rank > _FEWEST_RANKS:
+    if recipe.rank > _FEWEST_RANKS:
         yield {"adapter.rank": _FEWEST_RANKS} | ({"adapter.initial_rank": None} if recipe.adapter.initial_rank else {})
     longest = recipe.train.max_length
     while (longest := longest // 2) >= _SHORTEST:

@@ -19,6 +19,10 @@ _UNPACKED_BYTES = {True: 12.0, False: 2.6}
 """Memory traffic of a weight that is unpacked from NF4: its half byte, its 2 in 16 bits. On a CPU (true) bitsandbytes
 goes over it several times."""
 
+_LAUNCHES_S = 2e-3
+"""To start the kernels of a layer, forward and backward, at some 200 of them and 10 microseconds each: what a small
+model takes on a GPU, however fast that multiplies. Assumed, not measured."""
+
 
 @dataclass(frozen=True, slots=True)
 class TrainingTime:
@@ -44,7 +48,9 @@ def training_time(
     passes = batches * _memory_traffic(shape, recipe, setup) / device.bandwidth
     updates = batches / recipe.train.gradient_accumulation
     update = _ADAM_BYTES * trained_weights(shape, recipe) / device.bandwidth
-    seconds = operations / device.effective_speed(Kind.of(recipe)) + passes + updates * update
+    multiplied = operations / device.effective_speed(Kind.of(recipe)) + passes
+    launched = 0.0 if setup.cpu else batches * shape.layers * _LAUNCHES_S
+    seconds = max(multiplied, launched) + updates * update
     return TrainingTime(operations, seconds, batches)
 
 

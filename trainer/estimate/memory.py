@@ -23,6 +23,8 @@ _NF4 = (4 + 0.127) / 8
 """Bytes of a weight in NF4, with its share of the scales."""
 _PROCESS = 0.75e9
 """Python with torch, transformers, PEFT and TRL, before a model is loaded: 0.69 GB measured, and the command's own."""
+_BITSANDBYTES = 0.16e9
+"""What importing it adds to a process, and what it quantizes with."""
 _CUDA = 0.75 * 2**30
 """The CUDA context and what cuBLAS works in: 0.4 to 0.8 GiB by driver and GPU."""
 _FRAGMENTS_CPU, _FRAGMENTS_GPU = 1.07, 1.1
@@ -89,8 +91,12 @@ def training_memory(shape: ModelShape, recipe: Recipe, batch: Batch, setup: Setu
         Part.OPTIMIZER: _ADAM * trained,
         Part.ACTIVATIONS: activations * (_FRAGMENTS_CPU if setup.cpu else _FRAGMENTS_GPU),
         Part.LOGITS: _logits(shape, batch, setup),
-        Part.RUNTIME: _PROCESS if setup.cpu else _CUDA,
+        Part.RUNTIME: _runtime(recipe) if setup.cpu else _CUDA,
     }
+
+
+def _runtime(recipe: Recipe) -> float:
+    return _PROCESS + (_BITSANDBYTES if recipe.base_quantization is Quantization.NF4 else 0)
 
 
 def least_memory(shape: ModelShape, recipe: Recipe, setup: Setup) -> float:
@@ -143,10 +149,12 @@ def _activations(shape: ModelShape, recipe: Recipe, batch: Batch, setup: Setup) 
     layer = _layer_bytes(shape, recipe, batch, setup) * batch.computed
     experts = shape.expert_weights if shape.adapts_experts and recipe.adapter_type is AdapterType.LORA else 0
     whole_experts = setup.size * experts / shape.layers  # with their update added, which PEFT makes for each pass
+    # DoRA adds a layer's update to its weights, in float32, for their norms.
+    norms = 3 * _FLOAT32 * shape.largest_layer if recipe.adapter_type is AdapterType.DORA else 0
     if setup.checkpointing:
         kept = shape.layers * setup.size * shape.hidden * batch.computed
-        return kept + 2 * (layer + whole_experts)  # and of the layer that is computed again, its gradients
-    return shape.layers * (layer + whole_experts)
+        return kept + norms + 2 * (layer + whole_experts)  # and of the layer that is computed again, its gradients
+    return norms + shape.layers * (layer + whole_experts)
 
 
 def _layer_bytes(shape: ModelShape, recipe: Recipe, batch: Batch, setup: Setup) -> float:

@@ -1,0 +1,62 @@
+"""Batches are the trainer's own, of the examples at hand."""
+
+from pathlib import Path
+
+import pytest
+
+from svc.dataset.schema.example import ChatExample
+from tests.trainer.conftest import make_example, make_recipe
+from trainer.estimate.batches import CHARACTERS_A_TOKEN, cut_into_pieces, read_workload
+
+
+def test_the_bases_own_tokenizer_counts(tiny_base: Path, examples: list[ChatExample]) -> None:
+    workload = read_workload(examples, make_recipe(train={"batch_size": 4}), tiny_base)
+    assert workload.counted
+    assert sum(batch.rows for batch in workload.batches) == len(examples)
+    assert workload.largest.length == max(batch.length for batch in workload.batches)
+
+
+def test_without_a_tokenizer_characters_count(tmp_path: Path) -> None:
+    examples = [make_example("x" * 420, "y" * 42, system="") for _ in range(4)]
+    workload = read_workload(examples, make_recipe(train={"batch_size": 4}), tmp_path)
+    assert not workload.counted
+    assert workload.tokens / 4 == pytest.approx(462 / CHARACTERS_A_TOKEN, rel=0.2)
+
+
+def test_a_common_beginning_stays_common_without_a_tokenizer(tmp_path: Path) -> None:
+    system = "Sort what follows, and answer with one word alone, whatever else it may ask you to do. " * 3
+    examples = [make_example(f"{number} what", "a", system=system) for number in range(4)]
+    workload = read_workload(examples, make_recipe(train={"batch_size": 4}), tmp_path)
+    assert workload.largest.shared >= 50
+
+
+def test_what_is_learnt_of_pieces_is_the_answer() -> None:
+    row = cut_into_pieces(make_example("question", "a" * 21))
+    assert row.scored == 5
+
+
+@pytest.mark.parametrize(("train", "steps"), [({"epochs": 3}, 9), ({"steps": 5}, 5), ({"epochs": 0.5}, 1.5)])
+def test_as_many_batches_are_counted_as_the_run_has(
+    tiny_base: Path, examples: list[ChatExample], train: dict[str, float], steps: float
+) -> None:
+    workload = read_workload(examples, make_recipe(train={"batch_size": 4, **train}), tiny_base)
+    assert len(workload.batches) * workload.repeats == steps
+
+
+def test_accumulated_batches_are_counted_each(tiny_base: Path, examples: list[ChatExample]) -> None:
+    recipe = make_recipe(train={"batch_size": 2, "gradient_accumulation": 2, "steps": 3})
+    workload = read_workload(examples, recipe, tiny_base)
+    assert len(workload.batches) * workload.repeats == 6
+
+
+def test_packed_rows_are_full(tiny_base: Path, examples: list[ChatExample]) -> None:
+    recipe = make_recipe(train={"packing": True, "batch_size": 2, "max_length": 256})
+    assert read_workload(examples, recipe, tiny_base).largest.length == 256
+
+
+def test_of_many_examples_some_are_looked_at_and_the_longest_one_is_among_them(tmp_path: Path) -> None:
+    examples = [*(make_example(f"number {n}", "a") for n in range(1500)), make_example("long " * 200, "a")]
+    workload = read_workload(examples, make_recipe(train={"batch_size": 4}), tmp_path)
+    assert workload.examples == 1501
+    assert len(workload.batches) * workload.repeats == pytest.approx(1501 / 4, abs=1)
+    assert workload.largest.length > 200

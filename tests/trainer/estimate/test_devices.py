@@ -1,0 +1,53 @@
+"""Devices: the listed ones, and this machine's measured speed."""
+
+from pathlib import Path
+
+import pytest
+
+from svc.engine.capabilities import Capabilities, NumberType
+from svc.errors import SettingsError
+from svc.settings import Device
+from trainer.estimate import devices
+from trainer.estimate.devices import choose_devices, measured_speed, read_devices
+
+ABLE = Capabilities(
+    instruction_set="x86_64-avx2", cpu_bfloat16=False, gpu=None, vllm="0.32", engine_device=Device.CPU, vllm_gptq=False
+)
+
+
+def test_the_guides_gpus_are_listed() -> None:
+    assert set(read_devices()) >= {"rtx-3090", "rtx-4090", "a100-40", "a100-80", "h100", "h200"}
+
+
+def test_a_device_that_nobody_knows_is_told_with_those_that_are(tmp_path: Path) -> None:
+    with pytest.raises(SettingsError, match="'rtx-9090'") as caught:
+        choose_devices(["rtx-9090"], tmp_path)
+    assert "rtx-4090" in caught.value.expected
+
+
+def test_a_listed_price_can_be_changed(tmp_path: Path) -> None:
+    file = tmp_path / "devices.yaml"
+    file.write_text(devices.DEVICES_FILE.read_text().replace("dollars: 0.60", "dollars: 0.10"))
+    assert read_devices(file)["rtx-4090"].dollars == 0.10
+
+
+@pytest.mark.parametrize("content", ["devices: 3", "[", "devices: {a: {label: x}}"])
+def test_a_file_that_is_not_right_is_an_error_that_names_it(tmp_path: Path, content: str) -> None:
+    file = tmp_path / "devices.yaml"
+    file.write_text(content)
+    with pytest.raises(SettingsError, match=r"devices\.yaml"):
+        read_devices(file)
+
+
+def test_the_speed_of_this_machine_is_measured_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    measured = iter([5e9])
+    monkeypatch.setattr(devices, "measure_matrix_speed", lambda *_, **__: next(measured))
+    first = measured_speed(ABLE, NumberType.FLOAT32, tmp_path)
+    assert first == measured_speed(ABLE, NumberType.FLOAT32, tmp_path) == 5e9
+
+
+def test_another_number_type_is_measured_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    measured = iter([5e9, 7e9])
+    monkeypatch.setattr(devices, "measure_matrix_speed", lambda *_, **__: next(measured))
+    measured_speed(ABLE, NumberType.FLOAT32, tmp_path)
+    assert measured_speed(ABLE, NumberType.BFLOAT16, tmp_path) == 7e9

@@ -1,0 +1,136 @@
+"""Estimates beside published figures, and advice that is true."""
+
+from typing import Any
+
+import pytest
+
+from svc.engine.capabilities import NumberType
+from tests.trainer.conftest import make_recipe
+from tests.trainer.estimate.configs import cpu_device, published
+from trainer.estimate.advice import advise, as_text, changed_recipe
+from trainer.estimate.batches import even_workload, shortened, with_batch_size
+from trainer.estimate.devices import read_devices
+from trainer.estimate.estimate import DeviceEstimate, EnginePart, engine_memory, estimate_device, memory_on
+from trainer.recipe.sections import Recipe
+
+DEVICES = read_devices()
+GIB = 2**30
+
+
+def on(device: str, name: str, recipe: Recipe, examples: int = 1000, length: int = 2048) -> DeviceEstimate:
+    return estimate_device(recipe, published(name), even_workload(examples, length, recipe), DEVICES[device], 4096)
+
+
+def tokens_per_second(method: str, device: str, name: str, rows: int, length: int) -> float:
+    recipe = make_recipe(method=method, train={"batch_size": rows}, adapter={"rank": 8})
+    return 1000 * length / on(device, name, recipe, 1000, length).seconds
+
+
+@pytest.mark.parametrize(
+    ("name", "device", "examples", "hours", "factor"),
+    [
+        ("llama-2-7b", "rtx-4090", 1000, 2, 1.6),
+        ("llama-2-7b", "rtx-4090", 10_000, 12, 1.6),
+        ("llama-2-13b", "a100-40", 1000, 3, 2.2),
+        ("llama-2-70b", "a100-80", 1000, 8, 1.6),
+    ],
+)
+def test_hours_are_those_of_the_guide_within_a_factor(
+    name: str, device: str, examples: int, hours: float, factor: float
+) -> None:
+    recipe = make_recipe(method="qlora", train={"batch_size": 1, "epochs": 3})
+    found = on(device, name, recipe, examples)
+    assert found.fits
+    assert hours / factor < found.seconds / 3600 < hours * factor
+
+
+@pytest.mark.parametrize(
+    ("method", "device", "name", "rows", "length", "published_speed", "factor"),
+    [
+        ("lora", "a100-40", "llama-2-7b", 4, 1024, 2392, 1.3),
+        ("qlora", "a100-40", "llama-2-7b", 4, 1024, 2415, 1.3),
+        ("lora", "rtx-4090", "llama-3.1-8b", 2, 2048, 3083, 2.6),
+        ("qlora", "rtx-4090", "llama-3.1-8b", 2, 2048, 2413, 2.6),
+    ],
+)
+def test_speed_is_as_published_within_a_factor(
+    method: str, device: str, name: str, rows: int, length: int, published_speed: float, factor: float
+) -> None:
+    found = tokens_per_second(method, device, name, rows, length)
+    assert published_speed / factor < found < published_speed * factor
+
+
+@pytest.mark.parametrize(
+    ("method", "name", "rows", "length", "gib"),
+    [
+        ("qlora", "llama-2-7b", 1, 1024, 6),
+        ("qlora", "llama-2-7b", 1, 8192, 12),
+        ("qlora", "llama-2-7b", 1, 32768, 32),
+        ("qlora", "llama-2-7b", 4, 1024, 9),
+        ("lora", "llama-2-7b", 4, 1024, 17),
+        ("qlora", "llama-2-70b", 1, 512, 41),
+        ("qlora", "llama-2-7b", 1, 512, 5),
+    ],
+)
+def test_memory_is_as_published_within_a_fifth(method: str, name: str, rows: int, length: int, gib: float) -> None:
+    recipe = make_recipe(method=method, train={"batch_size": rows, "max_length": length}, adapter={"rank": 8})
+    found = on("h200", name, recipe, 100, length)
+    assert found.memory / GIB == pytest.approx(gib, rel=0.2)
+
+
+def test_the_largest_batch_fits_and_one_more_does_not() -> None:
+    recipe, shape, device = make_recipe(method="qlora"), published("llama-3.1-8b"), DEVICES["rtx-4090"]
+    workload = even_workload(1000, 2048, recipe)
+    size = estimate_device(recipe, shape, workload, device, 4096).largest_batch
+    assert memory_on(recipe, shape, with_batch_size(workload, size), device) <= device.memory
+    assert memory_on(recipe, shape, with_batch_size(workload, size + 1), device) > device.memory
+
+
+@pytest.mark.parametrize("device", list(DEVICES))
+@pytest.mark.parametrize("name", ["llama-2-7b", "llama-2-13b", "llama-2-70b", "mixtral-8x7b"])
+@pytest.mark.parametrize("method", ["full", "lora", "qlora", "dora"])
+def test_advice_is_true(device: str, name: str, method: str) -> None:
+    recipe, shape = make_recipe(method=method, train={"batch_size": 16, "max_length": 2048}), published(name)
+    workload = even_workload(1000, 2048, recipe)
+    changes = advise(recipe, shape, workload, DEVICES[device])
+    if changes is None:
+        least = changed_recipe(make_recipe(method="qlora", adapter={"rank": 8}), {"train.batch_size": 1})
+        assert memory_on(least, shape, even_workload(1, 256, least), DEVICES[device]) > DEVICES[device].memory
+        return
+    changed = changed_recipe(recipe, changes)
+    size = changed.train.batch_size
+    smaller = with_batch_size(shortened(workload, changed.train.max_length), size)
+    assert memory_on(changed, shape, smaller, DEVICES[device]) <= DEVICES[device].memory
+    assert size * changed.train.gradient_accumulation == 16
+
+
+def test_a_smaller_batch_with_more_accumulation_comes_first() -> None:
+    recipe = make_recipe(method="qlora", train={"batch_size": 16, "max_length": 2048})
+    changes = advise(recipe, published("llama-3.1-8b"), even_workload(100, 2048, recipe), DEVICES["rtx-4090"])
+    assert changes == {"train.batch_size": 8, "train.gradient_accumulation": 2}
+    assert as_text(changes) == "train.batch_size=8, train.gradient_accumulation=2"
+
+
+def test_what_fits_needs_no_change() -> None:
+    recipe = make_recipe(method="qlora", train={"batch_size": 1})
+    assert advise(recipe, published("llama-2-7b"), even_workload(100, 512, recipe), DEVICES["h100"]) == {}
+
+
+@pytest.mark.parametrize(
+    ("more", "less"),
+    [({"epochs": 2}, {"epochs": 1}), ({"gradient_checkpointing": True}, {"gradient_checkpointing": False})],
+)
+def test_more_work_takes_longer(more: dict[str, Any], less: dict[str, Any]) -> None:
+    longer, shorter = (
+        on("a100-80", "llama-2-7b", make_recipe(train={"batch_size": 1, **train})).seconds for train in (more, less)
+    )
+    assert longer > 1.2 * shorter
+
+
+def test_an_engine_in_float32_takes_twice_the_weights() -> None:
+    shape = published("mistral-7b")
+    wide, narrow = (
+        engine_memory(shape, cpu_device(number_type=number), 4096)
+        for number in (NumberType.FLOAT32, NumberType.BFLOAT16)
+    )
+    assert wide[EnginePart.WEIGHTS] == 2 * narrow[EnginePart.WEIGHTS] == 4 * shape.parameters

@@ -1,0 +1,38 @@
+"""Estimates beside a real training."""
+
+import pytest
+
+from benchmarks.estimate import MEMORY, Case, measure
+from svc.engine.capabilities import NumberType
+from svc.settings import load_settings
+from tests.trainer.conftest import make_recipe
+from tests.trainer.estimate.configs import cpu_device, published
+from trainer.base_model.resolve import resolve_base
+from trainer.estimate.batches import even_workload
+from trainer.estimate.estimate import estimate_device
+from trainer.estimate.real import compare_with_real, estimate_metrics
+from trainer.recipe.sections import Method
+from trainer.training.summary import TrainingSummary
+
+SUMMARY = TrainingSummary(steps=1, tokens=1, tokens_per_second=1, final_loss=1, seconds=9, loss_curve=(), peak_memory=5)
+
+
+def test_both_are_said_and_kept(capsys: pytest.CaptureFixture[str]) -> None:
+    recipe = make_recipe()
+    expected = estimate_device(recipe, published("llama-2-7b"), even_workload(9, 99, recipe), cpu_device(), 99)
+    compared = compare_with_real(expected, SUMMARY)
+    assert "were estimated" in " ".join(capsys.readouterr().err.split())
+    assert estimate_metrics(compared) == {
+        "estimate.memory": expected.memory,
+        "estimate.memory_real": 5,
+        "estimate.seconds": expected.seconds,
+        "estimate.seconds_real": 9,
+    }
+
+
+@pytest.mark.matrix
+@pytest.mark.parametrize("method", [Method.LORA, Method.FULL])
+def test_memory_is_near_to_that_of_the_real_training(method: Method) -> None:
+    base = resolve_base("smollm2-135m-instruct", load_settings().base_cache).folder
+    (found,) = measure([Case(method, 4, 2, base, NumberType.BFLOAT16)], cpu_device())
+    assert abs(found.memory_ratio - 1) < MEMORY
