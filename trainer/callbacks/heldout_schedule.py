@@ -26,14 +26,16 @@ _POINTS = 6
 
 @dataclass(frozen=True, slots=True)
 class HeldoutSchedule:
-    """When held-out loss is measured after step 0: so often in a run, at even distances, and at its end.
+    """When held-out loss is measured: so often in a run, at even distances, and at its end.
 
     Attributes:
         every_steps: steps between two; None: `points` in the whole run.
+        untrained: whether step 0 is one, before the first step.
     """
 
     every_steps: int | None
     points: int
+    untrained: bool = True
 
     @classmethod
     def of(cls, stopping: Stopping) -> "HeldoutSchedule":
@@ -43,7 +45,9 @@ class HeldoutSchedule:
     def due(self, state: TrainerState) -> bool:
         """Whether the step that was taken last is one."""
         step, last = state.global_step, state.max_steps
-        if step in (0, last):
+        if step == 0:
+            return self.untrained
+        if step == last:
             return True
         if self.every_steps is not None:
             return step % self.every_steps == 0

@@ -1,6 +1,7 @@
 """The base model in the form that a recipe trains on. Imports torch and transformers."""
 
 from pathlib import Path
+from typing import Protocol
 
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel
@@ -9,6 +10,15 @@ from svc.engine.capabilities import NumberType
 from trainer.model.acceleration import Attention
 from trainer.model.attention import attention_implementation
 from trainer.recipe.sections import Quantization, Recipe
+
+
+class LoadModel(Protocol):
+    """As `load_model`, which reads the folder anew each time."""
+
+    def __call__(
+        self, base: Path, recipe: Recipe, attention: Attention = ..., *, number_type: NumberType
+    ) -> PreTrainedModel:
+        """The base model in the form that the recipe trains on."""
 
 
 def load_model(

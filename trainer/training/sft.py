@@ -36,7 +36,7 @@ from trainer.library_output import library_output_to_log
 from trainer.model.acceleration import choose_acceleration, machine_facts
 from trainer.model.adalora import RankAllocation
 from trainer.model.attention import takes_flash_attention
-from trainer.model.load import load_model
+from trainer.model.load import LoadModel, load_model
 from trainer.model.peft_config import add_adapter
 from trainer.model.rounding import round_to_bfloat16
 from trainer.recipe.sections import AdapterType, Recipe
@@ -90,20 +90,20 @@ def train_model(
     try:
         with preemption() as asked:
             with asked.interruptible(), waiting("Loading the base model"), library_output_to_log():
-                trainer = _build_trainer(
+                trainer = build_trainer(
                     base, tokenizer, rows, heldout, recipe, out, checkpoints, report, asked, number_type
                 )
-            seconds = _run(trainer, recipe, asked, number_type)
+            seconds = run_trainer(trainer, recipe, asked, number_type)
         # A signal ends the process from here on: the weights are written anew from the last checkpoint.
         _save(trainer, recipe, tokenizer, out)
     except (RuntimeError, MemoryError) as error:
         if lack := out_of_memory(recipe, error, checkpointing=checkpoints_layers(recipe)):
             raise lack from error
         raise
-    return _summarize(trainer, recipe, seconds)
+    return summarize(trainer, recipe, seconds)
 
 
-def _run(trainer: ResumableTrainer, recipe: Recipe, asked: Preemption, number_type: NumberType) -> float:
+def run_trainer(trainer: ResumableTrainer, recipe: Recipe, asked: Preemption, number_type: NumberType) -> float:
     """Trains to the end; returns the seconds of this process's part."""
     newest = trainer.checkpoints.newest()
     if newest is not None:
@@ -146,7 +146,8 @@ def _run(trainer: ResumableTrainer, recipe: Recipe, asked: Preemption, number_ty
     return seconds
 
 
-def _summarize(trainer: ResumableTrainer, recipe: Recipe, seconds: float) -> TrainingSummary:
+def summarize(trainer: ResumableTrainer, recipe: Recipe, seconds: float) -> TrainingSummary:
+    """What is kept of how a run went."""
     state = trainer.state
     curve = loss_curve(state)
     tokens = int(state.num_input_tokens_seen)
@@ -171,7 +172,7 @@ def _peak_memory() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # it is told in KiB
 
 
-def _build_trainer(
+def build_trainer(
     base: Path,
     tokenizer: PreTrainedTokenizerBase,
     rows: list[TokenizedExample],
@@ -182,8 +183,17 @@ def _build_trainer(
     report: Report | None,
     asked: Preemption,
     number_type: NumberType,
+    *,
+    curve: HeldoutCurve | None = None,
+    load: LoadModel = load_model,
 ) -> ResumableTrainer:
-    """Trained weights are in float32: Adam's small steps vanish in 16 bits."""
+    """Trained weights are in float32: Adam's small steps vanish in 16 bits.
+
+    Args:
+        heldout: measured while it trains, as the recipe says or as the run affords.
+        curve: what is measured in their place, and when.
+        load: where the base's weights come from.
+    """
     acceleration = choose_acceleration(machine_facts(), flash=takes_flash_attention(base))
     if recipe.train.neftune_alpha is not None:  # its noise is scaled by the length of a row
         acceleration = replace(acceleration, padding_free=False)
@@ -193,15 +203,17 @@ def _build_trainer(
         dataset = pack(dataset, recipe.train.max_length)
         if not acceleration.padding_free:
             collator = partial(collate_packed, pad_token=tokenizer.pad_token_id or tokenizer.eos_token_id)
-    set_seed(recipe.train.seed)  # the adapter's start
-    model = load_model(base, recipe, acceleration.attention, number_type=number_type)
+    set_seed(recipe.train.seed)
+    model = load(base, recipe, acceleration.attention, number_type=number_type)
+    set_seed(recipe.train.seed)  # the adapter's start, whatever was drawn for weights that a base lacks
     steps = count_steps(len(dataset), recipe)
     model = add_adapter(model, recipe, steps)
     measured = [training_row(row) for row in heldout]
-    schedule = HeldoutSchedule.of(recipe.stopping)
-    if not recipe.stopping.measures:
+    if curve is None and recipe.stopping.measures:
+        curve = HeldoutCurve(measured, HeldoutSchedule.of(recipe.stopping))
+    elif curve is None:
         curve = HeldoutCurve.affordable(measured, _trained_tokens(rows, len(dataset), steps, recipe))
-        measured, schedule = curve.rows, curve.schedule
+    measured, schedule = curve.rows, curve.schedule
     trainer = ResumableTrainer(
         checkpoints=CheckpointFolder(checkpoints, recipe.checkpoints.keep),
         number_type=number_type,

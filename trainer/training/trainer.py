@@ -9,6 +9,7 @@ torch and TRL.
 import hashlib
 import random
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -75,8 +76,8 @@ class ResumableTrainer(AnswerTrainer):
     def evaluate(self, *args: Any, **options: Any) -> dict[str, float]:
         """Mean loss of the held-out answers' tokens, nats. Draws no random number."""
         with self._preemption.interruptible():
-            sums = self._heldout_sums()
-        tokens = [sum(label != IGNORED for label in row["labels"]) for row in self._heldout]
+            sums = self.loss_sums(self._heldout)
+        tokens = [answer_tokens(row) for row in self._heldout]
         figures = {HELDOUT_LOSS: sum(sums) / sum(tokens)}
         self.log(figures)
         # Beside the figure, and not among what is reported: so that two measurements are compared example by example.
@@ -87,18 +88,22 @@ class ResumableTrainer(AnswerTrainer):
         self.callback_handler.on_evaluate(self.args, self.state, self.control, figures)  # changes control in place
         return figures
 
-    def _heldout_sums(self) -> list[float]:
-        """Loss of each held-out example, summed over its answers' tokens."""
+    def loss_sums(self, examples: Sequence[dict[str, Any]]) -> list[float]:
+        """Loss of each example, summed over its answers' tokens. Draws no random number.
+
+        Args:
+            examples: rows as those that are trained on, of like lengths side by side.
+        """
         self.model.eval()
         sums: list[float] = []
         size = self.args.per_device_train_batch_size
         # Autocast is on already but after a resume at the end of a run, which prepares no model.
         with torch.no_grad(), self.accelerator.autocast(), self.compute_loss_context_manager():
-            for start in range(0, len(self._heldout), size):
-                rows = self._heldout[start : start + size]
+            for start in range(0, len(examples), size):
+                rows = examples[start : start + size]
                 batch = self._prepare_inputs(self.data_collator(rows))
                 losses = answer_token_losses(self.model, batch["input_ids"], batch["labels"], batch.get("position_ids"))
-                counts = [sum(label != IGNORED for label in row["labels"]) for row in rows]
+                counts = [answer_tokens(row) for row in rows]
                 sums += [float(part.sum()) for part in losses.split(counts)]
         self.model.train()
         return sums
@@ -186,6 +191,11 @@ class ResumableTrainer(AnswerTrainer):
         lengths = [len(ids) for ids in self.train_dataset["input_ids"]]
         step = self.args.train_batch_size * self.args.gradient_accumulation_steps
         return LengthGroupedSampler(lengths, step, self.args.seed)
+
+
+def answer_tokens(row: dict[str, Any]) -> int:
+    """Tokens of a row that are learnt or judged."""
+    return sum(label != IGNORED for label in row["labels"])
 
 
 class NoStepLeftError(Exception):

@@ -165,7 +165,7 @@ def test_loading_is_given_up(
         os.kill(os.getpid(), signal.SIGTERM)
         loaded = True
 
-    monkeypatch.setattr(sft, "_build_trainer", load)
+    monkeypatch.setattr(sft, "build_trainer", load)
     with pytest.raises(KeyboardInterrupt):
         train(tiny_base, data, make(), tmp_path)
     assert not loaded

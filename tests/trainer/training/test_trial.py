@@ -1,0 +1,171 @@
+"""Trials: what was trained in the process before changes nothing, and what they give is what a training gives."""
+
+import os
+import signal
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from svc.dataset.schema.example import ChatExample
+from svc.dataset.schema.tokenized_example import TokenizedExample
+from svc.engine.capabilities import NumberType
+from svc.errors import InterruptedRunError
+from tests.trainer.conftest import make_recipe
+from trainer.callbacks.loss_log import HELDOUT_LOSS
+from trainer.data.chat_template import load_tokenizer, stop_tokens, tokenize_examples
+from trainer.recipe.sections import Method, Recipe
+from trainer.training import trial as trial_module
+from trainer.training.loaded_base import LoadedBase
+from trainer.training.sft import train_model
+from trainer.training.summary import TrainingData
+from trainer.training.trial import TrialData, TrialRun, train_trial, untrained_losses
+
+pytestmark = pytest.mark.slow
+
+TYPE = NumberType.BFLOAT16
+
+
+def recipe(method: Method = Method.LORA, **sections: Any) -> Recipe:
+    adapter: dict[str, Any] = {} if method is Method.FULL else {"rank": 4}
+    train = {"batch_size": 4, "epochs": 2, "learning_rate": 1e-2, "neftune_alpha": 5}
+    return make_recipe(**{"method": method.value, "adapter": adapter, "train": train} | sections)
+
+
+def tokenized(base: Path, examples: Sequence[ChatExample]) -> list[TokenizedExample]:
+    tokenizer = load_tokenizer(base)
+    rows = tokenize_examples(tokenizer, examples, stop_tokens(base, tokenizer), {})
+    return sorted(rows, key=lambda row: len(row.input_ids))
+
+
+@pytest.fixture
+def data(tiny_base: Path, examples: list[ChatExample]) -> TrialData:
+    tokenizer = load_tokenizer(tiny_base)
+    train = tokenize_examples(tokenizer, examples, stop_tokens(tiny_base, tokenizer), {})
+    held = tokenized(tiny_base, examples[:5])
+    return TrialData(train, held[:3], held)
+
+
+Try = Callable[..., TrialRun]
+
+
+@pytest.fixture
+def attempt(tiny_base: Path, data: TrialData, tmp_path: Path) -> Try:
+    base = LoadedBase(tiny_base)
+
+    def attempt(recipe: Recipe, folder: str, report: Any = None) -> TrialRun:
+        return train_trial(base, data, recipe, tmp_path / folder / "checkpoints", report, number_type=TYPE)
+
+    return attempt
+
+
+def curve(run: TrialRun) -> list[tuple[int, float | None, tuple[float, ...]]]:
+    return [(point.step, point.loss, point.heldout_each) for point in run.points]
+
+
+@pytest.mark.parametrize("method", Method)
+def test_a_trial_after_others_is_a_training_by_itself(
+    method: Method, attempt: Try, tiny_base: Path, examples: list[ChatExample], tmp_path: Path
+) -> None:
+    others = {"batch_size": 3, "learning_rate": 5e-2, "seed": 3}
+    attempt(recipe(method, train=others), "before")
+    found = attempt(recipe(method), "trial")
+    alone = train_model(
+        tiny_base,
+        TrainingData(examples, examples[:5]),
+        recipe(method, stopping={"every_steps": 6}),
+        tmp_path / "alone",
+        tmp_path / "alone-checkpoints",
+        number_type=TYPE,
+    )
+    assert [point.loss for point in found.points] == [point.loss for point in alone.points if point.step]
+    assert found.heldout_each == alone.points[-1].heldout_each
+
+
+def test_the_watched_examples_are_measured_three_times(attempt: Try) -> None:
+    reported: list[int] = []
+
+    def report(step: int, figures: dict[str, float]) -> None:
+        if HELDOUT_LOSS in figures:
+            reported.append(step)
+
+    found = attempt(recipe(), "trial", report)
+    assert reported == [2, 4, 6]
+    assert {point.step: len(point.heldout_each) for point in found.points if point.heldout_each} == {2: 3, 4: 3, 6: 3}
+
+
+def test_the_base_is_what_a_training_begins_with(
+    tiny_base: Path, data: TrialData, examples: list[ChatExample], tmp_path: Path
+) -> None:
+    losses = untrained_losses(LoadedBase(tiny_base), data, recipe(), tmp_path / "unused", number_type=TYPE)
+    alone = train_model(
+        tiny_base,
+        TrainingData(examples, examples[:5]),
+        recipe(stopping={"every_steps": 6}),
+        tmp_path / "alone",
+        tmp_path / "alone-checkpoints",
+        number_type=TYPE,
+    )
+    assert losses == alone.points[0].heldout_each
+
+
+def test_the_base_is_read_once(attempt: Try, monkeypatch: pytest.MonkeyPatch) -> None:
+    from trainer.training import loaded_base
+
+    read: list[Path] = []
+    original = loaded_base.load_model
+
+    def load(base: Path, *args: Any, **options: Any) -> Any:
+        read.append(base)
+        return original(base, *args, **options)
+
+    monkeypatch.setattr(loaded_base, "load_model", load)
+    attempt(recipe(), "one")
+    attempt(recipe(), "two")
+    assert len(read) == 1
+
+
+class Stop(Exception):
+    """Ends a trial from its report."""
+
+
+def test_what_a_report_raises_ends_the_trial(attempt: Try) -> None:
+    def report(step: int, figures: dict[str, float]) -> None:
+        if HELDOUT_LOSS in figures:
+            raise Stop
+
+    with pytest.raises(Stop):
+        attempt(recipe(), "trial", report)
+
+
+def test_a_signal_writes_a_checkpoint_from_which_it_goes_on(attempt: Try, tmp_path: Path) -> None:
+    whole = attempt(recipe(), "whole")
+
+    def report(step: int, figures: dict[str, float]) -> None:
+        if step == 3:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    with pytest.raises(InterruptedRunError):
+        attempt(recipe(), "cut", report)
+    steps: list[int] = []
+    resumed = attempt(recipe(), "cut", lambda step, figures: steps.append(step))
+    assert min(steps) > 2
+    assert (resumed.heldout_each, curve(resumed)) == (whole.heldout_each, curve(whole))
+
+
+def test_a_signal_in_the_last_measurement_keeps_what_was_trained(attempt: Try, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = attempt(recipe(), "whole")
+    judge = trial_module._judge
+
+    def judge_and_hear(trainer: Any, judged: Any, asked: Any) -> Any:
+        os.kill(os.getpid(), signal.SIGTERM)
+        return judge(trainer, judged, asked)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(trial_module, "_judge", judge_and_hear)
+        with pytest.raises(InterruptedRunError):
+            attempt(recipe(), "cut")
+    steps: list[int] = []
+    resumed = attempt(recipe(), "cut", lambda step, figures: steps.append(step))
+    assert (steps, resumed.heldout_each) == ([], whole.heldout_each)

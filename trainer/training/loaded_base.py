@@ -1,0 +1,57 @@
+"""A base model that many trainings of one process start from: read from the disk once, and never changed.
+
+Imports torch and transformers.
+"""
+
+import copy
+from functools import cached_property
+from pathlib import Path
+
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from svc.engine.capabilities import NumberType
+from trainer.data.chat_template import load_tokenizer
+from trainer.model.acceleration import Attention
+from trainer.model.load import load_model
+from trainer.recipe.sections import Recipe
+
+
+class LoadedBase:
+    """Gives every training a model of its own, with hooks, adapter and types of its own.
+
+    Frozen weights are one memory in all of them; weights that are trained are copied, and so are quantized ones, which
+    libraries change when they move them.
+
+    Args:
+        folder: of the base model.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self._form: tuple[object, ...] = ()
+        self._model: PreTrainedModel | None = None
+
+    @cached_property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """The base's."""
+        return load_tokenizer(self.folder)
+
+    def load(
+        self, base: Path, recipe: Recipe, attention: Attention = Attention.SDPA, *, number_type: NumberType
+    ) -> PreTrainedModel:
+        """As trainer.model.load.load_model; reads the folder where it has not yet, or in another form."""
+        form = (base, recipe.base_quantization, recipe.adapter_type is None, attention, number_type)
+        if self._model is None or form != self._form:
+            self._model, self._form = load_model(base, recipe, attention, number_type=number_type), form
+        memo = {} if recipe.adapter_type is None else _shared(self._model)
+        return copy.deepcopy(self._model, memo)
+
+
+def _shared(model: PreTrainedModel) -> dict[int, torch.nn.Parameter]:
+    """What a copy takes in place of each weight: another parameter on the same memory."""
+    return {
+        id(weight): torch.nn.Parameter(weight.data, requires_grad=weight.requires_grad)
+        for weight in model.parameters()
+        if type(weight) is torch.nn.Parameter
+    }

@@ -1,0 +1,149 @@
+"""One training for its held-out loss alone: no weights are written, nothing is merged or served. Imports torch and TRL.
+
+A trial computes what `train_model` does with the same recipe, bit for bit, whatever was trained in the process before.
+"""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from svc.dataset.schema.tokenized_example import TokenizedExample
+from svc.engine.capabilities import NumberType
+from svc.errors import InterruptedRunError
+from svc.evaluation.training_curve import TrainingPoint
+from trainer.callbacks.heldout_schedule import HeldoutCurve, HeldoutSchedule
+from trainer.callbacks.loss_log import Report
+from trainer.callbacks.preemption import Preemption, StepAbandoned, preemption
+from trainer.data.chat_template import training_row
+from trainer.data.length import fit_length
+from trainer.library_output import library_output_to_log
+from trainer.recipe.sections import Recipe, Stopping
+from trainer.training.arguments import checkpoints_layers
+from trainer.training.loaded_base import LoadedBase
+from trainer.training.out_of_memory import out_of_memory
+from trainer.training.sft import build_trainer, run_trainer, summarize
+from trainer.training.trainer import ResumableTrainer, answer_tokens
+
+_MEASUREMENTS = 3
+"""Of the watched examples: after each third of the steps."""
+
+
+@dataclass(frozen=True, slots=True)
+class TrialData:
+    """What is learnt and what a trial is judged by, as token ids.
+
+    Attributes:
+        watched: measured while it trains.
+        judged: measured when it has been trained; of like lengths side by side.
+    """
+
+    train: Sequence[TokenizedExample]
+    watched: Sequence[TokenizedExample]
+    judged: Sequence[TokenizedExample]
+
+
+@dataclass(frozen=True, slots=True)
+class TrialRun:
+    """How a trial went.
+
+    Attributes:
+        steps: of the optimizer.
+        seconds: of the process that ended it, without what was read once.
+        heldout_each: nats an answer token of each judged example.
+        points: every step, with the losses of the watched examples.
+    """
+
+    steps: int
+    seconds: float
+    heldout_each: tuple[float, ...]
+    points: tuple[TrainingPoint, ...]
+
+
+def train_trial(
+    base: LoadedBase,
+    data: TrialData,
+    recipe: Recipe,
+    checkpoints: Path,
+    report: Report | None = None,
+    *,
+    number_type: NumberType,
+) -> TrialRun:
+    """Trains as the recipe says but for its section `stopping`, or goes on from a checkpoint.
+
+    Args:
+        checkpoints: this trial's own folder.
+        report: is told of losses; what it raises ends the trial.
+
+    Raises:
+        InterruptedRunError: a signal came, and a checkpoint was written.
+        TrainingError: the loss or a weight is not finite, the loss explodes, or memory is short.
+    """
+    with _open(base, data, recipe, checkpoints, report, number_type) as (trainer, recipe, asked):
+        seconds = run_trainer(trainer, recipe, asked, number_type)
+        try:
+            each = _judge(trainer, data.judged, asked)
+        except StepAbandoned as error:
+            trainer.save_step_start()
+            raise InterruptedRunError(
+                f"{error} after the last step of a trial", todo="run the same command again: it goes on from there"
+            ) from error
+        summary = summarize(trainer, recipe, seconds)
+    return TrialRun(summary.steps, seconds, each, summary.points)
+
+
+def untrained_losses(
+    base: LoadedBase, data: TrialData, recipe: Recipe, folder: Path, *, number_type: NumberType
+) -> tuple[float, ...]:
+    """Of each judged example, before the first step: what the base itself makes of it.
+
+    Raises:
+        InterruptedRunError: a signal came.
+    """
+    with _open(base, data, recipe, folder, None, number_type) as (trainer, _, asked):
+        try:
+            return _judge(trainer, data.judged, asked)
+        except StepAbandoned as error:
+            raise InterruptedRunError(
+                f"{error} while the base was measured", todo="run the same command again"
+            ) from error
+
+
+@contextmanager
+def _open(
+    base: LoadedBase, data: TrialData, recipe: Recipe, checkpoints: Path, report: Report | None, number_type: NumberType
+) -> Iterator[tuple[ResumableTrainer, Recipe, Preemption]]:
+    recipe = recipe.model_copy(update={"stopping": Stopping(curve=False)})
+    schedule = HeldoutSchedule(None, _MEASUREMENTS, untrained=False)  # the base was measured once for all trials
+    curve = HeldoutCurve([training_row(row) for row in data.watched], schedule)
+    try:
+        with preemption() as asked:
+            with asked.interruptible(), library_output_to_log():
+                trainer = build_trainer(
+                    base.folder,
+                    base.tokenizer,
+                    fit_length(list(data.train), recipe.train),
+                    [],
+                    recipe,
+                    checkpoints.parent,
+                    checkpoints,
+                    report,
+                    asked,
+                    number_type,
+                    curve=curve,
+                    load=base.load,
+                )
+            yield trainer, recipe, asked
+    except StepAbandoned as error:
+        raise InterruptedRunError(f"{error} before a trial's first step", todo="run the same command again") from error
+    except (RuntimeError, MemoryError) as error:
+        if lack := out_of_memory(recipe, error, checkpointing=checkpoints_layers(recipe)):
+            raise lack from error
+        raise
+
+
+def _judge(trainer: ResumableTrainer, judged: Sequence[TokenizedExample], asked: Preemption) -> tuple[float, ...]:
+    rows = [training_row(row) for row in judged]
+    with asked.interruptible():
+        sums = trainer.loss_sums(rows)
+    return tuple(total / answer_tokens(row) for total, row in zip(sums, rows, strict=True))
