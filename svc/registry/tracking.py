@@ -25,6 +25,8 @@ if TYPE_CHECKING:
 
 LOSS, HELDOUT_LOSS = "loss", "heldout_loss"
 """What a trainer reports to MLflow as its loss (trainer.callbacks.loss_log)."""
+PARENT, RUN_NAME = "mlflow.parentRunId", "mlflow.runName"
+"""Tags by which MLflow's pages show runs below another one, and name them."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,6 +92,14 @@ class Tracking:
 
         now = time.time_ns() // 1_000_000
         self._client.log_batch(run_id, metrics=[Metric(key, value, now, step) for key, value in metrics.items()])
+
+    def log_file(self, run_id: str, path: Path) -> None:
+        """Adds a file to a run, as a picture; one of the same name is replaced."""
+        self._client.log_artifact(run_id, str(path))
+
+    def end_run(self, run_id: str, *, failed: bool = False) -> None:
+        """Marks a run that was not attached as finished or failed."""
+        self._client.set_terminated(run_id, "FAILED" if failed else "FINISHED")
 
     def log_parameters(self, run_id: str, parameters: dict[str, str]) -> None:
         """Says what a run was made with; said again, it must be the same."""

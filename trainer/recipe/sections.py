@@ -3,6 +3,7 @@
 Unknown keys and wrong types are errors, because a misspelt hyperparameter that is ignored costs a night of training.
 """
 
+import difflib
 import math
 from enum import StrEnum
 from pathlib import Path
@@ -346,6 +347,47 @@ class ReportTo(StrEnum):
     TENSORBOARD = "tensorboard"
 
 
+class Between(_Section):
+    """A range of a search space; of whole numbers where both ends are."""
+
+    low: int | float
+    high: int | float
+    log: bool = False
+
+    @model_validator(mode="after")
+    def _is_range(self) -> "Between":
+        if self.low >= self.high or (self.log and self.low <= 0):
+            raise ValueError("a range needs low below high, and with log low above 0")
+        return self
+
+
+class Sweep(_Section):
+    """An own search of `svc sweep`, in place of its phases; see [sweep](sweep.md#own-spaces)."""
+
+    space: (
+        Annotated[dict[str, Annotated[tuple[Any, ...], Field(min_length=1)] | Between], Field(min_length=1)] | None
+    ) = Field(
+        None,
+        description="keys of `train` and `adapter`, each with a list of values or `{low: , high: , log: true}`; "
+        "default: the three phases",
+    )
+    trials: int = Field(20, ge=1, description="trainings in an own space; lists with fewer combinations try all")
+    seconds: Annotated[float, Field(gt=0)] | None = Field(
+        None, description="begin no other trial when those before took so long; default no limit"
+    )
+
+    @field_validator("space")
+    @classmethod
+    def _has_keys(cls, space: dict[str, Any] | None) -> dict[str, Any] | None:
+        known = [f"train.{key}" for key in Train.model_fields] + [f"adapter.{key}" for key in Adapter.model_fields]
+        for key in space or ():
+            if key not in known:
+                close = difflib.get_close_matches(key, known, n=1)
+                meant = f" (did you mean {close[0]!r}?)" if close else ""
+                raise ValueError(f"unknown key {key!r}{meant}; a space has keys of train and adapter")
+        return space
+
+
 # Held-out loss after 240 examples of the section task (SmolLM2-135M, 15 steps): lora 0.45; full 0.43; adalora 0.37, at
 # 2e-3 2.52; vera 0.36, at 2e-2 0.73. Their vectors start at or near 0, and Adam moves each by no more than the rate.
 _LEARNING_RATES = {None: 5e-5, AdapterType.ADALORA: 1e-2, AdapterType.VERA: 6e-2}
@@ -390,6 +432,7 @@ class Recipe(_Section):
     evaluate: Evaluate = Evaluate()
     judge: Judge = Judge()
     qualify: Qualify = Qualify()
+    sweep: Sweep = Sweep()
 
     @model_validator(mode="after")
     def _fits_packing(self) -> "Recipe":
@@ -444,7 +487,7 @@ class Recipe(_Section):
 
     def flat(self) -> dict[str, str]:
         """What decides the result, by dotted key, as text; keys that were left to the method with what it chose."""
-        sections = self.model_dump(mode="json", exclude={"checkpoints", "data", "judge", "report_to"})
+        sections = self.model_dump(mode="json", exclude={"checkpoints", "data", "judge", "report_to", "sweep"})
         chosen: dict[str, Any] = {"train.learning_rate": self.learning_rate}
         if self.adapter_type is None:
             sections.pop("adapter")

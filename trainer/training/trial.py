@@ -49,13 +49,11 @@ class TrialRun:
 
     Attributes:
         steps: of the optimizer.
-        seconds: of the process that ended it, without what was read once.
         heldout_each: nats an answer token of each judged example.
         points: every step, with the losses of the watched examples.
     """
 
     steps: int
-    seconds: float
     heldout_each: tuple[float, ...]
     points: tuple[TrainingPoint, ...]
 
@@ -89,7 +87,7 @@ def train_trial(
                 f"{error} after the last step of a trial", todo="run the same command again: it goes on from there"
             ) from error
         summary = summarize(trainer, recipe, seconds)
-    return TrialRun(summary.steps, seconds, each, summary.points)
+    return TrialRun(summary.steps, each, summary.points)
 
 
 def untrained_losses(

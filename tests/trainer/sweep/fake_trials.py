@@ -1,0 +1,70 @@
+"""Trials that take no time: held-out loss as a function of the values, the same for each example but for its level."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from svc.evaluation.estimate import mean
+from svc.evaluation.training_curve import TrainingPoint
+from trainer.recipe.sections import Recipe
+from trainer.sweep.outcome import Outcome, Pruned, Status
+from trainer.sweep.study import Watch
+from trainer.sweep.values import Values, training_key, with_values
+
+LEVELS = (0.2, 0.5, 0.9, 1.4, 0.7, 0.3, 1.1, 0.8)
+"""How hard each held-out example is."""
+TOKENS = (1,) * len(LEVELS)
+
+Landscape = Callable[[Recipe], float]
+
+
+def outcome(
+    loss: float, key: str = "", values: Values | None = None, each: Sequence[float] | None = None, **more: Any
+) -> Outcome:
+    """A complete one, which is as much worse than another on every example, unless `each` says otherwise."""
+    losses = tuple(each) if each else tuple(level + loss for level in LEVELS)
+    complete = {"status": Status.COMPLETE, "loss": mean(losses), "heldout_each": losses, "steps": 3, "seconds": 1.0}
+    return Outcome(**{"key": key, "values": dict(values or {}), **complete, **more})
+
+
+@dataclass
+class FakeTrials:
+    """Stands for `Trials.run`.
+
+    Attributes:
+        made: values of each training, in order.
+        broken: raised in the middle of the training with this place.
+        diverges: values whose loss explodes.
+    """
+
+    recipe: Recipe
+    landscape: Landscape
+    made: list[dict[str, Any]] = field(default_factory=list)
+    broken: Mapping[int, BaseException] = field(default_factory=dict)
+    diverges: Callable[[Recipe], bool] = lambda recipe: False
+    known: dict[str, Outcome] = field(default_factory=dict)
+
+    def run(self, values: Values, watch: Watch) -> Outcome:
+        """Makes a trial, or finds it."""
+        recipe = with_values(self.recipe, values)
+        key = training_key(recipe)
+        if key not in self.known:
+            self.known[key] = self._train(recipe, key, values, watch)
+        return self.known[key].model_copy(update={"values": dict(values)})
+
+    def _train(self, recipe: Recipe, key: str, values: Values, watch: Watch) -> Outcome:
+        self.made.append(dict(values))
+        loss = self.landscape(recipe)
+        if self.diverges(recipe):
+            return Outcome(key=key, values=dict(values), status=Status.FAILED, why="the loss is nan")
+        try:
+            try:
+                watch(1, loss + 1)
+            finally:
+                if broken := self.broken.get(len(self.made)):
+                    raise broken
+            watch(2, loss + 0.5)
+        except Pruned as pruned:
+            return Outcome(key=key, values=dict(values), status=Status.PRUNED, why=str(pruned))
+        points = tuple(TrainingPoint(step=step, epoch=1, heldout_loss=loss + 1.5 - step / 2) for step in (1, 2))
+        return outcome(loss, key, values, points=points)

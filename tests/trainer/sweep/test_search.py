@@ -1,0 +1,264 @@
+"""Which trials a sweep makes, which it gives up, and which it takes; and that a kill changes none of it."""
+
+import math
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import pytest
+from optuna.storages import InMemoryStorage
+
+from svc.errors import TrainingError
+from tests.trainer.conftest import make_recipe
+from tests.trainer.sweep.fake_trials import TOKENS, FakeTrials, Landscape, outcome
+from trainer.recipe.sections import Recipe
+from trainer.sweep.outcome import Comparison, Outcome, Status
+from trainer.sweep.search import Plan, Search, Tried, runner_up
+from trainer.sweep.space import DROPOUT, EPOCHS, RANK, RATE, STEPS, TARGETS, Phase
+from trainer.sweep.study import PhaseStudy
+from trainer.sweep.values import Values
+
+
+def bowl(best: float) -> Landscape:
+    """Held-out loss by the learning rate alone."""
+    return lambda recipe: 0.3 * abs(math.log2(recipe.learning_rate / best))
+
+
+class Sweep:
+    """A search with fakes for trainings and real studies, in memory."""
+
+    def __init__(self, recipe: Recipe, landscape: Landscape, **fake: Any) -> None:
+        self.trials = FakeTrials(recipe, landscape, **fake)
+        self.storage = InMemoryStorage()
+        self.plans: list[int] = []
+        self.search = self._fresh()
+
+    def _fresh(self) -> Search:
+        def begin(phase: Phase, values: Values, plan: Plan) -> None:
+            self.plans.append(len(plan.epochs))
+
+        recipe, run = self.trials.recipe, self.trials.run
+        return Search(
+            recipe,
+            Comparison(TOKENS),
+            lambda phase, space: PhaseStudy(self.storage, phase, space, run),
+            begin,
+            lambda tried: None,
+        )
+
+    def run(self) -> Outcome:
+        return self.search.run()
+
+    def again(self) -> Outcome:
+        """As the same command in a new process."""
+        self.search = self._fresh()
+        return self.search.run()
+
+    def of(self, phase: Phase) -> list[Outcome]:
+        return [one.outcome for one in self.search.tried if one.phase is phase]
+
+
+Make = Callable[..., Sweep]
+
+
+@pytest.fixture
+def make() -> Make:
+    def make(landscape: Landscape, fake: Mapping[str, Any] | None = None, **sections: Any) -> Sweep:
+        return Sweep(make_recipe(**sections), landscape, **(fake or {}))
+
+    return make
+
+
+def test_three_phases_each_from_what_the_one_before_has_taken(make: Make) -> None:
+    def landscape(recipe: Recipe) -> float:
+        return bowl(1e-4)(recipe) + 8 / recipe.rank + 1 / recipe.train.epochs
+
+    sweep = make(landscape)
+    winner = sweep.run()
+    assert winner.values == {EPOCHS: 3.0, STEPS: None, RATE: 1e-4, RANK: 32}
+    assert [one.values[RATE] for one in sweep.of(Phase.LEARNING_RATE)] == [5e-4, 2e-4, 1e-4, 5e-5, 1e-5]
+    assert [one.values[RANK] for one in sweep.of(Phase.RANK)] == [16, 8, 32]
+    assert [one.values[EPOCHS] for one in sweep.of(Phase.EPOCHS)] == [1, 2, 3]
+
+
+@pytest.mark.parametrize(("method", "highest"), [("lora", 5e-4), ("adalora", 1e-2), ("vera", 6e-2), ("full", 5e-5)])
+def test_rates_are_the_methods_own_with_its_default(make: Make, method: str, highest: float) -> None:
+    sweep = make(bowl(highest / 5), method=method)
+    sweep.run()
+    rates = [one.values[RATE] for one in sweep.of(Phase.LEARNING_RATE)]
+    assert sorted(rates) == pytest.approx([highest / 50, highest / 10, highest / 5, highest / 2.5, highest])
+
+
+def test_full_fine_tuning_has_no_rank(make: Make) -> None:
+    sweep = make(bowl(1e-5), method="full")
+    sweep.run()
+    assert sweep.of(Phase.RANK) == []
+
+
+def test_the_recipes_own_values_are_always_tried_first(make: Make) -> None:
+    sweep = make(bowl(3e-4), train={"learning_rate": 3e-4}, adapter={"rank": 4})
+    assert sweep.run().values == {}
+    assert sweep.of(Phase.LEARNING_RATE)[0].values[RATE] == 3e-4
+    assert sweep.of(Phase.RANK)[0].values[RANK] == 4
+
+
+def test_where_the_highest_rate_wins_higher_ones_are_tried(make: Make) -> None:
+    sweep = make(bowl(1e-3))
+    assert sweep.run().values[RATE] == 1e-3
+    assert [one.values[RATE] for one in sweep.of(Phase.LEARNING_RATE)][5:] == [1e-3, 2e-3]
+
+
+def test_what_chance_may_have_made_better_is_not_taken(make: Make) -> None:
+    """Nothing matters here: so the recipe stays as it is."""
+    assert make(lambda recipe: 1.0).run().values == {}
+
+
+def test_the_winner_is_never_worse_than_the_recipe(make: Make) -> None:
+    """Two epochs are the recipe's, and its rate is right for two only."""
+
+    def landscape(recipe: Recipe) -> float:
+        return 0.0 if recipe.train.epochs == 2 and recipe.learning_rate == 5e-4 else 2.0 + recipe.learning_rate
+
+    assert make(landscape, train={"epochs": 2}).run().values == {}
+
+
+def test_no_further_epoch_is_tried_when_one_has_brought_nothing(make: Make) -> None:
+    sweep = make(lambda recipe: recipe.train.epochs)
+    sweep.run()
+    assert [one.values[EPOCHS] for one in sweep.of(Phase.EPOCHS)] == [1, 2]
+
+
+def test_a_recipe_with_steps_is_compared_as_it_is(make: Make) -> None:
+    sweep = make(lambda recipe: -1.0 if recipe.train.steps else 0.0, train={"steps": 7})
+    assert sweep.run().values == {}
+
+
+def test_more_targets_are_tried_where_the_largest_rank_was_needed(make: Make) -> None:
+    def landscape(recipe: Recipe) -> float:
+        return 10 / recipe.rank + (recipe.adapter.targets != "all-linear")
+
+    sweep = make(landscape, adapter={"targets": "attention"})
+    assert sweep.run().values[TARGETS] == "all-linear"
+
+
+def test_no_more_targets_are_tried_where_rank_did_not_matter(make: Make) -> None:
+    sweep = make(bowl(5e-4), adapter={"targets": "attention"})
+    sweep.run()
+    assert sweep.of(Phase.TARGETS) == []
+    assert any("more targets were not tried" in note for note in sweep.search.notes)
+
+
+def test_dropout_is_tried_where_it_overfits(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    sweep = make(lambda recipe: 1.0 - recipe.adapter.dropout)
+    monkeypatch.setattr(Outcome, "overfits", property(lambda self: True))
+    assert sweep.run().values[DROPOUT] == 0.1
+
+
+def test_no_dropout_is_tried_where_it_does_not(make: Make) -> None:
+    sweep = make(lambda recipe: 1.0 - recipe.adapter.dropout)
+    sweep.run()
+    assert sweep.of(Phase.DROPOUT) == []
+
+
+def test_worse_trials_are_given_up_but_for_the_first_two(make: Make) -> None:
+    sweep = make(bowl(5e-4))
+    sweep.run()
+    found = {one.values[RATE]: one.status for one in sweep.of(Phase.LEARNING_RATE)}
+    assert {rate for rate, status in found.items() if status is Status.PRUNED} == {1e-3, 1e-4, 5e-5, 1e-5}
+    assert found[5e-4] is found[2e-4] is Status.COMPLETE
+
+
+def test_a_loss_that_explodes_ends_its_trial_only(make: Make) -> None:
+    sweep = make(bowl(1e-4), {"diverges": lambda recipe: recipe.learning_rate > 1e-4})
+    assert sweep.run().values[RATE] == 1e-4
+
+
+def test_a_recipe_of_which_no_trial_ends_well_is_an_error(make: Make) -> None:
+    with pytest.raises(TrainingError, match="no trial was completed: the loss is nan"):
+        make(bowl(1e-4), {"diverges": lambda recipe: True}).run()
+
+
+def test_no_training_is_made_twice(make: Make) -> None:
+    sweep = make(bowl(1e-4))
+    sweep.run()
+    rates = [values[RATE] for values in sweep.trials.made if values.get(RANK, 16) == 16 and values[EPOCHS] == 1]
+    assert len(rates) == len(set(rates))
+    assert {} not in sweep.trials.made  # the recipe as it is was tried with its rate
+
+
+class Killed(BaseException):
+    """Nothing may catch it."""
+
+
+SPACES: list[dict[str, Any]] = [
+    {},
+    {
+        "sweep": {
+            "space": {"train.learning_rate": {"low": 1e-5, "high": 1e-2, "log": True}, RANK: {"low": 2, "high": 64}}
+        }
+    },
+    {"sweep": {"space": {"adapter.rank": [4, 8], "train.batch_size": [4, 8, 16]}}},
+]
+
+
+@pytest.mark.parametrize("sections", SPACES, ids=["phases", "ranges", "lists"])
+@pytest.mark.parametrize("kills", [(1,), (4,), (2, 3, 8)], ids=str)
+def test_after_kills_it_makes_the_trials_of_one_that_was_not_killed(
+    sections: dict[str, Any], kills: tuple[int, ...]
+) -> None:
+    def landscape(recipe: Recipe) -> float:
+        return bowl(1e-4)(recipe) + 8 / recipe.rank + recipe.train.batch_size / 10
+
+    whole = Sweep(make_recipe(**sections), landscape)
+    won = whole.run()
+    cut = Sweep(make_recipe(**sections), landscape, broken=dict.fromkeys(kills, Killed()))
+    for attempt in range(len(kills)):
+        with pytest.raises(Killed):
+            cut.run() if attempt == 0 else cut.again()
+    assert cut.again().values == won.values
+    assert [one.outcome.values for one in cut.search.tried] == [one.outcome.values for one in whole.search.tried]
+    assert [one.outcome.status for one in cut.search.tried] == [one.outcome.status for one in whole.search.tried]
+    once = [values for place, values in enumerate(cut.trials.made, start=1) if place not in kills]
+    assert once == whole.trials.made
+
+
+def test_a_sweep_that_is_run_again_trains_nothing(make: Make) -> None:
+    sweep = make(bowl(1e-4))
+    won = sweep.run()
+    made = len(sweep.trials.made)
+    assert sweep.again().values == won.values
+    assert len(sweep.trials.made) == made
+
+
+def test_an_own_space_of_lists_is_tried_whole(make: Make) -> None:
+    sweep = make(bowl(1e-4), sweep={"space": {RATE: [1e-4, 2e-4], RANK: [4, 8]}})
+    assert sweep.run().values == {RATE: 1e-4, RANK: 4}
+    assert len(sweep.of(Phase.SPACE)) == 4
+
+
+def test_an_own_space_with_a_range_has_as_many_trials_as_the_recipe_says(make: Make) -> None:
+    space = {RATE: {"low": 1e-5, "high": 1e-2, "log": True}, "adapter.rank": {"low": 2, "high": 64}}
+    sweep = make(bowl(1e-4), sweep={"space": space, "trials": 7})
+    sweep.run()
+    found = sweep.of(Phase.SPACE)
+    assert len(found) == 7
+    assert all(1e-5 <= one.values[RATE] <= 1e-2 and isinstance(one.values[RANK], int) for one in found)
+
+
+def test_seconds_end_it(make: Make) -> None:
+    sweep = make(bowl(1e-4), sweep={"seconds": 2.5})
+    sweep.run()
+    assert len(sweep.trials.made) == 3
+    assert any("sweep.seconds" in note for note in sweep.search.notes)
+
+
+def test_the_runner_up_is_the_best_of_the_others() -> None:
+    tried = [Tried(Phase.SPACE, outcome(loss, key)) for key, loss in (("a", 1.0), ("b", 0.5), ("c", 0.7))]
+    found = runner_up(tried, tried[1].outcome)
+    assert found is not None
+    assert found.key == "c"
+
+
+def test_what_is_left_is_known_before_each_trial(make: Make) -> None:
+    sweep = make(bowl(1e-4))
+    sweep.run()
+    assert sweep.plans[:5] == [9, 8, 7, 6, 5]

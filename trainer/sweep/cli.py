@@ -1,0 +1,81 @@
+"""`svc sweep`, and what `svc train --curve` does."""
+
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from svc.invocation import json_option, settings_of
+
+if TYPE_CHECKING:
+    from svc.settings import Settings
+    from trainer.recipe.sections import Recipe
+    from trainer.sweep.workplace import Workplace
+
+
+@click.command()
+@click.argument("recipe", type=click.Path(path_type=Path))
+@click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Change a recipe's key: train.epochs=2.")
+@click.option("--register", is_flag=True, help="Train the winner in full, and register it.")
+@json_option
+@click.pass_context
+def sweep(ctx: click.Context, recipe: Path, overrides: tuple[str, ...], register: bool, as_json: bool) -> None:
+    """Search for the best values of RECIPE, from where an earlier try was interrupted."""
+    from svc.terminal import print_json, quiet_libraries
+    from trainer.recipe.file import load_recipe
+
+    quiet_libraries()
+    settings = settings_of(ctx)
+    loaded = load_recipe(recipe, overrides)
+    place = open_workplace(settings, loaded, "sweep")
+    from trainer.sweep.picture import draw_sweep
+    from trainer.sweep.render import print_sweep
+    from trainer.sweep.sweep import RESULT_FILE, WINNER_FILE, run_sweep
+
+    with place.held():
+        result = run_sweep(place)
+        picture = draw_sweep(result, place.folder / "trials.svg")
+        files = [place.folder / name for name in (RESULT_FILE, WINNER_FILE)]
+        place.publish({"heldout_loss": result.loss.value, "base_heldout_loss": result.base.value}, picture, *files)
+    if not as_json:
+        print_sweep(result, place.folder, picture)
+    version = _register(settings, place, result.winner) if register else None
+    if as_json:
+        made = {"folder": str(place.folder), "picture": str(picture), "version": version}
+        print_json(result.model_dump(mode="json") | made)
+        sys.exit(0)
+
+
+def open_workplace(settings: "Settings", recipe: "Recipe", kind: str) -> "Workplace":
+    """Where the trials of a recipe are made.
+
+    Args:
+        kind: `sweep` or `curve`.
+    """
+    from svc.engine.capabilities import read_capabilities
+    from svc.registry.registry import Registry
+    from trainer.pipeline.examples import read_run_examples
+    from trainer.pipeline.find_base import find_base
+    from trainer.sweep.workplace import Workplace
+
+    registry = Registry.of(settings)
+    examples = read_run_examples(recipe, cache=settings.base_cache, learnt=registry.learnt_prompts(recipe.name))
+    base, capabilities = find_base(recipe, settings), read_capabilities(settings.home)
+    return Workplace.of(settings.home / "sweeps", kind, recipe, base, examples, registry.tracking, capabilities)
+
+
+def _register(settings: "Settings", place: "Workplace", winner: dict[str, object]) -> str:
+    """Trains the winner as `svc train` does; returns the version."""
+    from svc.registry.registry import Registry
+    from svc.registry.render import print_version
+    from trainer.pipeline.stages import open_pipeline
+    from trainer.sweep.values import with_values
+
+    registry = Registry.of(settings)
+    recipe = with_values(place.recipe, winner)
+    made = open_pipeline(settings, registry, recipe, place.examples, place.base).train_version()
+    manifest = registry.manifest(made)
+    if not click.get_current_context().params["as_json"]:
+        print_version(manifest, registry.folder(manifest.id))
+    return str(made)
