@@ -25,6 +25,7 @@ _set_option = click.option(
 @click.argument("recipe", type=click.Path(path_type=Path))
 @_set_option
 @click.option("--quick", is_flag=True, help="First try the set-up: a tenth of the data, one epoch, -> NAME-quick.")
+@click.option("--curve", is_flag=True, help="Train on 10 to 100 % of the data: what would more of it bring?")
 @click.option("--register-failed", is_flag=True, help="Register what fails a check too; it cannot be promoted.")
 @click.option("--skip-bad", is_flag=True, help="Leave out lines that cannot be trained on, and keep them in a folder.")
 @click.option("--anyway", is_flag=True, help="Begin also what cannot fit into this machine.")
@@ -35,6 +36,7 @@ def train(
     recipe: Path,
     overrides: tuple[str, ...],
     quick: bool,
+    curve: bool,
     register_failed: bool,
     skip_bad: bool,
     anyway: bool,
@@ -51,6 +53,13 @@ def train(
     quiet_libraries()
     settings = settings_of(ctx)
     loaded = load_recipe(recipe, overrides)
+    if curve:
+        if quick or register_failed or skip_bad:
+            raise click.UsageError("--curve makes no version: it goes with --set and --json only")
+        from trainer.sweep.cli import learning_curve
+
+        learning_curve(settings, loaded, as_json=as_json)
+        return
     if skip_bad and loaded.train.too_long is TooLong.ERROR:
         train_section = loaded.train.model_copy(update={"too_long": TooLong.DROP})
         loaded = loaded.model_copy(update={"train": train_section})

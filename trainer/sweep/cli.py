@@ -65,6 +65,27 @@ def open_workplace(settings: "Settings", recipe: "Recipe", kind: str) -> "Workpl
     return Workplace.of(settings.home / "sweeps", kind, recipe, base, examples, registry.tracking, capabilities)
 
 
+def learning_curve(settings: "Settings", recipe: "Recipe", *, as_json: bool) -> None:
+    """Says what more data would bring."""
+    from svc.terminal import output, print_json
+    from trainer.sweep.curve import CURVE_FILE, print_curve, run_curve
+    from trainer.sweep.picture import draw_curve
+
+    place = open_workplace(settings, recipe, "curve")
+    with place.held():
+        curve = run_curve(place)
+        picture = draw_curve(curve, place.folder / "curve.svg")
+        figures = {"heldout_loss": curve.points[-1].loss.value}
+        if curve.gain:
+            figures |= {"gain": curve.gain.value, "gain_low": curve.gain.low, "gain_high": curve.gain.high}
+        place.publish(figures, picture, place.folder / CURVE_FILE)
+    if as_json:
+        print_json(curve.model_dump(mode="json") | {"folder": str(place.folder), "picture": str(picture)})
+        sys.exit(0)
+    print_curve(curve, len(place.data.judged))
+    output.print(f"picture: {picture}", markup=False, soft_wrap=True)
+
+
 def _register(settings: "Settings", place: "Workplace", winner: dict[str, object]) -> str:
     """Trains the winner as `svc train` does; returns the version."""
     from svc.registry.registry import Registry

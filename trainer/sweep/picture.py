@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from trainer.sweep.learning_curve import LearningCurve
 from trainer.sweep.space import EPOCHS, RANK, RATE, Phase
 from trainer.sweep.sweep import Line, SweepResult
 from trainer.sweep.values import show
@@ -52,6 +53,29 @@ def _draw_panel(axis: "Axes", key: str, lines: Sequence[Line], result: SweepResu
         axis.axhline(result.recipe.value, color="grey", linestyle="--", linewidth=1)
     axis.set_xticks(range(len(values)), [show(value) for value in values])
     axis.set_xlabel(key)
+
+
+def draw_curve(curve: LearningCurve, path: Path) -> Path:
+    """Held-out loss by examples, and the fit up to twice as many."""
+    import numpy as np
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(5, 3.4), layout="constrained")
+    axis = figure.subplots()
+    sizes = [point.examples for point in curve.points]
+    losses = [point.loss for point in curve.points]
+    spans = [[loss.value - loss.low for loss in losses], [loss.high - loss.value for loss in losses]]
+    axis.errorbar(sizes, [loss.value for loss in losses], spans, fmt="o", color="tab:blue", capsize=3)
+    if curve.law and curve.doubled:
+        line = np.geomspace(sizes[0], 2 * sizes[-1])
+        axis.plot(line, [curve.law.at(size) for size in line], color="grey", linewidth=1)
+        low, high = curve.doubled.value - curve.doubled.low, curve.doubled.high - curve.doubled.value
+        place = 2 * sizes[-1]
+        axis.errorbar(place, curve.doubled.value, [[low], [high]], fmt="o", color="tab:orange", capsize=3)
+    axis.set_xscale("log")
+    axis.set_xlabel("training examples")
+    axis.set_ylabel("held-out loss, nats a token")
+    return save(figure, path)
 
 
 def save(figure: "Figure", path: Path) -> Path:

@@ -1,0 +1,91 @@
+"""What a learning curve says: known power laws are found, and what is none is not foretold."""
+
+import itertools
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from svc.evaluation.estimate import Estimate, mean
+from trainer.sweep.learning_curve import LearningCurve, Point, Verdict, fit, foretell, nested_subsets
+
+SIZES = (100, 250, 500, 1000)
+BASE = Estimate(value=3, low=3, high=3)
+
+
+def curve_of(losses: tuple[float, ...], noise: float = 0.0, sizes: tuple[int, ...] = SIZES) -> LearningCurve:
+    """Of 50 held-out examples that are as hard as they are; `noise` is what they gain differently."""
+    generator = np.random.default_rng(1)
+    level = generator.normal(0, 0.3, 50)
+    each = [loss + level - level.mean() for loss in losses]
+    each = [row + noise * (shift - shift.mean()) for row in each for shift in [generator.normal(size=50)]]
+    points = [
+        Point(examples=size, loss=mean(row.tolist()), steps=1, seconds=1) for size, row in zip(sizes, each, strict=True)
+    ]
+    return foretell(points, [row.tolist() for row in each], [1] * 50, BASE)
+
+
+@given(st.floats(0, 2), st.floats(0.5, 20), st.floats(0.1, 1.5))
+def test_a_power_law_is_found_again(floor: float, scale: float, exponent: float) -> None:
+    sizes = np.array(SIZES, dtype=float)
+    found = fit(sizes, (floor + scale * sizes**-exponent)[None])[0]
+    foretold = found[0] + found[1] * 2000.0 ** -found[2]
+    fall = scale * (100**-exponent - 2000**-exponent)
+    assert foretold == pytest.approx(floor + scale * 2000**-exponent, abs=0.03 * fall)
+
+
+def test_the_gain_of_twice_the_data_is_foretold() -> None:
+    losses = tuple(0.2 + 5 * size**-0.5 for size in SIZES)
+    curve = curve_of(losses, noise=0.01)
+    assert curve.gain is not None
+    true = 5 * 1000**-0.5 - 5 * 2000**-0.5
+    assert curve.gain.low <= true <= curve.gain.high
+    assert curve.gain.value == pytest.approx(true, rel=0.1)
+    assert curve.verdict is Verdict.WORTH
+    assert curve.sentence.startswith("Twice the data would lower held-out loss by about 0.04")
+
+
+def test_a_curve_that_has_ended_promises_little() -> None:
+    curve = curve_of(tuple(1.0 + 1e3 * size**-2.0 for size in SIZES), noise=0.001)
+    assert curve.verdict is Verdict.LITTLE
+
+
+def test_what_noise_hides_cannot_be_told() -> None:
+    curve = curve_of(tuple(0.2 + 2 * size**-0.3 for size in SIZES), noise=0.4)
+    assert curve.verdict is Verdict.UNKNOWN
+
+
+@pytest.mark.parametrize(
+    ("losses", "why"),
+    [
+        ((1.0, 1.1, 1.2, 1.3), "held-out loss did not fall with more data"),
+        ((2.0, 1.0, 2.0, 1.0), "the points lie on no power law"),
+    ],
+)
+def test_what_is_no_power_law_is_said_to_be_none(losses: tuple[float, ...], why: str) -> None:
+    curve = curve_of(losses)
+    assert curve.verdict is Verdict.UNKNOWN
+    assert curve.gain is curve.doubled is curve.law is None
+    assert why in curve.sentence
+
+
+def test_three_points_foretell_nothing() -> None:
+    assert "needs 4" in curve_of((3.0, 2.0, 1.5), sizes=(2, 4, 8)).sentence
+
+
+@given(st.lists(st.sampled_from("abc"), min_size=20, max_size=200), st.integers(0, 5))
+def test_parts_are_nested_and_have_each_label_as_often_as_they_can(labels: list[str], seed: int) -> None:
+    parts = nested_subsets(labels, seed)
+    assert len(parts[-1]) == len(labels)
+    for smaller, larger in itertools.pairwise(parts):
+        assert set(smaller) < set(larger)
+    for part in parts:
+        for label in set(labels):
+            expected = labels.count(label) * len(part) / len(labels)
+            assert abs(sum(labels[place] == label for place in part) - expected) <= 2
+
+
+def test_another_seed_takes_other_examples() -> None:
+    labels = [str(number) for number in range(50)]
+    assert nested_subsets(labels, 0)[0] != nested_subsets(labels, 1)[0]
