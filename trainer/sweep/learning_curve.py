@@ -119,7 +119,8 @@ def fit(examples: "Floats", losses: "Floats") -> "Floats":
     Returns:
         [rows, 3]: floor, scale, exponent.
     """
-    best, found = np.full(len(losses), np.inf), np.zeros((len(losses), 3))
+    best: Floats = np.full(len(losses), np.inf)
+    found = np.zeros((len(losses), 3))
     mean = losses.mean(axis=1)
     for exponent in _EXPONENTS:
         x = examples**-exponent
@@ -187,8 +188,8 @@ def _misfit(law: PowerLaw, sizes: "Floats", losses: "Floats") -> str | None:
     fall = float(losses[0] - losses[-1])
     if fall <= 0 or law.scale == 0:
         return "held-out loss did not fall with more data"
-    worst = max(range(len(sizes)), key=lambda place: abs(losses[place] - law.at(sizes[place])))
-    off = float(losses[worst] - law.at(sizes[worst]))
+    worst = max(range(len(sizes)), key=lambda place: abs(losses[place] - law.at(float(sizes[place]))))
+    off = float(losses[worst] - law.at(float(sizes[worst])))
     if abs(off) > _MISFIT * fall:
         return f"the points lie on no power law; at {sizes[worst]:.0f} examples the best one is off by {off:+.3f}"
     return None

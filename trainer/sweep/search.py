@@ -76,14 +76,21 @@ class Search:
     _later: list[float] = field(default_factory=list)
 
     def run(self) -> Outcome:
-        """Tries what there is to try, and returns the winner.
+        """Tries what there is to try, and returns the winner. The recipe as it is comes first, and is never given up.
 
         Raises:
             TrainingError: no trial of a phase was completed.
         """
-        found = self._own_space() if self.recipe.sweep.space else self._phases()
+        own = self.recipe.sweep.space is not None
+        self._later = [self.recipe.train.epochs] * (self.recipe.sweep.trials - 1) if own else self._all_phases()
         as_it_is = self._each(Phase.RECIPE, "", [(None, {})])
-        return self._choose([*as_it_is, *found])
+        self._later = []
+        return self._choose([*as_it_is, *(self._own_space() if own else self._phases())])
+
+    def _all_phases(self) -> list[float]:
+        """Epochs of their trials. That of the default rate is mostly the recipe's, that of one epoch is known."""
+        rates, ranks = space.learning_rates(self.recipe), space.ranks(self.recipe)
+        return [1.0] * (len(rates) - 1 + max(0, len(ranks) - 1)) + list(EPOCHS_TRIED[1:])
 
     def _phases(self) -> list[Outcome]:
         """The outcomes that stand for the last choice, the preferred one first."""
@@ -151,7 +158,7 @@ class Search:
         """Where held-out loss rose while training loss fell, in the winner or in the longest training."""
         if self.recipe.adapter_type is None:
             return best
-        longest = next((one.outcome for one in reversed(self.tried) if one.phase is Phase.EPOCHS), best)
+        longest = [best, *self._of(Phase.EPOCHS)][-1]
         if not (best.overfits or longest.overfits):
             self.notes.append("dropout was not tried: held-out loss rose in no training beyond chance")
             return best
@@ -172,10 +179,12 @@ class Search:
         else:
             for outcome in study.found():
                 self._end(Phase.SPACE, outcome)
-            while len(self.tried) < sweep.trials and not self._is_late():
-                self._one(Phase.SPACE, {}, sweep.trials - len(self.tried), study.search)
-        found = sorted((one.outcome for one in self.tried), key=lambda outcome: outcome.mean)
-        return found[:1]
+            while (made := len(self._of(Phase.SPACE))) < sweep.trials and not self._is_late():
+                self._one(Phase.SPACE, {}, sweep.trials - made, study.search)
+        return sorted(self._of(Phase.SPACE), key=lambda outcome: outcome.mean)[:1]
+
+    def _of(self, phase: Phase) -> list[Outcome]:
+        return [one.outcome for one in self.tried if one.phase is phase]
 
     def _is_late(self) -> bool:
         limit = self.recipe.sweep.seconds

@@ -66,7 +66,7 @@ def test_what_noise_hides_cannot_be_told() -> None:
 def test_what_is_no_power_law_is_said_to_be_none(losses: tuple[float, ...], why: str) -> None:
     curve = curve_of(losses)
     assert curve.verdict is Verdict.UNKNOWN
-    assert curve.gain is curve.doubled is curve.law is None
+    assert (curve.gain, curve.doubled, curve.law) == (None, None, None)
     assert why in curve.sentence
 
 
