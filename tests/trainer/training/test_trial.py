@@ -15,7 +15,9 @@ from svc.errors import InterruptedRunError
 from tests.trainer.conftest import make_recipe
 from trainer.callbacks.loss_log import HELDOUT_LOSS
 from trainer.data.chat_template import load_tokenizer, stop_tokens, tokenize_examples
+from trainer.model.load import load_model
 from trainer.recipe.sections import Method, Recipe
+from trainer.training import loaded_base
 from trainer.training import trial as trial_module
 from trainer.training.loaded_base import LoadedBase
 from trainer.training.sft import train_model
@@ -111,14 +113,11 @@ def test_the_base_is_what_a_training_begins_with(
 
 
 def test_the_base_is_read_once(attempt: Try, monkeypatch: pytest.MonkeyPatch) -> None:
-    from trainer.training import loaded_base
-
     read: list[Path] = []
-    original = loaded_base.load_model
 
     def load(base: Path, *args: Any, **options: Any) -> Any:
         read.append(base)
-        return original(base, *args, **options)
+        return load_model(base, *args, **options)
 
     monkeypatch.setattr(loaded_base, "load_model", load)
     attempt(recipe(), "one")
