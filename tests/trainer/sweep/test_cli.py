@@ -14,12 +14,14 @@ from mlflow import MlflowClient
 
 from svc.dataset.readers.reader import write_examples
 from svc.engine import capabilities
-from svc.errors import InterruptedRunError
+from svc.errors import InterruptedRunError, TrainingError
 from svc.registry.tracking import Tracking
 from tests.command_line import Ended, Svc
 from tests.svc.engine.devices import AVX512
 from tests.trainer.conftest import make_example
+from trainer.pipeline import stages
 from trainer.recipe.file import load_recipe
+from trainer.recipe.sections import Recipe
 
 pytestmark = pytest.mark.slow
 
@@ -63,7 +65,9 @@ def children(tracking: Tracking, experiment: str) -> list[Any]:
     return [run for run in client.search_runs([found.experiment_id]) if "mlflow.parentRunId" in run.data.tags]
 
 
-def test_a_sweep_ends_with_a_table_a_picture_and_a_recipe(recipe: Path, run: Any, tracking: Tracking) -> None:
+def test_a_sweep_ends_with_a_table_a_picture_and_a_recipe(
+    recipe: Path, run: Any, tracking: Tracking, monkeypatch: pytest.MonkeyPatch
+) -> None:
     ended = run("sweep", recipe, "--json")
     assert ended.code == 0, ended.err
     result = json.loads(ended.out)
@@ -83,6 +87,13 @@ def test_a_sweep_ends_with_a_table_a_picture_and_a_recipe(recipe: Path, run: Any
     table = run("sweep", recipe)
     assert "winner: learning_rate 0.01" in table.out
     assert "--set train.learning_rate=0.01" in table.out
+
+    def pipeline(settings: Any, registry: Any, made: Recipe, *others: Any) -> Any:
+        assert (made.learning_rate, made.rank) == (won.learning_rate, won.rank)
+        raise TrainingError("the winner is trained")
+
+    monkeypatch.setattr(stages, "open_pipeline", pipeline)
+    assert "the winner is trained" in run("sweep", recipe, "--register").err
 
 
 def test_a_learning_curve_has_four_points(recipe: Path, run: Any, tracking: Tracking) -> None:

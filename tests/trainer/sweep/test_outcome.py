@@ -1,0 +1,56 @@
+"""What is taken of several trials, and what counts as overfitting."""
+
+import pytest
+
+from svc.evaluation.training_curve import TrainingPoint
+from tests.trainer.sweep.fake_trials import LEVELS, TOKENS, outcome
+from trainer.sweep.outcome import Comparison, Outcome, Status
+
+COMPARISON = Comparison(TOKENS)
+NOISY = tuple(level + shift for level, shift in zip(LEVELS, (0.3, -0.4, 0.2, -0.3, 0.4, -0.3, 0.2, -0.2), strict=True))
+"""As good as the plain one within chance, and a little better in the mean."""
+
+
+def test_the_preferred_one_of_those_that_cannot_be_told_apart_is_taken() -> None:
+    plain, noisy, worse = outcome(0, "plain"), outcome(0, "noisy", each=NOISY), outcome(1, "worse")
+    assert noisy.mean < plain.mean
+    assert COMPARISON.choose([worse, plain, noisy]).key == "plain"
+    assert COMPARISON.choose([worse, noisy, plain]).key == "noisy"
+
+
+def test_a_small_difference_on_every_example_is_no_chance() -> None:
+    assert COMPARISON.choose([outcome(0.01, "default"), outcome(0, "better")]).key == "better"
+
+
+def test_what_was_not_completed_is_never_taken() -> None:
+    pruned = Outcome(key="pruned", values={}, status=Status.PRUNED)
+    assert COMPARISON.choose([pruned, outcome(1, "complete")]).key == "complete"
+
+
+def test_long_answers_count_by_their_tokens() -> None:
+    """The second is better on the one long answer only."""
+    first, second = outcome(0), outcome(0, each=(LEVELS[0] - 0.1, *(level + 0.05 for level in LEVELS[1:])))
+    assert Comparison(TOKENS).difference(first, second).value > 0
+    assert Comparison((100, *TOKENS[1:])).difference(first, second).value < 0
+
+
+def point(step: int, loss: float, *heldout: float) -> TrainingPoint:
+    mean = sum(heldout) / len(heldout) if heldout else None
+    return TrainingPoint(step=step, epoch=step, loss=loss, heldout_loss=mean, heldout_each=heldout)
+
+
+@pytest.mark.parametrize(
+    ("points", "overfits"),
+    [
+        ([point(1, 2.0, 0.5, 0.6, 0.7), point(2, 1.0, 0.9, 1.0, 1.2)], True),
+        ([point(1, 2.0, 0.5, 0.6, 0.7), point(2, 1.0, 0.4, 0.5, 0.6)], False),  # it still falls
+        ([point(1, 2.0, 0.5, 0.6, 0.7), point(2, 1.0, 0.1, 0.6, 1.2)], False),  # it rose by chance
+        ([point(1, 1.0, 0.5, 0.6, 0.7), point(2, 2.0, 0.9, 1.0, 1.2)], False),  # training loss rose too
+        ([point(1, 1.0)], False),
+    ],
+    ids=["rises", "falls", "chance", "diverges", "unmeasured"],
+)
+def test_overfitting_is_a_rise_of_heldout_loss_while_training_loss_falls(
+    points: list[TrainingPoint], overfits: bool
+) -> None:
+    assert outcome(0, points=tuple(points)).overfits is overfits

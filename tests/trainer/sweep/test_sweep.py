@@ -1,0 +1,110 @@
+"""What a sweep says at its end and on its way, and its picture."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from svc.evaluation.estimate import Estimate
+from svc.yaml_text import parse_yaml
+from tests.trainer.conftest import make_recipe
+from tests.trainer.sweep.fake_trials import LEVELS, TOKENS, outcome
+from trainer.recipe.file import load_recipe
+from trainer.sweep.outcome import Comparison, Outcome, Status
+from trainer.sweep.picture import draw_sweep
+from trainer.sweep.render import print_sweep
+from trainer.sweep.search import Plan, Search, Tried
+from trainer.sweep.space import RANK, RATE, Phase
+from trainer.sweep.sweep import Clock, SweepResult, recipe_text, settings_of_winner, summarize
+from trainer.sweep.values import describe, training_key, with_values
+
+BASE = Estimate(value=3, low=2, high=4)
+
+
+def result_of(winner: Outcome, *others: Outcome) -> SweepResult:
+    search = Search(make_recipe(), Comparison(TOKENS), lambda *_: None, lambda *_: None, lambda *_: None)  # type: ignore[arg-type, return-value]
+    search.tried += [Tried(Phase.LEARNING_RATE, one) for one in (winner, *others)]
+    return summarize(search, winner, BASE, len(LEVELS))
+
+
+def test_a_winner_that_is_better_beyond_chance_has_no_warning() -> None:
+    result = result_of(outcome(0, "a", {RATE: 1e-4}), outcome(0.5, "b", {RATE: 5e-4}))
+    assert result.warning is None
+    assert result.runner_up == {RATE: 5e-4}
+    assert result.difference is not None
+    assert result.difference.value == pytest.approx(0.5)
+
+
+def test_a_winner_that_may_be_no_better_says_so() -> None:
+    each = [level + (0.3 if number % 2 else -0.3) for number, level in enumerate(LEVELS)]
+    result = result_of(outcome(0, "a", {RATE: 1e-4}), outcome(0, "b", {RATE: 5e-4}, each=each))
+    assert result.warning is not None
+    assert "cannot be told apart from learning_rate 0.0005" in result.warning
+
+
+def test_the_flags_of_the_winner_are_read_as_its_values(tmp_path: Path) -> None:
+    """5e-05 is a text in YAML, and 5.0e-05 a number."""
+    values = {RATE: 5e-5, RANK: 8, "train.steps": None, "adapter.targets": "attention"}
+    path = tmp_path / "recipe.yaml"
+    path.write_text("{name: tiny, base: ./base, data: {train: train.jsonl, heldout: heldout.jsonl}}", "utf-8")
+    recipe = load_recipe(path)
+    flags = settings_of_winner(result_of(outcome(0, "a", values)))
+    assert load_recipe(path, tuple(flags)) == with_values(recipe, values)
+
+
+def test_the_recipe_of_the_winner_is_whole_and_has_no_search() -> None:
+    recipe = make_recipe(sweep={"space": {RANK: [4, 8]}}, evaluate={"metrics": "rouge"}, method="dora")
+    content: Any = parse_yaml(recipe_text(with_values(recipe, {RANK: 8})))
+    assert "sweep" not in content
+    assert type(recipe).model_validate(content) == with_values(recipe, {RANK: 8})
+
+
+def test_time_left_follows_from_what_an_epoch_has_taken() -> None:
+    said: list[str] = []
+    clock, recipe = Clock(said.append), make_recipe()
+    clock.begin(recipe, Phase.RECIPE, {}, Plan((1.0, 1.0, 1.0, 2.0)))
+    clock.end(recipe, Tried(Phase.RECIPE, outcome(0, "a", {}, seconds=60)))
+    clock.begin(recipe, Phase.RANK, {RANK: 8}, Plan((1.0, 1.0, 2.0)))
+    assert "left" not in said[0]
+    assert said[2] == "[bold]rank[/bold]: rank 8 (3 trials to go, about 4 min left)"
+
+
+def test_the_table_shows_every_trial_and_why_some_were_given_up(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pruned = Outcome(key="c", values={RATE: 1e-5}, status=Status.PRUNED, why="at step 4, where it had 2.000")
+    result = result_of(outcome(0, "a", {RATE: 1e-4}), outcome(0.5, "b", {RATE: 5e-4}), pruned)
+    print_sweep(result, tmp_path, tmp_path / "trials.svg")
+    shown = capsys.readouterr().out
+    assert all(text in shown for text in ("learning_rate 0.0001", "learning_rate 0.0005", "pruned at step 4"))
+
+
+def test_a_picture_is_the_same_file_each_time(tmp_path: Path) -> None:
+    result = result_of(outcome(0, "a", {RATE: 1e-4}), outcome(0.5, "b", {RATE: 5e-4}))
+    files = [draw_sweep(result, tmp_path / name).read_bytes() for name in ("one.svg", "two.svg")]
+    assert files[0] == files[1]
+    assert b"learning_rate" in files[0]
+
+
+def test_a_sweep_without_two_trials_of_a_phase_has_a_picture_too(tmp_path: Path) -> None:
+    assert draw_sweep(result_of(outcome(0, "a", {})), tmp_path / "one.svg").stat().st_size > 0
+
+
+@pytest.mark.parametrize(
+    ("one", "other", "same"),
+    [
+        ({}, {RATE: 5e-4}, True),
+        ({}, {RANK: 16, "adapter.alpha": 32}, True),
+        ({}, {"train.epochs": 1.0, "train.steps": None}, True),
+        ({}, {RANK: 8}, False),
+        ({"train.steps": 5}, {"train.steps": 5, "train.epochs": 7.0}, True),
+        ({}, {"train.seed": 1}, False),
+    ],
+)
+def test_what_trains_the_same_is_one_training(one: dict[str, Any], other: dict[str, Any], same: bool) -> None:
+    keys = [training_key(with_values(make_recipe(), values)) for values in (one, other)]
+    assert (keys[0] == keys[1]) is same
+
+
+def test_values_are_described_for_a_person() -> None:
+    assert describe({RATE: 2e-4, "train.steps": None, RANK: 8}) == "learning_rate 0.0002, rank 8"
