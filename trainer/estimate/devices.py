@@ -63,21 +63,22 @@ CPU_UTILIZATION: dict[NumberType, dict[Kind, float]] = {
         Kind.LORA: 0.61,
         Kind.FULL: 0.45,
         Kind.QLORA: 0.36,
-        Kind.DORA: 0.30,
-        Kind.ADALORA: 0.38,
-        Kind.VERA: 0.38,
+        Kind.DORA: 0.29,
+        Kind.ADALORA: 0.36,
+        Kind.VERA: 0.49,
     },
     NumberType.FLOAT32: {
         Kind.LORA: 0.60,
-        Kind.FULL: 0.50,
+        Kind.FULL: 0.45,
         Kind.QLORA: 0.36,
-        Kind.DORA: 0.30,
-        Kind.ADALORA: 0.38,
-        Kind.VERA: 0.38,
+        Kind.DORA: 0.29,
+        Kind.ADALORA: 0.36,
+        Kind.VERA: 0.49,
     },
 }
-"""The share of the machine's matrix speed that training reaches. LoRA's was measured (docs/training-speed.md). Others
-are assumed: their layers are PEFT's, as those of TRL's LoRA, which reaches 0.36. `make bench-estimate` measures all."""
+"""The share of the machine's matrix speed that training reaches. LoRA's was measured (docs/training-speed.md). DoRA's,
+AdaLoRA's and VeRA's are processor time of one thread in bfloat16, on a busy machine. Full's and QLoRA's are assumed, and
+so are all but LoRA's in float32. `make bench-estimate` measures times on an idle machine."""
 
 
 class _Listed(BaseModel):

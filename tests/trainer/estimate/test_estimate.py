@@ -94,7 +94,8 @@ def test_advice_is_true(device: str, name: str, method: str) -> None:
     workload = even_workload(1000, 2048, recipe)
     changes = advise(recipe, shape, workload, DEVICES[device])
     if changes is None:
-        least = changed_recipe(make_recipe(method="qlora", adapter={"rank": 8}), {"train.batch_size": 1})
+        kind = "dora" if method == "dora" else "lora"
+        least = make_recipe(method=kind, quantization="nf4", adapter={"rank": 8}, train={"batch_size": 1})
         assert memory_on(least, shape, even_workload(1, 256, least), DEVICES[device]) > DEVICES[device].memory
         return
     changed = changed_recipe(recipe, changes)
