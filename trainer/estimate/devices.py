@@ -62,7 +62,7 @@ CPU_UTILIZATION: dict[NumberType, dict[Kind, float]] = {
     NumberType.BFLOAT16: {
         Kind.LORA: 0.61,
         Kind.FULL: 0.45,
-        Kind.QLORA: 0.36,
+        Kind.QLORA: 0.57,
         Kind.DORA: 0.29,
         Kind.ADALORA: 0.36,
         Kind.VERA: 0.49,
@@ -70,15 +70,15 @@ CPU_UTILIZATION: dict[NumberType, dict[Kind, float]] = {
     NumberType.FLOAT32: {
         Kind.LORA: 0.60,
         Kind.FULL: 0.45,
-        Kind.QLORA: 0.36,
+        Kind.QLORA: 0.57,
         Kind.DORA: 0.29,
         Kind.ADALORA: 0.36,
         Kind.VERA: 0.49,
     },
 }
-"""The share of the machine's matrix speed that training reaches. LoRA's was measured (docs/training-speed.md). DoRA's,
-AdaLoRA's and VeRA's are processor time of one thread in bfloat16, on a busy machine. Full's and QLoRA's are assumed, and
-so are all but LoRA's in float32. `make bench-estimate` measures times on an idle machine."""
+"""The share of the machine's matrix speed that training reaches. LoRA's was measured (docs/training-speed.md). Others
+are processor time of one thread in bfloat16, on a busy machine; in float32 they are taken for the same. `make
+bench-estimate` measures times on an idle machine."""
 
 
 class _Listed(BaseModel):

@@ -23,8 +23,9 @@ _NF4 = (4 + 0.127) / 8
 """Bytes of a weight in NF4, with its share of the scales."""
 _PROCESS = 0.75e9
 """Python with torch, transformers, PEFT and TRL, before a model is loaded: 0.69 GB measured, and the command's own."""
-_BITSANDBYTES = 0.16e9
-"""What importing it adds to a process, and what it quantizes with."""
+_QUANTIZING = 0.16e9
+"""What it leaves in a process, measured with SmolLM2-135M: bitsandbytes, and pages of the file that weights were read
+from, which the kernel takes back when it needs them."""
 _CUDA = 0.75 * 2**30
 """The CUDA context and what cuBLAS works in: 0.4 to 0.8 GiB by driver and GPU."""
 _FRAGMENTS_CPU, _FRAGMENTS_GPU = 1.07, 1.1
@@ -88,15 +89,20 @@ def training_memory(shape: ModelShape, recipe: Recipe, batch: Batch, setup: Setu
     activations = _activations(shape, recipe, batch, setup)
     return parts | {
         Part.GRADIENTS: _FLOAT32 * trained,
-        Part.OPTIMIZER: _ADAM * trained,
+        Part.OPTIMIZER: _optimizer_bytes(recipe) * trained,
         Part.ACTIVATIONS: activations * (_FRAGMENTS_CPU if setup.cpu else _FRAGMENTS_GPU),
         Part.LOGITS: _logits(shape, batch, setup),
         Part.RUNTIME: _runtime(recipe) if setup.cpu else _CUDA,
     }
 
 
+def _optimizer_bytes(recipe: Recipe) -> int:
+    """Of a trained weight; AdaLoRA's allocator has three means of how much each matters."""
+    return _ADAM + (3 * _FLOAT32 if recipe.adapter_type is AdapterType.ADALORA else 0)
+
+
 def _runtime(recipe: Recipe) -> float:
-    return _PROCESS + (_BITSANDBYTES if recipe.base_quantization is Quantization.NF4 else 0)
+    return _PROCESS + (_QUANTIZING if recipe.base_quantization is Quantization.NF4 else 0)
 
 
 def least_memory(shape: ModelShape, recipe: Recipe, setup: Setup) -> float:
@@ -187,6 +193,8 @@ def _linear_inputs(shape: ModelShape, recipe: Recipe, setup: Setup) -> float:
             return 5 * h + m if setup.size == 2 else 2 * h + m
         case AdapterType.VERA:  # it trains vectors alone, so it keeps what comes out of its matrices
             return m + outputs + inner
+        case AdapterType.ADALORA:  # it divides what comes out by the number of ranks
+            return inputs + outputs + 2 * recipe.initial_rank * layers
         case AdapterType.DORA:  # it scales what comes out, once with the update and once without
             return inputs + 2 * outputs + inner
     if (plain and setup.cpu) or setup.size == 4:  # layers with the same input keep it once
