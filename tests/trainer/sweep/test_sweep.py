@@ -22,7 +22,7 @@ BASE = Estimate(value=3, low=2, high=4)
 
 
 def result_of(winner: Outcome, *others: Outcome) -> SweepResult:
-    search = Search(make_recipe(), Comparison(TOKENS), lambda *_: None, lambda *_: None, lambda *_: None)  # type: ignore[arg-type, return-value]
+    search = Search(make_recipe(), Comparison(TOKENS), lambda *_: None, lambda *_: None, lambda *_: None)  # type: ignore[arg-type]
     search.tried += [Tried(Phase.LEARNING_RATE, one) for one in (winner, *others)]
     return summarize(search, winner, BASE, len(LEVELS))
 
