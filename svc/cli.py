@@ -20,7 +20,7 @@ COMMANDS = {
     # command: (import path, one line of help)
     "data": ("svc.dataset.cli:data", "Check files of chat examples."),
     "train": ("trainer.cli:train", "Train, evaluate, merge, quantize, register a version."),
-    "estimate": ("trainer.cli:estimate", "Say what a training takes: memory, time, money, and whether it fits."),
+    "estimate": ("trainer.cli:estimate", "Say what a training takes, and whether it fits."),
     "sweep": ("trainer.sweep.cli:sweep", "Search for a recipe's best values."),
     "models": ("svc.registry.cli:models", "List versions and aliases, or remove versions."),
     "show": ("svc.registry.cli:show", "Show one version."),

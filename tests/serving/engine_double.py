@@ -55,6 +55,7 @@ class EngineDouble:
         name: its one model.
         tokens: length of an answer.
         token_delay_s: seconds for each token.
+        delayed: tokens that were waited for.
         tokenize_delay_s: seconds to count the tokens of a prompt.
         linger_s: seconds between the last event of a stream and its end.
         max_model_len: longest prompt, words.
@@ -89,6 +90,7 @@ class EngineDouble:
     name: str = "tuned"
     tokens: int = 4
     token_delay_s: float = 0.0
+    delayed: int = 0
     tokenize_delay_s: float = 0.0
     linger_s: float = 0.0
     max_model_len: int = 1000
@@ -348,6 +350,7 @@ class EngineDouble:
     async def _words(self, body: dict[str, Any]) -> AsyncIterator[str]:
         for index in range(self._counts(body).completion):
             if self.token_delay_s:
+                self.delayed += 1
                 await asyncio.sleep(self.token_delay_s)
             # Asked for each token: weights that change under a running answer show in it.
             stale = "" if self._cached_weights == self.weights else "stale-"

@@ -16,7 +16,6 @@ GIVEN_BACK = 0.25
 UNFINISHED_SHARE, HELDOUT_SHARE = 0.15, 0.12
 """Of the whole fall of the training loss, and of held-out loss, in the last third of the learning. A loss that
 approaches its end exponentially, and has a share of 0.15 there, is six sevenths of the way to it."""
-STILL_SURE = 1.0
 USUAL_TIMES = 3.0
 """Times the usual rate, from which on the rate is to blame: neighbouring rates of a search differ by as much."""
 
@@ -101,8 +100,8 @@ def find_underfitting(run: TrainingRun) -> Finding | None:
         f"{two_thirds.mean:.3f} after two thirds of the learning, {last.mean:.3f} at the end",
         advice=advice,
         rule=f"the last third of the learning, by the sum of the learning rates, brought more than "
-        f"{UNFINISHED_SHARE:.0%} of the fall of the training loss, by {STILL_SURE:g} standard error, and more than "
-        f"{HELDOUT_SHARE:.0%} of that of held-out loss",
+        f"{UNFINISHED_SHARE:.0%} of the fall of the training loss and more than {HELDOUT_SHARE:.0%} of that of "
+        "held-out loss",
     )
 
 
@@ -121,8 +120,8 @@ def _unfinished(run: TrainingRun) -> tuple[Window, Window, Window] | None:
         return None
     first, second, last = (window_of(steps[at - size : at]) for at in (size, end, len(steps)))
     fall, error = first.above(last)
-    late, late_error = second.above(last)
-    if fall <= SURE * error or late <= UNFINISHED_SHARE * fall + STILL_SURE * late_error:
+    late, _ = second.above(last)
+    if fall <= SURE * error or late <= UNFINISHED_SHARE * fall:
         return None
     share = _late_heldout_share(run, steps[end - 1].step)
     return None if share is not None and share <= HELDOUT_SHARE else (first, second, last)

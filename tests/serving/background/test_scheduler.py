@@ -83,7 +83,7 @@ async def test_a_question_for_other_weights_is_not_put(control: Control) -> None
 async def test_a_swap_waits_for_no_answer_and_ends_the_question(control: Control) -> None:
     control.double.token_delay_s = 30
     asking = asyncio.create_task(questions(control).ask(control.replica.weights, put))
-    await until(lambda: control.double.running)
+    await until(lambda: control.double.delayed)
     control.double.token_delay_s = 0
     swap = await control.promote(2)
     assert (swap.outcome, swap.running) == (SwapOutcome.SUCCEEDED, 0)
