@@ -227,6 +227,7 @@ def figures(title: str, text: str, *columns: Column, span: int = 24) -> PanelBui
         .height(_CHART_HEIGHT)
         .span(span)
         .thresholds(_thresholds(None))
+        .show_header(True)
         .targets(_targets(queries, instant=True, shape=PromQueryFormat.TABLE))
         .with_transformation(dashboard.DataTransformerConfig(id_val="merge", options={}))
         .with_transformation(dashboard.DataTransformerConfig(id_val="organize", options=organize))

@@ -9,6 +9,9 @@ from typing import Any
 
 import pytest
 import yaml
+from grafana_foundation_sdk.cog.encoder import JSONEncoder
+from grafana_foundation_sdk.cog.plugins import register_default_plugins
+from grafana_foundation_sdk.models.dashboard import Dashboard
 
 from monitoring.dashboards.export import files
 from monitoring.dashboards.overview import AVAILABILITY_OBJECTIVE, FIRST_TOKEN_OBJECTIVE
@@ -53,6 +56,25 @@ def _vllm_names() -> set[str]:
     path = next(Path(entry) / VLLM_LOGGERS for entry in sys.path if (Path(entry) / VLLM_LOGGERS).is_file())
     made = re.findall(r'self\._(counter|gauge|histogram)_cls\(\s*name="(vllm:\w+)"', path.read_text("utf-8"))
     return {name + "_total" if kind == "counter" else name for kind, name in made}
+
+
+def _changed(ours: Any, read: Any, path: str = "") -> list[str]:
+    """Where what Grafana's types read differs from what was written; defaults that they add are no difference."""
+    if isinstance(ours, dict) and isinstance(read, dict):
+        return [at for key, value in ours.items() for at in _changed(value, read.get(key, KeyError), f"{path}/{key}")]
+    if isinstance(ours, list) and isinstance(read, list) and len(ours) == len(read):
+        pairs = zip(ours, read, strict=True)
+        return [at for place, (one, other) in enumerate(pairs) for at in _changed(one, other, f"{path}/{place}")]
+    return [] if ours == read else [path]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_field_of_a_dashboard_is_one_of_grafanas_schema(name: str) -> None:
+    """The SDK's types are made from that schema, and drop what it does not know."""
+    register_default_plugins()
+    ours = json.loads((FOLDER / name).read_text("utf-8"))
+    read = json.loads(JSONEncoder().encode(Dashboard.from_json(ours)))
+    assert _changed(ours, read) == []
 
 
 @pytest.mark.parametrize("name", NAMES)
