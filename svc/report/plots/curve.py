@@ -28,6 +28,7 @@ def plot_loss(curve: Sequence[TrainingPoint]) -> str | None:
     """Loss of each step, smoothed where there are many, and held-out loss; None where there is no point."""
     steps, losses = _series(curve, "loss")
     held_steps, held = _series(curve, "heldout_loss")
+    examples = max((len(point.heldout_each) for point in curve), default=0)  # fewer than were judged
     if not len(steps) and not len(held_steps):
         return None
 
@@ -37,7 +38,8 @@ def plot_loss(curve: Sequence[TrainingPoint]) -> str | None:
         if len(held):
             mark = "s" if len(held) <= _FEW_POINTS else ""
             shown = _thinned(held_steps, held)
-            axes.plot(*shown, color=Colour.GPTQ.value, marker=mark, markersize=5, label="held-out", clip_on=False)
+            label = f"held-out, {examples} examples" if examples else "held-out"
+            axes.plot(*shown, color=Colour.GPTQ.value, marker=mark, markersize=5, label=label, clip_on=False)
         everything = np.concatenate([losses, held])
         if everything.max() > _STEEP * np.median(everything) > 0 and everything.min() > 0:
             axes.set_yscale("log")
