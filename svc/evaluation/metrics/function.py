@@ -86,8 +86,9 @@ class FunctionMetric(Metric):
         if not self.spec.path.is_file():
             raise RecipeError(f"the metric {self.spec}: there is no such file", todo="correct evaluate.metrics")
         arguments = [function_worker.__file__, str(self.spec.path), self.spec.function, str(math.ceil(self._seconds))]
+        # -B: Python takes the bytecode that it left for the file as it is now, where both are of the same second.
         process = subprocess.Popen(
-            [sys.executable, *arguments], stdin=subprocess.PIPE, stdout=subprocess.PIPE, start_new_session=True
+            [sys.executable, "-B", *arguments], stdin=subprocess.PIPE, stdout=subprocess.PIPE, start_new_session=True
         )
         try:
             said, _ = process.communicate(given, timeout=self._seconds)
