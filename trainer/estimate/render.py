@@ -31,7 +31,8 @@ def print_short(estimate: Estimate) -> None:
         return
     console.print(
         f"  estimate: {_size(here.memory)} of memory, {_size(here.device.memory)} are free; training takes about "
-        f"{_duration(here.seconds)}; {_size(estimate.disk)} on disk"
+        f"{_duration(here.seconds)}; {_size(estimate.disk)} on disk",
+        soft_wrap=True,
     )
     if not here.fits:
         console.print(f"  [yellow]it may not fit: {advice_text(estimate, here.device)}[/yellow]")
