@@ -8,13 +8,13 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field
 
 from svc.dataset.checks.labels import FEW_ANSWERS, find_label
 from svc.dataset.schema.example import ChatExample
 from svc.dataset.split import group_near_duplicates, near_leaks
 from svc.dataset.text.plain_text import normal
-from svc.errors import IntegrityError
+from svc.json_file import read_record
 
 DATA_SUMMARY_FILE = "data_summary.json"
 """In a version's reference folder."""
@@ -116,7 +116,4 @@ def read_data_summary(path: Path) -> DataSummary:
     Raises:
         IntegrityError: there is no such file, or it is no summary.
     """
-    try:
-        return DataSummary.model_validate_json(path.read_bytes())
-    except (OSError, ValidationError) as error:
-        raise IntegrityError(f"cannot read {path}: {error}", todo="restore it from a backup, or train again") from error
+    return read_record(path, DataSummary)

@@ -7,9 +7,9 @@ first examples were asked. Knows nothing of where the file lies and of how it is
 from collections.abc import Sequence
 from pathlib import Path
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field
 
-from svc.errors import IntegrityError
+from svc.json_file import read_records
 
 
 class ExampleResult(BaseModel):
@@ -56,17 +56,4 @@ def read_results(path: Path) -> tuple[ExampleResult, ...]:
     Raises:
         IntegrityError: there is no such file, or a line of it is no result.
     """
-    try:
-        lines = path.read_bytes().splitlines()  # of bytes: U+2028 is good JSON and ends no line
-    except OSError as error:
-        raise IntegrityError(f"cannot read {path}: {error}", todo="restore it from a backup, or train again") from error
-    return tuple(_result(path, number, line) for number, line in enumerate(lines, start=1))
-
-
-def _result(path: Path, number: int, line: bytes) -> ExampleResult:
-    try:
-        return ExampleResult.model_validate_json(line)
-    except ValidationError as error:
-        raise IntegrityError(
-            f"{path}:{number} is no result of an example: {error}", todo="restore it from a backup, or train again"
-        ) from error
+    return read_records(path, ExampleResult, "result of an example")

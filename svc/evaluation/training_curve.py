@@ -6,9 +6,9 @@ Point 0 is the model before its first step. Knows nothing of who draws or judges
 from collections.abc import Sequence
 from pathlib import Path
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field
 
-from svc.errors import IntegrityError
+from svc.json_file import read_records
 
 TRAINING_CURVE_FILE = "training.jsonl"
 """In a version's reference folder."""
@@ -51,7 +51,4 @@ def read_training_curve(path: Path) -> tuple[TrainingPoint, ...]:
     Raises:
         IntegrityError: there is no such file, or a line of it is no point.
     """
-    try:
-        return tuple(TrainingPoint.model_validate_json(line) for line in path.read_bytes().splitlines())
-    except (OSError, ValidationError) as error:
-        raise IntegrityError(f"cannot read {path}: {error}", todo="restore it from a backup, or train again") from error
+    return read_records(path, TrainingPoint, "point of a training curve")

@@ -3,10 +3,10 @@
 import platform
 from pathlib import Path
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict
 
 from svc.engine.machine import read_machine
-from svc.errors import IntegrityError
+from svc.json_file import read_record
 
 RUN_RECORD_FILE = "run.json"
 """In a version's reference folder."""
@@ -75,10 +75,7 @@ def read_run_record(path: Path) -> RunRecord:
     Raises:
         IntegrityError: there is no such file, or it is no record.
     """
-    try:
-        return RunRecord.model_validate_json(path.read_bytes())
-    except (OSError, ValidationError) as error:
-        raise IntegrityError(f"cannot read {path}: {error}", todo="restore it from a backup, or train again") from error
+    return read_record(path, RunRecord)
 
 
 def _processor() -> str:

@@ -15,21 +15,17 @@ from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from pydantic import BaseModel, ConfigDict
-
 from svc.chat_template import TemplateValue, choose_template_kwargs, write_template_kwargs
 from svc.dataset.schema.tokenized_example import TokenizedExample
 from svc.disk import is_full, write_whole
-from svc.engine.capabilities import Capabilities, NumberType, read_capabilities
-from svc.engine.model_facts import ModelFacts, read_model_facts
+from svc.engine.capabilities import Capabilities, read_capabilities
+from svc.engine.model_facts import read_model_facts
 from svc.engine.probes import engine_facts
-from svc.engine.vllm.number_type import choose_dtype, explain_gptq_kernel
 from svc.errors import DiskSpaceError, InterruptedRunError, SvcError, TrainingError
 from svc.evaluation.cache import EvaluationCache
-from svc.evaluation.evaluator import EvaluationReport, judge
+from svc.evaluation.evaluator import judge
 from svc.evaluation.general.general_set import MAX_TOKENS
 from svc.evaluation.judge import JudgeReport
-from svc.evaluation.results import ExampleResult
 from svc.evaluation.token_scores import choose_examples
 from svc.lock import hold_lock
 from svc.registry.fingerprint import compatibility_fingerprint
@@ -55,10 +51,12 @@ from trainer.pipeline.find_base import merged_revision
 from trainer.pipeline.forgetting import ForgettingTest
 from trainer.pipeline.judging import Judging, compare_answers, judge_endpoint
 from trainer.pipeline.memory import release_memory
+from trainer.pipeline.number_types import say_number_types
 from trainer.pipeline.registration import Registration
 from trainer.pipeline.reports import check_reports, open_reports
 from trainer.pipeline.run_folder import Run
 from trainer.pipeline.stage_key import Stage
+from trainer.pipeline.stage_results import Evaluated, Registered, TrackedRun
 from trainer.qualification import BaseAnswers, GeneralQuestions, Launch, Qualified, Qualifier
 from trainer.recipe.sections import Recipe
 from trainer.training.summary import TrainingData, TrainingSummary
@@ -67,49 +65,6 @@ if TYPE_CHECKING:
     from trainer.callbacks.loss_log import Report  # torch with it
 
 _SPARE_BYTES = 200_000_000  # logs, results, the tracking database
-
-
-class Evaluated(BaseModel):
-    """Result of the stage `evaluate`.
-
-    Attributes:
-        base_results: the answers behind the report; none in a run that an older release began.
-        base_general: to the general questions; none where none were asked.
-    """
-
-    model_config = ConfigDict(frozen=True)
-
-    base: EvaluationReport
-    base_results: tuple[ExampleResult, ...] = ()
-    base_general: tuple[ExampleResult, ...] = ()
-    merged: Qualified
-
-
-class Registered(BaseModel):
-    """Result of the stage `register`.
-
-    Attributes:
-        failed: what the version failed; it was registered all the same.
-    """
-
-    model_config = ConfigDict(frozen=True)
-
-    name: str
-    number: int
-    failed: tuple[str, ...] = ()
-
-    @property
-    def version(self) -> VersionId:
-        """The version that was made."""
-        return VersionId(self.name, self.number)
-
-
-class TrackedRun(BaseModel):
-    """The MLflow run that belongs to a run's folder."""
-
-    model_config = ConfigDict(frozen=True)
-
-    run_id: str
 
 
 @dataclass(frozen=True)
@@ -221,7 +176,7 @@ class Pipeline:
         if Format.GPTQ in self.recipe.formats:  # not an hour later
             multiple = self.capabilities.gptq_multiple(self.settings.engine)
             check_layers(self.base.folder, self.recipe.quantize.group_size, multiple)
-        self._say_number_types()
+        say_number_types(self.capabilities, self.settings.engine, self.recipe.formats)
         served = self._served_length
         if served is not None:
             room = self.recipe.evaluate.max_tokens
@@ -281,26 +236,6 @@ class Pipeline:
             return None
         longest = self.settings.engine.max_model_len
         return min(longest, read_model_facts(self.base.folder).context or longest)
-
-    def _say_number_types(self) -> None:
-        """What was chosen for this device, and why.
-
-        Raises:
-            EngineError: GPTQ cannot be served here.
-        """
-        able, engine = self.capabilities, self.settings.engine
-        here, served = able.training_device, able.device(engine)
-        _say("train", f"{able.training_type} on {here}", able.training_reason)
-        for format in self.recipe.formats:
-            if format is Format.ADAPTER:
-                continue
-            quantization = Format.GPTQ.value if format is Format.GPTQ else None
-            dtype = choose_dtype(engine, able, ModelFacts(dtype=NumberType.BFLOAT16, quantization=quantization))
-            if format is Format.GPTQ:
-                kernel = explain_gptq_kernel(engine, able)
-                _say("gptq", f"{dtype.value} on {served}, kernel of {kernel.value}", kernel.reason)
-            else:
-                _say("merged", f"{dtype.value} on {served}", dtype.reason)
 
     def _merge(self) -> MergeSummary:
         if self._full:
@@ -513,10 +448,6 @@ class _Step:
     work: Callable[[], object]
     need: int = 0
     outputs: tuple[Path, ...] = ()
-
-
-def _say(what: str, choice: str, reason: str) -> None:
-    console.print(f"  {what}: {choice}" + (f" ({reason})" if reason else ""))
 
 
 def open_pipeline(

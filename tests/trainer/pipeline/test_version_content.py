@@ -24,7 +24,8 @@ from tests.trainer.engines import Engines
 from tests.trainer.pipeline.stand_ins import CURVE, TRAIN, Make, Stages
 from trainer.pipeline import registration
 from trainer.pipeline.stage_key import Stage
-from trainer.pipeline.stages import Evaluated, Pipeline
+from trainer.pipeline.stage_results import Evaluated
+from trainer.pipeline.stages import Pipeline
 
 pytestmark = pytest.mark.slow
 

@@ -1,0 +1,37 @@
+"""Says in which numbers a run trains and its formats are served on this machine, and why."""
+
+from collections.abc import Sequence
+
+from svc.engine.capabilities import Capabilities, NumberType
+from svc.engine.model_facts import ModelFacts
+from svc.engine.vllm.number_type import choose_dtype, explain_gptq_kernel
+from svc.settings import EngineSettings
+from svc.terminal import console
+from svc.version import Format
+
+
+def say_number_types(able: Capabilities, engine: EngineSettings, formats: Sequence[Format]) -> None:
+    """What was chosen for this device, and why.
+
+    Args:
+        formats: that the recipe asks for.
+
+    Raises:
+        EngineError: GPTQ cannot be served here.
+    """
+    here, served = able.training_device, able.device(engine)
+    _say("train", f"{able.training_type} on {here}", able.training_reason)
+    for format in formats:
+        if format is Format.ADAPTER:
+            continue
+        quantization = Format.GPTQ.value if format is Format.GPTQ else None
+        dtype = choose_dtype(engine, able, ModelFacts(dtype=NumberType.BFLOAT16, quantization=quantization))
+        if format is Format.GPTQ:
+            kernel = explain_gptq_kernel(engine, able)
+            _say("gptq", f"{dtype.value} on {served}, kernel of {kernel.value}", kernel.reason)
+        else:
+            _say("merged", f"{dtype.value} on {served}", dtype.reason)
+
+
+def _say(what: str, choice: str, reason: str) -> None:
+    console.print(f"  {what}: {choice}" + (f" ({reason})" if reason else ""))
