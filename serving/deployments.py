@@ -28,7 +28,7 @@ from svc.version import Target
 
 log = logging.getLogger(__name__)
 
-_POLL_S = 0.5
+_POLL_S = 1.0
 _REGISTERED_S = 5.0
 _DRAIN_S = 30.0
 _IMPORTED_S = 60.0  # whether MLflow answers or not

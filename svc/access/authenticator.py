@@ -27,7 +27,7 @@ from svc.store.keys import Key, keys_revision, read_keys
 
 log = logging.getLogger(__name__)
 
-LOOK_S = 0.25
+LOOK_S = 0.5
 """From one look at the store to the next: a revocation is heard within a second."""
 _LONGEST = 64
 """Characters; a secret has fewer."""
