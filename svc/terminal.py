@@ -40,6 +40,9 @@ def quiet_libraries() -> None:
     os.environ.setdefault("TQDM_DISABLE", "1")
     for library in ("httpx", "httpcore", "alembic", "uvicorn.error", "tokenicer", "huggingface_hub"):
         logging.getLogger(library).setLevel(logging.WARNING)
+    # These warn at import of optional kernels that the machine does not have and that nothing here uses.
+    for library in ("bitsandbytes", "torchao", "torch.utils._pytree"):
+        logging.getLogger(library).setLevel(logging.ERROR)
 
 
 def print_json(value: Any) -> None:

@@ -15,7 +15,7 @@ from svc.json_file import read_json_object
 from svc.lock import is_locked
 from svc.version import NAME_PATTERN
 
-RUNS_FOLDER, RUN_LOCK = "runs", "lock"
+RUNS_FOLDER, SWEEPS_FOLDER, RUN_LOCK = "runs", "sweeps", "lock"
 _TRACKING_FILE = "mlflow.json"
 
 

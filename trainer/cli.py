@@ -9,9 +9,6 @@ import click
 from svc.invocation import json_option, settings_of
 
 if TYPE_CHECKING:
-    from svc.settings import Settings
-    from trainer.estimate.estimate import DeviceEstimate, Estimate
-    from trainer.pipeline.examples import Examples
     from trainer.pipeline.run_folder import Run
     from trainer.recipe.sections import Recipe
 
@@ -55,10 +52,10 @@ def train(
     loaded = load_recipe(recipe, overrides)
     if curve:
         if quick or register_failed or skip_bad:
-            raise click.UsageError("--curve makes no version: it goes with --set and --json only")
+            raise click.UsageError("--curve makes no version: it goes with --set, --anyway and --json only")
         from trainer.sweep.cli import learning_curve
 
-        learning_curve(settings, loaded, as_json=as_json)
+        learning_curve(settings, loaded, anyway=anyway, as_json=as_json)
         return
     if skip_bad and loaded.train.too_long is TooLong.ERROR:
         train_section = loaded.train.model_copy(update={"too_long": TooLong.DROP})
@@ -69,12 +66,13 @@ def train(
     examples = read_run_examples(loaded, cache=settings.base_cache, bad_lines=bad_lines, learnt=learnt)
     if bad_lines and bad_lines.count:
         console.print(f"[yellow]left out {bad_lines.count} bad lines: they lie in {bad_lines.folder}[/yellow]")
+    from trainer.pipeline.estimate import estimate_here
     from trainer.pipeline.find_base import find_base
     from trainer.pipeline.quick_trial import quick_trial
     from trainer.pipeline.stages import open_pipeline
 
     made = quick_trial(loaded, examples) if quick else (loaded, examples)
-    expected = _estimate_here(*made, settings, anyway=anyway)
+    expected = estimate_here(*made, settings, anyway=anyway)
     base = find_base(loaded, settings)
     pipeline = open_pipeline(settings, registry, *made, base, register_failed=register_failed, expected=expected)
     manifest = registry.manifest(pipeline.train_version())
@@ -105,59 +103,18 @@ def estimate(
     from svc.terminal import print_json, quiet_libraries
     from trainer.estimate.render import as_json as to_json
     from trainer.estimate.render import print_estimate
+    from trainer.pipeline.estimate import estimate_devices
     from trainer.pipeline.examples import read_run_examples
     from trainer.recipe.file import load_recipe
 
     quiet_libraries()
     settings = settings_of(ctx)
     loaded = load_recipe(recipe, overrides)
-    made = _estimate(loaded, read_run_examples(loaded, cache=settings.base_cache), settings, names)
+    made = estimate_devices(loaded, read_run_examples(loaded, cache=settings.base_cache), settings, names)
     if as_json:
         print_json(to_json(made))
     else:
         print_estimate(made)
-
-
-def _estimate(recipe: "Recipe", examples: "Examples", settings: "Settings", names: tuple[str, ...]) -> "Estimate":
-    """What a recipe takes on these devices; on all where none is named."""
-    from trainer.estimate.batches import read_workload
-    from trainer.estimate.devices import choose_devices
-    from trainer.estimate.estimate import estimate_recipe
-    from trainer.estimate.model_shape import read_model_shape
-    from trainer.pipeline.find_base import find_config
-
-    devices = choose_devices(names, settings.home)  # a wrong name is told before anything is read
-    folder = find_config(recipe, settings)
-    shape = read_model_shape(folder, recipe.adapter.targets)
-    workload = read_workload(examples.train, recipe, folder)
-    return estimate_recipe(recipe, shape, workload, devices, settings.engine.max_model_len)
-
-
-def _estimate_here(
-    recipe: "Recipe", examples: "Examples", settings: "Settings", *, anyway: bool
-) -> "DeviceEstimate | None":
-    """Says what training will take here, and refuses what cannot be; None where the base's config is not understood.
-
-    Raises:
-        InsufficientMemoryError: it cannot fit.
-        DiskSpaceError: there is no room for what it writes.
-    """
-    from svc.engine.machine import read_machine
-    from svc.errors import SvcError
-    from svc.terminal import console
-    from trainer.estimate.devices import HERE
-    from trainer.estimate.refusal import refuse_impossible
-    from trainer.estimate.render import print_short
-
-    try:
-        made = _estimate(recipe, examples, settings, (HERE,))
-    except SvcError as error:  # what is wrong with base or data, training says itself
-        console.print(f"  [dim]no estimate: {error.wrong}[/dim]")
-        return None
-    print_short(made)
-    if not anyway:
-        refuse_impossible(made, read_machine(gpus=True), settings.home)
-    return made.here
 
 
 def _foretell(recipe: "Recipe", run: "Run") -> None:

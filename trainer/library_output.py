@@ -10,10 +10,6 @@ from contextlib import contextmanager, redirect_stdout
 
 _log = logging.getLogger(__name__)
 
-# Warn at import of optional kernels that this machine does not have and that nothing here uses.
-for _noisy in ("bitsandbytes", "torchao", "torch.utils._pytree"):
-    logging.getLogger(_noisy).setLevel(logging.ERROR)
-
 
 class _LogLines(io.TextIOBase):
     """A text stream whose lines are logged at DEBUG."""

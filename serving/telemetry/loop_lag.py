@@ -4,7 +4,7 @@ import asyncio
 from collections.abc import Callable
 
 _EVERY_S = 0.1
-"""Three thousand looks in five minutes, enough for a 99th percentile. Five times as often costs a hundredth of a core."""
+"""Three thousand looks in five minutes, enough for a 99th percentile; five times as many cost a hundredth of a core."""
 
 
 class LoopLag:

@@ -21,7 +21,7 @@ from svc.lock import hold_lock, lock_holder
 from svc.registry.registry import Registry
 from svc.store.desired import desired_names, read_desired
 from svc.store.swaps import find_swap
-from svc.training_runs import RUN_LOCK, RUNS_FOLDER
+from svc.training_runs import RUN_LOCK, RUNS_FOLDER, SWEEPS_FOLDER
 from svc.version import Format, VersionId
 
 log = logging.getLogger(__name__)
@@ -153,6 +153,9 @@ def find_reclaimable(registry: Registry, home: Path, older_than_days: float) -> 
             finished = (folder / _REGISTERED).is_file()
             why = "the version is registered" if finished else "the run was given up"
             yield Reclaimable(folder, size_on_disk(folder), f"{why}, and nobody has touched it since", touched)
+    for folder in _folders((home / SWEEPS_FOLDER).glob("*")):
+        if lock_holder(folder / RUN_LOCK) is None and (touched := _newest(folder, now)) < before:
+            yield Reclaimable(folder, size_on_disk(folder), "trials of a sweep or a learning curve", touched)
     for path in sorted((home / "logs").glob("*.log.*")):
         if (touched := _newest(path, now)) < before:
             yield Reclaimable(path, size_on_disk(path), "a log that was rotated", touched)
@@ -171,7 +174,7 @@ def reclaim(found: Reclaimable) -> None:
     if not path.is_dir():
         path.unlink(missing_ok=True)
         return
-    lock = path / RUN_LOCK if path.parent.name == RUNS_FOLDER else path.parent / _REMOVING
+    lock = path / RUN_LOCK if path.parent.name in (RUNS_FOLDER, SWEEPS_FOLDER) else path.parent / _REMOVING
     with hold_lock(lock, str(path)):
         if _newest(path, time.time()) > found.touched:
             raise BusyError(f"{path} was changed just now", todo="nothing: it is kept")

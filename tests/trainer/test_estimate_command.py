@@ -56,14 +56,18 @@ def test_a_base_without_a_config_is_told_what_to_download(svc: Svc, tmp_path: Pa
     assert "download config.json" in ended.err
 
 
-def test_training_that_cannot_fit_is_refused_before_any_work(svc: Svc, tmp_path: Path, recipe: Path) -> None:
-    ended = svc("--home", tmp_path / "home", "train", recipe)
+@pytest.mark.parametrize("command", [["train"], ["train", "--curve"], ["sweep"]], ids=" ".join)
+def test_training_that_cannot_fit_is_refused_before_any_work(
+    svc: Svc, tmp_path: Path, recipe: Path, command: list[str]
+) -> None:
+    ended = svc("--home", tmp_path / "home", *command, recipe)
     assert ended.code == InsufficientMemoryError.exit_code
     assert "GB too few" in ended.err
-    assert not (tmp_path / "home" / "runs").exists()
+    assert not {"runs", "sweeps"} & {path.name for path in (tmp_path / "home").glob("*")}
 
 
-def test_anyway_goes_on_to_what_fails_next(svc: Svc, tmp_path: Path, recipe: Path) -> None:
-    ended = svc("--home", tmp_path / "home", "train", recipe, "--anyway")
+@pytest.mark.parametrize("command", [["train"], ["train", "--curve"], ["sweep"]], ids=" ".join)
+def test_anyway_goes_on_to_what_fails_next(svc: Svc, tmp_path: Path, recipe: Path, command: list[str]) -> None:
+    ended = svc("--home", tmp_path / "home", *command, recipe, "--anyway")
     assert ended.code == 5  # the folder has no weights
     assert "lacks *.safetensors" in ended.err

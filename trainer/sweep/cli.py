@@ -18,9 +18,12 @@ if TYPE_CHECKING:
 @click.argument("recipe", type=click.Path(path_type=Path))
 @click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Change a recipe's key: train.epochs=2.")
 @click.option("--register", is_flag=True, help="Train the winner in full, and register it.")
+@click.option("--anyway", is_flag=True, help="Begin also what cannot fit into this machine.")
 @json_option
 @click.pass_context
-def sweep(ctx: click.Context, recipe: Path, overrides: tuple[str, ...], register: bool, as_json: bool) -> None:
+def sweep(
+    ctx: click.Context, recipe: Path, overrides: tuple[str, ...], register: bool, anyway: bool, as_json: bool
+) -> None:
     """Search for the best values of RECIPE, from where an earlier try was interrupted."""
     from svc.terminal import print_json, quiet_libraries
     from trainer.recipe.file import load_recipe
@@ -28,7 +31,7 @@ def sweep(ctx: click.Context, recipe: Path, overrides: tuple[str, ...], register
     quiet_libraries()
     settings = settings_of(ctx)
     loaded = load_recipe(recipe, overrides)
-    place = open_workplace(settings, loaded, "sweep")
+    place = open_workplace(settings, loaded, "sweep", anyway=anyway)
     from trainer.sweep.picture import draw_sweep
     from trainer.sweep.render import print_sweep
     from trainer.sweep.sweep import RESULT_FILE, WINNER_FILE, run_sweep
@@ -47,31 +50,39 @@ def sweep(ctx: click.Context, recipe: Path, overrides: tuple[str, ...], register
         sys.exit(0)
 
 
-def open_workplace(settings: "Settings", recipe: "Recipe", kind: str) -> "Workplace":
+def open_workplace(settings: "Settings", recipe: "Recipe", kind: str, *, anyway: bool) -> "Workplace":
     """Where the trials of a recipe are made.
 
     Args:
         kind: `sweep` or `curve`.
+        anyway: also where one of them cannot fit into this machine.
+
+    Raises:
+        InsufficientMemoryError: it cannot.
+        DiskSpaceError: there is no room for what the version would write.
     """
     from svc.engine.capabilities import read_capabilities
     from svc.registry.registry import Registry
+    from svc.training_runs import SWEEPS_FOLDER
+    from trainer.pipeline.estimate import estimate_here
     from trainer.pipeline.examples import read_run_examples
     from trainer.pipeline.find_base import find_base
     from trainer.sweep.workplace import Workplace
 
     registry = Registry.of(settings)
     examples = read_run_examples(recipe, cache=settings.base_cache, learnt=registry.learnt_prompts(recipe.name))
+    estimate_here(recipe, examples, settings, anyway=anyway)
     base, capabilities = find_base(recipe, settings), read_capabilities(settings.home)
-    return Workplace.of(settings.home / "sweeps", kind, recipe, base, examples, registry.tracking, capabilities)
+    return Workplace.of(settings.home / SWEEPS_FOLDER, kind, recipe, base, examples, registry.tracking, capabilities)
 
 
-def learning_curve(settings: "Settings", recipe: "Recipe", *, as_json: bool) -> None:
+def learning_curve(settings: "Settings", recipe: "Recipe", *, anyway: bool, as_json: bool) -> None:
     """Says what more data would bring."""
     from svc.terminal import output, print_json
     from trainer.sweep.curve import CURVE_FILE, print_curve, run_curve
     from trainer.sweep.picture import draw_curve
 
-    place = open_workplace(settings, recipe, "curve")
+    place = open_workplace(settings, recipe, "curve", anyway=anyway)
     with place.held():
         curve = run_curve(place)
         picture = draw_curve(curve, place.folder / "curve.svg")

@@ -24,6 +24,7 @@ from svc.json_file import read_json_object
 from svc.lock import hold_lock
 from svc.registry.tracking import Tracking
 from svc.terminal import console
+from svc.training_runs import RUN_LOCK
 from trainer.base_model.resolve import Base
 from trainer.pipeline.examples import Examples
 from trainer.pipeline.stage_key import Stage, stage_keys
@@ -88,7 +89,7 @@ class Workplace:
             InterruptedRunError: Ctrl-C or SIGTERM between two trainings.
         """
         self.folder.mkdir(parents=True, exist_ok=True)
-        with hold_lock(self.folder / "lock", f"the trials in {self.folder.name}"):
+        with hold_lock(self.folder / RUN_LOCK, f"the trials in {self.folder.name}"):
             try:
                 yield
             except KeyboardInterrupt as error:

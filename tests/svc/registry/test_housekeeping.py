@@ -218,8 +218,8 @@ def age(path: Path, days: float) -> None:
         os.utime(one, (when, when))
 
 
-def make_run(home: Path, name: str, days: float) -> Path:
-    folder = home / "runs" / name
+def make_run(home: Path, name: str, days: float, kind: str = "runs") -> Path:
+    folder = home / kind / name
     (folder / "checkpoints").mkdir(parents=True)
     (folder / "lock").write_text("{}")
     (folder / "checkpoints" / "weights").write_bytes(bytes(1000))
@@ -231,19 +231,21 @@ def paths(registry: Registry, home: Path, days: float = 14) -> list[Path]:
     return [found.path for found in find_reclaimable(registry, home, days)]
 
 
-def test_old_runs_go_and_young_ones_and_those_that_run_stay(registry: Registry, tmp_path: Path) -> None:
-    old, _ = make_run(tmp_path, "old", 15), make_run(tmp_path, "young", 13)
-    working = make_run(tmp_path, "working", 15)
+@pytest.mark.parametrize("kind", ["runs", "sweeps"])
+def test_old_ones_go_and_young_ones_and_those_that_run_stay(registry: Registry, tmp_path: Path, kind: str) -> None:
+    old, _ = make_run(tmp_path, "old", 15, kind), make_run(tmp_path, "young", 13, kind)
+    working = make_run(tmp_path, "working", 15, kind)
     with hold_lock(working / "lock", "a run"):
         age(working, 15)
         assert paths(registry, tmp_path) == [old]
         for found in find_reclaimable(registry, tmp_path, 14):
             reclaim(found)
-    assert sorted(path.name for path in (tmp_path / "runs").iterdir()) == ["working", "young"]
+    assert sorted(path.name for path in (tmp_path / kind).iterdir()) == ["working", "young"]
 
 
-def test_a_run_that_is_taken_up_meanwhile_stays(registry: Registry, tmp_path: Path) -> None:
-    old = make_run(tmp_path, "old", 15)
+@pytest.mark.parametrize("kind", ["runs", "sweeps"])
+def test_one_that_is_taken_up_meanwhile_stays(registry: Registry, tmp_path: Path, kind: str) -> None:
+    old = make_run(tmp_path, "old", 15, kind)
     (found,) = find_reclaimable(registry, tmp_path, 14)
     assert found.size >= 1000
     with hold_lock(old / "lock", "a run"), pytest.raises(BusyError):

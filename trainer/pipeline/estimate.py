@@ -1,0 +1,49 @@
+"""What a recipe takes: from its file and its examples to figures, and to a refusal before anything is trained."""
+
+from svc.engine.machine import read_machine
+from svc.errors import SvcError
+from svc.settings import Settings
+from svc.terminal import console
+from trainer.estimate.batches import read_workload
+from trainer.estimate.devices import HERE, choose_devices
+from trainer.estimate.estimate import DeviceEstimate, Estimate, estimate_recipe
+from trainer.estimate.model_shape import read_model_shape
+from trainer.estimate.refusal import refuse_impossible
+from trainer.estimate.render import print_short
+from trainer.pipeline.examples import Examples
+from trainer.pipeline.find_base import find_config
+from trainer.recipe.sections import Recipe
+
+
+def estimate_devices(recipe: Recipe, examples: Examples, settings: Settings, names: tuple[str, ...] = ()) -> Estimate:
+    """What a recipe takes on these devices; on all where none is named.
+
+    Raises:
+        SvcError: a name, the base's config or an example is wrong.
+    """
+    devices = choose_devices(names, settings.home)  # a wrong name is told before anything is read
+    folder = find_config(recipe, settings)
+    shape = read_model_shape(folder, recipe.adapter.targets)
+    workload = read_workload(examples.train, recipe, folder)
+    return estimate_recipe(recipe, shape, workload, devices, settings.engine.max_model_len)
+
+
+def estimate_here(recipe: Recipe, examples: Examples, settings: Settings, *, anyway: bool) -> DeviceEstimate | None:
+    """Says what training will take here, and refuses what cannot be; None where the base's config is not understood.
+
+    Args:
+        anyway: refuses nothing.
+
+    Raises:
+        InsufficientMemoryError: it cannot fit.
+        DiskSpaceError: there is no room for what it writes.
+    """
+    try:
+        made = estimate_devices(recipe, examples, settings, (HERE,))
+    except SvcError as error:  # what is wrong with base or data, training says itself
+        console.print(f"  [dim]no estimate: {error.wrong}[/dim]")
+        return None
+    print_short(made)
+    if not anyway:
+        refuse_impossible(made, read_machine(gpus=True), settings.home)
+    return made.here
