@@ -24,7 +24,7 @@ from rich.rule import Rule
 
 from examples.duration import measure_machine
 from examples.load import Load
-from examples.service import serving, svc, svc_json
+from examples.service import Terminated, serving, svc, svc_json
 from examples.tamper import alter_weights, replace_weights
 from svc.dataset.readers.reader import read_examples
 from svc.errors import SvcError
@@ -249,6 +249,7 @@ def heading(text: str) -> None:
 
 
 if __name__ == "__main__":
+    Terminated.on_sigterm()
     try:
         main()
     except (SvcError, RuntimeError, TimeoutError, subprocess.SubprocessError) as error:

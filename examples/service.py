@@ -14,11 +14,35 @@ from typing import Any
 from urllib.error import URLError
 
 _SVC = Path(sys.executable).with_name("svc")
+_ENDS_S = 60.0  # a server lets its requests end, training writes a checkpoint
 
 
-def svc(home: Path, *arguments: str, **options: Any) -> subprocess.CompletedProcess[str]:
-    """Runs one command on a home."""
-    return subprocess.run([_SVC, "--home", home, *arguments], text=True, check=False, **options)
+class Terminated(KeyboardInterrupt):
+    """SIGTERM came, which reaches this process alone; Ctrl-C reaches those that it started too."""
+
+    @classmethod
+    def on_sigterm(cls) -> None:
+        """From now on SIGTERM raises it."""
+
+        def terminated(*_: object) -> None:
+            raise cls
+
+        signal.signal(signal.SIGTERM, terminated)
+
+
+def svc(home: Path, *arguments: str, capture_output: bool = False) -> subprocess.CompletedProcess[str]:
+    """Runs one command on a home. Where this is interrupted, the command ends first, and keeps what it then saves."""
+    to = subprocess.PIPE if capture_output else None
+    command = [str(_SVC), "--home", str(home), *arguments]
+    with subprocess.Popen(command, text=True, stdout=to, stderr=to) as child:
+        try:
+            out, err = child.communicate()
+        except KeyboardInterrupt as interrupt:
+            if isinstance(interrupt, Terminated):
+                child.terminate()
+            child.wait(_ENDS_S)
+            raise
+    return subprocess.CompletedProcess(command, child.returncode, out, err)
 
 
 def svc_json(home: Path, *arguments: str) -> Any:
