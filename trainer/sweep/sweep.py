@@ -109,7 +109,7 @@ def run_sweep(place: Workplace) -> SweepResult:
     recipe, storage = place.recipe, f"sqlite:///{place.folder.absolute() / 'study.db'}"
     base, comparison = place.base_loss(), Comparison(answer_lengths(place.data))
     console.print(f"  held-out loss of the base: {base}, {len(place.data.judged)} examples")
-    clock = Clock(console.print)
+    clock = Clock(partial(console.print, soft_wrap=True))
     search = Search(
         recipe,
         comparison,
