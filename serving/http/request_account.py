@@ -1,0 +1,195 @@
+"""What is known of one request: its key, the version that answered, times, tokens and end; counted, and kept as a row.
+
+Filled in by whoever carries the request through (serving.http.inference) and by its stream (serving.http.event_stream).
+Asks nobody and sends nothing.
+"""
+
+import time
+from collections.abc import Callable, MutableMapping
+from datetime import UTC, datetime
+from typing import Any
+
+from serving.http.key_account import KeyAccount
+from serving.protocols.error_code import ErrorCode
+from serving.protocols.outcome import outcome_of
+from serving.protocols.request import CompletionRequest
+from serving.protocols.route import Route
+from serving.protocols.wire_formats import Usage
+from serving.telemetry.content import Content
+from serving.telemetry.metrics import CLIENT_GONE_STATUS, UNKNOWN_MODEL, GatewayMetrics
+from serving.telemetry.request_log import RequestLog
+from serving.telemetry.traces.request_trace import RequestTrace
+from svc.store.requests import RequestRecord, hash_user
+from svc.version import Target
+
+
+class RequestAccount:
+    """Of one request, from its arrival to its end.
+
+    Args:
+        state: of its ASGI scope: names the request, and hears which version answers it.
+        key: what it takes of its key's limits.
+        trace: its place in a trace; None where there are no traces.
+        clock: monotonic time, seconds.
+
+    Attributes:
+        model: that it asks, one of a bounded set of names.
+        status: of the answer; None until that began.
+        complete: the engine has given all of the answer.
+    """
+
+    def __init__(
+        self,
+        route: Route,
+        state: MutableMapping[str, Any],
+        *,
+        metrics: GatewayMetrics,
+        request_log: RequestLog,
+        key: KeyAccount,
+        trace: RequestTrace | None = None,
+        clock: Callable[[], float] = time.perf_counter,
+    ) -> None:
+        self._route = route
+        self._state = state
+        self._metrics = metrics
+        self._request_log = request_log
+        self.key = key
+        self.trace = trace
+        self._clock = clock
+        self._arrived = datetime.now(UTC)
+        self._started = clock()
+        self._asked = 0.0  # when the engine was
+        self._place_s = self._engine_s = 0.0  # waited for a place, and for the beginning of the engine's answer
+        self._own_s: float | None = None  # the gateway's time before the answer began
+        self._first_token_s: float | None = None
+        self._request: CompletionRequest | None = None
+        self._content: Content | None = None  # what passes, where it is to be kept
+        self._served: Target | None = None
+        self._reason: ErrorCode | None = None
+        self._finish_reason: str | None = None
+        self._usage: Usage | None = None
+        self.model = UNKNOWN_MODEL
+        self.status: int | None = None
+        self.complete = False
+
+    @property
+    def request_id(self) -> str:
+        """Ours, not the client's."""
+        request_id: str = self._state["request_id"]
+        return request_id
+
+    @property
+    def begun(self) -> bool:
+        """The head of the answer was given to the delivery, or sent."""
+        return self.status is not None
+
+    def elapsed(self) -> float:
+        """Seconds since the request was read."""
+        return self._clock() - self._started
+
+    def body_read(self, size: int) -> None:
+        """All of the request is here: its time counts from now."""
+        self._started = self._clock()
+        self.key.body_bytes = size
+
+    def parsed(self, request: CompletionRequest) -> None:
+        """The request is well formed."""
+        self._request = request
+        if self._request_log.wants_content():
+            self._content = Content(self._route, request.members)
+
+    def reserve(self, work: int) -> None:
+        """Takes what it may use of its key's limits, once it is parsed; raises as `KeyAccount.reserve`."""
+        assert self._request is not None  # noqa: S101
+        self.key.reserve(self._request, work, self.model)
+
+    def admitted(self, waited_s: float) -> None:
+        """It has a place in an engine."""
+        self._place_s = waited_s
+
+    def served_by(self, target: Target) -> None:
+        """This version is asked now."""
+        self._served = target
+        self._state["version"] = target.version
+        self._asked = self._clock()
+
+    def heard(self) -> None:
+        """The engine has said something; what it said last before the answer begins counts."""
+        self._engine_s = self._clock() - self._asked
+
+    def begin(self) -> float:
+        """A good answer begins. Returns the gateway's own time until then, seconds."""
+        self.status = 200
+        self._own_s = self.elapsed() - self._place_s - self._engine_s
+        return self._own_s
+
+    def keep(self, part: bytes) -> None:
+        """Takes a part of the answer, a body or an event, where its content is to be kept."""
+        if self._content:
+            self._content.add(part)
+
+    def first_token(self, seconds: float) -> None:
+        """Times the first token of a streamed answer."""
+        self._first_token_s = seconds
+        if self._served:
+            self._metrics.first_token(self._served, seconds, self.request_id)
+
+    def token_passed(self) -> None:
+        """Counts an event with tokens, for an answer whose tokens the engine will not tell."""
+        self.key.token_events += 1
+
+    def finished(self, reason: str) -> None:
+        """Takes why the answer ended: the first that is said."""
+        self._finish_reason = self._finish_reason or reason
+
+    def used(self, usage: Usage) -> None:
+        """Counts the tokens of the answer."""
+        self._usage = usage
+        if self._served:
+            self._metrics.tokens(self._served, usage)
+
+    def failed(self, code: ErrorCode) -> None:
+        """It has failed, whatever was sent of the answer."""
+        self._reason = code
+        self._metrics.request_failed(self._served, code, self.model)
+
+    def end(self) -> None:
+        """Counts the request, settles with its key and keeps its row, once its end is known."""
+        status = CLIENT_GONE_STATUS if self.status is None else self.status
+        seconds, served, usage, request = self.elapsed(), self._served, self._usage, self._request
+        self._metrics.request_ended(
+            served, self._route, status, seconds, self.request_id, reason=self._reason, model=self.model
+        )
+        self.key.settle(served, self._reason, usage)
+        record = RequestRecord(
+            request_id=self.request_id,
+            client_request_id=self._state.get("client_request_id"),
+            started_at=self._arrived,
+            model=served.version.name if served else self.model,
+            version=served.version if served else None,
+            format=served.format if served else None,
+            route=self._route.value,
+            status=status,
+            seconds=seconds,
+            reason=self._reason.value if self._reason else None,
+            outcome=outcome_of(self._reason),
+            key_id=self.key.key_id,
+            finish_reason=self._finish_reason,
+            first_token_seconds=self._first_token_s,
+            tokens_in=usage.prompt if usage else None,
+            tokens_out=usage.completion if usage else None,
+            temperature=request.temperature if request else None,
+            max_tokens=request.max_tokens if request else None,
+            user_hash=hash_user(request.user) if request and request.user else None,
+        )
+        if trace := self.trace:
+            # A name that no version answers to is the client's own text.
+            model = request.model if request and served else self.model
+            trace.end(
+                model=model,
+                stream=request.stream if request else None,
+                queue_s=self._place_s,
+                overhead_s=self._own_s,
+            )
+        traced = trace if trace and trace.sampled else None
+        self._request_log.add(record, self._content if served else None, traced)
