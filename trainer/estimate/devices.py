@@ -58,27 +58,21 @@ class Kind(StrEnum):
         return cls(recipe.adapter_type.value)
 
 
-CPU_UTILIZATION: dict[NumberType, dict[Kind, float]] = {
-    NumberType.BFLOAT16: {
-        Kind.LORA: 0.61,
-        Kind.FULL: 0.45,
-        Kind.QLORA: 0.57,
-        Kind.DORA: 0.29,
-        Kind.ADALORA: 0.36,
-        Kind.VERA: 0.49,
-    },
-    NumberType.FLOAT32: {
-        Kind.LORA: 0.60,
-        Kind.FULL: 0.45,
-        Kind.QLORA: 0.57,
-        Kind.DORA: 0.29,
-        Kind.ADALORA: 0.36,
-        Kind.VERA: 0.49,
-    },
+_BFLOAT16_UTILIZATION = {
+    Kind.LORA: 0.58,
+    Kind.FULL: 0.57,
+    Kind.QLORA: 0.55,
+    Kind.DORA: 0.35,
+    Kind.ADALORA: 0.42,
+    Kind.VERA: 0.57,
 }
-"""The share of the machine's matrix speed that training reaches. LoRA's was measured (docs/training-speed.md). Others
-are processor time of one thread in bfloat16, on a busy machine; in float32 they are taken for the same. `make
-bench-estimate` measures times on an idle machine."""
+CPU_UTILIZATION: dict[NumberType, dict[Kind, float]] = {
+    NumberType.BFLOAT16: _BFLOAT16_UTILIZATION,
+    NumberType.FLOAT32: _BFLOAT16_UTILIZATION | {Kind.LORA: 0.60},
+}
+"""The share of the machine's matrix speed that training reaches, by `make bench-estimate` on two idle AVX-512 cores:
+between what batches of 4 and of 16 reach. In float32 only LoRA's was measured (docs/training-speed.md); the others are
+taken for the same."""
 
 
 class _Listed(BaseModel):
