@@ -17,11 +17,14 @@ from benchmarks.gateway.bench import Bench, bench, make_ours
 from benchmarks.gateway.engine import measure_engine
 from benchmarks.gateway.engine import summary as engine_summary
 from benchmarks.gateway.measure import Figures
-from benchmarks.gateway.peers import Direct, LiteLLM, Nginx, Peer, VllmRouter
-from benchmarks.gateway.table import DIRECT, KEYLESS, OURS, TRACED, Round, complete, summary, tables
+from benchmarks.gateway.peers import Bare, Direct, LiteLLM, Nginx, Peer, VllmRouter
+from benchmarks.gateway.table import BARE, DIRECT, KEYLESS, OURS, TRACED, Round, complete, summary, tables
 from svc.errors import EngineError
 from svc.settings import load_settings
 from svc.terminal import console, output, print_json
+
+_BY_NAME = (TRACED, BARE)
+"""Measured only where `--only` names them."""
 
 
 @click.command()
@@ -50,11 +53,12 @@ def main(rounds: int, only: str | None, peers: Path, model: str | None, home: Pa
 
 def _measure_gateways(folder: Path, rounds: int, only: str | None, bin: Path, *, as_json: bool) -> None:
     others: list[Peer] = [LiteLLM(bin), VllmRouter(bin), Nginx(bin)]
-    names = _names([DIRECT, OURS, KEYLESS, TRACED, *(peer.name for peer in others)], only)
+    names = _names([DIRECT, OURS, KEYLESS, TRACED, BARE, *(peer.name for peer in others)], only)
     left_out = {peer.name: peer.missing for peer in others if peer.name in names and peer.missing}
     with bench(folder) as found:
         ours = make_ours(folder) if {OURS, KEYLESS, TRACED} & {*names} else []
-        peers = [peer for peer in [Direct(), *ours, *others] if peer.name in names and peer.name not in left_out]
+        known: list[Peer] = [Direct(), *ours, Bare(), *others]
+        peers = [peer for peer in known if peer.name in names and peer.name not in left_out]
         measured = [_round(found, peers, number, rounds, left_out) for number in range(rounds)]
     measured = complete(measured)
     if as_json:
@@ -68,8 +72,8 @@ def _measure_gateways(folder: Path, rounds: int, only: str | None, bin: Path, *,
 
 
 def _names(known: Sequence[str], only: str | None) -> list[str]:
-    """Those that were asked for; the upstream itself is always among them, and traces only by name."""
-    asked = [name.strip() for name in only.split(",")] if only else [name for name in known if name != TRACED]
+    """Those that were asked for; the upstream itself is always among them."""
+    asked = [name.strip() for name in only.split(",")] if only else [name for name in known if name not in _BY_NAME]
     if unknown := {*asked} - {*known}:
         raise click.UsageError(f"there is no {', '.join(sorted(unknown))}; there are {', '.join(known)}")
     return [name for name in known if name in asked or name == DIRECT]

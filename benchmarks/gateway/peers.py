@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from benchmarks.gateway.load import Address
-from benchmarks.gateway.table import DIRECT
+from benchmarks.gateway.table import BARE, DIRECT
 from benchmarks.gateway.upstream import MODEL
 
 MOST_STREAMS = 2048
@@ -65,6 +65,19 @@ class Direct(Peer):
 
     def command(self, upstream: Upstream, folder: Path) -> None:
         """The upstream runs already."""
+
+
+class Bare(Peer):
+    """Our server's connections without the server, see benchmarks.gateway.bare."""
+
+    name = BARE
+
+    def command(self, upstream: Upstream, folder: Path) -> Command:
+        """One process."""
+        port = free_port()
+        return Command(
+            [sys.executable, "-m", "benchmarks.gateway.bare", str(upstream.socket), str(port)], Address(port), {}
+        )
 
 
 @dataclass(frozen=True)

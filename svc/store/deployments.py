@@ -9,12 +9,13 @@ from sqlalchemy.orm import Session
 
 from svc.store.tables import DeploymentRow
 
+_NAMES = select(DeploymentRow.name).order_by(DeploymentRow.added_at, DeploymentRow.name)
+
 
 def deployed_names(store: Store) -> list[str]:
     """The names, in the order in which they were added."""
-    names = select(DeploymentRow.name).order_by(DeploymentRow.added_at, DeploymentRow.name)
     with store.connect() as connection:
-        return list(connection.scalars(names))
+        return list(connection.scalars(_NAMES))
 
 
 def set_deployments(store: Store, names: Collection[str]) -> None:

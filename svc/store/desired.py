@@ -5,7 +5,7 @@ from datetime import UTC, datetime
 from typing import Any
 
 from sqlalchemy import Engine as Store
-from sqlalchemy import Row, select, update
+from sqlalchemy import Row, bindparam, select, update
 from sqlalchemy.exc import IntegrityError as RowExistsError
 from sqlalchemy.orm import Session
 
@@ -14,6 +14,9 @@ from svc.store.audit import AuditEntry, append_event
 from svc.store.database import exclusive
 from svc.store.tables import DesiredRow
 from svc.version import Format, Target, VersionId
+
+_READ = select(DesiredRow.__table__).where(DesiredRow.name == bindparam("name"))
+"""Made once, as for each model it is asked several times a second: to make it takes longer than to execute it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,7 +43,7 @@ class Desired:
 def read_desired(store: Store, name: str) -> Desired | None:
     """The desired state of a name, or None when nothing was ever promoted."""
     with store.connect() as connection:
-        row = connection.execute(select(DesiredRow.__table__).where(DesiredRow.name == name)).one_or_none()
+        row = connection.execute(_READ, {"name": name}).one_or_none()
         return _desired(row) if row else None
 
 

@@ -15,6 +15,7 @@ from svc.store.database import exclusive
 from svc.store.tables import KeyRow
 
 _LIMITS = [each.name for each in fields(Limits)]
+_REVISION = select(func.max(KeyRow.revision))
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,7 +112,7 @@ def revoke_key(store: Store, key_id: str, *, at: datetime, entry: AuditEntry) ->
 def keys_revision(store: Store) -> int:
     """Grows with every change to any key; 0 where there never was one. Cheap: one entry of an index."""
     with store.connect() as connection:  # looked at several times a second: without the ORM, a third of the time
-        return connection.scalar(select(func.max(KeyRow.revision))) or 0
+        return connection.scalar(_REVISION) or 0
 
 
 def read_keys(store: Store) -> list[Key]:
