@@ -37,10 +37,13 @@ def svc(home: Path, *arguments: str, capture_output: bool = False) -> subprocess
     with subprocess.Popen(command, text=True, stdout=to, stderr=to) as child:
         try:
             out, err = child.communicate()
-        except KeyboardInterrupt as interrupt:
-            if isinstance(interrupt, Terminated):
-                child.terminate()
-            child.wait(_ENDS_S)
+        except BaseException as error:
+            if isinstance(error, Terminated) or not isinstance(error, KeyboardInterrupt):
+                child.terminate()  # Ctrl-C it has heard itself, and would end at once where it hears twice
+            try:
+                child.communicate(timeout=_ENDS_S)
+            except subprocess.TimeoutExpired:
+                child.kill()
             raise
     return subprocess.CompletedProcess(command, child.returncode, out, err)
 

@@ -41,7 +41,7 @@ COMMANDS = {
     "audit": ("svc.audit.cli:audit", "Show who changed what, and verify that nobody changed the log."),
     "history": ("svc.audit.cli:history", "Show which version of a model served when."),
     "forget": ("svc.audit.cli:forget", "Remove what is kept of requests: of a user, of a key, of a time."),
-    "gc": ("svc.registry.cli:gc", "Remove what old runs, logs and caches have left."),
+    "gc": ("svc.registry.cli:gc", "Remove what old runs, sweeps, logs and caches have left."),
     "backup": ("svc.backup.cli:backup", "Copy the home, while it is used."),
     "restore": ("svc.backup.cli:restore", "Make a home of a backup."),
     "ui": ("svc.registry.cli:ui", "Look at runs, versions and aliases in MLflow's pages."),

@@ -20,10 +20,12 @@ def locked_file(path: Path) -> Iterator[IO[str]]:
     """The exclusively locked file for the body, at its end; a process that inherits it holds the lock too.
 
     Raises:
-        BlockingIOError: another process holds it.
+        BlockingIOError: another process holds it, or has removed it in that moment.
     """
     with path.open("a+", encoding="utf-8") as file:
         _take(file)
+        if not _lies_at(path, file):
+            raise BlockingIOError(f"{path} was removed")
         yield file
 
 
@@ -71,6 +73,14 @@ def lock_holder(path: Path) -> dict[str, Any] | None:
     return _read(path) if is_locked(path) else None
 
 
+def _lies_at(path: Path, file: IO[str]) -> bool:
+    """Whether others that lock the path find this file: whoever had it may have removed or renamed its folder."""
+    try:
+        return os.path.samestat(path.stat(), os.fstat(file.fileno()))
+    except FileNotFoundError:
+        return False
+
+
 def _take(file: IO[str]) -> None:
     """Tries for a moment: `is_locked` of another process has the lock while it looks, some microseconds long."""
     deadline = time.monotonic() + _LOOK_S
@@ -87,6 +97,6 @@ def _take(file: IO[str]) -> None:
 def _read(path: Path) -> dict[str, Any]:
     try:
         content = json.loads(path.read_text("utf-8"))
-    except ValueError:  # the holder has not written yet
+    except (ValueError, FileNotFoundError):  # the holder has not written yet, or has removed it
         return {}
     return content if isinstance(content, dict) else {}

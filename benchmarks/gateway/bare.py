@@ -18,7 +18,7 @@ from svc.engine.vllm.connection_pool import EngineConnections
 _BACKLOG = 2048
 
 
-class Bare:
+class PassThrough:
     """An ASGI application that passes each request to one engine, and its answer back."""
 
     def __init__(self, engine: EngineConnections) -> None:
@@ -51,7 +51,7 @@ async def serve(upstream: Path, port: int) -> None:
         listener.bind(("127.0.0.1", port))
         listener.listen(_BACKLOG)
         listener.setblocking(False)
-        app = Bare(EngineConnections(upstream, silence_s=300.0))
+        app = PassThrough(EngineConnections(upstream, silence_s=300.0))
         await http_server(app, 2 * MOST_STREAMS).serve(sockets=[listener])
 
 

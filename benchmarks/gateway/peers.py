@@ -68,7 +68,7 @@ class Direct(Peer):
 
 
 class Bare(Peer):
-    """Our server's connections without the server, see benchmarks.gateway.bare."""
+    """Our HTTP server and our connections to the engine, without the gateway: see benchmarks.gateway.bare."""
 
     name = BARE
 

@@ -1,10 +1,9 @@
 """What is known of one request: its key, the version that answered, times, tokens and end; counted, and kept as a row.
 
 Filled in by whoever carries the request through (serving.http.inference) and by its stream (serving.http.event_stream).
-Asks nobody and sends nothing.
+Knows nothing of connections, neither the client's nor the engine's.
 """
 
-import time
 from collections.abc import Callable, MutableMapping
 from datetime import UTC, datetime
 from typing import Any
@@ -28,8 +27,10 @@ class RequestAccount:
 
     Args:
         state: of its ASGI scope: names the request, and hears which version answers it.
-        key: what it takes of its key's limits.
-        trace: its place in a trace; None where there are no traces.
+        metrics: counts it.
+        request_log: takes its row.
+        key: what it takes of its key's limits; settled at the end.
+        trace: its place in a trace, told the rest at the end; None where there are no traces.
         clock: monotonic time, seconds.
 
     Attributes:
@@ -46,8 +47,8 @@ class RequestAccount:
         metrics: GatewayMetrics,
         request_log: RequestLog,
         key: KeyAccount,
-        trace: RequestTrace | None = None,
-        clock: Callable[[], float] = time.perf_counter,
+        trace: RequestTrace | None,
+        clock: Callable[[], float],
     ) -> None:
         self._route = route
         self._state = state
@@ -100,7 +101,7 @@ class RequestAccount:
 
     def reserve(self, work: int) -> None:
         """Takes what it may use of its key's limits, once it is parsed; raises as `KeyAccount.reserve`."""
-        assert self._request is not None  # noqa: S101
+        assert self._request is not None  # noqa: S101 - `parsed` comes before
         self.key.reserve(self._request, work, self.model)
 
     def admitted(self, waited_s: float) -> None:
@@ -131,8 +132,8 @@ class RequestAccount:
     def first_token(self, seconds: float) -> None:
         """Times the first token of a streamed answer."""
         self._first_token_s = seconds
-        if self._served:
-            self._metrics.first_token(self._served, seconds, self.request_id)
+        assert self._served is not None  # noqa: S101 - no engine answers before `served_by`
+        self._metrics.first_token(self._served, seconds, self.request_id)
 
     def token_passed(self) -> None:
         """Counts an event with tokens, for an answer whose tokens the engine will not tell."""
@@ -145,8 +146,8 @@ class RequestAccount:
     def used(self, usage: Usage) -> None:
         """Counts the tokens of the answer."""
         self._usage = usage
-        if self._served:
-            self._metrics.tokens(self._served, usage)
+        assert self._served is not None  # noqa: S101
+        self._metrics.tokens(self._served, usage)
 
     def failed(self, code: ErrorCode) -> None:
         """It has failed, whatever was sent of the answer."""

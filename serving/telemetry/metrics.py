@@ -78,7 +78,7 @@ class GatewayMetrics:
         self._add_key_instruments(registry)
         self._loop_lag = Histogram(
             "svc_event_loop_lag_seconds",
-            "How much later than asked the event loop wakes up a task, 50 times a second",
+            "How much later than asked the event loop wakes up a task, ten times a second",
             buckets=_LAG_BUCKETS_S,
             registry=registry,
         )

@@ -80,7 +80,7 @@ def rm(ctx: click.Context, versions: tuple[str, ...], reason: str | None, as_jso
 @json_option
 @click.pass_context
 def gc(ctx: click.Context, older_than: float, dry_run: bool, reason: str | None, as_json: bool) -> None:
-    """Remove what old runs, interrupted work, logs and caches have left; versions stay."""
+    """Remove what old runs, sweeps, interrupted work, logs and caches have left; versions stay."""
     from svc.registry.housekeeping import find_reclaimable, reclaim
     from svc.store.audit import Action, AuditEntry, record_event
     from svc.store.database import open_database

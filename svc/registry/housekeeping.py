@@ -1,4 +1,4 @@
-"""Frees disk: versions that nobody needs, what runs, logs and caches have left. Never what is served or may be again.
+"""Frees disk: versions that nobody needs, what runs, sweeps, logs and caches have left. Never what may be served again.
 
 A version is needed where an alias means it, where a name serves it or is about to, where a rollback would go, and where
 one of these is an adapter and it is the base. A version that a server has loaded beside these as an adapter is not: the
@@ -140,8 +140,8 @@ def _refuse(registry: Registry, store: Store, version: VersionId) -> None:
 def find_reclaimable(registry: Registry, home: Path, older_than_days: float) -> Iterator[Reclaimable]:
     """What interrupted work and time have left.
 
-    Runs that were not finished can go on, and a rotated log may still be read: both are kept for some days. Whatever a
-    process works on is passed over.
+    Runs and sweeps that were not finished can go on, and a rotated log may still be read: all are kept for some days.
+    Whatever a process works on is passed over.
     """
     now = time.time()
     before = now - older_than_days * _DAY_S
@@ -155,7 +155,12 @@ def find_reclaimable(registry: Registry, home: Path, older_than_days: float) -> 
             yield Reclaimable(folder, size_on_disk(folder), f"{why}, and nobody has touched it since", touched)
     for folder in _folders((home / SWEEPS_FOLDER).glob("*")):
         if lock_holder(folder / RUN_LOCK) is None and (touched := _newest(folder, now)) < before:
-            yield Reclaimable(folder, size_on_disk(folder), "trials of a sweep or a learning curve", touched)
+            yield Reclaimable(
+                folder,
+                size_on_disk(folder),
+                "trials that nobody has touched since",
+                touched,
+            )
     for path in sorted((home / "logs").glob("*.log.*")):
         if (touched := _newest(path, now)) < before:
             yield Reclaimable(path, size_on_disk(path), "a log that was rotated", touched)

@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -47,4 +48,5 @@ def test_an_interrupted_command_saves_before_it_ends(tmp_path: Path, all_of_them
         assert script.wait(30) == 130
         assert (tmp_path / "saved").exists()
     finally:
-        script.kill()
+        with suppress(ProcessLookupError):
+            os.killpg(script.pid, signal.SIGKILL)

@@ -4,12 +4,16 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import IO
 
 import pytest
 
+from svc import lock
 from svc.errors import BusyError
 from svc.lock import hold_lock, is_locked, lock_holder, locked_file
 
@@ -115,3 +119,27 @@ def test_a_child_that_inherits_the_locked_file_keeps_the_lock(tmp_path: Path) ->
 def test_a_file_is_locked_once(tmp_path: Path) -> None:
     with locked_file(tmp_path / "lock"), pytest.raises(BlockingIOError), locked_file(tmp_path / "lock"):
         pass
+
+
+def test_a_lock_whose_folder_was_renamed_while_it_was_waited_for_is_not_held(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whoever removes a run holds its lock, renames the folder and deletes it."""
+    path, waits, take = tmp_path / "run" / "lock", threading.Event(), lock._take
+
+    def take_later(file: IO[str]) -> None:
+        waits.set()
+        take(file)
+
+    def hold() -> None:
+        with hold_lock(path, "the run"):
+            pass
+
+    with ThreadPoolExecutor(1) as pool:
+        with hold_lock(path, "removing the run"):
+            monkeypatch.setattr(lock, "_take", take_later)
+            waiting = pool.submit(hold)
+            assert waits.wait(10)
+            path.parent.rename(tmp_path / ".removed-run")
+        with pytest.raises(BusyError, match="the run is in use"):
+            waiting.result(10)

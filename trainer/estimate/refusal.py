@@ -15,15 +15,11 @@ from trainer.estimate.estimate import Estimate, least_disk
 _ANYWAY = "--anyway tries all the same"
 
 
-def refuse_impossible(estimate: Estimate, machine: Machine, home: Path) -> None:
-    """Raises where training cannot end here.
-
-    Args:
-        home: on the disk that a run writes to.
+def refuse_memory(estimate: Estimate, machine: Machine) -> None:
+    """Raises where training does not fit into memory.
 
     Raises:
         InsufficientMemoryError: by how much, and what to change.
-        DiskSpaceError: by how much.
     """
     if (here := estimate.here) is None:
         return
@@ -37,6 +33,17 @@ def refuse_impossible(estimate: Estimate, machine: Machine, home: Path) -> None:
             expected="room for them, whatever the batch",
             todo=f"{todo}; {_ANYWAY}",
         )
+
+
+def refuse_disk(estimate: Estimate, home: Path) -> None:
+    """Raises where a version does not fit on the disk.
+
+    Args:
+        home: on the disk that a run writes to.
+
+    Raises:
+        DiskSpaceError: by how much.
+    """
     if any((home / "runs").glob(f"{estimate.recipe.name}-*")):
         return  # what an earlier try has written is not written again
     folder = next(above for above in (home, *home.absolute().parents) if above.exists())

@@ -8,7 +8,7 @@ from trainer.estimate.batches import read_workload
 from trainer.estimate.devices import HERE, choose_devices
 from trainer.estimate.estimate import DeviceEstimate, Estimate, estimate_recipe
 from trainer.estimate.model_shape import read_model_shape
-from trainer.estimate.refusal import refuse_impossible
+from trainer.estimate.refusal import refuse_disk, refuse_memory
 from trainer.estimate.render import print_short
 from trainer.pipeline.examples import Examples
 from trainer.pipeline.find_base import find_config
@@ -28,15 +28,18 @@ def estimate_devices(recipe: Recipe, examples: Examples, settings: Settings, nam
     return estimate_recipe(recipe, shape, workload, devices, settings.engine.max_model_len)
 
 
-def estimate_here(recipe: Recipe, examples: Examples, settings: Settings, *, anyway: bool) -> DeviceEstimate | None:
+def estimate_here(
+    recipe: Recipe, examples: Examples, settings: Settings, *, anyway: bool, makes_version: bool = True
+) -> DeviceEstimate | None:
     """Says what training will take here, and refuses what cannot be; None where the base's config is not understood.
 
     Args:
         anyway: refuses nothing.
+        makes_version: merged and quantized models are written too; else adapters alone.
 
     Raises:
         InsufficientMemoryError: it cannot fit.
-        DiskSpaceError: there is no room for what it writes.
+        DiskSpaceError: there is no room for the version.
     """
     try:
         made = estimate_devices(recipe, examples, settings, (HERE,))
@@ -45,5 +48,7 @@ def estimate_here(recipe: Recipe, examples: Examples, settings: Settings, *, any
         return None
     print_short(made)
     if not anyway:
-        refuse_impossible(made, read_machine(gpus=True), settings.home)
+        refuse_memory(made, read_machine(gpus=True))
+        if makes_version:
+            refuse_disk(made, settings.home)
     return made.here

@@ -31,7 +31,7 @@ def sweep(
     quiet_libraries()
     settings = settings_of(ctx)
     loaded = load_recipe(recipe, overrides)
-    place = open_workplace(settings, loaded, "sweep", anyway=anyway)
+    place = open_workplace(settings, loaded, "sweep", anyway=anyway, makes_version=register)
     from trainer.sweep.picture import draw_sweep
     from trainer.sweep.render import print_sweep
     from trainer.sweep.sweep import RESULT_FILE, WINNER_FILE, run_sweep
@@ -50,16 +50,19 @@ def sweep(
         sys.exit(0)
 
 
-def open_workplace(settings: "Settings", recipe: "Recipe", kind: str, *, anyway: bool) -> "Workplace":
+def open_workplace(
+    settings: "Settings", recipe: "Recipe", kind: str, *, anyway: bool, makes_version: bool
+) -> "Workplace":
     """Where the trials of a recipe are made.
 
     Args:
         kind: `sweep` or `curve`.
         anyway: also where one of them cannot fit into this machine.
+        makes_version: the winner is registered.
 
     Raises:
         InsufficientMemoryError: it cannot.
-        DiskSpaceError: there is no room for what the version would write.
+        DiskSpaceError: there is no room for the version.
     """
     from svc.engine.capabilities import read_capabilities
     from svc.registry.registry import Registry
@@ -71,7 +74,7 @@ def open_workplace(settings: "Settings", recipe: "Recipe", kind: str, *, anyway:
 
     registry = Registry.of(settings)
     examples = read_run_examples(recipe, cache=settings.base_cache, learnt=registry.learnt_prompts(recipe.name))
-    estimate_here(recipe, examples, settings, anyway=anyway)
+    estimate_here(recipe, examples, settings, anyway=anyway, makes_version=makes_version)
     base, capabilities = find_base(recipe, settings), read_capabilities(settings.home)
     return Workplace.of(settings.home / SWEEPS_FOLDER, kind, recipe, base, examples, registry.tracking, capabilities)
 
@@ -82,7 +85,7 @@ def learning_curve(settings: "Settings", recipe: "Recipe", *, anyway: bool, as_j
     from trainer.sweep.curve import CURVE_FILE, print_curve, run_curve
     from trainer.sweep.picture import draw_curve
 
-    place = open_workplace(settings, recipe, "curve", anyway=anyway)
+    place = open_workplace(settings, recipe, "curve", anyway=anyway, makes_version=False)
     with place.held():
         curve = run_curve(place)
         picture = draw_curve(curve, place.folder / "curve.svg")
