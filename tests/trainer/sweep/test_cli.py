@@ -15,6 +15,7 @@ from mlflow import MlflowClient
 from svc.dataset.readers.reader import write_examples
 from svc.engine import capabilities
 from svc.errors import InterruptedRunError, TrainingError
+from svc.registry.registry import Registry
 from svc.registry.tracking import Tracking
 from tests.command_line import Ended, Svc
 from tests.svc.engine.devices import AVX512
@@ -49,7 +50,8 @@ def recipe(request: pytest.FixtureRequest, tmp_path: Path, tiny_base: Path) -> P
 
 @pytest.fixture
 def run(svc: Svc, tmp_path: Path, tracking: Tracking, monkeypatch: pytest.MonkeyPatch) -> Any:
-    monkeypatch.setenv("SVC_TRACKING_URI", tracking.uri)
+    # By its address alone, MLflow would put files below the folder that the tests are run in.
+    monkeypatch.setattr(Registry, "of", lambda settings: Registry(settings.home / "models", tracking))
     monkeypatch.setattr(capabilities, "read_capabilities", lambda home: AVX512)
 
     def run(*arguments: str | Path) -> Ended:
