@@ -99,11 +99,6 @@ class RequestAccount:
         if self._request_log.wants_content():
             self._content = Content(self._route, request.members)
 
-    def reserve(self, work: int) -> None:
-        """Takes what it may use of its key's limits, once it is parsed; raises as `KeyAccount.reserve`."""
-        assert self._request is not None  # noqa: S101 - `parsed` comes before
-        self.key.reserve(self._request, work, self.model)
-
     def admitted(self, waited_s: float) -> None:
         """It has a place in an engine."""
         self._place_s = waited_s

@@ -13,8 +13,6 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from pydantic import BaseModel, ConfigDict
-
 from svc.dataset.schema.tokenized_example import TokenizedExample
 from svc.disk import write_whole
 from svc.engine.capabilities import NumberType
@@ -22,6 +20,7 @@ from svc.errors import TrainingError
 from svc.evaluation.estimate import Estimate, mean
 from svc.registry.tracking import HELDOUT_LOSS, PARENT, RUN_NAME, Tracking
 from trainer.pipeline.memory import release_memory
+from trainer.pipeline.stage_results import TrackedRun
 from trainer.recipe.sections import Recipe
 from trainer.sweep.outcome import Outcome, Pruned, Status
 from trainer.sweep.study import Watch
@@ -32,14 +31,6 @@ if TYPE_CHECKING:
     from trainer.training.trial import TrialData, TrialRun
 
 Train = Callable[["LoadedBase", "TrialData", Recipe, Path, Callable[[int, dict[str, float]], None]], "TrialRun"]
-
-
-class TrackedRun(BaseModel):
-    """The MLflow run that belongs to a folder."""
-
-    model_config = ConfigDict(frozen=True)
-
-    run_id: str
 
 
 @dataclass(frozen=True)
