@@ -46,10 +46,7 @@ class PassThrough:
 
 async def serve(upstream: Path, port: int) -> None:
     """Until it is ended."""
-    with socket.socket() as listener:
-        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        listener.bind(("127.0.0.1", port))
-        listener.listen(_BACKLOG)
+    with socket.create_server(("127.0.0.1", port), backlog=_BACKLOG) as listener:
         listener.setblocking(False)
         app = PassThrough(EngineConnections(upstream, silence_s=300.0))
         await http_server(app, 2 * MOST_STREAMS).serve(sockets=[listener])

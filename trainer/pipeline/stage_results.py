@@ -41,11 +41,3 @@ class Registered(BaseModel):
     def version(self) -> VersionId:
         """The version that was made."""
         return VersionId(self.name, self.number)
-
-
-class TrackedRun(BaseModel):
-    """The MLflow run that belongs to a run's folder."""
-
-    model_config = ConfigDict(frozen=True)
-
-    run_id: str

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 
 from svc.chat_template import TemplateValue, choose_template_kwargs, write_template_kwargs
 from svc.dataset.schema.tokenized_example import TokenizedExample
-from svc.disk import is_full, write_whole
+from svc.disk import is_full
 from svc.engine.capabilities import Capabilities, read_capabilities
 from svc.engine.model_facts import read_model_facts
 from svc.engine.probes import engine_facts
@@ -56,7 +56,8 @@ from trainer.pipeline.registration import Registration
 from trainer.pipeline.reports import check_reports, open_reports
 from trainer.pipeline.run_folder import Run
 from trainer.pipeline.stage_key import Stage
-from trainer.pipeline.stage_results import Evaluated, Registered, TrackedRun
+from trainer.pipeline.stage_results import Evaluated, Registered
+from trainer.pipeline.tracked_run import tracked_run
 from trainer.qualification import BaseAnswers, GeneralQuestions, Launch, Qualified, Qualifier
 from trainer.recipe.sections import Recipe
 from trainer.training.summary import TrainingData, TrainingSummary
@@ -427,13 +428,9 @@ class Pipeline:
         return tokenize_as_trained(self.base.folder, self.examples.heldout, self._template_kwargs)
 
     def _tracking_run(self) -> str:
-        """The MLflow run of this folder; made once, so that a resumed run goes on in it."""
-        path = self.run.tracking
-        if not path.is_file():
-            tags = {"tuneserve.run": self.run.folder.name, "tuneserve.base": self.base.origin}
-            run_id = self.registry.tracking.start_run(self.recipe.name, tags)
-            write_whole(path, TrackedRun(run_id=run_id).model_dump_json().encode("utf-8"))
-        return TrackedRun.model_validate_json(path.read_bytes()).run_id
+        """The MLflow run of this folder."""
+        tags = {"tuneserve.run": self.run.folder.name, "tuneserve.base": self.base.origin}
+        return tracked_run(self.run.tracking, lambda: self.registry.tracking.start_run(self.recipe.name, tags))
 
 
 @dataclass(frozen=True, slots=True)

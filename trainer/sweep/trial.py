@@ -20,7 +20,7 @@ from svc.errors import TrainingError
 from svc.evaluation.estimate import Estimate, mean
 from svc.registry.tracking import HELDOUT_LOSS, PARENT, RUN_NAME, Tracking
 from trainer.pipeline.memory import release_memory
-from trainer.pipeline.stage_results import TrackedRun
+from trainer.pipeline.tracked_run import tracked_run
 from trainer.recipe.sections import Recipe
 from trainer.sweep.outcome import Outcome, Pruned, Status
 from trainer.sweep.study import Watch
@@ -46,12 +46,9 @@ class MlflowRuns:
 
     def of(self, folder: Path, name: str, tags: Mapping[str, str]) -> str:
         """The run of a folder; made once."""
-        path = folder / "mlflow.json"
-        if not path.is_file():
-            folder.mkdir(parents=True, exist_ok=True)
-            run_id = self.tracking.start_run(self.experiment, {RUN_NAME: name, **tags})
-            write_whole(path, TrackedRun(run_id=run_id).model_dump_json().encode("utf-8"))
-        return TrackedRun.model_validate_json(path.read_bytes()).run_id
+        return tracked_run(
+            folder / "mlflow.json", lambda: self.tracking.start_run(self.experiment, {RUN_NAME: name, **tags})
+        )
 
 
 @dataclass(frozen=True)
