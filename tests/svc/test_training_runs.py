@@ -46,7 +46,7 @@ def test_the_runs_are_those_that_the_trainer_makes(tmp_path: Path) -> None:
     from trainer.base_model.resolve import Base
     from trainer.pipeline.examples import Examples
     from trainer.pipeline.run_folder import Run
-    from trainer.pipeline.stage_results import TrackedRun
+    from trainer.pipeline.tracked_run import TrackedRun
     from trainer.recipe.sections import Recipe
 
     recipe = Recipe.model_validate({"name": "tiny", "base": "./base", "data": {"train": "train.jsonl"}})
