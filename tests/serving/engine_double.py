@@ -46,6 +46,12 @@ class Fault(Enum):
     """Says nothing more after the second token of a stream; nothing at all otherwise."""
 
 
+def _set_event() -> asyncio.Event:
+    event = asyncio.Event()
+    event.set()
+    return event
+
+
 @dataclass
 class EngineDouble:
     """An ASGI application that answers as an engine would.
@@ -56,6 +62,7 @@ class EngineDouble:
         tokens: length of an answer.
         token_delay_s: seconds for each token.
         delayed: tokens that were waited for.
+        proceed: answers stand still before their first token until it is set.
         tokenize_delay_s: seconds to count the tokens of a prompt.
         linger_s: seconds between the last event of a stream and its end.
         max_model_len: longest prompt, words.
@@ -91,6 +98,7 @@ class EngineDouble:
     tokens: int = 4
     token_delay_s: float = 0.0
     delayed: int = 0
+    proceed: asyncio.Event = field(default_factory=_set_event)
     tokenize_delay_s: float = 0.0
     linger_s: float = 0.0
     max_model_len: int = 1000
@@ -348,6 +356,7 @@ class EngineDouble:
         return True
 
     async def _words(self, body: dict[str, Any]) -> AsyncIterator[str]:
+        await self.proceed.wait()
         for index in range(self._counts(body).completion):
             if self.token_delay_s:
                 self.delayed += 1

@@ -236,10 +236,13 @@ async def test_no_engine_sleeps_or_wakes_while_another_one_starts(sleeping: Home
     configure(sleeping, serve={"port": 0}, models={NAME: {"idle_s": IDLE_S}})
     park = sleeping.park
     async with sleeping.serving(f"{NAME}@1") as client:
-        park.double.token_delay_s, park.start_delay_s = 0.2, 1.5
+        first, park.start_delay_s = park.double, 1.5
+        first.proceed.clear()  # a running answer keeps it awake, however long the server takes to see the other model
         asking = asyncio.create_task(answer(client))
+        await until(lambda: first.running)
         serve(sleeping, OTHER, 7)
         await until(lambda: park.starting)
+        first.proceed.set()
         await asking
         assert await meanwhile(lambda: park.starting, lambda: park.asleep) == {0}
         await until(lambda: park.asleep)
