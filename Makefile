@@ -47,7 +47,7 @@ check: $(READY)
 # Many of these wait for something, so there are more workers than cores.
 WORKERS ?= $(shell expr $$(nproc) \* 3 / 2)
 test-fast: $(READY) $(PROMETHEUS)
-	$(BIN)/pytest -m "not slow and not matrix and not soak" --hypothesis-profile=quick -n $(WORKERS) --dist worksteal
+	$(BIN)/pytest -m "not slow and not matrix and not soak" --hypothesis-profile=quick --ignore tests/e2e -n $(WORKERS) --dist worksteal
 
 # An engine takes all processors, so those with engines come one after the other.
 test: $(READY) $(PROMETHEUS)

@@ -6,6 +6,7 @@ request, which status has which shape. Bodies of the engine are objects here; vL
 """
 
 from collections.abc import Mapping
+from functools import cache
 from importlib.metadata import version
 from typing import Any
 
@@ -126,8 +127,9 @@ _MODEL_NAME: Json = {"name": "name", "in": "path", "required": True, "schema": {
 _NO_MODEL = {404: "no loaded version answers to the name", 503: "nothing is loaded yet", **_DEFECT}
 
 
+@cache
 def openapi_document() -> Json:
-    """The document, as JSON values."""
+    """The document, as JSON values; made once, and not to be changed."""
     feedback = FeedbackRequest.model_json_schema(ref_template=f"{_SCHEMAS}{{model}}")
     schemas = {
         "Error": _ERROR,

@@ -30,6 +30,7 @@ except KeyboardInterrupt:
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("all_of_them", [True, False], ids=["Ctrl-C in a terminal", "SIGTERM to the script alone"])
 def test_an_interrupted_command_saves_before_it_ends(tmp_path: Path, all_of_them: bool) -> None:
     command = tmp_path / "svc"

@@ -177,6 +177,7 @@ def test_equal_texts_change_nothing() -> None:
     assert (report.quality, report.score_p) == (Quality.AS_REGISTERED, 1.0)
 
 
+@pytest.mark.slow
 def test_the_test_raises_no_more_false_alarms_than_it_says() -> None:
     """At the level 0.05, which shows it in few runs; of 14 changes all combinations are counted."""
     generator = np.random.default_rng(1)

@@ -21,6 +21,8 @@ from tests.serving.home import Home
 from tests.serving.test_cli import type_in
 from tests.serving.versions import NAME
 
+pytestmark = pytest.mark.slow
+
 
 def make_key(home: Home, *scopes: Scope) -> IssuedKey:
     return Keyring(home.store, Actor("user:alice", "box")).create(frozenset(scopes or {Scope.INFER}))

@@ -21,6 +21,8 @@ from tests.serving.test_keys import make_key
 from tests.serving.test_remote import write_key
 from tests.serving.versions import NAME
 
+pytestmark = pytest.mark.slow
+
 
 class Used:
     """A server in use, and all that it said."""

@@ -48,6 +48,7 @@ async def test_a_server_sends_the_spans_of_its_requests_before_it_ends(home: Hom
     assert "svc_spans_total" in page
 
 
+@pytest.mark.slow
 async def test_a_server_starts_answers_and_ends_without_its_receiver(home: Home) -> None:
     with_traces(home, "http://127.0.0.1:1")
     async with asyncio.timeout(30), home.serving(f"{NAME}@1") as client:
@@ -69,6 +70,7 @@ async def test_no_status_and_no_metric_tells_the_receivers_headers(
     assert SECRET.encode() not in b"".join(receiver.bodies)
 
 
+@pytest.mark.slow
 def test_a_malformed_header_is_an_error_before_anything_starts(
     svc: Svc, home: Home, monkeypatch: pytest.MonkeyPatch
 ) -> None:

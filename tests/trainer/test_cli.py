@@ -14,6 +14,7 @@ from tests.svc.chats import chat
 from tests.svc.registry.manifests import make_manifest
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "told"), [("triage", True), ("other", False)])
 def test_what_versions_of_the_name_have_learnt_is_known_when_data_are_read(
     svc: Svc, tmp_path: Path, name: str, told: bool

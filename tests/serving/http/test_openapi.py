@@ -125,6 +125,7 @@ def cases() -> Iterator[tuple[str, str, GenerationMode]]:
                 yield method, path, GenerationMode.NEGATIVE
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("method", "path", "mode"), sorted(cases()))
 def test_every_answer_is_one_that_it_describes(api: Any, method: str, path: str, mode: GenerationMode) -> None:
     ask_all(api[path][method], mode)

@@ -10,7 +10,6 @@ import httpx
 import httpx2
 import openai
 import pytest
-from anthropic import AsyncAnthropic, RateLimitError
 from openai import AsyncOpenAI
 from sqlalchemy import Engine as Store
 from sqlalchemy import select
@@ -299,12 +298,16 @@ class TestClients:
         assert (caught.value.code, waits) == ("rate_limit_exceeded", [])
 
     async def test_anthropics_client_asks_again_when_it_was_told(self, service: Service, waits: list[float]) -> None:
+        import anthropic
+
         limit(service, requests_per_minute=2)
         http = httpx2.AsyncClient(transport=httpx2.ASGITransport(service.asgi))
-        async with AsyncAnthropic(api_key="limited", base_url="http://localhost", http_client=http) as official:
+        async with anthropic.AsyncAnthropic(
+            api_key="limited", base_url="http://localhost", http_client=http
+        ) as official:
             for _ in range(3):
                 await official.messages.create(**MESSAGE)
-            with pytest.raises(RateLimitError) as caught:
+            with pytest.raises(anthropic.RateLimitError) as caught:
                 await official.with_options(max_retries=0).messages.create(**MESSAGE)
         assert waits == [30.0]
         assert caught.value.type == "rate_limit_error"

@@ -8,7 +8,6 @@ from typing import Any
 import httpx
 import httpx2
 import pytest
-from anthropic import AsyncAnthropic
 
 from serving.admission.rate_limiter import Limit
 from serving.http.token_counts import MOST_AT_ONCE
@@ -29,6 +28,8 @@ async def service(socket_folder: Path) -> AsyncIterator[Service]:
 
 
 async def test_anthropics_client_counts(service: Service) -> None:
+    from anthropic import AsyncAnthropic
+
     http = httpx2.AsyncClient(transport=httpx2.ASGITransport(service.asgi))
     async with AsyncAnthropic(api_key="none", base_url="http://localhost", http_client=http) as official:
         counted = await official.messages.count_tokens(**BODY)

@@ -17,6 +17,8 @@ from svc.settings import Settings
 from svc.version import Alias, Format
 from tests.svc.backup.conftest import NAME, BackUp, RestoreAs, UsedHome
 
+pytestmark = pytest.mark.slow
+
 
 def test_what_was_backed_up_is_restored(used: UsedHome, back_up: BackUp, restore_as: RestoreAs) -> None:
     first, second = used.publish(), used.publish()

@@ -12,6 +12,8 @@ from tests.command_line import Svc
 from tests.svc.report.judged_versions import JudgedVersions
 from tests.svc.report.test_judged import LABELS, right
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture
 def version(versions: JudgedVersions, monkeypatch: pytest.MonkeyPatch) -> str:

@@ -22,6 +22,8 @@ from tests.svc.registry.parity import make_parity
 from tests.svc.report.judged_versions import JudgedVersions
 from tests.svc.report.test_judged import LABELS, TEXTS, right
 
+pytestmark = pytest.mark.slow
+
 ANSWERS = {BASE: right(LABELS, 10), "merged": right(LABELS, 50), "gptq": right(LABELS, 45)}
 SCRIPT = "<script>alert(1)</script>"
 _VOID = {"meta", "use", "path", "link", "br", "img"}

@@ -50,6 +50,7 @@ def healthy(seed: int) -> Any:
     )
 
 
+@pytest.mark.slow
 def test_of_six_hundred_healthy_runs_fewer_than_one_in_fifty_are_called_faulty() -> None:
     false = {seed: found for seed in range(600) if (found := kinds(healthy(seed)))}
     assert len(false) < 12, false
@@ -94,6 +95,7 @@ FAULTS = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("kind", "make"), FAULTS, ids=lambda value: str(value) if isinstance(value, str) else None)
 def test_a_fault_is_found_in_nine_of_ten_runs_that_have_it(kind: FindingKind, make: Any) -> None:
     assert found_in(100, kind, make) >= 90
