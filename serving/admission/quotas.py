@@ -20,6 +20,10 @@ class Quota(ABC):
         self._used = 0.0
         self._reserved = 0
 
+    def has_room(self, amount: int, limit: int) -> bool:
+        """So much may be reserved now."""
+        return self._used + self._reserved + amount - limit <= _ROUNDING * limit
+
     @abstractmethod
     def pass_to(self, now: float, limit: int) -> None:
         """Gives back what has come free with time.
@@ -45,10 +49,8 @@ class Quota(ABC):
         return max(0, int(limit - self._used))
 
     def wait_s(self, amount: int, now: float, limit: int) -> float:
-        """Until so much may be reserved, seconds; 0 where it may now."""
+        """Until there is room for so much, seconds; of use where there is none now."""
         missing = self._used + self._reserved + amount - limit
-        if missing <= _ROUNDING * limit:
-            return 0.0
         if missing > self._used + _ROUNDING * limit:
             return UNTIL_ONE_ENDS_S
         return self._until_free_s(missing, now, limit)

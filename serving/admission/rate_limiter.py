@@ -121,9 +121,9 @@ class RateLimiter:
         for limit, most, quota in self._quotas(principal):
             at = wall if limit is Limit.TOKENS_PER_DAY else now
             quota.pass_to(at, most)
-            amount = _amount(limit, demand, most, quota)
-            wait_s = quota.wait_s(amount, at, most)
-            if wait_s > longest:
+            reserves = _RESERVES.get(limit)
+            amount = reserves(demand, most, quota) if reserves else 1
+            if not quota.has_room(amount, most) and (wait_s := quota.wait_s(amount, at, most)) > longest:
                 longest, refused = wait_s, limit
             held.append((limit, quota, amount))
         if refused:
@@ -194,29 +194,36 @@ class _KeyQuotas:
         return self._held
 
 
-def _amount(limit: Limit, demand: Demand, most: int, quota: Quota) -> int:
-    """What a request reserves of a limit.
+def _tokens_in(demand: Demand, most: int, quota: Quota) -> int:
+    return min(demand.tokens_in, most)
 
-    Raises:
-        RateLimitedError: it asks for more than there ever is.
+
+def _tokens_out(demand: Demand, most: int, quota: Quota) -> int:
     """
-    match limit:
-        case Limit.TOKENS_IN_PER_MINUTE:
-            return min(demand.tokens_in, most)
-        case Limit.TOKENS_OUT_PER_MINUTE if not demand.said:
-            return min(demand.tokens_out, most)
-        case Limit.TOKENS_OUT_PER_MINUTE if demand.tokens_out > most:
-            raise RateLimitedError(
-                f"the answers may take {demand.tokens_out} tokens, more than the limit of this key: {most} "
-                f"{_NAMED[limit]}",
-                todo="send a smaller 'n' or 'max_tokens'",
-                limit=limit.value,
-                retry_after_s=None,
-            )
-        case Limit.TOKENS_OUT_PER_MINUTE:
-            return demand.tokens_out
-        case Limit.TOKENS_PER_DAY:
-            asked = demand.tokens_in + demand.tokens_out
-            return asked if demand.said else max(1, min(asked, quota.unused(most)))
-        case _:
-            return 1
+    Raises:
+        RateLimitedError: the client asks for more than there ever is.
+    """
+    if not demand.said:
+        return min(demand.tokens_out, most)
+    if demand.tokens_out > most:
+        raise RateLimitedError(
+            f"the answers may take {demand.tokens_out} tokens, more than the limit of this key: {most} "
+            f"{_NAMED[Limit.TOKENS_OUT_PER_MINUTE]}",
+            todo="send a smaller 'n' or 'max_tokens'",
+            limit=Limit.TOKENS_OUT_PER_MINUTE.value,
+            retry_after_s=None,
+        )
+    return demand.tokens_out
+
+
+def _tokens_of_day(demand: Demand, most: int, quota: Quota) -> int:
+    asked = demand.tokens_in + demand.tokens_out
+    return asked if demand.said else max(1, min(asked, quota.unused(most)))
+
+
+_RESERVES: Mapping[Limit, Callable[[Demand, int, Quota], int]] = {
+    Limit.TOKENS_IN_PER_MINUTE: _tokens_in,
+    Limit.TOKENS_OUT_PER_MINUTE: _tokens_out,
+    Limit.TOKENS_PER_DAY: _tokens_of_day,
+}
+"""What a request reserves of a limit; of others it is one."""

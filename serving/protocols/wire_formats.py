@@ -8,12 +8,13 @@ Nearly all events of a stream bring one piece of text and nothing else. Each for
 closer at all others only.
 """
 
-import json
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
+
+import msgspec
 
 from serving.protocols.route import Route
 from serving.protocols.server_sent_events import data_of, find_error, is_event, json_of, name_of
@@ -119,12 +120,12 @@ class CompletionsFormat(WireFormat):
 
     def usage(self, part: bytes) -> Usage | None:
         """Of a stream in the one chunk that has no choices; found without parsing: log-probabilities make megabytes."""
-        found = _USAGE.findall(part)
+        found = _last_usage(part)
         if not found or (is_event(part) and json_of(part).get("choices") != []):
             return None
         try:
-            return _usage(json.loads(found[-1]), "prompt_tokens", "completion_tokens")
-        except ValueError:
+            return _usage(msgspec.json.decode(found), "prompt_tokens", "completion_tokens")
+        except (msgspec.MsgspecError, ValueError):
             return None
 
     def finish_reason(self, part: bytes) -> str | None:
@@ -256,6 +257,17 @@ class MessagesFormat(WireFormat):
 
     def _end_of(self, part: bytes) -> dict[str, Any]:
         return json_of(part) if not is_event(part) or name_of(part) == "message_delta" else {}
+
+
+def _last_usage(part: bytes) -> bytes | None:
+    """The JSON of the last counts: vLLM has them behind all that the model wrote."""
+    at = part.rfind(b'"usage"')
+    if at < 0:
+        return None
+    if last := _USAGE.match(part, at):
+        return last[1]
+    found = _USAGE.findall(part)
+    return found[-1] if found else None
 
 
 def _usage(counts: Any, prompt: str, completion: str) -> Usage | None:

@@ -16,6 +16,7 @@ from serving.protocols.error_code import ErrorCode
 from serving.protocols.outcome import outcome_of
 from serving.protocols.route import Route
 from serving.protocols.wire_formats import Usage
+from serving.telemetry.loop_counter import LoopCounter
 from serving.telemetry.loop_histogram import LoopHistogram
 from serving.telemetry.quantiles import VersionQuantiles
 from serving.telemetry.traces.request_trace import SpanDropped
@@ -93,9 +94,7 @@ class GatewayMetrics:
 
     def _add_request_instruments(self, registry: CollectorRegistry) -> None:
         version = ("model", "version")
-        requests = Counter(
-            "svc_requests_total", "Requests answered", (*version, "route", "status", "outcome"), registry=registry
-        )
+        requests = LoopCounter("svc_requests_total", "Requests answered", (*version, "route", "status", "outcome"))
         duration = Histogram(
             "svc_request_duration_seconds",
             "From the request's last byte to the answer's last byte, complete answers",
@@ -117,10 +116,12 @@ class GatewayMetrics:
             buckets=_BETWEEN_TOKENS_BUCKETS_S,
         )
         registry.register(self._between_tokens)
-        tokens = Counter("svc_tokens_total", "Tokens", (*version, "direction"), registry=registry)
+        tokens = LoopCounter("svc_tokens_total", "Tokens", (*version, "direction"))
+        registry.register(requests)
+        registry.register(tokens)
         # To look a series up takes longer than to count; none of these is ever removed.
-        self._requests_of, self._duration_of = cache(requests.labels), cache(duration.labels)
-        self._first_token_of, self._tokens_of = cache(first_token.labels), cache(tokens.labels)
+        self._requests_of, self._duration_of = cache(requests.count), cache(duration.labels)
+        self._first_token_of, self._tokens_of = cache(first_token.labels), cache(tokens.count)
         self._errors = Counter(
             "svc_request_errors_total", "Requests that failed, by reason", (*version, "reason"), registry=registry
         )
@@ -165,9 +166,11 @@ class GatewayMetrics:
 
     def _add_key_instruments(self, registry: CollectorRegistry) -> None:
         key = ("model", "key_id")
-        requests = Counter("svc_key_requests_total", "Requests that an engine took, by key", key, registry=registry)
-        tokens = Counter("svc_key_tokens_total", "Tokens used, by key", (*key, "direction"), registry=registry)
-        self._key_requests_of, self._key_tokens_of = cache(requests.labels), cache(tokens.labels)
+        requests = LoopCounter("svc_key_requests_total", "Requests that an engine took, by key", key)
+        tokens = LoopCounter("svc_key_tokens_total", "Tokens used, by key", (*key, "direction"))
+        registry.register(requests)
+        registry.register(tokens)
+        self._key_requests_of, self._key_tokens_of = cache(requests.count), cache(tokens.count)
         self._key_refused = Counter(
             "svc_key_refused_total", "Requests beyond a limit of their key", (*key, "limit"), registry=registry
         )
@@ -179,9 +182,9 @@ class GatewayMetrics:
             key_id: empty where there was no key.
             model: one of a bounded set.
         """
-        self._key_requests_of(model, key_id).inc()
-        self._key_tokens_of(model, key_id, "in").inc(usage.prompt)
-        self._key_tokens_of(model, key_id, "out").inc(usage.completion)
+        self._key_requests_of(model, key_id).add()
+        self._key_tokens_of(model, key_id, "in").add(usage.prompt)
+        self._key_tokens_of(model, key_id, "out").add(usage.completion)
 
     def key_refused(self, key_id: str, model: str, limit: str) -> None:
         """Counts a request that a limit of its key refused."""
@@ -210,7 +213,7 @@ class GatewayMetrics:
         """
         model, version = _labels(served, model)
         outcome = outcome_of(reason)
-        self._requests_of(model, version, route.value, str(status), outcome.value).inc()
+        self._requests_of(model, version, route.value, str(status), outcome.value).add()
         if served and outcome is Outcome.COMPLETE:
             self._duration_of(model, version, route.value).observe(seconds, self._exemplar(request_id))
             self.duration_quantiles.observe(served.version, seconds)
@@ -226,8 +229,9 @@ class GatewayMetrics:
 
     def tokens(self, served: Target, usage: Usage) -> None:
         """Counts the tokens of an answer."""
-        self._tokens_of(*_labels(served), "in").inc(usage.prompt)
-        self._tokens_of(*_labels(served), "out").inc(usage.completion)
+        model, version = _labels(served)
+        self._tokens_of(model, version, "in").add(usage.prompt)
+        self._tokens_of(model, version, "out").add(usage.completion)
 
     def request_failed(self, served: Target | None, code: ErrorCode, model: str = UNKNOWN_MODEL) -> None:
         """Counts an error under its reason; also one that ends a stream whose status was 200.

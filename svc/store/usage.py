@@ -35,11 +35,6 @@ class Usage:
     tokens_in: int = 0
     tokens_out: int = 0
 
-    def __add__(self, other: "Usage") -> "Usage":
-        return Usage(
-            self.requests + other.requests, self.tokens_in + other.tokens_in, self.tokens_out + other.tokens_out
-        )
-
 
 @dataclass(frozen=True, slots=True)
 class UsageTotal:

@@ -4,7 +4,7 @@ import json
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from serving.http.errors import ApiError
@@ -157,6 +157,7 @@ class TestClassify:
 
 
 class TestCompletions:
+    @example(text="usage", counts=Counts(3, 4), separators=(",", ":"))
     @given(TEXT, COUNTS, st.sampled_from([None, (",", ":")]))
     def test_usage_is_found_whatever_the_model_wrote(
         self, text: str, counts: Counts, separators: tuple[str, str] | None
