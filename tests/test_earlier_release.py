@@ -81,6 +81,7 @@ def test_requests_and_feedback_are_there(store: Store) -> None:
     assert [(rated.bad, rated.corrected) for rated in read_ratings(store, served, newest=10)] == [(False, True)]
 
 
+@pytest.mark.slow
 async def test_its_engine_is_adopted() -> None:
     with TemporaryDirectory(prefix="svc") as name:
         folder = Path(name)

@@ -37,6 +37,7 @@ def _pods(found: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
             yield spec["template"]["spec"]
 
 
+@pytest.mark.slow
 @needs_kubectl
 @pytest.mark.parametrize("folder", BUILT, ids=lambda folder: folder.name)
 def test_kustomize_builds_it_with_an_image_that_has_a_tag(folder: Path) -> None:

@@ -288,6 +288,7 @@ def test_a_proxy_in_the_environment_is_not_asked(status: Status, monkeypatch: py
     assert status().code == 0
 
 
+@pytest.mark.slow
 def test_watching_shows_it_again_and_again_with_rates(svc: Svc, tmp_path: Path) -> None:
     """Until Ctrl-C; a server that goes away on the way is waited for."""
     looks = iter([METRICS, METRICS.replace('200"} 41', '200"} 51'), None])
@@ -312,6 +313,7 @@ def test_watching_is_for_people(svc: Svc) -> None:
     assert svc("status", "--watch", "--json").code == 2
 
 
+@pytest.mark.slow
 def test_watching_waits_for_a_model_that_is_not_served(svc: Svc, tmp_path: Path) -> None:
     looks = iter([[], [STATE]])
 

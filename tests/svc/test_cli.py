@@ -36,6 +36,7 @@ def test_no_room_but_the_trainer_needs_torch_at_import() -> None:
     assert not loaded_after("import svc.cli, serving, monitoring, svc.registry.registry") & set(HEAVY)
 
 
+@pytest.mark.slow
 def test_no_command_loads_torch_before_it_runs() -> None:
     code = "from svc.cli import COMMANDS, LazyGroup\nfor name in COMMANDS: LazyGroup().get_command(None, name)"
     assert not loaded_after(code) & set(HEAVY)
@@ -121,6 +122,7 @@ def test_sigterm_lets_a_command_clean_up_as_an_interruption_does() -> None:
     assert process.returncode == 130
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("existed", [False, True])
 def test_the_home_and_what_is_in_it_are_its_users_alone(tmp_path: Path, existed: bool) -> None:
     home = tmp_path / "home"

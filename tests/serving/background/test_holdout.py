@@ -39,6 +39,8 @@ from tests.serving.engine_double import Fault, logprob_of, tokenized
 from tests.serving.home import Home
 from tests.serving.versions import FACTS, HELDOUT, MAX_TOKENS, NAME, make_version, target
 
+pytestmark = pytest.mark.slow
+
 FAST: dict[str, Any] = {"requests_per_minute": 1e6, "patience_s": 5.0}
 
 

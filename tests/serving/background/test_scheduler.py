@@ -15,6 +15,8 @@ from tests.serving.control import Control, Make, ask, until
 from tests.serving.engine_double import Fault
 from tests.serving.versions import NAME, target
 
+pytestmark = pytest.mark.slow
+
 PROMPT = [Message(Role.USER, "one two three")]
 
 

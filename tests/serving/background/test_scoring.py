@@ -29,6 +29,8 @@ from tests.serving.home import Home
 from tests.serving.versions import MAX_TOKENS, NAME, make_version, target
 from tests.svc.store.test_requests import RECORD
 
+pytestmark = pytest.mark.slow
+
 PROMPT = [{"role": "user", "content": "one two three"}]
 KEPT = RECORD._replace(
     model=NAME,

@@ -270,6 +270,7 @@ async def test_ten_thousand_wrong_keys_cost_less_than_right_ones(service: KeyedS
         assert statuses[429] == count - statuses[401]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("route", Route)
 async def test_a_stream_ends_within_a_second_when_its_key_is_revoked(service: KeyedService, route: Route) -> None:
     issued = service.key()

@@ -321,6 +321,7 @@ async def test_spans_are_counted(traced: Traced) -> None:
     assert service.count("svc_spans_total") == 1
 
 
+@pytest.mark.slow
 async def test_a_receiver_that_is_down_costs_no_request_anything(
     traced: Traced, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:

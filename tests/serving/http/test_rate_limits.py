@@ -297,6 +297,7 @@ class TestClients:
                 await official.chat.completions.create(model=NAME, messages=[{"role": "user", "content": "one"}])
         assert (caught.value.code, waits) == ("rate_limit_exceeded", [])
 
+    @pytest.mark.slow
     async def test_anthropics_client_asks_again_when_it_was_told(self, service: Service, waits: list[float]) -> None:
         import anthropic
 

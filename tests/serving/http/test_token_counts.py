@@ -27,6 +27,7 @@ async def service(socket_folder: Path) -> AsyncIterator[Service]:
         yield service
 
 
+@pytest.mark.slow
 async def test_anthropics_client_counts(service: Service) -> None:
     from anthropic import AsyncAnthropic
 

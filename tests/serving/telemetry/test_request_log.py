@@ -213,6 +213,7 @@ def test_old_rows_are_forgotten_at_the_start(store: Store) -> None:
     assert len(pen.rows()) == 1
 
 
+@pytest.mark.slow
 def test_a_pattern_that_takes_too_long_costs_the_content_alone(store: Store, caplog: pytest.LogCaptureFixture) -> None:
     pen = Pen(store, content_share=1.0, redact=("(a|aa)+$",))
     pen.writer.start()
@@ -228,6 +229,7 @@ def test_a_pattern_that_takes_too_long_costs_the_content_alone(store: Store, cap
     assert "aaaa" not in caplog.text
 
 
+@pytest.mark.slow
 def test_rows_are_summed_up_once_and_the_size_limit_holds(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
     add_requests(store, [RECORD] * 50)
     monkeypatch.setattr(request_log, "_PRUNE_EVERY_S", 0.01)

@@ -186,6 +186,7 @@ def test_a_backup_of_before_is_heard(authenticator: Authenticator, issued: Issue
     assert fault_of(authenticator, issued.secret) is KeyFault.UNKNOWN
 
 
+@pytest.mark.slow
 async def test_a_revocation_is_heard_within_a_second(store: Store) -> None:
     keyring, authenticator = Keyring(store, ALICE), Authenticator(store)
     issued = keyring.create(INFER)

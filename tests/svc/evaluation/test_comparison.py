@@ -54,6 +54,7 @@ def against(first: Sequence[str], second: Sequence[str], reference: str = "net",
     return compare(examples, one.results, other.results, MetricSet(ExactMatch(), (Perplexity(),)), **options)  # type: ignore[arg-type]
 
 
+@pytest.mark.slow
 @settings(max_examples=30)
 @given(rows)
 def test_the_other_way_round_all_differences_are_mirrored(given: list[tuple[str, str, str, float, float]]) -> None:

@@ -97,6 +97,7 @@ async def test_what_is_no_verdict_is_not_read_as_one(text: str) -> None:
         await judge_pairs(PAIRS[:1], endpoint(server))
 
 
+@pytest.mark.slow
 async def test_a_few_pairs_without_a_verdict_are_left_out() -> None:
     pairs = [Pair(chat(str(place), "r"), "poor" if place else "odd", f"good {place}") for place in range(12)]
     with judge_server(

@@ -26,6 +26,8 @@ from tests.command_line import Svc
 from tests.new_store import new_store
 from tests.svc.registry.manifests import make_manifest
 
+pytestmark = pytest.mark.slow
+
 Publish = Callable[[], Manifest]
 
 

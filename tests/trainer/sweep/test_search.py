@@ -200,6 +200,7 @@ SPACES: list[dict[str, Any]] = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("sections", SPACES, ids=["phases", "ranges", "lists"])
 @pytest.mark.parametrize("kills", [(1,), (4,), (2, 3, 8)], ids=str)
 def test_after_kills_it_makes_the_trials_of_one_that_was_not_killed(

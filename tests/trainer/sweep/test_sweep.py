@@ -79,6 +79,7 @@ def test_the_table_shows_every_trial_and_why_some_were_given_up(
     assert all(text in shown for text in ("learning_rate 0.0001", "learning_rate 0.0005", "pruned at step 4"))
 
 
+@pytest.mark.slow
 def test_a_picture_is_the_same_file_each_time(tmp_path: Path) -> None:
     result = result_of(outcome(0, "a", {RATE: 1e-4}), outcome(0.5, "b", {RATE: 5e-4}))
     files = [draw_sweep(result, tmp_path / name).read_bytes() for name in ("one.svg", "two.svg")]

@@ -35,7 +35,9 @@ few = settings(
 )
 """Of each defect in each format; one in `make test-fast`."""
 seeds = st.integers(0, 2**32).map(random.Random)
-formats = pytest.mark.parametrize("form", list(Format))
+formats = pytest.mark.parametrize(
+    "form", [pytest.param(form, marks=[] if form is Format.CHAT else pytest.mark.slow) for form in Format]
+)
 
 
 def found(path: Path, lines: Iterable[bytes], heldout: Iterable[bytes] = ()) -> dict[int, set[Code]]:

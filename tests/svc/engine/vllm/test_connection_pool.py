@@ -377,6 +377,7 @@ class TestSilence:
                 await asyncio.wait_for(ask(pool), 5)
             assert len(server.requests) == 2
 
+    @pytest.mark.slow
     async def test_an_answer_may_take_longer_than_a_silence(self, socket: Path) -> None:
         async def reply(peer: Peer) -> None:
             await peer.say(STREAM)

@@ -88,6 +88,7 @@ def test_a_traceback_is_of_the_users_lines(write: Write) -> None:
     assert "function_worker" not in caught.value.wrong
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("body", ["while True: pass", "import subprocess\nsubprocess.run(['sleep', '60'])"])
 def test_it_ends_when_its_time_is_over(write: Write, body: str) -> None:
     started = time.monotonic()
