@@ -199,7 +199,8 @@ def _tokens_in(demand: Demand, most: int, quota: Quota) -> int:
 
 
 def _tokens_out(demand: Demand, most: int, quota: Quota) -> int:
-    """
+    """Where the client says nothing, as much as there may be.
+
     Raises:
         RateLimitedError: the client asks for more than there ever is.
     """

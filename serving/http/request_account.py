@@ -127,8 +127,7 @@ class RequestAccount:
     def first_token(self, seconds: float) -> None:
         """Times the first token of a streamed answer."""
         self._first_token_s = seconds
-        assert self._served is not None  # noqa: S101 - no engine answers before `served_by`
-        self._metrics.first_token(self._served, seconds, self.request_id)
+        self._metrics.first_token(self._answering, seconds, self.request_id)
 
     def token_passed(self) -> None:
         """Counts an event with tokens, for an answer whose tokens the engine will not tell."""
@@ -141,13 +140,23 @@ class RequestAccount:
     def used(self, usage: Usage) -> None:
         """Counts the tokens of the answer."""
         self._usage = usage
-        assert self._served is not None  # noqa: S101
-        self._metrics.tokens(self._served, usage)
+        self._metrics.tokens(self._answering, usage)
 
     def failed(self, code: ErrorCode) -> None:
         """It has failed, whatever was sent of the answer."""
         self._reason = code
         self._metrics.request_failed(self._served, code, self.model)
+
+    @property
+    def _answering(self) -> Target:
+        """The version that answers.
+
+        Raises:
+            RuntimeError: something was heard of an answer before `served_by`.
+        """
+        if self._served is None:
+            raise RuntimeError("no version was asked yet")
+        return self._served
 
     def end(self) -> None:
         """Counts the request, settles with its key and keeps its row, once its end is known."""

@@ -120,8 +120,8 @@ class GatewayMetrics:
         registry.register(requests)
         registry.register(tokens)
         # To look a series up takes longer than to count; none of these is ever removed.
-        self._requests_of, self._duration_of = cache(requests.count), cache(duration.labels)
-        self._first_token_of, self._tokens_of = cache(first_token.labels), cache(tokens.count)
+        self._duration_of, self._first_token_of = cache(duration.labels), cache(first_token.labels)
+        self._requests_of, self._tokens_of = requests.count, tokens.count
         self._errors = Counter(
             "svc_request_errors_total", "Requests that failed, by reason", (*version, "reason"), registry=registry
         )
@@ -170,7 +170,7 @@ class GatewayMetrics:
         tokens = LoopCounter("svc_key_tokens_total", "Tokens used, by key", (*key, "direction"))
         registry.register(requests)
         registry.register(tokens)
-        self._key_requests_of, self._key_tokens_of = cache(requests.count), cache(tokens.count)
+        self._key_requests_of, self._key_tokens_of = requests.count, tokens.count
         self._key_refused = Counter(
             "svc_key_refused_total", "Requests beyond a limit of their key", (*key, "limit"), registry=registry
         )

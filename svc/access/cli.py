@@ -3,7 +3,6 @@
 import csv
 import sys
 from collections.abc import Callable
-from dataclasses import asdict
 from datetime import UTC, datetime, timedelta
 from typing import TYPE_CHECKING, Any
 
@@ -195,7 +194,7 @@ def usage(ctx: click.Context, since: datetime, as_csv: bool, as_json: bool) -> N
     store = open_database(settings_of(ctx).home)
     names = {key.id: key.principal.name for key in read_keys(store)}
     rows = [
-        {"key_id": total.key_id or None, "name": names.get(total.key_id), "model": total.model, **asdict(total.usage)}
+        {"key_id": total.key_id or None, "name": names.get(total.key_id), "model": total.model, **total.usage._asdict()}
         for total in usage_since(store, since)
     ]
     if as_json:

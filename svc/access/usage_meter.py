@@ -5,7 +5,6 @@ model of an hour, and belongs into a thread. A server that dies loses what it ha
 """
 
 import threading
-from collections import defaultdict
 from collections.abc import Callable
 from datetime import UTC, datetime, timedelta
 
@@ -27,7 +26,7 @@ class UsageMeter:
         self._store = store
         self._now = now
         self._lock = threading.Lock()
-        self._used: defaultdict[UsageOf, _Sum] = defaultdict(_Sum)
+        self._used: dict[UsageOf, Usage] = {}
         self._hour = hour_of(now())
 
     def add(self, key_id: str | None, model: str, *, tokens_in: int, tokens_out: int) -> None:
@@ -41,7 +40,7 @@ class UsageMeter:
         with self._lock:
             if not self._hour <= now < self._hour + _HOUR:
                 self._hour = hour_of(now)
-            self._used[UsageOf(self._hour, key_id or "", model)].add(1, tokens_in, tokens_out)
+            self._add(UsageOf(self._hour, key_id or "", model), Usage(1, tokens_in, tokens_out))
 
     def flush(self) -> None:
         """Writes what was counted since.
@@ -50,27 +49,16 @@ class UsageMeter:
             SQLAlchemyError: the store does not take it; the next flush tries again.
         """
         with self._lock:
-            used, self._used = self._used, defaultdict(_Sum)
+            used, self._used = self._used, {}
         try:
-            add_usage(
-                self._store, {of: Usage(each.requests, each.tokens_in, each.tokens_out) for of, each in used.items()}
-            )
+            add_usage(self._store, used)
         except BaseException:
             with self._lock:
-                for of, each in used.items():
-                    self._used[of].add(each.requests, each.tokens_in, each.tokens_out)
+                for of, usage in used.items():
+                    self._add(of, usage)
             raise
 
-
-class _Sum:
-    """As `Usage`, but grows in its place: with each request."""
-
-    __slots__ = ("requests", "tokens_in", "tokens_out")
-
-    def __init__(self) -> None:
-        self.requests = self.tokens_in = self.tokens_out = 0
-
-    def add(self, requests: int, tokens_in: int, tokens_out: int) -> None:
-        self.requests += requests
-        self.tokens_in += tokens_in
-        self.tokens_out += tokens_out
+    def _add(self, of: UsageOf, usage: Usage) -> None:
+        """With the lock held."""
+        before = self._used.get(of)
+        self._used[of] = before.plus(usage) if before else usage

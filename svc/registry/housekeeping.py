@@ -155,12 +155,7 @@ def find_reclaimable(registry: Registry, home: Path, older_than_days: float) -> 
             yield Reclaimable(folder, size_on_disk(folder), f"{why}, and nobody has touched it since", touched)
     for folder in _folders((home / SWEEPS_FOLDER).glob("*")):
         if lock_holder(folder / RUN_LOCK) is None and (touched := _newest(folder, now)) < before:
-            yield Reclaimable(
-                folder,
-                size_on_disk(folder),
-                "trials that nobody has touched since",
-                touched,
-            )
+            yield Reclaimable(folder, size_on_disk(folder), "trials that nobody has touched since", touched)
     for path in sorted((home / "logs").glob("*.log.*")):
         if (touched := _newest(path, now)) < before:
             yield Reclaimable(path, size_on_disk(path), "a log that was rotated", touched)

@@ -27,13 +27,18 @@ class UsageOf(NamedTuple):
     model: str
 
 
-@dataclass(frozen=True, slots=True)
-class Usage:
-    """How much."""
+class Usage(NamedTuple):
+    """How much. A tuple, since it is made for each request."""
 
     requests: int = 0
     tokens_in: int = 0
     tokens_out: int = 0
+
+    def plus(self, other: "Usage") -> "Usage":
+        """Both together."""
+        return Usage(
+            self.requests + other.requests, self.tokens_in + other.tokens_in, self.tokens_out + other.tokens_out
+        )
 
 
 @dataclass(frozen=True, slots=True)
