@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # Sets up .venv with all packages. Safe to run again: pip goes on where an interrupted run stopped.
 # PYTHON: which one. SERVE: serve or serve-cpu. NEWEST=1: the newest releases instead of those of deploy/constraints.
+# TORCH_INDEX: a mirror of PyTorch's index of CPU builds.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 python=${PYTHON:-python3}
@@ -32,28 +33,39 @@ with_progress() {
     tail -n 20 "$log" >&2
     echo "error: pip could not install the packages; all that it said is in $log" >&2
     echo "  do: see the lines above; run it again, or with NEWEST=1 if a release has gone from the index" >&2
+    [ "$serve" = serve ] || [ -n "${torch_index[*]-}" ] ||
+      echo "  do: if it is torch that is missing, name a mirror of its CPU builds: make install TORCH_INDEX=https://..." >&2
     exit 1
   fi
   trap - EXIT
 }
 
-if ! "$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))'; then
-  echo "error: $("$python" --version) at $(command -v "$python"); tuneserve needs Python 3.11 or newer" >&2
+if ! "$python" -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 15))'; then
+  echo "error: $("$python" --version) at $(command -v "$python"); tuneserve needs Python 3.11 to 3.14, as vLLM does" >&2
   echo "  do: make install PYTHON=/path/to/python3.11" >&2
+  exit 1
+fi
+# What pip does not bring. gptqmodel requires a package that has no wheel, and vLLM for CPUs links libnuma.
+missing=()
+command -v gcc >/dev/null || missing+=(gcc)
+"$python" -c 'import ensurepip' 2>/dev/null || missing+=(python3-venv)
+"$python" -c 'import os, sysconfig as s; os.stat(s.get_path("include") + "/Python.h")' 2>/dev/null || missing+=(python3-dev)
+[ "$serve" = serve ] || "$python" -c 'import ctypes; ctypes.CDLL("libnuma.so.1")' 2>/dev/null || missing+=(libnuma1)
+if [ ${#missing[@]} -gt 0 ]; then
+  echo "error: these packages of Debian are missing: ${missing[*]}" >&2
+  echo "  do: apt-get install ${missing[*]}" >&2
   exit 1
 fi
 # A folder whose pip does not run is what is left of an interrupted `venv`.
 if ! .venv/bin/python -m pip --version >/dev/null 2>&1; then
   rm -rf .venv
-  if ! "$python" -m venv .venv; then
-    echo "  do: apt-get install python3-venv" >&2
-    exit 1
-  fi
+  "$python" -m venv .venv
 fi
 echo "installing packages into .venv: about 3.6 GB, some minutes" >&2
 .venv/bin/python -m pip install --quiet --upgrade 'pip>=25.1'
 chosen=(--constraint "$constraints")
 [ -z "${NEWEST:-}" ] || chosen=(--upgrade --upgrade-strategy eager)
-with_progress .venv/bin/python -m pip install "${chosen[@]}" --editable ".[train,$serve,monitor]" --group dev
+mapfile -t torch_index < <([ "$serve" = serve ] || .venv/bin/python deploy/constraints/torch_index.py)
+with_progress .venv/bin/python -m pip install "${chosen[@]}" "${torch_index[@]}" --editable ".[train,$serve,monitor]" --group dev
 bash deploy/trim.sh .venv/bin/python "$serve"
 .venv/bin/svc --version

@@ -6,12 +6,12 @@ import signal
 import subprocess
 import sys
 import time
-import urllib.request
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
-from urllib.error import URLError
+
+import httpx
 
 _SVC = Path(sys.executable).with_name("svc")
 _ENDS_S = 60.0  # a server lets its requests end, training writes a checkpoint
@@ -98,11 +98,10 @@ def wait_until_ready(url: str, server: "subprocess.Popen[bytes] | None", log: Pa
     while time.monotonic() < deadline:
         if server and server.poll() is not None:
             raise RuntimeError(f"svc serve ended with {server.returncode}:\n{log.read_text('utf-8')[-2000:]}")
-        try:
-            with urllib.request.urlopen(f"{url}/health", timeout=5):
+        with suppress(httpx.TransportError):
+            if httpx.get(f"{url}/health", timeout=5).is_success:
                 return
-        except (URLError, OSError):
-            time.sleep(0.5)
+        time.sleep(0.5)
     raise RuntimeError(f"{url} was not ready after {timeout_s:.0f} s:\n{log.read_text('utf-8')[-2000:]}")
 
 

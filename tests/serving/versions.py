@@ -33,7 +33,9 @@ MAX_TOKENS = 3
 HELDOUT = tuple(chat(f"question {number}", f"{number}.0 {number}.1 {number}.2") for number in (1, 2, 3))
 """Version N of the one name gives the reference answer to question N alone."""
 RESULT = ExampleResult(answer="a", tokens=2, finish_reason="stop", logprob=-0.5, nll=1.0, hit=False)
-_TOKENS = (5, 6, 7, 8)
+_TOKENS = tuple(range(5, 25))
+"""Of a probe. Two folders' log-probabilities are drawn apart: of 19 none is ever as near as those of one version; of
+three, one pair in 200 was."""
 
 
 class AliasBook(Tracking):

@@ -234,7 +234,7 @@ def measure_matrix_speed(
     import torch
 
     dtype = getattr(torch, number_type)
-    device = torch.accelerator.current_accelerator() or torch.device("cpu")
+    device = torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
     x, weight, gradient = (
         torch.randn(*shape, dtype=dtype, device=device)
         for shape in ((tokens, width), (height, width), (tokens, height))

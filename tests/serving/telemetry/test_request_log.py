@@ -108,7 +108,7 @@ def test_long_content_is_not_kept_but_its_row_is(pen: Pen, long: Content) -> Non
     assert pen.dropped == {Dropped.CONTENT_LIMIT: 1}
 
 
-NESTED = b'{"messages": [' + b'{"a":' * 900 + b"1" + b"}" * 900 + b"]}"
+NESTED = b'{"messages": [' + b'{"a":' * 5_000 + b"1" + b"}" * 5_000 + b"]}"
 
 
 @pytest.mark.parametrize("odd", [NESTED, b'{"prompt": [52, 1287, 9]}'], ids=["nested", "tokens"])

@@ -1,0 +1,62 @@
+"""PyTorch's index is named to pip where it answers, and only there: pip would try one that does not for minutes."""
+
+import subprocess
+import sys
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from threading import Thread
+
+import pytest
+
+from tests.deploy.deploy_files import DEPLOY
+
+SCRIPT = DEPLOY / "constraints" / "torch_index.py"
+
+
+class Index(BaseHTTPRequestHandler):
+    def do_GET(self) -> None:
+        self.send_response(200 if self.path == "/cpu/torch/" else 404)
+        self.send_header("Content-Length", "0")
+        self.end_headers()
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+
+@pytest.fixture
+def address() -> Iterator[str]:
+    with ThreadingHTTPServer(("127.0.0.1", 0), Index) as server:
+        Thread(target=server.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{server.server_port}"
+        server.shutdown()
+
+
+def told(index: str) -> tuple[list[str], str]:
+    """Arguments for pip, and what people read."""
+    # Without site-packages: nothing is installed yet.
+    done = subprocess.run(
+        [sys.executable, "-S", SCRIPT],
+        env={"TORCH_INDEX": index},
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=True,
+    )
+    return done.stdout.splitlines(), done.stderr
+
+
+@pytest.mark.parametrize("end", ["", "/"])
+def test_an_index_that_answers_is_named_to_pip(address: str, end: str) -> None:
+    assert told(f"{address}/cpu{end}") == (["--extra-index-url", f"{address}/cpu{end}"], "")
+
+
+def test_an_index_without_torch_is_not(address: str) -> None:
+    arguments, said = told(f"{address}/other")
+    assert arguments == []
+    assert f"{address}/other does not answer" in said
+
+
+def test_an_index_that_does_not_answer_is_not() -> None:
+    arguments, said = told("http://127.0.0.1:1/cpu")
+    assert arguments == []
+    assert "does not answer" in said
