@@ -45,9 +45,10 @@ if ! "$python" -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 15
   echo "  do: make install PYTHON=/path/to/python3.11" >&2
   exit 1
 fi
-# What pip does not bring. gptqmodel requires a package that has no wheel, and vLLM for CPUs links libnuma.
+# What pip does not bring. gptqmodel compiles a part when it first runs, and requires a package that has no wheel; vLLM
+# for CPUs links libnuma.
 missing=()
-command -v gcc >/dev/null || missing+=(gcc)
+command -v g++ >/dev/null || missing+=(g++)
 "$python" -c 'import ensurepip' 2>/dev/null || missing+=(python3-venv)
 "$python" -c 'import os, sysconfig as s; os.stat(s.get_path("include") + "/Python.h")' 2>/dev/null || missing+=(python3-dev)
 [ "$serve" = serve ] || "$python" -c 'import ctypes; ctypes.CDLL("libnuma.so.1")' 2>/dev/null || missing+=(libnuma1)

@@ -41,7 +41,7 @@ def tools(tmp_path: Path) -> Path:
 def test_a_machine_without_a_compiler_is_told_what_to_install(checkout: Path, tools: Path) -> None:
     status, said = install(checkout, sys.executable, tools=tools)
     assert status == 1
-    assert "do: apt-get install gcc\n" in said
+    assert "do: apt-get install g++\n" in said
 
 
 def test_a_python_that_is_too_old_is_named(checkout: Path, tools: Path) -> None:
