@@ -315,13 +315,14 @@ async def test_a_question_that_the_engine_refuses_fails_the_run_until_the_next_i
     make: Make, caplog: pytest.LogCaptureFixture
 ) -> None:
     control = make(answered=3)
-    control.park.prepare = lambda double: setattr(double, "max_model_len", 4)
-    async with control.run(), running(runs_of(control, every_hours=0.1 / 3600)):
-        run = await run_of(control, target(1), completed=False)
-        assert (run.outcome, run.hits, run.nll) == (HoldoutOutcome.FAILED, (), ())
-        assert run.reason is not None and "maximum context length" in run.reason
-        control.double.max_model_len = 1000
-        assert (await run_of(control, target(1))).cause is HoldoutCause.SCHEDULE
+    async with control.run():
+        control.double.max_model_len = 4
+        async with running(runs_of(control, every_hours=0.1 / 3600)):
+            run = await run_of(control, target(1), completed=False)
+            assert (run.outcome, run.hits, run.nll) == (HoldoutOutcome.FAILED, (), ())
+            assert run.reason is not None and "maximum context length" in run.reason
+            control.double.max_model_len = 1000
+            assert (await run_of(control, target(1))).cause is HoldoutCause.SCHEDULE
     assert "the run of the held-out set of tuned@1 (merged) failed" in caplog.text
 
 
