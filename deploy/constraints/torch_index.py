@@ -6,6 +6,7 @@ each package. It may still find the build where its own settings point, at a mir
 Only the standard library is imported, so that any Python can run this before anything is installed.
 """
 
+import http.client
 import os
 import ssl
 import sys
@@ -17,10 +18,10 @@ TIMEOUT_S = 10
 
 
 def arguments(index: str) -> list[str]:
-    """What pip needs to look there too.
+    """What pip needs to look there too; nothing where it does not answer within `TIMEOUT_S`.
 
     Args:
-        index: the address of a package index.
+        index: the address of a package index, without the package.
     """
     return ["--extra-index-url", index] if _answers(index) else []
 
@@ -32,7 +33,7 @@ def _answers(index: str) -> bool:
             return True
     except urllib.error.URLError as error:
         return isinstance(error.reason, ssl.SSLError)  # pip may have been told of a certificate that Python has not
-    except OSError:
+    except (OSError, ValueError, http.client.HTTPException):  # the last two: no address of a server
         return False
 
 

@@ -56,7 +56,8 @@ def test_an_index_without_torch_is_not(address: str) -> None:
     assert f"{address}/other does not answer" in said
 
 
-def test_an_index_that_does_not_answer_is_not() -> None:
-    arguments, said = told("http://127.0.0.1:1/cpu")
+@pytest.mark.parametrize("index", ["http://127.0.0.1:1/cpu", "download.pytorch.org/whl/cpu", "http://a b/cpu"])
+def test_an_index_that_does_not_answer_is_not(index: str) -> None:
+    arguments, said = told(index)
     assert arguments == []
     assert "does not answer" in said
