@@ -1,7 +1,7 @@
 """One model that a server serves: who may run in it, its engines, its rollouts, and what it asks them itself."""
 
 import asyncio
-from collections.abc import Mapping
+from collections.abc import Coroutine, Mapping
 from contextlib import AbstractAsyncContextManager
 from dataclasses import asdict, dataclass, fields
 from typing import Any
@@ -50,9 +50,9 @@ class Deployment:
         """The model's name."""
         return self.names.name
 
-    async def check(self, model: str) -> None:
+    def check(self, model: str) -> Coroutine[object, object, None]:
         """Raises where a name means nothing; see serving.engines.balancer.Balancer.check."""
-        await self.balancer.check(model)
+        return self.balancer.check(model)
 
     def lease(self, model: str, *, without: Lease | None = None) -> AbstractAsyncContextManager[Lease]:
         """An engine for the body; see serving.engines.balancer.Balancer.lease."""

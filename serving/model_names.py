@@ -29,6 +29,7 @@ class ModelNames:
 
     def __init__(self, name: str, *, clock: Callable[[], float] = time.time) -> None:
         self.name = name
+        self._in_production = frozenset({name, f"{name}@{Alias.PRODUCTION}"})
         self._clock = clock
         self._served: Target | None = None
         self._loaded: set[Target] = set()
@@ -71,7 +72,7 @@ class ModelNames:
         """
         if self._served is None:
             raise EngineUnavailableError("no version is loaded yet", todo="send the request again later")
-        if model in (self.name, f"{self.name}@{Alias.PRODUCTION}"):
+        if model in self._in_production:
             return None
         for loaded in self._loaded:
             if model == str(loaded.version):

@@ -145,8 +145,8 @@ class Router:
         if len(shares) > 1 and model == name:
             share = self._drawn(name, shares, who)
             return Destination(share.backend, str(share.version) if share.version else model)
-        *others, last = dict.fromkeys(share.backend for share in shares)
-        for backend in others:
+        last = shares[-1].backend
+        for backend in (share.backend for share in shares if share.backend is not last):
             if model in backend.names.all():
                 return Destination(backend, model)
         last.names.resolve(model)

@@ -11,7 +11,7 @@ One event loop, no locks: every change of state happens between two awaits.
 
 import asyncio
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Coroutine
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from typing import ClassVar
@@ -225,7 +225,8 @@ class Admission:
         self._running -= 1
         self._tokens -= tokens
         self._last_ended_at = time.monotonic()
-        self._admit_waiting()
+        if self.queue:
+            self._admit_waiting()
         self._show()
 
     async def _wait(self, tokens: int, party: Party) -> None:
@@ -261,8 +262,8 @@ class Admitted:
     tokens: int
     party: Party
 
-    async def __aenter__(self) -> None:
-        await self.admission.enter(self.tokens, self.party)
+    def __aenter__(self) -> Coroutine[object, object, None]:
+        return self.admission.enter(self.tokens, self.party)
 
     async def __aexit__(self, *_: object) -> None:
         self.admission.leave(self.tokens)

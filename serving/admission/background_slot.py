@@ -20,6 +20,7 @@ class BackgroundSlot:
 
     def __init__(self) -> None:
         self._open, self._quiet = asyncio.Event(), asyncio.Event()
+        self._shown = (False, False)
         self._taken: asyncio.Timeout | None = None
 
     @property
@@ -29,8 +30,11 @@ class BackgroundSlot:
 
     def show(self, *, open: bool, running: int) -> None:
         """From now on admission is open or not, and so many requests run."""
-        set_event(self._open, open)
-        set_event(self._quiet, open and not running)
+        shown = (open, open and not running)
+        if shown != self._shown:  # with every request it is told anew
+            self._shown = shown
+            set_event(self._open, shown[0])
+            set_event(self._quiet, shown[1])
 
     @asynccontextmanager
     async def take(self, patience_s: float) -> AsyncIterator[None]:

@@ -1,11 +1,10 @@
 """Who shares a model with others: a key, or all requests that came without one."""
 
-from dataclasses import dataclass
+from typing import NamedTuple
 
 
-@dataclass(frozen=True, slots=True)
-class Party:
-    """One that has its share.
+class Party(NamedTuple):
+    """One that has its share. A tuple, since it is made for each request.
 
     Attributes:
         name: the id of a key, which only the operator makes; empty for all requests without a key together.

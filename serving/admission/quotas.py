@@ -20,16 +20,12 @@ class Quota(ABC):
         self._used = 0.0
         self._reserved = 0
 
-    def has_room(self, amount: int, limit: int) -> bool:
-        """So much may be reserved now."""
-        return self._used + self._reserved + amount - limit <= _ROUNDING * limit
-
     @abstractmethod
-    def pass_to(self, now: float, limit: int) -> None:
-        """Gives back what has come free with time.
+    def free(self, now: float, limit: int) -> float:
+        """What may be reserved now, with a share of the limit for rounding; negative where more is taken than there is.
 
         Args:
-            now: the time in the quota's own clock, seconds.
+            now: the time in the quota's own clock, seconds: what has come free with it is given back first.
         """
 
     @abstractmethod
@@ -39,10 +35,6 @@ class Quota(ABC):
     @abstractmethod
     def _until_free_s(self, missing: float, now: float, limit: int) -> float:
         """Until so much of what was used is free again, seconds."""
-
-    def remaining(self, limit: int) -> int:
-        """What may be reserved now."""
-        return max(0, int(limit - self._used - self._reserved + _ROUNDING * limit))
 
     def unused(self, limit: int) -> int:
         """What may be reserved once all that runs has ended without using anything."""
@@ -72,10 +64,12 @@ class MinuteQuota(Quota):
         super().__init__()
         self._at = 0.0
 
-    def pass_to(self, now: float, limit: int) -> None:
+    def free(self, now: float, limit: int) -> float:
         if self._used:
-            self._used = max(0.0, self._used - (now - self._at) * limit / 60)
+            used = self._used - (now - self._at) * limit / 60
+            self._used = used if used > 0 else 0.0
         self._at = now
+        return limit - self._used - self._reserved + _ROUNDING * limit
 
     def reset_s(self, now: float, limit: int) -> float:
         return self._used * 60 / limit if limit else 0.0
@@ -91,10 +85,11 @@ class DayQuota(Quota):
         super().__init__()
         self._day = 0
 
-    def pass_to(self, now: float, limit: int) -> None:
+    def free(self, now: float, limit: int) -> float:
         day = int(now // DAY_S)
         if day != self._day:
             self._day, self._used = day, 0.0
+        return limit - self._used - self._reserved + _ROUNDING * limit
 
     def reset_s(self, now: float, limit: int) -> float:
         return DAY_S - now % DAY_S
@@ -106,8 +101,9 @@ class DayQuota(Quota):
 class RunningQuota(Quota):
     """So much at once: all that ends is free."""
 
-    def pass_to(self, now: float, limit: int) -> None:
+    def free(self, now: float, limit: int) -> float:
         self._used = 0.0
+        return limit - self._reserved
 
     def reset_s(self, now: float, limit: int) -> float:
         return 0.0

@@ -77,24 +77,18 @@ class Reservation:
 
     __slots__ = ("_held",)
 
-    def __init__(self, held: Sequence[tuple[Limit, Quota, int]]) -> None:
+    def __init__(self, held: Sequence[tuple["_Share", int]]) -> None:
         self._held = held
 
     def settle(self, tokens_in: int, tokens_out: int) -> None:
         """The request has ended and used so much."""
-        used = {
-            Limit.REQUESTS_PER_MINUTE: 1,
-            Limit.TOKENS_IN_PER_MINUTE: tokens_in,
-            Limit.TOKENS_OUT_PER_MINUTE: tokens_out,
-            Limit.TOKENS_PER_DAY: tokens_in + tokens_out,
-        }
-        for limit, quota, amount in self._held:
-            quota.settle(amount, used.get(limit, 0))
+        for share, amount in self._held:
+            share.quota.settle(amount, share.used(tokens_in, tokens_out))
 
     def release(self) -> None:
         """The request was refused, and costs nothing."""
-        for _, quota, amount in self._held:
-            quota.settle(amount, 0)
+        for share, amount in self._held:
+            share.quota.settle(amount, 0)
 
 
 class RateLimiter:
@@ -116,47 +110,46 @@ class RateLimiter:
         Raises:
             RateLimitedError: there is not so much left of a limit; of several the one that takes longest is named.
         """
-        held, longest, refused = list[tuple[Limit, Quota, int]](), 0.0, None
+        held, longest, refused = list[tuple[_Share, int]](), 0.0, None
         now, wall = self._clock(), self._wall()
-        for limit, most, quota in self._quotas(principal):
-            at = wall if limit is Limit.TOKENS_PER_DAY else now
-            quota.pass_to(at, most)
-            reserves = _RESERVES.get(limit)
-            amount = reserves(demand, most, quota) if reserves else 1
-            if not quota.has_room(amount, most) and (wait_s := quota.wait_s(amount, at, most)) > longest:
-                longest, refused = wait_s, limit
-            held.append((limit, quota, amount))
+        for share in self._shares(principal):
+            at = wall if share.by_day else now
+            free = share.quota.free(at, share.most)
+            amount = share.reserves(demand, share) if share.reserves else 1
+            if amount > free and (wait_s := share.quota.wait_s(amount, at, share.most)) > longest:
+                longest, refused = wait_s, share.limit
+            held.append((share, amount))
         if refused:
             raise self._refusal(refused, principal, longest)
-        for _, quota, amount in held:
-            quota.reserve(amount)
+        for share, amount in held:
+            share.quota.reserve(amount)
         return Reservation(held)
 
     def allowances(self, principal: Principal) -> dict[Limit, Allowance]:
         """What is left of each limit that a key has."""
         found = {}
         now, wall = self._clock(), self._wall()
-        for limit, most, quota in self._quotas(principal):
-            at = wall if limit is Limit.TOKENS_PER_DAY else now
-            quota.pass_to(at, most)
-            found[limit] = Allowance(most, quota.remaining(most), quota.reset_s(at, most))
+        for share in self._shares(principal):
+            at, most, quota = wall if share.by_day else now, share.most, share.quota
+            free = int(quota.free(at, most))
+            found[share.limit] = Allowance(most, free if free > 0 else 0, quota.reset_s(at, most))
         return found
 
     def add_used_today(self, tokens: Mapping[str, int]) -> None:
         """Adds what keys used today before this server started, in and out together."""
         for key_id, used in tokens.items():
             quota = self._keys.setdefault(key_id, _KeyQuotas()).quotas[Limit.TOKENS_PER_DAY]
-            quota.pass_to(self._wall(), used)
+            quota.free(self._wall(), used)
             quota.settle(0, used)
 
-    def _quotas(self, principal: Principal) -> Sequence[tuple[Limit, int, Quota]]:
-        """Each limit that a key has, with what is taken of it."""
+    def _shares(self, principal: Principal) -> Sequence["_Share"]:
+        """Of each limit that a key has."""
         key = self._keys.get(principal.key_id)
         if key is None:
             if principal.limits == _NONE:
                 return ()
             key = self._keys[principal.key_id] = _KeyQuotas()
-        return key.held(principal.limits)
+        return key.shares(principal.limits)
 
     def _refusal(self, limit: Limit, principal: Principal, wait_s: float) -> RateLimitedError:
         most: int = getattr(principal.limits, limit)
@@ -166,6 +159,23 @@ class RateLimiter:
             limit=limit.value,
             retry_after_s=max(1, math.ceil(wait_s)),
         )
+
+
+class _Share(NamedTuple):
+    """What a key may take of one limit, and has taken.
+
+    Attributes:
+        by_day: its quota goes by the time of day.
+        reserves: what a request reserves of it; None where that is one.
+        used: what a request has used of it in the end, by its tokens in and out.
+    """
+
+    limit: Limit
+    most: int
+    quota: Quota
+    by_day: bool
+    reserves: "_Reserves | None"
+    used: Callable[[int, int], int]
 
 
 class _KeyQuotas:
@@ -180,35 +190,35 @@ class _KeyQuotas:
             Limit.TOKENS_PER_DAY: DayQuota(),
         }
         self._limits = _NONE
-        self._held: Sequence[tuple[Limit, int, Quota]] = ()
+        self._shares: Sequence[_Share] = ()
 
-    def held(self, limits: Limits) -> Sequence[tuple[Limit, int, Quota]]:
-        """Those that there are; they change when the operator changes them."""
+    def shares(self, limits: Limits) -> Sequence[_Share]:
+        """Of those that there are; they change when the operator changes them."""
         if limits is not self._limits:
             self._limits = limits
-            self._held = tuple(
-                (limit, most, quota)
+            self._shares = tuple(
+                _Share(limit, most, quota, limit is Limit.TOKENS_PER_DAY, _RESERVES.get(limit), _USED[limit])
                 for limit, quota in self.quotas.items()
                 if (most := getattr(limits, limit)) is not None
             )
-        return self._held
+        return self._shares
 
 
-def _tokens_in(demand: Demand, most: int, quota: Quota) -> int:
-    return min(demand.tokens_in, most)
+def _tokens_in(demand: Demand, share: _Share) -> int:
+    return min(demand.tokens_in, share.most)
 
 
-def _tokens_out(demand: Demand, most: int, quota: Quota) -> int:
+def _tokens_out(demand: Demand, share: _Share) -> int:
     """Where the client says nothing, as much as there may be.
 
     Raises:
         RateLimitedError: the client asks for more than there ever is.
     """
     if not demand.said:
-        return min(demand.tokens_out, most)
-    if demand.tokens_out > most:
+        return min(demand.tokens_out, share.most)
+    if demand.tokens_out > share.most:
         raise RateLimitedError(
-            f"the answers may take {demand.tokens_out} tokens, more than the limit of this key: {most} "
+            f"the answers may take {demand.tokens_out} tokens, more than the limit of this key: {share.most} "
             f"{_NAMED[Limit.TOKENS_OUT_PER_MINUTE]}",
             todo="send a smaller 'n' or 'max_tokens'",
             limit=Limit.TOKENS_OUT_PER_MINUTE.value,
@@ -217,14 +227,22 @@ def _tokens_out(demand: Demand, most: int, quota: Quota) -> int:
     return demand.tokens_out
 
 
-def _tokens_of_day(demand: Demand, most: int, quota: Quota) -> int:
+def _tokens_of_day(demand: Demand, share: _Share) -> int:
     asked = demand.tokens_in + demand.tokens_out
-    return asked if demand.said else max(1, min(asked, quota.unused(most)))
+    return asked if demand.said else max(1, min(asked, share.quota.unused(share.most)))
 
 
-_RESERVES: Mapping[Limit, Callable[[Demand, int, Quota], int]] = {
+_Reserves = Callable[[Demand, _Share], int]
+_RESERVES: Mapping[Limit, _Reserves] = {
     Limit.TOKENS_IN_PER_MINUTE: _tokens_in,
     Limit.TOKENS_OUT_PER_MINUTE: _tokens_out,
     Limit.TOKENS_PER_DAY: _tokens_of_day,
 }
 """What a request reserves of a limit; of others it is one."""
+_USED: Mapping[Limit, Callable[[int, int], int]] = {
+    Limit.REQUESTS_PER_MINUTE: lambda tokens_in, tokens_out: 1,
+    Limit.TOKENS_IN_PER_MINUTE: lambda tokens_in, tokens_out: tokens_in,
+    Limit.TOKENS_OUT_PER_MINUTE: lambda tokens_in, tokens_out: tokens_out,
+    Limit.CONCURRENT: lambda tokens_in, tokens_out: 0,
+    Limit.TOKENS_PER_DAY: lambda tokens_in, tokens_out: tokens_in + tokens_out,
+}

@@ -51,8 +51,11 @@ class Balancer:
             ModelNotFoundError: nothing answers to it.
             EngineUnavailableError: nothing is loaded yet.
         """
-        wanted, ready = self._names.resolve(model), self._pool.ready
-        if wanted is None or any(engine.target and engine.target.version == wanted for engine in ready):
+        wanted = self._names.resolve(model)
+        if wanted is None:
+            return
+        ready = self._pool.ready
+        if any(engine.target and engine.target.version == wanted for engine in ready):
             return
         adapters = [engine.adapters for engine in ready if engine.adapters]
         if adapters and not any(each.has(wanted) for each in adapters):
@@ -81,11 +84,12 @@ class Balancer:
         Raises:
             ModelNotFoundError, EngineUnavailableError: as `lease` says.
         """
-        wanted = self._names.resolve(model)
-        able = [(engine, engine.serves(wanted)) for engine in self._pool.ready if not engine.watch.suspected]
-        if without is not None:
-            able = [(engine, served) for engine, served in able if engine.http is not without.http]
-        found = [(engine, served) for engine, served in able if served]
+        wanted, found = self._names.resolve(model), list[tuple[Replica, Target]]()
+        for engine in self._pool.ready:
+            if not engine.watch.suspected and (without is None or engine.http is not without.http):
+                served = engine.serves(wanted)
+                if served is not None:
+                    found.append((engine, served))
         if not found:
             raise EngineUnavailableError("no engine takes requests now", todo="send the request again later")
         if len(found) == 1:

@@ -113,12 +113,14 @@ class EngineCall:
         except ConnectionFailedError as error:
             raise _failure(error) from error
         finally:
-            await answer.__aexit__(None, None, None)
+            answer.end()
 
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        await self._answer.__aexit__(kind, error, trace)
+        self._answer.end()
+        if error is None:
+            return
         if isinstance(error, BrokenConnectionError) and await _lives(self._engine):
             raise EngineFailedError("the engine broke off its answer") from error
         if isinstance(error, ConnectionFailedError):

@@ -6,7 +6,7 @@ much as they do themselves. Both ways lead through the same layers of ours.
 """
 
 import asyncio
-from collections.abc import Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -84,9 +84,9 @@ class Application:
     framework: FastAPI
     direct: Mapping[str, ASGIApp]
 
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+    def __call__(self, scope: Scope, receive: Receive, send: Send) -> Awaitable[None]:
         endpoint = self.direct.get(scope["path"]) if scope.get("method") == "POST" else None
-        await (endpoint or self.framework)(scope, receive, send)
+        return (endpoint or self.framework)(scope, receive, send)
 
 
 def _add_operations(

@@ -4,7 +4,7 @@ import asyncio
 
 from starlette.types import Receive, Scope
 
-from serving.http.connections import BODY_HERE
+from serving.http.direct_answer import direct_answer
 from serving.http.headers import headers_of
 from svc.errors import SvcError
 
@@ -27,6 +27,23 @@ class ClientGoneError(Exception):
     """The client closed the connection; nobody is left to answer."""
 
 
+def body_here(scope: Scope, *, max_bytes: int) -> bytes | None:
+    """The whole body, where it has come with its headers, as most do: nothing has to be waited for.
+
+    Returns:
+        None where it has not, for `read_body`.
+
+    Raises:
+        MediaTypeError, BodyTooLargeError: see `read_body`.
+    """
+    _check_headers(scope, max_bytes)
+    direct = direct_answer(scope)
+    body = direct.take_body() if direct is not None else None
+    if body is not None and len(body) > max_bytes:
+        raise _too_large(max_bytes)
+    return body
+
+
 async def read_body(scope: Scope, receive: Receive, *, max_bytes: int, timeout_s: float) -> bytes:
     """The whole body; its size is checked before and while it is read.
 
@@ -36,6 +53,15 @@ async def read_body(scope: Scope, receive: Receive, *, max_bytes: int, timeout_s
         BodyTooLargeError, BodyTimeoutError: over `max_bytes`, or not here after `timeout_s` seconds.
         ClientGoneError: the client left before the end.
     """
+    _check_headers(scope, max_bytes)
+    try:
+        async with asyncio.timeout(timeout_s):
+            return await _receive_all(receive, max_bytes)
+    except TimeoutError as error:
+        raise BodyTimeoutError(f"the request body did not arrive within {timeout_s:g} s") from error
+
+
+def _check_headers(scope: Scope, max_bytes: int) -> None:
     headers = headers_of(scope)
     media_type = headers.get(b"content-type", b"")
     if media_type != _JSON_TYPE and media_type.partition(b";")[0].strip().lower() != _JSON_TYPE:
@@ -43,14 +69,6 @@ async def read_body(scope: Scope, receive: Receive, *, max_bytes: int, timeout_s
     # The server in front has checked that the header is a number.
     if int(headers.get(b"content-length", b"0")) > max_bytes:
         raise _too_large(max_bytes)
-    is_here = scope["state"].get(BODY_HERE)
-    if is_here is not None and is_here():  # most come with their headers, and need no timer
-        return await _receive_all(receive, max_bytes)
-    try:
-        async with asyncio.timeout(timeout_s):
-            return await _receive_all(receive, max_bytes)
-    except TimeoutError as error:
-        raise BodyTimeoutError(f"the request body did not arrive within {timeout_s:g} s") from error
 
 
 async def _receive_all(receive: Receive, max_bytes: int) -> bytes:

@@ -12,6 +12,8 @@ from typing import Any
 
 from uvicorn.protocols.http.auto import AutoHTTPProtocol
 
+from serving.http.direct_answer import offer_direct_answer
+
 REQUEST_DEADLINE_S = 15.0
 """From a connection, or its last answer, to the end of the next request's headers."""
 LAST_REQUEST_S = 1.0
@@ -22,10 +24,6 @@ ABORT = "abort"
 """Key in the state of a scope: a function that ends its connection at once, whatever was not read yet."""
 LOST = "lost"
 """Key in the state of a scope: a future that is done once its connection has ended."""
-WRITABLE = "writable"
-"""Key in the state of a scope: a function that says whether its connection takes more without a wait."""
-BODY_HERE = "body_here"
-"""Key in the state of a scope: a function that says whether all of the request's body has come."""
 THROUGH_SOCKET = "through_socket"
 """Key in the state of a scope: the connection came through a unix socket, which only its owner can open."""
 _OWN_DESCRIPTORS = 512
@@ -68,8 +66,6 @@ def limited_protocol(deadline_s: float = REQUEST_DEADLINE_S) -> type[asyncio.Pro
                 **self.app_state,
                 ABORT: transport.abort,
                 LOST: self._lost,
-                WRITABLE: self._is_writable,
-                BODY_HERE: self._is_body_here,
                 THROUGH_SOCKET: through_socket,
             }
             super().connection_made(transport)
@@ -109,12 +105,9 @@ def limited_protocol(deadline_s: float = REQUEST_DEADLINE_S) -> type[asyncio.Pro
             super().timeout_keep_alive_handler()
             self._abort_later()
 
-        def _is_writable(self) -> bool:
-            return not self.flow.write_paused
-
-        def _is_body_here(self) -> bool:
-            # Of a request behind this one in a pipeline, too: where its headers have come, all of this one has.
-            return self.cycle is not None and not self.cycle.more_body
+        def _start_asgi_task(self, cycle: Any, app: Any) -> None:
+            offer_direct_answer(cycle)
+            super()._start_asgi_task(cycle, app)
 
         @property
         def _in_request(self) -> bool:

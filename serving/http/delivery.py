@@ -8,14 +8,14 @@ are for those that do not. Knows nothing of engines or of what an answer says.
 
 import asyncio
 from collections import deque
-from collections.abc import Callable
 from types import TracebackType
 from typing import Self
 
-from starlette.types import Message, Scope, Send
+from starlette.types import Scope, Send
 
 from serving.admission.errors import OverloadedError
-from serving.http.connections import WRITABLE
+from serving.http.direct_answer import DirectAnswer, direct_answer
+from serving.http.header_lines import HeaderLines, headers_in
 from svc.errors import SvcError
 
 PART_BYTES = 64 * 1024
@@ -72,21 +72,22 @@ class Delivery:
     Args:
         send: the connection.
         timeout_s: longest time for a part to find its way, seconds.
-        is_writable: whether `send` returns at once now.
+        direct: the shorter way to it, for what it takes at once; None where there is none.
 
     Attributes:
         begun: the head of the answer was given.
     """
 
-    def __init__(self, send: Send, buffers: AnswerBuffers, timeout_s: float, is_writable: Callable[[], bool]) -> None:
+    def __init__(self, send: Send, buffers: AnswerBuffers, timeout_s: float, direct: DirectAnswer | None) -> None:
         self._send = send
-        self._is_writable = is_writable
+        self._direct = direct
         self._buffers = buffers
         self._timeout_s = timeout_s
-        self._head: Message | None = None
+        self._headers: HeaderLines | None = None
+        self._length: int | None = None
         self._parts: deque[bytes] = deque()
         self._held = 0
-        self._filled = asyncio.Event()
+        self._filled: asyncio.Event | None = None  # there is one where the connection does not take what comes
         self._ended = self._whole = False
         self._sending: asyncio.Task[None] | None = None
         self.begun = False
@@ -94,7 +95,7 @@ class Delivery:
     @property
     def pending(self) -> bool:
         """Something was not handed over yet."""
-        return self._held > 0 or self._head is not None
+        return self._held > 0 or self._headers is not None
 
     async def __aenter__(self) -> Self:
         return self
@@ -113,16 +114,21 @@ class Delivery:
                 if isinstance(error, asyncio.CancelledError):
                     self._sending.cancel()
                 self._ended, self._whole = True, whole
-                self._filled.set()
+                self._fill()
                 await self._sending
             elif whole and self.begun:
                 await self._end()
         finally:
             self._buffers.free(self._held)  # what will not be sent any more; it stays `pending`
 
-    def start(self, head: Message) -> None:
-        """The head of the answer; it goes out with the first part."""
-        self._head, self.begun = head, True
+    def start(self, headers: HeaderLines, *, length: int | None = None) -> None:
+        """The head of a good answer; it goes out with the first part.
+
+        Args:
+            headers: without its length.
+            length: of a whole answer, bytes; None for a stream.
+        """
+        self._headers, self._length, self.begun = headers, length, True
 
     def reserve(self, size: int) -> None:
         """Takes room for a part of a whole answer, which is `put` when it is complete.
@@ -152,7 +158,7 @@ class Delivery:
         if len(data) > self._buffers.max_answer_bytes:
             raise _too_large(len(data), self._buffers.max_answer_bytes)
         if self._sending is None:
-            self._sending = asyncio.create_task(self._run())
+            self._sending = asyncio.create_task(self._run(asyncio.Event()))
         self._check()
         while not self._buffers.take(len(data), self._held):
             await self._buffers.freed()
@@ -162,20 +168,20 @@ class Delivery:
 
     def put_at_once(self, data: bytes) -> bool:
         """Hands a part of a stream to the connection, if that takes it without a wait; whether it did."""
-        if not self._takes_at_once(len(data)):
+        direct = self._direct
+        if direct is None or self._held or len(data) > PART_BYTES or not direct.is_writable:
             return False
-        passing = self._pass_on(data, more=True)
-        try:
-            passing.send(None)
-        except StopIteration:
-            return True
-        passing.close()
-        raise RuntimeError("a connection that takes what comes had to wait")
+        if self._headers is None:
+            direct.write(data)
+        else:
+            headers, self._headers = self._headers, None
+            direct.begin(headers, data)
+        return True
 
     def put(self, data: bytes) -> None:
         """Adds a part that has room: it was reserved."""
         self._parts.append(data)
-        self._filled.set()
+        self._fill()
 
     async def send_last(self, data: bytes) -> None:
         """Ends an answer that broke, once the `async with` was left.
@@ -192,28 +198,30 @@ class Delivery:
         if self._sending is not None and self._sending.done():
             self._sending.result()
 
-    def _takes_at_once(self, size: int) -> bool:
-        """Nothing waits that would have to go first, and the connection takes so much without a wait."""
-        return not self._held and size <= PART_BYTES and self._is_writable()
+    def _fill(self) -> None:
+        if self._filled is not None:
+            self._filled.set()
 
     async def _end(self) -> None:
         """What there is of a whole answer, and the end."""
-        data, held = b"".join(self._parts), self._held
-        if held <= PART_BYTES and self._is_writable():
-            self._parts.clear()
-            await self._pass_on(data, more=False)
-            self._held = 0
+        direct, held = self._direct, self._held
+        if direct is None or held > PART_BYTES or not direct.is_writable:
+            self._ended = self._whole = True
+            await self._run(asyncio.Event())
+        elif self._headers is None:
+            direct.end()
+        else:
+            headers, self._headers, self._held = self._headers, None, 0
+            direct.write_whole(headers, b"".join(self._parts))
             self._buffers.free(held)
-            return
-        self._ended = self._whole = True
-        self._filled.set()
-        await self._run()
 
-    async def _run(self) -> None:
+    async def _run(self, filled: asyncio.Event) -> None:
+        self._filled = filled
+        filled.set()
         try:
             while not (self._ended and not self._parts):
-                await self._filled.wait()
-                self._filled.clear()
+                await filled.wait()
+                filled.clear()
                 while self._parts:
                     await self._send_next()
             if self._whole and self.begun:
@@ -242,10 +250,12 @@ class Delivery:
             await self._pass_on(data, more=more)
 
     async def _pass_on(self, data: bytes, *, more: bool) -> None:
-        # To a connection that is writable without an `await` that waits: see `put_at_once`.
-        if self._head is not None:
-            head, self._head = self._head, None
-            await self._send(head)
+        if self._headers is not None:
+            headers = headers_in(self._headers)
+            if self._length is not None:
+                headers.append((b"content-length", b"%d" % self._length))
+            self._headers = None
+            await self._send({"type": "http.response.start", "status": 200, "headers": headers})
         await self._send({"type": "http.response.body", "body": data, "more_body": more})
 
 
@@ -253,14 +263,9 @@ def delivery_of(scope: Scope, send: Send, buffers: AnswerBuffers, timeout_s: flo
     """The delivery of the answer to a request.
 
     Args:
-        scope: its connection, which may tell whether it takes what comes.
+        scope: its connection, which may have a shorter way to it.
     """
-    return Delivery(send, buffers, timeout_s, scope["state"].get(WRITABLE, _never))
-
-
-def _never() -> bool:
-    """Nobody knows: everything goes through the buffer."""
-    return False
+    return Delivery(send, buffers, timeout_s, direct_answer(scope))
 
 
 def _too_large(size: int, most: int) -> AnswerTooLargeError:

@@ -10,7 +10,7 @@ a client does not take at once waits for it in a buffer (serving.http.delivery),
 
 import asyncio
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Coroutine, Sequence
 from dataclasses import dataclass
 
 from starlette.types import ASGIApp, Receive, Scope, Send
@@ -20,7 +20,7 @@ from serving.admission.rate_limiter import RateLimiter
 from serving.engines.balancer import Lease
 from serving.engines.transport import EngineCall, EngineUnreachableError
 from serving.http.authentication import principal_of
-from serving.http.body import ClientGoneError, read_body
+from serving.http.body import ClientGoneError, body_here, read_body
 from serving.http.body_slots import BodySlots
 from serving.http.delivery import AnswerBuffers, ClientSlowError, delivery_of
 from serving.http.disconnect import cut_off, while_connected
@@ -98,12 +98,8 @@ class _Endpoint:
     gateway: Gateway
     route: Route
 
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        exchange = Exchange(self.gateway, self.route, scope, send)
-        try:
-            await exchange.run(receive)
-        finally:
-            exchange.account.end()
+    def __call__(self, scope: Scope, receive: Receive, send: Send) -> Coroutine[object, object, None]:
+        return Exchange(self.gateway, self.route, scope, send).run(receive)
 
 
 class Exchange:
@@ -131,11 +127,13 @@ class Exchange:
         """Answers, with an error where it must be."""
         settings, account = self._gateway.settings, self.account
         try:
-            peer = self._scope.get("client")
-            with self._gateway.body_slots.reading(peer[0] if peer else ""):
-                body = await read_body(
-                    self._scope, receive, max_bytes=settings.max_body_bytes, timeout_s=settings.body_timeout_s
-                )
+            body = body_here(self._scope, max_bytes=settings.max_body_bytes)
+            if body is None:
+                peer = self._scope.get("client")
+                with self._gateway.body_slots.reading(peer[0] if peer else ""):
+                    body = await read_body(
+                        self._scope, receive, max_bytes=settings.max_body_bytes, timeout_s=settings.body_timeout_s
+                    )
             account.body_read(len(body))
             request = parse_request(body, self._route)
             account.parsed(request)
@@ -153,6 +151,8 @@ class Exchange:
             raise
         except Exception as error:  # noqa: BLE001 - the boundary: api_error logs what is unexpected
             await self._fail(api_error(error), receive)
+        finally:
+            account.end()
 
     async def _answer(self, request: CompletionRequest) -> None:
         self.account.model = self._gateway.router.served_name(request.model) or UNKNOWN_MODEL
@@ -204,12 +204,14 @@ class Exchange:
 
     async def _take_whole(self, answer: EngineAnswer) -> None:
         parts: list[bytes] = []
-        while part := await answer.read_some():
+        while part := answer.take_some() or await answer.read_some():
             self._delivery.reserve(len(part))
             parts.append(part)
+            if answer.is_taken:
+                break
         account = self.account
         account.heard()
-        body = b"".join(parts)
+        body = parts[0] if len(parts) == 1 else b"".join(parts)
         account.keep(body)
         if reason := self._format.finish_reason(body):
             account.finished(reason)
@@ -221,15 +223,13 @@ class Exchange:
 
     def _begin(self, content_type: str, length: int | None = None) -> None:
         """Begins a good answer."""
-        headers = [
-            (b"content-type", content_type.encode("latin-1")),
-            (b"x-svc-overhead-ms", b"%.2f" % (self.account.begin() * 1000)),
-        ]
-        if length is None:
-            headers.append((b"cache-control", b"no-cache"))
-        else:
-            headers.append((b"content-length", b"%d" % length))
-        self._delivery.start({"type": "http.response.start", "status": 200, "headers": headers})
+        caching = b"cache-control: no-cache\r\n" if length is None else b""
+        headers = b"content-type: %b\r\nx-svc-overhead-ms: %.2f\r\n%b" % (
+            content_type.encode("latin-1"),
+            self.account.begin() * 1000,
+            caching,
+        )
+        self._delivery.start(headers, length=length)
 
     async def _fail(self, error: ApiError, receive: Receive) -> None:
         """Answers with an error; within a stream with an event, and without the one that ends a good answer."""

@@ -17,7 +17,9 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from serving.admission.rate_limiter import RateLimiter
 from serving.http.connections import THROUGH_SOCKET
+from serving.http.direct_answer import direct_answer
 from serving.http.errors import api_error
+from serving.http.header_lines import HeaderLines, headers_in
 from serving.http.headers import headers_of
 from serving.http.host import AllowedHosts
 from serving.http.rate_limit_headers import rate_limit_headers
@@ -60,36 +62,45 @@ class RequestMiddleware:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        ids = [(b"x-request-id", f"req-{self._random.take()}".encode("ascii"))]
-        state = scope.setdefault("state", {})
-        state["request_id"] = str(ids[0][1], "ascii")
+        started, state = self._clock(), scope.setdefault("state", {})
+        state["request_id"] = request_id = f"req-{self._random.take()}"
+        ids = b"x-request-id: %b\r\n" % request_id.encode("ascii")
         if given := _client_request_id(scope):
-            state["client_request_id"] = str(given, "ascii")
-            ids.append((b"x-client-request-id", given))
-        begun, started = False, self._clock()
+            state["client_request_id"] = given.decode("ascii")
+            ids += b"x-client-request-id: %b\r\n" % given
+        begun = False
+
+        def headers() -> HeaderLines:
+            return ids + self._headers(scope, started)
 
         async def send_with_headers(message: Message) -> None:
             nonlocal begun
             if message["type"] == "http.response.start":
                 begun = True
-                headers = [*message.get("headers", ()), *ids]
-                version = self._shown_version(state)
-                if version:
-                    headers.append((b"x-model-version", str(version).encode("ascii")))
-                headers.append((b"openai-processing-ms", b"%d" % ((self._clock() - started) * 1000)))
-                if principal := state.get("principal"):
-                    headers += rate_limit_headers(self._limiter.allowances(principal), scope["path"])
-                message = {**message, "headers": headers}
+                message = {**message, "headers": [*message.get("headers", ()), *headers_in(headers())]}
             await send(message)
 
+        direct = direct_answer(scope)
+        if direct is not None:
+            direct.common_headers = headers
         try:
             if not state.get(THROUGH_SOCKET):  # no page can open it
                 self._hosts.check(scope)
             await self._app(scope, receive, send_with_headers)
         except Exception as error:
-            if begun:
+            if begun or (direct is not None and direct.begun):
                 raise  # the server in front logs it and cuts the connection: the client sees that it is not complete
             await api_error(error).response(scope["path"])(scope, receive, send_with_headers)
+
+    def _headers(self, scope: Scope, started: float) -> HeaderLines:
+        """What all answers have beside their ids."""
+        state = scope["state"]
+        lines = b"openai-processing-ms: %d\r\n" % ((self._clock() - started) * 1000)
+        if version := self._shown_version(state):
+            lines += b"x-model-version: %b\r\n" % str(version).encode("ascii")
+        if principal := state.get("principal"):
+            lines += rate_limit_headers(self._limiter.allowances(principal), scope["path"])
+        return lines
 
     def _shown_version(self, state: Mapping[str, Any]) -> VersionId | None:
         version = state.get("version") or self._router.only_version
@@ -117,8 +128,11 @@ class _Randomness:
 
 def _client_request_id(scope: Scope) -> bytes | None:
     headers = headers_of(scope)
-    given = [headers[name] for name in _CLIENT_HEADERS if name in headers]
-    return next((value for value in given if _CLIENT_ID.fullmatch(value) and not _has_secret(value)), None)
+    for name in _CLIENT_HEADERS:
+        value = headers.get(name)
+        if value is not None and _CLIENT_ID.fullmatch(value) and not _has_secret(value):
+            return value
+    return None
 
 
 def _has_secret(value: bytes) -> bool:

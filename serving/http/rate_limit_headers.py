@@ -9,18 +9,14 @@ from collections.abc import Mapping
 from datetime import UTC, datetime, timedelta
 
 from serving.admission.rate_limiter import Allowance, Limit
+from serving.http.header_lines import HeaderLines
 from serving.protocols.route import ANTHROPIC_PATHS
 
-Headers = list[tuple[bytes, bytes]]
-
-_OPENAI = {
-    of: tuple(f"x-ratelimit-{what}-{of}".encode() for what in ("limit", "remaining", "reset"))
-    for of in ("requests", "tokens")
-}
+_REQUESTS = Limit.REQUESTS_PER_MINUTE
 _TOKENS = (Limit.TOKENS_IN_PER_MINUTE, Limit.TOKENS_OUT_PER_MINUTE, Limit.TOKENS_PER_DAY)
 
 
-def rate_limit_headers(allowances: Mapping[Limit, Allowance], path: str, now: datetime | None = None) -> Headers:
+def rate_limit_headers(allowances: Mapping[Limit, Allowance], path: str, now: datetime | None = None) -> HeaderLines:
     """The headers of an answer; for limits that there are.
 
     Args:
@@ -28,20 +24,21 @@ def rate_limit_headers(allowances: Mapping[Limit, Allowance], path: str, now: da
         now: the time.
     """
     if not allowances:
-        return []
-    requests, tokens = allowances.get(Limit.REQUESTS_PER_MINUTE), _tightest(allowances)
-    headers = [*_openai("requests", requests), *_openai("tokens", tokens)]
+        return b""
+    requests, tokens = allowances.get(_REQUESTS), _tightest(allowances)
+    lines = _openai(b"requests", requests) if requests else b""
+    if tokens:
+        lines += _openai(b"tokens", tokens)
     if path in ANTHROPIC_PATHS:
         now = now or datetime.now(UTC)
         shown = {
-            "requests": requests,
-            "tokens": tokens,
-            "input-tokens": allowances.get(Limit.TOKENS_IN_PER_MINUTE),
-            "output-tokens": allowances.get(Limit.TOKENS_OUT_PER_MINUTE),
+            b"requests": requests,
+            b"tokens": tokens,
+            b"input-tokens": allowances.get(Limit.TOKENS_IN_PER_MINUTE),
+            b"output-tokens": allowances.get(Limit.TOKENS_OUT_PER_MINUTE),
         }
-        for name, allowance in shown.items():
-            headers += _anthropic(name, allowance, now)
-    return headers
+        lines += b"".join(_anthropic(name, allowance, now) for name, allowance in shown.items() if allowance)
+    return lines
 
 
 def duration(seconds: float) -> str:
@@ -57,28 +54,33 @@ def duration(seconds: float) -> str:
 
 
 def _tightest(allowances: Mapping[Limit, Allowance]) -> Allowance | None:
-    found = [allowances[limit] for limit in _TOKENS if limit in allowances]
-    return min(found, key=lambda each: each.remaining / max(1, each.limit), default=None)
+    tightest, least = None, math.inf
+    for limit in _TOKENS:
+        allowance = allowances.get(limit)
+        if allowance and (left := allowance.remaining / (allowance.limit or 1)) < least:
+            tightest, least = allowance, left
+    return tightest
 
 
-def _openai(name: str, allowance: Allowance | None) -> Headers:
-    if allowance is None:
-        return []
-    limit, remaining, reset = _OPENAI[name]
-    return [
-        (limit, b"%d" % allowance.limit),
-        (remaining, b"%d" % allowance.remaining),
-        (reset, duration(allowance.reset_s).encode()),
-    ]
+def _openai(name: bytes, allowance: Allowance) -> HeaderLines:
+    return b"x-ratelimit-limit-%b: %d\r\nx-ratelimit-remaining-%b: %d\r\nx-ratelimit-reset-%b: %b\r\n" % (
+        name,
+        allowance.limit,
+        name,
+        allowance.remaining,
+        name,
+        duration(allowance.reset_s).encode(),
+    )
 
 
-def _anthropic(name: str, allowance: Allowance | None, now: datetime) -> Headers:
-    if allowance is None:
-        return []
-    whole = now + timedelta(seconds=math.ceil(allowance.reset_s))
-    prefix = f"anthropic-ratelimit-{name}-".encode()
-    return [
-        (prefix + b"limit", b"%d" % allowance.limit),
-        (prefix + b"remaining", b"%d" % allowance.remaining),
-        (prefix + b"reset", whole.strftime("%Y-%m-%dT%H:%M:%SZ").encode()),
-    ]
+def _anthropic(name: bytes, allowance: Allowance, now: datetime) -> HeaderLines:
+    whole = (now + timedelta(seconds=math.ceil(allowance.reset_s))).strftime("%Y-%m-%dT%H:%M:%SZ").encode()
+    prefix = b"anthropic-ratelimit-%b" % name
+    return b"%b-limit: %d\r\n%b-remaining: %d\r\n%b-reset: %b\r\n" % (
+        prefix,
+        allowance.limit,
+        prefix,
+        allowance.remaining,
+        prefix,
+        whole,
+    )

@@ -92,8 +92,7 @@ async def _deliver(answer: EngineAnswer, delivery: Delivery) -> None:
         delivery.reserve(len(part))
         parts.append(part)
     body = b"".join(parts)
-    headers = [(b"content-type", b"application/json"), (b"content-length", b"%d" % len(body))]
-    delivery.start({"type": "http.response.start", "status": 200, "headers": headers})
+    delivery.start(b"content-type: application/json\r\n", length=len(body))
     delivery.put(body)
 
 

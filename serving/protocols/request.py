@@ -31,7 +31,10 @@ _SAID = {
 }
 """Where each route has the conversation."""
 _WHO_CHARS = 256
+_NAMES_USER = frozenset({"user", "safety_identifier", "metadata"})
 _EMPTY = b"{}"
+_NUMBERS = (int, float)
+_RESPONSES = Route.RESPONSES  # to look a member up takes longer than all else of a check
 _HAS_STREAM_OPTIONS = frozenset({Route.CHAT_COMPLETIONS, Route.COMPLETIONS})
 
 
@@ -117,7 +120,7 @@ def parse_request(body: bytes, route: Route) -> CompletionRequest:
         raise InvalidRequestError(refusal.wrong, param=refusal.param, expected=refusal.expected, todo=refusal.todo)
     stream = _flag(fields, "stream", "stream")
     wants_usage = stream and (route not in _HAS_STREAM_OPTIONS or _ask_for_usage(fields))
-    if route is Route.RESPONSES:
+    if route is _RESPONSES:
         # The default of `store` is true, and the engine's environment can make it mean that; null in `background` makes
         # the engine fail.
         fields |= {"store": False, "background": False}
@@ -196,8 +199,12 @@ def _who(fields: Mapping[str, Any], route: Route) -> str:
         return user[:_WHO_CHARS]
     said = fields.get(_SAID[route])
     if isinstance(said, list):
-        turns = (turn.get("content") for turn in said if isinstance(turn, dict) and turn.get("role") == "user")
-        said = next(turns, None)
+        for turn in said:
+            if isinstance(turn, dict) and turn.get("role") == "user":
+                said = turn.get("content")
+                break
+        else:
+            return ""
     if isinstance(said, list):
         said = next((part.get("text") for part in said if isinstance(part, dict)), None)
     return said[:_WHO_CHARS] if isinstance(said, str) else ""
@@ -205,6 +212,8 @@ def _who(fields: Mapping[str, Any], route: Route) -> str:
 
 def _user(fields: Mapping[str, Any]) -> str | None:
     """OpenAI's `user`, which is called `safety_identifier` now; Anthropic's `metadata.user_id`."""
+    if _NAMES_USER.isdisjoint(fields):
+        return None
     metadata = fields.get("metadata")
     named = (fields.get("user"), fields.get("safety_identifier"))
     said = (*named, metadata.get("user_id") if isinstance(metadata, dict) else None)
@@ -221,17 +230,18 @@ def _flag(fields: Mapping[str, Any], key: str, param: str) -> bool:
 
 def _temperature(fields: Mapping[str, Any]) -> float | None:
     value = fields.get("temperature")
-    if isinstance(value, bool) or not isinstance(value, int | float):
+    if isinstance(value, bool) or not isinstance(value, _NUMBERS):
         return None
     # What no engine takes and no column holds: an integer of 400 digits.
     return float(value) if abs(value) <= _MOST_KEPT else None
 
 
 def _max_tokens(fields: Mapping[str, Any], route: Route) -> int | None:
-    value = next((fields[name] for name in _LONGEST[route] if fields.get(name) is not None), None)
-    if isinstance(value, bool) or not isinstance(value, int):
-        return None
-    return value if abs(value) <= _MOST_KEPT else None
+    for name in _LONGEST[route]:
+        value = fields.get(name)
+        if value is not None:
+            return value if type(value) is int and abs(value) <= _MOST_KEPT else None
+    return None
 
 
 def _ask_for_usage(fields: dict[str, Any]) -> bool:

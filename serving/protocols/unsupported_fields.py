@@ -37,7 +37,7 @@ class Refusal:
 
 def find_refusal(fields: Fields, route: Route) -> Refusal | None:
     """The first reason not to serve a request; None where there is none."""
-    for check in CHECKS[route]:
+    for check in CHECKS[route] if not _RARE.isdisjoint(fields) else _ALWAYS[route]:
         if not check.names.isdisjoint(fields) and (refusal := check.look(fields)):
             return refusal
     return None
@@ -239,3 +239,8 @@ CHECKS: Mapping[Route, tuple[Check, ...]] = {
     Route.RESPONSES: (_PROMPT_LOGPROBS, _TRANSFER, _KEPT_RESPONSES, _PRIORITY, _MEDIA, _GRAMMARS),
     Route.MESSAGES: (_PROMPT_LOGPROBS, _TRANSFER, _MEDIA, _GRAMMARS),
 }
+_ALWAYS: Mapping[Route, tuple[Check, ...]] = {
+    route: tuple(check for check in checks if check is _MEDIA) for route, checks in CHECKS.items()
+}
+_RARE = frozenset().union(*(check.names for checks in CHECKS.values() for check in checks if check is not _MEDIA))
+"""Where a request has none of these, one check is left to make."""

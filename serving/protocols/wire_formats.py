@@ -26,7 +26,7 @@ _PLAIN_TOKEN = re.compile(
     rb'(?:"delta":\{"content":' + _TEXT + rb'\}|"text":' + _TEXT + rb")" + _NULLS + rb"\}\]" + _NULLS + rb"\}\n\n"
 )
 """The whole event: there is no room in it for anything else."""
-_USAGE = re.compile(rb'"usage"\s*:\s*(\{(?:[^{}]|\{[^{}]*\})*\})')
+_USAGE = re.compile(rb'"usage"\s*:\s*(\{[^{}]*(?:\{[^{}]*\}[^{}]*)*\})')
 _FINISH_REASON = re.compile(rb'"finish_reason"\s*:\s*"([a-z_]{1,40})"')
 _DONE = b"[DONE]"
 _RESPONSE_ENDS = frozenset({"response.completed", "response.incomplete"})
@@ -130,7 +130,8 @@ class CompletionsFormat(WireFormat):
 
     def finish_reason(self, part: bytes) -> str | None:
         """The first that is set."""
-        found = _FINISH_REASON.search(part) if b'"finish_reason"' in part else None
+        at = part.find(b'"finish_reason"')  # many times as fast as the pattern is in what has none
+        found = _FINISH_REASON.search(part, at) if at >= 0 else None
         return found[1].decode("ascii") if found else None
 
     def is_token(self, event: bytes) -> bool:

@@ -1,15 +1,17 @@
-"""A histogram for what comes with every token, of which there are thousands a second.
+"""A histogram for what comes with every request and every token, of which there are thousands a second.
 
 prometheus_client's takes a lock and walks through its buckets for each sample. Samples of these come from one thread
 alone, the event loop's, so they need no lock; a page that is written meanwhile in another thread may miss the newest.
 """
 
+import time
 from bisect import bisect_left
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 from prometheus_client import Metric
 from prometheus_client.core import HistogramMetricFamily
 from prometheus_client.registry import Collector
+from prometheus_client.samples import Exemplar
 from prometheus_client.utils import floatToGoString
 
 
@@ -20,17 +22,25 @@ class LoopSeries:
         bounds: upper ones of the buckets, in ascending order, without infinity.
     """
 
-    __slots__ = ("_bounds", "counts", "sum")
+    __slots__ = ("_bounds", "counts", "exemplars", "sum")
 
     def __init__(self, bounds: Sequence[float]) -> None:
         self._bounds = bounds
         self.counts = [0] * (len(bounds) + 1)
+        self.exemplars: dict[int, Exemplar] = {}  # by bucket
         self.sum = 0.0
 
-    def observe(self, value: float) -> None:
-        """Adds a sample."""
-        self.counts[bisect_left(self._bounds, value)] += 1
+    def observe(self, value: float, exemplar: Mapping[str, str] | None = None) -> None:
+        """Adds a sample.
+
+        Args:
+            exemplar: labels that lead to it; the newest of a bucket is shown.
+        """
+        bucket = bisect_left(self._bounds, value)
+        self.counts[bucket] += 1
         self.sum += value
+        if exemplar is not None:
+            self.exemplars[bucket] = Exemplar(dict(exemplar), value, time.time())
 
 
 class LoopHistogram(Collector):
@@ -66,10 +76,11 @@ class LoopHistogram(Collector):
         family = self._family()
         names = [*map(floatToGoString, self._bounds), "+Inf"]
         for labels, series in list(self._series.items()):
-            total, buckets = 0, []
-            for name, count in zip(names, series.counts, strict=True):
+            total, buckets = 0, list[tuple[str, float] | tuple[str, float, Exemplar]]()
+            for bucket, (name, count) in enumerate(zip(names, series.counts, strict=True)):
                 total += count
-                buckets.append((name, float(total)))
+                exemplar = series.exemplars.get(bucket)
+                buckets.append((name, float(total), exemplar) if exemplar else (name, float(total)))
             family.add_metric(labels, buckets, series.sum)
         return [family]
 

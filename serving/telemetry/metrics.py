@@ -8,7 +8,6 @@ Knows nothing of the engine's own metrics, and of engines and rollouts nothing (
 
 import time
 from collections.abc import Callable
-from functools import cache
 
 from prometheus_client import CollectorRegistry, Counter, Histogram
 
@@ -22,7 +21,7 @@ from serving.telemetry.quantiles import VersionQuantiles
 from serving.telemetry.traces.request_trace import SpanDropped
 from svc.access.authenticator import KeyFault
 from svc.store.feedback import Rating
-from svc.store.requests import Dropped, Outcome
+from svc.store.requests import Dropped
 from svc.version import Target, VersionId
 
 CLIENT_GONE_STATUS = 499
@@ -95,19 +94,17 @@ class GatewayMetrics:
     def _add_request_instruments(self, registry: CollectorRegistry) -> None:
         version = ("model", "version")
         requests = LoopCounter("svc_requests_total", "Requests answered", (*version, "route", "status", "outcome"))
-        duration = Histogram(
+        duration = LoopHistogram(
             "svc_request_duration_seconds",
             "From the request's last byte to the answer's last byte, complete answers",
             (*version, "route"),
             buckets=_DURATION_BUCKETS_S,
-            registry=registry,
         )
-        first_token = Histogram(
+        first_token = LoopHistogram(
             "svc_time_to_first_token_seconds",
             "From the request's last byte to the first token, streamed answers",
             version,
             buckets=_FIRST_TOKEN_BUCKETS_S,
-            registry=registry,
         )
         self._between_tokens = LoopHistogram(
             "svc_time_between_tokens_seconds",
@@ -115,12 +112,10 @@ class GatewayMetrics:
             version,
             buckets=_BETWEEN_TOKENS_BUCKETS_S,
         )
-        registry.register(self._between_tokens)
         tokens = LoopCounter("svc_tokens_total", "Tokens", (*version, "direction"))
-        registry.register(requests)
-        registry.register(tokens)
-        # To look a series up takes longer than to count; none of these is ever removed.
-        self._duration_of, self._first_token_of = cache(duration.labels), cache(first_token.labels)
+        for instrument in (requests, duration, first_token, self._between_tokens, tokens):
+            registry.register(instrument)
+        self._duration_of, self._first_token_of = duration.series, first_token.series
         self._requests_of, self._tokens_of = requests.count, tokens.count
         self._errors = Counter(
             "svc_request_errors_total", "Requests that failed, by reason", (*version, "reason"), registry=registry
@@ -213,9 +208,9 @@ class GatewayMetrics:
         """
         model, version = _labels(served, model)
         outcome = outcome_of(reason)
-        self._requests_of(model, version, route.value, str(status), outcome.value).add()
-        if served and outcome is Outcome.COMPLETE:
-            self._duration_of(model, version, route.value).observe(seconds, self._exemplar(request_id))
+        self._requests_of(model, version, route, str(status), outcome).add()
+        if served and reason is None:
+            self._duration_of(model, version, route).observe(seconds, self._exemplar(request_id))
             self.duration_quantiles.observe(served.version, seconds)
 
     def first_token(self, served: Target, seconds: float, request_id: str = "") -> None:

@@ -10,8 +10,8 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
+from typing import NamedTuple
 
 from sqlalchemy import Engine as Store
 
@@ -39,8 +39,7 @@ _ESCAPED = 6  # a character takes at most so many times its bytes in JSON that i
 _CLOSE_S = 20.0  # longer than the store waits for another writer
 
 
-@dataclass(frozen=True, slots=True)
-class _Entry:
+class _Entry(NamedTuple):
     record: RequestRecord
     content: Content | None
     trace: RequestTrace | None
@@ -106,7 +105,8 @@ class RequestLog:
             if trace and self._spans:
                 self._spans.drop()
             return
-        content = self._within_budget(content)
+        if content is not None:
+            content = self._within_budget(content)
         with self._lock:
             self._queued_ids.add(record.request_id)
         self._queue.append(_Entry(record, content, trace))
@@ -165,9 +165,7 @@ class RequestLog:
         with self._lock:
             self._grown_bytes += size
 
-    def _within_budget(self, content: Content | None) -> Content | None:
-        if content is None:
-            return None
+    def _within_budget(self, content: Content) -> Content | None:
         with self._lock:
             if not content.too_long and self._content_bytes + content.size <= MAX_QUEUED_CONTENT_BYTES:
                 self._content_bytes += content.size

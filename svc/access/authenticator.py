@@ -12,10 +12,10 @@ import asyncio
 import logging
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from enum import StrEnum
 from functools import lru_cache
+from typing import NamedTuple
 
 from sqlalchemy import Engine as Store
 from sqlalchemy.exc import SQLAlchemyError
@@ -65,16 +65,18 @@ class KeysUnavailableError(SvcError):
     retry_after_s = 2
 
 
-@dataclass(frozen=True, slots=True)
-class Grant:
-    """What a right secret gave: somebody, until `Authenticator.check` says otherwise.
+class Grant(NamedTuple):
+    """What a right secret gave: somebody, until `Authenticator.check` says otherwise. A tuple, made for each request.
 
     Attributes:
         hash: of the secret, which is not kept.
     """
 
     principal: Principal
-    hash: str = field(repr=False)
+    hash: str
+
+    def __repr__(self) -> str:
+        return f"Grant({self.principal!r})"
 
 
 class Authenticator:

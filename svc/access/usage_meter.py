@@ -26,8 +26,9 @@ class UsageMeter:
         self._store = store
         self._now = now
         self._lock = threading.Lock()
-        self._used: dict[UsageOf, Usage] = {}
+        self._used: dict[UsageOf, Usage] = {}  # of hours that have ended, and what a flush did not write
         self._hour = hour_of(now())
+        self._this_hour: dict[tuple[str, str], list[int]] = {}  # by key and model: the figures of a Usage
 
     def add(self, key_id: str | None, model: str, *, tokens_in: int, tokens_out: int) -> None:
         """Counts a request that has ended.
@@ -36,11 +37,17 @@ class UsageMeter:
             key_id: None where there was no key.
             model: a name that the server knows, and no client's own text.
         """
-        now = self._now()
+        now, of = self._now(), (key_id or "", model)
         with self._lock:
             if not self._hour <= now < self._hour + _HOUR:
+                self._end_hour()
                 self._hour = hour_of(now)
-            self._add(UsageOf(self._hour, key_id or "", model), Usage(1, tokens_in, tokens_out))
+            figures = self._this_hour.get(of)
+            if figures is None:
+                figures = self._this_hour[of] = [0, 0, 0]
+            figures[0] += 1
+            figures[1] += tokens_in
+            figures[2] += tokens_out
 
     def flush(self) -> None:
         """Writes what was counted since.
@@ -49,6 +56,7 @@ class UsageMeter:
             SQLAlchemyError: the store does not take it; the next flush tries again.
         """
         with self._lock:
+            self._end_hour()
             used, self._used = self._used, {}
         try:
             add_usage(self._store, used)
@@ -57,6 +65,12 @@ class UsageMeter:
                 for of, usage in used.items():
                     self._add(of, usage)
             raise
+
+    def _end_hour(self) -> None:
+        """With the lock held."""
+        for (key_id, model), figures in self._this_hour.items():
+            self._add(UsageOf(self._hour, key_id, model), Usage(*figures))
+        self._this_hour.clear()
 
     def _add(self, of: UsageOf, usage: Usage) -> None:
         """With the lock held."""

@@ -120,10 +120,21 @@ class EngineConnection(asyncio.Protocol):
             if self.complete:
                 return b""
             await self._more()
+        return self.take_some()
+
+    def take_some(self) -> bytes:
+        """What has come of the body, up to about 64 KiB; nothing where nothing has come since."""
+        if not self._parts:
+            return b""
         taken = self._next()
         if self._paused and not self._parts:
             self._read_on()
         return taken
+
+    @property
+    def is_taken(self) -> bool:
+        """All of the body has come and was taken."""
+        return self.complete and not self._parts
 
     async def pass_to(self, consume: Consumer) -> bool:
         """Gives the body to somebody as it comes, within the callback that brings it: no task has to be woken for it.

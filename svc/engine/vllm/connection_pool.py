@@ -7,6 +7,7 @@ engine can have seen one that failed: docs/engine.md has the figures.
 
 import asyncio
 import socket as sockets
+from collections.abc import Coroutine
 from pathlib import Path
 from types import TracebackType
 from typing import Self
@@ -176,6 +177,10 @@ class EngineAnswer:
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        self.end()
+
+    def end(self) -> None:
+        """What leaving the `async with` does."""
         connection = self._connection
         del self._connection
         self._pool.give_back(connection)
@@ -210,17 +215,26 @@ class EngineAnswer:
         """The body is server-sent events."""
         return self._connection.content_type.startswith(_EVENT_STREAM)
 
-    async def read_some(self) -> bytes:
+    def read_some(self) -> Coroutine[object, object, bytes]:
         """What has come of the body, as soon as there is some, up to about 64 KiB; nothing at its end.
 
         Raises:
             BrokenConnectionError, SilenceError: the rest will not come.
         """
-        return await self._connection.read_some()
+        return self._connection.read_some()
 
-    async def pass_to(self, consume: Consumer) -> bool:
+    def take_some(self) -> bytes:
+        """See `EngineConnection.take_some`."""
+        return self._connection.take_some()
+
+    @property
+    def is_taken(self) -> bool:
+        """See `EngineConnection.is_taken`."""
+        return self._connection.is_taken
+
+    def pass_to(self, consume: Consumer) -> Coroutine[object, object, bool]:
         """See `EngineConnection.pass_to`."""
-        return await self._connection.pass_to(consume)
+        return self._connection.pass_to(consume)
 
     async def read(self) -> bytes:
         """The rest of the body; raises as `read_some`."""

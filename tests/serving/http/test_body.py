@@ -5,8 +5,31 @@ import asyncio
 import pytest
 from starlette.types import Message, Receive, Scope
 
-from serving.http.body import BodyTimeoutError, BodyTooLargeError, ClientGoneError, MediaTypeError, read_body
-from serving.http.connections import BODY_HERE
+from serving.http.body import (
+    BodyTimeoutError,
+    BodyTooLargeError,
+    ClientGoneError,
+    MediaTypeError,
+    body_here,
+    read_body,
+)
+from serving.http.direct_answer import offer_direct_answer
+
+
+class Flow:
+    """That of a connection which is never held up."""
+
+    def resume_reading(self) -> None:
+        pass
+
+
+class Cycle:
+    """What uvicorn knows of a request that comes in."""
+
+    def __init__(self, scope: Scope, body: bytes, *, more: bool = False) -> None:
+        self.scope, self.body, self.more_body = scope, bytearray(body), more
+        self.disconnected = False
+        self.message_event, self.flow = asyncio.Event(), Flow()
 
 
 def scope(**headers: str) -> Scope:
@@ -68,21 +91,24 @@ async def test_a_charset_beside_the_type_is_no_matter() -> None:
     assert await read_body(headers, receiving(b"{}"), max_bytes=3, timeout_s=1) == b"{}"
 
 
-async def test_a_body_that_has_come_is_in_time_whatever_the_limit_is() -> None:
+def test_a_server_that_gives_no_body_directly_brings_it_in_messages() -> None:
+    assert body_here(scope(), max_bytes=3) is None
+
+
+async def test_a_body_that_has_come_is_checked_too() -> None:
     whole = scope()
-    whole["state"][BODY_HERE] = lambda: True
-    assert await read_body(whole, receiving(b"{}"), max_bytes=3, timeout_s=0) == b"{}"
+    cycle = Cycle(whole, b"{   }")
+    offer_direct_answer(cycle)
+    with pytest.raises(BodyTooLargeError):
+        body_here(whole, max_bytes=3)
+    with pytest.raises(MediaTypeError):
+        body_here(scope(content_type="text/plain"), max_bytes=3)
 
 
-async def test_a_body_of_which_a_part_has_come_is_given_up_too() -> None:
+async def test_a_body_of_which_a_part_has_come_is_not_here() -> None:
     part = scope()
-    part["state"][BODY_HERE] = lambda: False
-    messages: list[Message] = [{"type": "http.request", "body": b"a", "more_body": True}]
-
-    async def one_part() -> Message:
-        if not messages:
-            await asyncio.Event().wait()
-        return messages.pop()
-
-    with pytest.raises(BodyTimeoutError):
-        await read_body(part, one_part, max_bytes=3, timeout_s=0.01)
+    cycle = Cycle(part, b"{", more=True)
+    offer_direct_answer(cycle)
+    assert body_here(part, max_bytes=3) is None
+    cycle.more_body = False
+    assert body_here(part, max_bytes=3) == b"{"

@@ -9,32 +9,62 @@ from hypothesis import strategies as st
 from starlette.types import Message
 
 from serving.http.delivery import PART_BYTES, AnswerBuffers, Delivery
+from serving.http.direct_answer import DirectAnswer
+from serving.http.header_lines import HeaderLines, headers_in
 
-HEAD: Message = {"type": "http.response.start", "status": 200, "headers": []}
+HEADERS = b"content-type: text/plain\r\n"
+HEAD: Message = {"type": "http.response.start", "status": 200, "headers": [(b"content-type", b"text/plain")]}
 
 
-class Connection:
-    """Takes messages; for as long as it is not writable, each keeps its sender waiting for a turn of the loop.
+class Connection(DirectAnswer):
+    """Takes messages, and what is written directly as the messages that would say the same. For as long as it is not
+    writable, each message keeps its sender waiting for a turn of the loop.
 
     Args:
         writable: what it says each time when it is asked, at last always yes.
     """
 
     def __init__(self, writable: Iterator[bool]) -> None:
+        super().__init__(None)
         self._answers = writable
         self._writable = True
         self.messages: list[Message] = []
-        self.waited = 0
 
+    @property
     def is_writable(self) -> bool:
         self._writable = next(self._answers, True)
         return self._writable
 
     async def send(self, message: Message) -> None:
         if not self._writable:
-            self.waited += 1
             await asyncio.sleep(0)
         self.messages.append(message)
+
+    def write_whole(self, headers: HeaderLines, body: bytes) -> None:
+        self._begin(headers, length=len(body))
+        self._put(body, more=False)
+
+    def begin(self, headers: HeaderLines, part: bytes) -> None:
+        self._begin(headers)
+        self._put(part)
+
+    def write(self, part: bytes) -> None:
+        assert part  # an empty chunk would end the answer
+        self._put(part)
+
+    def end(self) -> None:
+        self._put(b"", more=False)
+
+    def _begin(self, headers: HeaderLines, length: int | None = None) -> None:
+        assert not self.messages
+        found = headers_in(headers)
+        if length is not None:
+            found.append((b"content-length", b"%d" % length))
+        self.messages.append({**HEAD, "headers": found})
+
+    def _put(self, body: bytes, *, more: bool = True) -> None:
+        assert self.messages
+        self.messages.append({"type": "http.response.body", "body": body, "more_body": more})
 
     @property
     def body(self) -> bytes:
@@ -42,7 +72,7 @@ class Connection:
 
 
 def delivery(connection: Connection, buffers: AnswerBuffers) -> Delivery:
-    return Delivery(connection.send, buffers, 5, connection.is_writable)
+    return Delivery(connection.send, buffers, 5, connection)
 
 
 @pytest.fixture
@@ -60,10 +90,10 @@ def test_a_stream_comes_whole_and_in_order(sizes: Sequence[int], writable: Seque
         buffers = AnswerBuffers(max_bytes=4 * PART_BYTES, max_answer_bytes=3 * PART_BYTES)
         events = [bytes([number]) * size for number, size in enumerate(sizes)]
         async with delivery(connection, buffers) as given:
-            given.start(HEAD)
+            given.start(HEADERS)
             for event in events:
                 await given.put_event(event)
-        assert connection.messages[0] is HEAD
+        assert connection.messages[0] == HEAD
         assert connection.body == b"".join(events)
         assert [message["more_body"] for message in connection.messages[1:]] == [True] * (
             len(connection.messages) - 2
@@ -79,9 +109,10 @@ async def test_a_whole_answer_comes_whole(buffers: AnswerBuffers, size: int, wri
     connection = Connection(iter([writable] * 9))
     async with delivery(connection, buffers) as given:
         given.reserve(size)
-        given.start(HEAD)
+        given.start(HEADERS, length=size)
         given.put(b"x" * size)
         assert connection.messages == []  # what the body still holds is given back first
+    assert connection.messages[0]["headers"] == [*HEAD["headers"], (b"content-length", b"%d" % size)]
     assert connection.body == b"x" * size
     assert connection.messages[-1]["more_body"] is False
     assert (buffers.used, given.pending) == (0, False)
@@ -90,7 +121,7 @@ async def test_a_whole_answer_comes_whole(buffers: AnswerBuffers, size: int, wri
 async def test_a_connection_that_takes_what_comes_gets_it_at_once(buffers: AnswerBuffers) -> None:
     connection, tasks = Connection(iter(())), len(asyncio.all_tasks())
     async with delivery(connection, buffers) as given:
-        given.start(HEAD)
+        given.start(HEADERS)
         await given.put_event(b"one")
         assert (connection.body, buffers.used, len(asyncio.all_tasks())) == (b"one", 0, tasks)
 
@@ -98,7 +129,7 @@ async def test_a_connection_that_takes_what_comes_gets_it_at_once(buffers: Answe
 async def test_what_comes_behind_something_that_waits_waits_too(buffers: AnswerBuffers) -> None:
     connection = Connection(iter([False]))
     async with delivery(connection, buffers) as given:
-        given.start(HEAD)
+        given.start(HEADERS)
         await given.put_event(b"one")
         await given.put_event(b"two")  # it would be taken now
         assert connection.messages == []
@@ -110,10 +141,19 @@ async def test_an_answer_that_breaks_is_not_ended_and_keeps_no_room(buffers: Ans
 
     async def break_off() -> None:
         async with delivery(connection, buffers) as given:
-            given.start(HEAD)
+            given.start(HEADERS)
             given.reserve(10)
             raise ZeroDivisionError
 
     with pytest.raises(ZeroDivisionError):
         await break_off()
     assert (connection.messages, buffers.used) == ([], 0)
+
+
+async def test_a_server_without_direct_answers_gets_messages(buffers: AnswerBuffers) -> None:
+    connection = Connection(iter(()))
+    async with Delivery(connection.send, buffers, 5, None) as given:
+        given.start(HEADERS)
+        await given.put_event(b"one")
+    assert connection.messages[0] == HEAD
+    assert (connection.body, connection.messages[-1]["more_body"]) == (b"one", False)
