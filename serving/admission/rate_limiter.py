@@ -77,17 +77,25 @@ class Reservation:
 
     __slots__ = ("_held",)
 
-    def __init__(self, held: Sequence[tuple["_Share", int]]) -> None:
+    def __init__(self, held: Sequence["_Held"]) -> None:
         self._held = held
+
+    def allowances(self) -> dict[Limit, Allowance]:
+        """What was left of each limit beside it; cheaper than to ask the limiter anew."""
+        found = {}
+        for share, amount, free, at in self._held:
+            left = int(free) - amount
+            found[share.limit] = Allowance(share.most, left if left > 0 else 0, share.quota.reset_s(at, share.most))
+        return found
 
     def settle(self, tokens_in: int, tokens_out: int) -> None:
         """The request has ended and used so much."""
-        for share, amount in self._held:
+        for share, amount, _, _ in self._held:
             share.quota.settle(amount, share.used(tokens_in, tokens_out))
 
     def release(self) -> None:
         """The request was refused, and costs nothing."""
-        for share, amount in self._held:
+        for share, amount, _, _ in self._held:
             share.quota.settle(amount, 0)
 
 
@@ -110,7 +118,7 @@ class RateLimiter:
         Raises:
             RateLimitedError: there is not so much left of a limit; of several the one that takes longest is named.
         """
-        held, longest, refused = list[tuple[_Share, int]](), 0.0, None
+        held, longest, refused = list[_Held](), 0.0, None
         now, wall = self._clock(), self._wall()
         for share in self._shares(principal):
             at = wall if share.by_day else now
@@ -118,10 +126,10 @@ class RateLimiter:
             amount = share.reserves(demand, share) if share.reserves else 1
             if amount > free and (wait_s := share.quota.wait_s(amount, at, share.most)) > longest:
                 longest, refused = wait_s, share.limit
-            held.append((share, amount))
+            held.append((share, amount, free, at))
         if refused:
             raise self._refusal(refused, principal, longest)
-        for share, amount in held:
+        for share, amount, _, _ in held:
             share.quota.reserve(amount)
         return Reservation(held)
 
@@ -176,6 +184,10 @@ class _Share(NamedTuple):
     by_day: bool
     reserves: "_Reserves | None"
     used: Callable[[int, int], int]
+
+
+_Held = tuple[_Share, int, float, float]
+"""Of a limit: what is reserved of it, what was free before, and when, in the quota's own clock."""
 
 
 class _KeyQuotas:

@@ -2,10 +2,9 @@
 
 Keys are demanded as soon as there is one, and always for what changes the service. What comes through the socket in the
 home needs none: only who owns the home can open it. Puts `principal` into the state of the scope, None where no key was
-needed, and `key_ended`: a future that has an error as soon as the key is right no more, so that what runs with it ends.
+needed, and `key_ended`: a signal that ends with an error when the key is right no more, so that what runs with it ends.
 """
 
-import asyncio
 import logging
 from collections import defaultdict
 from collections.abc import Callable
@@ -15,6 +14,7 @@ from starlette.types import ASGIApp, Receive, Send
 from starlette.types import Scope as Connection
 
 from serving.http.connections import THROUGH_SOCKET
+from serving.http.end_signal import EndSignal
 from serving.http.failed_keys import FailedKeys
 from serving.http.headers import headers_of
 from serving.protocols.route import Route, TokenRoute
@@ -23,7 +23,6 @@ from svc.principal import Principal, Scope
 
 log = logging.getLogger(__name__)
 
-KeyEnd = asyncio.Future[InvalidKeyError]
 _OPEN: Final = frozenset({"/health", "/health/live"})
 """What load balancers and orchestrators ask, which hold no secrets. It says of the inside only whether it is there."""
 _SCOPES: Final = {
@@ -64,7 +63,7 @@ class Authentication:
         self._keys_needed = keys_needed
         self._on_failure = on_failure
         self._failed = FailedKeys()
-        self._running: defaultdict[tuple[str, str], dict[KeyEnd, Grant]] = defaultdict(dict)
+        self._running: defaultdict[tuple[str, str], dict[EndSignal, Grant]] = defaultdict(dict)
 
     async def run(self) -> None:
         """Follows the store, and ends what runs with a key that is right no more, until it is cancelled."""
@@ -97,28 +96,28 @@ class Authentication:
             grant.principal.require(needed)
         return grant
 
-    def begin(self, grant: Grant) -> KeyEnd:
+    def begin(self, grant: Grant) -> EndSignal:
         """Something runs with a key from now on until `end`."""
-        ended: KeyEnd = asyncio.get_running_loop().create_future()
+        ended = EndSignal()
         self._running[grant.principal.key_id, grant.hash][ended] = grant
         return ended
 
-    def end(self, grant: Grant, ended: KeyEnd) -> None:
+    def end(self, grant: Grant, ended: EndSignal) -> None:
         """It runs no more."""
         of_key = (grant.principal.key_id, grant.hash)
-        del self._running[of_key][ended]
-        if not self._running[of_key]:
+        running = self._running[of_key]
+        del running[ended]
+        if not running:
             del self._running[of_key]
 
     def _end_running(self) -> None:
-        for running in self._running.values():
+        for running in list(self._running.values()):
             grant = next(iter(running.values()))
             try:
                 self._authenticator.check(grant)
             except InvalidKeyError as error:
-                for ended in running:
-                    if not ended.done():
-                        ended.set_result(error)
+                for ended in list(running):  # what ends may leave it at once
+                    ended.end(error)
 
     def _count(self, fault: KeyFault, connection: Connection) -> None:
         self._on_failure(fault)

@@ -13,6 +13,7 @@ from typing import Any
 from uvicorn.protocols.http.auto import AutoHTTPProtocol
 
 from serving.http.direct_answer import offer_direct_answer
+from serving.http.end_signal import EndSignal
 
 REQUEST_DEADLINE_S = 15.0
 """From a connection, or its last answer, to the end of the next request's headers."""
@@ -23,7 +24,7 @@ MOST_HEAD_BYTES = 64 * 1024
 ABORT = "abort"
 """Key in the state of a scope: a function that ends its connection at once, whatever was not read yet."""
 LOST = "lost"
-"""Key in the state of a scope: a future that is done once its connection has ended."""
+"""Key in the state of a scope: an EndSignal that ends with its connection."""
 THROUGH_SOCKET = "through_socket"
 """Key in the state of a scope: the connection came through a unix socket, which only its owner can open."""
 _OWN_DESCRIPTORS = 512
@@ -55,11 +56,11 @@ def limited_protocol(deadline_s: float = REQUEST_DEADLINE_S) -> type[asyncio.Pro
         _deadline: asyncio.TimerHandle | None = None
         _head_bytes = 0
         _ending = False
-        _lost: asyncio.Future[None]
+        _lost: EndSignal
         app_state: dict[str, Any]
 
         def connection_made(self, transport: asyncio.Transport) -> None:
-            self._lost = asyncio.get_running_loop().create_future()
+            self._lost = EndSignal()
             connected = transport.get_extra_info("socket")
             through_socket = connected is not None and connected.family == socket.AF_UNIX
             self.app_state = {
@@ -88,7 +89,7 @@ def limited_protocol(deadline_s: float = REQUEST_DEADLINE_S) -> type[asyncio.Pro
             if self._deadline is not None:
                 self._deadline.cancel()
             super().connection_lost(exc)
-            self._lost.set_result(None)
+            self._lost.end()
 
         def shutdown(self) -> None:
             self._ending = True

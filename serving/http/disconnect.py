@@ -5,9 +5,9 @@ from collections.abc import Coroutine
 
 from starlette.types import Receive, Scope
 
-from serving.http.authentication import KeyEnd
 from serving.http.body import ClientGoneError
 from serving.http.connections import ABORT, LOST
+from serving.http.end_signal import EndSignal
 
 
 async def while_connected(scope: Scope, receive: Receive, work: Coroutine[object, object, None]) -> None:
@@ -23,39 +23,44 @@ async def while_connected(scope: Scope, receive: Receive, work: Coroutine[object
         ClientGoneError: the client left first.
         InvalidKeyError: its key ended first. Otherwise what `work` raises.
     """
-    key_ended: KeyEnd | None = scope["state"].get("key_ended")
-    lost: asyncio.Future[None] | None = scope["state"].get(LOST)
-    leaving = lost or asyncio.create_task(disconnected(receive))
+    state = scope["state"]
+    key_ended: EndSignal | None = state.get("key_ended")
+    lost: EndSignal | None = state.get(LOST)
+    watching = None if lost is not None else asyncio.create_task(disconnected(receive))
     working, running, cancelled = asyncio.current_task(), True, False
     assert working is not None  # noqa: S101 - it runs in one
     before = working.cancelling()
 
-    def cancel(_: object) -> None:
+    def cancel(_: object = None) -> None:
         nonlocal cancelled
         if running and not cancelled:
             cancelled = True
             working.cancel()
 
-    leaving.add_done_callback(cancel)
+    if lost is not None:
+        lost.listen(cancel)
+    elif watching is not None:
+        watching.add_done_callback(cancel)
     if key_ended is not None:
-        key_ended.add_done_callback(cancel)
+        key_ended.listen(cancel)
     try:
         await work
     except asyncio.CancelledError:
         if not cancelled or working.cancelling() > before + 1:
             raise  # somebody else ends it, too
-        if key_ended is not None and key_ended.done():
-            raise key_ended.result() from None
+        if key_ended is not None and key_ended.error is not None:
+            raise key_ended.error from None
         raise ClientGoneError from None
     finally:
         running = False
         if cancelled:
             working.uncancel()
         if key_ended is not None:
-            key_ended.remove_done_callback(cancel)
-        leaving.remove_done_callback(cancel)
-        if leaving is not lost:
-            leaving.cancel()
+            key_ended.forget(cancel)
+        if lost is not None:
+            lost.forget(cancel)
+        elif watching is not None:
+            watching.cancel()
 
 
 async def cut_off(scope: Scope, receive: Receive) -> None:

@@ -162,7 +162,7 @@ class Exchange:
         self._scope["state"]["version"] = (served := to.backend.names.served) and served.version
         # Delivered outside admission: the engine is done with it, and a client that reads slowly keeps no place.
         work = request.work(to.backend.context)
-        self.account.key.reserve(request, work, self.account.model)
+        self._scope["state"]["reservation"] = self.account.key.reserve(request, work, self.account.model)
         began = self._gateway.clock()
         async with (
             self._delivery,

@@ -44,8 +44,8 @@ class KeyAccount:
         """Who has a share of the model."""
         return Party(self._principal.key_id, self._principal.weight) if self._principal else NO_KEY
 
-    def reserve(self, request: CompletionRequest, work: int, model: str) -> None:
-        """Takes what the request may use of its key's limits.
+    def reserve(self, request: CompletionRequest, work: int, model: str) -> Reservation | None:
+        """Takes what the request may use of its key's limits; None where there is no key.
 
         Args:
             work: most tokens that its answers may have.
@@ -55,13 +55,14 @@ class KeyAccount:
             RateLimitedError: there is not so much left.
         """
         if self._principal is None:
-            return
+            return None
         demand = Demand(estimated_tokens(self.body_bytes), work, said=request.max_tokens is not None)
         try:
             self._reservation = self._limiter.reserve(self._principal, demand)
         except RateLimitedError as error:
             self._metrics.key_refused(self._principal.key_id, model, error.limit)
             raise
+        return self._reservation
 
     def settle(self, served: Target | None, reason: ErrorCode | None, usage: Usage | None) -> None:
         """Counts what the request used, and gives back what it held; to be called once, at its end.

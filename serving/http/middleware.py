@@ -4,7 +4,7 @@ key's limits, and no exception gets past it.
 A request's id is the server's own, since feedback finds an answer by it and a client may use an id twice. The client's
 is kept beside it, and returned. A version is told to whom it may be. Pure ASGI, because the framework's middleware
 would sit between a stream and its client. Puts `request_id` and `client_request_id` into the state of the scope; what
-answers a completion puts `version` there.
+answers a completion puts `version` there, and `reservation`, by which it is told what is left of limits.
 """
 
 import os
@@ -15,7 +15,7 @@ from typing import Any
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from serving.admission.rate_limiter import RateLimiter
+from serving.admission.rate_limiter import RateLimiter, Reservation
 from serving.http.connections import THROUGH_SOCKET
 from serving.http.direct_answer import direct_answer
 from serving.http.errors import api_error
@@ -99,7 +99,9 @@ class RequestMiddleware:
         if version := self._shown_version(state):
             lines += b"x-model-version: %b\r\n" % str(version).encode("ascii")
         if principal := state.get("principal"):
-            lines += rate_limit_headers(self._limiter.allowances(principal), scope["path"])
+            reservation: Reservation | None = state.get("reservation")
+            left = reservation.allowances() if reservation else self._limiter.allowances(principal)
+            lines += rate_limit_headers(left, scope["path"])
         return lines
 
     def _shown_version(self, state: Mapping[str, Any]) -> VersionId | None:

@@ -124,17 +124,25 @@ _MEDIA_KEYS = frozenset(
 """What vLLM takes for media in a part without a type, or with a `uuid`."""
 
 
+_MEDIA_OPTIONS = ("mm_processor_kwargs", "media_io_kwargs")
+_TURNS = (("messages", ("content",)), ("input", ("content", "output")))
+
+
 def _media(fields: Fields) -> Refusal | None:
     """For a model that takes media, vLLM fetches the address of an image, a sound or a film: also one of this machine,
     or of a network that the client does not reach. Any other model refuses them itself."""
-    for name in ("mm_processor_kwargs", "media_io_kwargs"):
+    for name in _MEDIA_OPTIONS:
         if fields.get(name) is not None:
             return Refusal(name, f"'{name}' is not served: there is no content but text")
-    for name, key in (("messages", "content"), ("input", "content"), ("input", "output")):
+    for name, keys in _TURNS:
         turns = fields.get(name)
-        for number, turn in enumerate(turns if isinstance(turns, list) else ()):
-            if isinstance(turn, dict) and not _all_text(turn.get(key)):
-                return _no_text(f"{name}.{number}.{key}")
+        if not isinstance(turns, list):
+            continue
+        for number, turn in enumerate(turns):
+            for key in keys if isinstance(turn, dict) else ():
+                # Most content is a text, and no list.
+                if isinstance(content := turn.get(key), list) and not _all_text(content):
+                    return _no_text(f"{name}.{number}.{key}")
     return None if _all_text(fields.get("system")) else _no_text("system")
 
 

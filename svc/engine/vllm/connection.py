@@ -193,16 +193,13 @@ class EngineConnection(asyncio.Protocol):
         self._waiting_bytes -= len(taken)
         return taken
 
-    async def _more(self) -> None:
-        """Returns when something has come, or an error in its place; whoever lacks something then calls it again."""
+    def _more(self) -> asyncio.Future[None]:
+        """Done when something has come, or an error in its place; whoever lacks something then calls it again."""
         if self._error is not None:
             raise self._error
         self._heard = self._loop.time()
-        self._waiter = self._loop.create_future()
-        try:
-            await self._waiter
-        finally:
-            self._waiter = None
+        self._waiter = waiter = self._loop.create_future()
+        return waiter
 
     def _consumed(self, consume: Consumer) -> bool:
         """Gives what has come to who waits for it; whether there is no reason to wake anybody."""
@@ -216,8 +213,9 @@ class EngineConnection(asyncio.Protocol):
         return True
 
     def _wake(self) -> None:
-        if self._waiter is not None and not self._waiter.done():
-            self._waiter.set_result(None)
+        waiter, self._waiter = self._waiter, None
+        if waiter is not None and not waiter.done():  # who waits may have been cancelled
+            waiter.set_result(None)
 
     def _fail(self, error: ConnectionFailedError) -> None:
         """Closes the connection; what has come of the answer can still be read."""
