@@ -24,6 +24,7 @@ log = logging.getLogger(__name__)
 
 _CHANGING = {EngineState.DRAINING, EngineState.SWAPPING}
 _ASKED_FOR = _CHANGING | {EngineState.IDLE}
+_READY = EngineState.READY  # looked up for each request, which takes long before Python 3.12
 _DOWN = {EngineState.FAILED, EngineState.STOPPED}
 
 
@@ -75,7 +76,7 @@ class EnginePool:
     @property
     def ready(self) -> list[Replica]:
         """Members that take requests."""
-        return [member for member in self.members if member.state is EngineState.READY]
+        return [member for member in self.members if member.state is _READY]
 
     @property
     def alive(self) -> list[Replica]:

@@ -73,9 +73,10 @@ class Authentication:
         """Whether a request must come with a key."""
         if connection["state"].get(THROUGH_SOCKET):
             return False
+        if self._keys_needed or not self._authenticator.empty:
+            return True
         # The first key is made on the machine, by its owner: others are there, too.
-        administration = _needed_scope(connection["path"]) is Scope.ADMIN
-        return administration or self._keys_needed or not self._authenticator.empty
+        return _needed_scope(connection["path"]) is Scope.ADMIN
 
     def admit(self, connection: Connection) -> Grant:
         """Who sends a request that must come with a key.
@@ -157,9 +158,12 @@ class AuthenticationMiddleware:
 
 def _needed_scope(path: str) -> Scope | None:
     """None where any key will do: as for what does not exist."""
+    found = _SCOPES.get(path)
+    if found is not None:
+        return found
     if path.startswith(_MODEL):
         return Scope.INFER
-    return _SCOPES.get(path, Scope.ADMIN if path.startswith(_ADMINISTRATION) else None)
+    return Scope.ADMIN if path.startswith(_ADMINISTRATION) else None
 
 
 def _secret(connection: Connection) -> str | None:

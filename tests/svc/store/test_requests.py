@@ -7,11 +7,12 @@ from datetime import UTC, datetime, timedelta
 import pytest
 from sqlalchemy import Engine as Store
 from sqlalchemy import event, func, select
+from sqlalchemy.dialects import postgresql
 from sqlalchemy.orm import Session
 
 from svc.store import requests
 from svc.store.feedback import Feedback, Rating, keep_feedback
-from svc.store.requests import Pruned, RequestRecord, add_requests, prune_requests
+from svc.store.requests import Outcome, Pruned, RequestRecord, add_requests, prune_requests
 from svc.store.tables import FeedbackRow, RequestRow
 from svc.version import Format, VersionId
 
@@ -73,6 +74,28 @@ def test_a_row_holds_what_the_record_says(store: Store) -> None:
         assert (row.prompt, row.answer) == (None, None)
         assert (row.temperature, row.max_tokens, row.logprob) == (0.7, 64, None)
         assert row.client_request_id == "mine"
+
+
+def test_each_value_comes_into_its_own_column(store: Store) -> None:
+    numbers = iter(range(1, 99))
+    made: dict[str, object] = {name: name for name, kind in RequestRecord.__annotations__.items() if "str" in str(kind)}
+    made |= {name: next(numbers) for name in ("status", "seconds", "first_token_seconds", "tokens_in", "tokens_out")}
+    made |= {name: next(numbers) for name in ("temperature", "max_tokens")}
+    record = RECORD._replace(**made, outcome=Outcome.CLIENT_SLOW)  # type: ignore[arg-type]
+    add_requests(store, [record])
+    with Session(store) as session:
+        row = session.scalars(select(RequestRow)).one()
+    kept = {name: getattr(row, name) for name in RequestRecord._fields if name not in ("version", "format")}
+    assert kept == {name: getattr(record, name) for name in kept}
+    assert (row.number, row.format, row.bytes) == (2, Format.GPTQ, record.bytes)
+
+
+def test_a_database_whose_statements_name_their_values_gets_them_by_name() -> None:
+    insertion = requests.insertion(postgresql.psycopg.dialect())  # type: ignore[no-untyped-call]
+    row = insertion.row(RECORD)
+    assert isinstance(row, dict)
+    assert (insertion.sql % {name: f"<{name}>" for name in row}).count("<") == len(row)
+    assert (row["request_id"], row["started_at"], row["number"]) == ("req-1", NOON, 2)
 
 
 def test_a_request_that_no_version_answered_is_kept_too(store: Store) -> None:
