@@ -132,13 +132,15 @@ class Insertion(NamedTuple):
 
     def row(self, record: RequestRecord) -> tuple[Any, ...] | dict[str, Any]:
         """What the statement gets for a record."""
-        version = record.version
+        version, outcome = record.version, record.outcome
+        # Enums as plain texts: the driver of SQLite asks their class at length whether they are something else.
+        format = str(record.format) if record.format else None
         values = (
             *(record.request_id, self.started_at(record.started_at), record.model),
-            *(version.number if version else None, record.format, record.route, record.key_id, record.status),
+            *(version.number if version else None, format, record.route, record.key_id, record.status),
             *(record.reason, record.finish_reason, record.seconds, record.first_token_seconds),
-            *(record.tokens_in, record.tokens_out, record.prompt, record.answer, record.bytes),
-            *(record.temperature, record.max_tokens, record.client_request_id, record.outcome, record.user_hash),
+            *(record.tokens_in, record.tokens_out, record.prompt, record.answer, record.bytes, record.temperature),
+            *(record.max_tokens, record.client_request_id, str(outcome) if outcome else None, record.user_hash),
         )
         return dict(zip(_COLUMNS, values, strict=True)) if self.by_name else values
 
