@@ -169,13 +169,14 @@ class Delivery:
     def put_at_once(self, data: bytes) -> bool:
         """Hands a part of a stream to the connection, if that takes it without a wait; whether it did."""
         direct = self._direct
-        if direct is None or self._held or len(data) > PART_BYTES or not direct.is_writable:
+        if direct is None or self._held or len(data) > PART_BYTES:
             return False
         if self._headers is None:
-            direct.write(data)
-        else:
-            headers, self._headers = self._headers, None
-            direct.begin(headers, data)
+            return direct.write(data)
+        if not direct.is_writable:
+            return False
+        headers, self._headers = self._headers, None
+        direct.begin(headers, data)
         return True
 
     def put(self, data: bytes) -> None:

@@ -86,10 +86,14 @@ class DirectAnswer:
         head = self._head(headers)
         cycle.transport.write(b"%btransfer-encoding: chunked\r\n\r\n%x\r\n%b\r\n" % (head, len(part), part))
 
-    def write(self, part: bytes) -> None:
-        """A further part, of at least a byte."""
-        if not self._cycle.disconnected:
-            self._cycle.transport.write(b"%x\r\n%b\r\n" % (len(part), part))
+    def write(self, part: bytes) -> bool:
+        """A further part, of at least a byte; whether the connection took it, as it does where it `is_writable`."""
+        cycle = self._cycle
+        if cycle.flow.write_paused:
+            return False
+        if not cycle.disconnected:
+            cycle.transport.write(b"%x\r\n%b\r\n" % (len(part), part))
+        return True
 
     def end(self) -> None:
         """The end of an answer that came in parts."""

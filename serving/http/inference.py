@@ -235,7 +235,7 @@ class Exchange:
         """Answers with an error; within a stream with an event, and without the one that ends a good answer."""
         self.account.failed(error.code)
         if not self.account.begun:
-            self.account.status = error.status
+            self.account.status, self.account.begun = error.status, True
             timeout_s = self._gateway.settings.body_timeout_s
             await answer_error(error, self._scope, receive, self._asgi_send, body_timeout_s=timeout_s)
             return

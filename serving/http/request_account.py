@@ -36,6 +36,7 @@ class RequestAccount:
     Attributes:
         model: that it asks, one of a bounded set of names.
         status: of the answer; None until that began.
+        begun: the head of the answer was given to the delivery, or sent.
         complete: the engine has given all of the answer.
     """
 
@@ -71,6 +72,7 @@ class RequestAccount:
         self._usage: Usage | None = None
         self.model = UNKNOWN_MODEL
         self.status: int | None = None
+        self.begun = False
         self.complete = False
 
     @property
@@ -78,11 +80,6 @@ class RequestAccount:
         """Ours, not the client's."""
         request_id: str = self._state["request_id"]
         return request_id
-
-    @property
-    def begun(self) -> bool:
-        """The head of the answer was given to the delivery, or sent."""
-        return self.status is not None
 
     def elapsed(self) -> float:
         """Seconds since the request was read."""
@@ -115,7 +112,7 @@ class RequestAccount:
 
     def begin(self) -> float:
         """A good answer begins. Returns the gateway's own time until then, seconds."""
-        self.status = 200
+        self.status, self.begun = 200, True
         self._own_s = self.elapsed() - self._place_s - self._engine_s
         return self._own_s
 
@@ -128,10 +125,6 @@ class RequestAccount:
         """Times the first token of a streamed answer."""
         self._first_token_s = seconds
         self._metrics.first_token(self._answering, seconds, self.request_id)
-
-    def token_passed(self) -> None:
-        """Counts an event with tokens, for an answer whose tokens the engine will not tell."""
-        self.key.token_events += 1
 
     def finished(self, reason: str) -> None:
         """Takes why the answer ended: the first that is said."""

@@ -69,14 +69,14 @@ class WireFormat(ABC):
 
     def classify(self, event: bytes) -> Seen:
         """All that an event says."""
-        if self._is_plain_token(event):
+        if self.is_plain_token(event):
             return TOKEN
         usage, end = self.usage(event), self.is_end(event)
         token = not usage and not end and self.is_token(event)
         return Seen(token, end, usage, self.finish_reason(event), find_error(event))
 
     @abstractmethod
-    def _is_plain_token(self, event: bytes) -> bool:
+    def is_plain_token(self, event: bytes) -> bool:
         """One look, without parsing; False also where that does not suffice."""
 
     @abstractmethod
@@ -115,7 +115,7 @@ class WireFormat(ABC):
 class CompletionsFormat(WireFormat):
     """Chat and plain completions."""
 
-    def _is_plain_token(self, event: bytes) -> bool:
+    def is_plain_token(self, event: bytes) -> bool:
         return _PLAIN_TOKEN.fullmatch(event) is not None
 
     def usage(self, part: bytes) -> Usage | None:
@@ -164,7 +164,7 @@ class ResponsesFormat(WireFormat):
     Parsed and not searched: tools, which the client wrote, come back in it.
     """
 
-    def _is_plain_token(self, event: bytes) -> bool:
+    def is_plain_token(self, event: bytes) -> bool:
         return event.startswith(b"event: response.output_text.delta\ndata: ") and b'"error"' not in event
 
     def usage(self, part: bytes) -> Usage | None:
@@ -218,7 +218,7 @@ class MessagesFormat(WireFormat):
     Parsed and not searched: the input of a tool, which the model wrote, is an object in them.
     """
 
-    def _is_plain_token(self, event: bytes) -> bool:
+    def is_plain_token(self, event: bytes) -> bool:
         return event.startswith(b"event: content_block_delta\ndata: ") and b'"error"' not in event
 
     def usage(self, part: bytes) -> Usage | None:

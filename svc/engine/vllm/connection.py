@@ -184,14 +184,15 @@ class EngineConnection(asyncio.Protocol):
     def _next(self) -> bytes:
         """What has come, up to about `_MOST_AT_ONCE_BYTES`."""
         taken = self._parts.popleft()
-        if self._parts:
-            parts, size = [taken], len(taken)
-            while self._parts and size + len(self._parts[0]) <= _MOST_AT_ONCE_BYTES:
-                parts.append(self._parts.popleft())
-                size += len(parts[-1])
-            taken = b"".join(parts)
-        self._waiting_bytes -= len(taken)
-        return taken
+        if not self._parts:  # as nearly always in a stream
+            self._waiting_bytes = 0
+            return taken
+        parts, size = [taken], len(taken)
+        while self._parts and size + len(self._parts[0]) <= _MOST_AT_ONCE_BYTES:
+            parts.append(self._parts.popleft())
+            size += len(parts[-1])
+        self._waiting_bytes -= size
+        return b"".join(parts)
 
     def _more(self) -> asyncio.Future[None]:
         """Done when something has come, or an error in its place; whoever lacks something then calls it again."""

@@ -48,9 +48,12 @@ class Connection(DirectAnswer):
         self._begin(headers)
         self._put(part)
 
-    def write(self, part: bytes) -> None:
+    def write(self, part: bytes) -> bool:
         assert part  # an empty chunk would end the answer
+        if not self.is_writable:
+            return False
         self._put(part)
+        return True
 
     def end(self) -> None:
         self._put(b"", more=False)
