@@ -6,7 +6,7 @@ much as they do themselves. Both ways lead through the same layers of ours.
 """
 
 import asyncio
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -84,9 +84,9 @@ class Application:
     framework: FastAPI
     direct: Mapping[str, ASGIApp]
 
-    def __call__(self, scope: Scope, receive: Receive, send: Send) -> Awaitable[None]:
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         endpoint = self.direct.get(scope["path"]) if scope.get("method") == "POST" else None
-        return (endpoint or self.framework)(scope, receive, send)
+        await (endpoint or self.framework)(scope, receive, send)
 
 
 def _add_operations(

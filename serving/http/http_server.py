@@ -84,7 +84,6 @@ def http_server(
     config = uvicorn.Config(
         app,
         http=limited_protocol(deadline_s),
-        interface="asgi3",
         lifespan="off",
         log_config=None,
         access_log=False,

@@ -26,12 +26,7 @@ class SocketServer:
     def __init__(self, app: ASGIApp, socket: Path, protocol: type[asyncio.Protocol] | None = None) -> None:
         self.socket = socket
         config = uvicorn.Config(
-            app,
-            uds=str(socket),
-            log_level="critical",
-            lifespan="off",
-            interface="asgi3",
-            http=protocol or AutoHTTPProtocol,
+            app, uds=str(socket), log_level="critical", lifespan="off", http=protocol or AutoHTTPProtocol
         )
         config.load()
         self._server = uvicorn.Server(config)

@@ -135,7 +135,7 @@ async def test_an_answer_that_is_cut_off_by_the_servers_end_is_no_good_answer(se
         sent.append(message)
 
     assert service.app is not None
-    answering = asyncio.ensure_future(service.app(_scope(), _receive_then_wait(json.dumps(STREAM).encode()), send))
+    answering = asyncio.create_task(service.app(_scope(), _receive_then_wait(json.dumps(STREAM).encode()), send))
     await until(lambda: len(sent) > 2)
     answering.cancel()
     await asyncio.wait([answering])
