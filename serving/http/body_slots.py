@@ -1,4 +1,7 @@
-"""How many requests may come in at once: a body takes memory before anybody knows which model it is for."""
+"""How many requests may come in at once: a body takes memory before anybody knows which model it is for.
+
+One that has come with its headers is here already, and needs no place.
+"""
 
 from collections import Counter
 from dataclasses import dataclass

@@ -3,7 +3,8 @@
 import asyncio
 import re
 import socket
-from collections.abc import Sequence
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
 from typing import Any
 
 import pytest
@@ -74,8 +75,9 @@ def request(path: bytes, more: bytes = b"", version: bytes = b"1.1") -> bytes:
     return b"POST %b HTTP/%b\r\nhost: x\r\n%b%b\r\n%b" % (path, version, more, length, BODY)
 
 
-async def answered(app: Any, sent: Sequence[bytes]) -> bytes:
-    """All that a server writes on one connection until it closes that, without its clock."""
+@asynccontextmanager
+async def connected(app: Any) -> AsyncIterator[tuple[asyncio.StreamReader, asyncio.StreamWriter]]:
+    """One connection to a server of an application."""
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         server = http_server(app, 4, idle_s=1)
@@ -83,14 +85,19 @@ async def answered(app: Any, sent: Sequence[bytes]) -> bytes:
         while not server.started:
             await asyncio.sleep(0.01)
         reader, writer = await asyncio.open_connection(*listener.getsockname())
+        yield reader, writer
+        writer.close()
+        server.should_exit = True
+        await task
+
+
+async def answered(app: Any, sent: Sequence[bytes]) -> bytes:
+    """All that a server writes on one connection until it closes that, without its clock."""
+    async with connected(app) as (reader, writer):
         for part in sent:
             writer.write(part)
             await asyncio.sleep(0.02)
         found = await reader.read()
-        writer.close()
-        await writer.wait_closed()
-        server.should_exit = True
-        await task
     return re.sub(rb"date: [^\r]*", b"date: now", found)
 
 
@@ -136,16 +143,8 @@ async def test_one_whose_client_has_gone_is_forgotten() -> None:
         assert not direct.begun
         ended.set()
 
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        server = http_server(late, 4, idle_s=1)
-        task = asyncio.create_task(server.serve(sockets=[listener]))
-        while not server.started:
-            await asyncio.sleep(0.01)
-        _, writer = await asyncio.open_connection(*listener.getsockname())
+    async with connected(late) as (_, writer):
         writer.write(request(WHOLE))
         await writer.drain()
         writer.close()
         await asyncio.wait_for(ended.wait(), 5)
-        server.should_exit = True
-        await task
