@@ -148,3 +148,21 @@ async def test_one_whose_client_has_gone_is_forgotten() -> None:
         await writer.drain()
         writer.close()
         await asyncio.wait_for(ended.wait(), 5)
+
+
+async def test_an_answer_whose_head_cannot_be_made_has_not_begun() -> None:
+    async def failing(scope: Scope, receive: Receive, send: Send) -> None:
+        direct = direct_answer(scope)
+        assert direct is not None
+        direct.common_headers = lambda: b"%d" % (1 // 0)
+        with pytest.raises(ZeroDivisionError):
+            direct.write_whole(HEADERS, BODY)
+        assert not direct.begun
+        await send({"type": "http.response.start", "status": 500, "headers": [(b"connection", b"close")]})
+        await send({"type": "http.response.body", "body": b"sorry"})
+
+    async with connected(failing) as (reader, writer):
+        writer.write(request(WHOLE))
+        found = await reader.read()
+    assert found.startswith(b"HTTP/1.1 500")
+    assert b"sorry" in found
