@@ -52,7 +52,7 @@ class Deployment:
 
     def check(self, model: str) -> Coroutine[object, object, None]:
         """Raises where a name means nothing; see serving.engines.balancer.Balancer.check."""
-        return self.balancer.check(model)
+        return self.balancer.check(model)  # no coroutine of its own, which each request would pay for
 
     def lease(self, model: str, *, without: Lease | None = None) -> AbstractAsyncContextManager[Lease]:
         """An engine for the body; see serving.engines.balancer.Balancer.lease."""

@@ -20,7 +20,6 @@ class BackgroundSlot:
 
     def __init__(self) -> None:
         self._open, self._quiet = asyncio.Event(), asyncio.Event()
-        self._shown = (False, False)
         self._taken: asyncio.Timeout | None = None
 
     @property
@@ -30,11 +29,10 @@ class BackgroundSlot:
 
     def show(self, *, open: bool, running: int) -> None:
         """From now on admission is open or not, and so many requests run."""
-        shown = (open, open and not running)
-        if shown != self._shown:  # with every request it is told anew
-            self._shown = shown
-            set_event(self._open, shown[0])
-            set_event(self._quiet, shown[1])
+        quiet = open and not running
+        if open is not self._open.is_set() or quiet is not self._quiet.is_set():  # every request tells it anew
+            set_event(self._open, open)
+            set_event(self._quiet, quiet)
 
     @asynccontextmanager
     async def take(self, patience_s: float) -> AsyncIterator[None]:

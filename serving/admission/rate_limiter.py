@@ -83,20 +83,22 @@ class Reservation:
     def allowances(self) -> dict[Limit, Allowance]:
         """What was left of each limit beside it; cheaper than to ask the limiter anew."""
         found = {}
-        for share, amount, free, at in self._held:
+        for key_limit, amount, free, at in self._held:
             left = int(free) - amount
-            found[share.limit] = Allowance(share.most, left if left > 0 else 0, share.quota.reset_s(at, share.most))
+            found[key_limit.limit] = Allowance(
+                key_limit.most, left if left > 0 else 0, key_limit.quota.reset_s(at, key_limit.most)
+            )
         return found
 
     def settle(self, tokens_in: int, tokens_out: int) -> None:
         """The request has ended and used so much."""
-        for share, amount, _, _ in self._held:
-            share.quota.settle(amount, share.used(tokens_in, tokens_out))
+        for key_limit, amount, _, _ in self._held:
+            key_limit.quota.settle(amount, key_limit.used(tokens_in, tokens_out))
 
     def release(self) -> None:
         """The request was refused, and costs nothing."""
-        for share, amount, _, _ in self._held:
-            share.quota.settle(amount, 0)
+        for key_limit, amount, _, _ in self._held:
+            key_limit.quota.settle(amount, 0)
 
 
 class RateLimiter:
@@ -120,28 +122,26 @@ class RateLimiter:
         """
         held, longest, refused = list[_Held](), 0.0, None
         now, wall = self._clock(), self._wall()
-        for share in self._shares(principal):
-            at = wall if share.by_day else now
-            free = share.quota.free(at, share.most)
-            amount = share.reserves(demand, share) if share.reserves else 1
-            if amount > free and (wait_s := share.quota.wait_s(amount, at, share.most)) > longest:
-                longest, refused = wait_s, share.limit
-            held.append((share, amount, free, at))
+        for key_limit in self._limits(principal):
+            at = wall if key_limit.by_day else now
+            free = key_limit.quota.free(at, key_limit.most)
+            amount = key_limit.reserves(demand, key_limit) if key_limit.reserves else 1
+            if amount > free and (wait_s := key_limit.quota.wait_s(amount, at, key_limit.most)) > longest:
+                longest, refused = wait_s, key_limit.limit
+            held.append((key_limit, amount, free, at))
         if refused:
             raise self._refusal(refused, principal, longest)
-        for share, amount, _, _ in held:
-            share.quota.reserve(amount)
+        for key_limit, amount, _, _ in held:
+            key_limit.quota.reserve(amount)
         return Reservation(held)
 
     def allowances(self, principal: Principal) -> dict[Limit, Allowance]:
         """What is left of each limit that a key has."""
-        found = {}
         now, wall = self._clock(), self._wall()
-        for share in self._shares(principal):
-            at, most, quota = wall if share.by_day else now, share.most, share.quota
-            free = int(quota.free(at, most))
-            found[share.limit] = Allowance(most, free if free > 0 else 0, quota.reset_s(at, most))
-        return found
+        times = [(key_limit, wall if key_limit.by_day else now) for key_limit in self._limits(principal)]
+        return Reservation(
+            [(key_limit, 0, key_limit.quota.free(at, key_limit.most), at) for key_limit, at in times]
+        ).allowances()
 
     def add_used_today(self, tokens: Mapping[str, int]) -> None:
         """Adds what keys used today before this server started, in and out together."""
@@ -150,14 +150,14 @@ class RateLimiter:
             quota.free(self._wall(), used)
             quota.settle(0, used)
 
-    def _shares(self, principal: Principal) -> Sequence["_Share"]:
+    def _limits(self, principal: Principal) -> Sequence["_KeyLimit"]:
         """Of each limit that a key has."""
         key = self._keys.get(principal.key_id)
         if key is None:
             if principal.limits == _NONE:
                 return ()
             key = self._keys[principal.key_id] = _KeyQuotas()
-        return key.shares(principal.limits)
+        return key.held(principal.limits)
 
     def _refusal(self, limit: Limit, principal: Principal, wait_s: float) -> RateLimitedError:
         most: int = getattr(principal.limits, limit)
@@ -169,7 +169,7 @@ class RateLimiter:
         )
 
 
-class _Share(NamedTuple):
+class _KeyLimit(NamedTuple):
     """What a key may take of one limit, and has taken.
 
     Attributes:
@@ -186,7 +186,7 @@ class _Share(NamedTuple):
     used: Callable[[int, int], int]
 
 
-_Held = tuple[_Share, int, float, float]
+_Held = tuple[_KeyLimit, int, float, float]
 """Of a limit: what is reserved of it, what was free before, and when, in the quota's own clock."""
 
 
@@ -202,35 +202,35 @@ class _KeyQuotas:
             Limit.TOKENS_PER_DAY: DayQuota(),
         }
         self._limits = _NONE
-        self._shares: Sequence[_Share] = ()
+        self._held: Sequence[_KeyLimit] = ()
 
-    def shares(self, limits: Limits) -> Sequence[_Share]:
+    def held(self, limits: Limits) -> Sequence[_KeyLimit]:
         """Of those that there are; they change when the operator changes them."""
         if limits is not self._limits:
             self._limits = limits
-            self._shares = tuple(
-                _Share(limit, most, quota, limit is Limit.TOKENS_PER_DAY, _RESERVES.get(limit), _USED[limit])
+            self._held = tuple(
+                _KeyLimit(limit, most, quota, limit is Limit.TOKENS_PER_DAY, _RESERVES.get(limit), _USED[limit])
                 for limit, quota in self.quotas.items()
                 if (most := getattr(limits, limit)) is not None
             )
-        return self._shares
+        return self._held
 
 
-def _tokens_in(demand: Demand, share: _Share) -> int:
-    return min(demand.tokens_in, share.most)
+def _tokens_in(demand: Demand, key_limit: _KeyLimit) -> int:
+    return min(demand.tokens_in, key_limit.most)
 
 
-def _tokens_out(demand: Demand, share: _Share) -> int:
+def _tokens_out(demand: Demand, key_limit: _KeyLimit) -> int:
     """Where the client says nothing, as much as there may be.
 
     Raises:
         RateLimitedError: the client asks for more than there ever is.
     """
     if not demand.said:
-        return min(demand.tokens_out, share.most)
-    if demand.tokens_out > share.most:
+        return min(demand.tokens_out, key_limit.most)
+    if demand.tokens_out > key_limit.most:
         raise RateLimitedError(
-            f"the answers may take {demand.tokens_out} tokens, more than the limit of this key: {share.most} "
+            f"the answers may take {demand.tokens_out} tokens, more than the limit of this key: {key_limit.most} "
             f"{_NAMED[Limit.TOKENS_OUT_PER_MINUTE]}",
             todo="send a smaller 'n' or 'max_tokens'",
             limit=Limit.TOKENS_OUT_PER_MINUTE.value,
@@ -239,12 +239,12 @@ def _tokens_out(demand: Demand, share: _Share) -> int:
     return demand.tokens_out
 
 
-def _tokens_of_day(demand: Demand, share: _Share) -> int:
+def _tokens_of_day(demand: Demand, key_limit: _KeyLimit) -> int:
     asked = demand.tokens_in + demand.tokens_out
-    return asked if demand.said else max(1, min(asked, share.quota.unused(share.most)))
+    return asked if demand.said else max(1, min(asked, key_limit.quota.unused(key_limit.most)))
 
 
-_Reserves = Callable[[Demand, _Share], int]
+_Reserves = Callable[[Demand, _KeyLimit], int]
 _RESERVES: Mapping[Limit, _Reserves] = {
     Limit.TOKENS_IN_PER_MINUTE: _tokens_in,
     Limit.TOKENS_OUT_PER_MINUTE: _tokens_out,
