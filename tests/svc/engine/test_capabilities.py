@@ -14,7 +14,7 @@ from svc.engine import capabilities as module
 from svc.engine.capabilities import Capabilities, NumberType, ask_capabilities, installed_vllm, read_capabilities
 from svc.errors import EngineError
 from svc.settings import Device, EngineSettings, GptqKernel
-from tests.svc.engine.devices import AVX2, AVX512, HOPPER, TURING
+from tests.svc.engine.devices import AVX2, AVX512, AVX512_ALONE, HOPPER, TURING
 
 AUTO = EngineSettings()
 
@@ -52,6 +52,7 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     ("device", "number_type"),
     [
         (AVX512, NumberType.BFLOAT16),
+        (AVX512_ALONE, NumberType.FLOAT32),
         (AVX2, NumberType.FLOAT32),
         (HOPPER, NumberType.BFLOAT16),
         (TURING, NumberType.FLOAT16),
@@ -70,7 +71,13 @@ def test_a_gpu_trains_whatever_the_cpu_beside_it_can() -> None:
 
 @pytest.mark.parametrize(
     ("device", "kernel"),
-    [(AVX512, GptqKernel.VLLM), (AVX2, GptqKernel.TORCH), (HOPPER, GptqKernel.VLLM), (TURING, GptqKernel.VLLM)],
+    [
+        (AVX512, GptqKernel.VLLM),
+        (AVX512_ALONE, GptqKernel.VLLM),
+        (AVX2, GptqKernel.TORCH),
+        (HOPPER, GptqKernel.VLLM),
+        (TURING, GptqKernel.VLLM),
+    ],
 )
 def test_vllms_own_kernel_is_taken_where_there_is_one(device: Capabilities, kernel: GptqKernel) -> None:
     assert device.gptq_kernel(AUTO) is kernel
@@ -234,6 +241,8 @@ def test_the_installed_torch_and_vllm_tell_of_this_machine(monkeypatch: pytest.M
     assert found.engine_device is Device.CPU
     # Their library for AVX2 alone lacks the operator.
     assert found.vllm_gptq == ("avx512" in found.instruction_set or "amx" in found.instruction_set)
+    # With AVX-512 alone oneDNN says that it is supported, and emulates it at a fifth of float32's speed.
+    assert found.cpu_bfloat16 == found.instruction_set.endswith("_bf16")
 
 
 @pytest.mark.slow

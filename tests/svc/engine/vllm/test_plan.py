@@ -18,7 +18,7 @@ from svc.engine.vllm.plan import GIB, EnginePlan, plan_engine
 from svc.engine.vllm.plugin import INT4_LINEAR_VARIABLE
 from svc.errors import EngineError
 from svc.settings import Device, EngineSettings
-from tests.svc.engine.devices import AVX2, AVX512, HOPPER
+from tests.svc.engine.devices import AVX2, AVX512, AVX512_ALONE, HOPPER
 
 CACHE = Path("/home/cache")
 MODEL = ModelFacts(
@@ -383,8 +383,9 @@ def test_every_choice_has_its_own_name(machine: Machine, model: ModelFacts, devi
 GPTQ = replace(MODEL, quantization="gptq", group_size=64)
 
 
-def test_without_16_bits_that_are_fast_merged_weights_are_served_in_float32() -> None:
-    made = plan(capabilities=AVX2)
+@pytest.mark.parametrize("able", [AVX2, AVX512_ALONE])
+def test_without_16_bits_that_are_fast_merged_weights_are_served_in_float32(able: Capabilities) -> None:
+    made = plan(capabilities=able)
     assert origin_and_value(made, "dtype") == (Origin.MACHINE, "float32")
     assert made.arguments[made.arguments.index("--dtype") + 1] == "float32"
 
