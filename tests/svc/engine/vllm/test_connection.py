@@ -1,0 +1,327 @@
+"""Whatever an engine does with a request, its answer is whole or an error, and nothing stays."""
+
+import asyncio
+import tempfile
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from svc.engine.vllm.connection import (
+    BrokenConnectionError,
+    ConnectionFailedError,
+    EngineConnection,
+    MalformedAnswerError,
+    SilenceError,
+    UnreachableError,
+)
+from svc.engine.vllm.connection_pool import EngineConnections
+from tests.svc.engine.raw_server import ANSWER, LAST_CHUNK, STREAM, Peer, chunk, say, silence
+from tests.svc.engine.vllm.raw_engine import ask, engine, until_closed
+
+HEAD = b"HTTP/1.1 200 OK\r\n"
+
+
+class TestBrokenAnswers:
+    @pytest.mark.parametrize(
+        ("said", "came"),
+        [
+            (b"", None),
+            (b"HTTP/1.1 200", None),
+            (HEAD + b"content-length: 5\r\n\r\n", b""),
+            (HEAD + b"content-length: 5\r\n\r\n{}", b"{}"),
+            (STREAM, b""),
+            (STREAM + chunk(b"{}"), b"{}"),
+            (STREAM + b"ff\r\n{}", b"{}"),
+            (STREAM + chunk(b"{}") + b"0\r\n", b"{}"),
+        ],
+    )
+    async def test_what_came_can_be_read_before_the_error(self, socket: Path, said: bytes, came: bytes | None) -> None:
+        found = None
+
+        async def read() -> None:
+            nonlocal found
+            async with pool.post("/", b"", "1") as answer:
+                found = b""
+                while part := await answer.read_some():
+                    found += part
+
+        async with engine(socket, say(said, then_hang_up=True)) as (pool, _):
+            with pytest.raises(BrokenConnectionError):
+                await read()
+        assert found == came
+
+    @pytest.mark.parametrize(
+        "said",
+        [
+            b"nonsense\r\n\r\n",
+            b"\x16\x03\x01\x02\x00\x01\x00",
+            b"HTTP/1.0 200 OK\r\ncontent-length: 2\r\n\r\n{}",
+            b"HTTP/2 200 OK\r\ncontent-length: 2\r\n\r\n{}",
+            b"HTTP/1.1 100 Continue\r\n\r\n",
+            b"HTTP/1.1 101 Switching Protocols\r\nconnection: upgrade\r\nupgrade: h2c\r\n\r\n",
+            b"HTTP/1.1 101 Switching\r\nconnection: upgrade\r\nupgrade: h2c\r\ncontent-length: 0\r\n\r\n",
+            HEAD + b"\r\n{}",
+            HEAD + b"content-length: -1\r\n\r\n{}",
+            HEAD + b"content-length: 2\r\ncontent-length: 3\r\n\r\n{}",
+            HEAD + b"content-length: 2\r\ntransfer-encoding: chunked\r\n\r\n{}",
+            HEAD + b"transfer-encoding: gzip\r\n\r\n{}",
+            STREAM + b"xyz\r\n{}\r\n",
+            STREAM + b"2\r\n{}}}\r\n",
+            STREAM + b"fffffffffffffffffff\r\n{}\r\n",
+        ],
+    )
+    async def test_what_is_no_http_is_an_error_at_once(self, socket: Path, said: bytes) -> None:
+        async with engine(socket, say(said)) as (pool, server):
+            with pytest.raises(MalformedAnswerError):
+                await asyncio.wait_for(ask(pool), 5)
+            await until_closed(server)
+
+    @pytest.mark.parametrize(
+        "said",
+        [
+            HEAD + b"x: ",
+            HEAD + b"content-length: 2\r\nx",
+            STREAM + b"2;",
+            STREAM + chunk(b"{}") + b"0\r\nx: ",
+        ],
+        ids=["value", "name", "extension", "trailer"],
+    )
+    async def test_a_head_and_whatever_is_like_one_ends(self, socket: Path, said: bytes) -> None:
+        async def reply(peer: Peer) -> None:
+            await peer.say(said)
+            for _ in range(1000):
+                await peer.say(b"x" * 1000)
+
+        async with engine(socket, reply) as (pool, server):
+            with pytest.raises(MalformedAnswerError):
+                await asyncio.wait_for(ask(pool), 5)
+            await until_closed(server)
+
+    async def test_a_body_that_is_read_whole_has_a_limit(self, socket: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr("svc.engine.vllm.connection_pool._MOST_WHOLE_BYTES", 1)
+        async with engine(socket, say(ANSWER)) as (pool, _):
+            with pytest.raises(MalformedAnswerError):
+                await ask(pool)
+
+
+class TestSilence:
+    @pytest.mark.parametrize("said", [b"", b"HTTP/1.1", STREAM, STREAM + chunk(b"{}")])
+    async def test_an_engine_that_says_nothing_more_is_given_up(self, socket: Path, said: bytes) -> None:
+        async with engine(socket, say(said), silence_s=0.1) as (pool, server):
+            with pytest.raises(SilenceError):
+                await asyncio.wait_for(ask(pool), 5)
+            await until_closed(server)
+            assert len(server.requests) == 1
+
+    async def test_nor_on_a_kept_connection_is_it_asked_again(self, socket: Path) -> None:
+        async with engine(socket, say(ANSWER), silence, silence_s=0.1) as (pool, server):
+            await ask(pool)
+            with pytest.raises(SilenceError):
+                await asyncio.wait_for(ask(pool), 5)
+            assert len(server.requests) == 2
+
+    @pytest.mark.slow
+    async def test_an_answer_may_take_longer_than_a_silence(self, socket: Path) -> None:
+        async def reply(peer: Peer) -> None:
+            await peer.say(STREAM)
+            for _ in range(10):
+                await asyncio.sleep(0.05)
+                await peer.say(chunk(b"x"))
+            await peer.say(LAST_CHUNK)
+
+        async with engine(socket, reply, silence_s=0.2) as (pool, _):
+            assert await ask(pool) == b"x" * 10
+            assert await ask(pool) == b"x" * 10
+
+    async def test_who_takes_nothing_cannot_call_the_engine_silent(self, socket: Path) -> None:
+        clock = asyncio.get_running_loop().time
+        async with (
+            engine(socket, say(STREAM, chunk(b"x")), silence_s=0.1) as (pool, _),
+            pool.post("/", b"", "1") as answer,
+        ):
+            assert await answer.read_some() == b"x"
+            await asyncio.sleep(0.25)
+            began = clock()
+            with pytest.raises(SilenceError):
+                await answer.read_some()
+            assert clock() - began > 0.09
+
+
+class Wire(asyncio.Transport):
+    """What a connection writes goes nowhere."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._closing = False
+
+    def write(self, data: bytes | bytearray | memoryview) -> None:
+        """Nowhere."""
+
+    def abort(self) -> None:
+        """Closes it."""
+        self._closing = True
+
+    def is_closing(self) -> bool:
+        """Whether it was closed."""
+        return self._closing
+
+
+PARTS = st.lists(st.binary(min_size=1, max_size=40), max_size=6)
+
+
+@given(body=PARTS, chunked=st.booleans(), cuts=st.sets(st.integers(1, 600)))
+def test_wherever_the_bytes_are_cut_the_answer_is_the_same(body: list[bytes], chunked: bool, cuts: set[int]) -> None:
+    whole = b"".join(body)
+    length = HEAD + b"content-type: text/event-stream\r\ncontent-length: %d\r\n\r\n" % len(whole)
+    said = STREAM + b"".join(map(chunk, body)) + LAST_CHUNK if chunked else length + whole
+    assert asyncio.run(answer_of(cut(said, sorted(at for at in cuts if at < len(said))))) == whole
+
+
+async def test_also_at_every_byte() -> None:
+    said = STREAM + chunk(b"one") + chunk(b"two") + LAST_CHUNK
+    assert await answer_of([bytes([byte]) for byte in said]) == b"onetwo"
+
+
+async def test_a_connection_that_was_lost_before_it_was_asked_is_an_error_at_once() -> None:
+    connection = EngineConnection(10, set())
+    connection.connection_made(Wire())
+    connection.connection_lost(None)
+    with pytest.raises(BrokenConnectionError):
+        await asyncio.wait_for(connection.ask(b""), 1)
+
+
+def cut(data: bytes, at: list[int]) -> list[bytes]:
+    """The data in pieces."""
+    return [data[start:end] for start, end in zip([0, *at], [*at, len(data)], strict=True)]
+
+
+async def answer_of(pieces: list[bytes]) -> bytes:
+    """The body of an answer that comes so, taken as it comes."""
+    connection = EngineConnection(10, set())
+    connection.connection_made(Wire())
+    asking = asyncio.ensure_future(connection.ask(b""))
+    await asyncio.sleep(0)
+    found = list[bytes]()
+
+    async def take() -> None:
+        await asking
+        while part := await connection.read_some():
+            found.append(part)
+
+    taking = asyncio.ensure_future(take())
+    for piece in pieces:
+        connection.data_received(piece)
+        await asyncio.sleep(0)
+    await asyncio.wait_for(taking, 1)
+    assert connection.complete
+    assert connection.release()
+    connection.close()
+    return b"".join(found)
+
+
+def test_all_that_can_go_wrong_is_one_kind() -> None:
+    for kind in (UnreachableError, BrokenConnectionError, MalformedAnswerError, SilenceError):
+        assert issubclass(kind, ConnectionFailedError)
+
+
+class TestPassingOn:
+    """A body that is given to somebody within the callback that reads it."""
+
+    async def test_each_part_is_given_as_it_comes(self, socket: Path) -> None:
+        taken: list[bytes] = []
+        more = asyncio.Event()
+
+        async def reply(peer: Peer) -> None:
+            await peer.say(STREAM + chunk(b"one"))
+            await more.wait()
+            await peer.say(chunk(b"two") + LAST_CHUNK)
+
+        def take(part: bytes) -> bool:
+            taken.append(part)
+            more.set()
+            return True
+
+        async with engine(socket, reply) as (pool, server):
+            async with pool.post("/", b"", "1") as answer:
+                assert await answer.pass_to(take)
+            assert taken == [b"one", b"two"]
+            assert await ask(pool) == b"onetwo"
+        assert len(server.peers) == 1  # it is whole, and its connection was kept
+
+    @given(sizes=st.lists(st.sampled_from([1, 1000, 70_000]), min_size=1, max_size=8), full=st.lists(st.booleans()))
+    def test_who_takes_no_more_at_once_loses_nothing(self, sizes: list[int], full: list[bool]) -> None:
+        parts = [bytes([number]) * size for number, size in enumerate(sizes)]
+        rounds = iter(full)
+        taken: list[bytes] = []
+
+        def take(part: bytes) -> bool:
+            taken.append(part)
+            return not next(rounds, False)
+
+        async def run() -> None:
+            with tempfile.TemporaryDirectory(prefix="svc") as folder:
+                reply = say(STREAM + b"".join(map(chunk, parts)) + LAST_CHUNK)
+                async with (
+                    engine(Path(folder) / "engine.sock", reply) as (pool, _),
+                    pool.post("/", b"", "1") as answer,
+                    asyncio.timeout(10),
+                ):
+                    while not await answer.pass_to(take):
+                        await asyncio.sleep(0)
+
+        asyncio.run(run())
+        assert b"".join(taken) == b"".join(parts)
+
+    async def test_what_the_taker_raises_is_raised_and_ends_the_connection(self, socket: Path) -> None:
+        def take(part: bytes) -> bool:
+            raise ZeroDivisionError
+
+        async def pass_on(pool: EngineConnections) -> None:
+            async with pool.post("/", b"", "1") as answer:
+                await answer.pass_to(take)
+
+        async def reply(peer: Peer) -> None:
+            await peer.say(STREAM)
+            await asyncio.sleep(0.01)
+            await peer.say(chunk(b"one"))
+            await asyncio.sleep(60)
+
+        async with engine(socket, reply) as (pool, server):
+            with pytest.raises(ZeroDivisionError):
+                await pass_on(pool)
+            await until_closed(server)
+
+    async def test_a_body_that_breaks_off_is_an_error_after_what_came(self, socket: Path) -> None:
+        taken: list[bytes] = []
+
+        async def reply(peer: Peer) -> None:
+            await peer.say(STREAM + chunk(b"one"))
+            peer.hang_up()
+
+        def take(part: bytes) -> bool:
+            taken.append(part)
+            return True
+
+        async def pass_on(pool: EngineConnections) -> None:
+            async with pool.post("/", b"", "1") as answer:
+                await answer.pass_to(take)
+
+        async with engine(socket, reply) as (pool, _):
+            with pytest.raises(BrokenConnectionError):
+                await pass_on(pool)
+        assert taken == [b"one"]
+
+    async def test_silence_in_the_middle_is_one(self, socket: Path) -> None:
+        async def reply(peer: Peer) -> None:
+            await peer.say(STREAM + chunk(b"one"))
+            await asyncio.sleep(60)
+
+        async def pass_on(pool: EngineConnections) -> None:
+            async with pool.post("/", b"", "1") as answer:
+                await answer.pass_to(lambda part: True)
+
+        async with engine(socket, reply, silence_s=0.2) as (pool, _):
+            with pytest.raises(SilenceError):
+                await pass_on(pool)
