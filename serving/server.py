@@ -258,7 +258,7 @@ class _Server:
                 task.cancel()
             await asyncio.wait({stopping, *control})
             for http in self._http:
-                http.should_exit = True
+                http.stop()
             await asyncio.wait(serving)
             try:
                 await parts.deployments.stop(leave=defect or self._leave)

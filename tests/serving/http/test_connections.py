@@ -64,7 +64,7 @@ async def serving(most: int, app: Any = slow_app, deadline_s: float = DEADLINE_S
             writer.close()
             with suppress(ConnectionError):
                 await writer.wait_closed()
-        server.should_exit = True
+        server.stop()
         await task
 
 

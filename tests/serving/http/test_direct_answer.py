@@ -87,7 +87,7 @@ async def connected(app: Any) -> AsyncIterator[tuple[asyncio.StreamReader, async
         reader, writer = await asyncio.open_connection(*listener.getsockname())
         yield reader, writer
         writer.close()
-        server.should_exit = True
+        server.stop()
         await task
 
 

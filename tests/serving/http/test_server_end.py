@@ -4,11 +4,14 @@ import asyncio
 import socket
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from datetime import datetime
+from email.utils import parsedate_to_datetime
 from typing import Any
 
 import pytest
 
 from serving.http import connections
+from serving.http import http_server as http_server_module
 from serving.http.acceptor import Acceptor
 from serving.http.http_server import HttpServer, http_server
 
@@ -35,7 +38,7 @@ async def ending() -> AsyncIterator[tuple[HttpServer, Connection]]:
         while not server.server_state.connections:
             await asyncio.sleep(0.01)
         yield server, (reader, writer)
-        server.should_exit = True
+        server.stop()
         writer.close()
         await task
 
@@ -47,8 +50,8 @@ def short(monkeypatch: pytest.MonkeyPatch) -> None:
 
 async def told_to_end(server: HttpServer) -> None:
     """Returns when it has told its connections."""
-    server.should_exit = True
-    await asyncio.sleep(0.15)  # it looks ten times a second
+    server.stop()
+    await asyncio.sleep(0.05)
 
 
 async def answer(connection: Connection) -> bytes:
@@ -77,6 +80,19 @@ async def test_a_connection_without_a_request_ends_soon() -> None:
             assert await reader.read() == b""
 
 
+async def test_a_server_that_is_told_to_stop_does_not_wait_for_its_next_look(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(http_server_module, "_DATE_S", 60.0)
+    async with asyncio.timeout(10), ending():
+        pass
+
+
+async def test_answers_carry_the_date_of_now() -> None:
+    async with ending() as (_, connection):
+        first = await answer(connection)
+        await asyncio.sleep(1.2)
+        assert _date(await answer(connection)) > _date(first)
+
+
 @pytest.mark.parametrize("ticks", range(6))
 async def test_a_connection_has_a_protocol_or_still_waits_in_the_listener(ticks: int) -> None:
     made = []
@@ -101,3 +117,8 @@ async def test_a_connection_has_a_protocol_or_still_waits_in_the_listener(ticks:
         for transport in made:
             transport.close()
         await asyncio.sleep(0)
+
+
+def _date(head: bytes) -> datetime:
+    (line,) = [line for line in head.split(b"\r\n") if line.startswith(b"date: ")]
+    return parsedate_to_datetime(line.removeprefix(b"date: ").decode("ascii"))
