@@ -14,11 +14,15 @@ _ROUNDING = 1e-9
 
 
 class Quota(ABC):
-    """What is taken of one limit. A limit is given each time, since that of a key may change."""
+    """What is taken of one limit. A limit is given each time, since that of a key may change.
+
+    Attributes:
+        reserved: what is taken until it is settled; whoever reserves adds to it.
+    """
 
     def __init__(self) -> None:
         self._used = 0.0
-        self._reserved = 0
+        self.reserved = 0
 
     @abstractmethod
     def free(self, now: float, limit: int) -> float:
@@ -42,18 +46,14 @@ class Quota(ABC):
 
     def wait_s(self, amount: int, now: float, limit: int) -> float:
         """Until there is room for so much, seconds; of use where there is none now."""
-        missing = self._used + self._reserved + amount - limit
+        missing = self._used + self.reserved + amount - limit
         if missing > self._used + _ROUNDING * limit:
             return UNTIL_ONE_ENDS_S
         return self._until_free_s(missing, now, limit)
 
-    def reserve(self, amount: int) -> None:
-        """Takes it until it is settled."""
-        self._reserved += amount
-
     def settle(self, amount: int, used: int) -> None:
         """Gives a reservation back, of which this was used; it may be more than was reserved by an estimate."""
-        self._reserved -= amount
+        self.reserved -= amount
         self._used += used
 
 
@@ -69,7 +69,7 @@ class MinuteQuota(Quota):
             used = self._used - (now - self._at) * limit / 60
             self._used = used if used > 0 else 0.0
         self._at = now
-        return limit - self._used - self._reserved + _ROUNDING * limit
+        return limit - self._used - self.reserved + _ROUNDING * limit
 
     def reset_s(self, now: float, limit: int) -> float:
         return self._used * 60 / limit if limit else 0.0
@@ -89,7 +89,7 @@ class DayQuota(Quota):
         day = int(now // DAY_S)
         if day != self._day:
             self._day, self._used = day, 0.0
-        return limit - self._used - self._reserved + _ROUNDING * limit
+        return limit - self._used - self.reserved + _ROUNDING * limit
 
     def reset_s(self, now: float, limit: int) -> float:
         return DAY_S - now % DAY_S
@@ -103,7 +103,7 @@ class RunningQuota(Quota):
 
     def free(self, now: float, limit: int) -> float:
         self._used = 0.0
-        return limit - self._reserved
+        return limit - self.reserved
 
     def reset_s(self, now: float, limit: int) -> float:
         return 0.0

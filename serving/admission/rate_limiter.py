@@ -12,6 +12,7 @@ too low is corrected when the request ends, and keeps the next one waiting.
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from enum import StrEnum
 from typing import NamedTuple
 
@@ -93,7 +94,8 @@ class Reservation:
     def settle(self, tokens_in: int, tokens_out: int) -> None:
         """The request has ended and used so much."""
         for key_limit, amount, _, _ in self._held:
-            key_limit.quota.settle(amount, key_limit.used(tokens_in, tokens_out))
+            used = key_limit.a_request + key_limit.a_token_in * tokens_in + key_limit.a_token_out * tokens_out
+            key_limit.quota.settle(amount, used)
 
     def release(self) -> None:
         """The request was refused, and costs nothing."""
@@ -132,7 +134,7 @@ class RateLimiter:
         if refused:
             raise self._refusal(refused, principal, longest)
         for key_limit, amount, _, _ in held:
-            key_limit.quota.reserve(amount)
+            key_limit.quota.reserved += amount
         return Reservation(held)
 
     def allowances(self, principal: Principal) -> dict[Limit, Allowance]:
@@ -169,13 +171,14 @@ class RateLimiter:
         )
 
 
-class _KeyLimit(NamedTuple):
+@dataclass(frozen=True, slots=True)
+class _KeyLimit:
     """What a key may take of one limit, and has taken.
 
     Attributes:
         by_day: its quota goes by the time of day.
         reserves: what a request reserves of it; None where that is one.
-        used: what a request has used of it in the end, by its tokens in and out.
+        a_request, a_token_in, a_token_out: what each of them has used of it in the end.
     """
 
     limit: Limit
@@ -183,7 +186,9 @@ class _KeyLimit(NamedTuple):
     quota: Quota
     by_day: bool
     reserves: "_Reserves | None"
-    used: Callable[[int, int], int]
+    a_request: int
+    a_token_in: int
+    a_token_out: int
 
 
 _Held = tuple[_KeyLimit, int, float, float]
@@ -209,7 +214,7 @@ class _KeyQuotas:
         if limits is not self._limits:
             self._limits = limits
             self._held = tuple(
-                _KeyLimit(limit, most, quota, limit is Limit.TOKENS_PER_DAY, _RESERVES.get(limit), _USED[limit])
+                _KeyLimit(limit, most, quota, limit is Limit.TOKENS_PER_DAY, _RESERVES.get(limit), *_USED[limit])
                 for limit, quota in self.quotas.items()
                 if (most := getattr(limits, limit)) is not None
             )
@@ -251,10 +256,11 @@ _RESERVES: Mapping[Limit, _Reserves] = {
     Limit.TOKENS_PER_DAY: _tokens_of_day,
 }
 """What a request reserves of a limit; of others it is one."""
-_USED: Mapping[Limit, Callable[[int, int], int]] = {
-    Limit.REQUESTS_PER_MINUTE: lambda tokens_in, tokens_out: 1,
-    Limit.TOKENS_IN_PER_MINUTE: lambda tokens_in, tokens_out: tokens_in,
-    Limit.TOKENS_OUT_PER_MINUTE: lambda tokens_in, tokens_out: tokens_out,
-    Limit.CONCURRENT: lambda tokens_in, tokens_out: 0,
-    Limit.TOKENS_PER_DAY: lambda tokens_in, tokens_out: tokens_in + tokens_out,
+_USED: Mapping[Limit, tuple[int, int, int]] = {
+    Limit.REQUESTS_PER_MINUTE: (1, 0, 0),
+    Limit.TOKENS_IN_PER_MINUTE: (0, 1, 0),
+    Limit.TOKENS_OUT_PER_MINUTE: (0, 0, 1),
+    Limit.CONCURRENT: (0, 0, 0),
+    Limit.TOKENS_PER_DAY: (0, 1, 1),
 }
+"""What a request has used of a limit in the end: itself, each of its tokens in, each of them out."""

@@ -6,15 +6,13 @@ needed, and `key_ended`: a signal that ends with an error when the key is right 
 """
 
 import logging
-from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from typing import Final
 
 from starlette.types import ASGIApp, Receive, Send
 from starlette.types import Scope as Connection
 
 from serving.http.connections import THROUGH_SOCKET
-from serving.http.end_signal import EndSignal
 from serving.http.failed_keys import FailedKeys
 from serving.http.headers import headers_of
 from serving.protocols.route import Route, TokenRoute
@@ -63,11 +61,10 @@ class Authentication:
         self._keys_needed = keys_needed
         self._on_failure = on_failure
         self._failed = FailedKeys()
-        self._running: defaultdict[tuple[str, str], dict[EndSignal, Grant]] = defaultdict(dict)
 
     async def run(self) -> None:
         """Follows the store, and ends what runs with a key that is right no more, until it is cancelled."""
-        await self._authenticator.follow(self._end_running)
+        await self._authenticator.follow()
 
     def needs_key(self, connection: Connection) -> bool:
         """Whether a request must come with a key."""
@@ -97,29 +94,6 @@ class Authentication:
             grant.principal.require(needed)
         return grant
 
-    def begin(self, grant: Grant) -> EndSignal:
-        """Something runs with a key from now on until `end`."""
-        ended = EndSignal()
-        self._running[grant.principal.key_id, grant.hash][ended] = grant
-        return ended
-
-    def end(self, grant: Grant, ended: EndSignal) -> None:
-        """It runs no more."""
-        of_key = (grant.principal.key_id, grant.hash)
-        running = self._running[of_key]
-        del running[ended]
-        if not running:
-            del self._running[of_key]
-
-    def _end_running(self) -> None:
-        for running in list(self._running.values()):
-            grant = next(iter(running.values()))
-            try:
-                self._authenticator.check(grant)
-            except InvalidKeyError as error:
-                for ended in list(running):  # what ends may leave it at once
-                    ended.end(error)
-
     def _count(self, fault: KeyFault, connection: Connection) -> None:
         self._on_failure(fault)
         peer = connection.get("client")
@@ -135,25 +109,15 @@ class AuthenticationMiddleware:
         self._app = app
         self._authentication = authentication
 
-    async def __call__(self, scope: Connection, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http":
-            await self._app(scope, receive, send)
-            return
-        state = scope["state"]
-        if not self._authentication.needs_key(scope):
-            state["principal"] = None
-            await self._app(scope, receive, send)
-            return
-        if scope["path"] in _OPEN:
-            await self._app(scope, receive, send)
-            return
-        grant = self._authentication.admit(scope)
-        state["principal"] = grant.principal
-        state["key_ended"] = ended = self._authentication.begin(grant)
-        try:
-            await self._app(scope, receive, send)
-        finally:
-            self._authentication.end(grant, ended)
+    def __call__(self, scope: Connection, receive: Receive, send: Send) -> Awaitable[None]:
+        if scope["type"] == "http":
+            state = scope["state"]
+            if not self._authentication.needs_key(scope):
+                state["principal"] = None
+            elif scope["path"] not in _OPEN:
+                grant = self._authentication.admit(scope)
+                state["principal"], state["key_ended"] = grant.principal, grant.ended
+        return self._app(scope, receive, send)
 
 
 def _needed_scope(path: str) -> Scope | None:

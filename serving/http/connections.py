@@ -13,7 +13,7 @@ from typing import Any
 from uvicorn.protocols.http.auto import AutoHTTPProtocol
 
 from serving.http.direct_answer import offer_direct_answer
-from serving.http.end_signal import EndSignal
+from svc.end_signal import EndSignal
 
 REQUEST_DEADLINE_S = 15.0
 """From a connection, or its last answer, to the end of the next request's headers."""

@@ -7,7 +7,7 @@ from starlette.types import Receive, Scope
 
 from serving.http.body import ClientGoneError
 from serving.http.connections import ABORT, LOST
-from serving.http.end_signal import EndSignal
+from svc.end_signal import EndSignal
 
 
 async def while_connected(scope: Scope, receive: Receive, work: Coroutine[object, object, None]) -> None:

@@ -1,7 +1,6 @@
 """The headers of a request by their name, put together once: several layers look for theirs."""
 
 from collections.abc import Mapping
-from typing import cast
 
 from starlette.types import Scope
 
@@ -14,9 +13,8 @@ def headers_of(scope: Scope) -> Mapping[bytes, bytes]:
     Args:
         scope: of the request; what was found is kept in its state.
     """
-    try:
-        return cast(Mapping[bytes, bytes], scope["state"][_HEADERS])
-    except KeyError:
-        found = dict(reversed(scope["headers"]))
-        scope.setdefault("state", {})[_HEADERS] = found
-        return found
+    state = scope.setdefault("state", {})
+    found: Mapping[bytes, bytes] | None = state.get(_HEADERS)
+    if found is None:
+        found = state[_HEADERS] = dict(reversed(scope["headers"]))
+    return found

@@ -8,6 +8,7 @@ Knows nothing of the engine's own metrics, and of engines and rollouts nothing (
 
 import time
 from collections.abc import Callable
+from typing import NamedTuple
 
 from prometheus_client import CollectorRegistry, Counter, Histogram
 
@@ -15,7 +16,7 @@ from serving.protocols.error_code import ErrorCode
 from serving.protocols.outcome import outcome_of
 from serving.protocols.route import Route
 from serving.protocols.wire_formats import Usage
-from serving.telemetry.loop_counter import LoopCounter
+from serving.telemetry.loop_counter import LoopCount, LoopCounter
 from serving.telemetry.loop_histogram import LoopHistogram
 from serving.telemetry.quantiles import VersionQuantiles
 from serving.telemetry.traces.request_trace import SpanDropped
@@ -52,6 +53,14 @@ _FIRST_TOKEN_BUCKETS_S = (0.01, 0.025, 0.05, 0.1, 0.2, 0.35, 0.5, 0.75, 1, 2, 4,
 _BETWEEN_TOKENS_BUCKETS_S = (0.0025, 0.005, 0.01, 0.02, 0.035, 0.05, 0.075, 0.1, 0.15, 0.25, 0.5, 1, 2.5, 10)
 # Below 1 ms is the clock's own; 20 ms is as long as a callback may compute; from 100 ms on people notice.
 _LAG_BUCKETS_S = (0.001, 0.002, 0.003, 0.005, 0.0075, 0.01, 0.015, 0.02, 0.03, 0.05, 0.075, 0.1, 0.25, 0.5, 1, 2, 5)
+
+
+class _KeyCounts(NamedTuple):
+    """Of one key and model."""
+
+    requests: LoopCount
+    tokens_in: LoopCount
+    tokens_out: LoopCount
 
 
 class GatewayMetrics:
@@ -166,6 +175,7 @@ class GatewayMetrics:
         registry.register(requests)
         registry.register(tokens)
         self._key_requests_of, self._key_tokens_of = requests.count, tokens.count
+        self._key_counts: dict[tuple[str, str], _KeyCounts] = {}
         self._key_refused = Counter(
             "svc_key_refused_total", "Requests beyond a limit of their key", (*key, "limit"), registry=registry
         )
@@ -177,9 +187,16 @@ class GatewayMetrics:
             key_id: empty where there was no key.
             model: one of a bounded set.
         """
-        self._key_requests_of(model, key_id).add()
-        self._key_tokens_of(model, key_id, "in").add(usage.prompt)
-        self._key_tokens_of(model, key_id, "out").add(usage.completion)
+        counts = self._key_counts.get((model, key_id))
+        if counts is None:
+            tokens_of = self._key_tokens_of
+            counts = _KeyCounts(
+                self._key_requests_of(model, key_id), tokens_of(model, key_id, "in"), tokens_of(model, key_id, "out")
+            )
+            self._key_counts[model, key_id] = counts
+        counts.requests.value += 1
+        counts.tokens_in.value += usage.prompt
+        counts.tokens_out.value += usage.completion
 
     def key_refused(self, key_id: str, model: str, limit: str) -> None:
         """Counts a request that a limit of its key refused."""

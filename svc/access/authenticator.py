@@ -1,9 +1,8 @@
-"""Turns a secret into a principal, from memory. What changes in the store is heard by a look at it four times a second.
+"""Turns a secret into a principal, from memory. What changes in the store is heard by a look at it twice a second.
 
-A wrong key costs no more than a right one: what is no secret, or has a typo, ends at its checksum, and an id that there
-is not at a look into a dictionary; neither is hashed, and nothing asks the store. An id is no secret, so it may take
-its own time; hashes are compared in constant time. A SHA-256 takes a microsecond: what is cached is the rows, and no
-secret stays in memory.
+What a secret gave is remembered by its hash until the keys change, since the same few come again and again; no secret
+stays in memory. A wrong one ends at its checksum, at its id, which is no secret, or at its hash, which is compared in
+constant time; nothing asks the store.
 
 What it does not know: how often somebody has tried.
 """
@@ -11,15 +10,15 @@ What it does not know: how often somebody has tried.
 import asyncio
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from datetime import UTC, datetime
 from enum import StrEnum
-from functools import lru_cache
 from typing import NamedTuple
 
 from sqlalchemy import Engine as Store
 from sqlalchemy.exc import SQLAlchemyError
 
+from svc.end_signal import EndSignal
 from svc.errors import AuthenticationError, SvcError
 from svc.key_secret import hash_secret, is_hash_of, key_id_of
 from svc.principal import Principal
@@ -65,22 +64,39 @@ class KeysUnavailableError(SvcError):
     retry_after_s = 2
 
 
-class Grant(NamedTuple):
-    """What a right secret gave: somebody, until `Authenticator.check` says otherwise. A tuple, made for each request.
+class Grant:
+    """What a right secret gave: somebody, until it ends. All that comes with one secret has the same.
 
     Attributes:
-        hash: of the secret, which is not kept.
+        principal: changes with the key.
+        ended: ends, with an InvalidKeyError, when the secret is right no more.
     """
 
-    principal: Principal
-    hash: str
+    __slots__ = ("ended", "principal")
+
+    def __init__(self, principal: Principal) -> None:
+        self.principal = principal
+        self.ended = EndSignal()
 
     def __repr__(self) -> str:
         return f"Grant({self.principal!r})"
 
 
+class _Known(NamedTuple):
+    """What a secret gave before.
+
+    Attributes:
+        keys: those that it was checked against.
+        until: when it has to be checked anew, though they are the same; None: never.
+    """
+
+    grant: Grant
+    keys: Mapping[str, Key]
+    until: datetime | None
+
+
 class Authenticator:
-    """Knows all keys of a store. `look` comes before the first `authenticate`; any thread may call either.
+    """Knows all keys of a store. `look` comes before the first `authenticate`, and may be called in any thread.
 
     Args:
         now: the time, for what expires.
@@ -97,7 +113,8 @@ class Authenticator:
         self._store = store
         self._now = now
         self._clock = clock
-        self._keys: dict[str, Key] = {}  # replaced as a whole, so that readers need no lock
+        self._keys: Mapping[str, Key] = {}  # replaced as a whole, so that readers need no lock
+        self._known: dict[str, _Known] = {}  # by the secret's hash: right ones alone, which only the operator makes
         self._revision: int | None = None
         self._looked_at: float | None = None
 
@@ -119,19 +136,24 @@ class Authenticator:
             self._revision = revision
         self._looked_at = began
 
-    async def follow(self, on_look: Callable[[], None] = lambda: None) -> None:
-        """Looks again and again, in a thread, until it is cancelled.
-
-        Args:
-            on_look: called after each look, in the event loop: a key may be right no more.
-        """
+    async def follow(self) -> None:
+        """Looks again and again, in a thread, and ends the grants that are right no more, until it is cancelled."""
         while True:
             try:
                 await asyncio.to_thread(self.look)
             except SQLAlchemyError:
                 log.exception("keys cannot be read; those that were known go on for %.0f s", _STALE_S)
-            on_look()
+            self.end_wrong()
             await asyncio.sleep(LOOK_S)
+
+    def end_wrong(self) -> None:
+        """Ends the grants whose key was revoked or has expired, or whose secret was rotated away."""
+        for found, known in list(self._known.items()):
+            try:
+                self._check(self._keys.get(known.grant.principal.key_id), found)
+            except InvalidKeyError as error:
+                del self._known[found]
+                known.grant.ended.end(error)
 
     def authenticate(self, secret: str | None) -> Principal:
         """Who a secret is of; see `grant`."""
@@ -146,47 +168,62 @@ class Authenticator:
         """
         if not secret:
             raise InvalidKeyError(KeyFault.MISSING, "there is no key", expected="Authorization: Bearer KEY")
-        key_id = _id_of(secret) if len(secret) <= _LONGEST else None
+        if len(secret) > _LONGEST or not secret.isascii():
+            raise _malformed()
+        found = hash_secret(secret)
+        known = self._known.get(found)
+        if (
+            known is not None
+            and known.keys is self._keys
+            and (known.until is None or self._now() < known.until)
+            and not self._is_stale
+        ):
+            return known.grant
+        return self._granted(secret, found)
+
+    @property
+    def _is_stale(self) -> bool:
+        return self._looked_at is None or self._clock() - self._looked_at > _STALE_S
+
+    def _granted(self, secret: str, found: str) -> Grant:
+        """What a secret gives that was not checked against these keys yet."""
+        key_id = key_id_of(secret)
         if key_id is None:
-            raise InvalidKeyError(
-                KeyFault.MALFORMED, "this is no key of this service", expected="all of what `svc keys create` has shown"
-            )
-        if self._looked_at is None or self._clock() - self._looked_at > _STALE_S:
+            raise _malformed()
+        if self._is_stale:
             raise KeysUnavailableError("keys cannot be checked now", todo="send the request again later")
-        key = self._keys.get(key_id)
-        if key is None:
-            raise _unknown()
-        found = _hash_of(secret)
-        self._check(key, found)
-        return Grant(key.principal, found)
+        keys = self._keys
+        key = self._check(keys.get(key_id), found)
+        known = self._known.get(found)
+        grant = known.grant if known else Grant(key.principal)
+        grant.principal = key.principal
+        self._known[found] = _Known(grant, keys, _until(key, found))
+        return grant
 
-    def check(self, grant: Grant) -> None:
-        """Whether a grant is still right, as far as is known: for what has begun with it, and goes on.
-
-        Raises:
-            InvalidKeyError: its key was revoked or has expired, or the secret was rotated away.
-        """
-        key = self._keys.get(grant.principal.key_id)
-        if key is None:
-            raise _unknown()
-        self._check(key, grant.hash)
-
-    def _check(self, key: Key, hash: str) -> None:
+    def _check(self, key: Key | None, hash: str) -> Key:
+        """The key, where a secret is right."""
         now = self._now()
-        if not _is_of(hash, key, now):
-            raise _unknown()
+        if key is None or not _is_of(hash, key, now):
+            raise InvalidKeyError(
+                KeyFault.UNKNOWN, "this key is not right", todo="use the newest one that you were given"
+            )
         if key.revoked_at is not None:
             raise InvalidKeyError(KeyFault.REVOKED, f"the key {key.id} is revoked", todo="ask for another")
         if key.expired(now):
             raise InvalidKeyError(KeyFault.EXPIRED, f"the key {key.id} has expired", todo="ask for another")
+        return key
 
 
-# The same few secrets come again and again.
-_id_of, _hash_of = lru_cache(maxsize=1024)(key_id_of), lru_cache(maxsize=1024)(hash_secret)
+def _malformed() -> InvalidKeyError:
+    return InvalidKeyError(
+        KeyFault.MALFORMED, "this is no key of this service", expected="all of what `svc keys create` has shown"
+    )
 
 
-def _unknown() -> InvalidKeyError:
-    return InvalidKeyError(KeyFault.UNKNOWN, "this key is not right", todo="use the newest one that you were given")
+def _until(key: Key, found: str) -> datetime | None:
+    """When a right secret may be right no more."""
+    ends = [key.expires_at, None if is_hash_of(key.hash, found) else key.previous_until]
+    return min((end for end in ends if end is not None), default=None)
 
 
 def _is_of(found: str, key: Key, now: datetime) -> bool:

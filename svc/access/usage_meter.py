@@ -28,6 +28,7 @@ class UsageMeter:
         self._lock = threading.Lock()
         self._used: dict[UsageOf, Usage] = {}  # of hours that have ended, and what a flush did not write
         self._hour = hour_of(now())
+        self._next_hour = self._hour + _HOUR
         self._this_hour: dict[tuple[str, str], list[int]] = {}  # by key and model: the figures of a Usage
 
     def add(self, key_id: str | None, model: str, *, tokens_in: int, tokens_out: int) -> None:
@@ -39,9 +40,10 @@ class UsageMeter:
         """
         now, of = self._now(), (key_id or "", model)
         with self._lock:
-            if not self._hour <= now < self._hour + _HOUR:
+            if not self._hour <= now < self._next_hour:
                 self._end_hour()
                 self._hour = hour_of(now)
+                self._next_hour = self._hour + _HOUR
             figures = self._this_hour.get(of)
             if figures is None:
                 figures = self._this_hour[of] = [0, 0, 0]

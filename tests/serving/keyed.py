@@ -34,7 +34,7 @@ class KnownCallers(Authentication):
     def admit(self, connection: Scope) -> Grant:
         """Who it is."""
         caller = self._caller(connection)
-        return Grant(caller, "") if caller else super().admit(connection)
+        return Grant(caller) if caller else super().admit(connection)
 
     def _caller(self, connection: Scope) -> Principal | None:
         headers = dict(connection.get("headers", ()))

@@ -8,8 +8,8 @@ from starlette.types import Message, Scope
 from serving.http.body import ClientGoneError
 from serving.http.connections import LOST
 from serving.http.disconnect import while_connected
-from serving.http.end_signal import EndSignal
 from svc.access.authenticator import InvalidKeyError, KeyFault
+from svc.end_signal import EndSignal
 
 
 class Connection:

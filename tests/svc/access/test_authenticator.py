@@ -144,21 +144,14 @@ def test_a_look_without_a_change_reads_one_number(authenticator: Authenticator, 
     assert [statement.split("\n")[0] for statement in sent] == ["SELECT max(keys.revision) AS max_1 "]
 
 
-def test_only_a_secret_of_a_key_that_there_is_costs_a_hash(
-    authenticator: Authenticator, issued: IssuedKey, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    hashed: list[str] = []
-
-    def hash_of(secret: str) -> str:
-        hashed.append(secret)
-        return ""
-
-    monkeypatch.setattr(authenticator_module, "_hash_of", hash_of)
-    for wrong in ("", "x", issued.secret[:-1], new_secret("nobody00")):
-        fault_of(authenticator, wrong)
-    assert hashed == []
-    fault_of(authenticator, issued.secret)
-    assert hashed == [issued.secret]
+def test_no_secret_stays_in_memory(authenticator: Authenticator, issued: IssuedKey) -> None:
+    authenticator.authenticate(issued.secret)
+    wrong = new_secret(issued.key.id)
+    fault_of(authenticator, wrong)
+    kept = str(vars(authenticator))
+    assert issued.key.hash in kept
+    assert issued.secret not in kept
+    assert wrong not in kept
 
 
 def test_who_never_looked_lets_nobody_in(store: Store, issued: IssuedKey) -> None:
@@ -244,16 +237,17 @@ def test_no_log_has_a_secret_or_a_hash(
     assert issued.key.hash not in caplog.text
 
 
-def test_what_was_granted_is_right_until_its_key_is_revoked(
+def test_what_was_granted_ends_when_its_key_is_revoked(
     authenticator: Authenticator, issued: IssuedKey, keyring: Keyring
 ) -> None:
     grant = authenticator.grant(issued.secret)
-    authenticator.check(grant)
+    authenticator.end_wrong()
+    assert not grant.ended.ended
     keyring.revoke("ci")
     authenticator.look()
-    with pytest.raises(InvalidKeyError) as raised:
-        authenticator.check(grant)
-    assert raised.value.fault is KeyFault.REVOKED
+    authenticator.end_wrong()
+    assert isinstance(grant.ended.error, InvalidKeyError)
+    assert grant.ended.error.fault is KeyFault.REVOKED
 
 
 def test_what_was_granted_to_a_secret_ends_with_the_secret(
@@ -262,8 +256,54 @@ def test_what_was_granted_to_a_secret_ends_with_the_secret(
     grant = authenticator.grant(issued.secret)
     keyring.rotate("ci")
     authenticator.look()
-    with pytest.raises(InvalidKeyError):
-        authenticator.check(grant)
+    authenticator.end_wrong()
+    assert isinstance(grant.ended.error, InvalidKeyError)
+
+
+def test_all_that_comes_with_a_secret_has_one_grant_also_when_other_keys_change(
+    authenticator: Authenticator, issued: IssuedKey, keyring: Keyring
+) -> None:
+    grant = authenticator.grant(issued.secret)
+    assert authenticator.grant(issued.secret) is grant
+    keyring.create(INFER, name="another")
+    authenticator.look()
+    assert authenticator.grant(issued.secret) is grant
+
+
+def test_a_secret_that_comes_again_is_right_no_longer_than_its_key(
+    authenticator: Authenticator, issued: IssuedKey, clock: Clock
+) -> None:
+    authenticator.grant(issued.secret)
+    clock.forward(days=1)
+    authenticator._looked_at = clock.monotonic()
+    assert fault_of(authenticator, issued.secret) is KeyFault.EXPIRED
+
+
+def test_a_secret_that_comes_again_is_right_no_longer_than_its_grace(
+    authenticator: Authenticator, issued: IssuedKey, keyring: Keyring, clock: Clock
+) -> None:
+    keyring.rotate("ci", grace=timedelta(seconds=30))
+    authenticator.look()
+    authenticator.grant(issued.secret)
+    clock.forward(seconds=30)
+    assert fault_of(authenticator, issued.secret) is KeyFault.UNKNOWN
+
+
+def test_a_secret_that_comes_again_is_right_only_while_keys_can_be_checked(
+    authenticator: Authenticator, issued: IssuedKey, clock: Clock
+) -> None:
+    authenticator.grant(issued.secret)
+    clock.forward(seconds=61)
+    with pytest.raises(KeysUnavailableError):
+        authenticator.grant(issued.secret)
+
+
+def test_a_grant_ends_when_its_key_expires(authenticator: Authenticator, issued: IssuedKey, clock: Clock) -> None:
+    grant = authenticator.grant(issued.secret)
+    clock.forward(days=1)
+    authenticator.end_wrong()
+    assert isinstance(grant.ended.error, InvalidKeyError)
+    assert grant.ended.error.fault is KeyFault.EXPIRED
 
 
 def test_a_grant_shows_no_hash(authenticator: Authenticator, issued: IssuedKey) -> None:

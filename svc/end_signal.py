@@ -19,7 +19,7 @@ class EndSignal:
     __slots__ = ("_listeners", "ended", "error")
 
     def __init__(self) -> None:
-        self._listeners: list[Listener] = []
+        self._listeners: dict[Listener, None] = {}  # in their order; one key can have a thousand requests
         self.ended = False
         self.error: Exception | None = None
 
@@ -28,15 +28,15 @@ class EndSignal:
         if self.ended:
             return
         self.ended, self.error = True, error
-        for listener in self._listeners.copy():
+        for listener in list(self._listeners):
             listener()
 
     def listen(self, listener: Listener) -> None:
         """From now on somebody hears of the end; at once where that has been."""
-        self._listeners.append(listener)
+        self._listeners[listener] = None
         if self.ended:
             listener()
 
     def forget(self, listener: Listener) -> None:
         """He hears no more."""
-        self._listeners.remove(listener)
+        self._listeners.pop(listener, None)

@@ -1,6 +1,6 @@
 """Whoever waits for an end hears of it once, at once, and no more after he has gone."""
 
-from serving.http.end_signal import EndSignal
+from svc.end_signal import EndSignal
 
 
 def test_whoever_listens_hears_of_the_end() -> None:
