@@ -25,6 +25,7 @@ from trainer.recipe.sections import Method
 TASK = Path(__file__).parents[1] / "examples" / "debian-triage"
 MEMORY, TIME = 0.2, 0.3
 """How far from the real figures estimates may be."""
+_METHOD = click.Choice(list(Method), case_sensitive=False)
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,7 +106,7 @@ def measure(cases: Sequence[Case], device: ComputeDevice) -> list[Compared]:
 @click.command()
 @click.option("--steps", type=click.IntRange(2), default=4, show_default=True, help="Steps of a run.")
 @click.option("--batch", "batches", type=click.IntRange(1), multiple=True, default=(4, 16), show_default=True)
-@click.option("--method", "methods", type=click.Choice(list(Method)), multiple=True, default=tuple(Method))
+@click.option("--method", "methods", type=_METHOD, multiple=True, default=tuple(Method))
 @click.option("--json", "as_json", is_flag=True, help="Print JSON for machines.")
 def main(steps: int, batches: tuple[int, ...], methods: tuple[Method, ...], as_json: bool) -> None:
     """Compare estimates with real trainings of the example task."""

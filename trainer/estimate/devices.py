@@ -71,8 +71,8 @@ CPU_UTILIZATION: dict[NumberType, dict[Kind, float]] = {
     NumberType.FLOAT32: _BFLOAT16_UTILIZATION | {Kind.LORA: 0.60},
 }
 """The share of the machine's matrix speed that training reaches, by `make bench-estimate` on two idle AVX-512 cores:
-between what batches of 4 and of 16 reach. In float32 only LoRA's was measured (docs/training-speed.md); the others are
-taken for the same."""
+between what batches of 4 and of 16 reach. In float32 LoRA's was measured (docs/training-speed.md); the others are taken
+for the same, which holds (docs/estimate.md)."""
 
 
 class _Listed(BaseModel):

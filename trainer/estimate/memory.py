@@ -193,7 +193,9 @@ def _linear_inputs(shape: ModelShape, recipe: Recipe, setup: Setup) -> float:
             return 5 * h + m if setup.size == 2 else 2 * h + m
         case AdapterType.VERA:  # it trains vectors alone, so it keeps what comes out of its matrices
             return m + outputs + inner
-        case AdapterType.ADALORA:  # it divides what comes out by the number of ranks
+        case AdapterType.ADALORA if setup.size == 4:
+            return 2 * h + q + m + recipe.initial_rank * layers
+        case AdapterType.ADALORA:  # under autocast it keeps what comes out, which it divides by the number of ranks
             return inputs + outputs + 2 * recipe.initial_rank * layers
         case AdapterType.DORA:  # it scales what comes out, once with the update and once without
             return inputs + 2 * outputs + inner

@@ -3,9 +3,10 @@
 from typing import Any
 
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from transformers import AutoModelForCausalLM, LlamaConfig
+from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
 
 from svc.engine.capabilities import NumberType
 from tests.trainer.conftest import make_recipe
@@ -18,6 +19,7 @@ from trainer.recipe.sections import Recipe
 from trainer.recipe.targets import Targets
 
 GIB = 2**30
+ON_CPU = Setup(True, NumberType.FLOAT32, False)
 METHODS = ["full", "lora", "qlora", "dora", "adalora", "vera"]
 
 
@@ -105,3 +107,44 @@ def test_float32_takes_twice_the_frozen_weights() -> None:
         for number in (NumberType.FLOAT32, NumberType.BFLOAT16)
     )
     assert wide == 2 * narrow
+
+
+def test_a_layer_of_adalora_keeps_in_float32_what_is_estimated() -> None:
+    recipe, length = make_recipe(method="adalora", adapter={"rank": 8}), 128
+    kept = [kept_bytes(recipe, layers, length) for layers in (1, 3)]
+    batch = Batch(1, length, 0, length)
+    estimated = [
+        training_memory(_count(small_llama(layers), Targets.ALL_LINEAR, ()), recipe, batch, ON_CPU)[Part.ACTIVATIONS]
+        for layers in (1, 3)
+    ]
+    assert estimated[1] - estimated[0] == pytest.approx(kept[1] - kept[0], rel=0.15)
+
+
+def kept_bytes(recipe: Recipe, layers: int, length: int) -> int:
+    """What a forward pass keeps for the backward pass, beside weights."""
+    model = add_adapter(small_llama(layers), recipe, 10)
+    weights = {each.untyped_storage().data_ptr() for each in (*model.parameters(), *model.buffers())}
+    kept: dict[int, torch.UntypedStorage] = {}
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in weights:
+            kept[storage.data_ptr()] = storage
+        return tensor
+
+    tokens = torch.zeros((1, length), dtype=torch.long)
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        model(input_ids=tokens, labels=tokens)
+    return sum(storage.nbytes() for storage in kept.values())
+
+
+def small_llama(layers: int) -> PreTrainedModel:
+    config = LlamaConfig(
+        vocab_size=90,
+        hidden_size=64,
+        intermediate_size=192,
+        num_hidden_layers=layers,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+    )
+    return AutoModelForCausalLM.from_config(config)
