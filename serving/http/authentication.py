@@ -46,7 +46,7 @@ def principal_of(connection: Connection) -> Principal | None:
 
 
 class Authentication:
-    """Lets requests in, and knows which are in.
+    """Lets requests in, and ends those whose key is right no more.
 
     Args:
         authenticator: has looked at the store.

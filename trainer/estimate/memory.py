@@ -188,19 +188,21 @@ def _linear_inputs(shape: ModelShape, recipe: Recipe, setup: Setup) -> float:
     outputs = sum(one for _, one in shape.target_shapes) / shape.layers
     plain = recipe.adapter_type is AdapterType.LORA and recipe.base_quantization is None and not recipe.adapter.dropout
     inner = 2 * recipe.rank * layers
+    # Layers with the same input keep it once; with dropout each keeps its own, and what that was multiplied by.
+    kept_inputs = 2 * inputs if recipe.adapter.dropout else 2 * h + q + m
     match recipe.adapter_type:
         case None:
             return 5 * h + m if setup.size == 2 else 2 * h + m
         case AdapterType.VERA:  # it trains vectors alone, so it keeps what comes out of its matrices
             return m + outputs + inner
         case AdapterType.ADALORA if setup.size == 4:
-            return 2 * h + q + m + recipe.initial_rank * layers
+            return kept_inputs + recipe.initial_rank * layers
         case AdapterType.ADALORA:  # under autocast it keeps what comes out, which it divides by the number of ranks
             return inputs + outputs + 2 * recipe.initial_rank * layers
         case AdapterType.DORA:  # it scales what comes out, once with the update and once without
             return inputs + 2 * outputs + inner
-    if (plain and setup.cpu) or setup.size == 4:  # layers with the same input keep it once
-        return 2 * h + q + m + inner / 2
+    if (plain and setup.cpu) or setup.size == 4:
+        return kept_inputs + inner / 2
     return inputs + inner  # under autocast PEFT casts each layer's input anew
 
 

@@ -258,7 +258,7 @@ async def cost(service: KeyedService, secret: str, count: int, addresses: int = 
 
 @pytest.mark.slow
 async def test_ten_thousand_wrong_keys_cost_less_than_right_ones(service: KeyedService) -> None:
-    """Also where the id in them is that of a key, so that they are hashed."""
+    """Also where the id in them is that of a key, so that their hash is compared."""
     issued = service.key()
     right, statuses = await cost(service, issued.secret, 200)
     assert statuses == {200: 200}

@@ -1,8 +1,10 @@
 """Right secrets are let in at once, all others are told why not, and a change is heard at the next look."""
 
 import asyncio
+import gc
 import logging
-from contextlib import suppress
+import weakref
+from contextlib import nullcontext, suppress
 from datetime import timedelta
 
 import pytest
@@ -144,14 +146,19 @@ def test_a_look_without_a_change_reads_one_number(authenticator: Authenticator, 
     assert [statement.split("\n")[0] for statement in sent] == ["SELECT max(keys.revision) AS max_1 "]
 
 
-def test_no_secret_stays_in_memory(authenticator: Authenticator, issued: IssuedKey) -> None:
-    authenticator.authenticate(issued.secret)
-    wrong = new_secret(issued.key.id)
-    fault_of(authenticator, wrong)
-    kept = str(vars(authenticator))
-    assert issued.key.hash in kept
-    assert issued.secret not in kept
-    assert wrong not in kept
+class Text(str):
+    """Can be watched until it is gone, which a `str` cannot."""
+
+
+@pytest.mark.parametrize("right", [True, False])
+def test_no_secret_stays_in_memory(authenticator: Authenticator, issued: IssuedKey, right: bool) -> None:
+    came = Text(issued.secret if right else new_secret(issued.key.id))
+    kept = weakref.ref(came)
+    with nullcontext() if right else pytest.raises(InvalidKeyError):
+        authenticator.authenticate(came)
+    del came
+    gc.collect()
+    assert kept() is None
 
 
 def test_who_never_looked_lets_nobody_in(store: Store, issued: IssuedKey) -> None:
@@ -296,6 +303,45 @@ def test_a_secret_that_comes_again_is_right_only_while_keys_can_be_checked(
     clock.forward(seconds=61)
     with pytest.raises(KeysUnavailableError):
         authenticator.grant(issued.secret)
+
+
+@pytest.mark.parametrize(
+    ("change", "fault"),
+    [
+        ("UPDATE keys SET revoked_at = created_at, revision = revision + 1", KeyFault.REVOKED),
+        ("UPDATE keys SET hash = 'another', revision = revision + 1", KeyFault.UNKNOWN),
+        ("DELETE FROM keys", KeyFault.UNKNOWN),
+    ],
+)
+def test_a_secret_that_comes_again_is_checked_against_the_newest_keys(
+    authenticator: Authenticator, issued: IssuedKey, store: Store, change: str, fault: KeyFault
+) -> None:
+    authenticator.grant(issued.secret)
+    change_keys(store, change)
+    authenticator.look()
+    assert fault_of(authenticator, issued.secret) is fault
+
+
+def test_a_grant_has_what_its_key_may_now(authenticator: Authenticator, issued: IssuedKey, store: Store) -> None:
+    authenticator.grant(issued.secret)
+    change_keys(store, "UPDATE keys SET concurrent = 7, revision = revision + 1")
+    authenticator.look()
+    assert authenticator.grant(issued.secret).principal.limits.concurrent == 7
+
+
+def test_a_grant_that_is_used_no_more_keeps_no_old_keys(
+    authenticator: Authenticator, issued: IssuedKey, keyring: Keyring
+) -> None:
+    authenticator.grant(issued.secret)
+    keyring.create(INFER, name="another")
+    authenticator.look()
+    authenticator.end_wrong()
+    assert [known.keys for known in authenticator._known.values()] == [authenticator._keys]
+
+
+def change_keys(store: Store, statement: str) -> None:
+    with store.begin() as connection:
+        connection.exec_driver_sql(statement)
 
 
 def test_a_grant_ends_when_its_key_expires(authenticator: Authenticator, issued: IssuedKey, clock: Clock) -> None:

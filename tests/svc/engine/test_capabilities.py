@@ -214,6 +214,37 @@ def test_the_instruction_set_is_the_widest_that_torch_uses(
 
 
 @pytest.mark.parametrize(
+    ("machine", "flags", "limit", "emulates"),
+    [
+        ("x86_64", "avx2 avx512f", None, True),
+        ("x86_64", "avx2 avx512f avx512_bf16", None, False),
+        ("x86_64", "avx2 avx512f amx_bf16", None, False),
+        ("x86_64", "avx2 avx512f avx512_bf16", "AVX512_CORE", True),
+        ("x86_64", "avx2 avx512f avx512_bf16", "avx512_core_vnni", True),
+        ("x86_64", "avx2 avx512f avx512_bf16", "AVX512_CORE_BF16", False),
+        ("aarch64", "asimd bf16", None, False),
+    ],
+)
+def test_bfloat16_is_emulated_where_the_cpu_or_a_limit_leaves_no_instructions_for_it(
+    monkeypatch: pytest.MonkeyPatch, machine: str, flags: str, limit: str | None, emulates: bool
+) -> None:
+    for name in module.CPU_LIMITS:
+        monkeypatch.delenv(name, raising=False)
+    if limit:
+        monkeypatch.setenv("ONEDNN_MAX_CPU_ISA", limit)
+    monkeypatch.setattr(module, "_cpu_identity", lambda: iter([f"flags : {flags}"]))
+    monkeypatch.setattr("platform.machine", lambda: machine)
+    assert module._emulates_bfloat16() is emulates
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(module._emulates_bfloat16() is False, reason="this CPU multiplies bfloat16 itself")
+def test_a_limit_on_torch_alone_does_not_bring_emulated_numbers(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ATEN_CPU_CAPABILITY", "avx2")
+    assert ask_capabilities().training_type is NumberType.FLOAT32
+
+
+@pytest.mark.parametrize(
     "failure",
     [
         subprocess.CalledProcessError(1, ["python"], stderr="Traceback\nImportError: libcudart.so.13"),
@@ -241,8 +272,6 @@ def test_the_installed_torch_and_vllm_tell_of_this_machine(monkeypatch: pytest.M
     assert found.engine_device is Device.CPU
     # Their library for AVX2 alone lacks the operator.
     assert found.vllm_gptq == ("avx512" in found.instruction_set or "amx" in found.instruction_set)
-    # With AVX-512 alone oneDNN says that it is supported, and emulates it at a fifth of float32's speed.
-    assert found.cpu_bfloat16 == found.instruction_set.endswith("_bf16")
 
 
 @pytest.mark.slow

@@ -109,8 +109,9 @@ def test_float32_takes_twice_the_frozen_weights() -> None:
     assert wide == 2 * narrow
 
 
-def test_a_layer_of_adalora_keeps_in_float32_what_is_estimated() -> None:
-    recipe, length = make_recipe(method="adalora", adapter={"rank": 8}), 128
+@pytest.mark.parametrize(("method", "dropout"), [("lora", 0.1), ("adalora", 0.0), ("adalora", 0.1)])
+def test_a_layer_keeps_in_float32_what_is_estimated(method: str, dropout: float) -> None:
+    recipe, length = make_recipe(method=method, adapter={"rank": 8, "dropout": dropout}), 128
     kept = [kept_bytes(recipe, layers, length) for layers in (1, 3)]
     batch = Batch(1, length, 0, length)
     estimated = [
