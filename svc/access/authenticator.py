@@ -149,16 +149,16 @@ class Authenticator:
     def end_wrong(self) -> None:
         """Ends the grants whose key was revoked or has expired, or whose secret was rotated away."""
         keys = self._keys
-        for found, known in list(self._known.items()):
+        for hashed, known in list(self._known.items()):
             if self._holds(known):
                 continue
             try:
-                key = self._check(keys.get(known.grant.principal.key_id), found)
+                key = self._check(keys.get(known.grant.principal.key_id), hashed)
             except InvalidKeyError as error:
-                del self._known[found]
+                del self._known[hashed]
                 known.grant.ended.end(error)
             else:
-                self._known[found] = _Known(known.grant, keys, _until(key, found))
+                self._remember(hashed, key, keys)
 
     def authenticate(self, secret: str | None) -> Principal:
         """Who a secret is of; see `grant`."""
@@ -175,11 +175,11 @@ class Authenticator:
             raise InvalidKeyError(KeyFault.MISSING, "there is no key", expected="Authorization: Bearer KEY")
         if len(secret) > _LONGEST or not secret.isascii():
             raise _malformed()
-        found = hash_secret(secret)
-        known = self._known.get(found)
+        hashed = hash_secret(secret)
+        known = self._known.get(hashed)
         if known is not None and self._holds(known) and not self._is_stale:
             return known.grant
-        return self._granted(secret, found)
+        return self._granted(secret, hashed)
 
     def _holds(self, known: _Known) -> bool:
         """Whether there is nothing to check anew."""
@@ -189,7 +189,7 @@ class Authenticator:
     def _is_stale(self) -> bool:
         return self._looked_at is None or self._clock() - self._looked_at > _STALE_S
 
-    def _granted(self, secret: str, found: str) -> Grant:
+    def _granted(self, secret: str, hashed: str) -> Grant:
         """What a secret gives that was not checked against these keys yet."""
         key_id = key_id_of(secret)
         if key_id is None:
@@ -197,17 +197,24 @@ class Authenticator:
         if self._is_stale:
             raise KeysUnavailableError("keys cannot be checked now", todo="send the request again later")
         keys = self._keys
-        key = self._check(keys.get(key_id), found)
-        known = self._known.get(found)
+        return self._remember(hashed, self._check(keys.get(key_id), hashed), keys)
+
+    def _remember(self, hashed: str, key: Key, keys: Mapping[str, Key]) -> Grant:
+        """The grant of a secret that is right by these keys, with what its key may do now."""
+        known = self._known.get(hashed)
         grant = known.grant if known else Grant(key.principal)
         grant.principal = key.principal
-        self._known[found] = _Known(grant, keys, _until(key, found))
+        self._known[hashed] = _Known(grant, keys, _until(key, hashed))
         return grant
 
-    def _check(self, key: Key | None, hash: str) -> Key:
-        """The key, where a secret is right."""
+    def _check(self, key: Key | None, hashed: str) -> Key:
+        """The key, where a secret of this hash is right.
+
+        Raises:
+            InvalidKeyError: it is not.
+        """
         now = self._now()
-        if key is None or not _is_of(hash, key, now):
+        if key is None or not _is_of(hashed, key, now):
             raise InvalidKeyError(
                 KeyFault.UNKNOWN, "this key is not right", todo="use the newest one that you were given"
             )
@@ -224,18 +231,18 @@ def _malformed() -> InvalidKeyError:
     )
 
 
-def _until(key: Key, found: str) -> datetime | None:
+def _until(key: Key, hashed: str) -> datetime | None:
     """When a right secret may be right no more."""
-    ends = [key.expires_at, None if is_hash_of(key.hash, found) else key.previous_until]
+    ends = [key.expires_at, None if is_hash_of(key.hash, hashed) else key.previous_until]
     return min((end for end in ends if end is not None), default=None)
 
 
-def _is_of(found: str, key: Key, now: datetime) -> bool:
-    if is_hash_of(key.hash, found):
+def _is_of(hashed: str, key: Key, now: datetime) -> bool:
+    if is_hash_of(key.hash, hashed):
         return True
     return (
         key.previous_hash is not None
         and key.previous_until is not None
         and now < key.previous_until
-        and is_hash_of(key.previous_hash, found)
+        and is_hash_of(key.previous_hash, hashed)
     )

@@ -322,10 +322,15 @@ def test_a_secret_that_comes_again_is_checked_against_the_newest_keys(
     assert fault_of(authenticator, issued.secret) is fault
 
 
-def test_a_grant_has_what_its_key_may_now(authenticator: Authenticator, issued: IssuedKey, store: Store) -> None:
+@pytest.mark.parametrize("followed", [False, True])
+def test_a_grant_has_what_its_key_may_now(
+    authenticator: Authenticator, issued: IssuedKey, store: Store, followed: bool
+) -> None:
     authenticator.grant(issued.secret)
     change_keys(store, "UPDATE keys SET concurrent = 7, revision = revision + 1")
     authenticator.look()
+    if followed:
+        authenticator.end_wrong()
     assert authenticator.grant(issued.secret).principal.limits.concurrent == 7
 
 

@@ -238,9 +238,13 @@ def test_bfloat16_is_emulated_where_the_cpu_or_a_limit_leaves_no_instructions_fo
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(module._emulates_bfloat16() is False, reason="this CPU multiplies bfloat16 itself")
-def test_a_limit_on_torch_alone_does_not_bring_emulated_numbers(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("ATEN_CPU_CAPABILITY", "avx2")
+@pytest.mark.parametrize("torch_limit", [None, "avx2"])
+def test_where_bfloat16_would_be_emulated_float32_is_used(
+    monkeypatch: pytest.MonkeyPatch, torch_limit: str | None
+) -> None:
+    monkeypatch.setenv("ONEDNN_MAX_CPU_ISA", "AVX512_CORE")
+    if torch_limit:
+        monkeypatch.setenv("ATEN_CPU_CAPABILITY", torch_limit)
     assert ask_capabilities().training_type is NumberType.FLOAT32
 
 
