@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from svc.chat_template import TemplateValue, read_template_kwargs
+from svc.model_folder import weight_files
 
 _BYTES_PER_VALUE = 2
 """vLLM keeps keys and values in the numbers in which it computes: 16 bits, unless it is told to take float32."""
@@ -24,7 +25,7 @@ class ModelFacts:
     """Facts of one model; None where its config does not say.
 
     Attributes:
-        weights: size of its safetensors files, bytes.
+        weights: size of the safetensors files that hold its weights, bytes.
         context: tokens that it was made for.
         dtype: in which its weights are stored, or were before they were quantized.
         heads: attention heads.
@@ -63,7 +64,7 @@ def read_model_facts(folder: Path) -> ModelFacts:
     Raises:
         IntegrityError: see svc.chat_template.read_template_kwargs.
     """
-    weights = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
+    weights = sum(file.stat().st_size for file in weight_files(folder) if file.is_file())
     try:
         config = json.loads((folder / "config.json").read_text("utf-8"))
     except (OSError, ValueError):

@@ -9,6 +9,7 @@ from pathlib import Path
 from pydantic import BaseModel, ConfigDict, Field
 
 from svc.errors import IntegrityError
+from svc.model_folder import weight_files
 
 _AT_ONCE = 2**24  # bytes
 
@@ -75,7 +76,7 @@ def verify_files(root: Path, records: Iterable[FileRecord]) -> None:
 
 
 def read_headers(folder: Path) -> tuple[Tensor, ...]:
-    """All tensors of a folder's safetensors files, by name.
+    """Return all tensors of a model folder, sorted by name.
 
     Raises:
         IntegrityError: no such file, or one that is cut off or damaged.
@@ -83,14 +84,14 @@ def read_headers(folder: Path) -> tuple[Tensor, ...]:
     from safetensors import SafetensorError, safe_open
 
     tensors: list[Tensor] = []
-    for path in sorted(folder.glob("*.safetensors")):
+    for path in weight_files(folder):
         try:
             with safe_open(path, framework="numpy") as file:
                 for name in file.keys():  # noqa: SIM118 - the object is no mapping
                     part = file.get_slice(name)
                     tensors.append(Tensor(name, str(part.get_dtype()), tuple(part.get_shape())))
         except (SafetensorError, OSError) as error:
-            raise IntegrityError(f"{path} is no whole safetensors file: {error}") from error
+            raise IntegrityError(f"{path} is not a complete safetensors file: {error}") from error
     if not tensors:
         raise IntegrityError(f"{folder} holds no safetensors file", expected="the weights of a model")
     return tuple(sorted(tensors))
@@ -105,7 +106,7 @@ def hash_tensor(folder: Path, name: str) -> str:
     Raises:
         IntegrityError: no file of the folder holds it.
     """
-    for path in sorted(folder.glob("*.safetensors")):
+    for path in weight_files(folder):
         with path.open("rb") as file:
             # The format: the header's length in 8 bytes, the header as JSON, then all tensors.
             size = int.from_bytes(file.read(8), "little")

@@ -15,7 +15,8 @@ from typing import Any
 from svc.chat_template import TemplateKwargs, read_chat_template, read_template_kwargs
 from svc.errors import IntegrityError
 from svc.json_file import read_json_object
-from svc.registry.files import hash_tensor, read_headers
+from svc.model_folder import TOKENIZER_FILES
+from svc.registry.files import hash_tensor, read_headers, record_file
 
 # Said by the library that wrote the file, not by the model.
 _VOLATILE = {"transformers_version", "use_cache", "quantization_config", "name_or_path"}
@@ -34,6 +35,7 @@ _QUANTIZATION_DEFAULTS: dict[str, Any] = {
     "dynamic": None,
 }
 _HEAD, _EMBEDDING = "lm_head.weight", "embed_tokens.weight"
+_VOCABULARY_FILES = ("tokenizer.model", "vocab.json", "merges.txt", "added_tokens.json")
 _SPECIAL_TOKENS = ("bos_token", "eos_token", "pad_token", "unk_token", "add_bos_token", "add_eos_token")
 
 
@@ -41,14 +43,13 @@ def compatibility_fingerprint(folder: Path, template_kwargs: TemplateKwargs | No
     """SHA-256 over all that a reload in place cannot change, as `sha256:<hex>`.
 
     Args:
-        folder: a model folder: config.json, *.safetensors, tokenizer.json.
+        folder: a model folder: config.json, weights, tokenizer.
         template_kwargs: what the chat template is given; None: what the folder says.
 
     Raises:
         IntegrityError: a file that is missing or damaged.
     """
     config = read_json_object(folder / "config.json")
-    tokenizer = read_json_object(folder / "tokenizer.json")
     tokenizer_config = read_json_object(folder / "tokenizer_config.json", default={})
     tensors = read_headers(folder)
     parts: dict[str, Any] = {
@@ -56,7 +57,7 @@ def compatibility_fingerprint(folder: Path, template_kwargs: TemplateKwargs | No
         "quantization": normal_quantization(_quantization(folder, config)),
         "tensors": [(tensor.name, tensor.dtype, tensor.shape) for tensor in tensors],
         "shared_embedding": _shared_embedding(folder, config, [tensor.name for tensor in tensors]),
-        "tokenizer": _settled(tokenizer),
+        "tokenizer": _tokenizer(folder),
         "special_tokens": {key: _content(tokenizer_config.get(key)) for key in _SPECIAL_TOKENS},
         "chat_template": template.strip() if (template := read_chat_template(folder)) else None,
         "generation": _stable(read_json_object(folder / "generation_config.json", default={})),
@@ -74,13 +75,23 @@ def tokenizer_fingerprint(folder: Path) -> str:
     Raises:
         IntegrityError: its file is missing or damaged.
     """
-    text = json.dumps(_settled(read_json_object(folder / "tokenizer.json")), sort_keys=True, ensure_ascii=False)
+    text = json.dumps(_tokenizer(folder), sort_keys=True, ensure_ascii=False)
     return f"sha256:{hashlib.sha256(text.encode('utf-8')).hexdigest()}"
 
 
-def _settled(tokenizer: dict[str, Any]) -> dict[str, Any]:
-    """Without truncation and padding, which are what the last caller set, not what the tokenizer is."""
-    return {key: value for key, value in tokenizer.items() if key not in ("truncation", "padding")}
+def _tokenizer(folder: Path) -> dict[str, Any]:
+    """Return what decides the token ids of a text.
+
+    Of tokenizer.json all but truncation and padding, which the last caller has set. A folder without it, as those of
+    many SentencePiece models, has a vocabulary in other files: their hashes.
+    """
+    if (folder / "tokenizer.json").is_file():
+        tokenizer = read_json_object(folder / "tokenizer.json")
+        return {key: value for key, value in tokenizer.items() if key not in ("truncation", "padding")}
+    files = [folder / name for name in _VOCABULARY_FILES if (folder / name).is_file()]
+    if not files:
+        raise IntegrityError(f"{folder} has no tokenizer", expected=f"one of {', '.join(TOKENIZER_FILES)}")
+    return {path.name: record_file(folder, path).sha256 for path in files}
 
 
 def _shared_embedding(folder: Path, config: dict[str, Any], names: list[str]) -> str | None:

@@ -4,15 +4,16 @@ import json
 from pathlib import Path
 from typing import Any
 
-from svc.errors import BaseModelError
+from svc.errors import BaseModelError, IntegrityError
+from svc.model_folder import TOKENIZER_FILES, WEIGHTS_INDEX, weight_files
 
-_TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json")
+_WEIGHTS = "model.safetensors"
 _FLOATS = {"bfloat16", "float16", "float32"}
 _OTHER_SENSES = ("vision_config", "audio_config")
 
 
 def check_folder(folder: Path) -> None:
-    """Looks at names and configs; weights are not read.
+    """Check a base model's file names and configs; weights are not read.
 
     Raises:
         BaseModelError: what is missing or wrong.
@@ -20,16 +21,8 @@ def check_folder(folder: Path) -> None:
     if not folder.is_dir():
         raise BaseModelError(f"no folder {folder}", todo="check the path; paths in a recipe are relative to the recipe")
     missing = [] if (folder / "config.json").is_file() else ["config.json"]
-    if not any(folder.glob("*.safetensors")):
-        if pickles := sorted(file.name for file in folder.glob("*.bin")):
-            raise BaseModelError(
-                f"{folder} has its weights only in pickle: {', '.join(pickles)}",
-                expected="*.safetensors; loading a pickle runs whatever code it holds",
-                todo="use a revision with safetensors, or convert the model with its publisher's tools",
-            )
-        missing.append("*.safetensors")
-    missing += _missing_shards(folder)
-    if not any((folder / name).is_file() for name in _TOKENIZERS):
+    missing += _missing_weights(folder)
+    if not any((folder / name).is_file() for name in TOKENIZER_FILES):
         missing.append("tokenizer.json")
     elif not _has_chat_template(folder):
         missing.append("a chat template (chat_template.jinja, or chat_template in tokenizer_config.json)")
@@ -66,12 +59,33 @@ def _check_config(folder: Path, config: dict[str, Any]) -> None:
         )
 
 
-def _missing_shards(folder: Path) -> list[str]:
-    index = folder / "model.safetensors.index.json"
-    if not index.is_file():
+def _missing_weights(folder: Path) -> list[str]:
+    """Return the names of the weight files that the folder lacks."""
+    if (folder / WEIGHTS_INDEX).is_file():
+        try:
+            return [path.name for path in weight_files(folder) if not path.is_file()]
+        except IntegrityError as error:
+            raise BaseModelError(error.wrong, expected=error.expected, todo=error.todo) from error
+    found = [path.name for path in weight_files(folder)]
+    if _WEIGHTS in found and len(found) > 1:  # vLLM loads all of them, transformers this one
+        found.remove(_WEIGHTS)
+        raise BaseModelError(
+            f"{folder} holds {', '.join(found)} beside {_WEIGHTS}, and no {WEIGHTS_INDEX} that says which files "
+            "belong to the model",
+            expected=f"{_WEIGHTS} alone, or several files with an index",
+            todo=f"move {', '.join(found)} to another folder",
+        )
+    if _WEIGHTS in found:
         return []
-    shards = set(_read_json(index).get("weight_map", {}).values())
-    return sorted(name for name in shards if not (folder / name).is_file())
+    if found:
+        return [WEIGHTS_INDEX]
+    if pickles := sorted(file.name for file in folder.glob("*.bin")):
+        raise BaseModelError(
+            f"{folder} has its weights only in pickle: {', '.join(pickles)}",
+            expected="*.safetensors; loading a pickle runs whatever code it holds",
+            todo="use a revision with safetensors, or convert the model with its publisher's tools",
+        )
+    return [_WEIGHTS]
 
 
 def _has_chat_template(folder: Path) -> bool:

@@ -1,13 +1,18 @@
 """What is in a base model's files: their hash, which names the content, and the licence."""
 
 import hashlib
+import json
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from svc.chat_template import pin_date, read_chat_template
+from svc.json_file import read_json_object
+from svc.model_folder import weight_files
 from svc.terminal import waiting
 
-TEMPLATE_FILE = "chat_template.jinja"
+CONFIG_FILE, TEMPLATE_FILE = "config.json", "chat_template.jinja"
 SHIPPED_FILES = (
     "added_tokens.json",
     TEMPLATE_FILE,
@@ -23,7 +28,7 @@ SHIPPED_FILES = (
 )
 """What a model has beside its weights and config, and what is made of it takes over byte for byte; of a chat template
 that writes today's date, all but that."""
-_HASHED = (".safetensors", ".json", ".jinja", ".model", ".txt")
+_HASHED = (".json", ".jinja", ".model", ".txt")
 
 
 def read_licence(folder: Path) -> str | None:
@@ -38,18 +43,42 @@ def read_licence(folder: Path) -> str | None:
 
 
 def model_files(folder: Path) -> list[Path]:
-    """The files that decide what a model is."""
-    return sorted(file for file in folder.iterdir() if file.suffix in _HASHED and file.is_file())
+    """Return the files that decide what a model is: weights, configs, tokenizer, templates."""
+    others = (file for file in folder.iterdir() if file.suffix in _HASHED and file.is_file())
+    return sorted([*weight_files(folder), *others])
 
 
-def copy_shipped_files(model: Path, out: Path) -> None:
-    """Puts a model's tokenizer, chat template and generation config beside other weights, and removes any others."""
+def copy_shipped_files(model: Path, out: Path, quantization: Mapping[str, Any] | None = None) -> None:
+    """Put a model's config, tokenizer, chat template and generation config beside other weights, and remove any others.
+
+    Args:
+        out: folder of weights in bf16, which may be quantized.
+        quantization: how they are; None: they are not.
+    """
+    _write_config(model, out, quantization)
     for name in SHIPPED_FILES:
         (out / name).unlink(missing_ok=True)
         if (model / name).is_file():
             shutil.copyfile(model / name, out / name)
     if pinned := pinned_template(model):
         (out / TEMPLATE_FILE).write_text(pinned, "utf-8")
+
+
+def _write_config(model: Path, out: Path, quantization: Mapping[str, Any] | None) -> None:
+    """Write the model's own config.json, with the type of the weights and the quantization as they are in `out`.
+
+    Not the config that transformers saves: it spells keys in its own way (`rope_parameters` for `rope_theta`), adds
+    defaults, and TRL and gptqmodel change it while they work.
+    """
+    config = read_json_object(model / CONFIG_FILE)
+    changed: dict[str, Any] = {key: "bfloat16" for key in ("dtype", "torch_dtype") if key in config}
+    changed = changed or {"torch_dtype": "bfloat16"}
+    if quantization is not None:
+        changed["quantization_config"] = quantization
+    if config == config | changed:
+        shutil.copyfile(model / CONFIG_FILE, out / CONFIG_FILE)
+    else:
+        (out / CONFIG_FILE).write_text(json.dumps(config | changed, indent=2, ensure_ascii=False) + "\n", "utf-8")
 
 
 def pinned_template(model: Path) -> str | None:

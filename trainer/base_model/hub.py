@@ -7,10 +7,9 @@ from svc.errors import BaseModelError
 from svc.terminal import console, waiting
 from trainer.base_model.pypi_wheel import KNOWN
 
-_HUB_FILES = ["*.safetensors", "*.json", "*.jinja", "tokenizer.model", "merges.txt", "README.md"]
-
-
-_CONFIG_FILES = [name for name in _HUB_FILES if name != "*.safetensors"]
+_CONFIG_FILES = ["*.json", "*.jinja", "tokenizer.model", "merges.txt", "vocab.txt", "README.md"]
+_HUB_FILES = ["model.safetensors", "model-*-of-*.safetensors", *_CONFIG_FILES]
+"""Without `consolidated.safetensors`: Mistral's repositories hold all weights twice."""
 
 
 def fetch_snapshot(base: str, cache: Path) -> Path:

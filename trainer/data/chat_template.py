@@ -17,6 +17,7 @@ from svc.chat_template import TemplateKwargs, pin_date
 from svc.dataset.schema.example import ChatExample
 from svc.dataset.schema.tokenized_example import TokenizedExample
 from svc.errors import BaseModelError, DataError
+from svc.json_file import read_json_object
 from svc.terminal import counting
 
 if TYPE_CHECKING:
@@ -39,14 +40,25 @@ def training_row(example: TokenizedExample) -> dict[str, list[int]]:
 
 
 def load_tokenizer(folder: Path) -> "PreTrainedTokenizerBase":
-    """The tokenizer of a model folder.
+    """Load the tokenizer of a model folder, with its chat template. No code from the folder is run.
 
     Raises:
-        BaseModelError: it has no chat template.
+        BaseModelError: transformers cannot read it, or it has no chat template.
     """
     from transformers import AutoTokenizer
 
-    tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(folder)
+    try:
+        # Where mistral_common is installed and the folder holds tekken.json, transformers would take that, which has no
+        # chat template; the engine reads tokenizer.json too.
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
+            folder, trust_remote_code=False, mistral_format=False
+        )
+    except (OSError, ValueError, TypeError, KeyError, ImportError) as error:
+        raise BaseModelError(
+            f"transformers cannot read the tokenizer in {folder}: {error}",
+            expected="a tokenizer that transformers knows, without code of its own",
+            todo="download the model's tokenizer files again, or choose another base",
+        ) from error
     if not tokenizer.chat_template:
         raise BaseModelError(
             f"{folder} has no chat template", expected="an instruction-tuned model", todo="choose another base"
@@ -57,13 +69,14 @@ def load_tokenizer(folder: Path) -> "PreTrainedTokenizerBase":
 
 
 def stop_tokens(folder: Path, tokenizer: "PreTrainedTokenizerBase") -> set[int]:
-    """Ids of the tokens that end an answer: the tokenizer's, and those of the model's generation config."""
-    from transformers import GenerationConfig
+    """Return the ids of the tokens at which the engine ends an answer.
 
-    ids: set[int | None] = {tokenizer.eos_token_id}
-    if (folder / "generation_config.json").is_file():
-        configured = GenerationConfig.from_pretrained(folder).eos_token_id
-        ids |= set(configured) if isinstance(configured, list) else {configured}
+    They are the tokenizer's end token and those of generation_config.json; without that file vLLM takes those of
+    config.json.
+    """
+    name = "generation_config.json" if (folder / "generation_config.json").is_file() else "config.json"
+    configured = read_json_object(folder / name).get("eos_token_id")
+    ids = {tokenizer.eos_token_id, *(configured if isinstance(configured, list) else [configured])}
     return {token for token in ids if token is not None}
 
 

@@ -16,6 +16,7 @@ import numpy as np
 from svc.chat_template import choose_template_kwargs
 from svc.dataset.schema.example import ChatExample
 from svc.dataset.schema.tokenized_example import TokenizedExample
+from svc.model_folder import TOKENIZER_FILES
 from trainer.data.chat_template import load_tokenizer, stop_tokens, tokenize_examples, training_row
 from trainer.recipe.sections import Recipe, TooLong
 
@@ -24,7 +25,6 @@ _TURN = 5
 """Tokens by which a chat template marks a turn."""
 _MOST = 1000
 """Examples that are looked at; more are drawn from."""
-_TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,7 +79,7 @@ def read_workload(examples: Sequence[ChatExample], recipe: Recipe, folder: Path)
     Raises:
         DataError: the chat template refuses an example.
     """
-    counted = any((folder / name).is_file() for name in _TOKENIZER_FILES)
+    counted = any((folder / name).is_file() for name in TOKENIZER_FILES)
     longest = sorted(examples, key=_characters)[-recipe.train.batch_size :]
     chosen = np.random.default_rng(recipe.data.seed).permutation(len(examples))[:_MOST]
     drawn = [examples[index] for index in sorted(chosen)]

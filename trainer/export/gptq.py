@@ -25,6 +25,7 @@ from svc.dataset.schema.example import ChatExample
 from svc.dataset.schema.tokenized_example import TokenizedExample
 from svc.engine.capabilities import NumberType
 from svc.errors import RecipeError, TrainingError
+from svc.json_file import read_json_object
 from svc.registry.files import read_headers
 from svc.terminal import counting, waiting
 from trainer.base_model.content import copy_shipped_files
@@ -32,6 +33,7 @@ from trainer.data.chat_template import load_tokenizer, stop_tokens, tokenize_exa
 from trainer.export.gate_up import join_fused_layers
 from trainer.library_output import library_output_to_log
 from trainer.model.attention import attention_implementation
+from trainer.model.config import load_config
 from trainer.model.layer_shapes import expert_names, layer_shapes
 from trainer.recipe.sections import Quantize, Recipe
 
@@ -52,8 +54,6 @@ _QUANTIZED_MIXTURES = ("olmoe", "qwen3_moe")
 """Mixtures of which gptqmodel 7.6 quantizes every expert and writes it under the base's own name. It leaves the experts
 of GraniteMoE and MiniMax M2 whole without a word, and renames those of Mixtral, Phi-3.5-MoE and gpt-oss."""
 _EXPERT = re.compile(r"(.+\.experts\.\d+\.\w+)\.weight")
-_OF_QUANTIZED = {"quantization_config", "dtype", "torch_dtype", "transformers_version"}
-"""What of a quantized model's config is its own."""
 _PASSING = {"offload_to_disk_path"}  # of the metadata that gptqmodel writes: differs in every run
 
 
@@ -112,10 +112,8 @@ def quantize_gptq(
         write_bfloat16(out)
     join_fused_layers(out, layers)
     _check_written(out, layers)
-    copy_shipped_files(model, out)
     (out / "quant_log.csv").unlink(missing_ok=True)
-    restore_config(model, out)
-    strip_passing_values(out)
+    finish_folder(model, out)
     worst = max(log, key=lambda entry: float(entry["loss"]))
     return QuantizeSummary(
         layers=len(layers),
@@ -150,9 +148,8 @@ def check_layers(model: Path, group_size: int, multiple: int = 1) -> list[str]:
 
 def _check_experts(model: Path, expert: str, *, on_cpu: bool) -> None:
     import torch
-    from transformers import AutoConfig
 
-    family = AutoConfig.from_pretrained(model).get_text_config().model_type
+    family = load_config(model).get_text_config().model_type
     if family not in _QUANTIZED_MIXTURES:
         raise TrainingError(
             f"{expert!r} holds the experts of a mixture, and those of {family!r} cannot be quantized for the engine",
@@ -215,7 +212,7 @@ def calibration_type(number_type: NumberType) -> NumberType:
 
 
 def write_bfloat16(folder: Path) -> None:
-    """Writes a quantized model again, as if it had been computed in bf16: tensors in float32 are those not quantized.
+    """Write a quantized model's weights again, as if it had been computed in bf16: those in float32 are not quantized.
 
     They come from a merged model in bf16, so that nothing is rounded. Packed layers have their own types already.
     """
@@ -228,32 +225,21 @@ def write_bfloat16(folder: Path) -> None:
         for name, tensor in load_file(path).items():
             tensors[name] = tensor.to(torch.bfloat16) if tensor.dtype is torch.float32 else tensor
     save_torch_state_dict(tensors, folder, metadata={"format": "pt"})
-    path = folder / "config.json"
-    config: dict[str, Any] = json.loads(path.read_text("utf-8"))
-    path.write_text(json.dumps(config | {"dtype": NumberType.BFLOAT16}, indent=2), "utf-8")
 
 
-def restore_config(model: Path, quantized: Path) -> None:
-    """Writes the model's own config to its quantized form, with how that is quantized, and nothing else of gptqmodel's.
+def finish_folder(model: Path, out: Path) -> None:
+    """Replace the config, tokenizer and templates that gptqmodel wrote by the model's own.
 
-    gptqmodel writes the config as its loader has changed it: Gemma 3's `rope_parameters` had the frequencies twice, in
-    two shapes, of which a reader may take either.
+    Of gptqmodel's only the quantization config stays, without what differs between two runs on equal input: it writes
+    the model's config as its loader has changed it. Gemma 3's had the frequencies twice, in two shapes.
     """
-    path = quantized / "config.json"
-    own, written = (json.loads((folder / path.name).read_text("utf-8")) for folder in (model, quantized))
-    kept = {key: written[key] for key in _OF_QUANTIZED & written.keys()}
-    path.write_text(json.dumps(own | kept, indent=2, sort_keys=True) + "\n", "utf-8")
-
-
-def strip_passing_values(folder: Path) -> None:
-    """Removes what differs between two runs on equal input from the quantization configs."""
-    for name in ("config.json", "quantize_config.json"):
-        path = folder / name
-        config: dict[str, Any] = json.loads(path.read_text("utf-8"))
-        quantization = config.get("quantization_config", config)
-        for key in _PASSING & set(quantization.get("meta") or {}):
-            del quantization["meta"][key]
-        path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", "utf-8")
+    path = out / "quantize_config.json"
+    beside, quantization = read_json_object(path), read_json_object(out / "config.json")["quantization_config"]
+    for written in (beside, quantization):
+        for key in _PASSING & set(written.get("meta") or {}):
+            del written["meta"][key]
+    path.write_text(json.dumps(beside, indent=2, sort_keys=True) + "\n", "utf-8")
+    copy_shipped_files(model, out, quantization)
 
 
 def _run_gptqmodel(
@@ -276,7 +262,6 @@ def _run_gptqmodel(
     with waiting("Loading the merged model"), library_output_to_log():
         import torch
         from gptqmodel import GPTQModel, QuantizeConfig
-        from transformers import AutoConfig
 
         config = QuantizeConfig(
             bits=quantize.bits,
@@ -287,7 +272,7 @@ def _run_gptqmodel(
             mse=_SCALE_ERROR,
             offload_to_disk_path=offload,
         )
-        attention = attention_implementation(AutoConfig.from_pretrained(model))
+        attention = attention_implementation(load_config(model))
         quantized = GPTQModel.load(str(model), config, attn_implementation=attention, dtype=getattr(torch, number_type))
     with counting("Quantizing layers", quantized.model.config.get_text_config().num_hidden_layers) as advance:
 

@@ -7,6 +7,8 @@ word, while the engine applies it: the model that was trained would not be the o
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from trainer.model.config import load_config
+
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
 
@@ -22,7 +24,7 @@ def takes_flash_attention(base: Path) -> bool:
     Args:
         base: folder of the base model.
     """
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM
 
-    kind = AutoModelForCausalLM._model_mapping[type(AutoConfig.from_pretrained(base))]
+    kind = AutoModelForCausalLM._model_mapping[type(load_config(base))]
     return bool(kind._supports_flash_attn)

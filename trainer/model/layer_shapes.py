@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from trainer.model.config import load_config
 from trainer.model.experts import fused_experts
 
 if TYPE_CHECKING:
@@ -35,8 +36,8 @@ def layer_shapes(model: Path) -> dict[str, tuple[int, int]]:
 def _empty(model: Path) -> "PreTrainedModel":
     """The model without weights."""
     import torch
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM
 
     with torch.device("meta"):
-        empty: PreTrainedModel = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(model))
+        empty: PreTrainedModel = AutoModelForCausalLM.from_config(load_config(model))
     return empty

@@ -4,11 +4,12 @@ from pathlib import Path
 from typing import Protocol
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel
 
 from svc.engine.capabilities import NumberType
 from trainer.model.acceleration import Attention
 from trainer.model.attention import attention_implementation
+from trainer.model.config import load_config
 from trainer.recipe.sections import Quantization, Recipe
 
 
@@ -50,7 +51,7 @@ def load_model(
     dtype = torch.float32 if recipe.adapter_type is None else getattr(torch, number_type)
     implementation: str | None = attention.value
     if attention is Attention.SDPA:  # FlashAttention knows soft caps
-        implementation = attention_implementation(AutoConfig.from_pretrained(base)) or implementation
+        implementation = attention_implementation(load_config(base)) or implementation
     model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
         base, dtype=dtype, quantization_config=quantization, attn_implementation=implementation
     )

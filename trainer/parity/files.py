@@ -7,20 +7,13 @@ and nothing else shows it. Reads no weights but their names and sizes.
 from pathlib import Path
 from typing import Any
 
-from svc.errors import IntegrityError
-from svc.json_file import read_json_object
+from svc.errors import BaseModelError, IntegrityError
 from svc.registry.files import read_headers
 from trainer.base_model.content import SHIPPED_FILES, TEMPLATE_FILE, pinned_template
+from trainer.model.config import load_config
 
-_MAY_DIFFER = {
-    "_name_or_path",
-    "dtype",
-    "quantization_config",
-    "torch_dtype",
-    "transformers_version",
-    "use_cache",
-}
-"""Keys of a config that say how weights are kept, and not what they compute."""
+_MAY_DIFFER = {"_name_or_path", "quantization_config", "transformers_version"}
+"""Keys of a config that say where weights are and how they are packed, and not what they compute."""
 
 
 def other_files(base: Path, folder: Path) -> list[str]:
@@ -36,12 +29,19 @@ def _content(path: Path) -> bytes | None:
 
 
 def other_config(base: Path, folder: Path) -> list[str]:
-    """Keys of the config that are not the base's.
+    """Return the keys of a folder's config whose meaning is not that of the base's.
+
+    Both are read by the same transformers, which the engine has too: it fills in defaults, and knows that `rope_theta`
+    and `rope_parameters` are one thing.
 
     Raises:
-        IntegrityError: there is no config.
+        BaseModelError: transformers cannot read the base's config.
     """
-    before, after = (read_json_object(one / "config.json") for one in (base, folder))
+    before = load_config(base).to_dict() | {"dtype": "bfloat16"}  # in which all weights are written
+    try:
+        after = load_config(folder).to_dict()
+    except BaseModelError:  # a config with impossible values, as a width that the heads do not divide
+        return ["all keys: transformers cannot read it"]
     return sorted(key for key in {*before, *after} - _MAY_DIFFER if _plain(before.get(key)) != _plain(after.get(key)))
 
 

@@ -14,6 +14,8 @@ from typing import Any
 import torch
 from safetensors import safe_open
 
+from svc.model_folder import weight_files
+
 MOST_OFF = 0.45
 """Length of a layer's change as a share of its weights'. Measured: 0.12 of tiny models, 0.24 of SmolLM2's worst layer
 with 32 samples and groups of 64. Scales that are off by half change a layer by 0.5."""
@@ -58,7 +60,7 @@ def compare(gptq: Path, merged: Path) -> Rounded:
 
 def _open(folder: Path, stack: ExitStack) -> dict[str, Any]:
     """The file that holds each tensor of a folder, by the tensor's name."""
-    files = [stack.enter_context(safe_open(path, framework="pt")) for path in sorted(folder.glob("*.safetensors"))]
+    files = [stack.enter_context(safe_open(path, framework="pt")) for path in weight_files(folder)]
     return {name: file for file in files for name in file.keys()}  # noqa: SIM118 - the object is no mapping
 
 

@@ -10,12 +10,13 @@ from typing import Any
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from svc.dataset.schema.tokenized_example import TokenizedExample
 from svc.engine.capabilities import NumberType
 from svc.evaluation.token_scores import Scores, TokenScore
 from trainer.model.attention import attention_implementation
+from trainer.model.config import load_config
 
 
 def load(folder: Path, number_type: NumberType) -> PreTrainedModel:
@@ -23,7 +24,7 @@ def load(folder: Path, number_type: NumberType) -> PreTrainedModel:
     model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
         folder,
         dtype=getattr(torch, number_type),
-        attn_implementation=attention_implementation(AutoConfig.from_pretrained(folder)),
+        attn_implementation=attention_implementation(load_config(folder)),
     )
     return model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
 

@@ -28,6 +28,7 @@ from svc.evaluation.general.general_set import MAX_TOKENS
 from svc.evaluation.judge import JudgeReport
 from svc.evaluation.token_scores import choose_examples
 from svc.lock import hold_lock
+from svc.model_folder import weight_files
 from svc.registry.fingerprint import compatibility_fingerprint
 from svc.registry.parity import ParityReport
 from svc.registry.registry import Registry
@@ -150,7 +151,7 @@ class Pipeline:
         A checkpoint of full fine-tuning holds weights and two moments in float32, six times the base in bf16. Beside
         those that are kept there are the one that is being written, and the best.
         """
-        size = sum(path.stat().st_size for path in self.base.folder.glob("*.safetensors"))
+        size = sum(path.stat().st_size for path in weight_files(self.base.folder))
         kept = self.recipe.checkpoints.keep + 1 + self.recipe.stopping.keep_best
         run, formats = self.run, set(self.recipe.formats)
         trained = _Step(self._train, (1 + 6 * kept) * size if self._full else size // 4, (self._trained,))

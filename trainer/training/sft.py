@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 from datasets import Dataset
-from transformers import AutoConfig, PreTrainedTokenizerBase, PrinterCallback, TrainerState, set_seed
+from transformers import PreTrainedTokenizerBase, PrinterCallback, TrainerState, set_seed
 
 from svc.chat_template import choose_template_kwargs
 from svc.dataset.schema.tokenized_example import TokenizedExample
@@ -36,6 +36,7 @@ from trainer.library_output import library_output_to_log
 from trainer.model.acceleration import choose_acceleration, machine_facts
 from trainer.model.adalora import RankAllocation
 from trainer.model.attention import takes_flash_attention
+from trainer.model.config import load_config
 from trainer.model.load import LoadModel, load_model
 from trainer.model.peft_config import add_adapter
 from trainer.model.rounding import round_to_bfloat16
@@ -199,7 +200,7 @@ def build_trainer(
         acceleration = replace(acceleration, padding_free=False)
     dataset, collator = Dataset.from_list([training_row(row) for row in rows]), None
     if recipe.train.packing:
-        refuse_recurrent(AutoConfig.from_pretrained(base))
+        refuse_recurrent(load_config(base))
         dataset = pack(dataset, recipe.train.max_length)
         if not acceleration.padding_free:
             collator = partial(collate_packed, pad_token=tokenizer.pad_token_id or tokenizer.eos_token_id)

@@ -26,7 +26,9 @@ class TokenCounter:
         from transformers import AutoTokenizer
 
         try:
-            self._tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+            self._tokenizer = AutoTokenizer.from_pretrained(
+                folder, local_files_only=True, trust_remote_code=False, mistral_format=False
+            )
         except (OSError, ValueError) as error:
             raise DataError(
                 f"cannot read the tokenizer in {folder}: {error}",

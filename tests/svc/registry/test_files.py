@@ -68,14 +68,14 @@ def test_headers_say_name_type_and_shape(tmp_path: Path) -> None:
 def test_a_file_that_is_cut_off_is_found(tmp_path: Path) -> None:
     path = write_model(tmp_path) / "model.safetensors"
     path.write_bytes(path.read_bytes()[:-10])
-    with pytest.raises(IntegrityError, match=r"model\.safetensors is no whole safetensors file"):
+    with pytest.raises(IntegrityError, match=r"model\.safetensors is not a complete safetensors file"):
         read_headers(tmp_path)
 
 
 @pytest.mark.parametrize("content", [b"", b"PK\x03\x04 a pickle", b"\xff" * 64])
 def test_what_is_no_safetensors_file_is_found(tmp_path: Path, content: bytes) -> None:
     (tmp_path / "model.safetensors").write_bytes(content)
-    with pytest.raises(IntegrityError, match="no whole safetensors file"):
+    with pytest.raises(IntegrityError, match="not a complete safetensors file"):
         read_headers(tmp_path)
 
 

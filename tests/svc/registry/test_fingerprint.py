@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from svc.chat_template import write_template_kwargs
 from svc.errors import IntegrityError
-from svc.registry.fingerprint import compatibility_fingerprint, normal_quantization
+from svc.registry.fingerprint import compatibility_fingerprint, normal_quantization, tokenizer_fingerprint
 from tests.svc.json_values import json_values
 from tests.svc.registry.model_folder import GPTQ, TEMPLATE, write_model
 
@@ -145,6 +145,17 @@ def test_how_weights_are_split_into_files_does_not_count(tmp_path: Path) -> None
     one, other = write_model(tmp_path / "one"), write_model(tmp_path / "other")
     (other / "model.safetensors").rename(other / "model-00001-of-00001.safetensors")
     assert compatibility_fingerprint(one) == compatibility_fingerprint(other)
+
+
+def test_a_sentencepiece_model_is_a_tokenizer_when_there_is_no_tokenizer_json(tmp_path: Path) -> None:
+    folders = [write_model(tmp_path / name) for name in ("one", "same", "other")]
+    for folder, vocabulary in zip(folders, (b"a", b"a", b"b"), strict=True):
+        (folder / "tokenizer.json").unlink()
+        (folder / "tokenizer.model").write_bytes(vocabulary)
+    one, same, other = map(compatibility_fingerprint, folders)
+    assert one == same != other
+    one, same, other = map(tokenizer_fingerprint, folders)
+    assert one == same != other
 
 
 @pytest.mark.parametrize("file", ["config.json", "tokenizer.json", "model.safetensors"])

@@ -6,11 +6,16 @@ import shutil
 import subprocess
 import threading
 from pathlib import Path
+from typing import Any
 
 import pytest
+from huggingface_hub.utils._paths import filter_repo_objects
+from safetensors.torch import load_file, save_file
 
+from svc.engine.model_facts import read_model_facts
 from svc.errors import BaseModelError
 from trainer.base_model import resolve
+from trainer.base_model.hub import fetch_snapshot
 from trainer.base_model.pypi_wheel import KNOWN
 from trainer.base_model.resolve import resolve_base
 
@@ -63,6 +68,72 @@ def test_a_missing_shard_is_named(tiny_base: Path, tmp_path: Path) -> None:
     (folder / "model.safetensors.index.json").write_text(json.dumps(index), "utf-8")
     with pytest.raises(BaseModelError, match="lacks model-00002-of-00002"):
         resolve_base(str(folder), tmp_path)
+
+
+def shard(folder: Path) -> Path:
+    """Split a folder's weights into two files with an index, as the hub has them."""
+    tensors = load_file(folder / "model.safetensors")
+    (folder / "model.safetensors").unlink()
+    weight_map = {name: f"model-0000{1 + place % 2}-of-00002.safetensors" for place, name in enumerate(tensors)}
+    for file in set(weight_map.values()):
+        save_file({name: tensors[name] for name in tensors if weight_map[name] == file}, folder / file)
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}), "utf-8")
+    return folder
+
+
+def test_a_second_copy_of_the_weights_counts_for_nothing_when_an_index_names_the_first(
+    tiny_base: Path, tmp_path: Path
+) -> None:
+    folder = shard(copy(tiny_base, tmp_path / "base"))
+    before, facts = resolve_base(str(folder), tmp_path), read_model_facts(folder)
+    (folder / "consolidated.safetensors").write_bytes(b"the same in Mistral's own format")
+    (folder / "original").mkdir()
+    (folder / "original" / "consolidated.00.pth").write_bytes(b"the same in Llama's")
+    assert resolve_base(str(folder), tmp_path) == before
+    assert read_model_facts(folder) == facts
+    assert facts.weights == sum(path.stat().st_size for path in folder.glob("model-*.safetensors"))
+
+
+def test_a_second_file_of_weights_is_refused_when_no_index_says_which_counts(tiny_base: Path, tmp_path: Path) -> None:
+    folder = copy(tiny_base, tmp_path / "base")
+    (folder / "consolidated.safetensors").write_bytes(b"the same again")
+    with pytest.raises(BaseModelError, match=r"holds consolidated\.safetensors beside model\.safetensors"):
+        resolve_base(str(folder), tmp_path)
+
+
+def test_shards_are_refused_when_their_index_is_missing(tiny_base: Path, tmp_path: Path) -> None:
+    folder = shard(copy(tiny_base, tmp_path / "base"))
+    (folder / "model.safetensors.index.json").unlink()
+    with pytest.raises(BaseModelError, match=r"lacks model\.safetensors\.index\.json"):
+        resolve_base(str(folder), tmp_path)
+
+
+def test_the_hub_is_asked_for_one_copy_of_the_weights_and_no_code_when_it_has_more(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    listed = [
+        *(".gitattributes", "LICENSE", "README.md", "USE_POLICY.md", "config.json", "generation_config.json"),
+        *("consolidated.safetensors", "model-00001-of-00003.safetensors", "model-00002-of-00003.safetensors"),
+        *("model-00003-of-00003.safetensors", "model.safetensors.index.json", "params.json", "pytorch_model.bin"),
+        *("special_tokens_map.json", "tokenizer.json", "tokenizer.model", "tokenizer.model.v3", "modeling_phi3.py"),
+        *("tokenizer_config.json", "original/consolidated.00.pth", "original/tokenizer.model", "onnx/model.onnx"),
+    ]
+    fetched: list[str] = []
+
+    def snapshot_download(base: str, **options: Any) -> str:
+        fetched.extend(
+            filter_repo_objects(
+                listed, allow_patterns=options["allow_patterns"], ignore_patterns=options["ignore_patterns"]
+            )
+        )
+        return str(tmp_path)
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot_download)
+    fetch_snapshot("mistralai/Mistral-7B-Instruct-v0.3", tmp_path)
+    weights = [name for name in fetched if name.endswith(".safetensors")]
+    assert weights == [f"model-0000{number}-of-00003.safetensors" for number in (1, 2, 3)]
+    assert not [name for name in fetched if "/" in name or name.endswith((".py", ".bin", ".pth", ".onnx"))]
+    assert {"model.safetensors.index.json", "tokenizer.model", "tokenizer.json", "README.md"} <= set(fetched)
 
 
 def test_weights_in_pickle_are_refused_with_the_reason(tiny_base: Path, tmp_path: Path) -> None:

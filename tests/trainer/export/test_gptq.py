@@ -23,10 +23,9 @@ from trainer.export.gptq import (
     _QUANTIZED_MIXTURES,
     calibration_type,
     check_layers,
+    finish_folder,
     pick_calibration,
     quantize_gptq,
-    restore_config,
-    strip_passing_values,
     write_bfloat16,
 )
 
@@ -153,39 +152,37 @@ def test_too_few_examples_are_all_used(examples: list[ChatExample]) -> None:
     assert len(pick_calibration(examples, 1024, seed=0)) == len(examples)
 
 
-def write_configs(folder: Path, path: str) -> Path:
+def write_configs(folder: Path, path: str, **changed: Any) -> Path:
+    """Write the configs that gptqmodel leaves."""
     folder.mkdir()
     quantization = {"bits": 4, "meta": {"offload_to_disk_path": path, "quantizer": ["gptqmodel:7.6.0"]}}
-    (folder / "config.json").write_text(json.dumps({"quantization_config": quantization}), "utf-8")
+    (folder / "config.json").write_text(json.dumps(changed | {"quantization_config": quantization}), "utf-8")
     (folder / "quantize_config.json").write_text(json.dumps(quantization), "utf-8")
     return folder
 
 
 @pytest.mark.parametrize("name", ["config.json", "quantize_config.json"])
-def test_two_runs_differ_in_nothing_once_stripped(tmp_path: Path, name: str) -> None:
+def test_a_quantized_folder_is_the_same_when_gptqmodel_ran_in_another_temporary_folder(
+    tiny_base: Path, tmp_path: Path, name: str
+) -> None:
     folders = [write_configs(tmp_path / side, f"/tmp/random-{side}") for side in ("one", "other")]
     for folder in folders:
-        strip_passing_values(folder)
+        finish_folder(tiny_base, folder)
     assert (folders[0] / name).read_bytes() == (folders[1] / name).read_bytes()
-
-
-@pytest.mark.parametrize("name", ["config.json", "quantize_config.json"])
-def test_what_was_quantized_is_kept(tmp_path: Path, name: str) -> None:
-    folder = write_configs(tmp_path / "gptq", "/tmp/random")
-    strip_passing_values(folder)
-    config: dict[str, Any] = json.loads((folder / name).read_text("utf-8"))
+    config: dict[str, Any] = json.loads((folders[0] / name).read_text("utf-8"))
     assert config.get("quantization_config", config) == {"bits": 4, "meta": {"quantizer": ["gptqmodel:7.6.0"]}}
 
 
-def test_the_config_is_the_models_own_but_for_how_it_is_quantized(tmp_path: Path) -> None:
-    own = {"model_type": "gemma3_text", "rope_parameters": {"full": {"theta": 1e6}}, "dtype": "float32"}
-    changed = own | {"rope_parameters": {"full": {"theta": 1e6}, "theta": {"global": 1e6}}, "added": 1}
-    quantized = {"dtype": "bfloat16", "quantization_config": {"bits": 4}}
-    for side, config in (("model", own), ("gptq", changed | quantized)):
-        (tmp_path / side).mkdir()
-        (tmp_path / side / "config.json").write_text(json.dumps(config))
-    restore_config(tmp_path / "model", tmp_path / "gptq")
-    assert json.loads((tmp_path / "gptq" / "config.json").read_text()) == own | quantized
+def test_a_quantized_config_is_the_models_own_when_gptqmodel_changed_it(tmp_path: Path) -> None:
+    own = {"model_type": "gemma3_text", "rope_theta": 1000000, "torch_dtype": "bfloat16"}
+    model = tmp_path / "model"
+    model.mkdir()
+    (model / "config.json").write_text(json.dumps(own), "utf-8")
+    changed = {"rope_parameters": {"rope_theta": 1e6}, "use_cache": False, "pad_token_id": 0, "dtype": "float32"}
+    out = write_configs(tmp_path / "gptq", "/tmp/random", **changed)
+    finish_folder(model, out)
+    quantization = {"bits": 4, "meta": {"quantizer": ["gptqmodel:7.6.0"]}}
+    assert json.loads((out / "config.json").read_text("utf-8")) == own | {"quantization_config": quantization}
 
 
 @pytest.mark.parametrize("number_type", NumberType)
@@ -201,14 +198,12 @@ def test_what_was_computed_in_float32_is_written_as_in_bfloat16(tmp_path: Path) 
         "up_proj.scales": torch.full((4,), 1e-3, dtype=torch.float16),
     }
     save_file({"embed.weight": kept.float(), **packed}, tmp_path / "model.safetensors", {"format": "pt"})
-    (tmp_path / "config.json").write_text('{"dtype": "float32", "hidden_size": 4}', "utf-8")
     write_bfloat16(tmp_path)
     written = load_file(tmp_path / "model.safetensors")
     assert written.keys() == {"embed.weight", *packed}
     for name, tensor in {"embed.weight": kept, **packed}.items():
         assert written[name].dtype is tensor.dtype
         assert torch.equal(written[name], tensor)
-    assert json.loads((tmp_path / "config.json").read_text("utf-8")) == {"dtype": "bfloat16", "hidden_size": 4}
 
 
 def quantize(base: Path, out: Path, number_type: NumberType = NumberType.BFLOAT16) -> None:

@@ -57,6 +57,11 @@ def test_it_loads_safetensors_and_no_code_of_a_model(tmp_path: Path) -> None:
     assert "--trust-remote-code" not in arguments
 
 
+def test_it_reads_the_same_half_of_a_folder_as_training_when_the_folder_holds_a_model_twice(tmp_path: Path) -> None:
+    arguments = command(spec(tmp_path))
+    assert (option(arguments, "--config-format"), option(arguments, "--tokenizer-mode")) == ("hf", "hf")
+
+
 @pytest.mark.parametrize(
     ("config", "device", "able"),
     [("{}", Device.CPU, True), ('{"num_experts": 4}', Device.CPU, False), ('{"num_experts": 4}', Device.CUDA, True)],

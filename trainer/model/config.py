@@ -1,0 +1,29 @@
+"""The config of a model folder, as transformers reads it: old spellings understood, defaults filled in."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from svc.errors import BaseModelError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
+
+
+def load_config(folder: Path) -> "PreTrainedConfig":
+    """Load the config of a model folder. No code from the folder is run.
+
+    Raises:
+        BaseModelError: transformers cannot read it, as with an impossible value or an unknown architecture.
+    """
+    from huggingface_hub.errors import StrictDataclassError
+    from transformers import AutoConfig
+
+    try:
+        config: PreTrainedConfig = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, StrictDataclassError) as error:
+        raise BaseModelError(
+            f"transformers cannot read {folder / 'config.json'}: {error}",
+            expected="the config of an architecture that transformers knows, without code of its own",
+            todo="download the model's config.json again, or choose another base",
+        ) from error
+    return config
