@@ -16,6 +16,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import chdir, contextmanager
 from dataclasses import dataclass
 from functools import partialmethod
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any, get_args
 
@@ -144,6 +145,23 @@ def check_layers(model: Path, group_size: int, multiple: int = 1) -> list[str]:
     _check_inputs({name: inputs for name, (inputs, _) in shapes.items()}, group_size)
     _check_outputs({name: outputs for name, (_, outputs) in shapes.items()}, multiple)
     return list(shapes)
+
+
+def check_quantizer(model: Path) -> None:
+    """Check that gptqmodel has a definition of the model's architecture: for any other it guesses the layers.
+
+    Raises:
+        TrainingError: it has none.
+    """
+    with library_output_to_log():
+        from gptqmodel.models.auto import SUPPORTED_MODELS
+    family = load_config(model).model_type
+    if family not in SUPPORTED_MODELS:
+        raise TrainingError(
+            f"gptqmodel {version('gptqmodel')} cannot quantize {family!r}, the model_type of {model}",
+            expected="an architecture that gptqmodel has",
+            todo="leave gptq out: formats: [merged]; or choose another base",
+        )
 
 
 def _check_experts(model: Path, expert: str, *, on_cpu: bool) -> None:

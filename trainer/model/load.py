@@ -7,6 +7,7 @@ import torch
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel
 
 from svc.engine.capabilities import NumberType
+from svc.errors import BaseModelError
 from trainer.model.acceleration import Attention
 from trainer.model.attention import attention_implementation
 from trainer.model.config import load_config
@@ -39,6 +40,9 @@ def load_model(
         base: folder of the base model.
         number_type: in which matrix products are computed.
         attention: the fastest that the machine has.
+
+    Raises:
+        BaseModelError: a tensor of the model is not among the weights.
     """
     quantization = None
     if recipe.base_quantization is Quantization.NF4:
@@ -52,9 +56,20 @@ def load_model(
     implementation: str | None = attention.value
     if attention is Attention.SDPA:  # FlashAttention knows soft caps
         implementation = attention_implementation(load_config(base)) or implementation
-    model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
-        base, dtype=dtype, quantization_config=quantization, attn_implementation=implementation
+    model: PreTrainedModel
+    model, loaded = AutoModelForCausalLM.from_pretrained(
+        base,
+        dtype=dtype,
+        quantization_config=quantization,
+        attn_implementation=implementation,
+        output_loading_info=True,
     )
+    if missing := sorted(loaded["missing_keys"]):  # transformers has drawn them at random
+        raise BaseModelError(
+            f"the weights in {base} lack {len(missing)} tensors of the model, the first is {missing[0]!r}",
+            expected="all weights of the architecture that config.json names",
+            todo="download the model again, or choose another base",
+        )
     if quantization is not None:
         _keep_layout(model)
     return model

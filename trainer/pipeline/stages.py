@@ -42,7 +42,7 @@ from trainer.data.chat_template import tokenize_as_trained
 from trainer.data.length import check_served_length
 from trainer.estimate.estimate import DeviceEstimate
 from trainer.estimate.real import compare_with_real, estimate_metrics
-from trainer.export.gptq import QuantizeSummary, calibration_type, check_layers, quantize_gptq
+from trainer.export.gptq import QuantizeSummary, calibration_type, quantize_gptq
 from trainer.export.merge import merge_adapter
 from trainer.export.verify_merge import MergeSummary, verify_full
 from trainer.pipeline.evaluation_cache import evaluation_cache
@@ -53,9 +53,11 @@ from trainer.pipeline.forgetting import ForgettingTest
 from trainer.pipeline.judging import Judging, compare_answers, judge_endpoint
 from trainer.pipeline.memory import release_memory
 from trainer.pipeline.number_types import say_number_types
+from trainer.pipeline.preflight import check_base
 from trainer.pipeline.registration import Registration
 from trainer.pipeline.reports import check_reports, open_reports
 from trainer.pipeline.run_folder import Run
+from trainer.pipeline.stage_failure import stage_failure
 from trainer.pipeline.stage_key import Stage
 from trainer.pipeline.stage_results import Evaluated, Registered
 from trainer.pipeline.tracked_run import tracked_run
@@ -118,12 +120,17 @@ class Pipeline:
                         todo="run the same command again: finished stages and checkpoints are kept",
                     ) from error
                 except Exception as error:
-                    if isinstance(error, SvcError) or not is_full(error, self.run.folder):
+                    if isinstance(error, SvcError):
                         raise
-                    raise DiskSpaceError(
-                        f"no room in {self.run.folder} for what stage {stage} writes: {error}",
-                        todo="free some space and run the same command again: finished stages and checkpoints are kept",
-                    ) from error
+                    again = "run the same command again: finished stages and checkpoints are kept"
+                    if is_full(error, self.run.folder):
+                        raise DiskSpaceError(
+                            f"no room in {self.run.folder} for what stage {stage} writes: {error}",
+                            todo=f"free some space and {again}",
+                        ) from error
+                    if failure := stage_failure(stage, error, self.run.folder, again):
+                        raise failure from error
+                    raise
                 finally:
                     release_memory()
             return self.run.load(Stage.REGISTER, Registered).version
@@ -175,9 +182,7 @@ class Pipeline:
         return self.run.merged if self._full else self.run.adapter
 
     def _train(self) -> TrainingSummary:
-        if Format.GPTQ in self.recipe.formats:  # not an hour later
-            multiple = self.capabilities.gptq_multiple(self.settings.engine)
-            check_layers(self.base.folder, self.recipe.quantize.group_size, multiple)
+        check_base(self.base.folder, self.recipe, self.capabilities, self.settings.engine)
         say_number_types(self.capabilities, self.settings.engine, self.recipe.formats)
         served = self._served_length
         if served is not None:

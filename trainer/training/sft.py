@@ -32,6 +32,7 @@ from trainer.callbacks.progress import training_progress
 from trainer.data.chat_template import load_tokenizer, stop_tokens, tokenize_examples, training_row
 from trainer.data.length import check_served_length, fit_length
 from trainer.data.packing import collate_packed, pack, refuse_recurrent
+from trainer.data.vocabulary import check_ids
 from trainer.library_output import library_output_to_log
 from trainer.model.acceleration import choose_acceleration, machine_facts
 from trainer.model.adalora import RankAllocation
@@ -75,7 +76,7 @@ def train_model(
 
     Raises:
         DataError: examples longer than `train.max_length` tokens or than the engine takes, or that the chat template
-            refuses.
+            refuses, or that contain a token without an embedding row.
         DiskSpaceError: no room for a checkpoint.
         InterruptedRunError: a signal came, and a checkpoint was written.
         TrainingError: the loss or a weight is not finite, the loss explodes, or memory is short; says what to change.
@@ -84,6 +85,7 @@ def train_model(
     stops = stop_tokens(base, tokenizer)
     kwargs = choose_template_kwargs(base, recipe.chat_template_kwargs)
     rows = fit_length(tokenize_examples(tokenizer, data.train, stops, kwargs), recipe.train)
+    check_ids(rows, load_config(base).get_text_config().vocab_size, "training")
     if data.served_length is not None:
         check_served_length(rows, data.served_length, "training")
     measured = recipe.stopping.measures or recipe.stopping.curve

@@ -30,12 +30,12 @@ from svc.engine.vllm.plugin import INT4_LINEAR_VARIABLE, LORA_VARIABLE, QUIET_VA
 from svc.settings import Device, EngineSettings, GptqKernel
 
 SOCKET_FILE = "engine.sock"
+HUGGING_FACE_FORMAT = ["--config-format", "hf", "--tokenizer-mode", "hf"]
+"""Mistral's folders hold a model twice: by default vLLM reads `params.json` and `tekken.json`, while training reads
+`config.json` and `tokenizer.json`. `engine.args` come later, so they overrule this."""
 _ENTRY, _OLD_ENTRY = "vllm.entrypoints.launchers.api_server.entry", "vllm.entrypoints.openai.api_server"
 _LISTS = ("VLLM_DISABLED_KERNELS", "VLLM_PLUGINS")
 """Variables of vLLM that hold names with commas between them."""
-_HUGGING_FACE = ["--config-format", "hf", "--tokenizer-mode", "hf"]
-"""Mistral's folders hold a model twice: by default vLLM reads `params.json` and `tekken.json`, while training reads
-`config.json` and `tokenizer.json`. `engine.args` come later, so they overrule this."""
 _OUTPUT_LAYER = "lm_head"
 _LOG_LEVEL = "VLLM_LOGGING_LEVEL"
 _SLEEP_FLAG, _SLEEP_MODE = "enable-sleep-mode", "enable_sleep_mode"
@@ -140,7 +140,7 @@ def command(spec: EngineSpec) -> list[str]:
     """The server's argument list. Only safetensors are loaded, and no code that comes with a model is run."""
     arguments = [sys.executable, "-m", entry_module()]
     arguments += ["--model", str(spec.model), "--served-model-name", spec.served_name, "--uds", str(spec.socket)]
-    arguments += _HUGGING_FACE
+    arguments += HUGGING_FACE_FORMAT
     if given(spec.settings.args, "--load-format") is None:
         arguments += ["--load-format", "safetensors"]
     if given_flag(spec.settings.args, "log-error-stack") is None:

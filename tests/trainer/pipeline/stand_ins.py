@@ -19,7 +19,7 @@ from trainer.export.verify_merge import MergeSummary
 from trainer.parity.report import Made
 from trainer.pipeline.stage_key import Stage
 from trainer.pipeline.stages import Pipeline
-from trainer.recipe.sections import Method
+from trainer.recipe.sections import Method, Recipe
 from trainer.training.summary import TrainingSummary
 
 TRAIN = tuple(make_example(f"q {number}", "yes") for number in range(3))
@@ -71,11 +71,10 @@ class Stages:
         write_model(out, seed=1)
         return MergeSummary(2, 0.5, 0.1)
 
-    def check_layers(self, model: Path, group_size: int, multiple: int) -> list[str]:
-        """Finds that 128 does not fit."""
-        if group_size == 128:
+    def check_base(self, base: Path, recipe: Recipe, capabilities: Any, engine: Any) -> None:
+        """Refuse GPTQ in groups of 128."""
+        if Format.GPTQ in recipe.formats and recipe.quantize.group_size == 128:
             raise RecipeError("quantize.group_size is 128")
-        return []
 
     def quantize_gptq(
         self, merged: Path, examples: Any, recipe: Any, out: Path, *, number_type: NumberType

@@ -1,0 +1,106 @@
+"""Whether vLLM can serve a model, from the config alone: its own validation, in a process of its own.
+
+It takes 9 s, nearly all of them vLLM's import, so the caller starts the check, does other work and then reads the
+answer. Run as a module this file is that process. No weights are read, so a model that is too large passes.
+"""
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+from svc.engine.capabilities import installed_vllm
+from svc.engine.vllm.environment import inherited_environment
+from svc.engine.vllm.launch import HUGGING_FACE_FORMAT
+from svc.errors import BaseModelError, EngineError
+from svc.settings import EngineSettings
+
+_TIMEOUT_S = 300.0
+_MAX_REASON = 160  # characters; vLLM lists all architectures that it has
+
+
+class ModelCheck:
+    """A check that is running.
+
+    Args:
+        folder: of the model.
+        process: prints vLLM's reason as JSON, or null.
+    """
+
+    def __init__(self, folder: Path, process: "subprocess.Popen[str]") -> None:
+        self._folder = folder
+        self._process = process
+
+    def wait(self) -> None:
+        """Wait for the answer.
+
+        Raises:
+            BaseModelError: vLLM cannot serve the model; gives vLLM's reason.
+            EngineError: vLLM did not start, or gave no answer.
+        """
+        try:
+            answer, log = self._process.communicate(timeout=_TIMEOUT_S)
+            reason = json.loads(answer)
+        except (subprocess.TimeoutExpired, ValueError) as error:
+            lines = log.strip().splitlines() if isinstance(error, ValueError) else []
+            raise EngineError(
+                f"vLLM could not check the model in {self._folder}: {lines[-1] if lines else error}",
+                expected="an answer of vLLM's own validation",
+                todo=f"run `{' '.join(map(str, self._process.args))}`, which shows the whole error",  # type: ignore[arg-type]
+            ) from error
+        if reason is not None:
+            raise BaseModelError(
+                f"vLLM {installed_vllm()[1]} cannot serve the model in {self._folder}: {reason}",
+                expected="an architecture that vLLM has, with a config that it accepts",
+                todo="choose another base, train the adapter alone (formats: [adapter]), or check engine.args",
+            )
+
+
+@contextmanager
+def model_check(folder: Path, settings: EngineSettings) -> Iterator[ModelCheck]:
+    """Start the check; on leaving the body it is stopped if it still runs.
+
+    Args:
+        settings: `args` and `environment` count as for an engine that serves the model.
+    """
+    command = [sys.executable, "-m", __name__, "--model", str(folder), *HUGGING_FACE_FORMAT, *settings.args]
+    environment = inherited_environment(settings.environment) | {"HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1"}
+    with subprocess.Popen(
+        command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as process:
+        try:
+            yield ModelCheck(folder, process)
+        finally:
+            process.kill()
+
+
+def _refusal(arguments: Sequence[str]) -> str | None:
+    """Return vLLM's reason not to serve a model, shortened; None: it would serve it."""
+    from pydantic import ValidationError
+    from vllm.engine.arg_utils import EngineArgs
+    from vllm.utils.argparse_utils import FlexibleArgumentParser
+
+    parser = EngineArgs.add_cli_args(FlexibleArgumentParser())
+    known, _ = parser.parse_known_args(list(arguments))  # the server's own arguments say nothing of the model
+    try:
+        EngineArgs.from_cli_args(known).create_model_config()
+    except ValidationError as error:
+        return "; ".join(_shortened(str(one["msg"])) for one in error.errors())
+    except (ValueError, TypeError, KeyError, OSError, NotImplementedError, RuntimeError) as error:
+        return _shortened(f"{type(error).__name__}: {error}")
+    return None
+
+
+def _shortened(reason: str) -> str:
+    text = " ".join(reason.removeprefix("Value error, ").split())
+    return text if len(text) <= _MAX_REASON else f"{text[:_MAX_REASON]}…"
+
+
+if __name__ == "__main__":
+    # vLLM logs to standard output, and so may code below Python.
+    answer_to = os.dup(sys.stdout.fileno())
+    os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
+    os.write(answer_to, json.dumps(_refusal(sys.argv[1:])).encode("utf-8"))

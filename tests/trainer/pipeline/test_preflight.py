@@ -1,0 +1,133 @@
+"""What cannot work is refused before training: on real folders, vLLM's own validation stubbed but for one test."""
+
+import json
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from svc.engine.vllm.model_check import model_check
+from svc.errors import BaseModelError, IntegrityError, RecipeError, SvcError, TrainingError
+from svc.settings import EngineSettings
+from tests.svc.engine.devices import AVX512
+from tests.trainer.conftest import make_recipe
+from trainer.pipeline import preflight
+from trainer.pipeline.preflight import check_base
+
+RECIPE = {"quantize": {"group_size": 32}}
+
+
+class _Passed:
+    def wait(self) -> None:
+        """Find nothing."""
+
+
+@contextmanager
+def _vllm_agrees(folder: Path, settings: EngineSettings) -> Iterator[_Passed]:
+    yield _Passed()
+
+
+def check(base: Path, **sections: Any) -> None:
+    check_base(base, make_recipe(**(RECIPE | sections)), AVX512, EngineSettings())
+
+
+def change_json(path: Path, **changed: Any) -> None:
+    path.write_text(json.dumps(json.loads(path.read_text("utf-8")) | changed), "utf-8")
+
+
+def cut_shard(base: Path) -> None:
+    path = base / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:-100])
+
+
+def untie(base: Path) -> None:
+    path = base / "model.safetensors"
+    tensors = load_file(path)
+    save_file(tensors | {"lm_head.weight": torch.randn_like(tensors["model.embed_tokens.weight"])}, path)
+
+
+def no_end(base: Path) -> None:
+    for name, changed in (
+        ("config.json", {"eos_token_id": None}),
+        ("generation_config.json", {"eos_token_id": None}),
+        ("tokenizer_config.json", {"eos_token": None}),
+    ):
+        change_json(base / name, **changed)
+
+
+FAULTS: dict[str, tuple[Callable[[Path], None], type[SvcError], str]] = {
+    "fewer embedding rows than ids": (
+        lambda base: change_json(base / "config.json", vocab_size=257),
+        BaseModelError,
+        "has the id 257, and the model has 257 embedding rows",
+    ),
+    "impossible config": (
+        lambda base: change_json(base / "config.json", num_attention_heads=3),
+        BaseModelError,
+        "transformers cannot read",
+    ),
+    "no language model": (
+        lambda base: change_json(base / "config.json", model_type="vit"),
+        BaseModelError,
+        "'vit', of which transformers has no language model",
+    ),
+    "damaged shard": (cut_shard, IntegrityError, "is not a complete safetensors file"),
+    "two output matrices": (untie, BaseModelError, "its files hold two that differ"),
+    "no end token": (no_end, BaseModelError, "names no token that ends an answer"),
+    "tokenizer with code": (
+        lambda base: change_json(
+            base / "tokenizer_config.json",
+            tokenizer_class="Homemade",
+            auto_map={"AutoTokenizer": ["tokenization.Homemade", None]},
+        ),
+        BaseModelError,
+        "cannot read the tokenizer",
+    ),
+}
+
+
+@pytest.fixture
+def base(tiny_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setattr(preflight, "model_check", _vllm_agrees)
+    return Path(shutil.copytree(tiny_base, tmp_path / "base"))
+
+
+def test_a_whole_base_passes(base: Path) -> None:
+    check(base)
+
+
+@pytest.mark.parametrize(("plant", "error", "wrong"), FAULTS.values(), ids=FAULTS)
+def test_a_base_is_refused_when_a_later_stage_would_fail(
+    base: Path, plant: Callable[[Path], None], error: type[SvcError], wrong: str
+) -> None:
+    plant(base)
+    with pytest.raises(error) as raised:
+        check(base)
+    assert wrong in raised.value.wrong
+
+
+def test_a_group_size_is_refused_when_no_layer_divides_by_it(base: Path) -> None:
+    with pytest.raises(RecipeError, match=r"quantize\.group_size is 128"):
+        check(base, quantize={"group_size": 128})
+
+
+def test_an_architecture_is_refused_when_gptqmodel_lacks_it(base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("gptqmodel.models.auto.SUPPORTED_MODELS", ["qwen3"])
+    with pytest.raises(TrainingError, match=r"gptqmodel .+ cannot quantize 'llama'"):
+        check(base)
+    check(base, formats=["merged"])
+
+
+@pytest.mark.slow
+def test_a_model_that_vllm_lacks_is_refused_with_its_reason(tiny_base: Path, tmp_path: Path) -> None:
+    """By the installed vLLM; that it accepts what it has is seen by every end-to-end training."""
+    base = Path(shutil.copytree(tiny_base, tmp_path / "base"))
+    change_json(base / "config.json", architectures=["RwkvForCausalLM"], model_type="rwkv")
+    with model_check(base, EngineSettings()) as asked, pytest.raises(BaseModelError) as raised:
+        asked.wait()
+    assert "Model architectures ['RwkvForCausalLM'] are not supported" in raised.value.wrong

@@ -1,0 +1,71 @@
+"""A library that fails within a stage gives an error of ours, and the traceback goes to a file."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from click.testing import CliRunner
+
+from svc.child_process import in_child_process
+from svc.errors import TrainingError
+from svc.json_file import read_json_object
+from svc.registry.files import read_headers
+from tests.trainer.pipeline.stand_ins import Make, Stages
+from trainer.pipeline import stages as stages_module
+from trainer.pipeline.stage_failure import LOG_FILE, failed_library, stage_failure
+from trainer.pipeline.stage_key import Stage
+
+
+def fail_in_torch() -> None:
+    """Fail as gptqmodel did with a padding token that has no embedding row."""
+    import torch
+
+    torch.nn.Embedding(10, 4, padding_idx=12)
+
+
+def caught(work: Callable[[], Any]) -> Exception:
+    with pytest.raises(Exception) as raised:  # noqa: PT011 - any
+        work()
+    return raised.value
+
+
+def test_a_stage_names_the_library_the_cause_and_the_log_when_a_library_fails(
+    make: Make, stages: Stages, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(stages_module, "quantize_gptq", lambda *_, **__: fail_in_torch())
+    pipeline = make()
+    with pytest.raises(TrainingError) as raised:
+        pipeline.train_version()
+    assert raised.value.wrong == (
+        "stage quantize failed in torch: AssertionError: Padding_idx must be within num_embeddings"
+    )
+    log = pipeline.run.folder / LOG_FILE
+    assert str(log) in raised.value.todo
+    assert "run the same command again" in raised.value.todo
+    assert "padding_idx=12" in log.read_text("utf-8")
+
+
+def test_the_library_is_named_when_it_fails_in_a_child_process() -> None:
+    assert failed_library(caught(lambda: in_child_process(fail_in_torch))) == "torch"
+
+
+def test_the_library_that_our_code_called_is_named_when_it_fails_deeper() -> None:
+    """click calls a function of these tests, which calls numpy: ours called click."""
+    import click
+
+    command = click.Command("fail", callback=lambda: np.zeros(2).reshape(3))
+    error = caught(lambda: CliRunner().invoke(command, catch_exceptions=False))
+    assert failed_library(error) == "click"
+
+
+def test_our_own_defect_keeps_its_traceback(tmp_path: Path) -> None:
+    error = caught(lambda: read_json_object(None))  # type: ignore[arg-type]
+    assert failed_library(error) is None
+    assert stage_failure(Stage.MERGE, error, tmp_path, "") is None
+    assert not (tmp_path / LOG_FILE).exists()
+
+
+def test_a_library_is_not_blamed_when_our_code_fails_above_it() -> None:
+    assert failed_library(caught(lambda: read_headers(None))) is None  # type: ignore[arg-type]

@@ -1,0 +1,75 @@
+"""Whether the ids that a tokenizer gives have rows in the model's embedding.
+
+Published tokenizers may have more ids than the model has rows: Gemma 3 1B's has one for pictures. That does no harm as
+long as none of these ids is used; used, it is an index error in the middle of training, quantizing or serving.
+"""
+
+from collections.abc import Collection, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from svc.dataset.schema.tokenized_example import TokenizedExample
+from svc.errors import BaseModelError, DataError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+def check_tokenizer(
+    folder: Path, tokenizer: "PreTrainedTokenizerBase", stops: Collection[int], embedding_rows: int
+) -> None:
+    """Check all ids that every text may contain, and those that libraries use by themselves.
+
+    Args:
+        folder: of the model, for the error.
+        stops: ids of the tokens that end an answer.
+        embedding_rows: of the model.
+
+    Raises:
+        BaseModelError: no token ends an answer, or an id has no row.
+    """
+    if not stops:
+        raise BaseModelError(
+            f"{folder} names no token that ends an answer",
+            expected="eos_token in tokenizer_config.json, or eos_token_id in generation_config.json",
+            todo="add the one that ends a turn in the chat template, or choose another base",
+        )
+    named = {role: getattr(tokenizer, f"{role}_token_id") for role in ("bos", "eos", "pad", "unk")} | {
+        f"end-of-answer {token}": token for token in stops
+    }
+    if missing := [role for role, token in named.items() if token is not None and token >= embedding_rows]:
+        token = named[missing[0]]
+        raise BaseModelError(
+            f"the {missing[0]} token {tokenizer.convert_ids_to_tokens(token)!r} of {folder} has the id {token}, and "
+            f"the model has {embedding_rows} embedding rows",
+            expected=f"an id below {embedding_rows}",
+            todo=f"name an existing token in {folder / 'tokenizer_config.json'}, as the end token for padding, or use "
+            "the tokenizer that belongs to these weights",
+        )
+    added = tokenizer.added_tokens_decoder
+    ordinary = max((token for token in tokenizer.get_vocab().values() if token not in added), default=0)
+    if ordinary >= embedding_rows:
+        raise BaseModelError(
+            f"the tokenizer in {folder} has ids up to {ordinary}, and the model has {embedding_rows} embedding rows",
+            expected=f"ids below {embedding_rows}",
+            todo="use the tokenizer that belongs to these weights",
+        )
+
+
+def check_ids(rows: Sequence[TokenizedExample], embedding_rows: int, what: str) -> None:
+    """Check the ids of examples, which may name tokens that no other text contains.
+
+    Args:
+        what: the examples are, as `training`.
+
+    Raises:
+        DataError: names the first example with an id that has no row.
+    """
+    for number, row in enumerate(rows, start=1):
+        if (largest := max(row.input_ids)) >= embedding_rows:
+            raise DataError(
+                f"{what} example {number} contains the token {largest}, and the model has {embedding_rows} embedding "
+                "rows",
+                expected=f"ids below {embedding_rows}",
+                todo="remove the special token from its text, or choose another base",
+            )

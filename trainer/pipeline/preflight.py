@@ -1,0 +1,98 @@
+"""Whether a base can go through all stages, checked before the first: in seconds, without reading its weights.
+
+What would fail hours later for a reason that shows in the base's own files fails here: a config that does not come
+back, a tokenizer that does not belong to the weights, layers that cannot be quantized, a model that vLLM lacks.
+"""
+
+import tempfile
+from contextlib import ExitStack
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from svc.engine.capabilities import Capabilities
+from svc.engine.vllm.model_check import model_check
+from svc.errors import BaseModelError
+from svc.registry.files import hash_tensor, read_headers
+from svc.settings import EngineSettings
+from svc.terminal import waiting
+from svc.version import Format
+from trainer.base_model.content import copy_shipped_files
+from trainer.data.chat_template import load_tokenizer, stop_tokens
+from trainer.data.vocabulary import check_tokenizer
+from trainer.export.gptq import check_layers, check_quantizer
+from trainer.model.config import load_config
+from trainer.parity.files import other_config, other_files
+from trainer.recipe.sections import Recipe
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
+
+
+def check_base(base: Path, recipe: Recipe, capabilities: Capabilities, engine: EngineSettings) -> None:
+    """Check a base for all that the recipe asks for.
+
+    Args:
+        base: folder of the base model.
+
+    Raises:
+        BaseModelError: something about the base itself; says what.
+        IntegrityError: a file of its weights is damaged.
+        RecipeError, TrainingError: its layers cannot be quantized, or not with these options.
+        EngineError: vLLM does not start.
+    """
+    served = {Format.MERGED, Format.GPTQ} & set(recipe.formats)
+    with ExitStack() as stack:
+        checked = stack.enter_context(model_check(base, engine)) if served else None
+        stack.enter_context(waiting("Checking the base model"))
+        config = load_config(base)
+        _check_architecture(base, config)
+        read_headers(base)
+        _check_output_layer(base, config)
+        _check_copy(base)
+        tokenizer = load_tokenizer(base)
+        check_tokenizer(base, tokenizer, stop_tokens(base, tokenizer), config.get_text_config().vocab_size)
+        if Format.GPTQ in recipe.formats:
+            check_layers(base, recipe.quantize.group_size, capabilities.gptq_multiple(engine))
+            check_quantizer(base)
+        if checked is not None:
+            checked.wait()
+
+
+def _check_architecture(base: Path, config: "PreTrainedConfig") -> None:
+    from transformers import AutoModelForCausalLM
+
+    if type(config) not in AutoModelForCausalLM._model_mapping:
+        raise BaseModelError(
+            f"{base} has model_type {config.model_type!r}, of which transformers has no language model",
+            expected="a model that continues text",
+            todo="choose another base",
+        )
+
+
+def _check_output_layer(base: Path, config: "PreTrainedConfig") -> None:
+    """Refuse two different matrices where the config ties them: transformers keeps both, vLLM drops the second."""
+    if not config.get_text_config().tie_word_embeddings:
+        return
+    names = [tensor.name for tensor in read_headers(base)]
+    head = next((name for name in names if name.endswith("lm_head.weight")), None)
+    embedding = next((name for name in names if name.endswith("embed_tokens.weight")), None)
+    if head and embedding and hash_tensor(base, head) != hash_tensor(base, embedding):
+        raise BaseModelError(
+            f"the config of {base} says that output layer and embedding are one matrix, and its files hold two that "
+            "differ: training would use both, and the engine one",
+            expected="tie_word_embeddings: false in config.json, or one matrix",
+            todo=f"set tie_word_embeddings to false in {base / 'config.json'}",
+        )
+
+
+def _check_copy(base: Path) -> None:
+    """Compare the base with an untouched copy as the parity report will compare it with the version."""
+    with tempfile.TemporaryDirectory(prefix="base-copy-") as folder:
+        copy = Path(folder)
+        copy_shipped_files(base, copy)
+        if different := [*other_files(base, copy), *other_config(base, copy)]:
+            raise BaseModelError(
+                f"a copy of {base} is not what the base is: {', '.join(different)} differ",
+                expected="a config that transformers reads the same each time",
+                todo="report this with the base's config.json; another base may work",
+            )
