@@ -1,0 +1,104 @@
+"""Base models as the hub has them: files of a publisher around small random weights.
+
+What transformers' `save_pretrained` would write differs: it spells a config in its own way, adds defaults, and leaves out
+everything that a repository holds beside one model.
+"""
+
+import json
+import re
+import shutil
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from tests.hub_models.family import FAMILIES
+from tests.hub_models.tokenizer import PUBLISHED, token_ids, write_tokenizer
+
+if TYPE_CHECKING:
+    import torch
+
+_TEMPLATE_PLACE = '"@TEMPLATE@"'
+_LARGEST_SHARD = "200KB"
+_LARGE_FILES = "*.safetensors filter=lfs diff=lfs merge=lfs -text\n"
+_FOREIGN_CODE = 'raise SystemExit("code from a model folder was run")\n'
+_MISTRAL_NAMES = {
+    "model.embed_tokens": "tok_embeddings",
+    "model.norm": "norm",
+    "lm_head": "output",
+    "model.layers": "layers",
+    "self_attn.q_proj": "attention.wq",
+    "self_attn.k_proj": "attention.wk",
+    "self_attn.v_proj": "attention.wv",
+    "self_attn.o_proj": "attention.wo",
+    "mlp.gate_proj": "feed_forward.w1",
+    "mlp.down_proj": "feed_forward.w2",
+    "mlp.up_proj": "feed_forward.w3",
+    "post_attention_layernorm": "ffn_norm",
+    "input_layernorm": "attention_norm",
+}
+
+
+def build_hub_model(folder: Path, family: str, *, seed: int = 0, tokenizer: Path | None = None) -> Path:
+    """Write a base model as its publisher would, and return its folder.
+
+    Args:
+        folder: created if need be.
+        family: a key of FAMILIES.
+        tokenizer: folder with the family's real tokenizer.json; None: a tokenizer of this machine, to which the
+            vocabulary size and the special tokens' ids are adapted.
+    """
+    fixture = FAMILIES[family]
+    ids = token_ids(fixture) if tokenizer is None else PUBLISHED
+    template = json.dumps(fixture.template)
+    texts = {name: ids.rewrite(text).replace(_TEMPLATE_PLACE, template) for name, text in fixture.texts.items()}
+    folder.mkdir(parents=True, exist_ok=True)
+    write_weights(folder, texts["config.json"], seed)
+    _write_other_files(folder, fixture.licence)
+    for name, text in texts.items():
+        (folder / name).write_bytes(text.encode("utf-8"))
+    if _TEMPLATE_PLACE not in fixture.texts["tokenizer_config.json"]:
+        (folder / "chat_template.jinja").write_text(fixture.template, "utf-8")
+    if tokenizer is None:
+        write_tokenizer(folder, fixture)
+    else:
+        shutil.copyfile(tokenizer / "tokenizer.json", folder / "tokenizer.json")
+    return folder
+
+
+def write_weights(folder: Path, config: str, seed: int = 0) -> None:
+    """Write random weights for a config, under the hub's names and in the config's type, to several shards."""
+    import torch
+    from safetensors.torch import save_file
+    from transformers import CONFIG_MAPPING, AutoModelForCausalLM
+
+    values = json.loads(config)
+    # Larger than the published 0.02, so that answers differ from uniform noise.
+    loaded = CONFIG_MAPPING[values["model_type"]].from_dict(values | {"initializer_range": 0.1})
+    torch.manual_seed(seed)
+    model = AutoModelForCausalLM.from_config(loaded).to(getattr(torch, values.get("torch_dtype") or "bfloat16"))
+    model.save_pretrained(folder, max_shard_size=_LARGEST_SHARD)
+    if values["model_type"] == "mistral":
+        save_file(_in_mistral_names(model.state_dict()), folder / "consolidated.safetensors", {"format": "pt"})
+        parameters = {"dim": values["hidden_size"], "n_layers": values["num_hidden_layers"], "head_dim": 32}
+        (folder / "params.json").write_text(json.dumps(parameters, indent=4), "utf-8")
+    (folder / "config.json").write_bytes(config.encode("utf-8"))
+    (folder / "generation_config.json").unlink(missing_ok=True)
+
+
+def _in_mistral_names(weights: "dict[str, torch.Tensor]") -> "dict[str, torch.Tensor]":
+    """Return the weights as in Mistral's own format but for the order of rows: readers must leave them alone."""
+    pattern = re.compile("|".join(map(re.escape, _MISTRAL_NAMES)))
+    return {pattern.sub(lambda name: _MISTRAL_NAMES[name[0]], name): weight for name, weight in weights.items()}
+
+
+def _write_other_files(folder: Path, licence: str) -> None:
+    """Write what repositories hold beside a model: nothing of it may be read but the model card."""
+    (folder / ".gitattributes").write_text(_LARGE_FILES, "utf-8")
+    (folder / "README.md").write_text(f"---\nlicense: {licence}\nlanguage:\n- en\n---\n\n# A model\n", "utf-8")
+    config = json.loads((folder / "config.json").read_text("utf-8"))
+    if licence.startswith("llama"):
+        original = folder / "original"
+        original.mkdir(exist_ok=True)
+        (original / "consolidated.00.pth").write_bytes(b"a pickle that nobody may load")
+        (original / "params.json").write_text(json.dumps({"dim": config["hidden_size"], "n_layers": 2}), "utf-8")
+    for reference in (config.get("auto_map") or {}).values():
+        (folder / f"{reference.partition('.')[0]}.py").write_text(_FOREIGN_CODE, "utf-8")

@@ -1,0 +1,131 @@
+"""Tokenizers for the families, made from those that this machine has.
+
+The family's special tokens take the place of the first tokens of another vocabulary, and its token ids follow: a
+fixture's ids are the published ones, and `TokenIds` is the only place that changes them.
+"""
+
+import json
+import re
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cache
+from importlib.resources import files
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+from svc.settings import Settings
+from tests.hub_models.family import Family, Vocabulary
+
+_SENTENCEPIECE = {
+    Vocabulary.MISTRAL_1: "tokenizer.model.v1",
+    Vocabulary.MISTRAL_3: "mistral_instruct_tokenizer_240323.model.v3",
+}
+_MAPPED_VALUES = re.compile(r'(?<=_token_id": )(?:\[[^]]*]|\d+)|"\d+"(?=: \{)')
+_VOCABULARY_SIZE = re.compile(r'(?<="vocab_size": )\d+')
+
+
+@dataclass(frozen=True, slots=True)
+class TokenIds:
+    """Ids of a family's special tokens, and the size of its vocabulary, in the tokenizer that it gets.
+
+    Attributes:
+        of_published: id in the tokenizer by published id; ids that are missing stay as they are.
+        vocabulary_size: None: as published.
+    """
+
+    of_published: Mapping[int, int]
+    vocabulary_size: int | None
+
+    def rewrite(self, text: str) -> str:
+        """Return a JSON text with these ids in place of the published ones, and every other character as it was."""
+        if self.vocabulary_size is not None:
+            text = _VOCABULARY_SIZE.sub(str(self.vocabulary_size), text)
+        return _MAPPED_VALUES.sub(self._rewrite_numbers, text)
+
+    def _rewrite_numbers(self, found: re.Match[str]) -> str:
+        return re.sub(r"\d+", lambda number: str(self.of_published.get(int(number[0]), int(number[0]))), found[0])
+
+
+PUBLISHED = TokenIds({}, None)
+
+
+def special_tokens(family: Family) -> dict[int, str]:
+    """Return the special tokens of a family by published id, those that its tokenizer_config.json names."""
+    tokens = json.loads(family.texts["tokenizer_config.json"]).get("added_tokens_decoder", {})
+    return {int(number): token["content"] for number, token in tokens.items()}
+
+
+def token_ids(family: Family) -> TokenIds:
+    """Return what becomes of the published ids in the tokenizer that `write_tokenizer` writes."""
+    if family.vocabulary is Vocabulary.SMOLLM2:
+        ids = {published: number for number, published in enumerate(special_tokens(family))}
+        return TokenIds(ids, smollm2_vocabulary_size())
+    return PUBLISHED if family.vocabulary is Vocabulary.MISTRAL_1 else TokenIds({}, 32768)
+
+
+def write_tokenizer(folder: Path, family: Family) -> None:
+    """Write tokenizer.json, tokenizer.model or both to a folder that has the family's tokenizer_config.json."""
+    if family.vocabulary is Vocabulary.SMOLLM2:
+        tokenizer = json.loads((smollm2_folder() / "tokenizer.json").read_text("utf-8"))
+        _rename(tokenizer, dict(enumerate(special_tokens(family).values())))
+    else:
+        model = files("mistral_common").joinpath("data", _SENTENCEPIECE[family.vocabulary])
+        published = special_tokens(family)
+        if published.get(0) != "<pad>":  # Gemma's pieces differ from those of the file
+            with model.open("rb") as source, (folder / "tokenizer.model").open("wb") as target:
+                shutil.copyfileobj(source, target)
+        if family.sentencepiece_only:
+            return
+        tokenizer = json.loads(_convert_sentencepiece(family.vocabulary))
+        _rename(tokenizer, {number: name for number, name in published.items() if number < 32000})
+        tokenizer["added_tokens"] += [
+            _added_token(number, name) for number, name in published.items() if number >= 32000
+        ]
+    (folder / "tokenizer.json").write_text(json.dumps(tokenizer, ensure_ascii=False), "utf-8")
+
+
+@cache
+def smollm2_folder() -> Path:
+    """Return the folder of SmolLM2-135M-Instruct, which every machine with the tests has."""
+    from trainer.base_model.resolve import resolve_base
+
+    return resolve_base("smollm2-135m-instruct", Settings().base_cache).folder
+
+
+@cache
+def smollm2_vocabulary_size() -> int:
+    """Return how many tokens SmolLM2 has."""
+    return int(json.loads((smollm2_folder() / "config.json").read_text("utf-8"))["vocab_size"])
+
+
+@cache
+def _convert_sentencepiece(vocabulary: Vocabulary) -> str:
+    """Return what transformers makes of a tokenizer.model, as the text of a tokenizer.json."""
+    from transformers import AutoTokenizer
+
+    with TemporaryDirectory() as temporary:
+        folder = Path(temporary)
+        model = files("mistral_common").joinpath("data", _SENTENCEPIECE[vocabulary]).read_bytes()
+        (folder / "tokenizer.model").write_bytes(model)
+        config = {"tokenizer_class": "LlamaTokenizer", "bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
+        (folder / "tokenizer_config.json").write_text(json.dumps(config | {"legacy": False}), "utf-8")
+        return str(AutoTokenizer.from_pretrained(folder).backend_tokenizer.to_str())
+
+
+def _rename(tokenizer: dict[str, Any], names: Mapping[int, str]) -> None:
+    """Give the tokens with these ids other names, and make them special tokens."""
+    vocabulary: dict[str, int] = tokenizer["model"]["vocab"]
+    tokenizer["model"]["vocab"] = {names.get(number, name): number for name, number in vocabulary.items()}
+    others = [token for token in tokenizer["added_tokens"] if token["id"] not in names]
+    tokenizer["added_tokens"] = sorted(
+        [*others, *(_added_token(number, name) for number, name in names.items())], key=lambda token: token["id"]
+    )
+    if "unk_token" in tokenizer["model"] and tokenizer["model"]["unk_token"]:
+        tokenizer["model"]["unk_token"] = "<unk>"
+
+
+def _added_token(number: int, name: str) -> dict[str, Any]:
+    plain = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
+    return {"id": number, "content": name, **plain, "special": True}
