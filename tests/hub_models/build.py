@@ -1,6 +1,6 @@
 """Base models as the hub has them: files of a publisher around small random weights.
 
-What transformers' `save_pretrained` would write differs: it spells a config in its own way, adds defaults, and leaves out
+transformers' `save_pretrained` writes other files: it spells a config in its own way, adds defaults, and leaves out
 everything that a repository holds beside one model.
 """
 
