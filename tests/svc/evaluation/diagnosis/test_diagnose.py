@@ -24,6 +24,7 @@ def evaluation(hits: int, asked: int, nll: float = 0.2) -> EvaluationReport:
         examples=asked,
         exact_match=proportion(hits, asked),
         valid_json=None,
+        cut_off=proportion(0, asked),
         nll=Estimate(value=nll, low=nll * 0.9, high=nll * 1.1),
         hits=(True,) * hits + (False,) * (asked - hits),
         seconds=1.0,
