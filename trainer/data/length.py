@@ -64,7 +64,8 @@ def check_served_length(rows: Sequence[TokenizedExample], longest: int, what: st
     Raises:
         DataError: names the longest.
     """
-    sizes = [max(len(row.input_ids), len(row.prompt) + room) for row in rows]
+    # To score an answer, vLLM is sent prompt and answer as a prompt, which must leave room for one more token.
+    sizes = [max(len(row.input_ids) + 1, len(row.prompt) + room) for row in rows]
     if sizes and (needed := max(sizes)) > longest:
         raise DataError(
             f"{sum(size > longest for size in sizes)} of {len(rows)} {what} examples need more than {longest} tokens; "

@@ -59,8 +59,13 @@ def test_what_is_left_fits_and_has_something_to_learn(sizes: list[tuple[int, int
 
 
 def test_what_the_engine_takes_passes() -> None:
-    check_served_length([SHORT, row(10, 6)], 16, "training")
+    check_served_length([SHORT, row(10, 5)], 16, "training")
     check_served_length([], 16, "training")
+
+
+def test_an_example_that_fills_the_context_is_refused_because_scoring_needs_one_more_token() -> None:
+    with pytest.raises(DataError, match="number 2, needs 17 with its answer"):
+        check_served_length([SHORT, row(10, 6)], 16, "held-out")
 
 
 def test_an_example_that_no_engine_takes_is_told_with_the_setting() -> None:
@@ -68,7 +73,7 @@ def test_an_example_that_no_engine_takes_is_told_with_the_setting() -> None:
         DataError, match="1 of 2 held-out examples need more than 16 tokens; the longest, number 2"
     ) as it:
         check_served_length([SHORT, row(10, 7)], 16, "held-out")
-    assert "engine.max_model_len to 17" in it.value.todo
+    assert "engine.max_model_len to 18" in it.value.todo
 
 
 def test_the_longest_answer_that_is_asked_for_counts_after_the_prompt() -> None:
