@@ -17,6 +17,7 @@ from svc.engine.engine import Engine
 from svc.engine.probes import EngineFacts, Probe, check_probes, choose_sequences, make_probes, measure_probes
 from svc.engine.vllm.client import EngineClient
 from svc.engine.vllm.startup_phase import EnginePhase
+from svc.evaluation.answer_limit import answer_limits
 from svc.evaluation.estimate import Estimate, mean
 from svc.evaluation.evaluator import Evaluation, EvaluationReport, ask_examples, evaluate
 from svc.evaluation.general.general_set import MAX_TOKENS
@@ -101,10 +102,12 @@ class Qualifier:
         heldout: examples to judge by.
         tokenized: the same examples, as they are trained on.
         compared: those of them that the parity report compares token by token.
+        context: tokens of a prompt with its answer that the engine accepts.
         general: asked of base and merged model too; None for nothing.
 
     Attributes:
         judged: those that are asked.
+        limits: tokens that each of their answers may have.
     """
 
     def __init__(
@@ -116,12 +119,15 @@ class Qualifier:
         tokenized: Sequence[TokenizedExample],
         compared: Sequence[TokenizedExample],
         general: GeneralQuestions | None = None,
+        *,
+        context: int,
     ) -> None:
         self._launch = launch
         self._facts = facts
         self._recipe = recipe
         self.judged = heldout[: recipe.evaluate.limit]
         self._tokenized = tokenized[: recipe.evaluate.limit]
+        self.limits = answer_limits(self._tokenized, context=context, fixed=recipe.evaluate.max_tokens)
         self._compared = compared
         self._general = general
 
@@ -212,10 +218,9 @@ class Qualifier:
         console.print(f"  {text}: loaded in place and by a fresh engine, logprobs differ by {difference:.4f}")
 
     async def _judge(self, client: EngineClient, text: str, *, trained: bool = True) -> Evaluation:
-        longest = self._recipe.evaluate.max_tokens
         with counting(f"evaluating {text}", len(self.judged)) as advance:
             return await evaluate(
-                client, self.judged, self._tokenized, max_tokens=longest, trained=trained, on_done=advance
+                client, self.judged, self._tokenized, limits=self.limits, trained=trained, on_done=advance
             )
 
     async def _ask_general(self, client: EngineClient, text: str) -> tuple[ExampleResult, ...]:
@@ -224,9 +229,8 @@ class Qualifier:
             return ()
         examples, tokenized = self._general.examples, self._general.tokenized
         with counting(f"general questions to {text}", len(examples)) as advance:
-            return await ask_examples(
-                client, examples, tokenized, max_tokens=MAX_TOKENS, trained=False, on_done=advance
-            )
+            limits = [MAX_TOKENS] * len(examples)
+            return await ask_examples(client, examples, tokenized, limits=limits, trained=False, on_done=advance)
 
     async def _start(self, folder: Path) -> Engine:
         engine = self._launch(folder)

@@ -17,7 +17,7 @@ from svc.dataset.drift_sample import DRIFT_SAMPLE_FILE
 from svc.dataset.readers.reader import read_examples
 from svc.dataset.schema.example import ChatExample
 from svc.errors import NotFoundError
-from svc.evaluation.results import ExampleResult
+from svc.evaluation.results import ExampleResult, largest_limit
 from svc.redaction import Redactor
 from svc.registry.registry import Registry
 from svc.store.answered import AnsweredRequest
@@ -36,15 +36,13 @@ class Reference:
         prompts: None where the version keeps no text space.
         answers: to the held-out examples; None where it keeps no answers.
         missing: why one of them is None.
-        cut: where held-out answers were cut, tokens.
     """
 
     prompt_sampler: PromptSampler | None
-    answer_sampler: AnswerSampler
+    answer_sampler: AnswerSampler | None
     prompts: Sample | None
     answers: Sample | None
     missing: str
-    cut: int
 
     def live_prompts(self, rows: Sequence[AnsweredRequest]) -> Sample:
         """Live prompts, to be compared with the reference's.
@@ -57,7 +55,13 @@ class Reference:
         return self.prompt_sampler.sample([read_prompt(row.prompt or "") for row in rows])
 
     def live_answers(self, rows: Sequence[AnsweredRequest]) -> Sample:
-        """Live answers, to be compared with the held-out ones."""
+        """Live answers, to be compared with the held-out ones.
+
+        Raises:
+            NotFoundError: there is nothing to compare them with.
+        """
+        if self.answer_sampler is None:
+            raise NotFoundError(self.missing)
         return self.answer_sampler.sample(
             [
                 Answer(
@@ -65,7 +69,7 @@ class Reference:
                     row.tokens_out,
                     row.finish_reason,
                     row.logprob,
-                    is_greedy(row.temperature, row.max_tokens, self.cut),
+                    is_greedy(row.temperature, row.max_tokens, self.answer_sampler.cut),
                 )
                 for row in rows
             ]
@@ -81,22 +85,21 @@ def read_reference(registry: Registry, target: Target, redactor: Redactor) -> Re
     """
     version = target.version
     examples = registry.heldout(version)
-    cut = registry.manifest(version).max_answer_tokens
-    answer_sampler = AnswerSampler([example.answer for example in examples], cut)
     missing = ""
-    prompt_sampler, prompts, answers = None, None, None
+    prompt_sampler, answer_sampler, prompts, answers = None, None, None, None
     try:
         prompt_sampler = PromptSampler(load_text_space(registry.reference(version, TEXT_SPACE_FILE)))
         _, compared = _once_each(_drift_sample(registry, version) or examples, redactor)
         prompts = prompt_sampler.sample(compared)
         results = registry.results(version, target.format)
+        answer_sampler = AnswerSampler([example.answer for example in examples], largest_limit(results))
         places, _ = _once_each(examples, redactor)
         answers = answer_sampler.sample(
             [_heldout_answer(examples[place], results[place], redactor) for place in places if place < len(results)]
         )
     except NotFoundError as error:
         missing = error.wrong
-    return Reference(prompt_sampler, answer_sampler, prompts, answers, missing, cut)
+    return Reference(prompt_sampler, answer_sampler, prompts, answers, missing)
 
 
 def _drift_sample(registry: Registry, version: VersionId) -> list[ChatExample]:

@@ -61,17 +61,17 @@ class _Progress:
 
 
 @dataclass(frozen=True, slots=True)
-class _Set:
-    """What is asked of a version.
+class _Question:
+    """A held-out example with a registered answer.
 
     Attributes:
-        examples: that it has registered answers to, by their place in the file; each with its token ids, which a
-            version of an older release has not.
-        max_tokens: longest answer.
+        tokenized: None of a version of an older release.
+        limit: tokens that the registered answer could have, and the next one may.
     """
 
-    examples: dict[int, tuple[ChatExample, TokenizedExample | None]]
-    max_tokens: int
+    example: ChatExample
+    tokenized: TokenizedExample | None
+    limit: int
 
 
 class HoldoutRuns:
@@ -226,7 +226,7 @@ class HoldoutRuns:
             asked = await asyncio.to_thread(self._find_set, target)
             if self._scheduler.off:
                 raise EngineError(self._scheduler.off)
-            log.info("%s: asking %d held-out examples of %s", cause, len(asked.examples), target)
+            log.info("%s: asking %d held-out examples of %s", cause, len(asked), target)
             return await self._ask_each(weights, asked), None
         except SupersededError:
             raise
@@ -238,23 +238,26 @@ class HoldoutRuns:
             log.exception("the run of the held-out set of %s failed", target)
             return {}, error.wrong if isinstance(error, SvcError) else repr(error)
 
-    def _find_set(self, target: Target) -> _Set:
-        registered = len(self._registry.results(target.version, target.format))
+    def _find_set(self, target: Target) -> dict[int, _Question]:
+        """Return what to ask, by the examples' places in the file."""
+        registered = self._registry.results(target.version, target.format)
         examples = self._registry.heldout(target.version)
         tokenized = self._registry.heldout_tokens(target.version) or [None] * len(examples)
-        max_tokens = self._registry.manifest(target.version).max_answer_tokens
-        asked = {place: (examples[place], tokenized[place]) for place in _evenly(registered, MOST_EXAMPLES)}
-        fitting = {place: pair for place, pair in asked.items() if _fits(pair[1])}
+        asked = {
+            place: _Question(examples[place], tokenized[place], registered[place].limit)
+            for place in _evenly(len(registered), MOST_EXAMPLES)
+        }
+        fitting = {place: question for place, question in asked.items() if _fits(question.tokenized)}
         if not fitting:
             raise NotFoundError(f"all held-out examples of {target.version} have more than {MOST_TOKENS} tokens")
-        return _Set(fitting, max_tokens)
+        return fitting
 
-    async def _ask_each(self, weights: LoadedWeights, asked: _Set) -> dict[int, ExampleResult]:
+    async def _ask_each(self, weights: LoadedWeights, asked: dict[int, _Question]) -> dict[int, ExampleResult]:
         results: dict[int, ExampleResult] = {}
-        self._progress = _Progress(0, len(asked.examples))
+        self._progress = _Progress(0, len(asked))
         try:
-            for place, (example, tokenized) in asked.examples.items():
-                results[place] = await self._scheduler.ask(weights, _request(example, tokenized, asked.max_tokens))
+            for place, question in asked.items():
+                results[place] = await self._scheduler.ask(weights, _request(question))
                 self._progress.asked += 1
         finally:
             self._progress = None
@@ -272,11 +275,9 @@ def _evenly(total: int, most: int) -> list[int]:
     return [(2 * at + 1) * total // (2 * count) for at in range(count)]
 
 
-def _request(
-    example: ChatExample, tokenized: TokenizedExample | None, max_tokens: int
-) -> Callable[[EngineClient], Awaitable[ExampleResult]]:
+def _request(question: _Question) -> Callable[[EngineClient], Awaitable[ExampleResult]]:
     async def ask(client: EngineClient) -> ExampleResult:
-        scored = tokenized or await tokenize_bare(client, example)
-        return await ask_example(client, example, scored, max_tokens=max_tokens)
+        scored = question.tokenized or await tokenize_bare(client, question.example)
+        return await ask_example(client, question.example, scored, limit=question.limit)
 
     return ask

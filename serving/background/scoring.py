@@ -24,8 +24,9 @@ from svc.engine.state import EngineState
 from svc.engine.vllm.client import EngineClient
 from svc.errors import EngineError, IntegrityError, NotFoundError
 from svc.evaluation.evaluator import mean_logprob
+from svc.evaluation.results import largest_limit
 from svc.redaction import PLACEHOLDERS
-from svc.registry.registry import Registry, results_file
+from svc.registry.registry import Registry
 from svc.store.scores import KeptAnswer, keep_logprob, newest_unscored
 from svc.version import Target
 
@@ -118,13 +119,12 @@ class LiveScores:
         return True
 
     def _find_cut(self, target: Target) -> int | None:
-        """Where held-out answers were cut, tokens; None without their figures, with which a score is compared."""
+        """Return the largest limit of held-out answers, tokens; None if the version keeps no such answers."""
         try:
-            self._registry.reference(target.version, results_file(target.format))
+            return largest_limit(self._registry.results(target.version, target.format))
         except (NotFoundError, IntegrityError) as error:
             log.warning("no live answers of %s are scored: %s", target, error.wrong)
             return None
-        return self._registry.manifest(target.version).max_answer_tokens
 
     def _find(self, target: Target) -> KeptAnswer | None:
         return newest_unscored(

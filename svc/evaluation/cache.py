@@ -30,28 +30,34 @@ class EvaluationCache:
 
     Args:
         folder: of the caches of all models; made when the first result is kept.
-        conditions: all that decides an answer: which weights, what kind of engine, how long an answer may be.
+        conditions: all that decides an answer but its limit: which weights, what kind of engine.
     """
 
     def __init__(self, folder: Path, *conditions: str) -> None:
         self._path = folder / f"{hashlib.sha256(chr(0).join(conditions).encode()).hexdigest()[:32]}.jsonl"
 
-    def find(self, examples: Sequence[ChatExample]) -> tuple[ExampleResult, ...] | None:
-        """The results of these examples, in their order; None where one of them is not known."""
+    def find(self, examples: Sequence[ChatExample], limits: Sequence[int]) -> tuple[ExampleResult, ...] | None:
+        """The results of these examples, in their order; None where one of them is not known.
+
+        Args:
+            limits: tokens that each answer may have; an answer under another limit may be another one.
+        """
         known = self._read()
-        found = [known.get(fingerprint([example])) for example in examples]
+        found = [known.get((fingerprint([one]), limit)) for one, limit in zip(examples, limits, strict=True)]
         return tuple(result for result in found if result is not None) if all(found) else None
 
     def add(self, examples: Sequence[ChatExample], results: Sequence[ExampleResult]) -> None:
         """Keeps the results of examples, in the same order, without scores: other metrics would give others."""
         known = self._read()
         answers = [result.model_copy(update={"scores": {}}) for result in results]
-        known |= {fingerprint([example]): result for example, result in zip(examples, answers, strict=True)}
-        lines = (_Line(example=name, result=result).model_dump_json() for name, result in known.items())
+        pairs = zip(examples, answers, strict=True)
+        known |= {(fingerprint([example]), result.limit): result for example, result in pairs}
+        lines = (_Line(example=name, result=result).model_dump_json() for (name, _), result in known.items())
         self._path.parent.mkdir(parents=True, exist_ok=True)
         write_whole(self._path, "".join(f"{line}\n" for line in lines).encode("utf-8"))
 
-    def _read(self) -> dict[str, ExampleResult]:
+    def _read(self) -> dict[tuple[str, int], ExampleResult]:
+        """By the example's fingerprint and the answer's limit."""
         try:
             lines = [_Line.model_validate_json(line) for line in self._path.read_bytes().splitlines()]
         except FileNotFoundError:
@@ -59,4 +65,4 @@ class EvaluationCache:
         except (OSError, ValidationError):
             log.warning("%s cannot be read: its examples are asked again", self._path, exc_info=True)
             return {}
-        return {line.example: line.result for line in lines}
+        return {(line.example, line.result.limit): line.result for line in lines}

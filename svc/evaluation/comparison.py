@@ -12,8 +12,8 @@ from pydantic import BaseModel, ConfigDict
 from svc.dataset.schema.example import ChatExample
 from svc.errors import DataError
 from svc.evaluation.edit_distance import edit_distance
-from svc.evaluation.estimate import Estimate, mean, paired_difference
-from svc.evaluation.evaluator import judge
+from svc.evaluation.estimate import Estimate, mean, mean_or_proportion, paired_difference
+from svc.evaluation.evaluator import CUT_OFF_TITLE, judge
 from svc.evaluation.metrics.choose import MetricSet
 from svc.evaluation.metrics.metric import Answered, Better, Metric, Unit
 from svc.evaluation.results import ExampleResult, token_weights
@@ -21,6 +21,7 @@ from svc.evaluation.results import ExampleResult, token_weights
 SHOWN = 20
 """Examples that are shown side by side."""
 NLL = "nll"
+CUT_OFF = "cut_off"
 _FEWEST_DIFFERENT = 6
 """Of fewer examples that differ, all do in one direction by chance more often than once in twenty times."""
 _EQUAL = 1e-9
@@ -95,7 +96,8 @@ class Comparison(_Part):
     """The second model against the first.
 
     Attributes:
-        metrics: by name, the primary one first; beside them the negative log-likelihood of the references as `nll`.
+        metrics: by name, the primary one first; beside them the share of answers that ended at their limit as
+            `cut_off`, and the negative log-likelihood of the references as `nll`.
         left_out: why a metric is not among them, by its name.
         different: those that differ most, by the tally's scores and then by edits.
     """
@@ -141,6 +143,7 @@ def compare(
     chosen = MetricSet(primary, tuple(metric for metric in usable if metric is not primary))
     one, other = (Answered(examples, judge(examples, results, 0.0, chosen).results) for results in (first, second))
     compared = {metric.name: _by_metric(metric, one, other) for metric in chosen}
+    compared[CUT_OFF] = _by_cut_off(one, other)
     left_out = {metric.name: no_tokens for metric in metrics if metric not in usable}
     if no_tokens:
         left_out[NLL] = no_tokens
@@ -169,6 +172,20 @@ def _by_metric(metric: Metric, one: Answered, other: Answered) -> MetricComparis
         second=metric.estimate(other),
         difference=difference,
         verdict=_verdict(difference, metric.better, differing),
+    )
+
+
+def _by_cut_off(one: Answered, other: Answered) -> MetricComparison:
+    before, after = ([float(result.cut_off) for result in answered.results] for answered in (one, other))
+    difference = paired_difference(before, after)
+    return MetricComparison(
+        title=CUT_OFF_TITLE,
+        better=Better.LOWER,
+        unit=Unit.SHARE,
+        first=mean_or_proportion(before),
+        second=mean_or_proportion(after),
+        difference=difference,
+        verdict=_verdict(difference, Better.LOWER, sum(a != b for a, b in zip(before, after, strict=True))),
     )
 
 

@@ -8,6 +8,7 @@ message, no log and no file.
 import asyncio
 from collections.abc import Callable, Coroutine, Iterable, Sequence
 from dataclasses import dataclass, field
+from itertools import starmap
 from typing import TYPE_CHECKING, Any, TypeVar
 from urllib.parse import urlsplit
 
@@ -109,25 +110,27 @@ class Chat:
 
     Args:
         http: closed by whoever made it.
-        options: of a request, as `temperature`; those that are refused are left out, or asked for by another name.
+        options: of every request, as `temperature`; a refused one is left out.
     """
 
     def __init__(self, http: "httpx.AsyncClient", endpoint: Endpoint, **options: Any) -> None:
         self._http = http
         self._endpoint = endpoint
         self._options = options
+        self._limit_name = "max_tokens"
 
-    async def complete(self, messages: Sequence[Any], **more: Any) -> Completion:
+    async def complete(self, messages: Sequence[Any], *, limit: int | None = None, **more: Any) -> Completion:
         """The answer to a conversation.
 
         Args:
             messages: in OpenAI's form.
+            limit: tokens that the answer may have; None: as the provider has it.
             more: of this request alone.
 
         Raises:
             EngineError: it did not answer, or refused, or answered something else.
         """
-        answer = await self._post({"model": self._endpoint.model, "messages": list(messages), **more})
+        answer = await self._post({"model": self._endpoint.model, "messages": list(messages), **more}, limit)
         try:
             said = answer.json()
             choice, usage = said["choices"][0], said.get("usage") or {}
@@ -141,12 +144,12 @@ class Chat:
                 f"{self._endpoint} answered {self._told(answer)}", expected="a chat completion of OpenAI's API"
             ) from error
 
-    async def _post(self, body: dict[str, Any]) -> "httpx.Response":
+    async def _post(self, body: dict[str, Any], limit: int | None) -> "httpx.Response":
         import httpx
 
         why = ""
         for tried in range(_TRIES):
-            options, pause = dict(self._options), 2.0**tried
+            options, pause = self._current_options(limit), 2.0**tried
             try:
                 answer = await self._http.post(
                     f"{self._endpoint.url.rstrip('/')}/chat/completions", json=body | options
@@ -158,7 +161,7 @@ class Chat:
                     return answer
                 why = f"answered {answer.status_code} {self._told(answer)}"
                 # Another request may have found out meanwhile what this one was refused for.
-                if self._options != options or self._adapt(answer):
+                if self._current_options(limit) != options or self._adapt(answer):
                     continue
                 if answer.status_code != httpx.codes.TOO_MANY_REQUESTS and not answer.is_server_error:
                     break
@@ -167,12 +170,15 @@ class Chat:
                 await asyncio.sleep(min(pause, _LONGEST_PAUSE_S))
         raise EngineError(f"{self._endpoint} {why}", todo="check its URL, its model and the key")
 
+    def _current_options(self, limit: int | None) -> dict[str, Any]:
+        return self._options | ({} if limit is None else {self._limit_name: limit})
+
     def _adapt(self, answer: "httpx.Response") -> bool:
         """Whether it refused an option that can be had otherwise; later requests have it so."""
         if answer.status_code not in (400, 422):
             return False
-        if "max_completion_tokens" in answer.text and "max_tokens" in self._options:
-            self._options["max_completion_tokens"] = self._options.pop("max_tokens")
+        if "max_completion_tokens" in answer.text and self._limit_name == "max_tokens":
+            self._limit_name = "max_completion_tokens"
             return True
         return "temperature" in answer.text and self._options.pop("temperature", None) is not None
 
@@ -186,14 +192,14 @@ async def ask_endpoint(
     endpoint: Endpoint,
     examples: Sequence[ChatExample],
     *,
-    max_tokens: int,
+    limits: Sequence[int],
     on_done: Callable[[], None] = lambda: None,
     transport: "httpx.AsyncBaseTransport | None" = None,
 ) -> tuple[ExampleResult, ...]:
     """The greedy answers to examples, in their order. Their `nll` says nothing: it is 0.
 
     Args:
-        max_tokens: longest answer, tokens.
+        limits: tokens that each answer may have.
         on_done: called after each.
         transport: in place of the network.
 
@@ -201,23 +207,25 @@ async def ask_endpoint(
         EngineError: see `Chat.complete`.
     """
     async with endpoint.client(transport) as http:
-        chat = Chat(http, endpoint, max_tokens=max_tokens, temperature=0)
+        chat = Chat(http, endpoint, temperature=0)
         places = asyncio.Semaphore(CONCURRENCY)
 
-        async def ask(example: ChatExample) -> ExampleResult:
+        async def ask(example: ChatExample, limit: int) -> ExampleResult:
             async with places:
-                answer = await chat.complete([message.spoken() for message in example.prompt], **_tools(example))
+                turns = [message.spoken() for message in example.prompt]
+                answer = await chat.complete(turns, limit=limit, **_tools(example))
             on_done()
             return ExampleResult(
                 answer=answer.text,
                 tokens=answer.tokens,
+                limit=limit,
                 finish_reason=answer.finish_reason,
                 logprob=None,
                 nll=0.0,
                 hit=matches(answer.text, example.answer),
             )
 
-        return tuple(await all_or_none(map(ask, examples)))
+        return tuple(await all_or_none(starmap(ask, zip(examples, limits, strict=True))))
 
 
 async def all_or_none(work: Iterable[Coroutine[Any, Any, Result]]) -> list[Result]:

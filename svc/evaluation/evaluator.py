@@ -11,6 +11,7 @@ import statistics
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import starmap
 
 from pydantic import BaseModel, ConfigDict
 
@@ -25,6 +26,8 @@ from svc.evaluation.metrics.metric import Answered, Better, Metric, Unit
 from svc.evaluation.metrics.valid_json import ValidJson, is_json
 from svc.evaluation.results import ExampleResult, token_weights
 
+CUT_OFF_TITLE = "cut off at the limit"
+"""Of the share of answers that ended at their limit of tokens."""
 CONCURRENCY = 16
 """So many requests are under way together."""
 
@@ -54,6 +57,7 @@ class EvaluationReport(BaseModel):
         examples: how many were asked.
         exact_match: share of answers equal to the reference.
         valid_json: share of answers that are JSON; None when the references are not.
+        cut_off: share of answers that ended at their limit of tokens, not by themselves.
         nll: negative log-likelihood of the reference answers, nats a token, mean over all their tokens; in a report of
             an older release the mean over examples, without the tokens that end an answer.
         hits: exact match of each example, for paired comparison.
@@ -67,6 +71,7 @@ class EvaluationReport(BaseModel):
     examples: int
     exact_match: Estimate
     valid_json: Estimate | None
+    cut_off: Estimate
     nll: Estimate
     hits: tuple[bool, ...]
     seconds: float
@@ -100,7 +105,7 @@ async def evaluate(
     examples: Sequence[ChatExample],
     tokenized: Sequence[TokenizedExample],
     *,
-    max_tokens: int,
+    limits: Sequence[int],
     trained: bool = True,
     metrics: MetricSet | None = None,
     on_done: Callable[[], None] = lambda: None,
@@ -109,7 +114,7 @@ async def evaluate(
 
     Args:
         tokenized: the same examples, in their order, as they are trained on.
-        max_tokens: longest answer, tokens.
+        limits: tokens that each answer may have, see svc.evaluation.answer_limit.
         trained: on such examples, so that many answers will be the reference; decides the time and nothing else.
         metrics: None: those of the task.
         on_done: called after each example.
@@ -118,7 +123,7 @@ async def evaluate(
         EngineError: the engine failed a request; there is no report over a part of the examples.
     """
     started = time.monotonic()
-    results = await ask_examples(client, examples, tokenized, max_tokens=max_tokens, trained=trained, on_done=on_done)
+    results = await ask_examples(client, examples, tokenized, limits=limits, trained=trained, on_done=on_done)
     return judge(examples, results, time.monotonic() - started, metrics)
 
 
@@ -127,31 +132,30 @@ async def ask_examples(
     examples: Sequence[ChatExample],
     tokenized: Sequence[TokenizedExample],
     *,
-    max_tokens: int,
+    limits: Sequence[int],
     trained: bool = True,
     on_done: Callable[[], None] = lambda: None,
 ) -> tuple[ExampleResult, ...]:
     """Asks all examples, and judges nothing; arguments and errors as for `evaluate`."""
     places = asyncio.Semaphore(CONCURRENCY)
 
-    async def ask(example: ChatExample, tokens: TokenizedExample) -> ExampleResult:
+    async def ask(example: ChatExample, tokens: TokenizedExample, limit: int) -> ExampleResult:
         async with places:
-            result = await ask_example(client, example, tokens, max_tokens=max_tokens, trained=trained)
+            result = await ask_example(client, example, tokens, limit=limit, trained=trained)
             on_done()
             return result
 
-    pairs = zip(examples, tokenized, strict=True)
-    return tuple(await asyncio.gather(*(ask(example, tokens) for example, tokens in pairs)))
+    return tuple(await asyncio.gather(*starmap(ask, zip(examples, tokenized, limits, strict=True))))
 
 
 async def ask_example(
-    client: EngineClient, example: ChatExample, tokenized: TokenizedExample, *, max_tokens: int, trained: bool = True
+    client: EngineClient, example: ChatExample, tokenized: TokenizedExample, *, limit: int, trained: bool = True
 ) -> ExampleResult:
     """Asks one example and scores the answer.
 
     Args:
         tokenized: the same example.
-        max_tokens: longest answer, tokens.
+        limit: tokens that the answer may have.
         trained: as for `evaluate`.
 
     Raises:
@@ -159,7 +163,7 @@ async def ask_example(
     """
     # Scoring reads the whole prompt, past the prefix cache, and takes twice the time of an answer. It fills the cache.
     reference = None if trained else await score(client, tokenized)
-    answer = await client.chat(example.prompt, max_tokens=max_tokens, tools=example.tools)
+    answer = await client.chat(example.prompt, max_tokens=limit, tools=example.tools)
     if reference is None and _is_reference(answer, tokenized):
         reference = _finite(statistics.fmean(answer.logprobs))
     if reference is None:
@@ -167,6 +171,7 @@ async def ask_example(
     return ExampleResult(
         answer=answer.text,
         tokens=answer.tokens,
+        limit=limit,
         finish_reason=answer.finish_reason,
         logprob=None if answer.logprob is None else _finite(answer.logprob),
         nll=-reference,
@@ -249,6 +254,7 @@ def judge(
         examples=len(results),
         exact_match=proportion(sum(hits), len(hits)),
         valid_json=valid,
+        cut_off=proportion(sum(result.cut_off for result in results), len(results)),
         nll=mean([result.nll for result in results], token_weights(results)),
         hits=hits,
         seconds=seconds,

@@ -18,6 +18,7 @@ class ExampleResult(BaseModel):
     Attributes:
         answer: greedy.
         tokens: of the answer, the one that ended it among them.
+        limit: tokens that the answer could have.
         finish_reason: the engine's.
         logprob: mean natural-log probability of the answer's tokens; None for an empty answer.
         nll: negative log-likelihood of the reference answer, nats a token.
@@ -31,12 +32,23 @@ class ExampleResult(BaseModel):
 
     answer: str
     tokens: int = Field(ge=0)
+    limit: int = Field(ge=1)
     finish_reason: str
     logprob: float | None
     nll: float
     scored: int | None = Field(None, ge=1)
     hit: bool
     scores: dict[str, float] = {}
+
+    @property
+    def cut_off(self) -> bool:
+        """Whether the answer ended at its limit, not by itself."""
+        return self.finish_reason == "length"
+
+
+def largest_limit(results: Sequence[ExampleResult]) -> int:
+    """Return the largest limit of the answers, tokens; there must be at least one answer."""
+    return max(result.limit for result in results)
 
 
 def token_weights(results: Sequence[ExampleResult]) -> list[float] | None:

@@ -19,8 +19,6 @@ from svc.registry.parity import ParityReport
 from svc.version import NAME_PATTERN, Format, VersionId
 
 MANIFEST_FILE = "manifest.json"
-_MAX_ANSWER_TOKENS = 64
-"""The recipe's own default, for one that does not say."""
 
 
 class _Record(BaseModel):
@@ -123,9 +121,10 @@ class Manifest(_Record):
         return report.figures[report.primary].title if report else ""
 
     @property
-    def max_answer_tokens(self) -> int:
-        """Where answers to held-out examples were cut, tokens."""
-        return int(self.recipe.get("evaluate", {}).get("max_tokens", _MAX_ANSWER_TOKENS))
+    def max_answer_tokens(self) -> int | None:
+        """The recipe's limit on answers to held-out examples, tokens; None: by each reference."""
+        found: int | None = self.recipe.get("evaluate", {}).get("max_tokens")
+        return found
 
 
 def read_manifest(folder: Path) -> Manifest:

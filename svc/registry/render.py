@@ -6,7 +6,7 @@ from pathlib import Path
 from rich.markup import escape
 from rich.table import Table
 
-from svc.evaluation.evaluator import EvaluationReport
+from svc.evaluation.evaluator import CUT_OFF_TITLE, EvaluationReport
 from svc.evaluation.forgetting import Forgetting
 from svc.evaluation.judge import JudgeReport
 from svc.registry.manifest import FormatRecord, Manifest
@@ -89,6 +89,7 @@ def _quality(judged: dict[str, EvaluationReport]) -> dict[str, list[str]]:
     for name, title in titles.items():
         found = (report.figures.get(name) for report in judged.values())
         rows[escape(title)] = [str(figure.estimate) if figure else "-" for figure in found]
+    rows[CUT_OFF_TITLE] = [str(report.cut_off) for report in judged.values()]
     return rows | {"NLL / token": [str(report.nll) for report in judged.values()]}
 
 

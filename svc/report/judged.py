@@ -6,7 +6,7 @@ from enum import StrEnum
 
 from svc.dataset.schema.example import ChatExample
 from svc.evaluation.estimate import Estimate, paired_difference
-from svc.evaluation.evaluator import EvaluationReport, MetricReport
+from svc.evaluation.evaluator import CUT_OFF_TITLE, EvaluationReport, MetricReport
 from svc.evaluation.metrics.exact_match import ExactMatch
 from svc.evaluation.metrics.macro_f1 import MacroF1
 from svc.evaluation.metrics.metric import Answered, Better, Unit
@@ -16,6 +16,7 @@ from svc.version import Format
 
 BASE = "base"
 """The model that was fine-tuned, beside the names of formats."""
+_CUT_OFF = "cut_off"
 _NLL = "nll"
 _NLL_TITLE = "NLL / token"
 _OF_A_SET = {metric.name: metric for metric in (MacroF1, Perplexity)}
@@ -88,7 +89,7 @@ class Judged:
         return self.evaluations[self.tuned].primary if self.tuned else ExactMatch.name
 
     def rows(self) -> tuple[MetricRow, ...]:
-        """All metrics, the primary one first; the log-likelihood last."""
+        """All metrics, the primary one first; the share of cut answers and the log-likelihood last."""
         if self.tuned is None:
             return ()
         figures = {model: evaluation.figures for model, evaluation in self.evaluations.items()}
@@ -99,6 +100,10 @@ class Judged:
         log_loss = MetricReport(
             title=_NLL_TITLE, estimate=self.evaluations[self.tuned].nll, better=Better.LOWER, unit=Unit.NUMBER
         )
+        cut_off = MetricReport(
+            title=CUT_OFF_TITLE, estimate=self.evaluations[self.tuned].cut_off, better=Better.LOWER, unit=Unit.SHARE
+        )
+        rows.append(self._row(_CUT_OFF, cut_off, {model: one.cut_off for model, one in self.evaluations.items()}))
         return (*rows, self._row(_NLL, log_loss, {model: one.nll for model, one in self.evaluations.items()}))
 
     def _row(self, name: str, figure: MetricReport, estimates: dict[str, Estimate]) -> MetricRow:
@@ -134,6 +139,8 @@ class Judged:
         first, second = self.results.get(before), self.results.get(after)
         if not first or not second or len(first) != len(second):
             return None
+        if metric == _CUT_OFF:
+            return paired_difference(*([float(one.cut_off) for one in results] for results in (first, second)))
         if metric == _NLL:
             return paired_difference([one.nll for one in first], [one.nll for one in second], token_weights(first))
         if metric in _OF_A_SET:

@@ -18,6 +18,7 @@ class ShownAnswer:
     Attributes:
         score: of the primary metric; None where that gives single answers none.
         nll: negative log-likelihood of the reference, nats a token.
+        cut_off: the answer ended at its limit of tokens.
     """
 
     model: str
@@ -25,6 +26,7 @@ class ShownAnswer:
     hit: bool
     score: float | None
     nll: float
+    cut_off: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,7 +91,7 @@ def _shown(judged: Judged, places: Iterable[int]) -> tuple[ShownExample, ...]:
             place + 1,
             judged.examples[place],
             tuple(
-                ShownAnswer(model, one.answer, one.hit, score_of(one, judged.primary), one.nll)
+                ShownAnswer(model, one.answer, one.hit, score_of(one, judged.primary), one.nll, one.cut_off)
                 for model, results in judged.results.items()
                 if place < len(results) and (one := results[place])
             ),

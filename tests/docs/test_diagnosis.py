@@ -38,6 +38,7 @@ def test_every_fault_has_its_section_with_what_to_change(kind: FindingKind) -> N
         (FindingKind.LABEL_NOISE, f"below {label_rules.SURE:g}"),
         (FindingKind.LABEL_NOISE, f"more than {label_rules.CONTRADICTED:.0%} of the training examples"),
         (FindingKind.HELDOUT_TOO_SMALL, f"wider than {heldout_rules.WIDEST:g}"),
+        (FindingKind.ANSWERS_CUT_OFF, f"More than {heldout_rules.CUT_OFF:.0%} of the held-out answers"),
     ],
 )
 def test_the_thresholds_are_those_of_the_code(kind: FindingKind, said: str) -> None:

@@ -66,7 +66,8 @@ class EngineDouble:
         tokenize_delay_s: seconds to count the tokens of a prompt.
         linger_s: seconds between the last event of a stream and its end.
         max_model_len: longest prompt, words.
-        finish_reason: of an answer that is not streamed; `stop` for one more token, which is not in its text.
+        finish_reason: of an answer that is not streamed; `stop` for one more token, which is not in its text, where the
+            request's limit has room for it.
         fault: what goes wrong.
         message: what the message of a chat has beside, or in place of, its words: tool calls, another content.
         refuse_with: (status, error) in place of every completion.
@@ -306,13 +307,15 @@ class EngineDouble:
             await asyncio.sleep(3600)
         words = [word async for word in self._words(body)]
         counts = self._counts(body)
-        counts = Counts(counts.prompt, counts.completion + (self.finish_reason == "stop"))
-        answer = wire.whole(words, counts, self.finish_reason)
+        reason = self._finish_reason(body)
+        counts = Counts(counts.prompt, len(_ended(words, reason)))
+        answer = wire.whole(words, counts, reason)
         for choice in answer.get("choices", ()):
             if body.get("logprobs") and "message" in choice:
-                choice["logprobs"] = {"content": self._logprobs(words, _prompt_length(body), body["model"])}
+                ended = _ended(words, reason)
+                choice["logprobs"] = {"content": self._logprobs(ended, _prompt_length(body), body["model"])}
             if body.get("return_token_ids"):
-                choice["token_ids"] = [_token_id(word.strip()) for word in self._ended(words)]
+                choice["token_ids"] = [_token_id(word.strip()) for word in _ended(words, reason)]
             if self.message and "message" in choice:
                 choice["message"] |= self.message
             if body.get("prompt_logprobs") is not None:
@@ -374,11 +377,13 @@ class EngineDouble:
         weights = self._weights_of(model)
         return [
             {"token": word, "logprob": logprob_of(weights, _token_id(word.strip()), at) + self.probe_noise}
-            for at, word in enumerate(self._ended(words), start=start)
+            for at, word in enumerate(words, start=start)
         ]
 
-    def _ended(self, words: list[str]) -> list[str]:
-        return [*words, END_TOKEN] if self.finish_reason == "stop" else words
+    def _finish_reason(self, body: dict[str, Any]) -> str:
+        longest = body.get("max_tokens") or body.get("max_output_tokens")
+        cut = self.finish_reason == "stop" and longest and longest <= self.tokens
+        return "length" if cut else self.finish_reason
 
     def _prompt_logprobs(self, prompt: list[int], model: str) -> list[dict[str, Any] | None]:
         weights = self._weights_of(model)
@@ -430,6 +435,11 @@ def _wrong_field(body: dict[str, Any]) -> str | None:
     known = {"messages": list, "input": str | list, "prompt": str | list}
     given = [name for name in known if isinstance(body.get(name), known[name])]
     return None if given else "messages"
+
+
+def _ended(words: list[str], reason: str) -> list[str]:
+    """With the token that ends an answer, where it ended by itself."""
+    return [*words, END_TOKEN] if reason == "stop" else words
 
 
 def _prompt_length(body: dict[str, Any]) -> int:

@@ -12,7 +12,7 @@ from safetensors.numpy import save_file
 from svc.dataset.readers.reader import write_examples
 from svc.dataset.schema.tokenized_example import write_tokenized
 from svc.engine.probes import EngineFacts, Probe
-from svc.evaluation.estimate import Estimate
+from svc.evaluation.estimate import Estimate, proportion
 from svc.evaluation.evaluator import EvaluationReport
 from svc.evaluation.results import ExampleResult, write_results
 from svc.registry.adapter import CONFIG_FILE
@@ -32,7 +32,7 @@ OTHER_FACTS = FACTS.model_copy(update={"vllm": "0.33.0"})
 MAX_TOKENS = 3
 HELDOUT = tuple(chat(f"question {number}", f"{number}.0 {number}.1 {number}.2") for number in (1, 2, 3))
 """Version N of the one name gives the reference answer to question N alone."""
-RESULT = ExampleResult(answer="a", tokens=2, finish_reason="stop", logprob=-0.5, nll=1.0, hit=False)
+RESULT = ExampleResult(answer="a", tokens=2, limit=MAX_TOKENS, finish_reason="stop", logprob=-0.5, nll=1.0, hit=False)
 _TOKENS = tuple(range(5, 25))
 """Of a probe. Two folders' log-probabilities are drawn apart: of 19 none is ever as near as those of one version; of
 three, one pair in 200 was."""
@@ -163,7 +163,13 @@ def _adapter(registry: Registry, version: Path, said: Mapping[str, Any]) -> Form
 def _manifest(version: VersionId, folder: Path, formats: dict[Format, FormatRecord]) -> Manifest:
     estimate = Estimate(value=0.5, low=0.4, high=0.6)
     report = EvaluationReport(
-        examples=1, exact_match=estimate, valid_json=None, nll=estimate, hits=(True,), seconds=1.0
+        examples=1,
+        exact_match=estimate,
+        valid_json=None,
+        cut_off=proportion(0, 1),
+        nll=estimate,
+        hits=(True,),
+        seconds=1.0,
     )
     return Manifest(
         name=version.name,

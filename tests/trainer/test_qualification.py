@@ -8,6 +8,7 @@ import pytest
 from svc.dataset.schema.example import ChatExample
 from svc.engine.probes import EngineFacts
 from svc.errors import EngineError, ProbeError
+from svc.evaluation.general.general_set import MAX_TOKENS
 from svc.evaluation.results import ExampleResult
 from svc.evaluation.token_scores import choose_examples
 from svc.settings import Device
@@ -19,6 +20,7 @@ from trainer.qualification import GeneralQuestions, Qualifier
 pytestmark = pytest.mark.slow
 
 FACTS = EngineFacts(vllm="0.32.0", device=Device.CPU, instruction_set="x86_64-avx2", mode="eager")
+CONTEXT = 1000
 BASE, MERGED, GPTQ = Path("/run/base"), Path("/run/merged"), Path("/run/gptq")
 
 
@@ -31,7 +33,7 @@ def qualifier(engines: Engines, heldout: list[ChatExample] | None = None, **sect
     examples = heldout or [make_example(f"q {number}", answered_by("merged")) for number in range(4)]
     recipe = make_recipe(**({"qualify": {"repeats": 1}} | sections))
     seen = [tokenized(example) for example in examples]
-    return Qualifier(engines, lambda folder: FACTS, recipe, examples, seen, choose_examples(seen))
+    return Qualifier(engines, lambda folder: FACTS, recipe, examples, seen, choose_examples(seen), context=CONTEXT)
 
 
 async def test_the_merged_model_is_loaded_in_place_of_its_base_and_then_by_a_fresh_engine() -> None:
@@ -115,6 +117,19 @@ async def test_the_second_engine_can_be_left_out() -> None:
     assert engines.running == 0
 
 
+async def test_base_and_formats_have_the_limits_of_each_reference_when_the_recipe_fixes_none() -> None:
+    heldout = [make_example("a", "one"), make_example("b", " ".join(["word"] * 100))]
+    base, merged = await qualifier(Engines(), heldout).base_and_merged(BASE, MERGED, same_fingerprint=True)
+    gptq = await qualifier(Engines(), heldout).alone(GPTQ, "gptq")
+    for results in (base.evaluation.results, merged.results, gptq.results):
+        assert [result.limit for result in results] == [19, 168]  # 2 and 101 tokens with the one at the end
+
+
+async def test_general_questions_keep_their_limit_when_held_out_ones_have_their_own() -> None:
+    base, merged = await asking_general(Engines()).base_and_merged(BASE, MERGED, same_fingerprint=True)
+    assert {result.limit for result in (*base.general, *merged.general)} == {MAX_TOKENS}
+
+
 async def test_no_more_examples_are_asked_than_the_recipe_says() -> None:
     qualified = await qualifier(Engines(), evaluate={"limit": 2}).alone(GPTQ, "gptq")
     assert qualified.evaluation.examples == 2
@@ -127,7 +142,8 @@ def asking_general(engines: Engines, **options: Any) -> Qualifier:
     general = GeneralQuestions(questions, list(map(tokenized, questions)), **options)
     seen = list(map(tokenized, heldout))
     recipe = make_recipe(qualify={"repeats": 1})
-    return Qualifier(engines, lambda folder: FACTS, recipe, heldout, seen, choose_examples(seen), general)
+    parts = (engines, lambda folder: FACTS, recipe, heldout, seen, choose_examples(seen), general)
+    return Qualifier(*parts, context=CONTEXT)
 
 
 @pytest.mark.parametrize("same", [True, False])
@@ -138,7 +154,9 @@ async def test_general_questions_are_asked_before_and_after(same: bool) -> None:
 
 
 async def test_what_the_base_answered_to_them_before_is_not_asked_again() -> None:
-    known = (ExampleResult(answer="known", tokens=2, finish_reason="stop", logprob=-0.5, nll=1.0, hit=True),) * 2
+    known = (
+        ExampleResult(answer="known", tokens=2, limit=32, finish_reason="stop", logprob=-0.5, nll=1.0, hit=True),
+    ) * 2
     engines = Engines()
     base, merged = await asking_general(engines, of_base=known).base_and_merged(BASE, MERGED, same_fingerprint=False)
     assert base.general == known

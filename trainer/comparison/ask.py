@@ -16,6 +16,7 @@ from svc.engine.model_facts import read_model_facts
 from svc.engine.probes import engine_facts
 from svc.engine.vllm.startup_phase import EnginePhase
 from svc.errors import NotFoundError
+from svc.evaluation.answer_limit import answer_limits, limit_of_text
 from svc.evaluation.cache import EvaluationCache
 from svc.evaluation.endpoint import Endpoint, ask_endpoint
 from svc.evaluation.evaluator import ask_examples
@@ -45,11 +46,24 @@ class Answers:
     kept: bool
 
 
+@dataclass(frozen=True, slots=True)
+class _Asked:
+    """The examples as one model is asked them.
+
+    Attributes:
+        limits: tokens that each answer may have.
+    """
+
+    tokenized: Sequence[TokenizedExample]
+    limits: Sequence[int]
+
+
 @dataclass(frozen=True)
 class Interview:
     """The same examples for each model.
 
     Args:
+        max_tokens: fixed limit of every answer, tokens; None: by each reference.
         launch: makes a new, unstarted engine for a model folder.
         fresh: ask also what was answered before.
         tokenize: examples as training sees them.
@@ -61,7 +75,7 @@ class Interview:
     registry: Registry
     launch: LaunchModel
     examples: Sequence[ChatExample]
-    max_tokens: int
+    max_tokens: int | None
     fresh: bool = False
     tokenize: Tokenize = tokenize_as_trained
     transport: httpx.AsyncBaseTransport | None = None
@@ -72,28 +86,40 @@ class Interview:
         Raises:
             SvcError: an engine or an endpoint failed, or an example is too long; no engine is left running.
         """
-        kept = [self._known(model) for model in models]
-        wanted = [
-            model for model, known in zip(models, kept, strict=True) if isinstance(model, LocalModel) and not known
-        ]
-        asked = await self._on_engines({model.revision: model for model in wanted})
+        local = {model.revision: model for model in models if isinstance(model, LocalModel)}
+        prepared = {revision: self._prepare(model) for revision, model in local.items()}
+        kept = {revision: self._known(model, prepared[revision].limits) for revision, model in local.items()}
+        wanted = {revision: model for revision, model in local.items() if not kept[revision]}
+        asked = await self._on_engines(wanted, prepared)
         answers = []
-        for model, known in zip(models, kept, strict=True):
+        for model in models:
             if isinstance(model, Endpoint):
-                answers.append(Answers(await self._at_endpoint(model), kept=False))
+                limits = self._limits_elsewhere(list(prepared.values()))
+                answers.append(Answers(await self._at_endpoint(model, limits), kept=False))
             else:
+                known = kept[model.revision]
                 answers.append(Answers(known or asked[model.revision], kept=known is not None))
         return answers
 
-    async def _at_endpoint(self, endpoint: Endpoint) -> tuple[ExampleResult, ...]:
-        with counting(f"asking {endpoint}", len(self.examples)) as advance:
-            return await ask_endpoint(
-                endpoint, self.examples, max_tokens=self.max_tokens, on_done=advance, transport=self.transport
-            )
+    def _limits_elsewhere(self, local: Sequence[_Asked]) -> Sequence[int]:
+        """Return the limits of an endpoint's answers, whose tokenizer is unknown.
 
-    async def _on_engines(self, models: dict[str, LocalModel]) -> dict[str, tuple[ExampleResult, ...]]:
+        Beside a local model they are that model's, so that both may answer equally long. Two endpoints get an upper
+        bound from the bytes of each reference: a limit that is too high costs some tokens, and one that is too low
+        would cut right answers.
+        """
+        if local:
+            return local[0].limits
+        return [self.max_tokens or limit_of_text(example.answer) for example in self.examples]
+
+    async def _at_endpoint(self, endpoint: Endpoint, limits: Sequence[int]) -> tuple[ExampleResult, ...]:
+        with counting(f"asking {endpoint}", len(self.examples)) as advance:
+            return await ask_endpoint(endpoint, self.examples, limits=limits, on_done=advance, transport=self.transport)
+
+    async def _on_engines(
+        self, models: dict[str, LocalModel], prepared: dict[str, _Asked]
+    ) -> dict[str, tuple[ExampleResult, ...]]:
         """By revision. A model that fits in place of the one before takes over its engine."""
-        tokenized = {revision: self._tokenize(model) for revision, model in models.items()}
         engine, holds, found = None, "", {}
         try:
             for revision, model in models.items():
@@ -107,44 +133,42 @@ class Interview:
                     engine, holds = self.launch(model.folder, model.template_kwargs), fits
                     with advancing("engine", tuple(EnginePhase)) as on_phase:
                         await engine.start(on_phase)
-                found[revision] = await self._on_engine(engine, model, tokenized[revision])
+                found[revision] = await self._on_engine(engine, model, prepared[revision])
                 self._cache(model).add(self.examples, found[revision])
         finally:
             if engine is not None:
                 await engine.stop()
         return found
 
-    async def _on_engine(
-        self, engine: Engine, model: LocalModel, tokenized: Sequence[TokenizedExample]
-    ) -> tuple[ExampleResult, ...]:
+    async def _on_engine(self, engine: Engine, model: LocalModel, asked: _Asked) -> tuple[ExampleResult, ...]:
         with counting(f"asking {model.name}", len(self.examples)) as advance:
             return await ask_examples(
                 engine.client,
                 self.examples,
-                tokenized,
-                max_tokens=self.max_tokens,
+                asked.tokenized,
+                limits=asked.limits,
                 trained=model.manifest is not None,
                 on_done=advance,
             )
 
-    def _tokenize(self, model: LocalModel) -> list[TokenizedExample]:
+    def _prepare(self, model: LocalModel) -> _Asked:
         """Before any engine starts, so that what cannot be asked is told at once."""
         tokenized = self.tokenize(model.folder, self.examples, model.template_kwargs)
         longest = self.settings.engine.max_model_len
         served = min(longest, read_model_facts(model.folder).context or longest)
-        check_served_length(tokenized, served, model.name, room=self.max_tokens)
-        return tokenized
+        check_served_length(tokenized, served, model.name, room=self.max_tokens or 0)
+        return _Asked(tokenized, answer_limits(tokenized, context=served, fixed=self.max_tokens))
 
-    def _known(self, model: Model) -> tuple[ExampleResult, ...] | None:
+    def _known(self, model: LocalModel, limits: Sequence[int]) -> tuple[ExampleResult, ...] | None:
         """What a model has answered to all of the examples, asked alike on such an engine."""
-        if self.fresh or isinstance(model, Endpoint):
+        if self.fresh:
             return None
-        return self._cache(model).find(self.examples) or self._registered(model)
+        return self._cache(model).find(self.examples, limits) or self._registered(model, limits)
 
-    def _registered(self, model: LocalModel) -> tuple[ExampleResult, ...] | None:
+    def _registered(self, model: LocalModel, limits: Sequence[int]) -> tuple[ExampleResult, ...] | None:
         """What a version answered when it was registered."""
         manifest, format = model.manifest, model.format
-        if manifest is None or format is None or manifest.max_answer_tokens != self.max_tokens:
+        if manifest is None or format is None:
             return None
         facts = engine_facts(self.settings.engine, self.capabilities, model.folder)
         if {probe.engine.key for probe in manifest.formats[format].probes} != {facts.key}:
@@ -154,10 +178,11 @@ class Interview:
         except NotFoundError:
             return None
         by_example = {
-            fingerprint([example]): result
+            (fingerprint([example]), result.limit): result
             for example, result in zip(self.registry.heldout(manifest.id), results, strict=False)
         }
-        found = [by_example.get(fingerprint([example])) for example in self.examples]
+        asked = zip(self.examples, limits, strict=True)
+        found = [by_example.get((fingerprint([example]), limit)) for example, limit in asked]
         return tuple(result for result in found if result is not None) if all(found) else None
 
     def _cache(self, model: LocalModel) -> EvaluationCache:
@@ -166,6 +191,5 @@ class Interview:
             self.capabilities,
             model.revision,
             model.folder,
-            max_tokens=self.max_tokens,
             template_kwargs=model.template_kwargs,
         )

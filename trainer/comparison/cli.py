@@ -23,7 +23,11 @@ _RENEW = "have it replaced where it is from"
 @click.option(
     "--format", type=click.Choice(["merged", "gptq"]), help="Of versions.  [default: gptq where there is one]"
 )
-@click.option("--max-tokens", type=click.IntRange(min=1), help="Longest answer.  [default: as a version was asked]")
+@click.option(
+    "--max-tokens",
+    type=click.IntRange(min=1),
+    help="Longest answer.  [default: as a version was asked, else by its reference]",
+)
 @click.option("--metric", "metrics", multiple=True, metavar="NAME", help="Judge by it.  [default: those of the task]")
 @click.option("--primary", metavar="NAME", help="The metric that says which is better.")
 @click.option("--fresh", is_flag=True, help="Ask again what was answered before.")

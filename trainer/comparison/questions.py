@@ -25,14 +25,14 @@ class Questions:
 
     Attributes:
         origin: where the examples are from, for people.
-        max_tokens: longest answer, tokens.
+        max_tokens: fixed limit of every answer, tokens; None: by each reference.
         options: which metrics judge the answers.
         whole: all examples of the origin, which decide what kind of task it is however few are asked.
     """
 
     examples: Sequence[ChatExample]
     origin: str
-    max_tokens: int
+    max_tokens: int | None
     options: MetricOptions
     whole: Sequence[ChatExample]
 
@@ -52,14 +52,14 @@ def choose_questions(
     Args:
         data: files, folders or hub datasets; none: the held-out set of the versions among the models.
         limit: so many of the first examples; None: as many as the versions were judged by.
-        max_tokens: None: as the first version was asked, else the recipe's default.
+        max_tokens: None: as the first version was asked, else by each reference.
         options: of the command line; where it says nothing of metrics, a held-out set is judged as its version was.
 
     Raises:
         DataError: the versions have different held-out sets, there is none, or the data cannot be read.
     """
     versions = [model.manifest for model in models if isinstance(model, LocalModel) and model.manifest]
-    longest = max_tokens or (versions[0].max_answer_tokens if versions else Evaluate().max_tokens)
+    longest = max_tokens or (versions[0].max_answer_tokens if versions else None)
     if data:
         whole = read_examples(data, cache=cache)
         return Questions(whole[:limit], ", ".join(data), longest, options, whole)

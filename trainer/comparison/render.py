@@ -5,6 +5,7 @@ from typing import Any
 from rich.markup import escape
 from rich.table import Table
 
+from svc.evaluation.answer_limit import REFERENCE_FACTOR, SPARE_TOKENS
 from svc.evaluation.comparison import NLL, Comparison, DifferentAnswers, MetricComparison, Verdict
 from svc.evaluation.judge import JudgeReport
 from svc.evaluation.results import ExampleResult
@@ -33,10 +34,7 @@ def print_compared(compared: Compared) -> None:
     comparison, questions = compared.comparison, compared.questions
     for letter, model, said in zip("AB", compared.models, compared.answers, strict=True):
         output.print(f"[bold]{letter}[/bold]  {escape(name_of(model))}{'  (kept answers)' if said.kept else ''}")
-    output.print(
-        f"{comparison.examples} examples of {escape(questions.origin)}, answers of at most {questions.max_tokens} "
-        "tokens\n"
-    )
+    output.print(f"{comparison.examples} examples of {escape(questions.origin)}, {_limit(questions.max_tokens)}\n")
     table = Table("", "A", "B", "B - A", "", box=None)
     for figures in comparison.metrics.values():
         table.add_row(*_row(figures))
@@ -50,6 +48,12 @@ def print_compared(compared: Compared) -> None:
         output.print(f"\nThe {len(comparison.different)} examples that differ most, by {_order(comparison)}:")
     for one in comparison.different:
         _print_example(one, comparison.tally.metric)
+
+
+def _limit(max_tokens: int | None) -> str:
+    if max_tokens is not None:
+        return f"answers of at most {max_tokens} tokens"
+    return f"answers of at most {REFERENCE_FACTOR:g} times their reference's tokens and {SPARE_TOKENS} more"
 
 
 def _row(compared: MetricComparison) -> tuple[str, ...]:

@@ -19,7 +19,6 @@ def evaluation_cache(
     revision: str,
     model: Path,
     *,
-    max_tokens: int,
     template_kwargs: TemplateKwargs,
 ) -> EvaluationCache:
     """What a model has answered before, on an engine as it is started now.
@@ -27,11 +26,10 @@ def evaluation_cache(
     Args:
         revision: names the model's content.
         model: its folder.
-        max_tokens: longest answer, tokens.
         template_kwargs: what its chat template is given.
     """
     facts = engine_facts(settings.engine, capabilities, model)
     arguments = " ".join(settings.engine.args)
     template = [json.dumps(dict(template_kwargs), sort_keys=True)] if template_kwargs else []
     folder = settings.home / "cache" / "evaluations"
-    return EvaluationCache(folder, revision, facts.key, arguments, str(max_tokens), _SCORED, *template)
+    return EvaluationCache(folder, revision, facts.key, arguments, _SCORED, *template)

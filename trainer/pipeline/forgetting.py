@@ -7,7 +7,7 @@ from pathlib import Path
 from svc.dataset.schema.tokenized_example import TokenizedExample
 from svc.evaluation.cache import EvaluationCache
 from svc.evaluation.forgetting import Forgetting, measure_forgetting
-from svc.evaluation.general.general_set import GeneralSet
+from svc.evaluation.general.general_set import MAX_TOKENS, GeneralSet
 from svc.evaluation.results import ExampleResult
 from trainer.qualification import GeneralQuestions
 
@@ -27,8 +27,9 @@ class ForgettingTest:
 
     def prepare(self, revision: str, base: Path) -> GeneralQuestions:
         """What is asked, with what this base answered before."""
-        known = self.cache(revision, base).find(self.questions.examples)
-        return GeneralQuestions(self.questions.examples, self.tokenized, known)
+        examples = self.questions.examples
+        known = self.cache(revision, base).find(examples, [MAX_TOKENS] * len(examples))
+        return GeneralQuestions(examples, self.tokenized, known)
 
     def keep(self, revision: str, model: Path, answers: Sequence[ExampleResult]) -> None:
         """Keeps what a model answered; nothing, where it was not asked."""

@@ -186,7 +186,7 @@ class Pipeline:
         say_number_types(self.capabilities, self.settings.engine, self.recipe.formats)
         served = self._served_length
         if served is not None:
-            room = self.recipe.evaluate.max_tokens
+            room = self.recipe.evaluate.max_tokens or 0
             check_served_length(self._tokenized, served, "held-out", room=room)
             if self._forgetting_test:
                 check_served_length(self._forgetting_test.tokenized, served, "general", room=MAX_TOKENS)
@@ -239,8 +239,11 @@ class Pipeline:
     @property
     def _served_length(self) -> int | None:
         """Tokens of the longest prompt with its answer that the engine will take; None where nothing is served."""
-        if not {Format.MERGED, Format.GPTQ} & set(self.recipe.formats):
-            return None
+        return self._context if {Format.MERGED, Format.GPTQ} & set(self.recipe.formats) else None
+
+    @property
+    def _context(self) -> int:
+        """Tokens of a prompt with its answer that an engine here accepts."""
         longest = self.settings.engine.max_model_len
         return min(longest, read_model_facts(self.base.folder).context or longest)
 
@@ -258,7 +261,7 @@ class Pipeline:
         test, base = self._forgetting_test, self.base
         general = test.prepare(base.revision, base.folder) if test else None
         qualifier, cache = self._qualifier(general), self._cache(base.revision, base.folder)
-        known, known_general = cache.find(qualifier.judged), general.of_base if general else ()
+        known, known_general = cache.find(qualifier.judged, qualifier.limits), general.of_base if general else ()
         if known and known_general is not None:
             console.print("  base: judged before on these examples")
             answers = BaseAnswers(judge(qualifier.judged, known, seconds=0.0), known_general)
@@ -277,14 +280,13 @@ class Pipeline:
         )
         return self.run.save(Stage.EVALUATE, evaluated)
 
-    def _cache(self, revision: str, model: Path, max_tokens: int | None = None) -> EvaluationCache:
+    def _cache(self, revision: str, model: Path) -> EvaluationCache:
         """What a model has answered before, on an engine as it is started now."""
         return evaluation_cache(
             self.settings,
             self.capabilities,
             revision,
             model,
-            max_tokens=max_tokens or self.recipe.evaluate.max_tokens,
             template_kwargs=self._template_kwargs,
         )
 
@@ -394,7 +396,7 @@ class Pipeline:
         if questions is None or Format.MERGED not in self.recipe.formats:
             return None
         tokenized = tokenize_as_trained(self.base.folder, questions.examples, self._template_kwargs)
-        return ForgettingTest(questions, tokenized, partial(self._cache, max_tokens=MAX_TOKENS))
+        return ForgettingTest(questions, tokenized, self._cache)
 
     def _qualified(self) -> dict[Format, Qualified]:
         """The formats that can be served."""
@@ -421,7 +423,8 @@ class Pipeline:
             template_kwargs=self._template_kwargs,
         )
         heldout = self.examples.heldout
-        return Qualifier(launch, facts, self.recipe, heldout, self._tokenized, self._compared, general)
+        parts = (launch, facts, self.recipe, heldout, self._tokenized, self._compared, general)
+        return Qualifier(*parts, context=self._context)
 
     @property
     def _compared(self) -> list[TokenizedExample]:

@@ -277,7 +277,11 @@ class Evaluate(_Section):
     limit: Annotated[int, Field(ge=1)] | None = Field(
         None, description="so many of the held-out examples, drawn at random by `data.seed`; default all"
     )
-    max_tokens: int = Field(64, ge=1, description="longest answer, tokens")
+    max_tokens: Annotated[int, Field(ge=1)] | None = Field(
+        None,
+        description="longest answer, tokens; default by each example's reference: 1.5 times its tokens and 16 more, "
+        "see [evaluation](evaluation.md#how-long-an-answer-may-be)",
+    )
     metrics: Metrics | None = Field(
         None,
         description="what the answers are judged by: names, `rouge` for all three, functions as `./FILE.py:FUNCTION`; "

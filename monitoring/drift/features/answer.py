@@ -2,7 +2,8 @@
 
 How long an answer is, how it ends and how likely it is depend on how it was sampled, and held-out answers are greedy.
 Of live ones, only those that were asked for with temperature 0 are compared in these three, and as if they had been
-cut where held-out answers were; otherwise every client that likes a higher temperature would be drift.
+cut where held-out answers were; otherwise every client that likes a higher temperature would be drift. Each held-out
+answer has its own limit, and a live prompt has no reference to derive one from: the largest of the limits applies.
 """
 
 import re
@@ -69,11 +70,11 @@ class AnswerSampler:
 
     Args:
         references: the right answers of the held-out set; they tell whether the task is JSON, or labels.
-        max_tokens: where held-out answers were cut.
+        cut: where live answers count as cut, tokens: the largest limit of the held-out ones.
     """
 
-    def __init__(self, references: Sequence[str], max_tokens: int) -> None:
-        self._max_tokens = max_tokens
+    def __init__(self, references: Sequence[str], cut: int) -> None:
+        self.cut = cut
         self._wants_json = bool(references) and all(is_json(reference) for reference in references)
         labels = {reference.strip() for reference in references}
         few = len(labels) <= min(_MOST_LABELS, len(references) / _FEWEST_OF_LABEL)
@@ -101,7 +102,7 @@ class AnswerSampler:
         )
 
     def _tokens(self, answer: Answer) -> float:
-        return _number(min(answer.tokens, self._max_tokens) if answer.greedy and answer.tokens is not None else None)
+        return _number(min(answer.tokens, self.cut) if answer.greedy and answer.tokens is not None else None)
 
     def _logprob(self, answer: Answer) -> float:
         return _number(round(answer.logprob, 1) if answer.greedy and answer.logprob is not None else None)
@@ -109,7 +110,7 @@ class AnswerSampler:
     def _finish_reason(self, answer: Answer) -> str:
         if not answer.greedy or answer.finish_reason is None:
             return NOT_THERE
-        return "length" if (answer.tokens or 0) > self._max_tokens else answer.finish_reason
+        return "length" if (answer.tokens or 0) > self.cut else answer.finish_reason
 
     def _empty(self, answer: Answer) -> str:
         """An answer of tool calls has no text either, and is none."""
@@ -117,7 +118,7 @@ class AnswerSampler:
 
     def _whole(self, answer: Answer) -> str | None:
         """The text, where it ended by itself before held-out answers were cut: a part of JSON is none."""
-        ended = answer.finish_reason == "stop" and answer.tokens is not None and answer.tokens <= self._max_tokens
+        ended = answer.finish_reason == "stop" and answer.tokens is not None and answer.tokens <= self.cut
         return answer.text if ended else None
 
     def _label(self, text: str | None) -> str:
@@ -132,7 +133,7 @@ def is_greedy(temperature: float | None, max_tokens: int | None, cut: int) -> bo
     Args:
         temperature: as the client sent it; None is the model's own default, which mostly is not 0.
         max_tokens: likewise; None is no limit.
-        cut: where held-out answers were cut, tokens.
+        cut: the largest limit of held-out answers, tokens.
     """
     return temperature == 0 and (max_tokens is None or max_tokens >= cut)
 

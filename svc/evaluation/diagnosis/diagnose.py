@@ -7,7 +7,12 @@ from svc.evaluation.diagnosis.curve_rules import (
     find_underfitting,
 )
 from svc.evaluation.diagnosis.finding import Advice, Finding, FindingKind
-from svc.evaluation.diagnosis.heldout_rules import find_overfitting, find_small_heldout, find_too_little_data
+from svc.evaluation.diagnosis.heldout_rules import (
+    find_cut_answers,
+    find_overfitting,
+    find_small_heldout,
+    find_too_little_data,
+)
 from svc.evaluation.diagnosis.label_rules import find_label_noise
 from svc.evaluation.diagnosis.training_run import TrainingRun
 
@@ -23,7 +28,10 @@ def diagnose(run: TrainingRun) -> tuple[Finding, ...]:
     for rule in (find_underfitting, find_label_noise):
         if not found and (finding := rule(run)):
             found.append(finding)
-    return (*found, *(finding for rule in (find_forgetting, find_small_heldout) if (finding := rule(run))))
+    return (
+        *found,
+        *(finding for rule in (find_forgetting, find_small_heldout, find_cut_answers) if (finding := rule(run))),
+    )
 
 
 def find_forgetting(run: TrainingRun) -> Finding | None:

@@ -17,6 +17,7 @@ class FindingKind(StrEnum):
     LABEL_NOISE = "label_noise"
     FORGETTING = "forgetting"
     HELDOUT_TOO_SMALL = "heldout_too_small"
+    ANSWERS_CUT_OFF = "answers_cut_off"
 
     @property
     def words(self) -> str:

@@ -1,4 +1,4 @@
-"""What the held-out set shows: overfitting, too little data, and that it is too small to tell."""
+"""What the held-out set shows: overfitting, too little data, that it is too small to tell, and cut answers."""
 
 import math
 from collections.abc import Sequence
@@ -21,6 +21,9 @@ GAP = 2.0
 """Times the training loss: what was learnt by heart beside what was learnt."""
 WIDEST = 0.2
 """Of an interval of exact match: with a wider one, a version that is ten points worse looks the same."""
+
+CUT_OFF = 0.02
+"""Share of answers that ended at their limit: fewer barely move a figure."""
 
 
 def find_overfitting(run: TrainingRun) -> Finding | None:
@@ -96,6 +99,35 @@ def find_small_heldout(run: TrainingRun) -> Finding | None:
         what=f"{asked} held-out examples cannot tell good from worse: exact match is {match}",
         advice=advice,
         rule=f"the 95 % interval of exact match is wider than {WIDEST:g}",
+    )
+
+
+def find_cut_answers(run: TrainingRun) -> Finding | None:
+    """Return a finding if more than `CUT_OFF` of a format's answers ended at their limit of tokens."""
+    cut = {format: share for format, share in run.cut_off.items() if share.value > CUT_OFF}
+    if not cut:
+        return None
+    fixed = run.settings.max_answer_tokens
+    if fixed is None:
+        advice = Advice(
+            key="data.train",
+            value="read the cut answers (`svc report`): if they go on after the reference, check that every training "
+            "answer is complete, then train longer (train.epochs); if they repeat themselves, train longer or with a "
+            "lower train.learning_rate; if they are right so far, set evaluate.max_tokens to more tokens",
+        )
+    else:
+        advice = Advice(
+            key="evaluate.max_tokens",
+            before=str(fixed),
+            value=f"{2 * fixed}, or null for a limit by each reference; if as many are cut then, the model does not "
+            "end its answers",
+        )
+    shares = ", ".join(f"{share} of {format}" for format, share in cut.items())
+    return Finding(
+        kind=FindingKind.ANSWERS_CUT_OFF,
+        what=f"held-out answers ended at their limit of tokens, as a share of all answers: {shares}",
+        advice=advice,
+        rule=f"more than {CUT_OFF:.0%} of the held-out answers of a format ended at their limit",
     )
 
 

@@ -1,6 +1,6 @@
 """The numbers of a training that a diagnosis reads. Knows nothing of where they come from."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from svc.evaluation.estimate import Estimate
@@ -21,6 +21,7 @@ class TrainingSettings:
         limit: so many training examples at most.
         heldout_share: None where the held-out set is a file of its own.
         evaluate_limit: so many held-out examples are asked at most.
+        max_answer_tokens: fixed limit of every held-out answer; None: by each reference.
         general_share: None where no general examples were mixed in.
     """
 
@@ -32,6 +33,7 @@ class TrainingSettings:
     limit: int | None = None
     heldout_share: float | None = None
     evaluate_limit: int | None = None
+    max_answer_tokens: int | None = None
     general_share: float | None = None
 
 
@@ -45,6 +47,7 @@ class TrainingRun:
         contradictions: training examples whose prompt stands among them with another answer too.
         answers: the reference answers of `results`.
         evaluation: of the trained model; None where it was not served.
+        cut_off: by format, the share of held-out answers that ended at their limit.
         results: what it answered to each held-out example.
         general_change: the score on general tasks after the training less the one before; None if not measured.
     """
@@ -54,6 +57,7 @@ class TrainingRun:
     train_examples: int
     contradictions: int = 0
     evaluation: EvaluationReport | None = None
+    cut_off: Mapping[str, Estimate] = field(default_factory=dict)
     results: Sequence[ExampleResult] = field(default=())
     answers: Sequence[str] = field(default=())
     general_change: Estimate | None = None

@@ -25,8 +25,8 @@ _LONGEST_TITLE = 24
 
 
 def plot_shares(rows: Sequence[MetricRow]) -> str | None:
-    """All metrics that are shares, on one axis from 0 to 1; None where there is none."""
-    shares = [row for row in rows if row.unit is Unit.SHARE]
+    """All metrics that are shares and better when higher, on one axis from 0 to 1; None where there is none."""
+    shares = [row for row in rows if row.unit is Unit.SHARE and row.better is Better.HIGHER]
     if not shares:
         return None
 

@@ -149,6 +149,20 @@ def test_an_answer_that_is_longer_than_heldout_ones_could_be_counts_as_cut(check
     assert lines["finish_reason"].live == "length 100%"
 
 
+def test_a_live_answer_counts_as_cut_at_the_largest_limit_when_limits_differ(
+    registry: Registry, store: Store, traffic: Traffic, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    register(registry, 2)
+    first, *others = registry.results(target(2).version, target(2).format)
+    results = (first.model_copy(update={"limit": 40}), *others)
+    monkeypatch.setattr(Registry, "results", lambda self, version, format: results)
+    traffic.ask(ALIKE[:30], number=2, tokens=900)
+    checks = DriftCheck(registry, store, RequestLogSettings(), clock=lambda: traffic.now)
+    lines = {line.name: line for report in checks.run(target(2)) for line in report.lines}
+    assert lines["answer_tokens"].live == "40"
+    assert lines["finish_reason"].live == "length 100%"
+
+
 def test_without_content_prompts_are_off_and_says_what_to_set(check: Check, traffic: Traffic) -> None:
     traffic.ask(ALIKE[:60], content=False, tokens=16, finish_reason="length")
     reports = check()

@@ -95,10 +95,9 @@ def register(
         write_results(folder / REFERENCE_FOLDER / results_file(Format.GPTQ), results)
     (folder / Format.GPTQ.value).mkdir()
     (folder / Format.GPTQ.value / "config.json").write_text("{}")
-    recipe = {"name": name, "evaluate": {"max_tokens": MAX_TOKENS}}
     probe = Probe(token_ids=(1, 2), start=1, logprobs=(-0.5,), tolerance=1e-3, engine=FACTS)
     formats = {Format.GPTQ: FormatRecord(files=record_files(folder, folder / Format.GPTQ), probes=(probe,))}
-    write_manifest(folder, make_manifest(VersionId(name, number), folder, recipe=recipe, formats=formats))
+    write_manifest(folder, make_manifest(VersionId(name, number), folder, formats=formats))
 
 
 def _asking(example: ChatExample, text: str) -> ChatExample:
@@ -110,7 +109,13 @@ def result(answer: str, *, right: bool) -> ExampleResult:
     """What the version answered."""
     text = answer if right else '{"section":"libs"}'
     return ExampleResult(
-        answer=text, tokens=7, finish_reason="stop", logprob=-0.1 if right else -0.9, nll=0.2, hit=right
+        answer=text,
+        tokens=7,
+        limit=MAX_TOKENS,
+        finish_reason="stop",
+        logprob=-0.1 if right else -0.9,
+        nll=0.2,
+        hit=right,
     )
 
 

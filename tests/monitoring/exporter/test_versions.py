@@ -20,6 +20,7 @@ REPORT = EvaluationReport(
     examples=4,
     exact_match=proportion(3, 4),
     valid_json=proportion(2, 4),
+    cut_off=proportion(0, 4),
     nll=mean([0.5, 1.0, 1.0, 1.5]),
     hits=(True, True, True, False),
     seconds=1.0,

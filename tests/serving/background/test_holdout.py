@@ -37,7 +37,7 @@ from svc.version import Target
 from tests.serving.control import Control, Load, Make, until
 from tests.serving.engine_double import Fault, logprob_of, tokenized
 from tests.serving.home import Home
-from tests.serving.versions import FACTS, HELDOUT, MAX_TOKENS, NAME, make_version, target
+from tests.serving.versions import FACTS, HELDOUT, MAX_TOKENS, NAME, RESULT, make_version, target
 
 pytestmark = pytest.mark.slow
 
@@ -179,6 +179,17 @@ async def test_they_are_asked_as_at_the_registration(make: Make) -> None:
     ids = control.double.request_ids[1:]  # the first is a probe's
     assert len(ids) == 2 * len(HELDOUT)
     assert all(request_id.startswith(ID_PREFIX) for request_id in ids)
+
+
+async def test_each_is_asked_with_its_registered_limit_when_limits_differ(
+    make: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    registered = tuple(RESULT.model_copy(update={"limit": limit}) for limit in (5, 9, 3))
+    monkeypatch.setattr(Registry, "results", lambda self, version, format: registered)
+    async with asked(make, tokens=True) as (control, _):
+        await run_of(control, target(1))
+        chats = [body for body in control.double.requests if "messages" in body]
+    assert [body["max_tokens"] for body in chats] == [5, 9, 3]
 
 
 async def test_only_examples_with_registered_answers_are_asked(make: Make) -> None:

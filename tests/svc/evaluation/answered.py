@@ -20,6 +20,7 @@ def answered(pairs: Sequence[tuple[str, str]], nll: Sequence[float] = (), scored
         ExampleResult(
             answer=answer,
             tokens=len(answer.split()) + 1,
+            limit=64,
             finish_reason="stop",
             logprob=-0.5,
             nll=nll[place] if nll else 1.0,

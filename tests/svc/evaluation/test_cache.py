@@ -1,65 +1,78 @@
 """What a model answered before is found again, for the same weights and conditions alone."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
 
+from svc.dataset.schema.example import ChatExample
 from svc.evaluation.cache import EvaluationCache
 from svc.evaluation.results import ExampleResult
 from tests.svc.chats import chat
 
 EXAMPLES = [chat("a", "1"), chat("b", "2"), chat("c", "3")]
 RESULTS = [
-    ExampleResult(answer=answer, tokens=2, finish_reason="stop", logprob=-0.5, nll=0.5, hit=True) for answer in "123"
+    ExampleResult(answer=answer, tokens=2, limit=16, finish_reason="stop", logprob=-0.5, nll=0.5, hit=True)
+    for answer in "123"
 ]
+
+
+def find(cache: EvaluationCache, examples: Sequence[ChatExample], limit: int = 16) -> tuple[ExampleResult, ...] | None:
+    return cache.find(examples, [limit] * len(examples))
 
 
 @pytest.fixture
 def cache(tmp_path: Path) -> EvaluationCache:
-    cache = EvaluationCache(tmp_path / "cache", "sha256:1", "eager", "16")
+    cache = EvaluationCache(tmp_path / "cache", "sha256:1", "eager")
     cache.add(EXAMPLES, RESULTS)
     return cache
 
 
 def test_results_come_in_the_order_of_the_examples(cache: EvaluationCache) -> None:
-    assert cache.find(EXAMPLES[::-1]) == tuple(RESULTS[::-1])
+    assert find(cache, EXAMPLES[::-1]) == tuple(RESULTS[::-1])
 
 
 def test_scores_are_not_kept(cache: EvaluationCache) -> None:
     scored = RESULTS[0].model_copy(update={"scores": {"accuracy": 1.0}})
     cache.add([chat("d", "4")], [scored])
-    assert cache.find([chat("d", "4")]) == (RESULTS[0],)
+    assert find(cache, [chat("d", "4")]) == (RESULTS[0],)
 
 
 def test_a_part_of_the_examples_is_known_too(cache: EvaluationCache) -> None:
-    assert cache.find(EXAMPLES[1:]) == tuple(RESULTS[1:])
+    assert find(cache, EXAMPLES[1:]) == tuple(RESULTS[1:])
 
 
 def test_one_example_that_was_never_asked_leaves_none_known(cache: EvaluationCache) -> None:
-    assert cache.find([*EXAMPLES, chat("d", "4")]) is None
+    assert find(cache, [*EXAMPLES, chat("d", "4")]) is None
 
 
 def test_an_example_with_another_reference_is_another(cache: EvaluationCache) -> None:
-    assert cache.find([chat("a", "2")]) is None
+    assert find(cache, [chat("a", "2")]) is None
+
+
+def test_answers_are_asked_again_when_their_limit_is_another(cache: EvaluationCache) -> None:
+    assert find(cache, EXAMPLES, limit=8) is None
+    shorter = [result.model_copy(update={"limit": 8}) for result in RESULTS]
+    cache.add(EXAMPLES, shorter)
+    assert find(cache, EXAMPLES, limit=8) == tuple(shorter)
+    assert find(cache, EXAMPLES) == tuple(RESULTS)
 
 
 def test_what_is_added_later_is_known_beside_the_rest(cache: EvaluationCache) -> None:
     cache.add([chat("d", "4")], RESULTS[:1])
-    assert cache.find([chat("d", "4"), *EXAMPLES]) == (RESULTS[0], *RESULTS)
+    assert find(cache, [chat("d", "4"), *EXAMPLES]) == (RESULTS[0], *RESULTS)
 
 
-@pytest.mark.parametrize(
-    "conditions", [("sha256:2", "eager", "16"), ("sha256:1", "compiled", "16"), ("sha256:1", "eager", "8")]
-)
+@pytest.mark.parametrize("conditions", [("sha256:2", "eager"), ("sha256:1", "compiled"), ("sha256:1",)])
 def test_other_weights_and_other_conditions_know_nothing(
     cache: EvaluationCache, tmp_path: Path, conditions: tuple[str, ...]
 ) -> None:
-    assert EvaluationCache(tmp_path / "cache", *conditions).find(EXAMPLES) is None
+    assert find(EvaluationCache(tmp_path / "cache", *conditions), EXAMPLES) is None
 
 
 def test_a_damaged_file_is_asked_anew(cache: EvaluationCache, tmp_path: Path) -> None:
     [path] = (tmp_path / "cache").iterdir()
     path.write_bytes(path.read_bytes()[:-5])
-    assert cache.find(EXAMPLES) is None
+    assert find(cache, EXAMPLES) is None
     cache.add(EXAMPLES, RESULTS)
-    assert cache.find(EXAMPLES) == tuple(RESULTS)
+    assert find(cache, EXAMPLES) == tuple(RESULTS)

@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 
 from svc.dataset.schema.example import ChatExample
 from svc.errors import DataError
-from svc.evaluation.comparison import NLL, SHOWN, Comparison, Verdict, compare
+from svc.evaluation.comparison import CUT_OFF, NLL, SHOWN, Comparison, Verdict, compare
+from svc.evaluation.estimate import proportion
 from svc.evaluation.metrics.accuracy import Accuracy
 from svc.evaluation.metrics.choose import MetricOptions, MetricSet, choose_metrics
 from svc.evaluation.metrics.exact_match import ExactMatch
@@ -36,9 +37,9 @@ rows = st.lists(
 )
 
 
-def result(answer: str, reference: str, nll: float = 1.0) -> ExampleResult:
-    hit = answer == reference
-    return ExampleResult(answer=answer, tokens=len(answer) + 1, finish_reason="stop", logprob=None, nll=nll, hit=hit)
+def result(answer: str, reference: str, nll: float = 1.0, end: str = "stop") -> ExampleResult:
+    hit, tokens = answer == reference, len(answer) + 1
+    return ExampleResult(answer=answer, tokens=tokens, limit=64, finish_reason=end, logprob=None, nll=nll, hit=hit)
 
 
 def pairs(given: Sequence[tuple[str, str, str, float, float]]) -> tuple[list[ChatExample], Answered, Answered]:
@@ -152,8 +153,17 @@ def test_no_more_examples_are_shown_than_are_read() -> None:
 
 def test_models_with_other_tokens_are_not_compared_by_them() -> None:
     found = against(["net"], ["mail"], no_tokens="the two have different tokenizers")
-    assert set(found.metrics) == {"exact_match"}
+    assert set(found.metrics) == {"exact_match", CUT_OFF}
     assert found.left_out == dict.fromkeys(("perplexity", NLL), "the two have different tokenizers")
+
+
+def test_the_model_that_cuts_fewer_answers_off_is_better_when_the_difference_is_beyond_doubt() -> None:
+    examples = [chat(f"q {place}", "net") for place in range(20)]
+    cut = [result("net", "net", end="length" if place < 15 else "stop") for place in range(20)]
+    whole = [result("net", "net")] * 20
+    found = compare(examples, cut, whole, MetricSet(ExactMatch())).metrics[CUT_OFF]
+    assert (found.first, found.second) == (proportion(15, 20), proportion(0, 20))
+    assert (found.difference.value, found.verdict) == (-0.75, Verdict.BETTER)
 
 
 def test_a_primary_metric_that_is_left_out_leaves_its_place_to_another() -> None:

@@ -52,7 +52,7 @@ def refusal(status: int, text: str, **headers: str) -> Answer:
 
 
 async def ask(provider: Provider, endpoint: Endpoint = ENDPOINT) -> tuple[ExampleResult, ...]:
-    return await ask_endpoint(endpoint, EXAMPLES, max_tokens=8, transport=httpx.MockTransport(provider))
+    return await ask_endpoint(endpoint, EXAMPLES, limits=(8, 24), transport=httpx.MockTransport(provider))
 
 
 @pytest.fixture(autouse=True)
@@ -77,6 +77,13 @@ async def test_every_example_is_asked_and_its_answer_compared_with_the_reference
     assert first["messages"] == [{"role": "user", "content": "one"}]
 
 
+async def test_each_answer_has_its_own_limit_when_limits_differ() -> None:
+    provider = Provider()
+    results = await ask(provider)
+    assert {body["messages"][0]["content"]: body["max_tokens"] for body in provider.bodies} == {"one": 8, "two": 24}
+    assert [result.limit for result in results] == [8, 24]
+
+
 async def test_without_a_key_none_is_sent() -> None:
     provider = Provider()
     await ask(provider, Endpoint("http://127.0.0.1:8000/v1", "mine"))
@@ -98,7 +105,7 @@ async def test_an_option_that_is_refused_is_asked_for_otherwise(
     assert [result.answer for result in results] == ["yes", "yes"]
     for body in provider.bodies[-2:]:
         assert gone not in body
-        assert instead is None or body[instead] == 8
+    assert instead is None or {body[instead] for body in provider.bodies[-2:]} == {8, 24}
     assert pauses == []
 
 
@@ -134,7 +141,7 @@ async def test_after_a_refusal_nothing_more_is_asked() -> None:
 
     examples = [chat(f"question {number}") for number in range(100)]
     with pytest.raises(EngineError, match="answered 401"):
-        await ask_endpoint(ENDPOINT, examples, max_tokens=8, transport=httpx.MockTransport(refuse))
+        await ask_endpoint(ENDPOINT, examples, limits=[8] * len(examples), transport=httpx.MockTransport(refuse))
     assert len(asked) < 30
 
 
@@ -149,7 +156,7 @@ async def test_no_answer_is_told() -> None:
         raise httpx.ConnectError("refused")
 
     with pytest.raises(EngineError, match="does not answer: ConnectError refused"):
-        await ask_endpoint(ENDPOINT, EXAMPLES, max_tokens=8, transport=httpx.MockTransport(away))
+        await ask_endpoint(ENDPOINT, EXAMPLES, limits=(8, 8), transport=httpx.MockTransport(away))
 
 
 @pytest.mark.parametrize("slash", ["", "/"])

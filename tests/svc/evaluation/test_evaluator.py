@@ -11,6 +11,8 @@ import pytest
 from svc.dataset.schema.example import ChatExample, Message, Role
 from svc.engine.vllm.client import EngineClient
 from svc.errors import EngineError, RecipeError
+from svc.evaluation.answer_limit import answer_limits
+from svc.evaluation.estimate import proportion
 from svc.evaluation.evaluator import Evaluation, EvaluationReport, ask_example, evaluate, judge, score, tokenize_bare
 from svc.evaluation.metrics.choose import MetricSet
 from svc.evaluation.metrics.exact_match import ExactMatch
@@ -24,8 +26,9 @@ from tests.svc.evaluation.answered import answered
 ONE = "1.0 1.1 1.2 1.3"  # what the double answers with the weights of version 1
 
 
-async def judged(client: EngineClient, examples: Sequence[ChatExample], **options: Any) -> Evaluation:
-    return await evaluate(client, examples, [tokenized(example) for example in examples], **options)
+async def judged(client: EngineClient, examples: Sequence[ChatExample], *, limit: int, **options: Any) -> Evaluation:
+    limits = [limit] * len(examples)
+    return await evaluate(client, examples, [tokenized(example) for example in examples], limits=limits, **options)
 
 
 async def asked(client: EngineClient, example: ChatExample, **options: Any) -> ExampleResult:
@@ -35,7 +38,7 @@ async def asked(client: EngineClient, example: ChatExample, **options: Any) -> E
 async def test_answers_are_compared_with_their_references() -> None:
     examples = [chat("a", ONE), chat("b", "other"), chat("c", ONE), chat("d", "other")]
     async with client_of(EngineDouble()) as client:
-        report = (await judged(client, examples, max_tokens=8)).report
+        report = (await judged(client, examples, limit=8)).report
     assert report.hits == (True, False, True, False)
     assert report.exact_match.value == 0.5
     assert report.exact_match.low < 0.5 < report.exact_match.high
@@ -45,8 +48,8 @@ async def test_answers_are_compared_with_their_references() -> None:
 async def test_every_example_has_its_result_in_their_order() -> None:
     examples = [chat("a", ONE), chat("b c", "other")]
     async with client_of(EngineDouble(finish_reason="stop")) as client:
-        evaluation = await judged(client, examples, max_tokens=8)
-        alone = [await asked(client, example, max_tokens=8) for example in examples]
+        evaluation = await judged(client, examples, limit=8)
+        alone = [await asked(client, example, limit=8) for example in examples]
     assert [result.model_copy(update={"scores": {}}) for result in evaluation.results] == alone
     assert [result.hit for result in alone] == list(evaluation.report.hits) == [True, False]
     assert [(result.answer.strip(), result.tokens, result.finish_reason) for result in alone] == [(ONE, 5, "stop")] * 2
@@ -54,7 +57,7 @@ async def test_every_example_has_its_result_in_their_order() -> None:
 
 async def test_an_answer_is_as_likely_as_its_text_scored_without_its_end() -> None:
     async with client_of(EngineDouble(finish_reason="stop")) as client:
-        result = await asked(client, chat("a", "other"), max_tokens=8)
+        result = await asked(client, chat("a", "other"), limit=8)
         scored = await score(client, await tokenize_bare(client, chat("a", result.answer)))
     assert result.logprob == pytest.approx(scored)
 
@@ -62,9 +65,9 @@ async def test_an_answer_is_as_likely_as_its_text_scored_without_its_end() -> No
 async def test_an_answer_that_is_the_reference_is_not_scored_again() -> None:
     double = EngineDouble(finish_reason="stop")
     async with client_of(double) as client:
-        answered = await asked(client, chat("a", "other"), max_tokens=8)
+        answered = await asked(client, chat("a", "other"), limit=8)
         scored = double.calls.count("/v1/completions")
-        again = await asked(client, chat("a", answered.answer), max_tokens=8)
+        again = await asked(client, chat("a", answered.answer), limit=8)
     assert double.calls.count("/v1/completions") == scored == 1
     assert again.hit
     expected = [logprob_of(double.weights, token, 1 + at) for at, token in enumerate(tokenized(chat("a", ONE)).answer)]
@@ -75,7 +78,7 @@ async def test_an_answer_that_is_the_reference_is_not_scored_again() -> None:
 @pytest.mark.parametrize("reference", ["other", ONE])
 async def test_whether_a_model_was_trained_changes_no_result(reference: str) -> None:
     async with client_of(EngineDouble(finish_reason="stop")) as client:
-        answers = [await asked(client, chat("a", reference), max_tokens=8, trained=way) for way in (True, False)]
+        answers = [await asked(client, chat("a", reference), limit=8, trained=way) for way in (True, False)]
     assert answers[0] == answers[1]
 
 
@@ -83,7 +86,7 @@ async def test_whether_a_model_was_trained_changes_no_result(reference: str) -> 
 async def test_a_reference_that_is_longer_or_shorter_is_scored(cut: str) -> None:
     double = EngineDouble(finish_reason="stop")
     async with client_of(double) as client:
-        result = await asked(client, chat("a", cut), max_tokens=8)
+        result = await asked(client, chat("a", cut), limit=8)
     assert double.calls.count("/v1/completions") == 1
     assert not result.hit
 
@@ -91,13 +94,35 @@ async def test_a_reference_that_is_longer_or_shorter_is_scored(cut: str) -> None
 async def test_an_answer_that_was_cut_off_is_scored() -> None:
     double = EngineDouble(finish_reason="length")
     async with client_of(double) as client:
-        await asked(client, chat("a", ONE), max_tokens=8)
+        await asked(client, chat("a", ONE), limit=8)
     assert double.calls.count("/v1/completions") == 1
+
+
+async def test_a_long_reference_is_a_hit_by_default_when_it_is_answered_verbatim() -> None:
+    double = EngineDouble(tokens=200, finish_reason="stop")
+    example = chat("a", " ".join(f"1.{number}" for number in range(200)))
+    seen = [tokenized(example)]
+    async with client_of(double) as client:
+        limits = answer_limits(seen, context=2048, fixed=None)
+        report = (await evaluate(client, [example], seen, limits=limits)).report
+        short = (await evaluate(client, [example], seen, limits=answer_limits(seen, context=2048, fixed=64))).report
+    assert (report.hits, report.cut_off.value) == ((True,), 0)
+    assert (short.hits, short.cut_off.value) == ((False,), 1)
+
+
+async def test_cut_answers_are_counted_when_they_end_at_their_limit() -> None:
+    examples = [chat("a", ONE), chat("b", ONE), chat("c", ONE), chat("d", ONE)]
+    async with client_of(EngineDouble(finish_reason="stop")) as client:
+        seen = [tokenized(example) for example in examples]
+        evaluation = await evaluate(client, examples, seen, limits=(8, 8, 2, 8))
+    assert [result.limit for result in evaluation.results] == [8, 8, 2, 8]
+    assert [result.cut_off for result in evaluation.results] == [False, False, True, False]
+    assert evaluation.report.cut_off == proportion(1, 4)
 
 
 async def test_the_longest_answer_is_respected() -> None:
     async with client_of(EngineDouble()) as client:
-        report = (await judged(client, [chat("a", ONE)], max_tokens=2)).report
+        report = (await judged(client, [chat("a", ONE)], limit=2)).report
     assert report.hits == (False,)
 
 
@@ -105,7 +130,7 @@ async def test_the_model_sees_all_turns_but_the_answer() -> None:
     double = EngineDouble()
     turns = (Message(Role.SYSTEM, "be short"), Message(Role.USER, "which"), Message(Role.ASSISTANT, "secret"))
     async with client_of(double) as client:
-        await judged(client, [ChatExample(turns)], max_tokens=2)
+        await judged(client, [ChatExample(turns)], limit=2)
     asked = [body["messages"] for body in double.requests if "messages" in body]
     assert asked == [[{"role": "system", "content": "be short"}, {"role": "user", "content": "which"}]]
 
@@ -113,7 +138,7 @@ async def test_the_model_sees_all_turns_but_the_answer() -> None:
 async def test_the_reference_is_scored_with_the_token_that_ends_it() -> None:
     double, example = EngineDouble(), chat("one two", "three four")
     async with client_of(double) as client:
-        result = await asked(client, example, max_tokens=2)
+        result = await asked(client, example, limit=2)
     expected = [logprob_of(double.weights, token, 2 + at) for at, token in enumerate(tokenized(example).answer)]
     assert result.nll == pytest.approx(-fmean(expected))
     assert result.scored == 3
@@ -122,7 +147,7 @@ async def test_the_reference_is_scored_with_the_token_that_ends_it() -> None:
 async def test_the_likelihood_of_a_report_is_that_of_a_token() -> None:
     examples = [chat("a", "one"), chat("b", "one two three four")]
     async with client_of(EngineDouble()) as client:
-        evaluation = await judged(client, examples, max_tokens=2)
+        evaluation = await judged(client, examples, limit=2)
     short, long = evaluation.results
     assert evaluation.report.nll.value == pytest.approx((2 * short.nll + 5 * long.nll) / 7)
 
@@ -131,7 +156,7 @@ async def test_all_answers_that_are_learnt_are_scored_and_nothing_between_them()
     double, example = EngineDouble(), chat("a b", "c d e")
     of_two = replace(tokenized(example), learnt=((1, 2), (4, 6)))
     async with client_of(double) as client:
-        result = await ask_example(client, example, of_two, max_tokens=2)
+        result = await ask_example(client, example, of_two, limit=2)
     expected = [logprob_of(double.weights, of_two.input_ids[at], at) for at in (1, 4, 5)]
     assert result.nll == pytest.approx(-fmean(expected))
     assert result.scored == 3
@@ -146,23 +171,21 @@ async def test_a_version_of_an_older_release_is_judged_by_the_bare_answer() -> N
 
 async def test_json_is_counted_where_all_references_are_json() -> None:
     async with client_of(EngineDouble()) as client:
-        report = (await judged(client, [chat("a", "{}"), chat("b", '{"x": 1}')], max_tokens=2)).report
+        report = (await judged(client, [chat("a", "{}"), chat("b", '{"x": 1}')], limit=2)).report
     assert report.valid_json is not None
     assert report.valid_json.value == 0.0
 
 
 async def test_json_is_not_counted_where_a_reference_is_text() -> None:
     async with client_of(EngineDouble()) as client:
-        report = (await judged(client, [chat("a", "{}"), chat("b", "text")], max_tokens=2)).report
+        report = (await judged(client, [chat("a", "{}"), chat("b", "text")], limit=2)).report
     assert report.valid_json is None
 
 
 async def test_every_example_advances_the_progress() -> None:
     done: list[None] = []
     async with client_of(EngineDouble()) as client:
-        await judged(
-            client, [chat(str(number)) for number in range(5)], max_tokens=1, on_done=lambda: done.append(None)
-        )
+        await judged(client, [chat(str(number)) for number in range(5)], limit=1, on_done=lambda: done.append(None))
     assert len(done) == 5
 
 
@@ -175,7 +198,7 @@ async def test_no_more_than_sixteen_examples_are_asked_at_once() -> None:
         most = max(most, double.running)
 
     async with client_of(double) as client:
-        await judged(client, [chat(str(number)) for number in range(40)], max_tokens=1, on_done=watch)
+        await judged(client, [chat(str(number)) for number in range(40)], limit=1, on_done=watch)
     assert 2 <= most <= 16
 
 
@@ -183,14 +206,14 @@ async def test_one_failed_request_is_no_report() -> None:
     examples = [chat("a"), chat(" ".join("long" for _ in range(30)))]
     async with client_of(EngineDouble(max_model_len=20)) as client:
         with pytest.raises(EngineError, match="maximum context length"):
-            await judged(client, examples, max_tokens=1)
+            await judged(client, examples, limit=1)
 
 
 @pytest.mark.parametrize("noise", [math.nan, -math.inf])
 async def test_weights_that_give_no_number_are_no_report(noise: float) -> None:
     async with client_of(EngineDouble(probe_noise=noise)) as client:
         with pytest.raises(EngineError, match="no finite number"):
-            await judged(client, [chat("a")], max_tokens=1)
+            await judged(client, [chat("a")], limit=1)
 
 
 async def test_an_answer_without_a_number_is_no_report(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -200,19 +223,19 @@ async def test_an_answer_without_a_number_is_no_report(monkeypatch: pytest.Monke
     monkeypatch.setattr(EngineClient, "logprobs", logprobs)
     async with client_of(EngineDouble(probe_noise=math.nan)) as client:
         with pytest.raises(EngineError, match="no finite number"):
-            await judged(client, [chat("a")], max_tokens=1)
+            await judged(client, [chat("a")], limit=1)
 
 
 async def test_a_report_survives_its_journey_to_disk() -> None:
     async with client_of(EngineDouble()) as client:
-        report = (await judged(client, [chat("a", ONE)], max_tokens=4)).report
+        report = (await judged(client, [chat("a", ONE)], limit=4)).report
     assert type(report).model_validate_json(report.model_dump_json()) == report
 
 
 async def test_a_report_has_the_metrics_of_the_task_the_primary_one_first() -> None:
     async with client_of(EngineDouble()) as client:
         examples = [chat("a", ONE), chat("b", ONE), chat("c", "other"), chat("d", "other")]
-        evaluation = await judged(client, examples, max_tokens=8)
+        evaluation = await judged(client, examples, limit=8)
     report = evaluation.report
     assert (report.primary, next(iter(report.figures))) == ("accuracy", "accuracy")
     assert report.figures["accuracy"].estimate == report.exact_match

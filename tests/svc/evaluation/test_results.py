@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from svc.errors import IntegrityError
-from svc.evaluation.results import ExampleResult, read_results, write_results
+from svc.evaluation.results import ExampleResult, largest_limit, read_results, write_results
 
 NUMBERS = st.floats(allow_nan=False, allow_infinity=False)
 TEXTS = st.text(st.characters(codec="utf-8"))
@@ -16,12 +16,15 @@ RESULTS = st.builds(
     ExampleResult,
     answer=TEXTS,
     tokens=st.integers(0, 2**31),
+    limit=st.integers(1, 2**31),
     finish_reason=st.sampled_from(["stop", "length"]),
     logprob=st.none() | NUMBERS,
     nll=NUMBERS,
     hit=st.booleans(),
 )
-RESULT = ExampleResult(answer="a\nb\u2028c\r\n", tokens=3, finish_reason="stop", logprob=-0.25, nll=1.5, hit=True)
+RESULT = ExampleResult(
+    answer="a\nb\u2028c\r\n", tokens=3, limit=8, finish_reason="stop", logprob=-0.25, nll=1.5, hit=True
+)
 
 
 @given(st.lists(RESULTS, max_size=4))
@@ -31,6 +34,10 @@ def test_what_is_written_is_read_to_the_last_digit(
     path = tmp_path_factory.mktemp("results") / "merged.jsonl"
     write_results(path, results)
     assert read_results(path) == tuple(results)
+
+
+def test_largest_limit_is_that_of_any_answer() -> None:
+    assert largest_limit([RESULT, RESULT.model_copy(update={"limit": 40}), RESULT]) == 40
 
 
 def test_each_example_has_one_line(tmp_path: Path) -> None:

@@ -19,6 +19,7 @@ def report(hits: int = 1, total: int = 2) -> EvaluationReport:
         examples=total,
         exact_match=proportion(hits, total),
         valid_json=None,
+        cut_off=proportion(0, total),
         nll=mean([1.0] * total),
         hits=tuple(index < hits for index in range(total)),
         seconds=1.0,
@@ -27,7 +28,7 @@ def report(hits: int = 1, total: int = 2) -> EvaluationReport:
 
 def result(answer: str = "a", *, hit: bool = True) -> ExampleResult:
     """What a version answered to one example."""
-    return ExampleResult(answer=answer, tokens=2, finish_reason="stop", logprob=-0.5, nll=1.0, hit=hit)
+    return ExampleResult(answer=answer, tokens=2, limit=8, finish_reason="stop", logprob=-0.5, nll=1.0, hit=hit)
 
 
 def make_manifest(version: VersionId, folder: Path, **changes: Any) -> Manifest:

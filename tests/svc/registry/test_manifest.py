@@ -13,7 +13,6 @@ from svc.evaluation.evaluator import EvaluationReport
 from svc.registry.manifest import MANIFEST_FILE, FormatRecord, Manifest, read_manifest, write_manifest
 from svc.version import Format, VersionId
 from tests.svc.registry.manifests import make_manifest, report
-from trainer.recipe.sections import Evaluate
 
 
 @pytest.fixture
@@ -91,16 +90,19 @@ def test_the_manifest_of_an_older_release_has_no_reference(folder: Path, manifes
     assert read_manifest(folder).reference == ()
 
 
-DEFAULT_CUT = Evaluate().max_tokens
-
-
 @pytest.mark.parametrize(
-    ("recipe", "cut"), [({"evaluate": {"max_tokens": 5}}, 5), ({"evaluate": {}}, DEFAULT_CUT), ({}, DEFAULT_CUT)]
+    ("recipe", "limit"),
+    [
+        ({"evaluate": {"max_tokens": 5}}, 5),
+        ({"evaluate": {"max_tokens": None}}, None),
+        ({"evaluate": {}}, None),
+        ({}, None),
+    ],
 )
-def test_where_held_out_answers_were_cut_is_the_recipe_or_its_default(
-    manifest: Manifest, recipe: dict[str, Any], cut: int
+def test_limit_of_answers_is_the_recipes_or_none_when_it_fixes_none(
+    manifest: Manifest, recipe: dict[str, Any], limit: int | None
 ) -> None:
-    assert manifest.model_copy(update={"recipe": recipe}).max_answer_tokens == cut
+    assert manifest.model_copy(update={"recipe": recipe}).max_answer_tokens == limit
 
 
 Edit = Callable[[dict[str, Any]], object]

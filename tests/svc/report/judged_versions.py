@@ -50,7 +50,14 @@ def answer(text: str, reference: str, nll: float = 1.0) -> ExampleResult:
     """What a model said to one example."""
     hit = text.strip() == reference.strip()
     return ExampleResult(
-        answer=text, tokens=len(text) // 4 + 1, finish_reason="stop", logprob=-0.5, nll=nll, scored=4, hit=hit
+        answer=text,
+        tokens=len(text) // 4 + 1,
+        limit=1000,
+        finish_reason="stop",
+        logprob=-0.5,
+        nll=nll,
+        scored=4,
+        hit=hit,
     )
 
 

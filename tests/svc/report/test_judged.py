@@ -63,7 +63,7 @@ def test_the_primary_metric_decides_and_comes_first() -> None:
 def test_every_metric_has_its_change_example_by_example() -> None:
     found = judged(LABELS, {BASE: right(LABELS, 10), "merged": right(LABELS, 40)})
     changes = {row.name: row.changes["merged"].value for row in found.rows()}
-    assert set(changes) == {"accuracy", "macro_f1", "exact_match", "perplexity", "length", "nll"}
+    assert set(changes) == {"accuracy", "macro_f1", "exact_match", "perplexity", "length", "cut_off", "nll"}
     for row in found.rows():
         difference = row.estimates["merged"].value - row.estimates[BASE].value
         assert changes[row.name] == pytest.approx(difference, abs=1e-9)

@@ -3,6 +3,7 @@
 import itertools
 import re
 from collections import Counter
+from dataclasses import replace
 from html.parser import HTMLParser
 
 import pytest
@@ -59,6 +60,16 @@ class Page(HTMLParser):
 
     def handle_data(self, data: str) -> None:
         self.text += data
+
+
+def test_cut_answers_are_counted_and_marked_when_a_person_reads_them(versions: JudgedVersions) -> None:
+    report = gather_report(versions.registry, versions.publish(LABELS, ANSWERS).id)
+    first, *others = report.worst
+    cut = replace(first, answers=(replace(first.answers[0], cut_off=True), *first.answers[1:]))
+    whole, marked = Page(report_page(report)), Page(report_page(replace(report, worst=(cut, *others))))
+    assert "cut off at the limit" in whole.text
+    assert "cut off at the limit of its tokens" not in whole.text
+    assert marked.text.count("cut off at the limit of its tokens") == 1
 
 
 NOISE = Finding(

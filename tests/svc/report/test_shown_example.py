@@ -33,6 +33,16 @@ def test_a_metric_that_is_better_when_lower_has_its_worst_at_the_top() -> None:
     assert numbers(worst)[:2] == [30, 29]
 
 
+def test_a_shown_answer_is_marked_when_it_was_cut_off() -> None:
+    found = judged(LABELS, {"merged": right(LABELS, 0)})
+    results = [
+        one.model_copy(update={"finish_reason": "length" if at == 2 else "stop"})
+        for at, one in enumerate(found.results["merged"])
+    ]
+    worst = worst_examples(Judged(LABELS[:3], found.evaluations, {"merged": results[:3]}), Better.HIGHER)
+    assert [one.answers[0].cut_off for one in sorted(worst, key=lambda one: one.number)] == [False, False, True]
+
+
 def test_no_right_answer_is_among_the_worst() -> None:
     assert worst_examples(judged(LABELS, {"merged": right(LABELS, 60)}), Better.HIGHER) == ()
 

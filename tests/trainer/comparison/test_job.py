@@ -13,7 +13,7 @@ from svc.dataset.prompt_hashes import TRAINED_PROMPTS_FILE, hash_prompts, write_
 from svc.dataset.readers.reader import write_examples
 from svc.dataset.schema.example import ChatExample
 from svc.dataset.schema.tokenized_example import TokenizedExample
-from svc.engine.probes import engine_facts
+from svc.engine.probes import EngineFacts, engine_facts
 from svc.errors import BusyError, DataError, EngineError, NotFoundError
 from svc.evaluation.comparison import NLL
 from svc.evaluation.endpoint import Endpoint
@@ -28,9 +28,11 @@ from tests.serving.versions import HELDOUT, NAME, AliasBook, make_version
 from tests.svc.chats import chat
 from tests.svc.engine.devices import AVX512
 from tests.svc.evaluation.judge_server import judge_server
+from tests.trainer.conftest import make_recipe
 from tests.trainer.engines import Engines
 from trainer.comparison.job import FOLDER, Compared, Wanted, compare_models
 from trainer.comparison.render import everything, print_compared
+from trainer.qualification import Qualifier
 
 
 class Bench:
@@ -69,6 +71,10 @@ class Bench:
 
     def _name_answers(self, number: int, double: EngineDouble) -> None:
         double.label = lambda folder: Path(folder).parent.name
+
+
+def _no_facts(folder: Path) -> EngineFacts:
+    raise AssertionError("nothing is measured")
 
 
 def _tokenize(folder: Path, examples: Sequence[ChatExample], kwargs: TemplateKwargs) -> list[TokenizedExample]:
@@ -142,6 +148,33 @@ def test_those_of_other_questions_are_not(
 def test_those_of_another_kind_of_engine_are_not(bench: Bench) -> None:
     make_version(bench.registry, 3, answered=3)
     assert not bench.compare("tuned@3", "tuned@1").answers[0].kept
+
+
+def test_limits_are_those_of_a_training_when_the_versions_fix_none(bench: Bench) -> None:
+    for number in (1, 2):
+        bench.change(number, recipe={})
+    compared = bench.compare("tuned@1", "tuned@2")
+    seen = list(map(tokenized, HELDOUT))
+    qualifier = Qualifier(bench.engines, _no_facts, make_recipe(), HELDOUT, seen, seen, context=2048)
+    for one in compared.answers:
+        assert tuple(result.limit for result in one.results) == qualifier.limits
+    bodies = [body for body in bench.engines.launched[0].double.requests if "messages" in body]
+    assert {body["max_tokens"] for body in bodies} == set(qualifier.limits)
+
+
+def test_limits_stay_in_the_context_when_it_is_short(bench: Bench) -> None:
+    bench.settings = bench.settings.model_copy(update={"engine": EngineSettings(device=Device.CPU, max_model_len=16)})
+    bench.change(1, recipe={})
+    results = bench.compare("tuned@1", "tuned@2").answers[0].results
+    prompts = [len(tokenized(example).prompt) for example in HELDOUT]
+    assert [result.limit for result in results] == [16 - prompt for prompt in prompts]
+
+
+def test_answers_of_the_registration_are_asked_again_when_their_limit_was_another(bench: Bench) -> None:
+    registered(bench)
+    bench.change(3, recipe={})
+    compared = bench.compare("tuned@3", "tuned@1")
+    assert [one.kept for one in compared.answers] == [False, False]
 
 
 def test_a_name_is_what_is_in_production(bench: Bench) -> None:
@@ -222,6 +255,25 @@ def test_an_endpoint_elsewhere_is_asked_after_that_was_told(bench: Bench, capsys
     assert "sk-secret" not in json.dumps(said)
 
 
+def test_an_endpoint_has_the_limits_of_the_local_model_when_there_is_one(bench: Bench) -> None:
+    bench.provider = httpx.MockTransport(yes)
+    bench.change(1, recipe={})
+    local, elsewhere = bench.compare("tuned@1", "https://host.example/v1#big").answers
+    assert [result.limit for result in elsewhere.results] == [result.limit for result in local.results]
+
+
+def test_endpoints_have_room_for_every_byte_of_the_reference_when_no_model_is_local(
+    bench: Bench, tmp_path: Path
+) -> None:
+    bench.provider = httpx.MockTransport(yes)
+    write_examples(tmp_path / "data.jsonl", [chat("one", "äöü"), chat("two", "abc")])
+    compared = bench.compare(
+        "https://host.example/v1#big", "https://host.example/v1#small", data=[str(tmp_path / "data.jsonl")]
+    )
+    for one in compared.answers:
+        assert [result.limit for result in one.results] == [25, 21]
+
+
 def test_an_endpoint_beside_a_base_needs_data(bench: Bench) -> None:
     with pytest.raises(DataError, match="neither of the two has a held-out set"):
         bench.compare("https://host.example/v1#big", "https://host.example/v1#small")
@@ -266,12 +318,24 @@ def test_a_person_sees_figures_verdict_and_answers(bench: Bench, capsys: pytest.
         "A tuned@1 (merged)",
         "3 examples of the held-out set of tuned@1, answers of at most 3 tokens",
         "exact match 0.333 [0.061, 0.792] 0.333 [0.061, 0.792] 0.000 [-1.000, 1.000]",
+        "cut off at the limit 1.000 [0.439, 1.000] 1.000 [0.439, 1.000] 0.000 [0.000, 0.000]",
         "By exact match: cannot be told apart",
         "B wins 1, loses 1, ties 1; sign test p = 1",
         "The 3 examples that differ most, by exact_match, then by edits between the answers:",
         "1 A by 1 exact_match, 3 edits asked question 1 right 1.0 1.1 1.2 A 1.0 1.1 1.2 B 2.0 2.1 2.2",
     ):
         assert text in out
+
+
+def test_a_person_sees_how_answers_are_limited_when_it_is_by_reference(
+    bench: Bench, capsys: pytest.CaptureFixture[str]
+) -> None:
+    bench.change(1, recipe={})
+    compared = bench.compare("tuned@1", "tuned@2")
+    capsys.readouterr()
+    print_compared(compared)
+    out = " ".join(capsys.readouterr().out.split())
+    assert "answers of at most 1.5 times their reference's tokens and 16 more" in out
 
 
 def test_a_judge_is_asked_where_one_is_named(bench: Bench, capsys: pytest.CaptureFixture[str]) -> None:

@@ -143,6 +143,7 @@ def _answer_one(model: Any, tokenizer: PreTrainedTokenizerBase, row: Any, exampl
     return ExampleResult(
         answer=text,
         tokens=len(tokens),
+        limit=8,
         finish_reason="stop" if int(tokens[-1]) == tokenizer.eos_token_id else "length",
         logprob=sum(said) / len(said),
         nll=-sum(reference) / len(reference),

@@ -12,6 +12,7 @@ from svc.evaluation.estimate import Estimate
 from svc.registry.render import print_version
 from tests.svc.evaluation.diagnosis.simulated_run import Shape, falling, simulate
 from tests.trainer.conftest import make_example, make_recipe
+from tests.trainer.engines import Engines
 from tests.trainer.pipeline.stand_ins import Make
 from trainer.pipeline.diagnosis import count_contradictions, diagnose_training
 from trainer.pipeline.examples import Examples
@@ -59,7 +60,10 @@ def test_same_prompts_with_other_answers_contradict_each_other() -> None:
 
 
 @pytest.mark.slow
-def test_a_version_keeps_its_diagnosis_and_shows_it(make: Make, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_version_keeps_its_diagnosis_and_shows_it(
+    make: Make, engines: Engines, capsys: pytest.CaptureFixture[str]
+) -> None:
+    engines.change = lambda number, double: setattr(double, "finish_reason", "stop")
     pipeline = make()
     version = pipeline.train_version()
     manifest = pipeline.registry.manifest(version)
@@ -70,3 +74,24 @@ def test_a_version_keeps_its_diagnosis_and_shows_it(make: Make, capsys: pytest.C
     told = " ".join(capsys.readouterr().out.split())
     assert "too little data: 3 training examples try: data.train from 3 examples to 100 examples" in told
     assert "rule: fewer than 50 training examples" in told
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("evaluate", "advice"),
+    [({}, "data.train: read the cut answers"), ({"max_tokens": 3}, "evaluate.max_tokens from 3 to 6, or null")],
+)
+def test_a_version_shows_that_its_answers_were_cut_when_they_end_at_the_limit(
+    make: Make, capsys: pytest.CaptureFixture[str], evaluate: dict[str, Any], advice: str
+) -> None:
+    pipeline = make(evaluate=evaluate)  # the engine's double ends no answer by itself
+    manifest = pipeline.registry.manifest(pipeline.train_version())
+    capsys.readouterr()
+    print_version(manifest, Path("folder"))
+    told = " ".join(capsys.readouterr().out.split())
+    share = "1.000 [0.342, 1.000]"
+    assert f"cut off at the limit {share} {share} {share}" in told
+    assert (
+        f"answers cut off: held-out answers ended at their limit of tokens, as a share of all answers: {share}" in told
+    )
+    assert f"try: {advice}" in told

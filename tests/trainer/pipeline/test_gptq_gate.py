@@ -29,7 +29,9 @@ def qualified(
 ) -> Qualified:
     """What was found of a format; one answer and one negative log-likelihood for each example."""
     found = [
-        ExampleResult(answer=answer, tokens=2, finish_reason="stop", logprob=-0.5, nll=one, hit=answer == REFERENCE)
+        ExampleResult(
+            answer=answer, tokens=2, limit=8, finish_reason="stop", logprob=-0.5, nll=one, hit=answer == REFERENCE
+        )
         for answer, one in zip(answers, nll, strict=True)
     ]
     judged = judge(examples(len(found)), found, 1.0, MetricSet(metric or ExactMatch()))

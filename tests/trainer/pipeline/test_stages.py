@@ -3,11 +3,12 @@
 import pytest
 
 from svc.engine.capabilities import Capabilities, NumberType
-from svc.errors import BusyError, EngineError, InterruptedRunError, RecipeError
+from svc.errors import BusyError, DataError, EngineError, InterruptedRunError, RecipeError
 from svc.lock import hold_lock
 from svc.settings import Device, EngineSettings, GptqKernel
 from svc.training_runs import find_training_runs
 from svc.version import Format, VersionId
+from tests.serving.engine_double import tokenized
 from tests.svc.engine.devices import AVX2, AVX512
 from tests.trainer.engines import Engines
 from tests.trainer.pipeline.stand_ins import Make, Stages
@@ -105,6 +106,17 @@ def test_another_format_goes_on_from_what_is_done(make: Make, stages: Stages, en
 
 def test_a_width_that_cannot_be_quantized_is_no_matter_where_gptq_is_not_asked_for(make: Make) -> None:
     assert make(formats=["merged"], quantize={"group_size": 128}).train_version().number == 1
+
+
+def test_a_short_context_is_no_error_when_prompts_and_references_fit(make: Make, stages: Stages) -> None:
+    short = EngineSettings(device=Device.CPU, max_model_len=16)
+    pipeline = make(engine=short, formats=["merged"])
+    version = pipeline.train_version()
+    prompts = [len(tokenized(example).prompt) for example in pipeline.examples.heldout]
+    limits = [result.limit for result in pipeline.registry.results(version, Format.MERGED)]
+    assert limits == [16 - prompt for prompt in prompts]
+    with pytest.raises(DataError, match="2 of 2 held-out examples need more than 16 tokens"):
+        make(engine=short, formats=["merged"], evaluate={"max_tokens": 16}, train={"seed": 1}).train_version()
 
 
 def test_a_finished_run_gives_its_version_again_and_does_nothing(make: Make, stages: Stages, engines: Engines) -> None:

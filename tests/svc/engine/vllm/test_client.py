@@ -31,8 +31,8 @@ async def test_chat_is_greedy_and_bounded() -> None:
 
 
 async def test_an_answer_has_its_length_and_its_end() -> None:
-    async with client_of(EngineDouble(finish_reason="stop")) as client:
-        ended = await client.chat(PROMPT, max_tokens=3)
+    async with client_of(EngineDouble(tokens=3, finish_reason="stop")) as client:
+        ended = await client.chat(PROMPT, max_tokens=4)
     async with client_of(EngineDouble()) as client:
         cut_off = await client.chat(PROMPT, max_tokens=3)
     assert (ended.text, ended.tokens, ended.finish_reason) == ("1.0 1.1 1.2 ", 4, "stop")

@@ -83,6 +83,7 @@ def answered(count: int, seed: int, *, right: Shape, noise: float = 0.0) -> tupl
             ExampleResult(
                 answer="a",
                 tokens=1,
+                limit=18,
                 finish_reason="stop",
                 logprob=math.log(sure * (1 - noise)),
                 nll=0.1,

@@ -24,6 +24,7 @@ def evaluation(hits: int, asked: int, nll: float = 0.2) -> EvaluationReport:
         examples=asked,
         exact_match=proportion(hits, asked),
         valid_json=None,
+        cut_off=proportion(0, asked),
         nll=Estimate(value=nll, low=nll * 0.9, high=nll * 1.1),
         hits=(True,) * hits + (False,) * (asked - hits),
         seconds=1.0,
@@ -180,6 +181,27 @@ def test_who_mixes_general_examples_in_is_told_to_mix_in_more() -> None:
     assert only(simulate(WELL, 0, general_change=lost)).advice.key == "data.general"
     mixed = simulate(WELL, 0, general_change=lost, settings=replace(SETTINGS, general_share=0.1))
     assert str(only(mixed).advice) == "data.general_share from 0.1 to 0.2"
+
+
+@pytest.mark.parametrize(("cut", "told"), [(0, False), (2, False), (3, True), (100, True)])
+def test_cut_answers_are_told_when_they_are_more_than_two_percent(cut: int, told: bool) -> None:
+    run = simulate(WELL, 0, cut_off={"merged": proportion(0, 100), "gptq": proportion(cut, 100)})
+    assert (kinds(run) == [FindingKind.ANSWERS_CUT_OFF]) is told
+
+
+def test_only_formats_above_the_threshold_are_named_when_answers_are_cut() -> None:
+    finding = only(simulate(WELL, 0, cut_off={"merged": proportion(1, 100), "gptq": proportion(5, 100)}))
+    assert finding.what.endswith(": 0.050 [0.022, 0.112] of gptq")
+    assert "2%" in finding.rule
+
+
+def test_the_limit_is_to_be_raised_when_a_recipe_fixed_it() -> None:
+    cut = {"merged": proportion(5, 100)}
+    fixed = only(simulate(WELL, 0, cut_off=cut, settings=replace(SETTINGS, max_answer_tokens=64)))
+    assert str(fixed.advice).startswith("evaluate.max_tokens from 64 to 128, or null")
+    by_reference = only(simulate(WELL, 0, cut_off=cut))
+    assert by_reference.advice.key == "data.train"
+    assert "train.epochs" in by_reference.advice.value
 
 
 def test_examples_that_contradict_each_other_are_noise() -> None:

@@ -33,6 +33,7 @@ def row(name: str, value: float, unit: Unit = Unit.SHARE, better: Better = Bette
 ROWS = [
     row("accuracy", 0.5),
     row("nll", 2.0, Unit.NUMBER, Better.LOWER),
+    row("cut off", 0.1, Unit.SHARE, Better.LOWER),
     row("perplexity", 7.4, Unit.NUMBER, Better.LOWER),
     row("length", 12.0, Unit.TOKENS, Better.NEITHER),
 ]
@@ -48,7 +49,7 @@ def test_shares_and_numbers_are_apart() -> None:
 
 def test_a_figure_of_nothing_is_none() -> None:
     assert plot_shares(ROWS[1:]) is None
-    assert plot_numbers([ROWS[0], ROWS[3]]) is None
+    assert plot_numbers([ROWS[0], ROWS[4]]) is None
     assert plot_loss([]) is None
     assert plot_learning_rate([TrainingPoint(step=0, epoch=0, heldout_loss=1.0)]) is None
     assert plot_labels({}, {}) is None
