@@ -11,6 +11,8 @@ BIN := .venv/bin
 READY := .venv/.ready
 # The tests check the alert rules with it; serving needs none.
 PROMETHEUS := .venv/prometheus/.ready
+# Real tokenizers for the families' tests; without npm these take others.
+TOKENIZERS := .venv/tokenizers/.ready
 # What the gateway is measured beside; nothing else needs it.
 GATEWAYS := .venv/peers/.ready
 
@@ -29,6 +31,9 @@ $(READY): pyproject.toml deploy/install.sh deploy/trim.sh $(wildcard deploy/cons
 $(PROMETHEUS): deploy/prometheus/install.sh | $(READY)
 	@bash $<
 	@touch $@
+
+$(TOKENIZERS): tests/hub_models/fetch_tokenizers.sh | $(READY)
+	@bash $<
 
 $(GATEWAYS): benchmarks/gateway/install_peers.sh | $(READY)
 	@PYTHON=$(PYTHON) bash $<
@@ -55,7 +60,7 @@ test: $(READY) $(PROMETHEUS)
 	$(BIN)/pytest -m "not matrix and not soak" tests/e2e
 
 # What is killed when, and every method, family and template, on the real engine. Then other examples than the fast tests try each time.
-test-matrix: $(READY) $(PROMETHEUS)
+test-matrix: $(READY) $(PROMETHEUS) $(TOKENIZERS)
 	$(BIN)/pytest -m matrix
 	$(BIN)/pytest -m "not slow and not matrix and not soak" --hypothesis-profile=random -n auto --dist worksteal
 

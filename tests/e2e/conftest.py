@@ -12,9 +12,8 @@ import pytest
 from examples.service import serving, svc, svc_json
 from svc.dataset.readers.reader import read_examples, write_examples
 from svc.errors import InterruptedRunError
-from svc.settings import Settings
 from tests.e2e.server import HELDOUT_EXAMPLES, PORT, Server
-from tests.e2e.tiny_model import build_tiny_model
+from tests.hub_models.build import build_hub_model
 
 DATA = Path(__file__).parents[2] / "examples" / "debian-triage"
 PROMPTS = [[message.as_dict() for message in example.prompt] for example in read_examples(DATA / "heldout.jsonl")[:6]]
@@ -31,18 +30,18 @@ qualify: {repeats: 3}
 
 
 Report = Callable[[str], None]
-_FIGURES = pytest.StashKey[list[str]]()
+FIGURES = pytest.StashKey[list[str]]()
 
 
 @pytest.fixture
 def report(request: pytest.FixtureRequest) -> Report:
     """Shows a figure at the end of the run, also of a test that passes."""
-    return request.config.stash.setdefault(_FIGURES, []).append
+    return request.config.stash.setdefault(FIGURES, []).append
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
     """Writes the figures."""
-    figures = config.stash.setdefault(_FIGURES, [])
+    figures = config.stash.setdefault(FIGURES, [])
     if figures:
         terminalreporter.section("figures")
     for figure in figures:
@@ -51,12 +50,9 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: p
 
 @pytest.fixture(scope="session")
 def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with a tiny base model, real examples and a recipe."""
-    from trainer.base_model.resolve import resolve_base
-
+    """A folder with a tiny base model as the hub has them, real examples and a recipe."""
     folder = tmp_path_factory.mktemp("main-job")
-    tokenizer = resolve_base("smollm2-135m-instruct", Settings().base_cache).folder
-    build_tiny_model(folder / "base", tokenizer)
+    build_hub_model(folder / "base", "smollm2")
     write_examples(folder / "train.jsonl", read_examples(DATA / "train.jsonl")[:48])
     # Enough for the smallest window of the watch for drift.
     write_examples(folder / "heldout.jsonl", read_examples(DATA / "heldout.jsonl")[:HELDOUT_EXAMPLES])

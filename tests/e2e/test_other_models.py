@@ -11,10 +11,9 @@ import pytest
 from examples.load import Load
 from examples.service import svc_json
 from examples.tamper import replace_template
-from svc.settings import Settings
 from tests.e2e.conftest import PROMPTS, Report
 from tests.e2e.instance import Instance, figures
-from tests.e2e.tiny_model import build_tiny_model
+from tests.hub_models.build import build_hub_model
 
 pytestmark = [pytest.mark.matrix]
 
@@ -25,12 +24,9 @@ TEMPLATE = "{% for message in messages %}{{ message.role }}: {{ message.content 
 @pytest.fixture(scope="module")
 def instance(home: Path, workplace: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Instance]:
     """Version 1 serves; 3 is a Qwen2, trained as the others were, and 4 is version 1 with another template."""
-    from trainer.base_model.resolve import resolve_base
-
     folder = tmp_path_factory.mktemp("other-models")
     instance = Instance(home, folder / "home", PORT, PROMPTS)
-    tokenizer = resolve_base("smollm2-135m-instruct", Settings().base_cache).folder
-    build_tiny_model(folder / "base", tokenizer, family="qwen2")
+    build_hub_model(folder / "base", "qwen2_5")
     for name in ("train.jsonl", "heldout.jsonl"):
         (folder / name).symlink_to(workplace / name)
     (folder / "recipe.yaml").write_text((workplace / "recipe.yaml").read_text("utf-8"), "utf-8")

