@@ -48,6 +48,8 @@ def check_base(base: Path, recipe: Recipe, capabilities: Capabilities, engine: E
         _check_architecture(base, config)
         read_headers(base)
         _check_output_layer(base, config)
+        if served:
+            _check_long_rope(base, config, engine.max_model_len)
         _check_copy(base)
         tokenizer = load_tokenizer(base)
         check_tokenizer(base, tokenizer, stop_tokens(base, tokenizer), config.get_text_config().vocab_size)
@@ -82,6 +84,23 @@ def _check_output_layer(base: Path, config: "PreTrainedConfig") -> None:
             "differ: training would use both, and the engine one",
             expected="tie_word_embeddings: false in config.json, or one matrix",
             todo=f"set tie_word_embeddings to false in {base / 'config.json'}",
+        )
+
+
+def _check_long_rope(base: Path, config: "PreTrainedConfig", max_model_len: int) -> None:
+    """Refuse a context in which vLLM rotates positions otherwise than training, as of Phi-3.5 beyond 4,096 tokens.
+
+    LongRoPE has factors for short texts and for long ones. transformers chooses by the length of each text, vLLM once
+    for all requests, by the longest that it accepts.
+    """
+    rope = config.get_text_config().rope_parameters or {}
+    original = rope.get("original_max_position_embeddings")
+    if rope.get("rope_type") == "longrope" and original and max_model_len > original:
+        raise BaseModelError(
+            f"{base} has LongRoPE factors for texts of up to {original} tokens and for longer ones. With "
+            f"engine.max_model_len {max_model_len} vLLM uses the latter for every request, and training for long texts",
+            expected=f"engine.max_model_len of at most {original}",
+            todo=f"set engine.max_model_len to {original}",
         )
 
 

@@ -111,6 +111,16 @@ def test_a_base_is_refused_when_a_later_stage_would_fail(
     assert wrong in raised.value.wrong
 
 
+def test_a_context_is_refused_when_vllm_would_use_the_long_factors_of_long_rope(base: Path) -> None:
+    factors = {"short_factor": [1.0] * 16, "long_factor": [2.0] * 16}
+    scaling = {"type": "longrope", "original_max_position_embeddings": 4096, **factors}
+    change_json(base / "config.json", rope_scaling=scaling, rope_parameters=None, max_position_embeddings=131072)
+    recipe = make_recipe(**RECIPE)
+    check_base(base, recipe, AVX512, EngineSettings(max_model_len=4096))
+    with pytest.raises(BaseModelError, match=r"With engine\.max_model_len 4097 vLLM uses the latter"):
+        check_base(base, recipe, AVX512, EngineSettings(max_model_len=4097))
+
+
 def test_a_group_size_is_refused_when_no_layer_divides_by_it(base: Path) -> None:
     with pytest.raises(RecipeError, match=r"quantize\.group_size is 128"):
         check(base, quantize={"group_size": 128})
