@@ -29,7 +29,7 @@ from svc.errors import RecipeError, TrainingError
 from svc.json_file import read_json_object
 from svc.registry.files import read_headers
 from svc.terminal import counting, waiting
-from trainer.base_model.content import copy_shipped_files
+from trainer.base_model.content import CONFIG_FILE, copy_shipped_files
 from trainer.data.chat_template import load_tokenizer, stop_tokens, tokenize_examples
 from trainer.export.gate_up import join_fused_layers
 from trainer.library_output import library_output_to_log
@@ -107,8 +107,11 @@ def quantize_gptq(
     calibration = tokenize_examples(tokenizer, picked, stop_tokens(model, tokenizer), kwargs)
     computed = calibration_type(number_type)
     out.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=".gptq-", dir=out.parent) as offload:
-        log = in_child_process(_run_gptqmodel, model, calibration, recipe.quantize, out, offload, computed)
+    with tempfile.TemporaryDirectory(prefix=".gptq-", dir=out.parent) as work:
+        copy, offload = Path(work, "model"), Path(work, "offload")
+        offload.mkdir()
+        link_with_padding(model, copy)
+        log = in_child_process(_run_gptqmodel, copy, calibration, recipe.quantize, out, str(offload), computed)
     if computed is not NumberType.BFLOAT16:
         write_bfloat16(out)
     join_fused_layers(out, layers)
@@ -245,6 +248,23 @@ def write_bfloat16(folder: Path) -> None:
     save_torch_state_dict(tensors, folder, metadata={"format": "pt"})
 
 
+def link_with_padding(model: Path, copy: Path) -> None:
+    """Make a copy of a model folder, of links, whose config names a padding token that the embedding has.
+
+    gptqmodel pads calibration examples, and masks the padding. Where the config names no token for it, or one that has
+    another role, gptqmodel looks for usual names in the vocabulary, and may find one without an embedding row.
+    """
+    copy.mkdir()
+    for file in model.iterdir():
+        (copy / file.name).symlink_to(file.resolve())
+    config = load_config(model).get_text_config()
+    ends = config.eos_token_id if isinstance(config.eos_token_id, list) else [config.eos_token_id]
+    padding = next(token for token in range(config.vocab_size) if token not in (config.bos_token_id, *ends))
+    (copy / CONFIG_FILE).unlink()
+    content = read_json_object(model / CONFIG_FILE) | {"pad_token_id": padding}
+    (copy / CONFIG_FILE).write_text(json.dumps(content), "utf-8")
+
+
 def finish_folder(model: Path, out: Path) -> None:
     """Replace the config, tokenizer and templates that gptqmodel wrote by the model's own.
 
@@ -252,7 +272,7 @@ def finish_folder(model: Path, out: Path) -> None:
     the model's config as its loader has changed it. Gemma 3's had the frequencies twice, in two shapes.
     """
     path = out / "quantize_config.json"
-    beside, quantization = read_json_object(path), read_json_object(out / "config.json")["quantization_config"]
+    beside, quantization = read_json_object(path), read_json_object(out / CONFIG_FILE)["quantization_config"]
     for written in (beside, quantization):
         for key in _PASSING & set(written.get("meta") or {}):
             del written["meta"][key]

@@ -1,6 +1,7 @@
 """GPTQ: what is checked before it and tidied after it, and once the real thing on a tiny model."""
 
 import json
+import shutil
 import signal
 import subprocess
 import sys
@@ -24,6 +25,7 @@ from trainer.export.gptq import (
     calibration_type,
     check_layers,
     finish_folder,
+    link_with_padding,
     pick_calibration,
     quantize_gptq,
     write_bfloat16,
@@ -183,6 +185,23 @@ def test_a_quantized_config_is_the_models_own_when_gptqmodel_changed_it(tmp_path
     finish_folder(model, out)
     quantization = {"bits": 4, "meta": {"quantizer": ["gptqmodel:7.6.0"]}}
     assert json.loads((out / "config.json").read_text("utf-8")) == own | {"quantization_config": quantization}
+
+
+@pytest.mark.parametrize("ends", [257, [256, 257, 0]])
+def test_padding_while_quantizing_is_a_token_of_the_embedding_without_another_role(
+    tiny_base: Path, tmp_path: Path, ends: int | list[int]
+) -> None:
+    """As with a Llama 3.1 whose tokenizer has `<|finetune_right_pad_id|>` beyond the embedding."""
+    model = Path(shutil.copytree(tiny_base, tmp_path / "model"))
+    config = json.loads((model / "config.json").read_text("utf-8"))
+    changed = config | {"pad_token_id": None, "bos_token_id": 1, "eos_token_id": ends}
+    (model / "config.json").write_text(json.dumps(changed), "utf-8")
+    link_with_padding(model, tmp_path / "copy")
+    padding = AutoConfig.from_pretrained(tmp_path / "copy").pad_token_id
+    assert 0 <= padding < changed["vocab_size"]
+    assert padding not in (1, 257, *([ends] if isinstance(ends, int) else ends))
+    assert json.loads((model / "config.json").read_text("utf-8")) == changed
+    assert load_file(tmp_path / "copy" / "model.safetensors").keys() == load_file(model / "model.safetensors").keys()
 
 
 @pytest.mark.parametrize("number_type", NumberType)

@@ -52,11 +52,15 @@ class Version:
     recipe: Recipe
     examples: list[TokenizedExample]
 
-    def report(self) -> ParityReport:
-        """With the readings of an engine that computes rightly what lies in the folders."""
+    def report(self, number_type: NumberType = TYPE) -> ParityReport:
+        """With the readings of an engine that computes rightly what lies in the folders.
+
+        Args:
+            number_type: in which the trainer's models compute.
+        """
         formats = {format: (folder, self._read(folder)) for format, (folder, _) in self.made.formats.items()}
         made = replace(self.made, formats=formats)
-        return make_report(made, self.recipe, self.examples, len(self.examples), number_type=TYPE)
+        return make_report(made, self.recipe, self.examples, len(self.examples), number_type=number_type)
 
     def _read(self, folder: Path) -> EngineReading:
         scores: Scores = ()
@@ -133,6 +137,17 @@ def test_a_right_version_passes_every_check(tmp_path: Path, tiny_base: Path, sec
     report = make_version(tmp_path, tiny_base, **sections).report()
     assert report.failed == ()
     assert {check.name.partition(":")[0] for check in report.checks} == {"merged", "gptq", "merge"}
+
+
+def test_a_right_version_passes_when_its_base_is_published_in_float16(tmp_path: Path, tiny_base: Path) -> None:
+    """As Llama 2 is: training rounds its weights to bf16, and merging does not."""
+    base = Path(shutil.copytree(tiny_base, tmp_path / "base"))
+    weights = load_file(base / "model.safetensors")
+    finer = {name: weight.half() * (1 + torch.rand(weight.shape) / 256) for name, weight in weights.items()}
+    save_file({name: weight.half() for name, weight in finer.items()}, base / "model.safetensors", {"format": "pt"})
+    change_json(base / "config.json", dtype="float16")
+    version = make_version(tmp_path, base, trained=3.0)
+    assert version.report(NumberType.BFLOAT16).failed == ()
 
 
 @pytest.mark.parametrize("kind", ["lora", "dora", "vera"])
