@@ -73,19 +73,21 @@ class TextChecks:
 
 
 def special_tokens(folder: Path) -> list[str]:
-    """The special tokens of a model folder, from its `tokenizer.json`.
+    """Return the special tokens of a model folder, from tokenizer.json, or without that from tokenizer_config.json.
 
     Raises:
-        DataError: the folder has none that can be read.
+        DataError: the folder has neither, or it cannot be read.
     """
     path = folder / "tokenizer.json"
+    path = path if path.is_file() else folder / "tokenizer_config.json"
     try:
-        added = json.loads(path.read_text("utf-8")).get("added_tokens") or []
+        content = json.loads(path.read_text("utf-8"))
+        added = content.get("added_tokens") or (content.get("added_tokens_decoder") or {}).values()
         return [str(token["content"]) for token in added if token.get("special")]
     except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
         raise DataError(
-            f"cannot read the special tokens in {path}: {error}",
-            expected="a model folder with tokenizer.json",
+            f"cannot read the special tokens of {folder} in {path.name}: {error}",
+            expected="a model folder with tokenizer.json or tokenizer_config.json",
             todo="check the path; known families are looked for without --base too",
         ) from error
 

@@ -129,11 +129,18 @@ def test_tokens_of_the_base_model_are_told(tmp_path: Path) -> None:
     assert codes("the text", *special_tokens(tmp_path)) == set()
 
 
+def test_tokens_come_from_tokenizer_config_when_the_base_has_only_a_sentencepiece_model(tmp_path: Path) -> None:
+    tokens = {"1": {"content": "<s>", "special": True}, "5": {"content": "the", "special": False}}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"added_tokens_decoder": tokens}), "utf-8")
+    (tmp_path / "tokenizer.model").write_bytes(b"pieces")
+    assert special_tokens(tmp_path) == ["<s>"]
+
+
 @pytest.mark.parametrize("content", [None, "[", "[]", '{"added_tokens": 5}', '{"added_tokens": [5]}'])
 def test_a_folder_without_a_tokenizer_is_named(tmp_path: Path, content: str | None) -> None:
     if content:
         (tmp_path / "tokenizer.json").write_text(content)
-    with pytest.raises(DataError, match=r"tokenizer\.json"):
+    with pytest.raises(DataError, match=r"tokenizer.*\.json"):
         special_tokens(tmp_path)
 
 
