@@ -1,7 +1,7 @@
 """Whether a base can go through all stages, checked before the first: in seconds, without reading its weights.
 
-What would fail hours later for a reason that shows in the base's own files fails here: a config that does not come
-back, a tokenizer that does not belong to the weights, layers that cannot be quantized, a model that vLLM lacks.
+What would fail hours later for a reason that shows in the base's own files fails here: a config that cannot be
+copied, a tokenizer that does not belong to the weights, layers that cannot be quantized, a model that vLLM lacks.
 """
 
 import tempfile
@@ -65,7 +65,7 @@ def _check_architecture(base: Path, config: "PreTrainedConfig") -> None:
 
     if type(config) not in AutoModelForCausalLM._model_mapping:
         raise BaseModelError(
-            f"{base} has model_type {config.model_type!r}, of which transformers has no language model",
+            f"transformers has no language model for model_type {config.model_type!r}, which {base} has",
             expected="a model that continues text",
             todo="choose another base",
         )
@@ -111,7 +111,7 @@ def _check_copy(base: Path) -> None:
         copy_shipped_files(base, copy)
         if different := [*other_files(base, copy), *other_config(base, copy)]:
             raise BaseModelError(
-                f"a copy of {base} is not what the base is: {', '.join(different)} differ",
+                f"a copy of {base} differs from it: {', '.join(different)}",
                 expected="a config that transformers reads the same each time",
                 todo="report this with the base's config.json; another base may work",
             )

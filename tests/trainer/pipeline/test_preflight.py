@@ -74,7 +74,7 @@ FAULTS: dict[str, tuple[Callable[[Path], None], type[SvcError], str]] = {
     "no language model": (
         lambda base: change_json(base / "config.json", model_type="vit"),
         BaseModelError,
-        "'vit', of which transformers has no language model",
+        "transformers has no language model for model_type 'vit'",
     ),
     "damaged shard": (cut_shard, IntegrityError, "is not a complete safetensors file"),
     "two output matrices": (untie, BaseModelError, "its files hold two that differ"),
