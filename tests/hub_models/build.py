@@ -51,16 +51,16 @@ def build_hub_model(folder: Path, family: str, *, seed: int = 0, tokenizer: Path
     template = json.dumps(fixture.template)
     texts = {name: ids.rewrite(text).replace(_TEMPLATE_PLACE, template) for name, text in fixture.texts.items()}
     folder.mkdir(parents=True, exist_ok=True)
+    if tokenizer is None:
+        write_tokenizer(folder, fixture)
+    else:
+        shutil.copyfile(tokenizer / "tokenizer.json", folder / "tokenizer.json")
     write_weights(folder, texts["config.json"], seed)
     _write_other_files(folder, fixture.licence)
     for name, text in texts.items():
         (folder / name).write_bytes(text.encode("utf-8"))
     if _TEMPLATE_PLACE not in fixture.texts["tokenizer_config.json"]:
         (folder / "chat_template.jinja").write_text(fixture.template, "utf-8")
-    if tokenizer is None:
-        write_tokenizer(folder, fixture)
-    else:
-        shutil.copyfile(tokenizer / "tokenizer.json", folder / "tokenizer.json")
     return folder
 
 
@@ -75,6 +75,11 @@ def write_weights(folder: Path, config: str, seed: int = 0) -> None:
     loaded = CONFIG_MAPPING[values["model_type"]].from_dict(values | {"initializer_range": 0.1})
     torch.manual_seed(seed)
     model = AutoModelForCausalLM.from_config(loaded).to(getattr(torch, values.get("torch_dtype") or "bfloat16"))
+    # A published model never gives an id without a token. vLLM 0.32 stops at one: with a SentencePiece vocabulary it
+    # cannot decode it.
+    if (tokens := _count_tokens(folder)) is not None:
+        with torch.no_grad():
+            model.get_output_embeddings().weight[tokens:] = 0
     model.save_pretrained(folder, max_shard_size=_LARGEST_SHARD)
     if values["model_type"] == "mistral":
         save_file(_in_mistral_names(model.state_dict()), folder / "consolidated.safetensors", {"format": "pt"})
@@ -82,6 +87,16 @@ def write_weights(folder: Path, config: str, seed: int = 0) -> None:
         (folder / "params.json").write_text(json.dumps(parameters, indent=4), "utf-8")
     (folder / "config.json").write_bytes(config.encode("utf-8"))
     (folder / "generation_config.json").unlink(missing_ok=True)
+
+
+def _count_tokens(folder: Path) -> int | None:
+    """Return the number of ids of a folder's tokenizer.json; None without one."""
+    path = folder / "tokenizer.json"
+    if not path.is_file():
+        return None
+    content = json.loads(path.read_text("utf-8"))
+    ids = [*content["model"]["vocab"].values(), *(token["id"] for token in content["added_tokens"])]
+    return int(max(ids)) + 1
 
 
 def _in_mistral_names(weights: "dict[str, torch.Tensor]") -> "dict[str, torch.Tensor]":
