@@ -68,7 +68,8 @@ def test_a_family_is_registered_and_answers_when_its_base_is_as_published(
 ) -> None:
     name = family.name.replace("_", "-")
     started = time.monotonic()
-    options = [] if quantizes(family) else ["--set", "formats=[merged]"]
+    options = ["--set", f"train.epochs={family.epochs}"]
+    options += [] if quantizes(family) else ["--set", "formats=[merged]"]
     recipe = write_recipe(families_home.parent, family, name)
     version = svc_json(families_home, "train", str(recipe), *options)["version"]
     seconds = time.monotonic() - started
