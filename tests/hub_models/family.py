@@ -83,7 +83,7 @@ FAMILIES = {
         Family("phi_3_5", _MISTRAL_1, "mit", "phi3_5"),
         Family("phi_4", _SMOLLM2, "mit"),
         Family("olmo_2", _SMOLLM2, "apache-2.0"),
-        # Granite divides its logits by 16, so that random weights learn slowly.
+        # Granite divides its logits, by 16 where the width is 4,096 and by 4 here: random weights learn slowly.
         Family("granite", _SMOLLM2, "apache-2.0", epochs=8),
         Family("granite_moe", _SMOLLM2, "apache-2.0", is_mixture=True, epochs=8),
     )
