@@ -46,8 +46,7 @@ def check_base(base: Path, recipe: Recipe, capabilities: Capabilities, engine: E
         stack.enter_context(waiting("Checking the base model"))
         config = load_config(base)
         _check_architecture(base, config)
-        read_headers(base)
-        _check_output_layer(base, config)
+        _check_weights(base, config)
         if served:
             _check_long_rope(base, config, engine.max_model_len)
         _check_copy(base)
@@ -71,11 +70,14 @@ def _check_architecture(base: Path, config: "PreTrainedConfig") -> None:
         )
 
 
-def _check_output_layer(base: Path, config: "PreTrainedConfig") -> None:
-    """Refuse two different matrices where the config ties them: transformers keeps both, vLLM drops the second."""
+def _check_weights(base: Path, config: "PreTrainedConfig") -> None:
+    """Refuse damaged files, and two different output matrices where the config ties them.
+
+    Of two, transformers keeps both, and vLLM drops the second.
+    """
+    names = [tensor.name for tensor in read_headers(base)]
     if not config.get_text_config().tie_word_embeddings:
         return
-    names = [tensor.name for tensor in read_headers(base)]
     head = next((name for name in names if name.endswith("lm_head.weight")), None)
     embedding = next((name for name in names if name.endswith("embed_tokens.weight")), None)
     if head and embedding and hash_tensor(base, head) != hash_tensor(base, embedding):

@@ -12,7 +12,7 @@ from svc.errors import TrainingError
 from trainer.pipeline.stage_key import Stage
 
 _OURS = tuple(Path(__file__).parents[2] / package for package in ("svc", "trainer"))
-_PACKAGES = re.compile(r"site-packages/(\w+)")
+_PACKAGES = re.compile(r"(?:site|dist)-packages/(\w+)")
 _CHILD_FRAME = re.compile(r'^  File "(.+)", line \d+', re.MULTILINE)
 LOG_FILE = "error.log"
 """In the run's folder: the traceback of the last failure."""

@@ -6,6 +6,7 @@ answer. Run as a module this file is that process. No weights are read, so a mod
 
 import json
 import os
+import shlex
 import subprocess
 import sys
 from collections.abc import Iterator, Sequence
@@ -27,11 +28,13 @@ class ModelCheck:
 
     Args:
         folder: of the model.
+        command: what the process runs.
         process: prints vLLM's reason as JSON, or null.
     """
 
-    def __init__(self, folder: Path, process: "subprocess.Popen[str]") -> None:
+    def __init__(self, folder: Path, command: Sequence[str], process: "subprocess.Popen[str]") -> None:
         self._folder = folder
+        self._command = command
         self._process = process
 
     def wait(self) -> None:
@@ -49,7 +52,7 @@ class ModelCheck:
             raise EngineError(
                 f"vLLM could not check the model in {self._folder}: {lines[-1] if lines else error}",
                 expected="an answer of vLLM's own validation",
-                todo=f"run `{' '.join(map(str, self._process.args))}`, which shows the whole error",  # type: ignore[arg-type]
+                todo=f"run `{shlex.join(self._command)}`, which shows the whole error",
             ) from error
         if reason is not None:
             raise BaseModelError(
@@ -72,7 +75,7 @@ def model_check(folder: Path, settings: EngineSettings) -> Iterator[ModelCheck]:
         command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     ) as process:
         try:
-            yield ModelCheck(folder, process)
+            yield ModelCheck(folder, command, process)
         finally:
             process.kill()
 
