@@ -1,8 +1,9 @@
 """Holds keys to their limits: requests and tokens a minute, tokens a day, requests at once.
 
-A request reserves what it may use before it waits for anything, and settles for what it used when it has ended; one
-that is refused costs nothing. In memory alone, with one entry for each key that asked; keys come from the store, and no
-client can make one. What was used today is told at the start of a server.
+A request reserves what it may use before it waits for anything, and settles for what it used when it has ended. One
+that is refused by its client's fault counts as a request; one for which there is no place costs nothing. In memory
+alone, with one entry for each key that asked; keys come from the store, and no client can make one. What was used today
+is told at the start of a server.
 
 The tokens of a prompt are known once the engine has counted them. Until then they are estimated from the bytes of the
 request: text in most languages has three to five bytes a token, and a request more for its JSON. An estimate that is
@@ -98,7 +99,7 @@ class Reservation:
             key_limit.quota.settle(amount, used)
 
     def release(self) -> None:
-        """The request was refused, and costs nothing."""
+        """Give everything back: the request failed, and not by its client's fault."""
         for key_limit, amount, _, _ in self._held:
             key_limit.quota.settle(amount, 0)
 
@@ -136,6 +137,26 @@ class RateLimiter:
         for key_limit, amount, _, _ in held:
             key_limit.quota.reserved += amount
         return Reservation(held)
+
+    def require_request(self, principal: Principal) -> None:
+        """Raise where a key has no request left in this minute: before its request costs anything.
+
+        Raises:
+            RateLimitedError: the limit on requests per minute is reached.
+        """
+        for key_limit in self._limits(principal):
+            if key_limit.limit is Limit.REQUESTS_PER_MINUTE:
+                now = self._clock()
+                if key_limit.quota.free(now, key_limit.most) < 1:
+                    wait_s = key_limit.quota.wait_s(1, now, key_limit.most)
+                    raise self._refusal(key_limit.limit, principal, wait_s)
+
+    def count_request(self, principal: Principal) -> None:
+        """Count a request that failed by its client's fault before it reserved anything."""
+        for key_limit in self._limits(principal):
+            if key_limit.limit is Limit.REQUESTS_PER_MINUTE:
+                key_limit.quota.free(self._clock(), key_limit.most)
+                key_limit.quota.settle(0, 1)
 
     def allowances(self, principal: Principal) -> dict[Limit, Allowance]:
         """What is left of each limit that a key has."""

@@ -10,6 +10,7 @@ from typing import NamedTuple
 from serving.admission.errors import ENGINE_RETRY_S, AdmissionError, EngineUnavailableError
 from serving.engines.pool import EnginePool
 from serving.engines.replica import Replica
+from serving.engines.token_pace import TokenPace
 from serving.engines.transport import EngineDiedError
 from serving.model_names import ModelNames, ModelNotFoundError
 from svc.engine.vllm.connection_pool import EngineConnections
@@ -30,11 +31,13 @@ class Lease(NamedTuple):
         http: connections to the engine.
         served: the version that answers.
         engine_model: what the engine calls it.
+        pace: how fast the engine generates.
     """
 
     http: EngineConnections
     served: Target
     engine_model: str
+    pace: TokenPace
 
 
 class Balancer:
@@ -114,9 +117,10 @@ class Leasing:
         self._engine.occupy()
         try:
             if self._engine.adapters is None:
-                return Lease(self._engine.http, served, self._engine.client.model)
+                return Lease(self._engine.http, served, self._engine.client.model, self._engine.pace)
             self._adapter = AsyncExitStack()
-            return Lease(self._engine.http, served, await _enter(self._adapter, self._engine, served))
+            name = await _enter(self._adapter, self._engine, served)
+            return Lease(self._engine.http, served, name, self._engine.pace)
         except BaseException as error:
             self._ended(error)
             raise

@@ -1,4 +1,8 @@
-"""Notices the death of an engine: its process has ended, its core is dead, or it answers no health check."""
+"""Notices the death of an engine: its process has ended, its core is dead, or it answers no health check.
+
+An engine that answers no health check may be busy: vLLM's front answers all clients from one thread. So silence alone
+is no death: the processor time of the front says whether it works or hangs.
+"""
 
 import asyncio
 import time
@@ -6,7 +10,7 @@ from collections.abc import Callable, Coroutine
 from contextlib import suppress
 from typing import Any, TypeVar
 
-from svc.engine.engine import Engine
+from svc.engine.engine import LastingEngine
 from svc.engine.vllm.client import Health
 from svc.errors import EngineError
 
@@ -14,7 +18,11 @@ Result = TypeVar("Result")
 
 _HEALTH_S = 2.0
 _UNHEALTHY_S = 30.0
-"""The front answers health checks even under load; half a minute without an answer is a death."""
+"""The front answers health checks even under load; silence for so long without work is a death."""
+_BUSY_S = 300.0
+"""A front that works all the time and answers nothing is left in peace for so long: it may turn in a circle."""
+_BUSY_SHARE = 0.05
+"""Of a processor: a front that works gets more, also beside a busy core; one that hangs uses next to nothing."""
 
 
 class EngineWatch:
@@ -24,7 +32,7 @@ class EngineWatch:
         engine: that one; raises RuntimeError where there is none.
     """
 
-    def __init__(self, engine: Callable[[], Engine]) -> None:
+    def __init__(self, engine: Callable[[], LastingEngine]) -> None:
         self._engine = engine
         self._suspected = asyncio.Event()
 
@@ -45,7 +53,7 @@ class EngineWatch:
         """Returns why, when the engine has died."""
         engine = self._engine()
         ended = asyncio.create_task(engine.wait())
-        answered = time.monotonic()
+        answered, front = time.monotonic(), _Front(engine)
         try:
             while True:
                 check = asyncio.create_task(self._next_check())
@@ -59,9 +67,10 @@ class EngineWatch:
                 self._suspected.clear()
                 if health is Health.DEAD:
                     return "its core is dead, or it takes no connection any more"
+                works = front.works()
                 if health is not Health.BAD:
                     answered = time.monotonic()
-                elif (silent_s := time.monotonic() - answered) >= _UNHEALTHY_S:
+                elif (silent_s := time.monotonic() - answered) >= (_BUSY_S if works else _UNHEALTHY_S):
                     return f"no answer to health checks for {silent_s:.0f} s"
         finally:
             ended.cancel()
@@ -88,3 +97,19 @@ class EngineWatch:
         with suppress(TimeoutError):
             async with asyncio.timeout(_HEALTH_S):
                 await self._suspected.wait()
+
+
+class _Front:
+    """The process of an engine that answers HTTP."""
+
+    def __init__(self, engine: LastingEngine) -> None:
+        self._engine = engine
+        self._at, self._used_s = time.monotonic(), engine.front_s()
+
+    def works(self) -> bool:
+        """Return whether it has worked since the last call; False if that cannot be known."""
+        before, before_s = self._at, self._used_s
+        self._at, self._used_s = time.monotonic(), self._engine.front_s()
+        if before_s is None or self._used_s is None:
+            return False
+        return self._used_s - before_s >= _BUSY_SHARE * (self._at - before)

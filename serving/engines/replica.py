@@ -15,6 +15,7 @@ from serving.engines.adapters import Checked
 from serving.engines.engine_adapters import EngineAdapters
 from serving.engines.engine_watch import EngineWatch
 from serving.engines.served_model import ServedModel
+from serving.engines.token_pace import TokenPace
 from serving.engines.verification import Verification
 from svc.engine.engine import LastingEngine
 from svc.engine.engine_capabilities import EngineCapabilities
@@ -63,6 +64,7 @@ class Replica:
         lock: held by who starts, changes or ends it; see `EnginePool.held`.
         watch: notices the engine's death.
         asleep: the engine has freed its GPU.
+        pace: how fast the engine generates.
         adapters: those that it applies beside its base; None where it holds a version itself.
         on_adapter: hears when an adapter has come, with the seconds that it took, or has gone, with None.
     """
@@ -95,6 +97,7 @@ class Replica:
         self.target: Target | None = None
         self.checked: Checked | None = None
         self.why = "it did not start"
+        self.pace = TokenPace()
         self.asleep = False
         self._adapter_patience_s = adapter_patience_s
         self._model: ServedModel | None = None

@@ -1,6 +1,6 @@
 """One call to the engine: its failures as typed errors, and its refusals.
 
-Knows vLLM's error texts, so that no other module has to.
+Knows vLLM's error texts, so that no other module has to. No text decides whether an engine lives.
 """
 
 import asyncio
@@ -26,7 +26,6 @@ PASSED_STATUSES = frozenset({400, 413, 422, 429, 503})
 _MESSAGE_CHARS = 1000
 _TOO_LONG = ("maximum context length", "maximum model length", "cannot be greater than max_model_len")
 _GONE = "the engine went away; it is being restarted"
-_ENGINE_DEAD = "EngineCore encountered an issue"
 _FIELDS = re.compile(r" \(parameter=([\w.]{1,100})(, value=.*)?\)$", re.DOTALL)
 _PATH = re.compile(r"(?<![\w:/.])/(?:[\w.@-]+/)+[\w.@-]*|(?<![\w/])~/[\w./@-]+")
 _TRACEBACK = re.compile(r"Traceback \(most recent call last\)|File \"[^\"]*\", line \d+")
@@ -109,11 +108,14 @@ class EngineCall:
         if answer.status < 400:
             return answer
         try:
-            raise refusal(answer.status, error_of(await answer.read()))
+            refused = refusal(answer.status, error_of(await answer.read()))
         except ConnectionFailedError as error:
             raise _failure(error) from error
         finally:
             answer.end()
+        if isinstance(refused, EngineFailedError) and not await _lives(self._engine):
+            raise EngineDiedError(_GONE) from refused
+        raise refused
 
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
@@ -125,7 +127,7 @@ class EngineCall:
             raise EngineFailedError("the engine broke off its answer") from error
         if isinstance(error, ConnectionFailedError):
             raise _failure(error) from error
-        # In a stream of messages vLLM words its own death so.
+        # Whether an engine is dead, its health tells: an error may quote what the client sent.
         if isinstance(error, EngineFailedError) and not await _lives(self._engine):
             raise EngineDiedError(_GONE) from error
 
@@ -158,8 +160,6 @@ def refusal(status: int, error: Any) -> EngineError:
     fields = error if isinstance(error, dict) else {}
     message = str(fields.get("message") or "")
     param = fields.get("param")
-    if _ENGINE_DEAD in message:
-        return EngineDiedError(_GONE)
     if status not in PASSED_STATUSES:
         return EngineFailedError(f"the engine answered {status}: {without_values(message)}")
     if status in (429, 503):

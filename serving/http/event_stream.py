@@ -113,7 +113,7 @@ class EventStream:
         if seen.usage:
             self._account.used(seen.usage)
         if seen.end:
-            self._account.complete = True
+            self._account.completed()
         if seen.token:
             self._time_token()
         return self._wants_usage or not seen.usage

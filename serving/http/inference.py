@@ -40,7 +40,7 @@ from serving.telemetry.request_log import RequestLog
 from serving.telemetry.traces.request_trace import RequestTrace
 from svc.access.usage_meter import UsageMeter
 from svc.engine.vllm.connection_pool import EngineAnswer
-from svc.settings import ServeSettings
+from svc.settings import RequestLimits, ServeSettings
 
 BeginTrace = Callable[[Sequence[tuple[bytes, bytes]]], RequestTrace]
 
@@ -54,6 +54,7 @@ class Gateway:
         metrics: counts.
         request_log: keeps a row for each request.
         settings: the limits.
+        request_limits: on the structure of one request.
         buffers: what of all answers waits for clients.
         limiter: holds keys to their limits.
         usage: counts what keys use.
@@ -69,6 +70,7 @@ class Gateway:
         metrics: GatewayMetrics,
         request_log: RequestLog,
         settings: ServeSettings,
+        request_limits: RequestLimits,
         buffers: AnswerBuffers,
         limiter: RateLimiter,
         usage: UsageMeter,
@@ -80,6 +82,7 @@ class Gateway:
         self.metrics = metrics
         self.request_log = request_log
         self.settings = settings
+        self.request_limits = request_limits
         self.clock = clock
         self.buffers = buffers
         self.limiter = limiter
@@ -135,7 +138,8 @@ class Exchange:
                         self._scope, receive, max_bytes=settings.max_body_bytes, timeout_s=settings.body_timeout_s
                     )
             account.body_read(len(body))
-            request = parse_request(body, self._route)
+            account.key.require_request()
+            request = parse_request(body, self._route, self._gateway.request_limits)
             account.parsed(request)
             del body
             await while_connected(self._scope, receive, self._answer(request))
@@ -161,7 +165,7 @@ class Exchange:
         await to.backend.check(to.model)
         self._scope["state"]["version"] = (served := to.backend.names.served) and served.version
         # Delivered outside admission: the engine is done with it, and a client that reads slowly keeps no place.
-        work = request.work(to.backend.context)
+        self.account.work = work = request.work(to.backend.context)
         self._scope["state"]["reservation"] = self.account.key.reserve(request, work, self.account.model)
         began = self._gateway.clock()
         async with (
@@ -189,7 +193,7 @@ class Exchange:
         """Asks the engine, and hands its answer to the delivery."""
         payload = request.payload(engine.engine_model)
         account = self.account
-        account.served_by(engine.served)
+        account.served_by(engine.served, engine.pace)
         lines = account.trace.header_lines if account.trace else ""
         async with EngineCall(engine.http, self._route.value, payload, account.request_id, lines) as answer:
             if answer.is_event_stream:
@@ -217,7 +221,7 @@ class Exchange:
             account.finished(reason)
         if usage := self._format.usage(body):
             account.used(usage)
-        account.complete = True
+        account.completed()
         self._begin("application/json", len(body))
         self._delivery.put(body)
 

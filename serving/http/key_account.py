@@ -3,11 +3,11 @@
 from serving.admission.errors import RateLimitedError
 from serving.admission.party import NO_KEY, Party
 from serving.admission.rate_limiter import Demand, RateLimiter, Reservation, estimated_tokens
-from serving.protocols.error_code import ErrorCode
+from serving.protocols.error_code import CLIENT_FAULTS, ErrorCode
 from serving.protocols.outcome import outcome_of
 from serving.protocols.request import CompletionRequest
 from serving.protocols.wire_formats import Usage
-from serving.telemetry.metrics import GatewayMetrics
+from serving.telemetry.metrics import UNKNOWN_MODEL, GatewayMetrics
 from svc.access.usage_meter import UsageMeter
 from svc.principal import Principal
 from svc.store.requests import Outcome
@@ -44,6 +44,20 @@ class KeyAccount:
         """Who has a share of the model."""
         return Party(self._principal.key_id, self._principal.weight) if self._principal else NO_KEY
 
+    def require_request(self) -> None:
+        """Raise where the key has no request left in this minute.
+
+        Raises:
+            RateLimitedError: it has none.
+        """
+        if self._principal is None:
+            return
+        try:
+            self._limiter.require_request(self._principal)
+        except RateLimitedError as error:
+            self._metrics.key_refused(self._principal.key_id, UNKNOWN_MODEL, error.limit)
+            raise
+
     def reserve(self, request: CompletionRequest, work: int, model: str) -> Reservation | None:
         """Takes what the request may use of its key's limits; None where there is no key.
 
@@ -64,31 +78,40 @@ class KeyAccount:
             raise
         return self._reservation
 
-    def settle(self, served: Target | None, reason: ErrorCode | None, usage: Usage | None) -> None:
+    def settle(
+        self, served: Target | None, reason: ErrorCode | None, usage: Usage | None, *, computed: int = 0
+    ) -> None:
         """Counts what the request used, and gives back what it held; to be called once, at its end.
 
         Args:
             served: the version that took it; None where none did.
             reason: why it failed; None where it did not.
             usage: as the engine tells it at the end of an answer.
+            computed: about how many tokens the engine computed for an answer that its client left.
         """
-        spent = self._spent(reason, usage) if served else None
+        spent = self._spent(reason, usage, computed) if served else None
         if self._reservation:
             if spent:
                 self._reservation.settle(spent.prompt, spent.completion)
+            elif reason in CLIENT_FAULTS:
+                self._reservation.settle(0, 0)
             else:
                 self._reservation.release()
+        elif self._principal and reason in CLIENT_FAULTS:
+            self._limiter.count_request(self._principal)
         if spent and served:
             model = served.version.name
             self._metrics.key_used(self.key_id or "", model, spent)
             self._usage.add(self.key_id, model, tokens_in=spent.prompt, tokens_out=spent.completion)
 
-    def _spent(self, reason: ErrorCode | None, usage: Usage | None) -> Usage | None:
+    def _spent(self, reason: ErrorCode | None, usage: Usage | None, computed: int) -> Usage | None:
         """None of a request that was refused, or failed before it had a token.
 
-        Of an answer that its client left, the prompt is estimated and the events with tokens are counted: leaving early
-        makes nothing free.
+        Of an answer that its client left, prompt and tokens are estimated: leaving early makes nothing free. An event
+        may bring several tokens, so their number is the least that was computed.
         """
-        if reason and not self.token_events and outcome_of(reason) not in _LEFT:
+        left = outcome_of(reason) in _LEFT
+        if reason and not self.token_events and not left:
             return None
-        return usage or Usage(estimated_tokens(self.body_bytes), self.token_events)
+        tokens = max(self.token_events, computed) if left else self.token_events
+        return usage or Usage(estimated_tokens(self.body_bytes), tokens)

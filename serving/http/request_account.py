@@ -8,6 +8,7 @@ from collections.abc import Callable, MutableMapping
 from datetime import UTC, datetime
 from typing import Any
 
+from serving.engines.token_pace import TokenPace
 from serving.http.key_account import KeyAccount
 from serving.protocols.error_code import ErrorCode
 from serving.protocols.outcome import outcome_of
@@ -35,6 +36,7 @@ class RequestAccount:
 
     Attributes:
         model: that it asks, one of a bounded set of names.
+        work: most tokens that its answers may have.
         status: of the answer; None until that began.
         begun: the head of the answer was given to the delivery, or sent.
         complete: the engine has given all of the answer.
@@ -70,7 +72,9 @@ class RequestAccount:
         self._reason: ErrorCode | None = None
         self._finish_reason: str | None = None
         self._usage: Usage | None = None
+        self._pace: TokenPace | None = None
         self.model = UNKNOWN_MODEL
+        self.work = 0
         self.status: int | None = None
         self.begun = False
         self.complete = False
@@ -100,9 +104,9 @@ class RequestAccount:
         """It has a place in an engine."""
         self._place_s = waited_s
 
-    def served_by(self, target: Target) -> None:
-        """This version is asked now."""
-        self._served = target
+    def served_by(self, target: Target, pace: TokenPace) -> None:
+        """This version is asked now, on an engine of this pace."""
+        self._served, self._pace = target, pace
         self._state["version"] = target.version
         self._asked = self._clock()
 
@@ -135,10 +139,29 @@ class RequestAccount:
         self._usage = usage
         self._metrics.tokens(self._answering, usage)
 
+    def completed(self) -> None:
+        """The engine has given all of the answer; to be called after `used`."""
+        self.complete = True
+        if self._usage and self._pace:
+            self._pace.observe(self._usage.completion, self._engine_seconds)
+
     def failed(self, code: ErrorCode) -> None:
         """It has failed, whatever was sent of the answer."""
         self._reason = code
         self._metrics.request_failed(self._served, code, self.model)
+
+    @property
+    def _engine_seconds(self) -> float:
+        """Since the engine was asked, times the answers that it generates at the same time."""
+        answers = self._request.answers if self._request else 1
+        return (self._clock() - self._asked) * answers
+
+    @property
+    def _computed(self) -> int:
+        """About how many tokens the engine has generated of an answer that is not complete."""
+        if self.complete or self._pace is None:
+            return 0
+        return self._pace.estimate(self._engine_seconds, self.work)
 
     @property
     def _answering(self) -> Target:
@@ -158,7 +181,7 @@ class RequestAccount:
         self._metrics.request_ended(
             served, self._route, status, seconds, self.request_id, reason=self._reason, model=self.model
         )
-        self.key.settle(served, self._reason, usage)
+        self.key.settle(served, self._reason, usage, computed=self._computed)
         record = RequestRecord(
             request_id=self.request_id,
             client_request_id=self._state.get("client_request_id"),

@@ -1,6 +1,7 @@
 """`POST /v1/messages/count_tokens` and `POST /tokenize`: how many tokens a prompt has, before it is asked.
 
-An engine counts without its model, so these take no place in admission and nothing of a key's limits, and leave no row.
+An engine counts without its model, so these take no place in admission and nothing of a key's limits but a request
+where one is refused, and leave no row.
 They keep its processors busy all the same: so many are answered at once, and half of them for one caller.
 """
 
@@ -19,6 +20,7 @@ from serving.http.error_answer import answer_error
 from serving.http.errors import api_error
 from serving.http.inference import Gateway
 from serving.http.models import require_model
+from serving.protocols.error_code import CLIENT_FAULTS
 from serving.protocols.request import CompletionRequest, parse_request
 from serving.protocols.route import Route, TokenRoute
 from svc.engine.vllm.connection_pool import EngineAnswer
@@ -49,14 +51,16 @@ class _Endpoint:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         gateway = self.counts.gateway
-        settings = gateway.settings
+        settings, principal = gateway.settings, principal_of(scope)
         delivery = delivery_of(scope, send, gateway.buffers, settings.client_timeout_s)
         try:
             with gateway.body_slots.reading(_peer(scope)):
                 body = await read_body(
                     scope, receive, max_bytes=settings.max_body_bytes, timeout_s=settings.body_timeout_s
                 )
-            request = parse_request(body, _CHECKED_AS[self.route])
+            if principal is not None:
+                gateway.limiter.require_request(principal)
+            request = parse_request(body, _CHECKED_AS[self.route], gateway.request_limits)
             del body
             await while_connected(scope, receive, self._answer(request, scope, delivery))
         except ClientGoneError:
@@ -66,7 +70,10 @@ class _Endpoint:
         except Exception as error:
             if delivery.begun:
                 raise
-            await answer_error(api_error(error), scope, receive, send, body_timeout_s=settings.body_timeout_s)
+            shown = api_error(error)
+            if principal is not None and shown.code in CLIENT_FAULTS:
+                gateway.limiter.count_request(principal)
+            await answer_error(shown, scope, receive, send, body_timeout_s=settings.body_timeout_s)
 
     async def _answer(self, request: CompletionRequest, scope: Scope, delivery: Delivery) -> None:
         principal = principal_of(scope)

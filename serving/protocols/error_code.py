@@ -40,3 +40,21 @@ class ErrorCode(StrEnum):
     CLIENT_GONE = "client_gone"
     """Counted only, as the next: nobody is left to be answered."""
     CLIENT_SLOW = "client_slow"
+
+
+CLIENT_FAULTS = frozenset(
+    {
+        ErrorCode.INVALID_JSON,
+        ErrorCode.INVALID_REQUEST,
+        ErrorCode.CONTEXT_LENGTH_EXCEEDED,
+        ErrorCode.TOO_MANY_TOKENS,
+        ErrorCode.ANSWER_TOO_LARGE,
+        ErrorCode.BODY_TOO_LARGE,
+        ErrorCode.BODY_TIMEOUT,
+        ErrorCode.UNSUPPORTED_MEDIA_TYPE,
+        ErrorCode.MODEL_NOT_FOUND,
+        ErrorCode.CLIENT_GONE,
+        ErrorCode.CLIENT_SLOW,
+    }
+)
+"""Failures that the client caused: such a request counts towards its key's requests per minute."""

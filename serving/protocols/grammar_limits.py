@@ -15,13 +15,17 @@ on a machine with two cores:
 
 import json
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from typing import Any
+
+from serving.protocols.json_values import count_values, is_deeper
 
 MOST_BYTES = 64 * 1024
 """Of all grammars of a request, as JSON."""
 MOST_LEVELS = 100
 """Of objects and arrays: more than vLLM takes of any grammar, with what is around it in a request."""
+MOST_VALUES = 8192
+"""Of all grammars of a request; to check more would hold the event loop."""
 MOST_PROPERTIES = 500
 """Of one object."""
 MOST_CHOICES_OF_PROPERTIES = 2_000
@@ -44,7 +48,9 @@ def excess(grammar: Any) -> str | None:
     Args:
         grammar: a JSON value with schemas anywhere in it; text that is JSON is read, other text is EBNF.
     """
-    if _is_too_deep(grammar):
+    if count_values(grammar, MOST_VALUES) > MOST_VALUES:
+        return f"at most {MOST_VALUES} values"
+    if is_deeper(grammar, MOST_LEVELS):
         return "at most 64 levels of objects and arrays"  # vLLM's own limit
     if len(json.dumps(grammar)) > MOST_BYTES:
         return f"at most {MOST_BYTES // 1024} KiB"
@@ -61,22 +67,6 @@ def excess(grammar: Any) -> str | None:
     if lengths > MOST_LENGTHS:
         return f"at most {MOST_LENGTHS} strings with a length"
     return f"patterns of at most {MOST_ATOMS_TOGETHER} characters in all" if atoms > MOST_ATOMS_TOGETHER else None
-
-
-def _is_too_deep(grammar: Any) -> bool:
-    """Counted here: how deep Python itself goes is another number in each of its releases."""
-    level = [grammar]
-    for _ in range(MOST_LEVELS):
-        level = [child for node in level for child in _children(node)]
-        if not level:
-            return False
-    return True
-
-
-def _children(node: Any) -> Iterable[Any]:
-    if isinstance(node, dict):
-        return node.values()
-    return node if isinstance(node, list) else ()
 
 
 def _excess_of_object(node: dict[str, Any]) -> str | None:

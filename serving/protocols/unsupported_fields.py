@@ -5,10 +5,10 @@ it to other machines. All else is the engine's to check. Knows the fields of vLL
 """
 
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from serving.protocols.grammar_limits import excess, objects
+from serving.protocols.refusal import Refusal
 from serving.protocols.route import Route
 
 MOST_ANSWERS = 1024
@@ -16,23 +16,6 @@ MOST_ANSWERS = 1024
 is the same; its limit on `n` is 16,384, for each of them."""
 
 Fields = Mapping[str, Any]
-
-
-@dataclass(frozen=True, slots=True)
-class Refusal:
-    """Why a request is not served.
-
-    Attributes:
-        param: the field at fault.
-        wrong: what is wrong with it.
-        expected: what is served instead; may be empty.
-        todo: what the client can do; may be empty.
-    """
-
-    param: str
-    wrong: str
-    expected: str = ""
-    todo: str = "leave it out"
 
 
 def find_refusal(fields: Fields, route: Route) -> Refusal | None:

@@ -45,6 +45,9 @@ class LastingEngine(Engine, Protocol):
     def http(self) -> EngineConnections:
         """For the requests of clients. Closed when the engine is stopped or left."""
 
+    def front_s(self) -> float | None:
+        """Return the processor time that the process which answers HTTP has used, seconds; None if unknown."""
+
     async def orphan_holds(self) -> str | None:
         """What an engine holds that was started alike by an earlier server and runs still; None where none does."""
 

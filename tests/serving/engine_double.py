@@ -41,7 +41,8 @@ class Fault(Enum):
     END_WITHOUT_DONE = auto()
     ERROR_IN_STREAM = auto()
     """On this request; the engine lives."""
-    ERROR_AT_ONCE_IN_STREAM = auto()
+    DEATH_AT_ONCE_IN_STREAM = auto()
+    """Words its own death as the first event."""
     SILENCE = auto()
     """Says nothing more after the second token of a stream; nothing at all otherwise."""
 
@@ -326,7 +327,8 @@ class EngineDouble:
         headers = [(b"content-type", EVENT_STREAM.encode())]
         await send({"type": "http.response.start", "status": 200, "headers": headers})
         counts, words = self._counts(body), list[str]()
-        if self.fault is Fault.ERROR_AT_ONCE_IN_STREAM:
+        if self.fault is Fault.DEATH_AT_ONCE_IN_STREAM:
+            self.dead = True
             await _events(send, wire.failure(DEAD_MESSAGE))
         else:
             await _events(send, wire.opening(counts))

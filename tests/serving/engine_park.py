@@ -129,10 +129,15 @@ class DoubleEngine:
         self.alive = False
         self.capabilities = park.capabilities(model)
         self.stops = 0
+        self.worked_s: float | None = None
 
     def memory(self) -> int | None:
         """It has no process."""
         return None
+
+    def front_s(self) -> float | None:
+        """Return how long its double has worked, as a test says it."""
+        return self.worked_s
 
     async def start(self, on_phase: Callable[[EnginePhase], None] = lambda phase: None) -> None:
         """Returns when it answers."""

@@ -18,6 +18,7 @@ from serving.admission.errors import EngineUnavailableError
 from serving.admission.rate_limiter import RateLimiter
 from serving.assembly import make_traces
 from serving.engines.balancer import Lease
+from serving.engines.token_pace import TokenPace
 from serving.http.administration import Administration
 from serving.http.app import Application, build_app
 from serving.http.authentication import Authentication
@@ -39,7 +40,7 @@ from svc.engine.vllm.client import EngineClient, socket_transport
 from svc.engine.vllm.connection_pool import EngineConnections
 from svc.principal import Principal
 from svc.registry.registry import Registry
-from svc.settings import RequestLogSettings, ServeSettings, TelemetrySettings
+from svc.settings import RequestLimits, RequestLogSettings, ServeSettings, TelemetrySettings
 from svc.version import Format, Target, VersionId
 from tests.serving.engine_double import EngineDouble, running_engine
 from tests.serving.keyed import KnownCallers
@@ -109,6 +110,7 @@ def application(
         metrics=metrics,
         request_log=request_log,
         settings=settings,
+        request_limits=RequestLimits(),
         buffers=buffers or AnswerBuffers(max_bytes=2**28, max_answer_bytes=2**24),
         limiter=limiter or RateLimiter(),
         usage=usage or UsageMeter(store),
@@ -185,6 +187,7 @@ class Service:
         self.store = store
         self.settings = ServeSettings(**settings)
         self.double = EngineDouble(name=NAME)
+        self.pace = TokenPace()
         self.admission = Admission(
             max_running=self.settings.max_running,
             max_tokens=self.settings.max_running_tokens or self.settings.max_running * CONTEXT,
@@ -261,7 +264,7 @@ class Service:
         self.names.resolve(model)
         if without is not None:
             raise EngineUnavailableError("there is one engine")
-        yield Lease(self.http, self.loaded, NAME)
+        yield Lease(self.http, self.loaded, NAME, self.pace)
 
     @property
     def asgi(self) -> ASGIApp:

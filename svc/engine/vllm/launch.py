@@ -26,7 +26,7 @@ from svc.engine.vllm.engine_args import given, given_flag
 from svc.engine.vllm.environment import inherited_environment
 from svc.engine.vllm.lora import RUNTIME_VARIABLE, LoraSlots, lora_choices
 from svc.engine.vllm.number_type import choose_dtype, choose_gptq_kernel
-from svc.engine.vllm.plugin import INT4_LINEAR_VARIABLE, LORA_VARIABLE, QUIET_VARIABLE
+from svc.engine.vllm.plugin import EMPTY_TOKENS_VARIABLE, INT4_LINEAR_VARIABLE, LORA_VARIABLE, QUIET_VARIABLE
 from svc.settings import Device, EngineSettings, GptqKernel
 
 SOCKET_FILE = "engine.sock"
@@ -170,6 +170,7 @@ def environment(spec: EngineSpec) -> dict[str, str]:
         "HF_HUB_OFFLINE": "1",
         "PYTHONUNBUFFERED": "1",
         QUIET_VARIABLE: "1",
+        EMPTY_TOKENS_VARIABLE: "1",
     }
     # vLLM would let the first, an older way to give the size of its cache, overrule an argument. The second is ours.
     # The third opens endpoints that nobody needs where no adapters are served.

@@ -17,6 +17,8 @@ LORA_VARIABLE = "TUNESERVE_LORA"
 """Set to 1 in the environment of an engine that applies adapters."""
 QUIET_VARIABLE = "TUNESERVE_QUIET_ERRORS"
 """Set to 1 in the environment of an engine whose log is to hold no text of a request."""
+EMPTY_TOKENS_VARIABLE = "TUNESERVE_EMPTY_TOKENS"
+"""Set to 1 in the environment of an engine that clients ask for log-probabilities."""
 _TOLD_BY = ("vllm.entrypoints.", "uvicorn.")
 """The loggers of what reads requests. Those of the core, whose errors say why an engine ends, are left as they are."""
 
@@ -29,6 +31,8 @@ def register() -> None:
         _register_int4_linear()
     if os.environ.get(LORA_VARIABLE) == "1":
         _apply_no_adapter_to_the_base()
+    if os.environ.get(EMPTY_TOKENS_VARIABLE) == "1":
+        _show_ids_without_a_token_as_empty()
 
 
 class _QuietRecords:
@@ -88,3 +92,22 @@ def _apply_no_adapter_to_the_base() -> None:
         output_tensor[lora_indices_tensor < 0] = 0
 
     lora_ops.bgmv_shrink = torch_ops.bgmv_shrink = bgmv_shrink
+
+
+@cache
+def _show_ids_without_a_token_as_empty() -> None:
+    """Have vLLM answer with an empty token for an id that has none.
+
+    A model may have more rows than its tokenizer has tokens: Phi-3 has 32,064 and 32,011. With a vocabulary of
+    SentencePiece, vLLM 0.32 ends its output handler, and with it the front for all clients, where such an id is among
+    log-probabilities; a client can name one in `logprob_token_ids`.
+    """
+    from vllm.tokenizers import detokenizer_utils
+
+    restore = detokenizer_utils._restore_leading_spaces
+
+    def restore_leading_spaces(raw_token: str | None, token_str: str, marker: str) -> str:
+        restored: str = restore(raw_token or "", token_str, marker)
+        return restored
+
+    detokenizer_utils._restore_leading_spaces = restore_leading_spaces

@@ -171,6 +171,14 @@ class EngineProcess:
         except psutil.Error:  # it is ending
             return None
 
+    def front_s(self) -> float | None:
+        """Return the processor time of vLLM's front, the process that was started, seconds; None if unknown."""
+        try:
+            times = self._process.cpu_times() if self._process else None
+        except psutil.Error:  # it is ending
+            return None
+        return times.user + times.system if times else None
+
     async def wait(self) -> int | None:
         """Returns the exit code when the server has ended: 0 when it was never started, None of one adopted."""
         if self._child is None and self._process is None:

@@ -319,7 +319,7 @@ class TestEngineDeaths:
     async def test_an_error_that_comes_before_the_first_token_has_its_own_status(
         self, service: Service, client: httpx.AsyncClient
     ) -> None:
-        service.double.fault = Fault.ERROR_AT_ONCE_IN_STREAM
+        service.double.fault = Fault.DEATH_AT_ONCE_IN_STREAM
         answer = await client.post(CHAT_PATH, json=STREAM)
         assert (answer.status_code, error_of(answer)["code"]) == (503, "engine_died")
 

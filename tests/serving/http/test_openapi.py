@@ -22,6 +22,7 @@ from sqlalchemy import Engine as Store
 
 from serving.admission.admission import Admission
 from serving.engines.balancer import Lease
+from serving.engines.token_pace import TokenPace
 from serving.http.authentication import Authentication
 from serving.http.errors import _SHAPES
 from serving.http.openapi import openapi_document
@@ -91,7 +92,7 @@ def api(memory_folder: Path, store: Store, engine_socket: Path) -> Iterator[Any]
     async def lease(model: str, *, without: Lease | None = None) -> AsyncIterator[Lease]:
         names.resolve(model)
         async with connections(engine_socket, silence_s=10) as engine:  # each request comes in a loop of its own
-            yield Lease(engine, ONE, NAME)
+            yield Lease(engine, ONE, NAME, TokenPace())
 
     app = application(
         OneBackend(names, admission, lease),

@@ -16,6 +16,7 @@ from sqlalchemy import select
 from sqlalchemy.orm import Session
 
 from serving.admission.rate_limiter import Limit, RateLimiter
+from serving.telemetry.metrics import UNKNOWN_MODEL
 from svc.store.tables import RequestRow
 from svc.store.usage import Usage, UsageTotal, usage_since
 from tests.serving.engine_double import Fault
@@ -118,13 +119,34 @@ async def test_answers_count_n_times(service: Service, client: httpx.AsyncClient
     assert "retry-after" not in answer.headers
 
 
-@pytest.mark.parametrize("status", [400, 503])
-async def test_what_the_engine_refuses_costs_nothing(service: Service, client: httpx.AsyncClient, status: int) -> None:
-    limit(service, requests_per_minute=1, tokens_per_day=10_000)
+@pytest.mark.parametrize(("status", "requests"), [(400, 4), (503, 5)])
+async def test_only_a_request_is_charged_when_the_engine_refuses_the_clients_mistake(
+    service: Service, client: httpx.AsyncClient, status: int, requests: int
+) -> None:
+    limit(service, requests_per_minute=5, tokens_per_day=10_000)
     service.double.refuse_with = status, {"message": "no"}
     assert (await client.post(CHAT_PATH, json=SHORT, headers=LIMITED)).status_code == status
-    assert left(service, Limit.REQUESTS_PER_MINUTE) == 1
+    assert left(service, Limit.REQUESTS_PER_MINUTE) == requests
     assert left(service, Limit.TOKENS_PER_DAY) == 10_000
+
+
+@pytest.mark.parametrize("path", [CHAT_PATH, "/tokenize"])
+@pytest.mark.parametrize(
+    "body", [b"{", b'{"model": 1}', b'{"model": "tuned", "messages": [' + b"{}," * 9999 + b"{}]}"], ids=len
+)
+async def test_refused_bodies_count_as_requests_until_they_are_not_read_any_more(
+    service: Service, client: httpx.AsyncClient, path: str, body: bytes
+) -> None:
+    limit(service, requests_per_minute=2)
+    headers = LIMITED | {"content-type": "application/json"}
+    answers = [await client.post(path, content=body, headers=headers) for _ in range(3)]
+    assert [answer.status_code for answer in answers] == [400, 400, 429]
+
+
+async def test_a_request_for_an_unknown_model_counts_as_a_request(service: Service, client: httpx.AsyncClient) -> None:
+    limit(service, requests_per_minute=2)
+    await client.post(CHAT_PATH, json={**SHORT, "model": "unknown"}, headers=LIMITED)
+    assert left(service, Limit.REQUESTS_PER_MINUTE) == 1
 
 
 async def test_what_admission_refuses_costs_nothing(service: Service, client: httpx.AsyncClient) -> None:
@@ -134,17 +156,50 @@ async def test_what_admission_refuses_costs_nothing(service: Service, client: ht
     assert left(service, Limit.REQUESTS_PER_MINUTE) == 1
 
 
-async def test_a_stream_that_its_client_left_costs_the_tokens_that_passed(
+@pytest.mark.parametrize("body", [CHAT, STREAM], ids=["whole", "streamed"])
+async def test_an_answer_that_its_client_left_costs_what_the_engine_computed_meanwhile(
+    service: Service, live: httpx.AsyncClient, body: dict[str, Any]
+) -> None:
+    limit(service, tokens_out_per_minute=100, concurrent=1)
+    service.pace.observe(1000, 10.0)
+    service.double.proceed.clear()
+    service.double.fault = Fault.SILENCE
+    with pytest.raises(httpx.ReadTimeout):
+        await live.post(CHAT_PATH, json={**body, "max_tokens": 90}, headers=LIMITED, timeout=0.3)
+    await until(lambda: left(service, Limit.CONCURRENT) == 1)
+    assert 25 <= 100 - left(service, Limit.TOKENS_OUT_PER_MINUTE) <= 60
+
+
+async def test_a_stream_that_its_client_left_costs_at_least_the_tokens_that_passed(
     service: Service, live: httpx.AsyncClient
 ) -> None:
     limit(service, tokens_out_per_minute=100, concurrent=1)
+    service.pace.observe(1, 1000.0)
     service.double.tokens, service.double.token_delay_s = 50, 0.02
     async with live.stream("POST", CHAT_PATH, json={**STREAM, "max_tokens": 50}, headers=LIMITED) as answer:
         async for line in answer.aiter_lines():
-            if "1.1" in line:
+            if "1.4" in line:
                 break
     await until(lambda: left(service, Limit.CONCURRENT) == 1)
-    assert 50 < left(service, Limit.TOKENS_OUT_PER_MINUTE) < 100
+    assert 5 <= 100 - left(service, Limit.TOKENS_OUT_PER_MINUTE) < 50
+
+
+async def test_an_answer_that_its_client_left_costs_all_it_may_have_when_no_pace_is_known(
+    service: Service, live: httpx.AsyncClient
+) -> None:
+    limit(service, tokens_out_per_minute=100, concurrent=1)
+    service.double.fault = Fault.SILENCE
+    with pytest.raises(httpx.ReadTimeout):
+        await live.post(CHAT_PATH, json={**CHAT, "max_tokens": 60}, headers=LIMITED, timeout=0.2)
+    await until(lambda: left(service, Limit.CONCURRENT) == 1)
+    assert left(service, Limit.TOKENS_OUT_PER_MINUTE) == 40
+
+
+async def test_complete_answers_tell_the_pace_of_their_engine(service: Service, client: httpx.AsyncClient) -> None:
+    service.double.token_delay_s = 0.02
+    for body in (SHORT, {**SHORT, "stream": True}):
+        await client.post(CHAT_PATH, json=body)
+    assert 20 <= service.pace.estimate(1.0, 1000) <= 50
 
 
 async def test_a_stream_that_the_engine_broke_costs_the_tokens_that_passed(
@@ -241,7 +296,7 @@ class TestUsage:
         await client.post(CHAT_PATH, json=SHORT)
         assert used(service, "limited") == (2, 6, 8)
         assert used(service, "") == (1, 3, 4)
-        refused = {"model": NAME, "key_id": "limited", "limit": "requests_per_minute"}
+        refused = {"model": UNKNOWN_MODEL, "key_id": "limited", "limit": "requests_per_minute"}
         assert service.count("svc_key_refused_total", **refused) == 1
 
     async def test_it_goes_to_the_store_by_key_and_model(self, socket_folder: Path, store: Store) -> None:

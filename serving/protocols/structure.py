@@ -1,0 +1,127 @@
+"""How much structure a request may have: what vLLM's front, one thread for all clients, can check quickly.
+
+vLLM validates a body with pydantic, which tries every member of a union and collects every error: about 6 microseconds
+for each error, 233 errors for one wrong item of `/v1/responses`. 4,096 of those, 16 KiB, held the front for 25 s. So
+lists are limited in length, and elements of unions whose form is not a usual one (serving.protocols.usual_forms) are
+limited further. docs/api.md has the limits, and the measured cost of the worst body within each.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+from serving.protocols.json_values import CONTAINERS, count_values, is_deeper
+from serving.protocols.refusal import Refusal
+from serving.protocols.route import Route
+from serving.protocols.usual_forms import is_usual_item, is_usual_message, is_usual_tool
+from svc.settings import RequestLimits
+
+Fields = Mapping[str, Any]
+
+_TURNS = {"messages": frozenset({"content", "tool_calls"}), "input": frozenset({"content", "output", "summary"})}
+"""Where a conversation is, and where its turns have lists."""
+_TOKEN_IDS = frozenset({"allowed_token_ids", "stop_token_ids", "logprob_token_ids"})
+_GRAMMARS = frozenset({"response_format", "structured_outputs", "text", "output_config"})
+"""Limited by serving.protocols.grammar_limits."""
+
+
+class _Unusual(NamedTuple):
+    """Limits on what vLLM has to try all members of a union for.
+
+    Attributes:
+        is_usual: whether an element has a form that vLLM accepts at once.
+        most: elements without one.
+        most_values: values inside them, together.
+    """
+
+    is_usual: Callable[[Any], bool]
+    most: int
+    most_values: int
+
+
+_UNUSUAL: Mapping[tuple[Route, str], _Unusual] = {
+    (Route.CHAT_COMPLETIONS, "messages"): _Unusual(is_usual_message, 1024, 4096),
+    (Route.RESPONSES, "input"): _Unusual(is_usual_item, 64, 1024),
+    (Route.RESPONSES, "tools"): _Unusual(is_usual_tool, 64, 1024),
+}
+
+
+def find_excess(fields: Fields, route: Route, limits: RequestLimits) -> Refusal | None:
+    """Return the first limit on structure that a request exceeds; None where it is within all."""
+    large = [(name, value) for name, value in fields.items() if type(value) in CONTAINERS and value]
+    if not large:
+        return None
+    if is_deeper(fields, limits.depth):
+        return Refusal("", "the request body is nested too deeply", f"at most {limits.depth} levels", "flatten it")
+    for name, value in large:
+        if excess := _excess_of(name, value, route, limits):
+            return excess
+    return None
+
+
+def _excess_of(name: str, value: Any, route: Route, limits: RequestLimits) -> Refusal | None:
+    if name == "prompt" and route is Route.COMPLETIONS:
+        return _excess_of_prompt(value)
+    if name in _GRAMMARS:
+        return None
+    if type(value) is list:
+        if name in _TOKEN_IDS:
+            return None if _are_token_ids(value) else _no_token_ids(name)
+        if name in _TURNS:
+            return _excess_of_turns(name, value, limits) or _excess_of_unusual(name, value, route)
+        if name == "system":
+            return _too_many(name, "content parts", len(value), limits.content_parts)
+        if name == "tools":
+            return _too_many(name, "tools", len(value), limits.tools) or _excess_of_unusual(name, value, route)
+    return _too_many(name, "values", count_values(value, limits.field_values), limits.field_values)
+
+
+def _excess_of_turns(name: str, turns: Sequence[Any], limits: RequestLimits) -> Refusal | None:
+    most = limits.messages if name == "messages" else limits.input_items
+    if excess := _too_many(name, "elements", len(turns), most):
+        return excess
+    lists = (turn.get(key) for turn in turns if type(turn) is dict for key in _TURNS[name])
+    parts = sum(len(found) for found in lists if type(found) is list)
+    return _too_many(name, "content parts and tool calls", parts, limits.content_parts)
+
+
+def _excess_of_unusual(name: str, elements: Sequence[Any], route: Route) -> Refusal | None:
+    limit = _UNUSUAL.get((route, name))
+    if limit is None:
+        return None
+    unusual = [element for element in elements if not limit.is_usual(element)]
+    values = sum(count_values(element, limit.most_values) for element in unusual[: limit.most])
+    if len(unusual) <= limit.most and values <= limit.most_values:
+        return None
+    return Refusal(
+        f"{name}.{next(place for place, element in enumerate(elements) if element is unusual[0])}",
+        f"{len(unusual)} elements of '{name}' have unknown fields or wrong types",
+        f"at most {limit.most} of those, with at most {limit.most_values} values in them",
+        "correct them; docs/api.md shows the usual forms",
+    )
+
+
+def _excess_of_prompt(prompt: Any) -> Refusal | None:
+    """vLLM reports each element that is no token id, and one that is none makes it try other types for all."""
+    if type(prompt) is list:
+        kinds = set(map(type, prompt))
+        if kinds == {str} or (kinds == {int} and _are_token_ids(prompt)):
+            return None
+        if kinds == {list} and all(map(_are_token_ids, prompt)):
+            return None
+    return Refusal(
+        "prompt", "'prompt' has a wrong type", "a string, token ids, or a list of strings or of token ids", ""
+    )
+
+
+def _are_token_ids(values: Sequence[Any]) -> bool:
+    return not values or (set(map(type, values)) == {int} and min(values) >= 0)
+
+
+def _no_token_ids(name: str) -> Refusal:
+    return Refusal(name, f"'{name}' has elements that are not token ids", "a list of integers from 0", "")
+
+
+def _too_many(name: str, what: str, count: int, most: int) -> Refusal | None:
+    if count <= most:
+        return None
+    return Refusal(name, f"'{name}' has more {what} than are served", f"at most {most}", "send fewer")

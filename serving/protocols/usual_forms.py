@@ -1,0 +1,153 @@
+"""The usual forms of messages, input items and tools: those that vLLM accepts without a single validation error.
+
+An element that has none of them may be right all the same: vLLM decides. Each form is narrower than vLLM's own, by its
+fields and their types; tests/e2e/test_worst_requests.py compares them with vLLM. Checked by msgspec, in C.
+"""
+
+from typing import Annotated, Any, Literal
+
+import msgspec
+
+_Nothing = Annotated[list[Any], msgspec.Meta(max_length=0)]
+_Status = Literal["in_progress", "completed", "incomplete"]
+
+
+class _Form(msgspec.Struct, forbid_unknown_fields=True):
+    """A JSON object without other fields than these."""
+
+
+class _ChatMessage(_Form, tag_field="role"):
+    content: str | list[Any]
+    name: str = ""
+
+
+class _System(_ChatMessage, tag="system"): ...
+
+
+class _Developer(_ChatMessage, tag="developer"): ...
+
+
+class _User(_ChatMessage, tag="user"): ...
+
+
+class _ToolAnswer(_Form, tag_field="role", tag="tool"):
+    content: str | list[Any]
+    tool_call_id: str
+    name: str = ""
+
+
+class _Assistant(_Form, tag_field="role", tag="assistant"):
+    content: str | list[Any] | None = None
+    name: str = ""
+    tool_calls: list[Any] = []
+    refusal: str | None = None
+    reasoning: str | None = None
+    reasoning_content: str | None = None
+    annotations: _Nothing | None = None
+    audio: None = None
+    function_call: None = None
+
+
+class _OneChatMessage(msgspec.Struct):
+    """A struct, since msgspec remembers how it checks one; a union it would look at anew each time, 10 us long."""
+
+    element: _System | _Developer | _User | _ToolAnswer | _Assistant
+
+
+class _InputText(_Form, tag_field="type", tag="input_text"):
+    text: str
+
+
+class _InputMessage(_Form):
+    role: Literal["user", "assistant", "system", "developer"]
+    content: str | list[_InputText]
+    type: Literal["message"] = "message"
+
+
+class _OutputText(_Form, tag_field="type", tag="output_text"):
+    text: str
+    annotations: _Nothing
+    logprobs: _Nothing | None = None
+
+
+class _RefusalText(_Form, tag_field="type", tag="refusal"):
+    refusal: str
+
+
+class _OutputMessage(_Form):
+    id: str
+    role: Literal["assistant"]
+    type: Literal["message"]
+    status: _Status
+    content: list[_OutputText | _RefusalText]
+    phase: None = None
+
+
+class _FunctionCall(_Form, tag_field="type", tag="function_call"):
+    arguments: str
+    call_id: str
+    name: str
+    id: str | None = None
+    namespace: str | None = None
+    status: _Status | None = None
+
+
+class _FunctionCallOutput(_Form, tag_field="type", tag="function_call_output"):
+    call_id: str
+    output: str
+    id: str | None = None
+    status: _Status | None = None
+
+
+class _SummaryText(_Form, tag_field="type", tag="summary_text"):
+    text: str
+
+
+class _ReasoningText(_Form, tag_field="type", tag="reasoning_text"):
+    text: str
+
+
+class _Reasoning(_Form, tag_field="type", tag="reasoning"):
+    id: str
+    summary: list[_SummaryText]
+    content: list[_ReasoningText] | None = None
+    encrypted_content: str | None = None
+    status: _Status | None = None
+
+
+class _OneItem(msgspec.Struct):
+    element: _FunctionCall | _FunctionCallOutput | _Reasoning
+
+
+class _FunctionTool(_Form, tag_field="type", tag="function"):
+    name: str
+    parameters: dict[str, Any] | None
+    strict: bool | None
+    description: str | None = None
+
+
+def is_usual_message(message: Any) -> bool:
+    """Return whether a message of chat completions has a usual form."""
+    return _fits({"element": message}, _OneChatMessage)
+
+
+def is_usual_item(item: Any) -> bool:
+    """Return whether an input item of responses has a usual form."""
+    if not isinstance(item, dict):
+        return False
+    if item.get("type", "message") != "message":
+        return _fits({"element": item}, _OneItem)
+    return _fits(item, _OutputMessage if "id" in item else _InputMessage)
+
+
+def is_usual_tool(tool: Any) -> bool:
+    """Return whether a tool of responses is an ordinary function."""
+    return _fits(tool, _FunctionTool)
+
+
+def _fits(value: Any, form: Any) -> bool:
+    try:
+        msgspec.convert(value, form)
+    except msgspec.ValidationError:
+        return False
+    return True

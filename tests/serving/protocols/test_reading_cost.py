@@ -1,0 +1,165 @@
+"""No body that is read holds the event loop for long, and ordinary bodies are read."""
+
+import json
+import time
+from collections.abc import Callable
+from contextlib import suppress
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from serving.protocols.reading_cost import takes_longer
+from serving.protocols.request import InvalidJsonError, InvalidRequestError, parse_request
+from serving.protocols.route import Route
+from svc.settings import RequestLimits, ServeSettings
+from tests.event_loop import MOST_CPU_S
+from tests.serving.protocols.worst_bodies import WorstBody, worst_bodies
+
+MOST_MS = RequestLimits().reading_ms
+MOST_BYTES = ServeSettings().max_body_bytes
+ELEMENTS = (
+    *(b"{}", b"[]", b"[[]]", b"1", b"1.5", b"1e300", b"null", b'""', b'"a"', b'{"a":1}', b"[" * 60 + b"]" * 60),
+    *(b'{"role":"user","content":"a"}', b'{"role":"user","content":[{"type":"text","text":"a"}]}'),
+    b'{"type":"text","text":"a"}',
+)
+TEXTS = (b"a", b"\\n", b'\\"', b"\\\\", b"\\u00e9", b"\\ud800", "é".encode(), b",", b"[{:,", b"1", b" ")
+HEADS = (
+    (Route.CHAT_COMPLETIONS, b'"messages":['),
+    (Route.CHAT_COMPLETIONS, b'"messages":[{"role":"user","content":['),
+    (Route.CHAT_COMPLETIONS, b'"tool_choice":"required","tools":[{"strict":true,"x":['),
+    (Route.CHAT_COMPLETIONS, b'"response_format":{"x":['),
+    (Route.CHAT_COMPLETIONS, b'"unknown":['),
+    (Route.COMPLETIONS, b'"prompt":['),
+    (Route.RESPONSES, b'"input":['),
+    (Route.RESPONSES, b'"tools":['),
+    (Route.MESSAGES, b'"messages":[{"role":"user","content":['),
+)
+
+
+def closed(head: bytes) -> bytes:
+    """Return what ends a body that begins so."""
+    closing = {ord("["): b"]", ord("{"): b"}"}
+    return b"".join(closing[byte] for byte in reversed(head) if byte in closing and head.count(byte) > 0)[: _open(head)]
+
+
+def _open(head: bytes) -> int:
+    return head.count(b"[") + head.count(b"{") - head.count(b"]") - head.count(b"}")
+
+
+def largest(make: Callable[[int], bytes], most: int) -> bytes:
+    """Return the longest body of its kind that is read."""
+    fewest = 1
+    while most - fewest > most // 50:
+        middle = (fewest + most + 1) // 2
+        fewest, most = (fewest, middle - 1) if takes_longer(make(middle), MOST_MS) else (middle, most)
+    return make(fewest)
+
+
+def cpu_s(body: bytes, route: Route) -> float:
+    """Return the shortest processor time of three readings, whether the body is served or not."""
+    took = []
+    for _ in range(3):
+        began = time.thread_time()
+        with suppress(InvalidJsonError, InvalidRequestError):
+            parse_request(body, route)
+        took.append(time.thread_time() - began)
+    return min(took)
+
+
+@pytest.mark.parametrize("element", ELEMENTS, ids=lambda element: element[:20].decode())
+@pytest.mark.parametrize(("route", "head"), HEADS, ids=[head.decode() for _, head in HEADS])
+def test_lists_within_the_limits_hold_the_loop_for_a_moment_only(route: Route, head: bytes, element: bytes) -> None:
+    begin = b'{"model":"tuned",' + head
+
+    def make(count: int) -> bytes:
+        return begin + b",".join([element] * count) + closed(begin)
+
+    most = MOST_BYTES // (len(element) + 1) - 100
+    json.loads(make(2))
+    for body in (largest(make, most), make(most)):
+        assert cpu_s(body, route) < MOST_CPU_S
+
+
+@pytest.mark.parametrize("some", TEXTS, ids=ascii)
+@pytest.mark.parametrize("other", [b"a", b"\\n", "é".encode(), b","], ids=ascii)
+def test_texts_within_the_limits_hold_the_loop_for_a_moment_only(some: bytes, other: bytes) -> None:
+    def make(count: int) -> bytes:
+        half = count // 2
+        return b'{"model":"tuned","prompt":"' + some * (half // len(some)) + other * (half // len(other)) + b'"}'
+
+    for body in (largest(make, MOST_BYTES - 100), make(MOST_BYTES - 100)):
+        assert cpu_s(body, Route.COMPLETIONS) < MOST_CPU_S
+
+
+@pytest.mark.parametrize("worst", worst_bodies(), ids=lambda worst: f"{worst.route.name} {worst.name}")
+def test_the_worst_bodies_for_the_engine_are_served_and_hold_the_loop_for_a_moment_only(worst: WorstBody) -> None:
+    body = worst.body("tuned")
+    assert parse_request(body, worst.route).model == "tuned"
+    assert cpu_s(body, worst.route) < MOST_CPU_S
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        b"[" * 200_000,
+        b"{}," * 1_000_000,
+        b'["' + b'","' * 500_000 + b'"]',
+        b'{"a":' + b"1" * 200_000 + b"}",
+        b"[" + b",".join([b"1" * 4000] * 1000) + b"]",
+        b'{"a":"' + b"\\n" * 2_000_000 + b'"}',
+    ],
+    ids=lambda body: body[:8].decode(),
+)
+def test_a_body_that_takes_too_long_is_found_without_reading_it(body: bytes) -> None:
+    began = time.thread_time()
+    assert takes_longer(body, MOST_MS)
+    assert time.thread_time() - began < MOST_CPU_S
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"messages": [{"role": "user", "content": "word, [1]: {2}, " * 200_000}]},
+        {"messages": [{"role": "user", "content": "1" * 1_000_000}]},
+        {"messages": [{"role": "user", "content": json.dumps([{"a": n, "b": [n]} for n in range(20_000)])}]},
+        {"messages": [{"role": "user", "content": [{"type": "text", "text": "a" * 100}]}] * 4096},
+        {"prompt": list(range(131_072))},
+        {"prompt": "\n".join(f'"{n}";"a \\ b"' for n in range(30_000))},
+    ],
+    ids=["separators", "digits", "JSON", "4,096 messages", "131,072 token ids", "CSV"],
+)
+def test_large_ordinary_bodies_are_read(fields: object) -> None:
+    assert not takes_longer(json.dumps(fields, separators=(",", ":")).encode(), MOST_MS)
+
+
+JSON_TEXTS = st.text(alphabet='a"\\,:[]{}1é', max_size=30)
+JSON_VALUES = st.recursive(
+    st.none() | st.booleans() | st.integers() | JSON_TEXTS,
+    lambda inner: st.lists(inner, max_size=5) | st.dictionaries(JSON_TEXTS, inner, max_size=5),
+    max_leaves=30,
+)
+
+
+def count(value: object) -> tuple[int, int]:
+    """Return the separators and the objects and arrays of a JSON value, as it is written compactly."""
+    if isinstance(value, dict):
+        inner = [count(each) for each in value.values()]
+        own = len(value) + max(0, len(value) - 1)
+    elif isinstance(value, list):
+        inner = [count(each) for each in value]
+        own = max(0, len(value) - 1)
+    else:
+        return 0, 0
+    containers = 1 + sum(each for _, each in inner)
+    return own + sum(separators for separators, _ in inner), containers
+
+
+@given(JSON_VALUES, st.booleans())
+def test_separators_inside_of_strings_are_not_counted(value: object, ensure_ascii: bool) -> None:
+    body = json.dumps(value, ensure_ascii=ensure_ascii, separators=(",", ":")).encode()
+    separators, containers = count(value)
+    exact_ns = (separators + 2 * containers) * 110 + containers * 900 + len(body) * 3 + body.count(b"\\") * 15
+    # Where strings are taken out, the limit is at least twice what bytes and backslashes take.
+    most_ms = max(exact_ns, 2 * (len(body) * 3 + body.count(b"\\") * 15)) / 1e6
+    assert not takes_longer(body, most_ms * 1.01 + 1e-4)

@@ -1,0 +1,178 @@
+"""A request with more structure than an engine's front can check quickly is refused, and an ordinary one is not."""
+
+from typing import Any
+
+import pytest
+
+from serving.protocols.json_values import count_values, is_deeper
+from serving.protocols.route import Route
+from serving.protocols.structure import find_excess
+from serving.protocols.usual_forms import is_usual_item, is_usual_message, is_usual_tool
+from svc.settings import RequestLimits
+
+CHAT, PLAIN, RESPONSES, MESSAGES = Route.CHAT_COMPLETIONS, Route.COMPLETIONS, Route.RESPONSES, Route.MESSAGES
+USER = {"role": "user", "content": "a"}
+LIMITS = RequestLimits()
+
+
+def refused(fields: dict[str, Any], route: Route, limits: RequestLimits = LIMITS) -> str | None:
+    """Return the field at fault."""
+    refusal = find_excess(fields, route, limits)
+    return refusal.param if refusal else None
+
+
+@pytest.mark.parametrize("route", [CHAT, MESSAGES])
+def test_messages_are_refused_beyond_their_number(route: Route) -> None:
+    assert refused({"messages": [USER] * 4096}, route) is None
+    assert refused({"messages": [USER] * 4097}, route) == "messages"
+    assert refused({"messages": [USER] * 3}, route, RequestLimits(messages=2)) == "messages"
+
+
+def test_input_items_are_refused_beyond_their_number() -> None:
+    assert refused({"input": [USER] * 2048}, RESPONSES) is None
+    assert refused({"input": [USER] * 2049}, RESPONSES) == "input"
+
+
+@pytest.mark.parametrize("key", ["content", "tool_calls"])
+def test_parts_are_refused_beyond_their_number_in_all_messages(key: str) -> None:
+    limits = RequestLimits(content_parts=10)
+    assert refused({"messages": [{**USER, key: [{}] * 5}] * 2}, MESSAGES, limits) is None
+    assert refused({"messages": [{**USER, key: [{}] * 5}] * 3}, MESSAGES, limits) == "messages"
+
+
+def test_tools_are_refused_beyond_their_number() -> None:
+    assert refused({"tools": [{}] * 513}, CHAT) == "tools"
+
+
+@pytest.mark.parametrize(
+    ("message", "most"), [({"role": "z"}, 1024), ({}, 1024), (1, 1024), ({**USER, "name": 1}, 1024)]
+)
+def test_unusual_messages_are_refused_beyond_their_number(message: Any, most: int) -> None:
+    assert refused({"messages": [USER, *[message] * most]}, CHAT) is None
+    assert refused({"messages": [USER, *[message] * (most + 1)]}, CHAT) == "messages.1"
+
+
+@pytest.mark.parametrize("field", ["input", "tools"])
+def test_unusual_items_and_tools_are_refused_beyond_their_number(field: str) -> None:
+    assert refused({field: [{}] * 64}, RESPONSES) is None
+    assert refused({field: [{}] * 65}, RESPONSES) == f"{field}.0"
+
+
+def test_an_unusual_item_is_refused_beyond_the_values_in_it() -> None:
+    assert refused({"input": [{"type": "z", "content": [[1]] * 600}]}, RESPONSES) == "input.0"
+
+
+@pytest.mark.parametrize(
+    "prompt",
+    ["a", ["a", "b"], [1, 2], [[1, 2], [3]], list(range(100_000))],
+    ids=["text", "texts", "ids", "lists of ids", "many ids"],
+)
+def test_prompts_of_every_right_type_pass(prompt: Any) -> None:
+    assert refused({"prompt": prompt}, PLAIN) is None
+
+
+@pytest.mark.parametrize(
+    "prompt", [[1, "a"], ["a", 1], [1.0], [-1], [[1], ["a"]], [[1], 2], [[-1]], [True], [None], {"a": 1}, [{}]], ids=str
+)
+def test_prompts_that_make_the_engine_report_each_element_are_refused(prompt: Any) -> None:
+    assert refused({"prompt": prompt}, PLAIN) == "prompt"
+
+
+@pytest.mark.parametrize("field", ["allowed_token_ids", "stop_token_ids", "logprob_token_ids"])
+def test_lists_of_token_ids_may_be_as_long_as_a_vocabulary(field: str) -> None:
+    assert refused({field: list(range(100_000))}, CHAT) is None
+    assert refused({field: [1, "a"]}, CHAT) == field
+
+
+@pytest.mark.parametrize("route", list(Route))
+@pytest.mark.parametrize(
+    "field", ["logit_bias", "metadata", "documents", "vllm_xargs", "some_field_of_a_later_release"]
+)
+def test_any_other_field_is_refused_beyond_a_number_of_values(field: str, route: Route) -> None:
+    assert refused({field: {str(number): 1 for number in range(4096)}}, route) is None
+    assert refused({field: {str(number): 1 for number in range(4097)}}, route) == field
+    assert refused({field: [[[1] * 100] * 50]}, route) == field
+
+
+def test_a_request_is_refused_beyond_its_depth() -> None:
+    value: Any = "a"
+    for _ in range(63):
+        value = {"a": value}
+    assert refused({"metadata": value}, CHAT) is None
+    assert refused({"metadata": [value]}, CHAT) == ""
+
+
+@pytest.mark.parametrize("value", [1, "a", [], {}, {"a": []}, [[1, {"a": [2]}], 3]], ids=str)
+def test_depth_and_number_of_values_are_those_of_a_plain_count(value: Any) -> None:
+    def depth(value: Any) -> int:
+        inner = value.values() if isinstance(value, dict) else value if isinstance(value, list) else None
+        return 0 if inner is None else 1 + max(map(depth, inner), default=0)
+
+    def count(value: Any) -> int:
+        inner = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+        return sum(1 + count(each) for each in inner)
+
+    assert count_values(value, 100) == count(value)
+    assert not is_deeper([value], depth(value) + 1)
+    assert is_deeper([value], depth(value))
+
+
+ASSISTANT = {
+    "role": "assistant",
+    "content": None,
+    "tool_calls": [{"id": "a", "type": "function", "function": {"name": "f", "arguments": "{}"}}],
+    "refusal": None,
+    "annotations": [],
+    "audio": None,
+    "function_call": None,
+}
+OUTPUT = {
+    "id": "msg_1",
+    "type": "message",
+    "role": "assistant",
+    "status": "completed",
+    "content": [{"type": "output_text", "text": "a", "annotations": [], "logprobs": None}],
+}
+
+
+@pytest.mark.parametrize(
+    "message",
+    [
+        USER,
+        {"role": "system", "content": [{"type": "text", "text": "a"}]},
+        {"role": "developer", "content": "a", "name": "b"},
+        {"role": "tool", "content": "a", "tool_call_id": "b"},
+        {"role": "assistant", "content": "a", "reasoning_content": "b"},
+        ASSISTANT,
+    ],
+    ids=str,
+)
+def test_messages_as_clients_send_them_are_usual(message: Any) -> None:
+    assert is_usual_message(message)
+
+
+@pytest.mark.parametrize(
+    "item",
+    [
+        USER,
+        {"type": "message", "role": "user", "content": [{"type": "input_text", "text": "a"}]},
+        OUTPUT,
+        {"type": "function_call", "call_id": "a", "name": "f", "arguments": "{}", "id": "b", "status": "completed"},
+        {"type": "function_call_output", "call_id": "a", "output": "b"},
+        {"type": "reasoning", "id": "a", "summary": [], "content": [{"type": "reasoning_text", "text": "b"}]},
+    ],
+    ids=str,
+)
+def test_input_items_as_clients_send_them_are_usual(item: Any) -> None:
+    assert is_usual_item(item)
+
+
+@pytest.mark.parametrize("item", [1, None, {}, {"type": "z"}, {**USER, "role": "z"}, {**OUTPUT, "status": 1}], ids=str)
+def test_other_input_items_are_not_usual(item: Any) -> None:
+    assert not is_usual_item(item)
+
+
+def test_a_function_is_a_usual_tool_and_no_other_tool_is() -> None:
+    function = {"type": "function", "name": "f", "parameters": {"type": "object"}, "strict": True}
+    assert is_usual_tool(function)
+    assert not is_usual_tool({"type": "file_search", "vector_store_ids": []})
