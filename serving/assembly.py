@@ -237,6 +237,7 @@ class _DeploymentBuilder:
             metrics,
             target=lambda: reconciler.actual.target,
             idle_s=self.settings.idle_s_of(name),
+            promoting=lambda: reconciler.promoting,
             make_room=lambda: make_room(reconciler.actual.target),
             on_error=reconciler.note_error,
         )

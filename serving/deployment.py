@@ -1,7 +1,8 @@
 """One model that a server serves: who may run in it, its engines, its rollouts, and what it asks them itself."""
 
 import asyncio
-from collections.abc import Coroutine, Mapping
+import logging
+from collections.abc import Awaitable, Callable, Coroutine, Mapping
 from contextlib import AbstractAsyncContextManager
 from dataclasses import asdict, dataclass, fields
 from typing import Any
@@ -21,6 +22,10 @@ from serving.rollout.production_alias import ProductionAlias
 from serving.rollout.reconciler import Reconciler
 from serving.telemetry.deployment_metrics import DeploymentMetrics
 from svc.store.swaps import SwapRecord, SwapResult, find_swap
+
+log = logging.getLogger(__name__)
+
+_RESTART_PAUSE_S = 5.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,19 +64,36 @@ class Deployment:
         return self.balancer.lease(model, without=without)
 
     async def run(self) -> None:
-        """Keeps it as it is desired, until it is cancelled; `reconciler.start` comes before.
-
-        Raises:
-            Exception: a defect of one of its parts.
-        """
-        control = (self.reconciler.run(), self.idling.run(), self.removed.run(), self.alias.run())
-        tasks = [asyncio.create_task(part) for part in (*control, self.holdout.run(), self.scores.run())]
+        """Keeps it as it is desired, until it is cancelled; `reconciler.start` comes before."""
+        parts = {
+            "promotions": self.reconciler.follow,
+            "restarts of engines": self.reconciler.reviver.run,
+            "idling": self.idling.run,
+            "removed adapters": self.removed.run,
+            "production alias": self.alias.run,
+            "held-out runs": self.holdout.run,
+            "live scores": self.scores.run,
+        }
+        tasks = [asyncio.create_task(self._keep_running(part, run)) for part, run in parts.items()]
         try:
             await asyncio.gather(*tasks)
         finally:
             for task in tasks:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
+
+    async def _keep_running(self, part: str, run: Callable[[], Awaitable[None]]) -> None:
+        """Run a part until it is cancelled. A defect ends neither the server nor the other parts and models."""
+        task = asyncio.current_task()
+        while True:
+            try:
+                await run()
+            except Exception as error:
+                if task and task.cancelling():  # the defect is in what the part does at its end
+                    raise
+                log.exception("%s: the part %r has a defect and is restarted", self.name, part)
+                self.reconciler.note_error(f"defect in {part}: {error!r}")
+            await asyncio.sleep(_RESTART_PAUSE_S)
 
     async def stop(self, *, leave: bool = False) -> None:
         """Ends its engines, once `run` has ended, and writes what its journal has.
@@ -82,8 +104,12 @@ class Deployment:
         try:
             await self.pool.stop(leave=leave)
         finally:
-            self.reconciler.journal.stopped(self.name)
-            await asyncio.to_thread(self.reconciler.journal.close)
+            await self.close()
+
+    async def close(self) -> None:
+        """Write what its journal has, once its engines have stopped."""
+        self.reconciler.journal.stopped(self.name)
+        await asyncio.to_thread(self.reconciler.journal.close)
 
     def status(self) -> Mapping[str, Any]:
         """What /svc/status shows of it, JSON values; reads the store."""

@@ -16,7 +16,6 @@ from operator import itemgetter
 from typing import Any
 
 from sqlalchemy import Engine as Store
-from sqlalchemy.exc import SQLAlchemyError
 
 from serving.deployment import Deployment
 from serving.engines.places import EnginePlaces
@@ -182,8 +181,8 @@ class Deployments:
                         await self._bring(name)
                 for name in set(self._all) - set(names):
                     await self._take_away(name)
-            except (SQLAlchemyError, OSError):
-                log.exception("which models shall be served cannot be read; those that are served go on")
+            except Exception:  # the store, or a defect of one model; the next turn tries again
+                log.exception("the set of served models cannot be followed; those that are served go on")
             await asyncio.sleep(_POLL_S)
 
     async def _bring(self, name: str) -> None:
@@ -235,10 +234,11 @@ class Deployments:
         with suppress(TimeoutError):
             async with asyncio.timeout(_DRAIN_S):
                 await deployment.admission.ended()
-        task = self._tasks.pop(name)
-        task.cancel()
-        await asyncio.gather(task, return_exceptions=True)
-        await deployment.stop()
+        if task := self._tasks.pop(name, None):  # none where the model could not be ended in an earlier turn
+            task.cancel()
+            await asyncio.gather(task, return_exceptions=True)
+        await deployment.pool.stop()  # tried again in the next turn where an engine does not stop
+        await deployment.close()
         deployment.metrics.remove()
         del self._all[name]
         log.info("%s is served no more", name)

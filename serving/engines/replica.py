@@ -236,8 +236,8 @@ class Replica:
             NotFoundError, IntegrityError: the version's files are not there or not right.
             EngineError: it did not start, or runs other weights (ProbeError).
         """
-        await self.stop(EngineState.STARTING)
         try:
+            await self.stop(EngineState.STARTING)
             self._engine = engine = await self._launched(target)
             self._make_adapters()
             async with self._turn:

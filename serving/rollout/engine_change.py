@@ -142,7 +142,7 @@ class EngineChange:
         except Exception as error:  # whatever it was, the engine that serves was not touched
             log.warning("no second engine with %s", change.target, exc_info=error)
             change.report(f"failed: {_line(error)}")
-            await self._pool.drop(new)
+            self._pool.retirement.after_requests(new)
             return SwapOutcome.REFUSED, str(error) or repr(error)
         change.report(found)
         self._serve_if_only(change)
@@ -156,12 +156,8 @@ class EngineChange:
         try:
             found = await change.cancellation.outcome_of(starting)
             change.cancellation.check()
-        except SupersededError:
+        except (SupersededError, asyncio.CancelledError):
             self._pool.retirement.after_start(new, starting)
-            raise
-        except asyncio.CancelledError:
-            starting.cancel()
-            await asyncio.gather(starting, return_exceptions=True)
             raise
         return found
 
@@ -180,19 +176,14 @@ class EngineChange:
                 # Where requests run still, an engine that hangs is found by the pool, which is more patient.
                 if not isinstance(error, RequestsRunError) and await engine.client.health() in DOWN:
                     return await self._replace_engine(change, engine), str(error)
-                engine.enter(EngineState.READY)
+                _resume(engine)
                 raise
             except BaseException:
-                engine.enter(EngineState.READY)
+                _resume(engine)
                 raise
             change.report("running requests ended")
             engine.enter(EngineState.SWAPPING)
-            try:
-                return await (self._restart if change.restart else self._reload)(change, engine)
-            except BaseException:
-                # Cancelled, or a defect. Nobody knows which weights the engine holds, so nobody may reach it.
-                engine.enter(EngineState.FAILED)
-                raise
+            return await (self._restart if change.restart else self._reload)(change, engine)
 
     @asynccontextmanager
     async def _without(self, change: SwapInProgress, engine: Replica) -> AsyncIterator[None]:
@@ -200,9 +191,15 @@ class EngineChange:
         try:
             async with self._admission.changing():
                 engine.enter(EngineState.DRAINING)
-                if not self._pool.ready:
-                    change.report(f"queueing new requests, {self._admission.running} running")
-                yield
+                try:
+                    if not self._pool.ready:
+                        change.report(f"queueing new requests, {self._admission.running} running")
+                    yield
+                except BaseException:
+                    # Cancelled, or a defect. Nobody knows which weights the engine holds, so nobody may reach it.
+                    if engine.state is not EngineState.READY:
+                        engine.enter(EngineState.FAILED)
+                    raise
         finally:
             if self._admission.closed_s is not None:
                 change.queued_s = (change.queued_s or 0.0) + self._admission.closed_s
@@ -322,6 +319,11 @@ class EngineChange:
             return False
         change.report(f"a new engine runs {change.current}")
         return True
+
+
+def _resume(engine: Replica) -> None:
+    """Have an engine take requests again, unless the version that it holds is unknown, as of one that is asleep."""
+    engine.enter(EngineState.READY if engine.target is not None else EngineState.FAILED)
 
 
 def _line(error: Exception) -> str:

@@ -30,6 +30,7 @@ class Idling:
     Args:
         target: what an engine is started with.
         idle_s: how long nobody has asked, seconds; None: its engines are never ended, and never sleep.
+        promoting: whether a swap is planned or under way; the engines do not idle then.
         make_room: has other idle models give way where this one's would find no memory.
         on_error: hears why an engine did not come back.
     """
@@ -42,6 +43,7 @@ class Idling:
         *,
         target: Callable[[], Target],
         idle_s: float | None,
+        promoting: Callable[[], bool],
         make_room: Callable[[], Awaitable[None]],
         on_error: Callable[[str], None],
     ) -> None:
@@ -50,26 +52,27 @@ class Idling:
         self._metrics = metrics
         self._target = target
         self._idle_s = idle_s
+        self._promoting = promoting
         self._make_room = make_room
         self._on_error = on_error
         self._asleep = asyncio.Event()
 
     async def run(self) -> None:
         """Runs until it is cancelled."""
-        watching = asyncio.create_task(self._watch())
+        tasks = [asyncio.create_task(part) for part in (self._watch(), self._wake_again_and_again())]
         try:
-            while True:
-                await self._asleep.wait()
-                await self._wake()
+            await asyncio.gather(*tasks)
         finally:
-            watching.cancel()
-            await asyncio.gather(watching, return_exceptions=True)
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
 
     @property
     def idle_s(self) -> float | None:
         """How long nobody has asked, seconds; None where its engines may not be ended now."""
-        may_end = self._idle_s is not None and self._pool.ready and not self._pool.has_others
-        return self._admission.idle_s if may_end and self._admission.idle_s > 0 else None
+        if self._idle_s is None or self._promoting() or not self._pool.ready or self._pool.has_others:
+            return None
+        return self._admission.idle_s if self._admission.idle_s > 0 else None
 
     async def sleep(self) -> bool:
         """Has its engines sleep, or ends them, unless somebody asks or they are being changed; whether it did.
@@ -96,7 +99,7 @@ class Idling:
     async def end_asleep(self) -> bool:
         """Ends its engines that sleep, and hold some of the GPU still, unless they are being woken; whether it did."""
         members = [member for member in self._pool.members if member.asleep]
-        if not members or any(member.lock.locked() for member in self._pool.members):
+        if not members or self._promoting() or any(member.lock.locked() for member in self._pool.members):
             return False
         async with AsyncExitStack() as stack:
             for member in members:
@@ -130,6 +133,11 @@ class Idling:
             if idle_s >= self._idle_s:
                 await self.sleep()
             await asyncio.sleep(min(_LONGEST_LOOK_S, max(self._idle_s - idle_s, self._idle_s / 10)))
+
+    async def _wake_again_and_again(self) -> None:
+        while True:
+            await self._asleep.wait()
+            await self._wake()
 
     async def _wake(self) -> None:
         """Brings engines back for the first request that waits; or does nothing where a promotion has started one."""

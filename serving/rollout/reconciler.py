@@ -24,6 +24,7 @@ from serving.rollout.reviver import Reviver, start_engine
 from serving.rollout.swap import Swap
 from serving.rollout.swap_plan import Report
 from serving.telemetry.deployment_metrics import DeploymentMetrics
+from svc.engine.state import EngineState
 from svc.errors import BusyError, SvcError, SwapError
 from svc.store.desired import Desired, change_desired, read_desired
 from svc.store.served import Began
@@ -46,6 +47,11 @@ class Reconciler:
         desired: what shall serve when the server starts.
         shortage: why there is no room for so many engines more with a version; None where there is.
         backoff_s: pauses before the first, second, ... start after a death; the last one goes on.
+
+    Attributes:
+        reviver: starts engines that are missing.
+        last_error: why a swap or a start failed last.
+        promoting: a swap is planned or under way; the engines must not idle until it has ended.
     """
 
     def __init__(
@@ -71,6 +77,7 @@ class Reconciler:
         self._metrics = metrics
         self._alias = alias
         self.last_error: str | None = None
+        self.promoting = False
         # Until a swap has ended, what served before it is all that is known to work.
         self.reviver = Reviver(
             pool,
@@ -150,26 +157,19 @@ class Reconciler:
             log.warning("no engine with %s can be adopted", found.target, exc_info=True)
             return bool(self._pool.members)
 
-    async def run(self) -> None:
-        """Runs until it is cancelled; `start` comes before."""
-        tasks = [asyncio.create_task(part) for part in (self.reviver.run(), self._follow())]
-        try:
-            await asyncio.gather(*tasks)
-        finally:
-            for task in tasks:
-                task.cancel()
-            await asyncio.gather(*tasks, return_exceptions=True)
-
-    async def _follow(self) -> None:
-        """Takes up each wish."""
+    async def follow(self) -> None:
+        """Take up each desired version until cancelled; `start` comes before. `reviver.run` runs beside it."""
         while True:
             desired = await self._changed()
+            self.promoting = True
             try:
                 await self._promote(desired)
             except SQLAlchemyError as error:
                 self.last_error = f"the store does not answer: {error}"
                 log.exception("the store does not answer; what serves goes on")
                 await asyncio.sleep(_STORE_PAUSE_S)
+            finally:
+                self.promoting = False
 
     async def _changed(self) -> Desired:
         """Returns a wish that was not taken up yet."""
@@ -209,7 +209,11 @@ class Reconciler:
         cancellation = Cancellation()
         listening = asyncio.create_task(self._cancel_superseded(desired, cancellation))
         try:
-            result = await self._bring(desired, before, report, cancellation)
+            try:
+                result = await self._bring(desired, before, report, cancellation)
+            except Exception as error:  # a defect; it must end neither the server nor another model
+                log.exception("the swap to %s has a defect", desired.target)
+                result = self._give_up(before, error)
             try:
                 await self._settle(desired, before, result, cancellation)
             finally:
@@ -218,14 +222,23 @@ class Reconciler:
             listening.cancel()
             await asyncio.gather(listening, return_exceptions=True)
 
+    def _give_up(self, before: Desired, error: Exception) -> SwapResult:
+        """Return the result of a swap with a defect. Engines with another version than before count as dead."""
+        for engine in self._pool.ready:
+            if engine.target != before.target:
+                engine.why = f"a swap failed: {error!r}"
+                engine.enter(EngineState.FAILED)
+        result = SwapResult(SwapOutcome.FAILED, repr(error))
+        self._metrics.swap_ended(result)
+        return result
+
     async def _bring(self, desired: Desired, before: Desired, report: Report, cancellation: Cancellation) -> SwapResult:
         """Has the desired version serve, by an engine that starts with it where none serves."""
         try:
             if not self._pool.ready:
                 async with cancellation.holding(self._pool, self._pool.members):
                     if not self._pool.ready:
-                        starting = start_engine(self._pool.members[0], desired.target)
-                        error = await cancellation.interrupting(starting)
+                        error = await cancellation.interrupting(self._start(desired.target))
                         return SwapResult(SwapOutcome.FAILED if error else SwapOutcome.SUCCEEDED, error)
         except SupersededError as error:
             return SwapResult(SwapOutcome.CANCELLED, str(error))
@@ -234,6 +247,13 @@ class Reconciler:
         result = await self._swap.run(before.target, desired.target, report, cancellation)
         self._metrics.swap_ended(result)
         return result
+
+    async def _start(self, target: Target) -> str | None:
+        """Start the first engine with a version; return why it did not start. The reviver starts the others."""
+        for member in self._pool.members:
+            if member.state is EngineState.IDLE:  # asleep, its engine holds the version before
+                await member.stop()
+        return await start_engine(self._pool.members[0], target)
 
     async def _settle(self, desired: Desired, before: Desired, result: SwapResult, cancellation: Cancellation) -> None:
         if result.outcome is SwapOutcome.SUCCEEDED:

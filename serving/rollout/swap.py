@@ -76,37 +76,48 @@ class Swap:
         change = SwapInProgress(
             current, target, plan.kind, plan.why, plan.restart, plan.reloads, report, cancellation, running
         )
-        outcome, reason = await self._change_all(change)
+        outcome, reason = await self._change_all_or_none(change)
         took_s = time.monotonic() - began
         if change.queued_s is not None:
             report(f"queued requests for {change.queued_s:.2f} s, {change.queued} of them")
         return SwapResult(outcome, reason, change.queued_s, change.running, change.queued, change.kind, took_s)
 
-    async def _change_all(self, change: SwapInProgress) -> Result:
-        changed = 0
+    async def _change_all_or_none(self, change: SwapInProgress) -> Result:
+        """Change all engines. If one cannot be changed, bring the version before back to all of them."""
         try:
-            while (engine := self._next(change)) is not None:
-                change.cancellation.check()
-                if engine.lock.locked():
-                    change.report(f"replica {engine.replica} died and is being started: waiting for it")
-                async with change.cancellation.holding(self._pool, [engine]):
-                    if self._is_changed(change, engine) or (
-                        changed and not await change.cancellation.interrupting(_lives(engine))
-                    ):
-                        continue  # what died meanwhile comes again, or is started with what serves in the end
-                    outcome, reason = await self._engine_change.run(change, engine)
-                if outcome is not SwapOutcome.SUCCEEDED:
-                    return max(outcome, await self._back(change), key=_severity), reason
-                changed += 1
-                if len(self._pool.members) > 1:
-                    holding = sum(member.target == change.target for member in self._pool.ready)
-                    change.report(f"{holding} of {len(self._pool.members)} engines hold {change.target}")
+            outcome, reason = await self._change_all(change)
         except SupersededError as error:
             change.report(str(error))
-            return max(SwapOutcome.CANCELLED, await self._back(change), key=_severity), str(error)
+            outcome, reason = SwapOutcome.CANCELLED, str(error)
+        except Exception as error:  # a defect; it is handled like any other failure
+            log.exception("the swap to %s has a defect", change.target)
+            change.report(f"failed: {error!r}")
+            outcome, reason = SwapOutcome.FAILED, repr(error)
+        if outcome is not SwapOutcome.SUCCEEDED:
+            return max(outcome, await self._back(change), key=_severity), reason
+        self._names.serve(change.target)
+        return outcome, None
+
+    async def _change_all(self, change: SwapInProgress) -> Result:
+        changed = 0
+        while (engine := self._next(change)) is not None:
+            change.cancellation.check()
+            if engine.lock.locked():
+                change.report(f"replica {engine.replica} died and is being started: waiting for it")
+            async with change.cancellation.holding(self._pool, [engine]):
+                if self._is_changed(change, engine) or (
+                    changed and not await change.cancellation.interrupting(_lives(engine))
+                ):
+                    continue  # what died meanwhile comes again, or is started with what serves in the end
+                outcome, reason = await self._engine_change.run(change, engine)
+            if outcome is not SwapOutcome.SUCCEEDED:
+                return outcome, reason
+            changed += 1
+            if len(self._pool.members) > 1:
+                holding = sum(member.target == change.target for member in self._pool.ready)
+                change.report(f"{holding} of {len(self._pool.members)} engines hold {change.target}")
         if not changed:
             return SwapOutcome.FAILED, "the engine died before it was changed"
-        self._names.serve(change.target)
         return SwapOutcome.SUCCEEDED, None
 
     def _next(self, change: SwapInProgress) -> Replica | None:

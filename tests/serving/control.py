@@ -169,7 +169,7 @@ class Control:
     async def run(self) -> AsyncIterator["Control"]:
         """Serves for the body of the `with`; a defect that ends the loop fails the test."""
         await self.start()
-        parts = (self.reconciler.run(), self.alias.run(), self.removed.run())
+        parts = (self.reconciler.follow(), self.reconciler.reviver.run(), self.alias.run(), self.removed.run())
         tasks = [asyncio.create_task(part) for part in parts]
         try:
             yield self

@@ -10,6 +10,10 @@ import pytest
 
 from serving import server
 from serving.engines import slots
+from serving.rollout.idling import Idling
+from serving.rollout.production_alias import ProductionAlias
+from serving.rollout.reconciler import Reconciler
+from serving.rollout.reviver import Reviver
 from svc.engine.vllm.launch import EngineSpec
 from svc.errors import EngineError
 from svc.store.deployments import add_deployment, deployed_names, remove_deployment
@@ -17,7 +21,7 @@ from svc.store.desired import change_desired, read_desired
 from svc.store.swaps import find_swap
 from svc.version import Format, Target, VersionId
 from tests.serving.control import BODY, until
-from tests.serving.engine_park import DoubleEngine
+from tests.serving.engine_park import DoubleEngine, fail_to_end_once
 from tests.serving.home import Home
 from tests.serving.versions import NAME, make_version
 
@@ -281,3 +285,45 @@ async def test_each_models_figures_have_its_name(two: Home) -> None:
         assert f'svc_request_errors_total{{model="{name}",reason="queue_overflow",version=""}} 0.0' in page
     assert 'svc_requests_total{model="other",outcome="complete"' in page
     assert 'svc_requests_total{model="tuned",outcome="complete"' not in page
+
+
+@pytest.mark.parametrize(
+    ("part", "method"), [(Reconciler, "follow"), (Reviver, "run"), (Idling, "run"), (ProductionAlias, "run")]
+)
+async def test_a_part_of_a_model_is_started_again_when_it_has_a_defect(
+    two: Home, monkeypatch: pytest.MonkeyPatch, part: type, method: str
+) -> None:
+    """Neither the server nor another model ends; the status shows the error."""
+    monkeypatch.setattr("serving.deployment._RESTART_PAUSE_S", 0.05)
+    run, failures = getattr(part, method), [ZeroDivisionError("one"), ZeroDivisionError("two")]
+
+    async def fail_twice(self: Any) -> None:
+        if failures:
+            raise failures.pop()
+        await run(self)
+
+    monkeypatch.setattr(part, method, fail_twice)
+    async with two.serving(f"{NAME}@1", f"{OTHER}@7") as client:
+        await all_ready(client, NAME, OTHER)
+        await until(lambda: not failures)
+        models = (await client.get("/svc/status")).json()["models"]
+        assert any("ZeroDivisionError" in str(model["engine"]["last_error"]) for model in models)
+        for name, number in ((NAME, 2), (OTHER, 8)):
+            seen = read_desired(two.store, name)
+            assert seen is not None
+            change_desired(two.store, seen, Target(VersionId(name, number), Format.MERGED), seen.target)
+            async with asyncio.timeout(5):
+                while (await answer_of(client, name))[1] != f"{name}@{number}":
+                    await asyncio.sleep(0.02)
+
+
+async def test_the_server_goes_on_when_a_removed_model_cannot_be_ended_at_first(
+    two: Home, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with two.serving(f"{NAME}@1", f"{OTHER}@7") as client:
+        await all_ready(client, NAME, OTHER)
+        failures = fail_to_end_once(monkeypatch)
+        remove_deployment(two.store, OTHER)
+        await all_ready(client, NAME)
+        assert not failures
+        assert await answer_of(client, NAME) == (200, f"{NAME}@1", "1")

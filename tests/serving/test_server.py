@@ -15,7 +15,7 @@ import pytest
 
 from serving import server
 from serving.http.http_server import HttpServer
-from serving.rollout.reconciler import Reconciler
+from serving.telemetry.loop_lag import LoopLag
 from svc.errors import BusyError, EngineError, IntegrityError, SettingsError
 from svc.settings import Settings
 from svc.store.desired import Desired, change_desired, read_desired
@@ -283,14 +283,15 @@ async def test_a_server_that_cannot_listen_ends_while_the_engine_starts(
     assert home.park.alive == 0
 
 
-async def test_a_defect_in_the_control_loop_ends_the_server_and_leaves_the_engine_to_the_next(
+async def test_the_server_ends_and_leaves_the_engine_to_the_next_when_one_of_its_own_parts_has_a_defect(
     home: Home, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    async def fail(self: Reconciler) -> None:
+    async def fail(self: LoopLag) -> None:
+        await home.ready.wait()
         raise ZeroDivisionError
 
     with monkeypatch.context() as patch:
-        patch.setattr(Reconciler, "run", fail)
+        patch.setattr(LoopLag, "run", fail)
         with server.claim(home.settings) as claim, pytest.raises(ZeroDivisionError):
             await home.serve(claim, f"{NAME}@1")
     (left,) = home.park.left.values()

@@ -1,6 +1,7 @@
 """Engines that nobody asks are ended, and come back for the next request, which waits and is not refused."""
 
 import asyncio
+import time
 from typing import Any
 
 import httpx
@@ -8,7 +9,7 @@ import pytest
 
 from svc.store.deployments import add_deployment
 from svc.store.desired import change_desired, read_desired
-from svc.store.swaps import SwapOutcome, find_swap
+from svc.store.swaps import SwapKind, SwapOutcome, SwapResult, find_swap
 from svc.version import Format, Target, VersionId
 from tests.serving.control import BODY, until
 from tests.serving.engine_park import fail_to_end_once
@@ -50,6 +51,28 @@ async def become(client: httpx.AsyncClient, **wanted: str) -> None:
     async with asyncio.timeout(5):
         while await states(client) != wanted:
             await asyncio.sleep(0.01)
+
+
+def hash_slowly(home: Home, monkeypatch: pytest.MonkeyPatch, seconds: float) -> None:
+    """Makes every comparison of a version's files with its manifest take so long."""
+    verify = home.registry.verify
+
+    def verify_slowly(version: VersionId, format: Format) -> None:
+        time.sleep(seconds)
+        verify(version, format)
+
+    monkeypatch.setattr(home.registry, "verify", verify_slowly)
+
+
+async def promoted(home: Home, number: int) -> SwapResult:
+    """Promotes a version of the first model and returns the end of its swap."""
+    seen = read_desired(home.store, NAME)
+    assert seen is not None
+    wish = change_desired(home.store, seen, target(number), seen.target)
+    await until(lambda: (swap := find_swap(home.store, NAME, wish.generation)) and swap.result)
+    swap = find_swap(home.store, NAME, wish.generation)
+    assert swap is not None and swap.result is not None
+    return swap.result
 
 
 async def test_an_engine_that_nobody_asks_is_ended(idling: Home) -> None:
@@ -141,16 +164,52 @@ async def test_an_engine_that_cannot_be_ended_is_ended_before_the_next_start(
 async def test_a_promotion_wakes_it_with_the_new_version(idling: Home) -> None:
     async with idling.serving(f"{NAME}@1") as client:
         await become(client, tuned="idle")
-        seen = read_desired(idling.store, NAME)
-        assert seen is not None
-        wish = change_desired(idling.store, seen, target(2), seen.target)
-        await until(lambda: (swap := find_swap(idling.store, NAME, wish.generation)) and swap.result)
-        swap = find_swap(idling.store, NAME, wish.generation)
-        assert swap is not None and swap.result is not None
-        assert swap.result.outcome is SwapOutcome.SUCCEEDED
+        assert (await promoted(idling, 2)).outcome is SwapOutcome.SUCCEEDED
         assert await answer(client) == (200, f"{NAME}@2")
         await become(client, tuned="idle")
         assert await answer(client) == (200, f"{NAME}@2")
+
+
+async def test_an_engine_does_not_idle_when_a_promotion_compares_files(
+    idling: Home, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with idling.serving(f"{NAME}@1") as client:
+        hash_slowly(idling, monkeypatch, 4 * IDLE_S)
+        result = await promoted(idling, 2)
+        assert (result.outcome, result.kind) == (SwapOutcome.SUCCEEDED, SwapKind.INPLACE)
+        assert len(idling.park.engines) == 1
+        assert await answer(client) == (200, f"{NAME}@2")
+        await become(client, tuned="idle")
+
+
+async def test_a_model_does_not_give_way_when_it_is_promoted(idling: Home, monkeypatch: pytest.MonkeyPatch) -> None:
+    configure(idling, serve={"port": 0, "idle_s": 60})
+    monkeypatch.setattr("serving.assembly.shortage", lambda specs: "full" if idling.park.alive else None)
+    async with idling.serving(f"{NAME}@1") as client:
+        await answer(client)
+        hash_slowly(idling, monkeypatch, 2.0)
+        promoting = asyncio.create_task(promoted(idling, 2))
+        await until(lambda: find_swap(idling.store, NAME))
+        change_desired(idling.store, None, Target(VersionId(OTHER, 7), Format.MERGED), None)
+        add_deployment(idling.store, OTHER)
+        async with asyncio.timeout(5):
+            while not (await client.get("/svc/status")).json()["refused"]:
+                await asyncio.sleep(0.01)
+        assert not promoting.done()
+        assert (await promoting).outcome is SwapOutcome.SUCCEEDED
+        assert len(idling.park.engines) == 1
+
+
+async def test_a_second_promotion_succeeds_when_it_follows_one_that_woke_a_model_of_several_engines(
+    idling: Home,
+) -> None:
+    configure(idling, serve={"port": 0, "idle_s": 2.0}, engine={"replicas": 2})  # the second starts after a second
+    async with idling.serving(f"{NAME}@1") as client:
+        await until(lambda: idling.park.alive == 2)
+        await become(client, tuned="idle")
+        assert (await promoted(idling, 2)).outcome is SwapOutcome.SUCCEEDED
+        assert (await promoted(idling, 3)).outcome is SwapOutcome.SUCCEEDED
+        assert await answer(client) == (200, f"{NAME}@3")
 
 
 async def test_one_idle_model_leaves_the_other_alone(idling: Home) -> None:

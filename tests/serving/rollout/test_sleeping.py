@@ -12,13 +12,13 @@ import pytest
 from svc.engine.state import EngineState
 from svc.settings import AdapterSettings
 from svc.store.deployments import add_deployment
-from svc.store.desired import change_desired, read_desired
-from svc.store.swaps import find_swap
+from svc.store.desired import change_desired
+from svc.store.swaps import SwapOutcome
 from svc.version import Format, Target, VersionId
 from tests.serving.control import BODY, Make, until
 from tests.serving.engine_park import fail_to_end_once
 from tests.serving.home import Home
-from tests.serving.rollout.test_idling import IDLE_S, OTHER, configure
+from tests.serving.rollout.test_idling import IDLE_S, OTHER, configure, hash_slowly, promoted
 from tests.serving.versions import NAME, make_version, target
 
 pytestmark = pytest.mark.slow
@@ -189,14 +189,35 @@ async def test_of_several_engines_one_that_does_not_wake_is_started_again(sleepi
 async def test_a_promotion_ends_the_engine_that_sleeps_and_starts_the_new_version(sleeping: Home) -> None:
     async with sleeping.serving(f"{NAME}@1") as client:
         await asleep(client)
-        seen = read_desired(sleeping.store, NAME)
-        assert seen is not None
-        wish = change_desired(sleeping.store, seen, target(2), seen.target)
-        await until(lambda: (swap := find_swap(sleeping.store, NAME, wish.generation)) and swap.result)
+        assert (await promoted(sleeping, 2)).outcome is SwapOutcome.SUCCEEDED
+        assert await engines(client) == [("ready", False)]
         assert await answer(client) == (200, f"{NAME}@2", "2")
         assert [engine.alive for engine in sleeping.park.engines] == [False, True]
+        assert "/collective_rpc" not in sleeping.park.engines[0].double.calls
         await asleep(client)
         assert await answer(client) == (200, f"{NAME}@2", "2")
+
+
+async def test_an_engine_does_not_fall_asleep_when_a_promotion_compares_files(
+    sleeping: Home, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with sleeping.serving(f"{NAME}@1") as client:
+        hash_slowly(sleeping, monkeypatch, 4 * IDLE_S)
+        assert (await promoted(sleeping, 2)).outcome is SwapOutcome.SUCCEEDED
+        assert await answer(client) == (200, f"{NAME}@2", "2")
+        assert len(sleeping.park.engines) == 1
+
+
+async def test_no_engine_stays_asleep_when_a_promotion_wakes_a_model_of_several_engines(sleeping: Home) -> None:
+    configure(sleeping, serve={"port": 0, "idle_s": 2.0}, engine={"replicas": 2})  # the second starts after a second
+    async with sleeping.serving(f"{NAME}@1") as client:
+        await until(lambda: sleeping.park.alive == 2)
+        await asleep(client, replicas=2)
+        assert (await promoted(sleeping, 2)).outcome is SwapOutcome.SUCCEEDED
+        assert sleeping.park.asleep == 0
+        assert (await promoted(sleeping, 3)).outcome is SwapOutcome.SUCCEEDED
+        assert await answer(client) == (200, f"{NAME}@3", "3")
+        assert not any("/collective_rpc" in engine.double.calls for engine in sleeping.park.engines[:2])
 
 
 async def test_a_server_that_ends_takes_along_what_sleeps(sleeping: Home) -> None:

@@ -1,0 +1,138 @@
+"""A defect in a swap is a failed swap: the version before serves on, and no engine answers with unverified weights."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from serving.engines.replica import Replica
+from serving.rollout.engine_change import EngineChange
+from serving.rollout.swap import Swap
+from serving.rollout.swap_plan import SwapPlanner
+from svc.engine.state import EngineState
+from svc.store.swaps import SwapOutcome
+from tests.serving.control import Control, Make, ask, until
+from tests.serving.engine_park import DoubleEngine
+from tests.serving.versions import NAME, make_version, target
+
+pytestmark = pytest.mark.slow
+
+ONE = f"{NAME}@1"
+RELOAD = "/collective_rpc"
+
+
+def fail_at(monkeypatch: pytest.MonkeyPatch, owner: type, method: str, *calls: int) -> None:
+    """Makes these calls of a coroutine function, counted from 1, raise what nothing expects."""
+    work: Callable[..., Any] = getattr(owner, method)
+    count = 0
+
+    async def failing(*arguments: Any, **given: Any) -> Any:
+        nonlocal count
+        count += 1
+        if count in calls:
+            raise ZeroDivisionError(f"a defect in {method}")
+        return await work(*arguments, **given)
+
+    monkeypatch.setattr(owner, method, failing)
+
+
+async def back_to_one(control: Control) -> None:
+    """Waits until every member serves version 1, in truth as well, and nothing else is desired."""
+    await until(lambda: len(control.pool.ready) == control.replicas and not control.pool.has_others)
+    assert {engine.target for engine in control.pool.members} == {target(1)}
+    assert {engine.double.weights.split("/")[-2] for engine in control.park.engines if engine.alive} == {"1"}
+    assert control.desired().target == target(1)
+    async with control.client() as client:
+        assert (await ask(client, stream=False)).version == ONE
+
+
+@pytest.mark.parametrize(("owner", "method"), [(SwapPlanner, "plan"), (Replica, "drained"), (Swap, "run")])
+async def test_the_engine_serves_on_when_a_swap_has_a_defect_before_the_reload(
+    control: Control, monkeypatch: pytest.MonkeyPatch, owner: type, method: str
+) -> None:
+    fail_at(monkeypatch, owner, method, 1)
+    swap = await control.promote(2)
+    assert (swap.outcome, swap.reason) == (SwapOutcome.FAILED, f"ZeroDivisionError('a defect in {method}')")
+    await back_to_one(control)
+    assert len(control.park.engines) == 1
+    assert control.reconciler.last_error == swap.reason
+    assert control.sample("svc_swaps_total", model=NAME, outcome="failed") == 1
+    assert (await control.promote(2)).outcome is SwapOutcome.SUCCEEDED
+
+
+@pytest.mark.parametrize("method", ["_reload", "_restore"])
+async def test_the_engine_is_replaced_when_a_swap_has_a_defect_in_the_reload(
+    control: Control, monkeypatch: pytest.MonkeyPatch, method: str
+) -> None:
+    make_version(control.registry, 4, probes_of="/elsewhere")
+    fail_at(monkeypatch, EngineChange, method, 1)
+    swap = await control.promote(4)
+    assert (swap.outcome, swap.reason) == (SwapOutcome.FAILED, f"ZeroDivisionError('a defect in {method}')")
+    await back_to_one(control)
+    assert len(control.park.engines) == 2
+
+
+async def test_engines_that_were_changed_go_back_when_a_swap_has_a_defect_at_the_second(
+    make: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    control = make(replicas=2)
+    async with control.run():
+        await until(lambda: len(control.pool.ready) == 2)
+        fail_at(monkeypatch, EngineChange, "_reload", 2)
+        assert (await control.promote(2)).outcome is SwapOutcome.FAILED
+        await back_to_one(control)
+
+
+@pytest.mark.parametrize("method", ["run", "_end_requests"])
+async def test_engines_that_were_changed_are_replaced_when_the_way_back_has_a_defect(
+    make: Make, monkeypatch: pytest.MonkeyPatch, method: str
+) -> None:
+    control = make(replicas=2, drain_timeout_s=0.1)
+    async with control.run():
+        await until(lambda: len(control.pool.ready) == 2)
+        if method == "run":
+            fail_at(monkeypatch, EngineChange, "_reload", 2)
+            fail_at(monkeypatch, EngineChange, "run", 3)
+        else:
+            make_version(control.registry, 4, width=8)
+            await _refuse_the_way_back(control, monkeypatch)
+            fail_at(monkeypatch, EngineChange, "_end_requests", 1)
+        assert (await control.promote(2)).outcome is SwapOutcome.FAILED
+        await back_to_one(control)
+
+
+async def _refuse_the_way_back(control: Control, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The second change has a defect, and the third, which goes back, is refused."""
+    change, count = EngineChange.run, 0
+
+    async def run(self: EngineChange, *arguments: Any) -> Any:
+        nonlocal count
+        count += 1
+        if count == 2:
+            raise ZeroDivisionError("a defect")
+        return (SwapOutcome.REFUSED, "no room") if count == 3 else await change(self, *arguments)
+
+    monkeypatch.setattr(EngineChange, "run", run)
+
+
+async def test_a_second_engine_is_ended_later_when_it_neither_starts_nor_ends(
+    make: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("serving.engines.retirement._RETRY_S", 0.05)
+    control = make()
+    make_version(control.registry, 4, width=8)
+    async with control.run():
+        control.park.failing_starts = 1
+        fail_at(monkeypatch, DoubleEngine, "stop", 1, 2)
+        assert (await control.promote(4)).outcome is SwapOutcome.REFUSED
+        await back_to_one(control)
+
+
+async def test_an_engine_is_started_again_when_it_could_not_be_ended_for_a_start(
+    control: Control, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fail_at(monkeypatch, DoubleEngine, "stop", 1)
+    async with control.pool.held(control.replica):
+        with pytest.raises(ZeroDivisionError):
+            await control.replica.start(target(1))
+    await until(lambda: len(control.park.engines) == 2 and control.state is EngineState.READY)
