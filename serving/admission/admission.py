@@ -236,6 +236,11 @@ class Admission:
             place = self.queue.join(party, tokens)
             self._admit_waiting()  # it may be its turn at once, and fit where the one before it does not
             await self.queue.until_given(place, timeout_s, lambda: self.leave(tokens))
+            while self._closed:  # a change began after the place was given, and before this task ran again
+                closed = True
+                self.leave(tokens)
+                place = self.queue.rejoin(place)
+                await self.queue.until_given(place, timeout_s, lambda: self.leave(tokens))
         except (QueueOverflowError, QueueTimeoutError) as error:
             if closed:
                 raise

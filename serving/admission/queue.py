@@ -12,9 +12,11 @@ Where the queue is full, the party with the most in it for its weight gives up i
 
 import asyncio
 import heapq
+from bisect import insort
 from collections import deque
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from operator import attrgetter
 
 from serving.admission.errors import AdmissionError, QueueOverflowError, QueueTimeoutError
 from serving.admission.events import set_event, until_set
@@ -32,12 +34,14 @@ class Place:
         party: whose request it is.
         tokens: that its answers may have.
         number: in arrival order.
+        joined_at: when it came, by the event loop's clock, seconds.
         given: settled when it gets its place, or none.
     """
 
     party: Party
     tokens: int
     number: int
+    joined_at: float
     given: asyncio.Future[None]
 
 
@@ -114,7 +118,8 @@ class RequestQueue:
         if self._queued >= self._max_queued:
             self._make_room(party)
         self._arrived += 1
-        place = Place(party, tokens, self._arrived, asyncio.get_running_loop().create_future())
+        loop = asyncio.get_running_loop()
+        place = Place(party, tokens, self._arrived, loop.time(), loop.create_future())
         line = self._lines.get(party.name)
         if line is None:
             line = self._lines[party.name] = _Line(party)
@@ -123,10 +128,22 @@ class RequestQueue:
         line.waiting.append(place)
         if line.turn is None:
             self._line_up(line)
-        self._queued += 1
-        self._show()
-        self.most = max(self.most, self._queued)
+        self._count_one_more()
         return place
+
+    def rejoin(self, place: Place) -> Place:
+        """Queue a request again that could not use the place that it was given; to be followed by `until_given`.
+
+        The request keeps its turn and its time in the queue, its party is not charged for the unused place, and the
+        request is queued even where the queue is full.
+        """
+        again = replace(place, given=asyncio.get_running_loop().create_future())
+        self._times[place.party.name] -= place.tokens / place.party.weight
+        line = self._lines.setdefault(place.party.name, _Line(place.party))
+        insort(line.waiting, again, key=attrgetter("number"))
+        self._line_up(line)
+        self._count_one_more()
+        return again
 
     async def until_given(self, place: Place, timeout_s: float, give_back: Callable[[], None]) -> None:
         """Returns when the request was given its place.
@@ -136,11 +153,11 @@ class RequestQueue:
 
         Raises:
             QueueOverflowError: it gave way to another party.
-            QueueTimeoutError: after `timeout_s`.
+            QueueTimeoutError: `timeout_s` after it came.
             AdmissionError: it was sent away.
         """
         # The timer settles the future itself: with asyncio.timeout a place given in the same tick would be lost.
-        timer = asyncio.get_running_loop().call_later(timeout_s, self._expire, place, timeout_s)
+        timer = asyncio.get_running_loop().call_at(place.joined_at + timeout_s, self._expire, place, timeout_s)
         try:
             await place.given
         except asyncio.CancelledError:
@@ -211,6 +228,11 @@ class RequestQueue:
     def _expire(self, place: Place, after_s: float) -> None:
         if not place.given.done():
             self._refuse(place, QueueTimeoutError(f"waited {after_s:g} s for an engine", todo="send the request again"))
+
+    def _count_one_more(self) -> None:
+        self._queued += 1
+        self._show()
+        self.most = max(self.most, self._queued)
 
     def _remove(self, place: Place) -> None:
         line = self._lines[place.party.name]

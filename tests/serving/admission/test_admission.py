@@ -1,12 +1,14 @@
 """Who runs, who is refused, and what a change of the engine means for both: exact counts whatever happens."""
 
 import asyncio
+import time
 from contextlib import suppress
 
 import pytest
 
 from serving.admission.admission import Admission
-from serving.admission.errors import EngineUnavailableError, OverloadedError, TooManyTokensError
+from serving.admission.errors import EngineUnavailableError, OverloadedError, QueueTimeoutError, TooManyTokensError
+from serving.admission.party import Party
 from tests.serving.admission.opened import open_admission, run_until, settle
 from tests.serving.service import closed
 
@@ -165,3 +167,76 @@ async def test_idle_is_the_time_since_the_last_request_ended() -> None:
     assert admission.idle_s < 0.04
     await asyncio.sleep(0.05)
     assert admission.idle_s >= 0.05
+
+
+async def test_a_request_is_queued_again_when_a_change_begins_in_the_turn_in_which_it_gets_its_place() -> None:
+    """Its own task, which would send it to an engine, runs a turn later than the change."""
+    admission, end, order = open_admission(max_running=3), asyncio.Event(), list[int]()
+
+    async def request(number: int) -> None:
+        async with admission.admit():
+            assert not admission._closed
+            order.append(number)
+            await end.wait()
+
+    async with closed(admission):
+        waiting = [asyncio.create_task(request(number)) for number in range(3)]
+        await settle()
+    assert (admission.running, admission.queued) == (3, 0)  # given, and not yet taken up
+    async with closed(admission):
+        late = asyncio.create_task(request(3))
+        await settle()
+        assert (admission.running, admission.queued, order) == (0, 4, [])
+    end.set()
+    await asyncio.gather(*waiting, late)
+    assert order == [0, 1, 2, 3]
+    assert (admission.running, admission.queued) == (0, 0)
+
+
+async def test_a_request_that_is_queued_again_costs_its_key_nothing_and_keeps_its_turn_when_others_wait() -> None:
+    admission, order = open_admission(max_running=1), list[str]()
+
+    async def request(name: str, party: Party) -> None:
+        async with admission.admit(10, party):
+            order.append(name)
+
+    async with closed(admission):
+        waiting = [
+            asyncio.create_task(request(name, party))
+            for name, party in (("a1", Party("a")), ("b1", Party("b")), ("a2", Party("a")), ("b2", Party("b")))
+        ]
+        await settle()
+    async with closed(admission):  # a1 had got its place
+        await settle()
+        assert admission.queued == 4
+    await asyncio.gather(*waiting)
+    assert order == ["a1", "b1", "a2", "b2"]
+
+
+async def test_a_request_that_is_queued_again_waits_no_longer_in_all_than_it_may() -> None:
+    admission, began = open_admission(queue_timeout_s=0.2), time.monotonic()
+
+    async def request() -> None:
+        async with admission.admit():
+            pass
+
+    async with closed(admission):
+        asking = asyncio.create_task(request())
+        await asyncio.sleep(0.1)
+    async with closed(admission):
+        with pytest.raises(QueueTimeoutError, match=r"waited 0\.2 s"):
+            await asking
+        assert 0.15 < time.monotonic() - began < 0.29
+    assert (admission.running, admission.queued) == (0, 0)
+
+
+async def test_a_request_that_is_queued_again_leaves_no_trace_when_its_client_leaves() -> None:
+    admission = open_admission()
+    async with closed(admission):
+        asking = asyncio.create_task(run_until(admission, asyncio.Event()))
+        await settle()
+    async with closed(admission):
+        await settle()
+        asking.cancel()
+        await asyncio.wait([asking])
+        assert (admission.running, admission.queued) == (0, 0)

@@ -30,6 +30,7 @@ class World:
     inside: set[int] = field(default_factory=set)
     admitted_after_wait: dict[str, list[int]] = field(default_factory=lambda: {party.name: [] for party in PARTIES})
     mixed: bool = False
+    entered_closed: bool = False
     swap: tuple[asyncio.Task[None], asyncio.Event] | None = None
     question: tuple[asyncio.Task[None], asyncio.Event] | None = None
     asking: bool = False
@@ -40,6 +41,7 @@ class World:
         with suppress(AdmissionError):
             async with self.admission.admit(1, party):
                 seen = self.version
+                self.entered_closed |= self.admission._closed
                 self.inside.add(number)
                 if waits:
                     self.admitted_after_wait[party.name].append(number)
@@ -112,10 +114,12 @@ class World:
         assert admission.running == len(self.inside)
         assert admission.queued == len(alive - self.inside)
         assert 0 <= admission.running <= admission._max_running
-        assert 0 <= admission.queued <= self.max_queued
+        # Places that were given back unused are queued again beside those.
+        assert 0 <= admission.queued <= self.max_queued + admission._max_running
         assert all(admitted == sorted(admitted) for admitted in self.admitted_after_wait.values())
         assert admission._closed or not admission.queued or admission.running == admission._max_running
         assert not self.mixed
+        assert not self.entered_closed
         assert admission.background_slot.taken == self.asking
         assert not (self.asking and admission._closed)
 

@@ -68,6 +68,23 @@ async def test_a_held_request_is_answered_by_the_new_version(make: Make) -> None
     assert [answer.words for answer in answers] == [{"2"}] * 2
 
 
+async def test_a_queued_request_is_answered_when_a_drain_begins_in_the_turn_in_which_it_gets_its_place(
+    control: Control,
+) -> None:
+    async with control.client() as client:
+        async with control.admission.changing():
+            control.replica.enter(EngineState.DRAINING)
+            asking = asyncio.create_task(ask(client, stream=False))
+            await until(lambda: control.admission.queued)
+            control.replica.enter(EngineState.READY)
+        async with control.admission.changing():
+            control.replica.enter(EngineState.DRAINING)
+            await until(lambda: control.admission.queued)
+            assert control.admission.running == 0
+            control.replica.enter(EngineState.READY)
+        assert (await asking).status == 200
+
+
 async def test_the_alias_moves_after_success_only(make: Make) -> None:
     control = make()
     make_version(control.registry, 4, probes_of="/elsewhere")
