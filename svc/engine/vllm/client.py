@@ -24,10 +24,14 @@ import httpx
 from svc.dataset.schema.example import Message
 from svc.engine.vllm.error_text import told_error
 from svc.errors import EngineError
+from svc.model_folder import weight_files
 
 _RESET_PAUSE_S = 0.05
 _CONNECTIONS = 100  # at once; further requests wait
-_TIMEOUT = httpx.Timeout(300.0, connect=5.0)  # a reload reads the whole file of weights
+_TIMEOUT_S = 300.0  # also of a wake, which copies the weights from the machine's memory
+_CONNECT_TIMEOUT_S = 5.0
+_SLOW_STORAGE_BYTES_PER_S = 50_000_000
+"""A network volume or a single hard disk under load. At this rate, reading 140 GB, a 70B model, takes 47 minutes."""
 ENDED = "stop"
 """Finish reason of an answer that the model ended: with a token, because no stop strings are sent."""
 
@@ -103,7 +107,9 @@ class EngineClient:
     def over_socket(cls, socket: Path, model: str) -> "EngineClient":
         """A client of the engine behind a unix socket."""
         transport = socket_transport(socket, max_connections=_CONNECTIONS)
-        return cls(httpx.AsyncClient(transport=transport, base_url="http://engine", timeout=_TIMEOUT), model)
+        return cls(
+            httpx.AsyncClient(transport=transport, base_url="http://engine", timeout=_timeout(_TIMEOUT_S)), model
+        )
 
     def with_ids(self, prefix: str) -> "EngineClient":
         """The same client, and closed with it, whose requests can be told apart in the engine's log."""
@@ -219,10 +225,15 @@ class EngineClient:
     async def reload_weights(self, folder: Path) -> None:
         """Replaces the weights in place. A reload that fails ends the engine: check everything before.
 
+        It may take as long as reading the files from slow storage. A caller that has to notice an engine's death
+        earlier watches the engine meanwhile.
+
         Raises:
             EngineError: the engine did not take them.
         """
-        await self._post("/collective_rpc", {"method": "reload_weights", "kwargs": {"weights_path": str(folder)}})
+        body = {"method": "reload_weights", "kwargs": {"weights_path": str(folder)}}
+        timeout_s = await asyncio.to_thread(_reload_timeout_s, folder)
+        await self._request("POST", "/collective_rpc", body, timeout_s=timeout_s)
 
     async def reset_prefix_cache(self, *, within_s: float = 10.0) -> None:
         """Forgets keys and values that older weights computed.
@@ -306,7 +317,7 @@ class EngineClient:
     ) -> httpx.Response:
         """The engine's answer; one with a status of `fine` is no error."""
         headers = {"x-request-id": f"{self._id_prefix}{uuid4().hex}"} if self._id_prefix else None
-        timeout = httpx.USE_CLIENT_DEFAULT if timeout_s is None else timeout_s
+        timeout = httpx.USE_CLIENT_DEFAULT if timeout_s is None else _timeout(timeout_s)
         try:
             answer = await self._http.request(method, path, json=body, headers=headers, timeout=timeout)
         except httpx.HTTPError as error:
@@ -314,6 +325,16 @@ class EngineClient:
         if answer.is_error and answer.status_code not in fine:
             raise EngineError(f"the engine answered {path} with {answer.status_code}: {told_error(answer.content)}")
         return answer
+
+
+def _timeout(timeout_s: float) -> httpx.Timeout:
+    return httpx.Timeout(timeout_s, connect=min(timeout_s, _CONNECT_TIMEOUT_S))
+
+
+def _reload_timeout_s(folder: Path) -> float:
+    """Return how long a reload from a model folder may take, seconds."""
+    size = sum(file.stat().st_size for file in weight_files(folder))
+    return _TIMEOUT_S + size / _SLOW_STORAGE_BYTES_PER_S
 
 
 def _answer(completion: Any) -> Answer:

@@ -119,6 +119,24 @@ async def test_a_reload_brings_the_weights_of_the_folder() -> None:
     assert double.weights == "/models/tuned/2"
 
 
+@pytest.mark.parametrize(("gigabytes", "timeout_s"), [(0, 300), (1, 320), (140, 3100)])
+async def test_a_reload_may_take_longer_when_the_weights_are_larger(
+    tmp_path: Path, gigabytes: int, timeout_s: float
+) -> None:
+    for number in (1, 2):
+        with (tmp_path / f"model-{number}.safetensors").open("wb") as file:
+            file.truncate(gigabytes * 10**9 // 2)  # sparse: it takes no space
+    timeouts = list[dict[str, float]]()
+
+    def respond(request: httpx.Request) -> httpx.Response:
+        timeouts.append(request.extensions["timeout"])
+        return httpx.Response(200)
+
+    async with answering(respond) as client:
+        await client.reload_weights(tmp_path)
+    assert (timeouts[0]["read"], timeouts[0]["connect"]) == (timeout_s, 5)
+
+
 async def test_a_failed_reload_is_an_engine_error() -> None:
     async with client_of(EngineDouble(loadable=lambda folder: False)) as client:
         with pytest.raises(EngineError, match="/collective_rpc with 500"):
