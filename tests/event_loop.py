@@ -7,6 +7,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -85,3 +86,15 @@ def watched_loop() -> Iterator[LoopWatch]:
             yield watch
         finally:
             _watches.remove(watch)
+
+
+@contextmanager
+def blocked_default_executor() -> Iterator[None]:
+    """No thread of the running loop's default executor is free in the body."""
+    threads, free = ThreadPoolExecutor(max_workers=1), threading.Event()
+    asyncio.get_running_loop().set_default_executor(threads)
+    threads.submit(free.wait)
+    try:
+        yield
+    finally:
+        free.set()

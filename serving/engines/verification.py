@@ -3,6 +3,7 @@
 import asyncio
 import logging
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from sqlalchemy import Engine as Store
@@ -21,6 +22,7 @@ from svc.version import Format, Target, VersionId
 
 log = logging.getLogger(__name__)
 
+_HASHING_THREADS = 2  # a comparison that a newer promotion superseded runs on in one of them
 _RETAKE_REPEATS = 5
 _ADAPTER_REPEATS = 2
 """Of an adapter at its first use, for which a request waits."""
@@ -51,6 +53,8 @@ class Verification:
         self._store = store
         self._facts = facts
         self._adapters = adapters or AdapterSettings()
+        # Hashing takes minutes for large models, and would keep the threads that all else shares.
+        self._hashing = ThreadPoolExecutor(max_workers=_HASHING_THREADS, thread_name_prefix="hashing")
 
     async def model(self, target: Target) -> ServedModel:
         """What an engine is started with for a version, unchecked.
@@ -92,7 +96,8 @@ class Verification:
             NotFoundError: no such version or format.
             IntegrityError: a file was changed.
         """
-        await asyncio.to_thread(self._registry.verify, target.version, target.format)
+        loop = asyncio.get_running_loop()
+        await loop.run_in_executor(self._hashing, self._registry.verify, target.version, target.format)
         return await self.folder(target)
 
     async def probes(self, engine: Engine, target: Target, *, fresh: bool) -> Checked:

@@ -11,6 +11,7 @@ import asyncio
 import logging
 import time
 from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime
 from enum import StrEnum
 from typing import NamedTuple
@@ -137,14 +138,22 @@ class Authenticator:
         self._looked_at = began
 
     async def follow(self) -> None:
-        """Looks again and again, in a thread, and ends the grants that are right no more, until it is cancelled."""
-        while True:
-            try:
-                await asyncio.to_thread(self.look)
-            except SQLAlchemyError:
-                log.exception("keys cannot be read; those that were known go on for %.0f s", _STALE_S)
-            self.end_wrong()
-            await asyncio.sleep(LOOK_S)
+        """Read the keys again and again until cancelled, and end the grants that are no longer right.
+
+        The thread is its own: where slow work took all threads that are shared, every key would be stale after a
+        minute.
+        """
+        loop, thread = asyncio.get_running_loop(), ThreadPoolExecutor(max_workers=1, thread_name_prefix="keys")
+        try:
+            while True:
+                try:
+                    await loop.run_in_executor(thread, self.look)
+                except SQLAlchemyError:
+                    log.exception("keys cannot be read; those that were known go on for %.0f s", _STALE_S)
+                self.end_wrong()
+                await asyncio.sleep(LOOK_S)
+        finally:
+            thread.shutdown(wait=False)
 
     def end_wrong(self) -> None:
         """Ends the grants whose key was revoked or has expired, or whose secret was rotated away."""

@@ -12,6 +12,7 @@ import re
 import subprocess
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from typing import TypeVar
 
@@ -69,7 +70,7 @@ class EngineProcess:
         Raises:
             EngineError: it ended, or was not ready in `start_timeout_s`; names the log and its last error.
         """
-        await asyncio.to_thread(end_engine, self.spec.state)  # and its memory is free again for the plan
+        await _in_own_thread(lambda: end_engine(self.spec.state))  # and its memory is free again for the plan
         self.plan = await asyncio.to_thread(lambda: self.spec.plan)
         try:
             self._watch(await _to_its_end(self._spawn))
@@ -188,7 +189,7 @@ class EngineProcess:
 
     async def stop(self) -> None:
         """Ends the server and all its processes: first asked, then killed."""
-        await asyncio.shield(asyncio.to_thread(self._end))
+        await asyncio.shield(_in_own_thread(self._end))
         self._unwatch()
         await self._close()
 
@@ -265,6 +266,14 @@ class EngineProcess:
         lines = self.spec.log.read_text("utf-8", errors="replace").splitlines()
         errors = [line for line in lines if re.search(r"\b\w*(Error|Exception)\b: ", line)]
         return (errors or lines or ["no output"])[-1].strip()[-300:]
+
+
+def _in_own_thread(work: Callable[[], Result]) -> "asyncio.Future[Result]":
+    """Run work in a new thread. Ending an engine can take long, and must keep no thread that all else shares."""
+    thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="engine-end")
+    working = asyncio.get_running_loop().run_in_executor(thread, work)
+    thread.shutdown(wait=False)  # the thread ends with its work
+    return working
 
 
 async def _to_its_end(work: Callable[[], Result]) -> Result:

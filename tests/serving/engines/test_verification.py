@@ -1,6 +1,10 @@
 """What a version must show before a client may reach it."""
 
+import asyncio
+import threading
+import time
 from collections.abc import AsyncIterator, Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -37,6 +41,24 @@ async def test_sound_files_give_their_folder(make: Make) -> None:
     control = make()
     folder = await Verification(control.registry, control.store, kind_of(FACTS)).files(target(1))
     assert folder == control.registry.folder(target(1).version) / "merged"
+
+
+async def test_hashing_keeps_no_thread_of_the_default_executor_when_it_takes_long(
+    make: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The status and every read of the store run there."""
+    control, free = make(), threading.Event()
+    monkeypatch.setattr(control.registry, "verify", lambda version, format: free.wait(5))
+    asyncio.get_running_loop().set_default_executor(ThreadPoolExecutor(max_workers=1))
+    verification = Verification(control.registry, control.store, kind_of(FACTS))
+    hashing = [asyncio.create_task(verification.files(target(number))) for number in (1, 2, 3)]
+    try:
+        await asyncio.sleep(0.05)
+        async with asyncio.timeout(1):
+            await asyncio.to_thread(time.sleep, 0)
+    finally:
+        free.set()
+    await asyncio.gather(*hashing)
 
 
 async def test_an_altered_file_is_an_error(make: Make) -> None:

@@ -3,6 +3,7 @@
 import asyncio
 import gc
 import logging
+import threading
 import weakref
 from contextlib import nullcontext, suppress
 from datetime import timedelta
@@ -18,6 +19,7 @@ from svc.access.keyring import IssuedKey, Keyring
 from svc.key_secret import new_secret
 from svc.principal import Scope
 from svc.store.keys import keys_revision
+from tests.event_loop import blocked_default_executor
 from tests.svc.access.conftest import ALICE, Clock
 
 INFER = frozenset({Scope.INFER})
@@ -202,6 +204,28 @@ async def test_a_revocation_is_heard_within_a_second(store: Store) -> None:
     finally:
         following.cancel()
         await asyncio.gather(following, return_exceptions=True)
+
+
+async def test_changes_of_keys_are_noticed_when_the_default_executor_is_blocked(
+    authenticator: Authenticator, keyring: Keyring, issued: IssuedKey, clock: Clock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(authenticator_module, "LOOK_S", 0.01)
+    with blocked_default_executor():
+        following = asyncio.create_task(authenticator.follow())
+        try:
+            clock.forward(seconds=61)
+            await asyncio.sleep(0.2)
+            assert authenticator.authenticate(issued.secret) == issued.key.principal
+            keyring.revoke(issued.key.id)
+            await asyncio.sleep(0.2)
+            assert fault_of(authenticator, issued.secret) is KeyFault.REVOKED
+        finally:
+            following.cancel()
+            await asyncio.gather(following, return_exceptions=True)
+    threads = [thread for thread in threading.enumerate() if thread.name.startswith("keys")]
+    for thread in threads:
+        thread.join(5)
+    assert not any(thread.is_alive() for thread in threads)
 
 
 async def test_a_store_that_fails_does_not_end_the_looking(

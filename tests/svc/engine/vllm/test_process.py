@@ -28,7 +28,7 @@ from svc.engine.vllm.process import EngineProcess
 from svc.engine.vllm.startup_phase import EnginePhase
 from svc.errors import EngineError
 from svc.settings import Device, EngineSettings
-from tests.event_loop import watched_loop
+from tests.event_loop import blocked_default_executor, watched_loop
 from tests.svc.engine.devices import AVX512
 
 pytestmark = pytest.mark.slow
@@ -189,6 +189,16 @@ async def test_one_that_ignores_the_request_is_killed(engine_in: Start, monkeypa
     await engine.start()
     await engine.stop()
     assert await engine.wait() == -signal.SIGKILL
+
+
+async def test_it_is_ended_when_the_default_executor_is_blocked(engine_in: Start) -> None:
+    engine = engine_in("ready")
+    await engine.start()
+    pid = pid_of(engine)
+    with blocked_default_executor():
+        async with asyncio.timeout(10):
+            await engine.stop()
+    assert not lives(pid)
 
 
 async def test_stopping_twice_is_no_fault(engine_in: Start) -> None:
