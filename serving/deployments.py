@@ -162,10 +162,11 @@ class Deployments:
         except Exception as error:  # whatever keeps one model from being served keeps no other from it
             log.exception("%s is not served", target)
             failed = error if isinstance(error, SvcError) else EngineError(f"{target} does not start: {error!r}")
+        self._tasks[deployment.name] = asyncio.create_task(deployment.run())
+        if failed:
             self._on_failure(target, failed)
         else:
             self._on_ready(deployment.reconciler.actual.target)
-        self._tasks[deployment.name] = asyncio.create_task(deployment.run())
         return failed
 
     async def _follow(self) -> None:

@@ -248,7 +248,8 @@ class _Server:
         defect = False
         try:
             # The others never end by themselves but for a defect, which must end the server and not leave half of it;
-            # engines that answer are no worse for it, and the next server takes them over.
+            # engines that answer are no worse for it, and the next server takes them over. A defect of one model does
+            # not come here: see serving.deployment.
             done, _ = await asyncio.wait({*serving, stopping, *control}, return_when=asyncio.FIRST_COMPLETED)
             defect = any(task.exception() and not isinstance(task.exception(), SvcError) for task in done)
         finally:
