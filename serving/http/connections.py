@@ -11,8 +11,10 @@ import socket
 from typing import Any
 
 from uvicorn.protocols.http.auto import AutoHTTPProtocol
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from serving.http.direct_answer import offer_direct_answer
+from serving.http.request_parser import RequestParser
 from svc.end_signal import EndSignal
 
 REQUEST_DEADLINE_S = 15.0
@@ -58,6 +60,11 @@ def limited_protocol(deadline_s: float = REQUEST_DEADLINE_S) -> type[asyncio.Pro
         _ending = False
         _lost: EndSignal
         app_state: dict[str, Any]
+
+        def __init__(self, *args: Any, **named: Any) -> None:
+            super().__init__(*args, **named)
+            if isinstance(self, HttpToolsProtocol):
+                self.parser = RequestParser(self)
 
         def connection_made(self, transport: asyncio.Transport) -> None:
             self._lost = EndSignal()
@@ -105,6 +112,14 @@ def limited_protocol(deadline_s: float = REQUEST_DEADLINE_S) -> type[asyncio.Pro
         def timeout_keep_alive_handler(self) -> None:
             super().timeout_keep_alive_handler()
             self._abort_later()
+
+        def on_headers_complete(self) -> None:
+            if not self.parser.ignores_head:
+                super().on_headers_complete()
+
+        def on_message_complete(self) -> None:
+            if not self.parser.ignores_head:
+                super().on_message_complete()
 
         def _start_asgi_task(self, cycle: Any, app: Any) -> None:
             offer_direct_answer(cycle)
