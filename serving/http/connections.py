@@ -121,6 +121,9 @@ def limited_protocol(deadline_s: float = REQUEST_DEADLINE_S) -> type[asyncio.Pro
             if not self.parser.ignores_head:
                 super().on_message_complete()
 
+        def _unsupported_upgrade_warning(self) -> None:
+            """Log nothing: uvicorn advises to install a library for websockets."""
+
         def _start_asgi_task(self, cycle: Any, app: Any) -> None:
             offer_direct_answer(cycle)
             super()._start_asgi_task(cycle, app)

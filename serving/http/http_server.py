@@ -1,6 +1,7 @@
 """uvicorn with our limits, for one listener."""
 
 import asyncio
+import logging
 import socket
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -12,10 +13,12 @@ from starlette.types import ASGIApp
 from serving.http.acceptor import Acceptor
 from serving.http.connections import REQUEST_DEADLINE_S, limited_protocol
 from serving.http.tls import Certificate
+from serving.http.warning_limit import WarningLimit
 
 _GRACE_S = 30  # running answers may end after SIGTERM
 _HANDSHAKE_GRACE_S = 1.0  # so may handshakes
 _DATE_S = 1.0  # the resolution of an answer's date
+_WARNING_LIMIT = WarningLimit()
 
 
 class HttpServer(uvicorn.Server):
@@ -98,6 +101,7 @@ def http_server(
     config = uvicorn.Config(
         app,
         http=limited_protocol(deadline_s),
+        ws="none",  # its handshake would pass all our layers, and its path with the query would be logged
         lifespan="off",
         log_config=None,
         access_log=False,
@@ -107,6 +111,7 @@ def http_server(
         timeout_keep_alive=idle_s,
         timeout_graceful_shutdown=_GRACE_S,
     )
+    logging.getLogger("uvicorn.error").addFilter(_WARNING_LIMIT)
     config.load()
     config.ssl = certificate.context if certificate else None
     return HttpServer(config, most)

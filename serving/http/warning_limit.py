@@ -1,0 +1,31 @@
+"""Limits how often a warning is logged that any client can cause, as uvicorn's about a malformed request."""
+
+import logging
+import math
+import time
+from collections.abc import Callable
+
+_INTERVAL_S = 60.0
+
+
+class WarningLimit(logging.Filter):
+    """Passes each warning once per minute, whatever its arguments; other levels always.
+
+    Args:
+        clock: monotonic time, seconds.
+    """
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        super().__init__()
+        self._clock = clock
+        self._logged: dict[str, float] = {}  # by text without arguments, of which a program has few
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        """Return whether the record is logged."""
+        if record.levelno != logging.WARNING:
+            return True
+        now = self._clock()
+        if now - self._logged.get(record.msg, -math.inf) < _INTERVAL_S:
+            return False
+        self._logged[record.msg] = now
+        return True

@@ -1,0 +1,94 @@
+"""The server speaks HTTP and nothing else, and its log has nothing of what clients send."""
+
+import asyncio
+import json
+import logging
+from pathlib import Path
+from typing import Any
+
+import pytest
+from sqlalchemy import Engine as Store
+from uvicorn.protocols.http.h11_impl import H11Protocol
+
+from serving.http import connections
+from tests.serving.http.keyed_service import KeyedService
+from tests.serving.http.test_direct_answer import connected
+from tests.serving.service import Service
+
+pytestmark = pytest.mark.slow
+
+QUERY = "token=SECRET"
+HANDSHAKE = (
+    "connection: keep-alive, Upgrade\r\nupgrade: websocket\r\nsec-websocket-version: 13\r\n"
+    "sec-websocket-key: dGhlIHNhbXBsZSBub25jZQ==\r\n"
+)
+MALFORMED = b"GET /v1?token=SECRET HTTP/1.1\r\nno header\r\n\r\n"
+
+
+@pytest.fixture(params=["httptools", "h11"], autouse=True)
+def implementation(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    if request.param == "h11":
+        monkeypatch.setattr(connections, "AutoHTTPProtocol", H11Protocol)
+
+
+async def shake_hands(app: Any, path: str, host: str = "localhost") -> tuple[int, Any]:
+    """Status and content of the answer to a websocket handshake."""
+    async with connected(app) as (reader, writer), asyncio.timeout(5):
+        writer.write(f"GET {path}?{QUERY} HTTP/1.1\r\nhost: {host}\r\n{HANDSHAKE}\r\n".encode())
+        lines = (await reader.readuntil(b"\r\n\r\n")).decode().split("\r\n")
+        length = next(line for line in lines if line.startswith("content-length"))
+        return int(lines[0].split()[1]), json.loads(await reader.readexactly(int(length.partition(":")[2])))
+
+
+@pytest.mark.parametrize(
+    ("path", "host", "status", "code"),
+    [
+        ("/v1/models", "localhost", 401, "invalid_api_key"),
+        ("/none", "localhost", 401, "invalid_api_key"),
+        ("/v1/models", "evil.example", 421, "host_not_allowed"),
+    ],
+)
+async def test_a_websocket_handshake_is_refused_as_any_get_when_a_key_is_needed(
+    socket_folder: Path, store: Store, path: str, host: str, status: int, code: str
+) -> None:
+    service = KeyedService(socket_folder, store=store)
+    async with service.run():
+        service.key()
+        answered, content = await shake_hands(service.asgi, path, host)
+    assert (answered, content["error"]["code"]) == (status, code)
+
+
+@pytest.mark.parametrize(
+    ("path", "status", "code"), [("/none", 404, "not_found"), ("/v1/chat/completions", 405, "method_not_allowed")]
+)
+async def test_a_websocket_handshake_is_answered_as_any_get_when_no_key_is_needed(
+    service: Service, path: str, status: int, code: str
+) -> None:
+    answered, content = await shake_hands(service.asgi, path)
+    assert (answered, content["error"]["code"]) == (status, code)
+
+
+async def test_the_log_has_no_query_when_a_client_sends_one(service: Service, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.DEBUG)
+    caplog.set_level(logging.DEBUG, "uvicorn.error")
+    for path in ("/none", "/v1/models", "/v1/chat/completions"):
+        await shake_hands(service.asgi, path)
+    async with connected(service.asgi) as (reader, writer):
+        writer.write(MALFORMED)
+        assert (await reader.read()).startswith(b"HTTP/1.1 400")
+    assert not [record for record in caplog.records if "SECRET" in record.getMessage()]
+
+
+async def test_no_client_can_repeat_a_warning_when_requests_are_malformed(
+    service: Service, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.WARNING, "uvicorn.error")  # the engine's double sets it higher
+    for sent in 3 * [MALFORMED] + 3 * [
+        b"CONNECT http://x/y?token=SECRET HTTP/1.1\r\nhost: x\r\nconnection: close\r\n\r\n"
+    ]:
+        async with connected(service.asgi) as (reader, writer), asyncio.timeout(5):
+            writer.write(sent)
+            assert await reader.readline()
+    warnings = [record.getMessage() for record in caplog.records if record.levelno >= logging.WARNING]
+    assert len(warnings) == len(set(warnings)), warnings
+    assert not [warning for warning in warnings if "WebSocket" in warning]
