@@ -201,6 +201,7 @@ class _Server:
         self._parts = parts
         self._manager = manager
         self._proxies = settings.behind_proxy
+        self._most_per_address = settings.max_connections_per_address
         self._certificate: Certificate | None = None
         if settings.tls_certificate and settings.tls_key:
             self._certificate = Certificate(settings.tls_certificate, settings.tls_key)
@@ -227,7 +228,13 @@ class _Server:
         parts = self._parts
         parts.request_log.start()
         most = raise_descriptor_limit()
-        public = http_server(parts.app, most, certificate=self._certificate, proxies=self._proxies)
+        public = http_server(
+            parts.app,
+            most,
+            most_per_address=self._most_per_address or max(1, most // 2),
+            certificate=self._certificate,
+            proxies=self._proxies,
+        )
         local = http_server(parts.app, _LOCAL_CONNECTIONS)
         self._http = [public, local]
         serving = {

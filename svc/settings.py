@@ -148,6 +148,12 @@ class ServeSettings(_Section):
         description="addresses or networks of the proxies in front, which speak TLS with clients; their "
         "`X-Forwarded-For` and `-Proto` are believed",
     )
+    max_connections_per_address: int | None = Field(
+        None,
+        ge=1,
+        description="connections that one address may hold, or one /64 of IPv6; further ones are closed at once; "
+        "addresses in behind_proxy have no limit; default: half of all connections",
+    )
     max_body_bytes: int = Field(4 * 2**20, ge=1024, description="largest request body, bytes")
     body_timeout_s: float = Field(
         15.0, gt=0, description="longest time that a request's body takes to come in, seconds"

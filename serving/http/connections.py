@@ -58,22 +58,21 @@ def limited_protocol(deadline_s: float = REQUEST_DEADLINE_S) -> type[asyncio.Pro
         _deadline: asyncio.TimerHandle | None = None
         _head_bytes = 0
         _ending = False
-        _lost: EndSignal
         app_state: dict[str, Any]
 
         def __init__(self, *args: Any, **named: Any) -> None:
             super().__init__(*args, **named)
+            self.lost = EndSignal()
             if isinstance(self, HttpToolsProtocol):
                 self.parser = RequestParser(self)
 
         def connection_made(self, transport: asyncio.Transport) -> None:
-            self._lost = EndSignal()
             connected = transport.get_extra_info("socket")
             through_socket = connected is not None and connected.family == socket.AF_UNIX
             self.app_state = {
                 **self.app_state,
                 ABORT: transport.abort,
-                LOST: self._lost,
+                LOST: self.lost,
                 THROUGH_SOCKET: through_socket,
             }
             super().connection_made(transport)
@@ -96,7 +95,7 @@ def limited_protocol(deadline_s: float = REQUEST_DEADLINE_S) -> type[asyncio.Pro
             if self._deadline is not None:
                 self._deadline.cancel()
             super().connection_lost(exc)
-            self._lost.end()
+            self.lost.end()
 
         def shutdown(self) -> None:
             self._ending = True

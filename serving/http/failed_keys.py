@@ -3,21 +3,17 @@
 Nobody finds a secret by trying, so a right key is never kept waiting by the wrong ones of whoever shares its address.
 """
 
-import ipaddress
 import math
 import time
 from collections.abc import Callable
 
+from serving.http.peer import peer_of
 from svc.errors import SvcError
 
 MOST_A_MINUTE = 20
 _MINUTE_S = 60.0
 _MOST_PEERS = 4096
 """Beyond, the peer is forgotten whose minute began first."""
-_PREFIX_V6 = 64
-"""What one subscriber of IPv6 has: addresses in it cost nothing."""
-_LONGEST = 64
-"""Of what is no address: a proxy says it."""
 
 
 class TooManyWrongKeysError(SvcError):
@@ -52,7 +48,7 @@ class FailedKeys:
         Raises:
             TooManyWrongKeysError: it is one too many.
         """
-        peer, now = _peer(address), self._clock()
+        peer, now = peer_of(address), self._clock()
         began, count = self._peers.get(peer, (now, 0))
         if now - began >= _MINUTE_S:
             began, count = now, 0
@@ -68,16 +64,3 @@ class FailedKeys:
         if len(self._peers) > _MOST_PEERS:
             del self._peers[next(iter(self._peers))]
         return count + 1 == MOST_A_MINUTE
-
-
-def _peer(address: str) -> str:
-    """What one peer cannot change at will."""
-    try:
-        found = ipaddress.ip_address(address.partition("%")[0])
-    except ValueError:
-        return address[:_LONGEST]
-    if isinstance(found, ipaddress.IPv6Address):
-        if found.ipv4_mapped is None:
-            return str(ipaddress.ip_network((found, _PREFIX_V6), strict=False))
-        found = found.ipv4_mapped
-    return str(found)

@@ -10,7 +10,8 @@ from typing import Any, cast
 import uvicorn
 from starlette.types import ASGIApp
 
-from serving.http.acceptor import Acceptor
+from serving.http.acceptor import AcceptedProtocol, Acceptor
+from serving.http.address_limit import AddressLimit
 from serving.http.connections import REQUEST_DEADLINE_S, limited_protocol
 from serving.http.tls import Certificate
 from serving.http.warning_limit import WarningLimit
@@ -26,11 +27,13 @@ class HttpServer(uvicorn.Server):
 
     Args:
         most: connections at once.
+        address_limit: for those of one address.
     """
 
-    def __init__(self, config: uvicorn.Config, most: int) -> None:
+    def __init__(self, config: uvicorn.Config, most: int, address_limit: AddressLimit) -> None:
         super().__init__(config)
         self._most = most
+        self._address_limit = address_limit
         self._acceptors: list[Acceptor] = []
         self._ending = asyncio.Event()
 
@@ -56,10 +59,10 @@ class HttpServer(uvicorn.Server):
         await super().startup(sockets=[])
         config, state = self.config, self.server_state
 
-        def protocol() -> asyncio.BaseProtocol:
+        def protocol() -> AcceptedProtocol:
             make: Any = config.http_protocol_class
             made = make(config=config, server_state=state, app_state=self.lifespan.state)
-            return cast(asyncio.BaseProtocol, made)
+            return cast(AcceptedProtocol, made)
 
         for listener in sockets or ():
             acceptor = Acceptor(
@@ -67,6 +70,7 @@ class HttpServer(uvicorn.Server):
                 protocol,
                 count=lambda: len(state.connections),
                 most=self._most,
+                address_limit=self._address_limit,
                 context=config.ssl,
                 handshake_s=REQUEST_DEADLINE_S,
             )
@@ -84,6 +88,7 @@ def http_server(
     app: ASGIApp,
     most: int,
     *,
+    most_per_address: int | None = None,
     certificate: Certificate | None = None,
     proxies: Sequence[str] = (),
     deadline_s: float = REQUEST_DEADLINE_S,
@@ -93,6 +98,7 @@ def http_server(
 
     Args:
         most: connections at once.
+        most_per_address: of one address that is not a proxy's; None for no limit.
         certificate: None for plain HTTP.
         proxies: what they say of their clients is believed; anybody else can write that too.
         deadline_s: see serving.http.connections.
@@ -114,4 +120,4 @@ def http_server(
     logging.getLogger("uvicorn.error").addFilter(_WARNING_LIMIT)
     config.load()
     config.ssl = certificate.context if certificate else None
-    return HttpServer(config, most)
+    return HttpServer(config, most, AddressLimit(most_per_address or most, proxies))

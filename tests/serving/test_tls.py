@@ -107,6 +107,7 @@ async def test_connections_that_begin_no_handshake_keep_nobody_out_for_long(
 ) -> None:
     monkeypatch.setattr("serving.server.raise_descriptor_limit", lambda: 3)
     monkeypatch.setattr("serving.http.http_server.REQUEST_DEADLINE_S", 0.5)
+    configure(home, tls_certificate=files[0], tls_key=files[1], max_connections_per_address=3)
     async with home.serving(f"{NAME}@1") as client:
         port = client.base_url.port
         silent = [await asyncio.open_connection("127.0.0.1", port) for _ in range(3)]
@@ -120,6 +121,23 @@ async def test_connections_that_begin_no_handshake_keep_nobody_out_for_long(
             assert (await other.get(f"https://localhost:{port}/health")).status_code == 200
         for writing in (writer, *(each[1] for each in silent)):
             writing.close()
+
+
+@pytest.mark.parametrize(("configured", "let_in"), [({}, 2), ({"max_connections_per_address": 3}, 3)])
+async def test_one_address_holds_a_share_of_all_connections(
+    home: Home, monkeypatch: pytest.MonkeyPatch, configured: dict[str, int], let_in: int
+) -> None:
+    monkeypatch.setattr("serving.server.raise_descriptor_limit", lambda: 4)
+    configure(home, **configured)
+    async with home.serving(f"{NAME}@1") as client:
+        held = [await asyncio.open_connection("127.0.0.1", client.base_url.port) for _ in range(let_in)]
+        reader, writer = await asyncio.open_connection("127.0.0.1", client.base_url.port)
+        async with asyncio.timeout(3):
+            assert await closed(reader)
+        for reader, writing in held:
+            assert not reader.at_eof()
+            writing.close()
+        writer.close()
 
 
 async def closed(reader: asyncio.StreamReader) -> bool:

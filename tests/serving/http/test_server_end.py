@@ -12,8 +12,10 @@ import pytest
 
 from serving.http import connections
 from serving.http import http_server as http_server_module
-from serving.http.acceptor import Acceptor
+from serving.http.acceptor import AcceptedProtocol, Acceptor
+from serving.http.address_limit import AddressLimit
 from serving.http.http_server import HttpServer, http_server
+from svc.end_signal import EndSignal
 
 LAST_REQUEST_S = 0.4
 ASK = b"GET / HTTP/1.1\r\nhost: x\r\n\r\n"
@@ -97,13 +99,24 @@ async def test_answers_carry_the_date_of_now() -> None:
 async def test_a_connection_has_a_protocol_or_still_waits_in_the_listener(ticks: int) -> None:
     made = []
 
-    class Noting(asyncio.Protocol):
+    class Noting(AcceptedProtocol):
+        def __init__(self) -> None:
+            self.lost = EndSignal()
+
         def connection_made(self, transport: asyncio.BaseTransport) -> None:
             made.append(transport)
 
     with socket.socket() as listener, socket.socket() as client:
         listener.bind(("127.0.0.1", 0))
-        acceptor = Acceptor(listener, Noting, count=lambda: 0, most=8, context=None, handshake_s=1)
+        acceptor = Acceptor(
+            listener,
+            Noting,
+            count=lambda: 0,
+            most=8,
+            address_limit=AddressLimit(8),
+            context=None,
+            handshake_s=1,
+        )
         acceptor.start()
         await asyncio.sleep(0)
         client.connect(listener.getsockname())

@@ -1,0 +1,43 @@
+"""How many connections one address may hold, so that no client keeps out all others."""
+
+import ipaddress
+from collections import Counter
+from collections.abc import Iterable
+
+from serving.http.peer import ip_of, peer_of
+
+
+class AddressLimit:
+    """Counts connections by peer: an address, or a /64 of IPv6.
+
+    Args:
+        most: connections of one peer.
+        unlimited: networks without a limit, as those of proxies, each of which stands for many clients.
+    """
+
+    def __init__(self, most: int, unlimited: Iterable[str] = ()) -> None:
+        self.most = most
+        self._unlimited = [ipaddress.ip_network(network) for network in unlimited]
+        self._held: Counter[str] = Counter()
+
+    def __len__(self) -> int:
+        return len(self._held)
+
+    def enter(self, address: str) -> bool:
+        """Count a connection until `leave`; return False, and count nothing, if its peer has too many."""
+        peer = peer_of(address)
+        if self._held[peer] >= self.most and not self._is_unlimited(address):
+            return False
+        self._held[peer] += 1
+        return True
+
+    def leave(self, address: str) -> None:
+        """Count a connection no longer."""
+        peer = peer_of(address)
+        self._held[peer] -= 1
+        if not self._held[peer]:
+            del self._held[peer]
+
+    def _is_unlimited(self, address: str) -> bool:
+        ip = ip_of(address)
+        return ip is not None and any(ip in network for network in self._unlimited)

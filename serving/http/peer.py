@@ -1,0 +1,31 @@
+"""Which addresses one peer has."""
+
+import ipaddress
+
+IPAddress = ipaddress.IPv4Address | ipaddress.IPv6Address
+
+_PREFIX_V6 = 64
+"""What one subscriber of IPv6 has: addresses in it cost nothing."""
+_MAX_CHARS = 64
+"""Of a text that is not an address: a proxy sends it."""
+
+
+def peer_of(address: str) -> str:
+    """Return the part of an address that its owner cannot change at will."""
+    ip = ip_of(address)
+    if ip is None:
+        return address[:_MAX_CHARS]
+    if isinstance(ip, ipaddress.IPv6Address):
+        return str(ipaddress.ip_network((ip, _PREFIX_V6), strict=False))
+    return str(ip)
+
+
+def ip_of(address: str) -> IPAddress | None:
+    """Return the IP address of a peer, as IPv4 where IPv6 wraps that; None if the text is not an address."""
+    try:
+        ip = ipaddress.ip_address(address.partition("%")[0])
+    except ValueError:
+        return None
+    if isinstance(ip, ipaddress.IPv6Address) and ip.ipv4_mapped is not None:
+        return ip.ipv4_mapped
+    return ip

@@ -1,0 +1,21 @@
+"""Addresses of one peer are counted as one."""
+
+import pytest
+
+from serving.http.peer import peer_of
+
+
+@pytest.mark.parametrize(
+    ("address", "peer"),
+    [
+        ("10.0.0.1", "10.0.0.1"),
+        ("::ffff:10.0.0.1", "10.0.0.1"),
+        ("2001:db8::1", "2001:db8::/64"),
+        ("2001:db8::ffff:2", "2001:db8::/64"),
+        ("fe80::1%eth0", "fe80::/64"),
+        ("", ""),
+        ("x" * 1000, "x" * 64),
+    ],
+)
+def test_a_peer_is_what_a_client_cannot_change_at_will(address: str, peer: str) -> None:
+    assert peer_of(address) == peer
