@@ -186,7 +186,10 @@ class ServeSettings(_Section):
         16 * 2**20, ge=64 * 1024, description="largest answer that is not streamed, and most of a stream that waits"
     )
     max_buffered_bytes: int = Field(
-        256 * 2**20, ge=64 * 1024, description="most of all answers together that waits for clients to read it, bytes"
+        256 * 2**20,
+        ge=64 * 1024,
+        description="most of all answers together that waits for clients to read it, bytes; half of it, and always one "
+        "answer, for one key, or one address without a key",
     )
     client_timeout_s: float = Field(
         30.0,

@@ -15,6 +15,7 @@ from starlette.types import Scope as Connection
 from serving.http.connections import THROUGH_SOCKET
 from serving.http.failed_keys import FailedKeys
 from serving.http.headers import headers_of
+from serving.http.peer import peer_of
 from serving.protocols.route import Route, TokenRoute
 from svc.access.authenticator import Authenticator, Grant, InvalidKeyError, KeyFault
 from svc.principal import Principal, Scope
@@ -43,6 +44,19 @@ def principal_of(connection: Connection) -> Principal | None:
     """
     principal: Principal | None = connection["state"]["principal"]
     return principal
+
+
+def caller_of(connection: Connection) -> str:
+    """Return the key or, without one, the peer that a request counts for; empty through a unix socket.
+
+    Raises:
+        KeyError: see `principal_of`.
+    """
+    principal = principal_of(connection)
+    if principal is not None:
+        return principal.key_id
+    peer = connection.get("client")
+    return peer_of(peer[0]) if peer else ""
 
 
 class Authentication:

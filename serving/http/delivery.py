@@ -1,9 +1,9 @@
 """Hands an answer to its client from a buffer, so that no engine, and no swap, waits for a client that reads slowly.
 
-What waits in buffers is bounded, for one answer and for all together: where there is no room, a stream is read from the
-engine no faster than its client takes it, and a whole answer is refused. A client that takes too little is cut off, so
-that what waits goes away. A connection that takes what comes gets it at once: the buffer, and the task that empties it,
-are for those that do not. Knows nothing of engines or of what an answer says.
+What waits in buffers is bounded, for one answer, for one caller and for all together: where there is no room, a stream
+is read from the engine no faster than its client takes it, and a whole answer is refused. A client that takes too
+little is cut off, so that what waits goes away. A connection that takes what comes gets it at once: the buffer, and the
+task that empties it, are for those that do not. Knows nothing of engines or of what an answer says.
 """
 
 import asyncio
@@ -14,6 +14,7 @@ from typing import Self
 from starlette.types import Scope, Send
 
 from serving.admission.errors import OverloadedError
+from serving.http.authentication import caller_of
 from serving.http.direct_answer import DirectAnswer, direct_answer
 from serving.http.header_lines import HeaderLines, headers_in
 from svc.errors import SvcError
@@ -35,27 +36,42 @@ class AnswerBuffers:
     """How much of all answers waits for clients.
 
     Args:
-        max_bytes: of all answers together.
-        max_answer_bytes: of one.
+        max_bytes: of all answers together. One caller may have half of them, and always one answer: callers that read
+            slowly leave room for the others.
+        max_answer_bytes: of one answer.
     """
 
     def __init__(self, *, max_bytes: int, max_answer_bytes: int) -> None:
         self.max_answer_bytes = max_answer_bytes
         self._max_bytes = max_bytes
+        self._max_caller_bytes = max(max_bytes // 2, max_answer_bytes)
+        self._held: dict[str, int] = {}
         self._freed = asyncio.Event()
         self.used = 0
         """Bytes that wait now."""
 
-    def take(self, size: int, held: int) -> bool:
-        """Takes room for `size` bytes of an answer that has `held` already; whether there was any."""
+    def held_by(self, caller: str) -> int:
+        """Return how many bytes wait for one caller."""
+        return self._held.get(caller, 0)
+
+    def take(self, size: int, held: int, caller: str) -> bool:
+        """Take room for `size` bytes of an answer that has `held` already; return whether there was any."""
         if held + size > self.max_answer_bytes or self.used + size > self._max_bytes:
             return False
+        of_caller = self.held_by(caller) + size
+        if of_caller > self._max_caller_bytes:
+            return False
         self.used += size
+        self._held[caller] = of_caller
         return True
 
-    def free(self, size: int) -> None:
-        """Gives room back."""
-        self.used -= size
+    def free(self, size: int, caller: str) -> None:
+        """Give room back."""
+        if size:
+            self.used -= size
+            self._held[caller] -= size
+            if not self._held[caller]:
+                del self._held[caller]
         self._freed.set()
 
     async def freed(self) -> None:
@@ -73,16 +89,20 @@ class Delivery:
         send: the connection.
         timeout_s: longest time for a part to find its way, seconds.
         direct: the shorter way to it, for what it takes at once; None where there is none.
+        caller: whose share of the buffers it takes.
 
     Attributes:
         begun: the head of the answer was given.
     """
 
-    def __init__(self, send: Send, buffers: AnswerBuffers, timeout_s: float, direct: DirectAnswer | None) -> None:
+    def __init__(
+        self, send: Send, buffers: AnswerBuffers, timeout_s: float, direct: DirectAnswer | None, caller: str
+    ) -> None:
         self._send = send
         self._direct = direct
         self._buffers = buffers
         self._timeout_s = timeout_s
+        self._caller = caller
         self._headers: HeaderLines | None = None
         self._length: int | None = None
         self._parts: deque[bytes] = deque()
@@ -119,7 +139,7 @@ class Delivery:
             elif whole and self.begun:
                 await self._end()
         finally:
-            self._buffers.free(self._held)  # what will not be sent any more; it stays `pending`
+            self._buffers.free(self._held, self._caller)  # what will not be sent any more; it stays `pending`
 
     def start(self, headers: HeaderLines, *, length: int | None = None) -> None:
         """The head of a good answer; it goes out with the first part.
@@ -135,14 +155,16 @@ class Delivery:
 
         Raises:
             AnswerTooLargeError: the answer is larger than one may be.
-            OverloadedError: there is no room among all others. Not waited for: answers that are half read would wait
-                for each other.
+            OverloadedError: there is no room among all others, or among the caller's. Not waited for: answers that are
+                half read would wait for each other.
         """
         if self._held + size > self._buffers.max_answer_bytes:
             raise _too_large(self._held + size, self._buffers.max_answer_bytes)
-        if not self._buffers.take(size, self._held):
+        if not self._buffers.take(size, self._held, self._caller):
             raise OverloadedError(
-                f"{self._buffers.used} bytes of answers wait for their clients", todo="send the request again later"
+                f"{self._buffers.used} bytes of answers wait for their clients, "
+                f"{self._buffers.held_by(self._caller)} of them for {self._caller or 'here'}",
+                todo="send the request again later",
             )
         self._held += size
 
@@ -160,7 +182,7 @@ class Delivery:
         if self._sending is None:
             self._sending = asyncio.create_task(self._run(asyncio.Event()))
         self._check()
-        while not self._buffers.take(len(data), self._held):
+        while not self._buffers.take(len(data), self._held, self._caller):
             await self._buffers.freed()
             self._check()
         self._held += len(data)
@@ -214,7 +236,7 @@ class Delivery:
         else:
             headers, self._headers, self._held = self._headers, None, 0
             direct.write_whole(headers, b"".join(self._parts))
-            self._buffers.free(held)
+            self._buffers.free(held, self._caller)
 
     async def _run(self, filled: asyncio.Event) -> None:
         self._filled = filled
@@ -230,7 +252,7 @@ class Delivery:
         except TimeoutError as error:
             raise ClientSlowError from error
         finally:
-            self._buffers.free(0)  # wakes a `put_event` that waits for room
+            self._buffers.free(0, self._caller)  # wakes a `put_event` that waits for room
 
     async def _send_next(self) -> None:
         """What waits, up to a part's size: many small events make one write."""
@@ -244,7 +266,7 @@ class Delivery:
             part = data[start : start + PART_BYTES]
             await self._send_part(part, more=True)
             self._held -= len(part)
-            self._buffers.free(len(part))
+            self._buffers.free(len(part), self._caller)
 
     async def _send_part(self, data: bytes, *, more: bool) -> None:
         async with asyncio.timeout(self._timeout_s):
@@ -264,9 +286,9 @@ def delivery_of(scope: Scope, send: Send, buffers: AnswerBuffers, timeout_s: flo
     """The delivery of the answer to a request.
 
     Args:
-        scope: its connection, which may have a shorter way to it.
+        scope: its connection, which may have a shorter way to it, and whose caller was let in.
     """
-    return Delivery(send, buffers, timeout_s, direct_answer(scope))
+    return Delivery(send, buffers, timeout_s, direct_answer(scope), caller_of(scope))
 
 
 def _too_large(size: int, most: int) -> AnswerTooLargeError:

@@ -1,6 +1,7 @@
 """Which addresses one peer has."""
 
 import ipaddress
+from functools import lru_cache
 
 IPAddress = ipaddress.IPv4Address | ipaddress.IPv6Address
 
@@ -12,9 +13,14 @@ _MAX_CHARS = 64
 
 def peer_of(address: str) -> str:
     """Return the part of an address that its owner cannot change at will."""
+    return _peer_of(address[:_MAX_CHARS])
+
+
+@lru_cache(maxsize=256)
+def _peer_of(address: str) -> str:
     ip = ip_of(address)
     if ip is None:
-        return address[:_MAX_CHARS]
+        return address
     if isinstance(ip, ipaddress.IPv6Address):
         return str(ipaddress.ip_network((ip, _PREFIX_V6), strict=False))
     return str(ip)

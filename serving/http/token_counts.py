@@ -11,7 +11,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from serving.engines.balancer import Lease
 from serving.engines.transport import EngineCall
-from serving.http.authentication import principal_of
+from serving.http.authentication import caller_of, principal_of
 from serving.http.body import ClientGoneError, read_body
 from serving.http.body_slots import BodySlots
 from serving.http.delivery import ClientSlowError, Delivery, delivery_of
@@ -80,9 +80,8 @@ class _Endpoint:
         require_model(self.counts.gateway.router, principal, request.model)
         to = self.counts.gateway.router.find(request.model, request.who)
         await to.backend.check(to.model)
-        caller = principal.key_id if principal else _peer(scope)
         async with delivery:  # a client that reads slowly keeps no place
-            with self.counts.slots.reading(caller):
+            with self.counts.slots.reading(caller_of(scope)):
                 async with to.backend.lease(to.model) as engine:
                     await self._count(engine, request, scope, delivery)
 

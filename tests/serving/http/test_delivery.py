@@ -8,6 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from starlette.types import Message
 
+from serving.admission.errors import OverloadedError
 from serving.http.delivery import PART_BYTES, AnswerBuffers, Delivery
 from serving.http.direct_answer import DirectAnswer
 from serving.http.header_lines import HeaderLines, headers_in
@@ -74,8 +75,8 @@ class Connection(DirectAnswer):
         return b"".join(message["body"] for message in self.messages[1:])
 
 
-def delivery(connection: Connection, buffers: AnswerBuffers) -> Delivery:
-    return Delivery(connection.send, buffers, 5, connection)
+def delivery(connection: Connection, buffers: AnswerBuffers, caller: str = "one") -> Delivery:
+    return Delivery(connection.send, buffers, 5, connection, caller)
 
 
 @pytest.fixture
@@ -155,8 +156,75 @@ async def test_an_answer_that_breaks_is_not_ended_and_keeps_no_room(buffers: Ans
 
 async def test_a_server_without_direct_answers_gets_messages(buffers: AnswerBuffers) -> None:
     connection = Connection(iter(()))
-    async with Delivery(connection.send, buffers, 5, None) as given:
+    async with Delivery(connection.send, buffers, 5, None, "one") as given:
         given.start(HEADERS)
         await given.put_event(b"one")
     assert connection.messages[0] == HEAD
     assert (connection.body, connection.messages[-1]["more_body"]) == (b"one", False)
+
+
+class SlowClient:
+    """Takes nothing until it may."""
+
+    def __init__(self) -> None:
+        self.may_take = asyncio.Event()
+        self.taken = b""
+
+    async def send(self, message: Message) -> None:
+        await self.may_take.wait()
+        self.taken += message.get("body", b"")
+
+
+async def test_a_stream_waits_for_its_client_when_its_caller_holds_half_of_all() -> None:
+    buffers = AnswerBuffers(max_bytes=4 * PART_BYTES, max_answer_bytes=2 * PART_BYTES)
+    client, events = SlowClient(), [bytes([number]) * PART_BYTES for number in range(4)]
+    read: list[bytes] = []
+
+    async def stream(caller: str) -> None:
+        async with Delivery(client.send, buffers, 5, None, caller) as given:
+            given.start(HEADERS)
+            for event in events[:1] if caller == "other" else events:
+                await given.put_event(event)
+                read.append(event)
+
+    async with asyncio.TaskGroup() as group:
+        group.create_task(stream("one"))
+        group.create_task(stream("one"))
+        await asyncio.sleep(0.01)
+        assert (len(read), buffers.used) == (2, 2 * PART_BYTES)
+        group.create_task(stream("other"))
+        await asyncio.sleep(0.01)
+        assert (len(read), buffers.used) == (3, 3 * PART_BYTES)
+        client.may_take.set()
+    assert (len(client.taken), buffers.used) == (9 * PART_BYTES, 0)
+
+
+async def test_a_whole_answer_is_refused_when_its_caller_holds_half_of_all() -> None:
+    buffers = AnswerBuffers(max_bytes=4 * PART_BYTES, max_answer_bytes=PART_BYTES)
+    connection = Connection(iter(()))
+
+    def reserve(caller: str) -> Delivery:
+        made = delivery(connection, buffers, caller)
+        made.reserve(PART_BYTES)
+        return made
+
+    reserve("one"), reserve("one")
+    with pytest.raises(OverloadedError, match="of them for one"):
+        reserve("one")
+    assert reserve("other").pending
+
+
+async def test_the_largest_answer_has_room_when_it_is_more_than_half_of_all(buffers: AnswerBuffers) -> None:
+    connection = Connection(iter(()))
+    async with delivery(connection, buffers) as given:
+        given.reserve(3 * PART_BYTES)
+        given.start(HEADERS, length=3 * PART_BYTES)
+        given.put(bytes(3 * PART_BYTES))
+    assert (len(connection.body), buffers.used) == (3 * PART_BYTES, 0)
+
+
+def test_nothing_is_kept_of_a_caller_when_its_answers_are_delivered(buffers: AnswerBuffers) -> None:
+    for number in range(10):
+        assert buffers.take(10, 0, str(number))
+        buffers.free(10, str(number))
+    assert buffers._held == {}

@@ -3,7 +3,7 @@
 import asyncio
 import json
 from collections.abc import AsyncIterator, Callable
-from contextlib import closing
+from contextlib import AsyncExitStack, closing
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,7 @@ import pytest
 
 from svc.engine.vllm.connection_pool import EngineConnections
 from tests.serving.engine_double import Fault, running_engine
+from tests.serving.keyed import principal
 from tests.serving.service import CHAT, NAME, TWO, Service, closed, connections
 from tests.svc.engine.raw_server import LAST_CHUNK, Peer, chunk, raw_server, say
 from tests.svc.engine.raw_server import STREAM as STREAMED
@@ -459,6 +460,22 @@ class TestClientsThatLeave:
                     await asyncio.sleep(0.005)
             assert read.endswith(b"data: [DONE]\n\n")
             assert reason(service, "client_slow") == 0
+
+    async def test_one_caller_leaves_room_for_others_when_it_does_not_read(self, socket_folder: Path) -> None:
+        slow = Service(socket_folder, max_answer_bytes=64 * 1024, max_buffered_bytes=256 * 1024)
+        async with slow.run() as service, service.socket_client() as client, AsyncExitStack() as stack:
+            service.principals |= {"one": principal("k1"), "other": principal("k2")}
+            one, other = {"x-api-key": "one"}, {"x-api-key": "other"}
+            service.double.tokens = MANY
+            for _ in range(12):
+                await stack.enter_async_context(client.stream("POST", CHAT_PATH, json=STREAM, headers=one))
+            await until(lambda: service.gateway_buffers.used > 96 * 1024)
+            await asyncio.sleep(0.3)
+            assert service.gateway_buffers.used <= 128 * 1024
+            service.double.tokens = 7_000
+            refused = await client.post(CHAT_PATH, json=CHAT, headers=one)
+            assert (refused.status_code, error_of(refused)["code"]) == (429, "overloaded")
+            assert (await client.post(CHAT_PATH, json=CHAT, headers=other)).status_code == 200
 
 
 class TestLargeAnswers:
