@@ -3,7 +3,9 @@
 Knows neither HTTP nor how engines come and go.
 """
 
+from collections.abc import Callable
 from contextlib import AsyncExitStack
+from operator import methodcaller
 from types import TracebackType
 from typing import NamedTuple
 
@@ -32,12 +34,15 @@ class Lease(NamedTuple):
         served: the version that answers.
         engine_model: what the engine calls it.
         pace: how fast the engine generates.
+        show: puts the version's name in place of the engine's own name of an adapter, in a complete event or body;
+            None where the engine has no name of its own.
     """
 
     http: EngineConnections
     served: Target
     engine_model: str
     pace: TokenPace
+    show: Callable[[bytes], bytes] | None = None
 
 
 class Balancer:
@@ -120,7 +125,9 @@ class Leasing:
                 return Lease(self._engine.http, served, self._engine.client.model, self._engine.pace)
             self._adapter = AsyncExitStack()
             name = await _enter(self._adapter, self._engine, served)
-            return Lease(self._engine.http, served, name, self._engine.pace)
+            # Exact: no client can know the private name, which has a random part.
+            show = methodcaller("replace", name.encode(), str(served.version).encode())
+            return Lease(self._engine.http, served, name, self._engine.pace, show)
         except BaseException as error:
             self._ended(error)
             raise

@@ -5,6 +5,7 @@ Knows vLLM's error texts, so that no other module has to. No text decides whethe
 
 import asyncio
 import re
+from collections.abc import Callable
 from http import HTTPStatus
 from types import TracebackType
 from typing import Any
@@ -83,6 +84,7 @@ class EngineCall:
 
     Args:
         header_lines: further ones of its head, each with its end.
+        show: rewrites the body of an error before it is read; see `Lease`.
 
     Entering and leaving raises:
         EngineUnreachableError: nothing was sent.
@@ -92,12 +94,19 @@ class EngineCall:
         EngineBusyError, EngineRefusedError: the engine's answer is an error.
     """
 
-    __slots__ = ("_answer", "_engine")
+    __slots__ = ("_answer", "_engine", "_show")
 
     def __init__(
-        self, engine: EngineConnections, path: str, payload: bytes, request_id: str, header_lines: str = ""
+        self,
+        engine: EngineConnections,
+        path: str,
+        payload: bytes,
+        request_id: str,
+        header_lines: str = "",
+        show: Callable[[bytes], bytes] | None = None,
     ) -> None:
         self._engine = engine
+        self._show = show
         self._answer = engine.post(path, payload, request_id, header_lines)
 
     async def __aenter__(self) -> EngineAnswer:
@@ -108,7 +117,8 @@ class EngineCall:
         if answer.status < 400:
             return answer
         try:
-            refused = refusal(answer.status, error_of(await answer.read()))
+            body = await answer.read()
+            refused = refusal(answer.status, error_of(self._show(body) if self._show else body))
         except ConnectionFailedError as error:
             raise _failure(error) from error
         finally:

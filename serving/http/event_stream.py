@@ -21,6 +21,7 @@ class EventStream:
         begin: begins the answer to the client, with this content type.
         between_tokens: observes the seconds between two tokens.
         wants_usage: the client asked for the chunk with token counts.
+        show: rewrites each event first; see serving.engines.balancer.Lease.
     """
 
     def __init__(
@@ -32,6 +33,7 @@ class EventStream:
         between_tokens: Callable[[float], None],
         *,
         wants_usage: bool,
+        show: Callable[[bytes], bytes] | None = None,
     ) -> None:
         self._account = account
         self._key = account.key
@@ -40,6 +42,7 @@ class EventStream:
         self._begin = begin
         self._between_tokens = between_tokens
         self._wants_usage = wants_usage
+        self._show = show
         self._splitter = EventSplitter()
         self._last_token: float | None = None
         self._content_type = ""
@@ -67,6 +70,8 @@ class EventStream:
             EngineError: one within the stream.
         """
         events = self._splitter.feed(chunk)
+        if self._show is not None:
+            events = [self._show(event) for event in events]
         if self._account.begun and len(events) == 1 and self._format.is_plain_token(events[0]):  # as nearly always
             event = events[0]
             self._account.keep(event)

@@ -195,18 +195,25 @@ class Exchange:
         account = self.account
         account.served_by(engine.served, engine.pace)
         lines = account.trace.header_lines if account.trace else ""
-        async with EngineCall(engine.http, self._route.value, payload, account.request_id, lines) as answer:
+        call = EngineCall(engine.http, self._route.value, payload, account.request_id, lines, engine.show)
+        async with call as answer:
             if answer.is_event_stream:
                 between_tokens = self._gateway.metrics.between_tokens(engine.served)
                 usage = request.wants_usage
                 stream = EventStream(
-                    account, self._delivery, self._format, self._begin, between_tokens, wants_usage=usage
+                    account,
+                    self._delivery,
+                    self._format,
+                    self._begin,
+                    between_tokens,
+                    wants_usage=usage,
+                    show=engine.show,
                 )
                 await stream.forward(answer)
             else:
-                await self._take_whole(answer)
+                await self._take_whole(answer, engine)
 
-    async def _take_whole(self, answer: EngineAnswer) -> None:
+    async def _take_whole(self, answer: EngineAnswer, engine: Lease) -> None:
         parts: list[bytes] = []
         while part := answer.take_some() or await answer.read_some():
             self._delivery.reserve(len(part))
@@ -216,6 +223,9 @@ class Exchange:
         account = self.account
         account.heard()
         body = parts[0] if len(parts) == 1 else b"".join(parts)
+        if engine.show is not None:
+            size, body = len(body), engine.show(body)
+            self._delivery.give_back(size - len(body))
         account.keep(body)
         if reason := self._format.finish_reason(body):
             account.finished(reason)

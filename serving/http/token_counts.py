@@ -88,16 +88,20 @@ class _Endpoint:
     async def _count(self, engine: Lease, request: CompletionRequest, scope: Scope, delivery: Delivery) -> None:
         scope["state"]["version"] = engine.served.version
         payload = request.payload(engine.engine_model)
-        async with EngineCall(engine.http, self.route.value, payload, scope["state"]["request_id"]) as answer:
-            await _deliver(answer, delivery)
+        request_id = scope["state"]["request_id"]
+        async with EngineCall(engine.http, self.route.value, payload, request_id, show=engine.show) as answer:
+            await _deliver(answer, engine, delivery)
 
 
-async def _deliver(answer: EngineAnswer, delivery: Delivery) -> None:
+async def _deliver(answer: EngineAnswer, engine: Lease, delivery: Delivery) -> None:
     parts: list[bytes] = []
     while part := await answer.read_some():
         delivery.reserve(len(part))
         parts.append(part)
     body = b"".join(parts)
+    if engine.show is not None:
+        size, body = len(body), engine.show(body)
+        delivery.give_back(size - len(body))
     delivery.start(b"content-type: application/json\r\n", length=len(body))
     delivery.put(body)
 

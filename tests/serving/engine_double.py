@@ -71,7 +71,7 @@ class EngineDouble:
             request's limit has room for it.
         fault: what goes wrong.
         message: what the message of a chat has beside, or in place of, its words: tool calls, another content.
-        refuse_with: (status, error) in place of every completion.
+        refuse_with: (status, error) in place of every completion and token count.
         loadable: whether a reload of a folder works; it dies where not.
         reload_delay_s: seconds for a reload.
         probe_noise: nats added to all log-probabilities.
@@ -240,6 +240,10 @@ class EngineDouble:
 
     async def _tokenize(self, send: Send, path: str, body: dict[str, Any]) -> None:
         await asyncio.sleep(self.tokenize_delay_s)
+        if self.refuse_with:
+            status, error = self.refuse_with
+            await _json(send, status, {"error": error})
+            return
         if (wrong := _wrong_field(body)) is not None:
             await _error(send, 400, f"no {wrong}", kind="Bad Request", param=f"body.{wrong}")
             return
@@ -279,7 +283,7 @@ class EngineDouble:
     async def _run_until_disconnect(self, request: Request, body: dict[str, Any]) -> None:
         self.running += 1
         self._in_use[body["model"]] += 1
-        wire = wire_of(request.url.path, self.name, body)
+        wire = wire_of(request.url.path, body["model"], body)
         work = asyncio.create_task(self._answer(request._send, body, wire))
         leaving = asyncio.create_task(_gone(request.receive))
         try:

@@ -1,15 +1,19 @@
 """Versions that are served as adapters beside one base: by name, verified, promoted under load, back after a death."""
 
 import asyncio
+import json
 import shutil
 from collections.abc import AsyncIterator
 from typing import Any
 
 import httpx
 import pytest
+from starlette.responses import JSONResponse
+from starlette.types import Message, Send
 
 from serving.admission.errors import QueueTimeoutError
 from serving.engines import slots
+from serving.http.delivery import PART_BYTES
 from svc.engine.probes import EngineFacts
 from svc.engine.vllm.launch import EngineSpec
 from svc.settings import AdapterSettings, SwapChoice
@@ -18,9 +22,10 @@ from svc.store.retaken_probes import find_retaken_probes
 from svc.store.swaps import SwapKind, SwapOutcome
 from svc.version import Format, VersionId
 from tests.serving.control import BODY, Control, Load, Make, until
-from tests.serving.engine_double import EngineDouble
+from tests.serving.engine_double import EngineDouble, Fault
 from tests.serving.home import Home
 from tests.serving.versions import FACTS, NAME, base_folder, make_version, target
+from tests.serving.vllm_wire import CompletionsWire, Wire
 
 pytestmark = pytest.mark.slow
 
@@ -93,6 +98,77 @@ async def test_what_names_no_version_reaches_no_engine(served: Control, model: s
         assert (await ask(client, model))[::2] == (404, "model_not_found")
     assert set(served.double.calls[before:]) <= {"/health"}  # which the server asks by itself
     assert numbers(served.double) == [1]
+
+
+BODIES: dict[str, dict[str, Any]] = {
+    "/v1/chat/completions": {"messages": BODY["messages"]},
+    "/v1/completions": {"prompt": "one two three"},
+    "/v1/responses": {"input": "one two three"},
+    "/v1/messages": {"messages": BODY["messages"], "max_tokens": 4},
+}
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("path", BODIES)
+async def test_answers_name_the_version_when_an_adapter_serves(served: Control, path: str, stream: bool) -> None:
+    async with served.client() as client:
+        answer = await client.post(path, json=BODIES[path] | {"model": f"{NAME}@2", "stream": stream})
+    assert answer.status_code == 200
+    assert f'"model":"{NAME}@2"' in answer.text.replace(": ", ":")
+    assert f"{NAME}@2#" not in answer.text
+
+
+@pytest.mark.parametrize("path", [*BODIES, "/tokenize", "/v1/messages/count_tokens"])
+async def test_refusals_of_the_engine_name_the_version_when_an_adapter_serves(served: Control, path: str) -> None:
+    async with served.client() as client:
+        await ask(client, f"{NAME}@2")
+        (private,) = (name for name in served.double.adapters if name.startswith(f"{NAME}@2#"))
+        error = {"message": f"{private} takes no images", "type": "BadRequestError", "code": 400, "param": private}
+        served.double.refuse_with = 400, error
+        body = BODIES.get(path, BODIES["/v1/messages"])
+        answer = await client.post(path, json=body | {"model": f"{NAME}@2"})
+    assert answer.status_code == 400
+    assert answer.json()["error"]["message"] == f"{NAME}@2 takes no images"
+    assert private not in answer.text
+
+
+async def test_token_counts_name_the_version_when_an_adapter_serves(
+    served: Control, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def counted(double: EngineDouble, send: Send, path: str, body: dict[str, Any]) -> None:
+        await JSONResponse({"count": 3, "model": body["model"]})({"type": "http"}, _never, send)
+
+    monkeypatch.setattr(EngineDouble, "_tokenize", counted)
+    async with served.client() as client:
+        answer = await client.post("/tokenize", json=BODY | {"model": f"{NAME}@2"})
+    assert answer.json() == {"count": 3, "model": f"{NAME}@2"}
+
+
+async def _never() -> Message:
+    raise AssertionError("a JSON answer reads nothing")
+
+
+async def test_an_error_within_a_stream_names_the_version_when_an_adapter_serves(
+    served: Control, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refused(wire: Wire, message: str) -> list[bytes]:
+        error = {"message": f"{wire.model} takes no images", "type": "BadRequestError", "code": 400}
+        return [b"data: " + json.dumps({"error": error}).encode() + b"\n\n"]
+
+    monkeypatch.setattr(CompletionsWire, "failure", refused)
+    served.double.fault = Fault.ERROR_IN_STREAM
+    async with served.client() as client:
+        answer = await client.post("/v1/chat/completions", json=BODY | {"model": f"{NAME}@2", "stream": True})
+    assert f'"{NAME}@2 takes no images"' in answer.text
+    assert f"{NAME}@2#" not in answer.text
+
+
+async def test_a_large_whole_answer_has_the_length_of_what_is_sent_when_an_adapter_serves(served: Control) -> None:
+    served.double.tokens = 20_000
+    async with served.client() as client:
+        answer = await client.post("/v1/chat/completions", json=BODY | {"model": f"{NAME}@2", "max_tokens": 20_000})
+    assert int(answer.headers["content-length"]) == len(answer.content) > PART_BYTES
+    assert answer.json()["model"] == f"{NAME}@2"
 
 
 async def test_two_hundred_are_asked_in_turn_with_four_places(make: Make) -> None:

@@ -122,6 +122,20 @@ async def test_a_whole_answer_comes_whole(buffers: AnswerBuffers, size: int, wri
     assert (buffers.used, given.pending) == (0, False)
 
 
+@pytest.mark.parametrize("writable", [True, False])
+async def test_nothing_is_pending_when_an_answer_became_shorter_than_what_was_reserved(
+    buffers: AnswerBuffers, writable: bool
+) -> None:
+    connection = Connection(iter([writable] * 9))
+    async with delivery(connection, buffers) as given:
+        given.reserve(PART_BYTES + 9)
+        given.give_back(4)
+        given.start(HEADERS, length=PART_BYTES + 5)
+        given.put(b"x" * (PART_BYTES + 5))
+    assert connection.body == b"x" * (PART_BYTES + 5)
+    assert (buffers.used, given.pending) == (0, False)
+
+
 async def test_a_connection_that_takes_what_comes_gets_it_at_once(buffers: AnswerBuffers) -> None:
     connection, tasks = Connection(iter(())), len(asyncio.all_tasks())
     async with delivery(connection, buffers) as given:
