@@ -3,15 +3,17 @@
 import asyncio
 import logging
 from collections.abc import Awaitable, Callable, Coroutine, Mapping
-from contextlib import AbstractAsyncContextManager
+from contextlib import AbstractAsyncContextManager, AbstractContextManager
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 from sqlalchemy import Engine as Store
 
 from serving.admission.admission import Admission
+from serving.admission.party import Party
 from serving.background.holdout import HoldoutRuns
 from serving.background.scoring import LiveScores
+from serving.engines.admitted_lease import AdmittedLease
 from serving.engines.balancer import Balancer, Lease
 from serving.engines.engine_adapters import EngineAdapters
 from serving.engines.pool import EnginePool
@@ -62,6 +64,12 @@ class Deployment:
     def lease(self, model: str, *, without: Lease | None = None) -> AbstractAsyncContextManager[Lease]:
         """An engine for the body; see serving.engines.balancer.Balancer.lease."""
         return self.balancer.lease(model, without=without)
+
+    def admitted(
+        self, model: str, tokens: int, party: Party, waiting: Callable[[], AbstractContextManager[None]]
+    ) -> AbstractAsyncContextManager[Lease]:
+        """An engine for the body, once admission lets the request run; see AdmittedLease."""
+        return AdmittedLease(self.admission, self.balancer.lease(model), tokens, party, waiting)
 
     async def run(self) -> None:
         """Keeps it as it is desired, until it is cancelled; `reconciler.start` comes before."""

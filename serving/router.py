@@ -6,12 +6,13 @@ conversation, comes to the same one. Which version a backend then answers with i
 
 import random
 from collections.abc import Callable, Collection, Sequence
-from contextlib import AbstractAsyncContextManager
+from contextlib import AbstractAsyncContextManager, AbstractContextManager
 from dataclasses import dataclass
 from hashlib import blake2b
 from typing import NamedTuple, Protocol
 
 from serving.admission.admission import Admission
+from serving.admission.party import Party
 from serving.engines.balancer import Lease
 from serving.model_names import SHOWN_CHARS, ModelNames, ModelNotFoundError
 from svc.version import VersionId
@@ -39,6 +40,11 @@ class Backend(Protocol):
 
     def lease(self, model: str, *, without: Lease | None = None) -> AbstractAsyncContextManager[Lease]:
         """An engine for the body; see serving.engines.balancer.Balancer.lease."""
+
+    def admitted(
+        self, model: str, tokens: int, party: Party, waiting: Callable[[], AbstractContextManager[None]]
+    ) -> AbstractAsyncContextManager[Lease]:
+        """An engine for the body, once admission lets the request run; see AdmittedLease."""
 
 
 @dataclass(frozen=True, slots=True)

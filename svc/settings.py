@@ -170,7 +170,8 @@ class ServeSettings(_Section):
     max_queued: int = Field(
         256,
         ge=0,
-        description="requests that wait, during a swap or for a place; one more is answered 503 or 429",
+        description="requests that wait, during a swap or for a place; one more is answered 503 or 429; as many more "
+        "may wait for adapters, half of them from one key or address",
     )
     queue_timeout_s: float = Field(60.0, gt=0, description="longest wait of a queued request, seconds")
     drain_timeout_s: float = Field(

@@ -11,8 +11,8 @@ One event loop, no locks: every change of state happens between two awaits.
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Coroutine
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Coroutine, Iterator
+from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -67,7 +67,7 @@ class Admission:
         self._wake_timeout_s = wake_timeout_s or queue_timeout_s
         self._asleep = False
         self._last_ended_at = time.monotonic()
-        self._running = self._tokens = 0
+        self._running = self._tokens = self._preparing = 0
         self._changing = False
         self._ready = False
         self._unavailable: str | None = self._STARTING
@@ -83,8 +83,8 @@ class Admission:
 
     @property
     def queued(self) -> int:
-        """Requests that wait."""
-        return len(self.queue)
+        """Requests that wait, for a place or for an adapter."""
+        return len(self.queue) + self._preparing
 
     @property
     def closed_s(self) -> float | None:
@@ -98,7 +98,7 @@ class Admission:
     @property
     def idle_s(self) -> float:
         """How long no request has run or waited, seconds."""
-        return 0.0 if self._running or self.queue else time.monotonic() - self._last_ended_at
+        return 0.0 if self._running or self.queue or self._preparing else time.monotonic() - self._last_ended_at
 
     @property
     def unavailable_reason(self) -> str | None:
@@ -114,8 +114,21 @@ class Admission:
         """
         return Admitted(self, tokens, party)
 
-    async def enter(self, tokens: int, party: Party) -> None:
+    @contextmanager
+    def preparing(self) -> Iterator[None]:
+        """A request waits for something else in the body, before it takes a place: the model is not idle."""
+        self._preparing += 1
+        try:
+            yield
+        finally:
+            self._preparing -= 1
+            self._last_ended_at = time.monotonic()
+
+    async def enter(self, tokens: int, party: Party, *, may_wait: bool = False) -> None:
         """Takes a place until `leave`, after a wait where there is none.
+
+        Args:
+            may_wait: it waits for a place as the requests of keys do, also without a key: it has waited already.
 
         Raises:
             TooManyTokensError: more than may ever run.
@@ -129,12 +142,12 @@ class Admission:
                 f"the answers may take {tokens} tokens",
                 expected=f"at most {self._max_tokens} in one request: a smaller 'n' or 'max_tokens'",
             )
-        if self._closed or not self._enter(tokens, party):
+        if self._closed or not self._enter(tokens, party, may_wait or party.has_key):
             await self._wait(tokens, party)
 
     async def ended(self) -> None:
         """Returns when no request runs or waits. Of use only where none comes any more."""
-        while self._running or self.queue:
+        while self._running or self.queue or self._preparing:
             await asyncio.sleep(_ENDED_POLL_S)
 
     @asynccontextmanager
@@ -191,7 +204,7 @@ class Admission:
         self._admit_waiting()
         self._show()
 
-    def _enter(self, tokens: int, party: Party) -> bool:
+    def _enter(self, tokens: int, party: Party, may_wait: bool) -> bool:
         """Takes a place; False where the request has to wait for one, behind others that do or because it may."""
         if not self._ready:
             raise no_engine(self._unavailable)
@@ -200,7 +213,7 @@ class Admission:
         if self._take_place(tokens):
             self.queue.charge(party, tokens)
             return True
-        if party.has_key:
+        if may_wait:
             return False
         raise OverloadedError(self._full, todo="send the request again later")
 

@@ -14,6 +14,7 @@ from collections import OrderedDict
 from collections.abc import AsyncIterator, Callable, Coroutine
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, Protocol
 from uuid import uuid4
 
@@ -45,6 +46,18 @@ class LoadedAdapter:
     version: VersionId
     name: str
     checked: Checked
+
+
+@dataclass(frozen=True, slots=True)
+class AdapterUse:
+    """A loaded adapter that stays loaded for one request.
+
+    Attributes:
+        leave: to be called once, when the request has ended.
+    """
+
+    adapter: LoadedAdapter
+    leave: Callable[[], None]
 
 
 class AdapterLoader(Protocol):
@@ -135,25 +148,55 @@ class AdapterCache:
         slot = self._slots.get(version)
         return slot is not None and not slot.dropped
 
-    @asynccontextmanager
-    async def use(self, version: VersionId, *, check: bool = True) -> AsyncIterator[LoadedAdapter]:
-        """A loaded adapter for the body; loaded first where it must be.
+    def is_ready(self, version: VersionId, *, for_operator: bool = False) -> bool:
+        """Whether it is loaded and takes requests.
 
         Args:
-            check: whether to ask the loader first: not of what the operator wants.
+            for_operator: see `bring`.
+        """
+        slot = self._slots.get(version)
+        if slot is None or slot.dropped or not self._takes(slot, for_operator) or not slot.loaded.done():
+            return False
+        return slot.loaded.exception() is None
+
+    def take(self, version: VersionId, *, for_operator: bool = False) -> AdapterUse | None:
+        """Return the use of an adapter that is ready; None where one would have to wait for it."""
+        if not self.is_ready(version, for_operator=for_operator):
+            return None
+        slot = self._slots[version]
+        slot.users += 1
+        self._used(slot)
+        return AdapterUse(slot.loaded.result(), partial(self._leave, slot))
+
+    async def bring(self, version: VersionId, *, for_operator: bool = False) -> AdapterUse:
+        """Return the use of an adapter; loaded first where it must be.
+
+        Args:
+            for_operator: the operator wants the version served: the loader is not asked whether clients may have it.
+                Where several are loaded, it takes requests also while others are waited for, and comes before those.
 
         Raises:
             QueueTimeoutError: all that are loaded were in use for too long.
             EngineUnavailableError: the engine ended meanwhile.
             Exception: what the loader raises.
         """
-        if check and not self.has(version):
+        if not for_operator and not self.has(version):
             await self._loader.check(version)
-        slot = await self._occupy(version)
+        slot = await self._occupy(version, for_operator)
         try:
-            yield await asyncio.shield(slot.loaded)
-        finally:
+            return AdapterUse(await asyncio.shield(slot.loaded), partial(self._leave, slot))
+        except BaseException:
             self._leave(slot)
+            raise
+
+    @asynccontextmanager
+    async def use(self, version: VersionId, *, for_operator: bool = False) -> AsyncIterator[LoadedAdapter]:
+        """A loaded adapter for the body; see `bring`."""
+        use = await self.bring(version, for_operator=for_operator)
+        try:
+            yield use.adapter
+        finally:
+            use.leave()
 
     def drop(self, version: VersionId) -> None:
         """A version was removed: whoever asks for it is checked again, and it goes when no request uses it."""
@@ -177,18 +220,23 @@ class AdapterCache:
         self._waiting.clear()
         self._on_change(None)
 
-    async def _occupy(self, version: VersionId) -> _Slot:
+    def _takes(self, slot: _Slot, for_operator: bool) -> bool:
+        return not slot.closing or (for_operator and self._max_loaded > 1)
+
+    async def _occupy(self, version: VersionId, for_operator: bool) -> _Slot:
         """The version's place, when there is one for it; whoever gets it must leave it."""
         if self._closed:
             raise _ended()
         slot = self._slots.get(version)
-        if slot is not None and not slot.closing:
+        if slot is not None and self._takes(slot, for_operator):
             slot.dropped = False  # who comes here was checked: its removal was given up
             slot.users += 1
             self._used(slot)
             return slot
         wait = self._waiting.setdefault(version, _Wait())
         wait.count += 1
+        if for_operator and self._max_loaded > 1:
+            self._waiting.move_to_end(version, last=False)
         self._give_places()
         try:
             async with asyncio.timeout(self._patience_s):

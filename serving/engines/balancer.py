@@ -4,20 +4,22 @@ Knows neither HTTP nor how engines come and go.
 """
 
 from collections.abc import Callable
-from contextlib import AsyncExitStack
 from operator import methodcaller
 from types import TracebackType
 from typing import NamedTuple
 
 from serving.admission.errors import ENGINE_RETRY_S, AdmissionError, EngineUnavailableError
+from serving.engines.adapters import AdapterUse
+from serving.engines.engine_adapters import EngineAdapters
 from serving.engines.pool import EnginePool
 from serving.engines.replica import Replica
 from serving.engines.token_pace import TokenPace
 from serving.engines.transport import EngineDiedError
 from serving.model_names import ModelNames, ModelNotFoundError
+from svc.engine.vllm.client import DOWN
 from svc.engine.vllm.connection_pool import EngineConnections
 from svc.errors import EngineError
-from svc.version import Target
+from svc.version import Format, Target
 
 
 class AdapterFailedError(EngineError):
@@ -86,8 +88,28 @@ class Balancer:
         """
         return Leasing(self, model, without)
 
-    def choose(self, model: str, without: Lease | None) -> tuple[Replica, Target]:
+    def lacks_adapter(self, model: str) -> bool:
+        """Return whether a request would have to wait for an adapter in the engine that would take it now.
+
+        False where no engine takes requests: an engine that sleeps is woken by a request that waits for admission.
+
+        Raises:
+            ModelNotFoundError: nothing answers to the name.
+        """
+        served = self._names.served
+        if served is None or served.format is not Format.ADAPTER:
+            return False
+        try:
+            engine, served = self.choose(model)
+        except EngineUnavailableError:
+            return False
+        return engine.lacks_adapter(served.version)
+
+    def choose(self, model: str, without: Lease | None = None, kept: "_Kept | None" = None) -> tuple[Replica, Target]:
         """An engine, and what it answers with.
+
+        Args:
+            kept: its engine is chosen, where that still has the adapter and the request still wants it.
 
         Raises:
             ModelNotFoundError, EngineUnavailableError: as `lease` says.
@@ -102,46 +124,115 @@ class Balancer:
             raise EngineUnavailableError("no engine takes requests now", todo="send the request again later")
         if len(found) == 1:
             return found[0]
-        return min(found, key=lambda pair: (_lacks_adapter(*pair), pair[0].running))
+        if kept is not None and (same := next((pair for pair in found if kept.fits(*pair)), None)):
+            return same
+        return min(found, key=lambda pair: (_lacks_adapter(*pair), pair[0].running + pair[0].reserved))
+
+
+class _Kept(NamedTuple):
+    """An adapter that is loaded for a request which has no place in its engine yet.
+
+    Attributes:
+        adapters: of the engine; another object once it was started again.
+    """
+
+    engine: Replica
+    adapters: EngineAdapters
+    use: AdapterUse
+
+    def fits(self, engine: Replica, served: Target) -> bool:
+        """Whether an engine that would answer with a version has this adapter of it."""
+        return engine is self.engine and engine.adapters is self.adapters and served.version == self.use.adapter.version
 
 
 class Leasing:
-    """A lease for the body of an `async with`. A class, since a generator costs several times as much."""
+    """A lease for the body of an `async with`. A class, since a generator costs several times as much.
 
-    __slots__ = ("_adapter", "_balancer", "_engine", "_model", "_without")
+    Entering waits for the adapter. Where a request may not wait, `enter` takes what is there; `bring` is the wait.
+    """
+
+    __slots__ = ("_balancer", "_engine", "_kept", "_model", "_use", "_without")
 
     def __init__(self, balancer: Balancer, model: str, without: Lease | None) -> None:
         self._balancer = balancer
         self._model = model
         self._without = without
         self._engine: Replica
-        self._adapter: AsyncExitStack | None = None
+        self._kept: _Kept | None = None
+        self._use: AdapterUse | None = None
 
-    async def __aenter__(self) -> Lease:
-        self._engine, served = self._balancer.choose(self._model, self._without)
-        self._engine.occupy()
+    def lacks_adapter(self) -> bool:
+        """See Balancer.lacks_adapter."""
+        return self._balancer.lacks_adapter(self._model)
+
+    async def bring(self) -> None:
+        """Load the adapter in an engine, if the version is served as one, and keep it for this lease until `drop`.
+
+        Raises:
+            EngineUnavailableError: no engine takes requests now, or the engine ended meanwhile.
+            ModelNotFoundError, QueueTimeoutError, AdapterFailedError: as `Balancer.lease` says.
+        """
+        self.drop()
+        engine, served = self._balancer.choose(self._model, self._without)
+        adapters = engine.adapters
+        if adapters is None:
+            return
+        engine.reserved += 1
         try:
-            if self._engine.adapters is None:
-                return Lease(self._engine.http, served, self._engine.client.model, self._engine.pace)
-            self._adapter = AsyncExitStack()
-            name = await _enter(self._adapter, self._engine, served)
+            self._kept = _Kept(engine, adapters, await _brought(engine, adapters, served))
+        except BaseException:
+            engine.reserved -= 1
+            raise
+
+    def drop(self) -> None:
+        """Stop keeping an adapter."""
+        if self._kept is not None:
+            kept, self._kept = self._kept, None
+            kept.engine.reserved -= 1
+            kept.use.leave()
+
+    def enter(self) -> Lease | None:
+        """Return an engine, to be left with `__aexit__`; None where its adapter has to be brought.
+
+        Raises:
+            ModelNotFoundError, EngineUnavailableError: as `Balancer.lease` says.
+        """
+        engine, served = self._balancer.choose(self._model, self._without, self._kept)
+        name, show = engine.client.model, None
+        if engine.adapters is not None:
+            self._use = self._kept_use(engine, served) or engine.take_adapter(served.version)
+            if self._use is None:
+                return None
+            name = self._use.adapter.name
             # Exact: no client can know the private name, which has a random part.
             show = methodcaller("replace", name.encode(), str(served.version).encode())
-            return Lease(self._engine.http, served, name, self._engine.pace, show)
-        except BaseException as error:
-            self._ended(error)
+        self.drop()
+        self._engine = engine
+        engine.occupy()
+        return Lease(engine.http, served, name, engine.pace, show)
+
+    def _kept_use(self, engine: Replica, served: Target) -> AdapterUse | None:
+        kept = self._kept
+        if kept is None or not kept.fits(engine, served):
+            return None
+        kept.engine.reserved -= 1
+        self._kept = None
+        return kept.use
+
+    async def __aenter__(self) -> Lease:
+        try:
+            while (lease := self.enter()) is None:
+                await self.bring()
+        except BaseException:
+            self.drop()
             raise
+        return lease
 
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        try:
-            if self._adapter is not None:
-                await self._adapter.__aexit__(kind, error, trace)
-        finally:
-            self._ended(error)
-
-    def _ended(self, error: BaseException | None) -> None:
+        if self._use is not None:
+            self._use.leave()
         if isinstance(error, EngineDiedError):
             self._engine.watch.suspect()
         self._engine.vacate()
@@ -151,18 +242,23 @@ def _lacks_adapter(engine: Replica, served: Target) -> bool:
     return engine.adapters is not None and not engine.adapters.has(served.version)
 
 
-async def _enter(used: AsyncExitStack, engine: Replica, served: Target) -> str:
-    """What the engine calls a version, from now on until the end of `used`.
+async def _brought(engine: Replica, adapters: EngineAdapters, served: Target) -> AdapterUse:
+    """The use of a version's adapter.
 
     Raises:
+        EngineUnavailableError: the engine died, or was ended, meanwhile.
         AdapterFailedError: for clients; the log has the reason.
     """
     try:
-        return await used.enter_async_context(engine.use(served.version))
+        return await engine.bring_adapter(served.version)
     except (AdmissionError, ModelNotFoundError):
         raise
     except Exception as error:
-        raise AdapterFailedError(
-            f"the adapter of {served.version} could not be loaded; the server's log says why",
-            todo="send the request again later",
-        ) from error
+        if engine.adapters is adapters:
+            if await engine.client.health() not in DOWN:
+                raise AdapterFailedError(
+                    f"the adapter of {served.version} could not be loaded; the server's log says why",
+                    todo="send the request again later",
+                ) from error
+            engine.watch.suspect()
+        raise EngineUnavailableError("the engine ended", todo="send the request again later") from error

@@ -7,10 +7,10 @@ request may use them.
 import asyncio
 import logging
 from collections.abc import Callable, Coroutine
-from contextlib import AbstractAsyncContextManager
+from contextlib import AbstractAsyncContextManager, AbstractContextManager
 from typing import Any, Protocol, TypeVar
 
-from serving.engines.adapters import AdapterCache, Checked, LoadedAdapter
+from serving.engines.adapters import AdapterCache, AdapterUse, Checked, LoadedAdapter
 from serving.engines.served_model import ServedModel
 from serving.engines.verification import Verification
 from serving.model_names import SHOWN_CHARS, ModelNotFoundError
@@ -37,6 +37,7 @@ class EngineAdapters:
     Args:
         model: what the engine was started with.
         unless_dead: ends what is asked of an engine that died.
+        occupied: for the body something runs in the engine.
         patience_s, on_change: see AdapterCache.
     """
 
@@ -46,6 +47,7 @@ class EngineAdapters:
         model: ServedModel,
         verification: Verification,
         unless_dead: _UnlessDead,
+        occupied: Callable[[], AbstractContextManager[None]],
         *,
         patience_s: float,
         on_change: Callable[[float | None], None],
@@ -55,6 +57,7 @@ class EngineAdapters:
         self._model = model
         self._verification = verification
         self._unless_dead = unless_dead
+        self._occupied = occupied
         self._reads = asyncio.Semaphore(_MOST_READS)
         most = engine.capabilities.adapters
         self._cache = AdapterCache(self, max_loaded=most, patience_s=patience_s, on_change=on_change)
@@ -68,9 +71,21 @@ class EngineAdapters:
         """Whether one is loaded, or is being loaded."""
         return self._cache.has(version)
 
-    def use(self, version: VersionId, *, check: bool = True) -> AbstractAsyncContextManager[LoadedAdapter]:
+    def is_ready(self, version: VersionId, *, for_operator: bool) -> bool:
+        """Whether one is loaded and takes requests."""
+        return self._cache.is_ready(version, for_operator=for_operator)
+
+    def take(self, version: VersionId, *, for_operator: bool) -> AdapterUse | None:
+        """Return the use of one that is ready; see AdapterCache.take."""
+        return self._cache.take(version, for_operator=for_operator)
+
+    async def bring(self, version: VersionId, *, for_operator: bool) -> AdapterUse:
+        """Return the use of one, loaded first where it must be; see AdapterCache.bring."""
+        return await self._cache.bring(version, for_operator=for_operator)
+
+    def use(self, version: VersionId, *, for_operator: bool = False) -> AbstractAsyncContextManager[LoadedAdapter]:
         """One for the body; see AdapterCache.use."""
-        return self._cache.use(version, check=check)
+        return self._cache.use(version, for_operator=for_operator)
 
     def drop(self, version: VersionId) -> None:
         """A version was removed; see AdapterCache.drop."""
@@ -113,8 +128,9 @@ class EngineAdapters:
         try:
             adapter = await self._verification.adapter(version, self._model)
             await self._verification.files(target)
-            await self._unless_dead(self._client.load_adapter(name, adapter.folder))
-            checked = await self._unless_dead(self._verification.adapter_probes(self._engine, name, target))
+            with self._occupied():  # a swap drains the engine first
+                await self._unless_dead(self._client.load_adapter(name, adapter.folder))
+                checked = await self._unless_dead(self._verification.adapter_probes(self._engine, name, target))
         except asyncio.CancelledError:
             raise
         except Exception as error:

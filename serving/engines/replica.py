@@ -5,13 +5,13 @@ Decides nothing: what to load, and what to do after a death, is the reconciler's
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator, Callable, Iterator
-from contextlib import asynccontextmanager, contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
-from serving.engines.adapters import Checked
+from serving.engines.adapters import AdapterUse, Checked
 from serving.engines.engine_adapters import EngineAdapters
 from serving.engines.engine_watch import EngineWatch
 from serving.engines.served_model import ServedModel
@@ -67,6 +67,7 @@ class Replica:
         pace: how fast the engine generates.
         adapters: those that it applies beside its base; None where it holds a version itself.
         on_adapter: hears when an adapter has come, with the seconds that it took, or has gone, with None.
+        reserved: requests for which an adapter is loaded here, or was, and that do not run yet.
     """
 
     def __init__(
@@ -88,7 +89,7 @@ class Replica:
         self._on_change = on_change
         self._on_phase = on_phase
         self._engine: LastingEngine | None = None
-        self._running = 0
+        self._running = self.reserved = 0
         self._idle = asyncio.Event()
         self._idle.set()
         self.state = EngineState.STOPPED
@@ -172,9 +173,17 @@ class Replica:
             return self.target
         return Target(wanted, Format.ADAPTER) if wanted and self.target.format is Format.ADAPTER else None
 
-    @asynccontextmanager
-    async def use(self, version: VersionId) -> AsyncIterator[str]:
-        """What an engine that applies adapters calls a version, for the body; its adapter is loaded where it must be.
+    def lacks_adapter(self, version: VersionId) -> bool:
+        """Whether the engine applies adapters and a request would have to wait for the version's."""
+        adapters = self.adapters
+        return adapters is not None and not adapters.is_ready(version, for_operator=self._in_production(version))
+
+    def take_adapter(self, version: VersionId) -> AdapterUse | None:
+        """Return the use of a version's adapter; None where a request has to wait for it, or the engine has none."""
+        return self.adapters.take(version, for_operator=self._in_production(version)) if self.adapters else None
+
+    async def bring_adapter(self, version: VersionId) -> AdapterUse:
+        """Return the use of a version's adapter, loaded first where it must be.
 
         Raises:
             RuntimeError: the engine holds a version itself.
@@ -184,9 +193,10 @@ class Replica:
         """
         if self.adapters is None:
             raise RuntimeError("the engine holds a version itself")
-        in_production = self.target is not None and self.target.version == version
-        async with self.adapters.use(version, check=not in_production) as loaded:
-            yield loaded.name
+        return await self.adapters.bring(version, for_operator=self._in_production(version))
+
+    def _in_production(self, version: VersionId) -> bool:
+        return self.target is not None and self.target.version == version
 
     @contextmanager
     def occupied(self) -> Iterator[None]:
@@ -290,6 +300,7 @@ class Replica:
                 self._model,
                 self._verification,
                 self.watch.unless_dead,
+                self.occupied,
                 patience_s=self._adapter_patience_s,
                 on_change=lambda seconds: self.on_adapter(seconds),
             )
@@ -332,7 +343,7 @@ class Replica:
             ProbeError: it runs other weights, or an engine that ran before cannot be told to hold these.
         """
         if self.adapters is not None:
-            async with self.adapters.use(target.version, check=False) as loaded:
+            async with self.adapters.use(target.version, for_operator=True) as loaded:
                 checked = loaded.checked
         else:
             checked = await self.watch.unless_dead(self._verification.probes(self._started, target, fresh=fresh))

@@ -1,8 +1,8 @@
 """The data plane: one request from its first byte to the last byte of its answer.
 
-read -> route -> reserve -> admit -> resolve -> forward -> answer. Bytes pass through as they came, with two exceptions:
-the model's name on the way in, and on the way out of a stream the chunk with token counts, for clients that did not ask
-for it.
+read -> route -> reserve -> load the adapter -> admit -> resolve -> forward -> answer. Bytes pass through as they came,
+with these exceptions: the model's name on the way in, an adapter's private name on the way out, and of a stream the
+chunk with token counts, for clients that did not ask for it.
 
 The answer's head is sent with the first complete event, not before: until then a failure can have its own status. What
 a client does not take at once waits for it in a buffer (serving.http.delivery), outside admission: the engine is done.
@@ -21,7 +21,7 @@ from serving.engines.balancer import Lease
 from serving.engines.transport import EngineCall, EngineUnreachableError
 from serving.http.authentication import principal_of
 from serving.http.body import ClientGoneError, body_here, read_body
-from serving.http.body_slots import BodySlots
+from serving.http.body_slots import BodySlot, BodySlots
 from serving.http.delivery import AnswerBuffers, ClientSlowError, delivery_of
 from serving.http.disconnect import cut_off, while_connected
 from serving.http.error_answer import answer_error
@@ -79,6 +79,9 @@ class Gateway:
     ) -> None:
         self.router = router
         self.body_slots = body_slots
+        most = max(1, settings.max_queued)
+        self.adapter_slots = BodySlots(most, "waiting for adapters")
+        self.production_slots = BodySlots(most, "waiting for the adapter of the version in production")
         self.metrics = metrics
         self.request_log = request_log
         self.settings = settings
@@ -170,14 +173,23 @@ class Exchange:
         began = self._gateway.clock()
         async with (
             self._delivery,
-            to.backend.admission.admit(work, self.account.key.party),
-            to.backend.lease(to.model) as engine,
+            to.backend.admitted(
+                to.model, work, self.account.key.party, lambda: self._waiting_for_adapter(to)
+            ) as engine,
         ):
             self.account.admitted(self._gateway.clock() - began)
             try:
                 await self._forward(engine, request)
             except EngineUnreachableError as error:
                 await self._forward_to_another(to, engine, request, error)
+
+    def _waiting_for_adapter(self, to: Destination) -> BodySlot:
+        """A place among the requests that wait for adapters; those of versions in production have their own."""
+        names, gateway = to.backend.names, self._gateway
+        in_production = names.served is not None and names.resolve(to.model) in (None, names.served.version)
+        peer = self._scope.get("client")
+        slots = gateway.production_slots if in_production else gateway.adapter_slots
+        return slots.reading(self.account.key.key_id or (str(peer[0]) if peer else ""))
 
     async def _forward_to_another(
         self, to: Destination, engine: Lease, request: CompletionRequest, refused: EngineUnreachableError

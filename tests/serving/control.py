@@ -28,9 +28,11 @@ from serving.rollout.swap import Swap
 from serving.rollout.swap_plan import SwapPlanner
 from serving.telemetry.deployment_metrics import DeploymentInstruments, DeploymentMetrics
 from serving.telemetry.metrics import GatewayMetrics
+from svc.access.authenticator import Authenticator
 from svc.engine.probes import EngineFacts
 from svc.engine.state import EngineState
 from svc.engine.vllm.client import socket_transport
+from svc.principal import Principal
 from svc.registry.registry import Registry
 from svc.settings import AdapterSettings, ServeSettings
 from svc.store.desired import Desired, change_desired, read_desired
@@ -39,6 +41,7 @@ from svc.version import Format, Target
 from tests.new_store import new_store
 from tests.serving.engine_double import EngineDouble
 from tests.serving.engine_park import EnginePark
+from tests.serving.keyed import KnownCallers
 from tests.serving.service import CONTEXT, OneBackend, application
 from tests.serving.socket_server import running
 from tests.serving.versions import FACTS, NAME, AliasBook, target
@@ -66,6 +69,7 @@ class Control:
 
     Attributes:
         leaves: at its end the engines are left running.
+        principals: whose key each secret is, for clients that are made later.
     """
 
     def __init__(
@@ -90,6 +94,7 @@ class Control:
         self.store = new_store(home)
         self.replicas = replicas
         self.leaves = False
+        self.principals: dict[str, Principal] = {}
         self.park = EnginePark(sockets, NAME, silence_s=self.settings.request_timeout_s)
         self.assemble()
 
@@ -202,6 +207,9 @@ class Control:
             self.pool.sources,
             metrics=self.metrics,
             settings=self.settings,
+            authentication=KnownCallers(
+                Authenticator(self.store), self.principals, on_failure=self.metrics.authentication_failed
+            ),
         )
         socket = self.sockets / "gateway.sock"
         transport = socket_transport(socket, max_connections=None)

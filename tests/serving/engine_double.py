@@ -63,7 +63,7 @@ class EngineDouble:
         tokens: length of an answer.
         token_delay_s: seconds for each token.
         delayed: tokens that were waited for.
-        proceed: answers stand still before their first token until it is set.
+        proceed: answers stand still before their first token until it is set, but those to probes.
         tokenize_delay_s: seconds to count the tokens of a prompt.
         linger_s: seconds between the last event of a stream and its end.
         max_model_len: longest prompt, words.
@@ -365,7 +365,8 @@ class EngineDouble:
         return True
 
     async def _words(self, body: dict[str, Any]) -> AsyncIterator[str]:
-        await self.proceed.wait()
+        if body.get("prompt_logprobs") is None:
+            await self.proceed.wait()
         for index in range(self._counts(body).completion):
             if self.token_delay_s:
                 self.delayed += 1

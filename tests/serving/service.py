@@ -2,7 +2,7 @@
 
 import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
-from contextlib import AbstractAsyncContextManager, asynccontextmanager, closing
+from contextlib import AbstractAsyncContextManager, AbstractContextManager, asynccontextmanager, closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -13,11 +13,13 @@ from sqlalchemy import Engine as Store
 from sqlalchemy import create_engine
 from starlette.types import ASGIApp
 
-from serving.admission.admission import Admission
+from serving.admission.admission import Admission, Admitted
 from serving.admission.errors import EngineUnavailableError
+from serving.admission.party import Party
 from serving.admission.rate_limiter import RateLimiter
 from serving.assembly import make_traces
-from serving.engines.balancer import Lease
+from serving.engines.admitted_lease import AdmittedLease
+from serving.engines.balancer import Lease, Leasing
 from serving.engines.token_pace import TokenPace
 from serving.http.administration import Administration
 from serving.http.app import Application, build_app
@@ -79,6 +81,21 @@ class OneBackend:
     def lease(self, model: str, *, without: Lease | None = None) -> AbstractAsyncContextManager[Lease]:
         """An engine for the body."""
         return self.leases(model, without=without)
+
+    def admitted(
+        self, model: str, tokens: int, party: Party, waiting: Callable[[], AbstractContextManager[None]]
+    ) -> AbstractAsyncContextManager[Lease]:
+        """An engine for the body, once admission lets the request run."""
+        leasing = self.leases(model)
+        if isinstance(leasing, Leasing):
+            return AdmittedLease(self.admission, leasing, tokens, party, waiting)
+        return _admitted(self.admission.admit(tokens, party), leasing)
+
+
+@asynccontextmanager
+async def _admitted(admitted: Admitted, leasing: AbstractAsyncContextManager[Lease]) -> AsyncIterator[Lease]:
+    async with admitted, leasing as lease:
+        yield lease
 
 
 def application(

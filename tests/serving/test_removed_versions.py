@@ -158,7 +158,8 @@ async def test_every_engine_of_several_lets_it_go(make: Make) -> None:
     async with make(format=Format.ADAPTER, replicas=2).run() as control, control.client() as client:
         await until(lambda: len(control.pool.ready) == 2)
         for member in control.pool.members:
-            async with member.use(TWO):
+            assert member.adapters
+            async with member.adapters.use(TWO):
                 pass
         remove(control)
         await until(lambda: all(numbers(engine.double) == [1] for engine in control.park.engines))

@@ -8,7 +8,7 @@ import pytest
 
 from serving.admission.admission import Admission
 from serving.admission.errors import EngineUnavailableError, OverloadedError, QueueTimeoutError, TooManyTokensError
-from serving.admission.party import Party
+from serving.admission.party import NO_KEY, Party
 from tests.serving.admission.opened import open_admission, run_until, settle
 from tests.serving.service import closed
 
@@ -240,3 +240,23 @@ async def test_a_request_that_is_queued_again_leaves_no_trace_when_its_client_le
         asking.cancel()
         await asyncio.wait([asking])
         assert (admission.running, admission.queued) == (0, 0)
+
+
+async def test_a_model_is_not_idle_when_a_request_waits_for_something_else() -> None:
+    admission = open_admission()
+    await asyncio.sleep(0.05)
+    with admission.preparing():
+        assert (admission.idle_s, admission.queued) == (0, 1)
+    assert admission.idle_s < 0.04
+    assert admission.queued == 0
+
+
+async def test_a_request_without_a_key_waits_for_a_place_when_it_has_waited_before() -> None:
+    admission = open_admission(max_running=1)
+    async with admission.admit():
+        waiting = asyncio.create_task(admission.enter(1, NO_KEY, may_wait=True))
+        await settle()
+        assert admission.queued == 1
+    await waiting
+    admission.leave(1)
+    assert admission.running == 0

@@ -65,8 +65,10 @@ class Shelf:
         self.holds.pop(name, None)
 
     @asynccontextmanager
-    async def using(self, cache: AdapterCache, number: int) -> AsyncIterator[LoadedAdapter]:
-        async with cache.use(version(number)) as loaded:
+    async def using(
+        self, cache: AdapterCache, number: int, *, for_operator: bool = False
+    ) -> AsyncIterator[LoadedAdapter]:
+        async with cache.use(version(number), for_operator=for_operator) as loaded:
             assert self.holds.get(loaded.name) == version(number), "not what was asked for"
             self.users[loaded.name] += 1
             try:
@@ -80,8 +82,8 @@ def cache_of(shelf: Shelf, **arguments: Any) -> AdapterCache:
     return AdapterCache(shelf, **{"max_loaded": shelf.most, "patience_s": 5.0} | arguments)
 
 
-async def use(shelf: Shelf, cache: AdapterCache, number: int, turns: int = 1) -> str:
-    async with shelf.using(cache, number) as loaded:
+async def use(shelf: Shelf, cache: AdapterCache, number: int, turns: int = 1, *, for_operator: bool = False) -> str:
+    async with shelf.using(cache, number, for_operator=for_operator) as loaded:
         for _ in range(turns):
             await asyncio.sleep(0)
     return loaded.name
@@ -162,6 +164,65 @@ async def test_one_that_is_always_asked_for_keeps_no_other_from_coming() -> None
         await use(shelf, cache, 2)
     going = False
     await asyncio.gather(*popular)
+
+
+async def test_the_version_in_production_takes_requests_when_others_wait_for_a_place() -> None:
+    shelf = Shelf(2)
+    cache = cache_of(shelf)
+    async with shelf.using(cache, 1, for_operator=True), shelf.using(cache, 2):
+        waiting = [asyncio.create_task(use(shelf, cache, number)) for number in (3, 4)]
+        await turns(lambda: len(cache._waiting) == 2)
+        assert (cache.is_ready(version(1)), cache.is_ready(version(1), for_operator=True)) == (False, True)
+        await use(shelf, cache, 1, for_operator=True)
+        taken = cache.take(version(1), for_operator=True)
+        assert taken and cache.take(version(2)) is None
+        taken.leave()
+    await asyncio.gather(*waiting)
+
+
+async def test_the_version_in_production_comes_first_when_it_was_replaced() -> None:
+    shelf = Shelf(2)
+    cache = cache_of(shelf)
+    async with shelf.using(cache, 2), shelf.using(cache, 3):
+        waiting = [asyncio.create_task(use(shelf, cache, number)) for number in (4, 5)]
+        await turns(lambda: len(cache._waiting) == 2)
+        waiting.append(asyncio.create_task(use(shelf, cache, 1, for_operator=True)))
+        await turns(lambda: len(cache._waiting) == 3)
+    await asyncio.gather(*waiting)
+    assert shelf.names[2].startswith("tuned@1#")
+
+
+@pytest.mark.parametrize("most", [1, 2])
+async def test_another_version_gets_a_place_when_production_is_asked_for_all_the_time(most: int) -> None:
+    shelf = Shelf(most)
+    cache = cache_of(shelf)
+    going = True
+
+    async def ask_on() -> None:
+        while going:
+            await use(shelf, cache, 1, turns=3, for_operator=True)
+
+    popular = [asyncio.create_task(ask_on()) for _ in range(4)]
+    await turns(lambda: shelf.users.total() == 4)
+    async with asyncio.timeout(2):
+        await use(shelf, cache, 2)
+        await use(shelf, cache, 3)
+    going = False
+    await asyncio.gather(*popular)
+
+
+async def test_nothing_is_taken_without_a_wait_when_it_is_not_loaded_yet() -> None:
+    shelf = Shelf(1)
+    shelf.gate = asyncio.Event()
+    cache = cache_of(shelf)
+    first = asyncio.create_task(use(shelf, cache, 1))
+    await turns(lambda: shelf.names)
+    assert (cache.take(version(1)), cache.take(version(2))) == (None, None)
+    shelf.gate.set()
+    await first
+    taken = cache.take(version(1))
+    assert taken and taken.adapter.version == version(1)
+    taken.leave()
 
 
 async def test_who_waits_too_long_is_told_so() -> None:
@@ -297,14 +358,16 @@ async def test_what_comes_and_goes_is_told() -> None:
 @settings(max_examples=3 * settings().max_examples, deadline=None)
 @given(
     most=st.integers(1, 4),
-    asked=st.lists(st.tuples(st.integers(1, 6), st.integers(0, 6), st.integers(0, 8), st.booleans()), max_size=40),
+    asked=st.lists(
+        st.tuples(st.integers(1, 6), st.integers(0, 6), st.integers(0, 8), st.booleans(), st.booleans()), max_size=40
+    ),
     failing=st.sets(st.integers(1, 6), max_size=2),
     dropped=st.lists(st.tuples(st.integers(1, 6), st.integers(0, 12)), max_size=6),
     stuck=st.integers(0, 2),
 )
 def test_whatever_is_asked_in_whatever_order_the_rules_are_kept(
     most: int,
-    asked: list[tuple[int, int, int, bool]],
+    asked: list[tuple[int, int, int, bool, bool]],
     failing: set[int],
     dropped: list[tuple[int, int]],
     stuck: int,
@@ -316,10 +379,10 @@ def test_whatever_is_asked_in_whatever_order_the_rules_are_kept(
         shelf.failing, shelf.stuck = {version(number) for number in failing}, stuck
         cache = cache_of(shelf, patience_s=30.0)
 
-        async def ask(number: int, before: int, during: int, leaves: bool) -> None:
+        async def ask(number: int, before: int, during: int, leaves: bool, for_operator: bool) -> None:
             for _ in range(before):
                 await asyncio.sleep(0)
-            asking = asyncio.create_task(use(shelf, cache, number, turns=during))
+            asking = asyncio.create_task(use(shelf, cache, number, turns=during, for_operator=for_operator))
             if leaves:
                 for _ in range(during):
                     await asyncio.sleep(0)
