@@ -11,15 +11,17 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from datetime import UTC, datetime, timedelta
+from functools import partial
 from typing import NamedTuple
 
 from sqlalchemy import Engine as Store
 
 from serving.telemetry.content import Content, answer_text, prompt_text
+from serving.telemetry.retention_clock import RetentionClock
 from serving.telemetry.traces.request_trace import RequestTrace, SpanSink
 from svc.redaction import RedactionTimeoutError, Redactor
 from svc.settings import RequestLogSettings
-from svc.store.requests import Dropped, RequestRecord, add_requests, prune_requests
+from svc.store.requests import Dropped, RequestRecord, add_requests, newest_request_at, prune_requests
 
 log = logging.getLogger(__name__)
 
@@ -52,6 +54,7 @@ class RequestLog:
         on_stored: hears how many rows were written.
         on_dropped: hears why, and how many were lost.
         spans: gets the rows of requests that are traced, also those that the store does not take.
+        now: the wall clock.
     """
 
     def __init__(
@@ -63,9 +66,11 @@ class RequestLog:
         on_dropped: Callable[[Dropped, int], None],
         spans: SpanSink | None = None,
         max_queued: int = MAX_QUEUED,
+        now: Callable[[], datetime] = lambda: datetime.now(UTC),
     ) -> None:
         self._store = store
         self._settings = settings
+        self._retention = RetentionClock(timedelta(days=settings.max_age_days), now=now)
         self._redactor = Redactor(settings.redact)
         self._slow_patterns: set[str] = set()
         self._on_stored = on_stored
@@ -257,10 +262,10 @@ class RequestLog:
         with self._lock:
             grown, self._grown_bytes = self._grown_bytes, 0
         known = None if self._stored_bytes is None else self._stored_bytes + grown
-        before = datetime.now(UTC) - timedelta(days=self._settings.max_age_days)
         max_bytes = self._settings.max_mib * 2**20
         self._stored_bytes = None
         try:
+            before = self._retention.oldest_kept(partial(newest_request_at, self._store))
             pruned = prune_requests(self._store, before=before, max_bytes=max_bytes, known_bytes=known)
         except Exception:  # the boundary of this thread, as above
             log.exception("old rows of the request log were not deleted")

@@ -173,17 +173,28 @@ class Pruned:
     left_bytes: int
 
 
-def prune_requests(store: Store, *, before: datetime, max_bytes: int, known_bytes: int | None = None) -> Pruned:
+def newest_request_at(store: Store) -> datetime | None:
+    """Return when the request that was stored last began; None where there is none.
+
+    By id, the order in which they ended: a clock may have been wrong.
+    """
+    with Session(store) as session:
+        return session.scalar(select(RequestRow.started_at).order_by(RequestRow.id.desc()).limit(1))
+
+
+def prune_requests(store: Store, *, before: datetime | None, max_bytes: int, known_bytes: int | None = None) -> Pruned:
     """Deletes rows by age, then the oldest ones by size; with each its feedback.
 
     Args:
-        before: rows that started earlier go.
+        before: rows that started earlier go; None: none goes by its age.
         max_bytes: of all rows together; past it, a tenth of it is made free.
         known_bytes: what all rows take together or more, as who writes them reckons: within the limit they are not
             summed up, for which all of them are read. None where nobody knows.
     """
-    with store.connect() as connection:
-        gone = delete_requests(connection, RequestRow.started_at < before)
+    gone = Deleted(0, 0)
+    if before is not None:
+        with store.connect() as connection:
+            gone = delete_requests(connection, RequestRow.started_at < before)
     left = None if known_bytes is None else max(0, known_bytes - gone.bytes)
     if left is not None and left <= max_bytes:
         return Pruned(gone.rows, left)

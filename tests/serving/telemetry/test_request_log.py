@@ -3,7 +3,7 @@
 import threading
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from datetime import UTC, datetime, timedelta
 
 import pytest
@@ -30,7 +30,13 @@ ANSWER = b'{"choices": [{"index": 0, "message": {"content": "call 030 901820"}}]
 class Pen:
     """A writer, and what it told."""
 
-    def __init__(self, store: Store, max_queued: int = 100, **settings: object) -> None:
+    def __init__(
+        self,
+        store: Store,
+        max_queued: int = 100,
+        now: Callable[[], datetime] = lambda: datetime.now(UTC),
+        **settings: object,
+    ) -> None:
         self.store = store
         self.stored = 0
         self.dropped: Counter[Dropped] = Counter()
@@ -40,6 +46,7 @@ class Pen:
             on_stored=self._count_stored,
             on_dropped=self._count_dropped,
             max_queued=max_queued,
+            now=now,
         )
 
     def _count_stored(self, count: int) -> None:
@@ -211,6 +218,33 @@ def test_old_rows_are_forgotten_at_the_start(store: Store) -> None:
     pen.writer.start()
     pen.writer.close()
     assert len(pen.rows()) == 1
+
+
+def test_no_rows_are_forgotten_when_the_clock_jumps(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    add_requests(store, [RECORD] * 3)
+    monkeypatch.setattr(request_log, "_PRUNE_EVERY_S", 0.01)
+    asked, ahead = threading.Semaphore(0), timedelta()
+
+    def now() -> datetime:
+        asked.release()
+        return datetime.now(UTC) + ahead
+
+    pen = Pen(store, now=now)
+    pen.writer.start()
+    assert asked.acquire(timeout=5)
+    ahead = timedelta(days=365)
+    for _ in range(asked._value + 5):
+        assert asked.acquire(timeout=5)
+    pen.writer.close()
+    assert len(pen.rows()) == 3
+
+
+def test_no_rows_are_forgotten_when_all_are_old_at_the_start(store: Store) -> None:
+    add_requests(store, [RECORD._replace(started_at=RECORD.started_at - timedelta(days=60))] * 3)
+    pen = Pen(store)
+    pen.writer.start()
+    pen.writer.close()
+    assert len(pen.rows()) == 3
 
 
 @pytest.mark.slow

@@ -46,7 +46,7 @@ class Sink:
 class Pen:
     """A log with a sink."""
 
-    def __init__(self, store: Store, **limits: int) -> None:
+    def __init__(self, store: Store, max_queued: int = 100) -> None:
         self.store = store
         self.sink = Sink()
         self.dropped = Counter[Dropped]()
@@ -56,7 +56,7 @@ class Pen:
             on_stored=lambda count: None,
             on_dropped=lambda reason, count: self.dropped.update({reason: count}),
             spans=self.sink,
-            **limits,
+            max_queued=max_queued,
         )
 
     def rows(self) -> int:

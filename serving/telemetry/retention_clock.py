@@ -1,0 +1,79 @@
+"""When rows are too old to be kept, by a wall clock that can be wrong.
+
+A clock that is a year ahead for a minute, by a wrong time server or in a virtual machine that resumes, would delete all
+rows. So the wall clock counts only while it advances as the time since the machine's boot does. Knows no rows.
+"""
+
+import logging
+import time
+from collections.abc import Callable
+from datetime import UTC, datetime, timedelta
+
+log = logging.getLogger(__name__)
+
+_TOLERANCE_S = 3600.0
+_MAX_DOUBT_S = 86_400.0
+_BOOT_CLOCK = getattr(time, "CLOCK_BOOTTIME", time.CLOCK_MONOTONIC)  # the first goes on in a machine that is suspended
+
+
+def _since_boot() -> float:
+    return time.clock_gettime(_BOOT_CLOCK)
+
+
+class RetentionClock:
+    """Decides when rows are too old. Until the clock is trusted again, a day or `max_age` passes, whichever is shorter.
+
+    Args:
+        max_age: of rows that are kept.
+        now: the wall clock.
+        elapsed_s: seconds since a moment in the past, whatever becomes of the wall clock.
+    """
+
+    def __init__(
+        self,
+        max_age: timedelta,
+        *,
+        now: Callable[[], datetime] = lambda: datetime.now(UTC),
+        elapsed_s: Callable[[], float] = _since_boot,
+    ) -> None:
+        self._max_age = max_age
+        self._doubt_s = min(_MAX_DOUBT_S, max_age.total_seconds())
+        self._now = now
+        self._elapsed_s = elapsed_s
+        self._trusted: float | None = None  # what the wall clock is ahead of the other one, seconds
+        self._doubted: tuple[float, float] | None = None  # the same, and since when
+
+    def oldest_kept(self, newest: Callable[[], datetime | None]) -> datetime | None:
+        """Return the time before which rows are too old; None while the clock is not trusted.
+
+        Args:
+            newest: returns the time of the row that was stored last, if any. Asked at the first call: if the row is too
+                old itself, the clock may be wrong.
+        """
+        now, elapsed_s = self._now(), self._elapsed_s()
+        ahead_s = now.timestamp() - elapsed_s
+        if self._trusted is None and self._doubted is None:
+            last = newest()
+            if last is None or now - last <= self._max_age:
+                self._trusted = ahead_s
+        if not _agree(ahead_s, self._trusted):
+            if self._doubted is None or not _agree(ahead_s, self._doubted[0]):
+                self._doubt(ahead_s, elapsed_s)
+            if self._doubted is None or elapsed_s - self._doubted[1] < self._doubt_s:
+                return None
+        self._trusted, self._doubted = ahead_s, None
+        return now - self._max_age
+
+    def _doubt(self, ahead_s: float, elapsed_s: float) -> None:
+        self._doubted = ahead_s, elapsed_s
+        log.warning(
+            "%s: nothing is deleted by its age until the clock has been steady for %s",
+            "all requests are older than request_log.max_age_days"
+            if self._trusted is None
+            else f"the clock has moved by {timedelta(seconds=round(ahead_s - self._trusted))}",
+            timedelta(seconds=self._doubt_s),
+        )
+
+
+def _agree(ahead_s: float, before_s: float | None) -> bool:
+    return before_s is not None and abs(ahead_s - before_s) <= _TOLERANCE_S

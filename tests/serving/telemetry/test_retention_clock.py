@@ -1,0 +1,89 @@
+"""A wall clock that jumps deletes nothing, and one that is steady deletes what is too old."""
+
+from datetime import UTC, datetime, timedelta
+
+import pytest
+
+from serving.telemetry.retention_clock import RetentionClock
+
+NOON = datetime(2026, 1, 1, 12, tzinfo=UTC)
+MONTH = timedelta(days=30)
+HOUR = timedelta(hours=1)
+
+
+class Clocks:
+    """A wall clock and the time since boot, which go together until the first is set."""
+
+    def __init__(self, newest: datetime | None = NOON, max_age: timedelta = MONTH) -> None:
+        self.wall, self.elapsed_s, self.newest = NOON, 100.0, newest
+        self.retention = RetentionClock(max_age, now=lambda: self.wall, elapsed_s=lambda: self.elapsed_s)
+
+    def after(self, passed: timedelta, *, jump: timedelta = timedelta()) -> datetime | None:
+        """The oldest that is kept after so long, where the wall clock was set meanwhile."""
+        self.wall += passed + jump
+        self.elapsed_s += passed.total_seconds()
+        return self.retention.oldest_kept(lambda: self.newest)
+
+
+def test_rows_are_too_old_by_the_wall_clock_when_it_is_steady() -> None:
+    clocks = Clocks()
+    for _ in range(3):
+        assert clocks.after(timedelta(days=10)) == clocks.wall - MONTH
+
+
+def test_nothing_is_too_old_when_the_clock_is_a_year_ahead_for_a_minute(caplog: pytest.LogCaptureFixture) -> None:
+    clocks, year = Clocks(), timedelta(days=365)
+    clocks.after(HOUR)
+    assert clocks.after(timedelta(minutes=1), jump=year) is None
+    assert clocks.after(timedelta(minutes=1)) is None
+    assert clocks.after(timedelta(minutes=1), jump=-year) == clocks.wall - MONTH
+    assert [record.getMessage() for record in caplog.records] == [
+        "the clock has moved by 365 days, 0:00:00: nothing is deleted by its age until the clock has been steady for "
+        "1 day, 0:00:00"
+    ]
+
+
+@pytest.mark.parametrize("jump", [timedelta(days=365), timedelta(days=-365), 2 * HOUR])
+def test_the_clock_counts_again_when_it_was_steady_for_a_day_after_a_jump(jump: timedelta) -> None:
+    clocks = Clocks()
+    clocks.after(HOUR)
+    assert clocks.after(HOUR, jump=jump) is None
+    assert clocks.after(23 * HOUR) is None
+    assert clocks.after(HOUR) == clocks.wall - MONTH
+    assert clocks.after(HOUR) == clocks.wall - MONTH
+
+
+def test_the_day_begins_again_when_the_clock_jumps_again() -> None:
+    clocks = Clocks()
+    clocks.after(HOUR)
+    clocks.after(HOUR, jump=timedelta(days=365))
+    assert clocks.after(23 * HOUR, jump=timedelta(days=7)) is None
+    assert clocks.after(23 * HOUR) is None
+    assert clocks.after(HOUR) == clocks.wall - MONTH
+
+
+def test_the_clock_counts_when_it_is_adjusted_by_less_than_an_hour() -> None:
+    clocks = Clocks()
+    clocks.after(HOUR)
+    for _ in range(5):
+        assert clocks.after(HOUR, jump=timedelta(minutes=50)) == clocks.wall - MONTH
+
+
+def test_nothing_is_too_old_for_a_day_when_at_the_start_all_rows_are(caplog: pytest.LogCaptureFixture) -> None:
+    clocks = Clocks(newest=NOON - 2 * MONTH)
+    assert clocks.after(HOUR) is None
+    clocks.newest = clocks.wall
+    assert clocks.after(23 * HOUR) is None
+    assert clocks.after(HOUR) == clocks.wall - MONTH
+    assert len(caplog.records) == 1 and "all requests are older" in caplog.text
+
+
+def test_the_clock_counts_at_once_when_there_are_no_rows_at_the_start() -> None:
+    clocks = Clocks(newest=None)
+    assert clocks.after(HOUR) == clocks.wall - MONTH
+
+
+def test_the_clock_counts_again_after_the_age_when_that_is_less_than_a_day() -> None:
+    clocks = Clocks(newest=NOON - 9 * HOUR, max_age=2 * HOUR)
+    assert clocks.after(HOUR) is None
+    assert clocks.after(2 * HOUR) == clocks.wall - 2 * HOUR
