@@ -171,7 +171,7 @@ class Delivery:
     def give_back(self, size: int) -> None:
         """Return reserved memory that the complete answer does not need."""
         self._held -= size
-        self._buffers.free(size)
+        self._buffers.free(size, self._caller)
 
     async def put_event(self, data: bytes) -> None:
         """Adds a part of a stream, after a wait where there is no room for it.
