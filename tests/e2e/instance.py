@@ -35,6 +35,9 @@ class Instance:
         home: is copied.
         folder: the copy.
         settings: environment variables.
+
+    Attributes:
+        headers: of what it asks its server; a key, where there are any.
     """
 
     def __init__(self, home: Path, folder: Path, port: int, prompts: Prompts, **settings: str) -> None:
@@ -43,6 +46,7 @@ class Instance:
         self.home = folder
         self.url = f"http://127.0.0.1:{port}"
         self.prompts = prompts
+        self.headers: dict[str, str] = {}
         self._port = port
         self.settings = {"SVC_HOLDOUT__EVERY_HOURS": "0"} | settings
         self._process: subprocess.Popen[bytes] | None = None
@@ -95,7 +99,7 @@ class Instance:
 
     def models(self) -> dict[str, Any]:
         """What the server says of each model."""
-        status = httpx.get(f"{self.url}/svc/status", timeout=10, trust_env=False).json()
+        status = httpx.get(f"{self.url}/svc/status", headers=self.headers, timeout=10, trust_env=False).json()
         return {model["model"]: model for model in status["models"]}
 
     def all_ready(self, *names: str, timeout_s: float = 240) -> None:
@@ -128,12 +132,14 @@ class Instance:
 
     def status(self) -> Any:
         """What the server says of itself and of its first model."""
-        return of_one_model(httpx.get(f"{self.url}/svc/status", timeout=10, trust_env=False).json())
+        return of_one_model(
+            httpx.get(f"{self.url}/svc/status", headers=self.headers, timeout=10, trust_env=False).json()
+        )
 
     def until(self, condition: Callable[[Any], object], timeout_s: float = 240) -> Any:
         """Waits until the status is so; looks a hundred times a second."""
         deadline = time.monotonic() + timeout_s
-        with httpx.Client(base_url=self.url, timeout=10, trust_env=False) as client:
+        with httpx.Client(base_url=self.url, headers=self.headers, timeout=10, trust_env=False) as client:
             while time.monotonic() < deadline:
                 status = of_one_model(client.get("/svc/status").json())
                 if condition(status):
@@ -146,7 +152,9 @@ class Instance:
         found = []
         for prompt in self.prompts:
             body = {"model": model, "messages": prompt, "max_tokens": 24, "temperature": 0}
-            answer = httpx.post(f"{self.url}/v1/chat/completions", json=body, timeout=120, trust_env=False)
+            answer = httpx.post(
+                f"{self.url}/v1/chat/completions", json=body, headers=self.headers, timeout=120, trust_env=False
+            )
             answer.raise_for_status()
             text = answer.json()["choices"][0]["message"]["content"]
             found.append((answer.headers["x-model-version"], text))

@@ -1,6 +1,8 @@
 """How late a server's event loop wakes up, from its metrics page."""
 
+import math
 from collections import Counter
+from collections.abc import Mapping
 
 import httpx
 from prometheus_client.parser import text_string_to_metric_families
@@ -8,9 +10,9 @@ from prometheus_client.parser import text_string_to_metric_families
 _BUCKETS = "svc_event_loop_lag_seconds_bucket"
 
 
-def read_lag(url: str) -> Counter[float]:
+def read_lag(url: str, headers: Mapping[str, str] | None = None) -> Counter[float]:
     """Wake-ups so far, by the upper bound of how late they were, seconds."""
-    page = httpx.get(f"{url}/metrics", timeout=30, trust_env=False).text
+    page = httpx.get(f"{url}/metrics", headers=headers, timeout=30, trust_env=False).text
     samples = [sample for family in text_string_to_metric_families(page) for sample in family.samples]
     return Counter({float(one.labels["le"]): int(one.value) for one in samples if one.name == _BUCKETS})
 
@@ -29,3 +31,14 @@ def lag_figure(what: str, counts: Counter[float]) -> str:
 
 def _bound(counts: Counter[float], wanted: float) -> float:
     return next(bound for bound in sorted(counts) if counts[bound] >= wanted)
+
+
+def lag_ms(counts: Counter[float], share: float) -> float:
+    """Return a percentile of the lag, interpolated within its bucket, ms."""
+    wanted, below, below_count = share * counts[float("inf")], 0.0, 0
+    for bound in sorted(counts):
+        if counts[bound] >= wanted:
+            inside = (wanted - below_count) / max(1, counts[bound] - below_count)
+            return 1000 * (below + inside * (min(bound, 10.0) - below))
+        below, below_count = bound, counts[bound]
+    return math.inf

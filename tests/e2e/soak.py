@@ -6,7 +6,7 @@ import random
 import socket
 import time
 from collections import Counter
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Any
@@ -52,9 +52,11 @@ class Failure:
     """An error that a good client got.
 
     Attributes:
+        model: that was asked, without its version.
         began, ended: monotonic times, seconds.
     """
 
+    model: str
     code: str
     began: float
     ended: float
@@ -66,7 +68,7 @@ class Tally:
 
     Attributes:
         expected: the answers of each version, one for each prompt.
-        running: requests of good clients that are under way.
+        running: requests of good clients that are under way, by model.
         complete: good answers, by version.
         mixed: answers that are not those of the version that their header names.
         errors: all other answers.
@@ -75,7 +77,7 @@ class Tally:
     """
 
     expected: dict[str, list[str]]
-    running: int = 0
+    running: Counter[str] = field(default_factory=Counter)
     complete: Counter[str] = field(default_factory=Counter)
     mixed: list[str] = field(default_factory=list)
     errors: list["Failure"] = field(default_factory=list)
@@ -90,23 +92,32 @@ class Tally:
         if self.expected[version][prompt] != text:
             self.mixed.append(f"{version}, prompt {prompt}: {text!r}")
 
-    def failed(self, code: str, began: float) -> None:
+    def failed(self, name: str, code: str, began: float) -> None:
         """An error, of a request that was sent then."""
-        self.errors.append(Failure(code, began, time.monotonic()))
+        self.errors.append(Failure(name.partition("@")[0], code, began, time.monotonic()))
 
 
 @dataclass(frozen=True)
 class Clients:
-    """All of them, against one server."""
+    """All of them, against one server.
+
+    Attributes:
+        headers: of every request: a key, where there are any.
+        models: returns those that are asked for now, as clients name them.
+    """
 
     url: str
     prompts: Prompts
     tally: Tally
+    headers: dict[str, str] = field(default_factory=dict)
+    models: Callable[[], Sequence[str]] = lambda: ("tiny",)
 
     async def run(self, seconds: float) -> None:
         """Everybody asks until the time is over."""
         end = time.monotonic() + seconds
-        async with httpx.AsyncClient(base_url=self.url, timeout=_TIMEOUT_S, trust_env=False) as http:
+        async with httpx.AsyncClient(
+            base_url=self.url, headers=self.headers, timeout=_TIMEOUT_S, trust_env=False, limits=httpx.Limits()
+        ) as http:
             every: list[Callable[[httpx.AsyncClient], Awaitable[None]]] = [
                 *[self._stream] * 3,
                 *[self._whole] * 2,
@@ -126,30 +137,30 @@ class Clients:
             try:
                 await ask(http)
             except (httpx.TransportError, OSError, asyncio.IncompleteReadError) as error:
-                self.tally.failed(f"connection: {error!r}", began)
+                self.tally.failed("tiny", f"connection: {error!r}", began)
             await asyncio.sleep(random.uniform(0.0, 0.2))
 
     async def _stream(self, http: httpx.AsyncClient) -> None:
-        prompt = random.randrange(len(self.prompts))
-        with self._counted() as began:
-            async with http.stream("POST", CHAT, json=self._body(prompt, stream=True)) as answer:
+        prompt, model = random.randrange(len(self.prompts)), random.choice(self.models())
+        with self._counted(model) as began:
+            async with http.stream("POST", CHAT, json=self._body(prompt, stream=True, model=model)) as answer:
                 lines = [line async for line in answer.aiter_lines() if line]
         if answer.status_code != 200:
-            self._refused(json.loads(lines[0]), answer.status_code, began)
+            self._refused(model, json.loads(lines[0]), answer.status_code, began)
             return
         if lines[-1] != "data: [DONE]":
-            self._refused(json.loads(lines[-1].removeprefix("data: ")), 200, began)
+            self._refused(model, json.loads(lines[-1].removeprefix("data: ")), 200, began)
             return
         chunks = [json.loads(line.removeprefix("data: ")) for line in lines[:-1]]
         text = "".join(chunk["choices"][0]["delta"].get("content") or "" for chunk in chunks)
         self._good(answer, prompt, text)
 
     async def _whole(self, http: httpx.AsyncClient) -> None:
-        prompt = random.randrange(len(self.prompts))
-        with self._counted() as began:
-            answer = await http.post(CHAT, json=self._body(prompt, stream=False))
+        prompt, model = random.randrange(len(self.prompts)), random.choice(self.models())
+        with self._counted(model) as began:
+            answer = await http.post(CHAT, json=self._body(prompt, stream=False, model=model))
         if answer.status_code != 200:
-            self._refused(answer.json(), answer.status_code, began)
+            self._refused(model, answer.json(), answer.status_code, began)
             return
         self._good(answer, prompt, answer.json()["choices"][0]["message"]["content"])
 
@@ -176,7 +187,7 @@ class Clients:
     async def _read_slowly(self, _: httpx.AsyncClient) -> None:
         """Some 100 KiB a second of an answer of about a megabyte: slower than it is made, faster than is cut off."""
         async with self._connection() as (reader, writer):
-            writer.write(_request(self._long()))
+            writer.write(_request(self._long(), self.headers))
             read = b""
             while part := await reader.read(16 * 1024):
                 read = (read + part)[-200:]
@@ -187,7 +198,7 @@ class Clients:
 
     async def _read_nothing(self, _: httpx.AsyncClient) -> None:
         async with self._connection() as (reader, writer):
-            writer.write(_request(self._long()))
+            writer.write(_request(self._long(), self.headers))
             await asyncio.sleep(60)
             read = b""
             with suppress(ConnectionError, TimeoutError):
@@ -198,7 +209,7 @@ class Clients:
 
     async def _send_slowly(self, _: httpx.AsyncClient) -> None:
         async with self._connection() as (reader, writer):
-            writer.write(_request({}, length=10_000)[:-2])
+            writer.write(_request({}, self.headers, length=10_000)[:-2])
             with suppress(ConnectionError):
                 while not reader.at_eof():
                     writer.write(b" ")
@@ -225,12 +236,12 @@ class Clients:
             with suppress(ConnectionError):
                 await writer.wait_closed()
 
-    def _counted(self) -> "_Running":
-        return _Running(self.tally)
+    def _counted(self, model: str) -> "_Running":
+        return _Running(self.tally, model.partition("@")[0])
 
-    def _body(self, prompt: int, *, stream: bool) -> dict[str, Any]:
+    def _body(self, prompt: int, *, stream: bool, model: str = "tiny") -> dict[str, Any]:
         messages = self.prompts[prompt]
-        return {"model": "tiny", "messages": messages, "max_tokens": 24, "temperature": 0, "stream": stream}
+        return {"model": model, "messages": messages, "max_tokens": 24, "temperature": 0, "stream": stream}
 
     def _long(self) -> dict[str, Any]:
         return self._body(0, stream=True) | {
@@ -245,26 +256,27 @@ class Clients:
         if len(self.tally.ids) < 100:
             self.tally.ids.append(answer.headers["x-request-id"])
 
-    def _refused(self, answer: dict[str, Any], status: int, began: float) -> None:
-        self.tally.failed(str((answer.get("error") or {}).get("code", status)), began)
+    def _refused(self, model: str, answer: dict[str, Any], status: int, began: float) -> None:
+        self.tally.failed(model, str((answer.get("error") or {}).get("code", status)), began)
 
 
 @dataclass
 class _Running:
     tally: Tally
+    model: str
 
     def __enter__(self) -> float:
-        self.tally.running += 1
+        self.tally.running[self.model] += 1
         return time.monotonic()
 
     def __exit__(self, *_: object) -> None:
-        self.tally.running -= 1
+        self.tally.running[self.model] -= 1
 
 
-def _request(body: dict[str, Any], length: int | None = None) -> bytes:
-    content = json.dumps(body).encode()
+def _request(body: dict[str, Any], headers: dict[str, str], length: int | None = None) -> bytes:
+    content, lines = json.dumps(body).encode(), "".join(f"{name}: {value}\r\n" for name, value in headers.items())
     head = (
-        f"POST {CHAT} HTTP/1.1\r\nhost: localhost\r\ncontent-type: application/json\r\n"
+        f"POST {CHAT} HTTP/1.1\r\nhost: localhost\r\n{lines}content-type: application/json\r\n"
         f"content-length: {length or len(content)}\r\n\r\n"
     )
     return head.encode() + content

@@ -115,14 +115,18 @@ def random_body(chance: random.Random) -> WorstBody:
     """Return a body of random parts, many of them wrong, that may be beyond the limits."""
     route = chance.choice(list(Route))
     fields = dict[str, Any]()
-    for name in chance.sample(_FIELDS, chance.randint(1, 3)):
-        fields[name] = [_random_value(chance, 3) for _ in range(chance.choice((1, 60, 500, 1000)))]
-        if chance.random() < 0.3:
-            fields[name] = fields[name][:3] * chance.choice((20, 300))
+    for name in chance.sample(_FIELDS[route], chance.randint(1, 2)):
+        values = [_random_value(chance, 3) for _ in range(chance.choice((1, 20, 60, 500)))]
+        fields[name] = values[:3] * chance.choice((20, 200)) if chance.random() < 0.4 else values
     return WorstBody("random", route, fields)
 
 
-_FIELDS = ("messages", "input", "tools", "prompt", "documents", "system", "stop", "include", "bad_words", "metadata")
+_FIELDS = {
+    CHAT: ("messages", "messages", "tools", "documents", "vllm_xargs"),
+    PLAIN: ("prompt", "bad_words", "vllm_xargs", "stop"),
+    RESPONSES: ("input", "input", "tools", "previous_input_messages", "include"),
+    MESSAGES: ("messages", "messages", "tools", "system"),
+}
 _KEYS = (
     "role",
     "content",

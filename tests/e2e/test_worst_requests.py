@@ -1,0 +1,115 @@
+"""The worst bodies that the gateway lets through, and random ones, hold vLLM's front for half a second at most.
+
+The front is one thread for all clients. How long it is held shows in its answers to health checks meanwhile.
+"""
+
+import random
+import socket
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import httpx
+import pytest
+
+from serving.protocols.request import InvalidRequestError, parse_request
+from serving.protocols.route import Route
+from svc.engine.vllm.folders import socket_folder, state_folders
+from svc.engine.vllm.launch import SOCKET_FILE
+from tests.e2e.conftest import Report
+from tests.e2e.server import Server
+from tests.serving.protocols.worst_bodies import WorstBody, random_body, worst_bodies
+
+pytestmark = [pytest.mark.slow]
+
+MOST_HELD_S = 0.5
+RANDOM_BODIES = 60
+_PAUSE_S = 0.002
+
+
+class Front:
+    """How late an engine's front answers health checks, asked over connections that nobody else uses."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = str(path)
+        self._latest_s = 0.0
+        self._end = threading.Event()
+
+    def run(self) -> None:
+        """Ask until told to end."""
+        while not self._end.is_set():
+            began = time.monotonic()
+            with socket.socket(socket.AF_UNIX) as connection:
+                connection.settimeout(60)
+                connection.connect(self._path)
+                connection.sendall(b"GET /health HTTP/1.1\r\nhost: engine\r\nconnection: close\r\n\r\n")
+                assert connection.recv(64).startswith(b"HTTP/1.1 200")
+            self._latest_s = max(self._latest_s, time.monotonic() - began)
+            time.sleep(_PAUSE_S)
+
+    def end(self) -> None:
+        """Ask no more."""
+        self._end.set()
+
+    @contextmanager
+    def held(self, found: list[float]) -> Iterator[None]:
+        """Add the longest answer during the body."""
+        self._latest_s = 0.0
+        yield
+        time.sleep(2 * _PAUSE_S)
+        found.append(self._latest_s)
+
+
+@pytest.fixture(scope="module")
+def front(server: Server) -> Iterator[Front]:
+    """That of the server's engine."""
+    (number,) = state_folders(server.home)
+    front = Front(socket_folder(server.home, number) / SOCKET_FILE)
+    asking = threading.Thread(target=front.run)
+    asking.start()
+    yield front
+    front.end()
+    asking.join()
+
+
+def seconds_held(server: Server, front: Front, worst: WorstBody) -> float:
+    """Return how long a body holds the front."""
+    found = list[float]()
+    with front.held(found):
+        answer = httpx.post(
+            f"{server.url}{worst.route}",
+            content=worst.body("tiny"),
+            headers={"content-type": "application/json"},
+            timeout=120,
+            trust_env=False,
+        )
+        assert answer.status_code in (200, 400), answer.text
+    return found[0]
+
+
+def test_the_worst_bodies_within_the_limits_hold_the_front_for_a_moment_only(
+    server: Server, front: Front, report: Report
+) -> None:
+    held = {f"{worst.route} {worst.name}": seconds_held(server, front, worst) for worst in worst_bodies()}
+    worst_first = sorted(held.items(), key=lambda one: -one[1])
+    for name, seconds in worst_first[:5]:
+        report(f"front of vLLM held for {seconds * 1000:.0f} ms: {name}")
+    assert worst_first[0][1] < MOST_HELD_S
+
+
+def test_random_bodies_within_the_limits_hold_the_front_for_a_moment_only(
+    server: Server, front: Front, report: Report
+) -> None:
+    chance, held, refused = random.Random(0), list[float](), 0
+    while len(held) < RANDOM_BODIES:
+        worst = random_body(chance)
+        try:
+            parse_request(worst.body("tiny"), Route(worst.route))
+        except InvalidRequestError:
+            refused += 1
+            continue
+        held.append(seconds_held(server, front, worst))
+    report(f"front of vLLM, {len(held)} random bodies: held for {max(held) * 1000:.0f} ms at most; {refused} refused")
+    assert max(held) < MOST_HELD_S
