@@ -1,14 +1,18 @@
 """`svc backup`, `svc restore`: a home's copy, and a home of it."""
 
+import sys
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from svc.actor import Actor
-from svc.errors import IntegrityError, NotFoundError
-from svc.invocation import json_option, settings_of
+from svc.errors import IntegrityError, NotFoundError, RefusedError
+from svc.invocation import json_option, settings_of, yes_option
+
+if TYPE_CHECKING:
+    from svc.backup.restored_keys import RestoredKeys
 
 _folder = click.argument("folder", metavar="DIR", type=click.Path(path_type=Path, file_okay=False))
 
@@ -90,10 +94,18 @@ _ELSEWHERE = "back up its database with its own means, as pg_dump for PostgreSQL
 @_folder
 @click.option("--snapshot", "name", metavar="NAME", help="Which one.  [default: the newest]")
 @click.option("--list", "listing", is_flag=True, help="Show which snapshots there are, and restore nothing.")
+@click.option("--revoke-keys", is_flag=True, help="Revoke all keys of the snapshot: only new ones are valid then.")
+@yes_option
 @json_option
 @click.pass_context
-def restore(ctx: click.Context, folder: Path, name: str | None, listing: bool, as_json: bool) -> None:
-    """Make a home of a snapshot in DIR. The home must be empty; every file is compared with its hash."""
+def restore(
+    ctx: click.Context, folder: Path, name: str | None, listing: bool, revoke_keys: bool, yes: bool, as_json: bool
+) -> None:
+    """Make a home of a snapshot in DIR. The home must be empty; every file is compared with its hash.
+
+    Keys are as of the snapshot, but a key that a newer snapshot in DIR has revoked stays revoked. Keys that will be
+    valid are listed, and must be confirmed.
+    """
     from svc.backup.archive import Archive
     from svc.backup.restore import Restore
     from svc.store.audit import Action, AuditEntry, record_event
@@ -105,17 +117,79 @@ def restore(ctx: click.Context, folder: Path, name: str | None, listing: bool, a
         return
     settings = settings_of(ctx)
     snapshot = archive.find(name)
+    keys: RestoredKeys | None = None
+
+    def confirm_keys(found: "RestoredKeys") -> None:
+        nonlocal keys
+        keys = found
+        _show_keys(found)
+        if found.valid and not yes:
+            _confirm_keys(found, asks=not as_json and sys.stdin.isatty())
+
     with _Bar() as bar:
-        Restore(archive, settings.home, bar.begin, bar.add).run(snapshot)
+        Restore(archive, settings.home, bar.begin, bar.add, revoke_keys, confirm_keys).run(snapshot)
     record_event(open_database(settings.home), AuditEntry(Action.RESTORE, snapshot.name, Actor.local()))
     if as_json:
         from svc.terminal import print_json
 
-        print_json({**snapshot.model_dump(include=_SHOWN), "home": str(settings.home)})
+        print_json(
+            {**snapshot.model_dump(include=_SHOWN), "home": str(settings.home), "keys": _key_rows(keys) if keys else {}}
+        )
         return
     click.secho(f"{settings.home} is as of {snapshot.name}: {len(snapshot.versions)} versions", fg="green")
     if snapshot.tracking:
         click.echo(f"restore MLflow at {snapshot.tracking} of the same time, before you serve", err=True)
+
+
+def _show_keys(keys: "RestoredKeys") -> None:
+    """Print to stderr, which a pipe does not take."""
+    from rich.markup import escape
+    from rich.table import Table
+
+    from svc.terminal import console
+
+    for name in keys.unread:
+        click.echo(f"keys that the newer snapshot {name} has revoked are unknown: its store cannot be read", err=True)
+    for key, source in keys.revoked:
+        why = f"the newer snapshot {source} has it revoked" if source else "--revoke-keys"
+        click.echo(f"revoked: {key.principal.name} ({key.id}): {why}", err=True)
+    if not keys.valid:
+        return
+    table = Table("key", "name", "scopes", "last used", "", box=None)
+    for row in _key_rows(keys)["valid"]:
+        rotated = "its secret was replaced later; the old one is valid again" if row["rotated_later"] else ""
+        used = (row["last_used"] or "")[:16].replace("T", " ")
+        table.add_row(row["key_id"], escape(row["name"]), ", ".join(row["scopes"]), used, rotated)
+    click.echo("these keys will be valid:", err=True)
+    console.print(table, soft_wrap=True)
+
+
+def _key_rows(keys: "RestoredKeys") -> dict[str, Any]:
+    from svc.access.key_row import iso_seconds, key_row
+
+    return {
+        "valid": [
+            {
+                **key_row(key),
+                "last_used": iso_seconds(keys.last_used.get(key.id)),
+                "rotated_later": key.id in keys.rotated,
+            }
+            for key in keys.valid
+        ],
+        "revoked": [{**key_row(key), "revoked_in": source or None} for key, source in keys.revoked],
+        "unread_snapshots": keys.unread,
+    }
+
+
+def _confirm_keys(keys: "RestoredKeys", *, asks: bool) -> None:
+    if asks:
+        click.confirm("Keys that were revoked after the newest snapshot are valid again. Go on?", abort=True, err=True)
+        return
+    names = ", ".join(f"{key.principal.name} ({key.id})" for key in keys.valid)
+    raise RefusedError(
+        f"the restored home would accept keys, and nobody was asked: {names}",
+        todo="add --yes if all of them may be valid, or --revoke-keys to revoke them all",
+    )
 
 
 _SHOWN = {"name", "release", "versions", "tracking", "left_out"}

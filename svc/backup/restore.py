@@ -1,21 +1,28 @@
-"""Makes a home of a snapshot. The databases come last: until then it is an empty home that no server may use."""
+"""Makes a home of a snapshot. The databases come last: until then it is an empty home that no server may use.
+
+The store is put aside first, where keys are revoked in it: a home never has one that accepts a revoked key.
+"""
 
 import os
+import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 from svc.backup.archive import OTHER_FILES, STORE_FILE, TRACKING_FILE, Archive, Snapshot
 from svc.backup.copying import OnBytes, copy_file, copy_version, files_of, is_copied
+from svc.backup.restored_keys import RestoredKeys, settle_keys
 from svc.disk import sync_folder, write_whole
 from svc.errors import IntegrityError, SettingsError
 from svc.lock import hold_lock
 from svc.registry.files import verify_files
 from svc.registry.manifest import read_manifest
 from svc.server_url import LOCK_FILE
+from svc.store.database import open_database
 
 _MARK = ".restoring"
-_NO_CONTENT = {LOCK_FILE, _MARK, "lost+found"}
+_ASIDE = ".restored-store"
+_NO_CONTENT = {LOCK_FILE, _MARK, _ASIDE, "lost+found"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,12 +33,16 @@ class Restore:
         home: that it becomes.
         on_start: hears how many bytes of weights will be copied.
         on_bytes: hears how many more were.
+        revoke_keys: no key of the snapshot is accepted afterwards.
+        on_keys: hears which keys are, before anything is copied into the home; ends the restore where it raises.
     """
 
     archive: Archive
     home: Path
     on_start: Callable[[int], None] = lambda total: None
     on_bytes: OnBytes = lambda count: None
+    revoke_keys: bool = False
+    on_keys: Callable[[RestoredKeys], None] = lambda keys: None
 
     def run(self, snapshot: Snapshot) -> None:
         """Restores it; one that was cut off goes on.
@@ -48,16 +59,35 @@ class Restore:
         ):
             self._require_empty(snapshot)
             self._check(snapshot)
-            write_whole(self.home / _MARK, snapshot.name.encode())
-            self._copy_versions(snapshot)
-            own = self.archive.folder(snapshot)
-            for path in sorted((own / OTHER_FILES).iterdir()):
-                copy_file(path, self.home / path.name)
-            for name in (TRACKING_FILE, STORE_FILE):
-                if (own / name).exists():
-                    copy_file(own / name, self.home / name)
-            sync_folder(self.home)
-            (self.home / _MARK).unlink()
+            aside = self.home / _ASIDE
+            try:
+                self.on_keys(self._put_aside(snapshot, aside))
+                self._fill(snapshot, aside)
+            finally:
+                shutil.rmtree(aside, ignore_errors=True)
+
+    def _put_aside(self, snapshot: Snapshot, aside: Path) -> RestoredKeys:
+        """Copies the store, and revokes keys in the copy."""
+        shutil.rmtree(aside, ignore_errors=True)  # of a restore that was killed
+        aside.mkdir(mode=0o700)
+        copy_file(self.archive.folder(snapshot) / STORE_FILE, aside / STORE_FILE)
+        store = open_database(aside)
+        try:
+            return settle_keys(store, self.archive, snapshot, revoke_all=self.revoke_keys)
+        finally:
+            store.dispose()  # the last connection takes SQLite's other files with it
+
+    def _fill(self, snapshot: Snapshot, aside: Path) -> None:
+        write_whole(self.home / _MARK, snapshot.name.encode())
+        self._copy_versions(snapshot)
+        own = self.archive.folder(snapshot)
+        for path in sorted((own / OTHER_FILES).iterdir()):
+            copy_file(path, self.home / path.name)
+        if (own / TRACKING_FILE).exists():
+            copy_file(own / TRACKING_FILE, self.home / TRACKING_FILE)
+        (aside / STORE_FILE).rename(self.home / STORE_FILE)
+        sync_folder(self.home)
+        (self.home / _MARK).unlink()
 
     def _require_empty(self, snapshot: Snapshot) -> None:
         mark = self.home / _MARK

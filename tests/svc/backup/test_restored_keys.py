@@ -1,0 +1,156 @@
+"""A restore brings no revoked key back, as far as it can know, and asks about the others."""
+
+import json
+import sys
+from datetime import UTC, datetime
+from pathlib import Path
+
+import pytest
+
+from svc.access.keyring import IssuedKey, Keyring
+from svc.actor import Actor
+from svc.backup.archive import Archive
+from svc.backup.restore import Restore
+from svc.errors import RefusedError
+from svc.principal import Scope
+from svc.settings import Settings
+from svc.store.audit import read_events, verify_chain
+from svc.store.database import open_database
+from svc.store.keys import read_keys
+from svc.store.usage import Usage, UsageOf, add_usage
+from tests.command_line import Svc
+from tests.svc.backup.conftest import BackUp, UsedHome
+
+
+def ring(home: Path) -> Keyring:
+    return Keyring(open_database(home), Actor.local())
+
+
+def create(used: UsedHome, *names: str) -> list[IssuedKey]:
+    keyring = Keyring(used.store, Actor.local())
+    return [keyring.create(frozenset({Scope.INFER}), name=name) for name in names]
+
+
+def states(home: Path) -> dict[str, bool]:
+    """Whether each key is valid, by name."""
+    return {key.principal.name: key.usable(datetime.now(UTC)) for key in ring(home).all()}
+
+
+def test_a_key_stays_revoked_when_any_newer_snapshot_has_it_revoked(
+    used: UsedHome, archive: Archive, back_up: BackUp, tmp_path: Path
+) -> None:
+    create(used, "stolen", "retired", "fine")
+    keyring = Keyring(used.store, Actor.local())
+    oldest = back_up().snapshot
+    keyring.revoke("stolen")
+    second = back_up().snapshot
+    keyring.revoke("retired")
+    third = back_up().snapshot
+    for name in (oldest.name, second.name):
+        Restore(archive, tmp_path / name).run(archive.find(name))
+        assert states(tmp_path / name) == {"stolen": False, "retired": False, "fine": True}
+    store = open_database(tmp_path / oldest.name)
+    revoked = [event for event in read_events(store, newest=9) if event.action == "key.revoke"]
+    assert sorted(str(event.reason) for event in revoked) == [
+        f"the snapshot {second.name} has it revoked",
+        f"the snapshot {third.name} has it revoked",
+    ]
+    assert verify_chain(store).fault is None
+
+
+def test_the_archive_is_not_changed_when_newer_snapshots_are_read(
+    used: UsedHome, archive: Archive, back_up: BackUp, tmp_path: Path
+) -> None:
+    create(used, "one")
+    first, second = back_up().snapshot, back_up().snapshot
+    folder = archive.folder(second)
+    before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    Restore(archive, tmp_path / "again").run(archive.find(first.name))
+    assert {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()} == before
+
+
+def test_the_home_has_no_store_when_the_keys_are_not_confirmed(
+    used: UsedHome, archive: Archive, back_up: BackUp, tmp_path: Path
+) -> None:
+    create(used, "one")
+    used.publish()
+    back_up()
+    home = tmp_path / "again"
+
+    def decline(keys: object) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        Restore(archive, home, on_keys=decline).run(archive.find(None))
+    assert [path.name for path in home.iterdir()] == ["serve.lock"]
+    Restore(archive, home).run(archive.find(None))
+    assert {path.name for path in home.iterdir()} == {"models", "mlflow.db", "serve.lock", "svc.db"}
+    assert states(home) == {"one": True}
+
+
+def test_a_restore_is_refused_when_keys_would_be_valid_and_nobody_can_be_asked(
+    svc: Svc, used: UsedHome, tmp_path: Path
+) -> None:
+    (issued,) = create(used, "laptop")
+    add_usage(used.store, {UsageOf(datetime(2026, 1, 2, 3, tzinfo=UTC), issued.key.id, "tickets"): Usage(1, 2, 3)})
+    svc("--home", used.settings.home, "backup", "backups")
+    for options in ([], ["--json"]):
+        ended = svc("--home", "again", "restore", "backups", *options)
+        assert ended.code == RefusedError.exit_code
+        assert f"laptop ({issued.key.id})" in ended.err and "--revoke-keys" in ended.err
+        assert not (tmp_path / "again" / "svc.db").exists()
+    shown = next(line for line in ended.err.splitlines() if "infer" in line)
+    assert issued.key.id in shown and "2026-01-02 03:00" in shown
+
+
+def test_a_restore_goes_on_when_the_keys_are_confirmed_by_an_option(svc: Svc, used: UsedHome, tmp_path: Path) -> None:
+    create(used, "laptop", "stolen")
+    svc("--home", used.settings.home, "backup", "backups")
+    name = json.loads(svc("restore", "backups", "--list", "--json").out)[0]["name"]
+    Keyring(used.store, Actor.local()).revoke("stolen")
+    Keyring(used.store, Actor.local()).rotate("laptop")
+    svc("--home", used.settings.home, "backup", "backups")
+    ended = svc("--home", "again", "restore", "backups", "--snapshot", name, "--yes", "--json")
+    assert ended.code == 0, ended.err
+    keys = json.loads(ended.out)["keys"]
+    assert [(key["name"], key["rotated_later"]) for key in keys["valid"]] == [("laptop", True)]
+    assert [key["name"] for key in keys["revoked"]] == ["stolen"]
+    assert "revoked: stolen" in ended.err and "its secret was replaced later" in ended.err
+    assert states(tmp_path / "again") == {"laptop": True, "stolen": False}
+
+
+@pytest.mark.parametrize("answer", ["y", "n"])
+def test_a_person_is_asked_when_there_is_a_terminal(
+    svc: Svc, used: UsedHome, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, answer: str
+) -> None:
+    create(used, "laptop")
+    svc("--home", used.settings.home, "backup", "backups")
+    monkeypatch.setattr(sys.stdin, "isatty", lambda: True)
+    monkeypatch.setattr(sys.stdin, "readline", lambda *_: f"{answer}\n")
+    ended = svc("--home", "again", "restore", "backups")
+    assert "Go on?" in ended.err
+    assert (ended.code == 0, (tmp_path / "again" / "svc.db").exists()) == ((answer == "y"),) * 2
+
+
+def test_only_new_keys_are_valid_when_all_are_revoked(svc: Svc, used: UsedHome, tmp_path: Path) -> None:
+    create(used, "laptop", "phone")
+    svc("--home", used.settings.home, "backup", "backups")
+    ended = svc("--home", "again", "restore", "backups", "--revoke-keys")
+    assert ended.code == 0, ended.err
+    assert states(tmp_path / "again") == {"laptop": False, "phone": False}
+    events = read_events(open_database(tmp_path / "again"), newest=9)
+    assert [event.reason for event in events if event.action == "key.revoke"] == ["svc restore --revoke-keys"] * 2
+    ring(tmp_path / "again").create(frozenset({Scope.INFER}), name="laptop")
+    assert len(read_keys(open_database(tmp_path / "again"))) == 3
+
+
+def test_a_newer_snapshot_is_named_when_its_store_cannot_be_read(svc: Svc, used: UsedHome, tmp_path: Path) -> None:
+    create(used, "laptop")
+    svc("--home", used.settings.home, "backup", "backups")
+    svc("--home", used.settings.home, "backup", "backups")
+    first, second = (row["name"] for row in json.loads(svc("restore", "backups", "--list", "--json").out))
+    (tmp_path / "backups" / "snapshots" / second / "svc.db").write_bytes(b"x" * 5000)
+    ended = svc("--home", "again", "restore", "backups", "--snapshot", first, "--yes")
+    assert ended.code == 0, ended.err
+    assert f"the newer snapshot {second}" in ended.err
+    assert Settings(home=tmp_path / "again").home.is_dir()
