@@ -64,7 +64,7 @@ test-matrix: $(READY) $(PROMETHEUS) $(TOKENIZERS)
 	$(BIN)/pytest -m matrix
 	$(BIN)/pytest -m "not slow and not matrix and not soak" --hypothesis-profile=random -n auto --dist worksteal
 
-# A busy day on the real engine: good and bad clients, a swap every half minute, a killed engine every two minutes.
+# A busy day on the real engine: two models, promoted, idling and killed, beside good, bad and hostile clients.
 MINUTES ?= 10
 soak: $(READY)
 	MINUTES=$(MINUTES) $(BIN)/pytest -m soak

@@ -20,7 +20,7 @@ from svc.store.desired import change_desired, read_desired
 from svc.store.swaps import SwapOutcome, SwapResult, begin_swap, find_swap
 from svc.version import Alias, Target, VersionId
 from tests.serving.control import Control, Load, Make, ask, until
-from tests.serving.engine_double import EngineDouble
+from tests.serving.engine_double import DEAD_MESSAGE, EngineDouble
 from tests.serving.versions import NAME, make_version, target
 
 pytestmark = pytest.mark.slow
@@ -210,6 +210,19 @@ async def test_an_engine_that_does_not_come_back_is_failed_and_tried_again(contr
     assert EngineState.FAILED in seen
     assert control.pool.restarts == 4
     assert starts[2] - starts[1] >= 0.05
+
+
+@pytest.mark.parametrize("status", [400, 422, 500])
+async def test_an_engine_stays_in_service_when_an_error_quotes_a_text_about_its_death(
+    control: Control, status: int
+) -> None:
+    """As vLLM does of a client that sends it as a value."""
+    control.double.refuse_with = status, {"message": f"Input should be a valid number, got '{DEAD_MESSAGE}'"}
+    async with control.client() as client:
+        for _ in range(5):
+            assert (await ask(client, stream=False)).status in (400, 422, 502)
+            assert not control.pool.members[0].watch.suspected
+    assert len(control.park.engines) == 1
 
 
 async def test_an_engine_that_answers_no_more_is_replaced(control: Control, monkeypatch: pytest.MonkeyPatch) -> None:

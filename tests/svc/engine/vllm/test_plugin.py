@@ -10,7 +10,13 @@ from importlib.metadata import entry_points
 
 import pytest
 
-from svc.engine.vllm.plugin import INT4_LINEAR_VARIABLE, LORA_VARIABLE, QUIET_VARIABLE, register
+from svc.engine.vllm.plugin import (
+    EMPTY_TOKENS_VARIABLE,
+    INT4_LINEAR_VARIABLE,
+    LORA_VARIABLE,
+    QUIET_VARIABLE,
+    register,
+)
 
 
 def test_vllm_finds_it_by_its_entry_point() -> None:
@@ -21,7 +27,7 @@ def test_vllm_finds_it_by_its_entry_point() -> None:
 @pytest.mark.parametrize("value", ["", "0", None])
 def test_in_a_vllm_that_we_did_not_start_it_imports_nothing(value: str | None) -> None:
     code = "import sys; from svc.engine.vllm.plugin import register; register(); assert 'vllm' not in sys.modules"
-    names = (INT4_LINEAR_VARIABLE, LORA_VARIABLE, QUIET_VARIABLE)
+    names = (EMPTY_TOKENS_VARIABLE, INT4_LINEAR_VARIABLE, LORA_VARIABLE, QUIET_VARIABLE)
     subprocess.run([sys.executable, "-c", code], check=True, env=dict.fromkeys(names, value) if value else {})
 
 
@@ -116,3 +122,25 @@ def test_in_a_batch_with_adapters_the_base_is_answered_by_the_base(ours: bool) -
     command = [sys.executable, "-c", MIXED_BATCH]
     ended = subprocess.run(command, check=True, env=environment, stdout=subprocess.PIPE, text=True)
     assert ended.stdout.split()[-2:] == (["True", "True"] if ours else ["False", "False"])
+
+
+TOKENS = """
+from types import SimpleNamespace
+from svc.engine.vllm.plugin import register
+register()
+from vllm.tokenizers.detokenizer_utils import convert_ids_list_to_tokens
+spaced = '{"pre_tokenizer": {"type": "Metaspace", "replacement": "\u2581"}}'
+names = {1: "\u2581a", 2: None}
+tokenizer = SimpleNamespace(
+    backend_tokenizer=SimpleNamespace(to_str=lambda: spaced),
+    convert_ids_to_tokens=lambda ids: [names[each] for each in ids],
+    decode=lambda ids: {1: "a", 2: ""}[ids[0]],
+)
+assert convert_ids_list_to_tokens(tokenizer, [1, 2]) == [" a", ""]
+"""
+
+
+@pytest.mark.slow
+def test_vllm_shows_an_empty_token_when_an_id_of_a_sentencepiece_vocabulary_has_none() -> None:
+    pytest.importorskip("vllm")
+    subprocess.run([sys.executable, "-c", TOKENS], check=True, env=os.environ | {EMPTY_TOKENS_VARIABLE: "1"})

@@ -1,0 +1,70 @@
+"""What an answer that its client left is charged with, beside what the real engine says that it computed."""
+
+import asyncio
+import random
+import time
+from contextlib import suppress
+
+import httpx
+import pytest
+from prometheus_client.parser import text_string_to_metric_families
+
+from tests.e2e.conftest import PROMPTS, Report
+from tests.e2e.server import Server
+
+pytestmark = [pytest.mark.slow]
+
+CHAT = "/v1/chat/completions"
+LEFT = 24
+MOST_TOKENS = 300
+SETTLE_S = 1.0
+MOST_ERROR = 0.35
+
+
+def counted(server: Server) -> tuple[float, float]:
+    """Return the tokens out that were charged so far, and those that the engine has generated."""
+    page = httpx.get(f"{server.url}/metrics", timeout=30, trust_env=False).text
+    samples = [sample for family in text_string_to_metric_families(page) for sample in family.samples]
+    charged = [one.value for one in samples if one.name == "svc_key_tokens_total" and one.labels["direction"] == "out"]
+    return sum(charged), sum(one.value for one in samples if one.name == "vllm:generation_tokens_total")
+
+
+@pytest.mark.parametrize("stream", [False, True], ids=["whole", "streamed in intervals"])
+@pytest.mark.parametrize("together", [1, 8])
+def test_abandoned_answers_are_charged_about_what_the_engine_computed(
+    server: Server, report: Report, *, stream: bool, together: int
+) -> None:
+    chance = random.Random(1)
+
+    async def ask(http: httpx.AsyncClient, *, leave_after_s: float | None) -> None:
+        body = {
+            "model": "tiny",
+            "messages": PROMPTS[chance.randrange(len(PROMPTS))],
+            "max_tokens": MOST_TOKENS,
+            "ignore_eos": True,
+            "stream": stream,
+            "stream_interval": 200,
+        }
+        with suppress(TimeoutError):
+            async with asyncio.timeout(leave_after_s):
+                (await http.post(CHAT, json=body)).raise_for_status()
+
+    async def run(*leave_after_s: float | None) -> None:
+        async with httpx.AsyncClient(base_url=server.url, timeout=120, trust_env=False) as http:
+            await asyncio.gather(*(ask(http, leave_after_s=each) for each in leave_after_s))
+
+    began = time.monotonic()
+    asyncio.run(run(*[None] * together))  # complete ones tell the pace
+    longest_s = time.monotonic() - began
+    time.sleep(SETTLE_S)
+    charged, generated = counted(server)
+    for _ in range(LEFT // together):
+        asyncio.run(run(*(chance.uniform(0.1, 0.9) * longest_s for _ in range(together))))
+    time.sleep(SETTLE_S)
+    charged_after, generated_after = counted(server)
+    error = (charged_after - charged) / (generated_after - generated) - 1
+    report(
+        f"{LEFT} abandoned answers, {together} at once, {'streamed' if stream else 'whole'}: charged "
+        f"{charged_after - charged:.0f} tokens, computed {generated_after - generated:.0f} ({error:+.0%})"
+    )
+    assert abs(error) < MOST_ERROR
