@@ -131,7 +131,7 @@ def parse_request(body: bytes, route: Route, limits: RequestLimits = _LIMITS) ->
     model = fields.pop("model", None)
     if not isinstance(model, str):
         raise InvalidRequestError("'model' is missing or no string", param="model", expected="a model name")
-    refusal = find_excess(fields, route, limits) or find_refusal(fields, route)
+    refusal = find_excess(fields, route, limits, body) or find_refusal(fields, route)
     if refusal:
         raise InvalidRequestError(refusal.wrong, param=refusal.param, expected=refusal.expected, todo=refusal.todo)
     stream = _flag(fields, "stream", "stream")

@@ -20,6 +20,8 @@ Fields = Mapping[str, Any]
 _TURNS = {"messages": frozenset({"content", "tool_calls"}), "input": frozenset({"content", "output", "summary"})}
 """Where a conversation is, and where its turns have lists."""
 _TOKEN_IDS = frozenset({"allowed_token_ids", "stop_token_ids", "logprob_token_ids"})
+_SHORTEST_VALUE = 2
+"""Bytes, with what separates it from the next one."""
 _GRAMMARS = frozenset({"response_format", "structured_outputs", "text", "output_config"})
 """Limited by serving.protocols.grammar_limits."""
 
@@ -45,20 +47,22 @@ _UNUSUAL: Mapping[tuple[Route, str], _Unusual] = {
 }
 
 
-def find_excess(fields: Fields, route: Route, limits: RequestLimits) -> Refusal | None:
-    """Return the first limit on structure that a request exceeds; None where it is within all."""
-    large = [(name, value) for name, value in fields.items() if type(value) in CONTAINERS and value]
-    if not large:
-        return None
-    if is_deeper(fields, limits.depth):
+def find_excess(fields: Fields, route: Route, limits: RequestLimits, body: bytes) -> Refusal | None:
+    """Return the first limit on structure that a request exceeds; None where it is within all.
+
+    Args:
+        body: the fields as they came: what it has no room for is not counted, which is most of it in small requests.
+    """
+    if body.count(b"{") + body.count(b"[") > limits.depth and is_deeper(fields, limits.depth):
         return Refusal("", "the request body is nested too deeply", f"at most {limits.depth} levels", "flatten it")
-    for name, value in large:
-        if excess := _excess_of(name, value, route, limits):
+    room = len(body) // _SHORTEST_VALUE
+    for name, value in fields.items():
+        if type(value) in CONTAINERS and (excess := _excess_of(name, value, route, limits, room)):
             return excess
     return None
 
 
-def _excess_of(name: str, value: Any, route: Route, limits: RequestLimits) -> Refusal | None:
+def _excess_of(name: str, value: Any, route: Route, limits: RequestLimits, room: int) -> Refusal | None:
     if name == "prompt" and route is Route.COMPLETIONS:
         return _excess_of_prompt(value)
     if name in _GRAMMARS:
@@ -67,26 +71,30 @@ def _excess_of(name: str, value: Any, route: Route, limits: RequestLimits) -> Re
         if name in _TOKEN_IDS:
             return None if _are_token_ids(value) else _no_token_ids(name)
         if name in _TURNS:
-            return _excess_of_turns(name, value, limits) or _excess_of_unusual(name, value, route)
+            return _excess_of_turns(name, value, limits, room) or _excess_of_unusual(name, value, route, room)
         if name == "system":
             return _too_many(name, "content parts", len(value), limits.content_parts)
         if name == "tools":
-            return _too_many(name, "tools", len(value), limits.tools) or _excess_of_unusual(name, value, route)
+            return _too_many(name, "tools", len(value), limits.tools) or _excess_of_unusual(name, value, route, room)
+    if room <= limits.field_values:
+        return None
     return _too_many(name, "values", count_values(value, limits.field_values), limits.field_values)
 
 
-def _excess_of_turns(name: str, turns: Sequence[Any], limits: RequestLimits) -> Refusal | None:
+def _excess_of_turns(name: str, turns: Sequence[Any], limits: RequestLimits, room: int) -> Refusal | None:
     most = limits.messages if name == "messages" else limits.input_items
     if excess := _too_many(name, "elements", len(turns), most):
         return excess
+    if room <= limits.content_parts:
+        return None
     lists = (turn.get(key) for turn in turns if type(turn) is dict for key in _TURNS[name])
     parts = sum(len(found) for found in lists if type(found) is list)
     return _too_many(name, "content parts and tool calls", parts, limits.content_parts)
 
 
-def _excess_of_unusual(name: str, elements: Sequence[Any], route: Route) -> Refusal | None:
+def _excess_of_unusual(name: str, elements: Sequence[Any], route: Route, room: int) -> Refusal | None:
     limit = _UNUSUAL.get((route, name))
-    if limit is None:
+    if limit is None or (len(elements) <= limit.most and room <= limit.most_values):
         return None
     unusual = [element for element in elements if not limit.is_usual(element)]
     values = sum(count_values(element, limit.most_values) for element in unusual[: limit.most])
