@@ -16,6 +16,7 @@ from operator import itemgetter
 from typing import Any
 
 from sqlalchemy import Engine as Store
+from sqlalchemy.exc import SQLAlchemyError
 
 from serving.deployment import Deployment
 from serving.engines.places import EnginePlaces
@@ -177,14 +178,22 @@ class Deployments:
                 if time.monotonic() >= look_at:  # less often: it reads a folder for each model
                     self._router.set_registered(await asyncio.to_thread(self._registered))
                     look_at = time.monotonic() + _REGISTERED_S
-                for name in names:
-                    if name not in self._all:
-                        await self._bring(name)
-                for name in set(self._all) - set(names):
-                    await self._take_away(name)
-            except Exception:  # the store, or a defect of one model; the next turn tries again
-                log.exception("the set of served models cannot be followed; those that are served go on")
+            except (SQLAlchemyError, OSError):
+                log.exception("which models shall be served cannot be read; those that are served go on")
+            else:
+                # A model without a task could not be ended in an earlier turn; it may be wanted again since.
+                for name in [name for name in self._all if name not in names or name not in self._tasks]:
+                    await self._try(name, self._take_away)
+                for name in [name for name in names if name not in self._all]:
+                    await self._try(name, self._bring)
             await asyncio.sleep(_POLL_S)
+
+    async def _try(self, name: str, change: Callable[[str], Awaitable[None]]) -> None:
+        """Bring a model or take it away; the next turn tries again. A defect of one model concerns no other."""
+        try:
+            await change(name)
+        except Exception:
+            log.exception("%s cannot be brought or taken away; trying again", name)
 
     async def _bring(self, name: str) -> None:
         """Starts a model that was added; one that cannot be served is not wanted any more, and the status says why."""

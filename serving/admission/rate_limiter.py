@@ -53,6 +53,10 @@ class Demand(NamedTuple):
     said: bool
 
 
+_NO_DEMAND = Demand(0, 0, said=False)
+_OF_A_REQUEST = frozenset({Limit.REQUESTS_PER_MINUTE})
+
+
 class Allowance(NamedTuple):
     """What is left of a limit.
 
@@ -81,6 +85,10 @@ class Reservation:
 
     def __init__(self, held: Sequence["_Held"]) -> None:
         self._held = held
+
+    def __add__(self, other: "Reservation") -> "Reservation":
+        """Both together."""
+        return Reservation([*self._held, *other._held])
 
     def allowances(self) -> dict[Limit, Allowance]:
         """What was left of each limit beside it; cheaper than to ask the limiter anew."""
@@ -117,15 +125,36 @@ class RateLimiter:
         self._wall = wall
         self._keys: dict[str, _KeyQuotas] = {}
 
-    def reserve(self, principal: Principal, demand: Demand) -> Reservation:
-        """Takes what a request may use.
+    def reserve_request(self, principal: Principal) -> Reservation:
+        """Take a request of those that a key may send in a minute, before anything else is known of it.
+
+        Raises:
+            RateLimitedError: the key has none left.
+        """
+        limits = self._limits(principal)
+        return self._reserved(principal, _NO_DEMAND, [each for each in limits if each.limit in _OF_A_REQUEST])
+
+    def reserve(self, principal: Principal, demand: Demand, begun: Reservation | None = None) -> Reservation:
+        """Take what a request may use.
+
+        Args:
+            begun: what `reserve_request` has taken for it.
+
+        Returns:
+            Both together.
 
         Raises:
             RateLimitedError: there is not so much left of a limit; of several the one that takes longest is named.
         """
+        limits = self._limits(principal)
+        if begun is None:
+            return self._reserved(principal, demand, limits)
+        return begun + self._reserved(principal, demand, [each for each in limits if each.limit not in _OF_A_REQUEST])
+
+    def _reserved(self, principal: Principal, demand: Demand, limits: Sequence["_KeyLimit"]) -> Reservation:
         held, longest, refused = list[_Held](), 0.0, None
         now, wall = self._clock(), self._wall()
-        for key_limit in self._limits(principal):
+        for key_limit in limits:
             at = wall if key_limit.by_day else now
             free = key_limit.quota.free(at, key_limit.most)
             amount = key_limit.reserves(demand, key_limit) if key_limit.reserves else 1
@@ -137,26 +166,6 @@ class RateLimiter:
         for key_limit, amount, _, _ in held:
             key_limit.quota.reserved += amount
         return Reservation(held)
-
-    def require_request(self, principal: Principal) -> None:
-        """Raise where a key has no request left in this minute: before its request costs anything.
-
-        Raises:
-            RateLimitedError: the limit on requests per minute is reached.
-        """
-        for key_limit in self._limits(principal):
-            if key_limit.limit is Limit.REQUESTS_PER_MINUTE:
-                now = self._clock()
-                if key_limit.quota.free(now, key_limit.most) < 1:
-                    wait_s = key_limit.quota.wait_s(1, now, key_limit.most)
-                    raise self._refusal(key_limit.limit, principal, wait_s)
-
-    def count_request(self, principal: Principal) -> None:
-        """Count a request that failed by its client's fault before it reserved anything."""
-        for key_limit in self._limits(principal):
-            if key_limit.limit is Limit.REQUESTS_PER_MINUTE:
-                key_limit.quota.free(self._clock(), key_limit.most)
-                key_limit.quota.settle(0, 1)
 
     def allowances(self, principal: Principal) -> dict[Limit, Allowance]:
         """What is left of each limit that a key has."""

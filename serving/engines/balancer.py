@@ -35,7 +35,7 @@ class Lease(NamedTuple):
         http: connections to the engine.
         served: the version that answers.
         engine_model: what the engine calls it.
-        pace: how fast the engine generates.
+        pace: how fast the engines of the model generate.
         show: puts the version's name in place of the engine's own name of an adapter, in a complete event or body;
             None where the engine has no name of its own.
     """
@@ -53,6 +53,7 @@ class Balancer:
     def __init__(self, pool: EnginePool, names: ModelNames) -> None:
         self._pool = pool
         self._names = names
+        self.pace = TokenPace()
 
     async def check(self, model: str) -> None:
         """Raises where a name means nothing, also where only the registry knows that.
@@ -209,7 +210,7 @@ class Leasing:
         self.drop()
         self._engine = engine
         engine.occupy()
-        return Lease(engine.http, served, name, engine.pace, show)
+        return Lease(engine.http, served, name, self._balancer.pace, show)
 
     def _kept_use(self, engine: Replica, served: Target) -> AdapterUse | None:
         kept = self._kept

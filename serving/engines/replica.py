@@ -15,7 +15,6 @@ from serving.engines.adapters import AdapterUse, Checked
 from serving.engines.engine_adapters import EngineAdapters
 from serving.engines.engine_watch import EngineWatch
 from serving.engines.served_model import ServedModel
-from serving.engines.token_pace import TokenPace
 from serving.engines.verification import Verification
 from svc.engine.engine import LastingEngine
 from svc.engine.engine_capabilities import EngineCapabilities
@@ -64,7 +63,6 @@ class Replica:
         lock: held by who starts, changes or ends it; see `EnginePool.held`.
         watch: notices the engine's death.
         asleep: the engine has freed its GPU.
-        pace: how fast the engine generates.
         adapters: those that it applies beside its base; None where it holds a version itself.
         on_adapter: hears when an adapter has come, with the seconds that it took, or has gone, with None.
         reserved: requests for which an adapter is loaded here, or was, and that do not run yet.
@@ -98,7 +96,6 @@ class Replica:
         self.target: Target | None = None
         self.checked: Checked | None = None
         self.why = "it did not start"
-        self.pace = TokenPace()
         self.asleep = False
         self._adapter_patience_s = adapter_patience_s
         self._model: ServedModel | None = None

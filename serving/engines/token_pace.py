@@ -1,4 +1,4 @@
-"""How fast an engine generates one answer, as measured by those that ended lately.
+"""How fast the engines of a model generate one answer, as measured by those that ended lately.
 
 For an answer that its client left: the engine does not say how many tokens it computed. The estimate is off by as much
 as that answer's pace differed from the mean of the others: by its prompt's length and by what ran beside it.
@@ -6,35 +6,33 @@ as that answer's pace differed from the mean of the others: by its prompt's leng
 
 import math
 
-_KEPT = 0.95
-"""What an answer leaves of the weight of those before: the last twenty count for two thirds."""
+_KEPT_TOKENS = 2000.0
+"""So many tokens of later answers leave an answer a third of its weight."""
+_FIRST_PACE = 100.0
+"""Tokens for each second, before anything was measured: a fast single stream."""
 
 
 class TokenPace:
-    """The pace of one engine: tokens for each second of an answer, its prompt and its wait in the engine included."""
+    """Tokens for each second of an answer, its prompt and its wait in the engine included.
+
+    An answer weighs as much as it has tokens, so that nobody makes leaving early cheap by answers of one token each.
+    """
 
     __slots__ = ("_seconds", "_tokens")
 
     def __init__(self) -> None:
-        self._tokens = self._seconds = 0.0
+        self._tokens = self._seconds = 0.0  # weighted sums
 
-    def observe(self, tokens: int, seconds: float) -> None:
+    def observe(self, tokens: float, seconds: float) -> None:
         """Take an answer that is complete.
 
         Args:
-            tokens: of all its choices together.
-            seconds: that it took, times its choices: these are generated at the same time.
+            tokens: of each of its choices, which are generated at the same time.
         """
-        self._tokens = _KEPT * self._tokens + tokens
-        self._seconds = _KEPT * self._seconds + seconds
+        kept = math.exp(-tokens / _KEPT_TOKENS)
+        self._tokens = kept * self._tokens + tokens * tokens
+        self._seconds = kept * self._seconds + tokens * seconds
 
-    def estimate(self, seconds: float, most: int) -> int:
-        """Return about how many tokens were generated in so many seconds; `most` where nothing was measured yet.
-
-        Args:
-            seconds: as for `observe`.
-            most: that the answer may have.
-        """
-        if not self._seconds:
-            return most
-        return min(most, math.ceil(seconds * self._tokens / self._seconds))
+    def tokens_in(self, seconds: float) -> float:
+        """Return about how many tokens of one choice were generated in so many seconds."""
+        return seconds * (self._tokens / self._seconds if self._seconds else _FIRST_PACE)

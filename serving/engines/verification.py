@@ -22,7 +22,7 @@ from svc.version import Format, Target, VersionId
 
 log = logging.getLogger(__name__)
 
-_HASHING_THREADS = 2  # a comparison that a newer promotion superseded runs on in one of them
+_HASHING_THREADS = 4  # comparisons that newer promotions superseded run on in some of them
 _RETAKE_REPEATS = 5
 _ADAPTER_REPEATS = 2
 """Of an adapter at its first use, for which a request waits."""

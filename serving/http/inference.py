@@ -19,7 +19,7 @@ from serving.admission.errors import EngineUnavailableError
 from serving.admission.rate_limiter import RateLimiter
 from serving.engines.balancer import Lease
 from serving.engines.transport import EngineCall, EngineUnreachableError
-from serving.http.authentication import principal_of
+from serving.http.authentication import caller_of, principal_of
 from serving.http.body import ClientGoneError, body_here, read_body
 from serving.http.body_slots import BodySlot, BodySlots
 from serving.http.delivery import AnswerBuffers, ClientSlowError, delivery_of
@@ -141,7 +141,7 @@ class Exchange:
                         self._scope, receive, max_bytes=settings.max_body_bytes, timeout_s=settings.body_timeout_s
                     )
             account.body_read(len(body))
-            account.key.require_request()
+            account.key.reserve_request()
             request = parse_request(body, self._route, self._gateway.request_limits)
             account.parsed(request)
             del body
@@ -187,9 +187,8 @@ class Exchange:
         """A place among the requests that wait for adapters; those of versions in production have their own."""
         names, gateway = to.backend.names, self._gateway
         in_production = names.served is not None and names.resolve(to.model) in (None, names.served.version)
-        peer = self._scope.get("client")
         slots = gateway.production_slots if in_production else gateway.adapter_slots
-        return slots.reading(self.account.key.key_id or (str(peer[0]) if peer else ""))
+        return slots.reading(caller_of(self._scope))
 
     async def _forward_to_another(
         self, to: Destination, engine: Lease, request: CompletionRequest, refused: EngineUnreachableError

@@ -44,22 +44,22 @@ class KeyAccount:
         """Who has a share of the model."""
         return Party(self._principal.key_id, self._principal.weight) if self._principal else NO_KEY
 
-    def require_request(self) -> None:
-        """Raise where the key has no request left in this minute.
+    def reserve_request(self) -> None:
+        """Take a request of those that the key may send in a minute.
 
         Raises:
-            RateLimitedError: it has none.
+            RateLimitedError: it has none left.
         """
         if self._principal is None:
             return
         try:
-            self._limiter.require_request(self._principal)
+            self._reservation = self._limiter.reserve_request(self._principal)
         except RateLimitedError as error:
             self._metrics.key_refused(self._principal.key_id, UNKNOWN_MODEL, error.limit)
             raise
 
     def reserve(self, request: CompletionRequest, work: int, model: str) -> Reservation | None:
-        """Takes what the request may use of its key's limits; None where there is no key.
+        """Takes what the request may use of its key's other limits; None where there is no key.
 
         Args:
             work: most tokens that its answers may have.
@@ -68,11 +68,11 @@ class KeyAccount:
         Raises:
             RateLimitedError: there is not so much left.
         """
-        if self._principal is None:
+        if self._principal is None or self._reservation is None:
             return None
         demand = Demand(estimated_tokens(self.body_bytes), work, said=request.max_tokens is not None)
         try:
-            self._reservation = self._limiter.reserve(self._principal, demand)
+            self._reservation = self._limiter.reserve(self._principal, demand, self._reservation)
         except RateLimitedError as error:
             self._metrics.key_refused(self._principal.key_id, model, error.limit)
             raise
@@ -97,8 +97,6 @@ class KeyAccount:
                 self._reservation.settle(0, 0)
             else:
                 self._reservation.release()
-        elif self._principal and reason in CLIENT_FAULTS:
-            self._limiter.count_request(self._principal)
         if spent and served:
             model = served.version.name
             self._metrics.key_used(self.key_id or "", model, spent)

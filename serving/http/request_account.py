@@ -4,6 +4,7 @@ Filled in by whoever carries the request through (serving.http.inference) and by
 Knows nothing of connections, neither the client's nor the engine's.
 """
 
+import math
 from collections.abc import Callable, MutableMapping
 from datetime import UTC, datetime
 from typing import Any
@@ -143,7 +144,7 @@ class RequestAccount:
         """The engine has given all of the answer; to be called after `used`."""
         self.complete = True
         if self._usage and self._pace:
-            self._pace.observe(self._usage.completion, self._engine_seconds)
+            self._pace.observe(self._usage.completion / self._answers, self._clock() - self._asked)
 
     def failed(self, code: ErrorCode) -> None:
         """It has failed, whatever was sent of the answer."""
@@ -151,17 +152,16 @@ class RequestAccount:
         self._metrics.request_failed(self._served, code, self.model)
 
     @property
-    def _engine_seconds(self) -> float:
-        """Since the engine was asked, times the answers that it generates at the same time."""
-        answers = self._request.answers if self._request else 1
-        return (self._clock() - self._asked) * answers
+    def _answers(self) -> int:
+        """Those that the engine generates at the same time."""
+        return self._request.answers if self._request else 1
 
     @property
     def _computed(self) -> int:
         """About how many tokens the engine has generated of an answer that is not complete."""
         if self.complete or self._pace is None:
             return 0
-        return self._pace.estimate(self._engine_seconds, self.work)
+        return min(self.work, math.ceil(self._answers * self._pace.tokens_in(self._clock() - self._asked)))
 
     @property
     def _answering(self) -> Target:

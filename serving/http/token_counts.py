@@ -1,7 +1,7 @@
 """`POST /v1/messages/count_tokens` and `POST /tokenize`: how many tokens a prompt has, before it is asked.
 
-An engine counts without its model, so these take no place in admission and nothing of a key's limits but a request
-where one is refused, and leave no row.
+An engine counts without its model, so these take no place in admission, count towards no limit of a key unless they are
+refused, which counts as a request, and leave no row.
 They keep its processors busy all the same: so many are answered at once, and half of them for one caller.
 """
 
@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 from starlette.types import ASGIApp, Receive, Scope, Send
 
+from serving.admission.rate_limiter import Reservation
 from serving.engines.balancer import Lease
 from serving.engines.transport import EngineCall
 from serving.http.authentication import caller_of, principal_of
@@ -52,6 +53,8 @@ class _Endpoint:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         gateway = self.counts.gateway
         settings, principal = gateway.settings, principal_of(scope)
+        reservation: Reservation | None = None
+        refused = False
         delivery = delivery_of(scope, send, gateway.buffers, settings.client_timeout_s)
         try:
             with gateway.body_slots.reading(_peer(scope)):
@@ -59,7 +62,7 @@ class _Endpoint:
                     scope, receive, max_bytes=settings.max_body_bytes, timeout_s=settings.body_timeout_s
                 )
             if principal is not None:
-                gateway.limiter.require_request(principal)
+                reservation = gateway.limiter.reserve_request(principal)
             request = parse_request(body, _CHECKED_AS[self.route], gateway.request_limits)
             del body
             await while_connected(scope, receive, self._answer(request, scope, delivery))
@@ -71,9 +74,13 @@ class _Endpoint:
             if delivery.begun:
                 raise
             shown = api_error(error)
-            if principal is not None and shown.code in CLIENT_FAULTS:
-                gateway.limiter.count_request(principal)
+            refused = shown.code in CLIENT_FAULTS
             await answer_error(shown, scope, receive, send, body_timeout_s=settings.body_timeout_s)
+        finally:
+            if reservation is not None and refused:
+                reservation.settle(0, 0)
+            elif reservation is not None:
+                reservation.release()
 
     async def _answer(self, request: CompletionRequest, scope: Scope, delivery: Delivery) -> None:
         principal = principal_of(scope)

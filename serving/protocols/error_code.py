@@ -53,6 +53,7 @@ CLIENT_FAULTS = frozenset(
         ErrorCode.BODY_TIMEOUT,
         ErrorCode.UNSUPPORTED_MEDIA_TYPE,
         ErrorCode.MODEL_NOT_FOUND,
+        ErrorCode.RATE_LIMIT_EXCEEDED,
         ErrorCode.CLIENT_GONE,
         ErrorCode.CLIENT_SLOW,
     }

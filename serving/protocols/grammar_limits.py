@@ -37,6 +37,9 @@ MOST_ATOMS = 1_000
 MOST_ATOMS_TOGETHER = 10_000
 
 _ATOM = re.compile(r"\\.?|\[(?:\\.|[^\]\\])*\]?|\{(\d+)(?:,(\d*))?\}|\{,(\d+)\}|.", re.DOTALL)
+_JSON_TEXTS = ("json", "structural_tag")
+_MOST_STEPS = 8 * MOST_ATOMS
+"""Of reading a pattern: `|` and `?` are no atoms, and there could be 60,000 of them."""
 _OPTIONAL = 20
 """As many atoms an optional part counts for."""
 _LONGEST_NUMBER = 6  # digits; more are as good as these
@@ -64,9 +67,9 @@ def excess(grammar: Any) -> str | None:
             atoms += size
             if size > MOST_ATOMS:
                 return f"a pattern of at most {MOST_ATOMS} characters with its repetitions written out"
-    if lengths > MOST_LENGTHS:
-        return f"at most {MOST_LENGTHS} strings with a length"
-    return f"patterns of at most {MOST_ATOMS_TOGETHER} characters in all" if atoms > MOST_ATOMS_TOGETHER else None
+            if atoms > MOST_ATOMS_TOGETHER:
+                return f"patterns of at most {MOST_ATOMS_TOGETHER} characters in all"
+    return f"at most {MOST_LENGTHS} strings with a length" if lengths > MOST_LENGTHS else None
 
 
 def _excess_of_object(node: dict[str, Any]) -> str | None:
@@ -90,14 +93,18 @@ def _patterns(node: dict[str, Any]) -> Iterator[str]:
         yield from named
 
 
-def objects(grammar: Any) -> Iterator[dict[str, Any]]:
-    """All objects in a JSON value, at any depth, and in text that is JSON itself."""
+def objects(grammar: Any, *, read: bool = True) -> Iterator[dict[str, Any]]:
+    """All objects in a JSON value, at any depth.
+
+    Args:
+        read: also those in text that is JSON itself.
+    """
     left = [grammar]
     while left:
         node = left.pop()
         if isinstance(node, dict):
             yield node
-            left += [_read(value) if name in ("json", "structural_tag") else value for name, value in node.items()]
+            left += [_read(value) if read and name in _JSON_TEXTS else value for name, value in node.items()]
         elif isinstance(node, list):
             left += node
 
@@ -116,7 +123,7 @@ def written_out(pattern: str) -> int:
     """
     sums, last = [0], 0  # of each open group; of what a repetition would repeat
     before = ""
-    for atom in _ATOM.finditer(pattern):
+    for step, atom in enumerate(_ATOM.finditer(pattern)):
         if bounds := [bound for bound in atom.groups() if bound]:
             times = max(int(bound[:_LONGEST_NUMBER]) for bound in bounds)
             sums[-1] += last * max(0, times - 1)
@@ -133,6 +140,6 @@ def written_out(pattern: str) -> int:
             sums[-1] += 1
             last = 1
         before = atom[0]
-        if sums[-1] > MOST_ATOMS:
-            break
+        if sums[-1] > MOST_ATOMS or step >= _MOST_STEPS:
+            return MOST_ATOMS + 1
     return sum(sums)

@@ -149,11 +149,11 @@ def _is_text(part: Fields) -> bool:
 
 def _grammars(fields: Fields) -> Refusal | None:
     """See serving.protocols.grammar_limits."""
-    for param, grammar in _all_grammars(fields):
-        if grammar is not None and (limit := excess(grammar)):
-            wrong = f"'{param}' would keep the engine busy, which other clients share"
-            return Refusal(param, wrong, limit, "make it simpler")
-    return None
+    grammars = {param: grammar for param, grammar in _all_grammars(fields) if grammar is not None}
+    if not grammars or not (limit := excess([*grammars.values()])):
+        return None
+    param = next((param for param, grammar in grammars.items() if excess([grammar])), next(iter(grammars)))
+    return Refusal(param, f"'{param}' would keep the engine busy, which other clients share", limit, "make it simpler")
 
 
 def _all_grammars(fields: Fields) -> Iterator[tuple[str, Any]]:
@@ -165,7 +165,7 @@ def _all_grammars(fields: Fields) -> Iterator[tuple[str, Any]]:
         yield f"{name}.format", outer.get("format") if isinstance(outer, dict) else None
     tools = fields.get("tools")
     if isinstance(tools, list) and (
-        _is_forced(fields.get("tool_choice")) or any(one.get("strict") for one in objects(tools))
+        _is_forced(fields.get("tool_choice")) or any(one.get("strict") for one in objects(tools, read=False))
     ):
         yield "tools", tools
 

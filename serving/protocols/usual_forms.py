@@ -66,7 +66,7 @@ class _InputMessage(_Form):
 
 class _OutputText(_Form, tag_field="type", tag="output_text"):
     text: str
-    annotations: _Nothing
+    annotations: _Nothing = []
     logprobs: _Nothing | None = None
 
 
@@ -75,11 +75,11 @@ class _RefusalText(_Form, tag_field="type", tag="refusal"):
 
 
 class _OutputMessage(_Form):
-    id: str
     role: Literal["assistant"]
-    type: Literal["message"]
-    status: _Status
     content: list[_OutputText | _RefusalText]
+    type: Literal["message"]
+    id: str = ""
+    status: _Status = "completed"
     phase: None = None
 
 
@@ -108,8 +108,8 @@ class _ReasoningText(_Form, tag_field="type", tag="reasoning_text"):
 
 
 class _Reasoning(_Form, tag_field="type", tag="reasoning"):
-    id: str
     summary: list[_SummaryText]
+    id: str = ""
     content: list[_ReasoningText] | None = None
     encrypted_content: str | None = None
     status: _Status | None = None
@@ -121,8 +121,8 @@ class _OneItem(msgspec.Struct):
 
 class _FunctionTool(_Form, tag_field="type", tag="function"):
     name: str
-    parameters: dict[str, Any] | None
-    strict: bool | None
+    parameters: dict[str, Any] | None = None
+    strict: bool | None = None
     description: str | None = None
 
 
@@ -137,7 +137,7 @@ def is_usual_item(item: Any) -> bool:
         return False
     if item.get("type", "message") != "message":
         return _fits({"element": item}, _OneItem)
-    return _fits(item, _OutputMessage if "id" in item else _InputMessage)
+    return _fits(item, _InputMessage) or _fits(item, _OutputMessage)
 
 
 def is_usual_tool(tool: Any) -> bool:

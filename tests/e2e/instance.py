@@ -111,6 +111,13 @@ class Instance:
             assert time.monotonic() < deadline, states
             time.sleep(0.1)
 
+    def until_all(self, condition: Callable[[str], bool], timeout_s: float = 240) -> None:
+        """Wait until the engines of every model are in such a state."""
+        deadline = time.monotonic() + timeout_s
+        while not all(condition(model["engine"]["state"]) for model in self.models().values()):
+            assert time.monotonic() < deadline, self.models()
+            time.sleep(0.1)
+
     def process(self) -> psutil.Process:
         """The server's."""
         assert self._process is not None

@@ -200,7 +200,7 @@ def instance(soak_home: Path, tmp_path_factory: pytest.TempPathFactory) -> Itera
         key = svc_json(instance.home, "keys", "create", "--name", "good", "--scope", "admin", "--weight", "10")
         instance.headers = _bearer(key["secret"])
         instance.start(f"{TINY}@1", f"{OTHER}@1")
-        instance.all_ready(TINY, OTHER)
+        instance.until_all(lambda state: state in ("ready", "idle"))
         instance.promote(f"{OTHER}@1", "--format", "adapter")
         yield instance
 

@@ -1,35 +1,32 @@
-"""The pace of an engine follows the answers that ended lately."""
+"""The pace of a model follows the tokens that were generated lately."""
 
 import pytest
 
 from serving.engines.token_pace import TokenPace
 
 
-def test_the_most_is_estimated_when_nothing_was_measured() -> None:
-    assert TokenPace().estimate(0.5, 300) == 300
-
-
-def test_an_estimate_follows_the_measured_pace_up_to_the_most() -> None:
+def paced(*answers: tuple[float, float]) -> float:
+    """Return the tokens in a second after these answers: tokens, and seconds."""
     pace = TokenPace()
-    pace.observe(200, 2.0)
-    assert (pace.estimate(0.5, 300), pace.estimate(60.0, 300)) == (50, 300)
+    for tokens, seconds in answers:
+        pace.observe(tokens, seconds)
+    return pace.tokens_in(1.0)
 
 
-def test_an_estimate_is_at_least_one_token() -> None:
-    pace = TokenPace()
-    pace.observe(1, 1000.0)
-    assert pace.estimate(0.001, 300) == 1
+def test_a_fast_stream_is_assumed_when_nothing_was_measured() -> None:
+    assert TokenPace().tokens_in(0.5) == 50
 
 
-def test_long_answers_count_for_more_than_short_ones() -> None:
-    pace = TokenPace()
-    pace.observe(1, 1.0)
-    pace.observe(10_000, 100.0)
-    assert pace.estimate(1.0, 1000) > 95
+def test_the_pace_is_that_of_the_answers_that_were_measured() -> None:
+    assert paced((200, 2.0)) == pytest.approx(100)
+    assert paced((200, 2.0), (200, 4.0)) == pytest.approx(67, abs=3)
 
 
-def test_the_pace_is_a_new_one_after_an_engine_became_slower() -> None:
-    pace = TokenPace()
-    for tokens in [100] * 50 + [10] * 50:
-        pace.observe(tokens, 1.0)
-    assert pace.estimate(1.0, 1000) == pytest.approx(10, abs=8)
+def test_answers_of_one_token_hardly_change_the_pace_however_many_and_slow_they_are() -> None:
+    normal = [(100.0, 2.0)] * 20
+    assert paced(*normal, *[(1.0, 60.0)] * 20) > 25
+    assert paced(*normal, (1.0, 4.0)) == pytest.approx(50, abs=1)
+
+
+def test_the_pace_is_a_new_one_when_an_engine_became_slower() -> None:
+    assert paced(*[(100.0, 1.0)] * 50, *[(100.0, 10.0)] * 50) == pytest.approx(10, abs=3)

@@ -184,22 +184,40 @@ async def test_a_stream_that_its_client_left_costs_at_least_the_tokens_that_pass
     assert 5 <= 100 - left(service, Limit.TOKENS_OUT_PER_MINUTE) < 50
 
 
-async def test_an_answer_that_its_client_left_costs_all_it_may_have_when_no_pace_is_known(
+async def test_an_answer_that_its_client_left_costs_at_most_what_it_may_have(
     service: Service, live: httpx.AsyncClient
 ) -> None:
     limit(service, tokens_out_per_minute=100, concurrent=1)
     service.double.fault = Fault.SILENCE
     with pytest.raises(httpx.ReadTimeout):
-        await live.post(CHAT_PATH, json={**CHAT, "max_tokens": 60}, headers=LIMITED, timeout=0.2)
+        await live.post(CHAT_PATH, json={**CHAT, "n": 4, "max_tokens": 10}, headers=LIMITED, timeout=0.3)
     await until(lambda: left(service, Limit.CONCURRENT) == 1)
-    assert left(service, Limit.TOKENS_OUT_PER_MINUTE) == 40
+    assert left(service, Limit.TOKENS_OUT_PER_MINUTE) == 60
+
+
+async def test_a_request_beyond_another_limit_counts_as_a_request(service: Service, client: httpx.AsyncClient) -> None:
+    limit(service, requests_per_minute=2, tokens_out_per_minute=10)
+    answers = [await client.post(CHAT_PATH, json={**SHORT, "max_tokens": 50}, headers=LIMITED) for _ in range(3)]
+    assert [error_of(answer)["message"].partition(":")[0] for answer in answers[1:]] == [
+        "the answers may take 50 tokens, more than the limit of this key",
+        "the limit of this key is reached",
+    ]
+
+
+async def test_requests_that_are_under_way_count_before_they_are_parsed(
+    service: Service, client: httpx.AsyncClient
+) -> None:
+    limit(service, requests_per_minute=1)
+    service.double.token_delay_s = 0.05
+    answers = await asyncio.gather(*(client.post(CHAT_PATH, json=SHORT, headers=LIMITED) for _ in range(3)))
+    assert sorted(answer.status_code for answer in answers) == [200, 429, 429]
 
 
 async def test_complete_answers_tell_the_pace_of_their_engine(service: Service, client: httpx.AsyncClient) -> None:
     service.double.token_delay_s = 0.02
     for body in (SHORT, {**SHORT, "stream": True}):
         await client.post(CHAT_PATH, json=body)
-    assert 20 <= service.pace.estimate(1.0, 1000) <= 50
+    assert 20 <= service.pace.tokens_in(1.0) <= 50
 
 
 async def test_a_stream_that_the_engine_broke_costs_the_tokens_that_passed(

@@ -66,10 +66,13 @@ def worst_bodies() -> Iterator[WorstBody]:
         "answers": {"n": 1024},
     }
     function_call = {"type": "function_call", "call_id": "a", "name": "f", "arguments": "{}"}
+    output = {"type": "function_call_output", "call_id": "a", "output": "b"}
     input_text = {"type": "input_text", "text": "a"}
     responses: dict[str, dict[str, Any]] = {
         "usual items": {"input": [user] * items},
         "usual calls": {"input": [user, *[function_call] * (items - 1)]},
+        "usual outputs": {"input": [user, *[output] * (items - 1)]},
+        "usual reasoning": {"input": [user, *[{"type": "reasoning", "summary": []}] * (items - 1)]},
         "items with a part": {"input": [{"role": "user", "content": [input_text]}] * items},
         "parts": {"input": [{"role": "user", "content": [input_text] * parts}]},
         "unusual items": {"input": [{}] * 64},
