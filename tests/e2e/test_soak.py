@@ -149,15 +149,16 @@ class Soak:
                 kill = Kill(model, time.monotonic(), self.tally.running[model])
                 core.kill()
                 self.watched.kills.append(kill)
-                await asyncio.to_thread(self._until_restarted, model, state["restarts"])
+                await asyncio.to_thread(self._until_restarted, model, engine.pid)
                 kill.ready = time.monotonic()
 
-    def _until_restarted(self, model: str, restarts: int) -> None:
-        """Return when an engine was started since, and answers, or is not wanted now."""
+    def _until_restarted(self, model: str, killed: int) -> None:
+        """Return when another engine answers, or none is wanted now."""
         deadline = time.monotonic() + 240
         while time.monotonic() < deadline:
-            engine = self.instance.models()[model]["engine"]
-            if engine["restarts"] > restarts and engine["state"] in ("ready", "idle"):
+            state = self.instance.models()[model]["engine"]["state"]
+            others = [engine for engine in self.instance.engines_of(model) if engine.pid != killed]
+            if state == "idle" or (state == "ready" and others):
                 return
             time.sleep(0.02)
         raise AssertionError(f"{model} did not come back")
