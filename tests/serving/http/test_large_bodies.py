@@ -1,0 +1,74 @@
+"""Large bodies within the limits hold the event loop for a moment only, until the engine has them."""
+
+import json
+import time
+from collections.abc import Coroutine, Generator
+from typing import Any
+
+import pytest
+from starlette.types import Receive
+
+from serving.http.inference import Exchange
+from svc.settings import ServeSettings
+from tests.event_loop import MOST_CPU_S
+from tests.serving.http.test_inference import CHAT_PATH
+from tests.serving.service import NAME, Service
+
+MOST_BYTES = ServeSettings().max_body_bytes
+USER = {"role": "user", "content": "a"}
+BODIES: dict[str, tuple[str, dict[str, Any]]] = {
+    "text": (CHAT_PATH, {"messages": [{**USER, "content": "a " * (MOST_BYTES // 2 - 200)}]}),
+    "text beyond ASCII": (CHAT_PATH, {"messages": [{**USER, "content": "é" * (MOST_BYTES // 2 - 200)}]}),
+    "JSON as text": (CHAT_PATH, {"messages": [{**USER, "content": json.dumps([{"a": 1}] * 50_000)}]}),
+    "messages": (CHAT_PATH, {"messages": [USER] * 4096}),
+    "parts": (CHAT_PATH, {"messages": [{"role": "user", "content": [{"type": "text", "text": "a"}] * 8192}]}),
+    "token ids": ("/v1/completions", {"prompt": [1] * 130_000}),
+    "objects": (CHAT_PATH, {"messages": [USER], "tools": [{"a": [{}] * 15_000}]}),
+}
+
+
+class Steps:
+    """Runs a coroutine, and knows how long each of its steps took.
+
+    Attributes:
+        longest_s: processor time between two waits.
+    """
+
+    def __init__(self, work: Coroutine[Any, Any, None]) -> None:
+        self._work = work
+        self.longest_s = 0.0
+
+    def __await__(self) -> Generator[Any, Any, None]:
+        sent = None
+        while True:
+            began = time.thread_time()
+            try:
+                waited = self._work.send(sent)
+            except StopIteration:
+                return
+            finally:
+                self.longest_s = max(self.longest_s, time.thread_time() - began)
+            sent = yield waited
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", BODIES)
+async def test_no_step_of_a_large_request_holds_the_loop_for_long(
+    service: Service, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    path, fields = BODIES[name]
+    body = json.dumps({"model": NAME, "max_tokens": 1, **fields}, ensure_ascii=False, separators=(",", ":")).encode()
+    service.double.max_model_len = 10**9
+    exchanged, run = list[float](), Exchange.run
+
+    async def timed(exchange: Exchange, receive: Receive) -> None:
+        steps = Steps(run(exchange, receive))
+        await steps
+        exchanged.append(steps.longest_s)
+
+    monkeypatch.setattr(Exchange, "run", timed)
+    async with service.socket_client() as client:
+        for _ in range(3):  # processors are shared with other tests: the best of three counts
+            answer = await client.post(path, content=body, headers={"content-type": "application/json"})
+            assert answer.status_code == 200, answer.text
+    assert min(exchanged) < MOST_CPU_S
