@@ -160,7 +160,7 @@ class Soak:
             others = [engine for engine in self.instance.engines_of(model) if engine.pid != killed]
             if state == "idle" or (state == "ready" and others):
                 return
-            time.sleep(0.02)
+            time.sleep(0.2)
         raise AssertionError(f"{model} did not come back")
 
     async def _sample(self) -> None:

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from contextlib import suppress
 
 import pytest
-from hypothesis import given
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from serving.protocols.reading_cost import takes_longer
@@ -155,11 +155,14 @@ def count(value: object) -> tuple[int, int]:
     return own + sum(separators for separators, _ in inner), containers
 
 
-@given(JSON_VALUES, st.booleans())
-def test_separators_inside_of_strings_are_not_counted(value: object, ensure_ascii: bool) -> None:
+@given(value=JSON_VALUES, ensure_ascii=st.booleans(), size=st.integers(1, 40))
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_separators_inside_of_strings_are_not_counted_however_a_body_is_divided(
+    monkeypatch: pytest.MonkeyPatch, value: object, ensure_ascii: bool, size: int
+) -> None:
+    monkeypatch.setattr("serving.protocols.reading_cost._SLICE", size)
     body = json.dumps(value, ensure_ascii=ensure_ascii, separators=(",", ":")).encode()
     separators, containers = count(value)
-    exact_ns = (separators + 2 * containers) * 110 + containers * 900 + len(body) * 3 + body.count(b"\\") * 18
-    # Where strings are taken out, the limit is at least twice what bytes and backslashes take.
-    most_ms = max(exact_ns, 2 * (len(body) * 3 + body.count(b"\\") * 18)) / 1e6
-    assert not takes_longer(body, most_ms * 1.01 + 1e-4)
+    escapes, quotes = body.count(b"\\"), body.count(b'"')
+    exact_ns = (separators + 2 * containers) * 100 + containers * 900 + len(body) * 3 + escapes * 18 + quotes * 20
+    assert not takes_longer(body, (exact_ns + 20 * (len(body) / size + 1)) / 1e6 + 1e-6)
