@@ -7,6 +7,7 @@ same log-probabilities. This verifies that a hot swap serves what was evaluated.
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict
@@ -21,6 +22,7 @@ from svc.evaluation.answer_limit import answer_limits
 from svc.evaluation.estimate import Estimate, mean
 from svc.evaluation.evaluator import Evaluation, EvaluationReport, ask_examples, evaluate
 from svc.evaluation.general.general_set import MAX_TOKENS
+from svc.evaluation.quiet_machine import measure_quietly
 from svc.evaluation.results import ExampleResult
 from svc.evaluation.throughput import STREAMS, decoding_speed, first_token_seconds
 from svc.evaluation.token_scores import Scores, score_on_engine
@@ -162,7 +164,7 @@ class Qualifier:
     async def _qualify(self, engine: Engine, folder: Path, text: str, *, general: bool) -> Qualified:
         """Loads in place where it can, measures, and measures again on a fresh engine; ends the given one."""
         client, options = engine.client, self._recipe.qualify
-        loads = [await self._load(client, folder) for _ in range(_LOADS if engine.capabilities.reloads else 0)]
+        loads, others_share = await measure_quietly(partial(self._loads, engine, folder), engine.processor_s)
         judged = await self._judge(client, text)
         answered = await self._ask_general(client, text) if general else ()
         picked = self._tokenized[:: self._stride()]
@@ -171,7 +173,8 @@ class Qualifier:
             measured = await measure_probes(client, sequences, repeats=options.repeats)
             probes = make_probes(sequences, measured, self._facts(folder))
         with waiting(f"speed and parity of {text}"):
-            reading = await self._read(engine, [example.prompt for example in picked], mean(loads) if loads else None)
+            prompts = [example.prompt for example in picked]
+            reading = await self._read(engine, prompts, mean(loads) if loads else None, others_share)
         if options.restart:
             await engine.stop()
             await self._check_on_fresh_engine(folder, probes, text)
@@ -183,6 +186,10 @@ class Qualifier:
             reading=reading,
         )
 
+    async def _loads(self, engine: Engine, folder: Path) -> list[float]:
+        """Load in place a few times and return how long each took, seconds; none where the engine does not."""
+        return [await self._load(engine.client, folder) for _ in range(_LOADS if engine.capabilities.reloads else 0)]
+
     async def _load(self, client: EngineClient, folder: Path) -> float:
         """Loads in place, and returns how long that took, seconds."""
         started = time.monotonic()
@@ -192,16 +199,24 @@ class Qualifier:
         return seconds
 
     async def _read(
-        self, engine: Engine, prompts: Sequence[Sequence[int]], load_seconds: Estimate | None
+        self, engine: Engine, prompts: Sequence[Sequence[int]], load_seconds: Estimate | None, loading_share: float
     ) -> EngineReading:
+        """Read the engine; `loading_share` is the share of the processors that others used during the loads."""
         client = engine.client
         asked = [await client.prompt_tokens(example.prompt, example.tools) for example in self.judged]
         pairs = enumerate(zip(asked, self._tokenized, strict=True))
+
+        async def answers() -> tuple[Estimate, dict[int, Estimate]]:
+            first = await first_token_seconds(client, max(prompts, key=len))
+            return first, {streams: await decoding_speed(client, prompts, streams) for streams in (1, STREAMS)}
+
+        (first, decoded), others_share = await measure_quietly(answers, engine.processor_s)
         speed = Speed(
             load_seconds=load_seconds,
-            first_token_seconds=await first_token_seconds(client, max(prompts, key=len)),
-            tokens_per_second={streams: await decoding_speed(client, prompts, streams) for streams in (1, STREAMS)},
+            first_token_seconds=first,
+            tokens_per_second=decoded,
             memory_bytes=engine.memory(),
+            others_share=max(others_share, loading_share),
         )
         return EngineReading(
             prompts_differ=tuple(place for place, (prompt, one) in pairs if not _begins_with(one, prompt)),

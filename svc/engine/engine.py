@@ -28,6 +28,9 @@ class Engine(Protocol):
     def memory(self) -> int | None:
         """Bytes that its processes hold of the machine's memory; None where that cannot be known."""
 
+    def processor_s(self) -> float:
+        """Return the processor time that its processes have used, seconds; 0 where that cannot be known."""
+
     async def start(self, on_phase: Callable[[EnginePhase], None] = ...) -> None:
         """Returns when it answers."""
 

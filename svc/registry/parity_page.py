@@ -57,8 +57,17 @@ def _speed(report: ParityReport) -> str:
         memory = f"{speed.memory_bytes / 2**20:.0f} MiB" if speed.memory_bytes is not None else "unknown"
         tokens = (f"{streams} at once: {found}" for streams, found in speed.tokens_per_second.items())
         load = str(speed.load_seconds) if speed.load_seconds else "only by a new engine"
-        rows.append((format.value, load, str(speed.first_token_seconds), "<br>".join(tokens), memory))
-    return _table(("format", "load in place, s", "first token, s", "tokens/s", "memory"), rows)
+        others = f"{speed.others_share:.0%}" if speed.others_share is not None else "unknown"
+        rows.append((format.value, load, str(speed.first_token_seconds), "<br>".join(tokens), memory, others))
+    header = (
+        "format",
+        "load in place, s",
+        "first token, s",
+        "tokens/s",
+        "memory",
+        "processors used by others",
+    )
+    return _table(header, rows)
 
 
 def _table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:

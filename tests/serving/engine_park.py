@@ -135,6 +135,10 @@ class DoubleEngine:
         """It has no process."""
         return None
 
+    def processor_s(self) -> float:
+        """It has no process."""
+        return 0.0
+
     def front_s(self) -> float | None:
         """Return how long its double has worked, as a test says it."""
         return self.worked_s

@@ -64,6 +64,12 @@ def make_recipe(**sections: Any) -> Recipe:
     return Recipe.model_validate({"name": "tiny", "base": "./base", "data": data, **sections})
 
 
+@pytest.fixture(autouse=True)
+def measured_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tests run beside each other, so the machine is never quiet."""
+    monkeypatch.setattr("svc.evaluation.quiet_machine.MAX_OTHERS_SHARE", 2.0)
+
+
 @pytest.fixture(scope="session")
 def tiny_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Read only."""

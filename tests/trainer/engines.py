@@ -28,6 +28,10 @@ class DoubleEngine:
         """Some."""
         return 2**30
 
+    def processor_s(self) -> float:
+        """None: it is this process."""
+        return 0.0
+
     async def start(self, on_phase: Callable[[EnginePhase], None] = lambda phase: None) -> None:
         """It is ready at once."""
         self.runs = True

@@ -172,6 +172,16 @@ class EngineProcess:
         except psutil.Error:  # it is ending
             return None
 
+    def processor_s(self) -> float:
+        """Return the processor time that its processes have used, seconds; 0 where none runs."""
+        if self._process is None:
+            return 0.0
+        try:
+            processes = [self._process, *self._process.children(recursive=True)]
+            return sum(sum(process.cpu_times()[:2]) for process in processes)
+        except psutil.Error:  # it is ending
+            return 0.0
+
     def front_s(self) -> float | None:
         """Return the processor time of vLLM's front, the process that was started, seconds; None if unknown."""
         try:

@@ -1,0 +1,69 @@
+"""What is measured beside others is measured again, and the quietest time counts."""
+
+import asyncio
+import time
+from collections.abc import Sequence
+
+import psutil
+import pytest
+
+from svc.evaluation.quiet_machine import machine_s, measure_quietly
+
+CORES = psutil.cpu_count() or 1
+
+
+@pytest.fixture(autouse=True)
+def no_pause(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("svc.evaluation.quiet_machine._PAUSE_S", 0.0)
+
+
+async def measured(shares: Sequence[float]) -> tuple[int, float, int]:
+    """Return the result, its share and the number of measurements, where others use these shares in turn."""
+    used_s, made = 0.0, 0
+
+    async def measure() -> int:
+        nonlocal used_s, made
+        began, own = time.monotonic(), time.process_time()
+        await asyncio.sleep(0.02)
+        used_s += shares[made] * (time.monotonic() - began) * CORES + time.process_time() - own
+        made += 1
+        return made
+
+    result, share = await measure_quietly(measure, lambda: 0.0, used_s=lambda: used_s)
+    return result, share, made
+
+
+async def test_one_measurement_is_enough_when_the_machine_is_quiet() -> None:
+    result, share, made = await measured([0.02])
+    assert (result, made) == (1, 1)
+    assert share == pytest.approx(0.02, abs=0.03)
+
+
+async def test_the_measurement_is_repeated_until_the_machine_is_quiet() -> None:
+    result, _, made = await measured([0.9, 0.01])
+    assert (result, made) == (2, 2)
+
+
+async def test_the_quietest_of_three_measurements_counts_when_the_machine_stays_busy() -> None:
+    result, share, made = await measured([0.9, 0.4, 0.8])
+    assert (result, made) == (2, 3)
+    assert share == pytest.approx(0.4, abs=0.05)
+
+
+async def test_the_processor_time_of_what_is_measured_does_not_count_as_that_of_others() -> None:
+    async def measure() -> None:
+        end = time.thread_time() + 0.2
+        while time.thread_time() < end:
+            pass
+
+    before = machine_s()
+    await measure_quietly(measure, lambda: 0.0, used_s=lambda: before + time.process_time())
+    _, share = await measure_quietly(measure, lambda: 0.0, used_s=lambda: before + time.process_time())
+    assert share < 0.02
+
+
+def test_the_time_that_all_processes_used_grows_with_work() -> None:
+    before, end = machine_s(), time.thread_time() + 0.3
+    while time.thread_time() < end:
+        pass
+    assert machine_s() - before > 0.2
