@@ -23,14 +23,13 @@ from typing import Any, get_args
 from svc.chat_template import choose_template_kwargs
 from svc.child_process import in_child_process
 from svc.dataset.schema.example import ChatExample
-from svc.dataset.schema.tokenized_example import TokenizedExample
 from svc.engine.capabilities import NumberType
 from svc.errors import RecipeError, TrainingError
 from svc.json_file import read_json_object
 from svc.registry.files import read_headers
 from svc.terminal import counting, waiting
 from trainer.base_model.content import CONFIG_FILE, copy_shipped_files
-from trainer.data.chat_template import load_tokenizer, stop_tokens, tokenize_examples
+from trainer.data.chat_template import tokenize_as_trained
 from trainer.export.gate_up import join_fused_layers
 from trainer.library_output import library_output_to_log
 from trainer.model.attention import attention_implementation
@@ -101,10 +100,7 @@ def quantize_gptq(
     """
     started = time.monotonic()
     layers = check_layers(model, recipe.quantize.group_size)
-    tokenizer = load_tokenizer(model)
-    picked = pick_calibration(examples, recipe.quantize.samples, recipe.train.seed)
-    kwargs = choose_template_kwargs(model, recipe.chat_template_kwargs)
-    calibration = tokenize_examples(tokenizer, picked, stop_tokens(model, tokenizer), kwargs)
+    calibration = calibration_rows(model, examples, recipe)
     computed = calibration_type(number_type)
     out.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=".gptq-", dir=out.parent) as work:
@@ -122,7 +118,7 @@ def quantize_gptq(
     return QuantizeSummary(
         layers=len(layers),
         samples=len(calibration),
-        tokens=sum(len(example.input_ids) for example in calibration),
+        tokens=sum(map(len, calibration)),
         worst_layer=f"{worst['layer']}.{worst['module']}",
         worst_loss=float(worst["loss"]),
         seconds=time.monotonic() - started,
@@ -218,6 +214,13 @@ def _check_outputs(outputs: dict[str, int], multiple: int) -> None:
         )
 
 
+def calibration_rows(model: Path, examples: Sequence[ChatExample], recipe: Recipe) -> list[tuple[int, ...]]:
+    """Return the token ids of the picked examples, each cut to `train.max_length`, the longest row of the training."""
+    picked = pick_calibration(examples, recipe.quantize.samples, recipe.train.seed)
+    rows = tokenize_as_trained(model, picked, choose_template_kwargs(model, recipe.chat_template_kwargs))
+    return [row.input_ids[: recipe.train.max_length] for row in rows]
+
+
 def pick_calibration(examples: Sequence[ChatExample], samples: int, seed: int) -> list[ChatExample]:
     """A random choice that the seed decides; all, when there are fewer."""
     return random.Random(seed).sample(list(examples), min(samples, len(examples)))  # noqa: S311
@@ -282,7 +285,7 @@ def finish_folder(model: Path, out: Path) -> None:
 
 def _run_gptqmodel(
     model: Path,
-    calibration: list[TokenizedExample],
+    calibration: list[tuple[int, ...]],
     quantize: Quantize,
     out: Path,
     offload: str,
@@ -319,7 +322,7 @@ def _run_gptqmodel(
                 advance()
 
         quantized.layer_callback = layer_complete
-        ids = [{"input_ids": list(row.input_ids), "attention_mask": [1] * len(row.input_ids)} for row in calibration]
+        ids = [{"input_ids": list(row), "attention_mask": [1] * len(row)} for row in calibration]
         # gptqmodel leaves a folder of logs where it is called.
         with library_output_to_log(), chdir(offload), faster_rounding(cpu=not torch.cuda.is_available()):
             log = quantized.quantize(ids, batch_size=_BATCH, calibration_data_min_length=1)

@@ -245,7 +245,9 @@ class Quantize(_Section):
 
     bits: Literal[4] = Field(4, description="the only width that the engine's CPU kernel takes")
     group_size: Literal[32, 64, 128] = Field(64, description="weights that share a scale")
-    samples: int = Field(64, ge=8, le=1024, description="training examples that calibrate the rounding")
+    samples: int = Field(
+        64, ge=8, le=1024, description="training examples, cut to `train.max_length`, that calibrate GPTQ"
+    )
     sequential: bool = Field(
         True, description="a block's layers one after the other, each on what those before it now answer; slower"
     )

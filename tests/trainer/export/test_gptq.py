@@ -22,6 +22,7 @@ from svc.registry.files import read_headers
 from tests.trainer.conftest import make_example, make_model, make_recipe, make_tokenizer
 from trainer.export.gptq import (
     _QUANTIZED_MIXTURES,
+    calibration_rows,
     calibration_type,
     check_layers,
     finish_folder,
@@ -152,6 +153,33 @@ def test_calibration_is_picked_by_the_seed() -> None:
 
 def test_too_few_examples_are_all_used(examples: list[ChatExample]) -> None:
     assert len(pick_calibration(examples, 1024, seed=0)) == len(examples)
+
+
+def test_calibration_rows_have_at_most_max_length_tokens_when_examples_are_longer(
+    tiny_base: Path, examples: list[ChatExample]
+) -> None:
+    whole = calibration_rows(tiny_base, examples, make_recipe())
+    middle = sorted(map(len, whole))[len(whole) // 2]
+    cut = calibration_rows(tiny_base, examples, make_recipe(train={"max_length": middle}))
+    assert cut == [row[:middle] for row in whole]
+    assert cut != whole
+
+
+def test_quantizing_is_given_rows_of_at_most_max_length_tokens_when_examples_are_longer(
+    tiny_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class GivenError(Exception):
+        """Stops before the work, with what it was to work on."""
+
+    def refuse(work: Any, model: Path, calibration: Any, *others: Any) -> None:
+        raise GivenError(calibration)
+
+    monkeypatch.setattr("trainer.export.gptq.in_child_process", refuse)
+    recipe = make_recipe(train={"max_length": 40}, quantize={"group_size": 32, "samples": 8})
+    examples = [make_example("long " * 20, "red")] * 2
+    with pytest.raises(GivenError) as given:
+        quantize_gptq(tiny_base, examples, recipe, tmp_path / "gptq", number_type=NumberType.BFLOAT16)
+    assert [len(getattr(row, "input_ids", row)) for row in given.value.args[0]] == [40, 40]
 
 
 def write_configs(folder: Path, path: str, **changed: Any) -> Path:
