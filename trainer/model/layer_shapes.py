@@ -17,14 +17,14 @@ def layer_widths(model: Path) -> dict[str, int]:
 
 def expert_names(model: Path) -> list[str]:
     """Names of the parameters that hold the experts of a mixture; none of a model that is no mixture."""
-    return fused_experts(_empty(model))
+    return fused_experts(empty_model(model))
 
 
 def layer_shapes(model: Path) -> dict[str, tuple[int, int]]:
     """Inputs and outputs of every linear layer but the output head, by name."""
     import torch
 
-    empty = _empty(model)
+    empty = empty_model(model)
     head = empty.get_output_embeddings()
     return {
         name: (module.in_features, module.out_features)
@@ -33,7 +33,7 @@ def layer_shapes(model: Path) -> dict[str, tuple[int, int]]:
     }
 
 
-def _empty(model: Path) -> "PreTrainedModel":
+def empty_model(model: Path) -> "PreTrainedModel":
     """The model without weights."""
     import torch
     from transformers import AutoModelForCausalLM

@@ -5,11 +5,14 @@ Knows nothing of data or of the optimizer's run. Imports torch and PEFT.
 
 import warnings
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 
+import torch
 from peft import AdaLoraConfig, LoraConfig, PeftConfig, PeftModel, VeraConfig, get_peft_model
 from peft.utils import SAFETENSORS_WEIGHTS_NAME, transformers_weight_conversion
+from peft.utils.other import is_gptqmodel_quant_linear
 from safetensors.torch import load_file
 from transformers import PreTrainedModel
 
@@ -37,12 +40,14 @@ def add_adapter(model: PreTrainedModel, recipe: Recipe, steps: int) -> PreTraine
     if experts:
         _refuse_experts(recipe, experts)
         targets = sorted(linear_layers(model))
+    _import_gptqmodel()
     with _targets_as_named():
         return get_peft_model(model, adapter_config(recipe, targets, steps, experts))
 
 
 def load_adapter(model: PreTrainedModel, adapter: Path) -> PeftModel:
     """A model with a trained adapter on it, whose numbers are those of its file also where the model's are bf16."""
+    _import_gptqmodel()
     with warnings.catch_warnings(), _targets_as_named():
         # PEFT reads AdaLoRA's masks as ranks of plain LoRA, and says that none applies; they are applied all the same.
         warnings.filterwarnings("ignore", "The following rank_pattern keys did not match", RuntimeWarning)
@@ -50,6 +55,16 @@ def load_adapter(model: PreTrainedModel, adapter: Path) -> PeftModel:
     if isinstance(loaded.active_peft_config, AdaLoraConfig):
         _load_unrounded(loaded, adapter)
     return loaded
+
+
+def _import_gptqmodel() -> None:
+    """Import gptqmodel if it is installed, as PEFT does while it adds the first adapter of a process.
+
+    gptqmodel stores the exception of an optional package that is missing. The exception keeps every frame of the stack
+    as long as the process lives, and the frames of PEFT and its callers keep the model. A thread has its own stack.
+    """
+    with ThreadPoolExecutor(1) as pool:
+        pool.submit(is_gptqmodel_quant_linear, torch.nn.Module()).result()
 
 
 def _load_unrounded(model: PeftModel, adapter: Path) -> None:

@@ -16,9 +16,10 @@ from svc.evaluation.token_scores import Scores
 from svc.registry.parity import Differences, ParityCheck, ParityReport
 from svc.terminal import waiting
 from svc.version import Format
-from trainer.export.verify_merge import load_weights
 from trainer.library_output import library_output_to_log
+from trainer.model.memory import release_memory
 from trainer.model.peft_config import load_adapter
+from trainer.model.stored_weights import StoredWeights
 from trainer.parity import adapter as adapter_parity
 from trainer.parity import gptq as gptq_parity
 from trainer.parity.files import other_config, other_files, unreadable_weights
@@ -110,14 +111,11 @@ def _compare(
 ) -> tuple[list[ParityCheck], dict[str, Differences]]:
     checks: list[ParityCheck] = []
     differences: dict[str, Differences] = {}
-    merged = load_weights(made.merged)
     trained = None
     if made.adapter is not None:
-        model = load_adapter(load(made.base, number_type), made.adapter)
-        checks += _check_adapter(adapter_parity.compare(model, merged), adapter_parity.scale_of(made.adapter, recipe))
-        sum_in_float32(model)
-        trained = score(model, compared)
-        del model
+        applied, trained = _read_trained(made.base, made.adapter, made.merged, compared, number_type)
+        checks += _check_adapter(applied, adapter_parity.scale_of(made.adapter, recipe))
+        release_memory()  # of one model, before the next is loaded
     whole = score(load(made.merged, number_type), compared)
     if trained is not None:
         differences["merged beside trained, both in transformers"] = between(trained, whole)
@@ -139,6 +137,16 @@ def _compare(
         checks.append(_check("gptq: rounding of weights", passed, found, f"at most {gptq_parity.MOST_OFF}"))
         differences["gptq on the engine beside trained"] = between(trained or whole, quantized.scores)
     return checks, differences
+
+
+def _read_trained(
+    base: Path, adapter: Path, merged: Path, compared: Sequence[TokenizedExample], number_type: NumberType
+) -> tuple[adapter_parity.Applied, Scores]:
+    """Return how the adapter is in the merged weights, and the scores of base plus adapter."""
+    model = load_adapter(load(base, number_type), adapter)
+    applied = adapter_parity.compare(model, StoredWeights(merged))
+    sum_in_float32(model)
+    return applied, score(model, compared)
 
 
 def _check_adapter(applied: adapter_parity.Applied, scale: tuple[float, float] | None) -> list[ParityCheck]:

@@ -45,13 +45,13 @@ from trainer.estimate.real import compare_with_real, estimate_metrics
 from trainer.export.gptq import QuantizeSummary, calibration_type, quantize_gptq
 from trainer.export.merge import merge_adapter
 from trainer.export.verify_merge import MergeSummary, verify_full
+from trainer.model.memory import release_memory
 from trainer.pipeline.evaluation_cache import evaluation_cache
 from trainer.pipeline.evaluation_engine import evaluation_engine
 from trainer.pipeline.examples import Examples
 from trainer.pipeline.find_base import merged_revision
 from trainer.pipeline.forgetting import ForgettingTest
 from trainer.pipeline.judging import Judging, compare_answers, judge_endpoint
-from trainer.pipeline.memory import release_memory
 from trainer.pipeline.number_types import say_number_types
 from trainer.pipeline.preflight import check_base
 from trainer.pipeline.registration import Registration

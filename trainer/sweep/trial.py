@@ -19,7 +19,7 @@ from svc.engine.capabilities import NumberType
 from svc.errors import TrainingError
 from svc.evaluation.estimate import Estimate, mean
 from svc.registry.tracking import HELDOUT_LOSS, PARENT, RUN_NAME, Tracking
-from trainer.pipeline.memory import release_memory
+from trainer.model.memory import release_memory
 from trainer.pipeline.tracked_run import tracked_run
 from trainer.recipe.sections import Recipe
 from trainer.sweep.outcome import Outcome, Pruned, Status

@@ -20,9 +20,10 @@ from svc.engine.capabilities import NumberType
 from svc.errors import RecipeError, TrainingError
 from tests.trainer.conftest import make_recipe, make_tokenizer
 from trainer.export.merge import merge_adapter
-from trainer.export.verify_merge import adapted_tensors, load_weights, verify_full
+from trainer.export.verify_merge import adapted_tensors, verify_full
 from trainer.model.experts import count_experts, fused_experts, name_experts
 from trainer.model.peft_config import add_adapter, load_adapter
+from trainer.model.stored_weights import StoredWeights
 from trainer.parity.adapter import compare
 from trainer.training.sft import train_model
 from trainer.training.summary import TrainingData, TrainingSummary
@@ -158,7 +159,7 @@ def test_the_merged_mixture_answers_as_the_adapter_on_its_base(
         beside = load_adapter(base, tmp_path / "adapter")(IDS).logits
     for in_type in (torch.float32, torch.bfloat16):  # also where this machine computes in bf16
         model = load_adapter(AutoModelForCausalLM.from_pretrained(mixture, dtype=in_type), tmp_path / "adapter")
-        applied = compare(model, load_weights(tmp_path / "merged"))
+        applied = compare(model, StoredWeights(tmp_path / "merged"))
         assert (applied.wrong, applied.off) == (None, pytest.approx(0, abs=1e-3))
     # In the mean: rounding to bf16 sends a token now and then to another expert.
     assert (merged - beside).abs().mean() < 0.1 * (merged - untrained).abs().mean()

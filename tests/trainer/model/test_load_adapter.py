@@ -1,5 +1,7 @@
 """A trained adapter on a model again: as it was saved, whatever the model's own number type."""
 
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -50,3 +52,34 @@ def test_its_numbers_are_those_of_the_file(
     assert saved
     for name, weight in saved.items():
         assert torch.equal(held[name], weight), name
+
+
+FIRST_ADAPTER = """
+import gc
+import sys
+import weakref
+from pathlib import Path
+from transformers import LlamaForCausalLM
+from tests.trainer.conftest import make_recipe
+from trainer.model.peft_config import add_adapter, load_adapter
+
+def with_adapter(base, adapter):
+    model = LlamaForCausalLM.from_pretrained(base)
+    tuned = load_adapter(model, Path(adapter)) if adapter else add_adapter(model, make_recipe(), 10)
+    return weakref.ref(model.model.layers[0])
+
+layer = with_adapter(*sys.argv[1:])
+gc.collect()
+print("freed" if layer() is None else "kept")
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("loaded", [False, True], ids=["new", "loaded"])
+def test_model_is_freed_after_use_when_the_first_adapter_of_a_process_was_put_on_it(
+    base: Path, tmp_path: Path, loaded: bool
+) -> None:
+    adapter = trained_adapter(base, tmp_path / "adapter", Method.LORA) if loaded else ""
+    command = [sys.executable, "-c", FIRST_ADAPTER, str(base), str(adapter)]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert done.stdout.split()[-1] == "freed"

@@ -1,7 +1,9 @@
 """Right versions pass every check of the parity report; each planted fault fails the check that is made for it."""
 
+import gc
 import json
 import shutil
+import weakref
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -167,6 +169,32 @@ def test_a_template_that_writes_todays_date_is_served_with_a_fixed_one(tmp_path:
     assert version.report().failed == ()
     for folder in (version.merged, version.gptq):
         assert (folder / "chat_template.jinja").read_text().startswith('{{ "2024" }} ')
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_model_with_the_adapter_is_freed_before_the_merged_model_is_loaded(
+    tmp_path: Path, tiny_base: Path, monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    version = make_version(tmp_path, tiny_base, **KINDS[kind])
+    layers: list[weakref.ref[torch.nn.Module]] = []
+    alive: list[list[bool]] = []
+
+    def observed(folder: Path, number_type: NumberType) -> Any:
+        alive.append([layer() is not None for layer in layers])
+        model = load(folder, number_type)
+        layers.extend(map(weakref.ref, model.modules()))
+        return model
+
+    monkeypatch.setattr("trainer.parity.report.load", observed)
+    gc.disable()  # the collector frees nothing by chance
+    try:
+        version.report(NumberType.BFLOAT16)
+    finally:
+        gc.enable()
+    before_base, before_merged = alive
+    assert not before_base
+    assert before_merged
+    assert not any(before_merged)
 
 
 @pytest.fixture

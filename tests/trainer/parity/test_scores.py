@@ -1,12 +1,14 @@
 """In bf16, what an adapter adds reaches the sum, however fine it is: as it reaches the merged weights."""
 
+import gc
+import weakref
 from collections.abc import Callable
 
 import pytest
 import torch
 from peft import LoraConfig, PeftConfig, PeftModel, VeraConfig, get_peft_model
 
-from trainer.parity.scores import sum_in_float32
+from trainer.parity.scores import choose_device, sum_in_float32
 
 WIDTH = 256
 SHARE_OF_A_STEP = 1 / 16
@@ -61,3 +63,33 @@ def test_a_change_finer_than_bf16_does_not_arrive_as_peft_adds_it(kind: str) -> 
     inputs = torch.randn(2048, WIDTH).to(torch.bfloat16)
     model, without, added = fine_adapter(kind, inputs.float())
     assert arrived(model, inputs, without, added) < 0.3
+
+
+def test_an_adapted_layer_is_freed_without_the_collector_when_it_sums_in_float32() -> None:
+    model = get_peft_model(torch.nn.Sequential(torch.nn.Linear(WIDTH, WIDTH)).bfloat16(), KINDS["lora"]())
+    sum_in_float32(model)
+    layer, base = model.base_model.model[0], weakref.ref(model.base_model.model[0].get_base_layer())
+    del model
+    gc.collect()  # PEFT's own cycles, above the layer
+    gc.disable()
+    try:
+        del layer
+        assert base() is None
+    finally:
+        gc.enable()
+
+
+@pytest.mark.parametrize(
+    ("size", "free", "device"),
+    [
+        pytest.param(16e9, None, "cpu", id="no GPU"),
+        pytest.param(16e9, 24e9, "cuda", id="8B in bf16 on 24 GB"),
+        pytest.param(16e9, 16e9, "cpu", id="8B in bf16 on 16 GB"),
+        pytest.param(16e9, 17e9, "cpu", id="weights alone fit"),
+        pytest.param(32e9, 24e9, "cpu", id="8B in float32 on 24 GB"),
+        pytest.param(3e8, 2e9, "cpu", id="no room for logits"),
+        pytest.param(3e8, 4e9, "cuda", id="a small model on a small GPU"),
+    ],
+)
+def test_a_model_is_scored_on_the_gpu_when_one_copy_fits(size: float, free: float | None, device: str) -> None:
+    assert choose_device(int(size), None if free is None else int(free)) == device

@@ -1,6 +1,6 @@
-"""Memory that a stage leaves to the next, which may be another process: the engine.
+"""Memory that one model leaves to the next, or a stage to another process: the engine.
 
-Knows nothing of what the stages do.
+Knows nothing of what is computed.
 """
 
 import gc

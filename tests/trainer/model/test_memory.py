@@ -2,7 +2,7 @@
 
 import weakref
 
-from trainer.pipeline.memory import release_memory
+from trainer.model.memory import release_memory
 
 
 class Model:

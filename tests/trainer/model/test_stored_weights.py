@@ -1,0 +1,92 @@
+"""Weights that are read one by one are those of the model that transformers loads."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
+
+from svc.errors import IntegrityError
+from tests.hub_models.build import build_hub_model
+from tests.hub_models.family import FAMILIES
+from tests.trainer.conftest import make_model
+from tests.trainer.model.test_experts import FAMILIES as MIXTURES
+from tests.trainer.model.test_experts import make_mixture
+from trainer.model.stored_weights import StoredWeights
+
+
+def check_equal(folder: Path) -> None:
+    expected = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16).state_dict()
+    stored = StoredWeights(folder)
+    assert list(stored) == list(expected)
+    for name, weight in expected.items():
+        assert torch.equal(stored[name], weight.bfloat16()), name  # transformers keeps a few in float32
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", FAMILIES)
+def test_stored_weights_are_those_of_the_loaded_model_for_every_family(tmp_path: Path, family: str) -> None:
+    check_equal(build_hub_model(tmp_path / "base", family))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", MIXTURES)
+def test_stored_weights_are_those_of_the_loaded_model_for_every_mixture(tmp_path: Path, family: str) -> None:
+    make_mixture(family).bfloat16().save_pretrained(tmp_path / "base")
+    check_equal(tmp_path / "base")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_stored_weights_are_rounded_to_the_nearest_when_the_files_are_not_in_bf16(
+    tmp_path: Path, dtype: torch.dtype
+) -> None:
+    base = make_model(tmp_path / "base")
+    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+    for weight in model.parameters():
+        weight.data.add_(1e-4 * torch.randn_like(weight))
+    model.to(dtype).save_pretrained(base)
+    check_equal(base)
+
+
+def change_files(base: Path, **changed: torch.Tensor | None) -> None:
+    """Replace tensors of a folder by others, or remove them."""
+    weights = {**load_file(base / "model.safetensors"), **changed}
+    kept = {name: weight for name, weight in weights.items() if weight is not None}
+    save_file(kept, base / "model.safetensors", {"format": "pt"})
+
+
+def test_tied_head_is_the_embedding_when_only_one_of_them_is_in_the_files(tmp_path: Path) -> None:
+    base = make_model(tmp_path / "base")
+    check_equal(base)
+    embedding = load_file(base / "model.safetensors")["model.embed_tokens.weight"]
+    change_files(base, **{"lm_head.weight": embedding, "model.embed_tokens.weight": None})
+    check_equal(base)
+
+
+def test_tied_head_is_its_own_tensor_when_the_files_have_another_one(tmp_path: Path) -> None:
+    base = make_model(tmp_path / "base")
+    head = load_file(base / "model.safetensors")["model.embed_tokens.weight"] + 1
+    change_files(base, **{"lm_head.weight": head})
+    check_equal(base)
+
+
+def test_tensors_that_the_model_does_not_have_are_ignored(tmp_path: Path) -> None:
+    base = make_model(tmp_path / "base")
+    change_files(base, **{"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(8)})
+    check_equal(base)
+
+
+def test_missing_tensor_is_named(tmp_path: Path) -> None:
+    base = make_model(tmp_path / "base")
+    change_files(base, **{"model.layers.1.mlp.up_proj.weight": None})
+    with pytest.raises(IntegrityError, match=r"lack 1 tensors .* 'model\.layers\.1\.mlp\.up_proj\.weight'"):
+        StoredWeights(base)
+
+
+def test_tensor_of_another_shape_is_named(tmp_path: Path) -> None:
+    base = make_model(tmp_path / "base")
+    name = "model.layers.1.mlp.up_proj.weight"
+    change_files(base, **{name: torch.zeros(3, 64)})
+    with pytest.raises(IntegrityError, match=r"up_proj\.weight' in .* has the shape \[3, 64\]"):
+        StoredWeights(base)[name]

@@ -1,0 +1,205 @@
+"""Weights of a model folder by the names of the model's parameters, each read from its file on request.
+
+No model is loaded, so that memory holds only what a caller keeps. Files may have other names and other tensors than the
+model: transformers renames some, and joins the experts of a mixture into one parameter. The functions of its loader are
+called here too, for one parameter at a time. Imports torch and transformers.
+"""
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack
+from copy import deepcopy
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from transformers import PreTrainedModel
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import (
+    WeightConverter,
+    WeightRenaming,
+    WeightTransform,
+    dot_natural_key,
+    rename_source_key,
+    revert_weight_conversion,
+)
+
+from svc.errors import IntegrityError
+from svc.model_folder import weight_files
+from trainer.model.layer_shapes import empty_model
+
+Tensors = dict[str, torch.Tensor]
+
+
+class StoredWeights(Mapping[str, torch.Tensor]):
+    """Tensors by parameter name, in bf16: what a model has that was loaded from the folder.
+
+    Args:
+        folder: a model in safetensors.
+
+    Raises:
+        IntegrityError: the files lack a tensor of the model.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.model: PreTrainedModel = empty_model(folder)
+        """Without weights."""
+        self._folder = folder
+        self._shapes: Tensors = self.model.state_dict()
+        self._files = _files_of_tensors(folder)
+        conversions = get_model_conversion_mapping(self.model)
+        renamings = [one for one in conversions if isinstance(one, WeightRenaming)]
+        converters = [one for one in conversions if isinstance(one, WeightConverter)]
+        self._converters = {pattern: one for one in converters for pattern in one.source_patterns}
+        self._sources: dict[str, list[tuple[str, str | None]]] = {}  # by the first of the parameters made of them
+        for stored in sorted(self._files, key=dot_natural_key):  # in which experts are joined
+            name, pattern = self._rename(stored, renamings, converters)
+            if name in self._shapes:
+                self._sources.setdefault(name, []).append((stored, pattern))
+        # `save_pretrained` reverts those that loading has used.
+        self.model._weight_conversions = [one for one in conversions if one.was_used()]
+        self._first_of = {made: first for first in self._sources for made in self._made_of(first)}
+        self._ties = self._find_ties()
+        if missing := sorted(name for name in self._shapes if self._ties.get(name, name) not in self._first_of):
+            raise IntegrityError(
+                f"the weights in {folder} lack {len(missing)} tensors of the model, the first is {missing[0]!r}",
+                expected="all weights of the architecture that config.json names",
+                todo="download or make the model again",
+            )
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._shapes)
+
+    def __len__(self) -> int:
+        return len(self._shapes)
+
+    def __getitem__(self, name: str) -> torch.Tensor:
+        return self.read(name, torch.bfloat16)
+
+    def read(self, name: str, dtype: torch.dtype) -> torch.Tensor:
+        """Read one parameter from the files.
+
+        Args:
+            dtype: of the result; integers stay integers.
+
+        Raises:
+            IntegrityError: its shape in the files is not the model's.
+        """
+        name = self._ties.get(name, name)
+        tensor = self._convert(self._first_of[name], partial(_in_type, dtype))[name]
+        if tensor.shape != self._shapes[name].shape:
+            raise IntegrityError(
+                f"tensor {name!r} in {self._folder} has the shape {list(tensor.shape)}",
+                expected=f"{list(self._shapes[name].shape)}, by config.json",
+                todo="download or make the model again",
+            )
+        return tensor
+
+    def saved_together(self) -> list[list[str]]:
+        """Return the parameters that `save_pretrained` writes, in groups that do not depend on each other.
+
+        Without those that are tied to another. A group has more than one parameter only where several of them are one
+        tensor in the files; then all parameters are one group.
+        """
+        tied_to_another = set(self.model.all_tied_weights_keys) & (set(self._ties) | set(self._ties.values()))
+        ignored = self.model._keys_to_ignore_on_save or set()
+        names = [name for name in self._shapes if name not in tied_to_another and name not in ignored]
+        shapes = {name: self._shapes[name] for name in names}
+        apart = [set(self.as_saved({name: shape})) for name, shape in shapes.items()]
+        if sum(map(len, apart)) == len(set().union(*apart)) and set().union(*apart) == set(self.as_saved(shapes)):
+            return [[name] for name in names]
+        return [names]
+
+    def saved_shapes(self) -> Tensors:
+        """Return what `save_pretrained` writes of the model in bf16, without weights, by the names in the files."""
+        shapes = {name: self._shapes[name] for group in self.saved_together() for name in group}
+        whole = {
+            name: shape.to(torch.bfloat16) if shape.is_floating_point() else shape for name, shape in shapes.items()
+        }
+        # Parts of a tensor count as large as the whole, if they are views of it.
+        return {
+            name: torch.empty_like(part, memory_format=torch.contiguous_format)
+            for name, part in self.as_saved(whole).items()
+        }
+
+    def as_saved(self, tensors: Tensors) -> Tensors:
+        """Return tensors under the names, and in the parts, that `save_pretrained` gives them in a file.
+
+        Args:
+            tensors: whole groups of `saved_together`, by parameter name.
+        """
+        saved: Tensors = revert_weight_conversion(self.model, tensors)
+        return saved
+
+    def _rename(
+        self, stored: str, renamings: list[WeightRenaming], converters: list[WeightConverter]
+    ) -> tuple[str, str | None]:
+        """As transformers' `convert_and_load_state_dict_in_model`."""
+        prefix = self.model.base_model_prefix
+        name, pattern = rename_source_key(stored, renamings, converters, prefix, self._shapes)
+        if name not in self._shapes and stored in self._shapes:
+            name, pattern = rename_source_key(stored, [], [], prefix, self._shapes)
+        return name, pattern
+
+    def _made_of(self, first: str) -> list[str]:
+        """Names of the parameters that are made together with this one."""
+        if all(pattern is None for _, pattern in self._sources[first]):
+            return [first]
+        return list(self._convert(first, _without_weights))
+
+    def _convert(self, first: str, read: Callable[[Any, str], torch.Tensor]) -> Tensors:
+        """Return a parameter, and those that are made together with it.
+
+        Args:
+            read: returns a tensor of an open file by its name there.
+        """
+        stored, pattern = self._sources[first][0]
+        transform: WeightTransform = deepcopy(self._converters[pattern]) if pattern else WeightRenaming(stored, first)
+        with ExitStack() as stack:
+            paths = {self._files[stored] for stored, _ in self._sources[first]}
+            opened = {path: stack.enter_context(safe_open(path, framework="pt")) for path in paths}
+            for stored, pattern in self._sources[first]:
+                transform.add_tensor(first, stored, pattern or stored, read(opened[self._files[stored]], stored))
+            converted = transform.convert(first, model=self.model, config=self.model.config)
+        return {name: value[0] if isinstance(value, list) else value for name, value in converted.items()}
+
+    def _find_ties(self) -> dict[str, str]:
+        """Parameters that share another's weights, with that: as transformers ties what it has loaded.
+
+        Where both are in the files, they are tied only if they are equal.
+        """
+        ties = {}
+        for target, source in self.model.all_tied_weights_keys.items():
+            match target in self._first_of, source in self._first_of:
+                case False, True:
+                    ties[target] = source
+                case True, False:
+                    ties[source] = target
+                case True, True:
+                    both = (self._convert(self._first_of[name], _as_stored)[name] for name in (target, source))
+                    if bool(torch.eq(*both).all()):
+                        ties[target] = source
+        return ties
+
+
+def _as_stored(file: Any, stored: str) -> torch.Tensor:
+    tensor: torch.Tensor = file.get_tensor(stored)
+    return tensor
+
+
+def _without_weights(file: Any, stored: str) -> torch.Tensor:
+    return torch.empty(file.get_slice(stored).get_shape(), device="meta")
+
+
+def _in_type(dtype: torch.dtype, file: Any, stored: str) -> torch.Tensor:
+    tensor = _as_stored(file, stored)
+    return tensor.to(dtype) if tensor.is_floating_point() else tensor
+
+
+def _files_of_tensors(folder: Path) -> dict[str, Path]:
+    found: dict[str, Path] = {}
+    for path in weight_files(folder):
+        with safe_open(path, framework="pt") as file:
+            found |= dict.fromkeys(file.keys(), path)
+    return found
