@@ -1,33 +1,45 @@
 """Adds an adapter to its base model, and has verified that this happened."""
 
 import json
+import re
+from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from svc.terminal import waiting
 from trainer.base_model.content import copy_shipped_files
-from trainer.export.verify_merge import MergeSummary, adapted_tensors, compare_weights, load_weights, merge_failed
+from trainer.export.verify_merge import MergeSummary, adapted_tensors, compare_folders, merge_failed
 from trainer.library_output import library_output_to_log
+from trainer.model.layer_shapes import empty_model
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedModel
 
 _PEFT_PREFIX = "base_model.model."  # before every name in an adapter's file
+_OF_A_LAYER = re.compile(r"\.(lora|vera)_")
 
 
 def merge_adapter(base: Path, adapter: Path, out: Path) -> MergeSummary:
-    """Writes base plus adapter as bf16 safetensors, with the base's tokenizer and templates as they are, to `out`.
+    """Write base plus adapter as bf16 safetensors, with the base's tokenizer and templates as they are, to `out`.
 
     The sum is taken in float32 and rounded so that an adapter's small changes are not lost (`trainer.model.rounding`).
+    Tensors are read, merged, written and compared one after the other: memory follows the largest of them, not the
+    model.
 
     Args:
         base: folder of the model that the adapter was trained on.
         adapter: folder with adapter_config.json and adapter_model.safetensors.
 
     Raises:
-        TrainingError: a module that the adapter targets has the base's weights still, or another tensor differs.
+        TrainingError: a module that the adapter targets has the base's weights still, or another tensor differs, or
+            the adapter has tensors that are not part of an adapted layer.
     """
     with waiting("Merging the adapter into the base model"), library_output_to_log():
         changed = _merge(base, adapter, out)
     copy_shipped_files(base, out)
-    with waiting("Comparing the merged weights with the base's"):
-        return compare_weights(load_weights(base), load_weights(out), changed)
+    with waiting("Comparing the merged weights with the base's"), library_output_to_log():
+        return compare_folders(base, out, changed)
 
 
 def unused_modules(adapter: Path) -> set[str]:
@@ -40,28 +52,76 @@ def unused_modules(adapter: Path) -> set[str]:
 
 
 def _merge(base: Path, adapter: Path, out: Path) -> set[str]:
-    """Merges, writes, and returns the modules and parameters that must have changed."""
+    """Merge, write, and return the modules and parameters that must have changed."""
     import torch
     from safetensors import safe_open
-    from transformers import AutoModelForCausalLM
 
+    from trainer.export.tensor_files import open_tensor_files
     from trainer.model.peft_config import load_adapter
-    from trainer.model.rounding import round_to_bfloat16
+    from trainer.model.rounding import StochasticRounding
+    from trainer.model.stored_weights import StoredWeights
 
-    model = load_adapter(AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32), adapter)
-    tensors = adapted_tensors(model)
     with safe_open(adapter / "adapter_model.safetensors", framework="pt") as file:
-        named = {name.partition(".lora_")[0] for name in file.keys() if ".lora_" in name}  # noqa: SIM118
-    layers = {name.removeprefix(_PEFT_PREFIX) for name in named} | set(tensors)
-    try:
-        merged = model.merge_and_unload(safe_merge=True)
-    except ValueError as error:
-        raise merge_failed(f"{adapter} cannot be merged: {error}") from error
-    changed = {tensors.get(layer, layer) for layer in layers} - unused_modules(adapter)
-    round_to_bfloat16(
-        weight
-        for name, weight in merged.named_parameters(remove_duplicate=False)
-        if name in changed or name.removesuffix(".weight") in changed
-    )
-    merged.to(torch.bfloat16).save_pretrained(out)
+        tensors = list(file.keys())
+    if strange := [name for name in tensors if not _OF_A_LAYER.search(name)]:
+        raise merge_failed(f"{adapter} has the tensor {strange[0]!r}, which is not part of an adapted layer")
+    weights, model = StoredWeights(base), load_adapter(_without_weights(base), adapter)
+    layers = adapted_tensors(model)
+    named = {name.partition(".lora_")[0] for name in tensors if ".lora_" in name}
+    targets = {name.removeprefix(_PEFT_PREFIX) for name in named} | set(layers)
+    changed = {layers.get(layer, layer) for layer in targets} - unused_modules(adapter)
+    merge_layer = {
+        name if name in weights else f"{name}.weight": partial(
+            _merge_layer, model.get_base_model().get_submodule(layer)
+        )
+        for layer, name in layers.items()
+    }
+    rounding = StochasticRounding()
+
+    def merged(name: str) -> torch.Tensor:
+        if name not in merge_layer:
+            return weights[name]
+        try:
+            total = merge_layer[name](weights.read(name, torch.float32))
+        except ValueError as error:
+            raise merge_failed(f"{adapter} cannot be merged: {error}") from error
+        if name in changed or name.removesuffix(".weight") in changed:
+            return rounding.to_bfloat16(total)
+        return total.to(torch.bfloat16)
+
+    with open_tensor_files(out, weights.saved_shapes(), weights.model.num_parameters()) as files:
+        for group in weights.saved_together():
+            for name, tensor in weights.as_saved({name: merged(name) for name in group}).items():
+                files.write(name, tensor)
     return changed
+
+
+def _merge_layer(layer: Any, weight: "torch.Tensor") -> "torch.Tensor":
+    """Return the sum of a layer's weight and its adapter, as PEFT computes it.
+
+    Args:
+        layer: of PEFT, around a layer that has the weight's shape and takes no memory.
+    """
+    import torch
+
+    whole, name = layer.get_base_layer(), getattr(layer, "parameter_name", "weight")
+    empty = getattr(whole, name)
+    setattr(whole, name, torch.nn.Parameter(weight, requires_grad=False))
+    layer.merge(safe_merge=True)
+    merged: torch.Tensor = getattr(whole, name).data
+    setattr(whole, name, empty)
+    return merged
+
+
+def _without_weights(base: Path) -> "PreTrainedModel":
+    """Return the model with one zero, expanded to the shape, in place of each weight.
+
+    PEFT moves an adapter to the device of its layer: on the meta device the adapter would lose its numbers too.
+    """
+    import torch
+
+    model = empty_model(base)
+    for module in model.modules():
+        for name, weight in module.named_parameters(recurse=False):
+            setattr(module, name, torch.nn.Parameter(torch.zeros(()).expand(weight.shape), requires_grad=False))
+    return model

@@ -5,6 +5,7 @@ adapter names gives one that nobody trained. What full fine-tuning wrote is comp
 quality: whether the change is a good one is for the evaluation to say.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -47,7 +48,7 @@ def verify_full(base: Path, trained: Path) -> MergeSummary:
     """
     with waiting("Comparing the trained weights with the base's"), library_output_to_log():
         learnt = {*layer_widths(base), *expert_names(base)}
-        return compare_weights(load_weights(base), load_weights(trained), learnt, others_change=True)
+        return compare_folders(base, trained, learnt, others_change=True)
 
 
 def adapted_tensors(model: "PeftModel") -> dict[str, str]:
@@ -64,14 +65,21 @@ def adapted_tensors(model: "PeftModel") -> dict[str, str]:
     return found
 
 
+def compare_folders(base: Path, merged: Path, targets: set[str], *, others_change: bool = False) -> MergeSummary:
+    """Compare the weights of two model folders, one tensor at a time; see `compare_weights`."""
+    from trainer.model.stored_weights import StoredWeights
+
+    return compare_weights(StoredWeights(base), StoredWeights(merged), targets, others_change=others_change)
+
+
 def compare_weights(
-    base: "dict[str, torch.Tensor]",
-    merged: "dict[str, torch.Tensor]",
+    base: "Mapping[str, torch.Tensor]",
+    merged: "Mapping[str, torch.Tensor]",
     targets: set[str],
     *,
     others_change: bool = False,
 ) -> MergeSummary:
-    """Raises unless the targeted modules' weights differ, and no others.
+    """Raise unless the targeted modules' weights differ, and no others. Each tensor is looked up once, in turn.
 
     Args:
         base, merged: tensors by parameter name.
@@ -86,28 +94,25 @@ def compare_weights(
         raise merge_failed(f"the adapter targets {unknown[0]!r}, which the base model does not have")
     if set(base) != set(merged):
         raise merge_failed(f"tensor {min(set(base) ^ set(merged))!r} is in only one of base and merged model")
-    shares, changes = [], []
-    for name in sorted(base):
-        differs = base[name] != merged[name]
-        if name not in expected and not others_change and differs.any():
-            raise merge_failed(f"tensor {name!r} differs from the base's, and the adapter does not target it")
+    changes = []
+    for name in sorted(expected if others_change else base):
+        before, after = base[name], merged[name]
         if name in expected:
-            if not differs.any():
-                raise merge_failed(f"module {name.removesuffix('.weight')!r} still has the base's weights")
-            shares.append(float(differs.float().mean()))
-            changes.append(float((base[name] - merged[name]).abs().max()))
-    if not shares:
+            changes.append(_change(name, before, after))
+        elif not before.equal(after):
+            raise merge_failed(f"tensor {name!r} differs from the base's, and the adapter does not target it")
+    if not changes:
         raise merge_failed("the adapter targets no module")
-    return MergeSummary(len(shares), min(shares), max(changes))
+    shares, largest = zip(*changes, strict=True)
+    return MergeSummary(len(changes), min(shares), max(largest))
 
 
-def load_weights(folder: Path) -> "dict[str, torch.Tensor]":
-    """Tensors by name, in bf16: what a folder gives to whoever loads it."""
-    import torch
-    from transformers import AutoModelForCausalLM
-
-    weights: dict[str, torch.Tensor] = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16).state_dict()
-    return weights
+def _change(name: str, before: "torch.Tensor", after: "torch.Tensor") -> tuple[float, float]:
+    """Return the share of weights that differ and the largest difference; raise where there is none."""
+    differing = int((before != after).sum())
+    if not differing:
+        raise merge_failed(f"module {name.removesuffix('.weight')!r} still has the base's weights")
+    return differing / before.numel(), float((before - after).abs().max())
 
 
 def merge_failed(wrong: str) -> TrainingError:

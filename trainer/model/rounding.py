@@ -14,21 +14,32 @@ _STEP = 1 << 16
 """Between two bf16 numbers, in the bits of a float32: bf16 is their upper half."""
 
 
-@torch.no_grad()
+class StochasticRounding:
+    """Chance, the same in every run: the same weights in the same order give the same bits."""
+
+    def __init__(self) -> None:
+        self._chance = torch.Generator().manual_seed(0)
+
+    @torch.no_grad()
+    def to_bfloat16(self, weight: torch.Tensor) -> torch.Tensor:
+        """Return the weights, which are finite and in float32, each as one of its neighbours."""
+        # The bits of a float32 grow with its size, so that a sum of them carries over into the half that bf16 keeps.
+        bits = weight.detach().cpu().contiguous().view(torch.int32)
+        drawn = torch.randint(0, _STEP, bits.shape, generator=self._chance, dtype=torch.int32)
+        total = drawn.add_(bits).bitwise_and_(-_STEP)
+        return total.view(torch.float32).to(weight.device, torch.bfloat16)
+
+
 def round_to_bfloat16(parameters: Iterable[torch.nn.Parameter]) -> None:
     """Rounds in place. The same parameters give the same bits.
 
     Args:
         parameters: finite. Those that are not in float32 stay as they are.
     """
-    chance = torch.Generator().manual_seed(0)
+    rounding = StochasticRounding()
     for weight in parameters:
-        if weight.dtype is not torch.float32:
-            continue
-        # The bits of a float32 grow with its size, so that a sum of them carries over into the half that bf16 keeps.
-        bits = weight.detach().cpu().contiguous().view(torch.int32)
-        drawn = torch.randint(0, _STEP, bits.shape, generator=chance, dtype=torch.int32)
-        weight.data = ((bits + drawn) & -_STEP).view(torch.float32).to(weight.device, torch.bfloat16)
+        if weight.dtype is torch.float32:
+            weight.data = rounding.to_bfloat16(weight)
 
 
 def neighbours(weights: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -111,6 +111,14 @@ def test_a_nan_in_the_adapter_is_an_error(tiny_base: Path, adapter: Path, tmp_pa
         merge_adapter(tiny_base, adapter, tmp_path / "merged")
 
 
+def test_merge_fails_when_the_adapter_has_a_module_that_was_trained_whole(
+    tiny_base: Path, adapter: Path, tmp_path: Path
+) -> None:
+    change_adapter(adapter, {"base_model.model.model.norm.weight": torch.ones(64)})
+    with pytest.raises(TrainingError, match=r"'base_model\.model\.model\.norm\.weight', which is not part"):
+        merge_adapter(tiny_base, adapter, tmp_path / "merged")
+
+
 def test_a_tensor_that_nobody_targets_must_not_change() -> None:
     base = {"a.weight": torch.zeros(2), "b.weight": torch.zeros(2)}
     merged = {"a.weight": torch.ones(2), "b.weight": torch.tensor([0.0, 1.0])}

@@ -1,0 +1,154 @@
+"""The merge of single tensors writes the bytes that merging the whole model in memory writes."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from tests.hub_models.build import build_hub_model
+from tests.hub_models.family import FAMILIES
+from tests.trainer.conftest import make_model, make_recipe
+from tests.trainer.export.whole_model_merge import merge_whole_model, weight_bytes
+from tests.trainer.model.test_experts import FAMILIES as MIXTURES
+from tests.trainer.model.test_experts import make_mixture
+from trainer.export import tensor_files
+from trainer.export.merge import merge_adapter
+from trainer.model.experts import name_experts
+from trainer.model.peft_config import add_adapter
+
+METHODS: dict[str, dict[str, Any]] = {
+    "lora": {},
+    "rslora": {"adapter": {"rslora": True, "rank": 4}},
+    "attention": {"adapter": {"targets": "attention-min"}},
+    "dora": {"method": "dora"},
+    "adalora": {"method": "adalora"},
+    "vera": {"method": "vera"},
+}
+
+
+def make_adapter(base: Path, folder: Path, **sections: Any) -> Path:
+    """Write an adapter of a recipe's method that changes every module it targets."""
+    torch.manual_seed(1)
+    loaded = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+    name_experts(loaded.config)
+    model = add_adapter(loaded, make_recipe(**sections), steps=20)
+    with torch.no_grad():
+        for weight in model.parameters():
+            if weight.requires_grad:
+                weight.add_(0.3 * torch.randn_like(weight) * (weight.abs().mean() + 0.1))
+    model.save_pretrained(folder)
+    return folder
+
+
+def check_equal(base: Path, adapter: Path, folder: Path) -> dict[str, bytes]:
+    """Fail unless both merges write the same bytes, and return these."""
+    merge_adapter(base, adapter, folder / "merged")
+    merge_whole_model(base, adapter, folder / "whole")
+    written, expected = weight_bytes(folder / "merged"), weight_bytes(folder / "whole")
+    assert written.keys() == expected.keys()
+    assert written == expected
+    return written
+
+
+@pytest.mark.parametrize("sections", METHODS.values(), ids=METHODS)
+@pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
+def test_merge_writes_the_bytes_of_the_whole_model_merge_with_every_method(
+    tmp_path: Path, sections: dict[str, Any], tied: bool
+) -> None:
+    base = make_model(tmp_path / "base", tie_word_embeddings=tied)
+    check_equal(base, make_adapter(base, tmp_path / "adapter", **sections), tmp_path)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_merge_writes_the_bytes_of_the_whole_model_merge_when_the_base_is_not_in_bf16(
+    tiny_base: Path, tmp_path: Path, dtype: torch.dtype
+) -> None:
+    base = tmp_path / "base"
+    model = AutoModelForCausalLM.from_pretrained(tiny_base, dtype=torch.float32)
+    for weight in model.parameters():
+        weight.data.add_(1e-4 * torch.randn_like(weight))
+    model.to(dtype).save_pretrained(base)
+    check_equal(base, make_adapter(base, tmp_path / "adapter"), tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", FAMILIES)
+def test_merge_writes_the_bytes_of_the_whole_model_merge_for_every_family(tmp_path: Path, family: str) -> None:
+    base = build_hub_model(tmp_path / "base", family)
+    check_equal(base, make_adapter(base, tmp_path / "adapter"), tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", ["gemma_2", "phi_3", "qwen3_moe", "mixtral"])
+@pytest.mark.parametrize("method", ["dora", "adalora", "vera"])
+def test_merge_writes_the_bytes_of_the_whole_model_merge_for_families_with_other_methods(
+    tmp_path: Path, family: str, method: str
+) -> None:
+    base = build_hub_model(tmp_path / "base", family)
+    targets = {"targets": "attention-min"}  # experts take LoRA alone, and VeRA layers of one shape
+    check_equal(base, make_adapter(base, tmp_path / "adapter", method=method, adapter=targets), tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", MIXTURES)
+def test_merge_writes_the_bytes_of_the_whole_model_merge_for_every_mixture(tmp_path: Path, family: str) -> None:
+    make_mixture(family).bfloat16().save_pretrained(tmp_path / "base")
+    adapter = make_adapter(tmp_path / "base", tmp_path / "adapter", adapter={"rank": 2})
+    check_equal(tmp_path / "base", adapter, tmp_path)
+
+
+def test_merge_writes_the_bytes_of_the_whole_model_merge_when_layers_are_joined_in_the_files(tmp_path: Path) -> None:
+    """As no family that is tested with an engine: several parameters are one stored tensor."""
+    sizes = {"hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 2, "head_dim": 32}
+    config = AutoConfig.for_model("hrm_text", **sizes, num_layers_per_stack=1, vocab_size=100)
+    AutoModelForCausalLM.from_config(config).bfloat16().save_pretrained(tmp_path / "base")
+    adapter = make_adapter(tmp_path / "base", tmp_path / "adapter")
+    written = check_equal(tmp_path / "base", adapter, tmp_path)
+    assert b"gate_up_proj" in written["model.safetensors"]
+
+
+@pytest.mark.filterwarnings("ignore:Input and output embeddings are no longer tied")  # of PEFT, of the whole model
+@pytest.mark.parametrize("same", [True, False], ids=["the embedding again", "other weights"])
+def test_merge_writes_the_bytes_of_the_whole_model_merge_when_a_tied_head_is_in_the_files(
+    tiny_base: Path, tmp_path: Path, same: bool
+) -> None:
+    base = make_model(tmp_path / "base")
+    weights = load_file(base / "model.safetensors")
+    embedding = weights["model.embed_tokens.weight"]
+    weights["lm_head.weight"] = embedding.clone() if same else 2 * embedding
+    save_file(weights, base / "model.safetensors", {"format": "pt"})
+    adapter = make_adapter(tiny_base, tmp_path / "adapter")
+    merge_adapter(base, adapter, tmp_path / "merged")
+    written = load_file(tmp_path / "merged" / "model.safetensors")
+    assert ("lm_head.weight" in written) is not same
+    check_equal(base, adapter, tmp_path)
+
+
+def test_merge_writes_the_bytes_of_the_whole_model_merge_when_only_the_tied_head_is_in_the_files(
+    tiny_base: Path, tmp_path: Path
+) -> None:
+    base = make_model(tmp_path / "base")
+    weights = load_file(base / "model.safetensors")
+    weights["lm_head.weight"] = weights.pop("model.embed_tokens.weight")
+    save_file(weights, base / "model.safetensors", {"format": "pt"})
+    check_equal(base, make_adapter(tiny_base, tmp_path / "adapter"), tmp_path)
+
+
+@pytest.mark.parametrize("family", ["smollm2", "mixtral"])
+def test_merge_writes_an_index_when_the_model_does_not_fit_into_one_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, family: str
+) -> None:
+    """The same files as `save_pretrained`, also of a base that has other shards."""
+    base = build_hub_model(tmp_path / "base", family)
+    adapter = make_adapter(base, tmp_path / "adapter")
+    merge_whole_model(base, adapter, tmp_path / "whole")
+    whole = AutoModelForCausalLM.from_pretrained(tmp_path / "whole", dtype=torch.bfloat16)
+    monkeypatch.setattr(tensor_files, "_LARGEST_FILE", "1MB")
+    whole.save_pretrained(tmp_path / "expected", max_shard_size="1MB")
+    merge_adapter(base, adapter, tmp_path / "merged")
+    written, expected = weight_bytes(tmp_path / "merged"), weight_bytes(tmp_path / "expected")
+    assert len(expected) > 2
+    assert written == expected

@@ -1,0 +1,71 @@
+"""Safetensors files that are written tensor by tensor, in any order, with the names that `save_pretrained` gives them.
+
+safetensors' own writer needs all tensors of a file in memory. The format begins with the place of each, which follows
+from the shapes. Imports torch.
+"""
+
+import json
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import BinaryIO
+
+import torch
+from huggingface_hub import split_torch_state_dict_into_shards
+
+from svc.model_folder import WEIGHTS_INDEX
+
+_LARGEST_FILE = "5GB"
+_NAMES = {torch.bfloat16: "BF16", torch.int64: "I64", torch.int32: "I32", torch.uint8: "U8", torch.bool: "BOOL"}
+
+
+class TensorFiles:
+    """Files of a folder that are being written; see `open_tensor_files`."""
+
+    def __init__(self, places: dict[str, tuple[BinaryIO, int]]) -> None:
+        self._places = places
+
+    def write(self, name: str, tensor: torch.Tensor) -> None:
+        """Write one of the tensors; each is written once."""
+        file, start = self._places.pop(name)
+        file.seek(start)
+        file.write(tensor.contiguous().reshape(-1).view(torch.uint8).numpy())
+
+
+@contextmanager
+def open_tensor_files(folder: Path, shapes: Mapping[str, torch.Tensor], parameters: int) -> Iterator[TensorFiles]:
+    """Begin the files of a model, and its index where there are several.
+
+    Args:
+        folder: created if need be.
+        shapes: what will be written, by its name in the files; without weights, in the types of the files.
+        parameters: of the model, for the index.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    split = split_torch_state_dict_into_shards(
+        dict(shapes), filename_pattern="model{suffix}.safetensors", max_shard_size=_LARGEST_FILE
+    )
+    with ExitStack() as stack:
+        places: dict[str, tuple[BinaryIO, int]] = {}
+        for name, tensors in split.filename_to_tensors.items():
+            file = stack.enter_context((folder / name).open("wb"))
+            places |= _begin(file, {tensor: shapes[tensor] for tensor in tensors})
+        yield TensorFiles(places)
+    if split.is_sharded:
+        metadata = {"total_parameters": parameters, **split.metadata}
+        index = {"metadata": metadata, "weight_map": split.tensor_to_filename}
+        (folder / WEIGHTS_INDEX).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n", "utf-8")
+
+
+def _begin(file: BinaryIO, shapes: Mapping[str, torch.Tensor]) -> dict[str, tuple[BinaryIO, int]]:
+    """Write the header, with the largest numbers first as safetensors does; return the place of each tensor."""
+    header: dict[str, object] = {"__metadata__": {"format": "pt"}}
+    starts, end = {}, 0
+    for name, tensor in sorted(shapes.items(), key=lambda item: (-item[1].itemsize, item[0])):
+        starts[name], end = end, end + tensor.nbytes
+        offsets = [starts[name], end]
+        header[name] = {"dtype": _NAMES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": offsets}
+    content = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode("utf-8")
+    content += b" " * (-len(content) % 8)
+    file.write(len(content).to_bytes(8, "little") + content)
+    return {name: (file, 8 + len(content) + start) for name, start in starts.items()}
