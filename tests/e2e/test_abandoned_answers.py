@@ -3,17 +3,20 @@
 import asyncio
 import random
 import time
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import closing, suppress
+from pathlib import Path
 
 import httpx
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from tests.e2e.conftest import PROMPTS, Report
-from tests.e2e.server import Server
+from tests.e2e.instance import Instance
 
 pytestmark = [pytest.mark.slow]
 
+PORT = 8952
 CHAT = "/v1/chat/completions"
 LEFT = 24
 MOST_TOKENS = 300
@@ -21,9 +24,17 @@ SETTLE_S = 1.0
 MOST_ERROR = 0.35
 
 
-def counted(server: Server) -> tuple[float, float]:
+@pytest.fixture(scope="module")
+def instance(home: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Instance]:
+    """A server of its own: what other tests measure does not change."""
+    with closing(Instance(home, tmp_path_factory.mktemp("abandoned") / "home", PORT, PROMPTS)) as instance:
+        instance.start("tiny@1")
+        yield instance
+
+
+def counted(instance: Instance) -> tuple[float, float]:
     """Return the tokens out that were charged so far, and those that the engine has generated."""
-    page = httpx.get(f"{server.url}/metrics", timeout=30, trust_env=False).text
+    page = httpx.get(f"{instance.url}/metrics", timeout=30, trust_env=False).text
     samples = [sample for family in text_string_to_metric_families(page) for sample in family.samples]
     charged = [one.value for one in samples if one.name == "svc_key_tokens_total" and one.labels["direction"] == "out"]
     return sum(charged), sum(one.value for one in samples if one.name == "vllm:generation_tokens_total")
@@ -32,7 +43,7 @@ def counted(server: Server) -> tuple[float, float]:
 @pytest.mark.parametrize("stream", [False, True], ids=["whole", "streamed in intervals"])
 @pytest.mark.parametrize("together", [1, 8])
 def test_abandoned_answers_are_charged_about_what_the_engine_computed(
-    server: Server, report: Report, *, stream: bool, together: int
+    instance: Instance, report: Report, *, stream: bool, together: int
 ) -> None:
     chance = random.Random(1)
 
@@ -50,18 +61,18 @@ def test_abandoned_answers_are_charged_about_what_the_engine_computed(
                 (await http.post(CHAT, json=body)).raise_for_status()
 
     async def run(*leave_after_s: float | None) -> None:
-        async with httpx.AsyncClient(base_url=server.url, timeout=120, trust_env=False) as http:
+        async with httpx.AsyncClient(base_url=instance.url, timeout=120, trust_env=False) as http:
             await asyncio.gather(*(ask(http, leave_after_s=each) for each in leave_after_s))
 
     began = time.monotonic()
     asyncio.run(run(*[None] * together))  # complete ones tell the pace
     longest_s = time.monotonic() - began
     time.sleep(SETTLE_S)
-    charged, generated = counted(server)
+    charged, generated = counted(instance)
     for _ in range(LEFT // together):
         asyncio.run(run(*(chance.uniform(0.1, 0.9) * longest_s for _ in range(together))))
     time.sleep(SETTLE_S)
-    charged_after, generated_after = counted(server)
+    charged_after, generated_after = counted(instance)
     error = (charged_after - charged) / (generated_after - generated) - 1
     report(
         f"{LEFT} abandoned answers, {together} at once, {'streamed' if stream else 'whole'}: charged "

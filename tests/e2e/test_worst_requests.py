@@ -8,7 +8,7 @@ import socket
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from pathlib import Path
 
 import httpx
@@ -18,12 +18,13 @@ from serving.protocols.request import InvalidRequestError, parse_request
 from serving.protocols.route import Route
 from svc.engine.vllm.folders import socket_folder, state_folders
 from svc.engine.vllm.launch import SOCKET_FILE
-from tests.e2e.conftest import Report
-from tests.e2e.server import Server
+from tests.e2e.conftest import PROMPTS, Report
+from tests.e2e.instance import Instance
 from tests.serving.protocols.worst_bodies import WorstBody, random_body, worst_bodies
 
 pytestmark = [pytest.mark.slow]
 
+PORT = 8954
 MOST_HELD_S = 0.5
 RANDOM_BODIES = 60
 _PAUSE_S = 0.002
@@ -63,10 +64,18 @@ class Front:
 
 
 @pytest.fixture(scope="module")
-def front(server: Server) -> Iterator[Front]:
-    """That of the server's engine."""
-    (number,) = state_folders(server.home)
-    front = Front(socket_folder(server.home, number) / SOCKET_FILE)
+def instance(home: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Instance]:
+    """A server of its own: what other tests measure does not change."""
+    with closing(Instance(home, tmp_path_factory.mktemp("worst") / "home", PORT, PROMPTS)) as instance:
+        instance.start("tiny@1")
+        yield instance
+
+
+@pytest.fixture(scope="module")
+def front(instance: Instance) -> Iterator[Front]:
+    """That of the engine."""
+    (number,) = state_folders(instance.home)
+    front = Front(socket_folder(instance.home, number) / SOCKET_FILE)
     asking = threading.Thread(target=front.run)
     asking.start()
     yield front
@@ -74,12 +83,12 @@ def front(server: Server) -> Iterator[Front]:
     asking.join()
 
 
-def seconds_held(server: Server, front: Front, worst: WorstBody) -> float:
+def seconds_held(instance: Instance, front: Front, worst: WorstBody) -> float:
     """Return how long a body holds the front."""
     found = list[float]()
     with front.held(found):
         answer = httpx.post(
-            f"{server.url}{worst.route}",
+            f"{instance.url}{worst.route}",
             content=worst.body("tiny"),
             headers={"content-type": "application/json"},
             timeout=120,
@@ -90,9 +99,9 @@ def seconds_held(server: Server, front: Front, worst: WorstBody) -> float:
 
 
 def test_the_worst_bodies_within_the_limits_hold_the_front_for_a_moment_only(
-    server: Server, front: Front, report: Report
+    instance: Instance, front: Front, report: Report
 ) -> None:
-    held = {f"{worst.route} {worst.name}": seconds_held(server, front, worst) for worst in worst_bodies()}
+    held = {f"{worst.route} {worst.name}": seconds_held(instance, front, worst) for worst in worst_bodies()}
     worst_first = sorted(held.items(), key=lambda one: -one[1])
     for name, seconds in worst_first[:5]:
         report(f"front of vLLM held for {seconds * 1000:.0f} ms: {name}")
@@ -100,7 +109,7 @@ def test_the_worst_bodies_within_the_limits_hold_the_front_for_a_moment_only(
 
 
 def test_random_bodies_within_the_limits_hold_the_front_for_a_moment_only(
-    server: Server, front: Front, report: Report
+    instance: Instance, front: Front, report: Report
 ) -> None:
     chance, held, refused = random.Random(0), list[float](), 0
     while len(held) < RANDOM_BODIES:
@@ -110,6 +119,6 @@ def test_random_bodies_within_the_limits_hold_the_front_for_a_moment_only(
         except InvalidRequestError:
             refused += 1
             continue
-        held.append(seconds_held(server, front, worst))
+        held.append(seconds_held(instance, front, worst))
     report(f"front of vLLM, {len(held)} random bodies: held for {max(held) * 1000:.0f} ms at most; {refused} refused")
     assert max(held) < MOST_HELD_S
