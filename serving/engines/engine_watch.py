@@ -20,7 +20,7 @@ _HEALTH_S = 2.0
 _UNHEALTHY_S = 30.0
 """The front answers health checks even under load; silence for so long without work is a death."""
 _BUSY_S = 300.0
-"""A front that works all the time and answers nothing is left in peace for so long: it may turn in a circle."""
+"""A front that works all the time and answers nothing is left in peace for so long: it may loop for ever."""
 _BUSY_SHARE = 0.05
 """Of a processor: a front that works gets more, also beside a busy core; one that hangs uses next to nothing."""
 

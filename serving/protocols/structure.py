@@ -104,7 +104,7 @@ def _excess_of_unusual(name: str, elements: Sequence[Any], route: Route, room: i
         f"{name}.{next(place for place, element in enumerate(elements) if element is unusual[0])}",
         f"{len(unusual)} elements of '{name}' have unknown fields or wrong types",
         f"at most {limit.most} of those, with at most {limit.most_values} values in them",
-        "correct them; docs/api.md shows the usual forms",
+        "correct them: see limits on structure in docs/api.md",
     )
 
 
