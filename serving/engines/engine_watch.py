@@ -22,7 +22,7 @@ _UNHEALTHY_S = 30.0
 _BUSY_S = 300.0
 """A front that works all the time and answers nothing is left in peace for so long: it may loop for ever."""
 _BUSY_SHARE = 0.05
-"""Of a processor: a front that works gets more, also beside a busy core; one that hangs uses next to nothing."""
+"""Share of one processor. A working front uses more, even next to a busy core; a hanging front uses almost none."""
 
 
 class EngineWatch:

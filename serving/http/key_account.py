@@ -59,7 +59,7 @@ class KeyAccount:
             raise
 
     def reserve(self, request: CompletionRequest, work: int, model: str) -> Reservation | None:
-        """Takes what the request may use of its key's other limits; None where there is no key.
+        """Reserve what the request may use of its key's other limits; return None without a key.
 
         Args:
             work: most tokens that its answers may have.

@@ -38,7 +38,7 @@ MOST_ATOMS_TOGETHER = 10_000
 
 _ATOM = re.compile(r"\\.?|\[(?:\\.|[^\]\\])*\]?|\{(\d+)(?:,(\d*))?\}|\{,(\d+)\}|.", re.DOTALL)
 _JSON_TEXTS = ("json", "structural_tag")
-_MOST_STEPS = 8 * MOST_ATOMS
+_MAX_STEPS = 8 * MOST_ATOMS
 """Of reading a pattern: `|` and `?` are no atoms, and there could be 60,000 of them."""
 _OPTIONAL = 20
 """As many atoms an optional part counts for."""
@@ -140,6 +140,6 @@ def written_out(pattern: str) -> int:
             sums[-1] += 1
             last = 1
         before = atom[0]
-        if sums[-1] > MOST_ATOMS or step >= _MOST_STEPS:
+        if sums[-1] > MOST_ATOMS or step >= _MAX_STEPS:
             return MOST_ATOMS + 1
     return sum(sums)

@@ -37,7 +37,7 @@ _SAID = {
 _WHO_CHARS = 256
 _NAMES_USER = frozenset({"user", "safety_identifier", "metadata"})
 _EMPTY = b"{}"
-_MOST_UNUSUAL_BYTES = 256 * 1024
+_MAX_FALLBACK_BYTES = 256 * 1024
 """Of a body that only the standard library takes, which is several times as slow."""
 _NUMBERS = (int, float)
 _RESPONSES = Route.RESPONSES  # to look a member up takes longer than all else of a check
@@ -175,7 +175,7 @@ def _read_json(body: bytes) -> tuple[dict[str, Any], Callable[[dict[str, Any]], 
     try:
         fields = _DECODER.decode(body)
     except (msgspec.MsgspecError, ValueError, RecursionError) as error:
-        if len(body) > _MOST_UNUSUAL_BYTES:
+        if len(body) > _MAX_FALLBACK_BYTES:
             raise InvalidJsonError(f"the request body is not usable JSON: {error}") from error
         return _object(_decode(body)), _encode
     return _object(fields), _encode_as_it_came

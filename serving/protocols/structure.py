@@ -109,7 +109,7 @@ def _excess_of_unusual(name: str, elements: Sequence[Any], route: Route, room: i
 
 
 def _excess_of_prompt(prompt: Any) -> Refusal | None:
-    """vLLM reports each element that is no token id, and one that is none makes it try other types for all."""
+    """Reject a prompt of mixed types: vLLM would report an error for each of its elements."""
     if type(prompt) is list:
         kinds = set(map(type, prompt))
         if kinds == {str} or (kinds == {int} and _are_token_ids(prompt)):

@@ -158,7 +158,7 @@ class Reconciler:
             return bool(self._pool.members)
 
     async def follow(self) -> None:
-        """Take up each desired version until cancelled; `start` comes before. `reviver.run` runs beside it."""
+        """Carry out each desired version until cancelled. Call `start` first; `reviver.run` runs concurrently."""
         while True:
             desired = await self._changed()
             self.promoting = True

@@ -89,6 +89,6 @@ def _later(archive: Archive, snapshot: Snapshot) -> tuple[dict[str, _LaterKey], 
 
 
 def _read_keys(path: Path) -> list[tuple[str, str, str | None]]:
-    """Read the keys of a snapshot as it is: it must not be migrated, nor get files beside it."""
+    """Read the keys of a snapshot without changing it: no migration, and no new files in its folder."""
     with closing(sqlite3.connect(f"{path.absolute().as_uri()}?mode=ro&immutable=1", uri=True)) as database:
         return database.execute("SELECT id, hash, revoked_at FROM keys").fetchall()

@@ -1,4 +1,4 @@
-"""What an answer that its client left is charged with, beside what the real engine says that it computed."""
+"""The tokens charged for an abandoned answer, compared with those that the real engine computed."""
 
 import asyncio
 import random
