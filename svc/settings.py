@@ -22,13 +22,6 @@ from svc.errors import SettingsError
 from svc.yaml_text import parse_yaml
 
 ENV_PREFIX = "SVC_"
-RENAMED = {
-    "serve.max_held": "serve.max_queued",
-    "serve.hold_timeout_s": "serve.queue_timeout_s",
-    "records": "request_log",
-    "holdout.questions_per_minute": "holdout.requests_per_minute",
-}
-"""Settings and sections by the names that an earlier release had for them."""
 DEFAULT_FILE = Path("svc.yaml")
 _PASSWORD = re.compile(r"//[^/\s]*@")
 """In a URL that is refused, and told."""
@@ -394,8 +387,6 @@ def load_settings(config: Path | None = None, **flags: Any) -> Settings:
     except ValidationError as error:
         first = error.errors()[0]
         key = ".".join(str(part) for part in first["loc"])
-        if key in RENAMED:
-            raise SettingsError(f"there is no setting {key!r}", todo=f"call it {RENAMED[key]!r}") from error
         raise SettingsError(
             f"setting {key!r} is {_PASSWORD.sub('//***@', repr(first['input']))}: {first['msg']}",
             todo="see docs/configuration.md for every setting and its type",
@@ -448,12 +439,10 @@ def _check_environment() -> None:
     known = {_variable(key) for key in [*setting_keys(), *Settings.model_fields]}
     for name in os.environ:
         if name.startswith(ENV_PREFIX) and name.upper() not in known:
-            now = [name.upper().replace(_variable(old), _variable(new), 1) for old, new in RENAMED.items()]
-            found = next((variable for variable in now if variable in known), None)
             raise SettingsError(
                 f"environment variable {name} names no setting",
-                expected="" if found else f"one of {', '.join(sorted(known))}",
-                todo=f"call it {found}" if found else f"unset {name} or correct its name",
+                expected=f"one of {', '.join(sorted(known))}",
+                todo=f"unset {name} or correct its name",
             )
 
 

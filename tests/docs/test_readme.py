@@ -8,7 +8,7 @@ import click
 import pytest
 
 from svc.cli import COMMANDS, group
-from svc.settings import ENV_PREFIX, RENAMED, setting_keys
+from svc.settings import ENV_PREFIX, setting_keys
 from tests.docs.pages import PAGES, ROOT, blocks, page_id, prose, read, rows
 from trainer.recipe.file import load_recipe, recipe_keys
 
@@ -99,8 +99,6 @@ def test_named_keys_and_variables_exist(page: Path) -> None:
     text = prose(page.read_text("utf-8"))
     sections = {key.partition(".")[0] for key in [*setting_keys(), *recipe_keys()] if "." in key}
     keys = set(re.findall(rf"(?<![\w/])((?:{'|'.join(sections)})\.[a-z]\w+)(?![\w.]*\()", text))
-    if page.name == "CHANGELOG.md":  # it says what they were called before
-        keys -= set(RENAMED)
     keys = {key for key in keys if Path(key).suffix not in (".md", ".py", ".log", ".lock", ".json", ".jsonl", ".yaml")}
     variables = set(re.findall(rf"\b{ENV_PREFIX}[A-Z][A-Z_]*", text))
     known = {ENV_PREFIX + key.upper().replace(".", "__") for key in setting_keys()}

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from svc.errors import SettingsError
-from svc.settings import RENAMED, Device, Settings, load_settings, setting_keys
+from svc.settings import Device, Settings, load_settings, setting_keys
 from tests.svc.json_values import mappings_of
 
 Write = Callable[[str], Path]
@@ -190,24 +190,6 @@ def test_any_file_is_settings_or_a_settings_error(content: str | bytes) -> None:
         load_settings()
     except SettingsError as error:
         assert error.wrong  # noqa: PT017 - either outcome is right
-
-
-@pytest.mark.parametrize(("old", "new"), RENAMED.items())
-def test_a_setting_by_its_old_name_is_told_the_new_one(
-    old: str, new: str, write: Write, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    section, _, key = old.partition(".")
-    write(f"{section}: {{{key or 'max_mib'}: 1}}")
-    assert refusal() == f"there is no setting '{old}'\n  do: call it '{new}'"
-    write("{}")
-    leaf = "" if key else ".max_mib"
-    monkeypatch.setenv("SVC_" + (old + leaf).upper().replace(".", "__"), "1")
-    assert refusal().endswith("do: call it SVC_" + (new + leaf).upper().replace(".", "__"))
-
-
-def test_a_new_name_is_a_setting() -> None:
-    names = [*setting_keys(), *Settings.model_fields]
-    assert all(new in names and old not in names for old, new in RENAMED.items())
 
 
 def test_a_models_own_engine_settings_go_before_those_of_all() -> None:
