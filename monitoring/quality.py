@@ -48,7 +48,7 @@ class Figures:
 
     Attributes:
         nll: negative log-likelihood of the reference, nats a token.
-        weight: tokens of the reference; 1 for a version of an older release, whose examples all count the same.
+        weight: tokens of the reference.
         score: by the metric that is watched.
     """
 
@@ -122,7 +122,7 @@ def read_quality(registry: Registry, store: Store, target: Target) -> QualityRep
     first = first_holdout_run(store, target, run.engine)
     if first is None or first.id == run.id:
         return QualityReport(Quality.UNKNOWN, "the first run on this kind of engine; later ones are held against it")
-    if first.metric != run.metric:  # of an older release, or of a time when the metric could not be had here
+    if first.metric != run.metric:  # the metric could not be had here for a time
         first, run = _by_exact_match(first), _by_exact_match(run)
     there = zip(first.places, first.nll, first.hits, first.scores, strict=True)
     before = {place: Figures(nll, hit, registered[place].weight, score) for place, nll, hit, score in there}
@@ -131,7 +131,7 @@ def read_quality(registry: Registry, store: Store, target: Target) -> QualityRep
 
 def _registered(results: Sequence[ExampleResult], metric: str | None) -> dict[int, Figures]:
     """What the version gave at its registration, by the places of the examples."""
-    weights = token_weights(results) or [1.0] * len(results)
+    weights = token_weights(results)
     scores = [float(one.hit) if metric == ExactMatch.name else one.scores[str(metric)] for one in results]
     columns = zip(results, weights, scores, strict=True)
     return {at: Figures(one.nll, one.hit, weight, score) for at, (one, weight, score) in enumerate(columns)}

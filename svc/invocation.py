@@ -59,5 +59,5 @@ def settings_of(ctx: click.Context, **flags: Any) -> Settings:
     if given.get("server"):
         raise click.UsageError("--server goes with status, promote, rollback and keys; this is done in a home")
     settings = load_settings(given.get("config"), home=given.get("home"), **flags)
-    close_to_others(settings.home, _OF_A_HOME)  # of an older release: prompts, answers and weights lie in it
+    close_to_others(settings.home, _OF_A_HOME)  # if it was made or copied by other means
     return settings

@@ -55,7 +55,7 @@ class Qualified(BaseModel):
     """A format that was verified on the engine.
 
     Attributes:
-        results: the answers behind the evaluation; none in a run that an older release began.
+        results: the answers behind the evaluation.
         general: the answers to general questions; none where none were asked.
         reading: for the parity report.
     """
@@ -63,7 +63,7 @@ class Qualified(BaseModel):
     model_config = ConfigDict(frozen=True)
 
     evaluation: EvaluationReport
-    results: tuple[ExampleResult, ...] = ()
+    results: tuple[ExampleResult, ...]
     general: tuple[ExampleResult, ...] = ()
     probes: tuple[Probe, ...]
     reading: EngineReading

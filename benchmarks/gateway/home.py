@@ -62,9 +62,15 @@ def _manifest(run: str, version: VersionId, folder: Path) -> Manifest:
         recipe={},
         data=DataRecord(train_fingerprint="", train_examples=1, heldout_fingerprint="", heldout_examples=1),
         heldout=record_file(folder, folder / HELDOUT_FILE),
+        reference=(),
         base_evaluation=None,
         formats={Format.MERGED: FormatRecord(files=record_files(folder, folder / Format.MERGED.value))},
         libraries={},
+        failed=(),
+        parity=None,
+        judge=None,
+        findings=(),
+        forgetting=None,
     )
 
 

@@ -22,7 +22,7 @@ from svc.redaction import Redactor
 from svc.registry.registry import Registry
 from svc.store.answered import AnsweredRequest
 from svc.text_embedding import TEXT_SPACE_FILE, load_text_space
-from svc.version import Target, VersionId
+from svc.version import Target
 
 _MOST_COMPARED = 1_000
 """Examples; ten times the largest window. More make no test sharper, and each slower by their square."""
@@ -89,7 +89,7 @@ def read_reference(registry: Registry, target: Target, redactor: Redactor) -> Re
     prompt_sampler, answer_sampler, prompts, answers = None, None, None, None
     try:
         prompt_sampler = PromptSampler(load_text_space(registry.reference(version, TEXT_SPACE_FILE)))
-        _, compared = _once_each(_drift_sample(registry, version) or examples, redactor)
+        _, compared = _once_each(read_examples(registry.reference(version, DRIFT_SAMPLE_FILE)), redactor)
         prompts = prompt_sampler.sample(compared)
         results = registry.results(version, target.format)
         answer_sampler = AnswerSampler([example.answer for example in examples], largest_limit(results))
@@ -100,14 +100,6 @@ def read_reference(registry: Registry, target: Target, redactor: Redactor) -> Re
     except NotFoundError as error:
         missing = error.wrong
     return Reference(prompt_sampler, answer_sampler, prompts, answers, missing)
-
-
-def _drift_sample(registry: Registry, version: VersionId) -> list[ChatExample]:
-    """Empty for a version of an older release, whose prompts are compared with the held-out ones."""
-    try:
-        return read_examples(registry.reference(version, DRIFT_SAMPLE_FILE))
-    except NotFoundError:
-        return []
 
 
 def _once_each(examples: Sequence[ChatExample], redactor: Redactor) -> tuple[list[int], list[Prompt]]:

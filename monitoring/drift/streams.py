@@ -177,7 +177,7 @@ class AnswerStream:
 
     @property
     def off(self) -> str:
-        """Versions of older releases keep no answers."""
+        """An adapter has no registered answers."""
         return "" if self.reference is not None else self.held.missing
 
     @property

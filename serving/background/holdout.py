@@ -27,7 +27,7 @@ from svc.engine.probes import EngineFacts
 from svc.engine.state import EngineState
 from svc.engine.vllm.client import EngineClient
 from svc.errors import EngineError, NotFoundError, SvcError
-from svc.evaluation.evaluator import ask_example, tokenize_bare
+from svc.evaluation.evaluator import ask_example
 from svc.evaluation.metrics.exact_match import ExactMatch
 from svc.evaluation.metrics.metric import Answered
 from svc.evaluation.results import ExampleResult
@@ -65,12 +65,11 @@ class _Question:
     """A held-out example with a registered answer.
 
     Attributes:
-        tokenized: None of a version of an older release.
         limit: tokens that the registered answer could have, and the next one may.
     """
 
     example: ChatExample
-    tokenized: TokenizedExample | None
+    tokenized: TokenizedExample
     limit: int
 
 
@@ -242,7 +241,7 @@ class HoldoutRuns:
         """Return what to ask, by the examples' places in the file."""
         registered = self._registry.results(target.version, target.format)
         examples = self._registry.heldout(target.version)
-        tokenized = self._registry.heldout_tokens(target.version) or [None] * len(examples)
+        tokenized = self._registry.heldout_tokens(target.version)
         asked = {
             place: _Question(examples[place], tokenized[place], registered[place].limit)
             for place in _evenly(len(registered), MOST_EXAMPLES)
@@ -264,9 +263,9 @@ class HoldoutRuns:
         return results
 
 
-def _fits(tokenized: TokenizedExample | None) -> bool:
+def _fits(tokenized: TokenizedExample) -> bool:
     """Whether its tokens can be scored: vLLM does not budget the memory for the logits of more."""
-    return tokenized is None or len(tokenized.input_ids) <= MOST_TOKENS
+    return len(tokenized.input_ids) <= MOST_TOKENS
 
 
 def _evenly(total: int, most: int) -> list[int]:
@@ -277,7 +276,6 @@ def _evenly(total: int, most: int) -> list[int]:
 
 def _request(question: _Question) -> Callable[[EngineClient], Awaitable[ExampleResult]]:
     async def ask(client: EngineClient) -> ExampleResult:
-        scored = question.tokenized or await tokenize_bare(client, question.example)
-        return await ask_example(client, question.example, scored, limit=question.limit)
+        return await ask_example(client, question.example, question.tokenized, limit=question.limit)
 
     return ask

@@ -35,7 +35,7 @@ class EngineFacts(BaseModel):
     """What decides how an engine rounds.
 
     Attributes:
-        dtype: in which numbers it computes; of a manifest that does not say, what every release before chose.
+        dtype: in which numbers it computes.
         kernel: whose kernel multiplies by 4-bit weights; vLLM's also for a model that has none.
     """
 
@@ -45,13 +45,13 @@ class EngineFacts(BaseModel):
     device: Device
     instruction_set: str
     mode: Literal["eager", "compiled"]
-    dtype: str = "bfloat16"
-    kernel: GptqKernel = GptqKernel.VLLM
+    dtype: str
+    kernel: GptqKernel
 
     @property
     def key(self) -> str:
-        """A text that equal facts share, also with what an older release wrote."""
-        return self.model_dump_json(exclude_defaults=True)
+        """A text that equal facts share."""
+        return self.model_dump_json()
 
 
 class Probe(BaseModel):

@@ -222,6 +222,7 @@ async def ask_endpoint(
                 finish_reason=answer.finish_reason,
                 logprob=None,
                 nll=0.0,
+                scored=1,
                 hit=matches(answer.text, example.answer),
             )
 

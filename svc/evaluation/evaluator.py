@@ -21,9 +21,9 @@ from svc.engine.vllm.client import Answer, EngineClient
 from svc.errors import EngineError, RecipeError
 from svc.evaluation.estimate import Estimate, mean, proportion
 from svc.evaluation.metrics.choose import MetricSet, choose_metrics
-from svc.evaluation.metrics.exact_match import ExactMatch, matches
+from svc.evaluation.metrics.exact_match import matches
 from svc.evaluation.metrics.metric import Answered, Better, Metric, Unit
-from svc.evaluation.metrics.valid_json import ValidJson, is_json
+from svc.evaluation.metrics.valid_json import is_json
 from svc.evaluation.results import ExampleResult, token_weights
 
 CUT_OFF_TITLE = "cut off at the limit"
@@ -46,8 +46,8 @@ class MetricReport(BaseModel):
 
     title: str
     estimate: Estimate
-    better: Better = Better.HIGHER
-    unit: Unit = Unit.SHARE
+    better: Better
+    unit: Unit
 
 
 class EvaluationReport(BaseModel):
@@ -58,11 +58,10 @@ class EvaluationReport(BaseModel):
         exact_match: share of answers equal to the reference.
         valid_json: share of answers that are JSON; None when the references are not.
         cut_off: share of answers that ended at their limit of tokens, not by themselves.
-        nll: negative log-likelihood of the reference answers, nats a token, mean over all their tokens; in a report of
-            an older release the mean over examples, without the tokens that end an answer.
+        nll: negative log-likelihood of the reference answers, nats a token, mean over all their tokens.
         hits: exact match of each example, for paired comparison.
         seconds: time for all answers and scores; 0 where they were known.
-        metrics: by name; none in a report of an older release, which `figures` has some for.
+        metrics: by name.
         primary: name of the metric that gates, and that monitoring repeats.
     """
 
@@ -75,21 +74,13 @@ class EvaluationReport(BaseModel):
     nll: Estimate
     hits: tuple[bool, ...]
     seconds: float
-    metrics: dict[str, MetricReport] = {}
-    primary: str = ExactMatch.name
+    metrics: dict[str, MetricReport]
+    primary: str
 
     @property
     def figures(self) -> dict[str, MetricReport]:
         """What each metric says, by its name, the primary one first."""
-        metrics = self.metrics or self._older()
-        return {self.primary: metrics[self.primary]} | metrics
-
-    def _older(self) -> dict[str, MetricReport]:
-        """Of a report of an older release."""
-        metrics = {ExactMatch.name: MetricReport(title=ExactMatch.title, estimate=self.exact_match)}
-        if self.valid_json:
-            metrics[ValidJson.name] = MetricReport(title=ValidJson.title, estimate=self.valid_json)
-        return metrics
+        return {self.primary: self.metrics[self.primary]} | self.metrics
 
 
 @dataclass(frozen=True, slots=True)
@@ -194,17 +185,6 @@ async def score(client: EngineClient, tokenized: TokenizedExample) -> float:
     """
     logprobs = await client.logprobs(tokenized.input_ids, tokenized.learnt[0][0])
     return _finite(statistics.fmean(tokenized.of_learnt(logprobs)))
-
-
-async def tokenize_bare(client: EngineClient, example: ChatExample) -> TokenizedExample:
-    """An example as versions of older releases were judged by it: the bare answer after its prompt, without an end.
-
-    Raises:
-        EngineError: the engine failed a request.
-    """
-    prompt = await client.prompt_tokens(example.prompt, example.tools)
-    ids = (*prompt, *await client.tokens(example.answer))
-    return TokenizedExample(ids, ((len(prompt), len(ids)),))
 
 
 async def mean_logprob(client: EngineClient, prompt: Sequence[int], answer: Sequence[int]) -> float:

@@ -22,10 +22,9 @@ class ExampleResult(BaseModel):
         finish_reason: the engine's.
         logprob: mean natural-log probability of the answer's tokens; None for an empty answer.
         nll: negative log-likelihood of the reference answer, nats a token.
-        scored: tokens that `nll` is the mean of; None in a file of an older release, which left out the token that ends
-            an answer.
+        scored: tokens that `nll` is the mean of; 1 where nothing was scored.
         hit: the answer is the reference, but for white space around.
-        scores: what each metric that scores examples gives this one, by its name; none in a file of an older release.
+        scores: what each metric that scores examples gives this one, by its name.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
@@ -36,7 +35,7 @@ class ExampleResult(BaseModel):
     finish_reason: str
     logprob: float | None
     nll: float
-    scored: int | None = Field(None, ge=1)
+    scored: int = Field(ge=1)
     hit: bool
     scores: dict[str, float] = {}
 
@@ -51,10 +50,9 @@ def largest_limit(results: Sequence[ExampleResult]) -> int:
     return max(result.limit for result in results)
 
 
-def token_weights(results: Sequence[ExampleResult]) -> list[float] | None:
-    """How many tokens are behind each log-likelihood; None where an older release does not say: all count the same."""
-    scored = [result.scored for result in results]
-    return [float(one) for one in scored if one is not None] if all(scored) else None
+def token_weights(results: Sequence[ExampleResult]) -> list[float]:
+    """Return how many tokens are behind each log-likelihood."""
+    return [float(result.scored) for result in results]
 
 
 def write_results(path: Path, results: Sequence[ExampleResult]) -> None:

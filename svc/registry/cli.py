@@ -152,7 +152,7 @@ def _show_parity(registry: Registry, manifest: Manifest, *, as_json: bool) -> No
     if manifest.parity is None:
         raise NotFoundError(
             f"{manifest.id} has no parity report",
-            expected="a version with a merged or GPTQ format, of a release that makes reports",
+            expected="a version with a merged or GPTQ format",
             todo="train it again",
         )
     if as_json:

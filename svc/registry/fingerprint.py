@@ -60,11 +60,9 @@ def compatibility_fingerprint(folder: Path, template_kwargs: TemplateKwargs | No
         "tokenizer": _tokenizer(folder),
         "special_tokens": {key: _content(tokenizer_config.get(key)) for key in _SPECIAL_TOKENS},
         "chat_template": template.strip() if (template := read_chat_template(folder)) else None,
+        "chat_template_kwargs": dict(read_template_kwargs(folder) if template_kwargs is None else template_kwargs),
         "generation": _stable(read_json_object(folder / "generation_config.json", default={})),
     }
-    kwargs = read_template_kwargs(folder) if template_kwargs is None else template_kwargs
-    if kwargs:  # a version of an earlier release has none
-        parts["chat_template_kwargs"] = dict(kwargs)
     text = json.dumps(parts, sort_keys=True, ensure_ascii=False)
     return f"sha256:{hashlib.sha256(text.encode('utf-8')).hexdigest()}"
 

@@ -55,7 +55,7 @@ class FormatRecord(_Record):
         fingerprint: versions with the same one can replace each other in a running engine.
         evaluation: on the engine; None for a format that was not served.
         load_seconds: reload in place into a running engine.
-        tokens_per_second: decoded, over 8 streams; of versions of older releases with the reading of their prompts.
+        tokens_per_second: decoded, over 8 streams.
     """
 
     files: tuple[FileRecord, ...]
@@ -75,13 +75,13 @@ class Manifest(_Record):
     """All that is known of a version. Training figures are in MLflow under `tracking_run`.
 
     Attributes:
-        reference: the files that later traffic and answers are compared with; none for a version of an older release.
+        reference: the files that later traffic and answers are compared with.
         base_evaluation: None where the base was not asked: it is compared with the merged model alone.
         failed: checks that the version failed; one that has any was registered on request, and cannot be promoted.
-        parity: that what was trained is what is served; None for a version of an older release.
+        parity: that what was trained is what is served; None where no format is served.
         judge: what a judge says of the merged model beside the base; None where none was named.
-        findings: what is wrong with its training; None for a version of an older release, which was not diagnosed.
-        forgetting: None where no general questions were asked, as of a version of an older release.
+        findings: what is wrong with its training.
+        forgetting: None where no general questions were asked.
     """
 
     schema_version: Literal[1] = 1
@@ -94,15 +94,15 @@ class Manifest(_Record):
     recipe: dict[str, Any]
     data: DataRecord
     heldout: FileRecord
-    reference: tuple[FileRecord, ...] = ()
+    reference: tuple[FileRecord, ...]
     base_evaluation: EvaluationReport | None
     formats: dict[Format, FormatRecord]
     libraries: dict[str, str]
-    failed: tuple[str, ...] = ()
-    parity: ParityReport | None = None
-    judge: JudgeReport | None = None
-    findings: tuple[Finding, ...] | None = None
-    forgetting: Forgetting | None = None
+    failed: tuple[str, ...]
+    parity: ParityReport | None
+    judge: JudgeReport | None
+    findings: tuple[Finding, ...]
+    forgetting: Forgetting | None
 
     @property
     def id(self) -> VersionId:

@@ -77,15 +77,14 @@ class Speed(_Record):
         first_token_seconds: from a prompt that is in no cache to the first token, alone.
         tokens_per_second: decoded, by the number of streams.
         memory_bytes: of the engine's processes; None where that cannot be told.
-        others_share: of the machine's processors, used by other processes while this was measured; None in reports of
-            older releases.
+        others_share: of the machine's processors, used by other processes while this was measured.
     """
 
     load_seconds: Estimate | None
     first_token_seconds: Estimate
     tokens_per_second: dict[int, Estimate]
     memory_bytes: int | None
-    others_share: float | None = None
+    others_share: float
 
 
 class ParityReport(_Record):

@@ -57,7 +57,7 @@ def _speed(report: ParityReport) -> str:
         memory = f"{speed.memory_bytes / 2**20:.0f} MiB" if speed.memory_bytes is not None else "unknown"
         tokens = (f"{streams} at once: {found}" for streams, found in speed.tokens_per_second.items())
         load = str(speed.load_seconds) if speed.load_seconds else "only by a new engine"
-        others = f"{speed.others_share:.0%}" if speed.others_share is not None else "unknown"
+        others = f"{speed.others_share:.0%}"
         rows.append((format.value, load, str(speed.first_token_seconds), "<br>".join(tokens), memory, others))
     header = (
         "format",

@@ -170,13 +170,13 @@ class Registry:
             file: its name in `REFERENCE_FOLDER`.
 
         Raises:
-            NotFoundError: no such version, or it has no such file, as those of older releases.
+            NotFoundError: no such version, or it has no such file.
             IntegrityError: the file is missing or was changed.
         """
         path = f"{REFERENCE_FOLDER}/{file}"
         records = [record for record in self.manifest(version).reference if record.path == path]
         if not records:
-            raise NotFoundError(f"{version} has no {path}", todo="train it again: older releases did not keep it")
+            raise NotFoundError(f"{version} has no {path}")
         verify_files(self.folder(version), records)
         return self.folder(version) / path
 
@@ -195,25 +195,22 @@ class Registry:
         """What the base of a version answered to the held-out examples, as `results`.
 
         Raises:
-            NotFoundError: no such version, its base was not asked, or an older release did not keep the answers.
+            NotFoundError: no such version, or its base was not asked.
             IntegrityError: the file is missing or was changed.
         """
         return read_results(self.reference(version, BASE_RESULTS_FILE))
 
-    def heldout_tokens(self, version: VersionId) -> tuple[TokenizedExample, ...] | None:
-        """The examples of `heldout` as the trainer tokenized them; None of a version of an older release.
+    def heldout_tokens(self, version: VersionId) -> tuple[TokenizedExample, ...]:
+        """Return the examples of `heldout` as the trainer tokenized them.
 
         Raises:
             NotFoundError: no such version.
             IntegrityError: the file is missing or was changed.
         """
-        path = f"{REFERENCE_FOLDER}/{HELDOUT_TOKENS_FILE}"
-        if not any(record.path == path for record in self.manifest(version).reference):
-            return None
         return read_tokenized(self.reference(version, HELDOUT_TOKENS_FILE))
 
     def learnt_prompts(self, name: str) -> PromptHashes:
-        """The prompts that the versions of a name were trained on; versions of older releases did not keep them.
+        """Return the prompts that the versions of a name were trained on.
 
         A damaged version is told in the log and keeps nobody from training another one.
         """
@@ -221,7 +218,7 @@ class Registry:
         for version in self.versions(name):
             try:
                 found.append(read_prompt_hashes(self.reference(version, TRAINED_PROMPTS_FILE)))
-            except NotFoundError:
+            except NotFoundError:  # removed since it was listed
                 continue
             except IntegrityError:
                 log.warning("what %s has learnt may be held out: its files cannot be read", version, exc_info=True)

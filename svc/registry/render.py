@@ -30,11 +30,11 @@ def print_version(manifest: Manifest, folder: Path) -> None:
         output.print(f"\n{_judge(manifest.judge)}", markup=False)
     for failure in manifest.failed:
         output.print(f"[red]cannot be promoted, it failed a check:[/red] {failure}")
-    for finding in manifest.findings or ():
+    for finding in manifest.findings:
         output.print(f"\n[yellow]{finding.kind.words}:[/yellow] {escape(finding.what)}")
         output.print(f"  try: {escape(str(finding.advice))}")
         output.print(f"  rule: {escape(finding.rule)}", style="dim")
-    if manifest.findings == ():
+    if not manifest.findings:
         output.print("\ndiagnosis: no fault was found in the training")
     output.print(f"\nall of it with pictures and answers: svc report {manifest.id}")
 
@@ -87,8 +87,7 @@ def _quality(judged: dict[str, EvaluationReport]) -> dict[str, list[str]]:
     titles = {name: figure.title for report in reversed(judged.values()) for name, figure in report.figures.items()}
     rows = {}
     for name, title in titles.items():
-        found = (report.figures.get(name) for report in judged.values())
-        rows[escape(title)] = [str(figure.estimate) if figure else "-" for figure in found]
+        rows[escape(title)] = [str(report.figures[name].estimate) for report in judged.values()]
     rows[CUT_OFF_TITLE] = [str(report.cut_off) for report in judged.values()]
     return rows | {"NLL / token": [str(report.nll) for report in judged.values()]}
 

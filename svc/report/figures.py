@@ -29,9 +29,9 @@ def report_figures(report: Report) -> dict[str, Any]:
         "worst": _numbers(report.worst),
         "lost": _numbers(report.lost),
         "side_by_side": _numbers(report.side_by_side),
-        "data": report.data.model_dump() if report.data else None,
-        "run": report.run.model_dump() if report.run else None,
-        "findings": [finding.model_dump(mode="json") for finding in report.manifest.findings or ()],
+        "data": report.data.model_dump(),
+        "run": report.run.model_dump(),
+        "findings": [finding.model_dump(mode="json") for finding in report.manifest.findings],
         "forgetting": report.manifest.forgetting.model_dump() if report.manifest.forgetting else None,
     }
 

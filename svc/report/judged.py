@@ -71,7 +71,7 @@ class Judged:
 
     Attributes:
         evaluations: by model, the base first; empty for a version that was not served.
-        results: the same with answers; models of older releases have none.
+        results: the same with answers.
     """
 
     examples: Sequence[ChatExample]
@@ -94,7 +94,7 @@ class Judged:
             return ()
         figures = {model: evaluation.figures for model, evaluation in self.evaluations.items()}
         rows = [
-            self._row(name, figure, {model: found[name].estimate for model, found in figures.items() if name in found})
+            self._row(name, figure, {model: found[name].estimate for model, found in figures.items()})
             for name, figure in figures[self.tuned].items()
         ]
         log_loss = MetricReport(
@@ -117,8 +117,7 @@ class Judged:
         pairs = [(format, BASE) for format in formats if BASE in self.evaluations]
         if {Format.MERGED, Format.GPTQ} <= set(formats):
             pairs.append((Format.GPTQ.value, Format.MERGED.value))
-        judged = {model for model, evaluation in self.evaluations.items() if self.primary in evaluation.figures}
-        return tuple(self._verdict(model, other) for model, other in pairs if {model, other} <= judged)
+        return tuple(self._verdict(model, other) for model, other in pairs)
 
     def _verdict(self, model: str, other: str) -> Verdict:
         primary = self.evaluations[model].figures[self.primary]
@@ -133,11 +132,8 @@ class Judged:
 
     def change(self, metric: str, before: str, after: str) -> Estimate | None:
         """What a metric of one model has more than of another, example by example; None where that cannot be told."""
-        if metric == ExactMatch.name:
-            hits = [self.evaluations[model].hits for model in (before, after) if model in self.evaluations]
-            return paired_difference(*hits) if len(hits) == 2 and len(hits[0]) == len(hits[1]) else None
         first, second = self.results.get(before), self.results.get(after)
-        if not first or not second or len(first) != len(second):
+        if not first or not second:
             return None
         if metric == _CUT_OFF:
             return paired_difference(*([float(one.cut_off) for one in results] for results in (first, second)))
@@ -154,7 +150,7 @@ class Judged:
 
 
 def score_of(result: ExampleResult, metric: str) -> float | None:
-    """What a metric gives one answer; None where it gives none, or an older release did not keep it."""
+    """Return what a metric gives one answer; None where it gives single answers no score."""
     if metric == ExactMatch.name:
         return float(result.hit)
     return result.scores.get(metric)

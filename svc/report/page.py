@@ -82,10 +82,9 @@ def _plots(report: Report) -> dict[str, str]:
         "numbers": plot_numbers(report.metrics),
         "loss": plot_loss(report.curve),
         "learning_rate": plot_learning_rate(report.curve),
+        "lengths": plot_lengths(report.data),
+        "labels": plot_labels(report.data.labels, report.heldout_labels),
     }
-    if report.data:
-        found["lengths"] = plot_lengths(report.data)
-        found["labels"] = plot_labels(report.data.labels, report.heldout_labels)
     return {name: svg for name, svg in found.items() if svg}
 
 

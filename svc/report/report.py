@@ -1,17 +1,9 @@
-"""All that a version keeps of itself, gathered for one page. Knows nothing of how it is shown.
-
-A version of an older release keeps less: what is missing is None or empty, and the page says so or leaves it out.
-"""
+"""All that a version keeps of itself, gathered for one page. Knows nothing of how it is shown."""
 
 from collections import Counter
-from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
-from pathlib import Path
-from typing import TypeVar
 
 from svc.dataset.summary import DATA_SUMMARY_FILE, DataSummary, read_data_summary
-from svc.errors import NotFoundError
 from svc.evaluation.evaluator import EvaluationReport
 from svc.evaluation.metrics.label import label_of
 from svc.evaluation.results import ExampleResult
@@ -24,8 +16,6 @@ from svc.report.judged import BASE, Judged, MetricRow, Verdict
 from svc.report.shown_example import ShownExample, lost_examples, side_by_side, worst_examples
 from svc.version import Format, VersionId
 
-Kept = TypeVar("Kept")
-
 
 @dataclass(frozen=True, slots=True)
 class Report:
@@ -36,10 +26,8 @@ class Report:
         models: that were judged, the base first.
         metrics: the primary one first.
         confusion: of `tuned`; None where answers are no labels.
-        curve: empty where it was not kept.
         worst, lost, side_by_side: examples, see `svc.report.shown_example`.
         heldout_labels: how often each label stands in the held-out examples, where `data` has labels.
-        data, run: None where they were not kept.
     """
 
     manifest: Manifest
@@ -52,9 +40,9 @@ class Report:
     worst: tuple[ShownExample, ...]
     lost: tuple[ShownExample, ...]
     side_by_side: tuple[ShownExample, ...]
-    data: DataSummary | None
+    data: DataSummary
     heldout_labels: dict[str, int]
-    run: RunRecord | None
+    run: RunRecord
 
 
 def gather_report(registry: Registry, version: VersionId) -> Report:
@@ -68,11 +56,7 @@ def gather_report(registry: Registry, version: VersionId) -> Report:
     judged = _judged(registry, manifest)
     rows = judged.rows()
     answered = judged.results.get(judged.tuned or "", ())
-
-    def kept(file: str, read: Callable[[Path], Kept]) -> Kept | None:
-        return _or_none(lambda: read(registry.reference(version, file)))
-
-    data = kept(DATA_SUMMARY_FILE, read_data_summary)
+    data = read_data_summary(registry.reference(version, DATA_SUMMARY_FILE))
     return Report(
         manifest=manifest,
         tuned=judged.tuned,
@@ -80,13 +64,13 @@ def gather_report(registry: Registry, version: VersionId) -> Report:
         metrics=rows,
         verdicts=judged.verdicts(),
         confusion=confusion_matrix(judged.examples, answered) if answered else None,
-        curve=kept(TRAINING_CURVE_FILE, read_training_curve) or (),
+        curve=read_training_curve(registry.reference(version, TRAINING_CURVE_FILE)),
         worst=worst_examples(judged, rows[0].better) if rows else (),
         lost=lost_examples(judged, rows[0].better) if rows else (),
         side_by_side=side_by_side(judged),
         data=data,
-        heldout_labels=_labels(registry, version) if data and data.labels else {},
-        run=kept(RUN_RECORD_FILE, read_run_record),
+        heldout_labels=_labels(registry, version) if data.labels else {},
+        run=read_run_record(registry.reference(version, RUN_RECORD_FILE)),
     )
 
 
@@ -95,23 +79,15 @@ def _judged(registry: Registry, manifest: Manifest) -> Judged:
     results: dict[str, tuple[ExampleResult, ...]] = {}
     if manifest.base_evaluation:
         evaluations[BASE] = manifest.base_evaluation
-        results[BASE] = _or_none(partial(registry.base_results, manifest.id)) or ()
+        results[BASE] = registry.base_results(manifest.id)
     for format in (Format.MERGED, Format.GPTQ):
         record = manifest.formats.get(format)
         if record and record.evaluation:
             evaluations[format] = record.evaluation
-            results[format] = _or_none(partial(registry.results, manifest.id, format)) or ()
+            results[format] = registry.results(manifest.id, format)
     examples = registry.heldout(manifest.id)[: manifest.judged_examples]
-    return Judged(examples, evaluations, {model: found for model, found in results.items() if found})
+    return Judged(examples, evaluations, results)
 
 
 def _labels(registry: Registry, version: VersionId) -> dict[str, int]:
     return dict(Counter(label_of(example.answer) for example in registry.heldout(version)))
-
-
-def _or_none(read: Callable[[], Kept]) -> Kept | None:
-    """What an older release did not keep is None."""
-    try:
-        return read()
-    except NotFoundError:
-        return None

@@ -49,7 +49,7 @@ class HoldoutRun:
             failed run.
         hits: whether the answer to each is its reference.
         nll: negative log-likelihood of each reference answer, nats a token.
-        metric: name of the metric that `scores` are of; None for a run of an older release, which has none.
+        metric: name of the metric that `scores` are of; None for a failed run.
         scores: of each answer.
         id: of its row; None before it has one. A later row has a greater one.
     """
@@ -146,10 +146,10 @@ def _run(row: HoldoutRunRow) -> HoldoutRun:
         ended_at=row.ended_at,
         outcome=HoldoutOutcome(row.outcome),
         reason=row.reason,
-        places=tuple(results.get("places", range(len(results["hits"])))),
+        places=tuple(results["places"]),
         hits=tuple(bool(hit) for hit in results["hits"]),
         nll=tuple(float(value) for value in results["nll"]),
-        metric=results.get("metric"),
-        scores=tuple(float(value) for value in results.get("scores", ())),
+        metric=results["metric"],
+        scores=tuple(float(value) for value in results["scores"]),
         id=row.id,
     )

@@ -65,7 +65,7 @@ class RequestRecord(NamedTuple):
         answer: only where content is kept: text of the first choice; redacted.
         temperature: as the client sent it; None where it did not, or sent no number.
         max_tokens: the longest answer that the client asked for, likewise.
-        outcome: how it ended; None in rows of older releases.
+        outcome: how it ended.
         user_hash: `hash_user` of what the client called its user, if anything.
     """
 
@@ -76,6 +76,7 @@ class RequestRecord(NamedTuple):
     format: Format | None
     route: str
     status: int
+    outcome: Outcome
     seconds: float
     key_id: str | None = None
     reason: str | None = None
@@ -88,7 +89,6 @@ class RequestRecord(NamedTuple):
     temperature: float | None = None
     max_tokens: int | None = None
     client_request_id: str | None = None
-    outcome: Outcome | None = None
     user_hash: str | None = None
 
     @property
@@ -132,7 +132,7 @@ class Insertion(NamedTuple):
 
     def row(self, record: RequestRecord) -> tuple[Any, ...] | dict[str, Any]:
         """What the statement gets for a record."""
-        version, outcome = record.version, record.outcome
+        version = record.version
         # Enums as plain texts: the driver of SQLite asks their class at length whether they are something else.
         format = str(record.format) if record.format else None
         values = (
@@ -140,7 +140,7 @@ class Insertion(NamedTuple):
             *(version.number if version else None, format, record.route, record.key_id, record.status),
             *(record.reason, record.finish_reason, record.seconds, record.first_token_seconds),
             *(record.tokens_in, record.tokens_out, record.prompt, record.answer, record.bytes, record.temperature),
-            *(record.max_tokens, record.client_request_id, str(outcome) if outcome else None, record.user_hash),
+            *(record.max_tokens, record.client_request_id, str(record.outcome), record.user_hash),
         )
         return dict(zip(_COLUMNS, values, strict=True)) if self.by_name else values
 

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from datetime import UTC, datetime, timedelta
+from datetime import UTC, datetime
 from enum import StrEnum
 
 from sqlalchemy import Engine as Store
@@ -124,16 +124,6 @@ def find_swap(store: Store, name: str, generation: int | None = None) -> SwapRec
             return None
         steps = session.scalars(select(SwapStepRow).where(SwapStepRow.swap_id == row.id).order_by(SwapStepRow.id))
         return _record(row, [step.text for step in steps])
-
-
-def succeeded_swaps(store: Store, name: str) -> list[tuple[SwapRecord, datetime]]:
-    """The swaps of a name that succeeded, in order and without their steps, and about when each did."""
-    query = select(SwapRow).where(SwapRow.name == name, SwapRow.outcome == SwapOutcome.SUCCEEDED.value)
-    with Session(store) as session:
-        return [
-            (_record(row, ()), row.started_at + timedelta(seconds=row.took_s or 0))
-            for row in session.scalars(query.order_by(SwapRow.id))
-        ]
 
 
 def _record(row: SwapRow, steps: Sequence[str]) -> SwapRecord:

@@ -122,7 +122,7 @@ def test_before_the_first_run_quality_is_unknown(registry: Registry, tmp_path: P
     assert "not asked again yet" in report.why
 
 
-def test_of_a_version_of_an_older_release_quality_is_unknown(registry: Registry, tmp_path: Path) -> None:
+def test_quality_is_unknown_when_a_version_has_no_answers(registry: Registry, tmp_path: Path) -> None:
     register(registry, 2, space=False)
     report = read_quality(registry, new_store(tmp_path), target(2))
     assert report.quality is Quality.UNKNOWN
@@ -189,12 +189,3 @@ def test_the_test_raises_no_more_false_alarms_than_it_says() -> None:
 def test_the_least_chance_is_below_the_level_from_few_changes_on(changed: int) -> None:
     worse = [-0.1 - place / 1000 for place in range(changed)]
     assert by_rouge([0.0] * changed, worse).quality is Quality.CHANGED
-
-
-def test_a_run_of_an_older_release_is_compared_by_exact_match(registry: Registry, tmp_path: Path) -> None:
-    store = new_store(tmp_path)
-    registered = registry.results(target().version, target().format)
-    older = run([one.nll for one in registered], [False] * len(registered))
-    add_holdout_run(store, replace(older, metric=None, scores=()))
-    report = read_quality(registry, store, target())
-    assert (report.quality, report.metric, report.score) == (Quality.CHANGED, "exact_match", 0.0)

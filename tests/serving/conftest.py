@@ -71,11 +71,11 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
 def make(memory_folder: Path, socket_folder: Path, quick: None) -> Make:
     """Makes a control plane over a registry with the versions 1, 2 and 3."""
 
-    def make(answered: int = 0, *, tokens: bool = False, **settings: Any) -> Control:
+    def make(answered: int = 0, **settings: Any) -> Control:
         control = Control(memory_folder, socket_folder, **settings)
         formats = tuple(dict.fromkeys((Format.MERGED, control.format)))
         for number in (1, 2, 3):
-            make_version(control.registry, number, answered=answered, tokens=tokens, formats=formats)
+            make_version(control.registry, number, answered=answered, formats=formats)
         return control
 
     return make

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 from safetensors.numpy import save_file
 
+from svc.dataset.prompt_hashes import NO_PROMPTS, TRAINED_PROMPTS_FILE, write_prompt_hashes
 from svc.dataset.readers.reader import write_examples
 from svc.dataset.schema.tokenized_example import write_tokenized
 from svc.engine.probes import EngineFacts, Probe
@@ -21,18 +22,28 @@ from svc.registry.fingerprint import compatibility_fingerprint
 from svc.registry.manifest import BaseRecord, DataRecord, FormatRecord, Manifest, write_manifest
 from svc.registry.registry import HELDOUT_FILE, HELDOUT_TOKENS_FILE, REFERENCE_FOLDER, Registry, results_file
 from svc.registry.tracking import Tracking
-from svc.settings import Device
+from svc.settings import Device, GptqKernel
 from svc.version import Alias, Format, Target, VersionId
 from tests.serving.engine_double import logprob_of, tokenized
 from tests.svc.chats import chat
+from tests.svc.registry.manifests import exact_match_metrics
 
 NAME = "tuned"
-FACTS = EngineFacts(vllm="0.32.0", device=Device.CPU, instruction_set="x86_64-avx2", mode="eager")
+FACTS = EngineFacts(
+    vllm="0.32.0",
+    device=Device.CPU,
+    instruction_set="x86_64-avx2",
+    mode="eager",
+    dtype="bfloat16",
+    kernel=GptqKernel.VLLM,
+)
 OTHER_FACTS = FACTS.model_copy(update={"vllm": "0.33.0"})
 MAX_TOKENS = 3
 HELDOUT = tuple(chat(f"question {number}", f"{number}.0 {number}.1 {number}.2") for number in (1, 2, 3))
 """Version N of the one name gives the reference answer to question N alone."""
-RESULT = ExampleResult(answer="a", tokens=2, limit=MAX_TOKENS, finish_reason="stop", logprob=-0.5, nll=1.0, hit=False)
+RESULT = ExampleResult(
+    answer="a", tokens=2, limit=MAX_TOKENS, finish_reason="stop", logprob=-0.5, nll=1.0, scored=1, hit=False
+)
 _TOKENS = tuple(range(5, 25))
 """Of a probe. Two folders' log-probabilities are drawn apart: of 19 none is ever as near as those of one version; of
 three, one pair in 200 was."""
@@ -87,7 +98,6 @@ def make_version(
     fingerprint: bool = True,
     probes: bool = True,
     answered: int = 0,
-    tokens: bool = False,
     failed: tuple[str, ...] = (),
     name: str = NAME,
     adapter: Mapping[str, Any] | None = None,
@@ -104,15 +114,14 @@ def make_version(
         answered: so many of its three held-out examples have registered answers; without any, it keeps none.
         failed: checks that it failed.
         adapter: what its adapter's config says otherwise than that of plain LoRA of rank 16; its base is made, too.
-        tokens: whether it keeps the held-out examples' token ids, which one of an older release does not.
     """
     version = VersionId(name, number)
     folder = registry.folder(version)
     folder.mkdir(parents=True)
     write_examples(folder / HELDOUT_FILE, HELDOUT)
     (folder / REFERENCE_FOLDER).mkdir()
-    if tokens:
-        write_tokenized(folder / REFERENCE_FOLDER / HELDOUT_TOKENS_FILE, map(tokenized, HELDOUT))
+    write_tokenized(folder / REFERENCE_FOLDER / HELDOUT_TOKENS_FILE, map(tokenized, HELDOUT))
+    write_prompt_hashes(folder / REFERENCE_FOLDER / TRAINED_PROMPTS_FILE, NO_PROMPTS)
     records: dict[Format, FormatRecord] = {}
     for format in formats:
         if format is Format.ADAPTER:
@@ -134,7 +143,7 @@ def make_version(
             fingerprint=compatibility_fingerprint(model) if fingerprint else None,
             probes=(probe,) if probes else (),
         )
-    write_manifest(folder, _manifest(version, folder, records).model_copy(update={"failed": failed}))
+    write_manifest(folder, _manifest(version, folder, records, failed))
     return version
 
 
@@ -160,7 +169,9 @@ def _adapter(registry: Registry, version: Path, said: Mapping[str, Any]) -> Form
     return FormatRecord(files=record_files(version, folder))
 
 
-def _manifest(version: VersionId, folder: Path, formats: dict[Format, FormatRecord]) -> Manifest:
+def _manifest(
+    version: VersionId, folder: Path, formats: dict[Format, FormatRecord], failed: tuple[str, ...]
+) -> Manifest:
     estimate = Estimate(value=0.5, low=0.4, high=0.6)
     report = EvaluationReport(
         examples=1,
@@ -170,6 +181,8 @@ def _manifest(version: VersionId, folder: Path, formats: dict[Format, FormatReco
         nll=estimate,
         hits=(True,),
         seconds=1.0,
+        metrics=exact_match_metrics(estimate),
+        primary="exact_match",
     )
     return Manifest(
         name=version.name,
@@ -185,4 +198,9 @@ def _manifest(version: VersionId, folder: Path, formats: dict[Format, FormatReco
         base_evaluation=report,
         formats=formats,
         libraries={},
+        failed=failed,
+        parity=None,
+        judge=None,
+        findings=(),
+        forgetting=None,
     )

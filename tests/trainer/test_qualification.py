@@ -11,7 +11,7 @@ from svc.errors import EngineError, ProbeError
 from svc.evaluation.general.general_set import MAX_TOKENS
 from svc.evaluation.results import ExampleResult
 from svc.evaluation.token_scores import choose_examples
-from svc.settings import Device
+from svc.settings import Device, GptqKernel
 from tests.serving.engine_double import EngineDouble, logprob_of, tokenized
 from tests.trainer.conftest import make_example, make_recipe
 from tests.trainer.engines import Engines
@@ -19,7 +19,14 @@ from trainer.qualification import GeneralQuestions, Qualifier
 
 pytestmark = pytest.mark.slow
 
-FACTS = EngineFacts(vllm="0.32.0", device=Device.CPU, instruction_set="x86_64-avx2", mode="eager")
+FACTS = EngineFacts(
+    vllm="0.32.0",
+    device=Device.CPU,
+    instruction_set="x86_64-avx2",
+    mode="eager",
+    dtype="bfloat16",
+    kernel=GptqKernel.VLLM,
+)
 CONTEXT = 1000
 BASE, MERGED, GPTQ = Path("/run/base"), Path("/run/merged"), Path("/run/gptq")
 
@@ -155,7 +162,9 @@ async def test_general_questions_are_asked_before_and_after(same: bool) -> None:
 
 async def test_what_the_base_answered_to_them_before_is_not_asked_again() -> None:
     known = (
-        ExampleResult(answer="known", tokens=2, limit=32, finish_reason="stop", logprob=-0.5, nll=1.0, hit=True),
+        ExampleResult(
+            answer="known", tokens=2, limit=32, finish_reason="stop", logprob=-0.5, nll=1.0, scored=1, hit=True
+        ),
     ) * 2
     engines = Engines()
     base, merged = await asking_general(engines, of_base=known).base_and_merged(BASE, MERGED, same_fingerprint=False)

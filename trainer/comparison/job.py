@@ -171,8 +171,6 @@ def _tell(models: Sequence[Model], questions: Questions, registry: Registry) -> 
                     "are too good on them[/yellow]",
                     soft_wrap=True,
                 )
-            elif learnt is None:
-                console.print(f"what {model.name} was trained on was not kept: it may know these examples")
 
 
 def _why_no_tokens(models: Sequence[Model]) -> str:

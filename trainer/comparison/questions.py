@@ -87,15 +87,12 @@ def _as_judged(version: Manifest) -> MetricOptions:
         return MetricOptions()
 
 
-def count_learnt(version: Manifest, examples: Sequence[ChatExample], registry: Registry) -> int | None:
-    """How many prompts a version was trained on, or the versions that it continues; None where that was not kept."""
+def count_learnt(version: Manifest, examples: Sequence[ChatExample], registry: Registry) -> int:
+    """Return how many prompts a version was trained on, or the versions that it continues."""
     prompts, learnt = hash_prompts(examples), np.zeros(len(examples), bool)
     continued: Manifest | None = version
     while continued is not None:
-        try:
-            learnt |= np.isin(prompts, read_prompt_hashes(registry.reference(continued.id, TRAINED_PROMPTS_FILE)))
-        except NotFoundError:
-            return None
+        learnt |= np.isin(prompts, read_prompt_hashes(registry.reference(continued.id, TRAINED_PROMPTS_FILE)))
         continued = _base_version(continued, registry)
     return int(learnt.sum())
 

@@ -9,9 +9,6 @@ from svc.engine.probes import engine_facts
 from svc.evaluation.cache import EvaluationCache
 from svc.settings import Settings
 
-_SCORED = "with the end of an answer"
-"""What a log-likelihood of the cache is of: older releases left it out."""
-
 
 def evaluation_cache(
     settings: Settings,
@@ -32,4 +29,4 @@ def evaluation_cache(
     arguments = " ".join(settings.engine.args)
     template = [json.dumps(dict(template_kwargs), sort_keys=True)] if template_kwargs else []
     folder = settings.home / "cache" / "evaluations"
-    return EvaluationCache(folder, revision, facts.key, arguments, _SCORED, *template)
+    return EvaluationCache(folder, revision, facts.key, arguments, *template)

@@ -47,15 +47,11 @@ class Judging:
 
     def judge_format(self, found: Qualified) -> Qualified:
         """A format, whose answers are what was measured."""
-        if not found.results:  # of a run that an older release began
-            return found
         judged = judge(self._heldout[: len(found.results)], found.results, found.evaluation.seconds, self.metrics)
         return found.model_copy(update={"evaluation": judged.report, "results": judged.results})
 
     def judge_report(self, report: EvaluationReport, results: Sequence[ExampleResult]) -> EvaluationReport:
-        """A report made anew of its answers; as it is where an older release kept none."""
-        if not results:
-            return report
+        """Return a report made anew of its answers."""
         return judge(self._heldout[: len(results)], results, report.seconds, self.metrics).report
 
 

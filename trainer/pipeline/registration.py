@@ -58,10 +58,10 @@ class Registration:
         tokenized: the held-out examples as they are trained on.
         tracking_run: the MLflow run of this run.
         record: what the training took.
-        curve: of the training; empty in a run of an older release.
+        curve: of the training.
         adapter: its folder; None after full fine-tuning.
         base_evaluation: None where the base was not asked.
-        base_results: the answers behind it; none in a run that an older release began.
+        base_results: the answers behind it.
         qualified: the formats that can be served.
         primary: the metric that gates.
         forgetting: None where no general questions were asked.
@@ -211,12 +211,10 @@ class Registration:
         if self.base_results:
             write_results(folder / BASE_RESULTS_FILE, self.base_results)
         for format, qualified in self.qualified.items():
-            if qualified.results:
-                write_results(folder / results_file(format), qualified.results)
+            write_results(folder / results_file(format), qualified.results)
         write_primary_metric(folder, self.primary)
         (folder / RUN_RECORD_FILE).write_text(self.record.model_dump_json(), "utf-8")
-        if self.curve:
-            write_training_curve(folder / TRAINING_CURVE_FILE, self.curve)
+        write_training_curve(folder / TRAINING_CURVE_FILE, self.curve)
         write_tokenized(folder / HELDOUT_TOKENS_FILE, self.tokenized)
         write_data_reference(folder, self.examples, self.recipe.data.seed)
         return folder

@@ -12,15 +12,15 @@ class Evaluated(BaseModel):
     """Result of the stage `evaluate`.
 
     Attributes:
-        base_results: the answers behind the report; none in a run that an older release began.
+        base_results: the answers behind the report.
         base_general: to the general questions; none where none were asked.
     """
 
     model_config = ConfigDict(frozen=True)
 
     base: EvaluationReport
-    base_results: tuple[ExampleResult, ...] = ()
-    base_general: tuple[ExampleResult, ...] = ()
+    base_results: tuple[ExampleResult, ...]
+    base_general: tuple[ExampleResult, ...]
     merged: Qualified
 
 
@@ -35,7 +35,7 @@ class Registered(BaseModel):
 
     name: str
     number: int
-    failed: tuple[str, ...] = ()
+    failed: tuple[str, ...]
 
     @property
     def version(self) -> VersionId:

@@ -21,7 +21,7 @@ from svc.disk import is_full
 from svc.engine.capabilities import Capabilities, read_capabilities
 from svc.engine.model_facts import read_model_facts
 from svc.engine.probes import engine_facts
-from svc.errors import DiskSpaceError, InterruptedRunError, SvcError, TrainingError
+from svc.errors import DiskSpaceError, InterruptedRunError, SvcError
 from svc.evaluation.cache import EvaluationCache
 from svc.evaluation.evaluator import judge
 from svc.evaluation.general.general_set import MAX_TOKENS
@@ -329,11 +329,6 @@ class Pipeline:
 
     def _judge_pairs(self) -> JudgeReport:
         found = self.run.load(Stage.EVALUATE, Evaluated)
-        if not found.base_results:
-            raise TrainingError(
-                "the answers of the base were not kept by the release that asked it",
-                todo=f"remove {self.run.folder / 'evaluate.json'} and run the same command again",
-            )
         report = compare_answers(self.recipe.judge, self.examples.heldout, found.base_results, found.merged.results)
         return self.run.save(Stage.JUDGE, report)
 
@@ -362,7 +357,7 @@ class Pipeline:
         ).register(failed_too=self.register_failed)
         self._report_evaluations(qualified)
         merged = qualified.get(Format.MERGED)
-        if merged and merged.results:  # for a version that it is the base of
+        if merged:  # for a version that it is the base of
             revision, folder = merged_revision(manifest), self.registry.artifact(manifest.id, Format.MERGED)
             self._cache(revision, folder).add(self._qualifier().judged, merged.results)
             if test:

@@ -21,7 +21,7 @@ class TrainingSummary:
         loss_curve: means over the steps between its points.
         heldout_losses: step and nats an answer token, where held-out loss was measured.
         best_step: the step whose weights these are, where the best were asked for.
-        points: every step; none in a run of an older release.
+        points: every step.
         peak_memory: bytes that the process had at most until the end of training, or had of the GPU's memory.
         estimated_memory, estimated_seconds: what was said before it began.
     """

@@ -65,7 +65,7 @@ def span_attributes(trace: RequestTrace, record: RequestRecord) -> dict[str, Att
         "tuneserve.key.id": record.key_id,
         "tuneserve.model.version": record.version.number if record.version else None,
         "tuneserve.model.format": record.format.value if record.format else None,
-        "tuneserve.outcome": record.outcome.value if record.outcome else None,
+        "tuneserve.outcome": record.outcome.value,
         "tuneserve.queue.duration": trace.queue_s,
         "tuneserve.gateway.overhead": trace.overhead_s,
     }

@@ -197,11 +197,9 @@ def launch_digest(spec: EngineSpec) -> str:
     # How many share a GPU is part of how an engine was started, unless its share is given.
     shares = spec.device is Device.CUDA and spec.settings.gpu_memory_share is None
     without = {"start_timeout_s", "gptq_kernel"} if shares else {"start_timeout_s", "gptq_kernel", "replicas"}
-    older = {"environment": (), "cores": None}  # settings that older releases did not have
-    without |= {key for key, value in older.items() if getattr(spec.settings, key) == value}
     settings, able = spec.settings.model_dump(mode="json", exclude=without), spec.capabilities
     parts: list[Any] = [able.engine_device.value, able.vllm, spec.served_name, settings]
-    # What a release before this one always did is left out, so that its engines are known still.
+    # Only what the machine decides: what follows from the model is known from what the engine holds.
     if (dtype := choose_dtype(spec.settings, able, spec.facts)).origin is Origin.MACHINE:
         parts.append({dtype.name: dtype.value})
     if choose_gptq_kernel(spec.settings, able, spec.facts) is GptqKernel.TORCH:

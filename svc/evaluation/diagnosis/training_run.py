@@ -42,7 +42,7 @@ class TrainingRun:
     """One run, as far as it was measured.
 
     Attributes:
-        curve: every step; empty in a run of an older release.
+        curve: every step.
         train_examples: that were trained on.
         contradictions: training examples whose prompt stands among them with another answer too.
         answers: the reference answers of `results`.

@@ -145,7 +145,9 @@ def try_on_references(metrics: MetricSet, examples: Sequence[ChatExample]) -> No
         SvcError: a metric cannot judge them.
     """
     results = [
-        ExampleResult(answer=example.answer, tokens=1, limit=1, finish_reason="stop", logprob=0.0, nll=0.0, hit=True)
+        ExampleResult(
+            answer=example.answer, tokens=1, limit=1, finish_reason="stop", logprob=0.0, nll=0.0, scored=1, hit=True
+        )
         for example in examples
     ]
     for metric in metrics:

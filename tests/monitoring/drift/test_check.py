@@ -263,7 +263,7 @@ def test_a_version_forgets_alarms_that_ended_long_ago(
     assert len(read_drift_alarms(store, target())) == 2
 
 
-def test_a_version_of_an_older_release_is_off_and_says_why(registry: Registry, store: Store, traffic: Traffic) -> None:
+def test_a_version_without_a_text_space_is_off_and_says_why(registry: Registry, store: Store, traffic: Traffic) -> None:
     register(registry, 2, space=False)
     traffic.ask(ALIKE[:20], number=2)
     checks = DriftCheck(registry, store, RequestLogSettings(), clock=lambda: traffic.now)

@@ -19,7 +19,7 @@ from svc.registry.files import record_files
 from svc.registry.manifest import FormatRecord, write_manifest
 from svc.registry.registry import HELDOUT_FILE, REFERENCE_FOLDER, Registry, results_file
 from svc.store.feedback import Feedback, Rating, keep_feedback
-from svc.store.requests import RequestRecord, add_requests
+from svc.store.requests import Outcome, RequestRecord, add_requests
 from svc.store.tables import FeedbackRow, RequestRow
 from svc.text_embedding import TEXT_SPACE_FILE, fit_text_space, save_text_space
 from svc.version import Format, Target, VersionId
@@ -76,7 +76,7 @@ def register(
     Args:
         prompts: in place of those of the example.
         cut: answers were longer than they could be, and their JSON ends in the middle.
-        sample: prompts of its drift sample; none for a version of an older release.
+        sample: prompts of its drift sample; default: those of its held-out set.
     """
     folder = registry.folder(VersionId(name, number))
     (folder / REFERENCE_FOLDER).mkdir(parents=True)
@@ -84,9 +84,8 @@ def register(
     if prompts:
         heldout = [_asking(heldout[place % len(heldout)], text) for place, text in enumerate(prompts)]
     write_examples(folder / HELDOUT_FILE, heldout)
-    if sample:
-        drawn = [_asking(heldout[place % len(heldout)], text) for place, text in enumerate(sample)]
-        write_examples(folder / REFERENCE_FOLDER / DRIFT_SAMPLE_FILE, drawn)
+    drawn = [_asking(heldout[place % len(heldout)], text) for place, text in enumerate(sample)] or heldout
+    write_examples(folder / REFERENCE_FOLDER / DRIFT_SAMPLE_FILE, drawn)
     if space:
         (folder / REFERENCE_FOLDER / TEXT_SPACE_FILE).write_bytes(text_space())
         results = [result(example.answer, right=place % GOOD_SHARE > 0) for place, example in enumerate(heldout)]
@@ -115,6 +114,7 @@ def result(answer: str, *, right: bool) -> ExampleResult:
         finish_reason="stop",
         logprob=-0.1 if right else -0.9,
         nll=0.2,
+        scored=1,
         hit=right,
     )
 
@@ -169,6 +169,7 @@ class Traffic:
                     format=Format.GPTQ,
                     route="/v1/chat/completions",
                     status=200,
+                    outcome=Outcome.COMPLETE,
                     seconds=0.1,
                     finish_reason=finish_reason,
                     tokens_out=tokens,

@@ -9,11 +9,13 @@ from prometheus_client import CollectorRegistry
 from monitoring.exporter.versions import SHOWN_VERSIONS, VersionMetrics
 from svc.evaluation.estimate import mean, proportion
 from svc.evaluation.evaluator import EvaluationReport, MetricReport
+from svc.evaluation.metrics.metric import Better, Unit
 from svc.registry.manifest import Manifest, write_manifest
 from svc.registry.registry import Registry
 from svc.version import Format, VersionId
 from tests.monitoring.exporter.tracked_runs import TrackedRuns
 from tests.serving.versions import make_version
+from tests.svc.registry.manifests import exact_match_metrics
 
 Read = Callable[..., float | None]
 REPORT = EvaluationReport(
@@ -24,6 +26,8 @@ REPORT = EvaluationReport(
     nll=mean([0.5, 1.0, 1.0, 1.5]),
     hits=(True, True, True, False),
     seconds=1.0,
+    metrics=exact_match_metrics(proportion(3, 4)),
+    primary="exact_match",
 )
 FINGERPRINT = "sha256:0123456789abcdef"
 
@@ -88,10 +92,8 @@ def test_every_figure_of_an_evaluation_is_shown_with_its_interval(
 def test_each_metric_is_shown_by_its_name_and_one_is_the_primary_one(
     registry: Registry, metrics: CollectorRegistry
 ) -> None:
-    figures = {
-        "rouge_l": MetricReport(title="ROUGE-L", estimate=proportion(1, 4)),
-        "exact_match": MetricReport(title="exact match", estimate=REPORT.exact_match),
-    }
+    rouge = MetricReport(title="ROUGE-L", estimate=proportion(1, 4), better=Better.HIGHER, unit=Unit.SHARE)
+    figures = REPORT.metrics | {"rouge_l": rouge}
     judge(registry, make_version(registry, 1), REPORT.model_copy(update={"metrics": figures, "primary": "rouge_l"}))
     assert evaluation(metrics, "rouge_l", primary="true") == 0.25
     assert evaluation(metrics, "exact_match", primary="false") == 0.75

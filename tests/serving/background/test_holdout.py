@@ -75,11 +75,9 @@ async def running(runs: HoldoutRuns) -> AsyncIterator[HoldoutRuns]:
 
 
 @asynccontextmanager
-async def asked(
-    make: Make, answered: int = 3, *, tokens: bool = False, **settings: Any
-) -> AsyncIterator[tuple[Control, HoldoutRuns]]:
+async def asked(make: Make, answered: int = 3, **settings: Any) -> AsyncIterator[tuple[Control, HoldoutRuns]]:
     """A control plane whose versions have answers to the held-out set, which is asked."""
-    async with make(answered=answered, tokens=tokens).run() as control, running(runs_of(control, **settings)) as runs:
+    async with make(answered=answered).run() as control, running(runs_of(control, **settings)) as runs:
         yield control, runs
 
 
@@ -121,16 +119,6 @@ async def test_after_a_start_all_examples_are_asked(make: Make) -> None:
         assert len(rows(control)) == 1
 
 
-async def test_the_figures_are_those_of_the_weights_that_serve(make: Make) -> None:
-    async with asked(make) as (control, _):
-        run = await run_of(control, target(1))
-        client = control.replica.client
-        for example, nll in zip(HELDOUT, run.nll, strict=True):
-            prompt, answer = await client.prompt_tokens(example.prompt), await client.tokens(example.answer)
-            logprobs = [logprob_of(control.double.weights, t, len(prompt) + i) for i, t in enumerate(answer)]
-            assert nll == pytest.approx(-sum(logprobs) / len(logprobs))
-
-
 async def test_each_answer_has_the_score_of_the_versions_metric(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
     rouge = Rouge(RougeKind.ONE)
     monkeypatch.setattr(holdout, "watched_metric", lambda registry, target, run_functions: rouge)
@@ -141,7 +129,7 @@ async def test_each_answer_has_the_score_of_the_versions_metric(make: Make, monk
     assert run.hits == (True, False, False)
 
 
-async def test_a_version_of_an_older_release_is_scored_by_exact_match(make: Make) -> None:
+async def test_each_answer_is_scored_by_exact_match_when_that_is_the_primary_metric(make: Make) -> None:
     async with asked(make) as (control, _):
         run = await run_of(control, target(1))
     assert (run.metric, run.scores) == ("exact_match", (1.0, 0.0, 0.0))
@@ -161,7 +149,7 @@ async def test_a_metric_that_cannot_judge_here_costs_no_run(
 
 
 async def test_the_figures_are_of_the_tokens_that_the_version_was_judged_by(make: Make) -> None:
-    async with asked(make, tokens=True) as (control, _):
+    async with asked(make) as (control, _):
         run = await run_of(control, target(1))
         for example, nll in zip(HELDOUT, run.nll, strict=True):
             seen = tokenized(example)
@@ -171,7 +159,7 @@ async def test_the_figures_are_of_the_tokens_that_the_version_was_judged_by(make
 
 
 async def test_they_are_asked_as_at_the_registration(make: Make) -> None:
-    async with asked(make, tokens=True) as (control, _):
+    async with asked(make) as (control, _):
         await run_of(control, target(1))
         chats = [body for body in control.double.requests if "messages" in body]
     assert [body["messages"] for body in chats] == [[m.as_dict() for m in example.prompt] for example in HELDOUT]
@@ -186,7 +174,7 @@ async def test_each_is_asked_with_its_registered_limit_when_limits_differ(
 ) -> None:
     registered = tuple(RESULT.model_copy(update={"limit": limit}) for limit in (5, 9, 3))
     monkeypatch.setattr(Registry, "results", lambda self, version, format: registered)
-    async with asked(make, tokens=True) as (control, _):
+    async with asked(make) as (control, _):
         await run_of(control, target(1))
         chats = [body for body in control.double.requests if "messages" in body]
     assert [body["max_tokens"] for body in chats] == [5, 9, 3]
@@ -212,7 +200,7 @@ async def test_an_example_of_more_tokens_than_can_be_scored_is_left_out(
     first, second, third = map(tokenized, HELDOUT)
     long = TokenizedExample(second.input_ids + (1,) * MOST_TOKENS, second.learnt)
     monkeypatch.setattr(Registry, "heldout_tokens", lambda self, version: (first, long, third))
-    async with asked(make, tokens=True) as (control, _):
+    async with asked(make) as (control, _):
         assert (await run_of(control, target(1))).places == (0, 2)
 
 
@@ -220,7 +208,7 @@ async def test_where_no_example_can_be_scored_nothing_is_asked_and_that_is_said(
     make: Make, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(holdout, "MOST_TOKENS", 1)
-    async with asked(make, tokens=True) as (control, runs):
+    async with asked(make) as (control, runs):
         await until(lambda: runs.status(target(1))["reason"])
         assert "more than 1 tokens" in runs.status(target(1))["reason"]
         assert rows(control) == []

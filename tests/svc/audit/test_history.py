@@ -4,15 +4,12 @@ from datetime import UTC, datetime, timedelta
 
 import pytest
 from sqlalchemy import Engine as Store
-from sqlalchemy.orm import Session
 
 from svc.actor import Actor
 from svc.audit.history import read_history
 from svc.store.audit import Action, AuditEntry, record_event
 from svc.store.desired import Desired, change_desired
-from svc.store.served import Began, Ended, begin_serving
-from svc.store.swaps import SwapOutcome, SwapResult, begin_swap, end_swap
-from svc.store.tables import SwapRow
+from svc.store.served import Began, begin_serving
 from svc.version import Format, Target, VersionId
 
 NOON = datetime(2026, 1, 2, 12, tzinfo=UTC)
@@ -25,14 +22,6 @@ def target(number: int) -> Target:
 
 def minute(number: int) -> datetime:
     return NOON + timedelta(minutes=number)
-
-
-def swapped(store: Store, number: int, at: datetime, outcome: SwapOutcome = SwapOutcome.SUCCEEDED) -> None:
-    """A swap in the journal."""
-    swap = begin_swap(store, Desired(target(number), None, generation=number))
-    end_swap(store, swap, SwapResult(outcome, took_s=30.0))
-    with Session(store) as session, session.begin():
-        session.get_one(SwapRow, swap).started_at = at - timedelta(seconds=30)
 
 
 def test_nothing_ever_served(store: Store) -> None:
@@ -63,23 +52,3 @@ def test_the_removal_of_a_version_is_no_wish_for_it(store: Store) -> None:
     begin_serving(store, Desired(target(1), None, 1), Began.START)
     record_event(store, AuditEntry(Action.REMOVE_VERSION, "tickets@9", ALICE, details={"generation": 1}))
     assert read_history(store, "tickets")[0].asked is None
-
-
-def test_swaps_tell_of_the_time_before(store: Store) -> None:
-    swapped(store, 1, minute(0))
-    swapped(store, 2, minute(10), SwapOutcome.RESTORED)
-    swapped(store, 3, minute(20))
-    begin_serving(store, Desired(target(3), None, 3), Began.START, at=minute(60))
-    spans = [entry.span for entry in read_history(store, "tickets")]
-    assert [(span.target, span.began_at, span.ended_at, span.ended_by) for span in spans] == [
-        (target(1), minute(0), minute(20), Ended.SWAP),
-        (target(3), minute(20), minute(60), Ended.LOST),
-        (target(3), minute(60), None, None),
-    ]
-
-
-def test_swaps_that_were_written_down_are_told_once(store: Store) -> None:
-    begin_serving(store, Desired(target(1), None, 1), Began.START, at=minute(0))
-    swapped(store, 2, minute(10))
-    begin_serving(store, Desired(target(2), None, 2), Began.SWAP, at=minute(10))
-    assert [entry.span.began_at for entry in read_history(store, "tickets")] == [minute(0), minute(10)]

@@ -30,7 +30,14 @@ from tests.serving.engine_double import EngineDouble
 from tests.svc.engine.devices import AVX2, AVX512
 from tests.svc.engine.in_process import client_of
 
-FACTS = EngineFacts(vllm="0.32.0", device=Device.CPU, instruction_set="x86_64-avx512f", mode="eager")
+FACTS = EngineFacts(
+    vllm="0.32.0",
+    device=Device.CPU,
+    instruction_set="x86_64-avx512f",
+    mode="eager",
+    dtype="bfloat16",
+    kernel=GptqKernel.VLLM,
+)
 SEQUENCES = [((5, 6, 7, 8), 2), ((9, 10, 11), 1)]
 
 
@@ -195,17 +202,6 @@ def test_facts_know_number_type_and_kernel(tmp_path: Path) -> None:
     assert (gptq.dtype, gptq.kernel) == ("bfloat16", GptqKernel.TORCH)
     assert facts_of(tmp_path, AVX512, GPTQ) != facts_of(tmp_path, AVX512, GPTQ, gptq_kernel=GptqKernel.TORCH)
     assert facts_of(tmp_path) != facts_of(tmp_path, args=("--dtype", "float32"))
-
-
-@pytest.mark.parametrize("config", [{}, GPTQ])
-def test_facts_that_an_older_release_wrote_are_those_of_the_same_engine_now(
-    tmp_path: Path, config: dict[str, Any]
-) -> None:
-    older = '{"vllm":"0.32.0","device":"cpu","instruction_set":"x86_64-avx512_bf16","mode":"eager"}'
-    now = facts_of(tmp_path, AVX512, config)
-    assert EngineFacts.model_validate_json(older) == now
-    assert now.key == older
-    assert EngineFacts.model_validate_json(now.key) == now
 
 
 def test_facts_of_another_number_type_have_another_key() -> None:

@@ -9,7 +9,7 @@ from svc.evaluation.results import ExampleResult
 from tests.svc.chats import chat
 
 
-def answered(pairs: Sequence[tuple[str, str]], nll: Sequence[float] = (), scored: int | None = 3) -> Answered:
+def answered(pairs: Sequence[tuple[str, str]], nll: Sequence[float] = (), scored: int = 3) -> Answered:
     """Answers and references.
 
     Args:

@@ -12,7 +12,7 @@ from tests.svc.chats import chat
 
 EXAMPLES = [chat("a", "1"), chat("b", "2"), chat("c", "3")]
 RESULTS = [
-    ExampleResult(answer=answer, tokens=2, limit=16, finish_reason="stop", logprob=-0.5, nll=0.5, hit=True)
+    ExampleResult(answer=answer, tokens=2, limit=16, finish_reason="stop", logprob=-0.5, nll=0.5, scored=1, hit=True)
     for answer in "123"
 ]
 

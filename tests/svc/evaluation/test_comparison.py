@@ -39,7 +39,9 @@ rows = st.lists(
 
 def result(answer: str, reference: str, nll: float = 1.0, end: str = "stop") -> ExampleResult:
     hit, tokens = answer == reference, len(answer) + 1
-    return ExampleResult(answer=answer, tokens=tokens, limit=64, finish_reason=end, logprob=None, nll=nll, hit=hit)
+    return ExampleResult(
+        answer=answer, tokens=tokens, limit=64, finish_reason=end, logprob=None, nll=nll, scored=1, hit=hit
+    )
 
 
 def pairs(given: Sequence[tuple[str, str, str, float, float]]) -> tuple[list[ChatExample], Answered, Answered]:

@@ -13,7 +13,7 @@ from svc.engine.vllm.client import EngineClient
 from svc.errors import EngineError, RecipeError
 from svc.evaluation.answer_limit import answer_limits
 from svc.evaluation.estimate import proportion
-from svc.evaluation.evaluator import Evaluation, EvaluationReport, ask_example, evaluate, judge, score, tokenize_bare
+from svc.evaluation.evaluator import Evaluation, ask_example, evaluate, judge, score
 from svc.evaluation.metrics.choose import MetricSet
 from svc.evaluation.metrics.exact_match import ExactMatch
 from svc.evaluation.metrics.metric import Answered
@@ -58,7 +58,10 @@ async def test_every_example_has_its_result_in_their_order() -> None:
 async def test_an_answer_is_as_likely_as_its_text_scored_without_its_end() -> None:
     async with client_of(EngineDouble(finish_reason="stop")) as client:
         result = await asked(client, chat("a", "other"), limit=8)
-        scored = await score(client, await tokenize_bare(client, chat("a", result.answer)))
+        whole = tokenized(chat("a", result.answer))
+        ends = len(whole.input_ids) - 1
+        bare = replace(whole, input_ids=whole.input_ids[:-1], learnt=((whole.learnt[0][0], ends),))
+        scored = await score(client, bare)
     assert result.logprob == pytest.approx(scored)
 
 
@@ -162,13 +165,6 @@ async def test_all_answers_that_are_learnt_are_scored_and_nothing_between_them()
     assert result.scored == 3
 
 
-async def test_a_version_of_an_older_release_is_judged_by_the_bare_answer() -> None:
-    double, example = EngineDouble(), chat("one two", "three four")
-    async with client_of(double) as client:
-        bare = await tokenize_bare(client, example)
-    assert (bare.input_ids, bare.learnt) == (tokenized(example).input_ids[:-1], ((2, 4),))
-
-
 async def test_json_is_counted_where_all_references_are_json() -> None:
     async with client_of(EngineDouble()) as client:
         report = (await judged(client, [chat("a", "{}"), chat("b", '{"x": 1}')], limit=2)).report
@@ -260,17 +256,6 @@ def test_scores_that_are_not_one_finite_number_each_are_refused(scores: list[flo
     given = answered([("a", "a"), ("b", "c")])
     with pytest.raises(RecipeError, match=f"the metric own gave {len(scores)} scores for 2 answers"):
         judge(given.examples, given.results, 0.0, MetricSet(Own()))
-
-
-def test_a_report_of_an_older_release_has_its_figures() -> None:
-    report = judge(*parts(answered([("{}", "{}"), ("b", "{}")]))).report
-    older = report.model_dump(exclude={"metrics", "primary"})
-    read = EvaluationReport.model_validate(older)
-    assert {name: figure.estimate.value for name, figure in read.figures.items()} == {
-        "exact_match": 0.5,
-        "valid_json": 0.5,
-    }
-    assert read.primary == "exact_match"
 
 
 def parts(given: Answered) -> tuple[Sequence[ChatExample], Sequence[ExampleResult], float]:

@@ -20,10 +20,11 @@ RESULTS = st.builds(
     finish_reason=st.sampled_from(["stop", "length"]),
     logprob=st.none() | NUMBERS,
     nll=NUMBERS,
+    scored=st.integers(1, 2**31),
     hit=st.booleans(),
 )
 RESULT = ExampleResult(
-    answer="a\nb\u2028c\r\n", tokens=3, limit=8, finish_reason="stop", logprob=-0.25, nll=1.5, hit=True
+    answer="a\nb\u2028c\r\n", tokens=3, limit=8, finish_reason="stop", logprob=-0.25, nll=1.5, scored=1, hit=True
 )
 
 

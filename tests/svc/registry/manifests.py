@@ -4,13 +4,23 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from svc.evaluation.estimate import mean, proportion
-from svc.evaluation.evaluator import EvaluationReport
+from svc.evaluation.estimate import Estimate, mean, proportion
+from svc.evaluation.evaluator import EvaluationReport, MetricReport
+from svc.evaluation.metrics.exact_match import ExactMatch
 from svc.evaluation.results import ExampleResult
 from svc.registry.files import record_file, record_files
 from svc.registry.manifest import BaseRecord, DataRecord, FormatRecord, Manifest
 from svc.registry.registry import HELDOUT_FILE, REFERENCE_FOLDER
 from svc.version import Format, VersionId
+
+
+def exact_match_metrics(estimate: Estimate) -> dict[str, MetricReport]:
+    """Return the metrics of a report that has exact match alone."""
+    return {
+        ExactMatch.name: MetricReport(
+            title=ExactMatch.title, estimate=estimate, better=ExactMatch.better, unit=ExactMatch.unit
+        )
+    }
 
 
 def report(hits: int = 1, total: int = 2) -> EvaluationReport:
@@ -23,12 +33,16 @@ def report(hits: int = 1, total: int = 2) -> EvaluationReport:
         nll=mean([1.0] * total),
         hits=tuple(index < hits for index in range(total)),
         seconds=1.0,
+        metrics=exact_match_metrics(proportion(hits, total)),
+        primary=ExactMatch.name,
     )
 
 
 def result(answer: str = "a", *, hit: bool = True) -> ExampleResult:
     """What a version answered to one example."""
-    return ExampleResult(answer=answer, tokens=2, limit=8, finish_reason="stop", logprob=-0.5, nll=1.0, hit=hit)
+    return ExampleResult(
+        answer=answer, tokens=2, limit=8, finish_reason="stop", logprob=-0.5, nll=1.0, scored=1, hit=hit
+    )
 
 
 def make_manifest(version: VersionId, folder: Path, **changes: Any) -> Manifest:
@@ -50,5 +64,10 @@ def make_manifest(version: VersionId, folder: Path, **changes: Any) -> Manifest:
         "base_evaluation": report(),
         "formats": {f: FormatRecord(files=record_files(folder, folder / f), evaluation=report()) for f in present},
         "libraries": {"torch": "2.13"},
+        "failed": (),
+        "parity": None,
+        "judge": None,
+        "findings": (),
+        "forgetting": None,
     }
     return Manifest(**(values | changes))

@@ -5,7 +5,13 @@ from svc.registry.parity import Differences, ParityCheck, ParityReport, Speed
 from svc.version import Format
 
 _ONE = Estimate(value=1.0, low=0.9, high=1.1)
-SPEED = Speed(load_seconds=_ONE, first_token_seconds=_ONE, tokens_per_second={1: _ONE, 8: _ONE}, memory_bytes=2**30)
+SPEED = Speed(
+    load_seconds=_ONE,
+    first_token_seconds=_ONE,
+    tokens_per_second={1: _ONE, 8: _ONE},
+    memory_bytes=2**30,
+    others_share=0.0,
+)
 
 
 def make_parity(*failed: str) -> ParityReport:

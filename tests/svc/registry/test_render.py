@@ -17,7 +17,7 @@ from svc.version import Format, VersionId
 from tests.command_line import Svc
 from tests.svc.chats import chat
 from tests.svc.evaluation.answered import answered
-from tests.svc.registry.manifests import make_manifest, report
+from tests.svc.registry.manifests import make_manifest
 from tests.svc.registry.test_show import Register, register
 
 __all__ = ["register"]
@@ -58,13 +58,6 @@ def test_the_primary_metric_stands_first_and_every_figure_has_its_interval(manif
     ]
 
 
-def test_a_figure_that_only_one_of_them_has_is_missing_of_the_other(manifest: Manifest) -> None:
-    older = manifest.model_copy(update={"base_evaluation": report()})
-    rows = {row[0].strip(): [cell.strip() for cell in row[1:]] for row in shown(evaluation_table(older))[1:]}
-    assert rows["ROUGE-L"][0] == "-"
-    assert rows["exact match"][0].startswith("0.500 [")
-
-
 def test_what_was_forgotten_is_shown_where_it_was_measured(
     manifest: Manifest, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -79,7 +72,7 @@ def test_what_was_forgotten_is_shown_where_it_was_measured(
     assert "general questions" not in capsys.readouterr().out
 
 
-def test_a_version_of_an_older_release_is_shown_by_exact_match(svc: Svc, register: Register) -> None:
+def test_exact_match_is_shown_when_it_is_the_primary_metric(svc: Svc, register: Register) -> None:
     made = register(None)
     assert "first of all by exact match" in svc("show", str(made.id)).out
     assert "exact match 0.500" in " ".join(svc("models").out.split())

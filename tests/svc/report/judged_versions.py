@@ -88,7 +88,6 @@ class JudgedVersions:
         *,
         nlls: Mapping[str, Sequence[float]] | None = None,
         train: Sequence[ChatExample] = (),
-        older: bool = False,
         judged: int | None = None,
         **changes: Any,
     ) -> Manifest:
@@ -99,7 +98,6 @@ class JudgedVersions:
             nlls: of the references, by model.
             train: default: the same as `examples`.
             judged: so many of the examples were asked; default all.
-            older: an older release made it, which kept no more than the formats' answers, without scores.
             changes: of the manifest.
         """
         found = {
@@ -107,8 +105,8 @@ class JudgedVersions:
             for model, texts in answers.items()
         }
         with tempfile.TemporaryDirectory() as folder:
-            made = partial(self._manifest, judged=found, count=len(examples), older=older, changes=changes)
-            content = self._content(Path(folder), examples, found, train or examples, older=older)
+            made = partial(self._manifest, judged=found, count=len(examples), changes=changes)
+            content = self._content(Path(folder), examples, found, train or examples)
             return self.registry.publish(self.name, self.run, content, made)
 
     def _content(
@@ -117,21 +115,15 @@ class JudgedVersions:
         examples: Sequence[ChatExample],
         judged: Mapping[str, Evaluation],
         train: Sequence[ChatExample],
-        *,
-        older: bool,
     ) -> dict[str, Path]:
         write_examples(folder / HELDOUT_FILE, examples)
         reference = folder / REFERENCE_FOLDER
         reference.mkdir()
         for model, found in judged.items():
-            results = [one.model_copy(update={"scores": {}}) for one in found.results] if older else found.results
-            if model != BASE or not older:
-                write_results(reference / (BASE_RESULTS_FILE if model == BASE else f"{model}.jsonl"), results)
-        if not older:
-            write_training_curve(reference / TRAINING_CURVE_FILE, curve())
-            summary = summarize_data(train, examples)
-            (reference / DATA_SUMMARY_FILE).write_text(summary.model_dump_json(), "utf-8")
-            (reference / RUN_RECORD_FILE).write_text(RUN.model_dump_json(), "utf-8")
+            write_results(reference / (BASE_RESULTS_FILE if model == BASE else f"{model}.jsonl"), found.results)
+        write_training_curve(reference / TRAINING_CURVE_FILE, curve())
+        (reference / DATA_SUMMARY_FILE).write_text(summarize_data(train, examples).model_dump_json(), "utf-8")
+        (reference / RUN_RECORD_FILE).write_text(RUN.model_dump_json(), "utf-8")
         formats = {format for format in Format if format in judged} or {Format.ADAPTER}
         content = {format.value: write_model(folder / "work" / format) for format in formats}
         return {**content, HELDOUT_FILE: folder / HELDOUT_FILE, REFERENCE_FOLDER: reference}
@@ -142,13 +134,9 @@ class JudgedVersions:
         folder: Path,
         judged: Mapping[str, Evaluation],
         count: int,
-        older: bool,
         changes: Mapping[str, Any],
     ) -> Manifest:
         reports = {model: found.report for model, found in judged.items()}
-        if older:
-            plain = {"metrics": {}, "primary": "exact_match"}
-            reports = {model: report.model_copy(update=plain) for model, report in reports.items()}
         formats = {
             format: FormatRecord(
                 files=record_files(folder, folder / format),

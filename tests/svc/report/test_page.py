@@ -194,16 +194,8 @@ def test_a_training_without_a_fault_is_said_to_have_none(versions: JudgedVersion
 
 def test_what_there_is_not_is_left_out(versions: JudgedVersions) -> None:
     page = page_of(versions, versions.publish(TEXTS, {}, parity=None))
-    assert re.findall(r'<section id="([^"]*)"', page) == ["training", "data", "made"]
+    assert re.findall(r'<section id="([^"]*)"', page) == ["diagnosis", "training", "data", "made"]
     assert "only an adapter is registered" in page
-
-
-def test_an_older_version_says_what_it_did_not_keep(versions: JudgedVersions) -> None:
-    made = versions.publish(LABELS, ANSWERS, older=True)
-    page = page_of(versions, made)
-    assert f"MLflow has one under run {made.tracking_run}" in section(page, "training")
-    assert "did not keep the base's answers" in section(page, "side-by-side")
-    assert "kept no more of its data" in section(page, "data")
 
 
 def test_a_failed_check_stands_at_the_beginning(versions: JudgedVersions) -> None:

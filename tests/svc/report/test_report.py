@@ -36,15 +36,6 @@ def test_of_a_limited_evaluation_the_examples_are_those_that_were_asked(versions
     assert report.heldout_labels == {"net": 20, "games": 20, "java": 20}
 
 
-def test_an_older_version_has_what_its_release_kept(versions: JudgedVersions) -> None:
-    made = versions.publish(LABELS, ANSWERS, older=True)
-    report = gather_report(versions.registry, made.id)
-    assert report.metrics[0].name == "exact_match"
-    assert [answer.model for answer in report.side_by_side[0].answers] == ["merged", "gptq"]
-    assert (report.curve, report.data, report.run, report.lost) == ((), None, None, ())
-    assert report.verdicts[0].change is not None, "its hits are compared example by example"
-
-
 def test_an_adapter_alone_was_not_judged(versions: JudgedVersions) -> None:
     report = gather_report(versions.registry, versions.publish(LABELS, {}).id)
     assert (report.tuned, report.metrics, report.verdicts, report.confusion) == (None, (), (), None)

@@ -1,6 +1,5 @@
 """Runs of the held-out set are found by what they were made of, and the oldest are forgotten."""
 
-import json
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 
@@ -10,7 +9,7 @@ from sqlalchemy import func, select
 from sqlalchemy.orm import Session
 
 from svc.engine.probes import EngineFacts
-from svc.settings import Device
+from svc.settings import Device, GptqKernel
 from svc.store import holdouts
 from svc.store.holdouts import (
     HoldoutCause,
@@ -26,7 +25,14 @@ NOON = datetime(2026, 1, 2, 12, tzinfo=UTC)
 TARGET = Target(VersionId("tiny", 2), Format.GPTQ)
 COMPLETED = HoldoutRun(
     target=TARGET,
-    engine=EngineFacts(vllm="0.32.0", device=Device.CPU, instruction_set="x86_64-avx2", mode="eager"),
+    engine=EngineFacts(
+        vllm="0.32.0",
+        device=Device.CPU,
+        instruction_set="x86_64-avx2",
+        mode="eager",
+        dtype="bfloat16",
+        kernel=GptqKernel.VLLM,
+    ),
     cause=HoldoutCause.START,
     started_at=NOON,
     ended_at=NOON + timedelta(minutes=3),
@@ -77,18 +83,6 @@ def test_failed_runs_are_passed_over_where_figures_are_wanted(store: Store) -> N
 def test_runs_of_others_are_left_out(store: Store, other: Target) -> None:
     add_holdout_run(store, replace(COMPLETED, target=other))
     assert newest_holdout_run(store, TARGET, completed=False) is None
-
-
-def test_a_row_without_places_is_of_the_first_examples(store: Store) -> None:
-    add_holdout_run(store, COMPLETED)
-    with Session(store) as session, session.begin():
-        row = session.scalars(select(HoldoutRunRow)).one()
-        results = json.loads(row.results)
-        del results["places"]
-        row.results = json.dumps(results)
-    found = newest_holdout_run(store, TARGET)
-    assert found is not None
-    assert found.places == (0, 1, 2)
 
 
 def test_the_oldest_runs_of_a_name_are_forgotten(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:

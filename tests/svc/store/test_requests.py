@@ -27,6 +27,7 @@ RECORD = RequestRecord(
     format=Format.GPTQ,
     route="/v1/chat/completions",
     status=200,
+    outcome=Outcome.COMPLETE,
     seconds=1.5,
     finish_reason="stop",
     first_token_seconds=0.25,

@@ -4,11 +4,18 @@ import pytest
 from sqlalchemy import Engine as Store
 
 from svc.engine.probes import EngineFacts, Probe
-from svc.settings import Device
+from svc.settings import Device, GptqKernel
 from svc.store.retaken_probes import find_retaken_probes, keep_retaken_probes
 from svc.version import Format, Target, VersionId
 
-FACTS = EngineFacts(vllm="0.32.0", device=Device.CPU, instruction_set="x86_64-avx2", mode="eager")
+FACTS = EngineFacts(
+    vllm="0.32.0",
+    device=Device.CPU,
+    instruction_set="x86_64-avx2",
+    mode="eager",
+    dtype="bfloat16",
+    kernel=GptqKernel.VLLM,
+)
 TARGET = Target(VersionId("tiny", 2), Format.GPTQ)
 
 

@@ -14,7 +14,6 @@ from svc.store.swaps import (
     begin_swap,
     end_swap,
     find_swap,
-    succeeded_swaps,
 )
 from svc.version import Format, Target, VersionId
 
@@ -80,12 +79,3 @@ def test_steps_stay_with_their_swap(store: Store) -> None:
     found = find_swap(store, "tiny")
     assert found is not None
     assert found.steps == ("of the second",)
-
-
-def test_swaps_that_succeeded_are_found_with_when_they_did(store: Store) -> None:
-    for number, outcome in enumerate((SwapOutcome.SUCCEEDED, SwapOutcome.RESTORED, SwapOutcome.SUCCEEDED), start=1):
-        end_swap(store, begin_swap(store, desired(number, number)), SwapResult(outcome, took_s=90.0))
-    begin_swap(store, desired(4, 4))
-    found = succeeded_swaps(store, "tiny")
-    assert [swap.target.version.number for swap, _ in found] == [1, 3]
-    assert all(ended_at - swap.started_at == timedelta(seconds=90) for swap, ended_at in found)

@@ -24,20 +24,25 @@ from trainer.recipe.sections import Evaluate
 REFERENCE = "a short line that says what the package is for"
 
 
-def qualified(
-    answers: Sequence[str], nll: Sequence[float], *, results: bool = True, metric: Metric | None = None
-) -> Qualified:
+def qualified(answers: Sequence[str], nll: Sequence[float], *, metric: Metric | None = None) -> Qualified:
     """What was found of a format; one answer and one negative log-likelihood for each example."""
     found = [
         ExampleResult(
-            answer=answer, tokens=2, limit=8, finish_reason="stop", logprob=-0.5, nll=one, hit=answer == REFERENCE
+            answer=answer,
+            tokens=2,
+            limit=8,
+            finish_reason="stop",
+            logprob=-0.5,
+            nll=one,
+            scored=1,
+            hit=answer == REFERENCE,
         )
         for answer, one in zip(answers, nll, strict=True)
     ]
     judged = judge(examples(len(found)), found, 1.0, MetricSet(metric or ExactMatch()))
     return Qualified(
         evaluation=judged.report,
-        results=judged.results if results else (),
+        results=judged.results,
         probes=(),
         reading=EngineReading(prompts_differ=(), scores=(), speed=SPEED),
     )
@@ -57,10 +62,10 @@ def won(hits: int, total: int) -> Qualified:
     return qualified([REFERENCE if index < hits else "no" for index in range(total)], [1.0] * total)
 
 
-def likely(mean: float, *, spread: float = 0.02, seed: int = 0, total: int = 40, **options: Any) -> Qualified:
+def likely(mean: float, *, spread: float = 0.02, seed: int = 0, total: int = 40) -> Qualified:
     """A format that never gives the reference, as with free text, and finds it likely around a mean, nats a token."""
     generator = random.Random(seed)
-    return qualified(["no"] * total, [mean + generator.uniform(-spread, spread) for _ in range(total)], **options)
+    return qualified(["no"] * total, [mean + generator.uniform(-spread, spread) for _ in range(total)])
 
 
 @pytest.mark.parametrize(
@@ -126,9 +131,8 @@ def test_noise_refuses_no_more_than_one_in_twenty() -> None:
     assert refused <= 2
 
 
-@pytest.mark.parametrize("options", [{"total": 7}, {"results": False}])
-def test_too_few_examples_and_runs_of_an_older_release_are_not_judged_by_likelihood(options: dict[str, Any]) -> None:
-    check(likely(2.0, **options), likely(9.0, **options))
+def test_likelihood_is_not_judged_when_examples_are_too_few() -> None:
+    check(likely(2.0, total=7), likely(9.0, total=7))
 
 
 def written(kept: float, metric: Metric, nll: float = 1.0, total: int = 40) -> Qualified:

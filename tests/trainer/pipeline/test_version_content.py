@@ -1,6 +1,5 @@
 """What a version keeps of the run that made it."""
 
-import json
 from pathlib import Path
 
 import pytest
@@ -114,24 +113,6 @@ def test_answers_survive_an_interruption(make: Make, stages: Stages) -> None:
     answered = pipeline.run.load(Stage.EVALUATE, Evaluated).merged.results
     assert len(answered) == 2
     assert pipeline.registry.results(pipeline.train_version(), Format.MERGED) == answered
-
-
-def test_a_run_that_an_older_release_began_makes_a_version_without_its_answers(make: Make, stages: Stages) -> None:
-    stages.broken = {Stage.QUANTIZE}
-    with pytest.raises(InterruptedRunError):
-        make().train_version()
-    stages.broken = set()
-    pipeline = make()
-    result = pipeline.run.folder / f"{Stage.EVALUATE}.json"
-    content = json.loads(result.read_text("utf-8"))
-    del content["result"]["merged"]["results"], content["result"]["base_results"]
-    result.write_text(json.dumps(content), "utf-8")
-    version = pipeline.train_version()
-    with pytest.raises(NotFoundError):
-        pipeline.registry.results(version, Format.MERGED)
-    with pytest.raises(NotFoundError):
-        pipeline.registry.base_results(version)
-    assert len(pipeline.registry.results(version, Format.GPTQ)) == 2
 
 
 def test_an_interrupted_registration_leaves_nothing_in_what_a_version_is_compared_with(

@@ -1,6 +1,5 @@
 """How the engine is started: what it may load, where it listens, and what it is told about the machine."""
 
-import hashlib
 import json
 import os
 import sys
@@ -11,7 +10,6 @@ from typing import Any
 import pytest
 
 from svc.chat_template import write_template_kwargs
-from svc.engine.capabilities import CPU_LIMITS
 from svc.engine.vllm.choice import Origin
 from svc.engine.vllm.launch import EngineSpec, command, entry_module, environment, launch_digest
 from svc.engine.vllm.lora import LoraSlots
@@ -322,19 +320,6 @@ def test_vllm_logs_what_the_phases_are_read_from(
 def test_our_variable_for_vllm_is_not_inherited(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(INT4_LINEAR_VARIABLE, "1")
     assert INT4_LINEAR_VARIABLE not in environment(spec(tmp_path))
-
-
-def test_an_engine_of_the_release_before_is_known_as_started_alike(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """On a device where nothing is chosen otherwise now: what that release hashed."""
-    for name in CPU_LIMITS:
-        monkeypatch.delenv(name, raising=False)
-    settings = EngineSettings(device=Device.CPU).model_dump(
-        mode="json", exclude={"start_timeout_s", "gptq_kernel", "replicas", "environment", "cores"}
-    )
-    older = hashlib.sha256(json.dumps(["cpu", "0.32.0", "tuned", settings]).encode("utf-8")).hexdigest()
-    assert launch_digest(spec(tmp_path)) == older
 
 
 def test_the_template_is_given_what_the_models_folder_says(tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ from svc.evaluation.diagnosis.finding import Finding, FindingKind
 from svc.evaluation.estimate import Estimate, proportion
 from svc.evaluation.evaluator import EvaluationReport
 from tests.svc.evaluation.diagnosis.simulated_run import SETTINGS, answered, falling, simulate
+from tests.svc.registry.manifests import exact_match_metrics
 
 LABELS = ["a", "b", "c", "d"] * 50
 
@@ -28,6 +29,8 @@ def evaluation(hits: int, asked: int, nll: float = 0.2) -> EvaluationReport:
         nll=Estimate(value=nll, low=nll * 0.9, high=nll * 1.1),
         hits=(True,) * hits + (False,) * (asked - hits),
         seconds=1.0,
+        metrics=exact_match_metrics(proportion(hits, asked)),
+        primary="exact_match",
     )
 
 
