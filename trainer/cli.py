@@ -121,7 +121,7 @@ def _foretell(recipe: "Recipe", run: "Run") -> None:
     """Says what the whole run will take."""
     from svc.terminal import console
     from trainer.pipeline.quick_trial import whole_run_seconds
-    from trainer.pipeline.stage_key import Stage
+    from trainer.recipe.stage import Stage
     from trainer.training.summary import TrainingSummary
 
     seconds = whole_run_seconds(recipe, run.load(Stage.TRAIN, TrainingSummary))

@@ -108,6 +108,7 @@ class ComputeDevice:
         utilization: the share of `speed` that training reaches; a kind that is not there is as LoRA.
         dollars: an hour; None for this machine.
         here: whether it is this machine.
+        ram: bytes of main memory that a process may take beside a GPU; None where it is not known, as of a listed GPU.
     """
 
     name: str
@@ -120,6 +121,7 @@ class ComputeDevice:
     utilization: Mapping[Kind, float]
     dollars: float | None = None
     here: bool = False
+    ram: float | None = None
 
     def effective_speed(self, kind: Kind) -> float:
         """Operations a second that training gets."""
@@ -192,7 +194,16 @@ def this_machine(capabilities: Capabilities, machine: Machine, home: Path) -> Co
         capabilities.gpu.name if capabilities.gpu else f"{len(machine.cores)} cores of {capabilities.instruction_set}"
     )
     return ComputeDevice(
-        HERE, f"this machine ({label})", cpu, number_type, memory, speed, bandwidth * 1e9, utilization, here=True
+        HERE,
+        f"this machine ({label})",
+        cpu,
+        number_type,
+        memory,
+        speed,
+        bandwidth * 1e9,
+        utilization,
+        here=True,
+        ram=float(machine.free),
     )
 
 

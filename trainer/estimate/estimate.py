@@ -11,18 +11,16 @@ from enum import StrEnum
 
 from svc.engine.capabilities import NumberType
 from svc.engine.vllm.headroom import ENGINE_OVERHEAD
-from svc.version import Format
 from trainer.estimate.batches import Workload, unshared, with_batch_size
 from trainer.estimate.compute import training_time
 from trainer.estimate.devices import ComputeDevice
 from trainer.estimate.memory import Part, Setup, least_memory, trained_weights, training_memory
 from trainer.estimate.model_shape import ModelShape
+from trainer.estimate.stages import StageMemory, key_value_bytes, stage_memory
 from trainer.recipe.sections import Recipe
 
 _LARGEST_BATCH = 1024
 """More examples at once than anyone wants."""
-_FEW_GPTQ_BYTES = 0.5 + 0.06
-"""Of a weight in GPTQ, with the scales of groups of 32 to 64."""
 
 
 class EnginePart(StrEnum):
@@ -41,7 +39,7 @@ class DeviceEstimate:
         parts: bytes of training at its peak.
         least: bytes without which no step is possible.
         engine: bytes of the engine that serves the merged model, with one sequence of the longest that it takes.
-        ram: bytes of the machine's memory, beside a GPU.
+        stages: what each stage takes, training among them.
         largest_batch: examples at once that fit; 0 where not even one does.
         seconds: of the optimizer's run.
         dollars: for them; None where nobody asks for any.
@@ -51,7 +49,7 @@ class DeviceEstimate:
     parts: Mapping[Part, float]
     least: float
     engine: Mapping[EnginePart, float]
-    ram: float
+    stages: tuple[StageMemory, ...]
     largest_batch: int
     seconds: float
     dollars: float | None
@@ -60,6 +58,11 @@ class DeviceEstimate:
     def memory(self) -> float:
         """Of training, bytes."""
         return sum(self.parts.values())
+
+    @property
+    def ram(self) -> float:
+        """Bytes of main memory that the largest stage takes beside a GPU; 0 without a GPU."""
+        return 0.0 if self.device.cpu else max(one.peak.ram for one in self.stages)
 
     @property
     def fits(self) -> bool:
@@ -105,7 +108,8 @@ def estimate_recipe(
     """
     each = tuple(estimate_device(recipe, shape, workload, device, served_length) for device in devices)
     trained = trained_weights(shape, recipe)
-    return Estimate(recipe, shape, workload, trained, disk_bytes(recipe, shape), each)
+    disk = sum(one.peak.disk for one in each[0].stages)  # the same on every device
+    return Estimate(recipe, shape, workload, trained, disk, each)
 
 
 def estimate_device(
@@ -115,13 +119,12 @@ def estimate_device(
     setup = Setup.of(recipe, device.number_type, cpu=device.cpu)
     fitted = workload if setup.shares_prompts(recipe, shape) else unshared(workload)
     time = training_time(shape, recipe, fitted, setup, device)
-    merged = 2 * shape.parameters
     return DeviceEstimate(
         device=device,
         parts=training_memory(shape, recipe, fitted.largest, setup),
         least=least_memory(shape, recipe, setup),
         engine=engine_memory(shape, device, served_length),
-        ram=0.0 if device.cpu else merged + ENGINE_OVERHEAD,
+        stages=stage_memory(recipe, shape, fitted, device, served_length),
         largest_batch=largest_batch(recipe, shape, fitted, device),
         seconds=time.seconds,
         dollars=None if device.dollars is None else device.dollars * time.seconds / 3600,
@@ -153,36 +156,8 @@ def largest_batch(recipe: Recipe, shape: ModelShape, workload: Workload, device:
 def engine_memory(shape: ModelShape, device: ComputeDevice, served_length: int) -> dict[EnginePart, float]:
     """Of an engine with the merged weights, as svc.engine.vllm.headroom counts it before a start."""
     size = 4 if device.number_type is NumberType.FLOAT32 else 2
-    length = min(served_length, shape.context or served_length)
     return {
         EnginePart.WEIGHTS: size * shape.parameters,
-        EnginePart.KEYS: 2 * shape.layers * shape.keys * size * length,
+        EnginePart.KEYS: key_value_bytes(shape, device.number_type, served_length),
         EnginePart.RUNTIME: ENGINE_OVERHEAD,
     }
-
-
-def disk_bytes(recipe: Recipe, shape: ModelShape) -> float:
-    """What a run writes at most: checkpoints, trained weights, and the formats; the registry links the same files."""
-    trained, merged = trained_weights(shape, recipe), 2 * shape.parameters
-    kept = recipe.checkpoints.keep + 1 + recipe.stopping.keep_best
-    total = 12.0 * trained * kept  # weights and two moments in float32
-    total += merged if recipe.adapter_type is None else 4 * trained
-    if recipe.adapter_type is not None and {Format.MERGED, Format.GPTQ} & set(recipe.formats):
-        total += merged
-    if Format.GPTQ in recipe.formats:
-        total += gptq_bytes(shape)
-    return total
-
-
-def least_disk(recipe: Recipe, shape: ModelShape) -> float:
-    """Bytes without which the run cannot end, whatever is removed meanwhile."""
-    total = 0.0
-    if {Format.MERGED, Format.GPTQ} & set(recipe.formats) or recipe.adapter_type is None:
-        total += 2 * shape.parameters
-    return total + (gptq_bytes(shape) if Format.GPTQ in recipe.formats else 0)
-
-
-def gptq_bytes(shape: ModelShape) -> float:
-    """Of the quantized model."""
-    quantized = shape.linear_weights + shape.expert_weights
-    return _FEW_GPTQ_BYTES * quantized + 2 * (shape.parameters - quantized)

@@ -21,7 +21,7 @@ _ADAM = 2 * _FLOAT32
 """Two moments (Kingma and Ba 2015), in the numbers of the trained weights."""
 _NF4 = (4 + 0.127) / 8
 """Bytes of a weight in NF4, with its share of the scales."""
-_PROCESS = 0.75e9
+PROCESS = 0.75e9
 """Python with torch, transformers, PEFT and TRL, before a model is loaded: 0.69 GB measured, and the command's own."""
 _QUANTIZING = 0.16e9
 """What it leaves in a process, measured with SmolLM2-135M: bitsandbytes, and pages of the file that weights were read
@@ -102,7 +102,7 @@ def _optimizer_bytes(recipe: Recipe) -> int:
 
 
 def _runtime(recipe: Recipe) -> float:
-    return _PROCESS + (_QUANTIZING if recipe.base_quantization is Quantization.NF4 else 0)
+    return PROCESS + (_QUANTIZING if recipe.base_quantization is Quantization.NF4 else 0)
 
 
 def least_memory(shape: ModelShape, recipe: Recipe, setup: Setup) -> float:

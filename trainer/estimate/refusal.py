@@ -1,4 +1,4 @@
-"""Whether a training is refused before it begins: only what cannot be, by what no batch makes smaller.
+"""Whether a run is refused before it begins: only what cannot be, by what no batch makes smaller, stage by stage.
 
 A wrong refusal is worse than none. So what is needed at least is compared with all memory that the machine may ever
 use, not with what is free now.
@@ -9,9 +9,14 @@ from pathlib import Path
 
 from svc.engine.machine import Machine
 from svc.errors import DiskSpaceError, InsufficientMemoryError
-from trainer.estimate.advice import advise, as_text
-from trainer.estimate.estimate import Estimate, least_disk
+from svc.version import Format
+from trainer.estimate.advice import advise, as_text, changed_recipe
+from trainer.estimate.estimate import DeviceEstimate, Estimate
+from trainer.estimate.stages import StageMemory, stage_memory
+from trainer.recipe.sections import Recipe
+from trainer.recipe.stage import Stage
 
+_FEWER_FORMATS = (Format.MERGED, Format.GPTQ, Format.ADAPTER)
 _ANYWAY = "--anyway tries all the same"
 
 
@@ -35,21 +40,75 @@ def refuse_memory(estimate: Estimate, machine: Machine) -> None:
         )
 
 
+def refuse_stages(estimate: Estimate, machine: Machine) -> None:
+    """Raise if a stage after training does not fit into memory.
+
+    An engine may use several GPUs and main memory too, and parity runs on the CPU where the GPU is too small: what they
+    need of a GPU is compared with all memory of the machine.
+
+    Raises:
+        InsufficientMemoryError: names the stage, what is missing, and formats with which every stage fits.
+    """
+    if (here := estimate.here) is None:
+        return
+    for stage in here.stages:
+        if (lack := _missing(stage, machine)) > 0:
+            whole = _all_memory(machine) if stage.least.device else float(machine.memory)
+            need = max(stage.least.device, stage.least.ram)
+            raise InsufficientMemoryError(
+                f"stage {stage.stage} needs {need / 1e9:.1f} GB at least, and this machine has {whole / 1e9:.1f} GB: "
+                f"{lack / 1e9:.1f} GB too few",
+                expected="memory for every stage of the run",
+                todo=f"{_other_formats(estimate, here, machine)}; {_ANYWAY}",
+            )
+
+
+def _missing(stage: StageMemory, machine: Machine) -> float:
+    """Return the bytes by which a stage after training does not fit; 0 or less if it does."""
+    if stage.stage is Stage.TRAIN:
+        return 0.0
+    return max(stage.least.ram - machine.memory, stage.least.device - _all_memory(machine))
+
+
+def _all_memory(machine: Machine) -> float:
+    return float(machine.memory + sum(gpu.memory for gpu in machine.gpus))
+
+
+def _other_formats(estimate: Estimate, here: DeviceEstimate, machine: Machine) -> str:
+    """Return the one format with which every stage fits, as a change of the recipe."""
+    for recipe in _with_fewer_formats(estimate.recipe):
+        # Stages after training do not depend on the length of a sequence at least.
+        stages = stage_memory(recipe, estimate.shape, estimate.workload, here.device, served_length=1)
+        if all(_missing(stage, machine) <= 0 for stage in stages):
+            return f"set formats=[{recipe.formats[0]}]"
+    return "take a smaller base, or another machine: see `svc estimate`"
+
+
+def _with_fewer_formats(recipe: Recipe) -> list[Recipe]:
+    kept = _FEWER_FORMATS if recipe.adapter_type else _FEWER_FORMATS[:-1]
+    return [changed_recipe(recipe, {"formats": [one]}) for one in kept if (one,) != recipe.formats]
+
+
 def refuse_disk(estimate: Estimate, home: Path) -> None:
-    """Raises where a version does not fit on the disk.
+    """Raise if a version does not fit on the disk.
 
     Args:
         home: on the disk that a run writes to.
 
     Raises:
-        DiskSpaceError: by how much.
+        DiskSpaceError: names the stage at which the disk is full, and how much is missing.
     """
-    if any((home / "runs").glob(f"{estimate.recipe.name}-*")):
+    if estimate.here is None or any((home / "runs").glob(f"{estimate.recipe.name}-*")):
         return  # what an earlier try has written is not written again
     folder = next(above for above in (home, *home.absolute().parents) if above.exists())
-    free, need = shutil.disk_usage(folder).free, least_disk(estimate.recipe, estimate.shape)
+    free, need = shutil.disk_usage(folder).free, sum(stage.least.disk for stage in estimate.here.stages)
     if need > free:
+        written, stages = 0.0, iter(estimate.here.stages)
+        while written <= free:
+            stage = next(stages)
+            written += stage.least.disk
         raise DiskSpaceError(
-            f"the run writes {need / 1e9:.1f} GB at least in {home}, {free / 1e9:.1f} GB are free",
+            f"the run writes {need / 1e9:.1f} GB at least in {home}, {free / 1e9:.1f} GB are free: the disk is full at "
+            f"stage {stage.stage}",
             todo=f"free {(need - free) / 1e9:.1f} GB or set SVC_HOME to another disk; {_ANYWAY}",
         )

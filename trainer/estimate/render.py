@@ -10,6 +10,8 @@ from trainer.estimate.advice import advise, as_text
 from trainer.estimate.devices import ComputeDevice
 from trainer.estimate.estimate import DeviceEstimate, EnginePart, Estimate
 from trainer.estimate.memory import Part
+from trainer.estimate.stages import StageMemory
+from trainer.recipe.stage import Stage
 
 _GB = 1e9
 
@@ -18,10 +20,13 @@ def print_estimate(estimate: Estimate) -> None:
     """A table of memory by part, then one line a device, and what to change where it does not fit."""
     _print_head(estimate)
     output.print(_parts_table(estimate))
+    output.print(_stages_table(estimate))
     output.print(_devices_table(estimate))
     for one in estimate.devices:
         if not one.fits:
             output.print(f"{one.device.label}: {advice_text(estimate, one.device)}")
+        for text in lacking(one):
+            output.print(f"{one.device.label}: {text}")
     output.print(f"Disk: {_size(estimate.disk)} beside the base. Time and cost are of training alone, on one GPU.")
 
 
@@ -36,6 +41,19 @@ def print_short(estimate: Estimate) -> None:
     )
     if not here.fits:
         console.print(f"  [yellow]it may not fit: {advice_text(estimate, here.device)}[/yellow]")
+    for text in lacking(here):
+        console.print(f"  [yellow]{text}[/yellow]", soft_wrap=True)
+
+
+def lacking(one: DeviceEstimate) -> list[str]:
+    """Return a sentence for each stage after training that needs more memory than is free on the device."""
+    free = {"of the GPU": one.device.memory, "of main memory": one.device.memory if one.device.cpu else one.device.ram}
+    return [
+        f"stage {stage.stage} needs about {_size(need)} {where}, {_size(memory)} are free"
+        for stage in one.stages
+        for (where, memory), need in zip(free.items(), (stage.peak.device, stage.peak.ram), strict=True)
+        if stage.stage is not Stage.TRAIN and memory is not None and need > memory
+    ]
 
 
 def advice_text(estimate: Estimate, device: ComputeDevice) -> str:
@@ -72,6 +90,15 @@ def _device_json(estimate: Estimate, one: DeviceEstimate) -> dict[str, Any]:
         "parts": {part.value: round(size) for part, size in one.parts.items()},
         "engine": {part.value: round(size) for part, size in one.engine.items()},
         "ram": round(one.ram),
+        "stages": [
+            {
+                "stage": stage.stage.value,
+                "device": round(stage.peak.device),
+                "ram": round(stage.peak.ram),
+                "disk": round(stage.peak.disk),
+            }
+            for stage in one.stages
+        ],
         "fits": one.fits,
         "engine_fits": one.engine_fits,
         "largest_batch": one.largest_batch,
@@ -107,9 +134,25 @@ def _parts_table(estimate: Estimate) -> Table:
     for engine_part in EnginePart:
         table.add_row(f"engine: {engine_part.value}", *(_cell(one.engine, engine_part) for one in devices))
     table.add_row("[bold]engine[/bold]", *(f"{sum(one.engine.values()) / _GB:.2f}" for one in devices))
-    if any(one.ram for one in devices):
-        table.add_row("RAM beside the GPU", *(f"{one.ram / _GB:.2f}" if one.ram else "" for one in devices))
     return table
+
+
+def _stages_table(estimate: Estimate) -> Table:
+    """Rows are stages; beside a GPU's memory stands what the stage takes of main memory."""
+    table = Table("stage, GB", box=None)
+    for one in estimate.devices:
+        table.add_column(one.device.label if one.device.cpu else f"{one.device.label} + RAM", justify="right")
+    table.add_column("disk", justify="right")
+    for of_stage in zip(*(one.stages for one in estimate.devices), strict=True):
+        cells = [_stage_cell(stage, one.device) for stage, one in zip(of_stage, estimate.devices, strict=True)]
+        disk = of_stage[0].peak.disk
+        table.add_row(of_stage[0].stage, *cells, f"{disk / _GB:.1f}" if disk else "")
+    return table
+
+
+def _stage_cell(stage: StageMemory, device: ComputeDevice) -> str:
+    ram = f"{stage.peak.ram / _GB:.1f}"
+    return ram if device.cpu else f"{stage.peak.device / _GB:.1f} + {ram}"
 
 
 def _devices_table(estimate: Estimate) -> Table:

@@ -8,7 +8,7 @@ from trainer.estimate.batches import read_workload
 from trainer.estimate.devices import HERE, choose_devices
 from trainer.estimate.estimate import DeviceEstimate, Estimate, estimate_recipe
 from trainer.estimate.model_shape import read_model_shape
-from trainer.estimate.refusal import refuse_disk, refuse_memory
+from trainer.estimate.refusal import refuse_disk, refuse_memory, refuse_stages
 from trainer.estimate.render import print_short
 from trainer.pipeline.examples import Examples
 from trainer.pipeline.find_base import find_config
@@ -48,7 +48,9 @@ def estimate_here(
         return None
     print_short(made)
     if not anyway:
-        refuse_memory(made, read_machine(gpus=True))
+        machine = read_machine(gpus=True)
+        refuse_memory(made, machine)
         if makes_version:
+            refuse_stages(made, machine)
             refuse_disk(made, settings.home)
     return made.here

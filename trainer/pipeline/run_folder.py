@@ -20,8 +20,9 @@ from svc.errors import DiskSpaceError, IntegrityError
 from svc.json_file import read_json_object
 from trainer.base_model.resolve import Base
 from trainer.pipeline.examples import Examples
-from trainer.pipeline.stage_key import Stage, StageKeys, stage_keys
+from trainer.pipeline.stage_key import StageKeys, stage_keys
 from trainer.recipe.sections import Recipe
+from trainer.recipe.stage import Stage
 
 log = logging.getLogger(__name__)
 

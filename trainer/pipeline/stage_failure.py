@@ -9,7 +9,7 @@ from pathlib import Path
 
 from svc.disk import write_whole
 from svc.errors import TrainingError
-from trainer.pipeline.stage_key import Stage
+from trainer.recipe.stage import Stage
 
 _OURS = tuple(Path(__file__).parents[2] / package for package in ("svc", "trainer"))
 _PACKAGES = re.compile(r"(?:site|dist)-packages/(\w+)")

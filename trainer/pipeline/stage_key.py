@@ -8,13 +8,13 @@ judged, and compared with limits, when the version is registered: with other met
 import hashlib
 import json
 from collections.abc import Mapping
-from enum import StrEnum
 from pathlib import Path
 from typing import Any
 
 from trainer.base_model.resolve import Base
 from trainer.pipeline.examples import Examples
 from trainer.recipe.sections import Recipe
+from trainer.recipe.stage import Stage
 
 _LIMITS = ("max_gptq_loss", "max_gptq_nll", "max_forgetting")
 _METRICS = ("metrics", "primary", "json_schema", "metric_seconds")
@@ -22,19 +22,6 @@ _METRICS = ("metrics", "primary", "json_schema", "metric_seconds")
 
 _GENERAL = ("general", "general_limit")
 """Of the same: which questions are asked, of which the content decides."""
-
-
-class Stage(StrEnum):
-    """The stages, in their order."""
-
-    TRAIN = "train"
-    MERGE = "merge"
-    EVALUATE = "evaluate"
-    QUANTIZE = "quantize"
-    QUALIFY = "qualify"
-    PARITY = "parity"
-    JUDGE = "judge"
-    REGISTER = "register"
 
 
 StageKeys = Mapping[Stage, str]

@@ -58,11 +58,11 @@ from trainer.pipeline.registration import Registration
 from trainer.pipeline.reports import check_reports, open_reports
 from trainer.pipeline.run_folder import Run
 from trainer.pipeline.stage_failure import stage_failure
-from trainer.pipeline.stage_key import Stage
 from trainer.pipeline.stage_results import Evaluated, Registered
 from trainer.pipeline.tracked_run import tracked_run
 from trainer.qualification import BaseAnswers, GeneralQuestions, Launch, Qualified, Qualifier
 from trainer.recipe.sections import Recipe
+from trainer.recipe.stage import Stage, choose_stages
 from trainer.training.summary import TrainingData, TrainingSummary
 
 if TYPE_CHECKING:
@@ -160,21 +160,19 @@ class Pipeline:
         """
         size = sum(path.stat().st_size for path in weight_files(self.base.folder))
         kept = self.recipe.checkpoints.keep + 1 + self.recipe.stopping.keep_best
-        run, formats = self.run, set(self.recipe.formats)
-        trained = _Step(self._train, (1 + 6 * kept) * size if self._full else size // 4, (self._trained,))
-        steps = {Stage.TRAIN: trained}
-        if formats & {Format.MERGED, Format.GPTQ}:
-            steps[Stage.MERGE] = _Step(self._merge, size, (run.merged,))
-        if Format.MERGED in formats:
-            steps[Stage.EVALUATE] = _Step(self._evaluate)
-        if Format.GPTQ in formats:
-            steps[Stage.QUANTIZE] = _Step(self._quantize, size, (run.gptq,))
-            steps[Stage.QUALIFY] = _Step(self._qualify)
-        if Stage.MERGE in steps:
-            steps[Stage.PARITY] = _Step(self._compare)
-        if self.recipe.judge.url and Format.MERGED in formats:
-            steps[Stage.JUDGE] = _Step(self._judge_pairs)
-        return steps | {Stage.REGISTER: _Step(self._register)}
+        run = self.run
+        train = _Step(self._train, (1 + 6 * kept) * size if self._full else size // 4, (self._trained,))
+        steps = {
+            Stage.TRAIN: train,
+            Stage.MERGE: _Step(self._merge, size, (run.merged,)),
+            Stage.EVALUATE: _Step(self._evaluate),
+            Stage.QUANTIZE: _Step(self._quantize, size, (run.gptq,)),
+            Stage.QUALIFY: _Step(self._qualify),
+            Stage.PARITY: _Step(self._compare),
+            Stage.JUDGE: _Step(self._judge_pairs),
+            Stage.REGISTER: _Step(self._register),
+        }
+        return {stage: steps[stage] for stage in choose_stages(self.recipe)}
 
     @property
     def _trained(self) -> Path:

@@ -27,8 +27,9 @@ from svc.terminal import console
 from svc.training_runs import RUN_LOCK
 from trainer.base_model.resolve import Base
 from trainer.pipeline.examples import Examples
-from trainer.pipeline.stage_key import Stage, stage_keys
+from trainer.pipeline.stage_key import stage_keys
 from trainer.recipe.sections import Recipe
+from trainer.recipe.stage import Stage
 from trainer.sweep.trial import MlflowRuns, Train, Trials, heldout_loss
 
 if TYPE_CHECKING:

@@ -348,7 +348,7 @@ def test_rm_says_which_version_does_not_exist(svc: Svc) -> None:
 def test_the_file_of_a_finished_run_is_the_trainers() -> None:
     """Spelt out there, because what all share knows nothing of the trainer."""
     from trainer.pipeline.run_folder import Run
-    from trainer.pipeline.stage_key import Stage
+    from trainer.recipe.stage import Stage
 
     made = Run(Path("run"), {})
     assert [folder.name for folder in made._weights] == list(Format)

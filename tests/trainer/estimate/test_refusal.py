@@ -1,16 +1,18 @@
 """A training is refused only when it cannot be."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from svc.engine.machine import Machine
+from svc.engine.machine import Gpu, Machine
 from svc.errors import DiskSpaceError, InsufficientMemoryError
 from tests.trainer.conftest import make_recipe
 from tests.trainer.estimate.configs import cpu_device, published
 from trainer.estimate.batches import even_workload
+from trainer.estimate.devices import read_devices
 from trainer.estimate.estimate import Estimate, estimate_recipe
-from trainer.estimate.refusal import refuse_disk, refuse_memory
+from trainer.estimate.refusal import refuse_disk, refuse_memory, refuse_stages
 
 
 def estimated(method: str) -> Estimate:
@@ -61,3 +63,39 @@ def test_a_run_that_has_written_before_is_not_refused_for_its_own_files(
     set_free(monkeypatch, 5e9)
     (tmp_path / "runs" / "tiny-0123").mkdir(parents=True)
     refuse_disk(estimated("qlora"), tmp_path)
+
+
+def test_a_stage_that_cannot_fit_is_named_with_what_is_missing_and_a_format_with_which_all_fit() -> None:
+    """Llama 2 7B in bf16 takes 13.5 GB in the engine that evaluates it, and a third of it in 4 bits."""
+    with pytest.raises(
+        InsufficientMemoryError, match=r"stage evaluate needs 13\.5 GB .* has 12\.0 GB: 1\.5 GB"
+    ) as caught:
+        refuse_stages(estimated("qlora"), machine(12e9))
+    assert caught.value.todo == "set formats=[gptq]; --anyway tries all the same"
+
+
+def test_the_adapter_alone_is_proposed_when_no_engine_has_memory_for_either_format() -> None:
+    with pytest.raises(InsufficientMemoryError, match="stage evaluate needs") as caught:
+        refuse_stages(estimated("qlora"), machine(3e9))
+    assert "set formats=[adapter]" in caught.value.todo
+
+
+def test_no_stage_is_refused_when_each_fits_by_its_least_need() -> None:
+    refuse_stages(estimated("qlora"), machine(16e9))
+
+
+def test_a_stage_on_a_gpu_is_not_refused_when_several_gpus_and_main_memory_hold_it_together() -> None:
+    recipe = make_recipe(method="qlora")
+    gpu = replace(read_devices()["rtx-4090"], here=True, memory=10e9)
+    workload = even_workload(100, 1024, recipe)
+    estimate = estimate_recipe(recipe, published("llama-2-7b"), workload, [gpu], 4096)
+    two = Machine((0,), None, int(6e9), 0, gpus=(Gpu("small", int(5e9), 0),) * 2)
+    refuse_stages(estimate, two)
+    with pytest.raises(InsufficientMemoryError, match="stage evaluate"):
+        refuse_stages(estimate, replace(two, gpus=two.gpus[:1]))
+
+
+def test_a_full_disk_is_told_with_the_stage_that_fills_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    set_free(monkeypatch, 14e9)  # the merged model takes 13.5 GB
+    with pytest.raises(DiskSpaceError, match="the disk is full at stage quantize"):
+        refuse_disk(estimated("qlora"), tmp_path)

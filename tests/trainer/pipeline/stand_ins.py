@@ -17,9 +17,9 @@ from trainer.callbacks.loss_point import LossPoint
 from trainer.export.gptq import QuantizeSummary
 from trainer.export.verify_merge import MergeSummary
 from trainer.parity.report import Made
-from trainer.pipeline.stage_key import Stage
 from trainer.pipeline.stages import Pipeline
 from trainer.recipe.sections import Method, Recipe
+from trainer.recipe.stage import Stage
 from trainer.training.summary import TrainingSummary
 
 TRAIN = tuple(make_example(f"q {number}", "yes") for number in range(3))

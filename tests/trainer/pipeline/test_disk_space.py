@@ -11,8 +11,8 @@ from svc.errors import DiskSpaceError
 from tests.trainer.pipeline.stand_ins import Make, Stages
 from trainer.export.verify_merge import MergeSummary
 from trainer.pipeline import stages as stages_module
-from trainer.pipeline.stage_key import Stage
 from trainer.pipeline.stages import Pipeline
+from trainer.recipe.stage import Stage
 
 
 def free_bytes(monkeypatch: pytest.MonkeyPatch, free: int) -> None:

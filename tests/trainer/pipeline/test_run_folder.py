@@ -14,8 +14,9 @@ from tests.trainer.conftest import make_example, make_recipe
 from trainer.base_model.resolve import Base
 from trainer.pipeline.examples import Examples
 from trainer.pipeline.run_folder import Run
-from trainer.pipeline.stage_key import Stage, stage_keys
+from trainer.pipeline.stage_key import stage_keys
 from trainer.recipe.sections import Recipe
+from trainer.recipe.stage import Stage
 
 BASE = Base(Path("/base"), "./base", "Apache-2.0", "sha256:0")
 EXAMPLES = Examples((make_example("a", "b"),), (make_example("c", "d"),), "sha256:1", "sha256:2", ())

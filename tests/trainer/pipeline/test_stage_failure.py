@@ -15,7 +15,7 @@ from svc.registry.files import read_headers
 from tests.trainer.pipeline.stand_ins import Make, Stages
 from trainer.pipeline import stages as stages_module
 from trainer.pipeline.stage_failure import LOG_FILE, failed_library, stage_failure
-from trainer.pipeline.stage_key import Stage
+from trainer.recipe.stage import Stage
 
 
 def fail_in_torch() -> None:

@@ -13,8 +13,8 @@ from tests.svc.engine.devices import AVX2, AVX512
 from tests.trainer.engines import Engines
 from tests.trainer.pipeline.stand_ins import Make, Stages
 from trainer.pipeline.run_folder import Run
-from trainer.pipeline.stage_key import Stage
 from trainer.pipeline.stages import Pipeline
+from trainer.recipe.stage import Stage
 
 pytestmark = pytest.mark.slow
 

@@ -12,7 +12,7 @@ from tests.svc.registry.parity import make_parity
 from tests.trainer.conftest import make_example
 from tests.trainer.engines import Engines
 from tests.trainer.pipeline.stand_ins import WORSE_QUANTIZED, Make, Stages
-from trainer.pipeline.stage_key import Stage
+from trainer.recipe.stage import Stage
 
 pytestmark = pytest.mark.slow
 

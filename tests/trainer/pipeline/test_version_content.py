@@ -22,9 +22,9 @@ from tests.trainer.conftest import make_example
 from tests.trainer.engines import Engines
 from tests.trainer.pipeline.stand_ins import CURVE, TRAIN, Make, Stages
 from trainer.pipeline import registration
-from trainer.pipeline.stage_key import Stage
 from trainer.pipeline.stage_results import Evaluated
 from trainer.pipeline.stages import Pipeline
+from trainer.recipe.stage import Stage
 
 pytestmark = pytest.mark.slow
 

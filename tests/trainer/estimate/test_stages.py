@@ -1,0 +1,120 @@
+"""Memory and disk of each stage: its formula, and which stages there are."""
+
+from pathlib import Path
+
+import pytest
+
+from svc.engine.capabilities import NumberType
+from tests.trainer.conftest import make_recipe
+from tests.trainer.estimate.configs import cpu_device, published
+from trainer.estimate.batches import even_workload
+from trainer.estimate.devices import ComputeDevice, read_devices
+from trainer.estimate.memory import trained_weights
+from trainer.estimate.stages import StageMemory, gptq_bytes, stage_memory
+from trainer.recipe.sections import Recipe
+from trainer.recipe.stage import Stage
+
+DOCS = Path(__file__).parents[3] / "docs" / "estimate.md"
+MODELS = {"1B": "llama-3.2-1b", "8B": "llama-3.1-8b", "14B": "phi-4", "32B": "r1-qwen-32b", "70B": "llama-2-70b"}
+SERVED = 4096
+
+
+def of_stages(name: str, recipe: Recipe, device: ComputeDevice) -> dict[Stage, StageMemory]:
+    workload = even_workload(1000, 1024, recipe)
+    return {one.stage: one for one in stage_memory(recipe, published(name), workload, device, SERVED)}
+
+
+@pytest.mark.parametrize(
+    ("formats", "stages"),
+    [
+        (["merged", "gptq"], ["train", "merge", "evaluate", "quantize", "qualify", "parity"]),
+        (["merged"], ["train", "merge", "evaluate", "parity"]),
+        (["gptq"], ["train", "merge", "quantize", "qualify", "parity"]),
+        (["adapter"], ["train"]),
+    ],
+    ids=str,
+)
+def test_the_stages_are_those_that_the_formats_need(formats: list[str], stages: list[str]) -> None:
+    assert [*of_stages("llama-3.1-8b", make_recipe(formats=formats), cpu_device())] == stages
+
+
+def test_merging_needs_two_copies_of_the_embedding_when_it_is_the_largest_tensor() -> None:
+    recipe, shape = make_recipe(), published("llama-3.1-8b")
+    merge = of_stages("llama-3.1-8b", recipe, cpu_device())[Stage.MERGE].peak
+    copies, adapter = 2 * 2 * 128_256 * 4096, 4 * trained_weights(shape, recipe)
+    assert merge.ram == pytest.approx(0.75e9 + copies + adapter)
+    assert merge.device == 0
+    assert merge.disk == 2 * shape.parameters
+
+
+def test_merging_needs_four_copies_of_a_layer_when_all_experts_of_it_are_adapted() -> None:
+    merge = of_stages("mixtral-8x7b", make_recipe(), cpu_device())[Stage.MERGE].peak
+    assert merge.ram > 4 * 4 * 8 * 2 * 14_336 * 4096
+
+
+@pytest.mark.parametrize("method", ["lora", "full"])
+def test_the_disk_of_all_stages_is_enough_for_every_format(method: str) -> None:
+    shape = published("llama-3.1-8b")
+    stages = of_stages("llama-3.1-8b", make_recipe(method=method), cpu_device()).values()
+    least = sum(stage.least.disk for stage in stages)
+    assert least == 2 * shape.parameters + gptq_bytes(shape)
+    assert sum(stage.peak.disk for stage in stages) > least
+
+
+@pytest.mark.parametrize("device", [cpu_device(), read_devices()["rtx-4090"]], ids=["cpu", "gpu"])
+@pytest.mark.parametrize("method", ["full", "lora", "qlora", "dora", "adalora", "vera"])
+@pytest.mark.parametrize("name", ["llama-3.1-8b", "mixtral-8x7b"])
+def test_what_a_stage_needs_at_least_is_never_more_than_its_peak(device: ComputeDevice, method: str, name: str) -> None:
+    for stage in of_stages(name, make_recipe(method=method), device).values():
+        assert stage.least.device <= stage.peak.device, stage
+        assert stage.least.ram <= stage.peak.ram, stage
+        assert stage.least.disk <= stage.peak.disk, stage
+
+
+def test_quantizing_needs_no_more_memory_for_layers_when_a_model_has_more_of_them() -> None:
+    """Of 70B and 7B: the larger one's layers are wider, and ten times as many weights take less than five times."""
+    small, large = (
+        of_stages(name, make_recipe(), cpu_device())[Stage.QUANTIZE].peak.ram for name in ("llama-2-7b", "llama-2-70b")
+    )
+    assert large < 5 * small
+
+
+def test_parity_is_scored_on_the_cpu_when_the_gpu_is_too_small_for_one_copy() -> None:
+    on_small, on_large = (
+        of_stages("llama-2-13b", make_recipe(), read_devices()[name])[Stage.PARITY] for name in ("rtx-4090", "h100")
+    )
+    assert on_small.peak.device == 0
+    assert on_small.peak.ram > 2 * published("llama-2-13b").parameters
+    assert on_large.peak.device > 2 * published("llama-2-13b").parameters
+
+
+def test_parity_needs_the_weights_in_memory_only_when_they_are_not_those_of_the_files() -> None:
+    in_bfloat16, in_float32 = (
+        of_stages("llama-3.1-8b", make_recipe(), cpu_device(number_type=number_type))[Stage.PARITY].least.ram
+        for number_type in (NumberType.BFLOAT16, NumberType.FLOAT32)
+    )
+    assert in_bfloat16 == 0
+    assert in_float32 == 4 * published("llama-3.1-8b").parameters
+
+
+def cell(stage: StageMemory, device: ComputeDevice) -> str:
+    ram = f"{stage.peak.ram / 1e9:.1f}"
+    return ram if device.cpu else f"{stage.peak.device / 1e9:.1f} + {ram}"
+
+
+def table(device: ComputeDevice) -> str:
+    """Return the table of docs/estimate.md: LoRA of rank 16, both formats, batches of 4 times 1,024 tokens."""
+    recipe = make_recipe(train={"batch_size": 4})
+    models = {title: of_stages(name, recipe, device) for title, name in MODELS.items()}
+    rows = [["GB", *models], ["---"] * (len(models) + 1)]
+    for stage in models["1B"]:
+        rows.append([stage.value, *(cell(stages[stage], device) for stages in models.values())])
+    if device.cpu:
+        written = [sum(stage.peak.disk for stage in stages.values()) for stages in models.values()]
+        rows.append(["disk, all stages", *(f"{size / 1e9:.1f}" for size in written)])
+    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
+
+
+@pytest.mark.parametrize("device", [cpu_device(), read_devices()["h100"]], ids=["cpu", "h100"])
+def test_the_documented_table_is_what_the_formulas_give(device: ComputeDevice) -> None:
+    assert table(device) in DOCS.read_text("utf-8")
