@@ -1,7 +1,8 @@
 """What to change in a recipe that does not fit: the fewest keys, in the order of what they cost.
 
 Each proposal was computed with all its changes, so that it is true as far as the estimate is. First comes what changes
-no result (smaller batches with more accumulation, checkpointing), then what changes the method, last what learns less.
+no result (smaller batches with more accumulation, checkpointing), then what rounds the optimizer's moments, then what
+changes the method, last what learns less.
 """
 
 import json
@@ -12,7 +13,7 @@ from trainer.estimate.batches import Workload, shortened, with_batch_size
 from trainer.estimate.devices import ComputeDevice
 from trainer.estimate.estimate import memory_on
 from trainer.estimate.model_shape import ModelShape
-from trainer.recipe.sections import Recipe
+from trainer.recipe.sections import Optimizer, Recipe
 
 _FEWEST_RANKS, _SHORTEST = 8, 256
 
@@ -31,6 +32,8 @@ def advise(recipe: Recipe, shape: ModelShape, workload: Workload, device: Comput
     if fits(changes):
         return changes
     for step in _steps(recipe, device):
+        if "method" in step:  # an adapter's moments are small whatever they are stored in
+            changes.pop("train.optimizer", None)
         changes = changes | step
         smallest = changes | _batch(recipe, 1)
         if fits(smallest):
@@ -57,6 +60,10 @@ def _steps(recipe: Recipe, device: ComputeDevice) -> Iterator[Changes]:
     if asked is False or (asked is None and device.cpu):
         yield {"train.gradient_checkpointing": True}
     if recipe.adapter_type is None:
+        if recipe.train.optimizer is Optimizer.ADAMW:
+            yield {"train.optimizer": Optimizer.ADAMW_8BIT.value}
+            if not device.cpu:
+                yield {"train.optimizer": Optimizer.PAGED_ADAMW_8BIT.value}
         yield {"method": "lora"}
         yield {"method": "qlora"}
     elif recipe.base_quantization is None:

@@ -89,16 +89,34 @@ def training_memory(shape: ModelShape, recipe: Recipe, batch: Batch, setup: Setu
     activations = _activations(shape, recipe, batch, setup)
     return parts | {
         Part.GRADIENTS: _FLOAT32 * trained,
-        Part.OPTIMIZER: _optimizer_bytes(recipe) * trained,
+        Part.OPTIMIZER: _optimizer_bytes(recipe, setup) * trained,
         Part.ACTIVATIONS: activations * (_FRAGMENTS_CPU if setup.cpu else _FRAGMENTS_GPU),
         Part.LOGITS: _logits(shape, batch, setup),
         Part.RUNTIME: _runtime(recipe) if setup.cpu else _CUDA,
     }
 
 
-def _optimizer_bytes(recipe: Recipe) -> int:
-    """Of a trained weight; AdaLoRA's allocator has three means of how much each matters."""
-    return _ADAM + (3 * _FLOAT32 if recipe.adapter_type is AdapterType.ADALORA else 0)
+def moment_bytes(recipe: Recipe) -> float:
+    """Return the bytes of a trained weight's two moments.
+
+    In 8 bits they have a scale in float32 for each block of 256. bitsandbytes leaves parameters of fewer than 4,096
+    weights in float32, which are not counted apart.
+    """
+    return 2 * (1 + _FLOAT32 / 256) if recipe.train.optimizer.is_8bit else _ADAM
+
+
+def pages_moments(recipe: Recipe, *, cpu: bool) -> bool:
+    """Return whether the moments can leave the GPU: of large parameters, which adapters do not have.
+
+    bitsandbytes pages no parameter of fewer than 100,000 weights; one of rank 16 and 4,096 inputs has 65,536.
+    """
+    return recipe.train.optimizer.is_paged and recipe.adapter_type is None and not cpu
+
+
+def _optimizer_bytes(recipe: Recipe, setup: Setup) -> float:
+    """Of a trained weight, on the device; AdaLoRA's allocator has three means of how much each matters."""
+    moments = 0.0 if pages_moments(recipe, cpu=setup.cpu) else moment_bytes(recipe)
+    return moments + (3 * _FLOAT32 if recipe.adapter_type is AdapterType.ADALORA else 0)
 
 
 def _runtime(recipe: Recipe) -> float:

@@ -12,7 +12,15 @@ from svc.engine.capabilities import NumberType
 from svc.engine.vllm.headroom import ENGINE_OVERHEAD
 from trainer.estimate.batches import Workload
 from trainer.estimate.devices import ComputeDevice
-from trainer.estimate.memory import PROCESS, Setup, least_memory, trained_weights, training_memory
+from trainer.estimate.memory import (
+    PROCESS,
+    Setup,
+    least_memory,
+    moment_bytes,
+    pages_moments,
+    trained_weights,
+    training_memory,
+)
 from trainer.estimate.model_shape import ModelShape
 from trainer.export.gptq import calibration_type
 from trainer.recipe.sections import Quantization, Recipe
@@ -83,9 +91,9 @@ def gptq_bytes(shape: ModelShape) -> float:
 
 
 def checkpoint_bytes(recipe: Recipe, shape: ModelShape) -> float:
-    """Return the size of all checkpoints that lie on the disk together: weights and two moments, in float32."""
+    """Return the size of all checkpoints that lie on the disk together: weights in float32 and two moments."""
     kept = recipe.checkpoints.keep + 1 + recipe.stopping.keep_best
-    return 3.0 * _FLOAT32 * trained_weights(shape, recipe) * kept
+    return (_FLOAT32 + moment_bytes(recipe)) * trained_weights(shape, recipe) * kept
 
 
 def key_value_bytes(shape: ModelShape, number_type: NumberType, served_length: int) -> float:
@@ -112,10 +120,11 @@ class _Stages:
         loaded = (_FLOAT32 if whole else setup.size) * shape.parameters
         if recipe.base_quantization is Quantization.NF4:  # tensor by tensor
             loaded = setup.size * self._largest_tensor
+        paged = moment_bytes(recipe) * shape.parameters if pages_moments(recipe, cpu=setup.cpu) else 0.0
         least = self._computed(least_memory(shape, recipe, setup), ram=0.0)
         return StageMemory(
             Stage.TRAIN,
-            self._computed(peak, ram=PROCESS + loaded, disk=disk),
+            self._computed(peak, ram=PROCESS + loaded + paged, disk=disk),
             Need(least.device, least.ram, written if whole else 0.0),
         )
 

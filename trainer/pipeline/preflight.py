@@ -13,7 +13,7 @@ from svc.engine.capabilities import Capabilities
 from svc.engine.vllm.model_check import model_check
 from svc.errors import BaseModelError
 from svc.registry.files import hash_tensor, read_headers
-from svc.settings import EngineSettings
+from svc.settings import Device, EngineSettings
 from svc.terminal import waiting
 from svc.version import Format
 from trainer.base_model.content import copy_shipped_files
@@ -23,6 +23,7 @@ from trainer.export.gptq import check_layers, check_quantizer
 from trainer.model.config import load_config
 from trainer.parity.files import other_config, other_files
 from trainer.recipe.sections import Recipe
+from trainer.training.optimizer import check_optimizer
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
@@ -37,9 +38,11 @@ def check_base(base: Path, recipe: Recipe, capabilities: Capabilities, engine: E
     Raises:
         BaseModelError: something about the base itself; says what.
         IntegrityError: a file of its weights is damaged.
-        RecipeError, TrainingError: its layers cannot be quantized, or not with these options.
+        RecipeError, TrainingError: its layers cannot be quantized, or not with these options; or the optimizer does not
+            work on this machine.
         EngineError: vLLM does not start.
     """
+    check_optimizer(recipe.train.optimizer, cuda=capabilities.training_device is Device.CUDA)
     served = {Format.MERGED, Format.GPTQ} & set(recipe.formats)
     with ExitStack() as stack:
         checked = stack.enter_context(model_check(base, engine)) if served else None

@@ -179,9 +179,37 @@ class TooLong(StrEnum):
     TRUNCATE = "truncate"
 
 
+class Optimizer(StrEnum):
+    """What steps on the trained weights, and where its two moments of each weight are stored."""
+
+    ADAMW = "adamw"
+    """AdamW with moments in float32 (Loshchilov and Hutter 2019)."""
+    ADAMW_8BIT = "adamw-8bit"
+    """AdamW with moments in 8 bits, in blocks of 256 with a scale each (Dettmers et al. 2022); of bitsandbytes."""
+    PAGED_ADAMW = "paged-adamw"
+    """AdamW whose moments leave a full GPU for main memory (Dettmers et al. 2023); of bitsandbytes."""
+    PAGED_ADAMW_8BIT = "paged-adamw-8bit"
+    """Both."""
+
+    @property
+    def is_8bit(self) -> bool:
+        """Whether moments have 8 bits."""
+        return self in (Optimizer.ADAMW_8BIT, Optimizer.PAGED_ADAMW_8BIT)
+
+    @property
+    def is_paged(self) -> bool:
+        """Whether moments can leave the GPU."""
+        return self in (Optimizer.PAGED_ADAMW, Optimizer.PAGED_ADAMW_8BIT)
+
+
 class Train(_Section):
     """The optimizer's run."""
 
+    optimizer: Optimizer = Field(
+        Optimizer.ADAMW,
+        description="adamw, adamw-8bit, paged-adamw or paged-adamw-8bit: 8-bit moments take a quarter of the memory, "
+        "paged ones leave a full GPU; see [training](training.md#optimizers)",
+    )
     learning_rate: Annotated[float, Field(gt=0)] | None = Field(
         None, description="largest step size; default 5e-4, adalora 1e-2, vera 6e-2, full 5e-5"
     )

@@ -9,6 +9,7 @@ from trl.trainer.sft_config import SFTConfig
 from svc.engine.capabilities import NumberType
 from trainer.model.acceleration import Acceleration, choose_acceleration, machine_facts
 from trainer.recipe.sections import Recipe
+from trainer.training.optimizer import check_optimizer, choose_optimizer
 
 
 def count_steps(rows: int, recipe: Recipe) -> int:
@@ -37,8 +38,12 @@ def training_arguments(
 
     Args:
         steps: of the whole run.
+
+    Raises:
+        RecipeError: the optimizer does not work on this machine.
     """
     train, accelerated = recipe.train, torch.accelerator.is_available()
+    check_optimizer(train.optimizer, cuda=torch.cuda.is_available())
     scaled = number_type is NumberType.FLOAT16
     arguments = SFTConfig(
         output_dir=str(out),
@@ -56,8 +61,7 @@ def training_arguments(
         max_length=None,
         bf16=number_type is NumberType.BFLOAT16,
         fp16=scaled,
-        # That the fused one leaves out a step, as happens with a scaled loss, accelerate does not notice.
-        optim="adamw_torch" if scaled else "adamw_torch_fused",
+        optim=choose_optimizer(train.optimizer, scaled=scaled),
         use_cpu=not accelerated,
         gradient_checkpointing=checkpoints_layers(recipe),
         padding_free=acceleration.padding_free,

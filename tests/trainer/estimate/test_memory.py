@@ -11,9 +11,11 @@ from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
 from svc.engine.capabilities import NumberType
 from tests.trainer.conftest import make_recipe
 from tests.trainer.estimate.configs import published
-from trainer.estimate.batches import Batch
+from trainer.estimate.batches import Batch, even_workload
+from trainer.estimate.devices import read_devices
 from trainer.estimate.memory import Part, Setup, least_memory, trained_weights, training_memory
 from trainer.estimate.model_shape import _count
+from trainer.estimate.stages import stage_memory
 from trainer.model.peft_config import add_adapter
 from trainer.recipe.sections import Recipe
 from trainer.recipe.targets import Targets
@@ -149,3 +151,28 @@ def small_llama(layers: int) -> PreTrainedModel:
         num_key_value_heads=2,
     )
     return AutoModelForCausalLM.from_config(config)
+
+
+def test_moments_take_a_quarter_when_the_optimizer_has_8_bits() -> None:
+    plain, small = (
+        training_memory(published("llama-2-7b"), recipe, Batch(1, 64, 0, 64), on_gpu(recipe))[Part.OPTIMIZER]
+        for recipe in (make_recipe(method="full", train={"optimizer": name}) for name in ("adamw", "adamw-8bit"))
+    )
+    assert plain == 8 * published("llama-2-7b").parameters
+    assert small == pytest.approx(plain / 4, rel=0.02)
+
+
+def test_moments_of_all_weights_are_in_main_memory_when_the_optimizer_is_paged() -> None:
+    shape, recipe = published("llama-2-7b"), make_recipe(method="full", train={"optimizer": "paged-adamw"})
+    assert training_memory(shape, recipe, Batch(1, 64, 0, 64), on_gpu(recipe))[Part.OPTIMIZER] == 0
+    stages = [
+        stage_memory(one, shape, even_workload(10, 64, one), read_devices()["h200"], 4096)[0].peak.ram
+        for one in (recipe, make_recipe(method="full"))
+    ]
+    assert stages[0] - stages[1] == 8 * shape.parameters
+
+
+def test_an_adapters_moments_stay_on_the_gpu_when_the_optimizer_is_paged() -> None:
+    recipe = make_recipe(train={"optimizer": "paged-adamw"})
+    found = training_memory(published("llama-2-7b"), recipe, Batch(1, 64, 0, 64), on_gpu(recipe))
+    assert found[Part.OPTIMIZER] == 8 * trained_weights(published("llama-2-7b"), recipe)

@@ -1,0 +1,78 @@
+"""Optimizers: transformers' names, which of them this machine refuses, and that those of 8 bits train and resume."""
+
+import importlib.util
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch.utils._pytree import tree_leaves
+from transformers.training_args import OptimizerNames
+
+from svc.dataset.schema.example import ChatExample
+from svc.engine.capabilities import NumberType
+from svc.errors import RecipeError
+from tests.trainer.conftest import make_recipe
+from tests.trainer.training.test_resume import train_in, train_until
+from trainer.model.acceleration import choose_acceleration, machine_facts
+from trainer.recipe.sections import Optimizer
+from trainer.training import optimizer as optimizer_module
+from trainer.training.arguments import training_arguments
+from trainer.training.optimizer import check_optimizer, choose_optimizer
+from trainer.training.summary import TrainingData
+
+
+@pytest.mark.parametrize("optimizer", Optimizer)
+def test_the_name_is_one_of_transformers_for_every_optimizer(optimizer: Optimizer) -> None:
+    name = OptimizerNames(choose_optimizer(optimizer, scaled=False))
+    assert ("8bit" in name) is optimizer.is_8bit
+    assert name.startswith("paged") is optimizer.is_paged
+
+
+def test_adamw_is_not_fused_when_the_loss_is_scaled() -> None:
+    assert choose_optimizer(Optimizer.ADAMW, scaled=True) == "adamw_torch"
+
+
+@pytest.mark.parametrize("optimizer", ["paged-adamw", "paged-adamw-8bit"])
+def test_a_paged_optimizer_is_refused_when_training_runs_on_a_cpu(optimizer: str) -> None:
+    with pytest.raises(RecipeError, match="training runs on the CPU") as caught:
+        check_optimizer(Optimizer(optimizer), cuda=False)
+    assert caught.value.todo == f"set train.optimizer to {optimizer.removeprefix('paged-')}"
+
+
+@pytest.mark.parametrize("optimizer", Optimizer)
+def test_no_optimizer_is_refused_when_training_runs_on_a_gpu(optimizer: Optimizer) -> None:
+    check_optimizer(optimizer, cuda=True)
+
+
+def test_an_optimizer_of_8_bits_is_refused_when_bitsandbytes_is_not_installed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(optimizer_module, "find_spec", lambda name: None)
+    check_optimizer(Optimizer.ADAMW, cuda=False)
+    with pytest.raises(RecipeError, match="needs bitsandbytes"):
+        check_optimizer(Optimizer.ADAMW_8BIT, cuda=False)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_arguments_are_refused_when_the_optimizer_does_not_work_here(tmp_path: Path) -> None:
+    recipe = make_recipe(train={"optimizer": "paged-adamw"})
+    with pytest.raises(RecipeError, match="runs on the CPU"):
+        training_arguments(recipe, tmp_path, choose_acceleration(machine_facts()), 10, NumberType.FLOAT32)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(importlib.util.find_spec("bitsandbytes") is None, reason="bitsandbytes is not installed")
+def test_training_with_8_bit_moments_ends_with_the_same_weights_when_it_was_interrupted(
+    tiny_base: Path, examples: list[ChatExample], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Full training, because an adapter of the tiny model has no parameter of 4,096 weights."""
+    train = {"batch_size": 3, "steps": 6, "learning_rate": 1e-3, "optimizer": "adamw-8bit"}
+    recipe = make_recipe(method="full", checkpoints={"every_steps": 1}, stopping={"curve": False}, train=train)
+    data, weights = TrainingData(examples), []
+    train_until(tiny_base, data, recipe, tmp_path / "resumed", 4, monkeypatch)
+    for name in ("whole", "resumed"):
+        summary = train_in(NumberType.BFLOAT16, tiny_base, data, recipe, tmp_path / name)
+        moments = torch.load(max((tmp_path / name / "checkpoints").rglob("optimizer.pt")), weights_only=False)["state"]
+        assert torch.uint8 in {getattr(moment, "dtype", None) for moment in tree_leaves(moments)}
+        assert summary.loss_curve[-1].loss < summary.loss_curve[0].loss
+        weights.append(load_file(tmp_path / name / "trained" / "model.safetensors"))
+    assert all(torch.equal(tensor, weights[1][name]) for name, tensor in weights[0].items())
