@@ -32,6 +32,7 @@ MEMORY = 0.2
 MEASURED = (Stage.TRAIN, Stage.MERGE, Stage.QUANTIZE, Stage.PARITY)
 """The other stages run an engine, whose memory `svc.engine.vllm.headroom` estimates."""
 _TOKENIZER = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja")
+_STAGE = click.Choice(MEASURED, case_sensitive=False)
 _COMPARED = 8
 """Examples that the parity report compares."""
 
@@ -165,7 +166,7 @@ def _examples(case: Case) -> list[ChatExample]:
 @click.command()
 @click.argument("config", type=click.Path(path_type=Path, exists=True))
 @click.option("--layers", type=click.IntRange(1), help="Only so many layers of the model.  [default: all]")
-@click.option("--stage", "stages", type=click.Choice([*MEASURED]), multiple=True, default=MEASURED, show_default=True)
+@click.option("--stage", "stages", type=_STAGE, multiple=True, default=MEASURED, show_default=True)
 @click.option("--set", "overrides", metavar="KEY=VALUE", multiple=True, help="Another value of a recipe key.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON for machines.")
 def main(config: Path, layers: int | None, stages: Sequence[Stage], overrides: tuple[str, ...], as_json: bool) -> None:

@@ -311,6 +311,8 @@ def _run_gptqmodel(
             act_group_aware=True,
             true_sequential=quantize.sequential,
             mse=_SCALE_ERROR,
+            # On a CPU too: the model is read layer by layer from its files, and finished layers leave main memory.
+            offload_to_disk=True,
             offload_to_disk_path=offload,
         )
         attention = attention_implementation(load_config(model))

@@ -352,3 +352,38 @@ def test_gptqmodel_rounds_in_our_steps_and_blocks_while_we_quantize() -> None:
     done = subprocess.run([sys.executable, "-c", SEARCH], capture_output=True, text=True, check=True)
     told = [line for line in done.stdout.splitlines() if line.startswith("found")]
     assert told == ["found 20 0.5 32", "found 20 0.5 128", "found 100 0.8 128"]
+
+
+OFFLOADED = """
+import sys
+from pathlib import Path
+import gptqmodel
+from tests.trainer.export.test_gptq import quantize
+from trainer.export import gptq
+
+def main():
+    asked = gptqmodel.QuantizeConfig
+
+    def config(**options):
+        assert options["offload_to_disk"]
+        return asked(**options | {"offload_to_disk": sys.argv[3] == "offload"})
+
+    gptqmodel.QuantizeConfig = config
+    gptq.in_child_process = lambda work, *arguments: work(*arguments)
+    quantize(Path(sys.argv[1]), Path(sys.argv[2]))
+
+if __name__ == "__main__":
+    main()
+"""
+
+
+@pytest.mark.slow
+def test_quantized_files_are_the_same_bytes_when_layers_stay_in_memory(tmp_path: Path) -> None:
+    base = make_model(tmp_path / "base", hidden_size=128, intermediate_size=256, num_key_value_heads=2)
+    written = []
+    for way in ("offload", "memory"):
+        out = tmp_path / way
+        command = [sys.executable, "-c", OFFLOADED, str(base), str(out), way]
+        subprocess.run(command, capture_output=True, check=True)
+        written.append((out / "model.safetensors").read_bytes())
+    assert written[0] == written[1]
