@@ -13,7 +13,7 @@ from typing import Any
 
 from trainer.base_model.resolve import Base
 from trainer.pipeline.examples import Examples
-from trainer.recipe.sections import Optimizer, Recipe
+from trainer.recipe.sections import Recipe
 from trainer.recipe.stage import Stage
 
 _LIMITS = ("max_gptq_loss", "max_gptq_nll", "max_forgetting")
@@ -36,8 +36,6 @@ def stage_keys(recipe: Recipe, base: Base, examples: Examples) -> StageKeys:
     measured = examples.heldout_fingerprint if recipe.stopping.measures else None
     adapter = said["adapter"] | {"type": recipe.adapter_type}  # a method is a name for this and for the next
     said["stopping"].pop("curve")
-    if recipe.train.optimizer is Optimizer.ADAMW:  # of which earlier releases said nothing: their runs go on
-        said["train"].pop("optimizer")
     learnt = [adapter, recipe.base_quantization, *(said[key] for key in ("chat_template_kwargs", "train", "stopping"))]
     train = _key(base.revision, examples.train_fingerprint, measured, learnt)
     merge = _key(train)
