@@ -1,4 +1,7 @@
-"""The order of examples: of like length together, anew in each epoch, and a function of seed and epoch alone.
+"""The order of examples: batches of similar lengths in random order, a function of seed and epoch alone.
+
+The order of batches is random because a task's losses depend on length: if batches went from long to short, the loss
+curve of a healthy run would rise or fall with them, and the last steps of an epoch would train on short examples alone.
 
 A sampler that draws from the process's random numbers cannot be continued: a resumed run would see other batches than
 one that was never interrupted. Imports torch and transformers.
@@ -9,9 +12,9 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 import torch
 from torch.utils.data import Sampler
-from transformers.trainer_pt_utils import get_length_grouped_indices
 
-_LONGEST_RUN = 50  # batches
+_LARGEST_WINDOW = 50
+"""Batches among whose examples similar lengths are looked for."""
 
 
 class LengthGroupedSampler(Sampler[int]):
@@ -19,12 +22,12 @@ class LengthGroupedSampler(Sampler[int]):
 
     Args:
         lengths: tokens of each example.
-        batch_size: examples of a step, over which lengths are alike.
+        batch_size: examples of a step, which have similar lengths.
         seed: of the run.
     """
 
     def __init__(self, lengths: Sequence[int], batch_size: int, seed: int) -> None:
-        self._lengths = list(lengths)
+        self._lengths = torch.tensor(lengths)
         self._batch_size = batch_size
         self._seed = seed
         self._epoch = 0
@@ -39,9 +42,11 @@ class LengthGroupedSampler(Sampler[int]):
     def __iter__(self) -> Iterator[int]:
         mixed = np.random.SeedSequence([self._seed, self._epoch]).generate_state(1)  # torch takes 32 bits of a seed
         generator = torch.Generator().manual_seed(int(mixed[0]))
-        # Sorted are runs of so many batches; as the default, but for small sets too: half of them in one run.
-        run = max(1, min(_LONGEST_RUN, len(self._lengths) // (2 * self._batch_size)))
-        indices: list[int] = get_length_grouped_indices(
-            self._lengths, self._batch_size, mega_batch_mult=run, generator=generator
-        )
-        return iter(indices)
+        # At most half of the examples are sorted together, so that each epoch of a small set has other batches.
+        window = max(1, min(_LARGEST_WINDOW, len(self._lengths) // (2 * self._batch_size)))
+        batches: list[torch.Tensor] = []
+        for drawn in torch.randperm(len(self._lengths), generator=generator).split(window * self._batch_size):
+            batches += drawn[self._lengths[drawn].argsort(descending=True)].split(self._batch_size)
+        whole = len(self._lengths) // self._batch_size
+        order = [*torch.randperm(whole, generator=generator).tolist(), *range(whole, len(batches))]
+        return iter([index for place in order for index in batches[place].tolist()])

@@ -1,5 +1,7 @@
 """The order of examples depends on seed and epoch, and on nothing else."""
 
+from itertools import pairwise
+
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
@@ -41,6 +43,25 @@ def test_a_small_set_has_little_padding_too(seed: int) -> None:
     order = [lengths[index] for index in LengthGroupedSampler(lengths, 16, seed)]
     padded = sum(16 * max(order[start : start + 16]) for start in range(0, 96, 16))
     assert padded / sum(lengths) < 1.15
+
+
+def test_short_and_long_batches_alternate_when_lengths_differ() -> None:
+    """200 long and 200 short examples: were they sorted, the first half of the steps would have the long ones."""
+    lengths = [100] * 200 + [10] * 200
+    for seed in range(20):
+        order = [lengths[index] for index in LengthGroupedSampler(lengths, 10, seed)]
+        batches = [sum(order[start : start + 10]) for start in range(0, 400, 10)]
+        changes = sum(before != after for before, after in pairwise(batches))
+        assert changes >= 10  # 20 are expected in a random order; one in a sorted one
+
+
+def test_only_the_last_batch_of_an_epoch_is_partial_when_examples_do_not_fill_it() -> None:
+    """Else later batches would hold examples of two groups of lengths."""
+    lengths = [100] * 48 + [10] * 49
+    for seed in range(20):
+        order = [lengths[index] for index in LengthGroupedSampler(lengths, 16, seed)]
+        mixed = sum(len(set(order[start : start + 16])) > 1 for start in range(0, 97, 16))
+        assert mixed <= 2  # one in each of the two windows that are sorted
 
 
 def test_a_batch_holds_examples_of_like_length() -> None:
