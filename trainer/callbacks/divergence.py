@@ -6,7 +6,7 @@ Imports transformers.
 import math
 from collections.abc import Iterable, Iterator
 from itertools import islice
-from statistics import fmean
+from statistics import fmean, stdev
 from typing import Any
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
@@ -14,12 +14,15 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from svc.errors import TrainingError
 from trainer.callbacks.loss_log import LOSS
 
-_STEPS = 20
-"""Means over so many steps are compared: the loss of one batch says little."""
+_FIRST, _LAST = 5, 20
+"""Steps whose mean losses are compared. The first are few, because a rate that is far too high explodes within 20."""
 _SKIPPED = 20
 """Steps in a row that the optimizer left out: in float16 a few are how the scale of the loss is found, by halving."""
 _TIMES, _NATS = 2.0, 1.0
-"""A mean loss is no chance when it is twice that of the first steps, and a nat more."""
+"""An exploded mean loss is twice that of the first steps, and a nat more."""
+_SURE = 4.0
+"""Standard errors of the difference, as every step is a comparison. Losses of a batch depend on its examples, so the
+error is from the scatter of the steps: where easy and hard batches alternate, many hard ones in a row are chance."""
 
 
 class DivergenceWatch(TrainerCallback):
@@ -51,14 +54,16 @@ class DivergenceWatch(TrainerCallback):
             self._check_gradient(logs["grad_norm"], state.global_step, kwargs.get("optimizer"))
         if LOSS not in logs:
             return
-        if state.global_step < 2 * _STEPS:
+        if state.global_step < _FIRST + _LAST:
             return
-        first = fmean(islice(_losses(state.log_history), _STEPS))
-        last = fmean(islice(_losses(reversed(state.log_history)), _STEPS))
-        if last > _TIMES * first and last > first + _NATS:
+        first = list(islice(_losses(state.log_history), _FIRST))
+        last = list(islice(_losses(reversed(state.log_history)), _LAST))
+        start, rise = fmean(first), fmean(last) - fmean(first)
+        error = max(stdev(first), stdev(last)) * math.sqrt(1 / _FIRST + 1 / _LAST)
+        if rise > max((_TIMES - 1) * start, _NATS, _SURE * error):
             raise diverged(
-                f"the loss explodes: {last:.3f} in the last {_STEPS} steps up to step {state.global_step}, "
-                f"{first:.3f} in the first",
+                f"the loss explodes: {fmean(last):.3f} in the last {_LAST} steps up to step {state.global_step}, "
+                f"{start:.3f} in the first {_FIRST}",
                 self._learning_rate,
             )
 

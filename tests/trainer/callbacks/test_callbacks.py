@@ -49,6 +49,15 @@ def test_a_loss_that_explodes_ends_the_run_and_says_what_to_change() -> None:
     assert "lower train.learning_rate from 0.0003 to 0.0001" in caught.value.todo
 
 
+def test_a_run_goes_on_when_more_hard_batches_come_later_by_chance() -> None:
+    watch([0.1] * 14 + [4.0] * 6 + [0.1] * 6 + [4.0] * 14)
+
+
+def test_a_run_ends_when_its_loss_explodes_within_twenty_steps() -> None:
+    with pytest.raises(TrainingError, match=r"10\.000 in the last 20 steps up to step 30, 1\.000 in the first 5"):
+        watch([1.0] * 6 + [10.0] * 24)
+
+
 def test_a_gradient_that_is_not_finite_ends_the_run() -> None:
     with pytest.raises(TrainingError, match="the gradient is nan at step 1"):
         watch([3.0], grad_norm=float("nan"))
