@@ -27,6 +27,10 @@ def test_every_fault_has_its_section_with_what_to_change(kind: FindingKind) -> N
         (FindingKind.DIVERGENCE, f"{curve_rules.SURE:g} standard errors and {curve_rules.ABOVE_START:.0%}"),
         (FindingKind.UNDERFITTING, f"{curve_rules.UNFINISHED_SHARE:.0%} of the whole fall"),
         (FindingKind.UNDERFITTING, f"more than {curve_rules.HELDOUT_SHARE:.0%} of the fall of held-out loss"),
+        (
+            FindingKind.UNDERFITTING,
+            f"more than {curve_rules.LATE_SURE:g} standard errors over the same held-out examples",
+        ),
         (FindingKind.OVERFITTING, f"by more than {heldout_rules.RISE:.0%}"),
         (FindingKind.OVERFITTING, f"at {heldout_rules.FALSE_ALARMS:.0%}"),
         (FindingKind.OVERFITTING, f"{heldout_rules.FEWEST_MEASURED} measured examples"),

@@ -1,6 +1,8 @@
 """What the curve of the training loss shows: divergence, a learning rate too high or too low, underfitting."""
 
+import math
 from itertools import accumulate
+from statistics import fmean, stdev
 
 from svc.evaluation.diagnosis.finding import Advice, Finding, FindingKind
 from svc.evaluation.diagnosis.training_run import TrainingRun, TrainingSettings
@@ -16,6 +18,9 @@ GIVEN_BACK = 0.25
 UNFINISHED_SHARE, HELDOUT_SHARE = 0.15, 0.12
 """Of the whole fall of the training loss, and of held-out loss, in the last third of the learning. A loss that
 approaches its end exponentially, and has a share of 0.15 there, is six sevenths of the way to it."""
+LATE_SURE = 2.0
+"""Standard errors by which the late fall exceeds chance: of held-out loss over the same examples, where measured,
+else of the training loss. One comparison is made, so that fewer are enough than for pairs of windows."""
 USUAL_TIMES = 3.0
 """Times the usual rate, from which on the rate is to blame: neighbouring rates of a search differ by as much."""
 
@@ -120,21 +125,24 @@ def _unfinished(run: TrainingRun) -> tuple[Window, Window, Window] | None:
         return None
     first, second, last = (window_of(steps[at - size : at]) for at in (size, end, len(steps)))
     fall, error = first.above(last)
-    late, _ = second.above(last)
+    late, late_error = second.above(last)
     if fall <= SURE * error or late <= UNFINISHED_SHARE * fall:
         return None
-    share = _late_heldout_share(run, steps[end - 1].step)
-    return None if share is not None and share <= HELDOUT_SHARE else (first, second, last)
+    heldout = _late_heldout(run, steps[end - 1].step)
+    sure = late > LATE_SURE * late_error if heldout is None else heldout
+    return (first, second, last) if sure else None
 
 
-def _late_heldout_share(run: TrainingRun, step: int) -> float | None:
-    """Which share of the fall of held-out loss came after a step; None where it was not measured before and after."""
-    measured = [point for point in run.curve if point.heldout_loss is not None]
-    before = [point.heldout_loss or 0.0 for point in measured if point.step <= step]
+def _late_heldout(run: TrainingRun, step: int) -> bool | None:
+    """Return whether much of the fall of held-out loss came after a step; None if not measured before and after."""
+    found = [point for point in run.curve if len(point.heldout_each) > 1]
+    measured = [point for point in found if len(point.heldout_each) == len(found[-1].heldout_each)]
+    before = [point for point in measured if point.step <= step]
     if len(before) < 2 or measured[0].step > 0 or measured[-1].step <= step:
         return None
-    start, end = before[0], measured[-1].heldout_loss or 0.0
-    return (before[-1] - end) / (start - end) if start > end else 0.0
+    examples = zip(before[0].heldout_each, before[-1].heldout_each, measured[-1].heldout_each, strict=True)
+    excess = [middle - end - HELDOUT_SHARE * (start - end) for start, middle, end in examples]
+    return fmean(excess) > LATE_SURE * stdev(excess) / math.sqrt(len(excess))
 
 
 def _pairs(found: list[Window]) -> list[tuple[Window, Window]]:

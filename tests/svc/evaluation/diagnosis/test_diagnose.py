@@ -128,6 +128,23 @@ def test_a_run_that_overfits_is_told_the_epoch_of_its_lowest_loss() -> None:
     assert str(only(run).advice) == "train.epochs from 10 to 2"
 
 
+def short(seed: int, *, heldout: bool) -> Any:
+    """A run that has learnt nearly all, of few steps with noisy losses, whose held-out set is small or not measured."""
+    random = np.random.default_rng([seed, 2])
+    steps, speed = int(random.integers(20, 60)), random.uniform(4, 8)
+    run = simulate(falling(2, 0.8, speed), seed, steps=steps, noise=0.4, measured=8, spread=2.0)
+    return run if heldout else replace(run, curve=[p.model_copy(update=UNMEASURED) for p in run.curve if p.step])
+
+
+UNMEASURED = {"heldout_loss": None, "heldout_each": ()}
+
+
+@pytest.mark.parametrize("heldout", [True, False])
+def test_few_short_healthy_runs_are_called_underfitted_when_losses_are_noisy(heldout: bool) -> None:
+    false = sum(FindingKind.UNDERFITTING in kinds(short(seed, heldout=heldout)) for seed in range(300))
+    assert false <= 6
+
+
 def test_a_run_of_so_many_steps_is_told_steps() -> None:
     settings = replace(SETTINGS, steps=100)
     run = simulate(falling(3, 0.1, 5), 0, heldout=lambda share: 1 + abs(share - 0.36), settings=settings)
