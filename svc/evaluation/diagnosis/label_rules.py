@@ -1,8 +1,9 @@
 """What the answers show of the labels: that some are wrong."""
 
 import math
+from collections import Counter
 from collections.abc import Sequence
-from statistics import fmean
+from statistics import fmean, stdev
 
 from svc.evaluation.diagnosis.finding import Advice, Finding, FindingKind
 from svc.evaluation.diagnosis.training_run import TrainingRun
@@ -20,6 +21,9 @@ LEARNT, SURE = 0.7, 0.88
 labels are right some examples are easy, and the model is surer of them than the second: 0.96 on the section task. Wrong
 labels that were drawn at random stand at easy examples too, and a model that has learnt their share is as unsure."""
 CONTRADICTED = 0.02
+GAINED = 0.05
+"""Share of the entropy of the labels that the prompts explain: below it, the model has learnt only how frequent each
+label is."""
 
 
 def find_label_noise(run: TrainingRun) -> Finding | None:
@@ -33,6 +37,8 @@ def find_label_noise(run: TrainingRun) -> Finding | None:
         )
     if len(run.results) < FEWEST_ASKED:
         return None
+    if all(one.scored for one in run.results) and (finding := _learnt_nothing(run)):
+        return finding
     ordered = sorted(run.results, key=probability, reverse=True)
     third, sixth = ordered[: len(ordered) // 3], ordered[: len(ordered) // 6]
     wrong = proportion(sum(not one.hit for one in third), len(third))
@@ -42,6 +48,21 @@ def find_label_noise(run: TrainingRun) -> Finding | None:
     return _finding(
         f"of the {len(third)} held-out answers that the model is surest of (mean probability {sure:.2f}), "
         f"{wrong.value:.0%} [{wrong.low:.0%}, {wrong.high:.0%}] are not the reference"
+    )
+
+
+def _learnt_nothing(run: TrainingRun) -> Finding | None:
+    """Labels that do not follow from their prompts, as if they were shuffled."""
+    counts, asked = Counter(run.answers), len(run.answers)
+    surprise = [-math.log(counts[answer] / asked) for answer in run.answers]
+    gain = [known - one.nll * (one.scored or 0) for known, one in zip(surprise, run.results, strict=True)]
+    most = fmean(gain) + 2 * stdev(gain) / math.sqrt(asked)
+    if most > GAINED * fmean(surprise):
+        return None
+    return _finding(
+        f"the prompts tell the model nothing of the labels: its loss on {asked} held-out answers is "
+        f"{fmean(surprise) - fmean(gain):.3f} nats an answer, and {fmean(surprise):.3f} if each label is as "
+        "probable as it is frequent"
     )
 
 
@@ -61,6 +82,7 @@ def _finding(what: str) -> Finding:
         advice=Advice(key="data.train", value="correct or drop wrong labels: see `svc data check`"),
         rule=f"answers are labels, the run has none of the faults above; of {FEWEST_ASKED} or more held-out answers "
         f"the surest third has a mean probability of {LEARNT:g} or more, and beyond doubt more than {WRONG:.0%} of it "
-        f"are wrong, and the surest sixth has one below {SURE:g}; or more than {CONTRADICTED:.0%} of the training "
+        f"are wrong, and the surest sixth has one below {SURE:g}; or the prompts explain beyond doubt at most "
+        f"{GAINED:.0%} of the entropy of the labels; or more than {CONTRADICTED:.0%} of the training "
         "examples contradict another",
     )

@@ -1,5 +1,6 @@
 """Each fault is found in a run that was simulated to have it, and next to none in healthy ones."""
 
+import math
 from dataclasses import replace
 from typing import Any
 
@@ -229,6 +230,22 @@ def test_examples_that_contradict_each_other_are_noise() -> None:
     assert only(run).kind is FindingKind.LABEL_NOISE
     assert "40 of 1200 training examples" in only(run).what
     assert kinds(simulate(WELL, 0, contradictions=20, answers=LABELS)) == []
+
+
+def predicted(gain: float) -> Any:
+    """A run whose model knows this much more of an answer than how frequent its label is, nats."""
+    results = answered(200, 0, right=lambda place: 0.3)
+    nll = math.log(4) - gain
+    return simulate(WELL, 0, results=[one.model_copy(update={"nll": nll}) for one in results], answers=LABELS)
+
+
+def test_labels_are_noise_when_the_prompts_tell_the_model_nothing_of_them() -> None:
+    assert only(predicted(0.0)).kind is FindingKind.LABEL_NOISE
+    assert "tell the model nothing" in only(predicted(-0.3)).what
+
+
+def test_labels_are_not_called_noise_when_a_hard_task_is_partly_learnt() -> None:
+    assert kinds(predicted(0.2)) == []
 
 
 def test_several_answers_to_one_prompt_are_no_noise_where_answers_are_free_text() -> None:
