@@ -26,6 +26,8 @@ from trainer.training.summary import TrainingData
 COLOURS = ("blue", "gray", "pink", "gold")
 """All of one length: batches are made of examples of one length, and would have one answer each."""
 _LENGTH = 6
+_LIMIT = 8
+"""Tokens of an answer."""
 
 
 def colours(seed: int) -> dict[str, str]:
@@ -121,31 +123,41 @@ def answer(base: Path, trained: Path, examples: Sequence[ChatExample]) -> tuple[
     else:
         model = AutoModelForCausalLM.from_pretrained(trained, dtype=torch.float32)
     rows = tokenize_examples(tokenizer, examples, stop_tokens(base, tokenizer), {})
-    return tuple(_answer_one(model, tokenizer, row, one) for row, one in zip(rows, examples, strict=True))
-
-
-def _answer_one(model: Any, tokenizer: PreTrainedTokenizerBase, row: Any, example: ChatExample) -> ExampleResult:
-    (start, end), ids = row.learnt[0], torch.tensor([row.input_ids])
-    logprobs = model(ids).logits[0].log_softmax(-1)
-    reference = [float(logprobs[place - 1, ids[0, place]]) for place in range(start, end)]
+    prompts = [list(row.input_ids[: row.learnt[0][0]]) for row in rows]
+    padding = [0] * max(map(len, prompts))
     given = model.generate(
-        ids[:, :start],
-        max_new_tokens=8,
+        torch.tensor([padding[len(ids) :] + ids for ids in prompts]),
+        attention_mask=torch.tensor([padding[len(ids) :] + [1] * len(ids) for ids in prompts]),
+        max_new_tokens=_LIMIT,
         do_sample=False,
-        output_scores=True,
+        output_logits=True,
         return_dict_in_generate=True,
         pad_token_id=tokenizer.pad_token_id,
         eos_token_id=tokenizer.eos_token_id,
     )
-    tokens = given.sequences[0, start:]
-    said = [float(score[0].log_softmax(-1)[token]) for score, token in zip(given.scores, tokens, strict=True)]
-    text = tokenizer.decode(tokens, skip_special_tokens=True)
+    tokens = given.sequences[:, len(padding) :]
+    said = torch.stack(given.logits, 1).log_softmax(-1).gather(2, tokens.unsqueeze(2)).squeeze(2)
+    return tuple(
+        _result(model, tokenizer, row, one, tokens[place], said[place])
+        for place, (row, one) in enumerate(zip(rows, examples, strict=True))
+    )
+
+
+def _result(
+    model: Any, tokenizer: PreTrainedTokenizerBase, row: Any, example: ChatExample, tokens: Any, said: Any
+) -> ExampleResult:
+    (start, end), ids = row.learnt[0], torch.tensor([row.input_ids])
+    logprobs = model(ids).logits[0].log_softmax(-1)
+    reference = [float(logprobs[place - 1, ids[0, place]]) for place in range(start, end)]
+    ends = (tokens == tokenizer.eos_token_id).nonzero()
+    length = int(ends[0]) + 1 if len(ends) else len(tokens)
+    text = tokenizer.decode(tokens[:length], skip_special_tokens=True)
     return ExampleResult(
         answer=text,
-        tokens=len(tokens),
-        limit=8,
-        finish_reason="stop" if int(tokens[-1]) == tokenizer.eos_token_id else "length",
-        logprob=sum(said) / len(said),
+        tokens=length,
+        limit=_LIMIT,
+        finish_reason="stop" if len(ends) else "length",
+        logprob=float(said[:length].mean()),
         nll=-sum(reference) / len(reference),
         scored=len(reference),
         hit=text.strip() == example.answer,

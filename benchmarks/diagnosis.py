@@ -1,0 +1,232 @@
+"""How often a diagnosis is right: healthy runs that are ended or accused, and faults that are found.
+
+Every run is a real one of this project's trainer, on a model of two layers that takes seconds: the letter task of
+tests/trainer/diagnosis with other data, batches, rates, lengths and steps for each seed. A run is healthy by how it is
+made: a usual rate, enough steps, few wrong labels. A fault changes one thing of such a run. The rules know nothing of
+these runs. What is measured here is not proven for other models and tasks.
+"""
+
+import random
+import string
+import tempfile
+from collections import Counter
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import asdict, dataclass, replace
+from enum import StrEnum
+from functools import partial
+from multiprocessing import get_context
+from pathlib import Path
+
+import click
+
+from svc.dataset.schema.example import ChatExample, Message, Role
+from svc.engine.capabilities import NumberType
+from svc.errors import TrainingError
+from svc.evaluation.diagnosis.diagnose import diagnose
+from svc.evaluation.diagnosis.finding import FindingKind
+from svc.terminal import counting, output, print_json
+from trainer.training.sft import train_model
+from trainer.training.summary import TrainingData
+
+USUAL = {"lora": 4e-3, "dora": 4e-3, "full": 1e-3}
+"""Rates that were tried for this model: at four times of them the loss jumps, at a hundredth nothing falls."""
+HELDOUT = 120
+LONG = 16
+ENDED = "ended"
+"""Outcome of a run that the trainer stopped."""
+
+
+class Fault(StrEnum):
+    """What is wrong with a run, by how it is made."""
+
+    RATE = "learning rate x 30"
+    NAN = "NaN"
+    LABELS = "shuffled labels"
+    STEPS = "too few steps"
+    MEMORIZED = "memorization"
+
+
+EXPECTED: dict[Fault, set[str]] = {
+    Fault.RATE: {ENDED, FindingKind.DIVERGENCE, FindingKind.LEARNING_RATE_HIGH},
+    Fault.NAN: {ENDED},
+    Fault.LABELS: {FindingKind.LABEL_NOISE},
+    Fault.STEPS: {FindingKind.UNDERFITTING, FindingKind.LEARNING_RATE_LOW},
+    Fault.MEMORIZED: {FindingKind.OVERFITTING, FindingKind.TOO_LITTLE_DATA},
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """One run.
+
+    Attributes:
+        long: letters at the end of a word, at most; lengths are drawn up to it.
+        confounded: words of the first half of the alphabet are long, and the base knows them; the others are short.
+        hard: share of words without a colour.
+        wrong: share of wrong labels.
+    """
+
+    seed: int
+    method: str
+    examples: int
+    long: int
+    confounded: bool
+    hard: float
+    wrong: float
+    batch: int
+    rate: float
+    steps: int
+    fault: Fault | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """What a run was found to have.
+
+    Attributes:
+        found: kinds of findings, or `ENDED`.
+        why: the numbers, in words.
+    """
+
+    plan: Plan
+    found: tuple[str, ...]
+    why: str
+
+
+def plan(seed: int, fault: Fault | None = None) -> Plan:
+    """Return the healthy run of a seed, with one thing changed for a fault."""
+    draw = random.Random(seed)  # noqa: S311
+    batch = draw.choice([4, 8, 16])
+    steps = round(60 * 2 ** draw.uniform(0, 1.5))
+    method = draw.choice(["lora", "lora", "lora", "dora", "full", "full"])
+    made = Plan(
+        seed=seed,
+        method=method,
+        examples=max(150, round(steps * batch / draw.uniform(1, 3))),
+        long=draw.choice([0, 6, LONG]),
+        confounded=draw.random() < 0.3,
+        hard=draw.uniform(0, 0.2),
+        wrong=draw.choice([0, 0, 0.02]),
+        batch=batch,
+        rate=USUAL[method] * 2 ** draw.uniform(-0.5, 0.5),
+        steps=steps,
+        fault=fault,
+    )
+    match fault:
+        case Fault.RATE:
+            return replace(made, rate=30 * made.rate)
+        case Fault.NAN:
+            return replace(made, rate=1e30)
+        case Fault.STEPS:
+            return replace(made, steps=24)
+        case Fault.MEMORIZED:
+            return replace(made, examples=60, batch=8, steps=150, hard=0.2)
+        case _:
+            return made
+
+
+def train_base(folder: Path) -> Path:
+    """Write a base that answers with a colour for each letter, whatever the length of the question."""
+    from tests.trainer.conftest import make_model, make_recipe
+    from tests.trainer.diagnosis.letter_task import colours, questions
+
+    start = make_model(folder / "random", hidden_size=128, intermediate_size=256, num_attention_heads=4)
+    recipe = make_recipe(
+        method="full", train={"batch_size": 32, "learning_rate": 3e-3, "steps": 1000}, stopping={"curve": False}
+    )
+    draw = random.Random(0)  # noqa: S311
+    data = [_longer(one, draw.choice([0, 6, LONG]), draw) for one in questions(4000, 0, colours(0), hard=0.1)]
+    train_model(
+        start, TrainingData(data), recipe, folder / "base", folder / "checkpoints", number_type=NumberType.FLOAT32
+    )
+    return folder / "base"
+
+
+def data_of(made: Plan) -> tuple[list[ChatExample], list[ChatExample]]:
+    """Return the training and the held-out examples of a plan: the base's colours renamed, but for some letters."""
+    from tests.trainer.diagnosis.letter_task import COLOURS, colours, mislabel, questions
+
+    draw, of = random.Random(made.seed), colours(0)  # noqa: S311
+    renamed = dict(zip(COLOURS, COLOURS[1:] + COLOURS[:1], strict=True))
+    known = {letter for letter in of if letter < "n"} if made.confounded else set()
+    of = {letter: colour if letter in known else renamed[colour] for letter, colour in of.items()}
+    drawn = mislabel(questions(made.examples + HELDOUT, made.seed, of, hard=made.hard), made.wrong, made.seed)
+    examples = [
+        _longer(one, made.long if not made.confounded else (LONG if one.question[0] in known else 0), draw)
+        for one in drawn
+    ]
+    if made.fault is Fault.LABELS:
+        answers = draw.sample([one.answer for one in examples], len(examples))
+        examples = [_example(one.question, answer) for one, answer in zip(examples, answers, strict=True)]
+    return examples[HELDOUT:], examples[:HELDOUT]
+
+
+def _longer(one: ChatExample, most: int, draw: random.Random) -> ChatExample:
+    return _example("".join(draw.choices(string.ascii_lowercase, k=draw.randint(0, most))) + one.question, one.answer)
+
+
+def _example(word: str, answer: str) -> ChatExample:
+    return ChatExample((Message(Role.USER, word), Message(Role.ASSISTANT, answer)))
+
+
+def play(base: Path, made: Plan) -> Outcome:
+    """Train and diagnose one run in this process."""
+    import torch
+
+    from tests.trainer.diagnosis.letter_task import train_and_judge
+
+    torch.set_num_threads(1)
+    train, heldout = data_of(made)
+    with tempfile.TemporaryDirectory() as folder:
+        try:
+            run = train_and_judge(
+                base,
+                Path(folder),
+                train,
+                heldout,
+                usual_learning_rate=USUAL[made.method],
+                method=made.method,
+                train={"batch_size": made.batch, "learning_rate": made.rate, "steps": made.steps, "seed": made.seed},
+            )
+        except TrainingError as error:
+            return Outcome(made, (ENDED,), str(error.wrong))
+    found = diagnose(run)
+    return Outcome(made, tuple(one.kind for one in found), "; ".join(one.what for one in found))
+
+
+@click.command()
+@click.option("--healthy", type=click.IntRange(1), default=150, show_default=True, help="Healthy runs.")
+@click.option("--faulty", type=click.IntRange(0), default=10, show_default=True, help="Runs of each fault.")
+@click.option("--first", type=click.IntRange(0), default=0, show_default=True, help="First seed.")
+@click.option("--processes", type=click.IntRange(1), default=2, show_default=True, help="Runs at once.")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON for machines.")
+def main(healthy: int, faulty: int, first: int, processes: int, as_json: bool) -> None:
+    """Measure how often a diagnosis is right, on real runs of a tiny model."""
+    plans = [plan(seed) for seed in range(first, first + healthy)]
+    plans += [plan(seed, fault) for fault in Fault for seed in range(first, first + faulty)]
+    outcomes = []
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        ProcessPoolExecutor(processes, mp_context=get_context("spawn")) as pool,
+        counting("trainings", len(plans)) as advance,
+    ):
+        base = pool.submit(train_base, Path(folder)).result()
+        for outcome in pool.map(partial(play, base), plans):
+            outcomes.append(outcome)
+            advance()
+    if as_json:
+        print_json([asdict(outcome) for outcome in outcomes])
+        return
+    wrong = [outcome for outcome in outcomes if outcome.plan.fault is None and outcome.found]
+    output.print(f"healthy runs that are ended or accused: {len(wrong)} of {healthy}")
+    for outcome in wrong:
+        output.print(f"  seed {outcome.plan.seed}: {', '.join(outcome.found)}: {outcome.why}")
+    for fault in Fault:
+        of_fault = [outcome for outcome in outcomes if outcome.plan.fault is fault]
+        right = sum(not EXPECTED[fault].isdisjoint(outcome.found) for outcome in of_fault)
+        kinds = Counter(", ".join(outcome.found) or "nothing" for outcome in of_fault)
+        output.print(f"{fault}: found in {right} of {len(of_fault)} {dict(kinds)}")
+
+
+if __name__ == "__main__":
+    main()
