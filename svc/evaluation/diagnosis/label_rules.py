@@ -5,6 +5,7 @@ from collections import Counter
 from collections.abc import Sequence
 from statistics import fmean, stdev
 
+from svc.evaluation.diagnosis.curve_rules import USUAL_TIMES
 from svc.evaluation.diagnosis.finding import Advice, Finding, FindingKind
 from svc.evaluation.diagnosis.training_run import TrainingRun
 from svc.evaluation.estimate import proportion
@@ -52,17 +53,31 @@ def find_label_noise(run: TrainingRun) -> Finding | None:
 
 
 def _learnt_nothing(run: TrainingRun) -> Finding | None:
-    """Labels that do not follow from their prompts, as if they were shuffled."""
+    """Return a finding if the model learnt nothing of its labels: they, or a rate that is too high, are at fault."""
     counts, asked = Counter(run.answers), len(run.answers)
     surprise = [-math.log(counts[answer] / asked) for answer in run.answers]
     gain = [known - one.nll * (one.scored or 0) for known, one in zip(surprise, run.results, strict=True)]
     most = fmean(gain) + 2 * stdev(gain) / math.sqrt(asked)
     if most > GAINED * fmean(surprise):
         return None
-    return _finding(
+    what = (
         f"the prompts tell the model nothing of the labels: its loss on {asked} held-out answers is "
         f"{fmean(surprise) - fmean(gain):.3f} nats an answer, and {fmean(surprise):.3f} if each label is as "
         "probable as it is frequent"
+    )
+    settings = run.settings
+    if settings.learning_rate < USUAL_TIMES * settings.usual_learning_rate:
+        return _finding(what)
+    return Finding(
+        kind=FindingKind.LEARNING_RATE_HIGH,
+        what=what,
+        advice=Advice(
+            key="train.learning_rate",
+            before=f"{settings.learning_rate:g}",
+            value=f"{settings.usual_learning_rate:g}",
+        ),
+        rule=f"the rate is at least {USUAL_TIMES:g} times the method's default, and the prompts explain beyond doubt "
+        f"at most {GAINED:.0%} of the entropy of the labels",
     )
 
 

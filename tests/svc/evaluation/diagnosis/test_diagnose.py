@@ -244,6 +244,11 @@ def test_labels_are_noise_when_the_prompts_tell_the_model_nothing_of_them() -> N
     assert "tell the model nothing" in only(predicted(-0.3)).what
 
 
+def test_the_rate_is_blamed_when_it_is_far_above_the_default_and_nothing_is_learnt() -> None:
+    fast = replace(SETTINGS, learning_rate=1.5e-2)
+    assert str(only(replace(predicted(0.0), settings=fast)).advice) == "train.learning_rate from 0.015 to 0.0005"
+
+
 def test_labels_are_not_called_noise_when_a_hard_task_is_partly_learnt() -> None:
     assert kinds(predicted(0.2)) == []
 
