@@ -91,32 +91,35 @@ def find_low_rate(run: TrainingRun) -> Finding | None:
 
 def find_underfitting(run: TrainingRun) -> Finding | None:
     """It was still learning at the end, at a usual rate."""
-    settings = run.settings
-    if settings.learning_rate * USUAL_TIMES <= settings.usual_learning_rate or not (ends := _unfinished(run)):
+    if run.settings.learning_rate * USUAL_TIMES <= run.settings.usual_learning_rate or not (ends := _unfinished(run)):
         return None
     first, two_thirds, last = ends
-    if settings.steps is not None:
-        advice = Advice(key="train.steps", before=str(settings.steps), value=str(2 * settings.steps))
-    else:
-        advice = Advice(key="train.epochs", before=f"{settings.epochs:g}", value=f"{2 * settings.epochs:g}")
-    return Finding(
-        kind=FindingKind.UNDERFITTING,
-        what=f"the training loss was still falling when the run ended: {first.mean:.3f} at the start, "
+    return underfitted(
+        run.settings,
+        f"the training loss was still falling when the run ended: {first.mean:.3f} at the start, "
         f"{two_thirds.mean:.3f} after two thirds of the learning, {last.mean:.3f} at the end",
-        advice=advice,
-        rule=f"the last third of the learning, by the sum of the learning rates, brought more than "
+        f"the last third of the learning, by the sum of the learning rates, brought more than "
         f"{UNFINISHED_SHARE:.0%} of the fall of the training loss and more than {HELDOUT_SHARE:.0%} of that of "
         "held-out loss",
     )
 
 
-def _unfinished(run: TrainingRun) -> tuple[Window, Window, Window] | None:
-    """The windows at the start, after two thirds of the learning, and at the end, if too much fell after the second.
+def underfitted(settings: TrainingSettings, what: str, rule: str) -> Finding:
+    """Return the finding that a run had too few steps."""
+    if settings.steps is not None:
+        advice = Advice(key="train.steps", before=str(settings.steps), value=str(2 * settings.steps))
+    else:
+        advice = Advice(key="train.epochs", before=f"{settings.epochs:g}", value=f"{2 * settings.epochs:g}")
+    return Finding(kind=FindingKind.UNDERFITTING, what=what, advice=advice, rule=rule)
+
+
+def late_windows(run: TrainingRun) -> tuple[Window, Window, Window] | None:
+    """Return the windows at the start, after two thirds of the learning, and at the end; None if the run is too short.
 
     Learning is the sum of the learning rates, not the number of steps: a rate that falls to 0 slows every run down.
     """
     steps = taken(run.curve)
-    if not windows(run.curve) or find_high_rate(run):  # what was thrown off falls for as long as it comes back
+    if not windows(run.curve):
         return None
     size = width(len(steps))
     sums = list(accumulate(point.learning_rate or 0.0 for point in steps))
@@ -124,13 +127,22 @@ def _unfinished(run: TrainingRun) -> tuple[Window, Window, Window] | None:
     if not 2 * size <= end <= len(steps) - size:
         return None
     first, second, last = (window_of(steps[at - size : at]) for at in (size, end, len(steps)))
+    return first, second, last
+
+
+def _unfinished(run: TrainingRun) -> tuple[Window, Window, Window] | None:
+    """Return these windows if too much of the fall came after the second."""
+    found = late_windows(run)
+    if not found or find_high_rate(run):  # what was thrown off falls for as long as it comes back
+        return None
+    first, second, last = found
     fall, error = first.above(last)
     late, late_error = second.above(last)
     if fall <= SURE * error or late <= UNFINISHED_SHARE * fall:
         return None
-    heldout = _late_heldout(run, steps[end - 1].step)
+    heldout = _late_heldout(run, second.step)
     sure = late > LATE_SURE * late_error if heldout is None else heldout
-    return (first, second, last) if sure else None
+    return found if sure else None
 
 
 def _late_heldout(run: TrainingRun, step: int) -> bool | None:

@@ -1,11 +1,11 @@
-"""What the answers show of the labels: that some are wrong."""
+"""What the answers show of the labels: that some are wrong, or were not learnt."""
 
 import math
 from collections import Counter
 from collections.abc import Sequence
 from statistics import fmean, stdev
 
-from svc.evaluation.diagnosis.curve_rules import USUAL_TIMES
+from svc.evaluation.diagnosis.curve_rules import USUAL_TIMES, late_windows, underfitted
 from svc.evaluation.diagnosis.finding import Advice, Finding, FindingKind
 from svc.evaluation.diagnosis.training_run import TrainingRun
 from svc.evaluation.estimate import proportion
@@ -25,6 +25,10 @@ CONTRADICTED = 0.02
 GAINED = 0.05
 """Share of the entropy of the labels that the prompts explain: below it, the model has learnt only how frequent each
 label is."""
+HARDLY_GAINED, STILL_FALLING, LATE_SURE = 0.15, 0.15, 1.5
+"""The same share of a model that has hardly begun, and what the training loss then falls by in the last third of the
+learning if more steps would help: as a share of its level at the end, and in standard errors. With labels that nothing
+explains it falls by 7 % at most (docs/diagnosis.md)."""
 
 
 def find_label_noise(run: TrainingRun) -> Finding | None:
@@ -38,7 +42,7 @@ def find_label_noise(run: TrainingRun) -> Finding | None:
         )
     if len(run.results) < FEWEST_ASKED:
         return None
-    if all(one.scored for one in run.results) and (finding := _learnt_nothing(run)):
+    if all(one.scored for one in run.results) and (finding := _find_unlearnt(run)):
         return finding
     ordered = sorted(run.results, key=probability, reverse=True)
     third, sixth = ordered[: len(ordered) // 3], ordered[: len(ordered) // 6]
@@ -52,33 +56,48 @@ def find_label_noise(run: TrainingRun) -> Finding | None:
     )
 
 
-def _learnt_nothing(run: TrainingRun) -> Finding | None:
-    """Return a finding if the model learnt nothing of its labels: they, or a rate that is too high, are at fault."""
+def _find_unlearnt(run: TrainingRun) -> Finding | None:
+    """Return why the labels were not learnt, if they were not: a rate too high, too few steps, or wrong labels."""
     counts, asked = Counter(run.answers), len(run.answers)
     surprise = [-math.log(counts[answer] / asked) for answer in run.answers]
-    gain = [known - one.nll * (one.scored or 0) for known, one in zip(surprise, run.results, strict=True)]
-    most = fmean(gain) + 2 * stdev(gain) / math.sqrt(asked)
-    if most > GAINED * fmean(surprise):
-        return None
+    gain = [known - one.nll * one.scored for known, one in zip(surprise, run.results, strict=True)]
+    entropy, mean = fmean(surprise), fmean(gain)
+    nothing = mean + 2 * stdev(gain) / math.sqrt(asked) <= GAINED * entropy
     what = (
-        f"the prompts tell the model nothing of the labels: its loss on {asked} held-out answers is "
-        f"{fmean(surprise) - fmean(gain):.3f} nats an answer, and {fmean(surprise):.3f} if each label is as "
-        "probable as it is frequent"
+        f"the prompts tell the model {'nothing' if nothing else 'little'} of the labels: its loss on {asked} held-out "
+        f"answers is {entropy - mean:.3f} nats an answer, and {entropy:.3f} if each label is as probable as it is "
+        "frequent"
     )
     settings = run.settings
-    if settings.learning_rate < USUAL_TIMES * settings.usual_learning_rate:
-        return _finding(what)
-    return Finding(
-        kind=FindingKind.LEARNING_RATE_HIGH,
-        what=what,
-        advice=Advice(
-            key="train.learning_rate",
-            before=f"{settings.learning_rate:g}",
-            value=f"{settings.usual_learning_rate:g}",
-        ),
-        rule=f"the rate is at least {USUAL_TIMES:g} times the method's default, and the prompts explain beyond doubt "
-        f"at most {GAINED:.0%} of the entropy of the labels",
-    )
+    if nothing and settings.learning_rate >= USUAL_TIMES * settings.usual_learning_rate:
+        return Finding(
+            kind=FindingKind.LEARNING_RATE_HIGH,
+            what=what,
+            advice=Advice(
+                key="train.learning_rate",
+                before=f"{settings.learning_rate:g}",
+                value=f"{settings.usual_learning_rate:g}",
+            ),
+            rule=f"the rate is at least {USUAL_TIMES:g} times the method's default, and the prompts explain beyond "
+            f"doubt at most {GAINED:.0%} of the entropy of the labels",
+        )
+    if mean <= HARDLY_GAINED * entropy and _falls_late(run):
+        return underfitted(
+            settings,
+            f"{what}; and the training loss was still falling when the run ended",
+            f"the prompts explain at most {HARDLY_GAINED:.0%} of the entropy of the labels, and in the last third of "
+            f"the learning the training loss fell by more than {STILL_FALLING:.0%} of what it was at the end, and by "
+            f"{LATE_SURE:g} standard errors",
+        )
+    return _finding(what) if nothing else None
+
+
+def _falls_late(run: TrainingRun) -> bool:
+    if not (found := late_windows(run)):
+        return False
+    _, second, last = found
+    late, error = second.above(last)
+    return late > max(STILL_FALLING * last.mean, LATE_SURE * error)
 
 
 def probability(result: ExampleResult) -> float:

@@ -11,7 +11,7 @@ from svc.evaluation.diagnosis.diagnose import diagnose
 from svc.evaluation.diagnosis.finding import Finding, FindingKind
 from svc.evaluation.estimate import Estimate, proportion
 from svc.evaluation.evaluator import EvaluationReport
-from tests.svc.evaluation.diagnosis.simulated_run import SETTINGS, answered, falling, simulate
+from tests.svc.evaluation.diagnosis.simulated_run import SETTINGS, Shape, answered, falling, simulate
 from tests.svc.registry.manifests import exact_match_metrics
 
 LABELS = ["a", "b", "c", "d"] * 50
@@ -232,11 +232,11 @@ def test_examples_that_contradict_each_other_are_noise() -> None:
     assert kinds(simulate(WELL, 0, contradictions=20, answers=LABELS)) == []
 
 
-def predicted(gain: float) -> Any:
+def predicted(gain: float, shape: Shape = WELL) -> Any:
     """A run whose model knows this much more of an answer than how frequent its label is, nats."""
     results = answered(200, 0, right=lambda place: 0.3)
     nll = math.log(4) - gain
-    return simulate(WELL, 0, results=[one.model_copy(update={"nll": nll}) for one in results], answers=LABELS)
+    return simulate(shape, 0, results=[one.model_copy(update={"nll": nll}) for one in results], answers=LABELS)
 
 
 def test_labels_are_noise_when_the_prompts_tell_the_model_nothing_of_them() -> None:
@@ -247,6 +247,13 @@ def test_labels_are_noise_when_the_prompts_tell_the_model_nothing_of_them() -> N
 def test_the_rate_is_blamed_when_it_is_far_above_the_default_and_nothing_is_learnt() -> None:
     fast = replace(SETTINGS, learning_rate=1.5e-2)
     assert str(only(replace(predicted(0.0), settings=fast)).advice) == "train.learning_rate from 0.015 to 0.0005"
+
+
+@pytest.mark.parametrize("gain", [0.0, 0.15])
+def test_more_steps_are_advised_when_labels_are_hardly_learnt_and_the_loss_still_falls(gain: float) -> None:
+    finding = only(predicted(gain, falling(3, 0.2, 5.5)))
+    assert finding.kind is FindingKind.UNDERFITTING
+    assert "of the labels" in finding.what
 
 
 def test_labels_are_not_called_noise_when_a_hard_task_is_partly_learnt() -> None:
