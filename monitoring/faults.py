@@ -1,7 +1,7 @@
 """Which failed requests are faults of the server: those that dashboards, alerts and `svc status` count as errors.
 
-What a client did wrong (400, 404, 413, a connection that it closed) says nothing of a server or of a version. The alert
-rules spell the pattern out once more (deploy/prometheus/rules); docs/metrics.md has the reasons one by one.
+What a client did wrong (400, 404, 413, a connection that it closed) says nothing of a server or of a version. The
+alert rules (deploy/prometheus/rules) and the dashboards repeat the pattern; docs/metrics.md has the reasons one by one.
 """
 
 import re

@@ -1,1 +1,1 @@
-"""Grafana dashboards as code: `svc dashboards` makes deploy/grafana/dashboards from this package."""
+"""The Grafana dashboards, as Grafana exports them, and the command that copies them."""

@@ -201,10 +201,10 @@ def test_dashboards_lie_where_grafana_looks() -> None:
     (provider,) = documents(DEPLOY / "grafana" / "provisioning" / "dashboards" / "tuneserve.yml")
     mounts = compose()["services"]["grafana"]["volumes"]
     folder = provider["providers"][0]["options"]["path"]
-    assert f"../grafana/dashboards:{folder}:ro" in mounts
+    assert f"../../monitoring/dashboards:{folder}:ro" in mounts
     listed = yaml.safe_load((KUBERNETES / "monitoring" / "kustomization.yaml").read_text("utf-8"))
-    named = {Path(file).name for file in listed["configMapGenerator"][0]["files"]}
-    assert named == {path.name for path in (DEPLOY / "grafana" / "dashboards").glob("*.json")}
+    named = {(KUBERNETES / "monitoring" / file).resolve() for file in listed["configMapGenerator"][0]["files"]}
+    assert named == set((DEPLOY.parent / "monitoring" / "dashboards").glob("*.json"))
 
 
 def test_the_health_check_reads_the_lock_of_the_server() -> None:

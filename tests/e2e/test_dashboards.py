@@ -35,7 +35,7 @@ from tests.monitoring.panel_queries import PanelQuery, panel_queries
 pytestmark = [pytest.mark.slow]
 
 MONITOR_PORT, PROMETHEUS_PORT = 8942, 8943
-DASHBOARDS = ROOT / "deploy" / "grafana" / "dashboards"
+DASHBOARDS = ROOT / "monitoring" / "dashboards"
 HELDOUT = ROOT / "examples" / "debian-triage" / "heldout.jsonl"
 RATED = 115
 """Without a version before, the first 100 ratings are what later ones are compared with, in windows of ten and more."""

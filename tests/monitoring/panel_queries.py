@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 _LABEL_VALUES = re.compile(r"label_values\((.+), (\w+)\)")
-_VARIABLE = re.compile(r"\$\w+")
+_VARIABLE = re.compile(r"\$\{?(\w+)\}?")
 
 
 class PanelQuery(NamedTuple):
@@ -40,7 +40,7 @@ def panel_queries(
     found = []
     for path in sorted(folder.glob("*.json")):
         for title, expr in _queries(json.loads(path.read_text("utf-8"))):
-            found.append(PanelQuery(path.stem, title, _VARIABLE.sub(lambda name: known[name[0][1:]], expr)))
+            found.append(PanelQuery(path.stem, title, _VARIABLE.sub(lambda name: known[name[1]], expr)))
     return found
 
 
@@ -50,8 +50,10 @@ def _queries(dashboard: dict[str, Any]) -> Iterator[tuple[str, str]]:
             yield panel["title"], target["expr"]
     for variable in dashboard["templating"]["list"]:
         if variable["type"] == "query":
-            match = _LABEL_VALUES.fullmatch(variable["query"])
-            assert match, variable["query"]
+            query = variable["query"]["query"] if isinstance(variable["query"], dict) else variable["query"]
+            match = _LABEL_VALUES.fullmatch(query)
+            assert match, query
             yield f"variable {variable['name']}", f"count by ({match[2]}) ({match[1]})"
     for annotation in dashboard["annotations"]["list"]:
-        yield f"annotation {annotation['name']}", annotation["expr"]
+        if not annotation.get("builtIn"):
+            yield f"annotation {annotation['name']}", annotation["expr"]
