@@ -12,6 +12,8 @@ from sqlalchemy.engine.interfaces import DBAPIConnection
 from sqlalchemy.orm import Session
 from sqlalchemy.pool import ConnectionPoolEntry
 
+from svc.errors import RegistryError
+
 if TYPE_CHECKING:
     from alembic.config import Config
 
@@ -22,7 +24,11 @@ _LOCK = 0x74756E65
 
 
 def open_database(home: Path) -> Store:
-    """Opens the store of a home, and creates or migrates it first."""
+    """Open the store of a home, and create or migrate it first.
+
+    Raises:
+        RegistryError: another release wrote it.
+    """
     home.mkdir(parents=True, exist_ok=True)
     path = home / "svc.db"
     path.touch(mode=0o600)  # it may hold what users wrote; SQLite's other files get the same mode
@@ -55,8 +61,15 @@ def _migrate(store: Store) -> None:
     from alembic.migration import MigrationContext
 
     with store.connect() as connection:
-        if MigrationContext.configure(connection).get_current_revision() == _newest_revision():
-            return
+        current = MigrationContext.configure(connection).get_current_revision()
+    if current == _newest_revision():
+        return
+    if current is not None:  # there are no older ones
+        raise RegistryError(
+            f"{store.url.database} has tables of another release: revision {current}",
+            expected=f"revision {_newest_revision()}",
+            todo="use the release that wrote it, or another SVC_HOME",
+        )
     from alembic import command
 
     config = _configuration()

@@ -129,7 +129,7 @@ class RequestRow(Table):
     max_tokens: Mapped[int | None]
     logprob: Mapped[float | None]
     client_request_id: Mapped[str | None]
-    outcome: Mapped[str | None]
+    outcome: Mapped[str]
     user_hash: Mapped[str | None]
 
 

@@ -4,7 +4,7 @@ Imports transformers.
 """
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from itertools import islice
 from statistics import fmean, stdev
 from typing import Any
@@ -58,12 +58,10 @@ class DivergenceWatch(TrainerCallback):
             return
         first = list(islice(_losses(state.log_history), _FIRST))
         last = list(islice(_losses(reversed(state.log_history)), _LAST))
-        start, rise = fmean(first), fmean(last) - fmean(first)
-        error = max(stdev(first), stdev(last)) * math.sqrt(1 / _FIRST + 1 / _LAST)
-        if rise > max((_TIMES - 1) * start, _NATS, _SURE * error):
+        if _exploded(first, last):
             raise diverged(
                 f"the loss explodes: {fmean(last):.3f} in the last {_LAST} steps up to step {state.global_step}, "
-                f"{start:.3f} in the first {_FIRST}",
+                f"{fmean(first):.3f} in the first {_FIRST}",
                 self._learning_rate,
             )
 
@@ -98,3 +96,15 @@ def diverged(wrong: str, learning_rate: float, *, first_in_float16: bool = False
         todo=f"lower train.learning_rate from {learning_rate:g} to {learning_rate / 3:.1g}, for a start; "
         "that is another run, and begins anew",
     )
+
+
+def _exploded(first: Sequence[float], last: Sequence[float]) -> bool:
+    """Return whether the last losses are far above the first: in the mean and beyond chance, or the least of them.
+
+    A loss that keeps growing is the second kind: its growth counts as scatter.
+    """
+    start, highest = fmean(first), max(first)
+    rise = fmean(last) - start
+    error = max(stdev(first), stdev(last)) * math.sqrt(1 / len(first) + 1 / len(last))
+    by_mean = rise > max((_TIMES - 1) * start, _NATS, _SURE * error)
+    return by_mean or min(last) > max(_TIMES * highest, highest + _NATS)

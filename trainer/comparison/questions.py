@@ -5,7 +5,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from pydantic import ValidationError
 
 from svc.dataset.prompt_hashes import TRAINED_PROMPTS_FILE, hash_prompts, read_prompt_hashes
 from svc.dataset.readers.reader import read_examples
@@ -74,17 +73,9 @@ def choose_questions(
     counts = [count for count in (limit, *(version.judged_examples for version in versions)) if count]
     whole = registry.heldout(versions[0].id)
     if options == MetricOptions():
-        options = _as_judged(versions[0])
+        options = Evaluate.model_validate(versions[0].recipe.get("evaluate", {})).metric_options
     origin = f"the held-out set of {versions[0].id}"
     return Questions(whole[: min(counts, default=None)], origin, longest, options, whole)
-
-
-def _as_judged(version: Manifest) -> MetricOptions:
-    """What the version's recipe says of metrics; nothing, where it was written for another release."""
-    try:
-        return Evaluate.model_validate(version.recipe.get("evaluate", {})).metric_options
-    except ValidationError:
-        return MetricOptions()
 
 
 def count_learnt(version: Manifest, examples: Sequence[ChatExample], registry: Registry) -> int:

@@ -4,7 +4,7 @@ The order of batches is random because a task's losses depend on length: if batc
 curve of a healthy run would rise or fall with them, and the last steps of an epoch would train on short examples alone.
 
 A sampler that draws from the process's random numbers cannot be continued: a resumed run would see other batches than
-one that was never interrupted. Imports torch and transformers.
+one that was never interrupted. Imports torch.
 """
 
 from collections.abc import Iterator, Sequence
@@ -46,7 +46,7 @@ class LengthGroupedSampler(Sampler[int]):
         window = max(1, min(_LARGEST_WINDOW, len(self._lengths) // (2 * self._batch_size)))
         batches: list[torch.Tensor] = []
         for drawn in torch.randperm(len(self._lengths), generator=generator).split(window * self._batch_size):
-            batches += drawn[self._lengths[drawn].argsort(descending=True)].split(self._batch_size)
+            batches += drawn[self._lengths[drawn].argsort(descending=True, stable=True)].split(self._batch_size)
         whole = len(self._lengths) // self._batch_size
         order = [*torch.randperm(whole, generator=generator).tolist(), *range(whole, len(batches))]
         return iter([index for place in order for index in batches[place].tolist()])

@@ -27,8 +27,8 @@ from trainer.recipe.sections import Quantization, Recipe
 from trainer.recipe.stage import Stage, choose_stages
 
 _BFLOAT16, _FLOAT32 = 2, 4
-_FEW_GPTQ_BYTES = 0.5 + 0.06
-"""Of a weight in GPTQ, with the scales of groups of 32 to 64."""
+_GPTQ_BYTES, _GROUP_BYTES = 0.5, 2.5
+"""Of a weight in GPTQ, and of a group's scale in float16 and zero in 4 bits."""
 _GPTQMODEL = 1.0e9
 """The process in which gptqmodel works, without a model."""
 _MATRIX_COPIES, _HESSIAN_COPIES, _HIDDEN_COPIES = 3, 4, 3
@@ -84,10 +84,11 @@ def stage_memory(
     return tuple(needs[stage]() for stage in choose_stages(recipe) if stage in needs)
 
 
-def gptq_bytes(shape: ModelShape) -> float:
+def gptq_bytes(recipe: Recipe, shape: ModelShape) -> float:
     """Return the size of the quantized model."""
     quantized = shape.linear_weights + shape.expert_weights
-    return _FEW_GPTQ_BYTES * quantized + _BFLOAT16 * (shape.parameters - quantized)
+    size = _GPTQ_BYTES + _GROUP_BYTES / recipe.quantize.group_size
+    return size * quantized + _BFLOAT16 * (shape.parameters - quantized)
 
 
 def checkpoint_bytes(recipe: Recipe, shape: ModelShape) -> float:
@@ -149,7 +150,7 @@ class _Stages:
 
     def qualify(self) -> StageMemory:
         """An engine with the quantized model."""
-        return self._engine(Stage.QUALIFY, gptq_bytes(self.shape))
+        return self._engine(Stage.QUALIFY, gptq_bytes(self.recipe, self.shape))
 
     def quantize(self) -> StageMemory:
         """One layer of the model, and GPTQ's work on its largest matrix, in a process beside this one.
@@ -166,7 +167,7 @@ class _Stages:
         tokens = self.recipe.quantize.samples * self.workload.tokens / self.workload.examples
         calibration = _HIDDEN_COPIES * size * shape.hidden * tokens
         layer = size * layers / shape.layers
-        work, disk = layer + rounding + calibration, gptq_bytes(shape)
+        work, disk = layer + rounding + calibration, gptq_bytes(self.recipe, shape)
         least = 2 * _FLOAT32 * widest**2  # the Hessian and its inverse
         if self.device.cpu:
             ram = PROCESS + _GPTQMODEL + embeddings + work

@@ -31,6 +31,7 @@ def diagnose_training(
         general_change: of the score on general tasks, by the training.
     """
     data, merged = recipe.data, qualified.get(Format.MERGED)
+    judged = examples.heldout[: len(merged.results)] if merged else examples.heldout
     return diagnose(
         TrainingRun(
             settings=TrainingSettings(
@@ -51,7 +52,8 @@ def diagnose_training(
             evaluation=merged.evaluation if merged else None,
             cut_off={format.value: one.evaluation.cut_off for format, one in qualified.items()},
             results=merged.results if merged else (),
-            answers=[example.answer for example in examples.heldout],
+            answers=[example.answer for example in judged],
+            learns_one_turn=all(len(example.learnt) == 1 for example in judged),
             general_change=general_change,
         )
     )

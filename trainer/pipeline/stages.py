@@ -30,6 +30,7 @@ from svc.evaluation.token_scores import choose_examples
 from svc.lock import hold_lock
 from svc.model_folder import weight_files
 from svc.registry.fingerprint import compatibility_fingerprint
+from svc.registry.housekeeping import size_on_disk
 from svc.registry.parity import ParityReport
 from svc.registry.registry import Registry
 from svc.registry.run_record import MachineRecord, RunRecord
@@ -41,6 +42,7 @@ from trainer.base_model.resolve import Base
 from trainer.data.chat_template import tokenize_as_trained
 from trainer.data.length import check_served_length
 from trainer.estimate.estimate import DeviceEstimate
+from trainer.estimate.memory import moment_bytes
 from trainer.estimate.real import compare_with_real, estimate_metrics
 from trainer.export.gptq import QuantizeSummary, calibration_type, quantize_gptq
 from trainer.export.merge import merge_adapter
@@ -155,13 +157,17 @@ class Pipeline:
     def _stages(self) -> dict[Stage, "_Step"]:
         """The stages that the recipe's formats need: merging and quantizing write no more than the base has.
 
-        A checkpoint of full fine-tuning holds weights and two moments in float32, six times the base in bf16. Beside
-        those that are kept there are the one that is being written, and the best.
+        A checkpoint of full fine-tuning holds weights in float32 and two moments, with AdamW six times the base in
+        bf16. Beside those that are kept there are the one that is being written, and the best. Those of a run that goes
+        on are on the disk already.
         """
         size = sum(path.stat().st_size for path in weight_files(self.base.folder))
         kept = self.recipe.checkpoints.keep + 1 + self.recipe.stopping.keep_best
         run = self.run
-        train = _Step(self._train, (1 + 6 * kept) * size if self._full else size // 4, (self._trained,))
+        checkpoint = int((4 + moment_bytes(self.recipe)) / 2 * size)
+        there = size_on_disk(run.checkpoints)
+        need = size + max(0, kept * checkpoint - there) if self._full else size // 4
+        train = _Step(self._train, need, (self._trained,))
         steps = {
             Stage.TRAIN: train,
             Stage.MERGE: _Step(self._merge, size, (run.merged,)),

@@ -42,7 +42,7 @@ def find_label_noise(run: TrainingRun) -> Finding | None:
         )
     if len(run.results) < FEWEST_ASKED:
         return None
-    if all(one.scored for one in run.results) and (finding := _find_unlearnt(run)):
+    if run.learns_one_turn and (finding := _find_unlearnt(run)):
         return finding
     ordered = sorted(run.results, key=probability, reverse=True)
     third, sixth = ordered[: len(ordered) // 3], ordered[: len(ordered) // 6]

@@ -45,7 +45,8 @@ class TrainingRun:
         curve: every step.
         train_examples: that were trained on.
         contradictions: training examples whose prompt stands among them with another answer too.
-        answers: the reference answers of `results`.
+        answers: the reference answers of `results`; of all held-out examples if none was asked.
+        learns_one_turn: whether the loss of each of them is that of its answer alone, and of no earlier turn.
         evaluation: of the trained model; None where it was not served.
         cut_off: by format, the share of held-out answers that ended at their limit.
         results: what it answered to each held-out example.
@@ -60,4 +61,5 @@ class TrainingRun:
     cut_off: Mapping[str, Estimate] = field(default_factory=dict)
     results: Sequence[ExampleResult] = field(default=())
     answers: Sequence[str] = field(default=())
+    learns_one_turn: bool = True
     general_change: Estimate | None = None

@@ -12,6 +12,7 @@ from alembic.operations import Operations
 from sqlalchemy import Engine as Store
 from sqlalchemy.exc import IntegrityError
 
+from svc.errors import RegistryError
 from svc.store.database import open_database
 from svc.store.desired import change_desired, read_desired
 from svc.store.tables import Table
@@ -31,6 +32,14 @@ def test_what_was_written_is_there_when_it_is_opened_again(tmp_path: Path) -> No
     found = read_desired(open_database(tmp_path), "tiny")
     assert found is not None
     assert found.target == ONE
+
+
+def test_a_store_of_another_release_is_refused_with_its_revision(tmp_path: Path) -> None:
+    store = open_database(tmp_path)
+    with store.begin() as connection:
+        connection.exec_driver_sql("UPDATE alembic_version SET version_num = '0011'")
+    with pytest.raises(RegistryError, match="tables of another release: revision 0011"):
+        open_database(tmp_path)
 
 
 def test_readers_do_not_wait_for_writers_and_commits_survive_a_power_cut(store: Store) -> None:

@@ -58,6 +58,12 @@ def test_a_run_ends_when_its_loss_explodes_within_twenty_steps() -> None:
         watch([1.0] * 6 + [10.0] * 24)
 
 
+@pytest.mark.parametrize("growth", [1.1, 1.5])
+def test_a_run_ends_when_its_loss_keeps_growing(growth: float) -> None:
+    with pytest.raises(TrainingError, match="the loss explodes"):
+        watch([2.0] * 30 + [2.0 * growth**step for step in range(60)])
+
+
 def test_a_gradient_that_is_not_finite_ends_the_run() -> None:
     with pytest.raises(TrainingError, match="the gradient is nan at step 1"):
         watch([3.0], grad_norm=float("nan"))

@@ -55,9 +55,10 @@ def test_merging_needs_four_copies_of_a_layer_when_all_experts_of_it_are_adapted
 @pytest.mark.parametrize("method", ["lora", "full"])
 def test_the_disk_of_all_stages_is_enough_for_every_format(method: str) -> None:
     shape = published("llama-3.1-8b")
-    stages = of_stages("llama-3.1-8b", make_recipe(method=method), cpu_device()).values()
+    recipe = make_recipe(method=method)
+    stages = of_stages("llama-3.1-8b", recipe, cpu_device()).values()
     least = sum(stage.least.disk for stage in stages)
-    assert least == 2 * shape.parameters + gptq_bytes(shape)
+    assert least == 2 * shape.parameters + gptq_bytes(recipe, shape)
     assert sum(stage.peak.disk for stage in stages) > least
 
 

@@ -1,5 +1,6 @@
 """A run's numbers reach its diagnosis, and what is found is kept and shown with the version."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -9,13 +10,18 @@ from svc.dataset.fingerprint import fingerprint
 from svc.dataset.schema.example import ChatExample
 from svc.evaluation.diagnosis.finding import FindingKind
 from svc.evaluation.estimate import Estimate
+from svc.evaluation.evaluator import judge
+from svc.evaluation.metrics.choose import MetricSet
+from svc.evaluation.metrics.exact_match import ExactMatch
 from svc.registry.render import print_version
-from tests.svc.evaluation.diagnosis.simulated_run import Shape, falling, simulate
+from svc.version import Format
+from tests.svc.evaluation.diagnosis.simulated_run import Shape, answered, falling, simulate
 from tests.trainer.conftest import make_example, make_recipe
 from tests.trainer.engines import Engines
 from tests.trainer.pipeline.stand_ins import Make
 from trainer.pipeline.diagnosis import count_contradictions, diagnose_training
 from trainer.pipeline.examples import Examples
+from trainer.qualification import Qualified
 from trainer.recipe.file import recipe_keys
 
 MANY = tuple(make_example(f"q {number}", "yes") for number in range(1200))
@@ -43,6 +49,15 @@ def test_a_healthy_curve_has_no_finding() -> None:
 def test_the_usual_rate_is_that_of_the_method(method: str, rate: str) -> None:
     advice = found(lambda share: 3.0, method=method, train={"learning_rate": 1e-6})
     assert advice == {FindingKind.LEARNING_RATE_LOW: f"train.learning_rate from 1e-06 to {rate}"}
+
+
+def test_only_answers_that_were_asked_are_compared_when_a_limit_leaves_some_out() -> None:
+    heldout = tuple(make_example(f"h {number}", ("yes", "no")[number % 2]) for number in range(80))
+    of = replace(examples(), heldout=heldout)
+    results = answered(60, 0, right=lambda place: 0.9)
+    report = judge(heldout[:60], results, 1.0, MetricSet(ExactMatch())).report
+    asked = {Format.MERGED: Qualified.model_construct(evaluation=report, results=results)}
+    assert diagnose_training(make_recipe(), of, simulate(WELL, 0).curve, asked) == ()
 
 
 def test_every_advice_names_a_key_of_the_recipe() -> None:

@@ -5,7 +5,7 @@ from alembic import op
 
 from svc.store.tables import UtcDateTime
 
-revision = "0001"
+revision = "initial"
 down_revision = None
 
 _SQLITE_GUARD = """
@@ -131,7 +131,7 @@ def _create_requests() -> None:
         sa.Column("max_tokens", sa.Integer()),
         sa.Column("logprob", sa.Double()),
         sa.Column("client_request_id", sa.String()),
-        sa.Column("outcome", sa.String()),
+        sa.Column("outcome", sa.String(), nullable=False),
         sa.Column("user_hash", sa.String()),
         sa.PrimaryKeyConstraint("id", name="pk_requests"),
     )
