@@ -21,7 +21,7 @@ _WRONG: tuple[tuple[str, bytes, str], ...] = (
     (CHAT, b"[]", "application/json"),
     (CHAT, b'{"messages": []}', "application/json"),
     (CHAT, b'{"model": "tiny", "messages": "x"}', "application/json"),
-    (CHAT, b'{"model": "other", "messages": []}', "application/json"),
+    (CHAT, b'{"model": "nobody", "messages": []}', "application/json"),
     (CHAT, b'{"model": "tiny", "messages": [{"role": "user", "content": "a"}], "n": 5000}', "application/json"),
     (
         CHAT,
