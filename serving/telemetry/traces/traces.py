@@ -1,7 +1,8 @@
 """Traces of requests: where each begins, and the span of each that ended on its way to the receiver.
 
 Nothing here waits for the receiver. Spans that it does not take as fast as they come are lost and counted, and so is
-the content of spans beyond what may wait.
+the content of spans beyond what may wait. What the W3C's Trace Context says of malformed headers is OpenTelemetry's own
+code.
 """
 
 import logging
@@ -12,14 +13,23 @@ from opentelemetry.context import Context
 from opentelemetry.sdk.resources import SERVICE_NAME, SERVICE_VERSION, OTELResourceDetector, Resource
 from opentelemetry.sdk.trace import ReadableSpan, TracerProvider
 from opentelemetry.sdk.trace.export import BatchSpanProcessor, SpanExporter
-from opentelemetry.sdk.trace.id_generator import IdGenerator
-from opentelemetry.sdk.trace.sampling import ALWAYS_ON
-from opentelemetry.trace import NonRecordingSpan, SpanContext, SpanKind, TraceFlags, TraceState, set_span_in_context
+from opentelemetry.sdk.trace.id_generator import IdGenerator, RandomIdGenerator
+from opentelemetry.sdk.trace.sampling import ALWAYS_ON, Decision, TraceIdRatioBased
+from opentelemetry.trace import (
+    NonRecordingSpan,
+    SpanContext,
+    SpanKind,
+    TraceFlags,
+    TraceState,
+    get_current_span,
+    set_span_in_context,
+)
+from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
 
 from serving.telemetry.traces.exporter import CountedExporter
 from serving.telemetry.traces.request_trace import RequestTrace, SpanDropped
 from serving.telemetry.traces.span import INPUT_MESSAGES, OUTPUT_MESSAGES, span_attributes, span_name, span_status
-from serving.telemetry.traces.tracer import Tracer
+from svc.key_secret import hide_secrets
 from svc.store.requests import RequestRecord
 
 log = logging.getLogger(__name__)
@@ -32,6 +42,44 @@ _BATCH = 64
 interpreter: with more, the event loop would have to wait for it several times."""
 _EVERY_MS = 2000
 _CLOSE_S = 5.0
+_PARENT, _STATE = b"traceparent", b"tracestate"
+
+
+class Tracer:
+    """Begins traces, and goes on with those of clients: a span is under the client's, or begins a trace of its own.
+
+    Args:
+        sample_share: of the traces that begin here; a client decides for its own.
+    """
+
+    def __init__(self, sample_share: float) -> None:
+        self._ids = RandomIdGenerator()
+        self._sampler = TraceIdRatioBased(sample_share)
+        self._propagator = TraceContextTextMapPropagator()
+        # It quotes what clients sent, as often as they send it.
+        logging.getLogger("opentelemetry.trace").setLevel(logging.ERROR)
+
+    def begin(self, headers: Sequence[tuple[bytes, bytes]]) -> RequestTrace:
+        """The place of a request that has just come."""
+        parent = self._parent(headers)
+        span_id = self._ids.generate_span_id()
+        if parent is not None:
+            state = parent.trace_state.to_header()
+            if hide_secrets(state) != state:
+                state = ""
+            return RequestTrace(parent.trace_id, span_id, parent.span_id, state, parent.trace_flags.sampled)
+        trace_id = self._ids.generate_trace_id()
+        decision = self._sampler.should_sample(None, trace_id, "").decision
+        return RequestTrace(trace_id, span_id, None, "", decision is Decision.RECORD_AND_SAMPLE)
+
+    def _parent(self, headers: Sequence[tuple[bytes, bytes]]) -> SpanContext | None:
+        given = [value.decode("latin-1") for name, value in headers if name == _PARENT]
+        if len(given) != 1:  # of two nobody knows which one holds
+            return None
+        states = [value.decode("latin-1") for name, value in headers if name == _STATE]
+        context = self._propagator.extract({"traceparent": given, "tracestate": states})
+        found = get_current_span(context).get_span_context()
+        return found if found.is_valid else None
 
 
 class Traces:

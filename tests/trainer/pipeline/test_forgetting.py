@@ -15,7 +15,7 @@ from tests.trainer.engines import Engines
 from tests.trainer.pipeline.stand_ins import Make
 from trainer.base_model.resolve import Base
 from trainer.pipeline.find_base import merged_revision
-from trainer.pipeline.forgetting_gate import check_forgetting
+from trainer.pipeline.forgetting import check_forgetting
 from trainer.pipeline.stages import Pipeline
 from trainer.recipe.sections import Evaluate
 
