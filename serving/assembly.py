@@ -101,7 +101,7 @@ def assemble(
     limits = settings.serve
     disable_created_metrics()  # type: ignore[no-untyped-call]
     collector = CollectorRegistry()
-    metrics = GatewayMetrics(collector, exemplars=limits.exemplars)
+    metrics = GatewayMetrics(collector)
     add_machine_metrics(collector, settings.home, capabilities, settings.engine)
     router = Router()
     slots = EngineSlots(settings, capabilities, served=lambda: router.served)
@@ -132,8 +132,7 @@ def assemble(
         metrics=metrics,
         request_log=request_log,
         settings=limits,
-        request_limits=settings.request_limits,
-        buffers=AnswerBuffers(max_bytes=limits.max_buffered_bytes, max_answer_bytes=limits.max_answer_bytes),
+        buffers=AnswerBuffers(max_bytes=limits.max_buffered_bytes),
         limiter=limiter,
         usage=usage,
         begin_trace=traces.begin if traces else None,

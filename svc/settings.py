@@ -114,9 +114,6 @@ class AdapterSettings(_Section):
     """Versions that are served as adapters beside one base: `svc serve NAME --format adapter`."""
 
     max_loaded: int = Field(8, ge=1, le=10_000, description="adapters in an engine's memory; the least used one goes")
-    max_batched: int | None = Field(
-        None, ge=1, description="adapters in one batch, each with room in the engine; default: max_loaded, at most 8"
-    )
     max_rank: int | None = Field(
         None, ge=1, le=512, description="largest rank; default: that of the version an engine starts with, at least 16"
     )
@@ -148,9 +145,6 @@ class ServeSettings(_Section):
         "addresses in behind_proxy have no limit; default: half of all connections",
     )
     max_body_bytes: int = Field(4 * 2**20, ge=1024, description="largest request body, bytes")
-    body_timeout_s: float = Field(
-        15.0, gt=0, description="longest time that a request's body takes to come in, seconds"
-    )
     max_running: int = Field(
         256, ge=1, description="requests in the engine at once; one more is answered 429, or waits if it has a key"
     )
@@ -176,19 +170,11 @@ class ServeSettings(_Section):
     retire_timeout_s: float = Field(
         3600.0, gt=0, description="a replaced engine is kept so long for the requests that run in it, seconds"
     )
-    max_answer_bytes: int = Field(
-        16 * 2**20, ge=64 * 1024, description="largest answer that is not streamed, and most of a stream that waits"
-    )
     max_buffered_bytes: int = Field(
         256 * 2**20,
         ge=64 * 1024,
         description="most of all answers together that waits for clients to read it, bytes; half of it, and always one "
         "answer, for one key, or one address without a key",
-    )
-    client_timeout_s: float = Field(
-        30.0,
-        gt=0,
-        description="a client takes at least the next 64 KiB of its answer in so long, or is cut off, seconds",
     )
     idle_s: float | None = Field(
         None,
@@ -197,31 +183,12 @@ class ServeSettings(_Section):
         "come back with the next one, which waits for them; default: never",
     )
     request_timeout_s: float = Field(600.0, gt=0, description="longest silence of the engine within a request, seconds")
-    exemplars: bool = Field(False, description="latency histograms carry request ids, for scrapers of OpenMetrics")
 
     @model_validator(mode="after")
     def _check_tls(self) -> Self:
         if (self.tls_certificate is None) != (self.tls_key is None):
             raise ValueError("tls_certificate and tls_key go together")
         return self
-
-
-class RequestLimits(_Section):
-    """Structure of one request. One that exceeds a limit is answered 400 and reaches no engine."""
-
-    reading_ms: float = Field(
-        20.0,
-        gt=0,
-        description="longest time for which reading a body may hold the gateway, estimated from its bytes, ms",
-    )
-    messages: int = Field(4096, ge=1, description="messages")
-    input_items: int = Field(2048, ge=1, description="elements of `input`, which /v1/responses has for messages")
-    content_parts: int = Field(8192, ge=1, description="content parts and tool calls of all messages together")
-    tools: int = Field(512, ge=1, description="tools")
-    field_values: int = Field(
-        4096, ge=1, description="values in any other field, at all depths: logit_bias, metadata, documents, ..."
-    )
-    depth: int = Field(64, ge=1, description="levels of objects and arrays")
 
 
 def _pattern(text: str) -> str:
@@ -337,7 +304,6 @@ class Settings(BaseSettings):
     engine: EngineSettings = EngineSettings()
     adapters: AdapterSettings = AdapterSettings()
     serve: ServeSettings = ServeSettings()
-    request_limits: RequestLimits = RequestLimits()
     request_log: RequestLogSettings = RequestLogSettings()
     telemetry: TelemetrySettings = TelemetrySettings()
     holdout: HoldoutSettings = HoldoutSettings()

@@ -48,7 +48,6 @@ def served_model(registry: Registry, target: Target, settings: AdapterSettings) 
         raise _too_large(adapter, most)
     slots = choose_slots(
         max_loaded=settings.max_loaded,
-        max_batched=settings.max_batched,
         max_rank=settings.max_rank,
         rank=adapter.rank,
         targets=adapter.targets,

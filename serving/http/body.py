@@ -8,6 +8,7 @@ from serving.http.direct_answer import direct_answer
 from serving.http.headers import headers_of
 from svc.errors import SvcError
 
+BODY_TIMEOUT_S = 15.0
 _JSON_TYPE = b"application/json"
 
 
@@ -44,7 +45,7 @@ def body_here(scope: Scope, *, max_bytes: int) -> bytes | None:
     return body
 
 
-async def read_body(scope: Scope, receive: Receive, *, max_bytes: int, timeout_s: float) -> bytes:
+async def read_body(scope: Scope, receive: Receive, *, max_bytes: int, timeout_s: float = BODY_TIMEOUT_S) -> bytes:
     """The whole body; its size is checked before and while it is read.
 
     Raises:

@@ -21,7 +21,11 @@ from svc.errors import SvcError
 
 PART_BYTES = 64 * 1024
 """Of one write to a connection. The server in front holds as much again, so that a client which is cut off took less
-than about twice that within `serve.client_timeout_s`."""
+than about twice that within `CLIENT_TIMEOUT_S`."""
+MAX_ANSWER_BYTES = 16 * 2**20
+"""Largest answer that is not streamed, and most of a stream that waits."""
+CLIENT_TIMEOUT_S = 30.0
+"""A client that takes longer for the next part of its answer is cut off."""
 
 
 class ClientSlowError(Exception):
@@ -39,9 +43,13 @@ class AnswerBuffers:
         max_bytes: of all answers together. One caller may have half of them, and always one answer: callers that read
             slowly leave room for the others.
         max_answer_bytes: of one answer.
+        client_timeout_s: longest time for a client to take a part, seconds.
     """
 
-    def __init__(self, *, max_bytes: int, max_answer_bytes: int) -> None:
+    def __init__(
+        self, *, max_bytes: int, max_answer_bytes: int = MAX_ANSWER_BYTES, client_timeout_s: float = CLIENT_TIMEOUT_S
+    ) -> None:
+        self.client_timeout_s = client_timeout_s
         self.max_answer_bytes = max_answer_bytes
         self._max_bytes = max_bytes
         self._max_caller_bytes = max(max_bytes // 2, max_answer_bytes)
@@ -287,13 +295,13 @@ class Delivery:
         await self._send({"type": "http.response.body", "body": data, "more_body": more})
 
 
-def delivery_of(scope: Scope, send: Send, buffers: AnswerBuffers, timeout_s: float) -> Delivery:
+def delivery_of(scope: Scope, send: Send, buffers: AnswerBuffers) -> Delivery:
     """The delivery of the answer to a request.
 
     Args:
         scope: its connection, which may have a shorter way to it, and whose caller was let in.
     """
-    return Delivery(send, buffers, timeout_s, direct_answer(scope), caller_of(scope))
+    return Delivery(send, buffers, buffers.client_timeout_s, direct_answer(scope), caller_of(scope))
 
 
 def _too_large(size: int, most: int) -> AnswerTooLargeError:

@@ -5,7 +5,7 @@ from contextlib import suppress
 
 from starlette.types import Message, Receive, Scope, Send
 
-from serving.http.body import ClientGoneError, discard_body
+from serving.http.body import BODY_TIMEOUT_S, ClientGoneError, discard_body
 from serving.http.errors import ApiError
 from serving.protocols.error_code import ErrorCode
 
@@ -13,12 +13,8 @@ _BODY_STILL_SENT = frozenset({ErrorCode.BODY_TOO_LARGE, ErrorCode.UNSUPPORTED_ME
 _DISCARDED_BYTES = 64 * 2**20
 
 
-async def answer_error(error: ApiError, scope: Scope, receive: Receive, send: Send, *, body_timeout_s: float) -> None:
-    """Answers.
-
-    Args:
-        body_timeout_s: longest time to wait for the rest of a body that was refused while it came in, seconds.
-    """
+async def answer_error(error: ApiError, scope: Scope, receive: Receive, send: Send) -> None:
+    """Send the error; drop the rest of a body that was refused while it came in."""
     response = error.response(scope["path"])
     if error.code not in _BODY_STILL_SENT:
         await response(scope, _no_receive, send)
@@ -31,7 +27,7 @@ async def answer_error(error: ApiError, scope: Scope, receive: Receive, send: Se
     # The rest of the body is taken: a connection closed before its client has sent all takes the answer with it.
     await response(scope, _no_receive, send_more)
     with suppress(ClientGoneError, TimeoutError):
-        async with asyncio.timeout(body_timeout_s):
+        async with asyncio.timeout(BODY_TIMEOUT_S):
             await discard_body(receive, most=_DISCARDED_BYTES)
     await send({"type": "http.response.body", "body": b"", "more_body": False})
 

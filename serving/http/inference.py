@@ -40,7 +40,7 @@ from serving.telemetry.request_log import RequestLog
 from serving.telemetry.traces.request_trace import RequestTrace
 from svc.access.usage_meter import UsageMeter
 from svc.engine.vllm.connection_pool import EngineAnswer
-from svc.settings import RequestLimits, ServeSettings
+from svc.settings import ServeSettings
 
 BeginTrace = Callable[[Sequence[tuple[bytes, bytes]]], RequestTrace]
 
@@ -54,7 +54,6 @@ class Gateway:
         metrics: counts.
         request_log: keeps a row for each request.
         settings: the limits.
-        request_limits: on the structure of one request.
         buffers: what of all answers waits for clients.
         limiter: holds keys to their limits.
         usage: counts what keys use.
@@ -70,7 +69,6 @@ class Gateway:
         metrics: GatewayMetrics,
         request_log: RequestLog,
         settings: ServeSettings,
-        request_limits: RequestLimits,
         buffers: AnswerBuffers,
         limiter: RateLimiter,
         usage: UsageMeter,
@@ -85,7 +83,6 @@ class Gateway:
         self.metrics = metrics
         self.request_log = request_log
         self.settings = settings
-        self.request_limits = request_limits
         self.clock = clock
         self.buffers = buffers
         self.limiter = limiter
@@ -118,7 +115,7 @@ class Exchange:
         self._scope = scope
         self._principal = principal_of(scope)
         self._asgi_send = send
-        self._delivery = delivery_of(scope, send, gateway.buffers, gateway.settings.client_timeout_s)
+        self._delivery = delivery_of(scope, send, gateway.buffers)
         self.account = RequestAccount(
             route,
             scope["state"],
@@ -137,12 +134,10 @@ class Exchange:
             if body is None:
                 peer = self._scope.get("client")
                 with self._gateway.body_slots.reading(peer[0] if peer else ""):
-                    body = await read_body(
-                        self._scope, receive, max_bytes=settings.max_body_bytes, timeout_s=settings.body_timeout_s
-                    )
+                    body = await read_body(self._scope, receive, max_bytes=settings.max_body_bytes)
             account.body_read(len(body))
             account.key.reserve_request()
-            request = parse_request(body, self._route, self._gateway.request_limits)
+            request = parse_request(body, self._route)
             account.parsed(request)
             del body
             await while_connected(self._scope, receive, self._answer(request))
@@ -261,8 +256,7 @@ class Exchange:
         self.account.failed(error.code)
         if not self.account.begun:
             self.account.status, self.account.begun = error.status, True
-            timeout_s = self._gateway.settings.body_timeout_s
-            await answer_error(error, self._scope, receive, self._asgi_send, body_timeout_s=timeout_s)
+            await answer_error(error, self._scope, receive, self._asgi_send)
             return
         try:
             await self._delivery.send_last(self._format.error_event(error.body(self._route)))

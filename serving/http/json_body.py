@@ -9,7 +9,6 @@ from serving.http.body import read_body
 from serving.model_names import SHOWN_CHARS
 from serving.protocols.request import InvalidJsonError, InvalidRequestError
 
-_TIMEOUT_S = 15.0
 Body = TypeVar("Body", bound=BaseModel)
 
 
@@ -23,7 +22,7 @@ async def read_json(request: Request, kind: type[Body], *, max_bytes: int, expec
         InvalidJsonError, InvalidRequestError: it is not what it must be.
         MediaTypeError, BodyTooLargeError, BodyTimeoutError, ClientGoneError: see `read_body`.
     """
-    body = await read_body(request.scope, request.receive, max_bytes=max_bytes, timeout_s=_TIMEOUT_S)
+    body = await read_body(request.scope, request.receive, max_bytes=max_bytes)
     try:
         return kind.model_validate_json(body)
     except ValidationError as error:

@@ -55,15 +55,13 @@ class _Endpoint:
         settings, principal = gateway.settings, principal_of(scope)
         reservation: Reservation | None = None
         refused = False
-        delivery = delivery_of(scope, send, gateway.buffers, settings.client_timeout_s)
+        delivery = delivery_of(scope, send, gateway.buffers)
         try:
             with gateway.body_slots.reading(_peer(scope)):
-                body = await read_body(
-                    scope, receive, max_bytes=settings.max_body_bytes, timeout_s=settings.body_timeout_s
-                )
+                body = await read_body(scope, receive, max_bytes=settings.max_body_bytes)
             if principal is not None:
                 reservation = gateway.limiter.reserve_request(principal)
-            request = parse_request(body, _CHECKED_AS[self.route], gateway.request_limits)
+            request = parse_request(body, _CHECKED_AS[self.route])
             del body
             await while_connected(scope, receive, self._answer(request, scope, delivery))
         except ClientGoneError:
@@ -75,7 +73,7 @@ class _Endpoint:
                 raise
             shown = api_error(error)
             refused = shown.code in CLIENT_FAULTS
-            await answer_error(shown, scope, receive, send, body_timeout_s=settings.body_timeout_s)
+            await answer_error(shown, scope, receive, send)
         finally:
             if reservation is not None and refused:
                 reservation.settle(0, 0)

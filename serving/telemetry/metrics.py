@@ -68,7 +68,6 @@ class GatewayMetrics:
 
     Args:
         registry: where the instruments are registered; one GatewayMetrics for each registry.
-        exemplars: latency histograms carry the id of a request for each bucket; shown in OpenMetrics only.
         clock: monotonic time, seconds, for the window of the quantiles.
     """
 
@@ -76,11 +75,9 @@ class GatewayMetrics:
         self,
         registry: CollectorRegistry,
         *,
-        exemplars: bool = False,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.registry = registry
-        self._exemplars = exemplars
         self._add_request_instruments(registry)
         self._add_request_log_instruments(registry)
         self._add_span_instruments(registry)
@@ -227,12 +224,12 @@ class GatewayMetrics:
         outcome = outcome_of(reason)
         self._requests_of(model, version, route, str(status), outcome).add()
         if served and reason is None:
-            self._duration_of(model, version, route).observe(seconds, self._exemplar(request_id))
+            self._duration_of(model, version, route).observe(seconds, {"request_id": request_id})
             self.duration_quantiles.observe(served.version, seconds)
 
     def first_token(self, served: Target, seconds: float, request_id: str = "") -> None:
         """Times the first token of a streamed answer."""
-        self._first_token_of(*_labels(served)).observe(seconds, self._exemplar(request_id))
+        self._first_token_of(*_labels(served)).observe(seconds, {"request_id": request_id})
         self.first_token_quantiles.observe(served.version, seconds)
 
     def between_tokens(self, served: Target) -> Callable[[float], None]:
@@ -281,9 +278,6 @@ class GatewayMetrics:
     def loop_lagged(self, seconds: float) -> None:
         """Takes how much later than asked the event loop woke up a task."""
         self._loop_lag.observe(seconds)
-
-    def _exemplar(self, request_id: str) -> dict[str, str] | None:
-        return {"request_id": request_id} if self._exemplars and request_id else None
 
 
 def _labels(served: Target | None, model: str = UNKNOWN_MODEL) -> tuple[str, str]:

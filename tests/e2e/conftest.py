@@ -105,7 +105,6 @@ def server(home: Path) -> Iterator[Server]:
     """The running server, with version 1 in production. It keeps all content, and marks latencies with request ids."""
     settings = {
         "SVC_REQUEST_LOG__CONTENT_SHARE": "1",
-        "SVC_SERVE__EXEMPLARS": "true",
         "SVC_HOLDOUT__REQUESTS_PER_MINUTE": "600",
         "SVC_HOLDOUT__SCORED_PER_HOUR": "36000",
     }

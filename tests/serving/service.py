@@ -42,7 +42,7 @@ from svc.engine.vllm.client import EngineClient, socket_transport
 from svc.engine.vllm.connection_pool import EngineConnections
 from svc.principal import Principal
 from svc.registry.registry import Registry
-from svc.settings import RequestLimits, RequestLogSettings, ServeSettings, TelemetrySettings
+from svc.settings import RequestLogSettings, ServeSettings, TelemetrySettings
 from svc.version import Format, Target, VersionId
 from tests.serving.engine_double import EngineDouble, running_engine
 from tests.serving.keyed import KnownCallers
@@ -127,8 +127,7 @@ def application(
         metrics=metrics,
         request_log=request_log,
         settings=settings,
-        request_limits=RequestLimits(),
-        buffers=buffers or AnswerBuffers(max_bytes=2**28, max_answer_bytes=2**24),
+        buffers=buffers or AnswerBuffers(max_bytes=2**28),
         limiter=limiter or RateLimiter(),
         usage=usage or UsageMeter(store),
         begin_trace=begin_trace,
@@ -182,6 +181,7 @@ class Service:
         keeping: what is kept of each request.
         telemetry: where spans go; they are made of rows, so it needs a store too.
         limiter: holds keys to their limits.
+        buffers: of answers; default: of the settings.
         settings: fields of ServeSettings that differ from the default.
 
     Attributes:
@@ -196,6 +196,7 @@ class Service:
         keeping: RequestLogSettings | None = None,
         telemetry: TelemetrySettings | None = None,
         limiter: RateLimiter | None = None,
+        buffers: AnswerBuffers | None = None,
         **settings: Any,
     ) -> None:
         self.folder = folder
@@ -213,7 +214,7 @@ class Service:
         )
         self.names = ModelNames(NAME, clock=lambda: 1_700_000_000.0)
         self.registry = CollectorRegistry()
-        self.metrics = GatewayMetrics(self.registry, exemplars=self.settings.exemplars)
+        self.metrics = GatewayMetrics(self.registry)
         DeploymentMetrics(DeploymentInstruments(self.registry), NAME).watch_admission(
             lambda: self.admission.running, lambda: self.admission.queued
         )
@@ -226,9 +227,7 @@ class Service:
             spans=self.traces,
         )
         self.usage = UsageMeter(store or create_engine("sqlite://"))
-        self.gateway_buffers = AnswerBuffers(
-            max_bytes=self.settings.max_buffered_bytes, max_answer_bytes=self.settings.max_answer_bytes
-        )
+        self.gateway_buffers = buffers or AnswerBuffers(max_bytes=self.settings.max_buffered_bytes)
         self.authenticator = Authenticator(store or create_engine("sqlite://"))
         self.authentication = KnownCallers(
             self.authenticator, self.principals, on_failure=self.metrics.authentication_failed

@@ -111,7 +111,7 @@ async def used(home: Home, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capl
     """A server that keeps and logs as much as it can, after all of that."""
     home.settings = home.settings.model_copy(
         update={
-            "serve": ServeSettings(port=0, exemplars=True),
+            "serve": ServeSettings(port=0),
             "request_log": RequestLogSettings(content_share=1.0),
         }
     )

@@ -52,13 +52,11 @@ class LoraSlots:
         return [self.max_loaded, self.max_batched, self.max_rank, *self.targets]
 
 
-def choose_slots(
-    *, max_loaded: int, max_batched: int | None, max_rank: int | None, rank: int, targets: frozenset[str], size: int
-) -> LoraSlots:
+def choose_slots(*, max_loaded: int, max_rank: int | None, rank: int, targets: frozenset[str], size: int) -> LoraSlots:
     """Room for adapters like one that is there.
 
     Args:
-        max_loaded, max_batched, max_rank: the settings.
+        max_loaded, max_rank: the settings.
         rank: of the adapter; what is not above `max_rank`.
         targets: ends of the names of the layers that it changes.
         size: of its files, bytes.
@@ -67,7 +65,7 @@ def choose_slots(
     largest = next((one for one in _RANKS if one >= wanted), LARGEST_RANK)
     return LoraSlots(
         max_loaded=max_loaded,
-        max_batched=min(max_batched or _MOST_BATCHED, max_loaded),
+        max_batched=min(_MOST_BATCHED, max_loaded),
         max_rank=largest,
         targets=tuple(sorted(targets | USUAL_TARGETS)),
         bytes=size * largest // max(rank, 1),

@@ -10,6 +10,7 @@ from typing import Any
 import httpx
 import pytest
 
+from serving.http.delivery import AnswerBuffers
 from svc.engine.vllm.connection_pool import EngineConnections
 from tests.serving.engine_double import Fault, running_engine
 from tests.serving.keyed import principal
@@ -46,6 +47,11 @@ def error_of(answer: httpx.Response) -> dict[str, Any]:
 def chunks_of(text: str) -> list[Any]:
     events = [event.removeprefix("data: ") for event in text.split("\n\n") if event]
     return [event if event == "[DONE]" else json.loads(event) for event in events]
+
+
+def small_buffers(*, max_bytes: int = 2**28, client_timeout_s: float = 30.0) -> AnswerBuffers:
+    """Of which one answer may have 64 KiB."""
+    return AnswerBuffers(max_bytes=max_bytes, max_answer_bytes=64 * 1024, client_timeout_s=client_timeout_s)
 
 
 def reason(service: Service, code: str) -> float:
@@ -441,7 +447,7 @@ class TestClientsThatLeave:
                 assert "data: [DONE]" in [line async for line in answer.aiter_lines()]
 
     async def test_one_that_does_not_read_is_cut_off(self, socket_folder: Path) -> None:
-        slow = Service(socket_folder, client_timeout_s=0.3, max_answer_bytes=64 * 1024)
+        slow = Service(socket_folder, buffers=small_buffers(client_timeout_s=0.3))
         async with slow.run() as service, service.socket_client() as client:
             service.double.tokens = MANY
             async with client.stream("POST", CHAT_PATH, json=STREAM):
@@ -450,7 +456,7 @@ class TestClientsThatLeave:
                 assert service.gateway_buffers.used == 0
 
     async def test_one_that_reads_slowly_and_steadily_gets_all(self, socket_folder: Path) -> None:
-        slow = Service(socket_folder, client_timeout_s=0.5, max_answer_bytes=64 * 1024)
+        slow = Service(socket_folder, buffers=small_buffers(client_timeout_s=0.5))
         async with slow.run() as service, service.socket_client() as client:
             service.double.tokens = MANY
             async with client.stream("POST", CHAT_PATH, json=STREAM) as answer:
@@ -462,7 +468,7 @@ class TestClientsThatLeave:
             assert reason(service, "client_slow") == 0
 
     async def test_one_caller_leaves_room_for_others_when_it_does_not_read(self, socket_folder: Path) -> None:
-        slow = Service(socket_folder, max_answer_bytes=64 * 1024, max_buffered_bytes=256 * 1024)
+        slow = Service(socket_folder, buffers=small_buffers(max_bytes=256 * 1024))
         async with slow.run() as service, service.socket_client() as client, AsyncExitStack() as stack:
             service.principals |= {"one": principal("k1"), "other": principal("k2")}
             one, other = {"x-api-key": "one"}, {"x-api-key": "other"}
@@ -480,19 +486,22 @@ class TestClientsThatLeave:
 
 class TestLargeAnswers:
     async def test_one_over_the_limit_is_refused(self, socket_folder: Path) -> None:
-        async with Service(socket_folder, max_answer_bytes=64 * 1024).run() as service, service.client() as client:
+        async with Service(socket_folder, buffers=small_buffers()).run() as service, service.client() as client:
             service.double.tokens = 20_000
             answer = await client.post(CHAT_PATH, json=CHAT)
             assert (answer.status_code, error_of(answer)["code"]) == (400, "answer_too_large")
             assert service.gateway_buffers.used == 0
 
     async def test_the_same_as_a_stream_is_answered(self, socket_folder: Path) -> None:
-        async with Service(socket_folder, max_answer_bytes=64 * 1024).run() as service, service.client() as client:
+        async with Service(socket_folder, buffers=small_buffers()).run() as service, service.client() as client:
             service.double.tokens = MANY
             assert chunks_of((await client.post(CHAT_PATH, json=STREAM)).text)[-1] == "[DONE]"
 
     async def test_more_than_may_wait_of_all_is_refused(self, socket_folder: Path) -> None:
-        async with Service(socket_folder, max_buffered_bytes=64 * 1024).run() as service, service.client() as client:
+        async with (
+            Service(socket_folder, buffers=small_buffers(max_bytes=64 * 1024)).run() as service,
+            service.client() as client,
+        ):
             service.double.tokens = 20_000
             answer = await client.post(CHAT_PATH, json=CHAT)
             assert (answer.status_code, error_of(answer)["code"]) == (429, "overloaded")

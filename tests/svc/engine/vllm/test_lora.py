@@ -14,7 +14,7 @@ SLOTS = LoraSlots(max_loaded=8, max_batched=4, max_rank=16, targets=("k_proj", "
 
 
 def chosen(**changes: Any) -> LoraSlots:
-    usual: dict[str, Any] = {"max_loaded": 8, "max_batched": None, "max_rank": None, "rank": 16, "size": 100}
+    usual: dict[str, Any] = {"max_loaded": 8, "max_rank": None, "rank": 16, "size": 100}
     return choose_slots(**usual | {"targets": frozenset({"q_proj"})} | changes)
 
 
@@ -33,7 +33,6 @@ def test_a_person_can_say_the_largest_rank() -> None:
 def test_no_more_adapters_are_batched_than_loaded() -> None:
     assert chosen(max_loaded=4).max_batched == 4
     assert chosen(max_loaded=500).max_batched == 8
-    assert chosen(max_loaded=500, max_batched=20).max_batched == 20
 
 
 def test_the_layers_are_the_usual_ones_and_the_adapters_own_but_never_the_output_layer() -> None:
