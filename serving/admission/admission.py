@@ -11,9 +11,8 @@ One event loop, no locks: every change of state happens between two awaits.
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Coroutine, Iterator
+from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager, contextmanager
-from dataclasses import dataclass
 from typing import ClassVar
 
 from serving.admission.background_slot import BackgroundSlot
@@ -24,7 +23,7 @@ from serving.admission.errors import (
     TooManyTokensError,
     no_engine,
 )
-from serving.admission.party import NO_KEY, Party
+from serving.admission.party import Party
 from serving.admission.queue import RequestQueue
 
 _ENDED_POLL_S = 0.05
@@ -105,15 +104,6 @@ class Admission:
         """Why there is no engine; None when there is one, also where it is being changed or comes when it is asked."""
         return None if self._asleep else self._unavailable
 
-    def admit(self, tokens: int = 1, party: Party = NO_KEY) -> "Admitted":
-        """Waits for a place in the engine and holds it for the body; entering raises as `enter` does.
-
-        Args:
-            tokens: most that the answers may have; what a place costs.
-            party: whose request it is.
-        """
-        return Admitted(self, tokens, party)
-
     @contextmanager
     def preparing(self) -> Iterator[None]:
         """A request waits for something else in the body, before it takes a place: the model is not idle."""
@@ -128,6 +118,8 @@ class Admission:
         """Takes a place until `leave`, after a wait where there is none.
 
         Args:
+            tokens: most that the answers may have; what a place costs.
+            party: whose request it is.
             may_wait: it waits for a place as the requests of keys do, also without a key: it has waited already.
 
         Raises:
@@ -270,18 +262,3 @@ class Admission:
 
     def _show(self) -> None:
         self.background_slot.show(open=self._ready, running=self._running)
-
-
-@dataclass(slots=True)
-class Admitted:
-    """A place for the body of an `async with`. A class, since a generator costs several times as much."""
-
-    admission: Admission
-    tokens: int
-    party: Party
-
-    def __aenter__(self) -> Coroutine[object, object, None]:
-        return self.admission.enter(self.tokens, self.party)
-
-    async def __aexit__(self, *_: object) -> None:
-        self.admission.leave(self.tokens)

@@ -21,7 +21,7 @@ class AdmittedLease:
     or came with the swap, the request gives its place back, has the adapter loaded and is admitted again.
 
     Args:
-        tokens, party: see Admission.admit.
+        tokens, party: see Admission.enter.
         waiting: bounds how many requests wait for adapters; entered for the wait only.
 
     Entering raises what `Admission.enter` and `Balancer.lease` do, and what `waiting` does.

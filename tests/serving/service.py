@@ -13,7 +13,7 @@ from sqlalchemy import Engine as Store
 from sqlalchemy import create_engine
 from starlette.types import ASGIApp
 
-from serving.admission.admission import Admission, Admitted
+from serving.admission.admission import Admission
 from serving.admission.errors import EngineUnavailableError
 from serving.admission.party import Party
 from serving.admission.rate_limiter import RateLimiter
@@ -44,6 +44,7 @@ from svc.principal import Principal
 from svc.registry.registry import Registry
 from svc.settings import RequestLogSettings, ServeSettings, TelemetrySettings
 from svc.version import Format, Target, VersionId
+from tests.serving.admission.opened import admitted
 from tests.serving.engine_double import EngineDouble, running_engine
 from tests.serving.keyed import KnownCallers
 from tests.serving.socket_server import SocketServer, running
@@ -89,12 +90,14 @@ class OneBackend:
         leasing = self.leases(model)
         if isinstance(leasing, Leasing):
             return AdmittedLease(self.admission, leasing, tokens, party, waiting)
-        return _admitted(self.admission.admit(tokens, party), leasing)
+        return _admitted(self.admission, tokens, party, leasing)
 
 
 @asynccontextmanager
-async def _admitted(admitted: Admitted, leasing: AbstractAsyncContextManager[Lease]) -> AsyncIterator[Lease]:
-    async with admitted, leasing as lease:
+async def _admitted(
+    admission: Admission, tokens: int, party: Party, leasing: AbstractAsyncContextManager[Lease]
+) -> AsyncIterator[Lease]:
+    async with admitted(admission, tokens, party), leasing as lease:
         yield lease
 
 

@@ -1,8 +1,11 @@
 """Admission with an engine, and ways to wait for it."""
 
 import asyncio
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 
 from serving.admission.admission import Admission
+from serving.admission.party import NO_KEY, Party
 
 
 def open_admission(
@@ -14,6 +17,16 @@ def open_admission(
     )
     admission.available()
     return admission
+
+
+@asynccontextmanager
+async def admitted(admission: Admission, tokens: int = 1, party: Party = NO_KEY) -> AsyncIterator[None]:
+    """Hold a place in the engine for the body."""
+    await admission.enter(tokens, party)
+    try:
+        yield
+    finally:
+        admission.leave(tokens)
 
 
 async def drained(admission: Admission, timeout_s: float) -> None:
@@ -31,11 +44,11 @@ async def settle() -> None:
 
 async def run_until(admission: Admission, end: asyncio.Event) -> None:
     """One request."""
-    async with admission.admit():
+    async with admitted(admission):
         await end.wait()
 
 
 async def admit_once(admission: Admission) -> None:
     """A request that ends at once."""
-    async with admission.admit():
+    async with admitted(admission):
         pass

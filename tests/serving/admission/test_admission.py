@@ -9,13 +9,13 @@ import pytest
 from serving.admission.admission import Admission
 from serving.admission.errors import EngineUnavailableError, OverloadedError, QueueTimeoutError, TooManyTokensError
 from serving.admission.party import NO_KEY, Party
-from tests.serving.admission.opened import open_admission, run_until, settle
+from tests.serving.admission.opened import admitted, open_admission, run_until, settle
 from tests.serving.service import closed
 
 
 async def test_a_request_is_counted_while_it_runs() -> None:
     admission = open_admission()
-    async with admission.admit():
+    async with admitted(admission):
         assert admission.running == 1
     assert admission.running == 0
 
@@ -23,16 +23,16 @@ async def test_a_request_is_counted_while_it_runs() -> None:
 async def test_a_request_that_fails_gives_its_place_back() -> None:
     admission = open_admission()
     with suppress(ValueError):
-        async with admission.admit():
+        async with admitted(admission):
             raise ValueError
     assert admission.running == 0
 
 
 async def test_one_more_than_may_run_is_refused() -> None:
     admission = open_admission(max_running=1)
-    async with admission.admit():
+    async with admitted(admission):
         with pytest.raises(OverloadedError):
-            async with admission.admit():
+            async with admitted(admission):
                 pass
     assert admission.running == 0
 
@@ -42,7 +42,7 @@ async def test_the_door_opens_when_a_swap_fails() -> None:
     with suppress(ValueError):
         async with closed(admission):
             raise ValueError
-    async with admission.admit():
+    async with admitted(admission):
         assert admission.running == 1
 
 
@@ -56,7 +56,7 @@ async def test_the_door_is_closed_by_one_swap_at_a_time() -> None:
 
 async def test_where_another_engine_takes_requests_they_do_not_wait_for_the_one_that_is_changed() -> None:
     admission = open_admission()
-    async with admission.changing(), admission.admit():
+    async with admission.changing(), admitted(admission):
         assert admission.running == 1
     assert admission.closed_s is None
 
@@ -78,14 +78,14 @@ async def test_without_a_change_nobody_waits_for_an_engine_to_come_back() -> Non
     admission = open_admission()
     admission.unavailable(None)
     with pytest.raises(EngineUnavailableError, match="being changed"):
-        async with admission.admit():
+        async with admitted(admission):
             pass
 
 
 async def test_without_an_engine_requests_are_refused_with_the_reason() -> None:
     admission = Admission(max_running=1, max_tokens=100, max_queued=1, queue_timeout_s=1)
     with pytest.raises(EngineUnavailableError, match="starting"):
-        async with admission.admit():
+        async with admitted(admission):
             pass
 
 
@@ -120,32 +120,32 @@ class TestTokens:
 
     async def test_one_that_asks_for_what_is_left_runs(self) -> None:
         admission = open_admission(max_tokens=100)
-        async with admission.admit(60), admission.admit(40):
+        async with admitted(admission, 60), admitted(admission, 40):
             assert admission.running == 2
 
     async def test_one_that_asks_for_more_than_is_left_is_refused(self) -> None:
         admission = open_admission(max_tokens=100)
-        async with admission.admit(60):
+        async with admitted(admission, 60):
             with pytest.raises(OverloadedError, match="may make 60 tokens"):
-                async with admission.admit(41):
+                async with admitted(admission, 41):
                     pass
 
     async def test_what_has_ended_counts_no_more(self) -> None:
         admission = open_admission(max_tokens=100)
         for _ in range(3):
-            async with admission.admit(100):
+            async with admitted(admission, 100):
                 assert admission.running == 1
 
     async def test_one_that_could_never_run_is_told_so(self) -> None:
         with pytest.raises(TooManyTokensError, match="101"):
-            async with open_admission(max_tokens=100).admit(101):
+            async with admitted(open_admission(max_tokens=100), 101):
                 pass
 
     async def test_queued_ones_run_as_tokens_are_given_back(self) -> None:
         admission, end, began = open_admission(max_tokens=100), asyncio.Event(), list[int]()
 
         async def run(tokens: int) -> None:
-            async with admission.admit(tokens):
+            async with admitted(admission, tokens):
                 began.append(tokens)
                 await end.wait()
 
@@ -161,7 +161,7 @@ class TestTokens:
 
 async def test_idle_is_the_time_since_the_last_request_ended() -> None:
     admission = open_admission()
-    async with admission.admit():
+    async with admitted(admission):
         await asyncio.sleep(0.05)
         assert admission.idle_s == 0
     assert admission.idle_s < 0.04
@@ -174,7 +174,7 @@ async def test_a_request_is_queued_again_when_a_change_begins_in_the_turn_in_whi
     admission, end, order = open_admission(max_running=3), asyncio.Event(), list[int]()
 
     async def request(number: int) -> None:
-        async with admission.admit():
+        async with admitted(admission):
             assert not admission._closed
             order.append(number)
             await end.wait()
@@ -197,7 +197,7 @@ async def test_a_request_that_is_queued_again_costs_its_key_nothing_and_keeps_it
     admission, order = open_admission(max_running=1), list[str]()
 
     async def request(name: str, party: Party) -> None:
-        async with admission.admit(10, party):
+        async with admitted(admission, 10, party):
             order.append(name)
 
     async with closed(admission):
@@ -217,7 +217,7 @@ async def test_a_request_that_is_queued_again_waits_no_longer_in_all_than_it_may
     admission, began = open_admission(queue_timeout_s=0.2), time.monotonic()
 
     async def request() -> None:
-        async with admission.admit():
+        async with admitted(admission):
             pass
 
     async with closed(admission):
@@ -253,7 +253,7 @@ async def test_a_model_is_not_idle_when_a_request_waits_for_something_else() -> 
 
 async def test_a_request_without_a_key_waits_for_a_place_when_it_has_waited_before() -> None:
     admission = open_admission(max_running=1)
-    async with admission.admit():
+    async with admitted(admission):
         waiting = asyncio.create_task(admission.enter(1, NO_KEY, may_wait=True))
         await settle()
         assert admission.queued == 1

@@ -12,7 +12,7 @@ from serving.admission.admission import Admission
 from serving.admission.background_slot import BackgroundSlotEndedError
 from serving.admission.errors import AdmissionError
 from serving.admission.party import NO_KEY, Party
-from tests.serving.admission.opened import drained, open_admission, settle
+from tests.serving.admission.opened import admitted, drained, open_admission, settle
 
 PARTIES = (NO_KEY, Party("a"), Party("b", weight=3))
 
@@ -39,7 +39,7 @@ class World:
     async def client(self, number: int, party: Party, end: asyncio.Event) -> None:
         waits = self.admission._closed
         with suppress(AdmissionError):
-            async with self.admission.admit(1, party):
+            async with admitted(self.admission, 1, party):
                 seen = self.version
                 self.entered_closed |= self.admission._closed
                 self.inside.add(number)

@@ -7,7 +7,7 @@ import pytest
 
 from serving.admission.admission import Admission
 from serving.admission.background_slot import BackgroundSlotEndedError
-from tests.serving.admission.opened import drained, open_admission, run_until, settle
+from tests.serving.admission.opened import admitted, drained, open_admission, run_until, settle
 from tests.serving.service import closed
 
 
@@ -25,7 +25,7 @@ async def test_a_question_of_the_servers_own_is_no_request() -> None:
     admission = open_admission(max_running=1)
     async with admission.background_slot.take(1):
         assert admission.running == 0
-        async with admission.admit():
+        async with admitted(admission):
             assert admission.running == 1
     assert admission.running == 0
 
@@ -50,7 +50,7 @@ async def test_it_waits_for_a_moment_without_requests() -> None:
 
 async def test_it_goes_beside_requests_when_its_patience_ends() -> None:
     admission, end = open_admission(), asyncio.Event()
-    async with admission.admit():
+    async with admitted(admission):
         question = asyncio.create_task(ask_in_background(admission, end, patience_s=0.01))
         await settle()
         assert not admission.background_slot.taken

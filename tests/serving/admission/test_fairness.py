@@ -15,7 +15,7 @@ from serving.admission.admission import Admission
 from serving.admission.errors import OverloadedError, QueueOverflowError, QueueTimeoutError
 from serving.admission.party import NO_KEY, Party
 from serving.admission.queue import Place, RequestQueue
-from tests.serving.admission.opened import open_admission, settle
+from tests.serving.admission.opened import admitted, open_admission, settle
 from tests.serving.service import closed
 
 A, B = Party("a"), Party("b")
@@ -138,7 +138,7 @@ async def served_in_order(admission: Admission, asked: Sequence[tuple[Party, int
     order = list[str]()
 
     async def client(party: Party, tokens: int) -> None:
-        async with admission.admit(tokens, party):
+        async with admitted(admission, tokens, party):
             order.append(party.name)
             await asyncio.sleep(0)
 
@@ -175,7 +175,7 @@ class TestFull:
 
     async def test_a_request_of_a_key_waits_for_a_place(self) -> None:
         admission, order = open_admission(max_running=1), list[str]()
-        async with admission.admit(1, A):
+        async with admitted(admission, 1, A):
             waiting = asyncio.create_task(enter(admission, B, order))
             await settle()
             assert (admission.queued, order) == (1, [])
@@ -184,14 +184,14 @@ class TestFull:
 
     async def test_a_request_without_a_key_is_refused_at_once(self) -> None:
         admission = open_admission(max_running=1)
-        async with admission.admit(1, A):
+        async with admitted(admission, 1, A):
             with pytest.raises(OverloadedError, match="1 requests are running"):
-                async with admission.admit(1):
+                async with admitted(admission, 1):
                     pass
 
     async def test_but_behind_others_that_wait_it_has_its_share(self) -> None:
         admission, order = open_admission(max_running=1), list[str]()
-        async with admission.admit(1, A):
+        async with admitted(admission, 1, A):
             waiting = [asyncio.create_task(enter(admission, party, order)) for party in (A, A, A, NO_KEY)]
             await settle()
         await asyncio.gather(*waiting)
@@ -199,7 +199,7 @@ class TestFull:
 
     async def test_a_flood_keeps_nobody_else_waiting(self) -> None:
         admission, order = open_admission(max_running=1, max_queued=100), list[str]()
-        async with admission.admit(1, A):
+        async with admitted(admission, 1, A):
             flood = [asyncio.create_task(enter(admission, A, order)) for _ in range(50)]
             await settle()
             other = asyncio.create_task(enter(admission, B, order))
@@ -209,7 +209,7 @@ class TestFull:
 
     async def test_nobody_passes_the_one_whose_turn_it_is(self) -> None:
         admission, order = open_admission(max_tokens=100), list[str]()
-        async with admission.admit(60, A):
+        async with admitted(admission, 60, A):
             large = asyncio.create_task(enter(admission, B, order, 60))
             await settle()
             small = asyncio.create_task(enter(admission, B, order, 10))
@@ -219,7 +219,7 @@ class TestFull:
 
     async def test_one_whose_turn_it_is_at_once_does_not_wait(self) -> None:
         admission, order = open_admission(max_tokens=100), list[str]()
-        async with admission.admit(60, A):
+        async with admitted(admission, 60, A):
             large = asyncio.create_task(enter(admission, A, order, 60))
             await settle()
             await enter(admission, B, order, 10)
@@ -228,29 +228,29 @@ class TestFull:
 
     async def test_who_waited_in_vain_is_told_that_too_much_runs(self) -> None:
         admission = open_admission(max_running=1, queue_timeout_s=0.01)
-        async with admission.admit(1, A):
+        async with admitted(admission, 1, A):
             with pytest.raises(OverloadedError, match=r"waited 0\.01 s.*1 requests are running"):
-                async with admission.admit(1, B):
+                async with admitted(admission, 1, B):
                     pass
         assert admission.queued == 0
 
     async def test_where_nobody_may_wait_it_is_refused_at_once(self) -> None:
         admission = open_admission(max_running=1, max_queued=0)
-        async with admission.admit(1, A):
+        async with admitted(admission, 1, A):
             with pytest.raises(OverloadedError):
-                async with admission.admit(1, B):
+                async with admitted(admission, 1, B):
                     pass
 
     async def test_during_a_swap_the_refusal_is_of_the_swap(self) -> None:
         admission = open_admission(max_queued=0)
         async with closed(admission):
             with pytest.raises(QueueOverflowError):
-                async with admission.admit(1, A):
+                async with admitted(admission, 1, A):
                     pass
         admission = open_admission(queue_timeout_s=0.01)
         async with closed(admission):
             with pytest.raises(QueueTimeoutError):
-                async with admission.admit(1, A):
+                async with admitted(admission, 1, A):
                     pass
 
 
@@ -343,6 +343,6 @@ async def test_who_comes_and_leaves_again_and_again_leaves_no_trace() -> None:
 
 async def enter(admission: Admission, party: Party, order: list[str], tokens: int = 1) -> None:
     """A request that notes its turn."""
-    async with admission.admit(tokens, party):
+    async with admitted(admission, tokens, party):
         order.append(party.name)
         await asyncio.sleep(0)

@@ -7,7 +7,7 @@ import pytest
 
 from serving.admission.admission import Admission
 from serving.admission.errors import EngineUnavailableError, QueueOverflowError, QueueTimeoutError
-from tests.serving.admission.opened import admit_once, open_admission, run_until, settle
+from tests.serving.admission.opened import admit_once, admitted, open_admission, run_until, settle
 from tests.serving.service import closed
 
 
@@ -28,7 +28,7 @@ async def test_requests_at_a_closed_door_wait_and_enter_in_order() -> None:
     admission, entered = open_admission(), list[int]()
 
     async def client(number: int) -> None:
-        async with admission.admit():
+        async with admitted(admission):
             entered.append(number)
 
     async with closed(admission):
@@ -45,7 +45,7 @@ async def test_one_more_than_may_wait_is_refused() -> None:
         task = asyncio.create_task(run_until(admission, end))
         await settle()
         with pytest.raises(QueueOverflowError):
-            async with admission.admit():
+            async with admitted(admission):
                 pass
     end.set()
     await task
@@ -55,7 +55,7 @@ async def test_a_request_waits_no_longer_than_it_may() -> None:
     admission = open_admission(queue_timeout_s=0.01)
     async with closed(admission):
         with pytest.raises(QueueTimeoutError):
-            async with admission.admit():
+            async with admitted(admission):
                 pass
         assert admission.queued == 0
 
@@ -64,7 +64,7 @@ async def test_more_requests_are_held_than_may_run_and_each_gets_its_turn() -> N
     admission, entered = open_admission(max_running=2), list[int]()
 
     async def client(number: int) -> None:
-        async with admission.admit():
+        async with admitted(admission):
             entered.append(number)
             assert admission.running <= 2
             await asyncio.sleep(0)

@@ -12,6 +12,7 @@ import pytest
 
 from serving.http.delivery import AnswerBuffers
 from svc.engine.vllm.connection_pool import EngineConnections
+from tests.serving.admission.opened import admitted
 from tests.serving.engine_double import Fault, running_engine
 from tests.serving.keyed import principal
 from tests.serving.service import CHAT, NAME, TWO, Service, closed, connections
@@ -263,7 +264,7 @@ class TestRefusals:
     async def test_more_than_may_run_and_more_than_may_wait(self, socket_folder: Path) -> None:
         service = Service(socket_folder, max_running=1, max_queued=1, queue_timeout_s=0.2)
         async with service.run(), service.client() as client:
-            async with service.admission.admit():
+            async with admitted(service.admission):
                 answer = await client.post(CHAT_PATH, json=CHAT)
             assert (answer.status_code, error_of(answer)["code"]) == (429, "overloaded")
             async with closed(service.admission):
@@ -376,7 +377,7 @@ class TestEngineDeaths:
 
     async def test_a_request_that_reached_no_version_is_its_models_error(self, socket_folder: Path) -> None:
         service = Service(socket_folder, max_running=1)
-        async with service.run(), service.client() as client, service.admission.admit():
+        async with service.run(), service.client() as client, admitted(service.admission):
             await client.post(CHAT_PATH, json=CHAT)
         assert failed(service, "overloaded", NAME, "") == 1
         labels = {"model": NAME, "version": "", "route": CHAT_PATH, "status": "429", "outcome": "refused"}
@@ -499,7 +500,7 @@ class TestLargeAnswers:
 
     async def test_more_than_may_wait_of_all_is_refused(self, socket_folder: Path) -> None:
         async with (
-            Service(socket_folder, buffers=small_buffers(max_bytes=64 * 1024)).run() as service,
+            Service(socket_folder, buffers=AnswerBuffers(max_bytes=64 * 1024)).run() as service,
             service.client() as client,
         ):
             service.double.tokens = 20_000

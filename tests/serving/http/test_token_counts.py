@@ -12,6 +12,7 @@ import pytest
 from serving.admission.rate_limiter import Limit
 from serving.http.token_counts import MOST_AT_ONCE
 from svc.principal import Principal
+from tests.serving.admission.opened import admitted
 from tests.serving.http.test_inference import CHAT_PATH, error_of
 from tests.serving.keyed import principal
 from tests.serving.service import CHAT, NAME, Service
@@ -51,7 +52,7 @@ async def test_it_takes_no_place(service: Service, client: httpx.AsyncClient, pa
     await asyncio.sleep(0.02)
     assert service.admission.running == 0
     assert (await client.post(CHAT_PATH, json=CHAT)).status_code == 200
-    async with service.admission.admit():
+    async with admitted(service.admission):
         assert (await client.post(path, json=BODY)).status_code == 200
     assert {answer.status_code for answer in await asyncio.gather(*counting)} == {200}
 
