@@ -73,15 +73,3 @@ class Principal:
                 f"the key {self.key_id} has not the scope {scope}",
                 expected=f"a key with {scope}; this one has {', '.join(sorted(self.scopes))}",
             )
-
-    def require_model(self, model: str) -> None:
-        """Raises where it may not ask a model.
-
-        Raises:
-            PermissionDeniedError: says which it may ask.
-        """
-        if not self.may_ask(model):
-            raise PermissionDeniedError(
-                f"the key {self.key_id} may not ask this model",
-                expected=f"one of {', '.join(sorted(self.models or ()))}",
-            )

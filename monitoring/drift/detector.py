@@ -43,13 +43,11 @@ class Finding:
     Attributes:
         test: its name.
         size: items in the window.
-        position: of the window's end in the stream, items.
         alpha: the level that was spent.
     """
 
     test: str
     size: int
-    position: int
     p: float
     alpha: float
 
@@ -178,4 +176,4 @@ class Detector:
 
     def _run(self, test: Test, watch: Watch, live: Sample, alpha: float) -> Finding:
         seed = (*self._stream, watch.position, live.size)
-        return Finding(test.name, live.size, watch.position, test.p_value(live, alpha, seed), alpha)
+        return Finding(test.name, live.size, test.p_value(live, alpha, seed), alpha)

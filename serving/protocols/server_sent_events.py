@@ -33,11 +33,6 @@ class EventSplitter:
         self._rest = data[start:]
         return events
 
-    @property
-    def rest(self) -> bytes:
-        """What came after the last complete event."""
-        return self._rest
-
 
 def is_event(part: bytes) -> bool:
     """A part of an answer is an event, and not a JSON body."""

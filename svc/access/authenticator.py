@@ -97,7 +97,7 @@ class _Known(NamedTuple):
 
 
 class Authenticator:
-    """Knows all keys of a store. `look` comes before the first `authenticate`, and may be called in any thread.
+    """Knows all keys of a store. `look` comes before the first `grant`, and may be called in any thread.
 
     Args:
         now: the time, for what expires.
@@ -168,10 +168,6 @@ class Authenticator:
                 known.grant.ended.end(error)
             else:
                 self._remember(hashed, key, keys)
-
-    def authenticate(self, secret: str | None) -> Principal:
-        """Who a secret is of; see `grant`."""
-        return self.grant(secret).principal
 
     def grant(self, secret: str | None) -> Grant:
         """Who a secret is of; touches neither disk nor network.

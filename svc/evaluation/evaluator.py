@@ -98,7 +98,6 @@ async def evaluate(
     *,
     limits: Sequence[int],
     trained: bool = True,
-    metrics: MetricSet | None = None,
     on_done: Callable[[], None] = lambda: None,
 ) -> Evaluation:
     """Asks all examples and scores the answers.
@@ -107,7 +106,6 @@ async def evaluate(
         tokenized: the same examples, in their order, as they are trained on.
         limits: tokens that each answer may have, see svc.evaluation.answer_limit.
         trained: on such examples, so that many answers will be the reference; decides the time and nothing else.
-        metrics: None: those of the task.
         on_done: called after each example.
 
     Raises:
@@ -115,7 +113,7 @@ async def evaluate(
     """
     started = time.monotonic()
     results = await ask_examples(client, examples, tokenized, limits=limits, trained=trained, on_done=on_done)
-    return judge(examples, results, time.monotonic() - started, metrics)
+    return judge(examples, results, time.monotonic() - started)
 
 
 async def ask_examples(

@@ -152,16 +152,14 @@ def run_trainer(trainer: ResumableTrainer, recipe: Recipe, asked: Preemption, nu
 def summarize(trainer: ResumableTrainer, recipe: Recipe, seconds: float) -> TrainingSummary:
     """What is kept of how a run went."""
     state = trainer.state
-    curve = loss_curve(state)
     tokens = int(state.num_input_tokens_seen)
     here = tokens - int(getattr(trainer, "_initial_num_input_tokens_seen", tokens))
     return TrainingSummary(
         steps=state.global_step,
         tokens=tokens,
         tokens_per_second=here / seconds,
-        final_loss=curve[-1].loss,
         seconds=seconds,
-        loss_curve=curve,
+        loss_curve=loss_curve(state),
         heldout_losses=tuple(LossPoint(step, loss) for step, loss in heldout_losses(state).items()),
         best_step=best_step(state) if recipe.stopping.keep_best else None,
         points=training_points(state),

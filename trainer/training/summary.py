@@ -16,7 +16,6 @@ class TrainingSummary:
         steps: of the optimizer.
         tokens: prompt and answer tokens seen, without padding.
         tokens_per_second: in the process that ended the run.
-        final_loss: nats an answer token, the last point of the curve.
         seconds: of the optimizer's run alone, without loading, in the process that ended it.
         loss_curve: means over the steps between its points.
         heldout_losses: step and nats an answer token, where held-out loss was measured.
@@ -29,7 +28,6 @@ class TrainingSummary:
     steps: int
     tokens: int
     tokens_per_second: float
-    final_loss: float
     seconds: float
     loss_curve: tuple[LossPoint, ...]
     heldout_losses: tuple[LossPoint, ...] = ()

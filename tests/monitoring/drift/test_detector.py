@@ -101,7 +101,7 @@ def test_an_alarm_names_only_the_tests_that_called_it() -> None:
 
 
 def test_a_test_is_significant_up_to_its_level_and_not_beyond() -> None:
-    at, beyond = (Finding("test", 10, 10, p, 1e-5) for p in (1e-5, 1.0001e-5))
+    at, beyond = (Finding("test", 10, p, 1e-5) for p in (1e-5, 1.0001e-5))
     assert at.significant and not beyond.significant
 
 

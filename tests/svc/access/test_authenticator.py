@@ -40,14 +40,14 @@ def authenticator(store: Store, clock: Clock, issued: IssuedKey) -> Authenticato
 
 def fault_of(authenticator: Authenticator, secret: str | None) -> KeyFault:
     with pytest.raises(InvalidKeyError) as raised:
-        authenticator.authenticate(secret)
+        authenticator.grant(secret)
     if secret:
         assert secret[12:] not in f"{raised.value} {raised.value!r} {raised.value.args}" or len(secret) < 13
     return raised.value.fault
 
 
 def test_a_right_secret_is_its_principal(authenticator: Authenticator, issued: IssuedKey) -> None:
-    assert authenticator.authenticate(issued.secret) == issued.key.principal
+    assert authenticator.grant(issued.secret).principal == issued.key.principal
 
 
 @pytest.mark.parametrize("secret", [None, ""])
@@ -89,7 +89,7 @@ def test_a_revocation_is_heard_at_the_next_look(
 def test_a_new_key_is_heard_at_the_next_look(authenticator: Authenticator, keyring: Keyring) -> None:
     made = keyring.create(INFER)
     authenticator.look()
-    assert authenticator.authenticate(made.secret) == made.key.principal
+    assert authenticator.grant(made.secret).principal == made.key.principal
 
 
 def test_a_key_expires_without_a_look(authenticator: Authenticator, issued: IssuedKey, clock: Clock) -> None:
@@ -104,7 +104,7 @@ def test_a_rotated_secret_is_wrong_at_the_next_look(
     rotated = keyring.rotate("ci")
     authenticator.look()
     assert fault_of(authenticator, issued.secret) is KeyFault.UNKNOWN
-    assert authenticator.authenticate(rotated.secret) == issued.key.principal
+    assert authenticator.grant(rotated.secret).principal == issued.key.principal
 
 
 def test_a_rotated_secret_is_right_until_its_grace_has_passed(
@@ -112,7 +112,7 @@ def test_a_rotated_secret_is_right_until_its_grace_has_passed(
 ) -> None:
     keyring.rotate("ci", grace=timedelta(seconds=30))
     authenticator.look()
-    assert authenticator.authenticate(issued.secret) == issued.key.principal
+    assert authenticator.grant(issued.secret).principal == issued.key.principal
     clock.forward(seconds=30)
     assert fault_of(authenticator, issued.secret) is KeyFault.UNKNOWN
 
@@ -124,7 +124,7 @@ def test_a_second_rotation_ends_the_first_secret(
     keyring.rotate("ci", grace=timedelta(hours=1))
     authenticator.look()
     assert fault_of(authenticator, issued.secret) is KeyFault.UNKNOWN
-    assert authenticator.authenticate(second.secret) == issued.key.principal
+    assert authenticator.grant(second.secret).principal == issued.key.principal
 
 
 def queries(store: Store) -> list[str]:
@@ -136,7 +136,7 @@ def queries(store: Store) -> list[str]:
 
 def test_no_key_right_or_wrong_asks_the_store(authenticator: Authenticator, issued: IssuedKey, store: Store) -> None:
     sent = queries(store)
-    authenticator.authenticate(issued.secret)
+    authenticator.grant(issued.secret)
     for wrong in ("x", new_secret("nobody00"), new_secret(issued.key.id)):
         fault_of(authenticator, wrong)
     assert sent == []
@@ -157,7 +157,7 @@ def test_no_secret_stays_in_memory(authenticator: Authenticator, issued: IssuedK
     came = Text(issued.secret if right else new_secret(issued.key.id))
     kept = weakref.ref(came)
     with nullcontext() if right else pytest.raises(InvalidKeyError):
-        authenticator.authenticate(came)
+        authenticator.grant(came)
     del came
     gc.collect()
     assert kept() is None
@@ -165,19 +165,19 @@ def test_no_secret_stays_in_memory(authenticator: Authenticator, issued: IssuedK
 
 def test_who_never_looked_lets_nobody_in(store: Store, issued: IssuedKey) -> None:
     with pytest.raises(KeysUnavailableError):
-        Authenticator(store).authenticate(issued.secret)
+        Authenticator(store).grant(issued.secret)
 
 
 def test_what_was_known_is_right_for_a_minute_and_no_longer(
     authenticator: Authenticator, issued: IssuedKey, clock: Clock
 ) -> None:
     clock.forward(seconds=60)
-    assert authenticator.authenticate(issued.secret)
+    assert authenticator.grant(issued.secret).principal
     clock.forward(seconds=1)
     with pytest.raises(KeysUnavailableError):
-        authenticator.authenticate(issued.secret)
+        authenticator.grant(issued.secret)
     authenticator.look()
-    assert authenticator.authenticate(issued.secret)
+    assert authenticator.grant(issued.secret).principal
 
 
 def test_a_backup_of_before_is_heard(authenticator: Authenticator, issued: IssuedKey, store: Store) -> None:
@@ -197,7 +197,7 @@ async def test_a_revocation_is_heard_within_a_second(store: Store) -> None:
         async with asyncio.timeout(5):
             while authenticator.empty:
                 await asyncio.sleep(0.01)
-        assert authenticator.authenticate(issued.secret)
+        assert authenticator.grant(issued.secret).principal
         await asyncio.to_thread(keyring.revoke, issued.key.id)
         await asyncio.sleep(LOOK_S + 0.4)
         assert fault_of(authenticator, issued.secret) is KeyFault.REVOKED
@@ -215,7 +215,7 @@ async def test_changes_of_keys_are_noticed_when_the_default_executor_is_blocked(
         try:
             clock.forward(seconds=61)
             await asyncio.sleep(0.2)
-            assert authenticator.authenticate(issued.secret) == issued.key.principal
+            assert authenticator.grant(issued.secret).principal == issued.key.principal
             keyring.revoke(issued.key.id)
             await asyncio.sleep(0.2)
             assert fault_of(authenticator, issued.secret) is KeyFault.REVOKED
@@ -249,7 +249,7 @@ async def test_a_store_that_fails_does_not_end_the_looking(
         async with asyncio.timeout(5):
             while True:
                 with suppress(InvalidKeyError):
-                    assert authenticator.authenticate(made.secret)
+                    assert authenticator.grant(made.secret).principal
                     break
                 await asyncio.sleep(0.01)
     following.cancel()
@@ -262,7 +262,7 @@ def test_no_log_has_a_secret_or_a_hash(
 ) -> None:
     with caplog.at_level(logging.DEBUG):
         authenticator.look()
-        authenticator.authenticate(issued.secret)
+        authenticator.grant(issued.secret)
         fault_of(authenticator, new_secret(issued.key.id))
     assert issued.secret not in caplog.text
     assert issued.key.hash not in caplog.text

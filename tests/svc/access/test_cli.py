@@ -40,7 +40,7 @@ def test_the_first_admin_key_is_made_on_the_machine_in_a_home_that_is_its_owners
 ) -> None:
     ended = svc("keys", "create", "--scope", "admin")
     assert ended.code == 0
-    assert authenticator().authenticate(ended.out.strip()).may(Scope.TRAIN)
+    assert authenticator().grant(ended.out.strip()).principal.may(Scope.TRAIN)
     assert (tmp_path / ".svc").stat().st_mode & 0o077 == 0
     assert (tmp_path / ".svc" / "svc.db").stat().st_mode & 0o077 == 0
 
@@ -54,7 +54,7 @@ def test_a_pipe_gets_the_secret_and_nothing_else(svc: Svc) -> None:
 
 def test_a_key_without_options_is_a_clients(svc: Svc) -> None:
     made = create(svc)
-    principal = authenticator().authenticate(made["secret"])
+    principal = authenticator().grant(made["secret"]).principal
     assert (principal.scopes, principal.models) == (frozenset({Scope.INFER, Scope.FEEDBACK}), None)
     assert (principal.limits, principal.weight) == (Limits(), 1)
 
@@ -63,7 +63,7 @@ def test_a_key_has_what_its_options_say(svc: Svc) -> None:
     options = ["--name", "ci", "--scope", "infer", "--scope", "metrics", "--model", "tickets", "--model", "reviews"]
     limits = ["--requests-per-minute", "60", "--tokens-in-per-minute", "1000", "--tokens-out-per-minute", "500"]
     made = create(svc, *options, *limits, "--concurrent", "4", "--tokens-per-day", "10000", "--weight", "3")
-    principal = authenticator().authenticate(made["secret"])
+    principal = authenticator().grant(made["secret"]).principal
     assert (principal.key_id, principal.name, principal.weight) == (made["key_id"], "ci", 3)
     assert principal.scopes == {Scope.INFER, Scope.METRICS}
     assert principal.models == frozenset({"tickets", "reviews"})
@@ -118,7 +118,7 @@ def test_a_revoked_key_is_wrong_and_is_listed_where_all_are(svc: Svc) -> None:
     ended = svc("keys", "revoke", "ci", "--yes", "--reason", "leaked")
     assert "is revoked" in ended.out
     with pytest.raises(InvalidKeyError, match="is revoked"):
-        authenticator().authenticate(made["secret"])
+        authenticator().grant(made["secret"])
     assert json.loads(svc("keys", "list", "--json").out) == []
     assert json.loads(svc("keys", "list", "--all", "--json").out)[0]["state"] == "revoked"
     assert read_events(open_database(Path(".svc")), newest=1)[0].reason == "leaked"
@@ -138,7 +138,7 @@ def test_what_ends_a_secret_at_once_is_asked_about(svc: Svc, command: str, monke
     ended = svc("keys", command, "ci")
     assert ended.code == 130
     assert "Go on?" in ended.err
-    assert authenticator().authenticate(made["secret"])
+    assert authenticator().grant(made["secret"]).principal
 
 
 @pytest.mark.parametrize("command", ["revoke", "rotate"])
@@ -147,15 +147,15 @@ def test_a_machine_is_asked_nothing(svc: Svc, command: str) -> None:
     ended = svc("keys", command, "ci", "--json")
     assert ended.code == 2
     assert "--yes" in ended.err
-    assert authenticator().authenticate(made["secret"])
+    assert authenticator().grant(made["secret"]).principal
 
 
 def test_a_rotation_gives_another_secret_and_ends_the_old_one(svc: Svc) -> None:
     made = create(svc, "--name", "ci")
     rotated = svc("keys", "rotate", "ci", "--yes").out.strip()
-    assert authenticator().authenticate(rotated).key_id == made["key_id"]
+    assert authenticator().grant(rotated).principal.key_id == made["key_id"]
     with pytest.raises(InvalidKeyError):
-        authenticator().authenticate(made["secret"])
+        authenticator().grant(made["secret"])
 
 
 def test_a_rotation_with_a_grace_asks_nothing_and_leaves_both_right(svc: Svc) -> None:
@@ -163,7 +163,7 @@ def test_a_rotation_with_a_grace_asks_nothing_and_leaves_both_right(svc: Svc) ->
     ended = svc("keys", "rotate", "ci", "--grace", "1h")
     assert "the old secret is right until" in ended.err
     for secret in (made["secret"], ended.out.strip()):
-        assert authenticator().authenticate(secret).key_id == made["key_id"]
+        assert authenticator().grant(secret).principal.key_id == made["key_id"]
 
 
 @pytest.fixture

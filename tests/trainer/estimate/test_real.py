@@ -14,7 +14,7 @@ from trainer.estimate.real import compare_with_real, estimate_metrics
 from trainer.recipe.sections import Method
 from trainer.training.summary import TrainingSummary
 
-SUMMARY = TrainingSummary(steps=1, tokens=1, tokens_per_second=1, final_loss=1, seconds=9, loss_curve=(), peak_memory=5)
+SUMMARY = TrainingSummary(steps=1, tokens=1, tokens_per_second=1, seconds=9, loss_curve=(), peak_memory=5)
 
 
 def test_both_are_said_and_kept(capsys: pytest.CaptureFixture[str]) -> None:

@@ -63,7 +63,7 @@ class Stages:
         else:
             (out / "adapter_model.safetensors").write_bytes(b"adapter")
         report(1, {"loss": 0.5})
-        return TrainingSummary(3, 30, 10.0, 0.5, 3.0, (LossPoint(1, 0.5),), points=CURVE)
+        return TrainingSummary(3, 30, 10.0, 3.0, (LossPoint(1, 0.5),), points=CURVE)
 
     def merge_adapter(self, base: Path, adapter: Path, out: Path) -> MergeSummary:
         """Writes other weights of the same shape."""
