@@ -132,6 +132,7 @@ def assemble(
         metrics=metrics,
         request_log=request_log,
         settings=limits,
+        request_limits=settings.request_limits,
         buffers=AnswerBuffers(max_bytes=limits.max_buffered_bytes),
         limiter=limiter,
         usage=usage,

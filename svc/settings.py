@@ -191,6 +191,24 @@ class ServeSettings(_Section):
         return self
 
 
+class RequestLimits(_Section):
+    """Structure of one request. One that exceeds a limit is answered 400 and reaches no engine."""
+
+    reading_ms: float = Field(
+        20.0,
+        gt=0,
+        description="longest time for which reading a body may hold the gateway, estimated from its bytes, ms",
+    )
+    messages: int = Field(4096, ge=1, description="messages")
+    input_items: int = Field(2048, ge=1, description="elements of `input`, which /v1/responses has for messages")
+    content_parts: int = Field(8192, ge=1, description="content parts and tool calls of all messages together")
+    tools: int = Field(512, ge=1, description="tools")
+    field_values: int = Field(
+        4096, ge=1, description="values in any other field, at all depths: logit_bias, metadata, documents, ..."
+    )
+    depth: int = Field(64, ge=1, description="levels of objects and arrays")
+
+
 def _pattern(text: str) -> str:
     import regex
 
@@ -304,6 +322,7 @@ class Settings(BaseSettings):
     engine: EngineSettings = EngineSettings()
     adapters: AdapterSettings = AdapterSettings()
     serve: ServeSettings = ServeSettings()
+    request_limits: RequestLimits = RequestLimits()
     request_log: RequestLogSettings = RequestLogSettings()
     telemetry: TelemetrySettings = TelemetrySettings()
     holdout: HoldoutSettings = HoldoutSettings()

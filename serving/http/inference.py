@@ -40,7 +40,7 @@ from serving.telemetry.request_log import RequestLog
 from serving.telemetry.traces.request_trace import RequestTrace
 from svc.access.usage_meter import UsageMeter
 from svc.engine.vllm.connection_pool import EngineAnswer
-from svc.settings import ServeSettings
+from svc.settings import RequestLimits, ServeSettings
 
 BeginTrace = Callable[[Sequence[tuple[bytes, bytes]]], RequestTrace]
 
@@ -54,6 +54,7 @@ class Gateway:
         metrics: counts.
         request_log: keeps a row for each request.
         settings: the limits.
+        request_limits: on the structure of one request.
         buffers: what of all answers waits for clients.
         limiter: holds keys to their limits.
         usage: counts what keys use.
@@ -69,6 +70,7 @@ class Gateway:
         metrics: GatewayMetrics,
         request_log: RequestLog,
         settings: ServeSettings,
+        request_limits: RequestLimits,
         buffers: AnswerBuffers,
         limiter: RateLimiter,
         usage: UsageMeter,
@@ -83,6 +85,7 @@ class Gateway:
         self.metrics = metrics
         self.request_log = request_log
         self.settings = settings
+        self.request_limits = request_limits
         self.clock = clock
         self.buffers = buffers
         self.limiter = limiter
@@ -137,7 +140,7 @@ class Exchange:
                     body = await read_body(self._scope, receive, max_bytes=settings.max_body_bytes)
             account.body_read(len(body))
             account.key.reserve_request()
-            request = parse_request(body, self._route)
+            request = parse_request(body, self._route, self._gateway.request_limits)
             account.parsed(request)
             del body
             await while_connected(self._scope, receive, self._answer(request))

@@ -61,7 +61,7 @@ class _Endpoint:
                 body = await read_body(scope, receive, max_bytes=settings.max_body_bytes)
             if principal is not None:
                 reservation = gateway.limiter.reserve_request(principal)
-            request = parse_request(body, _CHECKED_AS[self.route])
+            request = parse_request(body, _CHECKED_AS[self.route], gateway.request_limits)
             del body
             await while_connected(scope, receive, self._answer(request, scope, delivery))
         except ClientGoneError:

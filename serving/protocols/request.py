@@ -17,6 +17,7 @@ from serving.protocols.route import Route
 from serving.protocols.structure import find_excess
 from serving.protocols.unsupported_fields import count_answers, find_refusal
 from svc.errors import SvcError
+from svc.settings import RequestLimits
 
 _MOST_KEPT = 2**31 - 1
 _LONGEST = {
@@ -110,11 +111,10 @@ def _head(engine_model: str) -> bytes:
     return b'{"model":' + json.dumps(engine_model).encode("ascii")
 
 
-MAX_READING_MS = 20.0
-"""Longest time for which reading a body may hold the gateway, estimated from its bytes."""
+_LIMITS = RequestLimits()
 
 
-def parse_request(body: bytes, route: Route) -> CompletionRequest:
+def parse_request(body: bytes, route: Route, limits: RequestLimits = _LIMITS) -> CompletionRequest:
     """Reads a body and prepares what goes to the engine.
 
     Raises:
@@ -123,9 +123,9 @@ def parse_request(body: bytes, route: Route) -> CompletionRequest:
             allow, see serving.protocols.structure; or a field that is not served, see
             serving.protocols.unsupported_fields.
     """
-    if takes_longer(body, MAX_READING_MS):
+    if takes_longer(body, limits.reading_ms):
         raise InvalidRequestError(
-            f"reading the request body would take longer than {MAX_READING_MS:g} ms",
+            f"reading the request body would take longer than {limits.reading_ms:g} ms",
             param="",
             expected="fewer objects, arrays and values, and numbers of less than 24 digits",
         )
@@ -133,7 +133,7 @@ def parse_request(body: bytes, route: Route) -> CompletionRequest:
     model = fields.pop("model", None)
     if not isinstance(model, str):
         raise InvalidRequestError("'model' is missing or no string", param="model", expected="a model name")
-    refusal = find_excess(fields, route, body) or find_refusal(fields, route)
+    refusal = find_excess(fields, route, limits, body) or find_refusal(fields, route)
     if refusal:
         raise InvalidRequestError(refusal.wrong, param=refusal.param, expected=refusal.expected, todo=refusal.todo)
     stream = _flag(fields, "stream", "stream")

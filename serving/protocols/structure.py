@@ -3,7 +3,7 @@
 vLLM validates a body with pydantic, which tries every member of a union and collects every error: about 6 microseconds
 for each error, 233 errors for one wrong item of `/v1/responses`. 4,096 of those, 16 KiB, held the front for 25 s. So
 lists are limited in length, and elements of unions whose form is not a usual one (serving.protocols.usual_forms) are
-limited further. docs/api.md has the and the measured cost of the worst body within each.
+limited further. docs/api.md has the limits, and the measured cost of the worst body within each.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -13,19 +13,9 @@ from serving.protocols.json_values import CONTAINERS, count_values, is_deeper
 from serving.protocols.refusal import Refusal
 from serving.protocols.route import Route
 from serving.protocols.usual_forms import is_usual_item, is_usual_message, is_usual_tool
+from svc.settings import RequestLimits
 
 Fields = Mapping[str, Any]
-
-MAX_MESSAGES = 4096
-MAX_INPUT_ITEMS = 2048
-"""Elements of `input`, which /v1/responses has for messages."""
-MAX_CONTENT_PARTS = 8192
-"""Content parts and tool calls of all messages together."""
-MAX_TOOLS = 512
-MAX_FIELD_VALUES = 4096
-"""Values in any other field, at all depths: logit_bias, metadata, documents, ..."""
-MAX_DEPTH = 64
-"""Levels of objects and arrays."""
 
 _TURNS = {"messages": frozenset({"content", "tool_calls"}), "input": frozenset({"content", "output", "summary"})}
 """Where a conversation is, and where its turns have lists."""
@@ -57,22 +47,22 @@ _UNUSUAL: Mapping[tuple[Route, str], _Unusual] = {
 }
 
 
-def find_excess(fields: Fields, route: Route, body: bytes) -> Refusal | None:
+def find_excess(fields: Fields, route: Route, limits: RequestLimits, body: bytes) -> Refusal | None:
     """Return the first limit on structure that a request exceeds; None where it is within all.
 
     Args:
         body: the fields as they came: what it has no room for is not counted, which is most of it in small requests.
     """
-    if body.count(b"{") + body.count(b"[") > MAX_DEPTH and is_deeper(fields, MAX_DEPTH):
-        return Refusal("", "the request body is nested too deeply", f"at most {MAX_DEPTH} levels", "flatten it")
+    if body.count(b"{") + body.count(b"[") > limits.depth and is_deeper(fields, limits.depth):
+        return Refusal("", "the request body is nested too deeply", f"at most {limits.depth} levels", "flatten it")
     room = len(body) // _SHORTEST_VALUE
     for name, value in fields.items():
-        if type(value) in CONTAINERS and (excess := _excess_of(name, value, route, room)):
+        if type(value) in CONTAINERS and (excess := _excess_of(name, value, route, limits, room)):
             return excess
     return None
 
 
-def _excess_of(name: str, value: Any, route: Route, room: int) -> Refusal | None:
+def _excess_of(name: str, value: Any, route: Route, limits: RequestLimits, room: int) -> Refusal | None:
     if name == "prompt" and route is Route.COMPLETIONS:
         return _excess_of_prompt(value)
     if name in _GRAMMARS:
@@ -81,25 +71,25 @@ def _excess_of(name: str, value: Any, route: Route, room: int) -> Refusal | None
         if name in _TOKEN_IDS:
             return None if _are_token_ids(value) else _no_token_ids(name)
         if name in _TURNS:
-            return _excess_of_turns(name, value, room) or _excess_of_unusual(name, value, route, room)
+            return _excess_of_turns(name, value, limits, room) or _excess_of_unusual(name, value, route, room)
         if name == "system":
-            return _too_many(name, "content parts", len(value), MAX_CONTENT_PARTS)
+            return _too_many(name, "content parts", len(value), limits.content_parts)
         if name == "tools":
-            return _too_many(name, "tools", len(value), MAX_TOOLS) or _excess_of_unusual(name, value, route, room)
-    if room <= MAX_FIELD_VALUES:
+            return _too_many(name, "tools", len(value), limits.tools) or _excess_of_unusual(name, value, route, room)
+    if room <= limits.field_values:
         return None
-    return _too_many(name, "values", count_values(value, MAX_FIELD_VALUES), MAX_FIELD_VALUES)
+    return _too_many(name, "values", count_values(value, limits.field_values), limits.field_values)
 
 
-def _excess_of_turns(name: str, turns: Sequence[Any], room: int) -> Refusal | None:
-    most = MAX_MESSAGES if name == "messages" else MAX_INPUT_ITEMS
+def _excess_of_turns(name: str, turns: Sequence[Any], limits: RequestLimits, room: int) -> Refusal | None:
+    most = limits.messages if name == "messages" else limits.input_items
     if excess := _too_many(name, "elements", len(turns), most):
         return excess
-    if room <= MAX_CONTENT_PARTS:
+    if room <= limits.content_parts:
         return None
     lists = (turn.get(key) for turn in turns if type(turn) is dict for key in _TURNS[name])
     parts = sum(len(found) for found in lists if type(found) is list)
-    return _too_many(name, "content parts and tool calls", parts, MAX_CONTENT_PARTS)
+    return _too_many(name, "content parts and tool calls", parts, limits.content_parts)
 
 
 def _excess_of_unusual(name: str, elements: Sequence[Any], route: Route, room: int) -> Refusal | None:

@@ -42,7 +42,7 @@ from svc.engine.vllm.client import EngineClient, socket_transport
 from svc.engine.vllm.connection_pool import EngineConnections
 from svc.principal import Principal
 from svc.registry.registry import Registry
-from svc.settings import RequestLogSettings, ServeSettings, TelemetrySettings
+from svc.settings import RequestLimits, RequestLogSettings, ServeSettings, TelemetrySettings
 from svc.version import Format, Target, VersionId
 from tests.serving.admission.opened import admitted
 from tests.serving.engine_double import EngineDouble, running_engine
@@ -130,6 +130,7 @@ def application(
         metrics=metrics,
         request_log=request_log,
         settings=settings,
+        request_limits=RequestLimits(),
         buffers=buffers or AnswerBuffers(max_bytes=2**28),
         limiter=limiter or RateLimiter(),
         usage=usage or UsageMeter(store),

@@ -10,12 +10,13 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from serving.protocols.reading_cost import takes_longer
-from serving.protocols.request import MAX_READING_MS, InvalidJsonError, InvalidRequestError, parse_request
+from serving.protocols.request import InvalidJsonError, InvalidRequestError, parse_request
 from serving.protocols.route import Route
-from svc.settings import ServeSettings
+from svc.settings import RequestLimits, ServeSettings
 from tests.event_loop import MOST_CPU_S
 from tests.serving.protocols.worst_bodies import WorstBody, worst_bodies
 
+MOST_MS = RequestLimits().reading_ms
 MOST_BYTES = ServeSettings().max_body_bytes
 ELEMENTS = (
     *(b"{}", b"[]", b"[[]]", b"1", b"1.5", b"1e300", b"null", b'""', b'"a"', b'{"a":1}', b"[" * 60 + b"]" * 60),
@@ -51,7 +52,7 @@ def largest(make: Callable[[int], bytes], most: int) -> bytes:
     fewest = 1
     while most - fewest > most // 50:
         middle = (fewest + most + 1) // 2
-        fewest, most = (fewest, middle - 1) if takes_longer(make(middle), MAX_READING_MS) else (middle, most)
+        fewest, most = (fewest, middle - 1) if takes_longer(make(middle), MOST_MS) else (middle, most)
     return make(fewest)
 
 
@@ -112,7 +113,7 @@ def test_the_worst_bodies_for_the_engine_are_served_and_hold_the_loop_for_a_mome
 )
 def test_a_body_that_takes_too_long_is_found_without_reading_it(body: bytes) -> None:
     began = time.thread_time()
-    assert takes_longer(body, MAX_READING_MS)
+    assert takes_longer(body, MOST_MS)
     assert time.thread_time() - began < MOST_CPU_S
 
 
@@ -129,7 +130,7 @@ def test_a_body_that_takes_too_long_is_found_without_reading_it(body: bytes) -> 
     ids=["separators", "digits", "JSON", "4,096 messages", "131,072 token ids", "CSV"],
 )
 def test_large_ordinary_bodies_are_read(fields: object) -> None:
-    assert not takes_longer(json.dumps(fields, separators=(",", ":")).encode(), MAX_READING_MS)
+    assert not takes_longer(json.dumps(fields, separators=(",", ":")).encode(), MOST_MS)
 
 
 JSON_TEXTS = st.text(alphabet='a"\\,:[]{}1é', max_size=30)

@@ -9,14 +9,16 @@ from serving.protocols.json_values import count_values, is_deeper
 from serving.protocols.route import Route
 from serving.protocols.structure import find_excess
 from serving.protocols.usual_forms import is_usual_item, is_usual_message, is_usual_tool
+from svc.settings import RequestLimits
 
 CHAT, PLAIN, RESPONSES, MESSAGES = Route.CHAT_COMPLETIONS, Route.COMPLETIONS, Route.RESPONSES, Route.MESSAGES
 USER = {"role": "user", "content": "a"}
+LIMITS = RequestLimits()
 
 
-def refused(fields: dict[str, Any], route: Route) -> str | None:
+def refused(fields: dict[str, Any], route: Route, limits: RequestLimits = LIMITS) -> str | None:
     """Return the field at fault."""
-    refusal = find_excess(fields, route, json.dumps(fields, separators=(",", ":")).encode())
+    refusal = find_excess(fields, route, limits, json.dumps(fields, separators=(",", ":")).encode())
     return refusal.param if refusal else None
 
 
@@ -24,6 +26,7 @@ def refused(fields: dict[str, Any], route: Route) -> str | None:
 def test_messages_are_refused_beyond_their_number(route: Route) -> None:
     assert refused({"messages": [USER] * 4096}, route) is None
     assert refused({"messages": [USER] * 4097}, route) == "messages"
+    assert refused({"messages": [USER] * 3}, route, RequestLimits(messages=2)) == "messages"
 
 
 def test_input_items_are_refused_beyond_their_number() -> None:
@@ -33,8 +36,9 @@ def test_input_items_are_refused_beyond_their_number() -> None:
 
 @pytest.mark.parametrize("key", ["content", "tool_calls"])
 def test_parts_are_refused_beyond_their_number_in_all_messages(key: str) -> None:
-    assert refused({"messages": [{**USER, key: [{}] * 4096}] * 2}, MESSAGES) is None
-    assert refused({"messages": [{**USER, key: [{}] * 4096}] * 2 + [{**USER, key: [{}]}]}, MESSAGES) == "messages"
+    limits = RequestLimits(content_parts=10)
+    assert refused({"messages": [{**USER, key: [{}] * 5}] * 2}, MESSAGES, limits) is None
+    assert refused({"messages": [{**USER, key: [{}] * 5}] * 3}, MESSAGES, limits) == "messages"
 
 
 def test_tools_are_refused_beyond_their_number() -> None:

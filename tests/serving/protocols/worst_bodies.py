@@ -6,14 +6,9 @@ from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 from serving.protocols.route import Route
-from serving.protocols.structure import (
-    MAX_CONTENT_PARTS,
-    MAX_FIELD_VALUES,
-    MAX_INPUT_ITEMS,
-    MAX_MESSAGES,
-    MAX_TOOLS,
-)
+from svc.settings import RequestLimits
 
+LIMITS = RequestLimits()
 CHAT, PLAIN, RESPONSES, MESSAGES = Route.CHAT_COMPLETIONS, Route.COMPLETIONS, Route.RESPONSES, Route.MESSAGES
 _PROMPTS: dict[Route, dict[str, Any]] = {
     CHAT: {"messages": [{"role": "user", "content": "a"}], "max_tokens": 1},
@@ -40,8 +35,8 @@ class WorstBody(NamedTuple):
 
 def worst_bodies() -> Iterator[WorstBody]:
     """Yield a body at each limit, with elements that vLLM accepts and with some that it reports an error for."""
-    messages, items, parts = MAX_MESSAGES, MAX_INPUT_ITEMS, MAX_CONTENT_PARTS
-    values = MAX_FIELD_VALUES
+    messages, items, parts = LIMITS.messages, LIMITS.input_items, LIMITS.content_parts
+    values = LIMITS.field_values
     text, wrong_text, typed = {"type": "text", "text": "a"}, {"type": "text", "text": 1}, {"type": "text"}
     user: dict[str, Any] = {"role": "user", "content": "a"}
     call = {"id": "a", "type": "function", "function": {"name": "f", "arguments": "{}"}}
@@ -57,8 +52,8 @@ def worst_bodies() -> Iterator[WorstBody]:
         "messages with a part": {"messages": [{"role": "user", "content": [text]}] * messages},
         "calls": {"messages": [user, {"role": "assistant", "tool_calls": [call] * 4000}]},
         "wrong calls": {"messages": [user, {"role": "assistant", "tool_calls": [{}] * parts}]},
-        "wrong tools": {"tools": [{}] * MAX_TOOLS},
-        "tools": {"tools": [{"type": "function", "function": {"name": "f", "parameters": {}}}] * MAX_TOOLS},
+        "wrong tools": {"tools": [{}] * LIMITS.tools},
+        "tools": {"tools": [{"type": "function", "function": {"name": "f", "parameters": {}}}] * LIMITS.tools},
         "token ids": {"allowed_token_ids": [1] * _TOKEN_IDS},
         "answers": {"n": 1024},
         "unknown fields": {f"f{number}": 1 for number in range(20_000)},
@@ -97,7 +92,7 @@ def worst_bodies() -> Iterator[WorstBody]:
         "wrong messages": {"messages": [{}] * messages},
         "blocks": {"messages": [{"role": "user", "content": [text] * parts}]},
         "wrong blocks": {"messages": [{"role": "user", "content": [wrong_text] * parts}]},
-        "wrong tools": {"tools": [{}] * MAX_TOOLS},
+        "wrong tools": {"tools": [{}] * LIMITS.tools},
         "system": {"system": [text] * parts},
     }
     by_route = {CHAT: chat, PLAIN: plain, RESPONSES: responses, MESSAGES: anthropic}

@@ -16,12 +16,13 @@ from svc.evaluation.metrics.exact_match import ExactMatch
 from svc.registry.render import print_version
 from svc.version import Format
 from tests.svc.evaluation.diagnosis.simulated_run import Shape, answered, falling, simulate
+from tests.svc.registry.parity import SPEED
 from tests.trainer.conftest import make_example, make_recipe
 from tests.trainer.engines import Engines
 from tests.trainer.pipeline.stand_ins import Make
 from trainer.pipeline.diagnosis import count_contradictions, diagnose_training
 from trainer.pipeline.examples import Examples
-from trainer.qualification import Qualified
+from trainer.qualification import EngineReading, Qualified
 from trainer.recipe.file import recipe_keys
 
 MANY = tuple(make_example(f"q {number}", "yes") for number in range(1200))
@@ -56,8 +57,9 @@ def test_only_answers_that_were_asked_are_compared_when_a_limit_leaves_some_out(
     of = replace(examples(), heldout=heldout)
     results = answered(60, 0, right=lambda place: 0.9)
     report = judge(heldout[:60], results, 1.0, MetricSet(ExactMatch())).report
-    asked = {Format.MERGED: Qualified.model_construct(evaluation=report, results=results)}
-    assert diagnose_training(make_recipe(), of, simulate(WELL, 0).curve, asked) == ()
+    reading = EngineReading(prompts_differ=(), scores=(), speed=SPEED)
+    merged = Qualified(evaluation=report, results=results, probes=(), reading=reading)
+    assert diagnose_training(make_recipe(), of, simulate(WELL, 0).curve, {Format.MERGED: merged}) == ()
 
 
 def test_every_advice_names_a_key_of_the_recipe() -> None:
