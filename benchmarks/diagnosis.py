@@ -40,7 +40,7 @@ class Fault(StrEnum):
     """What is wrong with a run, by how it is made."""
 
     RATE = "learning rate x 30"
-    NAN = "NaN"
+    NAN = "learning rate 1e30"
     LABELS = "shuffled labels"
     STEPS = "too few steps"
     MEMORIZED = "memorization"
@@ -48,7 +48,7 @@ class Fault(StrEnum):
 
 EXPECTED: dict[Fault, set[str]] = {
     Fault.RATE: {ENDED, FindingKind.DIVERGENCE, FindingKind.LEARNING_RATE_HIGH},
-    Fault.NAN: {ENDED},
+    Fault.NAN: {ENDED, FindingKind.DIVERGENCE, FindingKind.LEARNING_RATE_HIGH},
     Fault.LABELS: {FindingKind.LABEL_NOISE},
     Fault.STEPS: {FindingKind.UNDERFITTING, FindingKind.LEARNING_RATE_LOW},
     Fault.MEMORIZED: {FindingKind.OVERFITTING, FindingKind.TOO_LITTLE_DATA},

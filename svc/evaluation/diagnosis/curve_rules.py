@@ -15,9 +15,9 @@ ABOVE_START = 0.1
 """Of the loss before the first step; a smaller rise is not worth another run."""
 GIVEN_BACK = 0.25
 """Of what was gained: a loss that gives back so much was thrown off, not shaken by hard batches."""
-UNFINISHED_SHARE, HELDOUT_SHARE = 0.15, 0.12
+UNFINISHED_SHARE, HELDOUT_SHARE = 0.18, 0.12
 """Of the whole fall of the training loss, and of held-out loss, in the last third of the learning. A loss that
-approaches its end exponentially, and has a share of 0.15 there, is six sevenths of the way to it."""
+approaches its end exponentially, and has a share of 0.18 there, is four fifths of the way to it."""
 LATE_SURE = 2.0
 """Standard errors by which the late fall exceeds chance: of held-out loss over the same examples, where measured,
 else of the training loss. One comparison is made, so that fewer are enough than for pairs of windows."""
@@ -94,7 +94,7 @@ def find_underfitting(run: TrainingRun) -> Finding | None:
     if run.settings.learning_rate * USUAL_TIMES <= run.settings.usual_learning_rate or not (ends := _unfinished(run)):
         return None
     first, two_thirds, last = ends
-    return underfitted(
+    return not_learnt(
         run.settings,
         f"the training loss was still falling when the run ended: {first.mean:.3f} at the start, "
         f"{two_thirds.mean:.3f} after two thirds of the learning, {last.mean:.3f} at the end",
@@ -104,8 +104,19 @@ def find_underfitting(run: TrainingRun) -> Finding | None:
     )
 
 
-def underfitted(settings: TrainingSettings, what: str, rule: str) -> Finding:
-    """Return the finding that a run had too few steps."""
+def not_learnt(settings: TrainingSettings, what: str, rule: str) -> Finding:
+    """Return the finding that a run had too few steps, or if its rate is far above the default, that the rate is."""
+    if settings.learning_rate >= USUAL_TIMES * settings.usual_learning_rate:
+        return Finding(
+            kind=FindingKind.LEARNING_RATE_HIGH,
+            what=what,
+            advice=Advice(
+                key="train.learning_rate",
+                before=f"{settings.learning_rate:g}",
+                value=f"{settings.usual_learning_rate:g}",
+            ),
+            rule=f"the rate is at least {USUAL_TIMES:g} times the method's default, and {rule}",
+        )
     if settings.steps is not None:
         advice = Advice(key="train.steps", before=str(settings.steps), value=str(2 * settings.steps))
     else:

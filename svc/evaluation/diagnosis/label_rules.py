@@ -5,9 +5,10 @@ from collections import Counter
 from collections.abc import Sequence
 from statistics import fmean, stdev
 
-from svc.evaluation.diagnosis.curve_rules import USUAL_TIMES, late_windows, underfitted
+from svc.evaluation.diagnosis.curve_rules import USUAL_TIMES, late_windows, not_learnt
 from svc.evaluation.diagnosis.finding import Advice, Finding, FindingKind
 from svc.evaluation.diagnosis.training_run import TrainingRun
+from svc.evaluation.diagnosis.window import taken
 from svc.evaluation.estimate import proportion
 from svc.evaluation.results import ExampleResult
 
@@ -29,6 +30,8 @@ HARDLY_GAINED, STILL_FALLING, LATE_SURE = 0.15, 0.15, 1.5
 """The same share of a model that has hardly begun, and what the training loss then falls by in the last third of the
 learning if more steps would help: as a share of its level at the end, and in standard errors. With labels that nothing
 explains it falls by 7 % at most (docs/diagnosis.md)."""
+FEW_STEPS = 50
+"""A run of fewer steps that has learnt nothing shows nothing of its labels: it is too short first of all."""
 
 
 def find_label_noise(run: TrainingRun) -> Finding | None:
@@ -68,26 +71,15 @@ def _find_unlearnt(run: TrainingRun) -> Finding | None:
         f"answers is {entropy - mean:.3f} nats an answer, and {entropy:.3f} if each label is as probable as it is "
         "frequent"
     )
-    settings = run.settings
-    if nothing and settings.learning_rate >= USUAL_TIMES * settings.usual_learning_rate:
-        return Finding(
-            kind=FindingKind.LEARNING_RATE_HIGH,
-            what=what,
-            advice=Advice(
-                key="train.learning_rate",
-                before=f"{settings.learning_rate:g}",
-                value=f"{settings.usual_learning_rate:g}",
-            ),
-            rule=f"the rate is at least {USUAL_TIMES:g} times the method's default, and the prompts explain beyond "
-            f"doubt at most {GAINED:.0%} of the entropy of the labels",
-        )
-    if mean <= HARDLY_GAINED * entropy and _falls_late(run):
-        return underfitted(
+    settings, steps = run.settings, len(taken(run.curve))
+    too_fast = settings.learning_rate >= USUAL_TIMES * settings.usual_learning_rate
+    if mean <= HARDLY_GAINED * entropy and (_falls_late(run) or 0 < steps < FEW_STEPS or (nothing and too_fast)):
+        return not_learnt(
             settings,
-            f"{what}; and the training loss was still falling when the run ended",
-            f"the prompts explain at most {HARDLY_GAINED:.0%} of the entropy of the labels, and in the last third of "
-            f"the learning the training loss fell by more than {STILL_FALLING:.0%} of what it was at the end, and by "
-            f"{LATE_SURE:g} standard errors",
+            what,
+            f"the prompts explain at most {HARDLY_GAINED:.0%} of the entropy of the labels, in fewer than {FEW_STEPS} "
+            f"steps, or with a training loss that in the last third of the learning fell by more than "
+            f"{STILL_FALLING:.0%} of what it was at the end, and by {LATE_SURE:g} standard errors",
         )
     return _finding(what) if nothing else None
 

@@ -256,6 +256,16 @@ def test_more_steps_are_advised_when_labels_are_hardly_learnt_and_the_loss_still
     assert "of the labels" in finding.what
 
 
+def test_a_short_run_that_learnt_nothing_of_its_labels_is_told_to_train_longer() -> None:
+    run = predicted(0.0)
+    assert kinds(replace(run, curve=run.curve[:30])) == [FindingKind.UNDERFITTING]
+
+
+def test_the_rate_is_blamed_when_it_is_far_above_the_default_and_the_run_was_not_done() -> None:
+    run = simulate(falling(3, 0.1, 0.5), 1, settings=replace(SETTINGS, learning_rate=1.5e-2))
+    assert str(only(run).advice) == "train.learning_rate from 0.015 to 0.0005"
+
+
 def test_labels_are_not_called_noise_when_a_hard_task_is_partly_learnt() -> None:
     assert kinds(predicted(0.2)) == []
 
