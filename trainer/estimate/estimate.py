@@ -61,7 +61,7 @@ class DeviceEstimate:
 
     @property
     def ram(self) -> float:
-        """Bytes of main memory that the largest stage takes beside a GPU; 0 without a GPU."""
+        """Bytes of main memory that the largest stage needs on a machine with a GPU; 0 without a GPU."""
         return 0.0 if self.device.cpu else max(one.peak.ram for one in self.stages)
 
     @property

@@ -138,7 +138,7 @@ def _parts_table(estimate: Estimate) -> Table:
 
 
 def _stages_table(estimate: Estimate) -> Table:
-    """Rows are stages; beside a GPU's memory stands what the stage takes of main memory."""
+    """Return a table with a row for each stage; for a GPU as its memory plus main memory, GB."""
     table = Table("stage, GB", box=None)
     for one in estimate.devices:
         table.add_column(one.device.label if one.device.cpu else f"{one.device.label} + RAM", justify="right")

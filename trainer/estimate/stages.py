@@ -36,7 +36,7 @@ _MATRIX_COPIES, _HESSIAN_COPIES, _HIDDEN_COPIES = 3, 4, 3
 _COMPARED_COPIES = 12
 """Of a layer in float32 while its merged weights are compared with base plus adapter (trainer.parity.adapter)."""
 _PARITY_ROOM = 1.2, 2 * 2**30
-"""The share of the weights, and the bytes beside it, that a GPU must have free to score a model there; as
+"""A model is scored on a GPU if this multiple of its weights and these bytes are free there; as
 `trainer.parity.scores.choose_device`."""
 
 
@@ -153,7 +153,7 @@ class _Stages:
         return self._engine(Stage.QUALIFY, gptq_bytes(self.recipe, self.shape))
 
     def quantize(self) -> StageMemory:
-        """One layer of the model, and GPTQ's work on its largest matrix, in a process beside this one.
+        """One layer of the model, and GPTQ's work on its largest matrix, in a process of its own.
 
         gptqmodel reads a layer from the merged model's files when its turn comes, and writes the finished one to the
         disk (`offload_to_disk`), from where the model's files are put together: so the disk has it twice. Embeddings
@@ -184,17 +184,17 @@ class _Stages:
         """
         weights = _size(calibration_type(self.device.number_type)) * self.shape.parameters
         compared = 0.0 if self._full else self._adapter + _COMPARED_COPIES * _FLOAT32 * self._largest_layer
-        share, beside = _PARITY_ROOM
-        on_gpu = not self.device.cpu and weights * share + beside <= self.device.memory
+        share, spare = _PARITY_ROOM
+        on_gpu = not self.device.cpu and weights * share + spare <= self.device.memory
         if on_gpu:
-            peak = Need(device=weights + max(compared, beside), ram=PROCESS + weights)
+            peak = Need(device=weights + max(compared, spare), ram=PROCESS + weights)
         else:
             peak = Need(ram=PROCESS + weights + compared)
         mapped = self.device.cpu and weights == _BFLOAT16 * self.shape.parameters
         return StageMemory(Stage.PARITY, peak, Need(ram=0.0 if mapped or not self.device.cpu else weights))
 
     def _engine(self, stage: Stage, weights: float) -> StageMemory:
-        """An engine is a process beside this one, with the keys and values of at least one sequence."""
+        """Return the memory of an engine, a process of its own, with the keys and values of one sequence."""
         keys = key_value_bytes(self.shape, self.device.number_type, self.served_length)
         if self.device.cpu:
             peak = Need(ram=PROCESS + weights + keys + ENGINE_OVERHEAD)
@@ -204,7 +204,7 @@ class _Stages:
         return StageMemory(stage, peak, self._computed(least, ram=0.0))
 
     def _computed(self, size: float, *, ram: float, disk: float = 0.0) -> Need:
-        """Return a need of the device that computes, and beside a GPU of main memory."""
+        """Return what the device needs that computes; if it is a GPU, with what is needed of main memory as well."""
         return Need(ram=size, disk=disk) if self.device.cpu else Need(device=size, ram=ram, disk=disk)
 
     @property

@@ -51,7 +51,7 @@ class Judging:
         return found.model_copy(update={"evaluation": judged.report, "results": judged.results})
 
     def judge_report(self, report: EvaluationReport, results: Sequence[ExampleResult]) -> EvaluationReport:
-        """Return a report made anew of its answers."""
+        """Return the report computed again from its answers."""
         return judge(self._heldout[: len(results)], results, report.seconds, self.metrics).report
 
 
