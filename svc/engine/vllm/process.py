@@ -27,10 +27,14 @@ from svc.engine.vllm.launch import EngineSpec, command, environment, launch_dige
 from svc.engine.vllm.plan import EnginePlan
 from svc.engine.vllm.startup_phase import EnginePhase, PhaseReader
 from svc.errors import EngineError
+from svc.settings import Device
 
 Result = TypeVar("Result")
 
 _POLL_S = 0.1
+_CPU_NICENESS = 5
+"""Added to the server's own, for an engine that computes on the CPU. Its threads keep every core busy, and with equal
+priorities the server's event loop waited 20 ms for one in a hundredth of its turns, now 8 ms (docs/reliability.md)."""
 
 
 class EngineProcess:
@@ -98,6 +102,9 @@ class EngineProcess:
                 process_group=0,
                 pass_fds=[lock.fileno()],
             )
+        if self.spec.device is Device.CPU:
+            niceness = min(19, os.getpriority(os.PRIO_PROCESS, 0) + _CPU_NICENESS)
+            os.setpriority(os.PRIO_PROCESS, self._child.pid, niceness)
         with contextlib.suppress(psutil.NoSuchProcess):  # it has ended already: nothing can be left behind
             self._process = process = psutil.Process(self._child.pid)
             started = start_of(process.pid)

@@ -132,6 +132,12 @@ async def test_it_is_started_when_it_answers(engine_in: Start) -> None:
     assert await engine.client.healthy()
 
 
+async def test_an_engine_on_a_cpu_has_a_lower_priority_than_the_server(engine_in: Start) -> None:
+    engine = engine_in("ready")
+    await engine.start()
+    assert psutil.Process(pid_of(engine)).nice() > psutil.Process().nice()
+
+
 async def test_a_person_hears_what_it_is_doing(engine_in: Start, monkeypatch: pytest.MonkeyPatch) -> None:
     heard: list[EnginePhase] = []
     engine = engine_in("hang", start_timeout_s=2)  # a busy machine starts Python slowly
