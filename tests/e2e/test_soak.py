@@ -12,6 +12,7 @@ from contextlib import closing, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import fmean
+from typing import NamedTuple
 
 import psutil
 import pytest
@@ -41,6 +42,8 @@ SEEN_S = 0.1
 """From an error in the server to the client's clock, which shares two processors with everything else."""
 MOST_MEMORY_GROWTH = 1.05
 MOST_LAG_MS = 10.0
+MOST_STORE_DESCRIPTORS = 2 * 15 + 1
+"""Of SQLAlchemy's pool: five connections are kept and ten more may be open, each with two files, and one is shared."""
 """Of the 99th percentile beyond that of a gateway that nobody asks."""
 _FAR = 1e12
 
@@ -75,6 +78,13 @@ class Swap:
     code: int
 
 
+class Descriptors(NamedTuple):
+    """How many a process has open: files of the store, whose number follows the most requests at once, and others."""
+
+    store: int
+    other: int
+
+
 @dataclass
 class Watched:
     """What was done to the server, and what it took meanwhile."""
@@ -88,7 +98,7 @@ class Watched:
     memory: list[float] = field(default_factory=list)
     engine_memory: list[tuple[int, float]] = field(default_factory=list)
     """By the first process of the engine."""
-    descriptors: tuple[int, int] = (0, 0)  # without a client: before, and afterwards
+    descriptors: tuple[Descriptors, Descriptors] | None = None  # without a client: before, and afterwards
 
 
 class Soak:
@@ -226,11 +236,17 @@ def soaked(idle: Instance, instance: Instance) -> Soak:
     instance.promote(f"{TINY}@1", "--format", "merged")
     expected |= {name: [text for _, text in instance.answers(name)] for name in (f"{OTHER}@1", f"{OTHER}@2")}
     soak = Soak(instance, idle, Tally(expected), key["secret"])
-    before = instance.process().num_fds()
+    before = _descriptors(instance)
     asyncio.run(soak.run())
     time.sleep(REST_S)
-    soak.watched.descriptors = (before, instance.process().num_fds())
+    soak.watched.descriptors = (before, _descriptors(instance))
     return soak
+
+
+def _descriptors(instance: Instance) -> Descriptors:
+    process = instance.process()
+    store = sum(Path(file.path).name.startswith("svc.db") for file in process.open_files())
+    return Descriptors(store, process.num_fds() - store)
 
 
 def test_each_answer_is_from_the_version_in_its_header(soaked: Soak, report: Report) -> None:
@@ -298,13 +314,15 @@ def test_hostile_clients_are_answered_or_refused(soaked: Soak, report: Report) -
 def test_memory_and_descriptors_stay_flat(soaked: Soak, report: Report) -> None:
     watched = soaked.watched
     (engine,) = {pid for pid, _ in watched.engine_memory}  # in place: one process after the last kill
+    assert watched.descriptors
     before, afterwards = watched.descriptors
     for what, values in (("gateway", watched.memory), ("engine", [size for _, size in watched.engine_memory])):
         first, last = thirds(values)
         report(f"memory of the {what} {fmean(first) / 2**20:.1f} -> {fmean(last) / 2**20:.1f} MiB")
         assert fmean(last) <= MOST_MEMORY_GROWTH * fmean(first)
     report(f"descriptors without clients {before} -> {afterwards}; process {engine}")
-    assert afterwards <= before + 2
+    assert afterwards.other <= before.other + 2
+    assert afterwards.store <= MOST_STORE_DESCRIPTORS
 
 
 def test_the_event_loop_is_hardly_later_than_that_of_an_idle_gateway(soaked: Soak, report: Report) -> None:
