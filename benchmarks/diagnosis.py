@@ -173,7 +173,7 @@ def play(base: Path, made: Plan) -> Outcome:
     """Train and diagnose one run in this process."""
     import torch
 
-    from tests.trainer.diagnosis.letter_task import train_and_judge
+    from tests.trainer.diagnosis.judged_run import train_and_judge
 
     torch.set_num_threads(1)
     train, heldout = data_of(made)

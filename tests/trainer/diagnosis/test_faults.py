@@ -13,7 +13,8 @@ from svc.dataset.schema.example import ChatExample
 from svc.errors import TrainingError
 from svc.evaluation.diagnosis.diagnose import diagnose
 from svc.evaluation.diagnosis.finding import Finding, FindingKind
-from tests.trainer.diagnosis.letter_task import colours, mislabel, questions, train_and_judge, train_base
+from tests.trainer.diagnosis.judged_run import train_and_judge
+from tests.trainer.diagnosis.letter_task import colours, mislabel, questions, train_base
 
 pytestmark = pytest.mark.matrix
 
@@ -44,7 +45,7 @@ def findings(
     **settings: Any,
 ) -> dict[FindingKind, Finding]:
     made = {"batch_size": 16, "learning_rate": USUAL[method], "epochs": 2.5} | settings
-    recipe = {"method": method, "train": made, "adapter": adapter or {}}
+    recipe: dict[str, Any] = {"method": method, "train": made, "adapter": adapter or {}}
     run = train_and_judge(base, folder, train, heldout, usual_learning_rate=USUAL[method], **recipe)
     return {finding.kind: finding for finding in diagnose(run)}
 
