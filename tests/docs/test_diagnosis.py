@@ -7,6 +7,7 @@ import pytest
 from docs.generate import FOLDER
 from svc.evaluation.diagnosis import curve_rules, heldout_rules, label_rules
 from svc.evaluation.diagnosis.finding import FindingKind
+from svc.evaluation.diagnosis.window import FEW_STEPS, FEWEST_MEASURED
 
 PAGE = (FOLDER / "diagnosis.md").read_text("utf-8")
 
@@ -31,9 +32,28 @@ def test_every_fault_has_its_section_with_what_to_change(kind: FindingKind) -> N
             FindingKind.UNDERFITTING,
             f"more than {curve_rules.LATE_SURE:g} standard errors over the same held-out examples",
         ),
+        (
+            FindingKind.UNDERFITTING,
+            f"explain at most {label_rules.HARDLY_GAINED:.0%} of the entropy of the held-out labels, and the run had "
+            f"fewer than {FEW_STEPS} steps",
+        ),
+        (
+            FindingKind.UNDERFITTING,
+            f"more than {label_rules.STILL_FALLING:.0%} of its level at the end, and by {label_rules.LATE_SURE:g} "
+            "standard errors",
+        ),
+        (
+            FindingKind.UNDERFITTING,
+            f"explain at most {label_rules.PARTLY_GAINED:.0%}, the run had fewer than {FEW_STEPS} steps",
+        ),
+        (
+            FindingKind.UNDERFITTING,
+            f"more than {label_rules.HELDOUT_FALLING:.0%} of its level at the end, and by {label_rules.HELDOUT_SURE:g} "
+            "standard errors over the same held-out examples",
+        ),
         (FindingKind.OVERFITTING, f"by more than {heldout_rules.RISE:.0%}"),
         (FindingKind.OVERFITTING, f"at {heldout_rules.FALSE_ALARMS:.0%}"),
-        (FindingKind.OVERFITTING, f"{heldout_rules.FEWEST_MEASURED} measured examples"),
+        (FindingKind.OVERFITTING, f"{FEWEST_MEASURED} measured examples"),
         (FindingKind.TOO_LITTLE_DATA, f"Fewer than {heldout_rules.FEW_EXAMPLES} training examples"),
         (FindingKind.TOO_LITTLE_DATA, f"fewer than {heldout_rules.MANY_EXAMPLES:,}"),
         (FindingKind.LABEL_NOISE, f"{label_rules.FEWEST_ASKED} or more held-out answers"),

@@ -1,8 +1,8 @@
 """At which steps held-out loss is measured, and on how many examples.
 
 Where the recipe asks for it, on all of them. Else on a few, so that every run has a curve of it that costs less than a
-twentieth of its time. Follows from the recipe, the data and the trainer's state, so that a resumed run measures as an
-uninterrupted one. Imports transformers.
+twentieth of its time, or a quarter of a short run's. Follows from the recipe, the data and the trainer's state, so that
+a resumed run measures as an uninterrupted one. Imports transformers.
 """
 
 import random
@@ -12,6 +12,7 @@ from typing import Any
 
 from transformers import TrainerState
 
+from svc.evaluation.diagnosis.window import FEW_STEPS, FEWEST_STEPS
 from trainer.recipe.sections import Stopping
 
 _MEASUREMENTS = 10  # in a run whose recipe asks for some, and does not say how often
@@ -22,6 +23,9 @@ _FEWEST, _MOST = 8, 64
 """Examples on which the curve is measured."""
 _POINTS = 6
 """Measurements that a curve has at most, with the one before the first step."""
+_SHORT_SHARE, _SHORT_POINTS = 0.6, 3
+"""The same of a short run, which takes little time: a twentieth would be too few examples to tell whether their loss
+falls in the second half of the steps."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,16 +71,20 @@ class HeldoutCurve:
     schedule: HeldoutSchedule
 
     @classmethod
-    def affordable(cls, heldout: Sequence[dict[str, Any]], trained_tokens: float) -> "HeldoutCurve":
+    def affordable(cls, heldout: Sequence[dict[str, Any]], trained_tokens: float, steps: int) -> "HeldoutCurve":
         """What costs less than a twentieth of the run: two to six measurements of 8 to 64 examples.
+
+        A short run whose curve is judged has up to three, which cost less than a quarter of it.
 
         Args:
             heldout: all rows.
             trained_tokens: in all steps together.
         """
         tokens = sum(len(row["input_ids"]) for row in heldout) / max(1, len(heldout))
-        passes = int(_SHARE * trained_tokens / tokens) if heldout else 0
-        measurements = min(_POINTS, passes // _FEWEST)
+        short = FEWEST_STEPS <= steps < FEW_STEPS
+        share, points = (_SHORT_SHARE, _SHORT_POINTS) if short else (_SHARE, _POINTS)
+        passes = int(share * trained_tokens / tokens) if heldout else 0
+        measurements = min(points, passes // _FEWEST)
         if measurements < 2:
             return cls([], HeldoutSchedule(None, 1))
         count = min(_MOST, passes // measurements, len(heldout))

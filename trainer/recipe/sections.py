@@ -251,7 +251,8 @@ class Stopping(_Section):
     curve: bool = Field(
         True,
         description="where no other key asks for it: held-out loss up to six times on up to 64 examples, as many as "
-        "cost less than a twentieth of the run; changes no weights",
+        "cost less than a twentieth of the run; up to three times for less than a quarter of a run of 20 to 49 steps; "
+        "changes no weights",
     )
 
     @property

@@ -213,7 +213,7 @@ def build_trainer(
     if curve is None and recipe.stopping.measures:
         curve = HeldoutCurve(measured, HeldoutSchedule.of(recipe.stopping))
     elif curve is None:
-        curve = HeldoutCurve.affordable(measured, _trained_tokens(rows, len(dataset), steps, recipe))
+        curve = HeldoutCurve.affordable(measured, _trained_tokens(rows, len(dataset), steps, recipe), steps)
     measured, schedule = curve.rows, curve.schedule
     trainer = ResumableTrainer(
         checkpoints=CheckpointFolder(checkpoints, recipe.checkpoints.keep),

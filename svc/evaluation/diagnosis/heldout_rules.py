@@ -1,19 +1,17 @@
 """What the held-out set shows: overfitting, too little data, that it is too small to tell, and cut answers."""
 
 import math
-from collections.abc import Sequence
 from statistics import fmean, stdev
 
 from svc.evaluation.diagnosis.finding import Advice, Finding, FindingKind
 from svc.evaluation.diagnosis.training_run import TrainingRun, TrainingSettings
-from svc.evaluation.diagnosis.window import start_of, taken, width, window_of, windows
+from svc.evaluation.diagnosis.window import measured_points, start_of, taken, width, window_of, windows
 from svc.evaluation.training_curve import TrainingPoint
 
 FALSE_ALARMS = 0.05
 """Share of healthy runs in which the paired test alone may find a rise; shared out between the measurements."""
 RISE = 0.1
 """Of the lowest held-out loss: a smaller rise is not worth another run."""
-FEWEST_MEASURED = 8
 FEW_EXAMPLES = 50
 """OpenAI's guide to fine-tuning sees clear improvements from 50 to 100 examples on."""
 MANY_EXAMPLES = 1000
@@ -28,7 +26,7 @@ CUT_OFF = 0.02
 
 def find_overfitting(run: TrainingRun) -> Finding | None:
     """Held-out loss rose since its lowest point while the training loss went on falling."""
-    measured = _measured(run.curve)
+    measured = measured_points(run.curve)
     if run.settings.keeps_best or len(measured) < 2:
         return None
     lowest, last = min(measured, key=lambda point: point.heldout_loss or 0.0), measured[-1]
@@ -131,12 +129,6 @@ def find_cut_answers(run: TrainingRun) -> Finding | None:
     )
 
 
-def _measured(curve: Sequence[TrainingPoint]) -> list[TrainingPoint]:
-    """The points with held-out losses of examples enough, all of the same."""
-    found = [point for point in curve if len(point.heldout_each) >= FEWEST_MEASURED]
-    return [point for point in found if len(point.heldout_each) == len(found[-1].heldout_each)]
-
-
 def _critical(examples: int, comparisons: int) -> float:
     from scipy.stats import t
 
@@ -172,7 +164,7 @@ def _gap(run: TrainingRun) -> tuple[float, float] | None:
         return None
     if run.evaluation is not None:
         return found[-1].mean, run.evaluation.nll.low
-    measured = _measured(run.curve)
+    measured = measured_points(run.curve)
     if not measured:
         return None
     each = measured[-1].heldout_each

@@ -8,7 +8,7 @@ from statistics import fmean, stdev
 from svc.evaluation.diagnosis.curve_rules import USUAL_TIMES, late_windows, not_learnt
 from svc.evaluation.diagnosis.finding import Advice, Finding, FindingKind
 from svc.evaluation.diagnosis.training_run import TrainingRun
-from svc.evaluation.diagnosis.window import taken
+from svc.evaluation.diagnosis.window import FEW_STEPS, measured_points, taken
 from svc.evaluation.estimate import proportion
 from svc.evaluation.results import ExampleResult
 
@@ -30,8 +30,10 @@ HARDLY_GAINED, STILL_FALLING, LATE_SURE = 0.15, 0.15, 1.5
 """The same share of a model that has hardly begun, and what the training loss then falls by in the last third of the
 learning if more steps would help: as a share of its level at the end, and in standard errors. With labels that nothing
 explains it falls by 7 % at most (docs/diagnosis.md)."""
-FEW_STEPS = 50
-"""A run of fewer steps that has learnt nothing shows nothing of its labels: it is too short first of all."""
+PARTLY_GAINED, HELDOUT_FALLING, HELDOUT_SURE = 0.5, 0.05, 2.0
+"""The same share of a model that has learnt a part in a short run, and the fall of held-out loss in the second half of
+the steps from which on more steps would help: as a share of its level at the end, and in standard errors over the same
+examples."""
 
 
 def find_label_noise(run: TrainingRun) -> Finding | None:
@@ -73,7 +75,8 @@ def _find_unlearnt(run: TrainingRun) -> Finding | None:
     )
     settings, steps = run.settings, len(taken(run.curve))
     too_fast = settings.learning_rate >= USUAL_TIMES * settings.usual_learning_rate
-    if mean <= HARDLY_GAINED * entropy and (_falls_late(run) or 0 < steps < FEW_STEPS or (nothing and too_fast)):
+    short = 0 < steps < FEW_STEPS
+    if mean <= HARDLY_GAINED * entropy and (_falls_late(run) or short or (nothing and too_fast)):
         return not_learnt(
             settings,
             what,
@@ -81,7 +84,30 @@ def _find_unlearnt(run: TrainingRun) -> Finding | None:
             f"steps, or with a training loss that in the last third of the learning fell by more than "
             f"{STILL_FALLING:.0%} of what it was at the end, and by {LATE_SURE:g} standard errors",
         )
+    if short and mean <= PARTLY_GAINED * entropy and _still_falls(run):
+        return not_learnt(
+            settings,
+            what,
+            f"the prompts explain at most {PARTLY_GAINED:.0%} of the entropy of the labels, in fewer than {FEW_STEPS} "
+            f"steps, in the second half of which held-out loss fell by more than {HELDOUT_FALLING:.0%} of what it was "
+            f"at the end, and by {HELDOUT_SURE:g} standard errors",
+        )
     return _finding(what) if nothing else None
+
+
+def _still_falls(run: TrainingRun) -> bool:
+    """Return whether held-out loss fell in the second half of the steps; where it was not measured, the training loss.
+
+    The training loss comes second: what is learnt by heart lowers it as well.
+    """
+    measured = measured_points(run.curve)
+    middle = [point for point in measured if 0 < 2 * point.step <= measured[-1].step + 1]
+    if not middle:
+        return _falls_late(run)
+    end = measured[-1].heldout_each
+    fall = [before - after for before, after in zip(middle[-1].heldout_each, end, strict=True)]
+    error = stdev(fall) / math.sqrt(len(fall))
+    return fmean(fall) > max(HELDOUT_FALLING * fmean(end), HELDOUT_SURE * error)
 
 
 def _falls_late(run: TrainingRun) -> bool:

@@ -9,6 +9,11 @@ from svc.evaluation.training_curve import TrainingPoint
 
 FEWEST_STEPS = 20
 """Of a shorter run the curve says nothing."""
+FEW_STEPS = 50
+"""A run of fewer steps is short: its labels may be unknown only because of that, and its held-out loss is measured on
+more examples."""
+FEWEST_MEASURED = 8
+"""Held-out examples; fewer tell nothing of the others."""
 _SMALLEST, _SHARE = 5, 10  # steps, and the part of the run
 _FIRST = 2
 """Steps before which nothing was learnt, or so little that it does not show: the rate still rises."""
@@ -42,6 +47,12 @@ def window_of(points: Sequence[TrainingPoint]) -> Window:
 def taken(curve: Sequence[TrainingPoint]) -> list[TrainingPoint]:
     """The points that are steps: not the one before the first."""
     return [point for point in curve if point.loss is not None]
+
+
+def measured_points(curve: Sequence[TrainingPoint]) -> list[TrainingPoint]:
+    """The points with held-out losses of examples enough, all of the same."""
+    found = [point for point in curve if len(point.heldout_each) >= FEWEST_MEASURED]
+    return [point for point in found if len(point.heldout_each) == len(found[-1].heldout_each)]
 
 
 def width(steps: int) -> int:

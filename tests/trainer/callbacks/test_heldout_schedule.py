@@ -35,7 +35,7 @@ def test_it_is_measured_before_the_first_step_at_even_distances_and_at_the_end(
 
 @pytest.mark.parametrize(("trained", "heldout"), [(3_000, 20), (8_000, 200), (50_000, 200), (10**7, 500)])
 def test_a_curve_measures_a_twelfth_of_what_is_trained_on_and_no_more(trained: int, heldout: int) -> None:
-    curve = HeldoutCurve.affordable(rows(heldout), trained)
+    curve = HeldoutCurve.affordable(rows(heldout), trained, 1000)
     measurements = len(measured(curve.schedule, 1000))
     assert 2 <= measurements <= 6
     assert 8 <= len(curve.rows) <= 64
@@ -44,12 +44,26 @@ def test_a_curve_measures_a_twelfth_of_what_is_trained_on_and_no_more(trained: i
 
 @pytest.mark.parametrize(("trained", "heldout"), [(1_000, 200), (10**6, 0)])
 def test_a_short_run_and_one_without_held_out_examples_have_none(trained: int, heldout: int) -> None:
-    assert HeldoutCurve.affordable(rows(heldout), trained).rows == []
+    assert HeldoutCurve.affordable(rows(heldout), trained, 1000).rows == []
+
+
+@pytest.mark.parametrize(("batch", "measured_examples"), [(4, 19), (8, 38), (16, 64)])
+def test_half_way_and_the_end_are_measured_on_more_examples_when_a_run_has_few_steps(
+    batch: int, measured_examples: int
+) -> None:
+    """A quarter of the time of a run that is short: a loss over fewer examples has too large an error."""
+    curve = HeldoutCurve.affordable(rows(120), 24 * batch * 10, 24)
+    assert measured(curve.schedule, 24) == [0, 12, 24]
+    assert len(curve.rows) == measured_examples
+
+
+def test_a_run_is_not_measured_more_often_when_its_curve_is_too_short_to_be_judged() -> None:
+    assert HeldoutCurve.affordable(rows(120), 19 * 4 * 10, 19).rows == []
 
 
 def test_the_measured_examples_are_from_the_whole_file_and_always_the_same() -> None:
-    first = HeldoutCurve.affordable(rows(500), 10**6).rows
-    assert first == HeldoutCurve.affordable(rows(500), 10**6).rows
+    first = HeldoutCurve.affordable(rows(500), 10**6, 1000).rows
+    assert first == HeldoutCurve.affordable(rows(500), 10**6, 1000).rows
     places = sorted(row["input_ids"][0] for row in first)
     assert places[0] < 50
     assert places[-1] > 450

@@ -134,10 +134,13 @@ def short(seed: int, *, heldout: bool) -> Any:
     random = np.random.default_rng([seed, 2])
     steps, speed = int(random.integers(20, 60)), random.uniform(4, 8)
     run = simulate(falling(2, 0.8, speed), seed, steps=steps, noise=0.4, measured=8, spread=2.0)
-    return run if heldout else replace(run, curve=[p.model_copy(update=UNMEASURED) for p in run.curve if p.step])
+    return run if heldout else unmeasured(run)
 
 
-UNMEASURED = {"heldout_loss": None, "heldout_each": ()}
+def unmeasured(run: Any) -> Any:
+    """The same run without held-out losses."""
+    nothing = {"heldout_loss": None, "heldout_each": ()}
+    return replace(run, curve=[point.model_copy(update=nothing) for point in run.curve if point.step])
 
 
 @pytest.mark.parametrize("heldout", [True, False])
@@ -232,11 +235,11 @@ def test_examples_that_contradict_each_other_are_noise() -> None:
     assert kinds(simulate(WELL, 0, contradictions=20, answers=LABELS)) == []
 
 
-def predicted(gain: float, shape: Shape = WELL) -> Any:
+def predicted(gain: float, shape: Shape = WELL, **more: Any) -> Any:
     """A run whose model knows this much more of an answer than how frequent its label is, nats."""
     results = answered(200, 0, right=lambda place: 0.3)
     nll = math.log(4) - gain
-    return simulate(shape, 0, results=[one.model_copy(update={"nll": nll}) for one in results], answers=LABELS)
+    return simulate(shape, 0, results=[one.model_copy(update={"nll": nll}) for one in results], answers=LABELS, **more)
 
 
 def test_labels_are_noise_when_the_prompts_tell_the_model_nothing_of_them() -> None:
@@ -259,6 +262,53 @@ def test_more_steps_are_advised_when_labels_are_hardly_learnt_and_the_loss_still
 def test_a_short_run_that_learnt_nothing_of_its_labels_is_told_to_train_longer() -> None:
     run = predicted(0.0)
     assert kinds(replace(run, curve=run.curve[:30])) == [FindingKind.UNDERFITTING]
+
+
+def form_first(share: float) -> float:
+    """A loss that falls at once for the form of an answer, and slowly for its label."""
+    return 2.5 * math.exp(-12 * share) + 0.4 - 0.2 * share
+
+
+def settled(share: float) -> float:
+    return 2.5 * math.exp(-12 * share) + 0.2
+
+
+def test_a_short_run_is_told_to_train_longer_when_half_of_the_labels_is_unknown_and_heldout_loss_still_falls() -> None:
+    finding = only(predicted(0.4, form_first, steps=30))
+    assert finding.kind is FindingKind.UNDERFITTING
+    assert "tell the model little of the labels" in finding.what
+    assert "held-out loss fell" in finding.rule
+
+
+def test_a_short_run_has_no_finding_when_most_of_the_labels_is_known() -> None:
+    assert kinds(predicted(0.8, form_first, steps=30)) == []
+
+
+def test_a_longer_run_has_no_finding_when_heldout_loss_falls_as_slowly() -> None:
+    assert kinds(predicted(0.4, form_first, steps=50)) == []
+
+
+def test_a_short_run_on_a_hard_task_has_no_finding_when_heldout_loss_has_settled() -> None:
+    assert kinds(predicted(0.4, settled, steps=30)) == []
+
+
+def test_what_is_learnt_by_heart_does_not_count_as_learning_when_heldout_loss_has_settled() -> None:
+    assert kinds(predicted(0.4, form_first, steps=30, heldout=settled)) == []
+
+
+def test_the_training_loss_decides_when_heldout_loss_of_a_short_run_was_not_measured() -> None:
+    falling_late, done = (predicted(0.4, shape, steps=40, noise=0.05) for shape in (form_first, settled))
+    assert "of the labels" in only(unmeasured(falling_late)).what
+    assert kinds(unmeasured(done)) == []
+
+
+def test_few_short_runs_on_hard_tasks_are_called_underfitted_when_they_are_done() -> None:
+    """The labels are half unknown whatever the training."""
+    draw = np.random.default_rng(3)
+    made = (simulate(settled, seed, steps=int(draw.integers(20, 50)), measured=20) for seed in range(300))
+    hard = predicted(0.4)
+    false = sum(bool(kinds(replace(run, results=hard.results, answers=hard.answers))) for run in made)
+    assert false <= 6
 
 
 def test_the_rate_is_blamed_when_it_is_far_above_the_default_and_the_run_was_not_done() -> None:
