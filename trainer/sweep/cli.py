@@ -1,6 +1,5 @@
 """`svc sweep`, and what `svc train --curve` does."""
 
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -11,6 +10,7 @@ from svc.invocation import json_option, settings_of
 if TYPE_CHECKING:
     from svc.settings import Settings
     from trainer.recipe.sections import Recipe
+    from trainer.sweep.values import Values
     from trainer.sweep.workplace import Workplace
 
 
@@ -30,11 +30,9 @@ def sweep(
 
     quiet_libraries()
     settings = settings_of(ctx)
-    loaded = load_recipe(recipe, overrides)
-    place = open_workplace(settings, loaded, "sweep", anyway=anyway, makes_version=register)
+    place = _open_workplace(settings, load_recipe(recipe, overrides), "sweep", anyway=anyway, makes_version=register)
     from trainer.sweep.picture import draw_sweep
-    from trainer.sweep.render import print_sweep
-    from trainer.sweep.sweep import RESULT_FILE, WINNER_FILE, run_sweep
+    from trainer.sweep.sweep import RESULT_FILE, WINNER_FILE, print_sweep, run_sweep
 
     with place.held():
         result = run_sweep(place)
@@ -43,26 +41,47 @@ def sweep(
         place.publish({"heldout_loss": result.loss.value, "base_heldout_loss": result.base.value}, picture, *files)
     if not as_json:
         print_sweep(result, place.folder, picture)
-    version = _register(settings, place, result.winner) if register else None
+    version = _register(settings, place, result.winner, as_json=as_json) if register else None
     if as_json:
         made = {"folder": str(place.folder), "picture": str(picture), "version": version}
         print_json(result.model_dump(mode="json") | made)
-        sys.exit(0)
 
 
-def open_workplace(
+def learning_curve(settings: "Settings", recipe: "Recipe", *, anyway: bool, as_json: bool) -> None:
+    """Measure a learning curve and print it."""
+    from svc.terminal import output, print_json
+
+    place = _open_workplace(settings, recipe, "curve", anyway=anyway, makes_version=False)
+    from trainer.sweep.learning_curve import CURVE_FILE, print_curve, run_curve
+    from trainer.sweep.picture import draw_curve
+
+    with place.held():
+        curve = run_curve(place)
+        picture = draw_curve(curve, place.folder / "curve.svg")
+        figures = {"heldout_loss": curve.points[-1].loss.value}
+        if curve.gain:
+            figures |= {"gain": curve.gain.value, "gain_low": curve.gain.low, "gain_high": curve.gain.high}
+        place.publish(figures, picture, place.folder / CURVE_FILE)
+    if as_json:
+        print_json(curve.model_dump(mode="json") | {"folder": str(place.folder), "picture": str(picture)})
+    else:
+        print_curve(curve, len(place.data.judged))
+        output.print(f"picture: {picture}", markup=False, soft_wrap=True)
+
+
+def _open_workplace(
     settings: "Settings", recipe: "Recipe", kind: str, *, anyway: bool, makes_version: bool
 ) -> "Workplace":
-    """Where the trials of a recipe are made.
+    """Return the workplace of a recipe's trials.
 
     Args:
         kind: `sweep` or `curve`.
-        anyway: also where one of them cannot fit into this machine.
+        anyway: also if a training cannot fit into this machine.
         makes_version: the winner is registered.
 
     Raises:
-        InsufficientMemoryError: it cannot.
-        DiskSpaceError: there is no room for the version.
+        InsufficientMemoryError: a training cannot fit.
+        DiskSpaceError: the disk has too little space for the version.
     """
     from svc.engine.capabilities import read_capabilities
     from svc.registry.registry import Registry
@@ -75,33 +94,12 @@ def open_workplace(
     registry = Registry.of(settings)
     examples = read_run_examples(recipe, cache=settings.base_cache, learnt=registry.learnt_prompts(recipe.name))
     estimate_here(recipe, examples, settings, anyway=anyway, makes_version=makes_version)
-    base, capabilities = find_base(recipe, settings), read_capabilities(settings.home)
-    return Workplace.of(settings.home / SWEEPS_FOLDER, kind, recipe, base, examples, registry.tracking, capabilities)
+    base, number_type = find_base(recipe, settings), read_capabilities(settings.home).training_type
+    return Workplace(settings.home / SWEEPS_FOLDER, kind, recipe, base, examples, registry.tracking, number_type)
 
 
-def learning_curve(settings: "Settings", recipe: "Recipe", *, anyway: bool, as_json: bool) -> None:
-    """Says what more data would bring."""
-    from svc.terminal import output, print_json
-    from trainer.sweep.curve import CURVE_FILE, print_curve, run_curve
-    from trainer.sweep.picture import draw_curve
-
-    place = open_workplace(settings, recipe, "curve", anyway=anyway, makes_version=False)
-    with place.held():
-        curve = run_curve(place)
-        picture = draw_curve(curve, place.folder / "curve.svg")
-        figures = {"heldout_loss": curve.points[-1].loss.value}
-        if curve.gain:
-            figures |= {"gain": curve.gain.value, "gain_low": curve.gain.low, "gain_high": curve.gain.high}
-        place.publish(figures, picture, place.folder / CURVE_FILE)
-    if as_json:
-        print_json(curve.model_dump(mode="json") | {"folder": str(place.folder), "picture": str(picture)})
-        sys.exit(0)
-    print_curve(curve, len(place.data.judged))
-    output.print(f"picture: {picture}", markup=False, soft_wrap=True)
-
-
-def _register(settings: "Settings", place: "Workplace", winner: dict[str, object]) -> str:
-    """Trains the winner as `svc train` does; returns the version."""
+def _register(settings: "Settings", place: "Workplace", winner: "Values", *, as_json: bool) -> str:
+    """Train the winner as `svc train` does, and return its version."""
     from svc.registry.registry import Registry
     from svc.registry.render import print_version
     from trainer.pipeline.stages import open_pipeline
@@ -109,8 +107,7 @@ def _register(settings: "Settings", place: "Workplace", winner: dict[str, object
 
     registry = Registry.of(settings)
     recipe = with_values(place.recipe, winner)
-    made = open_pipeline(settings, registry, recipe, place.examples, place.base).train_version()
-    manifest = registry.manifest(made)
-    if not click.get_current_context().params["as_json"]:
-        print_version(manifest, registry.folder(manifest.id))
-    return str(made)
+    version = open_pipeline(settings, registry, recipe, place.examples, place.base).train_version()
+    if not as_json:
+        print_version(registry.manifest(version), registry.folder(version))
+    return str(version)

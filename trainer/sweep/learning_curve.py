@@ -1,7 +1,6 @@
-"""Held-out loss by the number of examples, and what twice as many would bring: a power law through measured points.
+"""`svc train --curve`: trains on parts of the data and estimates the gain of twice as much by a power law.
 
-loss(n) = floor + scale * n^-exponent, as learning curves of neural networks mostly go (Hestness et al. 2017). Knows
-nothing of training.
+loss(n) = floor + scale * n^-exponent, as learning curves of neural networks mostly go (Hestness et al. 2017).
 """
 
 from collections import defaultdict
@@ -11,21 +10,29 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 from pydantic import BaseModel, ConfigDict
+from rich.table import Table
 
-from svc.evaluation.estimate import Estimate
+from svc.disk import write_whole
+from svc.errors import DataError, TrainingError
+from svc.evaluation.estimate import Estimate, bootstrap
+from svc.terminal import console, output
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
+    from trainer.sweep.workplace import Workplace
+
     Floats = NDArray[np.float64]
 
-SHARES = (0.1, 0.25, 0.5, 1.0)
-_FEWEST_POINTS = 4
+CURVE_FILE = "curve.json"
+_MIN_EXAMPLES = 20
+"""A tenth of fewer is too little to train on."""
+_SHARES = (0.1, 0.25, 0.5, 1.0)
+_MIN_POINTS = 4
 _EXPONENTS = np.linspace(0.05, 2.0, 79)
-_RESAMPLES = 1000
-_MISFIT = 0.15
+_MAX_MISFIT = 0.15
 """Of the fall of the measured losses: a fit that misses one of them by more describes another curve."""
-_WORTH = 0.02
+_MIN_GAIN = 0.02
 """Of the loss with all examples: a smaller gain is little."""
 
 
@@ -37,14 +44,12 @@ class Verdict(StrEnum):
     UNKNOWN = "cannot be told"
 
 
-class Point(BaseModel):
-    """A training on a part of the data.
-
-    Attributes:
-        loss: held-out, nats an answer token.
-    """
-
+class _Result(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class Point(_Result):
+    """A training on a part of the data, with its held-out loss in nats per answer token."""
 
     examples: int
     loss: Estimate
@@ -52,65 +57,86 @@ class Point(BaseModel):
     seconds: float
 
 
-class PowerLaw(BaseModel):
+class PowerLaw(_Result):
     """loss(n) = floor + scale * n^-exponent."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     floor: float
     scale: float
     exponent: float
 
-    def at(self, examples: float) -> float:
-        """The loss that it foretells."""
-        return float(self.floor + self.scale * examples**-self.exponent)
+    def at(self, examples: "Floats") -> "Floats":
+        """Return the losses that it predicts."""
+        return np.asarray(self.floor + self.scale * examples**-self.exponent)
 
 
-class LearningCurve(BaseModel):
-    """What was measured, and what follows from it.
+class LearningCurve(_Result):
+    """The measured points and the conclusion from them.
 
     Attributes:
         base: held-out loss before any training.
-        law: None where the points do not fit one.
-        doubled: loss that twice the examples would give.
-        gain: by how much that is lower than with all of them.
-        sentence: the same for a person.
+        law: None if the points do not fit one; then `doubled` and `gain` are None, too.
+        doubled: predicted loss with twice the examples.
+        gain: predicted loss with all examples minus that with twice as many.
+        sentence: the conclusion for a person.
     """
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     points: tuple[Point, ...]
     base: Estimate
-    law: PowerLaw | None
-    doubled: Estimate | None
-    gain: Estimate | None
-    verdict: Verdict
+    law: PowerLaw | None = None
+    doubled: Estimate | None = None
+    gain: Estimate | None = None
+    verdict: Verdict = Verdict.UNKNOWN
     sentence: str
 
 
+def run_curve(place: "Workplace") -> LearningCurve:
+    """Make the trainings that are left and write the curve; the caller holds the workplace.
+
+    Raises:
+        DataError: there are too few examples.
+        InterruptedRunError: a signal came; the same command goes on.
+        TrainingError: a training's loss exploded, or memory was short.
+    """
+    examples, rows = place.examples.train, place.data.train
+    if len(examples) < _MIN_EXAMPLES:
+        raise DataError(f"{len(examples)} examples", expected=f"at least {_MIN_EXAMPLES} for a learning curve")
+    base = place.base_loss()
+    points, each = [], []
+    for part in nested_subsets([example.answer for example in examples], place.recipe.data.seed):
+        console.print(f"[bold]{len(part)} of {len(examples)} examples[/bold]")
+        outcome = place.run_trial({}, lambda step, loss: None, [rows[number] for number in part])
+        if outcome.loss is None:
+            raise TrainingError(f"the training on {len(part)} examples: {outcome.why}", todo="see docs/training.md")
+        console.print(f"  held-out loss {outcome.loss}")
+        points.append(Point(examples=len(part), loss=outcome.loss, steps=outcome.steps, seconds=outcome.seconds))
+        each.append(outcome.heldout_each)
+    curve = extrapolate(points, each, place.answer_lengths, base)
+    write_whole(place.folder / CURVE_FILE, curve.model_dump_json(indent=1).encode("utf-8"))
+    return curve
+
+
 def nested_subsets(labels: Sequence[Hashable], seed: int) -> list[tuple[int, ...]]:
-    """Places of the examples of each share: each subset is in the next, and has each label as often as it can.
+    """Return the places of each share's examples. A subset contains the one before and has its share of each label.
 
     Args:
-        labels: of all examples; where each is another one, the subsets are plain random ones.
+        labels: of all examples; if each label is unique, the subsets are random.
     """
     generator = np.random.default_rng(seed)
     groups = defaultdict(list)
     for place in generator.permutation(len(labels)).tolist():
         groups[labels[place]].append(place)
     # A label's examples stand at even distances between 0 and 1, from a random start: any beginning has its share.
-    order = sorted(
-        ((number + start) / len(places), place)
-        for places, start in ((places, generator.random()) for places in groups.values())
-        for number, place in enumerate(places)
-    )
-    placed = [place for _, place in order]
-    sizes = sorted({round(share * len(labels)) for share in SHARES})
-    return [tuple(sorted(placed[:size])) for size in sizes if size]
+    order = np.empty(len(labels))
+    for places in groups.values():
+        order[places] = (np.arange(len(places)) + generator.random()) / len(places)
+    placed = np.argsort(order, kind="stable").tolist()
+    return [tuple(sorted(placed[: max(1, round(share * len(labels)))])) for share in _SHARES]
 
 
 def fit(examples: "Floats", losses: "Floats") -> "Floats":
-    """The power law of least squares with a floor and a scale that are not negative, for each row of losses.
+    """Fit power laws by least squares, with floor and scale not below 0.
+
+    For each exponent of a grid floor and scale are a linear regression, which is solved for all rows together.
 
     Args:
         examples: [points].
@@ -119,62 +145,55 @@ def fit(examples: "Floats", losses: "Floats") -> "Floats":
     Returns:
         [rows, 3]: floor, scale, exponent.
     """
-    best: Floats = np.full(len(losses), np.inf)
-    found = np.zeros((len(losses), 3))
-    mean = losses.mean(axis=1)
-    for exponent in _EXPONENTS:
-        x = examples**-exponent
-        spread = x - x.mean()
-        scale = np.maximum(losses @ spread / (spread @ spread), 0.0)
-        floor = mean - scale * x.mean()
-        through_zero = losses @ x / (x @ x)
-        scale = np.where(floor < 0, through_zero, scale)
-        floor = np.maximum(floor, 0.0)
-        errors = ((losses - floor[:, None] - scale[:, None] * x) ** 2).sum(axis=1)
-        better = errors < best
-        best = np.where(better, errors, best)
-        found[better] = np.stack([floor, scale, np.full_like(floor, exponent)], axis=1)[better]
-    return found
+    x = examples ** -_EXPONENTS[:, None]
+    centred = x - x.mean(axis=1, keepdims=True)
+    scale = np.maximum(losses @ (centred / (centred**2).sum(axis=1, keepdims=True)).T, 0.0)
+    floor = losses.mean(axis=1, keepdims=True) - scale * x.mean(axis=1)
+    through_zero = losses @ (x / (x**2).sum(axis=1, keepdims=True)).T
+    scale, floor = np.where(floor < 0, through_zero, scale), np.maximum(floor, 0.0)
+    errors = ((losses[:, None] - floor[..., None] - scale[..., None] * x) ** 2).sum(axis=2)
+    best = errors.argmin(axis=1)
+    rows = np.arange(len(losses))
+    return np.stack([floor[rows, best], scale[rows, best], _EXPONENTS[best]], axis=1)
 
 
-def foretell(
+def extrapolate(
     points: Sequence[Point], each: Sequence[Sequence[float]], tokens: Sequence[int], base: Estimate
 ) -> LearningCurve:
-    """What follows from trainings on parts of the data.
+    """Return what follows from trainings on parts of the data.
 
-    The interval is a bootstrap over the held-out examples, drawn alike for all points.
+    Intervals are a bootstrap over the held-out examples, with the same draws for all points.
 
     Args:
-        points: ascending.
+        points: in ascending order of their examples.
         each: held-out loss of each example, for each point.
-        tokens: of each held-out example.
+        tokens: number of answer tokens of each held-out example.
     """
     sizes = np.array([point.examples for point in points], dtype=float)
-    losses, weights = np.array(each, dtype=float), np.array(tokens, dtype=float)
-    whole = losses @ weights / weights.sum()
-    floor, scale, exponent = fit(sizes, whole[None])[0]
+    weights = np.array(tokens, dtype=float)
+    weighted = np.array(each, dtype=float) * weights
+
+    def fitted(drawn: "Floats", examples: float) -> "Floats":
+        laws = fit(sizes, drawn @ weighted.T / (drawn @ weights)[:, None])
+        return np.asarray(laws[:, 0] + laws[:, 1] * examples ** -laws[:, 2])
+
+    losses = weighted.sum(axis=1) / weights.sum()
+    floor, scale, exponent = fit(sizes, losses[None])[0]
     law = PowerLaw(floor=floor, scale=scale, exponent=exponent)
-    if why := _misfit(law, sizes, whole):
+    if why := _misfit(law, sizes, losses):
         sentence = f"What more data would bring cannot be told: {why}."
-        return LearningCurve(
-            points=tuple(points),
-            base=base,
-            law=None,
-            doubled=None,
-            gain=None,
-            verdict=Verdict.UNKNOWN,
-            sentence=sentence,
-        )
-    generator = np.random.default_rng(0)
-    drawn = generator.multinomial(len(weights), np.full(len(weights), 1 / len(weights)), _RESAMPLES) * weights
-    laws = fit(sizes, drawn @ losses.T / drawn.sum(axis=1, keepdims=True))
-    more, now = (_at(laws, size) for size in (2 * sizes[-1], sizes[-1]))
-    doubled = _interval(law.at(2 * sizes[-1]), more)
-    gain = _interval(law.at(sizes[-1]) - law.at(2 * sizes[-1]), now - more)
-    verdict = _judge(gain, float(whole[-1]))
+        return LearningCurve(points=tuple(points), base=base, sentence=sentence)
+    now, doubled_size = sizes[-1], 2 * sizes[-1]
+    doubled = bootstrap(len(weights), lambda drawn: fitted(drawn, doubled_size))
+    gain = bootstrap(len(weights), lambda drawn: fitted(drawn, now) - fitted(drawn, doubled_size))
+    verdict, threshold = Verdict.UNKNOWN, _MIN_GAIN * losses[-1]
+    if gain.low >= threshold:
+        verdict = Verdict.WORTH
+    elif gain.high < threshold:
+        verdict = Verdict.LITTLE
     sentence = (
         f"Twice the data would lower held-out loss by about {gain.value:.3f} (95 % {gain.low:.3f} to {gain.high:.3f}), "
-        f"from {whole[-1]:.3f} to {doubled.value:.3f}: {verdict}."
+        f"from {losses[-1]:.3f} to {doubled.value:.3f}: {verdict}."
     )
     return LearningCurve(
         points=tuple(points), base=base, law=law, doubled=doubled, gain=gain, verdict=verdict, sentence=sentence
@@ -182,29 +201,28 @@ def foretell(
 
 
 def _misfit(law: PowerLaw, sizes: "Floats", losses: "Floats") -> str | None:
-    """Why the points say nothing of a larger number."""
-    if len(sizes) < _FEWEST_POINTS:
-        return f"there are {len(sizes)} points, and a fit needs {_FEWEST_POINTS}"
-    fall = float(losses[0] - losses[-1])
+    """Return the reason why the points allow no extrapolation."""
+    if len(sizes) < _MIN_POINTS:
+        return f"there are {len(sizes)} points, and a fit needs {_MIN_POINTS}"
+    fall = losses[0] - losses[-1]
     if fall <= 0 or law.scale == 0:
         return "held-out loss did not fall with more data"
-    worst = max(range(len(sizes)), key=lambda place: abs(losses[place] - law.at(float(sizes[place]))))
-    off = float(losses[worst] - law.at(float(sizes[worst])))
-    if abs(off) > _MISFIT * fall:
-        return f"the points lie on no power law; at {sizes[worst]:.0f} examples the best one is off by {off:+.3f}"
+    errors = losses - law.at(sizes)
+    worst = np.abs(errors).argmax()
+    if abs(errors[worst]) > _MAX_MISFIT * fall:
+        at = f"at {sizes[worst]:.0f} examples the best one is off by {errors[worst]:+.3f}"
+        return f"the points lie on no power law; {at}"
     return None
 
 
-def _at(laws: "Floats", examples: float) -> "Floats":
-    return np.asarray(laws[:, 0] + laws[:, 1] * examples ** -laws[:, 2])
-
-
-def _interval(value: float, resampled: "Floats") -> Estimate:
-    low, high = np.quantile(resampled, (0.025, 0.975))
-    return Estimate(value=value, low=min(float(low), value), high=max(float(high), value))
-
-
-def _judge(gain: Estimate, loss: float) -> Verdict:
-    if gain.low >= _WORTH * loss:
-        return Verdict.WORTH
-    return Verdict.LITTLE if gain.high < _WORTH * loss else Verdict.UNKNOWN
+def print_curve(curve: LearningCurve, heldout: int) -> None:
+    """Print the curve to stdout."""
+    table = Table("examples", "held-out loss", "steps", "time", box=None)
+    table.add_row("0 (base)", str(curve.base))
+    for point in curve.points:
+        table.add_row(f"{point.examples}", str(point.loss), f"{point.steps}", f"{point.seconds:.0f} s")
+    if curve.doubled:
+        table.add_row(f"{2 * curve.points[-1].examples} (foretold)", str(curve.doubled))
+    output.print(table)
+    output.print(f"\nnats an answer token on {heldout} held-out examples, with 95 % intervals")
+    output.print(f"[bold]{curve.sentence}[/bold]")

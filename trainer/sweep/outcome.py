@@ -1,4 +1,4 @@
-"""What a trial has found, and which of several is taken: no difference is believed that may be chance."""
+"""Results of trials, and the choice between them: a difference that may be chance does not count."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -8,65 +8,69 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict
 
+from svc.errors import TrainingError
 from svc.evaluation.estimate import Estimate, paired_difference
 from svc.evaluation.training_curve import TrainingPoint
 
 
-class Pruned(Exception):
-    """A trial was given up: others were better at this step."""
-
-
 class Status(StrEnum):
-    """How a trial ended."""
+    """How a trial ended; the names are those of Optuna's states."""
 
     COMPLETE = "complete"
     PRUNED = "pruned"
-    FAILED = "failed"
+    FAIL = "failed"
     """Its loss exploded, or memory was short."""
 
 
-class Outcome(BaseModel):
-    """A trial that has ended.
+class Summary(BaseModel):
+    """The part of a trial's result that the table of a sweep shows.
 
     Attributes:
-        key: of what was trained (trainer.sweep.values).
-        values: what it changes in the recipe.
-        loss: held-out, nats an answer token; of one that was not completed None.
-        heldout_each: of each judged example, in one order in all trials.
-        points: every step of the training.
-        seconds: of the process that ended it.
-        why: of one that was not completed.
+        values: recipe keys that the trial changes, with their values.
+        loss: held-out loss, in nats per answer token; None if the trial was not completed.
+        seconds: duration of the training, in the process that finished it.
+        why: reason why the trial was not completed.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    key: str
     values: dict[str, Any]
     status: Status
     loss: Estimate | None = None
-    heldout_each: tuple[float, ...] = ()
-    points: tuple[TrainingPoint, ...] = ()
     steps: int = 0
     seconds: float = 0.0
     why: str | None = None
 
+
+class Outcome(Summary):
+    """Result of a trial.
+
+    Attributes:
+        key: of the training (`trainer.sweep.values.training_key`).
+        heldout_each: loss of each held-out example, in the same order in all trials.
+        points: every step of the training.
+        watched: held-out loss by step, as measured on fewer examples while the trial trained.
+    """
+
+    key: str
+    heldout_each: tuple[float, ...] = ()
+    points: tuple[TrainingPoint, ...] = ()
+    watched: dict[int, float] = {}
+
     @property
     def mean(self) -> float:
-        """Held-out loss; infinite where it was not measured to the end."""
+        """Held-out loss; infinite if the trial was not completed."""
         return self.loss.value if self.loss else float("inf")
 
     @property
     def overfits(self) -> bool:
-        """Whether held-out loss rose past an earlier measurement, beyond chance, while training loss fell."""
+        """Whether held-out loss rose from its lowest value beyond chance while training loss fell."""
         measured = [point for point in self.points if point.heldout_each]
-        if len(measured) < 2:
+        if not measured:
             return False
         best, last = min(measured, key=lambda point: point.heldout_loss or 0.0), measured[-1]
-        if best.step == last.step:
-            return False
-        losses = [(point.step, point.loss) for point in self.points if point.loss is not None]
-        before = [loss for step, loss in losses if step <= best.step]
-        after = [loss for step, loss in losses if step > best.step]
+        before = [point.loss for point in self.points if point.loss is not None and point.step <= best.step]
+        after = [point.loss for point in self.points if point.loss is not None and point.step > best.step]
         rise = paired_difference(best.heldout_each, last.heldout_each)
         return rise.low > 0 and bool(before and after) and fmean(after) < fmean(before)
 
@@ -76,26 +80,32 @@ class Comparison:
     """Compares trials on the same held-out examples.
 
     Attributes:
-        tokens: answer tokens of each; held-out loss is a mean over tokens.
+        tokens: number of answer tokens of each example; held-out loss is a mean over tokens.
     """
 
     tokens: tuple[int, ...]
 
     def difference(self, first: Outcome, second: Outcome) -> Estimate:
-        """Held-out loss of the second minus that of the first, example by example."""
+        """Return the held-out loss of the second minus that of the first, example by example."""
         return paired_difference(first.heldout_each, second.heldout_each, self.tokens)
 
     def distinct(self, first: Outcome, second: Outcome) -> bool:
-        """Whether they differ beyond chance."""
-        found = self.difference(first, second)
-        return found.low > 0 or found.high < 0
+        """Return whether the two differ beyond chance."""
+        difference = self.difference(first, second)
+        return difference.low > 0 or difference.high < 0
 
     def choose(self, outcomes: Sequence[Outcome]) -> Outcome:
-        """The first of those that cannot be told apart from the best.
+        """Return the first outcome that cannot be told apart from the best one.
 
         Args:
-            outcomes: in the order in which they are preferred; at least one is complete.
+            outcomes: the preferred ones first.
+
+        Raises:
+            TrainingError: no trial was completed.
         """
-        complete = [one for one in outcomes if one.status is Status.COMPLETE]
-        best = min(complete, key=lambda one: one.mean)
-        return next(one for one in complete if one is best or not self.distinct(one, best))
+        complete = [outcome for outcome in outcomes if outcome.status is Status.COMPLETE]
+        if not complete:
+            whys = "; ".join(outcome.why or "" for outcome in outcomes)
+            raise TrainingError(f"no trial was completed: {whys}", todo="lower train.learning_rate in the recipe")
+        best = min(complete, key=lambda outcome: outcome.mean)
+        return next(outcome for outcome in complete if outcome is best or not self.distinct(outcome, best))

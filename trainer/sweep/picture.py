@@ -1,11 +1,14 @@
 """Pictures of a sweep and of a learning curve, as SVG. Imports matplotlib when it draws."""
 
-from collections.abc import Sequence
+from collections import defaultdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import numpy as np
+
+from svc.evaluation.estimate import Estimate
 from trainer.sweep.learning_curve import LearningCurve
-from trainer.sweep.space import EPOCHS, RANK, RATE, Phase
+from trainer.sweep.search import EPOCHS, RANK, RATE, Phase
 from trainer.sweep.sweep import Line, SweepResult
 from trainer.sweep.values import show
 
@@ -13,73 +16,61 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-_KEYS = {Phase.LEARNING_RATE: RATE, Phase.RANK: RANK, Phase.EPOCHS: EPOCHS}
+_KEYS = {Phase.LEARNING_RATE: [RATE], Phase.RANK: [RANK], Phase.EPOCHS: [EPOCHS]}
+_LABEL = "held-out loss, nats a token"
 
 
 def draw_sweep(result: SweepResult, path: Path) -> Path:
-    """Held-out loss with its interval: one panel for each phase, or for each key of an own space."""
+    """Draw held-out loss by value: one panel for each phase, or for each key of an own space."""
     from matplotlib.figure import Figure
 
-    panels = _panels(result)
+    panels: dict[str, list[Line]] = defaultdict(list)
+    for line in result.trials:
+        for key in line.values if line.phase is Phase.SPACE else _KEYS.get(line.phase, []):
+            panels[key] += [line] if line.loss else []
+    panels = {key: lines for key, lines in panels.items() if len(lines) > 1}
     figure = Figure(figsize=(3.6 * max(1, len(panels)), 3.4), layout="constrained")
     axes = figure.subplots(1, max(1, len(panels)), sharey=True, squeeze=False)[0]
+    axes[0].set_ylabel(_LABEL)
     for axis, (key, lines) in zip(axes, panels.items(), strict=False):
-        _draw_panel(axis, key, lines, result)
-    axes[0].set_ylabel("held-out loss, nats a token")
-    return save(figure, path)
-
-
-def _panels(result: SweepResult) -> dict[str, list[Line]]:
-    complete = [line for line in result.trials if line.loss]
-    own = [line for line in complete if line.phase is Phase.SPACE]
-    if own:
-        return {key: [line for line in own if key in line.values] for key in own[0].values}
-    found = {key: [line for line in complete if line.phase is phase] for phase, key in _KEYS.items()}
-    return {key: lines for key, lines in found.items() if len(lines) > 1}
-
-
-def _draw_panel(axis: "Axes", key: str, lines: Sequence[Line], result: SweepResult) -> None:
-    """Values at even distances, in their order: rates are a factor apart, and targets have no size."""
-    values = sorted({line.values[key] for line in lines}, key=lambda value: (isinstance(value, str), value))
-    for line in lines:
-        if line.loss is None:
-            continue
-        won = line.values == result.winner
-        low, high = line.loss.value - line.loss.low, line.loss.high - line.loss.value
-        colour = "tab:orange" if won else "tab:blue"
-        place = values.index(line.values[key])
-        axis.errorbar(place, line.loss.value, [[low], [high]], fmt="o", color=colour, capsize=3)
-    if result.recipe:
-        axis.axhline(result.recipe.value, color="grey", linestyle="--", linewidth=1)
-    axis.set_xticks(range(len(values)), [show(value) for value in values])
-    axis.set_xlabel(key)
+        axis.set_xlabel(key)
+        # As texts, values are at even distances: rates are a factor apart, and targets have no size.
+        for line in sorted(lines, key=lambda line: _order(line.values[key])):
+            colour = "tab:orange" if line.values == result.winner else "tab:blue"
+            _mark(axis, show(line.values[key]), line.loss, colour)
+        if result.recipe:
+            axis.axhline(result.recipe.value, color="grey", linestyle="--", linewidth=1)
+    return _save(figure, path)
 
 
 def draw_curve(curve: LearningCurve, path: Path) -> Path:
-    """Held-out loss by examples, and the fit up to twice as many."""
-    import numpy as np
+    """Draw held-out loss by examples, and the fit up to twice as many."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(5, 3.4), layout="constrained")
     axis = figure.subplots()
-    sizes = [point.examples for point in curve.points]
-    losses = [point.loss for point in curve.points]
-    spans = [[loss.value - loss.low for loss in losses], [loss.high - loss.value for loss in losses]]
-    axis.errorbar(sizes, [loss.value for loss in losses], spans, fmt="o", color="tab:blue", capsize=3)
-    if curve.law and curve.doubled:
-        line = np.geomspace(sizes[0], 2 * sizes[-1])
-        axis.plot(line, [curve.law.at(size) for size in line], color="grey", linewidth=1)
-        low, high = curve.doubled.value - curve.doubled.low, curve.doubled.high - curve.doubled.value
-        place = 2 * sizes[-1]
-        axis.errorbar(place, curve.doubled.value, [[low], [high]], fmt="o", color="tab:orange", capsize=3)
-    axis.set_xscale("log")
-    axis.set_xlabel("training examples")
-    axis.set_ylabel("held-out loss, nats a token")
-    return save(figure, path)
+    axis.set(xscale="log", xlabel="training examples", ylabel=_LABEL)
+    for point in curve.points:
+        _mark(axis, point.examples, point.loss, "tab:blue")
+    if curve.law:
+        sizes = np.geomspace(curve.points[0].examples, 2 * curve.points[-1].examples)
+        axis.plot(sizes, curve.law.at(sizes), color="grey", linewidth=1)
+        _mark(axis, sizes[-1], curve.doubled, "tab:orange")
+    return _save(figure, path)
 
 
-def save(figure: "Figure", path: Path) -> Path:
-    """Writes a figure; the same one is the same file."""
+def _order(value: object) -> tuple[float, str]:
+    return (value, "") if isinstance(value, int | float) else (float("inf"), str(value))
+
+
+def _mark(axis: "Axes", place: float | str, loss: Estimate | None, colour: str) -> None:
+    if loss:
+        interval = [[max(0.0, loss.value - loss.low)], [max(0.0, loss.high - loss.value)]]
+        axis.errorbar([place], [loss.value], interval, fmt="o", color=colour, capsize=3)
+
+
+def _save(figure: "Figure", path: Path) -> Path:
+    """Write a figure; the same figure is the same file."""
     import matplotlib as mpl
 
     with mpl.rc_context({"svg.hashsalt": "tuneserve"}):

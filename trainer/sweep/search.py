@@ -1,239 +1,235 @@
-"""The order in which a sweep tries: phase by phase, or through the recipe's own space.
+"""The order in which a sweep tries values: phase by phase, or through the recipe's own space.
 
-Everything follows from outcomes, so that a sweep that is run again finds its way through what is done. Knows nothing of
-training, of Optuna's files or of a screen.
+Optuna's studies, one for each phase, propose values of own spaces and decide which trials are pruned. A sweep that is
+run again asks and tells new studies from its first trial on. Its trainings are known and the sampler is seeded, so all
+decisions are the same. Knows nothing of training.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+import itertools
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from enum import StrEnum
+from functools import partial
+from typing import Any
 
-from svc.errors import TrainingError
-from trainer.recipe.sections import Recipe
+import optuna
+from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution, IntDistribution
+from optuna.storages import BaseStorage
+from optuna.trial import TrialState
+
+from svc.terminal import console
+from trainer.recipe.sections import Between, Recipe
 from trainer.recipe.targets import Targets
-from trainer.sweep import space
-from trainer.sweep.outcome import Comparison, Outcome, Status
-from trainer.sweep.space import DROPOUT, EPOCHS, EPOCHS_TRIED, RANK, RATE, STEPS, TARGETS, Phase
-from trainer.sweep.values import Values, with_values
+from trainer.sweep.outcome import Comparison, Outcome
+from trainer.sweep.values import Values, describe, with_values
+from trainer.sweep.workplace import Watch
 
-_BEYOND, _TIMES = 2, 2.0
-"""How often a learning rate above the highest is tried where the highest is taken, and how much higher."""
+RATE, RANK, EPOCHS, STEPS = "train.learning_rate", "adapter.rank", "train.epochs", "train.steps"
+TARGETS, DROPOUT = "adapter.targets", "adapter.dropout"
+_RATES, _LORA_RATE = (1e-5, 5e-5, 1e-4, 2e-4, 5e-4), 5e-4
+"""LoRA's customary learning rates, and its default in this project."""
+_RANKS, _LORA_RANK = (8, 16, 32), 16
+_EPOCHS = (1.0, 2.0, 3.0)
 _DROPOUTS = (0.05, 0.1)
+_UNPRUNED = 2
+"""Trials of a phase that finish before the first one is pruned."""
+_RANDOM = 5
+"""Trials of an own space that are drawn at random before the sampler chooses by their results."""
+
+Space = Mapping[str, Sequence[Any] | Between]
 
 
-class Study(Protocol):
-    """The trials of one phase."""
+class Phase(StrEnum):
+    """The purpose of a trial; each phase starts from the values that the one before has chosen."""
 
-    def attempt(self, chosen: Values, values: Values) -> Outcome:
-        """Makes a trial, unless it was made before."""
-
-    def search(self) -> Outcome:
-        """Makes the next trial of a space."""
-
-    def found(self) -> list[Outcome]:
-        """The trials of a search that were made before."""
-
-
-OpenStudy = Callable[[Phase, Mapping[str, Any]], Study]
-
-
-@dataclass(frozen=True, slots=True)
-class Tried:
-    """An outcome, and what it was made for; one training may serve two phases."""
-
-    phase: Phase
-    outcome: Outcome
-
-
-@dataclass(frozen=True, slots=True)
-class Plan:
-    """What is left: epochs of each trial to come, as far as that is known."""
-
-    epochs: tuple[float, ...]
+    LEARNING_RATE = "learning rate"
+    RANK = "rank"
+    EPOCHS = "epochs"
+    TARGETS = "targets"
+    DROPOUT = "dropout"
+    RECIPE = "the recipe as it is"
+    SPACE = "own space"
 
 
 @dataclass
 class Search:
-    """One sweep's way.
+    """The search of one sweep.
 
     Args:
-        open_study: the study of a phase, with all that may be tried in it.
-        on_begin: is told of each trial before it is made, with what is left, itself among it.
-        on_end: is told of each trial.
+        run_trial: trains with the given values, or returns the outcome of an earlier training.
+        storage: Optuna's storage, or its URL.
 
     Attributes:
-        tried: so far, in their order.
-        notes: why a phase was left out, or gone beyond.
+        tried: trials so far, in their order; one training may serve two phases.
+        notes: why a phase was skipped or extended.
     """
 
     recipe: Recipe
     comparison: Comparison
-    open_study: OpenStudy
-    on_begin: Callable[[Phase, Values, Plan], None]
-    on_end: Callable[[Tried], None]
-    tried: list[Tried] = field(default_factory=list)
+    run_trial: Callable[[Values, Watch], Outcome]
+    storage: str | BaseStorage
+    tried: list[tuple[Phase, Outcome]] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
-    _later: list[float] = field(default_factory=list)
 
     def run(self) -> Outcome:
-        """Tries what there is to try, and returns the winner. The recipe as it is comes first, and is never given up.
+        """Make all trials and return the winner. The first is the recipe as it is, which is never pruned.
 
         Raises:
             TrainingError: no trial of a phase was completed.
         """
-        own = self.recipe.sweep.space is not None
-        self._later = [self.recipe.train.epochs] * (self.recipe.sweep.trials - 1) if own else self._all_phases()
-        as_it_is = self._each(Phase.RECIPE, "", [(None, {})])
-        self._later = []
-        return self._choose([*as_it_is, *(self._own_space() if own else self._phases())])
+        optuna.logging.set_verbosity(optuna.logging.WARNING)
+        (as_it_is,) = self._trials(Phase.RECIPE, {}, {})
+        sweep = self.recipe.sweep
+        if sweep.space is None:
+            best = [self._phases(as_it_is)]
+        else:
+            best = sorted(self._trials(Phase.SPACE, {}, sweep.space, sweep.trials), key=lambda trial: trial.mean)[:1]
+        return self.comparison.choose([as_it_is, *best])
 
-    def _all_phases(self) -> list[float]:
-        """Epochs of their trials. That of the default rate is mostly the recipe's, that of one epoch is known."""
-        rates, ranks = space.learning_rates(self.recipe), space.ranks(self.recipe)
-        return [1.0] * (len(rates) - 1 + max(0, len(ranks) - 1)) + list(EPOCHS_TRIED[1:])
-
-    def _phases(self) -> list[Outcome]:
-        """The outcomes that stand for the last choice, the preferred one first."""
-        one = {EPOCHS: 1.0, STEPS: None}
-        rates, ranks = space.learning_rates(self.recipe), space.ranks(self.recipe)
-        self._later = [1.0] * max(0, len(ranks) - 1) + list(EPOCHS_TRIED[1:])
-        best = self._learning_rate(rates, one)
+    def _phases(self, as_it_is: Outcome) -> Outcome:
+        ranks = possible_ranks(self.recipe)
+        best = self._learning_rate(as_it_is)
         if ranks:
-            self._later = list(EPOCHS_TRIED[1:])
-            best = self._rank(ranks, best)
-        self._later = []
+            order = sorted(ranks, key=lambda rank: rank != self.recipe.rank)
+            best = self.comparison.choose([*self._trials(Phase.RANK, best.values, {RANK: order})] or [best])
         best = self._epochs(best)
-        best = self._dropout(self._targets(best, ranks))
-        return [best]
+        if ranks:
+            best = self._dropout(self._targets(best, ranks[-1]))
+        return best
 
-    def _learning_rate(self, rates: Sequence[float], one: Values) -> Outcome:
-        """The default first: it is what others must be told apart from."""
-        default, top = self.recipe.learning_rate, rates[-1]
-        beyond = [top * _TIMES**time for time in range(1, _BEYOND + 1)]
-        study = self.open_study(Phase.LEARNING_RATE, {RATE: (*rates, *beyond)})
-        # From the default outwards: the first two are never given up, and the others are measured against them.
-        order = sorted(rates, key=lambda rate: abs(rates.index(rate) - rates.index(default)))
-        outcomes = self._each(Phase.LEARNING_RATE, RATE, [(rate, {**one, RATE: rate}) for rate in order], study)
-        for rate in beyond:
-            best = self._choose(_default_or_best(outcomes))
-            if best.values[RATE] * _TIMES != rate:
+    def _learning_rate(self, as_it_is: Outcome) -> Outcome:
+        """Try learning rates from the recipe's own outwards, and higher ones while the highest is chosen."""
+        rates, own = learning_rates(self.recipe), self.recipe.learning_rate
+        top = rates[-1]
+        order = [*sorted(rates, key=lambda rate: abs(math.log(rate / own))), 2 * top, 4 * top]
+        trials: list[Outcome] = []
+
+        def choose() -> Outcome:
+            # No rate is cheaper than another: after the recipe's own, the best is preferred.
+            return self.comparison.choose([*trials[:1], *sorted(trials[1:], key=lambda trial: trial.mean)])
+
+        for trial in self._trials(Phase.LEARNING_RATE, {EPOCHS: 1.0, STEPS: None}, {RATE: order}):
+            trials.append(trial)
+            rate = trial.values[RATE]
+            if rate > top:
+                self.notes.append(f"learning rate {rate:g} was tried since the highest one, {rate / 2:g}, was taken")
+            if len(trials) >= len(rates) and choose().values[RATE] < max(rate, top):
                 break
-            self.notes.append(f"learning rate {rate:g} was tried since the highest one, {rate / _TIMES:g}, was taken")
-            outcomes += self._each(Phase.LEARNING_RATE, RATE, [(rate, {**one, RATE: rate})], study)
-        return self._choose(_default_or_best(outcomes))
-
-    def _rank(self, ranks: Sequence[int], best: Outcome) -> Outcome:
-        default = self.recipe.rank
-        study = self.open_study(Phase.RANK, {RANK: tuple(ranks)})
-        order = [default, *(rank for rank in ranks if rank != default)]
-        outcomes = self._each(Phase.RANK, RANK, [(rank, best.values | {RANK: rank}) for rank in order], study)
-        return self._choose(outcomes or [best])
+        return choose() if trials else as_it_is
 
     def _epochs(self, best: Outcome) -> Outcome:
-        """One epoch was tried; each further one while the one before has lowered held-out loss."""
-        default = None if self.recipe.train.steps else self.recipe.train.epochs
-        lengths = tuple(sorted({*EPOCHS_TRIED, *([default] if default else [])}))
-        study = self.open_study(Phase.EPOCHS, {EPOCHS: lengths})
-        outcomes: list[Outcome] = []
-        for epochs in lengths:
-            outcomes += self._each(Phase.EPOCHS, EPOCHS, [(epochs, best.values | {EPOCHS: epochs})], study)
-            if len(outcomes) > 1 and outcomes[-1].mean >= outcomes[-2].mean:
-                break  # a longer one would be worse still
-        outcomes.sort(key=lambda one: one.values[EPOCHS] != default)  # of the others the shortest stays first
-        return self._choose(outcomes or [best])
+        """Try one epoch, and each further one while the one before has lowered held-out loss."""
+        own = None if self.recipe.train.steps else self.recipe.train.epochs
+        lengths = sorted({*_EPOCHS, own or 1.0})
+        trials: list[Outcome] = []
+        for trial in self._trials(Phase.EPOCHS, best.values, {EPOCHS: lengths}):
+            trials.append(trial)
+            if len(trials) > 1 and trial.mean >= trials[-2].mean:
+                break
+        trials.sort(key=lambda trial: trial.values[EPOCHS] != own)  # of the others, the shortest stays first
+        return self.comparison.choose(trials or [best])
 
-    def _targets(self, best: Outcome, ranks: Sequence[int]) -> Outcome:
-        """More layers, where the largest rank was needed and there are more."""
-        if not ranks or self.recipe.adapter.targets is Targets.ALL_LINEAR:
+    def _targets(self, best: Outcome, largest: int) -> Outcome:
+        """Try an adapter on all linear layers if the largest rank was needed and the recipe has fewer targets."""
+        if self.recipe.adapter.targets is Targets.ALL_LINEAR:
             return best
-        if best.values[RANK] != ranks[-1]:
-            self.notes.append(f"more targets were not tried: rank {ranks[-1]} is no better than {best.values[RANK]}")
+        rank = with_values(self.recipe, best.values).rank
+        if rank != largest:
+            self.notes.append(f"more targets were not tried: rank {largest} is no better than {rank}")
             return best
-        study = self.open_study(Phase.TARGETS, {TARGETS: (Targets.ALL_LINEAR.value,)})
-        targets = Targets.ALL_LINEAR.value
-        found = self._each(Phase.TARGETS, TARGETS, [(targets, best.values | {TARGETS: targets})], study)
-        return self._choose([best, *found])
+        trials = self._trials(Phase.TARGETS, best.values, {TARGETS: [Targets.ALL_LINEAR.value]})
+        return self.comparison.choose([best, *trials])
 
     def _dropout(self, best: Outcome) -> Outcome:
-        """Where held-out loss rose while training loss fell, in the winner or in the longest training."""
-        if self.recipe.adapter_type is None:
-            return best
-        longest = [best, *self._of(Phase.EPOCHS)][-1]
+        """Try dropout if the best or the longest training overfits."""
+        longest = [best, *(trial for phase, trial in self.tried if phase is Phase.EPOCHS)][-1]
         if not (best.overfits or longest.overfits):
             self.notes.append("dropout was not tried: held-out loss rose in no training beyond chance")
             return best
-        study = self.open_study(Phase.DROPOUT, {DROPOUT: _DROPOUTS})
-        values = longest.values | ({TARGETS: best.values[TARGETS]} if TARGETS in best.values else {})
-        found = self._each(Phase.DROPOUT, DROPOUT, [(share, values | {DROPOUT: share}) for share in _DROPOUTS], study)
-        return self._choose([best, *found])
+        targets = {TARGETS: best.values[TARGETS]} if TARGETS in best.values else {}
+        trials = self._trials(Phase.DROPOUT, {**longest.values, **targets}, {DROPOUT: _DROPOUTS})
+        return self.comparison.choose([best, *trials])
 
-    def _own_space(self) -> list[Outcome]:
-        """All combinations of short lists, else as many trials as the recipe says, or has time for."""
-        sweep = self.recipe.sweep
-        study = self.open_study(Phase.SPACE, dict(sweep.space or {}))
-        if (every := space.combinations(self.recipe)) is not None:
-            for number, values in enumerate(every):
-                if self._is_late():
-                    break
-                self._one(Phase.SPACE, values, len(every) - number, self._attempt(study, values, values))
-        else:
-            for outcome in study.found():
-                self._end(Phase.SPACE, outcome)
-            while (made := len(self._of(Phase.SPACE))) < sweep.trials and not self._is_late():
-                self._one(Phase.SPACE, {}, sweep.trials - made, study.search)
-        return sorted(self._of(Phase.SPACE), key=lambda outcome: outcome.mean)[:1]
+    def _trials(self, phase: Phase, fixed: Values, space: Space, most: int | None = None) -> Iterator[Outcome]:
+        """Make the trials of a phase, one after the other, until `sweep.seconds` are over.
 
-    def _of(self, phase: Phase) -> list[Outcome]:
-        return [one.outcome for one in self.tried if one.phase is phase]
+        Args:
+            fixed: values that all of them have.
+            most: number of trials; None for every combination of the space, which has lists only.
+        """
+        study = optuna.create_study(
+            storage=self.storage,
+            study_name=phase,
+            sampler=optuna.samplers.TPESampler(n_startup_trials=_RANDOM, seed=0),
+            pruner=optuna.pruners.MedianPruner(n_startup_trials=_UNPRUNED),
+        )
+        distributions = {key: _distribution(values) for key, values in space.items()}
+        for chosen in _combinations(space, most):
+            if self._is_late():
+                return
+            if chosen is not None:
+                study.enqueue_trial(chosen)
+            trial = study.ask(distributions)
+            values = {**fixed, **trial.params}
+            console.print(f"[bold]{phase}[/bold]: {describe(values)}", soft_wrap=True)
+            outcome = self.run_trial(values, partial(_watch, trial))
+            result = f"held-out loss {outcome.loss}" if outcome.loss else f"{outcome.status}: {outcome.why}"
+            console.print(f"  {result}, {outcome.seconds:.0f} s", soft_wrap=True)
+            reported = study.trials[-1].intermediate_values
+            for step in outcome.watched.keys() - reported.keys():  # of a training that was made before
+                trial.report(outcome.watched[step], step)
+            value = outcome.mean if outcome.loss else None
+            study.tell(trial, value, TrialState[outcome.status.name])
+            self.tried.append((phase, outcome))
+            yield outcome
 
     def _is_late(self) -> bool:
         limit = self.recipe.sweep.seconds
-        if limit is None or sum({one.outcome.key: one.outcome.seconds for one in self.tried}.values()) < limit:
+        if limit is None or self.seconds < limit:
             return False
         note = f"trials were left out: sweep.seconds, {limit:g}, were over"
         self.notes += [] if note in self.notes else [note]
         return True
 
-    def _each(
-        self, phase: Phase, key: str, candidates: Sequence[tuple[Any, Values]], study: Study | None = None
-    ) -> list[Outcome]:
-        study = study or self.open_study(phase, {})
-        outcomes = []
-        for number, (value, values) in enumerate(candidates):
-            if phase is not Phase.RECIPE and self._is_late():
-                break
-            chosen = {key: value} if key else {}
-            attempt = self._attempt(study, chosen, values)
-            outcomes.append(self._one(phase, values, len(candidates) - number, attempt))
-        return outcomes
-
-    def _attempt(self, study: Study, chosen: Values, values: Values) -> Callable[[], Outcome]:
-        return lambda: study.attempt(chosen, values)
-
-    def _one(self, phase: Phase, values: Values, left: int, attempt: Callable[[], Outcome]) -> Outcome:
-        epochs = with_values(self.recipe, values).train.epochs
-        self.on_begin(phase, values, Plan((*[epochs] * left, *self._later)))
-        return self._end(phase, attempt())
-
-    def _end(self, phase: Phase, outcome: Outcome) -> Outcome:
-        self.tried.append(Tried(phase, outcome))
-        self.on_end(self.tried[-1])
-        return outcome
-
-    def _choose(self, outcomes: Sequence[Outcome]) -> Outcome:
-        if all(one.status is not Status.COMPLETE for one in outcomes):
-            whys = "; ".join(one.why or "" for one in outcomes)
-            raise TrainingError(f"no trial was completed: {whys}", todo="lower train.learning_rate in the recipe")
-        return self.comparison.choose(outcomes)
+    @property
+    def seconds(self) -> float:
+        """Duration of all trainings."""
+        return sum({trial.key: trial.seconds for _, trial in self.tried}.values())
 
 
-def _default_or_best(outcomes: Sequence[Outcome]) -> list[Outcome]:
-    """The first outcome is the default's; of others none is cheaper, so that the best of them comes next."""
-    return [outcomes[0], *sorted(outcomes[1:], key=lambda one: one.mean)]
+def learning_rates(recipe: Recipe) -> list[float]:
+    """Return the customary rates, scaled to the method's default, and the recipe's own, in ascending order."""
+    scale = recipe.usual_learning_rate / _LORA_RATE
+    return sorted({float(f"{rate * scale:.3g}") for rate in _RATES} | {recipe.learning_rate})
 
 
-def runner_up(tried: Sequence[Tried], winner: Outcome) -> Outcome | None:
-    """The best of the others; None where nothing else was completed."""
-    others = [one.outcome for one in tried if one.outcome.key != winner.key]
-    complete = [one for one in others if one.status is Status.COMPLETE]
-    return min(complete, key=lambda one: one.mean, default=None)
+def possible_ranks(recipe: Recipe) -> list[int]:
+    """Return the customary ranks, scaled to the method's default, and the recipe's own; none for full fine-tuning."""
+    if recipe.adapter_type is None:
+        return []
+    default = recipe.model_copy(update={"adapter": recipe.adapter.model_copy(update={"rank": None})}).rank
+    ranks = {rank * default // _LORA_RANK for rank in _RANKS} | {recipe.rank}
+    return sorted(rank for rank in ranks if rank < (recipe.adapter.initial_rank or math.inf))
+
+
+def _combinations(space: Space, most: int | None) -> Sequence[dict[str, Any] | None]:
+    """Return every combination of a space's values; where they are too many, None for each value of the sampler."""
+    lists = [values for values in space.values() if not isinstance(values, Between)]
+    if most is not None and (len(lists) < len(space) or math.prod(map(len, lists)) > most):
+        return [None] * most
+    return [dict(zip(space, chosen, strict=True)) for chosen in itertools.product(*lists)]
+
+
+def _distribution(values: Sequence[Any] | Between) -> BaseDistribution:
+    if not isinstance(values, Between):
+        return CategoricalDistribution(values)
+    if isinstance(values.low, int) and isinstance(values.high, int):
+        return IntDistribution(values.low, values.high, log=values.log)
+    return FloatDistribution(values.low, values.high, log=values.log)
+
+
+def _watch(trial: optuna.Trial, step: int, loss: float) -> None:
+    trial.report(loss, step)
+    if trial.should_prune():
+        raise optuna.TrialPruned(f"at step {step}, where it had {loss:.3f}")

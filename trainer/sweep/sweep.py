@@ -1,69 +1,57 @@
-"""A sweep from its first trial to its winner, and what is kept of it."""
+"""A sweep from its first trial to its winner, and its result as files and as a table."""
 
-from collections.abc import Callable
-from dataclasses import dataclass, field
-from functools import partial
-from typing import Any
+import shlex
+from pathlib import Path
 
 import yaml
 from pydantic import BaseModel, ConfigDict
+from rich.markup import escape
+from rich.table import Table
 
 from svc.disk import write_whole
 from svc.evaluation.estimate import Estimate
-from svc.terminal import console
-from trainer.recipe.sections import Recipe
-from trainer.sweep.outcome import Comparison, Outcome, Status
-from trainer.sweep.search import Plan, Search, Tried, runner_up
-from trainer.sweep.space import Phase, check_space
-from trainer.sweep.study import PhaseStudy
-from trainer.sweep.trial import answer_lengths
+from svc.terminal import console, output
+from trainer.recipe.sections import Between, Recipe
+from trainer.sweep.outcome import Comparison, Outcome, Summary
+from trainer.sweep.search import Phase, Search
 from trainer.sweep.values import Values, describe, with_values
 from trainer.sweep.workplace import Workplace
 
 RESULT_FILE, WINNER_FILE = "result.json", "winner.yaml"
 
 
-class Line(BaseModel):
-    """One trial in the table; of two phases that share a training, each has one.
+class Line(Summary):
+    """One row of the table; a training that serves two phases has two.
 
     Attributes:
         difference: held-out loss minus the winner's, on the same examples.
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
     phase: Phase
-    values: dict[str, Any]
-    status: Status
-    loss: Estimate | None
     difference: Estimate | None
-    steps: int
-    seconds: float
-    why: str | None = None
 
 
 class SweepResult(BaseModel):
-    """What a sweep has found.
+    """Result of a sweep. Losses are in nats per answer token.
 
     Attributes:
-        winner: what it changes in the recipe; nothing where the recipe as it is cannot be told apart from the best.
-        loss: the winner's; as those of `base` and `recipe`, nats an answer token.
-        recipe: of the recipe as it is; None where that was not completed.
-        runner_up: what the best of the others changes; None where there is none.
+        winner: values that the winner changes in the recipe; empty if nothing is better beyond chance.
+        recipe: loss of the recipe as it is; None if that trial was not completed.
+        runner_up: values of the best of the other trials; None if no other was completed.
         difference: held-out loss of the runner-up minus the winner's.
-        warning: where the two cannot be told apart.
-        seconds: of all trainings.
-        heldout: examples that trials are judged by.
-        notes: why a phase was left out, or gone beyond.
+        warning: set if the two cannot be told apart.
+        seconds: duration of all trainings.
+        heldout: number of examples that trials are judged by.
+        notes: why a phase was skipped or extended.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    winner: dict[str, Any]
+    winner: Values
     loss: Estimate
     base: Estimate
     recipe: Estimate | None
-    runner_up: dict[str, Any] | None
+    runner_up: Values | None
     difference: Estimate | None
     warning: str | None
     seconds: float
@@ -72,103 +60,101 @@ class SweepResult(BaseModel):
     trials: tuple[Line, ...]
 
 
-@dataclass
-class Clock:
-    """Foretells how long the rest takes, from what an epoch has taken."""
-
-    say: Callable[[str], None]
-    _seconds: float = 0.0
-    _epochs: float = 0.0
-    _known: set[str] = field(default_factory=set)
-
-    def begin(self, recipe: Recipe, phase: Phase, values: Values, plan: Plan) -> None:
-        """Says what comes, and how long it and the rest will take."""
-        trials = f"{len(plan.epochs)} trials" if len(plan.epochs) > 1 else "the last trial"
-        left = f", about {sum(plan.epochs) * self._seconds / self._epochs / 60:.0f} min left" if self._epochs else ""
-        self.say(f"[bold]{phase}[/bold]: {describe(values)} ({trials} to go{left})")
-
-    def end(self, recipe: Recipe, tried: Tried) -> None:
-        """Says what was found."""
-        outcome = tried.outcome
-        if outcome.status is Status.COMPLETE and outcome.key not in self._known:
-            self._known.add(outcome.key)
-            self._seconds += outcome.seconds
-            self._epochs += with_values(recipe, outcome.values).train.epochs
-        self.say(f"  held-out loss {outcome.loss}" if outcome.loss else f"  {outcome.status}: {outcome.why}")
-
-
 def run_sweep(place: Workplace) -> SweepResult:
-    """Tries what is left to try, and says what is best; the caller holds the place.
+    """Make the trials that are left and write the result; the caller holds the workplace.
 
     Raises:
         InterruptedRunError: a signal came; the same command goes on.
-        RecipeError: the recipe's space has a value that its key does not take.
+        RecipeError: a value of the recipe's space is not valid for its key.
         TrainingError: no trial was completed.
     """
-    check_space(place.recipe)
-    recipe, storage = place.recipe, f"sqlite:///{place.folder.absolute() / 'study.db'}"
-    base, comparison = place.base_loss(), Comparison(answer_lengths(place.data))
+    _check_space(place.recipe)
+    base = place.base_loss()
     console.print(f"  held-out loss of the base: {base}, {len(place.data.judged)} examples")
-    clock = Clock(partial(console.print, soft_wrap=True))
-    search = Search(
-        recipe,
-        comparison,
-        lambda phase, space: PhaseStudy(storage, phase, space, place.trials.run),
-        partial(clock.begin, recipe),
-        partial(clock.end, recipe),
-    )
-    winner = search.run()
-    result = summarize(search, winner, base, len(place.data.judged))
+    studies = place.folder.absolute() / "study.db"
+    studies.unlink(missing_ok=True)  # made again from the outcomes of trials, so that a kill leaves none half done
+    search = Search(place.recipe, Comparison(place.answer_lengths), place.run_trial, f"sqlite:///{studies}")
+    result = summarize(search, search.run(), base)
     write_whole(place.folder / RESULT_FILE, result.model_dump_json(indent=1).encode("utf-8"))
-    write_whole(place.folder / WINNER_FILE, recipe_text(with_values(recipe, winner.values)).encode("utf-8"))
+    write_whole(place.folder / WINNER_FILE, recipe_text(with_values(place.recipe, result.winner)).encode("utf-8"))
     return result
 
 
-def summarize(search: Search, winner: Outcome, base: Estimate, heldout: int) -> SweepResult:
-    """Puts the result together."""
-    second, compare = runner_up(search.tried, winner), search.comparison.difference
-    as_it_is = next((one.outcome for one in search.tried if one.phase is Phase.RECIPE), None)
-    difference = compare(winner, second) if second else None
+def _check_space(recipe: Recipe) -> None:
+    """Raise an error for a value that its key does not accept, before hours are spent."""
+    for key, values in (recipe.sweep.space or {}).items():
+        for value in (values.low, values.high) if isinstance(values, Between) else values:
+            with_values(recipe, {key: value})
+
+
+def summarize(search: Search, winner: Outcome, base: Estimate) -> SweepResult:
+    """Return the result of a search."""
+    compare, trials = search.comparison, [trial for _, trial in search.tried]
+    others = [trial for trial in trials if trial.loss and trial.key != winner.key]
+    second = min(others, key=lambda trial: trial.mean, default=None)
+    difference = compare.difference(winner, second) if second else None
     warning = None
-    if second and difference and not search.comparison.distinct(winner, second):
+    if second and not compare.distinct(winner, second):
         warning = (
             f"cannot be told apart from {describe(second.values)}: held-out loss differs by {difference}, "
             "an interval with 0 in it; more held-out examples would tell"
         )
     lines = [
         Line(
-            phase=one.phase,
-            values=one.outcome.values,
-            status=one.outcome.status,
-            loss=one.outcome.loss,
-            difference=compare(winner, one.outcome) if one.outcome.loss else None,
-            steps=one.outcome.steps,
-            seconds=round(one.outcome.seconds, 1),
-            why=one.outcome.why,
+            phase=phase,
+            difference=compare.difference(winner, trial) if trial.loss else None,
+            **trial.model_dump(include=set(Summary.model_fields)),
         )
-        for one in search.tried
+        for phase, trial in search.tried
     ]
     assert winner.loss is not None  # noqa: S101 - only a trial that was completed is chosen
     return SweepResult(
         winner=winner.values,
         loss=winner.loss,
         base=base,
-        recipe=as_it_is.loss if as_it_is else None,
+        recipe=next((line.loss for line in lines if line.phase is Phase.RECIPE), None),
         runner_up=second.values if second else None,
         difference=difference,
         warning=warning,
-        seconds=round(sum({one.outcome.key: one.outcome.seconds for one in search.tried}.values()), 1),
-        heldout=heldout,
+        seconds=round(search.seconds, 1),
+        heldout=len(winner.heldout_each),
         notes=tuple(search.notes),
         trials=tuple(lines),
     )
 
 
 def recipe_text(recipe: Recipe) -> str:
-    """A whole recipe as YAML, with absolute paths."""
+    """Return a complete recipe as YAML, with absolute paths."""
     return yaml.safe_dump(recipe.model_dump(mode="json", exclude_unset=True), sort_keys=False, allow_unicode=True)
 
 
 def settings_of_winner(result: SweepResult) -> list[str]:
-    """As `--set` takes them: values in YAML, in which 5e-05 is a text."""
+    """Return the winner's values as `--set` takes them: in YAML, where 5e-05 would be a text."""
     return [f"{key}={yaml.safe_dump(value).splitlines()[0]}" for key, value in result.winner.items()]
+
+
+def print_sweep(result: SweepResult, folder: Path, picture: Path) -> None:
+    """Print the result to stdout."""
+    table = Table("phase", "trial", "held-out loss", "minus the winner's", "steps", "time", box=None)
+    for line in result.trials:
+        name = escape(describe(line.values))
+        loss = str(line.loss) if line.loss else f"[dim]{line.status} {escape(line.why or '')}[/dim]"
+        table.add_row(
+            line.phase,
+            f"[bold]{name}[/bold]" if line.values == result.winner else name,
+            loss,
+            str(line.difference or ""),
+            str(line.steps or ""),
+            f"{line.seconds:.0f} s",
+        )
+    output.print(table)
+    output.print(f"\nheld-out loss, nats an answer token, on {result.heldout} examples, with 95 % intervals")
+    output.print(f"base {result.base}, the recipe as it is {result.recipe or '-'}, the winner {result.loss}")
+    output.print(f"[bold]winner: {escape(describe(result.winner))}[/bold]")
+    if result.warning:
+        output.print(f"[yellow]{escape(result.warning)}[/yellow]")
+    for note in result.notes:
+        output.print(f"[dim]{escape(note)}[/dim]")
+    if flags := "".join(f" --set {shlex.quote(flag)}" for flag in settings_of_winner(result)):
+        output.print(f"as flags of svc train:{flags}", markup=False, soft_wrap=True)
+    output.print(f"as a recipe: {folder / WINNER_FILE}\npicture: {picture}", markup=False, soft_wrap=True)

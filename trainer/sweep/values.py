@@ -1,4 +1,4 @@
-"""What a trial changes in a recipe: dotted keys with their values."""
+"""The changes that a trial makes in a recipe: dotted keys with their values."""
 
 import hashlib
 import json
@@ -11,17 +11,16 @@ from svc.errors import RecipeError
 from trainer.recipe.sections import Recipe
 
 Values = Mapping[str, Any]
-"""As `{"train.learning_rate": 1e-4}`."""
+"""For example `{"train.learning_rate": 1e-4}`."""
 
 
 def with_values(recipe: Recipe, values: Values) -> Recipe:
-    """The recipe with other values, and without a search of its own.
+    """Return the recipe with other values, and without its section `sweep`.
 
     Raises:
-        RecipeError: a value that its key does not take, or that does not go with the others.
+        RecipeError: a value is not valid for its key, or does not fit the others.
     """
-    content = recipe.model_dump(exclude_unset=True)
-    content.pop("sweep", None)
+    content = recipe.model_dump(exclude_unset=True, exclude={"sweep"})
     for key, value in values.items():
         section, _, name = key.partition(".")
         content[section] = content.get(section, {}) | {name: value}
@@ -35,23 +34,19 @@ def with_values(recipe: Recipe, values: Values) -> Recipe:
 
 
 def training_key(recipe: Recipe) -> str:
-    """Names what a trial of a recipe trains: the same for a default and for the value that it stands for."""
-    adapter, train = recipe.adapter.model_dump(mode="json"), recipe.train.model_dump(mode="json")
-    train |= {"learning_rate": recipe.learning_rate}
-    if train["steps"] is not None:
-        train.pop("epochs")
-    if recipe.adapter_type is not None:
-        adapter |= {"type": recipe.adapter_type, "rank": recipe.rank, "alpha": recipe.alpha}
-        adapter |= {"initial_rank": recipe.initial_rank}
-    return hashlib.sha256(json.dumps([adapter, train], sort_keys=True).encode()).hexdigest()[:12]
+    """Return a name for what a trial trains: the same for a default and for the value that it stands for."""
+    content = recipe.flat()
+    if recipe.train.steps is not None:
+        content.pop("train.epochs")
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:12]
 
 
 def describe(values: Values) -> str:
-    """For a person: `learning_rate 0.0002, rank 8`."""
-    said = [f"{key.rpartition('.')[2]} {show(value)}" for key, value in values.items() if value is not None]
-    return ", ".join(said) or "as the recipe says"
+    """Return values as text for a person: `learning_rate 0.0002, rank 8`."""
+    parts = [f"{key.rpartition('.')[2]} {show(value)}" for key, value in values.items() if value is not None]
+    return ", ".join(parts) or "as the recipe says"
 
 
 def show(value: Any) -> str:
-    """One value."""
+    """Return one value as text."""
     return f"{value:g}" if isinstance(value, int | float) and not isinstance(value, bool) else str(value)

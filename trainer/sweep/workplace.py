@@ -1,92 +1,88 @@
-"""What the trials of one command share: folder, lock, data as token ids, base, runs in MLflow.
+"""The folder of one sweep or learning curve: its lock, its trainings and their runs in MLflow.
 
-$SVC_HOME/sweeps/NAME-KEY/   lock  mlflow.json  base.json  trials/KEY/  study.db  result.json  winner.yaml
+    $SVC_HOME/sweeps/NAME-KEY/   lock  mlflow.json  base.json  study.db  result.json  winner.yaml  trials.svg
+        trials/KEY/              mlflow.json  checkpoints/  outcome.json
+
+Base and examples are read once for all trainings. `outcome.json` is written last: a training that was cut off goes on
+from its checkpoint. Imports torch when it trains.
 """
 
 import hashlib
 import json
 import random
-from collections.abc import Iterator, Mapping, Sequence
+import shutil
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from svc.chat_template import choose_template_kwargs
-from svc.dataset.schema.example import ChatExample
 from svc.dataset.schema.tokenized_example import TokenizedExample
 from svc.disk import write_whole
-from svc.engine.capabilities import Capabilities
-from svc.errors import InterruptedRunError
-from svc.evaluation.estimate import Estimate
+from svc.engine.capabilities import NumberType
+from svc.errors import InterruptedRunError, TrainingError
+from svc.evaluation.estimate import Estimate, mean
 from svc.json_file import read_json_object
 from svc.lock import hold_lock
-from svc.registry.tracking import Tracking
+from svc.registry.tracking import HELDOUT_LOSS, PARENT, RUN_NAME, Tracking
 from svc.terminal import console
 from svc.training_runs import RUN_LOCK
 from trainer.base_model.resolve import Base
+from trainer.model.memory import release_memory
 from trainer.pipeline.examples import Examples
 from trainer.pipeline.stage_key import stage_keys
+from trainer.pipeline.tracked_run import tracked_run
 from trainer.recipe.sections import Recipe
 from trainer.recipe.stage import Stage
-from trainer.sweep.trial import MlflowRuns, Train, Trials, heldout_loss
+from trainer.sweep.outcome import Outcome, Status
+from trainer.sweep.values import Values, describe, training_key, with_values
 
 if TYPE_CHECKING:
     from trainer.training.loaded_base import LoadedBase
     from trainer.training.trial import TrialData
 
+Watch = Callable[[int, float], None]
+"""Takes a step and the held-out loss there; raises `optuna.TrialPruned`."""
 _Sampled = TypeVar("_Sampled")
-_JUDGED, _WATCHED = 200, 64
-"""Most held-out examples that trials are judged by, and that are measured while they train."""
+_MAX_JUDGED, _MAX_WATCHED = 200, 64
+"""Held-out examples that trials are judged by, and that are measured while they train."""
 
 
 @dataclass(frozen=True)
 class Workplace:
-    """One command's.
+    """The trainings of one command; the same recipe, data and base have the same folder.
 
     Args:
-        folder: found again by a command with the same recipe, data and base.
-        train: trains one trial; default: for real.
+        sweeps: folder of all sweeps and curves.
+        kind: `sweep` or `curve`.
+        number_type: of matrix products in training.
     """
 
-    folder: Path
-    experiment: str
+    sweeps: Path
+    kind: str
     recipe: Recipe
     base: Base
     examples: Examples
     tracking: Tracking
-    capabilities: Capabilities
-    train: Train | None = None
+    number_type: NumberType
 
-    @classmethod
-    def of(
-        cls,
-        sweeps: Path,
-        kind: str,
-        recipe: Recipe,
-        base: Base,
-        examples: Examples,
-        tracking: Tracking,
-        capabilities: Capabilities,
-    ) -> "Workplace":
-        """The one that a recipe means.
-
-        Args:
-            kind: `sweep` or `curve`.
-        """
-        said = [kind, stage_keys(recipe, base, examples)[Stage.TRAIN], examples.heldout_fingerprint]
-        said.append(recipe.sweep.model_dump_json())
-        key = hashlib.sha256(json.dumps(said).encode()).hexdigest()[:12]
-        folder, experiment = sweeps / f"{recipe.name}-{key}", f"{recipe.name}-{kind}"
-        return cls(folder, experiment, recipe, base, examples, tracking, capabilities)
+    @cached_property
+    def folder(self) -> Path:
+        """The folder, which may not exist yet."""
+        train_key = stage_keys(self.recipe, self.base, self.examples)[Stage.TRAIN]
+        content = [self.kind, train_key, self.examples.heldout_fingerprint, self.recipe.sweep.model_dump_json()]
+        key = hashlib.sha256(json.dumps(content).encode()).hexdigest()[:12]
+        return self.sweeps / f"{self.recipe.name}-{key}"
 
     @contextmanager
     def held(self) -> Iterator[None]:
-        """Works in it alone.
+        """Hold the folder's lock.
 
         Raises:
-            BusyError: another process does.
+            BusyError: another process holds it.
             InterruptedRunError: Ctrl-C or SIGTERM between two trainings.
         """
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -99,11 +95,6 @@ class Workplace:
                 ) from error
 
     @cached_property
-    def parent(self) -> str:
-        """The run in MLflow that the trials' runs are below."""
-        return self._runs.of(self.folder, self.folder.name, {"tuneserve.base": self.base.origin})
-
-    @cached_property
     def loaded(self) -> "LoadedBase":
         """The base, read once."""
         from trainer.training.loaded_base import LoadedBase
@@ -112,64 +103,121 @@ class Workplace:
 
     @cached_property
     def data(self) -> "TrialData":
-        """The examples as token ids; of held-out ones a random sample where there are many."""
+        """The examples as token ids; of many held-out ones a random sample."""
+        from trainer.data.chat_template import tokenize_as_trained
         from trainer.training.trial import TrialData
 
-        drawn = random.Random(0)  # noqa: S311 - no secret
-        heldout = self._tokenize(_sample(self.examples.heldout, _JUDGED, drawn))
-        watched = _sample(heldout, _WATCHED, drawn)
-        return TrialData(
-            self._tokenize(self.examples.train), sorted(watched, key=_length), sorted(heldout, key=_length)
-        )
+        generator = random.Random(0)  # noqa: S311 - no secret
+        kwargs = choose_template_kwargs(self.base.folder, self.recipe.chat_template_kwargs)
+        train = tokenize_as_trained(self.base.folder, self.examples.train, kwargs)
+        heldout = _sample(self.examples.heldout, _MAX_JUDGED, generator)
+        judged = tokenize_as_trained(self.base.folder, heldout, kwargs)
+        watched = _sample(judged, _MAX_WATCHED, generator)
+        return TrialData(train, sorted(watched, key=_length), sorted(judged, key=_length))
 
     @cached_property
-    def trials(self) -> Trials:
-        """Trains, or finds what was trained."""
-        return Trials(
-            self.recipe,
-            self.loaded,
-            self.data,
-            self.folder / "trials",
-            self._runs,
-            self.parent,
-            self.capabilities.training_type,
-            self.train,
-        )
+    def answer_lengths(self) -> tuple[int, ...]:
+        """Number of answer tokens of each judged example."""
+        return tuple(sum(end - start for start, end in row.learnt) for row in self.data.judged)
 
     def base_loss(self) -> Estimate:
-        """Of the base, measured once."""
+        """Return the held-out loss of the base, which is measured once."""
         from trainer.training.trial import untrained_losses
 
         path = self.folder / "base.json"
         if not path.is_file():
             console.print("  held-out loss of the base")
             each = untrained_losses(
-                self.loaded, self.data, self.recipe, self.folder / "base", number_type=self.capabilities.training_type
+                self.loaded, self.data, self.recipe, self.folder / "base", number_type=self.number_type
             )
             write_whole(path, json.dumps({"heldout_each": each}).encode("utf-8"))
-        return heldout_loss(self.data, read_json_object(path)["heldout_each"])
+        return mean(read_json_object(path)["heldout_each"], self.answer_lengths)
+
+    def run_trial(self, values: Values, watch: Watch, train: Sequence[TokenizedExample] | None = None) -> Outcome:
+        """Train, or return the outcome of an earlier training.
+
+        Args:
+            values: changes in the recipe.
+            watch: called with each step and its held-out loss; prunes the trial by raising `optuna.TrialPruned`.
+            train: examples to train on; None for all.
+
+        Raises:
+            InterruptedRunError: a signal came; the training goes on in the next call.
+        """
+        recipe = with_values(self.recipe, values)
+        key = training_key(recipe) + ("" if train is None else f"-{len(train)}")
+        path = self.folder / "trials" / key / "outcome.json"
+        if path.is_file():
+            known = Outcome.model_validate_json(path.read_bytes())
+            return known.model_copy(update={"values": dict(values)})  # another phase may name the same values otherwise
+        name = describe(values) if train is None else f"{len(train)} examples"
+        run_id = self._run_id(path.parent, name, {PARENT: self._parent, "tuneserve.trial": key})
+        self.tracking.log_parameters(run_id, recipe.flat())
+
+        data = self.data if train is None else replace(self.data, train=train)
+        started = time.monotonic()
+        result = self._train(data, recipe, path.parent, run_id, watch)
+        seconds = round(time.monotonic() - started, 1)
+        outcome = Outcome(key=key, values=dict(values), seconds=seconds, **result)
+        figures = {"trial_seconds": seconds}
+        if loss := outcome.loss:
+            figures["trial_heldout_loss"] = loss.value
+            figures |= {"trial_heldout_loss_low": loss.low, "trial_heldout_loss_high": loss.high}
+        self.tracking.log_metrics(run_id, figures, outcome.steps)
+        self.tracking.end_run(run_id, failed=outcome.status is Status.FAIL)
+        write_whole(path, outcome.model_dump_json().encode("utf-8"))
+        shutil.rmtree(path.parent / "checkpoints", ignore_errors=True)
+        release_memory()
+        return outcome
 
     def publish(self, figures: Mapping[str, float], *files: Path) -> None:
-        """Adds a result to the run in MLflow, and ends that."""
-        self.tracking.log_metrics(self.parent, dict(figures))
+        """Add a result to the parent run in MLflow, and end that run."""
+        self.tracking.log_metrics(self._parent, dict(figures))
         for file in files:
-            self.tracking.log_file(self.parent, file)
-        self.tracking.end_run(self.parent)
+            self.tracking.log_file(self._parent, file)
+        self.tracking.end_run(self._parent)
 
-    @property
-    def _runs(self) -> MlflowRuns:
-        return MlflowRuns(self.tracking, self.experiment)
+    def _train(self, data: "TrialData", recipe: Recipe, folder: Path, run_id: str, watch: Watch) -> dict[str, Any]:
+        """Return the fields of an outcome that the training decides."""
+        from optuna import TrialPruned
 
-    def _tokenize(self, examples: Sequence[ChatExample]) -> list[TokenizedExample]:
-        from trainer.data.chat_template import stop_tokens, tokenize_examples
+        from trainer.training.trial import train_trial
 
-        kwargs = choose_template_kwargs(self.base.folder, self.recipe.chat_template_kwargs)
-        tokenizer = self.loaded.tokenizer
-        return tokenize_examples(tokenizer, examples, stop_tokens(self.base.folder, tokenizer), kwargs)
+        path = folder / "watched.json"  # what was measured before an interruption
+        watched = {int(step): loss for step, loss in read_json_object(path, {}).items()}
+
+        def report(step: int, figures: dict[str, float]) -> None:
+            self.tracking.log_metrics(run_id, figures, step)
+            if HELDOUT_LOSS in figures and step not in watched:
+                watched[step] = figures[HELDOUT_LOSS]
+                write_whole(path, json.dumps(watched).encode("utf-8"))
+                watch(step, watched[step])
+
+        try:
+            for step, loss in watched.items():
+                watch(step, loss)
+            run = train_trial(self.loaded, data, recipe, folder / "checkpoints", report, number_type=self.number_type)
+        except TrialPruned as pruned:
+            return {"status": Status.PRUNED, "why": str(pruned), "watched": watched}
+        except TrainingError as error:
+            return {"status": Status.FAIL, "why": error.wrong, "watched": watched}
+        loss = mean(run.heldout_each, self.answer_lengths)
+        result = {"loss": loss, "heldout_each": run.heldout_each, "points": run.points, "steps": run.steps}
+        return {"status": Status.COMPLETE, "watched": watched, **result}
+
+    @cached_property
+    def _parent(self) -> str:
+        return self._run_id(self.folder, self.folder.name, {"tuneserve.base": self.base.origin})
+
+    def _run_id(self, folder: Path, name: str, tags: Mapping[str, str]) -> str:
+        experiment = f"{self.recipe.name}-{self.kind}"
+        return tracked_run(
+            folder / "mlflow.json", lambda: self.tracking.start_run(experiment, {RUN_NAME: name, **tags})
+        )
 
 
-def _sample(values: Sequence[_Sampled], most: int, drawn: random.Random) -> list[_Sampled]:
-    return list(values) if len(values) <= most else drawn.sample(list(values), most)
+def _sample(values: Sequence[_Sampled], most: int, generator: random.Random) -> Sequence[_Sampled]:
+    return values if len(values) <= most else generator.sample(values, most)
 
 
 def _length(row: TokenizedExample) -> int:

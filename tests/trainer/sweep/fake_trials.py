@@ -4,12 +4,13 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from optuna import TrialPruned
+
 from svc.evaluation.estimate import mean
-from svc.evaluation.training_curve import TrainingPoint
 from trainer.recipe.sections import Recipe
-from trainer.sweep.outcome import Outcome, Pruned, Status
-from trainer.sweep.study import Watch
+from trainer.sweep.outcome import Outcome, Status
 from trainer.sweep.values import Values, training_key, with_values
+from trainer.sweep.workplace import Watch
 
 LEVELS = (0.2, 0.5, 0.9, 1.4, 0.7, 0.3, 1.1, 0.8)
 """How hard each held-out example is."""
@@ -29,7 +30,7 @@ def outcome(
 
 @dataclass
 class FakeTrials:
-    """Stands for `Trials.run`.
+    """Stands for the trainings of a workplace.
 
     Attributes:
         made: values of each training, in order.
@@ -56,15 +57,16 @@ class FakeTrials:
         self.made.append(dict(values))
         loss = self.landscape(recipe)
         if self.diverges(recipe):
-            return Outcome(key=key, values=dict(values), status=Status.FAILED, why="the loss is nan")
+            return Outcome(key=key, values=dict(values), status=Status.FAIL, why="the loss is nan")
+        watched: dict[int, float] = {}
         try:
-            try:
-                watch(1, loss + 1)
-            finally:
-                if broken := self.broken.get(len(self.made)):
-                    raise broken
-            watch(2, loss + 0.5)
-        except Pruned as pruned:
-            return Outcome(key=key, values=dict(values), status=Status.PRUNED, why=str(pruned))
-        points = tuple(TrainingPoint(step=step, epoch=1, heldout_loss=loss + 1.5 - step / 2) for step in (1, 2))
-        return outcome(loss, key, values, points=points)
+            for step in (1, 2):
+                watched[step] = loss + 1.5 - step / 2
+                try:
+                    watch(step, watched[step])
+                finally:
+                    if step == 1 and (broken := self.broken.get(len(self.made))):
+                        raise broken
+        except TrialPruned as pruned:
+            return Outcome(key=key, values=dict(values), status=Status.PRUNED, why=str(pruned), watched=watched)
+        return outcome(loss, key, values, watched=watched)

@@ -152,7 +152,8 @@ for line in sys.stdin:
             recipe = load_recipe(Path(sys.argv[1]))
             base = Base(Path(recipe.base), recipe.base, "Apache-2.0", "sha256:0")
             tracking = Tracking(sys.argv[2])
-            place = Workplace.of(sweeps, "sweep", recipe, base, read_run_examples(recipe), tracking, AVX512)
+            examples, number_type = read_run_examples(recipe), AVX512.training_type
+            place = Workplace(sweeps, "sweep", recipe, base, examples, tracking, number_type)
             with place.held():
                 run_sweep(place)
             code = 0
@@ -224,6 +225,6 @@ def test_ctrl_c_between_trainings_ends_it_as_in_one(tmp_path: Path) -> None:
 
     examples = Examples((), (), "", "", ())
     base = Base(tmp_path, "./base", None, "sha256:0")
-    place = Workplace(tmp_path / "place", "x", make_recipe(), base, examples, Tracking(""), AVX512)
+    place = Workplace(tmp_path, "sweep", make_recipe(), base, examples, Tracking(""), AVX512.training_type)
     with pytest.raises(InterruptedRunError), place.held():
         raise KeyboardInterrupt

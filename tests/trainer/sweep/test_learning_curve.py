@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from svc.evaluation.estimate import Estimate, mean
-from trainer.sweep.learning_curve import LearningCurve, Point, Verdict, fit, foretell, nested_subsets
+from trainer.sweep.learning_curve import LearningCurve, Point, Verdict, extrapolate, fit, nested_subsets
 
 SIZES = (100, 250, 500, 1000)
 BASE = Estimate(value=3, low=3, high=3)
@@ -23,7 +23,7 @@ def curve_of(losses: tuple[float, ...], noise: float = 0.0, sizes: tuple[int, ..
     points = [
         Point(examples=size, loss=mean(row.tolist()), steps=1, seconds=1) for size, row in zip(sizes, each, strict=True)
     ]
-    return foretell(points, [row.tolist() for row in each], [1] * 50, BASE)
+    return extrapolate(points, [row.tolist() for row in each], [1] * 50, BASE)
 
 
 @given(st.floats(0, 2), st.floats(0.5, 20), st.floats(0.1, 1.5))

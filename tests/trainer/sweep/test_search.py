@@ -9,13 +9,10 @@ from optuna.storages import InMemoryStorage
 
 from svc.errors import TrainingError
 from tests.trainer.conftest import make_recipe
-from tests.trainer.sweep.fake_trials import TOKENS, FakeTrials, Landscape, outcome
+from tests.trainer.sweep.fake_trials import TOKENS, FakeTrials, Landscape
 from trainer.recipe.sections import Recipe
 from trainer.sweep.outcome import Comparison, Outcome, Status
-from trainer.sweep.search import Plan, Search, Tried, runner_up
-from trainer.sweep.space import DROPOUT, EPOCHS, RANK, RATE, STEPS, TARGETS, Phase
-from trainer.sweep.study import PhaseStudy
-from trainer.sweep.values import Values
+from trainer.sweep.search import DROPOUT, EPOCHS, RANK, RATE, STEPS, TARGETS, Phase, Search
 
 
 def bowl(best: float) -> Landscape:
@@ -28,22 +25,10 @@ class Sweep:
 
     def __init__(self, recipe: Recipe, landscape: Landscape, **fake: Any) -> None:
         self.trials = FakeTrials(recipe, landscape, **fake)
-        self.storage = InMemoryStorage()
-        self.plans: list[int] = []
         self.search = self._fresh()
 
     def _fresh(self) -> Search:
-        def begin(phase: Phase, values: Values, plan: Plan) -> None:
-            self.plans.append(len(plan.epochs))
-
-        recipe, run = self.trials.recipe, self.trials.run
-        return Search(
-            recipe,
-            Comparison(TOKENS),
-            lambda phase, space: PhaseStudy(self.storage, phase, space, run),
-            begin,
-            lambda tried: None,
-        )
+        return Search(self.trials.recipe, Comparison(TOKENS), self.trials.run, InMemoryStorage())
 
     def run(self) -> Outcome:
         return self.search.run()
@@ -54,7 +39,7 @@ class Sweep:
         return self.search.run()
 
     def of(self, phase: Phase) -> list[Outcome]:
-        return [one.outcome for one in self.search.tried if one.phase is phase]
+        return [trial for tried_in, trial in self.search.tried if tried_in is phase]
 
 
 Make = Callable[..., Sweep]
@@ -216,8 +201,7 @@ def test_after_kills_it_makes_the_trials_of_one_that_was_not_killed(
         with pytest.raises(Killed):
             cut.run() if attempt == 0 else cut.again()
     assert cut.again().values == won.values
-    assert [one.outcome.values for one in cut.search.tried] == [one.outcome.values for one in whole.search.tried]
-    assert [one.outcome.status for one in cut.search.tried] == [one.outcome.status for one in whole.search.tried]
+    assert cut.search.tried == whole.search.tried
     once = [values for place, values in enumerate(cut.trials.made, start=1) if place not in kills]
     assert once == whole.trials.made
 
@@ -252,14 +236,7 @@ def test_seconds_end_it(make: Make) -> None:
     assert any("sweep.seconds" in note for note in sweep.search.notes)
 
 
-def test_the_runner_up_is_the_best_of_the_others() -> None:
-    tried = [Tried(Phase.SPACE, outcome(loss, key)) for key, loss in (("a", 1.0), ("b", 0.5), ("c", 0.7))]
-    found = runner_up(tried, tried[1].outcome)
-    assert found is not None
-    assert found.key == "c"
-
-
-def test_what_is_left_is_known_before_each_trial(make: Make) -> None:
-    sweep = make(bowl(1e-4))
-    sweep.run()
-    assert sweep.plans[:6] == [9, 9, 8, 7, 6, 5]  # the second is known by the first
+def test_the_recipe_wins_when_its_trial_takes_all_the_time(make: Make) -> None:
+    sweep = make(bowl(1e-4), sweep={"seconds": 0.5}, adapter={"targets": "attention"})
+    assert sweep.run().values == {}
+    assert len(sweep.search.tried) == 1

@@ -8,23 +8,21 @@ import pytest
 from svc.evaluation.estimate import Estimate
 from svc.yaml_text import parse_yaml
 from tests.trainer.conftest import make_recipe
-from tests.trainer.sweep.fake_trials import LEVELS, TOKENS, outcome
+from tests.trainer.sweep.fake_trials import LEVELS, TOKENS, FakeTrials, outcome
 from trainer.recipe.file import load_recipe
 from trainer.sweep.outcome import Comparison, Outcome, Status
 from trainer.sweep.picture import draw_sweep
-from trainer.sweep.render import print_sweep
-from trainer.sweep.search import Plan, Search, Tried
-from trainer.sweep.space import RANK, RATE, Phase
-from trainer.sweep.sweep import Clock, SweepResult, recipe_text, settings_of_winner, summarize
+from trainer.sweep.search import RANK, RATE, Phase, Search
+from trainer.sweep.sweep import SweepResult, print_sweep, recipe_text, settings_of_winner, summarize
 from trainer.sweep.values import describe, training_key, with_values
 
 BASE = Estimate(value=3, low=2, high=4)
 
 
 def result_of(winner: Outcome, *others: Outcome) -> SweepResult:
-    search = Search(make_recipe(), Comparison(TOKENS), lambda *_: None, lambda *_: None, lambda *_: None)  # type: ignore[arg-type]
-    search.tried += [Tried(Phase.LEARNING_RATE, one) for one in (winner, *others)]
-    return summarize(search, winner, BASE, len(LEVELS))
+    tried = [(Phase.LEARNING_RATE, trial) for trial in (winner, *others)]
+    recipe = make_recipe()
+    return summarize(Search(recipe, Comparison(TOKENS), FakeTrials(recipe, lambda _: 0).run, "", tried), winner, BASE)
 
 
 def test_a_winner_that_is_better_beyond_chance_has_no_warning() -> None:
@@ -59,14 +57,9 @@ def test_the_recipe_of_the_winner_is_whole_and_has_no_search() -> None:
     assert type(recipe).model_validate(content) == with_values(recipe, {RANK: 8})
 
 
-def test_time_left_follows_from_what_an_epoch_has_taken() -> None:
-    said: list[str] = []
-    clock, recipe = Clock(said.append), make_recipe()
-    clock.begin(recipe, Phase.RECIPE, {}, Plan((1.0, 1.0, 1.0, 2.0)))
-    clock.end(recipe, Tried(Phase.RECIPE, outcome(0, "a", {}, seconds=60)))
-    clock.begin(recipe, Phase.RANK, {RANK: 8}, Plan((1.0, 1.0, 2.0)))
-    assert "left" not in said[0]
-    assert said[2] == "[bold]rank[/bold]: rank 8 (3 trials to go, about 4 min left)"
+def test_the_runner_up_is_the_best_of_the_others() -> None:
+    winner, *others = (outcome(loss, key, {RATE: loss}) for key, loss in (("b", 0.5), ("a", 1.0), ("c", 0.7)))
+    assert result_of(winner, *others).runner_up == {RATE: 0.7}
 
 
 def test_the_table_shows_every_trial_and_why_some_were_given_up(
