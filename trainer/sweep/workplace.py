@@ -17,7 +17,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 from svc.chat_template import choose_template_kwargs
 from svc.dataset.schema.tokenized_example import TokenizedExample
@@ -46,7 +46,6 @@ if TYPE_CHECKING:
 
 Watch = Callable[[int, float], None]
 """Takes a step and the held-out loss there; raises `optuna.TrialPruned`."""
-_Sampled = TypeVar("_Sampled")
 _MAX_JUDGED, _MAX_WATCHED = 200, 64
 """Held-out examples that trials are judged by, and that are measured while they train."""
 
@@ -110,10 +109,10 @@ class Workplace:
         generator = random.Random(0)  # noqa: S311 - no secret
         kwargs = choose_template_kwargs(self.base.folder, self.recipe.chat_template_kwargs)
         train = tokenize_as_trained(self.base.folder, self.examples.train, kwargs)
-        heldout = _sample(self.examples.heldout, _MAX_JUDGED, generator)
-        judged = tokenize_as_trained(self.base.folder, heldout, kwargs)
-        watched = _sample(judged, _MAX_WATCHED, generator)
-        return TrialData(train, sorted(watched, key=_length), sorted(judged, key=_length))
+        heldout = generator.sample(self.examples.heldout, min(_MAX_JUDGED, len(self.examples.heldout)))
+        judged = sorted(tokenize_as_trained(self.base.folder, heldout, kwargs), key=lambda row: len(row.input_ids))
+        watched = generator.sample(range(len(judged)), min(_MAX_WATCHED, len(judged)))
+        return TrialData(train, [judged[place] for place in sorted(watched)], judged)
 
     @cached_property
     def answer_lengths(self) -> tuple[int, ...]:
@@ -154,9 +153,8 @@ class Workplace:
         run_id = self._run_id(path.parent, name, {PARENT: self._parent, "tuneserve.trial": key})
         self.tracking.log_parameters(run_id, recipe.flat())
 
-        data = self.data if train is None else replace(self.data, train=train)
         started = time.monotonic()
-        result = self._train(data, recipe, path.parent, run_id, watch)
+        result = self._train(train or self.data.train, recipe, path.parent, run_id, watch)
         seconds = round(time.monotonic() - started, 1)
         outcome = Outcome(key=key, values=dict(values), seconds=seconds, **result)
         figures = {"trial_seconds": seconds}
@@ -177,7 +175,9 @@ class Workplace:
             self.tracking.log_file(self._parent, file)
         self.tracking.end_run(self._parent)
 
-    def _train(self, data: "TrialData", recipe: Recipe, folder: Path, run_id: str, watch: Watch) -> dict[str, Any]:
+    def _train(
+        self, train: Sequence[TokenizedExample], recipe: Recipe, folder: Path, run_id: str, watch: Watch
+    ) -> dict[str, Any]:
         """Return the fields of an outcome that the training decides."""
         from optuna import TrialPruned
 
@@ -196,7 +196,8 @@ class Workplace:
         try:
             for step, loss in watched.items():
                 watch(step, loss)
-            run = train_trial(self.loaded, data, recipe, folder / "checkpoints", report, number_type=self.number_type)
+            data, checkpoints = replace(self.data, train=train), folder / "checkpoints"
+            run = train_trial(self.loaded, data, recipe, checkpoints, report, number_type=self.number_type)
         except TrialPruned as pruned:
             return {"status": Status.PRUNED, "why": str(pruned), "watched": watched}
         except TrainingError as error:
@@ -214,11 +215,3 @@ class Workplace:
         return tracked_run(
             folder / "mlflow.json", lambda: self.tracking.start_run(experiment, {RUN_NAME: name, **tags})
         )
-
-
-def _sample(values: Sequence[_Sampled], most: int, generator: random.Random) -> Sequence[_Sampled]:
-    return values if len(values) <= most else generator.sample(values, most)
-
-
-def _length(row: TokenizedExample) -> int:
-    return len(row.input_ids)

@@ -1,0 +1,81 @@
+"""Trainings of a sweep that are interrupted, pruned or asked for twice."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from optuna import TrialPruned
+
+from svc.dataset.schema.tokenized_example import TokenizedExample
+from svc.engine.capabilities import NumberType
+from svc.errors import InterruptedRunError
+from svc.registry.tracking import Tracking
+from tests.trainer.conftest import make_recipe
+from trainer.base_model.resolve import Base
+from trainer.pipeline.examples import Examples
+from trainer.sweep.outcome import Status
+from trainer.sweep.workplace import Workplace
+
+pytestmark = pytest.mark.slow  # imports torch
+
+
+@pytest.fixture
+def place(tmp_path: Path, tracking: Tracking) -> Workplace:
+    from trainer.training.trial import TrialData
+
+    base, examples = Base(tmp_path, "./base", None, "sha256:0"), Examples((), (), "", "", ())
+    place = Workplace(tmp_path, "sweep", make_recipe(), base, examples, tracking, NumberType.FLOAT32)
+    row = TokenizedExample((1, 2), ((1, 2),))
+    vars(place)["data"] = TrialData([row], [row], [row])
+    return place
+
+
+@pytest.fixture
+def trainings(monkeypatch: pytest.MonkeyPatch) -> list[list[tuple[int, float]]]:
+    """What each training measures before it is interrupted; the last one completes."""
+    from trainer.training.trial import TrialRun
+
+    left: list[list[tuple[int, float]]] = []
+
+    def train(base: Any, data: Any, recipe: Any, checkpoints: Path, report: Any, **others: Any) -> TrialRun:
+        for step, loss in left.pop(0):
+            report(step, {"heldout_loss": loss})
+        if left:
+            raise InterruptedRunError("a signal came")
+        return TrialRun(3, (0.5,), ())
+
+    monkeypatch.setattr("trainer.training.trial.train_trial", train)
+    return left
+
+
+def test_measurements_before_an_interruption_count_when_the_trial_goes_on(
+    place: Workplace, trainings: list[list[tuple[int, float]]]
+) -> None:
+    trainings += [[(1, 0.9)], [(2, 0.8)]]
+    seen: list[list[tuple[int, float]]] = [[], []]
+    with pytest.raises(InterruptedRunError):
+        place.run_trial({}, lambda step, loss: seen[0].append((step, loss)))
+    outcome = place.run_trial({}, lambda step, loss: seen[1].append((step, loss)))
+    assert seen == [[(1, 0.9)], [(1, 0.9), (2, 0.8)]]
+    assert outcome.watched == {1: 0.9, 2: 0.8}
+
+
+def test_a_training_is_made_once_when_two_trials_ask_for_it(
+    place: Workplace, trainings: list[list[tuple[int, float]]]
+) -> None:
+    trainings.append([(1, 0.9)])
+    values = {"train.learning_rate": place.recipe.learning_rate}
+    first, second = (place.run_trial(one, lambda step, loss: None) for one in ({}, values))
+    assert second == first.model_copy(update={"values": values})
+
+
+def test_a_pruned_trial_stays_pruned_when_it_is_asked_for_again(
+    place: Workplace, trainings: list[list[tuple[int, float]]]
+) -> None:
+    def prune(step: int, loss: float) -> None:
+        raise TrialPruned(f"at step {step}")
+
+    trainings.append([(1, 0.9)])
+    for _ in range(2):
+        outcome = place.run_trial({}, prune)
+        assert (outcome.status, outcome.why, outcome.watched) == (Status.PRUNED, "at step 1", {1: 0.9})
