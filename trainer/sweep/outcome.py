@@ -32,7 +32,7 @@ class Summary(BaseModel):
         why: reason why the trial was not completed.
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", ser_json_inf_nan="constants")
 
     values: dict[str, Any]
     status: Status

@@ -19,7 +19,7 @@ from optuna.storages import BaseStorage
 from optuna.trial import TrialState
 
 from svc.terminal import console
-from trainer.recipe.sections import Between, Recipe
+from trainer.recipe.sections import AdapterType, Between, Recipe
 from trainer.recipe.targets import Targets
 from trainer.sweep.outcome import Comparison, Outcome
 from trainer.sweep.values import Values, describe, with_values
@@ -29,7 +29,7 @@ RATE, RANK, EPOCHS, STEPS = "train.learning_rate", "adapter.rank", "train.epochs
 TARGETS, DROPOUT = "adapter.targets", "adapter.dropout"
 _RATES, _LORA_RATE = (1e-5, 5e-5, 1e-4, 2e-4, 5e-4), 5e-4
 """LoRA's customary learning rates, and its default in this project."""
-_RANKS, _LORA_RANK = (8, 16, 32), 16
+_RANKS = (8, 16, 32)
 _EPOCHS = (1.0, 2.0, 3.0)
 _DROPOUTS = (0.05, 0.1)
 _UNPRUNED = 2
@@ -208,8 +208,8 @@ def possible_ranks(recipe: Recipe) -> list[int]:
     """Return the customary ranks, scaled to the method's default, and the recipe's own; none for full fine-tuning."""
     if recipe.adapter_type is None:
         return []
-    default = recipe.model_copy(update={"adapter": recipe.adapter.model_copy(update={"rank": None})}).rank
-    ranks = {rank * default // _LORA_RANK for rank in _RANKS} | {recipe.rank}
+    scale = 16 if recipe.adapter_type is AdapterType.VERA else 1
+    ranks = {rank * scale for rank in _RANKS} | {recipe.rank}
     return sorted(rank for rank in ranks if rank < (recipe.adapter.initial_rank or math.inf))
 
 

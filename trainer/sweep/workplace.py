@@ -1,7 +1,7 @@
 """The folder of one sweep or learning curve: its lock, its trainings and their runs in MLflow.
 
     $SVC_HOME/sweeps/NAME-KEY/   lock  mlflow.json  base.json  study.db  result.json  winner.yaml  trials.svg
-        trials/KEY/              mlflow.json  checkpoints/  outcome.json
+        trials/KEY/              mlflow.json  watched.json  checkpoints/  outcome.json
 
 Base and examples are read once for all trainings. `outcome.json` is written last: a training that was cut off goes on
 from its checkpoint. Imports torch when it trains.

@@ -1,5 +1,6 @@
 """Trainings of a sweep that are interrupted, pruned or asked for twice."""
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -79,3 +80,11 @@ def test_a_pruned_trial_stays_pruned_when_it_is_asked_for_again(
     for _ in range(2):
         outcome = place.run_trial({}, prune)
         assert (outcome.status, outcome.why, outcome.watched) == (Status.PRUNED, "at step 1", {1: 0.9})
+
+
+def test_a_trial_is_known_again_when_its_loss_was_not_finite(
+    place: Workplace, trainings: list[list[tuple[int, float]]]
+) -> None:
+    trainings.append([(1, math.nan)])
+    outcomes = [place.run_trial({}, lambda step, loss: None) for _ in range(2)]
+    assert all(math.isnan(outcome.watched[1]) for outcome in outcomes)
