@@ -53,7 +53,7 @@ def draw_curve(curve: LearningCurve, path: Path) -> Path:
     for point in curve.points:
         _mark(axis, point.examples, point.loss, "tab:blue")
     if curve.law:
-        sizes = np.geomspace(curve.points[0].examples, 2 * curve.points[-1].examples)
+        sizes = np.geomspace(curve.points[0].examples, 2 * curve.points[-1].examples, dtype=np.float64)
         axis.plot(sizes, curve.law.at(sizes), color="grey", linewidth=1)
         _mark(axis, sizes[-1], curve.doubled, "tab:orange")
     return _save(figure, path)
