@@ -15,6 +15,8 @@ from svc.dataset.problem.problem import Code, RowError
 from svc.dataset.schema.tool_calls import (
     ToolCall,
     check_encodable,
+    expect,
+    expect_turns,
     kind_of,
     names_of,
     optional_text,
@@ -147,25 +149,16 @@ class ChatExample:
         return {"messages": [message.as_dict() for message in self.messages], **tools}
 
 
-def parse_example(value: Any) -> ChatExample:
-    """Checks one decoded JSON value against the chat schema; keys beside `messages` and `tools` are ignored.
+def parse_example(value: dict[str, Any]) -> ChatExample:
+    """Return the example that one decoded JSON object with `messages` holds.
+
+    Keys other than `messages` and `tools` are ignored, except the older `functions`, which is an error.
 
     Raises:
         RowError: names the field and its value, and what was expected.
     """
-    if not isinstance(value, dict):
-        raise RowError(Code.WRONG_FORMAT, f"the line is {kind_of(value)}", expected='an object {"messages": [...]}')
-    if "messages" not in value:
-        raise RowError(
-            Code.WRONG_FORMAT,
-            f"no 'messages', only {sorted(value)!r:.200}",
-            expected='an object {"messages": [...]}',
-        )
-    turns = value["messages"]
-    if not isinstance(turns, list) or not turns:
-        found = "an empty list" if turns == [] else kind_of(turns)
-        raise RowError(Code.WRONG_FORMAT, f"is {found}", field="messages", expected="a list of turns")
-    messages = tuple(_parse_message(index, turn) for index, turn in enumerate(turns))
+    turns = expect_turns(value["messages"], "messages")
+    messages = tuple(_parse_message(f"messages[{index}]", turn) for index, turn in enumerate(turns))
     _check_order(messages)
     example = ChatExample(messages, parse_tools(value.get("tools")))
     if value.get("functions") and not example.tools:
@@ -175,23 +168,17 @@ def parse_example(value: Any) -> ChatExample:
     return example
 
 
-def _parse_message(index: int, turn: Any) -> Message:
-    where = f"messages[{index}]"
-    if not isinstance(turn, dict):
-        raise RowError(Code.WRONG_FORMAT, f"is {kind_of(turn)}", field=where, expected='{"role": ..., "content": ...}')
+def _parse_message(where: str, value: Any) -> Message:
+    turn = expect(dict, value, where, '{"role": ..., "content": ...}')
     role = turn.get("role")
     if not isinstance(role, str) or role not in _ROLES:
         found = f"{role!r:.80}" if "role" in turn else "missing"
         raise RowError(Code.WRONG_ROLE, f"is {found}", field=f"{where}.role", expected=f"one of {', '.join(Role)}")
     calls = parse_calls(where, role, turn.get("tool_calls"))
     if turn.get("function_call") is not None:
-        raise RowError(
-            Code.WRONG_TOOLS,
-            "is of the old function calling",
-            field=f"{where}.function_call",
-            expected="'tool_calls'",
-        )
-    content = _parse_content(where, turn, may_be_blank=bool(calls))
+        wrong, field = "is of the old function calling", f"{where}.function_call"
+        raise RowError(Code.WRONG_TOOLS, wrong, field=field, expected="'tool_calls'")
+    content = _parse_content(f"{where}.content", turn, may_be_blank=bool(calls))
     if len(turn) == 2:  # role and content: most turns of most files
         return Message(_ROLES[role], content)
     return Message(
@@ -200,15 +187,14 @@ def _parse_message(index: int, turn: Any) -> Message:
         name=optional_text(where, "name", turn.get("name")),
         tool_calls=calls,
         tool_call_id=optional_text(where, "tool_call_id", turn.get("tool_call_id")),
-        weight=_parse_weight(where, role, turn.get("weight")),
+        weight=_parse_weight(f"{where}.weight", role, turn.get("weight")),
     )
 
 
 _ROLES = {role.value: role for role in Role}
 
 
-def _parse_content(where: str, turn: dict[str, Any], *, may_be_blank: bool) -> str:
-    field = f"{where}.content"
+def _parse_content(field: str, turn: dict[str, Any], *, may_be_blank: bool) -> str:
     content = turn.get("content")
     if content is None and may_be_blank:
         return ""
@@ -221,100 +207,67 @@ def _parse_content(where: str, turn: dict[str, Any], *, may_be_blank: bool) -> s
     return content
 
 
-def _parse_weight(where: str, role: str, weight: Any) -> int | None:
+def _parse_weight(field: str, role: str, weight: Any) -> int | None:
     if weight is None:
         return None
-    field = f"{where}.weight"
     if isinstance(weight, bool) or not isinstance(weight, int | float) or weight not in (0, 1):
         raise RowError(Code.WRONG_WEIGHT, f"is {weight!r:.80}", field=field, expected="0 or 1")
     if role != Role.ASSISTANT:
-        raise RowError(
-            Code.WRONG_WEIGHT, f"stands in a {role} turn", field=field, expected="weights in assistant turns"
-        )
+        wrong = f"stands in a {role} turn"
+        raise RowError(Code.WRONG_WEIGHT, wrong, field=field, expected="weights in assistant turns")
     return int(weight)
 
 
 def _check_order(messages: tuple[Message, ...]) -> None:
     roles = [message.role for message in messages]
-    last = f"messages[{len(messages) - 1}]"
     if Role.SYSTEM in roles[1:]:
-        raise RowError(
-            Code.WRONG_TURNS,
-            "is a system turn",
-            field=f"messages[{roles.index(Role.SYSTEM, 1)}]",
-            expected="it stands first, or not at all",
-        )
-    if Role.ASSISTANT not in roles:
-        raise RowError(Code.WRONG_TURNS, "no assistant turn", expected="a final assistant turn: the answer to learn")
+        field = f"messages[{roles.index(Role.SYSTEM, 1)}]"
+        raise RowError(Code.WRONG_TURNS, "is a system turn", field=field, expected="it stands first, or not at all")
     if roles[-1] is not Role.ASSISTANT:
-        raise RowError(
-            Code.WRONG_TURNS,
-            f"the last turn is {roles[-1]}",
-            expected="a final assistant turn: the answer to learn",
-        )
+        wrong = f"the last turn is {roles[-1]}" if Role.ASSISTANT in roles else "no assistant turn"
+        raise RowError(Code.WRONG_TURNS, wrong, expected="a final assistant turn: the answer to learn")
     if Role.USER not in roles:
         raise RowError(Code.WRONG_TURNS, "no user turn", expected="at least one user turn before the answer")
     if is_blank(messages[-1].content):
         raise RowError(
             Code.WRONG_CONTENT,
             "is blank in the final turn, which has tool calls only",
-            field=f"{last}.content",
+            field=f"messages[{len(messages) - 1}].content",
             expected="text: the final answer is what a version is judged by",
         )
-    assistants = [message.weight for message in messages if message.role is Role.ASSISTANT]
-    if all(weight == 0 for weight in assistants):
-        raise RowError(
-            Code.WRONG_WEIGHT, "every assistant turn has the weight 0", expected="one at least that is learnt"
-        )
+    if all(message.weight == 0 for message in messages if message.role is Role.ASSISTANT):
+        wrong = "every assistant turn has the weight 0"
+        raise RowError(Code.WRONG_WEIGHT, wrong, expected="one at least that is learnt")
 
 
 def _check_calls(example: ChatExample) -> None:
-    """Every call has its tool turn after it, and every tool turn its call; a chat template pairs them or fails."""
-    offered = dict.fromkeys(names_of(example.tools))
-    waiting = _Waiting(0, ())
-    for place, message in enumerate(example.messages):
-        field = f"messages[{place}]"
-        if message.role is Role.TOOL:
-            waiting.answer(field, message.tool_call_id)
-            continue
-        waiting.close()
-        for call in message.tool_calls:
-            if offered and call.name not in offered:
-                raise RowError(
-                    Code.WRONG_TOOLS,
-                    f"is a call of {call.name!r:.80}",
-                    field=f"{field}.tool_calls",
-                    expected=f"one of the tools: {', '.join(offered):.200}",
-                )
-        waiting = _Waiting(place, message.tool_calls)
+    """Check that tool turns follow every call, and a call precedes every tool turn; chat templates pair them or fail.
 
-
-class _Waiting:
-    """The calls of one turn that no tool turn has answered yet.
-
-    Calls without an id are only counted, and one tool turn may hold what all of them gave back: ShareGPT files have it
-    so.
+    Calls without an id are only counted, and one tool turn may hold the results of all of them, as in ShareGPT files.
     """
-
-    def __init__(self, place: int, calls: tuple[ToolCall, ...]) -> None:
-        self._field = f"messages[{place}].tool_calls"
-        named = Counter(call.id for call in calls if call.id is not None)
-        self._ids = dict.fromkeys(named)
-        self._unnamed = len(calls) - named.total()
-        self._answered = False
-        twice = next((name for name, count in named.items() if count > 1), None)
-        if twice is not None:
-            raise RowError(
-                Code.WRONG_TOOLS, f"has the id {twice!r:.80} twice", field=self._field, expected="an id for each call"
-            )
-
-    def answer(self, field: str, identity: str | None) -> None:
-        if identity in self._ids:
-            del self._ids[identity]
-        elif self._unnamed:
-            self._unnamed -= 1
-        elif identity is None and self._ids:
-            del self._ids[next(iter(self._ids))]
+    offered = dict.fromkeys(names_of(example.tools))
+    caller, ids, unnamed, answered = "", dict[str, None](), 0, False
+    for place, message in enumerate(example.messages):
+        field, identity = f"messages[{place}]", message.tool_call_id
+        if message.role is not Role.TOOL:
+            if ids or (unnamed and not answered):
+                raise RowError(
+                    Code.WRONG_TURNS,
+                    "has a call that no tool turn after it answers",
+                    field=caller,
+                    expected="what the tool gives back, for every call before the next turn of another role",
+                )
+            caller = f"{field}.tool_calls"
+            _check_offered(message.tool_calls, offered, caller)
+            ids = _call_ids(message.tool_calls, caller)
+            unnamed, answered = len(message.tool_calls) - len(ids), False
+            continue
+        if identity in ids:
+            del ids[identity]
+        elif unnamed:
+            unnamed -= 1
+        elif identity is None and ids:
+            del ids[next(iter(ids))]
         else:
             found = "" if identity is None else f" for the call {identity!r:.80}"
             raise RowError(
@@ -323,13 +276,20 @@ class _Waiting:
                 field=field,
                 expected="the assistant's call first, then what the tool gives back",
             )
-        self._answered = True
+        answered = True
 
-    def close(self) -> None:
-        if self._ids or (self._unnamed and not self._answered):
-            raise RowError(
-                Code.WRONG_TURNS,
-                "has a call that no tool turn after it answers",
-                field=self._field,
-                expected="what the tool gives back, for every call before the next turn of another role",
-            )
+
+def _check_offered(calls: tuple[ToolCall, ...], offered: dict[str, None], field: str) -> None:
+    for call in calls:
+        if offered and call.name not in offered:
+            expected = f"one of the tools: {', '.join(offered):.200}"
+            raise RowError(Code.WRONG_TOOLS, f"is a call of {call.name!r:.80}", field=field, expected=expected)
+
+
+def _call_ids(calls: tuple[ToolCall, ...], field: str) -> dict[str, None]:
+    named = Counter(call.id for call in calls if call.id is not None)
+    for identity, count in named.items():
+        if count > 1:
+            wrong = f"has the id {identity!r:.80} twice"
+            raise RowError(Code.WRONG_TOOLS, wrong, field=field, expected="an id for each call")
+    return dict.fromkeys(named)

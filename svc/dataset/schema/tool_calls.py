@@ -5,15 +5,14 @@ Arguments and definitions are kept as JSON text: hashable, and the same after a 
 
 import json
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 from svc.dataset.problem.problem import Code, RowError
 from svc.dataset.text.decode import decode_text
 
 _MAX_DEPTH = 64
 """Of a tool's schema and of a call's arguments: templates walk them recursively."""
-
-
+Value = TypeVar("Value")
 _FUNCTION = (None, "function")
 """The types of a tool and of a call; the only one there is may be left out."""
 
@@ -52,29 +51,21 @@ def parse_calls(where: str, role: str, calls: Any) -> tuple[ToolCall, ...]:
     field = f"{where}.tool_calls"
     if role != "assistant":
         raise RowError(Code.WRONG_TOOLS, f"stand in a {role} turn", field=field, expected="calls by the assistant")
-    if not isinstance(calls, list):
-        raise RowError(Code.WRONG_TOOLS, f"is {kind_of(calls)}", field=field, expected="a list of calls")
+    expect(list, calls, field, "a list of calls", Code.WRONG_TOOLS)
     return tuple(_parse_call(f"{field}[{index}]", call) for index, call in enumerate(calls))
 
 
 def _parse_call(field: str, call: Any) -> ToolCall:
     function = call.get("function") if isinstance(call, dict) else None
     if not isinstance(function, dict) or not _is_named(function) or call.get("type") not in _FUNCTION:
-        raise RowError(
-            Code.WRONG_TOOLS,
-            f"is {json_text(call):.80}",
-            field=field,
-            expected='{"id": ..., "type": "function", "function": {"name": ..., "arguments": ...}}',
-        )
-    arguments = function.get("arguments")
-    if arguments is None or arguments == "":
-        arguments = "{}"
+        expected = '{"id": ..., "type": "function", "function": {"name": ..., "arguments": ...}}'
+        raise RowError(Code.WRONG_TOOLS, f"is {json_text(call):.80}", field=field, expected=expected)
+    arguments = "{}" if function.get("arguments") in (None, "") else function["arguments"]
     text = arguments if isinstance(arguments, str) else json_text(arguments)
     decoded = decode_inner(text)
-    if not isinstance(decoded, dict) or _depth(decoded) > _MAX_DEPTH:
-        raise RowError(
-            Code.WRONG_TOOLS, f"is {text:.80}", field=f"{field}.function.arguments", expected="a JSON object as text"
-        )
+    if not isinstance(decoded, dict) or _is_too_deep(decoded):
+        inner = f"{field}.function.arguments"
+        raise RowError(Code.WRONG_TOOLS, f"is {text:.80}", field=inner, expected="a JSON object as text")
     name = function["name"]
     check_encodable(field, name + text + json_text(decoded))  # escapes in the text may hide half of a pair
     return ToolCall(name, text, optional_text(field, "id", call.get("id")))
@@ -97,11 +88,10 @@ def parse_tools(tools: Any) -> tuple[str, ...]:
     if not isinstance(listed, list):
         raise RowError(Code.WRONG_TOOLS, f"is {json_text(tools):.80}", field="tools", expected="a list of definitions")
     texts = tuple(_parse_tool(f"tools[{index}]", tool) for index, tool in enumerate(listed))
-    seen: set[str] = set()
+    first = {}
     for index, name in enumerate(names_of(texts)):
-        if name in seen:
+        if first.setdefault(name, index) != index:
             raise RowError(Code.WRONG_TOOLS, f"is {name!r} again", field=f"tools[{index}]", expected="each name once")
-        seen.add(name)
     return texts
 
 
@@ -120,14 +110,10 @@ def _parse_tool(field: str, tool: Any) -> str:
         or not isinstance(function.get("parameters"), dict | None)
         or not isinstance(function.get("description"), str | None)
         or tool.get("type") not in _FUNCTION
-        or _depth(tool) > _MAX_DEPTH
+        or _is_too_deep(tool)
     ):
-        raise RowError(
-            Code.WRONG_TOOLS,
-            f"is {json_text(tool):.80}",
-            field=field,
-            expected='{"type": "function", "function": {"name": ..., "parameters": ...}}',
-        )
+        expected = '{"type": "function", "function": {"name": ..., "parameters": ...}}'
+        raise RowError(Code.WRONG_TOOLS, f"is {json_text(tool):.80}", field=field, expected=expected)
     text = json_text(tool)
     check_encodable(field, text)
     return text
@@ -139,8 +125,8 @@ def _is_named(function: dict[str, Any]) -> bool:
 
 
 def json_text(value: Any) -> str:
-    """Compact JSON; of what is nested too deeply, its type only."""
-    return json.dumps(value, ensure_ascii=False) if _depth(value) <= _MAX_DEPTH else kind_of(value)
+    """Return compact JSON, or only the type of a value that is nested too deeply."""
+    return kind_of(value) if _is_too_deep(value) else json.dumps(value, ensure_ascii=False)
 
 
 def decode_inner(text: str) -> Any:
@@ -151,19 +137,9 @@ def decode_inner(text: str) -> Any:
         return None
 
 
-def _depth(value: Any) -> int:
-    """How deeply a JSON value is nested."""
-    depth, level = 0, [value]
-    while level and depth <= _MAX_DEPTH:
-        depth += 1
-        inner: list[Any] = []
-        for item in level:
-            if isinstance(item, dict):
-                inner += item.values()
-            elif isinstance(item, list):
-                inner += item
-        level = inner
-    return depth
+def _is_too_deep(value: Any, levels: int = _MAX_DEPTH) -> bool:
+    inner = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+    return levels == 0 or any(_is_too_deep(item, levels - 1) for item in inner)
 
 
 def kind_of(value: Any) -> str:
@@ -172,29 +148,45 @@ def kind_of(value: Any) -> str:
     return "null" if value is None else names.get(type(value), type(value).__name__)
 
 
+def expect(kind: type[Value], value: Any, field: str, expected: str, code: Code = Code.WRONG_FORMAT) -> Value:
+    """Return a value that has the expected type.
+
+    Raises:
+        RowError: the value has another type.
+    """
+    if not isinstance(value, kind):
+        raise RowError(code, f"is {kind_of(value)}", field=field, expected=expected)
+    return value
+
+
+def expect_turns(value: Any, field: str) -> list[Any]:
+    """Return a value that is a list with at least one turn.
+
+    Raises:
+        RowError: the value is something else.
+    """
+    if value == []:
+        raise RowError(Code.WRONG_FORMAT, "is an empty list", field=field, expected="a list of turns")
+    return expect(list, value, field, "a list of turns")
+
+
 def check_encodable(field: str, text: str) -> None:
-    """Raises RowError where a text holds half of a surrogate pair, which JSON can escape and UTF-8 cannot hold."""
+    """Raise RowError if a text holds half of a surrogate pair, which JSON can escape and UTF-8 cannot hold."""
     try:
         text.encode("utf-8")
     except UnicodeEncodeError:
-        raise RowError(
-            Code.WRONG_CONTENT,
-            "holds half of a surrogate pair",
-            field=field,
-            expected="text that UTF-8 can hold",
-        ) from None
+        wrong = "holds half of a surrogate pair"
+        raise RowError(Code.WRONG_CONTENT, wrong, field=field, expected="text that UTF-8 can hold") from None
 
 
 def optional_text(where: str, key: str, value: Any) -> str | None:
-    """A string that may be missing; empty is missing too, as in Parquet and CSV.
+    """Return a string that may be missing; an empty one counts as missing, as in Parquet and CSV.
 
     Raises:
-        RowError: another type, or what UTF-8 cannot hold.
+        RowError: the value has another type, or UTF-8 cannot hold it.
     """
     if value is None or value == "":
         return None
     field = f"{where}.{key}"
-    if not isinstance(value, str):
-        raise RowError(Code.WRONG_CONTENT, f"is {kind_of(value)}", field=field, expected="a string, or no such key")
-    check_encodable(field, value)
-    return value
+    check_encodable(field, expect(str, value, field, "a string, or no such key", Code.WRONG_CONTENT))
+    return str(value)
