@@ -46,36 +46,27 @@ def check(
 
     FILES are files, folders or hub datasets (hf:ORG/NAME), which are to be trained on together.
     """
+    from svc.dataset.checks.base_tokenizer import BaseTokenizer
     from svc.dataset.checks.check import check_files
-    from svc.dataset.checks.text_checks import special_tokens
-    from svc.dataset.checks.token_count import TokenCounter
     from svc.dataset.readers.source import data_files
     from svc.terminal import reading, waiting
 
     cache = settings_of(ctx).base_cache
     paths = [path for source in files for path in data_files(source, cache)]
     kept_back = data_files(heldout, cache) if heldout else []
-    tokens = special_tokens(base) if base else []
-    count_tokens = None
+    tokenizer = None
     if base:
         with waiting("Loading the tokenizer"):
-            count_tokens = TokenCounter(base).count
+            tokenizer = BaseTokenizer(base)
     total = sum(path.stat().st_size for path in (*paths, *kept_back) if path.is_file())
     with reading("Checking", total) as on_read:
-        reports = check_files(
-            paths,
-            kept_back,
-            max_length=max_length,
-            special_tokens=tokens,
-            count_tokens=count_tokens,
-            on_read=on_read,
-        )
+        reports = check_files(paths, kept_back, max_length=max_length, base=tokenizer, on_read=on_read)
     if as_json:
         _print_json(reports)
     else:
         for report in reports:
             _show(report)
-    sys.exit(1 if any(report.errors for report in reports) else 0)
+    sys.exit(1 if any(report.problems.errors for report in reports) else 0)
 
 
 def _print_json(reports: "list[DataReport]") -> None:
@@ -95,8 +86,8 @@ def _machine(report: "DataReport") -> dict[str, object]:
         "file": report.file,
         "lines": report.lines,
         "examples": report.examples,
-        "errors": report.errors,
-        "warnings": len(report.problems) - report.errors,
+        "errors": report.problems.errors,
+        "warnings": len(report.problems) - report.problems.errors,
         "codes": dict(sorted(report.problems.codes.items())),
         "median_characters": report.median_characters,
         "longest_characters": max(report.lengths, default=0),
@@ -109,31 +100,24 @@ def _machine(report: "DataReport") -> dict[str, object]:
 def _show(report: "DataReport") -> None:
     from itertools import islice
 
-    from svc.dataset.problem.problem import Severity, printable
+    from svc.dataset.problem.problem import TODO, Severity, printable
 
-    warnings = len(report.problems) - report.errors
+    problems = report.problems
     click.echo(f"{report.file}: {report.examples} examples in {report.lines} lines")
     if report.lengths:
-        longest = max(report.lengths)
-        click.echo(f"  length: median {report.median_characters} characters, longest {longest}")
+        click.echo(f"  length: median {report.median_characters} characters, longest {max(report.lengths)}")
     if report.tokens:
         click.echo(f"  tokens: median {report.median_tokens}, longest {max(report.tokens)}")
     if report.labels:
         balance = ", ".join(f"{answer} {count}" for answer, count in list(report.labels.items())[:_BALANCE_SHOWN])
         click.echo(f"  answers: {printable(balance)}")
-    click.echo(f"  problems: {report.errors} errors, {warnings} warnings")
-    for problem in islice(report.problems, _SHOWN):
+    click.echo(f"  problems: {problems.errors} errors, {len(problems) - problems.errors} warnings")
+    for problem in islice(problems, _SHOWN):
         colour = "red" if problem.severity is Severity.ERROR else "yellow"
         click.secho(f"  line {problem.line}: {problem.severity}: {problem.message} [{problem.code}]", fg=colour)
-    if len(report.problems) > _SHOWN:
-        click.echo(f"  … and {len(report.problems) - _SHOWN} more; --json shows all")
-    if report.problems.codes:
+    if len(problems) > _SHOWN:
+        click.echo(f"  … and {len(problems) - _SHOWN} more; --json shows all")
+    if problems.codes:
         click.echo("  what to do:")
-    for code, count in report.problems.codes.most_common():
-        click.echo(f"    {code} ({count}): {_todo(code)}")
-
-
-def _todo(code: str) -> str:
-    from svc.dataset.problem.problem import TODO, Code
-
-    return TODO[Code(code)]
+    for code, count in problems.codes.most_common():
+        click.echo(f"    {code} ({count}): {TODO[code]}")

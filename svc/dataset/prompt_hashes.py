@@ -12,8 +12,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from svc.dataset.schema.example import ChatExample
-from svc.dataset.schema.normal_prompt import normal_prompt
+from svc.dataset.schema.example import ChatExample, normal_prompt
 from svc.errors import IntegrityError
 
 PromptHashes = NDArray[np.uint64]

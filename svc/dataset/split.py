@@ -16,8 +16,7 @@ from numpy.typing import NDArray
 from svc.dataset.checks.line_table import LineTable, LineTableBuilder, first_with_same
 from svc.dataset.checks.minhash import clusters, nearest, unite
 from svc.dataset.prompt_hashes import NO_PROMPTS, PromptHashes
-from svc.dataset.schema.example import ChatExample
-from svc.dataset.schema.normal_prompt import normal_prompt
+from svc.dataset.schema.example import ChatExample, normal_prompt
 from svc.errors import DataError
 
 
@@ -61,9 +60,9 @@ def split_heldout(
     table = _table(examples)
     groups = _groups(table)
     firsts = np.unique(groups)
-    learnt_groups = np.unique(groups[np.isin(table.prompts, learnt)])
+    learnt_groups = np.unique(groups[np.isin(table.rows.prompts, learnt)])
     smallest = np.ones(len(examples))
-    np.minimum.at(smallest, groups, _fractions(table.prompts, seed))
+    np.minimum.at(smallest, groups, _fractions(table.rows.prompts, seed))
     held = _held_groups(firsts, np.setdiff1d(firsts, learnt_groups), smallest, share)
     is_held = np.isin(groups, held)
     kept = np.isin(groups, learnt_groups[smallest[learnt_groups] < share])
@@ -116,15 +115,14 @@ def group_near_duplicates(examples: Sequence[ChatExample]) -> NDArray[np.int64]:
 
 def near_leaks(examples: Sequence[ChatExample], heldout: Sequence[ChatExample]) -> list[int]:
     """Indices of the examples that ask nearly the same as a held-out one."""
-    table = _table([*heldout, *examples])
-    sketches, count = table.sketches, len(heldout)
-    found = nearest(sketches.part(count, len(table.lines)), sketches.part(0, count))
+    sketches, count = _table([*heldout, *examples]).sketches, len(heldout)
+    found = nearest(sketches[count:], sketches[:count])
     return [int(place) for place in np.flatnonzero(found >= 0)]
 
 
 def _groups(table: LineTable) -> NDArray[np.int64]:
     groups, _ = clusters(table.sketches)
-    unite(groups, np.arange(len(groups)), first_with_same(table.prompts))
+    unite(groups, np.arange(len(groups)), first_with_same(table.rows.prompts))
     return groups
 
 

@@ -11,7 +11,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, NamedTuple
 
 from svc.chat_template import TemplateKwargs, pin_date
 from svc.dataset.schema.example import ChatExample
@@ -96,11 +96,10 @@ def tokenize_examples(
         DataError: the template refuses an example, as some do with a system turn, or what would be learnt is not the
             answer that the engine will ask for.
     """
-    template = _Template(tokenizer, template_kwargs)
     rows = []
     with counting("Tokenizing", len(examples)) as advance:
         for number, example in enumerate(examples, start=1):
-            rows.append(_tokenize(template, example, stops, number))
+            rows.append(_Conversation(tokenizer, template_kwargs, stops, example, number).tokenized())
             advance()
     return rows
 
@@ -113,37 +112,7 @@ def tokenize_as_trained(
     return tokenize_examples(tokenizer, examples, stop_tokens(folder, tokenizer), template_kwargs)
 
 
-def _tokenize(template: "_Template", example: ChatExample, stops: set[int], number: int) -> TokenizedExample:
-    """Templates may put text after the end token, or leave it out: here an answer ends with one in any case."""
-    from jinja2 import TemplateError
-
-    try:
-        *earlier, last = (_answer(template, example, turn, stops, number) for turn in example.learnt)
-        if example.learnt[-1] != len(example.messages) - 1:
-            earlier.append(last)
-            last = _answer(template, example, len(example.messages) - 1, stops, number)
-    except (TemplateError, TypeError) as error:  # the latter of templates that need tools
-        raise DataError(
-            f"the base model's chat template refuses example {number}: {error}",
-            expected="turns that the base model knows",
-            todo="change the example's turns, or choose another base",
-        ) from error
-    spans = []
-    for answer in earlier:
-        if answer.ids[: answer.end] != last.ids[: answer.end]:
-            raise DataError(
-                f"in example {number} the chat template writes an earlier answer otherwise than the last one",
-                expected="a template that writes a turn the same wherever it stands, to learn more than the last one",
-                todo="make an example of each answer, or leave out `weight`",
-            )
-        spans.append((answer.start, answer.end))
-    if example.learnt[-1] == len(example.messages) - 1:
-        spans.append((last.start, last.end))
-    return TokenizedExample(tuple(last.ids[: last.end]), tuple(spans))
-
-
-@dataclass(frozen=True, slots=True)
-class _Answer:
+class _Answer(NamedTuple):
     """The conversation up to an answer, and where that answer stands."""
 
     ids: list[int]
@@ -151,68 +120,99 @@ class _Answer:
     end: int
 
 
-def _answer(template: "_Template", example: ChatExample, turn: int, stops: set[int], number: int) -> _Answer:
-    prompt = template.text(example, turn, add_generation_prompt=True)
-    learnt = _after_prompt(template, example, turn, prompt, number)
-    before, ids = template.ids(prompt), template.ids(prompt + learnt)
-    start = len(before)
-    if ids[:start] != before:  # a token reaches over the place where the model goes on, and the engine has none such
-        ids = [*before, *template.ids(learnt)]
-    ends = [place for place in range(start, len(ids)) if ids[place] in stops]
-    if not ends:
-        ids = [*ids, min(stops)]
-    return _Answer(ids, start, ends[-1] + 1 if ends else len(ids))
-
-
-def _after_prompt(template: "_Template", example: ChatExample, turn: int, prompt: str, number: int) -> str:
-    """The answer with its end, as the template writes them; raises where the model would learn something else."""
-    message, conversation = example.messages[turn], template.text(example, turn + 1)
-    todo = "set chat_template_kwargs in the recipe to what this template needs, or choose another base"
-    if conversation.startswith(prompt):
-        learnt = conversation[len(prompt) :]
-    else:
-        # The prompt may end in a block of thoughts that is closed already, or have the system turn elsewhere.
-        marked = replace(example, messages=(*example.messages[:turn], replace(message, content=_MARK)))
-        before, *others = template.text(marked, turn + 1).split(_MARK)
-        if message.tool_calls or len(others) != 1 or not conversation.startswith(before) or _THINKS.search(prompt):
-            same = _common_prefix(prompt, conversation)
-            raise DataError(
-                f"in example {number} the conversation does not begin with its prompt: the base model's chat template "
-                f"goes on with {conversation[same : same + _SHOWN]!r}, and asks with {prompt[same : same + _SHOWN]!r}",
-                expected="a template that writes a turn the same in a prompt and in a conversation",
-                todo=todo,
-            )
-        learnt = conversation[len(before) :]
-    # White space is the template's own matter; what a model calls, it writes in its own form.
-    if not message.tool_calls and not "".join(learnt.split()).startswith("".join(message.content.split())):
-        raise DataError(
-            f"in example {number} the model would learn {learnt[:_SHOWN]!r}, and its answer is "
-            f"{message.content[:_SHOWN]!r}",
-            expected="a template that writes the answer right after the prompt",
-            todo=todo,
-        )
-    return learnt
-
-
 @dataclass(frozen=True, slots=True)
-class _Template:
-    """A tokenizer's chat template with what it is given."""
+class _Conversation:
+    """An example as a base model's chat template writes it.
+
+    Attributes:
+        number: of the example, for errors.
+    """
 
     tokenizer: "PreTrainedTokenizerBase"
     kwargs: TemplateKwargs
+    stops: set[int]
+    example: ChatExample
+    number: int
 
-    def text(self, example: ChatExample, turns: int, *, add_generation_prompt: bool = False) -> str:
-        """The first turns of an example, as the engine will write them."""
-        text: Any = self.tokenizer.apply_chat_template(
-            **example.templated(turns),
-            tokenize=False,
-            add_generation_prompt=add_generation_prompt,
-            **self.kwargs,
-        )
-        return str(text)
+    def tokenized(self) -> TokenizedExample:
+        """Return the token ids.
 
-    def ids(self, text: str) -> list[int]:
-        """Token ids of what a template has written: it has put special tokens where they belong."""
+        Every answer ends with an end token, also where the template omits the token or puts text after it.
+        """
+        from jinja2 import TemplateError
+
+        turns = sorted({*self.example.learnt, len(self.example.messages) - 1})
+        try:
+            answers = [self._answer(turn) for turn in turns]
+        except (TemplateError, TypeError) as error:  # the latter of templates that need tools
+            raise DataError(
+                f"the base model's chat template refuses example {self.number}: {error}",
+                expected="turns that the base model knows",
+                todo="change the example's turns, or choose another base",
+            ) from error
+        last = answers[-1]
+        if any(answer.ids[: answer.end] != last.ids[: answer.end] for answer in answers):
+            raise DataError(
+                f"in example {self.number} the chat template writes an earlier answer otherwise than the last one",
+                expected="a template that writes a turn the same wherever it stands, to learn more than the last one",
+                todo="make an example of each answer, or leave out `weight`",
+            )
+        learnt = [answer for turn, answer in zip(turns, answers, strict=True) if turn in self.example.learnt]
+        return TokenizedExample(tuple(last.ids[: last.end]), tuple((answer.start, answer.end) for answer in learnt))
+
+    def _answer(self, turn: int) -> _Answer:
+        prompt = self._text(turn, add_generation_prompt=True)
+        learnt = self._after_prompt(turn, prompt)
+        before, ids = self._ids(prompt), self._ids(prompt + learnt)
+        start = len(before)
+        if ids[:start] != before:  # a token reaches over the place where the model goes on: the engine has none such
+            ids = [*before, *self._ids(learnt)]
+        ends = [place for place in range(start, len(ids)) if ids[place] in self.stops]
+        if not ends:
+            ids = [*ids, min(self.stops)]
+        return _Answer(ids, start, ends[-1] + 1 if ends else len(ids))
+
+    def _after_prompt(self, turn: int, prompt: str) -> str:
+        """Return the answer with its end, as the template writes them.
+
+        Raises:
+            DataError: the model would learn something else.
+        """
+        message, conversation = self.example.messages[turn], self._text(turn + 1)
+        todo = "set chat_template_kwargs in the recipe to what this template needs, or choose another base"
+        if conversation.startswith(prompt):
+            learnt = conversation[len(prompt) :]
+        else:
+            # The prompt may end in a block of thoughts that is closed already, or have the system turn elsewhere.
+            marked = replace(self.example, messages=(*self.example.messages[:turn], replace(message, content=_MARK)))
+            before, *others = replace(self, example=marked)._text(turn + 1).split(_MARK)
+            if message.tool_calls or len(others) != 1 or not conversation.startswith(before) or _THINKS.search(prompt):
+                same = _common_prefix(prompt, conversation)
+                written, asked = (text[same : same + _SHOWN] for text in (conversation, prompt))
+                raise DataError(
+                    f"in example {self.number} the conversation does not begin with its prompt: the base model's chat "
+                    f"template goes on with {written!r}, and asks with {asked!r}",
+                    expected="a template that writes a turn the same in a prompt and in a conversation",
+                    todo=todo,
+                )
+            learnt = conversation[len(before) :]
+        # White space is the template's own matter; what a model calls, it writes in its own form.
+        if not message.tool_calls and not "".join(learnt.split()).startswith("".join(message.content.split())):
+            raise DataError(
+                f"in example {self.number} the model would learn {learnt[:_SHOWN]!r}, and its answer is "
+                f"{message.content[:_SHOWN]!r}",
+                expected="a template that writes the answer right after the prompt",
+                todo=todo,
+            )
+        return learnt
+
+    def _text(self, turns: int, *, add_generation_prompt: bool = False) -> str:
+        """Return the first turns, as the engine will write them."""
+        options = {"tokenize": False, "add_generation_prompt": add_generation_prompt, **self.kwargs}
+        return str(self.tokenizer.apply_chat_template(**self.example.templated(turns), **options))
+
+    def _ids(self, text: str) -> list[int]:
+        """Return the token ids of what a template has written: it has put special tokens where they belong."""
         ids: list[int] = self.tokenizer(text, add_special_tokens=False)["input_ids"]
         return ids
 

@@ -30,9 +30,10 @@ def fit_length(rows: Sequence[TokenizedExample], train: Train) -> list[Tokenized
             todo=f"set train.max_length to {len(longest.input_ids)} or more, or shorten those examples; or set "
             "train.too_long to drop or truncate",
         )
-    cut = [_cut(row, train.max_length) if train.too_long is TooLong.TRUNCATE else None for row in rows]
-    fitting = [row if len(row.input_ids) <= train.max_length else short for row, short in zip(rows, cut, strict=True)]
-    kept = [row for row in fitting if row is not None]
+    if train.too_long is TooLong.TRUNCATE:
+        kept = [cut for row in rows if (cut := _cut(row, train.max_length))]
+    else:
+        kept = [row for row in rows if len(row.input_ids) <= train.max_length]
     dropped = len(rows) - len(kept)
     console.print(
         f"  [yellow]{len(longer)} of {len(rows)} examples are longer than {train.max_length} tokens, the first is "

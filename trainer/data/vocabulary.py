@@ -34,18 +34,16 @@ def check_tokenizer(
             expected="eos_token in tokenizer_config.json, or eos_token_id in generation_config.json",
             todo="add the one that ends a turn in the chat template, or choose another base",
         )
-    named = {role: getattr(tokenizer, f"{role}_token_id") for role in ("bos", "eos", "pad", "unk")} | {
-        f"end-of-answer {token}": token for token in stops
-    }
-    if missing := [role for role, token in named.items() if token is not None and token >= embedding_rows]:
-        token = named[missing[0]]
-        raise BaseModelError(
-            f"the {missing[0]} token {tokenizer.convert_ids_to_tokens(token)!r} of {folder} has the id {token}, and "
-            f"the model has {embedding_rows} embedding rows",
-            expected=f"an id below {embedding_rows}",
-            todo=f"name an existing token in {folder / 'tokenizer_config.json'}, as the end token for padding, or use "
-            "the tokenizer that belongs to these weights",
-        )
+    named = {role: getattr(tokenizer, f"{role}_token_id") for role in ("bos", "eos", "pad", "unk")}
+    for role, token in (named | {f"end-of-answer {stop}": stop for stop in stops}).items():
+        if token is not None and token >= embedding_rows:
+            raise BaseModelError(
+                f"the {role} token {tokenizer.convert_ids_to_tokens(token)!r} of {folder} has the id {token}, and the "
+                f"model has {embedding_rows} embedding rows",
+                expected=f"an id below {embedding_rows}",
+                todo=f"name an existing token in {folder / 'tokenizer_config.json'}, as the end token for padding, or "
+                "use the tokenizer that belongs to these weights",
+            )
     added = tokenizer.added_tokens_decoder
     ordinary = max((token for token in tokenizer.get_vocab().values() if token not in added), default=0)
     if ordinary >= embedding_rows:

@@ -3,8 +3,7 @@
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 
-from svc.dataset.schema.example import ChatExample
-from svc.dataset.schema.normal_prompt import normal_prompt
+from svc.dataset.schema.example import ChatExample, normal_prompt
 from svc.evaluation.diagnosis.diagnose import diagnose
 from svc.evaluation.diagnosis.finding import Finding
 from svc.evaluation.diagnosis.training_run import TrainingRun, TrainingSettings

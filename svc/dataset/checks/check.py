@@ -7,7 +7,7 @@ is found at the end.
 
 from array import array
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
@@ -15,15 +15,15 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from svc.dataset.checks.base_tokenizer import BaseTokenizer
 from svc.dataset.checks.labels import FEW_ANSWERS, look_at_answer, odd_answers
-from svc.dataset.checks.line_table import LineTable, LineTableBuilder, first_with_same
-from svc.dataset.checks.minhash import clusters, nearest
+from svc.dataset.checks.line_table import LineTable, LineTableBuilder, Rows, first_with_same
+from svc.dataset.checks.minhash import clusters, nearest, places_in
 from svc.dataset.checks.text_checks import TextChecks
-from svc.dataset.problem.problem import TODO, Code, Problem, RowError, Severity, severity_of
+from svc.dataset.problem.problem import Code, RowError
 from svc.dataset.problem.problem_log import ProblemLog
 from svc.dataset.readers.reader import Line, read_lines
-from svc.dataset.schema.example import ChatExample, Message, Role
-from svc.dataset.schema.normal_prompt import normal_prompt
+from svc.dataset.schema.example import ChatExample, Role, normal_prompt
 
 MAX_LENGTH = 4096
 """Tokens from which on an example is called too long, when the caller does not say."""
@@ -32,7 +32,6 @@ _DIFFERENT_ANSWERS = 1_000  # beyond, answers are free text and not counted
 _LONG_ANSWER = 200
 
 OnRead = Callable[[int], None]
-CountTokens = Callable[[ChatExample], int]
 
 
 @dataclass(slots=True)
@@ -54,11 +53,6 @@ class DataReport:
     problems: ProblemLog = field(default_factory=ProblemLog)
 
     @property
-    def errors(self) -> int:
-        """Problems for which a line cannot be trained on."""
-        return self.problems.severities[Severity.ERROR]
-
-    @property
     def median_characters(self) -> int:
         """Median length of an example, characters; 0 when there is none."""
         return _median(self.lengths)
@@ -76,8 +70,8 @@ class DataReport:
         return dict(self.answers.most_common())
 
     def add(self, line: int, code: Code, message: str, where: str = "") -> None:
-        """Notes one problem."""
-        self.problems.add(Problem(self.file, line, severity_of(code), code, message, where, TODO[code]))
+        """Add one problem."""
+        self.problems.add(self.file, line, code, message, where)
 
 
 def _median(lengths: "array[int]") -> int:
@@ -89,8 +83,7 @@ def check_files(
     heldout: Sequence[Path] = (),
     *,
     max_length: int = MAX_LENGTH,
-    special_tokens: Iterable[str] = (),
-    count_tokens: CountTokens | None = None,
+    base: BaseTokenizer | None = None,
     on_read: OnRead = lambda position: None,
 ) -> list[DataReport]:
     """Reads all files and reports every problem.
@@ -99,8 +92,7 @@ def check_files(
         paths: what is to be trained on, together.
         heldout: examples that must not stand in them: training on these makes every later figure a lie.
         max_length: tokens that an example may have.
-        special_tokens: those of the base model, beside the known ones.
-        count_tokens: see svc.dataset.checks.token_count; without it tokens are estimated.
+        base: counts tokens, and has special tokens beside the known ones; without it tokens are estimated.
         on_read: told how many bytes of all files were read so far.
 
     Returns:
@@ -110,20 +102,20 @@ def check_files(
         DataError: a file that cannot be opened.
     """
     reports = [DataReport(file=str(path)) for path in (*heldout, *paths)]
-    checks = _LineChecks(max_length, special_tokens, count_tokens)
-    table, read, kept_back = LineTableBuilder(), 0, 0
-    for index, path in enumerate((*heldout, *paths)):
+    checks = _LineChecks(max_length, base)
+    table, read, held = LineTableBuilder(), 0, 0
+    for index, (path, report) in enumerate(zip((*heldout, *paths), reports, strict=True)):
         before, last = read, 1
         for line in read_lines(path, lambda position, before=before: on_read(before + position)):  # type: ignore[misc]
-            checks.check(reports[index], line)
+            checks.check(report, line)
             last = line.number
             if line.example:
                 table.add(index, line.number, line.example, look_at_answer(line.example))
-        if not reports[index].examples:
-            reports[index].add(last, Code.EMPTY, "no example in the whole file")
+        if not report.examples:
+            report.add(last, Code.EMPTY, "no example in the whole file")
         read += path.stat().st_size
-        kept_back = len(table) if index < len(heldout) else kept_back
-    _compare(reports, table.finish(), kept_back)
+        held = len(table) if index < len(heldout) else held
+    _compare(reports, table.finish(), held)
     return [*reports[len(heldout) :], *reports[: len(heldout)]]
 
 
@@ -134,19 +126,17 @@ def shared_prompts(examples: Sequence[ChatExample], others: Sequence[ChatExample
 
 
 class _LineChecks:
-    """What can be said of a line without the others."""
+    """Checks that need one line only."""
 
-    def __init__(self, max_length: int, special_tokens: Iterable[str], count_tokens: CountTokens | None) -> None:
+    def __init__(self, max_length: int, base: BaseTokenizer | None) -> None:
         self._max_length = max_length
-        self._count_tokens = count_tokens
-        texts = TextChecks(special_tokens)
-        self._text: Callable[[str], tuple[tuple[Code, str], ...]] = lambda text: tuple(texts.problems(text))
+        self._base = base
+        self._text = TextChecks(base.special_tokens if base else ()).problems
         self._shared_text = lru_cache(maxsize=64)(self._text)  # one system turn stands in all lines
 
     def check(self, report: DataReport, line: Line) -> None:
         report.lines += 1
-        if line.error:
-            error = line.error
+        if error := line.error:
             wrong = f"{error.wrong}; expected {error.expected}" if error.expected else error.wrong
             report.add(line.number, error.code, wrong, error.field)
         elif line.example is None:
@@ -155,17 +145,20 @@ class _LineChecks:
             self._check_example(report, line, line.example)
 
     def _check_example(self, report: DataReport, line: Line, example: ChatExample) -> None:
-        characters = example.characters
         report.examples += 1
-        report.lengths.append(min(characters, 2**32 - 1))
+        report.lengths.append(min(example.characters, 2**32 - 1))
         _count_answer(report, example.answer)
         before = None
         for message, where in zip(example.messages, line.fields, strict=True):
             check = self._shared_text if message.role is Role.SYSTEM else self._text
             for code, text in check(message.content):
                 report.add(line.number, code, f"{where} {text}", where)
-            if message.name or message.tool_calls:
-                self._check_rest(report, line.number, message, where)
+            turn = where.removesuffix(".content")
+            shown = [("name", message.name or "")]
+            shown += [("call", f"{call.name} {call.arguments}") for call in message.tool_calls]
+            for kind, content in shown:
+                for code, text in self._text(content):
+                    report.add(line.number, code, f"{turn} {text} of a {kind}", turn)
             if message.role is before and message.role in (Role.USER, Role.ASSISTANT):
                 report.add(line.number, Code.SAME_ROLE_TWICE, f"{where}: two {before} turns in a row", where)
             if message.role is Role.ASSISTANT and before in (None, Role.SYSTEM):
@@ -177,26 +170,17 @@ class _LineChecks:
         self._check_length(report, line.number, example)
 
     def _check_length(self, report: DataReport, number: int, example: ChatExample) -> None:
-        if self._count_tokens is None:
+        if self._base is None:
             tokens, about = round(example.utf8_bytes / _BYTES_A_TOKEN), "about "
         else:
             try:
-                tokens, about = self._count_tokens(example), ""
+                tokens, about = self._base.count(example), ""
             except RowError as error:
                 report.add(number, error.code, error.wrong)
                 return
             report.tokens.append(tokens)
         if tokens > self._max_length:
             report.add(number, Code.TOO_LONG, _too_long(example, tokens, about, self._max_length))
-
-    def _check_rest(self, report: DataReport, number: int, message: Message, where: str) -> None:
-        """What else than its content a turn shows the model."""
-        turn = where.removesuffix(".content")
-        texts = [("name", message.name or "")]
-        texts += [("call", f"{call.name} {call.arguments}") for call in message.tool_calls]
-        for what, text in texts:
-            for code, found in self._text(text):
-                report.add(number, code, f"{turn} {found} of a {what}", turn)
 
 
 def _too_long(example: ChatExample, tokens: int, about: str, limit: int) -> str:
@@ -215,94 +199,63 @@ def _count_answer(report: DataReport, answer: str) -> None:
         report.answers = None
 
 
-def _compare(reports: list[DataReport], table: LineTable, kept_back: int) -> None:
-    """What needs all lines: copies, leaks, odd answers.
+def _compare(reports: list[DataReport], table: LineTable, held: int) -> None:
+    """Report what needs all lines: copies, leaks, odd answers.
 
     Args:
-        kept_back: the first so many examples are the held-out ones.
+        held: so many of the first examples are the held-out ones.
     """
-    train = slice(kept_back, None)
-    odd_by_row: dict[int, tuple[Code, str]] = {}
-    for tasks in (table.beginnings, table.endings):
-        odd = odd_answers(tasks[train], table.answers[train], table.labels[train], table.kinds[train])
-        odd_by_row |= {kept_back + place: (code, text) for place, code, text in odd}
-    copies = _Copies.of(table, kept_back)
-    for report in reports:
-        report.problems.begin_pass()
-    rows = set(odd_by_row) if len(odd_by_row) else set()
-    for row in _in_order(copies.rows, rows):
-        report, line = reports[table.files[row]], int(table.lines[row])
-        for code, text, other in copies.problems(row):
-            place = f"line {table.lines[other]}"
+    train = table.rows[held:]
+    odd = {
+        place: problem
+        for tasks in (train.beginnings, train.endings)
+        for place, problem in odd_answers(tasks, train.answers, train.labels, train.kinds).items()
+    }
+    copies = _copies(table, held)
+    found = np.any([others >= 0 for *_, others in copies], axis=0)
+    found[list(odd)] = True
+    for place in np.flatnonzero(found):
+        row, report = train[place], reports[train.files[place]]
+        for code, text, source, others in copies:
+            if others[place] < 0:
+                continue
+            other = source[others[place]]
+            line = f"line {other.lines}"
             if code in (Code.LEAK, Code.NEAR_LEAK):
-                place += f" of the held-out file {reports[table.files[other]].file}"
-            elif table.files[other] != table.files[row]:
-                place += f" of {reports[table.files[other]].file}"
-            report.add(line, code, text.format(place))
-        if row in odd_by_row:
-            report.add(line, *odd_by_row[row])
+                line += f" of the held-out file {reports[other.files].file}"
+            elif other.files != row.files:
+                line += f" of {reports[other.files].file}"
+            report.add(int(row.lines), code, text.format(line))
+        if place in odd:
+            report.add(int(row.lines), *odd[place])
 
 
-def _in_order(rows: NDArray[np.int64], others: set[int]) -> Iterator[int]:
-    merged = np.union1d(rows, np.fromiter(others, np.int64, len(others)))
-    return (int(row) for row in merged)
+def _copies(table: LineTable, held: int) -> list[tuple[Code, str, Rows, NDArray[np.int64]]]:
+    """Find the training examples that repeat another example.
 
-
-@dataclass(frozen=True, slots=True)
-class _Copies:
-    """For each example the row of another one that it repeats; -1: none.
-
-    Attributes:
-        rows: those where any is found.
+    Returns:
+        For each kind: its text, with a gap for the line of the other example; the rows among which the other one is;
+        and its place there for each training example, or -1.
     """
-
-    rows: NDArray[np.int64]
-    kept_back: int
-    leak: NDArray[np.int64]
-    near_leak: NDArray[np.int64]
-    same_pair: NDArray[np.int64]
-    same_prompt: NDArray[np.int64]
-    near: NDArray[np.int64]
-
-    @classmethod
-    def of(cls, table: LineTable, kept_back: int) -> "_Copies":
-        train = slice(kept_back, None)
-        held, sketches = table.sketches.part(0, kept_back), table.sketches.part(kept_back, len(table.lines))
-        leak = _places_in(table.prompts[train], table.prompts[:kept_back])
-        near_leak = np.where(leak < 0, nearest(sketches, held), -1)
-        systems = table.systems[train]
-        same_pair = _earlier(table.pairs[train] ^ systems, kept_back)  # with other tools it is another example
-        same_prompt = np.where(same_pair < 0, _earlier(table.prompts[train] ^ systems, kept_back), -1)
-        _, near = clusters(sketches)
-        other_task = systems[np.maximum(near, 0)] != systems  # one text under two instructions is two examples
-        near = np.where((near < 0) | (same_pair >= 0) | (same_prompt >= 0) | other_task, -1, near + kept_back)
-        found = (leak >= 0) | (near_leak >= 0) | (same_pair >= 0) | (same_prompt >= 0) | (near >= 0)
-        return cls(np.flatnonzero(found) + kept_back, kept_back, leak, near_leak, same_pair, same_prompt, near)
-
-    def problems(self, row: int) -> Iterator[tuple[Code, str, int]]:
-        """Kind, text with a gap for the other's place, and the other's row."""
-        kinds = (
-            (Code.LEAK, "{} has the same prompt", self.leak),
-            (Code.NEAR_LEAK, "{} asks nearly the same", self.near_leak),
-            (Code.DUPLICATE, "same as {}", self.same_pair),
-            (Code.CONTRADICTION, "same prompt as {}, another answer", self.same_prompt),
-            (Code.NEAR_DUPLICATE, "asks nearly the same as {}", self.near),
-        )
-        for code, text, others in kinds:
-            if (other := int(others[row - self.kept_back])) >= 0:
-                yield code, text, other
+    heldout, train = table.rows[:held], table.rows[held:]
+    sketches = table.sketches[held:]
+    leak = places_in(train.prompts, heldout.prompts)
+    near_leak = np.where(leak < 0, nearest(sketches, table.sketches[:held]), -1)
+    same_pair = _earlier(train.pairs ^ train.systems)  # with other tools it is another example
+    same_prompt = np.where(same_pair < 0, _earlier(train.prompts ^ train.systems), -1)
+    _, near = clusters(sketches)
+    other_task = train.systems[near] != train.systems  # one text under two instructions is two examples
+    near = np.where((same_pair >= 0) | (same_prompt >= 0) | other_task, -1, near)
+    return [
+        (Code.LEAK, "{} has the same prompt", heldout, leak),
+        (Code.NEAR_LEAK, "{} asks nearly the same", heldout, near_leak),
+        (Code.DUPLICATE, "same as {}", train, same_pair),
+        (Code.CONTRADICTION, "same prompt as {}, another answer", train, same_prompt),
+        (Code.NEAR_DUPLICATE, "asks nearly the same as {}", train, near),
+    ]
 
 
-def _earlier(keys: NDArray[np.uint64], offset: int) -> NDArray[np.int64]:
-    """The first row with the same key, counted from `offset`; -1 where it is the row itself."""
+def _earlier(keys: NDArray[np.uint64]) -> NDArray[np.int64]:
+    """Return the first place with the same key, or -1 if that is the place itself."""
     first = first_with_same(keys)
-    return np.where(first == np.arange(len(keys)), -1, first + offset)
-
-
-def _places_in(keys: NDArray[np.uint64], others: NDArray[np.uint64]) -> NDArray[np.int64]:
-    """Where each key stands among the others; -1: nowhere."""
-    if not len(others):
-        return np.full(len(keys), -1)
-    order = np.argsort(others, kind="stable")
-    place = np.minimum(np.searchsorted(others[order], keys), len(others) - 1)
-    return np.where(others[order[place]] == keys, order[place], -1)
+    return np.where(first == np.arange(len(keys)), -1, first)

@@ -7,7 +7,6 @@ label is doubted in any case. Knows nothing of files.
 """
 
 import re
-from collections.abc import Iterator
 from enum import IntFlag
 from functools import lru_cache
 from typing import NamedTuple
@@ -15,9 +14,9 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from svc.dataset.problem.problem import Code, RowError
+from svc.dataset.problem.problem import Code
 from svc.dataset.schema.example import ChatExample, Role
-from svc.dataset.text.decode import decode_text
+from svc.dataset.schema.tool_calls import decode_inner
 
 FEW_ANSWERS = 50
 """A task with at most so many different answers is one of labels."""
@@ -86,8 +85,8 @@ def odd_answers(
     answers: NDArray[np.uint64],
     labels: NDArray[np.uint64],
     kinds: NDArray[np.uint8],
-) -> Iterator[tuple[int, Code, str]]:
-    """Places of the answers that are unlike the others to the same task, in order, with what is odd.
+) -> dict[int, tuple[Code, str]]:
+    """Return the places of answers that are unlike the others to the same task, with what is odd.
 
     Args:
         tasks, answers, labels: hashes, one for each example.
@@ -95,21 +94,18 @@ def odd_answers(
     """
     found: dict[int, tuple[Code, str]] = {}
     order = np.argsort(tasks, kind="stable")
-    _, starts, sizes = np.unique(tasks[order], return_index=True, return_counts=True)
-    for start, size in zip(starts, sizes, strict=True):
-        if size < _FEWEST_EXAMPLES:
+    _, starts = np.unique(tasks[order], return_index=True)
+    for places in np.split(order, starts[1:]):
+        if len(places) < _FEWEST_EXAMPLES:
             continue
-        places = order[start : start + size]
         is_json = kinds[places] & AnswerKind.JSON > 0
         if few := _exceptions(is_json):
-            found |= {
-                int(places[at]): (Code.ANSWER_NOT_JSON, _not_json(len(places), few)) for at in np.flatnonzero(~is_json)
-            }
+            text = f"the answer is not JSON; those of all but {few} of {len(places)} examples are"
+            found |= dict.fromkeys(places[~is_json].tolist(), (Code.ANSWER_NOT_JSON, text))
             places = places[is_json]
         odd = _odd_labels(kinds[places], answers[places], labels[places])
         found |= {int(places[at]): (Code.LABEL_NOT_IN_SET, text) for at, text in odd.items()}
-    for place in sorted(found):
-        yield place, *found[place]
+    return found
 
 
 def _odd_labels(kinds: NDArray[np.uint8], answers: NDArray[np.uint64], labels: NDArray[np.uint64]) -> dict[int, str]:
@@ -136,9 +132,11 @@ def _odd_labels(kinds: NDArray[np.uint8], answers: NDArray[np.uint64], labels: N
     if others and (unlisted or listed.all() or frequent):
         text = f"the answer is no label; those of all but {others} of {len(kinds)} examples are"
         odd |= dict.fromkeys(np.flatnonzero(~is_label), text)
-    for form, most in _rare_forms(labels[places][first], counts):
-        text = f"the label is written in another way {most} times"
-        odd |= dict.fromkeys(places[which == form], text)
+    forms = labels[places][first]  # equal if two answers differ only in case, spacing or the JSON around the label
+    for form, count in enumerate(counts):
+        most = counts[forms == forms[form]].max()
+        if most >= _OFTEN and count <= max(_FEW, _EXCEPTIONS * most):
+            odd |= dict.fromkeys(places[which == form], f"the label is written in another way {most} times")
     return odd
 
 
@@ -148,19 +146,6 @@ def _usual_numbers(kinds: NDArray[np.uint8]) -> NDArray[np.bool_]:
     return numbers if numbers.mean() > 0.5 else np.zeros_like(numbers)
 
 
-def _rare_forms(labels: NDArray[np.uint64], counts: NDArray[np.int64]) -> Iterator[tuple[int, int]]:
-    """Which ways of writing a label are rare beside another way of writing it, and how often that one stands.
-
-    Args:
-        labels: what each form says; equal for forms that differ in case, spacing or the JSON around it.
-        counts: how often each form stands.
-    """
-    for form, (label, count) in enumerate(zip(labels, counts, strict=True)):
-        most = int(counts[labels == label].max())
-        if most >= _OFTEN and count <= max(_FEW, _EXCEPTIONS * most):
-            yield form, most
-
-
 def _exceptions(usual: NDArray[np.bool_]) -> int:
     """How many are unusual, where these are few; 0 where there are none, or too many to be exceptions."""
     count = int((~usual).sum())
@@ -168,18 +153,9 @@ def _exceptions(usual: NDArray[np.bool_]) -> int:
     return count if few and count < len(usual) / 2 else 0
 
 
-def _not_json(examples: int, few: int) -> str:
-    return f"the answer is not JSON; those of all but {few} of {examples} examples are"
-
-
 def _json(answer: str) -> object | None:
-    """The object or list that an answer is."""
-    if not answer.startswith(("{", "[")):
-        return None
-    try:
-        value: object = decode_text(answer)
-    except RowError:
-        return None
+    """Return the object or list that an answer is, or None."""
+    value: object = decode_inner(answer) if answer.startswith(("{", "[")) else None
     return value
 
 

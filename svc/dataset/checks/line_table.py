@@ -1,9 +1,8 @@
 """What is remembered of each example while a file streams by: 65 bytes, and 130 of its sketch; never its text."""
 
-from array import array
-from dataclasses import dataclass
+import struct
 from functools import lru_cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -11,8 +10,7 @@ from numpy.typing import NDArray
 from svc.dataset.checks.labels import Answer, AnswerKind
 from svc.dataset.checks.minhash import Sketcher, Sketches
 from svc.dataset.prompt_hashes import hash_text
-from svc.dataset.schema.example import ChatExample, Role
-from svc.dataset.schema.normal_prompt import normal_prompt
+from svc.dataset.schema.example import ChatExample, Role, normal_prompt
 from svc.dataset.text.plain_text import normal
 
 _EDGE = 100
@@ -20,34 +18,36 @@ _WORDS_OF_A_TASK = 3
 _NO_LABEL = Answer(AnswerKind(0))
 
 
-@dataclass(frozen=True, slots=True)
-class LineTable:
+_ROW = np.dtype(
+    [
+        *((name, np.uint32) for name in ("files", "lines")),
+        *((name, np.uint64) for name in ("prompts", "pairs", "systems", "beginnings", "endings", "answers", "labels")),
+        ("kinds", np.uint8),
+    ]
+)
+_PACK = struct.Struct("=2I7QB").pack
+Rows = np.recarray[Any, np.dtype[np.void]]
+
+
+class LineTable(NamedTuple):
     """One row for each example, in the order of reading.
 
     Attributes:
-        files: index of the file.
-        lines: number in the file.
-        prompts: hash of all turns before the answer; equal for equal prompts, spacing and case aside.
-        pairs: the same of prompt and answer together.
-        systems: the same of the system turn and the tools; 0 where there are none.
-        beginnings, endings: equal for examples of one task: hash of the system turn or, without one, of the first and
-            of the last words of the prompt, where an instruction stands.
-        answers: hash of the exact answer.
-        labels: hash of what the answer says as a label, spacing and case aside; 0 where it is none.
-        kinds: `AnswerKind` of the answer.
+        rows: numbers and hashes.
+            files: index of the file.
+            lines: number in the file.
+            prompts: hash of all turns before the answer; equal for equal prompts, spacing and case aside.
+            pairs: the same of prompt and answer together.
+            systems: the same of the system turn and the tools; 0 where there are none.
+            beginnings, endings: equal for examples of one task: hash of the system turn or, without one, of the first
+                and of the last words of the prompt, where an instruction stands.
+            answers: hash of the exact answer.
+            labels: hash of what the answer says as a label, spacing and case aside; 0 where it is none.
+            kinds: `AnswerKind` of the answer.
         sketches: of what was asked, for near duplicates.
     """
 
-    files: NDArray[np.uint32]
-    lines: NDArray[np.uint32]
-    prompts: NDArray[np.uint64]
-    pairs: NDArray[np.uint64]
-    systems: NDArray[np.uint64]
-    beginnings: NDArray[np.uint64]
-    endings: NDArray[np.uint64]
-    answers: NDArray[np.uint64]
-    labels: NDArray[np.uint64]
-    kinds: NDArray[np.uint8]
+    rows: Rows
     sketches: Sketches
 
 
@@ -55,13 +55,11 @@ class LineTableBuilder:
     """Takes examples one by one."""
 
     def __init__(self) -> None:
-        self._files, self._lines, self._kinds = array("I"), array("I"), array("B")
-        self._prompts, self._pairs, self._systems, self._answers = (array("Q") for _ in range(4))
-        self._beginnings, self._endings, self._labels = (array("Q") for _ in range(3))
+        self._rows = bytearray()
         self._sketcher = Sketcher()
 
     def __len__(self) -> int:
-        return len(self._lines)
+        return len(self._rows) // _ROW.itemsize
 
     def add(self, file: int, line: int, example: ChatExample, answer: Answer = _NO_LABEL) -> None:
         """Takes the next example.
@@ -73,33 +71,23 @@ class LineTableBuilder:
         prompt = normal_prompt(example)
         first = example.messages[0]
         system = first.content if first.role is Role.SYSTEM else ""
-        self._files.append(file)
-        self._lines.append(line)
-        self._kinds.append(answer.kind)
-        self._prompts.append(hash_text(prompt))
-        self._pairs.append(hash_text(f"{prompt}\x1e{normal(example.answer)}"))
-        self._systems.append(_normal_hash(system, *example.tools) if system or example.tools else 0)
-        self._beginnings.append(_normal_hash(system) if system else hash_text(_first_words(first.content)))
-        self._endings.append(_normal_hash(system) if system else hash_text(_last_words(example.prompt[-1].content)))
-        self._answers.append(hash_text(example.answer))
-        self._labels.append(_normal_hash(answer.label) if answer.label else 0)
-        self._sketcher.add(asked(example))
+        self._rows += _PACK(
+            file,
+            line,
+            hash_text(prompt),
+            hash_text(f"{prompt}\x1e{normal(example.answer)}"),
+            _normal_hash(system, *example.tools) if system or example.tools else 0,
+            _normal_hash(system) if system else hash_text(_first_words(first.content)),
+            _normal_hash(system) if system else hash_text(_last_words(example.prompt[-1].content)),
+            hash_text(example.answer),
+            _normal_hash(answer.label) if answer.label else 0,
+            answer.kind,
+        )
+        self._sketcher.add(_asked(example))
 
     def finish(self) -> LineTable:
-        """The table."""
-        return LineTable(
-            files=_numbers(self._files, np.uint32),
-            lines=_numbers(self._lines, np.uint32),
-            prompts=_numbers(self._prompts, np.uint64),
-            pairs=_numbers(self._pairs, np.uint64),
-            systems=_numbers(self._systems, np.uint64),
-            beginnings=_numbers(self._beginnings, np.uint64),
-            endings=_numbers(self._endings, np.uint64),
-            answers=_numbers(self._answers, np.uint64),
-            labels=_numbers(self._labels, np.uint64),
-            kinds=_numbers(self._kinds, np.uint8),
-            sketches=self._sketcher.finish(),
-        )
+        """Return the table. Nothing can be added after that."""
+        return LineTable(np.frombuffer(self._rows, _ROW).view(np.recarray), self._sketcher.finish())
 
 
 def first_with_same(keys: NDArray[np.uint64]) -> NDArray[np.int64]:
@@ -108,7 +96,7 @@ def first_with_same(keys: NDArray[np.uint64]) -> NDArray[np.int64]:
     return first[inverse]
 
 
-def asked(example: ChatExample) -> str:
+def _asked(example: ChatExample) -> str:
     """What is compared for near duplicates: all turns before the answer but the system's, which many share."""
     return "\n".join(message.content for message in example.prompt if message.role is not Role.SYSTEM)
 
@@ -125,7 +113,3 @@ def _last_words(text: str) -> str:
 def _normal_hash(*texts: str) -> int:
     """Of texts that come again and again: system turns, tools, labels."""
     return hash_text("\x1d".join(map(normal, texts)))
-
-
-def _numbers(values: "array[int]", kind: Any) -> Any:
-    return np.frombuffer(values, dtype=kind) if values else np.zeros(0, kind)

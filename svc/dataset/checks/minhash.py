@@ -13,9 +13,8 @@ word is another question.
 
 import re
 import zlib
-from array import array
 from collections.abc import Sequence
-from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -46,28 +45,20 @@ _FACTORS = _random.integers(1, 2**31, _VALUES, dtype=np.uint32) * 2 + 1
 _OFFSETS = _random.integers(0, 2**32, _VALUES, dtype=np.uint32)
 
 
-@dataclass(frozen=True, slots=True)
-class Sketches:
-    """What is left of the texts.
+_SKETCH = np.dtype([("values", np.uint16, _VALUES), ("runs", np.uint16)])
+Sketches = np.recarray[Any, np.dtype[np.void]]
+"""One row for each text.
 
-    Attributes:
-        values: texts by 64; the low 16 bits of the least hash under each of 64 functions.
-        runs: how many different runs of three words each text has, the common ones left out; 0: not comparable.
-    """
-
-    values: NDArray[np.uint16]
-    runs: NDArray[np.uint16]
-
-    def part(self, start: int, end: int) -> "Sketches":
-        """The sketches of some of the texts."""
-        return Sketches(self.values[start:end], self.runs[start:end])
+`values`: the low 16 bits of the least hash under each of 64 functions. `runs`: how many different runs of three words
+the text has, without the common ones; 0 if it cannot be compared.
+"""
 
 
 class Sketcher:
     """Takes texts one by one; memory is 130 bytes a text."""
 
     def __init__(self) -> None:
-        self._values, self._runs = array("H"), array("H")
+        self._rows = bytearray()
         self._waiting: list[Numbers] = []
         self._common: Numbers | None = None
 
@@ -79,20 +70,16 @@ class Sketcher:
             self._flush()
 
     def finish(self) -> Sketches:
-        """The sketches of all texts, in their order."""
+        """Return the sketches of all texts, in their order."""
         self._flush()
-        values = np.frombuffer(self._values, dtype=np.uint16) if self._values else np.zeros(0, np.uint16)
-        runs = np.frombuffer(self._runs, dtype=np.uint16) if self._runs else np.zeros(0, np.uint16)
-        return Sketches(values.reshape(-1, _VALUES), runs)
+        return np.frombuffer(self._rows, _SKETCH).view(np.recarray)
 
     def _flush(self) -> None:
         waiting, self._waiting = self._waiting, []
         if self._common is None and waiting:
             self._common = _common_runs(waiting)
         for start in range(0, len(waiting), _TOGETHER):
-            values, runs = _sketch(waiting[start : start + _TOGETHER], self._common)
-            self._values.frombytes(values.tobytes())
-            self._runs.frombytes(runs.tobytes())
+            self._rows += _sketch(waiting[start : start + _TOGETHER], self._common).tobytes()
 
 
 def clusters(sketches: Sketches) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
@@ -101,7 +88,7 @@ def clusters(sketches: Sketches) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
     Returns:
         For each text the index of its group's first text, and of the first text that is near to it; -1: none before it.
     """
-    count = len(sketches.runs)
+    count = len(sketches)
     group, earlier = np.arange(count), np.full(count, count)
     usable = np.flatnonzero(sketches.runs)
     for band in range(_VALUES // _BAND):
@@ -109,10 +96,7 @@ def clusters(sketches: Sketches) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
         order = np.argsort(keys, kind="stable")
         ordered = keys[order]
         follows = np.flatnonzero(ordered[1:] == ordered[:-1]) + 1
-        first: NDArray[np.int64] = np.arange(len(ordered))
-        first[follows] = 0
-        first = np.asarray(np.maximum.accumulate(first))
-        for before in (follows - 1, first[follows]):
+        for before in (follows - 1, np.searchsorted(ordered, ordered[follows])):  # the previous one, and the first
             one, other = usable[order[before]], usable[order[follows]]
             near = _near(sketches, one, sketches, other)
             one, other = one[near], other[near]
@@ -124,19 +108,24 @@ def clusters(sketches: Sketches) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
 
 def nearest(sketches: Sketches, others: Sketches) -> NDArray[np.int64]:
     """For each text the index of one of the others that is near to it; -1: none found."""
-    found = np.full(len(sketches.runs), -1)
+    found = np.full(len(sketches), -1)
     usable, theirs = np.flatnonzero(sketches.runs), np.flatnonzero(others.runs)
-    if not len(theirs):
-        return found
     for band in range(_VALUES // _BAND):
-        keys, other_keys = _band(sketches, band)[usable], _band(others, band)[theirs]
-        order = np.argsort(other_keys, kind="stable")
-        place = np.minimum(np.searchsorted(other_keys[order], keys), len(order) - 1)
-        match = np.flatnonzero(other_keys[order[place]] == keys)
-        one, other = usable[match], theirs[order[place[match]]]
+        place = places_in(_band(sketches, band)[usable], _band(others, band)[theirs])
+        match = np.flatnonzero(place >= 0)
+        one, other = usable[match], theirs[place[match]]
         near = _near(sketches, one, others, other)
         found[one[near]] = other[near]
     return found
+
+
+def places_in(keys: NDArray[np.uint64], others: NDArray[np.uint64]) -> NDArray[np.int64]:
+    """Return the first place of each key among the others, or -1."""
+    if not len(others):
+        return np.full(len(keys), -1)
+    order = np.argsort(others, kind="stable")
+    place = np.minimum(np.searchsorted(others[order], keys), len(others) - 1)
+    return np.where(others[order[place]] == keys, order[place], -1)
 
 
 def _words(text: str) -> list[bytes]:
@@ -172,8 +161,8 @@ def _common_runs(texts: Sequence[Numbers]) -> Numbers:
     return different[texts_with > max(_COMMON_TEXTS, _COMMON_SHARE * len(texts))]
 
 
-def _sketch(texts: Sequence[Numbers], common: Numbers | None) -> tuple[NDArray[np.uint16], NDArray[np.uint16]]:
-    values = np.zeros((len(texts), _VALUES), np.uint16)
+def _sketch(texts: Sequence[Numbers], common: Numbers | None) -> NDArray[np.void]:
+    sketches = np.zeros(len(texts), _SKETCH)
     runs, owner = _runs_of_three(texts)
     if common is not None and len(common):
         own = ~np.isin(runs, common)
@@ -183,8 +172,9 @@ def _sketch(texts: Sequence[Numbers], common: Numbers | None) -> tuple[NDArray[n
     if len(filled):
         starts = np.searchsorted(owner, filled)
         for place, (factor, offset) in enumerate(zip(_FACTORS, _OFFSETS, strict=True)):
-            values[filled, place] = np.minimum.reduceat(runs * factor + offset, starts).astype(np.uint16)
-    return values, np.minimum(counts, 2**16 - 1).astype(np.uint16)
+            sketches["values"][filled, place] = np.minimum.reduceat(runs * factor + offset, starts).astype(np.uint16)
+    sketches["runs"] = np.minimum(counts, 2**16 - 1)
+    return sketches
 
 
 def _band(sketches: Sketches, band: int) -> NDArray[np.uint64]:
@@ -199,11 +189,12 @@ def _near(
     """Which pairs are similar enough."""
     near = np.zeros(len(ones), np.bool_)
     for start in range(0, len(ones), _PAIRS_TOGETHER):
-        one, other = ones[start : start + _PAIRS_TOGETHER], theirs[start : start + _PAIRS_TOGETHER]
-        equal = np.count_nonzero(sketches.values[one] == others.values[other], axis=1)
-        few, many = (limit(sketches.runs[one], others.runs[other]) for limit in (np.minimum, np.maximum))
+        part = slice(start, start + _PAIRS_TOGETHER)
+        one, other = sketches[ones[part]], others[theirs[part]]
+        equal = np.count_nonzero(one.values == other.values, axis=1)
+        few, many = np.minimum(one.runs, other.runs), np.maximum(one.runs, other.runs)
         short = (few < _FEWEST_RUNS) & ((equal < _VALUES) | (few < many))
-        near[start : start + _PAIRS_TOGETHER] = (equal >= SIMILAR * _VALUES) & ~short & (few >= 0.6 * many)
+        near[part] = (equal >= SIMILAR * _VALUES) & ~short & (few >= 0.6 * many)
     return near
 
 

@@ -3,15 +3,12 @@
 All of these are doubts about a text, not faults: it stays text, and can be trained on. Knows nothing of examples.
 """
 
-import json
 import re
 from collections.abc import Iterable, Iterator
-from pathlib import Path
 
 from ftfy.badness import BADNESS_RE
 
 from svc.dataset.problem.problem import Code
-from svc.errors import DataError
 
 _GEMMA_4 = "turn|channel|tool|tool_call|tool_response|image|audio|video"
 _SPECIAL = (
@@ -54,8 +51,11 @@ class TextChecks:
         self._special = re.compile(_SPECIAL + own)
         self._marks = None if own else ("<", "[")
 
-    def problems(self, text: str) -> Iterator[tuple[Code, str]]:
-        """What is doubtful in a text, each kind once, with the first place where it stands."""
+    def problems(self, text: str) -> tuple[tuple[Code, str], ...]:
+        """Return what is doubtful in a text, each kind once, with the first place where it stands."""
+        return tuple(self._find(text))
+
+    def _find(self, text: str) -> Iterator[tuple[Code, str]]:
         if self._marks is None or any(mark in text for mark in self._marks):
             yield from _first(self._special, text, Code.SPECIAL_TOKEN, "holds the special token")
         if "{" in text:
@@ -70,26 +70,6 @@ class TextChecks:
             yield from _first(
                 BADNESS_RE, _GOOD.sub(" ", text), Code.MOJIBAKE, "seems to be UTF-8 read as another encoding:"
             )
-
-
-def special_tokens(folder: Path) -> list[str]:
-    """Return the special tokens of a model folder, from tokenizer.json, or without that from tokenizer_config.json.
-
-    Raises:
-        DataError: the folder has neither, or it cannot be read.
-    """
-    path = folder / "tokenizer.json"
-    path = path if path.is_file() else folder / "tokenizer_config.json"
-    try:
-        content = json.loads(path.read_text("utf-8"))
-        added = content.get("added_tokens") or (content.get("added_tokens_decoder") or {}).values()
-        return [str(token["content"]) for token in added if token.get("special")]
-    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
-        raise DataError(
-            f"cannot read the special tokens of {folder} in {path.name}: {error}",
-            expected="a model folder with tokenizer.json or tokenizer_config.json",
-            todo="check the path; known families are looked for without --base too",
-        ) from error
 
 
 def _first(pattern: re.Pattern[str], text: str, code: Code, what: str) -> Iterator[tuple[Code, str]]:

@@ -8,15 +8,16 @@ import codecs
 import csv
 import re
 from collections.abc import Iterator
+from contextlib import suppress
 from typing import Any, BinaryIO
 
 from svc.dataset.problem.problem import Code, RowError
 from svc.dataset.readers.chat_formats import KEYS, header_fault
 from svc.dataset.readers.row import MAX_ROW_BYTES, Row, too_large
-from svc.dataset.text.decode import decode
+from svc.dataset.text.decode import decode, not_utf8
 
 _JSON_COLUMNS = {"messages", "conversations", "tools", "history"}
-_SEPARATORS = (",", ";", "\t")
+_SEPARATORS: tuple[str, ...] = (",", ";", "\t")
 _NAMED_SEPARATOR = re.compile(r'"?sep=([^\w\s"]|\t)"?')
 
 
@@ -24,31 +25,27 @@ def read_csv(stream: BinaryIO) -> Iterator[Row]:
     """Yields every record under the line where it begins."""
     csv.field_size_limit(max(csv.field_size_limit(), MAX_ROW_BYTES))
     lines = _Lines(stream)
-    header = _find_header(lines)
-    fault = header_fault(header.names)
-    reader = csv.reader(lines, delimiter=header.separator, strict=True)
+    separator, names = _find_header(lines)
+    header_error = header_fault(names)
+    reader = csv.reader(lines, delimiter=separator, strict=True)
     while True:
         lines.taken.clear()
-        number = lines.number + 1
+        number, cells, value, error = lines.number + 1, [""], None, None
         try:
             cells = next(reader)
+            if cells and not header_error:
+                value = _value(names, cells, b"".join(lines.taken))
         except StopIteration:
             return
-        except csv.Error as error:
-            wrong = too_large() if "field larger" in str(error) else _not_csv(str(error))
-            yield Row(number, b"".join(lines.taken), error=wrong)
-            continue
-        raw = b"".join(lines.taken)
-        if not cells:
-            yield Row(number, raw, blank=True)
-            continue
-        if fault:
-            yield Row(number, raw, error=fault)
-            continue
-        try:
-            yield Row(number, raw, _value(header.names, cells, raw))
-        except RowError as error:
-            yield Row(number, raw, error=error)
+        except csv.Error as reason:
+            not_csv = RowError(Code.WRONG_FORMAT, f"not CSV: {reason}", expected="cells as RFC 4180 has them")
+            error = too_large() if "field larger" in str(reason) else not_csv
+        except UnicodeDecodeError as reason:
+            error = not_utf8(reason)
+        except RowError as reason:
+            error = reason
+        error = error or (header_error if cells else None)
+        yield Row(number, b"".join(lines.taken), value, error, blank=not cells)
 
 
 class _Lines:
@@ -72,51 +69,30 @@ class _Lines:
         return content.decode("utf-8", "surrogateescape")
 
 
-class _Header:
-    def __init__(self, separator: str, names: list[str]) -> None:
-        self.separator = separator
-        self.names = names
+def _find_header(lines: _Lines) -> tuple[str, list[str]]:
+    """Return the separator and the names of the columns.
 
-    @property
-    def known(self) -> bool:
-        return any(set(keys) <= set(self.names) for keys in KEYS.values())
-
-
-def _find_header(lines: _Lines) -> _Header:
-    """The header is the first line that is not blank, or the second after a line that names the separator.
-
-    Spreadsheets write such a line, as `sep=;`, for other spreadsheets.
+    The header is the first line that is not blank, or the second after a line that names the separator. Spreadsheets
+    write such a line, as `sep=;`, for other spreadsheets.
     """
     written = (line for line in lines if line.strip())
-    first = next(written, "")
-    named = _NAMED_SEPARATOR.fullmatch(first.rstrip("\r\n"))
-    return _read_header(next(written, ""), (named[1],)) if named else _read_header(first, _SEPARATORS)
-
-
-def _read_header(line: str, separators: tuple[str, ...]) -> _Header:
+    line, separators = next(written, ""), _SEPARATORS
+    if named := _NAMED_SEPARATOR.fullmatch(line.rstrip("\r\n")):
+        line, separators = next(written, ""), (named[1],)
     headers = []
     for separator in separators:
-        try:
+        with suppress(csv.Error):
             names = next(csv.reader([line], delimiter=separator, strict=True), [])
-        except csv.Error:
-            continue
-        headers.append(_Header(separator, [name.strip() for name in names]))
-    return next((header for header in headers if header.known), headers[0] if headers else _Header(",", []))
+            headers.append((separator, [name.strip() for name in names]))
+    known = (header for header in headers if any(set(keys) <= set(header[1]) for keys in KEYS.values()))
+    return next(known, headers[0] if headers else (",", []))
 
 
 def _value(names: list[str], cells: list[str], raw: bytes) -> dict[str, Any]:
-    try:
-        raw.decode("utf-8")
-    except UnicodeDecodeError as error:
-        raise RowError(
-            Code.NOT_UTF8, f"byte 0x{raw[error.start]:02x} is not UTF-8", expected="text in UTF-8"
-        ) from error
+    raw.decode("utf-8")
     if len(cells) != len(names):
-        raise RowError(
-            Code.WRONG_FORMAT,
-            f"{len(cells)} cells where the header has {len(names)}",
-            expected="one cell for each column; a cell with separators or line ends stands in quotes",
-        )
+        expected = "one cell for each column; a cell with separators or line ends stands in quotes"
+        raise RowError(Code.WRONG_FORMAT, f"{len(cells)} cells where the header has {len(names)}", expected=expected)
     value: dict[str, Any] = dict(zip(names, cells, strict=True))
     for column in _JSON_COLUMNS & set(value):
         try:
@@ -124,7 +100,3 @@ def _value(names: list[str], cells: list[str], raw: bytes) -> dict[str, Any]:
         except RowError as error:
             raise RowError(error.code, error.wrong, field=column, expected="a list as JSON text") from error
     return value
-
-
-def _not_csv(reason: str) -> RowError:
-    return RowError(Code.WRONG_FORMAT, f"not CSV: {reason}", expected="cells as RFC 4180 has them")

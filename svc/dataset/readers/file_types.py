@@ -8,7 +8,7 @@ import zlib
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
-from typing import BinaryIO, cast
+from typing import Any, BinaryIO
 
 from svc.dataset.problem.problem import Code, RowError
 from svc.dataset.readers.csv import read_csv
@@ -19,7 +19,20 @@ from svc.dataset.readers.promptfoo import read_promptfoo
 from svc.dataset.readers.row import Row
 from svc.errors import DataError
 
-COMPRESSIONS = (".gz", ".bz2", ".xz", ".zst")
+
+def _open_zstd(file: BinaryIO) -> Any:
+    import pyarrow
+
+    return pyarrow.CompressedInputStream(file, "zstd")
+
+
+_DECOMPRESS: dict[str, Callable[[BinaryIO], Any]] = {
+    ".gz": gzip.open,
+    ".bz2": bz2.open,
+    ".xz": lzma.open,
+    ".zst": _open_zstd,
+}
+COMPRESSIONS = tuple(_DECOMPRESS)
 CONTAINERS = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet")
 SUITES = (".yaml", ".yml")
 """Read where such a file is named itself; in a folder it may be a recipe."""
@@ -58,9 +71,9 @@ def read_rows(path: Path, on_read: Callable[[int], None] = lambda position: None
         if bare_name(path).endswith(".parquet"):
             yield from read_parquet(path, on_read)
             return
-        number = 0
+        number, decompress = 0, _DECOMPRESS.get(path.suffix.lower())
         try:
-            stream = stack.enter_context(_decompressed(path, file))
+            stream = stack.enter_context(io.BufferedReader(decompress(file))) if decompress else file
             for number, row in enumerate(_records(path, stream), start=1):
                 if number % _TOLD_EVERY == 0:
                     on_read(file.tell())
@@ -79,19 +92,3 @@ def _records(path: Path, stream: io.BufferedReader) -> Iterator[Row]:
     if name.endswith(SUITES):
         return read_promptfoo(path, stream)
     return read_jsonl(stream)
-
-
-def _decompressed(path: Path, file: BinaryIO) -> io.BufferedReader:
-    match path.suffix.lower():
-        case ".gz":
-            return io.BufferedReader(cast("io.RawIOBase", gzip.GzipFile(fileobj=file)))
-        case ".bz2":
-            return io.BufferedReader(cast("io.RawIOBase", bz2.BZ2File(file)))
-        case ".xz":
-            return io.BufferedReader(cast("io.RawIOBase", lzma.LZMAFile(file)))
-        case ".zst":
-            import pyarrow
-
-            return io.BufferedReader(cast("io.RawIOBase", pyarrow.CompressedInputStream(file, "zstd")))
-        case _:
-            return cast("io.BufferedReader", file)

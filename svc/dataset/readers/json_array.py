@@ -13,7 +13,7 @@ from typing import Any, BinaryIO
 
 from svc.dataset.problem.problem import Code, RowError
 from svc.dataset.readers.row import MAX_ROW_BYTES, Row
-from svc.dataset.text.decode import constant_fault, explain, refuse_duplicates
+from svc.dataset.text.decode import constant_fault, explain, not_utf8, refuse_duplicates
 
 _BLOCK = 2**20
 _SPACE = re.compile(r"[ \t\r\n]*")
@@ -26,7 +26,7 @@ def starts_with_list(head: bytes) -> bool:
 
 def read_list(stream: BinaryIO) -> Iterator[Row]:
     """Yields the elements of a list. After a fault in its JSON nothing more can be found: that is the last row."""
-    yield from _ListReader(stream).rows()
+    return _ListReader(stream).rows()
 
 
 class _ListReader:
@@ -48,21 +48,18 @@ class _ListReader:
             self._at += 1
             self._next()
         self._at += 1  # the bracket, which `starts_with_list` has seen
-        if self._next() == "]":
+        mark = self._next()
+        if mark == "]":
             self._at += 1
-        else:
-            while True:
-                row = self._element()
-                yield row
-                if self._lost:
-                    return
-                mark = self._next()
-                if mark not in (",", "]"):
-                    yield self._fault(f"{mark!r} after an element" if mark else "the file ends inside the list")
-                    return
-                self._at += 1
-                if mark == "]":
-                    break
+        while mark != "]":
+            yield self._element()
+            if self._lost:
+                return
+            mark = self._next()
+            if mark not in (",", "]"):
+                yield self._fault(f"{mark!r} after an element" if mark else "the file ends inside the list")
+                return
+            self._at += 1
         if extra := self._next():
             yield self._fault(f"{extra!r} after the end of the list")
 
@@ -75,10 +72,8 @@ class _ListReader:
                 value, end = self._json.raw_decode(self._text, self._at)
                 if end < len(self._text) or self._ended:
                     return self._row(line, value, end)
-            except RecursionError as error:
-                return self._give_up(line, explain(error))
-            except ValueError as error:
-                if self._ended:
+            except (ValueError, RecursionError) as error:
+                if self._ended or isinstance(error, RecursionError):
                     return self._give_up(line, explain(error))
             if len(self._text) - self._at > MAX_ROW_BYTES:
                 wrong = f"not JSON, or more than {MAX_ROW_BYTES // 2**20} MiB in one example; the rest is not read"
@@ -91,19 +86,16 @@ class _ListReader:
         self._line += text.count("\n")
         self._at = end
         raw = text.encode("utf-8", "surrogateescape")
-        if not text.isascii():
-            try:
-                raw.decode("utf-8")
-            except UnicodeDecodeError as error:
-                wrong = f"byte 0x{raw[error.start]:02x} is not UTF-8"
-                return Row(line, raw, value, RowError(Code.NOT_UTF8, wrong, expected="text in UTF-8"))
+        try:
+            raw.decode("utf-8")
+        except UnicodeDecodeError as error:
+            return Row(line, raw, value, not_utf8(error))
         return Row(line, raw, value, self._faults[0] if self._faults else None)
 
     def _next(self) -> str:
         """Goes to the next character that is no space; empty at the end of the file."""
         while True:
-            space = _SPACE.match(self._text, self._at)
-            end = space.end() if space else self._at
+            end = _SPACE.match(self._text, self._at).end()  # type: ignore[union-attr] - it matches everywhere
             self._line += self._text.count("\n", self._at, end)
             self._at = end
             if end < len(self._text):
@@ -125,9 +117,8 @@ class _ListReader:
         return Row(line, rest.encode("utf-8", "surrogateescape"), error=error)
 
     def _fault(self, wrong: str) -> Row:
-        return Row(
-            self._line, b"", error=RowError(Code.NOT_JSON, f"not JSON: {wrong}", expected="one list of examples")
-        )
+        error = RowError(Code.NOT_JSON, f"not JSON: {wrong}", expected="one list of examples")
+        return Row(self._line, b"", error=error)
 
     def _constant(self, name: str) -> Any:
         self._faults.append(constant_fault(name))

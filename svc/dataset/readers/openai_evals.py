@@ -8,14 +8,13 @@ from collections.abc import Sequence
 from typing import Any
 
 from svc.dataset.problem.problem import Code, RowError
-from svc.dataset.schema.tool_calls import kind_of
+from svc.dataset.schema.tool_calls import expect, kind_of
 
 QUESTIONS = ("input", "messages", "prompt", "question", "query")
 ANSWERS = (
     *("ideal", "ground_truth", "reference", "reference_answer", "expected", "expected_output", "expected_answer"),
     *("answer", "correct_answer", "correct_label", "label", "target"),
 )
-_ROLES = {"developer": "system"}
 
 
 def turns_of_line(value: dict[str, Any]) -> list[dict[str, Any]]:
@@ -33,7 +32,7 @@ def turns_of_item(value: dict[str, Any]) -> list[dict[str, Any]]:
     Raises:
         RowError: names the field.
     """
-    item = _object(value["item"], "item")
+    item = expect(dict, value["item"], "item", "an object")
     question, answer = _key(item, QUESTIONS, "item"), _key(item, ANSWERS, "item")
     return [*_turns(item[question], f"item.{question}"), _answer(item[answer], f"item.{answer}")]
 
@@ -44,19 +43,13 @@ def turns_of_output(value: dict[str, Any]) -> list[dict[str, Any]]:
     Raises:
         RowError: names the field.
     """
-    item, sample = _object(value["datasource_item"], "datasource_item"), value.get("sample")
+    item, sample = expect(dict, value["datasource_item"], "datasource_item", "an object"), value.get("sample")
     item = item["item"] if isinstance(item.get("item"), dict) else item
     answer = _answer(item[key := _key(item, ANSWERS, "datasource_item")], f"datasource_item.{key}")
     if isinstance(sample, dict) and sample.get("input"):
         return [*_turns(sample["input"], "sample.input"), answer]
     question = _key(item, QUESTIONS, "datasource_item")
     return [*_turns(item[question], f"datasource_item.{question}"), answer]
-
-
-def _object(value: Any, field: str) -> dict[str, Any]:
-    if not isinstance(value, dict):
-        raise RowError(Code.WRONG_FORMAT, f"is {kind_of(value)}", field=field, expected="an object")
-    return value
 
 
 def _key(item: dict[str, Any], names: Sequence[str], field: str) -> str:
@@ -72,21 +65,16 @@ def _turns(value: Any, field: str) -> list[dict[str, Any]]:
         return [{"role": "user", "content": value}]
     if not isinstance(value, list) or not all(isinstance(turn, dict) for turn in value):
         raise RowError(Code.WRONG_FORMAT, f"is {kind_of(value)}", field=field, expected="a text or a list of turns")
-    turns = []
-    for turn in value:
-        role = turn.get("role")
-        content = _text(turn.get("content"))
-        turns.append({"role": _ROLES.get(role, role) if isinstance(role, str) else role, "content": content})
-    return turns
+    roles = ("system" if turn.get("role") == "developer" else turn.get("role") for turn in value)
+    return [{"role": role, "content": _text(turn.get("content"))} for role, turn in zip(roles, value, strict=True)]
 
 
 def _text(content: Any) -> Any:
     """Content in parts is one text where all of them are."""
     if not isinstance(content, list):
         return content
-    texts = [part.get("text") for part in content if isinstance(part, dict)]
-    whole = len(texts) == len(content) and all(isinstance(text, str) for text in texts)
-    return "".join(map(str, texts)) if whole else content
+    texts = [part.get("text") if isinstance(part, dict) else None for part in content]
+    return "".join(texts) if all(isinstance(text, str) for text in texts) else content
 
 
 def _answer(value: Any, field: str) -> dict[str, Any]:

@@ -4,7 +4,6 @@ Templates are Nunjucks, which is a language: only names are replaced here, and a
 code in other files; text in a file beside the YAML or below is read. What becomes no example is an error of its test.
 """
 
-import io
 import json
 import re
 from collections.abc import Iterator
@@ -16,6 +15,7 @@ import yaml
 
 from svc.dataset.problem.problem import Code, RowError
 from svc.dataset.readers.row import MAX_ROW_BYTES, Row, too_large
+from svc.dataset.text.decode import not_utf8
 from svc.yaml_text import parse_yaml
 
 _NAME = re.compile(r"\{\{-?\s*([A-Za-z_]\w*(?:\.\w+)*)\s*-?\}\}")
@@ -33,36 +33,30 @@ def read_promptfoo(path: Path, stream: BinaryIO) -> Iterator[Row]:
         path: of the file; files that it names are beside it.
     """
     raw = stream.read(MAX_ROW_BYTES + 1)
-    if len(raw) > MAX_ROW_BYTES:
-        yield Row(1, raw[:MAX_ROW_BYTES], error=too_large())
-        return
     try:
+        if len(raw) > MAX_ROW_BYTES:
+            raise too_large()
         text = raw.decode("utf-8-sig")
-        value = parse_yaml(text)
-        suite = _read_suite(path.absolute().parent, value)
-        lines = _test_lines(text)
+        suite, lines = _read_suite(path.absolute().parent, parse_yaml(text)), _test_lines(text)
     except UnicodeDecodeError as error:
-        wrong = f"byte 0x{raw[error.start]:02x} is not UTF-8"
-        yield Row(1, raw, error=RowError(Code.NOT_UTF8, wrong, expected="text in UTF-8"))
-        return
+        yield Row(1, raw, error=not_utf8(error))
     except RowError as error:
-        yield Row(1, raw, error=error)
-        return
+        yield Row(1, raw[:MAX_ROW_BYTES], error=error)
     except ValueError as error:
         yield Row(1, raw, error=RowError(Code.WRONG_FORMAT, f"not YAML: {error}", expected="Promptfoo's YAML"))
-        return
-    for place, test in enumerate(value["tests"]):
-        written = json.dumps(test, ensure_ascii=False, default=str).encode("utf-8", "surrogatepass")
-        for prompt in suite.prompts:
-            try:
-                yield Row(lines[place], written, suite.example(prompt, test))
-            except RowError as error:
-                yield Row(lines[place], written, error=error)
+    else:
+        for line, test in zip(lines, suite.tests, strict=True):
+            written = json.dumps(test, ensure_ascii=False, default=str).encode("utf-8", "surrogatepass")
+            for prompt in suite.prompts:
+                try:
+                    yield Row(line, written, suite.example(prompt, test))
+                except RowError as error:
+                    yield Row(line, written, error=error)
 
 
 @dataclass(frozen=True, slots=True)
 class _Suite:
-    """What all tests share.
+    """The tests, and what all of them share.
 
     Attributes:
         folder: of the file.
@@ -70,12 +64,13 @@ class _Suite:
     """
 
     folder: Path
-    prompts: tuple[Any, ...]
+    tests: list[Any]
+    prompts: list[Any]
     variables: dict[str, Any]
     assertions: list[Any]
 
     def example(self, prompt: Any, test: Any) -> dict[str, Any]:
-        """A row in the chat format.
+        """Return a row in the chat format.
 
         Raises:
             RowError: the test has no reference, or needs code.
@@ -85,31 +80,31 @@ class _Suite:
         own = _mapping(test.get("vars"), "vars")
         variables = {key: self._variable(key, value) for key, value in (self.variables | own).items()}
         turns = prompt if isinstance(prompt, list) else [{"role": "user", "content": prompt}]
-        messages = [turn | {"content": render(turn["content"], variables, "prompts")} for turn in turns]
-        answer = self._reference([*_list(test.get("assert"), "assert"), *self.assertions], variables)
+        messages = [turn | {"content": _render(turn["content"], variables, "prompts")} for turn in turns]
+        answer = _reference([*_list(test.get("assert"), "assert"), *self.assertions], variables)
         return {"messages": [*messages, {"role": "assistant", "content": answer}]}
 
     def _variable(self, name: str, value: Any) -> Any:
         if isinstance(value, str) and value.startswith(_FILE):
-            return read_beside(self.folder, value, f"vars.{name}")
+            return _read_beside(self.folder, value, f"vars.{name}")
         if isinstance(value, list):
             raise _fault(f"vars.{name}", "is a list, of which Promptfoo makes several tests", "one value for each test")
         return value
 
-    @staticmethod
-    def _reference(assertions: list[Any], variables: dict[str, Any]) -> str:
-        given = [one for one in assertions if isinstance(one, dict)]
-        for kind in _REFERENCES:
-            values = {str(one.get("value")) for one in given if one.get("type") == kind}
-            if len(values) > 1:
-                raise _fault("assert", f"has {len(values)} different values of type {kind}", "one reference answer")
-            if values:
-                return render(values.pop(), variables, "assert")
-        kinds = ", ".join(sorted({str(one.get("type")) for one in given})) or "none"
-        raise _fault("assert", f"has no reference answer, only {kinds:.200}", f"one of type {', '.join(_REFERENCES)}")
+
+def _reference(assertions: list[Any], variables: dict[str, Any]) -> str:
+    given = [one for one in assertions if isinstance(one, dict)]
+    for kind in _REFERENCES:
+        values = {str(one.get("value")) for one in given if one.get("type") == kind}
+        if len(values) > 1:
+            raise _fault("assert", f"has {len(values)} different values of type {kind}", "one reference answer")
+        if values:
+            return _render(values.pop(), variables, "assert")
+    kinds = ", ".join(sorted({str(one.get("type")) for one in given})) or "none"
+    raise _fault("assert", f"has no reference answer, only {kinds:.200}", f"one of type {', '.join(_REFERENCES)}")
 
 
-def render(template: str, variables: dict[str, Any], field: str) -> str:
+def _render(template: str, variables: dict[str, Any], field: str) -> str:
     """Puts variables in place of their names, and nothing else: what they hold is no template.
 
     Raises:
@@ -129,7 +124,7 @@ def render(template: str, variables: dict[str, Any], field: str) -> str:
     return _NAME.sub(value_of, template)
 
 
-def read_beside(folder: Path, reference: str, field: str) -> str:
+def _read_beside(folder: Path, reference: str, field: str) -> str:
     """The text of a file that the YAML names.
 
     Raises:
@@ -137,11 +132,8 @@ def read_beside(folder: Path, reference: str, field: str) -> str:
     """
     path = (folder / reference.removeprefix(_FILE)).resolve()
     if not path.is_relative_to(folder.resolve()) or path.suffix not in _TEXT_FILES:
-        raise _fault(
-            field,
-            f"is {reference!r:.120}",
-            f"a file in the folder of the YAML or below, which ends in {', '.join(_TEXT_FILES)}",
-        )
+        expected = f"a file in the folder of the YAML or below, which ends in {', '.join(_TEXT_FILES)}"
+        raise _fault(field, f"is {reference!r:.120}", expected)
     try:
         with path.open("rb") as file:
             return file.read(MAX_ROW_BYTES).decode("utf-8").strip()
@@ -158,8 +150,8 @@ def _read_suite(folder: Path, value: Any) -> _Suite:
     prompts = [_prompt(folder, prompt) for prompt in _list(value.get("prompts"), "prompts")]
     if not prompts:
         raise _fault("prompts", "is missing", "a list of prompts")
-    shared = _mapping(default.get("vars"), "defaultTest.vars")
-    return _Suite(folder, tuple(prompts), shared, _list(default.get("assert"), "defaultTest.assert"))
+    variables = _mapping(default.get("vars"), "defaultTest.vars")
+    return _Suite(folder, value["tests"], prompts, variables, _list(default.get("assert"), "defaultTest.assert"))
 
 
 def _prompt(folder: Path, prompt: Any) -> Any:
@@ -168,23 +160,24 @@ def _prompt(folder: Path, prompt: Any) -> Any:
         prompt = prompt.get("raw", prompt.get("id"))
     if not isinstance(prompt, str):
         raise _fault("prompts", f"has {prompt!r:.80}", "texts")
-    text = read_beside(folder, prompt, "prompts") if prompt.startswith(_FILE) else prompt
+    text = _read_beside(folder, prompt, "prompts") if prompt.startswith(_FILE) else prompt
     try:
         turns = json.loads(text)
     except (ValueError, RecursionError):
         return text
-    if isinstance(turns, list):
-        good = (isinstance(turn, dict) and isinstance(turn.get("content"), str) for turn in turns)
-        if not turns or not all(good):
-            raise _fault("prompts", f"has {text!r:.80}", "turns with role and content")
-        return turns
-    return text
+    if not isinstance(turns, list):
+        return text
+    if not turns or not all(isinstance(turn, dict) and isinstance(turn.get("content"), str) for turn in turns):
+        raise _fault("prompts", f"has {text!r:.80}", "turns with role and content")
+    return turns
 
 
 def _test_lines(text: str) -> list[int]:
     """Where each test begins, from 1."""
-    root: Any = yaml.compose(io.StringIO(text), Loader=yaml.SafeLoader)
-    tests = next(node for key, node in root.value if key.value == "tests")
+    root: Any = yaml.compose(text, Loader=yaml.SafeLoader)
+    *_, tests = (
+        node for key, node in root.value if key.value == "tests"
+    )  # of a key that comes twice YAML takes the last
     return [node.start_mark.line + 1 for node in tests.value]
 
 

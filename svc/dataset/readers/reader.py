@@ -16,8 +16,7 @@ from svc.dataset.readers.chat_formats import Format, parse_row, recognise
 from svc.dataset.readers.file_types import read_rows
 from svc.dataset.readers.row import Row
 from svc.dataset.readers.source import data_files
-from svc.dataset.schema.example import ChatExample
-from svc.dataset.schema.normal_prompt import normal_prompt
+from svc.dataset.schema.example import ChatExample, normal_prompt
 from svc.errors import DataError
 
 _HEAD_ROWS = 100
@@ -36,10 +35,10 @@ class Line:
     """
 
     number: int
-    example: ChatExample | None = None
-    error: RowError | None = None
-    raw: bytes = b""
-    fields: tuple[str, ...] = ()
+    raw: bytes
+    example: ChatExample | None
+    error: RowError | None
+    fields: tuple[str, ...]
 
 
 def read_lines(path: Path, on_read: Callable[[int], None] = lambda position: None) -> Iterator[Line]:
@@ -52,23 +51,20 @@ def read_lines(path: Path, on_read: Callable[[int], None] = lambda position: Non
         DataError: there is no such file, or it cannot be opened.
     """
     rows = read_rows(path, on_read)
-    head, size = [], 0
-    for row in rows:
+    head: list[Row] = []
+    while len(head) < _HEAD_ROWS and sum(len(row.raw) for row in head) < _HEAD_BYTES and (row := next(rows, None)):
         head.append(row)
-        size += len(row.raw)
-        if len(head) >= _HEAD_ROWS or size >= _HEAD_BYTES:
-            break
-    form = _most_frequent_format(head)
+    formats = Counter(form for row in head if (form := recognise(row.value)))
+    # Chat if there is none; the first of two that are equally frequent.
+    form = formats.most_common(1)[0][0] if formats else Format.CHAT
     for row in chain(head, rows):
-        if row.blank or row.error:
-            yield Line(row.number, error=row.error, raw=row.raw)
-            continue
-        try:
-            example, fields = parse_row(row.value, form)
-        except RowError as error:
-            yield Line(row.number, error=error, raw=row.raw)
-        else:
-            yield Line(row.number, example, raw=row.raw, fields=fields)
+        example, error, fields = None, row.error, ()
+        if not (row.blank or row.error):
+            try:
+                example, fields = parse_row(row.value, form)
+            except RowError as fault:
+                error = fault
+        yield Line(row.number, row.raw, example, error, fields)
 
 
 def read_examples(
@@ -116,12 +112,6 @@ def write_examples(path: Path, examples: Iterable[ChatExample]) -> None:
     """Writes examples as JSONL in UTF-8."""
     lines = (json.dumps(example.as_dict(), ensure_ascii=False) + "\n" for example in examples)
     path.write_text("".join(lines), "utf-8")
-
-
-def _most_frequent_format(head: list[Row]) -> Format:
-    """Chat where none is seen; of two that are equally frequent, the one that comes first."""
-    formats = Counter(form for row in head if (form := recognise(row.value)))
-    return formats.most_common(1)[0][0] if formats else Format.CHAT
 
 
 def _refuse(path: Path, number: int, error: RowError, raw: bytes, bad_lines: BadLines | None) -> None:

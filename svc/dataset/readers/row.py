@@ -28,8 +28,5 @@ class Row:
 
 def too_large() -> RowError:
     """The error of a record beyond the limit."""
-    return RowError(
-        Code.TOO_LARGE,
-        f"more than {MAX_ROW_BYTES // 2**20} MiB in one example",
-        expected=f"at most {MAX_ROW_BYTES} bytes",
-    )
+    wrong = f"more than {MAX_ROW_BYTES // 2**20} MiB in one example"
+    return RowError(Code.TOO_LARGE, wrong, expected=f"at most {MAX_ROW_BYTES} bytes")

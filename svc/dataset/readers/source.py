@@ -59,17 +59,15 @@ def _folder_files(folder: Path) -> list[Path]:
 def _hub_files(source: str, cache: Path, fetch: Callable[..., Any] | None) -> list[Path]:
     named = _HUB_ID.fullmatch(source.removeprefix(HUB_PREFIX))
     if not named or ".." in (named["within"] or "").split("/"):
-        raise DataError(
-            f"{source!r} names no hub dataset",
-            expected="hf:ORG/NAME, or hf:ORG/NAME@REVISION/FOLDER",
-            todo="correct it",
-        )
+        expected = "hf:ORG/NAME, or hf:ORG/NAME@REVISION/FOLDER"
+        raise DataError(f"{source!r} names no hub dataset", expected=expected, todo="correct it")
     snapshot = _snapshot(named["id"], named["revision"], cache, fetch)
     path = snapshot / (named["within"] or "")
     if not path.exists():
+        names = sorted(file.name for file in snapshot.iterdir())
         raise DataError(
             f"{named['id']} has no data file or folder {named['within']!r}",
-            expected=f"one of {', '.join(sorted(file.name for file in snapshot.iterdir())) or 'none: it is empty'}",
+            expected=f"one of {', '.join(names) or 'none: it is empty'}",
             todo="correct what stands after the dataset's name",
         )
     return data_files(path)

@@ -23,7 +23,7 @@ from svc.dataset.schema.tool_calls import (
     parse_calls,
     parse_tools,
 )
-from svc.dataset.text.plain_text import is_blank
+from svc.dataset.text.plain_text import is_blank, normal
 
 
 class Role(StrEnum):
@@ -147,6 +147,16 @@ class ChatExample:
         """The JSONL form."""
         tools = {"tools": [json.loads(tool) for tool in self.tools]} if self.tools else {}
         return {"messages": [message.as_dict() for message in self.messages], **tools}
+
+
+def normal_prompt(example: ChatExample) -> str:
+    """Return a text that is equal for equal prompts, spacing and case aside."""
+    return "\x1f".join(map(_normal_turn, example.prompt))
+
+
+def _normal_turn(message: Message) -> str:
+    calls = "".join(f"\x1d{call.name}\x1d{call.arguments}" for call in message.tool_calls)
+    return f"{message.role}:{normal(message.content)}{calls}"
 
 
 def parse_example(value: dict[str, Any]) -> ChatExample:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 
 from svc.errors import IntegrityError
 
@@ -26,8 +26,10 @@ class TokenizedExample:
             one, in their order.
     """
 
-    input_ids: tuple[int, ...]
-    learnt: tuple[tuple[int, int], ...]
+    __pydantic_config__ = ConfigDict(extra="forbid")
+
+    input_ids: tuple[Place, ...]
+    learnt: Annotated[tuple[tuple[Place, Place], ...], Field(min_length=1)]
 
     @property
     def prompt(self) -> tuple[int, ...]:
@@ -54,27 +56,21 @@ class TokenizedExample:
         return sum(end - start for start, end in self.learnt)
 
 
-class _Line(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    input_ids: tuple[Place, ...]
-    learnt: tuple[tuple[Place, Place], ...] = Field(min_length=1)
+_LINE = TypeAdapter(TokenizedExample)
 
 
 def write_tokenized(path: Path, examples: Iterable[TokenizedExample]) -> None:
-    """Writes one line of JSON for each example, in their order."""
-    lines = (_Line(input_ids=one.input_ids, learnt=one.learnt).model_dump_json() for one in examples)
-    path.write_text("".join(f"{line}\n" for line in lines), "utf-8")
+    """Write one line of JSON for each example, in their order."""
+    path.write_bytes(b"".join(_LINE.dump_json(example) + b"\n" for example in examples))
 
 
 def read_tokenized(path: Path) -> tuple[TokenizedExample, ...]:
-    """Reads them again.
+    """Read what `write_tokenized` wrote.
 
     Raises:
-        IntegrityError: there is no such file, or a line of it is no example.
+        IntegrityError: the file is missing, or one of its lines is not an example.
     """
     try:
-        lines = [_Line.model_validate_json(line) for line in path.read_bytes().splitlines()]
+        return tuple(_LINE.validate_json(line) for line in path.read_bytes().splitlines())
     except (OSError, ValidationError) as error:
         raise IntegrityError(f"cannot read {path}: {error}", todo="restore it from a backup, or train again") from error
-    return tuple(TokenizedExample(line.input_ids, line.learnt) for line in lines)

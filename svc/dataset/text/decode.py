@@ -7,21 +7,22 @@ from typing import Any
 from svc.dataset.problem.problem import Code, RowError
 
 
+def not_utf8(error: UnicodeDecodeError, place: str = "") -> RowError:
+    """Return the error of bytes that are not UTF-8."""
+    wrong = f"byte 0x{error.object[error.start]:02x}{place} is not UTF-8"
+    return RowError(Code.NOT_UTF8, wrong, expected="text in UTF-8")
+
+
 def decode(raw: bytes) -> Any:
-    """One JSON value.
+    """Return one JSON value.
 
     Raises:
-        RowError: not UTF-8, or not JSON.
+        RowError: the bytes are not UTF-8, or not JSON.
     """
     try:
-        text = raw.decode("utf-8")
+        return decode_text(raw.decode("utf-8"))
     except UnicodeDecodeError as error:
-        raise RowError(
-            Code.NOT_UTF8,
-            f"byte 0x{raw[error.start]:02x} at position {error.start} is not UTF-8",
-            expected="text in UTF-8",
-        ) from error
-    return decode_text(text)
+        raise not_utf8(error, f" at position {error.start}") from error
 
 
 def decode_text(text: str) -> Any:

@@ -69,7 +69,7 @@ def test_a_file_without_examples_is_an_error(tmp_path: Path) -> None:
     path.touch()
     report = check_file(path)
     assert [problem.code for problem in report.problems] == ["empty"]
-    assert report.errors == 1
+    assert report.problems.errors == 1
     assert report.median_characters == 0
 
 

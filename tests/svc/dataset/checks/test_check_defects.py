@@ -264,5 +264,5 @@ def test_many_problems_come_back_whole_and_in_order(tmp_path: Path) -> None:
     path.write_bytes(b"\n".join([*good, *([b"{", good[0]] * 5_000)]))
     report = check_file(path)
     assert [problem.line for problem in report.problems] == list(range(4, 10_004))
-    assert (report.errors, len(report.problems)) == (5_000, 10_000)
+    assert (report.problems.errors, len(report.problems)) == (5_000, 10_000)
     assert json.dumps([problem.code for problem in report.problems]).count("duplicate") == 5_000

@@ -28,11 +28,11 @@ def odd(examples: Sequence[ChatExample]) -> dict[int, Code]:
     builder = LineTableBuilder()
     for number, one in enumerate(examples):
         builder.add(0, number, one, look_at_answer(one))
-    table = builder.finish()
+    rows = builder.finish().rows
     return {
         place: code
-        for tasks in (table.beginnings, table.endings)
-        for place, code, _ in odd_answers(tasks, table.answers, table.labels, table.kinds)
+        for tasks in (rows.beginnings, rows.endings)
+        for place, (code, _) in odd_answers(tasks, rows.answers, rows.labels, rows.kinds).items()
     }
 
 

@@ -7,5 +7,5 @@ from tests.svc.chats import chat
 def test_any_number_of_files_has_a_place() -> None:
     builder = LineTableBuilder()
     builder.add(70_000, 5, chat())
-    table = builder.finish()
-    assert (int(table.files[0]), int(table.lines[0])) == (70_000, 5)
+    [row] = builder.finish().rows
+    assert (row.files, row.lines) == (70_000, 5)

@@ -1,16 +1,13 @@
 """Doubtful texts are told, and texts that only look so are not."""
 
-import json
 import time
-from pathlib import Path
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from svc.dataset.checks.text_checks import TextChecks, special_tokens
+from svc.dataset.checks.text_checks import TextChecks
 from svc.dataset.problem.problem import Code
-from svc.errors import DataError
 
 GOOD = [
     "Use a < b || c > d, x |> f, and [| 1; 2 |] in F#.",
@@ -121,27 +118,9 @@ def test_what_is_told_stands_where_it_is_said_to_stand() -> None:
     assert text.endswith("'fÃ©' at 10")
 
 
-def test_tokens_of_the_base_model_are_told(tmp_path: Path) -> None:
-    tokens = [{"content": "⟪end⟫", "special": True}, {"content": "the", "special": False}]
-    (tmp_path / "tokenizer.json").write_text(json.dumps({"added_tokens": tokens}), "utf-8")
-    assert special_tokens(tmp_path) == ["⟪end⟫"]
-    assert codes("here ⟪end⟫ there", *special_tokens(tmp_path)) == {Code.SPECIAL_TOKEN}
-    assert codes("the text", *special_tokens(tmp_path)) == set()
-
-
-def test_tokens_come_from_tokenizer_config_when_the_base_has_only_a_sentencepiece_model(tmp_path: Path) -> None:
-    tokens = {"1": {"content": "<s>", "special": True}, "5": {"content": "the", "special": False}}
-    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"added_tokens_decoder": tokens}), "utf-8")
-    (tmp_path / "tokenizer.model").write_bytes(b"pieces")
-    assert special_tokens(tmp_path) == ["<s>"]
-
-
-@pytest.mark.parametrize("content", [None, "[", "[]", '{"added_tokens": 5}', '{"added_tokens": [5]}'])
-def test_a_folder_without_a_tokenizer_is_named(tmp_path: Path, content: str | None) -> None:
-    if content:
-        (tmp_path / "tokenizer.json").write_text(content)
-    with pytest.raises(DataError, match=r"tokenizer.*\.json"):
-        special_tokens(tmp_path)
+def test_further_special_tokens_are_found_when_they_are_given() -> None:
+    assert codes("here ⟪end⟫ there", "⟪end⟫") == {Code.SPECIAL_TOKEN}
+    assert codes("here ⟪end⟫ there") == set()
 
 
 @pytest.mark.parametrize("part", ["{{[", "[", "{{a|", " ", "{{a ", "{% if ", "{#", "{{ a if", "{{1", "<|", "Ã"])

@@ -6,6 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from svc.dataset.readers.chat_formats import Format, parse_row
 from svc.dataset.schema.example import Role, parse_example
 from svc.errors import DataError
 from tests.svc.chats import turn
@@ -65,7 +66,7 @@ def test_a_bad_turn_is_named_with_its_place_and_value(turns: tuple[Any, ...], te
 )
 def test_a_line_of_another_form_is_named(value: Any, text: str) -> None:
     with pytest.raises(DataError) as caught:
-        parse_example(value)
+        parse_row(value, Format.CHAT)
     assert text in caught.value.wrong
     assert caught.value.expected
 
@@ -90,7 +91,7 @@ turns = st.lists(json_values | st.fixed_dictionaries({"role": roles, "content": 
 @given(json_values | st.fixed_dictionaries({"messages": json_values | turns}))
 def test_any_json_value_is_an_example_or_a_data_error(value: Any) -> None:
     try:
-        example = parse_example(value)
+        example, _ = parse_row(value, Format.CHAT)
     except DataError:
         return
     assert parse_example(example.as_dict()) == example

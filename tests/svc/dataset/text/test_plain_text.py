@@ -7,8 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from svc.dataset.problem.problem import Code, RowError
-from svc.dataset.schema.example import parse_example
-from svc.dataset.schema.normal_prompt import normal_prompt
+from svc.dataset.schema.example import normal_prompt, parse_example
 from svc.dataset.text.plain_text import is_blank, normal
 from tests.svc.chats import chat, turn
 from tests.svc.dataset.checks.test_minhash import sketches

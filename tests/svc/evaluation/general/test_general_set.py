@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from svc.dataset.schema.normal_prompt import normal_prompt
+from svc.dataset.schema.example import normal_prompt
 from svc.errors import DataError
 from svc.evaluation.general.contains import Contains
 from svc.evaluation.general.general_set import GeneralSet, read_general_set, shipped_general_set

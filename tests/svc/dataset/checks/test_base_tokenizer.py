@@ -8,7 +8,7 @@ import pytest
 from click.testing import CliRunner, Result
 
 from svc.cli import group
-from svc.dataset.checks.token_count import TokenCounter
+from svc.dataset.checks.base_tokenizer import BaseTokenizer
 from svc.dataset.problem.problem import Code, RowError
 from svc.dataset.schema.example import ChatExample, Message, Role, parse_example
 from svc.errors import DataError
@@ -41,21 +41,21 @@ def report(*arguments: object) -> dict[str, Any]:
 
 def test_they_are_those_of_training_and_what_the_template_writes_after_the_answer(tmp_path: Path) -> None:
     folder = base(tmp_path / "base")
-    tokenizer = load_tokenizer(folder)
+    training = load_tokenizer(folder)
     examples = [chat("a question", "an answer"), chat("ü" * 50, "{}")]
-    eos = tokenizer.eos_token_id
+    eos = training.eos_token_id
     assert isinstance(eos, int)
-    trained = tokenize_examples(tokenizer, examples, {eos}, {})
-    after = len(tokenizer.encode("\n"))
-    counter = TokenCounter(folder)
+    trained = tokenize_examples(training, examples, {eos}, {})
+    after = len(training.encode("\n"))
+    tokenizer = BaseTokenizer(folder)
     for example, row in zip(examples, trained, strict=True):
-        assert 0 <= counter.count(example) - len(row.input_ids) <= after
+        assert 0 <= tokenizer.count(example) - len(row.input_ids) <= after
 
 
 def test_calls_and_tools_are_counted(tmp_path: Path) -> None:
     template = "{% for m in messages %}{% for c in m.tool_calls or [] %}{{ c.function.arguments.city }}{% endfor %}"
     template += "{{ m.content }}{% endfor %}{% for tool in tools or [] %}{{ tool.function.name }}{% endfor %}"
-    counter = TokenCounter(base(tmp_path / "base", template))
+    tokenizer = BaseTokenizer(base(tmp_path / "base", template))
     call = {"id": "1", "type": "function", "function": {"name": "f", "arguments": '{"city": "Rome"}'}}
     turns = [
         {"role": "user", "content": "q"},
@@ -65,20 +65,20 @@ def test_calls_and_tools_are_counted(tmp_path: Path) -> None:
     ]
     tools = [{"type": "function", "function": {"name": "f", "parameters": {"type": "object", "properties": {}}}}]
     plain = ChatExample((Message(Role.USER, "q"), Message(Role.ASSISTANT, "a")))
-    assert counter.count(parse_example({"messages": turns, "tools": tools})) > counter.count(plain)
+    assert tokenizer.count(parse_example({"messages": turns, "tools": tools})) > tokenizer.count(plain)
 
 
 def test_a_refusal_of_the_template_says_why(tmp_path: Path) -> None:
-    counter = TokenCounter(base(tmp_path / "base", NO_SYSTEM))
+    tokenizer = BaseTokenizer(base(tmp_path / "base", NO_SYSTEM))
     with pytest.raises(RowError, match="no system turn") as caught:
-        counter.count(ChatExample((Message(Role.SYSTEM, "s"), *chat("q", "a").messages)))
+        tokenizer.count(ChatExample((Message(Role.SYSTEM, "s"), *chat("q", "a").messages)))
     assert caught.value.code is Code.TEMPLATE_REFUSES
 
 
 def test_a_template_that_needs_tools_refuses_an_example_without(tmp_path: Path) -> None:
-    counter = TokenCounter(base(tmp_path / "base", "{% for tool in tools %}{{ tool }}{% endfor %}"))
+    tokenizer = BaseTokenizer(base(tmp_path / "base", "{% for tool in tools %}{{ tool }}{% endfor %}"))
     with pytest.raises(RowError, match="not iterable") as caught:
-        counter.count(chat("q", "a"))
+        tokenizer.count(chat("q", "a"))
     assert caught.value.code is Code.TEMPLATE_REFUSES
 
 
@@ -94,7 +94,7 @@ def test_a_refused_example_is_an_error_of_its_line(tmp_path: Path) -> None:
 def test_the_maximum_is_in_the_tokens_of_the_base(tmp_path: Path) -> None:
     folder = base(tmp_path / "base")
     example = chat("many words " * 20, "an answer")
-    tokens = TokenCounter(folder).count(example)
+    tokens = BaseTokenizer(folder).count(example)
     path = data(tmp_path / "x.jsonl", example)
     assert report(path, "--base", folder, "--max-length", tokens)["problems"] == []
     [problem] = report(path, "--base", folder, "--max-length", tokens - 1)["problems"]
@@ -105,7 +105,7 @@ def test_lengths_in_tokens_are_shown(tmp_path: Path) -> None:
     folder = base(tmp_path / "base")
     path = data(tmp_path / "x.jsonl", chat("q", "a"), chat("a longer question", "a"))
     shorter, longer = (
-        TokenCounter(folder).count(example) for example in (chat("q", "a"), chat("a longer question", "a"))
+        BaseTokenizer(folder).count(example) for example in (chat("q", "a"), chat("a longer question", "a"))
     )
     found = report(path, "--base", folder)
     assert (found["median_tokens"], found["longest_tokens"]) == (round((shorter + longer) / 2), longer)
@@ -123,4 +123,14 @@ def test_a_folder_that_cannot_count_is_refused(tmp_path: Path, template: str) ->
     if template:
         (folder / "tokenizer.json").write_text("{")
     with pytest.raises(DataError, match="cannot read the tokenizer" if template else "no chat template"):
-        TokenCounter(folder)
+        BaseTokenizer(folder)
+
+
+def test_the_special_tokens_of_the_base_are_found_in_texts(tmp_path: Path) -> None:
+    tokenizer = make_tokenizer()
+    tokenizer.add_tokens(["⟪end⟫"], special_tokens=True)
+    tokenizer.add_tokens(["the"])
+    tokenizer.save_pretrained(tmp_path / "base")
+    path = data(tmp_path / "x.jsonl", chat("the text", "a"), chat("here ⟪end⟫ there", "b"))
+    found = report(path, "--base", tmp_path / "base")
+    assert [(problem["line"], problem["code"]) for problem in found["problems"]] == [(2, "special_token")]

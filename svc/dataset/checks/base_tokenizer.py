@@ -1,4 +1,4 @@
-"""How many tokens an example has for a base model: by its own tokenizer and its own chat template, as training sees it.
+"""A base model's own tokenizer and chat template: which tokens are special, and how many tokens an example has.
 
 The whole conversation is counted, also what a template writes after the last answer (mostly a line end), which training
 leaves out.
@@ -12,14 +12,14 @@ from svc.dataset.schema.example import ChatExample
 from svc.errors import DataError
 
 
-class TokenCounter:
-    """Counts by the tokenizer in a model folder.
+class BaseTokenizer:
+    """The tokenizer and the chat template in the folder of a model to train.
 
-    Args:
-        folder: of the model.
+    Attributes:
+        special_tokens: texts of the tokens that an example should not contain.
 
     Raises:
-        DataError: it has no tokenizer that can be read, or no chat template.
+        DataError: the folder has no tokenizer that can be read, or no chat template.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -36,28 +36,23 @@ class TokenCounter:
                 todo="check the path; without --base lengths are estimated",
             ) from error
         if not self._tokenizer.chat_template:
-            raise DataError(
-                f"{folder} has no chat template", expected="an instruction-tuned model", todo="choose another base"
-            )
-
-        self._template_kwargs = choose_template_kwargs(folder, None)
+            expected = "an instruction-tuned model"
+            raise DataError(f"{folder} has no chat template", expected=expected, todo="choose another base")
+        self._kwargs = choose_template_kwargs(folder, None)
+        added = self._tokenizer.added_tokens_decoder.values()
+        self.special_tokens = [token.content for token in added if token.special]
 
     def count(self, example: ChatExample) -> int:
-        """Tokens of the conversation with its tools.
+        """Return the number of tokens of a conversation with its tools.
 
         Raises:
-            RowError: the chat template refuses it.
+            RowError: the chat template refuses the conversation.
         """
         from jinja2 import TemplateError
 
         try:
-            encoding = self._tokenizer.apply_chat_template(
-                **example.templated(), return_dict=True, **self._template_kwargs
-            )
+            encoding = self._tokenizer.apply_chat_template(**example.templated(), return_dict=True, **self._kwargs)
         except (TemplateError, TypeError) as error:  # the latter of templates that need tools
-            raise RowError(
-                Code.TEMPLATE_REFUSES,
-                f"the base model's chat template refuses it: {error}",
-                expected="turns that the base model knows",
-            ) from error
+            wrong = f"the base model's chat template refuses it: {error}"
+            raise RowError(Code.TEMPLATE_REFUSES, wrong, expected="turns that the base model knows") from error
         return len(encoding["input_ids"])
