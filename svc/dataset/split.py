@@ -60,9 +60,9 @@ def split_heldout(
     table = _table(examples)
     groups = _groups(table)
     firsts = np.unique(groups)
-    learnt_groups = np.unique(groups[np.isin(table.rows.prompts, learnt)])
+    learnt_groups = np.unique(groups[np.isin(table.rows["prompts"], learnt)])
     smallest = np.ones(len(examples))
-    np.minimum.at(smallest, groups, _fractions(table.rows.prompts, seed))
+    np.minimum.at(smallest, groups, _fractions(table.rows["prompts"], seed))
     held = _held_groups(firsts, np.setdiff1d(firsts, learnt_groups), smallest, share)
     is_held = np.isin(groups, held)
     kept = np.isin(groups, learnt_groups[smallest[learnt_groups] < share])
@@ -122,7 +122,7 @@ def near_leaks(examples: Sequence[ChatExample], heldout: Sequence[ChatExample]) 
 
 def _groups(table: LineTable) -> NDArray[np.int64]:
     groups, _ = clusters(table.sketches)
-    unite(groups, np.arange(len(groups)), first_with_same(table.rows.prompts))
+    unite(groups, np.arange(len(groups)), first_with_same(table.rows["prompts"]))
     return groups
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field
 
-from svc.dataset.checks.labels import FEW_ANSWERS, find_label
+from svc.dataset.checks.labels import FEW_ANSWERS, few_labels, find_label
 from svc.dataset.schema.example import ChatExample
 from svc.dataset.split import group_near_duplicates, near_leaks
 from svc.dataset.text.plain_text import normal
@@ -48,14 +48,8 @@ class Lengths(_Record):
         first, last = np.searchsorted(_EDGES, [values.min(), values.max()], side="right")
         edges = _EDGES[first - 1 : last + 1]
         counts, _ = np.histogram(values, edges)
-        middle, high = np.percentile(values, [50, 95], method="inverted_cdf")
-        return cls(
-            median=int(middle),
-            p95=int(high),
-            longest=int(values.max()),
-            edges=tuple(edges),
-            counts=tuple(int(count) for count in counts),
-        )
+        middle, high, longest = np.percentile(values, [50, 95, 100], method="inverted_cdf").tolist()
+        return cls(median=middle, p95=high, longest=longest, edges=tuple(edges), counts=tuple(counts.tolist()))
 
 
 class DataSummary(_Record):
@@ -107,7 +101,7 @@ def _labels(examples: Sequence[ChatExample]) -> dict[str, int]:
         if label is None or len(found) > FEW_ANSWERS:
             return {}
         found[normal(label)] += 1
-    return dict(found.most_common()) if 1 < len(found) <= min(FEW_ANSWERS, len(examples) // 2) else {}
+    return few_labels(found, len(examples))
 
 
 def read_data_summary(path: Path) -> DataSummary:

@@ -3,6 +3,7 @@
 import json
 from importlib.resources import files
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -35,13 +36,13 @@ def turns(*texts: str) -> list[dict[str, object]]:
     ]
 
 
-CONVERSATIONS = [
+CONVERSATIONS: list[dict[str, Any]] = [
     {"messages": turns("Which section?", '{"section": "net"}')},
     {"messages": [{"role": "system", "content": "Be brief."}, *turns("a", "b", "c", "d")]},
     {"messages": turns("¿Qué? 日本 🙂", "ß e\u0301")},
     {"messages": turns("It ends with a line.\n", "\nso does this")},
 ]
-TOOLS = [
+TOOLS: list[dict[str, Any]] = [
     {
         "messages": [
             {"role": "user", "content": "Rome?"},

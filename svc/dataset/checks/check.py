@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from svc.dataset.checks.base_tokenizer import BaseTokenizer
-from svc.dataset.checks.labels import FEW_ANSWERS, look_at_answer, odd_answers
+from svc.dataset.checks.labels import FEW_ANSWERS, few_labels, look_at_answer, odd_answers
 from svc.dataset.checks.line_table import LineTable, LineTableBuilder, Rows, first_with_same
 from svc.dataset.checks.minhash import clusters, nearest, places_in
 from svc.dataset.checks.text_checks import TextChecks
@@ -28,7 +28,6 @@ from svc.dataset.schema.example import ChatExample, Role, normal_prompt
 MAX_LENGTH = 4096
 """Tokens from which on an example is called too long, when the caller does not say."""
 _BYTES_A_TOKEN = 4.2  # English under a byte-level BPE of 49,152 entries; other languages have fewer
-_DIFFERENT_ANSWERS = 1_000  # beyond, answers are free text and not counted
 _LONG_ANSWER = 200
 
 OnRead = Callable[[int], None]
@@ -41,7 +40,7 @@ class DataReport:
     Attributes:
         lengths: characters of each good example, all texts together.
         tokens: of each good example; empty where they were not counted.
-        answers: how often each final answer stands; None where there are too many different ones.
+        answers: how often each final answer occurs; not counted any more once they are too many to be labels.
     """
 
     file: str
@@ -49,7 +48,7 @@ class DataReport:
     examples: int = 0
     lengths: "array[int]" = field(default_factory=lambda: array("I"))
     tokens: "array[int]" = field(default_factory=lambda: array("I"))
-    answers: Counter[str] | None = field(default_factory=Counter)
+    answers: Counter[str] = field(default_factory=Counter)
     problems: ProblemLog = field(default_factory=ProblemLog)
 
     @property
@@ -64,10 +63,8 @@ class DataReport:
 
     @property
     def labels(self) -> dict[str, int] | None:
-        """Answers by frequency when there are few different ones, else None."""
-        if self.answers is None or not 1 < len(self.answers) <= min(FEW_ANSWERS, self.examples // 2):
-            return None
-        return dict(self.answers.most_common())
+        """Answers by frequency if there are few different ones, else None."""
+        return few_labels(self.answers, self.examples) or None
 
     def add(self, line: int, code: Code, message: str, where: str = "") -> None:
         """Add one problem."""
@@ -147,7 +144,8 @@ class _LineChecks:
     def _check_example(self, report: DataReport, line: Line, example: ChatExample) -> None:
         report.examples += 1
         report.lengths.append(min(example.characters, 2**32 - 1))
-        _count_answer(report, example.answer)
+        if len(report.answers) <= FEW_ANSWERS:  # with more they are free text
+            report.answers[example.answer[:_LONG_ANSWER]] += 1
         before = None
         for message, where in zip(example.messages, line.fields, strict=True):
             check = self._shared_text if message.role is Role.SYSTEM else self._text
@@ -191,14 +189,6 @@ def _too_long(example: ChatExample, tokens: int, about: str, limit: int) -> str:
     return f"{text}: the last {over} characters would be cut, {lost}"
 
 
-def _count_answer(report: DataReport, answer: str) -> None:
-    if report.answers is None:
-        return
-    report.answers[answer[:_LONG_ANSWER]] += 1
-    if len(report.answers) > _DIFFERENT_ANSWERS:
-        report.answers = None
-
-
 def _compare(reports: list[DataReport], table: LineTable, held: int) -> None:
     """Report what needs all lines: copies, leaks, odd answers.
 
@@ -206,28 +196,26 @@ def _compare(reports: list[DataReport], table: LineTable, held: int) -> None:
         held: so many of the first examples are the held-out ones.
     """
     train = table.rows[held:]
-    odd = {
-        place: problem
-        for tasks in (train.beginnings, train.endings)
-        for place, problem in odd_answers(tasks, train.answers, train.labels, train.kinds).items()
-    }
+    odd: dict[int, tuple[Code, str]] = {}
+    for tasks in ("beginnings", "endings"):
+        odd |= odd_answers(train[tasks], train["answers"], train["labels"], train["kinds"])
     copies = _copies(table, held)
     found = np.any([others >= 0 for *_, others in copies], axis=0)
     found[list(odd)] = True
     for place in np.flatnonzero(found):
-        row, report = train[place], reports[train.files[place]]
+        row, report = train[place], reports[train["files"][place]]
         for code, text, source, others in copies:
             if others[place] < 0:
                 continue
             other = source[others[place]]
-            line = f"line {other.lines}"
+            line = f"line {other['lines']}"
             if code in (Code.LEAK, Code.NEAR_LEAK):
-                line += f" of the held-out file {reports[other.files].file}"
-            elif other.files != row.files:
-                line += f" of {reports[other.files].file}"
-            report.add(int(row.lines), code, text.format(line))
+                line += f" of the held-out file {reports[other['files']].file}"
+            elif other["files"] != row["files"]:
+                line += f" of {reports[other['files']].file}"
+            report.add(int(row["lines"]), code, text.format(line))
         if place in odd:
-            report.add(int(row.lines), *odd[place])
+            report.add(int(row["lines"]), *odd[place])
 
 
 def _copies(table: LineTable, held: int) -> list[tuple[Code, str, Rows, NDArray[np.int64]]]:
@@ -239,12 +227,12 @@ def _copies(table: LineTable, held: int) -> list[tuple[Code, str, Rows, NDArray[
     """
     heldout, train = table.rows[:held], table.rows[held:]
     sketches = table.sketches[held:]
-    leak = places_in(train.prompts, heldout.prompts)
+    leak = places_in(train["prompts"], heldout["prompts"])
     near_leak = np.where(leak < 0, nearest(sketches, table.sketches[:held]), -1)
-    same_pair = _earlier(train.pairs ^ train.systems)  # with other tools it is another example
-    same_prompt = np.where(same_pair < 0, _earlier(train.prompts ^ train.systems), -1)
+    same_pair = _earlier(train["pairs"] ^ train["systems"])  # with other tools it is another example
+    same_prompt = np.where(same_pair < 0, _earlier(train["prompts"] ^ train["systems"]), -1)
     _, near = clusters(sketches)
-    other_task = train.systems[near] != train.systems  # one text under two instructions is two examples
+    other_task = train["systems"][near] != train["systems"]  # one text under two instructions is two examples
     near = np.where((same_pair >= 0) | (same_prompt >= 0) | other_task, -1, near)
     return [
         (Code.LEAK, "{} has the same prompt", heldout, leak),

@@ -7,6 +7,7 @@ label is doubted in any case. Knows nothing of files.
 """
 
 import re
+from collections import Counter
 from enum import IntFlag
 from functools import lru_cache
 from typing import NamedTuple
@@ -78,6 +79,11 @@ def find_label(answer: str) -> str | None:
     """What an answer says when it is a label: of JSON, the value in it; None for what is no label."""
     answer = answer.strip()
     return _label(answer, _json(answer))
+
+
+def few_labels(counts: Counter[str], examples: int) -> dict[str, int]:
+    """Return answers by frequency if they are few enough to be labels, else nothing."""
+    return dict(counts.most_common()) if 1 < len(counts) <= min(FEW_ANSWERS, examples // 2) else {}
 
 
 def odd_answers(

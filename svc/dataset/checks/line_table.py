@@ -2,7 +2,7 @@
 
 import struct
 from functools import lru_cache
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -26,7 +26,7 @@ _ROW = np.dtype(
     ]
 )
 _PACK = struct.Struct("=2I7QB").pack
-Rows = np.recarray[Any, np.dtype[np.void]]
+Rows = NDArray[np.void]
 
 
 class LineTable(NamedTuple):
@@ -87,7 +87,7 @@ class LineTableBuilder:
 
     def finish(self) -> LineTable:
         """Return the table. Nothing can be added after that."""
-        return LineTable(np.frombuffer(self._rows, _ROW).view(np.recarray), self._sketcher.finish())
+        return LineTable(np.frombuffer(self._rows, _ROW), self._sketcher.finish())
 
 
 def first_with_same(keys: NDArray[np.uint64]) -> NDArray[np.int64]:

@@ -14,7 +14,6 @@ word is another question.
 import re
 import zlib
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -46,7 +45,7 @@ _OFFSETS = _random.integers(0, 2**32, _VALUES, dtype=np.uint32)
 
 
 _SKETCH = np.dtype([("values", np.uint16, _VALUES), ("runs", np.uint16)])
-Sketches = np.recarray[Any, np.dtype[np.void]]
+Sketches = NDArray[np.void]
 """One row for each text.
 
 `values`: the low 16 bits of the least hash under each of 64 functions. `runs`: how many different runs of three words
@@ -72,7 +71,7 @@ class Sketcher:
     def finish(self) -> Sketches:
         """Return the sketches of all texts, in their order."""
         self._flush()
-        return np.frombuffer(self._rows, _SKETCH).view(np.recarray)
+        return np.frombuffer(self._rows, _SKETCH)
 
     def _flush(self) -> None:
         waiting, self._waiting = self._waiting, []
@@ -90,7 +89,7 @@ def clusters(sketches: Sketches) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
     """
     count = len(sketches)
     group, earlier = np.arange(count), np.full(count, count)
-    usable = np.flatnonzero(sketches.runs)
+    usable = np.flatnonzero(sketches["runs"])
     for band in range(_VALUES // _BAND):
         keys = _band(sketches, band)[usable]
         order = np.argsort(keys, kind="stable")
@@ -109,7 +108,7 @@ def clusters(sketches: Sketches) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
 def nearest(sketches: Sketches, others: Sketches) -> NDArray[np.int64]:
     """For each text the index of one of the others that is near to it; -1: none found."""
     found = np.full(len(sketches), -1)
-    usable, theirs = np.flatnonzero(sketches.runs), np.flatnonzero(others.runs)
+    usable, theirs = np.flatnonzero(sketches["runs"]), np.flatnonzero(others["runs"])
     for band in range(_VALUES // _BAND):
         place = places_in(_band(sketches, band)[usable], _band(others, band)[theirs])
         match = np.flatnonzero(place >= 0)
@@ -161,7 +160,7 @@ def _common_runs(texts: Sequence[Numbers]) -> Numbers:
     return different[texts_with > max(_COMMON_TEXTS, _COMMON_SHARE * len(texts))]
 
 
-def _sketch(texts: Sequence[Numbers], common: Numbers | None) -> NDArray[np.void]:
+def _sketch(texts: Sequence[Numbers], common: Numbers | None) -> Sketches:
     sketches = np.zeros(len(texts), _SKETCH)
     runs, owner = _runs_of_three(texts)
     if common is not None and len(common):
@@ -179,7 +178,7 @@ def _sketch(texts: Sequence[Numbers], common: Numbers | None) -> NDArray[np.void
 
 def _band(sketches: Sketches, band: int) -> NDArray[np.uint64]:
     """Four values of 16 bits are one of 64."""
-    part = np.ascontiguousarray(sketches.values[:, band * _BAND : (band + 1) * _BAND])
+    part = np.ascontiguousarray(sketches["values"][:, band * _BAND : (band + 1) * _BAND])
     return part.view(np.uint64).ravel()
 
 
@@ -191,8 +190,8 @@ def _near(
     for start in range(0, len(ones), _PAIRS_TOGETHER):
         part = slice(start, start + _PAIRS_TOGETHER)
         one, other = sketches[ones[part]], others[theirs[part]]
-        equal = np.count_nonzero(one.values == other.values, axis=1)
-        few, many = np.minimum(one.runs, other.runs), np.maximum(one.runs, other.runs)
+        equal = np.count_nonzero(one["values"] == other["values"], axis=1)
+        few, many = np.minimum(one["runs"], other["runs"]), np.maximum(one["runs"], other["runs"])
         short = (few < _FEWEST_RUNS) & ((equal < _VALUES) | (few < many))
         near[part] = (equal >= SIMILAR * _VALUES) & ~short & (few >= 0.6 * many)
     return near

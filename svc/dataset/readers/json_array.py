@@ -13,10 +13,10 @@ from typing import Any, BinaryIO
 
 from svc.dataset.problem.problem import Code, RowError
 from svc.dataset.readers.row import MAX_ROW_BYTES, Row
-from svc.dataset.text.decode import constant_fault, explain, not_utf8, refuse_duplicates
+from svc.dataset.text.decode import STRICT, explain, not_utf8
 
 _BLOCK = 2**20
-_SPACE = re.compile(r"[ \t\r\n]*")
+_NO_SPACE = re.compile(r"[^ \t\r\n]")
 
 
 def starts_with_list(head: bytes) -> bool:
@@ -40,8 +40,6 @@ class _ListReader:
         self._line = 1
         self._ended = False
         self._lost = False
-        self._faults: list[RowError] = []  # raising inside the JSON reader would lose the element's end
-        self._json = json.JSONDecoder(parse_constant=self._constant, object_pairs_hook=self._pairs)
 
     def rows(self) -> Iterator[Row]:
         if self._next() == codecs.BOM_UTF8.decode():
@@ -67,11 +65,10 @@ class _ListReader:
         self._next()
         line, wanted = self._line, _BLOCK
         while True:
-            self._faults.clear()
             try:
-                value, end = self._json.raw_decode(self._text, self._at)
+                value, end, fault = _decode(self._text, self._at)
                 if end < len(self._text) or self._ended:
-                    return self._row(line, value, end)
+                    return self._row(line, value, end, fault)
             except (ValueError, RecursionError) as error:
                 if self._ended or isinstance(error, RecursionError):
                     return self._give_up(line, explain(error))
@@ -81,7 +78,7 @@ class _ListReader:
             self._fill(wanted)
             wanted *= 2
 
-    def _row(self, line: int, value: Any, end: int) -> Row:
+    def _row(self, line: int, value: Any, end: int, fault: RowError | None) -> Row:
         text = self._text[self._at : end]
         self._line += text.count("\n")
         self._at = end
@@ -89,19 +86,18 @@ class _ListReader:
         try:
             raw.decode("utf-8")
         except UnicodeDecodeError as error:
-            return Row(line, raw, value, not_utf8(error))
-        return Row(line, raw, value, self._faults[0] if self._faults else None)
+            fault = not_utf8(error)
+        return Row(line, raw, value, fault)
 
     def _next(self) -> str:
         """Goes to the next character that is no space; empty at the end of the file."""
         while True:
-            end = _SPACE.match(self._text, self._at).end()  # type: ignore[union-attr] - it matches everywhere
+            found = _NO_SPACE.search(self._text, self._at)
+            end = found.start() if found else len(self._text)
             self._line += self._text.count("\n", self._at, end)
             self._at = end
-            if end < len(self._text):
-                return self._text[end]
-            if self._ended:
-                return ""
+            if found or self._ended:
+                return found[0] if found else ""
             self._fill(_BLOCK)
 
     def _fill(self, size: int) -> None:
@@ -120,12 +116,10 @@ class _ListReader:
         error = RowError(Code.NOT_JSON, f"not JSON: {wrong}", expected="one list of examples")
         return Row(self._line, b"", error=error)
 
-    def _constant(self, name: str) -> Any:
-        self._faults.append(constant_fault(name))
 
-    def _pairs(self, pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        try:
-            return refuse_duplicates(pairs)
-        except RowError as error:
-            self._faults.append(error)
-            return dict(pairs)
+def _decode(text: str, at: int) -> tuple[Any, int, RowError | None]:
+    """Return an element, its end, and a fault that does not hide its end."""
+    try:
+        return *STRICT.raw_decode(text, at), None
+    except RowError as fault:
+        return *json.JSONDecoder().raw_decode(text, at), fault

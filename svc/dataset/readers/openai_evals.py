@@ -73,8 +73,8 @@ def _text(content: Any) -> Any:
     """Content in parts is one text where all of them are."""
     if not isinstance(content, list):
         return content
-    texts = [part.get("text") if isinstance(part, dict) else None for part in content]
-    return "".join(texts) if all(isinstance(text, str) for text in texts) else content
+    texts = [part["text"] for part in content if isinstance(part, dict) and isinstance(part.get("text"), str)]
+    return "".join(texts) if len(texts) == len(content) else content
 
 
 def _answer(value: Any, field: str) -> dict[str, Any]:

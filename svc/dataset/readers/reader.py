@@ -36,8 +36,8 @@ class Line:
 
     number: int
     raw: bytes
-    example: ChatExample | None
     error: RowError | None
+    example: ChatExample | None
     fields: tuple[str, ...]
 
 
@@ -58,13 +58,14 @@ def read_lines(path: Path, on_read: Callable[[int], None] = lambda position: Non
     # Chat if there is none; the first of two that are equally frequent.
     form = formats.most_common(1)[0][0] if formats else Format.CHAT
     for row in chain(head, rows):
-        example, error, fields = None, row.error, ()
-        if not (row.blank or row.error):
+        parsed: tuple[ChatExample | None, tuple[str, ...]] = (None, ())
+        error = row.error
+        if not (row.blank or error):
             try:
-                example, fields = parse_row(row.value, form)
+                parsed = parse_row(row.value, form)
             except RowError as fault:
                 error = fault
-        yield Line(row.number, row.raw, example, error, fields)
+        yield Line(row.number, row.raw, error, *parsed)
 
 
 def read_examples(
@@ -96,7 +97,7 @@ def read_examples(
             if line.example and held and normal_prompt(line.example) in held:
                 error = RowError(Code.LEAK, "a held-out example has the same prompt")
             if error:
-                _refuse(path, line.number, error, line.raw, bad_lines)
+                _refuse(path, line, error, bad_lines)
             elif line.example:
                 examples.append(line.example)
     if len(examples) < minimum:
@@ -114,14 +115,11 @@ def write_examples(path: Path, examples: Iterable[ChatExample]) -> None:
     path.write_text("".join(lines), "utf-8")
 
 
-def _refuse(path: Path, number: int, error: RowError, raw: bytes, bad_lines: BadLines | None) -> None:
-    if error.code is Code.UNREADABLE:  # no bad line: nobody knows how many examples are missing
-        raise DataError(f"{path}:{number}: {error.wrong}", expected=error.expected, todo=error.todo) from error
-    if bad_lines is not None:
-        bad_lines.add(path, number, raw, error)
+def _refuse(path: Path, line: Line, error: RowError, bad_lines: BadLines | None) -> None:
+    todo = f"run `svc data check {path}` for all problems, and mend or drop those lines; or train with --skip-bad"
+    if error.code is Code.UNREADABLE:  # not a bad line: nobody knows how many examples are missing
+        todo = error.todo
+    elif bad_lines is not None:
+        bad_lines.add(path, line.number, line.raw, error)
         return
-    raise DataError(
-        f"{path}:{number}: {error.wrong}",
-        expected=error.expected,
-        todo=f"run `svc data check {path}` for all problems, and mend or drop those lines; or train with --skip-bad",
-    ) from error
+    raise DataError(f"{path}:{line.number}: {error.wrong}", expected=error.expected, todo=todo) from error

@@ -88,7 +88,7 @@ def parse_tools(tools: Any) -> tuple[str, ...]:
     if not isinstance(listed, list):
         raise RowError(Code.WRONG_TOOLS, f"is {json_text(tools):.80}", field="tools", expected="a list of definitions")
     texts = tuple(_parse_tool(f"tools[{index}]", tool) for index, tool in enumerate(listed))
-    first = {}
+    first: dict[str, int] = {}
     for index, name in enumerate(names_of(texts)):
         if first.setdefault(name, index) != index:
             raise RowError(Code.WRONG_TOOLS, f"is {name!r} again", field=f"tools[{index}]", expected="each name once")

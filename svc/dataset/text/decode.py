@@ -32,7 +32,7 @@ def decode_text(text: str) -> Any:
         RowError: not JSON.
     """
     try:
-        return _STRICT.decode(text)
+        return STRICT.decode(text)
     except (ValueError, RecursionError) as error:
         raise explain(error) from error
 
@@ -48,21 +48,11 @@ def explain(error: ValueError | RecursionError) -> RowError:
     return RowError(Code.NOT_JSON, wrong, expected="one JSON object in a line")
 
 
-def constant_fault(name: str) -> RowError:
-    """The error of NaN or Infinity."""
-    return RowError(Code.NOT_JSON, f"not JSON: {name}", expected="JSON knows no NaN and no Infinity")
-
-
 def _refuse_constant(name: str) -> Any:
-    raise constant_fault(name)
+    raise RowError(Code.NOT_JSON, f"not JSON: {name}", expected="JSON knows no NaN and no Infinity")
 
 
-def refuse_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """An object of its keys and values.
-
-    Raises:
-        RowError: a key comes twice.
-    """
+def _refuse_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     value = dict(pairs)
     if len(value) < len(pairs):
         twice = min(key for key, count in Counter(key for key, _ in pairs).items() if count > 1)
@@ -70,4 +60,5 @@ def refuse_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return value
 
 
-_STRICT = json.JSONDecoder(parse_constant=_refuse_constant, object_pairs_hook=refuse_duplicates)
+STRICT = json.JSONDecoder(parse_constant=_refuse_constant, object_pairs_hook=_refuse_duplicates)
+"""Raises RowError for NaN, Infinity and a key that comes twice."""

@@ -24,7 +24,7 @@ def test_the_hash_is_that_by_which_copies_are_found() -> None:
     builder, examples = LineTableBuilder(), [chat("a"), chat("b")]
     for number, example in enumerate(examples):
         builder.add(0, number, example)
-    assert builder.finish().prompts.tolist() == hash_prompts(examples).tolist()
+    assert builder.finish().rows["prompts"].tolist() == hash_prompts(examples).tolist()
 
 
 def test_hashes_that_were_written_are_read_again_sorted_and_each_once(tmp_path: Path) -> None:

@@ -31,8 +31,8 @@ def odd(examples: Sequence[ChatExample]) -> dict[int, Code]:
     rows = builder.finish().rows
     return {
         place: code
-        for tasks in (rows.beginnings, rows.endings)
-        for place, (code, _) in odd_answers(tasks, rows.answers, rows.labels, rows.kinds).items()
+        for tasks in ("beginnings", "endings")
+        for place, (code, _) in odd_answers(rows[tasks], rows["answers"], rows["labels"], rows["kinds"]).items()
     }
 
 

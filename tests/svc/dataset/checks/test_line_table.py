@@ -8,4 +8,4 @@ def test_any_number_of_files_has_a_place() -> None:
     builder = LineTableBuilder()
     builder.add(70_000, 5, chat())
     [row] = builder.finish().rows
-    assert (row.files, row.lines) == (70_000, 5)
+    assert (row["files"], row["lines"]) == (70_000, 5)

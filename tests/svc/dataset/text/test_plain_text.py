@@ -48,7 +48,7 @@ def test_a_turn_that_shows_nothing_is_refused(text: str) -> None:
 def test_what_looks_the_same_is_the_same(one: str, other: str) -> None:
     assert normal(one) == normal(other)
     assert normal_prompt(chat(one)) == normal_prompt(chat(other))
-    first, second = sketches(one, other).values
+    first, second = sketches(one, other)["values"]
     assert (first == second).all()
 
 
