@@ -16,23 +16,14 @@ from svc.dataset.readers.openai_evals import turns_of_item, turns_of_line, turns
 from svc.dataset.schema.example import ChatExample, parse_example
 from svc.dataset.schema.tool_calls import decode_inner, expect, expect_turns, json_text, kind_of
 
-_SHAREGPT_ROLES = {
-    "system": "system",
-    "human": "user",
-    "user": "user",
-    "gpt": "assistant",
-    "assistant": "assistant",
-    "model": "assistant",
-    "chatgpt": "assistant",
-    "bing": "assistant",
-    "bard": "assistant",
-    "function_call": "assistant",
-    "tool_call": "assistant",
-    "tool": "tool",
-    "function_response": "tool",
-    "observation": "tool",
+_CALLS = ("function_call", "tool_call")
+_SPEAKERS = {
+    "system": ("system",),
+    "user": ("human", "user"),
+    "assistant": ("gpt", "assistant", "model", "chatgpt", "bing", "bard", *_CALLS),
+    "tool": ("tool", "function_response", "observation"),
 }
-_CALLS = {"function_call", "tool_call"}
+_SHAREGPT_ROLES = {speaker: role for role, speakers in _SPEAKERS.items() for speaker in speakers}
 _PLACE = re.compile(r"messages\[(\d+)\](?:\.(\w+))?")
 
 

@@ -239,12 +239,9 @@ def _check_order(messages: tuple[Message, ...]) -> None:
     if Role.USER not in roles:
         raise RowError(Code.WRONG_TURNS, "no user turn", expected="at least one user turn before the answer")
     if is_blank(messages[-1].content):
-        raise RowError(
-            Code.WRONG_CONTENT,
-            "is blank in the final turn, which has tool calls only",
-            field=f"messages[{len(messages) - 1}].content",
-            expected="text: the final answer is what a version is judged by",
-        )
+        wrong, field = "is blank in the final turn, which has tool calls only", f"messages[{len(messages) - 1}].content"
+        expected = "text: the final answer is what a version is judged by"
+        raise RowError(Code.WRONG_CONTENT, wrong, field=field, expected=expected)
     if all(message.weight == 0 for message in messages if message.role is Role.ASSISTANT):
         wrong = "every assistant turn has the weight 0"
         raise RowError(Code.WRONG_WEIGHT, wrong, expected="one at least that is learnt")
@@ -261,12 +258,9 @@ def _check_calls(example: ChatExample) -> None:
         field, identity = f"messages[{place}]", message.tool_call_id
         if message.role is not Role.TOOL:
             if ids or (unnamed and not answered):
-                raise RowError(
-                    Code.WRONG_TURNS,
-                    "has a call that no tool turn after it answers",
-                    field=caller,
-                    expected="what the tool gives back, for every call before the next turn of another role",
-                )
+                wrong = "has a call that no tool turn after it answers"
+                expected = "what the tool gives back, for every call before the next turn of another role"
+                raise RowError(Code.WRONG_TURNS, wrong, field=caller, expected=expected)
             caller = f"{field}.tool_calls"
             _check_offered(message.tool_calls, offered, caller)
             ids = _call_ids(message.tool_calls, caller)
@@ -280,12 +274,9 @@ def _check_calls(example: ChatExample) -> None:
             del ids[next(iter(ids))]
         else:
             found = "" if identity is None else f" for the call {identity!r:.80}"
-            raise RowError(
-                Code.WRONG_TURNS,
-                f"is a tool turn{found} with no such call before it",
-                field=field,
-                expected="the assistant's call first, then what the tool gives back",
-            )
+            wrong = f"is a tool turn{found} with no such call before it"
+            expected = "the assistant's call first, then what the tool gives back"
+            raise RowError(Code.WRONG_TURNS, wrong, field=field, expected=expected)
         answered = True
 
 
