@@ -89,7 +89,8 @@ def _model_tables(model: type[BaseModel], *, variables: bool) -> Iterator[str]:
 def _key_row(key: str, value: dict[str, Any], schema: dict[str, Any], *, variables: bool, required: bool) -> list[str]:
     variable = [f"`{ENV_PREFIX}{key.upper().replace('.', '__')}`"] if variables else []
     default = "required" if required else _default(value.get("default"))
-    return [f"`{key}`", *variable, _type(value, schema), default, value.get("description", "")]
+    meaning = " ".join(value.get("description", "").split())
+    return [f"`{key}`", *variable, _type(value, schema), default, meaning]
 
 
 def _referred(value: dict[str, Any], schema: dict[str, Any]) -> dict[str, Any]:

@@ -1,6 +1,5 @@
 """A recipe's file: YAML, with changes from the command line, and errors that name the key and what is meant by it."""
 
-import difflib
 import re
 from pathlib import Path
 from typing import Any
@@ -10,7 +9,7 @@ from pydantic import ValidationError
 from svc.dotted_keys import dotted_keys
 from svc.errors import RecipeError
 from svc.yaml_text import parse_yaml
-from trainer.recipe.sections import Recipe
+from trainer.recipe.sections import Recipe, suggest
 
 
 def load_recipe(path: Path, overrides: tuple[str, ...] = ()) -> Recipe:
@@ -59,7 +58,7 @@ def _explain(path: Path, error: ValidationError) -> RecipeError:
         key = ".".join(str(part) for part in problem["loc"])
         match problem["type"]:
             case "extra_forbidden":
-                problems.append(f"unknown key {key!r}{_suggest(key)}")
+                problems.append(f"unknown key {key!r}{suggest(key, [*recipe_keys(), *Recipe.model_fields])}")
             case "missing":
                 problems.append(f"{key!r} is missing")
             case _ if not key:  # of the recipe as a whole
@@ -69,11 +68,6 @@ def _explain(path: Path, error: ValidationError) -> RecipeError:
     return RecipeError(
         f"{path}: {'; '.join(problems)}", todo="see docs/recipe.md for every key, its type and its default"
     )
-
-
-def _suggest(key: str) -> str:
-    close = difflib.get_close_matches(key, [*recipe_keys(), *Recipe.model_fields], n=1)
-    return f" (did you mean {close[0]!r}?)" if close else ""
 
 
 def recipe_keys() -> list[str]:

@@ -5,6 +5,7 @@ Unknown keys and wrong types are errors, because a misspelt hyperparameter that 
 
 import difflib
 import math
+from collections.abc import Sequence
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -30,7 +31,7 @@ from trainer.recipe.targets import Targets
 
 
 class _Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, use_attribute_docstrings=True)
 
 
 def _beside_recipe(path: Path | None, info: ValidationInfo) -> Path | None:
@@ -91,18 +92,22 @@ Metrics = Annotated[
 class Data(_Section):
     """Where the examples are: files, folders, or hub datasets as `hf:ORG/NAME`; see [data](data.md)."""
 
-    train: Sources = Field(description="what to learn")
-    heldout: Sources | None = Field(
-        None, description="never trained on; the version is judged by it; default: a part of `data.train`"
-    )
-    heldout_share: float = Field(
-        0.1, gt=0, lt=1, description="share of `data.train` that is held out, where `data.heldout` names nothing"
-    )
-    general: Sources | None = Field(None, description="general examples to mix in, against forgetting")
-    general_share: float = Field(0.1, gt=0, lt=1, description="share of the training examples that are general ones")
-    seed: int = Field(0, ge=0, description="decides what is held out, and which general examples are taken")
-    skip: int = Field(0, ge=0, description="leave out the first so many training examples")
-    limit: Annotated[int, Field(ge=2)] | None = Field(None, description="train on so many examples only; default all")
+    train: Sources
+    """what to learn"""
+    heldout: Sources | None = None
+    """never trained on; the version is judged by it; default: a part of `data.train`"""
+    heldout_share: float = Field(0.1, gt=0, lt=1)
+    """share of `data.train` that is held out, where `data.heldout` names nothing"""
+    general: Sources | None = None
+    """general examples to mix in, against forgetting"""
+    general_share: float = Field(0.1, gt=0, lt=1)
+    """share of the training examples that are general ones"""
+    seed: int = Field(0, ge=0)
+    """decides what is held out, and which general examples are taken"""
+    skip: int = Field(0, ge=0)
+    """leave out the first so many training examples"""
+    limit: Annotated[int, Field(ge=2)] | None = None
+    """train on so many examples only; default all"""
 
 
 class AdapterType(StrEnum):
@@ -145,22 +150,20 @@ class Method(StrEnum):
 class Adapter(_Section):
     """The adapter; nothing of it is used by `method: full`."""
 
-    type: AdapterType | None = Field(
-        None, description="how it changes a layer: lora, dora, adalora or vera; default as `method` says"
-    )
-    rank: Annotated[int, Field(ge=1, le=1024)] | None = Field(
-        None, description="width of the update: more learns more, and costs more memory; default 16, for vera 256"
-    )
-    alpha: Annotated[int, Field(ge=1)] | None = Field(
-        None, description="scale: the update is multiplied by alpha / rank; default twice the rank; vera has none"
-    )
-    dropout: float = Field(0.0, ge=0, lt=1, description="share of the adapter's inputs left out in a step")
-    targets: Targets = Field(Targets.ALL_LINEAR, description="layers: attention-min is query and value")
-    rslora: bool = Field(False, description="scale by alpha / sqrt(rank), so that large ranks learn as fast; LoRA only")
-    initial_rank: Annotated[int, Field(ge=2, le=1536)] | None = Field(
-        None,
-        description="adalora begins with this rank everywhere and ends with `rank` in the mean; default 1.5 x rank",
-    )
+    type: AdapterType | None = None
+    """how it changes a layer: lora, dora, adalora or vera; default as `method` says"""
+    rank: Annotated[int, Field(ge=1, le=1024)] | None = None
+    """width of the update: more learns more, and costs more memory; default 16, for vera 256"""
+    alpha: Annotated[int, Field(ge=1)] | None = None
+    """scale: the update is multiplied by alpha / rank; default twice the rank; vera has none"""
+    dropout: float = Field(0.0, ge=0, lt=1)
+    """share of the adapter's inputs left out in a step"""
+    targets: Targets = Targets.ALL_LINEAR
+    """layers: attention-min is query and value"""
+    rslora: bool = False
+    """scale by alpha / sqrt(rank), so that large ranks learn as fast; LoRA only"""
+    initial_rank: Annotated[int, Field(ge=2, le=1536)] | None = None
+    """adalora begins with this rank everywhere and ends with `rank` in the mean; default 1.5 x rank"""
 
 
 class Schedule(StrEnum):
@@ -205,55 +208,53 @@ class Optimizer(StrEnum):
 class Train(_Section):
     """The optimizer's run."""
 
-    optimizer: Optimizer = Field(
-        Optimizer.ADAMW,
-        description="adamw, adamw-8bit, paged-adamw or paged-adamw-8bit: 8-bit moments take a quarter of the memory, "
-        "paged ones leave a full GPU; see [training](training.md#optimizers)",
-    )
-    learning_rate: Annotated[float, Field(gt=0)] | None = Field(
-        None, description="largest step size; default 5e-4, adalora 1e-2, vera 6e-2, full 5e-5"
-    )
-    schedule: Schedule = Field(Schedule.LINEAR, description="falls to 0, or stays")
-    warmup_ratio: float = Field(0.05, ge=0, lt=1, description="share of the steps in which the step size rises")
-    epochs: float = Field(1.0, gt=0, description="passes over the examples")
-    steps: Annotated[int, Field(ge=1)] | None = Field(None, description="so many steps, whatever `epochs` says")
-    batch_size: int = Field(16, ge=1, description="examples at once on a device")
-    gradient_accumulation: int = Field(1, ge=1, description="batches a step: less memory than a larger batch")
-    weight_decay: float = Field(0.0, ge=0, description="AdamW's")
-    max_grad_norm: float = Field(1.0, gt=0, description="a longer gradient is shortened to it")
-    max_length: int = Field(1024, ge=16, description="tokens of the longest example")
-    too_long: TooLong = Field(
-        TooLong.ERROR,
-        description="what becomes of a longer example: with truncate its end is not learnt; `--skip-bad` drops it",
-    )
-    packing: bool = Field(
-        False, description="several examples in one row of max_length tokens, blind to each other; a row is an example"
-    )
-    gradient_checkpointing: bool | None = Field(
-        None, description="compute activations again instead of keeping them; default on a GPU, not on a CPU"
-    )
-    neftune_alpha: Annotated[float, Field(gt=0)] | None = Field(
-        None, description="noise on the embeddings (Jain et al. 2023), customarily 5; default none"
-    )
-    seed: int = Field(0, ge=0, lt=2**32, description="decides the order of examples and the adapter's start")
+    optimizer: Optimizer = Optimizer.ADAMW
+    """adamw, adamw-8bit, paged-adamw or paged-adamw-8bit: 8-bit moments take a quarter of the memory, paged ones leave
+    a full GPU; see [training](training.md#optimizers)"""
+    learning_rate: Annotated[float, Field(gt=0)] | None = None
+    """largest step size; default 5e-4, adalora 1e-2, vera 6e-2, full 5e-5"""
+    schedule: Schedule = Schedule.LINEAR
+    """falls to 0, or stays"""
+    warmup_ratio: float = Field(0.05, ge=0, lt=1)
+    """share of the steps in which the step size rises"""
+    epochs: float = Field(1.0, gt=0)
+    """passes over the examples"""
+    steps: Annotated[int, Field(ge=1)] | None = None
+    """so many steps, whatever `epochs` says"""
+    batch_size: int = Field(16, ge=1)
+    """examples at once on a device"""
+    gradient_accumulation: int = Field(1, ge=1)
+    """batches a step: less memory than a larger batch"""
+    weight_decay: float = Field(0.0, ge=0)
+    """AdamW's"""
+    max_grad_norm: float = Field(1.0, gt=0)
+    """a longer gradient is shortened to it"""
+    max_length: int = Field(1024, ge=16)
+    """tokens of the longest example"""
+    too_long: TooLong = TooLong.ERROR
+    """what becomes of a longer example: with truncate its end is not learnt; `--skip-bad` drops it"""
+    packing: bool = False
+    """several examples in one row of max_length tokens, blind to each other; a row is an example"""
+    gradient_checkpointing: bool | None = None
+    """compute activations again instead of keeping them; default on a GPU, not on a CPU"""
+    neftune_alpha: Annotated[float, Field(gt=0)] | None = None
+    """noise on the embeddings (Jain et al. 2023), customarily 5; default none"""
+    seed: int = Field(0, ge=0, lt=2**32)
+    """decides the order of examples and the adapter's start"""
 
 
 class Stopping(_Section):
     """Held-out loss while it trains. A set that chooses among weights flatters them a little."""
 
-    every_steps: Annotated[int, Field(ge=1)] | None = Field(
-        None, description="steps between two measurements; default a tenth of all, where the other keys ask for any"
-    )
-    patience: Annotated[int, Field(ge=1)] | None = Field(
-        None, description="stop after so many measurements without a lower loss; default never"
-    )
-    keep_best: bool = Field(False, description="end with the weights of the lowest held-out loss, not with the last")
-    curve: bool = Field(
-        True,
-        description="where no other key asks for it: held-out loss up to six times on up to 64 examples, as many as "
-        "cost less than a twentieth of the run; up to three times for less than a quarter of a run of 20 to 49 steps; "
-        "changes no weights",
-    )
+    every_steps: Annotated[int, Field(ge=1)] | None = None
+    """steps between two measurements; default a tenth of all, where the other keys ask for any"""
+    patience: Annotated[int, Field(ge=1)] | None = None
+    """stop after so many measurements without a lower loss; default never"""
+    keep_best: bool = False
+    """end with the weights of the lowest held-out loss, not with the last"""
+    curve: bool = True
+    """where no other key asks for it: held-out loss up to six times on up to 64 examples, as many as cost less than a
+    twentieth of the run; up to three times for less than a quarter of a run of 20 to 49 steps; changes no weights"""
 
     @property
     def measures(self) -> bool:
@@ -264,36 +265,37 @@ class Stopping(_Section):
 class Checkpoints(_Section):
     """What an interrupted training goes on from. None of it changes the result."""
 
-    every_steps: Annotated[int, Field(ge=1)] | None = Field(None, description="steps between two; default by time only")
-    every_minutes: float = Field(10.0, gt=0, description="minutes between two")
-    keep: int = Field(2, ge=1, description="newest that are kept; the best one is kept beside them")
+    every_steps: Annotated[int, Field(ge=1)] | None = None
+    """steps between two; default by time only"""
+    every_minutes: float = Field(10.0, gt=0)
+    """minutes between two"""
+    keep: int = Field(2, ge=1)
+    """newest that are kept; the best one is kept beside them"""
 
 
 class Quantize(_Section):
     """GPTQ. `group_size` must divide the model's layer widths; 64 fits most, 128 is customary for large models."""
 
-    bits: Literal[4] = Field(4, description="the only width that the engine's CPU kernel takes")
-    group_size: Literal[32, 64, 128] = Field(64, description="weights that share a scale")
-    samples: int = Field(
-        64, ge=8, le=1024, description="training examples, cut to `train.max_length`, that calibrate GPTQ"
-    )
-    sequential: bool = Field(
-        True, description="a block's layers one after the other, each on what those before it now answer; slower"
-    )
+    bits: Literal[4] = 4
+    """the only width that the engine's CPU kernel takes"""
+    group_size: Literal[32, 64, 128] = 64
+    """weights that share a scale"""
+    samples: int = Field(64, ge=8, le=1024)
+    """training examples, cut to `train.max_length`, that calibrate GPTQ"""
+    sequential: bool = True
+    """a block's layers one after the other, each on what those before it now answer; slower"""
 
 
 class Judge(_Section):
     """A model that compares the merged model's answers with the base's; see [evaluation](evaluation.md#a-judge)."""
 
-    url: str | None = Field(
-        None,
-        description="OpenAI endpoint, as `https://api.openai.com/v1`: prompts, references and answers are sent there; "
-        "default: there is no judge",
-    )
-    model: str | None = Field(None, description="its name there")
-    key_file: Annotated[Path, AfterValidator(_beside_recipe)] | None = Field(
-        None, description="file with its key, which only its owner may read; default: it needs none"
-    )
+    url: str | None = None
+    """OpenAI endpoint, as `https://api.openai.com/v1`: prompts, references and answers are sent there; default: there
+    is no judge"""
+    model: str | None = None
+    """its name there"""
+    key_file: Annotated[Path, AfterValidator(_beside_recipe)] | None = None
+    """file with its key, which only its owner may read; default: it needs none"""
 
     @model_validator(mode="after")
     def _is_whole(self) -> "Judge":
@@ -305,54 +307,36 @@ class Judge(_Section):
 class Evaluate(_Section):
     """How base, merged and GPTQ are judged, on the engine."""
 
-    limit: Annotated[int, Field(ge=1)] | None = Field(
-        None, description="so many of the held-out examples, drawn at random by `data.seed`; default all"
-    )
-    max_tokens: Annotated[int, Field(ge=1)] | None = Field(
-        None,
-        description="longest answer, tokens; default by each example's reference: 1.5 times its tokens and 16 more, "
-        "see [evaluation](evaluation.md#how-long-an-answer-may-be)",
-    )
-    metrics: Metrics | None = Field(
-        None,
-        description="what the answers are judged by: names, `rouge` for all three, functions as `./FILE.py:FUNCTION`; "
-        "default by the task, see [evaluation](evaluation.md)",
-    )
-    primary: Annotated[_NAME, AfterValidator(_metric_beside_recipe)] | None = Field(
-        None, description="the metric that gates GPTQ and that monitoring measures again; default the task's"
-    )
-    json_schema: Annotated[Path, AfterValidator(_beside_recipe)] | None = Field(
-        None, description="file of the JSON Schema for `schema_valid`; default inferred from the held-out answers"
-    )
-    metric_seconds: float = Field(60.0, gt=0, description="longest time that a function may take for all answers")
-    max_gptq_loss: float = Field(
-        0.05,
-        ge=0,
-        le=1,
-        description="of the primary metric, what quantizing may cost; of one that is no share, as perplexity, relative "
-        "to the merged model's; more is refused when it is beyond doubt",
-    )
+    limit: Annotated[int, Field(ge=1)] | None = None
+    """so many of the held-out examples, drawn at random by `data.seed`; default all"""
+    max_tokens: Annotated[int, Field(ge=1)] | None = None
+    """longest answer, tokens; default by each example's reference: 1.5 times its tokens and 16 more, see
+    [evaluation](evaluation.md#how-long-an-answer-may-be)"""
+    metrics: Metrics | None = None
+    """what the answers are judged by: names, `rouge` for all three, functions as `./FILE.py:FUNCTION`; default by the
+    task, see [evaluation](evaluation.md)"""
+    primary: Annotated[_NAME, AfterValidator(_metric_beside_recipe)] | None = None
+    """the metric that gates GPTQ and that monitoring measures again; default the task's"""
+    json_schema: Annotated[Path, AfterValidator(_beside_recipe)] | None = None
+    """file of the JSON Schema for `schema_valid`; default inferred from the held-out answers"""
+    metric_seconds: float = Field(60.0, gt=0)
+    """longest time that a function may take for all answers"""
+    max_gptq_loss: float = Field(0.05, ge=0, le=1)
+    """of the primary metric, what quantizing may cost; of one that is no share, as perplexity, relative to the merged
+    model's; more is refused when it is beyond doubt"""
     # 4 bits cost SmolLM2-135M 0.042 [0.033, 0.053] on free text (synopsis task), and nothing of its ROUGE.
-    max_gptq_nll: float = Field(
-        0.05,
-        ge=0,
-        description="negative log-likelihood that quantizing may add, as a share of the merged model's; at least 0.005 "
-        "nats; more is refused when it is beyond doubt",
-    )
+    max_gptq_nll: float = Field(0.05, ge=0)
+    """negative log-likelihood that quantizing may add, as a share of the merged model's; at least 0.005 nats; more is
+    refused when it is beyond doubt"""
 
-    general: Annotated[bool | Path, AfterValidator(_file_beside_recipe)] = Field(
-        True,
-        description="ask base and merged model general questions, which are never trained on: true for those of this "
-        "package, a file for your own, false for none; see [evaluation](evaluation.md#forgetting)",
-    )
-    general_limit: Annotated[int, Field(ge=1)] | None = Field(
-        60, description="so many of the first general questions; null: all"
-    )
-    max_forgetting: Annotated[float, Field(ge=0, le=1)] | None = Field(
-        None,
-        description="share of right general answers that training may cost; more is refused when it is beyond doubt; "
-        "default: no limit",
-    )
+    general: Annotated[bool | Path, AfterValidator(_file_beside_recipe)] = True
+    """ask base and merged model general questions, which are never trained on: true for those of this package, a file
+    for your own, false for none; see [evaluation](evaluation.md#forgetting)"""
+    general_limit: Annotated[int, Field(ge=1)] | None = 60
+    """so many of the first general questions; null: all"""
+    max_forgetting: Annotated[float, Field(ge=0, le=1)] | None = None
+    """share of right general answers that training may cost; more is refused when it is beyond doubt; default: no
+    limit"""
 
     @property
     def metric_options(self) -> MetricOptions:
@@ -370,9 +354,12 @@ class Evaluate(_Section):
 class Qualify(_Section):
     """The probes that verify, at every later load, that the engine runs these weights."""
 
-    probes: int = Field(8, ge=1, le=8, description="how many")
-    repeats: int = Field(20, ge=1, description="measurements of the engine's own noise, which is the tolerance's floor")
-    restart: bool = Field(True, description="measure on a second engine too: in place and freshly loaded must agree")
+    probes: int = Field(8, ge=1, le=8)
+    """how many"""
+    repeats: int = Field(20, ge=1)
+    """measurements of the engine's own noise, which is the tolerance's floor"""
+    restart: bool = True
+    """measure on a second engine too: in place and freshly loaded must agree"""
 
 
 class ReportTo(StrEnum):
@@ -402,15 +389,13 @@ class Sweep(_Section):
 
     space: (
         Annotated[dict[str, Annotated[tuple[Any, ...], Field(min_length=1)] | Between], Field(min_length=1)] | None
-    ) = Field(
-        None,
-        description="keys of `train` and `adapter`, each with a list of values or `{low: , high: , log: true}`; "
-        "default: the three phases",
-    )
-    trials: int = Field(20, ge=1, description="trainings in an own space; lists with fewer combinations try all")
-    seconds: Annotated[float, Field(gt=0)] | None = Field(
-        None, description="begin no other trial when those before took so long; default no limit"
-    )
+    ) = None
+    """keys of `train` and `adapter`, each with a list of values or `{low: , high: , log: true}`; default: the three
+    phases"""
+    trials: int = Field(20, ge=1)
+    """trainings in an own space; lists with fewer combinations try all"""
+    seconds: Annotated[float, Field(gt=0)] | None = None
+    """begin no other trial when those before took so long; default no limit"""
 
     @field_validator("space")
     @classmethod
@@ -418,10 +403,14 @@ class Sweep(_Section):
         known = [f"train.{key}" for key in Train.model_fields] + [f"adapter.{key}" for key in Adapter.model_fields]
         for key in space or ():
             if key not in known:
-                close = difflib.get_close_matches(key, known, n=1)
-                meant = f" (did you mean {close[0]!r}?)" if close else ""
-                raise ValueError(f"unknown key {key!r}{meant}; a space has keys of train and adapter")
+                raise ValueError(f"unknown key {key!r}{suggest(key, known)}; a space has keys of train and adapter")
         return space
+
+
+def suggest(key: str, known: Sequence[str]) -> str:
+    """Return a question for the key that may be meant; empty where none is like it."""
+    close = difflib.get_close_matches(key, known, n=1)
+    return f" (did you mean {close[0]!r}?)" if close else ""
 
 
 # Held-out loss after 240 examples of the section task (SmolLM2-135M, 15 steps): lora 0.45; full 0.43; adalora 0.37, at
@@ -435,30 +424,23 @@ _ADAPTER_TYPES = {Method.FULL: None, Method.QLORA: AdapterType.LORA} | {
 class Recipe(_Section):
     """One model to train."""
 
-    name: str = Field(pattern=NAME_PATTERN, description="the model's name for clients")
-    base: str = Field(min_length=1, description="known id, hub id, NAME@N, local folder or GGUF file")
-    method: Method = Field(
-        Method.LORA,
-        description="full, lora, qlora, dora, adalora or vera; or leave it out and say `adapter.type` and "
-        "`quantization`, as for QDoRA",
-    )
-    quantization: Quantization | None = Field(
-        None, description="nf4: the frozen weights in 4 bits while it trains; default as `method` says"
-    )
-    chat_template_kwargs: dict[str, TemplateValue] | None = Field(
-        None,
-        description="given to the base's chat template in training, evaluation and serving; default: "
-        "`enable_thinking: false` and `date_string: 26 Jul 2024`, where the template knows them",
-    )
-    formats: Annotated[tuple[Format, ...], Field(min_length=1)] = Field(
-        (Format.MERGED, Format.GPTQ),
-        description="adapter, merged, gptq: what is made, judged and registered; an adapter is always kept. "
-        "Without merged the base is not judged either",
-    )
-    report_to: tuple[ReportTo, ...] = Field(
-        (ReportTo.MLFLOW,),
-        description="mlflow, wandb, tensorboard: where parameters, losses and figures go; MLflow always has them",
-    )
+    name: str = Field(pattern=NAME_PATTERN)
+    """the model's name for clients"""
+    base: str = Field(min_length=1)
+    """known id, hub id, NAME@N, local folder or GGUF file"""
+    method: Method = Method.LORA
+    """full, lora, qlora, dora, adalora or vera; or leave it out and say `adapter.type` and `quantization`, as for
+    QDoRA"""
+    quantization: Quantization | None = None
+    """nf4: the frozen weights in 4 bits while it trains; default as `method` says"""
+    chat_template_kwargs: dict[str, TemplateValue] | None = None
+    """given to the base's chat template in training, evaluation and serving; default: `enable_thinking: false` and
+    `date_string: 26 Jul 2024`, where the template knows them"""
+    formats: Annotated[tuple[Format, ...], Field(min_length=1)] = (Format.MERGED, Format.GPTQ)
+    """adapter, merged, gptq: what is made, judged and registered; an adapter is always kept. Without merged the base is
+    not judged either"""
+    report_to: tuple[ReportTo, ...] = (ReportTo.MLFLOW,)
+    """mlflow, wandb, tensorboard: where parameters, losses and figures go; MLflow always has them"""
     data: Data
     adapter: Adapter = Adapter()
     train: Train = Train()
@@ -470,14 +452,6 @@ class Recipe(_Section):
     qualify: Qualify = Qualify()
     sweep: Sweep = Sweep()
 
-    @model_validator(mode="after")
-    def _fits_packing(self) -> "Recipe":
-        if self.train.packing and self.train.neftune_alpha is not None:
-            raise ValueError(
-                "train.neftune_alpha with train.packing: its noise is scaled by the length of a row, not of an example"
-            )
-        return self
-
     @field_validator("base")
     @classmethod
     def _local_base(cls, base: str, info: ValidationInfo) -> str:
@@ -486,15 +460,15 @@ class Recipe(_Section):
         return str(_beside_recipe(Path(base), info)) if is_path else base
 
     @model_validator(mode="after")
-    def _has_formats(self) -> "Recipe":
+    def _says_one_thing(self) -> "Recipe":
+        if self.train.packing and self.train.neftune_alpha is not None:
+            raise ValueError(
+                "train.neftune_alpha with train.packing: its noise is scaled by the length of a row, not of an example"
+            )
         if len(set(self.formats)) < len(self.formats):
             raise ValueError("formats names one twice")
         if self.method is Method.FULL and Format.ADAPTER in self.formats:
             raise ValueError(f"formats names adapter, and method {self.method} trains none")
-        return self
-
-    @model_validator(mode="after")
-    def _says_one_thing(self) -> "Recipe":
         meant, said = _ADAPTER_TYPES[self.method], self.adapter.type
         if "method" in self.model_fields_set and meant and said and said is not meant:
             raise ValueError(f"method {self.method} means adapter.type {meant}, and adapter.type is {said}")
@@ -534,11 +508,10 @@ class Recipe(_Section):
             chosen["adapter.initial_rank"] = self.initial_rank
         keys: dict[str, Any] = {}
         for name, section in sections.items():
-            keys |= (
-                {f"{name}.{key}": value for key, value in section.items()}
-                if isinstance(section, dict)
-                else {name: section}
-            )
+            if isinstance(section, dict):
+                keys |= {f"{name}.{key}": value for key, value in section.items()}
+            else:
+                keys[name] = section
         return {key: str(value) for key, value in (keys | chosen).items()}
 
     @property
