@@ -136,7 +136,7 @@ def _train_ours(_: Contestant, task: Task, folder: Path) -> tuple[int, float, tu
         folder / "checkpoints",
         number_type=task.number_type,
     )
-    return summary.tokens, summary.seconds, tuple(point.loss for point in summary.loss_curve)
+    return summary.tokens, summary.seconds, tuple(point.loss for point in summary.points if point.loss is not None)
 
 
 def _train_trl(contestant: Contestant, task: Task, folder: Path) -> tuple[int, float, tuple[float, ...]]:
@@ -156,7 +156,7 @@ def _train_trl(contestant: Contestant, task: Task, folder: Path) -> tuple[int, f
     rows = tokenize_examples(tokenizer, task.examples, stop_tokens(task.base, tokenizer), {})
     set_seed(recipe.train.seed)  # the adapter's start
     model = AutoModelForCausalLM.from_pretrained(task.base, dtype=getattr(torch, task.number_type))
-    steps, targets = count_steps(len(rows), recipe), target_modules(model, recipe.adapter.targets)
+    steps, targets = count_steps(len(rows), recipe.train), target_modules(model, recipe.adapter.targets)
     grouping = {"train_sampling_strategy": "group_by_length"} if contestant is Contestant.GROUPED else {}
     trainer = SFTTrainer(
         model=model,
@@ -194,15 +194,16 @@ def _train_trl(contestant: Contestant, task: Task, folder: Path) -> tuple[int, f
 def _machine_share(task: Task) -> tuple[float, float]:
     """Operations that our training needs, and the speed of bare products with as many tokens as its steps have."""
     from trainer.data.chat_template import load_tokenizer, stop_tokens, tokenize_examples
-    from trainer.model.load import load_model
+    from trainer.model.load import ModelForm, load_model
     from trainer.model.peft_config import add_adapter
     from trainer.training.arguments import count_steps
 
     tokenizer = load_tokenizer(task.base)
     rows = tokenize_examples(tokenizer, task.examples, stop_tokens(task.base, tokenizer), {})
     batches = plan_batches(rows, task.recipe)
-    model = load_model(task.base, task.recipe, number_type=task.number_type)
-    shape = read_shape(add_adapter(model, task.recipe, count_steps(len(rows), task.recipe)))
+    form = ModelForm(task.number_type, task.recipe.base_quantization, task.recipe.adapter_type is None)
+    model = load_model(task.base, form)
+    shape = read_shape(add_adapter(model, task.recipe, count_steps(len(rows), task.recipe.train)))
     tokens = round(statistics.fmean(batch.computed for batch in batches))
     config = model.config
     speed = measure_matrix_speed(tokens, config.hidden_size, config.intermediate_size, task.number_type)

@@ -13,7 +13,7 @@ from trainer.data.chat_template import load_tokenizer, stop_tokens, tokenize_exa
 from trainer.data.length_grouped_sampler import LengthGroupedSampler
 from trainer.estimate.batches import Batch, plan_batches
 from trainer.estimate.devices import measure_matrix_speed
-from trainer.model.load import load_model
+from trainer.model.load import ModelForm, load_model
 from trainer.model.peft_config import add_adapter
 
 EXAMPLES = [make_example(f"number {'x' * number}", "red") for number in range(12)]
@@ -46,7 +46,7 @@ def test_attention_is_needed_up_to_each_token() -> None:
 @pytest.mark.slow
 def test_the_shape_is_the_models(tiny_base: Path) -> None:
     recipe = make_recipe()
-    model = add_adapter(load_model(tiny_base, recipe, number_type=NumberType.FLOAT32), recipe, 1)
+    model = add_adapter(load_model(tiny_base, ModelForm(NumberType.FLOAT32)), recipe, 1)
     shape, tokens = read_shape(model), 24
     batch = Batch(rows=1, length=tokens, shared=0, answers=tokens)
     assert shape.attention == 2 * 64

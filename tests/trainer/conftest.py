@@ -10,6 +10,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast,
 
 from svc.dataset.schema.example import ChatExample, Message, Role
 from trainer.recipe.sections import Recipe
+from trainer.training.summary import TrainingSummary
 
 torch.set_num_threads(1)  # threads that wait for each other cost more than these models' arithmetic
 
@@ -62,6 +63,11 @@ def make_recipe(**sections: Any) -> Recipe:
     """A recipe; the files that it names need not exist."""
     data = {"train": "train.jsonl", "heldout": "heldout.jsonl"}
     return Recipe.model_validate({"name": "tiny", "base": "./base", "data": data, **sections})
+
+
+def losses_of(summary: TrainingSummary) -> list[float]:
+    """Return the loss of each step."""
+    return [point.loss for point in summary.points if point.loss is not None]
 
 
 @pytest.fixture(autouse=True)

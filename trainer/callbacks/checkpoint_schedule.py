@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import TrainerCallback, TrainerControl, TrainerState
 
 from trainer.callbacks.preemption import Preemption
 from trainer.recipe.sections import Checkpoints
@@ -31,13 +31,11 @@ class CheckpointSchedule(TrainerCallback):
         self._clock = clock
         self._last = clock()
 
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_train_begin(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """The minutes count from here."""
         self._last = self._clock()
 
-    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+    def on_step_end(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Looks after each step."""
         every = self._due.every_steps
         if self._preemption.by is not None:
@@ -45,11 +43,11 @@ class CheckpointSchedule(TrainerCallback):
         elif (every and state.global_step % every == 0) or self._clock() - self._last >= 60 * self._due.every_minutes:
             control.should_save = True
 
-    def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+    def on_evaluate(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Measuring held-out loss takes as long as many steps: a signal is not left waiting for another one."""
         if self._preemption.by is not None:
             control.should_save = control.should_training_stop = True
 
-    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+    def on_save(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """The minutes count from the last checkpoint, whatever asked for it."""
         self._last = self._clock()

@@ -9,7 +9,7 @@ from itertools import islice
 from statistics import fmean, stdev
 from typing import Any
 
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import TrainerCallback, TrainerState
 
 from svc.errors import TrainingError
 from trainer.callbacks.loss_log import LOSS
@@ -36,25 +36,15 @@ class DivergenceWatch(TrainerCallback):
         self._learning_rate = learning_rate
         self._skipped = 0
 
-    def on_log(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        logs: dict[str, float] | None = None,
-        **kwargs: Any,
-    ) -> None:
+    def on_log(self, args: Any, state: TrainerState, control: Any, logs: dict[str, float], **kwargs: Any) -> None:
         """Looks at each step.
 
         Raises:
             TrainingError: says what to change.
         """
-        logs = logs or {}
         if "grad_norm" in logs:
             self._check_gradient(logs["grad_norm"], state.global_step, kwargs.get("optimizer"))
-        if LOSS not in logs:
-            return
-        if state.global_step < _FIRST + _LAST:
+        if LOSS not in logs or state.global_step < _FIRST + _LAST:
             return
         first = list(islice(_losses(state.log_history), _FIRST))
         last = list(islice(_losses(reversed(state.log_history)), _LAST))

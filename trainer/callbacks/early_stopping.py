@@ -8,7 +8,7 @@ transformers.
 from collections.abc import Callable
 from typing import Any
 
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import TrainerCallback, TrainerControl, TrainerState
 
 from trainer.callbacks.heldout_schedule import HeldoutSchedule
 from trainer.callbacks.loss_log import heldout_losses
@@ -31,19 +31,17 @@ class EarlyStopping(TrainerCallback):
         self._schedule = schedule
         self._measure = measure
 
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_train_begin(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Weights and state are those of the checkpoint already."""
         if misses_measurement(state, self._schedule):
             self._measure()
 
-    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+    def on_step_end(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Measures at fixed steps and at the last."""
         if self._schedule.due(state):
             control.should_evaluate = True
 
-    def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+    def on_evaluate(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Keeps the best, and stops when patience is at its end; then too there is a checkpoint, to know it by."""
         if self._stopping.keep_best and best_step(state) == state.global_step:
             control.should_save = True

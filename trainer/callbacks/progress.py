@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import TrainerCallback, TrainerControl, TrainerState
 
 from svc.terminal import console, heartbeat
 
@@ -29,28 +29,19 @@ class TrainingProgress(TrainerCallback):
         self._started = time.monotonic()
         self._before = (0, 0)  # steps and tokens of the processes that came before
 
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_train_begin(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Starts the clock."""
         self._started = time.monotonic()
         self._before = (state.global_step, int(state.num_input_tokens_seen))
         self._step, self._last = state.global_step, state.max_steps
         self._bar.update(self._task, total=state.max_steps)
 
-    def on_log(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        logs: dict[str, float] | None = None,
-        **kwargs: Any,
-    ) -> None:
+    def on_log(self, args: Any, state: TrainerState, control: Any, logs: dict[str, float], **kwargs: Any) -> None:
         """Keeps the newest loss."""
-        if logs and "loss" in logs:
+        if "loss" in logs:
             self._loss = f"{logs['loss']:.3f}"
 
-    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+    def on_step_end(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Moves the bar."""
         elapsed = time.monotonic() - self._started
         self._speed = (state.num_input_tokens_seen - self._before[1]) / elapsed

@@ -11,7 +11,7 @@ from typing import Any
 from peft import PeftModel
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import TrainerCallback, TrainerControl, TrainerState
 
 _ALLOCATOR_FILE = "rank_allocator.safetensors"
 _WARMUP, _FINAL = 0.1, 0.3
@@ -40,9 +40,7 @@ class RankAllocation(TrainerCallback):
     def __init__(self, model: PeftModel) -> None:
         self._model = model
 
-    def on_optimizer_step(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_optimizer_step(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """`global_step` counts this step only afterwards."""
         step, config = state.global_step + 1, self._model.peft_config["default"]
         if step < config.total_step - config.tfinal:

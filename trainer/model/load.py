@@ -1,7 +1,7 @@
 """The base model in the form that a recipe trains on. Imports torch and transformers."""
 
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
 
 import torch
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel
@@ -11,26 +11,28 @@ from svc.errors import BaseModelError
 from trainer.model.acceleration import Attention
 from trainer.model.attention import attention_implementation
 from trainer.model.config import load_config
-from trainer.recipe.sections import Quantization, Recipe
+from trainer.recipe.sections import Quantization
 
 
-class LoadModel(Protocol):
-    """As `load_model`, which reads the folder anew each time."""
+@dataclass(frozen=True, slots=True)
+class ModelForm:
+    """In which form a base model is loaded.
 
-    def __call__(
-        self, base: Path, recipe: Recipe, attention: Attention = ..., *, number_type: NumberType
-    ) -> PreTrainedModel:
-        """The base model in the form that the recipe trains on."""
+    Attributes:
+        number_type: in which matrix products are computed.
+        quantization: of the frozen weights.
+        full: every weight is trained.
+        attention: the fastest that the machine has.
+    """
+
+    number_type: NumberType
+    quantization: Quantization | None = None
+    full: bool = False
+    attention: Attention = Attention.SDPA
 
 
-def load_model(
-    base: Path,
-    recipe: Recipe,
-    attention: Attention = Attention.SDPA,
-    *,
-    number_type: NumberType,
-) -> PreTrainedModel:
-    """The base model in the form that the recipe trains on.
+def load_model(base: Path, form: ModelForm) -> PreTrainedModel:
+    """Return the base model in the form that a recipe trains on.
 
     Full fine-tuning steps on float32 weights, which the forward pass rounds to the number type: Adam's small steps
     vanish in 16 bits. Frozen weights are in the number type, or where the recipe says so in NF4, whose scales are
@@ -38,28 +40,25 @@ def load_model(
 
     Args:
         base: folder of the base model.
-        number_type: in which matrix products are computed.
-        attention: the fastest that the machine has.
 
     Raises:
         BaseModelError: a tensor of the model is not among the weights.
     """
-    quantization = None
-    if recipe.base_quantization is Quantization.NF4:
+    quantization, number_type = None, getattr(torch, form.number_type)
+    if form.quantization is Quantization.NF4:
         quantization = BitsAndBytesConfig(
             load_in_4bit=True,
             bnb_4bit_quant_type="nf4",
             bnb_4bit_use_double_quant=True,
-            bnb_4bit_compute_dtype=getattr(torch, number_type),
+            bnb_4bit_compute_dtype=number_type,
         )
-    dtype = torch.float32 if recipe.adapter_type is None else getattr(torch, number_type)
-    implementation: str | None = attention.value
-    if attention is Attention.SDPA:  # FlashAttention knows soft caps
+    implementation: str | None = form.attention.value
+    if form.attention is Attention.SDPA:  # FlashAttention knows soft caps
         implementation = attention_implementation(load_config(base)) or implementation
     model: PreTrainedModel
     model, loaded = AutoModelForCausalLM.from_pretrained(
         base,
-        dtype=dtype,
+        dtype=torch.float32 if form.full else number_type,
         quantization_config=quantization,
         attn_implementation=implementation,
         output_loading_info=True,

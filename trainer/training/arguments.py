@@ -8,26 +8,25 @@ from trl.trainer.sft_config import SFTConfig
 
 from svc.engine.capabilities import NumberType
 from trainer.model.acceleration import Acceleration, choose_acceleration, machine_facts
-from trainer.recipe.sections import Recipe
+from trainer.recipe.sections import Recipe, Train
 from trainer.training.optimizer import check_optimizer, choose_optimizer
 
 
-def count_steps(rows: int, recipe: Recipe) -> int:
+def count_steps(rows: int, train: Train) -> int:
     """The optimizer's steps in a whole run, as transformers counts them.
 
     Args:
         rows: examples, or packed rows.
     """
-    train = recipe.train
     if train.steps is not None:
         return train.steps
     batches = math.ceil(rows / train.batch_size)
     return math.ceil(train.epochs * math.ceil(batches / train.gradient_accumulation))
 
 
-def checkpoints_layers(recipe: Recipe) -> bool:
+def checkpoints_layers(train: Train) -> bool:
     """Whether layers are computed twice: as the recipe says, or as the machine needs."""
-    asked = recipe.train.gradient_checkpointing
+    asked = train.gradient_checkpointing
     return choose_acceleration(machine_facts()).gradient_checkpointing if asked is None else asked
 
 
@@ -63,7 +62,7 @@ def training_arguments(
         fp16=scaled,
         optim=choose_optimizer(train.optimizer, scaled=scaled),
         use_cpu=not accelerated,
-        gradient_checkpointing=checkpoints_layers(recipe),
+        gradient_checkpointing=checkpoints_layers(train),
         padding_free=acceleration.padding_free,
         use_liger_kernel=acceleration.liger_kernels,
         dataloader_pin_memory=accelerated,

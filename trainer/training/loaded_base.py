@@ -10,11 +10,8 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from svc.engine.capabilities import NumberType
 from trainer.data.chat_template import load_tokenizer
-from trainer.model.acceleration import Attention
-from trainer.model.load import load_model
-from trainer.recipe.sections import Recipe
+from trainer.model.load import ModelForm, load_model
 
 
 class LoadedBase:
@@ -29,7 +26,7 @@ class LoadedBase:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self._form: tuple[object, ...] = ()
+        self._form: ModelForm | None = None
         self._model: PreTrainedModel | None = None
 
     @cached_property
@@ -37,15 +34,11 @@ class LoadedBase:
         """The base's."""
         return load_tokenizer(self.folder)
 
-    def load(
-        self, base: Path, recipe: Recipe, attention: Attention = Attention.SDPA, *, number_type: NumberType
-    ) -> PreTrainedModel:
+    def load(self, base: Path, form: ModelForm) -> PreTrainedModel:
         """As trainer.model.load.load_model; reads the folder where it has not yet, or in another form."""
-        form = (base, recipe.base_quantization, recipe.adapter_type is None, attention, number_type)
         if self._model is None or form != self._form:
-            self._model, self._form = load_model(base, recipe, attention, number_type=number_type), form
-        memo = {} if recipe.adapter_type is None else _shared(self._model)
-        return copy.deepcopy(self._model, memo)
+            self._model, self._form = load_model(base, form), form
+        return copy.deepcopy(self._model, {} if form.full else _shared(self._model))
 
 
 def _shared(model: PreTrainedModel) -> dict[int, torch.nn.Parameter]:

@@ -3,10 +3,29 @@
 Imports torch.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 
 from svc.errors import TrainingError
 from trainer.recipe.sections import Recipe
+from trainer.training.arguments import checkpoints_layers
+
+
+@contextmanager
+def advising_on_memory(recipe: Recipe) -> Iterator[None]:
+    """Inside, a lack of memory says which setting to lower.
+
+    Raises:
+        TrainingError: memory is short.
+    """
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:
+        if lack := out_of_memory(recipe, error, checkpointing=checkpoints_layers(recipe.train)):
+            raise lack from error
+        raise
 
 
 def out_of_memory(recipe: Recipe, error: Exception, *, checkpointing: bool) -> TrainingError | None:

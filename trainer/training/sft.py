@@ -8,13 +8,14 @@ import logging
 import resource
 import time
 import warnings
+from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
 import torch
 from datasets import Dataset
-from transformers import PreTrainedTokenizerBase, PrinterCallback, TrainerState, set_seed
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, PrinterCallback, TrainerState, set_seed
 
 from svc.chat_template import choose_template_kwargs
 from svc.dataset.schema.tokenized_example import TokenizedExample
@@ -25,8 +26,7 @@ from trainer.callbacks.checkpoint_schedule import CheckpointSchedule
 from trainer.callbacks.divergence import DivergenceWatch
 from trainer.callbacks.early_stopping import EarlyStopping, best_step, misses_measurement, out_of_patience
 from trainer.callbacks.heldout_schedule import HeldoutCurve, HeldoutSchedule
-from trainer.callbacks.loss_log import LossReport, Report, heldout_losses, loss_curve, training_points
-from trainer.callbacks.loss_point import LossPoint
+from trainer.callbacks.loss_log import LossReport, Report, training_points
 from trainer.callbacks.preemption import Preemption, StepAbandoned, preemption
 from trainer.callbacks.progress import training_progress
 from trainer.data.chat_template import load_tokenizer, stop_tokens, tokenize_examples, training_row
@@ -38,13 +38,13 @@ from trainer.model.acceleration import choose_acceleration, machine_facts
 from trainer.model.adalora import RankAllocation
 from trainer.model.attention import takes_flash_attention
 from trainer.model.config import load_config
-from trainer.model.load import LoadModel, load_model
+from trainer.model.load import ModelForm, load_model
 from trainer.model.peft_config import add_adapter
 from trainer.model.rounding import round_to_bfloat16
-from trainer.recipe.sections import AdapterType, Recipe
-from trainer.training.arguments import checkpoints_layers, count_steps, training_arguments
+from trainer.recipe.sections import AdapterType, Recipe, Stopping, Train
+from trainer.training.arguments import count_steps, training_arguments
 from trainer.training.checkpoints import CheckpointFolder
-from trainer.training.out_of_memory import out_of_memory
+from trainer.training.out_of_memory import advising_on_memory
 from trainer.training.summary import TrainingData, TrainingSummary
 from trainer.training.trainer import NoStepLeftError, ResumableTrainer, number_type_of
 
@@ -90,23 +90,19 @@ def train_model(
         check_served_length(rows, data.served_length, "training")
     measured = recipe.stopping.measures or recipe.stopping.curve
     heldout = tokenize_examples(tokenizer, data.heldout, stops, kwargs) if measured else []
-    try:
+    with advising_on_memory(recipe):
         with preemption() as asked:
             with asked.interruptible(), waiting("Loading the base model"), library_output_to_log():
                 trainer = build_trainer(
                     base, tokenizer, rows, heldout, recipe, out, checkpoints, report, asked, number_type
                 )
-            seconds = run_trainer(trainer, recipe, asked, number_type)
+            seconds = run_trainer(trainer, recipe.stopping, asked, number_type)
         # A signal ends the process from here on: the weights are written anew from the last checkpoint.
-        _save(trainer, recipe, tokenizer, out)
-    except (RuntimeError, MemoryError) as error:
-        if lack := out_of_memory(recipe, error, checkpointing=checkpoints_layers(recipe)):
-            raise lack from error
-        raise
-    return summarize(trainer, recipe, seconds)
+        _save(trainer, tokenizer, out, full=recipe.adapter_type is None)
+    return summarize(trainer, seconds, kept_best=recipe.stopping.keep_best)
 
 
-def run_trainer(trainer: ResumableTrainer, recipe: Recipe, asked: Preemption, number_type: NumberType) -> float:
+def run_trainer(trainer: ResumableTrainer, stopping: Stopping, asked: Preemption, number_type: NumberType) -> float:
     """Trains to the end; returns the seconds of this process's part."""
     newest = trainer.checkpoints.newest()
     if newest is not None:
@@ -114,9 +110,7 @@ def run_trainer(trainer: ResumableTrainer, recipe: Recipe, asked: Preemption, nu
         console.print(f"  going on from step {state.global_step} of {state.max_steps}")
     started = time.monotonic()
     # A run may have been cut off after its last step: another one would be too many.
-    if newest is not None and (
-        state.global_step >= state.max_steps or out_of_patience(state, recipe.stopping.patience)
-    ):
+    if newest is not None and (state.global_step >= state.max_steps or out_of_patience(state, stopping.patience)):
         trainer.load_weights(newest)
         trainer.state = state
         if trainer.heldout_schedule and misses_measurement(state, trainer.heldout_schedule):
@@ -138,10 +132,10 @@ def run_trainer(trainer: ResumableTrainer, recipe: Recipe, asked: Preemption, nu
     seconds = time.monotonic() - started
     best = best_step(trainer.state)
     if asked.by is None:
-        if recipe.stopping.keep_best and best not in (None, trainer.state.global_step):
+        if stopping.keep_best and best not in (None, trainer.state.global_step):
             trainer.load_weights(trainer.checkpoints.whole(best))
         trainer.check_finite()
-    if asked.by is not None:
+    else:
         raise InterruptedRunError(
             f"{asked.by.name} after step {trainer.state.global_step} of {trainer.state.max_steps}",
             todo="run the same command again: it goes on from there",
@@ -149,7 +143,7 @@ def run_trainer(trainer: ResumableTrainer, recipe: Recipe, asked: Preemption, nu
     return seconds
 
 
-def summarize(trainer: ResumableTrainer, recipe: Recipe, seconds: float) -> TrainingSummary:
+def summarize(trainer: ResumableTrainer, seconds: float, *, kept_best: bool) -> TrainingSummary:
     """What is kept of how a run went."""
     state = trainer.state
     tokens = int(state.num_input_tokens_seen)
@@ -159,9 +153,7 @@ def summarize(trainer: ResumableTrainer, recipe: Recipe, seconds: float) -> Trai
         tokens=tokens,
         tokens_per_second=here / seconds,
         seconds=seconds,
-        loss_curve=loss_curve(state),
-        heldout_losses=tuple(LossPoint(step, loss) for step, loss in heldout_losses(state).items()),
-        best_step=best_step(state) if recipe.stopping.keep_best else None,
+        best_step=best_step(state) if kept_best else None,
         points=training_points(state),
         peak_memory=_peak_memory(),
     )
@@ -186,7 +178,7 @@ def build_trainer(
     number_type: NumberType,
     *,
     curve: HeldoutCurve | None = None,
-    load: LoadModel = load_model,
+    load: Callable[[Path, ModelForm], PreTrainedModel] = load_model,
 ) -> ResumableTrainer:
     """Trained weights are in float32: Adam's small steps vanish in 16 bits.
 
@@ -205,15 +197,16 @@ def build_trainer(
         if not acceleration.padding_free:
             collator = partial(collate_packed, pad_token=tokenizer.pad_token_id or tokenizer.eos_token_id)
     set_seed(recipe.train.seed)
-    model = load(base, recipe, acceleration.attention, number_type=number_type)
+    form = ModelForm(number_type, recipe.base_quantization, recipe.adapter_type is None, acceleration.attention)
+    model = load(base, form)
     set_seed(recipe.train.seed)  # the adapter's start, whatever was drawn for weights that a base lacks
-    steps = count_steps(len(dataset), recipe)
+    steps = count_steps(len(dataset), recipe.train)
     model = add_adapter(model, recipe, steps)
     measured = [training_row(row) for row in heldout]
     if curve is None and recipe.stopping.measures:
         curve = HeldoutCurve(measured, HeldoutSchedule.of(recipe.stopping))
     elif curve is None:
-        curve = HeldoutCurve.affordable(measured, _trained_tokens(rows, len(dataset), steps, recipe), steps)
+        curve = HeldoutCurve.affordable(measured, _trained_tokens(rows, len(dataset), steps, recipe.train), steps)
     measured, schedule = curve.rows, curve.schedule
     trainer = ResumableTrainer(
         checkpoints=CheckpointFolder(checkpoints, recipe.checkpoints.keep),
@@ -241,15 +234,15 @@ def build_trainer(
     return trainer
 
 
-def _trained_tokens(rows: list[TokenizedExample], dataset_rows: int, steps: int, recipe: Recipe) -> float:
+def _trained_tokens(rows: list[TokenizedExample], dataset_rows: int, steps: int, train: Train) -> float:
     """About how many tokens all steps see."""
-    in_a_step = min(recipe.train.batch_size * recipe.train.gradient_accumulation, dataset_rows)
+    in_a_step = min(train.batch_size * train.gradient_accumulation, dataset_rows)
     return steps * in_a_step / dataset_rows * sum(len(row.input_ids) for row in rows)
 
 
-def _save(trainer: ResumableTrainer, recipe: Recipe, tokenizer: PreTrainedTokenizerBase, out: Path) -> None:
+def _save(trainer: ResumableTrainer, tokenizer: PreTrainedTokenizerBase, out: Path, *, full: bool) -> None:
     model = trainer.model
-    if recipe.adapter_type is None:
+    if full:
         round_to_bfloat16(model.parameters())
         model = model.to(torch.bfloat16)  # buffers, and the config
     with warnings.catch_warnings():

@@ -5,7 +5,6 @@ from dataclasses import dataclass
 
 from svc.dataset.schema.example import ChatExample
 from svc.evaluation.training_curve import TrainingPoint
-from trainer.callbacks.loss_point import LossPoint
 
 
 @dataclass(frozen=True, slots=True)
@@ -17,10 +16,8 @@ class TrainingSummary:
         tokens: prompt and answer tokens seen, without padding.
         tokens_per_second: in the process that ended the run.
         seconds: of the optimizer's run alone, without loading, in the process that ended it.
-        loss_curve: means over the steps between its points.
-        heldout_losses: step and nats an answer token, where held-out loss was measured.
         best_step: the step whose weights these are, where the best were asked for.
-        points: every step.
+        points: every step, with held-out loss where it was measured.
         peak_memory: bytes that the process had at most until the end of training, or had of the GPU's memory.
         estimated_memory, estimated_seconds: what was said before it began.
     """
@@ -29,8 +26,6 @@ class TrainingSummary:
     tokens: int
     tokens_per_second: float
     seconds: float
-    loss_curve: tuple[LossPoint, ...]
-    heldout_losses: tuple[LossPoint, ...] = ()
     best_step: int | None = None
     points: tuple[TrainingPoint, ...] = ()
     peak_memory: int | None = None

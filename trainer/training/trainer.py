@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import TrainerCallback, TrainerControl, TrainerState
 
 from svc.engine.capabilities import NumberType
 from svc.errors import IntegrityError
@@ -211,13 +211,11 @@ class _StepStart(TrainerCallback):
         self._tokens_before, self._began = 0, 0.0
         self.tokens_per_second = 0.0
 
-    def on_step_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_step_begin(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Starts the clock: no token of the step is counted yet."""
         self._tokens_before, self._began = int(state.num_input_tokens_seen), time.monotonic()
 
-    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+    def on_step_end(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Keeps them for the next one."""
         on_gpus = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
         self._random = random.getstate(), np.random.get_state(), torch.get_rng_state(), on_gpus

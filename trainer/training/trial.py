@@ -19,14 +19,15 @@ from trainer.data.chat_template import training_row
 from trainer.data.length import fit_length
 from trainer.library_output import library_output_to_log
 from trainer.recipe.sections import Recipe, Stopping
-from trainer.training.arguments import checkpoints_layers
 from trainer.training.loaded_base import LoadedBase
-from trainer.training.out_of_memory import out_of_memory
+from trainer.training.out_of_memory import advising_on_memory
 from trainer.training.sft import build_trainer, run_trainer, summarize
 from trainer.training.trainer import ResumableTrainer, answer_tokens
 
 _MEASUREMENTS = 3
 """Of the watched examples: after each third of the steps."""
+_STOPPING = Stopping(curve=False)
+"""What a trial has in place of the recipe's section."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,8 +78,8 @@ def train_trial(
         InterruptedRunError: a signal came, and a checkpoint was written.
         TrainingError: the loss or a weight is not finite, the loss explodes, or memory is short.
     """
-    with _open(base, data, recipe, checkpoints, report, number_type) as (trainer, recipe, asked):
-        seconds = run_trainer(trainer, recipe, asked, number_type)
+    with _open(base, data, recipe, checkpoints, report, number_type) as (trainer, asked):
+        seconds = run_trainer(trainer, _STOPPING, asked, number_type)
         try:
             each = _judge(trainer, data.judged, asked)
         except StepAbandoned as error:
@@ -86,7 +87,7 @@ def train_trial(
             raise InterruptedRunError(
                 f"{error} after the last step of a trial", todo="run the same command again: it goes on from there"
             ) from error
-        summary = summarize(trainer, recipe, seconds)
+        summary = summarize(trainer, seconds, kept_best=False)
     return TrialRun(summary.steps, each, summary.points)
 
 
@@ -98,7 +99,7 @@ def untrained_losses(
     Raises:
         InterruptedRunError: a signal came.
     """
-    with _open(base, data, recipe, folder, None, number_type) as (trainer, _, asked):
+    with _open(base, data, recipe, folder, None, number_type) as (trainer, asked):
         try:
             return _judge(trainer, data.judged, asked)
         except StepAbandoned as error:
@@ -110,12 +111,12 @@ def untrained_losses(
 @contextmanager
 def _open(
     base: LoadedBase, data: TrialData, recipe: Recipe, checkpoints: Path, report: Report | None, number_type: NumberType
-) -> Iterator[tuple[ResumableTrainer, Recipe, Preemption]]:
-    recipe = recipe.model_copy(update={"stopping": Stopping(curve=False)})
+) -> Iterator[tuple[ResumableTrainer, Preemption]]:
+    recipe = recipe.model_copy(update={"stopping": _STOPPING})
     schedule = HeldoutSchedule(None, _MEASUREMENTS, untrained=False)  # the base was measured once for all trials
     curve = HeldoutCurve([training_row(row) for row in data.watched], schedule)
     try:
-        with preemption() as asked:
+        with advising_on_memory(recipe), preemption() as asked:
             with asked.interruptible(), library_output_to_log():
                 trainer = build_trainer(
                     base.folder,
@@ -131,13 +132,9 @@ def _open(
                     curve=curve,
                     load=base.load,
                 )
-            yield trainer, recipe, asked
+            yield trainer, asked
     except StepAbandoned as error:
         raise InterruptedRunError(f"{error} before a trial's first step", todo="run the same command again") from error
-    except (RuntimeError, MemoryError) as error:
-        if lack := out_of_memory(recipe, error, checkpointing=checkpoints_layers(recipe)):
-            raise lack from error
-        raise
 
 
 def _judge(trainer: ResumableTrainer, judged: Sequence[TokenizedExample], asked: Preemption) -> tuple[float, ...]:

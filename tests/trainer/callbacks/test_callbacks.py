@@ -12,8 +12,7 @@ from trainer.callbacks.checkpoint_schedule import CheckpointSchedule
 from trainer.callbacks.divergence import DivergenceWatch, diverged
 from trainer.callbacks.early_stopping import EarlyStopping, best_step, out_of_patience
 from trainer.callbacks.heldout_schedule import HeldoutSchedule
-from trainer.callbacks.loss_log import LossReport, loss_curve
-from trainer.callbacks.loss_point import LossPoint
+from trainer.callbacks.loss_log import LossReport
 from trainer.callbacks.preemption import Preemption
 from trainer.recipe.sections import Checkpoints, Stopping
 
@@ -157,24 +156,30 @@ def test_held_out_loss_is_measured_at_fixed_steps_and_at_the_last() -> None:
     assert measured == [4, 8, 10]
 
 
-def test_a_long_curve_is_thinned_to_a_hundred_means() -> None:
-    curve = loss_curve(state(losses=range(1, 1001)))
-    assert len(curve) == 100
-    assert curve[0] == LossPoint(10, 5.5)
+def reported(steps: int) -> dict[int, float]:
+    """Return what is reported of a run in which each step's loss is its number."""
+    found: dict[int, float] = {}
+    report = LossReport(lambda step, figures: found.update({step: figures["loss"]}))
+    for step in range(1, steps + 1):
+        losses = [float(number) for number in range(1, step + 1)]
+        now = TrainerState(log_history=state(losses).log_history, global_step=step, max_steps=steps)
+        report.on_log(ARGS, now, TrainerControl(), {"loss": float(step)})
+    return found
 
 
-def test_the_last_step_is_always_on_the_curve() -> None:
-    assert [point.step for point in loss_curve(state(losses=[1.0] * 25))] == [10, 20, 25]
+def test_a_hundred_means_are_reported_when_a_run_is_long() -> None:
+    found = reported(1000)
+    assert len(found) == 100
+    assert found[10] == 5.5
 
 
-def test_what_is_reported_is_the_curve() -> None:
-    reported = {}
-    report = LossReport(lambda step, figures: reported.update({step: figures["loss"]}))
-    losses: list[float] = []
-    for step in range(1, 31):
-        losses.append(float(step))
-        report.on_log(ARGS, state(losses), TrainerControl(), {"loss": losses[-1]})
-    assert reported == {point.step: point.loss for point in loss_curve(state(losses))}
+def test_the_last_step_is_reported_when_it_is_no_multiple() -> None:
+    assert list(reported(250))[-2:] == [248, 250]
+    assert list(reported(201))[-2:] == [200, 201]
+
+
+def test_every_step_is_reported_when_a_run_is_short() -> None:
+    assert reported(30) == {step: float(step) for step in range(1, 31)}
 
 
 def test_a_model_that_float16_cannot_hold_is_not_blamed_on_the_learning_rate() -> None:

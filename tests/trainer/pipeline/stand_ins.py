@@ -13,7 +13,6 @@ from svc.version import Format
 from tests.svc.registry.model_folder import GPTQ, write_model
 from tests.svc.registry.parity import make_parity
 from tests.trainer.conftest import make_example
-from trainer.callbacks.loss_point import LossPoint
 from trainer.export.gptq import QuantizeSummary
 from trainer.export.verify_merge import MergeSummary
 from trainer.parity.report import Made
@@ -63,7 +62,7 @@ class Stages:
         else:
             (out / "adapter_model.safetensors").write_bytes(b"adapter")
         report(1, {"loss": 0.5})
-        return TrainingSummary(3, 30, 10.0, 3.0, (LossPoint(1, 0.5),), points=CURVE)
+        return TrainingSummary(3, 30, 10.0, 3.0, points=CURVE)
 
     def merge_adapter(self, base: Path, adapter: Path, out: Path) -> MergeSummary:
         """Writes other weights of the same shape."""

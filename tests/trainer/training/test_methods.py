@@ -15,12 +15,12 @@ from transformers import AutoModelForCausalLM
 from svc.dataset.schema.example import ChatExample
 from svc.engine.capabilities import NumberType
 from svc.errors import TrainingError
-from tests.trainer.conftest import make_recipe
+from tests.trainer.conftest import losses_of, make_recipe
 from trainer.export.merge import merge_adapter, unused_modules
 from trainer.export.verify_merge import verify_full
-from trainer.model.load import load_model
+from trainer.model.load import ModelForm, load_model
 from trainer.model.peft_config import adapter_config, load_adapter
-from trainer.recipe.sections import AdapterType, Method, Recipe
+from trainer.recipe.sections import AdapterType, Method, Quantization, Recipe
 from trainer.training.sft import train_model
 from trainer.training.summary import TrainingData, TrainingSummary
 
@@ -59,8 +59,8 @@ def trained(tiny_base: Path, examples: list[ChatExample], tmp_path_factory: pyte
 
 @pytest.mark.parametrize("method", Method)
 def test_it_learns(trained: Trained, method: Method) -> None:
-    curve = trained[method][1].loss_curve
-    assert curve[-1].loss < curve[0].loss - 0.2
+    losses = losses_of(trained[method][1])
+    assert losses[-1] < losses[0] - 0.2
 
 
 @pytest.mark.parametrize("method", Method)
@@ -113,12 +113,12 @@ def test_every_type_of_adapter_learns_beside_weights_in_four_bits(
     summary = train_model(
         tiny_base, TrainingData(examples), made, adapter, tmp_path / "checkpoints", number_type=NumberType.FLOAT32
     )
-    assert summary.loss_curve[-1].loss < summary.loss_curve[0].loss - 0.2
+    assert losses_of(summary)[-1] < losses_of(summary)[0] - 0.2
     assert merge_adapter(tiny_base, adapter, tmp_path / "merged").modules > 0
 
 
 def test_qlora_trains_on_four_bits(tiny_base: Path) -> None:
-    layer = load_model(tiny_base, recipe(Method.QLORA), number_type=NumberType.BFLOAT16).model.layers[0].mlp.up_proj
+    layer = load_model(tiny_base, ModelForm(NumberType.BFLOAT16, Quantization.NF4)).model.layers[0].mlp.up_proj
     assert layer.weight.quant_state.quant_type == "nf4"
     assert layer.weight.quant_state.nested
     assert layer.compute_dtype is torch.bfloat16
@@ -195,7 +195,7 @@ def test_measuring_held_out_loss_changes_nothing_in_qlora(
 
 def test_qlora_computes_in_the_type_that_was_asked_for(tiny_base: Path) -> None:
     for number_type in NumberType:
-        model = load_model(tiny_base, recipe(Method.QLORA), number_type=number_type).model
+        model = load_model(tiny_base, ModelForm(number_type, Quantization.NF4)).model
         assert model.layers[0].mlp.up_proj.compute_dtype is getattr(torch, number_type)
         assert model.embed_tokens.weight.dtype is getattr(torch, number_type)
 

@@ -12,7 +12,7 @@ from transformers.training_args import OptimizerNames
 from svc.dataset.schema.example import ChatExample
 from svc.engine.capabilities import NumberType
 from svc.errors import RecipeError
-from tests.trainer.conftest import make_recipe
+from tests.trainer.conftest import losses_of, make_recipe
 from tests.trainer.training.test_resume import train_in, train_until
 from trainer.model.acceleration import choose_acceleration, machine_facts
 from trainer.recipe.sections import Optimizer
@@ -73,6 +73,6 @@ def test_training_with_8_bit_moments_ends_with_the_same_weights_when_it_was_inte
         summary = train_in(NumberType.BFLOAT16, tiny_base, data, recipe, tmp_path / name)
         moments = torch.load(max((tmp_path / name / "checkpoints").rglob("optimizer.pt")), weights_only=False)["state"]
         assert torch.uint8 in {getattr(moment, "dtype", None) for moment in tree_leaves(moments)}
-        assert summary.loss_curve[-1].loss < summary.loss_curve[0].loss
+        assert losses_of(summary)[-1] < losses_of(summary)[0]
         weights.append(load_file(tmp_path / name / "trained" / "model.safetensors"))
     assert all(torch.equal(tensor, weights[1][name]) for name, tensor in weights[0].items())
