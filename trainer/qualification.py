@@ -28,7 +28,7 @@ from svc.evaluation.throughput import STREAMS, decoding_speed, first_token_secon
 from svc.evaluation.token_scores import Scores, score_on_engine
 from svc.registry.parity import Speed
 from svc.terminal import advancing, console, counting, waiting
-from trainer.recipe.sections import Recipe
+from trainer.recipe.sections import Evaluate, Qualify
 
 Launch = Callable[[Path], Engine]
 
@@ -101,6 +101,8 @@ class Qualifier:
     Args:
         launch: makes a new, unstarted engine for a model folder.
         facts: the kind of engine that it makes for a model folder.
+        evaluate: how many of the examples are asked, and how long an answer may be.
+        qualify: the probes that are taken.
         heldout: examples to judge by.
         tokenized: the same examples, as they are trained on.
         compared: those of them that the parity report compares token by token.
@@ -116,7 +118,8 @@ class Qualifier:
         self,
         launch: Launch,
         facts: Callable[[Path], EngineFacts],
-        recipe: Recipe,
+        evaluate: Evaluate,
+        qualify: Qualify,
         heldout: Sequence[ChatExample],
         tokenized: Sequence[TokenizedExample],
         compared: Sequence[TokenizedExample],
@@ -126,10 +129,10 @@ class Qualifier:
     ) -> None:
         self._launch = launch
         self._facts = facts
-        self._recipe = recipe
-        self.judged = heldout[: recipe.evaluate.limit]
-        self._tokenized = tokenized[: recipe.evaluate.limit]
-        self.limits = answer_limits(self._tokenized, context=context, fixed=recipe.evaluate.max_tokens)
+        self._options = qualify
+        self.judged = heldout[: evaluate.limit]
+        self._tokenized = tokenized[: evaluate.limit]
+        self.limits = answer_limits(self._tokenized, context=context, fixed=evaluate.max_tokens)
         self._compared = compared
         self._general = general
 
@@ -163,7 +166,7 @@ class Qualifier:
 
     async def _qualify(self, engine: Engine, folder: Path, text: str, *, general: bool) -> Qualified:
         """Loads in place where it can, measures, and measures again on a fresh engine; ends the given one."""
-        client, options = engine.client, self._recipe.qualify
+        client, options = engine.client, self._options
         loads, others_share = await measure_quietly(partial(self._loads, engine, folder), engine.processor_s)
         judged = await self._judge(client, text)
         answered = await self._ask_general(client, text) if general else ()
@@ -254,7 +257,7 @@ class Qualifier:
         return engine
 
     def _stride(self) -> int:
-        return max(1, len(self.judged) // self._recipe.qualify.probes)
+        return max(1, len(self.judged) // self._options.probes)
 
 
 def _begins_with(example: TokenizedExample, prompt: Sequence[int]) -> bool:

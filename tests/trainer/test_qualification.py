@@ -40,7 +40,8 @@ def qualifier(engines: Engines, heldout: list[ChatExample] | None = None, **sect
     examples = heldout or [make_example(f"q {number}", answered_by("merged")) for number in range(4)]
     recipe = make_recipe(**({"qualify": {"repeats": 1}} | sections))
     seen = [tokenized(example) for example in examples]
-    return Qualifier(engines, lambda folder: FACTS, recipe, examples, seen, choose_examples(seen), context=CONTEXT)
+    parts = (recipe.evaluate, recipe.qualify, examples, seen, choose_examples(seen))
+    return Qualifier(engines, lambda folder: FACTS, *parts, context=CONTEXT)
 
 
 async def test_the_merged_model_is_loaded_in_place_of_its_base_and_then_by_a_fresh_engine() -> None:
@@ -149,8 +150,8 @@ def asking_general(engines: Engines, **options: Any) -> Qualifier:
     general = GeneralQuestions(questions, list(map(tokenized, questions)), **options)
     seen = list(map(tokenized, heldout))
     recipe = make_recipe(qualify={"repeats": 1})
-    parts = (engines, lambda folder: FACTS, recipe, heldout, seen, choose_examples(seen), general)
-    return Qualifier(*parts, context=CONTEXT)
+    parts = (recipe.evaluate, recipe.qualify, heldout, seen, choose_examples(seen), general)
+    return Qualifier(engines, lambda folder: FACTS, *parts, context=CONTEXT)
 
 
 @pytest.mark.parametrize("same", [True, False])

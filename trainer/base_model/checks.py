@@ -32,7 +32,7 @@ def check_folder(folder: Path) -> None:
             expected="a chat model as transformers saves it: config, safetensors, tokenizer and chat template",
             todo="complete the folder, or choose an instruction-tuned base",
         )
-    _check_config(folder, _read_json(folder / "config.json"))
+    _check_config(folder, read_json(folder / "config.json"))
 
 
 def _check_config(folder: Path, config: dict[str, Any]) -> None:
@@ -92,10 +92,15 @@ def _has_chat_template(folder: Path) -> bool:
     if (folder / "chat_template.jinja").is_file() or (folder / "chat_template.json").is_file():
         return True
     config = folder / "tokenizer_config.json"
-    return config.is_file() and bool(_read_json(config).get("chat_template"))
+    return config.is_file() and bool(read_json(config).get("chat_template"))
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def read_json(path: Path) -> dict[str, Any]:
+    """Read a JSON object of a base model.
+
+    Raises:
+        BaseModelError: the file cannot be read, or holds something else.
+    """
     try:
         content = json.loads(path.read_text("utf-8"))
     except (OSError, ValueError) as error:

@@ -45,11 +45,8 @@ def changed_recipe(recipe: Recipe, changes: Changes) -> Recipe:
     """The recipe with other values of dotted keys."""
     content = recipe.model_dump(exclude_unset=True)
     for key, value in changes.items():
-        *sections, last = key.split(".")
-        place = content
-        for section in sections:
-            place = place.setdefault(section, {})
-        place[last] = value
+        section, _, name = key.rpartition(".")
+        (content.setdefault(section, {}) if section else content)[name] = value
     return Recipe.model_validate(content)
 
 

@@ -17,7 +17,7 @@ from svc.chat_template import choose_template_kwargs
 from svc.dataset.schema.example import ChatExample
 from svc.dataset.schema.tokenized_example import TokenizedExample
 from svc.model_folder import TOKENIZER_FILES
-from trainer.data.chat_template import load_tokenizer, stop_tokens, tokenize_examples, training_row
+from trainer.data.chat_template import IGNORED, tokenize_as_trained, training_row
 from trainer.recipe.sections import Recipe, TooLong
 
 CHARACTERS_A_TOKEN = 4.2
@@ -71,7 +71,7 @@ class Workload:
 
 
 def read_workload(examples: Sequence[ChatExample], recipe: Recipe, folder: Path) -> Workload:
-    """What a recipe's examples come to.
+    """Return the batches that a recipe makes of examples.
 
     Args:
         folder: with the base's tokenizer, if it has one.
@@ -79,27 +79,25 @@ def read_workload(examples: Sequence[ChatExample], recipe: Recipe, folder: Path)
     Raises:
         DataError: the chat template refuses an example.
     """
-    counted = any((folder / name).is_file() for name in TOKENIZER_FILES)
-    longest = sorted(examples, key=_characters)[-recipe.train.batch_size :]
+    train, counted = recipe.train, any((folder / name).is_file() for name in TOKENIZER_FILES)
     chosen = np.random.default_rng(recipe.data.seed).permutation(len(examples))[:_MOST]
-    drawn = [examples[index] for index in sorted(chosen)]
-    rows, long_rows = (_tokenize(some, folder, recipe, counted=counted) for some in (drawn, longest))
-    return _workload(rows, long_rows, len(examples), recipe, counted=counted)
-
-
-def even_workload(
-    examples: int, length: int, recipe: Recipe, *, answers: int | None = None, shared: int = 0
-) -> Workload:
-    """A run on examples of one length, as published figures are of.
-
-    Args:
-        answers: tokens of each that are learnt; default all.
-    """
-    size = min(recipe.train.batch_size, examples)
-    batch = Batch(size, length, shared, size * (answers or length))
-    epochs = recipe.train.epochs
-    repeats = recipe.train.steps * recipe.train.gradient_accumulation if recipe.train.steps else None
-    return Workload(examples, examples * length, (batch,), repeats or epochs * examples / size, batch, counted=True)
+    rows = _tokenize([examples[index] for index in sorted(chosen)], folder, recipe, counted=counted)
+    in_rows = sum(len(row.input_ids) for row in rows)
+    tokens = in_rows * len(examples) / len(rows)
+    batches: tuple[Batch, ...]
+    if train.packing:
+        learnt = train.batch_size * train.max_length * (sum(row.scored for row in rows) / in_rows)
+        largest = Batch(train.batch_size, train.max_length, 0, math.ceil(learnt))
+        batches, in_epoch = (largest,), max(1, math.ceil(tokens / train.max_length)) / train.batch_size
+    else:
+        batches, in_epoch = tuple(plan_batches(rows, recipe)), math.ceil(len(examples) / train.batch_size)
+        if len(rows) == len(examples):
+            largest = max(batches, key=lambda batch: batch.computed)
+        else:  # a sample says nothing of the largest batch: it is that of the longest examples
+            longest = sorted(examples, key=_characters)[-train.batch_size :]
+            largest = measure_batch(_tokenize(longest, folder, recipe, counted=counted))
+    in_run = train.steps * train.gradient_accumulation if train.steps else train.epochs * in_epoch
+    return Workload(len(examples), tokens, batches, in_run / len(batches), largest, counted)
 
 
 def with_batch_size(workload: Workload, size: int) -> Workload:
@@ -124,33 +122,6 @@ def unshared(workload: Workload) -> Workload:
     return replace(workload, batches=batches, largest=replace(workload.largest, shared=0))
 
 
-def _workload(
-    rows: list[TokenizedExample],
-    long_rows: list[TokenizedExample],
-    examples: int,
-    recipe: Recipe,
-    *,
-    counted: bool,
-) -> Workload:
-    train = recipe.train
-    batches: tuple[Batch, ...]
-    tokens = sum(len(row.input_ids) for row in rows) * examples / len(rows)
-    if train.packing:
-        count = max(1, math.ceil(tokens / train.max_length))
-        learnt = sum(end - start for row in rows for start, end in row.learnt) / sum(len(row.input_ids) for row in rows)
-        packed = Batch(train.batch_size, train.max_length, 0, math.ceil(train.batch_size * train.max_length * learnt))
-        batches, in_epoch, largest = (packed,), count / train.batch_size, packed
-    else:
-        batches = tuple(plan_batches(rows, recipe))
-        in_epoch = math.ceil(examples / train.batch_size)
-        # A sample says nothing of the largest batch: then it is that of the longest examples.
-        whole_set = len(rows) == examples
-        largest = max(batches, key=lambda batch: batch.computed) if whole_set else measure_batch(long_rows)
-    accumulation = train.gradient_accumulation
-    whole = train.steps * accumulation if train.steps else train.epochs * in_epoch
-    return Workload(examples, tokens, batches, whole / len(batches), largest, counted)
-
-
 def plan_batches(rows: Sequence[TokenizedExample], recipe: Recipe) -> list[Batch]:
     """The batches of our trainer's first epoch, of its steps where none are accumulated."""
     from trainer.data.length_grouped_sampler import LengthGroupedSampler
@@ -167,7 +138,6 @@ def measure_batch(rows: Sequence[TokenizedExample]) -> Batch:
     import torch
     from torch.nn.utils.rnn import pad_sequence
 
-    from trainer.data.chat_template import IGNORED
     from trainer.training.loss import shared_prefix
 
     some = [training_row(row) for row in rows]
@@ -182,9 +152,8 @@ def _tokenize(
     examples: Sequence[ChatExample], folder: Path, recipe: Recipe, *, counted: bool
 ) -> list[TokenizedExample]:
     if counted:
-        tokenizer = load_tokenizer(folder)
         kwargs = choose_template_kwargs(folder, recipe.chat_template_kwargs)
-        rows = tokenize_examples(tokenizer, examples, stop_tokens(folder, tokenizer), kwargs)
+        rows = tokenize_as_trained(folder, examples, kwargs)
     else:
         rows = [cut_into_pieces(example) for example in examples]
     longest = recipe.train.max_length

@@ -5,13 +5,10 @@ trained (Kaplan et al. 2020, section 2.1, with what LoRA leaves out). Checkpoint
 Attention has two products forward and four backward, with as many tokens as there are up to each.
 """
 
-from dataclasses import dataclass
-
 from trainer.estimate.batches import Batch, Workload
-from trainer.estimate.devices import ComputeDevice, Kind
-from trainer.estimate.memory import Setup, trained_weights
-from trainer.estimate.model_shape import ModelShape
-from trainer.recipe.sections import AdapterType, Quantization, Recipe
+from trainer.estimate.devices import ComputeDevice, training_kind
+from trainer.estimate.memory import Training
+from trainer.recipe.sections import AdapterType
 
 _ADAM_BYTES = 28
 """Read and written for a trained weight in a step: weight, gradient and two moments, all but the gradient both ways."""
@@ -24,67 +21,49 @@ _LAUNCHES_S = 2e-3
 model takes on a GPU, however fast that multiplies. Assumed, not measured."""
 
 
-@dataclass(frozen=True, slots=True)
-class TrainingTime:
-    """What a run takes.
-
-    Attributes:
-        operations: of its matrix products.
-        seconds: from the first step's start to the last one's end.
-        steps: batches that go through the model.
-    """
-
-    operations: float
-    seconds: float
-    steps: float
-
-
-def training_time(
-    shape: ModelShape, recipe: Recipe, workload: Workload, setup: Setup, device: ComputeDevice
-) -> TrainingTime:
-    """Of the optimizer's run alone."""
-    operations = sum(batch_operations(shape, recipe, batch, setup) for batch in workload.batches) * workload.repeats
+def training_seconds(training: Training, workload: Workload, device: ComputeDevice) -> float:
+    """Return the seconds from the first step's start to the end of the last one."""
+    shape, recipe = training.shape, training.recipe
+    operations = sum(batch_operations(training, batch) for batch in workload.batches) * workload.repeats
     batches = len(workload.batches) * workload.repeats
-    passes = batches * _memory_traffic(shape, recipe, setup) / device.bandwidth
+    passes = batches * _memory_traffic(training) / device.bandwidth
     updates = batches / recipe.train.gradient_accumulation
-    update = _ADAM_BYTES * trained_weights(shape, recipe) / device.bandwidth
-    multiplied = operations / device.effective_speed(Kind.of(recipe)) + passes
-    launched = 0.0 if setup.cpu else batches * shape.layers * _LAUNCHES_S
-    seconds = max(multiplied, launched) + updates * update
-    return TrainingTime(operations, seconds, batches)
+    update = _ADAM_BYTES * training.trained / device.bandwidth
+    multiplied = operations / device.effective_speed(training_kind(recipe)) + passes
+    launched = 0.0 if training.cpu else batches * shape.layers * _LAUNCHES_S
+    return max(multiplied, launched) + updates * update
 
 
-def batch_operations(shape: ModelShape, recipe: Recipe, batch: Batch, setup: Setup) -> float:
-    """Floating-point operations of a batch, forward and backward."""
+def batch_operations(training: Training, batch: Batch) -> float:
+    """Return the floating-point operations of a batch, forward and backward."""
+    shape = training.shape
     forward = 2 * shape.used_weights * batch.computed
     pairs = _up_to(batch.shared) + batch.rows * (_up_to(batch.length) - _up_to(batch.shared))
     attention = 4 * shape.layers * shape.queries * pairs
     head = 2 * shape.head * batch.answers
-    full = recipe.adapter_type is None
-    trained = 6 * _adapter_products(shape, recipe) * batch.computed
-    again = (forward + attention) if setup.checkpointing else 0.0
-    return forward * (3 if full else 2) + head * (3 if full else 2) + 3 * attention + trained + again
+    adapter = 6 * _adapter_products(training) * batch.computed
+    again = (forward + attention) if training.checkpointing else 0.0
+    return (forward + head) * (3 if training.full else 2) + 3 * attention + adapter + again
 
 
-def _adapter_products(shape: ModelShape, recipe: Recipe) -> float:
-    """Weights of the adapter that each token is multiplied by."""
-    match recipe.adapter_type:
+def _adapter_products(training: Training) -> float:
+    """Return how many weights of the adapter each token is multiplied by."""
+    shape, rank = training.shape, training.recipe.rank
+    match training.recipe.adapter_type:
         case None:
             return 0.0
         case AdapterType.VERA:
-            return sum(recipe.rank * (inputs + outputs) for inputs, outputs in shape.target_shapes) * 4 / 6  # frozen
-    experts = sum(count * recipe.rank * (rows + columns) for count, rows, columns in shape.experts)
-    share = experts * (1 - shape.experts_share) if shape.adapts_experts else 0
-    return trained_weights(shape, recipe) - share
+            return sum(rank * (inputs + outputs) for inputs, outputs in shape.target_shapes) * 4 / 6  # frozen
+    experts = sum(count * rank * (rows + columns) for count, rows, columns in shape.experts)
+    return training.trained - (experts * (1 - shape.experts_share) if shape.adapts_experts else 0)
 
 
-def _memory_traffic(shape: ModelShape, recipe: Recipe, setup: Setup) -> float:
-    """Bytes that a batch reads and writes whatever its size: NF4 is unpacked in each pass through the layers."""
-    if recipe.base_quantization is not Quantization.NF4:
-        return 0.0
-    return (3 if setup.checkpointing else 2) * _UNPACKED_BYTES[setup.cpu] * shape.linear_weights
+def _memory_traffic(training: Training) -> float:
+    """Return the bytes that a batch reads and writes whatever its size: each pass through the layers unpacks NF4."""
+    passes = 3 if training.checkpointing else 2
+    return passes * _UNPACKED_BYTES[training.cpu] * training.shape.linear_weights if training.nf4 else 0.0
 
 
 def _up_to(tokens: int) -> int:
-    """Pairs of a token with itself or an earlier one."""
+    """Return the pairs of a token with itself or an earlier one."""
     return tokens * (tokens + 1) // 2

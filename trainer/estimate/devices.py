@@ -12,7 +12,6 @@ import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from enum import StrEnum
 from pathlib import Path
 
 import yaml
@@ -24,7 +23,7 @@ from svc.engine.machine import Machine, read_machine
 from svc.errors import SettingsError
 from svc.settings import Device
 from svc.terminal import waiting
-from trainer.recipe.sections import AdapterType, Quantization, Recipe
+from trainer.recipe.sections import AdapterType, Method, Quantization, Recipe
 
 log = logging.getLogger(__name__)
 
@@ -34,67 +33,34 @@ HERE = "here"
 _GIB = 2**30
 _USABLE = 0.97
 """Share of a GPU's memory that a process gets: the driver keeps some."""
-_CPU_BANDWIDTH = 10.0
-"""GB/s of a CPU's memory by a few cores, in passes over whole tensors."""
+_CPU_BANDWIDTH = 1e10
+"""Bytes a second of a CPU's memory by a few cores, in passes over whole tensors."""
 
 
-class Kind(StrEnum):
-    """What training spends its time on."""
-
-    LORA = "lora"
-    QLORA = "qlora"
-    DORA = "dora"
-    ADALORA = "adalora"
-    VERA = "vera"
-    FULL = "full"
-
-    @classmethod
-    def of(cls, recipe: Recipe) -> "Kind":
-        """Of a recipe; what is trained decides, and of LoRA whether the base is quantized."""
-        if recipe.adapter_type is None:
-            return cls.FULL
-        if recipe.adapter_type is AdapterType.LORA and recipe.base_quantization is Quantization.NF4:
-            return cls.QLORA
-        return cls(recipe.adapter_type.value)
+def training_kind(recipe: Recipe) -> Method:
+    """Return the method that takes as long as the recipe: of LoRA it matters whether the base is quantized."""
+    if recipe.adapter_type is None:
+        return Method.FULL
+    if recipe.adapter_type is AdapterType.LORA and recipe.base_quantization is Quantization.NF4:
+        return Method.QLORA
+    return Method(recipe.adapter_type.value)
 
 
 _BFLOAT16_UTILIZATION = {
-    Kind.LORA: 0.58,
-    Kind.FULL: 0.57,
-    Kind.QLORA: 0.55,
-    Kind.DORA: 0.35,
-    Kind.ADALORA: 0.42,
-    Kind.VERA: 0.57,
+    Method.LORA: 0.58,
+    Method.FULL: 0.57,
+    Method.QLORA: 0.55,
+    Method.DORA: 0.35,
+    Method.ADALORA: 0.42,
+    Method.VERA: 0.57,
 }
-CPU_UTILIZATION: dict[NumberType, dict[Kind, float]] = {
+CPU_UTILIZATION: dict[NumberType, dict[Method, float]] = {
     NumberType.BFLOAT16: _BFLOAT16_UTILIZATION,
-    NumberType.FLOAT32: _BFLOAT16_UTILIZATION | {Kind.LORA: 0.60},
+    NumberType.FLOAT32: _BFLOAT16_UTILIZATION | {Method.LORA: 0.60},
 }
 """The share of the machine's matrix speed that training reaches, by `make bench-estimate` on two idle AVX-512 cores:
 between what batches of 4 and of 16 reach. In float32 LoRA's was measured (docs/training-speed.md); the others are taken
 for the same, which holds (docs/estimate.md)."""
-
-
-class _Listed(BaseModel):
-    """A GPU as devices.yaml has it."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-    label: str
-    memory_gib: float = Field(gt=0)
-    tflops: float = Field(gt=0)
-    bandwidth: float = Field(gt=0)
-    utilization: dict[Kind, float]
-    dollars: float = Field(ge=0)
-    speed_source: str
-    price_source: str
-
-
-class _Catalogue(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-    utilization_source: str
-    devices: dict[str, _Listed]
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,18 +84,54 @@ class ComputeDevice:
     memory: float
     speed: float
     bandwidth: float
-    utilization: Mapping[Kind, float]
+    utilization: Mapping[Method, float]
     dollars: float | None = None
     here: bool = False
     ram: float | None = None
 
-    def effective_speed(self, kind: Kind) -> float:
+    def effective_speed(self, kind: Method) -> float:
         """Operations a second that training gets."""
-        return self.speed * self.utilization.get(kind, self.utilization[Kind.LORA])
+        return self.speed * self.utilization.get(kind, self.utilization[Method.LORA])
+
+
+class _Listed(BaseModel):
+    """A GPU as devices.yaml has it."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    label: str
+    memory_gib: float = Field(gt=0)
+    tflops: float = Field(gt=0)
+    bandwidth: float = Field(gt=0)
+    utilization: dict[Method, float]
+    dollars: float = Field(ge=0)
+    speed_source: str
+    price_source: str
+
+    def named(self, name: str) -> ComputeDevice:
+        """Return the GPU under its name in the file."""
+        return ComputeDevice(
+            name=name,
+            label=self.label,
+            cpu=False,
+            number_type=NumberType.BFLOAT16,
+            memory=self.memory_gib * _GIB * _USABLE,
+            speed=self.tflops * 1e12,
+            bandwidth=self.bandwidth * 1e9,
+            utilization=self.utilization,
+            dollars=self.dollars,
+        )
+
+
+class _Catalogue(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    utilization_source: str
+    devices: dict[str, _Listed]
 
 
 def read_devices(path: Path = DEVICES_FILE) -> dict[str, ComputeDevice]:
-    """The GPUs that are listed, by name.
+    """Return the GPUs that are listed, by name.
 
     Raises:
         SettingsError: the file is not as it should be.
@@ -138,21 +140,7 @@ def read_devices(path: Path = DEVICES_FILE) -> dict[str, ComputeDevice]:
         listed = _Catalogue.model_validate(yaml.safe_load(path.read_text("utf-8"))).devices
     except (OSError, yaml.YAMLError, ValidationError) as error:
         raise SettingsError(f"{path} cannot be used: {error}", expected="devices as those that came with it") from error
-    return {name: _as_device(name, one) for name, one in listed.items()}
-
-
-def _as_device(name: str, listed: _Listed) -> ComputeDevice:
-    return ComputeDevice(
-        name=name,
-        label=listed.label,
-        cpu=False,
-        number_type=NumberType.BFLOAT16,
-        memory=listed.memory_gib * _GIB * _USABLE,
-        speed=listed.tflops * 1e12,
-        bandwidth=listed.bandwidth * 1e9,
-        utilization=listed.utilization,
-        dollars=listed.dollars,
-    )
+    return {name: one.named(name) for name, one in listed.items()}
 
 
 def choose_devices(names: Sequence[str], home: Path) -> list[ComputeDevice]:
@@ -180,30 +168,29 @@ def this_machine(capabilities: Capabilities, machine: Machine, home: Path) -> Co
         machine: as it is now; its first GPU counts where training uses one.
         home: keeps the measured speed in its cache.
     """
-    cpu = capabilities.training_device is Device.CPU
     number_type = capabilities.training_type
     speed = measured_speed(capabilities, number_type, home)
-    utilization: Mapping[Kind, float] = CPU_UTILIZATION.get(number_type, CPU_UTILIZATION[NumberType.FLOAT32])
-    memory, bandwidth = float(machine.free), _CPU_BANDWIDTH
-    if not cpu:
+    ram = float(machine.free)
+    if capabilities.training_device is Device.CPU:
+        utilization: Mapping[Method, float] = CPU_UTILIZATION.get(number_type, CPU_UTILIZATION[NumberType.FLOAT32])
+        memory, bandwidth = ram, _CPU_BANDWIDTH
+    else:
         # Shares of a measured speed, which is nine tenths of the listed one.
         similar = next(iter(read_devices().values()))
-        utilization, bandwidth = similar.utilization, similar.bandwidth / 1e9
+        utilization, bandwidth = similar.utilization, similar.bandwidth
         memory = float(machine.gpus[0].free) if machine.gpus else 0.0
-    label = (
-        capabilities.gpu.name if capabilities.gpu else f"{len(machine.cores)} cores of {capabilities.instruction_set}"
-    )
+    cores = f"{len(machine.cores)} cores of {capabilities.instruction_set}"
     return ComputeDevice(
         HERE,
-        f"this machine ({label})",
-        cpu,
+        f"this machine ({capabilities.gpu.name if capabilities.gpu else cores})",
+        capabilities.training_device is Device.CPU,
         number_type,
         memory,
         speed,
-        bandwidth * 1e9,
+        bandwidth,
         utilization,
         here=True,
-        ram=float(machine.free),
+        ram=ram,
     )
 
 

@@ -5,30 +5,20 @@ third (docs/estimate.md). A refusal is therefore made from `least_memory`, which
 Training takes one GPU, and so does the estimate: several GPUs help the engine alone, and are not counted.
 """
 
+from bisect import bisect_right
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from enum import StrEnum
 
-from svc.engine.capabilities import NumberType
-from svc.engine.vllm.headroom import ENGINE_OVERHEAD
 from trainer.estimate.batches import Workload, unshared, with_batch_size
-from trainer.estimate.compute import training_time
+from trainer.estimate.compute import training_seconds
 from trainer.estimate.devices import ComputeDevice
-from trainer.estimate.memory import Part, Setup, least_memory, trained_weights, training_memory
+from trainer.estimate.memory import Part, Training
 from trainer.estimate.model_shape import ModelShape
-from trainer.estimate.stages import StageMemory, key_value_bytes, stage_memory
+from trainer.estimate.stages import EnginePart, StageMemory, engine_memory, stage_memory
 from trainer.recipe.sections import Recipe
 
 _LARGEST_BATCH = 1024
 """More examples at once than anyone wants."""
-
-
-class EnginePart(StrEnum):
-    """What the engine takes memory for."""
-
-    WEIGHTS = "weights"
-    KEYS = "keys and values"
-    RUNTIME = "runtime"
 
 
 @dataclass(frozen=True)
@@ -93,21 +83,21 @@ class Estimate:
     devices: tuple[DeviceEstimate, ...]
 
     @property
-    def here(self) -> DeviceEstimate | None:
-        """On this machine; None where nobody asked for that."""
-        return next((one for one in self.devices if one.device.here), None)
+    def here(self) -> DeviceEstimate:
+        """On this machine, which must be one of the devices."""
+        return next(one for one in self.devices if one.device.here)
 
 
 def estimate_recipe(
     recipe: Recipe, shape: ModelShape, workload: Workload, devices: Sequence[ComputeDevice], served_length: int
 ) -> Estimate:
-    """Of a recipe on each device.
+    """Return the estimate of a recipe on each device.
 
     Args:
         served_length: tokens of the longest sequence that an engine takes.
     """
     each = tuple(estimate_device(recipe, shape, workload, device, served_length) for device in devices)
-    trained = trained_weights(shape, recipe)
+    trained = Training(recipe, shape, devices[0].cpu, devices[0].number_type).trained
     disk = sum(one.peak.disk for one in each[0].stages)  # the same on every device
     return Estimate(recipe, shape, workload, trained, disk, each)
 
@@ -115,49 +105,36 @@ def estimate_recipe(
 def estimate_device(
     recipe: Recipe, shape: ModelShape, workload: Workload, device: ComputeDevice, served_length: int
 ) -> DeviceEstimate:
-    """Of a recipe on one device."""
-    setup = Setup.of(recipe, device.number_type, cpu=device.cpu)
-    fitted = workload if setup.shares_prompts(recipe, shape) else unshared(workload)
-    time = training_time(shape, recipe, fitted, setup, device)
+    """Return the estimate of a recipe on one device."""
+    training, workload = _on_device(recipe, shape, workload, device)
+    seconds = training_seconds(training, workload, device)
     return DeviceEstimate(
         device=device,
-        parts=training_memory(shape, recipe, fitted.largest, setup),
-        least=least_memory(shape, recipe, setup),
-        engine=engine_memory(shape, device, served_length),
-        stages=stage_memory(recipe, shape, fitted, device, served_length),
-        largest_batch=largest_batch(recipe, shape, fitted, device),
-        seconds=time.seconds,
-        dollars=None if device.dollars is None else device.dollars * time.seconds / 3600,
+        parts=training.memory(workload.largest),
+        least=training.least,
+        engine=engine_memory(shape, device.number_type, served_length),
+        stages=stage_memory(training, workload, device, served_length),
+        largest_batch=_largest_batch(training, workload, device.memory),
+        seconds=seconds,
+        dollars=None if device.dollars is None else device.dollars * seconds / 3600,
     )
 
 
 def memory_on(recipe: Recipe, shape: ModelShape, workload: Workload, device: ComputeDevice) -> float:
-    """Bytes of training alone."""
-    setup = Setup.of(recipe, device.number_type, cpu=device.cpu)
-    fitted = workload if setup.shares_prompts(recipe, shape) else unshared(workload)
-    return sum(training_memory(shape, recipe, fitted.largest, setup).values())
+    """Return the bytes of training alone."""
+    training, workload = _on_device(recipe, shape, workload, device)
+    return training.peak(workload.largest)
 
 
-def largest_batch(recipe: Recipe, shape: ModelShape, workload: Workload, device: ComputeDevice) -> int:
-    """Examples as long as the longest that fit at once; 0 where not even one does."""
-
-    def fits(size: int) -> bool:
-        return memory_on(recipe, shape, with_batch_size(workload, size), device) <= device.memory
-
-    if not fits(1):
-        return 0
-    low, high = 1, _LARGEST_BATCH + 1
-    while high - low > 1:
-        middle = (low + high) // 2
-        low, high = (middle, high) if fits(middle) else (low, middle)
-    return low
+def _on_device(
+    recipe: Recipe, shape: ModelShape, workload: Workload, device: ComputeDevice
+) -> tuple[Training, Workload]:
+    """Return the training, and the batches as they go through the model there."""
+    training = Training(recipe, shape, device.cpu, device.number_type)
+    return training, workload if training.shares_prompts else unshared(workload)
 
 
-def engine_memory(shape: ModelShape, device: ComputeDevice, served_length: int) -> dict[EnginePart, float]:
-    """Of an engine with the merged weights, as svc.engine.vllm.headroom counts it before a start."""
-    size = 4 if device.number_type is NumberType.FLOAT32 else 2
-    return {
-        EnginePart.WEIGHTS: size * shape.parameters,
-        EnginePart.KEYS: key_value_bytes(shape, device.number_type, served_length),
-        EnginePart.RUNTIME: ENGINE_OVERHEAD,
-    }
+def _largest_batch(training: Training, workload: Workload, memory: float) -> int:
+    """Return how many examples as long as the longest fit at once; 0 if not even one does."""
+    sizes = range(1, _LARGEST_BATCH + 1)
+    return bisect_right(sizes, memory, key=lambda size: training.peak(with_batch_size(workload, size).largest))

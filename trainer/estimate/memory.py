@@ -7,17 +7,18 @@ trainer with `torch.autograd.graph.saved_tensors_hooks`: its answers-only head, 
 PEFT's layers keep other things than the papers' models.
 """
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from enum import StrEnum
+from functools import cached_property
 
 from svc.engine.capabilities import NumberType
 from trainer.estimate.batches import Batch
 from trainer.estimate.model_shape import ModelShape
-from trainer.recipe.sections import AdapterType, Quantization, Recipe
+from trainer.recipe.sections import AdapterType, Optimizer, Quantization, Recipe
 
-_FLOAT32 = 4
-_ADAM = 2 * _FLOAT32
+FLOAT32, BFLOAT16 = 4, 2
+"""Bytes of a number."""
+_ADAM = 2 * FLOAT32
 """Two moments (Kingma and Ba 2015), in the numbers of the trained weights."""
 _NF4 = (4 + 0.127) / 8
 """Bytes of a weight in NF4, with its share of the scales."""
@@ -50,182 +51,185 @@ class Part(StrEnum):
     RUNTIME = "runtime"
 
 
-@dataclass(frozen=True, slots=True)
-class Setup:
-    """How the trainer computes on a device.
+@dataclass(frozen=True)
+class Training:
+    """A recipe's training of one model on one kind of device: what memory and time depend on, but for the batches.
 
     Attributes:
-        checkpointing: layers are computed twice, and keep only their inputs.
+        number_type: in which matrix products are computed.
     """
 
+    recipe: Recipe
+    shape: ModelShape
     cpu: bool
     number_type: NumberType
-    checkpointing: bool
 
-    @classmethod
-    def of(cls, recipe: Recipe, number_type: NumberType, *, cpu: bool) -> "Setup":
-        """As trainer.training.arguments chooses it."""
-        asked = recipe.train.gradient_checkpointing
-        return cls(cpu, number_type, (not cpu) if asked is None else asked)
+    @property
+    def full(self) -> bool:
+        """Whether every weight is trained."""
+        return self.recipe.adapter_type is None
 
-    def shares_prompts(self, recipe: Recipe, shape: ModelShape) -> bool:
-        """Whether what a batch begins with is computed once; see trainer.training.loss."""
-        train = recipe.train
+    @property
+    def nf4(self) -> bool:
+        """Whether the frozen weights are in 4 bits."""
+        return self.recipe.base_quantization is Quantization.NF4
+
+    @property
+    def checkpointing(self) -> bool:
+        """Whether layers are computed twice and keep only their inputs; as trainer.training.arguments chooses it."""
+        asked = self.recipe.train.gradient_checkpointing
+        return not self.cpu if asked is None else asked
+
+    @property
+    def shares_prompts(self) -> bool:
+        """Whether the common beginning of a batch is computed once; see trainer.training.loss."""
+        train, shape = self.recipe.train, self.shape
         whole_rows = self.checkpointing or train.neftune_alpha is not None or train.packing or shape.experts
         return self.cpu and shape.shares_keys and not whole_rows
 
     @property
     def size(self) -> int:
         """Bytes of a number."""
-        return 4 if self.number_type is NumberType.FLOAT32 else 2
+        return number_size(self.number_type)
+
+    @cached_property
+    def trained(self) -> int:
+        """How many numbers are trained, as PEFT makes them."""
+        shape, rank = self.shape, self.recipe.rank
+        layers = shape.target_shapes
+        match self.recipe.adapter_type:
+            case None:
+                return shape.parameters
+            case AdapterType.VERA:  # a vector of the rank and one of the outputs
+                return sum(rank + outputs for _, outputs in layers)
+            case AdapterType.ADALORA:  # two matrices and the singular values between them
+                return sum(self.recipe.initial_rank * (inputs + outputs + 1) for inputs, outputs in layers)
+            case AdapterType.DORA:  # LoRA's, and a magnitude for each output
+                return sum(rank * (inputs + outputs) + outputs for inputs, outputs in layers)
+        experts = shape.experts if shape.adapts_experts else ()
+        return sum(rank * (inputs + outputs) for inputs, outputs in layers) + sum(
+            count * rank * (rows + columns) for count, rows, columns in experts
+        )
+
+    @property
+    def paged_bytes(self) -> float:
+        """Bytes of moments that can leave the GPU: those of large parameters, which adapters do not have.
+
+        bitsandbytes pages no parameter of fewer than 100,000 weights; one of rank 16 and 4,096 inputs has 65,536.
+        """
+        optimizer = self.recipe.train.optimizer
+        paged = optimizer.is_paged and self.full and not self.cpu
+        return moment_bytes(optimizer) * self.shape.parameters if paged else 0.0
+
+    def memory(self, batch: Batch) -> dict[Part, float]:
+        """Return the bytes by part, at the peak of the step with this batch."""
+        recipe, shape = self.recipe, self.shape
+        # AdaLoRA's allocator has three means of how much each weight matters.
+        means = 3 * FLOAT32 if recipe.adapter_type is AdapterType.ADALORA else 0
+        parts = self._base()
+        if not self.full:
+            parts[Part.ADAPTER] = FLOAT32 * self.trained + self.size * self._shared_projections()
+        parts[Part.GRADIENTS] = FLOAT32 * self.trained
+        parts[Part.OPTIMIZER] = (moment_bytes(recipe.train.optimizer) + means) * self.trained - self.paged_bytes
+        parts[Part.ACTIVATIONS] = self._activations(batch) * (_FRAGMENTS_CPU if self.cpu else _FRAGMENTS_GPU)
+        if self.cpu:
+            # Logits, those that the loss makes of them, and their gradient.
+            parts[Part.LOGITS] = 3 * FLOAT32 * min(_LOGITS_AT_ONCE, batch.answers * shape.vocabulary)
+            parts[Part.RUNTIME] = PROCESS + (_QUANTIZING if self.nf4 else 0)
+        else:
+            parts |= {Part.LOGITS: _TILE, Part.RUNTIME: _CUDA}
+        return parts
+
+    def peak(self, batch: Batch) -> float:
+        """Return the bytes of all parts."""
+        return sum(self.memory(batch).values())
+
+    @property
+    def least(self) -> float:
+        """Bytes without which no step is possible, whatever the batch: weights, gradients and the optimizer's state."""
+        parts = self.memory(Batch(1, 1, 0, 1))
+        needed = (Part.WEIGHTS, Part.QUANTIZED, Part.ADAPTER, Part.GRADIENTS, Part.OPTIMIZER)
+        return sum(parts.get(part, 0) for part in needed)
+
+    def _base(self) -> dict[Part, float]:
+        shape = self.shape
+        if self.full:
+            parts: dict[Part, float] = {Part.WEIGHTS: FLOAT32 * shape.parameters}
+            if self.number_type is not NumberType.FLOAT32:  # autocast makes them in the forward pass
+                parts[Part.COPIES] = self.size * (shape.linear_weights + shape.expert_weights + shape.head)
+            return parts
+        if not self.nf4:
+            return {Part.WEIGHTS: self.size * shape.parameters}
+        # Embeddings, norms and experts stay; a layer's weights are unpacked while it computes.
+        unpacked = shape.parameters - shape.linear_weights + shape.largest_layer
+        return {Part.WEIGHTS: self.size * unpacked, Part.QUANTIZED: _NF4 * shape.linear_weights}
+
+    def _shared_projections(self) -> int:
+        """Return how many random numbers all VeRA layers share; they are not trained."""
+        layers = self.shape.target_shapes
+        if self.recipe.adapter_type is not AdapterType.VERA or not layers:
+            return 0
+        return self.recipe.rank * (max(inputs for inputs, _ in layers) + max(outputs for _, outputs in layers))
+
+    def _activations(self, batch: Batch) -> float:
+        shape, kind = self.shape, self.recipe.adapter_type
+        layer = self._layer_bytes(batch) * batch.computed
+        experts = shape.expert_weights if shape.adapts_experts and kind is AdapterType.LORA else 0
+        whole_experts = self.size * experts / shape.layers  # with their update added, which PEFT makes for each pass
+        # DoRA adds a layer's update to its weights, in float32, for their norms.
+        norms = 3 * FLOAT32 * shape.largest_layer if kind is AdapterType.DORA else 0
+        if self.checkpointing:
+            kept = shape.layers * self.size * shape.hidden * batch.computed
+            return kept + norms + 2 * (layer + whole_experts)  # and of the layer that is computed again, its gradients
+        return norms + shape.layers * (layer + whole_experts)
+
+    def _layer_bytes(self, batch: Batch) -> float:
+        """Return the bytes that a layer keeps for each token."""
+        shape, size = self.shape, self.size
+        q, kv = shape.queries, shape.keys
+        repeated = batch.rows * batch.length / batch.computed  # keys of a shared beginning are copied for each row
+        norms = (4 if self.full else 2) * FLOAT32 * shape.hidden  # they compute in float32
+        if self.cpu and size == 2 and not self.full and batch.length <= 512:  # trainer.cpu.fused_attention
+            attention = size * (2 * q + 2 * kv * repeated + shape.heads * batch.length)
+        else:  # PyTorch's gets keys and values for every query head
+            attention = size * (2 * q + 2 * q * repeated)
+        return norms + attention + size * (3 * shape.inner + self._linear_inputs())
+
+    def _linear_inputs(self) -> float:
+        """Return how many numbers the linear layers of a block keep for each token, without the feed-forward block."""
+        recipe, shape = self.recipe, self.shape
+        h, q, m = shape.hidden, shape.queries, shape.inner
+        layers = len(shape.target_shapes) / shape.layers
+        inputs = sum(one for one, _ in shape.target_shapes) / shape.layers
+        outputs = sum(one for _, one in shape.target_shapes) / shape.layers
+        dropout, inner = recipe.adapter.dropout, 2 * recipe.rank * layers
+        # Layers with the same input keep it once; with dropout each keeps its own, and what that was multiplied by.
+        kept_inputs = 2 * inputs if dropout else 2 * h + q + m
+        match recipe.adapter_type:
+            case None:
+                return 5 * h + m if self.size == 2 else 2 * h + m
+            case AdapterType.VERA:  # it trains vectors alone, so it keeps what comes out of its matrices
+                return m + outputs + inner
+            case AdapterType.ADALORA if self.size == 4:
+                return kept_inputs + recipe.initial_rank * layers
+            case AdapterType.ADALORA:  # under autocast it keeps what comes out, which it divides by the number of ranks
+                return inputs + outputs + 2 * recipe.initial_rank * layers
+            case AdapterType.DORA:  # it scales what comes out, once with the update and once without
+                return inputs + 2 * outputs + inner
+        if self.size == 4 or (self.cpu and not self.nf4 and not dropout):
+            return kept_inputs + inner / 2
+        return inputs + inner  # under autocast PEFT casts each layer's input anew
 
 
-def training_memory(shape: ModelShape, recipe: Recipe, batch: Batch, setup: Setup) -> dict[Part, float]:
-    """Bytes by part, at the peak of the step with this batch."""
-    trained = trained_weights(shape, recipe)
-    parts = dict(_base(shape, recipe, setup))
-    if recipe.adapter_type is not None:
-        parts[Part.ADAPTER] = _FLOAT32 * trained + setup.size * shared_projections(shape, recipe)
-    activations = _activations(shape, recipe, batch, setup)
-    return parts | {
-        Part.GRADIENTS: _FLOAT32 * trained,
-        Part.OPTIMIZER: _optimizer_bytes(recipe, setup) * trained,
-        Part.ACTIVATIONS: activations * (_FRAGMENTS_CPU if setup.cpu else _FRAGMENTS_GPU),
-        Part.LOGITS: _logits(shape, batch, setup),
-        Part.RUNTIME: _runtime(recipe) if setup.cpu else _CUDA,
-    }
+def number_size(number_type: NumberType) -> int:
+    """Return the bytes of a number."""
+    return FLOAT32 if number_type is NumberType.FLOAT32 else BFLOAT16
 
 
-def moment_bytes(recipe: Recipe) -> float:
+def moment_bytes(optimizer: Optimizer) -> float:
     """Return the bytes of a trained weight's two moments.
 
     In 8 bits they have a scale in float32 for each block of 256. bitsandbytes leaves parameters of fewer than 4,096
     weights in float32, which are not counted apart.
     """
-    return 2 * (1 + _FLOAT32 / 256) if recipe.train.optimizer.is_8bit else _ADAM
-
-
-def pages_moments(recipe: Recipe, *, cpu: bool) -> bool:
-    """Return whether the moments can leave the GPU: of large parameters, which adapters do not have.
-
-    bitsandbytes pages no parameter of fewer than 100,000 weights; one of rank 16 and 4,096 inputs has 65,536.
-    """
-    return recipe.train.optimizer.is_paged and recipe.adapter_type is None and not cpu
-
-
-def _optimizer_bytes(recipe: Recipe, setup: Setup) -> float:
-    """Of a trained weight, on the device; AdaLoRA's allocator has three means of how much each matters."""
-    moments = 0.0 if pages_moments(recipe, cpu=setup.cpu) else moment_bytes(recipe)
-    return moments + (3 * _FLOAT32 if recipe.adapter_type is AdapterType.ADALORA else 0)
-
-
-def _runtime(recipe: Recipe) -> float:
-    return PROCESS + (_QUANTIZING if recipe.base_quantization is Quantization.NF4 else 0)
-
-
-def least_memory(shape: ModelShape, recipe: Recipe, setup: Setup) -> float:
-    """Bytes without which no step is possible, whatever the batch: weights, gradients and the optimizer's state."""
-    parts = training_memory(shape, recipe, Batch(1, 1, 0, 1), setup)
-    return sum(
-        parts.get(part, 0) for part in (Part.WEIGHTS, Part.QUANTIZED, Part.ADAPTER, Part.GRADIENTS, Part.OPTIMIZER)
-    )
-
-
-def trained_weights(shape: ModelShape, recipe: Recipe) -> int:
-    """How many numbers are trained, as PEFT makes them."""
-    layers, rank = shape.target_shapes, recipe.rank
-    match recipe.adapter_type:
-        case None:
-            return shape.parameters
-        case AdapterType.VERA:  # a vector of the rank and one of the outputs
-            return sum(rank + outputs for _, outputs in layers)
-        case AdapterType.ADALORA:  # two matrices and the singular values between them
-            return sum(recipe.initial_rank * (inputs + outputs + 1) for inputs, outputs in layers)
-        case AdapterType.DORA:  # LoRA's, and a magnitude for each output
-            return sum(rank * (inputs + outputs) + outputs for inputs, outputs in layers)
-    experts = shape.experts if shape.adapts_experts else ()
-    return sum(rank * (inputs + outputs) for inputs, outputs in layers) + sum(
-        count * rank * (rows + columns) for count, rows, columns in experts
-    )
-
-
-def shared_projections(shape: ModelShape, recipe: Recipe) -> int:
-    """Random numbers that all VeRA layers share and nobody trains."""
-    if recipe.adapter_type is not AdapterType.VERA or not shape.targets:
-        return 0
-    return recipe.rank * (max(one for one, _ in shape.target_shapes) + max(one for _, one in shape.target_shapes))
-
-
-def _base(shape: ModelShape, recipe: Recipe, setup: Setup) -> Iterator[tuple[Part, float]]:
-    if recipe.adapter_type is None:
-        yield Part.WEIGHTS, _FLOAT32 * shape.parameters
-        if setup.number_type is not NumberType.FLOAT32:  # autocast makes them in the forward pass
-            yield Part.COPIES, setup.size * (shape.linear_weights + shape.expert_weights + shape.head)
-    elif recipe.base_quantization is Quantization.NF4:
-        # Embeddings, norms and experts stay; a layer's weights are unpacked while it computes.
-        yield Part.WEIGHTS, setup.size * (shape.parameters - shape.linear_weights + shape.largest_layer)
-        yield Part.QUANTIZED, _NF4 * shape.linear_weights
-    else:
-        yield Part.WEIGHTS, setup.size * shape.parameters
-
-
-def _activations(shape: ModelShape, recipe: Recipe, batch: Batch, setup: Setup) -> float:
-    layer = _layer_bytes(shape, recipe, batch, setup) * batch.computed
-    experts = shape.expert_weights if shape.adapts_experts and recipe.adapter_type is AdapterType.LORA else 0
-    whole_experts = setup.size * experts / shape.layers  # with their update added, which PEFT makes for each pass
-    # DoRA adds a layer's update to its weights, in float32, for their norms.
-    norms = 3 * _FLOAT32 * shape.largest_layer if recipe.adapter_type is AdapterType.DORA else 0
-    if setup.checkpointing:
-        kept = shape.layers * setup.size * shape.hidden * batch.computed
-        return kept + norms + 2 * (layer + whole_experts)  # and of the layer that is computed again, its gradients
-    return norms + shape.layers * (layer + whole_experts)
-
-
-def _layer_bytes(shape: ModelShape, recipe: Recipe, batch: Batch, setup: Setup) -> float:
-    """What a layer keeps for each token."""
-    h, q, kv, size = shape.hidden, shape.queries, shape.keys, setup.size
-    norms = (4 if recipe.adapter_type is None else 2) * _FLOAT32 * h  # they compute in float32
-    fused_attention = setup.cpu and size == 2 and recipe.adapter_type is not None and batch.length <= 512
-    if fused_attention:  # trainer.cpu.fused_attention
-        attention = size * (2 * q + 2 * kv * _repeated(batch) + shape.heads * batch.length)
-    else:  # PyTorch's gets keys and values for every query head
-        attention = size * (2 * q + 2 * q * _repeated(batch))
-    return norms + attention + size * (3 * shape.inner + _linear_inputs(shape, recipe, setup))
-
-
-def _repeated(batch: Batch) -> float:
-    """Keys for each computed token: those of a shared beginning are copied for each row."""
-    return batch.rows * batch.length / batch.computed
-
-
-def _linear_inputs(shape: ModelShape, recipe: Recipe, setup: Setup) -> float:
-    """Numbers that the linear layers of a block keep for each token, beside what the feed-forward block does."""
-    h, q, m = shape.hidden, shape.queries, shape.inner
-    layers = len(shape.target_shapes) / shape.layers
-    inputs = sum(one for one, _ in shape.target_shapes) / shape.layers
-    outputs = sum(one for _, one in shape.target_shapes) / shape.layers
-    plain = recipe.adapter_type is AdapterType.LORA and recipe.base_quantization is None and not recipe.adapter.dropout
-    inner = 2 * recipe.rank * layers
-    # Layers with the same input keep it once; with dropout each keeps its own, and what that was multiplied by.
-    kept_inputs = 2 * inputs if recipe.adapter.dropout else 2 * h + q + m
-    match recipe.adapter_type:
-        case None:
-            return 5 * h + m if setup.size == 2 else 2 * h + m
-        case AdapterType.VERA:  # it trains vectors alone, so it keeps what comes out of its matrices
-            return m + outputs + inner
-        case AdapterType.ADALORA if setup.size == 4:
-            return kept_inputs + recipe.initial_rank * layers
-        case AdapterType.ADALORA:  # under autocast it keeps what comes out, which it divides by the number of ranks
-            return inputs + outputs + 2 * recipe.initial_rank * layers
-        case AdapterType.DORA:  # it scales what comes out, once with the update and once without
-            return inputs + 2 * outputs + inner
-    if (plain and setup.cpu) or setup.size == 4:
-        return kept_inputs + inner / 2
-    return inputs + inner  # under autocast PEFT casts each layer's input anew
-
-
-def _logits(shape: ModelShape, batch: Batch, setup: Setup) -> float:
-    if not setup.cpu:
-        return _TILE
-    # Logits, those that the loss makes of them, and their gradient.
-    return 3 * _FLOAT32 * min(_LOGITS_AT_ONCE, batch.answers * shape.vocabulary)
+    return 2 * (1 + FLOAT32 / 256) if optimizer.is_8bit else _ADAM

@@ -5,7 +5,6 @@ So every architecture that transformers knows is counted exactly, mixtures too. 
 config are taken for those of a Llama with full attention, and that is said: `notes` tell what is not known.
 """
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -14,7 +13,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from svc.errors import BaseModelError
+from trainer.base_model.checks import read_json
 from trainer.model.experts import fused_experts
+from trainer.model.layer_shapes import linear_layers, without_weights
 from trainer.model.target_modules import ALL_LINEAR, target_modules
 from trainer.recipe.targets import Targets
 
@@ -118,14 +119,14 @@ def read_model_shape(folder: Path, preset: Targets = Targets.ALL_LINEAR) -> Mode
     """
     config, notes = _read_config(folder)
     try:
-        model = _without_weights(config)
+        model = without_weights(config)
     except (ValueError, KeyError, AttributeError, TypeError, RuntimeError, ImportError) as error:
         raise BaseModelError(
             f"transformers cannot build the {config.model_type} model of {folder / 'config.json'}: {error}",
             expected="a language model that transformers knows",
             todo="choose another base, or update transformers",
         ) from error
-    return _count(model, preset, notes)
+    return count_model(model, preset, notes)
 
 
 def _read_config(folder: Path) -> tuple["PreTrainedConfig", tuple[str, ...]]:
@@ -134,12 +135,7 @@ def _read_config(folder: Path) -> tuple["PreTrainedConfig", tuple[str, ...]]:
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
     path = folder / "config.json"
-    try:
-        content = json.loads(path.read_text("utf-8"))
-    except (OSError, ValueError) as error:
-        raise BaseModelError(f"cannot read {path}: {error}", expected="the config of a base model") from error
-    if not isinstance(content, dict):
-        raise BaseModelError(f"{path} holds a {type(content).__name__}", expected="a JSON object")
+    content = read_json(path)
     kind = content.get("model_type")
     if kind in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
         return AutoConfig.for_model(**content).get_text_config(), ()
@@ -169,47 +165,34 @@ def _as_llama(path: Path, content: dict[str, Any]) -> tuple["PreTrainedConfig", 
     return config, (note,)
 
 
-def _without_weights(config: "PreTrainedConfig") -> "PreTrainedModel":
-    import torch
-    from transformers import AutoModelForCausalLM
+def count_model(model: "PreTrainedModel", preset: Targets, notes: tuple[str, ...] = ()) -> ModelShape:
+    """Return the shape of a model, whose weights need not be there.
 
-    with torch.device("meta"):
-        model: PreTrainedModel = AutoModelForCausalLM.from_config(config)
-    model.tie_weights()
-    return model
-
-
-def _count(model: "PreTrainedModel", preset: Targets, notes: tuple[str, ...]) -> ModelShape:
-    import torch
-
+    Args:
+        preset: which layers an adapter changes.
+        notes: what had to be guessed.
+    """
     from trainer.training.loss import keeps_all_keys
 
-    config, head = model.config.get_text_config(), model.get_output_embeddings()
-    linear = {
-        name: (module.in_features, module.out_features)
-        for name, module in model.named_modules()
-        if isinstance(module, torch.nn.Linear) and module is not head
-    }
+    model.tie_weights()
+    config, linear, weights = model.config.get_text_config(), linear_layers(model), dict(model.named_parameters())
     ends = target_modules(model, preset)
     all_linear = ends == ALL_LINEAR
     targets = linear if all_linear else [name for name in linear if any(name.endswith(f".{end}") for end in ends)]
-    weights = dict(model.named_parameters())
-    experts = tuple((weight.shape[0], weight.shape[1], weight.shape[2]) for weight in _experts(model, weights))
+    experts = tuple((shape[0], shape[1], shape[2]) for name in fused_experts(model) if (shape := weights[name].shape))
     many = max((shape[0] for shape in experts), default=0)
     used = next((found for name in _USED_EXPERTS if (found := getattr(config, name, None))), many)
     if many and used == many:
         notes += ("the config does not say how many experts a token passes: all are counted",)
     heads = config.num_attention_heads
-    kv_heads = getattr(config, "num_key_value_heads", None) or heads
-    layers = config.num_hidden_layers
     return ModelShape(
         architecture=config.model_type,
         parameters=sum(weight.numel() for weight in weights.values()),
         hidden=config.hidden_size,
         inner=_inner(config, linear, experts, used),
-        layers=layers,
+        layers=config.num_hidden_layers,
         heads=heads,
-        kv_heads=kv_heads,
+        kv_heads=getattr(config, "num_key_value_heads", None) or heads,
         head_width=getattr(config, "head_dim", None) or config.hidden_size // heads,
         vocabulary=config.vocab_size,
         linear=linear,
@@ -223,10 +206,6 @@ def _count(model: "PreTrainedModel", preset: Targets, notes: tuple[str, ...]) ->
     )
 
 
-def _experts(model: "PreTrainedModel", weights: Mapping[str, Any]) -> list[Any]:
-    return [weights[name] for name in fused_experts(model)]
-
-
 def _inner(
     config: "PreTrainedConfig",
     linear: Mapping[str, tuple[int, int]],
@@ -234,10 +213,9 @@ def _inner(
     used: int,
 ) -> int:
     """The width of a feed-forward block as its layers have it: configs name it in many ways, or not at all."""
+    own = getattr(config, "intermediate_size", None)
     if experts:
         # Gate and up stand in one parameter, [experts, 2 x inner, hidden] or the other way round.
         widest = max(max(shape[1:]) for shape in experts)
-        own = getattr(config, "moe_intermediate_size", None) or getattr(config, "intermediate_size", None) or widest
-        return int(own * used)
-    widths = [size for shape in linear.values() for size in shape]
-    return int(getattr(config, "intermediate_size", None) or max(widths, default=4 * config.hidden_size))
+        return int((getattr(config, "moe_intermediate_size", None) or own or widest) * used)
+    return int(own or max((size for shape in linear.values() for size in shape), default=4 * config.hidden_size))

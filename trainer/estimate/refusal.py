@@ -5,15 +5,16 @@ use, not with what is free now.
 """
 
 import shutil
+from bisect import bisect_right
+from itertools import accumulate
 from pathlib import Path
 
 from svc.engine.machine import Machine
 from svc.errors import DiskSpaceError, InsufficientMemoryError
 from svc.version import Format
 from trainer.estimate.advice import advise, as_text, changed_recipe
-from trainer.estimate.estimate import DeviceEstimate, Estimate
-from trainer.estimate.stages import StageMemory, stage_memory
-from trainer.recipe.sections import Recipe
+from trainer.estimate.estimate import Estimate, estimate_device
+from trainer.estimate.stages import StageMemory
 from trainer.recipe.stage import Stage
 
 _FEWER_FORMATS = (Format.MERGED, Format.GPTQ, Format.ADAPTER)
@@ -26,8 +27,7 @@ def refuse_memory(estimate: Estimate, machine: Machine) -> None:
     Raises:
         InsufficientMemoryError: by how much, and what to change.
     """
-    if (here := estimate.here) is None:
-        return
+    here = estimate.here
     whole = float(machine.memory if here.device.cpu or not machine.gpus else machine.gpus[0].memory)
     if here.least > whole:
         changes = advise(estimate.recipe, estimate.shape, estimate.workload, here.device)
@@ -49,9 +49,7 @@ def refuse_stages(estimate: Estimate, machine: Machine) -> None:
     Raises:
         InsufficientMemoryError: names the stage, what is missing, and formats with which every stage fits.
     """
-    if (here := estimate.here) is None:
-        return
-    for stage in here.stages:
+    for stage in estimate.here.stages:
         if (lack := _missing(stage, machine)) > 0:
             whole = _all_memory(machine) if stage.least.device else float(machine.memory)
             need = max(stage.least.device, stage.least.ram)
@@ -59,7 +57,7 @@ def refuse_stages(estimate: Estimate, machine: Machine) -> None:
                 f"stage {stage.stage} needs {need / 1e9:.1f} GB at least, and this machine has {whole / 1e9:.1f} GB: "
                 f"{lack / 1e9:.1f} GB too few",
                 expected="memory for every stage of the run",
-                todo=f"{_other_formats(estimate, here, machine)}; {_ANYWAY}",
+                todo=f"{_other_formats(estimate, machine)}; {_ANYWAY}",
             )
 
 
@@ -74,19 +72,16 @@ def _all_memory(machine: Machine) -> float:
     return float(machine.memory + sum(gpu.memory for gpu in machine.gpus))
 
 
-def _other_formats(estimate: Estimate, here: DeviceEstimate, machine: Machine) -> str:
+def _other_formats(estimate: Estimate, machine: Machine) -> str:
     """Return the one format with which every stage fits, as a change of the recipe."""
-    for recipe in _with_fewer_formats(estimate.recipe):
+    recipe, device = estimate.recipe, estimate.here.device
+    for format in _FEWER_FORMATS if recipe.adapter_type else _FEWER_FORMATS[:-1]:
+        changed = changed_recipe(recipe, {"formats": [format]})
         # Stages after training do not depend on the length of a sequence at least.
-        stages = stage_memory(recipe, estimate.shape, estimate.workload, here.device, served_length=1)
-        if all(_missing(stage, machine) <= 0 for stage in stages):
-            return f"set formats=[{recipe.formats[0]}]"
+        one = estimate_device(changed, estimate.shape, estimate.workload, device, served_length=1)
+        if (format,) != recipe.formats and all(_missing(stage, machine) <= 0 for stage in one.stages):
+            return f"set formats=[{format}]"
     return "take a smaller base, or another machine: see `svc estimate`"
-
-
-def _with_fewer_formats(recipe: Recipe) -> list[Recipe]:
-    kept = _FEWER_FORMATS if recipe.adapter_type else _FEWER_FORMATS[:-1]
-    return [changed_recipe(recipe, {"formats": [one]}) for one in kept if (one,) != recipe.formats]
 
 
 def refuse_disk(estimate: Estimate, home: Path) -> None:
@@ -98,15 +93,14 @@ def refuse_disk(estimate: Estimate, home: Path) -> None:
     Raises:
         DiskSpaceError: names the stage at which the disk is full, and how much is missing.
     """
-    if estimate.here is None or any((home / "runs").glob(f"{estimate.recipe.name}-*")):
+    if any((home / "runs").glob(f"{estimate.recipe.name}-*")):
         return  # what an earlier try has written is not written again
     folder = next(above for above in (home, *home.absolute().parents) if above.exists())
-    free, need = shutil.disk_usage(folder).free, sum(stage.least.disk for stage in estimate.here.stages)
+    stages = estimate.here.stages
+    free, written = shutil.disk_usage(folder).free, list(accumulate(stage.least.disk for stage in stages))
+    need = written[-1]
     if need > free:
-        written, stages = 0.0, iter(estimate.here.stages)
-        while written <= free:
-            stage = next(stages)
-            written += stage.least.disk
+        stage = stages[bisect_right(written, free)]
         raise DiskSpaceError(
             f"the run writes {need / 1e9:.1f} GB at least in {home}, {free / 1e9:.1f} GB are free: the disk is full at "
             f"stage {stage.stage}",

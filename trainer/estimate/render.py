@@ -1,47 +1,45 @@
 """An estimate for people, and for machines."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from typing import Any
 
-from rich.table import Table
+from rich.table import Column, Table
 
 from svc.terminal import console, output
 from trainer.estimate.advice import advise, as_text
 from trainer.estimate.devices import ComputeDevice
-from trainer.estimate.estimate import DeviceEstimate, EnginePart, Estimate
+from trainer.estimate.estimate import DeviceEstimate, Estimate
 from trainer.estimate.memory import Part
-from trainer.estimate.stages import StageMemory
+from trainer.estimate.stages import EnginePart, Need
 from trainer.recipe.stage import Stage
 
 _GB = 1e9
 
 
 def print_estimate(estimate: Estimate) -> None:
-    """A table of memory by part, then one line a device, and what to change where it does not fit."""
+    """Print memory by part and by stage, one line a device, and what to change where it does not fit."""
     _print_head(estimate)
-    output.print(_parts_table(estimate))
-    output.print(_stages_table(estimate))
-    output.print(_devices_table(estimate))
+    output.print(_parts_table(estimate.devices))
+    output.print(_stages_table(estimate.devices))
+    output.print(_devices_table(estimate.devices))
     for one in estimate.devices:
-        if not one.fits:
-            output.print(f"{one.device.label}: {advice_text(estimate, one.device)}")
-        for text in lacking(one):
+        advice = [] if one.fits else [advice_text(estimate, one.device)]
+        for text in (*advice, *lacking(one)):
             output.print(f"{one.device.label}: {text}")
     output.print(f"Disk: {_size(estimate.disk)} beside the base. Time and cost are of training alone, on one GPU.")
 
 
 def print_short(estimate: Estimate) -> None:
-    """What `svc train` says before it begins."""
-    if (here := estimate.here) is None:
-        return
+    """Print what `svc train` says before it begins."""
+    here = estimate.here
     console.print(
         f"  estimate: {_size(here.memory)} of memory, {_size(here.device.memory)} are free; training takes about "
         f"{_duration(here.seconds)}; {_size(estimate.disk)} on disk",
         soft_wrap=True,
     )
-    if not here.fits:
-        console.print(f"  [yellow]it may not fit: {advice_text(estimate, here.device)}[/yellow]")
-    for text in lacking(here):
+    advice = [] if here.fits else [f"it may not fit: {advice_text(estimate, here.device)}"]
+    for text in (*advice, *lacking(here)):
         console.print(f"  [yellow]{text}[/yellow]", soft_wrap=True)
 
 
@@ -65,7 +63,7 @@ def advice_text(estimate: Estimate, device: ComputeDevice) -> str:
 
 
 def as_json(estimate: Estimate) -> dict[str, Any]:
-    """All figures, in bytes, seconds and dollars."""
+    """Return all figures, in bytes, seconds and dollars."""
     shape, workload = estimate.shape, estimate.workload
     return {
         "base": {
@@ -81,31 +79,26 @@ def as_json(estimate: Estimate) -> dict[str, Any]:
 
 
 def _device_json(estimate: Estimate, one: DeviceEstimate) -> dict[str, Any]:
-    changes = {} if one.fits else advise(estimate.recipe, estimate.shape, estimate.workload, one.device)
     return {
         "name": one.device.name,
         "label": one.device.label,
         "available": round(one.device.memory),
         "memory": round(one.memory),
-        "parts": {part.value: round(size) for part, size in one.parts.items()},
-        "engine": {part.value: round(size) for part, size in one.engine.items()},
+        "parts": _rounded(one.parts),
+        "engine": _rounded(one.engine),
         "ram": round(one.ram),
-        "stages": [
-            {
-                "stage": stage.stage.value,
-                "device": round(stage.peak.device),
-                "ram": round(stage.peak.ram),
-                "disk": round(stage.peak.disk),
-            }
-            for stage in one.stages
-        ],
+        "stages": [{"stage": stage.stage.value} | _rounded(asdict(stage.peak)) for stage in one.stages],
         "fits": one.fits,
         "engine_fits": one.engine_fits,
         "largest_batch": one.largest_batch,
         "seconds": round(one.seconds, 1),
         "dollars": None if one.dollars is None else round(one.dollars, 2),
-        "changes": changes,
+        "changes": {} if one.fits else advise(estimate.recipe, estimate.shape, estimate.workload, one.device),
     }
+
+
+def _rounded(figures: Mapping[Any, float]) -> dict[str, int]:
+    return {str(name): round(size) for name, size in figures.items()}
 
 
 def _print_head(estimate: Estimate) -> None:
@@ -122,55 +115,46 @@ def _print_head(estimate: Estimate) -> None:
         output.print(f"[yellow]{note}[/yellow]")
 
 
-def _parts_table(estimate: Estimate) -> Table:
-    devices = estimate.devices
-    table = Table("memory, GB", box=None)
-    for one in devices:
-        table.add_column(one.device.label, justify="right")
+def _parts_table(devices: Sequence[DeviceEstimate]) -> Table:
+    table = Table("memory, GB", *(Column(one.device.label, justify="right") for one in devices), box=None)
     for part in Part:
         if any(one.parts.get(part) for one in devices):
-            table.add_row(part.value, *(_cell(one.parts, part) for one in devices))
-    table.add_row("[bold]training[/bold]", *(f"{one.memory / _GB:.2f}" for one in devices))
+            table.add_row(part.value, *(_cell(one.parts.get(part)) for one in devices))
+    table.add_row("[bold]training[/bold]", *(_cell(one.memory) for one in devices))
     for engine_part in EnginePart:
-        table.add_row(f"engine: {engine_part.value}", *(_cell(one.engine, engine_part) for one in devices))
-    table.add_row("[bold]engine[/bold]", *(f"{sum(one.engine.values()) / _GB:.2f}" for one in devices))
+        table.add_row(f"engine: {engine_part.value}", *(_cell(one.engine[engine_part]) for one in devices))
+    table.add_row("[bold]engine[/bold]", *(_cell(sum(one.engine.values())) for one in devices))
     return table
 
 
-def _stages_table(estimate: Estimate) -> Table:
+def _stages_table(devices: Sequence[DeviceEstimate]) -> Table:
     """Return a table with a row for each stage; for a GPU as its memory plus main memory, GB."""
-    table = Table("stage, GB", box=None)
-    for one in estimate.devices:
-        table.add_column(one.device.label if one.device.cpu else f"{one.device.label} + RAM", justify="right")
-    table.add_column("disk", justify="right")
-    for of_stage in zip(*(one.stages for one in estimate.devices), strict=True):
-        cells = [_stage_cell(stage, one.device) for stage, one in zip(of_stage, estimate.devices, strict=True)]
+    titles = [one.device.label if one.device.cpu else f"{one.device.label} + RAM" for one in devices]
+    table = Table("stage, GB", *(Column(title, justify="right") for title in (*titles, "disk")), box=None)
+    for of_stage in zip(*(one.stages for one in devices), strict=True):
+        cells = [_stage_cell(stage.peak, one.device) for stage, one in zip(of_stage, devices, strict=True)]
         disk = of_stage[0].peak.disk
         table.add_row(of_stage[0].stage, *cells, f"{disk / _GB:.1f}" if disk else "")
     return table
 
 
-def _stage_cell(stage: StageMemory, device: ComputeDevice) -> str:
-    ram = f"{stage.peak.ram / _GB:.1f}"
-    return ram if device.cpu else f"{stage.peak.device / _GB:.1f} + {ram}"
+def _stage_cell(peak: Need, device: ComputeDevice) -> str:
+    ram = f"{peak.ram / _GB:.1f}"
+    return ram if device.cpu else f"{peak.device / _GB:.1f} + {ram}"
 
 
-def _devices_table(estimate: Estimate) -> Table:
+def _devices_table(devices: Sequence[DeviceEstimate]) -> Table:
     table = Table("device", "training fits", "engine fits", "memory, GB", "largest batch", "time", "cost", box=None)
-    for one in estimate.devices:
+    for one in devices:
         memory = f"{one.memory / _GB:.1f} of {one.device.memory / _GB:.1f}"
-        fits = [_yes(one.fits), _yes(one.engine_fits)]
+        fits = ["yes" if fits else "[red]no[/red]" for fits in (one.fits, one.engine_fits)]
         cost = "" if one.dollars is None else f"${one.dollars:.2f}"
         table.add_row(one.device.label, *fits, memory, str(one.largest_batch or "none"), _duration(one.seconds), cost)
     return table
 
 
-def _yes(fits: bool) -> str:
-    return "yes" if fits else "[red]no[/red]"
-
-
-def _cell(parts: Mapping[Any, float], part: Any) -> str:
-    return f"{parts[part] / _GB:.2f}" if parts.get(part) else ""
+def _cell(size: float | None) -> str:
+    return f"{size / _GB:.2f}" if size else ""
 
 
 def _size(size: float) -> str:

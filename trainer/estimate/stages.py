@@ -7,26 +7,19 @@ pages of files. Formulas are arithmetic where nothing else is said; their consta
 """
 
 from dataclasses import dataclass
+from enum import StrEnum
+from math import prod
 
 from svc.engine.capabilities import NumberType
 from svc.engine.vllm.headroom import ENGINE_OVERHEAD
 from trainer.estimate.batches import Workload
 from trainer.estimate.devices import ComputeDevice
-from trainer.estimate.memory import (
-    PROCESS,
-    Setup,
-    least_memory,
-    moment_bytes,
-    pages_moments,
-    trained_weights,
-    training_memory,
-)
+from trainer.estimate.memory import BFLOAT16, FLOAT32, PROCESS, Training, moment_bytes, number_size
 from trainer.estimate.model_shape import ModelShape
 from trainer.export.gptq import calibration_type
-from trainer.recipe.sections import Quantization, Recipe
+from trainer.recipe.sections import Recipe
 from trainer.recipe.stage import Stage, choose_stages
 
-_BFLOAT16, _FLOAT32 = 2, 4
 _GPTQ_BYTES, _GROUP_BYTES = 0.5, 2.5
 """Of a weight in GPTQ, and of a group's scale in float16 and zero in 4 bits."""
 _GPTQMODEL = 1.0e9
@@ -38,6 +31,14 @@ _COMPARED_COPIES = 12
 _PARITY_ROOM = 1.2, 2 * 2**30
 """A model is scored on a GPU if this multiple of its weights and these bytes are free there; as
 `trainer.parity.scores.choose_device`."""
+
+
+class EnginePart(StrEnum):
+    """What the engine takes memory for."""
+
+    WEIGHTS = "weights"
+    KEYS = "keys and values"
+    RUNTIME = "runtime"
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,7 +65,7 @@ class StageMemory:
 
 
 def stage_memory(
-    recipe: Recipe, shape: ModelShape, workload: Workload, device: ComputeDevice, served_length: int
+    training: Training, workload: Workload, device: ComputeDevice, served_length: int
 ) -> tuple[StageMemory, ...]:
     """Return what each stage takes that the recipe needs, in their order; judging and registering take next to nothing.
 
@@ -72,164 +73,144 @@ def stage_memory(
         workload: the batches that are trained on.
         served_length: tokens of the longest sequence that an engine takes.
     """
-    stages = _Stages(recipe, shape, workload, device, served_length)
-    needs = {
-        Stage.TRAIN: stages.train,
-        Stage.MERGE: stages.merge,
-        Stage.EVALUATE: stages.evaluate,
-        Stage.QUANTIZE: stages.quantize,
-        Stage.QUALIFY: stages.qualify,
-        Stage.PARITY: stages.parity,
-    }
-    return tuple(needs[stage]() for stage in choose_stages(recipe) if stage in needs)
+    recipe, shape = training.recipe, training.shape
+    needs = []
+    for stage in choose_stages(recipe):
+        match stage:
+            case Stage.TRAIN:
+                need = _train(training, workload)
+            case Stage.MERGE:
+                need = _merge(training)
+            case Stage.EVALUATE:
+                need = _engine(training, number_size(device.number_type) * shape.parameters, served_length)
+            case Stage.QUANTIZE:
+                need = _quantize(training, workload.tokens / workload.examples)
+            case Stage.QUALIFY:
+                need = _engine(training, gptq_bytes(recipe, shape), served_length)
+            case Stage.PARITY:
+                need = _parity(training, device.memory)
+            case _:
+                continue
+        needs.append(StageMemory(stage, *need))
+    return tuple(needs)
 
 
 def gptq_bytes(recipe: Recipe, shape: ModelShape) -> float:
     """Return the size of the quantized model."""
     quantized = shape.linear_weights + shape.expert_weights
     size = _GPTQ_BYTES + _GROUP_BYTES / recipe.quantize.group_size
-    return size * quantized + _BFLOAT16 * (shape.parameters - quantized)
+    return size * quantized + BFLOAT16 * (shape.parameters - quantized)
 
 
-def checkpoint_bytes(recipe: Recipe, shape: ModelShape) -> float:
-    """Return the size of all checkpoints that lie on the disk together: weights in float32 and two moments."""
+def engine_memory(shape: ModelShape, number_type: NumberType, served_length: int) -> dict[EnginePart, float]:
+    """Return the memory of an engine with the merged weights, as svc.engine.vllm.headroom counts it before a start.
+
+    Keys and values are those of the longest sequence that the engine takes.
+    """
+    size, length = number_size(number_type), min(served_length, shape.context or served_length)
+    return {
+        EnginePart.WEIGHTS: size * shape.parameters,
+        EnginePart.KEYS: 2.0 * shape.layers * shape.keys * size * length,
+        EnginePart.RUNTIME: ENGINE_OVERHEAD,
+    }
+
+
+def _train(training: Training, workload: Workload) -> tuple[Need, Need]:
+    """The parts of `trainer.estimate.memory`. A GPU gets the model from main memory, which holds it whole.
+
+    All checkpoints that lie on the disk together have weights in float32 and two moments.
+    """
+    recipe, shape = training.recipe, training.shape
     kept = recipe.checkpoints.keep + 1 + recipe.stopping.keep_best
-    return (_FLOAT32 + moment_bytes(recipe)) * trained_weights(shape, recipe) * kept
+    checkpoints = (FLOAT32 + moment_bytes(recipe.train.optimizer)) * training.trained * kept
+    written = BFLOAT16 * shape.parameters if training.full else 0.0
+    loaded = (FLOAT32 if training.full else training.size) * shape.parameters
+    if training.nf4:  # tensor by tensor
+        loaded = training.size * _largest_tensor(shape)
+    disk = checkpoints + (written or _adapter(training))
+    peak = _computed(training, training.peak(workload.largest), PROCESS + loaded + training.paged_bytes, disk)
+    return peak, _computed(training, training.least, 0.0, written)
 
 
-def key_value_bytes(shape: ModelShape, number_type: NumberType, served_length: int) -> float:
-    """Return the size of the keys and values of the longest sequence that an engine takes."""
-    length = min(served_length, shape.context or served_length)
-    return 2.0 * shape.layers * shape.keys * _size(number_type) * length
+def _merge(training: Training) -> tuple[Need, Need]:
+    """Two copies in bf16 of the largest tensor, or four in float32 of the largest adapted one.
+
+    After full fine-tuning the base and what was trained are compared: a layer of each, mapped and read, their
+    difference, and where they differ.
+    """
+    largest = _largest_layer(training)
+    if training.full:
+        return Need(ram=PROCESS + 6 * BFLOAT16 * largest), Need()
+    written = BFLOAT16 * training.shape.parameters
+    working = max(2 * BFLOAT16 * _largest_tensor(training.shape), 4 * FLOAT32 * largest)
+    least = 2 * FLOAT32 * largest  # the sum, and what it is made of
+    return Need(ram=PROCESS + _adapter(training) + working, disk=written), Need(ram=least, disk=written)
 
 
-@dataclass(frozen=True)
-class _Stages:
-    recipe: Recipe
-    shape: ModelShape
-    workload: Workload
-    device: ComputeDevice
-    served_length: int
-
-    def train(self) -> StageMemory:
-        """The parts of `trainer.estimate.memory`. A GPU gets the model from main memory, which holds it whole."""
-        recipe, shape = self.recipe, self.shape
-        setup = Setup.of(recipe, self.device.number_type, cpu=self.device.cpu)
-        peak = sum(training_memory(shape, recipe, self.workload.largest, setup).values())
-        whole, written = self._full, _BFLOAT16 * shape.parameters
-        disk = checkpoint_bytes(recipe, shape) + (written if whole else self._adapter)
-        loaded = (_FLOAT32 if whole else setup.size) * shape.parameters
-        if recipe.base_quantization is Quantization.NF4:  # tensor by tensor
-            loaded = setup.size * self._largest_tensor
-        paged = moment_bytes(recipe) * shape.parameters if pages_moments(recipe, cpu=setup.cpu) else 0.0
-        least = self._computed(least_memory(shape, recipe, setup), ram=0.0)
-        return StageMemory(
-            Stage.TRAIN,
-            self._computed(peak, ram=PROCESS + loaded + paged, disk=disk),
-            Need(least.device, least.ram, written if whole else 0.0),
-        )
-
-    def merge(self) -> StageMemory:
-        """Two copies in bf16 of the largest tensor, or four in float32 of the largest adapted one.
-
-        After full fine-tuning the base and what was trained are compared: a layer of each, mapped and read, their
-        difference, and where they differ.
-        """
-        written = _BFLOAT16 * self.shape.parameters
-        if self._full:
-            return StageMemory(Stage.MERGE, Need(ram=PROCESS + 6 * _BFLOAT16 * self._largest_layer), Need())
-        working = max(2 * _BFLOAT16 * self._largest_tensor, 4 * _FLOAT32 * self._largest_layer)
-        least = 2 * _FLOAT32 * self._largest_layer  # the sum, and what it is made of
-        return StageMemory(
-            Stage.MERGE, Need(ram=PROCESS + self._adapter + working, disk=written), Need(ram=least, disk=written)
-        )
-
-    def evaluate(self) -> StageMemory:
-        """An engine with the base, then with the merged model, as `svc.engine.vllm.headroom` counts it."""
-        return self._engine(Stage.EVALUATE, _size(self.device.number_type) * self.shape.parameters)
-
-    def qualify(self) -> StageMemory:
-        """An engine with the quantized model."""
-        return self._engine(Stage.QUALIFY, gptq_bytes(self.recipe, self.shape))
-
-    def quantize(self) -> StageMemory:
-        """One layer of the model, and GPTQ's work on its largest matrix, in a process of its own.
-
-        gptqmodel reads a layer from the merged model's files when its turn comes, and writes the finished one to the
-        disk (`offload_to_disk`), from where the model's files are put together: so the disk has it twice. Embeddings
-        are in memory whole. Of the matrix, GPTQ has copies in float32, and so of the squared inputs (the Hessian).
-        """
-        shape, size = self.shape, _size(calibration_type(self.device.number_type))
-        layers = shape.linear_weights + shape.expert_weights
-        embeddings = size * (shape.parameters - layers)
-        widest = max((inputs for inputs, _ in shape.linear.values()), default=0)
-        rounding = _FLOAT32 * (_MATRIX_COPIES * shape.largest_layer + _HESSIAN_COPIES * widest**2)
-        tokens = self.recipe.quantize.samples * self.workload.tokens / self.workload.examples
-        calibration = _HIDDEN_COPIES * size * shape.hidden * tokens
-        layer = size * layers / shape.layers
-        work, disk = layer + rounding + calibration, gptq_bytes(self.recipe, shape)
-        least = 2 * _FLOAT32 * widest**2  # the Hessian and its inverse
-        if self.device.cpu:
-            ram = PROCESS + _GPTQMODEL + embeddings + work
-            return StageMemory(Stage.QUANTIZE, Need(ram=ram, disk=2 * disk), Need(ram=least, disk=disk))
-        ram = PROCESS + _GPTQMODEL + embeddings + layer
-        peak = Need(device=embeddings + work, ram=ram, disk=2 * disk)
-        return StageMemory(Stage.QUANTIZE, peak, Need(device=least, disk=disk))
-
-    def parity(self) -> StageMemory:
-        """One copy of the model with the adapter, and copies in float32 of a layer whose weights are compared.
-
-        On the GPU if that fits, else on the CPU. There, weights in bfloat16 are mapped pages
-        of the files, which the system can take back: slow to read again, but no reason to refuse.
-        """
-        weights = _size(calibration_type(self.device.number_type)) * self.shape.parameters
-        compared = 0.0 if self._full else self._adapter + _COMPARED_COPIES * _FLOAT32 * self._largest_layer
-        share, spare = _PARITY_ROOM
-        on_gpu = not self.device.cpu and weights * share + spare <= self.device.memory
-        if on_gpu:
-            peak = Need(device=weights + max(compared, spare), ram=PROCESS + weights)
-        else:
-            peak = Need(ram=PROCESS + weights + compared)
-        mapped = self.device.cpu and weights == _BFLOAT16 * self.shape.parameters
-        return StageMemory(Stage.PARITY, peak, Need(ram=0.0 if mapped or not self.device.cpu else weights))
-
-    def _engine(self, stage: Stage, weights: float) -> StageMemory:
-        """Return the memory of an engine, a process of its own, with the keys and values of one sequence."""
-        keys = key_value_bytes(self.shape, self.device.number_type, self.served_length)
-        if self.device.cpu:
-            peak = Need(ram=PROCESS + weights + keys + ENGINE_OVERHEAD)
-        else:
-            peak = Need(device=weights + keys + ENGINE_OVERHEAD, ram=PROCESS + weights + ENGINE_OVERHEAD)
-        least = min(weights, _BFLOAT16 * self.shape.parameters)  # engine.args may name another number type
-        return StageMemory(stage, peak, self._computed(least, ram=0.0))
-
-    def _computed(self, size: float, *, ram: float, disk: float = 0.0) -> Need:
-        """Return what the device needs that computes; if it is a GPU, with what is needed of main memory as well."""
-        return Need(ram=size, disk=disk) if self.device.cpu else Need(device=size, ram=ram, disk=disk)
-
-    @property
-    def _full(self) -> bool:
-        return self.recipe.adapter_type is None
-
-    @property
-    def _adapter(self) -> float:
-        return 0.0 if self._full else _FLOAT32 * trained_weights(self.shape, self.recipe)
-
-    @property
-    def _largest_layer(self) -> int:
-        """Weights of the largest parameter that training changes."""
-        shape = self.shape
-        experts = [a * b * c for a, b, c in shape.experts] if self._full or shape.adapts_experts else []
-        linear = shape.linear.values() if self._full else shape.target_shapes
-        return max([inputs * outputs for inputs, outputs in linear] + experts, default=0)
-
-    @property
-    def _largest_tensor(self) -> int:
-        """Weights of the largest parameter: of an embedding, a layer, or all experts of a layer."""
-        shape = self.shape
-        return max([shape.head, shape.largest_layer, *(a * b * c for a, b, c in shape.experts)])
+def _engine(training: Training, weights: float, served_length: int) -> tuple[Need, Need]:
+    """An engine, a process of its own, with the keys and values of one sequence."""
+    parts = engine_memory(training.shape, training.number_type, served_length) | {EnginePart.WEIGHTS: weights}
+    size = sum(parts.values())
+    peak = Need(ram=PROCESS + size) if training.cpu else Need(device=size, ram=PROCESS + weights + ENGINE_OVERHEAD)
+    least = min(weights, BFLOAT16 * training.shape.parameters)  # engine.args may name another number type
+    return peak, _computed(training, least)
 
 
-def _size(number_type: NumberType) -> int:
-    """Bytes of a number."""
-    return _FLOAT32 if number_type is NumberType.FLOAT32 else _BFLOAT16
+def _quantize(training: Training, example_tokens: float) -> tuple[Need, Need]:
+    """One layer of the model, and GPTQ's work on its largest matrix, in a process of its own.
+
+    gptqmodel reads a layer from the merged model's files when its turn comes, and writes the finished one to the
+    disk (`offload_to_disk`), from where the model's files are put together: so the disk has it twice. Embeddings
+    are in memory whole. Of the matrix, GPTQ has copies in float32, and so of the squared inputs (the Hessian).
+    """
+    recipe, shape = training.recipe, training.shape
+    size = number_size(calibration_type(training.number_type))
+    layers = shape.linear_weights + shape.expert_weights
+    embeddings, layer = size * (shape.parameters - layers), size * layers / shape.layers
+    widest = max((inputs for inputs, _ in shape.linear.values()), default=0)
+    rounding = FLOAT32 * (_MATRIX_COPIES * shape.largest_layer + _HESSIAN_COPIES * widest**2)
+    work = layer + rounding + _HIDDEN_COPIES * size * shape.hidden * recipe.quantize.samples * example_tokens
+    written = gptq_bytes(recipe, shape)
+    process = PROCESS + _GPTQMODEL + embeddings
+    ram = process + (work if training.cpu else layer)
+    peak = Need(device=0.0 if training.cpu else embeddings + work, ram=ram, disk=2 * written)
+    return peak, _computed(training, 2 * FLOAT32 * widest**2, disk=written)  # the Hessian and its inverse
+
+
+def _parity(training: Training, memory: float) -> tuple[Need, Need]:
+    """One copy of the model with the adapter, and copies in float32 of a layer whose weights are compared.
+
+    On the GPU if that fits, else on the CPU. There, weights in bfloat16 are mapped pages of the files, which the system
+    can take back: slow to read again, but no reason to refuse.
+    """
+    number_type = calibration_type(training.number_type)
+    weights = number_size(number_type) * training.shape.parameters
+    compared = 0.0 if training.full else _adapter(training) + _COMPARED_COPIES * FLOAT32 * _largest_layer(training)
+    share, spare = _PARITY_ROOM
+    if training.cpu or weights * share + spare > memory:
+        peak = Need(ram=PROCESS + weights + compared)
+    else:
+        peak = Need(device=weights + max(compared, spare), ram=PROCESS + weights)
+    mapped = number_type is not NumberType.FLOAT32
+    return peak, Need(ram=weights if training.cpu and not mapped else 0.0)
+
+
+def _computed(training: Training, size: float, ram: float = 0.0, disk: float = 0.0) -> Need:
+    """Return what the device needs that computes; if it is a GPU, with what is needed of main memory as well."""
+    return Need(ram=size, disk=disk) if training.cpu else Need(device=size, ram=ram, disk=disk)
+
+
+def _adapter(training: Training) -> float:
+    return 0.0 if training.full else FLOAT32 * training.trained
+
+
+def _largest_layer(training: Training) -> int:
+    """Return the weights of the largest parameter that training changes."""
+    shape, full = training.shape, training.full
+    experts = shape.experts if full or shape.adapts_experts else ()
+    return max(map(prod, (*(shape.linear.values() if full else shape.target_shapes), *experts)), default=0)
+
+
+def _largest_tensor(shape: ModelShape) -> int:
+    """Return the weights of the largest parameter: of an embedding, a layer, or all experts of a layer."""
+    return max([shape.head, shape.largest_layer, *map(prod, shape.experts)])

@@ -7,7 +7,7 @@ from trainer.model.config import load_config
 from trainer.model.experts import fused_experts
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+    from transformers import PreTrainedConfig, PreTrainedModel
 
 
 def layer_widths(model: Path) -> dict[str, int]:
@@ -22,22 +22,31 @@ def expert_names(model: Path) -> list[str]:
 
 def layer_shapes(model: Path) -> dict[str, tuple[int, int]]:
     """Inputs and outputs of every linear layer but the output head, by name."""
+    return linear_layers(empty_model(model))
+
+
+def linear_layers(model: "PreTrainedModel") -> dict[str, tuple[int, int]]:
+    """Return inputs and outputs of a model's linear layers but the output head; experts of a mixture are none."""
     import torch
 
-    empty = empty_model(model)
-    head = empty.get_output_embeddings()
+    head = model.get_output_embeddings()
     return {
         name: (module.in_features, module.out_features)
-        for name, module in empty.named_modules()
+        for name, module in model.named_modules()
         if isinstance(module, torch.nn.Linear) and module is not head
     }
 
 
 def empty_model(model: Path) -> "PreTrainedModel":
     """The model without weights."""
+    return without_weights(load_config(model))
+
+
+def without_weights(config: "PreTrainedConfig") -> "PreTrainedModel":
+    """Return the model of a config, without weights."""
     import torch
     from transformers import AutoModelForCausalLM
 
     with torch.device("meta"):
-        empty: PreTrainedModel = AutoModelForCausalLM.from_config(load_config(model))
+        empty: PreTrainedModel = AutoModelForCausalLM.from_config(config)
     return empty

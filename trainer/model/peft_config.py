@@ -19,7 +19,8 @@ from transformers import PreTrainedModel
 from svc.errors import RecipeError
 from trainer.model.adalora import rank_plan
 from trainer.model.experts import fused_experts
-from trainer.model.target_modules import linear_layers, target_modules
+from trainer.model.layer_shapes import linear_layers
+from trainer.model.target_modules import target_modules
 from trainer.recipe.sections import AdapterType, Method, Recipe
 from trainer.recipe.targets import Targets
 

@@ -9,10 +9,11 @@ import re
 from typing import TYPE_CHECKING
 
 from svc.errors import RecipeError
+from trainer.model.layer_shapes import linear_layers
 from trainer.recipe.targets import Targets
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedConfig, PreTrainedModel
+    from transformers import PreTrainedModel
 
 ALL_LINEAR = "all-linear"  # PEFT's word for every linear layer but the output head
 _ATTENTION = re.compile(r"attn|attention")
@@ -20,11 +21,8 @@ _ATTENTION = re.compile(r"attn|attention")
 _QUERY_OR_VALUE = re.compile(r"(?:^|_)(?:q|v|kv|w?qkv|query|value|attn)(?:_|$)")
 
 
-def target_modules(model: "PreTrainedModel | PreTrainedConfig", preset: Targets) -> list[str] | str:
+def target_modules(model: "PreTrainedModel", preset: Targets) -> list[str] | str:
     """What PEFT takes as `target_modules`.
-
-    Args:
-        model: a base model, or the config of one, of which then an empty model is built; no weights are read.
 
     Returns:
         Ends of layer names, sorted, as `q_proj`; with the module that they are in, as `attn.proj`, where a layer
@@ -35,7 +33,7 @@ def target_modules(model: "PreTrainedModel | PreTrainedConfig", preset: Targets)
     """
     if preset is Targets.ALL_LINEAR:
         return ALL_LINEAR
-    layers = linear_layers(model)
+    layers = set(linear_layers(model))
     chosen = {name for name in layers if _ATTENTION.search(name.rpartition(".")[0].lower())}
     if preset is Targets.ATTENTION_MIN:
         chosen = {name for name in chosen if _QUERY_OR_VALUE.search(_end(name).lower())}
@@ -49,19 +47,6 @@ def target_modules(model: "PreTrainedModel | PreTrainedConfig", preset: Targets)
         )
     elsewhere = {_end(name) for name in layers - chosen}
     return sorted({_end(name, 2 if _end(name) in elsewhere else 1) for name in chosen})
-
-
-def linear_layers(model: "PreTrainedModel | PreTrainedConfig") -> set[str]:
-    """Names of all linear layers but the output head; experts of a mixture are none (trainer.model.experts)."""
-    import torch
-    from transformers import AutoModelForCausalLM, PreTrainedConfig
-
-    if isinstance(model, PreTrainedConfig):
-        with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(model)
-    head = model.get_output_embeddings()
-    named = model.named_modules()
-    return {name for name, module in named if isinstance(module, torch.nn.Linear) and module is not head}
 
 
 def _end(name: str, parts: int = 1) -> str:

@@ -17,8 +17,8 @@ from svc.registry.parity import Differences, ParityCheck, ParityReport
 from svc.terminal import waiting
 from svc.version import Format
 from trainer.library_output import library_output_to_log
-from trainer.model.memory import release_memory
 from trainer.model.peft_config import load_adapter
+from trainer.model.release_memory import release_memory
 from trainer.model.stored_weights import StoredWeights
 from trainer.parity import adapter as adapter_parity
 from trainer.parity import gptq as gptq_parity

@@ -1,4 +1,6 @@
-"""What a recipe takes: from its file and its examples to figures, and to a refusal before anything is trained."""
+"""What a recipe takes: from its file and its examples to figures, to a refusal, and beside what training took."""
+
+from dataclasses import replace
 
 from svc.engine.machine import read_machine
 from svc.errors import SvcError
@@ -13,6 +15,7 @@ from trainer.estimate.render import print_short
 from trainer.pipeline.examples import Examples
 from trainer.pipeline.find_base import find_config
 from trainer.recipe.sections import Recipe
+from trainer.training.summary import TrainingSummary
 
 
 def estimate_devices(recipe: Recipe, examples: Examples, settings: Settings, names: tuple[str, ...] = ()) -> Estimate:
@@ -54,3 +57,25 @@ def estimate_here(
             refuse_stages(made, machine)
             refuse_disk(made, settings.home)
     return made.here
+
+
+def compare_with_real(expected: DeviceEstimate, summary: TrainingSummary) -> TrainingSummary:
+    """Says both, and returns the summary with what was estimated."""
+    compared = replace(summary, estimated_memory=expected.memory, estimated_seconds=expected.seconds)
+    if summary.peak_memory is not None:
+        console.print(
+            f"  memory: {summary.peak_memory / 1e9:.2f} GB, {expected.memory / 1e9:.2f} were estimated; "
+            f"time: {summary.seconds:.0f} s, {expected.seconds:.0f} were estimated"
+        )
+    return compared
+
+
+def estimate_metrics(summary: TrainingSummary) -> dict[str, float]:
+    """For the tracking server: estimated, real, and their ratios where both are known."""
+    figures = {
+        "estimate.memory": summary.estimated_memory,
+        "estimate.memory_real": summary.peak_memory,
+        "estimate.seconds": summary.estimated_seconds,
+        "estimate.seconds_real": summary.seconds,
+    }
+    return {name: float(value) for name, value in figures.items() if value is not None}

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 from svc.dataset.schema.example import ChatExample
 from svc.errors import TrainingError
-from svc.evaluation.estimate import Estimate, paired_difference
+from svc.evaluation.estimate import paired_difference
 from svc.evaluation.metrics.metric import Answered, Better, Metric, Unit
 from svc.evaluation.results import token_weights
 from trainer.qualification import Qualified
@@ -39,35 +39,20 @@ def check_gptq(
         TrainingError: with both figures and the interval of their difference, example by example.
     """
     before, after = Answered(examples, merged.results), Answered(examples, gptq.results)
-    figures = metric.estimate(before), metric.estimate(after), metric.difference(before, after)
-    _check_metric(metric.title, *figures, limits, better=metric.better, unit=metric.unit)
+    merged_value, difference = metric.estimate(before), metric.difference(before, after)
+    lower, relative = metric.better is Better.LOWER, metric.unit is not Unit.SHARE
+    lost, surely = (difference.value, difference.low) if lower else (-difference.value, -difference.high)
+    # A share may lose so much; a figure without a scale of its own, so much relative to the merged model's.
+    most = limits.max_gptq_loss * (abs(merged_value.value) if relative else 1)
+    if surely > most + _ROUNDING:
+        what = f"GPTQ added {lost:.3f} to the {metric.title}" if lower else f"GPTQ lost {lost:.3f} of {metric.title}"
+        raise TrainingError(
+            f"{what}: {merged_value} merged, {metric.estimate(after)} quantized, difference {difference}",
+            expected=f"at most {most:.3f} (evaluate.max_gptq_loss{' of the merged model' if relative else ''})",
+            todo=_BETTER,
+        )
     if len(merged.results) >= _FEWEST_DIFFERENCES:
         _check_nll(merged, gptq, limits)
-
-
-def _check_metric(
-    title: str,
-    before: Estimate,
-    after: Estimate,
-    difference: Estimate,
-    limits: Evaluate,
-    *,
-    better: Better = Better.HIGHER,
-    unit: Unit = Unit.SHARE,
-) -> None:
-    """A share may lose so much; what has no scale of its own, so much relative to what the merged model has."""
-    lower = better is Better.LOWER
-    lost, surely = (difference.value, difference.low) if lower else (-difference.value, -difference.high)
-    relative = unit is not Unit.SHARE
-    most = limits.max_gptq_loss * (abs(before.value) if relative else 1)
-    if surely <= most + _ROUNDING:
-        return
-    what = f"GPTQ added {lost:.3f} to the {title}" if lower else f"GPTQ lost {lost:.3f} of {title}"
-    raise TrainingError(
-        f"{what}: {before} merged, {after} quantized, difference {difference}",
-        expected=f"at most {most:.3f} (evaluate.max_gptq_loss{' of the merged model' if relative else ''})",
-        todo=_BETTER,
-    )
 
 
 def _check_nll(merged: Qualified, gptq: Qualified, limits: Evaluate) -> None:

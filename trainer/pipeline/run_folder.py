@@ -35,57 +35,30 @@ class Run:
     Args:
         folder: made when the run starts.
         keys: of what each stage reads now.
+
+    Attributes:
+        adapter: the trained adapter.
+        merged: the merged model.
+        gptq: the quantized model.
+        checkpoints: what an interrupted training goes on from.
+        reference: what the version is compared with later.
+        reports: what the recipe's `report_to` writes beside MLflow.
+        tracking: file that names the run of MLflow.
+        lock: held while somebody works on the run.
     """
 
     def __init__(self, folder: Path, keys: StageKeys) -> None:
         self.folder = folder
         self._keys = keys
+        self.adapter, self.merged, self.gptq = self._weights = folder / "adapter", folder / "merged", folder / "gptq"
+        self.checkpoints, self.reference = folder / "checkpoints", folder / "reference"
+        self.reports, self.tracking, self.lock = folder / "reports", folder / "mlflow.json", folder / "lock"
 
     @classmethod
     def of(cls, runs: Path, recipe: Recipe, base: Base, examples: Examples) -> "Run":
         """The run that a recipe means: one folder for each training, whatever is made of it afterwards."""
         keys = stage_keys(recipe, base, examples)
         return cls(runs / f"{recipe.name}-{keys[Stage.TRAIN]}", keys)
-
-    @property
-    def adapter(self) -> Path:
-        """The trained adapter."""
-        return self.folder / "adapter"
-
-    @property
-    def checkpoints(self) -> Path:
-        """What an interrupted training goes on from."""
-        return self.folder / "checkpoints"
-
-    @property
-    def merged(self) -> Path:
-        """The merged model."""
-        return self.folder / "merged"
-
-    @property
-    def gptq(self) -> Path:
-        """The quantized model."""
-        return self.folder / "gptq"
-
-    @property
-    def reference(self) -> Path:
-        """What the version is compared with later."""
-        return self.folder / "reference"
-
-    @property
-    def reports(self) -> Path:
-        """What the recipe's `report_to` writes beside MLflow."""
-        return self.folder / "reports"
-
-    @property
-    def tracking(self) -> Path:
-        """Says which run of MLflow it is."""
-        return self.folder / "mlflow.json"
-
-    @property
-    def lock(self) -> Path:
-        """Held while somebody works on the run."""
-        return self.folder / "lock"
 
     def done(self, stage: Stage, *outputs: Path) -> bool:
         """Whether a stage was finished, from what it would read now.
@@ -140,10 +113,6 @@ class Run:
         for folder in self.folder.iterdir():
             if folder.is_dir() and folder != self.reports and (folder not in self._weights or not _is_linked(folder)):
                 shutil.rmtree(folder)
-
-    @property
-    def _weights(self) -> tuple[Path, ...]:
-        return self.adapter, self.merged, self.gptq
 
     def require_space(self, stage: Stage, need: int) -> None:
         """Checks for room before a stage starts.

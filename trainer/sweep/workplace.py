@@ -31,7 +31,7 @@ from svc.registry.tracking import HELDOUT_LOSS, PARENT, RUN_NAME, Tracking
 from svc.terminal import console
 from svc.training_runs import RUN_LOCK
 from trainer.base_model.resolve import Base
-from trainer.model.memory import release_memory
+from trainer.model.release_memory import release_memory
 from trainer.pipeline.examples import Examples
 from trainer.pipeline.stage_key import stage_keys
 from trainer.pipeline.tracked_run import tracked_run

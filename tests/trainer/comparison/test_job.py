@@ -28,11 +28,11 @@ from tests.serving.versions import HELDOUT, NAME, AliasBook, make_version
 from tests.svc.chats import chat
 from tests.svc.engine.devices import AVX512
 from tests.svc.evaluation.judge_server import judge_server
-from tests.trainer.conftest import make_recipe
 from tests.trainer.engines import Engines
 from trainer.comparison.job import FOLDER, Compared, Wanted, compare_models
 from trainer.comparison.render import everything, print_compared
 from trainer.qualification import Qualifier
+from trainer.recipe.sections import Evaluate, Qualify
 
 
 class Bench:
@@ -155,7 +155,7 @@ def test_limits_are_those_of_a_training_when_the_versions_fix_none(bench: Bench)
         bench.change(number, recipe={})
     compared = bench.compare("tuned@1", "tuned@2")
     seen = list(map(tokenized, HELDOUT))
-    qualifier = Qualifier(bench.engines, _no_facts, make_recipe(), HELDOUT, seen, seen, context=2048)
+    qualifier = Qualifier(bench.engines, _no_facts, Evaluate(), Qualify(), HELDOUT, seen, seen, context=2048)
     for one in compared.answers:
         assert tuple(result.limit for result in one.results) == qualifier.limits
     bodies = [body for body in bench.engines.launched[0].double.requests if "messages" in body]

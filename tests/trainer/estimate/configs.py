@@ -4,8 +4,10 @@ from functools import cache
 from pathlib import Path
 
 from svc.engine.capabilities import NumberType
+from trainer.estimate.batches import Batch, Workload
 from trainer.estimate.devices import CPU_UTILIZATION, ComputeDevice
 from trainer.estimate.model_shape import ModelShape, read_model_shape
+from trainer.recipe.sections import Recipe
 from trainer.recipe.targets import Targets
 
 FOLDER = Path(__file__).with_name("configs")
@@ -21,3 +23,18 @@ def cpu_device(memory: float = 16e9, number_type: NumberType = NumberType.BFLOAT
     """A machine without a GPU."""
     utilization = CPU_UTILIZATION[number_type]
     return ComputeDevice("here", "this machine", True, number_type, memory, 3e11, 1e10, utilization, here=True)
+
+
+def even_workload(
+    examples: int, length: int, recipe: Recipe, *, answers: int | None = None, shared: int = 0
+) -> Workload:
+    """Return a run on examples of one length, as published figures are of.
+
+    Args:
+        answers: tokens of each that are learnt; default all.
+    """
+    train = recipe.train
+    size = min(train.batch_size, examples)
+    batch = Batch(size, length, shared, size * (answers or length))
+    repeats = train.steps * train.gradient_accumulation if train.steps else train.epochs * examples / size
+    return Workload(examples, examples * length, (batch,), repeats, batch, counted=True)

@@ -7,11 +7,12 @@ import pytest
 
 from svc.engine.capabilities import NumberType
 from tests.trainer.conftest import make_recipe
-from tests.trainer.estimate.configs import cpu_device, published
+from tests.trainer.estimate.configs import even_workload, published
 from trainer.estimate.advice import advise, as_text, changed_recipe
-from trainer.estimate.batches import even_workload, shortened, with_batch_size
+from trainer.estimate.batches import shortened, with_batch_size
 from trainer.estimate.devices import read_devices
-from trainer.estimate.estimate import DeviceEstimate, EnginePart, engine_memory, estimate_device, memory_on
+from trainer.estimate.estimate import DeviceEstimate, estimate_device, memory_on
+from trainer.estimate.stages import EnginePart, engine_memory
 from trainer.recipe.sections import Recipe
 
 DEVICES = read_devices()
@@ -131,10 +132,7 @@ def test_more_work_takes_longer(more: dict[str, Any], less: dict[str, Any]) -> N
 
 def test_an_engine_in_float32_takes_twice_the_weights() -> None:
     shape = published("mistral-7b")
-    wide, narrow = (
-        engine_memory(shape, cpu_device(number_type=number), 4096)
-        for number in (NumberType.FLOAT32, NumberType.BFLOAT16)
-    )
+    wide, narrow = (engine_memory(shape, number, 4096) for number in (NumberType.FLOAT32, NumberType.BFLOAT16))
     assert wide[EnginePart.WEIGHTS] == 2 * narrow[EnginePart.WEIGHTS] == 4 * shape.parameters
 
 

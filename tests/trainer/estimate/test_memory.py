@@ -10,29 +10,27 @@ from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
 
 from svc.engine.capabilities import NumberType
 from tests.trainer.conftest import make_recipe
-from tests.trainer.estimate.configs import published
-from trainer.estimate.batches import Batch, even_workload
+from tests.trainer.estimate.configs import even_workload, published
+from trainer.estimate.batches import Batch
 from trainer.estimate.devices import read_devices
-from trainer.estimate.memory import Part, Setup, least_memory, trained_weights, training_memory
-from trainer.estimate.model_shape import _count
+from trainer.estimate.memory import Part, Training
+from trainer.estimate.model_shape import count_model
 from trainer.estimate.stages import stage_memory
 from trainer.model.peft_config import add_adapter
 from trainer.recipe.sections import Recipe
 from trainer.recipe.targets import Targets
 
 GIB = 2**30
-ON_CPU = Setup(True, NumberType.FLOAT32, False)
 METHODS = ["full", "lora", "qlora", "dora", "adalora", "vera"]
 
 
-def on_gpu(recipe: Recipe) -> Setup:
-    return Setup.of(recipe, NumberType.BFLOAT16, cpu=False)
+def on_gpu(recipe: Recipe, name: str = "llama-2-7b") -> Training:
+    return Training(recipe, published(name), cpu=False, number_type=NumberType.BFLOAT16)
 
 
 def gpu_memory(name: str, method: str, batch: int = 1, length: int = 2048, **train: Any) -> float:
     recipe = make_recipe(method=method, train={"batch_size": batch, "max_length": length, **train})
-    setup = on_gpu(recipe)
-    return sum(training_memory(published(name), recipe, Batch(batch, length, 0, batch * length), setup).values())
+    return on_gpu(recipe, name).peak(Batch(batch, length, 0, batch * length))
 
 
 @pytest.mark.parametrize(("name", "gib"), [("llama-2-7b", 24), ("llama-2-13b", 40), ("llama-2-70b", 80)])
@@ -46,7 +44,7 @@ def test_lora_of_13b_in_16_bits_does_not_fit_24_gb() -> None:
 
 def test_all_weights_of_7b_with_adam_in_float32_do_not_fit_80_gb() -> None:
     recipe = make_recipe(method="full")
-    assert least_memory(published("llama-2-7b"), recipe, on_gpu(recipe)) > 80 * GIB
+    assert on_gpu(recipe).least > 80 * GIB
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -63,9 +61,10 @@ def test_as_many_weights_are_counted_as_peft_trains(method: str, preset: Targets
         num_key_value_heads=2,
     )
     model = AutoModelForCausalLM.from_config(config)
-    shape = _count(model, preset, ())
+    shape = count_model(model, preset)
     adapted = add_adapter(model, recipe, 10)
-    assert trained_weights(shape, recipe) == sum(p.numel() for p in adapted.parameters() if p.requires_grad)
+    trained = Training(recipe, shape, True, NumberType.FLOAT32).trained
+    assert trained == sum(p.numel() for p in adapted.parameters() if p.requires_grad)
 
 
 def test_experts_have_an_adapter_each() -> None:
@@ -74,9 +73,10 @@ def test_experts_have_an_adapter_each() -> None:
     from transformers import MixtralConfig
 
     model = AutoModelForCausalLM.from_config(MixtralConfig(vocab_size=90, num_local_experts=4, **config))
-    shape = _count(model, Targets.ALL_LINEAR, ())
+    shape = count_model(model, Targets.ALL_LINEAR)
     adapted = add_adapter(model, recipe, 10)
-    assert trained_weights(shape, recipe) == sum(p.numel() for p in adapted.parameters() if p.requires_grad)
+    trained = Training(recipe, shape, True, NumberType.FLOAT32).trained
+    assert trained == sum(p.numel() for p in adapted.parameters() if p.requires_grad)
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -87,8 +87,8 @@ def test_more_never_takes_less(method: str, cpu: bool, rows: int, length: int, r
     def memory(rows: int, length: int, rank: int) -> float:
         adapter = {} if method == "full" else {"adapter": {"rank": rank}}
         recipe = make_recipe(method=method, train={"gradient_checkpointing": checkpointing}, **adapter)
-        setup = Setup.of(recipe, NumberType.BFLOAT16, cpu=cpu)
-        return sum(training_memory(published("llama-3.1-8b"), recipe, Batch(rows, length, 0, rows), setup).values())
+        training = Training(recipe, published("llama-3.1-8b"), cpu, NumberType.BFLOAT16)
+        return training.peak(Batch(rows, length, 0, rows))
 
     least = memory(rows, length, rank)
     assert memory(rows + 1, length, rank) >= least
@@ -105,7 +105,7 @@ def test_checkpointing_keeps_less() -> None:
 def test_float32_takes_twice_the_frozen_weights() -> None:
     recipe, shape, batch = make_recipe(method="lora"), published("llama-2-7b"), Batch(1, 16, 0, 1)
     wide, narrow = (
-        training_memory(shape, recipe, batch, Setup(True, number, False))[Part.WEIGHTS]
+        Training(recipe, shape, True, number).memory(batch)[Part.WEIGHTS]
         for number in (NumberType.FLOAT32, NumberType.BFLOAT16)
     )
     assert wide == 2 * narrow
@@ -117,8 +117,8 @@ def test_a_layer_keeps_in_float32_what_is_estimated(method: str, dropout: float)
     kept = [kept_bytes(recipe, layers, length) for layers in (1, 3)]
     batch = Batch(1, length, 0, length)
     estimated = [
-        training_memory(_count(small_llama(layers), Targets.ALL_LINEAR, ()), recipe, batch, ON_CPU)[Part.ACTIVATIONS]
-        for layers in (1, 3)
+        Training(recipe, shape, True, NumberType.FLOAT32).memory(batch)[Part.ACTIVATIONS]
+        for shape in (count_model(small_llama(layers), Targets.ALL_LINEAR) for layers in (1, 3))
     ]
     assert estimated[1] - estimated[0] == pytest.approx(kept[1] - kept[0], rel=0.15)
 
@@ -155,7 +155,7 @@ def small_llama(layers: int) -> PreTrainedModel:
 
 def test_moments_take_a_quarter_when_the_optimizer_has_8_bits() -> None:
     plain, small = (
-        training_memory(published("llama-2-7b"), recipe, Batch(1, 64, 0, 64), on_gpu(recipe))[Part.OPTIMIZER]
+        on_gpu(recipe).memory(Batch(1, 64, 0, 64))[Part.OPTIMIZER]
         for recipe in (make_recipe(method="full", train={"optimizer": name}) for name in ("adamw", "adamw-8bit"))
     )
     assert plain == 8 * published("llama-2-7b").parameters
@@ -164,9 +164,9 @@ def test_moments_take_a_quarter_when_the_optimizer_has_8_bits() -> None:
 
 def test_moments_of_all_weights_are_in_main_memory_when_the_optimizer_is_paged() -> None:
     shape, recipe = published("llama-2-7b"), make_recipe(method="full", train={"optimizer": "paged-adamw"})
-    assert training_memory(shape, recipe, Batch(1, 64, 0, 64), on_gpu(recipe))[Part.OPTIMIZER] == 0
+    assert on_gpu(recipe).memory(Batch(1, 64, 0, 64))[Part.OPTIMIZER] == 0
     stages = [
-        stage_memory(one, shape, even_workload(10, 64, one), read_devices()["h200"], 4096)[0].peak.ram
+        stage_memory(on_gpu(one), even_workload(10, 64, one), read_devices()["h200"], 4096)[0].peak.ram
         for one in (recipe, make_recipe(method="full"))
     ]
     assert stages[0] - stages[1] == 8 * shape.parameters
@@ -174,5 +174,5 @@ def test_moments_of_all_weights_are_in_main_memory_when_the_optimizer_is_paged()
 
 def test_an_adapters_moments_stay_on_the_gpu_when_the_optimizer_is_paged() -> None:
     recipe = make_recipe(train={"optimizer": "paged-adamw"})
-    found = training_memory(published("llama-2-7b"), recipe, Batch(1, 64, 0, 64), on_gpu(recipe))
-    assert found[Part.OPTIMIZER] == 8 * trained_weights(published("llama-2-7b"), recipe)
+    training = on_gpu(recipe)
+    assert training.memory(Batch(1, 64, 0, 64))[Part.OPTIMIZER] == 8 * training.trained

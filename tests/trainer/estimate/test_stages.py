@@ -6,10 +6,9 @@ import pytest
 
 from svc.engine.capabilities import NumberType
 from tests.trainer.conftest import make_recipe
-from tests.trainer.estimate.configs import cpu_device, published
-from trainer.estimate.batches import even_workload
+from tests.trainer.estimate.configs import cpu_device, even_workload, published
 from trainer.estimate.devices import ComputeDevice, read_devices
-from trainer.estimate.memory import trained_weights
+from trainer.estimate.memory import Training
 from trainer.estimate.stages import StageMemory, gptq_bytes, stage_memory
 from trainer.recipe.sections import Recipe
 from trainer.recipe.stage import Stage
@@ -20,8 +19,8 @@ SERVED = 4096
 
 
 def of_stages(name: str, recipe: Recipe, device: ComputeDevice) -> dict[Stage, StageMemory]:
-    workload = even_workload(1000, 1024, recipe)
-    return {one.stage: one for one in stage_memory(recipe, published(name), workload, device, SERVED)}
+    training = Training(recipe, published(name), device.cpu, device.number_type)
+    return {one.stage: one for one in stage_memory(training, even_workload(1000, 1024, recipe), device, SERVED)}
 
 
 @pytest.mark.parametrize(
@@ -41,7 +40,8 @@ def test_the_stages_are_those_that_the_formats_need(formats: list[str], stages: 
 def test_merging_needs_two_copies_of_the_embedding_when_it_is_the_largest_tensor() -> None:
     recipe, shape = make_recipe(), published("llama-3.1-8b")
     merge = of_stages("llama-3.1-8b", recipe, cpu_device())[Stage.MERGE].peak
-    copies, adapter = 2 * 2 * 128_256 * 4096, 4 * trained_weights(shape, recipe)
+    training = Training(recipe, shape, True, NumberType.BFLOAT16)
+    copies, adapter = 2 * 2 * 128_256 * 4096, 4 * training.trained
     assert merge.ram == pytest.approx(0.75e9 + copies + adapter)
     assert merge.device == 0
     assert merge.disk == 2 * shape.parameters

@@ -21,6 +21,7 @@ from tests.trainer.engines import Engines
 from tests.trainer.pipeline.stand_ins import TRAIN, Make, Stages
 from trainer.base_model.resolve import Base
 from trainer.parity import report as parity_module
+from trainer.pipeline import evaluation as evaluation_module
 from trainer.pipeline import registration as registration_module
 from trainer.pipeline import stages as stages_module
 from trainer.pipeline.examples import Examples
@@ -36,7 +37,7 @@ def stages(monkeypatch: pytest.MonkeyPatch) -> Stages:
     stages = Stages()
     monkeypatch.setattr(sft, "train_model", stages.train_model)
     monkeypatch.setattr(
-        stages_module, "tokenize_as_trained", lambda folder, examples, kwargs: list(map(tokenized, examples))
+        evaluation_module, "tokenize_as_trained", lambda folder, examples, kwargs: list(map(tokenized, examples))
     )
     monkeypatch.setattr(parity_module, "make_report", stages.make_report)
     monkeypatch.setattr(registration_module, "report_page", lambda report: f"<p>{report.manifest.id}</p>")

@@ -37,10 +37,10 @@ def offline(monkeypatch: pytest.MonkeyPatch, listener: socket.socket) -> Iterato
 
 
 def write(wanted: tuple[ReportTo, ...], folder: Path, losses: dict[int, float]) -> None:
-    with open_reports(wanted, folder, "tiny", "tiny-abc", {"train.epochs": "2"}) as reporters:
+    with open_reports(wanted, folder, "tiny", "tiny-abc", {"train.epochs": "2"}) as reports:
         for step, loss in losses.items():
-            for reporter in reporters:
-                reporter.log(step, {"loss": loss})
+            for report in reports:
+                report(step, {"loss": loss})
 
 
 @pytest.mark.slow

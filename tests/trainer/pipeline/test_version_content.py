@@ -22,7 +22,7 @@ from tests.trainer.conftest import make_example
 from tests.trainer.engines import Engines
 from tests.trainer.pipeline.stand_ins import CURVE, TRAIN, Make, Stages
 from trainer.pipeline import registration
-from trainer.pipeline.stage_results import Evaluated
+from trainer.pipeline.evaluation import Evaluated
 from trainer.pipeline.stages import Pipeline
 from trainer.recipe.stage import Stage
 

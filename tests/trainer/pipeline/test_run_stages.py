@@ -14,7 +14,7 @@ from svc.json_file import read_json_object
 from svc.registry.files import read_headers
 from tests.trainer.pipeline.stand_ins import Make, Stages
 from trainer.pipeline import stages as stages_module
-from trainer.pipeline.stage_failure import LOG_FILE, failed_library, stage_failure
+from trainer.pipeline.run_stages import LOG_FILE, failed_library, stage_failure
 from trainer.recipe.stage import Stage
 
 
@@ -63,7 +63,7 @@ def test_the_library_that_our_code_called_is_named_when_it_fails_deeper() -> Non
 def test_our_own_defect_keeps_its_traceback(tmp_path: Path) -> None:
     error = caught(lambda: read_json_object(None))  # type: ignore[arg-type]
     assert failed_library(error) is None
-    assert stage_failure(Stage.MERGE, error, tmp_path, "") is None
+    assert stage_failure(Stage.MERGE, error, tmp_path) is None
     assert not (tmp_path / LOG_FILE).exists()
 
 

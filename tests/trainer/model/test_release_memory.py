@@ -2,7 +2,7 @@
 
 import weakref
 
-from trainer.model.memory import release_memory
+from trainer.model.release_memory import release_memory
 
 
 class Model:

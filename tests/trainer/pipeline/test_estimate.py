@@ -6,15 +6,14 @@ from benchmarks.estimate import MEMORY, Case, measure
 from svc.engine.capabilities import NumberType
 from svc.settings import load_settings
 from tests.trainer.conftest import make_recipe
-from tests.trainer.estimate.configs import cpu_device, published
+from tests.trainer.estimate.configs import cpu_device, even_workload, published
 from trainer.base_model.resolve import resolve_base
-from trainer.estimate.batches import even_workload
 from trainer.estimate.estimate import estimate_device
-from trainer.estimate.real import compare_with_real, estimate_metrics
+from trainer.pipeline.estimate import compare_with_real, estimate_metrics
 from trainer.recipe.sections import Method
 from trainer.training.summary import TrainingSummary
 
-SUMMARY = TrainingSummary(steps=1, tokens=1, tokens_per_second=1, seconds=9, loss_curve=(), peak_memory=5)
+SUMMARY = TrainingSummary(steps=1, tokens=1, tokens_per_second=1, seconds=9, peak_memory=5)
 
 
 def test_both_are_said_and_kept(capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,0 +1,115 @@
+"""How the stages of a run are run: in their order, each resumed where it was cut off, and what a failure says."""
+
+import re
+import traceback
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from svc.disk import is_full, write_whole
+from svc.errors import DiskSpaceError, InterruptedRunError, SvcError, TrainingError
+from svc.terminal import console
+from trainer.model.release_memory import release_memory
+from trainer.pipeline.run_folder import Run
+from trainer.recipe.stage import Stage
+
+_SPARE_BYTES = 200_000_000  # logs, results, the tracking database
+_AGAIN = "run the same command again: finished stages and checkpoints are kept"
+_OURS = tuple(Path(__file__).parents[2] / package for package in ("svc", "trainer"))
+_PACKAGES = re.compile(r"(?:site|dist)-packages/(\w+)")
+_CHILD_FRAME = re.compile(r'^  File "(.+)", line \d+', re.MULTILINE)
+LOG_FILE = "error.log"
+"""In the run's folder: the traceback of the last failure."""
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """One stage.
+
+    Attributes:
+        work: returns the stage's result.
+        need: bytes that it may write.
+        outputs: folders that it writes.
+    """
+
+    work: Callable[[], object]
+    need: int = 0
+    outputs: tuple[Path, ...] = ()
+
+
+def run_stages(run: Run, steps: Mapping[Stage, Step]) -> None:
+    """Run the stages that are not complete, in their order.
+
+    Raises:
+        InterruptedRunError: a signal came; the same command goes on.
+        SvcError: a stage failed; stages that were complete before it are kept.
+    """
+    for stage, step in steps.items():
+        if run.done(stage, *step.outputs):
+            console.print(f"[dim]{stage}: done before[/dim]")
+            continue
+        run.require_space(stage, step.need + _SPARE_BYTES)
+        console.print(f"[bold]{stage}[/bold]")
+        run.begin(stage)
+        with _explained(stage, run.folder):
+            run.save(stage, step.work())
+
+
+@contextmanager
+def _explained(stage: Stage, run: Path) -> Iterator[None]:
+    """Inside, an exception that is not ours says which stage failed and what to do; memory is released afterwards."""
+    try:
+        yield
+    except KeyboardInterrupt as error:
+        raise InterruptedRunError(f"stage {stage} was interrupted", todo=_AGAIN) from error
+    except SvcError:
+        raise
+    except Exception as error:
+        if is_full(error, run):
+            raise DiskSpaceError(
+                f"no room in {run} for what stage {stage} writes: {error}", todo=f"free some space and {_AGAIN}"
+            ) from error
+        if failure := stage_failure(stage, error, run):
+            raise failure from error
+        raise
+    finally:
+        release_memory()
+
+
+def stage_failure(stage: Stage, error: Exception, run: Path) -> TrainingError | None:
+    """Return the error to raise in place of a library's; None where our own code failed.
+
+    Defects of our own code keep their traceback on the terminal; those of a library go to a file beside the run.
+
+    Args:
+        error: as it was caught, with its traceback.
+        run: folder of the run, which gets the traceback.
+    """
+    library = failed_library(error)
+    if library is None:
+        return None
+    text = "".join(traceback.format_exception(error))
+    write_whole(run / LOG_FILE, text.encode("utf-8", "backslashreplace"))
+    cause = " ".join(str(error).split()) or "no message"
+    return TrainingError(
+        f"stage {stage} failed in {library}: {type(error).__name__}: {cause}",
+        todo=f"read the traceback in {run / LOG_FILE}; {_AGAIN}",
+    )
+
+
+def failed_library(error: BaseException) -> str | None:
+    """Return the package that our code called when the exception was raised; None where it was raised by our own code.
+
+    The traceback of an exception from a child process is one of its notes (svc.child_process).
+    """
+    frames = [frame.filename for frame in traceback.extract_tb(error.__traceback__)]
+    for note in getattr(error, "__notes__", ()):
+        frames += _CHILD_FRAME.findall(note)
+    called = None
+    for file in frames:
+        if any(Path(file).is_relative_to(package) for package in _OURS):
+            called = None
+        elif package := _PACKAGES.search(file):
+            called = called or package[1]
+    return called
