@@ -1,8 +1,8 @@
 """Turns a secret into a principal, from memory. What changes in the store is heard by a look at it twice a second.
 
-What a secret gave is remembered by its hash, since the same few come again and again, and is checked anew when the keys
-change; no secret stays in memory. A wrong one ends at its checksum, at its id, which is no secret, or at its hash,
-which is compared in constant time; nothing asks the store.
+Every secret is checked against the keys in memory. The grant of a right secret is remembered by the secret's hash, so
+that all its requests share one; no secret stays in memory. A wrong secret is rejected by its checksum, by its id, which
+is no secret, or by its hash, which is compared in constant time; nothing asks the store.
 
 What it does not know: how often somebody has tried.
 """
@@ -12,9 +12,9 @@ import logging
 import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from enum import StrEnum
-from typing import NamedTuple
 
 from sqlalchemy import Engine as Store
 from sqlalchemy.exc import SQLAlchemyError
@@ -29,8 +29,6 @@ log = logging.getLogger(__name__)
 
 LOOK_S = 0.5
 """From one look at the store to the next: a revocation is heard within a second."""
-_LONGEST = 64
-"""Characters; a secret has fewer."""
 _STALE_S = 60.0
 """Without a look for so long, no key is right: one that was revoked meanwhile must not be."""
 
@@ -65,35 +63,17 @@ class KeysUnavailableError(SvcError):
     retry_after_s = 2
 
 
+@dataclass(slots=True, eq=False)
 class Grant:
-    """What a right secret gave: somebody, until it ends. All that comes with one secret has the same.
+    """What a right secret gave: somebody, until it ends. All requests with one secret share it.
 
     Attributes:
-        principal: changes with the key.
-        ended: ends, with an InvalidKeyError, when the secret is right no more.
+        principal: as of the newest request.
+        ended: ends, with an InvalidKeyError, when the secret is no longer right.
     """
 
-    __slots__ = ("ended", "principal")
-
-    def __init__(self, principal: Principal) -> None:
-        self.principal = principal
-        self.ended = EndSignal()
-
-    def __repr__(self) -> str:
-        return f"Grant({self.principal!r})"
-
-
-class _Known(NamedTuple):
-    """What a secret gave before.
-
-    Attributes:
-        keys: those that it was checked against.
-        until: when it has to be checked anew, though they are the same; None: never.
-    """
-
-    grant: Grant
-    keys: Mapping[str, Key]
-    until: datetime | None
+    principal: Principal
+    ended: EndSignal = field(default_factory=EndSignal, repr=False)
 
 
 class Authenticator:
@@ -115,7 +95,7 @@ class Authenticator:
         self._now = now
         self._clock = clock
         self._keys: Mapping[str, Key] = {}  # replaced as a whole, so that readers need no lock
-        self._known: dict[str, _Known] = {}  # by the secret's hash: right ones alone, which only the operator makes
+        self._grants: dict[str, Grant] = {}  # by the secret's hash: right ones alone, which only the operator makes
         self._revision: int | None = None
         self._looked_at: float | None = None
 
@@ -125,10 +105,10 @@ class Authenticator:
         return not self._keys
 
     def look(self) -> None:
-        """Reads what has changed in the store; blocks, so not for an event loop.
+        """Read what has changed in the store. This blocks, so it is not for an event loop.
 
         Raises:
-            SQLAlchemyError: it does not answer; what was known stays known for a minute.
+            SQLAlchemyError: the store does not answer; the keys that were read before are used for a minute.
         """
         began = self._clock()
         revision = keys_revision(self._store)
@@ -156,69 +136,45 @@ class Authenticator:
             thread.shutdown(wait=False)
 
     def end_wrong(self) -> None:
-        """Ends the grants whose key was revoked or has expired, or whose secret was rotated away."""
-        keys = self._keys
-        for hashed, known in list(self._known.items()):
-            if self._holds(known):
-                continue
+        """End the grants whose key was revoked or has expired, or whose secret was rotated away."""
+        for hashed, grant in list(self._grants.items()):
             try:
-                key = self._check(keys.get(known.grant.principal.key_id), hashed)
+                self._check(grant.principal.key_id, hashed)
             except InvalidKeyError as error:
-                del self._known[hashed]
-                known.grant.ended.end(error)
-            else:
-                self._remember(hashed, key, keys)
+                del self._grants[hashed]
+                grant.ended.end(error)
 
     def grant(self, secret: str | None) -> Grant:
-        """Who a secret is of; touches neither disk nor network.
+        """Return the grant of a secret; touches neither disk nor network.
 
         Raises:
-            InvalidKeyError: it is of nobody.
-            KeysUnavailableError: nobody can say.
+            InvalidKeyError: no key has this secret, or its key is not valid.
+            KeysUnavailableError: the keys were not read for too long.
         """
         if not secret:
             raise InvalidKeyError(KeyFault.MISSING, "there is no key", expected="Authorization: Bearer KEY")
-        if len(secret) > _LONGEST or not secret.isascii():
-            raise _malformed()
         hashed = hash_secret(secret)
-        known = self._known.get(hashed)
-        if known is not None and self._holds(known) and not self._is_stale:
-            return known.grant
-        return self._granted(secret, hashed)
-
-    def _holds(self, known: _Known) -> bool:
-        """Whether there is nothing to check anew."""
-        return known.keys is self._keys and (known.until is None or self._now() < known.until)
-
-    @property
-    def _is_stale(self) -> bool:
-        return self._looked_at is None or self._clock() - self._looked_at > _STALE_S
-
-    def _granted(self, secret: str, hashed: str) -> Grant:
-        """What a secret gives that was not checked against these keys yet."""
-        key_id = key_id_of(secret)
+        grant = self._grants.get(hashed)
+        key_id = grant.principal.key_id if grant else key_id_of(secret)
         if key_id is None:
-            raise _malformed()
-        if self._is_stale:
+            raise InvalidKeyError(
+                KeyFault.MALFORMED, "this is no key of this service", expected="all of what `svc keys create` has shown"
+            )
+        if self._looked_at is None or self._clock() - self._looked_at > _STALE_S:
             raise KeysUnavailableError("keys cannot be checked now", todo="send the request again later")
-        keys = self._keys
-        return self._remember(hashed, self._check(keys.get(key_id), hashed), keys)
-
-    def _remember(self, hashed: str, key: Key, keys: Mapping[str, Key]) -> Grant:
-        """The grant of a secret that is right by these keys, with what its key may do now."""
-        known = self._known.get(hashed)
-        grant = known.grant if known else Grant(key.principal)
-        grant.principal = key.principal
-        self._known[hashed] = _Known(grant, keys, _until(key, hashed))
+        principal = self._check(key_id, hashed)
+        if grant is None:
+            grant = self._grants[hashed] = Grant(principal)
+        grant.principal = principal  # the operator may have changed what the key may do
         return grant
 
-    def _check(self, key: Key | None, hashed: str) -> Key:
-        """The key, where a secret of this hash is right.
+    def _check(self, key_id: str, hashed: str) -> Principal:
+        """Return the principal of a key, if a secret of this hash is valid for it.
 
         Raises:
-            InvalidKeyError: it is not.
+            InvalidKeyError: the secret is not the key's, or the key is revoked or expired.
         """
-        now = self._now()
+        key, now = self._keys.get(key_id), self._now()
         if key is None or not _is_of(hashed, key, now):
             raise InvalidKeyError(
                 KeyFault.UNKNOWN, "this key is not right", todo="use the newest one that you were given"
@@ -227,27 +183,13 @@ class Authenticator:
             raise InvalidKeyError(KeyFault.REVOKED, f"the key {key.id} is revoked", todo="ask for another")
         if key.expired(now):
             raise InvalidKeyError(KeyFault.EXPIRED, f"the key {key.id} has expired", todo="ask for another")
-        return key
-
-
-def _malformed() -> InvalidKeyError:
-    return InvalidKeyError(
-        KeyFault.MALFORMED, "this is no key of this service", expected="all of what `svc keys create` has shown"
-    )
-
-
-def _until(key: Key, hashed: str) -> datetime | None:
-    """When a right secret may be right no more."""
-    ends = [key.expires_at, None if is_hash_of(key.hash, hashed) else key.previous_until]
-    return min((end for end in ends if end is not None), default=None)
+        return key.principal
 
 
 def _is_of(hashed: str, key: Key, now: datetime) -> bool:
+    """Whether a hash is that of a key's secret, or of the one before it within the grace of the last rotation."""
     if is_hash_of(key.hash, hashed):
         return True
-    return (
-        key.previous_hash is not None
-        and key.previous_until is not None
-        and now < key.previous_until
-        and is_hash_of(key.previous_hash, hashed)
-    )
+    if key.previous_hash is None or key.previous_until is None or now >= key.previous_until:
+        return False
+    return is_hash_of(key.previous_hash, hashed)

@@ -358,14 +358,16 @@ def test_a_grant_has_what_its_key_may_now(
     assert authenticator.grant(issued.secret).principal.limits.concurrent == 7
 
 
-def test_a_grant_that_is_used_no_more_keeps_no_old_keys(
-    authenticator: Authenticator, issued: IssuedKey, keyring: Keyring
+def test_a_key_that_is_valid_again_has_another_grant_than_the_one_that_ended(
+    authenticator: Authenticator, issued: IssuedKey, store: Store
 ) -> None:
-    authenticator.grant(issued.secret)
-    keyring.create(INFER, name="another")
-    authenticator.look()
-    authenticator.end_wrong()
-    assert [known.keys for known in authenticator._known.values()] == [authenticator._keys]
+    ended = authenticator.grant(issued.secret)
+    for revoked_at in ("created_at", "NULL"):
+        change_keys(store, f"UPDATE keys SET revoked_at = {revoked_at}, revision = revision + 1")
+        authenticator.look()
+        authenticator.end_wrong()
+    assert ended.ended.ended
+    assert not authenticator.grant(issued.secret).ended.ended
 
 
 def change_keys(store: Store, statement: str) -> None:
