@@ -7,11 +7,12 @@ import os
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, TypeVar
 
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import (
     BarColumn,
     DownloadColumn,
@@ -22,6 +23,7 @@ from rich.progress import (
     TimeElapsedColumn,
     TimeRemainingColumn,
 )
+from rich.table import Column, Table
 
 Progressed = TypeVar("Progressed")
 
@@ -48,6 +50,14 @@ def quiet_libraries() -> None:
 def print_json(value: Any) -> None:
     """Writes one JSON value to stdout."""
     sys.stdout.write(json.dumps(value, indent=1, ensure_ascii=False, default=str) + "\n")
+
+
+def print_table(headers: Sequence[str | Column], rows: Iterable[Sequence[object]], *, to: Console = output) -> None:
+    """Print a table of plain text; None is an empty cell."""
+    table = Table(*headers, box=None)
+    for row in rows:
+        table.add_row(*("" if cell is None else escape(str(cell)) for cell in row))
+    to.print(table)
 
 
 @contextmanager

@@ -20,8 +20,7 @@ from serving.http.body import ClientGoneError
 from serving.http.json_body import Body, read_json
 from serving.rollout.version_changes import VersionChange, VersionChanges
 from serving.telemetry.metrics import CLIENT_GONE_STATUS
-from svc.access.key_row import key_row
-from svc.access.keyring import IssuedKey, Keyring
+from svc.access.keyring import IssuedKey, Keyring, key_row
 from svc.actor import Actor
 from svc.errors import BusyError, NotFoundError, RefusedError, SettingsError, SvcError
 from svc.principal import Limits, Scope
@@ -164,10 +163,7 @@ class Administration:
         return JSONResponse({"swap": row})
 
     async def _list_keys(self, request: Request) -> Response:
-        keyring = self._keyring(request)
-        keys, used = await asyncio.to_thread(lambda: (keyring.all(), keyring.last_used()))
-        rows = [{**key_row(key), "last_used": at.isoformat() if (at := used.get(key.id)) else None} for key in keys]
-        return JSONResponse({"keys": rows})
+        return JSONResponse({"keys": await asyncio.to_thread(self._keyring(request).rows)})
 
     async def _create_key(self, request: Request) -> Response:
         given = await _read(request, CreateKeyRequest, '{"name": "ci", "scopes": ["infer"]}')
@@ -251,4 +247,4 @@ def _change_row(change: VersionChange) -> dict[str, Any]:
 
 
 def _issued(issued: IssuedKey) -> Response:
-    return JSONResponse({**key_row(issued.key), "secret": issued.secret}, headers=_NEW_SECRET)
+    return JSONResponse(issued.row(), headers=_NEW_SECRET)

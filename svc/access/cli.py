@@ -3,7 +3,7 @@
 import csv
 import sys
 from collections.abc import Callable
-from datetime import UTC, datetime, timedelta
+from datetime import datetime, timedelta
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -13,23 +13,10 @@ from svc.principal import Limits, Scope
 from svc.time_options import duration, time_past, time_to_come
 
 if TYPE_CHECKING:
-    from svc.access.keyring import IssuedKey, Keyring
-    from svc.access.remote_keyring import RemoteKeyring
+    from svc.access.keyring import Keyring
 
+_FIGURES = ("requests", "tokens_in", "tokens_out")
 _count = click.IntRange(1, 2**31 - 1)
-_LIMITS = (
-    click.option("--requests-per-minute", type=_count, metavar="N", help="Requests a minute."),
-    click.option("--tokens-in-per-minute", type=_count, metavar="N", help="Tokens of prompts a minute."),
-    click.option("--tokens-out-per-minute", type=_count, metavar="N", help="Tokens of answers a minute."),
-    click.option("--concurrent", type=_count, metavar="N", help="Requests at once."),
-    click.option("--tokens-per-day", type=click.IntRange(1, 2**62), metavar="N", help="All tokens of a day, in UTC."),
-)
-
-
-def _limit_options(command: Callable[..., None]) -> Callable[..., None]:
-    for option in reversed(_LIMITS):
-        command = option(command)
-    return command
 
 
 @click.group()
@@ -52,7 +39,11 @@ def keys() -> None:
 @click.option(
     "--expires", "expires_at", type=time_to_come, metavar="TIME", help="When it ends, as 90d or 2026-12-31, in UTC."
 )
-@_limit_options
+@click.option("--requests-per-minute", type=_count, metavar="N", help="Requests a minute.")
+@click.option("--tokens-in-per-minute", type=_count, metavar="N", help="Tokens of prompts a minute.")
+@click.option("--tokens-out-per-minute", type=_count, metavar="N", help="Tokens of answers a minute.")
+@click.option("--concurrent", type=_count, metavar="N", help="Requests at once.")
+@click.option("--tokens-per-day", type=click.IntRange(1, 2**62), metavar="N", help="All tokens of a day, in UTC.")
 @click.option(
     "--weight",
     type=click.IntRange(1, 1000),
@@ -76,15 +67,16 @@ def create(
     **limits: int | None,
 ) -> None:
     """Make a key. Its secret is printed to stdout, this once."""
-    issued = _keyring(ctx).create(
-        frozenset(Scope(scope) for scope in scopes) or frozenset({Scope.INFER, Scope.FEEDBACK}),
-        name=name,
-        models=frozenset(models) or None,
-        limits=Limits(**limits),
-        weight=weight,
-        expires_at=expires_at,
-        reason=reason,
-    )
+    asked = {
+        "scopes": frozenset(map(Scope, scopes)) or frozenset({Scope.INFER, Scope.FEEDBACK}),
+        "name": name,
+        "models": frozenset(models) or None,
+        "limits": Limits(**limits),
+        "weight": weight,
+        "expires_at": expires_at,
+        "reason": reason,
+    }
+    issued = _change(ctx, "/svc/keys", asked, lambda keyring: keyring.create(**asked).row())
     _print_issued(issued, as_json=as_json)
 
 
@@ -94,38 +86,31 @@ def create(
 @click.pass_context
 def list_keys(ctx: click.Context, every: bool, as_json: bool) -> None:
     """List keys with their scopes and limits; secrets are not kept, and cannot be shown."""
-    from svc.access.key_row import iso_seconds, key_row
+    from svc.terminal import print_json, print_table
 
-    keyring = _keyring(ctx)
-    found, used = [key for key in keyring.all() if every or key.revoked_at is None], keyring.last_used()
-    rows = [{**key_row(key), "last_used": iso_seconds(used.get(key.id))} for key in found]
+    rows = [row for row in _rows(ctx) if every or row["revoked_at"] is None]
     if as_json:
-        from svc.terminal import print_json
-
         print_json(rows)
         return
     if not rows:
         click.echo("no keys yet: `svc keys create --scope admin` makes the first")
         return
-    from rich.markup import escape
-    from rich.table import Table
+    headers = ("key", "name", "state", "scopes", "models", "limits", "expires", "last used")
+    print_table(headers, map(_cells, rows))
 
-    from svc.terminal import output
 
-    table = Table("key", "name", "state", "scopes", "models", "limits", "expires", "last used", box=None)
-    for row in rows:
-        given = [f"{name.replace('_', ' ')} {limit}" for name, limit in row["limits"].items() if limit is not None]
-        table.add_row(
-            row["key_id"],
-            escape(row["name"]),
-            row["state"],
-            ", ".join(row["scopes"]),
-            "all" if row["models"] is None else ", ".join(row["models"]),
-            ", ".join(given) or "none",
-            _minute(row["expires_at"]) or "never",
-            _minute(row["last_used"]),
-        )
-    output.print(table)
+def _cells(row: dict[str, Any]) -> tuple[str, ...]:
+    limits = [f"{name.replace('_', ' ')} {limit}" for name, limit in row["limits"].items() if limit is not None]
+    return (
+        row["key_id"],
+        row["name"],
+        row["state"],
+        ", ".join(row["scopes"]),
+        "all" if row["models"] is None else ", ".join(row["models"]),
+        ", ".join(limits) or "none",
+        _minute(row["expires_at"]) or "never",
+        _minute(row["last_used"]),
+    )
 
 
 @keys.command()
@@ -139,15 +124,14 @@ def list_keys(ctx: click.Context, every: bool, as_json: bool) -> None:
 @click.pass_context
 def rotate(ctx: click.Context, key: str, grace: timedelta, reason: str | None, yes: bool, as_json: bool) -> None:
     """Give KEY, an id or a name, a new secret, which is printed to stdout this once."""
-    keyring = _keyring(ctx)
-    found = keyring.find(key).principal
+    key_id, title = _find(ctx, key)
     if not grace:
-        confirm(
-            f"The secret that {found.name} ({found.key_id}) has now will be wrong at once. Go on?",
-            yes=yes,
-            as_json=as_json,
-        )
-    _print_issued(keyring.rotate(found.key_id, grace=grace, reason=reason), as_json=as_json)
+        confirm(f"The secret that {title} has now will be wrong at once. Go on?", yes=yes, as_json=as_json)
+    asked = {"key": key_id, "grace_s": grace.total_seconds(), "reason": reason}
+    issued = _change(
+        ctx, "/svc/keys/rotate", asked, lambda keyring: keyring.rotate(key_id, grace=grace, reason=reason).row()
+    )
+    _print_issued(issued, as_json=as_json)
 
 
 @keys.command()
@@ -158,17 +142,18 @@ def rotate(ctx: click.Context, key: str, grace: timedelta, reason: str | None, y
 @click.pass_context
 def revoke(ctx: click.Context, key: str, reason: str | None, yes: bool, as_json: bool) -> None:
     """End KEY, an id or a name, for ever. A running server hears of it within a second."""
-    keyring = _keyring(ctx)
-    found = keyring.find(key).principal
-    confirm(f"{found.name} ({found.key_id}) will be wrong for ever. Go on?", yes=yes, as_json=as_json)
-    revoked = keyring.revoke(found.key_id, reason=reason)
+    from svc.access.keyring import key_row
+
+    key_id, title = _find(ctx, key)
+    confirm(f"{title} will be wrong for ever. Go on?", yes=yes, as_json=as_json)
+    asked = {"key": key_id, "reason": reason}
+    revoked = _change(ctx, "/svc/keys/revoke", asked, lambda keyring: key_row(keyring.revoke(key_id, reason=reason)))
     if as_json:
-        from svc.access.key_row import key_row
         from svc.terminal import print_json
 
-        print_json(key_row(revoked))
+        print_json(revoked)
     else:
-        click.echo(f"{found.name} ({found.key_id}) is revoked")
+        click.echo(f"{title} is revoked")
 
 
 @click.command()
@@ -197,43 +182,79 @@ def usage(ctx: click.Context, since: datetime, as_csv: bool, as_json: bool) -> N
         {"key_id": total.key_id or None, "name": names.get(total.key_id), "model": total.model, **total.usage._asdict()}
         for total in usage_since(store, since)
     ]
-    if as_json:
-        from svc.terminal import print_json
-
-        print_json(rows)
-    elif as_csv:
-        writer = csv.DictWriter(sys.stdout, ["key_id", "name", "model", "requests", "tokens_in", "tokens_out"])
+    if as_csv:
+        writer = csv.DictWriter(sys.stdout, ["key_id", "name", "model", *_FIGURES])
         writer.writeheader()
         writer.writerows(rows)
+        return
+    from rich.table import Column
+
+    from svc.terminal import print_json, print_table
+
+    if as_json:
+        print_json(rows)
     elif not rows:
         click.echo(f"nothing was used since {since.isoformat(timespec='minutes')}")
     else:
-        _print_usage(rows)
+        total = {
+            "key_id": "all",
+            "name": "",
+            "model": "",
+            **{name: sum(row[name] for row in rows) for name in _FIGURES},
+        }
+        figures = [Column(name.replace("_", " "), justify="right") for name in _FIGURES]
+        print_table(
+            ["key", "name", "model", *figures],
+            [
+                (row["key_id"] or "none", row["name"], row["model"], *(f"{row[name]:,}" for name in _FIGURES))
+                for row in [*rows, total]
+            ],
+        )
 
 
-def _print_usage(rows: list[dict[str, Any]]) -> None:
-    from rich.markup import escape
-    from rich.table import Table
-
-    from svc.terminal import output
-
-    table = Table("key", "name", "model", box=None)
-    figures = ("requests", "tokens_in", "tokens_out")
-    for name in figures:
-        table.add_column(name.replace("_", " "), justify="right")
-    for row in rows:
-        figured = (f"{row[name]:,}" for name in figures)
-        table.add_row(row["key_id"] or "none", escape(row["name"] or ""), escape(row["model"]), *figured)
-    table.add_row("all", "", "", *(f"{sum(row[name] for row in rows):,}" for name in figures), style="bold")
-    output.print(table)
-
-
-def _keyring(ctx: click.Context) -> "Keyring | RemoteKeyring":
+def _rows(ctx: click.Context) -> list[dict[str, Any]]:
+    """Return the keys of the server that `svc --server` names, else of the home, as JSON."""
     if remote := remote_of(ctx):
-        from svc.access.remote_keyring import RemoteKeyring
         from svc.remote_server import RemoteServer
 
-        return RemoteKeyring(RemoteServer(remote))
+        return list(RemoteServer(remote).get("/svc/keys")["keys"])
+    return _keyring(ctx).rows()
+
+
+def _find(ctx: click.Context, text: str) -> tuple[str, str]:
+    """Return the id of a key, by its id or else by its name, and both for people.
+
+    Raises:
+        NotFoundError: there is no such key.
+    """
+    from svc.store.keys import no_such_key
+
+    for row in sorted(_rows(ctx), key=lambda row: bool(row["key_id"] != text)):  # an id goes before a name
+        if row["key_id"] == text or (row["name"] == text and row["revoked_at"] is None):
+            return row["key_id"], f"{row['name']} ({row['key_id']})"
+    raise no_such_key(text)
+
+
+def _change(
+    ctx: click.Context, path: str, asked: dict[str, Any], change: Callable[["Keyring"], dict[str, Any]]
+) -> dict[str, Any]:
+    """Change the keys of the server that `svc --server` names, else of the home; return the changed key as JSON.
+
+    Args:
+        path: of the server's API.
+        asked: what is sent there.
+        change: the same, in a home.
+    """
+    if remote := remote_of(ctx):
+        from pydantic_core import to_jsonable_python
+
+        from svc.remote_server import RemoteServer
+
+        return RemoteServer(remote).post(path, to_jsonable_python(asked))
+    return change(_keyring(ctx))
+
+
+def _keyring(ctx: click.Context) -> "Keyring":
     from svc.access.keyring import Keyring
     from svc.actor import Actor
     from svc.store.database import open_database
@@ -241,18 +262,16 @@ def _keyring(ctx: click.Context) -> "Keyring | RemoteKeyring":
     return Keyring(open_database(settings_of(ctx).home), Actor.local())
 
 
-def _print_issued(issued: "IssuedKey", *, as_json: bool) -> None:
+def _print_issued(issued: dict[str, Any], *, as_json: bool) -> None:
     if as_json:
-        from svc.access.key_row import key_row
         from svc.terminal import print_json
 
-        print_json({**key_row(issued.key), "secret": issued.secret})
+        print_json(issued)
         return
-    until = issued.key.previous_until
-    if until is not None and until > datetime.now(UTC):
-        click.echo(f"the old secret is right until {until.isoformat(timespec='seconds')}", err=True)
-    click.echo(f"the key {issued.key.id}; its secret is shown this once:", err=True)
-    click.echo(issued.secret)
+    if issued["old_secret_until"]:
+        click.echo(f"the old secret is right until {issued['old_secret_until']}", err=True)
+    click.echo(f"the key {issued['key_id']}; its secret is shown this once:", err=True)
+    click.echo(issued["secret"])
 
 
 def _minute(text: str | None) -> str:

@@ -27,6 +27,10 @@ class IssuedKey:
     key: Key
     secret: str = field(repr=False)
 
+    def row(self) -> dict[str, Any]:
+        """Return the key as JSON, with its secret."""
+        return {**key_row(self.key), "secret": self.secret}
+
 
 class Keyring:
     """The keys of one store.
@@ -49,13 +53,10 @@ class Keyring:
         """The hour in which each key was used last."""
         return last_used(self._store)
 
-    def find(self, text: str) -> Key:
-        """A key by its id, or its name.
-
-        Raises:
-            NotFoundError: there is none.
-        """
-        return find_key(self._store, text)
+    def rows(self) -> list[dict[str, Any]]:
+        """Return all keys as JSON, each with the hour in which it was used last."""
+        used = self.last_used()
+        return [{**key_row(key), "last_used": iso_seconds(used.get(key.id))} for key in self.all()]
 
     def create(
         self,
@@ -106,13 +107,13 @@ class Keyring:
             NotFoundError: there is no such key.
             RefusedError: it is revoked, or has expired.
         """
-        key, now = self.find(text), self._now()
+        key, now = find_key(self._store, text), self._now()
         if key.expired(now):
             raise RefusedError(f"the key {key.id} has expired", todo="make another: svc keys create")
         secret, until = new_secret(key.id), now + grace
         entry = self._entry(Action.ROTATE_KEY, key.id, reason, {"grace_s": grace.total_seconds()})
         replace_secret(self._store, key.id, hash_secret(secret), previous_until=until, entry=entry)
-        return IssuedKey(self.find(key.id), secret)
+        return IssuedKey(find_key(self._store, key.id), secret)
 
     def revoke(self, text: str, *, reason: str | None = None) -> Key:
         """Ends a key for ever.
@@ -124,10 +125,10 @@ class Keyring:
             NotFoundError: there is no such key.
             RefusedError: it is revoked already.
         """
-        key = self.find(text)
+        key = find_key(self._store, text)
         entry = self._entry(Action.REVOKE_KEY, key.id, reason, {"name": key.principal.name})
         revoke_key(self._store, key.id, at=self._now(), entry=entry)
-        return self.find(key.id)
+        return find_key(self._store, key.id)
 
     def _entry(self, action: Action, key_id: str, reason: str | None, details: Mapping[str, Any]) -> AuditEntry:
         return AuditEntry(action, f"key:{key_id}", self._actor, reason, details)
@@ -144,3 +145,27 @@ def _check(name: str | None, models: frozenset[str] | None, expires_at: datetime
             raise SettingsError(f"{model!r} is no name of a model", expected="a name without a version, as tickets")
     if expires_at is not None and expires_at <= now:
         raise SettingsError(f"{expires_at.isoformat()} has passed", expected="a time to come, as 90d or a date")
+
+
+def key_row(key: Key) -> dict[str, Any]:
+    """Return a key as JSON without any hash: for machines, and for whoever administers a server from elsewhere."""
+    principal, now = key.principal, datetime.now(UTC)
+    rotating = key.previous_until is not None and key.previous_until > now
+    return {
+        "key_id": key.id,
+        "name": principal.name,
+        "state": "revoked" if key.revoked_at else "expired" if key.expired(now) else "active",
+        "scopes": sorted(principal.scopes),
+        "models": None if principal.models is None else sorted(principal.models),
+        "limits": asdict(principal.limits),
+        "weight": principal.weight,
+        "created_at": iso_seconds(key.created_at),
+        "expires_at": iso_seconds(key.expires_at),
+        "revoked_at": iso_seconds(key.revoked_at),
+        "old_secret_until": iso_seconds(key.previous_until) if rotating else None,
+    }
+
+
+def iso_seconds(moment: datetime | None) -> str | None:
+    """Return a time to the second, as ISO 8601."""
+    return moment.isoformat(timespec="seconds") if moment else None

@@ -17,7 +17,6 @@ if TYPE_CHECKING:
     from sqlalchemy import ColumnElement
     from sqlalchemy import Engine as Store
 
-    from svc.audit.history import HistoryEntry
     from svc.store.audit import AuditEvent
 
 
@@ -25,42 +24,42 @@ if TYPE_CHECKING:
 @click.option("--verify", is_flag=True, help="Compute every hash again: which row is wrong first?")
 @click.option("--expect", "expected", metavar="HASH", help="With --verify: a hash of before, that the log must have.")
 @click.option(
-    "--last", default=50, show_default=True, type=click.IntRange(1), help="So many events at most, the newest."
+    "--last",
+    "newest",
+    default=50,
+    show_default=True,
+    type=click.IntRange(1),
+    help="So many events at most, the newest.",
 )
 @click.option("--action", metavar="TEXT", help="Events of this action alone, as promote.")
 @click.option("--subject", metavar="TEXT", help="Events of this subject alone: NAME, NAME@N, key:ID.")
 @click.option("--since", type=time_past, metavar="TIME", help="From when on, as 30d or 2026-01-31, in UTC.")
 @json_option
 @click.pass_context
-def audit(
-    ctx: click.Context,
-    verify: bool,
-    expected: str | None,
-    last: int,
-    action: str | None,
-    subject: str | None,
-    since: datetime | None,
-    as_json: bool,
-) -> None:
+def audit(ctx: click.Context, verify: bool, expected: str | None, as_json: bool, **chosen: Any) -> None:
     """Show who promoted, rolled back, made or revoked a key, or deleted what; when, from where and why."""
     if expected and not verify:
         raise click.UsageError("--expect has a use with --verify alone")
     from svc.store.audit import read_events
     from svc.store.database import open_database
+    from svc.terminal import print_json, print_table
 
     store = open_database(settings_of(ctx).home)
     if verify:
         _verify(store, expected, as_json=as_json)
         return
-    events = read_events(store, newest=last, action=action, subject=subject, since=since)
+    events = read_events(store, **chosen)
     if as_json:
-        from svc.terminal import print_json
-
         print_json([asdict(event) for event in events])
     elif not events:
         click.echo("no such event yet")
     else:
-        _print_events(events)
+        print_table(("", "when (UTC)", "who", "from", "did", "to", "why", "details"), map(_cells, events))
+
+
+def _cells(event: "AuditEvent") -> tuple[object, ...]:
+    details = ", ".join(f"{name} {_told(value)}" for name, value in event.details.items() if value)
+    return event.id, _second(event.at), event.actor, event.origin, event.action, event.subject, event.reason, details
 
 
 def _verify(store: "Store", expected: str | None, *, as_json: bool) -> None:
@@ -82,25 +81,15 @@ def _verify(store: "Store", expected: str | None, *, as_json: bool) -> None:
         )
 
 
-def _print_events(events: list["AuditEvent"]) -> None:
-    from rich.markup import escape
-    from rich.table import Table
-
-    from svc.terminal import output
-
-    table = Table("", "when (UTC)", "who", "from", "did", "to", "why", "details", box=None)
-    for event in events:
-        details = ", ".join(f"{name} {_told(value)}" for name, value in event.details.items() if value)
-        texts = (event.actor, event.origin, event.action, event.subject, event.reason or "", details)
-        table.add_row(str(event.id), event.at[:19].replace("T", " "), *(escape(text) for text in texts))
-    output.print(table)
-
-
 def _told(value: Any) -> str:
     """A detail for people."""
     if isinstance(value, dict):
         return " ".join(f"{name}={each}" for name, each in value.items())
     return " ".join(map(str, value)) if isinstance(value, list) else str(value)
+
+
+def _second(moment: str) -> str:
+    return moment[:19].replace("T", " ")
 
 
 @click.command()
@@ -111,61 +100,26 @@ def history(ctx: click.Context, name: str, as_json: bool) -> None:
     """Show which version of NAME served when, and who asked for it."""
     from svc.audit.history import read_history
     from svc.store.database import open_database
+    from svc.terminal import print_json, print_table
 
-    entries = read_history(open_database(settings_of(ctx).home), name)
+    rows = read_history(open_database(settings_of(ctx).home), name)
     if as_json:
-        from svc.terminal import print_json
-
-        print_json([_history_row(entry) for entry in entries])
+        print_json(rows)
         return
-    if not entries:
+    if not rows:
         raise NotFoundError(f"no version of {name!r} ever served", todo="see `svc models`")
-    from rich.markup import escape
-    from rich.table import Table
-
-    from svc.terminal import output
-
-    table = Table("from (UTC)", "until", "version", "format", "began by", "ended by", "who", "why", box=None)
-    for entry in entries:
-        row = _history_row(entry)
-        table.add_row(
-            row["from"][:19].replace("T", " "),
-            row["until"][:19].replace("T", " ") if row["until"] else "",
-            row["version"],
-            row["format"],
-            row["began_by"],
-            row["ended_by"] or "",
-            escape(row["who"] or ""),
-            escape(row["why"] or ""),
-        )
-    output.print(table)
-
-
-def _history_row(entry: "HistoryEntry") -> dict[str, Any]:
-    span, asked = entry.span, entry.asked
-    return {
-        "version": str(span.target.version),
-        "format": span.target.format.value,
-        "from": span.began_at.isoformat(timespec="milliseconds"),
-        "until": span.ended_at.isoformat(timespec="milliseconds") if span.ended_at else None,
-        "began_by": span.began_by.value,
-        "ended_by": span.ended_by.value if span.ended_by else None,
-        "generation": span.generation,
-        "action": asked.action if asked else None,
-        "who": asked.actor if asked else None,
-        "why": asked.reason if asked else None,
-    }
+    shown = ("version", "format", "began_by", "ended_by", "who", "why")
+    print_table(
+        ("from (UTC)", "until", "version", "format", "began by", "ended by", "who", "why"),
+        [(_second(row["from"]), _second(row["until"] or ""), *(row[name] for name in shown)) for row in rows],
+    )
 
 
 @click.command()
 @click.option("--user", metavar="ID", help="Requests for this user, as clients call it.")
 @click.option("--key", metavar="KEY", help="Requests of this key, an id or a name.")
 @click.option(
-    "--before",
-    "moment",
-    type=time_past,
-    metavar="TIME",
-    help="Requests from before this, as 2026-01-31 or 90d, in UTC.",
+    "--before", type=time_past, metavar="TIME", help="Requests from before this, as 2026-01-31 or 90d, in UTC."
 )
 @reason_option
 @yes_option
@@ -175,20 +129,20 @@ def forget(
     ctx: click.Context,
     user: str | None,
     key: str | None,
-    moment: datetime | None,
+    before: datetime | None,
     reason: str | None,
     yes: bool,
     as_json: bool,
 ) -> None:
     """Remove requests from the request log, with prompts, answers and feedback: of a user, of a key, or of a time."""
-    if sum(given is not None for given in (user, key, moment)) != 1:
+    if sum(given is not None for given in (user, key, before)) != 1:
         raise click.UsageError("say one of --user, --key and --before")
     from svc.store.audit import Action, AuditEntry, record_event
     from svc.store.database import open_database
     from svc.store.forgetting import count_requests, forget_requests
 
     store = open_database(settings_of(ctx).home)
-    which, subject = _which(store, user, key, moment)
+    which, subject = _which(store, user, key, before)
     found = count_requests(store, which)
     confirm(
         f"{found.requests} requests will be removed, {found.contents} with their content and {found.feedback} with "
@@ -208,7 +162,7 @@ def forget(
 
 
 def _which(
-    store: "Store", user: str | None, key: str | None, moment: datetime | None
+    store: "Store", user: str | None, key: str | None, before: datetime | None
 ) -> tuple["ColumnElement[bool]", str]:
     """The requests, and what the audit log calls them: of a user no more than the hash, which was kept before."""
     from svc.store import forgetting
@@ -220,5 +174,5 @@ def _which(
     if key is not None:
         key_id = find_key(store, key).id
         return forgetting.of_key(key_id), f"key:{key_id}"
-    assert moment is not None  # noqa: S101 - one of the three
-    return forgetting.before(moment), f"before:{moment.isoformat(timespec='seconds')}"
+    assert before is not None  # noqa: S101 - one of the three
+    return forgetting.before(before), f"before:{before.isoformat(timespec='seconds')}"

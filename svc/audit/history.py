@@ -1,30 +1,38 @@
 """Which version of a name served when, and who asked for it."""
 
-from dataclasses import dataclass
+from typing import Any
 
 from sqlalchemy import Engine as Store
 
-from svc.store.audit import Action, AuditEvent, read_events
-from svc.store.served import ServedSpan, served_spans
+from svc.store.audit import Action, read_events
+from svc.store.served import served_spans
 
 _ASKING = {Action.SERVE.value, Action.PROMOTE.value, Action.ROLLBACK.value}
 _EVENTS = 10_000
 
 
-@dataclass(frozen=True, slots=True)
-class HistoryEntry:
-    """A time in which a version served.
+def read_history(store: Store, name: str) -> list[dict[str, Any]]:
+    """Return each time in which a version of a name served, in order, as JSON.
 
-    Attributes:
-        asked: the event by which somebody wanted it; None where the log has none.
+    `action`, `who` and `why` are of the event by which somebody wanted it; None where the log has none.
     """
-
-    span: ServedSpan
-    asked: AuditEvent | None
-
-
-def read_history(store: Store, name: str) -> list[HistoryEntry]:
-    """All times of a name, in order."""
     events = read_events(store, newest=_EVENTS, subject=name)
     asked = {event.details.get("generation"): event for event in events if event.action in _ASKING}
-    return [HistoryEntry(span, asked.get(span.generation)) for span in served_spans(store, name)]
+    rows = []
+    for span in served_spans(store, name):
+        event = asked.get(span.generation)
+        rows.append(
+            {
+                "version": str(span.target.version),
+                "format": span.target.format.value,
+                "from": span.began_at.isoformat(timespec="milliseconds"),
+                "until": span.ended_at.isoformat(timespec="milliseconds") if span.ended_at else None,
+                "began_by": span.began_by.value,
+                "ended_by": span.ended_by.value if span.ended_by else None,
+                "generation": span.generation,
+                "action": event.action if event else None,
+                "who": event.actor if event else None,
+                "why": event.reason if event else None,
+            }
+        )
+    return rows

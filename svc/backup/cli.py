@@ -165,7 +165,7 @@ def _show_keys(keys: "RestoredKeys") -> None:
 
 
 def _key_rows(keys: "RestoredKeys") -> dict[str, Any]:
-    from svc.access.key_row import iso_seconds, key_row
+    from svc.access.keyring import iso_seconds, key_row
 
     return {
         "valid": [
