@@ -8,8 +8,6 @@ import asyncio
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, suppress
 
-from serving.admission.events import set_event, until_set
-
 
 class BackgroundSlotEndedError(Exception):
     """The server's own request was cut off, for a swap or because the engine is gone; it may be asked again."""
@@ -31,8 +29,8 @@ class BackgroundSlot:
         """From now on admission is open or not, and so many requests run."""
         quiet = open and not running
         if open is not self._open.is_set() or quiet is not self._quiet.is_set():  # every request tells it anew
-            set_event(self._open, open)
-            set_event(self._quiet, quiet)
+            _set(self._open, open)
+            _set(self._quiet, quiet)
 
     @asynccontextmanager
     async def take(self, patience_s: float) -> AsyncIterator[None]:
@@ -67,5 +65,18 @@ class BackgroundSlot:
         """Returns when admission is open and no request runs, or after `patience_s` when it is open."""
         with suppress(TimeoutError):
             async with asyncio.timeout(patience_s):
-                await until_set(self._quiet)
-        await until_set(self._open)
+                await _until_set(self._quiet)
+        await _until_set(self._open)
+
+
+def _set(event: asyncio.Event, value: bool) -> None:
+    if value:
+        event.set()
+    else:
+        event.clear()
+
+
+async def _until_set(event: asyncio.Event) -> None:
+    """Return when the event is set, and still is when the waiter's turn comes."""
+    while not event.is_set():
+        await event.wait()

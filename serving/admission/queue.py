@@ -11,19 +11,14 @@ Where the queue is full, the party with the most in it for its weight gives up i
 """
 
 import asyncio
-import heapq
 from bisect import insort
 from collections import deque
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from operator import attrgetter
 
 from serving.admission.errors import AdmissionError, QueueOverflowError, QueueTimeoutError
-from serving.admission.events import set_event, until_set
 from serving.admission.party import Party
-
-_STALE = 64
-"""So many turns of who has left are kept beside those that count."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -35,7 +30,8 @@ class Place:
         tokens: that its answers may have.
         number: in arrival order.
         joined_at: when it came, by the event loop's clock, seconds.
-        given: settled when it gets its place, or none.
+        given: settled when it gets its place, or none. A cancelled place stays in the queue until its own task removes
+            it, in the same turn of the loop.
     """
 
     party: Party
@@ -43,33 +39,6 @@ class Place:
     number: int
     joined_at: float
     given: asyncio.Future[None]
-
-
-@dataclass(slots=True, eq=False)
-class _Line:
-    """Those of one party that wait, in arrival order.
-
-    Attributes:
-        turn: its entry among the turns of all lines; None where it has none.
-    """
-
-    party: Party
-    waiting: deque[Place] = field(default_factory=deque)
-    turn: "_Turn | None" = None
-
-    @property
-    def head(self) -> Place | None:
-        """The first; a cancelled one stays until its own task removes it, in the same turn of the loop."""
-        return next((place for place in self.waiting if not place.given.done()), None)
-
-    @property
-    def load(self) -> float:
-        """How many wait, for its weight."""
-        return len(self.waiting) / self.party.weight
-
-
-_Turn = tuple[float, int, _Line]
-"""When a line is next in the times of the parties; of two at once the one whose request came first."""
 
 
 class RequestQueue:
@@ -84,9 +53,8 @@ class RequestQueue:
 
     def __init__(self, *, max_queued: int) -> None:
         self._max_queued = max_queued
-        self._lines: dict[str, _Line] = {}
+        self._waiting: dict[str, deque[Place]] = {}  # of each party that waits, in arrival order
         self._times: dict[str, float] = {}  # of each party, when its next request begins
-        self._turns: list[_Turn] = []  # a heap; one that is not its line's any more means nothing
         self._now = 0.0  # when the last one that was given a place began
         self._arrived = self._queued = 0
         self._wanted = asyncio.Event()
@@ -96,15 +64,14 @@ class RequestQueue:
         return self._queued
 
     async def wanted(self) -> None:
-        """Returns when a request waits."""
-        await until_set(self._wanted)
+        """Return when a request waits."""
+        while not self._queued:
+            await self._wanted.wait()
 
     def charge(self, party: Party, tokens: int) -> None:
         """A request of a party got a place; also one that did not wait for it."""
         self._now = max(self._now, self._times.get(party.name, 0.0))
         self._times[party.name] = self._now + tokens / party.weight
-        if line := self._lines.get(party.name):
-            self._line_up(line)
 
     def join(self, party: Party, tokens: int) -> Place:
         """A request waits from now on; to be followed by `until_given`.
@@ -117,19 +84,11 @@ class RequestQueue:
         """
         if self._queued >= self._max_queued:
             self._make_room(party)
+        if party.name not in self._waiting:
+            self._times[party.name] = max(self._now, self._times.get(party.name, 0.0))
         self._arrived += 1
         loop = asyncio.get_running_loop()
-        place = Place(party, tokens, self._arrived, loop.time(), loop.create_future())
-        line = self._lines.get(party.name)
-        if line is None:
-            line = self._lines[party.name] = _Line(party)
-            self._times[party.name] = max(self._now, self._times.get(party.name, 0.0))
-        line.party = party  # its weight may have changed
-        line.waiting.append(place)
-        if line.turn is None:
-            self._line_up(line)
-        self._count_one_more()
-        return place
+        return self._add(Place(party, tokens, self._arrived, loop.time(), loop.create_future()))
 
     def rejoin(self, place: Place) -> Place:
         """Queue a request again that could not use the place that it was given; to be followed by `until_given`.
@@ -137,13 +96,8 @@ class RequestQueue:
         The request keeps its turn and its time in the queue, its party is not charged for the unused place, and the
         request is queued even where the queue is full.
         """
-        again = replace(place, given=asyncio.get_running_loop().create_future())
         self._times[place.party.name] -= place.tokens / place.party.weight
-        line = self._lines.setdefault(place.party.name, _Line(place.party))
-        insort(line.waiting, again, key=attrgetter("number"))
-        self._line_up(line)
-        self._count_one_more()
-        return again
+        return self._add(replace(place, given=asyncio.get_running_loop().create_future()))
 
     async def until_given(self, place: Place, timeout_s: float, give_back: Callable[[], None]) -> None:
         """Returns when the request was given its place.
@@ -187,36 +141,25 @@ class RequestQueue:
         while place := self._next():
             self._refuse(place, error())
 
-    def _line_up(self, line: _Line) -> None:
-        line.turn = self._times[line.party.name], line.waiting[0].number, line
-        heapq.heappush(self._turns, line.turn)
-        if len(self._turns) > 2 * len(self._lines) + _STALE:
-            self._turns = [each.turn for each in self._lines.values() if each.turn]
-            heapq.heapify(self._turns)
-
     def _next(self) -> Place | None:
-        while self._turns:
-            turn = self._turns[0]
-            line = turn[2]
-            if line.turn is turn:
-                if head := line.head:
-                    return head
-                line.turn = None  # all of them were cancelled, and have not gone yet
-            heapq.heappop(self._turns)
-        return None
+        """Return the first place of the party whose time is earliest; of two parties, that of the older request."""
+        heads = [next((place for place in line if not place.given.done()), None) for line in self._waiting.values()]
+        return min(filter(None, heads), key=lambda head: (self._times[head.party.name], head.number), default=None)
 
     def _make_room(self, party: Party) -> None:
-        """Raises where no other party has more in the queue than this one would have, each for its weight."""
+        """Refuse the newest request of the party with the most in the queue for its weight.
+
+        Raises:
+            QueueOverflowError: no other party has more in the queue than this one would have, each for its weight.
+        """
         overflow = QueueOverflowError(
             f"{self._queued} requests wait for an engine, as many as may wait",
             todo="send the request again in a moment",
         )
-        line = self._lines.get(party.name)
-        load = ((len(line.waiting) if line else 0) + 1) / party.weight
-        longest = max(self._lines.values(), key=lambda each: each.load, default=None)
-        if longest is None or longest.load <= load:
+        longest = max(self._waiting.values(), key=_load, default=deque[Place]())
+        if not longest or _load(longest) <= (len(self._waiting.get(party.name, ())) + 1) / party.weight:
             raise overflow
-        newest = next((place for place in reversed(longest.waiting) if not place.given.done()), None)
+        newest = next((place for place in reversed(longest) if not place.given.done()), None)
         if newest is None:
             raise overflow
         self._refuse(newest, overflow)
@@ -229,19 +172,23 @@ class RequestQueue:
         if not place.given.done():
             self._refuse(place, QueueTimeoutError(f"waited {after_s:g} s for an engine", todo="send the request again"))
 
-    def _count_one_more(self) -> None:
+    def _add(self, place: Place) -> Place:
+        insort(self._waiting.setdefault(place.party.name, deque()), place, key=attrgetter("number"))
         self._queued += 1
-        self._show()
         self.most = max(self.most, self._queued)
+        self._wanted.set()
+        return place
 
     def _remove(self, place: Place) -> None:
-        line = self._lines[place.party.name]
-        line.waiting.remove(place)
-        if not line.waiting:
-            line.turn = None
-            del self._lines[place.party.name]
+        line = self._waiting[place.party.name]
+        line.remove(place)
+        if not line:
+            del self._waiting[place.party.name]
         self._queued -= 1
-        self._show()
+        if not self._queued:
+            self._wanted.clear()
 
-    def _show(self) -> None:
-        set_event(self._wanted, bool(self._queued))
+
+def _load(line: deque[Place]) -> float:
+    """Return how many requests of a party wait, for its weight, which may have changed since the older ones came."""
+    return len(line) / line[-1].party.weight

@@ -12,16 +12,19 @@ too low is corrected when the request ends, and keeps the next one waiting.
 
 import math
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from enum import StrEnum
 from typing import NamedTuple
 
 from serving.admission.errors import RateLimitedError
-from serving.admission.quotas import DayQuota, MinuteQuota, Quota, RunningQuota
 from svc.principal import Limits, Principal
 
 _BYTES_PER_TOKEN = 4
+_DAY_S = 86_400
+_UNTIL_ONE_ENDS_S = 1.0
+"""Waited where room comes only with the end of a request, which nobody knows."""
+_ROUNDING = 1e-9
 _NONE = Limits()
 
 
@@ -54,7 +57,6 @@ class Demand(NamedTuple):
 
 
 _NO_DEMAND = Demand(0, 0, said=False)
-_OF_A_REQUEST = frozenset({Limit.REQUESTS_PER_MINUTE})
 
 
 class Allowance(NamedTuple):
@@ -79,11 +81,15 @@ def estimated_tokens(size: int) -> int:
 
 
 class Reservation:
-    """What a request holds of its key's limits until it ends; to be settled once."""
+    """What a request holds of its key's limits until it ends; to be settled once.
+
+    Args:
+        held: of each limit what is reserved, and what was free before.
+    """
 
     __slots__ = ("_held",)
 
-    def __init__(self, held: Sequence["_Held"]) -> None:
+    def __init__(self, held: Sequence[tuple["_Quota", int, float]]) -> None:
         self._held = held
 
     def __add__(self, other: "Reservation") -> "Reservation":
@@ -92,24 +98,21 @@ class Reservation:
 
     def allowances(self) -> dict[Limit, Allowance]:
         """What was left of each limit beside it; cheaper than to ask the limiter anew."""
-        found = {}
-        for key_limit, amount, free, at in self._held:
-            left = int(free) - amount
-            found[key_limit.limit] = Allowance(
-                key_limit.most, left if left > 0 else 0, key_limit.quota.reset_s(at, key_limit.most)
-            )
-        return found
+        return {
+            quota.limit: Allowance(quota.most, max(0, int(free) - amount), quota.reset_s())
+            for quota, amount, free in self._held
+        }
 
     def settle(self, tokens_in: int, tokens_out: int) -> None:
         """The request has ended and used so much."""
-        for key_limit, amount, _, _ in self._held:
-            used = key_limit.a_request + key_limit.a_token_in * tokens_in + key_limit.a_token_out * tokens_out
-            key_limit.quota.settle(amount, used)
+        for quota, amount, _ in self._held:
+            quota.reserved -= amount
+            quota.used += quota.spent(tokens_in, tokens_out)
 
     def release(self) -> None:
         """Give everything back: the request failed, and not by its client's fault."""
-        for key_limit, amount, _, _ in self._held:
-            key_limit.quota.settle(amount, 0)
+        for quota, amount, _ in self._held:
+            quota.reserved -= amount
 
 
 class RateLimiter:
@@ -123,7 +126,7 @@ class RateLimiter:
     def __init__(self, *, clock: Callable[[], float] = time.monotonic, wall: Callable[[], float] = time.time) -> None:
         self._clock = clock
         self._wall = wall
-        self._keys: dict[str, _KeyQuotas] = {}
+        self._keys: dict[str, Mapping[Limit, _Quota]] = {}
 
     def reserve_request(self, principal: Principal) -> Reservation:
         """Take a request of those that a key may send in a minute, before anything else is known of it.
@@ -131,8 +134,8 @@ class RateLimiter:
         Raises:
             RateLimitedError: the key has none left.
         """
-        limits = self._limits(principal)
-        return self._reserved(principal, _NO_DEMAND, [each for each in limits if each.limit in _OF_A_REQUEST])
+        quotas = self._quotas(principal)
+        return _reserve([each for each in quotas if each.limit is Limit.REQUESTS_PER_MINUTE], _NO_DEMAND)
 
     def reserve(self, principal: Principal, demand: Demand, begun: Reservation | None = None) -> Reservation:
         """Take what a request may use.
@@ -146,151 +149,200 @@ class RateLimiter:
         Raises:
             RateLimitedError: there is not so much left of a limit; of several the one that takes longest is named.
         """
-        limits = self._limits(principal)
+        quotas = self._quotas(principal)
         if begun is None:
-            return self._reserved(principal, demand, limits)
-        return begun + self._reserved(principal, demand, [each for each in limits if each.limit not in _OF_A_REQUEST])
-
-    def _reserved(self, principal: Principal, demand: Demand, limits: Sequence["_KeyLimit"]) -> Reservation:
-        held, longest, refused = list[_Held](), 0.0, None
-        now, wall = self._clock(), self._wall()
-        for key_limit in limits:
-            at = wall if key_limit.by_day else now
-            free = key_limit.quota.free(at, key_limit.most)
-            amount = key_limit.reserves(demand, key_limit) if key_limit.reserves else 1
-            if amount > free and (wait_s := key_limit.quota.wait_s(amount, at, key_limit.most)) > longest:
-                longest, refused = wait_s, key_limit.limit
-            held.append((key_limit, amount, free, at))
-        if refused:
-            raise self._refusal(refused, principal, longest)
-        for key_limit, amount, _, _ in held:
-            key_limit.quota.reserved += amount
-        return Reservation(held)
+            return _reserve(quotas, demand)
+        return begun + _reserve([each for each in quotas if each.limit is not Limit.REQUESTS_PER_MINUTE], demand)
 
     def allowances(self, principal: Principal) -> dict[Limit, Allowance]:
         """What is left of each limit that a key has."""
-        now, wall = self._clock(), self._wall()
-        times = [(key_limit, wall if key_limit.by_day else now) for key_limit in self._limits(principal)]
-        return Reservation(
-            [(key_limit, 0, key_limit.quota.free(at, key_limit.most), at) for key_limit, at in times]
-        ).allowances()
+        return Reservation([(quota, 0, quota.free()) for quota in self._quotas(principal)]).allowances()
 
     def add_used_today(self, tokens: Mapping[str, int]) -> None:
         """Adds what keys used today before this server started, in and out together."""
         for key_id, used in tokens.items():
-            quota = self._keys.setdefault(key_id, _KeyQuotas()).quotas[Limit.TOKENS_PER_DAY]
-            quota.free(self._wall(), used)
-            quota.settle(0, used)
+            quota = self._of_key(key_id)[Limit.TOKENS_PER_DAY]
+            quota.forget()
+            quota.used += used
 
-    def _limits(self, principal: Principal) -> Sequence["_KeyLimit"]:
-        """Of each limit that a key has."""
-        key = self._keys.get(principal.key_id)
-        if key is None:
-            if principal.limits == _NONE:
-                return ()
-            key = self._keys[principal.key_id] = _KeyQuotas()
-        return key.held(principal.limits)
+    def _quotas(self, principal: Principal) -> list["_Quota"]:
+        """Return a quota for each limit that a key has; the operator may have changed them."""
+        if principal.limits == _NONE:
+            return []
+        held = []
+        for quota in self._of_key(principal.key_id).values():
+            most: int | None = getattr(principal.limits, quota.limit)
+            if most is not None:
+                quota.most = most
+                held.append(quota)
+        return held
 
-    def _refusal(self, limit: Limit, principal: Principal, wait_s: float) -> RateLimitedError:
-        most: int = getattr(principal.limits, limit)
-        return RateLimitedError(
-            f"the limit of this key is reached: {most} {_NAMED[limit]}",
+    def _of_key(self, key_id: str) -> Mapping[Limit, "_Quota"]:
+        if key_id not in self._keys:
+            quotas = (
+                _Requests(Limit.REQUESTS_PER_MINUTE, self._clock),
+                _TokensIn(Limit.TOKENS_IN_PER_MINUTE, self._clock),
+                _TokensOut(Limit.TOKENS_OUT_PER_MINUTE, self._clock),
+                _Running(Limit.CONCURRENT, self._clock),
+                _TokensOfDay(Limit.TOKENS_PER_DAY, self._wall),
+            )
+            self._keys[key_id] = {quota.limit: quota for quota in quotas}
+        return self._keys[key_id]
+
+
+def _reserve(quotas: Sequence["_Quota"], demand: Demand) -> Reservation:
+    held, longest, refused = [], 0.0, None
+    for quota in quotas:
+        free, amount = quota.free(), quota.demanded(demand)
+        if amount > free and (wait_s := quota.wait_s(amount)) > longest:
+            longest, refused = wait_s, quota
+        held.append((quota, amount, free))
+    if refused:
+        raise RateLimitedError(
+            f"the limit of this key is reached: {refused.most} {_NAMED[refused.limit]}",
             todo="send the request again later",
-            limit=limit.value,
-            retry_after_s=max(1, math.ceil(wait_s)),
+            limit=refused.limit.value,
+            retry_after_s=max(1, math.ceil(longest)),
         )
+    for quota, amount, _ in held:
+        quota.reserved += amount
+    return Reservation(held)
 
 
-@dataclass(frozen=True, slots=True)
-class _KeyLimit:
-    """What a key may take of one limit, and has taken.
+class _Quota(ABC):
+    """What is taken of one limit of a key.
+
+    What a request may use is reserved while it runs, and stays reserved: a reservation does not run out with time, as
+    what was used does. So a key never has more of a minute's limit reserved and used together than the limit is.
+
+    Args:
+        clock: seconds.
 
     Attributes:
-        by_day: its quota goes by the time of day.
-        reserves: what a request reserves of it; None where that is one.
-        a_request, a_token_in, a_token_out: what each of them has used of it in the end.
+        most: the limit.
+        used: what has not come free again, as of the last `forget`.
+        reserved: what is taken until it is settled.
     """
 
-    limit: Limit
-    most: int
-    quota: Quota
-    by_day: bool
-    reserves: "_Reserves | None"
-    a_request: int
-    a_token_in: int
-    a_token_out: int
+    def __init__(self, limit: Limit, clock: Callable[[], float]) -> None:
+        self.limit = limit
+        self.most = self.reserved = 0
+        self.used = self._at = 0.0
+        self._clock = clock
+
+    @abstractmethod
+    def demanded(self, demand: Demand) -> int:
+        """Return what a request reserves."""
+
+    @abstractmethod
+    def spent(self, tokens_in: int, tokens_out: int) -> int:
+        """Return what a request has used in the end; it may be more than was reserved by an estimate."""
+
+    @abstractmethod
+    def forget(self) -> None:
+        """Give back what has come free with time."""
+
+    @abstractmethod
+    def reset_s(self) -> float:
+        """Return the seconds until all that was used is free again, without what is reserved: its end is unknown."""
+
+    def free(self) -> float:
+        """Return what may be reserved, with a share of the limit for rounding; negative where too much is taken."""
+        self.forget()
+        return self.most - self.used - self.reserved + _ROUNDING * self.most
+
+    def wait_s(self, amount: int) -> float:
+        """Return the seconds until there is room for so much; of use where there is none now."""
+        missing = self.used + self.reserved + amount - self.most
+        return _UNTIL_ONE_ENDS_S if missing > self.used + _ROUNDING * self.most else self._until_free_s(missing)
+
+    def _until_free_s(self, missing: float) -> float:
+        return self.reset_s()
 
 
-_Held = tuple[_KeyLimit, int, float, float]
-"""Of a limit: what is reserved of it, what was free before, and when, in the quota's own clock."""
+class _OfMinute(_Quota):
+    """So much a minute: what was used comes free again evenly, the whole limit within a minute."""
+
+    def forget(self) -> None:
+        now = self._clock()
+        self.used = max(0.0, self.used - (now - self._at) * self.most / 60)
+        self._at = now
+
+    def reset_s(self) -> float:
+        return self._until_free_s(self.used)
+
+    def _until_free_s(self, missing: float) -> float:
+        return missing * 60 / self.most
 
 
-class _KeyQuotas:
-    """What is taken of the limits of one key."""
+class _Requests(_OfMinute):
+    def demanded(self, demand: Demand) -> int:
+        return 1
 
-    def __init__(self) -> None:
-        self.quotas: Mapping[Limit, Quota] = {
-            Limit.REQUESTS_PER_MINUTE: MinuteQuota(),
-            Limit.TOKENS_IN_PER_MINUTE: MinuteQuota(),
-            Limit.TOKENS_OUT_PER_MINUTE: MinuteQuota(),
-            Limit.CONCURRENT: RunningQuota(),
-            Limit.TOKENS_PER_DAY: DayQuota(),
-        }
-        self._limits = _NONE
-        self._held: Sequence[_KeyLimit] = ()
+    def spent(self, tokens_in: int, tokens_out: int) -> int:
+        return 1
 
-    def held(self, limits: Limits) -> Sequence[_KeyLimit]:
-        """Of those that there are; they change when the operator changes them."""
-        if limits is not self._limits:
-            self._limits = limits
-            self._held = tuple(
-                _KeyLimit(limit, most, quota, limit is Limit.TOKENS_PER_DAY, _RESERVES.get(limit), *_USED[limit])
-                for limit, quota in self.quotas.items()
-                if (most := getattr(limits, limit)) is not None
+
+class _TokensIn(_OfMinute):
+    def demanded(self, demand: Demand) -> int:
+        return min(demand.tokens_in, self.most)
+
+    def spent(self, tokens_in: int, tokens_out: int) -> int:
+        return tokens_in
+
+
+class _TokensOut(_OfMinute):
+    def demanded(self, demand: Demand) -> int:
+        """Return as much as there may be, where the client says nothing.
+
+        Raises:
+            RateLimitedError: the client asks for more than there ever is.
+        """
+        if demand.said and demand.tokens_out > self.most:
+            raise RateLimitedError(
+                f"the answers may take {demand.tokens_out} tokens, more than the limit of this key: {self.most} "
+                f"{_NAMED[self.limit]}",
+                todo="send a smaller 'n' or 'max_tokens'",
+                limit=self.limit.value,
+                retry_after_s=None,
             )
-        return self._held
+        return min(demand.tokens_out, self.most)
+
+    def spent(self, tokens_in: int, tokens_out: int) -> int:
+        return tokens_out
 
 
-def _tokens_in(demand: Demand, key_limit: _KeyLimit) -> int:
-    return min(demand.tokens_in, key_limit.most)
+class _Running(_Quota):
+    """So much at once: all that ends is free."""
+
+    def demanded(self, demand: Demand) -> int:
+        return 1
+
+    def spent(self, tokens_in: int, tokens_out: int) -> int:
+        return 0
+
+    def forget(self) -> None:
+        pass
+
+    def reset_s(self) -> float:
+        return 0.0
 
 
-def _tokens_out(demand: Demand, key_limit: _KeyLimit) -> int:
-    """Where the client says nothing, as much as there may be.
+class _TokensOfDay(_Quota):
+    """So much a day, from midnight UTC; its clock is the seconds since 1970."""
 
-    Raises:
-        RateLimitedError: the client asks for more than there ever is.
-    """
-    if not demand.said:
-        return min(demand.tokens_out, key_limit.most)
-    if demand.tokens_out > key_limit.most:
-        raise RateLimitedError(
-            f"the answers may take {demand.tokens_out} tokens, more than the limit of this key: {key_limit.most} "
-            f"{_NAMED[Limit.TOKENS_OUT_PER_MINUTE]}",
-            todo="send a smaller 'n' or 'max_tokens'",
-            limit=Limit.TOKENS_OUT_PER_MINUTE.value,
-            retry_after_s=None,
-        )
-    return demand.tokens_out
+    def demanded(self, demand: Demand) -> int:
+        asked = demand.tokens_in + demand.tokens_out
+        return asked if demand.said else max(1, min(asked, int(self.most - self.used)))
 
+    def spent(self, tokens_in: int, tokens_out: int) -> int:
+        return tokens_in + tokens_out
 
-def _tokens_of_day(demand: Demand, key_limit: _KeyLimit) -> int:
-    asked = demand.tokens_in + demand.tokens_out
-    return asked if demand.said else max(1, min(asked, key_limit.quota.unused(key_limit.most)))
+    def forget(self) -> None:
+        now = self._clock()
+        if now // _DAY_S != self._at // _DAY_S:
+            self.used = 0.0
+        self._at = now
 
-
-_Reserves = Callable[[Demand, _KeyLimit], int]
-_RESERVES: Mapping[Limit, _Reserves] = {
-    Limit.TOKENS_IN_PER_MINUTE: _tokens_in,
-    Limit.TOKENS_OUT_PER_MINUTE: _tokens_out,
-    Limit.TOKENS_PER_DAY: _tokens_of_day,
-}
-"""What a request reserves of a limit; of others it is one."""
-_USED: Mapping[Limit, tuple[int, int, int]] = {
-    Limit.REQUESTS_PER_MINUTE: (1, 0, 0),
-    Limit.TOKENS_IN_PER_MINUTE: (0, 1, 0),
-    Limit.TOKENS_OUT_PER_MINUTE: (0, 0, 1),
-    Limit.CONCURRENT: (0, 0, 0),
-    Limit.TOKENS_PER_DAY: (0, 1, 1),
-}
-"""What a request has used of a limit in the end: itself, each of its tokens in, each of them out."""
+    def reset_s(self) -> float:
+        return _DAY_S - self._clock() % _DAY_S

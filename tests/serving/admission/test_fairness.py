@@ -337,8 +337,7 @@ async def test_who_comes_and_leaves_again_and_again_leaves_no_trace() -> None:
         task.cancel()
         await asyncio.wait([task])
     assert len(queue) == 1
-    assert len(queue._turns) < 100
-    assert len(queue._lines) == 1
+    assert len(queue._waiting) == 1
 
 
 async def enter(admission: Admission, party: Party, order: list[str], tokens: int = 1) -> None:
