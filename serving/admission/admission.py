@@ -13,15 +13,14 @@ import asyncio
 import time
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager, contextmanager
-from typing import ClassVar
 
 from serving.admission.background_slot import BackgroundSlot
 from serving.admission.errors import (
+    EngineUnavailableError,
     OverloadedError,
     QueueOverflowError,
     QueueTimeoutError,
     TooManyTokensError,
-    no_engine,
 )
 from serving.admission.party import Party
 from serving.admission.queue import RequestQueue
@@ -45,11 +44,11 @@ class Admission:
         wake_timeout_s: the same for an engine that was ended because nobody asked, seconds.
 
     Attributes:
+        running: requests in the engine.
+        closed_s: how long admission was closed in the last change, seconds; None where it never was.
         queue: requests that wait.
         background_slot: the place of the server's own request.
     """
-
-    _STARTING: ClassVar[str] = "the engine is starting"
 
     def __init__(
         self,
@@ -66,29 +65,19 @@ class Admission:
         self._wake_timeout_s = wake_timeout_s or queue_timeout_s
         self._asleep = False
         self._last_ended_at = time.monotonic()
-        self._running = self._tokens = self._preparing = 0
+        self.running = self._tokens = self._preparing = 0
         self._changing = False
         self._ready = False
-        self._unavailable: str | None = self._STARTING
+        self._unavailable: str | None = "the engine is starting"
         self._closed_at: float | None = None
-        self._closed_s: float | None = None
+        self.closed_s: float | None = None
         self.queue = RequestQueue(max_queued=max_queued)
         self.background_slot = BackgroundSlot()
-
-    @property
-    def running(self) -> int:
-        """Requests in the engine."""
-        return self._running
 
     @property
     def queued(self) -> int:
         """Requests that wait, for a place or for an adapter."""
         return len(self.queue) + self._preparing
-
-    @property
-    def closed_s(self) -> float | None:
-        """How long admission was closed in the last change, seconds; None where it never was."""
-        return self._closed_s
 
     @property
     def _closed(self) -> bool:
@@ -97,7 +86,7 @@ class Admission:
     @property
     def idle_s(self) -> float:
         """How long no request has run or waited, seconds."""
-        return 0.0 if self._running or self.queue or self._preparing else time.monotonic() - self._last_ended_at
+        return 0.0 if self.running or self.queue or self._preparing else time.monotonic() - self._last_ended_at
 
     @property
     def unavailable_reason(self) -> str | None:
@@ -139,7 +128,7 @@ class Admission:
 
     async def ended(self) -> None:
         """Returns when no request runs or waits. Of use only where none comes any more."""
-        while self._running or self.queue or self._preparing:
+        while self.running or self.queue or self._preparing:
             await asyncio.sleep(_ENDED_POLL_S)
 
     @asynccontextmanager
@@ -151,7 +140,7 @@ class Admission:
         """
         if self._changing:
             raise RuntimeError("an engine is being changed already")
-        self._changing, self.queue.most, self._closed_s = True, len(self.queue), None
+        self._changing, self.queue.most, self.closed_s = True, len(self.queue), None
         self._settle()
         try:
             yield
@@ -191,7 +180,7 @@ class Admission:
         if self._closed and self._closed_at is None:
             self._closed_at = now
         elif not self._closed and self._closed_at is not None:
-            self._closed_s = (self._closed_s or 0.0) + now - self._closed_at
+            self.closed_s = (self.closed_s or 0.0) + now - self._closed_at
             self._closed_at = None
         self._admit_waiting()
         self._show()
@@ -199,7 +188,7 @@ class Admission:
     def _enter(self, tokens: int, party: Party, may_wait: bool) -> bool:
         """Takes a place; False where the request has to wait for one, behind others that do or because it may."""
         if not self._ready:
-            raise no_engine(self._unavailable)
+            raise self._no_engine()
         if self.queue:
             return False
         if self._take_place(tokens):
@@ -209,25 +198,30 @@ class Admission:
             return False
         raise OverloadedError(self._full, todo="send the request again later")
 
+    def _no_engine(self) -> EngineUnavailableError:
+        return EngineUnavailableError(
+            self._unavailable or "the engine is being changed", todo="send the request again later"
+        )
+
     @property
     def _full(self) -> str:
         return (
-            f"{self._running} requests are running, which may make {self._tokens} tokens; at most "
+            f"{self.running} requests are running, which may make {self._tokens} tokens; at most "
             f"{self._max_running} and {self._max_tokens} may at once"
         )
 
     def _take_place(self, tokens: int) -> bool:
         """Takes a place; False where there is none."""
-        if self._running >= self._max_running or self._tokens + tokens > self._max_tokens:
+        if self.running >= self._max_running or self._tokens + tokens > self._max_tokens:
             return False
-        self._running += 1
+        self.running += 1
         self._tokens += tokens
         self._show()
         return True
 
     def leave(self, tokens: int) -> None:
         """Gives the place back."""
-        self._running -= 1
+        self.running -= 1
         self._tokens -= tokens
         self._last_ended_at = time.monotonic()
         if self.queue:
@@ -258,7 +252,7 @@ class Admission:
         if self._ready:
             self.queue.give(self._take_place)
         else:
-            self.queue.send_away(lambda: no_engine(self._unavailable))
+            self.queue.send_away(self._no_engine)
 
     def _show(self) -> None:
-        self.background_slot.show(open=self._ready, running=self._running)
+        self.background_slot.show(open=self._ready, running=self.running)

@@ -56,12 +56,3 @@ class EngineUnavailableError(AdmissionError):
     """There is no engine to run the request: it is starting, or it failed."""
 
     retry_after_s = ENGINE_RETRY_S
-
-
-def no_engine(reason: str | None) -> EngineUnavailableError:
-    """For a request that no engine takes.
-
-    Args:
-        reason: as "the engine is starting"; None of one that is being changed.
-    """
-    return EngineUnavailableError(reason or "the engine is being changed", todo="send the request again later")

@@ -9,7 +9,7 @@ import logging
 import math
 import time
 from collections.abc import Awaitable, Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from enum import StrEnum
 from typing import Any
@@ -42,6 +42,7 @@ log = logging.getLogger(__name__)
 _POLL_S = 1.0
 _PAUSE_S = 60.0
 """After a defect, and where the store takes no row."""
+_NEVER = "holdout.every_hours is 0"
 MOST_EXAMPLES = 200
 """In one run. Each may wait `holdout.patience_s`: at 30 s, 200 take less than two hours, and scores get their turn."""
 
@@ -52,12 +53,6 @@ class HoldoutState(StrEnum):
     OFF = "off"
     WAITING = "waiting"
     RUNNING = "running"
-
-
-@dataclass(slots=True)
-class _Progress:
-    asked: int
-    total: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,41 +67,32 @@ class _Question:
     tokenized: TokenizedExample
     limit: int
 
+    async def ask(self, client: EngineClient) -> ExampleResult:
+        return await ask_example(client, self.example, self.tokenized, limit=self.limit)
 
+
+@dataclass
 class HoldoutRuns:
     """Asks the held-out set while the server runs.
 
-    Args:
+    Attributes:
         facts: the kind of engine that answers for a version in a format.
         every_hours: from the start of one run to that of the next; 0 for none at all.
         run_functions: whether a metric function that a version brought may run.
     """
 
-    def __init__(
-        self,
-        scheduler: BackgroundScheduler,
-        *,
-        pool: EnginePool,
-        registry: Registry,
-        store: Store,
-        metrics: DeploymentMetrics,
-        facts: Callable[[Target], Awaitable[EngineFacts]],
-        every_hours: float,
-        run_functions: bool = False,
-    ) -> None:
-        self._scheduler = scheduler
-        self._pool = pool
-        self._registry = registry
-        self._store = store
-        self._metrics = metrics
-        self._facts = facts
-        self._every_s = every_hours * 3600
-        self._run_functions = run_functions
-        self._never = "holdout.every_hours is 0" if not every_hours else None
-        self._done: LoadedWeights | None = None
-        self._next_at = 0.0
-        self._progress: _Progress | None = None
-        self._nothing_to_ask: str | None = None
+    scheduler: BackgroundScheduler
+    pool: EnginePool
+    registry: Registry
+    store: Store
+    metrics: DeploymentMetrics
+    facts: Callable[[Target], Awaitable[EngineFacts]]
+    every_hours: float
+    run_functions: bool = False
+    _done: LoadedWeights | None = field(default=None, init=False)
+    _next_at: float = field(default=0.0, init=False)
+    _progress: tuple[int, int] | None = field(default=None, init=False)  # examples that were asked, of all
+    _nothing_to_ask: str | None = field(default=None, init=False)
 
     @property
     def under_way(self) -> bool:
@@ -115,8 +101,8 @@ class HoldoutRuns:
 
     async def run(self) -> None:
         """Runs until it is cancelled."""
-        if self._never:
-            log.warning("the held-out set is not asked again: %s", self._never)
+        if not self.every_hours:
+            log.warning("the held-out set is not asked again: %s", _NEVER)
         while True:
             try:
                 cause = self._due()
@@ -135,14 +121,15 @@ class HoldoutRuns:
         Args:
             target: what serves.
         """
-        progress, last = self._progress, newest_holdout_run(self._store, target, completed=False)
-        off = self._never or self._nothing_to_ask or self._scheduler.off
-        state = HoldoutState.OFF if off else HoldoutState.RUNNING if progress else HoldoutState.WAITING
+        last = newest_holdout_run(self.store, target, completed=False)
+        asked, total = self._progress or (0, 0)
+        off = self._nothing_to_ask or self.scheduler.off if self.every_hours else _NEVER
+        state = HoldoutState.OFF if off else HoldoutState.RUNNING if self._progress else HoldoutState.WAITING
         return {
             "state": state.value,
             "reason": off,
-            "asked": progress.asked if progress else 0,
-            "total": progress.total if progress else 0,
+            "asked": asked,
+            "total": total,
             "last_run": last
             and {
                 "cause": last.cause.value,
@@ -154,8 +141,8 @@ class HoldoutRuns:
 
     def _due(self) -> HoldoutCause | None:
         """Why the set is to be asked now, if it is."""
-        weights = self._pool.weights
-        if self._never or self._scheduler.unfit or self._pool.state is not EngineState.READY:
+        weights = self.pool.weights
+        if not self.every_hours or self.scheduler.unfit or self.pool.state is not EngineState.READY:
             return None
         if weights != self._done:
             return HoldoutCause.START if weights.fresh else HoldoutCause.SWAP
@@ -167,18 +154,18 @@ class HoldoutRuns:
         Raises:
             SupersededError: it was cut off, and is to begin anew.
         """
-        primary = self._pool.primary
+        primary = self.pool.primary
         if primary is None or primary.target is None:
             return
         weights, target = primary.weights, primary.target
         began, started_at = time.monotonic(), datetime.now(UTC)
-        self._metrics.holdout_due(target, self._every_s)
-        facts = await self._facts(target)
+        self.metrics.holdout_due(target, self.every_hours * 3600)
+        facts = await self.facts(target)
         results, reason = await self._attempt(weights, target, cause)
-        self._done, self._next_at = weights, began + self._every_s
+        self._done, self._next_at = weights, began + self.every_hours * 3600
         if self._nothing_to_ask:
             self._next_at = math.inf
-            self._metrics.holdout_due(None, self._every_s)
+            self.metrics.holdout_due(None, self.every_hours * 3600)
             return
         run = HoldoutRun(
             target=target,
@@ -199,8 +186,8 @@ class HoldoutRuns:
         if not results:
             return run
         try:
-            metric = watched_metric(self._registry, run.target, run_functions=self._run_functions)
-            examples = self._registry.heldout(run.target.version)
+            metric = watched_metric(self.registry, run.target, run_functions=self.run_functions)
+            examples = self.registry.heldout(run.target.version)
             scores = metric.score(Answered([examples[place] for place in results], list(results.values())))
         except Exception:  # the boundary: a metric may be of a package, or a function of the user's
             log.warning("the primary metric of %s cannot judge here: exact match does", run.target, exc_info=True)
@@ -211,7 +198,7 @@ class HoldoutRuns:
         """Again and again, until the store takes it: a moment in which it is busy must not lose what took an hour."""
         while True:
             try:
-                return await asyncio.to_thread(add_holdout_run, self._store, run)
+                return await asyncio.to_thread(add_holdout_run, self.store, run)
             except SQLAlchemyError:
                 log.exception("the run of the held-out set of %s is not kept yet", run.target)
                 await asyncio.sleep(_PAUSE_S)
@@ -223,8 +210,8 @@ class HoldoutRuns:
         self._nothing_to_ask = None
         try:
             asked = await asyncio.to_thread(self._find_set, target)
-            if self._scheduler.off:
-                raise EngineError(self._scheduler.off)
+            if self.scheduler.off:
+                raise EngineError(self.scheduler.off)
             log.info("%s: asking %d held-out examples of %s", cause, len(asked), target)
             return await self._ask_each(weights, asked), None
         except SupersededError:
@@ -239,43 +226,30 @@ class HoldoutRuns:
 
     def _find_set(self, target: Target) -> dict[int, _Question]:
         """Return what to ask, by the examples' places in the file."""
-        registered = self._registry.results(target.version, target.format)
-        examples = self._registry.heldout(target.version)
-        tokenized = self._registry.heldout_tokens(target.version)
-        asked = {
+        registered = self.registry.results(target.version, target.format)
+        examples = self.registry.heldout(target.version)
+        tokenized = self.registry.heldout_tokens(target.version)
+        fitting = {
             place: _Question(examples[place], tokenized[place], registered[place].limit)
             for place in _evenly(len(registered), MOST_EXAMPLES)
+            if len(tokenized[place].input_ids) <= MOST_TOKENS  # vLLM does not budget the memory for the logits of more
         }
-        fitting = {place: question for place, question in asked.items() if _fits(question.tokenized)}
         if not fitting:
             raise NotFoundError(f"all held-out examples of {target.version} have more than {MOST_TOKENS} tokens")
         return fitting
 
     async def _ask_each(self, weights: LoadedWeights, asked: dict[int, _Question]) -> dict[int, ExampleResult]:
         results: dict[int, ExampleResult] = {}
-        self._progress = _Progress(0, len(asked))
         try:
             for place, question in asked.items():
-                results[place] = await self._scheduler.ask(weights, _request(question))
-                self._progress.asked += 1
+                self._progress = len(results), len(asked)
+                results[place] = await self.scheduler.ask(weights, question.ask)
         finally:
             self._progress = None
         return results
-
-
-def _fits(tokenized: TokenizedExample) -> bool:
-    """Whether its tokens can be scored: vLLM does not budget the memory for the logits of more."""
-    return len(tokenized.input_ids) <= MOST_TOKENS
 
 
 def _evenly(total: int, most: int) -> list[int]:
     """The places of all, or of so many over the whole range."""
     count = min(total, most)
     return [(2 * at + 1) * total // (2 * count) for at in range(count)]
-
-
-def _request(question: _Question) -> Callable[[EngineClient], Awaitable[ExampleResult]]:
-    async def ask(client: EngineClient) -> ExampleResult:
-        return await ask_example(client, question.example, question.tokenized, limit=question.limit)
-
-    return ask

@@ -74,7 +74,7 @@ class BackgroundScheduler:
         """
         async with self._turn:
             while True:
-                await self._pace()
+                await asyncio.sleep(max(0.0, self._next_at - time.monotonic()))
                 try:
                     async with self._admission.background_slot.take(self._settings.patience_s):
                         primary = self._pool.primary
@@ -92,9 +92,6 @@ class BackgroundScheduler:
                         raise
                     if await self._died(weights, client):
                         self._count_death()
-
-    async def _pace(self) -> None:
-        await asyncio.sleep(max(0.0, self._next_at - time.monotonic()))
 
     async def _lives(self, client: EngineClient) -> bool:
         return self._pool.state in _WITH_ENGINE and await client.healthy()

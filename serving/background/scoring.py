@@ -12,6 +12,7 @@ import logging
 import time
 from collections import deque
 from collections.abc import Callable
+from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 
 from sqlalchemy import Engine as Store
@@ -40,41 +41,33 @@ _MOST_PASSED = 500
 """Rows that were tried and have no score. The oldest of more may be tried again, which costs one request."""
 
 
+@dataclass
 class LiveScores:
     """Scores answers while the server runs.
 
-    Args:
+    Attributes:
         busy: whether the held-out set comes first now.
         per_hour: most answers; 0 for none.
     """
 
-    def __init__(
-        self,
-        scheduler: BackgroundScheduler,
-        *,
-        busy: Callable[[], bool],
-        pool: EnginePool,
-        registry: Registry,
-        store: Store,
-        per_hour: int,
-    ) -> None:
-        self._scheduler = scheduler
-        self._busy = busy
-        self._pool = pool
-        self._registry = registry
-        self._store = store
-        self._per_hour = per_hour
-        self._next_at = 0.0
-        self._passed: deque[int] = deque(maxlen=_MOST_PASSED)
-        self._weights: LoadedWeights | None = None
-        self._cut: int | None = None
+    scheduler: BackgroundScheduler
+    busy: Callable[[], bool]
+    pool: EnginePool
+    registry: Registry
+    store: Store
+    per_hour: int
+    _next_at: float = field(default=0.0, init=False)
+    _passed: deque[int] = field(default_factory=lambda: deque(maxlen=_MOST_PASSED), init=False)
+    _weights: LoadedWeights | None = field(default=None, init=False)
+    _cut: int | None = field(default=None, init=False)
 
     async def run(self) -> None:
         """Runs until it is cancelled."""
         while True:
             pause_s = _POLL_S
             try:
-                if self._may_ask():
+                idle = self.pool.state is EngineState.READY and not self.busy()
+                if self.per_hour and idle and self.scheduler.off is None:
                     pause_s = 0.0 if await self._score_newest() else _PAUSE_S
             except SupersededError:
                 log.debug("an answer was not scored: the engine holds other weights now")
@@ -83,21 +76,13 @@ class LiveScores:
                 pause_s = _PAUSE_S
             await asyncio.sleep(max(pause_s, self._next_at - time.monotonic()))
 
-    def _may_ask(self) -> bool:
-        return (
-            self._per_hour > 0
-            and self._scheduler.off is None
-            and self._pool.state is EngineState.READY
-            and not self._busy()
-        )
-
     async def _score_newest(self) -> bool:
         """Tries to score one answer; False where there was none.
 
         Raises:
             SupersededError: the engine was loaded again meanwhile.
         """
-        primary = self._pool.primary
+        primary = self.pool.primary
         if primary is None or primary.target is None:
             return False
         weights, target = primary.weights, primary.target
@@ -108,27 +93,27 @@ class LiveScores:
         if row is None:
             return False
         self._passed.append(row.id)  # before it is asked: it may be what ends the engine
-        self._next_at = time.monotonic() + 3600 / self._per_hour
+        self._next_at = time.monotonic() + 3600 / self.per_hour
         try:
-            logprob = await self._scheduler.ask(weights, lambda client: _score(client, row, cut))
+            logprob = await self.scheduler.ask(weights, lambda client: _score(client, row, cut))
         except EngineError as error:
             log.info("the answer in row %d is not scored: %s", row.id, error.wrong)
         else:
-            await asyncio.to_thread(keep_logprob, self._store, row.id, logprob)
+            await asyncio.to_thread(keep_logprob, self.store, row.id, logprob)
             self._passed.remove(row.id)
         return True
 
     def _find_cut(self, target: Target) -> int | None:
         """Return the largest limit of held-out answers, tokens; None if the version keeps no such answers."""
         try:
-            return largest_limit(self._registry.results(target.version, target.format))
+            return largest_limit(self.registry.results(target.version, target.format))
         except (NotFoundError, IntegrityError) as error:
             log.warning("no live answers of %s are scored: %s", target, error.wrong)
             return None
 
     def _find(self, target: Target) -> KeptAnswer | None:
         return newest_unscored(
-            self._store,
+            self.store,
             target,
             route=Route.CHAT_COMPLETIONS.value,
             since=datetime.now(UTC) - _OLDEST,

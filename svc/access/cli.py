@@ -67,7 +67,7 @@ def create(
     **limits: int | None,
 ) -> None:
     """Make a key. Its secret is printed to stdout, this once."""
-    asked = {
+    asked: dict[str, Any] = {
         "scopes": frozenset(map(Scope, scopes)) or frozenset({Scope.INFER, Scope.FEEDBACK}),
         "name": name,
         "models": frozenset(models) or None,

@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 @click.option("--since", type=time_past, metavar="TIME", help="From when on, as 30d or 2026-01-31, in UTC.")
 @json_option
 @click.pass_context
-def audit(ctx: click.Context, verify: bool, expected: str | None, as_json: bool, **chosen: Any) -> None:
+def audit(ctx: click.Context, /, verify: bool, expected: str | None, as_json: bool, **chosen: Any) -> None:
     """Show who promoted, rolled back, made or revoked a key, or deleted what; when, from where and why."""
     if expected and not verify:
         raise click.UsageError("--expect has a use with --verify alone")

@@ -49,11 +49,6 @@ class Snapshot(BaseModel):
     tracking: str | None = None
     left_out: dict[str, str] = {}
 
-    @property
-    def version_ids(self) -> list[VersionId]:
-        """The same, read."""
-        return [VersionId.parse(text) for text in self.versions]
-
 
 class Archive:
     """The backups in one folder.
@@ -105,7 +100,18 @@ class Archive:
         Raises:
             IntegrityError: a record cannot be read.
         """
-        return [self._read(folder) for folder in self._folders() if (folder / _RECORD_FILE).is_file()]
+        found = []
+        for path in (folder / _RECORD_FILE for folder in self._folders()):
+            if not path.is_file():
+                continue
+            try:
+                found.append(Snapshot.model_validate_json(path.read_bytes()))
+            except (OSError, ValidationError) as error:
+                raise IntegrityError(
+                    f"cannot read {path}: {error}",
+                    todo=f"take another snapshot, or remove this one: rm -r {path.parent}",
+                ) from error
+        return found
 
     def find(self, name: str | None) -> Snapshot:
         """One of them.
@@ -145,15 +151,4 @@ class Archive:
         return tuple(snapshot.name for snapshot in gone)
 
     def _folders(self) -> list[Path]:
-        found = self._snapshots.iterdir() if self._snapshots.is_dir() else iter(())
-        return sorted(folder for folder in found if _NAME.fullmatch(folder.name))
-
-    @staticmethod
-    def _read(folder: Path) -> Snapshot:
-        try:
-            return Snapshot.model_validate_json((folder / _RECORD_FILE).read_bytes())
-        except (OSError, ValidationError) as error:
-            raise IntegrityError(
-                f"cannot read {folder / _RECORD_FILE}: {error}",
-                todo=f"take another snapshot, or remove this one: rm -r {folder}",
-            ) from error
+        return sorted(folder for folder in self._snapshots.glob("*") if _NAME.fullmatch(folder.name))

@@ -7,19 +7,17 @@ with the next backup.
 """
 
 import shutil
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from importlib.metadata import version as release_of
 from pathlib import Path
 
-from sqlalchemy import Engine as Store
-
 from svc.backup.archive import OTHER_FILES, STORE_FILE, TRACKING_FILE, Archive, Snapshot
-from svc.backup.copying import OnBytes, copy_database, copy_file, copy_version, files_of, is_copied
+from svc.backup.copying import Progress, copy_database, copy_file, copy_version, files_of, is_copied, no_progress
 from svc.disk import is_full
 from svc.errors import DiskSpaceError, IntegrityError, NotFoundError
 from svc.lock import hold_lock
-from svc.registry.files import record_files, verify_files
+from svc.registry.files import record_files
 from svc.registry.housekeeping import protected
 from svc.registry.manifest import Manifest
 from svc.registry.registry import Registry
@@ -49,45 +47,19 @@ class BackupReport:
     pruned: tuple[str, ...]
 
 
-@dataclass(slots=True)
-class _Versions:
-    """What came of the versions.
-
-    Attributes:
-        kept: that are in the archive.
-        left_out: that are damaged, and why.
-    """
-
-    kept: list[VersionId] = field(default_factory=list)
-    left_out: dict[str, str] = field(default_factory=dict)
-
-
+@dataclass
 class Backup:
     """Backs up one home into one archive.
 
-    Args:
+    Attributes:
         verify: compares what was copied before with its hashes too, and copies it again where it is damaged.
-        on_start: hears how many bytes of weights will be copied.
-        on_bytes: hears how many more were.
     """
 
-    def __init__(
-        self,
-        settings: Settings,
-        archive: Archive,
-        *,
-        verify: bool = False,
-        on_start: Callable[[int], None] = lambda total: None,
-        on_bytes: OnBytes = lambda count: None,
-    ) -> None:
-        self._home = settings.home
-        self._tracking_uri = settings.tracking_uri
-        self._archive = archive
-        self._verify = verify
-        self._on_start = on_start
-        self._on_bytes = on_bytes
-        self._registry = Registry.of(settings)
-        self._copied: list[str] = []
+    settings: Settings
+    archive: Archive
+    verify: bool = False
+    progress: Progress = no_progress
+    _copied: list[str] = field(default_factory=list, init=False)
 
     def run(self, keep: int) -> BackupReport:
         """Makes a snapshot.
@@ -100,109 +72,90 @@ class Backup:
             DiskSpaceError: there is not enough room.
             IntegrityError: a database is damaged, or the archive is another home's.
         """
-        self._archive.prepare()
-        with hold_lock(self._archive.lock, f"the backup in {self._archive}"):
+        self.archive.prepare()
+        with hold_lock(self.archive.lock, f"the backup in {self.archive}"):
             try:
                 snapshot = self._snapshot()
             except OSError as error:
-                if not is_full(error, self._archive.models):
+                if not is_full(error, self.archive.models):
                     raise
-                raise self._no_room() from error
-            return BackupReport(snapshot, tuple(self._copied), self._archive.prune(keep))
+                raise self._no_room(f"the disk of {self.archive} is full") from error
+            return BackupReport(snapshot, tuple(self._copied), self.archive.prune(keep))
 
     def _snapshot(self) -> Snapshot:
         for left in reversed(range(_TRIES)):
-            folder = self._archive.begin()
+            folder = self.archive.begin()
             try:
                 snapshot = self._take(folder, is_last=not left)
                 if snapshot:
-                    self._archive.finish(snapshot)
+                    self.archive.finish(snapshot)
                     return snapshot
             except BaseException:
                 shutil.rmtree(folder, ignore_errors=True)
                 raise
-            shutil.rmtree(folder)
         raise AssertionError("the last try makes one")
 
     def _take(self, folder: Path, *, is_last: bool) -> Snapshot | None:
-        """What goes into the snapshot's folder; None where a version has gone that the databases need."""
-        there = set(self._registry.versions())  # first: those that MLflow's copy will know
-        copy_database(self._home / STORE_FILE, folder / STORE_FILE)
-        if not self._tracking_uri and (self._home / TRACKING_FILE).exists():
-            copy_database(self._home / TRACKING_FILE, folder / TRACKING_FILE)
+        """Fill the folder of a snapshot; return None where a version has gone that the databases need."""
+        home, tracking_uri, registry = self.settings.home, self.settings.tracking_uri, Registry.of(self.settings)
+        there = set(registry.versions())  # first: those that MLflow's copy will know
+        copy_database(home / STORE_FILE, folder / STORE_FILE)
+        if not tracking_uri and (home / TRACKING_FILE).exists():
+            copy_database(home / TRACKING_FILE, folder / TRACKING_FILE)
         (folder / OTHER_FILES).mkdir(mode=0o700)
-        for path in _other_files(self._home):
+        for path in _other_files(home):
             copy_file(path, folder / OTHER_FILES / path.name)
-        needed = self._needed(folder)
-        versions = self._copy(sorted(there | needed))
-        missing = needed - set(versions.kept) - {VersionId.parse(text) for text in versions.left_out}
+        copied = Registry(registry.models, Tracking(tracking_uri or f"sqlite:///{folder / TRACKING_FILE}"))
+        needed = _needed_versions(copied, folder)
+        kept, left_out = self._copy(registry, sorted(there | needed))
+        missing = needed - kept - left_out.keys()
         if missing and not is_last:
             return None
-        gone = {str(version): "it is needed, and is not in the home" for version in sorted(missing)}
+        left_out |= dict.fromkeys(missing, "it is needed, and is not in the home")
         return Snapshot(
             name=folder.name,
             release=release_of("tuneserve"),
-            versions=tuple(map(str, versions.kept)),
+            versions=tuple(map(str, sorted(kept))),
             files=record_files(folder, folder),
-            tracking=self._tracking_uri or None,
-            left_out=versions.left_out | gone,
+            tracking=tracking_uri or None,
+            left_out={str(version): why for version, why in sorted(left_out.items())},
         )
 
-    def _needed(self, folder: Path) -> set[VersionId]:
-        uri = self._tracking_uri or f"sqlite:///{folder / TRACKING_FILE}"
-        store = open_database(folder)
-        try:
-            return _needed_versions(Registry(self._registry.models, Tracking(uri)), store)
-        finally:
-            store.dispose()  # the last connection takes SQLite's other files with it
-
-    def _copy(self, wanted: Iterable[VersionId]) -> _Versions:
-        found, to_copy = _Versions(), list[Manifest]()
+    def _copy(self, registry: Registry, wanted: Iterable[VersionId]) -> tuple[set[VersionId], dict[VersionId, str]]:
+        """Return the versions that are in the archive now, and why others are not; none of those that were removed."""
+        kept, left_out, to_copy = set[VersionId](), dict[VersionId, str](), list[Manifest]()
         for version in wanted:
             try:
-                manifest = self._registry.manifest(version)
+                manifest = registry.manifest(version)
             except NotFoundError:  # it was removed just now
                 continue
             except IntegrityError as error:
-                found.left_out[str(version)] = error.wrong
+                left_out[version] = error.wrong
                 continue
-            if self._is_copied(manifest):
-                found.kept.append(version)
+            if is_copied(manifest, self.archive.version(version), verify=self.verify):
+                kept.add(version)
             else:
                 to_copy.append(manifest)
         total = sum(file.bytes for manifest in to_copy for file in files_of(manifest))
-        if total > shutil.disk_usage(self._archive.models).free:
-            raise self._no_room(f"{total / 1e6:.0f} MB of weights do not fit on the disk of {self._archive}")
-        self._on_start(total)
-        for manifest in to_copy:
-            try:
-                copy_version(
-                    manifest, self._registry.folder(manifest.id), self._archive.version(manifest.id), self._on_bytes
-                )
-            except FileNotFoundError:
-                continue
-            except IntegrityError as error:
-                found.left_out[str(manifest.id)] = error.wrong
-                continue
-            found.kept.append(manifest.id)
-            self._copied.append(str(manifest.id))
-        found.kept.sort()
-        return found
+        if total > shutil.disk_usage(self.archive.models).free:
+            raise self._no_room(f"{total / 1e6:.0f} MB of weights do not fit on the disk of {self.archive}")
+        with self.progress(total) as on_bytes:
+            for manifest in to_copy:
+                version = manifest.id
+                try:
+                    copy_version(manifest, registry.folder(version), self.archive.version(version), on_bytes)
+                except FileNotFoundError:
+                    continue
+                except IntegrityError as error:
+                    left_out[version] = error.wrong
+                    continue
+                kept.add(version)
+                self._copied.append(str(version))
+        return kept, left_out
 
-    def _is_copied(self, manifest: Manifest) -> bool:
-        copy = self._archive.version(manifest.id)
-        if not is_copied(manifest, copy):
-            return False
-        try:
-            verify_files(copy, files_of(manifest) if self._verify else ())
-        except IntegrityError:
-            return False
-        return True
-
-    def _no_room(self, wrong: str = "") -> DiskSpaceError:
+    def _no_room(self, wrong: str) -> DiskSpaceError:
         return DiskSpaceError(
-            wrong or f"the disk of {self._archive} is full",
-            todo="make room, or keep fewer snapshots: --keep; those that are there can be restored",
+            wrong, todo="make room, or keep fewer snapshots: --keep; those that are there can be restored"
         )
 
 
@@ -212,17 +165,20 @@ def _other_files(home: Path) -> list[Path]:
     return sorted(path for path in files if not path.name.endswith(_NOT_COPIED) and not path.name.startswith("."))
 
 
-def _needed_versions(registry: Registry, store: Store) -> set[VersionId]:
-    """What an alias, a desired state, a rollback, an adapter or a swap under way needs.
+def _needed_versions(registry: Registry, folder: Path) -> set[VersionId]:
+    """Return what an alias, a desired state, a rollback, an adapter or a swap under way needs.
 
     Args:
         registry: the folder with the versions, and the copy of MLflow's database.
-        store: the copy.
+        folder: that has the copy of the store.
     """
-    found: set[VersionId] = set()
-    for name in {*registry.names(), *desired_names(store)}:
-        found |= protected(registry, store, name).keys()
-        swap = find_swap(store, name)
-        if swap is not None and swap.result is None:
-            found.add(swap.target.version)
+    store, found = open_database(folder), set[VersionId]()
+    try:
+        for name in {*registry.names(), *desired_names(store)}:
+            found |= protected(registry, store, name).keys()
+            swap = find_swap(store, name)
+            if swap is not None and swap.result is None:
+                found.add(swap.target.version)
+    finally:
+        store.dispose()  # the last connection takes SQLite's other files with it
     return found

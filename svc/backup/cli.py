@@ -1,7 +1,8 @@
 """`svc backup`, `svc restore`: a home's copy, and a home of it."""
 
 import sys
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,25 +15,9 @@ from svc.invocation import json_option, settings_of, yes_option
 if TYPE_CHECKING:
     from svc.backup.restored_keys import RestoredKeys
 
+_SHOWN = {"name", "release", "versions", "tracking", "left_out"}
+_ELSEWHERE = "back up its database with its own means, as pg_dump for PostgreSQL, right after this"
 _folder = click.argument("folder", metavar="DIR", type=click.Path(path_type=Path, file_okay=False))
-
-
-class _Bar(ExitStack):
-    """Shows how much of the weights was copied."""
-
-    def begin(self, total: int) -> None:
-        """Shows it from now on."""
-        from svc.terminal import reading
-
-        self.close()
-        self._done = 0
-        self._show = self.enter_context(reading("copying weights", total)) if total else None
-
-    def add(self, count: int) -> None:
-        """More was copied."""
-        self._done += count
-        if self._show:
-            self._show(self._done)
 
 
 @click.command()
@@ -47,6 +32,7 @@ def backup(ctx: click.Context, folder: Path, keep: int, verify: bool, as_json: b
     from svc.backup.backup import Backup
     from svc.store.audit import Action, AuditEntry, record_event
     from svc.store.database import open_database
+    from svc.terminal import print_json
 
     settings = settings_of(ctx)
     if not settings.home.is_dir():
@@ -56,22 +42,11 @@ def backup(ctx: click.Context, folder: Path, keep: int, verify: bool, as_json: b
         raise click.UsageError("DIR lies in the home: what destroys the one would destroy the other")
     store = open_database(settings.home)
     record_event(store, AuditEntry(Action.BACKUP, str(folder), Actor.local()))
-    with _Bar() as bar:
-        made = Backup(settings, Archive(folder), verify=verify, on_start=bar.begin, on_bytes=bar.add).run(keep)
+    made = Backup(settings, Archive(folder), verify, _progress).run(keep)
     snapshot = made.snapshot
     if as_json:
-        from svc.terminal import print_json
-
-        print_json(
-            {
-                "snapshot": snapshot.name,
-                "versions": snapshot.versions,
-                "copied": made.copied,
-                "left_out": snapshot.left_out,
-                "tracking": snapshot.tracking,
-                "pruned": made.pruned,
-            }
-        )
+        told = snapshot.model_dump(include={"versions", "left_out", "tracking"})
+        print_json({"snapshot": snapshot.name, "copied": made.copied, "pruned": made.pruned, **told})
     else:
         click.secho(
             f"snapshot {snapshot.name}: {len(snapshot.versions)} versions, {len(made.copied)} of them copied now",
@@ -85,9 +60,6 @@ def backup(ctx: click.Context, folder: Path, keep: int, verify: bool, as_json: b
             + "; ".join(f"{version}: {why}" for version, why in snapshot.left_out.items()),
             todo="restore them from an older snapshot, or remove them: svc models rm",
         )
-
-
-_ELSEWHERE = "back up its database with its own means, as pg_dump for PostgreSQL, right after this"
 
 
 @click.command()
@@ -110,58 +82,50 @@ def restore(
     from svc.backup.restore import Restore
     from svc.store.audit import Action, AuditEntry, record_event
     from svc.store.database import open_database
+    from svc.terminal import print_json
 
     archive = Archive(folder.absolute())
     if listing:
-        _list([snapshot.model_dump(include=_SHOWN) for snapshot in archive.snapshots()], as_json=as_json)
+        snapshots = archive.snapshots()
+        if as_json:
+            print_json([each.model_dump(include=_SHOWN) for each in snapshots])
+        else:
+            for each in snapshots:
+                click.echo(f"{each.name}: {', '.join(each.versions) or 'no versions'}")
         return
     settings = settings_of(ctx)
     snapshot = archive.find(name)
-    keys: RestoredKeys | None = None
+    keys: dict[str, Any] = {}
 
     def confirm_keys(found: "RestoredKeys") -> None:
-        nonlocal keys
-        keys = found
-        _show_keys(found)
+        keys.update(_key_rows(found))
+        _show_keys(keys)
         if found.valid and not yes:
             _confirm_keys(found, asks=not as_json and sys.stdin.isatty())
 
-    with _Bar() as bar:
-        Restore(archive, settings.home, bar.begin, bar.add, revoke_keys, confirm_keys).run(snapshot)
+    Restore(archive, settings.home, _progress, revoke_keys, confirm_keys).run(snapshot)
     record_event(open_database(settings.home), AuditEntry(Action.RESTORE, snapshot.name, Actor.local()))
     if as_json:
-        from svc.terminal import print_json
-
-        print_json(
-            {**snapshot.model_dump(include=_SHOWN), "home": str(settings.home), "keys": _key_rows(keys) if keys else {}}
-        )
+        print_json({**snapshot.model_dump(include=_SHOWN), "home": str(settings.home), "keys": keys})
         return
     click.secho(f"{settings.home} is as of {snapshot.name}: {len(snapshot.versions)} versions", fg="green")
     if snapshot.tracking:
         click.echo(f"restore MLflow at {snapshot.tracking} of the same time, before you serve", err=True)
 
 
-def _show_keys(keys: "RestoredKeys") -> None:
-    """Print to stderr, which a pipe does not take."""
-    from rich.markup import escape
-    from rich.table import Table
+@contextmanager
+def _progress(total: int) -> Iterator[Callable[[int], None]]:
+    from svc.terminal import reading
 
-    from svc.terminal import console
+    done = 0
+    with reading("copying weights", total) as show:
 
-    for name in keys.unread:
-        click.echo(f"keys that the newer snapshot {name} has revoked are unknown: its store cannot be read", err=True)
-    for key, source in keys.revoked:
-        why = f"the newer snapshot {source} has it revoked" if source else "--revoke-keys"
-        click.echo(f"revoked: {key.principal.name} ({key.id}): {why}", err=True)
-    if not keys.valid:
-        return
-    table = Table("key", "name", "scopes", "last used", "", box=None)
-    for row in _key_rows(keys)["valid"]:
-        rotated = "its secret was replaced later; the old one is valid again" if row["rotated_later"] else ""
-        used = (row["last_used"] or "")[:16].replace("T", " ")
-        table.add_row(row["key_id"], escape(row["name"]), ", ".join(row["scopes"]), used, rotated)
-    click.echo("these keys will be valid:", err=True)
-    console.print(table, soft_wrap=True)
+        def add(count: int) -> None:
+            nonlocal done
+            done += count
+            show(done)
+
+        yield add
 
 
 def _key_rows(keys: "RestoredKeys") -> dict[str, Any]:
@@ -181,6 +145,27 @@ def _key_rows(keys: "RestoredKeys") -> dict[str, Any]:
     }
 
 
+def _show_keys(keys: dict[str, Any]) -> None:
+    """Print to stderr, which a pipe does not take."""
+    from svc.terminal import console, print_table
+
+    for name in keys["unread_snapshots"]:
+        click.echo(f"keys that the newer snapshot {name} has revoked are unknown: its store cannot be read", err=True)
+    for row in keys["revoked"]:
+        source = row["revoked_in"]
+        why = f"the newer snapshot {source} has it revoked" if source else "--revoke-keys"
+        click.echo(f"revoked: {row['name']} ({row['key_id']}): {why}", err=True)
+    if keys["valid"]:
+        click.echo("these keys will be valid:", err=True)
+        print_table(("key", "name", "scopes", "last used", ""), map(_cells, keys["valid"]), to=console)
+
+
+def _cells(row: dict[str, Any]) -> tuple[str, ...]:
+    rotated = "its secret was replaced later; the old one is valid again" if row["rotated_later"] else ""
+    used = (row["last_used"] or "")[:16].replace("T", " ")
+    return row["key_id"], row["name"], ", ".join(row["scopes"]), used, rotated
+
+
 def _confirm_keys(keys: "RestoredKeys", *, asks: bool) -> None:
     if asks:
         click.confirm("Keys that were revoked after the newest snapshot are valid again. Go on?", abort=True, err=True)
@@ -190,16 +175,3 @@ def _confirm_keys(keys: "RestoredKeys", *, asks: bool) -> None:
         f"the restored home would accept keys, and nobody was asked: {names}",
         todo="add --yes if all of them may be valid, or --revoke-keys to revoke them all",
     )
-
-
-_SHOWN = {"name", "release", "versions", "tracking", "left_out"}
-
-
-def _list(rows: list[dict[str, Any]], *, as_json: bool) -> None:
-    if as_json:
-        from svc.terminal import print_json
-
-        print_json(rows)
-        return
-    for row in rows:
-        click.echo(f"{row['name']}: {', '.join(row['versions']) or 'no versions'}")

@@ -3,8 +3,8 @@
 import os
 import shutil
 import sqlite3
-from collections.abc import Callable
-from contextlib import closing
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, closing, contextmanager
 from functools import partial
 from pathlib import Path
 
@@ -17,6 +17,14 @@ _AT_ONCE = 2**22  # bytes
 _BUSY_S = 30.0
 
 OnBytes = Callable[[int], None]
+Progress = Callable[[int], AbstractContextManager[OnBytes]]
+"""Called with the number of bytes of weights that will be copied; yields a callback for how many more were."""
+
+
+@contextmanager
+def no_progress(total: int) -> Iterator[OnBytes]:
+    """Show nothing."""
+    yield lambda count: None
 
 
 def files_of(manifest: Manifest) -> tuple[FileRecord, ...]:
@@ -24,8 +32,11 @@ def files_of(manifest: Manifest) -> tuple[FileRecord, ...]:
     return (manifest.heldout, *manifest.reference, *(file for each in manifest.formats.values() for file in each.files))
 
 
-def is_copied(manifest: Manifest, target: Path) -> bool:
+def is_copied(manifest: Manifest, target: Path, *, verify: bool = False) -> bool:
     """Whether a version has been copied: the same manifest, and files of the right size.
+
+    Args:
+        verify: compare the files with their hashes too.
 
     Raises:
         IntegrityError: what is there is another version of this name and number, or its manifest is damaged.
@@ -38,14 +49,22 @@ def is_copied(manifest: Manifest, target: Path) -> bool:
             expected="backups of one home in a folder",
             todo="choose another folder",
         )
-    return all(_size(target / file.path) == file.bytes for file in files_of(manifest))
+    files = files_of(manifest)
+    paths = {target / file.path: file.bytes for file in files}
+    if not all(path.is_file() and path.stat().st_size == size for path, size in paths.items()):
+        return False
+    try:
+        verify_files(target, files if verify else ())
+    except IntegrityError:
+        return False
+    return True
 
 
 def copy_version(manifest: Manifest, source: Path, target: Path, on_bytes: OnBytes) -> None:
     """Copies a version's folder, and compares what was written with the manifest.
 
     Args:
-        on_bytes: hears how many more were copied.
+        on_bytes: called with how many more were copied.
 
     Raises:
         FileNotFoundError: it was removed meanwhile.
@@ -56,7 +75,7 @@ def copy_version(manifest: Manifest, source: Path, target: Path, on_bytes: OnByt
     target.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
     try:
         try:
-            shutil.copytree(source, staging, copy_function=partial(_copy_named, on_bytes))
+            shutil.copytree(source, staging, copy_function=partial(copy_file, on_bytes=on_bytes))
         except shutil.Error as error:
             if not source.exists():
                 raise FileNotFoundError(source) from error
@@ -69,9 +88,9 @@ def copy_version(manifest: Manifest, source: Path, target: Path, on_bytes: OnByt
     sync_folder(target.parent)
 
 
-def copy_file(source: Path, target: Path, on_bytes: OnBytes = lambda count: None) -> None:
-    """Copies a file with its mode, to the disk."""
-    with source.open("rb") as reading, target.open("wb") as writing:
+def copy_file(source: str | Path, target: str | Path, on_bytes: OnBytes = lambda count: None) -> None:
+    """Copy a file with its mode, to the disk."""
+    with open(source, "rb") as reading, open(target, "wb") as writing:
         os.fchmod(writing.fileno(), os.fstat(reading.fileno()).st_mode & 0o777)
         while part := reading.read(_AT_ONCE):
             writing.write(part)
@@ -102,14 +121,3 @@ def copy_database(source: Path, target: Path) -> None:
             raise IntegrityError(f"the database {source} is damaged: {told}", todo="restore an older snapshot")
     with target.open("rb") as file:
         os.fsync(file.fileno())
-
-
-def _copy_named(on_bytes: OnBytes, source: str, target: str) -> None:
-    copy_file(Path(source), Path(target), on_bytes)
-
-
-def _size(path: Path) -> int | None:
-    try:
-        return path.stat().st_size
-    except FileNotFoundError:
-        return None

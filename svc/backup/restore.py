@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from svc.backup.archive import OTHER_FILES, STORE_FILE, TRACKING_FILE, Archive, Snapshot
-from svc.backup.copying import OnBytes, copy_file, copy_version, files_of, is_copied
+from svc.backup.copying import Progress, copy_file, copy_version, files_of, is_copied, no_progress
 from svc.backup.restored_keys import RestoredKeys, settle_keys
 from svc.disk import sync_folder, write_whole
 from svc.errors import IntegrityError, SettingsError
@@ -19,6 +19,7 @@ from svc.registry.files import verify_files
 from svc.registry.manifest import read_manifest
 from svc.server_url import LOCK_FILE
 from svc.store.database import open_database
+from svc.version import VersionId
 
 _MARK = ".restoring"
 _ASIDE = ".restored-store"
@@ -31,16 +32,13 @@ class Restore:
 
     Attributes:
         home: that it becomes.
-        on_start: hears how many bytes of weights will be copied.
-        on_bytes: hears how many more were.
         revoke_keys: no key of the snapshot is accepted afterwards.
-        on_keys: hears which keys are, before anything is copied into the home; ends the restore where it raises.
+        on_keys: called with those that are, before anything is copied into the home; stops the restore where it raises.
     """
 
     archive: Archive
     home: Path
-    on_start: Callable[[int], None] = lambda total: None
-    on_bytes: OnBytes = lambda count: None
+    progress: Progress = no_progress
     revoke_keys: bool = False
     on_keys: Callable[[RestoredKeys], None] = lambda keys: None
 
@@ -58,7 +56,10 @@ class Restore:
             hold_lock(self.archive.lock, f"the backup in {self.archive}"),
         ):
             self._require_empty(snapshot)
-            self._check(snapshot)
+            try:
+                verify_files(self.archive.folder(snapshot), snapshot.files)  # versions are checked as they are copied
+            except IntegrityError as error:
+                raise IntegrityError(error.wrong, todo="restore an older snapshot: --snapshot NAME") from error
             aside = self.home / _ASIDE
             try:
                 self.on_keys(self._put_aside(snapshot, aside))
@@ -104,20 +105,14 @@ class Restore:
                 todo="restore into another: svc --home NEW restore DIR; or move this one away",
             )
 
-    def _check(self, snapshot: Snapshot) -> None:
-        """The snapshot's own files; versions are checked as they are copied."""
-        try:
-            verify_files(self.archive.folder(snapshot), snapshot.files)
-        except IntegrityError as error:
-            raise IntegrityError(error.wrong, todo="restore an older snapshot: --snapshot NAME") from error
-
     def _copy_versions(self, snapshot: Snapshot) -> None:
         to_copy = []
-        for version in snapshot.version_ids:
+        for version in map(VersionId.parse, snapshot.versions):
             source, target = self.archive.version(version), self.home / "models" / version.name / str(version.number)
             manifest = read_manifest(source)
             if not is_copied(manifest, target):
                 to_copy.append((manifest, source, target))
-        self.on_start(sum(file.bytes for manifest, _, _ in to_copy for file in files_of(manifest)))
-        for manifest, source, target in to_copy:
-            copy_version(manifest, source, target, self.on_bytes)
+        total = sum(file.bytes for manifest, _, _ in to_copy for file in files_of(manifest))
+        with self.progress(total) as on_bytes:
+            for manifest, source, target in to_copy:
+                copy_version(manifest, source, target, on_bytes)

@@ -42,36 +42,29 @@ def settle_keys(store: Store, archive: Archive, snapshot: Snapshot, *, revoke_al
         store: the copy of the snapshot's, which is nobody's yet.
         revoke_all: revoke all others too.
     """
-    keyring, now = Keyring(store, Actor.local()), datetime.now(UTC)
-    later, unread = _later(archive, snapshot) if any(not key.revoked_at for key in keyring.all()) else ({}, ())
-    revoked, rotated = list[tuple[Key, str]](), set[str]()
+    keyring, revoked, rotated = Keyring(store, Actor.local()), list[tuple[Key, str]](), set[str]()
+    hashes, revoked_in, unread = _later(archive, snapshot)
     for key in keyring.all():
-        known = later.get(key.id)
-        if key.revoked_at is None and (revoke_all or (known and known.revoked_in)):
-            source = known.revoked_in if known else ""
+        source = revoked_in.get(key.id, "")
+        if key.revoked_at is not None:
+            continue
+        if source or revoke_all:
             reason = f"the snapshot {source} has it revoked" if source else "svc restore --revoke-keys"
             revoked.append((keyring.revoke(key.id, reason=reason), source))
-        elif key.revoked_at is None and known and known.hash != key.hash:
+        elif hashes.get(key.id, key.hash) != key.hash:
             rotated.add(key.id)
-    valid = tuple(key for key in keyring.all() if key.usable(now))
+    valid = tuple(key for key in keyring.all() if key.usable(datetime.now(UTC)))
     return RestoredKeys(valid, keyring.last_used(), tuple(revoked), frozenset(rotated), unread)
 
 
-@dataclass(slots=True)
-class _LaterKey:
-    """A key in newer snapshots.
+def _later(archive: Archive, snapshot: Snapshot) -> tuple[dict[str, str], dict[str, str], tuple[str, ...]]:
+    """Read the keys of newer snapshots.
 
-    Attributes:
-        hash: of its secret, in the newest.
-        revoked_in: the oldest that has it revoked; empty where none has.
+    Returns:
+        By the keys' ids the hash of each secret in the newest snapshot, and the oldest snapshot that has a key revoked;
+        and the snapshots whose store cannot be read.
     """
-
-    hash: str
-    revoked_in: str = ""
-
-
-def _later(archive: Archive, snapshot: Snapshot) -> tuple[dict[str, _LaterKey], tuple[str, ...]]:
-    found, unread = dict[str, _LaterKey](), list[str]()
+    hashes, revoked_in, unread = dict[str, str](), dict[str, str](), list[str]()
     for newer in archive.snapshots():
         if newer.name <= snapshot.name:
             continue
@@ -81,11 +74,10 @@ def _later(archive: Archive, snapshot: Snapshot) -> tuple[dict[str, _LaterKey], 
             unread.append(newer.name)
             continue
         for key_id, hash, revoked_at in rows:
-            key = found.setdefault(key_id, _LaterKey(hash))
-            key.hash = hash
-            if revoked_at is not None and not key.revoked_in:
-                key.revoked_in = newer.name
-    return found, tuple(unread)
+            hashes[key_id] = hash
+            if revoked_at is not None:
+                revoked_in.setdefault(key_id, newer.name)
+    return hashes, revoked_in, tuple(unread)
 
 
 def _read_keys(path: Path) -> list[tuple[str, str, str | None]]:

@@ -292,7 +292,7 @@ async def test_a_stream_ends_within_a_second_when_its_key_is_revoked(service: Ke
     assert issued.key.id in error["message"]
     assert "[DONE]" not in text
     await until(lambda: service.admission.running == 0)
-    assert not service.authenticator._known
+    assert not service.authenticator._grants
     following.cancel()
     await asyncio.wait({following})
 

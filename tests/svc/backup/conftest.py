@@ -1,7 +1,8 @@
 """A home with an MLflow and a store of its own, and what makes versions in it."""
 
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,6 +12,7 @@ from sqlalchemy import Engine as Store
 from svc.actor import Actor
 from svc.backup.archive import Archive
 from svc.backup.backup import Backup, BackupReport
+from svc.backup.copying import OnBytes, Progress
 from svc.backup.restore import Restore
 from svc.dataset.readers.reader import write_examples
 from svc.registry.registry import HELDOUT_FILE, Registry
@@ -85,6 +87,19 @@ BackUp = Callable[..., BackupReport]
 def back_up(used: UsedHome, archive: Archive) -> BackUp:
     """Backs the home up; takes what `Backup` takes."""
     return lambda **options: Backup(used.settings, archive, **options).run(keep=9)
+
+
+def progress(
+    on_start: Callable[[int], object] = lambda total: None, on_bytes: OnBytes = lambda count: None
+) -> Progress:
+    """What copying tells of itself, as two functions."""
+
+    @contextmanager
+    def begin(total: int) -> Iterator[OnBytes]:
+        on_start(total)
+        yield on_bytes
+
+    return begin
 
 
 RestoreAs = Callable[[str], Settings]

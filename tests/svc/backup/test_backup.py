@@ -15,7 +15,7 @@ from svc.registry.housekeeping import remove_version
 from svc.registry.registry import Registry
 from svc.settings import Settings
 from svc.version import Alias, Format
-from tests.svc.backup.conftest import NAME, BackUp, RestoreAs, UsedHome
+from tests.svc.backup.conftest import NAME, BackUp, RestoreAs, UsedHome, progress
 
 pytestmark = pytest.mark.slow
 
@@ -90,7 +90,7 @@ def test_a_version_that_is_removed_before_it_is_copied_is_in_no_snapshot_that_ne
             used.promote(third)
             remove_version(used.registry, used.store, first)
 
-    made = back_up(on_start=promote_others_and_remove)
+    made = back_up(progress=progress(promote_others_and_remove))
     assert len(tries) == 2
     assert (made.snapshot.versions, made.snapshot.left_out) == ((str(second), str(third)), {})
     assert Registry.of(restore_as("again")).resolve(NAME) == third
@@ -98,7 +98,7 @@ def test_a_version_that_is_removed_before_it_is_copied_is_in_no_snapshot_that_ne
 
 def test_a_version_that_is_registered_meanwhile_comes_with_the_next_backup(used: UsedHome, back_up: BackUp) -> None:
     first = used.publish()
-    assert back_up(on_start=lambda total: used.publish()).snapshot.versions == (str(first),)
+    assert back_up(progress=progress(lambda total: used.publish())).snapshot.versions == (str(first),)
     assert len(back_up().snapshot.versions) == 2
 
 
@@ -162,7 +162,7 @@ def test_a_snapshot_that_was_cut_off_is_none(used: UsedHome, archive: Archive, b
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        back_up(on_start=cut_off)
+        back_up(progress=progress(cut_off))
     (archive.models.parent / "snapshots" / "20260101T000000.000Z").mkdir()  # of one that was killed
     assert archive.snapshots() == []
     back_up()

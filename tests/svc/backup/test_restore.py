@@ -11,7 +11,7 @@ from svc.lock import hold_lock
 from svc.registry.registry import Registry
 from svc.settings import Settings
 from svc.version import Format
-from tests.svc.backup.conftest import BackUp, RestoreAs, UsedHome
+from tests.svc.backup.conftest import BackUp, RestoreAs, UsedHome, progress
 from tests.svc.registry.manifests import make_manifest
 
 
@@ -37,9 +37,9 @@ def test_a_restore_that_was_cut_off_goes_on(used: UsedHome, archive: Archive, ba
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        Restore(archive, home, totals.append, cut_off).run(snapshot)
+        Restore(archive, home, progress(totals.append, cut_off)).run(snapshot)
     assert not (home / "svc.db").exists()
-    Restore(archive, home, totals.append).run(snapshot)
+    Restore(archive, home, progress(totals.append)).run(snapshot)
     assert Registry.of(Settings(home=home)).versions() == [first, second]
     assert totals[1] < totals[0]
     with pytest.raises(SettingsError, match="is not empty"):
