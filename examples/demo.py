@@ -31,7 +31,7 @@ from svc.errors import SvcError
 from svc.lock import lock_holder
 from svc.registry.registry import Registry
 from svc.registry.render import evaluation_table
-from svc.server_url import LOCK_FILE
+from svc.remote.server_url import LOCK_FILE
 from svc.settings import Settings
 from svc.terminal import waiting
 from svc.version import VersionId

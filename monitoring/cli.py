@@ -16,7 +16,7 @@ from pydantic import ValidationError
 
 from svc.errors import IntegrityError, NotFoundError, ServerNotRunningError
 from svc.invocation import json_option, remote_of, settings_of
-from svc.server_url import ServerAddress, server_address
+from svc.remote.server_url import ServerAddress, server_address
 from svc.settings import Settings
 
 if TYPE_CHECKING:
@@ -148,7 +148,7 @@ def _look(of: ServerAddress | Settings, models: Sequence[str]) -> "Look":
     import httpx
 
     from monitoring.status.figures import Look, read_figures
-    from svc.remote_server import told_error
+    from svc.remote.remote_server import told_error
 
     server = server_address(of) if isinstance(of, Settings) else of
     try:

@@ -55,8 +55,8 @@ from svc.engine.probes import engine_facts
 from svc.engine.vllm.headroom import shortage
 from svc.engine.vllm.launch import EngineSpec
 from svc.errors import EngineError
-from svc.listening import is_loopback
 from svc.registry.registry import Registry
+from svc.remote.listening import is_loopback
 from svc.settings import EngineSettings, Settings, TelemetrySettings
 from svc.store.desired import Desired
 from svc.version import Target

@@ -15,7 +15,7 @@ from svc.errors import RefusedError, ServerNotRunningError
 from svc.invocation import json_option, reason_option, remote_of, settings_of
 from svc.lock import lock_holder
 from svc.registry.registry import Registry
-from svc.server_url import LOCK_FILE
+from svc.remote.server_url import LOCK_FILE
 from svc.settings import Settings
 from svc.store.swaps import SwapOutcome, SwapResult
 from svc.version import Format, Target, VersionId
@@ -247,7 +247,7 @@ def _waits(result: SwapResult) -> str:
 def chat(ctx: click.Context, model: str, system: str | None) -> None:
     """Talk to MODEL; an empty line or Ctrl-D ends it."""
     from serving.client.conversation import Conversation
-    from svc.server_url import server_address
+    from svc.remote.server_url import server_address
 
     conversation = Conversation(server_address(settings_of(ctx)), model, system)
     while True:

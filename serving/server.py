@@ -24,10 +24,10 @@ from svc.access.authenticator import Authenticator
 from svc.engine.capabilities import Capabilities
 from svc.engine.vllm.folders import runtime_folder
 from svc.errors import SettingsError, SvcError
-from svc.listening import address_family, http_url, is_loopback, listen_error
 from svc.lock import hold_lock
 from svc.registry.registry import Registry
-from svc.server_url import LOCK_FILE
+from svc.remote.listening import address_family, http_url, is_loopback, listen_error
+from svc.remote.server_url import LOCK_FILE
 from svc.service_manager import ServiceManager
 from svc.settings import ServeSettings, Settings
 from svc.store.desired import Desired

@@ -5,7 +5,7 @@ from typing import Any
 import click
 
 from svc.disk import close_to_others
-from svc.server_url import ServerAddress
+from svc.remote.server_url import ServerAddress
 from svc.settings import Settings, load_settings
 
 _OF_A_HOME = ("svc.db", "models", "runs")

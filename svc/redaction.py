@@ -16,7 +16,7 @@ from typing import Any
 import regex  # has a limit of time, and lets other threads run meanwhile
 
 from svc.errors import SvcError
-from svc.key_secret import KEY_ID_PATTERN, PREFIX
+from svc.identity.key_secret import KEY_ID_PATTERN, PREFIX
 
 LIMIT_S = 0.25
 """Of own patterns on one text or JSON value, in processor time, seconds. A linear one reads a MiB in 1 to 100 ms."""

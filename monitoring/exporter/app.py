@@ -18,9 +18,9 @@ from monitoring.exporter.drift import DriftMetrics
 from monitoring.exporter.server_page import ServerPage
 from monitoring.exporter.training import TrainingMetrics
 from monitoring.exporter.versions import VersionMetrics
-from svc.listening import address_family, http_url, listen_error
 from svc.registry.registry import Registry
-from svc.server_url import ServerAddress
+from svc.remote.listening import address_family, http_url, listen_error
+from svc.remote.server_url import ServerAddress
 
 if TYPE_CHECKING:
     from wsgiref.types import StartResponse, WSGIApplication, WSGIEnvironment

@@ -11,7 +11,7 @@ from prometheus_client.openmetrics.parser import text_string_to_metric_families
 from prometheus_client.registry import Collector
 
 from svc.errors import ServerNotRunningError
-from svc.server_url import ServerAddress
+from svc.remote.server_url import ServerAddress
 
 log = logging.getLogger(__name__)
 

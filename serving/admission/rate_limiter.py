@@ -18,7 +18,7 @@ from enum import StrEnum
 from typing import NamedTuple
 
 from serving.admission.errors import RateLimitedError
-from svc.principal import Limits, Principal
+from svc.identity.principal import Limits, Principal
 
 _BYTES_PER_TOKEN = 4
 _DAY_S = 86_400
@@ -29,7 +29,7 @@ _NONE = Limits()
 
 
 class Limit(StrEnum):
-    """One limit of a key; the name is that of the field of `svc.principal.Limits`."""
+    """One limit of a key; the name is that of the field of `svc.identity.principal.Limits`."""
 
     REQUESTS_PER_MINUTE = "requests_per_minute"
     TOKENS_IN_PER_MINUTE = "tokens_in_per_minute"

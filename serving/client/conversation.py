@@ -7,7 +7,7 @@ from typing import Any
 import httpx
 
 from svc.errors import EngineError
-from svc.server_url import ServerAddress
+from svc.remote.server_url import ServerAddress
 
 _PATH = "/v1/chat/completions"
 _TIMEOUT_S = 600.0

@@ -11,7 +11,7 @@ from serving.rollout.initial_state import choose_desired
 from svc.engine.state import EngineState
 from svc.errors import NotFoundError, RefusedError
 from svc.registry.registry import Registry
-from svc.server_url import ServerAddress, read_status, server_address
+from svc.remote.server_url import ServerAddress, read_status, server_address
 from svc.settings import Settings
 from svc.store.database import open_database
 from svc.store.deployments import add_deployment, deployed_names, remove_deployment

@@ -13,10 +13,10 @@ from typing import Any, Protocol
 from sqlalchemy import Engine as Store
 
 from serving.rollout.version_changes import VersionChange, VersionChanges
-from svc.actor import Actor
 from svc.errors import BusyError, ServerNotRunningError
+from svc.identity.actor import Actor
 from svc.registry.registry import Registry
-from svc.server_url import ServerAddress, read_status, server_address
+from svc.remote.server_url import ServerAddress, read_status, server_address
 from svc.settings import Settings
 from svc.store.database import open_database
 from svc.store.swaps import SwapKind, SwapOutcome, SwapResult, find_swap

@@ -8,8 +8,8 @@ from typing import Any
 from serving.client.promotion import JournalEntry, swap_result
 from serving.rollout.version_changes import VersionChange
 from svc.errors import ServerNotRunningError
-from svc.remote_server import RemoteServer
-from svc.server_url import ServerAddress
+from svc.remote.remote_server import RemoteServer
+from svc.remote.server_url import ServerAddress
 from svc.version import Format, Target, VersionId
 
 _PAUSE_S = 0.5

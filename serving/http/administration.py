@@ -21,9 +21,9 @@ from serving.http.json_body import Body, read_json
 from serving.rollout.version_changes import VersionChange, VersionChanges
 from serving.telemetry.metrics import CLIENT_GONE_STATUS
 from svc.access.keyring import IssuedKey, Keyring, key_row
-from svc.actor import Actor
 from svc.errors import BusyError, NotFoundError, RefusedError, SettingsError, SvcError
-from svc.principal import Limits, Scope
+from svc.identity.actor import Actor
+from svc.identity.principal import Limits, Scope
 from svc.store.swaps import SwapResult, find_swap
 from svc.version import Format, VersionId
 
@@ -70,7 +70,7 @@ class RollbackRequest(_Request):
 
 
 class KeyLimits(BaseModel):
-    """As `svc.principal.Limits`."""
+    """As `svc.identity.principal.Limits`."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 

@@ -29,7 +29,7 @@ from serving.http.openapi import openapi_document
 from serving.http.token_counts import TokenCounts
 from serving.protocols.route import Route, TokenRoute
 from serving.telemetry.engine_metrics import EngineMetrics
-from svc.principal import Scope as KeyScope
+from svc.identity.principal import Scope as KeyScope
 
 _OPENMETRICS = "application/openmetrics-text"
 _FOR_ADMINS = "an admin's key is told why"

@@ -18,7 +18,7 @@ from serving.http.headers import headers_of
 from serving.http.peer import peer_of
 from serving.protocols.route import Route, TokenRoute
 from svc.access.authenticator import Authenticator, Grant, InvalidKeyError, KeyFault
-from svc.principal import Principal, Scope
+from svc.identity.principal import Principal, Scope
 
 log = logging.getLogger(__name__)
 

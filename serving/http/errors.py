@@ -52,7 +52,7 @@ from serving.protocols.error_code import ErrorCode
 from serving.protocols.route import ANTHROPIC_PATHS
 from svc.access.authenticator import KeysUnavailableError
 from svc.errors import AuthenticationError, PermissionDeniedError, SvcError
-from svc.key_secret import hide_secrets
+from svc.identity.key_secret import hide_secrets
 
 log = logging.getLogger(__name__)
 

@@ -21,7 +21,7 @@ from serving.http.json_body import read_json
 from serving.telemetry.metrics import CLIENT_GONE_STATUS
 from serving.telemetry.request_log import RequestLog
 from svc.errors import NotFoundError, SvcError
-from svc.principal import Scope
+from svc.identity.principal import Scope
 from svc.store.feedback import Feedback, KeptFeedback, Rating, keep_feedback
 from svc.version import VersionId
 

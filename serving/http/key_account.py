@@ -9,7 +9,7 @@ from serving.protocols.request import CompletionRequest
 from serving.protocols.wire_formats import Usage
 from serving.telemetry.metrics import UNKNOWN_MODEL, GatewayMetrics
 from svc.access.usage_meter import UsageMeter
-from svc.principal import Principal
+from svc.identity.principal import Principal
 from svc.store.requests import Outcome
 from svc.version import Target
 

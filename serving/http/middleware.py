@@ -24,8 +24,8 @@ from serving.http.headers import headers_of
 from serving.http.host import AllowedHosts
 from serving.http.rate_limit_headers import rate_limit_headers
 from serving.router import Router
-from svc.key_secret import hide_secrets
-from svc.principal import Principal
+from svc.identity.key_secret import hide_secrets
+from svc.identity.principal import Principal
 from svc.version import VersionId
 
 _CLIENT_HEADERS = (b"x-client-request-id", b"x-request-id")

@@ -13,7 +13,7 @@ from serving.http.authentication import principal_of
 from serving.model_names import SHOWN_CHARS, ModelNotFoundError
 from serving.router import Backend, Router
 from svc.errors import SvcError
-from svc.principal import Principal
+from svc.identity.principal import Principal
 
 OWNER = "tuneserve"
 

@@ -4,8 +4,8 @@ from collections.abc import Sequence
 
 from sqlalchemy import Engine as Store
 
-from svc.actor import Actor
 from svc.errors import NotFoundError, RefusedError
+from svc.identity.actor import Actor
 from svc.registry.adapter import read_adapter
 from svc.registry.manifest import Manifest
 from svc.registry.registry import Registry

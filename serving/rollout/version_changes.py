@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from sqlalchemy import Engine as Store
 
 from serving.rollout.initial_state import require_promotable, require_servable
-from svc.actor import Actor
 from svc.errors import BusyError, NotFoundError
+from svc.identity.actor import Actor
 from svc.registry.registry import Registry
 from svc.store.audit import Action, AuditEntry
 from svc.store.desired import Desired, change_desired, read_desired

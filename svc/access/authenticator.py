@@ -21,8 +21,8 @@ from sqlalchemy.exc import SQLAlchemyError
 
 from svc.end_signal import EndSignal
 from svc.errors import AuthenticationError, SvcError
-from svc.key_secret import hash_secret, is_hash_of, key_id_of
-from svc.principal import Principal
+from svc.identity.key_secret import hash_secret, is_hash_of, key_id_of
+from svc.identity.principal import Principal
 from svc.store.keys import Key, keys_revision, read_keys
 
 log = logging.getLogger(__name__)

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from svc.identity.principal import Limits, Scope
 from svc.invocation import confirm, json_option, reason_option, remote_of, settings_of, yes_option
-from svc.principal import Limits, Scope
 from svc.time_options import duration, time_past, time_to_come
 
 if TYPE_CHECKING:
@@ -215,7 +215,7 @@ def usage(ctx: click.Context, since: datetime, as_csv: bool, as_json: bool) -> N
 def _rows(ctx: click.Context) -> list[dict[str, Any]]:
     """Return the keys of the server that `svc --server` names, else of the home, as JSON."""
     if remote := remote_of(ctx):
-        from svc.remote_server import RemoteServer
+        from svc.remote.remote_server import RemoteServer
 
         return list(RemoteServer(remote).get("/svc/keys")["keys"])
     return _keyring(ctx).rows()
@@ -248,7 +248,7 @@ def _change(
     if remote := remote_of(ctx):
         from pydantic_core import to_jsonable_python
 
-        from svc.remote_server import RemoteServer
+        from svc.remote.remote_server import RemoteServer
 
         return RemoteServer(remote).post(path, to_jsonable_python(asked))
     return change(_keyring(ctx))
@@ -256,7 +256,7 @@ def _change(
 
 def _keyring(ctx: click.Context) -> "Keyring":
     from svc.access.keyring import Keyring
-    from svc.actor import Actor
+    from svc.identity.actor import Actor
     from svc.store.database import open_database
 
     return Keyring(open_database(settings_of(ctx).home), Actor.local())

@@ -8,10 +8,10 @@ from typing import Any
 
 from sqlalchemy import Engine as Store
 
-from svc.actor import Actor
 from svc.errors import RefusedError, SettingsError
-from svc.key_secret import PREFIX, hash_secret, new_key_id, new_secret
-from svc.principal import Limits, Principal, Scope
+from svc.identity.actor import Actor
+from svc.identity.key_secret import PREFIX, hash_secret, new_key_id, new_secret
+from svc.identity.principal import Limits, Principal, Scope
 from svc.store.audit import Action, AuditEntry
 from svc.store.keys import Key, add_key, find_key, read_keys, replace_secret, revoke_key
 from svc.store.usage import last_used

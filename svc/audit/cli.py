@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from svc.actor import Actor
 from svc.errors import IntegrityError, NotFoundError
+from svc.identity.actor import Actor
 from svc.invocation import confirm, json_option, reason_option, settings_of, yes_option
 from svc.time_options import time_past
 

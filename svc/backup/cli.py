@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from svc.actor import Actor
 from svc.errors import IntegrityError, NotFoundError, RefusedError
+from svc.identity.actor import Actor
 from svc.invocation import json_option, settings_of, yes_option
 
 if TYPE_CHECKING:

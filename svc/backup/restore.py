@@ -17,7 +17,7 @@ from svc.errors import IntegrityError, SettingsError
 from svc.lock import hold_lock
 from svc.registry.files import verify_files
 from svc.registry.manifest import read_manifest
-from svc.server_url import LOCK_FILE
+from svc.remote.server_url import LOCK_FILE
 from svc.store.database import open_database
 from svc.version import VersionId
 

@@ -10,8 +10,8 @@ from pathlib import Path
 from sqlalchemy import Engine as Store
 
 from svc.access.keyring import Keyring
-from svc.actor import Actor
 from svc.backup.archive import STORE_FILE, Archive, Snapshot
+from svc.identity.actor import Actor
 from svc.store.keys import Key
 
 

@@ -16,7 +16,7 @@ from svc.dataset.schema.example import ChatExample
 from svc.errors import EngineError, SettingsError
 from svc.evaluation.metrics.exact_match import matches
 from svc.evaluation.results import ExampleResult
-from svc.listening import is_loopback
+from svc.remote.listening import is_loopback
 
 if TYPE_CHECKING:
     import httpx

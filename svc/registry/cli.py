@@ -4,8 +4,8 @@ import sys
 
 import click
 
-from svc.actor import Actor
 from svc.errors import BusyError, NotFoundError
+from svc.identity.actor import Actor
 from svc.invocation import json_option, reason_option, settings_of
 from svc.registry.manifest import Manifest
 from svc.registry.registry import Registry

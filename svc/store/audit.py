@@ -17,8 +17,8 @@ from sqlalchemy import Engine as Store
 from sqlalchemy import or_, select
 from sqlalchemy.orm import Session
 
-from svc.actor import Actor
-from svc.key_secret import hide_secrets
+from svc.identity.actor import Actor
+from svc.identity.key_secret import hide_secrets
 from svc.store.database import exclusive
 from svc.store.tables import AuditRow
 

@@ -9,7 +9,7 @@ from sqlalchemy import func, or_, select
 from sqlalchemy.orm import Session
 
 from svc.errors import NotFoundError, RefusedError
-from svc.principal import Limits, Principal, Scope
+from svc.identity.principal import Limits, Principal, Scope
 from svc.store.audit import AuditEntry, append_event
 from svc.store.database import exclusive
 from svc.store.tables import KeyRow

@@ -10,7 +10,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
-from svc.server_url import LOCK_FILE
+from svc.remote.server_url import LOCK_FILE
 from tests.deploy.deploy_files import DEPLOY
 from tests.serving.socket_server import running_in_thread
 

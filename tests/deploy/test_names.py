@@ -10,7 +10,7 @@ import yaml
 
 from serving.http.openapi import openapi_document
 from svc.cli import group
-from svc.server_url import LOCK_FILE
+from svc.remote.server_url import LOCK_FILE
 from svc.settings import ENV_PREFIX, Settings, load_settings, setting_keys
 from tests.deploy.deploy_files import (
     COMPOSE,

@@ -25,7 +25,7 @@ from svc.access.authenticator import KeyFault
 from svc.engine.state import EngineState
 from svc.errors import ServerNotRunningError
 from svc.registry.registry import Registry
-from svc.server_url import ServerAddress
+from svc.remote.server_url import ServerAddress
 from svc.settings import EngineSettings, Settings
 from svc.store.feedback import Rating
 from svc.store.holdouts import HoldoutOutcome

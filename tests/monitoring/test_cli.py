@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from svc.lock import hold_lock
-from svc.server_url import LOCK_FILE
+from svc.remote.server_url import LOCK_FILE
 from tests.command_line import Svc
 
 STATE: dict[str, Any] = {

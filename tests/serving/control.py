@@ -32,7 +32,7 @@ from svc.access.authenticator import Authenticator
 from svc.engine.probes import EngineFacts
 from svc.engine.state import EngineState
 from svc.engine.vllm.client import socket_transport
-from svc.principal import Principal
+from svc.identity.principal import Principal
 from svc.registry.registry import Registry
 from svc.settings import AdapterSettings, ServeSettings
 from svc.store.desired import Desired, change_desired, read_desired

@@ -6,8 +6,8 @@ from starlette.types import Scope
 
 from serving.http.authentication import Authentication
 from svc.access.authenticator import Authenticator, Grant, KeyFault
-from svc.principal import Limits, Principal
-from svc.principal import Scope as Permission
+from svc.identity.principal import Limits, Principal
+from svc.identity.principal import Scope as Permission
 
 
 class KnownCallers(Authentication):

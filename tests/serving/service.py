@@ -40,7 +40,7 @@ from svc.access.authenticator import Authenticator
 from svc.access.usage_meter import UsageMeter
 from svc.engine.vllm.client import EngineClient, socket_transport
 from svc.engine.vllm.connection_pool import EngineConnections
-from svc.principal import Principal
+from svc.identity.principal import Principal
 from svc.registry.registry import Registry
 from svc.settings import RequestLimits, RequestLogSettings, ServeSettings, TelemetrySettings
 from svc.version import Format, Target, VersionId

@@ -13,10 +13,10 @@ import httpx
 import pytest
 from click.testing import CliRunner, Result
 
-from svc.actor import Actor
 from svc.cli import group
 from svc.errors import BusyError, NotFoundError, RefusedError, ServerNotRunningError, SvcError
-from svc.server_url import read_status, server_address
+from svc.identity.actor import Actor
+from svc.remote.server_url import read_status, server_address
 from svc.store.audit import read_events
 from svc.store.desired import read_desired
 from svc.store.served import served_spans

@@ -14,8 +14,8 @@ import httpx
 import pytest
 
 from svc.access.keyring import Keyring
-from svc.actor import Actor
-from svc.principal import Limits, Scope
+from svc.identity.actor import Actor
+from svc.identity.principal import Limits, Scope
 from tests.serving.control import BODY
 from tests.serving.home import Home
 from tests.serving.versions import NAME

@@ -11,10 +11,10 @@ import pytest
 
 from serving import server
 from svc.access.keyring import IssuedKey, Keyring
-from svc.actor import Actor
 from svc.errors import SettingsError
-from svc.principal import Scope
-from svc.server_url import ServerAddress, server_address
+from svc.identity.actor import Actor
+from svc.identity.principal import Scope
+from svc.remote.server_url import ServerAddress, server_address
 from svc.settings import ServeSettings
 from tests.serving.control import BODY, ask, until
 from tests.serving.home import Home

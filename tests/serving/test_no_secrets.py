@@ -10,9 +10,9 @@ import httpx
 import pytest
 
 from svc.access.keyring import IssuedKey, Keyring
-from svc.actor import Actor
-from svc.key_secret import hash_secret, new_secret
-from svc.principal import Scope
+from svc.identity.actor import Actor
+from svc.identity.key_secret import hash_secret, new_secret
+from svc.identity.principal import Scope
 from svc.settings import RequestLogSettings, ServeSettings
 from tests.serving.control import BODY
 from tests.serving.home import Home

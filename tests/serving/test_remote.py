@@ -21,8 +21,8 @@ from svc.errors import (
     ServerNotRunningError,
     SettingsError,
 )
-from svc.principal import Scope
-from svc.server_url import ServerAddress, server_address
+from svc.identity.principal import Scope
+from svc.remote.server_url import ServerAddress, server_address
 from svc.store.audit import read_events
 from svc.store.desired import read_desired
 from svc.store.keys import read_keys

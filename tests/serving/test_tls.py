@@ -15,7 +15,7 @@ from pydantic import ValidationError
 from serving import server
 from serving.http.failed_keys import MOST_A_MINUTE
 from svc.errors import SettingsError
-from svc.principal import Scope
+from svc.identity.principal import Scope
 from svc.settings import ServeSettings
 from tests.serving.certificates import make_certificate
 from tests.serving.control import ask

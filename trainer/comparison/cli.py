@@ -74,7 +74,7 @@ def compare(
 
 def _judge(url: str | None, model: str | None, key_file: Path | None) -> "Endpoint | None":
     from svc.evaluation.endpoint import Endpoint
-    from svc.key_file import read_secret
+    from svc.identity.key_file import read_secret
 
     if not url and not model and not key_file:
         return None
@@ -87,7 +87,7 @@ def _judge(url: str | None, model: str | None, key_file: Path | None) -> "Endpoi
 
 def _key(file: Path | None, variable: str | None) -> str | None:
     """Never from the command line, which everybody on a machine can read."""
-    from svc.key_file import read_secret
+    from svc.identity.key_file import read_secret
 
     if file and variable:
         raise click.UsageError("--endpoint-key-file and --endpoint-key-variable say the same")

@@ -7,7 +7,7 @@ from svc.dataset.schema.example import ChatExample
 from svc.evaluation.endpoint import Endpoint
 from svc.evaluation.judge import JudgeReport, Pair, judge_pairs
 from svc.evaluation.results import ExampleResult
-from svc.key_file import read_secret
+from svc.identity.key_file import read_secret
 from svc.terminal import counting
 from trainer.recipe.sections import Judge
 

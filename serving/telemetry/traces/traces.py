@@ -29,7 +29,7 @@ from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapProp
 from serving.telemetry.traces.exporter import CountedExporter
 from serving.telemetry.traces.request_trace import RequestTrace, SpanDropped
 from serving.telemetry.traces.span import INPUT_MESSAGES, OUTPUT_MESSAGES, span_attributes, span_name, span_status
-from svc.key_secret import hide_secrets
+from svc.identity.key_secret import hide_secrets
 from svc.store.requests import RequestRecord
 
 log = logging.getLogger(__name__)

@@ -9,7 +9,7 @@ from sqlalchemy import Engine as Store
 from monitoring.drift.check import LOCK_FILE
 from svc.lock import hold_lock
 from svc.registry.registry import Registry
-from svc.server_url import LOCK_FILE as SERVER_LOCK
+from svc.remote.server_url import LOCK_FILE as SERVER_LOCK
 from svc.store.desired import change_desired
 from tests.command_line import Ended, Svc
 from tests.monitoring.drift.conftest import Check

@@ -6,7 +6,7 @@ import pytest
 
 from serving.client.conversation import Conversation
 from svc.errors import EngineError
-from svc.server_url import ServerAddress
+from svc.remote.server_url import ServerAddress
 from tests.serving.engine_double import Fault
 from tests.serving.home import Home
 from tests.serving.versions import NAME

@@ -8,8 +8,8 @@ import httpx
 
 from serving.protocols.route import Route
 from svc.access.keyring import IssuedKey, Keyring
-from svc.actor import Actor
-from svc.principal import Scope
+from svc.identity.actor import Actor
+from svc.identity.principal import Scope
 from tests.serving.service import CHAT, NAME, Service
 
 BODIES: dict[Route, dict[str, Any]] = {

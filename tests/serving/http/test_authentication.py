@@ -20,9 +20,9 @@ from serving.http.inference import _Endpoint
 from serving.protocols.route import Route
 from svc.access.authenticator import InvalidKeyError, KeyFault
 from svc.access.keyring import Keyring
-from svc.actor import Actor
-from svc.key_secret import new_secret
-from svc.principal import Scope
+from svc.identity.actor import Actor
+from svc.identity.key_secret import new_secret
+from svc.identity.principal import Scope
 from tests.serving.control import until
 from tests.serving.http.keyed_service import BODIES, KeyedService
 from tests.serving.service import CHAT, NAME, closed

@@ -33,8 +33,8 @@ from serving.telemetry.metrics import GatewayMetrics
 from serving.telemetry.request_log import RequestLog
 from svc.access.authenticator import Authenticator
 from svc.access.keyring import Keyring
-from svc.actor import Actor
-from svc.principal import Limits, Scope
+from svc.identity.actor import Actor
+from svc.identity.principal import Limits, Scope
 from svc.settings import RequestLogSettings, ServeSettings
 from tests.serving.engine_double import EngineDouble
 from tests.serving.service import NAME, ONE, OneBackend, Service, application, connections

@@ -11,7 +11,7 @@ import pytest
 
 from serving.admission.rate_limiter import Limit
 from serving.http.token_counts import MOST_AT_ONCE
-from svc.principal import Principal
+from svc.identity.principal import Principal
 from tests.serving.admission.opened import admitted
 from tests.serving.http.test_inference import CHAT_PATH, error_of
 from tests.serving.keyed import principal

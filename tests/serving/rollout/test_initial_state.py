@@ -3,8 +3,8 @@
 import pytest
 
 from serving.rollout.initial_state import choose_deployments, choose_desired
-from svc.actor import Actor
 from svc.errors import NotFoundError, RefusedError
+from svc.identity.actor import Actor
 from svc.store.audit import read_events
 from svc.store.deployments import deployed_names
 from svc.store.desired import change_desired, read_desired

@@ -7,7 +7,7 @@ import pytest
 from sqlalchemy import Engine as Store
 
 from svc.access.keyring import Keyring
-from svc.actor import Actor
+from svc.identity.actor import Actor
 from svc.store.database import open_database
 
 ALICE = Actor("user:alice", "box")

@@ -16,8 +16,8 @@ from sqlalchemy.exc import OperationalError
 from svc.access import authenticator as authenticator_module
 from svc.access.authenticator import LOOK_S, Authenticator, InvalidKeyError, KeyFault, KeysUnavailableError
 from svc.access.keyring import IssuedKey, Keyring
-from svc.key_secret import new_secret
-from svc.principal import Scope
+from svc.identity.key_secret import new_secret
+from svc.identity.principal import Scope
 from svc.store.keys import keys_revision
 from tests.event_loop import blocked_default_executor
 from tests.svc.access.conftest import ALICE, Clock

@@ -12,8 +12,8 @@ import pytest
 
 from svc.access.authenticator import Authenticator, InvalidKeyError
 from svc.errors import NotFoundError, RefusedError, SettingsError
-from svc.key_secret import key_id_of
-from svc.principal import Limits, Scope
+from svc.identity.key_secret import key_id_of
+from svc.identity.principal import Limits, Scope
 from svc.store.audit import read_events
 from svc.store.database import open_database
 from svc.store.usage import Usage, UsageOf, add_usage, hour_of

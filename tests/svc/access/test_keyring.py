@@ -8,8 +8,8 @@ from sqlalchemy import Engine as Store
 
 from svc.access.keyring import Keyring
 from svc.errors import NotFoundError, RefusedError, SettingsError
-from svc.key_secret import hash_secret, key_id_of
-from svc.principal import Limits, Principal, Scope
+from svc.identity.key_secret import hash_secret, key_id_of
+from svc.identity.principal import Limits, Principal, Scope
 from svc.store.audit import read_events
 from tests.svc.access.conftest import Clock
 

@@ -7,8 +7,8 @@ from datetime import UTC, datetime, timedelta
 import pytest
 from sqlalchemy import Engine as Store
 
-from svc.actor import Actor
 from svc.errors import IntegrityError, NotFoundError
+from svc.identity.actor import Actor
 from svc.store.audit import Action, AuditEntry, read_events, record_event, verify_chain
 from svc.store.desired import change_desired
 from svc.store.requests import add_requests, hash_user

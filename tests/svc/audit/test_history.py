@@ -5,8 +5,8 @@ from datetime import UTC, datetime, timedelta
 import pytest
 from sqlalchemy import Engine as Store
 
-from svc.actor import Actor
 from svc.audit.history import read_history
+from svc.identity.actor import Actor
 from svc.store.audit import Action, AuditEntry, record_event
 from svc.store.desired import Desired, change_desired
 from svc.store.served import Began, begin_serving

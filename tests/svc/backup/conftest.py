@@ -9,12 +9,12 @@ from pathlib import Path
 import pytest
 from sqlalchemy import Engine as Store
 
-from svc.actor import Actor
 from svc.backup.archive import Archive
 from svc.backup.backup import Backup, BackupReport
 from svc.backup.copying import OnBytes, Progress
 from svc.backup.restore import Restore
 from svc.dataset.readers.reader import write_examples
+from svc.identity.actor import Actor
 from svc.registry.registry import HELDOUT_FILE, Registry
 from svc.registry.tracking import Tracking
 from svc.settings import Settings

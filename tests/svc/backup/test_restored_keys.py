@@ -8,11 +8,11 @@ from pathlib import Path
 import pytest
 
 from svc.access.keyring import IssuedKey, Keyring
-from svc.actor import Actor
 from svc.backup.archive import Archive
 from svc.backup.restore import Restore
 from svc.errors import RefusedError
-from svc.principal import Scope
+from svc.identity.actor import Actor
+from svc.identity.principal import Scope
 from svc.settings import Settings
 from svc.store.audit import read_events, verify_chain
 from svc.store.database import open_database

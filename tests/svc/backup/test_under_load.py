@@ -10,11 +10,11 @@ from pathlib import Path
 import pytest
 from mlflow import MlflowClient
 
-from svc.actor import Actor
 from svc.backup.archive import Archive
 from svc.backup.backup import Backup
 from svc.backup.restore import Restore
 from svc.errors import BusyError
+from svc.identity.actor import Actor
 from svc.registry.housekeeping import protected, remove_version
 from svc.registry.registry import Registry
 from svc.settings import Settings

@@ -10,7 +10,7 @@ import sqlalchemy as sa
 from sqlalchemy import Engine as Store
 from sqlalchemy.exc import IntegrityError
 
-from svc.actor import Actor
+from svc.identity.actor import Actor
 from svc.store.audit import (
     FIRST_HASH,
     Action,
@@ -151,7 +151,7 @@ def test_a_row_whose_details_were_changed_can_be_shown(five: Store, details: str
 WRITER = """
 import sys
 from pathlib import Path
-from svc.actor import Actor
+from svc.identity.actor import Actor
 from svc.store.audit import Action, AuditEntry, record_event
 from svc.store.database import open_database
 store = open_database(Path(sys.argv[1]))

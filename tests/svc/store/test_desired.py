@@ -6,8 +6,8 @@ from dataclasses import replace
 import pytest
 from sqlalchemy import Engine as Store
 
-from svc.actor import Actor
 from svc.errors import BusyError
+from svc.identity.actor import Actor
 from svc.store.audit import Action, AuditEntry, read_events
 from svc.store.desired import Desired, change_desired, desired_names, read_desired
 from svc.version import Format, Target, VersionId

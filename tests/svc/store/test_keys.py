@@ -8,9 +8,9 @@ from sqlalchemy import Engine as Store
 from sqlalchemy import select
 from sqlalchemy.orm import Session
 
-from svc.actor import Actor
 from svc.errors import NotFoundError, RefusedError
-from svc.principal import Limits, Principal, Scope
+from svc.identity.actor import Actor
+from svc.identity.principal import Limits, Principal, Scope
 from svc.store.audit import Action, AuditEntry, read_events
 from svc.store.keys import Key, add_key, find_key, keys_revision, read_keys, replace_secret, revoke_key
 from svc.store.tables import KeyRow

@@ -17,7 +17,7 @@ from opentelemetry.sdk.trace.export import SpanExporter, SpanExportResult
 from serving.telemetry.traces import traces as module
 from serving.telemetry.traces.request_trace import SpanDropped
 from serving.telemetry.traces.traces import Tracer, Traces
-from svc.key_secret import new_secret
+from svc.identity.key_secret import new_secret
 from svc.store.requests import Outcome, RequestRecord
 from svc.version import Format, VersionId
 

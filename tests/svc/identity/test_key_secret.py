@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from svc.key_secret import hash_secret, hide_secrets, is_hash_of, key_id_of, new_key_id, new_secret
+from svc.identity.key_secret import hash_secret, hide_secrets, is_hash_of, key_id_of, new_key_id, new_secret
 from svc.redaction import Redactor
 
 LETTERS = string.digits + string.ascii_letters

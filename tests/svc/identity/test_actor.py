@@ -6,8 +6,8 @@ import socket
 
 import pytest
 
-from svc.actor import Actor
-from svc.principal import Principal, Scope
+from svc.identity.actor import Actor
+from svc.identity.principal import Principal, Scope
 
 
 def test_it_is_the_user_of_the_process_whatever_the_environment_says(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -5,7 +5,7 @@ import stat
 from pathlib import Path
 
 from svc.errors import SettingsError
-from svc.key_secret import key_id_of
+from svc.identity.key_secret import key_id_of
 
 
 def read_key(path: Path) -> str:

@@ -5,7 +5,7 @@ import pwd
 import socket
 from dataclasses import dataclass
 
-from svc.principal import Principal
+from svc.identity.principal import Principal
 
 
 @dataclass(frozen=True, slots=True)

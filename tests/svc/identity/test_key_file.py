@@ -5,8 +5,8 @@ from pathlib import Path
 import pytest
 
 from svc.errors import SettingsError
-from svc.key_file import read_key
-from svc.key_secret import new_secret
+from svc.identity.key_file import read_key
+from svc.identity.key_secret import new_secret
 
 SECRET = new_secret("abcd0123")
 

@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from svc.errors import ServerNotRunningError, SettingsError
-from svc.key_file import read_key
-from svc.listening import is_loopback
+from svc.identity.key_file import read_key
 from svc.lock import lock_holder
+from svc.remote.listening import is_loopback
 from svc.settings import Settings
 
 if TYPE_CHECKING:

@@ -3,7 +3,7 @@
 import pytest
 
 from svc.errors import PermissionDeniedError
-from svc.principal import Principal, Scope
+from svc.identity.principal import Principal, Scope
 
 CLIENT = Principal("abcd0123", "ci", frozenset({Scope.INFER}), frozenset({"tickets"}))
 ADMIN = Principal("admin000", "admin", frozenset({Scope.ADMIN}))

@@ -14,7 +14,7 @@ from svc.errors import (
     SettingsError,
     SvcError,
 )
-from svc.server_url import ServerAddress
+from svc.remote.server_url import ServerAddress
 
 _ERRORS: Mapping[str, type[SvcError]] = {
     "invalid_api_key": AuthenticationError,

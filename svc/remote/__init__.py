@@ -1,0 +1,1 @@
+"""How a server listens, and how a command on this machine or another one reaches it."""
