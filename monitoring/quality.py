@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 from sqlalchemy import Engine as Store
 
 from svc.errors import NotFoundError
-from svc.evaluation.metrics.exact_match import ExactMatch
+from svc.evaluation.metrics.text import ExactMatch
 from svc.evaluation.results import ExampleResult, token_weights
 from svc.registry.registry import Registry
 from svc.store.holdouts import HoldoutRun, first_holdout_run, newest_holdout_run

@@ -28,8 +28,8 @@ from svc.engine.state import EngineState
 from svc.engine.vllm.client import EngineClient
 from svc.errors import EngineError, NotFoundError, SvcError
 from svc.evaluation.evaluator import ask_example
-from svc.evaluation.metrics.exact_match import ExactMatch
 from svc.evaluation.metrics.metric import Answered
+from svc.evaluation.metrics.text import ExactMatch
 from svc.evaluation.results import ExampleResult
 from svc.registry.primary_metric import watched_metric
 from svc.registry.registry import Registry
@@ -188,7 +188,7 @@ class HoldoutRuns:
         try:
             metric = watched_metric(self.registry, run.target, run_functions=self.run_functions)
             examples = self.registry.heldout(run.target.version)
-            scores = metric.score(Answered([examples[place] for place in results], list(results.values())))
+            scores = metric.checked_score(Answered([examples[place] for place in results], list(results.values())))
         except Exception:  # the boundary: a metric may be of a package, or a function of the user's
             log.warning("the primary metric of %s cannot judge here: exact match does", run.target, exc_info=True)
             return replace(run, metric=ExactMatch.name, scores=tuple(map(float, run.hits)))

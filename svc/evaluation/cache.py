@@ -5,7 +5,7 @@ One line of JSON for each example. Knows nothing of who asks and of what is judg
 
 import hashlib
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict, ValidationError
@@ -16,6 +16,10 @@ from svc.disk import write_whole
 from svc.evaluation.results import ExampleResult
 
 log = logging.getLogger(__name__)
+
+
+KnownResults = dict[tuple[str, int], ExampleResult]
+"""By the example's fingerprint and the answer's limit."""
 
 
 class _Line(BaseModel):
@@ -42,22 +46,18 @@ class EvaluationCache:
         Args:
             limits: tokens that each answer may have; an answer under another limit may be another one.
         """
-        known = self._read()
-        found = [known.get((fingerprint([one]), limit)) for one, limit in zip(examples, limits, strict=True)]
-        return tuple(result for result in found if result is not None) if all(found) else None
+        return find_results(self._read(), examples, limits)
 
     def add(self, examples: Sequence[ChatExample], results: Sequence[ExampleResult]) -> None:
         """Keeps the results of examples, in the same order, without scores: other metrics would give others."""
         known = self._read()
         answers = [result.model_copy(update={"scores": {}}) for result in results]
-        pairs = zip(examples, answers, strict=True)
-        known |= {(fingerprint([example]), result.limit): result for example, result in pairs}
+        known |= results_by_example(zip(examples, answers, strict=True))
         lines = (_Line(example=name, result=result).model_dump_json() for (name, _), result in known.items())
         self._path.parent.mkdir(parents=True, exist_ok=True)
         write_whole(self._path, "".join(f"{line}\n" for line in lines).encode("utf-8"))
 
-    def _read(self) -> dict[tuple[str, int], ExampleResult]:
-        """By the example's fingerprint and the answer's limit."""
+    def _read(self) -> KnownResults:
         try:
             lines = [_Line.model_validate_json(line) for line in self._path.read_bytes().splitlines()]
         except FileNotFoundError:
@@ -66,3 +66,16 @@ class EvaluationCache:
             log.warning("%s cannot be read: its examples are asked again", self._path, exc_info=True)
             return {}
         return {(line.example, line.result.limit): line.result for line in lines}
+
+
+def results_by_example(pairs: Iterable[tuple[ChatExample, ExampleResult]]) -> KnownResults:
+    """Return results in the form that `find_results` reads."""
+    return {(fingerprint([example]), result.limit): result for example, result in pairs}
+
+
+def find_results(
+    known: KnownResults, examples: Sequence[ChatExample], limits: Sequence[int]
+) -> tuple[ExampleResult, ...] | None:
+    """Return the results of these examples, in their order; None if one of them is not known under its limit."""
+    found = [known.get((fingerprint([one]), limit)) for one, limit in zip(examples, limits, strict=True)]
+    return tuple(result for result in found if result is not None) if all(found) else None

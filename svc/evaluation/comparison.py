@@ -12,16 +12,15 @@ from pydantic import BaseModel, ConfigDict
 from svc.dataset.schema.example import ChatExample
 from svc.errors import DataError
 from svc.evaluation.edit_distance import edit_distance
-from svc.evaluation.estimate import Estimate, mean, mean_or_proportion, paired_difference
-from svc.evaluation.evaluator import CUT_OFF_TITLE, judge
-from svc.evaluation.metrics.choose import MetricSet
+from svc.evaluation.estimate import Estimate
+from svc.evaluation.evaluator import judge
 from svc.evaluation.metrics.metric import Answered, Better, Metric, Unit
-from svc.evaluation.results import ExampleResult, token_weights
+from svc.evaluation.metrics.text import ExactMatch
+from svc.evaluation.metrics.tokens import CutOff, Nll
+from svc.evaluation.results import ExampleResult
 
 SHOWN = 20
 """Examples that are shown side by side."""
-NLL = "nll"
-CUT_OFF = "cut_off"
 _FEWEST_DIFFERENT = 6
 """Of fewer examples that differ, all do in one direction by chance more often than once in twenty times."""
 _EQUAL = 1e-9
@@ -119,7 +118,7 @@ def compare(
     examples: Sequence[ChatExample],
     first: Sequence[ExampleResult],
     second: Sequence[ExampleResult],
-    metrics: MetricSet,
+    metrics: Sequence[Metric],
     *,
     no_tokens: str = "",
 ) -> Comparison:
@@ -127,6 +126,7 @@ def compare(
 
     Args:
         first, second: one result for each example, in the same order; their scores are made anew.
+        metrics: the primary one first.
         no_tokens: why nothing that counts in a model's own tokens can be compared: log-likelihoods are not known, or
             the two have different tokenizers. Empty: it can.
 
@@ -134,36 +134,30 @@ def compare(
         DataError: no metric is left to compare by.
         SvcError: a metric failed.
     """
-    usable = [metric for metric in metrics if not (no_tokens and metric.in_tokens)]
-    primary = next((metric for metric in usable if metric.better is not Better.NEITHER), None)
+    usable = [metric for metric in (*metrics, CutOff(), Nll()) if not (no_tokens and metric.in_tokens)]
+    primary = next((metric for metric in usable if metric in metrics and metric.better is not Better.NEITHER), None)
     if primary is None:
         raise DataError(
             f"nothing is left to compare by: {no_tokens}", todo="name a metric of the answers: --metric exact_match"
         )
-    chosen = MetricSet(primary, tuple(metric for metric in usable if metric is not primary))
-    one, other = (Answered(examples, judge(examples, results, 0.0, chosen).results) for results in (first, second))
-    compared = {metric.name: _by_metric(metric, one, other) for metric in chosen}
-    compared[CUT_OFF] = _by_cut_off(one, other)
-    left_out = {metric.name: no_tokens for metric in metrics if metric not in usable}
-    if no_tokens:
-        left_out[NLL] = no_tokens
-    else:
-        compared[NLL] = _by_likelihood(one, other)
+    one, other = (Answered(examples, judge(examples, results, 0.0, metrics).results) for results in (first, second))
     gains, by = _gains(primary, one, other)
     return Comparison(
         examples=len(examples),
         primary=primary.name,
-        metrics=compared,
-        left_out=left_out,
+        metrics={metric.name: _by_metric(metric, one, other) for metric in dict.fromkeys((primary, *usable))},
+        left_out={metric.name: no_tokens for metric in (*metrics, Nll()) if no_tokens and metric.in_tokens},
         tally=_tally(by, gains),
         different=tuple(_most_different(one, other, gains)),
     )
 
 
 def _by_metric(metric: Metric, one: Answered, other: Answered) -> MetricComparison:
-    before, after = _scores(metric, one), _scores(metric, other)
-    differing = sum(abs(b - a) > _EQUAL for a, b in zip(before, after, strict=True)) if metric.scored else len(before)
     difference = metric.difference(one, other)
+    differing = len(one.results)
+    if metric.scored:
+        scores = zip(metric.stored_scores(one), metric.stored_scores(other), strict=True)
+        differing = sum(abs(b - a) > _EQUAL for a, b in scores)
     return MetricComparison(
         title=metric.title,
         better=metric.better,
@@ -175,36 +169,6 @@ def _by_metric(metric: Metric, one: Answered, other: Answered) -> MetricComparis
     )
 
 
-def _by_cut_off(one: Answered, other: Answered) -> MetricComparison:
-    before, after = ([float(result.cut_off) for result in answered.results] for answered in (one, other))
-    difference = paired_difference(before, after)
-    return MetricComparison(
-        title=CUT_OFF_TITLE,
-        better=Better.LOWER,
-        unit=Unit.SHARE,
-        first=mean_or_proportion(before),
-        second=mean_or_proportion(after),
-        difference=difference,
-        verdict=_verdict(difference, Better.LOWER, sum(a != b for a, b in zip(before, after, strict=True))),
-    )
-
-
-def _by_likelihood(one: Answered, other: Answered) -> MetricComparison:
-    """Nats a token, weighted by the tokens of each reference, as in an evaluation report."""
-    weights = token_weights(one.results)
-    before, after = ([result.nll for result in answered.results] for answered in (one, other))
-    difference = paired_difference(before, after, weights)
-    return MetricComparison(
-        title="NLL / token",
-        better=Better.LOWER,
-        unit=Unit.NUMBER,
-        first=mean(before, weights),
-        second=mean(after, weights),
-        difference=difference,
-        verdict=_verdict(difference, Better.LOWER, len(before)),
-    )
-
-
 def _verdict(difference: Estimate, better: Better, differing: int) -> Verdict:
     if difference.low <= 0 <= difference.high or differing < _FEWEST_DIFFERENT:
         return Verdict.UNDECIDED
@@ -213,26 +177,18 @@ def _verdict(difference: Estimate, better: Better, differing: int) -> Verdict:
     return Verdict.BETTER if (difference.value > 0) is (better is Better.HIGHER) else Verdict.WORSE
 
 
-def _scores(metric: Metric, answered: Answered) -> list[float]:
-    """One for each example; of a metric that has none, whether the answer is the reference."""
-    if metric.scored:
-        return [result.scores[metric.name] for result in answered.results]
-    return [float(result.hit) for result in answered.results]
-
-
 def _gains(primary: Metric, one: Answered, other: Answered) -> tuple[list[float], str]:
     """By how much the second is better on each example, and by whose scores.
 
     A metric of all examples together has none of its own: it gets those of the metric that monitoring watches in its
     place, if that is among them, or exact match.
     """
-    watched = primary.watched_by
-    if primary.scored or watched not in one.results[0].scores:
-        by = primary.name if primary.scored else "exact_match"
-        before, after = _scores(primary, one), _scores(primary, other)
+    by = primary.name if primary.scored else primary.watched_by
+    if by in one.results[0].scores:
+        before, after = ([result.scores[by] for result in answered.results] for answered in (one, other))
     else:
-        by = watched
-        before, after = ([result.scores[watched] for result in answered.results] for answered in (one, other))
+        by = ExactMatch.name
+        before, after = ([float(result.hit) for result in answered.results] for answered in (one, other))
     sign = -1 if primary.scored and primary.better is Better.LOWER else 1
     return [sign * (b - a) for a, b in zip(before, after, strict=True)], by
 

@@ -6,15 +6,15 @@ message, no log and no file.
 """
 
 import asyncio
-from collections.abc import Callable, Coroutine, Iterable, Sequence
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterable, Sequence
+from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
-from itertools import starmap
 from typing import TYPE_CHECKING, Any, TypeVar
 from urllib.parse import urlsplit
 
 from svc.dataset.schema.example import ChatExample
 from svc.errors import EngineError, SettingsError
-from svc.evaluation.metrics.exact_match import matches
+from svc.evaluation.metrics.text import matches
 from svc.evaluation.results import ExampleResult
 from svc.remote.listening import is_loopback
 
@@ -75,8 +75,9 @@ class Endpoint:
                 f"the key would cross the network to {parts.hostname} in plain text", todo="use https://"
             )
 
-    def client(self, transport: "httpx.AsyncBaseTransport | None" = None) -> "httpx.AsyncClient":
-        """What asks it.
+    @asynccontextmanager
+    async def chat(self, transport: "httpx.AsyncBaseTransport | None" = None) -> AsyncIterator["Chat"]:
+        """Connect to it.
 
         Args:
             transport: in place of the network.
@@ -84,9 +85,9 @@ class Endpoint:
         import httpx
 
         headers = {"authorization": f"Bearer {self.key}"} if self.key else None
-        return httpx.AsyncClient(
-            headers=headers, timeout=httpx.Timeout(_TIMEOUT_S, connect=_CONNECT_S), transport=transport
-        )
+        timeout = httpx.Timeout(_TIMEOUT_S, connect=_CONNECT_S)
+        async with httpx.AsyncClient(headers=headers, timeout=timeout, transport=transport) as http:
+            yield Chat(http, self)
 
     def __str__(self) -> str:
         return f"{self.model} at {self.url}"
@@ -106,21 +107,21 @@ class Completion:
 
 
 class Chat:
-    """Asks one endpoint as it wants to be asked, and again where that may help.
+    """Asks one endpoint as it wants to be asked, and again where that may help; so many requests at a time.
 
     Args:
-        http: closed by whoever made it.
-        options: of every request, as `temperature`; a refused one is left out.
+        http: closed by the caller.
     """
 
-    def __init__(self, http: "httpx.AsyncClient", endpoint: Endpoint, **options: Any) -> None:
+    def __init__(self, http: "httpx.AsyncClient", endpoint: Endpoint) -> None:
         self._http = http
         self._endpoint = endpoint
-        self._options = options
+        self._options: dict[str, Any] = {"temperature": 0}  # of every request; a refused one is left out
         self._limit_name = "max_tokens"
+        self._places = asyncio.Semaphore(CONCURRENCY)
 
     async def complete(self, messages: Sequence[Any], *, limit: int | None = None, **more: Any) -> Completion:
-        """The answer to a conversation.
+        """Return the answer to a conversation.
 
         Args:
             messages: in OpenAI's form.
@@ -130,7 +131,8 @@ class Chat:
         Raises:
             EngineError: it did not answer, or refused, or answered something else.
         """
-        answer = await self._post({"model": self._endpoint.model, "messages": list(messages), **more}, limit)
+        async with self._places:
+            answer = await self._post({"model": self._endpoint.model, "messages": list(messages), **more}, limit)
         try:
             said = answer.json()
             choice, usage = said["choices"][0], said.get("usage") or {}
@@ -147,13 +149,11 @@ class Chat:
     async def _post(self, body: dict[str, Any], limit: int | None) -> "httpx.Response":
         import httpx
 
-        why = ""
+        url, why = f"{self._endpoint.url.rstrip('/')}/chat/completions", ""
         for tried in range(_TRIES):
             options, pause = self._current_options(limit), 2.0**tried
             try:
-                answer = await self._http.post(
-                    f"{self._endpoint.url.rstrip('/')}/chat/completions", json=body | options
-                )
+                answer = await self._http.post(url, json=body | options)
             except httpx.HTTPError as error:
                 why = f"does not answer: {type(error).__name__} {error}".strip()
             else:
@@ -206,14 +206,13 @@ async def ask_endpoint(
     Raises:
         EngineError: see `Chat.complete`.
     """
-    async with endpoint.client(transport) as http:
-        chat = Chat(http, endpoint, temperature=0)
-        places = asyncio.Semaphore(CONCURRENCY)
+    async with endpoint.chat(transport) as chat:
 
         async def ask(example: ChatExample, limit: int) -> ExampleResult:
-            async with places:
-                turns = [message.spoken() for message in example.prompt]
-                answer = await chat.complete(turns, limit=limit, **_tools(example))
+            turns = [message.spoken() for message in example.prompt]
+            # The tools stand in the prompt, and the answer is text: as our own engine is asked.
+            tools = {"tools": example.as_dict()["tools"], "tool_choice": "none"} if example.tools else {}
+            answer = await chat.complete(turns, limit=limit, **tools)
             on_done()
             return ExampleResult(
                 answer=answer.text,
@@ -226,7 +225,7 @@ async def ask_endpoint(
                 hit=matches(answer.text, example.answer),
             )
 
-        return tuple(await all_or_none(starmap(ask, zip(examples, limits, strict=True))))
+        return tuple(await all_or_none(map(ask, examples, limits)))
 
 
 async def all_or_none(work: Iterable[Coroutine[Any, Any, Result]]) -> list[Result]:
@@ -237,13 +236,6 @@ async def all_or_none(work: Iterable[Coroutine[Any, Any, Result]]) -> list[Resul
     finally:
         for task in tasks:
             task.cancel()
-
-
-def _tools(example: ChatExample) -> dict[str, Any]:
-    """What may be called stands in the prompt, and the answer is text: as our own engine is asked."""
-    if not example.tools:
-        return {}
-    return {"tools": example.as_dict()["tools"], "tool_choice": "none"}
 
 
 def _wanted_pause(answer: "httpx.Response", default: float) -> float:

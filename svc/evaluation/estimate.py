@@ -2,21 +2,17 @@
 
 import math
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING
 
+import numpy as np
+from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict
 
-if TYPE_CHECKING:
-    import numpy as np
-    from numpy.typing import NDArray
-
-    Floats = NDArray[np.float64]
-
+Floats = NDArray[np.float64]
 _RESAMPLES = 2000
 _AT_ONCE = 1_000_000
 """Places drawn in one go: with 100,000 examples all of them would take gigabytes."""
 
-Statistic = Callable[["Floats"], "Floats"]
+Statistic = Callable[[Floats], Floats]
 """From how often each example was drawn, one row a resample, to one value a resample."""
 
 
@@ -61,12 +57,10 @@ def mean(values: Sequence[float], weights: Sequence[float] | None = None) -> Est
 
 def weighted_mean(values: Sequence[float], weights: Sequence[float] | None = None) -> Statistic:
     """The mean of values as a statistic of how often each was drawn."""
-    import numpy as np
-
     weight = np.ones(len(values)) if weights is None else np.array(weights, dtype=float)
     weighted = np.array(values, dtype=float) * weight
 
-    def statistic(drawn: "Floats") -> "Floats":
+    def statistic(drawn: Floats) -> Floats:
         return np.asarray(drawn @ weighted / (drawn @ weight))
 
     return statistic
@@ -91,8 +85,6 @@ def bootstrap(examples: int, statistic: Statistic) -> Estimate:
     Raises:
         ValueError: no examples.
     """
-    import numpy as np
-
     if not examples:
         raise ValueError("no values")
     generator = np.random.default_rng(0)
@@ -109,13 +101,8 @@ def bootstrap(examples: int, statistic: Statistic) -> Estimate:
     return Estimate(value=value, low=float(resampled[edge]), high=float(resampled[-edge - 1]))
 
 
-def is_share(values: Sequence[float]) -> bool:
-    """Whether all values are 0 or 1, so that their mean is a proportion."""
-    return all(value in (0, 1) for value in values)
-
-
 def mean_or_proportion(values: Sequence[float]) -> Estimate:
-    """The mean, with the interval that fits its values."""
-    if values and is_share(values):
+    """Return the mean with the interval that fits its values: Wilson's if all of them are 0 or 1."""
+    if values and set(values) <= {0, 1}:
         return proportion(round(math.fsum(values)), len(values))
     return mean(values)

@@ -18,16 +18,15 @@ from pydantic import BaseModel, ConfigDict
 from svc.dataset.schema.example import ChatExample
 from svc.dataset.schema.tokenized_example import TokenizedExample
 from svc.engine.vllm.client import Answer, EngineClient
-from svc.errors import EngineError, RecipeError
-from svc.evaluation.estimate import Estimate, mean, proportion
-from svc.evaluation.metrics.choose import MetricSet, choose_metrics
-from svc.evaluation.metrics.exact_match import matches
+from svc.errors import EngineError
+from svc.evaluation.estimate import Estimate, proportion
+from svc.evaluation.metrics.choose import choose_metrics
+from svc.evaluation.metrics.json_answers import is_json
 from svc.evaluation.metrics.metric import Answered, Better, Metric, Unit
-from svc.evaluation.metrics.valid_json import is_json
-from svc.evaluation.results import ExampleResult, token_weights
+from svc.evaluation.metrics.text import matches
+from svc.evaluation.metrics.tokens import CutOff, Nll
+from svc.evaluation.results import ExampleResult
 
-CUT_OFF_TITLE = "cut off at the limit"
-"""Of the share of answers that ended at their limit of tokens."""
 CONCURRENCY = 16
 """So many requests are under way together."""
 
@@ -48,6 +47,11 @@ class MetricReport(BaseModel):
     estimate: Estimate
     better: Better
     unit: Unit
+
+    @classmethod
+    def of(cls, metric: Metric, estimate: Estimate) -> "MetricReport":
+        """Return the report of a metric with this figure."""
+        return cls(title=metric.title, estimate=estimate, better=metric.better, unit=metric.unit)
 
 
 class EvaluationReport(BaseModel):
@@ -81,6 +85,12 @@ class EvaluationReport(BaseModel):
     def figures(self) -> dict[str, MetricReport]:
         """What each metric says, by its name, the primary one first."""
         return {self.primary: self.metrics[self.primary]} | self.metrics
+
+    @property
+    def all_figures(self) -> dict[str, MetricReport]:
+        """The same, with the share of cut answers and the log-likelihood last."""
+        last = {CutOff.name: MetricReport.of(CutOff(), self.cut_off), Nll.name: MetricReport.of(Nll(), self.nll)}
+        return self.figures | last
 
 
 @dataclass(frozen=True, slots=True)
@@ -210,60 +220,36 @@ def judge(
     examples: Sequence[ChatExample],
     results: Sequence[ExampleResult],
     seconds: float,
-    metrics: MetricSet | None = None,
+    metrics: Sequence[Metric] | None = None,
 ) -> Evaluation:
-    """The figures of results; all scores are made anew from the answers.
+    """Return the figures of results; all scores are computed again from the answers.
 
     Args:
         results: one for each example, in the same order.
         seconds: that asking took; 0 where all were known.
-        metrics: None: those of the task.
+        metrics: the primary one first; None: those of the task.
 
     Raises:
         SvcError: a metric failed.
     """
     metrics = metrics or choose_metrics(examples)
-    results = _scored(metrics, examples, results)
-    answered = Answered(examples, results)
+    scores = {metric.name: metric.checked_score(Answered(examples, results)) for metric in metrics if metric.scored}
+    scored = tuple(
+        result.model_copy(update={"scores": {name: column[place] for name, column in scores.items()}})
+        for place, result in enumerate(results)
+    )
+    answered = Answered(examples, scored)
     hits = tuple(result.hit for result in results)
     wants_json = all(is_json(example.answer) for example in examples)
-    valid = proportion(sum(is_json(result.answer) for result in results), len(results)) if wants_json else None
     report = EvaluationReport(
         examples=len(results),
         exact_match=proportion(sum(hits), len(hits)),
-        valid_json=valid,
-        cut_off=proportion(sum(result.cut_off for result in results), len(results)),
-        nll=mean([result.nll for result in results], token_weights(results)),
+        valid_json=proportion(sum(map(is_json, answered.answers)), len(results)) if wants_json else None,
+        cut_off=CutOff().estimate(answered),
+        nll=Nll().estimate(answered),
         hits=hits,
         seconds=seconds,
-        metrics={
-            metric.name: MetricReport(
-                title=metric.title, estimate=metric.estimate(answered), better=metric.better, unit=metric.unit
-            )
-            for metric in metrics
-        },
-        primary=metrics.primary.name,
+        metrics={metric.name: MetricReport.of(metric, metric.estimate(answered)) for metric in metrics},
+        primary=metrics[0].name,
     )
-    return Evaluation(report, results)
-
-
-def _scored(
-    metrics: MetricSet, examples: Sequence[ChatExample], results: Sequence[ExampleResult]
-) -> tuple[ExampleResult, ...]:
-    """The results with what each metric gives them."""
-    answered = Answered(examples, results)
-    columns = {metric.name: _checked(metric, answered) for metric in metrics if metric.scored}
-    rows = ({name: scores[place] for name, scores in columns.items()} for place in range(len(results)))
-    return tuple(result.model_copy(update={"scores": row}) for result, row in zip(results, rows, strict=True))
-
-
-def _checked(metric: Metric, answered: Answered) -> list[float]:
-    """The scores of a metric, which may be of a package that we do not know."""
-    scores = metric.score(answered)
-    if len(scores) != len(answered.results) or not all(map(math.isfinite, scores)):
-        raise RecipeError(
-            f"the metric {metric.name} gave {len(scores)} scores for {len(answered.results)} answers: {scores!r:.80}",
-            expected="one finite number for each answer",
-            todo="mend the metric, or name others: evaluate.metrics",
-        )
-    return scores
+    return Evaluation(report, scored)

@@ -4,11 +4,11 @@ from collections.abc import Sequence
 
 from pydantic import BaseModel, ConfigDict
 
-from svc.evaluation.comparison import NLL, compare
+from svc.evaluation.comparison import compare
 from svc.evaluation.estimate import Estimate
 from svc.evaluation.general.contains import Contains
 from svc.evaluation.general.general_set import GeneralSet
-from svc.evaluation.metrics.choose import MetricSet
+from svc.evaluation.metrics.tokens import Nll
 from svc.evaluation.results import ExampleResult
 
 
@@ -48,9 +48,8 @@ def measure_forgetting(
     Args:
         before, after: one result for each question, in their order.
     """
-    metrics = MetricSet(Contains(questions.accepted))
-    found = compare(questions.examples, before, after, metrics)
-    right, likely = found.metrics[Contains.name], found.metrics[NLL]
+    found = compare(questions.examples, before, after, [Contains(questions.accepted)])
+    right, likely = found.metrics[Contains.name], found.metrics[Nll.name]
     return Forgetting(
         questions=questions.name,
         fingerprint=questions.fingerprint,

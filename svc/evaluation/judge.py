@@ -5,10 +5,8 @@ they do. Judges favour the answer that stands first, so each pair is asked in bo
 is part of the report.
 """
 
-import asyncio
 import re
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from enum import StrEnum
 from statistics import fmean
 
@@ -16,9 +14,9 @@ from pydantic import BaseModel, ConfigDict
 
 from svc.dataset.schema.example import ChatExample
 from svc.errors import EngineError, JudgeError
-from svc.evaluation.endpoint import CONCURRENCY, Chat, Endpoint, all_or_none
+from svc.evaluation.endpoint import Chat, Endpoint, all_or_none
 from svc.evaluation.estimate import Estimate, mean, proportion
-from svc.terminal import console
+from svc.terminal import console, counting
 
 _UNREAD = 0.1
 """A judge that gives no verdict more often is none."""
@@ -39,15 +37,6 @@ class Verdict(StrEnum):
 
 _OPPOSITE = {Verdict.FIRST: Verdict.SECOND, Verdict.SECOND: Verdict.FIRST, Verdict.TIE: Verdict.TIE}
 _POINTS = {Verdict.FIRST: 0.0, Verdict.TIE: 0.5, Verdict.SECOND: 1.0}
-
-
-@dataclass(frozen=True, slots=True)
-class Pair:
-    """Two answers to one example, of two models."""
-
-    example: ChatExample
-    first: str
-    second: str
 
 
 class JudgeReport(BaseModel):
@@ -73,35 +62,71 @@ class JudgeReport(BaseModel):
     verdicts: tuple[tuple[Verdict, ...], ...]
 
 
-async def judge_pairs(
-    pairs: Sequence[Pair], endpoint: Endpoint, *, on_done: Callable[[], None] = lambda: None
+async def judge_answers(
+    endpoint: Endpoint,
+    examples: Sequence[ChatExample],
+    first: Sequence[str],
+    second: Sequence[str],
+    *,
+    title: str,
 ) -> JudgeReport:
-    """Asks the judge for each pair, in both orders. An equal pair is a tie, and is not asked.
+    """Ask the judge for each pair of answers, in both orders. An equal pair is a tie, and is not asked.
 
     Args:
-        on_done: called after each pair.
+        first, second: what two models answered to each example.
+        title: of the progress that is shown.
 
     Raises:
         SettingsError: the endpoint is none.
         JudgeError: it refused, or gave too few verdicts.
     """
     endpoint.check()
-    asked = sum(pair.first.strip() != pair.second.strip() for pair in pairs)
+    asked = sum(one.strip() != other.strip() for one, other in zip(first, second, strict=True))
     console.print(
         f"  the judge {endpoint.model} at {endpoint.url} is sent {asked} prompts with reference and both answers",
         markup=False,
         soft_wrap=True,
     )
-    async with endpoint.client() as http:
-        judge = _Judge(Chat(http, endpoint, temperature=0), endpoint)
+    with counting(title, len(first)) as advance:
+        async with endpoint.chat() as chat:
 
-        async def compare(pair: Pair) -> tuple[Verdict, ...]:
-            verdicts = await judge.compare(pair)
-            on_done()
-            return verdicts
+            async def compare(example: ChatExample, one: str, other: str) -> tuple[Verdict, ...]:
+                verdicts = await _compare(chat, example, one, other)
+                advance()
+                return verdicts
 
-        verdicts = await all_or_none(map(compare, pairs))
+            try:
+                verdicts = await all_or_none(map(compare, examples, first, second))
+            except EngineError as error:
+                raise JudgeError(
+                    f"the judge {endpoint.model} gives no answer: {error.wrong}",
+                    expected=error.expected,
+                    todo="check judge.url, judge.model and judge.key_file",
+                ) from error
     return _report(endpoint, verdicts)
+
+
+async def _compare(chat: Chat, example: ChatExample, first: str, second: str) -> tuple[Verdict, ...]:
+    """Return the verdicts of both orders, both in the pair's own; empty if one of them cannot be read."""
+    if first.strip() == second.strip():
+        return Verdict.TIE, Verdict.TIE
+    shown, turned = await _ask(chat, example, first, second), await _ask(chat, example, second, first)
+    return (shown, _OPPOSITE[turned]) if shown and turned else ()
+
+
+async def _ask(chat: Chat, example: ChatExample, first: str, second: str) -> Verdict | None:
+    conversation = "\n\n".join(f"[{message.role}]\n{message.content}" for message in example.prompt)
+    parts = {"Conversation": conversation, "A right answer": example.answer, "Answer A": first, "Answer B": second}
+    question = "\n\n".join(f"# {title}\n\n{text}" for title, text in parts.items())
+    turns = [{"role": "system", "content": _INSTRUCTION}, {"role": "user", "content": question}]
+    return _read_verdict((await chat.complete(turns)).text)
+
+
+def _read_verdict(text: str) -> Verdict | None:
+    """The one word of an answer, or the last one of an answer that explains itself: "a" is an article there."""
+    found = _LAST_WORD.fullmatch(text.strip(" \n*_\"'").upper()) or _LAST_WORD.search(text)
+    named = {"A": Verdict.FIRST, "B": Verdict.SECOND, "TIE": Verdict.TIE}
+    return named[found[1]] if found else None
 
 
 def _report(endpoint: Endpoint, verdicts: Sequence[tuple[Verdict, ...]]) -> JudgeReport:
@@ -122,54 +147,3 @@ def _report(endpoint: Endpoint, verdicts: Sequence[tuple[Verdict, ...]]) -> Judg
         agreement=proportion(sum(one is other for one, other in read), len(read)),
         verdicts=tuple(verdicts),
     )
-
-
-class _Judge:
-    """Asks one endpoint, so many at once."""
-
-    def __init__(self, chat: Chat, endpoint: Endpoint) -> None:
-        self._chat = chat
-        self._endpoint = endpoint
-        self._places = asyncio.Semaphore(CONCURRENCY)
-
-    async def compare(self, pair: Pair) -> tuple[Verdict, ...]:
-        """The verdicts of both orders, both in the pair's own; empty where one of them is none."""
-        if pair.first.strip() == pair.second.strip():
-            return Verdict.TIE, Verdict.TIE
-        async with self._places:
-            shown = await self._verdict(pair.example, pair.first, pair.second)
-            turned = await self._verdict(pair.example, pair.second, pair.first)
-        return (shown, _OPPOSITE[turned]) if shown and turned else ()
-
-    async def _verdict(self, example: ChatExample, first: str, second: str) -> Verdict | None:
-        question = _question(example, first, second)
-        text = await self._ask([{"role": "system", "content": _INSTRUCTION}, {"role": "user", "content": question}])
-        return _read_verdict(text)
-
-    async def _ask(self, turns: list[dict[str, str]]) -> str:
-        """The judge's answer.
-
-        Raises:
-            JudgeError: it refused, or failed so often.
-        """
-        try:
-            return (await self._chat.complete(turns)).text
-        except EngineError as error:
-            raise JudgeError(
-                f"the judge {self._endpoint.model} gives no answer: {error.wrong}",
-                expected=error.expected,
-                todo="check judge.url, judge.model and judge.key_file",
-            ) from error
-
-
-def _read_verdict(text: str) -> Verdict | None:
-    """The one word of an answer, or the last one of an answer that explains itself: "a" is an article there."""
-    found = _LAST_WORD.fullmatch(text.strip(" \n*_\"'").upper()) or _LAST_WORD.search(text)
-    named = {"A": Verdict.FIRST, "B": Verdict.SECOND, "TIE": Verdict.TIE}
-    return named[found[1]] if found else None
-
-
-def _question(example: ChatExample, first: str, second: str) -> str:
-    conversation = "\n\n".join(f"[{message.role}]\n{message.content}" for message in example.prompt)
-    parts = {"Conversation": conversation, "A right answer": example.answer, "Answer A": first, "Answer B": second}
-    return "\n\n".join(f"# {title}\n\n{text}" for title, text in parts.items())

@@ -8,10 +8,10 @@ import shutil
 from pathlib import Path
 
 from svc.evaluation.metrics.choose import named_metric
-from svc.evaluation.metrics.exact_match import ExactMatch
 from svc.evaluation.metrics.function import FunctionMetric, FunctionSpec
+from svc.evaluation.metrics.json_answers import SchemaValid, read_schema
 from svc.evaluation.metrics.metric import Metric
-from svc.evaluation.metrics.schema_valid import SchemaValid, read_schema
+from svc.evaluation.metrics.text import ExactMatch
 from svc.registry.registry import Registry
 from svc.version import Target
 
@@ -52,7 +52,7 @@ def watched_metric(registry: Registry, target: Target, *, run_functions: bool) -
     if function in kept:
         return _function(registry, target, function, name) if run_functions else ExactMatch()
     metric = named_metric(name)
-    return metric if metric.watched_by == name else named_metric(metric.watched_by)
+    return named_metric(metric.watched_by) if metric.watched_by else metric
 
 
 def _function(registry: Registry, target: Target, file: str, name: str) -> Metric:

@@ -6,7 +6,7 @@ from pathlib import Path
 from rich.markup import escape
 from rich.table import Table
 
-from svc.evaluation.evaluator import CUT_OFF_TITLE, EvaluationReport
+from svc.evaluation.evaluator import EvaluationReport
 from svc.evaluation.forgetting import Forgetting
 from svc.evaluation.judge import JudgeReport
 from svc.registry.manifest import FormatRecord, Manifest
@@ -84,12 +84,11 @@ def evaluation_table(manifest: Manifest) -> Table:
 
 def _quality(judged: dict[str, EvaluationReport]) -> dict[str, list[str]]:
     """The cells of each metric, by its title."""
-    titles = {name: figure.title for report in reversed(judged.values()) for name, figure in report.figures.items()}
-    rows = {}
-    for name, title in titles.items():
-        rows[escape(title)] = [str(report.figures[name].estimate) for report in judged.values()]
-    rows[CUT_OFF_TITLE] = [str(report.cut_off) for report in judged.values()]
-    return rows | {"NLL / token": [str(report.nll) for report in judged.values()]}
+    titles = {name: figure.title for report in reversed(judged.values()) for name, figure in report.all_figures.items()}
+    return {
+        escape(title): [str(report.all_figures[name].estimate) for report in judged.values()]
+        for name, title in titles.items()
+    }
 
 
 def _load(record: FormatRecord) -> str:

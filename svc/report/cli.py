@@ -32,10 +32,9 @@ def report(ctx: click.Context, version: str, output: Path | None, show: bool, as
     except OSError as error:
         raise click.UsageError(f"cannot write {path}: {error.strerror}") from error
     if as_json:
-        from svc.report.figures import report_figures
         from svc.terminal import print_json
 
-        print_json({"path": str(path), **report_figures(gathered)})
+        print_json({"path": str(path), **gathered.figures()})
     else:
         click.echo(path)
     if show:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from svc.dataset.schema.example import ChatExample
 from svc.evaluation.metrics.choose import Task, find_task
-from svc.evaluation.metrics.label import label_of
+from svc.evaluation.metrics.labels import label_of
 from svc.evaluation.results import ExampleResult
 
 _MOST_LABELS = 25

@@ -1,26 +1,25 @@
-"""What was asked of a version and its base, metric by metric, and what follows: is it better, and by how much."""
+"""The answers of a version and its base: each metric with its change, the verdicts, and the examples worth reading."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
+from functools import cached_property
 
 from svc.dataset.schema.example import ChatExample
 from svc.evaluation.estimate import Estimate, paired_difference
-from svc.evaluation.evaluator import CUT_OFF_TITLE, EvaluationReport, MetricReport
-from svc.evaluation.metrics.exact_match import ExactMatch
-from svc.evaluation.metrics.macro_f1 import MacroF1
-from svc.evaluation.metrics.metric import Answered, Better, Unit
-from svc.evaluation.metrics.perplexity import Perplexity
-from svc.evaluation.results import ExampleResult, token_weights
+from svc.evaluation.evaluator import EvaluationReport
+from svc.evaluation.metrics.labels import MacroF1
+from svc.evaluation.metrics.metric import Answered, Better, Metric, Unit
+from svc.evaluation.metrics.tokens import CutOff, Nll, Perplexity
+from svc.evaluation.results import ExampleResult
 from svc.version import Format
 
 BASE = "base"
 """The model that was fine-tuned, beside the names of formats."""
-_CUT_OFF = "cut_off"
-_NLL = "nll"
-_NLL_TITLE = "NLL / token"
-_OF_A_SET = {metric.name: metric for metric in (MacroF1, Perplexity)}
-"""Metrics that are no mean of scores, and need no recipe to be made."""
+WORST = 10
+SIDE_BY_SIDE = 20
+_WITHOUT_SCORES: dict[str, Metric] = {metric.name: metric for metric in (MacroF1(), Perplexity(), CutOff(), Nll())}
+"""Metrics whose scores are not stored with the results, and that need nothing but the results."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,7 +66,7 @@ class Verdict:
 
 @dataclass(frozen=True)
 class Judged:
-    """The held-out examples that were asked, and what came of it.
+    """The held-out examples that were asked, and what came of it. Examples are named by their line in the file, from 1.
 
     Attributes:
         evaluations: by model, the base first; empty for a version that was not served.
@@ -83,34 +82,21 @@ class Judged:
         """The format that stands for the version: merged, where it was judged; None where none was."""
         return next((format for format in (Format.MERGED, Format.GPTQ) if format in self.evaluations), None)
 
-    @property
-    def primary(self) -> str:
-        """Name of the metric that decides."""
-        return self.evaluations[self.tuned].primary if self.tuned else ExactMatch.name
-
+    @cached_property
     def rows(self) -> tuple[MetricRow, ...]:
         """All metrics, the primary one first; the share of cut answers and the log-likelihood last."""
         if self.tuned is None:
             return ()
-        figures = {model: evaluation.figures for model, evaluation in self.evaluations.items()}
-        rows = [
-            self._row(name, figure, {model: found[name].estimate for model, found in figures.items()})
-            for name, figure in figures[self.tuned].items()
-        ]
-        log_loss = MetricReport(
-            title=_NLL_TITLE, estimate=self.evaluations[self.tuned].nll, better=Better.LOWER, unit=Unit.NUMBER
-        )
-        cut_off = MetricReport(
-            title=CUT_OFF_TITLE, estimate=self.evaluations[self.tuned].cut_off, better=Better.LOWER, unit=Unit.SHARE
-        )
-        rows.append(self._row(_CUT_OFF, cut_off, {model: one.cut_off for model, one in self.evaluations.items()}))
-        return (*rows, self._row(_NLL, log_loss, {model: one.nll for model, one in self.evaluations.items()}))
+        figures = {model: evaluation.all_figures for model, evaluation in self.evaluations.items()}
+        rows = []
+        for name, figure in figures[self.tuned].items():
+            estimates = {model: found[name].estimate for model, found in figures.items()}
+            pairs = ((model, self.change(name, BASE, model)) for model in figures if model != BASE)
+            changes = {model: change for model, change in pairs if change is not None}
+            rows.append(MetricRow(name, figure.title, figure.unit, figure.better, estimates, changes))
+        return tuple(rows)
 
-    def _row(self, name: str, figure: MetricReport, estimates: dict[str, Estimate]) -> MetricRow:
-        pairs = ((model, self.change(name, BASE, model)) for model in estimates if model != BASE)
-        changes = {model: change for model, change in pairs if change is not None}
-        return MetricRow(name, figure.title, figure.unit, figure.better, estimates, changes)
-
+    @cached_property
     def verdicts(self) -> tuple[Verdict, ...]:
         """Each format beside the base, then GPTQ beside merged."""
         formats = [model for model in self.evaluations if model != BASE]
@@ -120,9 +106,9 @@ class Judged:
         return tuple(self._verdict(model, other) for model, other in pairs)
 
     def _verdict(self, model: str, other: str) -> Verdict:
-        primary = self.evaluations[model].figures[self.primary]
-        value, before = (self.evaluations[one].figures[self.primary].estimate for one in (model, other))
-        change = self.change(self.primary, other, model)
+        primary = self.rows[0]
+        value, before = primary.estimates[model], primary.estimates[other]
+        change = self.change(primary.name, other, model)
         low, high = (change.low, change.high) if change else (value.low - before.high, value.high - before.low)
         if low <= 0 <= high:
             outcome = Outcome.OPEN
@@ -135,22 +121,38 @@ class Judged:
         first, second = self.results.get(before), self.results.get(after)
         if not first or not second:
             return None
-        if metric == _CUT_OFF:
-            return paired_difference(*([float(one.cut_off) for one in results] for results in (first, second)))
-        if metric == _NLL:
-            return paired_difference([one.nll for one in first], [one.nll for one in second], token_weights(first))
-        if metric in _OF_A_SET:
-            made = _OF_A_SET[metric]()
-            return made.difference(Answered(self.examples, first), Answered(self.examples, second))
-        pairs = [(score_of(one, metric), score_of(other, metric)) for one, other in zip(first, second, strict=True)]
-        known = [(one, other) for one, other in pairs if one is not None and other is not None]
-        if len(known) < len(pairs):
-            return None
-        return paired_difference([one for one, _ in known], [other for _, other in known])
+        if metric in _WITHOUT_SCORES:
+            return _WITHOUT_SCORES[metric].difference(Answered(self.examples, first), Answered(self.examples, second))
+        if all(metric in result.scores for result in (*first, *second)):
+            return paired_difference([one.scores[metric] for one in first], [one.scores[metric] for one in second])
+        return None
 
+    @cached_property
+    def worst(self) -> tuple[int, ...]:
+        """Wrong answers with the lowest primary metric, among equals those whose reference is least likely."""
+        results = self.results.get(self.tuned or "", ())
+        wrong = [line for line, result in enumerate(results, 1) if not result.hit]
+        return tuple(sorted(wrong, key=lambda line: (self._goodness(results, line), -results[line - 1].nll))[:WORST])
 
-def score_of(result: ExampleResult, metric: str) -> float | None:
-    """Return what a metric gives one answer; None where it gives single answers no score."""
-    if metric == ExactMatch.name:
-        return float(result.hit)
-    return result.scores.get(metric)
+    @cached_property
+    def lost(self) -> tuple[int, ...]:
+        """What the base answered better, by the primary metric: the largest losses."""
+        base, tuned = self.results.get(BASE, ()), self.results.get(self.tuned or "", ())
+        lines = range(1, min(len(base), len(tuned)) + 1)
+        losses = {line: self._goodness(base, line) - self._goodness(tuned, line) for line in lines}
+        return tuple(
+            sorted((line for line in lines if losses[line] > 0), key=lambda line: (-losses[line], line))[:WORST]
+        )
+
+    @cached_property
+    def side_by_side(self) -> tuple[int, ...]:
+        """Twenty of all, evenly spread over the held-out file: chosen by no answer."""
+        count = len(self.results.get(self.tuned or "", ()))
+        chosen = min(count, SIDE_BY_SIDE)
+        return tuple(place * count // chosen + 1 for place in range(chosen))
+
+    def _goodness(self, results: Sequence[ExampleResult], line: int) -> float:
+        """The higher the better: by the primary metric or, where it gives single answers no score, by a hit."""
+        result, primary = results[line - 1], self.rows[0]
+        sign = -1 if primary.better is Better.LOWER else 1
+        return sign * result.scores[primary.name] if primary.name in result.scores else float(result.hit)

@@ -13,12 +13,11 @@ import yaml
 from svc.engine.probes import EngineFacts
 from svc.evaluation.estimate import Estimate
 from svc.registry.manifest import Manifest
-from svc.report.judged import BASE, Outcome, Verdict
+from svc.report.judged import BASE, SIDE_BY_SIDE, WORST, Outcome, Verdict
 from svc.report.plots.curve import plot_learning_rate, plot_loss
 from svc.report.plots.data import plot_labels, plot_lengths
 from svc.report.plots.metrics import plot_numbers, plot_shares
 from svc.report.report import Report
-from svc.report.shown_example import SIDE_BY_SIDE, WORST
 from svc.report.text import cut_text, visible
 
 if TYPE_CHECKING:
@@ -32,6 +31,8 @@ def report_page(report: Report) -> str:
         .get_template("report.html.jinja")
         .render(
             report=report,
+            judged=report.judged,
+            models=list(report.judged.evaluations),
             manifest=report.manifest,
             plots=_plots(report),
             engines=_engines(report.manifest),
@@ -78,8 +79,8 @@ def duration(seconds: float) -> str:
 
 def _plots(report: Report) -> dict[str, str]:
     found = {
-        "shares": plot_shares(report.metrics),
-        "numbers": plot_numbers(report.metrics),
+        "shares": plot_shares(report.judged.rows),
+        "numbers": plot_numbers(report.judged.rows),
         "loss": plot_loss(report.curve),
         "learning_rate": plot_learning_rate(report.curve),
         "lengths": plot_lengths(report.data),

@@ -1,19 +1,21 @@
-"""All that a version keeps of itself, gathered for one page. Knows nothing of how it is shown."""
+"""Everything that a version stores, gathered for one page. Knows nothing of how it is shown."""
 
 from collections import Counter
 from dataclasses import dataclass
+from typing import Any
+
+from pydantic_core import to_jsonable_python
 
 from svc.dataset.summary import DATA_SUMMARY_FILE, DataSummary, read_data_summary
 from svc.evaluation.evaluator import EvaluationReport
-from svc.evaluation.metrics.label import label_of
+from svc.evaluation.metrics.labels import label_of
 from svc.evaluation.results import ExampleResult
 from svc.evaluation.training_curve import TRAINING_CURVE_FILE, TrainingPoint, read_training_curve
 from svc.registry.manifest import Manifest
 from svc.registry.registry import Registry
 from svc.registry.run_record import RUN_RECORD_FILE, RunRecord, read_run_record
 from svc.report.confusion import ConfusionMatrix, confusion_matrix
-from svc.report.judged import BASE, Judged, MetricRow, Verdict
-from svc.report.shown_example import ShownExample, lost_examples, side_by_side, worst_examples
+from svc.report.judged import BASE, Judged
 from svc.version import Format, VersionId
 
 
@@ -22,31 +24,45 @@ class Report:
     """The report.
 
     Attributes:
-        tuned: the format that stands for the version; None where none was judged.
-        models: that were judged, the base first.
-        metrics: the primary one first.
-        confusion: of `tuned`; None where answers are no labels.
-        worst, lost, side_by_side: examples, see `svc.report.shown_example`.
+        confusion: of the format that stands for the version; None where answers are no labels.
         heldout_labels: how often each label stands in the held-out examples, where `data` has labels.
     """
 
     manifest: Manifest
-    tuned: str | None
-    models: tuple[str, ...]
-    metrics: tuple[MetricRow, ...]
-    verdicts: tuple[Verdict, ...]
+    judged: Judged
     confusion: ConfusionMatrix | None
     curve: tuple[TrainingPoint, ...]
-    worst: tuple[ShownExample, ...]
-    lost: tuple[ShownExample, ...]
-    side_by_side: tuple[ShownExample, ...]
     data: DataSummary
     heldout_labels: dict[str, int]
     run: RunRecord
 
+    def figures(self) -> dict[str, Any]:
+        """Return the figures as JSON, without texts, which are in the version's own files."""
+        judged, manifest = self.judged, self.manifest
+        figures = {
+            "version": str(manifest.id),
+            "models": list(judged.evaluations),
+            "verdicts": judged.verdicts,
+            "metrics": {
+                row.name: {"estimates": row.estimates, "changes": row.changes, "better": row.better}
+                for row in judged.rows
+            },
+            "failed": manifest.failed,
+            "confusion": self.confusion,
+            "curve": [point.model_dump(exclude={"heldout_each"}) for point in self.curve],
+            "worst": judged.worst,
+            "lost": judged.lost,
+            "side_by_side": judged.side_by_side,
+            "data": self.data,
+            "run": self.run,
+            "findings": manifest.findings,
+            "forgetting": manifest.forgetting,
+        }
+        return dict(to_jsonable_python(figures))
+
 
 def gather_report(registry: Registry, version: VersionId) -> Report:
-    """Reads what a version keeps.
+    """Read what a version stores.
 
     Raises:
         NotFoundError: no such version.
@@ -54,22 +70,16 @@ def gather_report(registry: Registry, version: VersionId) -> Report:
     """
     manifest = registry.manifest(version)
     judged = _judged(registry, manifest)
-    rows = judged.rows()
     answered = judged.results.get(judged.tuned or "", ())
     data = read_data_summary(registry.reference(version, DATA_SUMMARY_FILE))
+    heldout = registry.heldout(version) if data.labels else ()
     return Report(
         manifest=manifest,
-        tuned=judged.tuned,
-        models=tuple(judged.evaluations),
-        metrics=rows,
-        verdicts=judged.verdicts(),
+        judged=judged,
         confusion=confusion_matrix(judged.examples, answered) if answered else None,
         curve=read_training_curve(registry.reference(version, TRAINING_CURVE_FILE)),
-        worst=worst_examples(judged, rows[0].better) if rows else (),
-        lost=lost_examples(judged, rows[0].better) if rows else (),
-        side_by_side=side_by_side(judged),
         data=data,
-        heldout_labels=_labels(registry, version) if data.labels else {},
+        heldout_labels=dict(Counter(label_of(example.answer) for example in heldout)),
         run=read_run_record(registry.reference(version, RUN_RECORD_FILE)),
     )
 
@@ -87,7 +97,3 @@ def _judged(registry: Registry, manifest: Manifest) -> Judged:
             results[format] = registry.results(manifest.id, format)
     examples = registry.heldout(manifest.id)[: manifest.judged_examples]
     return Judged(examples, evaluations, results)
-
-
-def _labels(registry: Registry, version: VersionId) -> dict[str, int]:
-    return dict(Counter(label_of(example.answer) for example in registry.heldout(version)))

@@ -7,7 +7,6 @@ from pathlib import Path
 import httpx
 
 from svc.chat_template import TemplateKwargs
-from svc.dataset.fingerprint import fingerprint
 from svc.dataset.schema.example import ChatExample
 from svc.dataset.schema.tokenized_example import TokenizedExample
 from svc.engine.capabilities import Capabilities
@@ -17,7 +16,7 @@ from svc.engine.probes import engine_facts
 from svc.engine.vllm.startup_phase import EnginePhase
 from svc.errors import NotFoundError
 from svc.evaluation.answer_limit import answer_limits, limit_of_text
-from svc.evaluation.cache import EvaluationCache
+from svc.evaluation.cache import EvaluationCache, find_results, results_by_example
 from svc.evaluation.endpoint import Endpoint, ask_endpoint
 from svc.evaluation.evaluator import ask_examples
 from svc.evaluation.results import ExampleResult
@@ -30,7 +29,8 @@ from trainer.data.chat_template import tokenize_as_trained
 from trainer.data.length import check_served_length
 from trainer.pipeline.evaluation_cache import evaluation_cache
 
-LaunchModel = Callable[[Path, TemplateKwargs], Engine]
+LaunchModel = Callable[..., Engine]
+"""Makes a new, unstarted engine for a model folder with its `template_kwargs`."""
 Tokenize = Callable[[Path, Sequence[ChatExample], TemplateKwargs], list[TokenizedExample]]
 
 
@@ -46,16 +46,8 @@ class Answers:
     kept: bool
 
 
-@dataclass(frozen=True, slots=True)
-class _Asked:
-    """The examples as one model is asked them.
-
-    Attributes:
-        limits: tokens that each answer may have.
-    """
-
-    tokenized: Sequence[TokenizedExample]
-    limits: Sequence[int]
+_Asked = tuple[Sequence[TokenizedExample], Sequence[int]]
+"""The examples as one model is asked them, and the tokens that each answer may have."""
 
 
 @dataclass(frozen=True)
@@ -88,31 +80,29 @@ class Interview:
         """
         local = {model.revision: model for model in models if isinstance(model, LocalModel)}
         prepared = {revision: self._prepare(model) for revision, model in local.items()}
-        kept = {revision: self._known(model, prepared[revision].limits) for revision, model in local.items()}
+        kept = {revision: self._known(model, prepared[revision][1]) for revision, model in local.items()}
         wanted = {revision: model for revision, model in local.items() if not kept[revision]}
         asked = await self._on_engines(wanted, prepared)
         answers = []
         for model in models:
             if isinstance(model, Endpoint):
-                limits = self._limits_elsewhere(list(prepared.values()))
-                answers.append(Answers(await self._at_endpoint(model, limits), kept=False))
+                answers.append(Answers(await self._at_endpoint(model, list(prepared.values())), kept=False))
             else:
                 known = kept[model.revision]
                 answers.append(Answers(known or asked[model.revision], kept=known is not None))
         return answers
 
-    def _limits_elsewhere(self, local: Sequence[_Asked]) -> Sequence[int]:
-        """Return the limits of an endpoint's answers, whose tokenizer is unknown.
+    async def _at_endpoint(self, endpoint: Endpoint, local: Sequence[_Asked]) -> tuple[ExampleResult, ...]:
+        """Ask an endpoint, whose tokenizer is unknown.
 
-        Beside a local model they are that model's, so that both may answer equally long. Two endpoints get an upper
-        bound from the bytes of each reference: a limit that is too high costs some tokens, and one that is too low
-        would cut right answers.
+        The limits of its answers are those of a local model beside it, so that both may answer equally long. Two
+        endpoints get an upper bound from the bytes of each reference: a limit that is too high costs some tokens, and
+        one that is too low would cut right answers.
         """
         if local:
-            return local[0].limits
-        return [self.max_tokens or limit_of_text(example.answer) for example in self.examples]
-
-    async def _at_endpoint(self, endpoint: Endpoint, limits: Sequence[int]) -> tuple[ExampleResult, ...]:
+            (_, limits), *_ = local
+        else:
+            limits = [self.max_tokens or limit_of_text(example.answer) for example in self.examples]
         with counting(f"asking {endpoint}", len(self.examples)) as advance:
             return await ask_endpoint(endpoint, self.examples, limits=limits, on_done=advance, transport=self.transport)
 
@@ -130,7 +120,7 @@ class Interview:
                 else:
                     if engine is not None:
                         await engine.stop()
-                    engine, holds = self.launch(model.folder, model.template_kwargs), fits
+                    engine, holds = self.launch(model.folder, template_kwargs=model.template_kwargs), fits
                     with advancing("engine", tuple(EnginePhase)) as on_phase:
                         await engine.start(on_phase)
                 found[revision] = await self._on_engine(engine, model, prepared[revision])
@@ -141,14 +131,10 @@ class Interview:
         return found
 
     async def _on_engine(self, engine: Engine, model: LocalModel, asked: _Asked) -> tuple[ExampleResult, ...]:
-        with counting(f"asking {model.name}", len(self.examples)) as advance:
+        (tokenized, limits), trained = asked, model.manifest is not None
+        with counting(f"asking {model}", len(self.examples)) as advance:
             return await ask_examples(
-                engine.client,
-                self.examples,
-                asked.tokenized,
-                limits=asked.limits,
-                trained=model.manifest is not None,
-                on_done=advance,
+                engine.client, self.examples, tokenized, limits=limits, trained=trained, on_done=advance
             )
 
     def _prepare(self, model: LocalModel) -> _Asked:
@@ -157,7 +143,7 @@ class Interview:
         longest = self.settings.engine.max_model_len
         served = min(longest, read_model_facts(model.folder).context or longest)
         check_served_length(tokenized, served, model.name, room=self.max_tokens or 0)
-        return _Asked(tokenized, answer_limits(tokenized, context=served, fixed=self.max_tokens))
+        return tokenized, answer_limits(tokenized, context=served, fixed=self.max_tokens)
 
     def _known(self, model: LocalModel, limits: Sequence[int]) -> tuple[ExampleResult, ...] | None:
         """What a model has answered to all of the examples, asked alike on such an engine."""
@@ -177,19 +163,9 @@ class Interview:
             results = self.registry.results(manifest.id, format)
         except NotFoundError:
             return None
-        by_example = {
-            (fingerprint([example]), result.limit): result
-            for example, result in zip(self.registry.heldout(manifest.id), results, strict=False)
-        }
-        asked = zip(self.examples, limits, strict=True)
-        found = [by_example.get((fingerprint([example]), limit)) for example, limit in asked]
-        return tuple(result for result in found if result is not None) if all(found) else None
+        registered = zip(self.registry.heldout(manifest.id), results, strict=False)
+        return find_results(results_by_example(registered), self.examples, limits)
 
     def _cache(self, model: LocalModel) -> EvaluationCache:
-        return evaluation_cache(
-            self.settings,
-            self.capabilities,
-            model.revision,
-            model.folder,
-            template_kwargs=model.template_kwargs,
-        )
+        kwargs = model.template_kwargs
+        return evaluation_cache(self.settings, self.capabilities, model.revision, model.folder, template_kwargs=kwargs)

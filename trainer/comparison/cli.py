@@ -58,7 +58,8 @@ def compare(
     """
     from svc.evaluation.comparison import Verdict
     from svc.terminal import print_json, quiet_libraries
-    from trainer.comparison.job import Wanted, compare_models
+    from trainer.comparison.job import compare_models
+    from trainer.comparison.questions import Wanted
     from trainer.comparison.render import everything, print_compared
 
     quiet_libraries()

@@ -1,6 +1,6 @@
 """What `svc compare` is given: a version, a base model, or an endpoint elsewhere."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from svc.chat_template import TemplateKwargs, choose_template_kwargs, read_template_kwargs
@@ -34,6 +34,9 @@ class LocalModel:
     manifest: Manifest | None = None
     format: Format | None = None
 
+    def __str__(self) -> str:
+        return self.name
+
 
 Model = LocalModel | Endpoint
 
@@ -65,13 +68,13 @@ def find_model(text: str, registry: Registry, settings: Settings, *, format: For
     return LocalModel(text, base.folder, base.revision, choose_template_kwargs(base.folder, None))
 
 
-def asked_alike(base: LocalModel, other: Model) -> LocalModel:
+def asked_alike(base: Model, other: Model) -> Model:
     """A base, asked as the version that was made of it is; any other model as it is."""
     version = other.manifest if isinstance(other, LocalModel) else None
-    if base.manifest or version is None or version.base.revision != base.revision:
+    if isinstance(base, Endpoint) or base.manifest or version is None or version.base.revision != base.revision:
         return base
     kwargs = choose_template_kwargs(base.folder, version.recipe.get("chat_template_kwargs"))
-    return LocalModel(base.name, base.folder, base.revision, kwargs)
+    return replace(base, template_kwargs=kwargs)
 
 
 def _version(manifest: Manifest, registry: Registry, format: Format | None) -> LocalModel:

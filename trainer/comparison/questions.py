@@ -1,7 +1,7 @@
 """What two models are asked: a file, or the held-out set that both versions have in common; and by which metrics."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -10,12 +10,35 @@ from svc.dataset.prompt_hashes import TRAINED_PROMPTS_FILE, hash_prompts, read_p
 from svc.dataset.readers.reader import read_examples
 from svc.dataset.schema.example import ChatExample
 from svc.errors import DataError, NotFoundError
+from svc.evaluation.endpoint import Endpoint
 from svc.evaluation.metrics.choose import MetricOptions
 from svc.registry.manifest import Manifest
 from svc.registry.registry import Registry
 from svc.version import VersionId
 from trainer.comparison.model import LocalModel, Model
 from trainer.recipe.sections import Evaluate
+
+
+@dataclass(frozen=True, slots=True)
+class Wanted:
+    """What the command line says; its options have the same names.
+
+    Attributes:
+        key: for endpoints among the models.
+        judge: compares the answers too; None for none.
+    """
+
+    first: str
+    second: str
+    data: Sequence[str] = ()
+    limit: int | None = None
+    format: str | None = None
+    max_tokens: int | None = None
+    metrics: Sequence[str] = ()
+    primary: str | None = None
+    fresh: bool = False
+    key: str | None = field(default=None, repr=False)
+    judge: Endpoint | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,32 +59,23 @@ class Questions:
     whole: Sequence[ChatExample]
 
 
-def choose_questions(
-    models: Sequence[Model],
-    registry: Registry,
-    *,
-    data: Sequence[str],
-    cache: Path,
-    limit: int | None,
-    max_tokens: int | None,
-    options: MetricOptions,
-) -> Questions:
-    """The examples, and how they are asked.
+def choose_questions(models: Sequence[Model], registry: Registry, wanted: Wanted, cache: Path) -> Questions:
+    """Return the examples, and how they are asked.
 
     Args:
-        data: files, folders or hub datasets; none: the held-out set of the versions among the models.
-        limit: so many of the first examples; None: as many as the versions were judged by.
-        max_tokens: None: as the first version was asked, else by each reference.
-        options: of the command line; where it says nothing of metrics, a held-out set is judged as its version was.
+        wanted: without data, the held-out set of the versions among the models is asked, as much of it as they were
+            judged by; without metrics, it is judged as its version was.
+        cache: of hub datasets.
 
     Raises:
         DataError: the versions have different held-out sets, there is none, or the data cannot be read.
     """
     versions = [model.manifest for model in models if isinstance(model, LocalModel) and model.manifest]
-    longest = max_tokens or (versions[0].max_answer_tokens if versions else None)
-    if data:
-        whole = read_examples(data, cache=cache)
-        return Questions(whole[:limit], ", ".join(data), longest, options, whole)
+    options = MetricOptions(tuple(wanted.metrics) or None, wanted.primary)
+    longest = wanted.max_tokens or (versions[0].max_answer_tokens if versions else None)
+    if wanted.data:
+        whole = read_examples(wanted.data, cache=cache)
+        return Questions(whole[: wanted.limit], ", ".join(wanted.data), longest, options, whole)
     if not versions:
         raise DataError("neither of the two has a held-out set", todo="say what to ask: --data FILE")
     if len({version.data.heldout_fingerprint for version in versions}) > 1:
@@ -70,7 +84,7 @@ def choose_questions(
             expected="versions that were judged by the same examples",
             todo="say what to ask: --data FILE",
         )
-    counts = [count for count in (limit, *(version.judged_examples for version in versions)) if count]
+    counts = [count for count in (wanted.limit, *(version.judged_examples for version in versions)) if count]
     whole = registry.heldout(versions[0].id)
     if options == MetricOptions():
         options = Evaluate.model_validate(versions[0].recipe.get("evaluate", {})).metric_options

@@ -6,8 +6,8 @@ from rich.markup import escape
 from rich.table import Table
 
 from svc.evaluation.answer_limit import REFERENCE_FACTOR, SPARE_TOKENS
-from svc.evaluation.comparison import NLL, Comparison, DifferentAnswers, MetricComparison, Verdict
-from svc.evaluation.judge import JudgeReport
+from svc.evaluation.comparison import DifferentAnswers, MetricComparison, Verdict
+from svc.evaluation.metrics.tokens import Nll
 from svc.evaluation.results import ExampleResult
 from svc.terminal import output
 from trainer.comparison.ask import Answers
@@ -24,16 +24,11 @@ _SAID = {
 }
 
 
-def name_of(model: Model) -> str:
-    """For people."""
-    return model.name if isinstance(model, LocalModel) else str(model)
-
-
 def print_compared(compared: Compared) -> None:
     """Prints it to stdout."""
     comparison, questions = compared.comparison, compared.questions
     for letter, model, said in zip("AB", compared.models, compared.answers, strict=True):
-        output.print(f"[bold]{letter}[/bold]  {escape(name_of(model))}{'  (kept answers)' if said.kept else ''}")
+        output.print(f"[bold]{letter}[/bold]  {escape(str(model))}{'  (kept answers)' if said.kept else ''}")
     output.print(f"{comparison.examples} examples of {escape(questions.origin)}, {_limit(questions.max_tokens)}\n")
     table = Table("", "A", "B", "B - A", "", box=None)
     for figures in comparison.metrics.values():
@@ -41,13 +36,24 @@ def print_compared(compared: Compared) -> None:
     output.print(table)
     for name, reason in comparison.left_out.items():
         output.print(f"[dim]{escape(name)} is left out: {escape(reason)}[/dim]")
-    _print_verdict(comparison)
-    if compared.judge:
-        output.print(_judged(compared.judge), markup=False, soft_wrap=True)
+    primary, tally = comparison.metrics[comparison.primary], comparison.tally
+    by = escape(tally.metric)
+    output.print(f"\nBy {escape(primary.title)}: [bold]{_SAID[comparison.verdict]}[/bold] (95 %)")
+    output.print(
+        f"By {by} B wins {tally.wins}, loses {tally.losses}, ties {tally.ties}; sign test p = {tally.p_value:.2g}"
+    )
+    if judge := compared.judge:
+        output.print(
+            f"The judge {judge.model} at {judge.url}: B wins {judge.win_rate} of {judge.pairs} pairs "
+            f"(ties count half), the same in both orders {judge.agreement}",
+            markup=False,
+            soft_wrap=True,
+        )
     if comparison.different:
-        output.print(f"\nThe {len(comparison.different)} examples that differ most, by {_order(comparison)}:")
+        count = len(comparison.different)
+        output.print(f"\nThe {count} examples that differ most, by {by}, then by edits between the answers:")
     for one in comparison.different:
-        _print_example(one, comparison.tally.metric)
+        _print_example(one, tally.metric)
 
 
 def _limit(max_tokens: int | None) -> str:
@@ -62,26 +68,6 @@ def _row(compared: MetricComparison) -> tuple[str, ...]:
     return escape(compared.title), *(escape(figure) for figure in figures), said
 
 
-def _print_verdict(comparison: Comparison) -> None:
-    primary, tally = comparison.metrics[comparison.primary], comparison.tally
-    output.print(f"\nBy {escape(primary.title)}: [bold]{_SAID[comparison.verdict]}[/bold] (95 %)")
-    output.print(
-        f"By {escape(tally.metric)} B wins {tally.wins}, loses {tally.losses}, ties {tally.ties}; sign test "
-        f"p = {tally.p_value:.2g}"
-    )
-
-
-def _judged(report: JudgeReport) -> str:
-    return (
-        f"The judge {report.model} at {report.url}: B wins {report.win_rate} of {report.pairs} pairs "
-        f"(ties count half), the same in both orders {report.agreement}"
-    )
-
-
-def _order(comparison: Comparison) -> str:
-    return f"{escape(comparison.tally.metric)}, then by edits between the answers"
-
-
 def _print_example(one: DifferentAnswers, metric: str) -> None:
     lead = "tie" if one.gain == 0 else f"{'B' if one.gain > 0 else 'A'} by {abs(one.gain):.3g} {metric}"
     output.print(f"\n[bold]{one.place + 1}[/bold]  {escape(lead)}, {one.edits} edits", soft_wrap=True)
@@ -92,14 +78,14 @@ def _print_example(one: DifferentAnswers, metric: str) -> None:
 
 
 def _short(text: str) -> str:
-    """On one line, its end cut off."""
+    """Return the text on one line, with its end cut off."""
     line = " ".join(text.split())
     return line if len(line) <= _SHOWN else f"{line[:_SHOWN]}…"
 
 
 def everything(compared: Compared) -> dict[str, Any]:
     """Figures, and what each model answered to each example."""
-    likely = NLL in compared.comparison.metrics
+    likely = Nll.name in compared.comparison.metrics
     first, second = compared.answers
     rows = zip(compared.questions.examples, first.results, second.results, strict=True)
     return {
@@ -119,7 +105,7 @@ def everything(compared: Compared) -> dict[str, Any]:
 
 def _model(model: Model, answers: Answers) -> dict[str, Any]:
     revision = model.revision if isinstance(model, LocalModel) else None
-    return {"name": name_of(model), "revision": revision, "kept": answers.kept}
+    return {"name": str(model), "revision": revision, "kept": answers.kept}
 
 
 def _result(result: ExampleResult, *, likely: bool) -> dict[str, Any]:

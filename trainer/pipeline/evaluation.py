@@ -20,7 +20,8 @@ from svc.engine.probes import engine_facts
 from svc.evaluation.cache import EvaluationCache
 from svc.evaluation.evaluator import EvaluationReport, judge
 from svc.evaluation.general.general_set import MAX_TOKENS, GeneralSet
-from svc.evaluation.metrics.choose import MetricSet, choose_metrics, try_on_references
+from svc.evaluation.metrics.choose import choose_metrics, try_on_references
+from svc.evaluation.metrics.metric import Metric
 from svc.evaluation.results import ExampleResult
 from svc.evaluation.token_scores import choose_examples
 from svc.registry.fingerprint import compatibility_fingerprint
@@ -99,7 +100,7 @@ class RunEvaluation:
         return min(longest, read_model_facts(self.base.folder).context or longest)
 
     @cached_property
-    def metrics(self) -> MetricSet:
+    def metrics(self) -> Sequence[Metric]:
         """Chosen by all held-out examples, as later where they are asked again.
 
         Raises:

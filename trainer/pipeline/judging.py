@@ -5,10 +5,9 @@ from collections.abc import Sequence
 
 from svc.dataset.schema.example import ChatExample
 from svc.evaluation.endpoint import Endpoint
-from svc.evaluation.judge import JudgeReport, Pair, judge_pairs
+from svc.evaluation.judge import JudgeReport, judge_answers
 from svc.evaluation.results import ExampleResult
 from svc.identity.key_file import read_secret
-from svc.terminal import counting
 from trainer.recipe.sections import Judge
 
 
@@ -40,7 +39,6 @@ def compare_answers(
     """
     endpoint = judge_endpoint(judge)
     assert endpoint is not None  # noqa: S101 - whoever calls knows that one is named
-    answers = zip(heldout, base, merged, strict=False)
-    pairs = [Pair(example, before.answer, after.answer) for example, before, after in answers]
-    with counting("judging merged beside base", len(pairs)) as advance:
-        return asyncio.run(judge_pairs(pairs, endpoint, on_done=advance))
+    before, after = ([result.answer for result in results] for results in (base, merged))
+    asked = heldout[: len(before)]
+    return asyncio.run(judge_answers(endpoint, asked, before, after, title="judging merged beside base"))

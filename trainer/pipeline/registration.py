@@ -129,7 +129,7 @@ class Registration:
     @property
     def primary(self) -> Metric:
         """The metric that gates."""
-        return self.evaluation.metrics.primary
+        return self.evaluation.metrics[0]
 
     def figures(self) -> dict[str, float]:
         """Return the figures of base and formats, for the reports that the recipe names."""

@@ -14,7 +14,7 @@ from enum import StrEnum
 import numpy as np
 
 from monitoring.drift.features.sample import NO, NOT_THERE, YES, Sample
-from svc.evaluation.metrics.valid_json import is_json
+from svc.evaluation.metrics.json_answers import is_json
 
 _ENDS = ("stop", "length")
 _MOST_LABELS = 30

@@ -1,1 +1,1 @@
-"""What answers are judged by: one file a metric. `metric.py` is the port, `choose.py` says which belong to a task."""
+"""Metrics that evaluate answers, by the kind of answer. `metric.py` is the port, `choose.py` selects by task."""

@@ -1,35 +1,35 @@
 """Which metrics judge a task, and which of them is the primary one: by its references, unless the recipe says."""
 
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import StrEnum
-from functools import partial
-from importlib.metadata import entry_points
+from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
 
 from svc.dataset.checks.labels import FEW_ANSWERS, AnswerKind, look_at_answer
 from svc.dataset.schema.example import ChatExample
 from svc.errors import RecipeError
-from svc.evaluation.metrics.accuracy import Accuracy
-from svc.evaluation.metrics.chrf import Chrf
-from svc.evaluation.metrics.exact_match import ExactMatch
-from svc.evaluation.metrics.field_accuracy import FieldAccuracy
 from svc.evaluation.metrics.function import FunctionMetric, FunctionSpec
-from svc.evaluation.metrics.label import label_of
-from svc.evaluation.metrics.length import Length
-from svc.evaluation.metrics.macro_f1 import MacroF1
+from svc.evaluation.metrics.json_answers import (
+    FieldAccuracy,
+    SchemaValid,
+    ValidJson,
+    infer_schema,
+    read_json,
+    read_schema,
+)
+from svc.evaluation.metrics.labels import Accuracy, MacroF1, label_of
 from svc.evaluation.metrics.metric import Answered, Better, Metric
-from svc.evaluation.metrics.perplexity import Perplexity
-from svc.evaluation.metrics.rouge import Rouge, RougeKind
-from svc.evaluation.metrics.schema_valid import SchemaValid, infer_schema, read_schema
-from svc.evaluation.metrics.valid_json import ValidJson, read_json
+from svc.evaluation.metrics.text import Chrf, ExactMatch, Rouge
+from svc.evaluation.metrics.tokens import Length, Perplexity
 from svc.evaluation.results import ExampleResult
 
 ENTRY_POINTS = "tuneserve.metrics"
 """The group in which an installed package offers metrics: classes of `Metric`, made without arguments."""
 _NAME = re.compile("[a-z0-9_]+")
 _MOSTLY = 0.95
+_SEE = "correct evaluate.metrics or evaluate.primary; see docs/evaluation.md"
 
 
 class Task(StrEnum):
@@ -57,31 +57,25 @@ class MetricOptions:
     seconds: float = 60.0
 
 
-@dataclass(frozen=True, slots=True)
-class MetricSet:
-    """The metrics of one held-out set.
-
-    Attributes:
-        primary: the one that gates, and that monitoring repeats.
-        others: shown beside it.
-    """
-
-    primary: Metric
-    others: tuple[Metric, ...] = ()
-
-    def __iter__(self) -> Iterator[Metric]:
-        """All, the primary one first."""
-        return iter((self.primary, *self.others))
-
-
 _GROUPS = {"rouge": ("rouge_l", "rouge_1", "rouge_2")}
+_PLAIN = (
+    ExactMatch(),
+    Accuracy(),
+    MacroF1(),
+    FieldAccuracy(),
+    ValidJson(),
+    *map(Rouge, "12L"),
+    Chrf(),
+    Perplexity(),
+    Length(),
+)
+"""Metrics that need nothing but their name."""
 _TASKS = {
     Task.LABELS: ("accuracy", "macro_f1", "exact_match"),
     Task.JSON: ("field_accuracy", "schema_valid", "valid_json", "exact_match"),
     Task.TEXT: ("rouge_l", "rouge_1", "rouge_2", "chrf", "exact_match"),
 }
 _ALWAYS = ("perplexity", "length")
-_OF_JSON = ("field_accuracy", "schema_valid")
 
 
 def find_task(references: Sequence[ChatExample]) -> Task:
@@ -98,8 +92,8 @@ def find_task(references: Sequence[ChatExample]) -> Task:
     return Task.JSON if all(read_json(example.answer) is not None for example in references) else Task.TEXT
 
 
-def choose_metrics(examples: Sequence[ChatExample], options: MetricOptions | None = None) -> MetricSet:
-    """The metrics that examples are judged by.
+def choose_metrics(examples: Sequence[ChatExample], options: MetricOptions | None = None) -> tuple[Metric, ...]:
+    """Return the metrics that examples are judged by, the primary one first.
 
     Args:
         examples: with their references, all of the held-out set.
@@ -110,36 +104,34 @@ def choose_metrics(examples: Sequence[ChatExample], options: MetricOptions | Non
     options = options or MetricOptions()
     of_task = _of_task(examples)
     names = [one for name in options.names or of_task for one in _GROUPS.get(name, (name,))]
-    known = _known(examples, options)
-    metrics = {metric.name: metric for metric in (_make(name, known, examples, options) for name in names)}
+    metrics = [_make(name, examples, options) for name in names]
     if options.primary:
         (name, *_) = _GROUPS.get(options.primary, (options.primary,))
-        chosen = _make(name, known, examples, options)
-        metrics.setdefault(chosen.name, chosen)
+        primary = _make(name, examples, options)
     else:
-        judging = [metric for metric in metrics.values() if metric.better is not Better.NEITHER]
-        chosen = metrics.get(of_task[0]) or next(iter(judging or metrics.values()))
-    if chosen.better is Better.NEITHER:
+        first = [metric for metric in metrics if metric.name == of_task[0]]
+        judging = [metric for metric in metrics if metric.better is not Better.NEITHER]
+        primary = (first or judging or metrics)[0]
+    if primary.better is Better.NEITHER:
         raise RecipeError(
-            f"the metric {chosen.name} cannot be the primary one: by it nothing is better or worse",
-            expected=f"one of {', '.join(name for name in known if name != Length.name)}",
+            f"the metric {primary.name} cannot be the primary one: by it nothing is better or worse",
+            expected="a metric whose values are better when higher, or when lower",
             todo=_SEE,
         )
-    return MetricSet(chosen, tuple(metric for name, metric in metrics.items() if name != chosen.name))
+    return tuple({metric.name: metric for metric in (primary, *metrics)}.values())
 
 
 def named_metric(name: str) -> Metric:
-    """A metric that needs nothing but its name.
+    """Return a metric that needs nothing but its name.
 
     Raises:
         RecipeError: no metric has it, or it cannot be loaded.
     """
-    options = MetricOptions()
-    return _make(name, _known((), options), (), options)
+    return _make(name, (), MetricOptions())
 
 
-def try_on_references(metrics: MetricSet, examples: Sequence[ChatExample]) -> None:
-    """Lets each metric judge the references as if they were answers: a fault shows before an hour of training.
+def try_on_references(metrics: Sequence[Metric], examples: Sequence[ChatExample]) -> None:
+    """Let each metric judge the references as if they were answers: a fault shows before an hour of training.
 
     Raises:
         SvcError: a metric cannot judge them.
@@ -151,7 +143,7 @@ def try_on_references(metrics: MetricSet, examples: Sequence[ChatExample]) -> No
         for example in examples
     ]
     for metric in metrics:
-        metric.score(Answered(examples, results))
+        metric.checked_score(Answered(examples, results))
 
 
 def _of_task(examples: Sequence[ChatExample]) -> tuple[str, ...]:
@@ -169,36 +161,22 @@ def _mostly_latin(examples: Sequence[ChatExample]) -> bool:
     return sum(letter.isascii() for letter in letters) * 2 >= len(letters)
 
 
-def _known(examples: Sequence[ChatExample], options: MetricOptions) -> dict[str, Callable[[], Metric]]:
-    """How each metric that has a name of its own is made."""
-    makers: dict[str, Callable[[], Metric]] = {
-        one.name: one for one in (ExactMatch, Accuracy, MacroF1, FieldAccuracy, ValidJson)
-    }
-    makers[SchemaValid.name] = partial(_schema_valid, examples, options.schema)
-    makers |= {kind.value[1]: partial(Rouge, kind) for kind in RougeKind}
-    makers |= {one.name: one for one in (Chrf, Perplexity, Length)}
-    return makers | {point.name: partial(_load, point.name) for point in entry_points(group=ENTRY_POINTS)}
-
-
-def _make(
-    name: str,
-    known: dict[str, Callable[[], Metric]],
-    examples: Sequence[ChatExample],
-    options: MetricOptions,
-) -> Metric:
+def _make(name: str, examples: Sequence[ChatExample], options: MetricOptions) -> Metric:
     if spec := FunctionSpec.parse(name):
         return FunctionMetric(spec, options.seconds)
-    if name not in known:
-        named = ", ".join([*known, *_GROUPS])
-        raise RecipeError(
-            f"there is no metric {name!r}", expected=f"{named}, or a function as ./FILE.py:FUNCTION", todo=_SEE
-        )
-    if name in _OF_JSON:
+    if name in (FieldAccuracy.name, SchemaValid.name):
         _require_json(name, examples)
-    return known[name]()
-
-
-_SEE = "correct evaluate.metrics or evaluate.primary; see docs/evaluation.md"
+    if name == SchemaValid.name:
+        return _schema_valid(examples, options.schema)
+    if plain := next((metric for metric in _PLAIN if metric.name == name), None):
+        return plain
+    offered = entry_points(group=ENTRY_POINTS)
+    if name in offered.names:
+        return _load(offered[name])
+    known = [*(metric.name for metric in _PLAIN), SchemaValid.name, *sorted(offered.names), *_GROUPS]
+    raise RecipeError(
+        f"there is no metric {name!r}", expected=f"{', '.join(known)}, or a function as ./FILE.py:FUNCTION", todo=_SEE
+    )
 
 
 def _require_json(name: str, examples: Sequence[ChatExample]) -> None:
@@ -224,18 +202,17 @@ def _schema_valid(examples: Sequence[ChatExample], path: Path | None) -> SchemaV
     return metric
 
 
-def _load(name: str) -> Metric:
-    """The metric of an entry point."""
-    (point, *_) = entry_points(group=ENTRY_POINTS, name=name)
+def _load(point: EntryPoint) -> Metric:
     try:
         metric = point.load()()
     except Exception as error:
         raise RecipeError(
-            f"the metric {name} cannot be loaded from {point.value}: {error!r}", todo="mend the package, or remove it"
+            f"the metric {point.name} cannot be loaded from {point.value}: {error!r}",
+            todo="fix the package, or remove it",
         ) from error
-    if not isinstance(metric, Metric) or metric.name != name or not _NAME.fullmatch(name):
+    if not isinstance(metric, Metric) or metric.name != point.name or not _NAME.fullmatch(point.name):
         raise RecipeError(
-            f"the metric {name} of {point.value} is {metric!r:.80}",
-            expected=f"a {Metric.__module__}.Metric whose name is {name}, of a to z, digits and _",
+            f"the metric {point.name} of {point.value} is {metric!r:.80}",
+            expected=f"a {Metric.__module__}.Metric whose name is {point.name}, of a to z, digits and _",
         )
     return metric

@@ -74,31 +74,37 @@ class FunctionMetric(Metric):
         texts = {"answers": answered.answers, "references": answered.references, "prompts": prompts}
         said = self._call(json.dumps(texts).encode())
         if "error" in said:
-            raise RecipeError(f"the metric {self.spec} failed:\n{said['error']}", todo="mend the function")
-        return self._checked(said["scores"], len(answered.results))
+            raise RecipeError(
+                f"the metric {self.spec} failed:\n{said['error']}",
+                expected="a list of one finite number for each answer",
+                todo="fix the function",
+            )
+        return list(said["scores"])
 
     def _call(self, given: bytes) -> dict[str, Any]:
-        """What the worker says.
+        """Return what the worker writes.
 
         Raises:
-            RecipeError: it took too long, or died.
+            RecipeError: it took too long, or its process ended.
         """
         if not self.spec.path.is_file():
             raise RecipeError(f"the metric {self.spec}: there is no such file", todo="correct evaluate.metrics")
         arguments = [function_worker.__file__, str(self.spec.path), self.spec.function, str(math.ceil(self._seconds))]
         # -B: Python takes the bytecode that it left for the file as it is now, where both are of the same second.
-        process = subprocess.Popen(
-            [sys.executable, "-B", *arguments], stdin=subprocess.PIPE, stdout=subprocess.PIPE, start_new_session=True
-        )
-        try:
-            said, _ = process.communicate(given, timeout=self._seconds)
-        except subprocess.TimeoutExpired as error:
-            raise RecipeError(
-                f"the metric {self.spec} was not done after {self._seconds:g} s",
-                todo="make it faster, raise evaluate.metric_seconds, or judge fewer examples: evaluate.limit",
-            ) from error
-        finally:
-            _kill_group(process)
+        command = [sys.executable, "-B", *arguments]
+        with subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, start_new_session=True
+        ) as process:
+            try:
+                said, _ = process.communicate(given, timeout=self._seconds)
+            except subprocess.TimeoutExpired as error:
+                raise RecipeError(
+                    f"the metric {self.spec} was not done after {self._seconds:g} s",
+                    todo="make it faster, raise evaluate.metric_seconds, or judge fewer examples: evaluate.limit",
+                ) from error
+            finally:
+                with contextlib.suppress(ProcessLookupError):
+                    os.killpg(process.pid, signal.SIGKILL)  # with all that it started
         try:
             return dict(json.loads(said))
         except ValueError as error:
@@ -106,26 +112,3 @@ class FunctionMetric(Metric):
                 f"the metric {self.spec} ended its process, exit code {process.returncode}",
                 todo="see what it printed above; it must return its scores",
             ) from error
-
-    def _checked(self, scores: object, examples: int) -> list[float]:
-        expected = "a list of one finite number for each answer"
-        if not isinstance(scores, list):
-            raise RecipeError(f"the metric {self.spec} returned {scores}", expected=expected)
-        if len(scores) != examples:
-            raise RecipeError(
-                f"the metric {self.spec} returned {len(scores)} scores for {examples} answers", expected=expected
-            )
-        for place, score in enumerate(scores):
-            if isinstance(score, str) or not math.isfinite(score):
-                raise RecipeError(f"the metric {self.spec} gave answer {place} the score {score}", expected=expected)
-        return [float(score) for score in scores]
-
-
-def _kill_group(process: "subprocess.Popen[bytes]") -> None:
-    """Ends the process with all that it started."""
-    with contextlib.suppress(ProcessLookupError):
-        os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
-    for pipe in (process.stdin, process.stdout):
-        if pipe is not None and not pipe.closed:
-            pipe.close()

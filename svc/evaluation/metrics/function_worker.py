@@ -25,7 +25,7 @@ def main(path: str, function: str, seconds: str) -> None:
     answer = os.dup(1)
     os.dup2(2, 1)
     try:
-        said = {"scores": _call(path, function, given)}
+        said: dict[str, Any] = {"scores": _call(path, function, given)}
     except BaseException as error:  # noqa: BLE001 - the boundary of this process: it is told to the caller
         said = {"error": _tail(error)}
     sys.stdout.flush()
@@ -34,7 +34,7 @@ def main(path: str, function: str, seconds: str) -> None:
     os._exit(0)  # threads that the function left would hold the process
 
 
-def _call(path: str, function: str, given: dict[str, Any]) -> Any:
+def _call(path: str, function: str, given: dict[str, Any]) -> list[float]:
     sys.path[0] = os.path.dirname(os.path.abspath(path))
     spec = importlib.util.spec_from_file_location(os.path.basename(path).removesuffix(".py"), path)
     if spec is None or spec.loader is None:
@@ -46,18 +46,7 @@ def _call(path: str, function: str, given: dict[str, Any]) -> Any:
     texts = [given["answers"], given["references"]]
     if len(inspect.signature(score).parameters) > 2:
         texts.append(given["prompts"])
-    scores = score(*texts)
-    if isinstance(scores, (str, dict)) or not hasattr(scores, "__iter__"):
-        return f"{type(scores).__name__}: {scores!r:.80}"
-    return [_number(value) for value in scores]
-
-
-def _number(value: Any) -> float | str:
-    """A float of Python; what is none as its text, which the caller refuses."""
-    try:
-        return float(value)
-    except (TypeError, ValueError):
-        return repr(value)[:80]
+    return [float(value) for value in score(*texts)]
 
 
 def _tail(error: BaseException) -> str:

@@ -1,16 +1,18 @@
 """The port: what a metric is to the evaluator, the gates and the monitoring, which know none of them by name.
 
-Most give each example a score, which is kept with its result, so that two models are compared example by example. What
-is no mean of scores, as macro-F1 and perplexity, says itself how it is estimated.
+Most metrics give each example a score. Scores are stored with the results, so that two models are compared example by
+example. A metric of a whole set, as macro-F1 and perplexity, resamples the set for its interval.
 """
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 
 from svc.dataset.schema.example import ChatExample
-from svc.evaluation.estimate import Estimate, mean_or_proportion, paired_difference
+from svc.errors import RecipeError
+from svc.evaluation.estimate import Estimate, Statistic, bootstrap, mean_or_proportion, paired_difference
 from svc.evaluation.results import ExampleResult
 
 
@@ -57,7 +59,7 @@ class Metric(ABC):
         name: for machines, of a to z, digits and `_`.
         title: for people.
         scored: whether each example has a score of its own.
-        watched_by: name of the metric that monitoring repeats in its place; its own where examples have scores.
+        watched_by: name of the metric that monitoring repeats instead, if examples have no scores; empty: this one.
         in_tokens: whether it counts tokens of the model's own tokenizer, so that it says nothing beside a model that
             has another one.
     """
@@ -67,35 +69,75 @@ class Metric(ABC):
     better: Better = Better.HIGHER
     unit: Unit = Unit.SHARE
     scored: bool = True
+    watched_by: str = ""
     in_tokens: bool = False
-
-    @property
-    def watched_by(self) -> str:
-        return self.name
 
     @abstractmethod
     def score(self, answered: Answered) -> list[float]:
-        """The score of each example; empty where they have none.
+        """Return the score of each example; empty if examples have none.
 
         Raises:
             SvcError: the metric cannot judge these answers.
         """
 
-    def estimate(self, answered: Answered) -> Estimate:
-        """The figure of all examples.
+    def checked_score(self, answered: Answered) -> list[float]:
+        """Return the scores of a metric that may come from a package or a user's file.
 
-        Args:
-            answered: with results that have their scores.
+        Raises:
+            SvcError: the metric cannot judge these answers, or its scores are not one finite number for each.
         """
-        return mean_or_proportion(self._scores(answered))
+        scores = self.score(answered)
+        if self.scored and (len(scores) != len(answered.results) or not all(map(math.isfinite, scores))):
+            raise RecipeError(
+                f"the metric {self.name} gave {len(scores)} scores for {len(answered.results)} answers: {scores!r:.80}",
+                expected="one finite number for each answer",
+                todo="fix the metric, or name others: evaluate.metrics",
+            )
+        return scores
+
+    def stored_scores(self, answered: Answered) -> list[float]:
+        """Return the scores that the results have stored."""
+        return [result.scores[self.name] for result in answered.results]
+
+    def estimate(self, answered: Answered) -> Estimate:
+        """Return the figure of all examples, whose results have their scores."""
+        return mean_or_proportion(self.stored_scores(answered))
 
     def difference(self, before: Answered, after: Answered) -> Estimate:
-        """The figure of the second minus that of the first, example by example.
+        """Return the figure of the second minus that of the first, example by example.
 
         Args:
             before, after: of the same examples, with results that have their scores.
         """
-        return paired_difference(self._scores(before), self._scores(after))
+        return paired_difference(self.stored_scores(before), self.stored_scores(after))
 
-    def _scores(self, answered: Answered) -> list[float]:
-        return [result.scores[self.name] for result in answered.results]
+
+class AnswerMetric(Metric):
+    """A metric that scores each answer by its reference alone."""
+
+    @abstractmethod
+    def score_answer(self, answer: str, reference: str) -> float:
+        """Return the score of one answer."""
+
+    def score(self, answered: Answered) -> list[float]:
+        return list(map(self.score_answer, answered.answers, answered.references))
+
+
+class SetMetric(Metric):
+    """A metric of all examples together: a single answer has no score."""
+
+    scored = False
+
+    @abstractmethod
+    def statistic(self, answered: Answered) -> Statistic:
+        """Return the figure as a function of how often each example is drawn."""
+
+    def score(self, answered: Answered) -> list[float]:
+        return []
+
+    def estimate(self, answered: Answered) -> Estimate:
+        return bootstrap(len(answered.results), self.statistic(answered))
+
+    def difference(self, before: Answered, after: Answered) -> Estimate:
+        first, second = self.statistic(before), self.statistic(after)
+        return bootstrap(len(before.results), lambda drawn: second(drawn) - first(drawn))

@@ -16,8 +16,6 @@ if TYPE_CHECKING:
     Floats = NDArray[np.float64]
 
 _HEIGHT = 250
-_MOST_POINTS = 300
-"""More are drawn as means of neighbours: a figure of 100,000 steps would be as many megabytes as the page has now."""
 _FEW_POINTS = 40
 _WINDOW = 0.05
 _STEEP = 20
@@ -29,23 +27,26 @@ def plot_loss(curve: Sequence[TrainingPoint]) -> str | None:
     steps, losses = _series(curve, "loss")
     held_steps, held = _series(curve, "heldout_loss")
     examples = max((len(point.heldout_each) for point in curve), default=0)  # fewer than were judged
-    if not len(steps) and not len(held_steps):
+    everything = np.concatenate([losses, held])
+    if not len(everything):
         return None
 
     def draw(figure: "Figure") -> None:
         axes = figure.subplots()
-        _draw_loss(axes, steps, losses)
+        trained = Colour.MERGED.value
+        if len(steps) <= _FEW_POINTS:
+            axes.plot(steps, losses, color=trained, marker="o", markersize=3, label="training")
+        else:
+            axes.plot(steps, losses, color=trained, alpha=0.35, linewidth=0.8)
+            axes.plot(steps, _smoothed(losses), color=trained, linewidth=1.8, label="training, smoothed")
         if len(held):
             mark = "s" if len(held) <= _FEW_POINTS else ""
-            shown = _thinned(held_steps, held)
             label = f"held-out, {examples} examples" if examples else "held-out"
-            axes.plot(*shown, color=Colour.GPTQ.value, marker=mark, markersize=5, label=label, clip_on=False)
-        everything = np.concatenate([losses, held])
+            axes.plot(held_steps, held, color=Colour.GPTQ.value, marker=mark, markersize=5, label=label, clip_on=False)
+        _finish(axes)
         if everything.max() > _STEEP * np.median(everything) > 0 and everything.min() > 0:
             axes.set_yscale("log")
-        else:
-            axes.set_ylim(bottom=0)
-        _finish(axes)
+            axes.autoscale(axis="y")
         axes.legend(loc="upper right")
 
     parts = []
@@ -64,8 +65,7 @@ def plot_learning_rate(curve: Sequence[TrainingPoint]) -> str | None:
 
     def draw(figure: "Figure") -> None:
         axes = figure.subplots()
-        axes.plot(*_thinned(steps, rates), color=Colour.MERGED.value)
-        axes.set_ylim(bottom=0)
+        axes.plot(steps, rates, color=Colour.MERGED.value)
         axes.ticklabel_format(axis="y", style="sci", scilimits=(-2, 3))
         axes.yaxis.get_offset_text().set_color(Colour.MUTED.value)
         _finish(axes)
@@ -73,17 +73,10 @@ def plot_learning_rate(curve: Sequence[TrainingPoint]) -> str | None:
     return draw_svg("learning-rate", f"learning rate, {rates.max():.2g} at most", _HEIGHT, draw)
 
 
-def _draw_loss(axes: "Axes", steps: "Floats", losses: "Floats") -> None:
-    if len(steps) <= _FEW_POINTS:
-        axes.plot(steps, losses, color=Colour.MERGED.value, marker="o", markersize=3, label="training")
-        return
-    axes.plot(*_thinned(steps, losses), color=Colour.MERGED.value, alpha=0.35, linewidth=0.8)
-    axes.plot(*_thinned(steps, _smoothed(losses)), color=Colour.MERGED.value, linewidth=1.8, label="training, smoothed")
-
-
 def _finish(axes: "Axes") -> None:
     axes.set_xlabel("step")
     axes.set_xlim(left=0)
+    axes.set_ylim(bottom=0)
     axes.locator_params(axis="x", nbins=6, integer=True)
 
 
@@ -94,17 +87,6 @@ def _series(curve: Sequence[TrainingPoint], name: str) -> tuple["Floats", "Float
 
 
 def _smoothed(values: "Floats") -> "Floats":
-    """Means over a twentieth of all steps, around each; of fewer at both ends."""
-    half = max(1, round(len(values) * _WINDOW / 2))
-    sums = np.concatenate([[0.0], np.cumsum(values)])
-    places = np.arange(len(values))
-    low, high = np.maximum(places - half, 0), np.minimum(places + half + 1, len(values))
-    return np.asarray((sums[high] - sums[low]) / (high - low))
-
-
-def _thinned(steps: "Floats", values: "Floats") -> tuple["Floats", "Floats"]:
-    if len(steps) <= _MOST_POINTS:
-        return steps, values
-    parts = zip(np.array_split(steps, _MOST_POINTS), np.array_split(values, _MOST_POINTS), strict=True)
-    means = np.array([(part.mean(), found.mean()) for part, found in parts])
-    return means[:, 0], means[:, 1]
+    """Return means over a twentieth of all steps, around each; of fewer at both ends."""
+    window = np.ones(2 * max(1, round(len(values) * _WINDOW / 2)) + 1)
+    return np.convolve(values, window, "same") / np.convolve(np.ones_like(values), window, "same")

@@ -3,9 +3,10 @@
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from svc.evaluation.estimate import Estimate
+import numpy as np
+
 from svc.evaluation.metrics.metric import Better, Unit
-from svc.evaluation.metrics.perplexity import Perplexity
+from svc.evaluation.metrics.tokens import Perplexity
 from svc.report.judged import BASE, MetricRow
 from svc.report.plots.svg import Colour, draw_svg
 from svc.version import Format
@@ -35,9 +36,9 @@ def plot_shares(rows: Sequence[MetricRow]) -> str | None:
         _dots(axes, shares)
         axes.set_xlim(-0.02, 1.02)
         axes.set_xticks([0, 0.25, 0.5, 0.75, 1], ["0", "0.25", "0.5", "0.75", "1"])
-        _legend(figure, axes, shares)
+        _legend(figure, axes)
 
-    return draw_svg("shares", describe(shares), 60 + _ROW * len(shares), draw)
+    return draw_svg("shares", _describe(shares), 60 + _ROW * len(shares), draw)
 
 
 def plot_numbers(rows: Sequence[MetricRow]) -> str | None:
@@ -45,11 +46,8 @@ def plot_numbers(rows: Sequence[MetricRow]) -> str | None:
 
     Perplexity is left out: it says what the log-likelihood says.
     """
-    numbers = [
-        row
-        for row in rows
-        if row.unit is not Unit.SHARE and row.better is not Better.NEITHER and row.name != Perplexity.name
-    ]
+    judging = [row for row in rows if row.better is not Better.NEITHER]
+    numbers = [row for row in judging if row.unit is not Unit.SHARE and row.name != Perplexity.name]
     if not numbers:
         return None
 
@@ -59,25 +57,37 @@ def plot_numbers(rows: Sequence[MetricRow]) -> str | None:
             _dots(axes, [row])
             axes.set_xlim(left=min(0, axes.get_xlim()[0]))
             axes.locator_params(axis="x", nbins=5)
-        _legend(figure, all_axes[0], numbers)
+        _legend(figure, all_axes[0])
 
-    return draw_svg("numbers", describe(numbers), 40 + 2 * _ROW * len(numbers), draw)
+    return draw_svg("numbers", _describe(numbers), 40 + 2 * _ROW * len(numbers), draw)
 
 
-def describe(rows: Sequence[MetricRow]) -> str:
-    """All figures as text."""
+def _describe(rows: Sequence[MetricRow]) -> str:
+    """Return all figures as text."""
     return "; ".join(
         f"{row.title}: {', '.join(f'{model} {estimate}' for model, estimate in row.estimates.items())}" for row in rows
     )
 
 
 def _dots(axes: "Axes", rows: Sequence[MetricRow]) -> None:
-    """Rows from the top down, in each the models from the top down."""
+    """Draw rows from the top down, in each the models from the top down."""
     models = [model for model in _LOOKS if any(model in row.estimates for row in rows)]
     for at, model in enumerate(models):
+        colour, mark = _LOOKS[model]
         offset = (at - (len(models) - 1) / 2) * 0.24
-        found = [(place + offset, row.estimates[model]) for place, row in enumerate(rows) if model in row.estimates]
-        _dots_of(axes, model, found)
+        found = {place + offset: row.estimates[model] for place, row in enumerate(rows) if model in row.estimates}
+        spans = np.array([(one.value - one.low, one.high - one.value) for one in found.values()])
+        axes.errorbar(
+            [one.value for one in found.values()],
+            list(found),
+            xerr=spans.clip(0).T,
+            fmt=mark,
+            markersize=6,
+            color=colour.value,
+            elinewidth=2,
+            label=model,
+            clip_on=False,
+        )
     axes.set_ylim(len(rows) - 0.5, -0.5)
     axes.set_yticks(range(len(rows)), [_title(row) for row in rows])
     axes.tick_params(axis="y", length=0, labelcolor=Colour.INK.value)
@@ -85,26 +95,7 @@ def _dots(axes: "Axes", rows: Sequence[MetricRow]) -> None:
     axes.spines["left"].set_visible(False)
 
 
-def _dots_of(axes: "Axes", model: str, found: Sequence[tuple[float, Estimate]]) -> None:
-    colour, mark = _LOOKS[model]
-    values = [estimate.value for _, estimate in found]
-    below = [max(0.0, estimate.value - estimate.low) for _, estimate in found]
-    above = [max(0.0, estimate.high - estimate.value) for _, estimate in found]
-    axes.errorbar(
-        values,
-        [place for place, _ in found],
-        xerr=[below, above],
-        fmt=mark,
-        markersize=6,
-        color=colour.value,
-        elinewidth=2,
-        capsize=0,
-        label=model,
-        clip_on=False,
-    )
-
-
-def _legend(figure: "Figure", axes: "Axes", rows: Sequence[MetricRow]) -> None:
+def _legend(figure: "Figure", axes: "Axes") -> None:
     marks, labels = axes.get_legend_handles_labels()
     figure.legend(marks, labels, loc="outside upper left", ncols=len(labels), handletextpad=0.4, columnspacing=1.4)
 

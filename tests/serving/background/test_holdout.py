@@ -20,7 +20,7 @@ from svc.engine.probes import EngineFacts
 from svc.engine.state import EngineState
 from svc.errors import RecipeError
 from svc.evaluation.metrics.metric import Metric
-from svc.evaluation.metrics.rouge import Rouge, RougeKind
+from svc.evaluation.metrics.text import Rouge
 from svc.registry.registry import Registry
 from svc.settings import HoldoutSettings, SwapChoice
 from svc.store.holdouts import (
@@ -120,7 +120,7 @@ async def test_after_a_start_all_examples_are_asked(make: Make) -> None:
 
 
 async def test_each_answer_has_the_score_of_the_versions_metric(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
-    rouge = Rouge(RougeKind.ONE)
+    rouge = Rouge("1")
     monkeypatch.setattr(holdout, "watched_metric", lambda registry, target, run_functions: rouge)
     async with asked(make) as (control, _):
         run = await run_of(control, target(1))

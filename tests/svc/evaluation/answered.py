@@ -3,7 +3,6 @@
 from collections.abc import Sequence
 
 from svc.evaluation.evaluator import judge
-from svc.evaluation.metrics.choose import MetricSet
 from svc.evaluation.metrics.metric import Answered, Metric
 from svc.evaluation.results import ExampleResult
 from tests.svc.chats import chat
@@ -34,4 +33,4 @@ def answered(pairs: Sequence[tuple[str, str]], nll: Sequence[float] = (), scored
 
 def with_scores(metric: Metric, given: Answered) -> Answered:
     """The same with the metric's scores."""
-    return Answered(given.examples, judge(given.examples, given.results, 0.0, MetricSet(metric)).results)
+    return Answered(given.examples, judge(given.examples, given.results, 0.0, [metric]).results)

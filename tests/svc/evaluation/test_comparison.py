@@ -9,20 +9,17 @@ from hypothesis import strategies as st
 
 from svc.dataset.schema.example import ChatExample
 from svc.errors import DataError
-from svc.evaluation.comparison import CUT_OFF, NLL, SHOWN, Comparison, Verdict, compare
+from svc.evaluation.comparison import SHOWN, Comparison, Verdict, compare
 from svc.evaluation.estimate import proportion
-from svc.evaluation.metrics.accuracy import Accuracy
-from svc.evaluation.metrics.choose import MetricOptions, MetricSet, choose_metrics
-from svc.evaluation.metrics.exact_match import ExactMatch
-from svc.evaluation.metrics.length import Length
-from svc.evaluation.metrics.macro_f1 import MacroF1
+from svc.evaluation.metrics.choose import MetricOptions, choose_metrics
+from svc.evaluation.metrics.labels import Accuracy, MacroF1
 from svc.evaluation.metrics.metric import Answered
-from svc.evaluation.metrics.perplexity import Perplexity
-from svc.evaluation.metrics.rouge import Rouge, RougeKind
+from svc.evaluation.metrics.text import ExactMatch, Rouge
+from svc.evaluation.metrics.tokens import Length, Perplexity
 from svc.evaluation.results import ExampleResult
 from tests.svc.chats import chat
 
-ALL = MetricSet(Rouge(RougeKind.L), (ExactMatch(), Accuracy(), MacroF1(), Perplexity(), Length()))
+ALL = [Rouge("L"), ExactMatch(), Accuracy(), MacroF1(), Perplexity(), Length()]
 MIRRORED = {
     Verdict.BETTER: Verdict.WORSE,
     Verdict.WORSE: Verdict.BETTER,
@@ -54,7 +51,7 @@ def pairs(given: Sequence[tuple[str, str, str, float, float]]) -> tuple[list[Cha
 def against(first: Sequence[str], second: Sequence[str], reference: str = "net", **options: object) -> Comparison:
     """By exact match, of models that find all references equally likely."""
     examples, one, other = pairs([(reference, a, b, 1.0, 1.0) for a, b in zip(first, second, strict=True)])
-    return compare(examples, one.results, other.results, MetricSet(ExactMatch(), (Perplexity(),)), **options)  # type: ignore[arg-type]
+    return compare(examples, one.results, other.results, [ExactMatch(), Perplexity()], **options)  # type: ignore[arg-type]
 
 
 @pytest.mark.slow
@@ -111,15 +108,15 @@ def test_what_chance_gives_once_in_twenty_times_is_not_beyond_doubt(differing: i
 
 def test_less_is_better_for_a_log_likelihood() -> None:
     examples, one, other = pairs([("net", "net", "net", 2.0 + place / 10, 1.0) for place in range(10)])
-    found = compare(examples, one.results, other.results, MetricSet(ExactMatch(), (Perplexity(),)))
-    assert found.metrics[NLL].verdict is Verdict.BETTER
+    found = compare(examples, one.results, other.results, [ExactMatch(), Perplexity()])
+    assert found.metrics["nll"].verdict is Verdict.BETTER
     assert found.metrics["perplexity"].verdict is Verdict.BETTER
     assert found.verdict is Verdict.UNDECIDED
 
 
 def test_a_longer_answer_is_another_one_and_no_better_one() -> None:
     examples, one, other = pairs([("net", "net", "net" + "t" * (place + 1), 1.0, 1.0) for place in range(10)])
-    found = compare(examples, one.results, other.results, MetricSet(ExactMatch(), (Length(),)))
+    found = compare(examples, one.results, other.results, [ExactMatch(), Length()])
     assert found.metrics["length"].verdict is Verdict.DIFFERENT
 
 
@@ -133,8 +130,8 @@ def test_wins_losses_and_ties_with_the_exact_sign_test() -> None:
 
 def test_a_metric_of_all_examples_together_is_tallied_by_the_one_that_is_watched_in_its_place() -> None:
     examples, one, other = pairs([("net", "mail", '{"s": "net"}', 1.0, 1.0)] * 3 + [("mail", "x", "y", 1.0, 1.0)])
-    with_it = compare(examples, one.results, other.results, MetricSet(MacroF1(), (Accuracy(),)))
-    without = compare(examples, one.results, other.results, MetricSet(MacroF1()))
+    with_it = compare(examples, one.results, other.results, [MacroF1(), Accuracy()])
+    without = compare(examples, one.results, other.results, [MacroF1()])
     assert (with_it.primary, with_it.tally.metric, with_it.tally.wins) == ("macro_f1", "accuracy", 3)
     assert (without.tally.metric, without.tally.wins) == ("exact_match", 0)
 
@@ -155,15 +152,15 @@ def test_no_more_examples_are_shown_than_are_read() -> None:
 
 def test_models_with_other_tokens_are_not_compared_by_them() -> None:
     found = against(["net"], ["mail"], no_tokens="the two have different tokenizers")
-    assert set(found.metrics) == {"exact_match", CUT_OFF}
-    assert found.left_out == dict.fromkeys(("perplexity", NLL), "the two have different tokenizers")
+    assert set(found.metrics) == {"exact_match", "cut_off"}
+    assert found.left_out == dict.fromkeys(("perplexity", "nll"), "the two have different tokenizers")
 
 
 def test_the_model_that_cuts_fewer_answers_off_is_better_when_the_difference_is_beyond_doubt() -> None:
     examples = [chat(f"q {place}", "net") for place in range(20)]
     cut = [result("net", "net", end="length" if place < 15 else "stop") for place in range(20)]
     whole = [result("net", "net")] * 20
-    found = compare(examples, cut, whole, MetricSet(ExactMatch())).metrics[CUT_OFF]
+    found = compare(examples, cut, whole, [ExactMatch()]).metrics["cut_off"]
     assert (found.first, found.second) == (proportion(15, 20), proportion(0, 20))
     assert (found.difference.value, found.verdict) == (-0.75, Verdict.BETTER)
 
@@ -178,4 +175,4 @@ def test_a_primary_metric_that_is_left_out_leaves_its_place_to_another() -> None
 def test_where_nothing_is_left_that_is_told() -> None:
     examples, one, other = pairs([("net", "net", "mail", 1.0, 1.0)])
     with pytest.raises(DataError, match="nothing is left to compare by: elsewhere"):
-        compare(examples, one.results, other.results, MetricSet(Perplexity(), (Length(),)), no_tokens="elsewhere")
+        compare(examples, one.results, other.results, [Perplexity(), Length()], no_tokens="elsewhere")

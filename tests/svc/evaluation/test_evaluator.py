@@ -14,9 +14,8 @@ from svc.errors import EngineError, RecipeError
 from svc.evaluation.answer_limit import answer_limits
 from svc.evaluation.estimate import proportion
 from svc.evaluation.evaluator import Evaluation, ask_example, evaluate, judge, score
-from svc.evaluation.metrics.choose import MetricSet
-from svc.evaluation.metrics.exact_match import ExactMatch
 from svc.evaluation.metrics.metric import Answered
+from svc.evaluation.metrics.text import ExactMatch
 from svc.evaluation.results import ExampleResult
 from tests.serving.engine_double import EngineDouble, logprob_of, tokenized
 from tests.svc.chats import chat
@@ -241,7 +240,7 @@ async def test_a_report_has_the_metrics_of_the_task_the_primary_one_first() -> N
 def test_scores_are_made_of_the_answers_whatever_is_said_of_them() -> None:
     given = answered([("a", "a"), ("b", "c")])
     wrong = [result.model_copy(update={"scores": {"exact_match": 0.5}}) for result in given.results]
-    evaluation = judge(given.examples, wrong, 0.0, MetricSet(ExactMatch()))
+    evaluation = judge(given.examples, wrong, 0.0, [ExactMatch()])
     assert [result.scores for result in evaluation.results] == [{"exact_match": 1.0}, {"exact_match": 0.0}]
 
 
@@ -255,7 +254,7 @@ def test_scores_that_are_not_one_finite_number_each_are_refused(scores: list[flo
 
     given = answered([("a", "a"), ("b", "c")])
     with pytest.raises(RecipeError, match=f"the metric own gave {len(scores)} scores for 2 answers"):
-        judge(given.examples, given.results, 0.0, MetricSet(Own()))
+        judge(given.examples, given.results, 0.0, [Own()])
 
 
 def parts(given: Answered) -> tuple[Sequence[ChatExample], Sequence[ExampleResult], float]:

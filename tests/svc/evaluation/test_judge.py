@@ -1,15 +1,23 @@
 """A judge compares two answers in both orders, over a real socket, and says where it sends them."""
 
+from collections.abc import Sequence
+
 import pytest
 
+from svc.dataset.schema.example import ChatExample
 from svc.errors import JudgeError, SettingsError
 from svc.evaluation import endpoint as endpoint_module
 from svc.evaluation.endpoint import Endpoint
-from svc.evaluation.judge import Pair, Verdict, judge_pairs
+from svc.evaluation.judge import JudgeReport, Verdict, judge_answers
 from tests.svc.chats import chat
 from tests.svc.evaluation.judge_server import JudgeServer, judge_server
 
-PAIRS = [Pair(chat(f"question {place}", f"reference {place}"), "poor", f"good {place}") for place in range(6)]
+PAIRS = [(chat(f"question {place}", f"reference {place}"), "poor", f"good {place}") for place in range(6)]
+
+
+async def judge(pairs: Sequence[tuple[ChatExample, str, str]], at: Endpoint) -> JudgeReport:
+    examples, first, second = zip(*pairs, strict=True)
+    return await judge_answers(at, examples, first, second, title="judging")
 
 
 def prefer_good(first: str, second: str) -> str:
@@ -27,7 +35,7 @@ def _no_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
 
 async def test_a_judge_with_an_opinion_has_the_same_in_both_orders() -> None:
     with judge_server(prefer_good) as server:
-        report = await judge_pairs(PAIRS, endpoint(server))
+        report = await judge(PAIRS, endpoint(server))
     assert (report.pairs, report.unread) == (6, 0)
     assert (report.win_rate.value, report.agreement.value) == (1.0, 1.0)
     assert report.verdicts == ((Verdict.SECOND, Verdict.SECOND),) * 6
@@ -36,34 +44,34 @@ async def test_a_judge_with_an_opinion_has_the_same_in_both_orders() -> None:
 
 async def test_a_judge_that_looks_at_the_order_alone_decides_nothing_and_that_shows() -> None:
     with judge_server(lambda first, second: "A") as server:
-        report = await judge_pairs(PAIRS, endpoint(server))
+        report = await judge(PAIRS, endpoint(server))
     assert (report.win_rate.value, report.agreement.value) == (0.5, 0.0)
 
 
 async def test_ties_count_half() -> None:
     with judge_server(lambda first, second: "TIE") as server:
-        report = await judge_pairs(PAIRS, endpoint(server))
+        report = await judge(PAIRS, endpoint(server))
     assert (report.win_rate.value, report.agreement.value) == (0.5, 1.0)
 
 
 async def test_every_figure_has_its_interval() -> None:
-    pairs = [*PAIRS, *(Pair(pair.example, pair.second, pair.first) for pair in PAIRS[:2])]
+    pairs = [*PAIRS, *((example, second, first) for example, first, second in PAIRS[:2])]
     with judge_server(prefer_good) as server:
-        report = await judge_pairs(pairs, endpoint(server))
+        report = await judge(pairs, endpoint(server))
     assert report.win_rate.low < report.win_rate.value == 0.75 < report.win_rate.high
     assert report.agreement.low < 1.0
 
 
 async def test_equal_answers_are_a_tie_that_is_not_asked() -> None:
     with judge_server(prefer_good) as server:
-        report = await judge_pairs([Pair(chat(), "same", " same\n"), PAIRS[0]], endpoint(server))
+        report = await judge([(chat(), "same", " same\n"), PAIRS[0]], endpoint(server))
     assert report.verdicts[0] == (Verdict.TIE, Verdict.TIE)
     assert len(server.requests) == 2
 
 
 async def test_it_is_shown_the_conversation_the_reference_and_both_answers() -> None:
     with judge_server(prefer_good) as server:
-        await judge_pairs(PAIRS[:1], endpoint(server, "secret"))
+        await judge(PAIRS[:1], endpoint(server, "secret"))
     question = server.requests[0]["messages"][-1]["content"]
     assert all(text in question for text in ("question 0", "reference 0", "poor", "good 0"))
     assert server.requests[0]["model"] == "wise"
@@ -72,13 +80,13 @@ async def test_it_is_shown_the_conversation_the_reference_and_both_answers() -> 
 
 async def test_without_a_key_none_is_sent() -> None:
     with judge_server(prefer_good) as server:
-        await judge_pairs(PAIRS[:1], endpoint(server))
+        await judge(PAIRS[:1], endpoint(server))
     assert server.keys == [None, None]
 
 
 async def test_where_data_goes_is_said_before_it_does(capsys: pytest.CaptureFixture[str]) -> None:
     with judge_server(prefer_good, failures=[(401, {}, "wrong key")] * 9) as server, pytest.raises(JudgeError):
-        await judge_pairs(PAIRS, endpoint(server))
+        await judge(PAIRS, endpoint(server))
     assert f"the judge wise at {server.url} is sent 6 prompts" in capsys.readouterr().err
 
 
@@ -87,23 +95,23 @@ async def test_where_data_goes_is_said_before_it_does(capsys: pytest.CaptureFixt
 )
 async def test_a_verdict_is_read_in_whatever_way_it_is_written(text: str) -> None:
     with judge_server(lambda first, second: text) as server:
-        report = await judge_pairs(PAIRS[:1], endpoint(server))
+        report = await judge(PAIRS[:1], endpoint(server))
     assert report.verdicts[0][0] is Verdict.FIRST
 
 
 @pytest.mark.parametrize("text", ["", "B is a better answer", "Both are good.", "C", "neither", "Answer: Apple"])
 async def test_what_is_no_verdict_is_not_read_as_one(text: str) -> None:
     with judge_server(lambda first, second: text) as server, pytest.raises(JudgeError, match="gave no verdict"):
-        await judge_pairs(PAIRS[:1], endpoint(server))
+        await judge(PAIRS[:1], endpoint(server))
 
 
 @pytest.mark.slow
 async def test_a_few_pairs_without_a_verdict_are_left_out() -> None:
-    pairs = [Pair(chat(str(place), "r"), "poor" if place else "odd", f"good {place}") for place in range(12)]
+    pairs = [(chat(str(place), "r"), "poor" if place else "odd", f"good {place}") for place in range(12)]
     with judge_server(
         lambda first, second: "both!" if "odd" in (first, second) else prefer_good(first, second)
     ) as server:
-        report = await judge_pairs(pairs, endpoint(server))
+        report = await judge(pairs, endpoint(server))
     assert (report.pairs, report.unread, report.verdicts[0]) == (11, 1, ())
 
 
@@ -112,13 +120,13 @@ async def test_a_judge_that_gives_no_verdicts_is_none() -> None:
         judge_server(lambda first, second: "both are fine") as server,
         pytest.raises(JudgeError, match="no verdict for 6 of 6 pairs"),
     ):
-        await judge_pairs(PAIRS, endpoint(server))
+        await judge(PAIRS, endpoint(server))
 
 
 @pytest.mark.parametrize("failure", [(429, {"retry-after": "0"}, "slow"), (503, {}, "busy"), (500, {}, "oh")])
 async def test_what_may_pass_is_tried_again(failure: tuple[int, dict[str, str], str]) -> None:
     with judge_server(prefer_good, failures=[failure] * 2) as server:
-        report = await judge_pairs(PAIRS[:1], endpoint(server))
+        report = await judge(PAIRS[:1], endpoint(server))
     assert report.win_rate.value == 1.0
     assert len(server.requests) == 4
 
@@ -128,7 +136,7 @@ async def test_it_is_not_tried_for_ever() -> None:
         judge_server(prefer_good, failures=[(429, {}, "out of quota")] * 100) as server,
         pytest.raises(JudgeError, match="429 out of quota"),
     ):
-        await judge_pairs(PAIRS[:1], endpoint(server))
+        await judge(PAIRS[:1], endpoint(server))
     assert len(server.requests) == 5
 
 
@@ -137,7 +145,7 @@ async def test_a_refusal_is_told_at_once_with_what_to_check() -> None:
         judge_server(prefer_good, failures=[(401, {}, "no such key")] * 100) as server,
         pytest.raises(JudgeError, match="401 no such key") as caught,
     ):
-        await judge_pairs(PAIRS[:1], endpoint(server, "secret"))
+        await judge(PAIRS[:1], endpoint(server, "secret"))
     assert len(server.requests) == 1
     assert "judge.key_file" in caught.value.todo
     assert "secret" not in str(caught.value)
@@ -145,29 +153,29 @@ async def test_a_refusal_is_told_at_once_with_what_to_check() -> None:
 
 async def test_a_model_that_takes_no_temperature_is_asked_without() -> None:
     with judge_server(prefer_good, failures=[(400, {}, "'temperature' does not support 0")]) as server:
-        report = await judge_pairs(PAIRS[:1], endpoint(server))
+        report = await judge(PAIRS[:1], endpoint(server))
     assert report.pairs == 1
     assert ["temperature" in body for body in server.requests] == [True, False, False]
 
 
 async def test_what_is_no_chat_completion_is_told() -> None:
     with judge_server(prefer_good, body=b"<html>") as server, pytest.raises(JudgeError, match="<html>"):
-        await judge_pairs(PAIRS[:1], endpoint(server))
+        await judge(PAIRS[:1], endpoint(server))
 
 
 async def test_an_endpoint_that_is_away_is_told() -> None:
     with judge_server(prefer_good) as server:
         pass
     with pytest.raises(JudgeError, match="ConnectError"):
-        await judge_pairs(PAIRS[:1], endpoint(server))
+        await judge(PAIRS[:1], endpoint(server))
 
 
 @pytest.mark.parametrize("url", ["api.openai.com", "ftp://host/v1", "https://user:pass@host/v1", "https://"])
 async def test_what_is_no_endpoint_is_refused(url: str) -> None:
     with pytest.raises(SettingsError, match="no endpoint's"):
-        await judge_pairs(PAIRS, Endpoint(url, "wise"))
+        await judge(PAIRS, Endpoint(url, "wise"))
 
 
 async def test_a_key_crosses_no_network_in_plain_text() -> None:
     with pytest.raises(SettingsError, match="in plain text"):
-        await judge_pairs(PAIRS, Endpoint("http://example.org/v1", "wise", "secret"))
+        await judge(PAIRS, Endpoint("http://example.org/v1", "wise", "secret"))

@@ -6,7 +6,7 @@ from typing import Any
 
 from svc.evaluation.estimate import Estimate, mean, proportion
 from svc.evaluation.evaluator import EvaluationReport, MetricReport
-from svc.evaluation.metrics.exact_match import ExactMatch
+from svc.evaluation.metrics.text import ExactMatch
 from svc.evaluation.results import ExampleResult
 from svc.registry.files import record_file, record_files
 from svc.registry.manifest import BaseRecord, DataRecord, FormatRecord, Manifest

@@ -60,7 +60,7 @@ def test_it_is_watched_by_its_metric_or_by_what_that_is_made_of(
 
 
 def test_the_schema_that_judged_it_is_kept(registry: Registry, keep: Keep) -> None:
-    metric = choose_metrics(OBJECTS.examples, MetricOptions(primary="schema_valid")).primary
+    metric = choose_metrics(OBJECTS.examples, MetricOptions(primary="schema_valid"))[0]
     again = watched_metric(registry, keep(metric, "schema_valid"), run_functions=False)
     assert again.score(OBJECTS) == metric.score(OBJECTS) == [1.0, 0.0]
 
@@ -70,7 +70,7 @@ def test_the_function_that_judged_it_is_kept_whatever_becomes_of_its_file(
 ) -> None:
     path = tmp_path / "mine.py"
     path.write_text("def score(answers, references):\n    return [len(answer) for answer in answers]\n", "utf-8")
-    metric = choose_metrics(OBJECTS.examples, MetricOptions((f"{path}:score",))).primary
+    metric = choose_metrics(OBJECTS.examples, MetricOptions((f"{path}:score",)))[0]
     target = keep(metric, metric.name, metrics=["rouge", f"{path}:score"], metric_seconds=30.0)
     path.unlink()
     again = watched_metric(registry, target, run_functions=True)
@@ -83,6 +83,6 @@ def test_a_function_that_a_version_brought_does_not_run_unless_the_operator_lets
 ) -> None:
     path = tmp_path / "mine.py"
     path.write_text("def score(answers, references):\n    return [1.0 for _ in answers]\n", "utf-8")
-    metric = choose_metrics(OBJECTS.examples, MetricOptions((f"{path}:score",))).primary
+    metric = choose_metrics(OBJECTS.examples, MetricOptions((f"{path}:score",)))[0]
     target = keep(metric, metric.name, metrics=[f"{path}:score"])
     assert watched_metric(registry, target, run_functions=False).name == "exact_match"

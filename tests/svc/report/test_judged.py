@@ -41,7 +41,7 @@ def right(examples: Sequence[ChatExample], count: int) -> list[str]:
 )
 def test_a_verdict_is_what_the_interval_of_the_change_says(base: int, merged: int, outcome: Outcome) -> None:
     found = judged(LABELS, {BASE: right(LABELS, base), "merged": right(LABELS, merged)})
-    [verdict] = found.verdicts()
+    [verdict] = found.verdicts
     assert (verdict.model, verdict.other, verdict.outcome) == ("merged", BASE, outcome)
     assert verdict.change is not None
     assert verdict.change.value == pytest.approx((merged - base) / 60)
@@ -49,22 +49,21 @@ def test_a_verdict_is_what_the_interval_of_the_change_says(base: int, merged: in
 
 def test_gptq_stands_beside_the_base_and_beside_merged() -> None:
     found = judged(LABELS, {BASE: right(LABELS, 5), "merged": right(LABELS, 50), "gptq": right(LABELS, 49)})
-    pairs = [(verdict.model, verdict.other) for verdict in found.verdicts()]
+    pairs = [(verdict.model, verdict.other) for verdict in found.verdicts]
     assert pairs == [("merged", BASE), ("gptq", BASE), ("gptq", "merged")]
 
 
 def test_the_primary_metric_decides_and_comes_first() -> None:
     found = judged(TEXTS, {BASE: right(TEXTS, 0), "merged": right(TEXTS, 20)})
-    assert found.primary == "rouge_l"
-    assert found.rows()[0].name == "rouge_l"
-    assert found.rows()[-1].name == "nll"
+    assert found.rows[0].name == "rouge_l"
+    assert found.rows[-1].name == "nll"
 
 
 def test_every_metric_has_its_change_example_by_example() -> None:
     found = judged(LABELS, {BASE: right(LABELS, 10), "merged": right(LABELS, 40)})
-    changes = {row.name: row.changes["merged"].value for row in found.rows()}
+    changes = {row.name: row.changes["merged"].value for row in found.rows}
     assert set(changes) == {"accuracy", "macro_f1", "exact_match", "perplexity", "length", "cut_off", "nll"}
-    for row in found.rows():
+    for row in found.rows:
         difference = row.estimates["merged"].value - row.estimates[BASE].value
         assert changes[row.name] == pytest.approx(difference, abs=1e-9)
 
@@ -72,7 +71,7 @@ def test_every_metric_has_its_change_example_by_example() -> None:
 @pytest.mark.parametrize(("base", "outcome"), [(0, Outcome.BETTER), (20, Outcome.OPEN)])
 def test_intervals_must_not_touch_when_the_changes_of_single_examples_are_unknown(base: int, outcome: Outcome) -> None:
     found = judged(LABELS, {BASE: right(LABELS, base), "merged": right(LABELS, 24)}, kept=["merged"])
-    [verdict] = found.verdicts()
+    [verdict] = found.verdicts
     assert (verdict.outcome, verdict.change) == (outcome, None)
 
 
@@ -82,7 +81,7 @@ def test_gptq_stands_for_a_version_without_merged() -> None:
 
 def test_of_a_version_that_was_not_served_nothing_is_said() -> None:
     found = Judged([], {}, {})
-    assert (found.tuned, found.rows(), found.verdicts()) == (None, (), ())
+    assert (found.tuned, found.rows, found.verdicts) == (None, (), ())
 
 
 def test_lower_is_better_where_the_metric_says_so() -> None:
@@ -91,12 +90,12 @@ def test_lower_is_better_where_the_metric_says_so() -> None:
         "merged": evaluation(LABELS, right(LABELS, 9), [1.0] * 60),
     }
     reports = {model: one.report.model_copy(update={"primary": "perplexity"}) for model, one in made.items()}
-    [verdict] = Judged(LABELS, reports, {model: one.results for model, one in made.items()}).verdicts()
+    [verdict] = Judged(LABELS, reports, {model: one.results for model, one in made.items()}).verdicts
     assert verdict.outcome is Outcome.BETTER
 
 
 def test_the_change_of_macro_f1_is_that_of_its_metric() -> None:
-    from svc.evaluation.metrics.macro_f1 import MacroF1
+    from svc.evaluation.metrics.labels import MacroF1
 
     found = judged(LABELS, {BASE: right(LABELS, 10), "merged": right(LABELS, 40)})
     before, after = (Answered(LABELS, found.results[model]) for model in (BASE, "merged"))

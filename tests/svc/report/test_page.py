@@ -63,13 +63,14 @@ class Page(HTMLParser):
 
 
 def test_cut_answers_are_counted_and_marked_when_a_person_reads_them(versions: JudgedVersions) -> None:
-    report = gather_report(versions.registry, versions.publish(LABELS, ANSWERS).id)
-    first, *others = report.worst
-    cut = replace(first, answers=(replace(first.answers[0], cut_off=True), *first.answers[1:]))
-    whole, marked = Page(report_page(report)), Page(report_page(replace(report, worst=(cut, *others))))
+    report = gather_report(versions.registry, versions.publish(LABELS, {"merged": right(LABELS, 0)}).id)
+    results = list(report.judged.results["merged"])
+    results[2] = results[2].model_copy(update={"finish_reason": "length"})
+    cut = replace(report, judged=replace(report.judged, results={"merged": results[:3]}))
+    whole, marked = Page(report_page(report)), section(report_page(cut), "worst")
     assert "cut off at the limit" in whole.text
     assert "cut off at the limit of its tokens" not in whole.text
-    assert marked.text.count("cut off at the limit of its tokens") == 1
+    assert marked.count("cut off at the limit of its tokens") == 1
 
 
 NOISE = Finding(
@@ -230,6 +231,18 @@ def test_all_turns_of_a_prompt_are_there(versions: JudgedVersions) -> None:
     page = page_of(versions, versions.publish([ChatExample(turns)] * 2, {"merged": ["a tool", "x"]}))
     assert "whole prompt, 2 turns" in page
     assert "be brief" in page
+
+
+def test_an_example_has_the_answers_of_all_models(versions: JudgedVersions) -> None:
+    answers = {BASE: right(LABELS, 0), "merged": right(LABELS, 60), "gptq": right(LABELS, 60)}
+    first, *_ = re.findall(
+        r"<article.*?</article>",
+        section(page_of(versions, versions.publish(LABELS, answers)), "side-by-side"),
+        re.DOTALL,
+    )
+    said = Page(first).text
+    assert [said.count(text) for text in ("none of them", "✓ exact")] == [1, 2]
+    assert re.findall(r'class="name">(\w+)<', first) == ["reference", BASE, "merged", "gptq"]
 
 
 @pytest.mark.parametrize(

@@ -17,28 +17,28 @@ def test_everything_is_there(versions: JudgedVersions) -> None:
     made = versions.publish(LABELS, ANSWERS)
     report = gather_report(versions.registry, made.id)
     assert report.manifest == made
-    assert (report.models, report.tuned) == ((BASE, "merged", "gptq"), "merged")
-    assert report.metrics[0].name == "accuracy"
+    assert (tuple(report.judged.evaluations), report.judged.tuned) == ((BASE, "merged", "gptq"), "merged")
+    assert report.judged.rows[0].name == "accuracy"
     assert report.curve == tuple(curve())
     assert report.data == summarize_data(LABELS, LABELS)
     assert report.heldout_labels == {"net": 20, "games": 20, "java": 20}
     assert report.run == RUN
     assert report.confusion is not None
     assert sum(map(sum, report.confusion.counts)) == len(LABELS)
-    assert len(report.worst) == 10
-    assert len(report.side_by_side) == 20
+    assert len(report.judged.worst) == 10
+    assert len(report.judged.side_by_side) == 20
 
 
 def test_of_a_limited_evaluation_the_examples_are_those_that_were_asked(versions: JudgedVersions) -> None:
     made = versions.publish(LABELS, {"merged": right(LABELS, 50)}, judged=21)
     report = gather_report(versions.registry, made.id)
-    assert [one.number for one in report.side_by_side][-1] == 20
+    assert report.judged.side_by_side[-1] == 20
     assert report.heldout_labels == {"net": 20, "games": 20, "java": 20}
 
 
 def test_an_adapter_alone_was_not_judged(versions: JudgedVersions) -> None:
     report = gather_report(versions.registry, versions.publish(LABELS, {}).id)
-    assert (report.tuned, report.metrics, report.verdicts, report.confusion) == (None, (), (), None)
+    assert (report.judged.tuned, report.judged.rows, report.judged.verdicts, report.confusion) == (None, (), (), None)
 
 
 def test_a_version_that_is_not_there_is_not_found(versions: JudgedVersions) -> None:

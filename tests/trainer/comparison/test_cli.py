@@ -7,16 +7,16 @@ import pytest
 
 from svc.evaluation.comparison import compare
 from svc.evaluation.endpoint import Endpoint
-from svc.evaluation.metrics.choose import MetricOptions, MetricSet
-from svc.evaluation.metrics.exact_match import ExactMatch
+from svc.evaluation.metrics.choose import MetricOptions
+from svc.evaluation.metrics.text import ExactMatch
 from svc.settings import Settings
 from tests.command_line import Svc
 from tests.svc.evaluation.answered import answered
 from trainer.comparison import job
 from trainer.comparison.ask import Answers
-from trainer.comparison.job import Compared, Wanted
+from trainer.comparison.job import Compared
 from trainer.comparison.model import LocalModel
-from trainer.comparison.questions import Questions
+from trainer.comparison.questions import Questions, Wanted
 
 
 @pytest.fixture
@@ -31,7 +31,7 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> list[Wanted]:
         models = [LocalModel(name, Path(name), "sha256:0", {}) for name in names]
         answers = [Answers(tuple(one.results), kept=False) for one in said]
         questions = Questions(said[0].examples, "FILE", 8, MetricOptions(), said[0].examples)
-        found = compare(said[0].examples, said[0].results, said[1].results, MetricSet(ExactMatch()))
+        found = compare(said[0].examples, said[0].results, said[1].results, [ExactMatch()])
         return Compared(models, questions, answers, found)
 
     monkeypatch.setattr(job, "compare_models", compare_models)

@@ -15,7 +15,6 @@ from svc.dataset.schema.example import ChatExample
 from svc.dataset.schema.tokenized_example import TokenizedExample
 from svc.engine.probes import EngineFacts, engine_facts
 from svc.errors import BusyError, DataError, EngineError, NotFoundError
-from svc.evaluation.comparison import NLL
 from svc.evaluation.endpoint import Endpoint
 from svc.lock import hold_lock
 from svc.registry.files import record_files
@@ -29,7 +28,8 @@ from tests.svc.chats import chat
 from tests.svc.engine.devices import AVX512
 from tests.svc.evaluation.judge_server import judge_server
 from tests.trainer.engines import Engines
-from trainer.comparison.job import FOLDER, Compared, Wanted, compare_models
+from trainer.comparison.job import FOLDER, Compared, compare_models
+from trainer.comparison.questions import Wanted
 from trainer.comparison.render import everything, print_compared
 from trainer.qualification import Qualifier
 from trainer.recipe.sections import Evaluate, Qualify
@@ -66,7 +66,7 @@ class Bench:
         reference = record_files(folder, folder / REFERENCE_FOLDER)
         write_manifest(folder, self.registry.manifest(version).model_copy(update={"reference": reference} | changes))
 
-    def _launch(self, folder: Path, kwargs: TemplateKwargs) -> Any:
+    def _launch(self, folder: Path, *, template_kwargs: TemplateKwargs) -> Any:
         return self.engines(folder)
 
     def _name_answers(self, number: int, double: EngineDouble) -> None:
@@ -248,7 +248,7 @@ def test_an_endpoint_elsewhere_is_asked_after_that_was_told(bench: Bench, capsys
     bench.provider = httpx.MockTransport(answer)
     compared = bench.compare("tuned@1", "https://host.example/v1#big", key="sk-secret")
     assert "the prompts of 3 examples are sent to https://host.example/v1" in told[0]
-    assert set(compared.comparison.left_out) == {"perplexity", "length", NLL}
+    assert set(compared.comparison.left_out) == {"perplexity", "length", "nll"}
     assert {result.answer for result in compared.answers[1].results} == {"yes"}
     said = everything(compared)
     assert "nll" not in said["answers"][0]["a"]
@@ -287,7 +287,7 @@ def test_models_with_other_tokenizers_are_not_compared_by_tokens(bench: Bench) -
     files = {"files": record_files(folder, folder / "merged")}
     bench.change(3, formats={Format.MERGED: record.model_copy(update=files)})
     left_out = bench.compare("tuned@1", "tuned@3").comparison.left_out
-    assert left_out == dict.fromkeys(("perplexity", "length", NLL), "the two have different tokenizers")
+    assert left_out == dict.fromkeys(("perplexity", "length", "nll"), "the two have different tokenizers")
 
 
 def test_no_engine_is_left_behind_by_a_failure(bench: Bench) -> None:

@@ -11,8 +11,7 @@ from svc.dataset.schema.example import ChatExample
 from svc.evaluation.diagnosis.finding import FindingKind
 from svc.evaluation.estimate import Estimate
 from svc.evaluation.evaluator import judge
-from svc.evaluation.metrics.choose import MetricSet
-from svc.evaluation.metrics.exact_match import ExactMatch
+from svc.evaluation.metrics.text import ExactMatch
 from svc.registry.render import print_version
 from svc.version import Format
 from tests.svc.evaluation.diagnosis.simulated_run import Shape, answered, falling, simulate
@@ -56,7 +55,7 @@ def test_only_answers_that_were_asked_are_compared_when_a_limit_leaves_some_out(
     heldout = tuple(make_example(f"h {number}", ("yes", "no")[number % 2]) for number in range(80))
     of = replace(examples(), heldout=heldout)
     results = answered(60, 0, right=lambda place: 0.9)
-    report = judge(heldout[:60], results, 1.0, MetricSet(ExactMatch())).report
+    report = judge(heldout[:60], results, 1.0, [ExactMatch()]).report
     reading = EngineReading(prompts_differ=(), scores=(), speed=SPEED)
     merged = Qualified(evaluation=report, results=results, probes=(), reading=reading)
     assert diagnose_training(make_recipe(), of, simulate(WELL, 0).curve, {Format.MERGED: merged}) == ()

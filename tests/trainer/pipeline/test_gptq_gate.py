@@ -8,12 +8,10 @@ import pytest
 
 from svc.errors import TrainingError
 from svc.evaluation.evaluator import judge
-from svc.evaluation.metrics.choose import MetricSet
-from svc.evaluation.metrics.exact_match import ExactMatch
-from svc.evaluation.metrics.macro_f1 import MacroF1
+from svc.evaluation.metrics.labels import MacroF1
 from svc.evaluation.metrics.metric import Better, Metric, Unit
-from svc.evaluation.metrics.perplexity import Perplexity
-from svc.evaluation.metrics.rouge import Rouge, RougeKind
+from svc.evaluation.metrics.text import ExactMatch, Rouge
+from svc.evaluation.metrics.tokens import Perplexity
 from svc.evaluation.results import ExampleResult
 from tests.svc.registry.parity import SPEED
 from tests.trainer.conftest import make_example
@@ -39,7 +37,7 @@ def qualified(answers: Sequence[str], nll: Sequence[float], *, metric: Metric | 
         )
         for answer, one in zip(answers, nll, strict=True)
     ]
-    judged = judge(examples(len(found)), found, 1.0, MetricSet(metric or ExactMatch()))
+    judged = judge(examples(len(found)), found, 1.0, [metric or ExactMatch()])
     return Qualified(
         evaluation=judged.report,
         results=judged.results,
@@ -143,7 +141,7 @@ def written(kept: float, metric: Metric, nll: float = 1.0, total: int = 40) -> Q
 
 
 def test_a_broken_model_of_free_text_is_refused_where_exact_match_sees_nothing() -> None:
-    metric = Rouge(RougeKind.L)
+    metric = Rouge("L")
     merged, broken = written(0.8, metric), written(0.0, metric)
     assert merged.evaluation.exact_match.value == broken.evaluation.exact_match.value == 0.0
     with pytest.raises(TrainingError, match=r"GPTQ lost 0\.\d+ of ROUGE-L: 0\.\d+ \["):
@@ -151,7 +149,7 @@ def test_a_broken_model_of_free_text_is_refused_where_exact_match_sees_nothing()
 
 
 def test_a_model_of_free_text_that_writes_as_well_passes() -> None:
-    metric = Rouge(RougeKind.L)
+    metric = Rouge("L")
     check(written(0.8, metric), written(0.8, metric), metric)
 
 

@@ -10,8 +10,8 @@ from svc.dataset.schema.example import ChatExample
 from svc.errors import RecipeError
 from svc.evaluation.metrics import choose
 from svc.evaluation.metrics.choose import MetricOptions, Task, choose_metrics, find_task, try_on_references
-from svc.evaluation.metrics.exact_match import ExactMatch
 from svc.evaluation.metrics.metric import Answered  # noqa: F401 - what a wrong entry point names
+from svc.evaluation.metrics.text import ExactMatch
 from tests.svc.chats import chat
 
 LABELS = [chat(f"q {place}", ("net", "doc")[place % 2]) for place in range(10)]

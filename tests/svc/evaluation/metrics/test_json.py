@@ -9,8 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from svc.errors import RecipeError
-from svc.evaluation.metrics.field_accuracy import FieldAccuracy
-from svc.evaluation.metrics.schema_valid import SchemaValid, infer_schema, read_schema
+from svc.evaluation.metrics.json_answers import FieldAccuracy, SchemaValid, infer_schema, read_schema
 from tests.svc.evaluation.answered import answered
 
 keys = st.sampled_from(["a", "b", "c"])
@@ -74,7 +73,7 @@ def test_whole_numbers_stand_where_fractions_do() -> None:
 
 @pytest.mark.parametrize(
     ("content", "wrong"),
-    [("{", "cannot read the JSON schema"), ("[]", "an object"), ('{"type": "strnig"}', "is no JSON schema")],
+    [("{", "cannot read the JSON schema"), ("[]", "an object"), ('{"type": "strnig"}', "'strnig' is not valid")],
 )
 def test_a_file_that_is_no_schema_is_named(tmp_path: Path, content: str, wrong: str) -> None:
     path = tmp_path / "schema.json"

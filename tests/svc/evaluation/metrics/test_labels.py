@@ -7,9 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from sklearn.metrics import accuracy_score, f1_score
 
-from svc.evaluation.metrics.accuracy import Accuracy
-from svc.evaluation.metrics.label import label_of
-from svc.evaluation.metrics.macro_f1 import MacroF1
+from svc.evaluation.metrics.labels import Accuracy, MacroF1, label_of
 from tests.svc.evaluation.answered import answered, with_scores
 
 labels = st.sampled_from(["net", "admin", "doc", "x11"])

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from svc.evaluation.metrics.valid_json import is_json
+from svc.evaluation.metrics.json_answers import is_json
 from tests.svc.json_values import json_values
 
 

@@ -1,0 +1,154 @@
+"""Answers that are JSON: validity, the fields of the reference, and its schema."""
+
+import json
+from collections.abc import Iterator, Sequence
+from functools import cached_property
+from pathlib import Path
+from types import NoneType
+from typing import Any
+
+from svc.errors import RecipeError
+from svc.evaluation.metrics.metric import AnswerMetric
+
+JsonSchema = dict[str, Any]
+_Path = tuple[str | int, ...]
+_TYPES = {
+    bool: "boolean",
+    int: "integer",
+    float: "number",
+    str: "string",
+    list: "array",
+    dict: "object",
+    NoneType: "null",
+}
+
+
+def is_json(text: str) -> bool:
+    """Whether the text is one valid JSON object or array."""
+    return read_json(text) is not None
+
+
+def read_json(text: str) -> dict[str, Any] | list[Any] | None:
+    """Return the JSON object or array that a text is; None for any other text."""
+    try:
+        value = json.loads(text, parse_constant=_refuse_constant)
+    except (ValueError, RecursionError):  # a model that repeats "[" nests too deeply
+        return None
+    return value if isinstance(value, dict | list) else None
+
+
+def _refuse_constant(name: str) -> None:
+    raise ValueError(f"{name} is not JSON")
+
+
+class ValidJson(AnswerMetric):
+    """Share of answers that are one JSON object or array."""
+
+    name = "valid_json"
+    title = "valid JSON"
+
+    def score_answer(self, answer: str, reference: str) -> float:
+        return float(is_json(answer))
+
+
+class FieldAccuracy(AnswerMetric):
+    """Share of the reference's fields that the answer has with the same value, mean over examples.
+
+    A field is a value that holds no other: of objects in objects and of lists each counts. Fields that the reference
+    has not cost nothing here: `schema_valid` finds them. An answer that is no JSON has none.
+    """
+
+    name = "field_accuracy"
+    title = "field accuracy"
+
+    def score_answer(self, answer: str, reference: str) -> float:
+        given, right = dict(_fields(read_json(answer))), dict(_fields(read_json(reference)))
+        hits = sum(path in given and _equal(given[path], value) for path, value in right.items())
+        return hits / len(right)
+
+
+def _fields(value: Any, path: _Path = ()) -> Iterator[tuple[_Path, Any]]:
+    """All values that hold no other, by their path; an object or list without any is a value too."""
+    if isinstance(value, dict | list) and value:
+        for key, inner in value.items() if isinstance(value, dict) else enumerate(value):
+            yield from _fields(inner, (*path, key))
+    else:
+        yield path, value
+
+
+def _equal(one: Any, other: Any) -> bool:
+    """Equal in JSON: 1 and 1.0 are, 1 and true are not."""
+    return bool(one == other) and isinstance(one, bool) is isinstance(other, bool)
+
+
+class SchemaValid(AnswerMetric):
+    """Share of answers that a JSON schema accepts: a program that reads them can rely on their keys and types.
+
+    Args:
+        schema: JSON Schema, draft 2020-12 unless it says another.
+    """
+
+    name = "schema_valid"
+    title = "schema valid"
+
+    def __init__(self, schema: JsonSchema) -> None:
+        self.schema = schema
+
+    def score_answer(self, answer: str, reference: str) -> float:
+        return float(self.accepts(answer))
+
+    def accepts(self, answer: str) -> bool:
+        """Whether an answer is JSON that the schema accepts."""
+        value = read_json(answer)
+        return value is not None and bool(self._validator.is_valid(value))
+
+    @cached_property
+    def _validator(self) -> Any:
+        from jsonschema.validators import Draft202012Validator, validator_for
+
+        return validator_for(self.schema, default=Draft202012Validator)(self.schema)
+
+
+def infer_schema(references: Sequence[Any]) -> JsonSchema:
+    """Return the narrowest schema of this kind that accepts all references.
+
+    Types of values; of an object its keys, those that all have required and no others allowed; of a list one schema for
+    all items. No bounds and no sets of values: a right answer may have a value that no reference has.
+    """
+    schema: JsonSchema = {"type": sorted({_TYPES[type(value)] for value in references})}
+    if {"integer", "number"} <= set(schema["type"]):
+        schema["type"].remove("integer")
+    objects = [value for value in references if isinstance(value, dict)]
+    if objects:
+        keys = {key: None for value in objects for key in value}
+        schema["properties"] = {key: infer_schema([value[key] for value in objects if key in value]) for key in keys}
+        schema["required"] = [key for key in keys if all(key in value for value in objects)]
+        schema["additionalProperties"] = False
+    items = [item for value in references if isinstance(value, list) for item in value]
+    if items:
+        schema["items"] = infer_schema(items)
+    return schema
+
+
+def read_schema(path: Path) -> JsonSchema:
+    """Read a JSON schema.
+
+    Raises:
+        RecipeError: there is no such file, or it is no JSON schema.
+    """
+    from jsonschema.exceptions import SchemaError
+    from jsonschema.validators import Draft202012Validator, validator_for
+
+    try:
+        schema = json.loads(path.read_text("utf-8"))
+        if not isinstance(schema, dict):
+            raise TypeError(f"it holds {schema!r:.80}")
+        validator_for(schema, default=Draft202012Validator).check_schema(schema)
+    except (OSError, ValueError, TypeError, SchemaError) as error:
+        reason = f"{error.message} at {error.json_path}" if isinstance(error, SchemaError) else error
+        raise RecipeError(
+            f"cannot read the JSON schema {path}: {reason}",
+            expected="an object, see https://json-schema.org",
+            todo="correct evaluate.json_schema or leave it out",
+        ) from error
+    return schema

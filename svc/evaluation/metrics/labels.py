@@ -1,0 +1,54 @@
+"""Answers that are labels: accuracy, and the F1 of each label."""
+
+import numpy as np
+
+from svc.dataset.checks.labels import find_label
+from svc.dataset.text.plain_text import normal
+from svc.evaluation.estimate import Floats, Statistic
+from svc.evaluation.metrics.metric import Answered, AnswerMetric, SetMetric
+
+
+def label_of(answer: str) -> str:
+    """Return the label of an answer, found as the data check finds the labels of references.
+
+    Spacing and case do not count. The label of JSON with one value in it is that value, and that of any other answer
+    its text. An answer without a label has its text as one, which no reference has: it counts as a wrong class.
+    """
+    return normal(find_label(answer) or answer)
+
+
+class Accuracy(AnswerMetric):
+    """Share of answers with the label of their reference: scikit-learn's `accuracy_score` of the labels."""
+
+    name = "accuracy"
+    title = "accuracy"
+
+    def score_answer(self, answer: str, reference: str) -> float:
+        return float(label_of(answer) == label_of(reference))
+
+
+class MacroF1(SetMetric):
+    """F1 of each label, all counted the same: a rare label that is never found shows, which accuracy hides.
+
+    scikit-learn's `f1_score(average="macro", zero_division=0, labels=...)` over the labels that references have. An
+    answer that is none of them misses its reference's label, and lowers the precision of none. In a resample the labels
+    are those of its references.
+    """
+
+    name = "macro_f1"
+    title = "macro-F1"
+    watched_by = "accuracy"
+
+    def statistic(self, answered: Answered) -> Statistic:
+        references = np.array([label_of(reference) for reference in answered.references], object)
+        answers = np.array([label_of(answer) for answer in answered.answers], object)
+        labels = np.unique(references)
+        right, given = references[:, None] == labels, answers[:, None] == labels  # a row an example, a column a label
+
+        def macro_f1(drawn: Floats) -> Floats:
+            support, hits = drawn @ right, drawn @ (right & given)
+            both = support + drawn @ given
+            f1 = np.divide(2 * hits, both, out=np.zeros_like(hits), where=both > 0)
+            return np.asarray(f1.sum(axis=1) / (support > 0).sum(axis=1))
+
+        return macro_f1

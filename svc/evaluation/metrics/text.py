@@ -1,0 +1,60 @@
+"""Answers that are text: equal to the reference, or similar to it."""
+
+from functools import cached_property
+from typing import Any
+
+from svc.evaluation.metrics.metric import AnswerMetric
+
+
+def matches(answer: str, reference: str) -> bool:
+    """Exact match but for white space around."""
+    return answer.strip() == reference.strip()
+
+
+class ExactMatch(AnswerMetric):
+    """Share of answers equal to the reference, but for white space around."""
+
+    name = "exact_match"
+    title = "exact match"
+
+    def score_answer(self, answer: str, reference: str) -> float:
+        return float(matches(answer, reference))
+
+
+class Rouge(AnswerMetric):
+    """ROUGE (Lin 2004): F-measure of rouge-score's `RougeScorer`, mean over examples.
+
+    Without its stemmer, which is for English alone. It reads letters a to z and digits, so that a text in another
+    script has no words for it: chrF is for those.
+
+    Args:
+        kind: what is counted: "1" words, "2" pairs of words, "L" words in order.
+    """
+
+    def __init__(self, kind: str) -> None:
+        self.name, self.title, self._library_name = f"rouge_{kind.lower()}", f"ROUGE-{kind}", f"rouge{kind}"
+
+    def score_answer(self, answer: str, reference: str) -> float:
+        return float(self._scorer.score(reference, answer)[self._library_name].fmeasure)
+
+    @cached_property
+    def _scorer(self) -> Any:
+        from rouge_score.rouge_scorer import RougeScorer
+
+        return RougeScorer([self._library_name], use_stemmer=False)
+
+
+class Chrf(AnswerMetric):
+    """chrF (Popović 2015), runs of characters that an answer shares with its reference, in any language.
+
+    sacrebleu's `sentence_chrf`, as a share of 1, mean over examples: chrF2 with 6 characters and no words.
+    """
+
+    name = "chrf"
+    title = "chrF"
+
+    def score_answer(self, answer: str, reference: str) -> float:
+        from sacrebleu import sentence_chrf
+
+        # The last bits of a perfect answer's score are above 1.
+        return min(1.0, sentence_chrf(answer, [reference]).score / 100)
