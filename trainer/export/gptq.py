@@ -28,9 +28,9 @@ from svc.errors import RecipeError, TrainingError
 from svc.json_file import read_json_object
 from svc.registry.files import read_headers
 from svc.terminal import counting, waiting
-from trainer.base_model.content import CONFIG_FILE, copy_shipped_files
+from trainer.base_model.content import CONFIG_FILE
 from trainer.data.chat_template import tokenize_as_trained
-from trainer.export.gate_up import join_fused_layers
+from trainer.export.quantized_files import check_packed, finish_folder, join_fused_layers, write_bfloat16
 from trainer.library_output import library_output_to_log
 from trainer.model.attention import attention_implementation
 from trainer.model.config import load_config
@@ -54,7 +54,6 @@ _QUANTIZED_MIXTURES = ("olmoe", "qwen3_moe")
 """Mixtures of which gptqmodel 7.6 quantizes every expert and writes it under the base's own name. It leaves the experts
 of GraniteMoE and MiniMax M2 whole without a word, and renames those of Mixtral, Phi-3.5-MoE and gpt-oss."""
 _EXPERT = re.compile(r"(.+\.experts\.\d+\.\w+)\.weight")
-_PASSING = {"offload_to_disk_path"}  # of the metadata that gptqmodel writes: differs in every run
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,8 +110,7 @@ def quantize_gptq(
     if computed is not NumberType.BFLOAT16:
         write_bfloat16(out)
     join_fused_layers(out, layers)
-    _check_written(out, layers)
-    (out / "quant_log.csv").unlink(missing_ok=True)
+    check_packed(out, layers)
     finish_folder(model, out)
     worst = max(log, key=lambda entry: float(entry["loss"]))
     return QuantizeSummary(
@@ -235,22 +233,6 @@ def calibration_type(number_type: NumberType) -> NumberType:
     return NumberType.BFLOAT16 if number_type is NumberType.BFLOAT16 else NumberType.FLOAT32
 
 
-def write_bfloat16(folder: Path) -> None:
-    """Write a quantized model's weights again, as if it had been computed in bf16: those in float32 are not quantized.
-
-    They come from a merged model in bf16, so that nothing is rounded. Packed layers have their own types already.
-    """
-    import torch
-    from huggingface_hub import save_torch_state_dict
-    from safetensors.torch import load_file
-
-    tensors: dict[str, torch.Tensor] = {}
-    for path in folder.glob("*.safetensors"):
-        for name, tensor in load_file(path).items():
-            tensors[name] = tensor.to(torch.bfloat16) if tensor.dtype is torch.float32 else tensor
-    save_torch_state_dict(tensors, folder, metadata={"format": "pt"})
-
-
 def link_with_padding(model: Path, copy: Path) -> None:
     """Make a copy of a model folder, of links, whose config names a padding token that the embedding has.
 
@@ -266,21 +248,6 @@ def link_with_padding(model: Path, copy: Path) -> None:
     (copy / CONFIG_FILE).unlink()
     content = read_json_object(model / CONFIG_FILE) | {"pad_token_id": padding}
     (copy / CONFIG_FILE).write_text(json.dumps(content), "utf-8")
-
-
-def finish_folder(model: Path, out: Path) -> None:
-    """Replace the config, tokenizer and templates that gptqmodel wrote by the model's own.
-
-    Of gptqmodel's only the quantization config stays, without what differs between two runs on equal input: it writes
-    the model's config as its loader has changed it. Gemma 3's had the frequencies twice, in two shapes.
-    """
-    path = out / "quantize_config.json"
-    beside, quantization = read_json_object(path), read_json_object(out / CONFIG_FILE)["quantization_config"]
-    for written in (beside, quantization):
-        for key in _PASSING & set(written.get("meta") or {}):
-            del written["meta"][key]
-    path.write_text(json.dumps(beside, indent=2, sort_keys=True) + "\n", "utf-8")
-    copy_shipped_files(model, out, quantization)
 
 
 def _run_gptqmodel(
@@ -350,18 +317,3 @@ def faster_rounding(*, cpu: bool) -> Iterator[None]:
         yield
     finally:
         Quantizer.configure, GPTQ.quantize = configure, quantize
-
-
-def _check_written(out: Path, layers: list[str]) -> None:
-    from safetensors import safe_open
-
-    packed: set[str] = set()
-    for path in out.glob("*.safetensors"):
-        with safe_open(path, framework="pt") as file:
-            packed |= {name.removesuffix(".qweight") for name in file.keys() if name.endswith(".qweight")}  # noqa: SIM118
-    if missing := [name for name in layers if name not in packed]:
-        raise TrainingError(
-            f"{len(missing)} of {len(layers)} layers were not quantized, the first is {missing[0]!r}",
-            expected="every linear layer in 4 bits",
-            todo="see the log for gptqmodel's reason; more quantize.samples may help",
-        )

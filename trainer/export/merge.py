@@ -89,10 +89,10 @@ def _merge(base: Path, adapter: Path, out: Path) -> set[str]:
             return rounding.to_bfloat16(total)
         return total.to(torch.bfloat16)
 
-    with open_tensor_files(out, weights.saved_shapes(), weights.model.num_parameters()) as files:
+    with open_tensor_files(out, weights.saved_shapes(), weights.model.num_parameters()) as write:
         for group in weights.saved_together():
             for name, tensor in weights.as_saved({name: merged(name) for name in group}).items():
-                files.write(name, tensor)
+                write(name, tensor)
     return changed
 
 

@@ -5,7 +5,7 @@ from the shapes. Imports torch.
 """
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import BinaryIO
@@ -19,22 +19,11 @@ _LARGEST_FILE = "5GB"
 _NAMES = {torch.bfloat16: "BF16", torch.int64: "I64", torch.int32: "I32", torch.uint8: "U8", torch.bool: "BOOL"}
 
 
-class TensorFiles:
-    """Files of a folder that are being written; see `open_tensor_files`."""
-
-    def __init__(self, places: dict[str, tuple[BinaryIO, int]]) -> None:
-        self._places = places
-
-    def write(self, name: str, tensor: torch.Tensor) -> None:
-        """Write one of the tensors; each is written once."""
-        file, start = self._places.pop(name)
-        file.seek(start)
-        file.write(tensor.contiguous().reshape(-1).view(torch.uint8).numpy())
-
-
 @contextmanager
-def open_tensor_files(folder: Path, shapes: Mapping[str, torch.Tensor], parameters: int) -> Iterator[TensorFiles]:
-    """Begin the files of a model, and its index where there are several.
+def open_tensor_files(
+    folder: Path, shapes: Mapping[str, torch.Tensor], parameters: int
+) -> Iterator[Callable[[str, torch.Tensor], None]]:
+    """Begin the files of a model, and its index where there are several; give what writes one of the tensors.
 
     Args:
         folder: created if need be.
@@ -50,7 +39,13 @@ def open_tensor_files(folder: Path, shapes: Mapping[str, torch.Tensor], paramete
         for name, tensors in split.filename_to_tensors.items():
             file = stack.enter_context((folder / name).open("wb"))
             places |= _begin(file, {tensor: shapes[tensor] for tensor in tensors})
-        yield TensorFiles(places)
+
+        def write(name: str, tensor: torch.Tensor) -> None:
+            file, start = places[name]
+            file.seek(start)
+            file.write(tensor.contiguous().reshape(-1).view(torch.uint8).numpy())
+
+        yield write
     if split.is_sharded:
         metadata = {"total_parameters": parameters, **split.metadata}
         index = {"metadata": metadata, "weight_map": split.tensor_to_filename}

@@ -66,14 +66,13 @@ def make_report(
     """
     started = time.monotonic()
     checks: list[ParityCheck] = []
+    differences: dict[str, Differences] = {}
     for format, (folder, reading) in made.formats.items():
         checks += [*_check_files(made.base, folder, format), _check_tokens(format, reading, judged)]
     if all(check.passed for check in checks):  # what cannot be read cannot be compared
         with waiting("Comparing what is served with what was trained"), library_output_to_log():
             more, differences = _compare(made, recipe, compared, number_type)
         checks += more
-    else:
-        differences = {}
     return ParityReport(
         checks=tuple(checks),
         differences=differences,
@@ -84,17 +83,12 @@ def make_report(
 
 
 def _check_files(base: Path, folder: Path, format: Format) -> list[ParityCheck]:
-    unreadable = unreadable_weights(folder)
-    files, keys = other_files(base, folder), other_config(base, folder)
+    unreadable, files = unreadable_weights(folder), ", ".join(other_files(base, folder))
+    keys, same = ", ".join(other_config(base, folder)), "the base's, byte for byte"
     return [
         _check(f"{format}: files of weights", not unreadable, unreadable or "whole", "whole"),
-        _check(
-            f"{format}: tokenizer, template, generation",
-            not files,
-            f"{', '.join(files)} differ" if files else "the base's, byte for byte",
-            "the base's, byte for byte",
-        ),
-        _check(f"{format}: config", not keys, f"other {', '.join(keys)}" if keys else "the base's", "the base's"),
+        _check(f"{format}: tokenizer, template, generation", not files, f"{files} differ" if files else same, same),
+        _check(f"{format}: config", not keys, f"other {keys}" if keys else "the base's", "the base's"),
     ]
 
 
@@ -118,23 +112,22 @@ def _compare(
         release_memory()  # of one model, before the next is loaded
     whole = score(load(made.merged, number_type), compared)
     if trained is not None:
-        differences["merged beside trained, both in transformers"] = between(trained, whole)
-    reading = made.formats.get(Format.MERGED)
-    if reading is not None:
-        floor = between(whole, reading[1].scores)
-        served = between(trained or whole, reading[1].scores)
+        merge = differences["merged beside trained, both in transformers"] = between(trained, whole)
+        if Format.MERGED not in made.formats:
+            checks.append(_at_most(BESIDE_TRAINED, merge, _MOST_FLOOR))
+    if Format.MERGED in made.formats:
+        _, reading = made.formats[Format.MERGED]
+        floor, served = between(whole, reading.scores), between(trained or whole, reading.scores)
         differences["engine beside transformers, the same weights"] = floor
         differences["merged on the engine beside trained"] = served
-        checks += _check_served(floor, served)
-    elif trained is not None:
-        merge = differences["merged beside trained, both in transformers"]
-        checks.append(_at_most(BESIDE_TRAINED, merge, _MOST_FLOOR))
+        limit = min(_MOST_FLOOR, max(_LEAST, _TIMES_FLOOR * floor.mean))
+        checks.append(_at_most("merged: the engine beside transformers, the same weights", floor, _MOST_FLOOR))
+        checks.append(_at_most(BESIDE_TRAINED, served, limit))
     if Format.GPTQ in made.formats:
         folder, quantized = made.formats[Format.GPTQ]
-        rounded = gptq_parity.compare(folder, made.merged)
-        found = f"{rounded.off:.3f} of a layer's length at most, in {rounded.layer}"
-        passed = rounded.off <= gptq_parity.MOST_OFF
-        checks.append(_check("gptq: rounding of weights", passed, found, f"at most {gptq_parity.MOST_OFF}"))
+        off, layer = gptq_parity.compare(folder, made.merged)
+        found, most = f"{off:.3f} of a layer's length at most, in {layer}", gptq_parity.MOST_OFF
+        checks.append(_check("gptq: rounding of weights", off <= most, found, f"at most {most}"))
         differences["gptq on the engine beside trained"] = between(trained or whole, quantized.scores)
     return checks, differences
 
@@ -162,14 +155,6 @@ def _check_adapter(applied: adapter_parity.Applied, scale: tuple[float, float] |
         written, wanted = scale
         checks.append(_check("merge: scale", written == wanted, f"{written:g}", f"{wanted:g}, of the recipe"))
     return checks
-
-
-def _check_served(floor: Differences, served: Differences) -> list[ParityCheck]:
-    limit = min(_MOST_FLOOR, max(_LEAST, _TIMES_FLOOR * floor.mean))
-    return [
-        _at_most("merged: the engine beside transformers, the same weights", floor, _MOST_FLOOR),
-        _at_most(BESIDE_TRAINED, served, limit),
-    ]
 
 
 def _at_most(name: str, differences: Differences, limit: float) -> ParityCheck:

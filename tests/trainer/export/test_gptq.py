@@ -25,12 +25,11 @@ from trainer.export.gptq import (
     calibration_rows,
     calibration_type,
     check_layers,
-    finish_folder,
     link_with_padding,
     pick_calibration,
     quantize_gptq,
-    write_bfloat16,
 )
+from trainer.export.quantized_files import finish_folder, write_bfloat16
 
 
 def test_a_group_size_that_fits_names_every_layer(tiny_base: Path) -> None:

@@ -21,9 +21,9 @@ TENSORS = {
 
 def write(folder: Path, names: list[str]) -> None:
     shapes = {name: torch.empty_like(tensor, device="meta") for name, tensor in TENSORS.items()}
-    with open_tensor_files(folder, shapes, parameters=99) as files:
+    with open_tensor_files(folder, shapes, parameters=99) as write_tensor:
         for name in names:
-            files.write(name, TENSORS[name])
+            write_tensor(name, TENSORS[name])
 
 
 @pytest.mark.parametrize("names", [list(TENSORS), sorted(TENSORS), sorted(TENSORS, reverse=True)])

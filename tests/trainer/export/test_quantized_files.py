@@ -12,7 +12,7 @@ from svc.dataset.schema.example import ChatExample
 from svc.engine.capabilities import NumberType
 from svc.errors import TrainingError
 from tests.trainer.conftest import make_recipe, make_tokenizer
-from trainer.export.gate_up import join_fused_layers
+from trainer.export.quantized_files import join_fused_layers
 
 LAYER = "model.layers.0.mlp.gate_up_proj"
 PARTS = [LAYER.replace("gate_up", part) for part in ("gate", "up")]

@@ -1,0 +1,124 @@
+"""The files that gptqmodel writes, made into those of the architecture and of the model that was quantized.
+
+gptqmodel quantizes feed-forward layers that are two in one, as Phi-3's `gate_up_proj`, as `gate_proj` and `up_proj` and
+writes these; the engine looks for the names of the architecture. GPTQ rounds each row of a layer by itself, with
+statistics of the layer's inputs, and those are the same for both, so that the two side by side are what quantizing the
+whole would have given. Knows nothing of rounding.
+"""
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from svc.errors import TrainingError
+from svc.json_file import read_json_object
+from svc.registry.files import read_headers
+from trainer.base_model.content import CONFIG_FILE, copy_shipped_files
+
+if TYPE_CHECKING:
+    import torch
+
+_PARTS = {"gate_up_proj": ("gate_proj", "up_proj")}
+# Tensors of a packed layer, with the dimension along which its outputs lie.
+_OUTPUT_DIMENSION = {"qweight": 1, "qzeros": 1, "scales": 1, "bias": 0}
+_INPUT_GROUPS = "g_idx"
+_PASSING = {"offload_to_disk_path"}  # of the metadata that gptqmodel writes: differs in every run
+
+
+def write_bfloat16(folder: Path) -> None:
+    """Write a quantized model's weights again, as if it had been computed in bf16: those in float32 are not quantized.
+
+    They come from a merged model in bf16, so that nothing is rounded. Packed layers have their own types already.
+    """
+    import torch
+
+    tensors = _read(folder)
+    for name, tensor in tensors.items():
+        if tensor.dtype is torch.float32:
+            tensors[name] = tensor.to(torch.bfloat16)
+    _write(folder, tensors)
+
+
+def join_fused_layers(folder: Path, layers: list[str]) -> None:
+    """Writes a quantized model's safetensors again, if one of its layers was taken apart; else does nothing.
+
+    Args:
+        folder: the quantized model.
+        layers: names of the layers that the architecture has.
+
+    Raises:
+        TrainingError: two parts group their inputs differently.
+    """
+    written = {tensor.name for tensor in read_headers(folder)}
+    apart = {layer: parts for layer in layers if (parts := _parts(layer)) and f"{parts[0]}.qweight" in written}
+    if not apart:
+        return
+    tensors = _read(folder)
+    for layer, parts in apart.items():
+        _join(tensors, layer, parts)
+    _write(folder, tensors)
+
+
+def _read(folder: Path) -> "dict[str, torch.Tensor]":
+    from safetensors.torch import load_file
+
+    return {name: tensor for path in folder.glob("*.safetensors") for name, tensor in load_file(path).items()}
+
+
+def _write(folder: Path, tensors: "dict[str, torch.Tensor]") -> None:
+    from huggingface_hub import save_torch_state_dict
+
+    save_torch_state_dict(tensors, folder, metadata={"format": "pt"})
+
+
+def _parts(layer: str) -> list[str]:
+    module, _, name = layer.rpartition(".")
+    return [f"{module}.{part}" for part in _PARTS.get(name, ())]
+
+
+def _join(tensors: "dict[str, torch.Tensor]", layer: str, parts: list[str]) -> None:
+    """Replaces the tensors of the parts by those of the layer."""
+    import torch
+
+    groups = [tensors.pop(f"{part}.{_INPUT_GROUPS}") for part in parts]
+    if any(not torch.equal(group, groups[0]) for group in groups):
+        raise TrainingError(
+            f"{' and '.join(parts)} were quantized with different groups of inputs",
+            expected=f"the same groups, because the engine has them as one layer {layer!r}",
+            todo="serve this model merged, without GPTQ",
+        )
+    tensors[f"{layer}.{_INPUT_GROUPS}"] = groups[0]
+    for kind, dimension in _OUTPUT_DIMENSION.items():
+        if f"{parts[0]}.{kind}" in tensors:
+            tensors[f"{layer}.{kind}"] = torch.cat([tensors.pop(f"{part}.{kind}") for part in parts], dim=dimension)
+
+
+def check_packed(folder: Path, layers: list[str]) -> None:
+    """Check that each of the layers is packed in a quantized model.
+
+    Raises:
+        TrainingError: one is not.
+    """
+    written = {tensor.name for tensor in read_headers(folder)}
+    if missing := [name for name in layers if f"{name}.qweight" not in written]:
+        raise TrainingError(
+            f"{len(missing)} of {len(layers)} layers were not quantized, the first is {missing[0]!r}",
+            expected="every linear layer in 4 bits",
+            todo="see the log for gptqmodel's reason; more quantize.samples may help",
+        )
+
+
+def finish_folder(model: Path, out: Path) -> None:
+    """Replace the config, tokenizer and templates that gptqmodel wrote by the model's own.
+
+    Of gptqmodel's only the quantization config stays, without what differs between two runs on equal input: it writes
+    the model's config as its loader has changed it. Gemma 3's had the frequencies twice, in two shapes.
+    """
+    (out / "quant_log.csv").unlink(missing_ok=True)
+    path = out / "quantize_config.json"
+    beside, quantization = read_json_object(path), read_json_object(out / CONFIG_FILE)["quantization_config"]
+    for written in (beside, quantization):
+        for key in _PASSING & set(written.get("meta") or {}):
+            del written["meta"][key]
+    path.write_text(json.dumps(beside, indent=2, sort_keys=True) + "\n", "utf-8")
+    copy_shipped_files(model, out, quantization)
