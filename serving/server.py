@@ -17,6 +17,7 @@ from sqlalchemy import Engine as Store
 
 from serving.assembly import Parts, assemble
 from serving.deployments import OnFailure, OnReady
+from serving.engines.slots import EngineSlots, MakeSlots
 from serving.http.connections import raise_descriptor_limit
 from serving.http.http_server import HttpServer, http_server
 from serving.http.tls import Certificate
@@ -152,6 +153,7 @@ async def serve(
     on_ready: OnReady,
     on_failure: OnFailure,
     manager: ServiceManager | None = None,
+    make_slots: MakeSlots = EngineSlots,
 ) -> None:
     """Serves until SIGTERM, SIGINT or SIGHUP; a second one ends it without waiting for the answers that run.
 
@@ -164,6 +166,7 @@ async def serve(
         on_ready: hears of each version when requests for it are answered.
         on_failure: hears why a model cannot be served.
         manager: hears when the first model serves, and that the server lives; None where there is none.
+        make_slots: creates what starts and finds engines.
 
     Raises:
         SvcError: no model can be served.
@@ -182,6 +185,7 @@ async def serve(
         store,
         capabilities,
         authenticator,
+        make_slots=make_slots,
         on_phase=on_phase,
         on_ready=served,
         on_failure=on_failure,
@@ -226,16 +230,16 @@ class _Server:
         told to stop.
         """
         parts = self._parts
-        parts.request_log.start()
+        parts.gateway.request_log.start()
         most = raise_descriptor_limit()
         public = http_server(
-            parts.app,
+            parts.gateway.app,
             most,
             most_per_address=self._most_per_address or max(1, most // 2),
             certificate=self._certificate,
             proxies=self._proxies,
         )
-        local = http_server(parts.app, _LOCAL_CONNECTIONS)
+        local = http_server(parts.gateway.app, _LOCAL_CONNECTIONS)
         self._http = [public, local]
         serving = {
             asyncio.create_task(self._let_in(public, claim.listener)),
@@ -244,7 +248,7 @@ class _Server:
         works = [
             parts.deployments.run(wanted),
             parts.loop_lag.run(),
-            parts.usage_writer.run(),
+            parts.gateway.usage_writer.run(),
             parts.authentication.run(),
             self._manager.run(),
         ]
@@ -271,10 +275,10 @@ class _Server:
             try:
                 await parts.deployments.stop(leave=defect or self._leave)
             finally:
-                await asyncio.to_thread(parts.usage_writer.close)
-                await asyncio.to_thread(parts.request_log.close)
-                if parts.traces:
-                    await asyncio.to_thread(parts.traces.close)
+                await asyncio.to_thread(parts.gateway.usage_writer.close)
+                await asyncio.to_thread(parts.gateway.request_log.close)
+                if parts.gateway.traces:
+                    await asyncio.to_thread(parts.gateway.traces.close)
         for task in done:
             task.result()
 

@@ -1,15 +1,28 @@
-"""Where the engines of one home are: their processes and folders, by number."""
+"""The engines of one home: their processes and folders, by number, and what this machine can start.
+
+The rest of the server reaches processes, the machine's memory and its device through here alone.
+"""
 
 import asyncio
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
+from pathlib import Path
 
-from serving.engines.served_model import ServedModel
+from serving.engines.served_model import ServedModel, served_model
 from svc.engine.capabilities import Capabilities
+from svc.engine.engine import LastingEngine
+from svc.engine.engine_capabilities import EngineCapabilities
 from svc.engine.orphans import end_engine
+from svc.engine.probes import EngineFacts, engine_facts
 from svc.engine.vllm.folders import socket_folder, state_folder, state_folders
+from svc.engine.vllm.headroom import shortage
 from svc.engine.vllm.launch import EngineSpec
 from svc.engine.vllm.process import EngineProcess
+from svc.registry.registry import Registry
 from svc.settings import Settings
+from svc.version import Target
+
+Served = Callable[[], Collection[str]]
+MakeSlots = Callable[[Settings, Registry, Capabilities, Served], "EngineSlots"]
 
 
 class EngineSlots:
@@ -22,15 +35,14 @@ class EngineSlots:
         turn: held while an engine starts: engines on one device start one after the other.
     """
 
-    def __init__(
-        self, settings: Settings, capabilities: Capabilities, *, served: Callable[[], Collection[str]]
-    ) -> None:
+    def __init__(self, settings: Settings, registry: Registry, capabilities: Capabilities, served: Served) -> None:
         self.settings = settings
+        self._registry = registry
         self._capabilities = capabilities
         self._served = served
         self.turn = asyncio.Lock()
 
-    def engine(self, number: int, name: str, model: ServedModel) -> EngineProcess:
+    def engine(self, number: int, name: str, model: ServedModel) -> LastingEngine:
         """An unstarted engine for a model."""
         return EngineProcess(self.spec(number, name, model), silence_s=self.settings.serve.request_timeout_s)
 
@@ -41,6 +53,30 @@ class EngineSlots:
     def end(self, number: int) -> None:
         """Ends one of them."""
         end_engine(state_folder(self.settings.home, number))
+
+    def shortage(self, engines: Mapping[Target, int]) -> str | None:
+        """Return why there is no memory for so many more engines with each version; None if there is.
+
+        Raises:
+            NotFoundError, RefusedError, IntegrityError: see serving.engines.served_model.
+        """
+        return shortage([spec for target, count in engines.items() for spec in [self._spec_for(target)] * count])
+
+    def capabilities(self, target: Target) -> EngineCapabilities:
+        """Return what an engine that starts with a version can do.
+
+        Raises:
+            NotFoundError, RefusedError, IntegrityError: see serving.engines.served_model.
+        """
+        return self._spec_for(target).engine_capabilities
+
+    def facts(self, name: str, folder: Path) -> EngineFacts:
+        """Return the kind of engine that serves a model folder under a name."""
+        return engine_facts(self.settings.engine_for(name), self._capabilities, folder)
+
+    def _spec_for(self, target: Target) -> EngineSpec:
+        name = target.version.name
+        return self.spec(0, name, served_model(self._registry, target, self.settings.adapters))
 
     def spec(self, number: int, name: str, model: ServedModel) -> EngineSpec:
         """How an engine for a model is started.

@@ -15,15 +15,10 @@ _RETRY_S = 5.0
 
 
 class ProductionAlias:
-    """One name's alias.
+    """One name's alias."""
 
-    Args:
-        retry_s: pause after MLflow did not take it, seconds.
-    """
-
-    def __init__(self, tracking: Tracking, *, retry_s: float = _RETRY_S) -> None:
+    def __init__(self, tracking: Tracking) -> None:
         self._tracking = tracking
-        self._retry_s = retry_s
         self._wanted: VersionId | None = None
         self._moved = asyncio.Event()
         self._settled = asyncio.Event()
@@ -63,7 +58,7 @@ class ProductionAlias:
             except Exception:  # as above
                 log.warning("MLflow did not take the production alias for %s; trying again", version, exc_info=True)
                 self._moved.set()
-                await asyncio.sleep(self._retry_s)
+                await asyncio.sleep(_RETRY_S)
             else:
                 if not self._moved.is_set():
                     self._settled.set()

@@ -37,7 +37,6 @@ _POLL_S = 0.25
 _STORE_PAUSE_S = 2.0
 _ALIAS_WAIT_S = 5.0
 """A promotion is told done when MLflow says so too, or after this."""
-_BACKOFF_S = (1.0, 2.0, 4.0, 8.0, 16.0, 32.0, 60.0)
 
 
 class Reconciler:
@@ -46,9 +45,9 @@ class Reconciler:
     Args:
         desired: what shall serve when the server starts.
         shortage: why there is no room for so many engines more with a version; None where there is.
-        backoff_s: pauses before the first, second, ... start after a death; the last one goes on.
 
     Attributes:
+        swap: brings another version into the engines.
         reviver: starts engines that are missing.
         last_error: why a swap or a start failed last.
         promoting: a swap is planned or under way; the engines must not idle until it has ended.
@@ -65,14 +64,13 @@ class Reconciler:
         metrics: DeploymentMetrics,
         alias: ProductionAlias,
         shortage: Callable[[Target, int], str | None],
-        backoff_s: tuple[float, ...] = _BACKOFF_S,
     ) -> None:
         self._actual = desired
         self._failed: Desired | None = None
         self._store = store
         self._journal = Journal(store)
         self._pool = pool
-        self._swap = swap
+        self.swap = swap
         self._names = names
         self._metrics = metrics
         self._alias = alias
@@ -85,7 +83,6 @@ class Reconciler:
             shortage=shortage,
             on_start=self._revived,
             on_error=self.note_error,
-            backoff_s=backoff_s,
         )
 
     @property
@@ -244,7 +241,7 @@ class Reconciler:
             return SwapResult(SwapOutcome.CANCELLED, str(error))
         if desired.target == before.target:
             return SwapResult(SwapOutcome.SUCCEEDED)
-        result = await self._swap.run(before.target, desired.target, report, cancellation)
+        result = await self.swap.run(before.target, desired.target, report, cancellation)
         self._metrics.swap_ended(result)
         return result
 

@@ -14,6 +14,7 @@ from svc.version import Target
 log = logging.getLogger(__name__)
 
 _ROOM_PAUSE_S = 1.0
+_BACKOFF_S: tuple[float, ...] = (1.0, 2.0, 4.0, 8.0, 16.0, 32.0, 60.0)
 
 
 @dataclass(slots=True)
@@ -39,6 +40,8 @@ class Reviver:
         shortage: why there is no room for so many engines more with a version; None where there is.
         on_start: hears that a member has an engine again.
         on_error: hears why a member has no engine.
+
+    Attributes:
         backoff_s: pauses before the first, second, ... start after a death; the last one goes on.
     """
 
@@ -50,14 +53,13 @@ class Reviver:
         shortage: Callable[[Target, int], str | None],
         on_start: Callable[[], None],
         on_error: Callable[[str], None],
-        backoff_s: tuple[float, ...],
     ) -> None:
         self._pool = pool
         self._target = target
         self._shortage = shortage
         self._on_start = on_start
         self._on_error = on_error
-        self.backoff_s = backoff_s
+        self.backoff_s = _BACKOFF_S
         self._turns: dict[Replica, _Turn] = {}
 
     async def run(self) -> None:

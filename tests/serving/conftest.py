@@ -58,6 +58,8 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     """Everything that polls does it often."""
     monkeypatch.setattr("serving.rollout.reconciler._POLL_S", 0.02)
     monkeypatch.setattr("serving.rollout.reconciler._STORE_PAUSE_S", 0.01)
+    monkeypatch.setattr("serving.rollout.reviver._BACKOFF_S", (0.02, 0.05))
+    monkeypatch.setattr("serving.rollout.production_alias._RETRY_S", 0.01)
     monkeypatch.setattr("serving.engines.engine_watch._HEALTH_S", 0.05)
     monkeypatch.setattr("serving.client.promotion._POLL_S", 0.01)
     monkeypatch.setattr("serving.background.holdout._POLL_S", 0.02)

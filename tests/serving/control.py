@@ -6,27 +6,16 @@ from collections import Counter
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import httpx
 from prometheus_client import CollectorRegistry
 
-from serving.admission.admission import Admission
-from serving.engines.balancer import Balancer
+from serving.deployment_builder import DeploymentBuilder
 from serving.engines.places import EnginePlaces
-from serving.engines.pool import EnginePool
-from serving.engines.removed_adapters import RemovedAdapters
 from serving.engines.replica import Replica
-from serving.engines.verification import Verification
-from serving.model_names import ModelNames
-from serving.rollout.engine_change import EngineChange
-from serving.rollout.production_alias import ProductionAlias
-from serving.rollout.reconciler import Reconciler
-from serving.rollout.swap import Swap
-from serving.rollout.swap_plan import SwapPlanner
-from serving.telemetry.deployment_metrics import DeploymentInstruments, DeploymentMetrics
+from serving.telemetry.deployment_metrics import DeploymentInstruments
 from serving.telemetry.metrics import GatewayMetrics
 from svc.access.authenticator import Authenticator
 from svc.engine.probes import EngineFacts
@@ -34,17 +23,18 @@ from svc.engine.state import EngineState
 from svc.engine.vllm.client import socket_transport
 from svc.identity.principal import Principal
 from svc.registry.registry import Registry
-from svc.settings import AdapterSettings, ServeSettings
+from svc.settings import AdapterSettings, EngineSettings, ServeSettings, Settings
 from svc.store.desired import Desired, change_desired, read_desired
 from svc.store.swaps import SwapResult, find_swap
 from svc.version import Format, Target
 from tests.new_store import new_store
 from tests.serving.engine_double import EngineDouble
-from tests.serving.engine_park import EnginePark
+from tests.serving.engine_park import EnginePark, ParkSlots
 from tests.serving.keyed import KnownCallers
-from tests.serving.service import CONTEXT, OneBackend, application
+from tests.serving.service import gateway
 from tests.serving.socket_server import running
 from tests.serving.versions import FACTS, NAME, AliasBook, target
+from tests.svc.engine.devices import AVX512
 
 BODY: dict[str, Any] = {"model": NAME, "messages": [{"role": "user", "content": "one two three"}]}
 
@@ -83,99 +73,47 @@ class Control:
         adapters: AdapterSettings | None = None,
         **settings: Any,
     ) -> None:
-        self.home = home
         self.sockets = sockets
-        self.facts = facts
         self.format = format
-        self.adapters = adapters or AdapterSettings()
-        self.settings = ServeSettings(**settings)
+        self.replicas = replicas
+        self.settings = Settings(home=home, adapters=adapters or AdapterSettings(), serve=ServeSettings(**settings))
         self.book = AliasBook()
         self.registry = Registry(home / "models", self.book)
         self.store = new_store(home)
-        self.replicas = replicas
         self.leaves = False
         self.principals: dict[str, Principal] = {}
-        self.park = EnginePark(sockets, NAME, silence_s=self.settings.request_timeout_s)
+        self.park = EnginePark(sockets)
+        self.park.facts = facts
         self.assemble()
 
     def assemble(self) -> None:
         """Makes the parts; again after a stop, as a server that starts again."""
-        limits = self.settings
+        settings = self.settings.model_copy(update={"engine": EngineSettings(replicas=self.replicas)})
         self.collector = CollectorRegistry()
         self.metrics = GatewayMetrics(self.collector)
-        self.admission = Admission(
-            max_running=limits.max_running,
-            max_tokens=limits.max_running * CONTEXT,
-            max_queued=limits.max_queued,
-            queue_timeout_s=limits.queue_timeout_s,
+        slots = ParkSlots(self.park, settings, self.registry, AVX512, list)
+        self.places = EnginePlaces(slots)
+        builder = DeploymentBuilder(
+            settings,
+            self.registry,
+            self.store,
+            slots,
+            self.places,
+            self.metrics,
+            DeploymentInstruments(self.collector),
+            on_phase=lambda phase: None,
         )
-        self.deployment_metrics = DeploymentMetrics(DeploymentInstruments(self.collector), NAME)
-        self.deployment_metrics.watch_admission(lambda: self.admission.running, lambda: self.admission.queued)
-        self.names = ModelNames(NAME)
-        verification = Verification(self.registry, self.store, lambda folder: self.facts, self.adapters)
-        self.places = EnginePlaces(self.park)
-        self.pool = EnginePool(
-            lambda replica, on_change: Replica(
-                replica,
-                partial(self.park.launch, replica),
-                verification,
-                on_change,
-                adapter_patience_s=limits.queue_timeout_s,
-            ),
-            places=self.places,
-            size=self.replicas,
-            admission=self.admission,
-            names=self.names,
-            metrics=self.deployment_metrics,
-            retire_timeout_s=limits.retire_timeout_s,
-        )
-        self.balancer = Balancer(self.pool, self.names)
-        self.removed = RemovedAdapters(self.pool, partial(verification.registered, NAME))
-        self.planner = SwapPlanner(
-            registry=self.registry,
-            verification=verification,
-            pool=self.pool,
-            choice=limits.swap,
-            shortage=self.park.shortage,
-            capabilities=lambda target: self.park.capabilities(),
-            patience_s=limits.drain_timeout_s,
-        )
-        engine_change = EngineChange(
-            planner=self.planner,
-            verification=verification,
-            pool=self.pool,
-            admission=self.admission,
-            names=self.names,
-            drain_timeout_s=limits.drain_timeout_s,
-            retire_timeout_s=limits.retire_timeout_s,
-        )
-        self.swap = Swap(
-            planner=self.planner,
-            engine_change=engine_change,
-            pool=self.pool,
-            admission=self.admission,
-            names=self.names,
-        )
-        self.alias = ProductionAlias(self.book, retry_s=0.01)
         desired = read_desired(self.store, NAME) or change_desired(self.store, None, target(1, self.format), None)
-        self.reconciler = Reconciler(
-            desired,
-            store=self.store,
-            pool=self.pool,
-            swap=self.swap,
-            names=self.names,
-            metrics=self.deployment_metrics,
-            alias=self.alias,
-            shortage=self.park.shortage,
-            backoff_s=(0.02, 0.05),
-        )
+        self.deployment = deployment = builder.build(desired, _make_no_room)
+        self.admission, self.names, self.pool = deployment.admission, deployment.names, deployment.pool
+        self.reconciler, self.balancer, self.alias = deployment.reconciler, deployment.balancer, deployment.alias
 
     @asynccontextmanager
     async def run(self) -> AsyncIterator["Control"]:
         """Serves for the body of the `with`; a defect that ends the loop fails the test."""
         await self.start()
-        parts = (self.reconciler.follow(), self.reconciler.reviver.run(), self.alias.run(), self.removed.run())
-        tasks = [asyncio.create_task(part) for part in parts]
+        parts = (self.reconciler.follow, self.reconciler.reviver.run, self.alias.run, self.deployment.removed.run)
+        tasks = [asyncio.create_task(part()) for part in parts]
         try:
             yield self
             for task in tasks:
@@ -202,19 +140,18 @@ class Control:
     @asynccontextmanager
     async def client(self) -> AsyncIterator[httpx.AsyncClient]:
         """Calls the gateway through a real server."""
-        app = application(
-            OneBackend(self.names, self.admission, self.balancer.lease, checks=self.balancer.check),
-            self.pool.sources,
-            metrics=self.metrics,
-            settings=self.settings,
-            authentication=KnownCallers(
-                Authenticator(self.store), self.principals, on_failure=self.metrics.authentication_failed
-            ),
+        parts = gateway(
+            self.deployment,
+            self.settings,
+            self.store,
+            self.metrics,
+            KnownCallers(Authenticator(self.store), self.principals, on_failure=self.metrics.authentication_failed),
+            sources=self.pool.sources,
         )
         socket = self.sockets / "gateway.sock"
         transport = socket_transport(socket, max_connections=None)
         async with (
-            running(app, socket),
+            running(parts.app, socket),
             httpx.AsyncClient(transport=transport, base_url="http://localhost", timeout=20) as client,
         ):
             yield client
@@ -273,6 +210,10 @@ class Control:
     def sample(self, name: str, **labels: str) -> float:
         """The value of a metric; 0 where it does not exist."""
         return self.collector.get_sample_value(name, labels) or 0.0
+
+
+async def _make_no_room(target: Target) -> None:
+    """There is no other model that could give way."""
 
 
 Make = Callable[..., Control]

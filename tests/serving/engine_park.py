@@ -2,23 +2,29 @@
 
 import asyncio
 import errno
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import pytest
 
 from serving.engines.served_model import ServedModel
+from serving.engines.slots import EngineSlots, Served
+from svc.engine.capabilities import Capabilities
 from svc.engine.engine import LastingEngine
 from svc.engine.engine_capabilities import EngineCapabilities
+from svc.engine.probes import EngineFacts
 from svc.engine.vllm.choice import Choice, Origin
 from svc.engine.vllm.client import EngineClient
 from svc.engine.vllm.connection_pool import EngineConnections
 from svc.engine.vllm.plan import EnginePlan
 from svc.engine.vllm.startup_phase import EnginePhase
 from svc.errors import EngineError
+from svc.registry.registry import Registry
+from svc.settings import Settings
 from svc.version import Target
 from tests.serving.engine_double import EngineDouble
 from tests.serving.socket_server import SocketServer
+from tests.serving.versions import FACTS
 
 KILLED = 137
 
@@ -31,7 +37,6 @@ class EnginePark:
 
     Args:
         sockets: folder in which they listen.
-        name: their model.
 
     Attributes:
         prepare: sets up each new double before it starts.
@@ -40,17 +45,17 @@ class EnginePark:
         engines: all that were launched.
         left: those that a server left running, by replica.
         ended: replicas whose orphans were ended.
-        room: what `shortage` says.
+        room: why there is no memory for more engines beside one that runs; None where there is.
+        shortage: why there is no memory for so many more engines.
+        facts: the kind of engine that they are.
         unable: replicas that do not start.
         disk_full: nothing can be written down.
-        silence_s: longest silence within a client's request, seconds.
         reloads, unprobed, sleeps: see svc.engine.engine_capabilities.
         starting, most_starting: engines that start now, and most that ever started together.
     """
 
-    def __init__(self, sockets: Path, name: str, *, silence_s: float = 600.0) -> None:
+    def __init__(self, sockets: Path) -> None:
         self.sockets = sockets
-        self.name = name
         self.prepare: Callable[[EngineDouble], None] = lambda double: None
         self.failing_starts = 0
         self.start_delay_s = 0.0
@@ -58,41 +63,19 @@ class EnginePark:
         self.left: dict[int, DoubleEngine] = {}
         self.ended: list[int] = []
         self.room: str | None = None
+        self.shortage: Callable[[int], str | None] = lambda more: self.room if self.alive else None
+        self.facts = FACTS
         self.unable: set[int] = set()
         self.disk_full = False
-        self.silence_s = silence_s
         self.starting = self.most_starting = 0
         self.reloads = True
         self.unprobed: str | None = None
         self.sleeps = False
 
-    def socket(self, replica: int) -> Path:
-        """Where a replica listens."""
-        return self.sockets / f"engine-{replica}.sock"
-
-    def launch(
-        self, replica: int, model: ServedModel, socket: Path | None = None, *, name: str | None = None
-    ) -> LastingEngine:
-        """A new, unstarted engine."""
-        return DoubleEngine(self, replica, model, socket or self.socket(replica), name or self.name)
-
     def capabilities(self, model: ServedModel | None = None) -> EngineCapabilities:
         """Of an engine that is launched now."""
         adapters = model.lora.max_loaded if model and model.lora else 0
         return EngineCapabilities(self.reloads, adapters, self.unprobed, self.sleeps)
-
-    def numbers(self) -> list[int]:
-        """Replicas that a server left."""
-        return sorted(self.left)
-
-    def end(self, number: int) -> None:
-        """Ends one that was left."""
-        self.ended.append(number)
-        self.left.pop(number).kill()
-
-    def shortage(self, target: Target, engines: int) -> str | None:
-        """Why there is no room for more."""
-        return self.room
 
     @property
     def double(self) -> EngineDouble:
@@ -110,19 +93,55 @@ class EnginePark:
         return sum(engine.alive and engine.double.asleep for engine in self.engines)
 
 
+class ParkSlots(EngineSlots):
+    """The engines of a park, for one server: the only part of it that is not as `svc serve` has it."""
+
+    def __init__(
+        self, park: EnginePark, settings: Settings, registry: Registry, capabilities: Capabilities, served: Served
+    ) -> None:
+        super().__init__(settings, registry, capabilities, served)
+        self._park = park
+
+    def engine(self, number: int, name: str, model: ServedModel) -> LastingEngine:
+        """A new, unstarted engine."""
+        return DoubleEngine(self._park, number, name, model, silence_s=self.settings.serve.request_timeout_s)
+
+    def numbers(self) -> list[int]:
+        """Replicas that a server left."""
+        return sorted(self._park.left)
+
+    def end(self, number: int) -> None:
+        """Ends one that was left."""
+        self._park.ended.append(number)
+        self._park.left.pop(number).kill()
+
+    def shortage(self, engines: Mapping[Target, int]) -> str | None:
+        """Why there is no memory for more."""
+        return self._park.shortage(sum(engines.values()))
+
+    def capabilities(self, target: Target) -> EngineCapabilities:
+        """Of an engine that is launched now."""
+        return self._park.capabilities()
+
+    def facts(self, name: str, folder: Path) -> EngineFacts:
+        """The same of all."""
+        return self._park.facts
+
+
 class DoubleEngine:
     """One engine of the park; a version's folder is its weights."""
 
-    def __init__(self, park: EnginePark, replica: int, model: ServedModel, socket: Path, name: str) -> None:
+    def __init__(self, park: EnginePark, replica: int, name: str, model: ServedModel, *, silence_s: float) -> None:
         self._park = park
         self.replica = replica
-        self._socket = socket
+        self.model = model
+        self._socket = park.sockets / f"engine-{replica}.sock"
         self.holds: str | None = None
         self.double = EngineDouble(weights=str(model.folder), name=name, label=lambda folder: Path(folder).parent.name)
         park.prepare(self.double)
         self.double.die = self.kill
-        self.client = EngineClient.over_socket(socket, name)
-        self.http = EngineConnections(socket, silence_s=park.silence_s)
+        self.client = EngineClient.over_socket(self._socket, name)
+        self.http = EngineConnections(self._socket, silence_s=silence_s)
         self.plan: EnginePlan | None = PLAN
         self._server: SocketServer | None = None
         self._ended = asyncio.Event()

@@ -3,23 +3,20 @@
 import asyncio
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from functools import partial
 from pathlib import Path
 
 import httpx
 import pytest
 
-from serving import assembly, server
-from serving.engines import slots
-from serving.engines.served_model import ServedModel
+from serving import server
 from serving.rollout.initial_state import choose_deployments
-from svc.engine.engine import LastingEngine
-from svc.engine.vllm.launch import EngineSpec
 from svc.errors import SvcError
 from svc.registry.registry import Registry
 from svc.settings import Settings
 from tests.new_store import new_store
-from tests.serving.engine_park import EnginePark
-from tests.serving.versions import FACTS, NAME, AliasBook, make_version
+from tests.serving.engine_park import EnginePark, ParkSlots
+from tests.serving.versions import AliasBook, make_version
 from tests.svc.engine.devices import AVX512
 
 
@@ -37,23 +34,10 @@ class Home:
         for number in (1, 2, 3):
             make_version(self.registry, number)
         self.store = new_store(folder)
-        self.park = EnginePark(folder, NAME)
+        self.park = EnginePark(folder)
         self.ready = asyncio.Event()
         self.failures: list[SvcError] = []
-        monkeypatch.setattr(slots, "EngineProcess", self._launch)
-        monkeypatch.setattr(assembly, "shortage", lambda specs: self.park.room if self.park.alive else None)
-        monkeypatch.setattr(slots, "end_engine", self._end)
-        monkeypatch.setattr(assembly, "engine_facts", lambda settings, capabilities, folder: FACTS)
         monkeypatch.setattr(Registry, "of", lambda settings: self.registry)
-
-    def _launch(self, spec: EngineSpec, *, silence_s: float) -> LastingEngine:
-        return self.park.launch(
-            int(spec.state.name), ServedModel(spec.model, lora=spec.lora), spec.socket, name=spec.served_name
-        )
-
-    def _end(self, folder: Path) -> None:
-        if int(folder.name) in self.park.left:
-            self.park.end(int(folder.name))
 
     async def serve(self, claim: server.Claim, *models: str) -> None:
         """What `svc serve` does with a claim."""
@@ -69,6 +53,7 @@ class Home:
             on_phase=lambda phase: None,
             on_ready=lambda target: self.ready.set(),
             on_failure=lambda target, error: self.failures.append(error),
+            make_slots=partial(ParkSlots, self.park),
         )
 
     @asynccontextmanager

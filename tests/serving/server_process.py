@@ -4,7 +4,7 @@ import os
 import sys
 from pathlib import Path
 
-from serving import assembly
+from serving.engines.slots import EngineSlots
 from svc import cli
 from svc.engine import capabilities
 from svc.engine.model_facts import ModelFacts
@@ -27,8 +27,8 @@ def main(home: Path) -> None:
         (process, "command", _command),
         (process, "environment", lambda spec: dict(os.environ)),
         (launch, "read_model_facts", lambda folder: ModelFacts()),
-        (assembly, "engine_facts", lambda settings, capabilities, folder: FACTS),
-        (assembly, "shortage", lambda specs: None),
+        (EngineSlots, "facts", lambda slots, name, folder: FACTS),
+        (EngineSlots, "shortage", lambda slots, engines: None),
         (capabilities, "read_capabilities", lambda home: AVX512),
     ]
     for where, name, double in replaced:

@@ -1,7 +1,7 @@
 """The gateway in front of a double of the engine, put together as the server does it."""
 
 import asyncio
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager, AbstractContextManager, asynccontextmanager, closing
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,38 +11,29 @@ import httpx
 from prometheus_client import CollectorRegistry
 from sqlalchemy import Engine as Store
 from sqlalchemy import create_engine
-from starlette.types import ASGIApp
 
 from serving.admission.admission import Admission
 from serving.admission.errors import EngineUnavailableError
 from serving.admission.party import Party
 from serving.admission.rate_limiter import RateLimiter
-from serving.assembly import make_traces
-from serving.engines.admitted_lease import AdmittedLease
-from serving.engines.balancer import Lease, Leasing
+from serving.assembly import GatewayParts, assemble_gateway
+from serving.engines.balancer import Lease
 from serving.engines.token_pace import TokenPace
-from serving.http.administration import Administration
-from serving.http.app import Application, build_app
 from serving.http.authentication import Authentication
-from serving.http.body_slots import BodySlots
 from serving.http.connections import THROUGH_SOCKET, limited_protocol
 from serving.http.delivery import AnswerBuffers
-from serving.http.feedback import FeedbackIntake
-from serving.http.inference import BeginTrace, Gateway
 from serving.model_names import ModelNames
 from serving.rollout.version_changes import VersionChanges
 from serving.router import Backend, Router, Share
 from serving.telemetry.deployment_metrics import DeploymentInstruments, DeploymentMetrics
-from serving.telemetry.engine_metrics import EngineMetrics, EngineSource
+from serving.telemetry.engine_metrics import EngineSource
 from serving.telemetry.metrics import GatewayMetrics
-from serving.telemetry.request_log import RequestLog
 from svc.access.authenticator import Authenticator
-from svc.access.usage_meter import UsageMeter
 from svc.engine.vllm.client import EngineClient, socket_transport
 from svc.engine.vllm.connection_pool import EngineConnections
 from svc.identity.principal import Principal
 from svc.registry.registry import Registry
-from svc.settings import RequestLimits, RequestLogSettings, ServeSettings, TelemetrySettings
+from svc.settings import RequestLogSettings, ServeSettings, Settings, TelemetrySettings
 from svc.version import Format, Target, VersionId
 from tests.serving.admission.opened import admitted
 from tests.serving.engine_double import EngineDouble, running_engine
@@ -72,81 +63,49 @@ class OneBackend:
     admission: Admission
     leases: Leases
     context: int = CONTEXT
-    checks: Callable[[str], Awaitable[None]] | None = None
 
     async def check(self, model: str) -> None:
-        """Raises where a name means nothing, also where only the registry knows that."""
-        if self.checks:
-            await self.checks(model)
+        """Every name means something, as far as anybody knows before it is leased."""
 
     def lease(self, model: str, *, without: Lease | None = None) -> AbstractAsyncContextManager[Lease]:
         """An engine for the body."""
         return self.leases(model, without=without)
 
-    def admitted(
+    @asynccontextmanager
+    async def admitted(
         self, model: str, tokens: int, party: Party, waiting: Callable[[], AbstractContextManager[None]]
-    ) -> AbstractAsyncContextManager[Lease]:
+    ) -> AsyncIterator[Lease]:
         """An engine for the body, once admission lets the request run."""
-        leasing = self.leases(model)
-        if isinstance(leasing, Leasing):
-            return AdmittedLease(self.admission, leasing, tokens, party, waiting)
-        return _admitted(self.admission, tokens, party, leasing)
+        async with admitted(self.admission, tokens, party), self.leases(model) as lease:
+            yield lease
 
 
-@asynccontextmanager
-async def _admitted(
-    admission: Admission, tokens: int, party: Party, leasing: AbstractAsyncContextManager[Lease]
-) -> AsyncIterator[Lease]:
-    async with admitted(admission, tokens, party), leasing as lease:
-        yield lease
-
-
-def application(
+def gateway(
     backend: Backend,
-    sources: Callable[[], Sequence[EngineSource]],
-    *,
+    settings: Settings,
+    store: Store,
     metrics: GatewayMetrics,
-    settings: ServeSettings,
-    buffers: AnswerBuffers | None = None,
-    request_log: RequestLog | None = None,
-    begin_trace: BeginTrace | None = None,
-    store: Store | None = None,
+    authentication: Authentication,
+    *,
     limiter: RateLimiter | None = None,
-    usage: UsageMeter | None = None,
+    buffers: AnswerBuffers | None = None,
+    sources: Callable[[], Sequence[EngineSource]] = list,
     status: Callable[[], Mapping[str, Any]] = dict,
-    authentication: Authentication | None = None,
-    changes: VersionChanges | None = None,
-) -> Application:
-    """The application over one backend; rows are taken and not written where no request log is given."""
-    store = store or create_engine("sqlite://")
-    request_log = request_log or RequestLog(
-        store, RequestLogSettings(), on_stored=lambda count: None, on_dropped=lambda reason, count: None
-    )
+) -> GatewayParts:
+    """What answers clients, as `svc serve` has it, before one backend."""
     router = Router()
     router.serve(backend.names.name, [Share(backend)])
-    gateway = Gateway(
-        router=router,
-        body_slots=BodySlots(settings.max_running + settings.max_queued),
-        metrics=metrics,
-        request_log=request_log,
-        settings=settings,
-        request_limits=RequestLimits(),
-        buffers=buffers or AnswerBuffers(max_bytes=2**28),
+    return assemble_gateway(
+        settings,
+        store,
+        router,
+        metrics,
+        authentication,
         limiter=limiter or RateLimiter(),
-        usage=usage or UsageMeter(store),
-        begin_trace=begin_trace,
-    )
-    engine_metrics = EngineMetrics(sources)
-    metrics.registry.register(engine_metrics)
-    return build_app(
-        gateway,
-        feedback=FeedbackIntake(store, request_log, metrics.feedback_given),
-        engine_metrics=engine_metrics,
+        buffers=buffers or AnswerBuffers(max_bytes=settings.serve.max_buffered_bytes),
+        changes=VersionChanges(Registry(settings.home / "models", AliasBook()), store, dict),
+        sources=sources,
         status=status,
-        authentication=authentication or Authentication(Authenticator(store), on_failure=metrics.authentication_failed),
-        administration=Administration(
-            store, changes or VersionChanges(Registry(Path("/none"), AliasBook()), store, dict)
-        ),
     )
 
 
@@ -207,37 +166,47 @@ class Service:
         self.limiter = limiter or RateLimiter()
         self.principals: dict[str, Principal] = {}
         self.store = store
-        self.settings = ServeSettings(**settings)
         self.double = EngineDouble(name=NAME)
         self.pace = TokenPace()
+        limits = ServeSettings(**settings)
         self.admission = Admission(
-            max_running=self.settings.max_running,
-            max_tokens=self.settings.max_running_tokens or self.settings.max_running * CONTEXT,
-            max_queued=self.settings.max_queued,
-            queue_timeout_s=self.settings.queue_timeout_s,
+            max_running=limits.max_running,
+            max_tokens=limits.max_running_tokens or limits.max_running * CONTEXT,
+            max_queued=limits.max_queued,
+            queue_timeout_s=limits.queue_timeout_s,
         )
         self.names = ModelNames(NAME, clock=lambda: 1_700_000_000.0)
         self.registry = CollectorRegistry()
-        self.metrics = GatewayMetrics(self.registry)
+        metrics = GatewayMetrics(self.registry)
         DeploymentMetrics(DeploymentInstruments(self.registry), NAME).watch_admission(
             lambda: self.admission.running, lambda: self.admission.queued
         )
-        self.traces = make_traces(telemetry or TelemetrySettings(), self.metrics)
-        self.request_log = RequestLog(
-            store or create_engine("sqlite://"),
-            keeping or RequestLogSettings(),
-            on_stored=self.metrics.rows_stored,
-            on_dropped=self.metrics.rows_dropped,
-            spans=self.traces,
-        )
-        self.usage = UsageMeter(store or create_engine("sqlite://"))
-        self.gateway_buffers = buffers or AnswerBuffers(max_bytes=self.settings.max_buffered_bytes)
-        self.authenticator = Authenticator(store or create_engine("sqlite://"))
+        self.gateway_buffers = buffers or AnswerBuffers(max_bytes=limits.max_buffered_bytes)
+        store = store or create_engine("sqlite://")
+        self.authenticator = Authenticator(store)
         self.authentication = KnownCallers(
-            self.authenticator, self.principals, on_failure=self.metrics.authentication_failed
+            self.authenticator, self.principals, on_failure=metrics.authentication_failed
         )
+        self.silence_s = limits.request_timeout_s
+        parts = gateway(
+            OneBackend(self.names, self.admission, self.lease),
+            Settings(
+                home=folder,
+                serve=limits,
+                request_log=keeping or RequestLogSettings(),
+                telemetry=telemetry or TelemetrySettings(),
+            ),
+            store,
+            metrics,
+            self.authentication,
+            limiter=self.limiter,
+            buffers=self.gateway_buffers,
+            sources=lambda: [EngineSource(self.engine_client, self.loaded, 0)],
+            status=lambda: {"served": str(self.names.served)},
+        )
+        self.app, self.request_log = parts.app, parts.request_log
+        self.usage_writer, self.traces = parts.usage_writer, parts.traces
         self.engine: SocketServer | None = None
-        self.app: Application | None = None
 
     @asynccontextmanager
     async def run(self) -> AsyncIterator["Service"]:
@@ -245,23 +214,9 @@ class Service:
         socket = self.folder / "engine.sock"
         async with (
             running_engine(self.double, socket) as self.engine,
-            EngineClient.over_socket(socket, NAME) as engine,
-            connections(socket, silence_s=self.settings.request_timeout_s) as self.http,
+            EngineClient.over_socket(socket, NAME) as self.engine_client,
+            connections(socket, silence_s=self.silence_s) as self.http,
         ):
-            self.app = application(
-                OneBackend(self.names, self.admission, self.lease),
-                lambda: [EngineSource(engine, self.loaded, 0)],
-                metrics=self.metrics,
-                request_log=self.request_log,
-                begin_trace=self.traces.begin if self.traces else None,
-                settings=self.settings,
-                buffers=self.gateway_buffers,
-                store=self.store,
-                limiter=self.limiter,
-                usage=self.usage,
-                status=lambda: {"served": str(self.names.served)},
-                authentication=self.authentication,
-            )
             self.load(ONE)
             self.admission.available()
             if self.store is not None:
@@ -286,16 +241,10 @@ class Service:
             raise EngineUnavailableError("there is one engine")
         yield Lease(self.http, self.loaded, NAME, self.pace)
 
-    @property
-    def asgi(self) -> ASGIApp:
-        """The application, which knows its callers' keys."""
-        assert self.app is not None
-        return self.app
-
     @asynccontextmanager
     async def client(self) -> AsyncIterator[httpx.AsyncClient]:
         """Calls the application without a server; answers come whole."""
-        transport = httpx.ASGITransport(self.asgi)
+        transport = httpx.ASGITransport(self.app)
         async with httpx.AsyncClient(transport=transport, base_url="http://localhost") as client:
             yield client
 
@@ -305,7 +254,7 @@ class Service:
         socket = self.folder / "gateway.sock"
         transport = socket_transport(socket, max_connections=None)
         async with (
-            running(self.asgi, socket, _ClientsProtocol),
+            running(self.app, socket, _ClientsProtocol),
             httpx.AsyncClient(transport=transport, base_url="http://localhost", timeout=20) as client,
         ):
             yield client

@@ -12,10 +12,8 @@ from starlette.responses import JSONResponse
 from starlette.types import Message, Send
 
 from serving.admission.errors import QueueTimeoutError
-from serving.engines import slots
 from serving.http.delivery import PART_BYTES
 from svc.engine.probes import EngineFacts
-from svc.engine.vllm.launch import EngineSpec
 from svc.settings import AdapterSettings, SwapChoice
 from svc.store.desired import change_desired
 from svc.store.retaken_probes import find_retaken_probes
@@ -440,24 +438,17 @@ async def test_another_kind_of_engine_takes_its_own_probes(make: Make) -> None:
         assert find_retaken_probes(control.store, adapter(1), other)
 
 
-async def test_a_whole_server_serves_adapters_beside_their_base(home: Home, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_whole_server_serves_adapters_beside_their_base(home: Home) -> None:
     for number in (4, 5):
         make_version(home.registry, number, formats=BOTH)
     change_desired(home.store, None, adapter(4), None)
-    specs = list[EngineSpec]()
-    launch = home._launch
-
-    def remembered(spec: EngineSpec, *, silence_s: float) -> Any:
-        specs.append(spec)
-        return launch(spec, silence_s=silence_s)
-
-    monkeypatch.setattr(slots, "EngineProcess", remembered)
     async with home.serving(NAME) as client:
         assert await ask(client, NAME) == (200, f"{NAME}@4", "4")
         assert await ask(client, f"{NAME}@5") == (200, f"{NAME}@5", "5")
         (status,) = (await client.get("/svc/status")).json()["models"]
         page = (await client.get("/metrics")).text
-    assert (specs[0].model, specs[0].lora and specs[0].lora.max_rank) == (base_folder(home.registry), 16)
+    model = home.park.engines[0].model
+    assert (model.folder, model.lora and model.lora.max_rank) == (base_folder(home.registry), 16)
     assert (status["version"], status["format"]) == (f"{NAME}@4", "adapter")
     loaded = [{"version": f"{NAME}@{number}", "verified": True} for number in (4, 5)]
     assert status["engines"][0]["adapters"] == loaded

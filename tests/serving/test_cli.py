@@ -7,12 +7,14 @@ import signal
 import threading
 import time
 from collections.abc import AsyncIterator
+from functools import partial
 from typing import Any
 
 import httpx
 import pytest
 from click.testing import CliRunner, Result
 
+from serving import server
 from svc.cli import group
 from svc.errors import BusyError, NotFoundError, RefusedError, ServerNotRunningError, SvcError
 from svc.identity.actor import Actor
@@ -22,6 +24,7 @@ from svc.store.desired import read_desired
 from svc.store.served import served_spans
 from svc.version import VersionId
 from tests.serving.control import until
+from tests.serving.engine_park import ParkSlots
 from tests.serving.home import Home
 from tests.serving.versions import NAME, make_version, target
 
@@ -68,21 +71,17 @@ async def test_a_model_that_is_served_already_is_not_added(serving: Home) -> Non
     assert f"svc promote {NAME}@N" in error.todo
 
 
-async def test_a_model_that_cannot_be_added_says_why(
-    serving: Home, other: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("serving.assembly.shortage", lambda specs: "it needs 9 GiB")
+async def test_a_model_that_cannot_be_added_says_why(serving: Home, other: str) -> None:
+    serving.park.room = "it needs 9 GiB"
     error = error_of(await type_in(serving, "add", other))
     assert isinstance(error, RefusedError)
     assert "it needs 9 GiB" in error.wrong
 
 
-async def test_a_model_is_added_after_an_attempt_that_failed(
-    serving: Home, other: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    with monkeypatch.context() as short:
-        short.setattr("serving.assembly.shortage", lambda specs: "it needs 9 GiB")
-        error_of(await type_in(serving, "add", other))
+async def test_a_model_is_added_after_an_attempt_that_failed(serving: Home, other: str) -> None:
+    serving.park.room = "it needs 9 GiB"
+    error_of(await type_in(serving, "add", other))
+    serving.park.room = None
     result = await type_in(serving, "add", other)
     assert result.exit_code == 0, result.output
 
@@ -317,7 +316,8 @@ async def test_chat_ends_at_the_end_of_its_input(serving: Home) -> None:
     assert (await type_in(serving, "chat", NAME, answers="")).exit_code == 0
 
 
-def test_serve_runs_until_it_is_told_to_stop(home: Home) -> None:
+def test_serve_runs_until_it_is_told_to_stop(home: Home, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(server, "serve", partial(server.serve, make_slots=partial(ParkSlots, home.park)))
     answers = list[int]()
 
     def visit() -> None:

@@ -9,18 +9,17 @@ import httpx
 import pytest
 
 from serving import server
-from serving.engines import slots
 from serving.rollout.idling import Idling
 from serving.rollout.production_alias import ProductionAlias
 from serving.rollout.reconciler import Reconciler
 from serving.rollout.reviver import Reviver
-from svc.engine.vllm.launch import EngineSpec
 from svc.errors import EngineError
 from svc.store.deployments import add_deployment, deployed_names, remove_deployment
 from svc.store.desired import change_desired, read_desired
 from svc.store.swaps import find_swap
 from svc.version import Format, Target, VersionId
 from tests.serving.control import BODY, until
+from tests.serving.engine_double import EngineDouble
 from tests.serving.engine_park import DoubleEngine, fail_to_end_once
 from tests.serving.home import Home
 from tests.serving.versions import NAME, make_version
@@ -123,17 +122,14 @@ async def test_a_model_that_cannot_be_served_keeps_no_other_from_it(two: Home) -
     assert "was changed after registration" in str(two.failures[0])
 
 
-async def test_a_start_that_the_disk_refuses_keeps_no_other_model_from_being_served(
-    two: Home, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    launch, failures = two._launch, [OSError("no space left on device")]
+async def test_a_start_that_the_disk_refuses_keeps_no_other_model_from_being_served(two: Home) -> None:
+    failures = [OSError("no space left on device")]
 
-    def launching(spec: EngineSpec, *, silence_s: float) -> Any:
-        if spec.served_name == OTHER and failures:
+    def fail_once(double: EngineDouble) -> None:
+        if double.name == OTHER and failures:
             raise failures.pop()
-        return launch(spec, silence_s=silence_s)
 
-    monkeypatch.setattr(slots, "EngineProcess", launching)
+    two.park.prepare = fail_once
     async with two.serving(f"{NAME}@1", f"{OTHER}@7") as client:
         assert await answer_of(client, NAME) == (200, f"{NAME}@1", "1")
         await until(lambda: two.failures)
@@ -149,8 +145,8 @@ async def test_where_no_model_can_be_served_the_server_says_why_and_ends(two: Ho
     assert two.park.alive == 0
 
 
-async def test_two_models_without_memory_for_both_start_no_engine(two: Home, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("serving.assembly.shortage", lambda specs: "no room" if len(specs) > 1 else None)
+async def test_two_models_without_memory_for_both_start_no_engine(two: Home) -> None:
+    two.park.shortage = lambda more: "no room" if more > 1 else None
     with server.claim(two.settings) as claim, pytest.raises(EngineError, match=r"no memory for tuned@1.*other@7"):
         await two.serve(claim, f"{NAME}@1", f"{OTHER}@7")
     assert two.park.engines == []
@@ -219,11 +215,9 @@ async def _message(client: httpx.AsyncClient, model: str) -> str:
     return str(answer.json()["error"]["message"])
 
 
-async def test_a_model_without_memory_is_not_added_and_the_status_says_why(
-    two: Home, monkeypatch: pytest.MonkeyPatch
-) -> None:
+async def test_a_model_without_memory_is_not_added_and_the_status_says_why(two: Home) -> None:
     async with two.serving(f"{NAME}@1") as client:
-        monkeypatch.setattr("serving.assembly.shortage", lambda specs: "no room")
+        two.park.room = "no room"
         change_desired(two.store, None, Target(VersionId(OTHER, 7), Format.MERGED), None)
         add_deployment(two.store, OTHER)
         async with asyncio.timeout(5):

@@ -51,7 +51,7 @@ def runs_of(control: Control, **settings: Any) -> HoldoutRuns:
         pool=control.pool,
         registry=control.registry,
         store=control.store,
-        metrics=control.deployment_metrics,
+        metrics=control.deployment.metrics,
         facts=_facts,
         every_hours=chosen.every_hours,
     )

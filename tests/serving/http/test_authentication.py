@@ -243,7 +243,6 @@ async def call(service: KeyedService, secret: str, address: str) -> int:
 
     headers = [(b"host", b"localhost"), (b"content-type", b"application/json"), (b"x-api-key", secret.encode())]
     scope = {"type": "http", "method": "POST", "path": CHAT_PATH, "client": (address, 1), "headers": headers}
-    assert service.app is not None
     await service.app(scope | {"query_string": b"", "root_path": "", "app": service.app}, receive, send)
     return statuses[0]
 
@@ -349,7 +348,6 @@ async def test_the_row_of_a_request_has_the_id_of_its_key(service: KeyedService,
 
 async def test_a_request_that_nobody_looked_at_is_not_answered(service: KeyedService) -> None:
     """As an endpoint that was mounted past the layer."""
-    assert service.app is not None
     endpoints = [getattr(route, "endpoint", None) for route in service.app.framework.router.routes]
     endpoint = next(each for each in endpoints if isinstance(each, _Endpoint))
     with pytest.raises(KeyError):

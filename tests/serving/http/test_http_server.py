@@ -54,7 +54,7 @@ async def test_a_websocket_handshake_is_refused_as_any_get_when_a_key_is_needed(
     service = KeyedService(socket_folder, store=store)
     async with service.run():
         service.key()
-        answered, content = await shake_hands(service.asgi, path, host)
+        answered, content = await shake_hands(service.app, path, host)
     assert (answered, content["error"]["code"]) == (status, code)
 
 
@@ -64,7 +64,7 @@ async def test_a_websocket_handshake_is_refused_as_any_get_when_a_key_is_needed(
 async def test_a_websocket_handshake_is_answered_as_any_get_when_no_key_is_needed(
     service: Service, path: str, status: int, code: str
 ) -> None:
-    answered, content = await shake_hands(service.asgi, path)
+    answered, content = await shake_hands(service.app, path)
     assert (answered, content["error"]["code"]) == (status, code)
 
 
@@ -72,8 +72,8 @@ async def test_the_log_has_no_query_when_a_client_sends_one(service: Service, ca
     caplog.set_level(logging.DEBUG)
     caplog.set_level(logging.DEBUG, "uvicorn.error")
     for path in ("/none", "/v1/models", "/v1/chat/completions"):
-        await shake_hands(service.asgi, path)
-    async with connected(service.asgi) as (reader, writer):
+        await shake_hands(service.app, path)
+    async with connected(service.app) as (reader, writer):
         writer.write(MALFORMED)
         assert (await reader.read()).startswith(b"HTTP/1.1 400")
     assert not [record for record in caplog.records if "SECRET" in record.getMessage()]
@@ -86,7 +86,7 @@ async def test_no_client_can_repeat_a_warning_when_requests_are_malformed(
     for sent in 3 * [MALFORMED] + 3 * [
         b"CONNECT http://x/y?token=SECRET HTTP/1.1\r\nhost: x\r\nconnection: close\r\n\r\n"
     ]:
-        async with connected(service.asgi) as (reader, writer), asyncio.timeout(5):
+        async with connected(service.app) as (reader, writer), asyncio.timeout(5):
             writer.write(sent)
             assert await reader.readline()
     warnings = [record.getMessage() for record in caplog.records if record.levelno >= logging.WARNING]

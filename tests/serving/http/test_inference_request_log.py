@@ -134,7 +134,6 @@ async def test_an_answer_that_is_cut_off_by_the_servers_end_is_no_good_answer(se
     async def send(message: Any) -> None:
         sent.append(message)
 
-    assert service.app is not None
     answering = asyncio.create_task(service.app(_scope(), _receive_then_wait(json.dumps(STREAM).encode()), send))
     await until(lambda: len(sent) > 2)
     answering.cancel()

@@ -23,7 +23,6 @@ WEATHER: ChatCompletionFunctionToolParam = {
 @pytest.fixture
 async def official(service: Service) -> AsyncIterator[AsyncOpenAI]:
     """The official client without retries, over the HTTP library that it brings."""
-    assert service.app is not None
     http = httpx2.AsyncClient(transport=httpx2.ASGITransport(service.app))
     async with AsyncOpenAI(api_key="none", base_url="http://localhost/v1", http_client=http, max_retries=0) as official:
         yield official

@@ -30,14 +30,13 @@ from serving.model_names import ModelNames
 from serving.protocols.error_code import ErrorCode
 from serving.protocols.route import Route
 from serving.telemetry.metrics import GatewayMetrics
-from serving.telemetry.request_log import RequestLog
 from svc.access.authenticator import Authenticator
 from svc.access.keyring import Keyring
 from svc.identity.actor import Actor
 from svc.identity.principal import Limits, Scope
-from svc.settings import RequestLogSettings, ServeSettings
+from svc.settings import ServeSettings, Settings
 from tests.serving.engine_double import EngineDouble
-from tests.serving.service import NAME, ONE, OneBackend, Service, application, connections
+from tests.serving.service import NAME, ONE, OneBackend, Service, connections, gateway
 from tests.serving.socket_server import running_in_thread
 
 EXAMPLES = min(30, settings().max_examples)
@@ -58,7 +57,6 @@ def operations(app: FastAPI) -> set[tuple[str, str]]:
 async def test_it_describes_every_path_and_no_other(service: Service, client: httpx.AsyncClient) -> None:
     paths = (await client.get("/openapi.json")).json()["paths"]
     described = {(method, path) for path, methods in paths.items() for method in methods if method != "parameters"}
-    assert service.app is not None
     assert described == operations(service.app.framework)
 
 
@@ -80,10 +78,6 @@ def engine_socket(socket_folder: Path) -> Iterator[Path]:
 @pytest.fixture
 def api(memory_folder: Path, store: Store, engine_socket: Path) -> Iterator[Any]:
     """The document of an application over the double; a model name is one of those that are served, or another."""
-    registry, traffic_settings = CollectorRegistry(), ServeSettings(allowed_hosts=("*",))
-    request_log = RequestLog(
-        store, RequestLogSettings(), on_stored=lambda count: None, on_dropped=lambda reason, count: None
-    )
     names, admission = ModelNames(NAME), Admission(max_running=8, max_tokens=8, max_queued=8, queue_timeout_s=1)
     names.set_loaded({ONE})
     authenticator = Authenticator(store)
@@ -94,19 +88,17 @@ def api(memory_folder: Path, store: Store, engine_socket: Path) -> Iterator[Any]
         async with connections(engine_socket, silence_s=10) as engine:  # each request comes in a loop of its own
             yield Lease(engine, ONE, NAME, TokenPace())
 
-    app = application(
+    parts = gateway(
         OneBackend(names, admission, lease),
-        list,
-        metrics=GatewayMetrics(registry),
-        request_log=request_log,
-        settings=traffic_settings,
-        store=store,
-        authentication=Authentication(authenticator, on_failure=lambda fault: None),
+        Settings(home=memory_folder, serve=ServeSettings(allowed_hosts=("*",))),
+        store,
+        GatewayMetrics(CollectorRegistry()),
+        Authentication(authenticator, on_failure=lambda fault: None),
     )
     names.serve(ONE)
     admission.available()
-    request_log.start()
-    found = schemathesis.openapi.from_asgi("/openapi.json", app)
+    parts.request_log.start()
+    found = schemathesis.openapi.from_asgi("/openapi.json", parts.app)
     authenticator.look()  # from here on it demands keys, where there are some
     schema = {"enum": [*names.all(), "other"]}
     found.raw_schema["paths"]["/v1/models/{name}"]["parameters"][0]["schema"] = schema
@@ -114,7 +106,7 @@ def api(memory_folder: Path, store: Store, engine_socket: Path) -> Iterator[Any]
         body = found.raw_schema["paths"][route.value]["post"]["requestBody"]["content"]["application/json"]["schema"]
         body["properties"]["model"] = schema
     yield found
-    request_log.close()
+    parts.request_log.close()
 
 
 def cases() -> Iterator[tuple[str, str, GenerationMode]]:

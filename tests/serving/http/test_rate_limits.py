@@ -322,7 +322,7 @@ class TestUsage:
             limit(service)
             await client.post(CHAT_PATH, json=SHORT, headers=LIMITED)
             await client.post(CHAT_PATH, json={**SHORT, "model": "unknown"}, headers=LIMITED)
-            await asyncio.to_thread(service.usage.flush)
+            await asyncio.to_thread(service.usage_writer.close)
         found = usage_since(store, datetime.now(UTC) - timedelta(hours=1))
         assert found == [UsageTotal("limited", NAME, Usage(1, 3, 4))]
 
@@ -353,7 +353,7 @@ class TestClients:
 
     async def test_openais_client_asks_again_when_it_was_told(self, service: Service, waits: list[float]) -> None:
         limit(service, requests_per_minute=2)
-        http = httpx2.AsyncClient(transport=httpx2.ASGITransport(service.asgi))
+        http = httpx2.AsyncClient(transport=httpx2.ASGITransport(service.app))
         async with AsyncOpenAI(api_key="limited", base_url="http://localhost/v1", http_client=http) as official:
             for _ in range(4):
                 await official.chat.completions.create(
@@ -364,7 +364,7 @@ class TestClients:
     async def test_openais_client_does_not_wait_for_the_next_day(self, service: Service, waits: list[float]) -> None:
         limit(service, tokens_per_day=1)
         service.limiter.add_used_today({"limited": 1})
-        http = httpx2.AsyncClient(transport=httpx2.ASGITransport(service.asgi))
+        http = httpx2.AsyncClient(transport=httpx2.ASGITransport(service.app))
         async with AsyncOpenAI(api_key="limited", base_url="http://localhost/v1", http_client=http) as official:
             with pytest.raises(openai.RateLimitError) as caught:
                 await official.chat.completions.create(model=NAME, messages=[{"role": "user", "content": "one"}])
@@ -375,7 +375,7 @@ class TestClients:
         import anthropic
 
         limit(service, requests_per_minute=2)
-        http = httpx2.AsyncClient(transport=httpx2.ASGITransport(service.asgi))
+        http = httpx2.AsyncClient(transport=httpx2.ASGITransport(service.app))
         async with anthropic.AsyncAnthropic(
             api_key="limited", base_url="http://localhost", http_client=http
         ) as official:

@@ -32,7 +32,7 @@ async def service(socket_folder: Path) -> AsyncIterator[Service]:
 async def test_anthropics_client_counts(service: Service) -> None:
     from anthropic import AsyncAnthropic
 
-    http = httpx2.AsyncClient(transport=httpx2.ASGITransport(service.asgi))
+    http = httpx2.AsyncClient(transport=httpx2.ASGITransport(service.app))
     async with AsyncAnthropic(api_key="none", base_url="http://localhost", http_client=http) as official:
         counted = await official.messages.count_tokens(**BODY)
     assert counted.input_tokens == 3

@@ -66,7 +66,7 @@ async def test_another_format_needs_a_second_engine(control: Control) -> None:
     make_version(control.registry, 5, formats=(Format.MERGED, Format.GPTQ))
     async with control.run():
         await control.promote(5)
-        swap = await control.swap.run(target(5), target(5, Format.GPTQ), lambda step: None)
+        swap = await control.reconciler.swap.run(target(5), target(5, Format.GPTQ), lambda step: None)
         assert (swap.outcome, swap.kind) == (SwapOutcome.SUCCEEDED, SwapKind.BLUEGREEN)
 
 
@@ -186,7 +186,7 @@ async def test_it_waits_for_the_room_of_an_engine_that_still_answers(make: Make)
         await control.promote(2)
         first = control.park.engines[0]
         assert first.alive
-        object.__setattr__(control.planner, "_shortage", lambda target, engines: "full" if first.alive else None)
+        control.park.shortage = lambda more: "full" if first.alive else None
         assert (await control.promote(3)).outcome is SwapOutcome.SUCCEEDED
         assert (await long).words == {"1"}
 

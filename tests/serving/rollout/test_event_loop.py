@@ -19,7 +19,7 @@ async def test_no_swap_waits_in_the_event_loop(make: Make, kind: SwapKind, numbe
     async with control.run():
         await until(lambda: len(control.pool.ready) == replicas)
         with watched_loop() as watch:
-            swap = await control.swap.run(target(1), target(number), lambda step: None)
+            swap = await control.reconciler.swap.run(target(1), target(number), lambda step: None)
         assert (swap.outcome, swap.kind) == (SwapOutcome.SUCCEEDED, kind)
         assert (watch.waits, watch.slow) == ([], [])
 
@@ -29,7 +29,7 @@ async def test_no_first_load_waits_in_the_event_loop(make: Make) -> None:
     async with control.run():
         control.park.room = "full"
         with watched_loop() as watch:
-            swap = await control.swap.run(target(1), target(2), lambda step: None)
+            swap = await control.reconciler.swap.run(target(1), target(2), lambda step: None)
         assert swap.outcome is SwapOutcome.SUCCEEDED
         assert [call for call in watch.waits if "engine-0.sock" not in call] == []  # that is the double's own
 

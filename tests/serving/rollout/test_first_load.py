@@ -108,7 +108,7 @@ async def test_where_the_store_cannot_say_no_engine_is_touched(
 
     async with elsewhere().run() as control:
         monkeypatch.setattr("serving.engines.verification.find_retaken_probes", away)
-        swap = await control.swap.run(target(1), target(2), lambda step: None)
+        swap = await control.reconciler.swap.run(target(1), target(2), lambda step: None)
         assert swap.outcome is SwapOutcome.REFUSED
         assert (control.state, len(control.park.engines), reloads(control)) == (EngineState.READY, 1, 0)
 
@@ -130,7 +130,7 @@ async def test_an_engine_of_an_earlier_server_is_no_first_load(make: Make) -> No
     async with control.run():
         pass
     (left,) = control.park.left.values()
-    control.facts, control.leaves = OTHER_FACTS, False
+    control.park.facts, control.leaves = OTHER_FACTS, False
     control.assemble()
     async with control.run():
         assert not left.alive

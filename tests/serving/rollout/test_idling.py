@@ -184,7 +184,7 @@ async def test_an_engine_does_not_idle_when_a_promotion_compares_files(
 
 async def test_a_model_does_not_give_way_when_it_is_promoted(idling: Home, monkeypatch: pytest.MonkeyPatch) -> None:
     configure(idling, serve={"port": 0, "idle_s": 60})
-    monkeypatch.setattr("serving.assembly.shortage", lambda specs: "full" if idling.park.alive else None)
+    idling.park.room = "full"
     async with idling.serving(f"{NAME}@1") as client:
         await answer(client)
         hash_slowly(idling, monkeypatch, 2.0)
@@ -201,8 +201,9 @@ async def test_a_model_does_not_give_way_when_it_is_promoted(idling: Home, monke
 
 
 async def test_a_second_promotion_succeeds_when_it_follows_one_that_woke_a_model_of_several_engines(
-    idling: Home,
+    idling: Home, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr("serving.rollout.reviver._BACKOFF_S", (1.0,))
     configure(idling, serve={"port": 0, "idle_s": 2.0}, engine={"replicas": 2})  # the second starts after a second
     async with idling.serving(f"{NAME}@1") as client:
         await until(lambda: idling.park.alive == 2)
@@ -231,14 +232,10 @@ async def test_a_server_ends_while_a_model_is_idle_or_wakes(idling: Home) -> Non
     assert idling.park.alive == 0
 
 
-async def test_the_longest_idle_model_gives_way_where_memory_is_short(
-    idling: Home, monkeypatch: pytest.MonkeyPatch
-) -> None:
+async def test_the_longest_idle_model_gives_way_where_memory_is_short(idling: Home) -> None:
     make_version(idling.registry, 9, name="third")
     configure(idling, serve={"port": 0, "idle_s": 60})
-    monkeypatch.setattr(
-        "serving.assembly.shortage", lambda specs: "full" if idling.park.alive + len(specs) > 2 else None
-    )
+    idling.park.shortage = lambda more: "full" if idling.park.alive + more > 2 else None
     async with idling.serving(f"{NAME}@1", f"{OTHER}@7") as client:
         await become(client, tuned="ready", other="ready")
         await answer(client, OTHER)
@@ -252,9 +249,9 @@ async def test_the_longest_idle_model_gives_way_where_memory_is_short(
         await become(client, tuned="idle", other="ready", third="ready")
 
 
-async def test_where_no_model_may_be_idle_none_gives_way(idling: Home, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_where_no_model_may_be_idle_none_gives_way(idling: Home) -> None:
     configure(idling, serve={"port": 0})
-    monkeypatch.setattr("serving.assembly.shortage", lambda specs: "full" if idling.park.alive else None)
+    idling.park.room = "full"
     async with idling.serving(f"{NAME}@1") as client:
         change_desired(idling.store, None, Target(VersionId(OTHER, 7), Format.MERGED), None)
         add_deployment(idling.store, OTHER)

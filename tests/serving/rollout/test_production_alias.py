@@ -20,9 +20,9 @@ def book() -> AliasBook:
 
 
 @pytest.fixture
-async def alias(book: AliasBook) -> AsyncIterator[ProductionAlias]:
+async def alias(book: AliasBook, quick: None) -> AsyncIterator[ProductionAlias]:
     """One that runs."""
-    alias = ProductionAlias(book, retry_s=0.01)
+    alias = ProductionAlias(book)
     task = asyncio.create_task(alias.run())
     yield alias
     task.cancel()

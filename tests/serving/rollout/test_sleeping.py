@@ -276,12 +276,12 @@ async def test_no_engine_sleeps_or_wakes_while_another_one_starts(sleeping: Home
 
 
 @pytest.fixture
-def crowded(sleeping: Home, monkeypatch: pytest.MonkeyPatch) -> Home:
+def crowded(sleeping: Home) -> Home:
     """A GPU with room for one engine that is awake, and for two that sleep beside it; a second and a third model."""
     make_version(sleeping.registry, 7, name=OTHER)
     make_version(sleeping.registry, 9, name="third")
     configure(sleeping, serve={"port": 0, "idle_s": 60})
-    monkeypatch.setattr("serving.assembly.shortage", lambda specs: _full(sleeping, len(specs), beside=2))
+    sleeping.park.shortage = lambda more: _full(sleeping, more, beside=2)
     return sleeping
 
 
@@ -311,15 +311,13 @@ async def test_a_model_gives_way_by_sleeping_and_they_take_turns(crowded: Home) 
         assert len(crowded.park.engines) == 2
 
 
-async def test_those_that_sleep_are_ended_where_what_they_hold_is_too_much(
-    crowded: Home, monkeypatch: pytest.MonkeyPatch
-) -> None:
+async def test_those_that_sleep_are_ended_where_what_they_hold_is_too_much(crowded: Home) -> None:
     async with crowded.serving(f"{NAME}@1") as client:
         await answer(client)
         serve(crowded, OTHER, 7)
         await asleep(client)
         await ready(client, OTHER)
-        monkeypatch.setattr("serving.assembly.shortage", lambda specs: _full(crowded, len(specs), beside=1))
+        crowded.park.shortage = lambda more: _full(crowded, more, beside=1)
         await answer(client, OTHER)
         await settled(client)
         serve(crowded, "third", 9)
@@ -328,10 +326,8 @@ async def test_those_that_sleep_are_ended_where_what_they_hold_is_too_much(
         assert await engines(client, OTHER) == [("idle", True)]
 
 
-async def test_a_model_that_wakes_does_not_end_itself_to_make_room(
-    sleeping: Home, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("serving.assembly.shortage", lambda specs: "full" if sleeping.park.alive else None)
+async def test_a_model_that_wakes_does_not_end_itself_to_make_room(sleeping: Home) -> None:
+    sleeping.park.room = "full"
     async with sleeping.serving(f"{NAME}@1") as client:
         await asleep(client)
         assert await answer(client) == ONE

@@ -13,7 +13,7 @@ from svc.engine.state import EngineState
 from svc.engine.vllm.client import Health
 from svc.errors import EngineError, NotFoundError
 from svc.store.swaps import SwapOutcome
-from svc.version import Format, Target
+from svc.version import Format
 from tests.serving.control import Answer, Control, Load, Make, ask, until
 from tests.serving.engine_double import EngineDouble
 from tests.serving.versions import NAME, make_version, target
@@ -78,7 +78,7 @@ async def test_an_altered_file_never_closes_the_door(control: Control) -> None:
     weights = control.registry.folder(target(2).version) / "merged" / "model.safetensors"
     weights.write_bytes(weights.read_bytes() + b"?")
     calls = len(control.double.calls)
-    swap = await control.swap.run(target(1), target(2), lambda step: None)
+    swap = await control.reconciler.swap.run(target(1), target(2), lambda step: None)
     assert swap.outcome is SwapOutcome.REFUSED
     assert (swap.queued_s, swap.queued) == (None, None)
     assert not {RELOAD, RESET, PROBE} & set(control.double.calls[calls:])
@@ -90,7 +90,7 @@ async def test_a_version_of_another_shape_without_room_for_it_is_refused(control
     make_version(control.registry, 4, width=8, fingerprint=fingerprint)
     control.park.room = "it needs 2 GiB, 1 GiB is free"
     calls = len(control.double.calls)
-    swap = await control.swap.run(target(1), target(4), lambda step: None)
+    swap = await control.reconciler.swap.run(target(1), target(4), lambda step: None)
     assert (swap.outcome, swap.queued) == (SwapOutcome.REFUSED, None)
     assert swap.reason is not None and "it needs 2 GiB" in swap.reason
     assert not {RELOAD, RESET, PROBE} & set(control.double.calls[calls:])
@@ -98,19 +98,19 @@ async def test_a_version_of_another_shape_without_room_for_it_is_refused(control
 
 async def test_a_version_without_a_recorded_fingerprint_is_compared_by_its_files(control: Control) -> None:
     make_version(control.registry, 4, fingerprint=False)
-    swap = await control.swap.run(target(1), target(4), lambda step: None)
+    swap = await control.reconciler.swap.run(target(1), target(4), lambda step: None)
     assert swap.outcome is SwapOutcome.SUCCEEDED
 
 
 async def test_names_mean_the_new_version_when_the_door_opens(control: Control) -> None:
-    assert (await control.swap.run(target(1), target(2), lambda step: None)).outcome is SwapOutcome.SUCCEEDED
+    assert (await control.reconciler.swap.run(target(1), target(2), lambda step: None)).outcome is SwapOutcome.SUCCEEDED
     async with control.client() as client:
         answer = await ask(client, stream=True)
     assert (answer.version, answer.words) == (f"{NAME}@2", {"2"})
 
 
 async def test_a_format_that_does_not_exist_is_refused(control: Control) -> None:
-    swap = await control.swap.run(target(1), target(2, Format.GPTQ), lambda step: None)
+    swap = await control.reconciler.swap.run(target(1), target(2, Format.GPTQ), lambda step: None)
     assert swap.outcome is SwapOutcome.REFUSED
     assert swap.reason is not None and "has no format gptq" in swap.reason
 
@@ -307,15 +307,13 @@ async def test_a_full_disk_leaves_the_engine_as_it_is(control: Control) -> None:
     assert (control.state, len(control.park.engines)) == (EngineState.READY, 1)
 
 
-async def test_a_version_whose_files_are_gone_before_its_engine_starts_is_refused(
-    control: Control, monkeypatch: pytest.MonkeyPatch
-) -> None:
+async def test_a_version_whose_files_are_gone_before_its_engine_starts_is_refused(control: Control) -> None:
     make_version(control.registry, 4, width=8)
 
-    def gone(target: Target, engines: int) -> str | None:
-        raise NotFoundError(f"{target} is not there")
+    def gone(more: int) -> str | None:
+        raise NotFoundError("it is not there")
 
-    monkeypatch.setattr(control.planner, "_shortage", gone)
+    control.park.shortage = gone
     swap = await control.promote(4)
     assert swap.outcome is SwapOutcome.REFUSED
     assert swap.reason is not None and "is not there" in swap.reason
@@ -383,7 +381,7 @@ async def test_a_swap_that_is_cut_off_lets_nobody_reach_the_engine(make: Make) -
     control = make()
     async with control.run(), control.client() as client:
         control.double.reload_delay_s = 10
-        swapping = asyncio.create_task(control.swap.run(target(1), target(2), lambda step: None))
+        swapping = asyncio.create_task(control.reconciler.swap.run(target(1), target(2), lambda step: None))
         await until(lambda: control.state is EngineState.SWAPPING)
         queued = asyncio.create_task(ask(client, stream=False))
         await until(lambda: control.admission.queued)
@@ -399,7 +397,7 @@ async def test_a_swap_that_is_cut_off_while_requests_end_changes_nothing(make: M
         control.double.token_delay_s = 0.05
         running = asyncio.create_task(ask(client, stream=True))
         await until(lambda: control.double.running)
-        swapping = asyncio.create_task(control.swap.run(target(1), target(2), lambda step: None))
+        swapping = asyncio.create_task(control.reconciler.swap.run(target(1), target(2), lambda step: None))
         await until(lambda: control.state is EngineState.DRAINING)
         queued = asyncio.create_task(ask(client, stream=False))
         await until(lambda: control.admission.queued)

@@ -1,0 +1,199 @@
+"""Builds the parts of one model, once: who gets what, passed explicitly. Runs nothing."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+
+from sqlalchemy import Engine as Store
+
+from serving.admission.admission import Admission
+from serving.background.holdout import HoldoutRuns
+from serving.background.scheduler import BackgroundScheduler
+from serving.background.scoring import LiveScores
+from serving.deployment import Deployment
+from serving.deployments import MakeRoom
+from serving.engines.balancer import Balancer
+from serving.engines.places import EnginePlaces
+from serving.engines.pool import EnginePool
+from serving.engines.removed_adapters import RemovedAdapters
+from serving.engines.replica import Replica
+from serving.engines.slots import EngineSlots
+from serving.engines.verification import Verification
+from serving.model_names import ModelNames
+from serving.rollout.engine_change import EngineChange
+from serving.rollout.idling import Idling
+from serving.rollout.production_alias import ProductionAlias
+from serving.rollout.reconciler import Reconciler
+from serving.rollout.swap import Swap
+from serving.rollout.swap_plan import SwapPlanner
+from serving.telemetry.deployment_metrics import DeploymentInstruments, DeploymentMetrics
+from serving.telemetry.metrics import GatewayMetrics
+from svc.registry.registry import Registry
+from svc.settings import EngineSettings, Settings
+from svc.store.desired import Desired
+from svc.version import Target
+
+
+@dataclass(frozen=True, slots=True)
+class DeploymentBuilder:
+    """Builds what a model needs of its own, over what all have in common."""
+
+    settings: Settings
+    registry: Registry
+    store: Store
+    slots: EngineSlots
+    places: EnginePlaces
+    gateway_metrics: GatewayMetrics
+    instruments: DeploymentInstruments
+    on_phase: Callable[[str], None]
+
+    def build(self, desired: Desired, make_room: MakeRoom) -> Deployment:
+        """A deployment that serves nothing yet.
+
+        Args:
+            desired: what it is to serve first.
+            make_room: for its engines.
+        """
+        name, engine = desired.name, self.settings.engine_for(desired.name)
+        metrics = DeploymentMetrics(self.instruments, name, on_loaded=self.gateway_metrics.show_errors)
+        self.gateway_metrics.show_errors(None, name)
+        names, admission = ModelNames(name), self._admission(engine)
+        metrics.watch_admission(lambda: admission.running, lambda: admission.queued)
+        verification = Verification(self.registry, self.store, partial(self.slots.facts, name), self.settings.adapters)
+        pool = self._pool(engine, names, admission, verification, metrics)
+        alias = ProductionAlias(self.registry.tracking)
+        reconciler = Reconciler(
+            desired,
+            store=self.store,
+            pool=pool,
+            swap=self._swap(pool, verification, admission, names),
+            names=names,
+            metrics=metrics,
+            alias=alias,
+            shortage=self._shortage,
+        )
+        idling = Idling(
+            pool,
+            admission,
+            metrics,
+            target=lambda: reconciler.actual.target,
+            idle_s=self.settings.idle_s_of(name),
+            promoting=lambda: reconciler.promoting,
+            make_room=lambda: make_room(reconciler.actual.target),
+            on_error=reconciler.note_error,
+        )
+        holdout, scores = self._background(admission, pool, verification, metrics)
+        return Deployment(
+            names=names,
+            admission=admission,
+            pool=pool,
+            balancer=Balancer(pool, names),
+            reconciler=reconciler,
+            idling=idling,
+            removed=RemovedAdapters(pool, partial(verification.registered, name)),
+            alias=alias,
+            holdout=holdout,
+            scores=scores,
+            metrics=metrics,
+            store=self.store,
+            context=engine.max_model_len,
+        )
+
+    def _admission(self, engine: EngineSettings) -> Admission:
+        limits = self.settings.serve
+        return Admission(
+            max_running=limits.max_running,
+            max_tokens=limits.max_running_tokens or limits.max_running * engine.max_model_len,
+            max_queued=limits.max_queued,
+            queue_timeout_s=limits.queue_timeout_s,
+            wake_timeout_s=engine.start_timeout_s,
+        )
+
+    def _pool(
+        self,
+        engine: EngineSettings,
+        names: ModelNames,
+        admission: Admission,
+        verification: Verification,
+        metrics: DeploymentMetrics,
+    ) -> EnginePool:
+        def make(number: int, on_change: Callable[[Replica], None]) -> Replica:
+            return Replica(
+                number,
+                partial(self.slots.engine, number, names.name),
+                verification,
+                on_change,
+                self.on_phase,
+                turn=self.slots.turn,
+                adapter_patience_s=self.settings.serve.queue_timeout_s,
+            )
+
+        return EnginePool(
+            make,
+            places=self.places,
+            size=engine.replicas,
+            admission=admission,
+            names=names,
+            metrics=metrics,
+            retire_timeout_s=self.settings.serve.retire_timeout_s,
+        )
+
+    def _shortage(self, target: Target, engines: int) -> str | None:
+        return self.slots.shortage({target: engines})
+
+    def _swap(
+        self,
+        pool: EnginePool,
+        verification: Verification,
+        admission: Admission,
+        names: ModelNames,
+    ) -> Swap:
+        limits = self.settings.serve
+        planner = SwapPlanner(
+            registry=self.registry,
+            verification=verification,
+            pool=pool,
+            choice=limits.swap,
+            shortage=self._shortage,
+            capabilities=self.slots.capabilities,
+            patience_s=limits.drain_timeout_s,
+        )
+        engine_change = EngineChange(
+            planner=planner,
+            verification=verification,
+            pool=pool,
+            admission=admission,
+            names=names,
+            drain_timeout_s=limits.drain_timeout_s,
+            retire_timeout_s=limits.retire_timeout_s,
+        )
+        return Swap(planner=planner, engine_change=engine_change, pool=pool, admission=admission, names=names)
+
+    def _background(
+        self,
+        admission: Admission,
+        pool: EnginePool,
+        verification: Verification,
+        metrics: DeploymentMetrics,
+    ) -> tuple[HoldoutRuns, LiveScores]:
+        settings = self.settings
+        scheduler = BackgroundScheduler(admission, pool, settings.holdout)
+        holdout = HoldoutRuns(
+            scheduler,
+            pool=pool,
+            registry=self.registry,
+            store=self.store,
+            metrics=metrics,
+            facts=verification.facts,
+            every_hours=settings.holdout.every_hours,
+            run_functions=settings.holdout.run_functions,
+        )
+        scores = LiveScores(
+            scheduler,
+            busy=lambda: holdout.under_way,
+            pool=pool,
+            registry=self.registry,
+            store=self.store,
+            per_hour=settings.holdout.scored_per_hour if settings.request_log.content_share else 0,
+        )
+        return holdout, scores
