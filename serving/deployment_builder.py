@@ -31,7 +31,6 @@ from serving.telemetry.metrics import GatewayMetrics
 from svc.registry.registry import Registry
 from svc.settings import EngineSettings, Settings
 from svc.store.desired import Desired
-from svc.version import Target
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,7 +58,8 @@ class DeploymentBuilder:
         self.gateway_metrics.show_errors(None, name)
         names, admission = ModelNames(name), self._admission(engine)
         metrics.watch_admission(lambda: admission.running, lambda: admission.queued)
-        verification = Verification(self.registry, self.store, partial(self.slots.facts, name), self.settings.adapters)
+        facts = partial(self.slots.facts, name)
+        verification = Verification(self.registry, self.store, facts, self.settings.adapters)
         pool = self._pool(engine, names, admission, verification, metrics)
         alias = ProductionAlias(self.registry.tracking)
         reconciler = Reconciler(
@@ -70,7 +70,7 @@ class DeploymentBuilder:
             names=names,
             metrics=metrics,
             alias=alias,
-            shortage=self._shortage,
+            slots=self.slots,
         )
         idling = Idling(
             pool,
@@ -138,24 +138,14 @@ class DeploymentBuilder:
             retire_timeout_s=self.settings.serve.retire_timeout_s,
         )
 
-    def _shortage(self, target: Target, engines: int) -> str | None:
-        return self.slots.shortage({target: engines})
-
-    def _swap(
-        self,
-        pool: EnginePool,
-        verification: Verification,
-        admission: Admission,
-        names: ModelNames,
-    ) -> Swap:
+    def _swap(self, pool: EnginePool, verification: Verification, admission: Admission, names: ModelNames) -> Swap:
         limits = self.settings.serve
         planner = SwapPlanner(
             registry=self.registry,
             verification=verification,
             pool=pool,
             choice=limits.swap,
-            shortage=self._shortage,
-            capabilities=self.slots.capabilities,
+            slots=self.slots,
             patience_s=limits.drain_timeout_s,
         )
         engine_change = EngineChange(
@@ -170,11 +160,7 @@ class DeploymentBuilder:
         return Swap(planner=planner, engine_change=engine_change, pool=pool, admission=admission, names=names)
 
     def _background(
-        self,
-        admission: Admission,
-        pool: EnginePool,
-        verification: Verification,
-        metrics: DeploymentMetrics,
+        self, admission: Admission, pool: EnginePool, verification: Verification, metrics: DeploymentMetrics
     ) -> tuple[HoldoutRuns, LiveScores]:
         settings = self.settings
         scheduler = BackgroundScheduler(admission, pool, settings.holdout)

@@ -2,28 +2,15 @@
 
 import asyncio
 import itertools
-from typing import Protocol
 
-
-class Orphans(Protocol):
-    """What an earlier server left running."""
-
-    def numbers(self) -> list[int]:
-        """The numbers of its engines that may run still; reads the disk."""
-
-    def end(self, number: int) -> None:
-        """Ends one; takes some seconds."""
+from serving.engines.slots import EngineSlots
 
 
 class EnginePlaces:
-    """Gives each engine a number that no other has.
+    """Gives each engine a number that no other has."""
 
-    Args:
-        orphans: the engines that an earlier server left running.
-    """
-
-    def __init__(self, orphans: Orphans) -> None:
-        self._orphans = orphans
+    def __init__(self, slots: EngineSlots) -> None:
+        self._slots = slots
         self._taken: set[int] = set()
 
     def take(self, number: int | None = None) -> int:
@@ -48,9 +35,9 @@ class EnginePlaces:
 
     async def orphans(self) -> list[int]:
         """The places of engines that an earlier server left, and that nobody has taken."""
-        return [number for number in await asyncio.to_thread(self._orphans.numbers) if number not in self._taken]
+        return [number for number in await asyncio.to_thread(self._slots.numbers) if number not in self._taken]
 
     async def end_orphans(self) -> None:
         """Ends those that nobody has taken."""
         for number in await self.orphans():
-            await asyncio.to_thread(self._orphans.end, number)
+            await asyncio.to_thread(self._slots.end, number)

@@ -47,27 +47,23 @@ class EngineSlots:
         return EngineProcess(self.spec(number, name, model), silence_s=self.settings.serve.request_timeout_s)
 
     def numbers(self) -> list[int]:
-        """Engines that may have been left running."""
+        """Engines that an earlier server may have left running; reads the disk."""
         return list(state_folders(self.settings.home))
 
     def end(self, number: int) -> None:
-        """Ends one of them."""
+        """Ends one of them; takes some seconds."""
         end_engine(state_folder(self.settings.home, number))
 
     def shortage(self, engines: Mapping[Target, int]) -> str | None:
-        """Return why there is no memory for so many more engines with each version; None if there is.
+        """Return why there is no memory for so many more engines with each version; None if there is. Reads the disk.
 
         Raises:
-            NotFoundError, RefusedError, IntegrityError: see serving.engines.served_model.
+            NotFoundError, RefusedError, IntegrityError: see serving.engines.served_model; so does `capabilities`.
         """
         return shortage([spec for target, count in engines.items() for spec in [self._spec_for(target)] * count])
 
     def capabilities(self, target: Target) -> EngineCapabilities:
-        """Return what an engine that starts with a version can do.
-
-        Raises:
-            NotFoundError, RefusedError, IntegrityError: see serving.engines.served_model.
-        """
+        """Return what an engine that starts with a version can do; reads the disk."""
         return self._spec_for(target).engine_capabilities
 
     def facts(self, name: str, folder: Path) -> EngineFacts:

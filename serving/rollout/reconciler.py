@@ -8,7 +8,6 @@ goes on, and the wish is read later.
 
 import asyncio
 import logging
-from collections.abc import Callable
 from contextlib import suppress
 from functools import partial
 
@@ -16,6 +15,7 @@ from sqlalchemy import Engine as Store
 from sqlalchemy.exc import SQLAlchemyError
 
 from serving.engines.pool import EnginePool
+from serving.engines.slots import EngineSlots
 from serving.model_names import ModelNames
 from serving.rollout.cancellation import Cancellation, SupersededError
 from serving.rollout.journal import Journal
@@ -44,10 +44,11 @@ class Reconciler:
 
     Args:
         desired: what shall serve when the server starts.
-        shortage: why there is no room for so many engines more with a version; None where there is.
+        slots: knows whether there is memory for an engine more.
 
     Attributes:
         swap: brings another version into the engines.
+        journal: what it writes of swaps; closed by who ends the server.
         reviver: starts engines that are missing.
         last_error: why a swap or a start failed last.
         promoting: a swap is planned or under way; the engines must not idle until it has ended.
@@ -63,12 +64,12 @@ class Reconciler:
         names: ModelNames,
         metrics: DeploymentMetrics,
         alias: ProductionAlias,
-        shortage: Callable[[Target, int], str | None],
+        slots: EngineSlots,
     ) -> None:
         self._actual = desired
         self._failed: Desired | None = None
         self._store = store
-        self._journal = Journal(store)
+        self.journal = Journal(store)
         self._pool = pool
         self.swap = swap
         self._names = names
@@ -80,7 +81,7 @@ class Reconciler:
         self.reviver = Reviver(
             pool,
             target=lambda: self._actual.target,
-            shortage=shortage,
+            slots=slots,
             on_start=self._revived,
             on_error=self.note_error,
         )
@@ -89,11 +90,6 @@ class Reconciler:
     def actual(self) -> Desired:
         """What serves, or is being started."""
         return self._actual
-
-    @property
-    def journal(self) -> Journal:
-        """What it writes of swaps; closed by who ends the server."""
-        return self._journal
 
     async def start(self) -> None:
         """Starts an engine with the desired version, where none was adopted; others follow.
@@ -198,8 +194,8 @@ class Reconciler:
 
     async def _promote(self, desired: Desired) -> None:
         before = self._actual
-        swap_id = await self._journal.begin(desired)
-        report = partial(self._journal.step, swap_id)
+        swap_id = await self.journal.begin(desired)
+        report = partial(self.journal.step, swap_id)
         report(f"{before.target} serves, {desired.target} is wanted")
         if desired.forced:
             report(f"it failed a check, and is wanted all the same: {desired.forced}")
@@ -214,7 +210,7 @@ class Reconciler:
             try:
                 await self._settle(desired, before, result, cancellation)
             finally:
-                self._journal.end(swap_id, result)
+                self.journal.end(swap_id, result)
         finally:
             listening.cancel()
             await asyncio.gather(listening, return_exceptions=True)
@@ -278,7 +274,7 @@ class Reconciler:
         self._metrics.version_loaded(target)
         self._alias.move(target.version)
         if began_by is not None:
-            self._journal.serves(self._actual, began_by)
+            self.journal.serves(self._actual, began_by)
 
     def _revived(self) -> None:
         """An engine was started beside all swaps: where the first start had failed, a version serves from now on."""
@@ -314,5 +310,5 @@ class Reconciler:
             return
         if last.generation != self._actual.generation:
             result = SwapResult(SwapOutcome.FAILED, "the server ended during the swap")
-        self._journal.step(last.id, f"the server started again with {self._actual.target}")
-        self._journal.end(last.id, result)
+        self.journal.step(last.id, f"the server started again with {self._actual.target}")
+        self.journal.end(last.id, result)

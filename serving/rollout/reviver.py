@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from serving.engines.pool import EnginePool
 from serving.engines.replica import Replica
+from serving.engines.slots import EngineSlots
 from svc.engine.state import EngineState
 from svc.errors import SvcError
 from svc.version import Target
@@ -37,7 +38,7 @@ class Reviver:
 
     Args:
         target: what a member is started with: what served before a swap that is under way, until that has ended.
-        shortage: why there is no room for so many engines more with a version; None where there is.
+        slots: knows whether there is memory for an engine more.
         on_start: hears that a member has an engine again.
         on_error: hears why a member has no engine.
 
@@ -50,13 +51,13 @@ class Reviver:
         pool: EnginePool,
         *,
         target: Callable[[], Target],
-        shortage: Callable[[Target, int], str | None],
+        slots: EngineSlots,
         on_start: Callable[[], None],
         on_error: Callable[[str], None],
     ) -> None:
         self._pool = pool
         self._target = target
-        self._shortage = shortage
+        self._slots = slots
         self._on_start = on_start
         self._on_error = on_error
         self.backoff_s = _BACKOFF_S
@@ -102,7 +103,8 @@ class Reviver:
         if not self._pool.has_others:
             return True
         try:
-            shortage = await asyncio.to_thread(self._shortage, self._target(), 1 + self._pool.starting)
+            engines = {self._target(): 1 + self._pool.starting}
+            shortage = await asyncio.to_thread(self._slots.shortage, engines)
         except (SvcError, OSError):
             return True  # the start finds it out too, and says so
         if shortage:

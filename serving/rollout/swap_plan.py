@@ -6,8 +6,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from serving.engines.pool import EnginePool
+from serving.engines.slots import EngineSlots
 from serving.engines.verification import Verification
-from svc.engine.engine_capabilities import EngineCapabilities
 from svc.errors import RefusedError
 from svc.registry.fingerprint import compatibility_fingerprint
 from svc.registry.registry import Registry
@@ -45,8 +45,7 @@ class SwapPlanner:
 
     Args:
         choice: whether a second engine is started where a reload in place would do.
-        shortage: why there is no room for so many engines more with a version; None where there is.
-        capabilities: of an engine that would be started with a version.
+        slots: knows whether there is memory for an engine more, and what it could do.
         patience_s: how long engines that end may take to make room, and those that start to take theirs, seconds.
     """
 
@@ -57,16 +56,14 @@ class SwapPlanner:
         verification: Verification,
         pool: EnginePool,
         choice: SwapChoice,
-        shortage: Callable[[Target, int], str | None],
-        capabilities: Callable[[Target], EngineCapabilities],
+        slots: EngineSlots,
         patience_s: float,
     ) -> None:
         self._registry = registry
         self._verification = verification
         self._pool = pool
         self._choice = choice
-        self._shortage = shortage
-        self._capabilities = capabilities
+        self._slots = slots
         self._patience_s = patience_s
 
     async def plan(self, current: Target, target: Target, report: Report) -> Plan:
@@ -119,7 +116,7 @@ class SwapPlanner:
 
     async def _within(self, plan: Plan, target: Target) -> Plan:
         """A swap in place, as far as engines of this kind can do it."""
-        able = await asyncio.to_thread(self._capabilities, target)
+        able = await asyncio.to_thread(self._slots.capabilities, target)
         if not able.reloads:
             return await self._by_start(plan.kind, target, _NO_RELOAD, reloads=False)
         if able.unprobed:
@@ -153,7 +150,7 @@ class SwapPlanner:
         deadline = time.monotonic() + self._patience_s
         while True:
             starting = self._pool.starting
-            shortage = await asyncio.to_thread(self._shortage, target, 1 + starting)
+            shortage = await asyncio.to_thread(self._slots.shortage, {target: 1 + starting})
             if not shortage or not (self._pool.retirement.under_way or starting) or time.monotonic() >= deadline:
                 return shortage
             await asyncio.sleep(_ROOM_POLL_S)

@@ -282,14 +282,14 @@ async def test_one_that_cannot_be_applied_beside_the_base_is_refused_with_the_re
     served: Control, said: dict[str, Any], told: str
 ) -> None:
     if "base_model_name_or_path" in said:
-        other = served.home / "other"
+        other = served.settings.home / "other"
         shutil.copytree(base_folder(served.registry), other)
         said = {"base_model_name_or_path": str(other)}
     versions(served, 4, adapter=said)
     async with served.client() as client:
         answer = await client.post("/v1/chat/completions", json=BODY | {"model": f"{NAME}@4"})
     assert answer.status_code == 404
-    assert told in answer.json()["error"]["message"] and str(served.home) not in answer.text
+    assert told in answer.json()["error"]["message"] and str(served.settings.home) not in answer.text
 
 
 async def test_one_that_failed_a_check_is_for_those_alone_who_bring_it_into_production(served: Control) -> None:
@@ -340,7 +340,7 @@ async def test_a_promotion_hears_that_another_version_is_wanted(served: Control)
 
 
 async def test_a_promotion_to_another_base_is_blue_green(served: Control) -> None:
-    other = served.home / "other"
+    other = served.settings.home / "other"
     shutil.copytree(base_folder(served.registry), other)
     versions(served, 4, adapter={"base_model_name_or_path": str(other)})
     result = await served.promote(4)

@@ -133,7 +133,7 @@ async def test_the_version_in_production_and_the_one_before_are_not_removed(serv
 async def test_production_serves_on_where_its_files_are_lost(served: Control) -> None:
     async with served.client() as client:
         await ask(client, str(TWO))
-        served.registry.models.rename(served.home / "elsewhere")
+        served.registry.models.rename(served.settings.home / "elsewhere")
         await gone(served)
         assert await ask(client, NAME) == (200, f"{NAME}@1", "1")
 

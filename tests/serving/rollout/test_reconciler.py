@@ -135,7 +135,7 @@ async def test_a_refused_promotion_is_put_back_with_its_reason(control: Control)
 async def test_a_failure_is_told_after_the_wish_was_put_back(control: Control, monkeypatch: pytest.MonkeyPatch) -> None:
     make_version(control.registry, 4, width=8)
     control.park.room = "full"
-    wished, journal = list[Target](), control.reconciler._journal
+    wished, journal = list[Target](), control.reconciler.journal
     end = journal.end
 
     def told(swap_id: int, result: SwapResult) -> None:
