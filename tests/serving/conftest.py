@@ -58,7 +58,6 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     """Everything that polls does it often."""
     monkeypatch.setattr("serving.rollout.reconciler._POLL_S", 0.02)
     monkeypatch.setattr("serving.rollout.reconciler._STORE_PAUSE_S", 0.01)
-    monkeypatch.setattr("serving.rollout.reviver._BACKOFF_S", (0.02, 0.05))
     monkeypatch.setattr("serving.rollout.production_alias._RETRY_S", 0.01)
     monkeypatch.setattr("serving.engines.engine_watch._HEALTH_S", 0.05)
     monkeypatch.setattr("serving.client.promotion._POLL_S", 0.01)
@@ -70,8 +69,9 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture
-def make(memory_folder: Path, socket_folder: Path, quick: None) -> Make:
-    """Makes a control plane over a registry with the versions 1, 2 and 3."""
+def make(memory_folder: Path, socket_folder: Path, quick: None, monkeypatch: pytest.MonkeyPatch) -> Make:
+    """Makes a control plane over a registry with the versions 1, 2 and 3; it soon starts an engine that died again."""
+    monkeypatch.setattr("serving.rollout.reviver._BACKOFF_S", (0.02, 0.05))
 
     def make(answered: int = 0, **settings: Any) -> Control:
         control = Control(memory_folder, socket_folder, **settings)

@@ -201,9 +201,8 @@ async def test_a_model_does_not_give_way_when_it_is_promoted(idling: Home, monke
 
 
 async def test_a_second_promotion_succeeds_when_it_follows_one_that_woke_a_model_of_several_engines(
-    idling: Home, monkeypatch: pytest.MonkeyPatch
+    idling: Home,
 ) -> None:
-    monkeypatch.setattr("serving.rollout.reviver._BACKOFF_S", (1.0,))
     configure(idling, serve={"port": 0, "idle_s": 2.0}, engine={"replicas": 2})  # the second starts after a second
     async with idling.serving(f"{NAME}@1") as client:
         await until(lambda: idling.park.alive == 2)
