@@ -137,18 +137,18 @@ async def test_one_that_does_not_start_holds_up_nothing(make: Make) -> None:
         await until(lambda: held(control) == [target(2)] * 2)
 
 
-async def test_beside_a_second_engine_that_starts(make: Make) -> None:
+async def test_an_engine_starts_after_the_second_one_when_it_dies_beside_it(make: Make) -> None:
     async with serving(make, 2) as control:
         control.park.start_delay_s = 0.5
         wish = control.wish(4)
         await until(lambda: control.park.starting)
         control.park.start_delay_s = 0.0
         last = kill(control, 1)
-        await until(lambda: last.state is EngineState.FAILED)
-        await until(lambda: last.state is EngineState.READY)
+        await until(lambda: last.state is EngineState.STARTING)
         assert control.park.starting == 1
         assert (await control.outcome(wish)).outcome is SwapOutcome.SUCCEEDED
         assert held(control) == [target(4)] * 2
+        assert control.park.most_starting == 1
         await until(lambda: control.park.alive == 2)
 
 
@@ -156,15 +156,15 @@ async def test_without_room_beside_a_second_engine_it_waits(make: Make, monkeypa
     monkeypatch.setattr("serving.rollout.reviver._ROOM_PAUSE_S", 0.01)
     asked = list[int]()
 
-    def shortage(target: Target, engines: int) -> str | None:
-        asked.append(engines)
+    def shortage(more: int) -> str | None:
+        asked.append(more)
         return "full" if control.park.starting else None
 
     async with serving(make, 2) as control:
-        monkeypatch.setattr(control.reconciler.reviver, "_shortage", shortage)
         control.park.start_delay_s = 0.5
         wish = control.wish(4)
         await until(lambda: control.park.starting)
+        control.park.shortage = shortage
         last = kill(control, 1)
         await until(lambda: len(asked) > 3)
         assert (last.state, set(asked)) == (EngineState.FAILED, {2})
@@ -253,17 +253,15 @@ async def test_what_cannot_start_is_said(make: Make) -> None:
         await until(lambda: len(control.pool.ready) == 2)
 
 
-async def test_a_shortage_that_cannot_be_told_keeps_nobody_from_starting(
-    make: Make, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def shortage(target: Target, engines: int) -> str | None:
+async def test_a_shortage_that_cannot_be_told_keeps_nobody_from_starting(make: Make) -> None:
+    def shortage(more: int) -> str | None:
         raise EngineError("the files are gone")
 
     async with serving(make, 2) as control:
         control.park.start_delay_s = 0.5
-        monkeypatch.setattr(control.reconciler.reviver, "_shortage", shortage)
         control.wish(4)
         await until(lambda: control.park.starting)
+        control.park.shortage = shortage
         control.park.start_delay_s = 0.0
         last = kill(control, 1)
         await until(lambda: last.target is None)
