@@ -86,10 +86,10 @@ class Metric(ABC):
         Raises:
             SvcError: the metric cannot judge these answers, or its scores are not one finite number for each.
         """
-        scores = self.score(answered)
-        if self.scored and (len(scores) != len(answered.results) or not all(map(math.isfinite, scores))):
+        scores, answers = self.score(answered), len(answered.results)
+        if self.scored and (len(scores) != answers or not all(map(math.isfinite, scores))):
             raise RecipeError(
-                f"the metric {self.name} gave {len(scores)} scores for {len(answered.results)} answers: {scores!r:.80}",
+                f"the metric {self.name} returned {len(scores)} scores for {answers} answers: {scores!r:.80}",
                 expected="one finite number for each answer",
                 todo="fix the metric, or name others: evaluate.metrics",
             )

@@ -253,7 +253,7 @@ def test_scores_that_are_not_one_finite_number_each_are_refused(scores: list[flo
             return scores
 
     given = answered([("a", "a"), ("b", "c")])
-    with pytest.raises(RecipeError, match=f"the metric own gave {len(scores)} scores for 2 answers"):
+    with pytest.raises(RecipeError, match=f"the metric own returned {len(scores)} scores for 2 answers"):
         judge(given.examples, given.results, 0.0, [Own()])
 
 

@@ -404,7 +404,7 @@ def test_a_signal_ends_it_with_a_checkpoint(
 def test_ctrl_c_while_the_trained_weights_are_written_ends_it(
     tiny_base: Path, data: TrainingData, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(sft, "_save", lambda *_: os.kill(os.getpid(), signal.SIGINT))
+    monkeypatch.setattr(sft, "_save", lambda *_, **__: os.kill(os.getpid(), signal.SIGINT))
     with pytest.raises(KeyboardInterrupt):
         train_model(
             tiny_base, data, recipe(), tmp_path / "trained", tmp_path / "checkpoints", number_type=NumberType.BFLOAT16
