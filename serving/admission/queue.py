@@ -138,7 +138,8 @@ class RequestQueue:
 
     def send_away(self, error: Callable[[], AdmissionError]) -> None:
         """Refuses all that wait."""
-        while place := self._next():
+        waiting = [place for line in self._waiting.values() for place in line if not place.given.done()]
+        for place in waiting:
             self._refuse(place, error())
 
     def _next(self) -> Place | None:

@@ -71,7 +71,7 @@ class _Question:
         return await ask_example(client, self.example, self.tokenized, limit=self.limit)
 
 
-@dataclass
+@dataclass(eq=False)
 class HoldoutRuns:
     """Asks the held-out set while the server runs.
 

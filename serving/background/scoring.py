@@ -41,7 +41,7 @@ _MOST_PASSED = 500
 """Rows that were tried and have no score. The oldest of more may be tried again, which costs one request."""
 
 
-@dataclass
+@dataclass(eq=False)
 class LiveScores:
     """Scores answers while the server runs.
 

@@ -151,4 +151,6 @@ class Archive:
         return tuple(snapshot.name for snapshot in gone)
 
     def _folders(self) -> list[Path]:
-        return sorted(folder for folder in self._snapshots.glob("*") if _NAME.fullmatch(folder.name))
+        if not self._snapshots.is_dir():
+            return []
+        return sorted(folder for folder in self._snapshots.iterdir() if _NAME.fullmatch(folder.name))

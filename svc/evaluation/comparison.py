@@ -140,7 +140,8 @@ def compare(
         raise DataError(
             f"nothing is left to compare by: {no_tokens}", todo="name a metric of the answers: --metric exact_match"
         )
-    one, other = (Answered(examples, judge(examples, results, 0.0, metrics).results) for results in (first, second))
+    judged = [metric for metric in metrics if metric in usable]
+    one, other = (Answered(examples, judge(examples, results, 0.0, judged).results) for results in (first, second))
     gains, by = _gains(primary, one, other)
     return Comparison(
         examples=len(examples),

@@ -5,6 +5,7 @@ they do. Judges favour the answer that stands first, so each pair is asked in bo
 is part of the report.
 """
 
+import asyncio
 import re
 from collections.abc import Sequence
 from enum import StrEnum
@@ -14,7 +15,7 @@ from pydantic import BaseModel, ConfigDict
 
 from svc.dataset.schema.example import ChatExample
 from svc.errors import EngineError, JudgeError
-from svc.evaluation.endpoint import Chat, Endpoint, all_or_none
+from svc.evaluation.endpoint import CONCURRENCY, Chat, Endpoint, all_or_none
 from svc.evaluation.estimate import Estimate, mean, proportion
 from svc.terminal import console, counting
 
@@ -87,11 +88,13 @@ async def judge_answers(
         markup=False,
         soft_wrap=True,
     )
+    pairs = asyncio.Semaphore(CONCURRENCY)  # both orders of a pair are asked before the next: progress counts pairs
     with counting(title, len(first)) as advance:
         async with endpoint.chat() as chat:
 
             async def compare(example: ChatExample, one: str, other: str) -> tuple[Verdict, ...]:
-                verdicts = await _compare(chat, example, one, other)
+                async with pairs:
+                    verdicts = await _compare(chat, example, one, other)
                 advance()
                 return verdicts
 

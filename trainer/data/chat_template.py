@@ -208,8 +208,11 @@ class _Conversation:
 
     def _text(self, turns: int, *, add_generation_prompt: bool = False) -> str:
         """Return the first turns, as the engine will write them."""
-        options = {"tokenize": False, "add_generation_prompt": add_generation_prompt, **self.kwargs}
-        return str(self.tokenizer.apply_chat_template(**self.example.templated(turns), **options))
+        arguments = self.example.templated(turns)
+        text = self.tokenizer.apply_chat_template(
+            **arguments, tokenize=False, add_generation_prompt=add_generation_prompt, **self.kwargs
+        )
+        return str(text)
 
     def _ids(self, text: str) -> list[int]:
         """Return the token ids of what a template has written: it has put special tokens where they belong."""

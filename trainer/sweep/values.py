@@ -35,7 +35,7 @@ def with_values(recipe: Recipe, values: Values) -> Recipe:
 
 def training_key(recipe: Recipe) -> str:
     """Return a name for what a trial trains: the same for a default and for the value that it stands for."""
-    content = recipe.flat()
+    content = {key: value for key, value in recipe.flat().items() if key.startswith(("adapter.", "train."))}
     if recipe.train.steps is not None:
         content.pop("train.epochs")
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:12]

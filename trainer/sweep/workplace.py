@@ -9,6 +9,7 @@ from its checkpoint. Imports torch when it trains.
 
 import hashlib
 import json
+import math
 import random
 import shutil
 import time
@@ -203,6 +204,8 @@ class Workplace:
         except TrainingError as error:
             return {"status": Status.FAIL, "why": error.wrong, "watched": watched}
         loss = mean(run.heldout_each, self.answer_lengths)
+        if not math.isfinite(loss.value):
+            return {"status": Status.FAIL, "why": f"held-out loss is {loss.value}", "watched": watched}
         result = {"loss": loss, "heldout_each": run.heldout_each, "points": run.points, "steps": run.steps}
         return {"status": Status.COMPLETE, "watched": watched, **result}
 

@@ -135,7 +135,7 @@ def run_trainer(trainer: ResumableTrainer, stopping: Stopping, asked: Preemption
         if stopping.keep_best and best not in (None, trainer.state.global_step):
             trainer.load_weights(trainer.checkpoints.whole(best))
         trainer.check_finite()
-    else:
+    if asked.by is not None:  # also if the signal came after the steps
         raise InterruptedRunError(
             f"{asked.by.name} after step {trainer.state.global_step} of {trainer.state.max_steps}",
             todo="run the same command again: it goes on from there",

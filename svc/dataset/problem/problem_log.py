@@ -1,5 +1,6 @@
 """The problems of one file: any number of them in bounded memory, read back in the order of lines."""
 
+import os
 import sqlite3
 from collections import Counter
 from collections.abc import Iterator
@@ -18,7 +19,9 @@ class ProblemLog:
     def add(self, file: str, line: int, code: Code, message: str, field: str) -> None:
         """Add a problem."""
         self.codes[code] += 1
-        self._database.execute("INSERT INTO problem VALUES (?, ?, ?, ?, ?)", (file, line, code.value, message, field))
+        self._database.execute(
+            "INSERT INTO problem VALUES (?, ?, ?, ?, ?)", (os.fsencode(file), line, code.value, message, field)
+        )
 
     @property
     def errors(self) -> int:
@@ -31,4 +34,4 @@ class ProblemLog:
     def __iter__(self) -> Iterator[Problem]:
         for file, line, name, message, field in self._database.execute("SELECT * FROM problem ORDER BY line, rowid"):
             code = Code(name)
-            yield Problem(file, line, severity_of(code), code, message, field, TODO[code])
+            yield Problem(os.fsdecode(file), line, severity_of(code), code, message, field, TODO[code])

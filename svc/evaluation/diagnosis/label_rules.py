@@ -68,8 +68,9 @@ def _find_unlearnt(run: TrainingRun) -> Finding | None:
     gain = [known - one.nll * one.scored for known, one in zip(surprise, run.results, strict=True)]
     entropy, mean = fmean(surprise), fmean(gain)
     nothing = mean + 2 * stdev(gain) / math.sqrt(asked) <= GAINED * entropy
+    amount = "nothing" if nothing else "little" if mean <= HARDLY_GAINED * entropy else "only a part"
     what = (
-        f"the prompts tell the model {'nothing' if nothing else 'little'} of the labels: its loss on {asked} held-out "
+        f"the prompts tell the model {amount} of the labels: its loss on {asked} held-out "
         f"answers is {entropy - mean:.3f} nats an answer, and {entropy:.3f} if each label is as probable as it is "
         "frequent"
     )

@@ -46,13 +46,19 @@ def _call(path: str, function: str, given: dict[str, Any]) -> list[float]:
     texts = [given["answers"], given["references"]]
     if len(inspect.signature(score).parameters) > 2:
         texts.append(given["prompts"])
-    return [float(value) for value in score(*texts)]
+    returned = score(*texts)
+    if isinstance(returned, str | bytes | dict):  # their parts are no scores
+        raise TypeError(f"{function} returned {returned!r:.80}")
+    try:
+        return [float(value) for value in returned]
+    except (TypeError, ValueError) as error:
+        raise TypeError(f"{function} returned {returned!r:.80}: {error}") from None
 
 
 def _tail(error: BaseException) -> str:
     """The last lines of the traceback, without the frames of this file."""
     frames = error.__traceback__
-    while frames is not None and frames.tb_frame.f_code.co_filename == __file__ and frames.tb_next is not None:
+    while frames is not None and frames.tb_frame.f_code.co_filename == __file__:
         frames = frames.tb_next
     lines = "".join(traceback.format_exception(type(error), error, frames)).splitlines()
     return "\n".join(lines[-_LINES:])

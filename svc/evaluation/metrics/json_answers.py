@@ -62,6 +62,8 @@ class FieldAccuracy(AnswerMetric):
     title = "field accuracy"
 
     def score_answer(self, answer: str, reference: str) -> float:
+        if not is_json(answer):
+            return 0.0
         given, right = dict(_fields(read_json(answer))), dict(_fields(read_json(reference)))
         hits = sum(path in given and _equal(given[path], value) for path, value in right.items())
         return hits / len(right)

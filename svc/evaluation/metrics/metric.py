@@ -86,10 +86,10 @@ class Metric(ABC):
         Raises:
             SvcError: the metric cannot judge these answers, or its scores are not one finite number for each.
         """
-        scores, answers = self.score(answered), len(answered.results)
-        if self.scored and (len(scores) != answers or not all(map(math.isfinite, scores))):
+        scores = self.score(answered)
+        if self.scored and (fault := _fault(scores, len(answered.results))):
             raise RecipeError(
-                f"the metric {self.name} returned {len(scores)} scores for {answers} answers: {scores!r:.80}",
+                f"the metric {self.name}: {fault}",
                 expected="one finite number for each answer",
                 todo="fix the metric, or name others: evaluate.metrics",
             )
@@ -141,3 +141,11 @@ class SetMetric(Metric):
     def difference(self, before: Answered, after: Answered) -> Estimate:
         first, second = self.statistic(before), self.statistic(after)
         return bootstrap(len(before.results), lambda drawn: second(drawn) - first(drawn))
+
+
+def _fault(scores: Sequence[float], answers: int) -> str | None:
+    """Return what is wrong with scores; None if there is one finite number for each answer."""
+    if len(scores) != answers:
+        return f"it returned {len(scores)} scores for {answers} answers"
+    wrong = next((place for place, score in enumerate(scores) if not math.isfinite(score)), None)
+    return None if wrong is None else f"the score of answer {wrong + 1} is {scores[wrong]}"

@@ -1,6 +1,7 @@
 """What `svc data check` prints, whatever stands in the files."""
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +43,12 @@ def test_a_wrong_value_is_shown_without_what_a_terminal_obeys_or_utf8_cannot_hol
     assert (text.exit_code, machine.exit_code) == (1, 1)
     assert "\x1b" not in text.output and "\n  line 9" not in text.output
     assert json.loads(machine.output)[0]["errors"] >= 1
+
+
+def test_problems_are_shown_of_a_file_whose_name_is_not_utf8(tmp_path: Path) -> None:
+    path = tmp_path / os.fsdecode(b"n\xff.jsonl")
+    path.write_text("{}")
+    assert check(str(path), "--json").exit_code == 1
 
 
 def test_answers_are_shown_without_what_a_terminal_obeys(tmp_path: Path) -> None:

@@ -244,8 +244,16 @@ def test_scores_are_made_of_the_answers_whatever_is_said_of_them() -> None:
     assert [result.scores for result in evaluation.results] == [{"exact_match": 1.0}, {"exact_match": 0.0}]
 
 
-@pytest.mark.parametrize("scores", [[1.0], [1.0, math.nan], [1.0, math.inf], [1.0, 1.0, 1.0]])
-def test_scores_that_are_not_one_finite_number_each_are_refused(scores: list[float]) -> None:
+@pytest.mark.parametrize(
+    ("scores", "wrong"),
+    [
+        ([1.0], "it returned 1 scores for 2 answers"),
+        ([1.0, 1.0, 1.0], "it returned 3 scores for 2 answers"),
+        ([1.0, math.nan], "the score of answer 2 is nan"),
+        ([math.inf, 1.0], "the score of answer 1 is inf"),
+    ],
+)
+def test_scores_that_are_not_one_finite_number_each_are_refused(scores: list[float], wrong: str) -> None:
     class Own(ExactMatch):
         name = "own"
 
@@ -253,7 +261,7 @@ def test_scores_that_are_not_one_finite_number_each_are_refused(scores: list[flo
             return scores
 
     given = answered([("a", "a"), ("b", "c")])
-    with pytest.raises(RecipeError, match=f"the metric own returned {len(scores)} scores for 2 answers"):
+    with pytest.raises(RecipeError, match=f"the metric own: {wrong}"):
         judge(given.examples, given.results, 0.0, [Own()])
 
 

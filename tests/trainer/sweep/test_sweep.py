@@ -101,6 +101,7 @@ def test_a_sweep_without_two_trials_of_a_phase_has_a_picture_too(tmp_path: Path)
         ({}, {RANK: 8}, False),
         ({"train.steps": 5}, {"train.steps": 5, "train.epochs": 7.0}, True),
         ({}, {"train.seed": 1}, False),
+        ({}, {"evaluate.limit": 7}, True),
     ],
 )
 def test_what_trains_the_same_is_one_training(one: dict[str, Any], other: dict[str, Any], same: bool) -> None:

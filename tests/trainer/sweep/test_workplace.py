@@ -88,3 +88,13 @@ def test_a_trial_is_known_again_when_its_loss_was_not_finite(
     trainings.append([(1, math.nan)])
     outcomes = [place.run_trial({}, lambda step, loss: None) for _ in range(2)]
     assert all(math.isnan(outcome.watched[1]) for outcome in outcomes)
+
+
+def test_a_trial_whose_held_out_loss_is_not_finite_has_failed(
+    place: Workplace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from trainer.training.trial import TrialRun
+
+    monkeypatch.setattr("trainer.training.trial.train_trial", lambda *_, **__: TrialRun(3, (math.nan,), ()))
+    outcome = place.run_trial({}, lambda step, loss: None)
+    assert (outcome.status, outcome.why) == (Status.FAIL, "held-out loss is nan")

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import TrainerCallback
+from transformers import TrainerCallback, TrainerState
 from transformers.trainer import Accelerator
 
 from svc.dataset.readers.reader import write_examples
@@ -406,6 +406,23 @@ def test_ctrl_c_while_the_trained_weights_are_written_ends_it(
 ) -> None:
     monkeypatch.setattr(sft, "_save", lambda *_, **__: os.kill(os.getpid(), signal.SIGINT))
     with pytest.raises(KeyboardInterrupt):
+        train_model(
+            tiny_base, data, recipe(), tmp_path / "trained", tmp_path / "checkpoints", number_type=NumberType.BFLOAT16
+        )
+
+
+def test_a_signal_while_the_trained_weights_are_checked_interrupts_the_run(
+    tiny_base: Path, data: TrainingData, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    best_step = sft.best_step
+
+    def after_training(state: TrainerState) -> int | None:
+        signalling = lambda trainer: os.kill(os.getpid(), signal.SIGTERM)  # noqa: E731
+        monkeypatch.setattr(trainer_module.ResumableTrainer, "check_finite", signalling)
+        return best_step(state)
+
+    monkeypatch.setattr(sft, "best_step", after_training)
+    with pytest.raises(InterruptedRunError, match="SIGTERM after step 12 of 12"):
         train_model(
             tiny_base, data, recipe(), tmp_path / "trained", tmp_path / "checkpoints", number_type=NumberType.BFLOAT16
         )

@@ -276,7 +276,7 @@ def settled(share: float) -> float:
 def test_a_short_run_is_told_to_train_longer_when_half_of_the_labels_is_unknown_and_heldout_loss_still_falls() -> None:
     finding = only(predicted(0.4, form_first, steps=30))
     assert finding.kind is FindingKind.UNDERFITTING
-    assert "tell the model little of the labels" in finding.what
+    assert "tell the model only a part of the labels" in finding.what
     assert "held-out loss fell" in finding.rule
 
 
