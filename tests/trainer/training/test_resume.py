@@ -21,6 +21,7 @@ from svc.engine.capabilities import NumberType
 from svc.errors import InterruptedRunError
 from tests.trainer.conftest import losses_of, make_recipe
 from tests.trainer.without_clock import without_clock
+from trainer.callbacks.early_stopping import best_step
 from trainer.recipe.sections import Method, Recipe
 from trainer.training import sft
 from trainer.training import trainer as trainer_module
@@ -414,8 +415,6 @@ def test_ctrl_c_while_the_trained_weights_are_written_ends_it(
 def test_a_signal_while_the_trained_weights_are_checked_interrupts_the_run(
     tiny_base: Path, data: TrainingData, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    best_step = sft.best_step
-
     def after_training(state: TrainerState) -> int | None:
         signalling = lambda trainer: os.kill(os.getpid(), signal.SIGTERM)  # noqa: E731
         monkeypatch.setattr(trainer_module.ResumableTrainer, "check_finite", signalling)
