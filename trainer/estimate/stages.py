@@ -24,7 +24,7 @@ _GPTQ_BYTES, _GROUP_BYTES = 0.5, 2.5
 """Of a weight in GPTQ, and of a group's scale in float16 and zero in 4 bits."""
 _GPTQMODEL = 1.0e9
 """The process in which gptqmodel works, without a model."""
-_MATRIX_COPIES, _HESSIAN_COPIES, _HIDDEN_COPIES = 3, 4, 3
+_MATRIX_COPIES, _HESSIAN_COPIES, _HIDDEN_COPIES = 3, 2, 3
 """Of the matrix that is rounded, of its Hessian, and of what flows between layers for all calibration tokens."""
 _COMPARED_COPIES = 12
 """Of a layer in float32 while its merged weights are compared with base plus adapter (trainer.parity.adapter)."""
@@ -160,13 +160,15 @@ def _quantize(training: Training, example_tokens: float) -> tuple[Need, Need]:
     """One layer of the model, and GPTQ's work on its largest matrix, in a process of its own.
 
     gptqmodel reads a layer from the merged model's files when its turn comes, and writes the finished one to the
-    disk (`offload_to_disk`), from where the model's files are put together: so the disk has it twice. Embeddings
-    are in memory whole. Of the matrix, GPTQ has copies in float32, and so of the squared inputs (the Hessian).
+    disk (`offload_to_disk`), from where the model's files are put together: so the disk has it twice. The input
+    embeddings are in memory whole, an output head of its own is not. Of the matrix, GPTQ has copies in float32; of the
+    squared inputs (the Hessian), itself and its inverse. Fitted to docs/estimate.md's measurements.
     """
     recipe, shape = training.recipe, training.shape
     size = number_size(calibration_type(training.number_type))
     layers = shape.linear_weights + shape.expert_weights
-    embeddings, layer = size * (shape.parameters - layers), size * layers / shape.layers
+    outside = shape.parameters - layers  # embeddings, and a head that is not tied to them
+    embeddings, layer = size * max(shape.head, outside - shape.head), size * layers / shape.layers
     widest = max((inputs for inputs, _ in shape.linear.values()), default=0)
     rounding = FLOAT32 * (_MATRIX_COPIES * shape.largest_layer + _HESSIAN_COPIES * widest**2)
     work = layer + rounding + _HIDDEN_COPIES * size * shape.hidden * recipe.quantize.samples * example_tokens
